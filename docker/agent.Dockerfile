@@ -17,7 +17,7 @@ LABEL org.opencontainers.image.title="hetis-agent" \
 RUN groupadd --gid 10001 hetis \
  && useradd --uid 10001 --gid 10001 --no-log-init --create-home --home-dir /var/lib/hetis hetis
 COPY --from=build /opt/hetis /opt/hetis
-# NVIDIA_*: the container runtime shows the GPUs, and of the driver only what manages them.
+# NVIDIA_*: the container runtime exposes the GPUs, and of the driver only its management library and tools.
 ENV PATH=/opt/hetis/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     HETIS_AGENT_STATE_DIR=/var/lib/hetis \
@@ -25,9 +25,9 @@ ENV PATH=/opt/hetis/bin:$PATH \
     NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=utility
 USER 10001:10001
-# The last assignments and the newest epoch: without them an agent that restarts begins anew.
+# The last assignments and the newest epoch: without them a restarted agent starts from scratch.
 VOLUME /var/lib/hetis
 CMD ["hetis-agent"]
-# An agent has no port of its own but that of its metrics. It is well without a planner: nodes serve on by themselves.
+# An agent's only port is that of its metrics. It is healthy without a planner: nodes keep serving by themselves.
 HEALTHCHECK --interval=10s --timeout=5s --start-period=10s --retries=3 CMD ["python", "-c", \
     "import os, urllib.request; urllib.request.urlopen('http://' + os.environ['HETIS_AGENT_METRICS'], timeout=4)"]

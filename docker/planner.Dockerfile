@@ -21,10 +21,10 @@ ENV PATH=/opt/hetis/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     HETIS_STORE=sqlite:////var/lib/hetis/planner.db
 USER 10001:10001
-# The store, and what the compiled solver leaves for the next start.
+# The store, and the solver's compiled kernels for the next start.
 VOLUME /var/lib/hetis
 EXPOSE 8470
-# Without certificates and tokens hetis-planner listens on the loopback only: mount a file and say --config.
+# Without certificates and tokens hetis-planner listens on loopback only: mount a configuration file and pass --config.
 CMD ["hetis-planner"]
-# gRPC's health check. A planner with TLS or tokens is asked as HETIS_SERVER, HETIS_CA and HETIS_TOKEN_FILE say.
+# gRPC's health check. For a planner with TLS or tokens, set HETIS_SERVER, HETIS_CA and HETIS_TOKEN_FILE.
 HEALTHCHECK --interval=10s --timeout=10s --start-period=30s --retries=3 CMD ["hetis-plan", "status", "--quiet"]

@@ -14,7 +14,7 @@ LABEL org.opencontainers.image.title="hetis-vllm" \
       org.opencontainers.image.version="${VERSION}" \
       org.opencontainers.image.revision="${REVISION}"
 COPY --from=build /wheels /wheels
-# What vLLM has installed stays as it is: the plugin's few packages come beside it, or the build fails.
+# vLLM's own packages stay unchanged: the plugin's few packages are added to them, or the build fails.
 RUN uv pip freeze --system | grep == > /wheels/of-vllm.txt \
  && uv pip install --system --no-cache --constraint /wheels/of-vllm.txt "$(echo /wheels/hetis-*.whl)[vllm]" \
  && rm -r /wheels \
@@ -23,7 +23,7 @@ RUN uv pip freeze --system | grep == > /wheels/of-vllm.txt \
 ENV HOME=/var/lib/hetis \
     NUMBA_CACHE_DIR=/var/lib/hetis/numba
 USER 10001:10001
-# What vLLM and the dispatcher compile: without it every start compiles for minutes.
+# Compiled kernels of vLLM and the dispatcher: without them every start compiles for minutes.
 VOLUME /var/lib/hetis
 # The entry point is vLLM's own, `vllm serve`.
 HEALTHCHECK --interval=10s --timeout=5s --start-period=600s --retries=3 CMD ["python3", "-c", \

@@ -1,6 +1,6 @@
 # hetis-worker: holds KV and computes attention over it, on a GPU or a CPU. Build from the root:
 #   docker build -f docker/worker.Dockerfile -t hetis-worker .
-# GPUs older than compute capability 7.5 (P100, V100) need a torch of CUDA 12.6, which 2.14 is the last to have:
+# GPUs older than compute capability 7.5 (P100, V100) need torch for CUDA 12.6, of which 2.14 is the last version:
 #   docker build -f docker/worker.Dockerfile --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cu126 -t hetis-worker .
 FROM python:3.13-slim AS build
 ARG TORCH_INDEX=https://pypi.org/simple
@@ -18,12 +18,12 @@ LABEL org.opencontainers.image.title="hetis-worker" \
       org.opencontainers.image.licenses="Apache-2.0" \
       org.opencontainers.image.version="${VERSION}" \
       org.opencontainers.image.revision="${REVISION}"
-# gcc: Triton compiles what calls its kernels.
+# gcc: Triton compiles the code that launches its kernels.
 RUN apt-get update && apt-get install --yes --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/* \
  && groupadd --gid 10001 hetis \
  && useradd --uid 10001 --gid 10001 --no-log-init --create-home --home-dir /var/lib/hetis hetis
 COPY --from=build /opt/hetis /opt/hetis
-# NVIDIA_*: the container runtime shows the GPUs, and of the driver what computes.
+# NVIDIA_*: the container runtime exposes the GPUs, and of the driver its compute libraries and tools.
 ENV PATH=/opt/hetis/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     HETIS_WORKER_LISTEN=0.0.0.0:7070 \
@@ -35,6 +35,6 @@ USER 10001:10001
 VOLUME /var/lib/hetis
 EXPOSE 7070
 CMD ["hetis-worker"]
-# The file is there once it listens. Whether it answers the engine sees, which serves on without it.
+# The file exists once the worker listens. If it stops answering, the engine notices and serves on without it.
 HEALTHCHECK --interval=10s --timeout=5s --start-period=120s --retries=3 CMD ["python", "-c", \
     "import os; os.stat(os.environ['HETIS_WORKER_PORT_FILE'])"]

@@ -48,6 +48,11 @@ _PUBLISHED_B = {
     "mistralai/Mistral-Large-3-675B-Instruct-2512": (675, 41),
 }
 MAX_BINS = 600
+# Boards of an architecture that reach other shares of their peaks than its data-centre boards (`tools.efficiency`).
+_ARCHITECTURES = {"RTX-4090": "Ada GeForce"}
+# Memory of boards whose GB are not GiB: what drivers report (aiconfigurator-core 0.12.0, b300_sxm.yaml: 288,400,343,040
+# bytes; nvidia-smi on a GB300 NVL72: 284,208 MiB).
+_MEMORY_MIB = {"B300-SXM-288GB": 275_040, "GB300-per-GPU": 284_208}
 # Boards whose GPUs are all connected by NVLink, Infinity Fabric or RoCE; on PCIe boards a bridge connects only two.
 _SWITCHED = re.compile(r"SXM|^GB\d|^GH\d|^H20$|^MI\d|^Gaudi")
 # In these models every second layer has a sliding window; in the others all do.
@@ -106,8 +111,8 @@ def _gpu(row: dict[str, str]) -> dict[str, Any]:
     switched = both_directions is not None and _SWITCHED.search(row["name"])
     gpu = GpuType(
         name=row["name"],
-        architecture=row["architecture"],
-        memory_bytes=int(float(row["memory_gb"]) * GIB),  # vendors print GiB of GPU memory as GB
+        architecture=_ARCHITECTURES.get(row["name"], row["architecture"]),
+        memory_bytes=_memory_bytes(row),
         mem_bytes_per_s=float(row["mem_bw_gbs"]) * 1e9,
         fp16_flops=float(row["fp16_dense_tflops"]) * 1e12,
         fp8_flops=_scaled(row["fp8_dense_tflops"], 1e12),
@@ -123,6 +128,12 @@ def _gpu(row: dict[str, str]) -> dict[str, Any]:
         "spec_source": row["spec_source"],
         "note": row["note"] or None,
     }
+
+
+def _memory_bytes(row: dict[str, str]) -> int:
+    if (mib := _MEMORY_MIB.get(row["name"])) is not None:
+        return mib * 2**20
+    return int(float(row["memory_gb"]) * GIB)  # vendors print GiB of GPU memory as GB
 
 
 def _model(row: dict[str, str]) -> dict[str, Any]:

@@ -53,6 +53,17 @@ from tools.left_out import Operator, Pieces, Tables, joined
 from tools.modelled_tables import Pair, modelled_tables
 from tools.profiles import SOURCES, measurements_for
 
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Board:
+    """Boards without tables whose shares of the peaks differ from those of their architecture's measured board."""
+
+    relative: str  # architecture whose operators they have otherwise
+    flop_share: float  # of the catalogue's 16-bit peak that the fastest product reaches
+    byte_share: float  # of the catalogue's bandwidth that streaming reaches
+    reason: str  # sources of both
+
+
 _AIC = "aiconfigurator-core 0.12.0 (Apache-2.0)"
 _VIDUR = "microsoft/vidur (MIT)"
 _ENGINE = "vllm/0.24.0"
@@ -114,6 +125,21 @@ _RELATIVES = {
     "Gaudi2": ("Ampere", 1.0, "Contemporary HBM part; no table. Another programming model: the least certain of all."),
     "Gaudi3": ("Hopper", 1.0, "Contemporary HBM part; no table. Another programming model: the least certain of all."),
     "Battlemage": ("Ada", 1.0, "GDDR6 part with a large cache; no table."),
+}
+# Boards of an architecture that reach more of their peaks than the measured one, each with the shares of a 16-bit
+# product and of streaming, and what says so. One tool's cuBLASLt (xzwgit/gpu-flops-bench, 5a32ae9e) makes products of
+# different architectures comparable: it reaches 853.3 TFLOPS on an H200 NVL, 1.02 of the catalogue's peak.
+_H200_SHARE = 853.3 / 835.5
+_BOARDS = {
+    "Ada GeForce": Board(
+        relative="Ada",
+        flop_share=179.2 / 165.2,
+        byte_share=921.0 / 1008.0,
+        reason="Ada's chips with GDDR6X, which has no ECC, and half the tensor rate (fp32 accumulation), which power "
+        "does not limit as it does an L40S of 350 W. Products take Hopper's share of the rate that one tool's cuBLASLt "
+        "reaches on both (108% of the peak on an RTX 4090, 102% on an H200 NVL; xzwgit/gpu-flops-bench, 5a32ae9e), and "
+        "stream weights as clpeak streams (921 of 1,008 GB/s; krrishnarraj/clpeak issue 106)",
+    ),
 }
 _MEMORY = MemoryRule(
     usable_ratio=0.9,
@@ -294,8 +320,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         calibration = calibrate(options.data, options.engine_tables)
         write_atomically(options.out, to_json(calibration.efficiencies))
         if options.tables:
-            for found in modelled_tables(calibration.efficiencies, calibration.pairs, options.data):
-                tables.write(*found, folder=options.tables)
+            relatives = {name: board.relative for name, board in _BOARDS.items()}
+        for found in modelled_tables(calibration.efficiencies, calibration.pairs, options.data, relatives):
+            tables.write(*found, folder=options.tables)
         if options.tables == tables.DATA:
             tables.main()
     except HetisError as error:
@@ -452,7 +479,38 @@ def _architectures(
         architectures[name] = scaled_from(
             architectures[relative], name, factor=rounded(factor), reason=reason, own=own.get(name)
         )
+    for name, board in _BOARDS.items():
+        architectures[name] = _of_board(name, board, architectures[board.relative], architectures["Hopper"])
     return dict(sorted(architectures.items()))
+
+
+def _of_board(name: str, board: Board, relative: Architecture, reference: Architecture) -> Architecture:
+    """Return an architecture with the relative's operators, whose FLOPs and bytes take other shares of the peaks.
+
+    Products of many tokens reach as much of what the tool reaches as those of ``reference``, which the same tool
+    measured; products of few tokens stream their weights. Both factors apply to all operators.
+    """
+    dense = max(piece.flop for piece in reference.ops["dense"].pieces) * _H200_SHARE / board.flop_share
+    compute = rounded(dense / max(piece.flop for piece in relative.ops["dense"].pieces))
+    memory = rounded(1.0 / board.byte_share / max(piece.byte for piece in relative.ops["dense"].pieces))
+    ops = {op_name: _with_shares(op, compute, memory, board.relative) for op_name, op in relative.ops.items()}
+    ops["dense"] = replace(ops["dense"], note=board.reason)
+    reason = f"{board.reason}. Bytes take {memory:.3g} times {board.relative}'s share."
+    return Architecture(name=name, ops=ops, compute_factor=compute, reason=reason)
+
+
+def _with_shares(op: OpEfficiency, compute: float, memory: float, relative: str) -> OpEfficiency:
+    pieces = tuple(
+        replace(
+            piece,
+            flop=rounded(piece.flop * compute),
+            byte=rounded(piece.byte * memory),
+            token_bytes=rounded(piece.token_bytes * memory),
+            head_bytes=rounded(piece.head_bytes * memory),
+        )
+        for piece in op.pieces
+    )
+    return replace(borrowed(op), pieces=pieces, origin=f"{op.origin}; scaled from {relative}")
 
 
 def _relative_pieces(op: Op, pieces: Sequence[Coefficients]) -> tuple[RelativePiece, ...]:

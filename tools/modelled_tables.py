@@ -137,9 +137,10 @@ class Pair:
 
 
 def modelled_tables(
-    efficiencies: Efficiencies, pairs: Sequence[Pair], folder: Path
+    efficiencies: Efficiencies, pairs: Sequence[Pair], folder: Path, relatives: Mapping[str, str]
 ) -> Iterator[tuple[str, Sequence[str], Rows]]:
-    """Yield name, headings and rows of every table."""
+    """Yield name, headings and rows of every table. ``relatives`` has those of architectures with operators of their
+    own that were not measured."""
     measured = [arch for arch in efficiencies.architectures.values() if arch.relative is None]
     rows = [_row(op_name, arch.name, op) for arch in measured for op_name, op in arch.ops.items()]
     rows += [_row(name, "any", op) for name, op in efficiencies.links.items()]
@@ -161,9 +162,9 @@ def modelled_tables(
         "modelled relatives",
         ("architecture", "relative", "FLOPs take", "why"),
         (
-            (arch.name, arch.relative, f"{arch.compute_factor:.3g}x", arch.reason)
+            (arch.name, relative, f"{arch.compute_factor:.3g}x", arch.reason)
             for arch in efficiencies.architectures.values()
-            if arch.relative is not None
+            if (relative := arch.relative or relatives.get(arch.name)) is not None
         ),
     )
     yield (

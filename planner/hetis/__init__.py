@@ -7,7 +7,7 @@
 
 Everything named here is imported on first use: importing `hetis` loads nothing but this module, so that agents and
 engines, which use packages inside it, need none of the planner's libraries. `hetis` is spread over several folders
-of the source tree (and is one folder in an installation), which is why it looks for the others.
+of the source tree (and is one folder in an installation), so this module searches for the others.
 """
 
 from __future__ import annotations

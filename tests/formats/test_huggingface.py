@@ -137,6 +137,7 @@ def quark(*scales: object, **weight: object) -> dict[str, object]:
         ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, 0.5625, "nvfp4"),
         ({"quant_method": "modelopt_fp4", "quant_algo": "NVFP4"}, 0.5625, "nvfp4"),
         ({"quant_method": "ModelOpt", "quantization": {"quant_algo": "FP8"}}, 1.0, "fp8"),
+        ({"producer": {"name": "modelopt", "version": "0.31.0"}, "quant_algo": "FP8"}, 1.0, "fp8"),
         ({"quant_method": "mxfp8", "ignored_layers": ["lm_head"]}, 1.0, "fp8"),
         (quark(dtype="fp8_e4m3", qscheme="per_tensor"), 1.0, "fp8"),
         (quark({"dtype": "fp4", "group_size": 16}, {"dtype": "fp8_e4m3"}), 0.5625, "nvfp4"),
@@ -522,6 +523,16 @@ def test_an_unsupported_architecture_lists_the_supported_ones(tmp_path: Path) ->
         load_model(tmp_path)
     assert "architecture 'BertModel' is not supported" in str(caught.value)
     assert "MixtralForCausalLM" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["Phi3ForCausalLM", "MiMoForCausalLM", "Step3p7FlashForCausalLM"])
+def test_another_library_s_model_is_not_taken_for_one_of_a_like_name(tmp_path: Path, name: str) -> None:
+    """Phi-3 has three matrices in its MLP, Phi two: who took the hint would plan Phi-4 with a quarter fewer weights."""
+    config = {"architectures": [name], "model_type": name.removesuffix("ForCausalLM").lower()}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(DocumentError) as caught:
+        load_model(tmp_path)
+    assert f"architecture '{name}' is not supported; supported: Llama" in str(caught.value)
 
 
 def test_the_model_type_stands_in_for_missing_architectures(tmp_path: Path) -> None:

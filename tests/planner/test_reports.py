@@ -99,6 +99,23 @@ def test_explain_names_the_devices_of_every_stage_and_its_workers() -> None:
     ]  # fmt: skip
 
 
+def test_explain_names_the_devices_of_a_few_equal_replicas_and_wide_those_of_all() -> None:
+    replica = plans.paper_replica()
+    first = replace(replica.stages[0], devices=("n0/0",))
+    many = [replace(replica, stages=(replace(first, devices=(f"n{i}/0",)),), attention_workers=()) for i in range(20)]
+    plan = replace(plans.plan(replica), replicas=tuple(many))
+    explanation = plans.explanation(plan)
+    shown, wide = (
+        text_of(render_explanation(plan, explanation)),
+        text_of(render_explanation(plan, explanation, wide=True)),
+    )
+    assert "n11/0" in shown
+    assert "n12/0" not in shown
+    assert "… and those of 8 more replicas (-o wide has all)" in shown
+    assert "n19/0" in wide
+    assert "more replicas" not in wide
+
+
 def test_at_80_columns_names_in_legends_and_shapes_stay_whole() -> None:
     plan = PLANS["paper"]
     assert " - other" in text_of(render_explanation(plan, plans.explanation(plan))), "glyph and name on one line"

@@ -19,6 +19,7 @@ CAPABILITIES: Mapping[str, float] = {
     "Turing": 7.5,
     "Ampere": 8.0,
     "Ada": 8.9,
+    "Ada GeForce": 8.9,
     "Hopper": 9.0,
     "Blackwell": 10.0,
 }

@@ -174,7 +174,7 @@ def parse_cluster(data: Any, source: Text) -> Cluster:
 
 def cluster_to_data(cluster: Cluster, *, embed_gpu_types: bool = False) -> dict[str, Any]:
     """Return a cluster's document as plain data. Reading it again gives an equal cluster.
-    With ``embed_gpu_types`` it has every GPU type, and means the same under another catalogue.
+    With ``embed_gpu_types`` it contains every GPU type, and so means the same under another catalogue.
     """
     used = {slots.gpu for group in cluster.node_groups for slots in group.gpus}
     inline = {

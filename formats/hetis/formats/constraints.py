@@ -5,7 +5,7 @@ forbid  SELECTION            these GPUs are not used
         tp=N | workers       no stage has this TP size; none has attention workers
 pin     SELECTION[:use=N]    at least N of them are in use, 1 unless given
         SELECTION:as=DUTY    of the duties of its kind they have this one alone; `:use=N` may follow
-        replicas=N | N..M    so many replicas; either end may be left out
+        replicas=N | N..M    this number of replicas; either end may be left out
         usd=..N | gpus=..N   all GPUs of the plan together cost at most N USD/h, are at most N
 
 SELECTION  gpu=NODE/INDEX (forbid only), node=NODE, type=GPU, zone=ZONE
@@ -66,7 +66,7 @@ def read_constraints(
 
 
 def constraints_from_texts(texts: Iterable[str], cluster: Cluster) -> Constraints:
-    """Return the constraints that a plan file says it satisfies, written as options. Raises as `read_constraints`."""
+    """Return the constraints that a plan file states, written as options. Raises as `read_constraints`."""
     by_option: dict[str, list[str]] = {PIN: [], FORBID: []}
     problems = []
     for text in texts:
@@ -89,7 +89,7 @@ def _with_node_of(cluster: Cluster, constraint: Constraint) -> Constraint:
 
 
 def parse_forbid(text: str) -> tuple[Constraint, ...]:
-    """Return the constraint of one ``--forbid``. Raises ValueError, which says what is expected, if it is malformed."""
+    """Return the constraint of one ``--forbid``. Raises ValueError, naming what is expected, if it is malformed."""
     if text == "workers":
         return (WithoutWorkers(),)
     if text == "shared-experts":
@@ -106,7 +106,7 @@ def parse_forbid(text: str) -> tuple[Constraint, ...]:
 
 
 def parse_pin(text: str) -> tuple[Constraint, ...]:
-    """Return the constraints of one ``--pin``. Raises ValueError, which says what is expected, if it is malformed."""
+    """Return the constraints of one ``--pin``. Raises ValueError, naming what is expected, if it is malformed."""
     key, value, extras = _parts(text, ("as", "use"))
     if key == "replicas":
         if extras:

@@ -273,7 +273,7 @@ def _check_state(data: Mapping[str, Any]) -> Found:
 
 @dataclass(frozen=True, slots=True, kw_only=False)
 class _Stage:
-    """The intelligible part of the stage: its heads, and its devices by name with their places."""
+    """The valid part of the stage: its heads, and its devices by name with their places."""
 
     heads: HeadShape | None
     devices: dict[str, tuple[int, dict[str, Any]]]
@@ -410,7 +410,7 @@ def _total_blocks(device: dict[str, Any], num_layers: int | None, heads: HeadSha
 
 
 def _heads(data: Mapping[str, Any]) -> HeadShape | None:
-    """Return the heads, or None if they cannot be understood."""
+    """Return the heads, or None if they are invalid."""
     model, heads, dtype = data.get("model"), data.get("heads"), data.get("kv_dtype")
     block_tokens = count_of(data.get("block_tokens", 16))
     inline = None

@@ -44,7 +44,7 @@ Value = (
     | FleetTenants
 )  # fmt: skip
 
-_NOT_UTF_8 = re.compile("[\ud800-\udfff]")  # how Python holds them (os.fsdecode)
+_NOT_UTF_8 = re.compile("[\ud800-\udfff]")  # bytes that are not UTF-8, as Python represents them (os.fsdecode)
 
 _KINDS: dict[str, Kind[Any]] = {
     kind.name: kind

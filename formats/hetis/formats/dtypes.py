@@ -74,7 +74,7 @@ def with_weight_bytes(model: ModelSpec, weight_bytes: float) -> ModelSpec:
 
 @dataclass(frozen=True, slots=True)
 class Chosen:
-    """A choice of precision: ``everywhere``, except for the GPU types in ``on``. None: as it is."""
+    """A choice of precision: ``everywhere``, except for the GPU types in ``on``. None: unchanged."""
 
     everywhere: str | None = None
     on: Mapping[str, str] = field(default_factory=dict)
@@ -109,11 +109,11 @@ def with_precision(
 ) -> ModelSpec:  # fmt: skip
     """Return the same model with its layers' weights or its KV, but not its embeddings and LM head, in another
     precision: a choice of names in `PRECISIONS` and `KV_PRECISIONS`, or its text (`chosen_precision`). None changes
-    nothing. Raises ValueError if a text is no choice.
+    nothing. Raises ValueError if a text is not a choice.
     """
     of_weights, of_kv = _chosen(weights, PRECISIONS), _chosen(kv, KV_PRECISIONS)
     found = _in(model, of_weights.everywhere, of_kv.everywhere)
-    # A precision for all GPU types goes before one that the model's file has for some of them.
+    # A precision for all GPU types takes precedence over one that the model's file has for some of them.
     of_file = {one.gpu: _in(model.on(one.gpu), of_weights.everywhere, of_kv.everywhere) for one in model.precisions}
     of_types = {
         gpu: _in(of_file.get(gpu, found), of_weights.on.get(gpu), of_kv.on.get(gpu))
@@ -146,20 +146,20 @@ def _in(model: ModelSpec, weights: str | None, kv: str | None) -> ModelSpec:
 
 
 def weights_of(model: ModelSpec) -> str:
-    """Return the precision of the layers' weights, for people: its name, or the number of bytes if it has none."""
+    """Return the precision of the layers' weights for display: its name, or the number of bytes if it has none."""
     if model.weights:
         return model.weights
     return "bf16" if model.weight_bytes == 2 else f"{model.weight_bytes:.3g} bytes a parameter"
 
 
 def kv_of(model: ModelSpec) -> str:
-    """Return the precision of the KV cache, for people."""
+    """Return the precision of the KV cache for display."""
     names = {size: name for name, size in KV_PRECISIONS.items()} | {BYTES_PER_PARAMETER["nvfp4"]: "nvfp4"}
     return names.get(model.kv_bytes, f"{model.kv_bytes:g} bytes a number")
 
 
 def precision_of(model: ModelSpec) -> str:
-    """Return the precision of weights and KV, for people, with that of GPU types that have their own, and drafts."""
+    """Return the precision of weights and KV for display, with that of GPU types that have their own, and drafts."""
     usual = f"weights {weights_of(model)}, KV {kv_of(model)}"
     alike: dict[str, list[str]] = {}
     for one in model.precisions:

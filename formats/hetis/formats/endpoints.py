@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 Resolve = Callable[[str, int], Sequence[str]]
-# Metadata with which a planner begins an answer that may be long in coming: from a proxy alone it does not come.
+# Metadata with which a planner begins an answer that may take long; an answer from a proxy itself lacks it.
 STREAM_OPEN = ("hetis-stream", "open")
 _HOST = re.compile(r"[A-Za-z0-9][A-Za-z0-9.:_-]{0,252}")
 
@@ -25,7 +25,7 @@ class Endpoint:
     """One place where the service runs."""
 
     address: str  # ``host:port`` or ``unix:/path`` to connect to
-    # Expected in its certificate if the address is one of the records of a name. Empty: the address' own host.
+    # Name expected in its certificate if the address is a DNS record of that name. Empty: the address's own host.
     name: str = ""
 
 
@@ -39,7 +39,7 @@ def split_endpoints(text: str) -> tuple[str, ...]:
 
 
 def split_address(address: str, *, least_port: int = 1) -> tuple[str, int]:
-    """Return host, without brackets, and port, ``least_port`` to 65535. Raises ValueError if it is no ``host:port``."""
+    """Return host, without brackets, and port, ``least_port`` to 65535. Raises ValueError if it is malformed."""
     host, _, port = address.rpartition(":")
     if not host.strip("[]") or not (port.isascii() and port.isdigit()) or not least_port <= int(port) <= 65535:
         raise ValueError(f"{address!r} is no address, expected HOST:PORT")
@@ -124,7 +124,7 @@ class LeaderSearch:
 
     @property
     def present(self) -> Endpoint:
-        """The endpoint to ask next."""
+        """The endpoint to call next."""
         return self._present
 
     @property
@@ -147,7 +147,7 @@ class LeaderSearch:
                     self._present = found[0]
 
     def failed(self, endpoint: Endpoint, leader_address: str, tried: set[Endpoint]) -> bool:
-        """Note that a call of ``endpoint`` failed, and return whether another endpoint should be tried at once.
+        """Record that a call to ``endpoint`` failed, and return whether another endpoint should be tried at once.
 
         ``leader_address`` has the leader's addresses according to its answer, and is empty if it named none. ``tried``
         are the endpoints that have failed since the caller last waited; modified.
@@ -190,9 +190,9 @@ def metrics_body(url: str, *, timeout_s: float, max_bytes: int, opened: Opened) 
     """Return the body of a ``/metrics`` answer, or None if it is larger than ``max_bytes``.
 
     The time limit applies to the whole body, not to each read. Raises OSError, ValueError or http.client.HTTPException
-    if there is no answer, or none in time. Say which with `reason_of`.
+    if there is no answer, or none in time. `reason_of` describes the error.
     """
-    import urllib.request  # not above: workers only want addresses
+    import urllib.request  # not at the top: workers only need addresses
 
     ends_s = time.monotonic() + timeout_s
     request = urllib.request.Request(url, headers={"Accept": "text/plain; version=0.0.4"})
@@ -213,6 +213,6 @@ def reason_of(error: Exception) -> str:
     """Return why there was no answer."""
     import urllib.error
 
-    # urllib.error.URLError is an OSError whose reason says more than the error itself.
+    # urllib.error.URLError is an OSError whose reason is more specific than the error itself.
     reason = error.reason if isinstance(error, urllib.error.URLError) else error
     return str(reason) or type(reason).__name__

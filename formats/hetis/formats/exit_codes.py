@@ -1,4 +1,4 @@
-"""Exit codes that say what they mean."""
+"""Exit codes with their meanings."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ Check = Callable[[Mapping[str, Any]], Found]
 
 @dataclass(slots=True, kw_only=True)
 class ErrorLimit:
-    """The most errors that one validation collects. Later ones are skipped: nobody reads more, and each costs time."""
+    """The most errors that one validation collects. Later ones are skipped: each costs time, and few are read."""
 
     most_errors: int
     look_up: Callable[[], None]
@@ -297,8 +297,8 @@ def present(data: Mapping[str, Any]) -> dict[str, Any]:
 class Kind(Generic[ValueT]):
     """A kind of document."""
 
-    document: type[Document]  # its form, whose class is named after the kind
-    value: type[ValueT]  # what it stands for
+    document: type[Document]  # form of the document; the class is named after the kind
+    value: type[ValueT]  # the value that it represents
     # Returns the value of plain data, or raises `DocumentError` with every problem
     parse: Callable[[Any, Text], ValueT]
     # Returns a value's document as plain data; reading it again gives an equal value

@@ -17,7 +17,7 @@ from typing import Any
 
 from hetis.formats.errors import DocumentError, single_problem
 
-MAX_BYTES = 64 * 2**20  # per document
+MAX_BYTES = 64 * 2**20  # limit per document
 
 
 def file_label(path: str | os.PathLike[str]) -> str:
@@ -74,7 +74,7 @@ def unpacked(raw: bytes, label: str, *, most: int) -> bytes:
 
 
 def decoded(raw: bytes, label: str) -> str:
-    """Return UTF-8 text without a byte order mark. Raises DocumentError if it is none."""
+    """Return UTF-8 text without a byte order mark. Raises DocumentError if it is not UTF-8."""
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:

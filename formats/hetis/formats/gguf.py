@@ -23,7 +23,7 @@ from hetis.solver.model import ModelSpec
 MAX_HEAD = 256 * 2**20  # bytes; the header with a vocabulary of 250,000 words has 10 MB
 MAX_ENTRIES = 100_000
 MAX_TENSORS = 100_000
-MAX_ELEMENTS = 4_000_000  # per array; vocabularies have up to 300,000
+MAX_ELEMENTS = 4_000_000  # limit per array; vocabularies have up to 300,000
 MAX_KEY = 65_535
 MAX_TEXT = 2**24
 

@@ -30,10 +30,10 @@ from hetis.solver.errors import InvalidProblemError
 from hetis.solver.model import AttentionKind, IndexerShape, LinearShape, MlaShape, ModelSpec, MoeShape
 
 _SUPPORTED = "fp8, mxfp4, mxfp8, bitsandbytes, modelopt, quark, awq, gptq, compressed-tensors of 4 or 8 bits"
-_QUANTISATION_FILE = "hf_quant_config.json"  # where ModelOpt's older checkpoints say how they are quantised
+_QUANTISATION_FILE = "hf_quant_config.json"  # where ModelOpt's older checkpoints state how they are quantised
 
 
-# What vLLM takes of the KV scheme of compressed-tensors (`validate_kv_cache_scheme`).
+# What vLLM accepts in the KV scheme of compressed-tensors (`validate_kv_cache_scheme`).
 _KV_SCHEME: Mapping[str, tuple[object, ...]] = {
     "type": ("float",),
     "num_bits": (8,),
@@ -44,13 +44,13 @@ _KV_SCHEME: Mapping[str, tuple[object, ...]] = {
 
 def model_from_config(data: dict[str, Any], source: Text, *, name: str, folder: Path | None = None) -> ModelSpec:
     """Return the model of a ``config.json``. Raises DocumentError if the architecture is not supported (it lists those
-    that are, or says what is not modelled), or fields are missing or impossible.
+    that are, or states what is not modelled), or fields are missing or impossible.
 
     Args:
         data: the parsed config.
         source: its text, for positions.
-        name: of the model, if the config has no ``_name_or_path``.
-        folder: where the checkpoint is. A file there may say how it is quantised, if the config does not.
+        name: name of the model, if the config has no ``_name_or_path``.
+        folder: where the checkpoint is. A file there may state how it is quantised, if the config does not.
     """
     architecture = _architecture(data, source)
     config = _config(data, source, architecture)
@@ -82,7 +82,7 @@ def _config(data: dict[str, Any], source: Text, architecture: str) -> Config:
     if not isinstance(text, dict):
         problem = source.problem(("text_config",), f"is {shown(text)}, must be a mapping")
         raise DocumentError([*source.problems, problem])
-    # The whole config says how checkpoints of a vision model are quantised, and what their embeddings share.
+    # The whole config of a vision model states how its checkpoint is quantised, and whether its embeddings are tied.
     shared = ("quantization_config", "tie_word_embeddings")
     whole = {name: data[name] for name in shared if name in data} | text
     return Config(whole, source, list(source.problems), ("text_config",), whole_data=data)
@@ -98,7 +98,9 @@ def _architecture(data: dict[str, Any], source: Text) -> str:
     if isinstance(name, str) and name in NOT_MODELLED:
         what = f"architecture {shown(name)} has {NOT_MODELLED[name]}, which is not modelled yet"
         raise DocumentError([source.problem(path, what)])
-    hint = did_you_mean(name, FAMILIES) if isinstance(name, str) else ""
+    # A type of model that is not ours is no slip of the pen: Phi-3 is unlike Phi, whatever its name is like.
+    is_other = data.get("model_type") is not None and data["model_type"] not in MODEL_TYPES
+    hint = did_you_mean(name, FAMILIES) if isinstance(name, str) and not is_other else ""
     what = f"architecture {shown(name)} is not supported{hint}; supported: {', '.join(FAMILIES)}"
     raise DocumentError([source.problem(path, what)])
 
@@ -106,7 +108,7 @@ def _architecture(data: dict[str, Any], source: Text) -> str:
 def _dtype(config: Config, quantised: str | None) -> str:
     """Return the formats of activations and weights; see `hetis.formats.dtypes`.
 
-    What is stored in 32 bits counts as 16, as engines load it so unless told otherwise: vLLM 0.32 in
+    Weights stored in 32 bits count as 16, since engines load them so by default: vLLM 0.32 in
     ``_resolve_auto_dtype`` (vllm/config/model.py), SGLang in ``_get_and_verify_dtype`` (srt/configs/model_config.py).
     """
     stated = config.data.get("torch_dtype") or config.data.get("dtype") or "bfloat16"
@@ -120,7 +122,7 @@ def _dtype(config: Config, quantised: str | None) -> str:
 
 
 def _quantisation(config: Config, folder: Path | None) -> Config | None:
-    """Return what says how weights are quantised, or None if nothing does, or nothing readable."""
+    """Return the part that states how weights are quantised, or None if there is none, or none that is readable."""
     if (found := config.data.get("quantization_config")) is not None:
         source, at = config.source, (*config.at, "quantization_config")
     elif folder is not None and (beside := folder / _QUANTISATION_FILE).is_file():
@@ -138,8 +140,12 @@ def _quantisation(config: Config, folder: Path | None) -> Config | None:
 
 
 def _in_one_form(quantisation: dict[str, Any]) -> dict[str, Any]:
-    """Return what ModelOpt writes under any of its names, or one level deeper, as if it were not; vLLM reads all."""
-    if not str(quantisation.get("quant_method", "")).lower().startswith("modelopt"):
+    """Return a quantisation by ModelOpt, whatever name and nesting it has, in one form; vLLM reads all of them.
+
+    Older versions state no method, but which tool produced the checkpoint.
+    """
+    method = quantisation.get("quant_method") or mapping(quantisation.get("producer")).get("name")
+    if not str(method).lower().startswith("modelopt"):
         return quantisation
     return {**quantisation, **mapping(quantisation.get("quantization")), "quant_method": "modelopt"}
 
@@ -147,7 +153,7 @@ def _in_one_form(quantisation: dict[str, Any]) -> dict[str, Any]:
 def _quantised(config: Config, model: ModelSpec | None, linear_modules: Mapping[str, int]) -> str | None:
     """Return the precision of quantised weights, a name in `dtypes.PRECISIONS`, or None if they are not quantised.
 
-    ``model`` and the matrices of its linear attention tell what most weights are where groups of them differ.
+    ``model`` and the matrices of its linear attention determine what most weights are if groups of them differ.
     """
     if config.quantisation is None:
         return None
@@ -205,8 +211,8 @@ def _of_groups(quantisation: Config, model: ModelSpec | None, linear_modules: Ma
 def _stated_kv_bytes(quantisation: Config | None, *, is_latent: bool) -> float | None:
     """Return the bytes of an element of the quantised KV cache that a checkpoint states; None: it states none.
 
-    It is read as vLLM 0.32 does (`resolve_kv_cache_dtype_string` in vllm/utils/torch_utils.py), which ignores what it
-    does not know of ModelOpt, and does not apply the scheme of compressed-tensors to latent attention.
+    It is read as vLLM 0.32 does (`resolve_kv_cache_dtype_string` in vllm/utils/torch_utils.py), which ignores unknown
+    values of ModelOpt's, and does not apply the scheme of compressed-tensors to latent attention.
     """
     data = {} if quantisation is None else quantisation.data
     method, scheme = str(data.get("quant_method", "")).lower(), data.get("kv_cache_scheme")
@@ -524,11 +530,11 @@ def _gemma3(config: Config, name: str) -> ModelSpec | None:
 
 
 def _vision_params(config: Config, *, projection: int, gated: bool = False) -> int:
-    """Return the parameters of a vision tower: patches, transformer layers, and what brings them to the text model.
+    """Return the parameters of a vision tower: patches, transformer layers, and the projection to the text model.
 
     Args:
-        config: whose ``vision_config`` describes the tower; without one there are none.
-        projection: parameters of a linear projection per unit of the tower's width, if the config says no more.
+        config: has a ``vision_config`` that describes the tower; without one there are no parameters.
+        projection: parameters of a linear projection per unit of the tower's width, if the config states no other.
         gated: the tower's MLP has three matrices.
     """
     vision = config.part("vision_config")
@@ -595,8 +601,8 @@ def _deepseek_sparse(config: Config, name: str) -> ModelSpec | None:
 def _llama4(config: Config, name: str) -> ModelSpec | None:
     """Read Llama 4: chunked attention in three of four layers, and experts in all layers or every second one.
 
-    A query attends to the tokens of its own chunk, which are a window at most: so they are counted. vLLM (0.32) keeps
-    the KV of all tokens, because chunks switch its hybrid KV cache manager off.
+    A query attends to the tokens of its own chunk, which are at most a window, and are counted as one. vLLM (0.32)
+    keeps the KV of all tokens, because chunks switch its hybrid KV cache manager off.
     """
     common = _common(config, name, head_dim=128)
     every, num_layers = config.whole("interleave_moe_layer_step", 1), common["num_layers"]

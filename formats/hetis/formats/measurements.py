@@ -25,8 +25,8 @@ from hetis.formats.files import MAX_BYTES, decoded, file_label, read_bytes, unpa
 from hetis.formats.positions import Text
 from hetis.solver.errors import InvalidProblemError
 
-MAX_ROWS = 2_000_000  # per table
-MAX_SECONDS = 600.0  # per call or request; no valid measurement takes this long
+MAX_ROWS = 2_000_000  # limit per table
+MAX_SECONDS = 600.0  # limit per call or request; no valid measurement takes this long
 MAX_COUNT = 2**53  # beyond it a double is no longer exact
 Column = NDArray[np.float64] | NDArray[np.str_]
 
@@ -91,7 +91,7 @@ class MeasuredBy(DocumentPart):
     """The measuring tool and its environment. Fields are empty if the source does not say."""
 
     tool: str  # what called the kernels: ``hetis-profile 0.1.0``, ``aiconfigurator-core 0.12.0``
-    engine: str = ""  # whose kernels: ``vLLM``, ``torch``
+    engine: str = ""  # engine whose kernels were called: ``vLLM``, ``torch``
     engine_version: str = ""
     source: str = ""  # files or an address from which the figures were read
     licence: str = ""
@@ -144,7 +144,7 @@ class Table:
 class Measurements:
     """The whole content of one file."""
 
-    gpu: str  # as in the GPU catalogue
+    gpu: str  # name in the GPU catalogue
     provenance: MeasuredBy
     tables: tuple[Table, ...]
     notes: tuple[str, ...] = field(default=())

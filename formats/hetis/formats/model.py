@@ -150,7 +150,7 @@ class ModelSpecDocument(Document):
     precisions: dict[str, PrecisionPart] = Field(default_factory=dict, max_length=100)
 
 
-# What is written of a model: these fields, those that differ from the default, and the shapes that it has.
+# A model is written with these fields, those that differ from the default, and the shapes that it has.
 _ALWAYS = (
     *("name", "num_layers", "hidden", "intermediate", "q_heads", "kv_heads", "head_dim", "vocab", "attention"),
     *("weight_bytes", "kv_bytes", "activation_bytes", "embedding_bytes"),
@@ -220,7 +220,7 @@ def _to_model(document: ModelSpecDocument) -> ModelSpec:
     if document.sliding_window is not None and document.sliding_window_every > 1 and document.sliding_layers is None:
         changes["sliding_layers"] = -(-document.num_layers // document.sliding_window_every)
         if "windows_free_kv" not in document.model_fields_set:
-            changes["windows_free_kv"] = False  # as their plans have counted, which may have attention workers
+            changes["windows_free_kv"] = False  # as plans from these files assume, which may have attention workers
     base = dtypes.base_bytes(document.dtype)
     for name in ("activation_bytes", "embedding_bytes"):
         changes[name] = getattr(document, name) or base

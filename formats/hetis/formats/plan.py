@@ -158,7 +158,7 @@ def _check(data: Mapping[str, Any]) -> Found:
     # Batches or chunks of 0 are only valid for roles without them.
     for i, replica in entries(data.get("replicas")):
         role = replica.get("role", "unified")
-        if replica.get("stages") == []:  # nothing that reads a plan could tell what such a replica holds, or where
+        if replica.get("stages") == []:  # no reader of a plan could tell what such a replica holds, or where
             yield ("replicas", i, "stages"), "is empty, must have at least 1 stage"
         yield from _check_pools(replica, i)
         for name, lacks_it in (("micro_batch", "prefill"), ("chunk_tokens", "decode")):

@@ -18,8 +18,8 @@ import yaml
 
 from hetis.formats.errors import MAX_SHOWN, DocumentError, Problem, single_problem
 
-MAX_DEPTH = 64  # nesting, aliases expanded
-MAX_NODES = 1_000_000  # values in a document, aliases expanded
+MAX_DEPTH = 64  # levels of nesting, with aliases expanded
+MAX_NODES = 1_000_000  # values in a document, with aliases expanded
 _MOST_EXPLAINED = 65_536  # characters that the pure Python parser reads to explain an error: it takes 50 times as long
 _EVENTS_PER_LOOK = 1024
 
@@ -300,7 +300,7 @@ class _Composer:
 
 
 def _events(text: str, file: str) -> Iterator[Any]:
-    """Yield the events of the fast parser. If it fails, the pure Python one says why, in the same words everywhere."""
+    """Yield the events of the fast parser. If it fails, the pure Python one explains why, always in the same words."""
     try:
         if hasattr(yaml, "CSafeLoader"):
             try:

@@ -18,31 +18,32 @@ from hetis.formats.errors import shown
 from hetis.formats.fields import listed, mapping
 from hetis.solver.model import ModelSpec
 
-# What formats call the modules that they leave in 16 bits.
+# Keys under which formats list the modules that they leave in 16 bits.
 _UNQUANTISED_KEYS = ("ignore", "exclude", "exclude_modules", "modules_to_not_convert", "ignored_layers")
 _PREFIXES = ("model.", "model.language_model.", "language_model.model.")
 MODELOPT = {"FP8": "fp8", "FP8_PER_CHANNEL_PER_TOKEN": "fp8", "FP8_PB_WO": "fp8", "MXFP8": "fp8"}
-MODELOPT |= {"NVFP4": "nvfp4", "W4A16_NVFP4": "nvfp4"}  # quantisation algorithms that vLLM 0.32 has
-# Types of weights of AMD's Quark that vLLM 0.32 has (quark/quark.py) and the cost model knows; fp4 goes by its scales.
+MODELOPT |= {"NVFP4": "nvfp4", "W4A16_NVFP4": "nvfp4"}  # quantisation algorithms that vLLM 0.32 supports
+# Types of weights of AMD's Quark that vLLM 0.32 supports (quark/quark.py) and the cost model knows; fp4 goes by its
+# scales.
 QUARK = {"fp8_e4m3": "fp8", "int8": "int8", "int4": "int4", "uint4": "int4"}
 # Weights of a group of compressed-tensors: their number of bits, and whether they are floats.
 _COMPRESSED = {(4, True): "nvfp4", (8, True): "fp8", (4, False): "int4", (8, False): "int8"}
-_CLASS = "Linear"  # of all matrices of a layer, as targets of compressed-tensors name it
-# Matrices of linear attention that Qwen3-Next has in one.
+_CLASS = "Linear"  # class of all matrices of a layer, as targets of compressed-tensors name it
+# Matrices of linear attention that Qwen3-Next joins into one.
 _JOINED = {
     "in_proj_qkv": "in_proj_qkvz",
     "in_proj_z": "in_proj_qkvz",
     "in_proj_a": "in_proj_ba",
     "in_proj_b": "in_proj_ba",
 }
-_MOST_LAYERS = 10_000  # whose modules are looked at one by one; no model has so many
-_MOST_PATTERNS = 1000  # of modules left in 16 bits, each of which is tried with every module; with more, all count so
-_MOST_WILDCARDS = 4  # of a regular expression; more could take very long to match
+_MOST_LAYERS = 10_000  # limit for examining every layer's modules; no model has so many layers
+_MOST_PATTERNS = 1000  # patterns of modules left in 16 bits, each tried on every module; with more, all modules do
+_MOST_WILDCARDS = 4  # limit per regular expression; more could take very long to match
 _NESTED = re.compile(r"[*+}]\)?[*+{]")
 
 
 T = TypeVar("T")
-Stated = Callable[[str], T | None]  # the format of a module, or its bytes per parameter, by name; None: nothing is said
+Stated = Callable[[str], T | None]  # the format of a module, or its bytes per parameter, by name; None: not stated
 
 
 class _Module(NamedTuple):
@@ -87,7 +88,7 @@ def _quark_format(weight: Any) -> str | None:
 
 
 class Group(NamedTuple):
-    """A group of modules of compressed-tensors: what it is called, which modules it has, and their precision."""
+    """A group of modules of compressed-tensors: its name, its modules, and their precision."""
 
     name: str
     targets: tuple[str, ...]
@@ -124,8 +125,8 @@ def compressed_precision(
 ) -> str | None:  # fmt: skip
     """Return the precision that most parameters outside of attention have in a checkpoint of compressed-tensors.
 
-    As of ModelOpt's mixed form: the MLP has most of a layer. That of attention if nothing else is quantised; None if no
-    matrix of the layers is.
+    As with ModelOpt's mixed form, that of the MLP counts, which has most of a layer; that of attention if nothing else
+    is quantised; None if no matrix of the layers is.
     """
     groups = compressed_groups(data)
     if model.num_layers > _MOST_LAYERS:
@@ -168,8 +169,8 @@ def layer_weight_bytes(
 
 
 def _in_order(data: Mapping[str, Any], usual: float, base: float) -> tuple[tuple[Stated[float], ...], float]:
-    """Return what a checkpoint says of modules by name, the first that says anything of one counts; and the bytes of
-    those of which nothing is said.
+    """Return the statements of a checkpoint about modules, of which the first about a module counts, and the bytes of
+    modules without any.
     """
     if _mixed(data):
         return (_stated_format(data),), base
@@ -181,7 +182,7 @@ def _in_order(data: Mapping[str, Any], usual: float, base: float) -> tuple[tuple
 
 
 def _first(stated: Sequence[Stated[T]], layer: int, module: _Module) -> T | None:
-    """Return what is first stated of a layer's module, by any of its possible names."""
+    """Return the first statement about a layer's module under any of its possible names."""
     names = [f"{prefix}layers.{layer}.{name}" for prefix in _PREFIXES for name in module.names]
     return next((found for each in stated for found in map(each, names) if found is not None), None)
 
@@ -268,13 +269,13 @@ def _group_precisions(groups: Sequence[Group]) -> tuple[Stated[str], str | None]
 
 
 def _stated_format(data: Mapping[str, Any]) -> Stated[float]:
-    """Return what a checkpoint that lists the format of each module says of one."""
+    """Return what a checkpoint states about a module if it lists the format of each."""
     formats = {name: MODELOPT.get(_algorithm(entry)) for name, entry in _mixed(data).items()}
     return {name: dtypes.BYTES_PER_PARAMETER[found] for name, found in formats.items() if found is not None}.get
 
 
 def _ignored(data: Mapping[str, Any], base: T) -> Stated[T]:
-    """Return what a checkpoint that lists the modules it does not quantise says of one: ``base``, or nothing."""
+    """Return what a checkpoint states about a module if it lists the unquantised ones: ``base`` for these, or None."""
     entries = [entry for key in _UNQUANTISED_KEYS for entry in listed(data.get(key)) if isinstance(entry, str)]
     patterns = [entry.removeprefix("re:") for entry in entries if entry.startswith("re:")]
     patterns += [key.removeprefix("-:") for key in mapping(data.get("dynamic")) if key.startswith("-:")]
@@ -296,7 +297,7 @@ def _ignored(data: Mapping[str, Any], base: T) -> Stated[T]:
 
 
 def _expression(pattern: str) -> re.Pattern[str] | None:
-    """Return a regular expression, or None if it is none, or could take very long to match."""
+    """Return a regular expression, or None if it is invalid, or could take very long to match."""
     if sum(map(pattern.count, "*+{")) > _MOST_WILDCARDS or _NESTED.search(pattern):
         return None
     try:

@@ -1,4 +1,4 @@
-"""The content of a DispatchState file as a value: a stage as people describe it, and the solver's view of it.
+"""The content of a DispatchState file as a value: a stage as users describe it, and the solver's view of it.
 
 The solver only knows seconds per head and per byte. A file may name a GPU type instead, whose costs come from a
 profile; `SavedState.snapshot` takes them as an argument, so that this package needs no profiles.
@@ -28,7 +28,7 @@ class InlineHeads:
     groups: int
     queries_per_group: int
     head_dim: int | None = None
-    kv_bytes_per_token: float = 0.0  # of one head group in one layer
+    kv_bytes_per_token: float = 0.0  # bytes of one head group in one layer
     exchange_bytes_per_head: float = 0.0
 
 
@@ -101,7 +101,7 @@ class SavedDevice:
     total_blocks: int  # KV blocks per layer; for the primary, on all its GPUs together
     status: DeviceStatus = DeviceStatus.OK  # whether it takes head groups
     high_water: float = 0.9  # share of the blocks in use above which head groups should leave
-    changed: bool = False  # it joined, came back, was lost or changed its speed since the last check by re-dispatch
+    changed: bool = False  # whether it joined, came back, was lost or changed speed since re-dispatch last checked
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,7 +126,7 @@ class SavedState:
     num_layers: int
     devices: tuple[SavedDevice, ...]
     requests: tuple[SavedRequest, ...] = ()
-    moves: tuple[PreparedMove, ...] = ()  # between positions in ``devices``
+    moves: tuple[PreparedMove, ...] = ()  # moves between positions in ``devices``
     heads: HeadShape = field(init=False, compare=False)
 
     def __post_init__(self) -> None:

@@ -27,14 +27,14 @@ COLUMNS = ("arrival_s", "prompt_tokens", "output_tokens")
 class TraceForm:
     """A form of trace."""
 
-    name: str  # for people
+    name: str  # display name
     fields: tuple[str, ...]  # names of arrival, prompt and output; ``a.b`` is field b of the object in field a
     seconds: Callable[[str], float]  # converts an arrival from its text to seconds
     _: KW_ONLY
     is_absolute: bool = False  # arrivals are points in time, and are counted from the first one
     failed_without_output: bool = False  # rows without output are failed requests, and are left out
     has_times: bool = True  # whether it contains arrival times
-    # Whether a row, judging by all its fields, is a request that failed or was a warm-up
+    # Whether a row, judging by all its fields, is a failed request or a warm-up
     leaves_out: Callable[[Mapping[str, object]], bool] | None = None
     source: str  # where the form is described
 
@@ -44,7 +44,9 @@ class TraceForm:
 
 
 def _timestamp(text: str) -> float:
-    """Return the seconds since 1970 of ``2023-11-16 18:15:46.6805900``, in UTC unless it says so. Raises ValueError."""
+    """Return the seconds since 1970 of ``2023-11-16 18:15:46.6805900``, in UTC unless it has an offset. Raises
+    ValueError.
+    """
     moment, dot, fraction = text.partition(".")
     digits = fraction[: len(fraction) - len(fraction.lstrip("0123456789"))]
     found = datetime.fromisoformat(moment + fraction[len(digits) :])
@@ -126,7 +128,7 @@ def values_of(place: int | str, form: TraceForm, fields: Mapping[str, object]) -
 
 
 def unknown_form(label: str, place: int | str, one: str, many: str, found: Sequence[str]) -> DocumentError:
-    """Return the error for a file in no known form: what it lacks of ours, what it has, and the known forms."""
+    """Return the error for a file in no known form: what it lacks of our form, what it has, and the known forms."""
     missing = ", ".join(column for column in OURS.fields if column not in found)
     has = ", ".join(name[:40] for name in found[:_MOST_SHOWN]) + (", ..." if len(found) > _MOST_SHOWN else "")
     message = f"{one} {missing} is missing; the file has the {many} {has}; known forms: {expected()}"
@@ -234,7 +236,7 @@ def _turns(item: dict[str, Any]) -> list[Any] | None:
 
 
 def _conversation_rows(index: int, turns: list[Any], count: CountTokens) -> Iterator[Row]:
-    """Yield a request for every answer. Its prompt is everything that was said before."""
+    """Yield a request for every answer. Its prompt consists of all earlier turns."""
     before = 0
     for number, turn in enumerate(turns):
         if not isinstance(turn, dict):
@@ -304,7 +306,7 @@ def rows_of(label: str, count: CountTokens | None = None) -> Iterator[Row]:
 
 
 def opened(label: str) -> IO[str]:
-    """Open a trace as text, decompressed if its name says so."""
+    """Open a trace as text, decompressed if its name ends in ``.gz``."""
     if label.endswith(".gz"):
         return gzip.open(label, "rt", encoding="utf-8-sig", newline="")
     return open(label, encoding="utf-8-sig", newline="")

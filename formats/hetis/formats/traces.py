@@ -38,7 +38,7 @@ from hetis.formats.trace_forms import (
 )
 from hetis.solver.workload import LengthBin, Workload
 
-MAX_TOKENS = 10_000_000  # per prompt or output
+MAX_TOKENS = 10_000_000  # limit per prompt or output
 MAX_ROWS = 20_000_000
 MAX_BINS = 4096
 MAX_PROBLEMS = 20
@@ -54,7 +54,7 @@ class Trace:
     ``arrival_s`` counts from the source's own start, or from the first request if the source has absolute times.
     Lengths are in tokens, as in the file (not clipped). ``form`` is the form it was read from, and ``has_times``
     whether that contains arrival times; if not, all requests arrive together. ``prefix_share`` is the share of each
-    prompt that is in the prefix cache when the request arrives; None: nothing is.
+    prompt that is in the prefix cache when the request arrives; None: none is.
     """
 
     name: str
@@ -93,7 +93,7 @@ def read_trace(
     Args:
         path: a file in any form of `trace_forms`: ``.csv``, ``.jsonl``, ``.json`` or ``.log``, followed by ``.gz`` if
             it is compressed.
-        name: of the trace; default: the file's name without its suffixes.
+        name: name of the trace; default: the file's name without its suffixes.
         count: counts the tokens of a text, for conversations. None: those are refused.
         prefix_hit_rate: share of every prompt that is in the prefix cache, below 1; or counted, see `PrefixHitRate`.
     """
@@ -250,7 +250,7 @@ def _split(p: FloatArray, o: FloatArray, w: FloatArray, max_bins: int) -> list[n
     return [group for _, _, group, _ in heap]
 
 
-BLOCK_TOKENS = 512  # of Mooncake's traces, FAST25-release/traces
+BLOCK_TOKENS = 512  # block size of Mooncake's traces, FAST25-release/traces
 FIELD = "hash_ids"
 
 

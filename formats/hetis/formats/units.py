@@ -33,8 +33,8 @@ _RATE_NAMES = ("Gbps", "GB/s", "Mbps", "MB/s", "TB/s", "GiB/s", "B/s")
 
 
 def parse_bytes(text: str) -> int:
-    """Return the bytes of ``80GiB``, ``80GB`` or ``1024B``, rounded to whole bytes. Raises ValueError if it is no
-    number with a unit of bytes, negative, or too large for 64 bits.
+    """Return the bytes of ``80GiB``, ``80GB`` or ``1024B``, rounded to whole bytes. Raises ValueError if it is not
+    a number with a unit of bytes, negative, or too large for 64 bits.
     """
     size = round(_parse(text, BYTE_UNITS, "a size"))
     if size >= 2**63:
@@ -49,7 +49,7 @@ def parse_bandwidth(text: str) -> float:
 
 def parse_seconds_per_byte(text: str) -> float:
     """Return the seconds per byte at a bandwidth such as ``25Gbps``: its inverse, rounded once. Raises ValueError if
-    it is no number with a unit of bandwidth, or not above zero.
+    it is not a number with a unit of bandwidth, or not above zero.
     """
     bandwidth = _parse(text, BANDWIDTH_UNITS, "a bandwidth")
     if not bandwidth:
@@ -59,19 +59,19 @@ def parse_seconds_per_byte(text: str) -> float:
 
 def parse_duration(text: str, *, bare: bool = True) -> float:
     """Return the seconds of ``20us``, ``50ms``, ``2s``, ``5min``, ``1h``. A plain number is seconds unless ``bare`` is
-    False. Raises ValueError if it is no number with a unit of time, or negative.
+    False. Raises ValueError if it is not a number with a unit of time, or negative.
     """
     units = DURATION_UNITS | ({"": Fraction(1)} if bare else {})
     return _to_float(_parse(text, units, "a duration"), text)
 
 
 def parse_flops(text: str) -> float:
-    """Return the FLOP/s of ``312TFLOPS``. Raises ValueError if it is no number with a unit of FLOPS, or negative."""
+    """Return the FLOP/s of ``312TFLOPS``. Raises ValueError if it is not a number of FLOPS, or is negative."""
     return _to_float(_parse(text, FLOPS_UNITS, "a compute rate"), text)
 
 
 def parse_ratio(text: str) -> float:
-    """Return a ratio written as ``0.5%`` or ``0.005``. Raises ValueError if it is no number, or negative."""
+    """Return a ratio written as ``0.5%`` or ``0.005``. Raises ValueError if it is not a number, or is negative."""
     return _to_float(_parse(text, {"%": Fraction(1, 100), "": Fraction(1)}, "a ratio"), text)
 
 

@@ -6,7 +6,7 @@ the ids of prompts at INFO). Requests without a response are left out: they fail
 
 A server started with ``--enable-logging-iteration-details`` logs a line for every iteration: its requests and tokens,
 and the time that the engine waited for its result (``vllm/v1/metrics/loggers.py`` of 0.32). Older versions logged
-the same words without the engine's number and the use of its KV cache. What is not such a line is skipped.
+the same words without the engine's number and the use of its KV cache. All other lines are skipped.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any
 from hetis.formats.errors import single_problem
 from hetis.formats.files import file_label, readable
 
-MAX_LINE = 4_000  # characters that are looked at; all that we read comes early in a line
+MAX_LINE = 4_000  # characters that are examined; all that we read comes early in a line
 MAX_ITERATIONS = 200_000  # two hours at 36 ms; later ones are not read
 CPU_BLOCK_TOKENS = 128
 HOW = "vLLM logs its iterations with --enable-logging-iteration-details"
@@ -52,35 +52,35 @@ class LoggedIteration:
     """One line. A request is in its context phase until it has its first token, however many chunks that takes."""
 
     engine: int
-    index: int  # counted by the engine from its start
+    index: int  # number of the iteration, counted by the engine from its start
     context_requests: int
     context_tokens: int
     generation_requests: int
     generation_tokens: int
-    elapsed_s: float  # for which the engine waited for the result; what it does before and after is not in it
-    kv_ratio: float | None = None  # share of the KV cache in use after the iteration; None: the version does not say
-    clock_s: float | None = None  # of the line, in seconds of some year; None: it has no time
-    is_dummy: bool = False  # one of an idle data-parallel rank, which only keeps the others company
-    has_encoder: bool = False  # also encoded images or sound
-    after_compiling: bool = False  # a kernel was compiled since the line before
+    elapsed_s: float  # time that the engine waited for the result; its own work before and after is not included
+    kv_ratio: float | None = None  # share of the KV cache in use after the iteration; None: not stated
+    clock_s: float | None = None  # time of the line, in seconds of some year; None: it has no time
+    is_dummy: bool = False  # whether it is one of an idle data-parallel rank, which only keeps the others company
+    has_encoder: bool = False  # whether it also encoded images or sound
+    after_compiling: bool = False  # whether a kernel was compiled since the line before
 
 
 @dataclass(slots=True)
 class IterationLog:
-    """Facts of a log. None and empty: it states none; a log that begins later than its server lacks the settings."""
+    """The facts in a log. None and empty: not stated; a log that begins later than its server lacks the settings."""
 
     iterations: list[LoggedIteration] = field(default_factory=list)
-    kv_tokens: int | None = None  # that fit in the KV cache of one engine
+    kv_tokens: int | None = None  # tokens that fit in the KV cache of one engine
     version: str = ""
     tp: int | None = None
     pp: int | None = None
     block_tokens: int | None = None
     clock_step_s: float = 1.0  # resolution of the lines' times
-    is_cut: bool = False  # at `MAX_ITERATIONS`
+    is_cut: bool = False  # whether it was cut at `MAX_ITERATIONS`
 
 
 def load_iteration_log(path: str) -> IterationLog:
-    """Return what the log in a file says, packed if its name ends in ``.gz``; ``-`` is standard input. Raises
+    """Return the facts in a log file, packed if its name ends in ``.gz``; ``-`` is standard input. Raises
     DocumentError if it cannot be read, or has no line of an iteration.
     """
     label = file_label(path)
@@ -97,7 +97,7 @@ def _lines(file: Any) -> Iterator[str]:
 
 
 def read_iterations(label: str, lines: Iterable[str]) -> IterationLog:
-    """Return what the lines of a log say. Raises DocumentError if none of them is of an iteration."""
+    """Return the facts in the lines of a log. Raises DocumentError if none of them is of an iteration."""
     log, compiling = IterationLog(), False
     for whole_line in lines:
         line = _COLOUR.sub("", whole_line[:MAX_LINE])
@@ -140,7 +140,7 @@ def _read_setting(log: IterationLog, line: str) -> None:
     capacity = _CAPACITY.search(line)
     if capacity is not None and (digits := capacity[2].replace(",", "")):
         log.kv_tokens = int(digits) or log.kv_tokens
-        if capacity[1] == "CPU":  # whose blocks are larger, and not in the log
+        if capacity[1] == "CPU":  # its blocks are larger, and their size is not in the log
             log.block_tokens = log.block_tokens or CPU_BLOCK_TOKENS
     for name, form in _SETTINGS.items():
         found = form.search(line)

@@ -8,7 +8,7 @@ from enum import StrEnum
 
 
 class CallerRole(StrEnum):
-    """A role of credentials. AGENT stands apart: its own node's stream, and dispatch."""
+    """The role of a caller's credentials. AGENT stands apart: it permits its own node's stream and dispatch only."""
 
     VIEWER = "viewer"
     ORCHESTRATOR = "orchestrator"
@@ -28,15 +28,15 @@ class CallerRole(StrEnum):
 class Identity:
     """A caller."""
 
-    name: str  # of a token or a certificate; quotas count by it
-    roles: frozenset[CallerRole]  # those granted, with all that they imply
-    # For agents, the node (``clusters/c/nodes/n``) or the cluster (``clusters/c``: any of its nodes) of the
-    # credentials; None for any node, which only a planner without credentials grants
+    name: str  # name of the token or certificate; quotas are counted per name
+    roles: frozenset[CallerRole]  # the granted roles and the roles that they imply
+    # For agents: the node (``clusters/c/nodes/n``) or the cluster (``clusters/c``, any of its nodes) that the
+    # credentials are valid for. None is any node, which only a planner without credentials grants.
     scope: str | None = None
 
     @property
     def role(self) -> str:
-        """The roles that no other one implies, as text."""
+        """The caller's roles as text, without those that another one implies."""
         implied = {lower for role in self.roles for lower in role.includes if lower is not role}
         return ", ".join(sorted(self.roles - implied))
 
@@ -56,9 +56,9 @@ class Identity:
 
 
 ANYBODY = Identity(name="local", roles=frozenset(CallerRole))
-"""Every caller of a planner that asks for no credentials, which listens on loopback only."""
+"""The caller of every request to a planner that requires no credentials; such a planner listens on loopback only."""
 PLANNER = Identity(name="planner", roles=frozenset())
-"""The planner itself, whose work nobody calls for: proposals, and what is resumed after a restart."""
+"""The planner itself, as the caller of work that no client requested: proposals, and work resumed after a restart."""
 
 _caller: ContextVar[Identity] = ContextVar("hetis_caller", default=PLANNER)
 

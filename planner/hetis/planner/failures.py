@@ -1,7 +1,7 @@
-"""Failures of calls to the planning service: a stable reason, a status code, and numbers for programs.
+"""Failures of calls to the planning service, with a stable reason, a status code, and values for programs.
 
 HetisError (hetis.solver.errors)
-+-- ServiceError   raised by resources, jobs and fleet; turned into a status with details in one place, the service
++-- ServiceError   raised by resources, jobs and fleet; the service turns it into a status with details
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ class ServiceError(HetisError):
 
     Attributes:
         reason: the stable cause.
-        metadata: by the keys listed at the reason in ``failure.proto``.
-        violations: every wrong field.
-        retry_after_s: when to try again; None: unspecified.
+        metadata: values by the keys that ``failure.proto`` lists for the reason.
+        violations: all invalid fields.
+        retry_after_s: how long to wait before a retry; None: unspecified.
     """
 
     def __init__(
@@ -50,18 +50,18 @@ class ServiceError(HetisError):
 
     @property
     def reason_name(self) -> str:
-        """Return the name of the reason as in ``ErrorInfo.reason``, without the prefix."""
+        """Return the name of the reason as in ``ErrorInfo.reason``, without its prefix."""
         return Reason.Name(self.reason).removeprefix(REASON_PREFIX)
 
     def to_proto(self) -> failure_pb2.Failure:
-        """Return the failure as part of a message."""
+        """Return the failure as a message, to be embedded in others."""
         return failure_pb2.Failure(
             reason=self.reason, message=str(self), field_violations=self.violations, metadata=self.metadata
         )
 
 
 def code_of_reason(reason: Reason.ValueType) -> grpc.StatusCode:
-    """Return the status code for a reason; UNKNOWN for one of a newer planner."""
+    """Return the status code for a reason; UNKNOWN for a reason that only newer planners know."""
     return CODE_OF_REASON.get(reason, grpc.StatusCode.UNKNOWN)
 
 
@@ -78,7 +78,7 @@ def etag_mismatch(name: str, *, given: str, present: str) -> ServiceError:
 
 
 def quota_exceeded(caller: str, quota: str, message: str, *, limit: float, retry_after_s: float) -> ServiceError:
-    """Return the error of a caller that has used up its quota."""
+    """Return the error for a caller that has used up its quota."""
     return ServiceError(
         Reason.ERROR_REASON_QUOTA_EXCEEDED,
         message,
@@ -88,13 +88,13 @@ def quota_exceeded(caller: str, quota: str, message: str, *, limit: float, retry
 
 
 def wrong_node(caller: Identity, node: str) -> ServiceError:
-    """Return the error of a caller that may not act as the agent of a node."""
+    """Return the error for a caller that may not act as the agent of a node."""
     message = f"the credentials {caller.name} are of {caller.scope or 'no node'}, not of {node}"
     return ServiceError(Reason.ERROR_REASON_WRONG_NODE, message, metadata={"node": node})
 
 
 def invalid_fields(violations: Iterable[failure_pb2.FieldViolation]) -> ServiceError:
-    """Return one error with all wrong fields of a request."""
+    """Return one error that lists all invalid fields of a request."""
     found = tuple(violations)
     message = "; ".join(f"{violation.field}: {violation.description}" for violation in found)
     return ServiceError(Reason.ERROR_REASON_INVALID_FIELD, message, violations=found)
@@ -105,7 +105,7 @@ def invalid_field(field: str, description: str) -> ServiceError:
 
 
 def invalid_document(error: DocumentError, field: str) -> ServiceError:
-    """Return the error of an unusable document in a request; ``field`` is its path from the request."""
+    """Return the error for an invalid document in a request; ``field`` is the document's path within the request."""
     violations = [
         failure_pb2.FieldViolation(
             field=f"{field}#{problem.path}" if problem.path else field, description=str(problem), line=problem.line or 0

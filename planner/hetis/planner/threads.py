@@ -2,9 +2,9 @@
 
 `run_in_thread_gc_paused` is for large documents and plans. Such work creates a million objects or more and hardly
 any cycles, and collections would traverse them again and again, each time stopping the loop until it is done
-(docs/planner.md, "Large documents"). `run_in_daemon_thread` is for work that nobody needs to wait for when the
-process ends, such as compiling, which takes up to a minute: threads of executors are joined when the event loop and
-the interpreter end, so that SIGTERM would wait for the compiler.
+(docs/planner.md, "Large documents"). `run_in_daemon_thread` is for work that need not be finished when the process
+ends, such as compiling, which takes up to a minute: the threads of executors are joined when the event loop and the
+interpreter end, so that SIGTERM would wait for the compiler.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from typing import Any, Never, ParamSpec, TypeVar
 
 T = TypeVar("T")
 P = ParamSpec("P")
-_LONGEST_PAUSE_S = 60.0  # collect again after this if such work never ends because more keeps coming
-_MOST_AT_A_TIME = 2  # they share one interpreter: more would not be faster, and each takes memory
+_LONGEST_PAUSE_S = 60.0  # if such work overlaps without end, collections resume after this time
+_MOST_AT_A_TIME = 2  # the threads share one interpreter: more would not be faster, and each takes memory
 _threads = ThreadPoolExecutor(_MOST_AT_A_TIME, thread_name_prefix="hetis-gc-paused")
 _unwanted: contextvars.ContextVar[threading.Event | None] = contextvars.ContextVar("unwanted", default=None)
 _working = set[threading.Thread]()
@@ -54,10 +54,10 @@ async def run_in_thread_gc_paused(work: Callable[P, T], *arguments: P.args, **na
 
 
 def stop_if_unwanted() -> None:
-    """End the present work if its caller has gone.
+    """End the present work if its caller no longer waits for it.
 
     Raises:
-        UnwantedError: the caller has gone.
+        UnwantedError: the caller no longer waits.
     """
     unwanted = _unwanted.get()
     if unwanted is not None and unwanted.is_set():
@@ -65,11 +65,11 @@ def stop_if_unwanted() -> None:
 
 
 class UnwantedError(Exception):
-    """Raised in work that nobody waits for any more, so that nobody ever sees it."""
+    """Raised in work whose caller no longer waits for it, and so never seen by any caller."""
 
 
 class _GcPause:
-    """A pause of this process's garbage collection while anybody holds it."""
+    """A pause of this process's garbage collection that lasts as long as any thread holds it."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -103,7 +103,7 @@ async def run_in_daemon_thread(work: Callable[[], T], *, name: str) -> T:
     done: asyncio.Future[T] = loop.create_future()
 
     def tell(outcome: Callable[[Any], None], value: Any) -> None:
-        if not done.done():  # whoever waited may have been cancelled
+        if not done.done():  # the waiting caller may have been cancelled
             outcome(value)
 
     def run() -> None:
@@ -113,7 +113,7 @@ async def run_in_daemon_thread(work: Callable[[], T], *, name: str) -> T:
             found = done.set_exception, error
         finally:
             _working.discard(threading.current_thread())
-        with suppress(RuntimeError):  # the loop has ended meanwhile
+        with suppress(RuntimeError):  # the loop has ended in the meantime
             loop.call_soon_threadsafe(tell, *found)
 
     thread = threading.Thread(target=run, name=name, daemon=True)
@@ -125,7 +125,7 @@ async def run_in_daemon_thread(work: Callable[[], T], *, name: str) -> T:
 def exit_process(code: int) -> Never:
     """End the process as `sys.exit` does, but at once while a daemon thread works.
 
-    Otherwise the interpreter would tear down under a compiler that still runs, and crash now and then.
+    Otherwise the interpreter would shut down under a compiler that is still running, and occasionally crash.
     """
     if not _working:
         sys.exit(code)

@@ -11,7 +11,7 @@ from typing import Generic, TypeVar
 K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
 
-_TERM_BITS = 33  # eight billion events per term, a billion terms (restored stores skip many): 63 bits together
+_TERM_BITS = 33  # 2**33 events per term and 2**30 terms, many of which restored stores skip: 63 bits together
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,16 +25,16 @@ class Event(Generic[K, V]):
 
 
 class Hub(Generic[K, V]):
-    """The last state of every key, and the watchers waiting for the next one; for one event loop.
+    """The last state of every key, and the watchers that wait for the next one. Belongs to one event loop.
 
-    Sequences grow across restarts: each leadership term has numbers of its own. Keys that are gone are remembered so
-    that resuming watchers learn of it, up to ``most_gone`` of them; `is_too_old` returns whether one must start anew.
+    Sequences grow across restarts: each leadership term has numbers of its own. Removed keys are remembered so that
+    resuming watchers learn of the removal, up to ``most_gone``; `is_too_old` returns whether a watcher must start over.
     """
 
     def __init__(self, epoch: int, *, most_gone: int = 10_000) -> None:
         self._first = epoch << _TERM_BITS
         self._last = self._first
-        self._oldest_gone = self._first  # sequences up to here may have lost a removal
+        self._oldest_gone = self._first  # removals may have been forgotten up to this sequence
         self._most_gone = most_gone
         self._events: OrderedDict[K, Event[K, V]] = OrderedDict()  # by sequence, ascending
         self._num_gone = 0
@@ -43,11 +43,11 @@ class Hub(Generic[K, V]):
 
     @property
     def sequence(self) -> int:
-        """Return the number of the last event."""
+        """The sequence of the last event."""
         return self._last
 
     def publish(self, key: K, value: V | None, *, now_s: float) -> int:
-        """Make ``value`` the state of ``key`` and wake all watchers; None: the key is gone."""
+        """Make ``value`` the state of ``key`` and wake all watchers; None removes the key."""
         self._last += 1
         before = self._events.pop(key, None)
         self._num_gone += (value is None) - (before is not None and before.value is None)
@@ -58,11 +58,11 @@ class Hub(Generic[K, V]):
         return self._last
 
     def newest(self) -> list[Event[K, V]]:
-        """Return the last state of every key that is not gone, the latest change first."""
+        """Return the last state of every key that was not removed, the latest change first."""
         return [event for event in reversed(self._events.values()) if event.value is not None]
 
     def is_too_old(self, after: int) -> bool:
-        """Return whether something that a watcher at ``after`` has not seen is no longer known."""
+        """Return whether a change that a watcher at ``after`` has not seen may have been forgotten."""
         return after != 0 and not max(self._first, self._oldest_gone) <= after <= self._last
 
     def close(self) -> None:
@@ -71,9 +71,10 @@ class Hub(Generic[K, V]):
         self._wake()
 
     async def watch(self, after: int = 0) -> AsyncIterator[list[Event[K, V]]]:
-        """Yield what is newer than ``after``, one event per key and the oldest first, then every change as it comes.
+        """Yield the states newer than ``after``, one event per key, the oldest first, then each change as it happens.
 
-        Each list is what was new at that moment; the first comes at once, and may be empty. Ends when the hub closes.
+        Each list holds the changes since the one before; the first is yielded at once and may be empty. Ends when the
+        hub closes.
         """
         seen = after
         changed = self._changed

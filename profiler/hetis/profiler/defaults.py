@@ -1,4 +1,4 @@
-"""The profile of a GPU type that a user gives no file for: the fitted one that the package has, or else a modelled one.
+"""The profile of a GPU type if the user passes no file: the fitted one in the package, or else a modelled one.
 
 There is a fitted profile for every GPU with published measurements. ``make profiles`` (``python -m tools.profiles``)
 creates them; ``docs/profiles.md`` states their errors.
@@ -30,7 +30,7 @@ def default_profile(gpu: GpuType) -> tuple[str, Profile]:
     """Return the origin and the profile of a GPU type without a file.
 
     All have the times of vLLM, whatever engine a plan is for, so that plans for different engines can be compared:
-    what its host takes of an iteration, and its kernels of experts, latent and linear attention (docs/accuracy.md).
+    the time of its host per iteration, and its kernels of experts, latent and linear attention (docs/accuracy.md).
 
     A type that a cluster declares under a catalogue name but with other peaks or memory is modelled: the shipped
     profile is for another card. Raises InvalidProblemError if none is shipped and none can be modelled.
@@ -60,7 +60,7 @@ def _kernels_of(gpu: GpuType) -> tuple[str, Profile]:
 
 @functools.cache
 def shipped_profile(gpu: str) -> Profile | None:
-    """Return the fitted profile of a GPU by its catalogue name, or None if nobody measured it for us."""
+    """Return the fitted profile of a GPU by its catalogue name, or None if there are no measurements of it."""
     if gpu not in shipped_gpus():
         return None
     name = f"{gpu}.json"

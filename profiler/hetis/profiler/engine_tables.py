@@ -23,7 +23,7 @@ PUBLISHER = "aiconfigurator-core 0.12.0 (Apache-2.0)"
 SYSTEMS = {  # their names, and ours for their GPUs
     "h100_sxm": "H100-SXM-80GB", "b200_sxm": "B200-SXM-180GB", "a100_sxm": "A100-SXM-80GB", "l40s": "L40S",
 }  # fmt: skip
-NEAREST = "Hopper"  # for architectures without tables
+NEAREST = "Hopper"  # stands in for architectures without tables
 
 
 class Kernel(Protocol):
@@ -52,7 +52,7 @@ def kernels_in(file: str, kind: Callable[..., K]) -> tuple[K, ...]:
 
 
 def provenance_of(kernel: Kernel, gpu: GpuType) -> Provenance:
-    """Return the provenance of a kernel's fit; no error is stated, for plans use it beside other fits."""
+    """Return the provenance of a kernel's fit; no error is stated, because plans use it beside other fits."""
     relative = "" if kernel.architecture == gpu.architecture else f"; scaled from {kernel.architecture}"
     return Provenance(source=Source.MODELLED, origin=f"{kernel.origin}{relative}")
 

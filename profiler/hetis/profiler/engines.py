@@ -78,11 +78,11 @@ def for_engine(
     default_backend: bool = True,
 ) -> Profile:  # fmt: skip
     """Return the profile of ``gpu`` with the host time of ``engine``, and its kernels of experts, latent attention and
-    linear attention. Raises InvalidProblemError if nobody measured the engine, or the interval is below 1.
+    linear attention. Raises InvalidProblemError if the engine was not measured, or the interval is below 1.
 
     Args:
         stream_interval: tokens of a request that are returned together; a sequence takes its time once for all of them.
-        whole_experts: ranks share out experts (expert parallelism), and have no slices of each.
+        whole_experts: ranks share out whole experts (expert parallelism) instead of having slices of each.
         default_backend: experts run in the kernels that the engine's recipes choose, see `expert_fits`.
     """
     if stream_interval < 1:

@@ -73,12 +73,12 @@ class ExpertKernel:
 def expert_fits(gpu: GpuType, engine: str, *, whole: bool, default_backend: bool = True) -> tuple[Fit, ...]:
     """Return the experts' fits of ``gpu`` under ``engine``, for every format.
 
-    Where nobody measured its architecture they are those of its relative, or else Hopper's.
+    If its architecture was not measured, they are those of its relative, or else Hopper's.
 
     ``whole`` experts are shared out among the ranks of a stage; others are sliced. The backend that TensorRT-LLM's
-    recipes choose on Blackwell (``TRTLLM``) is what SGLang calls, too, and its own tables have those that they choose
-    where attention is data-parallel (``CUTLASS``, ``DEEPGEMM``): those are meant without the ``default_backend``, and
-    under vLLM Triton's kernel for FP8.
+    recipes choose on Blackwell (``TRTLLM``) is also the one that SGLang calls. TensorRT-LLM's own tables have those
+    that they choose where attention is data-parallel (``CUTLASS``, ``DEEPGEMM``): without ``default_backend``, fits are
+    for those, and under vLLM for Triton's FP8 kernel.
     """
     names = [engine]
     if default_backend and gpu.architecture == "Blackwell":
@@ -154,7 +154,7 @@ def _points(rows: Sequence[Mapping[str, Any]], dtype: str, *, whole: bool) -> di
     for row in rows:
         if row["moe_dtype"] != dtype or row["distribution"] != _ROUTING or row[other] != 1:
             continue
-        if "min_latency" in row["kernel_source"] or (whole and row[shared_by] == 1):  # of a backend of its own
+        if "min_latency" in row["kernel_source"] or (whole and row[shared_by] == 1):  # rows of a separate backend
             continue
         if row["num_tokens"] > _MOST_TOKENS or row["topk"] < 2 or row[shared_by] > _MOST_RANKS:
             continue

@@ -22,8 +22,8 @@ _SHARES = {
     3: ((0.33, 0.67), (0.2, 0.5), (0.5, 0.8)),
     4: ((0.25, 0.5, 0.75), (0.1, 0.4, 0.7)),
 }
-_ROUNDS = 12  # of alternation; partitions settle in fewer rounds in practice
-_REWEIGHTS = 3  # towards the least absolute relative error
+_ROUNDS = 12  # rounds of alternation; partitions settle in fewer in practice
+_REWEIGHTS = 3  # rounds of reweighting towards the least absolute relative error
 _DIGITS = 3
 
 

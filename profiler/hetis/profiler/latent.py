@@ -31,7 +31,7 @@ from hetis.solver.model import ModelSpec
 from hetis.solver.profile import Fit, FitScope, Op, Piece, Profile
 
 FILE = "latent.json"
-MODEL = "deepseek-ai/DeepSeek-V3"  # of the tables
+MODEL = "deepseek-ai/DeepSeek-V3"  # model of the tables
 _SYSTEMS = ("h100_sxm", "b200_sxm")  # the others have no table of whole modules
 _VERSIONS = {"vllm": "0.24.0", "trtllm": "1.3.0rc20"}
 # SGLang runs TensorRT-LLM's kernels (trtllm_mla), and its tables lack the projections.
@@ -41,7 +41,7 @@ _FORMATS = {"bfloat16": "bfloat16", "fp8_block": "fp8", "nvfp4": "nvfp4"}
 _KV_BYTES = {"bfloat16": 2.0, "fp8": 1.0}
 # Query heads of DeepSeek-V3 and of Kimi-K2: no model of grouped queries has as many in a group.
 LATENT_HEADS = (128, 64)
-_LEAST_HEADS, _MOST_TOKENS, _MOST_CONTEXT = 8, 32768, 32768  # of a rank; of an iteration; of a request
+_LEAST_HEADS, _MOST_TOKENS, _MOST_CONTEXT = 8, 32768, 32768  # limits per rank, iteration and request
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +51,7 @@ class LatentKernel:
     ``flop`` and ``byte`` are relative to the GPU's 16-bit peak and to its bandwidth; ``token`` and ``head`` are bytes
     per token, and per token and query head, at this bandwidth. ``fixed_s`` includes the start of the projections'
     kernels. ``mape`` is the error on the rows of the fit, with projections fitted beside it; the error in use, where
-    these are of the dense fit, is larger and not stated.
+    projections are those of the dense fit, is larger and not stated.
     """
 
     architecture: str
@@ -68,7 +68,7 @@ class LatentKernel:
 
 
 def latent_fits(gpu: GpuType, profile: Profile, engine: str) -> tuple[Fit, ...]:
-    """Return the fits of latent attention of ``gpu`` under ``engine``; Hopper's if nobody measured its own.
+    """Return the fits of latent attention of ``gpu`` under ``engine``; Hopper's if its own were not measured.
 
     The fixed time of the profile's dense layers covers four products and the work between them. Two of these are
     attention's projections, so half of it is subtracted.

@@ -36,7 +36,7 @@ MODEL, _VALUE_HEADS = "Qwen/Qwen3.5-397B-A17B", 64
 _SYSTEMS = ("h100_sxm", "b200_sxm", "l40s")  # the table of a100_sxm lacks the rule itself
 _VERSIONS = {"vllm": "0.24.0", "sglang": "0.5.14", "trtllm": "1.3.0rc20"}
 _CONVOLUTION, _RULE = "causal_conv1d", "chunk_gated_delta_rule"  # how the names of their kernels begin
-_HEAD_DIM = 256  # of the attention layers beside it; profiles without fits for it use those for any
+_HEAD_DIM = 256  # head size of the attention layers beside it; profiles without fits for it use those for any
 _LEAST_TOKENS, _MOST_TOKENS = 16, 32768
 
 
@@ -58,7 +58,7 @@ class DeltaRuleKernel:
 
 
 def linear_fits(gpu: GpuType, profile: Profile, engine: str) -> Iterator[Fit]:
-    """Yield the fits of prefill attention for models with gated delta rules; Hopper's rule if nobody measured its own.
+    """Yield the fits of prefill attention for models with gated delta rules; Hopper's rule if its own was not measured.
 
     A fit's time is that of a model's mean layer: attention in some of them, the rule in the others.
     """

@@ -28,7 +28,7 @@ _AXES = {
 }
 _NEAR = 1.25  # an axis is divided by powers of two: a value this close to one counts as it
 _LIMIT = 50.0  # percent at the ends of the colour scale
-_HEIGHT = 330  # per row of pictures in HTML, in pixels
+_HEIGHT = 330  # height per row of pictures in HTML, in pixels
 _LINK_BYTES_PER_S = 25e9  # for typical messages: a wire factor is multiplied with this
 
 

@@ -20,14 +20,14 @@ from hetis.profiler.roofline import matrix_flops
 from hetis.solver.cluster import GpuType
 from hetis.solver.profile import Fit, FitScope, Op, Profile
 
-KV_BYTES = 2.0  # per element of the KV cache and of activations in every table: bf16 or fp16
-MOST_PEAKS = 20.0  # of the peak; upper limit for a table's median, whatever cache it is read from
-LEAST_PEAKS = 0.02  # of the peaks of compute and memory
-LEAST_LINK = 2e-3  # of the nominal link between GPUs; hosts that copy through their memory reach a thirtieth
-STEP_SECONDS = (2e-5, 0.1)  # of the host, per iteration
-PHASE_SECONDS = {"prompt": (2e-3, 100.0), "token": (2e-4, 2.0)}  # of whole engines
+KV_BYTES = 2.0  # bytes per element of the KV cache and of activations in every table: bf16 or fp16
+MOST_PEAKS = 20.0  # multiple of the peak; upper limit for a table's median, whatever cache it is read from
+LEAST_PEAKS = 0.02  # share of the peaks of compute and memory
+LEAST_LINK = 2e-3  # share of the nominal link between GPUs; hosts that copy through their memory reach a thirtieth
+STEP_SECONDS = (2e-5, 0.1)  # time of the host per iteration
+PHASE_SECONDS = {"prompt": (2e-3, 100.0), "token": (2e-4, 2.0)}  # times of whole engines
 WANTED_ERROR = 0.10
-_LEAST_WORK_S = 2e-6  # at the peaks; below it the launch dominates the measurement
+_LEAST_WORK_S = 2e-6  # time at the peaks; below it the launch dominates the measurement
 _LINKS = (MeasuredOp.ALL_REDUCE, MeasuredOp.TRANSFER)
 _UNIT = "is the unit right?"
 _TOLERANCE = 1.15  # boost clocks and rounding go slightly above nominal peaks

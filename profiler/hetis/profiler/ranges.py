@@ -27,7 +27,7 @@ def range_factors(fit: Fit) -> tuple[float, float]:
 
 
 def stated_error(fit: Fit) -> float:
-    """Return the error that the range of ``fit`` is made of: its ``range_error``, mean error, or `UNKNOWN_ERROR`."""
+    """Return the error that defines the range of ``fit``: its ``range_error``, mean error, or `UNKNOWN_ERROR`."""
     known = (fit.provenance.range_error, fit.provenance.held_out_mape, UNKNOWN_ERROR)
     return next(error for error in known if error is not None)
 

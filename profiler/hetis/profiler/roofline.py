@@ -1,4 +1,4 @@
-"""Profiles for GPUs that nobody measured for us: a roofline of the GPU's peaks and its architecture's efficiencies.
+"""Profiles for GPUs without measurements: a roofline of the GPU's peaks and its architecture's efficiencies.
 
 Efficiencies are coefficients relative to a GPU's peaks, with error and origin. ``tools/efficiency.py`` writes their
 file, which is package data (``efficiency.json``). Nothing here needs numpy, so reading it costs next to nothing.
@@ -54,8 +54,8 @@ class OpEfficiency:
     measured_on: tuple[str, ...] = ()  # GPU names as in the catalogue
     num_points: int = 0
     fitted_mape: float | None = None
-    held_out_mape: float | None = None  # on shapes the fit never saw; for links: on hosts it never saw
-    transfer_mape: float | None = None  # on GPUs the fit never saw: each measured GPU by the fits of the others
+    held_out_mape: float | None = None  # error on shapes the fit never saw; for links, on hosts it never saw
+    transfer_mape: float | None = None  # error on GPUs the fit never saw: each measured GPU by the fits of the others
     range_error: float | None = None  # 0.5: nine in ten times of GPUs never seen lie within 1/1.5 and 1.5 times these
     note: str = ""
 

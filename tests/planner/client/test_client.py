@@ -530,6 +530,14 @@ def test_a_token_file_is_read_for_every_call(planner: FakePlanner, tmp_path: Pat
     assert [sent["authorization"] for sent in planner.metadata] == ["Bearer first", "Bearer second", "Bearer second"]
 
 
+@pytest.mark.parametrize("content", [b"half\xff\xfe", b"one\ntwo\n"], ids=["no text", "two lines"])
+def test_a_token_file_that_holds_no_token_is_named(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "token").write_bytes(content)
+    connection = Connection(address="127.0.0.1:1", token_file=tmp_path / "token")
+    with pytest.raises(OSError, match=r"holds no token.*token'"):
+        connection.metadata()
+
+
 def test_the_service_config_is_the_documented_one() -> None:
     text = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
     documented = re.search(r"```json\n(\{\"methodConfig\".*?)```", text, re.DOTALL)

@@ -109,6 +109,12 @@ def test_layers_and_gpus_are_read_back_as_planned(target: ExportTarget, name: st
         assert made.rate == pytest.approx(PLANS[name].served_rate())
 
 
+def test_the_readme_of_a_large_fleet_has_rates_without_an_exponent() -> None:
+    fast = replace(PLANS["unlike replicas"].replicas[0], rate=21_432.6)
+    readme = exported(made_of(fast), ExportTarget.VLLM).files["README.md"]
+    assert "serves 21,433 requests/s saturated, what is exported 21,433." in readme
+
+
 @pytest.mark.parametrize("name", PLANS)
 def test_hetis_launch_understands_what_it_is_told(name: str, tmp_path: Path) -> None:
     whole, _ = with_single_copies(PLANS[name])

@@ -47,7 +47,8 @@ async def served(
     planner = FakePlanner()
     metrics = ServiceMetrics("0")
     calls = Calls(authenticator or NoCredentials(), Telemetry(metrics, traces), writes=writes)
-    server = PlannerServer(planner.servicings, calls, credentials=server_credentials, max_connections=max_connections)
+    credentials = None if server_credentials is None else lambda: server_credentials
+    server = PlannerServer(planner.servicings, calls, credentials=credentials, max_connections=max_connections)
     address = server.listen("127.0.0.1:0")
     await server.start()
     try:

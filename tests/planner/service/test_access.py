@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import resource
 import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -223,6 +224,21 @@ def test_the_last_token_can_be_revoked_and_another_one_made(left: str, tmp_path:
         Tokens.load(str(file)).identify(revoked, now_s=time.time())
     made = make(tmp_path, CallerRole.VIEWER, name="b")
     assert Tokens.load(str(file)).identify(made, now_s=time.time()).name == "b"
+
+
+@pytest.mark.parametrize("num_bytes", [0, 40], ids=["nothing", "a part"])
+def test_a_full_disk_leaves_the_token_file_as_it_was(num_bytes: int, tmp_path: Path) -> None:
+    file = tmp_path / "tokens.yaml"
+    make(tmp_path, CallerRole.VIEWER)
+    before = file.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + num_bytes, limits[1]))
+    try:
+        with pytest.raises(DocumentError, match=r"tokens\.yaml: cannot be written: File too large"):
+            make(tmp_path, CallerRole.ADMIN)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert file.read_bytes() == before
 
 
 def test_a_name_is_taken_once(tmp_path: Path) -> None:

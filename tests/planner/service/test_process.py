@@ -8,6 +8,7 @@ import json
 import os
 import re
 import signal
+import socket
 import sys
 import time
 from pathlib import Path
@@ -49,6 +50,14 @@ def test_it_says_where_it_listens_and_stops_when_asked_to(tmp_path: Path) -> Non
     logged = [json.loads(line) for line in lines[1:]]
     assert [line["message"] for line in logged] == ["call", "stopping", "stopped"]
     assert logged[0]["method"] == "/hetis.v1.PlanService/GetPlan"
+
+
+def test_a_full_disk_of_the_log_does_not_keep_it_from_serving(tmp_path: Path) -> None:
+    within = ("sh", "-c", 'exec "$@" 2>/dev/full', "sh")
+    with Process(LOCAL, folder=tmp_path, within=within) as planner:
+        assert planner.ready()["listen"]
+        planner.signal(signal.SIGTERM)
+        assert planner.end()[0] == ServiceExitCode.OK
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -175,6 +184,23 @@ def test_it_serves_with_tls_and_a_token_on_every_address(tmp_path: Path) -> None
         code, stderr = planner.end()
     assert code == ServiceExitCode.OK
     assert token not in stderr
+
+
+def test_a_handshake_that_fails_puts_no_line_of_another_form_into_the_log(tmp_path: Path) -> None:
+    certificate, key = write(tmp_path, Authority().server())
+    files = ("--set", f"tls.certificate={certificate}", "--set", f"tls.key={key}")
+    options = ("--listen", "127.0.0.1:0", "--status-page", "off", "--store", f"sqlite:///{tmp_path}/hetis.db")
+    with Process((*options, *files, "--ready-json"), folder=tmp_path, module=REAL) as process:
+        host, _, port = process.ready()["listen"][0].rpartition(":")
+        with socket.create_connection((host, int(port)), timeout=30) as stranger:
+            stranger.sendall(b"GET / HTTP/1.1\r\n\r\n")
+            while stranger.recv(4096):
+                pass
+        process.signal(signal.SIGTERM)
+        _, stderr = process.end()
+    assert [line for line in stderr.splitlines() if not line.startswith("{")] == [
+        line for line in stderr.splitlines() if line.startswith("hetis-planner listens on")
+    ]
 
 
 def test_without_credentials_it_does_not_listen_for_other_machines(tmp_path: Path) -> None:

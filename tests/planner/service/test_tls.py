@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import grpc
@@ -12,14 +12,19 @@ import pytest
 from cryptography import x509
 
 from hetis.formats.errors import DocumentError
+from hetis.planner.service.calls import Calls
 from hetis.planner.service.certificates import Certificates, ends_of_certificates
-from hetis.planner.service.credentials import Credentials, Tokens
+from hetis.planner.service.credentials import Credentials, NoCredentials, Tokens
+from hetis.planner.service.metrics import ServiceMetrics
+from hetis.planner.service.server import PlannerServer
 from hetis.planner.service.settings import TlsPart
+from hetis.planner.service.telemetry import Telemetry
 from hetis.v1 import agent_service_pb2 as agents
 from hetis.v1 import plan_service_pb2 as plans
 from hetis.v1.agent_service_pb2_grpc import AgentServiceStub
 from hetis.v1.plan_service_pb2_grpc import PlanServiceStub
 from tests.planner.service.certificates import Authority, Signed, write
+from tests.planner.service.fakes import FakePlanner
 from tests.planner.service.serving import channel_to, failure_of, reason_of, run, served
 
 
@@ -191,6 +196,43 @@ def test_new_connections_get_the_new_certificate_and_a_bad_one_is_not_taken(
                 await name_of_caller(channel)
 
     run(test)
+
+
+def test_each_address_has_the_certificate_and_its_successor(tmp_path: Path) -> None:
+    old, new = Authority("old"), Authority("new")
+
+    async def test() -> None:
+        files = certificates(tmp_path, old)
+        planner = FakePlanner()
+        calls = Calls(NoCredentials(), Telemetry(ServiceMetrics("0"), None))
+        server = PlannerServer(planner.servicings, calls, credentials=files.credentials)
+        addresses = [server.listen("127.0.0.1:0") for _ in range(2)]
+        await server.start()
+        try:
+            for authority in (old, new):
+                if authority is new:
+                    write(tmp_path, new.server())
+                    assert files.files.refresh()
+                for address in addresses:
+                    async with channel_to(address, of_client(authority)) as channel:
+                        await name_of_caller(channel)
+        finally:
+            await server.stop_at_once()
+
+    run(test)
+
+
+def test_an_expired_certificate_is_refused_and_replaces_none(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    authority = Authority()
+    files = certificates(tmp_path, authority).files
+    in_force = files.value
+    ended = datetime.now(UTC).replace(microsecond=0) - timedelta(minutes=1)
+    write(tmp_path, authority.server(until=ended))
+    assert not files.refresh()
+    assert files.value is in_force
+    assert f"planner.pem: expired at {ended.isoformat()}" in caplog.text
+    with pytest.raises(DocumentError, match="no client would accept it"):
+        Certificates(TlsPart(certificate=str(tmp_path / "planner.pem"), key=str(tmp_path / "planner.key")))
 
 
 def test_a_new_authority_takes_the_clients_of_the_old_one_no_more(tmp_path: Path) -> None:

@@ -115,6 +115,12 @@ def test_a_backup_brings_everything_back_with_an_epoch_and_etags_beyond_all_befo
         assert (last.change.method, last.change.resource, last.number) == ("restore", "backup.db", 2)
 
 
+def test_a_backup_of_any_name_leaves_nothing_beside_it(sqlite_url: str, tmp_path: Path) -> None:
+    with_store(sqlite_url, fill)
+    back_up(sqlite_url, tmp_path / "night[1].db")
+    assert [file.name for file in tmp_path.glob("*night*")] == ["night[1].db"]
+
+
 @pytest.mark.parametrize("start_s", [0.0, 1.8e9], ids=["the clock stands in 1970", "a clock that is right"])
 def test_a_backup_that_comes_back_twice_brings_no_epoch_and_no_etag_twice(
     url: str, tmp_path: Path, start_s: float

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -428,6 +429,33 @@ print("alembic" in sys.modules)
 """
     told = [subprocess.check_output([sys.executable, "-c", opens], text=True) for _ in range(2)]
     assert told == ["True\n", "False\n"]
+
+
+def test_a_planner_waits_for_the_migration_of_another_however_long_that_takes(postgres_url: str) -> None:
+    engine = sa.create_engine(opening.parse_url(postgres_url))
+
+    async def scenario() -> None:
+        with engine.begin() as migrating:
+            schema.lock_out_others(migrating)
+            # By this clock, 100 s pass in a second, which is far beyond the limit for an answer in a term.
+            opened = asyncio.create_task(Store.open(postgres_url, machine=lambda: 100 * time.monotonic()))
+            await asyncio.sleep(2.5)
+            assert not opened.done()
+        await (await opened).close()
+
+    asyncio.run(scenario())
+    engine.dispose()
+
+
+def test_a_migration_may_pause_on_a_busy_machine(postgres_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    migrate = schema.migrate
+
+    def slow(connection: sa.Connection) -> None:
+        time.sleep(3)  # loading Alembic
+        migrate(connection)
+
+    monkeypatch.setattr(schema, "migrate", slow)
+    asyncio.run(_open_and_close(postgres_url))  # sessions of a term are ended after 2.5 s without a statement
 
 
 def test_a_newer_schema_is_refused_and_left_alone(url: str) -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -269,6 +271,20 @@ def test_everything_that_is_wrong_with_the_options_is_said_at_once() -> None:
     assert {option for option in wrong if option in ended.stderr} == set(wrong)
     assert "/no/such.pem cannot be read" in ended.stderr
     assert len(said) == len(wrong) + 1  # the additional line: a key belongs to a certificate
+
+
+def test_an_agent_says_in_its_own_words_what_is_wrong_with_its_certificates(processes: Processes) -> None:
+    bad = processes.folder / "ca.pem"
+    bad.write_text("-----BEGIN CERTIFICATE-----\nMIIB", encoding="utf-8")  # half of a file
+    agent = processes.agent("127.0.0.1:1", "--tls-ca", str(bad))
+    end_s = time.monotonic() + WAIT_S
+    while "stream to 127.0.0.1:1" not in processes.log():
+        assert time.monotonic() < end_s, processes.log()
+        time.sleep(0.05)
+    agent.send_signal(signal.SIGTERM)
+    agent.wait(WAIT_S)
+    form = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} [A-Z]+ hetis\.")
+    assert [line for line in processes.log().splitlines() if not form.match(line)] == []
 
 
 def test_help_names_every_source_of_devices() -> None:

@@ -87,6 +87,26 @@ def test_a_node_shows_its_certificate_and_its_token_over_tls(tmp_path: Path) -> 
     asyncio.run(story())
 
 
+@pytest.mark.parametrize("content", [b"half\xff\xfe", b"one\ntwo\n"], ids=["no text", "two lines"])
+def test_a_token_file_that_holds_no_token_costs_an_attempt_and_not_the_agent(
+    content: bytes, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    token = tmp_path / "token"
+    token.write_bytes(content)
+
+    async def story() -> None:
+        async with PlannerDouble(token="good") as planner:
+            listener = Listener()
+            running = connect(PlannerAddress(server=planner.address, token_file=token, is_plain=True), listener)
+            await until_ends(listener, 1)
+            token.write_text("good", encoding="utf-8")
+            await planner.connected(1)
+            await stop(running)
+
+    asyncio.run(story())
+    assert "token holds no token" in caplog.text
+
+
 def test_a_token_that_rotates_is_read_again(tmp_path: Path) -> None:
     async def story() -> None:
         authority, token = CertificateAuthority(tmp_path, "ca"), tmp_path / "token"

@@ -1,6 +1,6 @@
 """GPUs, models and workloads that hetis knows, each fact with its source.
 
-The data are committed files made by ``python -m tools.catalogue``; they are read when first asked for.
+The data are committed files made by ``python -m tools.catalogue``; they are read on first use.
 Names are found in the spellings people use; a name that could mean two things is refused with the candidates.
 """
 
@@ -29,7 +29,7 @@ class GpuEntry:
     """A GPU type with the sources of its figures."""
 
     gpu: GpuType
-    tdp_w: float | None  # board power by the data sheet, for people: no plan depends on it
+    tdp_w: float | None  # board power by the data sheet; no plan depends on it
     price_source: str | None
     spec_source: str
     note: str | None
@@ -95,7 +95,7 @@ def find_gpu(name: str, *, also: Collection[str] = ()) -> GpuEntry:
     """Return the GPU type that ``name`` means.
 
     Case, separators and the order of parts do not matter, and parts may be omitted if the name stays unambiguous.
-    Raises UnknownNameError if no such GPU (with the nearest name), or several (with all of them). ``name``: such as
+    Raises UnknownNameError if there is no such GPU (with the nearest name), or several (with all). ``name``: such as
     ``A100-SXM-80GB``, ``a100_80gb_sxm``, ``3090`` or ``NVIDIA L4``; ``also``: more names to suggest from (types that a
     cluster file defines).
     """
@@ -103,12 +103,12 @@ def find_gpu(name: str, *, also: Collection[str] = ()) -> GpuEntry:
     try:
         return by_name[_gpu_name(name)]
     except UnknownNameError:
-        return by_name[resolve_gpu(name, by_name, also)]  # the same once more, with better suggestions
+        return by_name[resolve_gpu(name, by_name, also)]  # resolved once more, for better suggestions
 
 
 @functools.cache
 def vendor_of(architecture: str) -> str:
-    """Return who makes GPUs of an architecture; NVIDIA if it is not known."""
+    """Return the vendor of GPUs of an architecture; NVIDIA if the architecture is not known."""
     name = architecture.casefold()
     return next((entry.gpu.vendor for entry in gpus() if entry.gpu.architecture.casefold() == name), "NVIDIA")
 
@@ -160,7 +160,7 @@ def _workload(name: str) -> WorkloadEntry:
 
 
 class UnknownNameError(HetisError):
-    """A ``name`` is not in the catalogue (then ``candidates`` are near it), or is ``ambiguous`` (they are meant)."""
+    """A ``name`` is not in the catalogue (``candidates`` are near it) or ``ambiguous`` (they are what it may mean)."""
 
     def __init__(self, what: str, name: str, candidates: Iterable[str], *, ambiguous: bool = False) -> None:
         self.name, self.candidates, self.ambiguous = name, tuple(candidates), ambiguous
@@ -171,7 +171,7 @@ class UnknownNameError(HetisError):
         super().__init__(f"unknown {what} {shown!r}{hint}")
 
 
-# Words of vendors and drivers (`nvidia-smi` says "NVIDIA GeForce RTX 3090") that distinguish no two boards.
+# Words of vendors and drivers (`nvidia-smi` says "NVIDIA GeForce RTX 3090") that do not distinguish boards.
 _IGNORED = {"nvidia", "geforce", "tesla", "amd", "instinct", "intel", "habana", "generation"}
 # Parts that several boards share: on their own they name nothing.
 _SHARED = re.compile(r"\d+gb|pcie|sxm|nvl|per|gpu|rtx|quadro|pro|server|ada|arc")

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
 
-WIDE = 1000  # characters: lines not meant for a screen are not folded
+WIDE = 1000  # in characters: lines not meant for a screen are not folded
 
 # Replacements for streams that cannot encode the symbols of a table, so that a box does not become question marks.
 _ASCII = str.maketrans(
@@ -38,15 +38,15 @@ class OutputFormat(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Terminal:
-    """The two streams of a verb and what the user asked of them."""
+    """The two output streams of a verb, and the options that control them."""
 
     output: OutputFormat = OutputFormat.TABLE  # form of the data on stdout
     verbosity: int = 0  # -1 errors only, 0 normal, 1 with details
-    color: bool = True  # False after ``--no-color``; ``NO_COLOR`` and streams that are no terminal have the same effect
+    color: bool = True  # False after ``--no-color``; ``NO_COLOR`` and streams other than terminals have the same effect
 
     @property
     def prints_tables(self) -> bool:
-        """Return whether data is for people rather than for programs."""
+        """Return whether data is for a reader rather than for programs."""
         return self.output in (OutputFormat.TABLE, OutputFormat.WIDE)
 
     def emit(
@@ -73,7 +73,7 @@ class Terminal:
         _write_all(text)
 
     def say(self, message: str) -> None:
-        """Print a line of news on stderr, unless ``-q`` silences it."""
+        """Print a line of information on stderr, unless ``-q`` silences it."""
         if self.verbosity >= 0:
             self._note(message)
 
@@ -83,7 +83,7 @@ class Terminal:
             self._note(message)
 
     def warn(self, message: str) -> None:
-        """Print a warning about something that is no error."""
+        """Print a warning about something that is not an error."""
         if self.verbosity >= 0:
             self._note(message, label="warning", style="yellow")
 
@@ -150,7 +150,7 @@ class _AsciiStream:
 
 @contextmanager
 def plain_streams() -> Iterator[None]:
-    """Make help, usage errors and messages ASCII, whoever prints them, if the locale asks for ASCII."""
+    """Make help, usage errors and messages ASCII, whatever prints them, if the locale asks for ASCII."""
     if not _asks_for_ascii():
         yield
         return

@@ -44,7 +44,7 @@ def run_application(
     instead.
 
     ``report_failure`` prints an error and returns its exit code; ``defaults`` returns defaults of options by verb and
-    parameter, or None for those of the options.
+    parameter, or None to keep the options' own.
     """
     open_closed_streams()
     for stream in (sys.stdout, sys.stderr):
@@ -101,7 +101,7 @@ def _is_broken_pipe(error: BaseException) -> bool:
 def _console() -> Iterator[Callable[[], bool]]:
     """Yield a function that returns whether the reader of stdout or stderr went away.
 
-    It asks copies of them: rich puts /dev/null in place of a stdout that broke before it passes the error on.
+    It polls copies of them: rich puts /dev/null in place of a stdout that broke before it passes the error on.
     """
     copies = list[int]()
     for stream in (1, 2):
@@ -111,7 +111,7 @@ def _console() -> Iterator[Callable[[], bool]]:
     def has_lost_reader() -> bool:
         poll = select.poll()
         for copy_of_stream in copies:
-            poll.register(copy_of_stream, 0)  # errors and hang-ups are told unasked
+            poll.register(copy_of_stream, 0)  # errors and hang-ups are always reported
         return bool(poll.poll(0))
 
     try:
@@ -188,16 +188,16 @@ def verb(
 
 
 def with_own_words(parameter: inspect.Parameter) -> inspect.Parameter:
-    """Return a parameter of a command whose wrong values are refused in our words.
+    """Return a command's parameter whose invalid values are refused with our messages.
 
-    That is a choice (an enumeration, a `Literal`) or a number without a parser, which typer has pydantic refuse: in
-    words about its input, and without the nearest word.
+    This concerns a choice (an enumeration, a `Literal`) or a number without a parser. typer has pydantic refuse these,
+    with messages about its own input and without the nearest word.
     """
     if get_origin(parameter.annotation) is not Annotated:
         return parameter
     given, info = get_args(parameter.annotation)
     inner = () if get_origin(given) is Literal else get_args(given)
-    kind = next((one for one in inner if one is not type(None)), given)  # that of an optional one
+    kind = next((one for one in inner if one is not type(None)), given)  # the type inside an optional one
     if info.parser is not None:
         return parameter
     info = copy(info)
@@ -207,7 +207,7 @@ def with_own_words(parameter: inspect.Parameter) -> inspect.Parameter:
         info.parser = choice_of(kind)
     elif kind in (int, float):
         info.parser = functools.partial(_number, kind, info.min, info.max)
-    annotated: Any = Annotated  # of types that only the running program knows
+    annotated: Any = Annotated  # for types that are known only at run time
     return parameter.replace(annotation=annotated[given, info])
 
 
@@ -253,7 +253,7 @@ def _refuse_stdin_twice(parameters: Sequence[inspect.Parameter], given: Mapping[
 
 
 def _label(parameter: inspect.Parameter) -> str:
-    """Return what the help calls a parameter."""
+    """Return the name of a parameter in the help."""
     info = parameter.annotation.__metadata__[0]
     names = [name for name in (info.default, *(info.param_decls or ())) if str(name).startswith("--")]
     return str(names[0] if names else info.metavar or parameter.name.upper())

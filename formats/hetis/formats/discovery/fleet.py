@@ -23,7 +23,7 @@ _SHARED = re.compile(r"-SHARED$")  # appended by GFD if several pods take turns 
 
 
 class UnclearBoardError(Exception):
-    """A product name means no GPU type, or several. The text says which, and what to do."""
+    """A product name means no GPU type, or several. The text names them, and says what to do."""
 
 
 def said_types(pairs: Sequence[str]) -> tuple[dict[str, str], list[str]]:
@@ -42,7 +42,7 @@ def said_types(pairs: Sequence[str]) -> tuple[dict[str, str], list[str]]:
 
 
 def board_of(gpus: FoundGpus, said: Mapping[str, str]) -> str:
-    """Return the name in the catalogue, or `LEAVE_OUT` if the user said so.
+    """Return the name in the catalogue, or `LEAVE_OUT` if the user has chosen that.
 
     Boards that share a name are distinguished by memory, then by the hints. Raises UnclearBoardError if the product
     matches no type, or more than one.
@@ -87,7 +87,7 @@ def _gib(size: int) -> str:
 DEFAULT_LINK = Link(bytes_per_s=12.5e9, latency_s=20e-6)  # 100 Gbit/s: what a node's NIC usually has at least
 ZONE_LINK = Link(bytes_per_s=1.25e9, latency_s=1e-3)  # 10 Gbit/s: zones of one region, a share of their trunk
 
-_MOST_LEFT_OUT = 1000  # lines in a file
+_MOST_LEFT_OUT = 1000  # maximum number of such lines in a file
 _WIDTH = 118
 _NUMBERED = re.compile(r"(.+)-(0|[1-9]\d{0,6})")
 

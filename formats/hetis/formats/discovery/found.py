@@ -10,7 +10,7 @@ from typing import Any
 from hetis.formats.errors import DocumentError, Problem
 from hetis.formats.positions import Path, Text
 
-MAX_GPUS_SAID = 1024  # per node; a larger number is a mistake
+MAX_GPUS_SAID = 1024  # limit per node; a larger number is a mistake
 PARTS = "parts of GPUs (MIG), no whole ones"
 _MOST_NAMED = 3
 
@@ -21,7 +21,7 @@ class FoundGpus:
 
     product: str  # the tool's name for them
     count: int  # number of GPUs
-    memory_bytes: int | None = None  # of each. None: the tool does not say.
+    memory_bytes: int | None = None  # memory of each. None: the tool does not report it.
     # Other words about the node that may distinguish boards of one name, such as Slurm's features
     hints: tuple[str, ...] = ()
 
@@ -30,14 +30,14 @@ class FoundGpus:
 class FoundNode:
     """A node and its free GPUs."""
 
-    # name, zone: as the tool has them
+    # name, zone: as the tool reports them
     name: str
     zone: str = "default"
     gpus: tuple[FoundGpus, ...] = ()  # usable GPUs, in the order of their indices
     left_out: tuple[str, ...] = ()  # a sentence for each group of unusable GPUs
     nvlinks: int | None = None  # NVLinks between every pair of GPUs; 0 if there are none; None if unknown
     bridged: bool = False  # whether only some pairs have NVLinks
-    # The driver's index of each usable GPU, in the order of ``gpus``; empty if the tool does not say
+    # The driver's index of each usable GPU, in the order of ``gpus``; empty if the tool does not report it
     indices: tuple[int, ...] = ()
     where: Problem  # the place in its file, for problems
 
@@ -74,7 +74,7 @@ def grouped(gpus: Iterable[tuple[str, int | None]]) -> tuple[FoundGpus, ...]:
 
 
 def text(value: object) -> str:
-    """Return a text as it is, and anything else as an empty text."""
+    """Return a text unchanged, and an empty text for anything else."""
     return value if isinstance(value, str) else ""
 
 

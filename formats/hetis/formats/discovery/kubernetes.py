@@ -106,7 +106,7 @@ class _Use:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Device:
-    """A device of a ResourceSlice. ``reason`` says why it is left out."""
+    """A device of a ResourceSlice. ``reason`` is why it is left out."""
 
     product: str
     memory_bytes: int | None
@@ -115,7 +115,7 @@ class _Device:
 
 
 def read_kubernetes(files: Sequence[tuple[Any, Text]], *, with_busy: bool = False) -> Inventory:
-    """Return what the objects of all files say about nodes. With ``with_busy``, GPUs in use count as free. Raises
+    """Return the nodes that the objects of all files describe. With ``with_busy``, GPUs in use count as free. Raises
     DocumentError if there are no nodes, or counts are not numbers.
     """
     by_kind: dict[str, list[_Object]] = {}
@@ -174,7 +174,7 @@ def _use_by_node(pods: Iterable[_Object], problems: list[Problem]) -> dict[str, 
 
 
 def _asked(pod: _Object, spec: Mapping[str, Any], problems: list[Problem]) -> dict[str, int]:
-    """Return the GPUs of a pod: the sum over its containers, or the most of any init container if that is larger."""
+    """Return the GPUs of a pod: the sum over its containers, or the maximum over its init containers if larger."""
 
     def each(group: str, resource: str) -> Iterator[int]:
         for i, container in enumerate(listed(spec.get(group))):
@@ -193,7 +193,7 @@ def _claimed(claims: Iterable[_Object]) -> Iterator[tuple[str, str, str]]:
         allocation = mapping(claim.part("status").get("allocation"))
         for result in listed(mapping(allocation.get("devices")).get("results")):
             one = mapping(result)
-            if not one.get("adminAccess"):  # monitoring access, which excludes nobody
+            if not one.get("adminAccess"):  # monitoring access, which is not exclusive
                 yield text(one.get("driver")), text(one.get("pool")), text(one.get("device"))
 
 

@@ -34,10 +34,10 @@ class DriverGpu:
     # memory_bytes, used_bytes: None if unknown
     memory_bytes: int | None = None
     used_bytes: int | None = None
-    processes: tuple[str, ...] = ()  # names of those that compute on it
+    processes: tuple[str, ...] = ()  # names of the processes that compute on it
     num_parts: int | None = None  # number of its MIG parts, 0 if they cannot be counted. None: it is whole.
-    recovery: str = ""  # what the driver asks for before the GPU can be used. Empty: nothing.
-    is_prohibited: bool = False  # no process may compute on it
+    recovery: str = ""  # action that the driver requires before the GPU can be used. Empty: none.
+    is_prohibited: bool = False  # whether no process may compute on it
 
     def reason(self, *, with_busy: bool) -> str:
         """Return why a plan may not use the GPU, or an empty string if it may."""
@@ -112,7 +112,7 @@ _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 _CELL = re.compile(r"X|NV(\d{1,2})|SYS|NODE|PHB|PXB|PIX|C2C|N/A")
 _MEBIBYTES = re.compile(r"(\d{1,9}) MiB")
 # The XML reader below is safe for untrusted text. It uses Python's own expat, and dangerous XML is refused before it
-# can do harm: an entity declaration ends the reading, so nothing expands; expat loads nothing external unless told to;
+# can do harm: an entity declaration ends the reading, so nothing expands; expat loads nothing external by default;
 # and the depth and number of elements are bounded. The document type that nvidia-smi names is ignored.
 MAX_DEPTH = 64
 MAX_ELEMENTS = 1_000_000
@@ -186,7 +186,7 @@ def _recovery(gpu: Element) -> str:
     action = _text(gpu, "gpu_recovery_action")
     if action not in ("", "None", "N/A"):
         return f"recovery ({action[:40]})"
-    status = ("reset_required", "drain_and_reset_recommended")  # before the action
+    status = ("reset_required", "drain_and_reset_recommended")  # for drivers that report no recovery action
     return "a reset" if any(_text(gpu, f"gpu_reset_status/{one}") == "Yes" for one in status) else ""
 
 
@@ -312,10 +312,10 @@ class Nvml:
         return [self.ask("nvmlDeviceGetHandleByIndex", i) for i in range(self._nvml.nvmlDeviceGetCount())]
 
     def ask(self, name: str, *arguments: Any, otherwise: Any = None) -> Any:
-        """Return what a function says, or ``otherwise`` if it is unsupported, not permitted or not in this library."""
+        """Return a function's result, or ``otherwise`` if it is unsupported, not permitted or not in this library."""
         try:
             return getattr(self._nvml, name)(*arguments)
-        except Exception as error:  # a library of another version than the driver raises what it likes
+        except Exception as error:  # a library of another version than the driver may raise anything
             _log.debug("NVML does not say: %s", error)
             return otherwise
 
@@ -340,7 +340,7 @@ class Nvml:
     def is_sliced(self, handle: Any) -> bool:
         """Return whether a GPU is known to be in MIG mode."""
         current, _pending = self.ask("nvmlDeviceGetMigMode", handle, otherwise=(None, None))
-        return bool(current == getattr(self._nvml, "NVML_DEVICE_MIG_ENABLE", 1))  # which a partial library may lack
+        return bool(current == getattr(self._nvml, "NVML_DEVICE_MIG_ENABLE", 1))  # a partial library may lack it
 
     def gpu(self, handle: Any) -> DriverGpu:
         nvml = self._nvml
@@ -368,7 +368,7 @@ class Nvml:
         addresses = [self.address(handle).upper() or "UNKNOWN" for handle in handles]
         found: list[int] = []
         for one, other in itertools.combinations(range(len(handles)), 2):
-            kind = getattr(self._nvml, "NVML_P2P_CAPS_INDEX_NVLINK", None)  # which a partial library may lack
+            kind = getattr(self._nvml, "NVML_P2P_CAPS_INDEX_NVLINK", None)  # a partial library may lack it
             status = None if kind is None else self.ask("nvmlDeviceGetP2PStatus", handles[one], handles[other], kind)
             reaches = status == self._nvml.NVML_P2P_STATUS_OK
             links = remotes[one].count(addresses[other]) or min(len(remotes[one]), len(remotes[other]))
@@ -384,7 +384,7 @@ class Nvml:
                 yield PurePath(name).name or f"process {one.pid}"
 
     def _recovery(self, handle: Any) -> str:
-        field = getattr(self._nvml, "NVML_FI_DEV_GET_GPU_RECOVERY_ACTION", None)  # which older libraries lack
+        field = getattr(self._nvml, "NVML_FI_DEV_GET_GPU_RECOVERY_ACTION", None)  # older libraries lack it
         values = None if field is None else self.ask("nvmlDeviceGetFieldValues", handle, [field])
         if values is None or values[0].nvmlReturn != self._nvml.NVML_SUCCESS or not values[0].value.uiVal:
             return ""

@@ -31,12 +31,13 @@ from hetis.formats.discovery.found import (
 from hetis.formats.errors import DocumentError, Problem, single_problem
 from hetis.formats.fields import API_VERSION, entries, listed, mapping
 from hetis.formats.files import file_label, read_text
-from hetis.formats.positions import Bounds, Text, parse_text
+from hetis.formats.positions import Bounds, NotYamlError, Text, parse_text
 
 MAX_FILES = 10_000
 # Enough for thousands of nodes with their pods, which take a minute and 2 GB.
 _BOUNDS = Bounds(max_values=10_000_000, max_yaml_values=200_000)
 
+_IS_DATA = re.compile(r"[{\[]|---|- |\w+:")  # JSON or YAML, unlike what tools print for people
 _KNOWN = (
     "kubectl get nodes -o json, nvidia-smi -q -x, scontrol show nodes --json, ray list nodes --detail --format json, "
     "CSV with node,gpu,count"
@@ -107,7 +108,12 @@ class _File:
             return FleetSource.NVIDIA_SMI
         if not begin.startswith(("{", "[")) and is_node_table(self._text):
             return FleetSource.FILE
-        data, _ = self.parsed
+        try:
+            data, _ = self.parsed
+        except NotYamlError:
+            if _IS_DATA.match(begin):
+                raise
+            raise self._unknown(f"it begins with {begin[:40]!r}") from None
         found = mapping(data)
         if is_ray(data):
             return FleetSource.RAY
@@ -115,8 +121,10 @@ class _File:
             return FleetSource.SLURM
         if kubernetes.is_list(data) or ("kind" in found and found.get("apiVersion") != API_VERSION):
             return FleetSource.KUBECTL
-        has = f"it has {', '.join(list(found)[:12])}" if found else f"it begins with {begin[:40]!r}"
-        raise single_problem(self.label, f"is of no tool that is known: {has}; known: {_KNOWN}")
+        raise self._unknown(f"it has {', '.join(list(found)[:12])}" if found else f"it begins with {begin[:40]!r}")
+
+    def _unknown(self, what: str) -> DocumentError:
+        return single_problem(self.label, f"is of no tool that is known: {what}; known: {_KNOWN}")
 
 
 # --- a table kept by hand
@@ -194,7 +202,7 @@ def is_ray(data: Any) -> bool:
 
 
 def read_ray(data: Any, source: Text) -> Inventory:
-    """Return what the list says about nodes. Raises DocumentError if it is none, or resources are missing or wrong."""
+    """Return the nodes in the list. Raises DocumentError if it is no such list, or resources are missing or wrong."""
     if not is_ray(data):
         raise single_problem(source.file, "is no list of nodes: ray list nodes --detail --format json")
     problems: list[Problem] = []
@@ -216,7 +224,7 @@ def _ray_node(node: Mapping[str, Any], index: int, source: Text, problems: list[
     count = whole_number(mapping(resources).get("GPU"), (index, "resources_total", "GPU"), source, problems)
     types = [key.removeprefix(_RAY_TYPE) for key in mapping(resources) if key.startswith(_RAY_TYPE)]
     types = types or [text(labels.get("ray.io/accelerator-type"))]
-    hint = text(labels.get("ray.io/accelerator-type"))  # may say more than the resource: A100-80G instead of A100
+    hint = text(labels.get("ray.io/accelerator-type"))  # may be more specific: A100-80G instead of A100
     product, reason = types[0] or UNTYPED_OF_RAY, "" if alive else "not alive"
     if len(types) > 1:
         reason = reason or f"of several types ({some_of(types)}), and Ray does not say how many of each"
@@ -244,8 +252,8 @@ _MIG = re.compile(r"\d+g\.\d+gb|(?:^|_)\dg(?:_|$)", re.IGNORECASE)
 
 
 def read_slurm(data: Any, source: Text, *, with_busy: bool = False) -> Inventory:
-    """Return what the output says about nodes. With ``with_busy``, GPUs of running jobs count as free. Raises
-    DocumentError if it has no list of nodes, or has wrong counts.
+    """Return the nodes in the output. With ``with_busy``, GPUs of running jobs count as free. Raises DocumentError if
+    it has no list of nodes, or has wrong counts.
     """
     nodes = mapping(data).get("nodes")
     if not isinstance(nodes, list):
@@ -267,7 +275,7 @@ def _slurm_node(
     gpus, left_out = list[FoundGpus](), list[str]()
     unusable = _unusable(node)
     hints = tuple(sorted({*_words(node.get("features")), *_words(node.get("active_features"))}))[:32]
-    # GPUs of jobs that asked for any type are counted without one; on a node with a single type it is clear which it
+    # GPUs of jobs that requested any type are counted without one; on a node with a single type it is clear which it
     # is.
     if UNTYPED in used and UNTYPED not in had and len(had) == 1:
         used[next(iter(had))] = used.get(next(iter(had)), 0) + used.pop(UNTYPED)
@@ -315,7 +323,7 @@ def _gres(
 ) -> Iterator[tuple[str, int]]:
     """Yield type and count of all GPUs in ``gpu:a100:4(S:0-1),gpu:a40:2``, each type once."""
     counts: dict[str, int] = {}
-    said = text(node.get(which))[:10_000].replace(":(null)", "")  # written for jobs that asked for any type
+    said = text(node.get(which))[:10_000].replace(":(null)", "")  # written for jobs that requested any type
     for one in re.split(r",(?![^()]*\))", said):
         if not one.strip().startswith("gpu"):
             continue

@@ -35,7 +35,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-# Verbs by the panels of the help, some with examples.
+# Verbs by help panel, some with examples.
 VERBS: dict[str, tuple[Any, ...]] = {
     "Plan": (
         place.place,
@@ -92,8 +92,8 @@ def main() -> NoReturn:
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Run one command line and return its exit code; every error has become a message on stderr."""
-    if "_HETIS_PLAN_COMPLETE" in os.environ:  # the script printed by `completion` asks for words
+    """Run one command line and return its exit code; errors are printed on stderr."""
+    if "_HETIS_PLAN_COMPLETE" in os.environ:  # the script printed by `completion` requests completions
         from typer.completion import completion_init  # type: ignore[attr-defined]  # imported there, not exported
 
         completion_init()
@@ -101,7 +101,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _defaults() -> dict[str, dict[str, Any]] | None:
-    """Return the options of every verb set by files of defaults, or None without such files."""
+    """Return the options that files of defaults set, by verb, or None if there are no such files."""
     try:
         folder = Path.cwd()
     except OSError:  # the current folder is gone
@@ -121,7 +121,7 @@ def _defaults() -> dict[str, dict[str, Any]] | None:
 
 
 def _commands(group: Any) -> Iterator[tuple[str, Any]]:
-    """Yield every verb with its command; those of a group as ``cluster.discover``."""
+    """Yield every verb with its command; a verb of a group is named ``cluster.discover``."""
     for name, command in group.commands.items():
         if hasattr(command, "commands"):
             yield from ((f"{name}.{inner}", one) for inner, one in _commands(command))

@@ -42,18 +42,18 @@ _NEEDS_DEMAND = (ObjectiveKind.COST, ObjectiveKind.GPUS)
 
 
 def document(path: str, value: Value, kind: document_pb2.DocumentKind.ValueType) -> document_pb2.Document:
-    """Return the file read as ``value``, as it is, so that the planner's messages have its lines.
+    """Return the file from which ``value`` was read, unchanged, so that the planner's messages refer to its lines.
 
-    Standard input cannot be read twice, so its value is serialised.
+    Standard input cannot be read twice, so ``value`` is serialised instead.
     """
     return _content("stdin", value, kind) if path == "-" else document_of_file(path, kind)
 
 
 def apply_resource(client: Client, path: str, value: Cluster | Profile, *, dry_run: bool) -> tuple[Any, str]:
-    """Create the cluster or profile of a file, under an id made from its name or GPU type, or update it.
+    """Create or update the cluster or profile of a file, under an id made from its name or GPU type.
 
-    It is updated as it was read, and never over somebody else's change. Return the resource, and whether it is created,
-    updated or unchanged.
+    The update carries the etag that was read, so that it never overwrites another client's change. Return the resource,
+    and whether it was created, updated or left unchanged.
     """
     kind, messages, requests, calls, own = (
         ("Cluster", cluster_pb2, cluster_service_pb2, client.clusters, id_of(value.name))
@@ -85,7 +85,7 @@ def apply_resource(client: Client, path: str, value: Cluster | Profile, *, dry_r
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FileProblem:
-    """The options of ``apply`` that make a problem."""
+    """The options of ``apply`` that define a placement problem."""
 
     inputs: options.OptionalInputOptions
     goal: options.GoalOptions
@@ -111,7 +111,7 @@ class FileProblem:
             raise typer.BadParameter(f"--objective {self.goal.objective.value} needs --rate")
 
     def documents(self) -> Iterator[tuple[str, Value]]:
-        """Read the files of the cluster and of profiles. Raises DocumentError: one of them is not usable."""
+        """Yield path and value of the cluster file and of each profile. Raises DocumentError if one is not usable."""
         if self.inputs.cluster is not None and _is_file(self.inputs.cluster):
             yield self.inputs.cluster, load_cluster(self.inputs.cluster)
         for profile in self.inputs.profile or ():
@@ -123,7 +123,7 @@ class FileProblem:
         return plan_pb2.Plan(cluster=_cluster_name(self.inputs.cluster), spec=self._spec())
 
     def cluster_of_plan(self, plan: Plan) -> str:
-        """Return the cluster of an imported plan: the one named, or the one whose document it was made from."""
+        """Return the cluster of an imported plan: the specified one, or the one that the plan was made from."""
         if self.inputs.cluster is not None:
             return _cluster_name(self.inputs.cluster)
         made_from = plan.inputs.get("documents", {}).get("cluster", {}).get("name", "")
@@ -134,7 +134,7 @@ class FileProblem:
     def _spec(self) -> plan_pb2.PlanSpec:
         inputs, family, replicas, search = self.inputs, self.family, self.replicas, self.search
         profiles = (id_of(load_profile(name).gpu) if _is_file(name) else name for name in inputs.profile or ())
-        same: dict[str, Any] = {  # fields that are called like their options; None leaves one unset
+        same: dict[str, Any] = {  # fields with the names of their options; None leaves a field unset
             **fields_of(inputs, "weights", "kv", "mtp"),
             **fields_of(family, "strategy", "engine"),
             **fields_of(replicas, "max_stages", "max_gpus", "min_layers", "max_nodes", "max_num_seqs", "kv_blocks"),
@@ -157,7 +157,7 @@ class FileProblem:
         assert inputs.workload is not None
         try:
             spec.model_name = find_model(inputs.model).model.name
-        except UnknownNameError:  # a file, or the error with the nearest name
+        except UnknownNameError:  # a file; if there is none, `load_model` raises with the nearest name
             found = load_model(inputs.model)
             spec.model_document.CopyFrom(_content(inputs.model, found, document_pb2.DOCUMENT_KIND_MODEL_SPEC))
         if inputs.prefix_hit_rate is None and (name := _workload_name(inputs.workload)) is not None:
@@ -183,7 +183,7 @@ def _cluster_name(given: str) -> str:
 
 
 def _workload_name(text: str) -> str | None:
-    """Return the name by which the planner knows a workload without its document; None: it needs the document."""
+    """Return the workload's name if the planner knows it, or None if the planner must be sent the document."""
     if _MEAN_LENGTHS.fullmatch(text):
         return text
     try:
@@ -193,7 +193,7 @@ def _workload_name(text: str) -> str | None:
 
 
 def _is_file(text: str) -> bool:
-    """Return whether a text is a path and not a name: by its form, or because it exists."""
+    """Return whether a text is a path rather than a name: it looks like one, or such a file exists."""
     return text.endswith((".yaml", ".yml", ".json")) or Path(text).exists()
 
 
@@ -209,7 +209,7 @@ class Applying:
     terminal: Terminal
     client: Client
     asked: options.ApplyOptions
-    _done: list[tuple[Any, str]] = field(default_factory=list)  # resources and what was done with them
+    _done: list[tuple[Any, str]] = field(default_factory=list)  # resources and what was done to each
 
     def run(self, *, files: Sequence[str], problem: FileProblem) -> ExitCode:
         """Do everything, in the order of dependencies.
@@ -220,7 +220,7 @@ class Applying:
         """
         refuse_unwritable(self.asked.out)
         problem.refuse_contradictions(self.asked.plan)
-        # Read every file before the first call, so that a typing error in the last one changes nothing.
+        # Read every file before the first call, so that a typo in the last one changes nothing.
         values = [(path, load(path)) for path in files if not path.startswith("plans/")]
         plans = [path for path in files if path.startswith("plans/")]
         values += problem.documents()
@@ -256,7 +256,7 @@ class Applying:
             self.terminal.say(f"{resource.name} {what}{' (dry run)' if dry_run else ''}")
 
     def _follow(self, wanted: plan_pb2.Plan) -> ExitCode:
-        """Create a plan and take it as far as requested: wait for it, save it, put it in force."""
+        """Create a plan and take it as far as requested: wait for it, save it, activate it."""
         asked, terminal = self.asked, self.terminal
         request = plan_service_pb2.CreatePlanRequest(plan_id=asked.name, plan=wanted, validate_only=asked.dry_run)
         plan = self.client.plans.CreatePlan(request).plan
@@ -281,8 +281,8 @@ class Applying:
 
     def _put_in_force(self, plan: plan_pb2.Plan) -> ExitCode:
         only_checks = self.asked.dry_run or not self.asked.activate
-        # With the cluster's etag, so that a plan activated by somebody else meanwhile is a conflict and not
-        # overwritten.
+        # Send the cluster's etag, so that a plan activated by another client in the meantime causes a conflict and is
+        # not overwritten.
         cluster = fetched(self.client, "clusters", plan.cluster, basic=True)
         answer = self.client.plans.ActivatePlan(
             plan_service_pb2.ActivatePlanRequest(name=plan.name, cluster_etag=cluster.etag, validate_only=only_checks)

@@ -154,7 +154,7 @@ def what_if(
 
 @group
 class ReplanOptions:
-    """From which plan to which fleet, and what a change costs."""
+    """The running plan, the fleet to plan for, and the cost of a change."""
 
     running: str = _input("--from PLAN: The plan that runs: a plan file, or -.", ...)
     cluster: str = options.cluster_option()

@@ -28,7 +28,7 @@ scontrol show nodes --json | hetis-plan cluster discover --gpu a100=A100-SXM-80G
 ray list nodes --detail --format json --limit 1000 | hetis-plan cluster discover --gpu H100=H100-SXM-80GB\n
 hetis-plan cluster discover --from agents --server planner:8470 --out cluster.yaml"""
 
-_MOST_SHOWN = 50  # sentences on stderr; the file has all
+_MOST_SHOWN = 50  # sentences on stderr; the file contains all of them
 
 cluster = typer.Typer(
     name="cluster", help="Describe a fleet from what its own tools know.", no_args_is_help=True, add_completion=False
@@ -116,7 +116,7 @@ def discover(
 
 
 def _of_agents(client: Client, parent: str, with_busy: bool) -> Inventory:
-    """Return what a planner's agents report, read node by node: lists are without inventories."""
+    """Return what a planner's agents report. Nodes are read one by one, because lists leave out inventories."""
     from hetis.planner.convert.agent_nodes import agents_inventory
     from hetis.planner.convert.documents import read_document
     from hetis.solver.cluster import Cluster
@@ -131,7 +131,7 @@ def _of_agents(client: Client, parent: str, with_busy: bool) -> Inventory:
 
 
 def _write(terminal: Terminal, found: Discovered, sources: Sequence[str], out: str) -> ExitCode:
-    """Write the cluster file, and say what is not in it and what is assumed."""
+    """Write the cluster file, and report what is left out of it and what is assumed."""
     from hetis.formats.discovery.fleet import file_text
     from hetis.formats.files import write_atomically
 

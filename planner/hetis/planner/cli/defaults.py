@@ -1,8 +1,8 @@
-"""Defaults of options from files: the project's ``hetis.toml``, and below it the user's.
+"""Defaults of options, read from files: the project's ``hetis.toml``, and with lower precedence the user's.
 
-A table named like a verb (``[place]``, ``[cluster.discover]``) sets options of that verb, and settings before all
-tables apply to every verb that has the option. The command line comes first, then the project's verb, the project,
-the user's verb, the user.
+A table named after a verb (``[place]``, ``[cluster.discover]``) sets options of that verb; settings before all tables
+apply to every verb that has the option. Precedence: the command line, the project's table of the verb, the project's
+settings for all verbs, the user's table of the verb, the user's settings for all verbs.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from hetis.formats.errors import DocumentError, Problem, did_you_mean, single_pr
 
 NAME = "hetis.toml"
 
-Options = Mapping[str, Mapping[str, str]]  # by verb: the names of its parameters, by their names on the command line
+Options = Mapping[str, Mapping[str, str]]  # parameter names by verb and option name
 
 
 def default_files(folder: Path) -> list[Path]:
@@ -29,7 +29,7 @@ def default_files(folder: Path) -> list[Path]:
 
 
 def default_map(options: Options, folder: Path) -> dict[str, dict[str, Any]]:
-    """Return defaults for every verb by parameter name, from the files that apply to a folder.
+    """Return the defaults of every verb by parameter name, from the files that apply to a folder.
 
     Raises:
         DocumentError: a file is not TOML, or names a verb or an option that does not exist.
@@ -39,7 +39,7 @@ def default_map(options: Options, folder: Path) -> dict[str, dict[str, Any]]:
     for file in default_files(folder):
         for verb, name, value in _settings(file, options, problems):
             inner = found
-            for part in verb.split("."):  # as click nests the groups of verbs
+            for part in verb.split("."):  # groups of verbs are nested, as click expects
                 inner = inner.setdefault(part, {})
             inner[name] = value
     if problems:
@@ -48,8 +48,8 @@ def default_map(options: Options, folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def _settings(file: Path, options: Options, problems: list[Problem]) -> Iterator[tuple[str, str, Any]]:
-    """Yield verb, parameter and value of every setting of a file: those for one verb after those for all."""
-    import tomllib  # a tenth of the start-up time, so only for those who have a file
+    """Yield verb, parameter and value of every setting in a file, those for all verbs before those for one."""
+    import tomllib  # takes a tenth of the start-up time, so import it only if there is a file
 
     try:
         said = tomllib.loads(file.read_text(encoding="utf-8"))
@@ -85,7 +85,7 @@ def _settings(file: Path, options: Options, problems: list[Problem]) -> Iterator
 
 
 def _as_given(value: Any) -> Any:
-    """Return a value as the command line would have it: text, or yes or no."""
+    """Return a value as the command line would pass it: text, or a bool for a flag."""
     if isinstance(value, list):
         return [_as_given(one) for one in value]
     return value if isinstance(value, bool) else str(value)

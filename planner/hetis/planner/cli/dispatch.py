@@ -54,10 +54,10 @@ class RequestOptions:
     seed: int = options.seed_option()
 
     def load(self) -> CostedStage:
-        """Load the stage of a state file or of a plan, whichever was given.
+        """Load the stage from the state file or the plan, whichever was specified.
 
         Raises:
-            BadParameter: neither or both were given.
+            BadParameter: neither or both were specified.
             DocumentError: the file is not usable.
         """
         from hetis.planner.use_cases.dispatch import load_stage, load_stage_of_plan
@@ -97,7 +97,7 @@ def dispatch(terminal: Terminal, *, asked: RequestOptions, answer: StateOptions)
         stopping="with the best placement so far",
     )
     sentences = tuple(explain_dispatch(found)) if answer.explain else None
-    # If this fails, print the answer all the same; the machine is to blame, not the input.
+    # Print the answer even if saving fails: then the machine is to blame, not the input.
     out = answer.out
     saved = out is None or saves(terminal, "state", lambda: save(terminal, found.saved, out))
     terminal.emit(lambda: dispatch_document(found, sentences), lambda: render_dispatch(found, sentences))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import NoReturn
 
@@ -9,7 +10,8 @@ from hetis.formats.command_line.process import command_process
 
 
 def main() -> NoReturn:
-    """Run the ``hetis-plan`` command; the base install has it too, but not the libraries it needs."""
+    """Run the ``hetis-plan`` command. The base install has the command, but not the libraries that it needs."""
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # read when gRPC is imported; our errors say what its lines would
     with command_process():
         try:
             from hetis.planner.cli.app import main as run_and_exit

@@ -6,7 +6,7 @@ from hetis.formats.exit_codes import ExitCodes
 
 
 class ExitCode(ExitCodes):
-    """Exit codes of every verb. 10 is reserved for differences found."""
+    """Exit codes shared by all verbs. 10 is reserved for differences found."""
 
     OK = 0, "success"
     INTERNAL = 1, "internal error, or the machine failed (a full disk)"

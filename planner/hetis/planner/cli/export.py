@@ -1,4 +1,4 @@
-"""Verbs that write for other programs: ``export`` a plan, ``upstreams`` for routers."""
+"""Verbs that write for other programs: ``export`` writes a plan's files, ``upstreams`` the endpoints for routers."""
 
 from __future__ import annotations
 
@@ -106,13 +106,13 @@ def export(
 
 
 def _on_stdout(path: str, text: str) -> str:
-    """Return a file as part of one stream of manifests, or as a script under its path."""
+    """Return a file as one document in a stream of manifests, or as a script preceded by its path."""
     head = "---\n" if path.endswith(".yaml") else ""
     return f"{head}# {path}\n{text}"
 
 
 def _hosts(texts: Sequence[str]) -> tuple[dict[str, str], list[str]]:
-    """Return addresses by node, and complaints about nodes with two."""
+    """Return the addresses by node, and an error for every node with two addresses."""
     hosts, wrong = dict[str, str](), list[str]()
     for text in texts:
         node, _, host = text.rpartition("=")
@@ -184,7 +184,7 @@ def _list_of(to: RouterFormat, servers: list[tuple[str, int]], model: str) -> st
 
 
 def _changes(client: Client, cluster: str, *, follow: bool) -> Iterator[list[tuple[str, int]]]:
-    """Yield endpoints with weights: now and, with ``follow``, after every change of a replica."""
+    """Yield the endpoints with their weights: now and, with ``follow``, after every change of a replica."""
     rates = dict[tuple[str, str], float]()
     yield _servers(client, cluster, rates)
     if not follow:
@@ -203,7 +203,7 @@ def _changes(client: Client, cluster: str, *, follow: bool) -> Iterator[list[tup
 
 
 def _in_the_end(client: Client, read: Callable[[], T]) -> T:
-    """Return what is read, however long the planner cannot be reached."""
+    """Return the result of ``read``, retrying while the planner cannot be reached."""
     import grpc
 
     from hetis.planner.client import CallError
@@ -223,9 +223,9 @@ def _in_the_end(client: Client, read: Callable[[], T]) -> T:
 
 
 def _servers(client: Client, cluster: str, rates: dict[tuple[str, str], float]) -> list[tuple[str, int]]:
-    """Return the endpoints of whole replicas that serve, with their weights.
+    """Return the endpoints of serving replicas that both prefill and decode, with their weights.
 
-    ``rates`` are the planned rates by replica and plan that are known; missing ones are fetched and added.
+    ``rates`` holds the known planned rates by replica and plan; missing ones are fetched and added.
     """
     from hetis.planner.export.routing import weighted
     from hetis.v1 import replica_pb2
@@ -243,7 +243,7 @@ def _servers(client: Client, cluster: str, rates: dict[tuple[str, str], float]) 
 
 
 def _run(terminal: Terminal, command: list[str]) -> None:
-    """Run the user's command; a failure is only reported."""
+    """Run the user's command; a failure is reported and otherwise ignored."""
     import subprocess
 
     try:

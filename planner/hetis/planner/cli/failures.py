@@ -1,4 +1,4 @@
-"""Errors as messages and exit codes. Imported only once something has failed."""
+"""Conversion of errors into messages and exit codes. Imported only once something has failed."""
 
 from __future__ import annotations
 
@@ -24,27 +24,27 @@ if TYPE_CHECKING:
 def report_failure(error: Exception, terminal: Terminal | None = None) -> ExitCode:
     """Print what went wrong, never a traceback, and return the exit code.
 
-    If programs read stdout, print it there, too: a document of ``kind: Error`` on one line of JSON.
+    If stdout is read by a program, also print the error there: a document of ``kind: Error`` on one line of JSON.
     """
     terminal = terminal or in_use.get() or Terminal()
     if not terminal.prints_tables:
         code, message, details = describe(error)
         document = {"apiVersion": "hetis/v1", "kind": "Error", "exit_code": int(code), "message": message}
         document["details"] = [detail.removeprefix("- ") for detail in details]
-        with suppress(OSError):  # stdout may be what failed
-            terminal.write(f"{json.dumps(document, ensure_ascii=False)}\n")  # YAML, too
+        with suppress(OSError):  # writing to stdout may be what failed
+            terminal.write(f"{json.dumps(document, ensure_ascii=False)}\n")  # one line of JSON is valid YAML, too
     return say_failure(error, terminal)
 
 
 def say_failure(error: Exception, terminal: Terminal) -> ExitCode:
-    """Print the message alone on stderr, for a verb that has printed a document of its own."""
+    """Print only the message, on stderr, for a verb that has printed a document of its own."""
     code, message, details = describe(error)
     terminal.error(message, details)
     return code
 
 
 def describe(error: Exception) -> tuple[ExitCode, str, list[str]]:
-    """Return the exit code, the headline and the lines below it."""
+    """Return the exit code, the headline and the lines to print below it."""
     match error:
         case DocumentError():
             count = plural(len(error.problems), "problem")
@@ -69,7 +69,7 @@ def describe(error: Exception) -> tuple[ExitCode, str, list[str]]:
     return ExitCode.INTERNAL, *internal_error(error)
 
 
-_CODES = {  # by the name of gRPC's status
+_CODES = {  # by the name of the gRPC status
     "INVALID_ARGUMENT": ExitCode.INVALID,
     "NOT_FOUND": ExitCode.INVALID,
     "UNAUTHENTICATED": ExitCode.INVALID,
@@ -125,11 +125,11 @@ def _advice(error: CallError, *, is_plain: bool) -> str:
         return _how_to_reach(str(error), is_plain=is_plain)
     try:
         return ADVICE.get(error.reason, "").format_map(error.metadata)
-    except KeyError:  # a planner that sends less than the contract requires
+    except KeyError:  # the planner sends less metadata than the contract requires
         return ""
 
 
-# What gRPC reports when both sides talk, but only one of them uses TLS, or they trust different authorities.
+# What gRPC reports if something answers, but only one side uses TLS, or the sides trust different authorities.
 _BROKEN_OFF = ("socket closed", "connection reset", "broken pipe", "end of tcp stream", "goaway", "preface")
 _TLS = ("ssl", "tls", "handshak", "certificate", "security")
 
@@ -146,5 +146,5 @@ def _how_to_reach(message: str, *, is_plain: bool) -> str:
     )
     if any(sign in said for sign in (*_TLS, *_BROKEN_OFF)):
         return f"TLS fails: {tls}"
-    # For a host with several addresses gRPC reports only the last failure, perhaps of one where nobody listens.
+    # For a host with several addresses gRPC reports only the last failure, perhaps of one on which nothing listens.
     return f"is hetis-planner running? --server or HETIS_SERVER says where. If it is: {tls}"

@@ -214,7 +214,7 @@ def catalog(
 
     every = _by_name(which)
     chosen = {name: entry for name, entry in every.items() if containing.lower() in name.lower()}
-    if not chosen:  # an empty list alone would look like all there is
+    if not chosen:  # an empty list without a message would look like the whole catalogue
         terminal.warn(f"no name of the {which} contains {containing!r}{did_you_mean(containing, every)}")
     entries = list(chosen.values())
     match which:

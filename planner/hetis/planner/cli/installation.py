@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 MIN_PYTHON = (3, 11)
 MIN_MEMORY_BYTES = 2 * 2**30
-# HiGHS release in each OR-Tools release: highspy must have the same, or their symbols clash in one process.
+# The HiGHS release in each OR-Tools release: highspy must have the same one, or their symbols clash in one process.
 HIGHS_IN_ORTOOLS = {"9.15": "1.12"}
 _PROBE_TIMEOUT_S = 60
 
@@ -103,7 +103,7 @@ class Finding:
 
 
 def examine() -> tuple[Finding, ...]:
-    """Examine everything; takes a few seconds, because the solvers are loaded in processes of their own."""
+    """Examine everything. Takes a few seconds, because each solver is loaded in a process of its own."""
     return (_python(), *_libraries(), *_solver_orders(), _compiled_code_cache(), _cores(), _memory())
 
 
@@ -137,7 +137,7 @@ def _release(version: str) -> str:
 
 
 def _solver_orders() -> Iterator[Finding]:
-    """Yield whether the solvers work in both import orders: both contain HiGHS, and neither must break the other."""
+    """Yield whether the solvers work in both import orders: both contain HiGHS, and neither may break the other."""
     if any(util.find_spec(name) is None for name in ("highspy", "ortools")):
         return
     orders = {"highspy, ortools": _IMPORT_HIGHS + _IMPORT_CP_SAT, "ortools, highspy": _IMPORT_CP_SAT + _IMPORT_HIGHS}
@@ -162,7 +162,10 @@ def _failure_of(program: str) -> str | None:
 
 
 def _compiled_code_cache() -> Finding:
-    """Return where Numba keeps compiled code: beside the source, or else in the user's cache folder."""
+    """Return where Numba keeps compiled code.
+
+    It is NUMBA_CACHE_DIR or a folder beside the source, or if that is not writable the user's cache folder.
+    """
     folder = Path(os.environ["NUMBA_CACHE_DIR"]) if os.environ.get("NUMBA_CACHE_DIR") else _solver_folder()
     fallback = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
     for candidate in (folder, fallback):

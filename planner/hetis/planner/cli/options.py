@@ -1,7 +1,7 @@
-"""Options of `hetis-plan`: how they are declared, and those that several verbs share.
+"""Options of `hetis-plan`: how they are declared, and the ones that several verbs share.
 
-Options stand in groups, dataclasses with an option per field. A verb that takes a group has its options on the command
-line, and gets their values as one (`verb`).
+Options are declared in groups: dataclasses with one option per field. A verb with a parameter of such a type has the
+group's options on its command line, and receives their values as one object (`verb`).
 """
 
 from __future__ import annotations
@@ -37,19 +37,19 @@ PlanArgument = Annotated[str, typer.Argument(metavar="PLAN", help="A plan file, 
 
 @dataclass_transform(kw_only_default=True, frozen_default=True)
 def group(kind: type[T]) -> type[T]:
-    """Make a group of options of a class."""
-    return dataclass(frozen=True, kw_only=True, eq=False, repr=False)(kind)  # quick to make: --help makes them all
+    """Make a class a group of options."""
+    return dataclass(frozen=True, kw_only=True, eq=False, repr=False)(kind)  # no eq and repr: --help makes all groups
 
 
 def option(usage: str, default: Any = None, *, shown: str | Literal[True] = True, panel: str = "", **more: Any) -> Any:
-    """Declare a field of a group to be an option.
+    """Declare a field of a group as an option.
 
     Args:
-        usage: its names, the form of its value, and what the help says of it: ``--model -m NAME|FILE: The model.``
-        default: its value unless it is given, which goes through the parser, too; ``...``: it must be given.
-        shown: the default in words; True: as it is, and nothing for None.
-        panel: the part of the help in which it stands.
-        **more: as in `typer.Option`.
+        usage: its names, the form of its value, and its help text: ``--model -m NAME|FILE: The model.``
+        default: its value if it is not specified, passed through the parser, too; ``...`` if it must be specified.
+        shown: the default as displayed in the help; True displays it as it is, and None not at all.
+        panel: the panel of the help to which it belongs.
+        **more: further arguments of `typer.Option`.
     """
     usage, _, says = usage.partition(": ")
     names = [word for word in usage.split() if word.startswith("-")]
@@ -66,24 +66,24 @@ def option(usage: str, default: Any = None, *, shown: str | Literal[True] = True
 
 
 def panel(name: str) -> Callable[..., Any]:
-    """Return `option` for a part of the help."""
+    """Return `option` for one panel of the help."""
     return partial(option, panel=name)
 
 
 def verb(*, prints_data: bool = True, output: OutputFormat = OutputFormat.TABLE) -> Callable[..., Callable[..., None]]:
-    """Turn ``f(terminal, ...) -> exit code`` into a typer command, its groups into the options in them."""
+    """Turn ``f(terminal, ...) -> exit code`` into a typer command, and each of its groups into options."""
     command = command_line.verb(prints_data=prints_data, output=output)
     return lambda function: command(_ungrouped(function))
 
 
 def _ungrouped(function: Callable[..., int]) -> Callable[..., int]:
-    """Return a verb with the options of its groups as parameters in place of these."""
+    """Return a verb whose parameters are the options of its groups instead of the groups."""
     parameters, groups = list[inspect.Parameter](), dict[str, Any]()
     names = inspect.unwrap(function).__globals__
-    annotated: Any = Annotated  # of types that only the running program knows
+    annotated: Any = Annotated  # Any, because the annotated types are known only at run time
     for parameter in inspect.signature(function).parameters.values():
         kind = parameter.annotation
-        if parameters and isinstance(kind, str):  # modules postpone evaluation; nobody reads that of the terminal
+        if parameters and isinstance(kind, str):  # modules postpone evaluation; the terminal's annotation is not needed
             kind = eval(kind, names)
         if not is_dataclass(kind):
             parameters.append(parameter.replace(annotation=kind))
@@ -107,11 +107,11 @@ def _ungrouped(function: Callable[..., int]) -> Callable[..., int]:
 _types_of = functools.cache(get_type_hints)
 
 
-# --- options of several verbs, of which each has its own group
+# --- options of several verbs, each of which has its own group
 
 _input, _goal, _search, _result = map(panel, ("Inputs", "Goal", "Search", "Result"))
 _to_solve, _plan = panel("To solve"), panel("Plan")
-_setting = partial(_search, min=1, max=values.MOST_SETTING)  # of every engine
+_setting = partial(_search, min=1, max=values.MOST_SETTING)  # one setting for every engine
 
 cluster_option = partial(_input, "--cluster -c FILE: The fleet.", ...)
 profile_option = partial(
@@ -163,14 +163,14 @@ check_only_option = partial(option, "--dry-run: Check everything and show it, ch
 
 @group
 class OptionalInputOptions:
-    """The problem of ``apply``, which may do something else than solve one."""
+    """The problem of ``apply``, a verb that need not solve one."""
 
     cluster: str | None = _to_solve(
         "--cluster -c FILE|NAME: The fleet: a file, which is applied first, or a cluster that is there."
     )
     model: str | None = _to_solve("--model -m NAME|FILE: As at place.")
     workload: str | None = _to_solve("--workload -w NAME|FILE|P/O: As at place.")
-    prefix_hit_rate: Any = prefix_hit_rate_option()  # a share or "trace", which typer's types cannot say
+    prefix_hit_rate: Any = prefix_hit_rate_option()  # a share or "trace", which typer's types cannot express
     weights: str | None = _input(
         "--weights P[,GPU=P...]: "
         "Of the model's weights, everywhere and on GPU types: bf16, fp8, int8, awq-int4, gptq-int4, mxfp4, nvfp4.",
@@ -222,7 +222,7 @@ class InputOptions(OptionalInputOptions):
     def request(
         self, goal: GoalOptions, replicas: ReplicaOptions, constraints: ConstraintOptions | None = None, **more: Any
     ) -> PlacementRequest:
-        """Return the request of these options; ``more`` are its other fields."""
+        """Return the request that these options make; ``more`` are its other fields."""
         from hetis.planner.use_cases.json_values import fields_of
         from hetis.planner.use_cases.place import PlacementRequest, objective
 
@@ -280,7 +280,7 @@ class FamilyOptions:
 
 @group
 class ReplicaOptions:
-    """Limits of every replica, and settings that its engine is started with."""
+    """Limits of every replica, and the settings with which its engine is started."""
 
     max_stages: int | None = _search(
         "--max-stages: Stages of a replica, of an engine's plans.", min=1, max=16, shown="8"
@@ -329,7 +329,7 @@ class ReplicaOptions:
 
 @group
 class ServiceLevelOptions:
-    """What has to keep the latency limits, in simulated traffic."""
+    """The part of the simulated traffic that has to keep the latency limits."""
 
     ttft_statistic: Statistic | None = _goal(
         "--ttft-statistic: What of TTFT the simulation holds to its limit.", shown=DEFAULT.ttft
@@ -376,7 +376,7 @@ class SearchOptions:
         )
 
 
-Survived = Literal["node", "zone"]  # a loss that the demand must survive
+Survived = Literal["node", "zone"]  # the loss that the demand must survive
 
 verify_option = partial(
     _result,
@@ -390,14 +390,14 @@ survive_option = partial(
 
 @group
 class VerificationOptions:
-    """What a plan survives, and whether its limits are tried in simulated traffic."""
+    """What the plan must survive, and whether its latency limits are tested in simulated traffic."""
 
     survive: Survived | None = survive_option()
     verify: bool = verify_option()
 
 
 def engine_rules(name: str | None, strategy: str, limits: ReplicaLimits) -> EngineRules | None:
-    """Return the rules set by ``--engine`` and its limits. None: any engine, as for published heuristics by default."""
+    """Return the rules of ``--engine`` and the limits. None: any engine, the default for published heuristics."""
     from hetis.planner.use_cases.sources import engine_rules as rules_of
     from hetis.solver.errors import InvalidProblemError
 

@@ -1,6 +1,6 @@
-"""Outputs of verbs: plans and pages, refused early if they cannot be written; and the answer to ``--dry-run``.
+"""Outputs of verbs: plans and pages, rejected early if they cannot be written; and the answer to ``--dry-run``.
 
-Files that cannot be written raise DocumentError, options that cannot be met BadParameter.
+Files that cannot be written raise DocumentError, options that cannot be met raise BadParameter.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ STDOUT = Path("-")  # stands for standard output
 
 
 def refuse_unwritable(path: Path | None) -> None:
-    """Refuse before a long search a file that could not be written after it; standard output and None pass."""
+    """Reject, before a long search, a file that could not be written after it; accepts standard output and None."""
     if path is None or path == STDOUT:
         return
     folder = path.resolve().parent
@@ -42,13 +42,13 @@ def refuse_unwritable(path: Path | None) -> None:
 
 
 def refuse_missing_library(name: str, *, extra: str, wanted_by: str) -> None:
-    """Refuse before the work if a library is missing, and name the extra that installs it."""
+    """Raise an error before the work if a library is missing, and name the extra that installs it."""
     if importlib.util.find_spec(name) is None:
         raise typer.BadParameter(f"{name} is not installed, which {wanted_by} needs: pip install 'hetis[{extra}]'")
 
 
 def refuse_page(path: Path | None, *, beside: Path | None = None) -> None:
-    """Refuse before the work a page that could not be saved, or would be saved where something else is (``beside``)."""
+    """Reject, before the work, a page that could not be saved or has the path of another output (``beside``)."""
     if path is None:
         return
     if path == STDOUT:
@@ -59,32 +59,32 @@ def refuse_page(path: Path | None, *, beside: Path | None = None) -> None:
 
 
 def refuse_unwritable_page(path: Path) -> None:
-    """Refuse the same for a verb that prints nothing else."""
+    """Reject, before the work, a page that could not be saved, for a verb without other outputs."""
     refuse_unwritable(path)
     refuse_missing_library("jinja2", extra="planner", wanted_by="a page")
 
 
 def refuse_unwritable_plans(folder: Path, names: Iterable[str]) -> None:
-    """Refuse the same for plans that `save_plans` will write."""
+    """Reject, before the work, a folder in which `save_plans` could not write plans of these names."""
     for name in names:
         refuse_unwritable(folder / f"{name}.json")
 
 
 def save(terminal: Terminal, value: Value, path: Path) -> None:
-    """Write the whole document or nothing; YAML if the name's suffix is that of YAML."""
+    """Write the whole document or nothing, as YAML if the file name has a YAML suffix, else as JSON."""
     form: Literal["yaml", "json"] = "yaml" if path.suffix in (".yaml", ".yml") else "json"
     write_atomically(path, dump(value, form))
     terminal.say(f"saved {path}")
 
 
 def save_plans(terminal: Terminal, folder: Path, plans: Mapping[str, Plan]) -> None:
-    """Write plans by name, as ``NAME.json``."""
+    """Write every plan to ``NAME.json`` in the folder."""
     for name, plan in plans.items():
         save(terminal, plan, folder / f"{name}.json")
 
 
 def save_page(terminal: Terminal, page: str, path: Path) -> None:
-    """Write the page, on standard output for ``-``."""
+    """Write the page to the file, or to standard output if the path is ``-``."""
     if path == STDOUT:
         terminal.write(page)
         return
@@ -95,10 +95,10 @@ def save_page(terminal: Terminal, page: str, path: Path) -> None:
 def save_or_tell(
     terminal: Terminal, plan: Plan, path: Path | None, *, html: Path | None, page: Callable[[], str]
 ) -> bool:
-    """Save a plan and its page before printing, so that a stdout reader that goes away does not cost them.
+    """Save a plan and its page before printing, so that they are saved even if the reader of stdout goes away.
 
-    A plan on standard output is the only thing that may be printed there. Without ``path`` the plan is not saved,
-    without ``html`` the page. Return False after a failure, which was reported.
+    If the plan goes to standard output, nothing else may be printed there. Without ``path`` the plan is not saved,
+    without ``html`` the page is not. Return False after a failure, which is reported here.
     """
     saved = True
     if path == STDOUT:
@@ -111,7 +111,7 @@ def save_or_tell(
 
 
 def saves(terminal: Terminal, what: str, write: Callable[[], None]) -> bool:
-    """Return whether ``write`` could save something; its failure is reported, and the verb goes on."""
+    """Return whether ``write`` succeeded; a failure is reported, and the verb continues."""
     try:
         write()
     except DocumentError as error:
@@ -130,9 +130,9 @@ def say_what_would_be_solved(
     again: int = 0,
     engine: EngineRules | None = None,
 ) -> ExitCode:
-    """Print what would be planned: ``solves`` searches, one after another, each of ``time_limit_s`` at most.
+    """Print what would be solved: ``solves`` searches, one after another, each of at most ``time_limit_s``.
 
-    ``again``: how often each may be repeated, where its plan misses a limit in the simulation.
+    ``again``: how often each search may be repeated if its plan misses a limit in the simulation.
     """
     from rich.text import Text
 

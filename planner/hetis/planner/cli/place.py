@@ -120,7 +120,7 @@ def finish(
     problem: PlacementProblem,
     results: ResultOptions,
 ) -> ExitCode:
-    """Solve with progress and Ctrl-C, save, print, and return the exit code of the outcome, whatever it is."""
+    """Solve with progress and Ctrl-C, save, print, and return the exit code, whatever the outcome."""
     from hetis.planner.cli.failures import report_failure, say_failure
     from hetis.planner.cli.outputs import STDOUT, save_or_tell
     from hetis.planner.jobs.kernels import compile_kernels
@@ -255,7 +255,7 @@ def compare(
     engines = (ANY_ENGINE,) if asked.engine is None else asked.engine.names
     unless = options.DEFAULT_STRATEGY if len(engines) > 1 else values.ALL
     names = (asked.strategies or values.strategies(unless)).names
-    rules = {  # limits are those of engines, unless "any" is alone
+    rules = {  # limits apply to engines, unless "any" is the only one
         name: options.engine_rules(
             name,
             options.DEFAULT_STRATEGY,
@@ -302,7 +302,7 @@ def compare(
 
 
 def judge(compared: Sequence[Compared]) -> ExitCode:
-    """Return success if there is something to choose from and nothing is broken."""
+    """Return success if there is a plan to choose and no result is broken."""
     from hetis.planner.use_cases.compare import FAILED
     from hetis.solver.plan import Status
 

@@ -1,4 +1,4 @@
-"""Verbs that read or change what a planner has."""
+"""Verbs that read or change the planner's resources."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from hetis.planner.client import Client
 
 
-GetFormat = Literal["table", "wide", "json", "yaml", "name"]  # `OutputFormat`, and one form for lists only
+GetFormat = Literal["table", "wide", "json", "yaml", "name"]  # `OutputFormat`, and ``name``, which is for lists only
 
 
 @group
@@ -85,7 +85,7 @@ def _show(terminal: Terminal, what: str, found: list[Any], form: GetFormat, want
 
 
 def listed(client: Client, what: str, cluster: str) -> list[Any]:
-    """Read all resources of a kind; those of one cluster if ``cluster`` is not empty."""
+    """Read all resources of a kind, or only those of one cluster if ``cluster`` is not empty."""
     match what:
         case "clusters":
             return [one for one in client.list_clusters() if cluster in ("", one.name)]
@@ -98,8 +98,8 @@ def listed(client: Client, what: str, cluster: str) -> list[Any]:
 
 # --- watch
 
-MAX_DIFFERENCES = 20  # shown one by one; a fleet that is not there yet has thousands
-AGAIN_S = 0.5  # between an interrupt that was lost and the next one
+MAX_DIFFERENCES = 20  # differences shown one by one; a fleet that is not there yet has thousands
+AGAIN_S = 0.5  # pause between an interrupt that was lost and the next one
 
 
 @server_verb()
@@ -139,22 +139,22 @@ def _watch_cluster(terminal: Terminal, client: Client, name: str) -> ExitCode:
                 terminal.emit(lambda event=event: resource_data(event), lambda: "")  # type: ignore[misc]
             elif said := line_of_event(event):
                 terminal.emit(dict, lambda said=said: said, width=WIDE)  # type: ignore[misc]
-    return ExitCode.OK  # a watch of a cluster ends with Ctrl-C or an error
+    return ExitCode.OK  # the watch of a cluster ends with Ctrl-C or an error
 
 
 @contextmanager
 def interrupts_that_arrive() -> Iterator[None]:
-    """Raise KeyboardInterrupt again and again after Ctrl-C, until one is on its way out of the context.
+    """Raise KeyboardInterrupt repeatedly after Ctrl-C, until one propagates out of the context.
 
     Python drops an exception that is raised in a finaliser or in a callback of a weak reference, as the import system
-    has them, so one Ctrl-C at the wrong moment would be lost and a watch would never end. One that is not lost is let
-    out in peace: raised once more while this context ends, it would leave the timer behind and come again later.
+    uses them, so one Ctrl-C at the wrong moment would be lost and a watch would never end. An interrupt that propagates
+    is not repeated: raised once more while this context ends, it would leave the timer running and come again later.
     """
 
     def handle(number: int, frame: FrameType | None) -> None:
         signal.setitimer(signal.ITIMER_REAL, AGAIN_S)
         is_on_its_way = isinstance(sys.exc_info()[1], KeyboardInterrupt)
-        if number == signal.SIGINT or not is_on_its_way:  # a second Ctrl-C is meant
+        if number == signal.SIGINT or not is_on_its_way:  # a second Ctrl-C is intentional
             signal.default_int_handler(signal.SIGINT, frame)
 
     if threading.current_thread() is not threading.main_thread():

@@ -31,7 +31,7 @@ REPORT_EXAMPLES = """Examples:\n
   hetis-plan report today.json next.json --simulate --out next-quarter.html\n
   hetis-plan place -c examples/paper.yaml -m Llama-2-70B -w azure_conv_2023 --out - | hetis-plan report - --out -"""
 
-# Proved by the search; a plan file contains the result of the proof only.
+# Proved by the search; a plan file contains only the result of the proof.
 ON_TRUST = ("result.bound", "result.solve_s", "prices.dual", "runners_up", "notes", "inputs")
 
 
@@ -85,7 +85,7 @@ def check(terminal: Terminal, plan: PlanArgument) -> ExitCode:
 
 
 def _load(terminal: Terminal, paths: list[str]) -> list[PlanAndProblem]:
-    """Read plans, and warn of oddities, of each once."""
+    """Read the plans, and warn of the oddities of each once."""
     from hetis.planner.use_cases.sources import load_plan_and_problem
 
     found = [load_plan_and_problem(path) for path in paths]

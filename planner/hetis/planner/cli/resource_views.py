@@ -41,18 +41,18 @@ from hetis.v1 import (
 
 
 def resource_data(message: Message) -> dict[str, Any]:
-    """Return a message as JSON values; as in protobuf, enums are names, times RFC 3339, and 64-bit numbers text."""
+    """Return a message as JSON values, as protobuf does: enums are names, times RFC 3339, and 64-bit numbers text."""
     found: dict[str, Any] = _readable(MessageToDict(message, preserving_proto_field_name=True))
     return found
 
 
 def list_data(kind: str, messages: Iterable[Message]) -> dict[str, Any]:
-    """Return several resources: ``items`` under a header with their kind."""
+    """Return several resources as one value: ``items``, and a header with their kind."""
     return {"apiVersion": "hetis/v1", "kind": kind, "items": [resource_data(message) for message in messages]}
 
 
 def _readable(value: Any) -> Any:
-    """Return the same with the contents of documents in plain text; protobuf writes bytes as base64."""
+    """Return the value with the contents of documents as plain text or JSON; protobuf encodes bytes as base64."""
     if isinstance(value, list):
         return [_readable(item) for item in value]
     if not isinstance(value, dict):
@@ -62,7 +62,7 @@ def _readable(value: Any) -> Any:
 
 
 def _text(value: Any) -> Any:
-    with suppress(TypeError, ValueError):  # a UnicodeDecodeError is one
+    with suppress(TypeError, ValueError):  # includes UnicodeDecodeError
         return base64.b64decode(value, validate=True).decode("utf-8")
     return value
 
@@ -82,7 +82,7 @@ _BAR_WIDTH = 14
 
 
 class ResourceColumn(NamedTuple):
-    """A column: its head, as `table` has it, its cell for a resource, and whether only the wide form has it."""
+    """A column: its header, its cell for a resource, and whether only the wide form includes it."""
 
     head: str
     cell: Callable[[Any], RenderableType]
@@ -102,7 +102,7 @@ def state(text: str) -> Text:
 
 
 def ago(moment: Timestamp | None, now_s: float | None = None) -> str:
-    """Return ``4 s ago``; empty for never."""
+    """Return the age of a moment, as ``4 s ago``, or an empty string for None."""
     if moment is None or not (moment.seconds or moment.nanos):
         return ""
     passed_s = max((time.time() if now_s is None else now_s) - moment.seconds - moment.nanos / 1e9, 0.0)
@@ -127,7 +127,7 @@ def kv_bar(devices: Sequence[report_pb2.DeviceReport], width: int = _BAR_WIDTH) 
 
 
 def value_of(plan: plan_pb2.Plan) -> str:
-    """Return the value of the answer or of the best plan so far: ``1.61 requests/s``."""
+    """Return the value of the plan's answer or, during the search, of the best plan so far: ``1.61 requests/s``."""
     if plan.HasField("result"):
         return f"{digits(plan.result.value, 4)} {plan.result.unit}"
     if plan.progress.HasField("incumbent"):
@@ -238,7 +238,7 @@ COLUMNS: dict[str, tuple[ResourceColumn, ...]] = {
 
 
 def plan_summary(plan: plan_pb2.Plan, steps: Sequence[plan_service_pb2.TransitionStep] = ()) -> RenderableType:
-    """Return state, answer with its proof, activation, and the steps to it if there are any."""
+    """Return the plan's state, its answer with the proof, its activation, and the steps towards it if there are any."""
     made = facts(_summary(plan))
     if not steps:
         return made
@@ -289,7 +289,7 @@ def _simulated(found: plan_pb2.Verification, spec: plan_pb2.PlanSpec) -> Text:
 
 
 def node_table(nodes: Sequence[cluster_pb2.Node]) -> RenderableType:
-    """Return one row per GPU, with what its agent reports."""
+    """Return a table with one row per GPU and what its agent reports."""
     if not nodes:
         return Text("no nodes", style="dim")
     made = table("'node", "'state", "heard", "GPU", "<KV in use", "busy", "GHz", "°C", "'remark", fixed=True)
@@ -340,7 +340,7 @@ def audit_table(lines: Sequence[audit_service_pb2.AuditedChange]) -> RenderableT
 
 
 def line_of_event(event: cluster_service_pb2.WatchClusterResponse) -> str:
-    """Return what happened, in one line; empty if nothing did."""
+    """Return an event in one line, or an empty string if nothing happened."""
     if event.reset:
         return "--- everything anew, the token was too old"
     at = event.event_time.ToDatetime().strftime("%H:%M:%S")
@@ -376,11 +376,12 @@ def line_of_event(event: cluster_service_pb2.WatchClusterResponse) -> str:
 
 
 def wait_for_plan(terminal: Terminal, client: Client, name: str, *, exists: bool = True) -> plan_pb2.Plan:
-    """Wait for the plan until nothing about it can change by itself. ``exists``: the planner has told of it before.
+    """Wait until the plan can no longer change by itself. ``exists``: the planner has reported the plan before.
 
     Raises:
-        KeyboardInterrupt: Ctrl-C; the plan goes on, and the user was told how to come back to it.
-        CallError: the planner has been gone for long; the same holds if it has told of the plan.
+        KeyboardInterrupt: after Ctrl-C; the plan continues, and the user was shown how to return to it.
+        CallError: the call failed, or the planner has been unreachable for too long; in the latter case a plan that the
+            planner has reported continues, and the user was shown how to return to it.
     """
     was_seen = exists
     try:
@@ -402,7 +403,7 @@ def wait_for_plan(terminal: Terminal, client: Client, name: str, *, exists: bool
 
 @contextmanager
 def news_on_stderr(terminal: Terminal) -> Iterator[Callable[[plan_pb2.Plan], None]]:
-    """Yield a function to call with every state of a plan: one live line on a terminal, a few plain lines elsewhere."""
+    """Yield a function that displays a plan's state: as one live line on a terminal, elsewhere as a few plain lines."""
     console = terminal.stderr_console()
     if terminal.verbosity < 0:
         yield lambda plan: None
@@ -414,7 +415,7 @@ def news_on_stderr(terminal: Terminal) -> Iterator[Callable[[plan_pb2.Plan], Non
 
 
 class _PlainLines:
-    """News as one line when the state or the phase changes, and otherwise at most every `PLAIN_INTERVAL_S` seconds."""
+    """Prints a line when the state or the phase changes, and otherwise at most every `PLAIN_INTERVAL_S` seconds."""
 
     def __init__(self, say: Callable[[str], None]) -> None:
         self._say = say
@@ -422,7 +423,7 @@ class _PlainLines:
         self._said_s = 0.0
 
     def __call__(self, plan: plan_pb2.Plan) -> None:
-        phase, _, _ = plan.progress.phase.partition(",")  # what follows says how far it is
+        phase, _, _ = plan.progress.phase.partition(",")  # the rest is the progress within the phase
         now = (plan.state, plan.activation, phase)
         if now == self._last and time.monotonic() < self._said_s + PLAIN_INTERVAL_S:
             return
@@ -431,7 +432,7 @@ class _PlainLines:
 
 
 def line_of(plan: plan_pb2.Plan) -> str:
-    """Return how far a plan is, in one line."""
+    """Return the progress of a plan in one line."""
     if plan.state == plan_pb2.PLAN_STATE_QUEUED:
         return f"{plan.name} waits for a solver process"
     if plan.state == plan_pb2.PLAN_STATE_SOLVING:
@@ -456,7 +457,7 @@ def _progress(said: plan_pb2.SolveProgress) -> Progress:
 
 
 def outcome(terminal: Terminal, plan: plan_pb2.Plan, *, activated: bool = False) -> ExitCode:
-    """Return the exit code for a plan's outcome, whose reason is printed; ``activated``: it was to come into force."""
+    """Print the reason of a plan's outcome and return its exit code; ``activated``: activation was requested."""
     if plan.state == plan_pb2.PLAN_STATE_INFEASIBLE:
         terminal.error(f"no plan exists ({plan.name})", [f"- {reason}" for reason in plan.infeasible_reasons])
         return ExitCode.INFEASIBLE

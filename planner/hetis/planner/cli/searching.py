@@ -1,4 +1,4 @@
-"""Work in a verb: progress on stderr, no native output on stdout, and Ctrl-C for the best found so far."""
+"""Long-running work in a verb: progress on stderr, no native output on stdout, Ctrl-C for the best result so far."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-PLAIN_INTERVAL_S = 2.0  # between plain lines of a search
-REQUESTS_INTERVAL_S = 5.0  # of a simulation
+PLAIN_INTERVAL_S = 2.0  # between the plain lines of a search
+REQUESTS_INTERVAL_S = 5.0  # between the plain lines of a simulation
 _POLL_S = 0.1  # how often the waiting thread wakes up; signals are handled in between
 _ABORTED = 130
 _STDOUT = 1
@@ -33,7 +33,7 @@ _STDOUT = 1
 
 @contextmanager
 def progress_on_stderr(terminal: Terminal, unit: str) -> Iterator[Report]:
-    """Yield a `Report` for the solver, safe to call from another thread. Times are those of the whole command."""
+    """Yield a `Report` for the solver, safe to call from another thread. Times count from the start of the command."""
     console = terminal.stderr_console()
     if terminal.verbosity < 0:
         yield silent
@@ -45,7 +45,7 @@ def progress_on_stderr(terminal: Terminal, unit: str) -> Iterator[Report]:
 
 
 def by_one_clock(report: Report, *, clock: Callable[[], float] = time.monotonic) -> Report:
-    """Return a report with the time since now: searches one after another each start at zero seconds."""
+    """Return a report whose times count from now: each of several consecutive searches starts at zero seconds."""
     started_s = clock()
     return lambda progress: report(replace(progress, elapsed_s=clock() - started_s))
 
@@ -84,7 +84,7 @@ def describe(progress: Progress, unit: str) -> str:
 
 
 class SimulationNews(Protocol):
-    """Receiver of requests arrived so far and in all, and of parts that begin; safe to call from other threads."""
+    """Receives the number of requests that have arrived and their total, and the start of each part; thread-safe."""
 
     def __call__(self, given: int, total: int) -> None: ...
 
@@ -93,7 +93,7 @@ class SimulationNews(Protocol):
 
 @contextmanager
 def requests_on_stderr(terminal: Terminal) -> Iterator[SimulationNews]:
-    """Yield the progress of a simulation in the form that the terminal can show."""
+    """Yield a receiver that shows a simulation's progress in the form that the terminal supports."""
     console = terminal.stderr_console()
     if terminal.verbosity < 0:
         yield SparseRequests(lambda _line: None)
@@ -120,7 +120,7 @@ class _Bar:
 
 
 class SparseRequests:
-    """News as at most one line every `REQUESTS_INTERVAL_S`, and none for what ends within seconds."""
+    """Prints at most one line every `REQUESTS_INTERVAL_S`, and none for a simulation that ends within seconds."""
 
     def __init__(self, say: Callable[[str], None], *, clock: Callable[[], float] = time.monotonic) -> None:
         self._say = say
@@ -141,10 +141,10 @@ class SparseRequests:
 
 @contextmanager
 def no_native_output() -> Iterator[None]:
-    """Drop what native libraries write to stdout in the block, which must therefore print no data.
+    """Discard what native libraries write to stdout in the block, which must therefore print no data.
 
-    A command owns its process, so that it may redirect the descriptor itself, whatever the C library: `no_stray_lines`
-    of the solver, which a program may be in the middle of, knows one.
+    A command owns its process, so it may redirect the descriptor itself, whatever the C library. The solver's
+    `no_stray_lines` must work in the middle of any program, and handles only one C library.
     """
     try:
         kept = os.dup(_STDOUT)
@@ -158,7 +158,7 @@ def no_native_output() -> Iterator[None]:
         os.close(nowhere)
         yield
     finally:
-        with suppress(OSError, TypeError, AttributeError):  # without a C library
+        with suppress(OSError, TypeError, AttributeError):  # there is no C library to flush
             ctypes.CDLL(None).fflush(None)
         os.dup2(kept, _STDOUT)
         os.close(kept)
@@ -167,9 +167,9 @@ def no_native_output() -> Iterator[None]:
 def search_interruptibly(
     terminal: Terminal, work: Callable[[Report], T], *, unit: str, cancelled: threading.Event, so_far: str
 ) -> T:
-    """Return the result of ``work``, and show its progress with values in ``unit``.
+    """Return the result of ``work``, and show its progress, whose values are in ``unit``.
 
-    The first Ctrl-C sets ``cancelled`` and announces ``so_far`` (the best plan, the plans) as the result.
+    The first Ctrl-C sets ``cancelled`` and announces ``so_far`` ("the best plan", "the plans") as the result.
     """
     with progress_on_stderr(terminal, unit) as report:
         return work_interruptibly(terminal, lambda: work(report), cancelled=cancelled, stopping=f"with {so_far} so far")
@@ -182,7 +182,7 @@ def simulate_interruptibly(terminal: Terminal, work: Callable[[SimulationNews], 
 
 
 def work_interruptibly(terminal: Terminal, work: Callable[[], T], *, cancelled: threading.Event, stopping: str) -> T:
-    """Return the result of ``work``, which shows no progress; ``stopping``: what the first Ctrl-C announces."""
+    """Return the result of ``work``, which shows no progress; ``stopping`` is announced at the first Ctrl-C."""
     with no_native_output():
         return run_interruptibly(
             work,
@@ -192,14 +192,14 @@ def work_interruptibly(terminal: Terminal, work: Callable[[], T], *, cancelled: 
 
 
 def run_interruptibly(work: Callable[[], T], *, cancelled: threading.Event, on_cancel: Callable[[], None]) -> T:
-    """Run ``work`` in a second thread while this one, the main thread, listens for Ctrl-C.
+    """Run ``work`` in a second thread while this one, the main thread, waits for Ctrl-C.
 
     Python handles signals only between the bytecodes of the main thread, so a solver that stays in compiled code for
     seconds would not react. The first SIGINT sets ``cancelled`` (the search then returns its incumbent) and calls
     ``on_cancel``; the second one ends the process at once with 130, because nothing can end a thread in compiled code.
     """
     if threading.current_thread() is not threading.main_thread():
-        return work()  # signals belong to somebody else: a test runner, a service
+        return work()  # signals belong to another part of the program, such as a test runner or a service
     result: list[T] = []
     failure: list[BaseException] = []
 

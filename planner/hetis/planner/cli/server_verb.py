@@ -1,4 +1,4 @@
-"""Parts that verbs talking to a planner share: its address, credentials, and names of resources."""
+"""Code shared by verbs that talk to a planner: its address, credentials, and resource names."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from hetis.planner.client import Client, Connection
 
 DEFAULT_SERVER = "127.0.0.1:8470"  # where hetis-planner listens by default
-LONGEST_SILENCE_S = 60.0  # of a planner that is watched or waited for
+LONGEST_SILENCE_S = 60.0  # how long a watched or awaited planner may be unreachable
 _planner = panel("Planner")
 
 cluster_name_option = partial(option, "--cluster -c NAME: The cluster, by its name.", shown="the only one")
@@ -47,9 +47,9 @@ class PlannerOptions:
     token_file: Path | None = _planner("--token-file FILE: Bearer token.", envvar="HETIS_TOKEN_FILE")
 
     def use(self, terminal: Terminal, use: Callable[[Client], ExitCode], *, is_endless: bool = False) -> ExitCode:
-        """Return what ``use`` returns for a client, or the exit code of a call that failed, which is reported.
+        """Call ``use`` with a client and return its exit code, or report a failed call and return its exit code.
 
-        ``is_endless``: a watch waits for ever for a planner that does not answer.
+        ``is_endless``: a watch waits indefinitely for a planner that does not answer.
         """
         from hetis.planner.cli.failures import report_call_failure
         from hetis.planner.client import CallError, Client, Patience
@@ -81,16 +81,16 @@ class PlannerOptions:
             raise typer.BadParameter(str(error)) from None
         for path in (place.ca, place.cert, place.key, place.token_file):
             if path is not None:
-                path.read_bytes()  # fails here, with the name of the file, if it cannot be read
+                path.read_bytes()  # fails here, naming the file, if it cannot be read
         return place
 
 
 def server_verb(
     *, prints_data: bool = True, is_endless: bool = False
 ) -> Callable[[Callable[..., ExitCode]], Callable[..., None]]:
-    """Turn ``f(terminal, client, ...) -> ExitCode`` into a typer command, as `verb` does without the client.
+    """Turn ``f(terminal, client, ...) -> ExitCode`` into a typer command, as `verb` does for those without a client.
 
-    ``is_endless``: its watches wait for ever for a planner that does not answer.
+    ``is_endless``: the verb's watches wait indefinitely for a planner that does not answer.
     """
 
     def decorate(function: Callable[..., ExitCode]) -> Callable[..., None]:
@@ -110,7 +110,7 @@ def server_verb(
 
 # --- names
 
-# Collections, as they appear in names, and what is in them. Those of a cluster are inside it.
+# Collections, as they appear in resource names, and the kind in each. Those of `IN_CLUSTER` belong to a cluster.
 KINDS = {
     "clusters": "Cluster",
     "nodes": "Node",
@@ -146,7 +146,7 @@ def full_name(kind: str, text: str, cluster: str | None = None) -> str:
 
 
 def chosen_cluster(client: Client, given: str | None) -> str:
-    """Return the cluster that was given, or the only one there is."""
+    """Return the specified cluster, or the only one if none is specified."""
     from hetis.planner.convert.names import last_part
 
     if given:
@@ -160,12 +160,12 @@ def chosen_cluster(client: Client, given: str | None) -> str:
 
 
 def id_of(text: str) -> str:
-    """Return an id for a name chosen by people: ``a100-sxm-80gb`` for ``A100-SXM-80GB``."""
+    """Return an id for a human-readable name: ``a100-sxm-80gb`` for ``A100-SXM-80GB``."""
     return re.sub(r"[^a-z0-9]+", "-", text.lower())[:_MAX_ID].strip("-")
 
 
 def fetched(client: Client, what: str, name: str, *, basic: bool = False) -> Any:
-    """Read one resource of a collection; ``basic``: without documents."""
+    """Read one resource of a collection; ``basic`` leaves out documents."""
     from hetis.v1 import cluster_service_pb2, plan_service_pb2, profile_service_pb2, view_pb2
 
     plans, profiles = (client.plans, plan_service_pb2), (client.profiles, profile_service_pb2)

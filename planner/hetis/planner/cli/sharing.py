@@ -69,7 +69,7 @@ def share(
     out = asked.out
     loaded = load_tenancy(file, cluster=asked.cluster, profiles=asked.profile or (), strategy=asked.strategy)
     if out is not None:
-        with contextlib.suppress(OSError):  # reported below
+        with contextlib.suppress(OSError):  # the failure is reported below
             out.mkdir(exist_ok=True)
         refuse_unwritable_plans(out, [tenant.name for tenant in loaded.tenancy.tenants])
     if asked.dry_run:

@@ -33,10 +33,10 @@ hetis-plan simulate plan.json --trace requests.csv --rate 2 --plot run.html\n
 hetis-plan simulate plan.json --sweep --ttft 2s --tpot 100ms\n
 hetis-plan simulate plan.json --saturate -o json | jq .throughput_rps"""
 MAX_REQUESTS = 10_000_000
-PICTURES = {".html": "plotly", ".png": "matplotlib"}  # the libraries that draw them
+PICTURES = {".html": "plotly", ".png": "matplotlib"}  # libraries that draw them
 Router = Literal["least-work", "weighted", "fewest-requests", "fewest-tokens"]
 _traffic, _goal, _runs, _fleet, _result = map(panel, ("Traffic", "Goal", "Runs", "Fleet", "Result"))
-_setting = partial(_fleet, min=1, max=values.MOST_SETTING)  # of every engine
+_setting = partial(_fleet, min=1, max=values.MOST_SETTING)  # one setting for every engine
 
 
 @group
@@ -46,7 +46,7 @@ class SimulateOptions:
         autocompletion=values.workload_names,
         shown="the plan's workload",
     )
-    prefix_hit_rate: Any = _traffic(  # a share or "trace", which typer's types cannot say
+    prefix_hit_rate: Any = _traffic(  # a share or "trace", which typer's types cannot express
         "--prefix-hit-rate SHARE|trace: "
         "Prompt tokens that prefix caches have: 0.4, 40%, or trace, counted per request by its hash ids.",
         parser=values.prefix_hit_rate,
@@ -173,7 +173,7 @@ def simulate(terminal: Terminal, plan: PlanArgument, *, asked: SimulateOptions) 
         rate_rps=rate_to_simulate(found.plan, found.problem) if drawn and asked.rate is None else asked.rate,
         gap_cv=asked.cv,
     )
-    # The traffic stays that of the plan as it is.
+    # The traffic remains the one for the plan as it is.
     given = engine_settings(
         max_num_seqs=asked.max_num_seqs, chunk_tokens=(asked.chunk_tokens,), kv_blocks=asked.kv_blocks
     )
@@ -208,7 +208,7 @@ def simulate(terminal: Terminal, plan: PlanArgument, *, asked: SimulateOptions) 
 
 
 def _lengths(terminal: Terminal, found: PlanAndProblem, path: str, asked: SimulateOptions) -> Trace | Workload:
-    """Return the requests of a trace, or else those that the plan was made for."""
+    """Return the requests of a trace if one is specified, or else those that the plan was made for."""
     from hetis.formats.workload import with_prefix_hits
     from hetis.planner.use_cases.simulate import load_lengths, planned_lengths
 
@@ -247,7 +247,7 @@ def _faults(asked: SimulateOptions, plan: Plan, problem: PlacementProblem) -> tu
 
 
 def _finish(terminal: Terminal, found: PlanAndProblem, question: Question, asked: SimulateOptions) -> ExitCode:
-    """Simulate with progress and Ctrl-C, save, print, and return the exit code of the outcome, whatever it is."""
+    """Simulate with progress and Ctrl-C, save, print, and return the exit code, whatever the outcome."""
     from hetis.planner.report.simulation import render_simulation, simulation_document
     from hetis.planner.use_cases.simulate import NothingSimulatedError, answer
 
@@ -272,7 +272,7 @@ def _finish(terminal: Terminal, found: PlanAndProblem, question: Question, asked
 
 
 def _save(terminal: Terminal, simulated: Simulated, found: PlanAndProblem, asked: SimulateOptions) -> bool:
-    """Save before printing, so that a stdout reader that goes away does not cost the files."""
+    """Save before printing, so that the files are saved even if the reader of stdout goes away."""
     from hetis.formats.files import write_atomically
     from hetis.planner.cli.outputs import save_page
     from hetis.simulator.records import perfetto_json, requests_csv

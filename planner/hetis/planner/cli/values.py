@@ -1,4 +1,4 @@
-"""Values of options as people write them (``500ms``, ``0.5%``, ``prefill,decode``), and the words that Tab completes.
+"""Values of options as users write them (``500ms``, ``0.5%``, ``prefill,decode``), and their shell completions.
 
 Catalogues and strategies are loaded when a value is read or completed, so that ``--help`` stays quick.
 """
@@ -18,7 +18,7 @@ from hetis.solver.plan import LEAST_DEMAND_RPS, Role
 
 NO_LIMIT = float("inf")
 ALL = "all"
-MOST_SETTING = 10**9  # of `EngineSettings`, whose module loads numpy: too slow for --help
+MOST_SETTING = 10**9  # the limit of `EngineSettings`, whose module loads numpy: too slow for --help
 MOST_BARE_S = {"TTFT": 60.0, "TPOT": 2.0}
 """A number without a unit is in seconds; from this value on, milliseconds were probably meant."""
 
@@ -28,12 +28,12 @@ T = TypeVar("T")
 
 
 def ttft_limit(text: str) -> float:
-    """Parse a limit of the time to first token in seconds; `NO_LIMIT` for ``none``."""
+    """Parse a limit on the time to first token in seconds; `NO_LIMIT` for ``none``."""
     return _limit(text, "TTFT")
 
 
 def tpot_limit(text: str) -> float:
-    """Parse a limit of the time per output token in seconds; `NO_LIMIT` for ``none``."""
+    """Parse a limit on the time per output token in seconds; `NO_LIMIT` for ``none``."""
     return _limit(text, "TPOT")
 
 
@@ -52,7 +52,7 @@ def positive_duration(text: str) -> float:
 
 
 def device_at(text: str) -> tuple[str, float]:
-    """Parse a device and seconds: ``a100/0@30s``."""
+    """Parse a device and a time in seconds: ``a100/0@30s``."""
     device, at, time = text.rpartition("@")
     if not at or not device:
         raise typer.BadParameter(f"{text!r} is not a device and a time such as a100/0@30s")
@@ -81,12 +81,12 @@ def share(text: str) -> float:
 
 
 def error(text: str) -> float:
-    """Parse a relative error from 0 to below 1: at 1, work could take no time."""
+    """Parse a relative error, at least 0 and below 1: with an error of 1, work could take no time."""
     return _below_one(text)
 
 
 def prefix_hit_rate(text: str) -> float | Literal["trace"]:
-    """Parse a share of prompt tokens below 1: ``0.4`` or ``40%``; or ``trace``."""
+    """Parse a share of prompt tokens below 1 (``0.4`` or ``40%``), or ``trace``."""
     return "trace" if text.strip().lower() == "trace" else _below_one(text, ", or trace")
 
 
@@ -109,7 +109,7 @@ def size(text: str) -> int:
 
 
 def bandwidth(text: str) -> float:
-    """Parse bytes per second above zero: ``100Gbps`` or ``2GB/s``."""
+    """Parse bytes per second, above zero: ``100Gbps`` or ``2GB/s``."""
     return _positive(_parsed(parse_bandwidth, text), text)
 
 
@@ -123,7 +123,7 @@ def rate(text: str) -> float:
 
 
 def demand(text: str) -> float:
-    """Parse a rate for which plans can be made."""
+    """Parse a demanded rate, which must be high enough to plan for."""
     value = rate(text)
     if value < LEAST_DEMAND_RPS:
         raise typer.BadParameter(f"{text!r} is too low, must be at least {LEAST_DEMAND_RPS:g}")
@@ -148,7 +148,7 @@ def _positive(value: float, text: str) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Names:
-    """Names in the order given; a class of its own, because typer takes a tuple for several arguments."""
+    """Names in the order specified; a class of its own, because typer takes a tuple for several arguments."""
 
     names: tuple[str, ...]
 
@@ -202,12 +202,12 @@ def chunks(text: str) -> frozenset[int]:
 
 
 def weights(text: str) -> str:
-    """Parse the precision of weights, which GPU types may have their own of."""
+    """Check the precision of the weights, with optional other ones for single GPU types."""
     return _checked(text, lambda text: chosen_precision(text, PRECISIONS))
 
 
 def kv(text: str) -> str:
-    """Parse the precision of KV, which GPU types may have their own of."""
+    """Check the precision of KV, with optional other ones for single GPU types."""
     return _checked(text, lambda text: chosen_precision(text, KV_PRECISIONS))
 
 
@@ -252,12 +252,12 @@ def workload_names(incomplete: str) -> list[str]:
 
 
 def model_names(incomplete: str) -> list[str]:
-    """Return the models of the catalogue that start with this, with or without their organisation."""
+    """Return the models of the catalogue that start with ``incomplete``, with or without their organisation."""
     from hetis.formats.catalogue import models
 
     names = [entry.model.name for entry in models()]
     short = [name.rpartition("/")[2] for name in names]
-    # Keep the case that was typed, or the shell would drop the word; the catalogue ignores case anyway.
+    # Keep the case that was typed, or the shell would discard the completion; the catalogue ignores case anyway.
     return [incomplete + n[len(incomplete) :] for n in short + names if n.lower().startswith(incomplete.lower())]
 
 

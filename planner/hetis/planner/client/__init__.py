@@ -1,4 +1,4 @@
-"""Typed clients of the planning service, sync and aio, with nothing but the base install.
+"""Typed clients of the planning service, sync and asyncio, which need only the base install.
 
     from hetis.planner.client import Client
 
@@ -7,7 +7,7 @@
 
 `client.plans`, `client.clusters`, `client.profiles` and `client.dispatch` are the stubs that protobuf generates, so
 every call is typed by the API. The channel below them gives every unary call a deadline and every changing call a
-``request_id``, retries what may be retried, and raises `CallError` with the API's details.
+``request_id``, retries calls that may be retried, and raises `CallError` with the API's details.
 """
 
 from __future__ import annotations

@@ -25,14 +25,14 @@ from hetis.planner.client.connection import (
 from hetis.planner.client.errors import CallError, call_error
 
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.1, 1.0
-ATTEMPT_S = 10.0  # one planner's time for a call that others may answer
+ATTEMPT_S = 10.0  # the time one planner has for a call that others may answer
 NOT_LEADER = "NOT_LEADER"
 _REFUSED_AT_ONCE = (NOT_LEADER, "DRAINING")
 _NO_ANSWER = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.RESOURCE_EXHAUSTED)
 
 
 def search_for(connection: Connection) -> LeaderSearch:
-    """Return the search for a connection's leader. Tokens go unencrypted only to this machine, whoever names it."""
+    """Return the search for a connection's leader. Only this machine is sent tokens unencrypted, whoever names it."""
     return LeaderSearch(
         connection.addresses, lambda address: not connection.is_plain or (connection.is_local and is_loopback(address))
     )
@@ -48,7 +48,7 @@ class Attempts:
     """The attempts of one call until its deadline.
 
     Args:
-        method: in gRPC's form.
+        method: in gRPC's form, ``/package.Service/Method``.
         clock: monotonic seconds.
         may_change: whether the call may change something.
     """
@@ -60,7 +60,7 @@ class Attempts:
     may_change: bool = False
     tried: set[Endpoint] = field(default_factory=set)
     _num_waits: int = 0
-    _is_in_doubt: bool = False  # an attempt may have been carried out without an answer
+    _is_in_doubt: bool = False  # an attempt without an answer may have been carried out
 
     @property
     def timeout_s(self) -> float:
@@ -74,7 +74,7 @@ class Attempts:
 
         Raises:
             CallError: the error itself, if neither another planner nor waiting can help. Its ``changed`` is ``unknown``
-                if an earlier attempt may have been carried out, whatever the planner says of the last one.
+                if an earlier attempt may have been carried out, whatever the planner reports for the last one.
         """
         wait_s = self._wait_s(endpoint, error)
         if wait_s is None:
@@ -104,7 +104,7 @@ class Attempts:
         return None if self.clock() + wait_s >= self.end_s else wait_s
 
     def _of_all_attempts(self, error: CallError) -> CallError:
-        # A leader's refusal is true of all attempts: it would have repeated its answer to one that was carried out.
+        # A leader's refusal covers all attempts: had one been carried out, its answer would have been repeated.
         if not self._is_in_doubt or error.code not in _NO_ANSWER:
             return error
         return CallError(
@@ -129,13 +129,13 @@ def attempts_of(leaders: LeaderSearch, method: str, request: Any, timeout_s: flo
 
 
 def _changed_nothing(error: CallError) -> bool:
-    """Return whether a failed attempt surely changed nothing."""
+    """Return whether a failed attempt certainly changed nothing."""
     changed = error.metadata.get("changed")
     return changed == "no" or (changed is None and error.reason in _REFUSED_AT_ONCE)
 
 
 class _AnyStream:
-    """A response stream from the leader; a planner that at once says NOT_LEADER is replaced by its leader."""
+    """A response stream from the leader. After an immediate NOT_LEADER it is opened at the named leader."""
 
     def __init__(
         self, leaders: LeaderSearch, open_stream: Callable[[Endpoint], Any], on_open: Callable[[], object] | None = None
@@ -145,13 +145,13 @@ class _AnyStream:
         self._open_stream = open_stream
         self._on_open = on_open
         self._tried = set[Endpoint]()
-        self._has_begun = False  # the present call
+        self._has_begun = False  # whether the present call has begun
         self._has_come = False
         self._endpoint = leaders.present
         self._call = open_stream(self._endpoint)
 
     def _reopen(self, error: grpc.RpcError) -> None:
-        """Open the stream at the leader that an error names; raise the error if that cannot help."""
+        """Open the stream at the leader that an error names, or raise the error if that cannot help."""
         failed = call_error(error)
         if failed.code is not grpc.StatusCode.UNAVAILABLE:
             raise error
@@ -163,7 +163,7 @@ class _AnyStream:
         self._has_begun = False
 
     def _begins(self, metadata: Any) -> None:
-        # A proxy's answer lacks the key, and so does that of a planner that failed before it opened the stream.
+        # The key is absent from a proxy's answer, and from that of a planner that failed before it opened the stream.
         if self._on_open is not None and STREAM_OPEN in [tuple(one) for one in metadata or ()]:
             self._on_open()
 
@@ -204,7 +204,7 @@ class _AsyncStream(_AnyStream):
 
 
 class _AnyLeaderChannel:
-    """Behaviour of a channel to the leader with and without an event loop. It is used by generated stubs.
+    """Behaviour common to both channels to the leader, with and without an event loop. Generated stubs use them.
 
     A unary call reaches the leader even if that changes during the call: a planner that does not lead names the leader,
     and if one does not answer, the next is tried. The request and its ``request_id`` stay the same.
@@ -215,14 +215,14 @@ class _AnyLeaderChannel:
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
         self.leaders = search_for(connection)
-        self.to(self.leaders.present)  # unreadable files are detected now
+        self.to(self.leaders.present)  # opens the channel now, so that unreadable files are detected
 
     def to(self, endpoint: Endpoint) -> Any:
         """Return the gRPC channel to one planner."""
         raise NotImplementedError
 
     def metadata(self, given: Any) -> Any:
-        """Return a call's own metadata, with the credentials unless it has some."""
+        """Return a call's own metadata, with the connection's credentials added unless the call has its own."""
         own = list(given or ())
         return own if any(key == "authorization" for key, _ in own) else own + self._connection.metadata()
 
@@ -338,7 +338,7 @@ class AsyncLeaderChannel(_AnyLeaderChannel):
 
 
 def _opened(library: Any, connection: Connection, endpoint: Endpoint) -> Any:
-    """Return a channel of gRPC's ``library``, which retries unless the client can do so with another planner."""
+    """Return a channel of gRPC's ``library``, with gRPC's retries unless the client can try another planner."""
     options = list(CHANNEL_OPTIONS if len(connection.addresses) == 1 and not endpoint.name else SEVERAL_OPTIONS)
     if endpoint.name:
         options.append(("grpc.default_authority", endpoint.name))

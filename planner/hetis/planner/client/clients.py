@@ -31,9 +31,9 @@ Q = TypeVar("Q")
 
 
 class Pages(Generic[R]):
-    """The items of a list, once: an iterator, which fetches a page when it is needed.
+    """An iterator over the items of a list, which fetches each page when it is needed; usable once.
 
-    That of a `Client` is for ``for`` and `next`, and that of an `AsyncClient` for ``async for`` and `anext`.
+    Pages of a `Client` support ``for`` and `next`, those of an `AsyncClient` support ``async for`` and `anext`.
     """
 
     def __init__(self, call: Callable[[Any], Any], request: Message) -> None:
@@ -67,7 +67,7 @@ class Pages(Generic[R]):
         return cast(R, item)
 
     def _turn_to(self, page: Any) -> None:
-        """Take the items of a page, which has no other list."""
+        """Continue with the items of a page, which are in its only repeated field."""
         self._items = iter(next(getattr(page, field.name) for field in page.DESCRIPTOR.fields if field.is_repeated))
         self._request.page_token = page.next_page_token
         self._is_last = not page.next_page_token
@@ -79,7 +79,7 @@ class _AnyClient:
     Attributes:
         clusters, plans, profiles, dispatch, audit: the stubs of the API. Unary calls raise `CallError`; streams called
             directly raise ``grpc.RpcError``, which `watch_plan`, `watch_cluster` and `read_plan_document` do not.
-        patience: makes the patience of a watch that is not given one.
+        patience: creates the `Patience` of a watch that was not passed one.
     """
 
     clusters: Any
@@ -151,10 +151,10 @@ class Client(_AnyClient):
         """Prepare a connection.
 
         Args:
-            connection: to a planner; an address alone becomes a `Connection` with ``settings``.
+            connection: the connection to a planner; an address alone becomes a `Connection` with ``settings``.
             sleep: how watches wait before they retry.
-            patience: makes the patience of a watch that is not given one.
-            **settings: of the `Connection`, if an address is given.
+            patience: creates the `Patience` of a watch that was not passed one.
+            **settings: settings of the `Connection`, if an address is passed.
 
         Raises:
             ValueError: the settings contradict each other.
@@ -176,10 +176,10 @@ class Client(_AnyClient):
         self._channel.close()
 
     def is_serving(self) -> bool:
-        """Return whether the planner takes calls; False while it starts or drains.
+        """Return whether the planner accepts calls; False while it starts or drains.
 
         Raises:
-            CallError: it cannot be reached.
+            CallError: the planner cannot be reached.
         """
         return says_serving(self._health(b""))
 
@@ -189,7 +189,7 @@ class Client(_AnyClient):
         """Yield the plan now and after each change, until it can no longer change without a call.
 
         Raises:
-            CallError: it does not exist, or the planner is out of reach for longer than ``patience``.
+            CallError: the plan does not exist, or the planner is out of reach for longer than ``patience``.
         """
         request = plan_rpc.WatchPlanRequest(name=name, after_sequence=after_sequence)
         return self._resumed(self.plans.WatchPlan, request, _next_of_plan, patience)
@@ -202,7 +202,7 @@ class Client(_AnyClient):
         An event with ``reset`` invalidates everything known before.
 
         Raises:
-            CallError: it does not exist, or the planner is out of reach for longer than ``patience``.
+            CallError: the cluster does not exist, or the planner is out of reach for longer than ``patience``.
         """
         request = cluster_rpc.WatchClusterRequest(name=name, resume_token=resume_token)
         return self._resumed(self.clusters.WatchCluster, request, _next_of_cluster, patience, is_endless=True)
@@ -217,7 +217,7 @@ class Client(_AnyClient):
         """Wait until the plan can no longer change without a call, active or not, and return it in the view BASIC.
 
         Args:
-            news: called with every state of it on the way, including the last.
+            news: called with every state of the plan on the way, including the last.
             patience: how long to wait for a planner that does not answer.
         """
         last = plan_pb2.Plan(name=plan)
@@ -227,10 +227,10 @@ class Client(_AnyClient):
         return last
 
     def dispatch_stream(self, replica: str, state_id: str) -> DispatchStream:
-        """Return a stream for an engine of ``replica``, in the state that `UpdateDispatchState` began; `close` ends it.
+        """Return a stream for an engine of ``replica``, in the state begun by `UpdateDispatchState`; `close` ends it.
 
-        It goes to the last known leader. After a NOT_LEADER, declare what runs, which finds the leader, and open a new
-        stream.
+        The stream goes to the last known leader. After a NOT_LEADER, declare the running requests again, which finds
+        the leader, and open a new stream.
         """
         return DispatchStream(self.dispatch.DispatchRequests, replica, state_id)
 
@@ -249,7 +249,7 @@ class Client(_AnyClient):
         *,
         is_endless: bool = False,
     ) -> Iterator[R]:
-        """Yield a response stream, and open it again after a lost connection with what follows the last response.
+        """Yield a response stream; after a lost connection, open it again to continue after the last response.
 
         ``is_endless``: a stream that ends by itself is opened again, too.
         """

@@ -1,9 +1,11 @@
-"""Connections to a planner: address, credentials, the options of every channel, and what is sent."""
+"""Connections to a planner: the address, the credentials, channel options, and the preparation of requests."""
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
 import uuid
 from copy import deepcopy
 from dataclasses import dataclass
@@ -17,11 +19,12 @@ from hetis.formats.endpoints import is_loopback, split_endpoints
 from hetis.formats.files import file_label, read_text
 from hetis.v1 import document_pb2
 
-DEFAULT_DEADLINE_S = 30.0  # the planner allows 60
-DISPATCH_DEADLINE_S = 5.0  # the planner allows 10; an engine that waits longer decides on its own
+_TOKEN = re.compile(r"[!-~]*")
+DEFAULT_DEADLINE_S = 30.0  # the planner allows at most 60 s
+DISPATCH_DEADLINE_S = 5.0  # the planner allows at most 10 s; an engine that waits longer decides on its own
 DISPATCH_SERVICE = "hetis.v1.DispatchService"
 
-# As in docs/api.md; a test compares them.
+# As documented in docs/api.md; a test compares the two.
 SERVICE_CONFIG = {
     "methodConfig": [
         {
@@ -45,11 +48,11 @@ CHANNEL_OPTIONS: tuple[tuple[str, str | int], ...] = (
     ("grpc.enable_retries", 1),
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 10_000),
-    ("grpc.http2.ping_timeout_ms", 10_000),  # the default is a minute, and the longer of the two timeouts counts
+    ("grpc.http2.ping_timeout_ms", 10_000),  # gRPC's default is a minute, and the longer of the two timeouts applies
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.primary_user_agent", "hetis-client"),
 )
-# With several planners, the client itself retries elsewhere, and must notice a dead one soon.
+# With several planners, the client itself retries at another one, and must detect a dead one soon.
 SEVERAL_OPTIONS: tuple[tuple[str, str | int], ...] = (
     *((name, value) for name, value in CHANNEL_OPTIONS if name not in ("grpc.service_config", "grpc.enable_retries")),
     ("grpc.enable_retries", 0),
@@ -63,12 +66,12 @@ SEVERAL_OPTIONS: tuple[tuple[str, str | int], ...] = (
 class Connection:
     """The address of a planner and the caller's credentials.
 
-    The connection is only plain if that is requested, or if the address is local and no TLS setting is given.
+    The connection is unencrypted only if requested, or if the address is local and no TLS setting is specified.
 
     Attributes:
         address: ``host:port``, or several separated by commas, among which the leader is found. A name with several
             records is several addresses.
-        ca: file of the certificates that must have signed the planner's. None: those of the system.
+        ca: file of the authorities that the planner's certificate must be signed by. None: the system's authorities.
         cert, key: files of the client's own certificate and key, for mTLS; both or neither.
         token, token_file: a bearer token, or its file, which is read again for every call, so that it can be renewed;
             at most one of them.
@@ -110,7 +113,7 @@ class Connection:
         return self.plaintext if self.plaintext is not None else self.is_local and not (self.ca or self.cert)
 
     def channel_credentials(self) -> grpc.ChannelCredentials:
-        """Return TLS credentials from the files as they are now.
+        """Return TLS credentials from the present contents of the files.
 
         Raises:
             OSError: a file cannot be read.
@@ -125,9 +128,13 @@ class Connection:
         """Return the metadata of every call.
 
         Raises:
-            OSError: the token file cannot be read.
+            OSError: the token file cannot be read, or holds no token.
         """
-        token = self.token_file.read_text(encoding="utf-8").strip() if self.token_file else self.token
+        token = self.token
+        if self.token_file is not None:
+            token = self.token_file.read_text(encoding="utf-8", errors="replace").strip()
+            if not _TOKEN.fullmatch(token):  # gRPC would refuse the call without saying why
+                raise OSError(errno.EINVAL, "holds no token", str(self.token_file))
         return [("authorization", f"Bearer {token}")] if token else []
 
 
@@ -148,10 +155,10 @@ M = TypeVar("M")
 
 
 def prepared_request(request: M) -> M:
-    """Return a copy of the request with a ``request_id`` if it has an empty field for it, else the request."""
+    """Return a copy of the request with a new ``request_id`` if it has that field and it is empty, else the request."""
     if not isinstance(request, Message) or "request_id" not in request.DESCRIPTOR.fields_by_name:
         return request
-    if getattr(request, "request_id"):  # noqa: B009  # which message it is, is not known here
+    if getattr(request, "request_id"):  # noqa: B009  # the type of the message is not known here
         return request
     named = deepcopy(request)
     setattr(named, "request_id", str(uuid.uuid4()))  # noqa: B010

@@ -1,7 +1,7 @@
-"""A `DispatchRequests` stream: an engine's messages between two steps, much cheaper than single calls.
+"""A `DispatchRequests` stream: an engine's messages between two steps, at a much lower cost than single calls.
 
-An engine keeps one per replica. A broken stream raises `CallError` and is of no further use; open another one, after
-DISPATCH_STATE_LOST with a new declaration of what is running.
+An engine keeps one per replica. A broken stream raises `CallError` and cannot be used further. Open another one; after
+DISPATCH_STATE_LOST, first declare again what is running.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from hetis.v1 import dispatch_service_pb2 as pb
 from hetis.v1 import failure_pb2
 
 _log = logging.getLogger(__name__)
-MOST_TOGETHER = 256  # requests of one kind in a message that combines several steps; the planner takes 1,024
+MOST_TOGETHER = 256  # requests of one kind in a message that combines several steps; the planner accepts 1,024
 
 
 @dataclass(slots=True, eq=False)
@@ -36,8 +36,8 @@ class _Step:
 class AsyncDispatchStream:
     """A dispatch stream for asyncio; made by `AsyncClient.dispatch_stream`, and opened with the first step.
 
-    Steps made while another one is under way share the next message, so that many tasks that ask at once cost the
-    planner one solve. Steps that name the same request are sent one by one.
+    Steps made while another one is under way share the next message, so that many concurrent tasks cost the planner one
+    solve. Steps that name the same request are sent one by one.
     """
 
     def __init__(self, call: Any, replica: str, state_id: str) -> None:
@@ -95,17 +95,17 @@ class AsyncDispatchStream:
                     break
                 answer = await self._exchange(_joined([step.message for step in steps]))
                 if answer.HasField("failure") and len(steps) > 1:
-                    for step in steps:  # one of them is to blame: each gets its own answer
+                    for step in steps:  # one of them caused the failure: send each on its own
                         _settle(step, await self._exchange(step.message))
                     continue
                 for step in steps:
                     _settle(step, answer if len(steps) == 1 else _part_of(answer, step.message))
         except (Exception, asyncio.CancelledError) as error:
-            # gRPC: an error status; an orderly end; `close` while waiting for an answer; a write after either.
+            # From gRPC: an error status; an orderly end; `close` while waiting for an answer; a write after either.
             failed = call_error(error) if isinstance(error, grpc.RpcError) else _has_ended()
             if not isinstance(error, (grpc.RpcError, CallError, asyncio.CancelledError, asyncio.InvalidStateError)):
                 _log.error("a dispatch stream failed, and is ended", exc_info=error)
-                self._call.cancel()  # its next answer could be taken for that of another step
+                self._call.cancel()  # its next answer could be mistaken for that of another step
                 failed.__cause__ = error
             for step in (*steps, *self._waiting):
                 if not step.answer.done():
@@ -115,7 +115,7 @@ class AsyncDispatchStream:
             self._sending = None
 
     def _next_steps(self) -> list[_Step]:
-        """Take as many waiting steps as may share a message; abandoned ones are not sent."""
+        """Take as many waiting steps as may share a message, and drop abandoned ones."""
         steps, names = list[_Step](), set[str]()
         while self._waiting:
             if self._waiting[0].answer.done():
@@ -147,7 +147,7 @@ class DispatchStream:
     """A dispatch stream for code without an event loop; steps of several threads are serialised."""
 
     def __init__(self, open_stream: Any, replica: str, state_id: str) -> None:
-        """``open_stream``: takes an iterator of requests and returns one of answers, as ``grpc`` does."""
+        """``open_stream``: takes an iterator of requests and returns one of answers, as gRPC's callables do."""
         self._replica, self._state_id = replica, state_id
         self._lock = threading.Lock()
         self._messages = queue.SimpleQueue[pb.DispatchRequestsRequest | None]()
@@ -191,7 +191,7 @@ class DispatchStream:
                 if isinstance(answer, CallError):
                     self._answers.put(answer)  # for the next step too
                     raise answer
-                if answer.sequence == self._sequence:  # otherwise it belongs to a step that was late
+                if answer.sequence == self._sequence:  # otherwise the answer belongs to a step that timed out
                     break
         if answer.HasField("failure"):
             raise _error_of(answer.failure)
@@ -225,7 +225,7 @@ def _joined(messages: Sequence[pb.DispatchRequestsRequest]) -> pb.DispatchReques
 
 
 def _part_of(answer: pb.DispatchRequestsResponse, message: pb.DispatchRequestsRequest) -> pb.DispatchRequestsResponse:
-    """Return the part of a combined answer that concerns one message; the quality is that of all."""
+    """Return the part of a combined answer that concerns one message; the quality is that of the whole answer."""
     new, grown = {one.id for one in message.new_requests}, {one.id for one in message.grown}
     placements = [one for one in answer.placements if one.request in new]
     return pb.DispatchRequestsResponse(
@@ -239,7 +239,7 @@ def _part_of(answer: pb.DispatchRequestsResponse, message: pb.DispatchRequestsRe
 
 def _settle(step: _Step, answer: pb.DispatchRequestsResponse) -> None:
     if step.answer.done():
-        return  # its caller is gone
+        return  # the caller no longer waits
     if answer.HasField("failure"):
         step.answer.set_exception(_error_of(answer.failure))
     else:
@@ -247,7 +247,7 @@ def _settle(step: _Step, answer: pb.DispatchRequestsResponse) -> None:
 
 
 def _error_of(failure: failure_pb2.Failure) -> CallError:
-    """Return the error as if the failure had come as a status."""
+    """Return the error as if the failure had arrived as a gRPC status."""
     name = failure_pb2.ErrorReason.Name(failure.reason).removeprefix("ERROR_REASON_")
     return CallError(
         failure.message,

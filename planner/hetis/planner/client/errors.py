@@ -1,7 +1,7 @@
 """Errors of calls, with the API's details.
 
 HetisError (hetis.solver.errors)
-+-- CallError   the planner refused a call, could not do it, or was not reached
++-- CallError   the planner refused a call, could not do it, or could not be reached
 """
 
 from __future__ import annotations
@@ -59,12 +59,12 @@ class CallError(HetisError):
 
     @property
     def is_unreachable(self) -> bool:
-        """Return whether there was no answer, in time or at all; the call may have been executed."""
+        """Return whether no answer arrived, in time or at all; the call may have been executed."""
         return self.code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
 
 
 def call_error(error: grpc.RpcError) -> CallError:
-    """Return the error with its details; unreadable details are left out."""
+    """Return the error with its details; unreadable details are omitted."""
     found = error.code() if hasattr(error, "code") else None
     code = found if isinstance(found, grpc.StatusCode) else grpc.StatusCode.UNKNOWN
     message = str((error.details() if hasattr(error, "details") else None) or error)
@@ -101,7 +101,7 @@ def _details(error: grpc.RpcError) -> list[Any]:
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.2, 5.0
 TOLD_AFTER_S = 3.0  # a restart of the planner is usually over by then
 TOLD_AGAIN_S = 60.0
-STANDS_AFTER_S = 1.0  # a stream that breaks sooner than this after it was opened is a failed attempt
+STANDS_AFTER_S = 1.0  # a stream that breaks sooner than this after it was opened counts as a failed attempt
 
 
 @dataclass(slots=True, kw_only=True)
@@ -109,10 +109,10 @@ class Patience:
     """The limit on retries of a watch that gets no answer.
 
     Attributes:
-        limit_s: of the attempts and waits without an answer; the watch ends with the error rather than wait beyond it.
-            0: the first error ends it.
-        tell: called with False when there has been no answer for `TOLD_AFTER_S`, and again every `TOLD_AGAIN_S`; with
-            True when there is one again.
+        limit_s: limit on the total time of attempts and waits without an answer; the watch ends with the error
+            rather than wait beyond it. 0: the first error ends it.
+        tell: called with False when there has been no answer for `TOLD_AFTER_S`, and again every `TOLD_AGAIN_S`;
+            called with True once there is an answer again.
         jitter: returns a number from 0 to 1, so that many clients do not return at once.
         clock: monotonic seconds.
     """
@@ -121,23 +121,23 @@ class Patience:
     tell: Callable[[bool], object] = lambda is_reached: None
     jitter: Callable[[], float] = field(default=random.random)
     clock: Callable[[], float] = field(default=time.monotonic)
-    _began_s: float | None = field(default=None, init=False)  # the attempt that has had no answer yet
+    _began_s: float | None = field(default=None, init=False)  # start of the attempt that has had no answer yet
     _opened_s: float | None = field(default=None, init=False)  # when the planner opened its stream
     _silent_s: float = field(default=0.0, init=False)
     _attempts: int = field(default=0, init=False)
-    _told_s: float | None = field(default=None, init=False)  # of the silence
+    _told_s: float | None = field(default=None, init=False)  # `_silent_s` at the last `tell(False)`
 
     def attempt(self) -> None:
-        """Note that an attempt begins."""
+        """Record the start of an attempt."""
         self._began_s, self._opened_s = self.clock(), None
 
     def opened(self) -> None:
-        """Note that the planner has opened the stream: if it stands from now on, it has no news."""
+        """Record that the planner has opened the stream: a stream that stays open from now on merely has no news."""
         self._opened_s = self.clock()
         self._tell_reached()
 
     def answered(self) -> None:
-        """Note an answer: a later failure starts a new series of retries."""
+        """Record an answer: a later failure starts a new series of retries."""
         self._began_s, self._silent_s, self._attempts = None, 0.0, 0
         self._tell_reached()
 
@@ -156,12 +156,12 @@ class Patience:
             self.answered()
         took_s = 0.0 if self._began_s is None else self.clock() - self._began_s
         self._silent_s += took_s
-        longest = min(FIRST_WAIT_S * 2.0 ** min(self._attempts, 30), LONGEST_WAIT_S)  # an endless one overflows
+        longest = min(FIRST_WAIT_S * 2.0 ** min(self._attempts, 30), LONGEST_WAIT_S)  # without `min` it could overflow
         asked_s = (error.retry_after_s or 0.0) if error is not None else 0.0
         wait_s = max(longest * self.jitter(), asked_s)
         self._attempts += 1
-        self._silent_s += max(wait_s, FIRST_WAIT_S / 10)  # jitter near 0 must not make it endless
-        if error is not None and self._silent_s + took_s > self.limit_s:  # the next attempt takes its time, too
+        self._silent_s += max(wait_s, FIRST_WAIT_S / 10)  # jitter near 0 must not make the retries endless
+        if error is not None and self._silent_s + took_s > self.limit_s:  # the next attempt takes as long, too
             raise error
         tells_from_s = TOLD_AFTER_S if self._told_s is None else self._told_s + TOLD_AGAIN_S
         if error is not None and self._silent_s >= tells_from_s:

@@ -1,4 +1,4 @@
-"""Nodes as their agents report them, as the inventory that a cluster file is made of."""
+"""The inventory for a cluster file, from the nodes as their agents report them."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ def agents_inventory(
 
     Args:
         cluster: ``clusters/{cluster}``.
-        nodes: all of it, with the inventories of those whose agents were ever connected.
-        declared: its document, which knows zones. Agents do not.
-        with_busy: GPUs that are in use count as free.
+        nodes: all nodes of the cluster, with the inventories of those whose agents were ever connected.
+        declared: the cluster's document, which has the zones. Agents do not know them.
+        with_busy: whether GPUs that are in use count as free.
     """
     zones = {group.node_name(i): group.zone for group in declared.node_groups for i in range(group.count)}
     where = Problem(file=cluster, message="")

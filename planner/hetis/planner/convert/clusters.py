@@ -30,7 +30,7 @@ def profile_message(record: ProfileRecord, *, view: view_pb2.View.ValueType) -> 
 
 
 def _described(body: D, record: ClusterRecord | ProfileRecord, view: view_pb2.View.ValueType) -> D:
-    """Return a copy of the body of a resource that a document describes, with the record's etag and times."""
+    """Return a copy of the body of a cluster or profile, with the record's etag and times."""
     message = deepcopy(body)
     if view == BASIC:
         message.document.ClearField("content")
@@ -64,7 +64,10 @@ def without(message: M, *fields: str) -> M:
 
 
 def full_view(record: PlanRecord, progress: plan_pb2.SolveProgress | None = None) -> plan_pb2.Plan:
-    """Return all but replicas and prices, which only the plan's document has; ``progress``: newer than the record's."""
+    """Return the plan without replicas and prices, which only its document has.
+
+    ``progress``: newer than the record's.
+    """
     plan = deepcopy(record.body)
     plan.name, plan.cluster = record.name, record.cluster
     plan.state, plan.activation = record.state, record.activation

@@ -1,4 +1,4 @@
-"""Documents in requests and answers: people's text in, canonical JSON out."""
+"""Documents in requests and answers: text written by users in, canonical JSON out."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from hetis.v1 import document_pb2
 
 MAX_BYTES = 3 * 2**20
 MAX_VALUES, MAX_YAML_VALUES = 400_000, 100_000
-"""The most values of a document, which then costs at most 2 s and 300 MB. A cluster of 10,000 nodes, each with a name
-and its GPUs, has 60,000.
+"""The most values in a document, which takes at most 2 s and 300 MB to read. A cluster of 10,000 nodes, each with a
+name and its GPUs, has 60,000.
 """
 MAX_NODES = 10_000  # per cluster: extrapolated from 3,000 measured agents in one process (docs/benchmarks.md)
-_MOST_IN_ANSWER = 3_670_016  # bytes of content and text: messages have 4 MiB
+_MOST_IN_ANSWER = 3_670_016  # bytes of content and text; messages have at most 4 MiB
 MAX_SOURCE_NAME = 255
 V = TypeVar("V", Cluster, ModelSpec, Workload, Profile, Plan)
 _PARSERS = {kind.value: kind.parse for kind in (CLUSTER, MODEL_SPEC, WORKLOAD, PROFILE, PLAN)}
@@ -45,9 +45,9 @@ _NUMBERS: Mapping[str, document_pb2.DocumentKind.ValueType] = {
 
 
 def read_document(document: document_pb2.Document, kind: type[V]) -> V:
-    """Return the value of a request's document, which must be of ``kind``. Slow for large ones: not for an event loop.
+    """Return the value of a request's document, which must be of ``kind``.
 
-    Raises DocumentError with every problem of the document.
+    Slow for large documents, so not for an event loop. Raises DocumentError with every problem of the document.
     """
     label = document.source_name or "document"
     if len(document.source_name) > MAX_SOURCE_NAME:
@@ -65,7 +65,7 @@ def read_document(document: document_pb2.Document, kind: type[V]) -> V:
         message = f"has {len(nodes)} entries, a cluster of the service has at most {MAX_NODES} nodes"
         raise DocumentError([source.problem(("nodes",), message)])
     if kind is Workload and isinstance(data, dict) and data.get("trace") is not None:
-        # It would name a file of this machine, which no caller may read.
+        # The path would refer to a file of this machine, which no caller may read.
         raise DocumentError([source.problem(("trace",), "a trace cannot be sent: send its histogram")])
     value = _PARSERS[kind](data, source)
     assert isinstance(value, kind)
@@ -73,16 +73,16 @@ def read_document(document: document_pb2.Document, kind: type[V]) -> V:
 
 
 def canonical_document(source: document_pb2.Document, kind: type[V]) -> tuple[document_pb2.Document, V]:
-    """Return the canonical document of a request's document, and its value. Raises as `read_document`."""
+    """Return the canonical form of a request's document, and its value. Raises as `read_document` does."""
     value = read_document(source, kind)
     return document_of(value, source_name=source.source_name, text=source.content), value
 
 
 def document_of(value: documents.Value, *, source_name: str = "", text: bytes = b"") -> document_pb2.Document:
-    """Return the document of a value: canonical JSON, self-contained, so that its digest is that of its content.
+    """Return a value as a document: canonical JSON, self-contained, so that the digest covers the content.
 
-    ``text`` is the source that it was read from, which is stored next to it with its comments. Raises DocumentError if
-    it is too large: YAML aliases may stand for much more than they take.
+    ``text`` is the source that the value was read from, which is stored beside it with its comments. Raises
+    DocumentError if it is too large: YAML aliases may expand to much more than their text.
     """
     document = document_from_data(
         documents.to_data(value, self_contained=True), documents.kind_of(value), source_name=source_name
@@ -98,7 +98,7 @@ def document_of(value: documents.Value, *, source_name: str = "", text: bytes = 
 
 
 def document_from_data(data: Mapping[str, Any], kind: str, *, source_name: str = "") -> document_pb2.Document:
-    """Return the document of plain data that is known to be valid."""
+    """Return plain data that is known to be valid as a document."""
     content = canonical_json(data)
     return document_pb2.Document(
         kind=_NUMBERS[kind], content=content, source_name=source_name, digest=content_digest(content)
@@ -119,11 +119,11 @@ def _text_of(content: bytes, label: str) -> str:
     return text
 
 
-_KEPT_NODES = 100 * MAX_NODES  # in all parsed clusters together; about 80 bytes each
+_KEPT_NODES = 100 * MAX_NODES  # in all parsed clusters together; a node takes about 80 bytes
 
 
 class Declared:
-    """A cluster's document, and the ids of its nodes in order. Slow to make for a large fleet."""
+    """A cluster's parsed document, and the ids of its nodes in order. Slow to construct for a large fleet."""
 
     def __init__(self, value: Cluster) -> None:
         self.value = value
@@ -142,7 +142,7 @@ class DeclaredFleets:
         self._by_digest: OrderedDict[str, Declared] = OrderedDict()
 
     async def of(self, record: ClusterRecord) -> Declared:
-        """Return the declared cluster, parsing its document in a thread if necessary."""
+        """Return the declared cluster of a record, parsing its document in a thread if necessary."""
         digest = record.body.document.digest
         if digest not in self._by_digest:
             self._by_digest[digest] = await run_in_thread_gc_paused(_read, record)

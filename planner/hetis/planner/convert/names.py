@@ -11,12 +11,12 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 ID = r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?"
 ID_RULE = "1 to 63 of a-z 0-9 -, beginning and ending with a letter or digit"
-_NODE_ID = r"[^\W_][\w.-]{0,199}"  # a name in the cluster's document
-_MADE_ID = r"[A-Za-z0-9_-]{1,100}"  # chosen by the planner
+_NODE_ID = r"[^\W_][\w.-]{0,199}"  # a node's name in the cluster's document
+_MADE_ID = r"[A-Za-z0-9_-]{1,100}"  # an id chosen by the planner
 
 
 def is_id(text: str) -> bool:
-    """Return whether callers may choose this id for a resource."""
+    """Return whether a text is an id that callers may choose for a resource."""
     return re.fullmatch(ID, text) is not None
 
 
@@ -57,14 +57,14 @@ def node_name(cluster: str, node: str) -> str:
 
 
 def name_of(enum: object, value: int) -> str:
-    """Return a value's name in a generated enum, or its number if this version has no name: open enums may hold any."""
+    """Return the name of a value in a generated enum, or its number if this version has no name: enums are open."""
     assert isinstance(enum, EnumTypeWrapper)
     found = enum.DESCRIPTOR.values_by_number.get(value)
     return str(value) if found is None else str(found.name)
 
 
 def word_of(enum: object, value: int) -> str:
-    """Return the value's name without the enum's prefix: ``READY`` for ``NODE_STATE_READY``."""
+    """Return a value's name without the enum's prefix: ``READY`` for ``NODE_STATE_READY``."""
     return name_of(enum, value).removeprefix(name_of(enum, 0).removesuffix("UNSPECIFIED"))
 
 
@@ -75,11 +75,11 @@ def timestamp(time_s: float) -> Timestamp:
 
 
 def duration(seconds: float) -> Duration:
-    """Return seconds as a message, exact to the nanosecond."""
+    """Return seconds as a Duration message, exact to the nanosecond."""
     nanos = round(seconds * 1e9)
     return Duration(seconds=nanos // 10**9, nanos=nanos % 10**9)
 
 
 def seconds_of(duration: Duration | Timestamp) -> float:
-    """Return a duration in seconds, or a time in Unix seconds."""
+    """Return a Duration in seconds, or a Timestamp as Unix time."""
     return duration.seconds + duration.nanos / 1e9

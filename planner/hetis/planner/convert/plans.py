@@ -1,4 +1,4 @@
-"""Plans, their replicas, routes and roles as messages, and back; the two views of the resource, and the explanation."""
+"""Messages for plans, their replicas, routes and roles, and back; the two views of a plan, and its explanation."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def role_of(shape: replica_pb2.ReplicaPlan) -> Role:
 
 
 def kv_partners_to_proto(plan: Plan) -> list[list[replica_pb2.KvPartner]]:
-    """Return for each replica the kinds of those that it exchanges KV with (`hetis.engines.layout.kv_partners`)."""
+    """Return for each replica the kinds of replicas that it exchanges KV with (`hetis.engines.layout.kv_partners`)."""
     return [
         [replica_pb2.KvPartner(role=TO_PROTO[one.role], gpu_types=one.gpus, tp=one.tp) for one in partners]
         for partners in kv_partners(plan)
@@ -51,7 +51,7 @@ def kv_partners_to_proto(plan: Plan) -> list[list[replica_pb2.KvPartner]]:
 def gpu_kinds_to_proto(
     replica: ReplicaPlan, partners: Iterable[replica_pb2.KvPartner], types: Mapping[str, GpuType]
 ) -> list[replica_pb2.GpuKind]:
-    """Return what engines must know about the GPU types, ``types`` by name, of a replica and its partners."""
+    """Return what engines must know about the GPU types of a replica and its partners; ``types`` are by name."""
     names = [stage.gpu for stage in replica.stages] + [pool.gpu for pool in replica.attention_workers]
     names += [name for partner in partners for name in partner.gpu_types]
     kinds = {name: kind_of_type(types[name]) for name in names}
@@ -61,19 +61,19 @@ def gpu_kinds_to_proto(
     ]
 
 
-_RENAMED = {"gpu": "gpu_type", "rate": "rate_rps"}  # what the contract calls fields of the solver's values
+_RENAMED = {"gpu": "gpu_type", "rate": "rate_rps"}  # names in the API of fields of the solver's values
 M = TypeVar("M", bound=Message)
 V = TypeVar("V")
 
 
 def _message(kind: type[M], value: Any, **others: Any) -> M:
-    """Return a message with the fields that ``value``, a dataclass, has as well, and with ``others``."""
+    """Return a message of ``kind`` with the fields that it shares with ``value``, a dataclass, and with ``others``."""
     given = {_RENAMED.get(field.name, field.name): getattr(value, field.name) for field in fields(value)} | others
     return kind(**{name: given[name] for name in kind.DESCRIPTOR.fields_by_name if name in given})
 
 
 def _value(kind: type[V], message: Message, **others: Any) -> V:
-    """Return the value of a message that has all fields of ``kind``, a dataclass, but for ``others``."""
+    """Return a dataclass of ``kind`` with the fields of a message, and with ``others``, which the message lacks."""
     names = [field.name for field in fields(kind) if field.name not in others]  # type: ignore[arg-type]
     given = {name: getattr(message, _RENAMED.get(name, name)) for name in names}
     return kind(
@@ -85,11 +85,11 @@ def _messages(kind: type[M], values: Iterable[Any]) -> list[M]:
     return [_message(kind, value) for value in values]
 
 
-MOST_IN_A_MESSAGE = 1000  # replicas in a PlanResult, see plan.proto
+MOST_IN_A_MESSAGE = 1000  # replicas in a PlanResult, as plan.proto documents
 
 
 def replicas_to_proto(replicas: Iterable[ReplicaPlan], *, most_bytes: int) -> list[replica_pb2.ReplicaPlan]:
-    """Return the first replicas: as many as a message may have, and as fit into ``most_bytes``."""
+    """Return the first replicas: as many as a message may have and as fit into ``most_bytes``."""
     messages: list[replica_pb2.ReplicaPlan] = []
     for replica in replicas:
         message = replica_to_proto(replica)
@@ -120,11 +120,11 @@ def replica_from_proto(message: replica_pb2.ReplicaPlan) -> ReplicaPlan:
     )
 
 
-MOST_DOCUMENT_BYTES = 3 << 20  # for a document inside a message
-# What a message of 4 MiB has room for besides the names and states of the surrounding answer.
+MOST_DOCUMENT_BYTES = 3 << 20  # limit on a document inside a message
+# The room in a message of 4 MiB, less the names and states of the surrounding answer.
 MOST_PLAN_BYTES = (4 << 20) - (128 << 10)
 
-Wrong = Callable[[str, str], object]  # called with the path of a wrong field, and what is wrong with it
+Wrong = Callable[[str, str], object]  # called with the path of a wrong field, and with what is wrong
 OBJECTIVE_KINDS = {kind: plan_pb2.ObjectiveKind.Value(f"OBJECTIVE_KIND_{kind.name}") for kind in ObjectiveKind}
 _KIND_OF = {number: kind for kind, number in OBJECTIVE_KINDS.items()}
 
@@ -158,7 +158,7 @@ def _verification(plan: Plan) -> plan_pb2.Verification | None:
     found = verification_of(plan)
     try:
         return None if found is None else _message(plan_pb2.Verification, found, misses=misses(found, plan))
-    except (TypeError, ValueError, ArithmeticError):  # an imported plan may say anything of itself
+    except (TypeError, ValueError, ArithmeticError):  # an imported plan may contain any values
         return None
 
 
@@ -182,7 +182,7 @@ def complete(message: plan_pb2.Plan, plan: Plan, document: bytes) -> None:
 
 
 def without_contents(message: plan_pb2.Plan) -> plan_pb2.Plan:
-    """Return the view BASIC of a caller's plan: documents without their contents."""
+    """Return a caller's plan in the view BASIC: documents without their contents."""
     basic = deepcopy(message)
     match basic.WhichOneof("source"):
         case "imported":
@@ -205,7 +205,7 @@ def objective_from_proto(message: plan_pb2.Objective, field: str, wrong: Wrong) 
     demand_rps = message.demand_rps or None
     if demand_rps is not None and not (demand_rps > 0 and math.isfinite(demand_rps)):
         wrong(f"{field}.demand_rps", f"is {demand_rps:g}, must be above 0 and finite")
-        demand_rps = None  # no objective has it
+        demand_rps = None  # treated as if it was absent
     elif demand_rps is not None and demand_rps < LEAST_DEMAND_RPS:
         wrong(f"{field}.demand_rps", f"is {demand_rps:g}, must be at least {LEAST_DEMAND_RPS:g}")
         demand_rps = None

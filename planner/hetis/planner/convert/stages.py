@@ -1,4 +1,4 @@
-"""The copies of a replica's stages as the API and the solver see them: costs, head maps, and moves of head groups."""
+"""The copies of a replica's stages as the API and the solver represent them: costs, head maps, moves of head groups."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from hetis.solver.redispatch.problem import Move, MoveReason
 from hetis.solver.redispatch.triggers import Trigger, TriggerKind
 from hetis.v1 import head_map_pb2, redispatch_pb2, report_pb2, stage_pb2
 
-HIGH_WATER = 0.9  # StageDevice.high_water if it is 0
-_HEADS = [field.name for field in fields(HeadShape)]  # the message's, too
-Conditions = Mapping[str, report_pb2.DeviceStatus.ValueType]  # by GPU, `node/index`; those not listed are OK
+HIGH_WATER = 0.9  # used if StageDevice.high_water is 0
+_HEADS = [field.name for field in fields(HeadShape)]  # also the names of the message's fields
+Conditions = Mapping[str, report_pb2.DeviceStatus.ValueType]  # by GPU, as `node/index`; GPUs that are not listed are OK
 _NO_CONDITIONS: Conditions = MappingProxyType({})
 _NOT_SLOW: Mapping[str, float] = MappingProxyType({})
 
@@ -30,20 +30,23 @@ class StageTerms:
     """The data about one copy of one stage that dispatch and re-dispatch need; ``stage`` is part of a problem."""
 
     stage: Stage  # devices and the costs of attention on them
-    num_layers: int  # a head group occupies, and moves in, all of them
+    num_layers: int  # a head group has KV in all of them, and moves with all of it
     link_byte_s: FloatArray  # seconds per byte of KV moved into or out of each device, shape [D]
     high_water: tuple[float, ...]  # share of each device's KV blocks above which head groups should leave
-    gpus: tuple[tuple[str, ...], ...]  # of each device, as ``node/index``
-    index: Mapping[str, int]  # position of each device by name
+    gpus: tuple[tuple[str, ...], ...]  # GPUs of each device, as ``node/index``
+    index: Mapping[str, int]  # positions of the devices by name
 
     def statuses(self, conditions: Conditions) -> tuple[report_pb2.DeviceStatus.ValueType, ...]:
-        """Return the worst known status of any GPU of each device; ``conditions`` are by GPU, missing ones are OK."""
+        """Return the worst known status among the GPUs of each device.
+
+        ``conditions`` are by GPU; a GPU that is missing there is OK.
+        """
         ok = report_pb2.DEVICE_STATUS_OK
         return tuple(max((conditions.get(gpu, ok) for gpu in gpus), default=ok) for gpus in self.gpus)
 
 
 def stage_from_proto(message: stage_pb2.StageModel, *, slowness: Mapping[str, float] = _NOT_SLOW) -> StageTerms:
-    """Return the stage for the solver.
+    """Return a stage of the API as the solver's value.
 
     Args:
         slowness: ratio of measured to predicted times by device name; 1 if missing. All terms are scaled, including the
@@ -90,10 +93,10 @@ def stage_from_proto(message: stage_pb2.StageModel, *, slowness: Mapping[str, fl
 
 
 def stages_of_replica(found: PlanAndProblem, replica: int) -> list[stage_pb2.StageModel]:
-    """Return one model per copy of each stage, in order. ``replica`` is its index in the plan.
+    """Return a model for every copy of each stage, in order. ``replica`` is an index in the plan.
 
     A prefill replica has none: it decodes nothing, so nothing is dispatched. KV blocks are those of the whole device:
-    all micro-batches in flight share them. Slow: not for an event loop. Raises InvalidProblemError if the plan
+    all micro-batches in flight share them. Slow, so not for an event loop. Raises InvalidProblemError if the plan
     contradicts its inputs.
     """
     one = found.plan.replicas[replica]
@@ -116,7 +119,7 @@ def stages_of_replica(found: PlanAndProblem, replica: int) -> list[stage_pb2.Sta
 def _stage(
     loaded: CostedStage, position: int, copy: int, gpus: Sequence[Sequence[str]], micro_batches: int
 ) -> stage_pb2.StageModel:
-    """Return one copy's model with ``gpus`` for its devices, in the order of the loaded stage, the first copy."""
+    """Return the model of one copy, whose devices are ``gpus`` in the order of the loaded stage, the first copy."""
     costs, saved = loaded.snapshot.stage, loaded.saved
     moving_s = saved.move_byte_s()
     heads = stage_pb2.HeadShape(**asdict(costs.heads))
@@ -148,8 +151,8 @@ def _stage(
 def owners_of(stage: Stage, groups: IntArray) -> list[int]:
     """Return the owner of every head group of a request that has ``groups`` [D] of them on the devices.
 
-    The solver only decides the number. A tensor-parallel primary of n cards computes G / n head groups on each card: it
-    takes equally many from each, so that its cards stay balanced. All other devices take any.
+    The solver decides only their number. A tensor-parallel primary of n cards computes G / n head groups on each card,
+    and takes equally many from each, so that its cards stay balanced. All other devices take any.
     """
     counts = groups.tolist()
     num = stage.heads.head_groups
@@ -165,8 +168,8 @@ def owners_of(stage: Stage, groups: IntArray) -> list[int]:
 def leaving(stage: Stage, owners: Sequence[int], after: Sequence[int], source: int, target: int, num: int) -> list[int]:
     """Return ``num`` head groups that move from ``source`` to ``target``, in increasing order.
 
-    Earlier moves lead from ``owners`` to ``after``; what they move is not moved again. Groups that leave or reach the
-    primary keep its cards as even as the source's groups allow. If the source has fewer than ``num``, all are returned.
+    Earlier moves lead from ``owners`` to ``after``; the groups that they move are not moved again. Groups that leave or
+    reach the primary keep its cards as even as the source's groups allow. If the source has too few, all are returned.
     """
     held = [group for group, owner in enumerate(owners) if owner == source == after[group]]
     cards, there = card_of(stage), dict[int, int]()
@@ -221,13 +224,13 @@ def snapshot_from_proto(
     high_water: float | None = None,
     changed: Collection[str] = (),
 ) -> StateSnapshot:
-    """Return a head map's content for the solver.
+    """Return the content of a head map as the solver's value.
 
     Requests with head groups on a lost device are left out, since they will be prefilled again; blocks that they still
     hold elsewhere are deducted from those devices. Devices of the stage that the map does not name have no blocks.
 
     Args:
-        conditions: the planner's status of devices, by GPU; the worse of it and the map's counts.
+        conditions: the planner's status of devices, by GPU; the worse of this and the map's status applies.
         high_water: of all devices; None: those of the stage.
         changed: devices that re-dispatch should look at, whatever they hold.
 

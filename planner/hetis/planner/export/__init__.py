@@ -1,6 +1,6 @@
-"""Plans as files for engines and orchestrators. What a target cannot carry is reported.
+"""Export of plans as files for engines and orchestrators. What a target cannot express is reported.
 
-The targets by name stand here, where they are quick to import, for help and completion.
+The names of the targets are defined here, where they are quick to import for help and completion.
 """
 
 from __future__ import annotations

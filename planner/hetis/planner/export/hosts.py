@@ -27,7 +27,7 @@ from hetis.solver.plan import Role
 def _written(
     launchable: Launchable, files: Mapping[str, str], shown: Iterable[str], start: str, not_carried: Iterable[str] = ()
 ) -> Written:
-    """Return files for hosts, on which the front ends of replicas listen."""
+    """Return files for a target that starts processes on hosts, where the front ends of replicas listen."""
     return Written(
         files=files,
         shown=tuple(shown),
@@ -39,14 +39,14 @@ def _written(
 
 
 def _not_reached(launchable: Launchable) -> Iterator[str]:
-    """Yield the features that commands lack if nodes are only known by name."""
+    """Yield the features that the commands lack because a node is known only by name and has no address."""
     for one in launchable.replicas.values():
         address = one.commands[0].environment.get("VLLM_NIXL_SIDE_CHANNEL_HOST")
         if one.plan.role is Role.PREFILL and address is not None and not is_ip(address):
             yield f"{one.name}: NIXL listens on an address, and {one.front_node} has none: give --node-address"
 
 
-# --- scripts: a folder for each node with a script for each replica that has processes there
+# --- scripts: a folder per node, with a script for each replica that has processes there
 
 
 _HEAD = """#!/usr/bin/env bash
@@ -64,7 +64,7 @@ trap stop EXIT
 trap 'exit 143' TERM
 trap 'exit 130' INT
 """
-_END = 'wait -n "${pids[@]}"\n'  # with its status, so that a supervisor hears of it; the others are stopped
+_END = 'wait -n "${pids[@]}"\n'  # exits with the process's status, for a supervisor; the others are stopped
 
 
 def write_shell(launchable: Launchable) -> Written:
@@ -97,7 +97,7 @@ def _shell_script(one: LaunchableReplica, node: str, commands: list[Command]) ->
 
 
 def _everything(node: str, lines: Iterable[str]) -> str:
-    """Return a script that starts all replicas of a node, one by each line; if one ends, the others and it do, too."""
+    """Return a script that runs ``lines``, one per replica of a node; if one ends, the others and the script do too."""
     head = _HEAD.format(what=f"Everything of hetis' plan on {node}: it ends when one of its replicas does.")
     started = "".join(f"{line} &\npids+=($!)\n" for line in lines)
     return f"{head}\n{_START}\n{started}\n{_END}"
@@ -123,7 +123,7 @@ PLAN_FILE = "plan.json"
 
 
 def write_hetis_launch(launchable: Launchable) -> Written:
-    """Return the plan, and for every node a script with a hetis-launch for each replica that has processes there."""
+    """Return the plan, and for every node a script that runs hetis-launch for each replica with processes there."""
     files, shown = {PLAN_FILE: dump(launchable.plan, "json")}, list[str]()
     for node, here in launchable.by_node().items():
         path = f"{node}.sh"
@@ -159,7 +159,7 @@ supervisor hears of it. Where replicas have attention workers, `worker.key` is t
 everywhere."""
 
 
-# --- compose: a file for each node, with a service per process on the host's network
+# --- compose: a file per node, with a service for each process on the host's network
 
 
 _CONFIG, _KEY_FILE = "/etc/hetis/workers.yaml", "/run/secrets/worker-key"
@@ -175,7 +175,7 @@ def write_compose(launchable: Launchable) -> Written:
         for _, one in here:
             for command in one.commands:
                 if command.process.node == node:
-                    # A name among services may contain no slash and no dot.
+                    # Names of services must not contain slashes or dots.
                     name = re.sub(r"[/.+]", "-", f"{one.name}-{command.process.name}")
                     services[name] = _service(launchable, one, command)
                     files |= {f"{node}/{path}": text for path, text in command.files.items()}
@@ -199,7 +199,7 @@ def _service(launchable: Launchable, one: LaunchableReplica, command: Command) -
         volumes.append(f"{one.serving.model}:{one.serving.model}:ro")
     service: dict[str, Any] = {
         "image": worker_image(launchable, one) if is_worker else engine_image(launchable, one),
-        # Images have entry points of their own; these words are the whole command.
+        # Replaces the image's entry point: these words are the whole command.
         "entrypoint": shown[:1],
         "command": shown[1:],
         "environment": environment,
@@ -224,7 +224,7 @@ def _service(launchable: Launchable, one: LaunchableReplica, command: Command) -
 
 
 def _without_variables(value: Any) -> Any:
-    """Return what compose reads as this value: it would put variables of its own environment in place of $NAME."""
+    """Return a value in which every $ is escaped: compose would replace $NAME by variables of its own environment."""
     if isinstance(value, dict):
         return {key: _without_variables(each) for key, each in value.items()}
     if isinstance(value, list):
@@ -233,7 +233,7 @@ def _without_variables(value: Any) -> Any:
 
 
 def _given_gpus(process: Process) -> dict[str, Any]:
-    """Return what gives a service its GPUs. On AMD's, a container has all devices and uses those of a variable."""
+    """Return the fields that give a service its GPUs. AMD's get all devices; a variable selects those that are used."""
     if process.vendor == "AMD":
         return {
             "devices": [f"{path}:{path}" for path in ("/dev/kfd", "/dev/dri")],
@@ -245,7 +245,7 @@ def _given_gpus(process: Process) -> dict[str, Any]:
 
 
 def _seen_gpus(process: Process) -> dict[str, str]:
-    """Return the environment for the ranks' order; a container that has some of the GPUs counts them anew."""
+    """Return the environment that orders the ranks; a container with some of NVIDIA's GPUs numbers them from 0."""
     numbers = process.gpus if process.vendor == "AMD" else [sorted(process.gpus).index(gpu) for gpu in process.gpus]
     return {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": ",".join(map(str, numbers))}
 
@@ -258,11 +258,11 @@ Where replicas have attention workers, `worker.key` beside the file is their key
 the images run as, 10001 in ours (`sudo chown 10001 worker.key`)."""
 
 
-# --- Slurm: a batch script per replica, which is a heterogeneous job on several nodes, and a step per process
+# --- Slurm: a batch script per replica (a heterogeneous job if it spans several nodes), and a step per process
 
 
 def write_slurm(launchable: Launchable) -> Written:
-    """Return a script for `sbatch` for each replica, and one that submits them all."""
+    """Return a script for `sbatch` for each replica, and a script that submits them all."""
     files, left_out = dict[str, str](), dict[int, tuple[str, ...]]()
     for number, one in launchable.replicas.items():
         shared = sorted({p.name.partition(".")[0] for p in one.layout.attention_workers if p.sharing > 1})
@@ -281,13 +281,13 @@ def write_slurm(launchable: Launchable) -> Written:
 
 
 def _batch_script(launchable: Launchable, one: LaunchableReplica) -> str:
-    """Return a script with a component for each node, which has all GPUs of the replica there, and CPUs for them.
+    """Return a script with a component for each node, which requests the replica's GPUs there, and CPUs for them.
 
-    Nodes are not taken whole (``--exclusive``): other replicas of the plan may be on them.
+    Nodes are not requested whole (``--exclusive``): other replicas of the plan may be on them.
     """
     nodes = list(dict.fromkeys(process.node for process in one.layout.processes))
     lines = ["#!/usr/bin/env bash", f"#SBATCH --job-name={launchable.name_of(one)}"]
-    lines.append("#SBATCH --output=%x-%j.log")  # in a folder that is missing, the job would fail without a word
+    lines.append("#SBATCH --output=%x-%j.log")  # not in logs/: if the folder is missing, the job fails silently
     for number, node in enumerate(nodes):
         here = [process for process in one.layout.processes if process.node == node]
         lines += ["#SBATCH hetjob"] if number else []
@@ -300,7 +300,7 @@ def _batch_script(launchable: Launchable, one: LaunchableReplica) -> str:
     return "\n".join((*lines, "wait -n", ""))
 
 
-# vLLM's front and scheduler keep a CPU busy each, and so does every rank. Few machines with GPUs have less.
+# vLLM's front end and scheduler keep a CPU busy each, and so does every rank. Few machines with GPUs have less.
 _CPUS_PER_GPU = 4
 
 
@@ -310,8 +310,8 @@ def _step(one: LaunchableReplica, command: Command, nodes: list[str]) -> Iterato
     environment = {name: text for name, text in command.environment.items() if not name.startswith("CUDA_")}
     place = [f"--het-group={nodes.index(process.node)}"] if len(nodes) > 1 else []
     log = f"logs/{one.name}-{process.name.replace('/', '-')}-%j.log"
-    # What a step does not say, it takes from the job: all GPUs and all memory of the node, and others wait for it to
-    # end. GPUs of the task, too, since a step counts --cpus-per-gpu by those. Memory of the job is shared (0).
+    # Whatever a step does not specify, it takes from the job: all GPUs and all memory of the node, so that other steps
+    # wait for it to end. GPUs per task are for --cpus-per-gpu, which counts by those; --mem=0 shares the job's memory.
     gpus = [f"--gpus-per-{part}={len(process.gpus)}" for part in ("node", "task")]
     step = ["srun", *place, "--nodes=1", "--ntasks=1", "--exact", *gpus, "--mem=0", f"--output={log}"]
     kind = "further stage" if process.kind is ProcessKind.SERVER_STAGE else process.kind.value

@@ -1,4 +1,4 @@
-"""Core Kubernetes and LeaderWorkerSet: pods of a replica on the nodes of the plan."""
+"""Core Kubernetes and LeaderWorkerSet: the pods of a replica on the nodes of the plan."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from hetis.solver.plan import Role
 
 
 def write_kubernetes(launchable: Launchable) -> Written:
-    """Return a file for each replica, and a kustomization of them all."""
+    """Return a file for each replica, and a kustomization of all of them."""
     check_cluster_options(launchable)
     made, left_out = dict[int, list[dict[str, Any]]](), dict[int, tuple[str, ...]]()
     for number, one in launchable.replicas.items():
@@ -49,7 +49,7 @@ def write_kubernetes(launchable: Launchable) -> Written:
 
 def deployment_of(launchable: Launchable, one: LaunchableReplica) -> Deployment:
     settings = launchable.settings
-    # Not those of the plan's routes alone: routers choose the two replicas of a request one after the other.
+    # Not only the partners in the plan's routes: routers choose the two replicas of a request one after the other.
     partner = {Role.PREFILL: Role.DECODE, Role.DECODE: Role.PREFILL}.get(one.plan.role)
     partners = (launchable.name_of(each) for each in launchable.replicas.values() if each.plan.role is partner)
     return Deployment(
@@ -68,7 +68,7 @@ def deployment_of(launchable: Launchable, one: LaunchableReplica) -> Deployment:
 def check_cluster_options(launchable: Launchable) -> None:
     """Raise NotExportableError with every missing option for Kubernetes objects."""
     one = next(iter(launchable.replicas.values()))
-    deployment = replace(deployment_of(launchable, one), image="-", worker_image="-")  # which each vendor needs
+    deployment = replace(deployment_of(launchable, one), image="-", worker_image="-")  # checked for each vendor
     wrong = deployment.wrong(one.serving.model, has_workers=launchable.has_workers)
     if wrong := [*missing_images(launchable), *wrong]:
         raise NotExportableError(tuple(wrong))
@@ -82,10 +82,10 @@ def written_for_cluster(
     endpoints: Mapping[int, str] | None = None,
     not_carried: Iterable[str] = (),
 ) -> Written:
-    """Return manifests with a kustomization. By default the replicas' front ends are Services named after them."""
+    """Return manifests with a kustomization. By default the replicas' front ends are Services of the same names."""
     kustomization = {"apiVersion": "kustomize.config.k8s.io/v1beta1", "kind": "Kustomization"}
     names = {number: launchable.name_of(one) for number, one in launchable.replicas.items()}
-    # Among the GPU types of a node, a pod, which is given a number, cannot choose.
+    # A pod requests a number of GPUs, and cannot choose among a node's GPU types.
     mixed = launchable.mixed_nodes("which of them a pod gets, the device plugin says", everywhere=True)
     return Written(
         files={
@@ -101,7 +101,7 @@ def written_for_cluster(
 
 
 def namespace(launchable: Launchable) -> dict[str, str]:
-    """Return the field of an object's metadata, or nothing for the namespace of who applies it."""
+    """Return the namespace field of an object's metadata, or nothing for the default namespace of kubectl's user."""
     return {"namespace": launchable.settings.namespace} if launchable.settings.namespace else {}
 
 
@@ -122,12 +122,12 @@ _NODE, _RANK = "HETIS_NODE", "HETIS_RANK"
 
 
 class PodGroup:
-    """Templates of a replica's pods.
+    """The pod templates of one replica.
 
     Args:
         leader: the address of the leader, in the operator's notation.
-        container: the operator's name for the engine's container; empty: the engine's own.
-        worker_labels: labels that the operator gives only to workers; None: our own labels.
+        container: the operator's name for the engine's container; empty: the container's own name.
+        worker_labels: labels that the operator gives only to workers; None: use our own labels.
     """
 
     def __init__(
@@ -149,7 +149,7 @@ class PodGroup:
         return 1 + len(self._further)
 
     def why_not(self) -> tuple[str, ...]:
-        """Return why workers of one template cannot be told apart; empty if they can."""
+        """Return why workers made from one template cannot be told apart; empty if they can."""
         nodes = [process.node for process in self._further]
         twice = sorted({node for node in nodes if nodes.count(node) > 1})
         return tuple(
@@ -172,7 +172,7 @@ class PodGroup:
         line = shlex.join(arguments).replace(_MARK, f'"${_RANK}"')
         stranger = f'*) echo "${_NODE} is no node of this replica" >&2; exit 2;;'
         script = f'case "${_NODE}" in {ranks} {stranger} esac; exec {line}'
-        # The leader's address, $(...), is expanded by Kubernetes before the shell sees its quotes.
+        # Kubernetes expands the leader's address, $(...), before the shell sees the quotes around it.
         pod = self.objects.server_pod(1, ["sh", "-c", script])
         container = pod["containers"][0]
         node = {"name": _NODE, "valueFrom": {"fieldRef": {"fieldPath": "spec.nodeName"}}}
@@ -180,7 +180,7 @@ class PodGroup:
         return self._template({"affinity": self._apart(), **pod}, self._further, labels)
 
     def _apart(self) -> dict[str, Any]:
-        """Return an affinity for the nodes of the further stages, with never two pods on one."""
+        """Return an affinity to the nodes of the further stages, with at most one of their pods on each."""
         there = {"key": NODE_LABEL, "operator": "In", "values": [process.node for process in self._further]}
         others = {"matchLabels": self._worker_labels()}
         return {
@@ -214,7 +214,7 @@ _MARK = "HETIS-RANK-MARK"
 
 
 LEADER = "$(LWS_LEADER_ADDRESS)"
-_MOST_ROLES = 10  # in a DisaggregatedSet
+_MOST_ROLES = 10  # roles in a DisaggregatedSet
 
 
 def write_lws(launchable: Launchable) -> Written:
@@ -232,7 +232,7 @@ def write_lws(launchable: Launchable) -> Written:
 
 
 def groupable(launchable: Launchable) -> Launchable:
-    """Return the replicas whose pods can be made from two templates. Raises NotExportableError: none is left."""
+    """Return the replicas whose pods can be made from two templates. Raises NotExportableError if there are none."""
     left_out = dict[int, tuple[str, ...]]()
     for number, one in launchable.replicas.items():
         if why := (*nodes_without_label(one.layout), *PodGroup(launchable, one, leader=LEADER).why_not()):
@@ -263,7 +263,7 @@ def replica_objects(
 def _spec(group: PodGroup, labels: dict[str, str] | None = None) -> dict[str, Any]:
     if group.size > 1:
         templates = {"leaderTemplate": group.leader(labels), "workerTemplate": group.workers(labels)}
-    else:  # without a template of its own, the leader is made from that of the workers, of which there are none
+    else:  # without a leader template, the leader is made from that of the workers, of which there are none
         templates = {"workerTemplate": group.leader(labels)}
     return {
         "replicas": 1,

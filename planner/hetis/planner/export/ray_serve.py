@@ -1,4 +1,4 @@
-"""Ray Serve: an application per replica, its ranks in a placement group whose bundles name the plan's nodes."""
+"""Ray Serve: one application per replica, with its ranks in a placement group whose bundles name the plan's nodes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hetis.planner.export.replicas import Launchable, LaunchableReplica, NotExpo
 from hetis.solver.cluster import node_of
 from hetis.solver.plan import Role
 
-HEAD = "ray-head"  # the address of Ray Serve, in --node-address
+HEAD = "ray-head"  # stands for the node of Ray Serve in --node-address
 # The accelerator types of Ray 2.60 (ray/util/accelerators) that occur in our catalogue.
 _TYPES = ("H100", "H200", "H20", "B200", "B300", "A100", "L40S", "L4", "A10G", "T4", "V100", "P100")
 _TINY = 0.001
@@ -39,7 +39,7 @@ def write_ray(launchable: Launchable) -> Written:
     fronts = {decode: prefill for prefill, decode in pairs.items()}
     nodes = dict.fromkeys(p.node for one in launchable.replicas.values() for p in one.layout.processes)
     resources = "\n".join(f"ray start --resources '{json.dumps({_resource(node): 1})}' ...  # {node}" for node in nodes)
-    # Some options after `--` are the engine's and some its server's, which Ray Serve LLM replaces.
+    # Some options after `--` belong to the engine and some to its server, which Ray Serve LLM replaces.
     options = " ".join(without_kv_dtype(launchable.settings.engine_options))
     given = [f"{options}: Ray takes no command line, set engine_kwargs in serve.yaml"] if options else []
     return Written(
@@ -100,7 +100,7 @@ def _application(launchable: Launchable, number: int, pairs: dict[int, int]) -> 
 
 
 def _why_not(launchable: Launchable, one: LaunchableReplica) -> tuple[str, ...]:
-    """Return why vLLM on Ray cannot run a replica: attention workers, or an order of stages that addresses do not have.
+    """Return why vLLM on Ray cannot run a replica: attention workers, or an order of stages that addresses do not give.
 
     vLLM numbers Ray's workers node by node: the front end's node first, then nodes with fewer workers, then by address.
     """
@@ -122,7 +122,7 @@ def _why_not(launchable: Launchable, one: LaunchableReplica) -> tuple[str, ...]:
 
 
 def _resource(node: str) -> str:
-    """Return our own resource of a node, by which bundles name it."""
+    """Return the custom Ray resource of a node, by which bundles name it."""
     return f"hetis-{node}"
 
 
@@ -132,9 +132,9 @@ def _type_of(gpu: str) -> str | None:
 
 
 def _value(text: str) -> int | str | bool:
-    """Return an option's value as an argument of the engine in Python."""
+    """Return the value of a command-line option as a Python argument of the engine."""
     if not text:
-        return True  # a switch
+        return True  # a flag without a value
     return int(text) if text.isdecimal() else text
 
 

@@ -1,4 +1,4 @@
-"""The launchable parts of a plan: a layout for every replica, distinct ports, and why some replicas are left out."""
+"""The launchable parts of a plan: a layout for every replica, distinct ports, and reasons for replicas left out."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ _TUNED = re.compile(r"(?i)instruct|chat|-it$")
 _NODE = re.compile(
     r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,251}[A-Za-z0-9])?"
 )  # names go into scripts and file names as they are
-WEIGHTS = "{weights}"  # in the name of a model
-_MASTER_STEP = 20  # SGLang uses the ports after its own for its processes
+WEIGHTS = "{weights}"  # placeholder in the name of a model
+_MASTER_STEP = 20  # SGLang uses ports above its own for its processes
 
 
 class NotExportableError(HetisError):
-    """No part of the plan can be launched in this way; the reasons are a sentence each."""
+    """No part of the plan can be launched in this way; each reason is a sentence."""
 
     def __init__(self, reasons: tuple[str, ...]) -> None:
         super().__init__("\n".join(reasons))
@@ -43,34 +43,34 @@ class NotExportableError(HetisError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExportSettings:
-    """The settings of an export besides the plan, by the names of their options."""
+    """The settings of an export apart from the plan, under the names of their options."""
 
-    # In the engine's form: a folder, the same on every node, or a name; ``{weights}`` is the precision of a replica's
-    # weights; empty: the planned one
+    # The model in the engine's form: a name, or a folder that is the same on every node; ``{weights}`` stands for the
+    # precision of a replica's weights. Empty: the planned model
     model: str = ""
-    served_name: str = ""  # the name for clients; empty: ``model``
+    served_name: str = ""  # name that clients use; empty: ``model``
     engine: Engine | None = None  # the serving engine; None: vLLM, with our plugin if the plan has attention workers
     engine_options: tuple[str, ...] = ()  # passed to the engine unchanged
-    program: str = ""  # the command that starts the engine; empty: its default
+    program: str = ""  # command that starts the engine; empty: its default
     device: ExportDevice = ExportDevice.CUDA  # ``cpu`` is for trying out a plan
-    dtype: str = "auto"  # of model and KV
+    dtype: str = "auto"  # dtype of the model and the KV cache
     # Addresses or host names by node; other nodes are reached by their own names
     hosts: Mapping[str, str] = field(default_factory=dict)
-    port: int = 8000  # of the first replica's front end on a node; others have the following ones
-    name: str = "hetis"  # prefix of objects and jobs
+    port: int = 8000  # port of the first replica's front end on a node; the others have the following ports
+    name: str = "hetis"  # prefix of the names of objects and jobs
     namespace: str = ""
-    # Of the engine, for GPUs of AMD another: ``IMAGE,AMD=IMAGE`` (`images_in`). Empty: the one that its makers publish
+    # The engine's image, or one per vendor: ``IMAGE,AMD=IMAGE`` (`images_in`). Empty: the image its makers publish
     image: str = ""
-    worker_image: str = ""  # of attention workers, likewise; empty: there is none
-    model_claim: str = ""  # a PersistentVolumeClaim with the models
-    api_key_secret: str = ""  # a Secret with the ``api-key`` for clients
-    worker_key_secret: str = ""  # a Secret with the attention workers' ``worker-key``
-    insecure: bool = False  # whether no key is needed in the cluster
+    worker_image: str = ""  # image of attention workers, in the same form; empty: none
+    model_claim: str = ""  # name of a PersistentVolumeClaim that contains the models
+    api_key_secret: str = ""  # name of a Secret that contains the clients' ``api-key``
+    worker_key_secret: str = ""  # name of a Secret that contains the attention workers' ``worker-key``
+    insecure: bool = False  # whether the cluster may run without keys
 
 
 @dataclass(frozen=True)
 class LaunchableReplica:
-    """A replica with its layout and its own ports; ``name`` is unique in the export."""
+    """A replica with its layout and its own ports; ``name`` is unique within the export."""
 
     name: str
     plan: ReplicaPlan
@@ -81,7 +81,7 @@ class LaunchableReplica:
 
     @cached_property
     def commands(self) -> tuple[Command, ...]:
-        """The command line of every process; the first one is the front end."""
+        """The command lines of all processes, the front end first."""
         host = self.addresses.host(self.front_node)
         front = ("--host", host, "--port", str(self.port))
         served = replace(self.serving, options=(*front, *self.serving.options))
@@ -93,24 +93,24 @@ class LaunchableReplica:
 
     @property
     def endpoint(self) -> str:
-        """The address for clients when plain commands are used."""
+        """The address for clients if processes are started as plain commands."""
         return joined(self.addresses.host(self.front_node), self.port)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Launchable:
-    """A plan whose replicas have one copy of each stage, those that can be launched, and why others cannot."""
+    """A plan whose replicas have one copy of each stage, with the launchable replicas and why the others are not."""
 
-    plan: Plan  # with each replica of equal copies split into several replicas, and all others unchanged
+    plan: Plan  # the plan, with each replica of n equal copies split into n replicas
     model: ModelSpec
     engine: Engine
     settings: ExportSettings
-    replicas: Mapping[int, LaunchableReplica]  # by their position in ``plan``
-    left_out: Mapping[int, tuple[str, ...]]  # why a replica cannot be launched, by its position
-    changes: tuple[str, ...]  # changes that made replicas launchable
+    replicas: Mapping[int, LaunchableReplica]  # the launchable replicas, by position in ``plan``
+    left_out: Mapping[int, tuple[str, ...]]  # reasons why a replica cannot be launched, by position in ``plan``
+    changes: tuple[str, ...]  # descriptions of the changes that made replicas launchable
 
     def name_of(self, one: LaunchableReplica) -> str:
-        """Return the name of a replica's objects among those of other plans."""
+        """Return the name of a replica's objects, which is distinct from those of other plans."""
         return f"{self.settings.name}-{one.name}"
 
     @property
@@ -139,10 +139,10 @@ class Launchable:
         return unified + sum(route.rate for route in self.routes())
 
     def without(self, left_out: Mapping[int, tuple[str, ...]]) -> Launchable:
-        """Return the plan without the replicas that the target cannot carry.
+        """Return the plan without the replicas in ``left_out``, which the target cannot run.
 
         Raises:
-            NotExportableError: none is left, or those that are left serve nothing without the others.
+            NotExportableError: no replica remains, or the remaining ones serve nothing without the others.
         """
         kept = {number: one for number, one in self.replicas.items() if number not in left_out}
         less = replace(self, replicas=kept, left_out={**self.left_out, **left_out})
@@ -151,7 +151,7 @@ class Launchable:
         return less
 
     def mixed_nodes(self, says: str, *, everywhere: bool = False) -> list[str]:
-        """Return a sentence per node of the replicas with several GPU types; ``everywhere``: of the whole plan."""
+        """Return a sentence per node with several GPU types; ``everywhere`` includes nodes of replicas left out."""
         types = dict[str, set[str]]()
         for replica in self.plan.replicas:
             parts: list[StagePlan | AttentionWorkerPool] = [*replica.stages, *replica.attention_workers]
@@ -164,25 +164,25 @@ class Launchable:
         ]
 
     def reasons(self) -> Iterator[str]:
-        """Yield why replicas are left out, a sentence each."""
+        """Yield a sentence for each reason why a replica is left out."""
         for number, reasons in sorted(self.left_out.items()):
             yield from (f"replica {number}: {reason}" for reason in reasons)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Written:
-    """The files of a target."""
+    """The files of one target."""
 
-    files: Mapping[str, str]  # text by path; a path that ends in ``.sh`` is a program
+    files: Mapping[str, str]  # contents by path; a path that ends in ``.sh`` is an executable
     shown: tuple[str, ...]  # the essential files, for standard output
-    endpoints: Mapping[int, str]  # of each replica, by its position in the plan
-    start: str  # instructions in Markdown
-    carried: Launchable  # the replicas that it can have
+    endpoints: Mapping[int, str]  # endpoint of each replica, by its position in the plan
+    start: str  # instructions for starting, in Markdown
+    carried: Launchable  # the plan with the replicas that the target can run
     not_carried: tuple[str, ...] = ()  # features of the plan that the target lacks
 
 
 def launchable(plan: Plan, model: ModelSpec, settings: ExportSettings) -> Launchable:
-    """Return what an engine can launch of a plan. Raises NotExportableError with all reasons if there is nothing."""
+    """Return the part of a plan that an engine can launch. Raises NotExportableError with all reasons if it is none."""
     plan, changes = with_single_copies(plan)
     has_workers = any(replica.attention_workers for replica in plan.replicas)
     engine = settings.engine or (Engine.VLLM_HETIS if has_workers else Engine.VLLM)
@@ -236,7 +236,7 @@ def launchable(plan: Plan, model: ModelSpec, settings: ExportSettings) -> Launch
         )
         fronts[node] += 1
         meetings[node] += layout.meets
-        kv_ports[node] += layout.data_parallel  # one for each copy
+        kv_ports[node] += layout.data_parallel  # one port for each copy
         workers += len(layout.attention_workers)
     untold = [one.name for one in replicas.values() if not kv_dtype_of(one.layout, one.serving)]
     if untold and any(TELL_KV in note for note in plan.notes):
@@ -254,13 +254,13 @@ def launchable(plan: Plan, model: ModelSpec, settings: ExportSettings) -> Launch
 
 
 def weights_used(plan: Plan, model: ModelSpec) -> list[str]:
-    """Return the precisions of weights that the plan's replicas have."""
+    """Return the precisions of the weights of the plan's replicas."""
     gpus = dict.fromkeys(replica.stages[0].gpu for replica in plan.replicas if replica.stages)
     return list(dict.fromkeys(weights_of(model.on(gpu)) for gpu in gpus))
 
 
 def _other_checkpoint(used: Sequence[str], asked: str, settings: ExportSettings) -> Iterator[str]:
-    """Yield a sentence if a checkpoint that the catalogue knows is another than asked for or counted on."""
+    """Yield a sentence if a checkpoint that the catalogue knows differs from the plan in its weights or tuning."""
     try:
         found = catalogue.find_model(settings.model).model
     except catalogue.UnknownNameError:
@@ -275,30 +275,30 @@ def _other_checkpoint(used: Sequence[str], asked: str, settings: ExportSettings)
 
 
 def images_in(text: str) -> list[tuple[str, str]]:
-    """Return vendors and images in ``IMAGE,AMD=IMAGE``; an image without a vendor is for NVIDIA's GPUs."""
+    """Return the vendors and images in ``IMAGE,AMD=IMAGE``; an image without a vendor is for NVIDIA's GPUs."""
     named = [part.strip().rpartition("=") for part in text.split(",")] if text else []
     return [(vendor.upper() or VENDORS[0], image) for vendor, _, image in named]
 
 
 def image_in(text: str, vendor: str) -> str:
-    """Return the image for a vendor's GPUs (`images_in`); empty: none."""
+    """Return the image for a vendor's GPUs (`images_in`), or an empty string if there is none."""
     return dict(images_in(text)).get(vendor, "")
 
 
 def engine_image(launchable: Launchable, one: LaunchableReplica) -> str:
-    """Return the engine's image for a replica's GPUs: the given one, or that of its makers; empty: there is none."""
+    """Return the engine's image for a replica's GPUs, specified or published, or an empty string if there is none."""
     vendor = one.layout.vendor
     return image_in(launchable.settings.image, vendor) or published_image(launchable.engine, vendor)
 
 
 def worker_image(launchable: Launchable, one: LaunchableReplica) -> str:
-    """Return the image of a replica's attention workers; empty: none is given."""
+    """Return the image of a replica's attention workers, or an empty string if none is specified."""
     workers, text = one.layout.attention_workers, launchable.settings.worker_image
     return image_in(text, workers[0].vendor) if workers else ""
 
 
 def missing_images(launchable: Launchable) -> list[str]:
-    """Return, for each vendor whose GPUs have no image, what is missing."""
+    """Return a sentence for each image that is missing for a vendor's GPUs."""
     wrong = dict[str, None]()
     for one in launchable.replicas.values():
         if not engine_image(launchable, one):
@@ -316,7 +316,7 @@ def _missing(option: str, vendor: str, made: str) -> str:
 
 
 def published_image(engine: Engine, vendor: str) -> str:
-    """Return the image that the engine's makers publish for a vendor's GPUs; empty: none, or no single one."""
+    """Return the image that the engine's makers publish for a vendor's GPUs; empty: there is none, or no single one."""
     version = VERSIONS[engine]
     return {
         (Engine.VLLM, "NVIDIA"): f"vllm/vllm-openai:v{version}",
@@ -331,9 +331,9 @@ def published_image(engine: Engine, vendor: str) -> str:
 def with_single_copies(plan: Plan) -> tuple[Plan, list[str]]:
     """Return the plan with each replica whose stages all have n copies split into n replicas.
 
-    Each of them is one copy of everything: its GPUs and attention workers, and an equal part of KV memory, of
-    micro-batches in flight and of the rate. Replicas with unequal copies stay as they are: no engine runs them; so do
-    those whose copies share experts, which are one engine.
+    Each of them is one copy of everything: its GPUs and attention workers, and an equal part of the KV memory, of the
+    micro-batches in flight and of the rate. Replicas with unequal copies, which no engine runs, are left unchanged, and
+    so are those whose copies share experts, since they form one engine.
     """
     replicas, parts, changes = list[ReplicaPlan](), list[list[int]](), list[str]()
     for number, replica in enumerate(plan.replicas):
@@ -376,9 +376,9 @@ def _part(devices: Sequence[str], copy: int, count: int) -> tuple[str, ...]:
 
 
 def paired(launchable: Launchable, target: str) -> tuple[Launchable, dict[int, int]]:
-    """Pair replicas along the plan's routes, those with most traffic first, and leave out replicas without a partner.
+    """Pair replicas along the plan's routes, the busiest first, and leave out replicas without a partner.
 
-    Return what is left, and the decode replica of every prefill replica. Raises NotExportableError if nothing is left.
+    Return what remains, and the decode replica of every prefill replica. Raises NotExportableError if nothing remains.
     """
     pairs, taken = dict[int, int](), set[int]()
     for route in sorted(launchable.routes(), key=lambda one: (-one.rate, one.prefill, one.decode)):

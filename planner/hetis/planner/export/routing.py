@@ -1,4 +1,4 @@
-"""Router weights: the share of the requests for each replica, in the formats of common routers.
+"""Router weights: each replica's share of the requests, in the formats of common routers.
 
 Shares follow the plan's rates, replica by replica. If prefill and decode are disaggregated, a request takes a pair,
 and the shares are those of the plan's routes.
@@ -14,12 +14,12 @@ from hetis.formats.documents import yaml_text
 from hetis.planner.export.replicas import Launchable
 from hetis.solver.plan import Role
 
-_WHOLE = 1000  # weights are integers with this sum
+_WHOLE = 1000  # sum of the integer weights
 _NO_SERVER = "    server 127.0.0.1:9 down;  # nothing serves\n"
 
 
 def routing_files(launchable: Launchable, endpoints: Mapping[int, str]) -> dict[str, str]:
-    """Return files with the weights of replicas at these endpoints, given by position in the plan."""
+    """Return files with the weights of the replicas at these endpoints, which are by position in the plan."""
     files = {"router/weights.json": json.dumps(weights_of(launchable, endpoints), indent=2) + "\n"}
     unified = _unified(launchable, endpoints)
     if not unified:
@@ -62,13 +62,13 @@ def weights_of(launchable: Launchable, endpoints: Mapping[int, str]) -> dict[str
 
 
 def shares_of(launchable: Launchable) -> dict[int, float]:
-    """Return the share of all requests for each replica; those of prefill and decode replicas each have one sum."""
+    """Return each replica's share of all requests; the shares of prefill and of decode replicas have the same sum."""
     whole = launchable.rate() or 1.0
     return {number: rate_of(launchable, number) / whole for number in launchable.replicas}
 
 
 def rate_of(launchable: Launchable, number: int) -> float:
-    """Return the saturated requests/s of a replica; for prefill and decode replicas, those of the remaining routes."""
+    """Return the saturated requests/s of a replica; for prefill and decode replicas, summed over their routes."""
     replica = launchable.replicas[number].plan
     if replica.role is Role.UNIFIED:
         return replica.rate
@@ -76,12 +76,12 @@ def rate_of(launchable: Launchable, number: int) -> float:
 
 
 def weight(share: float) -> int:
-    """Return a share as an integer, at least 1 if it is positive."""
+    """Return the integer weight for a share, at least 1 if the share is positive."""
     return max(round(share * _WHOLE), 1) if share > 0 else 0
 
 
 def _unified(launchable: Launchable, endpoints: Mapping[int, str]) -> list[tuple[str, int]]:
-    """Return the endpoints of unified replicas with their relative weights; one may stand for several replicas."""
+    """Return the endpoints of unified replicas with their weights; one endpoint may stand for several replicas."""
     rates = dict[str, float]()
     for number, one in launchable.replicas.items():
         if one.plan.role is Role.UNIFIED and one.plan.rate > 0:
@@ -90,13 +90,13 @@ def _unified(launchable: Launchable, endpoints: Mapping[int, str]) -> list[tuple
 
 
 def weighted(rates: Mapping[str, float]) -> list[tuple[str, int]]:
-    """Endpoints with whole-number weights, by the requests/s of each."""
+    """Return endpoints with integer weights in proportion to the requests/s of each."""
     whole = sum(rates.values())
     return [(endpoint, weight(rate / whole)) for endpoint, rate in rates.items()]
 
 
 def nginx_list(servers: Sequence[tuple[str, int]]) -> str:
-    """The block `upstream` of nginx. It needs a server in it: where there is none, one that is down."""
+    """Return nginx's block `upstream`. It must contain a server, so if there is none it has one marked as down."""
     lines = "".join(f"    server {endpoint} weight={share};\n" for endpoint, share in servers)
     return f"upstream hetis {{\n{lines or _NO_SERVER}}}\n"
 
@@ -114,7 +114,7 @@ def _nginx(unified: Sequence[tuple[str, int]]) -> str:
 
 
 def envoy_list(servers: Sequence[tuple[str, int]]) -> str:
-    """Return a cluster of Envoy, weighted by endpoint, as YAML."""
+    """Return an Envoy cluster with weighted endpoints, as YAML."""
 
     def address(endpoint: str) -> dict[str, Any]:
         host, _, port = endpoint.rpartition(":")

@@ -37,12 +37,12 @@ from hetis.solver.plan import Role
 
 
 _REPLICA_LABEL = "app.kubernetes.io/instance"
-_SIDECAR_PORT = 8200  # the engine's port behind the chart's routing proxy
+_SIDECAR_PORT = 8200  # the engine's port, behind the routing proxy of the chart
 _ROLES = {Role.PREFILL: "prefill", Role.DECODE: "decode", Role.UNIFIED: "decode"}
 
 
 def write_llm_d(launchable: Launchable) -> Written:
-    """Return values for `helm`, manifests for `kubectl`, and the router's configuration."""
+    """Return values for `helm`, manifests for `kubectl`, and the configuration of the router."""
     check_cluster_options(launchable)
     launchable = groupable(launchable)
     values, manifests = dict[str, str](), dict[str, str]()
@@ -63,7 +63,7 @@ def write_llm_d(launchable: Launchable) -> Written:
 
 
 def values_of(launchable: Launchable, one: LaunchableReplica) -> dict[str, Any]:
-    """Return the values of chart llm-d-modelservice 0.4.12 for a replica of one pod."""
+    """Return the values of the chart llm-d-modelservice 0.4.12 for a replica that is one pod."""
     settings = launchable.settings
     made = ReplicaObjects(one.layout, one.serving, deployment_of(launchable, one))
     is_decode_of_pair = one.plan.role is Role.DECODE
@@ -75,7 +75,7 @@ def values_of(launchable: Launchable, one: LaunchableReplica) -> dict[str, Any]:
     [container] = pod["containers"]
     container["ports"] = [{"name": "http", "containerPort": port}]
     container |= {"modelCommand": "custom", "command": arguments, "mountModelVolume": False}
-    # The chart has no field for a pod's security context, only for its containers'.
+    # The chart has a field for the security context of containers, but none for that of the pod.
     user = {name: value for name, value in pod["securityContext"].items() if name != "fsGroup"}
     container["securityContext"] = {**container["securityContext"], **user}
     role, other = ("prefill", "decode") if one.plan.role is Role.PREFILL else ("decode", "prefill")
@@ -85,11 +85,11 @@ def values_of(launchable: Launchable, one: LaunchableReplica) -> dict[str, Any]:
         "fullnameOverride": launchable.name_of(one),
         "modelArtifacts": {
             "name": served,
-            # The engine gets the location of its model: the chart has nothing to fetch.
+            # The engine is passed the location of its model, so the chart has nothing to fetch.
             "uri": f"pvc://{settings.model_claim}{model}" if settings.model_claim else f"hf://{served}",
             "labels": {**MODEL_LABELS, _REPLICA_LABEL: launchable.name_of(one)},
         },
-        # Otherwise the chart adds NVIDIA's resource to that of the container.
+        # Otherwise the chart adds NVIDIA's resource to the container's own.
         **({"accelerator": {"type": "amd"}} if process.vendor == "AMD" else {}),
         "multinode": False,
         "routing": {"servicePort": FRONT_PORT, "proxy": {"enabled": is_decode_of_pair, "connector": "nixlv2"}},
@@ -98,7 +98,7 @@ def values_of(launchable: Launchable, one: LaunchableReplica) -> dict[str, Any]:
             "replicas": 1,
             "nodeSelector": on_node(process.node),
             "podAnnotations": annotations_of(process),
-            # What the chart counts GPUs by.
+            # The chart counts the GPUs from this.
             "parallelism": {
                 "tensor": one.layout.tensor_parallel * len(one.layout.layers) * one.layout.data_parallel,
                 "workers": 1,
@@ -112,7 +112,7 @@ def values_of(launchable: Launchable, one: LaunchableReplica) -> dict[str, Any]:
 
 
 def _front(launchable: Launchable, one: LaunchableReplica) -> dict[str, Any]:
-    """Return a Service for the pod that the chart makes; the chart itself leaves pods to an InferencePool."""
+    """Return a Service for the pod that the chart makes; the chart leaves the pods themselves to an InferencePool."""
     name = launchable.name_of(one)
     made = ReplicaObjects(one.layout, one.serving, deployment_of(launchable, one))
     spec = {"ports": [{"name": "http", "port": FRONT_PORT}], "selector": {_REPLICA_LABEL: name}}
@@ -120,7 +120,7 @@ def _front(launchable: Launchable, one: LaunchableReplica) -> dict[str, Any]:
 
 
 def picker_config(launchable: Launchable) -> dict[str, Any]:
-    """Return the endpoint picker's configuration: endpoints are drawn with the plan's shares as weights."""
+    """Return the configuration of the endpoint picker: it draws endpoints with the plan's shares as weights."""
     shares = shares_of(launchable)
 
     def weights(*roles: Role) -> dict[str, float]:
@@ -172,21 +172,21 @@ All pods have the label `llm-d.ai/inference-serving: "true"`, which an Inference
 endpoint picker's configuration with the plan's shares (its weight scorer needs `--allow-experimental-plugins=true`)."""
 
 
-# --- KServe: an LLMInferenceService for each replica, or pair of prefill and decode, with its weight in the route
+# --- KServe: an LLMInferenceService for each replica or pair of prefill and decode, with its weight in the route
 
 
 _API = "serving.kserve.io/v1alpha2"
 _COMPONENT, _NAME = "app.kubernetes.io/component", "app.kubernetes.io/name"
 _WORKER, _PREFILL_WORKER = "llminferenceservice-workload-worker", "llminferenceservice-workload-worker-prefill"
-# The preset for decode replicas on one node (kserve-config-llm-decode-template) has llm-d's sidecar at port 8000, which
-# passes requests on to the engine at this one, where probes go, too.
+# The preset for decode replicas on one node (kserve-config-llm-decode-template) runs llm-d's sidecar on port 8000. It
+# passes requests on to the engine on this port, which is also the one that is probed.
 _PORT_BEHIND_SIDECAR = 8001
-# A service on several nodes whose stages form a pipeline needs a preset that KServe does not ship.
+# A service whose stages form a pipeline over several nodes needs a preset that KServe does not ship.
 _PRESETS = {Role.UNIFIED: "worker", Role.DECODE: "decode-worker", Role.PREFILL: "prefill-worker"}
 
 
 def write_kserve(launchable: Launchable) -> Written:
-    """Return a file for each service."""
+    """Return a file for each LLMInferenceService."""
     check_cluster_options(launchable)
     launchable, pairs = paired(groupable(launchable), "KServe")
     files, presets = dict[str, str](), dict[str, Any]()
@@ -207,7 +207,7 @@ def write_kserve(launchable: Launchable) -> Written:
 
 
 def _objects(launchable: Launchable, number: int, pairs: dict[int, int]) -> list[dict[str, Any]]:
-    """Return the service, its attention workers, and the plugin's file."""
+    """Return the service, its attention workers, and the file that configures the plugin."""
     one, settings = launchable.replicas[number], launchable.settings
     name, model = launchable.name_of(one), one.serving.model
     served = settings.served_name or model
@@ -215,7 +215,7 @@ def _objects(launchable: Launchable, number: int, pairs: dict[int, int]) -> list
     uri = f"pvc://{settings.model_claim}{model}" if settings.model_claim else f"hf://{model}"
     spec: dict[str, Any] = {
         "model": {"name": served, "uri": uri},
-        # The engine gets the location of its model.
+        # The engine is passed the location of its model.
         "storageInitializer": {"enabled": False},
         "replicas": 1,
         **_workload(launchable, main, name, _WORKER),
@@ -235,7 +235,7 @@ def _objects(launchable: Launchable, number: int, pairs: dict[int, int]) -> list
 
 
 def _workload(launchable: Launchable, one: LaunchableReplica, name: str, component: str) -> dict[str, Any]:
-    """Return parallelism and pods of a replica; its GPUs are named where KServe passes the name on to all pods."""
+    """Return the parallelism and pods of a replica; annotations that KServe copies to all pods name its GPUs."""
     workers = {_NAME: name, _COMPONENT: component}
     group = PodGroup(launchable, one, leader=LEADER, container="main", worker_labels=workers)
     leader = group.leader()
@@ -250,7 +250,7 @@ def _workload(launchable: Launchable, one: LaunchableReplica, name: str, compone
         further = group.workers()
         whole["worker"] = further["spec"]
         whole["annotations"]["hetis/workers"] = further["metadata"]["annotations"]["hetis/devices"]
-    else:  # KServe takes a pipeline to span several nodes
+    else:  # KServe assumes that a pipeline spans several nodes
         del whole["parallelism"]["pipeline"]
     if one.layout.data_parallel > 1:
         copies = one.layout.data_parallel
@@ -259,7 +259,7 @@ def _workload(launchable: Launchable, one: LaunchableReplica, name: str, compone
 
 
 def _listen(container: dict[str, Any], port: int) -> None:
-    """Let the engine listen where KServe's preset probes it, and start in the time that large weights take."""
+    """Set the port that KServe's preset probes, and allow enough time at start for large weights to load."""
     words = container["command"]
     words[words.index("--port") + 1] = str(port)
     [http] = [each for each in container["ports"] if each["name"] == "http"]
@@ -267,7 +267,7 @@ def _listen(container: dict[str, Any], port: int) -> None:
     container["startupProbe"] = {
         "httpGet": {"path": "/health", "port": "http"},
         "periodSeconds": 10,
-        "failureThreshold": 180,  # half an hour; the preset's, 60, ends an engine that still reads its weights
+        "failureThreshold": 180,  # half an hour; the preset's 60 would end an engine that is still loading its weights
     }
 
 
@@ -283,17 +283,17 @@ replicas on several nodes KServe wants presets that it does not ship: `presets.y
 of a pair listens at port 8001, behind the sidecar that KServe's own preset adds."""
 
 
-# --- Dynamo: graph deployments with one front end and a component for each replica
+# --- Dynamo: graph deployments with one front end, and a component for each replica
 
 
-VERSION = "1.6.1"  # of Dynamo, whose images contain its front end and its workers
-_MOST_COMPONENTS = 25  # per graph, including its front end
+VERSION = "1.6.1"  # version of Dynamo, whose images contain its front end and its workers
+_MOST_COMPONENTS = 25  # components in a graph, including the front end
 _PROGRAMS = {Engine.VLLM: ("python3", "-m", "dynamo.vllm"), Engine.SGLANG: ("python3", "-m", "dynamo.sglang")}
 _TYPES = {Role.UNIFIED: "worker", Role.PREFILL: "prefill", Role.DECODE: "decode"}
 
 
 def write_dynamo(launchable: Launchable) -> Written:
-    """Return DynamoGraphDeployments: one with all replicas unless there are too many for a graph."""
+    """Return DynamoGraphDeployments: a single one for all replicas unless there are too many for one graph."""
     if launchable.engine not in _PROGRAMS:
         raise NotExportableError(("Dynamo's images lack our plugin: use --to lws or kubernetes, or --engine vllm",))
     left_out = {
@@ -347,7 +347,7 @@ def image_of(launchable: Launchable) -> str:
 
 
 def _component(launchable: Launchable, one: LaunchableReplica) -> dict[str, Any]:
-    """Return a component: a Dynamo worker with the engine's options, registered with the front end."""
+    """Return a component: a Dynamo worker with the engine's options, which registers with the front end."""
     [process] = one.layout.servers
     serving = replace(one.serving, program=_PROGRAMS[launchable.engine])
     words = list(arguments_of(one.layout, serving, 0, Meeting(host="")))
@@ -356,7 +356,7 @@ def _component(launchable: Launchable, one: LaunchableReplica) -> dict[str, Any]
     deployment = replace(deployment_of(launchable, one), image=image_of(launchable))
     pod = ReplicaObjects(one.layout, one.serving, deployment).server_pod(0, words)
     [container] = pod["containers"]
-    # Dynamo's operator sets ports, probes and permissions of pods; its images have their own user.
+    # Dynamo's operator sets the ports, probes and permissions of pods, and its images have a user of their own.
     kept = {name: container[name] for name in ("env", "resources", "volumeMounts", "image")}
     kept["env"] = [each for each in kept["env"] if each["name"] not in ("HOME", "NUMBA_CACHE_DIR")]
     main = {"name": "main", "command": words[:3], "args": words[3:], **kept}

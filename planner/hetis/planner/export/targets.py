@@ -1,4 +1,4 @@
-"""The targets by name, the options of an export, checked before any file is made, and complete exports."""
+"""The export targets by name, and complete exports, whose options are checked before any file is made."""
 
 from __future__ import annotations
 
@@ -25,20 +25,21 @@ from hetis.planner.export.ray_serve import HEAD, write_ray
 from hetis.planner.export.replicas import ExportSettings, Launchable, Written, images_in, launchable, weights_used
 from hetis.planner.export.routing import routing_files, shares_of
 from hetis.planner.export.stacks import write_dynamo, write_kserve, write_llm_d
+from hetis.planner.report.figures import digits
 from hetis.solver.model import ModelSpec
 from hetis.solver.plan import Plan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Export:
-    files: Mapping[str, str]  # text by path
+    files: Mapping[str, str]  # contents by path
     shown: tuple[str, ...]  # the essential files, for standard output
-    lost: tuple[str, ...]  # what is not carried of the plan, a sentence each
+    lost: tuple[str, ...]  # sentences, one for each feature of the plan that the target lacks
     planned: float
-    rate: float  # saturated requests/s that remain of ``planned``
+    rate: float  # saturated requests/s of the exported replicas, out of ``planned``
 
 
-# Each raises NotExportableError if its target can launch no replica, or with every option that is missing.
+# Each raises NotExportableError if its target can launch no replica, or with every missing option.
 _WRITERS: Mapping[ExportTarget, Callable[[Launchable], Written]] = {
     ExportTarget.VLLM: write_shell,
     ExportTarget.SGLANG: write_shell,
@@ -52,7 +53,7 @@ _WRITERS: Mapping[ExportTarget, Callable[[Launchable], Written]] = {
     ExportTarget.SLURM: write_slurm,
     ExportTarget.HETIS_LAUNCH: write_hetis_launch,
 }
-# The engines that a target runs; all others take any engine.
+# Targets that run only some engines; all others run any engine.
 ENGINES: Mapping[ExportTarget, tuple[Engine, ...]] = {
     ExportTarget.VLLM: (Engine.VLLM_HETIS, Engine.VLLM),
     ExportTarget.SGLANG: (Engine.SGLANG,),
@@ -60,7 +61,7 @@ ENGINES: Mapping[ExportTarget, tuple[Engine, ...]] = {
 
 
 def export_plan(plan: Plan, model: ModelSpec, target: ExportTarget, settings: ExportSettings) -> Export:
-    """Return a plan as the files of a target. Raises NotExportableError: no replica can be launched in this way."""
+    """Return a plan as the files of a target. Raises NotExportableError if no replica can be launched there."""
     found = launchable(plan, model, settings)
     written = _WRITERS[target](found)
     found = written.carried
@@ -92,11 +93,11 @@ def export_wanted(
     spelled: Callable[[str], str] = str,
     more_wrong: Sequence[str] = (),
 ) -> Export:
-    """Check the settings, complete them by the plan, and return it as the files of a target.
+    """Check the settings, complete them from the plan, and return the plan as the files of a target.
 
     Args:
-        file: of the plan, for messages.
-        spelled: returns an option's spelling in the caller's interface.
+        file: the plan's file name, for messages.
+        spelled: returns the spelling of an option in the caller's interface.
         more_wrong: the caller's own errors, reported together with those found here.
 
     Raises:
@@ -114,14 +115,14 @@ def export_wanted(
     settings = replace(
         settings,
         model=settings.model or _checkpoint(plan, shape),
-        served_name=settings.served_name or ("" if has_one else shape.name),  # clients know no precisions
+        served_name=settings.served_name or ("" if has_one else shape.name),  # clients do not know precisions
         engine=settings.engine or (allowed[0] if len(allowed) == 1 else None),
     )
     return export_plan(plan, shape, target, settings)
 
 
 def _wrong_images(text: str) -> Iterator[str]:
-    """Yield what is wrong with ``IMAGE,AMD=IMAGE`` (`images_in`)."""
+    """Yield the errors in ``IMAGE,AMD=IMAGE`` (`images_in`)."""
     images = images_in(text)
     if not all(image for _, image in images):
         yield "an image is empty"
@@ -168,14 +169,14 @@ def _wrong(
 def _unknown_nodes(
     given: ExportSettings, target: ExportTarget, plan: Plan, spelled: Callable[[str], str]
 ) -> Iterator[str]:
-    """Yield the nodes with an address that neither the plan nor its fleet has: they are misspelt."""
+    """Yield an error for every node with an address that the plan and its fleet do not have: it is misspelt."""
     named = [node for node in given.hosts if node]
     further = (HEAD,) if target is ExportTarget.RAY else ()
     yield from (f"{spelled('node_address')}: {what}" for what in unknown_nodes(named, plan, further))
 
 
 def _checkpoint(plan: Plan, shape: ModelSpec) -> str:
-    """Return the checkpoint that engines load: the Hugging Face id that the plan was asked for, or the model's name."""
+    """Return the checkpoint that engines load: the Hugging Face id that the plan was made for, or the model's name."""
     asked = str((plan.inputs.get("origins") or {}).get("model", ""))
     try:
         known = catalogue.find_model(asked).model.name
@@ -188,7 +189,7 @@ def _checkpoint(plan: Plan, shape: ModelSpec) -> str:
 
 
 def write_files(folder: Path, files: Mapping[str, str]) -> None:
-    """Write every file atomically, and make scripts executable. Raises DocumentError: one cannot be written."""
+    """Write every file atomically, and make scripts executable. Raises DocumentError if one cannot be written."""
     for path, text in files.items():
         target = folder / path
         try:
@@ -201,7 +202,7 @@ def write_files(folder: Path, files: Mapping[str, str]) -> None:
 
 
 def folder_refusals(folder: Path, *, force: bool) -> list[str]:
-    """Return why files cannot be written to the folder; empty if they can."""
+    """Return the reasons why the files cannot be written to the folder; empty if they can."""
     try:
         if folder.exists() and not folder.is_dir():
             return [f"{folder} is no folder"]
@@ -216,7 +217,7 @@ def folder_refusals(folder: Path, *, force: bool) -> list[str]:
 
 
 def readme_of(target: str, launchable: Launchable, written: Written) -> str:
-    """Return a README: what was exported, how it is started, and what is not carried."""
+    """Return a README: what was exported, how to start it, and which features are missing."""
     shares, rows = shares_of(launchable), []
     for number, one in launchable.replicas.items():
         layers = "+".join(map(str, one.layout.layers))
@@ -235,8 +236,8 @@ def readme_of(target: str, launchable: Launchable, written: Written) -> str:
             f"# A plan of hetis for {target}",
             "",
             f"{launchable.model.name} by {launchable.engine.value}, whose options are those of version "
-            f"{VERSIONS[launchable.engine]}. The plan serves {planned:.3g} requests/s saturated, what is exported "
-            f"{left:.3g}.{_precision(launchable)}",
+            f"{VERSIONS[launchable.engine]}. The plan serves {digits(planned)} requests/s saturated, what is exported "
+            f"{digits(left)}.{_precision(launchable)}",
             "",
             "| replica | role | layers by stage | tensor parallel | GPUs | reached at | share |",
             "| --- | --- | --- | --- | --- | --- | --- |",
@@ -259,7 +260,7 @@ def readme_of(target: str, launchable: Launchable, written: Written) -> str:
 
 
 def _precision(launchable: Launchable) -> str:
-    """Return the required precision of the checkpoints, if it differs from the usual one."""
+    """Return a sentence with the precision that checkpoints must have, or an empty string for the usual one."""
     used = weights_used(launchable.plan, launchable.model)
     if used == ["bf16"]:
         return ""
@@ -270,6 +271,6 @@ def _precision(launchable: Launchable) -> str:
 
 
 def _ranks(layout: Layout) -> str:
-    """Return the tensor-parallel ranks, and the copies that share their experts."""
+    """Return the number of tensor-parallel ranks, and of copies that share their experts if there are several."""
     copies = layout.data_parallel
     return str(layout.tensor_parallel) if copies == 1 else f"{layout.tensor_parallel} × {copies} data-parallel"

@@ -2,8 +2,8 @@
 
 Up:    STARTING, goal LOAD on every node -> all LOADED -> goal SERVE on every node -> all SERVING -> SERVING
 Down:  DRAINING, goal DRAIN -> nothing runs -> STOPPED, removed from every node
-In between: DEGRADED without some attention worker, FAILED without a device of the dense path; both end without help
-when the device is back. A node whose engine hetis does not steer (UNMANAGED) counts as being in any wanted state.
+In between: DEGRADED without some attention workers, FAILED without a device of the dense path; both end by themselves
+when the device is back. A node whose engine hetis does not control (UNMANAGED) counts as being in any wanted state.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ UP_STATES = frozenset({State.REPLICA_STATE_SERVING, State.REPLICA_STATE_DEGRADED
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplicaOnNode:
-    """A node's report about its part of a replica."""
+    """The state of a replica's part on one node, as reported by the node."""
 
     presence: NodeState.ValueType
     is_draining: bool = False  # whether the node is to be emptied
-    held: int = 0  # generation that it holds
+    held: int = 0  # generation that the node holds
     state: AssignmentState.ValueType = AssignmentState.ASSIGNMENT_STATE_UNSPECIFIED
-    failure: failure_pb2.Failure | None = None  # why it failed or refused; None if it did not
-    # Whether nothing runs or waits on it; None if unknown, or if it is not the primary's node
+    failure: failure_pb2.Failure | None = None  # why the node failed or refused; None if it did not
+    # Whether no request runs or waits on the replica; None if unknown, or if this is not the primary's node
     is_idle: bool | None = None
 
     @property
@@ -63,26 +63,26 @@ class ReplicaOnNode:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Standing:
-    """A replica's state in its life cycle."""
+    """A replica's state in its life cycle, and what its last assignment contains."""
 
     state: State.ValueType
-    goal: Goal.ValueType | None = None  # of its last assignment; None if none was made
-    conditions: tuple[tuple[str, DeviceStatus.ValueType], ...] = ()  # status of devices by name, in its last assignment
-    failure: failure_pb2.Failure | None = None  # why it is degraded or failed
+    goal: Goal.ValueType | None = None  # goal in the last assignment; None if none was made
+    conditions: tuple[tuple[str, DeviceStatus.ValueType], ...] = ()  # status of devices by name, in the last assignment
+    failure: failure_pb2.Failure | None = None  # why the replica is degraded or failed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Surroundings:
     """The inputs of the rule besides the replica's own state."""
 
-    is_wanted: bool  # whether the active plan contains it
-    may_drain: bool  # whether everything is up that the active plan starts on GPUs not held by departing replicas
-    is_blocked: bool  # whether another replica is still on one of its devices
-    is_late: bool  # whether it has been starting, or draining, for longer than allowed
-    generation: int  # of its last assignment
+    is_wanted: bool  # whether the active plan contains the replica
+    may_drain: bool  # whether every replica is up that the active plan starts on GPUs not held by departing replicas
+    is_blocked: bool  # whether another replica is still on one of the replica's devices
+    is_late: bool  # whether the replica has been starting, or draining, for longer than allowed
+    generation: int  # generation of the last assignment
     parts: Mapping[str, ReplicaOnNode]  # by node id
-    devices: tuple[str, ...]  # all its devices, `node/index`
-    dense_nodes: frozenset[str]  # nodes that it cannot serve without
+    devices: tuple[str, ...]  # all devices of the replica, as `node/index`
+    dense_nodes: frozenset[str]  # nodes without which the replica cannot serve
 
 
 def next_standing(now: Standing, around: Surroundings) -> Standing:
@@ -92,7 +92,7 @@ def next_standing(now: Standing, around: Surroundings) -> Standing:
     if now.state == State.REPLICA_STATE_DRAINING:
         if not around.is_wanted:
             return _draining(now, around)
-        # The active plan contains it again before it has stopped.
+        # The active plan contains the replica again, before it has stopped.
         return replace(now, state=State.REPLICA_STATE_SERVING, goal=Goal.ASSIGNMENT_GOAL_SERVE)
     if not around.is_wanted:
         if now.state not in UP_STATES:
@@ -127,7 +127,7 @@ def _starting(now: Standing, around: Surroundings) -> Standing:
 
 
 def _serving(now: Standing, around: Surroundings) -> Standing:
-    """Choose again between SERVING, DEGRADED and FAILED, from the nodes' reports."""
+    """Choose between SERVING, DEGRADED and FAILED again, from the nodes' reports."""
     parts = around.parts
     gone = {node for node, part in parts.items() if part.is_lost or (part.held and part.state in _DOWN)}
     dense = sorted(gone & around.dense_nodes)
@@ -165,7 +165,7 @@ def _draining(now: Standing, around: Surroundings) -> Standing:
 
 def _failed(now: Standing, failure: failure_pb2.Failure) -> Standing:
     if now.state == State.REPLICA_STATE_FAILED:
-        return now  # the first failure is the one to report
+        return now  # keep the first failure
     return replace(now, state=State.REPLICA_STATE_FAILED, failure=failure)
 
 

@@ -2,12 +2,12 @@
 
     PREPARING --all READY--> COMMITTING --authority FLIPPED--> RELEASING --all RELEASED--> DONE
         | refused, failed, late,    | authority ABORTED             ^
-        v lost, called off          v                               | authority FLIPPED
-    ABORTING <----------------------+-------------------------------+ --authority ABORTED, all told--> ABORTED
+        v lost, cancelled           v                               | authority FLIPPED
+    ABORTING <----------------------+-------------------------------+ --authority ABORTED, all know--> ABORTED
 
 Two rules make it safe. Permission to flip is sent only after COMMITTING is durable, so a later planner that reads
 PREPARING knows that no node was permitted. And the outcome of a change is sent only after it is durable. The authority,
-which forgets a change once it knows the outcome, is told last.
+which forgets a change once it knows the outcome, is sent the outcome last.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def parts_of(
     primary_node: str,
     moves_heads: Callable[[str], bool] = lambda node: True,
 ) -> Parts:
-    """Return the parts by node id, the authority's first.
+    """Return the parts of each node by node id, the authority's first.
 
     A node that does not move heads has no part itself: its attention workers belong to the primary's engine, which
     reserves, copies and frees there, so the primary's node has the part. Raises INVALID_FIELD if a move names a device
@@ -53,7 +53,7 @@ def parts_of(
 
 
 def gpus_of_copy(shape: replica_pb2.ReplicaPlan, stage: int, copy: int) -> dict[str, list[str]]:
-    """Return the GPUs of every device of one copy of a stage, by its first GPU's name, the primary first."""
+    """Return the GPUs of every device of one copy of a stage, by the device's first GPU, the primary first."""
     if stage >= len(shape.stages) or copy >= shape.stages[stage].copies:
         raise invalid_field("change.stage", f"the replica has no stage {stage} with copy {copy}")
     one = shape.stages[stage]
@@ -77,60 +77,63 @@ _RANK = {
     Phase.CHANGE_PHASE_RELEASED: 4,
 }
 _FLIPPED = frozenset({Phase.CHANGE_PHASE_FLIPPED, Phase.CHANGE_PHASE_RELEASED})
-# States in which the agent has heard from its engine; it reports other states before that.
+# States that the agent reports only once it has received a report from its engine.
 _HEARD = (report_pb2.ASSIGNMENT_STATE_LOADED, report_pb2.ASSIGNMENT_STATE_SERVING, report_pb2.ASSIGNMENT_STATE_DRAINING)
-_ENOUGH_ANSWERS = 3  # acks of `resolved` without a RELEASED: that report was lost, and the node has forgotten
+_ENOUGH_ANSWERS = 3  # acks of `resolved` without a RELEASED: the report was lost, and the node has forgotten the change
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Saving:
-    """A snapshot of a re-dispatch taken when a write begins; ``body`` is a copy."""
+    """A snapshot of a re-dispatch, taken when a write begins; ``body`` is a copy."""
 
-    revision: int  # of the change, which counts what the store should have
+    revision: int  # revision of the change, which counts the states that the store should have
     body: redispatch_pb2.Redispatch
-    outcome: Outcome.ValueType  # as known when the write began
+    outcome: Outcome.ValueType  # the outcome as it was known when the write began
 
 
 class ChangeCoordinator:
-    """The coordinator of one re-dispatch."""
+    """Coordinates one re-dispatch."""
 
     def __init__(self, body: redispatch_pb2.Redispatch, parts: Parts, *, now_s: float, again_s: float) -> None:
         """Begin a new change.
 
         Args:
-            body: with the change; not in the store yet.
-            parts: by node id.
-            now_s: monotonic.
-            again_s: after how long a directive that was acknowledged but had no effect is sent again.
+            body: the re-dispatch with its change; not in the store yet.
+            parts: the parts of each node, by node id.
+            now_s: monotonic time.
+            again_s: time after which a directive that was acknowledged but had no effect is sent again.
         """
-        self.body = body  # the re-dispatch as it is now; `is_unsaved` says whether the store is behind
-        # Id of the node whose engine decides
+        self.body = body  # the re-dispatch as it is now; `is_unsaved` returns whether the store is behind
+        # Id of the node whose engine decides the outcome
         self.authority = next(node for node, its in parts.items() if Part.CHANGE_PART_AUTHORITY in its)
-        self.num_contradictions = 0  # reports of authorities that contradicted their first one, which never happens
+        self.num_contradictions = 0  # reports of an authority that contradict its first one, which should never happen
         self._parts = parts
         self._again_s = again_s
-        self._deadline_s = now_s + seconds_of(body.change.prepare_timeout)  # until when all nodes must be READY
-        self._outcome = Outcome.CHANGE_OUTCOME_UNSPECIFIED  # the authority's, as far as it is known
-        self._is_presumed = False  # the authority did not say so itself
-        self._forgotten: failure_pb2.Failure | None = None  # by an agent that does not know of the permission
-        self._engine: report_pb2.ReplicaReport | None = None  # the last report of its engine
-        self._engine_is_new = False  # another run than when it prepared
+        self._deadline_s = now_s + seconds_of(body.change.prepare_timeout)  # time by which all nodes must be READY
+        self._outcome = Outcome.CHANGE_OUTCOME_UNSPECIFIED  # the authority's decision, as far as it is known
+        self._is_presumed = False  # whether the outcome was presumed, not reported by the authority
+        self._forgotten: failure_pb2.Failure | None = None  # answer of an agent that forgot it may flip
+        self._engine: report_pb2.ReplicaReport | None = None  # the last report of the authority's engine
+        self._engine_is_new = False  # whether the engine was restarted since it prepared
         self._status: dict[str, change_pb2.ChangeStatus] = {}  # the last report of each node
-        self._finished: set[str] = set()  # nodes that need to be told nothing more
+        self._finished: set[str] = set()  # nodes that need no further messages
         self._lost: set[str] = set()  # nodes whose leases expired
-        self._answers: dict[str, int] = {}  # to the last directive
+        self._answers: dict[str, int] = {}  # number of answers to the last directive, by node
         self._answered_s: dict[str, float] = {}  # when each node last answered its directive
-        self._revision = 1  # of what the store should have
+        self._revision = 1  # revision that the store should have
         self._saved = 0  # the revision that the store has
         self._durable: State.ValueType = State.REDISPATCH_STATE_UNSPECIFIED  # the state that the store has
-        self._durable_outcome: Outcome.ValueType = Outcome.CHANGE_OUTCOME_UNSPECIFIED  # and the outcome with it
+        self._durable_outcome: Outcome.ValueType = Outcome.CHANGE_OUTCOME_UNSPECIFIED  # the outcome in the store
         body.state = State.REDISPATCH_STATE_PREPARING
         if not body.nodes:
             body.nodes.extend(redispatch_pb2.NodeChangeStatus(node=node, parts=its) for node, its in parts.items())
 
     @classmethod
     def resumed(cls, body: redispatch_pb2.Redispatch, *, now_s: float, again_s: float) -> ChangeCoordinator:
-        """Resume a change that an earlier planner left. It is called off if no node can have been permitted to flip."""
+        """Resume a change that an earlier planner left.
+
+        It is cancelled if no node can have been permitted to flip.
+        """
         state = body.state
         found = cls(body, {one.node: tuple(one.parts) for one in body.nodes}, now_s=now_s, again_s=again_s)
         body.state = found._durable = state
@@ -149,7 +152,7 @@ class ChangeCoordinator:
             found.call_off(_failure(Reason.ERROR_REASON_CHANGE_CANCELLED, why))
         return found
 
-    # Outputs.
+    # --- Outputs
 
     @property
     def change_id(self) -> str:
@@ -175,16 +178,16 @@ class ChangeCoordinator:
 
     @property
     def nodes(self) -> Iterable[str]:
-        """Ids of the nodes concerned."""
+        """Ids of the nodes that take part."""
         return self._parts.keys()
 
     def to_save(self) -> Saving:
-        """Return what the store should have now."""
+        """Return a snapshot for the store."""
         body = deepcopy(self.body)
         return Saving(revision=self._revision, body=body, outcome=self._outcome)
 
     def saved(self, saving: Saving) -> None:
-        """Record that the store has it durably."""
+        """Record that ``saving`` is durable in the store."""
         self._saved = saving.revision
         self._durable, self._durable_outcome = saving.body.state, saving.outcome
         self._advance()
@@ -212,10 +215,10 @@ class ChangeCoordinator:
             case _:
                 return {}
 
-    # Inputs.
+    # --- Inputs
 
     def hear(self, node: str, status: change_pb2.ChangeStatus) -> None:
-        """Take a node's report of its phase. A report of an earlier phase than its last is stale."""
+        """Handle a node's report of its phase; a report of an earlier phase than its last one is stale."""
         before = self._status.get(node)
         if node not in self._parts or status.phase not in _RANK:
             return
@@ -240,11 +243,11 @@ class ChangeCoordinator:
         if status.phase == Phase.CHANGE_PHASE_RELEASED:
             self._finished.add(node)
         elif status.phase == Phase.CHANGE_PHASE_READY and node == self.authority:
-            self._engine_is_new = False  # whatever it was before, this run has the change
+            self._engine_is_new = False  # even if the engine was restarted: this run has the change
         self._advance()
 
     def answered(self, node: str, kind: str, failure: failure_pb2.Failure | None, *, now_s: float) -> None:
-        """Take a node's answer to a directive, accepted or refused; ``kind`` is the directive's."""
+        """Handle a node's answer to a directive, accepted or refused; ``kind`` is the directive's."""
         told = self.directives().get(node)
         if told is None or told.kind != kind:
             return  # a newer directive is due
@@ -257,10 +260,10 @@ class ChangeCoordinator:
         elif kind == "abort" and is_unknown and node == self.authority:
             self._end(Outcome.CHANGE_OUTCOME_ABORTED, failure)  # it was not permitted to flip, so it did not
         elif kind == "commit" and is_unknown and node == self.authority:
-            self._forgotten = failure  # the agent forgot it: the engine may have flipped, as it will then report
+            self._forgotten = failure  # the agent forgot it; if the engine has flipped, it will report that
             self._presume()
         elif kind == "resolved" and is_other_end:
-            self.num_contradictions += 1  # it will not accept another outcome, however often it is sent
+            self.num_contradictions += 1  # the node will never accept another outcome, however often it is sent
             self._finished.add(node)
         elif kind == "resolved" and self._knows_outcome:
             was_aborted = self._outcome == Outcome.CHANGE_OUTCOME_ABORTED
@@ -269,7 +272,7 @@ class ChangeCoordinator:
         self._advance()
 
     def see_report(self, node: str, report: report_pb2.ReplicaReport) -> None:
-        """Take a node's report, which shows whether the authority's engine is still the run that prepared."""
+        """Handle a node's report, which shows whether the authority's engine is still the run that prepared."""
         if node != self.authority or not (report.engine_id or report.assignment_state in _HEARD):
             return
         before, self._engine = self._engine, report
@@ -279,7 +282,7 @@ class ChangeCoordinator:
             self._advance()
 
     def reconnected(self, node: str, *, lists_change: bool) -> None:
-        """Note that a new stream of the node began, and whether its Hello lists the change."""
+        """Record that a new stream of the node began, and whether its Hello lists the change."""
         self._answers.pop(node, None)
         self._answered_s.pop(node, None)
         if not lists_change and self._knows_outcome and node in self._parts:
@@ -287,7 +290,7 @@ class ChangeCoordinator:
         self._advance()
 
     def lose(self, node: str) -> None:
-        """Note that the node's lease expired."""
+        """Record that the node's lease expired."""
         if node not in self._parts or node in self._lost:
             return
         self._lost.add(node)
@@ -298,26 +301,26 @@ class ChangeCoordinator:
         self._lost.discard(node)
 
     def call_off(self, failure: failure_pb2.Failure) -> None:
-        """Call the change off unless it is too late: once it is committing, the authority decides."""
+        """Cancel the change unless it is too late: once it is COMMITTING, the authority decides."""
         if self.body.state == State.REDISPATCH_STATE_PREPARING:
             self.body.failure.CopyFrom(failure)
             self._enter(State.REDISPATCH_STATE_ABORTING)
 
     def give_up(self, failure: failure_pb2.Failure) -> None:
-        """End the change because its replica is removed: its outcome no longer matters, whether or not it is known."""
+        """End the change because its replica is removed, so that its outcome no longer matters."""
         if self.body.state not in FINAL_REDISPATCHES:
             self._enter(State.REDISPATCH_STATE_DONE if self.was_flipped else State.REDISPATCH_STATE_ABORTED)
             if not self.was_flipped and not self.body.HasField("failure"):
                 self.body.failure.CopyFrom(failure)
 
     def pass_time(self, now_s: float) -> list[str]:
-        """Call the change off if it is late; return the nodes to which the last directive should be sent again."""
+        """Cancel the change if it is late; return the nodes to which the last directive should be sent again."""
         if self.body.state == State.REDISPATCH_STATE_PREPARING and now_s >= self._deadline_s:
             late = sorted(node for node in self._parts if not self._is_ready(node))
             message = f"not ready in time: {', '.join(late)}" if late else "ready too late"
             self.call_off(_failure(Reason.ERROR_REASON_PREPARE_EXPIRED, message))
         if self._durable == State.REDISPATCH_STATE_PREPARING == self.body.state:
-            return []  # nodes report progress unasked, and the deadline ends the wait
+            return []  # nodes report progress by themselves, and the deadline ends the wait
         again = [
             node
             for node, answered_s in self._answered_s.items()
@@ -327,7 +330,7 @@ class ChangeCoordinator:
             del self._answered_s[node]
         return again
 
-    # Internals.
+    # --- Internals
 
     @property
     def _knows_outcome(self) -> bool:
@@ -350,7 +353,7 @@ class ChangeCoordinator:
             self.num_contradictions += 1
 
     def _end(self, outcome: Outcome.ValueType, failure: failure_pb2.Failure | None = None) -> None:
-        """Take the authority's decision; its first one stands."""
+        """Accept the authority's decision; its first one is final."""
         if self._knows_outcome or self.body.state in FINAL_REDISPATCHES:
             return
         self._outcome = outcome
@@ -375,12 +378,12 @@ class ChangeCoordinator:
         self._answered_s.clear()
 
     def _presume(self) -> None:
-        """Presume that the change aborted: whatever the engine may have flipped is gone with it."""
+        """Presume that the change was aborted if its engine is gone, and with it whatever was flipped."""
         if self._forgotten is not None and self._engine_is_new:
             self._end(Outcome.CHANGE_OUTCOME_ABORTED, self._forgotten)
 
     def _correct(self) -> None:
-        """Correct the presumption: the change had flipped after all, and some nodes may have been told otherwise."""
+        """Undo a wrong presumption: the change had flipped after all, and some nodes may know the wrong outcome."""
         self.num_contradictions += 1
         self._outcome = Outcome.CHANGE_OUTCOME_UNSPECIFIED
         self._is_presumed = False
@@ -424,19 +427,19 @@ def _is_another_run(before: report_pb2.ReplicaReport, now: report_pb2.ReplicaRep
 
 _MOST = 10_000
 _ENDED_KEPT = 1000
-MOST_OF_NODE = 100  # per node; a node has one change per replica under way, and few replicas
+MOST_OF_NODE = 100  # a node has one change under way per replica, and few replicas
 
 
 class LateChanges:
-    """Changes that nodes mention and nobody drives: known ends, and reports that wait until the store was asked."""
+    """Changes without a coordinator that nodes mention: known outcomes, and reports that await a read of the store."""
 
     def __init__(self) -> None:
         self._ends: OrderedDict[str, agent_service_pb2.ChangeResolved] = OrderedDict()  # by change id, oldest first
-        self._waiting: dict[str, dict[str, change_pb2.ChangeStatus]] = {}  # by change id and node
+        self._waiting: dict[str, dict[str, change_pb2.ChangeStatus]] = {}  # reports by change id and node
         self._num_of_node: dict[str, int] = {}
 
     def remember(self, body: redispatch_pb2.Redispatch) -> None:
-        """Remember how a re-dispatch ended, if it has."""
+        """Remember the outcome of a re-dispatch that has ended."""
         if body.state not in FINAL_REDISPATCHES:
             return
         is_done = body.state == State.REDISPATCH_STATE_DONE
@@ -453,7 +456,7 @@ class LateChanges:
         return change_id in self._ends
 
     def add(self, node: str, status: change_pb2.ChangeStatus) -> None:
-        """Add a report. Beyond the limits it is dropped, as the node will send it again."""
+        """Add a report. Beyond the limits it is dropped, since the node will send it again."""
         known = self._waiting.get(status.change_id, {})
         if node not in known:
             num = self._num_of_node.get(node, 0)
@@ -464,11 +467,11 @@ class LateChanges:
 
     @property
     def unknown(self) -> list[str]:
-        """Ids of the changes to look up in the store."""
+        """Ids of the changes to be read from the store."""
         return list(self._waiting)
 
     def take(self, change_id: str) -> Iterable[tuple[str, change_pb2.ChangeStatus]]:
-        """Remove a change; return the nodes that mentioned it, with their reports."""
+        """Remove the reports of a change, and return them with the nodes that sent them."""
         taken = self._waiting.pop(change_id, {})
         for node in taken:
             self._num_of_node[node] -= 1
@@ -477,9 +480,9 @@ class LateChanges:
         return tuple(taken.items())
 
     def directive(self, status: change_pb2.ChangeStatus) -> Directive:
-        """Return the directive for the node.
+        """Return the directive that answers a node's report.
 
-        A change of which there is no record was never permitted to flip, so only the node's own report can end it.
+        A change without a record was never permitted to flip, so only the node's own report can determine its outcome.
         """
         step: Step | None = self._ends.get(status.change_id)
         if step is None and status.phase in (Phase.CHANGE_PHASE_FLIPPED, Phase.CHANGE_PHASE_ABORTED):
@@ -493,5 +496,5 @@ class LateChanges:
             message = f"the planner has no record of change {status.change_id}"
             failure = _failure(Reason.ERROR_REASON_CHANGE_UNKNOWN, message, change_id=status.change_id)
             step = agent_service_pb2.AbortChange(change_id=status.change_id, failure=failure)
-        # An abort of an unknown change leads to no generation, but a delta has to name one.
+        # An abort of an unknown change leads to no generation, but every delta must name one.
         return Directive(change_id=status.change_id, generation=status.generation + 1, step=step)

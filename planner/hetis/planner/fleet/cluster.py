@@ -1,7 +1,7 @@
 """One running cluster, as a value without I/O: stored records and node reports go in, messages and writes come out.
 
-Nothing here waits, reads a clock, or communicates. `hetis.planner.fleet.deciding` computes the next writes; the nodes
-are told what follows from a write once it is stored.
+Nothing here waits, reads a clock, or communicates. `hetis.planner.fleet.deciding` computes the next writes; nodes are
+sent the consequences of a write once it is stored.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from hetis.planner.store import ClusterRecord, NodeRecord, PlanRecord, ReplicaRe
 from hetis.v1 import agent_service_pb2, change_pb2, failure_pb2, inventory_pb2, plan_pb2, redispatch_pb2, report_pb2
 
 MOST_UNDECLARED = 64  # connected nodes of a cluster that its document does not name
-_DELETED_AT_ONCE = 100  # records of nodes per transaction
+_DELETED_AT_ONCE = 100  # node records per transaction
 _log = logging.getLogger("hetis.planner.fleet")
 
 
@@ -33,42 +33,42 @@ class ClusterFleet:
     """The state of one running cluster.
 
     Attributes:
-        links, leases: by node id.
+        links, leases: the state of each node by node id.
     """
 
     def __init__(self, name: str, *, epoch: int, settings: FleetSettings, counters: FleetCounters) -> None:
         self.name = name  # `clusters/{cluster}`
-        self.record: ClusterRecord | None = None  # None if nothing was read yet, or the cluster is gone
+        self.record: ClusterRecord | None = None  # None before the first read, and once the cluster is gone
         self.plan: PlanRecord | None = None  # the active plan, or None
         self.links: dict[str, NodeLink] = {}
         self.leases = Leases(suspect_s=settings.suspect_s, lease_s=settings.lease_s)
-        self.replicas: dict[str, Replica] = {}  # by name
+        self.replicas: dict[str, Replica] = {}  # replicas by name
         self.node_records: dict[str, NodeRecord] = {}  # by node id
         # What agents reported of their nodes since the last write, by node id
         self.node_writes: dict[str, NodeWrite] = {}
         self.unneeded_nodes: dict[str, None] = {}  # ids of nodes whose records may have to be deleted
-        self.unprepared: dict[str, None] = {}  # replicas whose plans have to be looked up
-        self.dirty: set[str] = set()  # replicas that the rule should look at
-        self.decide_all = True  # whether the rule should look at all replicas
-        # ("node" or "replica" or "redispatch", name) and ("plan", name) whose views changed
+        self.unprepared: dict[str, None] = {}  # replicas whose plans have to be read, in order
+        self.dirty: set[str] = set()  # replicas for which the rule must be evaluated
+        self.decide_all = True  # whether the rule must be evaluated for all replicas
+        # Views that changed: ("node" or "replica" or "redispatch", name) and ("plan", name)
         self.shown: set[tuple[str, str]] = set()
-        # Reports since they were last taken, the newest of each node and replica
+        # Reports not taken yet, the newest of each replica and node
         self.reported: dict[tuple[str, str], report_pb2.ReplicaReport] = {}
-        self.capacity_changed = False  # since it was last read
-        self.progress = plan_pb2.ActivationProgress()  # of the active plan, as of the last decision
+        self.capacity_changed = False  # whether the capacity changed since this was last read
+        self.progress = plan_pb2.ActivationProgress()  # progress of the active plan, as of the last decision
         self.connect_time_s: dict[str, float] = {}  # Unix time at which the last stream of each node began
         self.settings = settings
         self.counters = counters
         self._epoch = epoch
-        self._replicas_on: dict[str, set[str]] = {}  # names by node id
-        self._talking: set[str] = set()  # nodes with messages to send
+        self._replicas_on: dict[str, set[str]] = {}  # names of replicas by node id
+        self._talking: set[str] = set()  # nodes with messages to send now
         self._waiting: set[str] = set()  # nodes with messages to send later
-        self.changes = ClusterChanges(self)  # its re-dispatches
+        self.changes = ClusterChanges(self)
 
-    # The stored state.
+    # --- The stored state
 
     def take(self, kept: KeptCluster, declared: Iterable[str], *, now_s: float) -> None:
-        """Take over the cluster as just read; ``declared`` are the node ids of its document."""
+        """Take over the state just read from the store; ``declared`` are the node ids in the cluster's document."""
         is_first = self.record is None
         self.record, self.plan = kept.cluster, kept.plan
         self.decide_all = True
@@ -78,7 +78,7 @@ class ClusterFleet:
         for record in kept.nodes:
             self.take_node(record)
         for node in changed:
-            if self.leases.is_connected(node) and self.leases.is_declared(node):  # what it said counts from now on
+            if self.leases.is_connected(node) and self.leases.is_declared(node):  # its earlier messages count now
                 self._write_node(node, self.links[node].inventory)
         found = {record.name: record for record in kept.replicas}
         for name in [name for name in self.replicas if name not in found]:
@@ -96,7 +96,7 @@ class ClusterFleet:
             self.forget_if_unneeded(node)
 
     def prepare(self, name: str, contents: Contents | None) -> None:
-        """Note the plan's content for a replica; None: the plan cannot be read, so the replica cannot be started."""
+        """Set the plan's contents for a replica; None: the plan cannot be read, so the replica cannot be started."""
         replica = self.replicas.get(name)
         self.unprepared.pop(name, None)
         if replica is None:
@@ -115,7 +115,7 @@ class ClusterFleet:
             self.capacity_changed = True
             self.dirty |= self._replicas_on.get(node, set())
 
-    # Input from nodes.
+    # --- Input from nodes
 
     def link(self, node: str) -> NodeLink:
         if node not in self.links:
@@ -130,7 +130,7 @@ class ClusterFleet:
         return self.links[node]
 
     def open(self, node: str, request: agent_service_pb2.ConnectNodeRequest, *, now_s: float, time_s: float) -> str:
-        """Open a stream and return its session. Raises ServiceError if it is refused."""
+        """Open a stream and return its session. Raises ServiceError if the stream is refused."""
         self._require_room(node)
         link = self.link(node)
         self._admit(node, link, request.hello.boot_id, now_s=now_s)
@@ -156,9 +156,9 @@ class ClusterFleet:
         return link.session
 
     def _require_room(self, node: str) -> None:
-        """Raise TOO_MANY_STREAMS for one node too many that the cluster has no use for.
+        """Raise TOO_MANY_STREAMS if the cluster does not need the node, and too many such nodes are connected.
 
-        Credentials of a cluster speak for any node of it, whose name may be made up.
+        The credentials of a cluster are valid for any of its nodes, even for made-up names.
         """
         if node in self.leases or self._replicas_on.get(node) or self.leases.num_undeclared < MOST_UNDECLARED:
             return
@@ -169,7 +169,7 @@ class ClusterFleet:
         raise ServiceError(Reason.ERROR_REASON_TOO_MANY_STREAMS, message, metadata={"max_streams": MOST_UNDECLARED})
 
     def _admit(self, node: str, link: NodeLink, boot_id: str, *, now_s: float) -> None:
-        """Raise NODE_IN_USE while another agent is connected: its node's credentials must not suffice to end it."""
+        """Raise NODE_IN_USE while another agent is connected: the node's credentials must not suffice to replace it."""
         heard_s = self.leases.heard_s(node)
         is_gone = not link.session or heard_s is None or now_s - heard_s >= self.settings.suspect_s
         if not is_gone and boot_id != link.boot_id:
@@ -186,7 +186,7 @@ class ClusterFleet:
     def handle(
         self, node: str, session: str, request: agent_service_pb2.ConnectNodeRequest, *, now_s: float, time_s: float
     ) -> list[HeadMapsRead]:
-        """Handle a message; return what others wait for. Raises ServiceError if the stream must end."""
+        """Handle a message; return the head maps that callers wait for. Raises ServiceError if the stream must end."""
         link = self.links.get(node)
         if link is None or link.session != session:
             message = f"another stream of node {node} began"
@@ -226,7 +226,7 @@ class ClusterFleet:
         return read
 
     def pass_time(self, now_s: float) -> None:
-        """Expire leases and deadlines, and schedule what should be sent again."""
+        """Expire leases and deadlines, and schedule retransmissions."""
         self.note_presence(self.leases.expire(now_s))
         self._talking |= self._waiting
         self._waiting.clear()
@@ -234,7 +234,7 @@ class ClusterFleet:
         self.dirty |= {name for name, replica in self.replicas.items() if replica.is_passing}
 
     def note_presence(self, nodes: Iterable[str]) -> None:
-        """Note that the states of these nodes changed."""
+        """Record that the states of these nodes changed."""
         for node in nodes:
             self.show("node", node_name(self.name, node))
             self.show("cluster", self.name)
@@ -245,17 +245,17 @@ class ClusterFleet:
             self.changes.note_presence(node, state)
 
     def look_at(self, replica: str) -> None:
-        """Note that the rule should look at the replica."""
+        """Mark the replica for the next decision."""
         self.dirty.add(replica)
 
     def show(self, kind: str, name: str) -> None:
-        """Note that the view of a node, replica, re-dispatch or plan changed."""
+        """Record that the view of a node, replica, re-dispatch or plan changed."""
         self.shown.add((kind, name))
 
-    # Output and requests to nodes.
+    # --- Output and requests to nodes
 
     def talk(self, node: str) -> None:
-        """Note that there is something to send to the node."""
+        """Record that there are messages for the node."""
         self._talking.add(node)
 
     def messages(self, now_s: float) -> dict[str, list[Response]]:
@@ -274,7 +274,7 @@ class ClusterFleet:
         return found
 
     def ask_head_maps(self, replica: str) -> tuple[str, str]:
-        """Return node and request id. Raises NOT_FOUND; ENGINE_CANNOT or DEVICE_UNAVAILABLE if none can answer."""
+        """Request head maps; return node and request id. Raises NOT_FOUND, ENGINE_CANNOT or DEVICE_UNAVAILABLE."""
         found = self.replicas.get(replica)
         if found is None:
             raise not_found(replica)
@@ -294,13 +294,13 @@ class ClusterFleet:
                 link.say_goodbye(reason)
                 self._talking.add(node)
 
-    # Consequences of stored writes.
+    # --- Consequences of stored writes
 
     def applied(self, writes: Writes, kept: Kept) -> None:
-        """Take over what the store now has, and tell the nodes."""
+        """Take over what the store now contains, and schedule the messages that follow for the nodes."""
         for record in kept.nodes.values():
             self.take_node(record)
-            self.forget_if_unneeded(last_part(record.name))  # it may have gone meanwhile
+            self.forget_if_unneeded(last_part(record.name))  # the stream may have ended in the meantime
         for name in kept.unneeded_nodes:
             self.node_records.pop(last_part(name), None)
         for write in writes.replicas:
@@ -321,7 +321,7 @@ class ClusterFleet:
         before, was = replica.assigned_generation, replica.state
         replica.renew(record, write.standing)
         if replica.state != was:
-            self.decide_all = True  # others may have waited for this
+            self.decide_all = True  # other replicas may have waited for this
         if write.assigned_generation != before:
             self.assign(replica)
         elif replica.is_stopping:
@@ -330,7 +330,7 @@ class ClusterFleet:
         self.show("replica", replica.name)
 
     def assign(self, replica: Replica, *, is_new: bool = True) -> None:
-        """Send the replica's last assignment to its nodes; if not ``is_new``, an earlier planner made it."""
+        """Send the replica's last assignment to its nodes; unless ``is_new``, an earlier planner made it."""
         peers = {node: self.link(node).engine_address for node in replica.nodes}
         plan = self.record.active_plan if self.record else ""
         for node, wanted in replica.assignments(peers, plan, is_new=is_new).items():
@@ -343,7 +343,7 @@ class ClusterFleet:
             self._talking.add(node)
 
     def drop_replica(self, name: str) -> None:
-        """Drop a replica whose record is gone."""
+        """Drop a replica whose record was deleted."""
         replica = self.replicas.pop(name)
         self.unprepared.pop(name, None)
         self.changes.give_up(replica)
@@ -363,9 +363,9 @@ class ClusterFleet:
             self.forget_if_unneeded(node)
 
     def forget_if_unneeded(self, node: str) -> None:
-        """Forget a node that is neither declared nor connected, and of which nothing else is known either.
+        """Forget a node that is neither declared nor connected, and on which no replica or change depends.
 
-        Otherwise agents could fill memory and store with nodes whose names they make up, one after another.
+        Otherwise agents could fill the memory and the store with made-up nodes, one after another.
         """
         if self._is_needed(node):
             return
@@ -386,7 +386,7 @@ class ClusterFleet:
         )
 
     def take_unneeded_nodes(self) -> list[str]:
-        """Return the names of some nodes whose records are to be deleted, and leave them to the write."""
+        """Return the names of some nodes whose records are to be deleted; the caller's write deletes them."""
         taken = list(self.unneeded_nodes)[:_DELETED_AT_ONCE]
         for node in taken:
             del self.unneeded_nodes[node]
@@ -398,13 +398,13 @@ class ClusterFleet:
             self.show("plan", self.plan.name)
 
     def decided(self) -> None:
-        """Note that what changed so far is decided and about to be written."""
+        """Record that all changes so far are decided and about to be written."""
         self.dirty.clear()
         self.decide_all = False
         self.node_writes.clear()
 
     def take_back(self, writes: Writes) -> None:
-        """Undo what a failed write left, so that the next round decides it all again."""
+        """Undo the effects of a write that failed, so that the next round decides everything again."""
         self.decide_all = True
         for node in writes.nodes:
             self.node_writes.setdefault(last_part(node.name), node)
@@ -412,10 +412,10 @@ class ClusterFleet:
         self.changes.take_back(writes.redispatches)
 
     def end(self) -> None:
-        """Note that the cluster is gone."""
+        """Record that the cluster is gone."""
         self.record = None
 
-    # News, each told once.
+    # --- News, returned once each
 
     def take_shown(self) -> set[tuple[str, str]]:
         shown, self.shown = self.shown, set()
@@ -433,7 +433,7 @@ class ClusterFleet:
         record = self.node_records.get(node)
         return record is not None and record.draining
 
-    # Internals.
+    # --- Internals
 
     def _add_replica(self, replica: Replica) -> None:
         self.replicas[replica.name] = replica
@@ -472,19 +472,19 @@ class ClusterFleet:
                 link = self.links[node]
                 if not link.slots[answer.replica].held:
                     link.forget(answer.replica)
-                self.decide_all = True  # something may have waited for this
+                self.decide_all = True  # other replicas may have waited for this
             return
         self.changes.answered(node, answer, now_s=now_s)
 
     def _check_held(self, node: str, name: str) -> None:
-        """Correct a node that holds a replica that is not its own, or a later generation than was ever sent."""
+        """Correct a node that holds another node's replica, or a later generation than it was ever sent."""
         replica = self.replicas.get(name)
         slot = self.links[node].heard_slot(name)
         if slot is None:
             return
         self._talking.add(node)
         if slot.is_believed:
-            slot.hold(slot.held)  # it may have become a replica of the node only now
+            slot.hold(slot.held)  # the replica may have been assigned to the node only now
         if replica is None or node not in replica.nodes:
             slot.want(WantedRemoval(reason="no such replica belongs to this node"))
         elif slot.held > replica.generation:
@@ -504,23 +504,26 @@ class ClusterFleet:
             self.dirty.add(name)
 
     def _note_address(self, node: str, address: str, *, before: str) -> None:
-        """``before``: the last known address, perhaps stored by an earlier planner; empty if unknown."""
+        """Reassign replicas after a change of a node's address.
+
+        ``before``: the last known address, perhaps stored by an earlier planner; empty if unknown.
+        """
         for name in self._replicas_on.get(node, ()):
             replica = self.replicas[name]
             if replica.peers is not None:
                 if replica.peers.get(node, "") != address:
                     self._must_reassign(name)
             elif before and replica.assigned_generation:
-                self._must_reassign(name)  # an earlier planner told the others
+                self._must_reassign(name)  # an earlier planner sent the old address to the other nodes
             elif (
                 replica.contents is not None
                 and not replica.has_failed
                 and isinstance(self.link(node).slot(name).wanted, WantedAssignment)
             ):
-                self.assign(replica, is_new=False)  # nodes that do not hold it yet should get it complete
+                self.assign(replica, is_new=False)  # nodes that do not hold it yet receive it with the address
 
     def _write_node(self, node: str, found: inventory_pb2.NodeInventory | None) -> None:
-        """Store what the agent said of its node. What it says of one that is not declared only stays in memory."""
+        """Schedule a write of what the agent reported of its node; reports of undeclared nodes stay in memory only."""
         self.capacity_changed = self.capacity_changed or found is not None
         if not self.leases.is_declared(node) and not self._replicas_on.get(node):
             return
@@ -536,26 +539,26 @@ class ClusterFleet:
 
 
 class ClusterChanges:
-    """The re-dispatches of a cluster."""
+    """The re-dispatches of one cluster."""
 
     def __init__(self, cluster: ClusterFleet) -> None:
-        self.under_way: dict[str, ChangeCoordinator] = {}  # by change id
-        self._of_replica: dict[str, ChangeCoordinator] = {}  # those under way, by replica
+        self.under_way: dict[str, ChangeCoordinator] = {}  # coordinators by change id
+        self._of_replica: dict[str, ChangeCoordinator] = {}  # coordinators by replica
         self._advised: list[redispatch_pb2.Redispatch] = []  # re-dispatches that are only stored
-        self.late = LateChanges()  # those that are over
+        self.late = LateChanges()  # changes that have ended
         self._ended: list[redispatch_pb2.Redispatch] = []  # re-dispatches that ended since they were last taken
         self._cluster = cluster
 
     @property
     def have_news(self) -> bool:
-        """Return whether there is something that the store should know."""
+        """Whether there are changes to store."""
         return bool(self._advised) or any(one.is_unsaved or one.has_ended for one in self.under_way.values())
 
     def of(self, replica: Replica) -> ChangeCoordinator | None:
         return self._of_replica.get(replica.name)
 
     def propose(self, body: redispatch_pb2.Redispatch, *, now_s: float) -> None:
-        """Begin a re-dispatch, which is in effect once it is stored. ADVISED ones are only stored.
+        """Begin a re-dispatch, which takes effect once it is stored. One that is ADVISED is only stored.
 
         Raises NOT_FOUND, CHANGE_IN_FLIGHT, GENERATION_MISMATCH, DEVICE_UNAVAILABLE or INVALID_FIELD.
         """
@@ -619,7 +622,7 @@ class ClusterChanges:
     # What is stored.
 
     def to_save(self) -> list[Saving]:
-        """Return what the store should know, and leave it to `saved` or `take_back`."""
+        """Return snapshots of the changes to store; the caller passes them to `saved` or `take_back`."""
         advised, self._advised = self._advised, []
         return [
             *(change.to_save() for change in self.under_way.values() if change.is_unsaved),
@@ -627,16 +630,16 @@ class ClusterChanges:
         ]
 
     def take_back(self, savings: Iterable[Saving]) -> None:
-        """Take back what could not be stored."""
+        """Put back what could not be stored."""
         bodies = [saving.body for saving in savings]
         self._advised += [one for one in bodies if last_part(one.name) not in self.under_way]
 
     def saved(self, saving: Saving) -> None:
-        """Go on with what is stored now."""
+        """Continue a change that is now stored."""
         change = self.under_way.get(last_part(saving.body.name))
         self._cluster.show("redispatch", saving.body.name)
         if change is None:
-            self._ended.append(saving.body)  # ADVISED
+            self._ended.append(saving.body)  # only ADVISED ones are not under way
             return
         change.saved(saving)
         if change.has_ended:
@@ -667,14 +670,14 @@ class ClusterChanges:
             cluster.forget_if_unneeded(node)
 
     def give_up(self, replica: Replica) -> None:
-        """Give up the change of a replica whose record is gone."""
+        """Give up the change of a replica whose record was deleted."""
         if (change := self._of_replica.pop(replica.name, None)) is not None:
             change.give_up(_gone(replica.name))
 
-    # Input from nodes.
+    # --- Input from nodes
 
     def reconnected(self, node: str, said: Iterable[change_pb2.ChangeStatus]) -> None:
-        """Note that a new stream of the node began, in which it listed these changes."""
+        """Record that a new stream of the node began, in which it listed these changes."""
         listed = {status.change_id: status for status in said}
         for change in list(self.under_way.values()):
             if node in change.nodes:
@@ -683,7 +686,7 @@ class ClusterChanges:
             self.hear(node, status)
 
     def hear(self, node: str, status: change_pb2.ChangeStatus) -> None:
-        """Take a node's report of a change's phase."""
+        """Handle a node's report of a change's phase."""
         change = self.under_way.get(status.change_id)
         if change is not None:
             change.hear(node, status)
@@ -721,7 +724,7 @@ class ClusterChanges:
                 self.tell(change)
 
     def pass_time(self, now_s: float) -> None:
-        """Expire deadlines, and schedule what should be sent again."""
+        """Expire deadlines, and schedule retransmissions."""
         for change in list(self.under_way.values()):
             was = change.state
             for node in change.pass_time(now_s):
@@ -730,14 +733,17 @@ class ClusterChanges:
             if change.state != was:
                 self.tell(change)
 
-    # Changes that are over.
+    # --- Changes that have ended
 
     def found_late(self, change_id: str, body: redispatch_pb2.Redispatch | None) -> None:
-        """Answer nodes that mention an ended change; ``body`` is as stored, None if the store knows no such change."""
+        """Answer the nodes that mentioned a change without a coordinator.
+
+        ``body`` is the stored re-dispatch, or None if the store has no such change.
+        """
         if body is not None:
             self.late.remember(body)
         for node, status in self.late.take(change_id):
-            if node in self._cluster.links:  # not gone meanwhile
+            if node in self._cluster.links:  # unless it is gone in the meantime
                 self._answer_late(node, status)
 
     def _is_closed(self, node: str, status: change_pb2.ChangeStatus) -> bool:
@@ -746,7 +752,7 @@ class ClusterChanges:
 
     def _answer_late(self, node: str, status: change_pb2.ChangeStatus) -> None:
         slot = self._cluster.link(node).heard_slot(status.replica)
-        if slot is not None and slot.num_directives < MOST_OF_NODE:  # nodes mention the others again
+        if slot is not None and slot.num_directives < MOST_OF_NODE:  # beyond that, nodes mention changes again later
             slot.tell(self.late.directive(status))
             self._cluster.talk(node)
 

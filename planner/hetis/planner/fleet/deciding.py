@@ -1,4 +1,4 @@
-"""Decisions about a cluster: the next writes to the store."""
+"""Decisions about a cluster: which records to write next."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _log = logging.getLogger("hetis.planner.fleet")
 
 
 def needs_decision(cluster: ClusterFleet) -> bool:
-    """Return whether `decide` might find something."""
+    """Return whether `decide` may have something to write."""
     return bool(
         cluster.dirty
         or cluster.decide_all
@@ -38,7 +38,7 @@ def needs_decision(cluster: ClusterFleet) -> bool:
 
 
 def decide(cluster: ClusterFleet, *, now_s: float) -> Writes:
-    """Return what should be written. Replicas whose contents are not looked up yet are left unchanged."""
+    """Return the next writes. Replicas whose contents have not been read yet are left unchanged."""
     if cluster.record is None:
         return Writes(cluster=cluster.name)
     view = _ClusterView.of(cluster)
@@ -47,7 +47,7 @@ def decide(cluster: ClusterFleet, *, now_s: float) -> Writes:
     for name in list(names):
         try:
             write = _decide_replica(cluster, view, cluster.replicas[name], now_s)
-        except Exception:  # a bug that affects one replica must not stop the others; it is retried when it changes
+        except Exception:  # a bug in one replica must not stop the others; it is retried when the replica changes
             _log.exception("a replica could not be decided", extra={"cluster": cluster.name, "replica": name})
             continue
         if write is not None:
@@ -67,12 +67,12 @@ def decide(cluster: ClusterFleet, *, now_s: float) -> Writes:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _ClusterView:
-    """The inputs of the rule that concern all replicas together."""
+    """The inputs of the rule that are common to all replicas."""
 
     wanted: frozenset[str]  # the replicas of the active plan
     occupied: dict[str, list[str]]  # names of the replicas on each device
-    may_drain: bool  # whether everything serves that the plan starts on GPUs not held by departing replicas
-    is_unsettled: bool  # whether any replica starts, drains, stops, or is not wanted
+    may_drain: bool  # whether every replica is up that the plan starts on GPUs not held by departing replicas
+    is_unsettled: bool  # whether any replica is not up, or not wanted
 
     @classmethod
     def of(cls, cluster: ClusterFleet) -> _ClusterView:
@@ -129,7 +129,7 @@ def _decide_replica(cluster: ClusterFleet, view: _ClusterView, replica: Replica,
         )
     is_blocked = bool(view.occupied) and _waits_for_others(replica, view.occupied)
     if now.goal is None and not is_blocked:
-        # One of its nodes may still hold something that it was told to remove
+        # One of its nodes may still hold a replica that it was ordered to remove
         is_blocked = any(node in cluster.links and cluster.links[node].is_clearing for node in replica.nodes)
     passing_s = replica.passing_s(now_s, is_blocked=is_blocked)
     most_s = cluster.settings.drain_s if replica.is_draining else cluster.settings.start_s
@@ -150,11 +150,11 @@ def _decide_replica(cluster: ClusterFleet, view: _ClusterView, replica: Replica,
         after = Standing(state=State.REPLICA_STATE_FAILED, failure=_unreadable(replica))
     is_new = (after.goal, after.conditions) != (now.goal, now.conditions) or replica.must_reassign
     if replica.has_failed and any(part.held < replica.assigned_generation for part in parts.values()):
-        is_new = True  # while it had failed no node was told of its last assignment
+        is_new = True  # while it had failed, its last assignment was sent to no node
     if after.goal is None or after.state in (State.REPLICA_STATE_STOPPED, State.REPLICA_STATE_FAILED):
         is_new = False
     if is_new and replica.contents is None:
-        return None  # retried when the contents are known
+        return None  # retried once the contents are known
     if change is not None and (is_new or after.state == State.REPLICA_STATE_STOPPED):
         failure = ServiceError(Reason.ERROR_REASON_CHANGE_CANCELLED, f"{replica.name} is assigned anew").to_proto()
         if after.state == State.REPLICA_STATE_STOPPED:
@@ -185,7 +185,7 @@ def _part(cluster: ClusterFleet, replica: Replica, node: str) -> ReplicaOnNode:
     slot = None if link is None else link.slots.get(replica.name)
     if slot is None:
         return ReplicaOnNode(presence=state, is_draining=is_draining)
-    if not slot.is_believed:  # as good as lost, for this replica
+    if not slot.is_believed:  # for this replica, the node counts as lost
         return ReplicaOnNode(presence=NodeState.NODE_STATE_LOST, is_draining=is_draining, failure=slot.failure)
     report = slot.report
     draining = report_pb2.ASSIGNMENT_STATE_DRAINING, report_pb2.ASSIGNMENT_STATE_UNMANAGED
@@ -226,12 +226,12 @@ def _decide_plan(cluster: ClusterFleet, view: _ClusterView, writes: Iterable[Rep
             activation = Activation.ACTIVATION_STATE_ACTIVE
     is_settled = not progress.num_starting and not progress.num_draining
     if activation == plan.activation and not (is_settled and progress != plan.body.activation_progress):
-        return None  # intermediate progress is shown but not stored: it must not change the etag
+        return None  # intermediate progress is published but not stored: it must not change the etag
     return PlanWrite(name=plan.name, activation=activation, progress=progress)
 
 
 def progress_of(states: dict[str, Standing], wanted: frozenset[str]) -> plan_pb2.ActivationProgress:
-    """Return how far a plan's replicas, ``wanted``, are; ``states`` are of all replicas of the cluster."""
+    """Return the progress of the replicas ``wanted`` by a plan; ``states`` are those of all replicas of the cluster."""
     of_plan = [states[name] for name in wanted if name in states]
     failed = [one for one in of_plan if one.state == State.REPLICA_STATE_FAILED]
     num_serving = sum(one.state in UP_STATES for one in of_plan)

@@ -1,7 +1,7 @@
-"""One replica on one node: its wanted state, the state it holds, and the one delta between the two.
+"""One replica on one node: its wanted state, the state it holds, and the one delta that leads from this to that.
 
 There is no script of messages. The planner sets the wanted state; the next delta follows from the difference, whatever
-was lost, repeated or answered late before.
+messages were lost, repeated or answered late before.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Reason = failure_pb2.ErrorReason
 Delta = agent_service_pb2.Delta
 AssignmentState = report_pb2.AssignmentState
 
-# An agent that gives one of these reasons will never take this assignment; all other reasons may pass.
+# An agent that refuses with one of these reasons will never accept this assignment; all other reasons may pass.
 _LASTING = {
     Reason.ERROR_REASON_INVALID_FIELD,
     Reason.ERROR_REASON_DEVICE_UNAVAILABLE,
@@ -32,7 +32,7 @@ ROOM = 2**32  # generations that a node may be ahead of the planner, whose store
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WantedAssignment:
-    """An assignment to hold. ``generation`` names the content: equal numbers always mean equal assignments."""
+    """The assignment that a node should hold. Equal values of ``generation`` always mean equal assignments."""
 
     generation: int
     assignment: replica_pb2.Assignment
@@ -40,7 +40,7 @@ class WantedAssignment:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WantedRemoval:
-    """An order to hold nothing."""
+    """The order that a node should hold nothing."""
 
     reason: str
 
@@ -55,15 +55,15 @@ Step = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Directive:
-    """The last message that a node should have received about a change; it supersedes the earlier ones."""
+    """The last message that a node should receive about a change; it supersedes the earlier ones."""
 
     change_id: str
-    generation: int  # that the change leads to
+    generation: int  # generation that the change leads to
     step: Step
 
     @property
     def kind(self) -> str:
-        """The field of ``Delta`` that it is sent in."""
+        """The field of ``Delta`` in which the step is sent."""
         return _FIELDS[type(self.step)]
 
 
@@ -82,44 +82,44 @@ class DeltaAnswer:
     replica: str
     kind: str  # the field of the delta that was set
     change_id: str  # empty for an assignment or removal
-    failure: failure_pb2.Failure | None  # why it was refused; None if it was accepted
+    failure: failure_pb2.Failure | None  # why the delta was refused; None if it was accepted
 
 
 class ReplicaSlot:
     """The state of one replica on one node.
 
-    ``most_held`` returns the highest generation that the node can have reached.
+    ``most_held`` returns the highest generation that the node can hold.
     """
 
     def __init__(self, replica: str, most_held: Callable[[], int]) -> None:
         self.replica = replica
-        self.held = 0  # generation that the node holds, as last reported; 0: nothing
-        # Whether the generation it last reported is possible. If not, ``held`` is 0 and it is sent nothing.
+        self.held = 0  # generation that the node last reported; 0: none
+        # Whether the last reported generation is possible. If not, ``held`` is 0 and nothing is sent.
         self.is_believed = True
         self._most_held = most_held
         # The node's progress with its assignment, as last reported
         self.state: AssignmentState.ValueType = AssignmentState.ASSIGNMENT_STATE_UNSPECIFIED
-        # What the node reported as wrong, or why it refused the assignment for good; None: nothing
+        # What the node reported as wrong, or why it refused the assignment permanently; None: nothing
         self.failure: failure_pb2.Failure | None = None
-        self.report: report_pb2.ReplicaReport | None = None  # its last report of the replica; None if none came yet
+        self.report: report_pb2.ReplicaReport | None = None  # the node's last report; None before the first
         # Ended changes whose outcome the node has acknowledged on this stream. Later reports of them get no answer,
         # because the node would only acknowledge it again.
         self.closed: set[str] = set()
-        # None: nothing was wanted yet, so the node is told nothing
+        # None: no state was wanted yet, so nothing is sent
         self.wanted: WantedAssignment | WantedRemoval | None = None
-        self._directives: dict[str, Directive] = {}  # by change
-        self._told: dict[str, str] = {}  # kind of the last answered directive, by change
-        self._refused: int | None = None  # generation of the assignment that was refused for good
-        self._retry_s = 0.0  # the earliest time of the next try
-        self._in_flight: Delta | None = None  # sent, and not answered
-        self._sent_s = 0.0  # when it was sent last
+        self._directives: dict[str, Directive] = {}  # by change id
+        self._told: dict[str, str] = {}  # kind of the last answered directive, by change id
+        self._refused: int | None = None  # generation of the assignment that was refused permanently
+        self._retry_s = 0.0  # earliest time of the next attempt; 0: none is delayed
+        self._in_flight: Delta | None = None  # sent but not answered
+        self._sent_s = 0.0  # when the delta in flight was last sent
 
     @property
     def num_directives(self) -> int:
         return len(self._directives)
 
     def due_s(self, answer_s: float) -> float | None:
-        """Return when time alone may make a delta due (without an answer, or for a delayed retry), or None."""
+        """Return when a delta may become due by time alone (a missing answer, or a delayed retry), or None."""
         if not self.is_believed:
             return None
         if self._in_flight is not None:
@@ -136,27 +136,27 @@ class ReplicaSlot:
             self.wanted, self._refused, self._retry_s = wanted, None, 0.0
 
     def tell(self, directive: Directive) -> None:
-        """Make ``directive`` the last message that the node should have received about its change."""
+        """Make ``directive`` the last message that the node should receive about its change."""
         self._directives[directive.change_id] = directive
 
     def forget_change(self, change_id: str) -> None:
-        """Forget a change about which there is nothing more to tell."""
+        """Forget a change about which nothing more is to be sent."""
         self._directives.pop(change_id, None)
         self._told.pop(change_id, None)
 
     def close_change(self, change_id: str) -> None:
-        """Close a change whose outcome the node knows, with nobody waiting for its report."""
+        """Close a change whose outcome the node knows, and whose report no coordinator awaits."""
         self.forget_change(change_id)
         if len(self.closed) >= _CLOSED_KEPT:
             self.closed.clear()  # at worst, each is answered once more
         self.closed.add(change_id)
 
     def tell_again(self, change_id: str) -> None:
-        """Send an answered directive again: the node may have forgotten it."""
+        """Send an answered directive again, since the node may have forgotten it."""
         self._told.pop(change_id, None)
 
     def restart(self, held: int, state: AssignmentState.ValueType) -> None:
-        """Begin a new stream with the state reported by the agent. A delta in flight is void and sent again."""
+        """Begin a new stream from the state that the agent reports. A delta in flight is void and is sent again."""
         self.state = state
         self.hold(held)
         self._in_flight = None
@@ -165,7 +165,7 @@ class ReplicaSlot:
         self._retry_s = 0.0
 
     def next_delta(self, now_s: float, *, answer_s: float) -> Delta | None:
-        """Return the delta to send now, if any. One that was not answered for ``answer_s`` is sent again."""
+        """Return the delta to send now, if any. A delta is repeated after ``answer_s`` without an answer."""
         if not self.is_believed:
             return None
         if self._in_flight is not None:
@@ -180,7 +180,7 @@ class ReplicaSlot:
         return self._in_flight
 
     def acknowledge(self, ack: agent_service_pb2.DeltaAck) -> DeltaAnswer | None:
-        """Take an ack; return None if it answers something else."""
+        """Handle an ack; return None if it does not answer the delta in flight."""
         delta = self._answered(ack.nonce)
         if delta is None:
             return None
@@ -189,14 +189,17 @@ class ReplicaSlot:
             return self._answer(delta, self.failure)
         if delta.WhichOneof("change") == "assignment":
             self.failure = None
-            if self.state == AssignmentState.ASSIGNMENT_STATE_FAILED:  # of the previous assignment
+            if self.state == AssignmentState.ASSIGNMENT_STATE_FAILED:  # the state of the previous assignment
                 self.state = AssignmentState.ASSIGNMENT_STATE_UNSPECIFIED
         elif delta.WhichOneof("change") == "removal":
             self.state, self.report = AssignmentState.ASSIGNMENT_STATE_STOPPED, None
         return self._answer(delta, None)
 
     def refuse(self, nack: agent_service_pb2.DeltaNack, *, now_s: float, retry_s: float) -> DeltaAnswer | None:
-        """Take a nack; return None if it answers something else. Try again ``retry_s`` from now if that may help."""
+        """Handle a nack; return None if it does not answer the delta in flight.
+
+        The assignment is sent again ``retry_s`` from now if that may help.
+        """
         delta = self._answered(nack.nonce)
         if delta is None:
             return None
@@ -209,7 +212,7 @@ class ReplicaSlot:
         return self._answer(delta, nack.failure)
 
     def learn(self, report: report_pb2.ReplicaReport) -> bool:
-        """Take a report, unless from before an assignment; return whether more than numbers changed."""
+        """Handle a report unless it precedes an assignment; return whether anything but numbers changed."""
         if report.generation < self.held:
             return False
         before = (self.held, self.state, self.failure, self.report is None)
@@ -223,9 +226,9 @@ class ReplicaSlot:
         return before != (self.held, self.state, self.failure, False)
 
     def hold(self, generation: int) -> None:
-        """Note the generation held by the node, as reported.
+        """Record the generation that the node reports to hold.
 
-        An impossible number is not passed on to other nodes: the replica is left alone here until the node reports
+        An impossible number is not passed on to other nodes: the replica is left alone on this node until it reports
         another one.
         """
         was_believed, self.is_believed = self.is_believed, generation <= self._most_held()
@@ -257,7 +260,7 @@ class ReplicaSlot:
         return DeltaAnswer(replica=self.replica, kind=kind, change_id=change_id, failure=failure)
 
     def _difference(self, now_s: float) -> Delta | None:
-        # Ends of changes come first: an assignment would end them too, but in whatever way the agent chooses.
+        # Outcomes come first: an assignment would end the changes, too, but with an outcome of the agent's choice.
         due = [one for one in self._directives.values() if self._told.get(one.change_id) != one.kind]
         for directive in due:
             if directive.kind != "prepare":
@@ -280,8 +283,8 @@ class ReplicaSlot:
         return Delta(base_generation=0, generation=wanted.generation, assignment=wanted.assignment)
 
     def _delta_of(self, directive: Directive) -> Delta:
-        # Only a prepare builds on what the node holds. The others are matched by change id. After the flip, or a newer
-        # assignment, the node is at or above their generation, on which no delta may build.
+        # Only a prepare builds on what the node holds; other directives are matched by change id. After the flip, or a
+        # newer assignment, the node is at or above their generation, and a delta must build on one below its own.
         base = self.held if directive.kind == "prepare" else min(self.held, directive.generation - 1)
         delta = Delta(generation=directive.generation, base_generation=base)
         getattr(delta, directive.kind).CopyFrom(directive.step)

@@ -1,7 +1,7 @@
 """All clusters of this planner in one event loop: streams, time and store around the state machines that decide.
 
-The decisions of a cluster are written in one transaction, and nobody is told before that is durable. A report touches
-neither the store nor anything but its node and its replicas.
+The decisions about a cluster are written in one transaction, and no agent or client is sent them before it is durable.
+A report touches only its node and the node's replicas, and not the store.
 """
 
 from __future__ import annotations
@@ -27,24 +27,24 @@ from hetis.planner.store import Store
 from hetis.v1 import agent_service_pb2, cluster_pb2, redispatch_pb2
 
 Response = agent_service_pb2.ConnectNodeResponse
-MOST_MESSAGES = 1000  # not yet taken by the agent
+MOST_MESSAGES = 1000  # messages that the agent has not taken yet
 MOST_BYTES = 64 * 2**20
 
 
 class Stream:
-    """Messages for one agent, in order. Belongs to one event loop."""
+    """The messages for one agent, in order. Belongs to one event loop."""
 
     def __init__(self, session: str) -> None:
         self.session = session
-        self.closed = asyncio.Event()  # set by whoever writes the messages, when all are written or the agent is gone
+        self.closed = asyncio.Event()  # set by the writer, once all messages are written or the agent is gone
         self._queue: deque[Response] = deque()
         self._num_bytes = 0
         self._has_news = asyncio.Event()
         self._has_ended = False
-        self._error: ServiceError | None = None  # why it ends; None: in order
+        self._error: ServiceError | None = None  # why the stream ended; None: in an orderly way
 
     def send(self, messages: Iterable[Response]) -> bool:
-        """Queue messages; return False if the agent is too slow, in which case the stream ends without them."""
+        """Queue messages; return False if the agent is too slow, in which case they are dropped and the stream ends."""
         if self._has_ended:
             return True
         for message in messages:
@@ -67,7 +67,7 @@ class Stream:
         """Yield messages until the stream ends.
 
         Raises:
-            ServiceError: the error with which the stream was ended.
+            ServiceError: the error that was passed to `end`.
         """
         while True:
             while self._queue:
@@ -83,10 +83,10 @@ class Stream:
 
 
 _log = logging.getLogger("hetis.planner.fleet")
-_HELLO_S = 10.0  # for the first message of a stream
-_GOODBYE_S = 2.0  # for agents to take what they were sent last
-_MOST_REQUEST_BYTES = 2**20  # see docs/api.md
-_STOOD_STILL = 4.0  # ticks; a longer gap between two means that the planner itself was suspended
+_HELLO_S = 10.0  # limit for the first message of a stream
+_GOODBYE_S = 2.0  # time for agents to receive their last messages
+_MOST_REQUEST_BYTES = 2**20  # as documented in docs/api.md
+_STOOD_STILL = 4.0  # ticks; a longer gap between two ticks means that the planner itself was suspended
 
 Request = agent_service_pb2.ConnectNodeRequest
 
@@ -116,18 +116,18 @@ class LiveFleet:
         self._contents = contents or PlanContents(store)
         self._declared = declared or DeclaredFleets()
         self._clusters: dict[str, ClusterFleet] = {}
-        self._reconcilers: dict[str, Reconciler] = {}  # also of clusters that are being read for the first time
+        self._reconcilers: dict[str, Reconciler] = {}  # even for clusters being read for the first time
         self._streams: dict[str, Stream] = {}  # by node name
-        self._readings: dict[str, tuple[str, asyncio.Future[HeadMaps]]] = {}  # by request id, with the node's name
+        self._readings: dict[str, tuple[str, asyncio.Future[HeadMaps]]] = {}  # by request id, with the name of the node
         self._ticks: asyncio.Task[None] | None = None
         self._published_s = 0.0  # when the last states were published
-        self._ticked_s = clock.monotonic()  # when time was last seen to pass
-        self._ending: ServiceError | None = None  # why streams are refused from now on
+        self._ticked_s = clock.monotonic()  # time of the last tick
+        self._ending: ServiceError | None = None  # why streams are refused from now on; None: they are accepted
 
-    # Life cycle.
+    # --- Life cycle
 
     def add_observer(self, observer: FleetObserver) -> None:
-        """Notify the observer of events from now on, in the loop."""
+        """Call the observer on events from now on, in the event loop."""
         self._observers.append(observer)
 
     async def start(self) -> None:
@@ -138,7 +138,7 @@ class LiveFleet:
         self._ticks = asyncio.create_task(self._tick_for_ever(), name="the fleet's time")
 
     async def stop(self, reason: str) -> None:
-        """Say goodbye to all agents, and end their streams once they have taken it. Replicas continue to serve."""
+        """Send a goodbye to all agents, and end their streams once it is delivered. Replicas continue to serve."""
         self._ending = ServiceError(Reason.ERROR_REASON_DRAINING, f"this planner goes: {reason}; connect again")
         for cluster in self._clusters.values():
             cluster.say_goodbye(reason)
@@ -157,10 +157,10 @@ class LiveFleet:
                 for stream in streams:
                     await stream.closed.wait()
 
-    # Agents.
+    # --- Agents
 
     async def connect(self, identity: Identity, requests: AsyncIterator[Request]) -> AsyncGenerator[Response, None]:
-        """Serve one stream until either side ends it. Raises ServiceError as in ``AgentService.ConnectNode``."""
+        """Serve one stream until either side ends it. Raises ServiceError as ``AgentService.ConnectNode`` documents."""
         first = await _first_of(requests)
         name = self._admit(identity, first)
         cluster, node = self._clusters[cluster_of(name)], last_part(name)
@@ -181,7 +181,7 @@ class LiveFleet:
             self._close(cluster, node, name, stream)
             stream.closed.set()
 
-    # Queries.
+    # --- Queries
 
     def node_view(self, name: str) -> LiveNode | None:
         """Return a node, or None if it is neither declared nor connected."""
@@ -191,7 +191,7 @@ class LiveFleet:
         return self._live_node(cluster, node)
 
     def nodes_of(self, cluster: str) -> Mapping[str, LiveNode]:
-        """Return the declared and the connected nodes by resource name."""
+        """Return the declared and the connected nodes, by resource name."""
         found = self._clusters.get(cluster)
         if found is None:
             return {}
@@ -200,8 +200,8 @@ class LiveFleet:
     def num_connected(self, cluster: str) -> int:
         """Return the number of nodes whose agents are connected.
 
-        It is a counter, cheap enough for every answer and event about a cluster. For single nodes use `node_view`,
-        which costs as much as one node, whereas `nodes_of` builds a view of every one.
+        The number is kept up to date, so it is cheap enough for every answer and event about a cluster. For a single
+        node use `node_view`, whose cost is that of one view, whereas `nodes_of` builds the views of all nodes.
         """
         found = self._clusters.get(cluster)
         return 0 if found is None else found.leases.num_connected
@@ -212,7 +212,7 @@ class LiveFleet:
         return None if cluster is None or replica is None else views.live_replica(cluster, replica)
 
     def replicas_of(self, cluster: str) -> list[LiveReplica]:
-        """Return the replicas of a cluster that were not stopped, by name."""
+        """Return the replicas of a cluster that are not stopped, ordered by name."""
         found = self._clusters.get(cluster)
         if found is None:
             return []
@@ -224,25 +224,25 @@ class LiveFleet:
         return list(self._clusters)
 
     def kv_in_use(self, cluster: str) -> Iterator[tuple[str, float]]:
-        """Yield every device, ``node/index``, that reports its KV, with the share of its blocks in use.
+        """Yield every device (``node/index``) that reports its KV, with the share of its blocks that are in use.
 
-        The caller may yield to the event loop in between; nodes that join meanwhile are left out.
+        The caller may yield to the event loop in between; nodes that join in the meantime are left out.
         """
         found = self._clusters.get(cluster)
         return iter(()) if found is None else kv_in_use(found)
 
     def policy_of(self, cluster: str) -> cluster_pb2.ClusterPolicy:
-        """Return what the planner may do in the cluster; an empty policy has the defaults."""
+        """Return what the planner may do in the cluster; an empty policy stands for the defaults."""
         found = self._clusters.get(cluster)
         return cluster_pb2.ClusterPolicy() if found is None or found.record is None else found.record.body.policy
 
     async def cluster_changed(self, cluster: str) -> None:
-        """Read a cluster again whose records were changed by others, and act on the changes."""
+        """Read a cluster whose records were changed elsewhere, and act on the changes."""
         while True:
             reconciler = self._reconciler_of(cluster)
             async with reconciler.lock:
                 if self._reconcilers.get(cluster) is not reconciler:
-                    continue  # it was gone when it was read before, and may be back
+                    continue  # the cluster was gone when it was read before, and may be back
                 if not await reconciler.read():
                     self._forget(reconciler.cluster)
                     return
@@ -251,7 +251,7 @@ class LiveFleet:
             return
 
     def _reconciler_of(self, cluster: str) -> Reconciler:
-        """Return the one reconciler of a cluster, made on first use."""
+        """Return the cluster's only reconciler, made on first use."""
         if cluster not in self._reconcilers:
             self._reconcilers[cluster] = Reconciler(
                 cluster=ClusterFleet(cluster, epoch=self._epoch, settings=self._settings, counters=self.counters),
@@ -267,9 +267,9 @@ class LiveFleet:
         return self._reconcilers[cluster]
 
     async def read_head_maps(self, replica: str, timeout_s: float) -> HeadMaps:
-        """Ask the primary's agent for a replica's head maps.
+        """Request a replica's head maps from the agent of its primary node.
 
-        Raises ServiceError if there is no such replica, nobody to ask, no answer in time, or no consistent one.
+        Raises ServiceError if there is no such replica, no agent to ask, no answer in time, or no consistent one.
         """
         cluster = self._clusters.get(cluster_of(replica))
         if cluster is None:
@@ -307,7 +307,7 @@ class LiveFleet:
             raise ServiceError(Reason.ERROR_REASON_NOT_FOUND, message, metadata={"name": name})
 
     def disconnect(self, name: str) -> None:
-        """End a node's stream and let the next agent in. Raises NOT_FOUND if no agent is connected as this node."""
+        """End a node's stream, so that another agent may connect. Raises NOT_FOUND if no agent is connected."""
         self.require_connected(name)
         stream = self._streams[name]
         _log.warning("an admin ended the stream of an agent", extra={"node": name})
@@ -315,7 +315,7 @@ class LiveFleet:
             self._close(cluster, last_part(name), name, stream)
         stream.end(_taken_over(f"an admin ended the stream of {name}", name))
 
-    # Streams.
+    # --- Streams
 
     def _admit(self, identity: Identity, first: Request) -> str:
         hello = check_hello(first, epoch=self._epoch)
@@ -369,15 +369,15 @@ class LiveFleet:
             answer.set_result(event.result)
 
     def _fail_readings(self, node: str | None, error: ServiceError) -> None:
-        """Fail the open readings of one node, or of all."""
+        """Fail the pending reads of one node, or of all nodes."""
         for name, answer in list(self._readings.values()):
             if node in (None, name) and not answer.done():
                 answer.set_exception(error)
 
-    # Consequences of input.
+    # --- Consequences of input
 
     def _after(self, cluster: ClusterFleet) -> None:
-        """Send pending messages at once, notify observers, and start a reconciliation if the cluster changed."""
+        """Send pending messages at once, call observers, and start a reconciliation if the cluster changed."""
         self._send(cluster)
         for (replica, _), report in cluster.take_reported().items():
             for observer in self._observers:
@@ -411,7 +411,7 @@ class LiveFleet:
                 stream.end(not_found(cluster.name))
 
     def lose_leadership(self, error: ServiceError) -> None:
-        """End every stream; nothing is decided any more."""
+        """End every stream; no further decisions are made."""
         self._ending = self._ending or error
         for stream in list(self._streams.values()):
             stream.end(error)
@@ -419,7 +419,7 @@ class LiveFleet:
     def _live_node(self, cluster: ClusterFleet, node: str) -> LiveNode:
         return views.live_node(cluster, node, unix_s=self._clock.time(), now_s=self._clock.monotonic())
 
-    # Time.
+    # --- Time
 
     async def _tick_for_ever(self) -> None:
         while True:

@@ -1,4 +1,4 @@
-"""The hubs of one leadership term, through which watchers of plans and clusters get changes."""
+"""The hubs of one leadership term, from which watchers of plans and clusters receive changes."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from hetis.planner.store.tables import KEPT_REDISPATCHES
 from hetis.planner.watching import Hub
 from hetis.v1 import cluster_pb2, plan_pb2
 
-_MOST_ONE_BY_ONE = 1000  # nodes; above it, watchers get the whole present state again
+_MOST_ONE_BY_ONE = 1000  # nodes; if more of them change at once, watchers receive the whole present state again
 
 
 class ClusterHub(Hub[tuple[str, str], Message]):
     """The hub of one cluster.
 
-    Keys are ("cluster", name), ("node", name), ("replica", name), ("redispatch", name); values in the view BASIC. Only
-    the last 1,000 re-dispatches are kept, as in the store, since re-dispatches are never removed.
+    Keys are ("cluster", name), ("node", name), ("replica", name), ("redispatch", name); values are in the view BASIC.
+    As in the store, only the last 1,000 re-dispatches are kept, since re-dispatches are never removed.
     """
 
     def __init__(self, epoch: int) -> None:
@@ -38,7 +38,7 @@ class ClusterHub(Hub[tuple[str, str], Message]):
 
 
 class Hubs:
-    """All hubs of one leadership term. ``plans``: by plan name; values in the view BASIC."""
+    """All hubs of one leadership term. ``plans`` is by plan name, with values in the view BASIC."""
 
     def __init__(self, epoch: int) -> None:
         self.epoch = epoch
@@ -47,18 +47,18 @@ class Hubs:
         self._rounds: dict[str, int] = {}
 
     def cluster(self, name: str) -> ClusterHub:
-        """Return a cluster's hub. Call it each time: a cluster that is deleted and made again has a new one."""
+        """Return a cluster's hub. Do not keep it: a cluster that is deleted and created again has a new hub."""
         if name not in self._clusters:
             self._clusters[name] = ClusterHub(self.epoch)
         return self._clusters[name]
 
     def publish_cluster(self, record: ClusterRecord, *, num_connected: int, now_s: float) -> None:
-        """Publish that the document, policy, plans or connected nodes of a cluster have changed."""
+        """Publish that the document, policy, plans or number of connected nodes of a cluster have changed."""
         message = cluster_message(record, view=BASIC, num_connected=num_connected)
         self.cluster(record.name).publish(("cluster", record.name), message, now_s=now_s)
 
     def publish_nodes(self, cluster: str, nodes: Collection[str], *, now_s: float) -> None:
-        """Publish that these nodes were changed, added or removed; watches look up their state when they need it."""
+        """Publish that these nodes were changed, added or removed; watches read their state when they need it."""
         if len(nodes) > _MOST_ONE_BY_ONE:
             self.renew_cluster(cluster)
             return
@@ -67,11 +67,11 @@ class Hubs:
             self.cluster(cluster).publish(("node", name), cluster_pb2.Node(name=name), now_s=now_s)
 
     def round_of(self, name: str) -> int:
-        """Return how often `renew_cluster` was called: sequence numbers are only valid within one round."""
+        """Return how often `renew_cluster` was called: sequences are valid only within one round."""
         return self._rounds.get(name, 0)
 
     def renew_cluster(self, name: str) -> None:
-        """Restart all watches of a cluster, when too much has changed to be worth single events."""
+        """Restart all watches of a cluster after more changes than are worth single events."""
         self._rounds[name] = self.round_of(name) + 1
         self.remove_cluster(name)
 

@@ -1,4 +1,4 @@
-"""Presence of nodes: READY while a node is heard, SUSPECT when it is late, LOST when its lease has expired."""
+"""Presence of nodes: READY while messages arrive, SUSPECT when they are late, LOST when the lease has expired."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ class _Presence:
     state: State.ValueType
     declared: bool
     connected: bool = False
-    heard_s: float | None = None  # None: never
-    due_s: float | None = None  # when time alone may change the state; other entries of the heap are void
+    heard_s: float | None = None  # when the last message arrived; None: never
+    due_s: float | None = None  # when the state may change by time alone; other entries of the heap are void
 
 
 class Leases:
-    """Presence of nodes by name. Hearing a node only records the time; `expire` finds the silent ones.
+    """The presence of nodes by name. A message only records its time; `expire` finds the silent nodes.
 
     Args:
-        suspect_s: silence that makes a node SUSPECT.
-        lease_s: silence that makes it LOST.
+        suspect_s: silence after which a node is SUSPECT.
+        lease_s: silence after which a node is LOST.
     """
 
     def __init__(self, *, suspect_s: float, lease_s: float) -> None:
         self._suspect_s = suspect_s
         self._lease_s = lease_s
         self._nodes: dict[str, _Presence] = {}
-        self._due: list[tuple[float, str]] = []  # a heap: when which node has to be looked at
+        self._due: list[tuple[float, str]] = []  # a heap of times at which nodes must be checked
         self._num_connected = self._num_declared = 0
 
     def __contains__(self, node: str) -> bool:
@@ -45,12 +45,12 @@ class Leases:
 
     @property
     def num_connected(self) -> int:
-        """Nodes with a stream, whatever their state."""
+        """The number of nodes with a stream, whatever their state."""
         return self._num_connected
 
     @property
     def num_undeclared(self) -> int:
-        """Nodes with a stream that the cluster's document does not name."""
+        """The number of nodes with a stream that the cluster's document does not name."""
         return len(self._nodes) - self._num_declared
 
     def is_declared(self, node: str) -> bool:
@@ -70,10 +70,10 @@ class Leases:
         return found is not None and found.connected
 
     def declare(self, nodes: Iterable[str], *, now_s: float, known: Iterable[str] = ()) -> list[str]:
-        """Take ``nodes`` as all that the cluster's document names; return those whose state changed.
+        """Set the nodes that the cluster's document names, all of them; return those whose state changed.
 
-        ``known`` are nodes that were connected under an earlier planner: they cannot be called lost until a lease from
-        now has expired.
+        ``known`` are nodes that were connected under an earlier planner: they are not LOST before a lease, counted from
+        now, has expired.
         """
         names, earlier = set(nodes), set(known)
         self._num_declared = len(names)
@@ -102,7 +102,7 @@ class Leases:
         return changed
 
     def connect(self, node: str, *, now_s: float) -> bool:
-        """Note that a stream began; return whether the state changed. An undeclared node becomes UNDECLARED."""
+        """Record that a stream began; return whether the state changed. An undeclared node becomes UNDECLARED."""
         presence = self._nodes.setdefault(node, _Presence(state=State.NODE_STATE_UNSPECIFIED, declared=False))
         self._num_connected += not presence.connected
         presence.connected, presence.heard_s = True, now_s
@@ -110,7 +110,7 @@ class Leases:
         return self._enter(node, State.NODE_STATE_READY if presence.declared else State.NODE_STATE_UNDECLARED)
 
     def disconnect(self, node: str) -> bool:
-        """Note that the stream ended; return whether the state changed. The lease keeps running."""
+        """Record that the stream ended; return whether the state changed. The lease keeps running."""
         presence = self._nodes.get(node)
         if presence is None or not presence.connected:
             return False
@@ -124,7 +124,7 @@ class Leases:
         return presence.state == State.NODE_STATE_READY and self._enter(node, State.NODE_STATE_SUSPECT)
 
     def hear(self, node: str, *, now_s: float) -> bool:
-        """Renew the lease because of a message; return whether the state changed."""
+        """Renew the lease after a message; return whether the state changed."""
         presence = self._nodes.get(node)
         if presence is None or not presence.connected:
             return False
@@ -135,7 +135,7 @@ class Leases:
         return self._enter(node, State.NODE_STATE_READY if presence.declared else State.NODE_STATE_UNDECLARED)
 
     def expire(self, now_s: float) -> list[str]:
-        """Return the nodes whose state changed because they were silent."""
+        """Return the nodes whose state changed because of their silence."""
         changed = []
         while self._due and self._due[0][0] <= now_s:
             due_s, node = heapq.heappop(self._due)
@@ -157,7 +157,7 @@ class Leases:
         return changed
 
     def stood_still(self, gap_s: float, *, now_s: float) -> None:
-        """Forgive ``gap_s`` of silence until ``now_s``, in which the planner did not listen."""
+        """Forgive ``gap_s`` of silence until ``now_s``, during which the planner was suspended."""
         self._due.clear()
         for node, presence in self._nodes.items():
             if presence.heard_s is not None:

@@ -23,25 +23,25 @@ class HeadMaps:
     """The owners of all head groups of a replica: one map per copy of each stage."""
 
     replica: str
-    generation: int  # of the replica's state at its authority
+    generation: int  # generation of the replica's state at its authority
     step: int  # decode step at which all maps were read
     maps: tuple[head_map_pb2.HeadMap, ...]
 
 
 class HeadMapPieces:
-    """The pieces of one request so far, which may arrive in any order and repeatedly."""
+    """The pieces received so far for one request, which may arrive in any order and repeatedly."""
 
     def __init__(self, replica: str, *, most_bytes: int) -> None:
         self._replica = replica
         self._most_bytes = most_bytes
         self._num_bytes = 0
         self._pieces: dict[int, agent_service_pb2.HeadMapPiece] = {}
-        self._last: int | None = None  # index of the last piece; None if it has not come
+        self._last: int | None = None  # index of the last piece; None if it has not arrived
 
     def add(self, piece: agent_service_pb2.HeadMapPiece) -> HeadMaps | None:
-        """Add a piece; return the maps once all pieces are there, else None.
+        """Add a piece; return the maps once all pieces have arrived, else None.
 
-        Raises ServiceError if the agent has no map, or its pieces do not fit together.
+        Raises ServiceError if the agent has no map, or its pieces are inconsistent.
         """
         if piece.HasField("failure"):
             raise _failed(piece.failure)
@@ -82,7 +82,7 @@ class HeadMapPieces:
 
 
 def _failed(failure: failure_pb2.Failure) -> ServiceError:
-    """Return the agent's failure as an error; a reason that only newer versions know has no status code here."""
+    """Return the agent's failure as an error; reasons that only newer versions know become ENGINE_CANNOT."""
     if failure.reason in Reason.values() and failure.reason:
         return ServiceError(failure.reason, failure.message, metadata=failure.metadata)
     message = f"the agent cannot tell, for reason {failure.reason}: {failure.message}"
@@ -91,15 +91,15 @@ def _failed(failure: failure_pb2.Failure) -> ServiceError:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reported:
-    """A newer report came."""
+    """A newer report arrived."""
 
-    replicas: tuple[report_pb2.ReplicaReport, ...]  # reports of the replicas in it
-    changed: tuple[str, ...]  # replicas of which more than numbers changed
+    replicas: tuple[report_pb2.ReplicaReport, ...]  # reports of replicas on the node
+    changed: tuple[str, ...]  # replicas of which anything but numbers changed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Behind:
-    """The node holds a later generation than it was to be given: a new one must be chosen."""
+    """The node holds a later generation than the planner would give it: the planner must choose a newer one."""
 
     replica: str
 
@@ -114,23 +114,23 @@ class HeadMapsRead:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fenced:
-    """The node has obeyed a newer planner: this one has lost its authority."""
+    """The node has obeyed a newer planner, so this planner is not the leader any more."""
 
     newest_epoch: int
 
 
-# An inventory or the status of a change is its own message, an answer to a delta its `DeltaAnswer`.
+# An inventory and the status of a change are events as they are; an answer to a delta is its `DeltaAnswer`.
 LinkEvent = (
     Reported | inventory_pb2.NodeInventory | DeltaAnswer | Behind | change_pb2.ChangeStatus | HeadMapsRead | Fenced
 )
 
 
 PROTOCOL_VERSION = 1
-_MOST_FOREIGN = 1000  # replicas of other nodes, or unknown ones, that a node may report
-_MOST_REMOVALS = 16  # in flight per node
+_MOST_FOREIGN = 1000  # replicas of other nodes, or unknown ones, that are kept from a node's reports
+_MOST_REMOVALS = 16  # removals in flight per node
 
-MOST_CHARACTERS = 255  # of any text that is kept: names, versions, digests
-MOST_BYTES = 128 * 2**10  # of an inventory, and of the reports of all devices: what the largest node has
+MOST_CHARACTERS = 255  # limit on any text that is kept: names, versions, digests
+MOST_BYTES = 128 * 2**10  # limit on an inventory, and on the reports of all devices: enough for the largest node
 
 Request = agent_service_pb2.ConnectNodeRequest
 Response = agent_service_pb2.ConnectNodeResponse
@@ -170,7 +170,7 @@ def check_hello(request: Request, *, epoch: int) -> agent_service_pb2.Hello:
 
 
 def _check_replicas(said: Iterable[Any]) -> None:
-    """Check what an agent says of replicas and changes. Raises PROTOCOL_VIOLATION."""
+    """Check the names and generations in an agent's list of replicas or changes. Raises PROTOCOL_VIOLATION."""
     for one in said:
         if one.generation > MOST_GENERATION:
             message = f"a generation is above {MOST_GENERATION}, which none can be"
@@ -216,7 +216,7 @@ def _check_bytes(num_bytes: int, field: str) -> None:
 
 
 class NodeLink:
-    """The state of one node and the messages due to it. It outlives its streams."""
+    """The state of one node and the messages due to it. It exists longer than the node's streams."""
 
     def __init__(
         self,
@@ -227,52 +227,52 @@ class NodeLink:
         most_held: Callable[[str], int | None] = lambda _: None,
         known: cluster_pb2.Node | None = None,
     ) -> None:
-        """Begin without a stream.
+        """Start without a stream.
 
         Args:
-            most_held: returns the highest generation that the node can hold of a replica, None if not its own.
-            known: the node as stored; None if it is not.
+            most_held: returns the highest generation of a replica that the node can hold; None if it is another node's.
+            known: the stored node; None if it is not stored.
         """
         self.node = node  # `clusters/{cluster}/nodes/{node}`
-        self.devices: tuple[report_pb2.DeviceReport, ...] = ()  # last report of each of its GPUs; empty: none yet
-        # What its agent found; None: not known
+        self.devices: tuple[report_pb2.DeviceReport, ...] = ()  # last report of each GPU of the node; empty: none yet
+        # What the agent found on its node; None: unknown
         self.inventory = known.inventory if known is not None and known.HasField("inventory") else None
-        self.agent_version = ""  # empty: no agent was connected
-        self.engine_address = known.engine_address if known is not None else ""  # where it listens for others, or empty
+        self.agent_version = ""  # version of the last connected agent; empty: there was none
+        self.engine_address = known.engine_address if known is not None else ""  # where it listens for peers, or empty
         self.capabilities: frozenset[Capability.ValueType] = frozenset()
-        self._num_ignored = 0  # reports about replicas that are not its own, after `_MOST_FOREIGN` others
+        self._num_ignored = 0  # reports ignored because they are about other nodes' replicas, beyond `_MOST_FOREIGN`
         self._most_held = most_held
         self._epoch = epoch
         self._settings = settings
-        self.session = ""  # of the current stream, whose messages alone count; empty: there is none
-        self.boot_id = ""  # of the last connected agent; empty: there was none
-        self.slots: dict[str, ReplicaSlot] = {}  # by replica; changed through `slot` and `heard_slot`
-        self._foreign: set[str] = set()  # slots of replicas that are not its own, or were not
-        self._active: set[str] = set()  # replicas for which something may have to be sent now
-        self._due: list[tuple[float, str]] = []  # when time alone may require that
+        self.session = ""  # id of the current stream, the only one whose messages are accepted; empty: none
+        self.boot_id = ""  # id of the last connected agent's run; empty: there was none
+        self.slots: dict[str, ReplicaSlot] = {}  # by replica; modified through `slot` and `heard_slot`
+        self._foreign: set[str] = set()  # replicas with a slot that are or were another node's
+        self._active: set[str] = set()  # replicas for which there may be something to send now
+        self._due: list[tuple[float, str]] = []  # heap of the times from which there may be something to send
         self._due_s: dict[str, float] = {}  # by replica; other entries of the heap are void
-        self._removals: set[str] = set()  # replicas whose removal was sent and not answered
-        self._put_off: dict[str, None] = {}  # replicas whose removal waits for those
-        self._outbox: list[Response] = []  # messages about no replica, which are sent first
-        self._report_sequence = 0  # of the last report that counted
+        self._removals: set[str] = set()  # replicas whose removal was sent but not answered
+        self._put_off: dict[str, None] = {}  # replicas whose removal waits until others are answered
+        self._outbox: list[Response] = []  # messages that concern no replica, which are sent first
+        self._report_sequence = 0  # sequence of the last accepted report
         self._inventory_sequence = 0
         self._head_maps: dict[str, HeadMapPieces] = {}  # by request id
 
-    # State.
+    # --- State
 
     @property
     def moves_heads(self) -> bool:
-        """Return whether its agent can move heads, or has not announced its capabilities yet."""
+        """Whether the agent can move heads, or has not announced its capabilities yet."""
         return not self.boot_id or Capability.AGENT_CAPABILITY_MOVE in self.capabilities
 
     @property
     def has_more(self) -> bool:
-        """Return whether something is to be sent now or may be later."""
+        """Whether there are messages to send now or later."""
         return bool(self._active or self._outbox or self._due or self._put_off)
 
     @property
     def is_clearing(self) -> bool:
-        """Return whether the node holds something that it was told to remove."""
+        """Whether the node holds a replica that it was ordered to remove."""
         return any(slot.held and isinstance(slot.wanted, WantedRemoval) for slot in self.slots.values())
 
     def slot(self, replica: str) -> ReplicaSlot:
@@ -283,7 +283,7 @@ class NodeLink:
         return self.slots[replica]
 
     def heard_slot(self, replica: str) -> ReplicaSlot | None:
-        """Return the slot of a replica that the node mentions, or None after too many that are not its own."""
+        """Return the slot of a replica that the node mentions, or None beyond the limit for other nodes' replicas."""
         if replica not in self.slots and self._most_held(replica) is None:
             if len(self._foreign) >= _MOST_FOREIGN:
                 self._num_ignored += 1
@@ -297,7 +297,7 @@ class NodeLink:
         return num
 
     def forget(self, replica: str) -> None:
-        """Forget a replica that is gone everywhere."""
+        """Forget a replica that is gone from all nodes."""
         self.slots.pop(replica, None)
         self._due_s.pop(replica, None)
         self._put_off.pop(replica, None)
@@ -308,12 +308,12 @@ class NodeLink:
         most = self._most_held(replica)
         return MOST_GENERATION if most is None else most
 
-    # The stream.
+    # --- The stream
 
     def open(self, request: Request) -> None:
-        """Open a stream with its first message; an earlier stream of the node is void from now on.
+        """Open a stream with its first message; an earlier stream of the node is void from then on.
 
-        Raises ServiceError as `check_hello`; the earlier stream continues.
+        Raises ServiceError as `check_hello` does; the earlier stream then continues.
         """
         hello = check_hello(request, epoch=self._epoch)
         self.session, self.boot_id = str(uuid.uuid4()), hello.boot_id
@@ -349,7 +349,10 @@ class NodeLink:
         return True
 
     def receive(self, request: Request, *, now_s: float) -> list[LinkEvent]:
-        """Handle a message of the stream. Raises PROTOCOL_VIOLATION, STALE_EPOCH or INVALID_FIELD: it must end."""
+        """Handle a message of the stream.
+
+        Raises PROTOCOL_VIOLATION, STALE_EPOCH or INVALID_FIELD if the stream must end.
+        """
         if request.WhichOneof("message") == "hello":
             raise ServiceError(Reason.ERROR_REASON_PROTOCOL_VIOLATION, "a hello came in the middle of a stream")
         if request.epoch > self._epoch:
@@ -359,7 +362,7 @@ class NodeLink:
                 metadata={"epoch": self._epoch, "newest_epoch": request.epoch},
             )
         if request.epoch < self._epoch:
-            return []  # from an earlier stream: all messages of this one have the epoch of its Welcome
+            return []  # sent on an earlier stream: all messages of this one have the epoch of its Welcome
         _check_replicas([*request.report.replicas, request.ack, request.nack, request.change_status])
         match request.WhichOneof("message"):
             case "report":
@@ -375,11 +378,11 @@ class NodeLink:
                 return [request.change_status]
             case "head_map":
                 return self._take_piece(request.head_map)
-            case _:  # a heartbeat, or a message of a newer agent
+            case _:  # a heartbeat, or a kind of message that only newer agents send
                 return []
 
     def messages(self, now_s: float) -> list[Response]:
-        """Return the messages to send now, each only once."""
+        """Return the messages to send now; each is returned only once."""
         if not self.session:
             return []
         found, self._outbox = self._outbox, []
@@ -423,7 +426,7 @@ class NodeLink:
             heapq.heappush(self._due, (due_s, replica))
 
     def ask_head_maps(self, replica: str) -> str:
-        """Request head maps with the next `messages`; return the id of the request."""
+        """Add a request for head maps to the next `messages`; return the id of the request."""
         request_id = str(uuid.uuid4())
         self._head_maps[request_id] = HeadMapPieces(replica, most_bytes=self._settings.piece_bytes)
         asked = agent_service_pb2.StateRequest(request_id=request_id, head_map_of=replica)
@@ -431,14 +434,14 @@ class NodeLink:
         return request_id
 
     def drop_head_maps(self, request_id: str) -> None:
-        """Drop a request for head maps for which nobody waits any more."""
+        """Drop a request for head maps for which the caller no longer waits."""
         self._head_maps.pop(request_id, None)
 
     def say_goodbye(self, reason: str) -> None:
         goodbye = agent_service_pb2.Goodbye(reason=reason, reconnect_within=duration(self._settings.reconnect_s))
         self._outbox.append(Response(epoch=self._epoch, goodbye=goodbye))
 
-    # Messages from the agent.
+    # --- Messages from the agent
 
     def _take_report(self, sequence: int, report: agent_service_pb2.NodeReport) -> list[LinkEvent]:
         if sequence <= self._report_sequence:
@@ -451,7 +454,7 @@ class NodeLink:
             slot = self.slots.get(one.replica) or self.heard_slot(one.replica)
             if slot is None:
                 continue
-            if self._most_held(one.replica) is None:  # only to be removed: its numbers would fill memory for nothing
+            if self._most_held(one.replica) is None:  # to be removed: its numbers would only fill memory
                 one = report_pb2.ReplicaReport(
                     replica=one.replica, assignment_state=one.assignment_state, generation=one.generation
                 )

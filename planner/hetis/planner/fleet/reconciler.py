@@ -1,4 +1,4 @@
-"""Reconciles one cluster: decisions are written to the store, and then the nodes are told."""
+"""Reconciliation of one cluster: decisions are written to the store, and then sent to the nodes."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ from hetis.solver.plan import Plan
 from hetis.v1.replica_pb2 import KvPartner
 
 _log = logging.getLogger("hetis.planner.fleet")
-_KEPT = 2  # parsed plans: the active one and the one before
+_KEPT = 2  # parsed plans: the active one and its predecessor
 
 
 class PlanContents:
-    """Contents of plans from their documents in the store."""
+    """The contents of plans, from their documents in the store."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._parsed: OrderedDict[str, PlanAndProblem] = OrderedDict()  # by digest: names of deleted plans come again
+        self._parsed: OrderedDict[str, PlanAndProblem] = OrderedDict()  # by digest: plan names can be reused
 
     async def of(self, plan: str, indices: Sequence[int]) -> list[Contents | None]:
-        """Return the contents of these replicas. A plan's document never changes, so parsed plans can be kept."""
+        """Return the contents of these replicas. Parsed plans are kept, since a plan's document never changes."""
         record = await self._store.read(lambda tx: tx.plans.get(plan))
         found = None if record is None else self._parsed.get(record.body.result.document.digest)
         if found is None:
@@ -65,7 +65,7 @@ def _parse(plan: str, document: bytes) -> PlanAndProblem | None:
 
 
 def _contents(found: PlanAndProblem, plan: str, indices: Sequence[int]) -> list[Contents | None]:
-    """Return the contents of these replicas of a plan, None for each that cannot be worked out."""
+    """Return the contents of these replicas of a plan, None for each one that cannot be derived."""
     model, types = document_of(found.problem.model), found.problem.cluster.gpu_types
     partners: list[list[KvPartner]] = []
     contents: list[Contents | None] = []
@@ -81,18 +81,18 @@ def _contents(found: PlanAndProblem, plan: str, indices: Sequence[int]) -> list[
     return contents
 
 
-_ENDS_AT_ONCE = 1000  # changes looked up in the store by one read
-_LOOKED_UP_AT_ONCE = 64  # replicas whose plans are evaluated between two rounds
-_PAUSE = 3.0  # between two rounds, in multiples of the last one's duration: later input becomes one round
+_ENDS_AT_ONCE = 1000  # changes that one read looks up in the store
+_LOOKED_UP_AT_ONCE = 64  # replicas whose plans are evaluated in one round
+_PAUSE = 3.0  # between two rounds, in multiples of the last one's duration, so that later input is decided in one round
 _MOST_PAUSE_S = 1.0
-_ROUNDS = 100  # consecutive rounds before others have their turn
+_ROUNDS = 100  # consecutive rounds before the event loop's other tasks have their turn
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
 class Reconciler:
-    """Brings the store and the nodes of one cluster to the wanted state whenever something changed."""
+    """Brings the store and the nodes of one cluster to the wanted state whenever something has changed."""
 
-    cluster: ClusterFleet  # its ``record`` is None before the first read, and when it is gone
+    cluster: ClusterFleet  # its ``record`` is None before the first read, and once the cluster is gone
     store: Store
     hubs: Hubs
     contents: PlanContents
@@ -101,12 +101,12 @@ class Reconciler:
     observers: Sequence[FleetObserver]
     send: Callable[[ClusterFleet], None]
     lose_leadership: Callable[[ServiceError], None]
-    lock: asyncio.Lock = field(default_factory=asyncio.Lock)  # held by whoever reads or decides
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)  # held while reading or deciding
     task: asyncio.Task[None] | None = None  # the running or scheduled reconciliation, or None
     _took_s: float = 0.0
 
     async def read(self) -> bool:
-        """Read the cluster from the store; the caller holds the lock. Return False if the cluster is gone."""
+        """Read the cluster from the store; the caller must hold the lock. Return False if the cluster is gone."""
         kept = await self.store.read(partial(read_cluster, name=self.cluster.name))
         if kept.cluster is None:
             return False
@@ -121,12 +121,12 @@ class Reconciler:
         )
 
     def begin(self) -> None:
-        """Start a round if there is something to decide; input of the same moment is decided together."""
+        """Start a round if there is something to decide; inputs that arrive together are decided together."""
         if self.task is None and self.has_work:
             self.task = asyncio.create_task(self._reconcile_soon(), name=f"reconciling {self.cluster.name}")
 
     async def reconcile(self) -> None:
-        """Decide, write and tell until nothing is left to decide."""
+        """Decide, write and send until nothing remains to be decided."""
         async with self.lock:
             for _ in range(_ROUNDS):
                 if not self.has_work:
@@ -146,7 +146,7 @@ class Reconciler:
             self._took_s = self.clock.monotonic() - began_s
         except ServiceError as error:
             _log.warning("nothing could be kept", extra={**extra, "reason": error.reason_name})
-            self._took_s = _MOST_PAUSE_S  # as after a long round: the store is asked once a second
+            self._took_s = _MOST_PAUSE_S  # as after a long round, so that the store is tried once a second
             if error.reason == Reason.ERROR_REASON_NOT_LEADER:
                 self.lose_leadership(error)
         except Exception:
@@ -158,7 +158,7 @@ class Reconciler:
         cluster, kept_s = self.cluster, self.clock.time()
         try:
             kept = await self.store.write(partial(apply, writes=writes, now_s=kept_s))
-        except BaseException:  # whatever ended it: no decision may be lost
+        except BaseException:  # whatever the exception: no decision may be lost
             cluster.take_back(writes)
             raise
         cluster.applied(writes, kept)
@@ -175,7 +175,7 @@ class Reconciler:
                 observer.redispatch_ended(body)
 
     async def _prepare(self) -> None:
-        """Look up the plans of replicas that were not looked up yet."""
+        """Read the plans of replicas whose contents are not known yet."""
         cluster = self.cluster
         by_plan: dict[str, list[tuple[str, int]]] = {}
         for name in list(cluster.unprepared)[:_LOOKED_UP_AT_ONCE]:

@@ -1,4 +1,4 @@
-"""A replica of a running cluster: its record, its GPUs, its plan's contents, and the assignments that follow."""
+"""One replica of a running cluster: its record, its GPUs, its plan's contents, and the assignments that follow."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from hetis.v1 import document_pb2, replica_pb2, report_pb2, stage_pb2
 
 
 def dense_devices_of(shape: replica_pb2.ReplicaPlan) -> list[str]:
-    """Return the GPUs that the replica cannot serve without, as `node/index`, the primary's first."""
+    """Return the GPUs without which the replica cannot serve, as `node/index`, the primary's first."""
     return [device for stage in shape.stages for device in stage.devices]
 
 
 def devices_of(shape: replica_pb2.ReplicaPlan) -> list[str]:
-    """Return all its GPUs, as `node/index`: those of its stages, then its attention workers."""
+    """Return all GPUs of the replica, as `node/index`: those of its stages, then its attention workers."""
     workers = dict.fromkeys(device for pool in shape.attention_workers for device in pool.devices)  # shared ones once
     return [*dense_devices_of(shape), *workers]
 
 
 def nodes_of(shape: replica_pb2.ReplicaPlan) -> list[str]:
-    """Return the ids of the nodes that it has GPUs on, the primary's first."""
+    """Return the ids of the nodes where the replica has GPUs, the primary's first."""
     return list(dict.fromkeys(map(node_of, devices_of(shape))))
 
 
 Authority = replica_pb2.HeadMapAuthority
 
-# The goal of the last assignment, if an earlier planner made it. A repeated LOAD does no harm to a node that was told
-# to serve: all nodes are told again once all have loaded.
+# The goal of the last assignment, if an earlier planner made it. Repeating LOAD does no harm to a node that was already
+# ordered to serve: once all nodes have loaded, all are ordered to serve again.
 _GOAL_OF = {
     State.REPLICA_STATE_STARTING: Goal.ASSIGNMENT_GOAL_LOAD,
     State.REPLICA_STATE_SERVING: Goal.ASSIGNMENT_GOAL_SERVE,
@@ -45,40 +45,40 @@ _GOAL_OF = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Contents:
-    """The parts of a plan's document about a replica besides its shape."""
+    """What a plan's document contains about a replica besides its shape."""
 
     model: document_pb2.Document  # a ModelSpec document
-    # For the dispatcher of the primary, one per copy of each stage; none for a prefill replica
+    # Models for the primary's dispatcher, one per copy of each stage; none for a prefill replica
     stages: tuple[stage_pb2.StageModel, ...]
-    kv_partners: Sequence[replica_pb2.KvPartner] = ()  # kinds of replicas among which it exchanges KV
-    gpu_kinds: Sequence[replica_pb2.GpuKind] = ()  # of its GPU types, and of its partners'
+    kv_partners: Sequence[replica_pb2.KvPartner] = ()  # kinds of replicas with which it exchanges KV
+    gpu_kinds: Sequence[replica_pb2.GpuKind] = ()  # kinds of its GPUs and of its partners'
 
 
 class Replica:
     """The state of one replica.
 
     Attributes:
-        report, report_time_s: the last of its primary, and its Unix time.
+        report, report_time_s: the last report of its primary, and its Unix time.
     """
 
     def __init__(self, record: ReplicaRecord) -> None:
         shape = record.body.shape
-        self.record = record  # as stored
-        self.basic_body = basic_replica(record.body)  # its body in the view BASIC
+        self.record = record  # as last stored
+        self.basic_body = basic_replica(record.body)  # its record's body in the view BASIC
         self.standing = standing_of(record)  # the input of the activation rule
-        self.contents: Contents | None = None  # None until looked up; no assignment can be made before
+        self.contents: Contents | None = None  # None until read; no assignment can be made before
         self.nodes = tuple(nodes_of(shape))  # ids of its nodes, the primary's first
-        # Those of them that it cannot serve without
+        # Those of its nodes without which it cannot serve
         self.dense_nodes = frozenset(map(node_of, dense_devices_of(shape)))
         self.devices = tuple(devices_of(shape))  # all its GPUs
         self.report: report_pb2.ReplicaReport | None = None
         self.report_time_s: float | None = None
-        # Addresses of its engines by node id, as last sent; None if no assignment of this planner was
+        # Addresses of its engines by node id, as last sent; None if this planner sent no assignment
         self.peers: dict[str, str] | None = None
-        # Since when it has been starting or draining; None if it is not, or if it waits for its GPUs
+        # Time since which it has been starting or draining; None if it is not, or waits for its GPUs
         self._since_s: float | None = None
-        self.cannot_start = False  # its plan cannot be read
-        # All nodes need a new assignment, as one holds something later or has another address
+        self.cannot_start = False  # whether its plan cannot be read
+        # Whether all nodes need a new assignment, since one holds a later generation or has a new address
         self.must_reassign = False
 
     @property
@@ -107,7 +107,7 @@ class Replica:
 
     @property
     def is_passing(self) -> bool:
-        """Return whether it is starting or draining, which takes only so long."""
+        """Whether it is starting or draining, both of which have a time limit."""
         return self._since_s is not None
 
     @property
@@ -120,21 +120,24 @@ class Replica:
         return self.record.body.assigned_generation
 
     def take_contents(self, contents: Contents | None) -> None:
-        """Take its plan's contents; None: the plan cannot be read, so a replica that has no assignment never starts."""
+        """Set the contents of its plan.
+
+        None: the plan cannot be read, so that a replica without an assignment never starts.
+        """
         self.cannot_start = contents is None and self.standing.goal is None
-        # Without contents, it can still be drained and stopped
+        # Without contents, the replica can still be drained and stopped
         self.contents = contents or Contents(model=document_pb2.Document(), stages=())
 
     def hear(self, report: report_pb2.ReplicaReport, *, time_s: float) -> None:
-        """Take a report of its primary."""
+        """Record a report of its primary."""
         self.report, self.report_time_s = report, time_s
 
     def require_assignment(self) -> None:
-        """Note that all its nodes need a new assignment."""
+        """Request a new assignment for all its nodes."""
         self.must_reassign = True
 
     def passing_s(self, now_s: float, *, is_blocked: bool) -> float | None:
-        """Return for how long it has been starting (counted from when its GPUs are free) or draining, or None."""
+        """Return for how long it has been starting (since its GPUs became free) or draining, or None if it is not."""
         if self.state not in (State.REPLICA_STATE_STARTING, State.REPLICA_STATE_DRAINING) or is_blocked:
             self._since_s = None
             return None
@@ -143,7 +146,7 @@ class Replica:
         return now_s - self._since_s
 
     def renew(self, record: ReplicaRecord, standing: Standing | None = None) -> None:
-        """Take a newer record from the store, and its ``standing`` if the fleet decided it."""
+        """Take over a newer record, and its ``standing`` if the fleet decided it."""
         before = self.state
         self.record, self.basic_body = record, basic_replica(record.body)
         self.standing = standing or Standing(
@@ -156,9 +159,9 @@ class Replica:
             self._since_s = None
 
     def assignments(self, peers: Mapping[str, str], plan: str, *, is_new: bool) -> dict[str, WantedAssignment]:
-        """Return the replica's last assignment by node id: equal generations have equal content on every node.
+        """Return the replica's last assignment by node id; equal generations have equal contents on every node.
 
-        If not ``is_new``, an earlier planner made it.
+        Unless ``is_new``, an earlier planner made it.
         """
         contents, goal = self.contents, self.standing.goal
         assert contents is not None
@@ -191,7 +194,7 @@ class Replica:
 
 
 def standing_of(record: ReplicaRecord) -> Standing:
-    """Return a replica's standing as far as its record tells."""
+    """Return a replica's standing as far as it follows from its record."""
     body = record.body
     return Standing(
         state=record.state or State.REPLICA_STATE_STARTING,

@@ -1,4 +1,4 @@
-"""Settings of the fleet, the automatic reactions that a cluster's policy allows, and counters."""
+"""The fleet's settings, the automatic reactions that a cluster's policy allows, and the fleet's counters."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ from hetis.v1 import agent_service_pb2, cluster_pb2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FleetSettings:
-    """Settings; times are in seconds.
+    """Settings of the fleet. Times are in seconds.
 
     Attributes:
         kv_change_ratio, kv_thresholds, min_report_s: as in the API's ``Settings``.
     """
 
-    heartbeat_s: float = 5.0  # agents send something at least this often
-    # A node that was silent for this long is LOST; for a node known before the planner started, silence counts from its
-    # start
+    heartbeat_s: float = 5.0  # the longest silence of a connected agent
+    # A node that was silent for so long is LOST; for a node known before the planner started, silence counts from the
+    # planner's start
     lease_s: float = 20.0
-    suspect_s: float = 8.0  # a node that was silent for this long is SUSPECT; a broken stream makes it so at once
+    suspect_s: float = 8.0  # a node that was silent for so long is SUSPECT; after a broken stream it is SUSPECT at once
     kv_change_ratio: float = 0.02
     kv_thresholds: tuple[float, ...] = (0.8, 0.9, 0.95)
     min_report_s: float = 1.0
-    answer_s: float = 10.0  # a delta without an answer is sent again, under the same nonce, after this long
-    retry_s: float = 5.0  # an assignment refused for lack of an engine is tried again after this long
-    start_s: float = 900.0  # a replica that does not serve this long after its GPUs were free has failed
-    drain_s: float = 1800.0  # a draining replica is stopped after this long, whatever still runs
-    publish_s: float = 0.25  # the least time between two updates for watchers and observers of states
+    answer_s: float = 10.0  # a delta without an answer is sent again after so long, with the same nonce
+    retry_s: float = 5.0  # an assignment that was refused for lack of an engine is sent again after so long
+    start_s: float = 900.0  # a replica that does not serve so long after its GPUs became free has failed
+    drain_s: float = 1800.0  # a draining replica is stopped after so long, whatever is still running
+    publish_s: float = 0.25  # shortest time between two updates of states for watchers and observers
     tick_s: float = 0.25  # how often leases and deadlines are checked
-    reconnect_s: float = 5.0  # agents reconnect within this time after a Goodbye
-    piece_bytes: int = 256 * 2**20  # most bytes of the head maps of one replica, all pieces together
+    reconnect_s: float = 5.0  # agents reconnect within so long after a Goodbye
+    piece_bytes: int = 256 * 2**20  # limit on the head maps of one replica, in bytes, all pieces together
 
     def __post_init__(self) -> None:
         if not self.heartbeat_s < self.suspect_s < self.lease_s:
@@ -43,7 +43,7 @@ class FleetSettings:
             )
 
     def to_proto(self) -> agent_service_pb2.Settings:
-        """Return the settings that agents get."""
+        """Return the settings that are sent to agents."""
         return agent_service_pb2.Settings(
             heartbeat_interval=duration(self.heartbeat_s),
             lease=duration(self.lease_s),
@@ -55,15 +55,15 @@ class FleetSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RedispatchPolicy:
-    """The re-dispatch part of a `ClusterPolicy`."""
+    """The part of a `ClusterPolicy` about re-dispatch."""
 
     mode: cluster_pb2.ReactionMode.ValueType = cluster_pb2.REACTION_MODE_AUTOMATIC  # OFF, ADVISORY or AUTOMATIC
-    deviation_ratio: float = THETA  # share that the slowest device may be above the ideal
-    # Share of a device's KV blocks above which head groups leave; None: the stage's own
+    deviation_ratio: float = THETA  # share by which the slowest device may exceed the ideal
+    # Share of a device's KV blocks above which head groups should leave; None: the stage's own
     high_water: float | None = None
-    interval_s: float = 5.0  # least time between two re-dispatches of a replica
-    prepare_timeout_s: float = 30.0  # how long the preparation of one may take
-    kv_bytes: float = math.inf  # most KV that one may move
+    interval_s: float = 5.0  # shortest time between two re-dispatches of a replica
+    prepare_timeout_s: float = 30.0  # longest time that the preparation of a re-dispatch may take
+    kv_bytes: float = math.inf  # limit on the KV that a re-dispatch may move
 
     @property
     def is_off(self) -> bool:
@@ -76,7 +76,7 @@ class RedispatchPolicy:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProposalPolicy:
-    """The proposal part of a `ClusterPolicy`: ``mode``, and how long capacity must have changed."""
+    """The part of a `ClusterPolicy` about proposals: ``mode``, and how long a change of capacity must have lasted."""
 
     mode: cluster_pb2.ReactionMode.ValueType = cluster_pb2.REACTION_MODE_ADVISORY
     patience_s: float = 300.0
@@ -106,15 +106,15 @@ def _seconds(message: cluster_pb2.ClusterPolicy, field: str, default_s: float) -
 
 @dataclass(slots=True, kw_only=True)
 class FleetCounters:
-    """Counters, which only grow."""
+    """Counters of events, which never decrease."""
 
-    messages: Counter[str] = field(default_factory=Counter)  # from agents, by the field that was set
-    reports_dropped: int = 0  # reports that a newer one had overtaken
-    deltas: Counter[str] = field(default_factory=Counter)  # sent, by the field that was set
-    nacks: Counter[str] = field(default_factory=Counter)  # by reason
-    streams: int = 0  # opened; `takeovers` of them ended another stream of their node
+    messages: Counter[str] = field(default_factory=Counter)  # messages from agents, by the field that was set
+    reports_dropped: int = 0  # reports that arrived after a newer one
+    deltas: Counter[str] = field(default_factory=Counter)  # deltas sent, by the field that was set
+    nacks: Counter[str] = field(default_factory=Counter)  # nacks by reason
+    streams: int = 0  # streams opened; `takeovers` is how many of them replaced an earlier stream of their node
     takeovers: int = 0
-    refusals: int = 0  # streams of another run of an agent while one was connected
-    redispatches: Counter[str] = field(default_factory=Counter)  # ended ones, by state
-    replicas_ignored: int = 0  # replicas of other nodes or of nobody, which a node mentioned after too many of the kind
-    contradictions: int = 0  # reports of an authority that contradict its first: a bug, here or there
+    refusals: int = 0  # streams refused because another run of the node's agent was connected
+    redispatches: Counter[str] = field(default_factory=Counter)  # re-dispatches that ended, by state
+    replicas_ignored: int = 0  # reports of unknown or other nodes' replicas that were ignored, being too many
+    contradictions: int = 0  # reports of an authority that contradict its first one: a bug, here or in an agent

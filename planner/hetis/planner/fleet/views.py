@@ -1,4 +1,4 @@
-"""Snapshots of the fleet for callers and watchers, and their publication; frequent changes at a limited rate."""
+"""Snapshots of the fleet for callers and watchers, and their publication, at a limited rate for frequent changes."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from hetis.v1 import (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LiveNode:
-    """A node as reported on its stream. Times are Unix seconds; None: never."""
+    """A node as reported on its stream. Times are Unix times in seconds; None: never."""
 
     state: cluster_pb2.NodeState.ValueType
-    is_draining: bool  # whether it is to be emptied
+    is_draining: bool  # whether the node is to be emptied
     devices: tuple[report_pb2.DeviceReport, ...]  # last report of each GPU
-    inventory: inventory_pb2.NodeInventory | None  # what its agent found; None: not known
-    agent_version: str  # empty: no agent was connected
-    engine_address: str  # where its engine listens for others; empty: not known
+    inventory: inventory_pb2.NodeInventory | None  # what the agent found on the node; None: unknown
+    agent_version: str  # version of the last connected agent; empty: there was none
+    engine_address: str  # where the node's engine listens for its peers; empty: unknown
     connect_time_s: float | None
     heard_time_s: float | None
 
@@ -43,17 +43,17 @@ class LiveReplica:
     """A replica as reported by its nodes."""
 
     name: str  # `clusters/{cluster}/replicas/{replica}`
-    plan: str  # the plan that it belongs to
+    plan: str  # the plan to which it belongs
     state: replica_pb2.ReplicaState.ValueType
-    generation: int  # of its state at its primary, or of its last assignment if the primary has not reported yet
-    authority: replica_pb2.HeadMapAuthority.ValueType  # who decides its head map
+    generation: int  # as reported by its primary, or else that of its last assignment
+    authority: replica_pb2.HeadMapAuthority.ValueType  # whether its engine or the planner decides its head map
     primary_node: str
     shape: replica_pb2.ReplicaPlan  # its shape in the plan
-    stages: Sequence[stage_pb2.StageModel]  # for its dispatcher; empty: not looked up yet, or a prefill replica
-    conditions: Mapping[str, report_pb2.DeviceStatus.ValueType]  # by GPU, `node/index`; those not listed are OK
-    report: report_pb2.ReplicaReport | None  # the last of its primary; None: none yet
-    report_time_s: float | None  # when that came, Unix seconds; None: never
-    redispatch: str  # name of the one under way; empty: none
+    stages: Sequence[stage_pb2.StageModel]  # models for its dispatcher; empty: not read yet, or a prefill replica
+    conditions: Mapping[str, report_pb2.DeviceStatus.ValueType]  # by GPU, as `node/index`; unlisted GPUs are OK
+    report: report_pb2.ReplicaReport | None  # last report of its primary; None: none yet
+    report_time_s: float | None  # Unix time of that report; None: never
+    redispatch: str  # name of the re-dispatch under way; empty: none
 
 
 class RunningReplicas(Protocol):
@@ -61,23 +61,23 @@ class RunningReplicas(Protocol):
 
 
 class FleetObserver:
-    """An observer that is called in the fleet's loop, must return at once, and by default does nothing."""
+    """A receiver of the fleet's events, called in its event loop. Methods must return at once, and do nothing here."""
 
     def replica_reported(self, replica: str, report: report_pb2.ReplicaReport) -> None:
-        """Note a report from one of the replica's nodes, the primary's or another."""
+        """Called after a report from one of the replica's nodes, the primary's or another."""
 
     def replica_changed(self, replica: str) -> None:
-        """Note a change of a replica's state, generation or conditions, or that it is gone."""
+        """Called after a change of a replica's state, generation or conditions, and when it is gone."""
 
     def redispatch_ended(self, redispatch: redispatch_pb2.Redispatch) -> None:
-        """Note that a re-dispatch is final, durably."""
+        """Called when a re-dispatch is final and stored."""
 
     def capacity_changed(self, cluster: str) -> None:
-        """Note that a node was lost, is back, drains, or joined."""
+        """Called when a node was lost, came back, drains, or joined."""
 
 
 class Clock:
-    """The machine's clocks: monotonic seconds, and Unix seconds."""
+    """The clocks of this machine: monotonic seconds, and Unix time."""
 
     def monotonic(self) -> float:
         return time.monotonic()
@@ -87,14 +87,14 @@ class Clock:
 
 
 def publish(cluster: ClusterFleet, hubs: Hubs, *, now_s: float) -> None:
-    """Publish everything that has changed since the last time. ``now_s``: Unix time."""
+    """Publish everything that has changed since the last call. ``now_s``: Unix time."""
     shown = cluster.take_shown()
     if not shown:
         return
     hub = hubs.cluster(cluster.name)
     for kind, name in shown:
         if kind == "node":
-            # Only the name of the node: watchers look up its state when they are ready for it.
+            # Publish only the node's name: watchers read its state when they are ready for it.
             is_gone = last_part(name) not in cluster.leases
             hub.publish((kind, name), None if is_gone else cluster_pb2.Node(name=name), now_s=now_s)
         elif kind == "replica":
@@ -115,7 +115,7 @@ def publish(cluster: ClusterFleet, hubs: Hubs, *, now_s: float) -> None:
 def publish_end(
     cluster: ClusterFleet, hubs: Hubs, body: redispatch_pb2.Redispatch, *, ended_s: float, now_s: float
 ) -> None:
-    """Publish a re-dispatch in its final state; ``ended_s`` is the time in the store."""
+    """Publish a re-dispatch in its final state; ``ended_s`` is the end time in the store."""
     message = basic_redispatch(body)
     if not message.HasField("end_time"):
         message.end_time.CopyFrom(timestamp(ended_s))
@@ -131,7 +131,7 @@ def replica_view(cluster: ClusterFleet, replica: Replica) -> replica_pb2.Replica
 
 
 def show_live(message: replica_pb2.Replica, live: LiveReplica) -> None:
-    """Write what is live about a replica into its message."""
+    """Add the live state of a replica to its message."""
     message.state, message.generation, message.redispatch = live.state, live.generation, live.redispatch
     if live.report is not None:
         message.report.CopyFrom(live.report)
@@ -140,7 +140,7 @@ def show_live(message: replica_pb2.Replica, live: LiveReplica) -> None:
 
 
 def generation_of(cluster: ClusterFleet, replica: Replica) -> int:
-    """Return a replica's generation as last reported by its primary, or else that of its last assignment."""
+    """Return a replica's generation as last reported by its primary; before any report, that of its last assignment."""
     link = cluster.links.get(replica.primary_node)
     slot = None if link is None else link.slots.get(replica.name)
     return slot.held if slot is not None and slot.held else replica.assigned_generation
@@ -166,7 +166,7 @@ def live_replica(cluster: ClusterFleet, replica: Replica) -> LiveReplica:
 
 
 def live_node(cluster: ClusterFleet, node: str, *, unix_s: float, now_s: float) -> LiveNode:
-    """Return a node's view. ``unix_s`` and ``now_s`` are the same moment by both clocks."""
+    """Return a node's view. ``unix_s`` and ``now_s`` are the same moment on both clocks."""
     link = cluster.links.get(node)
     heard_s = cluster.leases.heard_s(node)
     connect_time_s = cluster.connect_time_s.get(node)
@@ -185,8 +185,8 @@ def live_node(cluster: ClusterFleet, node: str, *, unix_s: float, now_s: float) 
 def kv_in_use(cluster: ClusterFleet) -> Iterator[tuple[str, float]]:
     """Yield devices with the share of their KV blocks in use, except those of lost nodes.
 
-    The node's own report of its device counts, over all replicas on it. An engine that only knows the loads of its own
-    stages reports them with the replica; then the fullest stage of a device stands for it.
+    The node's own report of a device takes precedence, since it covers all replicas on it. An engine that knows only
+    the loads of its own stages reports them with the replica; then the fullest stage on a device stands for the device.
     """
     seen = set[str]()
     for node, link in list(cluster.links.items()):

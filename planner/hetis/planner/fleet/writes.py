@@ -1,4 +1,4 @@
-"""The stored state of the fleet: read in one view of the store, written in one transaction before anybody is told."""
+"""The stored state of the fleet: read in one view of the store, written in one transaction before it is published."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ UNDER_WAY = tuple(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KeptCluster:
-    """A cluster as stored; ``cluster`` is None if it is gone, ``plan`` if none is active."""
+    """A stored cluster; ``cluster`` is None if it is gone, ``plan`` if none is active."""
 
     cluster: ClusterRecord | None
     nodes: Sequence[NodeRecord] = ()
@@ -53,13 +53,13 @@ def read_cluster(reader: Reader, name: str) -> KeptCluster:
 
 
 def read_ends(reader: Reader, names: Sequence[str]) -> dict[str, redispatch_pb2.Redispatch]:
-    """Return the stored re-dispatches of these names; names without a record are missing."""
+    """Return the stored re-dispatches of these names; names without a record are omitted."""
     return {record.name: record.body for record in reader.redispatches.all(name=names)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplicaWrite:
-    """The fleet's decision about a replica; ``is_gone``: its record is to be deleted."""
+    """The fleet's decision about a replica; ``is_gone``: its record must be deleted."""
 
     name: str
     standing: Standing
@@ -71,7 +71,7 @@ class ReplicaWrite:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NodeWrite:
-    """An agent's report about its node. None or empty: nothing new."""
+    """An agent's report about its node. None or empty fields: nothing new."""
 
     name: str
     inventory: inventory_pb2.NodeInventory | None
@@ -91,12 +91,12 @@ class PlanWrite:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Writes:
-    """Everything that one look at a cluster decided."""
+    """All writes from one decision about a cluster."""
 
     cluster: str
     replicas: Sequence[ReplicaWrite] = ()
     nodes: Sequence[NodeWrite] = ()
-    unneeded_nodes: Sequence[str] = ()  # names of nodes whose records are to be deleted
+    unneeded_nodes: Sequence[str] = ()  # names of nodes whose records must be deleted
     plan: PlanWrite | None = None
     redispatches: Sequence[Saving] = ()
 
@@ -106,16 +106,19 @@ class Writes:
 
 @dataclass(slots=True, kw_only=True)
 class Kept:
-    """The records after `apply`; replicas that others removed meanwhile are missing."""
+    """The records after `apply`; replicas that other calls removed in the meantime are missing."""
 
     replicas: dict[str, ReplicaRecord] = field(default_factory=dict)
     nodes: dict[str, NodeRecord] = field(default_factory=dict)
-    unneeded_nodes: list[str] = field(default_factory=list)  # names of nodes without a record
+    unneeded_nodes: list[str] = field(default_factory=list)  # names of nodes that have no record any more
     plan: PlanRecord | None = None
 
 
 def apply(tx: Transaction, writes: Writes, *, now_s: float) -> Kept:
-    """Write everything at ``now_s``, Unix time: the fleet's own fields, as others change the same records."""
+    """Write everything at ``now_s``, Unix time.
+
+    Only the fleet's own fields are written, since other calls change the same records.
+    """
     kept = Kept()
     for one in writes.replicas:
         _apply_replica(tx, one, kept)
@@ -164,7 +167,7 @@ def _apply_node(tx: Transaction, cluster: str, write: NodeWrite, kept: Kept) -> 
 
 
 def _delete_node(tx: Transaction, name: str, kept: Kept) -> None:
-    """Delete a node's record, unless it was drained meanwhile."""
+    """Delete a node's record, unless the node was drained in the meantime."""
     record = tx.nodes.get(name)
     if record is not None and record.draining:
         kept.nodes[name] = record
@@ -194,7 +197,7 @@ def _apply_redispatch(tx: Transaction, cluster: str, body: redispatch_pb2.Redisp
 def _apply_plan(tx: Transaction, cluster: str, write: PlanWrite, kept: Kept) -> None:
     of_cluster, record = tx.clusters.get(cluster), tx.plans.get(write.name)
     if of_cluster is None or of_cluster.active_plan != write.name or record is None:
-        return  # another plan was activated meanwhile
+        return  # another plan was activated in the meantime
     body = deepcopy(record.body)
     body.activation = write.activation
     body.activation_progress.CopyFrom(write.progress)

@@ -1,1 +1,1 @@
-"""Searches for plans in processes of their own: problems, outcomes, and the pool that runs them."""
+"""Searches for plans in separate processes: problems, outcomes, and the pool that runs them."""

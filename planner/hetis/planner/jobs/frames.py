@@ -1,6 +1,6 @@
-"""Messages between the service and a solver process: a JSON header and bytes, each preceded by its length.
+"""Messages between the service and a solver process: a JSON header and a payload, preceded by their lengths.
 
-Pickle is not used: whatever another process sends is read as plain data, whatever happened to that process.
+Pickle is not used: whatever another process sends is read as plain data, even if that process misbehaves.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from asyncio import IncompleteReadError, StreamReader
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
-_LENGTHS = struct.Struct(">II")  # of header and payload, in bytes
+_LENGTHS = struct.Struct(">II")  # bytes of the header and of the payload
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobFrame:
-    """A message: ``kind`` names it, ``fields`` are plain data, ``payload`` is a document or empty."""
+    """A message: ``kind`` is its type, ``fields`` are plain data, ``payload`` is a document or empty."""
 
     kind: str
     fields: dict[str, Any]
@@ -39,7 +39,7 @@ def read_frame(pipe: BinaryIO) -> JobFrame | None:
 
 
 async def receive_frame(stream: StreamReader) -> JobFrame | None:
-    """Read a frame as `read_frame` does, without blocking the loop."""
+    """Read a frame as `read_frame` does, without blocking the event loop."""
     try:
         header_bytes, payload_bytes = _LENGTHS.unpack(await stream.readexactly(_LENGTHS.size))
         body = await stream.readexactly(header_bytes + payload_bytes)

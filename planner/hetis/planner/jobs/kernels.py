@@ -36,7 +36,10 @@ def are_cached() -> bool:
 
 
 def load_kernels(num_gpus: int, *, for_engine: bool = False, report: Report) -> None:
-    """Compile what the search of ``num_gpus`` needs; ``for_engine``: of plans for an engine, whatever the fleet."""
+    """Compile what the search of ``num_gpus`` needs.
+
+    ``for_engine``: for plans that must suit an engine, where the size of the fleet does not matter.
+    """
     if for_engine:
         if not is_cached(best_splits):
             report(Progress(phase=COMPILING, elapsed_s=0.0))
@@ -51,7 +54,7 @@ def load_kernels(num_gpus: int, *, for_engine: bool = False, report: Report) -> 
 
 
 def compile_kernels(num_gpus: int, strategies: Collection[str], *, for_engine: bool = False, report: Report) -> None:
-    """Ensure that these strategies search such a fleet without compiling anything."""
+    """Ensure that these strategies can search a fleet of this size without compiling anything."""
     load_kernels(num_gpus, for_engine=for_engine, report=report)
     if not is_cached(best_split) and not PUBLISHED.keys().isdisjoint(strategies):
         report(Progress(phase=COMPILING, elapsed_s=0.0))
@@ -67,7 +70,7 @@ def compile_all_kernels() -> None:
 
 
 def load_cached_kernels() -> None:
-    """Load the kernels before there is work, which takes a second; do nothing if they are not compiled yet."""
+    """Load the kernels before there is work, which takes a second; does nothing if they are not compiled yet."""
     if are_cached():
         for problem in (_smallest_of_engine(), _smallest_problem(1), _smallest_problem(MAX_GPUS + 1)):
             solve_placement(problem)

@@ -1,4 +1,4 @@
-"""Messages between the service and a solver process: posed problems, progress, and outcomes of searches."""
+"""Messages between the service and a solver process: problems to solve, progress, and outcomes of searches."""
 
 from __future__ import annotations
 
@@ -25,29 +25,29 @@ from hetis.solver.budget import Progress
 from hetis.solver.plan import Objective, ObjectiveKind, Role
 from hetis.solver.problem import EngineRules, PlacementProblem
 
-PROGRESS_INTERVAL_S = 0.2  # between two reports of one phase
+PROGRESS_INTERVAL_S = 0.2  # between two reports within one phase
 
 
 @dataclass(frozen=True, slots=True)
 class FoundPlan:
-    """A plan that passed the independent checker, possibly after an interruption, as its status says."""
+    """A plan that passed the independent checker, possibly after an interruption, as its status tells."""
 
-    document: bytes  # the plan in canonical JSON; it was read back and compared
-    # The plan in the view BASIC, a serialised ``hetis.v1.PlanResult``, so that the service need not read the document,
-    # which would block it for some twenty seconds for a plan of a million GPUs
+    document: bytes  # the plan in canonical JSON, which was read back and compared
+    # The plan in the view BASIC, a serialised ``hetis.v1.PlanResult``, so that the service need not read the document:
+    # a plan of a million GPUs would block it for some twenty seconds
     result: bytes
 
 
 @dataclass(frozen=True, slots=True)
 class Infeasible:
-    """A proof that the family holds no plan. One sentence per cause, the most telling first."""
+    """A proof that the family contains no plan. One sentence per cause, the most informative first."""
 
     reasons: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class NothingFound:
-    """Time ran out, or the caller cancelled, before a plan was found."""
+    """The time ran out, or the caller cancelled, before a plan was found."""
 
     message: str
 
@@ -61,7 +61,7 @@ class Unsound:
 
 @dataclass(frozen=True, slots=True)
 class Invalid:
-    """The inputs contradict each other in a way that only the search noticed."""
+    """The inputs contradict each other in a way that only the search detected."""
 
     message: str
 
@@ -76,10 +76,10 @@ class Crashed:
 
 @dataclass(frozen=True, slots=True)
 class CalledOff:
-    """Nobody searched: the search was cancelled in the queue, or its process did not react and had to be killed."""
+    """There was no search: it was cancelled in the queue, or its process did not react and had to be killed."""
 
 
-# All are answers; only `Crashed` says something about the process that searched.
+# All of them are answers of the process; only `Crashed` is an outcome of the process itself.
 Answer = FoundPlan | Infeasible | NothingFound | Unsound | Invalid
 Outcome = Answer | Crashed | CalledOff
 
@@ -100,7 +100,7 @@ def answer_to_frame(answer: Answer) -> JobFrame:
 
 
 def answer_from_frame(frame: JobFrame) -> Answer | None:
-    """Return the answer in the frame, or None if the frame is no answer."""
+    """Return the answer in the frame, or None if the frame is not an answer."""
     if frame.kind == "found":
         return FoundPlan(frame.payload, base64.b64decode(frame.fields["result"]))
     if frame.kind not in _KINDS:
@@ -124,7 +124,7 @@ class ProgressReporter:
 
 
 def progress_to_frame(progress: Progress) -> JobFrame:
-    """Return a frame with the finite numbers; others are unknown and left out."""
+    """Return a frame with the numbers that are finite; the others are unknown and omitted."""
     numbers = {"incumbent": progress.incumbent, "bound": progress.bound, "gap": progress.gap}
     known = {name: float(value) for name, value in numbers.items() if value is not None and math.isfinite(value)}
     return JobFrame(kind="progress", fields={"phase": progress.phase, "elapsed_s": progress.elapsed_s, **known})
@@ -136,16 +136,16 @@ def progress_from_frame(frame: JobFrame) -> Progress:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PosedProblem:
-    """A problem to solve, how long the search may take, and what its plan has to keep in simulated traffic."""
+    """A problem to solve, the limits of the search, and the level that its plan must keep in simulated traffic."""
 
     loaded: LoadedInputs
     objective: Objective
     settings: PlacementSettings
-    verify: bool = True  # simulate the plan
+    verify: bool = True  # whether to simulate the plan
     service_level: ServiceLevel = DEFAULT
 
     def inputs_for_engine(self) -> LoadedInputs:
-        """Return the inputs on GPUs that run the model in its precision; raises InvalidProblemError without any."""
+        """Return the inputs on GPUs that run the model in its precision. Raises InvalidProblemError if none does."""
         return for_engine(self.loaded, self.settings.engine)
 
     def problem(self) -> PlacementProblem:
@@ -169,9 +169,9 @@ class PosedProblem:
 
 
 def posed_from_json(text: bytes) -> PosedProblem:
-    """Return the problem that `PosedProblem.to_json` wrote.
+    """Return the problem written by `PosedProblem.to_json`.
 
-    Raises DocumentError if it contains a document in a form that this version does not know.
+    Raises DocumentError if it contains a document in a form that this version does not support.
     """
     data: dict[str, Any] = json.loads(text)
     objective: dict[str, Any] = data["objective"]

@@ -22,9 +22,9 @@ from hetis.planner.jobs.messages import CalledOff, Crashed, Outcome, answer_from
 from hetis.planner.use_cases.verify import SEARCHES
 from hetis.solver.budget import Progress
 
-# -P: nothing is imported from the service's working directory.
+# -P: import nothing from the service's working directory.
 WORKER_COMMAND = (sys.executable, "-P", "-m", "hetis.planner.jobs.worker")
-_LAST_LINES = 20  # of a process's standard error that are kept for the message about its end
+_LAST_LINES = 20  # lines of a process's standard error that are kept for the message about its end
 
 
 class SolverProcess:
@@ -42,10 +42,10 @@ class SolverProcess:
 
     @classmethod
     async def start(cls, command: Sequence[str] = WORKER_COMMAND) -> SolverProcess:
-        """Start a process, which sends ``ready`` when it has loaded the solver.
+        """Start a process, which sends ``ready`` once it has loaded the solver.
 
-        It gets a session of its own, so that Ctrl-C in the service's terminal does not reach it. It is a new program,
-        not a fork of this process, which has threads.
+        It has a session of its own, so that Ctrl-C in the service's terminal does not reach it. It is a new program
+        rather than a fork of this process, which has threads.
         """
         return cls(
             await asyncio.create_subprocess_exec(*command, stdin=PIPE, stdout=PIPE, stderr=PIPE, start_new_session=True)
@@ -60,7 +60,7 @@ class SolverProcess:
         return self._process.returncode is None
 
     def send(self, frame: JobFrame) -> None:
-        """Send a frame. A process that has ended does not get it, and `receive` reports the end."""
+        """Send a frame. A process that has ended does not receive it; `receive` then reports the end."""
         if not self._stdin.is_closing():
             self._stdin.write(to_bytes(frame))
 
@@ -69,7 +69,7 @@ class SolverProcess:
         return await receive_frame(self._stdout)
 
     def kill(self) -> None:
-        # Not Process.kill(), which polls the process first and takes its exit code away from asyncio.
+        # Not Process.kill(), which polls the process first, so that asyncio loses its exit code.
         if self.is_alive:
             with suppress(ProcessLookupError):
                 os.kill(self.pid, signal.SIGKILL)
@@ -87,7 +87,7 @@ class SolverProcess:
         return await self.ended()
 
     def last_words(self) -> str:
-        """Return the last line of standard error, which in a traceback is the error itself; may be empty."""
+        """Return the last line of standard error, which is the error itself if there was a traceback; may be empty."""
         return self._last_lines[-1] if self._last_lines else ""
 
     def last_lines(self) -> str:
@@ -99,7 +99,7 @@ class SolverProcess:
 
 
 class Begun(Enum):
-    """Sent when a process begins the search."""
+    """Sent when a process starts the search."""
 
     BEGUN = "begun"
 
@@ -108,13 +108,13 @@ News = Begun | Progress | Outcome
 
 
 class PooledSearch:
-    """A search with its place in the pool and its outcome. `SolverPool.reserve` makes them."""
+    """A search with its place in the pool and its outcome, created by `SolverPool.reserve`."""
 
     def __init__(self, pool: SolverPool, caller: str) -> None:
         self._pool = pool
         self.caller = caller
         self._news: asyncio.Queue[News] = asyncio.Queue()
-        self.posed_json = b""  # set when it begins
+        self.posed_json = b""  # set when the search begins
         self.time_limit_s = 0.0
         self.is_called_off = False
 
@@ -124,17 +124,17 @@ class PooledSearch:
         self._pool.enqueue(self)
 
     def abandon(self) -> None:
-        """Give the reserved place back; the search will not begin."""
+        """Return the reserved place; the search will not begin."""
         self._pool.give_back(self)
 
     def cancel(self) -> None:
-        """Cancel the search, which answers with its best plan so far, if any. No effect once it has ended."""
+        """Cancel the search; its outcome is the best plan so far, if any. Has no effect once it has ended."""
         if not self.is_called_off:
             self.is_called_off = True
             self._pool.call_off(self)
 
     async def news(self) -> AsyncIterator[News]:
-        """Yield everything that happens to the search, for one reader; the last item is its outcome."""
+        """Yield the events of the search, for a single reader; the last one is its outcome."""
         while True:
             news = await self._news.get()
             yield news
@@ -142,7 +142,7 @@ class PooledSearch:
                 return
 
     def tell(self, news: News) -> None:
-        """Append news; called by the pool."""
+        """Append an event; called by the pool."""
         self._news.put_nowait(news)
 
 
@@ -157,23 +157,23 @@ class PoolSettings:
 
     num_processes: int = 1  # concurrent searches
     queue_size: int = 16  # searches that wait, in addition to those that run
-    # Concurrent searches of one caller, so that others need not wait for all of them; None: any
+    # Concurrent searches of one caller, so that others need not wait for all of them; None: no limit
     running_per_caller: int | None = None
-    queued_per_caller: int | None = None  # waiting searches of one caller; None: any
-    # How many searches a process does before it is replaced, so that no leak grows for ever
+    queued_per_caller: int | None = None  # waiting searches of one caller; None: no limit
+    # Searches after which a process is replaced, so that no leak grows without bound
     searches_per_process: int = 50
-    # When processes load the solver although nobody searches: not at once, for loading takes a core for seconds, and
-    # agents connect then. A search that comes earlier starts its process.
+    # Time after which processes load the solver even without a search. Not at once: loading takes a core for seconds,
+    # and agents connect at that time. An earlier search starts its process.
     warm_up_after_s: float = 10.0
-    grace_s: float = 60.0  # how long a search may take to answer after its time limit or after it was cancelled
-    preparation_s: float = 600.0  # how long a process may load and compile before a search's time limit starts to run
-    # How long a process may take to simulate a plan, besides the time limits of the searches that follow from it; then
-    # the plan is answered as it was found
+    grace_s: float = 60.0  # time for an answer after a search's time limit, or after it was cancelled
+    preparation_s: float = 600.0  # time for a process to load and compile before a search's time limit starts to run
+    # Time for a process to simulate a plan, besides the time limits of the searches that follow from it; after that,
+    # the plan is returned as it was found
     verification_s: float = 600.0
 
 
 class Slot:
-    """One slot of the pool: a process that is kept warm and replaced when it has ended, and the search it works on."""
+    """One slot of the pool: its present search, and a process that is kept warm and replaced when it has ended."""
 
     def __init__(self, start_process: StartProcess, settings: PoolSettings) -> None:
         """``start_process`` returns a process that has not yet sent ``ready``."""
@@ -182,15 +182,15 @@ class Slot:
         self._is_ready = False
         self._search: PooledSearch | None = None
         self._timer: asyncio.TimerHandle | None = None
-        self._why_killed = ""  # empty: the present process was not
-        self._is_searching = False  # whether its time limit runs: it has loaded and compiled
+        self._why_killed = ""  # why the present process was killed; empty: it was not
+        self._is_searching = False  # whether the search's time limit is running: the process has loaded and compiled
 
     @property
     def pid(self) -> int | None:
         return None if self._process is None else self._process.pid
 
     async def warm_up(self) -> None:
-        """Start a process before there is work. If that fails, the next search reports why."""
+        """Start a process before there is work. If that fails, the next search reports the reason."""
         if self._process is not None and self._process.num_searches >= self._settings.searches_per_process:
             await self.stop()
         self._wait_for_preparation()
@@ -202,7 +202,7 @@ class Slot:
         """Work on a search until it ends, and return its outcome."""
         try:
             outcome, was_heard = await self._attempt(search)
-            if not was_heard:  # an idle process may have died, for lack of memory say; not the search's fault
+            if not was_heard:  # an idle process may have died, such as of lack of memory; not the search's fault
                 outcome, _ = await self._attempt(search)
             return outcome
         finally:
@@ -210,9 +210,9 @@ class Slot:
             self._set_timer(None, "")
 
     def call_off(self) -> None:
-        """Tell the process that the present search is cancelled; it is killed if it does not answer.
+        """Inform the process that the present search is cancelled; the process is killed if it does not answer.
 
-        It may finish what it is compiling: otherwise the next search would have to compile it again.
+        It may finish compiling: otherwise the next search would have to compile the same again.
         """
         if self._process is not None and self._is_ready:
             self._process.send(JobFrame(kind="cancel", fields={}))
@@ -230,7 +230,7 @@ class Slot:
             self._process = None
 
     async def _attempt(self, search: PooledSearch) -> tuple[Outcome, bool]:
-        """Return the outcome, and whether the process had received the search before."""
+        """Return the outcome, and whether the process had received the search before it ended."""
         self._wait_for_preparation()
         if (crashed := await self._prepare()) is not None:
             return CalledOff() if search.is_called_off else crashed, True
@@ -253,7 +253,7 @@ class Slot:
                 elif frame.kind == "searching":
                     limit_s = search.time_limit_s + self._settings.grace_s - frame.fields.get("spent_s", 0.0)
                     self._set_timer(limit_s, f"gave no answer {self._settings.grace_s:g} s after its time limit")
-                else:  # a plan is there already
+                else:  # there is a plan already
                     limit_s = SEARCHES * search.time_limit_s + self._settings.verification_s - frame.fields["spent_s"]
                     self._call_in(limit_s, self.call_off)
             elif frame.kind == "compiling":
@@ -268,7 +268,7 @@ class Slot:
         return crashed, was_heard or bool(self._why_killed)
 
     async def _prepare(self) -> Crashed | None:
-        """Ensure that a process is ready; return a crash if that fails."""
+        """Ensure that a process is ready; return a crash if none can be started."""
         if self._process is not None and not self._process.is_alive:
             await self.stop()
         if self._process is None:
@@ -284,7 +284,7 @@ class Slot:
         return None
 
     async def _bury(self, process: SolverProcess) -> Crashed:
-        """Return how a process ended whose output has ended."""
+        """Remove a process whose output has ended, and return how it ended."""
         self._is_ready = False
         exit_code = await process.stop()
         self._process = None
@@ -302,7 +302,7 @@ class Slot:
         self._call_in(seconds, partial(self._kill, why))
 
     def _call_in(self, seconds: float | None, act: Callable[[], None]) -> None:
-        """Set the timer, in place of what it was set to; None cancels it."""
+        """Call ``act`` after ``seconds`` instead of whatever the timer was set to; None cancels the timer."""
         if self._timer is not None:
             self._timer.cancel()
         self._timer, self._why_killed = None, ""
@@ -331,11 +331,11 @@ def _signal_name(number: int) -> str:
 
 
 LEAST_RETRY_S = 1.0
-VERIFYING_RETRY_S = 10.0  # while a search is past its time limit, so that its plan is simulated
+VERIFYING_RETRY_S = 10.0  # used while a search past its time limit simulates its plan
 
 
 class SolverPool:
-    """Slots that keep one process each and work through the common queue. Belongs to one event loop."""
+    """Slots with one process each, which take searches from a common queue. Belongs to one event loop."""
 
     def __init__(
         self,
@@ -346,29 +346,29 @@ class SolverPool:
     ) -> None:
         self._settings = settings
         self._clock = clock
-        self._places: set[PooledSearch] = set()  # reserved, waiting or running
-        self._waiting: dict[str, deque[PooledSearch]] = {}  # by caller, the caller whose turn is next first
+        self._places: set[PooledSearch] = set()  # reserved, waiting and running searches
+        self._waiting: dict[str, deque[PooledSearch]] = {}  # by caller, starting with the caller whose turn is next
         self._arrived = asyncio.Event()
-        self._running: dict[PooledSearch, tuple[Slot, float]] = {}  # its slot, and when it began
+        self._running: dict[PooledSearch, tuple[Slot, float]] = {}  # the slot of each, and the time it began
         self._tasks: list[asyncio.Task[None]] = []
         self._slots = [Slot(start_process, settings) for _ in range(settings.num_processes)]
 
-    # --- for the owner
+    # --- for the owner of the pool
 
     def start(self) -> None:
-        """Take searches. Processes start with the first ones, or after ``warm_up_after_s``."""
+        """Start to accept searches. Processes start with the first ones, or after ``warm_up_after_s``."""
         named = [(f"solver slot {number}", slot) for number, slot in enumerate(self._slots)]
         self._tasks = [asyncio.create_task(self._work(slot), name=name) for name, slot in named]
 
     async def until_failed(self) -> None:
-        """Wait until the pool is stopped; raise the error that ended a slot, which takes no more searches."""
+        """Wait until the pool is stopped; raise the error that ended a slot, which then accepts no more searches."""
         done, _ = await asyncio.wait(self._tasks, return_when=asyncio.FIRST_EXCEPTION)
         for task in done:
             if not task.cancelled():
                 task.result()
 
     async def stop(self) -> None:
-        """End all processes at once. Unfinished searches get no outcome: they are started again elsewhere."""
+        """End all processes at once. Unfinished searches have no outcome: they are started again elsewhere."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -385,7 +385,7 @@ class SolverPool:
 
     @property
     def pids(self) -> list[int]:
-        """Process ids of the present processes."""
+        """Ids of the present processes."""
         return [slot.pid for slot in self._slots if slot.pid is not None]
 
     def searches_of(self) -> dict[str, dict[str, int]]:
@@ -397,7 +397,7 @@ class SolverPool:
         return found
 
     def reserve(self, caller: str, *, even_if_full: bool = False) -> PooledSearch:
-        """Reserve a place. Raises QUOTA_EXCEEDED or SOLVER_QUEUE_FULL, with the time when one may be free."""
+        """Reserve a place. Raises QUOTA_EXCEEDED or SOLVER_QUEUE_FULL, with the time after which one may be free."""
         settings = self._settings
         if not even_if_full:
             self._require_quota(caller)
@@ -433,7 +433,7 @@ class SolverPool:
         return min(self._settings.running_per_caller or self._settings.num_processes, self._settings.num_processes)
 
     def retry_after_s(self) -> float:
-        """Return in how many seconds to ask again: when the first running search reaches its time limit."""
+        """Return the seconds until the first running search reaches its time limit, after which to retry."""
         now_s = self._clock()
         left_s = [since_s + search.time_limit_s - now_s for search, (_, since_s) in self._running.items()]
         left_s = [one_s if one_s > 0 else VERIFYING_RETRY_S for one_s in left_s]
@@ -477,7 +477,7 @@ class SolverPool:
         ready = [caller for caller in self._waiting if running[caller] < self._most_running]
         if not ready:
             return None
-        caller = min(ready, key=running.__getitem__)  # ties go to the caller whose last turn is longest ago
+        caller = min(ready, key=running.__getitem__)  # ties go to the caller whose last turn was longest ago
         waiting = self._waiting.pop(caller)
         search = waiting.popleft()
         if waiting:
@@ -487,5 +487,5 @@ class SolverPool:
     def _end(self, search: PooledSearch, outcome: Outcome) -> None:
         self._places.discard(search)
         self._running.pop(search, None)
-        self._arrived.set()  # its caller may have another search that had to wait
+        self._arrived.set()  # its caller may have another search, which had to wait
         search.tell(outcome)

@@ -1,4 +1,4 @@
-"""The searches of a solver process, which run sequentially, each from a posed problem to an answer."""
+"""The searches of a solver process, one after another, each from a problem to an answer."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from hetis.solver.errors import InfeasibleError, InvalidProblemError, NoPlanFoun
 
 
 class Searcher:
-    """Solves in the calling thread; `cancel` is called from another one."""
+    """Solves in the calling thread; `cancel` may be called from another one."""
 
     def __init__(self, send: Callable[[JobFrame], None]) -> None:
         self._send = send
@@ -47,11 +47,11 @@ class Searcher:
     def solve(self, posed_json: bytes, cancelled: threading.Event) -> None:
         """Search and send the answer.
 
-        The time limit starts at ``searching``, since the caller does not pay for compiling. At ``verifying`` the plan
-        is found, and is simulated.
+        The time limit starts at ``searching``, since compiling must not count against it. At ``verifying`` the plan is
+        found, and is simulated.
 
-        Most kernels are compiled before. If only part of them was on disk, compiling the rest during the search stops
-        the clock and is reported as ``compiling``.
+        Most kernels are compiled before. If only some of them were on disk, compiling the others during the search
+        stops the clock and is reported as ``compiling``.
         """
         posed = posed_from_json(posed_json)
         report = ProgressReporter(self._send)
@@ -76,9 +76,9 @@ class Searcher:
             nonlocal found
             if phase == "searching":
                 found = progress
-            else:  # searches for a tightened limit know another bound
+            else:  # searches for a tightened limit have another bound
                 progress = replace(progress, incumbent=found.incumbent, bound=found.bound, gap=found.gap)
-            report(replace(progress, elapsed_s=clock() - started_s))  # searches one after another start at zero
+            report(replace(progress, elapsed_s=clock() - started_s))  # each of several searches counts from zero
 
         clock = SearchClock(on_change=tell)
         started_s = clock()
@@ -92,11 +92,11 @@ class Searcher:
 
 
 class SearchClock:
-    """A clock that stops while a thread of this process compiles or waits for another process that does.
+    """A clock that stops while a thread of this process compiles, or waits for another process to compile.
 
     Args:
         clock: monotonic seconds.
-        on_change: called in that thread with True when compiling begins and with False when all of it has ended.
+        on_change: called in that thread, with True when compiling begins and with False when all compiling has ended.
     """
 
     def __init__(
@@ -132,10 +132,10 @@ def solve(
     clock: Callable[[], float] = time.monotonic,
     begin: Callable[[str], None] = lambda _: None,
 ) -> Answer:
-    """Search until the answer is good enough, the time is up, or ``cancelled`` is set, and check what is found.
+    """Search until the answer is good enough, the time is up, or ``cancelled`` is set, and check the plan found.
 
-    Then simulate the plan, if that is asked for. ``begin`` is called with ``searching`` before each search and with
-    ``verifying`` before the simulation, which no time limit ends.
+    Then simulate the plan if requested. ``begin`` is called with ``searching`` before each search and with
+    ``verifying`` before the simulation, which has no time limit.
     """
     settings = posed.settings
 
@@ -162,7 +162,7 @@ def solve(
                 plan, loaded, problem, settings, level=posed.service_level, budget=budget, cancelled=cancelled,
                 report=report, losses=False,
             )  # fmt: skip
-        except (InvalidProblemError, UncheckedPlanError) as error:  # the plan that was found is checked all the same
+        except (InvalidProblemError, UncheckedPlanError) as error:  # the plan that was found is checked nevertheless
             plan = replace(plan, notes=(*plan.notes, f"could not be simulated: {error}"))
     document = document_bytes(plan)
     if document_bytes(from_data(json.loads(document))) != document:
@@ -171,5 +171,5 @@ def solve(
 
 
 def document_bytes(plan: Value) -> bytes:
-    """Return the bytes that a plan's digest is computed from."""
+    """Return the bytes over which a plan's digest is computed."""
     return canonical_json(to_data(plan, self_contained=True))

@@ -1,8 +1,8 @@
-"""A solver process: ``python -m hetis.planner.jobs.worker``, driven over its standard input and output.
+"""A solver process: ``python -m hetis.planner.jobs.worker``, controlled over its standard input and output.
 
 It reads ``solve`` and ``cancel`` and writes ``ready``, ``searching``, ``compiling``, ``progress`` and one answer per
-``solve``. It ends when its input ends, so that no process outlives its service. An unforeseen error ends it, too: its
-state cannot be trusted any more, and the service starts another.
+``solve``. It ends when its input ends, so that no process outlives its service. An unforeseen error also ends it, since
+its state cannot be trusted any more; the service then starts another process.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _CRASHED = 70  # EX_SOFTWARE
 def main() -> None:
     inbox, outbox = _private_pipes()
     _be_the_first_to_go()
-    # Loading the libraries takes seconds, so it is done before there is work.
+    # Load the libraries, which takes seconds, before there is work.
     from hetis.planner.jobs.kernels import load_cached_kernels
     from hetis.planner.jobs.searching import Searcher
 
@@ -41,7 +41,7 @@ def main() -> None:
                 searcher.cancel()
             case other:
                 raise ValueError(f"a solver process knows no {other}")
-    os._exit(0)  # a search in compiled code cannot be ended otherwise
+    os._exit(0)  # a search in compiled code cannot be ended in any other way
 
 
 class FrameSender:
@@ -52,7 +52,7 @@ class FrameSender:
         self._lock = threading.Lock()
 
     def send(self, frame: JobFrame) -> None:
-        with self._lock, suppress(BrokenPipeError):  # the service is gone; so is our input, which ends this process
+        with self._lock, suppress(BrokenPipeError):  # the service is gone; our input ends, too, which ends this process
             self._pipe.write(to_bytes(frame))
             self._pipe.flush()
 
@@ -67,7 +67,7 @@ def _finish_or_crash(search: Callable[[], None]) -> None:
 
 
 def _private_pipes() -> tuple[BinaryIO, FrameSender]:
-    """Return the pipes and redirect descriptors 0 and 1, so that libraries that print cannot reach them."""
+    """Return the pipes, and redirect descriptors 0 and 1 so that libraries that print cannot reach them."""
     inbox, outbox = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     nowhere = os.open(os.devnull, os.O_RDWR)
     os.dup2(nowhere, 0)
@@ -77,7 +77,7 @@ def _private_pipes() -> tuple[BinaryIO, FrameSender]:
 
 
 def _be_the_first_to_go() -> None:
-    """Make the kernel kill this process before the service when memory runs out. Linux only."""
+    """Make the kernel kill this process rather than the service when memory runs out. Linux only."""
     with suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("500")
 

@@ -1,7 +1,7 @@
-"""Arguments of the library's functions, which are checked against their annotations before anything is done.
+"""Arguments of the library's functions, checked against their annotations before anything else is done.
 
-A program finds every wrong argument at once, by name, instead of an error from deep inside. The annotations here say
-more than a type where that is not enough: a rate is finite and above 0.
+The caller sees all wrong arguments at once, by name, instead of an error from deep inside. The annotations here say
+more than a type where a type is not enough: a rate is finite and above 0.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ Check = Callable[[Any], Any]  # returns the value, or raises ValueError
 
 
 def checked(function: Callable[P, T]) -> Callable[P, T]:
-    """Return the function with its arguments checked against their annotations, strictly: no text for a number.
+    """Return the function with its arguments checked against their annotations, strictly: text is not a number.
 
     Raises:
-        DocumentError: when called, with every wrong argument.
+        DocumentError: raised by the returned function, with every wrong argument.
     """
     parameters, hints = signature(function), get_type_hints(function, include_extras=True)
     names = [name for name in parameters.parameters if name in hints]  # without ``self``
@@ -72,7 +72,7 @@ def _problem(detail: ErrorDetails, function: str) -> Problem:
     return Problem(file=function, path=place, message=message)
 
 
-# What pydantic says of an error, ``Input should be ...``, in our words.
+# Replacements for pydantic's descriptions of errors (``Input should be ...``).
 _WORDS = {
     "greater_than": "above {gt:g}",
     "greater_than_equal": "at least {ge:g}",
@@ -90,13 +90,13 @@ _WORDS = {
 def _shown(value: object) -> str:
     try:
         text = repr(value)
-    except Exception:  # of anybody's class
+    except Exception:  # a __repr__ of any class may raise anything
         return f"a {type(value).__name__}"
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _plain(value: object) -> object:
-    """Return numbers of other libraries, such as numpy's, as Python's."""
+    """Return numbers of other libraries, such as numpy, as Python numbers."""
     if isinstance(value, bool):
         return value
     if isinstance(value, Integral):
@@ -105,12 +105,12 @@ def _plain(value: object) -> object:
 
 
 def _listed(value: object) -> object:
-    """Return a single text or path as the only one; as a sequence, it would be one of letters."""
+    """Return a single text or path as a tuple of one; text is a sequence of letters otherwise."""
     return (value,) if isinstance(value, str | os.PathLike) else value
 
 
 def _quantity(parse: Callable[[str], float], example: str, fits: Callable[[float], bool], limit: str) -> Check:
-    """Return a check of a number, or text with a unit; the value stays as it is given."""
+    """Return a check for a number or text with a unit, both of which are kept."""
 
     def check(value: Any) -> Any:
         value = _plain(value)
@@ -124,7 +124,7 @@ def _quantity(parse: Callable[[str], float], example: str, fits: Callable[[float
 
 
 def _word_or(words: Sequence[str], otherwise: Check) -> Check:
-    """Return a check that also lets some words pass."""
+    """Return a check that also accepts some words."""
 
     def check(value: Any) -> Any:
         is_word = isinstance(value, str) and value.strip().lower() in words
@@ -143,7 +143,7 @@ def _instance_of(kinds: tuple[type, ...], expected: str) -> Check:
 
 
 def one_of(names: Callable[[], Iterable[str]], what: str) -> AfterValidator:
-    """Return a check of text that is one of some names, which are only listed when it is called."""
+    """Return a check for text that is one of some names, which are listed only when the check runs."""
 
     def check(text: str) -> str:
         known = list(names())
@@ -155,7 +155,7 @@ def one_of(names: Callable[[], Iterable[str]], what: str) -> AfterValidator:
 
 
 def read_by(read: Callable[[str], object]) -> AfterValidator:
-    """Return a check of text that ``read``, which raises ValueError, can read; the text stays as it is."""
+    """Return a check for text that ``read``, which raises ValueError, can read; the text itself is kept."""
 
     def check(text: str) -> str:
         read(text)

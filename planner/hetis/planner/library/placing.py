@@ -180,7 +180,7 @@ def place(
         problem.cluster.num_gpus(), (strategy,), for_engine=request.settings.engine is not None, report=progress
     )
     plan = placing.place(request, loaded, problem, cancelled=threading.Event(), report=progress).plan
-    return Plan(value=plan, problem=replace(problem, objective=plan.objective))  # of which a loss may be survived
+    return Plan(value=plan, problem=replace(problem, objective=plan.objective))  # larger if a loss is survived
 
 
 def _text_or_value(given: T | Path) -> T | str:

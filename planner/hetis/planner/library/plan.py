@@ -40,7 +40,7 @@ from hetis.solver.problem import PlacementProblem
 if TYPE_CHECKING:
     import pandas
 
-_FRAME_HEIGHT = 720  # of the page in a notebook, in pixels
+_FRAME_HEIGHT = 720  # height of the page in a notebook, in pixels
 _COLUMNS = (
     "replica", "role", "rate_rps", "stage", "duty", "gpu", "tp", "copies", "expert_parallel",
     "first_layer", "num_layers", "kv_head_groups", "num_gpus", "devices",
@@ -50,7 +50,7 @@ Name = TypeVar("Name", bound=StrEnum)
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class Simulation:
-    """The result of a plan under traffic; ``simulated`` contains everything."""
+    """The result of a plan under traffic; ``simulated`` contains all of it."""
 
     simulated: Simulated
     plan: solved.Plan
@@ -303,7 +303,7 @@ class Plan:
         return f"<hetis.Plan: {value}, {plural(len(self.replicas), 'replica')} on {gpus}>"
 
     def _repr_html_(self) -> str:
-        # A separate document: its style must not affect the notebook, nor the notebook's the page.
+        # A document of its own: the page's style must not affect the notebook, nor the notebook's style the page.
         page = html.escape(self.report(), quote=True)
         return (
             f'<iframe title="hetis plan" srcdoc="{page}" sandbox="allow-scripts" '
@@ -331,7 +331,7 @@ def _rows(plan: solved.Plan) -> list[tuple[object, ...]]:
 
 
 def member(names: type[Name], text: str, what: str) -> Name:
-    """Return the member of ``names`` with this text. Raises InvalidProblemError: there is none."""
+    """Return the member of ``names`` with this text. Raises InvalidProblemError if there is none."""
     try:
         return names(text)
     except ValueError:
@@ -339,7 +339,7 @@ def member(names: type[Name], text: str, what: str) -> Name:
 
 
 def seconds_of(value: Quantity) -> float:
-    """Return the seconds of ``0.2`` or ``"200ms"``. Raises InvalidProblemError: it is not a positive duration."""
+    """Return the seconds of ``0.2`` or ``"200ms"``. Raises InvalidProblemError unless it is a positive duration."""
     try:
         seconds = parse_duration(value) if isinstance(value, str) else float(value)
     except ValueError as error:
@@ -353,7 +353,7 @@ def limit_of(value: Quantity | None) -> float | None:
     """Return the seconds of a latency limit, infinity for no limit, or None for the objective's default.
 
     Raises:
-        InvalidProblemError: it is not a positive duration.
+        InvalidProblemError: the limit is not a positive duration.
     """
     if value is None:
         return float("inf")
@@ -363,7 +363,7 @@ def limit_of(value: Quantity | None) -> float | None:
 
 
 def ratio_of(value: Quantity) -> float:
-    """Return the ratio of ``0.01`` or ``"1%"``. Raises InvalidProblemError: it is not a ratio."""
+    """Return the ratio of ``0.01`` or ``"1%"``. Raises InvalidProblemError unless it is a ratio."""
     try:
         return parse_ratio(value) if isinstance(value, str) else float(value)
     except ValueError as error:

@@ -1,1 +1,1 @@
-"""Rich tables of plans and explanations that fit 80 columns. Neither command logic nor files."""
+"""Rich tables of plans and explanations that fit in 80 columns. Contains no command logic and reads no files."""

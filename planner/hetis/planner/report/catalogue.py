@@ -12,9 +12,9 @@ from hetis.planner.report.tables import table
 
 
 def gpu_table(entries: Sequence[GpuEntry], profiles: Mapping[str, str | None], *, wide: bool = False) -> Table:
-    """Return GPU types with the peaks that plans depend on, and the default origin of their profiles.
+    """Return GPU types with the peaks that plans depend on, and the origins of their default profiles.
 
-    If ``wide``, also the other peaks and the board power.
+    ``wide`` adds the other peaks and the board power.
     """
 
     def per_second(rate: float | None) -> str:

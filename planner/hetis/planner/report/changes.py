@@ -1,4 +1,4 @@
-"""From one plan to another: the fate of every replica, what it costs, and the steps of a re-planning in order."""
+"""The change from one plan to another: the fate of every replica, the cost, and the steps of a re-planning in order."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from hetis.solver.replanning.change import ChangeCosts, Fate, PlanChange, Replic
 from hetis.solver.replanning.solve import Replanning
 from hetis.solver.replanning.transition import Action, Step
 
-MAX_ROWS = 40  # changing replicas listed; -o json has all
-MAX_LOADS = 16  # loading GPUs listed
+MAX_ROWS = 40  # replicas listed as changing; -o json has all
+MAX_LOADS = 16  # GPUs listed as loading
 
 _WORDS = {Fate.KEPT: "kept", Fate.RESET: "other settings", Fate.CHANGED: "changed", Fate.NEW: "new", Fate.GONE: "gone"}
 
@@ -61,7 +61,7 @@ def _figures(diff: PlanDiff) -> Table:
 
 
 def change_counts(change: PlanChange) -> str:
-    """Return ``2 kept, 1 changed, 1 new, 1 gone; 12 GPUs with other work than before``."""
+    """Return the counts as ``2 kept, 1 changed, 1 new, 1 gone; 12 GPUs with other work than before``."""
     counts = ", ".join(f"{change.count(fate):,} {_WORDS[fate]}" for fate in Fate if change.count(fate))
     moved = plural(len(change.moved), "GPU")
     load = f", {gigabytes(change.load_bytes)} of weights to load" if change.loads else ""
@@ -69,7 +69,7 @@ def change_counts(change: PlanChange) -> str:
 
 
 def dropped_words(change: PlanChange) -> str:
-    """Return the KV of replicas that do not stay, assuming that they are full."""
+    """Return the KV that is dropped with replicas that do not stay, on the assumption that they are full."""
     if not change.dropped_requests:
         return "none: every replica of before goes on"
     return (
@@ -79,7 +79,7 @@ def dropped_words(change: PlanChange) -> str:
 
 
 def changed_replicas(change: PlanChange, before: Plan, after: Plan) -> Iterator[RenderableType]:
-    """Yield a row for every replica that does not simply continue."""
+    """Yield a row for every replica that does not continue unchanged."""
     changed = [c for c in change.replicas if c.fate is not Fate.KEPT]
     if not changed:
         return
@@ -104,7 +104,7 @@ def _row(change: ReplicaChange, before: Plan, after: Plan) -> list[str]:
 
 
 def shape_of(replica: ReplicaPlan) -> str:
-    """Return ``prefill: A100 TP4 L40 | L4 TP1 ×4 L40 + 2 workers``."""
+    """Return a replica's shape as ``prefill: A100 TP4 L40 | L4 TP1 ×4 L40 + 2 workers``."""
     stages = []
     for i, stage in enumerate(replica.stages):
         workers = sum(len(pool.devices) for pool in replica.attention_workers if pool.stage == i)
@@ -141,7 +141,7 @@ def diff_document(diff: PlanDiff) -> dict[str, Any]:
 
 
 def change_fields(change: PlanChange) -> dict[str, Any]:
-    """Return what documents say of a change: counts, every replica, every GPU that loads."""
+    """Return the fields of a change for documents: counts, every replica, every GPU that loads."""
     counts = {fate.value: change.count(fate) for fate in Fate}
     names = ("load_bytes", "dropped_requests", "dropped_kv_tokens", "dropped_kv_bytes", "replicas", "loads")
     return {"counts": counts, "moved_gpus": change.moved, **fields_of(change, *names)}
@@ -181,7 +181,7 @@ def _facts(found: Replanning, posed: PosedReplan, costs: ChangeCosts) -> Iterato
 
 
 def seconds_or_hours(value_s: float) -> str:
-    """Return ``1 h``, ``90 min``, ``45 s``."""
+    """Return a duration as ``1 h``, ``90 min``, ``45 s``."""
     for size, unit in ((3600, "h"), (60, "min")):
         if value_s >= size and value_s % size == 0:
             return f"{value_s / size:,.0f} {unit}"
@@ -222,7 +222,7 @@ def _step_row(step: Step, found: Replanning, posed: PosedReplan) -> list[str]:
 
 
 def lowest_words(found: Replanning, posed: PosedReplan) -> str:
-    """Return the lowest capacity on the way, and whether another order would keep more; empty without steps."""
+    """Return the lowest capacity during the change, and whether another order would keep more; empty without steps."""
     transition = found.transition
     if not transition.steps:
         return ""
@@ -233,7 +233,7 @@ def lowest_words(found: Replanning, posed: PosedReplan) -> str:
 
 
 def replan_document(found: Replanning, posed: PosedReplan, costs: ChangeCosts) -> dict[str, Any]:
-    """Return the answer as plain data, with the plan in full."""
+    """Return the answer as plain data, including the whole plan."""
     return document(
         "Replanning",
         result={**fields_of(found, "value", "bound", "gap"), "unit": found.plan.result.unit},

@@ -1,4 +1,4 @@
-"""Plans side by side: strategies or engines, two fleets, and what to buy next; as tables and documents."""
+"""Plans side by side (strategies or engines, two fleets, or what to buy next), as tables and documents."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def _are_simulated(compared: Sequence[Compared]) -> bool:
 
 
 def kept_cell(plan: Plan, *, unknown: str) -> Text:
-    """Return the rate at which simulated traffic kept the limits; ``unknown`` if there was none."""
+    """Return the rate at which simulated traffic kept the limits, or ``unknown`` without a simulation."""
     kept = kept_of(plan)
     if kept is None:
         return Text(unknown)
@@ -124,12 +124,12 @@ def kept_cell(plan: Plan, *, unknown: str) -> Text:
 
 
 def _compares_engines(compared: Sequence[Compared]) -> bool:
-    """Return whether there are several engines and one strategy."""
+    """Return whether several engines are compared with a single strategy."""
     return len({outcome.strategy for outcome in compared}) == 1 < len({outcome.engine for outcome in compared})
 
 
 def _labels(compared: Sequence[Compared]) -> Callable[[Compared], str]:
-    """Return a function for a row's label: a strategy, an engine, or both if there are several of both."""
+    """Return a function that labels a row: by strategy, by engine, or by both if there are several of both."""
     if _compares_engines(compared):
         return lambda outcome: outcome.engine or ""
     several = len({outcome.engine for outcome in compared}) > 1
@@ -185,7 +185,7 @@ def render_what_if(found: WhatIf) -> Iterator[RenderableType]:
 
 
 def change_lines(change: FleetChange, before: Side) -> Iterator[tuple[str, str]]:
-    """Yield what is removed and what is added, each with a word before it."""
+    """Yield what is removed and what is added, each after a word that names it."""
     if change.remove:
         yield "without", ", ".join(change.remove)
     if change.add:
@@ -194,7 +194,7 @@ def change_lines(change: FleetChange, before: Side) -> Iterator[tuple[str, str]]
 
 
 def shape_words(shape: NodeShape, before: Side) -> str:
-    """Return ``in nodes of up to 8 GPUs, zone default, the network's 100 Gb/s``."""
+    """Return a node's shape as ``in nodes of up to 8 GPUs, zone default, the network's 100 Gb/s``."""
     default = before.loaded.inputs.cluster.network.default
     nic = f"the network's {_speed(default)}" if shape.nic is None else f"a NIC of {_speed(shape.nic)}"
     inside = "" if shape.intra_link is None else f", {_speed(shape.intra_link)} between its GPUs"
@@ -244,7 +244,7 @@ def _money(usd: float | None) -> str:
 
 
 def verdict_words(difference: Difference, objective: Objective) -> str:
-    """Return what is proven, in words; a difference smaller than the gaps is not claimed."""
+    """Return in words what is proven; a difference smaller than the gaps is not claimed."""
     unit = objective.unit
     span = f"between {_signed(difference.low)} and {_signed(difference.high)} {unit}"
     found = f"the plans found differ by {_signed(difference.found)} {unit}"
@@ -264,7 +264,7 @@ def _signed(value: float) -> str:
 
 
 def _use_table(found: WhatIf) -> Table:
-    """Return how many GPUs of every type exist and are used, before and after."""
+    """Return a table of how many GPUs of every type exist and are used, before and after."""
     sides = [_counts(side) for side in (found.before, found.after)]
     gpus = dict.fromkeys([*sides[0], *sides[1]])
     rows = ((gpu, *(f"{count:,}" for side in sides for count in side.get(gpu, (0, 0)))) for gpu in gpus)
@@ -272,13 +272,13 @@ def _use_table(found: WhatIf) -> Table:
 
 
 def _counts(side: Side) -> dict[str, tuple[int, int]]:
-    """Return existing and used GPUs by type."""
+    """Return the existing and the used GPUs by type."""
     used = used_counts(side.outcome.plan)
     return {gpu: (count, used[gpu]) for gpu, count in gpu_counts(side.loaded.inputs.cluster).items()}
 
 
 def what_if_document(found: WhatIf) -> dict[str, Any]:
-    """Return the answer as plain data, both plans in full."""
+    """Return the answer as plain data, including both plans in full."""
     return document(
         "WhatIf",
         objective=found.objective,
@@ -373,7 +373,7 @@ def _proven(difference: Difference) -> str:
 
 
 def buy_next_document(found: BuyNext) -> dict[str, Any]:
-    """Return the market as plain data; ``gain`` is in the objective's unit, negative if that is minimised and falls."""
+    """Return the market as plain data. ``gain`` is in the objective's unit, negative if a minimised objective falls."""
     return document(
         "BuyNext",
         objective=found.objective,

@@ -1,4 +1,4 @@
-"""Dispatch and re-dispatch of one stage: as tables, in sentences that explain them, and as JSON values."""
+"""Dispatch and re-dispatch of one stage, as tables, as sentences that explain them, and as JSON values."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ PATHS = {
 
 
 def costs_sentence(stage: CostedStage) -> str | None:
-    """Return a sentence on devices with modelled costs, or None if all costs are given or measured."""
+    """Return a sentence about the devices with modelled costs, or None if all costs are specified or measured."""
     modelled = [device for device in stage.saved.devices if stage.origins[device.name] == MODELLED]
     if not modelled:
         return None
@@ -39,7 +39,7 @@ def costs_sentence(stage: CostedStage) -> str | None:
 
 
 def bottleneck_sentence(stage: CostedStage, times: StepTimes) -> str:
-    """Return a sentence on the slowest device and where its time goes."""
+    """Return a sentence about the slowest device and where its time is spent."""
     if times.makespan_s == 0:
         return "Nothing runs."
     if times.bottleneck is None:
@@ -56,7 +56,7 @@ def bottleneck_sentence(stage: CostedStage, times: StepTimes) -> str:
 
 
 def explain_dispatch(found: Dispatched) -> Iterator[str]:
-    """Explain what limits the placement, its bound, the value of more memory, and waiting requests."""
+    """Explain what limits the placement, its bound, the value of more memory, and why requests wait."""
     stage, plan = found.stage, found.plan
     devices = stage.saved.devices
     yield bottleneck_sentence(stage, found.after)
@@ -81,7 +81,10 @@ def explain_dispatch(found: Dispatched) -> Iterator[str]:
 
 
 def _is_used(found: Dispatched, name: str) -> bool:
-    """Return whether the device holds heads; idle ones also have prices: what using them would have to save."""
+    """Return whether the device holds heads.
+
+    Idle devices have prices, too: what using them would have to save.
+    """
     return found.after.devices[found.stage.snapshot.stage.devices.index(name)].heads > 0
 
 
@@ -119,7 +122,7 @@ def _unplaced_sentence(found: Dispatched, waiting: Unplaced) -> str:
 
 
 def explain_redispatch(found: Redispatched) -> Iterator[str]:
-    """Explain what limits the stage, why anything moves, when that pays, and what remains."""
+    """Explain what limits the stage, why anything moves, when that pays off, and what remains."""
     plan, stage = found.plan, found.stage
     names = stage.snapshot.stage.devices
     yield bottleneck_sentence(stage, found.before)
@@ -180,12 +183,12 @@ def explain_redispatch(found: Redispatched) -> Iterator[str]:
 
 
 def could_fall(plan: RedispatchPlan) -> str:
-    """Return the largest share of the objective by which the best plan could be lower; at most 100%."""
+    """Return by what share of the objective the best plan could be lower; at most 100%."""
     return percent(1.0 - plan.bound_s / plan.objective_s)
 
 
 def _tiny(value_s: float) -> str:
-    """Return nanoseconds where `seconds` would show leading zeros."""
+    """Return the value in nanoseconds if `seconds` would show leading zeros."""
     return f"{digits(value_s * 1e9)} ns" if value_s < 1e-7 else seconds(value_s)
 
 
@@ -225,7 +228,7 @@ def device_table(
     blocks: Sequence[int],
     last: tuple[str, Sequence[str]] | None = None,
 ) -> RenderableType:
-    """Return times before and after with a bar, KV blocks of each device, and optionally a column of the caller's."""
+    """Return times before and after with a bar, each device's KV blocks, and optionally another column."""
     title, cells = last or ("", ())
     made = table("'device", "before", "after", "'", "KV blocks", *([title] if last else []))
     makespan_s = after.makespan_s
@@ -257,7 +260,7 @@ def _ending(stage: CostedStage, explanation: tuple[str, ...] | None) -> Iterator
 
 
 def per_layer(value_s: float, stage: CostedStage) -> str:
-    """Return the time of one layer, and of a decode step through all layers of the stage."""
+    """Return the time of one layer, and that of a decode step through all layers of the stage."""
     layers = stage.saved.num_layers
     return f"{seconds(value_s)} per layer, {seconds(value_s * layers)} per step of {plural(layers, 'layer')}"
 
@@ -358,7 +361,7 @@ def _size(num_bytes: float) -> str:
     return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.0f} MiB"
 
 
-# --- documents: devices are given by name; times are seconds per layer
+# --- documents: devices are referred to by name; times are in seconds per layer
 
 
 def dispatch_document(found: Dispatched, explanation: tuple[str, ...] | None = None) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The explanation of a plan: memory and time as bars, bottlenecks, prices, and reasons for every idle GPU.
+"""The explanation of a plan: memory and time as bars, bottlenecks, prices, and why each idle GPU is idle.
 
 Bars are readable with and without colours.
 """
@@ -6,6 +6,7 @@ Bars are readable with and without colours.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 from rich.console import Group, RenderableType
@@ -19,6 +20,7 @@ from hetis.planner.use_cases.grouping import ReplicaGroup, abbreviate, group_rep
 from hetis.solver.plan import Explanation, IdleGpus, MemoryBar, Plan, ReplicaPlan, Role, StageTime, parallel_sizes
 
 MAX_SHAPES = 6
+MAX_EQUAL = 12  # equal replicas whose devices are named
 PRICES_MEAN = (
     "The marginal price is what one GPU of the class is worth in the relaxation of this plan, where replicas may be "
     "fractions. 0 says that the relaxation is not short of the class, not that its GPUs are of no use. One GPU more "
@@ -33,14 +35,17 @@ BAR_WIDTH = 30
 
 @as_group
 def render_explanation(plan: Plan, explanation: Explanation, *, wide: bool = False) -> Iterator[RenderableType]:
-    """Return the view of ``hetis-plan explain``, at most 80 columns wide; ``wide`` shows every shape of replica."""
+    """Yield the view of ``hetis-plan explain``, at most 80 columns wide.
+
+    ``wide`` shows every shape of replica, and the devices of every replica.
+    """
     yield headline(plan)
     groups = group_replicas(plan.replicas)
     shown = len(groups) if wide else MAX_SHAPES
     for group in groups[:shown]:
         yield from _replica(group, explanation)
         if len(group.numbers) > 1:
-            yield section("Their devices", device_table(group, plan))
+            yield section("Their devices", Group(*_equal_devices(group, plan, wide=wide)))
     if len(groups) > shown:
         yield Text(f"\n… and {plural(len(groups) - shown, 'more shape')} (-o wide has all)", style="dim")
     if explanation.kv_routes:
@@ -54,11 +59,18 @@ def render_explanation(plan: Plan, explanation: Explanation, *, wide: bool = Fal
         yield section("Notes", bullets(plan.notes))
 
 
+def _equal_devices(group: ReplicaGroup, plan: Plan, *, wide: bool) -> Iterator[RenderableType]:
+    shown = group.numbers if wide else group.numbers[:MAX_EQUAL]
+    yield device_table(replace(group, numbers=shown), plan)
+    if rest := len(group.numbers) - len(shown):
+        yield Text(f"… and those of {plural(rest, 'more replica')} (-o wide has all)", style="dim")
+
+
 def _replica(group: ReplicaGroup, explanation: Explanation) -> Iterator[RenderableType]:
     number, count = group.numbers[0], len(group.numbers)
     role = "" if group.first.role is Role.UNIFIED else f" ({group.first.role})"
     name = f"Replica {number}{role}" if count == 1 else f"Replica {number}{role} and {count - 1:,} like it"
-    # Sentences are in the order of the explained replicas, the first of every shape.
+    # Sentences are in the order of the explained replicas, which are the first of each shape.
     explained = dict.fromkeys(part.replica for part in explanation.stage_times)
     sentence = dict(zip(explained, explanation.bottlenecks, strict=False)).get(number)
     if sentence is not None:
@@ -131,7 +143,7 @@ def _times(parts: list[StageTime], replica: ReplicaPlan) -> RenderableType:
 
 
 def _time_table(parts: list[StageTime]) -> Table:
-    """Return shares in per cent of the stage's own time; columns that are empty for every stage are left out."""
+    """Return each part's share of the stage's own time in per cent; columns empty for all stages are left out."""
     columns = [[share.amount for share in time_shares(part)] for part in parts]
     names = [share.name for share in time_shares(parts[0])]
     kept = [i for i in range(len(names)) if any(column[i] > 0 for column in columns)]
@@ -172,7 +184,7 @@ class Share(NamedTuple):
 
 
 def stacked_bar(shares: Sequence[Share], *, whole: float, width: int) -> Text:
-    """Draw parts side by side in ``width`` characters that stand for ``whole``; the rest is a dotted line."""
+    """Draw parts side by side in ``width`` characters, which stand for ``whole``; the rest is a dotted line."""
     text, drawn, total = Text(), 0, 0.0
     for share in shares:
         total += share.amount

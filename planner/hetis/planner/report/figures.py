@@ -1,4 +1,4 @@
-"""Numbers for people: milliseconds, GiB, per cent, bars."""
+"""Numbers in human-readable form: milliseconds, GiB, per cent, bars."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ _BLOCKS = " ▏▎▍▌▋▊▉"
 
 
 def seconds(value_s: float) -> str:
-    """Return ``1.25 s``, ``98.2 ms``, ``340 us``: three digits with a suitable unit."""
+    """Return seconds as ``1.25 s``, ``98.2 ms``, ``340 us``: three digits and a suitable unit."""
     if value_s == 0:
         return "0 s"
     for factor, unit in ((1.0, "s"), (1e3, "ms"), (1e6, "us")):
@@ -18,7 +18,7 @@ def seconds(value_s: float) -> str:
 
 
 def digits(value: float, significant: int = 3) -> str:
-    """Return at least ``significant`` digits, never an exponent, with separators for thousands."""
+    """Return a number with at least ``significant`` digits and thousands separators, never with an exponent."""
     if value == 0:
         return "0"
     if not math.isfinite(value):
@@ -29,12 +29,12 @@ def digits(value: float, significant: int = 3) -> str:
 
 
 def gigabytes(num_bytes: float) -> str:
-    """Return ``79.2 GiB``."""
+    """Return bytes as ``79.2 GiB``."""
     return f"{num_bytes / 2**30:.1f} GiB"
 
 
 def tokens(count: float) -> str:
-    """Return ``980``, ``12.3k``, ``4.56M``."""
+    """Return a count as ``980``, ``12.3k``, ``4.56M``."""
     for limit, unit in ((1e6, "M"), (1e4, "k")):
         if count >= limit:
             return f"{digits(count / {'M': 1e6, 'k': 1e3}[unit])}{unit}"
@@ -42,7 +42,7 @@ def tokens(count: float) -> str:
 
 
 def percent(ratio: float) -> str:
-    """Return ``0.42%``; values below 10% have two decimals, larger ones none."""
+    """Return a ratio as ``0.42%``; values below 10% have two decimals, larger ones none."""
     if not math.isfinite(ratio):
         return "unknown"
     value = 100 * ratio
@@ -57,5 +57,5 @@ def bar(ratio: float, width: int) -> str:
 
 
 def plural(count: int, noun: str) -> str:
-    """Return ``1 replica``, ``1,200 replicas``."""
+    """Return a count with its noun: ``1 replica``, ``1,200 replicas``."""
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"

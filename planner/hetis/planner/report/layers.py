@@ -1,4 +1,4 @@
-"""A placement of layers on one screen and as JSON: rate and proof, what limits it, its stages, max-flow's placement."""
+"""A placement of layers on one screen and as JSON: rate, proof, limit, stages, and max-flow's placement."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hetis.planner.use_cases.json_values import document, fields_of
 from hetis.planner.use_cases.layers import Layered, LayerStage, stages
 from hetis.solver.layers.plan import LayersPlan, Limit, PlacedNode
 
-MAX_STAGES = 60  # shown; -o json has all
+MAX_STAGES = 60  # stages shown; -o json has all
 BAR_WIDTH = 6
 
 

@@ -1,4 +1,4 @@
-"""A plan on one screen: its quality, binding limits, replicas, device classes, and alternatives."""
+"""A plan on one screen: its quality, the limits that bind, its replicas, device classes, and alternatives."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ from hetis.solver.plan import (
 from hetis.solver.planning import ConstraintPrice
 from hetis.solver.problem import PlacementProblem
 
-MAX_SHAPES = 12  # replica shapes shown in full; the rest is summarised in a line
+MAX_SHAPES = 12  # replica shapes shown in full; the others are summarised in one line
 MAX_CLASSES = 40
-SMALLEST_PRICE = 1e-4  # the smallest price of a device class that is shown as a number
-PROVED = 0.005  # relative difference of a bound from another engine's value that is not mentioned
-BINDS_FROM = 0.99  # micro-batches are integers: a limit binds if the next size would violate it
+SMALLEST_PRICE = 1e-4  # prices of device classes below this are shown as smaller than it
+PROVED = 0.005  # relative difference of a bound from another engine's value up to which it is not mentioned
+BINDS_FROM = 0.99  # micro-batches are integers, so a limit binds if the next size would violate it
 
 _VALUE_NAMES = {
     ObjectiveKind.GOODPUT: "Goodput",
@@ -53,12 +53,12 @@ _VALUE_NAMES = {
     ObjectiveKind.GPUS: "GPUs",
 }
 MAX_NUMBERS = 24  # characters for the numbers of equal replicas
-MAX_ROUTES = 12  # pairs of replica shapes; the rest is summarised in a line
+MAX_ROUTES = 12  # pairs of replica shapes; the others are summarised in one line
 
 
 @as_group
 def render_plan(plan: Plan, *, wide: bool = False) -> Iterator[RenderableType]:
-    """Return the table view of a plan, at most 80 columns wide if the names allow it; ``wide`` names every device."""
+    """Yield the table view of a plan, at most 80 columns wide if the names allow it; ``wide`` names every device."""
     yield headline(plan)
     groups = group_replicas(plan.replicas)
     yield from _replicas(groups, plan, wide=wide)
@@ -78,12 +78,12 @@ def render_plan(plan: Plan, *, wide: bool = False) -> Iterator[RenderableType]:
 
 
 def headline(plan: Plan) -> RenderableType:
-    """Return what was planned and its quality, which `explain` shows too."""
+    """Return what was planned and its quality, which `explain` also shows."""
     return Group(_title(plan), facts(_facts(plan)))
 
 
 def price_table(plan: Plan) -> Table:
-    """Return the device classes: their numbers and uses, and their marginal prices."""
+    """Return a table of the device classes: their counts, uses, and marginal prices."""
     zone = len({price.zone for price in plan.prices}) > 1
     shown = sorted(plan.prices, key=lambda price: -price.available)[:MAX_CLASSES]
     heads = ("<GPU", *(["<zone"] if zone else []), "per node", "there", "used", "workers", "idle", "marginal price")
@@ -127,7 +127,7 @@ def goal_line(objective: Objective) -> Text:
 
 
 def problem_line(inputs: Inputs | PlacementProblem, objective: Objective) -> str:
-    """Return what is planned, for which objective."""
+    """Return a line with what is planned, and for which objective."""
     return f"{problem_title(inputs).plain}: {goal_line(objective).plain}"
 
 
@@ -164,19 +164,19 @@ def _facts(plan: Plan) -> Iterator[tuple[str, RenderableType]]:
 
 
 def less_than_planned(plan: Plan) -> KeptRate | None:
-    """Return what simulated traffic kept of the planned goodput, or None if it kept all, or was not asked."""
+    """Return the rate that simulated traffic kept, or None if it kept all of the goodput, or was not requested."""
     kept = kept_of(plan) if plan.objective.kind is ObjectiveKind.GOODPUT else None
     return None if kept is None or kept.is_all else kept
 
 
 def promised_figures(plan: Plan, inputs: Inputs | PlacementProblem) -> Figures:
-    """Return the figures of a plan at the rate that it promises, which is the simulated one if that is less."""
+    """Return the figures of a plan at the rate it promises, which is the simulated rate if that is lower."""
     kept = less_than_planned(plan)
     return figures_of(plan, inputs, rate_rps=None if kept is None else kept.rate_rps)
 
 
 def _value(plan: Plan) -> Text:
-    """Return the promised value: the simulated rate within the limits, if the model's is higher."""
+    """Return the promised value, which is the simulated rate within the limits if that is below the model's."""
     result, kept = plan.result, less_than_planned(plan)
     by_model = f"{digits(result.value, 4)} {result.unit}"
     if kept is None:
@@ -189,7 +189,7 @@ def _value(plan: Plan) -> Text:
 
 
 def _cost(plan: Plan) -> str | None:
-    """Return the cost of the GPUs in use and per token, or None if the plan does not contain its inputs."""
+    """Return the cost of the used GPUs, per hour and per token, or None if the plan does not contain its inputs."""
     documents = plan.inputs.get("documents")
     if not plan.replicas or not isinstance(documents, Mapping):
         return None
@@ -210,7 +210,7 @@ def _cost(plan: Plan) -> str | None:
 
 
 def losses(plan: Plan) -> str:
-    """Return the share still served without the worst node or zone; empty if not requested."""
+    """Return the share that is still served without the worst node or zone; empty if not requested."""
     return "; ".join(
         f"any one {kind} lost: {percent(loss.share)} still served (the worst is {loss.name})"
         for kind, loss in losses_of(plan).items()
@@ -218,7 +218,7 @@ def losses(plan: Plan) -> str:
 
 
 def precision(plan: Plan) -> str | None:
-    """Return the precision of weights and KV, or None if the plan does not contain its model."""
+    """Return the precision of the weights and KV, or None if the plan does not contain its model."""
     try:
         model = planned_model(plan)
     except DocumentError:
@@ -227,7 +227,7 @@ def precision(plan: Plan) -> str | None:
 
 
 def beside_equal_stages(plan: Plan) -> str | None:
-    """Return the value of replicas of equal stages, as set up without a planner, or None if not requested."""
+    """Return the value of equal stages, as in a set-up without a planner, or None if not requested."""
     if EQUAL_STAGES not in plan.inputs:
         return None
     alone, result = plan.inputs[EQUAL_STAGES], plan.result
@@ -242,9 +242,9 @@ def beside_equal_stages(plan: Plan) -> str | None:
 
 
 def beside_engines(plan: Plan, *, hints: bool = True) -> list[str]:
-    """Return the values of plans for other engines, and the differing features; equal engines share a line.
+    """Return the values of plans for other engines and their missing features; engines with equal values share a line.
 
-    Without ``hints``, engines are left out for which the only information is how to get more.
+    Without ``hints``, engines are omitted if nothing is known but how to find out more.
     """
     said = dict[str, list[str]]()
     for other in engine_values_of(plan):
@@ -276,7 +276,7 @@ def _engine_words(other: EngineValue, plan: Plan) -> str:
 
 
 def simple_setups(plan: Plan) -> list[str]:
-    """Return what people would try first, and its relative value: one TP size everywhere, equal stages."""
+    """Return the setups that users try first, equal stages with one TP size everywhere, and their relative values."""
     found = plan.inputs.get(SIMPLE_SETUPS)
     by_model = "" if less_than_planned(plan) is None else " by the model"
     lines = []
@@ -292,21 +292,24 @@ def simple_setups(plan: Plan) -> list[str]:
 
 
 def _beside(value: float, other: float) -> str:
-    """Return ``7.38% more``, ``15% less``, ``the same``."""
+    """Return the difference as ``7.38% more``, ``15% less``, ``the same``."""
     ratio = value / other - 1.0 if other else 0.0
     return "the same" if not ratio else f"{percent(abs(ratio))} {'more' if ratio > 0 else 'less'}"
 
 
 def range_of(plan: Plan) -> Predicted | None:
-    """Return the ranges that the profiles' errors leave; None if the plan has none, or in another version's form."""
+    """Return the ranges that the errors of the profiles leave.
+
+    None if the plan has none, or if they are in another version's form.
+    """
     try:
         return predicted_of(plan)
-    except TypeError:  # what it lists is no list
+    except TypeError:  # in another version's form, with values that are not lists
         return None
 
 
 def _range(expected: Predicted, plan: Plan) -> Text:
-    """Return the ranges of rate and latencies given the profiles' errors."""
+    """Return the ranges of rate and latencies, given the errors of the profiles."""
     rate = f"{digits(expected.rate.low)} to {digits(expected.rate.high)}"
     unit = plan.objective.unit if plan.objective.maximises else "requests/s of goodput"
     latencies = (
@@ -328,7 +331,7 @@ def verdict(result: SolveResult) -> str:
 
 
 def limits(plan: Plan) -> Iterator[tuple[str, float, float | None]]:
-    """Yield name, worst value over the replicas and limit of TTFT and TPOT."""
+    """Yield the name, the worst value over all replicas, and the limit of TTFT and of TPOT."""
     if plan.replicas:
         yield "TTFT p95", max(r.ttft_s for r in plan.replicas), plan.objective.ttft_limit_s
         if _has_tpot(plan):
@@ -336,7 +339,7 @@ def limits(plan: Plan) -> Iterator[tuple[str, float, float | None]]:
 
 
 def _has_tpot(plan: Plan) -> bool:
-    """Return whether any request has a second output token; without one no time passes between tokens."""
+    """Return whether any request has a second output token; otherwise there is no time between tokens."""
     lengths = plan.inputs.get("documents", {}).get("workload", {}).get("histogram", ())
     return not lengths or any(one["output_tokens"] > 1.0 for one in lengths)
 
@@ -352,7 +355,7 @@ def _limit(reached: float, limit: float | None) -> Text:
 
 
 def simulated_words(found: Verification, plan: Plan) -> Text:
-    """Return the simulated outcome for the limits, which follows the model's values above."""
+    """Return the simulated outcome for the limits, shown after the model's values."""
     level = service_level_of(plan)
     if found.kept:
         shown = [one for one in Latency if one is Latency.TTFT or _has_tpot(plan)]
@@ -389,7 +392,7 @@ def _replicas(groups: Sequence[ReplicaGroup], plan: Plan, *, wide: bool) -> Iter
 
 
 def price_cells(price: ClassPrice, plan: Plan) -> tuple[str, ...]:
-    """Return how many GPUs of a class are there, used, attention workers and idle, and what one is worth."""
+    """Return how many GPUs of a class exist, are used, are attention workers and are idle, and what one is worth."""
     counts = (price.available, price.used, price.as_attention_workers, price.available - price.used)
     return (*(f"{count:,}" for count in counts), worth(price.dual, plan))
 
@@ -398,7 +401,7 @@ def worth(dual: float, plan: Plan) -> str:
     if dual <= 0:
         return "0"
     unit = plan.result.unit.removeprefix("requests")
-    number = digits(dual) if dual >= SMALLEST_PRICE else f"< {SMALLEST_PRICE}"  # never 0, as it has some value
+    number = digits(dual) if dual >= SMALLEST_PRICE else f"< {SMALLEST_PRICE}"  # never 0, since it is worth something
     return f"{number}{unit if unit.startswith('/') else f' {unit}'}"
 
 
@@ -414,13 +417,13 @@ def _runners_up(plan: Plan) -> Table:
 
 
 def folded(shape: str) -> str:
-    """Merge equal consecutive stages: ``A | A | B`` is ``2 × A | B``."""
+    """Merge consecutive equal stages: ``A | A | B`` becomes ``2 × A | B``."""
     runs = [(stage, len(list(equal))) for stage, equal in itertools.groupby(shape.split(" | "))]
     return " | ".join(stage if count == 1 else f"{count} × {stage}" for stage, count in runs)
 
 
 def count_by_role(plan: Plan) -> str:
-    """Return ``1 prefill, 2 decode``; empty if every replica is unified."""
+    """Return the number of replicas per role as ``1 prefill, 2 decode``; empty if all are unified."""
     counts = {role: sum(one.role is role for one in plan.replicas) for role in Role}
     if counts[Role.UNIFIED] == len(plan.replicas):
         return ""
@@ -428,7 +431,7 @@ def count_by_role(plan: Plan) -> str:
 
 
 def rates_by_role(plan: Plan) -> str:
-    """Return the possible rates of both sides and the routed rate, in saturated requests/s."""
+    """Return the possible rates of the prefill and decode sides and the routed rate, in saturated requests/s."""
     rates = {role: sum(one.rate for one in plan.replicas if one.role is role) for role in Role}
     routed = sum(route.rate for route in plan.kv_routes)
     text = f"prefill {digits(rates[Role.PREFILL])}, decode {digits(rates[Role.DECODE])}, routed {digits(routed)}"
@@ -436,7 +439,7 @@ def rates_by_role(plan: Plan) -> str:
 
 
 def route_table(plan: Plan, groups: Sequence[ReplicaGroup]) -> Table:
-    """Return routes between replicas of equal shape, one row each, the largest first."""
+    """Return the routes between replicas, one row for each pair of shapes, the largest first."""
     group_of = {number: i for i, group in enumerate(groups) for number in group.numbers}
     rates: defaultdict[tuple[int, int], float] = defaultdict(float)
     for route in plan.kv_routes:
@@ -462,7 +465,7 @@ def _named(group: ReplicaGroup) -> str:
 
 
 def render_constraint_prices(prices: Sequence[ConstraintPrice], unit: str) -> RenderableType:
-    """Return what the objective would gain without each constraint, and without all."""
+    """Return a table of what the objective would gain without each constraint, and without all of them."""
 
     def name(kept: Sequence[object]) -> str:
         return str(kept[0]) if len(kept) == 1 else f"all {len(kept)} together"
@@ -478,7 +481,7 @@ def _interval(price: ConstraintPrice) -> str:
     return low if low == high else f"{low} to {high}"
 
 
-# --- one replica, or a group of equal ones: its pipeline drawn to scale and the devices of every stage
+# --- one replica, or a group of equal ones: its pipeline drawn to scale, and the devices of every stage
 
 
 _COLORS = ("cyan", "magenta", "yellow", "green", "blue", "red", "bright_cyan", "bright_magenta")
@@ -493,7 +496,7 @@ def palette_of(plan: Plan) -> Mapping[str, str]:
 
 
 PICTURE_WIDTH = 78
-MIN_STAGE_WIDTH = 4  # enough for a two-digit stage number
+MIN_STAGE_WIDTH = 4  # room for a two-digit stage number
 
 
 def device_table(group: ReplicaGroup, plan: Plan) -> Table:
@@ -512,7 +515,7 @@ def device_table(group: ReplicaGroup, plan: Plan) -> Table:
 
 
 def _replica_headline(group: ReplicaGroup) -> Text:
-    """Return rate and settings in two lines, and in a third the zones to which KV may go if there are several."""
+    """Return rate and settings in two lines and, if there are several zones, those to which KV may go in a third."""
     replica, count = group.first, len(group.numbers)
     name = f"Replica {group.numbers[0]}" if count == 1 else f"{count:,} equal replicas"
     each = "" if count == 1 else f" each, {digits(group.rate, 4)} together"
@@ -527,7 +530,7 @@ def _replica_headline(group: ReplicaGroup) -> Text:
 
 
 def _latencies(replica: ReplicaPlan) -> str:
-    """Return the latencies that the role has."""
+    """Return the latencies that apply to the replica's role."""
     ttft, tpot = f"TTFT {seconds(replica.ttft_s)}", f"TPOT {seconds(replica.tpot_s)}"
     by_role = {Role.PREFILL: f"{ttft} until the KV is there", Role.DECODE: tpot}
     return by_role.get(replica.role, f"{ttft} · {tpot}")
@@ -543,7 +546,7 @@ def _in_flight(replica: ReplicaPlan) -> str:
 
 
 def _picture(replica: ReplicaPlan, palette: Mapping[str, str]) -> RenderableType:
-    """Return the layers from left to right, with stage widths in proportion and layer numbers below."""
+    """Return the layers from left to right, with stages in proportion and layer numbers below."""
     widths = _widths([stage.num_layers for stage in replica.stages])
     if widths is None:
         return Text(f"{len(replica.stages)} stages, too many to draw", style="dim")
@@ -554,13 +557,13 @@ def _picture(replica: ReplicaPlan, palette: Mapping[str, str]) -> RenderableType
         line.append("┃")
         tick = str(stage.first_layer + stage.num_layers)
         ruler = ruler.ljust(len(line) - 1)
-        if not ruler or ruler[-1] == " ":  # a tick that would overlap the previous one is left out
+        if not ruler or ruler[-1] == " ":  # omit a tick that would overlap the previous one
             ruler = ruler[: len(line) - len(tick)] + tick if number == len(replica.stages) else ruler + tick
     return Group(line, Text(ruler, style="dim"))
 
 
 def _label(number: int, stage: StagePlan, shape: str, width: int) -> str:
-    """Return the longest description of a stage that leaves a dash on both sides."""
+    """Return the longest description of a stage that leaves room for a dash on each side."""
     for label in (f" {number} {stage.gpu} {shape} ", f" {number} {stage.gpu} ", f" {number} ", f"{number}"):
         if len(label) <= width - 2 or label == f"{number}":
             return label
@@ -568,7 +571,7 @@ def _label(number: int, stage: StagePlan, shape: str, width: int) -> str:
 
 
 def _widths(layers: list[int]) -> list[int] | None:
-    """Return characters per stage including its right border, or None if even the minimum does not fit."""
+    """Return each stage's width in characters with its right border, or None if even the minimum does not fit."""
     room = PICTURE_WIDTH - 1 - MIN_STAGE_WIDTH * len(layers)
     if room < 0:
         return None
@@ -585,8 +588,9 @@ def _stages(group: ReplicaGroup, palette: Mapping[str, str]) -> Table:
 
 
 def stage_rows(replica: ReplicaPlan) -> Iterator[tuple[int | None, str, str, str, str, str]]:
-    """Yield the number (from 1), GPU, shape, layers, KV heads and devices of every stage; and of its attention workers,
-    without a number.
+    """Yield the number (from 1), GPU, shape, layers, KV heads and devices of every stage.
+
+    Each stage is followed by its attention workers, which have no number.
     """
     for number, stage in enumerate(replica.stages):
         pools = [pool for pool in replica.attention_workers if pool.stage == number]

@@ -1,4 +1,4 @@
-"""GPUs and fleets shared among tenants, as tables and as documents."""
+"""GPUs or fleets shared among tenants, as tables and as documents."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from hetis.solver.shares.properties import Properties
 from hetis.solver.tenants.problem import FleetShares, TenantRule
 
 EPSILON = 1e-6
-MAX_ENVY = 12  # claimants whose envy is shown as a matrix; -o json has all
+MAX_ENVY = 12  # claimants up to which envy is shown as a matrix; -o json has all
 MAX_ROUNDS = 20
 
 _RULES = {
@@ -34,7 +34,7 @@ _RULES = {
 
 
 def claimant_names(found: Sharing) -> list[str]:
-    """Return ``tenant``, or ``tenant/job`` if a tenant has several jobs."""
+    """Return each claimant's name: ``tenant``, or ``tenant/job`` if a tenant has several jobs."""
     return [
         tenant.name if len(tenant.jobs) == 1 else f"{tenant.name}/{job.name}"
         for tenant in found.problem.tenants
@@ -123,7 +123,7 @@ def _listed(names: list[str], most: int = 5) -> str:
 
 
 def _envy_table(names: list[str], envy: Iterable[Iterable[float]]) -> Table:
-    """Return everybody's envy of everybody else, red where it is any."""
+    """Return a table of every claimant's envy of every other one, in red if there is any."""
     made = table("'", *names)
     for v, row in enumerate(envy):
         cells = (
@@ -198,7 +198,7 @@ def fair_document(found: Sharing) -> dict[str, Any]:
 
 
 def _plain(numbers: FloatArray) -> Any:
-    """Return lists without negative zeros, which solvers return and JSON would keep."""
+    """Return nested lists without negative zeros, which solvers return and JSON would keep."""
     return (numbers + 0.0).tolist()
 
 
@@ -219,7 +219,7 @@ def _rule(found: Sharing, answer: Shares, properties: Properties) -> dict[str, A
     }
 
 
-MAX_TENANTS = 8  # tenants whose envy is shown as a matrix; -o json has all
+MAX_TENANTS = 8  # tenants up to which envy is shown as a matrix; -o json has all
 
 _TENANT_RULES = {
     TenantRule.EFFICIENCY: "the most total value, whoever has it",
@@ -278,7 +278,10 @@ def _gpu_table(answer: FleetShares) -> Table:
 
 
 def envies(found: SharedFleet) -> list[list[float]]:
-    """Return the envy [tenant][other]: the rate with the other's GPUs per part, over the own rate; above 1 is envy."""
+    """Return the envy [tenant][other]: the rate with the other's GPUs per part, divided by the tenant's own rate.
+
+    Values above 1 are envy.
+    """
     shares = found.answers[0].shares
     return [
         [_over(cell.rate / shares[j].weight, shares[i].rate / shares[i].weight) for j, cell in enumerate(row)]
@@ -293,7 +296,7 @@ def _over(a: float, b: float) -> float:
 
 
 def holds(found: SharedFleet) -> list[str]:
-    """Return which properties the first answer has, with counter-examples for those it lacks."""
+    """Return which fairness properties the first answer has, with counter-examples for those it lacks."""
     answer = found.answers[0]
     worse = [
         f"no: {s.name} serves {digits(s.rate, 4)}, its own part of the fleet would serve {digits(s.part, 4)}"
@@ -351,7 +354,7 @@ def _tenant_rule_table(found: SharedFleet) -> Table:
 
 
 def tenants_document(found: SharedFleet) -> dict[str, Any]:
-    """Return everything as plain data except the plans themselves, which ``--out`` saves."""
+    """Return everything as plain data, except the plans themselves, which ``--out`` saves."""
     document = {
         "cluster": found.tenancy.cluster.name,
         "gpus": gpu_counts(found.tenancy.cluster),

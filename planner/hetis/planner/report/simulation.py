@@ -1,4 +1,4 @@
-"""A simulation on one screen: planned and simulated values, latencies, events, and GPU use."""
+"""A simulation on one screen: planned and simulated values, latencies, events, and the use of GPUs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from hetis.simulator.running import Point
 from hetis.simulator.steadiness import MAX_GROWTH, Estimate
 from hetis.solver.plan import Plan
 
-NAMED = 4  # devices
+NAMED = 4  # devices named in a sentence
 
 
 @as_group
@@ -42,7 +42,7 @@ def render_simulation(simulated: Simulated, plan: Plan) -> Iterator[RenderableTy
 
 
 def simulation_document(simulated: Simulated, plan: Plan) -> dict[str, Any]:
-    """Return JSON values with every run and every device; null for missing numbers."""
+    """Return all runs and devices as JSON values, with null for missing numbers."""
     question, summary, load = simulated.question, simulated.summary, simulated.question.load
     engine_settings = {**engine_settings_data(question.engine_settings), "changes": question.changes}
     return document(
@@ -118,10 +118,10 @@ def _facts(simulated: Simulated, plan: Plan) -> Iterator[tuple[str, RenderableTy
 
 
 def _doubt(simulated: Simulated) -> str | None:
-    """Return why the figures are not those of a sustained load, or None if they are."""
+    """Return why the figures do not show a sustained load, or None if they do."""
     summary, counts = simulated.summary, simulated.summary.counts
     of = f"{plural(counts.arrived, 'request')}"
-    if counts.unfinished:  # a run ends when nothing can happen any more
+    if counts.unfinished:  # a run ends when no further event can happen
         return f"{counts.unfinished:,} of {of} never served: no replica is left for them{_gone(simulated)}"
     if not counts.finished and counts.rejected:
         return f"nothing is served: no replica can hold any of the {of}"
@@ -137,8 +137,8 @@ def _doubt(simulated: Simulated) -> str | None:
 
 
 def _gone(simulated: Simulated) -> str:
-    """Return the devices that failed and did not come back."""
-    up = {fault.device: fault.joins for fault in simulated.question.settings.faults}  # the last fault of each decides
+    """Return a clause that names the devices that failed and did not come back."""
+    up = {fault.device: fault.joins for fault in simulated.question.settings.faults}  # its last fault decides
     down = sorted(device for device, joins in up.items() if not joins)
     more = f" and {len(down) - NAMED} more" if len(down) > NAMED else ""
     return f"; {', '.join(down[:NAMED])}{more} failed and did not join again" if down else ""
@@ -194,9 +194,9 @@ def _verdict(point: Point) -> Text:
 
 
 def _compared(simulated: Simulated) -> list[tuple[str, float, Estimate, float]]:
-    """Return name, planned value, simulated value and their ratio for the three figures that a plan states.
+    """Return name, planned value, simulated value and their ratio, for the three figures that a plan states.
 
-    Below saturation a plan promises to carry what arrives, so its throughput is compared with that.
+    Below saturation a plan promises only to serve what arrives, so its throughput is compared with that.
     """
     summary, planned, load = simulated.summary, simulated.prediction, simulated.question.load
     below = load.arrivals is not Arrivals.SATURATED or simulated.sweep is not None
@@ -209,7 +209,7 @@ def _compared(simulated: Simulated) -> list[tuple[str, float, Estimate, float]]:
 
 
 def _agreement(simulated: Simulated) -> bool | None:
-    """Return whether throughput is within `AGREES` of the planned one, or None if the run is too short to tell."""
+    """Return whether throughput is within `AGREES` of the planned value, or None if the run is too short to tell."""
     ratio = _compared(simulated)[0][3]
     return abs(ratio - 1) <= AGREES if math.isfinite(ratio) and simulated.summary.steady is not None else None
 

@@ -15,13 +15,13 @@ from hetis.simulator.values import FloatArray, Run
 from hetis.solver.plan import Objective, Plan
 
 _HEIGHT = 300  # per panel, in pixels
-_COLORS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#000000")  # Okabe and Ito
-_MAX_POINTS = 2000  # per line: more cannot be distinguished
+_COLORS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#000000")  # the palette of Okabe and Ito
+_MAX_POINTS = 2000  # points per line: more cannot be distinguished
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Line:
-    """A line of points; ``spread`` is the half width of an interval around each, or None."""
+    """A line of points; ``spread`` is the half width of the interval around each point, or None."""
 
     name: str
     x: FloatArray
@@ -42,7 +42,7 @@ class Panel:
 
 
 def picture(simulated: Simulated, plan: Plan, *, form: str) -> str | bytes:
-    """Return HTML that needs no network for ``.html``, or a PNG for ``.png``.
+    """Return HTML that needs no network for ``.html``, or a PNG image for ``.png``.
 
     Raises:
         ModuleNotFoundError: plotly, or matplotlib, is not installed.
@@ -60,7 +60,7 @@ def panels_of(simulated: Simulated, plan: Plan) -> tuple[Panel, ...]:
 
 
 def panels_of_sweep(swept: RateSweep, limits: Objective) -> Iterator[Panel]:
-    """Yield throughput and latencies over the rates that were tried, with the limits across."""
+    """Yield throughput and latencies over the simulated rates, with the limits drawn across."""
     rates = np.array([point.rate_rps for point in swept.points])
     for title, estimates, limit in (
         ("Throughput", [point.summary.throughput_rps for point in swept.points], None),
@@ -121,11 +121,11 @@ def _cumulative(name: str, values: FloatArray) -> Line:
 
 
 def _level(name: str, begins: FloatArray, ends: FloatArray) -> Line:
-    """Return how many have begun and not ended."""
+    """Return how many intervals have begun and not ended, over time."""
     begins, ends = begins[np.isfinite(begins)], ends[np.isfinite(ends)]
     times = np.concatenate([begins, ends])
     steps = np.concatenate([np.ones(len(begins)), -np.ones(len(ends))])
-    order = np.lexsort((steps, times))  # departures make room for arrivals at the same time
+    order = np.lexsort((steps, times))  # at equal times departures come first, since they make room for arrivals
     return _thinned(name, times[order], np.cumsum(steps[order]))
 
 
@@ -163,7 +163,7 @@ def _html(panels: Sequence[Panel], title: str) -> str:
 
 
 def _png(panels: Sequence[Panel], title: str) -> bytes:
-    # matplotlib draws without a browser; plotly's exporter would need Chrome.
+    # matplotlib draws without a browser; plotly's PNG export would need Chrome.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

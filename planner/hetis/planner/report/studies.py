@@ -1,4 +1,4 @@
-"""Studies beside a plan: of its robustness; and the reasons why there is no plan, as data."""
+"""Studies attached to a plan, such as its robustness, and the reasons why there is no plan, as data."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from hetis.solver.errors import InfeasibleError
 from hetis.solver.placement.infeasible import Conflict, ExplainedInfeasibleError, Relaxation
 from hetis.solver.plan import Objective, ObjectiveKind
 
-MAX_CORNERS = 5  # shown; JSON has all
-MAX_SHAPES = 3  # per runner-up
+MAX_CORNERS = 5  # corners shown; JSON has all
+MAX_SHAPES = 3  # shapes shown per runner-up
 
 
 def render_robustness(robustness: Robustness, objective: Objective) -> RenderableType:
@@ -104,7 +104,7 @@ def _corners(robustness: Robustness) -> Table:
 
 
 def infeasible_parts(error: InfeasibleError) -> Mapping[str, Any]:
-    """Return ``reasons`` in sentences, and ``conflicts`` and ``relaxations`` if the solver gave them."""
+    """Return ``reasons`` as sentences, and ``conflicts`` and ``relaxations`` if the solver found them."""
     if not isinstance(error, ExplainedInfeasibleError):
         return {"reasons": list(error.reasons)}
     return {

@@ -1,4 +1,4 @@
-"""Parts of what is printed, at most 80 columns wide if names allow it: tables, facts, bullets, sections."""
+"""Parts of printed output, at most 80 columns wide if the names allow it: tables, facts, bullets, sections."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ def table(*columns: str, rows: Iterable[Iterable[RenderableType]] = (), fixed: b
     """Return a table without lines.
 
     Args:
-        *columns: their heads. A column of text has a quote before it (``'devices``), or ``<`` if its words are not
-            broken (``<GPU``); others have numbers, which stand to the right.
-        rows: their cells.
-        fixed: whether numbers are not broken, either.
+        *columns: the column headers. The header of a text column is preceded by a quote (``'devices``), or by ``<`` if
+            its words must not be broken (``<GPU``); other columns contain right-aligned numbers.
+        rows: the cells of each row.
+        fixed: whether numbers must not be broken, either.
     """
     made = Table(box=None, padding=(0, 1), header_style="dim", pad_edge=False)
     for head in columns:
@@ -48,7 +48,7 @@ def table(*columns: str, rows: Iterable[Iterable[RenderableType]] = (), fixed: b
 
 
 def grid(*wraps: bool, rows: Iterable[Iterable[RenderableType]], gap: int = 2) -> Table:
-    """Return rows of cells without heads; ``wraps``: of each column, whether it is broken into lines."""
+    """Return rows of cells without headers; ``wraps`` tells for each column whether its cells may be broken."""
     made = Table.grid(padding=(0, gap))
     for one in wraps:
         made.add_column(overflow="fold", no_wrap=not one)
@@ -58,7 +58,7 @@ def grid(*wraps: bool, rows: Iterable[Iterable[RenderableType]], gap: int = 2) -
 
 
 def facts(rows: Iterable[tuple[str, RenderableType]]) -> Table:
-    """Return facts, one per line, after their names."""
+    """Return one fact per line, each after its name."""
     made = Table.grid(padding=(0, 2))
     made.add_column(style="dim", no_wrap=True)
     made.add_column(overflow="fold")
@@ -76,31 +76,31 @@ def bullets(lines: Iterable[RenderableType]) -> Table:
 
 
 def section(title: str, body: RenderableType) -> RenderableType:
-    """Return a body under its bold title."""
+    """Return a body below a bold title."""
     return Group(Text(f"\n{title}", style="bold"), Padding(body, (0, 0, 0, 1)))
 
 
 def kept_words(rate_rps: float, latencies: Iterable[tuple[str, float]], share: str, kept_rps: float | None) -> Text:
-    """Return a sentence on a simulated plan that keeps its limits: its latencies and the share of requests in time."""
+    """Return a sentence about a simulated plan that keeps its limits: latencies, and the share of requests in time."""
     named = ", ".join(f"{name} {seconds(value_s)}" for name, value_s in latencies)
     words = f" at {digits(rate_rps, 4)} requests/s: {named}; {share}{kept_beyond(rate_rps, kept_rps)}"
     return Text.assemble(("limits kept", "green"), words)
 
 
 def missed_words(rate_rps: float, misses: Iterable[str], kept_rps: float | None) -> Text:
-    """Return a sentence on a simulated plan that misses limits."""
+    """Return a sentence about a simulated plan that misses limits."""
     least = "no rate tried keeps them" if kept_rps is None else f"kept up to {digits(kept_rps, 4)}"
     words = f" at {digits(rate_rps, 4)} requests/s: {', '.join(misses)}; {least}"
     return Text.assemble(("MISSED", "bold red"), words)
 
 
 def kept_beyond(rate_rps: float, kept_rps: float | None) -> str:
-    """Return a clause about a rate above the planned one that kept the limits, too; empty if there is none."""
+    """Return a clause about the highest rate that kept the limits if it is above the planned one; otherwise empty."""
     return "" if kept_rps is None or kept_rps <= rate_rps else f"; kept up to {digits(kept_rps, 4)}"
 
 
 def first_rows(body: RenderableType, count: int, shown: int, noun: str) -> RenderableType:
-    """Return a body with a line about the rows of ``count`` that are not shown, if there are any."""
+    """Return the body, followed by a line that counts the rows not shown, if there are any."""
     rest = count - shown
     if rest <= 0:
         return body
@@ -108,9 +108,9 @@ def first_rows(body: RenderableType, count: int, shown: int, noun: str) -> Rende
 
 
 class Unbroken:
-    """Names side by side with a separator after each but the last, in lines that break after separators.
+    """Names side by side, separated, in lines that break after separators.
 
-    They break inside a name only where it does not fit.
+    A line breaks inside a name only if the name does not fit on a line.
     """
 
     def __init__(self, parts: Sequence[Text], separator: str) -> None:

@@ -1,1 +1,1 @@
-"""Clusters, profiles and plans as resources: the implementation of every call about them."""
+"""Clusters, profiles and plans as resources: the implementations of all calls on them."""

@@ -1,4 +1,4 @@
-"""Clusters: the implementation of the calls about them."""
+"""Clusters: the implementations of the calls on them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from hetis.v1 import cluster_service_pb2 as pb
 
 Parsed = tuple[document_pb2.Document, Cluster]
 ClusterDeleted = Callable[[str, Sequence[str]], None]
-"""Called in the loop with ``clusters/{cluster}`` and the names of its plans; must return at once."""
+"""Called in the event loop with ``clusters/{cluster}`` and the names of its plans; must return at once."""
 
 
 @dataclass(slots=True, eq=False)
@@ -138,7 +138,7 @@ class Clusters:
         return parsed
 
     async def _tell(self, record: ClusterRecord, *, before: ClusterRecord | None) -> None:
-        """Tell watchers and fleet about a cluster that was created or changed."""
+        """Publish a cluster that was created or changed to watchers, and pass it to the fleet."""
         num_connected = self._fleet.num_connected(record.name)
         self._hubs.publish_cluster(record, num_connected=num_connected, now_s=self._clock())
         if before is not None and record.body.document.digest != before.body.document.digest:
@@ -159,7 +159,7 @@ _POLICY = cluster_pb2.ClusterPolicy.DESCRIPTOR.fields_by_name
 
 
 def _paths(checks: Checks, request: pb.UpdateClusterRequest) -> frozenset[str]:
-    """Return the paths to change: the mask, or the fields that are set."""
+    """Return the paths to change: those in the mask or, without a mask, the fields that are set."""
     cluster, given = request.cluster, list(request.update_mask.paths)
     if not given:
         fields = (("document", cluster.HasField("document")), ("policy", cluster.HasField("policy")))
@@ -213,7 +213,7 @@ def _in_use(name: str, user: str, why: str) -> ServiceError:
     return ServiceError(Reason.ERROR_REASON_RESOURCE_IN_USE, message, metadata=metadata)
 
 
-_LONGEST_S = 315_576_000_000  # in a valid Duration
+_LONGEST_S = 315_576_000_000  # the longest valid Duration
 
 
 def check_policy(checks: Checks, policy: cluster_pb2.ClusterPolicy, field: str) -> None:
@@ -242,7 +242,7 @@ def _check_duration(checks: Checks, duration: Duration, field: str, least_s: flo
 def _body(
     name: str, document: document_pb2.Document, value: Cluster, policy: cluster_pb2.ClusterPolicy | None
 ) -> cluster_pb2.Cluster:
-    """Return the stored body of a cluster. ``document`` is canonical, and ``value`` is its content."""
+    """Return the stored body of a cluster. ``document`` is canonical, and ``value`` is its parsed content."""
     return cluster_pb2.Cluster(
         name=name,
         document=document,

@@ -1,4 +1,4 @@
-"""Nodes and the inventory: the calls about them, what a watcher sees, and how agents differ from the document."""
+"""Nodes and the inventory: the calls on them, what watchers see, and how agents' reports differ from the document."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ from hetis.v1 import cluster_service_pb2 as pb
 
 R = TypeVar("R", pb.DrainNodeResponse, pb.UndrainNodeResponse)
 State = cluster_pb2.NodeState
-_MOST_BY_NAME = 500  # above it, all records of a cluster are read instead of the named ones
+_MOST_BY_NAME = 500  # if more names are requested, all node records of the cluster are read
 
 CONNECTED = frozenset({State.NODE_STATE_READY, State.NODE_STATE_UNDECLARED})
 """States of nodes whose agents are connected."""
@@ -53,10 +53,10 @@ class NodeViews:
     """The nodes of one cluster at one moment."""
 
     cluster: ClusterRecord
-    declared: Declared  # the content of its document
-    records: Mapping[str, NodeRecord]  # by node id; of all nodes, or of the requested ones
+    declared: Declared  # parsed document of the cluster
+    records: Mapping[str, NodeRecord]  # all nodes, or only the requested ones, by node id
     replicas: Mapping[str, Sequence[str]]  # names of replicas by node id
-    live: Mapping[str, LiveNode]  # by node id; of all nodes, or of the requested ones
+    live: Mapping[str, LiveNode]  # all nodes, or only the requested ones, by node id
 
     def exists(self, node: str) -> bool:
         """Return whether the node is declared or connected."""
@@ -69,7 +69,7 @@ class NodeViews:
         if node not in self.declared:
             return State.NODE_STATE_UNDECLARED
         if live is not None:
-            # Declared by now, but the fleet may not have noticed yet.
+            # Declared by now, but the fleet may not have read the document yet.
             undeclared = live.state == State.NODE_STATE_UNDECLARED
             return State.NODE_STATE_READY if undeclared else live.state
         record = self.records.get(node)
@@ -77,7 +77,7 @@ class NodeViews:
         return State.NODE_STATE_LOST if was_connected else State.NODE_STATE_EXPECTED
 
     def node(self, node: str, view: view_pb2.View.ValueType) -> cluster_pb2.Node:
-        """Return the message of a node that exists; what its agent has not said in this term is as in its record."""
+        """Return an existing node as a message; what its agent has not reported in this term comes from its record."""
         live, record = self.live.get(node), self.records.get(node)
         message = deepcopy(record.body) if record is not None else cluster_pb2.Node()
         message.draining = record is not None and record.draining
@@ -88,7 +88,7 @@ class NodeViews:
         message.replicas.extend(self.replicas.get(node, ()))
         if live is not None:
             message.devices.extend(live.devices)
-            if live.agent_version:  # that of a node that is not declared is not stored
+            if live.agent_version:  # not stored for undeclared nodes
                 message.agent_version, message.engine_address = live.agent_version, live.engine_address
             if live.inventory is not None and view != BASIC:
                 message.inventory.CopyFrom(live.inventory)
@@ -101,14 +101,17 @@ class NodeViews:
         return message
 
     def ids(self, states: Collection[State.ValueType] = ()) -> Sequence[str]:
-        """Return the ids of all existing nodes in order; given ``states``, at least those of nodes in one of them."""
+        """Return the ids of all existing nodes in order.
+
+        With ``states``, return at least the nodes in one of them, and possibly others.
+        """
         undeclared = [node for node in self.live if node not in self.declared and self.exists(node)]
-        if states and State.NODE_STATE_EXPECTED not in states:  # nearly all nodes of a large fleet may be EXPECTED
+        if states and State.NODE_STATE_EXPECTED not in states:  # in a large fleet, nearly all nodes may be EXPECTED
             heard_of = (node for node in {*self.live, *self.records} if node in self.declared)
             return sorted([*heard_of, *undeclared])
         if not undeclared:
             return self.declared.nodes
-        return sorted([*self.declared.nodes, *undeclared])  # nearly sorted already, which is fast
+        return sorted([*self.declared.nodes, *undeclared])  # nearly sorted already, which makes it fast
 
 
 @dataclass(slots=True, eq=False)
@@ -121,9 +124,9 @@ class NodeReader:
     _places: ReplicaPlaces = field(default_factory=lambda: ReplicaPlaces())
 
     async def read(self, cluster: str, nodes: Collection[str] | None = None) -> NodeViews:
-        """Read the nodes of ``clusters/{cluster}``, with the state of these node ids or, if None, of all.
+        """Read the nodes of ``clusters/{cluster}``, with the states of these node ids or, if None, of all nodes.
 
-        Reading all is noticeably slow for a large fleet. Raises NOT_FOUND if there is no such cluster.
+        Reading all nodes of a large fleet is noticeably slow. Raises NOT_FOUND if there is no such cluster.
         """
         record, kept, replicas = await self._store.read(lambda tx: _read(tx, cluster, nodes, self._places))
         declared = await self._fleets.of(record)
@@ -150,13 +153,13 @@ _AT_ONCE = 500  # names per query
 
 
 class ReplicaPlaces:
-    """Names of replicas by node id, for each requested cluster. Only for use in the store's thread."""
+    """The names of replicas by node id, for each requested cluster. Must be used only in the store's thread."""
 
     def __init__(self) -> None:
         self._by_cluster: dict[str, _Places] = {}
 
     def read(self, tx: Reader, cluster: str) -> Mapping[str, Sequence[str]]:
-        """Return the places as of this transaction; not to be modified."""
+        """Return the names as of this transaction, in a mapping that must not be modified."""
         present = tx.replicas.versions(cluster=cluster)
         if not present:
             self._by_cluster.pop(cluster, None)
@@ -198,7 +201,7 @@ Kind = cluster_pb2.InventoryDifferenceKind
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReportedNode:
-    """A node whose agent is connected. ``unhealthy``: why the devices with these indices cannot be used."""
+    """A node whose agent is connected. ``unhealthy``: by device index, why the device cannot be used."""
 
     inventory: inventory_pb2.NodeInventory
     unhealthy: Mapping[int, str]
@@ -207,13 +210,13 @@ class ReportedNode:
 def inventory_message(
     cluster: str, declared: Cluster, found: Mapping[str, ReportedNode], *, cluster_etag: str
 ) -> cluster_pb2.Inventory:
-    """Return the found inventory and its differences from the declared one, at most 10,000.
+    """Return the found inventory and its differences from the declared one, of which at most 10,000.
 
     Args:
         cluster: ``clusters/{cluster}``.
-        declared: the content of its document.
-        found: connected nodes by id.
-        cluster_etag: of the cluster that has the document.
+        declared: the content of the cluster's document.
+        found: the connected nodes, by id.
+        cluster_etag: the etag of the cluster with this document.
     """
     return cluster_pb2.Inventory(
         name=f"{cluster}/inventory",
@@ -224,7 +227,7 @@ def inventory_message(
 
 
 def differences(declared: Cluster, found: Mapping[str, ReportedNode]) -> Iterator[cluster_pb2.InventoryDifference]:
-    """Yield every difference in the order of the document; nodes that it does not name come last."""
+    """Yield every difference in the order of the document; nodes that the document does not name come last."""
     known = set[str]()
     for group, node in _nodes(declared):
         if node not in found:
@@ -299,7 +302,7 @@ def _found_document(declared: Cluster, found: Mapping[str, ReportedNode]) -> doc
 def _found_groups(
     declared: Cluster, found: Mapping[str, ReportedNode], types: Mapping[str, GpuType]
 ) -> Iterator[NodeGroup]:
-    """Yield the found node groups: those found as declared stay groups, other nodes form one group each."""
+    """Yield the found node groups: groups found as declared are kept, all other nodes form a group each."""
     known = set[str]()
     for group in declared.node_groups:
         nodes = [group.node_name(index) for index in range(group.count)]
@@ -321,7 +324,7 @@ def _types_of(node: ReportedNode) -> list[str]:
 
 
 def _slots(found: Iterable[str], types: Mapping[str, GpuType], declared: Sequence[GpuSlots]) -> tuple[GpuSlots, ...]:
-    """Return GPUs by type, at the document's prices; devices of unknown type are left out, as no plan can use them."""
+    """Return the GPUs by type, at the document's prices, without devices of unknown type, which no plan can use."""
     prices = {slots.gpu: slots.usd_per_hour for slots in declared}
     counts = dict[str, int]()
     for gpu in found:
@@ -382,13 +385,13 @@ class Nodes:
         return await self._set_draining(request, pb.UndrainNodeResponse, draining=False)
 
     async def disconnect(self, request: pb.DisconnectNodeRequest) -> pb.DisconnectNodeResponse:
-        """End the stream of whoever is connected as the node; only the audit log keeps it."""
+        """End the stream of the agent that is connected as the node. Only the audit log records the call."""
         check(request, name=names.NODE)
         await self._read(request.name)
         self._fleet.require_connected(request.name)
 
         async def disconnect() -> None:
-            # Written first: nobody is to be disconnected without a trace. An agent that went meanwhile is gone anyway.
+            # Written first, so that no agent is disconnected without a trace. The agent may have left in the meantime.
             await self._store.write(lambda tx: write_down(tx, request, pb.DisconnectNodeResponse()))
             with suppress(ServiceError):
                 self._fleet.disconnect(request.name)
@@ -428,7 +431,7 @@ class Nodes:
         return await change_once(self._store, request, response, change)
 
     async def _read(self, name: str) -> NodeViews:
-        """Read the cluster with the node of that name, which must exist."""
+        """Read the cluster, with the node of that name, which must exist."""
         views = await self._reader.read(cluster_of(name), [last_part(name)])
         if not views.exists(last_part(name)):
             raise not_found(name)

@@ -1,4 +1,4 @@
-"""Activation and rollback of plans: decided in one durable transaction, carried out by the fleet."""
+"""Activation and rollback of plans: decided in one durable transaction, and carried out by the fleet."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ R = TypeVar("R", pb2.ActivatePlanResponse, pb2.RollbackPlanResponse)
 
 @dataclass(slots=True, eq=False)
 class PlanActivation:
-    """Decides which plan is active; the fleet carries it out."""
+    """Decides which plan is active; the fleet carries out the decision."""
 
     _store: Store
     _hubs: Hubs
@@ -79,7 +79,7 @@ class PlanActivation:
 
         try:
             target = await self._target((await self._store.read(earlier)).name)
-        except ServiceError as error:  # a repeated request finds another plan active
+        except ServiceError as error:  # if the request is a repetition, another plan is active now
             return await answered_before(self._store, request, pb2.RollbackPlanResponse, error)
         if request.validate_only:
             planned = await self._store.read(lambda reader: self._planned(reader, earlier(reader), target))
@@ -91,7 +91,7 @@ class PlanActivation:
         return await self._change(request, pb2.RollbackPlanResponse, go_back)
 
     async def _target(self, name: str) -> Target:
-        """Return the plan with everything slow computed. Raises NOT_FOUND, PLAN_STATE, INVENTORY_MISMATCH."""
+        """Return the plan with everything that is slow to compute. Raises NOT_FOUND, PLAN_STATE, INVENTORY_MISMATCH."""
         answered = await self._documents.answered(name)
         cluster = await self._store.read(lambda reader: reader.clusters.require(answered.record.cluster))
         declared = await self._fleets.of(cluster)
@@ -115,7 +115,7 @@ class PlanActivation:
         response: type[R],
         put_in_force: Callable[[Transaction], ChangedPlans],
     ) -> R:
-        """Make the change in one durable transaction, then tell watchers and fleet."""
+        """Make the change in one durable transaction, then publish it to watchers and pass it to the fleet."""
 
         def work(tx: Transaction) -> tuple[R, Tell | None]:
             done = put_in_force(tx)
@@ -133,7 +133,7 @@ class PlanActivation:
         await self._fleet.cluster_changed(cluster.name)
 
     def _planned(self, reader: Reader, plan: PlanRecord, target: Target) -> ChangedPlans:
-        """Return what `_put_in_force` would do."""
+        """Return what `_put_in_force` would change."""
         if plan.activation in IN_FORCE:
             return ChangedPlans(cluster=None, plans=(plan,), steps=())
         cluster = reader.clusters.require(plan.cluster)
@@ -171,12 +171,12 @@ class PlanActivation:
         matching: Matching,
         records: Mapping[str, ReplicaRecord],
     ) -> None:
-        """Assign kept and new replicas to the plan, and all others to none."""
+        """Assign kept and new replicas to the plan, and remove the others from any plan."""
         for index, (name, shape) in enumerate(zip(matching.names, target.shapes, strict=True)):
             if name in matching.kept:
                 record = records[name]
                 record.body.plan, record.body.plan_index = plan.name, index
-                record.body.shape.CopyFrom(shape)  # its predictions may be new
+                record.body.shape.CopyFrom(shape)  # its predictions may have changed
                 tx.replicas.update(replace(record, plan=plan.name))
             else:
                 tx.replicas.insert(new_replica(name, plan, index, shape, target.model_digest, self._clock()))
@@ -187,7 +187,7 @@ class PlanActivation:
 
 
 def _require_idle(reader: Reader, cluster: ClusterRecord) -> None:
-    """Check that the cluster's active plan is not still being activated. Raises ACTIVATION_IN_PROGRESS."""
+    """Check that the cluster's active plan has finished its activation. Raises ACTIVATION_IN_PROGRESS."""
     active = reader.plans.get(cluster.active_plan) if cluster.active_plan else None
     if active is not None and active.activation == plan_pb2.ACTIVATION_STATE_ACTIVATING:
         raise ServiceError(
@@ -198,7 +198,7 @@ def _require_idle(reader: Reader, cluster: ClusterRecord) -> None:
 
 
 def _answer(response: type[R], change: ChangedPlans) -> R:
-    """Return the answer, without the devices of the last steps if it would be too large."""
+    """Return the answer, without the devices of its last steps if it would otherwise be too large."""
     answer = response(plan=basic_view(change.plans[0]), steps=change.steps)
     too_many_bytes = answer.ByteSize() - MOST_BYTES
     for step in reversed(answer.steps):
@@ -215,8 +215,8 @@ _GONE = frozenset({replica_pb2.REPLICA_STATE_STOPPED, replica_pb2.REPLICA_STATE_
 
 Kind = pb2.TransitionKind
 Step = pb2.TransitionStep
-START_BESIDE, DRAIN, START_INSTEAD = 1, 2, 3  # waves
-# Predictions of a plan about a replica, which another workload changes without any effect on an engine.
+START_BESIDE, DRAIN, START_INSTEAD = 1, 2, 3  # waves of a transition
+# A plan's predictions for a replica, which change with the workload without any effect on an engine.
 _PREDICTIONS = ("rate_rps", "ttft_s", "tpot_s")
 
 
@@ -224,9 +224,9 @@ _PREDICTIONS = ("rate_rps", "ttft_s", "tpot_s")
 class Matching:
     """The correspondence between a plan's replicas and running ones."""
 
-    names: tuple[str, ...]  # the replica's name by its index in the plan, kept and new ones
-    kept: frozenset[str]  # those of them that are running already and stay unchanged
-    leaving: tuple[str, ...]  # running replicas that the plan does not contain, in order
+    names: tuple[str, ...]  # names of the replicas, kept and new, by index in the plan
+    kept: frozenset[str]  # names of those that are already running and stay unchanged
+    leaving: tuple[str, ...]  # names of running replicas that the plan does not contain, in order
 
 
 def match_replicas(
@@ -238,15 +238,15 @@ def match_replicas(
     runs_same_model: Callable[[str], bool] = lambda _name: True,
     taken: Collection[str] = (),
 ) -> Matching:
-    """Find the replicas of a plan that run already, and name the others after the plan and their index in it.
+    """Find the replicas of a plan that are already running, and name the others after the plan and their index in it.
 
     Args:
-        running: shapes of the cluster's replicas by name, without those that stopped or failed.
-        plan_replicas: the plan's, in its order.
+        running: shapes of the cluster's replicas by name, except those that stopped or failed.
+        plan_replicas: the plan's replicas, in its order.
         cluster: `clusters/{cluster}`.
         plan: `plans/{plan}`.
-        runs_same_model: whether a running replica serves the plan's model, with the same precision.
-        taken: names that no new replica may have, besides those in `running`: of every replica that has a record.
+        runs_same_model: returns whether a running replica serves the plan's model, with the same precision.
+        taken: names of all replicas with a record, which no new replica may have.
     """
     free: dict[bytes, list[str]] = {}
     for name, shape in running.items():
@@ -265,7 +265,7 @@ def plan_transition(
     matching: Matching,
     load_bytes: Callable[[replica_pb2.ReplicaPlan], int],
 ) -> list[Step]:
-    """Return the steps from what runs to a plan, whose replicas `match_replicas` has matched.
+    """Return the steps from the running replicas to a plan whose replicas `match_replicas` has matched.
 
     Wave 1 starts replicas that need no GPU of a departing replica, wave 2 drains the departing ones, wave 3 starts the
     rest. Kept replicas are in wave 1. ``load_bytes`` returns the bytes that the GPUs of a replica load.
@@ -290,7 +290,7 @@ def plan_transition(
 
 def _engine_identity(shape: replica_pb2.ReplicaPlan) -> bytes:
     same = without(shape, *_PREDICTIONS)
-    same.role = TO_PROTO[role_of(shape)]  # replicas that were started before roles existed are unified
+    same.role = TO_PROTO[role_of(shape)]  # replicas started before roles existed are unified
     return same.SerializeToString(deterministic=True)
 
 
@@ -306,22 +306,22 @@ def _unused_name(cluster: str, plan: str, index: int, used: set[str]) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
-    """A plan to be activated, with everything slow computed before the transaction."""
+    """A plan to be activated, with everything that is slow to compute."""
 
-    record: PlanRecord  # of the plan as read before; the transaction reads it again
+    record: PlanRecord  # the plan's record as read before; the transaction reads it again
     shapes: tuple[replica_pb2.ReplicaPlan, ...]
     model_digest: str
-    cluster_digest: str  # of the cluster's document that was found to have its GPUs
+    cluster_digest: str  # digest of the cluster's document in which the plan's GPUs were found
     load_bytes: Callable[[replica_pb2.ReplicaPlan], int]  # returns the bytes of weights that the GPUs of a replica load
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChangedPlans:
-    """The changes of a transaction."""
+    """What a transaction has changed."""
 
-    cluster: ClusterRecord | None  # its new record; None if the plan was active already, so that nothing was done
-    plans: tuple[PlanRecord, ...]  # the changed ones, the newly active one first
-    steps: tuple[pb2.TransitionStep, ...]  # from what ran to the plan
+    cluster: ClusterRecord | None  # the cluster's new record; None if the plan was already active (no change)
+    plans: tuple[PlanRecord, ...]  # the changed plans, the newly active one first
+    steps: tuple[pb2.TransitionStep, ...]  # the steps from the running replicas to the plan
 
 
 def transition_to(
@@ -350,7 +350,7 @@ def new_replica(
         plan_index=index,
         shape=shape,
         state=replica_pb2.REPLICA_STATE_STARTING,
-        authority=replica_pb2.HEAD_MAP_AUTHORITY_ENGINE,  # until its primary's agent reports what its engine can do
+        authority=replica_pb2.HEAD_MAP_AUTHORITY_ENGINE,  # until the primary's agent reports what its engine can do
         primary_node=nodes[0],
         nodes=nodes,
         model_digest=model_digest,

@@ -1,4 +1,4 @@
-"""CreatePlan: a problem that is posed and searched, or a plan that was made elsewhere."""
+"""CreatePlan: poses and searches a problem, or imports a plan that was made elsewhere."""
 
 from __future__ import annotations
 
@@ -60,16 +60,16 @@ _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 30.0  # between attempts to write to an 
 
 
 def problem_name(plan: str) -> str:
-    """Return the name under which a plan's posed problem is stored during the search; see `Store`'s plan documents.
+    """Return the name of a plan's problem, which is stored among the plan documents during the search.
 
-    Cancelling removes it, so that the next planner does not start a cancelled search again.
+    Cancelling removes it, so that the next planner does not restart a cancelled search.
     """
     return f"{plan}/problem"
 
 
 @dataclass(slots=True, eq=False)
 class PlanSearches:
-    """The searches of one planner. `begin` and `resume` start them, `stop` leaves them to the next planner."""
+    """The searches of one planner. `begin` and `resume` start them; `stop` leaves them to the next planner."""
 
     _store: Store
     _hubs: Hubs
@@ -84,7 +84,7 @@ class PlanSearches:
         return self._progress.get(plan)
 
     def begin(self, plan: str, search: PooledSearch, posed: PosedProblem, posed_json: bytes) -> None:
-        """Begin the search for a plan that is in the store already."""
+        """Begin the search for a plan that is already in the store."""
         self._searches[plan] = search
         search.begin(posed_json, time_limit_s=posed.settings.time_limit_s)
         task = asyncio.create_task(self._follow(plan, search, posed), name=f"search for {plan}")
@@ -102,7 +102,7 @@ class PlanSearches:
             self.cancel(plan)
 
     async def resume(self) -> None:
-        """Restart the searches that the previous planner had not finished, oldest first, however many there are."""
+        """Restart the searches that the previous planner did not finish, oldest first, however many there are."""
         left = await self._store.read(lambda reader: reader.plans.all(state=SEARCHING))
         for record in reversed(left):
             posed_json = await self._posed_json(record.name)
@@ -122,7 +122,7 @@ class PlanSearches:
         return await self._store.read(lambda reader: reader.plan_documents.get(problem_name(plan)))
 
     async def stop(self) -> None:
-        """Stop following the searches; the store keeps what is QUEUED or SOLVING."""
+        """Stop following the searches; in the store they remain QUEUED or SOLVING."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -183,7 +183,7 @@ class PlanSearches:
         await self._change(plan, change)
 
     async def _change(self, plan: str, change: Callable[[PlanRecord, Transaction], PlanRecord]) -> PlanRecord | None:
-        """Change a record and tell the watchers; retries while the store is unavailable."""
+        """Change a record and publish it to watchers; retries while the store is unavailable."""
 
         def work(tx: Transaction) -> PlanRecord | None:
             record = tx.plans.get(plan)
@@ -238,7 +238,7 @@ _IMPORTED = "plan.imported"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SearchableProblem:
-    """A problem that is ready to be searched."""
+    """A problem that is ready for the search."""
 
     problem: PosedProblem
     json: bytes
@@ -246,7 +246,7 @@ class SearchableProblem:
 
 @dataclass(slots=True, eq=False)
 class PlanCreation:
-    """Makes plans, for callers and for the planner itself (`propose`)."""
+    """Creates plans, for callers and for the planner itself (`propose`)."""
 
     _store: Store
     _hubs: Hubs
@@ -260,12 +260,12 @@ class PlanCreation:
     async def create(self, request: pb2.CreatePlanRequest) -> pb2.CreatePlanResponse:
         try:
             answer = await self._answer(request)
-        except HetisError as error:  # its cluster or a profile is gone, or has changed
+        except HetisError as error:  # the cluster or a profile is gone or has changed
             return await answered_before(self._store, request, pb2.CreatePlanResponse, error)
         return await self._make(request, answer)
 
     async def propose(self, cluster: str, spec: plan_pb2.PlanSpec, reason: str) -> str:
-        """Make a plan for the planner itself because of ``reason``; return its name. Raises as `create`."""
+        """Create a plan for the planner itself because of ``reason``; return its name. Raises as `create` does."""
         checks = Checks()
         read = await read_spec(checks, spec, self._limits)
         checks.raise_if_wrong()
@@ -275,7 +275,7 @@ class PlanCreation:
         return made.plan.name
 
     async def _answer(self, request: pb2.CreatePlanRequest) -> SearchableProblem | ImportedPlan:
-        """Return the problem to be searched or the imported plan. Raises what is wrong with the request."""
+        """Return the problem to be searched, or the imported plan. Raises an error if the request is invalid."""
         checks = Checks()
         if request.plan_id:
             checks.new_id("plan_id", request.plan_id)
@@ -376,7 +376,10 @@ class PlanCreation:
         return await to_the_end(change())
 
     def _place(self, answer: SearchableProblem | ImportedPlan) -> PooledSearch | ServiceError | None:
-        """Reserve a place, or return why there is none: a repeated request is answered even if the queue is full."""
+        """Reserve a place in the pool, or return the error why there is none.
+
+        It is not raised, since a repeated request is answered even if the queue is full.
+        """
         if isinstance(answer, ImportedPlan):
             return None
         try:

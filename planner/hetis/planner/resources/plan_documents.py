@@ -1,4 +1,4 @@
-"""Views of plans, and their documents: parsed, kept for a while, and checked where they were made elsewhere."""
+"""Views of plans, and their documents: parsed, cached for a while, and checked if they were made elsewhere."""
 
 from __future__ import annotations
 
@@ -27,7 +27,10 @@ IN_FORCE = frozenset({plan_pb2.ACTIVATION_STATE_ACTIVATING, plan_pb2.ACTIVATION_
 
 
 def is_settled(plan: plan_pb2.Plan) -> bool:
-    """Return whether the plan can no longer change without a call: no search, nothing that comes up or drains."""
+    """Return whether the plan can no longer change without a call.
+
+    Then there is no search, and no replica is starting or draining.
+    """
     if plan.state in SEARCHING or plan.activation == plan_pb2.ACTIVATION_STATE_ACTIVATING:
         return False
     if plan.activation == plan_pb2.ACTIVATION_STATE_INACTIVE:
@@ -35,7 +38,7 @@ def is_settled(plan: plan_pb2.Plan) -> bool:
     return not plan.activation_progress.num_draining and not plan.activation_progress.num_starting
 
 
-_MOST_KEPT_BYTES = 64 << 20  # of documents
+_MOST_KEPT_BYTES = 64 << 20  # limit on the cached documents
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,20 +59,20 @@ class AnsweredPlan:
 
 
 class PlanDocuments:
-    """Documents of plans; they never change, so cached ones never become stale."""
+    """The documents of plans. They never change, so cached ones never become stale."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
         self._read: OrderedDict[str, tuple[bytes, PlanAndProblem]] = OrderedDict()  # by digest
 
     async def answered(self, name: str) -> AnsweredPlan:
-        """Return a plan that has an answer. Raises NOT_FOUND; PLAN_STATE if it has no answer."""
+        """Return a plan that has an answer. Raises NOT_FOUND, or PLAN_STATE if it has none."""
         record = await self._store.read(lambda reader: reader.plans.require(name))
         require_answer(record)
         return await self.of(record)
 
     async def of(self, record: PlanRecord) -> AnsweredPlan:
-        """Return the answered plan of a record that has an answer."""
+        """Return the plan of a record, which must have an answer."""
         digest = record.body.result.document.digest
         if digest not in self._read:
             document = await self._store.read(lambda reader: _document(reader, record.name))
@@ -88,7 +91,7 @@ def require_answer(record: PlanRecord) -> None:
 
 
 def plan_state(record: PlanRecord, what: str) -> ServiceError:
-    """Return the error for a call in the wrong state; ``what`` follows name and state in the message."""
+    """Return the error for a call in the wrong state; in the message ``what`` follows the plan's name and state."""
     state = word_of(plan_pb2.PlanState, record.state)
     message = f"{record.name} is {state} and {what}"
     return ServiceError(Reason.ERROR_REASON_PLAN_STATE, message, metadata={"name": record.name, "state": state})
@@ -96,7 +99,7 @@ def plan_state(record: PlanRecord, what: str) -> ServiceError:
 
 def _document(reader: Reader, name: str) -> bytes:
     document = reader.plan_documents.get(name)
-    if document is None:  # deleted since
+    if document is None:  # deleted in the meantime
         reader.plans.require(name)
         raise AssertionError(f"{name} has an answer without a document")
     return document
@@ -108,7 +111,7 @@ def _parsed(document: bytes, name: str) -> PlanAndProblem:
     return problem_of_plan(plan, name)
 
 
-MOST_VIOLATIONS = 20  # of the checker, in a message
+MOST_VIOLATIONS = 20  # most violations in one message
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,10 +132,12 @@ def read_plan(document: document_pb2.Document) -> Plan:
 
 
 def checked(plan: Plan, name: str) -> ImportedPlan:
-    """Return the plan if it solves the problem that it contains. Slow for large plans: not for an event loop.
+    """Return the plan if it solves the problem that it contains.
+
+    Slow for large plans, so not for an event loop.
 
     Raises:
-        DocumentError: it does not contain a problem.
+        DocumentError: the plan does not contain a problem.
         InvalidProblemError: the problem contradicts itself.
         ServiceError: PLAN_CHECK_FAILED.
     """
@@ -147,7 +152,9 @@ def checked(plan: Plan, name: str) -> ImportedPlan:
 
 
 def require_gpus(name: str, cluster: Cluster, replicas: Iterable[ReplicaPlan]) -> None:
-    """Check that the cluster called ``name`` has the replicas' GPUs. Slow for large fleets: not for an event loop.
+    """Check that the cluster called ``name`` has the replicas' GPUs.
+
+    Slow for large fleets, so not for an event loop.
 
     Raises INVENTORY_MISMATCH, with every missing GPU.
     """

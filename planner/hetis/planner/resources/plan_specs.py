@@ -1,4 +1,4 @@
-"""Poses the problem of a requested plan: every wrong field is reported first, then contradictions."""
+"""Poses the problem of a requested plan: reports all invalid fields first, then contradictions."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class SearchLimits:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReadSpec:
-    """A spec whose fields are valid; profiles and cluster are still names."""
+    """A spec with valid fields, in which profiles and cluster are still names."""
 
     spec: plan_pb2.PlanSpec
     model: ModelSpec
@@ -68,7 +68,7 @@ class ReadSpec:
     service_level: ServiceLevel
 
     def origins(self) -> dict[str, str]:
-        """Return where model and workload are from."""
+        """Return where the model and the workload come from."""
         spec = self.spec
         return {
             "model": spec.model_name or spec.model_document.source_name or "document",
@@ -77,7 +77,7 @@ class ReadSpec:
 
 
 def check_labels(checks: Checks, labels: Mapping[str, str], field: str) -> None:
-    """Check the limits that ``plan.proto`` states."""
+    """Check the limits on labels that ``plan.proto`` documents."""
     checks.require(len(labels) <= MOST_LABELS, field, f"has {len(labels)} entries, at most {MOST_LABELS} are allowed")
     for key, value in sorted(labels.items())[:MOST_LABELS]:
         right = 1 <= len(key) <= 63 and len(value) <= 255 and _LABEL.fullmatch(key) and _LABEL.fullmatch(value)
@@ -88,7 +88,7 @@ def check_labels(checks: Checks, labels: Mapping[str, str], field: str) -> None:
 def choose_profiles(
     named: Sequence[ProfileRecord], stored: Sequence[ProfileRecord], gpus: Sequence[str]
 ) -> dict[str, ProfileRecord]:
-    """Return each GPU type's profile: the named one, else the newest stored. Raises INVALID_FIELD."""
+    """Return each GPU type's profile: the named one, or else the newest in the store. Raises INVALID_FIELD."""
     checks, chosen = Checks(), dict[str, ProfileRecord]()
     for position, record in enumerate(named):
         path = f"{SPEC}.profiles[{position}]"
@@ -108,7 +108,9 @@ def pose(
     left_out: frozenset[str],
     profiles: Mapping[str, ProfileRecord],
 ) -> PosedProblem:
-    """Return the problem of a fleet without the nodes ``left_out``. Slow for large fleets: not for an event loop.
+    """Return the problem of a fleet without the nodes ``left_out``.
+
+    Slow for large fleets, so not for an event loop.
 
     Raises InvalidProblemError if the inputs contradict each other.
     """
@@ -153,7 +155,7 @@ async def read_spec(checks: Checks, spec: plan_pb2.PlanSpec, limits: SearchLimit
 
 @dataclass(frozen=True, slots=True)
 class _SpecReader:
-    """Reads one spec; what is wrong goes to ``checks``."""
+    """Reads one spec; errors are added to ``checks``."""
 
     checks: Checks
     spec: plan_pb2.PlanSpec
@@ -279,7 +281,7 @@ class _SpecReader:
         return ordered(FROM_PROTO[value] for value in given if value in FROM_PROTO)
 
     def _engine(self) -> EngineRules | None:
-        """Return the rules that plans keep to; None if there are none, or after an error."""
+        """Return the engine's rules that plans must obey; None if there are none, or after an error."""
         from hetis.solver.placement.families import ANY_ENGINE, ENGINES
 
         spec, strategy = self.spec, self.spec.strategy or DEFAULT_STRATEGY
@@ -303,7 +305,7 @@ class _SpecReader:
         return rules
 
     def _service_level(self, objective: Objective) -> ServiceLevel:
-        """Return what simulated traffic has to keep; the default after an error."""
+        """Return the level that simulated traffic must keep; the default after an error."""
         spec = self.spec
         given = {"ttft": spec.ttft_statistic, "tpot": spec.tpot_statistic}
         known = [one.value for one in Statistic]
@@ -312,7 +314,7 @@ class _SpecReader:
             return service_level.DEFAULT
         ttft, tpot = (Statistic(text) if text else None for text in given.values())
         level, verify = service_level.DEFAULT, not spec.skip_verification
-        for field, own_ttft, own_tpot, attainment in (  # each alone first, so that the wrong one is named
+        for field, own_ttft, own_tpot, attainment in (  # each by itself first, so that the error names the wrong one
             ("ttft_statistic", ttft, None, None),
             ("tpot_statistic", None, tpot, None),
             ("attainment", ttft, tpot, spec.attainment or None),
@@ -327,7 +329,7 @@ class _SpecReader:
         return level
 
     def _engine_settings(self) -> EngineSettings:
-        """Return the settings that engines are started with, without wrong ones."""
+        """Return the settings with which engines are started, without invalid ones."""
         given: dict[str, Any] = {
             "max_num_seqs": self.spec.max_num_seqs or None,
             "chunk_tokens": tuple(self.spec.chunk_tokens[: MOST_CHUNKS + 1]),

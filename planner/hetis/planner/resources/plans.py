@@ -86,7 +86,7 @@ class Plans:
     async def watch(self, request: pb2.WatchPlanRequest) -> AsyncIterator[pb2.WatchPlanResponse]:
         """Yield the plan's states until it can no longer change without a call.
 
-        Raises NOT_FOUND, also if it is deleted meanwhile; DRAINING if the planner shuts down.
+        Raises NOT_FOUND, even if the plan is deleted during the watch; DRAINING if the planner shuts down.
         """
         check(request, name=names.PLAN)
         hub = self._hubs.plans
@@ -96,7 +96,7 @@ class Plans:
         async for events in hub.watch():
             event = next((event for event in events if event.key == request.name), None)
             if event is None and is_first:
-                # Nothing has happened to it in this term: its state is the stored one.
+                # The plan has not changed in this term, so its state is the stored one.
                 hub.publish(record.name, self._basic(record), now_s=self._clock())
             is_first = False
             if event is None:
@@ -145,7 +145,7 @@ class Plans:
         return await run_in_thread_gc_paused(compare, one.found, other.found)
 
     async def read_document(self, request: pb2.ReadPlanDocumentRequest) -> AsyncIterator[pb2.ReadPlanDocumentResponse]:
-        """Yield the document from the offset on in pieces; one empty piece if the offset is its end."""
+        """Yield the document in pieces, from the offset on; a single empty piece if the offset is its end."""
         check(request, name=names.PLAN)
 
         def read(reader: Reader) -> tuple[PlanRecord, bytes | None]:
@@ -183,14 +183,17 @@ def _require_deletable(reader: Reader, request: pb2.DeletePlanRequest) -> PlanRe
     return record
 
 
-MOST_BYTES = (4 << 20) - (16 << 10)  # in the answer
+MOST_BYTES = (4 << 20) - (16 << 10)  # in an answer
 _Kind = pb2.ReplicaDifferenceKind
 _SETTINGS = ("roles", "engine", ENGINE_SETTINGS, SERVICE_LEVEL, "seed", "threads", "gap_target", "time_limit_s")
 _LIMITS = ("role", "micro_batch", "in_flight", "chunk_tokens", "kv_tokens")
 
 
 def compare(one: PlanAndProblem, other: PlanAndProblem) -> pb2.DiffPlansResponse:
-    """Return the differences. Slow for large plans: not for an event loop. Raises MESSAGE_TOO_LARGE."""
+    """Return the differences between two plans. Raises MESSAGE_TOO_LARGE.
+
+    Slow for large plans, so not for an event loop.
+    """
     response = pb2.DiffPlansResponse(
         replicas=_differences(one, other),
         freed_devices=sorted(_devices(one.plan) - _devices(other.plan)),
@@ -215,7 +218,7 @@ def compare(one: PlanAndProblem, other: PlanAndProblem) -> pb2.DiffPlansResponse
 
 
 def _differences(one: PlanAndProblem, other: PlanAndProblem) -> Iterator[pb2.ReplicaDifference]:
-    """Yield differences of the first plan's replicas, then the added ones; a new model keeps no replica."""
+    """Yield the fate of the first plan's replicas, then the added ones; if the models differ, no replica is kept."""
     first, second = one.plan.replicas, other.plan.replicas
     is_same_model = one.problem.model == other.problem.model
     by_devices = {_dense(replica): index for index, replica in enumerate(second)} if is_same_model else {}
@@ -241,13 +244,13 @@ def _differences(one: PlanAndProblem, other: PlanAndProblem) -> Iterator[pb2.Rep
 
 
 def _dense(replica: ReplicaPlan) -> tuple[object, ...]:
-    """Return the placement of weights on GPUs."""
+    """Return a key for the placement of weights on GPUs."""
     stages = tuple((s.gpu, s.tp, s.copies, s.first_layer, s.num_layers, s.devices) for s in replica.stages)
     return replica.expert_parallel, *stages
 
 
 def _without_predictions(replica: ReplicaPlan) -> ReplicaPlan:
-    """Return the replica without rate and latencies, which follow from the workload and do not affect an engine."""
+    """Return the replica without its rate and latencies, which depend on the workload and do not affect an engine."""
     return replace(replica, rate=0.0, ttft_s=0.0, tpot_s=0.0)
 
 
@@ -304,7 +307,7 @@ def _digests(inputs: Mapping[str, Any]) -> dict[str, str]:
 
 
 def load_bytes_of(found: PlanAndProblem) -> Callable[[ReplicaPlan], int]:
-    """Return a function for the bytes that a replica of this plan loads; equal shapes are computed once."""
+    """Return a function for the bytes that a replica of this plan loads; it computes equal shapes only once."""
     from hetis.solver.placement.explanation.replica_view import replica_views
 
     known: dict[tuple[object, ...], int] = {}
@@ -320,5 +323,5 @@ def load_bytes_of(found: PlanAndProblem) -> Callable[[ReplicaPlan], int]:
 
 
 def _shape(replica: ReplicaPlan) -> tuple[object, ...]:
-    """Return what determines the weights: layers and GPU types, but not the names of GPUs."""
+    """Return what determines the weights: layers and GPU types, but not the names of the GPUs."""
     return tuple((s.gpu, s.tp, s.copies, s.first_layer, s.num_layers) for s in replica.stages)

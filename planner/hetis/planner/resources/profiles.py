@@ -1,4 +1,4 @@
-"""Profiles: the implementation of the calls about them."""
+"""Profiles: the implementations of the calls on them."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ class Profiles:
 
 
 async def _read_body(checks: Checks, name: str, profile: profile_pb2.Profile) -> profile_pb2.Profile:
-    """Return the body to store for a profile that a caller sent; raises what ``checks`` has found so far."""
+    """Return the body to store for a caller's profile; raises all errors that ``checks`` has found so far."""
     parsed = None
     if checks.require(profile.HasField("document"), "profile.document", "is required"):
         read = partial(documents.canonical_document, kind=Profile)
@@ -130,7 +130,7 @@ _SOURCES = {source: profile_pb2.ProfileSource.Value(f"PROFILE_SOURCE_{source.nam
 
 
 def gpu_type_name(text: str) -> str:
-    """Return the catalogue's name of a GPU type that it knows by this or another name, else the text itself."""
+    """Return the catalogue's name for a GPU type that it knows under this or another name, or else the text itself."""
     try:
         return catalogue.find_gpu(text).gpu.name
     except catalogue.UnknownNameError:

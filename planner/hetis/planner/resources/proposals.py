@@ -1,11 +1,11 @@
-"""Proposals: after a lasting change of capacity the planner makes a new plan, which is advice or is activated.
+"""Proposals: after a lasting change of capacity the planner creates a new plan, which is advice or is activated.
 
-Capacity is the set of nodes available to a plan: declared, not draining, not lost. It has changed if the active plan
+Capacity is the set of nodes that a plan may use: declared, not draining, not lost. It has changed if the active plan
 uses a node that is gone, or if there is a node that was not there when that plan was made. A change counts once it has
-lasted ``placement_patience`` without another; a node that flaps restarts the time.
+lasted for ``placement_patience`` without another one; a node that flaps restarts the time.
 
-The planner knows the capacity at the time of the active plan only from its own term. A plan that was active before
-counts as made for the nodes at the start of the term, including those not heard from yet.
+The planner knows the capacity for which the active plan was made only if that was in its own term. A plan that was
+active before counts as made for the nodes at the start of the term, including those that have not connected yet.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ from hetis.solver.plan import Role
 from hetis.v1 import cluster_pb2, plan_pb2, view_pb2
 from hetis.v1 import plan_service_pb2 as pb2
 
-POLL_S = 2.0  # how often a running search is polled
-GATHERED_S = 0.5  # batches changes of capacity: each look covers all nodes, and after a restart all connect
-LEAST_GAIN = 0.01  # relative gain in rate that a proposal needs to be activated automatically
+POLL_S = 2.0  # between two polls of a running search
+GATHERED_S = 0.5  # gathers changes of capacity: each look covers all nodes, and after a restart all connect
+LEAST_GAIN = 0.01  # relative gain in rate from which a proposal may be activated automatically
 MOST_NAMED = 5  # nodes named in a reason
 _GONE = (cluster_pb2.NODE_STATE_LOST, cluster_pb2.NODE_STATE_UNDECLARED)
-_MOST_KEPT = 64  # plans whose replicas are cached; two per cluster are requested over and over
+_MOST_KEPT = 64  # plans whose replicas are cached; those of two plans per cluster are read repeatedly
 _log = logging.getLogger("hetis.planner.proposals")
 
 
 @dataclass(slots=True, eq=False)
 class StoredPlacements:
-    """The plans, as proposals need them. The replicas in a plan's document are read once per state of the plan."""
+    """Plans in the form that proposals need. The replicas in a plan's document are read once per state of the plan."""
 
     _store: Store
     _plans: Plans
@@ -74,11 +74,11 @@ class StoredPlacements:
         return kept
 
     async def propose(self, cluster: str, spec: plan_pb2.PlanSpec, reason: str) -> str:
-        """Make a new plan for the available nodes and return its name. Raises ServiceError if it cannot be made now."""
+        """Create a plan for the available nodes and return its name. Raises ServiceError if that is impossible now."""
         return await self._creation.propose(cluster, spec, reason)
 
     async def withdraw(self, plan: str) -> None:
-        """Cancel a running search, which keeps what it found; delete a plan that nobody activated."""
+        """Cancel a running search, whose result is kept; delete a finished plan unless it was activated."""
         try:
             record = await self._store.read(lambda reader: reader.plans.get(plan))
             if record is not None and record.state in SEARCHING:
@@ -90,7 +90,7 @@ class StoredPlacements:
                 raise
 
     async def activate(self, plan: str) -> None:
-        """Activate a plan; raises ServiceError if that is impossible now."""
+        """Activate a plan. Raises ServiceError if that is impossible now."""
         await self._activation.activate(pb2.ActivatePlanRequest(name=plan))
 
 
@@ -99,22 +99,22 @@ class _Cluster:
     """The state of a cluster.
 
     Attributes:
-        plan, planned: the active plan, and the capacity that it was made for.
+        plan, planned: the active plan, and the capacity for which it was made.
         proposal, proposed: the open proposal, and its capacity; empty if none.
     """
 
-    nodes: frozenset[str]  # its capacity, as of the last look
-    since_s: float  # when it became so
-    changed_s: float | None = None  # when it may have changed since that look; None if it has not
+    nodes: frozenset[str]  # the cluster's capacity, as of the last look
+    since_s: float  # since when the capacity has been that
+    changed_s: float | None = None  # when the capacity may have changed since the last look; None if it has not
     plan: str = ""
     planned: frozenset[str] = frozenset()
     proposal: str = ""
     proposed: frozenset[str] = frozenset()
-    is_settled: bool = False  # whether there is nothing to do until something changes
+    is_settled: bool = False  # whether there is nothing to do until a change
 
 
 class PlacementProposals(FleetObserver):
-    """At most one open proposal per cluster. Start `run` once; `step` does what is due now."""
+    """Keeps at most one open proposal per cluster. Run `run` once; `step` does all work that is due."""
 
     def __init__(self, fleet: LiveFleet, placements: StoredPlacements, *, clock: Clock) -> None:
         self._fleet, self._placements, self._clock = fleet, placements, clock
@@ -124,7 +124,7 @@ class PlacementProposals(FleetObserver):
     # --- FleetObserver
 
     def capacity_changed(self, cluster: str) -> None:
-        """Note that a node was lost, is back, drains or joined; to be called once per cluster at the start, too."""
+        """Record that a node was lost, came back, drains or joined; to be called once per cluster at the start, too."""
         now_s = self._clock.monotonic()
         known = self._clusters.get(cluster)
         if known is None:
@@ -146,7 +146,7 @@ class PlacementProposals(FleetObserver):
             await asyncio.sleep(GATHERED_S)
 
     async def step(self) -> float | None:
-        """Look at every cluster that is due; return the seconds until the next one is, or None if none is waiting."""
+        """Look at every cluster that is due; return the seconds until the next one is due, or None if none waits."""
         waits = list[float]()
         for name, known in list(self._clusters.items()):
             self._take_change(name, known)
@@ -155,21 +155,21 @@ class PlacementProposals(FleetObserver):
             patience_s = proposal_policy(self._fleet.policy_of(name)).patience_s
             try:
                 wait_s = await self._look(name, known)
-            except (ServiceError, InvalidProblemError) as error:  # such as: the GPUs that are left do not run the model
+            except (ServiceError, InvalidProblemError) as error:  # for example, the remaining GPUs do not run the model
                 _log.warning("no proposal for %s: %s", name, error)
                 wait_s = (error.retry_after_s if isinstance(error, ServiceError) else None) or patience_s
             except Exception:
-                _log.exception("the look at %s failed", name)  # the loop serves all clusters
+                _log.exception("the look at %s failed", name)  # must not end the loop, which serves all clusters
                 wait_s = patience_s
             if known.changed_s is not None:
-                wait_s = 0.0  # it has changed meanwhile
+                wait_s = 0.0  # the capacity has changed in the meantime
             known.is_settled = wait_s is None
             if wait_s is not None:
                 waits.append(wait_s)
         return min(waits) if waits else None
 
     async def _look(self, name: str, known: _Cluster) -> float | None:
-        """Return the seconds until the next look, or None if none is needed."""
+        """Look at a cluster; return the seconds until the next look, or None if none is needed."""
         policy = proposal_policy(self._fleet.policy_of(name))
         if policy.mode == cluster_pb2.REACTION_MODE_OFF:
             return None
@@ -192,7 +192,7 @@ class PlacementProposals(FleetObserver):
         if left_s > 0:
             return left_s
         if plan.activation != plan_pb2.ACTIVATION_STATE_ACTIVE:
-            return POLL_S  # another change of plan has to finish first
+            return POLL_S  # another change of the plan must finish first
         if not plan.HasField("spec"):
             _log.warning("no proposal for %s: %s was imported, there is no problem to pose again", name, plan.name)
             return None
@@ -201,10 +201,10 @@ class PlacementProposals(FleetObserver):
         return POLL_S
 
     async def _follow(self, known: _Cluster, plan: plan_pb2.Plan, policy: ProposalPolicy) -> float | None:
-        """Follow up the proposal; forget it if another may be made."""
+        """Follow up the open proposal; forget it if another one may be made."""
         proposal = await self._placements.plan(known.proposal)
         if proposal is None or proposal.name == plan.name:
-            known.proposal = ""  # somebody deleted or activated it
+            known.proposal = ""  # a caller deleted or activated it
             return None
         if known.proposed != known.nodes:
             await self._placements.withdraw(known.proposal)
@@ -216,10 +216,10 @@ class PlacementProposals(FleetObserver):
             policy.mode == cluster_pb2.REACTION_MODE_AUTOMATIC
             and proposal.state == plan_pb2.PLAN_STATE_READY
             and proposal.activation == plan_pb2.ACTIVATION_STATE_INACTIVE
-            and not proposal.HasField("activate_time")  # it was activated, and somebody rolled back
+            and not proposal.HasField("activate_time")  # it was activated, and then rolled back
         )
         if not is_wanted or not is_better(proposal, plan, known.nodes):
-            return None  # it waits for a person, until capacity changes
+            return None  # it is left to an operator until the capacity changes
         if plan.activation == plan_pb2.ACTIVATION_STATE_ACTIVATING:
             return POLL_S
         await self._placements.activate(proposal.name)
@@ -241,9 +241,11 @@ class PlacementProposals(FleetObserver):
 
 
 def is_better(proposal: plan_pb2.Plan, plan: plan_pb2.Plan, nodes: Iterable[str]) -> bool:
-    """Return whether a proposal serves more than ``nodes`` leave of the active plan; False if that is not known.
+    """Return whether a proposal serves more than ``nodes`` leave of the active plan.
 
-    Where traffic was simulated for both, plans that miss their limits count by the rate at which they keep them.
+    False if that is not known.
+
+    If traffic was simulated for both, a plan that misses its limits counts with the rate at which it keeps them.
     """
     if proposal.result.replicas_truncated or plan.result.replicas_truncated:
         return False
@@ -254,7 +256,7 @@ def is_better(proposal: plan_pb2.Plan, plan: plan_pb2.Plan, nodes: Iterable[str]
 
 
 def _kept_share(result: plan_pb2.PlanResult) -> float:
-    """Return the share of a simulated plan's rate at which traffic kept its limits."""
+    """Return the share of a plan's rate at which simulated traffic kept the limits."""
     found = result.verification
     if found.kept:
         return 1.0
@@ -262,13 +264,13 @@ def _kept_share(result: plan_pb2.PlanResult) -> float:
 
 
 def served_rps(result: plan_pb2.PlanResult) -> float:
-    """Return the rate that a plan serves, by its unified replicas and over its routes, in requests/s."""
+    """Return the rate in requests/s that a plan serves: by its unified replicas, and over its routes."""
     unified = sum(one.rate_rps for one in result.replicas if role_of(one) is Role.UNIFIED)
     return unified + sum(route.rate_rps for route in result.kv_routes)
 
 
 def left_rps(result: plan_pb2.PlanResult, there: set[str]) -> float:
-    """Return an upper bound on what the nodes ``there`` leave of a plan: KV may take other routes than planned."""
+    """Return an upper bound on the rate that the nodes ``there`` can serve of a plan, as if KV could take any route."""
     left = dict.fromkeys(Role, 0.0)
     for replica in result.replicas:
         if there.issuperset(map(node_of, dense_devices_of(replica))):
@@ -281,7 +283,7 @@ def _nodes_of(plan: plan_pb2.Plan) -> frozenset[str]:
 
 
 def _reason(gone: Iterable[str], came: Iterable[str], patience_s: float) -> str:
-    """Return the reason as a sentence for people."""
+    """Return the reason for a proposal as a human-readable sentence."""
     parts = [
         f"{_named(nodes)} {'is' if len(nodes) == 1 else 'are'} {what}"
         for nodes, what in ((sorted(gone), "gone"), (sorted(came), "there that the plan in force does not count on"))

@@ -1,4 +1,4 @@
-"""Requests: checks that find all wrong fields, pages of lists, and changes made exactly once and completely."""
+"""Requests: checks that find all invalid fields, pages of lists, and changes that are made exactly once."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ from hetis.v1 import document_pb2, failure_pb2
 
 V = TypeVar("V")
 State = TypeVar("State", bound=int)
-_SHOWN = 80  # characters of a wrong value in a message
+_SHOWN = 80  # characters of an invalid value in a message
 _SHOWN_STATES = 5
 
 
 class Checks:
-    """Collects the errors of one request, then raises them together."""
+    """Collects the errors of one request, to raise them together."""
 
     def __init__(self) -> None:
         self._violations: list[failure_pb2.FieldViolation] = []
@@ -63,7 +63,7 @@ class Checks:
             self.require(request.page_size >= 0, "page_size", f"is {request.page_size}, must not be below 0")
 
     def new_id(self, field: str, value: str) -> None:
-        """Check an id that a caller chooses."""
+        """Check an id that a caller chose."""
         self.require(is_id(value), field, f"is {_shown(value)}, must be {ID_RULE}")
 
     def name(self, field: str, value: str, form: NameForm) -> None:
@@ -71,7 +71,7 @@ class Checks:
         self.require(form.matches(value), field, f"is {_shown(value)}, must be {form.text}")
 
     def states(self, field: str, given: Iterable[State], enum: object) -> frozenset[State]:
-        """Check the states of a filter, which are values of a generated ``enum``, and return each once."""
+        """Check the states in a filter, which are values of a generated ``enum``, and return each of them once."""
         assert isinstance(enum, EnumTypeWrapper)
         states = frozenset(given)
         known = {number for number in enum.values() if number}  # 0 is UNSPECIFIED
@@ -84,7 +84,7 @@ class Checks:
     async def document(
         self, field: str, document: document_pb2.Document, read: Callable[[document_pb2.Document], V]
     ) -> V | None:
-        """Return the result of ``read``, called in a thread, or None if the document is wrong."""
+        """Return the result of ``read``, called in a thread, or None if the document is invalid."""
         try:
             return await run_in_thread_gc_paused(read, document)
         except DocumentError as error:
@@ -92,7 +92,7 @@ class Checks:
             return None
 
     def raise_if_wrong(self) -> None:
-        """Raise recorded errors, if any: INVALID_DOCUMENT if one document is the only error, else INVALID_FIELD."""
+        """Raise the recorded errors, if any: INVALID_DOCUMENT if a document is the only error, else INVALID_FIELD."""
         if len(self._documents) == 1 and not self._violations:
             raise self._documents[0]
         found = [*self._violations, *(each for error in self._documents for each in error.violations)]
@@ -101,14 +101,14 @@ class Checks:
 
 
 def check(request: Message, *, optional: Collection[str] = (), **forms: NameForm) -> None:
-    """Check a request as `Checks.request` does, and raise what is wrong. Raises INVALID_FIELD."""
+    """Check a request as `Checks.request` does. Raises INVALID_FIELD with all errors."""
     checks = Checks()
     checks.request(request, optional=optional, **forms)
     checks.raise_if_wrong()
 
 
 def require_etag(record: Record | None, etag: str, name: str = "") -> None:
-    """Raise ETAG_MISMATCH unless ``etag`` is empty or the record's; ``name``: for where there may be no record."""
+    """Raise ETAG_MISMATCH unless ``etag`` is empty or the record's; ``name``: for when there may be no record."""
     if etag and etag != etag_of(record):
         raise etag_mismatch(name or (record.name if record else ""), given=etag, present=etag_of(record))
 
@@ -131,25 +131,25 @@ MAX_SIZE = 500
 R = TypeVar("R", bound=Record)
 Item = TypeVar("Item")
 Place = str | tuple[float, str]
-"""The position of a resource in its list: its name, or its time and name in lists ordered newest first."""
+"""The position of a resource in its list: its name or, in lists ordered newest first, its time and name."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PageRequest:
     """A request for a page."""
 
-    size: int  # most resources on it
+    size: int  # limit on the number of resources
     after: Place | None  # position of the last resource of the previous page; None for the first page
-    list_digest: str  # of the list and its filter, to which the next token is bound
+    list_digest: str  # digest of the list and its filter, to which the next token is bound
 
     @property
     def num_read(self) -> int:
-        """The number of resources to read: one more than the page holds, to see whether there is another page."""
+        """The number of resources to read: one more than the page holds, which shows whether there is another page."""
         return self.size + 1
 
     @property
     def after_number(self) -> int:
-        """`after` in a list by number, from 1. Raises INVALID_PAGE_TOKEN."""
+        """The position `after` in a list ordered by number, from 1. Raises INVALID_PAGE_TOKEN."""
         if self.after is None:
             return 0
         if isinstance(self.after, str) and self.after.isascii() and self.after.isdigit() and len(self.after) <= 18:
@@ -157,7 +157,7 @@ class PageRequest:
         raise _invalid(str(self.after))
 
     def cut(self, found: Sequence[Item], place_of: Callable[[Item], Place]) -> tuple[list[Item], str]:
-        """Return the page, and the token of the next one, empty if there is none.
+        """Return the resources of the page, and the token of the next page, empty if there is none.
 
         Args:
             found: the first `num_read` resources after `after`, or as many as there are.
@@ -170,10 +170,10 @@ class PageRequest:
 
 
 def read_page_request(request: Message, *, newest_first: bool = False) -> PageRequest:
-    """Read a List request's ``page_token`` and its validated ``page_size``; its other fields are filters.
+    """Return a List request's ``page_token`` and ``page_size``, which were validated; its other fields are filters.
 
     Args:
-        newest_first: whether the list is by age, not by name.
+        newest_first: whether the list is ordered by age rather than by name.
 
     Raises:
         ServiceError: INVALID_PAGE_TOKEN.
@@ -188,9 +188,9 @@ def read_page_request(request: Message, *, newest_first: bool = False) -> PageRe
 async def read_page(
     store: Store, request: Message, kind: RecordKind[R], *, parent: str = "", **filters: Filter
 ) -> tuple[list[R], str]:
-    """Return the page of records that a validated List request asks for, and the token of the next one.
+    """Return the page of records for a validated List request, and the token of the next page.
 
-    ``parent`` is a cluster, which must exist; empty ``filters`` do not count. Raises INVALID_PAGE_TOKEN or NOT_FOUND.
+    ``parent`` is a cluster, which must exist; empty ``filters`` are ignored. Raises INVALID_PAGE_TOKEN or NOT_FOUND.
     """
     page = read_page_request(request, newest_first=kind.newest_first)
     given = {column: value for column, value in filters.items() if value} | ({"cluster": parent} if parent else {})
@@ -231,7 +231,7 @@ def _read_token(token: str, digest: str, *, newest_first: bool) -> Place:
 
 
 def _is_text(name: str) -> bool:
-    """Return whether a database accepts the name: tokens can be forged."""
+    """Return whether a database accepts the name, since tokens can be forged."""
     return bool(name) and "\0" not in name and not any("\ud800" <= letter <= "\udfff" for letter in name)
 
 
@@ -244,9 +244,9 @@ A = TypeVar("A", bound=Message)
 T = TypeVar("T")
 Tell = Callable[[], Awaitable[object]]
 RESOURCES = ("cluster", "profile", "plan", "node")
-MOST_KEPT_BYTES = 4096  # of a document in a stored answer; the resource in the answer has larger ones already
-_LEFT_OUT = b"\0"  # cannot be a document
-_under_way = set[asyncio.Task[Any]]()  # the loop itself only has weak references to tasks
+MOST_KEPT_BYTES = 4096  # largest document in a stored answer; larger ones are in the resource itself
+_LEFT_OUT = b"\0"  # marks an omitted document; no document has this content
+_under_way = set[asyncio.Task[Any]]()  # the event loop itself holds only weak references to tasks
 
 
 async def change_once(
@@ -254,12 +254,12 @@ async def change_once(
 ) -> A:
     """Do ``work`` in one transaction, unless the same request was done with its ``request_id`` in the last 24 hours.
 
-    It is completed, and others are told, even if the caller is cancelled.
+    The transaction is completed, and its changes are published, even if the caller is cancelled.
 
     Args:
-        request: has a field ``request_id``, empty or a UUID in either case.
+        request: has a field ``request_id``, which is empty, or a UUID in upper or lower case.
         response: the class of the answer.
-        work: makes the changes; returns the answer, and what then tells others of the changes, if anything does.
+        work: makes the changes; returns the answer, and a function that then publishes the changes, or None.
 
     Raises:
         ServiceError: REQUEST_ID_REUSED.
@@ -292,10 +292,10 @@ def _once(
 
 
 async def answered_before(store: Store, request: Message, response: type[A], error: HetisError) -> A:
-    """Return the answer to the same request if it was done before with its ``request_id``, or raise ``error``.
+    """Return the answer to the same request if it was done before under its ``request_id``, or raise ``error``.
 
-    For calls that find something wrong before they get to `change_once`: what a request needed may be gone once it is
-    done, but repeating it must not look as if it had not been done.
+    For calls that find an error before they reach `change_once`: what a request needed may be gone once it is done, but
+    repeating it must not look as if it had not been done.
     """
     is_repeatable = _is_uuid(request.request_id)  # type: ignore[attr-defined]
     if not is_repeatable or getattr(request, "validate_only", False):
@@ -308,12 +308,12 @@ async def answered_before(store: Store, request: Message, response: type[A], err
 
 
 def write_down(tx: Transaction, request: Message, answer: Message, outcome: str = audit.OK) -> None:
-    """Add a line to the audit log, in the transaction of the change. `change_once` does it for its changes."""
+    """Add a line to the audit log in the transaction of the change; `change_once` calls it for its changes."""
     caller, plan = present_caller(), named_in(answer, "plan")
     tx.audit.append(
         AuditedChange(
             caller=caller.name,
-            role=caller.role or caller.name,  # the planner itself has none of the roles
+            role=caller.role or caller.name,  # the planner itself has no role
             method=request.DESCRIPTOR.name.removesuffix("Request"),
             resource=named_in(request, "name", "cluster", "profile", "node") or named_in(answer, *RESOURCES),
             request_id=getattr(request, "request_id", ""),
@@ -325,7 +325,7 @@ def write_down(tx: Transaction, request: Message, answer: Message, outcome: str 
 
 
 def named_in(message: Message, *fields: str) -> str:
-    """Return the resource name in the first of these fields that has one, as text or in a message; or ""."""
+    """Return the resource name in the first of these fields that has one, as text or in a message, or else ""."""
     for field in _present_fields(message.DESCRIPTOR, fields):
         value = getattr(message, field)
         name = value if isinstance(value, str) else getattr(value, "name", "")
@@ -340,14 +340,15 @@ def _present_fields(message: Descriptor, fields: tuple[str, ...]) -> tuple[str, 
 
 
 def fingerprint(request: Message) -> str:
-    """Return a digest that is equal for equal requests, regardless of their ids."""
+    """Return a digest that is equal for requests that are equal apart from their ids."""
     return hashlib.sha256(without(request, "request_id").SerializeToString(deterministic=True)).hexdigest()
 
 
 async def to_the_end(work: Coroutine[Any, Any, T]) -> T:
     """Return the result of ``work``, which is completed even if the caller is cancelled.
 
-    A call whose deadline passes while its transaction commits must still tell watchers and fleet what it changed.
+    If its deadline passes while its transaction commits, a call must still inform watchers and the fleet of its
+    changes.
     """
     task = asyncio.ensure_future(work)
     _under_way.add(task)
@@ -356,7 +357,7 @@ async def to_the_end(work: Coroutine[Any, Any, T]) -> T:
 
 
 def without_documents(answer: A) -> A:
-    """Return a copy whose large documents are marked as left out."""
+    """Return a copy in which large documents are replaced by a mark."""
     kept = deepcopy(answer)
     for document in _documents(kept):
         if len(document.content) > MOST_KEPT_BYTES:
@@ -367,7 +368,7 @@ def without_documents(answer: A) -> A:
 
 
 def with_documents(answer: A, tx: Transaction) -> A:
-    """Return the answer with its documents restored, or with empty ones that the resource has no longer."""
+    """Return the answer with its documents restored; those that the resource no longer has are empty."""
     missing = [document for document in _documents(answer) if _LEFT_OUT in (document.content, document.text)]
     if missing:
         known = {document.digest: document for body in _bodies(answer, tx) for document in _documents(body)}

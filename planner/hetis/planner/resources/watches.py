@@ -1,8 +1,8 @@
-"""WatchCluster: the present state of a cluster, then every change; resumed by a token.
+"""WatchCluster: the present state of a cluster, then every change; can be resumed by a token.
 
-The hub says *which* resource has changed; the state of a node is looked up when the watcher is ready for it. So a slow
-watcher gets the newest state, and the present state needs no copy in memory. However many watch, it is looked up once
-per change.
+The hub records only *which* resource has changed; the state of a node is read when the watcher is ready for it. So a
+slow watcher receives the newest state, and the present state needs no copy in memory. However many watchers there are,
+a state is read once per change.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from hetis.v1 import cluster_service_pb2 as pb
 
 
 def replica_now(fleet: LiveFleet, record: ReplicaRecord, view: view_pb2.View.ValueType) -> replica_pb2.Replica:
-    """Return a replica in its live state, or in its stored one if the fleet does not know it."""
+    """Return a replica's live state, or the stored one if the fleet does not know the replica."""
     message, live = deepcopy(record.body), fleet.replica_view(record.name)
     message.name, message.plan = record.name, record.plan
     message.state, message.generation = record.state, record.generation
@@ -84,7 +84,7 @@ class RunningResources:
 
 
 Response = pb.WatchClusterResponse
-_KEPT = 10_000  # nodes per cluster, about a kilobyte each; others are looked up again
+_KEPT = 10_000  # nodes kept per cluster, about a kilobyte each; others are read again
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,8 +92,8 @@ class ResumeToken:
     """The point up to which a watcher has seen a cluster."""
 
     made: float  # when the cluster was created, which distinguishes it from an earlier one of the same name
-    round: int  # which of the cluster's hubs it watched
-    sequence: int  # of that hub; 0 if it has not seen the whole present state and must start over
+    round: int  # which of the cluster's hubs was watched
+    sequence: int  # last one seen in that hub; 0 if the present state was not seen in full: the watch starts over
 
     def to_text(self) -> str:
         return f"{self.made.hex()}:{self.round}:{self.sequence}"
@@ -103,7 +103,7 @@ class ResumeToken:
 
     @classmethod
     def from_text(cls, text: str) -> ResumeToken | None:
-        """Return the token in a text, or None if it is not valid."""
+        """Return the token in a text, or None if the text is not a valid token."""
         try:
             made, round_, sequence = text[:100].split(":")
             return cls(made=float.fromhex(made), round=int(round_), sequence=int(sequence))
@@ -128,7 +128,7 @@ class ClusterWatches:
     async def watch(self, request: pb.WatchClusterRequest) -> AsyncIterator[Response]:
         """Yield changes until the cluster is deleted (NOT_FOUND) or the planner shuts down (DRAINING)."""
         check(request, name=names.CLUSTER)
-        record = await self._read(request.name)  # first, so that no hub is made for a cluster that does not exist
+        record = await self._read(request.name)  # first, so that no hub is created for a cluster that does not exist
         token = ResumeToken.from_text(request.resume_token)
         is_new = not request.resume_token
         while True:
@@ -140,14 +140,14 @@ class ClusterWatches:
                 raise not_found(request.name)
             if self._hubs.cluster(request.name) is hub:
                 raise ServiceError(Reason.ERROR_REASON_DRAINING, "this planner is shutting down: resume")
-            token, is_new = None, False  # so much has changed that everything is sent again
+            token, is_new = None, False  # so much has changed that the present state is sent again
 
     async def _watch(
         self, hub: ClusterHub, here: ResumeToken, token: ResumeToken | None, name: str, *, is_new: bool
     ) -> AsyncIterator[Response]:
-        """Yield changes until ``hub`` closes. ``here`` is the watcher's position, without a sequence yet."""
+        """Yield changes until ``hub`` closes. ``here`` is the watcher's position, with no sequence yet."""
         begin = hub.sequence
-        # Unless all changes since the token are known, the present state is sent again.
+        # If any change since the token is unknown, the present state is sent again.
         is_here = token is not None and (token.made, token.round) == (here.made, here.round) and token.sequence > 0
         resumes = token is not None and is_here and not hub.is_too_old(token.sequence)
         if not resumes:
@@ -166,7 +166,7 @@ class ClusterWatches:
             views = await self._reader.read(name)
         except ServiceError as error:
             if error.reason == Reason.ERROR_REASON_NOT_FOUND:
-                self._hubs.remove_cluster(name)  # deleted since the watch began: its new hub would stay for ever
+                self._hubs.remove_cluster(name)  # deleted since the watch began: the new hub would never be removed
             raise
         replicas, redispatches = await self._store.read(
             lambda tx: (tx.replicas.all(cluster=name), tx.redispatches.all(cluster=name))
@@ -187,7 +187,7 @@ class ClusterWatches:
     async def _changes(
         self, hub: ClusterHub, here: ResumeToken, name: str, after: int, *, is_resumed: bool
     ) -> AsyncIterator[Response]:
-        """Yield the changes after ``after``; a watcher that has resumed is told when it has caught up."""
+        """Yield the changes after ``after``; with ``is_resumed``, also announce when the watcher has caught up."""
         async for events in hub.watch(after):
             changed = {last_part(event.key[1]): event.sequence for event in events if event.key[0] == "node"}
             nodes = await self._shown.read(hub, name, changed) if changed else {}
@@ -221,7 +221,7 @@ class ClusterWatches:
 
 
 class ShownNodes:
-    """The nodes of all clusters in the view BASIC, as of their last event or later."""
+    """The nodes of all clusters in the view BASIC, in a state at least as new as their last event."""
 
     def __init__(self, reader: NodeReader) -> None:
         self._reader = reader
@@ -230,17 +230,17 @@ class ShownNodes:
     async def read(
         self, hub: ClusterHub, cluster: str, events: Mapping[str, int]
     ) -> Mapping[str, cluster_pb2.Node | None]:
-        """Return nodes by id, not to be modified; None for a node that is gone.
+        """Return the nodes by id, in a mapping that must not be modified; None for a node that is gone.
 
         Args:
-            hub: of the cluster; sequence numbers of another hub do not apply.
-            events: sequence number of the last event of each node.
+            hub: the cluster's hub; sequences of another hub do not apply.
+            events: sequence of the last event of each node.
 
         Raises:
             ServiceError: NOT_FOUND if there is no such cluster.
         """
         shown = self._of.setdefault(hub, _Shown())
-        async with shown.reading:  # concurrent callers find what is being read
+        async with shown.reading:  # concurrent callers then find the nodes that the first one reads
             found = {node: shown.nodes[node][1] for node, sequence in events.items() if shown.has(node, sequence)}
             missing = [node for node in events if node not in found]
             if missing:

@@ -1,1 +1,1 @@
-"""The gRPC planning service: a server that turns messages into values and errors into statuses."""
+"""The gRPC planning service: a server that converts messages to values and errors to statuses."""

@@ -1,4 +1,4 @@
-"""What callers may: the roles that each method needs, and which methods need the leader."""
+"""What callers may do: the roles that each method requires, and which methods require the leader."""
 
 from __future__ import annotations
 
@@ -38,18 +38,18 @@ NEEDED: dict[str, tuple[CallerRole, ...]] = {
     for roles, methods in rows.items()
     for method in methods.split()
 }
-"""The roles of which a caller needs one, by ``/package.Service/Method``."""
+"""The roles by ``/package.Service/Method``, one of which a caller must have."""
 
 CONNECT = "/hetis.v1.AgentService/ConnectNode"
 HEALTH_SERVICE = "grpc.health.v1.Health"
 REFLECTION_SERVICES = ("grpc.reflection.v1.ServerReflection", "grpc.reflection.v1alpha.ServerReflection")
 OPEN_SERVICES = (HEALTH_SERVICE, *REFLECTION_SERVICES)
-"""Services for probes and tools: anybody may call them, without a deadline. They reveal nothing that is not published.
+"""Services for probes and tools: callable without credentials and without a deadline. They reveal only public facts.
 """
 
 
 def is_open(method: str) -> bool:
-    """Return whether a method's service requires no role and no deadline."""
+    """Return whether a method's service requires neither a role nor a deadline."""
     return method.split("/")[1] in OPEN_SERVICES
 
 
@@ -60,15 +60,15 @@ _STANDBY = {
     "PlanService": "GetPlan ListPlans ExplainPlan DiffPlans ReadPlanDocument",
 }
 STANDBY_READS = {f"/hetis.v1.{service}/{method}" for service, found in _STANDBY.items() for method in found.split()}
-"""Methods that a planner answers from the store without leading. Agents' live reports and watches need the leader."""
+"""Methods that any planner answers from the store. Agents' live reports and watches need the leader."""
 
 
 def needs_leader(method: str, *, reads_too: bool) -> bool:
-    """Return whether only the leader may answer.
+    """Return whether only the leader may answer a method.
 
     Args:
-        method: as gRPC has it.
-        reads_too: whether to include methods that change nothing but read live state; if False, only those that decide.
+        method: in gRPC's form, ``/package.Service/Method``.
+        reads_too: whether to include methods that only read live state; if False, only those that make decisions.
     """
     if is_open(method) or method in STANDBY_READS:
         return False
@@ -76,7 +76,7 @@ def needs_leader(method: str, *, reads_too: bool) -> bool:
 
 
 def require_role(identity: Identity, method: str) -> None:
-    """Check that the caller has a role that the method needs. Raises ROLE if the caller has none."""
+    """Check that the caller has a role that the method requires. Raises ROLE if not."""
     needed = NEEDED.get(method, ())
     if not identity.roles.isdisjoint(needed):
         return

@@ -1,4 +1,4 @@
-"""The actions of `hetis-planner` besides work on a store, and its error messages."""
+"""The actions of `hetis-planner` except those on a store, and its error messages."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ _log = logging.getLogger("hetis.planner")
 
 
 def serve(path: str | None, flags: Sequence[Given], *, ready_json: bool) -> None:
-    """Serve until a signal asks to stop."""
+    """Serve until a signal requests the end."""
 
     async def open_planner(config: PlannerConfig) -> Succession:
         from hetis.planner.service.succession import end_overdue_terms
-        from hetis.planner.service.succession import open_planner as open_all  # late: a wrong setting is told at once
+        from hetis.planner.service.succession import open_planner as open_all  # late: wrong settings are reported first
 
         planner = await open_all(config)
         end_overdue_terms(planner.lease)

@@ -39,16 +39,16 @@ from hetis.planner.service.servicers import (
 from hetis.planner.service.settings import PlannerConfig
 from hetis.planner.store import Store
 
-_SUSPECT_HEARTBEATS = 1.6  # the settings make the lease at least two
+_SUSPECT_HEARTBEATS = 1.6  # below the lease, which the settings require to be at least two
 
 
 class Term:
-    """Everything behind the gRPC server for one leadership term. Before `begin` it answers from the store alone.
+    """Everything behind the gRPC server during one leadership term. Before `begin` it answers only from the store.
 
     Args:
-        epoch: of the term; 0 if this planner does not lead and will not in this term.
-        counters: of the fleet; they continue from term to term.
-        loops: collects the failures of background tasks.
+        epoch: the term's epoch; 0 if this planner does not lead and will not lead in this term.
+        counters: the fleet's counters, which continue from term to term.
+        loops: the background tasks of all terms, which collect failures.
     """
 
     def __init__(
@@ -124,11 +124,11 @@ class Term:
         )
 
     async def stand_by(self) -> None:
-        """Load what would delay this planner when it takes over: the kernels of dispatch belong to the process."""
+        """Load the kernels of dispatch, which belong to the process and would delay it when it takes over."""
         await self._states.warm_up()
 
     async def begin(self) -> None:
-        """Resume and decide from now on. Raises NOT_LEADER or STORE_UNAVAILABLE; then call `close`."""
+        """Resume earlier work, and decide from now on. Raises NOT_LEADER or STORE_UNAVAILABLE; then call `close`."""
         parts = self._parts
         parts.callback(self._hubs.close)
         parts.push_async_callback(self._pool.stop)
@@ -148,12 +148,12 @@ class Term:
         self._loops.start("the solver slots", self._pool.until_failed())
 
     def lose(self, error: ServiceError) -> None:
-        """End the term: agents and watchers are dismissed at once, nothing is decided any more."""
+        """End the term: dismiss agents and watchers at once, and make no further decisions."""
         self._fleet.lose_leadership(error)
         self._hubs.close()
 
     async def say_goodbye(self) -> None:
-        """Tell the agents that the planner stops, and end watches."""
+        """Inform the agents that the planner stops, and end all watches."""
         self._hubs.close()
         await self._fleet.stop("the planner is shutting down")
 
@@ -163,7 +163,7 @@ class Term:
 
 
 def pool_settings(config: PlannerConfig) -> PoolSettings:
-    """Return the pool's settings. If callers are known, capacity is reserved for others than the busiest one."""
+    """Return the pool's settings. If callers are identified, capacity is reserved for others than the busiest one."""
     solver = config.solver
     shared = config.asks_for_credentials
     return PoolSettings(
@@ -175,5 +175,5 @@ def pool_settings(config: PlannerConfig) -> PoolSettings:
 
 
 def _threads(config: PlannerConfig) -> int:
-    """Return the threads per search: all processes together use each core once."""
+    """Return the number of threads per search with which all processes together use each core once."""
     return max(1, (os.cpu_count() or 1) // config.solver.processes)

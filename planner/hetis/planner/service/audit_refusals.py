@@ -1,4 +1,4 @@
-"""Refused changes on their way into the audit log; accepted ones are logged in the transaction of the change."""
+"""Refused changes on their way into the audit log. Accepted ones are logged in the transaction of the change."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from hetis.planner.failures import ServiceError
 from hetis.planner.store.audit import AuditedChange
 
 EVERY_S = 60.0
-"""Refusals of one caller, method and reason within this many seconds become one line with their count."""
+"""Within this many seconds, refusals with the same caller, method and reason become one line with their number."""
 NOT_KEPT = frozenset({"QUOTA_EXCEEDED", "DRAINING", "NOT_LEADER", "STORE_UNAVAILABLE", "CREDENTIALS"})
-"""Reasons not logged: callers without credentials are nobody in particular, the others do not depend on the request."""
+"""Reasons that are not logged: CREDENTIALS identifies no caller, and the others do not depend on the request."""
 _MOST_KINDS = 1000
 _log = logging.getLogger("hetis.planner.audit")
 
@@ -40,7 +40,7 @@ class AuditRefusals:
         self._came = asyncio.Event()
 
     def note(self, change: AuditedChange) -> None:
-        """Add a refusal. Beyond a thousand kinds at once, only the log of calls has them."""
+        """Add a refusal. Kinds beyond a thousand at a time are only in the log of calls."""
         key = change.caller, change.method, change.outcome
         if (same := self._waiting.get(key)) is not None:
             self._waiting[key] = replace(change, times=same.times + 1)
@@ -56,7 +56,7 @@ class AuditRefusals:
                 await asyncio.wait_for(self._came.wait(), wait_s)
 
     async def step(self) -> float | None:
-        """Write what is due; return the seconds until more is, or None if nothing waits."""
+        """Write the refusals that are due; return the seconds until the next ones are due, or None if none wait."""
         now_s = self._clock()
         self._written_s = {key: at_s for key, at_s in self._written_s.items() if now_s - at_s < EVERY_S}
         due = {key: change for key, change in self._waiting.items() if key not in self._written_s}
@@ -69,13 +69,13 @@ class AuditRefusals:
         return max(0.0, min(ends)) if ends else None
 
     async def _write(self, changes: Sequence[AuditedChange]) -> None:
-        """Write these lines. What cannot be written is logged and given up: the loop must outlive it."""
+        """Write these lines. Lines that cannot be written are logged and dropped, so that the loop continues."""
         try:
             await self._append(changes)
         except ServiceError as error:
             _log.error("%d refusals are not in the audit log: %s", len(changes), error)
         except Exception:
-            if len(changes) > 1:  # one line may be at fault, and then it is the only one that is not written
+            if len(changes) > 1:  # if a single line causes the failure, only that line is dropped
                 for change in changes:
                     await self._write([change])
             else:

@@ -1,4 +1,4 @@
-"""The handling of every call around its servicer: identity, deadline, errors, telemetry."""
+"""Handling of calls around their servicers: identity, deadline, errors, telemetry."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from hetis.planner.store import AuditedChange
 
 _log = logging.getLogger("hetis.planner.calls")
 DEADLINE_SLACK_S = 0.05
-"""A call cancelled this close to its deadline ended by it: the caller's clock may be slightly ahead."""
-Handler = Any  # grpc.RpcMethodHandler and ServicerContext: gRPC's types for both amount to Any here
+"""A call cancelled this close to its deadline was ended by it, since the caller's clock may be slightly ahead."""
+Handler = Any  # grpc.RpcMethodHandler and ServicerContext, whose types in gRPC both amount to Any here
 Context = Any
 Decode = Callable[[bytes], Message]
 
@@ -39,7 +39,7 @@ class Calls(grpc.aio.ServerInterceptor):
         self._telemetry = telemetry
         self._wrapped: dict[str, Handler] = {}
         self._limits = StreamLimits()
-        # With its method, its context, and its caller when it began.
+        # The method of each stream, its context, and its caller when it began.
         self._streams: dict[asyncio.Task[None], tuple[str, Context, Identity]] = {}
         self._num_unary = 0
         self._unary_done = asyncio.Event()
@@ -50,11 +50,11 @@ class Calls(grpc.aio.ServerInterceptor):
         self._on_refusal: Callable[[AuditedChange], None] = lambda _change: None
 
     def answer_for(self, *, require_leader: Callable[[str], None], on_refusal: Callable[[AuditedChange], None]) -> None:
-        """Answer for a planner from now on.
+        """Set the planner for which calls are answered from now on.
 
         Args:
-            require_leader: raises NOT_LEADER if it may not answer a method now.
-            on_refusal: is told of every change that was refused.
+            require_leader: raises NOT_LEADER if the planner may not answer a method now.
+            on_refusal: called with every change that was refused.
         """
         self._require_leader, self._on_refusal = require_leader, on_refusal
 
@@ -66,7 +66,7 @@ class Calls(grpc.aio.ServerInterceptor):
         if wrapped is None:
             handler = await continuation(handler_call_details)
             if handler is None:
-                return None  # gRPC answers UNIMPLEMENTED
+                return None  # gRPC then answers UNIMPLEMENTED
             wrapped = self._wrapped[method] = self._wrap(method, handler)
         if not is_open(method) and not self._authenticator.reads_certificates:
             try:
@@ -76,7 +76,7 @@ class Calls(grpc.aio.ServerInterceptor):
         return wrapped
 
     def _refusing(self, method: str, error: ServiceError, *, is_stream: bool) -> Handler:
-        """Fail a call before its message has arrived: gRPC reads a stream of requests only on demand."""
+        """Return a handler that fails before a message has arrived: gRPC reads a stream of requests only on demand."""
 
         async def answer(_requests: Any, context: Context) -> None:
             async def body(_record: CallRecord) -> None:
@@ -91,7 +91,7 @@ class Calls(grpc.aio.ServerInterceptor):
         self.is_draining = True
 
     async def end_streams(self, error: ServiceError | None = None) -> None:
-        """End the remaining streams, with DRAINING unless another error is given."""
+        """End the remaining streams with ``error``, or with DRAINING if it is None."""
         running = [stream for stream in self._streams if not stream.done()]
         for stream in running:
             if error is not None:
@@ -101,10 +101,10 @@ class Calls(grpc.aio.ServerInterceptor):
             await asyncio.wait(running)
 
     def end_revoked_streams(self) -> None:
-        """End the streams whose credentials now grant less than when they began.
+        """End the streams whose credentials now grant less than when the stream began.
 
-        They may have been revoked, have expired, or be of a lesser role or scope. Callers that are still allowed
-        reconnect, and are checked again.
+        The credentials may have been revoked, have expired, or have a lesser role or scope now. Callers that are still
+        allowed reconnect, and are checked again.
         """
         for stream, (method, context, began_as) in list(self._streams.items()):
             try:
@@ -160,13 +160,13 @@ class Calls(grpc.aio.ServerInterceptor):
         return answer
 
     def _unary_ended(self, _context: Context) -> None:
-        """Count a call as ended when its answer was sent: one that is merely on its way would be cut off."""
+        """Count a call as ended once its answer was sent: a shutdown would cut off an answer on its way."""
         self._num_unary -= 1
         if self._num_unary == 0:
             self._unary_done.set()
 
     def _stream(self, method: str, behaviour: Any, decode: Decode | None = None) -> Any:
-        """Return what answers with a stream; without ``decode`` its requests are a stream, too."""
+        """Return a handler that answers with a stream; without ``decode`` its requests are a stream, too."""
 
         async def answer(given: Any, context: Context) -> None:
             async def body(record: CallRecord) -> None:
@@ -183,7 +183,7 @@ class Calls(grpc.aio.ServerInterceptor):
     async def _streamed(self, method: str, responses: Any, context: Context, *, is_watch: bool) -> None:
         """Write a servicer's responses, or let it write them, in a task that a drain can end.
 
-        ``is_watch``: one request is answered, maybe late, so that the caller is told that the stream is open.
+        ``is_watch``: a single request is answered, maybe late, so the caller is informed that the stream is open.
         """
 
         async def write() -> None:
@@ -199,7 +199,7 @@ class Calls(grpc.aio.ServerInterceptor):
                 if hasattr(responses, "aclose"):
                     await responses.aclose()
 
-        if is_open(method):  # probes watch to the end
+        if is_open(method):  # a probe's watch of the health is not ended by a drain
             return await write()
         stream = asyncio.create_task(write())
         self._streams[stream] = method, context, present_caller()
@@ -215,7 +215,8 @@ class Calls(grpc.aio.ServerInterceptor):
             raise ended
         self._require_leader(method)  # otherwise the end of a term would look like the end of the watched resource
         if self.is_draining:
-            # It may have ended for another reason at this very moment; the caller will find out when it retries.
+            # The stream may have ended for another reason at this very moment; the caller will see that when it
+            # retries.
             raise statuses.draining()
         return None
 
@@ -234,7 +235,7 @@ class Calls(grpc.aio.ServerInterceptor):
                 answer = await body(record)
             code = _code_set(context) or grpc.StatusCode.OK
             return answer
-        except grpc.aio.AbortError:  # by gRPC's own servicers, such as health
+        except grpc.aio.AbortError:  # from gRPC's own servicers, such as health
             code = _code_set(context) or code
             raise
         except asyncio.CancelledError:
@@ -244,7 +245,7 @@ class Calls(grpc.aio.ServerInterceptor):
             raise
         except Exception as error:
             if isinstance(error, NotImplementedError) and _code_set(context) is grpc.StatusCode.UNIMPLEMENTED:
-                code = grpc.StatusCode.UNIMPLEMENTED  # raised by generated code for methods that a servicer lacks
+                code = grpc.StatusCode.UNIMPLEMENTED  # from generated code, for methods that a servicer lacks
                 await context.abort(code, f"{method} is not implemented")
             meant = _service_error(error, record)
             if method in WRITES and record.caller and record.reason not in NOT_KEPT:
@@ -255,7 +256,7 @@ class Calls(grpc.aio.ServerInterceptor):
             record.end(code, self._telemetry.metrics)
 
     def _admit(self, method: str, metadata: Any, context: Context, record: CallRecord, *, is_stream: bool) -> None:
-        """Check the caller and set it for this call.
+        """Check the caller, and set it as the present caller of this task.
 
         Raises:
             ServiceError: CREDENTIALS, QUOTA_EXCEEDED, ROLE, DRAINING, NOT_LEADER, DEADLINE_REQUIRED or
@@ -277,7 +278,7 @@ class Calls(grpc.aio.ServerInterceptor):
 
 
 def decoded(decode: Decode, raw: bytes) -> Message:
-    """Return the decoded message. Raises INVALID_FIELD if the bytes are no such message."""
+    """Return the decoded message. Raises INVALID_FIELD if the bytes are not such a message."""
     try:
         return decode(raw)
     except DecodeError as error:
@@ -285,7 +286,7 @@ def decoded(decode: Decode, raw: bytes) -> Message:
 
 
 def _service_error(error: Exception, record: CallRecord) -> ServiceError:
-    """Return the error for the caller, and note it; a bug is logged, and becomes an incident."""
+    """Return the error for the caller, and record it; a bug is logged, and becomes an incident."""
     meant = statuses.as_service_error(error)
     if meant is None:
         incident_id = secrets.token_hex(6)
@@ -300,7 +301,7 @@ def _service_error(error: Exception, record: CallRecord) -> ServiceError:
 
 
 def _code_set(context: Context) -> grpc.StatusCode | None:
-    """Return the code that a servicer set on its context, or None."""
+    """Return the status code that a servicer set on its context, or None."""
     code = context.code()
     if code is None or isinstance(code, grpc.StatusCode):
         return code
@@ -309,11 +310,11 @@ def _code_set(context: Context) -> grpc.StatusCode | None:
 
 LONGEST_S = 60.0
 LONGEST_OF_DISPATCH_S = 10.0
-_CLOCKS_S = 0.5  # a deadline is rounded up on its way, and measured by two clocks
+_CLOCKS_S = 0.5  # a deadline is rounded up on its way, and is measured by two clocks
 
 
 def longest_s(method: str) -> float:
-    """Return the latest deadline of a unary method, in seconds from now."""
+    """Return the longest permitted deadline of a unary method, in seconds from now."""
     return LONGEST_OF_DISPATCH_S if method.startswith("/hetis.v1.DispatchService/") else LONGEST_S
 
 

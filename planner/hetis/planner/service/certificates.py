@@ -1,4 +1,4 @@
-"""Files that are read again when they change, above all the planner's certificates."""
+"""Files that are read again when they change, mainly the planner's certificates."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import ssl
+import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -24,10 +25,10 @@ Signature = tuple[tuple[int, int, int] | None, ...]
 
 
 class Reloaded(Generic[T]):
-    """The value of some files, loaded again when they change.
+    """The value of some files, which is loaded again when they change.
 
-    If new files are bad, that is logged and the old value kept. Raises DocumentError when made, if the files are bad
-    from the start.
+    If new files are invalid, that is logged and the old value is kept. Raises DocumentError on construction if the
+    files are invalid from the start.
     """
 
     def __init__(self, what: str, paths: Sequence[str], load: Callable[[], T]) -> None:
@@ -45,12 +46,12 @@ class Reloaded(Generic[T]):
         try:
             value = self._load()
         except DocumentError as error:
-            if None not in now:  # a file that is gone for a moment is being replaced
+            if None not in now:  # a missing file is probably being replaced
                 self._seen = now
             _log.error("%s: the new files are bad, the old ones stay in force: %s", self._what, error)
             return False
         if self._signature() != now:
-            return False  # they changed while being read: next time
+            return False  # changed while being read: try again next time
         self._seen = now
         self.value = value
         self.version += 1
@@ -64,7 +65,7 @@ class Reloaded(Generic[T]):
 async def keep_fresh(
     sources: Iterable[Reloaded[Any]], interval_s: float, *, then: Callable[[], None] = lambda: None
 ) -> None:
-    """Refresh sources periodically until cancelled; call ``then`` after each round, in the loop."""
+    """Refresh sources periodically until cancelled; call ``then`` after each round, in the event loop."""
     kept = tuple(sources)
     while True:
         await asyncio.sleep(interval_s)
@@ -75,13 +76,13 @@ async def keep_fresh(
                 _log.exception("looking for new files failed")
         try:
             then()
-        except Exception:  # one failure must not end the loop for ever
+        except Exception:  # one failure must not end the loop
             _log.exception("what follows from files failed")
 
 
 def _stat(path: str) -> tuple[int, int, int] | None:
     try:
-        found = os.stat(path)  # through links: Kubernetes changes the link
+        found = os.stat(path)  # follows links, since Kubernetes changes the link
     except OSError:
         return None
     return found.st_mtime_ns, found.st_size, found.st_ino
@@ -91,21 +92,20 @@ _NO_PASSWORD = ""
 
 
 class Certificates:
-    """Server credentials that follow their files. Open connections keep the certificate they began with.
+    """Server credentials that follow their files. Open connections keep the certificate with which they began.
 
-    Raises DocumentError if the files cannot be used, with every problem.
+    Raises DocumentError, with every problem, if the files cannot be used.
     """
 
     def __init__(self, tls: TlsPart) -> None:
         paths = [tls.certificate, tls.key, *([tls.client_ca] if tls.client_ca is not None else [])]
         self.files = Reloaded("certificate", paths, lambda: _load(tls))
         self._asks_clients = tls.client_ca is not None
-        self._told = self.files.version
         self._paths = paths
 
     @property
     def expiries_s(self) -> dict[str, float]:
-        """The expiry of the first certificate of each file, Unix seconds, read from the files as they are now."""
+        """The Unix time at which each file's first certificate expires, from the present contents of the files."""
         found = dict[str, float]()
         for path in self._paths:
             try:
@@ -117,18 +117,22 @@ class Certificates:
         return found
 
     def credentials(self) -> grpc.ServerCredentials:
-        newer: Any = self._newer  # may return None, unlike what grpc's stubs say
-        return grpc.dynamic_ssl_server_credentials(
-            self.files.value, newer, require_client_authentication=self._asks_clients
-        )
+        """Return credentials for one address, which checks on its own whether the files have changed."""
+        told, first = self.files.version, self.files.value
 
-    def _newer(self) -> grpc.ServerCertificateConfiguration | None:
-        """Return the new configuration, or None if nothing has changed; called in a thread before each handshake."""
-        version, value = self.files.version, self.files.value
-        if version == self._told:
-            return None
-        self._told = version
-        return value
+        def newer() -> grpc.ServerCertificateConfiguration | None:
+            """Return a newer configuration, or None if there is none. Called in a thread before each handshake."""
+            nonlocal told
+            version, value = self.files.version, self.files.value
+            if version == told:
+                return None
+            told = version
+            return value
+
+        may_return_none: Any = newer  # which grpc's stubs rule out
+        return grpc.dynamic_ssl_server_credentials(
+            first, may_return_none, require_client_authentication=self._asks_clients
+        )
 
 
 def _load(tls: TlsPart) -> grpc.ServerCertificateConfiguration:
@@ -148,7 +152,7 @@ def _load(tls: TlsPart) -> grpc.ServerCertificateConfiguration:
 
 
 def _unusable(tls: TlsPart, texts: dict[str, bytes]) -> list[Problem]:
-    """Return what OpenSSL finds wrong with the files; gRPC would only refuse handshakes later."""
+    """Return the problems that OpenSSL finds in the files; gRPC would only refuse handshakes later."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     problems: list[Problem] = []
     if b"-----BEGIN CERTIFICATE-----" not in texts[tls.certificate]:
@@ -162,6 +166,10 @@ def _unusable(tls: TlsPart, texts: dict[str, bytes]) -> list[Problem]:
             reason = (error.reason or str(error)).replace("_", " ").lower()
             message = f"does not belong to the certificate {tls.certificate}, or is no key without password: {reason}"
             problems.append(Problem(file=tls.key, message=message))
+    for end_s in ends_of_certificates(texts[tls.certificate].decode())[:1]:  # the planner's own comes first
+        if end_s <= time.time():
+            ended = datetime.fromtimestamp(end_s, UTC).isoformat(timespec="seconds")
+            problems.append(Problem(file=tls.certificate, message=f"expired at {ended}: no client would accept it"))
     if tls.client_ca is not None:
         try:
             context.load_verify_locations(cadata=texts[tls.client_ca].decode())
@@ -173,9 +181,9 @@ def _unusable(tls: TlsPart, texts: dict[str, bytes]) -> list[Problem]:
 
 
 def ends_of_certificates(pem: str) -> list[float]:
-    """Return the expiry of each certificate in a PEM text, Unix seconds; unreadable ones are left out.
+    """Return the expiry of each certificate in a PEM text as Unix time; unreadable certificates are left out.
 
-    The standard library only reads the dates of authorities, and a planner needs no cryptography package for this.
+    The standard library reads the dates of authorities only, and this does not justify a cryptography package.
     """
     found = list[float]()
     for block in _CERTIFICATE.findall(pem):
@@ -189,7 +197,7 @@ _UTC_TIME, _GENERALIZED_TIME, _VERSION = 0x17, 0x18, 0xA0
 
 
 def _end_of(der: bytes) -> float:
-    """Return `notAfter` (RFC 5280): the validity is field 5 of TBSCertificate if there is a version, else 4."""
+    """Return `notAfter` (RFC 5280): the validity is field 5 of TBSCertificate if there is a version, else field 4."""
     fields = _contents(_contents(_contents(der)[0][1])[0][1])
     validity = fields[4 if fields[0][0] == _VERSION else 3][1]
     tag, text = _contents(validity)[1]
@@ -202,7 +210,7 @@ def _end_of(der: bytes) -> float:
 
 
 def _contents(der: bytes) -> list[tuple[int, bytes]]:
-    """Return tag and content of each element of a DER sequence, given without its own header."""
+    """Return the tag and content of each element of a DER sequence, which is passed without its own header."""
     found, at = list[tuple[int, bytes]](), 0
     while at < len(der):
         tag, length, start = der[at], der[at + 1], at + 2

@@ -215,7 +215,7 @@ def _split(text: str) -> tuple[str, str]:
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Run one command line and return its exit code; every error becomes a message on stderr."""
+    """Run one command line and return its exit code; errors are printed on stderr."""
     return run_application(app, "hetis-planner", arguments, _report_failure)
 
 

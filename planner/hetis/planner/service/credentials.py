@@ -1,4 +1,4 @@
-"""Identification of callers: bearer tokens, of which a file has the hashes, and certificates of connections."""
+"""Identification of callers by bearer tokens, whose hashes are in a file, or by the certificates of connections."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ import os
 import re
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import lru_cache
+from io import FileIO
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -30,7 +32,7 @@ _START = "hetis_"  # lets scanners for leaked secrets recognise a token
 _TOKEN = re.compile(r"hetis_[A-Za-z0-9_-]{43}")
 _NO_TOKENS = re.compile(
     r"^tokens:[ \t]*(\[\s*\]|null\b|~)", re.MULTILINE
-)  # what is left where the last one was deleted
+)  # what remains after the last token was deleted
 _ID = r"[a-z0-9](?:[a-z0-9._-]*[a-z0-9])?"
 NODE = re.compile(rf"clusters/({_ID})/nodes/([A-Za-z0-9][A-Za-z0-9._-]*)")
 CLUSTER = re.compile(rf"clusters/({_ID})")
@@ -67,12 +69,12 @@ class PlannerTokens(DocumentPart):
 
     api_version: Annotated[Literal["hetis/v1"], Field(alias="apiVersion")]
     kind: Literal["PlannerTokens"]
-    tokens: Annotated[list[TokenPart], BeforeValidator(lambda value: [] if value is None else value)]  # none is left
+    tokens: Annotated[list[TokenPart], BeforeValidator(lambda value: [] if value is None else value)]  # null: none left
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Grant:
-    """The effect of a token: an identity, until a moment (Unix seconds)."""
+    """The effect of a token: the identity that it grants until a Unix time."""
 
     identity: Identity
     expires_s: float
@@ -86,7 +88,7 @@ class Tokens:
 
     @classmethod
     def load(cls, path: str) -> Tokens:
-        """Return a file's tokens. Raises DocumentError with every problem, such as write permission for everybody."""
+        """Return a file's tokens. Raises DocumentError with every problem, such as a file that everyone may write."""
         text = read_text(path)
         if Path(path).stat().st_mode & 0o002:
             raise single_problem(path, "can be written by everybody, who could give themselves roles: chmod 600")
@@ -94,7 +96,7 @@ class Tokens:
 
     @property
     def expiries_s(self) -> list[float]:
-        """The expiry of each token, Unix seconds."""
+        """The expiry of each token, as Unix time."""
         return [grant.expires_s for grant in self._grants.values()]
 
     def __len__(self) -> int:
@@ -104,7 +106,7 @@ class Tokens:
         """Return the identity that a token grants. Raises CREDENTIALS if it is malformed, unknown or expired."""
         if not _TOKEN.fullmatch(token):
             raise refused("the bearer token is malformed: it is not one that `hetis-planner token create` printed")
-        # Looked up by its hash, so that timing reveals nothing about how much of a guess was right.
+        # Looked up by its hash, so that timing does not reveal how much of a guess was right.
         grant = self._grants.get(digest(token))
         if grant is None:
             raise refused("the bearer token is unknown: it was never made or has been taken out of the file")
@@ -119,12 +121,12 @@ def refused(message: str) -> ServiceError:
 
 
 def digest(token: str) -> str:
-    """Return the SHA-256 of a token. It has 256 random bits, so a slow hash would protect no better."""
+    """Return the SHA-256 of a token. A token has 256 random bits, so a slow hash would not protect it any better."""
     return hashlib.sha256(token.encode()).hexdigest()
 
 
 def create_token(path: str, *, name: str, role: CallerRole, scope: str | None, expires: datetime) -> str:
-    """Make a token, append its hash to the file, which is created (mode 0600) if missing, and return the token.
+    """Create a token and return it, and append its hash to the file, which is created (mode 0600) if it is missing.
 
     Raises DocumentError if the file is not a token file or cannot be written, the name is taken, or a value is wrong.
     """
@@ -137,23 +139,35 @@ def create_token(path: str, *, name: str, role: CallerRole, scope: str | None, e
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
     except OSError as error:
         raise unreadable(path, error) from None
-    with open(descriptor, "r+b") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # for two writers at once: neither is lost, neither takes the other's name
-        before = file.read().decode("utf-8", errors="replace")
+    with open(descriptor, "r+b", buffering=0) as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # of two concurrent writers neither is lost, nor takes the other's name
+        found = file.read()
+        before = found.decode("utf-8", errors="replace")
         if emptied := _NO_TOKENS.search(before):
             before = f"{before[: emptied.start()]}tokens:{before[emptied.end() :]}"
         added = _entry_text(entry, before)
         _grants(before + added, path)
         try:
-            if emptied:  # no token is lost whenever this ends
+            if emptied:  # no token is lost whenever the process ends, since there was none
                 file.truncate(0)
                 added = before + added
-            file.write(added.encode())
-            file.flush()
+            _write_all(file, added.encode())
             os.fsync(file.fileno())
         except OSError as error:
+            # With half an entry no planner could start any more, so the file gets back what it held.
+            file.truncate(0 if emptied else len(found))
+            if emptied:
+                with suppress(OSError):
+                    _write_all(file, found)
             raise single_problem(path, f"cannot be written: {error.strerror}") from None
     return token
+
+
+def _write_all(file: FileIO, content: bytes) -> None:
+    """Write to an unbuffered file, which may take a part at a time, as where the disk is nearly full."""
+    left = memoryview(content)
+    while left:
+        left = left[file.write(left) :]
 
 
 def _entry_text(entry: Mapping[str, Any], before: str) -> str:
@@ -178,7 +192,7 @@ def _grants(text: str, path: str) -> dict[str, Grant]:
 
 
 def _clashes(tokens: object) -> Iterator[tuple[Sequence[str | int], str]]:
-    """Yield duplicate names, agents without a scope, and scopes of others."""
+    """Yield duplicate names, agents' tokens without a scope, and other tokens with one."""
     first: dict[str, int] = {}
     for position, entry in enumerate(tokens if isinstance(tokens, list) else ()):
         if not isinstance(entry, dict):
@@ -198,7 +212,7 @@ _PERSON = re.compile(r"(viewer|orchestrator|admin)/([A-Za-z0-9][A-Za-z0-9._-]{0,
 
 
 class NoCredentials:
-    """Allows everybody everything: for loopback only."""
+    """Grants everything to every caller; for loopback only."""
 
     reads_certificates = False
 
@@ -207,11 +221,11 @@ class NoCredentials:
 
 
 class Credentials:
-    """Identifies the caller by its bearer token if one is sent, else by the certificate of the connection.
+    """Identifies the caller by its bearer token if there is one, else by the certificate of its connection.
 
     Args:
         tokens: the present tokens; None if tokens are not accepted.
-        trust_domain: of the certificates' names; None if certificates are ignored.
+        trust_domain: the trust domain in the certificates' names; None if certificates are ignored.
         clock: Unix seconds.
     """
 
@@ -246,15 +260,15 @@ Authenticator = Credentials | NoCredentials
 def identity_of_certificate(connection: AuthContext, trust_domain: str, *, now_s: float) -> Identity:
     """Return the caller that a verified certificate names by a URI in its subject alternative names.
 
-    ``spiffe://DOMAIN/clusters/C/nodes/N`` is the agent of a node, ``spiffe://DOMAIN/ROLE/NAME`` somebody with a role.
+    ``spiffe://DOMAIN/clusters/C/nodes/N`` is the agent of a node, ``spiffe://DOMAIN/ROLE/NAME`` a caller with a role.
 
     TLS checks the dates of a certificate only in the handshake, but connections last longer. Raises CREDENTIALS if
-    there is no such URI, or more than one, or if the certificate has expired since.
+    there is no such URI, or more than one, or if the certificate has expired in the meantime.
     """
     if any(_end_of_certificate(pem) <= now_s for pem in connection.get("x509_pem_cert", ())):
         raise refused("the client certificate has expired: connect again with a new one")
     start = f"spiffe://{trust_domain}/"
-    # `peer_uri`, not all alternative names: the content of a DNS entry need not be a URI.
+    # `peer_uri` rather than all alternative names: the content of a DNS entry need not be a URI.
     uris = [uri.decode(errors="replace") for uri in connection.get("peer_uri", ())]
     ours = [uri for uri in uris if uri.startswith(start)]
     if len(ours) != 1:
@@ -268,7 +282,7 @@ def identity_of_certificate(connection: AuthContext, trust_domain: str, *, now_s
     raise refused(f"the client certificate is of {ours[0]}, expected {start}clusters/C/nodes/N or {start}ROLE/NAME")
 
 
-@lru_cache(maxsize=16_384)  # one per agent; used in every call
+@lru_cache(maxsize=16_384)  # one entry per agent; looked up in every call
 def _end_of_certificate(pem: bytes) -> float:
     return min(ends_of_certificates(pem.decode(errors="replace")), default=math.inf)
 

@@ -19,12 +19,12 @@ from hetis.planner.service.access import CONNECT, NEEDED, STANDBY_READS, is_open
 from hetis.planner.service.settings import is_socket_path, split_address
 
 MOST_OF_A_CALLER = 100
-"""Watches and downloads of one caller, by its credentials."""
+"""Limit on the watches and downloads of one caller, as identified by its credentials."""
 MOST_OF_A_HOST = 100
-"""Streams of one host to services open to anybody: health and reflection."""
+"""Limit on the streams of one host to the services open to all callers: health and reflection."""
 MOST_OF_ALL_HOSTS = 1_000
 MOST_OF_ENGINES = 1_000
-"""Dispatch streams of one caller: engines use their agents' credentials, which nodes may share."""
+"""Limit on the dispatch streams of one caller: engines use their agents' credentials, which nodes may share."""
 _DISPATCH = "/hetis.v1.DispatchService/DispatchRequests"
 
 
@@ -36,7 +36,7 @@ class StreamLimits:
 
     @contextmanager
     def opened(self, method: str, *, caller: str, peer: str) -> Iterator[None]:
-        """Count a stream as open, or raise TOO_MANY_STREAMS. ``peer`` is in gRPC's form, with its port."""
+        """Count a stream as open, or raise TOO_MANY_STREAMS. ``peer`` is in gRPC's form and includes the port."""
         limits = _limits(method, caller, peer)
         for key, most in limits.items():
             if self._open[key] >= most:
@@ -57,7 +57,7 @@ def _limits(method: str, caller: str, peer: str) -> dict[str, int]:
         return {f"host {peer.rpartition(':')[0]}": MOST_OF_A_HOST, "everybody together": MOST_OF_ALL_HOSTS}
     if method == _DISPATCH:
         return {f"caller {caller}, for dispatch,": MOST_OF_ENGINES}
-    # One per node, whose agents may share credentials.
+    # A node has one agent stream, and agents may share credentials.
     return {} if method == CONNECT else {f"caller {caller}": MOST_OF_A_CALLER}
 
 
@@ -92,7 +92,7 @@ class WriteRates:
         self._buckets: dict[str, _Bucket] = {}
 
     def take(self, method: str, caller: str) -> None:
-        """Take a token if the method is a write. Raises QUOTA_EXCEEDED, with the time when the caller may continue."""
+        """Take a token if the method is a write. Raises QUOTA_EXCEEDED, with the time until the next one."""
         if method not in WRITES:
             return
         now_s = self._clock()
@@ -113,7 +113,7 @@ class WriteRates:
         bucket.tokens -= 1
 
     def _forget_full(self, now_s: float) -> None:
-        """Drop full buckets when there are many; callers are names of credentials, but these can be numerous."""
+        """Drop full buckets if there are many: callers are names of credentials, which can be numerous."""
         if len(self._buckets) >= _MOST_REMEMBERED:
             full_s = self._burst / self._per_s
             self._buckets = {name: kept for name, kept in self._buckets.items() if now_s - kept.filled_s < full_s}
@@ -121,22 +121,22 @@ class WriteRates:
 
 LOOK_S = 1.0
 _FOLDER = "/proc/self/fd"
-_KEPT_FOR_OTHERS = 0.25  # of all descriptors: files, the store, the status page, solver processes
-_SHARE_OF_A_HOST = 0.25  # of all connections
+_KEPT_FOR_OTHERS = 0.25  # share of all descriptors, for files, the store, the status page, and solver processes
+_SHARE_OF_A_HOST = 0.25  # share of all connections
 _UNLIMITED = 1_000_000
 _log = logging.getLogger("hetis.planner.connections")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConnectionLimits:
-    """The most open connections, in total and per host."""
+    """Limits on open connections, in total and per host."""
 
     of_all: int
     of_a_host: int
 
     @classmethod
     def of_descriptors(cls, limit: int, *, of_a_host: int | None = None) -> ConnectionLimits:
-        """Return the limits for a number of descriptors: 3/4 of them for connections, 1/4 of those per host."""
+        """Return the limits for a number of descriptors: 3/4 of them for connections, and 1/4 of those per host."""
         num = _UNLIMITED if limit == resource.RLIM_INFINITY else limit
         of_all = max(8, int(num * (1 - _KEPT_FOR_OTHERS)))
         return cls(of_all=of_all, of_a_host=min(of_all, of_a_host or max(2, int(of_all * _SHARE_OF_A_HOST))))
@@ -145,14 +145,15 @@ class ConnectionLimits:
 class ConnectionWatch:
     """Keeps each host to its share of the connections to the gRPC ports.
 
-    gRPC limits their total, but for Python it neither counts connections per host nor exposes them. They are
-    descriptors of this process, though: a thread inspects them periodically and shuts down those in excess of a host's
-    limit, the newest first. gRPC then closes them as when a peer goes away. Without `/proc` (on systems other than
-    Linux) only the total limit applies.
+    gRPC limits their total, but in Python it neither counts connections per host nor exposes them. They are descriptors
+    of
+    this process, though: a thread inspects them periodically and shuts down those in excess of a host's limit, the
+    newest first. gRPC then closes them as if the peer had gone away. Without `/proc` (on systems other than Linux) only
+    the total limit applies.
     """
 
     def __init__(self, limits: ConnectionLimits, ports: frozenset[int]) -> None:
-        """``ports``: the ports that gRPC listens on."""
+        """``ports``: the ports on which gRPC listens."""
         self.closed = 0  # excess connections closed since the start
         self._limits, self._ports = limits, ports
         self._known: dict[int, _Connection | None] = {}  # by inode; None: another kind of socket
@@ -167,17 +168,17 @@ class ConnectionWatch:
             await asyncio.sleep(LOOK_S)
 
     def look(self) -> int:
-        """Count all connections, and close those in excess of a host's limit, newest first.
+        """Count all connections, and close those in excess of a host's limit, the newest first.
 
         Returns:
-            The number of connections; 0 also if there are too few descriptors for any host to exceed its limit.
+            The number of connections; also 0 if there are too few descriptors for any host to exceed its limit.
         """
         names = os.listdir(_FOLDER)
         if len(names) <= self._limits.of_a_host:
-            return 0  # with 10,000 connections the rest takes some 30 ms
+            return 0  # with 10,000 connections, what follows takes some 30 ms
         known = dict[int, _Connection | None]()
         for name in names:
-            with suppress(OSError):  # closed meanwhile
+            with suppress(OSError):  # closed in the meantime
                 inode = _inode_of(os.readlink(f"{_FOLDER}/{name}"))
                 if inode is not None:
                     known[inode] = self._known[inode] if inode in self._known else _connection(int(name), self._ports)
@@ -204,7 +205,7 @@ class _Connection:
 
 
 def ports_of(addresses: Iterable[str]) -> frozenset[int]:
-    """Return the TCP ports in use; Unix sockets have none, and are protected by file modes."""
+    """Return the TCP ports of the addresses; Unix sockets have none, and are protected by file modes."""
     return frozenset(split_address(address)[1] for address in addresses if not is_socket_path(address))
 
 
@@ -240,17 +241,17 @@ def _opened(descriptor: int) -> socket.socket:
         raise
 
 
-_ENOUGH = 16_384  # 10,000 agents, watchers, solver processes, the status page
+_ENOUGH = 16_384  # for 10,000 agents, watchers, solver processes, and the status page
 
 
 def raise_descriptor_limit() -> int:
-    """Raise the limit as far as this process may, and return it; logs a warning if it is low."""
+    """Raise the limit as far as this process may, and return it; log a warning if it is low."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         try:
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
             soft = hard
-        except (OSError, ValueError) as error:  # some systems report no limit, but do not accept that value
+        except (OSError, ValueError) as error:  # some systems report no limit, but reject that value
             _log.warning("the limit of open files stays at %d: %s", soft, error)
     if soft != resource.RLIM_INFINITY and soft < _ENOUGH:
         _log.warning(
@@ -262,5 +263,5 @@ def raise_descriptor_limit() -> int:
 
 
 def reserved_for_page(limit: int) -> int:
-    """Return how many descriptors the status page may take: an eighth; the rest is for gRPC and the store."""
+    """Return how many descriptors the status page may use: an eighth; the rest is for gRPC and the store."""
     return 256 if limit == resource.RLIM_INFINITY else max(8, min(256, limit // 8))

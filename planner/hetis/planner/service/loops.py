@@ -11,15 +11,15 @@ _log = logging.getLogger("hetis.planner")
 
 
 class Loops:
-    """Background tasks. One that fails is not restarted: nobody knows what it left half done.
+    """Background tasks. A failed one is not restarted, since it may have left anything half done.
 
     Args:
-        whole: tasks of which these are a part that is stopped separately; it gets their failures, too.
+        whole: tasks that these belong to, although they are stopped separately; failures are recorded there, too.
     """
 
     def __init__(self, whole: Loops | None = None) -> None:
         self.failures: list[str] = [] if whole is None else whole.failures  # names of the failed tasks
-        self.failed: asyncio.Event = asyncio.Event() if whole is None else whole.failed  # set with the first failure
+        self.failed: asyncio.Event = asyncio.Event() if whole is None else whole.failed  # set by the first failure
         self._tasks: list[asyncio.Task[None]] = []
 
     def start(self, name: str, work: Coroutine[Any, Any, None]) -> None:
@@ -28,7 +28,7 @@ class Loops:
         self._tasks.append(task)
 
     async def stop(self) -> None:
-        """Stop the tasks; others may be started later."""
+        """Stop the tasks; new ones may be started later."""
         tasks, self._tasks = self._tasks, []
         for task in tasks:
             task.cancel()

@@ -1,7 +1,8 @@
-"""The entry point of `hetis-planner`. Nothing heavy is imported here: ``--help`` must answer at once."""
+"""The entry point of `hetis-planner`. Nothing heavy is imported here, so that ``--help`` answers at once."""
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import NoReturn
 
@@ -9,7 +10,9 @@ from hetis.formats.command_line.process import command_process
 
 
 def main() -> NoReturn:
-    """Run the command; the base install has it too, but lacks its dependencies."""
+    """Run the command. The base install has the command, but not the libraries that it needs."""
+    # gRPC reads this when it is imported. It would write a line in a form of its own for each handshake that fails.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     with command_process():
         try:
             from hetis.planner.service.command import run

@@ -1,4 +1,4 @@
-"""An operator's commands on a store besides serving: backup, restore, migration, and reading the audit log."""
+"""Commands on a store apart from serving: backup, restore, migration, and reading the audit log."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from hetis.planner.store.schema import revisions
 
 
 def store_url(path: str | None, flags: Sequence[Given]) -> str:
-    """Return the store's URL in the configuration that a planner would be started with."""
+    """Return the store's URL from the configuration with which a planner would be started."""
     return load_config(path, environment=os.environ, flags=flags).store
 
 
@@ -43,7 +43,7 @@ def migrate_store(url: str, to: str | None) -> None:
 def print_audit(
     url: str, filters: Mapping[str, str | None], *, since: str | None, until: str | None, as_json: bool
 ) -> None:
-    """Print the lines that match all filters, oldest first."""
+    """Print the lines that match all filters, the oldest first."""
     which = AuditFilter(**filters, since_s=_moment("--since", since), until_s=_moment("--until", until))
 
     def show(reader: Reader) -> None:
@@ -54,7 +54,7 @@ def print_audit(
 
 
 def check_audit(url: str) -> ServiceExitCode:
-    """Report whether any line was altered, and print the last hash, which reveals a truncated log if kept elsewhere."""
+    """Report whether any line was altered, and print the last hash: a copy kept elsewhere reveals a truncated log."""
 
     def check(reader: Reader) -> ServiceExitCode:
         if (wrong := reader.audit.first_wrong()) is not None:

@@ -26,7 +26,7 @@ _SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 
 
 
 class ServiceMetrics:
-    """The service's metrics, in a registry of their own; other modules add theirs to ``registry``."""
+    """The service's metrics in a registry of their own, ``registry``, to which other modules add theirs."""
 
     def __init__(self, version: str) -> None:
         self.registry = CollectorRegistry()
@@ -75,7 +75,7 @@ class ServiceMetrics:
         ProcessCollector(registry=self.registry)  # memory, descriptors, CPU
         self._worst_lag_s = 0.0
 
-        # Finding the child of a set of labels takes as long as the solve of an admission; there are few of them.
+        # Finding the child for a set of labels takes as long as solving an admission, and there are only a few of them.
         self._running_of = cache(self._running.labels)
         self._calls_of, self._streams_of = cache(self._calls.labels), cache(self._streams.labels)
 
@@ -83,7 +83,7 @@ class ServiceMetrics:
         self._running_of(method).inc()
 
     def call_ended(self, method: str, code: str, seconds: float, *, is_stream: bool) -> None:
-        """Count a call. ``method`` must exist: callers choose names, and each label costs memory for ever."""
+        """Count a call. ``method`` must exist: callers may send any name, and each label takes memory for ever."""
         self._running_of(method).dec()
         if is_stream:
             self._streams_of(method, code).inc()
@@ -91,11 +91,11 @@ class ServiceMetrics:
             self._calls_of(method, code).observe(seconds)
 
     def quota_exceeded(self, caller: str, quota: str) -> None:
-        """Count a refused call. ``caller`` is the name of verified credentials."""
+        """Count a refused call. ``caller`` is a name of verified credentials."""
         self._quotas.labels(caller, quota).inc()
 
     def show(self, overview: Overview) -> None:
-        """Set the gauges of the planner's state, without those of deleted resources."""
+        """Set the gauges of the planner's state, and remove those of deleted resources."""
         self._epoch.set(overview.epoch)
         self._leader_since.set(overview.leader_since_s)
         for gauge in (self._nodes, self._plans, self._searches):
@@ -122,15 +122,18 @@ class ServiceMetrics:
         return generate_latest(self.registry)
 
     def count_failed_loops(self, failed: Callable[[], int]) -> None:
-        """``failed`` returns how many loops have failed since the start."""
+        """Register a counter; ``failed`` returns how many loops have failed since the start."""
         self._failed_loops.set_function(failed)
 
     def count_closed_connections(self, closed: Callable[[], int]) -> None:
-        """``closed`` returns how many connections were closed since the start because their host had too many."""
+        """Register a counter of connections that were closed because their host had too many.
+
+        ``closed`` returns their number since the start.
+        """
         self._closed_connections = closed
 
     def credentials_read(self, *, tokens_s: Iterable[float], certificates_s: Mapping[str, float], now_s: float) -> None:
-        """Note when each token and certificate file expires, Unix seconds; expired tokens are counted separately."""
+        """Set the Unix times at which tokens and certificate files expire; expired tokens are counted separately."""
         ends_s = list(tokens_s)
         self._token_expiry.set(min((end_s for end_s in ends_s if end_s > now_s), default=0.0))
         self._tokens_expired.set(sum(end_s <= now_s for end_s in ends_s))
@@ -140,14 +143,14 @@ class ServiceMetrics:
     async def watch_loop(
         self, *, clock: Callable[[], float] = time.monotonic, sleep: Callable[[float], Awaitable[None]] = asyncio.sleep
     ) -> None:
-        """Measure the delay of the event loop until cancelled."""
+        """Measure the delays of the event loop until cancelled."""
         while True:
             due_s = clock() + LOOK_S
             await sleep(LOOK_S)
             self._worst_lag_s = max(self._worst_lag_s, clock() - due_s)
 
 
-# By field of `FleetCounters`: name, help, and the label of a count by kind.
+# By field of `FleetCounters`: the metric's name and help, and the label of a count by kind.
 _OF_FLEET = {
     "messages": ("agent_messages", "Messages of agents.", "kind"),
     "deltas": ("deltas_sent", "Deltas sent to agents.", "kind"),
@@ -163,7 +166,7 @@ _OF_FLEET = {
 
 
 class FleetCollector(Collector):
-    """Reads the counters at each scrape."""
+    """Reads the fleet's counters at each scrape."""
 
     def __init__(self, counters: FleetCounters) -> None:
         self._counters = counters
@@ -178,7 +181,7 @@ class FleetCollector(Collector):
 
 
 class StoreCollector(Collector):
-    """Reads the store's own counts at each scrape."""
+    """Reads the store's own counters at each scrape."""
 
     def __init__(self, store: Store) -> None:
         self._store = store

@@ -1,4 +1,4 @@
-"""The planner at a glance, gathered from store, fleet and solver pool: the data of the status page and the gauges."""
+"""The planner's state at a glance, from store, fleet and solver pool: the data of the status page and the gauges."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ from hetis.v1 import cluster_service_pb2 as pb
 
 SAMPLE_S = 5.0
 NUM_SAMPLES = 180  # a quarter of an hour
-MAX_DEVICES = 20_000  # per cluster: 7 MB; later ones are not kept
-_AT_ONCE = 500  # devices read before the loop may do other work
+MAX_DEVICES = 20_000  # per cluster, which take 7 MB; further devices are not recorded
+_AT_ONCE = 500  # devices read before the event loop may do other work
 
 _log = logging.getLogger("hetis.planner.kv_history")
 
@@ -44,15 +44,15 @@ KvInUse = Iterable[tuple[str, float]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KvRecord:
-    """The history of one device."""
+    """The history of one device's KV."""
 
-    device: str  # as ``node/index``
-    times_s: Sequence[float]  # Unix seconds of the samples, ascending
-    shares: Shares  # of its KV blocks in use, one per sample; NaN if it reported nothing
+    device: str  # name of the device, ``node/index``
+    times_s: Sequence[float]  # Unix times of the samples, ascending
+    shares: Shares  # share of its KV blocks in use in each sample; NaN if it reported none
 
     @property
     def now(self) -> float:
-        """The last share; NaN if the device no longer reports."""
+        """The share in the last sample; NaN if the device no longer reports."""
         return float(self.shares[-1]) if len(self.shares) else math.nan
 
     @property
@@ -70,7 +70,7 @@ class KvHistory:
         self._rows = np.full((NUM_SAMPLES, 0), np.nan, dtype=np.float16)
 
     def add(self, time_s: float, in_use: KvInUse) -> None:
-        """Add a sample; the oldest is dropped if there are too many."""
+        """Add a sample; the oldest one is dropped once there are too many."""
         found = dict(in_use)
         for device in found:
             if device not in self._columns and len(self._columns) < MAX_DEVICES:
@@ -87,7 +87,7 @@ class KvHistory:
         self._times_s = [*self._times_s, time_s][-NUM_SAMPLES:]
 
     def records(self, most: int) -> list[KvRecord]:
-        """Return the ``most`` devices that are fullest now, or else were in the history, sorted by name."""
+        """Return the ``most`` devices that are fullest now, or were fullest in the history, sorted by name."""
         num = len(self._times_s)
         if not num or not self._columns:
             return []
@@ -104,7 +104,7 @@ class KvHistory:
         ]
 
     def now(self) -> dict[str, float]:
-        """Return the shares in the last sample by device."""
+        """Return the share of each device in the last sample."""
         if not self._times_s:
             return {}
         last = self._rows[-1]
@@ -119,7 +119,7 @@ class KvHistory:
 
 
 class KvHistories:
-    """Samples every cluster while `run` runs.
+    """Samples the KV of every cluster while `run` runs.
 
     Args:
         clusters: returns the names of all clusters.
@@ -145,7 +145,7 @@ class KvHistories:
         while True:
             try:
                 await self.sample()
-            except Exception:  # a picture for people: its failure must not affect anything else
+            except Exception:  # the history is only for display: its failure must not affect anything else
                 _log.exception("the KV in use could not be read")
             await self._sleep(SAMPLE_S)
 
@@ -170,7 +170,7 @@ def natural_order(device: str) -> list[tuple[bool, int, str]]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterOverview:
-    """One cluster. ``num_nodes`` has a count per node state, such as ``READY``."""
+    """One cluster. ``num_nodes`` is the number of nodes by state, such as ``READY``."""
 
     name: str
     active_plan: str
@@ -179,49 +179,49 @@ class ClusterOverview:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Overview:
-    """The planner's state. ``queued, searching``: searches that wait for a solver process, and that have one."""
+    """The planner's state. ``queued``, ``searching``: searches that wait for a solver process, or have one."""
 
     epoch: int  # the planner's leadership term
-    leader_since_s: float  # when it began, Unix seconds
+    leader_since_s: float  # Unix time at which the term began
     clusters: tuple[ClusterOverview, ...] = ()
     num_plans: Mapping[str, int]  # plans by state, such as ``SOLVING``
     queued: int
     searching: int
-    solver_processes: int  # the most there may be
+    solver_processes: int  # limit on solver processes
     # Searches by caller and state, ``running`` or ``queued``
     searches_of: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
-    counted_s_ago: float = 0.0  # how old the counts of clusters and plans are, as the store may not answer
-    leads: bool = True  # whether this planner does
-    leader: str = ""  # who does, for people; empty if unknown
-    lease_age_s: float = 0.0  # since the last renewal; 0 if there is no lease
-    store_answered_s_ago: float = 0.0  # since the store's last successful transaction
+    counted_s_ago: float = 0.0  # age of the counts of clusters and plans, since the store may not answer
+    leads: bool = True  # whether this planner leads
+    leader: str = ""  # name of the leader, for display; empty if unknown
+    lease_age_s: float = 0.0  # time since the last renewal; 0 if there is no lease
+    store_answered_s_ago: float = 0.0  # time since the store's last successful transaction
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterNow:
-    """A cluster as the planner has it in memory, without a query to the store."""
+    """The state of a cluster in the planner's memory, without a query to the store."""
 
     name: str
     nodes: Mapping[str, LiveNode]  # by resource name
-    replicas: Sequence[LiveReplica]  # all that were not stopped, by name
-    redispatches: Sequence[redispatch_pb2.Redispatch]  # of this leadership term, the latest change first
+    replicas: Sequence[LiveReplica]  # all replicas that were not stopped, ordered by name
+    redispatches: Sequence[redispatch_pb2.Redispatch]  # those of this leadership term, the latest change first
     kv: KvHistory  # recent history of the devices' KV
-    high_water: float | None  # share of a device's KV above which head groups leave; None: the stage's own
-    now_s: float  # the time of this snapshot, Unix seconds
+    high_water: float | None  # share of a device's KV above which head groups should leave; None: the stage's own
+    now_s: float  # Unix time of this snapshot
 
 
-FRESH_S = 2.0  # how long a count is valid, however many scrape
-WAIT_S = 0.5  # for a new count, before the last one is shown
-DETAILS_S = 5.0  # for all details of one cluster
+FRESH_S = 2.0  # how long a count is valid, however many scrapes there are
+WAIT_S = 0.5  # wait for a new count before the last one is shown
+DETAILS_S = 5.0  # limit for reading all details of one cluster
 _PAGE = 500
 
 
 @dataclass(slots=True, eq=False)
 class Overviews:
-    """Answers the status page by the same calls that the API makes.
+    """Answers the status page with the same calls as the API.
 
     Attributes:
-        epoch, leader_since_s: of the term; Unix seconds.
+        epoch, leader_since_s: the term's epoch, and the Unix time at which it began.
     """
 
     store: Store
@@ -234,11 +234,11 @@ class Overviews:
     running: RunningResources
     epoch: int
     leader_since_s: float
-    most_searches: int  # solver processes
+    most_searches: int  # limit on solver processes
     _kept: _Kept = ((), {})
     _kept_s: float = field(default_factory=time.monotonic)
     _counting: asyncio.Future[_Kept] | None = None
-    _counted_at_s: float = -math.inf  # or tried to
+    _counted_at_s: float = -math.inf  # monotonic time of the last attempt to count
 
     async def overview(self) -> Overview:
         await self._count()
@@ -274,7 +274,7 @@ class Overviews:
         )
 
     async def cluster_details(self, name: str) -> Mapping[str, Any] | None:
-        """Return the first 500 of each kind; ``has_more`` names the kinds of which there are more."""
+        """Return the first 500 resources of each kind; ``has_more`` names the kinds of which there are more."""
         try:
             async with asyncio.timeout(DETAILS_S):
                 return await self._details(name)
@@ -306,7 +306,10 @@ class Overviews:
         }
 
     async def _count(self) -> None:
-        """Refresh an outdated count. A store that does not answer is not waited for, and gets only one query."""
+        """Refresh an outdated count.
+
+        A store that does not answer in time is not waited for, and only one query is sent to it.
+        """
         if self._counting is None and time.monotonic() < self._counted_at_s + FRESH_S:
             return
         if self._counting is None:
@@ -315,7 +318,7 @@ class Overviews:
         if not done:
             return
         counting, self._counting = self._counting, None
-        if counting is None:  # another waiter has taken it
+        if counting is None:  # another waiter has taken the result
             return
         if counting.exception() is None:
             self._kept, self._kept_s = counting.result(), time.monotonic()

@@ -1,4 +1,4 @@
-"""The life of the process: the order in which its parts start, and stop in reverse."""
+"""The life of the process: the order in which its parts are started, and stopped in reverse."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import signal
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from hetis.formats.errors import DocumentError, Problem
@@ -45,7 +45,7 @@ OpenPlanner = Callable[[PlannerConfig], "Awaitable[Succession]"]
 
 
 class Access:
-    """Certificates and tokens, reloaded when they change. Raises DocumentError with every problem of the files."""
+    """Certificates and tokens, reloaded when they change. Raises DocumentError with every problem of their files."""
 
     def __init__(self, config: PlannerConfig) -> None:
         self._config = config
@@ -80,7 +80,7 @@ class Access:
 
 
 def problems_of_access(config: PlannerConfig) -> Sequence[Problem]:
-    """Return what is wrong with the files of certificates and tokens."""
+    """Return the problems of the certificate and token files."""
     try:
         Access(config)
     except DocumentError as error:
@@ -89,11 +89,11 @@ def problems_of_access(config: PlannerConfig) -> Sequence[Problem]:
 
 
 async def run_planner(config: PlannerConfig, open_planner: OpenPlanner, *, version: str, ready_json: bool) -> None:
-    """Serve until a signal asks to stop.
+    """Serve until a signal requests the end.
 
     Raises:
         DocumentError: a certificate or the token file cannot be used.
-        AddressError: an address cannot be listened on.
+        AddressError: the planner cannot listen on an address.
         MissingExtraError: traces are configured, but OpenTelemetry is missing.
         ServiceError: the store cannot be opened, or another planner leads.
     """
@@ -110,10 +110,10 @@ async def run_planner(config: PlannerConfig, open_planner: OpenPlanner, *, versi
             stack.push_async_callback(asyncio.to_thread, traces.close)
         writes = WriteRates(per_s=config.writes.per_second, burst=config.writes.burst)
         calls = Calls(access.authenticator(time.time), Telemetry(metrics, traces), writes=writes)
-        credentials = access.certificates.credentials() if access.certificates is not None else None
+        credentials = access.certificates.credentials if access.certificates is not None else None
         server = PlannerServer((), calls, credentials=credentials, max_connections=limits.of_all)
         stack.push_async_callback(server.stop_at_once)
-        # Before the store is opened: a planner that cannot listen must not take the lead from one that can.
+        # Listen before the store is opened: a planner that cannot listen must not take the lead from one that can.
         addresses = [server.listen(address) for address in config.listen]
         connections = ConnectionWatch(limits, ports_of(addresses))
         metrics.count_closed_connections(lambda: connections.closed)
@@ -132,7 +132,7 @@ async def run_planner(config: PlannerConfig, open_planner: OpenPlanner, *, versi
         for collector in planner.collectors:
             metrics.registry.register(collector)
         server.add(planner.servicings)
-        stack.push_async_callback(server.stop_at_once)  # again, so that it happens before the planner closes
+        stack.push_async_callback(server.stop_at_once)  # again, so that this happens before the planner closes
         if page_address:
             app = status_app(
                 planner,
@@ -176,7 +176,7 @@ async def run_planner(config: PlannerConfig, open_planner: OpenPlanner, *, versi
 
 @asynccontextmanager
 async def _first_of(*awaited: Awaitable[Any]) -> AsyncIterator[Sequence[asyncio.Future[Any]]]:
-    """Wait until any of these is done and yield them all; those that are not done at the end are cancelled."""
+    """Wait until any of these is done, and yield all of them; those not done by the end are cancelled."""
     tasks = [asyncio.ensure_future(one) for one in awaited]
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -187,14 +187,14 @@ async def _first_of(*awaited: Awaitable[Any]) -> AsyncIterator[Sequence[asyncio.
 
 
 async def _opened(signals: StopSignals, opening: Awaitable[Succession]) -> Succession | None:
-    """Wait until the planner is open; return None if a signal came first, even if the store hangs."""
+    """Return the planner once it is open, or None if a signal arrives first, even if the store hangs."""
     async with _first_of(opening, signals.wait()) as (opened, _):
         if opened.done():
             planner: Succession = opened.result()
             return planner
         opened.cancel()
         found: Succession | BaseException = (await asyncio.gather(opened, return_exceptions=True))[0]
-        if not isinstance(found, BaseException):  # it was opened at this very moment
+        if not isinstance(found, BaseException):  # it was opened at the same moment
             await found.close()
         return None
 
@@ -206,7 +206,7 @@ async def _until_the_end(signals: StopSignals, planner: Succession) -> bool:
 
 
 async def show_failure(planner: Succession, loops: Loops, server: PlannerServer) -> None:
-    """Wait for a failure, then report in health that no service serves; ``/healthz`` checks independently."""
+    """Wait for a failure, then report NOT_SERVING for all services; ``/healthz`` checks independently."""
     async with _first_of(planner.until_failed(), loops.failed.wait()):
         server.health.serve(False)
 
@@ -218,20 +218,23 @@ def _say_ready(addresses: Sequence[str], page_address: str, config: PlannerConfi
         print(json.dumps({"listen": addresses, "status_page": page, "store": store}), flush=True)
     scheme = "TLS" if config.tls is not None else "plain"
     shown = ", ".join(address if is_socket_path(address) else f"{address} ({scheme})" for address in addresses)
-    print(f"hetis-planner listens on {shown}, status page {page or 'off'}, store {store}", file=sys.stderr, flush=True)
+    with suppress(OSError):  # the disk of the log is full, which must not keep a planner from leading
+        print(
+            f"hetis-planner listens on {shown}, status page {page or 'off'}, store {store}", file=sys.stderr, flush=True
+        )
 
 
 def _leave_to_collector_what_is_new() -> None:
-    """Tune the garbage collector, whose full collections block everything.
+    """Tune the garbage collector, whose full collections block the event loop.
 
-    With 3,000 agents they take 0.4 to 1 s, and leases last 20 s. Modules and all objects made so far stay for good and
-    are excluded. Later objects live long (agents, replicas) or are freed by reference counting; cycles are few (errors
-    with tracebacks, tasks), and are collected while young.
+    With 3,000 agents they take 0.4 to 1 s, while leases last 20 s. Modules and all objects created so far stay for
+    good, and are excluded. Later objects live long (agents, replicas) or are freed by reference counting; cycles are
+    rare (errors with tracebacks, tasks), and are collected while young.
     """
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000, 20, 100)
-    sys.setswitchinterval(0.001)  # seconds that the loop waits for a thread that reads a document; the default is 5 ms
+    sys.setswitchinterval(0.001)  # seconds that the event loop waits for a thread reading a document; default: 5 ms
 
 
 _CODES = {signal.SIGINT: ServiceExitCode.INTERRUPTED, signal.SIGTERM: ServiceExitCode.TERMINATED}
@@ -254,5 +257,5 @@ class StopSignals:
 
     def _came(self, number: signal.Signals) -> None:
         if self._asked.is_set():
-            os._exit(_CODES[number])  # it ends whatever hangs; the store is made to survive this
+            os._exit(_CODES[number])  # ends the process whatever hangs; the store is designed to survive this
         self._asked.set()

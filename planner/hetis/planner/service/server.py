@@ -18,14 +18,14 @@ from hetis.planner.service.access import HEALTH_SERVICE, REFLECTION_SERVICES
 from hetis.planner.service.calls import Calls
 from hetis.planner.service.settings import is_socket_path, join_address, split_address
 
-Status = Any  # health_pb2 has no types
+Status = Any  # health_pb2 has no type stubs
 
 
 class ServiceHealth(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
-    """gRPC health of every service, and of the whole as ``""``: either all serve, or none.
+    """gRPC health of every service, and of the whole as ``""``: either all services serve, or none does.
 
-    The servicer in grpcio-health-checking has a bug: the watchers of one service share a condition, which the first one
-    to leave removes, so that the others are never told that the planner drains.
+    The servicer in grpcio-health-checking has a bug: the watchers of one service share a condition, which the first
+    watcher to leave removes, so that the others never learn that the planner drains.
     """
 
     def __init__(self) -> None:
@@ -40,7 +40,7 @@ class ServiceHealth(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
         health_pb2_grpc.add_HealthServicer_to_server(self, server)
 
     def serve(self, is_serving: bool) -> None:
-        """Set whether all services serve, or none."""
+        """Set whether all services serve or none does."""
         self._is_serving = is_serving
         self._changed.set()
         self._changed = asyncio.Event()
@@ -68,35 +68,35 @@ class ServiceHealth(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
 
 
 MAX_MESSAGE_BYTES = 4 * 2**20
-MAX_CALLS = 30_000  # at once, including those whose message has not arrived: 10,000 agents and twice as many others
+MAX_CALLS = 30_000  # concurrent, even without a message yet: 10,000 agents, twice as many other calls
 _log = logging.getLogger("hetis.planner.server")
-_STREAMS_S = 2.0  # how long streams have to end on their own before a drain ends them
+_STREAMS_S = 2.0  # time for streams to end by themselves, before a drain ends them
 
 OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-    # Agents ping every 10 s and clients every 30 s (docs/api.md): allowed down to 8 s, even without a call.
+    # Agents ping every 10 s and clients every 30 s (docs/api.md): pings are allowed every 8 s, even without a call.
     ("grpc.http2.min_ping_interval_without_data_ms", 8_000),
     ("grpc.keepalive_permit_without_calls", 1),
-    # Detects clients that vanished silently; their streams would stay for ever.
+    # Detects clients that vanished silently, whose streams would otherwise stay for ever.
     ("grpc.keepalive_time_ms", 60_000),
     ("grpc.keepalive_timeout_ms", 20_000),
     ("grpc.http2.ping_timeout_ms", 20_000),
-    # Connections end from time to time, so that those of 10,000 agents spread after a restart.
+    # Connections end from time to time, so that those of 10,000 agents spread again after a restart.
     ("grpc.max_connection_age_ms", 1_800_000),
     ("grpc.max_connection_age_grace_ms", 60_000),
-    # Idle ones are closed; clients reconnect with their next call.
+    # Idle connections are closed; clients reconnect with their next call.
     ("grpc.max_connection_idle_ms", 300_000),
-    # Per connection: an agent has one with one stream; watchers and engines have a handful of calls.
+    # Per connection: an agent has one connection with one stream; watchers and engines make a handful of calls.
     ("grpc.max_concurrent_streams", 1_000),
-    # Two planners on one port would each get half of the calls.
+    # Otherwise two planners on one port would each receive half of the calls.
     ("grpc.so_reuseport", 0),
 )
 MAX_CONNECTIONS = "grpc.max_allowed_incoming_connections"
 
 
 class AddressError(Exception):
-    """An address cannot be listened on."""
+    """The planner cannot listen on an address."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,16 +109,17 @@ class Servicing:
 
 
 class PlannerServer:
-    """A grpc.aio server with everything around the servicers. It creates none of its parts: all are passed in."""
+    """A grpc.aio server and everything around the servicers. It creates none of its parts: all are passed in."""
 
     def __init__(
         self,
         servicings: Sequence[Servicing],
         calls: Calls,
         *,
-        credentials: grpc.ServerCredentials | None = None,
+        credentials: Callable[[], grpc.ServerCredentials] | None = None,
         max_connections: int | None = None,
     ) -> None:
+        """``credentials``: called for each address, since gRPC tells only one address of new certificates."""
         self._calls = calls
         self._credentials = credentials
         options = OPTIONS
@@ -130,7 +131,7 @@ class PlannerServer:
         self._servicings = list(servicings)
 
     def add(self, servicings: Sequence[Servicing]) -> None:
-        """Add services to those given before; to be called before the start."""
+        """Add services to those passed to the constructor; must be called before the start."""
         self._servicings += servicings
 
     def listen(self, address: str) -> str:
@@ -143,7 +144,7 @@ class PlannerServer:
             if self._credentials is None:
                 port = self._server.add_insecure_port(address)
             else:
-                port = self._server.add_secure_port(address, self._credentials)
+                port = self._server.add_secure_port(address, self._credentials())
         except RuntimeError:
             raise AddressError(f"cannot listen on {address}: it is in use, or may not be used") from None
         return address if is_socket_path(address) else join_address(split_address(address)[0], port)
@@ -158,11 +159,11 @@ class PlannerServer:
         self.health.serve(True)
 
     async def drain(self, timeout_s: float, say_goodbye: Callable[[], Awaitable[None]]) -> bool:
-        """Shut down in order; return whether every call could finish.
+        """Shut down in an orderly way; return whether every call could finish.
 
-        Health says NOT_SERVING and new calls fail with DRAINING; ``say_goodbye`` ends watches, and returns when agents
-        have taken its goodbye. Remaining streams are ended, and unary calls finish. Whatever is left after
-        ``timeout_s`` is cut off.
+        Health reports NOT_SERVING and new calls fail with DRAINING; ``say_goodbye`` ends watches, and returns once
+        agents have received the goodbye. Then the remaining streams are ended, and unary calls may finish. Whatever
+        remains after ``timeout_s`` is cut off.
         """
         loop = asyncio.get_running_loop()
         end = loop.time() + timeout_s
@@ -180,7 +181,7 @@ class PlannerServer:
         return finished
 
     async def stop_at_once(self) -> None:
-        """Cut everything off."""
+        """Cut off all calls."""
         self._calls.refuse_new()
         await self._server.stop(None)
 
@@ -194,24 +195,24 @@ def _must_be_free(address: str) -> None:
         errors = [error]
     wrong = [error for error in errors if error is not None]
     taken = [error for error in wrong if error.errno == errno.EADDRINUSE]
-    if taken or len(wrong) == len(errors):  # a name may have an address of each family, one of which is not here
+    if taken or len(wrong) == len(errors):  # a name may have one address here, and one in a family not here
         first = (taken or wrong)[0]
         raise AddressError(f"cannot listen on {address}: {(first.strerror or str(first)).lower()}")
 
 
 def _must_not_answer(address: str) -> None:
-    """Raise AddressError if somebody listens on a Unix socket: gRPC would take its path away.
+    """Raise AddressError if a process listens on a Unix socket: gRPC would take over its path.
 
-    One that a killed process left behind answers nobody, and is replaced.
+    A socket that a killed process left behind does not answer, and is replaced.
     """
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.setblocking(False)  # a full backlog is an answer, too
+        probe.setblocking(False)  # with a full backlog, the socket counts as answering
         try:
             probe.connect(address.removeprefix("unix:"))
         except BlockingIOError:
             pass
         except OSError:
-            return  # what else may be wrong with the path, gRPC finds
+            return  # any other problem with the path is left to gRPC
     raise AddressError(f"cannot listen on {address}: address already in use")
 
 
@@ -228,7 +229,7 @@ def _error_of(
 
 
 def add_reflection(services: Iterable[str], server: grpc.aio.Server) -> None:
-    """Let tools such as grpcurl read the API of ``services`` from the server."""
+    """Allow tools such as grpcurl to read the API of ``services`` from the server."""
     servicer: Any = reflection.aio.ReflectionServicer([*services, *REFLECTION_SERVICES])
     handler = grpc.stream_stream_rpc_method_handler(
         servicer.ServerReflectionInfo,

@@ -1,4 +1,4 @@
-"""The methods of every service, each a function of a request, or of a stream of requests, alone."""
+"""The methods of every service, as functions of a request or a stream of requests alone."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _ADD: Mapping[str, Callable[[Any, Any], None]] = {
 
 
 def servicing(service: str, methods: Methods) -> Servicing:
-    """Return a service of the API with what answers each of its methods; registering it fails if one is missing."""
+    """Return a service of the API from its methods by name; registering it fails if one is missing."""
     servicer = SimpleNamespace(**{name: _without_context(method) for name, method in methods.items()})
     return Servicing(service=f"hetis.v1.{service}", servicer=servicer, add=_ADD[service])
 
@@ -106,7 +106,7 @@ def plan_methods(creation: PlanCreation, plans: Plans, activation: PlanActivatio
 
 
 def agent_methods(fleet: LiveFleet) -> Methods:
-    """Return the stream of an agent for the node in its credentials; the fleet does the rest."""
+    """Return the stream of an agent, as the node in its credentials; the fleet does the rest."""
 
     async def connect(requests: AsyncIterator[agent.ConnectNodeRequest]) -> AsyncIterator[agent.ConnectNodeResponse]:
         async with aclosing(fleet.connect(present_caller(), requests)) as responses:
@@ -119,13 +119,16 @@ def agent_methods(fleet: LiveFleet) -> Methods:
 def dispatch_methods(
     states: DispatchStates, replicas: LiveFleet, *, require_lease: Callable[[], None] = lambda: None
 ) -> Methods:
-    """Return the methods that an agent may call for replicas whose primary is on its node.
+    """Return the methods that an agent may call for replicas whose primary is on the agent's node.
 
-    ``require_lease`` raises STORE_UNAVAILABLE if nothing may be decided; the interceptor checks unary calls.
+    ``require_lease`` raises STORE_UNAVAILABLE if no decision may be made; for unary calls the interceptor checks that.
     """
 
     def require_primary(replica: str, role: CallerRole) -> None:
-        """Raise WRONG_NODE unless the caller has ``role`` or is of the primary's node; tell strangers nothing else."""
+        """Raise WRONG_NODE unless the caller has ``role`` or is the agent of the primary's node.
+
+        Strangers learn nothing else about the replica.
+        """
         caller = present_caller()
         if role not in caller.roles:
             view = replicas.replica_view(replica)

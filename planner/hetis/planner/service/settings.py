@@ -21,7 +21,7 @@ from hetis.formats.positions import Path, Text, parse_text
 
 
 def split_address(address: str) -> tuple[str, int]:
-    """Return host, without the brackets of IPv6, and port up to 65535; 0: a free one. Raises ValueError."""
+    """Return the host, without the brackets of IPv6, and the port up to 65535; 0 is any free one. Raises ValueError."""
     try:
         host, port = endpoints.split_address(address, least_port=0)
     except ValueError:
@@ -37,13 +37,13 @@ def join_address(host: str, port: int) -> str:
 
 
 def reachable_from_elsewhere(address: str) -> str:
-    """Return the address, with this machine's name as the host if it listens on all interfaces."""
+    """Return the address; if it listens on all interfaces, its host is this machine's name."""
     host, port = split_address(address)
     return join_address(socket.getfqdn(), port) if host in ("0.0.0.0", "::") else address
 
 
 def is_socket_path(address: str) -> bool:
-    """Return whether the address is a Unix socket, ``unix:/run/hetis/planner.sock``."""
+    """Return whether the address is a Unix socket, such as ``unix:/run/hetis/planner.sock``."""
     return address.startswith("unix:")
 
 
@@ -216,7 +216,7 @@ class PlannerConfig(DocumentPart):
         return self.store.startswith("postgres") if standby is None else standby
 
     def reached_at(self, addresses: Sequence[str]) -> PlannerConfig:
-        """Return the configuration with the advertised addresses of a planner that listens on ``addresses``."""
+        """Return the configuration with advertised addresses for a planner that listens on ``addresses``."""
         if self.leadership.advertise:
             return self
         reachable = [reachable_from_elsewhere(address) for address in addresses if not is_socket_path(address)]
@@ -273,7 +273,7 @@ Leaf = tuple[str, ...]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Given:
-    """A setting from outside the file: its dotted name, its text, and its source (``--store``)."""
+    """A setting from outside the file: its dotted name, its text, and its source (such as ``--store``)."""
 
     name: str
     text: str
@@ -287,10 +287,10 @@ def load_config(
     flags: Iterable[Given] = (),
     look_further: Callable[[PlannerConfig], Iterable[Problem]] = lambda _config: (),
 ) -> PlannerConfig:
-    """Return the configuration of a file (None: no file), with the ``HETIS_*`` variables over it, and flags over both.
+    """Return the configuration of a file (None: no file), overridden by ``HETIS_*`` variables, and both by flags.
 
     Args:
-        look_further: returns further problems, such as a missing file, of a configuration whose values are all valid.
+        look_further: returns further problems of a configuration whose values are all valid, such as a missing file.
 
     Raises:
         DocumentError: with every problem of all sources.
@@ -315,17 +315,17 @@ def load_config(
 
 
 def _in_order(problems: Iterable[Problem]) -> list[Problem]:
-    """Return problems in the order of `validated`: those without a line first."""
+    """Return problems in the order that `validated` uses, with those that have no line first."""
     return sorted(dict.fromkeys(problems), key=lambda problem: (problem.line or 0, problem.column or 0))
 
 
 def variables() -> dict[str, str]:
-    """Return every environment variable that is read, with its setting."""
+    """Return the name of every environment variable that is read, with its setting."""
     return {PREFIX + "__".join(leaf).upper(): ".".join(leaf) for leaf in _leaves(PlannerConfig)}
 
 
 def mistaken_variables(environment: Mapping[str, str]) -> list[str]:
-    """Return ``HETIS_*`` variables that set nothing but resemble one that does, each with its nearest name."""
+    """Return ``HETIS_*`` variables that set nothing but resemble one that does, each with the nearest name."""
     known = variables()
     hints = []
     for name in sorted(environment):
@@ -335,12 +335,12 @@ def mistaken_variables(environment: Mapping[str, str]) -> list[str]:
     return hints
 
 
-_OTHERS = {"HETIS_DEBUG", "HETIS_CONFIG", "HETIS_SERVER", "HETIS_TOKEN"}  # of this and of other commands of hetis
+_OTHERS = {"HETIS_DEBUG", "HETIS_CONFIG", "HETIS_SERVER", "HETIS_TOKEN"}  # read elsewhere, or by other commands
 
 
 @dataclass(slots=True)
 class _Layers(Text):
-    """The text of the file, and the settings that came from elsewhere."""
+    """The text of the file, and the settings from other sources."""
 
     given: dict[Leaf, str] = field(default_factory=dict)
 
@@ -357,7 +357,7 @@ def _from_environment(environment: Mapping[str, str], layers: _Layers) -> Iterat
     sections = {name.partition("__")[0] + "__" for name in known if "__" in name}
     for name in sorted(environment):
         if name in known:
-            if environment[name]:  # empty is unset, as in compose files
+            if environment[name]:  # empty means unset, as in compose files
                 yield Given(name=known[name], text=environment[name], by=name)
         elif any(name.startswith(section) for section in sections):
             layers.problems.append(Problem(file=name, message=f"is not a setting{did_you_mean(name, known)}"))
@@ -373,7 +373,7 @@ def _put(data: Any, given: Given, layers: _Layers) -> None:
     holder = data
     for part in leaf[:-1]:
         if not isinstance(holder, dict):
-            return  # the file is wrong there, and validation reports it
+            return  # the file is invalid at this place, which validation reports
         if holder.get(part) is None:
             holder[part] = {}
         holder = holder[part]
@@ -383,7 +383,7 @@ def _put(data: Any, given: Given, layers: _Layers) -> None:
 
 
 def _value(given: Given, annotation: Any) -> Any:
-    """Return a variable's text as its field needs it: text stays text, lists are split at commas, the rest is YAML."""
+    """Return a setting's text as its field needs it: text is unchanged, lists are split at commas, the rest is YAML."""
     if get_origin(annotation) is list:
         return [part.strip() for part in given.text.split(",")]
     if annotation is str or get_origin(annotation) is Literal:
@@ -392,7 +392,7 @@ def _value(given: Given, annotation: Any) -> Any:
 
 
 def _leaves(document: type[BaseModel], above: Leaf = ()) -> dict[Leaf, Any]:
-    """Return path and bare type of every setting."""
+    """Return the path and bare type of every setting."""
     found: dict[Leaf, Any] = {}
     for name, info in document.model_fields.items():
         if name in ("api_version", "kind"):
@@ -406,7 +406,7 @@ def _leaves(document: type[BaseModel], above: Leaf = ()) -> dict[Leaf, Any]:
 
 
 def _bare(annotation: Any) -> Any:
-    """Return ``X`` of ``Annotated[X, ...]`` and of ``X | None``."""
+    """Return ``X`` for ``Annotated[X, ...]`` and for ``X | None``."""
     if hasattr(annotation, "__metadata__"):
         return _bare(annotation.__origin__)
     if isinstance(annotation, UnionType) or get_origin(annotation) is Union:

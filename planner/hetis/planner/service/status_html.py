@@ -1,6 +1,6 @@
-"""The status page for people: replicas, KV use over time, and re-dispatches, in the style of the reports.
+"""The status page for browsers: replicas, KV use over time, and re-dispatches, in the style of the reports.
 
-Everything shown comes from the planner's memory; an unavailable store is reported, and the page stays complete.
+Everything shown comes from the planner's memory; if the store is unavailable, that is shown on a complete page.
 """
 
 from __future__ import annotations
@@ -50,22 +50,22 @@ from hetis.planner.service.overview import (
 from hetis.solver.cluster import node_of
 from hetis.v1 import cluster_pb2, redispatch_pb2, replica_pb2
 
-MAX_CLUSTERS = 4  # shown in full on the first page; others have a page each
+MAX_CLUSTERS = 4  # shown in full on the first page; the others have pages of their own
 MAX_NODES = 36  # drawn per cluster
 MAX_STRIPS = 32
 MAX_REPLICAS = 40
 MAX_REDISPATCHES = 15
-FULL = 0.9  # share of KV in use above which a device is highlighted
-STORE_AWAY_S = 10.0  # without an answer
+FULL = 0.9  # share of KV in use from which a device is highlighted
+STORE_AWAY_S = 10.0  # time without an answer after which the store is shown as unavailable
 _WIDTH, _HEIGHT = 600, 28
-_LEAST_SPAN_S = 60.0  # of the time axis
+_LEAST_SPAN_S = 60.0  # shortest time axis
 _UNDER_WAY = ("PREPARING", "COMMITTING", "RELEASING", "ABORTING")
 
 
 def status_html(
     overview: Overview, clusters: Sequence[ClusterNow], *, version: str, is_ready: bool, only: str = ""
 ) -> str:
-    """Return the page of the one cluster ``only``, or else of the planner and all clusters."""
+    """Return the page of the cluster ``only`` or, if that is empty, of the planner and all clusters."""
     counted = {one.name: one for one in overview.clusters}
     shown = [one for one in clusters if one.name == only] if only else clusters[:MAX_CLUSTERS]
     sections = [] if only else [_planner_section(overview, clusters, version=version, is_ready=is_ready)]
@@ -79,7 +79,7 @@ def status_html(
 
 
 def _clock(overview: Overview, clusters: Sequence[ClusterNow]) -> str:
-    """Return the time in minutes, so that a page on which nothing happens stays the same."""
+    """Return the time to the minute, so that the page stays the same while nothing happens."""
     now_s = max((one.now_s for one in clusters), default=overview.leader_since_s)
     return datetime.fromtimestamp(now_s, UTC).strftime("%Y-%m-%d %H:%M UTC")
 
@@ -346,7 +346,7 @@ def _paths(xs: np.ndarray, shares: np.ndarray) -> tuple[str, str]:
         if not len(run):
             continue
         points = [f"{xs[i]:.1f} {_y_of(float(shares[i])):.1f}" for i in run]
-        if len(run) == 1:  # a dot: a line needs two points
+        if len(run) == 1:  # a line needs two points, so repeat the only one
             points.append(f"{min(xs[run[0]] + 1.5, _WIDTH):.1f} {_y_of(float(shares[run[0]])):.1f}")
         lines.append("M" + "L".join(points))
         areas.append(f"M{xs[run[0]]:.1f} {_HEIGHT}L{'L'.join(points)}L{xs[run[-1]]:.1f} {_HEIGHT}Z")
@@ -419,7 +419,7 @@ def _state(one: redispatch_pb2.Redispatch) -> str:
 
 
 def _whole(share: float) -> str:
-    """Return a share without decimals, as it changes every few seconds."""
+    """Return a share without decimals, since it changes every few seconds."""
     return f"{share:.0%}"
 
 

@@ -1,4 +1,4 @@
-"""The read-only page: the planner's state for people with browsers or curl, for Prometheus, and for probes."""
+"""The read-only page with the planner's state: for browsers and curl, for Prometheus, and for probes."""
 
 from __future__ import annotations
 
@@ -36,21 +36,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PageLimits:
-    """The limits of the page.
+    """The limits on connections to the page.
 
     Attributes:
-        of_all, of_a_peer: open connections, in total and per host; one in excess is closed at once.
+        of_all, of_a_peer: open connections, in total and per host; any more are closed at once.
     """
 
     of_all: int = 256
     of_a_peer: int = 64
-    # How long a connection may stay without a complete request, from its start or the last answer
+    # Time for a complete request to arrive, from the start of the connection or the last answer
     request_s: float = 10.0
-    answer_s: float = 60.0  # how long the writing of an answer may take, as its reader may be stuck
+    answer_s: float = 60.0  # time for sending an answer, whose reader may be stuck
 
 
 def limited_protocol(limits: PageLimits) -> type[asyncio.Protocol]:
-    """Return the HTTP protocol class of a page with such limits."""
+    """Return the HTTP protocol class for a page with these limits."""
     open_by_peer = Counter[str]()
 
     class Protocol(H11Protocol):
@@ -82,18 +82,18 @@ def limited_protocol(limits: PageLimits) -> type[asyncio.Protocol]:
             self._go_on_watching()
 
         def send_400_response(self, msg: str) -> None:
-            """Answer malformed HTTP, unless the request that it belongs to has its answer or a part of it."""
+            """Answer malformed HTTP, unless an answer to the same request was already sent or begun."""
             if self.cycle is not None and not self.cycle.response_complete:
-                self.cycle.disconnected = True  # otherwise it answers, too, and logs why it cannot
+                self.cycle.disconnected = True  # otherwise the cycle would answer, too, and log why it cannot
             if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
                 super().send_400_response(msg)
             else:
-                self.transport.abort()  # nobody reads what is still to be written
+                self.transport.abort()  # nothing that is still to be written will be read
 
         def on_response_complete(self) -> None:
             self._is_answering = False
             self._unwatch()
-            super().on_response_complete()  # which begins to answer pipelined requests
+            super().on_response_complete()  # which starts to answer pipelined requests
             self._go_on_watching()
 
         def _go_on_watching(self) -> None:
@@ -103,14 +103,14 @@ def limited_protocol(limits: PageLimits) -> type[asyncio.Protocol]:
                 self._watch()
 
         def _answer_in_time(self) -> None:
-            """Start the timer for the answer once, however many more requests arrive meanwhile."""
+            """Start the timer for an answer only once, however many more requests arrive in the meantime."""
             if not self._is_answering and not self.transport.is_closing():
                 self._is_answering = True
                 self._unwatch()
                 self._timer = self.loop.call_later(limits.answer_s, self.transport.abort)
 
         def _watch(self) -> None:
-            """Start the timer from the connection's start or the last answer; requests that trickle in gain no time."""
+            """Start the timer at the start or after an answer; requests that trickle in gain no time."""
             if self._timer is None and not self.transport.is_closing():
                 self._timer = self.loop.call_later(limits.request_s, self.transport.abort)
 
@@ -124,7 +124,7 @@ def limited_protocol(limits: PageLimits) -> type[asyncio.Protocol]:
 
 _GRACE_S = 1
 _VARIES = {"Vary": "Accept"}
-# The browser may only show the page and poll this server; the page's own policy is stricter still.
+# Browsers may only show the page and poll this server; the page's own policy is even stricter.
 _PAGE_HEADERS = {
     **_VARIES,
     "Cache-Control": "no-store",
@@ -144,15 +144,15 @@ def status_app(
     failures: Callable[[], Sequence[str]] = tuple,
     hosts: Sequence[str] = (),
 ) -> Starlette:
-    """Return the page's routes. All are GET and change nothing.
+    """Return the app with the page's routes. All are GET and change nothing.
 
     Args:
-        failures: returns what has failed for good, so that the process should be restarted.
-        hosts: names that requests may use besides addresses, `localhost` and this machine's own name.
+        failures: returns what has failed permanently, so that the process should be restarted.
+        hosts: host names that requests may use besides addresses, `localhost` and this machine's own name.
     """
 
     async def drawn(only: str = "") -> Response:
-        from hetis.planner.service.status_html import status_html  # late, so that a wrong setting is told at once
+        from hetis.planner.service.status_html import status_html  # late: wrong settings are reported first
 
         found = source.clusters_now()
         if only and only not in {one.name for one in found}:
@@ -207,8 +207,8 @@ def page_config(app: Starlette, limits: PageLimits) -> uvicorn.Config:
     return uvicorn.Config(
         app,
         http=limited_protocol(limits),
-        ws="none",  # otherwise a library that happens to be installed takes over connections, which escape the limits
-        proxy_headers=False,  # nobody may claim to be a proxy
+        ws="none",  # otherwise any installed library would take over connections, bypassing the limits
+        proxy_headers=False,  # no client may claim to be a proxy
         log_config=None,
         access_log=False,
         lifespan="off",
@@ -218,15 +218,15 @@ def page_config(app: Starlette, limits: PageLimits) -> uvicorn.Config:
 
 
 def _wants_html(request: Request) -> bool:
-    """Return whether the client asks for HTML: browsers do; curl and JSON clients accept anything."""
+    """Return whether the client prefers HTML, as browsers do; curl and JSON clients accept anything."""
     return "text/html" in request.headers.get("accept", "")
 
 
 class _KnownHosts:
-    """Refuses requests that name another host.
+    """Refuses requests for other hosts.
 
-    A browser tricked into believing that a stranger's name is this machine (DNS rebinding) would show the page to the
-    stranger's scripts; but its requests carry that name.
+    A browser that was tricked into taking a stranger's name for this machine (DNS rebinding) would give the stranger's
+    scripts access to the page; but its requests contain that name.
     """
 
     def __init__(self, app: ASGIApp, *, hosts: Sequence[str]) -> None:
@@ -305,12 +305,12 @@ class StatusPage:
         return join_address(host, self._socket.getsockname()[1])
 
     async def start(self, app: Starlette) -> None:
-        """Begin to answer with the app that `status_app` made."""
+        """Start to answer with an app made by `status_app`."""
         assert self._socket is not None
         self._server = _Server(page_config(app, self._limits))
         self._serving = asyncio.create_task(self._server.serve(sockets=[self._socket]))
         while not self._server.started and not self._serving.done():
-            await asyncio.sleep(0.005)  # uvicorn only sets a flag
+            await asyncio.sleep(0.005)  # uvicorn sets only a flag
 
     async def stop(self) -> None:
         """Finish the running requests, for at most a second."""
@@ -320,7 +320,7 @@ class StatusPage:
         self.abandon()
 
     def abandon(self) -> None:
-        """Release the address without having started."""
+        """Release the address if the page was not started."""
         if self._socket is not None:
             self._socket.close()
             self._socket = None

@@ -1,4 +1,4 @@
-"""Errors as statuses with `google.rpc` details: the only place that converts exceptions for the wire."""
+"""Errors as statuses with `google.rpc` details: the only place where exceptions are converted for the wire."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hetis.planner.failures import Reason, ServiceError, invalid_document
 from hetis.solver.errors import InvalidProblemError
 
 DOMAIN = "hetis"
-Status = Any  # google.rpc has no types
+Status = Any  # google.rpc has no type stubs
 # gRPC drops responses whose headers exceed 8 KiB. They contain the message twice, and the details in base64.
 _MOST_MESSAGE_BYTES = 1200
 _MOST_DETAIL_BYTES = 3600
@@ -45,13 +45,13 @@ def draining() -> ServiceError:
 
 
 def incident(incident_id: str) -> ServiceError:
-    """Return the error that callers get for a bug: only where to find its log entry."""
+    """Return the error that callers receive for a bug: it reveals only the id of the log entry."""
     message = f"internal error, incident {incident_id}: the planner's log says more, please report it with that entry"
     return ServiceError(Reason.ERROR_REASON_INTERNAL, message, metadata={"incident": incident_id})
 
 
 def as_service_error(error: Exception) -> ServiceError | None:
-    """Return the error for callers, or None if it was not raised on purpose, which is a bug."""
+    """Return the error for callers, or None if it was not raised on purpose and so is a bug."""
     match error:
         case ServiceError():
             return error
@@ -63,7 +63,7 @@ def as_service_error(error: Exception) -> ServiceError | None:
 
 
 def to_status(error: ServiceError) -> Status:
-    """Return the status of an error with all its details. What is too long for gRPC's headers is cut and marked."""
+    """Return the status of an error with all its details. Anything too long for gRPC's headers is cut and marked."""
     code, _ = error.code.value
     status = status_pb2.Status(code=int(code), message=_shortened(str(error), _MOST_MESSAGE_BYTES))
     for detail in _details(error, status.message):
@@ -72,10 +72,10 @@ def to_status(error: ServiceError) -> Status:
 
 
 async def abort(context: Any, status: Status) -> Never:
-    """End a call with a status and its details. Raises grpc.aio.AbortError always."""
+    """End a call with a status and its details. Always raises grpc.aio.AbortError."""
     found = rpc_status.to_status(status)
     if any(b"leader_address" in detail.value for detail in status.details):
-        # Otherwise gRPC itself would retry here three times before the caller learns where the leader is.
+        # Otherwise gRPC itself would retry here three times before the caller learns the leader's address.
         found = found._replace(trailing_metadata=(*found.trailing_metadata, ("grpc-retry-pushback-ms", "-1")))
     await context.abort_with_status(found)
     raise AssertionError("abort_with_status returned")
@@ -130,14 +130,14 @@ def _missing_gpus(error: ServiceError) -> Message:
 
 
 def _resource_type(name: str) -> str:
-    """Return ``hetis.v1.Node`` for ``clusters/c/nodes/n``, from the last collection in the name."""
+    """Return ``hetis.v1.Node`` for ``clusters/c/nodes/n``, according to the last collection in the name."""
     parts = name.split("/")
     collections = [part for part in parts[::2] if part in _TYPES]
     return f"hetis.v1.{_TYPES[collections[-1]]}" if collections else ""
 
 
 def _shortened(text: str, most_bytes: int) -> str:
-    """Cut a text to at most ``most_bytes`` bytes in a header, where all but plain ASCII is written %XX."""
+    """Cut a text to at most ``most_bytes`` bytes in a header, where everything but plain ASCII is written as %XX."""
     text = text.encode("utf-8", errors="replace").decode()
     if len(text) <= most_bytes // 9 or len(quote(text, safe=_PLAIN)) <= most_bytes:
         return text

@@ -1,4 +1,4 @@
-"""The sequence of leadership terms: this planner leads while nobody else does, and stands by otherwise."""
+"""The sequence of leadership terms: this planner leads if no other one does, and stands by otherwise."""
 
 from __future__ import annotations
 
@@ -28,24 +28,24 @@ from hetis.planner.service.overview import ClusterNow, Overview
 from hetis.planner.service.settings import PlannerConfig, default_store
 from hetis.planner.store import AuditedChange, Lease, Store, Transaction
 
-ANSWERED_S = 10.0  # a store that has not answered for longer counts as unavailable
-_AGAIN_S = 1.0  # after a term that could not begin
-_STEP_DOWN_S = 10.0  # for the streams of a term to end, and again for the rest of it
+ANSWERED_S = 10.0  # a store whose last answer is older counts as unavailable
+_AGAIN_S = 1.0  # pause after a term that could not begin
+_STEP_DOWN_S = 10.0  # time for the streams of a term to end, and again for the rest of the term
 _log = logging.getLogger("hetis.planner.succession")
 
 
 class Succession:
-    """A planner over all its terms.
+    """A planner across all its terms.
 
     Args:
-        store: decides who leads; closed with this object.
-        make_term: makes a term with an epoch; 0 for one that only reads.
-        holder, addresses: of this planner, for callers of others.
-        stands_by: whether it waits while another planner leads, instead of ending.
-        loops: of all terms.
+        store: decides which planner leads; closed with this object.
+        make_term: creates the term of an epoch; 0 stands for a term that only reads.
+        holder, addresses: this planner's, which other planners return to callers.
+        stands_by: whether this planner waits while another one leads, instead of ending.
+        loops: the background tasks of all terms.
         refusals: refused changes, for the audit log.
-        collectors: metrics of all terms.
-        step_down_s: how long it waits for the rest of a term before it stands by again.
+        collectors: the metrics of all terms.
+        step_down_s: how long to wait for the end of a term before standing by again.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class Succession:
         return self._leading is not None and self._store.lease.is_held
 
     async def start(self) -> None:
-        """Lead, or begin to stand by. Raises NOT_LEADER if it is not to stand by; STORE_UNAVAILABLE."""
+        """Lead, or start to stand by. Raises NOT_LEADER if it should not stand by, or STORE_UNAVAILABLE."""
         try:
             await self._begin(await self._store.lead(self._holder, self._addresses))
         except ServiceError as error:
@@ -118,9 +118,9 @@ class Succession:
 
     @property
     def is_ready(self) -> bool:
-        """Return whether the planner, as a leader with a lease or as a standby, can work and its store answers.
+        """Whether the planner can work, as a leader with a lease or as a standby, and its store answers.
 
-        A standby for which nobody leads and that does not come to lead cannot: it may lack rights to the one row.
+        A standby cannot if no planner leads and it does not come to lead either: it may lack rights to the one row.
         """
         if self._store.health.answered_s_ago >= ANSWERED_S:
             return False
@@ -156,7 +156,7 @@ class Succession:
         self._refusals.note(change)
 
     async def until_replaced(self) -> None:
-        """Wait until this planner is of no use any more; one that stands by always is."""
+        """Wait until this planner has no further use; a planner that stands by always has."""
         await self._is_over.wait()
 
     async def say_goodbye(self) -> None:
@@ -203,7 +203,7 @@ class Succession:
             self._is_over.set()
 
     async def _step_down(self) -> None:
-        """End the term: agents and watchers go to the new leader; stored decisions remain valid."""
+        """End the term: agents and watchers move to the new leader; stored decisions remain valid."""
         term, self._leading = self._leading, None
         assert term is not None
         error = self._store.not_leader()
@@ -214,7 +214,7 @@ class Succession:
         await self._in_time("the term", term.close())
 
     async def _in_time(self, what: str, ending: Awaitable[None]) -> None:
-        """Wait for an end, but not for ever: this planner has to stand by again, whatever hangs."""
+        """Wait for an end, but not for ever: whatever hangs, this planner must stand by again."""
         task = asyncio.ensure_future(ending)
         try:
             for limit_s in (self._step_down_s, 1.0):
@@ -246,11 +246,11 @@ class _Present:
 
 
 async def open_planner(config: PlannerConfig) -> Succession:
-    """Open the store and lead, or stand by if another planner leads and the configuration allows it.
+    """Open the store, and lead; or stand by if another planner leads and the configuration permits it.
 
     Raises:
         StoreError: the store cannot be used.
-        ServiceError: NOT_LEADER if another planner leads and this one is not to wait for it.
+        ServiceError: NOT_LEADER if another planner leads and this one should not wait.
     """
     if config.store == default_store():
         Path(config.store.removeprefix("sqlite:///")).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -284,35 +284,35 @@ async def open_planner(config: PlannerConfig) -> Succession:
 
 
 TICK_S = 0.5
-TICKS = 4  # in a row: a process that was suspended as a whole finds its lease expired, too, but then steps down
+TICKS = 4  # in a row: a process that was suspended finds its lease expired, too, but then steps down
 
 
 class OverdueTerm:
-    """Detects a term that has been over for a while without the loop noticing."""
+    """Detects a term that has been over for some time without the event loop noticing."""
 
     def __init__(self, lease: Lease) -> None:
         self._lease = lease
         self._ticks = 0
 
     def tick(self) -> bool:
-        """Return whether the term has been overdue for `TICKS` ticks; to be called every `TICK_S` seconds."""
+        """Return whether the term has been overdue for `TICKS` ticks; must be called every `TICK_S` seconds."""
         self._ticks = self._ticks + 1 if self._lease.is_overdue else 0
         return self._ticks >= TICKS
 
 
 def _end_process() -> None:
-    """Dump the stacks of all threads and exit without cleanup, since any other way of ending needs the loop."""
+    """Dump the stacks of all threads and exit without cleanup, since any other way to end needs the event loop."""
     os.write(2, b"the lease is over and the event loop hangs: this planner ends, so that its agents find the leader\n")
     faulthandler.dump_traceback(2)
     os._exit(ServiceExitCode.INTERNAL)
 
 
 def end_overdue_terms(lease: Lease) -> None:
-    """End the process of a leader whose event loop hangs after its lease has expired; a file's lock never does.
+    """End the process of a leader whose event loop hangs after its lease has expired; a file's lock never expires.
 
-    The loop is what dismisses agents and watchers when a term is over. If it hangs, gRPC's own threads still answer
-    pings, so its agents would stay with it for as long as it hangs, and their nodes would be LOST to the next leader. A
-    separate thread checks the lease, which depends on the machine's clock and not on the loop.
+    The event loop dismisses agents and watchers when a term is over. If it hangs, gRPC's own threads still answer
+    pings, so the agents would stay with this planner for as long as it hangs, and their nodes would be LOST to the next
+    leader. A separate thread checks the lease, which depends on the machine's clock and not on the event loop.
     """
     if not lease.lease_s:
         return

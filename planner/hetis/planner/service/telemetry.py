@@ -32,7 +32,7 @@ _MOST_HELD = 10_000
 
 
 def set_up_logs(*, level: str, form: str) -> None:
-    """Send everything that the process logs to stderr in the given form (``json`` or ``text``)."""
+    """Write everything that the process logs to stderr in a form (``json`` or ``text``)."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines() if form == "json" else TextLines())
     handler.addFilter(CountRepeats())
@@ -40,14 +40,14 @@ def set_up_logs(*, level: str, form: str) -> None:
     root.handlers[:] = [handler]
     root.setLevel(logging.WARNING)
     logging.getLogger("hetis").setLevel(level.upper())
-    logging.getLogger("grpc").setLevel(logging.ERROR)  # it logs every call that ends with a status
+    logging.getLogger("grpc").setLevel(logging.ERROR)  # otherwise it logs every call that ends with an error status
 
 
 class CountRepeats(logging.Filter):
-    """Passes a warning once in `REPEAT_S`, with ``repeated``, the number of times it was suppressed since.
+    """Passes a warning once per `REPEAT_S`, with ``repeated``, the number of times that it was suppressed before.
 
-    Warnings about different subjects (``cluster``, ``reason``) are different; a count or a time makes no difference.
-    Lines about calls always pass: each is about another call.
+    Warnings about different subjects (``cluster``, ``reason``) count as different; a count or a time makes no
+    difference. Lines about calls always pass, since each is about another call.
 
     Args:
         clock: monotonic seconds.
@@ -94,7 +94,7 @@ class JsonLines(logging.Formatter):
 
 
 class TextLines(logging.Formatter):
-    """Text for people: time, level, message, ``key=value``."""
+    """Human-readable text: time, level, message, and the fields as ``key=value``."""
 
     def format(self, record: logging.LogRecord) -> str:
         moment = time.strftime("%H:%M:%S", time.localtime(record.created))
@@ -160,7 +160,7 @@ class Traces:
 
 
 class Span:
-    """The span of one call."""
+    """The OpenTelemetry span of one call."""
 
     def __init__(self, span: Any) -> None:
         from opentelemetry import context, trace
@@ -181,7 +181,7 @@ class Span:
 
 
 def open_traces(endpoint: str | None, version: str) -> Traces | None:
-    """Return traces to an OTLP endpoint, if any. Raises MissingExtraError if OpenTelemetry is missing."""
+    """Return traces to an OTLP endpoint if there is one. Raises MissingExtraError if OpenTelemetry is missing."""
     if endpoint is None:
         return None
     try:
@@ -202,19 +202,19 @@ def open_traces(endpoint: str | None, version: str) -> Traces | None:
 Metadata = Iterable[tuple[str, str | bytes]]
 _log = logging.getLogger("hetis.planner.calls")
 _NAMING = ("name", "cluster", "replica", "plan", "profile", "parent")
-_IDS = {"cluster_id": "clusters", "plan_id": "plans", "profile_id": "profiles"}  # of what is to be created
-_QUIET = ("/grpc.", "/hetis.v1.DispatchService/")  # probes, and thousands of calls per second: debug level if OK
+_IDS = {"cluster_id": "clusters", "plan_id": "plans", "profile_id": "profiles"}  # by field with a new resource's id
+_QUIET = ("/grpc.", "/hetis.v1.DispatchService/")  # probes, and thousands of calls per second: level debug if OK
 _OUR_FAULT = {grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN}
 
 
 class CallRecord:
-    """One call, from begin to end."""
+    """The record of one call, from its start to its end."""
 
     def __init__(self, method: str, peer: str, span: Span | None, *, is_stream: bool) -> None:
         self.method = method
         self.caller = self.reason = ""
         self._role = self._request_name = self._request_id = ""
-        self._quota = ""  # the one that was used up
+        self._quota = ""  # the quota that was used up
         self._peer = peer
         self._span = span
         self._is_stream = is_stream
@@ -228,7 +228,7 @@ class CallRecord:
         self.caller, self._role = identity.name, identity.role
 
     def asks(self, request: Message) -> None:
-        """Note the name of the resource, and the id, of a request."""
+        """Record the name of the resource in a request, and the request's id."""
         self._request_name = (named_in(request, *_NAMING) or _name_of_new(request))[:200]
         self._request_id = getattr(request, "request_id", "")
 
@@ -240,8 +240,8 @@ class CallRecord:
     def refused_change(self) -> AuditedChange:
         """Return the call as a refused change for the audit log.
 
-        Nobody has checked what the caller wrote: a NUL in it would be refused by PostgreSQL, and other control
-        characters would be obeyed by the terminal that shows the log.
+        The caller's text is unchecked: PostgreSQL would refuse a NUL in it, and a terminal that shows the log would
+        obey other control characters.
         """
         return AuditedChange(
             caller=self.caller,
@@ -282,7 +282,7 @@ class CallRecord:
 
 
 def _name_of_new(request: Message) -> str:
-    """Return the name of the resource that a request is to create, or "" if it leaves the choice to the planner."""
+    """Return the name of the resource to be created by a request, or "" if the planner may choose it."""
     for field, collection in _IDS.items():
         if new_id := getattr(request, field, ""):
             return f"{collection}/{new_id}"
@@ -290,7 +290,7 @@ def _name_of_new(request: Message) -> str:
 
 
 class Telemetry:
-    """Starts call records."""
+    """Creates call records."""
 
     def __init__(self, metrics: ServiceMetrics, traces: Traces | None = None) -> None:
         self.metrics = metrics

@@ -1,8 +1,8 @@
 """The audit log: who changed what, when, and with what outcome. Lines are only ever added.
 
 The hash of a line covers the hash of the line before it, so a line that was changed, removed or inserted breaks the
-chain from there on. Whoever can write to the database can forge the whole chain or cut off its end; to detect that,
-keep a copy of the last hash elsewhere.
+chain from there on. An attacker who can write to the database can forge the whole chain or cut off its end; to detect
+that, keep a copy of the last hash elsewhere.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ class AuditedChange:
     """The subject of an audit line. Each field has a column; the hash covers the fields in this order.
 
     Attributes:
-        caller, role: the name of credentials, and the role they were given for.
+        caller, role: the name of the caller's credentials, and their role.
     """
 
     caller: str
     role: str
     method: str  # such as ``CreateCluster``
-    resource: str = ""  # its name; empty where there was none
-    request_id: str = ""  # as the caller gave it
-    plan: str = ""  # the plan that was chosen or made
-    outcome: str = OK  # `OK`; `REPEATED` for a request that had been done before; else the reason of the error
-    times: int = 1  # for refusals, how many equal ones were counted since the last line of that kind
+    resource: str = ""  # name of the changed resource; empty if there was none
+    request_id: str = ""  # as sent by the caller
+    plan: str = ""  # the plan that was chosen or created
+    outcome: str = OK  # `OK`; `REPEATED` for a request that had been carried out before; else the reason of the error
+    times: int = 1  # for refusals: number of equal ones since the last line of that kind
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AuditLine:
-    """An audited change in the log: ``number`` counts from 1, ``time_s`` is Unix time, ``epoch`` the term's."""
+    """An audited change in the log. ``number`` counts from 1, ``time_s`` is Unix time, ``epoch`` is the term's."""
 
     number: int
     time_s: float
@@ -51,24 +51,24 @@ class AuditLine:
     hash: str
 
     def expected_hash(self, before: str) -> str:
-        """Return the hash of the line's content and of the hash of the line before it."""
+        """Return the hash over the line's content and the hash of the line before it."""
         values = [before, self.number, self.time_s, self.epoch, *asdict(self.change).values()]
         return hashlib.sha256(json.dumps(values, ensure_ascii=False).encode()).hexdigest()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AuditFilter:
-    """A selection of audit lines; fields that are None match everything.
+    """A selection of audit lines. Fields that are None match every line.
 
     Attributes:
-        caller, method, outcome: as they stand in a line.
-        since_s, until_s: Unix time, both included.
+        caller, method, outcome: as in the lines.
+        since_s, until_s: Unix times, both inclusive.
     """
 
     caller: str | None = None
     method: str | None = None
     outcome: str | None = None
-    resource: str | None = None  # what was changed, or the plan that was chosen
+    resource: str | None = None  # the changed resource, or the plan that was chosen
     since_s: float | None = None
     until_s: float | None = None
 
@@ -113,7 +113,7 @@ class AuditLog:
         return None if row is None else _line(row)
 
     def append(self, change: AuditedChange, *, time_s: float) -> None:
-        """Append a line. Needs a write transaction, of which there is only one at any moment."""
+        """Append a line. Requires a write transaction, of which there is only one at a time."""
         last = self.last()
         number, before = (last.number + 1, last.hash) if last is not None else (1, "")
         epoch = self._connection.execute(sa.select(records.leadership.c.epoch)).scalar_one()

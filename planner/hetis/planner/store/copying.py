@@ -1,13 +1,14 @@
-"""Backups: the whole store at one moment as a file, and a store restored from such a file.
+"""Backups: the whole store at one moment as a file, and the restoration of a store from such a file.
 
-A backup is always an SQLite store, whatever kind of store it was made from. It can be inspected and restored into
-either kind of store; a backup of an older version is migrated to the newest schema on the way.
+A backup is always an SQLite store, whatever the kind of the original store. It can be inspected, and restored into
+either kind of store; a backup of an older version is migrated to the newest schema in the process.
 """
 
 from __future__ import annotations
 
 import contextlib
 import getpass
+import glob
 import os
 import shutil
 import sqlite3
@@ -30,20 +31,20 @@ from hetis.planner.store.tables import Reader
 
 T = TypeVar("T")
 _ROWS = 500  # rows per insert
-_LEASE_S = 3600.0  # timeouts follow from it; nobody waits for a lease here
+_LEASE_S = 3600.0  # timeouts are derived from it; no process waits for a lease here
 BEYOND = 2**20
-"""The gap that a restored store leaves above the backup's epochs and versions if the clock does not give more: the
-original store may have used some since, agents obey the highest epoch that they saw, and no caller may see an etag
-twice.
+"""The gap that a restored store leaves above the backup's epochs and versions unless the clock gives a larger one: the
+original store may have used some since, agents obey the highest epoch that they have seen, and no caller may see an
+etag twice.
 """
-_FIRST_S = 1_767_225_600  # the start of 2026: epochs count seconds from here, which keeps them short
+_FIRST_S = 1_767_225_600  # the start of 2026: counting epochs in seconds from here keeps them short
 
 
 def back_up(url: str, file: Path) -> int:
-    """Write a backup of a store, which may be in use, with mode 0600, and return its number of records.
+    """Write a backup of a store with mode 0600, and return its number of records. The store may be in use.
 
     Raises:
-        StoreError: the store cannot be read or is of another version, or the file exists already or cannot be made.
+        StoreError: the store cannot be read or is of another version, or the file already exists or cannot be created.
     """
     if file.exists():
         raise StoreError(f"{file} is there already; a backup replaces nothing")
@@ -57,13 +58,13 @@ def back_up(url: str, file: Path) -> int:
                 num = _copy(connection, written)
             target.dispose()
             _sync(made)
-            os.link(made, file)  # fails if another process was faster
+            os.link(made, file)  # fails if another process created the file first
             _sync(file.absolute().parent)
         return num
     except OSError as error:
         raise StoreError(f"{file} cannot be written: {error.strerror}") from None
     finally:
-        for left in file.parent.glob(f"{made.name}*"):
+        for left in file.parent.glob(f"{glob.escape(made.name)}*"):
             left.unlink(missing_ok=True)
 
 
@@ -89,15 +90,15 @@ def _stored(url: str) -> Iterator[sa.Connection]:
 
 
 def restore(url: str, file: Path, *, replace: bool, clock: Callable[[], float] = time.time) -> tuple[int, int]:
-    """Replace a store's content by a backup's in one transaction; return the number of records and the new epoch.
+    """Replace a store's contents by a backup's in one transaction; return the number of records and the new epoch.
 
     Epoch and versions are above those of the backup, of the replaced store and of the clock, so that stores
     restored from one backup at different times do not share them.
 
     Args:
-        url: a store that no planner uses.
+        url: the URL of a store that no planner uses.
         file: the backup, which is not changed.
-        replace: whether existing content may be deleted.
+        replace: whether existing contents may be deleted.
         clock: Unix time.
 
     Raises:
@@ -143,7 +144,7 @@ def migrate_to(url: str, revision: str) -> str:
     Raises StoreError if there is no such version, or the store cannot be used or is in use.
     """
     with unused(url) as (connection, label):
-        schema.needs_migration(connection, label)  # refuses unknown versions
+        schema.needs_migration(connection, label)  # raises StoreError for unknown versions
         before = schema.revision_of(connection) or "nothing"
         schema.migrate(connection, to=revision)
         return before
@@ -151,7 +152,9 @@ def migrate_to(url: str, revision: str) -> str:
 
 @contextlib.contextmanager
 def unused(url: str) -> Iterator[tuple[sa.Connection, str]]:
-    """Open a write transaction on a store that no planner leads with; yield it and the store's name for messages.
+    """Open a write transaction on a store that no planner leads with.
+
+    Yield the transaction and the store's name for messages.
 
     Raises StoreError if a planner leads with the store, or it cannot be used.
     """
@@ -180,7 +183,7 @@ def unused(url: str) -> Iterator[tuple[sa.Connection, str]]:
 def _copied(file: Path, folder: Path) -> Path:
     """Return a copy of a backup.
 
-    A store that no planner uses will do, too. If its planner was killed, its last changes are in a log beside it.
+    A store that no planner uses is also accepted. If its planner was killed, the last changes are in a log beside it.
     """
     found, copied = Path(os.path.realpath(file)), folder / "backup.db"
     lock, log = FileLock(found), found.with_name(f"{found.name}-wal")
@@ -198,7 +201,7 @@ def _copied(file: Path, folder: Path) -> Path:
 
 
 def _url_of(file: Path) -> sa.URL:
-    return sa.URL.create("sqlite", database=str(file))  # in a text, ? and % of a file's name would mean something
+    return sa.URL.create("sqlite", database=str(file))  # in a URL as text, ? and % in a file name would have a meaning
 
 
 def _engine(url: str | sa.URL) -> tuple[sa.Engine, str, Path | None]:
@@ -209,7 +212,7 @@ def _engine(url: str | sa.URL) -> tuple[sa.Engine, str, Path | None]:
 
 @contextlib.contextmanager
 def _reading(engine: sa.Engine) -> Iterator[sa.Connection]:
-    """Read one consistent state, however long the reading takes."""
+    """Read one consistent state, however long that takes."""
     reader = opening.reading(engine)
     if engine.dialect.name == "postgresql":
         reader = reader.execution_options(isolation_level="REPEATABLE READ")
@@ -246,7 +249,7 @@ def _copy(source: sa.Connection, target: sa.Connection) -> int:
     """Copy all rows unchanged and return their number."""
     num = 0
     for table in records.metadata.sorted_tables:
-        target.execute(sa.delete(table))  # the row that the first migration inserts
+        target.execute(sa.delete(table))  # deletes the row that the first migration inserts
         rows = source.execution_options(stream_results=True).execute(sa.select(table))
         for part in rows.mappings().partitions(_ROWS):
             target.execute(sa.insert(table), [dict(row) for row in part])
@@ -267,7 +270,7 @@ def _highest_version(connection: sa.Connection) -> int:
 
 
 def _raise(connection: sa.Connection, *, epoch: int, version: int) -> None:
-    """Make ``epoch`` the last epoch, and ``version`` the last version that any record had before it was restored."""
+    """Set the last epoch to ``epoch``, and the last version of any record before the restoration to ``version``."""
     connection.execute(sa.update(records.leadership).values(epoch=epoch, holder="", lease_end_s=0.0))
     gone = records.gone_versions
     connection.execute(sa.delete(gone))

@@ -1,8 +1,8 @@
-"""Leadership: the writer's term, its epoch, and the lease that holds it on a server.
+"""Leadership: the writer's term, its epoch, and the lease that keeps the term on a server.
 
 Every write transaction reads the epoch from the one row under a lock, so that either a takeover waits for the
 transaction, or the transaction comes after the takeover and fails. A planner that lost its term can therefore change
-nothing, whatever it believes and whatever its clock says.
+nothing, whatever its own state and its clock.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from hetis.planner.store.opening import StoreError
 
 
 class FileLock:
-    """A lock on ``FILE.lock`` next to a store. It is a separate file so that backups may read the store meanwhile."""
+    """A lock on ``FILE.lock`` beside a store. It is a separate file so that backups may read the store meanwhile."""
 
     def __init__(self, store: Path) -> None:
         self._path = store.with_name(f"{store.name}.lock")
@@ -34,11 +34,11 @@ class FileLock:
         return self._descriptor is not None
 
     def exists(self) -> bool:
-        """Return whether a planner ever had the lock."""
+        """Return whether any planner has ever had the lock."""
         return self._path.exists()
 
     def take(self) -> bool:
-        """Return whether this process has the lock now. Raises StoreError if the lock file cannot be made."""
+        """Take the lock; return whether this process has it now. Raises StoreError if the file cannot be created."""
         if self.is_held:
             return True
         try:
@@ -54,59 +54,59 @@ class FileLock:
         return True
 
     def release(self) -> None:
-        """Release the lock. The file stays: removing it would let two planners lock two files of one name."""
+        """Release the lock. The file stays: if it were removed, two planners could lock two files of the same name."""
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
 
 
-DECIDING_SHARE = 2 / 3  # of the lease: this long after the last renewal, nothing new is decided
+DECIDING_SHARE = 2 / 3  # share of the lease after which, without a renewal, no new decisions are made
 
 
 def machine_s() -> float:
-    """Return monotonic seconds, which include the time that the machine sleeps where the system counts it."""
+    """Return monotonic seconds, which include time in which the machine sleeps if the system counts it."""
     return time.clock_gettime(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic()
 
 
 class Lease:
-    """A term and how long it may be used.
+    """A term, and how long it may be used.
 
-    The server counts a lease from the moment it grants it, the holder from before it asked. However long messages take,
-    the holder stops first. The clocks need not agree on the time, only on how fast it passes.
+    The server counts a lease from the moment that it grants it, the holder from before its request. However long
+    messages take, the holder stops first. The clocks need not agree on the time, only on how fast it passes.
 
     Args:
-        lease_s: how long a renewal is good for; 0 means for ever, as when a file lock holds the term.
+        lease_s: how long a renewal is valid; 0 means for ever, as if a file lock holds the term.
         clock: monotonic seconds.
     """
 
     def __init__(self, lease_s: float, clock: Callable[[], float] = machine_s) -> None:
         self.lease_s = lease_s
         self.clock = clock
-        self._asked_s: float | None = None  # when the lease was asked for that is held; None: none is
+        self._asked_s: float | None = None  # when the lease that is held was requested; None: no lease is held
 
     def grant(self, asked_s: float) -> None:
-        """Record that the server granted the renewal that was asked for at ``asked_s``."""
+        """Record that the server granted the renewal requested at ``asked_s``."""
         self._asked_s = asked_s
 
     def end(self) -> None:
-        """End the term, whatever time is left of it."""
+        """End the term, whatever time remains."""
         self._asked_s = None
 
     @property
     def age_s(self) -> float:
-        """Return the seconds since the last granted renewal was asked for; 0 without a lease."""
+        """Seconds since the last granted renewal was requested; 0 without a lease."""
         return self.clock() - self._asked_s if self._asked_s is not None and self.lease_s else 0.0
 
     @property
     def left_s(self) -> float:
-        """Return how long the term may still be used; infinity means as long as the process lives."""
+        """How long the term may still be used; infinity stands for as long as the process lives."""
         if self._asked_s is None:
             return 0.0
         return self.lease_s - self.age_s if self.lease_s else float("inf")
 
     @property
     def is_overdue(self) -> bool:
-        """Return whether the lease has expired although nobody has ended the term."""
+        """Whether the lease has expired although the term was not ended."""
         return self._asked_s is not None and self.left_s <= 0
 
     @property
@@ -115,7 +115,7 @@ class Lease:
 
     @property
     def may_decide(self) -> bool:
-        """Return whether new work may begin and end in the term: not in the last third of the lease."""
+        """Whether new work may begin and end in the term, which is not so in the last third of the lease."""
         return self.left_s > self.lease_s * (1 - DECIDING_SHARE)
 
 
@@ -126,8 +126,8 @@ _ROW = records.leadership.c.id == 1
 class Holder:
     """The holder of the leadership."""
 
-    name: str  # shown to people, without blanks
-    addresses: tuple[str, ...] = ()  # where callers reach it; empty if not known
+    name: str  # for display; contains no blanks
+    addresses: tuple[str, ...] = ()  # addresses at which callers reach it; empty if unknown
 
     @classmethod
     def from_text(cls, text: str) -> Holder:
@@ -150,13 +150,13 @@ def take(connection: sa.Connection, holder: str, *, store: str, lease_s: float) 
     """Start a new term and return its epoch.
 
     Args:
-        connection: in a write transaction.
-        holder: the new leader, for messages.
+        connection: a connection in a write transaction.
+        holder: the name of the new leader, for messages.
         store: the store's name in messages.
-        lease_s: how long, by the server's clock, before others may take over; 0 if a file lock holds the term.
+        lease_s: how long others may not take over, by the server's clock; 0 if a file lock holds the term.
 
     Raises:
-        ServiceError: NOT_LEADER, with the leader and when to try again.
+        ServiceError: NOT_LEADER, with the leader and the time of the next attempt.
     """
     left_s = (records.leadership.c.lease_end_s - _now(connection)).label("left_s")
     row = connection.execute(sa.select(records.leadership, left_s).where(_ROW).with_for_update()).one()
@@ -178,13 +178,13 @@ def renew(connection: sa.Connection, epoch: int, *, lease_s: float) -> None:
 
 
 def release(connection: sa.Connection, epoch: int) -> None:
-    """Let another planner take over at once; does nothing if one already has."""
+    """Allow another planner to take over at once; does nothing if one already has."""
     ours = sa.and_(_ROW, records.leadership.c.epoch == epoch)
     connection.execute(sa.update(records.leadership).where(ours).values(lease_end_s=0.0))
 
 
 def check(connection: sa.Connection, epoch: int) -> None:
-    """Hold the term until the transaction ends. Raises NOT_LEADER if the term is over."""
+    """Keep the term until the transaction ends. Raises NOT_LEADER if the term is over."""
     columns = records.leadership.c.epoch, records.leadership.c.holder
     # KEY SHARE: a takeover (FOR UPDATE) waits for it, a concurrent renewal of the lease (NO KEY UPDATE) does not.
     row = connection.execute(sa.select(*columns).where(_ROW).with_for_update(read=True, key_share=True)).one()
@@ -200,7 +200,7 @@ def not_leader(leader: str, *, store: str = "", retry_after_s: float | None = No
     """Return the error for a planner that does not lead.
 
     Args:
-        leader: the text of the one row, empty if not known.
+        leader: the text of the one row; empty if unknown.
         store: the store's name in messages.
     """
     holder = Holder.from_text(leader)
@@ -217,9 +217,9 @@ def not_leader(leader: str, *, store: str = "", retry_after_s: float | None = No
 
 
 def _now(connection: sa.Connection) -> sa.ColumnElement[float]:
-    """Return Unix time by the server's clock, which all planners share, as an expression to use within a statement.
+    """Return Unix time by the server's clock, which all planners share, as an expression within a statement.
 
-    A query of its own would cost each renewal another round trip. SQLite has no lease and needs no time.
+    A separate query would cost each renewal another round trip. SQLite has no lease, and needs no time.
     """
     if connection.dialect.name == "sqlite":
         return sa.literal(0.0)

@@ -22,14 +22,14 @@ from hetis.solver.errors import HetisError
 class StoreError(HetisError):
     """The store cannot be used: damaged, not writable, newer than this planner, or used by another planner.
 
-    Raised when a planner starts, with nothing changed. Later trouble is a ServiceError.
+    Raised when a planner starts, with nothing changed. Later problems are a ServiceError.
     """
 
 
 _log = logging.getLogger("hetis.planner.store")
 FILE_WAIT_S = 5.0  # while a backup tool or a shell holds the file
 _READS = "hetis_reads"
-_CONNECT_S = 3  # to a server; whole seconds, at least 2
+_CONNECT_S = 3  # timeout for connecting to a server, in whole seconds and at least 2
 _LEAST_LIMIT_S = 5.0  # shorter leases occur only in tests, whose servers are no faster
 
 
@@ -54,7 +54,7 @@ def parse_url(text: str) -> sa.URL:
 def file_of(url: sa.URL) -> Path | None:
     """Return the file of an SQLite store, or None if the store is in memory or on a server.
 
-    It is the file itself where the URL names a link: two planners must find one lock, and SQLite's files beside it.
+    A link is followed to the file itself: two planners must find one lock, and SQLite's files must be beside it.
     """
     if url.drivername != "sqlite" or not url.database or url.database == ":memory:":
         return None
@@ -62,11 +62,11 @@ def file_of(url: sa.URL) -> Path | None:
 
 
 def keep_private(file: Path) -> None:
-    """Create the file with mode 0600 if it does not exist, before SQLite does; close an older one to others.
+    """Create the file with mode 0600 before SQLite does; take away other users' access if it exists.
 
-    The files that SQLite puts next to it (the write-ahead log) get the same mode.
+    The files that SQLite puts beside it (the write-ahead log) get the same mode.
     """
-    with contextlib.suppress(OSError):  # an error of the folder is reported by SQLite
+    with contextlib.suppress(OSError):  # SQLite reports errors of the folder
         os.close(os.open(file, os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, 0o600))
     for found in (file, *(file.with_name(file.name + ending) for ending in ("-wal", "-shm"))):
         try:
@@ -82,7 +82,7 @@ def label_of(url: sa.URL) -> str:
 
 
 def _without_passwords(url: sa.URL) -> str:
-    """Return the URL without the password of the user, and without those that libpq takes from the query."""
+    """Return the URL without the user's password, and without passwords that libpq takes from the query."""
     secret = [name for name in url.query if "pass" in name.lower()]
     return url.difference_update_query(secret).render_as_string(hide_password=True)
 
@@ -93,11 +93,11 @@ def make_engine(url: sa.URL, *, lease_s: float, asks_first: bool = True) -> sa.E
     SQLite's write transactions lock at once and reach the disk before they end.
 
     Args:
-        url: as `parse_url` makes it.
-        lease_s: what a server's timeouts are derived from: a planner that is cut off in the middle of a transaction
-            must not keep another from taking over once the lease has expired.
+        url: the URL as `parse_url` returns it.
+        lease_s: the lease, from which a server's timeouts are derived: a planner that is cut off in the middle of a
+            transaction must not keep another one from taking over once the lease has expired.
         asks_first: whether a connection to a server is tested before each use. That costs another round trip, which a
-            caller that retries soon does not need.
+            caller that soon retries does not need.
     """
     if url.drivername != "sqlite":
         most_ms = round(1000 * max(lease_s, _LEAST_LIMIT_S))
@@ -115,7 +115,7 @@ def make_engine(url: sa.URL, *, lease_s: float, asks_first: bool = True) -> sa.E
             "keepalives_interval": 2,
             "keepalives_count": 3,
         }
-        # HSTORE: each new connection would ask the server whether it knows that type.
+        # Without HSTORE: each new connection would query the server for that type.
         return sa.create_engine(
             url, pool_size=1, max_overflow=0, pool_pre_ping=asks_first, connect_args=settings, use_native_hstore=False
         )
@@ -126,10 +126,10 @@ def make_engine(url: sa.URL, *, lease_s: float, asks_first: bool = True) -> sa.E
 
 
 class Breaker:
-    """Ends the connection of an engine from outside the thread that waits for it.
+    """Breaks the connection of an engine from outside the thread that waits for it.
 
     No system timeout notices a server behind a proxy that still acknowledges bytes but forwards none: the thread that
-    waits for an answer would wait for ever. The engine has one connection at most.
+    waits for an answer would wait for ever. The engine has at most one connection.
     """
 
     def __init__(self, engine: sa.Engine, clock: Callable[[], float]) -> None:
@@ -140,17 +140,17 @@ class Breaker:
         if engine.dialect.name == "postgresql":
             for name in ("before_cursor_execute", "after_cursor_execute", "begin", "commit"):
                 event.listen(engine, name, self._moved)
-            # Inserted first: SQLAlchemy's queries on a new connection may hang, too.
+            # Inserted first, since SQLAlchemy's own queries on a new connection may hang, too.
             event.listen(engine, "connect", self._connected, insert=True)
             event.listen(engine, "close", self._closed)
 
     @property
     def silent_s(self) -> float:
-        """Return the seconds since a transaction last began a statement or got its answer."""
+        """Seconds since a transaction last began a statement or received its answer."""
         return self._clock() - self._moved_s
 
     def break_connection(self) -> None:
-        """Break the connection: whoever waits on it gets an error, and the next transaction makes a new one."""
+        """Break the connection: a waiting thread gets an error, and the next transaction makes a new connection."""
         with self._lock:
             if self._socket is not None:
                 with contextlib.suppress(OSError):
@@ -165,8 +165,8 @@ class Breaker:
 
     def _connected(self, connection: Any, _: object) -> None:
         with self._lock:
-            self._forget()  # a connection that failed before it was of use
-            # A descriptor of our own: the driver's number may belong to another file by the time it is used.
+            self._forget()  # a connection that failed before it was used
+            # A descriptor of our own: the driver's number may refer to another file by the time it is used.
             self._socket = socket.socket(fileno=os.dup(connection.fileno()))
 
     def _closed(self, _connection: object, _: object) -> None:
@@ -179,21 +179,24 @@ class Breaker:
 
 
 def reading(engine: sa.Engine) -> sa.Engine:
-    """Return the engine with the same connections for transactions that only read."""
+    """Return the engine, with the same connections, for read-only transactions."""
     return engine.execution_options(**{_READS: True})
 
 
 def at_once(engine: sa.Engine) -> sa.Engine:
-    """Return the engine for single statements that are durable when they are answered.
+    """Return the engine for single statements that are durable once they are answered.
 
-    Nothing begins or commits around them, which would cost a round trip to the server each. SQLite's engine is
-    unchanged.
+    No transaction is begun and committed around them, which would cost a round trip to the server each. SQLite's
+    engine is returned unchanged.
     """
     return engine if engine.dialect.name == "sqlite" else engine.execution_options(isolation_level="AUTOCOMMIT")
 
 
 def use_write_ahead_log(engine: sa.Engine) -> None:
-    """Use write-ahead logging in this file from now on: one sync per commit, and readers (a backup) block no writer."""
+    """Use write-ahead logging in this file from now on.
+
+    It takes one sync per commit, and readers (a backup) block no writer.
+    """
     connection = engine.raw_connection()
     try:
         connection.cursor().execute("PRAGMA journal_mode = WAL").close()
@@ -209,7 +212,7 @@ def check_file(connection: sa.Connection, store: str) -> None:
 
 
 def cannot_open(error: sa.exc.DBAPIError, store: str) -> StoreError:
-    """Return the error for the user who starts the planner."""
+    """Return the error for the operator who starts the planner."""
     reason = _reason(error)
     if not isinstance(error.orig, sqlite3.Error):
         return StoreError(f"store {store} cannot be reached: {reason}")
@@ -233,11 +236,11 @@ def unavailable(error: sa.exc.DBAPIError, store: str) -> ServiceError:
     )
 
 
-_NO_RIGHTS = "42501"  # PostgreSQL's INSUFFICIENT PRIVILEGE, which its driver counts among wrong statements
+_NO_RIGHTS = "42501"  # PostgreSQL's INSUFFICIENT PRIVILEGE, which its driver counts among invalid statements
 
 
 def is_a_bug(error: sa.exc.DBAPIError) -> bool:
-    """Return whether the statement was at fault, not the store; rights that were taken away are the store's trouble."""
+    """Return whether the statement was at fault rather than the store; revoked rights are a problem of the store."""
     return getattr(error.orig, "sqlstate", None) != _NO_RIGHTS and isinstance(
         error, sa.exc.IntegrityError | sa.exc.ProgrammingError | sa.exc.DataError | sa.exc.NotSupportedError
     )
@@ -254,7 +257,7 @@ def _reason(error: sa.exc.DBAPIError) -> str:
 
 
 def _set_up_file(connection: sqlite3.Connection, _: object) -> None:
-    connection.isolation_level = None  # transactions begin and end where we say so
+    connection.isolation_level = None  # disables the driver's implicit transactions
     connection.execute("PRAGMA synchronous = FULL").close()  # a commit is on disk when it returns
 
 

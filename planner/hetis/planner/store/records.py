@@ -1,8 +1,8 @@
-"""The stored records, one class and one table per kind, as the newest migration leaves them; a test compares the two.
+"""The stored records, one class and one table per kind, as the newest migration creates them; a test compares the two.
 
-Bodies are messages of the API: the caller's input and what was found. Fields that a resource shows besides its body
-(states that live in memory, times, etags) are added by `hetis.planner.resources`. Names sort by their bytes in every
-database, whereas PostgreSQL's default is the order of a language.
+Bodies are messages of the API: the caller's input and what was derived from it. Fields that a resource has besides its
+body (states that live in memory, times, etags) are added by `hetis.planner.resources`. Names sort by their bytes in
+every database, whereas PostgreSQL's default is the order of a language.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from hetis.v1 import cluster_pb2, plan_pb2, profile_pb2, redispatch_pb2, replica
 
 
 class Record(Protocol):
-    """The fields of every record: its resource name, and its version, which each update raises by one."""
+    """The fields of every record: its resource name, and its version, which each update increments."""
 
     @property
     def name(self) -> str: ...
@@ -33,12 +33,12 @@ def etag_of(record: Record | None) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterRecord:
-    """A cluster: ``body`` has the whole document, the policy and the counts derived from the document."""
+    """A cluster. ``body`` has the whole document, the policy, and counts derived from the document."""
 
     name: str
     body: cluster_pb2.Cluster
     version: int = 1
-    active_plan: str = ""  # active or being activated; empty if none
+    active_plan: str = ""  # the active plan, even while being activated; empty if none
     earlier_plan: str = ""  # the target of RollbackPlan; empty if none
     create_time_s: float
     update_time_s: float
@@ -46,9 +46,9 @@ class ClusterRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NodeRecord:
-    """A declared node that an agent connected for, or any that was drained.
+    """A declared node whose agent has connected, or any node that was drained.
 
-    ``body`` has inventory, agent_version and times.
+    ``body`` has the inventory, agent_version and times.
     """
 
     name: str
@@ -60,7 +60,7 @@ class NodeRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProfileRecord:
-    """A profile: ``body`` has the whole document and what is derived from it."""
+    """A profile. ``body`` has the whole document and what is derived from it."""
 
     name: str
     gpu_type: str
@@ -72,7 +72,7 @@ class ProfileRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanRecord:
-    """A plan: ``body`` has everything but the Plan document, which is in ``plan_documents``."""
+    """A plan. ``body`` has everything but the Plan document, which is in ``plan_documents``."""
 
     name: str
     cluster: str
@@ -89,7 +89,7 @@ class ReplicaRecord:
 
     name: str
     cluster: str
-    plan: str  # empty once it belongs to no plan and is stopping
+    plan: str  # empty once the replica belongs to no plan and is stopping
     body: replica_pb2.Replica
     state: replica_pb2.ReplicaState.ValueType
     generation: int = 0
@@ -117,7 +117,7 @@ FINAL_REDISPATCHES = frozenset(
         _Redispatch.REDISPATCH_STATE_ABORTED,
     }
 )
-"""The states that a re-dispatch never leaves."""
+"""The states in which a re-dispatch stays for ever."""
 
 NAME = Text().with_variant(Text(collation="C"), "postgresql")
 
@@ -136,7 +136,7 @@ _COLUMNS: dict[str, TypeEngine[Any] | type[TypeEngine[Any]]] = {
     "draining": Boolean,
     "body": LargeBinary,
 }
-"""The columns of records' fields; all others are text."""
+"""The fields of records whose columns are not text, with the types of these columns."""
 
 
 def _table(name: str, record: type[Any], *indices: Index) -> Table:
@@ -151,7 +151,7 @@ leadership = Table(
     Column("id", Integer, primary_key=True),  # there is only one row
     _column("epoch", BigInteger),
     _column("holder", Text),
-    _column("lease_end_s", Double),  # Unix time of the database server; 0 if nobody holds it
+    _column("lease_end_s", Double),  # Unix time of the database server; 0 if no planner holds the lease
 )
 clusters = _table("clusters", ClusterRecord)
 nodes = _table("nodes", NodeRecord, Index("nodes_of_cluster", "cluster", "name"))

@@ -1,6 +1,6 @@
 """The versions of a store's tables, and their migration from one to another.
 
-Alembic, a sixth of what a planner imports, is loaded by a migration alone: most starts need none.
+Alembic, a sixth of all that a planner would import, is loaded only for a migration, which most starts do not need.
 """
 
 from __future__ import annotations
@@ -22,7 +22,10 @@ def revisions() -> list[str]:
 
 
 def revision_of(connection: sa.Connection) -> str | None:
-    """Return the version of the store's tables, which this planner may not know; None: it has none of a planner."""
+    """Return the version of the store's tables, which this planner may not know.
+
+    None: the store has no tables of a planner.
+    """
     if not sa.inspect(connection).has_table(_APPLIED.name):
         return None
     found: str | None = connection.execute(sa.select(_APPLIED.c.version_num)).scalar()
@@ -32,7 +35,7 @@ def revision_of(connection: sa.Connection) -> str | None:
 def needs_migration(connection: sa.Connection, store: str) -> bool:
     """Return whether the tables are older than this planner; ``store`` is the store's name in messages.
 
-    Raises StoreError if they are newer, or not those of a planner at all.
+    Raises StoreError if they are newer, or not a planner's tables.
     """
     found, known = revision_of(connection), revisions()
     if found is None:
@@ -49,9 +52,17 @@ def needs_migration(connection: sa.Connection, store: str) -> bool:
 
 
 def lock_out_others(connection: sa.Connection) -> None:
-    """Wait, on a server, until nobody else migrates, and keep others out until the transaction ends."""
+    """Wait, on a server, until no other planner migrates, and keep others out until the transaction ends."""
     connection.execute(sa.text("SET LOCAL statement_timeout = 0; SET LOCAL lock_timeout = 0"))
     connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_MIGRATION_LOCK)))
+
+
+def allow_pauses(connection: sa.Connection) -> None:
+    """Let this transaction pause for longer than those of a leader: a migration loads Alembic, on a busy machine.
+
+    A planner that is cut off in the middle still does not hold its locks for ever.
+    """
+    connection.execute(sa.text("SET LOCAL idle_in_transaction_session_timeout = '60s'"))
 
 
 def migrate(connection: sa.Connection, *, to: str | None = None) -> None:

@@ -27,37 +27,37 @@ BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 
 
 
 class StoreHealth:
-    """Counters of transactions, written by the store's thread and read by any other."""
+    """Counters of transactions, written by the store's thread and read by any other thread."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
         self._answered_s = clock()  # when the last transaction succeeded
         self._began_s: float | None = None  # when the present transaction began
-        self._is_failing = False  # whether the last transaction that ended failed
-        self.errors = 0  # transactions that failed
-        self.seconds = 0.0  # duration of all transactions together
-        # Transactions by duration, at most that of the bucket in `BUCKETS_S`; the last counts the longer ones
+        self._is_failing = False  # whether the last finished transaction failed
+        self.errors = 0  # number of failed transactions
+        self.seconds = 0.0  # total duration of all transactions
+        # Number of transactions by duration, up to that of each bucket in `BUCKETS_S`; the last is for longer ones
         self.buckets = [0] * (len(BUCKETS_S) + 1)
 
     @property
     def answered_s_ago(self) -> float:
-        """Return the seconds since the last successful transaction."""
+        """Seconds since the last successful transaction."""
         return self._clock() - self._answered_s
 
     @property
     def running_s(self) -> float:
-        """Return how long the present transaction has been running, 0 if there is none."""
+        """How long the present transaction has been running; 0 if there is none."""
         began_s = self._began_s
         return 0.0 if began_s is None else self._clock() - began_s
 
     @property
     def failing_s(self) -> float:
-        """Return for how long no transaction has succeeded, 0 if the last one that ended did."""
+        """How long no transaction has succeeded; 0 if the last finished one did."""
         return self.answered_s_ago if self._is_failing else 0.0
 
     @contextlib.contextmanager
     def counted(self) -> Iterator[None]:
-        """Count a transaction, which has failed if it raises STORE_UNAVAILABLE."""
+        """Count a transaction as failed if it raises STORE_UNAVAILABLE."""
         self._began_s = began_s = self._clock()
         has_failed = False
         try:
@@ -77,11 +77,12 @@ class StoreHealth:
 
 
 T = TypeVar("T")
-LEASE_S = 5.0  # for a planner on a server
+LEASE_S = 5.0  # the lease of a planner on a server
 _RENEWALS = 6  # per lease; one attempt may take two such intervals
-_LOOK_S = 0.5  # how often a standby checks who leads
-_TRY_S = 1.0  # the least that a read waits, whatever is known of the store
-_PROBE_S = 2.0  # a store that got no query for so long is probed
+_LOOK_S = 0.5  # interval at which a standby checks who leads
+_TRY_S = 1.0  # least time that a read waits, whatever the state of the store
+_PROBE_S = 2.0  # a store without a query for so long is probed
+_MIGRATION_S = 600.0  # time limit for one statement of a migration, and for waiting until another planner has migrated
 _log = logging.getLogger("hetis.planner.store")
 
 
@@ -106,7 +107,7 @@ class Store:
         self._lock = FileLock(file) if file else None
         is_served = url.drivername != "sqlite"
         self._lease_s = lease_s if is_served else 0.0
-        self._limit_s = max(lease_s, 5.0)  # for a server's answer to one statement
+        self._limit_s = max(lease_s, 5.0)  # limit on a server's answer to one statement
         self._clock = clock
         self._machine_s = machine
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="hetis-store")
@@ -122,13 +123,14 @@ class Store:
         )
         self._epoch: int | None = None
         self._renewal: asyncio.Task[None] | None = None  # renews the lease during a term on a server
-        self._guard: asyncio.Task[None] | None = None  # looks after the connections while the store is open
+        self._guard: asyncio.Task[None] | None = None  # watches over the connections while the store is open
         self._ended = asyncio.Event()  # set when the present term is over
-        self.health = StoreHealth(machine)  # when and how quickly the store answered
-        self.lease = Lease(self._lease_s, machine)  # of the present term
+        self.health = StoreHealth(machine)  # when and how quickly the store has answered
+        self.lease = Lease(self._lease_s, machine)  # the lease of the present term
         # The last leader seen, or the one that refused to be replaced. None if unknown or if it is this planner.
         self.leader: Holder | None = None
-        self._led_s = machine()  # when this planner or another was last known to lead
+        self._led_s = machine()  # when this planner or another one was last known to lead
+        self._is_migrating = False
 
     @classmethod
     async def open(
@@ -148,7 +150,7 @@ class Store:
             machine: monotonic seconds, for the lease.
 
         Raises:
-            StoreError: it cannot be used; nothing was changed.
+            StoreError: the store cannot be used; nothing was changed.
         """
         store = cls(opening.parse_url(url), lease_s=lease_s, clock=clock, machine=machine)
         try:
@@ -162,7 +164,7 @@ class Store:
 
     @property
     def led_s_ago(self) -> float:
-        """Return the seconds since any planner was last seen to lead. They grow when a standby cannot take over."""
+        """Seconds since any planner was last seen to lead. They grow if a standby cannot take over."""
         return self._machine_s() - self._led_s
 
     @property
@@ -174,7 +176,7 @@ class Store:
         """Take leadership durably and return its epoch, which is above all earlier ones.
 
         Args:
-            holder: this planner's name, for people.
+            holder: this planner's name, for display.
 
         Raises:
             ServiceError: NOT_LEADER if another planner holds the file's lock or the server's lease; STORE_UNAVAILABLE.
@@ -195,7 +197,7 @@ class Store:
         return epoch
 
     async def stand_by(self, holder: str, addresses: Sequence[str] = ()) -> int:
-        """Wait until nobody leads, then lead and return the epoch. Meanwhile `leader` names the leader."""
+        """Wait until no planner leads, then lead and return the epoch. In the meantime `leader` names the leader."""
         while True:
             wait_s = _LOOK_S
             try:
@@ -225,11 +227,11 @@ class Store:
     async def read(self, work: Callable[[Reader], T]) -> T:
         """Run ``work`` on one consistent state in the store's thread and return its result.
 
-        A read does not queue behind a server that answers nobody: it fails, and another planner may answer. Raises
-        STORE_UNAVAILABLE, or what ``work`` raises.
+        A read does not queue behind a server that does not answer: it fails, so that the caller may try another
+        planner. Raises STORE_UNAVAILABLE, or what ``work`` raises.
         """
         reading: asyncio.Future[T] = asyncio.ensure_future(self._run(self._timed, self._read, work))
-        reading.add_done_callback(_forget)  # it may continue after nobody waits for it any more
+        reading.add_done_callback(_forget)  # it may continue after its caller stops waiting
         if self._lease_s and not await self._ends_in_time(reading):
             message = f"the planner's store {self._label} has not answered for {self.health.answered_s_ago:.1f} s"
             raise ServiceError(Reason.ERROR_REASON_STORE_UNAVAILABLE, message, metadata={"changed": "no"})
@@ -243,7 +245,7 @@ class Store:
         ended = self._ended
         try:
             self._require_decision()
-            # The context contains the caller, for work that writes the audit log.
+            # The context contains the caller, for work that writes to the audit log.
             writing = self._run(contextvars.copy_context().run, self._timed, self._write, work)
             return await (self._unless(ended, writing) if self._lease_s else writing)
         except ServiceError as error:
@@ -258,7 +260,7 @@ class Store:
             raise self.not_leader()
 
     def not_leader(self) -> ServiceError:
-        """Return the error for callers that reached a planner that does not lead."""
+        """Return the error for callers that have reached a planner that does not lead."""
         return leadership.not_leader(self.leader.to_text() if self.leader is not None else "")
 
     def undecided(self) -> ServiceError:
@@ -272,7 +274,7 @@ class Store:
         )
 
     async def close(self) -> None:
-        """Let another planner take over, and close the store. Further calls do nothing."""
+        """Allow another planner to take over, and close the store. Further calls do nothing."""
         await _end(self._guard)
         await _end(self._renewal)
         self._guard = self._renewal = None
@@ -284,12 +286,12 @@ class Store:
             done, _ = await asyncio.wait({asyncio.ensure_future(closing)}, timeout=self._limit_s)
             if not done:
                 self._breaker.break_connection()
-        except RuntimeError:  # closed before
+        except RuntimeError:  # already closed
             return
         self._thread.shutdown(wait=False)
         self._lease_thread.shutdown(wait=False)
 
-    # The term.
+    # --- The term
 
     def _require_decision(self) -> None:
         self.require_term()
@@ -297,7 +299,7 @@ class Store:
             raise self.undecided()
 
     async def _ends_in_time(self, reading: asyncio.Future[T]) -> bool:
-        """Wait for a read while the store answers anybody, and return whether it ended."""
+        """Wait for a read while the store still answers any query, and return whether the read ended."""
         wait_s = _TRY_S
         while wait_s > 0:
             done, _ = await asyncio.wait({reading}, timeout=wait_s)
@@ -308,7 +310,7 @@ class Store:
         return False
 
     async def _unless(self, ended: asyncio.Event, work: Coroutine[Any, Any, T]) -> T:
-        """Return the result of ``work`` if the term that it began in still holds; afterwards nobody may be told it."""
+        """Return the result of ``work`` if the term in which it began still holds; otherwise raise an error."""
         working, ending = asyncio.ensure_future(work), asyncio.ensure_future(ended.wait())
         working.add_done_callback(_forget)  # the caller may be cancelled
         try:
@@ -335,7 +337,7 @@ class Store:
             self.leader = Holder.from_text(f"{error.metadata['leader']} {addresses}")
 
     async def _renew_for_ever(self, epoch: int) -> None:
-        """Renew until the term ends. Every exit ends the term, except a cancellation by its owner."""
+        """Renew the lease until the term ends. Every exit ends the term, except a cancellation by the task's owner."""
         try:
             await self._renew_while_held(epoch)
         except asyncio.CancelledError:
@@ -345,12 +347,12 @@ class Store:
         self._end_term()
 
     async def _renew_while_held(self, epoch: int) -> None:
-        """Renew from the event loop, so that a planner whose loop hangs loses its lease, too."""
+        """Renew from the event loop, so that a planner whose event loop hangs also loses its lease."""
         trouble = ""
         asked_s = self._machine_s()
         while self._epoch == epoch and self.lease.is_held:
-            # Counted from request to request: the time an answer took is not waited again. Never past the end of the
-            # lease: pending writes must hear of it.
+            # Counted from request to request, so that the time of an answer is not added. Never past the end of the
+            # lease: pending writes must learn of it.
             rest_s = asked_s + self._lease_s / _RENEWALS - self._machine_s()
             await asyncio.sleep(max(min(rest_s, self.lease.left_s), 0.0))
             if not self.lease.is_held:
@@ -358,7 +360,7 @@ class Store:
             asked_s = self._machine_s()
             try:
                 await self._limited(self._renew, epoch, limit_s=min(2 * self._lease_s / _RENEWALS, self.lease.left_s))
-            except Exception as error:  # whatever it is: the lease ends by the clock
+            except Exception as error:  # whatever the exception, the lease ends by the clock
                 if isinstance(error, ServiceError) and error.reason == Reason.ERROR_REASON_NOT_LEADER:
                     self._note_leader(error)
                     _log.error("another planner has taken over", extra=dict(error.metadata))
@@ -366,14 +368,14 @@ class Store:
                 trouble = str(error)
                 _log.warning("the lease was not renewed", extra={"age_s": round(self.lease.age_s, 3), "why": trouble})
             else:
-                # A term that is over stays over, whatever the server granted meanwhile: callers know that it ended.
+                # A term that is over stays over, whatever the server has granted since: callers know that it ended.
                 if self._epoch == epoch and self.lease.is_held:
                     self.lease.grant(asked_s)
         if self._epoch == epoch:
             _log.error("the lease ran out", extra={"why": trouble})
             self._breaker.break_connection()
 
-    # The connections.
+    # --- The connections
 
     async def _run(self, work: Callable[..., T], *arguments: object) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._thread, work, *arguments)
@@ -392,7 +394,7 @@ class Store:
         try:
             done, _ = await asyncio.wait({working}, timeout=limit_s)
         finally:
-            working.cancel()  # drops work not yet begun: it would ask for a lease that nobody uses any more
+            working.cancel()  # drops work not yet begun, which would request a lease that is not wanted any more
         if not done:
             self._lease_breaker.break_connection()
             message = f"the planner's store {self._label} did not answer for {limit_s:.1f} s"
@@ -400,7 +402,7 @@ class Store:
         return working.result()
 
     async def _watch_over(self) -> None:
-        """Break a connection that has gone silent, and probe a store that got no query for a while."""
+        """Break a connection that has gone silent, and probe a store that was not queried for a while."""
         probing: asyncio.Task[Any] | None = None
         while True:
             await asyncio.sleep(min(_PROBE_S, self._limit_s) / 4)
@@ -411,17 +413,18 @@ class Store:
                 probing.add_done_callback(_forget)
 
     async def _open_in_time(self) -> None:
-        """Wait for as long as the server answers anything; a migration may take its time."""
+        """Wait for as long as the server answers anything, since a migration may take its time."""
         working = asyncio.ensure_future(self._run(self._open))
         working.add_done_callback(_forget)
         while True:
             done, _ = await asyncio.wait({working}, timeout=self._limit_s / 4)
             if done:
                 return working.result()
-            if self._lease_s and self._breaker.silent_s > self._limit_s:
-                raise StoreError(f"store {self._label} cannot be reached: no answer for {self._limit_s:.1f} s")
+            limit_s = _MIGRATION_S if self._is_migrating else self._limit_s
+            if self._lease_s and self._breaker.silent_s > limit_s:
+                raise StoreError(f"store {self._label} cannot be reached: no answer for {limit_s:.1f} s")
 
-    # In the store's thread from here on.
+    # --- In the store's thread from here on
 
     def _open(self) -> None:
         if self._lock is not None:
@@ -443,18 +446,21 @@ class Store:
     def _migrate(self) -> None:
         if self._lock is not None and not self._lock.take():
             raise StoreError(f"store {self._label} is in use by another planner, and older than this one; stop that")
+        self._is_migrating = True
         try:
             with self._engine.begin() as connection:
                 if connection.dialect.name == "postgresql":
+                    schema.allow_pauses(connection)
                     schema.lock_out_others(connection)
-                if schema.needs_migration(connection, self._label):  # no other planner was faster
+                if schema.needs_migration(connection, self._label):  # no other planner has migrated it in the meantime
                     schema.migrate(connection)
         finally:
+            self._is_migrating = False
             if self._lock is not None:
                 self._lock.release()
 
     def _look(self) -> float:
-        """Return the seconds left of the leader's lease; 0 for a file, whose lock says whether it is free."""
+        """Return the seconds left of the leader's lease; 0 for a file, whose lock determines whether it is free."""
         left_s = self._look_by(self._lease_looks)
         return 0.0 if self._lock is not None else left_s
 
@@ -466,12 +472,12 @@ class Store:
         return left_s
 
     def _lead(self, holder: str) -> tuple[float, int]:
-        """Return when the lease begins to count, and the epoch."""
+        """Take the leadership; return when the lease begins to count, and the epoch."""
         if self._lock is not None and not self._lock.take():
             with self._readers.begin() as connection:
                 raise leadership.not_leader(leadership.holder_of(connection), store=self._label)
         with self._begun(self._lease_engine) as connection:
-            asked_s = self._machine_s()  # after connecting, which is no part of the lease
+            asked_s = self._machine_s()  # after connecting, which is not part of the lease
             return asked_s, leadership.take(connection, holder, store=self._label, lease_s=self._lease_s)
 
     def _renew(self, epoch: int) -> None:
@@ -483,9 +489,9 @@ class Store:
             return work(Reader(connection))
 
     def _write(self, work: Callable[[Transaction], T]) -> T:
-        self._require_decision()  # it may have waited long for its turn
+        self._require_decision()  # the work may have waited long for its turn
         epoch = self._epoch
-        if epoch is None:  # ended since the check
+        if epoch is None:  # the term has ended since the check
             raise self.not_leader()
         with self._begun(self._engine) as connection:
             leadership.check(connection, epoch)
@@ -493,7 +499,7 @@ class Store:
 
     @contextlib.contextmanager
     def _begun(self, engine: sa.Engine) -> Iterator[sa.Connection]:
-        """Begin a transaction, whose trouble with the store becomes STORE_UNAVAILABLE."""
+        """Begin a transaction, in which problems of the store are raised as STORE_UNAVAILABLE."""
         try:
             with engine.begin() as connection:
                 yield connection
@@ -509,7 +515,7 @@ class Store:
     def _release(self, epoch: int | None) -> None:
         if epoch is not None and self._lease_s:
             with contextlib.suppress(sa.exc.DBAPIError), self._lease_statements.begin() as connection:
-                leadership.release(connection, epoch)  # otherwise the lease expires
+                leadership.release(connection, epoch)  # otherwise the lease would have to expire
         if self._lease_engine is not self._engine:
             self._lease_engine.dispose()
             self._lease_breaker.close()
@@ -522,7 +528,7 @@ class Store:
 
 
 def _forget(task: asyncio.Future[Any]) -> None:
-    """Retrieve the exception of a task that nobody waits for, so that asyncio does not log it."""
+    """Retrieve the exception of a task whose caller no longer waits, so that asyncio does not log it."""
     if not task.cancelled():
         task.exception()
 

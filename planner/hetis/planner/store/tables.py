@@ -27,7 +27,7 @@ R = TypeVar("R", bound=Record)
 After = str | tuple[float, str] | None
 Filter = str | int | bool | Collection[str] | Collection[int]
 
-KEPT_REDISPATCHES = 1000  # per cluster, see redispatch.proto
+KEPT_REDISPATCHES = 1000  # per cluster, as redispatch.proto documents
 
 
 class RecordKind(Generic[R]):
@@ -45,9 +45,9 @@ class RecordKind(Generic[R]):
         """Describe the records of ``table``.
 
         Args:
-            newest_first: the order of records: by age or, otherwise, by name.
-            kept_per_cluster: how many records a cluster keeps; adding one deletes those older than its last so many,
-                if they are in one of the ``final_states``.
+            newest_first: whether records are ordered by age instead of by name.
+            kept_per_cluster: how many records a cluster keeps; adding one deletes older ones than these if they are in
+                one of the ``final_states``.
         """
         self.table, self.record = table, record
         self.newest_first, self.kept_per_cluster = newest_first, kept_per_cluster
@@ -66,7 +66,7 @@ class RecordKind(Generic[R]):
         return self if view is None else self.of(view)
 
     def of(self, view: Reader) -> TableView[R]:
-        """Return the records as the view sees them."""
+        """Return the records of this kind in a view."""
         return (RecordTable if isinstance(view, Transaction) else TableView)(view.connection, self)
 
     def place_of(self, record: R) -> str | tuple[float, str]:
@@ -77,7 +77,7 @@ class RecordKind(Generic[R]):
 
 
 class TableView(Generic[R]):
-    """Reads of one kind of record, ordered by name or, for kinds kept by age, newest first."""
+    """Reads of one kind of record, ordered by name or, for kinds ordered by age, newest first."""
 
     def __init__(self, connection: sa.Connection, kind: RecordKind[R]) -> None:
         self._connection, self._kind, self._table = connection, kind, kind.table
@@ -100,9 +100,11 @@ class TableView(Generic[R]):
             raise ServiceError(Reason.ERROR_REASON_ALREADY_EXISTS, message, metadata={"name": name})
 
     def page(self, after: After, limit: int, **filters: Filter) -> list[R]:
-        """Return the next ``limit`` records after ``after``, the place of the last one seen; None or empty: the first.
+        """Return the next ``limit`` records after ``after``, the place of the last one seen.
 
-        Each filter is a column and its value, or the values that it may have.
+        If ``after`` is None or empty, return the first ones.
+
+        Each filter is a column and its value, or the values that are allowed.
         """
         query = self._filtered(filters).limit(limit)
         if after:
@@ -140,8 +142,8 @@ class RecordTable(TableView[R]):
     """Reads and changes of one kind of record."""
 
     def insert(self, record: R) -> R:
-        """Insert the record and return it with a version that no record of its name has had. Raises ALREADY_EXISTS."""
-        # Looked up first: a failed statement would end the whole transaction of PostgreSQL. There is no other writer.
+        """Insert the record; return it with a version that no record of its name has had. Raises ALREADY_EXISTS."""
+        # Checked first: a failed statement would end the whole transaction of PostgreSQL. There is no other writer.
         self.require_free(record.name)
         first = dataclasses.replace(record, version=record.version + self._gone_version())  # type: ignore[type-var]
         self._connection.execute(sa.insert(self._table).values(self._to_row(first)))
@@ -150,7 +152,7 @@ class RecordTable(TableView[R]):
         return first
 
     def update(self, record: R) -> R:
-        """Return the record at its next version. Raises NOT_FOUND, or ETAG_MISMATCH if changed since it was read."""
+        """Update the record; return it at its next version. Raises NOT_FOUND, or ETAG_MISMATCH if it is outdated."""
         newer = dataclasses.replace(record, version=record.version + 1)  # type: ignore[type-var]
         same = sa.and_(self._table.c.name == record.name, self._table.c.version == record.version)
         done = self._connection.execute(sa.update(self._table).where(same).values(self._to_row(newer)))
@@ -180,9 +182,9 @@ class RecordTable(TableView[R]):
         return self._connection.execute(sa.delete(self._table).where(*conditions)).rowcount
 
     def _forget_oldest(self, num_kept: int, newest: R) -> None:
-        """Delete the oldest records of a cluster, but neither ``newest`` nor any that is not final.
+        """Delete the oldest records of a cluster, but neither ``newest`` nor any record that is not final.
 
-        Either may be older by its time than all others: clocks are set back, and leaders have clocks of their own.
+        Either may have an older time than all others: clocks are set back, and leaders have different clocks.
         """
         columns = self._table.c
         of_cluster = columns.cluster == newest.cluster  # type: ignore[attr-defined]
@@ -205,7 +207,7 @@ class RecordTable(TableView[R]):
 
 
 class PlanDocumentView:
-    """Plan documents in canonical JSON, kept apart from their plans because they are large."""
+    """Plan documents in canonical JSON, stored apart from their plans because they are large."""
 
     def __init__(self, connection: sa.Connection) -> None:
         self._connection = connection
@@ -216,7 +218,7 @@ class PlanDocumentView:
 
 
 class PlanDocumentTable(PlanDocumentView):
-    """Plan documents with their changes."""
+    """Reads and changes of plan documents."""
 
     def put(self, name: str, content: bytes) -> None:
         """Insert or replace the document."""
@@ -236,23 +238,23 @@ def _conditions(table: sa.Table, filters: dict[str, Filter]) -> Sequence[sa.Colu
     ]
 
 
-KEPT_S = 24 * 3600.0  # see docs/api.md
+KEPT_S = 24 * 3600.0  # as docs/api.md documents
 
 
 class RequestTable:
-    """Answers to requests of the last 24 hours, written in the transaction that carried out the request."""
+    """Answers to the requests of the last 24 hours, each stored in the transaction that carried out the request."""
 
     def __init__(self, connection: sa.Connection, *, now_s: float) -> None:
         self._connection = connection
         self._now_s = now_s
 
     def replay(self, method: str, request_id: str, fingerprint: str) -> bytes | None:
-        """Return the answer that the same request got, or None if it was not done before or gave no id.
+        """Return the answer to an earlier equal request, or None if there was none or the request has no id.
 
         Args:
             method: such as ``/hetis.v1.ClusterService/CreateCluster``.
-            request_id: empty if the caller gave none.
-            fingerprint: equal for equal requests.
+            request_id: the request's id; empty if the caller sent none.
+            fingerprint: a text that is equal for equal requests.
 
         Raises:
             ServiceError: REQUEST_ID_REUSED.
@@ -272,7 +274,7 @@ class RequestTable:
         return bytes(row.response)
 
     def remember(self, method: str, request_id: str, fingerprint: str, response: bytes) -> None:
-        """Store the answer to a request that has just been done, and forget old ones."""
+        """Store the answer to a request that was just carried out, and forget old answers."""
         if not request_id:
             return
         table = records.requests
@@ -289,7 +291,7 @@ class RequestTable:
 
 
 class Reader:
-    """A consistent view of all tables. It belongs to one thread and is unusable once its work is done."""
+    """A consistent view of all tables. It belongs to one thread, and is unusable once its work is done."""
 
     clusters = RecordKind(records.clusters, ClusterRecord)
     nodes = RecordKind(records.nodes, NodeRecord)

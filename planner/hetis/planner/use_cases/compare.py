@@ -1,6 +1,6 @@
 """Plans side by side: several strategies or engines on one problem, each checked, each with the best known bound.
 
-`compare_engines` plans, and `simulate_plans` then does with each plan what `place` does with its own.
+`compare_engines` makes the plans; `simulate_plans` then treats each of them as `place` treats its own.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ CONTAINERS: Mapping[str, str] = {
 
 ROUNDING = 1e-6  # relative difference from which one plan counts as better than another
 
-_BOUND_OF = "the bound is that of strategy"  # begins a note
-_OUTSIDE = "outside of the family"  # begins a note, too
+_BOUND_OF = "the bound is that of strategy"  # start of a note
+_OUTSIDE = "outside of the family"  # start of another note
 _BY_RULES = (
     "within the limits, but not by the rules that plans for any engine keep (docs/cost-model.md, Latency), or with "
     "another number of micro-batches in flight"
@@ -52,9 +52,9 @@ NO_PLAN, FAILED = "no plan", "failed"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Compared:
-    """The outcome of one strategy. ``status`` is that of its plan, or what is wrong; ``reasons`` give details.
+    """The outcome of one strategy. ``status`` is its plan's, or what went wrong; ``reasons`` give details.
 
-    ``engine`` is the engine of its plans, or None if engines were not compared.
+    ``engine`` is the engine of its plans, or None if engines are not compared.
     """
 
     strategy: str
@@ -66,7 +66,7 @@ class Compared:
 
     @property
     def name(self) -> str:
-        """The name that distinguishes it from the others."""
+        """The name that distinguishes the outcome from the others."""
         return self.strategy if self.engine is None else f"{self.strategy}-{self.engine}"
 
 
@@ -77,10 +77,10 @@ class Figures:
     rate_rps: float  # goodput, or throughput if that is the objective
     prompt_tokens_per_s: float  # at ``rate_rps``
     output_tokens_per_s: float  # at ``rate_rps``
-    usd_per_hour: float | None  # of the GPUs in use; None: some have no price
+    usd_per_hour: float | None  # price of the used GPUs; None: at least one has no price
     usd_per_million_output_tokens: float | None  # at ``rate_rps``
-    ttft_s: float  # of the slowest replica
-    tpot_s: float  # of the slowest replica
+    ttft_s: float  # TTFT of the slowest replica
+    tpot_s: float  # TPOT of the slowest replica
     kv_tokens: int  # KV capacity of the replicas that decode
     gpus_used: int
     gpus_idle: int
@@ -95,12 +95,10 @@ def compare_strategies(
     budget: Callable[[], Budget],
     report: Report,
 ) -> tuple[Compared, ...]:
-    """Return the outcome of every strategy in the given order.
+    """Return the outcome of every strategy, in the order passed.
 
-    Contained ones are solved first, each with its own budget.
-
-    A strategy without a plan is an outcome like any other. Once a budget is cancelled, the remaining strategies are not
-    run.
+    Contained strategies are solved first, each with its own budget. A strategy without a plan is an outcome like any
+    other. Once a budget is cancelled, the remaining strategies are not run.
 
     Raises:
         InvalidProblemError: the objective needs something that the cluster lacks, such as a price.
@@ -123,7 +121,10 @@ def compare_strategies(
     plans = {name: compared.plan for name, compared in found.items() if compared.plan is not None}
 
     def holds(container: str, plan: Plan) -> bool:
-        """Return whether a container's bound is one for the plan, too; if it should be, a contradiction is told."""
+        """Return whether a container's bound also holds for the plan.
+
+        A bound that should hold but contradicts the plan is kept, so that `_with_bound` raises BrokenProofError.
+        """
         problem = loaded.inputs.problem(objective, container, engine=settings.engine)
         return not _is_outside(plan, plans[container], problem)
 
@@ -140,9 +141,9 @@ def compare_engines(
     budget: Callable[[], Budget],
     report: Report,
 ) -> tuple[Compared, ...]:
-    """Return `compare_strategies` for each engine, by strategy and then by engine in the given order.
+    """Return `compare_strategies` for each engine, ordered by strategy and then by engine as passed.
 
-    A plan that some engine runs also counts for "any engine" if it keeps to the rules of that family.
+    A plan that some engine runs also counts for "any engine" if it obeys the rules of that family.
 
     Raises:
         InvalidProblemError: the objective needs something that the cluster lacks, such as a price.
@@ -186,12 +187,12 @@ def simulate_plans(
     budget: Callable[[], Budget],
     report: Report,
 ) -> tuple[Compared, ...]:
-    """Return outcomes of `compare_engines` with their plans simulated.
+    """Return the outcomes of `compare_engines` with their plans simulated.
 
-    A plan that misses a limit at its planned rate is searched for again (`simulated_plan`), each time with a budget of
-    its own, unless its search is a published one. Bounds stay those of the first search. If the simulation or another
-    search fails, the first plan remains, with the reason. ``solve_s`` counts both. Once a budget is cancelled, plans
-    remain as they are.
+    For a plan that misses a limit at its planned rate the search is repeated (`simulated_plan`), each time with a
+    budget of its own, unless it is a published one. Bounds are those of the first search. If the simulation or another
+    search fails, the first plan remains, with the reason. ``solve_s`` counts both. Once a budget is cancelled, the
+    remaining plans are left as they are.
     """
     found = []
     for number, outcome in enumerate(compared, start=1):
@@ -231,19 +232,21 @@ def _simulated(
 
 
 class KeptRate(NamedTuple):
-    """What simulated traffic kept of a plan's promise."""
+    """The part of a plan's promise that simulated traffic kept."""
 
-    rate_rps: float  # up to the planned one, at which it kept the limits; 0: none of those tried
-    is_all: bool  # whether it is the planned rate, or a smaller demanded one, which alone is simulated
+    rate_rps: float  # the highest rate up to the planned one that kept the limits; 0: none of those simulated
+    is_all: bool  # whether that is the planned rate, or a smaller demanded one, since only that is simulated
 
 
 def kept_of(plan: Plan) -> KeptRate | None:
-    """Return what simulated traffic kept of a plan's promise, or None if it was not simulated, or promises throughput.
+    """Return what simulated traffic kept of a plan's promise.
 
-    Rates above the planned one are tried for some plans only, so that they are left out.
+    None if the plan was not simulated, or promises throughput.
+
+    Rates above the planned one are ignored, since they are simulated for some plans only.
     """
     found = verification_of(plan)
-    if found is None or plan.objective.kind is ObjectiveKind.THROUGHPUT:  # which is not the rate that is simulated
+    if found is None or plan.objective.kind is ObjectiveKind.THROUGHPUT:  # throughput is not the rate that is simulated
         return None
     planned_rps = plan.result.value if plan.objective.maximises else found.rate_rps
     rate_rps = min(found.kept_rps or 0.0, planned_rps)
@@ -251,10 +254,10 @@ def kept_of(plan: Plan) -> KeptRate | None:
 
 
 def best_of(plans: Sequence[Plan]) -> int:
-    """Return the position of the plan that serves most, or of the one that costs least where a rate is demanded.
+    """Return the position of the plan that serves most or, if a rate is demanded, of the one that costs least.
 
-    Simulated plans serve what traffic kept, those that miss limits at the demanded rate are behind, and plans that were
-    not simulated, if others were, are last.
+    Simulated plans count with the rate that traffic kept; those that miss limits at the demanded rate come after those
+    that do not, and plans that were not simulated come last if others were.
     """
     every = [kept_of(plan) for plan in plans]
 
@@ -328,7 +331,9 @@ def planned(
 
 
 def _with_better_plan(container: Compared, contained: Plan | None, problem: PlacementProblem, note: str) -> Compared:
-    """Return the container with a contained family's plan if its own search ended with a worse one; ``note`` says so.
+    """Return the container with a contained family's plan if its own search ended with a worse one.
+
+    ``note`` is added to that plan.
 
     Bound and prices remain the container's. Every search has a time limit, so a heuristic may beat a truncated search.
     """
@@ -355,11 +360,11 @@ def _with_better_plan(container: Compared, contained: Plan | None, problem: Plac
 
 
 def _keeps_all_rules(plan: Plan, problem: PlacementProblem) -> bool:
-    """Return whether a plan that the checker passes is known to be one of the problem's family.
+    """Return whether a plan that passes the checker is known to belong to the problem's family.
 
-    A family for any engine has fewer numbers of micro-batches than engines have stages, and keeps a limit on TTFT by
-    rules that leave out some replicas within it (`docs/cost-model.md`, "Latency"). The checker knows the limit, not
-    the rules.
+    A family for any engine has fewer numbers of micro-batches in flight than engines have, and keeps a limit on TTFT by
+    rules that exclude some replicas that meet it (`docs/cost-model.md`, "Latency"). The checker knows the limit, but
+    not the rules.
     """
     family, objective = problem.family, problem.objective
     if family.engine is not None:
@@ -368,7 +373,7 @@ def _keeps_all_rules(plan: Plan, problem: PlacementProblem) -> bool:
 
 
 def _is_outside(plan: Plan, container: Plan, problem: PlacementProblem) -> bool:
-    """Return whether a plan passes the bound of another, because it is not of the family that the bound holds for."""
+    """Return whether a plan beats another one's bound because it is outside the family for which the bound holds."""
     return _is_better(plan, container.result.bound) and not _keeps_all_rules(plan, problem)
 
 
@@ -378,7 +383,7 @@ def _is_better(plan: Plan, value: float) -> bool:
 
 
 def _with_best_bound(compared: Compared, plans: Mapping[str, Plan], holds: Callable[[str, Plan], bool]) -> Compared:
-    """Return the outcome with the bound of a containing strategy if that is better than its own and holds."""
+    """Return the outcome with the bound of a containing strategy if that holds and is better than its own."""
     plan = compared.plan
     if plan is None:
         return compared
@@ -399,7 +404,7 @@ def _with_best_bound(compared: Compared, plans: Mapping[str, Plan], holds: Calla
 
 
 def why_outside(plan: Plan) -> str | None:
-    """Return how a plan, or those of engines, come to pass the bound that should hold for them; None: they do not."""
+    """Return why a plan, or plans for engines, beat a bound that should hold for them; None if they do not."""
     return next((note for note in plan.notes if note.startswith(_OUTSIDE)), None)
 
 
@@ -407,7 +412,7 @@ def _with_bound(result: SolveResult, bound: float, objective: Objective) -> Solv
     """Return the result with another bound.
 
     Raises:
-        BrokenProofError: the bound crosses the value by more than rounding explains.
+        BrokenProofError: the bound contradicts the value by more than rounding explains.
     """
     bound = sound_bound(bound, result.value, maximises=objective.maximises)
     gap = abs(bound - result.value) / abs(result.value) if result.value else result.gap
@@ -415,7 +420,7 @@ def _with_bound(result: SolveResult, bound: float, objective: Objective) -> Solv
 
 
 def figures_of(plan: Plan, inputs: Inputs | PlacementProblem, *, rate_rps: float | None = None) -> Figures:
-    """Return the figures of a plan at a rate, or at the planned one."""
+    """Return the figures of a plan at ``rate_rps``, or at the planned rate if that is None."""
     goodput_share = Assumptions().planned_utilisation
     is_throughput = plan.objective.kind is ObjectiveKind.THROUGHPUT
     rate = saturated_rate(plan) * (1.0 if is_throughput else goodput_share) if rate_rps is None else rate_rps
@@ -448,7 +453,7 @@ def _devices(plan: Plan) -> set[str]:
 
 
 def _usd_per_hour(plan: Plan, cluster: Cluster) -> float | None:
-    """Return the cost of the GPUs in use in USD per hour, or None if one of them has no price."""
+    """Return the cost of the used GPUs in USD per hour, or None if one of them has no price."""
     used, total = _devices(plan), 0.0
     for group in cluster.node_groups:
         prices = [cluster.price_of(slots) for slots in group.gpus for _ in range(slots.count)]
@@ -478,7 +483,7 @@ class PlanDiff:
 
 
 def diff_plans(before: str, after: str) -> PlanDiff:
-    """Read two plans and compare them; devices of the same name are taken to be the same GPU.
+    """Read two plans and compare them; devices of the same name are assumed to be the same GPU.
 
     Raises:
         DocumentError: a plan, or a document in it, is not usable.
@@ -503,7 +508,7 @@ def _inputs(plan: Plan, name: str) -> Inputs:
 
 
 def _differences(old: Inputs, new: Inputs, before: Plan, after: Plan) -> list[str]:
-    """Return the reasons why the rates of the two plans are not comparable."""
+    """Return the reasons why the rates of the two plans cannot be compared."""
     found = []
     if old.model != new.model:
         found.append(f"the plans serve different models: {old.model.name} and {new.model.name}; nothing is kept")

@@ -72,7 +72,7 @@ class StepTimes:
 
     @property
     def bottleneck(self) -> int | None:
-        """The slowest device, or None if it is the network card or nothing runs."""
+        """The index of the slowest device, or None if that is the network card or nothing runs."""
         seconds = [device.seconds for device in self.devices]
         slowest = max(range(len(seconds)), key=lambda i: seconds[i])
         return slowest if seconds[slowest] >= self.card_s and seconds[slowest] > 0 else None
@@ -122,14 +122,14 @@ def expected_blocks(snapshot: StateSnapshot) -> IntArray:
 # --- inputs: a DispatchState file, the costs of the GPU types it names, and new requests
 
 
-GIVEN = "given"  # costs from the state file
+GIVEN = "given"  # costs are in the state file
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CostedStage:
-    """A stage with known costs: its name in messages, and its state as in its file and for the solver.
+    """A stage with known costs: its name in messages, its state as saved, and its state for the solver.
 
-    ``origins`` are those of the costs of each device: `GIVEN`, `MODELLED`, or the file of a profile.
+    ``origins`` are those of each device's costs: `GIVEN`, `MODELLED`, or the file of a profile.
     """
 
     file: str
@@ -139,10 +139,10 @@ class CostedStage:
 
 
 def load_stage(path: str, *, profiles: Sequence[str] = ()) -> CostedStage:
-    """Read a state; GPU types without a profile file get a modelled one.
+    """Read a state. GPU types without a profile file get a modelled profile.
 
     Raises:
-        DocumentError: with the problems of all files together.
+        DocumentError: contains the problems of all files.
         InvalidProblemError: a GPU type has no profile and none can be modelled.
     """
     problems: list[Problem] = []
@@ -162,7 +162,7 @@ def load_stage(path: str, *, profiles: Sequence[str] = ()) -> CostedStage:
 
 
 def with_costs(saved: SavedState, file: str, measured: Mapping[str, tuple[str, Profile]]) -> CostedStage:
-    """Add the costs of the GPU types in a state. ``measured``: file and profile by GPU type.
+    """Add the costs of the GPU types to a state. ``measured``: file and profile by GPU type.
 
     Raises:
         InvalidProblemError: a GPU type has no profile and none can be modelled.
@@ -181,9 +181,9 @@ def with_costs(saved: SavedState, file: str, measured: Mapping[str, tuple[str, P
 def attention_pieces(fit: Fit, heads: HeadShape, *, group_flops: float, tp: int) -> Pieces:
     """Return the pieces of decode attention, per query head, per KV byte and per call, on one of ``tp`` cards.
 
-    FLOPs grow with the KV that is read: ``group_flops`` are those of one head group per token of its context.
+    FLOPs grow with the KV that is read: ``group_flops`` is their number for one head group per token of context.
     """
-    # If cards outnumber head groups, the cards that hold a group share its query heads.
+    # If there are more cards than head groups, the cards that hold a group share its query heads.
     flops_per_byte = group_flops / heads.kv_bytes_per_token / max(1, tp // heads.head_groups)
     return tuple(
         AttentionPiece(
@@ -194,10 +194,10 @@ def attention_pieces(fit: Fit, heads: HeadShape, *, group_flops: float, tp: int)
 
 
 def load_new_requests(stage: CostedStage, *, file: str | None, words: Sequence[str]) -> NewRequests:
-    """Return the requests of a file, then those given as ``CONTEXT/OUTPUT``.
+    """Return the requests in a file, followed by those specified as ``CONTEXT/OUTPUT``.
 
     Raises:
-        DocumentError: with every problem, including requests that are running already.
+        DocumentError: contains every problem, including requests that are already running.
     """
     problems: list[Problem] = []
     running = set(stage.snapshot.ids)
@@ -235,7 +235,7 @@ def _pieces_of(saved: SavedState, device: SavedDevice, profile: Profile) -> Piec
 def load_stage_of_plan(path: str, *, replica: int, stage: int) -> CostedStage:
     """Return the first copy of a stage, with nothing running.
 
-    Attention costs, links and KV memory are those that the plan was made with. KV memory is the share of one
+    Attention costs, links and KV memory are those with which the plan was made. KV memory is the share of one
     micro-batch: dispatch handles one, and a copy of the stage holds the KV of several. Replicas are counted from 0, as
     plans number them, and stages from 1, as plans draw them.
 
@@ -258,7 +258,7 @@ def load_stage_of_plan(path: str, *, replica: int, stage: int) -> CostedStage:
 
 
 def state_of_stage(found: PlanAndProblem, number: int, position: int) -> SavedState:
-    """Return the state of a stage as `load_stage_of_plan`, from a loaded plan; ``position`` is counted from 0.
+    """Return the state of a stage as `load_stage_of_plan` does, from a loaded plan; ``position`` is counted from 0.
 
     Raises:
         InvalidProblemError: the plan contradicts its inputs.
@@ -313,7 +313,7 @@ def state_of_stage(found: PlanAndProblem, number: int, position: int) -> SavedSt
 
 
 def _empty_stage(name: str, model: ModelSpec, num_layers: int) -> SavedState:
-    """Return a state without devices, with the model's name if the catalogue has the same model, else its sizes."""
+    """Return a state without devices, with the model's name if the catalogue has the same one, else its sizes."""
     nobody = (SavedDevice(name="none", role="worker", attention=(AttentionPiece(),), total_blocks=0),)
     try:
         if catalogue.find_model(model.name).model == model:
@@ -330,7 +330,7 @@ def _empty_stage(name: str, model: ModelSpec, num_layers: int) -> SavedState:
 
 
 def _exchange(profile: Profile, model: ModelSpec, tp: int, link: Link) -> tuple[float, float]:
-    """Return seconds per byte and per exchange over a link, as in the cost model of placement."""
+    """Return the seconds per byte and per exchange over a link, as in the cost model of placement."""
     fit = profile.fit(Op.TRANSFER, model, tp)
     assert fit is not None, "Profile guarantees a fit for transfers"
     byte_s = max(piece.byte_s + piece.wire / link.bytes_per_s for piece in fit.pieces)
@@ -338,7 +338,7 @@ def _exchange(profile: Profile, model: ModelSpec, tp: int, link: Link) -> tuple[
 
 
 def _with_given_costs(saved: SavedState, profiles: Mapping[str, Profile], model: ModelSpec) -> SavedState:
-    """Store the costs of GPU types that the catalogue would not reproduce."""
+    """Store the costs of GPU types that the catalogue would not reproduce in the state."""
     flops = model.decode_attention_flops(1.0, model.queries_per_group)
 
     def device(one: SavedDevice) -> SavedDevice:
@@ -362,7 +362,7 @@ def _default_fit(gpu: str, model: ModelSpec, tp: int) -> Fit | None:
 
 
 def _known(gpu: str) -> str | None:
-    """Return the name if the catalogue has it: a state file may name no other."""
+    """Return the name if it is in the catalogue: a state file must not contain other names."""
     try:
         return catalogue.find_gpu(gpu).gpu.name
     except catalogue.UnknownNameError:
@@ -374,16 +374,16 @@ def _known(gpu: str) -> str | None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Changed:
-    """A stage and a change of it; moving head groups count at their targets."""
+    """A stage and a change to it. Moving head groups count at their targets."""
 
     stage: CostedStage
-    before: StepTimes  # of every device without the change
-    after: StepTimes  # and with it
-    reached: StateSnapshot  # with the change
+    before: StepTimes  # times without the change
+    after: StepTimes  # times with the change
+    reached: StateSnapshot  # state with the change
 
     @property
     def saved(self) -> SavedState:
-        """The new state for its file."""
+        """The new state, to be saved in a file."""
         return self.stage.saved.after(self.reached)
 
 
@@ -397,16 +397,16 @@ class Dispatched(_Changed):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Redispatched(_Changed):
-    """Moves of running requests' head groups by a plan, which also has refused ones and its proof."""
+    """Moves of head groups of running requests by a plan, which also contains refused moves and its proof."""
 
     problem: RedispatchProblem
-    triggers: tuple[Trigger, ...]  # those that would fire in a running stage
+    triggers: tuple[Trigger, ...]  # triggers that would fire in a running stage
     plan: RedispatchPlan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RedispatchSettings:
-    """Settings as in `RedispatchProblem`, None for its default; ``theta`` as in `hetis.solver.redispatch.triggers`."""
+    """Settings as in `RedispatchProblem`, None for the default; ``theta`` as in `hetis.solver.redispatch.triggers`."""
 
     theta: float = 0.5
     budget_bytes: float = math.inf
@@ -417,7 +417,7 @@ class RedispatchSettings:
 
 
 def is_compiled() -> bool:
-    """Return whether the kernels have been compiled on this machine; if not, the first run takes a minute longer."""
+    """Return whether the kernels are already compiled on this machine; if not, the first run takes a minute longer."""
     from hetis.solver.compiled import is_cached
     from hetis.solver.dispatch.tables import running_load
 
@@ -427,7 +427,10 @@ def is_compiled() -> bool:
 def dispatch_requests(
     stage: CostedStage, requests: NewRequests, *, exact: bool = False, budget: Budget | None = None, seed: int = 0
 ) -> Dispatched:
-    """Place new requests. If ``exact``, search whole head groups until proven optimal or the budget is spent."""
+    """Place new requests.
+
+    With ``exact``, search whole head groups until the plan is proven optimal or the budget is spent.
+    """
     from hetis.solver.dispatch.exact import solve_exactly
     from hetis.solver.dispatch.solve import solve_dispatch
 
@@ -448,7 +451,7 @@ def dispatch_requests(
 
 
 def redispatch_stage(stage: CostedStage, settings: RedispatchSettings) -> Redispatched:
-    """Find the moves that pay, whether or not a trigger has fired."""
+    """Find the moves that pay off, whether or not a trigger has fired."""
     from hetis.solver.dispatch.solve import Dispatcher
     from hetis.solver.redispatch.solve import Redispatcher
     from hetis.solver.redispatch.triggers import triggers
@@ -480,7 +483,7 @@ def redispatch_stage(stage: CostedStage, settings: RedispatchSettings) -> Redisp
 
 
 def bundles(plan: RedispatchPlan) -> Iterator[list[Move]]:
-    """Yield groups of moves that are committed at once, in order."""
+    """Yield the groups of moves that are committed together, in order."""
     for _, moves in groupby(plan.moves, key=lambda move: move.together):
         yield list(moves)
 

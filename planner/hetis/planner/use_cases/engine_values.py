@@ -1,4 +1,4 @@
-"""The cost of the limits of a plan's engine: the values of other engines' plans, and the missing features."""
+"""What the limits of a plan's engine cost: the values of plans for other engines, and the missing features."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from hetis.solver.problem import EngineRules, Family, PlacementProblem
 
 ENGINE_VALUES = "engine_values"  # entry of `Plan.inputs`: an `EngineValue` for every other engine
 EQUAL_STAGES = "equal_stages_value"  # entry of `Plan.inputs`: the value of `uniform`, null if it has no plan
-EQUAL_STAGES_S = 5.0  # at most, for each search for replicas of equal stages
-SHARE = 0.1  # of the time limit, at most, to find all of them
+EQUAL_STAGES_S = 5.0  # time limit of each search for replicas of equal stages
+SHARE = 0.1  # share of the time limit that all these searches may take
 NOT_COMPILED = "its search is not compiled yet, --engine any does that"
 
 
@@ -31,25 +31,25 @@ NOT_COMPILED = "its search is not compiled yet, --engine any does that"
 class EngineValue:
     """The value of the best plan for another engine."""
 
-    engine: str  # its name, or ``any``
-    value: float | None  # in the unit of the objective; None: no plan was found
-    bound: float | None  # none of its plans is better; None: nothing was proved
+    engine: str  # name of the engine, or ``any``
+    value: float | None  # in the objective's unit; None: no plan was found
+    bound: float | None  # bound on the value of all its plans; None: nothing was proved
     # The missing features: for a richer engine, those that its plan needs and the plan's own engine lacks; for a poorer
-    # one, those that the plan needs and it lacks
+    # one, those that the plan needs and the engine lacks
     lacks: tuple[str, ...] = ()
-    why_not: str = ""  # why there is no value, or no better one
-    # Whether the value is that of the best replicas of equal stages, which the engine runs: no search found a better
-    # plan
+    why_not: str = ""  # why there is no value, or no better value
+    # Whether the value is that of the best replicas of equal stages, which the engine runs, since no search found a
+    # better plan
     equal_stages: bool = False
 
 
 def with_engine_values(
     plan: Plan, problem: PlacementProblem, *, seed: int, time_limit_s: float, cancelled: threading.Event, report: Report
 ) -> Plan:
-    """Return the plan with the values of other engines' plans.
+    """Return the plan with the values of plans for other engines.
 
-    Profiles are the same for all: what differs is what the engines can run, and not how fast they are. Takes a share of
-    ``time_limit_s``, the limit of its own search.
+    All use the same profiles, so the values differ by what the engines can run, and not by how fast they are. Takes at
+    most a share of ``time_limit_s``, the limit of the plan's own search.
     """
     budget = Budget(time_limit_s=SHARE * time_limit_s, clock=time.monotonic, cancelled=cancelled)
 
@@ -64,14 +64,17 @@ def with_engine_values(
 def engine_values_of(plan: Plan) -> list[EngineValue]:
     """Return a plan's values for other engines; none if they were not requested.
 
-    An entry that is in another version's form, or holds something else than we write, is none.
+    Entries in another version's form, or with unexpected contents, are ignored.
     """
     rows = plan.inputs.get(ENGINE_VALUES)
     return [value for value in map(_from_row, rows) if value is not None] if isinstance(rows, list) else []
 
 
 def _from_row(row: Any) -> EngineValue | None:
-    """Return what `_row` made; None if it did not make this. Reports calculate with the numbers and join the words."""
+    """Return the value from which `_row` made a row; None if `_row` did not make this one.
+
+    The types are checked since reports calculate with the numbers and join the texts.
+    """
     try:
         found = EngineValue(**{**row, "lacks": tuple(row["lacks"])})
     except (TypeError, KeyError):
@@ -94,11 +97,11 @@ def _values(
     of_engine = partial(constraints_of, problem.model, problem.cluster)
     ours = of_engine(None if own is None else own.name)
     asked = [each for each in problem.constraints if each not in ours]
-    for name in (*ENGINES, ANY_ENGINE):  # the one with the slowest search comes last
+    for name in (*ENGINES, ANY_ENGINE):  # the engine with the slowest search comes last
         if name == (ANY_ENGINE if own is None else own.name):
             continue
         if name == ANY_ENGINE and problem.model.precisions:
-            continue  # its family has one precision
+            continue  # its family has only one precision
         rules = None if name == ANY_ENGINE else replace(own or EngineRules(name=name), name=name)
         family = family_of(plan.strategy, problem.family.roles, rules, problem.family.engine_settings)
         constraints: Constraints = tuple(dict.fromkeys((*of_engine(name), *asked)))
@@ -124,7 +127,7 @@ def _values(
 
 
 def _at_least(found: EngineValue, others: Iterable[EngineValue], plan: Plan) -> EngineValue:
-    """Return the best for any engine: what its search found, or what a single engine runs if that is better."""
+    """Return the best plan for any engine: what its search found, or what a single engine runs if that is better."""
     for other in others:
         if other.value is not None and _is_better(other.value, found.value, plan):
             found = replace(found, value=other.value, lacks=other.lacks, equal_stages=other.equal_stages)
@@ -132,7 +135,7 @@ def _at_least(found: EngineValue, others: Iterable[EngineValue], plan: Plan) -> 
 
 
 def _lacking(plan: Plan, problem: PlacementProblem, rules: EngineRules | None) -> tuple[str, ...]:
-    """Return what a plan needs and an engine lacks, in a few words each: features, and GPUs that run the model."""
+    """Return what a plan needs and an engine lacks, in a few words each: features, and GPUs that it supports."""
     from hetis.solver.placement.families import beyond
 
     if rules is None:
@@ -153,7 +156,7 @@ def _stages_of(family: Family, model: ModelSpec) -> tuple[int, ...]:
 
 
 def _has_all_of(family: Family, poorer: Family, model: ModelSpec) -> bool:
-    """Return whether this family contains all plans of another engine's, given equal limits."""
+    """Return whether this family contains all plans of the ``poorer`` one of another engine, given equal limits."""
     if family.engine is None:
         return True
     allowed = zip(_stages_of(family, model), _stages_of(poorer, model), strict=False)
@@ -163,7 +166,7 @@ def _has_all_of(family: Family, poorer: Family, model: ModelSpec) -> bool:
 def _searched(
     known: EngineValue, plan: Plan, problem: PlacementProblem, own: EngineRules | None, seed: int, budget: Budget
 ) -> EngineValue:
-    """Return what a search finds, or ``known`` if better: the value of a plan that the engine runs."""
+    """Return what a search finds, or ``known``, the value of a plan that the engine runs, if that is better."""
     from hetis.solver.planning import is_compiled, solve_placement
 
     if not is_compiled(problem):
@@ -178,7 +181,7 @@ def _searched(
         return replace(known, why_not="none was found in time")
     value, bound = other.result.value, other.result.bound
     if not _is_better(value, known.value, plan):
-        # The family for any engine leaves out some plans that engines run (`docs/cost-model.md`, "Latency").
+        # The family for any engine excludes some plans that engines run (`docs/cost-model.md`, "Latency").
         is_beyond = known.value is not None and _is_better(known.value, bound, plan)
         return replace(known, bound=None if is_beyond else bound)
     return replace(known, value=value, bound=bound, lacks=known.lacks or _lacking(other, problem, own))
@@ -188,11 +191,11 @@ def _by_equal_stages(
     known: EngineValue, plan: Plan, problem: PlacementProblem, own: EngineRules | None, seed: int,
     cancelled: threading.Event,
 ) -> EngineValue:  # fmt: skip
-    """Return the value of replicas of equal stages on an engine, or ``known`` if it is as good."""
+    """Return the value of equal stages on an engine, or ``known`` if that is at least as good."""
     if own is not None and EQUAL_STAGES in plan.inputs:
-        value = plan.inputs[EQUAL_STAGES]  # they have no attention workers, and the other limits are the same
+        value = plan.inputs[EQUAL_STAGES]  # equal stages have no attention workers, and the other limits are the same
     elif known.value is not None:
-        return known  # a separate search is only for engines without any plan
+        return known  # a separate search is made only for engines without any plan
     else:
         found = equal_stages_within(equal_stages_budget(cancelled), problem, seed)
         value = None if found is None else found[0]
@@ -201,14 +204,14 @@ def _by_equal_stages(
 
 
 def equal_stages_budget(cancelled: threading.Event) -> Budget:
-    """Return a budget, begun now, for searches for replicas of equal stages."""
+    """Return a budget, starting now, for searches for replicas of equal stages."""
     return Budget(time_limit_s=EQUAL_STAGES_S, clock=time.monotonic, cancelled=cancelled)
 
 
 def equal_stages_within(budget: Budget, problem: PlacementProblem, seed: int) -> tuple[float | None] | None:
-    """Return the value of equal stages in a tuple, None in it if they have no plan; or None if the budget was spent.
+    """Return the value of equal stages in a tuple, which contains None if they have no plan; None: the budget ran out.
 
-    A search that is cut short says nothing of what they reach.
+    A search that is cut short shows nothing of what equal stages can reach.
     """
     from hetis.solver.placement.solve import equal_stages_value
 

@@ -12,7 +12,7 @@ from hetis.solver.errors import HetisError
 class UncheckedPlanError(HetisError):
     """The solver returned a plan that violates its own problem, so nothing is printed or saved.
 
-    ``violations`` are what the checker found, one sentence each.
+    ``violations`` are the checker's findings, one sentence each.
     """
 
     def __init__(self, violations: tuple[str, ...]) -> None:

@@ -1,4 +1,4 @@
-"""Files of any kind: their validation, and traces in common formats converted into ours."""
+"""Files of any kind: their validation, and the conversion of traces in common formats into ours."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from hetis.solver.workload import Workload
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Validation:
-    """The result for one file: its kind and name if it is valid, else its problems."""
+    """The result for one file: its kind and name if it is valid, or else its problems."""
 
     file: str
     kind: str | None = None
@@ -35,7 +35,7 @@ class Validation:
 
 
 def validate_file(path: str) -> Validation:
-    """Read a file as the kind it states; traces and Hugging Face configs are recognised by their form."""
+    """Read a file as the kind that it states; traces and Hugging Face configs are recognised by their form."""
     try:
         value = _load_any(path)
     except DocumentError as error:
@@ -68,12 +68,12 @@ def _name(value: Value) -> str:
 
 
 CHARACTERS_PER_TOKEN = 4.0
-"""English prose in the vocabularies of 2023 to 2026; code and other languages have fewer characters per token."""
+"""For English prose in the vocabularies of 2023 to 2026; code and other languages have fewer characters per token."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Converted:
-    """A trace, and warnings about values that do not come from its file."""
+    """A trace, and warnings about its values that do not come from the file."""
 
     trace: Trace
     warnings: tuple[str, ...]
@@ -82,13 +82,13 @@ class Converted:
 def convert(
     path: str, *, characters_per_token: float | None = None, tokenizer: str | None = None, rate_rps: float | None = None
 ) -> Converted:
-    """Read a trace in any known form.
+    """Read a trace in any known format.
 
-    Texts without token counts are counted by ``tokenizer``, a ``tokenizer.json`` or its folder, or by their characters
-    (None: `CHARACTERS_PER_TOKEN`); requests without times arrive at ``rate_rps``.
+    The tokens of texts without counts are counted by ``tokenizer``, a ``tokenizer.json`` or its folder, or estimated
+    from their characters (None: `CHARACTERS_PER_TOKEN`). Requests without times arrive at ``rate_rps``.
 
     Raises:
-        DocumentError: not usable, or a rate for requests that have times.
+        DocumentError: the file is not usable, or a rate is specified for requests that have times.
     """
     ratio = characters_per_token or CHARACTERS_PER_TOKEN
     asked = _Asked(tokenizer_counter(tokenizer) if tokenizer else characters_counter(ratio))
@@ -109,7 +109,7 @@ def convert(
 
 
 def trace_file(trace: Trace, name: str) -> bytes:
-    """Return the trace in the form that a file name implies: JSONL or CSV, compressed or not.
+    """Return the trace in the format that a file name implies: JSONL or CSV, compressed or not.
 
     Raises:
         DocumentError: the name has another ending.
@@ -121,7 +121,7 @@ def trace_file(trace: Trace, name: str) -> bytes:
 
 
 class _Asked:
-    """Counts tokens, and remembers whether it was called."""
+    """Counts tokens, and remembers whether it was used."""
 
     def __init__(self, count: CountTokens) -> None:
         self._count = count
@@ -133,10 +133,10 @@ class _Asked:
 
 
 def tokenizer_counter(path: str) -> CountTokens:
-    """Return a counter of a text's tokens by a Hugging Face tokenizer, without special tokens.
+    """Return a function that counts a text's tokens with a Hugging Face tokenizer, without special tokens.
 
     Raises:
-        DocumentError: it cannot be read, or the package that reads it is not installed.
+        DocumentError: the tokenizer cannot be read, or the package for reading it is not installed.
     """
     file = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
     if not file.is_file():
@@ -147,6 +147,6 @@ def tokenizer_counter(path: str) -> CountTokens:
         raise single_problem(path, "needs the package tokenizers: pip install tokenizers") from None
     try:
         made = tokenizers.Tokenizer.from_file(str(file))
-    except Exception as error:  # a Rust library that raises Exception itself
+    except Exception as error:  # the Rust library raises Exception itself
         raise single_problem(str(file), f"is no tokenizer: {str(error)[:200]}") from None
     return lambda text: len(made.encode(text, add_special_tokens=False).ids)

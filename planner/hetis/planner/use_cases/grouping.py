@@ -1,4 +1,4 @@
-"""Groups of equal replicas, of GPUs by work or type, and of names: thousands of replicas have few shapes."""
+"""Groups of equal replicas, of GPUs by work or type, and of names: thousands of replicas have only a few shapes."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ _NUMBERED = re.compile(r"^(?P<stem>.*-)(?P<number>\d+)$")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplicaGroup:
-    """Replicas that differ only in the names of their devices, the ``first`` of which stands for all.
+    """Replicas that differ only in the names of their devices; the ``first`` of them represents all.
 
-    ``numbers`` are their positions in the plan, from 0; ``rate`` is the saturated rate of all together, requests/s.
+    ``numbers`` are their positions in the plan, from 0; ``rate`` is their total saturated rate in requests/s.
     """
 
     first: ReplicaPlan
@@ -41,7 +41,7 @@ def group_replicas(replicas: Sequence[ReplicaPlan]) -> tuple[ReplicaGroup, ...]:
 def _shape(replica: ReplicaPlan) -> tuple[object, ...]:
     stages = tuple((s.gpu, s.tp, s.copies, s.first_layer, s.num_layers, s.kv_head_groups_kept) for s in replica.stages)
     pools = tuple((p.stage, p.gpu, len(p.devices), p.kv_head_groups, p.shared) for p in replica.attention_workers)
-    # Four digits: replicas of one template on different nodes may differ in the last digits.
+    # Four digits, since replicas of one template on different nodes may differ in the last digits.
     times = tuple(f"{value:.4g}" for value in (replica.rate, replica.ttft_s, replica.tpot_s))
     sizes = (replica.micro_batch, replica.in_flight, replica.chunk_tokens, replica.kv_tokens)
     return stages, pools, times, sizes, replica.role, replica.kv_zones, replica.expert_parallel
@@ -57,7 +57,7 @@ def gpu_counts(cluster: Cluster) -> Counter[str]:
 
 
 def used_counts(plan: Plan | None) -> Counter[str]:
-    """Return the number of GPUs in use of every type that a plan knows, if there is one."""
+    """Return the number of used GPUs of every type known to a plan; empty without a plan."""
     counts = Counter[str]()
     for price in () if plan is None else plan.prices:
         counts[price.gpu] += price.used
@@ -65,7 +65,7 @@ def used_counts(plan: Plan | None) -> Counter[str]:
 
 
 def device_groups(plan: Plan) -> dict[str, str]:
-    """Return the name of each device's group: GPU type, and its role unless that is a whole request."""
+    """Return the name of each device's group: its GPU type, and its role unless it serves whole requests."""
     groups: dict[str, str] = {}
     for replica in plan.replicas:
         role = "" if replica.role is Role.UNIFIED else f", {replica.role}"
@@ -77,7 +77,7 @@ def device_groups(plan: Plan) -> dict[str, str]:
 
 
 def grouped_use(plan: Plan, uses: Sequence[DeviceUse]) -> list[DeviceUse]:
-    """Return one use per group, under its name and number of GPUs: means of means, and the highest maximum."""
+    """Return one use per group, with its name and number of GPUs: means of the means, and the highest maximum."""
     groups = device_groups(plan)
     members: dict[str, list[DeviceUse]] = {}
     for use in uses:
@@ -94,7 +94,7 @@ def grouped_use(plan: Plan, uses: Sequence[DeviceUse]) -> list[DeviceUse]:
 
 
 def abbreviate(devices: Sequence[str]) -> str:
-    """Return the devices as a compact host list; their order is not kept."""
+    """Return the devices as a compact host list, which does not keep their order."""
     nodes: dict[str, list[int]] = {}
     for device in devices:
         node, _, index = device.rpartition("/")
@@ -112,7 +112,7 @@ def abbreviate(devices: Sequence[str]) -> str:
 
 
 def number_ranges(numbers: Iterable[int]) -> str:
-    """Return ``3`` or ``[0-2,5]``."""
+    """Return the numbers as ``3`` or ``[0-2,5]``."""
     runs: list[list[int]] = []
     for number in sorted(numbers):
         if runs and number == runs[-1][1] + 1:

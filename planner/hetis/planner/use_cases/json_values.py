@@ -1,4 +1,4 @@
-"""Dataclasses as JSON values, field by field, and the documents that commands print of them."""
+"""Dataclasses as JSON values, field by field, and the documents that commands print."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hetis.formats.fields import API_VERSION
 
 
 def json_value(value: Any) -> Any:
-    """Return a value for ``json.dumps``: mappings, lists, text, numbers; None for infinite numbers."""
+    """Return a value for ``json.dumps``: mappings, lists, text, numbers; infinite numbers become None."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {field.name: json_value(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, Enum):
@@ -29,7 +29,7 @@ def json_value(value: Any) -> Any:
 
 
 def fields_of(value: object, *names: str) -> dict[str, Any]:
-    """Return these fields and properties of a value."""
+    """Return the named fields and properties of a value."""
     return {name: getattr(value, name) for name in names}
 
 

@@ -1,4 +1,4 @@
-"""A placement of layers with its proof checked, next to the one of maximum flow."""
+"""A placement of layers with its proof checked, beside the placement by maximum flow."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hetis.solver.layers.problem import LayersProblem, Links, NodeType
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layered:
-    """The result of `hetis-plan layers`: the placement, and if requested that of maximum flow, both checked."""
+    """The result of `hetis-plan layers`: the placement and, if requested, the one by maximum flow, both checked."""
 
     problem: LayersProblem
     plan: LayersPlan
@@ -35,7 +35,7 @@ class LayerStage:
 
     @property
     def visits(self) -> float:
-        """The share of the requests that pass the stage."""
+        """The share of the requests that pass through the stage."""
         return sum(load.visits for load in self.loads)
 
     @property
@@ -45,7 +45,7 @@ class LayerStage:
 
 
 def is_compiled() -> bool:
-    """Return whether the kernels have been compiled on this machine; if not, the first run takes 30 s longer."""
+    """Return whether the kernels are already compiled on this machine; if not, the first run takes 30 s longer."""
     from hetis.solver.compiled import is_cached
     from hetis.solver.layers.annealing import anneal
 
@@ -53,7 +53,7 @@ def is_compiled() -> bool:
 
 
 def compile_layers() -> None:
-    """Compile or load the kernels, by solving a problem of two equal nodes that hold a layer each."""
+    """Compile or load the kernels, by solving a problem with two equal nodes that hold one layer each."""
     from hetis.solver.layers.solve import solve_layers
 
     node = NodeType(name="node", count=2, tokens_per_s=(1e3,), kv_token_layers=(1e5,))
@@ -70,7 +70,7 @@ def place_layers(
     compare: bool = True,
     report: Report = silent,
 ) -> Layered:
-    """Solve and check. ``compare``: also find the placement of maximum flow, in what is left of the budget.
+    """Solve and check. ``compare``: also find the placement by maximum flow, within the rest of the budget.
 
     Raises:
         InfeasibleError: the nodes cannot hold all layers.
@@ -90,7 +90,7 @@ def place_layers(
 
 
 def stages(plan: LayersPlan) -> Iterator[LayerStage]:
-    """Yield the plan's stages by first layer, shorter ones first."""
+    """Yield the plan's stages ordered by first layer, shorter ones first."""
     key = _range_of
     for (first, held), loads in itertools.groupby(sorted(plan.judgement.loads, key=key), key):
         yield LayerStage(first_layer=first, num_layers=held, loads=tuple(loads))

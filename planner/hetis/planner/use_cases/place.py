@@ -1,7 +1,7 @@
 """`hetis-plan place`, step by step: `load` -> `pose` -> `search` (which binds) -> `describe` -> `check` -> report.
 
-`place` takes a loaded problem through them and adds the requested studies of the plan. `make_plan` is its core, which
-`compare` and the solver jobs of the service share. `hetis.planner.report.plan` draws the result of `place`.
+`place` takes a loaded problem through these steps, and adds the requested studies of the plan. `make_plan` is its core,
+which `compare` and the service's solver jobs share. `hetis.planner.report.plan` draws the result of `place`.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ if TYPE_CHECKING:
 DEFAULT_TTFT_S = 2.0
 DEFAULT_TPOT_S = 0.1
 DEFAULT_STRATEGY = "hetis"
-PLACES = ("node", "zone")  # whose loss a plan may have to survive
-SIMPLE_SETUPS = "simple_setups"  # entry of `Plan.inputs`: the same by TP size, with all replicas of that size
+PLACES = ("node", "zone")  # kinds of places whose loss a plan may have to survive
+SIMPLE_SETUPS = "simple_setups"  # entry of `Plan.inputs`: the value of equal stages by TP size of all replicas
 CONSTRAINT_PRICES = "constraint_prices"  # entry of `Plan.inputs`: the cost of every constraint, if requested
 ONE_TOKEN = "requests have one output token: no time passes between tokens, so nothing is held to a limit on TPOT"
 KV_IS_FOR_ENGINES = "engines hand KV over along the routes; you set them up for it"
@@ -63,11 +63,11 @@ KV_IS_FOR_ENGINES = "engines hand KV over along the routes; you set them up for 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlacementSettings:
-    """Settings of the search, all of which go into ``plan.inputs``.
+    """Settings of the search, all of which are recorded in ``plan.inputs``.
 
-    ``roles``: those that replicas may have; empty: all of the strategy. ``engine``: the one whose rules plans keep to;
-    None: any. ``simplest_within``: the share of the optimum that a plan on fewer nodes may lose. ``survive``: ``node``
-    or ``zone`` if the demand must be served even if any one of them is lost; empty: neither.
+    ``roles``: those that replicas may have; empty: all roles of the strategy. ``engine``: the engine whose rules plans
+    must obey; None: any engine. ``simplest_within``: the share of the optimum that a plan on fewer nodes may lose.
+    ``survive``: ``node`` or ``zone`` if the demand must be served even if any one of them is lost; empty: neither.
     """
 
     strategy: str = DEFAULT_STRATEGY
@@ -83,26 +83,26 @@ class PlacementSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlacementRequest:
-    """The request of ``place``: files, names or values, and options."""
+    """A request for ``place``: files, names or values, and options."""
 
     cluster: str | Cluster
     model: str | ModelSpec
     workload: str | Workload
-    prefix_hit_rate: PrefixHitRate | None = None  # of the workload; None: its own
+    prefix_hit_rate: PrefixHitRate | None = None  # replaces the workload's own; None: keep that
     profiles: Sequence[str] = ()
-    pins: Sequence[str] = ()  # ``--pin`` options
-    forbids: Sequence[str] = ()  # ``--forbid`` options
-    weights: str | None = None  # precision, names of `hetis.formats.dtypes`; None: the checkpoint's
-    kv: str | None = None  # precision, names of `hetis.formats.dtypes`; None: the checkpoint's
-    # Drafted tokens and their acceptance, such as ``1:0.85``; None: no drafts unless the model's file has some
+    pins: Sequence[str] = ()  # texts of the ``--pin`` options
+    forbids: Sequence[str] = ()  # texts of the ``--forbid`` options
+    weights: str | None = None  # precision by names of `hetis.formats.dtypes`; None: the checkpoint's
+    kv: str | None = None  # precision by names of `hetis.formats.dtypes`; None: the checkpoint's
+    # Drafted tokens and their acceptance, such as ``1:0.85``; None: no drafts unless the model's file specifies some
     mtp: str | None = None
     objective: Objective
     settings: PlacementSettings = PlacementSettings()
-    engine_settings: EngineSettings = NOTHING_SET  # those that engines are started with, whatever is planned
-    verify: bool = True  # simulate the plan before it is shown
-    service_level: ServiceLevel = service_level.DEFAULT  # what the simulation holds the plan to
-    other_engines: bool = True  # report the values of plans for other engines
-    price_pins: bool = False  # report the cost of every constraint
+    engine_settings: EngineSettings = NOTHING_SET  # settings with which engines are started, whatever is planned
+    verify: bool = True  # whether to simulate the plan before it is shown
+    service_level: ServiceLevel = service_level.DEFAULT  # the level that the plan must keep in the simulation
+    other_engines: bool = True  # whether to report the values of plans for other engines
+    price_pins: bool = False  # whether to report the cost of every constraint
     profile_error: float | None = None  # study the plan under profiles that are off by up to this share; None: no study
 
 
@@ -119,8 +119,8 @@ def load(request: PlacementRequest) -> LoadedInputs:
     """Read the files and names of a request.
 
     Raises:
-        DocumentError: with the problems of all inputs together.
-        InvalidProblemError: an objective that needs a demanded rate has none, or a GPU type has no profile.
+        DocumentError: contains the problems of all inputs.
+        InvalidProblemError: the objective needs a demanded rate and has none, or a GPU type has no profile.
     """
     loaded = load_inputs(
         cluster=request.cluster, model=request.model, workload=request.workload, profiles=request.profiles,
@@ -133,10 +133,10 @@ def load(request: PlacementRequest) -> LoadedInputs:
 
 
 def pose(request: PlacementRequest, loaded: LoadedInputs) -> PlacementProblem:
-    """Make the problem: the inputs, the objective, the strategy's family of plans.
+    """Return the problem: the inputs, the objective, and the strategy's family of plans.
 
     Raises:
-        InvalidProblemError: the inputs contradict each other, the strategy has not all of these roles, or there is no
+        InvalidProblemError: the inputs contradict each other, the strategy lacks one of the roles, or there is no
             demand that could survive a loss.
     """
     settings = request.settings
@@ -156,11 +156,11 @@ def place(
 ) -> PlacedPlan:
     """Search, describe and check a plan, then verify, price and study it as requested.
 
-    The time limit is that of the search; a study may take as long again, and so may the prices.
+    The time limit applies to the search; a study may take the same time again, and so may the prices.
 
     Raises:
-        InfeasibleError: no plan of the family exists; names the GPUs of the catalogue that could be added.
-        NoPlanFoundError: stopped before one was found.
+        InfeasibleError: no plan of the family exists; names GPUs of the catalogue that could be added.
+        NoPlanFoundError: the search stopped before a plan was found.
         UncheckedPlanError: the plan fails the independent checker.
     """
     settings = request.settings
@@ -208,16 +208,16 @@ def make_plan(
     beside_engines: bool = False,
     on_search: Callable[[], None] = lambda: None,
 ) -> Plan:
-    """Search a plan, complete it with its inputs and notes, check it, and add the effects of its profiles' errors.
+    """Search for a plan, complete it with its inputs and notes, check it, and add the effects of its profiles' errors.
 
-    If no plan exists, ``market`` gives the GPUs that could be added (None: do not look). ``beside_equal_stages`` adds
-    the value of equal stages, and ``beside_engines`` those of plans for other engines, which takes additional time.
-    If a loss must be survived, there are several searches, each with the time limit of the settings. ``on_search`` is
-    called before each search.
+    If no plan exists, ``market`` contains the GPUs that could be added (None: do not look). ``beside_equal_stages``
+    adds the value of equal stages, and ``beside_engines`` those of plans for other engines, which takes additional
+    time. If a loss must be survived, there are several searches, each with the time limit of the settings.
+    ``on_search`` is called before each search.
 
     Raises:
         InfeasibleError: no plan of the family exists.
-        NoPlanFoundError: stopped before one was found.
+        NoPlanFoundError: the search stopped before a plan was found.
         UncheckedPlanError: the plan fails the independent checker.
     """
 
@@ -231,7 +231,7 @@ def make_plan(
     plan = surviving_plan(find, partial(find, explains=False), problem, survive) if survive else find(problem)
     problem = replace(problem, objective=plan.objective)
     plan = describe(plan, loaded, problem, settings)
-    is_compared = settings.strategy == DEFAULT_STRATEGY and plan.replicas and not survive  # the others do not survive
+    is_compared = settings.strategy == DEFAULT_STRATEGY and plan.replicas and not survive  # they do not survive
     if beside_equal_stages and is_compared:
         plan = _with_equal_stages(plan, problem, settings, budget.cancelled)
     if beside_engines and is_compared:
@@ -246,10 +246,10 @@ def simulated_plan(
     plan: Plan, loaded: LoadedInputs, problem: PlacementProblem, settings: PlacementSettings, *, level: ServiceLevel,
     budget: Callable[[], Budget], cancelled: threading.Event, report: Report, losses: bool = True, again: bool = True,
 ) -> Plan:  # fmt: skip
-    """Simulate a plan of `make_plan`; where it misses a limit, search again for a tighter one (`verified_plan`).
+    """Simulate a plan of `make_plan`; if it misses a limit, search again with a tighter one (`verified_plan`).
 
-    A plan that survives a loss, or if not ``again``, is not searched for again. ``budget`` returns that of one search.
-    ``losses``: add the effects of losses to another plan. Once cancelled, the plan is returned as far as it is
+    There is no other search for a plan that survives a loss, or without ``again``. ``budget`` returns the budget of one
+    search. ``losses``: add the effects of losses to another plan. Once cancelled, the plan is returned as far as it was
     verified.
 
     Raises:
@@ -270,7 +270,7 @@ def simulated_plan(
 
 
 def held_to(level: ServiceLevel, plan: Plan) -> Plan:
-    """Return a plan that says what simulated traffic has to keep."""
+    """Return the plan with the service level that simulated traffic must keep."""
     if level == service_level.DEFAULT:
         return plan
     note = f"search and bound are for p95 TTFT and mean TPOT; simulated traffic has to keep {level}, without a bound"
@@ -279,7 +279,7 @@ def held_to(level: ServiceLevel, plan: Plan) -> Plan:
 
 
 def _checked(plan: Plan, problem: PlacementProblem, *, losses: bool) -> Plan:
-    """Check a plan, and add the effects of its losses, if asked for, and of its profiles' errors."""
+    """Check a plan, and add the effects of its losses, if requested, and of its profiles' errors."""
     check(plan, problem)
     return with_profile_errors(with_losses(plan, problem) if losses else plan, problem)
 
@@ -288,11 +288,11 @@ def search(
     problem: PlacementProblem, settings: PlacementSettings, *, budget: Budget, report: Report,
     market: Market | None = None,
 ) -> Plan:  # fmt: skip
-    """Find the best plan of the strategy's family and bind it to named GPUs, in `hetis.solver.planning`.
+    """Find the best plan of the strategy's family and bind it to named GPUs, by `hetis.solver.planning`.
 
     Raises:
         InfeasibleError: no plan of the family exists.
-        NoPlanFoundError: stopped before one was found.
+        NoPlanFoundError: the search stopped before a plan was found.
     """
     from hetis.solver.planning import solve_placement
 
@@ -310,7 +310,7 @@ def search(
 
 
 def describe(plan: Plan, loaded: LoadedInputs, problem: PlacementProblem, settings: PlacementSettings) -> Plan:
-    """Add to a plan its inputs, and notes on its links and profiles."""
+    """Add its inputs to a plan, and notes about its links and profiles."""
     from hetis.solver.placement.explanation import link_sentences
 
     routed = (KV_IS_FOR_ENGINES, *link_sentences(plan, problem)) if plan.kv_routes else ()
@@ -320,10 +320,10 @@ def describe(plan: Plan, loaded: LoadedInputs, problem: PlacementProblem, settin
 
 
 def check(plan: Plan, problem: PlacementProblem) -> None:
-    """Derive every number of the plan again, with code that shares nothing with the search.
+    """Derive every number of the plan again, by code that shares nothing with the search.
 
     Raises:
-        UncheckedPlanError: a number or a constraint is violated.
+        UncheckedPlanError: a number is wrong, or a constraint is violated.
     """
     from hetis.solver.check import check_plan
 
@@ -334,7 +334,7 @@ def check(plan: Plan, problem: PlacementProblem) -> None:
 def objective(
     kind: ObjectiveKind, *, ttft_s: float | None, tpot_s: float | None, demand_rps: float | None
 ) -> Objective:
-    """Return the objective with its default limits; None is the default, infinity means no limit."""
+    """Return the objective with its default limits. A limit of None is the default, infinity means no limit."""
     throughput = kind is ObjectiveKind.THROUGHPUT
     ttft_s = (float("inf") if throughput else DEFAULT_TTFT_S) if ttft_s is None else ttft_s
     tpot_s = (float("inf") if throughput else DEFAULT_TPOT_S) if tpot_s is None else tpot_s
@@ -347,10 +347,10 @@ def objective(
 
 
 def _require_demand(goal: Objective, workload: Workload) -> None:
-    """Refuse to guess the traffic for which the least cost or the fewest GPUs are wanted.
+    """Check that a rate is demanded: the traffic for the least cost or the fewest GPUs is not guessed.
 
     Raises:
-        InvalidProblemError: no rate is demanded; names the rate of the trace, if it has one.
+        InvalidProblemError: no rate is demanded; names the trace's rate if there is one.
     """
     if not goal.maximises and goal.demand_rps is None:
         hint = "" if workload.rate_rps is None else f"; {workload.name} arrives at {workload.rate_rps:.4g} requests/s"
@@ -374,7 +374,7 @@ def missed(plan: Plan, settings: PlacementSettings) -> list[str]:
 
 
 def inputs_of_plan(loaded: LoadedInputs, settings: PlacementSettings, problem: PlacementProblem) -> dict[str, Any]:
-    """Return ``plan.inputs`` for a plan made in this way."""
+    """Return ``plan.inputs`` for a plan made by `make_plan`."""
     return {
         "versions": installed_versions(),
         "roles": [role.value for role in problem.family.roles],
@@ -396,10 +396,10 @@ def inputs_of_plan(loaded: LoadedInputs, settings: PlacementSettings, problem: P
 def _with_equal_stages(
     plan: Plan, problem: PlacementProblem, settings: PlacementSettings, cancelled: threading.Event
 ) -> Plan:
-    """Return the plan with the value of equal stages, which is what engines do without a planner.
+    """Return the plan with the value of equal stages, which is what engines run without a planner.
 
-    Also with that of each TP size in every replica. Values whose search was cut short are left out. The first search
-    may be for no other reason than that it compiles, and is repeated.
+    It also gets the values with one TP size in all replicas, by size. Values whose search was cut short are left out.
+    The first search may be cut short only because it compiles, and is then repeated.
     """
 
     def value(of: PlacementProblem, budget: Budget) -> tuple[float | None] | None:
@@ -423,7 +423,7 @@ def _with_equal_stages(
 
 
 def simulation_report(plan: Plan, report: Report) -> Callable[[int, int], None]:
-    """Return a callback that reports a simulation as progress of the search, once per quarter of the requests."""
+    """Return a callback that reports a simulation as progress of the search, for each quarter of the requests."""
     started_s, told = time.monotonic() - plan.result.solve_s, [-1]
 
     def requests(given: int, total: int) -> None:
@@ -451,7 +451,7 @@ def _constraint_prices(
 
 
 def _price_rows(prices: Sequence[ConstraintPrice]) -> list[dict[str, Any]]:
-    """Return prices as stored in `Plan.inputs`."""
+    """Return prices in the form in which they are stored in `Plan.inputs`."""
     return [
         {
             "constraints": [str(each) for each in price.constraints],
@@ -464,7 +464,7 @@ def _price_rows(prices: Sequence[ConstraintPrice]) -> list[dict[str, Any]]:
 
 
 def catalogue_market() -> Sequence[Offer]:
-    """Return what could be added to a fleet: the catalogue's GPU types with a price, and their default profiles."""
+    """Return what could be added to any fleet: the catalogue's GPU types with a price, with their default profiles."""
     from hetis.solver.placement.infeasible import Offer
 
     offers = []

@@ -1,4 +1,4 @@
-"""Plans in a given precision: the model's weights and KV, and the GPUs on which the engine supports it."""
+"""Plans in a chosen precision: that of the model's weights and KV, and the GPUs on which the engine supports it."""
 
 from __future__ import annotations
 
@@ -24,11 +24,13 @@ WORKERS = "vllm-hetis"  # the engine with attention workers, which keep KV in 16
 
 
 def in_precision(loaded: LoadedInputs, *, weights: str | None, kv: str | None, mtp: str | None = None) -> LoadedInputs:
-    """Return the inputs with the model's weights or KV in another precision, or with drafts; None: as in its file.
+    """Return the inputs with the model's weights or KV in another precision, or with drafts.
+
+    None for any of them leaves what the model's file specifies.
 
     Args:
         loaded: the inputs.
-        weights, kv: choices such as ``fp8`` or ``fp8,V100=bf16`` (`dtypes.chosen_precision`).
+        weights, kv: precisions such as ``fp8`` or ``fp8,V100=bf16`` (`dtypes.chosen_precision`).
         mtp: drafted tokens and their acceptance (`hetis.formats.model.drafts`).
 
     Raises:
@@ -55,7 +57,7 @@ def in_precision(loaded: LoadedInputs, *, weights: str | None, kv: str | None, m
 
 
 def _on_types_of(cluster: Cluster, text: str | None, known: Collection[str]) -> dtypes.Chosen | None:
-    """Return the choice in a text with GPU types named as the cluster names them."""
+    """Return the precisions in a text, with the GPU types under the names that the cluster has for them."""
     if text is None:
         return None
     chosen = dtypes.chosen_precision(text, known)
@@ -77,10 +79,10 @@ def _type_of(gpu: str, cluster: Cluster) -> str:
 def for_engine(loaded: LoadedInputs, engine: EngineRules | None) -> LoadedInputs:
     """Return the inputs without the GPUs on which the engine cannot run the model in its precision.
 
-    Notes give the reasons. The function is idempotent.
+    Notes explain why. The function is idempotent.
 
     Raises:
-        InvalidProblemError: no GPU is left; with the reason.
+        InvalidProblemError: no GPU is left; the message contains the reasons.
     """
     inputs, name = loaded.inputs, None if engine is None else engine.name
     if name is None or name not in SUPPORT:
@@ -115,7 +117,7 @@ def for_engine(loaded: LoadedInputs, engine: EngineRules | None) -> LoadedInputs
 
 
 def notes_on_exchange(plan: Plan, problem: PlacementProblem) -> list[str]:
-    """Return what the engines of replicas that exchange KV must be told."""
+    """Return notes on what the engines of replicas that exchange KV must be configured with."""
     rules = problem.family.engine
     if rules is None:
         return []
@@ -133,7 +135,7 @@ def notes_on_exchange(plan: Plan, problem: PlacementProblem) -> list[str]:
 def refused_by(model: ModelSpec, cluster: Cluster, engine: str | None) -> dict[str, str]:
     """Return the GPU types on which an engine cannot run the model in its precision, with the reason for each.
 
-    Empty for None and for ``any``, of which nobody knows.
+    Empty for None and for ``any``, whose support is unknown.
     """
     if engine is None or engine not in SUPPORT:
         return {}
@@ -142,7 +144,7 @@ def refused_by(model: ModelSpec, cluster: Cluster, engine: str | None) -> dict[s
 
 
 def constraints_of(model: ModelSpec, cluster: Cluster, engine: str | None) -> tuple[Constraint, ...]:
-    """Return the constraints that keep GPUs out of parts that an engine cannot give them."""
+    """Return the constraints that keep GPUs out of roles that an engine cannot give them."""
     has_workers = _has_workers(model, cluster, engine)
     constraints = [_without(name, has_workers=has_workers) for name in refused_by(model, cluster, engine)]
     return (*constraints, WithoutWorkers()) if engine == WORKERS and not has_workers else tuple(constraints)
@@ -154,7 +156,7 @@ def gpu_types_of(cluster: Cluster) -> dict[str, GpuType]:
 
 
 def _has_workers(model: ModelSpec, cluster: Cluster, engine: str | None) -> bool:
-    """Return whether heads can move, and any GPU type holds KV in a precision that attention workers have."""
+    """Return whether heads can move, and any GPU type holds KV in the precision of attention workers."""
     has_kv = any(model.on(gpu).kv_bytes == 2 for gpu in gpu_types_of(cluster))
     return engine == WORKERS and model.heads_can_move and has_kv
 

@@ -39,7 +39,7 @@ NOTE = "re-planned from a running plan; value and bound are those of the fleet, 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PosedReplan:
-    """A re-planning request. ``warnings`` point out oddities of the running plan."""
+    """A problem of re-planning. ``warnings`` point out oddities of the running plan."""
 
     running: Plan
     loaded: LoadedInputs
@@ -54,11 +54,12 @@ def load_replanning(
 ) -> PosedReplan:  # fmt: skip
     """Read the running plan and the new fleet.
 
-    Model, objective, strategy and roles are the plan's, and so are profiles and traffic unless others are given.
+    The model, objective, strategy and roles are the plan's, and so are profiles and traffic unless others are
+    specified.
 
     Raises:
-        DocumentError: with the problems of all files; or the plan is of another model than ``model``.
-        InvalidProblemError: a GPU type has no profile and none can be modelled; or the engine cannot run GPUs that
+        DocumentError: contains the problems of all files; or the plan is for another model than ``model``.
+        InvalidProblemError: a GPU type has no profile and none can be modelled; or the engine cannot run on GPUs that
             re-planning cannot leave out.
     """
     problems: list[Problem] = []
@@ -119,7 +120,7 @@ def load_replanning(
 
 
 def _constraints(problem: PlacementProblem) -> tuple[Constraints, Constraints, Constraints]:
-    """Return the constraints that re-planning keeps, those that it does not, and those about what the fleet lacks."""
+    """Return the constraints that re-planning keeps, those that it ignores, and those on what the fleet lacks."""
     kept, ignored, absent = list[Constraint](), list[Constraint](), list[Constraint]()
     for constraint in problem.constraints:
         if any(misfits((constraint,), problem.cluster, problem.family.tp_sizes)):
@@ -130,7 +131,7 @@ def _constraints(problem: PlacementProblem) -> tuple[Constraints, Constraints, C
 
 
 def _nothing_in_common(running: Plan, fleet: Cluster) -> Iterator[str]:
-    """Yield a warning if no GPU of the running plan is left: most likely nodes were renamed."""
+    """Yield a warning if no GPU of the running plan is left, most likely because nodes were renamed."""
     replicas = running.replicas
     used = {(device, part.gpu) for one in replicas for part in one.stages for device in part.devices}
     used |= {(device, part.gpu) for one in replicas for part in one.attention_workers for device in part.devices}
@@ -156,14 +157,14 @@ def replan(
     budget: Budget,
     report: Report,
 ) -> Replanning:
-    """Solve, complete the plan with its inputs and notes, check plan and change, and simulate the plan.
+    """Solve, complete the plan with its inputs and notes, check the plan and the change, and simulate the plan.
 
-    It is held to the service level of the running plan. Where it misses a limit, that is said and not searched again.
+    It is held to the running plan's service level. If it misses a limit, that is reported, and not searched again.
 
     Raises:
         InfeasibleError: no plan exists, or none within ``max_moves``.
-        NoPlanFoundError: stopped before one was found.
-        UncheckedPlanError: the answer fails its checks.
+        NoPlanFoundError: the search stopped before a plan was found.
+        UncheckedPlanError: the plan or the change fails its checks.
     """
     settings = posed.settings
     question = ReplanningProblem(running=posed.running, problem=posed.problem, costs=costs, max_moves=max_moves)

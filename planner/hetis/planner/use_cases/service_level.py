@@ -1,7 +1,7 @@
-"""What has to keep the limits of a plan: p95 TTFT and mean TPOT, other statistics of them, or a share of requests.
+"""What must keep the limits of a plan: p95 TTFT and mean TPOT, other statistics of them, or a share of requests.
 
-The search plans by p95 TTFT and mean TPOT, whatever is asked for: the cost model knows no others. The simulator does,
-and holds the plan to them (`hetis.planner.use_cases.verify`).
+The search plans by p95 TTFT and mean TPOT whatever is requested, since the cost model knows no others. The simulator
+does, and holds the plan to them (`hetis.planner.use_cases.verify`).
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
     from hetis.simulator.values import FloatArray, Run
     from hetis.solver.plan import Objective, Plan
 
-SERVICE_LEVEL = "service_level"  # entry of `Plan.inputs`; absent: the default one
-TAIL = 0.9  # of a limit on a tail: from here on, that of a longer run decides
-SHARE = 0.6  # of the requests that may miss: with an exponential tail, a latency at 90% of its limit
-FEWEST_MISSES = 50  # that a run should have room for
-RULE_OF_THREE = 3.0  # none of n requests missed: up to 3 / n of all may, with 95% certainty
+SERVICE_LEVEL = "service_level"  # entry of `Plan.inputs`; absent: the default level
+TAIL = 0.9  # share of a limit on a tail statistic from which a longer run decides
+SHARE = 0.6  # such a share of the allowed misses; an exponential tail is then at 90% of its limit
+FEWEST_MISSES = 50  # misses for which a run should have room
+RULE_OF_THREE = 3.0  # if none of n requests missed, up to 3 / n of all may, with 95% certainty
 
 
 class Latency(StrEnum):
@@ -37,7 +37,7 @@ class Latency(StrEnum):
 
 
 class Statistic(StrEnum):
-    """A statistic of a latency over requests; ``mean`` of TPOT is over tokens."""
+    """A statistic of a latency over requests; the ``mean`` of TPOT is over tokens."""
 
     MEAN = "mean"
     P50 = "p50"
@@ -46,7 +46,7 @@ class Statistic(StrEnum):
     P99 = "p99"
 
     def __call__(self, values: FloatArray) -> float:
-        """Return the statistic of seconds of single requests."""
+        """Return the statistic over the latencies of single requests, in seconds."""
         import numpy as np
 
         return float(values.mean() if self is Statistic.MEAN else np.percentile(values, int(self[1:])))
@@ -54,8 +54,11 @@ class Statistic(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServiceLevel:
-    """What keeps the limits on TTFT and TPOT: a statistic of each, or with ``attainment`` that share of the requests,
-    each of which has to keep both (the goodput of DistServe and of vLLM's benchmark)."""
+    """What must keep the limits on TTFT and TPOT: a statistic of each or, with ``attainment``, a share of the requests.
+
+    With ``attainment``, each of these requests must keep both limits (the goodput of DistServe and of vLLM's
+    benchmark).
+    """
 
     ttft: Statistic = Statistic.P95
     tpot: Statistic = Statistic.MEAN
@@ -67,14 +70,14 @@ class ServiceLevel:
         return f"{self.ttft} of TTFT and {self.tpot} of TPOT within their limits"
 
     def data(self) -> dict[str, Any]:
-        """Return the entry of `Plan.inputs`."""
+        """Return the level as an entry of `Plan.inputs`."""
         return asdict(self)
 
     def statistic(self, latency: Latency) -> Statistic:
         return self.ttft if latency is Latency.TTFT else self.tpot
 
     def requests(self, most: int) -> int:
-        """Return how many requests of a run are needed to tell a share, at most ``most``; 0: any number will do."""
+        """Return how many requests a run needs to measure the share, at most ``most``; 0: any number will do."""
         if self.attainment is None:
             return 0
         return most if self.attainment == 1.0 else min(most, math.ceil(FEWEST_MISSES / (1.0 - self.attainment)))
@@ -86,10 +89,10 @@ DEFAULT = ServiceLevel()
 def asked_level(
     *, ttft: Statistic | None, tpot: Statistic | None, attainment: float | None, objective: Objective, verify: bool
 ) -> ServiceLevel:
-    """Return the service level that is asked for; None: nothing is.
+    """Return the requested service level; arguments that are None request nothing.
 
     Raises:
-        InvalidProblemError: it contradicts itself, has no limit to hold, or nothing is simulated.
+        InvalidProblemError: the level contradicts itself or has no limit to keep, or nothing is simulated.
     """
     statistics = {
         latency: one for latency, one in ((Latency.TTFT, ttft), (Latency.TPOT, tpot)) if one is not None
@@ -114,12 +117,12 @@ def asked_level(
 
 
 def service_level_of(plan: Plan) -> ServiceLevel:
-    """Return what a plan is held to; the default if it says nothing readable."""
+    """Return the level to which a plan is held; the default if its entry is missing or unreadable."""
     return service_level_from_data(plan.inputs.get(SERVICE_LEVEL))
 
 
 def service_level_from_data(found: object) -> ServiceLevel:
-    """Return the level that `ServiceLevel.data` wrote; the default if it is not readable."""
+    """Return the level from which `ServiceLevel.data` made an entry; the default if the entry is unreadable."""
     names = {field.name for field in fields(ServiceLevel)}
     if not isinstance(found, Mapping) or set(found) != names:
         return DEFAULT
@@ -132,32 +135,32 @@ def service_level_from_data(found: object) -> ServiceLevel:
 
 
 def limits_of(objective: Objective) -> dict[Latency, float]:
-    """Return the limits that there are, in seconds."""
+    """Return the limits of an objective that has them, in seconds."""
     limits = {Latency.TTFT: objective.ttft_limit_s, Latency.TPOT: objective.tpot_limit_s}
     return {latency: limit for latency, limit in limits.items() if limit is not None}
 
 
 class Limited(NamedTuple):
-    """What has a limit, with the ends of its interval; in seconds, or as a share of requests."""
+    """A limited quantity with the ends of its interval, in seconds or as a share of requests."""
 
     low: float
     value: float
     high: float
     limit: float
-    close: float  # the share of the limit from which on a longer run decides
+    close: float  # share of the limit from which a longer run decides
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Held:
-    """A run beside the limits: what the level limits, and what is said of it."""
+    """A run compared with the limits: the quantities that the level limits, and details for reports."""
 
     limited: tuple[Limited, ...]
-    seconds: Mapping[Latency, float]  # of the statistics that are asked for, where these are not the usual ones
-    missed: Mapping[Latency, float]  # the share of the requests over each limit; empty without an attainment
+    seconds: Mapping[Latency, float]  # values of the requested statistics that are not the usual ones
+    missed: Mapping[Latency, float]  # share of the requests over each limit; empty without an attainment
 
 
 def held(level: ServiceLevel, summary: Summary, run: Run | None, limits: Objective) -> Held:
-    """Return a run beside the limits; ``run`` is needed for all levels but the default."""
+    """Return a run compared with the limits; ``run`` is needed for all levels but the default."""
     usual = {Latency.TTFT: summary.ttft_p95_s, Latency.TPOT: summary.mean_tpot_s}
     bounds = limits_of(limits)
     if run is None or level == DEFAULT:
@@ -182,13 +185,16 @@ def held(level: ServiceLevel, summary: Summary, run: Run | None, limits: Objecti
 
 
 def share_within(share: float, asked: float) -> str:
-    """Return a share of requests with so many digits, rounded down, that it is not taken for one asked for."""
+    """Return a share of requests as text, rounded down.
+
+    It has enough digits not to be mistaken for the ``asked`` share.
+    """
     decimals = 4 if asked == 1.0 else max(1, math.ceil(-math.log10(1.0 - asked)))
     return f"{math.floor(share * 10 ** (decimals + 2)) / 10**decimals:.{decimals}f}%"
 
 
 def _limited(estimate: Estimate, limit: float, statistic: Statistic) -> Limited:
-    half = estimate.half_width if estimate.half_width >= 0 else 0.0  # an unknown interval excuses nothing
+    half = estimate.half_width if estimate.half_width >= 0 else 0.0  # an unknown interval excuses no miss
     close = 1.0 if statistic is Statistic.MEAN else TAIL
     return Limited(estimate.value - half, estimate.value, estimate.value + half, limit, close)
 

@@ -37,7 +37,7 @@ from hetis.solver.workload import Workload
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadedTenants:
-    """The tenants of a file on a cluster, and the inputs of each, in the file's order."""
+    """The tenants in a file with their cluster, and the inputs of each tenant in the file's order."""
 
     tenancy: Tenancy
     inputs: tuple[LoadedInputs, ...]
@@ -45,11 +45,11 @@ class LoadedTenants:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SharedFleet:
-    """The fleet shared by the requested rule, and by others for comparison."""
+    """The fleet shared by the requested rule, and by other rules for comparison."""
 
-    tenancy: Tenancy  # the tenants with the families that were searched
-    answers: tuple[FleetShares, ...]  # for the requested rule, then for the others that finished in time
-    # Of the first answer, tenant by tenant; None if not requested or if no time was left
+    tenancy: Tenancy  # the tenants, with the families that were searched
+    answers: tuple[FleetShares, ...]  # for the requested rule, then for the other rules that finished in time
+    # Envy under the first answer, by tenant and other tenant; None if not requested or if no time was left
     envy: tuple[tuple[EnvyCell, ...], ...] | None
 
 
@@ -57,7 +57,7 @@ def load_tenancy(file: str, *, cluster: str, profiles: Sequence[str] = (), strat
     """Read the tenants and everything they name.
 
     Raises:
-        DocumentError: with the problems of all inputs together.
+        DocumentError: contains the problems of all inputs.
         InvalidProblemError: the tenants cannot share this fleet.
     """
     if cluster == "-":
@@ -78,7 +78,7 @@ def load_tenancy(file: str, *, cluster: str, profiles: Sequence[str] = (), strat
 
 
 def _in_file(problem: Problem, index: int, tenant: FleetTenant, source: Text) -> Problem:
-    """Return a problem with a name or path of a tenant at the line that contains it; other problems unchanged."""
+    """Return a problem with a tenant's name or path at the line that contains it, and any other problem unchanged."""
     for field, given in (("model", tenant.model), ("workload", tenant.workload)):
         if problem.line is None and problem.file in (field, given):  # an unknown name, or a missing file
             message = problem.message if problem.file == field else str(problem)
@@ -100,7 +100,7 @@ def share_out_fleet(
 
     Raises:
         InfeasibleError: a tenant cannot be served on this fleet at all.
-        NoPlanFoundError: stopped before there were shares by the first rule.
+        NoPlanFoundError: the search stopped before there were shares by the first rule.
         UncheckedPlanError: an answer fails the independent checker.
     """
     number, count = 1, len(rules) + with_envy
@@ -130,7 +130,7 @@ def share_out_fleet(
 def _finished(
     search: FleetSearch, loaded: LoadedTenants, rule: TenantRule, settings: PlacementSettings, report: Report
 ) -> FleetShares:
-    """Return the checked answer by a rule, with completed plans."""
+    """Return the checked answer for one rule, with completed plans."""
     from hetis.solver.tenants.check import check_fleet_shares
 
     report(Progress(phase=f"rule {rule}", elapsed_s=search.budget.elapsed_s()))
@@ -159,7 +159,7 @@ def _finished(
 
 
 NETWORK = Link(bytes_per_s=12.5e9, latency_s=20e-6)  # 100 Gbps between nodes, for deriving speed-ups
-GAP = 0.005  # of the placements from which speed-ups are derived
+GAP = 0.005  # relative gap of the placements from which speed-ups are derived
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -171,7 +171,7 @@ class Sharing:
     properties: tuple[Properties, ...]
     derived: tuple[str, ...]  # jobs (``tenant/job``) whose speed-ups come from our placements
     rounds: tuple[Round, ...]  # whole GPUs under the first rule, round by round
-    # The most profitable false claims under the first rule, per claimant: inflated, deflated
+    # The most profitable false claims of each claimant under the first rule: inflated, deflated
     claims: tuple[tuple[Claim, Claim], ...]
 
 
@@ -179,9 +179,9 @@ def share_out(
     inputs: ShareInputs, rules: tuple[FairnessRule, ...], *, budget: Budget, tell: Callable[[str], None],
     rounds: int = 0, claims: int = 0,
 ) -> Sharing:  # fmt: skip
-    """Share the fleet under every rule and check the answers.
+    """Share the GPUs under every rule and check the answers.
 
-    For the first rule, also return ``rounds`` rounds of whole GPUs, and the best of ``claims`` false claims per
+    For the first rule, also return ``rounds`` rounds of whole GPUs, and the best of ``claims`` false claims for each
     claimant.
 
     Raises:
@@ -229,7 +229,7 @@ def share_problem(
 ) -> tuple[ShareProblem, tuple[str, ...]]:
     """Return the problem of a file, and the names of the jobs whose speed-ups were derived."""
     work = _models_and_workloads(inputs)
-    known: dict[tuple[str, str], Mapping[str, float]] = {}  # one derivation serves all jobs with the same work
+    known: dict[tuple[str, str], Mapping[str, float]] = {}  # jobs with the same work share one derivation
     derived = []
     tenants = []
     for tenant in inputs.tenants:
@@ -254,7 +254,7 @@ def share_problem(
 
 
 def _models_and_workloads(inputs: ShareInputs) -> Mapping[tuple[str, str], tuple[ModelSpec, Workload]]:
-    """Return models and workloads for deriving speed-ups, by their names in the file; reports all errors at once."""
+    """Return the models and workloads for deriving speed-ups, by their names in the file, or report all errors."""
     problems: list[Problem] = []
     found = {}
     asked = dict.fromkeys(
@@ -282,7 +282,7 @@ def _models_and_workloads(inputs: ShareInputs) -> Mapping[tuple[str, str], tuple
 def _derived_speedups(
     inputs: ShareInputs, model: ModelSpec, workload: Workload, *, budget: Budget
 ) -> Mapping[str, float]:
-    """Return the goodput per GPU of the best placement on all GPUs of each single type; 0 if the model does not fit."""
+    """Return the goodput per GPU of the best placement on all GPUs of each type alone; 0 if the model does not fit."""
     from hetis.solver.planning import solve_placement
 
     rates = {}
@@ -318,7 +318,7 @@ def _one_type(name: str, count: int, per_node: int, model: ModelSpec, workload: 
 
 
 def _require_checked(problem: ShareProblem, shares: tuple[Shares, ...]) -> None:
-    """Raise `UncheckedPlanError` if the independent checker finds something wrong."""
+    """Raise `UncheckedPlanError` if the independent checker finds an error."""
     from hetis.planner.use_cases.errors import UncheckedPlanError
     from hetis.solver.shares.check import check_shares
 

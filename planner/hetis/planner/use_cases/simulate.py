@@ -25,29 +25,29 @@ from hetis.solver.problem import NOTHING_SET, EngineSettings, PlacementProblem
 from hetis.solver.workload import Workload
 
 MIN_REQUESTS = 2000
-TURNS = 20  # how often, by default, a run replaces all the requests that a plan holds at once
-DOUBLINGS = 6  # of the number of requests, at most, until the intervals are narrow
+TURNS = 20  # how many times, by default, a run replaces all the requests that a plan holds at once
+DOUBLINGS = 6  # most doublings of the number of requests until the intervals are narrow
 SAMPLES = 200  # per device and run
-AGREES = 0.1  # tolerated difference of simulated / planned from 1
+AGREES = 0.1  # tolerated difference of the ratio simulated / planned from 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Question:
     """The simulation to run."""
 
-    load: Load  # the traffic; a sweep ignores its rate and tries its own
-    num_requests: int  # per run
-    seeds: tuple[int, ...]  # one per run, in place of that of the settings
+    load: Load  # the traffic; a sweep ignores its rate and tries rates of its own
+    num_requests: int  # requests per run
+    seeds: tuple[int, ...]  # one per run, replacing the seed in the settings
     settings: Settings
     limits: Objective
-    sweeps: bool = False  # whether to search the highest rate within the limits, to a relative ``tolerance``
+    sweeps: bool = False  # whether to search for the highest rate within the limits, to a relative ``tolerance``
     tolerance: float = 0.02
-    # Runs are lengthened until every interval is this narrow, relative; None: they are not
+    # Relative width of every interval up to which runs are lengthened; None: they are not
     precision: float | None = None
     keep_run: bool = False  # whether the answer contains the whole first run
-    # Those that engines are started with instead of the plan's, see `at_settings`
+    # Settings with which engines are started instead of the plan's, see `at_settings`
     engine_settings: EngineSettings = NOTHING_SET
-    changes: tuple[str, ...] = ()  # what they change of the plan, in a few words each
+    changes: tuple[str, ...] = ()  # the changes that these settings make to the plan, in a few words each
 
     def __post_init__(self) -> None:
         if self.num_requests < 1 or not self.seeds:
@@ -58,29 +58,29 @@ class Question:
 class Simulated:
     """The answer to a question, with the plan's prediction."""
 
-    question: Question  # with the final number of requests
+    question: Question  # the question, with the final number of requests
     prediction: Prediction
-    # Of all runs; for a sweep, at the highest rate within the limits, or at the lowest tried if none is
+    # Over all runs; for a sweep, at the highest rate within the limits, or at the lowest one tried if there is none
     summary: Summary
-    runs: tuple[Metrics, ...]  # metrics of each, in the order of the seeds; empty for a sweep
-    num_clipped: int  # requests, over all runs, that were shortened to the model's context
-    run: Run | None  # the first run, if it was to be kept
+    runs: tuple[Metrics, ...]  # metrics of each run, in the order of the seeds; empty for a sweep
+    num_clipped: int  # requests in all runs that were shortened to the model's context
+    run: Run | None  # the first run, if it was requested
     sweep: RateSweep | None
     complete: bool
-    precise: bool  # whether the intervals are as narrow as requested, if that was requested
+    precise: bool  # whether the intervals are as narrow as requested; True if that was not requested
 
 
 class NothingSimulatedError(Exception):
-    """The run was cancelled before any of it was done."""
+    """The simulation was cancelled before any of it was done."""
 
 
 def load_lengths(ref: str, prefix_hit_rate: PrefixHitRate | None = None) -> Trace | Workload:
-    """Return the requests of a trace file, or the distribution of anything else that `load_workload` knows.
+    """Return the requests of a trace file, or the distribution of anything else that `load_workload` accepts.
 
-    ``prefix_hit_rate`` replaces the source's own. Hits that are counted in a trace are those of each request.
+    ``prefix_hit_rate`` replaces the source's own. Hits counted in a trace are those of each request.
 
     Raises:
-        DocumentError: unknown name, or a file with problems (all of them).
+        DocumentError: the name is unknown, or the file has problems (contains all of them).
     """
     if ref.endswith(ENDINGS):
         return read_trace(ref, prefix_hit_rate=prefix_hit_rate or 0.0)
@@ -88,21 +88,21 @@ def load_lengths(ref: str, prefix_hit_rate: PrefixHitRate | None = None) -> Trac
 
 
 def planned_lengths(plan: Plan, name: str) -> Workload:
-    """Return the workload that a plan was made for, not clipped; ``name`` is the plan's in messages.
+    """Return the workload for which a plan was made, not clipped; ``name`` is the plan's in messages.
 
     Raises:
-        DocumentError: the documents saved in it are not usable.
+        DocumentError: the documents saved in the plan are not usable.
     """
     return inputs_from_documents(plan.inputs.get("documents"), name).workload
 
 
 def default_rate(plan: Plan, problem: PlacementProblem) -> float:
-    """Return the default rate: the demanded one, or else the planned goodput, in requests/s."""
+    """Return the default rate in requests/s: the demanded one, or else the planned goodput."""
     return plan.objective.demand_rps or problem.assumptions.planned_utilisation * prediction_of(plan).rate_rps
 
 
 def default_requests(plan: Plan, load: Load) -> int:
-    """Return all requests of a trace replayed as recorded, else enough that warm-up and chance matter little."""
+    """Return all requests of a trace replayed as recorded, or else enough that warm-up and chance matter little."""
     if load.arrivals is Arrivals.RECORDED and isinstance(load.lengths, Trace):
         return len(load.lengths.arrival_s)
     return max(MIN_REQUESTS, TURNS * seats_of(plan))
@@ -114,7 +114,7 @@ def seats_of(plan: Plan) -> int:
 
 
 def sample_spacing_s(plan: Plan, load: Load, num_requests: int) -> float | None:
-    """Return the spacing for about `SAMPLES` samples over a run, or None if its length cannot be predicted."""
+    """Return the spacing for about `SAMPLES` samples over a run, or None if the run's length cannot be predicted."""
     recorded = load.lengths.rate_rps if load.arrivals is Arrivals.RECORDED else None
     served_rps = prediction_of(plan).rate_rps
     # However fast requests arrive, they leave no faster than they are served.
@@ -126,7 +126,8 @@ def faults_of(events: Iterable[Fault], plan: Plan, problem: PlacementProblem, *,
     """Return the faults of devices that the plan uses.
 
     Raises:
-        DocumentError: a device is not in the cluster, or not in the plan (all of them, from ``source``).
+        DocumentError: devices are not in the cluster or not in the plan; contains all of them, as problems of
+            ``source``.
     """
     used = {device for replica in plan.replicas for device in replica.devices()}
     known = {device.name for device in problem.cluster.devices()}
@@ -156,12 +157,12 @@ def answer(
     report: Report,
     begins: Callable[[str], None] = lambda _part: None,
 ) -> Simulated:
-    """Run the simulator as often as the question needs. After ``cancelled``, the answer covers what was run by then.
+    """Run the simulator as often as the question requires. Once ``cancelled``, the answer covers what was run by then.
 
     ``begins`` is called for every part of a question with several: the rates of a sweep, the doublings of the requests.
 
     Raises:
-        NothingSimulatedError: cancelled before anything was simulated.
+        NothingSimulatedError: the simulation was cancelled before any of it was done.
         InvalidProblemError: the plan cannot be simulated.
     """
     with runner(plan, problem, processes=processes, cancelled=cancelled, report=report) as runs:
@@ -199,7 +200,7 @@ def _run(runs: SimulationRunner, question: Question) -> Simulated:
 
 
 def _swept(runs: SimulationRunner, question: Question, begins: Callable[[str], None]) -> Simulated:
-    clipped: list[int] = []  # per load: all rates draw the same requests
+    clipped: list[int] = []  # clipped requests by load; all rates draw the same requests
     rounds = itertools.count(1)
 
     def evaluate(rates: Sequence[float]) -> list[Summary]:
@@ -208,7 +209,7 @@ def _swept(runs: SimulationRunner, question: Question, begins: Callable[[str], N
         loads = [replace(question.load, rate_rps=rate) for rate in rates]
         answers = runs.run([job for load in loads for job in _jobs(question, load)])
         if runs.cancelled.is_set():
-            return []  # traffic that ended early says nothing about its rate
+            return []  # traffic that was cut short shows nothing about its rate
         each = len(question.seeds)
         clipped.append(sum(one.num_clipped for one in answers[:each]))
         return [summarise([one.metrics for one in answers[i : i + each]]) for i in range(0, len(answers), each)]
@@ -249,12 +250,12 @@ def _jobs(question: Question, load: Load) -> list[SimulationJob]:
     ]
 
 
-# --- a plan whose engines are started with other settings than it has
+# --- a plan whose engines are started with settings other than the planned ones
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanAtSettings:
-    """The plan and the problem at the given settings, and sentences about what became of the plan's own."""
+    """The plan and the problem at given settings, and sentences about what these change in the plan."""
 
     plan: Plan
     problem: PlacementProblem
@@ -262,20 +263,19 @@ class PlanAtSettings:
 
 
 def at_settings(plan: Plan, problem: PlacementProblem, settings: EngineSettings) -> PlanAtSettings:
-    """Return the plan with its engines started with these settings, where they are given.
+    """Return the plan with its engines started with these settings, as far as they are specified.
 
-    GPUs, layers and head groups stay. Every replica gets the seats, the chunk and the KV blocks that are given, and the
-    rate, latencies and KV room that the plan checker derives for them.
+    GPUs, layers and head groups stay. Every replica gets the specified seats, chunk and KV blocks, and the rate,
+    latencies and KV room that the plan checker derives for them.
 
     A replica with M micro-batches in flight of which only N may have a request each has N of them in flight. Copies
-    that share experts are engines of their own, so that the settings are those of each. Seats that micro-batches cannot
-    share evenly stay empty, as the simulated micro-batches are equally large. Where KV has no room for all seats, the
-    rate is that of the most requests for which it has. Routes of KV carry no more than before. Without settings nothing
-    changes.
+    that share experts are engines of their own, so the settings apply to each. Seats that micro-batches cannot share
+    evenly stay empty, since the simulated micro-batches are equally large. If KV has no room for all seats, the rate is
+    that of the highest number of requests for which it has room. Routes of KV carry no more than before. Without
+    settings nothing changes.
 
     Raises:
-        InvalidProblemError: there are several sizes of chunks, where an engine has one; or the plan cannot be
-            simulated.
+        InvalidProblemError: there are several chunk sizes, whereas an engine has one; or the plan cannot be simulated.
     """
     if not settings:
         return PlanAtSettings(plan=plan, problem=problem, changes=())
@@ -333,13 +333,13 @@ def _at(
 
 
 def _route(route: KvRoute, plan: Plan, replicas: list[ReplicaPlan]) -> KvRoute:
-    """Return a route with as much of its rate as both of its replicas still have."""
+    """Return a route with as much of its rate as both of its replicas still provide."""
     left = (replicas[number].rate / plan.replicas[number].rate for number in (route.prefill, route.decode))
     return replace(route, rate=route.rate * min(1.0, *left))
 
 
 def _changes(old: ReplicaPlan, new: ReplicaPlan, settings: EngineSettings) -> list[str]:
-    """Return what differs between a planned replica and the same at the settings, in a few words each."""
+    """Return the differences between a planned replica and the same one at the settings, in a few words each."""
     found, role = [], "" if old.role is Role.UNIFIED else f" of {old.role} replicas"
     if settings.max_num_seqs is not None:
         seats = [max(1, one.micro_batch) * one.in_flight // one.attention_dp for one in (old, new)]

@@ -34,18 +34,18 @@ from hetis.solver.workload import Workload
 
 T = TypeVar("T")
 
-# The origins of profiles and inputs that come from no file.
+# Origins of profiles and inputs that do not come from a file.
 VALUE = "value"  # an input that was passed by a program
-CONSTRAINTS = "constraints"  # entry of `Plan.inputs`: the constraints of the plan as options, if any
-OLD_CONSTRAINTS = "will"  # its name before; still read
-ENGINE_SETTINGS = "engine_settings"  # entry of `Plan.inputs`: the settings of engines that the plan keeps to, if any
+CONSTRAINTS = "constraints"  # entry of `Plan.inputs`: the plan's constraints as options, if there are any
+OLD_CONSTRAINTS = "will"  # the earlier name of that entry, which is still read
+ENGINE_SETTINGS = "engine_settings"  # entry of `Plan.inputs`: the engine settings that the plan obeys, if there are any
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Inputs:
-    """The input values of a placement. The workload is not clipped; ``constraints`` are the plans' constraints.
+    """The input values of a placement. The workload is not clipped; ``constraints`` are those that plans must obey.
 
-    ``engine_settings``: those that engines are started with, whatever is planned.
+    ``engine_settings``: the settings with which engines are started, whatever is planned.
     """
 
     cluster: Cluster
@@ -58,11 +58,11 @@ class Inputs:
     def problem(
         self, objective: Objective, strategy: str, roles: Sequence[Role] = (), engine: EngineRules | None = None
     ) -> PlacementProblem:
-        """Return the problem that the inputs pose. Prompts are clipped to the model's context.
+        """Return the problem that the inputs define. Prompts are clipped to the model's context.
 
-        Where no request has a second output token, no time passes between tokens: a limit on TPOT is left out.
+        If no request has a second output token, there is no time between tokens, and a limit on TPOT is left out.
 
-        Without ``roles``, replicas may have all of the strategy's; without ``engine``, they keep to the rules of none.
+        Without ``roles``, replicas may have all roles of the strategy; without ``engine``, they obey no engine's rules.
 
         Raises:
             InvalidProblemError: the inputs contradict each other, or the strategy lacks one of these roles or supports
@@ -79,16 +79,16 @@ class Inputs:
         )
 
     def held_to(self, objective: Objective) -> Objective:
-        """Return the objective with the limits that the workload's requests can be held to."""
+        """Return the objective with only the limits that apply to the workload's requests."""
         return objective if self.has_tpot else replace(objective, tpot_limit_s=None)
 
     @property
     def has_tpot(self) -> bool:
-        """Return whether any request has a second output token; without one no time passes between tokens."""
+        """Whether any request has a second output token; otherwise there is no time between tokens."""
         return any(one.output_tokens > 1.0 for one in self.workload.bins)
 
     def documents(self) -> dict[str, Any]:
-        """Return all inputs as plain data that can be read without a catalogue."""
+        """Return all inputs as plain data that can be read without the catalogue."""
         return self._each(lambda value: to_data(value, self_contained=True))
 
     def digests(self) -> dict[str, Any]:
@@ -110,13 +110,13 @@ def family_of(
     engine: EngineRules | None = None,
     engine_settings: EngineSettings = NOTHING_SET,
 ) -> Family:
-    """Return the family of a strategy, restricted to some roles if any are named, and to the engine's rules.
+    """Return the family of a strategy, restricted to ``roles`` if there are any, and to the engine's rules.
 
-    Its replicas keep to the settings that engines are started with.
+    Its replicas obey the settings with which engines are started.
 
     Raises:
-        InvalidProblemError: it lacks one of these roles, or they cannot be without others; or it supports no engine's
-            rules, as published heuristics and `hexgen3`.
+        InvalidProblemError: the strategy lacks one of these roles, or they need others; or it supports no engine's
+            rules, like published heuristics and `hexgen3`.
     """
     from hetis.solver.placement.families import STRATEGIES, run_by
 
@@ -136,7 +136,7 @@ def family_of(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplicaLimits:
-    """Limits on every replica in addition to its engine's rules, see `EngineRules`; None: the engine's own."""
+    """Limits on every replica in addition to its engine's rules, see `EngineRules`; None: the engine's own limit."""
 
     max_stages: int | None = None
     max_gpus: int | None = None
@@ -145,15 +145,15 @@ class ReplicaLimits:
 
     @property
     def given(self) -> dict[str, int]:
-        """The given limits by name."""
+        """The specified limits by name."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 def engine_rules(name: str | None, strategy: str, limits: ReplicaLimits = ReplicaLimits()) -> EngineRules | None:
-    """Return the rules of the requested engine; None means any engine, the default of strategies that no engine runs.
+    """Return the rules of the requested engine. None means any engine, the default for strategies that no engine runs.
 
     Raises:
-        InvalidProblemError: there is no such engine, or limits are given for any engine.
+        InvalidProblemError: there is no such engine, or limits are specified for any engine.
     """
     from hetis.solver.placement.families import ANY_ENGINE, DEFAULT_ENGINE, STRATEGIES, run_by
 
@@ -175,9 +175,9 @@ def ordered(roles: Iterable[Role]) -> tuple[Role, ...]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadedInputs:
-    """Inputs and the file or name that each of them came from, profiles by GPU type.
+    """Inputs, and the file or name from which each of them came; profiles are by GPU type.
 
-    ``notes``: changes made to the inputs.
+    ``notes``: sentences about changes made to the inputs.
     """
 
     inputs: Inputs
@@ -188,7 +188,7 @@ class LoadedInputs:
         """Return the inputs with the constraints of ``--pin`` and ``--forbid`` options.
 
         Raises:
-            DocumentError: with every problem of all of them.
+            DocumentError: contains the problems of all options.
         """
         return replace(
             self, inputs=replace(self.inputs, constraints=read_constraints(pins, forbids, self.inputs.cluster))
@@ -201,7 +201,7 @@ class LoadedInputs:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanAndProblem:
-    """A plan read from a file and the problem that it claims to solve; ``warnings`` point out oddities."""
+    """A plan read from a file, and the problem that it claims to solve; ``warnings`` point out oddities."""
 
     plan: Plan
     problem: PlacementProblem
@@ -212,12 +212,12 @@ def load_inputs(
     *, cluster: str | Cluster, model: str | ModelSpec, workload: str | Workload, profiles: Sequence[str] = (),
     prefix_hit_rate: PrefixHitRate | None = None,
 ) -> LoadedInputs:  # fmt: skip
-    """Read the inputs of a placement that are not values already; GPU types without a file get `default_profile`.
+    """Read those inputs of a placement that are not values; GPU types without a file get `default_profile`.
 
     ``prefix_hit_rate`` replaces the workload's own.
 
     Raises:
-        DocumentError: with the problems of all inputs together.
+        DocumentError: contains the problems of all inputs.
         InvalidProblemError: a GPU type has no profile and none can be modelled.
     """
     problems: list[Problem] = []
@@ -257,12 +257,12 @@ def _traffic(given: str | Workload, prefix_hit_rate: PrefixHitRate | None) -> Wo
 
 
 def _has_measured_host(profile: Profile) -> bool:
-    """Return whether the host's time of an iteration was measured, and not only assumed to be as short as can be."""
+    """Return whether the host's time of an iteration was measured, rather than assumed to be as short as possible."""
     return any(fit.op is Op.STEP and fit.provenance.source is not Source.MODELLED for fit in profile.fits)
 
 
 def load_plan_and_problem(path: str) -> PlanAndProblem:
-    """Read a plan and rebuild its problem from the documents saved in it.
+    """Read a plan, and rebuild its problem from the documents saved in it.
 
     Raises:
         DocumentError: the plan, or a document in it, is not usable.
@@ -288,10 +288,10 @@ def problem_of_plan(plan: Plan, name: str) -> PlanAndProblem:
 
 
 def inputs_from_documents(documents: Any, path: str) -> Inputs:
-    """Return the inputs that `Inputs.documents` wrote; ``path`` is the plan's name in messages.
+    """Return the inputs from which `Inputs.documents` made documents; ``path`` is the plan's name in messages.
 
     Raises:
-        DocumentError: with the problems of all documents.
+        DocumentError: contains the problems of all documents.
     """
     names = ("cluster", "model", "workload", "profiles")
     if not isinstance(documents, dict) or not all(isinstance(documents.get(name), dict) for name in names):
@@ -325,12 +325,12 @@ def _known_strategy(plan: Plan, path: str) -> None:
 
 
 def constraint_options(plan: Plan) -> Any:
-    """Return what a plan's inputs say of the constraints that it keeps, unchecked: a list of options."""
+    """Return the constraints in a plan's inputs, unchecked: normally a list of options."""
     return plan.inputs.get(CONSTRAINTS, plan.inputs.get(OLD_CONSTRAINTS, []))
 
 
 def _constraints_of(plan: Plan, cluster: Cluster, path: str) -> Constraints:
-    """Return the constraints that a plan claims to keep, if any."""
+    """Return the constraints that a plan claims to obey, if there are any."""
     texts = constraint_options(plan)
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         raise single_problem(
@@ -346,7 +346,10 @@ def _constraints_of(plan: Plan, cluster: Cluster, path: str) -> Constraints:
 
 
 def _roles_of(plan: Plan, path: str) -> tuple[Role, ...]:
-    """Return the roles of the searched family. Plans from before roles do not name any: their replicas are unified."""
+    """Return the roles of the searched family.
+
+    Plans made before there were roles name none: their replicas are unified.
+    """
     names, known = plan.inputs.get("roles", [Role.UNIFIED.value]), [role.value for role in Role]
     if not isinstance(names, list) or not names or not all(name in known for name in names):
         raise single_problem(path, f"inputs.roles must be a list of {', '.join(known)}: the plan is judged by them")
@@ -358,7 +361,7 @@ def _roles_of(plan: Plan, path: str) -> tuple[Role, ...]:
 
 
 def engine_of_plan(plan: Plan, path: str = "the plan") -> EngineRules | None:
-    """Return the engine that a plan is for; None for any, as in plans from before engines.
+    """Return the engine for which a plan was made; None for any, as in plans made before there were engines.
 
     Raises:
         DocumentError: the engine is unknown; ``path`` is the plan's name in messages.
@@ -377,7 +380,7 @@ def engine_of_plan(plan: Plan, path: str = "the plan") -> EngineRules | None:
 
 
 def _check_engine_limits(data: dict[str, Any], path: str) -> None:
-    """Refuse limits of an engine that are no whole numbers, which `EngineRules` and the rules of plans rely on."""
+    """Raise DocumentError for limits that are not whole numbers, on which `EngineRules` and the rules of plans rely."""
     for name in ("max_stages", "max_pooled_stages", "max_gpus", "min_layers", "max_nodes"):
         value, may_be_null = data.get(name, 0), name in ("max_gpus", "max_nodes")  # null: no limit
         if type(value) is not int and not (value is None and may_be_null):
@@ -386,10 +389,10 @@ def _check_engine_limits(data: dict[str, Any], path: str) -> None:
 
 
 def engine_settings_of_plan(plan: Plan, path: str = "the plan") -> EngineSettings:
-    """Return the settings of engines that a plan keeps to; none for plans that name none.
+    """Return the engine settings that a plan obeys; none if the plan names none.
 
     Raises:
-        DocumentError: they are not usable; ``path`` is the plan's name in messages.
+        DocumentError: the settings are not usable; ``path`` is the plan's name in messages.
     """
     data = plan.inputs.get(ENGINE_SETTINGS)
     try:
@@ -402,16 +405,16 @@ def engine_settings_of_plan(plan: Plan, path: str = "the plan") -> EngineSetting
 def engine_settings(
     *, max_num_seqs: int | None, chunk_tokens: Iterable[int | None], kv_blocks: int | None
 ) -> EngineSettings:
-    """Return the settings of options; sizes of chunks in any order, where None is none."""
+    """Return the settings in options; chunk sizes may be in any order, and None stands for none."""
     chunks = sorted({size for size in chunk_tokens if size is not None})
     return EngineSettings(max_num_seqs=max_num_seqs, chunk_tokens=tuple(chunks), kv_blocks=kv_blocks)
 
 
 def engine_settings_from_data(data: Any) -> EngineSettings:
-    """Return the settings that `engine_settings_data` wrote.
+    """Return the settings from which `engine_settings_data` made data.
 
     Raises:
-        TypeError: the data has another form.
+        TypeError: the data has a different form.
         InvalidProblemError: a number is out of its range.
     """
     if not isinstance(data, Mapping):
@@ -423,7 +426,7 @@ def engine_settings_from_data(data: Any) -> EngineSettings:
 
 
 def engine_settings_data(settings: EngineSettings) -> dict[str, Any]:
-    """Return the settings that are given, by name."""
+    """Return the specified settings by name."""
     found = {name: value for name, value in asdict(settings).items() if value}
     return {name: list(value) if isinstance(value, tuple) else value for name, value in found.items()}
 
@@ -442,7 +445,7 @@ def _gpus(cluster: Cluster) -> list[str]:
 
 
 def attempt(read: Callable[[], T], problems: list[Problem]) -> T | None:
-    """Return the result of ``read``, or None after adding its problems to the list, which collects all inputs'."""
+    """Return the result of ``read``, or None after adding its problems to those of all inputs, ``problems``."""
     try:
         return read()
     except DocumentError as error:

@@ -1,4 +1,4 @@
-"""The rate left after the loss of a node or a zone, and plans that are large enough to survive one."""
+"""The rate that remains after the loss of a node or a zone, and plans that are large enough to survive one."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from hetis.solver.problem import PlacementProblem
 LOSSES = "losses"  # entry of `Plan.inputs`: by ``node`` and ``zone``, the `Loss` of the worst one
 MOST_TRIES = 6  # demands that are tried
 ENOUGH = 1.0 - 1e-9
-FEW_NODES = (2, 3, 4, 6, 8)  # numbers of nodes that are tried on their own
-FEW_ZONES = 3  # plans of as many zones, or all but one, are tried besides those of all
-LEAST_GROWTH = 1.01  # of a demand from try to try
-CLOSE = 0.01  # share of a zone's rate: less surplus is not worth another search
+FEW_NODES = (2, 3, 4, 6, 8)  # numbers of nodes that are tried, each node with a plan of its own
+FEW_ZONES = 3  # plans of up to so many zones, and of all but one, are tried besides those of all zones
+LEAST_GROWTH = 1.01  # factor by which a demand grows at least from try to try
+CLOSE = 0.01  # share of a zone's rate: a smaller surplus is not worth another search
 
 Find = Callable[[PlacementProblem], Plan]  # raises InfeasibleError, NoPlanFoundError
 
@@ -31,7 +31,7 @@ def with_losses(plan: Plan, problem: PlacementProblem) -> Plan:
 
 
 def losses_of(plan: Plan) -> dict[str, Loss]:
-    """Return a plan's losses by kind of place; none if they are in another version's form."""
+    """Return a plan's losses by kind of place; empty if they are in another version's form."""
     rows = plan.inputs.get(LOSSES)
     try:
         return {str(kind): Loss(**row) for kind, row in rows.items()} if isinstance(rows, Mapping) else {}
@@ -42,20 +42,23 @@ def losses_of(plan: Plan) -> dict[str, Loss]:
 def surviving_plan(find: Find, probe: Find, problem: PlacementProblem, place: str) -> Plan:
     """Return a plan that serves the demand even if any one ``node`` or ``zone`` is lost.
 
-    It is the plan for a larger demand, which its objective tells. ``probe`` finds as ``find`` does, but does not say
-    why there is no plan, which would take longer than the search.
+    It is the plan for a larger demand, which is in its objective. ``probe`` searches as ``find`` does, but does not
+    explain why there is no plan, which would take longer than the search.
 
     Raises:
-        InvalidProblemError: the objective has no demand to keep, or zones or constraints do not allow the question.
+        InvalidProblemError: the objective has no demand to keep, or its zones or constraints rule the question out.
         NoPlanFoundError: no such plan was found.
-        InfeasibleError: a demand that such a plan must serve has no plan.
+        InfeasibleError: there is no plan for a demand that such a plan must serve.
     """
     check_survival(problem, place)
     return (_without_a_zone if place == "zone" else _without_a_node)(find, probe, problem)
 
 
 def check_survival(problem: PlacementProblem, place: str) -> None:
-    """Check that a problem has a demand to keep, and allows the question. Raises InvalidProblemError: it does not."""
+    """Check that a problem has a demand to keep, and that its zones and constraints allow the question.
+
+    Raises InvalidProblemError if not.
+    """
     if problem.objective.maximises or problem.objective.demand_rps is None:
         raise InvalidProblemError("what survives is a demand: --survive goes with --objective cost or gpus and --rate")
     if place != "zone":
@@ -70,11 +73,13 @@ def check_survival(problem: PlacementProblem, place: str) -> None:
 
 
 def _without_a_node(find: Find, probe: Find, problem: PlacementProblem) -> Plan:
-    """Return the cheapest of some plans that survive: for a demand that grows until enough is left, and of few nodes.
+    """Return the cheapest of several plans that survive the loss of a node.
+
+    One is for a demand that grows until enough remains, others are plans of few nodes.
 
     A plan on N nodes that serves the demand D without any one of them serves D N / (N - 1) with all, as with zones
-    (`_without_a_zone`). So the best plan for that rate is a bound on all that survive, and none survives if there is
-    none; if it survives itself, it is the answer.
+    (`_without_a_zone`). So the best plan for that rate is a bound on all plans that survive, and if there is none, none
+    survives; if it survives itself, it is the answer.
     """
     demand, num_nodes = _demand(problem), sum(group.count for group in problem.cluster.node_groups)
     alone = find(problem)
@@ -100,10 +105,10 @@ def _without_a_node(find: Find, probe: Find, problem: PlacementProblem) -> Plan:
 
 
 def _grown(probe: Find, problem: PlacementProblem, plan: Plan, demand: float) -> Plan | None:
-    """Let the demand of a plan grow by its worst loss until enough is left; None: no such plan was found.
+    """Increase the demand of a plan by its worst loss until enough remains; None: no such plan was found.
 
-    The step supposes that the next plan loses as much. It may go too far, where the plan has replicas of many nodes;
-    then half of it is tried.
+    Each step assumes that the next plan loses as much. It may be infeasible if the plan has replicas that span many
+    nodes; then half the step is tried.
     """
     utilisation, asked, too_much = problem.assumptions.planned_utilisation, plan.objective.demand_rps or 0.0, math.inf
     for _ in range(MOST_TRIES):
@@ -125,7 +130,7 @@ def _grown(probe: Find, problem: PlacementProblem, plan: Plan, demand: float) ->
 
 
 def _inside_nodes(probe: Find, problem: PlacementProblem, demand: float) -> Plan | None:
-    """Return a plan whose replicas have a node each, so that the loss of one takes few; None: none was found."""
+    """Return a plan with each replica inside one node, so that a loss affects few replicas; None: none was found."""
     engine = problem.family.engine
     if engine is None or engine.max_nodes == 1:
         return None
@@ -137,13 +142,15 @@ def _inside_nodes(probe: Find, problem: PlacementProblem, demand: float) -> Plan
 
 
 def _spread(probe: Find, problem: PlacementProblem) -> Plan | None:
-    """Return the cheapest plan of a few nodes, each on its own, all but one of which serve the demand; None if none.
+    """Return the cheapest plan of a few nodes, planned one by one, all but one of which serve the demand.
 
-    Nodes of one group are alike, so that one of them is tried for all.
+    None if none was found.
+
+    Nodes of one group are equal, so one of them is searched for all.
     """
     demand, found, best = _demand(problem), dict[tuple[str, float], Plan | None](), None
     if any(isinstance(each, Use | Replicas | AtMost) for each in problem.constraints):
-        return None  # they count over the whole fleet
+        return None  # these count over the whole fleet
 
     def plan_of(node: str, rate: float) -> Plan | None:
         if (node, rate) not in found:
@@ -188,7 +195,7 @@ def _left_without_node(plan: Plan, problem: PlacementProblem) -> float:
 
 
 def bounded_by(result: SolveResult, bound: float) -> SolveResult:
-    """Return a result with the bound of a wider question, and the gap and status that follow from it."""
+    """Return a result with the bound of a more general problem, and the gap and status that follow from it."""
     from hetis.solver.placement.solve import OPTIMAL_GAP
 
     gap = abs(result.value - bound) / abs(result.value)
@@ -196,11 +203,12 @@ def bounded_by(result: SolveResult, bound: float) -> SolveResult:
 
 
 def _without_a_zone(find: Find, probe: Find, problem: PlacementProblem) -> Plan:
-    """Plan every zone on its own, so that the others serve the demand without it.
+    """Plan each zone by itself, so that the others serve the demand without it.
 
-    Of a plan for Z zones that survives, take what each of the Z sets of Z - 1 zones serves, at least the demand D, and
-    divide the sum by Z - 1: no replica is used more than fully, so the whole plan serves D Z / (Z - 1) at least. The
-    best plan for that rate is therefore a bound on all that survive, and if it survives itself, it is the answer.
+    In a plan for Z zones that survives, each of the Z sets of Z - 1 zones serves at least the demand D. Divide the sum
+    of what these sets serve by Z - 1: no replica is used more than fully, so the whole plan serves at least D Z / (Z -
+    1). The best plan for that rate is therefore a bound on all plans that survive, and if it survives itself, it is the
+    answer.
     """
     demand, zones = _demand(problem), problem.cluster.zones()
     alone = find(problem)
@@ -215,7 +223,7 @@ def _without_a_zone(find: Find, probe: Find, problem: PlacementProblem) -> Plan:
 
 
 def _larger(find: Find, posed: PlacementProblem, demand: float, place: str) -> Plan:
-    """Return a plan for the larger demand; if there is none, the reasons say first why it was asked for."""
+    """Return a plan for a larger demand; if there is none, the reasons begin with why that demand was required."""
     try:
         return find(posed)
     except InfeasibleError as error:
@@ -226,17 +234,17 @@ def _larger(find: Find, posed: PlacementProblem, demand: float, place: str) -> P
 
 
 class _Zones:
-    """Plans of single zones that serve a demand together without any one of them."""
+    """Plans of single zones that together serve a demand without any one of them."""
 
     def __init__(self, probe: Find, problem: PlacementProblem) -> None:
         self._probe, self._problem, self._demand = probe, problem, _demand(problem)
         self._found = dict[tuple[str, float], Plan | None]()
 
     def cheapest(self) -> Mapping[str, Plan]:
-        """Return the plans by zone: of all zones, or of fewer if that costs less.
+        """Return the plans by zone: of all zones, or of fewer zones if that costs less.
 
         Raises:
-            NoPlanFoundError: the zones do not serve the demand without the largest.
+            NoPlanFoundError: the zones do not serve the demand without the largest one.
         """
         zones = self._problem.cluster.zones()
         fewer = (num for num in range(2, len(zones)) if num <= FEW_ZONES or num == len(zones) - 1)
@@ -250,14 +258,17 @@ class _Zones:
         return min(plans, key=_value)
 
     def _cheapest_of(self, zones: Collection[str], num: int) -> dict[str, Plan] | None:
-        """Return the cheapest plans of ``num`` zones for equal rates, or None if too few zones can serve so much."""
+        """Return the cheapest plans of ``num`` zones for equal rates, or None if too few zones can serve that rate."""
         plans = {zone: self._plan(zone, self._demand / (num - 1)) for zone in zones}
         able = {zone: plan for zone, plan in plans.items() if plan is not None}
         chosen = sorted(able, key=lambda zone: able[zone].result.value)[:num]
         return {zone: able[zone] for zone in chosen} if len(chosen) == num else None
 
     def _plans(self, zones: Collection[str]) -> dict[str, Plan] | None:
-        """Return plans of these zones for equal rates, or as much as a zone can serve; None if that is too little."""
+        """Return plans of these zones for equal rates, or for as much as a zone can serve.
+
+        None if that is too little.
+        """
         most = dict.fromkeys(zones, float("inf"))
         while True:
             rate = _equal_rate(self._demand, most)
@@ -272,7 +283,7 @@ class _Zones:
                 most[zone] = self._most(zone) if most[zone] == float("inf") else 0.0
 
     def _trimmed(self, plans: dict[str, Plan]) -> dict[str, Plan]:
-        """Return the plans with smaller ones where whole replicas of other zones serve more than was asked of them."""
+        """Return the plans with smaller ones in zones where the others serve more than required, by whole replicas."""
         for zone in plans:
             others = [self._rate(plan) for other, plan in plans.items() if other != zone]
             needed = max(self._demand + max(others) - sum(others), self._demand / len(plans) * CLOSE)
@@ -303,8 +314,11 @@ class _Zones:
 
 
 def _equal_rate(demand: float, most: Mapping[str, float]) -> float | None:
-    """Return the least rate per zone, or as much as a zone can serve, of which all but the largest serve the demand."""
-    full = 0.0  # the rate of zones that serve all they can
+    """Return the least rate per zone with which all zones but the largest serve the demand; None if there is none.
+
+    A zone that cannot serve this rate serves as much as it can, ``most``.
+    """
+    full = 0.0  # rate of the zones that serve as much as they can
     waiting = sorted(most.values())
     while len(waiting) > 1:
         rate = (demand - full) / (len(waiting) - 1)
@@ -321,7 +335,10 @@ def _inside(problem: PlacementProblem, zone: str) -> PlacementProblem:
 
 
 def _united(parts: Mapping[str, Plan], whole: Plan, problem: PlacementProblem) -> Plan:
-    """Return the plans of several zones as one; ``whole``, the plan for the same problem, gives bound and prices."""
+    """Return the plans of several zones as one plan.
+
+    ``whole``, the plan for the same problem, provides the bound and the prices.
+    """
     from hetis.solver.placement.constrained_problem import ConstrainedProblem, restored
 
     replicas, routes = list[ReplicaPlan](), list[KvRoute]()
@@ -341,7 +358,7 @@ def _value(parts: Mapping[str, Plan]) -> float:
 
 
 def _left(plan: Plan, problem: PlacementProblem) -> float:
-    """Return the planned requests/s that are left without the worst zone."""
+    """Return the planned requests/s that remain without the worst zone."""
     lost = worst_zone(plan, problem.cluster)
     return 0.0 if lost is None else problem.assumptions.planned_utilisation * lost.rate
 
@@ -355,7 +372,7 @@ def _demand(problem: PlacementProblem) -> float:
 
 
 def _with_cost(plan: Plan, alone: Plan, place: str, asked: float, rate: float, *, least: float) -> Plan:
-    """Return the plan with a note on what surviving costs; ``least`` bounds all plans that survive."""
+    """Return the plan with a note on the cost of surviving; ``least`` is a bound for all plans that survive."""
     demand, unit = alone.objective.demand_rps or 0.0, plan.objective.unit
     if plan is alone:
         note = f"any one {place} may be lost at no cost: {rate:.4g} of {demand:.4g} requests/s are served then"

@@ -1,8 +1,8 @@
 """Simulation of a plan before it is shown: whether its latency limits hold at its planned rate.
 
-The bound and the value of a plan are those of the cost model. The simulator knows more: how requests queue for seats,
-how lengths vary. So `place` simulates the plan it has found and reports both figures; where it misses a limit, it plans
-again for a tighter one.
+The bound and the value of a plan are those of the cost model. The simulator models more: how requests queue for seats,
+and how lengths vary. So `place` simulates the plan that it has found and reports both figures; if the plan misses a
+limit, `place` plans again with a tighter one.
 """
 
 from __future__ import annotations
@@ -36,46 +36,46 @@ from hetis.solver.plan import Objective, Plan, SolveResult, Status
 from hetis.solver.problem import PlacementProblem
 
 VERIFICATION = "verification"  # entry of `Plan.inputs`
-TURNS = 8  # how often a run replaces all the requests that a plan holds at once
-FEWEST = 4_000  # requests per run: the p95 TTFT of few seats hangs on the few bursts of long requests in it
-FILLS = 2  # how often at least, if that is not too much: where most seats stay empty, TPOT looks too good
+TURNS = 8  # how many times a run replaces all the requests that a plan holds at once
+FEWEST = 4_000  # requests per run: with few seats, the p95 TTFT depends on the few bursts of long requests in a run
+FILLS = 2  # how many times at least, if that is not too much: while most seats are empty, TPOT looks too good
 UNLIMITED = Objective(ttft_limit_s=None, tpot_limit_s=None)
 AS_PLANNED = Settings(dispatch=False, redispatch=False)  # heads as planned: nothing to compile, and fast
-TTFT, TPOT = "TTFT p95", "TPOT mean"  # as plans show them
-LONGER = 4  # times the requests, where it does
-BY_CHANCE = 0.02  # of a limit: more than this is not excused, however wide the interval
-BELOW = (0.97, 0.94, 0.88, 0.76, 0.5, 0.25, 0.125)  # of a rate that misses a limit are tried in turn
-PRECISE = 1 / 64  # the search ends where a rate that misses a limit is so little above one that keeps them
-LESS = (1.0, 0.97, 0.94, 0.91, 0.85, 0.7, 0.5)  # of a rate that short runs took for kept are tried with longer ones
-MORE = (1.1, 1.05)  # of the planned rate are tried where that is kept; 90% of saturation is planned
-CALM = 0.02  # seconds by which the wait may grow per second at those rates
-ENOUGH = 10_000  # requests of a run at those rates, if that is at most `LONGER` times the ordinary length
+TTFT, TPOT = "TTFT p95", "TPOT mean"  # as shown in plans
+LONGER = 4  # factor of the requests in a run that decides where limits are close
+BY_CHANCE = 0.02  # share of a limit above which an excess is no chance, however wide the interval
+BELOW = (0.97, 0.94, 0.88, 0.76, 0.5, 0.25, 0.125)  # shares of a rate that misses a limit, which are tried in turn
+PRECISE = 1 / 64  # the search ends when a rate that misses a limit is so little above one that keeps them
+LESS = (1.0, 0.97, 0.94, 0.91, 0.85, 0.7, 0.5)  # shares of a rate that kept in short runs, for longer ones
+MORE = (1.1, 1.05)  # factors of the planned rate, which are tried if it is kept; 90% of saturation is planned
+CALM = 0.02  # seconds by which the wait may grow per second at these rates
+ENOUGH = 10_000  # requests of a run at these rates, unless that is more than `LONGER` times the ordinary number
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verification:
     """A plan's behaviour under Poisson arrivals at its planned rate."""
 
-    rate_rps: float  # of the arrivals: the rate that the plan promises
-    num_requests: int  # per run
-    kept: bool  # whether the load was carried with no latency above its limit by more than chance
+    rate_rps: float  # rate of the arrivals, which the plan promises
+    num_requests: int  # requests per run
+    kept: bool  # whether the load was carried, with no latency above its limit by more than chance
     steady: bool | None  # whether the queue did not grow; None: the run was too short to tell
     ttft_p95_s: float  # over all requests of the run, after the warm-up
     tpot_mean_s: float  # over all requests of the run, after the warm-up
     attainment: float  # share of the requests within both limits
-    # The highest tried rate that kept the limits: ``rate_rps`` if ``kept``, otherwise a lower one that kept them by
-    # more than chance; None: none of those tried. It is the first of `MORE` times ``rate_rps`` that kept them by more
-    # than chance. They are tried for plans of the highest rate, unless runs are slow (with attention workers).
+    # The highest rate that kept the limits in a simulation. If ``kept``, ``rate_rps`` or the first of `MORE` times
+    # ``rate_rps`` that kept them by more than chance, which is tried for plans of the highest rate unless runs are slow
+    # (with attention workers). Otherwise a lower rate that kept them by more than chance; None: none of those tried.
     kept_rps: float | None
-    # What follows is not in earlier plans.
-    ttft_s: float | None = None  # the statistic that the plan is held to, if that is not p95
-    tpot_s: float | None = None  # the statistic that the plan is held to, if that is not the mean
-    # The shares of the requests over each limit, if the plan is held to a share of requests; None: there is no limit.
+    # The following fields are missing in earlier plans.
+    ttft_s: float | None = None  # the statistic to which the plan is held, if that is not p95
+    tpot_s: float | None = None  # the statistic to which the plan is held, if that is not the mean
+    # The share of the requests over each limit, if the plan is held to a share of requests; None: there is no limit
     ttft_missed: float | None = None
     tpot_missed: float | None = None
 
     def seconds(self, latency: Latency) -> float:
-        """Return the simulated latency that the plan is held to."""
+        """Return the simulated latency in the statistic to which the plan is held."""
         if latency is Latency.TTFT:
             return self.ttft_p95_s if self.ttft_s is None else self.ttft_s
         return self.tpot_mean_s if self.tpot_s is None else self.tpot_s
@@ -88,10 +88,10 @@ class TriedRate:
     summary: Summary
     held: Held
     num_requests: int
-    within: bool  # whether the load was carried and nothing was above its limit
+    within: bool  # whether the load was carried and nothing exceeded its limit
     kept: bool  # whether the limits were kept, up to chance: a plan may well use its limits up
-    sure: bool  # whether by more than chance, so that other traffic at this rate keeps them, too
-    close: bool  # whether a longer run may say something else
+    sure: bool  # whether they were kept by more than chance, so that other traffic at this rate keeps them, too
+    close: bool  # whether a longer run may give another result
 
 
 def needs_verifying(plan: Plan) -> bool:
@@ -105,7 +105,7 @@ def verified(
 ) -> Plan:  # fmt: skip
     """Return the plan with the simulator's results, or unchanged if it promises no latency or was cancelled.
 
-    Where it misses a limit, the highest rate that keeps them is looked for from ``at_least_rps`` on.
+    If it misses a limit, the highest rate that keeps all limits is searched for, from ``at_least_rps`` on.
     """
     if not needs_verifying(plan) or cancelled.is_set():
         return plan
@@ -114,7 +114,7 @@ def verified(
 
 
 def verification_of(plan: Plan) -> Verification | None:
-    """Return what `verified` wrote, or None if there is nothing readable."""
+    """Return what `verified` stored, or None if that is missing or unreadable."""
     found = plan.inputs.get(VERIFICATION)
     names = [field.name for field in fields(Verification)]
     optional = [field.name for field in fields(Verification) if field.default is None]
@@ -131,7 +131,7 @@ def verification_of(plan: Plan) -> Verification | None:
 def kept_rate(plan: Plan) -> float | None:
     """Return the highest rate at which simulated traffic kept the limits, if it did not at the plan's own rate.
 
-    Return None if the plan was not simulated, or kept them, or kept them at no rate that was tried.
+    None if the plan was not simulated, or kept the limits, or kept them at none of the rates tried.
     """
     found = verification_of(plan)
     return None if found is None or found.kept else found.kept_rps
@@ -143,7 +143,7 @@ def rate_to_simulate(plan: Plan, problem: PlacementProblem) -> float:
 
 
 class LimitedLatency(NamedTuple):
-    """A latency that has a limit: what the plan is held to, as simulated."""
+    """A latency that has a limit, as simulated, in the statistic to which the plan is held."""
 
     latency: Latency
     statistic: Statistic
@@ -165,7 +165,7 @@ def limited_latencies(verification: Verification, plan: Plan) -> list[LimitedLat
 
 
 def attained(verification: Verification, plan: Plan) -> str:
-    """Return the share of the requests within all limits, beside the one that is asked for if there is one."""
+    """Return the share of the requests within all limits, beside the requested share if there is one."""
     asked = service_level_of(plan).attainment
     if asked is None:
         return f"{verification.attainment:.0%} within both"
@@ -175,7 +175,7 @@ def attained(verification: Verification, plan: Plan) -> str:
 
 
 def misses(verification: Verification, plan: Plan) -> list[str]:
-    """Return the limits that a simulated plan does not keep, one clause each; empty if it keeps all."""
+    """Return the limits that a simulated plan misses, one clause each; empty if it keeps all."""
     if verification.kept:
         return []
     if service_level_of(plan).attainment is not None:
@@ -189,7 +189,11 @@ def misses(verification: Verification, plan: Plan) -> list[str]:
 
 
 class _Most(NamedTuple):
-    """The most requests of a run in seconds: of an ordinary one, of one that decides, and of either to fill seats."""
+    """The most requests that a run can have within seconds.
+
+    ``ordinary`` is for an ordinary run, ``deciding`` for one that decides where limits are close, ``to_fill`` for
+    either if seats must be filled.
+    """
 
     ordinary: int
     deciding: int
@@ -197,24 +201,24 @@ class _Most(NamedTuple):
 
 
 WITHOUT_WORKERS = _Most(ordinary=40_000, deciding=40_000, to_fill=100_000)
-WITH_WORKERS = _Most(ordinary=8_000, deciding=16_000, to_fill=16_000)  # each takes several times as long
+WITH_WORKERS = _Most(ordinary=8_000, deciding=16_000, to_fill=16_000)  # each request takes several times as long
 
 
 def num_requests_of(plan: Plan) -> int:
-    """Return the requests per run: enough to fill the plan several times over, in seconds."""
+    """Return the number of requests per run: enough to fill the plan several times over, within seconds."""
     most, seats = _most_of(plan), seats_of(plan)
     fewest = max(FEWEST, service_level_of(plan).requests(most.deciding))
     return min(max(fewest, TURNS * seats), max(most.ordinary, min(most.to_fill, FILLS * seats)))
 
 
 def longest_of(plan: Plan) -> int:
-    """Return the requests of a run that decides where limits are close."""
+    """Return the number of requests in a run that decides where limits are close."""
     num_requests = num_requests_of(plan)
     return max(num_requests, min(_most_of(plan).deciding, LONGER * num_requests))
 
 
 def enough_of(plan: Plan) -> int:
-    """Return the requests of a run at a rate that may be too much: queues take long to fill."""
+    """Return the number of requests in a run at a rate that may be too high: queues take long to fill."""
     return max(num_requests_of(plan), min(ENOUGH, longest_of(plan)))
 
 
@@ -224,8 +228,8 @@ def simulated_at(
 ) -> TriedRate | None:  # fmt: skip
     """Simulate a plan at a rate, held to its service level; None: it was cancelled.
 
-    ``lengths`` are requests of the first run and of longer ones, each of which is made if the limits are close; empty:
-    the ordinary ones.
+    ``lengths`` are the numbers of requests in the first run and in longer ones, each of which follows if the limits are
+    close; empty: the ordinary numbers.
     """
     load = Load(
         lengths=problem.workload, max_position=problem.model.max_position, arrivals=Arrivals.DRAWN, rate_rps=rate_rps
@@ -264,7 +268,10 @@ def _verify(
         return found
 
     def is_sure(rate_rps: float) -> bool:
-        """Return whether the limits are kept by other traffic, too: who looks for the highest rate finds lucky ones."""
+        """Return whether the limits are kept with other traffic, too.
+
+        A search for the highest rate finds rates that are kept by luck.
+        """
         return all(simulate(rate_rps, longer, traffic=traffic).sure for traffic in (seed, seed + 1))
 
     def is_calm(rate_rps: float) -> bool:
@@ -274,7 +281,7 @@ def _verify(
     kept_rps: float | None = planned_rps
     try:
         at_plan = simulate(planned_rps)
-        if at_plan.kept and at_plan.close:  # other traffic may well miss them
+        if at_plan.kept and at_plan.close:  # other traffic may well miss the limits
             other = simulate(planned_rps, longer, traffic=seed + 1)
             at_plan = at_plan if other.kept else other
         if not at_plan.kept:
@@ -319,12 +326,18 @@ class _CancelledError(Exception):
 
 
 def _may_keep_more(plan: Plan, at_plan: TriedRate) -> bool:
-    """Return whether simulating a higher rate is of use: for a plan of the highest rate, in seconds, if it can tell."""
+    """Return whether it is useful to simulate higher rates.
+
+    It is for a plan of the highest rate, if its runs take only seconds and its wait hardly grows.
+    """
     return plan.objective.demand_rps is None and _is_calm(at_plan.summary) and not _has_workers(plan)
 
 
 def _is_calm(summary: Summary) -> bool:
-    """Return whether the wait hardly grows; in a run too short to tell whether it does, not by chance either."""
+    """Return whether the wait hardly grows.
+
+    In a run that is too short to tell whether the queue is steady, that must hold by more than chance.
+    """
     growth = summary.growth
     if summary.steady is None:
         return growth.is_below(CALM)
@@ -334,9 +347,9 @@ def _is_calm(summary: Summary) -> bool:
 def _kept_below(
     missed_rps: float, *, at_least_rps: float, seems_sure: Callable[[float], bool], is_sure: Callable[[float], bool]
 ) -> float | None:
-    """Return the highest rate found below one that misses a limit; None: none of those tried keeps them.
+    """Return the highest rate found below one that misses a limit; None: none of those tried keeps the limits.
 
-    Short runs look for it, longer ones decide. Rates below ``at_least_rps`` are of no interest.
+    Short runs search for it, and longer ones decide. Rates below ``at_least_rps`` are not of interest.
     """
     low = high = missed_rps
     for share in BELOW:
@@ -357,7 +370,7 @@ def _kept_below(
 def _judged(summary: Summary, found: Held, num_requests: int) -> TriedRate:
     """Return whether a run keeps the limits, and how sure that is.
 
-    Queues of a busy plan need time to fill up, so that the tail of a run that starts empty is on the low side.
+    The queues of a busy plan need time to fill, so the tail of latencies is too low in a run that starts empty.
     """
     limited, carried = found.limited, summary.within(UNLIMITED)
     within = carried and all(one.value <= one.limit for one in limited)
@@ -378,7 +391,7 @@ def _judged(summary: Summary, found: Held, num_requests: int) -> TriedRate:
 
 
 MOST_OF_CURVE = 40_000  # requests per rate
-SHARES = (0.2, 0.4, 0.6, 0.8, 0.9, 1.0, 1.05, 1.1)  # of the planned rate; above it queues grow
+SHARES = (0.2, 0.4, 0.6, 0.8, 0.9, 1.0, 1.05, 1.1)  # shares of the planned rate; above it queues grow
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -395,7 +408,7 @@ def latency_curve(
 ) -> Curve | None:
     """Simulate Poisson arrivals at shares of the planned rate, with attention workers if the plan has them.
 
-    Return None if the plan has no replicas, or if it was cancelled before the first rate was done.
+    None if the plan has no replicas, or if it was cancelled before the first rate was done.
     """
     if not plan.replicas:
         return None
@@ -420,7 +433,10 @@ def latency_curve(
 
 
 def _sweep_of(found: Mapping[float, TriedRate], limits: Objective) -> RateSweep:
-    """Return all rates with what the plan's service level says of each, which is what the sweep says by default."""
+    """Return all rates as a sweep, judged by the plan's service level.
+
+    For the default level that is what a sweep itself reports.
+    """
     points = judged_rates({rate_rps: tried.summary for rate_rps, tried in found.items()}, limits).points
     beyond = min((rate_rps for rate_rps, tried in found.items() if not tried.within), default=None)
     return RateSweep(
@@ -434,16 +450,16 @@ def _sweep_of(found: Mapping[float, TriedRate], limits: Objective) -> RateSweep:
 
 
 TIGHTENED = "tightened"  # entry of `Plan.inputs`
-SEARCHES = 2  # besides the first
-LEAST_STEP = 0.8  # of a limit: near saturation latencies grow so steeply that their ratio would take it too far
-LITTLE = 0.05  # of a rate: so much is given up for a plan that keeps its limits at its own, without fewer arrivals
+SEARCHES = 2  # in addition to the first one
+LEAST_STEP = 0.8  # share of a limit: near saturation latencies are so steep that their ratio is too large a step
+LITTLE = 0.05  # share of a rate given up for a plan that keeps its limits at its own rate, not at a lower one
 
 Find = Callable[[PlacementProblem], Plan]  # raises InfeasibleError, NoPlanFoundError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tightening:
-    """A limit by the name that plans show, and the tighter one that was planned for."""
+    """A limit under the name that plans show, and the tighter limit that was planned for."""
 
     name: str
     asked_s: float
@@ -459,16 +475,16 @@ class Tightening:
 def verified_plan(
     plan: Plan, problem: PlacementProblem, find: Find | None, *, seed: int, cancelled: threading.Event, report: Report
 ) -> Plan:
-    """Return the plan as `verified` does, or a better one where it misses a limit at its planned rate.
+    """Return the plan as `verified` does or, if it misses a limit at its planned rate, a better one.
 
-    The cost model predicts TTFT by averages, which is too little where few, long iterations with a chunk take most of
-    the time (`docs/cost-model.md`, "What is approximated"). The simulator sees that.
+    The cost model predicts TTFT by averages, which is too low if a few long iterations with a chunk take most of the
+    time (`docs/cost-model.md`, "What is approximated"). The simulator takes that into account.
 
-    ``find`` then searches again with the missed limit tightened (None: it does not). The first step is planned over
-    simulated latency, but at most 20%. The next is as much again if a limit is still missed, and half of the first if
-    none is or if there is no such plan. Returned is the plan that serves most within the limits of the problem; one
-    that keeps them at its own rate may serve a little less. Its bound is that of the problem, as a tighter limit only
-    takes plans away.
+    ``find`` then searches again with the missed limit tightened (None: there is no other search). The first step is the
+    ratio of the planned to the simulated latency, but at most 20%. The next is another step of this size if a limit is
+    still missed, and half of it in the other direction if none is missed or there is no such plan. The result is the
+    plan that serves most within the limits of the problem; one that keeps them at its own rate may serve a little less.
+    Its bound is that of the problem, since a tighter limit can only exclude plans.
     """
     first = verified(plan, problem, seed=seed, cancelled=cancelled, report=report)
     limit = None if find is None else _missed(first)
@@ -490,7 +506,7 @@ def verified_plan(
 
 
 def tightening_of(plan: Plan) -> Tightening | None:
-    """Return the limit that was tightened for a plan; None: none, or it is not readable."""
+    """Return the limit that was tightened for a plan, or None if there is none or it is unreadable."""
     found = plan.inputs.get(TIGHTENED)
     try:
         return Tightening(**found) if isinstance(found, Mapping) else None
@@ -499,7 +515,10 @@ def tightening_of(plan: Plan) -> Tightening | None:
 
 
 def _missed(plan: Plan) -> Tightening | None:
-    """Return the limit that a simulated plan misses most and the first step, from the limit; None: it misses none."""
+    """Return the limit that a simulated plan misses most, and the first step from this limit.
+
+    None if it misses none.
+    """
     found = verification_of(plan)
     if found is None or found.kept:
         return None
@@ -507,7 +526,7 @@ def _missed(plan: Plan) -> Tightening | None:
     if service_level_of(plan).attainment is None:
         worst = max(limited, key=lambda one: one.value_s / one.limit_s)
         ratio = worst.value_s / worst.limit_s
-    else:  # how far requests are over a limit does not tell how many are
+    else:  # the excess over a limit does not show how many requests exceed it
         missed = {Latency.TTFT: found.ttft_missed or 0.0, Latency.TPOT: found.tpot_missed or 0.0}
         worst, ratio = max(limited, key=lambda one: missed[one.latency]), 1.0 / LEAST_STEP
     if found.steady is False or not math.isfinite(ratio):  # however long requests wait in the end
@@ -518,7 +537,7 @@ def _missed(plan: Plan) -> Tightening | None:
 
 
 def _planned_s(plan: Plan, limit: Tightening) -> float:
-    """Return the latency that the model gives the replica closest to the limit."""
+    """Return the latency that the model predicts for the replica closest to the limit."""
     of_replicas = [replica.ttft_s if limit.name == TTFT else replica.tpot_s for replica in plan.replicas]
     return min(limit.asked_s, max(of_replicas))
 
@@ -561,7 +580,7 @@ def _sentence(first: Plan, tried: Tightening) -> str:
 
 
 def _worth(plan: Plan) -> tuple[bool, float]:
-    """Return what plans are compared by: the rate within the limits, or at a demanded rate the cost."""
+    """Return the key by which plans are compared: the rate within the limits or, if a rate is demanded, the cost."""
     found = verification_of(plan)
     kept = found is not None and found.kept
     if plan.objective.maximises:

@@ -1,4 +1,4 @@
-"""Versions of hetis, Python, and the libraries whose release can change a plan."""
+"""Versions of hetis, Python, and the libraries whose releases can change a plan."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ LIBRARIES = ("numpy", "numba", "highspy", "ortools", "protobuf", "pydantic")
 
 
 def installed_versions() -> dict[str, str]:
-    """Return versions by name; libraries that are not installed are left out."""
+    """Return the versions by name, without libraries that are not installed."""
     versions = {"hetis": metadata.version("hetis"), "python": platform.python_version()}
     for library in LIBRARIES:
         try:

@@ -1,7 +1,7 @@
 """The value of another fleet: the same problem solved before and after, and what the two proofs imply.
 
-`what_if` adds and removes nodes; `buy_next` adds the same number of GPUs of each type on a market list, one type per
-solve. Every answer is a solve, with the options of `hetis-plan place`.
+`what_if` adds and removes nodes; `buy_next` adds the same number of GPUs of each type on a market list, one type at a
+time. Every answer is a solve, with the options of `hetis-plan place`.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ from hetis.solver.plan import Objective, Status
 from hetis.solver.problem import Assumptions
 from hetis.solver.replanning.change import PlanChange, plan_change
 
-Solve = Callable[[LoadedInputs, str], Compared]  # inputs, and the name in progress reports
+Solve = Callable[[LoadedInputs, str], Compared]  # arguments: inputs, and the name in progress reports
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Side:
-    """One of the two fleets: its plan, and what that proves.
+    """One of the two fleets: its plan, and what the plan proves.
 
-    ``usd_per_hour`` is the price of the whole fleet; None: a GPU has none.
+    ``usd_per_hour`` is the price of the whole fleet; None: at least one GPU has no price.
     """
 
     loaded: LoadedInputs
@@ -58,7 +58,7 @@ class Side:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FleetChange:
-    """Nodes or groups to remove, GPUs to add, and the nodes in which they come."""
+    """Nodes or groups to remove, GPUs to add, and the nodes in which these come."""
 
     remove: tuple[str, ...] = ()
     add: tuple[Addition, ...] = ()
@@ -67,7 +67,7 @@ class FleetChange:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WhatIf:
-    """The results before and after. ``plan_change``: the changes of replicas; None if a side has no plan."""
+    """The results before and after. ``plan_change``: the changes of replicas; None if either side has no plan."""
 
     objective: Objective
     change: FleetChange
@@ -81,15 +81,15 @@ class WhatIf:
 class ListedOffer:
     """A GPU type on the market, added to the fleet and solved again."""
 
-    addition: Addition  # the type, the number added, and the price
-    # Estimated marginal value of one GPU of the type in the plan before; None: the fleet has none of it
+    addition: Addition  # the GPU type, the number added, and the price
+    # Estimated marginal value of one GPU of the type in the plan before; None: the fleet has none of this type
     dual: float | None
     after: Side
     difference: Difference  # the effect of all added GPUs together
 
     @property
     def usd_per_hour(self) -> float | None:
-        """The price of one GPU per hour, or None if unknown."""
+        """The price of one GPU per hour, or None if it is unknown."""
         return _price(self.addition)
 
 
@@ -102,7 +102,7 @@ class BuyNext:
     count: int
     before: Side
     offers: tuple[ListedOffer, ...]
-    left_out: tuple[str, ...]  # types for which no time was left, or that were cancelled
+    left_out: tuple[str, ...]  # types for which no time was left, or which were cancelled
 
 
 def what_if(
@@ -114,10 +114,10 @@ def what_if(
     budget: Callable[[], Budget],
     report: Report,
 ) -> WhatIf:
-    """Solve on the present and on the changed fleet, each with its own budget.
+    """Solve for the present and for the changed fleet, each with a budget of its own.
 
     Raises:
-        InvalidProblemError: an unknown node, a type without profile, no node left.
+        InvalidProblemError: a node is unknown, a type has no profile, or no node is left.
         UncheckedPlanError: a plan fails the independent checker.
     """
     solve = _solver(objective, settings, budget, report, count=2)
@@ -144,9 +144,9 @@ def buy_next(
     budget: Callable[[], Budget],
     report: Report,
 ) -> BuyNext:
-    """Solve again with every type of the market added, types of the highest dual per dollar first.
+    """Solve again with each type of the market added, starting with the type of the highest dual per dollar.
 
-    Once a budget is cancelled, the remaining types are left out and named.
+    Once a budget is cancelled, the remaining types are left out and named in the result.
 
     Raises:
         InvalidProblemError: a type has no profile and none can be modelled.
@@ -188,7 +188,7 @@ def buy_next_to_plan(
     """Answer `buy_next` for an existing plan, with its inputs, constraints, objective, strategy and engine.
 
     Raises:
-        InvalidProblemError, UncheckedPlanError: as `buy_next`.
+        InvalidProblemError, UncheckedPlanError: as raised by `buy_next`.
     """
     plan, problem = found.plan, found.problem
     inputs = Inputs(
@@ -212,7 +212,7 @@ def _per_dollar(gain: float, usd_per_hour: float | None) -> float:
 
 
 def _duals(side: Side) -> dict[str, float]:
-    """Return the highest dual among the classes of every type."""
+    """Return for each type the highest dual among its classes."""
     duals: dict[str, float] = {}
     for price in side.outcome.plan.prices if side.outcome.plan is not None else ():
         duals[price.gpu] = max(duals.get(price.gpu, 0.0), price.dual)
@@ -222,7 +222,7 @@ def _duals(side: Side) -> dict[str, float]:
 def _solver(
     objective: Objective, settings: PlacementSettings, budget: Callable[[], Budget], report: Report, *, count: int
 ) -> Solve:
-    """Return a function that solves for each of ``count`` fleets and numbers them in its progress."""
+    """Return a function that solves for each of ``count`` fleets, and numbers them in its progress reports."""
     numbers = itertools.count(1)
 
     def solve(loaded: LoadedInputs, name: str) -> Compared:
@@ -278,7 +278,7 @@ def _plan_change(before: Side, after: Side) -> PlanChange | None:
 
 
 def changed_inputs(loaded: LoadedInputs, change: FleetChange) -> LoadedInputs:
-    """Return the inputs with another fleet; new types get `default_profile`."""
+    """Return the inputs with a changed fleet; new types get `default_profile`."""
     cluster = with_added(loaded.inputs.cluster, change.add, change.shape)  # first: nothing else may be left
     if change.remove:
         cluster = without(cluster, change.remove)
@@ -286,7 +286,7 @@ def changed_inputs(loaded: LoadedInputs, change: FleetChange) -> LoadedInputs:
 
 
 def with_cluster(loaded: LoadedInputs, cluster: Cluster, origin: str | None = None) -> LoadedInputs:
-    """Return model, workload and profiles on another fleet; types without a profile get `default_profile`."""
+    """Return the model, workload and profiles on another fleet; types without a profile get `default_profile`."""
     used = dict.fromkeys(slots.gpu for group in cluster.node_groups for slots in group.gpus)
     profiles, origins = dict(loaded.inputs.profiles), dict(loaded.origins.get("profiles", {}))
     for gpu in used:
@@ -300,7 +300,7 @@ def with_cluster(loaded: LoadedInputs, cluster: Cluster, origin: str | None = No
     )
 
 
-# --- GPUs and nodes named on a command line: ``4xL4``, ``L4=0.80,H100-SXM-80GB``, ``like node a100-0``
+# --- GPUs and nodes specified on a command line: ``4xL4``, ``L4=0.80,H100-SXM-80GB``, ``like node a100-0``
 
 
 MAX_ADDED = 100_000  # GPUs per option
@@ -310,7 +310,7 @@ DEFAULT_GPUS_PER_NODE = 8
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WantedShape:
-    """The parsed options."""
+    """The parsed options for another fleet."""
 
     change: FleetChange
     market: tuple[Addition, ...]
@@ -327,10 +327,12 @@ def read_wanted(
     zone: str | None,
     nic: Link | None,
 ) -> WantedShape:
-    """Parse all options for another fleet. ``market`` is its text and the number of GPUs, or None if not requested.
+    """Parse all options for another fleet.
+
+    ``market`` is the option's text and the number of GPUs, or None if it was not requested.
 
     Raises:
-        DocumentError: with the problems of all options.
+        DocumentError: contains the problems of all options.
     """
     problems: list[Problem] = []
     shape = attempt(lambda: node_shape(cluster, like=like, gpus_per_node=gpus_per_node, zone=zone, nic=nic), problems)
@@ -343,7 +345,7 @@ def read_wanted(
 
 
 def additions(texts: Sequence[str], cluster: Cluster) -> tuple[Addition, ...]:
-    """Return the GPUs of ``--add`` options. Raises DocumentError: with every option that cannot be parsed."""
+    """Return the GPUs of ``--add`` options. Raises DocumentError with every option that cannot be parsed."""
     return _every(texts, lambda text: _addition(text, cluster))
 
 
@@ -367,7 +369,7 @@ def _addition(text: str, cluster: Cluster) -> Addition:
 
 
 def _gpu(name: str, cluster: Cluster, option: str) -> GpuType:
-    """Return a type of the fleet or of the catalogue that can be planned with."""
+    """Return a type of the fleet, or of the catalogue if it can be planned with."""
     if name in cluster.gpu_types:
         return cluster.gpu_types[name]
     try:
@@ -384,7 +386,7 @@ def removals(names: Sequence[str], cluster: Cluster) -> tuple[str, ...]:
     """Return the nodes and groups of ``--remove`` options.
 
     Raises:
-        DocumentError: with every name that the cluster does not have.
+        DocumentError: contains every name that the cluster does not have.
     """
     known = {group.name for group in cluster.node_groups} | set(node_names(cluster))
     unknown = [name for name in dict.fromkeys(names) if name not in known]
@@ -399,12 +401,12 @@ def removals(names: Sequence[str], cluster: Cluster) -> tuple[str, ...]:
 def node_shape(
     cluster: Cluster, *, like: str | None, gpus_per_node: int | None, zone: str | None, nic: Link | None
 ) -> NodeShape:
-    """Return the nodes in which GPUs are added: like one of the fleet's, or of 8 GPUs in the fleet's first zone.
+    """Return the nodes in which GPUs are added: like a node of the fleet, or with 8 GPUs in the fleet's first zone.
 
-    The other options override these values.
+    The other options override these properties.
 
     Raises:
-        DocumentError: no such node or zone.
+        DocumentError: there is no such node or zone.
     """
     problems: list[Problem] = []
     model = attempt(lambda: _node(cluster, like), problems) if like is not None else None
@@ -430,12 +432,12 @@ def _node(cluster: Cluster, name: str) -> NodeGroup:
 
 
 def market_of(text: str | None, cluster: Cluster, count: int) -> tuple[Addition, ...]:
-    """Return the types of a ``--market`` option with their prices, each once.
+    """Return the types of a ``--market`` option with their prices, each of them once.
 
-    The default is all types of the catalogue that have a price and can be planned with, and those of the fleet.
+    The default is every type of the catalogue that has a price and can be planned with, and every type of the fleet.
 
     Raises:
-        DocumentError: with every entry that cannot be parsed.
+        DocumentError: contains every entry that cannot be parsed.
     """
     if text is None:
         return tuple(Addition(gpu=gpu, count=count) for gpu in _priced(cluster))
@@ -455,7 +457,10 @@ def _priced(cluster: Cluster) -> Iterator[GpuType]:
 
 
 def _entries(text: str) -> list[str]:
-    """Return the entries between commas or line ends; if a file has that name, its entries without comments."""
+    """Return the entries between commas or line ends.
+
+    If there is a file of that name, these are its entries without comments.
+    """
     path = Path(text)
     try:
         content = path.read_text(encoding="utf-8") if path.is_file() else text

@@ -1,5 +1,5 @@
-"""Corrects a profile by what a running vLLM says of its iterations.
+"""Corrects a profile by the iteration times that a running vLLM reports.
 
-`observed` is what every source comes down to; `iterations` makes it of a log, `scraping` of ``/metrics``; `replica`
+`observed` is the common form of all sources; `iterations` makes it from a log, `scraping` from ``/metrics``; `replica`
 prices it with a profile; `correction` fits and judges.
 """

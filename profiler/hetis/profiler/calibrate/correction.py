@@ -1,9 +1,9 @@
-"""The correction of a profile: fitted to one half of what was observed, judged on the other.
+"""The correction of a profile: fitted to one half of the observations, judged on the other.
 
-An iteration takes ``k K + s + q R`` seconds, where K is what the profile says of its kernels and R the number of its
-sequences. What is fitted of factor k, seconds s of an iteration and q of a sequence is what the observations can tell
-apart; the rest stays as the profile has it. Since neighbours are alike, whole blocks of consecutive observations are
-taken in turn for the fit and for the judgement.
+An iteration takes ``k K + s + q R`` seconds, where K is the time of its kernels in the profile and R the number of its
+sequences. Of the factor k, the seconds s of an iteration and q of a sequence, those are fitted that the observations
+can tell apart; the rest stays as in the profile. Since neighbours are alike, whole blocks of consecutive observations
+are taken in turn for the fit and for the judgement.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from hetis.solver.errors import InvalidProblemError
 from hetis.solver.profile import Fit, FitScope, Op, Piece, Profile, Provenance, Source
 
 PARAMETERS = ("kernels", "step", "sequence")
-STOOD_STILL = 5.0  # times what such iterations usually take: a compilation, a swapped-out process
+STOOD_STILL = 5.0  # multiple of the usual time of such iterations: a compilation, a swapped-out process
 _CANDIDATES = (("kernels",), ("step",), ("kernels", "step"), ("kernels", "step", "sequence"))
 _BLOCKS = 40
-_GROUPS = 10  # of blocks that are left out one after the other, to know how certain a fit is
-_CERTAIN = 0.1  # half-width of the interval of each of several parameters, as a share of an iteration
-_WORTH = 0.97  # of the error must be left at most, for another parameter to be worth it
-_LEAST_WORTH = 0.001  # that the error must fall by
-_FACTORS = (0.05, 20.0)  # beyond which a factor on kernels means another model, GPU or engine
-_REWEIGHTS = 6  # towards the least absolute relative error
+_GROUPS = 10  # groups of blocks that are left out one after the other, to know how certain a fit is
+_CERTAIN = 0.1  # largest half-width of the interval of each of several parameters, as a share of an iteration
+_WORTH = 0.97  # largest share of the error that may be left for another parameter to be worth it
+_LEAST_WORTH = 0.001  # least amount by which the error must fall as well
+_FACTORS = (0.05, 20.0)  # range of a factor on kernels; beyond it, it means another model, GPU or engine
+_REWEIGHTS = 6  # rounds of reweighting towards the least absolute relative error
 _TWO_SIDED = 1.96  # standard errors of a 95% interval
 _KERNELS = (Op.DENSE, Op.EXPERTS, Op.PREFILL_ATTENTION, Op.DECODE_ATTENTION, Op.ALL_REDUCE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Errors:
-    """Predicted / measured - 1 over some observations: mean of absolutes, mean, and what nine in ten stay below."""
+    """Predicted / measured - 1 over some observations: mean of absolutes, mean, and 90th percentile of absolutes."""
 
     mape: float
     bias: float
@@ -46,11 +46,11 @@ class Errors:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeldOutErrors:
-    """Errors over the observations of a kind (empty: of all) that the fit never saw."""
+    """Errors over the observations of a kind (empty: all kinds) that the fit never saw."""
 
     kind: str
     count: int
-    mean_s: float  # measured
+    mean_s: float  # mean measured seconds
     before: Errors
     after: Errors
 
@@ -59,7 +59,7 @@ class HeldOutErrors:
 class Parameter:
     """A parameter of the correction: a factor, or seconds. ``margin`` is half of its 95% interval.
 
-    None: not fitted, since the observations do not tell it apart; ``after`` is then what the profile has.
+    None: not fitted, since the observations do not tell it apart; ``after`` is then the profile's value.
     """
 
     name: str
@@ -74,7 +74,7 @@ class CalibrationResult:
 
     profile: Profile | None
     parameters: tuple[Parameter, ...]
-    judged: tuple[HeldOutErrors, ...]  # the last one is of all
+    judged: tuple[HeldOutErrors, ...]  # by kind; the last one is over all kinds
     num_fitted: int
     left_out: Mapping[str, int]
 
@@ -116,7 +116,7 @@ def corrected(
 ) -> Profile:
     """Return the profile with these parameters.
 
-    Kernels that took part are faster or slower by the factor for every model and TP degree, so that plans go on
+    Kernels that took part are faster or slower by the factor for every model and TP degree, so that plans keep
     comparing like with like. The error on held-out observations becomes that of the fits that predicted them.
     """
     origin = (
@@ -153,7 +153,7 @@ def corrected(
 
 
 def _kernels_of(fit: Fit) -> tuple[float | None, ...]:
-    """Return what tells a fit's kernels from others of its operator: precision, and whether attention is linear."""
+    """Return what distinguishes a fit's kernels within its operator: precision, and whether attention is linear."""
     return fit.scope.weight_bytes, fit.scope.state_flops
 
 
@@ -176,12 +176,12 @@ class _Table:
         return _Table(**{name: getattr(self, name)[mine] for name in self.__slots__})
 
     def features(self, names: Sequence[str]) -> FloatArray:
-        """Return what each parameter is multiplied by, shape [observations, names]."""
+        """Return the multipliers of the parameters, shape [observations, names]."""
         columns = {"kernels": self.kernels, "step": np.ones(len(self.seconds)), "sequence": self.sequences}
         return np.stack([columns[name] for name in names], axis=1)
 
     def own(self, names: Sequence[str]) -> FloatArray:
-        """Return the seconds that the profile has for all but these parameters."""
+        """Return the profile's seconds for everything except these parameters."""
         columns = {"kernels": self.kernels, "step": self.step, "sequence": self.sample}
         return sum((c for name, c in columns.items() if name not in names), np.zeros(len(self.seconds)))
 
@@ -206,7 +206,7 @@ def _table(observed: Observed, replica: CalibratedReplica) -> _Table:
 
 
 def _without_standstills(table: _Table, left_out: Counter[str]) -> _Table:
-    """Return the table without what took several times as long as others of its kind, measured by the profile."""
+    """Return the table without observations that took several times as long as others of their kind, by the profile."""
     ratio = table.seconds / table.predicted({})
     keep = np.ones(len(ratio), np.bool_)
     for kind in np.unique(table.kind):
@@ -220,10 +220,10 @@ def _without_standstills(table: _Table, left_out: Counter[str]) -> _Table:
 
 
 def _chosen(table: _Table, block: NDArray[np.intp]) -> tuple[tuple[str, ...], dict[str, float], dict[str, float]]:
-    """Return the parameters that the table tells apart and that predict best, their values and margins.
+    """Return the parameters that the table can distinguish and that predict best, their values and margins.
 
-    Each candidate is fitted again without every group of blocks: what it predicts for that group judges it, and how far
-    its parameters move says how certain they are (jackknife).
+    Each candidate is fitted again without each group of blocks: its predictions for that group judge it, and how far
+    its parameters move shows how certain they are (jackknife).
     """
     best: tuple[tuple[str, ...], dict[str, float], dict[str, float]] = ((), {}, {})
     least = float(np.abs(table.predicted({}) / table.seconds - 1).mean())
@@ -241,7 +241,7 @@ def _chosen(table: _Table, block: NDArray[np.intp]) -> tuple[tuple[str, ...], di
             left = table.rows(group == g)
             errors.append(np.abs(left.predicted(dict(zip(names, found, strict=True))) / left.seconds - 1))
         error = float(np.concatenate(errors).mean())
-        # Several parameters that the load does not tell apart move by much together, and predict no worse for it.
+        # Several parameters that the load does not tell apart move by much together, without predicting worse.
         told_apart = len(names) == 1 or bool((share <= _CERTAIN).all())
         is_worth_it = error < min(_WORTH * least, least - _LEAST_WORTH)
         if told_apart and is_worth_it and _FACTORS[0] <= factor <= _FACTORS[1]:

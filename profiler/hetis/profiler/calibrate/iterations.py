@@ -1,7 +1,7 @@
 """Observations of the iterations in a vLLM log.
 
-A line has what an iteration computed and how long the engine *waited* for the result. Two things are added. Scheduling
-and what is done with the result lie between two waits, so that their mean time follows from the clock of the lines
+A line states what an iteration computed and how long the engine *waited* for the result. Two things are added.
+Scheduling and the handling of the result lie between two waits, so their mean time follows from the clock of the lines
 over stretches in which the engine never was without work. And the tokens that requests attend to follow from the share
 of the KV cache in use.
 """
@@ -17,12 +17,12 @@ from hetis.formats.errors import single_problem
 from hetis.formats.vllm_logs import IterationLog, LoggedIteration
 from hetis.profiler.calibrate.observed import Observation, Observed, ObservedWork
 
-FIRST = 10  # iterations of an engine in which it still loads and compiles kernels
+FIRST = 10  # first iterations of an engine, in which it still loads and compiles kernels
 LEAST = 40
-BLOCK_TOKENS = 16  # vLLM's usual block, where the log does not say
-_LEAST_STRETCH_STEPS = 5.0  # of the clock: a shorter stretch says less than its rounding
-_ROUNDING = 0.29  # standard deviation of what is cut off a time, in steps
-_LEAST_GAP_CERTAINTY = 0.05  # of an iteration
+BLOCK_TOKENS = 16  # vLLM's usual block size, if the log does not state it
+_LEAST_STRETCH_STEPS = 5.0  # in steps of the clock: a shorter stretch is dominated by rounding
+_ROUNDING = 0.29  # standard deviation of what is cut off a time, in steps of the clock
+_LEAST_GAP_CERTAINTY = 0.05  # largest standard error of the time between waits, as a share of the mean wait
 NO_GAP = (
     "the log's clock cannot tell how long vLLM takes between two iterations, which their elapsed times leave out: "
     "log some minutes of steady load, or let a collector add times in milliseconds"
@@ -30,10 +30,10 @@ NO_GAP = (
 
 
 def observed_in_log(label: str, log: IterationLog, *, context_tokens: float | None = None) -> Observed:
-    """Return the observations in a log. Raises DocumentError if it is of a pipeline, or does not say the context of
+    """Return the observations in a log. Raises DocumentError if it is of a pipeline, or does not state the context of
     decoding requests.
 
-    ``context_tokens`` is what a decoding request attends to on average. None: as the log says.
+    ``context_tokens`` is what a decoding request attends to on average. None: derived from the log.
     """
     if log.pp is not None and log.pp > 1:
         raise single_problem(label, f"is of an engine with {log.pp} pipeline stages, whose iterations overlap")
@@ -68,11 +68,11 @@ def observed_in_log(label: str, log: IterationLog, *, context_tokens: float | No
 
 
 def between_iterations_s(log: IterationLog) -> float | None:
-    """Return the mean seconds between the end of one wait and the begin of the next, or None if the clock cannot tell.
+    """Return the mean seconds between the end of one wait and the start of the next, or None if the clock cannot tell.
 
-    An iteration with a request that has its first token follows at once on the one before, which had it too. In such a
-    stretch the clock, less what the engine has waited so far, rises by the same for every iteration: by the slope of a
-    line through all of them, which whole seconds blur little.
+    An iteration with a request that is past its first token follows at once on the one before, which had it too. In
+    such a stretch, the clock less the time waited so far rises equally with every iteration: by the slope of a line
+    through all of them, which a clock of whole seconds blurs little.
     """
     stretches = [one for one in _stretches(log.iterations) if one.waited_s >= _LEAST_STRETCH_STEPS * log.clock_step_s]
     count = sum(one.count for one in stretches)
@@ -87,15 +87,15 @@ def between_iterations_s(log: IterationLog) -> float | None:
 
 @dataclass(slots=True)
 class _Stretch:
-    """Iterations without a pause between them, and the sums of a line through them, from the first one's number 0."""
+    """Iterations without a pause between them, and the sums for a line through them; the first has number 0."""
 
     begin_s: float
     clock_s: float
-    waited_s: float = 0.0  # without the first one
+    waited_s: float = 0.0  # time waited, without the first one
     count: int = 1
     numbers: float = 0.0
     squares: float = 0.0
-    rests_s: float = 0.0  # what the clock has risen by beside the waits
+    rests_s: float = 0.0  # sum of the clock's rises since the beginning, less the waits
     products: float = 0.0
 
     def add(self, clock_s: float, elapsed_s: float) -> None:
@@ -109,7 +109,7 @@ class _Stretch:
 
 
 def _stretches(iterations: Sequence[LoggedIteration]) -> Iterator[_Stretch]:
-    now: dict[int, tuple[_Stretch, int]] = {}  # by engine, with the index of its last iteration
+    now: dict[int, tuple[_Stretch, int]] = {}  # keyed by engine, with the index of its last iteration
     for one in iterations:
         known = now.pop(one.engine, None)
         if known is not None and not _goes_on(known, one):
@@ -130,7 +130,7 @@ def _goes_on(known: tuple[_Stretch, int], one: LoggedIteration) -> bool:
     stretch, index = known
     return (
         one.clock_s is not None
-        and one.clock_s >= stretch.clock_s  # a clock that is set back tells nothing
+        and one.clock_s >= stretch.clock_s  # a clock that was set back tells nothing
         and one.index == index + 1
         and one.generation_requests > 0
     )
@@ -140,9 +140,9 @@ def _goes_on(known: tuple[_Stretch, int], one: LoggedIteration) -> bool:
 class _State:
     """An engine before an iteration."""
 
-    budget: int  # tokens of an iteration, which only a prompt that goes on in the next one fills; 0: not known
+    budget: int  # tokens of an iteration, which only a prompt that continues in the next one fills; 0: unknown
     held: float | None = None  # share of the KV cache in use
-    past_tokens: float = 0.0  # of the prompt that goes on
+    past_tokens: float = 0.0  # tokens of the continuing prompt that were computed before
 
 
 def _with_states(log: IterationLog) -> Iterator[tuple[_State, LoggedIteration]]:
@@ -165,7 +165,7 @@ def _with_states(log: IterationLog) -> Iterator[tuple[_State, LoggedIteration]]:
 
 
 def _reason(one: LoggedIteration) -> str:
-    """Return why an iteration is no observation; empty if it is one."""
+    """Return why an iteration is not an observation; empty if it is one."""
     if one.is_dummy:
         return "idle data-parallel rank"
     if one.index < FIRST:

@@ -8,7 +8,7 @@ from enum import StrEnum
 
 
 class ObservedKind(StrEnum):
-    """Kinds of observations, whose errors are told apart."""
+    """Kinds of observations, whose errors are reported separately."""
 
     DECODE = "decode"
     PREFILL = "prefill"
@@ -18,13 +18,13 @@ class ObservedKind(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ObservedWork:
-    """The contents of an iteration. Numbers need not be whole, since there are means of several iterations."""
+    """The contents of an iteration. Numbers need not be whole, since they may be means of several iterations."""
 
     decoding: float = 0.0  # requests with one token each
     attended_tokens: float = 0.0  # KV tokens of all of them together
     prompts: float = 0.0  # requests with a chunk of their prompt
-    chunk_tokens: float = 0.0  # of all chunks together
-    past_tokens: float = 0.0  # of one of these prompts, computed in earlier iterations
+    chunk_tokens: float = 0.0  # tokens of all chunks together
+    past_tokens: float = 0.0  # tokens of one of these prompts that were computed in earlier iterations
 
     @property
     def kind(self) -> ObservedKind:
@@ -46,11 +46,11 @@ class Observation:
 class Observed:
     """All observations of a source in order of time."""
 
-    what: str  # the things observed, in the plural
-    origin: str  # the engine, for people who read the profile
-    least: int  # observations below which nothing is fitted
+    what: str  # what was observed, in the plural
+    origin: str  # description of the engine for readers of the profile
+    least: int  # number of observations below which nothing is fitted
     observations: tuple[Observation, ...]
-    # the number of things that are no observations, by reason
+    # number of records that are not observations, by reason
     left_out: Mapping[str, int] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()  # what a reader of the result must know
-    tp: int | None = None  # tensor-parallel degree; None: the source does not say
+    notes: tuple[str, ...] = ()  # remarks for the reader of the result
+    tp: int | None = None  # tensor-parallel degree; None: the source does not state it

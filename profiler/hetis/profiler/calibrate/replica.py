@@ -1,4 +1,4 @@
-"""Iteration times of one replica by a profile: one stage on one tensor-parallel group."""
+"""Iteration times of one replica as a profile predicts them: one stage on one tensor-parallel group."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class CalibratedReplica:
     """A model on one tensor-parallel group, priced with the formulas of docs/cost-model.md."""
 
     def __init__(self, model: ModelSpec, profile: Profile, *, tp: int, link: Link) -> None:
-        """Check that the replica can be. Raises InvalidProblemError if the model cannot be split like that, or its
+        """Check that the replica is possible. Raises InvalidProblemError if the model cannot be split like that, or its
         weights do not fit.
         """
         rank = rank_shape(model, tp)

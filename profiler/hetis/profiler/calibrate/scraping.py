@@ -1,7 +1,7 @@
 """Observations of the intervals between scrapes of a running vLLM's ``/metrics``, by engine.
 
-An interval says less than a log: the mean latency between tokens, which is the mean time of the iterations that decode,
-and what they computed together. Iterations with a prompt are told from those without by the number of first tokens.
+An interval contains less than a log: the mean latency between tokens, which is the mean time of the iterations that
+decode, and what they computed together. The number of first tokens separates iterations with a prompt from the others.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from hetis.formats.errors import single_problem
 from hetis.profiler.calibrate.observed import Observation, Observed, ObservedKind, ObservedWork
 from hetis.solver.errors import HetisError
 
-TIMEOUT_S = 10.0  # for a whole answer
-MAX_BYTES = 16 * 2**20  # a busy server with many adapters and buckets sends some MiB
+TIMEOUT_S = 10.0  # time limit for a whole answer
+MAX_BYTES = 16 * 2**20  # a busy server with many adapters and buckets sends several MiB
 LEAST = 8
-LEAST_TOKENS = 10  # latencies in an interval, below which it is no mean
-_MOST = 1e18  # of any value; what is more has lost its precision, or is no number
+LEAST_TOKENS = 10  # minimum number of latencies in an interval for a mean
+_MOST = 1e18  # limit of any value; larger ones have lost their precision, or are not numbers
 
 # Collectors that refuse colons write `vllm_`. Buckets are most of the lines, and not needed.
 _SAMPLE = re.compile(r"^vllm[:_]([a-zA-Z0-9_]{1,100})(?:\{(.*)\})?[ \t]+([0-9.eE+-]{1,40})(?:[ \t]|$)")
@@ -34,7 +34,7 @@ _LABEL = re.compile(r'(\w{1,100})="((?:[^"\\]|\\.)*)"')
 
 
 class UnreachableError(HetisError):
-    """A server did not answer, or not as an HTTP server does; a later call may find it."""
+    """A server did not answer, or not as an HTTP server does; a later call may succeed."""
 
 
 @dataclass(slots=True)
@@ -45,7 +45,7 @@ class EngineState:
     cache: Mapping[str, str] = field(default_factory=dict)
 
 
-Scrape = tuple[float, dict[str, EngineState]]  # when, and the engines by their label
+Scrape = tuple[float, dict[str, EngineState]]  # time, and the engines by their label
 
 
 def watch(
@@ -54,7 +54,7 @@ def watch(
 ) -> list[Scrape]:  # fmt: skip
     """Return scrapes of ``url`` over ``for_s`` seconds, one every ``every_s``. Only the first one must succeed.
 
-    Raises UnreachableError if the first call has no answer, and DocumentError if that is no URL, or no vLLM answers
+    Raises UnreachableError if the first call has no answer, and DocumentError if that is not a URL, or no vLLM answers
     there. ``fetch``, ``clock`` and ``sleep`` are replaced by tests.
     """
     address, fetch = metrics_address(url), fetch or fetch_text
@@ -69,7 +69,7 @@ def watch(
 
 
 def metrics_address(url: str) -> str:
-    """Return the URL with a path. Raises DocumentError if it is no http or https URL."""
+    """Return the URL with a path. Raises DocumentError if it is not an http or https URL."""
     try:
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname or (parts.port or 1) < 1:
@@ -142,7 +142,7 @@ def _observation(url: str, before: EngineState, after: EngineState, context_toke
     """Return the mean iteration of an interval, or the reason why there is none."""
 
     def grown(*names: str) -> float:
-        """Return the difference of the first counter that the version has."""
+        """Return the increase of the first of these counters that the version has."""
         name = next((name for name in names if name in after.values), names[0])
         return after.values[name] - before.values[name]
 
@@ -163,7 +163,7 @@ def _observation(url: str, before: EngineState, after: EngineState, context_toke
         raise single_problem(url, "does not say how full the KV cache is: --context gives the tokens of a request")
     decoding = max(1.0, decoded / iterations)
     decode = ObservedWork(decoding=decoding, attended_tokens=decoding * context)
-    prompt_tokens = max(0.0, tokens - generated)  # without those that a prefix cache had
+    prompt_tokens = max(0.0, tokens - generated)  # without those found in a prefix cache
     with_prompt = min(iterations, first_tokens) if prompt_tokens > 0 else 0.0
     share = with_prompt / iterations
     parts = [(1.0 - share, decode)] if share < 1 else []

@@ -1,4 +1,4 @@
-"""``hetis-profile calibrate``: corrects a profile by what a running vLLM says of itself, and reports its error."""
+"""``hetis-profile calibrate``: corrects a profile by the times that a running vLLM reports, and reports its error."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def calibrate(
     base = _profile(gpu, profile, cluster)
     spec = _model(model, weights, kv, base.gpu)
     if "://" in source:
-        _replica(spec, base, tp or 1, cluster)  # before a minute is spent on it
+        _replica(spec, base, tp or 1, cluster)  # a check before a minute is spent on it
         observed = _watched(terminal, source, context, watch_s or _USUAL_S)
     else:
         observed = _logged(source, context)
@@ -166,7 +166,7 @@ def _model(name: str, weights: str | None, kv: str | None, gpu: str) -> ModelSpe
 
 
 def _replica(spec: ModelSpec, profile: Profile, tp: int, cluster: Path | None) -> CalibratedReplica:
-    """Return the replica that the server is. Only several GPUs have a link, which the GPU's type says."""
+    """Return the server's replica. Only several GPUs have a link, which is that of the GPU's type."""
     from hetis.profiler.calibrate.replica import CalibratedReplica
     from hetis.solver.cluster import Link
     from hetis.solver.cost import intra_link

@@ -27,7 +27,7 @@ RUN_EXAMPLES = (
 )
 _QUICK_S, _FULL_S = 35.0, 1800.0
 _CPU_MODEL, _CUDA_MODEL = "Qwen/Qwen3-0.6B", "meta-llama/Llama-3.1-8B"
-_LINE_INTERVAL_S = 5.0  # from one line of progress to the next, where there is no bar
+_LINE_INTERVAL_S = 5.0  # interval between lines of progress, where there is no bar
 
 
 @verb()

@@ -1,4 +1,4 @@
-"""Parts that several verbs share: options, files, profiles and GPU types by name, tables for people."""
+"""Parts that several verbs share: options, files, profiles and GPU types by name, tables."""
 
 from __future__ import annotations
 

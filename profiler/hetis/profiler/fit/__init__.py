@@ -154,7 +154,7 @@ def _fit_op(points: Points, scopes: Collection[FitScope]) -> tuple[Fit, OpReport
 
 
 def _against(others: Points, fits: Sequence[Fit]) -> OtherSource | None:
-    """Return the errors of the fit of the same scope on another source's points in the serving range, if there are."""
+    """Return the errors of the fit of the same scope on another source's points in the serving range, if any."""
     fit = next((fit for fit in fits if (fit.op, fit.scope) == (others.op, others.scope)), None)
     served = others.kept(within(SERVING[others.op], others.sizes, len(others)))
     if fit is None or not len(served):

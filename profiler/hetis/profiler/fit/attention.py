@@ -26,7 +26,7 @@ from hetis.profiler.plausibility import roofline_seconds, work_of
 from hetis.solver.cluster import GpuType
 from hetis.solver.profile import FitScope, Op
 
-MIN_POINTS = 60  # for a head shape with its own fit; others share a fit by head size
+MIN_POINTS = 60  # least points of a head shape with its own fit; others share a fit by head size
 MIN_HEADS = 4  # query heads per rank: one sequence of fewer leaves most of the GPU idle
 _LATER = " was measured too, and comes first"
 LAUNCH_S = 2e-6  # the launch hides reading less KV than this, whether from cache or memory

@@ -20,8 +20,8 @@ from hetis.solver.profile import FitScope, Op
 # Evenly spaced logarithms: the tables contain many more large token counts than served batches have.
 _TOKENS = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 8192)
 _MAX_TOKEN_COUNTS = 40  # a table with fewer is used as it is
-COLD_RATIO = 0.8  # of peak bandwidth: a matrix that fits the cache is charged this, however fast it was reread
-_MIN_LAYERS = 12  # layers and token counts, for a fit
+COLD_RATIO = 0.8  # share of peak bandwidth: a matrix that fits the cache is charged this, however fast it was reread
+_MIN_LAYERS = 12  # minimum number of points (layers and token counts) for a fit
 _TPS = (1, 2, 4, 8)
 _MODELS = (
     "meta-llama/Llama-2-7b-hf",

@@ -36,7 +36,7 @@ class PointsFit:
     single: tuple[Coefficients, ...]  # the best single piece
     fitted: Mask  # the points that ``pieces`` were fitted to
     judges: Rows  # indices of the points that judge, shape [judges]
-    # their seconds by pieces that did not see them, shape [judges]; with several turns, each turn's own
+    # seconds of these points by pieces that did not see them, shape [judges]; with several turns, each turn's own
     predicted: FloatArray
     predicted_single: FloatArray  # the same by single pieces
     shapes: tuple[str, ...]  # shapes unseen by every fit that they judge

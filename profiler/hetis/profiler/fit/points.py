@@ -40,8 +40,8 @@ CACHE_BYTES = {
     "GB200-per-GPU": 126e6,
     "GB300-per-GPU": 126e6,
 }
-MAX_BANDWIDTH = 1.1  # of the nominal peaks; a row above was served by a cache, or its time is wrong
-MAX_IMPOSSIBLE = 0.05  # of the rows that no cache can have served; a table with more is not fitted
+MAX_BANDWIDTH = 1.1  # multiple of the nominal peaks; a row above it was served by a cache, or its time is wrong
+MAX_IMPOSSIBLE = 0.05  # share of rows above the peaks among those that no cache served; a table with more is not fitted
 
 FEATURES = {
     Op.DENSE: ("fixed_s", "flop_s", "byte_s"),
@@ -105,7 +105,7 @@ class Points:
         return np.array([bool(cells) for cells in self.cells] or [False] * len(self), dtype=np.bool_)
 
     def served(self, fitted: Collection[FitScope]) -> NDArray[np.bool_]:
-        """Return a mask of the points that a plan would ask this fit for: those without their own fit in ``fitted``."""
+        """Return a mask of the points for which a plan would use this fit: those without their own in ``fitted``."""
         alone = [scope != self.scope and scope in fitted for scope in self.scopes]
         return ~np.array(alone or [False] * len(self), dtype=np.bool_)
 

@@ -18,7 +18,7 @@ BARS = {Op.DENSE: 0.08, Op.PREFILL_ATTENTION: 0.10, Op.DECODE_ATTENTION: 0.10}  
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Served:
-    """The points of a fit that a plan would ask it for: shapes with their own fit are excluded."""
+    """The points for which a plan would use a fit: shapes with their own fit are excluded."""
 
     num_fitted: int  # number of these points that it saw
     # serving, one_piece, by_region: as in `OpReport`, for these points only.
@@ -46,7 +46,7 @@ class OpReport:
     one_piece: ErrorStats  # the same for a single affine piece fitted to the same points (the form of Hetis, SC'25)
     by_region: tuple[tuple[str, ErrorStats], ...]
     region: FitRegion
-    served: Served  # the same for the points that a plan would ask this fit for
+    served: Served  # the same for the points for which a plan would use this fit
     left_out: tuple[LeftOut, ...] = ()  # rows that no fit saw and no error counts, and why
     notes: tuple[str, ...] = ()  # what a reader of the fit must know
     remark: str = ""  # why the bar is missed, if it is
@@ -77,7 +77,7 @@ class FewHeads:
     op: Op
     scope: FitScope
     serving: ErrorStats
-    small_batch: ErrorStats  # for fewer than `SMALL_BATCH` sequences
+    small_batch: ErrorStats  # errors for fewer than `SMALL_BATCH` sequences
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,10 +91,8 @@ class FitReport:
     few_heads: tuple[FewHeads, ...] = ()
 
     def held_out_mape(self, op: Op, *, one_piece: bool = False) -> float | None:
-        """Return the mean over the held-out points of ``op`` in the serving range, each by the fit that a plan would
-        ask.
-
-        Return None if there are none.
+        """Return the mean error over the held-out points of ``op`` in the serving range, each by the fit that a plan
+        would use; None if there are none.
         """
         served = [report.served for report in self.ops if report.op is op]
         return mean_mape([one.one_piece if one_piece else one.serving for one in served])

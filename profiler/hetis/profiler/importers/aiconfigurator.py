@@ -86,7 +86,7 @@ def _attention(row: SheetRow, *, decode: bool) -> Found | str:
         "head_dim": row.count("head_dim"),
         "batch": row.count("batch_size"),
     }
-    if values["kv_heads"] == 0:  # its own files say 0 for as many as query heads
+    if values["kv_heads"] == 0:  # its own files have 0 for as many as query heads
         values["kv_heads"] = values["query_heads"]
     kernel = row.text("kernel_source", "")
     if not decode:

@@ -24,8 +24,8 @@ from hetis.formats.measurements import MAX_COUNT, MAX_SECONDS, MeasuredBy, Measu
 from hetis.profiler.plausibility import roofline_seconds, unit_doubt
 from hetis.solver.cluster import GpuType
 
-MAX_BYTES = 2**30  # per table when unpacked
-MAX_PROBLEMS = 100  # per table; a wrong column is wrong in every row
+MAX_BYTES = 2**30  # limit per table when unpacked
+MAX_PROBLEMS = 100  # limit per table; a wrong column is wrong in every row
 ROW_PEAKS = 1000.0  # limit for any single row
 _FLAGS = {"true": True, "1": True, "false": False, "0": False}
 # Names that the catalogue refuses because they are ambiguous; the READMEs of the tables resolve them.
@@ -185,7 +185,7 @@ class _Open:
     """A table while it is being read."""
 
     columns: dict[str, list[Value]] = field(default_factory=lambda: defaultdict(list))
-    places: list[tuple[SheetRow, str]] = field(default_factory=list)  # of the time of each row
+    places: list[tuple[SheetRow, str]] = field(default_factory=list)  # row and column of each time
 
 
 class Collection:

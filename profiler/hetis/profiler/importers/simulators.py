@@ -85,7 +85,7 @@ def read_llmservingsim(sheet: Sheet, into: Collection) -> None:
 
 
 def read_splitwise(sheet: Sheet, into: Collection) -> None:
-    """Add two rows for each of Splitwise's end-to-end table: prompt and token times of a whole engine."""
+    """Add two rows for each row of Splitwise's end-to-end table: prompt and token times of a whole engine."""
     sheet.require(_SPLITWISE_FORMS)
     for row in sheet:
         gpu, name = row.gpu("hardware"), row.text("model")

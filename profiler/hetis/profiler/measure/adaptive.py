@@ -1,4 +1,4 @@
-"""What a run is asked for; decides what to measure next, how often, and when to stop.
+"""The request for a run, and the decisions what to measure next, how often, and when to stop.
 
 Pure: it knows points and samples, not torch; timers and clocks are arguments.
 """
@@ -19,10 +19,10 @@ from hetis.profiler.measure.points import Measured, MeasuredPoint, PointSeries, 
 from hetis.solver.model import ModelSpec
 
 _FEW = 12  # points that a fit needs (hetis.profiler.fit)
-_LINEAR_VARIANCE = 4.0  # of slopes in log-log: sizes enter times with powers between 0 and 2
-_LENGTHS = (1.0, 2.0, 4.0)  # of the smooth part, in factors of e
-_VARIANCES = (0.005, 0.02, 0.08, 0.3)  # of the smooth part: it bends by 7%, 14%, 28% or 55%
-_LEAST_NOISE = 0.01  # relative; no timer is better than this from call to call
+_LINEAR_VARIANCE = 4.0  # variance of slopes in log-log: sizes enter times with powers between 0 and 2
+_LENGTHS = (1.0, 2.0, 4.0)  # length scales of the smooth part, in factors of e
+_VARIANCES = (0.005, 0.02, 0.08, 0.3)  # variances of the smooth part: it bends by 7%, 14%, 28% or 55%
+_LEAST_NOISE = 0.01  # relative noise; no timer is better than this from call to call
 # Half the width, in ranks, of the 95% order-statistic interval of a median is 0.98 sqrt(n).
 _RANKS_95 = 0.98
 
@@ -32,8 +32,8 @@ class StoppingRule:
     """Rule for when a surface is known well enough."""
 
     uncertainty: float = 0.05  # largest relative error expected anywhere among the candidates
-    min_points: int = 24  # per series, however smooth it looks: a fit holds some of them out
-    max_points: int = 120  # per series, whatever remains unknown
+    min_points: int = 24  # limit per series, however smooth it looks: a fit holds some of them out
+    max_points: int = 120  # limit per series, whatever remains unknown
     max_point_s: float = 2.0  # candidates expected to take longer than this per call are left out
 
 
@@ -141,7 +141,7 @@ class Campaign:
         self._state_of[found.point.key].add(found)
 
     def is_started(self) -> bool:
-        """Return whether every series has so many points as a fit needs, or all that it can have."""
+        """Return whether every series has as many points as a fit needs, or all that it can have."""
         return all(len(state.measured) >= _FEW or state.next() is None for state in self.states)
 
     def worst(self) -> float:
@@ -225,10 +225,10 @@ class SamplingRule:
     spread: float = 0.02  # stop when the median is known this well, relative
     limit_s: float = 1.0  # stop after this long including warm-up, whether or not it is known well
     batch_s: float = 2e-3  # calls are timed in batches at least this long, so that the timer's own error is negligible
-    warm_up_s: float = 0.05  # calls before the first batch that counts
+    warm_up_s: float = 0.05  # duration of the calls before the first batch that counts
     min_batches: int = 5
     max_batches: int = 100
-    max_calls: int = 200  # per batch
+    max_calls: int = 200  # limit per batch
 
 
 QUICK_RULES = (

@@ -18,7 +18,7 @@ Call = Callable[[], object]
 TimeCalls = Callable[[int], float]
 
 _ALIGNMENT = 128  # elements; sets of operands start at multiples of it
-_ASSUMED_L2 = 128 * 2**20  # if torch does not say; no GPU on sale has more
+_ASSUMED_L2 = 128 * 2**20  # if torch does not report it; no GPU on sale has more
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 TIMES = 2  # replacement is not strictly by age, and caches hash addresses: once would leave some lines behind
-MAX_SETS = 16384  # of operands; each is a node of a CUDA graph
+MAX_SETS = 16384  # limit for sets of operands; each is a node of a CUDA graph
 _CACHE_FILES = ("level", "size", "shared_cpu_list")
 _ASSUMED_CACHE = 256 * 2**20  # as large as servers' are; more only costs memory
 

@@ -59,7 +59,7 @@ def read_journal(path: Path, settings: Mapping[str, str]) -> list[Measured]:
 
 @contextmanager
 def journal_in(path: Path, settings: Mapping[str, str], known: list[Measured]) -> Iterator[Callable[[Measured], None]]:
-    """Yield a function that appends a point: the system has it when it returns. The file is rewritten before with the
+    """Yield a function that appends a point: the system has it when it returns. First the file is rewritten with the
     ``known`` points, which drops a cut-off line. Raises DocumentError if it cannot be written.
     """
     lines = [_line({"hetis_journal": _VERSION, "settings": dict(settings)}), *map(_line_of, known)]

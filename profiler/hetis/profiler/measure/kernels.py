@@ -91,7 +91,7 @@ class Kernels:
         if past == 0:
             masked: dict[str, Any] = {"is_causal": True}
         elif self._device.on_cuda:
-            from torch.nn.attention.bias import causal_lower_right  # which imports torch's compiler: a second or two
+            from torch.nn.attention.bias import causal_lower_right  # imports torch's compiler: a second or two
 
             masked = {"attn_mask": causal_lower_right(tokens, past + tokens)}
         else:

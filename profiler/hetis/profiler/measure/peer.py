@@ -1,7 +1,8 @@
 """One of two processes that exchange messages: ``python -m hetis.profiler.measure.peer RANK STORE DEVICE``.
 
-Rank 0 reads one request per line from standard input (``{"op": "transfer", "num_bytes": 4096, "count": 10}``), tells
-rank 1, does it together with it, and prints the seconds that ``count`` of them took. The end of input ends both.
+Rank 0 reads one request per line from standard input (``{"op": "transfer", "num_bytes": 4096, "count": 10}``), passes
+it to rank 1, carries it out together with it, and prints the seconds that ``count`` of them took. The end of input ends
+both.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ def _do(wanted: list[int], rank: int, device: torch.device) -> float:
             _ping_pong(message, rank)
     _synchronize(device)
     seconds = time.perf_counter() - start
-    return seconds if OPS[op] == "all_reduce" else seconds / 2  # there and back
+    return seconds if OPS[op] == "all_reduce" else seconds / 2  # a round trip
 
 
 def _ping_pong(message: torch.Tensor, rank: int) -> None:

@@ -102,7 +102,7 @@ class PeerProcesses:
                 if pipe is not None:
                     try:
                         pipe.close()
-                    except OSError:  # nobody reads it any more
+                    except OSError:  # no process reads it any more
                         continue
         for process in self._processes:
             try:

@@ -33,7 +33,7 @@ class MeasuredPoint:
     op: str  # name of the table it belongs to, such as ``gemm``
     kernel: str  # what computes it, such as ``torch sdpa``; points of two kernels never share a fit
     columns: Mapping[str, Count]  # the table's numeric columns except ``seconds``; sizes in bytes, lengths in tokens
-    texts: Mapping[str, str] = field(default_factory=dict)  # its text columns, such as the path of a transfer
+    texts: Mapping[str, str] = field(default_factory=dict)  # the table's text columns, such as the path of a transfer
 
     @property
     def key(self) -> tuple[object, ...]:
@@ -143,7 +143,7 @@ def series_of(
     if what := next((kind for kind, has in kinds.items() if has), None):
         raise InvalidProblemError(f"{model.name} has {what}, which `run` cannot measure: choose a dense model")
     tps = [tp for tp in extent.tps if model.q_heads % tp == 0 and model.kv_heads % tp == 0]
-    blocks = (size for size in extent.messages if size >= KV_BLOCK_BYTES)  # of a head group: less is never copied
+    blocks = (size for size in extent.messages if size >= KV_BLOCK_BYTES)  # no less than a block is ever copied
     found = [
         _series("dense layer", _layers(model, extent, tps), "tokens", "params"),
         _products(model, extent, tps),

@@ -33,7 +33,7 @@ def settings_of(request: RunRequest, gpu: str, device: Device, driver: str) -> d
         "GPU itself": " ".join(part for part in (device.name, device.address.uuid or device.address.bus) if part),
         "driver": driver or "unknown",
         "CUDA": str(torch.version.cuda),
-        "kernels of prompts": "one",  # cuDNN's among others, once
+        "kernels of prompts": "one",  # earlier versions also used others, such as cuDNN's
     } if isinstance(device, CudaDevice) else {}  # fmt: skip
     return {
         "device": request.device,

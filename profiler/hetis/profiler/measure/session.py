@@ -44,9 +44,9 @@ class RunProgress:
 class RunResult:
     """The results of a run, including what a cluster file needs to know about the host."""
 
-    measurements: Measurements  # its notes: the disturbances, then remarks
+    measurements: Measurements  # with the disturbances and then remarks as notes
     disturbances: Sequence[str]
-    num_known: int  # points of an earlier, interrupted run
+    num_known: int  # number of points from an earlier, interrupted run
     uncertainty: float  # the largest relative error still expected anywhere
     memory_bytes: int
     architecture: str
@@ -139,7 +139,7 @@ def _run(
     campaign: Campaign, time_point: Callable[[MeasuredPoint], TimedSample], report: Callable[[RunProgress], None],
     keep: Callable[[Measured], None], *, limit_s: float, begin_s: float,
 ) -> None:  # fmt: skip
-    """Measure the points that the campaign asks for."""
+    """Measure the points that the campaign chooses."""
     total = sum(min(len(state.series.candidates), state.rule.max_points) for state in campaign.states)
     took_s: list[float] = []
     while (choice := campaign.next()) is not None:

@@ -39,12 +39,12 @@ _ARCHITECTURES = {
 }
 _UNKNOWN = (13, 0)
 _LOOK_INTERVAL_S = 0.02  # a sample takes the host from a few microseconds to a millisecond
-BUSY_SHARE = 0.1  # of the cores, used by others
+BUSY_SHARE = 0.1  # share of the cores that others use
 _DRIFT = 0.1
 _JITTER = 0.25
-_JITTERY_SHARE = 0.2  # of the points
+_JITTERY_SHARE = 0.2  # share of the points
 _UNSURE_SPREAD = 0.1
-_THROTTLED_SHARE = 0.01  # of the samples, or of the time
+_THROTTLED_SHARE = 0.01  # share of the samples, or of the time
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,7 +65,7 @@ class GpuNews:
     reasons: Mapping[str, int] = field(default_factory=dict)
     # seconds in the GPU's own counters, by what limited its clocks
     held_s: Mapping[str, float] = field(default_factory=dict)
-    elapsed_s: float = 0.0  # between the two readings of those counters, on the host's clock
+    elapsed_s: float = 0.0  # seconds between the two readings of those counters, on the host's clock
     other_processes: int = 0  # maximum number of other processes with a context on the GPU
 
 
@@ -73,7 +73,7 @@ class GpuWatch:
     """Samples one GPU from time to time."""
 
     def __init__(self, address: GpuAddress | None, *, clock: Callable[[], float], nvml: Any = None) -> None:
-        """Initialise. Without an ``address`` there is no GPU, and nothing is ever seen. ``clock`` tells monotonic
+        """Initialise. Without an ``address`` there is no GPU, and nothing is ever seen. ``clock`` returns monotonic
         seconds, and ``nvml`` is a module with the functions of ``pynvml``, or None for that one if installed.
         """
         self._clock = clock
@@ -126,9 +126,9 @@ class GpuWatch:
         )
 
     def driver(self) -> str:
-        """Return the driver's version, or an empty string if NVML does not say."""
+        """Return the driver's version, or an empty string if NVML does not report it."""
         version = "" if self._nvml is None else self._nvml.ask("nvmlSystemGetDriverVersion", otherwise="")
-        return version.decode() if isinstance(version, bytes) else str(version)  # older libraries answer bytes
+        return version.decode() if isinstance(version, bytes) else str(version)  # older libraries return bytes
 
     def _read_counters(self) -> Mapping[str, float]:
         """Return the seconds of violations since the driver started, by policy, of those that the GPU counts."""

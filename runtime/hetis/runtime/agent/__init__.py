@@ -1,1 +1,1 @@
-"""The daemon of a GPU node: it reports the node's state to the planner and makes its engine do as the planner asks."""
+"""The daemon of a GPU node: it reports the node's state to the planner and makes its engine follow the planner."""

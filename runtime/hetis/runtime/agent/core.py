@@ -34,8 +34,8 @@ from hetis.v1.inventory_pb2 import NodeInventory
 from hetis.v1.report_pb2 import AssignmentState, DeviceReport, ReplicaReport
 
 PROTOCOL_VERSION = 1
-MOST_REMOVED = 256  # removed replicas whose generation is remembered
-MOST_ENGINE_ID = 64  # characters, as the contract permits
+MOST_REMOVED = 256  # number of removed replicas whose generation is remembered
+MOST_ENGINE_ID = 64  # length limit in characters, from the contract
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,16 +43,16 @@ class AgentIdentity:
     """Properties that stay the same for one run of an agent."""
 
     node: str  # ``clusters/{cluster}/nodes/{node}``
-    agent_version: str  # version of the software
+    agent_version: str
     boot_id: str  # UUID of this run
     capabilities: frozenset[AgentCapability.ValueType] = frozenset()  # what the agent can do for its engine
     engine_address: str = ""  # where the engine listens for other engines. Empty: nowhere.
-    clock: str = ""  # names the origin of the times that are passed in; it changes with a reboot
+    clock: str = ""  # identifies the origin of the monotonic clock; changes with a reboot
 
 
 class AgentCore:
     """The protocol of one node's agent. ``saved``: parts of the state as last persisted, by name. A damaged part starts
-    empty and is listed in `damaged`. ``seed``: for the jitter of heartbeats.
+    empty and is listed in `damaged`. ``seed``: source of the heartbeat jitter.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class AgentCore:
         self._engine: WatchReportsResponse | None = None
         self._restart_is_untold = False  # the restart of the engine has not been reported yet
         self._is_welcome = False
-        self._asked_maps: dict[int, tuple[str, str]] = {}  # call number -> (request id, replica), of this stream
+        self._asked_maps: dict[int, tuple[str, str]] = {}  # call number -> (request id, replica), of the current stream
         held = self._read(saved)
         self._fence = Fence(self._newest_epoch(saved, held), self._outbox)
         self._replicas = {entry.replica: self._replica_agent(entry) for entry in held}
@@ -128,7 +128,7 @@ class AgentCore:
         return self._outbox.take()
 
     def stream_ended(self) -> None:
-        """Note that nothing sent is heard until the next Welcome. Nothing else changes."""
+        """Record that the stream ended: messages are dropped until the next Welcome. Nothing else changes."""
         self._is_welcome = False
         self._outbox.stream_ended()
 
@@ -147,7 +147,7 @@ class AgentCore:
                 replica.engine_restarted(now_s)
         for status in report.changes:
             if not status.replica:
-                continue  # the change was given up before the engine heard of it
+                continue  # the change was aborted before the engine received it
             if status.replica not in self._replicas:
                 self._replicas[status.replica] = self._replica_agent(ReplicaState(replica=status.replica))
             self._replicas[status.replica].hear_change(status, now_s)
@@ -244,7 +244,7 @@ class AgentCore:
         return held
 
     def _newest_epoch(self, saved: Mapping[str, bytes], held: Sequence[ReplicaState]) -> int:
-        """Return the saved epoch and, if newer or if that is damaged, the newest epoch of any assignment or change."""
+        """Return the newest epoch among the saved one, unless damaged, and those of all assignments and changes."""
         epochs = [entry.epoch for entry in held] + [c.epoch for entry in held for c in entry.changes.values()]
         if NODE_PART in saved:
             try:
@@ -270,7 +270,7 @@ class AgentCore:
         self._is_welcome = False
 
     def _overtaken(self, newest: int) -> None:
-        """End the stream: the engine has obeyed a newer planner, so the connected one is old."""
+        """End the stream: the engine has obeyed a newer planner, so the connected one is outdated."""
         old = self._fence.newest
         self._fence.raise_to(newest)
         if self._is_welcome:
@@ -308,7 +308,7 @@ class AgentCore:
                 self._ask_head_maps(request.request_id, request.head_map_of)
 
     def _ask_head_maps(self, request_id: str, name: str) -> None:
-        """Ask the engine for the head maps of a replica, or tell the planner why that is impossible."""
+        """Request the head maps of a replica from the engine, or report to the planner why that is impossible."""
         replica = self._replicas.get(name)
         if replica is None or replica.held.assignment is None:
             why = failure_of(ErrorReason.ERROR_REASON_NOT_FOUND, f"{name} is not held here", name=name)
@@ -320,7 +320,7 @@ class AgentCore:
         self._send_head_maps(request_id, name, why)
 
     def _send_head_maps(self, request_id: str, replica: str, answer: EngineResponse | Failure) -> None:
-        """Forward head maps in pieces, or why there are none."""
+        """Forward head maps in pieces, or the reason why there are none."""
         if not isinstance(answer, list) or not answer:
             silent = failure_of(ErrorReason.ERROR_REASON_INTERNAL, "the engine answered without a head map")
             failure = answer if isinstance(answer, Failure) else silent
@@ -353,7 +353,7 @@ class AgentCore:
             self._restart_is_untold &= not message.HasField("report")
 
     def _report_of(self, replica: ReplicaAgent) -> ReplicaReport:
-        """Return the engine's report on a replica; after a restart first that it is loading, because its KV is gone."""
+        """Return the engine's report on a replica; right after a restart, one that it is loading, as its KV is gone."""
         if self._restart_is_untold:
             return replica.report_anew()
         said = self._engine.replicas if self._engine else ()

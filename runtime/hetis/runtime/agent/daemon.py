@@ -32,9 +32,9 @@ from hetis.v1.failure_pb2 import ErrorReason, Failure
 if TYPE_CHECKING:
     from hetis.runtime.agent.simulated.server import SimulatedServer
 
-LEAST_REPORT_S = 0.2  # between two reports from an engine with `ExecutorService`
+LEAST_REPORT_S = 0.2  # minimum time between two reports from an engine with `ExecutorService`
 SCRAPE_S = 2.0
-SAMPLE_S = 1.0  # between two samples of the devices
+SAMPLE_S = 1.0  # interval between two samples of the devices
 INVENTORY_S = 60.0
 FIRST_REPORT_S = 3.0  # wait at most this long for the engine's first report before connecting to the planner
 LEAST_TICK_S, MOST_TICK_S = 0.005, 1.0
@@ -48,7 +48,7 @@ Reports = Callable[[], AsyncIterator[WatchReportsResponse]]
 def report_of(
     news: EngineNews, held: Sequence[ReplicaState], num_devices: int, *, engine_id: str
 ) -> WatchReportsResponse:
-    """Return one report. A model belongs to the replica whose model document names it, or to the only replica."""
+    """Return a report on all replicas. A model belongs to the replica whose document names it, or to the only one."""
     devices = device_reports(news.readings.values(), range(num_devices))
     report = WatchReportsResponse(engine_id=engine_id, devices=devices)
     assigned = [entry for entry in held if entry.assignment is not None]
@@ -73,7 +73,7 @@ def _model_of(entry: ReplicaState, news: EngineNews, *, alone: bool) -> str | No
 
 
 class AgentDaemon:
-    """One agent, which works while `run` runs."""
+    """One agent, active while `run` is running."""
 
     def __init__(
         self,
@@ -94,7 +94,7 @@ class AgentDaemon:
         self._failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     async def run(self, stream: PlannerStream) -> None:
-        """Run until cancelled. Raises StateError if the state cannot be written. Nothing unwritten was acknowledged."""
+        """Run until cancelled. Raises StateError if the state cannot be written; nothing unwritten is acknowledged."""
         self._stream = stream
         self._metrics.inventory_found(self._core.inventory)
         loops = [self._watch_engine(), self._watch_devices(), self._keep_time(), self._connect(stream)]
@@ -127,7 +127,7 @@ class AgentDaemon:
         self._core.stream_ended()
         self._metrics.stream_ended(reason)
 
-    # --- what the core wants
+    # --- the core's actions
 
     def _do(self, actions: list[Action]) -> None:
         for action in actions:
@@ -184,7 +184,7 @@ class AgentDaemon:
     # --- loops
 
     async def _connect(self, stream: PlannerStream) -> None:
-        """Connect once the engine, which may know of a newer planner than the disk does, has reported."""
+        """Connect once the engine, which may know of a newer planner than the disk does, has reported or timed out."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(FIRST_REPORT_S):
                 await self._engine_spoke.wait()
@@ -348,7 +348,7 @@ def _reports(parts: Parts, core: AgentCore, executor: Executor | None, metrics: 
             yield report_of(news, core.held(), len(core.inventory.devices), engine_id=url)
 
     async def none() -> AsyncIterator[WatchReportsResponse]:
-        yield WatchReportsResponse()  # so that the agent does not wait for one
+        yield WatchReportsResponse()  # so that the agent does not wait for a first report
         await asyncio.Event().wait()
 
     return none if parts.choice.kind is EngineKind.NONE else scraped

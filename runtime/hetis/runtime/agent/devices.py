@@ -1,8 +1,8 @@
 """The GPUs of a node and their condition, from NVML, simulated, or none. There is one `Devices` per agent.
 
-Of NVML, NVIDIA's management library, any single value may be missing, because old boards, virtual GPUs and containers
-refuse one call or another. A refused value counts as unknown and a GPU that is gone as unhealthy. Only a missing
-library or driver is an error.
+Any single value may be missing from NVML, NVIDIA's management library, because old boards, virtual GPUs and containers
+do not support every call. A missing value counts as unknown and a GPU that is gone as unhealthy. Only a missing library
+or driver is an error.
 
 HetisError (hetis.solver.errors)
 +-- DevicesUnavailableError   the requested source cannot be read on this machine
@@ -35,8 +35,8 @@ SOURCES = "`auto`, `nvml`, `none`, or `simulated:TYPE:COUNT[,TYPE:COUNT...]`"
 # 31, 43, 45, 68, 109), recorded remappings (63), a high rate of corrected errors (92), and contained memory errors
 # (94), after which only the affected process has to restart.
 HARMLESS_XIDS = frozenset({13, 31, 43, 45, 63, 68, 92, 94, 109})
-_MAX_EVENTS = 256  # per call: an event storm must not delay a sample
-_PCIE_1_LANE_BYTES_PER_S = 0.25e9  # nominal, one direction; every generation doubles it
+_MAX_EVENTS = 256  # events read per call: an event storm must not delay a sample
+_PCIE_1_LANE_BYTES_PER_S = 0.25e9  # nominal, in one direction; every generation doubles it
 _MHZ = 1e6
 LOST = "the driver has lost the GPU: reset it or reboot the node"
 _Reason = report_pb2.ThrottleReason
@@ -53,8 +53,8 @@ _THROTTLE_REASONS: dict[str, _Reason.ValueType] = {
     "HwSlowdown": report_pb2.THROTTLE_REASON_HARDWARE,
     "HwPowerBrakeSlowdown": report_pb2.THROTTLE_REASON_HARDWARE,
 }
-MAX_DEVICES = 64  # per node, as the contract says
-MAX_CLOCK_HZ = 1.5e9  # the catalogue has no clocks; readers only look at how far a clock is below this one
+MAX_DEVICES = 64  # limit per node, from the contract
+MAX_CLOCK_HZ = 1.5e9  # stands in for clocks, which the catalogue lacks; only the distance of a clock from it matters
 COOL_C = 45.0
 _PART = re.compile(r"(?P<type>[^:,]+):(?P<count>\d+)")
 _log = logging.getLogger(__name__)
@@ -96,12 +96,12 @@ class SimulatedDevices:
     """Idle, healthy devices of the given types, all linked if their type has NVLink; or a node without devices."""
 
     types: tuple[GpuType, ...] = ()  # one per device, in the order of their index
-    host_name: str = ""  # for the inventory. Empty: the system's own.
+    host_name: str = ""  # host name in the inventory. Empty: the system's own.
 
     @classmethod
     def parse(cls, text: str, *, host_name: str = "") -> SimulatedDevices:
         """Return the devices that a string such as ``A100-SXM-80GB:4,L4:2`` describes. Raises DevicesUnavailableError
-        if the string is malformed, names an unknown type, or asks for more than `MAX_DEVICES`.
+        if the string is malformed, names an unknown type, or has more than `MAX_DEVICES`.
         """
         types: list[GpuType] = []
         for part in text.split(","):
@@ -152,7 +152,7 @@ class SimulatedDevices:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Found:
-    """A device as NVML knows it. ``whole`` is its GPU: the same handle unless the device is a MIG slice."""
+    """A device as NVML represents it. ``whole`` is its GPU: the same handle unless the device is a MIG slice."""
 
     handle: Any
     whole: Any
@@ -169,13 +169,13 @@ class NvmlDevices:
     def __init__(self, library: ModuleType, found: list[_Found], *, host_name: str) -> None:
         self._nvml, self._found, self._host_name = library, found, host_name
         self._ask, self._address = Nvml(library).ask, Nvml(library).address
-        self._devices: dict[int, inventory_pb2.GpuDevice] = {}  # as they were when last readable
-        self._xids: dict[str, int] = {}  # by PCI address; the first harmful one
+        self._devices: dict[int, inventory_pb2.GpuDevice] = {}  # last readable description of each device, by index
+        self._xids: dict[str, int] = {}  # first harmful event of each GPU, by PCI address
         self._events = self._register_events()
 
     @classmethod
     def open(cls, *, host_name: str = "") -> NvmlDevices:
-        """Start the library and find the devices. Raises DevicesUnavailableError if they are not there or not ours."""
+        """Start the library and find the devices. Raises DevicesUnavailableError if NVML cannot be used here."""
         try:
             import pynvml
         except ModuleNotFoundError:
@@ -207,7 +207,7 @@ class NvmlDevices:
     # --- inventory
 
     def _device(self, index: int, found: _Found) -> inventory_pb2.GpuDevice:
-        """Return the description of a device. A lost GPU keeps its description; its reports say that it is lost."""
+        """Return the description of a device. A lost GPU keeps its description; its reports state that it is lost."""
         if index not in self._devices or not self._is_lost(found):
             self._devices[index] = self._described(index, found)
         return self._devices[index]
@@ -257,7 +257,7 @@ class NvmlDevices:
         nvml, ask = self._nvml, self._ask
         report = report_pb2.DeviceReport(index=index)
         try:
-            # Read first and without `_ask`: if the GPU is lost, nothing else is worth asking.
+            # Read first and without `_ask`: if the GPU is lost, nothing else is worth reading.
             report.memory_used_bytes = int(nvml.nvmlDeviceGetMemoryInfo(found.handle).used)
         except nvml.NVMLError as error:
             if _is_lost(nvml, error):
@@ -310,7 +310,7 @@ class NvmlDevices:
         return events
 
     def _read_events(self) -> None:
-        """Take in the events since the last call, without waiting."""
+        """Read the events since the last call, without waiting."""
         nvml = self._nvml
         for _ in range(_MAX_EVENTS if self._events is not None else 0):
             try:
@@ -341,11 +341,11 @@ def _find(nvml: ModuleType) -> list[_Found]:
     for index in range(count):
         try:
             whole = nvml.nvmlDeviceGetHandleByIndex(index)
-        except nvml.NVMLError as error:  # lost in the meantime, or not ours to use
+        except nvml.NVMLError as error:  # the GPU was lost in the meantime, or access is denied
             _log.warning("GPU %d cannot be opened and is left out: %s", index, error)
             continue
         slices = Nvml(nvml).slices(whole)
-        if slices is None:  # also where they cannot be counted, which is logged
+        if slices is None:  # also if the slices cannot be counted, which is logged
             found.append(_Found(handle=whole, whole=whole, is_slice=False))
         elif not slices:
             _log.warning("GPU %d is in MIG mode without a slice and is left out", index)
@@ -361,8 +361,8 @@ def _is_lost(nvml: ModuleType, error: Exception) -> bool:
 
 
 def gpu_of(product_name: str, memory_bytes: int) -> GpuType | None:
-    """Return the catalogue's type of a product by what the driver says, or None if none or several match both name and
-    memory (0: unknown).
+    """Return the catalogue's type of the product that the driver reports, or None if none or several match both name
+    and memory (0: unknown).
     """
     try:
         board = board_of(FoundGpus(product=product_name, count=1, memory_bytes=memory_bytes or None), {})

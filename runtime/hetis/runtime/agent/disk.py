@@ -21,7 +21,7 @@ class StateError(Exception):
 
 
 def machine_boot_id() -> str:
-    """Return the boot id of this machine; empty if the system does not say."""
+    """Return the boot id of this machine; empty if the system does not report it."""
     try:
         return _BOOT_ID.read_text(encoding="ascii").strip()
     except OSError:
@@ -33,7 +33,7 @@ class StateDirectory:
 
     A part is a file: one line of JSON (form, name, SHA-256), then the body. The new file is written next to the old
     one, flushed to the device and renamed over it. A file that fails its check is renamed and logged as an error: the
-    other parts are used, and its content is kept for a person to look at.
+    other parts are used, and its content is kept for inspection.
     """
 
     def __init__(self, path: Path) -> None:
@@ -53,7 +53,7 @@ class StateDirectory:
             raise StateError(f"state directory {path}: {error.strerror or error}") from error
 
     def close(self) -> None:
-        """Let another agent use the directory."""
+        """Release the directory for another agent."""
         os.close(self._lock)
 
     def read(self) -> dict[str, bytes]:
@@ -70,7 +70,7 @@ class StateDirectory:
         return found
 
     def write(self, name: str, body: bytes | None) -> None:
-        """Make ``body`` the part's content, durably; None removes it. Raises StateError, and leaves it unchanged."""
+        """Make ``body`` the part's content, durably; None removes it. Raises StateError, leaving the part unchanged."""
         file = self._file(name)
         try:
             if body is None:

@@ -35,7 +35,7 @@ class Executor(Protocol):
     async def call(
         self, request: EngineRequest, progressed: Callable[[CopyMovesResponse], None] = lambda response: None
     ) -> EngineResponse:
-        """Call the method that the request's type is of. ``progressed`` hears every answer to CopyMoves."""
+        """Call the method that belongs to the request's type. ``progressed`` receives every response to CopyMoves."""
 
     def watch_reports(self, min_interval_s: float) -> AsyncIterator[WatchReportsResponse]: ...
 
@@ -50,7 +50,7 @@ class SocketExecutor:
 
     def __init__(self, socket: Path) -> None:
         self._socket = socket
-        # Names the peer for HTTP/2, because a path is no valid authority.
+        # The authority names the peer for HTTP/2, because a path is not a valid one.
         options = [("grpc.default_authority", "localhost"), ("grpc.max_receive_message_length", MOST_MESSAGE_BYTES)]
         options += [("grpc.initial_reconnect_backoff_ms", 200), ("grpc.max_reconnect_backoff_ms", 2000)]
         self._channel = grpc.aio.insecure_channel(f"unix:{socket}", options=options)
@@ -89,8 +89,8 @@ class SocketExecutor:
 
 
 def check_socket(socket: Path) -> None:
-    """Refuse a socket that anybody but this user could have created or could listen on. Raises RefusedError:
-    ENGINE_UNREACHABLE; the path is missing, no socket, owned by another user, or open to others.
+    """Refuse a socket that another user could have created or could listen on. Raises RefusedError (ENGINE_UNREACHABLE)
+    if the path is missing, is not a socket, is owned by another user, or is open to others.
     """
     try:
         found = socket.lstat()

@@ -64,7 +64,7 @@ app = typer.Typer(
 
 
 def _option(name: str, meaning: str) -> Any:
-    """Return an option that the variable HETIS_AGENT_``name`` gives, too."""
+    """Return an option that the variable HETIS_AGENT_``name`` sets as well."""
     return typer.Option(envvar=f"HETIS_AGENT_{name}", help=meaning)
 
 
@@ -197,7 +197,7 @@ def main() -> NoReturn:
 
 
 def _report_failure(error: Exception) -> int:
-    """Print an error that nothing has foreseen, with its traceback, and return the exit code."""
+    """Print an unexpected error with its traceback, and return the exit code."""
     traceback.print_exception(error)
     return EXIT_FAILED
 
@@ -254,7 +254,7 @@ def _set_up_logs(level: str) -> None:
     known = logging.getLevelNamesMapping()
     if level.upper() not in known:
         raise AgentOptionError(f"--log-level is {level!r}, must be debug, info, warning or error")
-    if level.upper() != "DEBUG":  # gRPC logs every failed handshake itself; our own messages already say it
+    if level.upper() != "DEBUG":  # gRPC logs every failed handshake itself, which our own messages already report
         os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     form = "%(asctime)s %(levelname)s %(name)s: %(message)s"
     logging.basicConfig(level=known[level.upper()], stream=sys.stderr, format=form)

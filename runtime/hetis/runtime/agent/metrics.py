@@ -121,7 +121,7 @@ class AgentMetrics:
 
 
 def _answering(app: Any) -> Any:
-    """Answer in the plainest format if the client accepts one whose version is no number: the library fails on it."""
+    """Wrap ``app`` to answer in the plainest format if an accepted version is not a number: the library fails on it."""
 
     def answer(environ: dict[str, Any], start_response: Any) -> Any:
         try:

@@ -12,18 +12,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import urlsplit
 
-import grpc
-
 from hetis.formats.endpoints import Endpoint, LeaderSearch, host_of, is_loopback, split_address, split_endpoints
 
 if TYPE_CHECKING:
+    import grpc
+
     from hetis.runtime.agent.launched.parts import EngineSettingsDocument
 
 T = TypeVar("T")
 _NODE = re.compile(r"clusters/[a-z0-9][a-z0-9-]{0,62}/nodes/[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
+_TOKEN = re.compile(r"[!-~]*")
 _TOKEN_VARIABLE = "HETIS_AGENT_TOKEN"
 LEAST_WAIT_S, MOST_WAIT_S = 0.5, 30.0
-MOST_WAIT_FOR_LEADER_S = 4.0  # used when planners answer and one of them is about to lead
+MOST_WAIT_FOR_LEADER_S = 4.0  # longest wait while planners answer and one of them is about to lead
 MOST_MESSAGE_BYTES = 4 << 20
 OPTIONS = (
     # A planner that hangs is abandoned after 15 s; hetis-planner permits agents this many pings. The keepalive timeout
@@ -43,7 +44,7 @@ OPTIONS = (
 
 
 class AgentOptionError(Exception):
-    """Options that cannot be used, with one message for each problem, written for the person who gave them."""
+    """Options that cannot be used, with one message for each problem, written for the user."""
 
     def __init__(self, *messages: str) -> None:
         super().__init__("\n".join(messages))
@@ -80,13 +81,13 @@ class EngineChoice:
 
     kind: EngineKind
     where: str = ""  # the path of a socket, the address of its metrics, or the file of its settings
-    settings: EngineSettingsDocument | None = None  # of engines that the agent starts itself
+    settings: EngineSettingsDocument | None = None  # settings of engines that the agent starts itself
 
     @classmethod
     def parse(cls, text: str) -> EngineChoice:
         """Parse ``unix:///path``, ``vllm:http://host:port``, ``sglang:http://host:port``, ``launch:/path``,
-        ``simulated`` or ``none``. Raises AgentOptionError if the text is none of these, or the file of the settings has
-        problems; all of them.
+        ``simulated`` or ``none``. Raises AgentOptionError if the text is none of these, or with all problems of the
+        settings file.
         """
         head, _, rest = re.sub(r"^(vllm|sglang)\s+", r"\1:", text.strip()).partition(":")
         expected = (
@@ -206,13 +207,15 @@ class PlannerAddress:
             yield f"a token is not sent to {elsewhere[0]} without TLS; give --tls-ca instead of --insecure"
 
     def search(self) -> LeaderSearch:
-        """Return the search for the leader. Without TLS, one that a planner names is trusted only on this machine."""
+        """Return the search for the leader. Without TLS, one that a planner names is only trusted on this machine."""
         addresses = split_endpoints(self.server)
         is_local = all(is_loopback(address) for address in addresses)
         return LeaderSearch(addresses, lambda address: not self.is_plain or (is_local and is_loopback(address)))
 
     def channel(self, endpoint: Endpoint) -> grpc.aio.Channel:
         """Return a new channel that uses the present contents of the files. Raises OSError if one cannot be read."""
+        import grpc  # not earlier: it takes the level of its own log from the environment, which the options change
+
         if self.is_plain:
             return grpc.aio.insecure_channel(endpoint.address, options=OPTIONS)
         credentials = grpc.ssl_channel_credentials(_read(self.ca), _read(self.key), _read(self.cert))
@@ -222,8 +225,14 @@ class PlannerAddress:
         return grpc.aio.secure_channel(endpoint.address, credentials, options=options)
 
     def metadata(self) -> tuple[tuple[str, str], ...]:
-        """Return the metadata of a call: the token, or nothing if there is none."""
+        """Return the metadata of a call: the token, or nothing if there is none.
+
+        Raises OSError if the token's file cannot be read or holds no token, as while it is being written.
+        """
         token = self._token()
+        if not _TOKEN.fullmatch(token):  # gRPC would refuse the call without saying why
+            where = self.token_file if self.token_file is not None else _TOKEN_VARIABLE
+            raise OSError(f"{where} holds no token: characters other than printable ones without blanks")
         return (("authorization", f"Bearer {token}"),) if token else ()
 
     def explained(self, message: str) -> str:
@@ -241,7 +250,7 @@ class PlannerAddress:
 
     def _token(self) -> str:
         if self.token_file is not None:
-            return self.token_file.read_text(encoding="utf-8").strip()
+            return self.token_file.read_text(encoding="utf-8", errors="replace").strip()
         return os.environ.get(_TOKEN_VARIABLE, "").strip()
 
 
@@ -262,7 +271,7 @@ class ReconnectBackoff:
         return self._random.uniform(0, limit_s)
 
     def within_s(self, seconds: float) -> float:
-        """Return a random delay of at most so many seconds, as the planner asks for."""
+        """Return a random delay of at most ``seconds``, the time that the planner has set."""
         return self._random.uniform(0, seconds)
 
 

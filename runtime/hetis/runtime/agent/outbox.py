@@ -1,4 +1,4 @@
-"""The actions that `hetis.runtime.agent.core.AgentCore` asks for, as values, and the box where they accumulate.
+"""The actions that `hetis.runtime.agent.core.AgentCore` requests, as values, and the outbox that collects them.
 
 The core's driver carries them out in their order."""
 
@@ -23,7 +23,7 @@ EngineRequest = (
 EngineResponse = (
     messages.ApplyAssignmentResponse
     | messages.ReserveMovesResponse
-    | messages.CopyMovesResponse  # the last one
+    | messages.CopyMovesResponse  # the last one of the stream
     | messages.FlipMovesResponse
     | messages.ReleaseMovesResponse
     | messages.AbortMovesResponse
@@ -40,7 +40,7 @@ class Send:
 
 @dataclass(frozen=True, slots=True)
 class EngineCall:
-    """A call to the engine; the request's type says which method. The answer goes to `AgentCore.answered`."""
+    """A call to the engine; the request's type determines the method. The answer goes to `AgentCore.answered`."""
 
     number: int  # identifies the call; never reused in this run
     request: EngineRequest
@@ -66,7 +66,7 @@ class Persist:
 class EndStream:
     """Close the stream and connect again."""
 
-    failure: Failure | None  # why; unset for a Goodbye
+    failure: Failure | None  # why it is closed; None for a Goodbye
     within_s: float | None = None  # connect at a random moment within this time; None: with the usual backoff
 
 
@@ -77,28 +77,28 @@ class Outbox:
     """Collects actions."""
 
     def __init__(self) -> None:
-        # The planner's Welcome has arrived on the open stream, so the planner hears what is sent
+        # Whether the planner's Welcome has arrived on the open stream, so that messages may be sent
         self.is_connected = False
         self.stream_epoch = 0  # epoch of that Welcome
         self._sequence, self._next_call = 0, 1
         self._actions: list[Action] = []
 
     def open_stream(self, hello: ConnectNodeRequest) -> ConnectNodeRequest:
-        """Restart the numbering. The planner hears nothing but ``hello`` before its Welcome."""
+        """Restart the numbering. Until the planner's Welcome, nothing is sent but ``hello``."""
         self._actions = [action for action in self._actions if not isinstance(action, Send | EndStream)]
         self.is_connected, self.stream_epoch, self._sequence = False, 0, 1
         hello.sequence = 1
         return hello
 
     def welcome(self, epoch: int) -> None:
-        """Send from now on: the planner's Welcome, of ``epoch``, has arrived on the open stream."""
+        """Start sending: the planner's Welcome, with ``epoch``, has arrived on the open stream."""
         self.is_connected, self.stream_epoch = True, epoch
 
     def stream_ended(self) -> None:
         self.is_connected = False
 
     def send(self, message: ConnectNodeRequest) -> None:
-        """Send a message on the stream. Without one it is dropped: what matters is sent after the next Welcome."""
+        """Send a message on the stream, or drop it if none is open: what matters is sent after the next Welcome."""
         if self.is_connected:
             self._sequence += 1
             numbered = deepcopy(message)

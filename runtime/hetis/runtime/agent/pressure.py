@@ -35,10 +35,10 @@ from hetis.v1 import report_pb2
 VLLM, SGLANG = "vllm:", "sglang:"  # prefixes of their metrics
 _WITHOUT_COLON = re.compile(r"^(# (?:TYPE|HELP) )?(vllm|sglang)_", re.MULTILINE)
 _CAPACITY = "capacity"
-FULL_RATIO = 0.9  # share of KV held by requests above which those that wait do so for KV
+FULL_RATIO = 0.9  # share of KV held by requests above which waiting requests are assumed to wait for KV
 _SAME_REQUESTS = frozenset({"tp_rank", "pp_rank", "moe_ep_rank", "pid"})  # SGLang's ranks that report the same requests
-_MOST = 2**32 - 1  # of a uint32 field: an engine that reports more is broken, and must not break the report
-MAX_BYTES = 4 * 2**20  # a busy engine with many models and buckets sends some hundred KiB
+_MOST = 2**32 - 1  # maximum of a uint32 field: an engine that reports more is broken, and must not break the report
+MAX_BYTES = 4 * 2**20  # a busy engine with many models and buckets sends several hundred KiB
 
 
 class UnreadableMetricsError(HetisError):
@@ -84,8 +84,8 @@ class EngineReading:
 
     @property
     def waiting_for_kv(self) -> int:
-        """The requests that wait for blocks. If the engine does not say, all waiting requests count while requests hold
-        almost all KV: an engine with a prefix cache is always full, so evictable blocks do not count as held.
+        """The requests that wait for blocks. If the engine does not report them, all that wait count while requests
+        hold almost all KV: an engine with a prefix cache is always full, so evictable blocks do not count as held.
         """
         if self.num_waiting_for_kv is not None:
             return self.num_waiting_for_kv
@@ -221,7 +221,7 @@ def _share(value: float) -> float:
 
 
 def _whole(text: str) -> int:
-    """Return the blocks of an info label, which says ``None`` until the engine has measured its memory."""
+    """Return the blocks of an info label, which is ``None`` until the engine has measured its memory."""
     return int(text) if text.isdecimal() and len(text) < 19 else 0
 
 
@@ -265,7 +265,7 @@ def unreachable_report(replica: str, message: str) -> report_pb2.ReplicaReport:
 def device_reports(readings: Iterable[EngineReading], devices: Iterable[int]) -> list[report_pb2.DeviceReport]:
     """Return the KV of every device that the engines run on. Each device counts the blocks of all engines together.
 
-    Only the KV fields are set; `Devices.sample` knows the rest. ``readings``: one for every model that is served on
+    Only the KV fields are set; `Devices.sample` fills in the rest. ``readings``: one for every model that is served on
     these devices; ``devices``: indices on the node.
     """
     counts = [(one.total_blocks, one.used_blocks, one.evictable_blocks) for one in readings] or [(0, 0, 0)]
@@ -300,7 +300,7 @@ class Scrape:
 
 
 def scrape(url: str, *, timeout_s: float, max_bytes: int = MAX_BYTES) -> Scrape:
-    """Fetch and read metrics. Blocks for at most four times ``timeout_s``, unless the engine drips its header."""
+    """Fetch and read metrics. Blocks for at most four times ``timeout_s``, unless the engine trickles its header."""
     try:
         body = _fetch(url, timeout_s, max_bytes)
     except (OSError, ValueError, http.client.HTTPException) as error:
@@ -348,11 +348,11 @@ _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}), _SameServ
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineNews:
-    """The latest knowledge about an engine; nothing at first."""
+    """The latest readings of an engine; none at first."""
 
     # Outcome of the last scrape. The readings are those of the last scrape that succeeded.
     state: ScrapeState = ScrapeState.UNREACHABLE
-    # By model, in the order of their names. Empty: no scrape has succeeded yet.
+    # Readings by model, in the order of the names. Empty: no scrape has succeeded yet.
     readings: Mapping[str, EngineReading] = field(default_factory=dict)
     # Readings of the scrape before those, by model
     earlier: Mapping[str, EngineReading] = field(default_factory=dict)

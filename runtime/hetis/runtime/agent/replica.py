@@ -2,7 +2,7 @@
 
 The state held here (`hetis.runtime.agent.replica_state`) records what is desired and what the engine has done. The
 next call to the engine follows from the difference, so it does not matter whether a directive came once or twice,
-before or after a restart. Every change of the state is on disk before the planner hears of it.
+before or after a restart. Every change of the state is on disk before it is reported to the planner.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from hetis.v1.change_pb2 import Change, ChangeOutcome, ChangePhase, ChangeStatus
 from hetis.v1.failure_pb2 import ErrorReason, Failure
 from hetis.v1.report_pb2 import AssignmentState, ReplicaReport
 
-LEAST_WAIT_S, MOST_WAIT_S = 0.2, 5.0  # before a failed call is repeated
+LEAST_WAIT_S, MOST_WAIT_S = 0.2, 5.0  # shortest and longest wait before a failed call is repeated
 CALL_S = 10.0  # an engine that does not answer within this time counts as unreachable
-PROGRESS_S = 1.0  # between two statuses that only report copied bytes
+PROGRESS_S = 1.0  # interval between statuses that only report copied bytes
 _UNREACHABLE = (ErrorReason.ERROR_REASON_ENGINE_UNREACHABLE, ErrorReason.ERROR_REASON_INTERNAL)
 _OUTCOME = {
     ChangeOutcome.CHANGE_OUTCOME_FLIPPED: ChangePhase.CHANGE_PHASE_FLIPPED,
@@ -62,7 +62,7 @@ class ReplicaAgent:
     # --- the planner
 
     def handle(self, delta: Delta, *, epoch: int, now_s: float) -> None:
-        """Store and acknowledge a delta whose epoch may change things, or refuse it."""
+        """Store and acknowledge a delta whose epoch is not stale, or refuse it."""
         if delta.nonce and delta.nonce == self.held.nonce and self.held.answer is not None:
             self._outbox.send(self.held.answer)
             return
@@ -90,7 +90,7 @@ class ReplicaAgent:
         self.advance(now_s)
 
     def refuse(self, delta: Delta, failure: Failure) -> None:
-        """Refuse a delta and leave everything as it was; the same delta is refused again, whatever comes in between."""
+        """Refuse a delta and leave everything as it was; if repeated, it is refused again, whatever has changed."""
         generation = self.held.held_generation
         nack = DeltaNack(nonce=delta.nonce, replica=delta.replica, generation=generation, failure=failure)
         answer = ConnectNodeRequest(nack=nack)
@@ -115,7 +115,7 @@ class ReplicaAgent:
         return taken
 
     def _take_directive(self, delta: Delta, *, epoch: int, now_s: float) -> ChangeState | None:
-        """Take a commit, an abort or a resolution. Returns the change if its status is to be told now."""
+        """Take a commit, an abort or a resolution. Returns the change if its status must be reported now."""
         kind = delta.WhichOneof("change")
         assert kind in ("commit", "abort", "resolved"), kind
         change_id: str = getattr(delta, kind).change_id
@@ -123,19 +123,19 @@ class ReplicaAgent:
         return change if change.take(delta, epoch=epoch) else None
 
     def forget_assignment(self) -> None:
-        """Drop an assignment that the engine knows to be of an old planner, so that the present one sends its own."""
+        """Drop an assignment that the engine knows to be of an old planner, so that the current one sends its own."""
         self.held.forget_assignment()
         self._persist()
 
     # --- time
 
     def tick(self, now_s: float) -> None:
-        """End what was prepared for too long, forget what ended long ago, try again what failed."""
+        """Abort changes that took too long to prepare, forget those that ended long ago, and retry failed calls."""
         self._expire_changes(now_s)
         self.advance(now_s)
 
     def next_s(self) -> float:
-        """Return when `tick` is due; infinity: not by itself."""
+        """Return when `tick` is due, or infinity if never."""
         deadlines = [change.deadline_s for change in self.held.changes.values() if change.is_being_prepared]
         retries = self._call is None and self._next_request(self._retry_s) is not None
         return min([*deadlines, self._retry_s if retries else float("inf")])
@@ -143,18 +143,18 @@ class ReplicaAgent:
     # --- calls to the engine
 
     def _wait_no_longer(self, now_s: float) -> None:
-        """Make the next call due now, because something else is wanted."""
+        """Make the next call due now, because the desired state has changed."""
         self._retry_s, self._wait_s = now_s, LEAST_WAIT_S
 
     def waits_for(self, number: int) -> bool:
         return self._call is not None and self._call[0] == number
 
     def is_applying(self) -> bool:
-        """Return whether the call that is being waited for applies the assignment."""
+        """Return whether the pending call applies the assignment."""
         return self._call is not None and isinstance(self._call[1], messages.ApplyAssignmentRequest)
 
     def advance(self, now_s: float) -> None:
-        """Make the next call of the engine, if one is due and none is being waited for."""
+        """Make the next call to the engine, if one is due and none is pending."""
         if self._call is not None:
             number, request, change = self._call
             is_copy = isinstance(request, messages.CopyMovesRequest)
@@ -209,7 +209,7 @@ class ReplicaAgent:
         return None
 
     def progressed(self, response: messages.CopyMovesResponse, now_s: float) -> None:
-        """Note the progress of a copy, and tell the planner once a second."""
+        """Record the progress of a copy, and report it to the planner once a second."""
         change = self._call[2] if self._call else None
         if change is not None and change.is_open:
             change.copied(response)
@@ -218,7 +218,7 @@ class ReplicaAgent:
                 self._tell(change)
 
     def answered(self, answer: EngineResponse | Failure, now_s: float) -> None:
-        """Take the engine's answer to the call that is being waited for."""
+        """Handle the engine's answer to the pending call."""
         assert self._call is not None
         _, request, change = self._call
         self._call = None
@@ -244,7 +244,7 @@ class ReplicaAgent:
                 self._retry_s = now_s  # let the waiting assignment proceed
             change.abort_tried()
         elif isinstance(request, messages.FlipMovesRequest) and now_s >= change.deadline_s:
-            change.want_abort(failure)  # it may have flipped: AbortMoves tells whether it did
+            change.want_abort(failure)  # it may have flipped: AbortMoves will tell
         elif isinstance(request, messages.CopyMovesRequest):
             change.lost_reservation()
 
@@ -262,7 +262,7 @@ class ReplicaAgent:
             change.abort_tried()
         elif isinstance(request, messages.ReleaseMovesRequest):
             if failure.reason == ErrorReason.ERROR_REASON_CHANGE_UNKNOWN:
-                self._enter(change, ChangePhase.CHANGE_PHASE_RELEASED, now_s=now_s)  # it holds nothing of the change
+                self._enter(change, ChangePhase.CHANGE_PHASE_RELEASED, now_s=now_s)  # the engine has nothing of it
             else:
                 self._retry_s = now_s + MOST_WAIT_S
         elif isinstance(request, messages.FlipMovesRequest) and failure.reason == ErrorReason.ERROR_REASON_STALE_EPOCH:
@@ -293,10 +293,10 @@ class ReplicaAgent:
         if ready and change.desired is DesiredPhase.PREPARED:
             self._enter(change, ChangePhase.CHANGE_PHASE_READY, now_s=now_s)
 
-    # --- what the engine says of itself
+    # --- the engine's reports
 
     def hear_change(self, said: ChangeStatus, now_s: float) -> None:
-        """Take what the engine's report says of a change, whose end the agent may have missed."""
+        """Handle the engine's report on a change, whose end the agent may have missed."""
         change = self.held.changes.get(said.change_id)
         if change is None:
             if said.phase not in (ChangePhase.CHANGE_PHASE_ABORTED, ChangePhase.CHANGE_PHASE_RELEASED):
@@ -308,7 +308,7 @@ class ReplicaAgent:
         self._enter(change, said.phase, now_s=now_s)
 
     def _adopt(self, said: ChangeStatus, now_s: float) -> None:
-        """Take up a change that the engine has and the agent lost its record of; its deadline is not known."""
+        """Adopt a change that the engine has and of which the agent lost its record; its deadline is unknown."""
         change = self._unheard(said.change_id, epoch=0, now_s=now_s)
         if said.phase == ChangePhase.CHANGE_PHASE_FLIPPED:
             change.learn_generation(said.generation)
@@ -328,23 +328,24 @@ class ReplicaAgent:
         self._give_up_open(ErrorReason.ERROR_REASON_ENGINE_UNREACHABLE, "the engine restarted")
         self._persist()
 
-    # --- telling
+    # --- reports to the planner
 
     def statuses(self) -> list[ChangeStatus]:
         """Return the statuses of all changes that are remembered."""
         return [change.status for change in self.held.changes.values()]
 
     def tell_unresolved(self) -> None:
-        """Tell the planner again how far changes are, until a ``resolved`` delta came."""
+        """Send the statuses of all changes again except those that have both ended and been resolved."""
         for change in self.held.changes.values():
             if not change.is_resolved or not change.has_ended:
                 self._tell(change)
 
     def report(self, engine: ReplicaReport | None) -> ReplicaReport:
-        """Return the report on this node's part of the replica, from what the engine says and what the agent holds.
+        """Return the report on this node's part of the replica, from the engine's report and the state held here.
 
-        An engine that speaks of a replica has taken it in its present run, so it need not have answered to the last
-        assignment, nor to this run of the agent: a node that serves is not said to load because it is told more.
+        An engine that reports a replica has applied it in its present run, even if it has not answered the latest
+        assignment yet, or any call in this run of the agent. So a node that serves is not reported as loading merely
+        because it receives another assignment.
         """
         report = self._unsaid(self.held.assignment_state)
         is_steered = AgentCapability.AGENT_CAPABILITY_ASSIGN in self._can
@@ -357,20 +358,20 @@ class ReplicaAgent:
         return report
 
     def report_anew(self) -> ReplicaReport:
-        """Return the report for an engine that has just started, without anything from its run before."""
+        """Return the report for an engine that has just started, without anything from its previous run."""
         return self._unsaid(self._first_state())
 
     def _unsaid(self, state: AssignmentState.ValueType) -> ReplicaReport:
         held = self.held
         return ReplicaReport(replica=held.replica, assignment_state=state, generation=held.held_generation)
 
-    # --- what is held, on disk first
+    # --- the state held here, on disk first
 
     def _persist(self) -> None:
         self._outbox.persist(self.held.replica, self.held.to_bytes(clock=self._clock))
 
     def _tell(self, change: ChangeState) -> None:
-        """Tell the planner how far the change is."""
+        """Report the change's status to the planner."""
         self._outbox.send(ConnectNodeRequest(change_status=change.status))
 
     def _first_state(self) -> AssignmentState.ValueType:
@@ -383,14 +384,14 @@ class ReplicaAgent:
         return ChangeStatus(change_id=number, replica=held.replica, phase=phase, generation=held.held_generation)
 
     def _unheard(self, change_id: str, *, epoch: int, now_s: float) -> ChangeState:
-        """Record a change whose end is the first that the agent hears of it: only the engine may know it."""
+        """Record a change of which the agent first learns now that it is to end: only the engine may know it."""
         change = Change(change_id=change_id, replica=self.held.replica)
         heard = ChangeState(change=change, parts=(), epoch=epoch, deadline_s=now_s, status=self._status(change))
         self.held.changes[change_id] = heard
         return heard
 
     def _give_up_open(self, reason: ErrorReason.ValueType, message: str) -> None:
-        """Want every open change aborted."""
+        """Mark every open change to be aborted."""
         for change in self.held.changes.values():
             if change.is_open and change.desired is not DesiredPhase.ABORTED:
                 change.want_abort(failure_of(reason, message))
@@ -403,7 +404,7 @@ class ReplicaAgent:
             self._tell(change)
 
     def _expire_changes(self, now_s: float) -> None:
-        """End what was prepared for too long, and forget what ended long ago."""
+        """Abort changes that took too long to prepare, and forget those that ended long ago."""
         for change in list(self.held.changes.values()):
             if change.is_being_prepared and now_s >= change.deadline_s:
                 late = f"change {change.id}: its time to prepare passed"

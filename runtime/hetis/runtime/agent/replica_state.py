@@ -1,7 +1,7 @@
 """The state that an agent keeps, in memory and on disk, and the deltas that it admits.
 
-Reasons to refuse a delta are wrong fields, the state held here, or an engine that cannot do what it asks. The fields
-are checked before anything in the delta is trusted.
+Reasons to refuse a delta are wrong fields, the state held here, or an engine that cannot do what it requests. The
+fields are checked before anything in the delta is trusted.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ LONGEST_PREPARE_S = 600
 MOST_ENDED = 64  # ended changes that are remembered
 _PARTS = (ChangePart.CHANGE_PART_AUTHORITY, ChangePart.CHANGE_PART_SOURCE, ChangePart.CHANGE_PART_TARGET)
 # A stored generation never decreases again, so a generation that no planner will reach must not be stored. A planner
-# whose store was restored from a backup leaps ahead by at most MOST_AHEAD; one that a node hears for the first time may
-# have leapt several times.
+# whose store was restored from a backup leaps ahead by at most MOST_AHEAD; one that a node meets for the first time
+# may have leapt several times.
 MOST_AHEAD = 1 << 32
 MOST_AT_FIRST = 1 << 40
 
@@ -51,7 +51,7 @@ class DamagedStateError(ValueError):
 
 
 class DesiredPhase(StrEnum):
-    """The phase that a change was last asked to reach; preparing begins without being asked."""
+    """The phase that a change should reach; preparing it needs no further directive."""
 
     PREPARED = "prepared"
     FLIPPED = "flipped"
@@ -61,20 +61,20 @@ class DesiredPhase(StrEnum):
 
 @dataclass(slots=True, kw_only=True)
 class ChangeState:
-    """A change on this node: what the planner wants of it, and how far the engine's `EngineChange` is known to be."""
+    """A change on this node: what the planner wants of it, and the last known progress of its `EngineChange`."""
 
-    # As prepared. Only its id and replica are set if an abort or the engine was the first to mention it.
+    # The change as prepared. Only its id and replica are set if an abort or the engine was the first to mention it.
     change: Change
     parts: tuple[ChangePart.ValueType, ...]  # this node's parts in it
-    epoch: int  # of the planner that gave the last directive
-    deadline_s: float  # until when it may be prepared, on the clock that is passed in
-    status: ChangeStatus  # its progress as reported to the planner
-    desired: DesiredPhase = DesiredPhase.PREPARED  # the phase that is to be reached
+    epoch: int  # epoch of the planner that gave the last directive
+    deadline_s: float  # until when the change may be prepared, on the clock that is passed in
+    status: ChangeStatus  # progress of the change as reported to the planner
+    desired: DesiredPhase = DesiredPhase.PREPARED
     why: Failure | None = None  # reason for the desired abort
-    is_resolved: bool = False  # a ``resolved`` delta has arrived
-    ended_s: float | None = None  # when it reached its last phase. None: it has not.
-    is_reserved: bool = False  # the engine has answered ReserveMoves in this run of the agent
-    # The engine was asked to abort since the abort became desired. An assignment waits for one try.
+    is_resolved: bool = False  # whether a ``resolved`` delta has arrived
+    ended_s: float | None = None  # time at which it reached its last phase. None: it has not.
+    is_reserved: bool = False  # whether the engine has answered ReserveMoves in this run of the agent
+    # Whether the engine was asked to abort since the abort became desired. An assignment waits for one attempt.
     is_abort_tried: bool = False
 
     @property
@@ -87,17 +87,17 @@ class ChangeState:
 
     @property
     def is_open(self) -> bool:
-        """The change can still flip and still abort."""
+        """Whether the change can still flip or be aborted."""
         return self.phase in (ChangePhase.CHANGE_PHASE_PREPARING, ChangePhase.CHANGE_PHASE_READY)
 
     @property
     def is_being_prepared(self) -> bool:
-        """The change is open and may stay so until its deadline."""
+        """Whether the change is open and may stay so until its deadline."""
         return self.is_open and self.desired is DesiredPhase.PREPARED
 
     @property
     def has_ended(self) -> bool:
-        """The change is in its last phase."""
+        """Whether the change is in its last phase."""
         return self.phase in (ChangePhase.CHANGE_PHASE_ABORTED, ChangePhase.CHANGE_PHASE_RELEASED)
 
     @property
@@ -106,7 +106,7 @@ class ChangeState:
 
     @property
     def copies(self) -> bool:
-        """This node sends or receives KV in the change."""
+        """Whether this node sends or receives KV in the change."""
         return any(part != ChangePart.CHANGE_PART_AUTHORITY for part in self.parts)
 
     def may_become(self, phase: ChangePhase.ValueType) -> bool:
@@ -115,10 +115,10 @@ class ChangeState:
             return phase == ChangePhase.CHANGE_PHASE_RELEASED
         return _RANK[phase] > _RANK[self.phase]
 
-    # --- what is wanted
+    # --- the planner's directives
 
     def take(self, delta: Delta, *, epoch: int) -> bool:
-        """Take a commit, an abort or a resolution. Return whether the status is to be told now."""
+        """Take a commit, an abort or a resolution. Return whether the status must be reported now."""
         self.epoch = epoch
         kind = delta.WhichOneof("change")
         if kind == "resolved":
@@ -150,34 +150,34 @@ class ChangeState:
         """Wait for another commit: the planner that permitted the flip has lost its authority."""
         self.desired = DesiredPhase.PREPARED
 
-    # --- what the engine says
+    # --- the engine's answers and reports
 
     def reserved(self, moves: Iterable[MoveResult]) -> None:
-        """Note that the engine has room for the moves but for those in ``moves``."""
+        """Record that the engine has room for all moves except those in ``moves``."""
         self.is_reserved = True
         self.add_moves(moves)
 
     def lost_reservation(self) -> None:
-        """Start over with the next call: another engine may answer it."""
+        """Reserve again with the next call: another engine may answer it."""
         self.is_reserved = False
 
     def abort_tried(self) -> None:
         self.is_abort_tried = True
 
     def copied(self, response: CopyMovesResponse) -> None:
-        """Note the progress of a copy."""
+        """Record the progress of a copy."""
         self.status.copied_bytes = max(self.status.copied_bytes, response.copied_bytes)
         self.add_moves(response.moves)
 
     def learn(self, said: ChangeStatus | FlipMovesResponse) -> None:
-        """Take the details of an end. `enter` takes the end itself."""
+        """Record the details of the change's end. `enter` records the end itself."""
         self.add_moves(said.moves)
         self.status.step = self.status.step or said.step
         if said.HasField("failure"):
             self.why = said.failure
 
     def learn_generation(self, generation: int) -> None:
-        """Take the generation of the flipped replica from the engine, if the agent was not told it."""
+        """Take the generation of the flipped replica from the engine, unless it is known already."""
         self.change.generation = self.change.generation or generation
 
     def add_moves(self, moves: Iterable[MoveResult]) -> None:
@@ -185,7 +185,7 @@ class ChangeState:
         known = {move.number for move in self.status.moves}
         self.status.moves.extend(move for move in moves if move.number not in known)
 
-    # --- what comes of it
+    # --- phases
 
     def enter(self, phase: ChangePhase.ValueType, *, generation: int, now_s: float) -> None:
         """Enter the next phase, with ``generation`` of what is held after it."""
@@ -197,7 +197,7 @@ class ChangeState:
         self.note_end(now_s)
 
     def note_end(self, now_s: float) -> None:
-        """Count the time since the end from now on, if it has ended and is not counted yet."""
+        """Record the time of the end, if the change has ended and none is recorded yet."""
         if self.has_ended and self.ended_s is None:
             self.ended_s = now_s
 
@@ -206,33 +206,33 @@ class ChangeState:
 class ReplicaState:
     """The state of one replica as the agent holds it."""
 
-    replica: str  # its name
-    generation: int = 0  # of its state on this node; kept after a removal, so that nothing older is accepted
-    epoch: int = 0  # of the planner that sent the assignment
+    replica: str  # name of the replica
+    generation: int = 0  # generation of its state on this node; kept after a removal, so that nothing older is accepted
+    epoch: int = 0  # epoch of the planner that sent the assignment
     assignment: Assignment | None = None  # None: it was removed, or never assigned
-    nonce: str = ""  # of the last delta
-    answer: ConnectNodeRequest | None = None  # to that delta
-    changes: dict[str, ChangeState] = field(default_factory=dict)  # by id, in order of arrival
-    is_applied: bool = False  # the engine has applied this assignment, or its removal, in its present run
-    # The assignment has other devices or stages than the one before, so reports that the engine makes before it applies
-    # this one belong to the old one
+    nonce: str = ""  # nonce of the last delta
+    answer: ConnectNodeRequest | None = None  # answer to that delta
+    changes: dict[str, ChangeState] = field(default_factory=dict)  # keyed by id, in order of arrival
+    is_applied: bool = False  # whether the engine has applied this assignment, or its removal, in its present run
+    # Whether the assignment has other devices or stages than the one before, so that reports that the engine makes
+    # before it applies this one belong to the old one
     is_anew: bool = False
-    # The engine's progress with it
+    # The engine's progress with the assignment
     assignment_state: AssignmentState.ValueType = AssignmentState.ASSIGNMENT_STATE_LOADING
     failure: Failure | None = None  # why the engine refused the assignment. None: it did not.
 
     @property
     def held_generation(self) -> int:
-        """The generation as the planner is told: 0 when nothing is held."""
+        """The generation as reported to the planner: 0 when nothing is held."""
         return self.generation if self.assignment is not None else 0
 
     @property
     def open_change(self) -> ChangeState | None:
-        """The one change that is under way: neither ended nor, after a flip, resolved here."""
+        """The one change in progress: neither ended nor, after a flip, resolved here."""
         return next((change for change in self.changes.values() if not change.has_ended), None)
 
     def remember(self, nonce: str, answer: ConnectNodeRequest) -> None:
-        """Remember the answer to a delta, which may come again."""
+        """Remember the answer to a delta, which may be repeated."""
         self.nonce, self.answer = nonce, answer
 
     def take_assignment(self, delta: Delta, state: AssignmentState.ValueType, *, epoch: int) -> bool:
@@ -248,16 +248,16 @@ class ReplicaState:
         return True
 
     def forget_assignment(self) -> None:
-        """Drop everything that a planner would have to build on."""
+        """Drop the assignment, its generation and the last answer, so that a planner starts anew."""
         self.assignment, self.generation, self.is_applied = None, 0, True
         self.nonce, self.answer = "", None
 
     def must_apply(self, state: AssignmentState.ValueType) -> None:
-        """Have the engine apply the assignment, which is in ``state`` until it has."""
+        """Mark the assignment to be applied by the engine; until then it is in ``state``."""
         self.is_applied, self.failure, self.assignment_state = False, None, state
 
     def applied(self, answer: AssignmentState.ValueType | Failure) -> None:
-        """Take the engine's answer to the assignment: its state, or why it was refused."""
+        """Record the engine's answer to the assignment: its state, or why it was refused."""
         self.is_applied = True
         if isinstance(answer, Failure):
             self.failure, self.assignment_state = answer, AssignmentState.ASSIGNMENT_STATE_FAILED
@@ -274,7 +274,7 @@ class ReplicaState:
             del self.changes[change_id]
 
     def to_bytes(self, *, clock: str) -> bytes:
-        """Return the bytes kept on disk. ``clock`` names what deadlines count on, which a reboot changes."""
+        """Return the bytes kept on disk. ``clock`` identifies the clock of deadlines, which a reboot changes."""
         data = {
             "replica": self.replica,
             "generation": self.generation,
@@ -358,7 +358,7 @@ def _bytes(text: str) -> bytes:
 
 
 class Fence:
-    """The newest epoch that this node has obeyed. It only grows, and reaches the disk before anything of it is done."""
+    """The newest epoch that this node has obeyed. It only grows, and is on disk before anything is done under it."""
 
     def __init__(self, newest: int, outbox: Outbox) -> None:
         self.newest = newest

@@ -9,7 +9,7 @@ from copy import deepcopy
 from hetis.v1.agent_service_pb2 import ConnectNodeRequest, Heartbeat, NodeReport, Settings
 from hetis.v1.report_pb2 import DeviceLoad, DeviceReport
 
-SPEED_CHANGE_RATIO = 0.1  # of observed to predicted time: a device that got slower or faster by more than this is news
+SPEED_CHANGE_RATIO = 0.1  # change of observed / predicted time that is reported: a device became slower or faster
 JITTER_RATIO = 0.1
 
 
@@ -30,7 +30,7 @@ class NodeReporter:
         self._spoke_s, self._beat_s = float("-inf"), 0.0  # time of the last message of any kind, which renews the lease
 
     def begin(self, settings: Settings, now_s: float) -> None:
-        """Begin a new stream, whose planner has heard nothing yet."""
+        """Begin a new stream, whose planner has received no report yet."""
         self._has_sent, self._sent_s = False, float("-inf")
         self.change_settings(settings, now_s)
 

@@ -17,16 +17,16 @@ from hetis.v1.agent_service_pb2 import ConnectNodeRequest, ConnectNodeResponse
 from hetis.v1.agent_service_pb2_grpc import AgentServiceStub
 from hetis.v1.failure_pb2 import ErrorReason, Failure
 
-MOST_QUEUED = 10_000  # messages the planner has not taken: beyond this the stream is abandoned, and all is sent anew
+MOST_QUEUED = 10_000  # messages queued for the planner: beyond this the stream is abandoned, and all is sent anew
 WELCOME_S = 30.0
-STOOD_S = 10.0  # a stream that lasted this long after its Welcome was no failure: the next wait is short
+STOOD_S = 10.0  # a stream that lasted this long after its Welcome has not failed: the next wait is short
 # Reasons that every planner would give. All others concern one planner, or the way to it.
 _OF_THIS_AGENT = (ErrorReason.ERROR_REASON_NODE_TAKEN_OVER, ErrorReason.ERROR_REASON_NODE_IN_USE)
 _log = logging.getLogger(__name__)
 
 
 class Listener(Protocol):
-    """The listener that the stream is for."""
+    """Makes the first message of each stream, and handles what arrives on it."""
 
     def hello(self) -> ConnectNodeRequest: ...
 
@@ -47,7 +47,7 @@ class PlannerStream:
         self._welcome_s: float | None = None  # when the planner answered on the present stream
 
     def send(self, message: ConnectNodeRequest) -> None:
-        """Queue a message for the planner. Messages that an ending stream did not take are lost."""
+        """Queue a message for the planner. Messages that an ending stream has not sent are lost."""
         try:
             self._outgoing.put_nowait(message)
         except asyncio.QueueFull:
@@ -59,7 +59,7 @@ class PlannerStream:
             self._end.set_result(why)
 
     async def run(self) -> None:
-        """Connect again and again."""
+        """Connect, and connect again whenever a stream ends."""
         told, tried = "", set[Endpoint]()
         while True:
             endpoint = self._leaders.present
@@ -86,7 +86,7 @@ class PlannerStream:
             tried.clear()
         is_elsewhere = why is not None and why.reason == ErrorReason.ERROR_REASON_NOT_LEADER
         goes_on = False
-        if why is None or why.reason not in _OF_THIS_AGENT:  # of which every planner would say the same
+        if why is None or why.reason not in _OF_THIS_AGENT:  # every planner would give one of those
             address = why.metadata.get("leader_address", "") if why is not None and is_elsewhere else ""
             goes_on = self._leaders.failed(endpoint, address, tried)
         if within_s is not None:

@@ -18,7 +18,7 @@ from torch.nn import functional
 from hetis.runtime.attention.kv import Array, IntArray, PagePool
 
 PIECE_TOKENS = 128  # queries per piece
-MOST_SCORES = 1 << 24  # per bucket and query head: the mask has this many bytes
+MOST_SCORES = 1 << 24  # limit per bucket and query head: the mask has this many bytes
 LEAST_CHUNK = 16  # positions of a sequence in a step; torch's matrix products are faster from this number on
 TRITON_CAPABILITY = (7, 5)  # minimum that Triton compiles for; older devices compute in plain torch
 
@@ -33,8 +33,8 @@ class View(NamedTuple):
 class Bucket(NamedTuple):
     """Pieces computed together, n with at most c queries each, in the same way for all layers; on the pool's device."""
 
-    members: torch.Tensor  # their rows of the step, int64 [n, c]; a piece with fewer queries repeats its last
-    views: Mapping[int, View]  # by window
+    members: torch.Tensor  # row in the step of each query, int64 [n, c]; a piece with fewer queries repeats its last
+    views: Mapping[int, View]  # keyed by window
 
 
 class _Pieces(NamedTuple):
@@ -55,9 +55,9 @@ def plan_buckets(
     """Plan buckets for sequences whose rows of the step begin at ``starts``.
 
     Args:
-        rows: of the pool's table, shape [N].
+        rows: rows of the pool's table, shape [N].
         positions: first position that each sequence writes, shape [N].
-        starts: its first row of the step, shape [N].
+        starts: first row of each sequence in the step, shape [N].
         counts: how many positions each sequence writes, shape [N].
     """
     pieces = _cut(_Pieces(rows, positions, starts, counts))
@@ -158,7 +158,7 @@ class Backend(Protocol):
         """Set the sequences of the next calls and the positions that they write. The arrays may be kept until then.
 
         Args:
-            rows: of the pool's table, shape [N].
+            rows: rows of the pool's table, shape [N].
             positions: first position that each sequence writes, shape [N].
             counts: how many positions each sequence writes, shape [N]. None: 1 each.
         """
@@ -167,7 +167,7 @@ class Backend(Protocol):
         """Store keys and values of qkv [T, r + 2, d] as `AttentionDevice.attend` does, and return outputs [T, r, d]."""
 
     def attend_array(self, layer: int, qkv: Array) -> Array | torch.Tensor:
-        """Like `attend`, for what a channel brings. Outputs are in CPU memory."""
+        """Like `attend`, for an array as a channel receives it. Outputs are in CPU memory."""
 
 
 class TorchBackend:

@@ -1,9 +1,10 @@
-"""Decode steps as CUDA graphs: the copy of what a channel brought, the kernels and the copy back are launched at once.
+"""Decode steps as CUDA graphs: the copy of the received data, the kernels and the copy back are launched at once.
 
-Launching them one by one takes longer than they run if a step has few sequences, once per layer, while an engine waits.
-A graph fixes every address and size. Therefore all of a step is in buffers that stay where they are, the layer's number
-among the inputs, and sizes are rounded up to powers of two: rows beyond a step's have no slot and tiles no positions. A
-step whose size was never met runs as it is, which compiles its kernels, and is captured the next time.
+For a step with few sequences, launching them one by one takes longer than running them, and it happens in every layer
+while an engine waits. A graph fixes every address and size. Therefore everything of a step is in buffers that are never
+moved, with the layer's number among the inputs, and sizes are rounded up to powers of two: surplus rows have no slot
+and surplus tiles no positions. A step whose size is new runs without a graph, which compiles its kernels, and is
+captured the next time.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ from hetis.runtime.attention import paged_triton
 from hetis.runtime.attention.kv import Array, IntArray, PagePool
 from hetis.runtime.attention.paged_triton import Launch, TritonBackend, launch
 
-MOST_SEQUENCES = 512  # a power of two; nothing above it was tried (on an H100 512 took 140 microseconds, 311 before)
-MOST_PART_BYTES = 32 << 20  # of the outputs of all splits of a step
-HEADER_BYTES = 16  # the layer and the table's width, int64 [2], before the rows, which thereby stay aligned
+MOST_SEQUENCES = 512  # a power of two; larger ones were not tried (on an H100, 512 took 140 microseconds, 311 before)
+MOST_PART_BYTES = 32 << 20  # limit for the outputs of all splits of a step
+HEADER_BYTES = 16  # the layer and the table's width, int64 [2], before the rows; keeps these aligned
 _log = logging.getLogger(__name__)
 
 
@@ -32,7 +33,7 @@ class _Size(NamedTuple):
 
 
 class GraphBackend(TritonBackend):
-    """The kernels over one pool. What a channel brings of decodes is attended to by graphs, if it is little."""
+    """The kernels over one pool. Small steps of decodes that come from a channel run as graphs."""
 
     def __init__(self, pool: PagePool, *, capability: tuple[int, int]) -> None:
         """Initialise for a pool whose device has this compute ``capability``."""
@@ -42,14 +43,15 @@ class GraphBackend(TritonBackend):
         self._captures = self._is_cuda  # Triton's interpreter has no graphs
         r, d, most, dtype = shape.queries_per_group, shape.head_dim, MOST_SEQUENCES, shape.torch_dtype
         size = HEADER_BYTES + most * (r + 2) * d * shape.item_bytes
-        # In the host's memory: what a channel brought, and the outputs that it takes; both have views of numpy.
+        # In the host's memory: the data received from a channel and the outputs that it sends, both with numpy views.
         self._came = torch.zeros(size, dtype=torch.uint8, pin_memory=self._is_cuda)
         self._goes = torch.zeros(most, r, d, dtype=dtype, pin_memory=self._is_cuda)
         words = self._came.numpy()
         self._header = words[:HEADER_BYTES].view(np.int64)
         self._rows: Array = words[HEADER_BYTES:].view(shape.numpy_dtype).reshape(most, r + 2, d)
         self._answers: Array = self._goes.view(torch.uint8).numpy().view(shape.numpy_dtype)
-        # On the device: a copy of what came, with views of its header and rows, the outputs, and the step's places.
+        # On the device: a copy of the received data, with views of its header and rows, the outputs, and the step's
+        # slots, tiles and pages.
         self._inputs = torch.zeros(size, dtype=torch.uint8, device=device)
         self._place = self._inputs[:HEADER_BYTES].view(torch.int64)
         self._qkv = self._inputs[HEADER_BYTES:].view(dtype).view(most, r + 2, d)
@@ -57,13 +59,13 @@ class GraphBackend(TritonBackend):
         self._stored = torch.zeros(most, dtype=torch.int64, device=device)
         self._tiles = torch.zeros(most, 4, dtype=torch.int32, device=device)
         self._pages = torch.zeros(most, dtype=torch.int32, device=device)
-        # All sizes share these.
+        # All sizes share these: the outputs of splits, and their sums of weights.
         self._parts = torch.zeros(MOST_PART_BYTES // 4, device=device)
         self._sums = torch.zeros(MOST_PART_BYTES // 4 // d, device=device)
-        self._graphs: dict[tuple[_Size, int], torch.cuda.CUDAGraph | None] = {}  # by size and window; None: met once
-        self._size: _Size | None = None  # None: the step is not one of graphs
+        self._graphs: dict[tuple[_Size, int], torch.cuda.CUDAGraph | None] = {}  # by size and window; None: seen once
+        self._size: _Size | None = None  # None: the step does not run as a graph
         self._width = 0  # pages per row of the step's table
-        self._later: tuple[IntArray, IntArray] | None = None  # step to plan if tensors are attended to after all
+        self._later: tuple[IntArray, IntArray] | None = None  # the step, in case tensors are attended to after all
 
     def plan(self, rows: IntArray, positions: IntArray, counts: IntArray | None = None) -> None:
         is_decode = counts is None or int(counts.max(initial=1)) == 1
@@ -90,7 +92,7 @@ class GraphBackend(TritonBackend):
         return self._answers[: len(qkv)].copy()
 
     def _fitting(self, positions: IntArray) -> _Size | None:
-        """Return the size of a step of decodes, or None if it has too many rows or too long ones."""
+        """Return the size of a step of decodes, or None if it has too many sequences or too long ones."""
         if not 0 < len(positions) <= MOST_SEQUENCES:
             return None
         size = _Size(_power(max(len(positions), 8)), _power(-(-(int(positions.max()) + 1) // paged_triton.SPLIT)))
@@ -114,7 +116,7 @@ class GraphBackend(TritonBackend):
         self._pages[: len(pages)].copy_(pages)
 
     def _run(self, size: _Size, window: int) -> None:
-        """Attend to what has come, and wait for the answers."""
+        """Attend to the received data, and wait for the outputs."""
         key = size, window
         graph = self._graphs.get(key)
         if graph is None and self._captures and key in self._graphs:
@@ -128,7 +130,7 @@ class GraphBackend(TritonBackend):
             torch.cuda.current_stream(self.pool.k.device).synchronize()
 
     def _captured(self, size: _Size, window: int) -> torch.cuda.CUDAGraph | None:
-        """Return a graph, or None if the GPU refuses it, which may be full. No further one is captured then."""
+        """Return a graph, or None if the GPU refuses it, for example because it is full; then no more are captured."""
         stream, graph = torch.cuda.current_stream(self.pool.k.device), torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
@@ -154,5 +156,5 @@ class GraphBackend(TritonBackend):
 
 
 def _power(number: int) -> int:
-    """Return the least power of two that is not below."""
+    """Return the least power of two that is at least ``number``."""
     return 1 << (number - 1).bit_length()

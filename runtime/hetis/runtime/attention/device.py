@@ -38,8 +38,8 @@ class DeviceStep:
     The rows of queries, keys, values and outputs are ordered by sequence, then by position: T in total.
     """
 
-    epoch: int  # of the engine; a device that has seen a higher one refuses
-    number: int  # of the step, increasing
+    epoch: int  # epoch of the engine; a device that has seen a higher one refuses the step
+    number: int  # number of the step, increasing
     requests: IntArray  # shape [N]
     incarnations: IntArray  # shape [N]
     heads: IntArray  # KV heads, shape [N]
@@ -82,9 +82,9 @@ class Ready(NamedTuple):
 class AttentionDevice(Protocol):
     """A device that holds KV pages. Any method may raise `DeviceLostError`, after which the device is gone."""
 
-    name: str  # for people; unique in its stage
-    shape: KvShape  # of its virtual sequences
-    num_pages: int  # its total number of pages. The engine itself counts those in use, so it knows before it asks.
+    name: str  # display name, unique in its stage
+    shape: KvShape  # shape of its virtual sequences
+    num_pages: int  # total number of pages. The engine counts those in use itself, so it knows whether a step fits.
 
     def begin(self, step: DeviceStep) -> None:
         """Allocate the pages that the step's positions need.
@@ -160,7 +160,7 @@ class LocalDevice:
         for first, count in ((0, 1), (0, tokens), (tokens - 1, 1)):
             self.backend.plan(rows, np.array([first]), np.array([count]))
             qkv = np.zeros((count, shape.queries_per_group + 2, shape.head_dim), shape.numpy_dtype)
-            for layer in [*layers.values()] * 3:  # as it is, as a graph is captured, and as one is replayed
+            for layer in [*layers.values()] * 3:  # without a graph, while one is captured, and while one is replayed
                 self.backend.attend_array(layer, qkv)
         self.pool.drop([key])
 
@@ -180,7 +180,7 @@ class LocalDevice:
         return Ready(self.backend.attend(layer, qkv.to(self.pool.k.device)))
 
     def attend_received(self, layer: int, qkv: Array) -> torch.Tensor | Array:
-        """Like `attend`, for an array as it comes from a channel (bfloat16 as its words). Outputs are in CPU memory."""
+        """Like `attend`, for an array as a channel receives it (bfloat16 as its words). Outputs are in CPU memory."""
         self._check_begun()
         return self.backend.attend_array(layer, qkv)
 

@@ -6,9 +6,9 @@ all layers: K and V are ``[layers, pages, page_tokens, head_dim]``.
 HetisError
 +-- DeviceError
     +-- DeviceLostError         it no longer answers; what it held is gone
-        +-- UnreachedDeviceError   it could not even be asked
+        +-- UnreachedDeviceError   no connection to it could be made
     +-- OutOfPagesError         it has too few free pages
-    +-- UnknownSequenceError    it does not hold what it was asked for
+    +-- UnknownSequenceError    it does not hold the requested sequence
     +-- StaleEpochError         another engine has taken over
 """
 
@@ -30,7 +30,7 @@ _NUMPY_DTYPES: dict[str, np.dtype[Any]] = {
     name: np.dtype({"bfloat16": "uint16"}.get(name, name)) for name in ("float32", "float64", "bfloat16", "float16")
 }
 IntArray = npt.NDArray[np.int64]
-Array = npt.NDArray[Any]  # as it comes from a channel: numpy has no bfloat16, so that is its words
+Array = npt.NDArray[Any]  # an array as a channel receives it: numpy has no bfloat16, so it has its words
 _MEMINFO = Path("/proc/meminfo")
 _LIMITS = (
     (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")),
@@ -42,7 +42,7 @@ _LIMITS = (
 
 
 class DeviceError(HetisError):
-    """A device could not do what it was asked to do. ``device`` is its name."""
+    """A device could not do what was requested. ``device`` is its name."""
 
     def __init__(self, device: str, message: str) -> None:
         super().__init__(f"{device}: {message}")
@@ -66,7 +66,7 @@ class OutOfPagesError(DeviceError):
 
 
 class UnknownSequenceError(DeviceError):
-    """The device does not hold the sequence, or not up to there: a bug of the caller."""
+    """The device does not hold the sequence, or not up to the requested position: a bug of the caller."""
 
 
 class StaleEpochError(DeviceError):
@@ -81,13 +81,13 @@ class StaleEpochError(DeviceError):
 class KvShape:
     """The common shape of one stage's virtual sequences. A device is made for one shape."""
 
-    layers: int  # of the stage
-    head_dim: int  # d, numbers per head
-    queries_per_group: int  # r, query heads that share a KV head
+    layers: int  # number of layers of the stage
+    head_dim: int  # d, the numbers per head
+    queries_per_group: int  # r, the query heads that share a KV head
     page_tokens: int  # token slots of a page, which belongs to one virtual sequence and spans all layers
-    dtype: str  # of K, V, queries and outputs: float32, float64, bfloat16 or float16
+    dtype: str  # dtype of K, V, queries and outputs: float32, float64, bfloat16 or float16
     scale: float  # factor of the scores before the softmax
-    # For each layer, the number of positions that attention reaches back, including the own one; 0: all
+    # For each layer, the number of positions that attention reaches back, including the query's own; 0: all
     windows: tuple[int, ...]
     soft_cap: float = 0.0  # cap of the scaled scores, ``cap * tanh(score / cap)``, as in Gemma 2; 0: none
 
@@ -315,9 +315,9 @@ def cuda_count() -> int:
 
 
 def use_cuda_device(device: str) -> bool:
-    """Make a device, ``cuda`` or ``cuda:N``, the one of this process: Triton launches there, wherever pages are.
+    """Make ``cuda`` or ``cuda:N`` the current device of this process, on which Triton launches, wherever pages are.
 
-    Return whether it is there.
+    Return whether the device exists.
     """
     number = int(device.partition(":")[2] or 0)
     if number >= cuda_count():

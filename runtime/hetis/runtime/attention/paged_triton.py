@@ -22,7 +22,7 @@ import triton.language as tl
 
 from hetis.runtime.attention.kv import Array, IntArray, KvShape, PagePool
 
-LEAST_CAPABILITY_TENSOR_CORES = (8, 0)  # for Triton's use of them: below, it multiplies in float32, and not bfloat16
+LEAST_CAPABILITY_TENSOR_CORES = (8, 0)  # below it, Triton uses none and multiplies in float32, never in bfloat16
 SPLIT = 512  # positions per program of `attend` if there are splits: a multiple of the block size
 LOG2_E = tl.constexpr(1.4426950408889634)  # GPUs compute powers of 2 faster than those of e
 
@@ -33,7 +33,7 @@ def store(  # type: ignore[no-untyped-def]
 ):
     """Write the key and value of each row of qkv [T, R + 2, D] to ``slots`` [T] of the pages of a layer.
 
-    There is one program per row; rows whose slot is negative are no positions.
+    There is one program per row; rows with a negative slot are not positions.
     """
     row = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, BLOCK_D)
@@ -165,7 +165,7 @@ def attend(  # type: ignore[no-untyped-def]
     """
     tile, split = tl.program_id(0), tl.program_id(1)
     layer, table_width = tl.load(where), tl.load(where + 1)
-    k += layer * layer_slots * D  # by a constant at last, from which Triton sees how far both stay aligned
+    k += layer * layer_slots * D  # multiplied by a constant last, from which Triton sees how far both stay aligned
     v += layer * layer_slots * D
     sequence = tl.load(tiles + tile * 4).to(tl.int64)
     position = tl.load(tiles + tile * 4 + 1)
@@ -187,7 +187,7 @@ def attend(  # type: ignore[no-untyped-def]
     total = tl.zeros([BLOCK_M], tl.float32)
     outputs = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     # Blocks begin where they would without a window or splits, so that the order of sums is the same. Those from
-    # `whole` to `partial` are seen by all rows as a whole, and need no masks.
+    # `whole` to `partial` are seen in full by all rows, and need no masks.
     first = begin // BLOCK_N * BLOCK_N
     partial = tl.maximum(tl.minimum(position + 1, end) // BLOCK_N * BLOCK_N, first)
     pages = table + sequence * table_width

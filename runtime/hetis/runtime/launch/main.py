@@ -61,7 +61,7 @@ app = typer.Typer(
 
 @dataclass(frozen=True, kw_only=True)
 class LaunchReplica:
-    """The options that say what is to run, which every command has."""
+    """The options that specify what to run, which every command has."""
 
     plan: Annotated[Path | None, Option(help="A plan of `hetis-plan place`. Required.")] = None
     model: Annotated[
@@ -90,7 +90,7 @@ class LaunchReplica:
 
 @dataclass(frozen=True, kw_only=True)
 class PlacedReplica(LaunchReplica):
-    """The options that say where processes reach each other, too."""
+    """The options that specify what to run, and where processes reach each other."""
 
     executor: Annotated[str, Option(help="Unix socket where a hetis-agent steers the engine. Default: nowhere.")] = ""
     node_address: Annotated[
@@ -279,8 +279,8 @@ def _read(
 
     Args:
         executor: Unix socket of the node's agent.
-        named: nodes that were given an address.
-        set_here: options of vLLM that are given in another way, besides those that always are.
+        named: nodes for which an address was passed.
+        set_here: options of vLLM that are set in another way, besides those that always are.
         wrong: other problems with the options, to be reported with the rest.
 
     Raises:
@@ -328,7 +328,7 @@ def _read(
 def _wrong_options(options: Sequence[str], set_here: Collection[str]) -> list[str]:
     from hetis.engines.serving import decided_in, names_of
 
-    users = {"--served-model-name", "--host", "--port"}  # unlike in an export
+    users = {"--served-model-name", "--host", "--port"}  # these are left to the user, unlike in an export
     ours = (decided_in(options) - users) | (names_of(options) & set(set_here))
     wrong = [f"{name} stands after --: it is hetis-launch that sets it" for name in sorted(ours)]
     if options and not options[0].startswith("-"):
@@ -339,7 +339,7 @@ def _wrong_options(options: Sequence[str], set_here: Collection[str]) -> list[st
 def _model(plan: Plan, number: int, model: str) -> tuple[ModelSpec, str]:
     """Return the model of a replica, and the quantised KV that its checkpoint states.
 
-    Its shape is that of its folder if that is here, with KV in the plan's precision.
+    Its shape is that of its folder if that exists here, with KV in the plan's precision.
     """
     from hetis.engines.layout import planned_model
     from hetis.engines.serving import checkpoint_model

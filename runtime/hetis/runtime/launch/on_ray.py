@@ -36,15 +36,15 @@ def run_on_ray(layout: Layout, serving: Serving, addresses: Addresses, *, addres
     """Start the processes in a placement group and supervise them until vLLM ends or a signal arrives.
 
     Args:
-        address: of the cluster; ``local`` starts a new one.
+        address: address of the cluster; ``local`` starts a new one.
         start_s: time limit for Ray to reserve the resources.
 
     Returns:
         The exit code. The placement group and its processes are gone by then.
 
     Raises:
-        LayoutError: nodes of the plan are missing, or lack what it asks for.
-        OptionError: the key is no secret, or cannot be written here.
+        LayoutError: nodes of the plan are missing, or lack the resources that it requires.
+        OptionError: the key is not secret, or cannot be written here.
         ConnectionError: there is no such cluster.
     """
     _connect(address, len(layout.processes))
@@ -113,7 +113,7 @@ class _Starter:
         )
         gpus = bundle_of(command.process, gpus=self._gpus).get("GPU", 0)
         actor = ray.remote(ProcessActor).options(num_cpus=1, num_gpus=gpus, scheduling_strategy=strategy).remote()
-        # Ray chooses among the node's GPUs and tells the actor: the plan's number must not overrule it.
+        # Ray chooses among the node's GPUs and passes them to the actor: the plan's numbers must not override them.
         told = {name: text for name, text in command.environment.items() if not name.startswith("CUDA_")}
         secrets = {name: text for name, text in self._secrets.items() if name in command.secrets}
         return _OnNode(actor, replace(command, environment=told), secrets)

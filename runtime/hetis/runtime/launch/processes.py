@@ -31,9 +31,9 @@ from hetis.runtime.transport.keys import InvalidKeyError, read_key
 
 FAILED, INVALID = 1, 2
 VLLM = (ProcessKind.SERVER, ProcessKind.SERVER_STAGE)
-FIRST_WAIT_S, LONGEST_WAIT_S = 1.0, 30.0  # before a process is restarted; doubled each time
+FIRST_WAIT_S, LONGEST_WAIT_S = 1.0, 30.0  # wait before a process is restarted, doubled each time
 SETTLED_S = 60.0  # after running this long, a process may fail as if for the first time
-MOST_FAILURES = 5  # of vLLM, in quick succession: it will not come up
+MOST_FAILURES = 5  # failures of vLLM in quick succession after which it is given up
 _FINAL = (0, INVALID)  # vLLM ended as it should, or would end the same way again
 _log = logging.getLogger(__name__)
 _LOOK_S = 0.2
@@ -62,7 +62,7 @@ class _Watch:
     """One process across its restarts."""
 
     kind: ProcessKind
-    due_s: float | None  # when to start it; None: it runs
+    due_s: float | None  # time to start the process; None: it runs
     started_s: float = 0.0
     failures: int = 0
     ends: int = 0
@@ -73,8 +73,8 @@ class Supervision:
 
     A worker that ends is restarted indefinitely, because vLLM serves without it. The processes of vLLM live and end
     together: if one fails, all are restarted a few times, and rejoin the existing workers. When the front end exits as
-    told, or one of them cannot start at all, everything ends. A worker that was once started with the same options can:
-    if it now says that it cannot, its memory is taken for the moment or its card is gone, and vLLM serves on.
+    requested, or a process cannot start at all, everything ends. A worker that has started once with the same options
+    can: if it now fails to start, its memory is taken for the moment or its card is gone, and vLLM serves on.
     """
 
     def __init__(self, kinds: dict[str, ProcessKind], *, now_s: float, until_told: bool = False) -> None:
@@ -99,14 +99,14 @@ class Supervision:
         return [other for other, one in self._watched.items() if one.kind in VLLM] if is_vllm else [name]
 
     def ended(self, name: str, code: int, now_s: float) -> float | None:
-        """Note that a process is gone. Returns how long all `together` with it must wait; None: nothing restarts."""
+        """Record the end of a process. Returns how long all `together` with it must wait; None: nothing restarts."""
         one = self._watched[name]
         one.ends += 1
         group = [self._watched[other] for other in self.together(name)]
         failures = 1 if now_s - one.started_s >= SETTLED_S else max(other.failures for other in group) + 1
         if one.kind is ProcessKind.SERVER:
             is_final = code in self._final
-        else:  # a further process of vLLM also ends with 0, when the one with the front is gone
+        else:  # a further process of vLLM also ends with 0 when the one with the front end is gone
             is_final = code == INVALID and (one.kind in VLLM or one.ends == 1)
         if is_final or (one.kind in VLLM and failures > MOST_FAILURES):
             self.outcome = code if is_final else FAILED
@@ -126,12 +126,12 @@ def supervise(
     wait: Callable[[], None],
     until_told: bool = False,
 ) -> int:
-    """Run the processes until vLLM has ended, or until told to stop; return the exit code.
+    """Run the processes until vLLM has ended, or a stop is requested; return the exit code.
 
     Args:
-        commands: for the processes that are to run here; vLLM may be elsewhere.
+        commands: those of the processes that run here; vLLM may be elsewhere.
         start: starts one. An OSError counts as an immediate failure of the process.
-        told: how often we were told to stop. Once: vLLM ends first, then the workers. Twice: without waiting.
+        told: returns the number of stop requests. Once: vLLM ends first, then the workers. Twice: without waiting.
         wait: pauses between two checks.
         until_told: as in `Supervision`.
     """
@@ -172,7 +172,7 @@ def supervise(
 def _end(
     front: Running, stops_s: float, *, told: Callable[[], int], clock: Callable[[], float], wait: Callable[[], None]
 ) -> int:
-    """Let vLLM end. It is killed when told again, or when its time is over."""
+    """Let vLLM end. It is killed on another stop request, or when its time is over."""
     front.terminate()
     deadline_s = clock() + stops_s
     while (code := front.poll()) is None:
@@ -238,10 +238,10 @@ def run_here(commands: Sequence[Command]) -> int:
 
 
 def start(command: Command, log: Path | None = None) -> Started:
-    """Start a process in its own group, so that Ctrl-C reaches only this one, which forwards it. Raises OSError if
+    """Start a process in its own group, so that Ctrl-C reaches only this process, which forwards it. Raises OSError if
     there is no such program, or the file cannot be written.
 
-    Its output is appended to ``log``; None: to our own.
+    Its output is appended to ``log``; None: to that of this process.
     """
     environment = os.environ | dict(command.environment)
     words = _ending_with_parent(words_of(command), environment)
@@ -322,10 +322,10 @@ class StopRequests:
 
 
 def _ending_with_parent(words: Sequence[str], environment: Mapping[str, str]) -> tuple[str, ...]:
-    """Return words that run the program such that the kernel sends it SIGTERM if we are killed.
+    """Return a command line that runs the program such that the kernel sends it SIGTERM if this process is killed.
 
-    The program asks for that itself, by way of a few lines of Python that become it: nothing can be done safely between
-    fork and exec of a process with threads, such as an agent's.
+    A few lines of Python request this signal and then become the program: nothing can be done safely between fork and
+    exec of a process with threads, such as an agent's.
     """
     program = shutil.which(words[0], path=environment.get("PATH"))
     if program is None:

@@ -10,7 +10,7 @@ from hetis.engines.errors import LayoutError
 from hetis.engines.layout import Process
 
 NODE_LABEL = "hetis-node"
-Node = Mapping[str, Any]  # as `ray.nodes` lists them
+Node = Mapping[str, Any]  # an entry of the list that `ray.nodes` returns
 
 
 def nodes_of(processes: Sequence[Process], addresses: Addresses, nodes: Sequence[Node]) -> dict[str, Node]:

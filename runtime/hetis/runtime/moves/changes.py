@@ -28,10 +28,10 @@ class EngineChange:
     The agent has its own record, `ChangeState`: it is kept on disk, and either of them may end without the other.
     """
 
-    change: Change  # as reserved; empty but for its id if the engine was only told to abort it
+    change: Change  # the change as reserved; empty but for its id if the engine was only asked to abort it
     parts: tuple[ChangePart.ValueType, ...] = ()  # this node's parts
     phase: ChangePhase.ValueType = ChangePhase.CHANGE_PHASE_PREPARING
-    deadline_s: float = 0.0  # until when it may be prepared, on the engine's clock
+    deadline_s: float = 0.0  # until when the change may be prepared, on the engine's clock
     left_out: dict[int, Failure] = field(default_factory=dict)  # moves that are not made, by number, with the reason
     copy_bytes: int = 0  # bytes that this node copies, as far as known now
     copied_bytes: int = 0  # bytes copied so far
@@ -39,9 +39,9 @@ class EngineChange:
     # FlipMoves was called, and the flip happens before this time or not at all. None: not called yet.
     flip_by_s: float | None = None
     step: int = 0  # decode step before which it was flipped
-    generation: int = 0  # of the replica after it ended
+    generation: int = 0  # generation of the replica after the change ended
     why: Failure | None = None  # reason for the abort
-    forget_s: float | None = None  # when it may be forgotten. None: neither released nor given up yet.
+    forget_s: float | None = None  # when the change may be forgotten. None: neither released nor given up yet.
 
     @property
     def is_authority(self) -> bool:
@@ -105,12 +105,12 @@ def not_owner(move: Move, group: int, owner: str) -> Failure:
 
 
 class MoveAuthority(ABC):
-    """The part that only the engine of a replica's primary plays: it owns the head map, and its moves in flight."""
+    """The role of the engine of a replica's primary: it owns the head map, and its moves in flight."""
 
     def __init__(self) -> None:
         self._open: dict[str, list[Move]] = {}  # moves that have begun, by change
 
-    # --- what kind of engine it is
+    # --- what depends on the engine
 
     @abstractmethod
     def check(self, change: Change) -> None:
@@ -134,7 +134,7 @@ class MoveAuthority(ABC):
 
     @abstractmethod
     def commit(self, change: EngineChange, moves: Sequence[Move]) -> int:
-        """Make the targets own the head groups of all these moves at once, and return the step from which on."""
+        """Make the targets own the head groups of all these moves at once, and return the step from which they do."""
 
     def is_ready(self, change: EngineChange) -> bool:
         """Return whether the copies that only the authority knows of permit `flip`."""
@@ -144,7 +144,7 @@ class MoveAuthority(ABC):
         """Return the moves that cannot be made with only these, and why."""
         return []
 
-    # --- what every engine does
+    # --- what all engines share
 
     def in_flight(self) -> list[tuple[str, Move]]:
         """Return the moves in flight, with the ids of their changes."""
@@ -172,7 +172,7 @@ class MoveAuthority(ABC):
             raise RefusedError(taken.left_out[min(taken.left_out)])
 
     def flip(self, change: EngineChange) -> Failure | None:
-        """Flip every move that still fits, all at once between two steps. If none fits, change nothing and say why."""
+        """Flip all moves that still fit at once, between two steps. If none fits, change nothing and return why."""
         moves = self._open[change.change.change_id]
         self.leave_out_void({change.change.change_id: change})
         if not moves:
@@ -237,8 +237,8 @@ class EngineChanges:
         devices: frozenset[str],
     ) -> None:
         """Initialise with ``authority`` if this engine owns the head map, and the names of this node's ``devices``."""
-        self.replica, self.generation = replica, generation  # of the replica's state here
-        self.known: dict[str, EngineChange] = {}  # by id, in order of arrival
+        self.replica, self.generation = replica, generation  # generation of the replica's state here
+        self.known: dict[str, EngineChange] = {}  # keyed by id, in order of arrival
         self._authority, self._copies, self._devices = authority, copies, devices
 
     def raise_to(self, generation: int) -> None:
@@ -295,7 +295,7 @@ class EngineChanges:
         return change
 
     def release(self, change_id: str, moves: Iterable[MoveResult], generation: int, now_s: float) -> None:
-        """Handle ReleaseMoves: the change was flipped, at which the authority has freed the blocks of all."""
+        """Handle ReleaseMoves: the change was flipped, and the authority has freed the blocks of all its moves."""
         change = self._known(change_id)
         if change.phase == ChangePhase.CHANGE_PHASE_ABORTED or (change.is_authority and change.is_open):
             raise has_ended(change, "was not flipped")
@@ -312,8 +312,8 @@ class EngineChanges:
 
         ``authority`` holds the statuses that the authority's engine has just reported; None if it was not reached. An
         engine whose copies were not complete has promised nothing and may abort alone. After that it follows the
-        authority. If the authority has never heard of the change, it cannot rule out hearing of it later. Then the
-        planner's word, which gives the change up for good, is enough, but the agent's own deadline is not.
+        authority. If the authority does not know the change, it may still receive it later. Then an abort by the
+        planner, which gives the change up for good, is enough, but one by the agent's own deadline is not.
         """
         change = self.known.get(change_id)
         if change is None:
@@ -343,7 +343,7 @@ class EngineChanges:
                 del self.known[change.change.change_id]
 
     def flip_due(self, now_s: float) -> None:
-        """Make the flips that were asked for, between two steps, each with all its moves at once."""
+        """Make the requested flips, between two steps, each with all its moves at once."""
         for change in self.known.values():
             if change.is_open and change.flip_by_s is not None:
                 assert self._authority is not None

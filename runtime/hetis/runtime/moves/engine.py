@@ -19,7 +19,7 @@ from hetis.v1.replica_pb2 import Assignment
 from hetis.v1.report_pb2 import AssignmentState
 from hetis.v1.stage_pb2 import StageDevice, StageModel
 
-MOST_BYTES = (1 << 20) - 4096  # per piece of head maps; the message around it fits in the rest of 1 MiB
+MOST_BYTES = (1 << 20) - 4096  # limit per piece of head maps; the message around it fits in the rest of 1 MiB
 
 
 def pieces_of(head_maps: Iterable[HeadMap]) -> Iterator[list[HeadMap]]:
@@ -60,7 +60,7 @@ def _parts_of(head_map: HeadMap) -> Iterator[HeadMap]:
 
 
 def planned_s(model: StageModel, device: StageDevice, heads: int, kv_bytes: float) -> float:
-    """Return the seconds per layer of attention and exchange by the plan's coefficients, as ``stage.proto`` has it."""
+    """Return the seconds per layer of attention and exchange by the plan's coefficients, as in ``stage.proto``."""
     if not heads or not device.pieces:
         return 0.0
     cards = max(len(device.gpus), 1) if device.is_primary else 1
@@ -93,7 +93,7 @@ class SteeredEngine(ABC, Generic[TakenT]):
         self.engine_id = engine_id or str(uuid.uuid4())  # id of this run
         self.newest_epoch = 0  # the highest epoch that was obeyed; older ones change nothing
         self._held: dict[str, TakenT] = {}
-        # Changes that the engine was told to abort before it heard of them, whatever their replica.
+        # Changes that the engine was asked to abort before it received them, whatever their replica.
         self._given_up = EngineChanges("", generation=0, authority=None, copies=None, devices=frozenset())
 
     @property
@@ -101,7 +101,7 @@ class SteeredEngine(ABC, Generic[TakenT]):
         """Return whether the planner has assigned a replica, and so decides on moves."""
         return bool(self._held)
 
-    # --- what kind of engine it is
+    # --- what depends on the engine
 
     @abstractmethod
     def head_maps(self, replica: str) -> messages.ReadHeadMapsResponse:
@@ -163,7 +163,7 @@ class SteeredEngine(ABC, Generic[TakenT]):
         return messages.ReserveMovesResponse(moves=change.results(), copy_bytes=change.copy_bytes)
 
     def copy_moves(self, request: messages.CopyMovesRequest, now_s: float) -> EngineChange:
-        """Begin to copy. `step` continues, and the change's phase says when the copy is complete."""
+        """Begin to copy. `step` continues, and the change's phase shows when the copy is complete."""
         self._fence(request.epoch)
         change = self._changes_of(request.change_id).begin_copy(request.change_id, now_s)
         self._changes_of(request.change_id).advance(now_s)
@@ -175,13 +175,13 @@ class SteeredEngine(ABC, Generic[TakenT]):
         return messages.CopyMovesResponse(copied_bytes=copied, total_bytes=total, moves=change.results())
 
     def flip_moves(self, request: messages.FlipMovesRequest, now_s: float) -> EngineChange:
-        """Ask for the flip, which `step` makes at the next boundary. `flip_answer` returns its outcome."""
+        """Request the flip, which `step` makes at the next boundary. `flip_answer` returns its outcome."""
         self._fence(request.epoch)
         timeout_s = request.timeout.ToNanoseconds() / 1e9
         return self._changes_of(request.change_id).ask_flip(request.change_id, timeout_s, now_s)
 
     def flip_answer(self, change_id: str) -> messages.FlipMovesResponse | None:
-        """Return the outcome of a flip that was asked for, or None while it is undecided."""
+        """Return the outcome of a requested flip, or None while it is undecided."""
         changes = self._changes_of(change_id)
         change = changes.known[change_id]
         return None if change.is_open else changes.flip_answer(change)
@@ -206,7 +206,7 @@ class SteeredEngine(ABC, Generic[TakenT]):
             outcome=change.outcome(), generation=changes.generation, moves=change.results() if change.generation else ()
         )
 
-    # --- for the engines
+    # --- for subclasses
 
     def _changes(
         self,

@@ -1,6 +1,6 @@
 """Reasons for refusals, as messages of the contract and as statuses of calls.
 
-RefusedError   an engine or agent refuses, with the Failure that says why
+RefusedError   an engine or agent refuses, with a Failure that gives the reason
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _DETAILS = "grpc-status-details-bin"
 
 
 class RefusedError(Exception):
-    """A request was refused and nothing changed. ``failure`` says why."""
+    """A request was refused and nothing changed. ``failure`` gives the reason."""
 
     def __init__(self, failure: Failure) -> None:
         super().__init__(failure.message)

@@ -20,7 +20,7 @@ from hetis.v1.change_pb2 import ChangePhase, ChangeStatus
 
 T = TypeVar("T")
 Context = grpc.aio.ServicerContext[Any, Any]
-PROGRESS_S = 0.1  # between two progress messages of a copy
+PROGRESS_S = 0.1  # interval between progress messages of a copy
 DEFAULT_REPORT_S = 1.0
 
 
@@ -38,7 +38,7 @@ def bind_socket(server: grpc.aio.Server, socket: Path) -> None:
 
 
 def bind(server: grpc.aio.Server, address: str) -> int:
-    """Listen on an address without TLS, and return the port. Raises OSError if the address is taken, or not ours."""
+    """Listen on an address without TLS, and return the port. Raises OSError if it is taken, or not this machine's."""
     try:
         port = server.add_insecure_port(address)
     except RuntimeError as error:
@@ -61,7 +61,7 @@ class EngineHost(Protocol):
         """Wait until the engine has made another step or looked at the clock again."""
 
     async def ask_authority(self, change_id: str) -> Iterable[ChangeStatus] | None:
-        """Return the present changes of the engine that decides this one, None if it is this engine or not reached."""
+        """Return the current changes of the engine that decides this one; None if it is this engine or not reached."""
 
 
 class ExecutorServicer(executor_service_pb2_grpc.ExecutorServiceServicer):

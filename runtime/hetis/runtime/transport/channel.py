@@ -1,7 +1,7 @@
 """Channels: whole frames, in order, between an engine and a worker. They are built on a pipe, which carries bytes.
 
-A worker listens on TCP, with a key that its engine knows. The engine connects and, if both are on one host, may ask
-for shared memory in place of the socket.
+A worker listens on TCP, with a key that its engine knows. The engine connects and, if both are on one host, may request
+shared memory in place of the socket.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Channel:
     """
 
     def __init__(self, pipe: Pipe, *, stall_s: float = 10.0, most_body_bytes: int = MOST_BODY_BYTES) -> None:
-        self.name = pipe.name  # for people: the kind and the other end
+        self.name = pipe.name  # display name: the kind and the other end
         self._pipe, self._stall_s, self._most_body_bytes = pipe, stall_s, most_body_bytes
         self._header = bytearray(HEADER_BYTES)
         self._into_header = memoryview(self._header)

@@ -1,7 +1,7 @@
-"""Frames: a header of 64 bytes, and a body whose length the header says.
+"""Frames: a header of 64 bytes, and a body whose length the header states.
 
 Little-endian. Every frame names the engine's term (``epoch``) and the connection (``session``) that it belongs to, so
-that what an old engine or an old connection sent is seen to be old, and a ``serial``, which an answer repeats.
+that frames of an old engine or an old connection are recognised, and a ``serial``, which an answer repeats.
 
 | kind | counts | body |
 | --- | --- | --- |
@@ -98,14 +98,14 @@ class FrameKind(IntEnum):
 class Frame(NamedTuple):
     """One message."""
 
-    kind: FrameKind  # of the message
-    epoch: int  # of the engine
-    session: int  # connection that it belongs to, unique at its worker
-    serial: int = 0  # of the request; an answer repeats it
+    kind: FrameKind
+    epoch: int  # epoch of the engine
+    session: int  # connection that the frame belongs to, unique at its worker
+    serial: int = 0  # serial of the request; an answer repeats it
     step: int = 0  # decode step, or 0 if it concerns none
-    layer: int = 0  # within the stage
+    layer: int = 0  # layer within the stage
     counts: tuple[int, int, int] = (0, 0, 0)  # numbers whose meaning depends on the kind
-    dtype: str = ""  # of the numbers in the body. Empty: there are none.
+    dtype: str = ""  # dtype of the numbers in the body. Empty: there are none.
     # Consecutive parts of the body. A received frame has one part, of bytes: `body` or `raw`.
     parts: tuple[Numbers, ...] = ()
 
@@ -299,7 +299,7 @@ def read_keys(frame: Frame) -> list[SequenceKey]:
 
 
 def read_part(frame: Frame) -> KvRange:
-    """Return the range that EXPORT asks for."""
+    """Return the range that EXPORT requests."""
     return _part(_integers(frame, frame.kind, 4 + frame.counts[0]), frame)
 
 

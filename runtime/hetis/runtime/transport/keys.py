@@ -20,7 +20,7 @@ LEAST_LETTERS, MOST_BYTES = 16, 4096
 
 
 class InvalidKeyError(HetisError):
-    """A required key is missing, or it is no secret."""
+    """A required key is missing or not secret."""
 
 
 def key_of(secret: str) -> bytes:

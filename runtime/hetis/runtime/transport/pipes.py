@@ -1,11 +1,11 @@
 """Pipes: ordered bytes between two processes, over TCP or through memory that they share.
 
-TCP: bytes over TCP: no delay, and a single system call to send, or to wait for and read, anything small.
+TCP: bytes are sent without delay, and one system call sends, or waits for and reads, anything small.
 
 Incoming bytes are read ahead into a buffer, so that a frame's header and body, and those of the frames behind it,
 arrive together. Large bodies are read straight into place.
 
-Shared memory: bytes through memory that two processes of one host share: one ring and one futex for each direction.
+Shared memory: one ring and one futex for each direction, in memory that two processes of one host share.
 
 The waiting end marks itself asleep and is woken by Linux's futex, which needs only the counter that it waits for: a
 fraction of the cost of a wake-up by a socket or a pipe. If the last wait was short, it first polls repeatedly, yielding
@@ -39,7 +39,7 @@ from hetis.runtime.transport.frames import ChannelClosedError, ChannelStalledErr
 
 BUFFER_BYTES = 2 << 20
 AHEAD_BYTES = 1 << 16  # bytes read ahead
-MOST_BUFFERS = 256  # per call; the kernel accepts 1,024
+MOST_BUFFERS = 256  # limit per call; the kernel accepts 1,024
 FINE_S = 0.05  # the kernel counts a read's time-out in ticks of some milliseconds, so shorter ones use poll
 LONGEST_S = 1e9
 FOLDER = Path("/dev/shm")
@@ -48,7 +48,7 @@ RING_BYTES = 4 << 20
 # A wake-up costs both ends together about this much processor time: polling longer costs more than it saves.
 LOOK_S = 30e-6
 SHORT_S = 1e-4  # after a wait shorter than this, sleep included, polling may pay off
-NAP_S = 0.02  # longest sleep without a check: the cost of a missed wake-up, and the delay in noticing a death
+NAP_S = 0.02  # longest sleep without a check: what a missed wake-up costs, and the delay in noticing a death
 # Words of one ring, each of 8 bytes in a cache line of its own: two counters and, for each, whether an end sleeps until
 # it changes.
 WRITTEN, READ, SLEEPS = 0, 8, 16
@@ -75,7 +75,7 @@ class TcpPipe:
 
     @classmethod
     def connect(cls, host: str, port: int, *, timeout_s: float) -> TcpPipe:
-        """Connect. Raises ChannelError if nobody listens there."""
+        """Connect. Raises ChannelError if nothing listens there."""
         where = f"tcp:{host}:{port}"
         try:
             connection = socket.create_connection((host, port), timeout=timeout_s)
@@ -127,7 +127,7 @@ class TcpPipe:
         self._socket.close()
 
     def _read(self, into: memoryview, timeout_s: float) -> int:
-        """Read and return the number of bytes, or 0 if none arrived in time. Handling a signal restarts the time.
+        """Read and return the number of bytes, or 0 if none arrived in time. Handling a signal restarts the time-out.
 
         For long waits the kernel waits within the read: a separate call would cost as much as reading.
         """
@@ -190,7 +190,7 @@ class SharedFile:
 
     @classmethod
     def open(cls, path: Path) -> SharedFile:
-        """Open the memory. Raises FrameError if it is not of `create`, another user's, or does not work here."""
+        """Open the memory. Raises FrameError if it is not from `create`, is another user's, or does not work here."""
         if path.parent != FOLDER or not path.name.startswith(PREFIX):
             raise FrameError(f"{path} is no shared memory of ours")
         if not is_supported():
@@ -336,7 +336,7 @@ class _Ring:
         return takes
 
     def sleep(self, counter: int, seen: int) -> None:
-        """Sleep until the other end changes a counter, but not long; not at all if it is no longer ``seen``."""
+        """Sleep until the other end changes a counter, but not for long; not at all if it is no longer ``seen``."""
         _syscall(_FUTEX, self._address + 8 * counter, _WAIT, seen & 0xFFFF_FFFF, _NAP)
 
     def _wake(self, counter: int) -> None:

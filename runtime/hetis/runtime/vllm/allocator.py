@@ -38,8 +38,8 @@ Policy = Literal["solver", "local", "remote"]
 class AllocatorStats:
     """Decisions since the start."""
 
-    # Number of placements by reason: ``costs`` (the solver chose), ``policy`` (the settings say so), ``prefix_hit`` and
-    # ``no_worker`` (all groups stay here), ``no_room`` (nowhere; vLLM asks again)
+    # Number of placements by reason: ``costs`` (the solver chose), ``policy`` (the settings decide), ``prefix_hit`` and
+    # ``no_worker`` (all groups stay here), ``no_room`` (nowhere; vLLM tries again)
     decisions: Counter[str] = field(default_factory=Counter)
     dispatch_s: float = 0.0  # seconds that the decisions took
     longest_dispatch_s: float = 0.0  # seconds of the longest decision
@@ -60,7 +60,7 @@ class _Placed:
     """One request: the device of each group and, once it runs, its anchor and number."""
 
     devices: tuple[int, ...]
-    tokens: int  # for which room is kept
+    tokens: int  # tokens for which room is kept
     growth: int
     anchor: int | None = None
     number: int = 0
@@ -78,17 +78,17 @@ class HeadAllocator:
         output_tokens: int = 256,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        """``free_here`` returns the free blocks of vLLM's pool; ``output_tokens`` are expected of a request at most."""
+        """``free_here``: returns the free blocks of vLLM's pool; ``output_tokens``: expected of a request, or fewer."""
         # The solver's state of all running requests
         self.state = DispatchState(costs, [_ENDLESS] + [0] * (costs.num_devices - 1))
         for device in range(1, costs.num_devices):
             self.state.lose_device(device)
-        self.stats = AllocatorStats()  # the decisions
+        self.stats = AllocatorStats()
         self._free_here, self._policy, self._output_tokens, self._clock = free_here, policy, output_tokens, clock
         self._placed: dict[str, _Placed] = {}
         self._dispatcher: Dispatcher | None = None  # made anew whenever costs change
         self._next_number = 1
-        self._by_number: dict[str, str] = {}  # running requests
+        self._by_number: dict[str, str] = {}  # ids of running requests, by number
         # Requests and their moves in flight, by the number that the solver's state gave them
         self._moves: dict[int, tuple[str, GroupMove]] = {}
         self._limits: dict[int, int] = {}
@@ -117,7 +117,7 @@ class HeadAllocator:
         """Return the running request that ranks and planners know by a number."""
         return self._by_number.get(number)
 
-    # --- what the block manager asks
+    # --- for the block manager
 
     def devices(self, request_id: str) -> Sequence[int]:
         """Return the device of each head group; all are here if the request was not placed."""
@@ -165,8 +165,8 @@ class HeadAllocator:
         """Decide where the groups of a request that vLLM is about to admit will live. The latest decision counts.
 
         Args:
-            request_id: not running.
-            tokens: of its prompt, and those generated before it was preempted.
+            request_id: a request that is not running.
+            tokens: those of its prompt, and those generated before it was preempted.
             most_output: tokens that it may still generate.
             has_hits: part of its prompt is in the prefix cache, which only holds groups that are here.
         """
@@ -220,7 +220,7 @@ class HeadAllocator:
         self._forget_moves()
 
     def lose(self, device: int) -> tuple[str, ...]:
-        """Remove a worker that is lost with its KV, and return the requests that had groups there, in new homes.
+        """Remove a worker that is lost with its KV, and return the requests that had groups there, with new homes.
 
         Groups that live elsewhere stay where they are if possible.
         """
@@ -322,7 +322,7 @@ class HeadAllocator:
         return replace(snapshot, devices=(here, *snapshot.devices[1:]))
 
     def relief(self, blocks: int) -> list[tuple[str, tuple[int, ...], int]]:
-        """Return moves that free this many blocks here, fewer if workers lack room: from requests with most here."""
+        """Return moves that free this many blocks here, fewer if workers lack room, from requests with most here."""
         free = self._free_blocks()
         under_way = {name for name, _ in self._moves.values()}
         here: dict[str, list[int]] = {}
@@ -382,7 +382,7 @@ class HeadAllocator:
         return free
 
     def _load(self) -> DeviceLoad:
-        """Return the load that a new request joins: of the ranks, the pool's free blocks less those yet to be taken."""
+        """Return the load that a new request joins. For the ranks: the pool's free blocks less those to be taken."""
         load, free = self.state.load(), self.state.free_blocks()
         load.free_blocks[LOCAL] = self._free_here() - (free[LOCAL] - load.free_blocks[LOCAL])
         self._within_limits(load.free_blocks)
@@ -455,8 +455,8 @@ def _named(counts: Sequence[int]) -> tuple[int, ...]:
 class Redispatch:
     """Examines one engine's requests at a fixed interval of steps, and makes the moves that pay.
 
-    A look costs milliseconds of the scheduler's process, so it is only taken if triggers fire: the slowest device is
-    far above the ideal, or a device is above its high-water mark, draining, or has come back.
+    A look costs the scheduler's process milliseconds, so it is only taken if a trigger fires: the slowest device is far
+    above the ideal, or a device is above its high-water mark, draining, or has come back.
     """
 
     def __init__(

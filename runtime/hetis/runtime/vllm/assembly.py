@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 
 _ROUNDS, _LAYERS = 3, 4  # calls per point: rounds over layers
-_HEADS = ("num_heads", "head_size", "scale", "logits_soft_cap")  # which all layers must have in common
+_HEADS = ("num_heads", "head_size", "scale", "logits_soft_cap")  # properties that all layers must share
 
 
 def calibrate_here(
@@ -51,8 +51,8 @@ def calibrate_here(
     Args:
         layers: attention layers of this rank with their caches bound.
         names: vLLM's names for them.
-        spec: of their KV.
-        num_blocks: of the pool; block 0 belongs to nobody.
+        spec: the spec of their KV.
+        num_blocks: number of blocks in the pool; block 0 belongs to no request.
     """
     builder, size = layers[0].impl.builder_cls(spec, names, vllm_config, layers[0].kv_cache.device), spec.block_size
     requests = min(4, vllm_config.scheduler_config.max_num_seqs)  # what the builder has room for
@@ -119,7 +119,7 @@ def _copy_byte_s(
     if not len(blocks):
         return 0.0
     tokens = len(blocks) * spec.block_size
-    store.read(blocks, 0, tokens)  # finds the layout
+    store.read(blocks, 0, tokens)  # the first read determines the layout
     begun_s = clock()
     for _ in range(_ROUNDS):
         store.read(blocks, 0, tokens)

@@ -81,7 +81,7 @@ class HeadGroupBuilder(AttentionMetadataBuilder):  # type: ignore[misc]
             is_prefilling=None if common.is_prefilling is None else common.is_prefilling[part.requests],
             seq_lens_cpu_upper_bound=lasts,
             req_idx=None,
-            _num_computed_tokens_cache=None,  # of requests
+            _num_computed_tokens_cache=None,  # both caches are per request
             _token_to_req_indices_cache=None,
         )
         return self._base.build(0, described)

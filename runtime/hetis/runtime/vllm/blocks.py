@@ -85,7 +85,7 @@ class HeadGroupManager(SingleTypeKVCacheManager):  # type: ignore[misc]
         self._away: set[str] = set()  # requests with KV that is or was elsewhere
         self._needed: dict[str, int] = {}  # blocks that every group has, wherever it is
 
-    # --- what vLLM asks
+    # --- for vLLM
 
     def get_num_blocks_to_allocate(
         self,
@@ -185,7 +185,7 @@ class HeadGroupManager(SingleTypeKVCacheManager):  # type: ignore[misc]
         return [*anchor, *chain.from_iterable(table[i : i + 1] for i in range(longest) for table in tables)]
 
     def get_num_common_prefix_blocks(self, running_request_id: str) -> int:
-        """Return 0: what requests share cannot be seen in their anchors. vLLM asks up to version 0.31."""
+        """Return 0: what requests share cannot be seen in their anchors. vLLM calls this up to version 0.31."""
         return 0
 
     @classmethod
@@ -217,7 +217,7 @@ class HeadGroupManager(SingleTypeKVCacheManager):  # type: ignore[misc]
         del blocks[hit * len(groups) :]
         return (blocks,), hit * size
 
-    # --- what the connector asks
+    # --- for the connector
 
     def extend(self, request_id: str, group: int, blocks: int) -> None:
         """Extend one group's table to this many blocks."""

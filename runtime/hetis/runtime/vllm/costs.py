@@ -7,7 +7,7 @@ dispatch stays calm under noise: a GPU that is throttled, or a link that is busy
 heads is not measured: its scale decays step by step, so that it gets another chance.
 
 A device in another process computes while the engine does something else, and its answer may have been there for long
-when the engine asks for it. Then only an upper bound is known: it took no longer than until that moment. `LayerTime` is
+when the engine requests it. Then only an upper bound is known: it took no longer than until that moment. `LayerTime` is
 therefore an interval.
 """
 
@@ -31,7 +31,7 @@ from hetis.runtime.attention.device import AttentionDevice, DeviceStep, Pending
 from hetis.runtime.attention.kv import KvShape, SequenceKey
 from hetis.solver.dispatch.problem import FloatArray, HeadShape, Primary, Stage
 
-_LEAST_S = 1e-9  # a clock's tick: shorter times count as this
+_LEAST_S = 1e-9  # one tick of a clock: shorter times count as this
 _OWN = 2**62  # id of the artificial request used to measure
 LONGEST_CONTEXT = 512  # positions read: enough to see the cost of reading KV, and quickly filled
 CONTEXTS = (16, 128, LONGEST_CONTEXT)
@@ -47,7 +47,7 @@ TELL_CHANGE = 2.0  # quotient of the new scale and the one last logged from whic
 OVER_READING = 2.0  # waiting longer than this multiple of the time to read an answer was real waiting
 _log = logging.getLogger(__name__)
 HERE = "here"  # name of the ranks as a device
-_LINK_BYTE_S = 1e-9  # of copies, if nothing was measured
+_LINK_BYTE_S = 1e-9  # seconds per byte of copies, if none were measured
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,7 +149,7 @@ def nonnegative_fit(matrix: FloatArray, values: FloatArray) -> FloatArray:
 class Calibration:
     """The calibration of one device."""
 
-    # Of its attention and its exchange. Only their sum was measured; the time of copies out of the device determines
+    # Coefficients of its attention and its exchange. Only their sum was measured; the time of copies out of the device
     # how it divides between the two.
     coefficients: Coefficients
     copy_byte_s: float  # seconds per byte of KV copied out of it
@@ -170,7 +170,7 @@ def calibrate(
 
     Args:
         groups: KV heads of the model.
-        exchange_bytes_per_head: between the primary and the worker, per query head.
+        exchange_bytes_per_head: bytes exchanged between the primary and the worker, per query head.
         clock: returns seconds.
         pause: sleeps for a number of seconds.
     """
@@ -198,8 +198,8 @@ def with_exchange(whole: Coefficients, bytes_per_head: float, *, byte_s: float, 
     """Return the total cost of calls, divided into attention and an exchange as fast as copies are.
 
     Args:
-        whole: of one piece, without an exchange.
-        bytes_per_head: that a query head exchanges.
+        whole: coefficients of one piece, without an exchange.
+        bytes_per_head: bytes that a query head exchanges.
         byte_s: seconds per byte copied.
         copy_s: seconds per copy.
     """
@@ -236,7 +236,7 @@ class _Measuring:
         )
 
     def read_s(self, sequences: int, context: int, call_s: float) -> float:
-        """Return the seconds to read an answer that was there before it was asked for."""
+        """Return the seconds to read an answer that was there before it was requested."""
         seconds: list[float] = []
 
         def wait(pending: Pending) -> None:
@@ -306,7 +306,7 @@ class LayerTime:
 
 
 class CostTracker:
-    """Follows the devices of a stage: `hear` their layers' times, then `advance` once a step."""
+    """Follows the devices of a stage: pass their layers' times to `hear`, then call `advance` once a step."""
 
     def __init__(self, calibrated: Stage, apply: Callable[[Stage], None]) -> None:
         """Initialise. ``apply`` receives the costs to use from now on."""
@@ -321,7 +321,7 @@ class CostTracker:
         return tuple(device.scale for device in self._devices)
 
     def hear(self, number: int, taken: LayerTime) -> None:
-        """Note a layer's time on a device, to count from the next `advance` on. Other threads may call this."""
+        """Record a layer's time on a device for the next `advance`. Other threads may call this."""
         self._heard.put((number, taken))
 
     def advance(self) -> None:
@@ -340,7 +340,7 @@ class CostTracker:
 
 
 class _DeviceScale:
-    """One device."""
+    """The scale of one device, and the quotients measured since it changed."""
 
     def __init__(self, name: str) -> None:
         self.name, self.scale = name, 1.0
@@ -351,11 +351,11 @@ class _DeviceScale:
     def hear(self, taken: LayerTime, calibrated_s: float) -> None:
         if calibrated_s > 0:
             self._silent_steps = 0
-            # A time known only within an interval says nothing against a scale inside it.
+            # Any scale within the interval of a time is consistent with it.
             self._recent.append(min(max(self.scale, taken.least_s / calibrated_s), taken.most_s / calibrated_s))
 
     def settle(self) -> bool:
-        """Use what was heard, once a step, and return whether the scale has changed."""
+        """Apply the recorded quotients, once a step, and return whether the scale has changed."""
         self._silent_steps += 1
         if self._silent_steps > FORGET_STEPS:
             self._silent_steps = 0
@@ -404,7 +404,7 @@ class EngineCosts:
             primary=Primary(device=0),
         )
         self.stage = self._first  # the costs in use
-        self._measured: dict[tuple[int, int], Calibration] = {}  # by device and rank
+        self._measured: dict[tuple[int, int], Calibration] = {}  # keyed by device and rank
         self._tracker: CostTracker | None = None
         self._apply: Callable[[Stage], None] = lambda stage: None
 
@@ -413,7 +413,7 @@ class EngineCosts:
         self._apply = apply
 
     def measured(self, rank: int, calibrations: Mapping[int, Calibration]) -> None:
-        """Take a rank's calibrations of devices, by their numbers, from when they joined it."""
+        """Take a rank's calibrations of devices, by their numbers, from the time when they joined it."""
         if not calibrations:
             return
         self._measured |= {(device, rank): found for device, found in calibrations.items()}
@@ -425,18 +425,18 @@ class EngineCosts:
         self._tracker = CostTracker(calibrated, self._use)
 
     def planned(self, known: Mapping[str, Coefficients]) -> None:
-        """Take a plan's coefficients, by device. They only count if nothing was measured at all."""
+        """Take a plan's coefficients, by device. They are only used if nothing was measured at all."""
         if not self._measured:
             self._use(with_coefficients(self._first, known))
 
     def hear(self, device: int, taken: Sequence[LayerTime]) -> None:
-        """Take the times of steps on a device."""
+        """Record the times of steps on a device."""
         if self._tracker is not None and any(number == device for number, _ in self._measured):
             for one in taken:
                 self._tracker.hear(device, one)
 
     def advance(self) -> None:
-        """Update the costs, once a step, from the times heard."""
+        """Update the costs, once a step, from the recorded times."""
         if self._tracker is not None:
             self._tracker.advance()
 

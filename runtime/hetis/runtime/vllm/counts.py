@@ -14,7 +14,7 @@ from hetis.runtime.vllm.scheduler import SchedulerSide
 from hetis.solver.dispatch.snapshot import DeviceStatus
 
 Samples = dict[str, dict[str, float]]
-EVERY_S = 0.5  # between two takes while requests run
+EVERY_S = 0.5  # interval between takes while requests run
 DISPATCH_BUCKETS = (5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2)
 
 

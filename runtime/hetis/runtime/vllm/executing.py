@@ -27,7 +27,7 @@ from hetis.v1.executor_service_pb2_grpc import add_ExecutorServiceServicer_to_se
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
-LOOK_S = 0.25  # between two looks at the clock while no step is made
+LOOK_S = 0.25  # interval between checks of the clock while no step is made
 
 
 class ExecutorThread:
@@ -90,7 +90,7 @@ class _Host:
             try:
                 return work(self._engine, now_s)
             finally:
-                self._engine.step(now_s)  # do what was asked for at this boundary, even if nothing runs
+                self._engine.step(now_s)  # do what was requested at this boundary, even if nothing runs
 
         return await asyncio.wrap_future(self._boundary.call(act))
 
@@ -114,7 +114,9 @@ class _Host:
 
 
 def surround(side: SchedulerSide) -> SteeredVllm | None:
-    """Attach both to a bound side, and return what an agent steers, or None. Raises SettingsError without a socket."""
+    """Attach the counts and, if ``executor`` is set, an engine for the agent to a bound side, and return that engine or
+    None. Raises SettingsError if the socket cannot be created.
+    """
     path = side.settings.executor
     if path is None:
         side.attach(SchedulerCounts(side).take)

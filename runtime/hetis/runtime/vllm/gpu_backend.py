@@ -1,6 +1,6 @@
 """The head group backend for GPUs, over the backend that the settings name, or FLASH_ATTN.
 
-Start vLLM with ``--attention-backend CUSTOM``. docs/vllm.md says what has run on a GPU, and what has not yet.
+Start vLLM with ``--attention-backend CUSTOM``. docs/vllm.md states what has run on a GPU, and what has not yet.
 """
 
 from __future__ import annotations

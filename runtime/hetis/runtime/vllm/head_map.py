@@ -24,7 +24,7 @@ Bools = npt.NDArray[np.bool_]
 class StepRequests:
     """The requests of a step, in the order of vLLM's batch."""
 
-    rows: IntArray  # of the head map, shape [R]; -1 if vLLM runs a dummy
+    rows: IntArray  # rows of the head map, shape [R]; -1 if vLLM runs a dummy
     counts: IntArray  # tokens of this step, shape [R]
     lasts: IntArray  # tokens after this step, shape [R]
 
@@ -41,14 +41,14 @@ class VirtualBatch:
     """
 
     requests: IntArray  # index of the request of each sequence, shape [N]
-    groups: IntArray  # head group of each, shape [N]
+    groups: IntArray  # head group of each sequence, shape [N]
     counts: IntArray  # tokens of each in this step, shape [N]
     lasts: IntArray  # tokens of each after this step, shape [N]
     starts: IntArray  # first token of each among the part's, and V at the end, shape [N + 1]
     rows: IntArray  # row of ``query.view(T G, r, d)`` of each token, shape [V]
-    positions: IntArray  # of each token in its sequence, shape [V]
-    is_everything: bool  # all groups of all requests are included
-    is_in_order: bool  # ``rows`` increase
+    positions: IntArray  # position of each token in its sequence, shape [V]
+    is_everything: bool  # whether all groups of all requests are included
+    is_in_order: bool  # whether ``rows`` increase
 
     def __len__(self) -> int:
         return len(self.requests)
@@ -103,8 +103,8 @@ class RankHeadMap:
         self.devices = np.zeros((rows, head_groups), np.int64)  # device of each head group, shape [rows, G]
         # Blocks of each local head group, shape [rows, G, width]
         self.tables: Table = np.zeros((rows, head_groups, width), np.int32)
-        self.numbers = np.zeros(rows, np.int64)  # of the requests, as workers know them, shape [rows]
-        self.tokens = np.zeros(rows, np.int64)  # stored for each request, shape [rows]
+        self.numbers = np.zeros(rows, np.int64)  # number of each request, as workers know it, shape [rows]
+        self.tokens = np.zeros(rows, np.int64)  # number of tokens stored for each request, shape [rows]
         # Requests that lost KV: void until they are recomputed from their first token, shape [rows]
         self.must_restart = np.zeros(rows, np.bool_)
         self.anchors = np.full(rows, -1, np.int64)

@@ -82,7 +82,7 @@ def _inverse(value: torch.Tensor | int, chosen: torch.Tensor, size: int, head_di
 
 @dataclass(slots=True)
 class _Copy:
-    """How far this rank is with a move in flight; ``copied`` positions are at the target."""
+    """This rank's progress with a move in flight; ``copied`` positions are at the target."""
 
     move: GroupMove
     copied: int = 0

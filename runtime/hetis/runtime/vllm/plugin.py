@@ -21,9 +21,9 @@ def register() -> None:
     if not os.environ.get(VARIABLE):
         return
     check_version(vllm_version())
-    # On GPUs vLLM prefers its second model runner. That one keeps the positions of requests on the GPU, and does not
-    # hear that a running request is computed again, as it must be when a worker is lost. The first does, unless
-    # scheduled ahead, which the connector refuses.
+    # On GPUs vLLM prefers its second model runner. That one keeps the positions of requests on the GPU, and is not
+    # informed when a running request is computed again, as it must be when a worker is lost. The first one is, unless
+    # steps are scheduled ahead, which the connector refuses.
     os.environ.setdefault(MODEL_RUNNER, "0")
     from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
     from vllm.platforms import current_platform
@@ -38,7 +38,7 @@ def register() -> None:
     KVCacheSpecRegistry._ensure_registered()
     KVCacheSpecRegistry.register(HeadGroupSpec, HeadGroupManager, uniform_type_base_spec=HeadGroupSpec)
     if current_platform.is_cpu():
-        # The CPU platform always chooses this one.
+        # The CPU platform always chooses this backend.
         register_backend(AttentionBackendEnum.CPU_ATTN, "hetis.runtime.vllm.backend.CpuHeadGroups")
     else:
         register_backend(AttentionBackendEnum.CUSTOM, "hetis.runtime.vllm.gpu_backend.GpuHeadGroups")

@@ -44,8 +44,8 @@ def set_current_rank(rank: Rank | None) -> None:
     _rank = rank
 
 
-REPORT_S = 1.0  # between two reports of counters
-MOST_TAKEN = 15  # steps of each device in a report: as many as the median that costs follow is taken over
+REPORT_S = 1.0  # interval between reports of counters
+MOST_TAKEN = 15  # steps per device in a report: as many as costs take their median over
 
 
 class BaseBuilder(Protocol):
@@ -134,7 +134,7 @@ class _Batch:
     remotes: list[_Remote]
     sorting: _Sorting | None  # None if all rows are computed here
     base: dict[int, Any] = field(default_factory=dict)  # metadata of vLLM's backend, by builder
-    layers: _LayerTimes = field(default_factory=_LayerTimes)  # computed here
+    layers: _LayerTimes = field(default_factory=_LayerTimes)  # times of the layers computed here
 
 
 class Rank:
@@ -157,7 +157,7 @@ class Rank:
         """``layers`` maps vLLM's name of each layer of the stage to its number; ``store`` is the KV of this rank;
         ``calibrations`` holds each device's latest, filled by the function that joins workers.
         """
-        self.heads = RankHeadMap(head_groups, num_blocks)  # where every head group lives
+        self.heads = RankHeadMap(head_groups, num_blocks)
         self.workers = workers  # the attention workers of this rank
         # Copies of head groups in flight
         self.migrator = KvMigrator(self.heads, workers, shape, store, bytes_per_step=copy_bytes_per_step)
@@ -169,7 +169,7 @@ class Rank:
         self._reports: dict[int, WorkerReport] = {}
         self._calibrations = {} if calibrations is None else calibrations
         self._joined: set[int] = set()
-        self._taken: dict[int, deque[tuple[VirtualBatch, _LayerTimes]]] = {}  # parts that only decoded
+        self._taken: dict[int, deque[tuple[VirtualBatch, _LayerTimes]]] = {}  # decode-only parts, by device
         self._reported_s = clock()
 
     # --- between steps
@@ -208,7 +208,7 @@ class Rank:
         if batch is not None:
             known = batch.requests.rows >= 0
             self.heads.tokens[batch.requests.rows[known]] = batch.requests.lasts[known]
-            self.heads.tokens[self.heads.must_restart] = 0  # nothing of them is worth a copy
+            self.heads.tokens[self.heads.must_restart] = 0  # none of their KV is worth copying
             self._remember(LOCAL, batch.local, batch.layers)
             for remote in batch.remotes:
                 if (device := self.workers.get(remote.device)) is not None:
@@ -302,7 +302,7 @@ class Rank:
 
     def _begin(self, metadata: StepDescription) -> _Batch:
         """Determine where each head group of this step lives, and announce the step to the workers."""
-        self._abandon()  # one that nobody finished: vLLM may warm up without the connector
+        self._abandon()  # a step that was never finished: vLLM may warm up without the connector
         self._step += 1
         common = metadata.common
         num = common.num_reqs
@@ -427,7 +427,7 @@ class Rank:
         self._make_up(remote, layer, qkv, out, batch)
 
     def _make_up(self, remote: _Remote, layer: int, qkv: torch.Tensor, out: torch.Tensor, batch: _Batch) -> None:
-        """Compute the requests that begin in this step here, and void the others, because the worker is lost."""
+        """Compute the requests that begin in this step here, and void the others, as the worker is lost."""
         part = remote.part
         for sequence in range(len(part)):
             rows = slice(int(part.starts[sequence]), int(part.starts[sequence + 1]))
@@ -486,7 +486,7 @@ class Rank:
 
     @contextmanager
     def _guarded(self, number: int | None = None) -> Iterator[None]:
-        """Lose the worker that fails meanwhile: the one with this number, or else the one that the error names."""
+        """Lose a worker that fails in the block: the one with this number, or else the one that the error names."""
         try:
             yield
         except DeviceError as error:

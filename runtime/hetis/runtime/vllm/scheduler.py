@@ -25,11 +25,11 @@ if TYPE_CHECKING:
     from hetis.runtime.vllm.costs import Calibration, EngineCosts
     from hetis.solver.dispatch.problem import HeadShape
 
-MOST_WORKS, MOST_S = 8, 0.002  # of other threads' work between two steps; at least one piece of work is done
+MOST_WORKS, MOST_S = 8, 0.002  # limits on other threads' work between two steps; at least one piece of work is done
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
-_RECENT = 64  # times over which means are taken
+_RECENT = 64  # number of times over which means are taken
 MovedBy = Literal["planner", "engine", "relief"]
 
 
@@ -99,7 +99,7 @@ class Boundary:
 
 
 class VllmRequest(Protocol):
-    """The used part of vLLM's requests."""
+    """The part of vLLM's requests that is used here."""
 
     request_id: str
     max_tokens: int
@@ -119,8 +119,8 @@ class VllmRequest(Protocol):
 class EngineShape:
     """The properties of the engine that matter for placement."""
 
-    heads: HeadShape  # of a layer on one tensor parallel rank
-    num_layers: int  # of the model, all pipeline stages
+    heads: HeadShape  # heads of a layer on one tensor parallel rank
+    num_layers: int  # layers of the model, over all pipeline stages
     tensor_parallel: int = 1  # ranks of a stage, each with ``heads.head_groups`` groups of its own
     most_running: int = 2**20  # maximum number of requests that vLLM runs concurrently
 
@@ -129,20 +129,20 @@ class SchedulerSide:
     """The connector's part in the scheduler's process."""
 
     def __init__(self, settings: PluginSettings) -> None:
-        self.settings = settings  # of the plugin's file
+        self.settings = settings  # settings in the plugin's file
         self.boundary = Boundary()  # controls which thread may touch all this
-        # By device, since the start, over all its ranks
+        # Exchanges with each device since the start, over all ranks
         self.exchanged = {device: Exchanged() for device in range(1, len(settings.workers) + 1)}
         # Number of moves that began, were committed, and were aborted, by origin
         self.moves: Counter[tuple[MovedBy, str]] = Counter()
-        self.shape: EngineShape  # of the engine
-        self.allocator: HeadAllocator  # where head groups live
-        self.costs: EngineCosts  # of the devices
-        self.num_steps = 0  # planned so far
+        self.shape: EngineShape
+        self.allocator: HeadAllocator
+        self.costs: EngineCosts
+        self.num_steps = 0  # number of steps planned so far
         self._manager: HeadGroupManager
         self._copied: dict[int, set[int]] = {}  # ranks that have copied a move
         self._moved_by: dict[int, MovedBy] = {}
-        self._blocks: dict[tuple[int, int], list[int]] = {}  # of each worker, by rank
+        self._blocks: dict[tuple[int, int], list[int]] = {}  # KV blocks of each worker, by rank
         self._take_counts: Callable[[bool], dict[str, Any] | None]
         self._steered: SteeredEngine[Any] | None = None
         self._close: Callable[[], None] = lambda: None
@@ -180,7 +180,7 @@ class SchedulerSide:
             _log.info("loading the solver's kernels, which are compiled once per machine: a minute or two")
             compile_dispatch()
             if rules.enabled:
-                compile_redispatch()  # otherwise the first look at running requests would stop them for as long
+                compile_redispatch()  # otherwise the first look at running requests would stop them for that time
 
     def attach(
         self,
@@ -188,7 +188,7 @@ class SchedulerSide:
         steered: SteeredEngine[Any] | None = None,
         close: Callable[[], None] = lambda: None,
     ) -> None:
-        """Connect the counts and, if there is an agent, what it steers; ``close`` ends its way in."""
+        """Connect the counts and, if there is an agent, the engine that it steers; ``close`` closes its socket."""
         self._take_counts, self._steered, self._close = take_counts, steered, close
 
     def greet(
@@ -205,13 +205,13 @@ class SchedulerSide:
                 self._settle(device)
 
     def close(self) -> None:
-        """Close the agent's way in, because vLLM ends."""
+        """Close the agent's socket, because vLLM ends."""
         self._close()
 
     # --- requests
 
     def arrived(self, request: VllmRequest) -> None:
-        """Note a request that vLLM has accepted."""
+        """Record a request that vLLM has accepted."""
         self.boundary.enter()
         self.requests.arrived(request)
 
@@ -224,7 +224,7 @@ class SchedulerSide:
         self.allocator.place(request.request_id, tokens=tokens, most_output=most, has_hits=num_computed_tokens > 0)
 
     def finished(self, request: VllmRequest) -> None:
-        """Note that a request ended. If it ran, its blocks are about to be freed."""
+        """Record that a request ended. If it ran, its blocks are about to be freed."""
         with self.boundary.lock:
             self.requests.finished(request, has_run=request.request_id in self.allocator.state)
             self.allocator.forget(request.request_id)
@@ -233,7 +233,7 @@ class SchedulerSide:
     # --- steps
 
     def plan(self) -> StepPlan:
-        """Return everything that the ranks have not been told yet."""
+        """Return everything that has not been sent to the ranks yet."""
         with self.boundary.lock:
             self.num_steps += 1
             for number in [n for n in self._copied if self.is_copied(n) and self._moved_by.get(n) != "planner"]:
@@ -273,7 +273,7 @@ class SchedulerSide:
         """Have groups of a running request copied elsewhere while it decodes.
 
         They move when all ranks have copied them or, for the planner's moves, when `commit` is called. Returns the
-        number of the move, or None if the target has no room or the groups are not at rest together.
+        number of the move, or None if the target has no room or the groups do not rest on one other device.
         """
         move = self._prepare(request_id, groups, target, by)
         return None if move is None else move.number
@@ -335,7 +335,7 @@ class SchedulerSide:
                 self.abort(move.number)
         self.allocator.drain(drained)
 
-    # --- how it is
+    # --- state
 
     @property
     def is_steered(self) -> bool:
@@ -405,10 +405,10 @@ class SchedulerSide:
 
 
 class RequestStats:
-    """What is counted and timed of vLLM's requests, which the allocator does not need.
+    """Counts and times of vLLM's requests that the allocator does not need.
 
     Attributes:
-        num_finished: since the start.
+        num_finished: requests that have ended since the start.
         num_ran_to_end: of these, requests that were running when they ended.
     """
 
@@ -416,7 +416,7 @@ class RequestStats:
         self.num_finished = self.num_ran_to_end = 0
         self._known: set[str] = set()
         self._awaited: dict[str, VllmRequest] = {}  # requests that have no token yet
-        self._first_s: dict[str, float] = {}  # when they got their first token
+        self._first_s: dict[str, float] = {}  # time of each request's first token
         self._ttft_s: deque[float] = deque(maxlen=_RECENT)
         self._tpot_s: deque[float] = deque(maxlen=_RECENT)
 
@@ -445,7 +445,7 @@ class RequestStats:
         self._awaited[request.request_id] = request
 
     def look(self, now_s: float) -> None:
-        """Note, once a step, the requests that got their first token."""
+        """Record, once a step, which requests got their first token."""
         for request in [one for one in self._awaited.values() if one.num_output_tokens]:
             del self._awaited[request.request_id]
             self._first_s[request.request_id] = now_s

@@ -39,7 +39,7 @@ class _Document(BaseModel):
 class WorkerSettings(_Document):
     """One attention worker: a device for the scheduler, with one process (or GPU) for each rank."""
 
-    # Of the device. If a planner steers, it is the planner's name for its GPU, ``node/index``.
+    # Name of the device. If a planner steers, it is the planner's name for its GPU, ``node/index``.
     name: str = Field(min_length=1, max_length=63)
     addresses: tuple[str, ...] = Field(min_length=1)  # ``host:port`` of its process for each rank of vLLM, rank 0 first
     key_file: Path  # file with the key that the processes were started with
@@ -68,7 +68,7 @@ class DispatchSettings(_Document):
     # ``solver``: `hetis.solver.dispatch` decides; ``local``: all stay on the rank while it has room; ``remote``: as
     # many as fit go to workers, in turn (for experiments)
     policy: Literal["solver", "local", "remote"] = "solver"
-    # Assumed for a request unless its ``max_tokens`` is smaller
+    # Output tokens assumed for a request unless its ``max_tokens`` is smaller
     expected_output_tokens: int = Field(default=256, ge=1, le=2**20)
 
 
@@ -76,8 +76,8 @@ class EngineRedispatchSettings(_Document):
     """Policy for when head groups of running requests move."""
 
     enabled: bool = True  # whether they move while no planner has assigned a replica
-    theta: float = Field(default=0.5, ge=0.0, le=100.0)  # share above the ideal time of a step from which a look pays
-    every_steps: int = Field(default=16, ge=1)  # steps between two looks
+    theta: float = Field(default=0.5, ge=0.0, le=100.0)  # excess ratio over the ideal step time from which a look pays
+    every_steps: int = Field(default=16, ge=1)  # number of steps between two looks
     # Maximum KV that a rank copies in one step besides its computation
     copy_bytes_per_step: int = Field(default=8 << 20, ge=1 << 10)
 
@@ -96,7 +96,7 @@ class PluginSettings(_Document):
     base_backend: Literal["FLASH_ATTN", "FLASHINFER", "TRITON_ATTN"] | None = None
     dispatch: DispatchSettings = DispatchSettings()
     redispatch: EngineRedispatchSettings = EngineRedispatchSettings()
-    executor: Path | None = None  # Unix socket on which the node's agent reaches the engine. None: nobody steers it.
+    executor: Path | None = None  # Unix socket on which the node's agent reaches the engine. None: no agent steers it.
     calibrate: bool = True  # measure the ranks, and every worker when it joins, and follow measured steps from then on
 
     @model_validator(mode="after")

@@ -38,7 +38,7 @@ _OK = DeviceStatus.DEVICE_STATUS_OK
 class Binding:
     """The stage of an assignment in this engine."""
 
-    model: StageModel  # as the planner knows it
+    model: StageModel  # the stage as the planner knows it
     index: Mapping[str, int]  # number of each of its devices here, by name; the primary is `LOCAL`
     cards: int  # tensor parallel ranks, each with as many groups as the allocator has
     # Number of the plan's blocks that a block of one group here makes up, on all ranks together: vLLM's blocks may be
@@ -102,7 +102,7 @@ def head_map(side: SchedulerSide, binding: Binding, in_flight: Iterable[tuple[st
             owners=[position[owner] for owner in allocator.devices(name)] * binding.cards,
         )
         for name in allocator.running
-        if position.keys() >= set(allocator.devices(name))  # else on a worker that the plan lacks: nobody may move it
+        if position.keys() >= set(allocator.devices(name))  # else it has groups on a worker that the plan lacks
     ]
     known = {request.id for request in requests}
     return HeadMap(
@@ -136,7 +136,7 @@ class PlannedMoves(MoveAuthority):
     def __init__(self, side: SchedulerSide, binding: Binding) -> None:
         super().__init__()
         self._side, self._binding = side, binding
-        self._numbers: dict[tuple[str, int], int] = {}  # the allocator's, by a change's id and a move's number in it
+        self._numbers: dict[tuple[str, int], int] = {}  # the allocator's, by a change's id and a move's number
 
     # --- the authority
 
@@ -289,7 +289,7 @@ class SteeredVllm(SteeredEngine[_Taken]):
         return AssignmentState.ASSIGNMENT_STATE_LOADED
 
     def _follow(self, assignment: Assignment, binding: Binding) -> None:
-        """Limit dispatch to the plan: its workers take as many blocks as it says, others nothing.
+        """Limit dispatch to the plan: its workers take as many blocks as it says, others none.
 
         Workers that are not to be relied on take nothing either. A worker that the planner has lost keeps working as
         long as it is reached from here.
@@ -313,7 +313,7 @@ class SteeredVllm(SteeredEngine[_Taken]):
             held.changes.flip_due(now_s)
         self._given_up.advance(now_s)
 
-    # --- telling
+    # --- reports
 
     def report(self, now_s: float) -> WatchReportsResponse:
         devices: list[DeviceReport] = []

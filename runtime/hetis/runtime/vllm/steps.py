@@ -56,7 +56,7 @@ class GroupMove:
     The solver's `PreparedMove` only counts groups, and the contract's `Move` names requests and devices as planners do.
     """
 
-    number: int  # of the solver's move, increasing
+    number: int  # number of the solver's move, increasing
     anchor: int
     groups: tuple[int, ...]
     source: int
@@ -103,21 +103,21 @@ class WorkerReport:
     """One rank's report on its worker on one device."""
 
     blocks: int  # KV blocks of one head group that it holds in total; 0: it is lost
-    exchanged: Exchanged = field(default_factory=Exchanged)  # since the last report
+    exchanged: Exchanged = field(default_factory=Exchanged)  # exchanges since the last report
 
 
 @dataclass(slots=True)
 class RankReport:
     """One rank's report after a step, or None instead if there is nothing to report."""
 
-    # By index, those that changed or whose counters are due
+    # Reports by device index, for devices that changed or whose counters are due
     devices: dict[int, WorkerReport] = field(default_factory=dict)
     # Moves, by number, whose copies are complete up to the tokens present at that time
     copied: set[int] = field(default_factory=set)
     failed: set[int] = field(default_factory=set)  # moves that failed
     # Time of a layer in the latest decode steps on each device, including `LOCAL`; sent with ``devices``
     taken: dict[int, list[LayerTime]] = field(default_factory=dict)
-    # Of devices that have joined since the last report
+    # Calibrations of devices that have joined since the last report
     calibrations: dict[int, Calibration] = field(default_factory=dict)
 
     def __bool__(self) -> bool:

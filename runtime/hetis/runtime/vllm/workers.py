@@ -12,7 +12,7 @@ from hetis.runtime.attention.device import AttentionDevice
 from hetis.runtime.attention.kv import DeviceError
 
 _log = logging.getLogger(__name__)
-AGAIN_S = 1.0  # between two attempts to join a worker
+AGAIN_S = 1.0  # interval between attempts to join a worker
 
 Join = Callable[[int], AttentionDevice]
 
@@ -24,7 +24,7 @@ class ConnectedWorkers:
         self, names: Sequence[str], join: Join, *, epoch: int, clock: Callable[[], float] = time.monotonic
     ) -> None:
         """``join`` connects to the worker with a number; it may take its whole time-out, and raise DeviceError."""
-        self.names, self.epoch = tuple(names), epoch  # which is above those of earlier engines
+        self.names, self.epoch = tuple(names), epoch  # the epoch is above those of earlier engines
         self._join, self._clock = join, clock
         self._devices: dict[int, AttentionDevice] = {}
         self._joining: set[int] = set()

@@ -1,14 +1,14 @@
 """An attention worker: frames in and out without sockets, and the loop around it that serves one engine at a time.
 
 It obeys one engine at a time. A HELLO whose epoch is not below the newest starts empty: the KV of an earlier
-connection belongs to nobody. Frames of another connection, or of a step other than the one begun, are refused. So is
+connection is void. Frames of another connection, or of a step other than the one begun, are refused. So is
 KV of a request's earlier incarnation if a later one is here.
 
 The failure of a frame without an answer (BEGIN, ADOPT, DROP) is reported in the next answer, before which nothing
 counts anyway.
 
-The loop listens, and lets a newer engine take over. A connection that has not spoken yet must not hold up the engine
-that is served.
+The loop listens, and lets a newer engine take over. A connection that has not sent anything yet must not hold up the
+engine that is served.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ from hetis.runtime.transport.frames import (
 
 MakeDevice = Callable[[KvShape], LocalDevice]
 _ANSWERED = frozenset({FrameKind.HELLO, FrameKind.ATTEND, FrameKind.EXPORT, FrameKind.PING})
-MOST = 16  # silent connections at a time; the oldest makes room
-AGAIN_S = 0.01  # after a connection that could not be accepted
-LOOK_S = 0.1  # between two checks for another engine while this one is silent
-IDLE_S = 1.0  # between two checks while there is none
-GREETING_S = 1.0  # for the rest of a greeting that has begun, while an engine is served
+MOST = 16  # maximum number of silent connections; the oldest makes room
+AGAIN_S = 0.01  # wait after a connection that could not be accepted
+LOOK_S = 0.1  # interval between checks for another engine while this one is silent
+IDLE_S = 1.0  # interval between checks while there is none
+GREETING_S = 1.0  # time for the rest of a greeting that has begun, while an engine is served
 _log = logging.getLogger(__name__)
 
 
@@ -58,16 +58,16 @@ class WorkerCore:
     def __init__(self, name: str, make_device: MakeDevice, *, key: bytes) -> None:
         self.name = name
         self.epoch = 0  # newest epoch that it has obeyed
-        self.device: LocalDevice | None = None  # its pages, made for the engine's shape. None before the first HELLO.
+        self.device: LocalDevice | None = None  # pages of the engine's shape. None before the first HELLO.
         self._make_device, self._key = make_device, key
         self._session = 0
         self._step: tuple[int, int] | None = None  # number and rows of the step that was begun
         self._incarnations: dict[int, int] = {}
-        self._failed: Exception | None = None  # by a frame without an answer
+        self._failed: Exception | None = None  # failure of a frame without an answer
 
     def handle(self, frame: Frame) -> Frame | None:
-        """Do what one frame asks, and return the answer if its kind has one. Raises FrameError if the frame is not
-        valid here. The connection must be closed, and its KV is void.
+        """Carry out one frame, and return the answer if its kind has one. Raises FrameError if the frame is not valid
+        here; then the connection must be closed, and its KV is void.
         """
         if frame.kind is FrameKind.HELLO:
             return self._hello(frame)
@@ -181,7 +181,7 @@ class WorkerCore:
 
 
 class PendingConnections:
-    """Accepts connections, and returns those that have begun to speak."""
+    """Accepts connections, and returns those that have begun to send."""
 
     def __init__(
         self, listener: socket.socket, *, silent_s: float, clock: Callable[[], float] = time.monotonic
@@ -269,7 +269,7 @@ class WorkerLoop:
             self._leave(str(error))
 
     def _take_newcomer(self, wait_s: float, stall_s: float) -> None:
-        """Listen to another engine while this one is silent. It is obeyed if its key is right and its epoch not old."""
+        """Check for another engine while this one is silent. It is obeyed if its key is right and its epoch not old."""
         connection = self._pending.speaking(wait_s)
         if connection is None:
             return

@@ -76,8 +76,8 @@ class WorkerOptions:
     threads: int
     timeout_s: float
     log_level: str
-    key: bytes  # that engines must present
-    port_file: Path | None  # where HOST:PORT is written
+    key: bytes  # key that engines must present
+    port_file: Path | None  # file to which HOST:PORT is written
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -180,13 +180,13 @@ def _threads(text: str) -> int:
 
 def _seconds(text: str) -> float:
     with suppress(ValueError):
-        if 0.1 <= (value := float(text)) <= 10**6:  # NaN is not, either
+        if 0.1 <= (value := float(text)) <= 10**6:  # false for NaN, too
             return value
     raise ValueError(f" is {text!r}, must be seconds >= 0.1 and <= 1000000")
 
 
 class StartError(HetisError):
-    """The process cannot run as its options say. The message says why."""
+    """The process cannot run with its options. The message says why."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -243,14 +243,14 @@ def _address_in(path: Path | None, address: str) -> Iterator[None]:
     try:
         try:
             part.write_bytes(content)
-            part.replace(path)  # as a whole
+            part.replace(path)  # atomically
         except OSError as error:
             raise StartError(f"{path}: {error.strerror or error}") from None
         yield
     finally:
         with suppress(OSError):
             part.unlink(missing_ok=True)
-            if path.is_file() and path.read_bytes() == content:  # and not another worker's
+            if path.is_file() and path.read_bytes() == content:  # unless another worker has replaced it
                 path.unlink()
 
 

@@ -81,7 +81,7 @@ class RemoteDevice:
         self.is_lost = False
         self._channel, self._timeout_s = channel, timeout_s
         self._epoch, self._session = epoch, secrets.randbits(63)  # drawn at random to be unique
-        self._serial = 0  # of the last frame
+        self._serial = 0  # serial of the last frame
         self._queued: list[Frame] = []
         self._owed = 0  # serial of the last request whose answer has not been read; 0: none
         self._step: DeviceStep | None = None
@@ -138,7 +138,7 @@ class RemoteDevice:
         parts = (part.numbers(), k.to(dtype), v.to(dtype))
         self._send(self._frame(FrameKind.ADOPT, counts=(len(heads), positions, 0), dtype=self.shape.dtype, parts=parts))
 
-    # --- life
+    # --- connection
 
     def ping(self) -> tuple[int, int]:
         """Return, between two steps, the worker's free pages and number of sequences. Raises DeviceLostError."""
@@ -181,7 +181,7 @@ class RemoteDevice:
             raise self._lose(error) from error
 
     def _answer(self, serial: int) -> Frame:
-        """Return the answer to one request. Answers to earlier requests, which nobody wants any more, are skipped."""
+        """Return the answer to one request. Answers to earlier requests, which are no longer wanted, are skipped."""
         self._check_here()
         while True:
             try:
@@ -254,10 +254,10 @@ def join_at(
     """Return the worker that listens at ``host``, ``port`` as an empty device. What it held for others is gone.
 
     Args:
-        host, port: as given to `hetis-worker --listen`, or in its port file.
-        key: of the worker, from `hetis.runtime.transport.keys.read_key`.
-        shape: of the virtual sequences; the worker reallocates its pages if it differs from the previous one.
-        kind: of channel; ``AUTO`` is shared memory on one host and TCP between hosts.
+        host, port: as passed to `hetis-worker --listen`, or in its port file.
+        key: the worker's key, from `hetis.runtime.transport.keys.read_key`.
+        shape: that of the virtual sequences; the worker reallocates its pages if it differs from the previous one.
+        kind: the kind of channel; ``AUTO`` is shared memory on one host and TCP between hosts.
         timeout_s: a worker that owes an answer for this long is lost.
 
     Raises:

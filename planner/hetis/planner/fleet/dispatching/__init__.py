@@ -1,1 +1,1 @@
-"""Dispatch for engines without a dispatcher of their own: head maps for which the planner itself is the authority."""
+"""Dispatch for engines without a dispatcher of their own: the planner itself is the authority for their head maps."""

@@ -1,4 +1,4 @@
-"""Messages of dispatch: validation, where every wrong field is reported at once, declared states, and answers."""
+"""Messages of dispatch: validation, which reports all invalid fields at once, declared states, and answers."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from hetis.solver.errors import InvalidProblemError
 from hetis.v1 import dispatch_service_pb2 as pb2
 from hetis.v1 import failure_pb2, head_map_pb2, report_pb2
 
-MOST_TOKENS = 2**24  # per context, and per expected output
-MOST_NAME_BYTES = 128  # of a request's name
-MOST_VIOLATIONS = 100  # reported per call; a nonsense batch needs no complete list
+MOST_TOKENS = 2**24  # most tokens of a context, and of an expected output
+MOST_NAME_BYTES = 128  # longest name of a request
+MOST_VIOLATIONS = 100  # violations reported per call; a nonsensical batch needs no complete list
 _STATUSES = (report_pb2.DEVICE_STATUS_OK, report_pb2.DEVICE_STATUS_DRAINING, report_pb2.DEVICE_STATUS_LOST)
 
 Place = tuple[int, int]  # stage and copy
@@ -24,13 +24,13 @@ Violations = Iterator[failure_pb2.FieldViolation]
 
 
 def declared(state: pb2.DispatchState, terms: dict[Place, StageTerms], state_id: str) -> ReplicaDispatch:
-    """Return the state that the engine declares.
+    """Return the dispatch state that the engine declares.
 
     Args:
-        terms: of every copy of every stage of the replica.
+        terms: the terms of every copy of every stage of the replica.
 
     Raises:
-        ServiceError: INVALID_FIELD, with every wrong field.
+        ServiceError: INVALID_FIELD, with all invalid fields.
     """
     _require_none(_violations(state, terms))
     copies, maps, problems = dict[Place, StageCopy](), dict[Place, head_map_pb2.HeadMap](), []
@@ -145,7 +145,7 @@ def _in_move(
 
 
 def _across_stages(path: str, head_maps: Sequence[head_map_pb2.HeadMap], num_stages: int) -> Violations:
-    """Check that each request is on one copy of every stage, with the same numbers."""
+    """Check that each request is on one copy of every stage, with equal numbers on all of them."""
     first: dict[str, tuple[str, head_map_pb2.RunningRequest]] = {}
     stages: dict[str, set[int]] = {}
     for m, head_map in enumerate(head_maps):
@@ -165,7 +165,7 @@ def _across_stages(path: str, head_maps: Sequence[head_map_pb2.HeadMap], num_sta
 
 
 def name_violations(path: str, name: str, seen: set[str]) -> Violations:
-    """Yield what is wrong with a request's name, and add it to ``seen``, the names before it."""
+    """Yield the violations of a request's name, and add it to ``seen``, the earlier names."""
     num_bytes = len(name.encode())
     if not 1 <= num_bytes <= MOST_NAME_BYTES:
         yield _violation(path, f"has {num_bytes} bytes, must have 1 to {MOST_NAME_BYTES}")
@@ -175,7 +175,7 @@ def name_violations(path: str, name: str, seen: set[str]) -> Violations:
 
 
 def token_violations(path: str, tokens: int, *, least: int = 0) -> Violations:
-    """Yield what is wrong with a number of tokens."""
+    """Yield the violation of a number of tokens, if any."""
     if not least <= tokens <= MOST_TOKENS:
         yield _violation(path, f"is {tokens}, must be {least} to {MOST_TOKENS}")
 
@@ -223,7 +223,7 @@ def names_violations(path: str, names: Iterable[str]) -> Violations:
 
 
 def request_violations(path: str, requests: Iterable[pb2.NewRequest | pb2.Growth], tokens: str) -> Violations:
-    """Yield what is wrong with new or growing requests; ``tokens`` is the field of the tokens still to come."""
+    """Yield the violations of new or growing requests; ``tokens`` is the field of the tokens still to come."""
     seen = set[str]()
     for n, one in enumerate(requests):
         yield from name_violations(f"{path}[{n}].id", one.id, seen)
@@ -232,7 +232,7 @@ def request_violations(path: str, requests: Iterable[pb2.NewRequest | pb2.Growth
 
 
 def placement_to_proto(request: str, running: RunningRequest | None, homes: Sequence[Home] | None) -> pb2.Placement:
-    """Return where a request is, or where it would go."""
+    """Return the placement of a request: where it runs, or where it would be placed."""
     if running is not None:
         owners = [(copy, copy.owners[request]) for copy in running.copies]
     else:

@@ -15,7 +15,7 @@ from hetis.solver.dispatch.problem import DeviceLoad, IntArray, Path, Resource
 from hetis.v1 import change_pb2, head_map_pb2
 from hetis.v1 import dispatch_service_pb2 as pb2
 
-# After this many rounds all refusals are final. That may refuse too many if stages run short of memory in turns: those
+# After so many rounds all refusals are final. That may refuse too many if stages run short of memory in turns; those
 # requests wait for the next call.
 MOST_ROUNDS = 4
 
@@ -26,7 +26,7 @@ _PATHS = {one: pb2.DispatchPath.Value(f"DISPATCH_PATH_{one.name}") for one in Pa
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Home:
-    """The devices of a request's head groups on one stage: ``groups`` [D]."""
+    """The devices of a request's head groups on one stage: ``groups`` [D] is their number on each device."""
 
     copy: StageCopy
     groups: IntArray
@@ -34,14 +34,14 @@ class Home:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchAdmission:
-    """The result for a batch, on all stages or on one."""
+    """The result for a batch of requests, on all stages or on one."""
 
-    homes: dict[str, tuple[Home, ...]]  # of each placed request, one per stage
-    refused: dict[str, pb2.Unplaced]  # of each request that has to wait, in order
-    qualities: tuple[pb2.StageQuality, ...]  # one per copy of a stage that gets requests
+    homes: dict[str, tuple[Home, ...]]  # by placed request, one per stage
+    refused: dict[str, pb2.Unplaced]  # by request that has to wait, in order
+    qualities: tuple[pb2.StageQuality, ...]  # one per copy of a stage that receives requests
 
     def part(self, requests: Iterable[str]) -> BatchAdmission:
-        """Return the part that concerns some requests."""
+        """Return the part of the result that concerns ``requests``."""
         names = list(requests)
         homes = {name: self.homes[name] for name in names if name in self.homes}
         used = {(home.copy.stage, home.copy.copy) for found in homes.values() for home in found}
@@ -55,12 +55,12 @@ class BatchAdmission:
 def admit(
     stages: Sequence[Sequence[StageCopy]], loads: Sequence[Sequence[DeviceLoad]], newcomers: Sequence[Newcomer]
 ) -> BatchAdmission:
-    """Place a batch on copies of all stages, which have these ``loads``. Reads nothing else that changes.
+    """Place a batch on copies of all stages, which have these ``loads``. Reads no other mutable state.
 
-    Requests, no two of one name, are tried in order. A request that some stage refuses takes nothing anywhere, and
+    Requests, whose names must differ, are tried in order. A request that some stage refuses takes nothing anywhere, and
     later ones are still tried. But a stage's answer for a request depends on the requests before it, including some
     that another stage refuses. Refusals are therefore made final from the front, up to the point where each stage has
-    judged without requests that are refused elsewhere; the others are tried again.
+    decided without requests that are refused elsewhere; the others are tried again.
     """
     standing, refused = list(newcomers), dict[str, pb2.Unplaced]()
     answers: list[BatchAdmission | None] = [None] * len(stages)
@@ -86,7 +86,7 @@ def admit(
 def _final_refusals(
     standing: Sequence[Newcomer], answers: Sequence[BatchAdmission], *, is_last: bool
 ) -> dict[str, pb2.Unplaced]:
-    """Return the requests refused by a stage that has judged without any request refused before."""
+    """Return the requests that are refused by a stage whose answer does not depend on earlier refused requests."""
     final = dict[str, pb2.Unplaced]()
     for name in (one.id for one in standing):
         by = [answer for answer in answers if name in answer.refused]
@@ -99,7 +99,7 @@ def _final_refusals(
 
 
 def _on_stage(copies: Sequence[StageCopy], loads: Sequence[DeviceLoad], standing: Sequence[Newcomer]) -> BatchAdmission:
-    """Place each request on the copy with most free blocks; if it has no room there, on the next."""
+    """Place each request on the copy with the most free blocks or, if that has no room, on the next copy."""
     free = [int(np.maximum(0, load.free_blocks).sum()) for load in loads]
     heads = copies[0].terms.stage.heads
     untried = [set(range(len(copies))) for _ in standing]
@@ -144,13 +144,13 @@ def _on_stage(copies: Sequence[StageCopy], loads: Sequence[DeviceLoad], standing
     return BatchAdmission(homes=homes, refused=refused, qualities=used)
 
 
-MOST_IN_LOOP = 16  # new requests planned in the event loop: about a millisecond on two stages
-MOST_TRIES = 3  # of planning larger batches in a thread
+MOST_IN_LOOP = 16  # new requests planned in the event loop, which takes about a millisecond on two stages
+MOST_TRIES = 3  # attempts to plan a larger batch in a thread
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunningRequest:
-    """A running request: its numbers when it was admitted, and its copy of every stage."""
+    """A running request: its values when it was admitted, and its copy of every stage."""
 
     admitted: Newcomer
     copies: tuple[StageCopy, ...]
@@ -158,14 +158,14 @@ class RunningRequest:
 
 @dataclass(slots=True, eq=False)
 class _Coming:
-    """A call that waits for the next iteration of the loop."""
+    """A call that waits for the next iteration of the event loop."""
 
     newcomers: Sequence[Newcomer]
     answer: asyncio.Future[BatchAdmission]
 
 
 class ReplicaDispatch:
-    """The dispatch state of one replica. Every request is on one copy of every stage or on none, after every method."""
+    """The dispatch state of one replica. After every method, each request is on one copy of every stage or on none."""
 
     def __init__(
         self,
@@ -174,30 +174,30 @@ class ReplicaDispatch:
         stages: Sequence[Sequence[StageCopy]],
         running: Mapping[str, RunningRequest],
     ) -> None:
-        """Build the state from ``stages`` that hold the ``running`` requests, as read by `declaring`."""
+        """Build the state from ``stages`` that hold the ``running`` requests, as read by `declared`."""
         self.state_id, self.generation = state_id, generation
         self.stages = tuple(tuple(copies) for copies in stages)
         self.running = dict(running)  # in order of admission
         self.version = 0  # grows with every change
-        self._planning = asyncio.Lock()  # a stage plans only one batch at once
-        self._coming = list[_Coming]()  # calls to be planned in the next iteration of the loop
-        self._later = set[asyncio.Task[None]]()  # calls that wait for a batch in a thread
+        self._planning = asyncio.Lock()  # a stage plans only one batch at a time
+        self._coming = list[_Coming]()  # calls to be planned in the next iteration of the event loop
+        self._later = set[asyncio.Task[None]]()  # calls that wait for a batch planned in a thread
 
     @property
     def copies(self) -> Iterable[StageCopy]:
         return (copy for copies in self.stages for copy in copies)
 
     async def admit(self, newcomers: Sequence[Newcomer], *, keep: bool = True) -> BatchAdmission:
-        """Place requests in order and add those that fit; those that run with the same numbers are ignored.
+        """Place requests in order and add those that fit; requests that already run with the same values are ignored.
 
-        Small batches that arrive in one iteration of the event loop are planned together: if many engines ask at once,
+        Small batches that arrive in one iteration of the event loop are planned together: if many engines call at once,
         one solve answers them all.
 
         Args:
             keep: if False, nothing is added.
 
         Raises:
-            ServiceError: REQUEST_RUNNING, with other numbers; then none is added.
+            ServiceError: REQUEST_RUNNING if a request runs with other values; then none is added.
         """
         if keep and len(newcomers) <= MOST_IN_LOOP:
             coming = _Coming(newcomers, asyncio.get_running_loop().create_future())
@@ -213,7 +213,7 @@ class ReplicaDispatch:
         return admission
 
     def not_running(self, newcomers: Sequence[Newcomer], *, finished: frozenset[str] = frozenset()) -> list[Newcomer]:
-        """Return requests not running or ``finished``. Raises REQUEST_RUNNING if one runs with other numbers."""
+        """Return requests not running or ``finished``. Raises REQUEST_RUNNING if one runs with other values."""
         fresh = list[Newcomer]()
         for one in newcomers:
             running = self.running.get(one.id)
@@ -233,7 +233,7 @@ class ReplicaDispatch:
         batch, names = list[_Coming](), set[str]()
         for one in coming:
             if one.answer.done():
-                continue  # its caller is gone
+                continue  # the caller no longer waits
             its_names = {newcomer.id for newcomer in one.newcomers}
             if batch and (len(names) + len(its_names) > MOST_IN_LOOP or not names.isdisjoint(its_names)):
                 self._admit_together(batch)
@@ -249,7 +249,7 @@ class ReplicaDispatch:
         self._take_coming()
 
     def _admit_together(self, batch: Sequence[_Coming]) -> None:
-        """Admit calls together; no name occurs twice among them."""
+        """Admit several calls together, whose requests have distinct names."""
         fresh, parts = list[Newcomer](), list[tuple[_Coming, list[Newcomer]]]()
         for one in batch:
             try:
@@ -270,10 +270,10 @@ class ReplicaDispatch:
             one.answer.set_result(admission.part(newcomer.id for newcomer in found))
 
     async def _plan(self, newcomers: Sequence[Newcomer]) -> BatchAdmission:
-        """Plan where a batch would go, without changing anything; call `_add` before awaiting anything else.
+        """Plan where a batch would be placed, without changing anything; call `_add` before awaiting anything else.
 
-        A large batch is planned in a thread, on the requests that run at that moment. If these have changed meanwhile
-        it is planned again, the last time in the loop, where nothing can change.
+        A large batch is planned in a thread, for the requests that run at that moment. If these have changed in the
+        meantime it is planned again, the last time in the event loop, where nothing can change.
         """
         for _ in range(MOST_TRIES if len(newcomers) > MOST_IN_LOOP else 0):
             version = self.version
@@ -286,7 +286,7 @@ class ReplicaDispatch:
         return [[copy.load() for copy in copies] for copies in self.stages]
 
     def _add(self, newcomers: Sequence[Newcomer], admission: BatchAdmission) -> None:
-        """Add what was placed, to the state that it was planned on."""
+        """Add the placed requests to the state for which they were planned."""
         self.version += 1
         for one in newcomers:
             homes = admission.homes.get(one.id, ())
@@ -296,7 +296,7 @@ class ReplicaDispatch:
                 self.running[one.id] = RunningRequest(admitted=one, copies=tuple(home.copy for home in homes))
 
     def finish(self, requests: Iterable[str]) -> None:
-        """Finish requests; those not running are ignored."""
+        """Remove finished requests; requests that are not running are ignored."""
         self.version += 1
         for request in requests:
             running = self.running.pop(request, None)
@@ -305,9 +305,9 @@ class ReplicaDispatch:
                     copy.finish(request)
 
     def grow(self, growths: Iterable[pb2.Growth]) -> tuple[str, ...]:
-        """Lengthen requests, on all stages or on none; those not running, or not longer, are ignored.
+        """Lengthen requests, on all stages or on none; those that do not run, or would not become longer, are ignored.
 
-        Return the requests that were not lengthened for lack of blocks; earlier requests get room first.
+        Return the requests that were not lengthened for lack of blocks; earlier requests take precedence.
         """
         self.version += 1
         growing = list[tuple[pb2.Growth, int]]()
@@ -334,7 +334,7 @@ class ReplicaDispatch:
         return tuple(growth.id for growth, _ in growing if growth.id in stalled)
 
     def _without_room(self, growing: Sequence[tuple[pb2.Growth, int]]) -> set[str]:
-        """Return the requests for which some device has no free block, taking all stages together."""
+        """Return the requests for which some device has no free block, with all stages considered together."""
         needs: dict[str, list[tuple[int, IntArray]]] = {}  # request: (index of the copy, blocks [D])
         copies = list(self.copies)
         room = [copy.state.free_blocks() for copy in copies]
@@ -367,7 +367,7 @@ class ReplicaDispatch:
     # --- devices and moves
 
     def follow(self, conditions: Conditions, generation: int) -> None:
-        """Follow the replica's own generation and its status of GPUs.
+        """Take over the replica's own generation and the status of its GPUs.
 
         Requests that lost KV are forgotten: the engine prefills and admits them again.
         """
@@ -382,7 +382,7 @@ class ReplicaDispatch:
         return self.stages[stage][copy]
 
     def prepare(self, change: change_pb2.Change) -> None:
-        """Reserve blocks for the moves of a re-dispatch; the sources own the head groups until `commit`."""
+        """Reserve blocks for the moves of a re-dispatch; the sources keep the head groups until `commit`."""
         self.version += 1
         self.copy_of(change.stage, change.copy).prepare(change)
 
@@ -393,7 +393,7 @@ class ReplicaDispatch:
         self.generation = max(self.generation, change.generation)
 
     def abort(self, change: change_pb2.Change) -> None:
-        """Abort a change of which nothing has moved."""
+        """Abort a change, of which nothing has moved."""
         self.version += 1
         self.copy_of(change.stage, change.copy).abort(change.change_id)
 

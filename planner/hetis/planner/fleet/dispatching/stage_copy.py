@@ -16,8 +16,8 @@ from hetis.v1 import change_pb2, head_map_pb2, report_pb2
 
 # The relative gap of bounds at which HiGHS is called. It hardly affects plans: on two H100 and eight P100 that are
 # nearly full, makespans exceed those at the solver's own 1% by 0.0025% on average and 0.15% at worst with 1 to 4 new
-# requests per call, and by 0.06% and 1.3% with 5 to 16; a solve takes 0.45 ms instead of 1.4, and 1.1 instead of 2.2.
-# The reported bound is then up to 5% looser.
+# requests per call, and by 0.06% and 1.3% with 5 to 16; a solve takes 0.45 ms instead of 1.4 ms, and 1.1 ms instead of
+# 2.2 ms. The reported bound is then up to 5% looser.
 TOLERANCE = 0.05
 
 
@@ -33,21 +33,21 @@ class Newcomer:
 
 @dataclass(slots=True)
 class _Moving:
-    """Moves of a change in progress, and their numbers in the state."""
+    """The moves of a change in progress, and their numbers in the solver's state."""
 
     change: change_pb2.Change
-    numbers: dict[int, int]  # number of the move in its change: number in the state
+    numbers: dict[int, int]  # numbers in the solver's state, by number in the change
 
 
 class StageCopy:
-    """The solver's state, which counts head groups, together with the owner of each head group."""
+    """The solver's state, which counts head groups per device, together with the owner of each head group."""
 
     def __init__(self, stage: int, copy: int, terms: StageTerms, head_map: head_map_pb2.HeadMap) -> None:
-        """Start with a head map. Raises InvalidProblemError if it contradicts itself or the stage."""
+        """Start from a head map. Raises InvalidProblemError if it contradicts itself or the stage."""
         self.stage, self.copy, self.terms = stage, copy, terms
         self.state = DispatchState.of(snapshot_from_proto(head_map, terms))
         place = [terms.index[device.name] for device in head_map.devices]
-        # The device of every head group, by request; positions in `terms.stage.devices`
+        # The owner of every head group by request, as positions in `terms.stage.devices`
         self.owners = {
             request.id: [place[owner] for owner in request.owners]
             for request in head_map.requests
@@ -68,7 +68,7 @@ class StageCopy:
         return self.state.load()
 
     def plan(self, load: DeviceLoad, newcomers: Sequence[Newcomer]) -> DispatchPlan:
-        """Return where new requests would go, without changing anything."""
+        """Return where new requests would be placed, without changing anything."""
         return self._dispatcher.dispatch(
             load,
             Requests(
@@ -90,7 +90,7 @@ class StageCopy:
         del self.owners[request]
 
     def taken(self, requests: Sequence[str]) -> IntArray:
-        """Return the head groups that hold blocks, owned or moving to a device, shape [len(requests), D]."""
+        """Return the number of head groups with blocks on each device, owned or arriving, shape [len(requests), D]."""
         groups = np.array([self.state.groups(request) for request in requests], np.int64)
         if self.state.moves:
             position = {request: j for j, request in enumerate(requests)}
@@ -102,7 +102,7 @@ class StageCopy:
     # --- devices and moves
 
     def set_conditions(self, statuses: Iterable[report_pb2.DeviceStatus.ValueType]) -> set[str]:
-        """Update the status of each device; return requests that lost KV, which are removed from this copy."""
+        """Update the status of each device; return the requests that lost KV, which are removed from this copy."""
         gone = set[str]()
         for i, status in enumerate(map(status_from_proto, statuses)):
             now = self.state.devices[i].status
@@ -117,7 +117,7 @@ class StageCopy:
         return gone
 
     def prepare(self, change: change_pb2.Change) -> None:
-        """Reserve blocks for the moves of a change, except those whose request is gone."""
+        """Reserve blocks for the moves of a change, except for requests that are gone."""
         moving, index = _Moving(change, {}), self.terms.index
         self._moving[change.change_id] = moving
         for move in change.moves:
@@ -129,7 +129,7 @@ class StageCopy:
                     moving.numbers[move.number] = prepared.number
 
     def commit(self, change_id: str, left_out: Iterable[int]) -> None:
-        """Make the targets own what moved, except for moves that the engine left out or whose request is gone."""
+        """Make the targets own what moved, except for moves that the engine left out and requests that are gone."""
         moving = self._moving.pop(change_id, None)
         if moving is None:
             return
@@ -149,7 +149,7 @@ class StageCopy:
             self.state.commit_moves(*going)
 
     def abort(self, change_id: str) -> None:
-        """Leave everything where it is and free the reserved blocks."""
+        """Keep all owners and free the reserved blocks."""
         moving = self._moving.pop(change_id, None)
         if moving is not None:
             for number in {move.number for move in self.state.moves} & set(moving.numbers.values()):
@@ -158,7 +158,7 @@ class StageCopy:
     # --- messages
 
     def head_map(self, incarnations: dict[str, int], requests: Iterable[str] | None = None) -> head_map_pb2.HeadMap:
-        """Return the head map of all requests here, or only of those in ``requests``."""
+        """Return the head map of all requests here, or only of ``requests``."""
         state = self.state
         return head_map_pb2.HeadMap(
             stage=self.stage,
@@ -188,7 +188,7 @@ class StageCopy:
         )
 
     def _lengths(self, requests: Iterable[str] | None) -> list[tuple[str, int, int]]:
-        """Return name, context and expected tokens of these requests if they run here, or of all if None."""
+        """Return name, context and expected tokens of ``requests`` that run here, or of all if None."""
         state = self.state
         if requests is not None:
             return [(one, state.context_tokens(one), state.remaining_tokens(one)) for one in requests if one in state]

@@ -1,9 +1,9 @@
-"""The implementation of DispatchService: in memory, the states of all replicas whose authority is the planner.
+"""The implementation of DispatchService: the states, in memory, of all replicas whose authority is the planner.
 
-A restarted planner has none of them: engines, which hold the KV, declare what is running. Calls are answered in the
-event loop, including solves, which take a fraction of a millisecond. Large batches and large declarations are processed
-in a thread, so that other calls do not wait. The compiled kernels have to be loaded first: `admit` waits for them once,
-for up to a minute after an installation, and a caller whose deadline is earlier gets DEADLINE_EXCEEDED.
+A restarted planner has no states: engines, which hold the KV, declare what is running. Calls are answered in the event
+loop, including solves, which take a fraction of a millisecond. Large batches and large declarations are processed in a
+thread, so that other calls do not wait. The compiled kernels have to be loaded first: `admit` waits for them once, for
+up to a minute after an installation, and a caller whose deadline is earlier gets DEADLINE_EXCEEDED.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from hetis.solver.dispatch.solve import compile_dispatch
 from hetis.v1 import change_pb2, redispatch_pb2, replica_pb2
 from hetis.v1 import dispatch_service_pb2 as pb2
 
-MOST_DECLARED_IN_LOOP = 100  # running requests on all stages: a few milliseconds
+MOST_DECLARED_IN_LOOP = 100  # running requests on all stages, which take a few milliseconds
 PAGE_SIZE, MOST_PAGE_SIZE = 1000, 10_000
 _STATE = "/dispatchState"
 
@@ -45,15 +45,15 @@ class DispatchStates:
     def __init__(self, replicas: RunningReplicas) -> None:
         self._replicas = replicas
         self._states: dict[str, ReplicaDispatch] = {}  # by replica
-        self._warming: asyncio.Task[None] | None = None  # loads the kernels; None: nobody needed them yet
+        self._warming: asyncio.Task[None] | None = None  # loads the kernels; None: not needed yet
 
     # --- kernels
 
     async def warm_up(self) -> None:
         """Compile or load the kernels of dispatch; the service starts this, `admit` waits for it.
 
-        A thread does it that does not keep the process alive. A caller whose deadline is earlier gets DEADLINE_EXCEEDED
-        and tries again.
+        The work runs in a thread that does not keep the process alive. A caller whose deadline is earlier gets
+        DEADLINE_EXCEEDED and retries.
         """
         if self._warming is None:
             self._warming = asyncio.ensure_future(run_in_daemon_thread(compile_dispatch, name="kernels of dispatch"))
@@ -62,7 +62,7 @@ class DispatchStates:
     # --- calls
 
     async def admit(self, request: pb2.AdmitRequestsRequest) -> pb2.AdmitRequestsResponse:
-        """Answer `AdmitRequests`. The answer's `StageQuality` does not cover requests that run already."""
+        """Answer `AdmitRequests`. The `StageQuality` of the answer does not cover requests that already run."""
         if self._warming is None or not self._warming.done():
             await self.warm_up()
         state = self._state(request.parent, request.state_id)
@@ -99,7 +99,7 @@ class DispatchStates:
     ) -> BatchAdmission:
         admitted = await state.admit(_newcomers(requests), keep=keep)
         if self._states.get(name) is not state:
-            raise self._lost(name, state.state_id)  # the engine declared another state meanwhile
+            raise self._lost(name, state.state_id)  # the engine has declared another state in the meantime
         return admitted
 
     def finish(self, request: pb2.FinishRequestsRequest) -> pb2.FinishRequestsResponse:
@@ -161,7 +161,10 @@ class DispatchStates:
         return HeadMaps(replica=replica, generation=state.generation, step=0, maps=maps)
 
     def replica_changed(self, name: str) -> None:
-        """Note that devices drain, were lost or came back, or that the replica is gone or its engine decides now."""
+        """Take over changes of a replica.
+
+        Devices may be draining, lost or back, the replica may be gone, or its engine may now dispatch by itself.
+        """
         state = self._states.get(name)
         replica = self._replicas.replica_view(name)
         if state is None:
@@ -251,7 +254,7 @@ def _newcomers(requests: Iterable[pb2.NewRequest]) -> list[Newcomer]:
 def _placements(
     state: ReplicaDispatch, requests: Iterable[pb2.NewRequest], admitted: BatchAdmission
 ) -> list[pb2.Placement]:
-    """Return the placements of the requests admitted now, and of those that were running before."""
+    """Return the placements of the requests admitted now, and of those that were already running."""
     return [
         placement_to_proto(one.id, state.running.get(one.id), admitted.homes.get(one.id))
         for one in requests

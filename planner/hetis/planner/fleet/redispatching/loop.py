@@ -1,10 +1,10 @@
-"""The re-dispatch loop: reads reports, asks for head maps when something is wrong, and sends changes that correct it.
+"""The re-dispatch loop: reads reports, requests head maps when something is wrong, and sends changes to correct it.
 
     report -> sums -> alarm? -> head maps -> triggers -> moves (in a thread) -> those that fit at once -> change
                                                                                     its end -> look again
 
-At most one change of a replica is under way. Looks at a replica are ``redispatch_interval`` apart; each aborted change
-doubles the interval.
+At most one change of a replica is under way. Looks at a replica are at least ``redispatch_interval`` apart; each
+aborted change doubles the interval.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _log = logging.getLogger("hetis.planner.redispatching")
 
 
 class RedispatchLoop(FleetObserver):
-    """Start `run` once; it repeats `step`, which does what is due now."""
+    """Run `run` once; it repeats `step`, which does all work that is due."""
 
     def __init__(self, fleet: LiveFleet, dispatch: DispatchStates, *, clock: Clock) -> None:
         self._fleet, self._dispatch, self._clock = fleet, dispatch, clock
@@ -49,7 +49,7 @@ class RedispatchLoop(FleetObserver):
     # --- FleetObserver
 
     def replica_reported(self, replica: str, report: report_pb2.ReplicaReport) -> None:
-        """Take a report of one of a replica's nodes. Costs microseconds unless something is wrong."""
+        """Handle a report of one of a replica's nodes. Takes microseconds unless something is wrong."""
         if not report.is_primary or not report.stages:
             return
         found = self._watched_replica(replica)
@@ -61,14 +61,14 @@ class RedispatchLoop(FleetObserver):
             self._wake.set()
 
     def replica_changed(self, replica: str) -> None:
-        """Take a change of a replica's state, generation or conditions."""
+        """Handle a change of a replica's state, generation or conditions."""
         self._dispatch.replica_changed(replica)
         found = self._watched_replica(replica)
         if found is not None and found[0].is_wanted:
             self._wake.set()
 
     def redispatch_ended(self, redispatch: redispatch_pb2.Redispatch) -> None:
-        """Look again: what had to wait for room may have it now."""
+        """Look again, since moves that had to wait for room may have it now."""
         self._dispatch.redispatch_ended(redispatch)
         watched = self._watched.get(redispatch.replica)
         was_aborted = redispatch.state != redispatch_pb2.REDISPATCH_STATE_DONE
@@ -90,7 +90,7 @@ class RedispatchLoop(FleetObserver):
             self._wake.set()
 
         try:
-            # Before anything else: a compilation would use up the time limit of a solve.
+            # First of all, since a compilation would use up the time limit of a solve.
             await run_in_daemon_thread(compile_redispatch, name="kernels of re-dispatch")
             while True:
                 for look in self._begin_due():
@@ -105,11 +105,11 @@ class RedispatchLoop(FleetObserver):
             self._threads.shutdown(wait=False, cancel_futures=True)
 
     async def step(self) -> None:
-        """Look at every replica that is due, and wait until that is done."""
+        """Look at every replica that is due, and wait until all looks are done."""
         await asyncio.gather(*self._begin_due())
 
     def _begin_due(self) -> list[asyncio.Task[None]]:
-        """Start a task for each replica that is due: an engine that does not answer delays no other."""
+        """Start a task for each replica that is due, so that an engine that does not answer delays no other."""
         now_s = self._clock.monotonic()
         due = [
             (name, watched)
@@ -123,7 +123,7 @@ class RedispatchLoop(FleetObserver):
         ]
 
     def _next_s(self) -> float | None:
-        """Return the seconds until the next look is due, or None if none is waiting."""
+        """Return the seconds until the next look is due, or None if no replica waits for one."""
         waits = [one.not_before_s for one in self._watched.values() if one.can_be_looked_at]
         return max(0.0, min(waits) - self._clock.monotonic()) if waits else None
 
@@ -133,19 +133,19 @@ class RedispatchLoop(FleetObserver):
         except HetisError as error:
             _log.warning("no look at %s: %s", name, error)
         except Exception:
-            _log.exception("the look at %s failed", name)  # the loop serves all replicas
+            _log.exception("the look at %s failed", name)  # must not end the loop, which serves all replicas
         finally:
             watched.end_look()
 
     async def _look(self, name: str) -> None:
-        """Find moves on one stage, and send them."""
+        """Look at the stages of a replica by urgency until one has moves, and send them."""
         found = self._watched_replica(name)
         if found is None:
             return
         watched, policy = found
         view = self._fleet.replica_view(name)
         if view is None or view.redispatch:
-            watched.put_off(policy, now_s=self._clock.monotonic())  # not ours, but the previous planner's
+            watched.put_off(policy, now_s=self._clock.monotonic())  # under way, but begun by an earlier planner
             return
         if not watched.by_urgency():
             watched.want_look(False)
@@ -167,7 +167,7 @@ class RedispatchLoop(FleetObserver):
             moves = None
             try:
                 moves = await self._solve_in_thread(stage.planner, look)
-            except HetisError as error:  # the map contradicts itself: as good as no answer
+            except HetisError as error:  # the map contradicts itself: the same as no answer
                 _log.warning("%s, stage %s, copy %s: %s", name, *place, error)
             is_change = moves is not None and not policy.is_advisory
             stage.looked(seen=seen, num_finished=finished, moved=is_change)
@@ -182,7 +182,7 @@ class RedispatchLoop(FleetObserver):
             return
         now = self._fleet.replica_view(view.name)
         if now is None or now.redispatch or now.generation > redispatch.change.base_generation:
-            watched.want_look()  # it has changed meanwhile
+            watched.want_look()  # the replica has changed in the meantime
             return
         watched.begin(redispatch.name)
         self._dispatch.redispatch_begun(redispatch)
@@ -215,7 +215,7 @@ class RedispatchLoop(FleetObserver):
             return None
 
     def _watched_replica(self, name: str) -> tuple[WatchedReplica, RedispatchPolicy] | None:
-        """Return the state kept for a replica, or None if it is not to be watched now."""
+        """Return the state kept for a replica and its policy, or None if it is not to be watched now."""
         view = self._fleet.replica_view(name)
         if view is None or not view.stages:
             self._watched.pop(name, None)
@@ -246,7 +246,7 @@ class RedispatchLoop(FleetObserver):
                 stage=place[0],
                 copy=place[1],
                 base_generation=base_generation,
-                generation=base_generation + 1,  # replaced by the fleet, which knows the unused numbers
+                generation=base_generation + 1,  # the fleet replaces it, since it knows which generations are unused
                 moves=found.moves,
                 prepare_timeout=duration(policy.prepare_timeout_s),
             ),

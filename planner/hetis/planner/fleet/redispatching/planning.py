@@ -1,4 +1,4 @@
-"""Search for the moves of one change in a head map. Pure, and slow enough to need a thread."""
+"""Search for the moves of one change in a head map. Pure, but slow enough to need a thread."""
 
 from __future__ import annotations
 
@@ -21,28 +21,31 @@ MOST_MOVES = 4096  # per change
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class StageLook:
-    """One copy of one stage where something seems wrong."""
+    """The inputs of a look at one copy of one stage, where something seems wrong."""
 
     head_map: head_map_pb2.HeadMap
     terms: StageTerms  # the stage at the measured speeds
-    conditions: Conditions  # status of GPUs known to the planner
+    conditions: Conditions  # status of the GPUs that the planner knows
     changed: frozenset[str]  # devices that joined, came back, were lost or changed their speed since the last look
     policy: RedispatchPolicy
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class FoundMoves:
-    """Moves that fit at once, and their effect. ``makespan_before_s, makespan_after_s``: of ``moves`` alone."""
+    """Moves that fit at once, and their effect.
+
+    ``makespan_before_s`` and ``makespan_after_s`` are those of ``moves`` alone.
+    """
 
     moves: list[head_map_pb2.Move]  # in the API's form
-    fired: tuple[Trigger, ...]  # every trigger of the look
-    plan: RedispatchPlan  # all that the solver would move, now and when others have made room
+    fired: tuple[Trigger, ...]  # every trigger that fired in the look
+    plan: RedispatchPlan  # everything that the solver would move, now and once other moves have made room
     makespan_before_s: float
     makespan_after_s: float
 
 
 class StagePlanner:
-    """Looks at one copy of one stage repeatedly; not to be shared between threads.
+    """Looks at one copy of one stage repeatedly. Must not be shared between threads.
 
     It remembers fruitless looks (`Watch`), so that hopeless cases are not solved over and over.
     """
@@ -53,7 +56,7 @@ class StagePlanner:
         self._terms: StageTerms | None = None
 
     def look(self, look: StageLook) -> FoundMoves | None:
-        """Return moves worth making, or None if there are none, or if nothing has changed since there were none.
+        """Return moves worth making, or None if there are none or nothing has changed since there were none.
 
         Raises InvalidProblemError if the head map contradicts itself or the stage.
         """
@@ -65,7 +68,7 @@ class StagePlanner:
             changed=look.changed,
         )
         if not snapshot.ids or snapshot.moves:
-            return None  # moves in progress have to arrive first
+            return None  # moves in progress must finish first
         redispatcher = self._redispatcher_of(look.terms)
         fired = triggers(snapshot, redispatcher.dispatcher, theta=look.policy.deviation_ratio)
         if not self._watch.due(snapshot, fired):
@@ -79,7 +82,7 @@ class StagePlanner:
             )
         )
         moves, reached = fitting(snapshot, plan)
-        is_change = bool(moves) and not look.policy.is_advisory  # mere advice leaves everything as it was
+        is_change = bool(moves) and not look.policy.is_advisory  # advice alone changes nothing
         self._watch.looked(snapshot, fired, moved=is_change)
         if not moves:
             return None
@@ -98,9 +101,9 @@ class StagePlanner:
 
 
 def fitting(snapshot: StateSnapshot, plan: RedispatchPlan) -> tuple[list[Move], StateSnapshot]:
-    """Return the moves, up to the first misfit, that can be reserved now at their targets, and the resulting state.
+    """Return the moves up to the first one that cannot be reserved now at its target, and the resulting state.
 
-    The moves left out need room, or head groups, that others bring. They are computed again when these have arrived.
+    The remaining moves need room, or head groups, that others bring. They are computed again once these have arrived.
     """
     state = DispatchState.of(snapshot)
     kept, bundles = list[Move](), list[list[int]]()
@@ -117,7 +120,7 @@ def fitting(snapshot: StateSnapshot, plan: RedispatchPlan) -> tuple[list[Move], 
 
 
 def _reserved(state: DispatchState, bundle: list[Move]) -> list[int] | None:
-    """Reserve moves that flip together; return their numbers, or None if not all fit."""
+    """Reserve moves that flip together; return their numbers, or None unless all fit."""
     numbers = list[int]()
     try:
         for move in bundle:
@@ -126,7 +129,7 @@ def _reserved(state: DispatchState, bundle: list[Move]) -> list[int] | None:
                 break
             numbers.append(prepared.number)
     except InvalidProblemError:
-        pass  # the source gets the head groups only by another move
+        pass  # the source receives the head groups only by another move
     if len(numbers) == len(bundle):
         return numbers
     for number in numbers:

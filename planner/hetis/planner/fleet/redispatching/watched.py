@@ -27,18 +27,18 @@ _SHARES = np.linspace(0.0, 1.0, 9)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageSums:
-    """A stage in a report; devices in the order of the stage, unreported ones idle and ok."""
+    """A report's sums over each device of a stage, in the stage's order; unreported devices count as idle and OK."""
 
-    heads: tuple[int, ...]  # running query heads
-    kv_bytes: tuple[float, ...]  # read by a layer in one step
-    used_ratio: tuple[float, ...]  # share of KV blocks in use
-    status: tuple[int, ...]  # whether it takes head groups; the worse of what the report and the planner know
+    heads: tuple[int, ...]  # running query heads on each device
+    kv_bytes: tuple[float, ...]  # bytes that one layer reads in one step, on each device
+    used_ratio: tuple[float, ...]  # share of each device's KV blocks in use
+    status: tuple[int, ...]  # the worse of the reported status and the planner's, for each device
 
 
 def sums_of(
     load: report_pb2.StageLoad, terms: StageTerms, known: Sequence[report_pb2.DeviceStatus.ValueType]
 ) -> StageSums:
-    """Return the sums of a report; ``known`` is the planner's status of each device."""
+    """Return the sums of a stage in a report; ``known`` is the planner's status of each device."""
     num = len(terms.gpus)
     heads, kv_bytes, used, status = [0] * num, [0.0] * num, [0.0] * num, list(known)
     for device in load.devices:
@@ -52,7 +52,7 @@ def sums_of(
 
 
 class SumTest:
-    """The makespan and the bound of one stage copy at the speeds of its terms, before its head map is requested.
+    """The makespan of one stage copy at the speeds of its terms, and a bound, both without its head map.
 
     The time of every device follows exactly from its sums, as attention costs are affine in heads and KV bytes. The
     time of the best placement does not, as the head groups are not known. But no placement is faster than if heads and
@@ -63,18 +63,19 @@ class SumTest:
              sum_i h_i = H,  sum_i g_i = B
 
     Each weighting of the two sums gives a lower bound. For shares u + v = 1, let w_i = max(u / (H a_i), v / (B b_i)) be
-    the part of the weighted sum that device i does per second; then at least the z with
-    ``sum_i max(0, z - c_i) w_i = 1`` is needed. With devices by rising c_i it is the least of
+    the part of the weighted sum that device i processes per second; then z must be at least the solution of
+    ``sum_i max(0, z - c_i) w_i = 1``. With devices ordered by rising c_i, this is the minimum of
     ``(1 + sum c w) / (sum w)`` over all prefixes. If a device has several affine pieces, each of them gives a valid
     bound.
 
-    So a makespan within the deviation ratio of the bound is within that of the ideal, and no trigger is missed. The
-    converse may be a false alarm, since memory, whole head groups, the network card and the mix of lengths are ignored.
-    Then the head map is read once in vain, and `AlarmBackoff` stays quiet until something has changed.
+    So if the makespan is within the deviation ratio of the bound, it is within that ratio of the ideal, and no trigger
+    is missed. The converse may be a false alarm, since memory, whole head groups, the network card and the mix of
+    lengths are ignored. Then the head map is read once in vain, and `AlarmBackoff` stays quiet until something has
+    changed.
 
-    A report usually costs a few microseconds: with loads at least ``s`` times those of the last computed bound, the
-    bound is at least ``s`` times as high (s <= 1), and with loads at most ``s`` times those, at most ``s`` times as
-    high (s >= 1). It is computed again only if that does not decide.
+    A report usually costs a few microseconds: if the loads are at least ``s`` times those of the last computed bound,
+    the bound is at least ``s`` times as high (s <= 1), and if they are at most ``s`` times those, the bound is at most
+    ``s`` times as high (s >= 1). It is computed again only if that does not decide.
     """
 
     def __init__(self, terms: StageTerms) -> None:
@@ -107,10 +108,10 @@ class SumTest:
         return max(a * heads + b * kv_bytes + c for a, b, c in self._rows[i]) if heads else 0.0
 
     def deviation(self, sums: StageSums, limit: float) -> float:
-        """Return how far the makespan is above the bound, as a share.
+        """Return by what share the makespan exceeds the bound.
 
-        A result up to ``limit`` only says that it is not above ``limit``; a higher one is right to within ``NEAR`` of
-        the makespan.
+        A result up to ``limit`` means only that the deviation does not exceed ``limit``; a higher one is accurate
+        to within ``NEAR`` of the makespan.
         """
         makespan_s = self.makespan_s(sums)
         heads, kv_bytes = sum(sums.heads), sum(sums.kv_bytes)
@@ -131,7 +132,7 @@ class SumTest:
         return makespan_s / max(bound_s, 1e-12) - 1.0
 
     def bound_s(self, sums: StageSums) -> float:
-        """Return a lower bound for any placement of these sums on devices that take head groups; 0 if none does."""
+        """Return a lower bound for placing these sums on the devices that take head groups; 0 if there are none."""
         takes = np.array([status <= report_pb2.DEVICE_STATUS_OK for status in sums.status])
         heads, kv_bytes = float(sum(sums.heads)), float(sum(sums.kv_bytes))
         if not takes.any() or heads <= 0:
@@ -149,7 +150,7 @@ class SumTest:
 
 
 def _per_second(shares: FloatArray, seconds: FloatArray) -> FloatArray:
-    """Return shares [W] of the whole divided by seconds [K, D]; huge if a device takes no time for it."""
+    """Return shares [W] of the whole divided by seconds [K, D]; huge where a device takes no time."""
     return shares[:, None] / np.maximum(seconds, 1e-30)[:, None]
 
 
@@ -165,15 +166,15 @@ class WatchedStage:
         self.planner = StagePlanner()
         self.backoff = AlarmBackoff()
         self.terms = stage_from_proto(model)
-        self.sums: StageSums | None = None  # of the last report; None: there was none
-        self.alarms: tuple[Trigger, ...] = ()  # of the last report
-        self.changed: frozenset[str] = frozenset()  # devices to report at the next look
+        self.sums: StageSums | None = None  # sums in the last report; None: there was none
+        self.alarms: tuple[Trigger, ...] = ()  # alarms raised by the last report
+        self.changed: frozenset[str] = frozenset()  # devices whose changes the next look must consider
         self._slowness = Slowness()
         self._predicted = self._test = SumTest(self.terms)
         self._known: tuple[report_pb2.DeviceStatus.ValueType, ...] = (_OK,) * len(self.terms.gpus)
 
     def set_conditions(self, conditions: Conditions) -> bool:
-        """Take the planner's status of GPUs; return whether it changed."""
+        """Take over the planner's status of GPUs; return whether it changed."""
         known = self.terms.statuses(conditions)
         devices = self.terms.stage.devices
         news = {name for name, now, then in zip(devices, known, self._known, strict=True) if now != then}
@@ -186,7 +187,7 @@ class WatchedStage:
         return bool(news)
 
     def report(self, load: report_pb2.StageLoad, policy: RedispatchPolicy) -> tuple[Trigger, ...]:
-        """Return every trigger that the sums of a report give, usually none, within microseconds."""
+        """Return every trigger that a report's sums raise, usually none. Takes microseconds."""
         sums = self.sums = sums_of(load, self.terms, self._known)
         slower = set[str]()
         for device in load.devices:
@@ -204,7 +205,7 @@ class WatchedStage:
         return self.alarms
 
     def looked(self, *, seen: frozenset[str], num_finished: int, moved: bool) -> None:
-        """Note that the head map was looked at, with the status of the devices ``seen``."""
+        """Record a look at the head map, with the changes of the devices ``seen``."""
         self.changed -= seen
         if self.sums is not None:
             self.backoff.looked(self.sums, self.alarms, num_finished=num_finished, moved=moved)
@@ -240,7 +241,7 @@ class WatchedReplica:
     """The stages of a replica, and when it may be looked at again.
 
     Attributes:
-        num_finished, num_running: of the last report.
+        num_finished, num_running: those of the last report.
         is_wanted: whether an alarm is worth a look.
         is_looking: whether a look is in progress.
     """
@@ -248,16 +249,16 @@ class WatchedReplica:
     def __init__(self, models: Sequence[stage_pb2.StageModel]) -> None:
         self.stages = {(model.stage, model.copy): WatchedStage(model) for model in models}  # by stage and copy
         self.num_finished = self.num_running = 0
-        self.not_before_s = 0.0  # the earliest time of the next look
+        self.not_before_s = 0.0  # earliest time of the next look
         self.is_wanted = self.is_looking = False
-        self.under_way = ""  # the re-dispatch sent last, until it has ended; empty if none
-        self._num_aborted = 0  # consecutive re-dispatches that were aborted
+        self.under_way = ""  # the last re-dispatch that was sent, until it has ended; empty: none
+        self._num_aborted = 0  # number of consecutive aborted re-dispatches
         self._models = models
         self._conditions: dict[str, report_pb2.DeviceStatus.ValueType] | None = None
 
     @property
     def can_be_looked_at(self) -> bool:
-        """Return whether a look is wanted and only its time may still have to come."""
+        """Whether a look is wanted and nothing but its time can delay it."""
         return self.is_wanted and not self.is_looking and not self.under_way
 
     def begin_look(self) -> None:
@@ -267,22 +268,22 @@ class WatchedReplica:
         self.is_looking = False
 
     def want_look(self, wanted: bool = True) -> None:
-        """Note whether there is something worth a look."""
+        """Set whether there is something worth a look."""
         self.is_wanted = wanted
 
     def put_off(self, policy: RedispatchPolicy, *, now_s: float) -> None:
-        """Let some time pass before the next look, twice as long for each re-dispatch that was aborted in a row."""
+        """Delay the next look, twice as long for each consecutive aborted re-dispatch."""
         wait_s = max(LEAST_WAIT_S, policy.interval_s) * 2 ** min(self._num_aborted, MOST_DOUBLINGS)
         self.not_before_s = now_s + wait_s
 
     def begin(self, redispatch: str) -> None:
-        """Note that a re-dispatch is sent."""
+        """Record that a re-dispatch is being sent."""
         self.under_way = redispatch
 
     def end(self, redispatch: str, *, was_aborted: bool | None) -> bool:
-        """Note that a re-dispatch ended, or, with None, was not even begun: another look is due, for what had to wait.
+        """Record that a re-dispatch ended or, with None, could not begin; return False if it was not the last one sent.
 
-        Return False if it is not the one sent last.
+        Another look is then due, for moves that had to wait.
         """
         if self.under_way != redispatch:
             return False
@@ -292,11 +293,11 @@ class WatchedReplica:
         return True
 
     def is_of(self, models: Sequence[stage_pb2.StageModel]) -> bool:
-        """Return whether the replica still has the stages that are watched."""
+        """Return whether the replica still has the watched stages."""
         return models is self._models or list(models) == list(self._models)
 
     def set_conditions(self, view: LiveReplica) -> None:
-        """Take the planner's status of GPUs; a device that went or came is worth a look."""
+        """Take over the planner's status of GPUs; a device that was lost or came back is worth a look."""
         if view.conditions == self._conditions:
             return
         first, self._conditions = self._conditions is None, dict(view.conditions)
@@ -305,7 +306,7 @@ class WatchedReplica:
             self.is_wanted = self.is_wanted or (news and not first)
 
     def report(self, report: report_pb2.ReplicaReport, policy: RedispatchPolicy) -> None:
-        """Take a report of the primary's node."""
+        """Handle a report of the primary's node."""
         self.num_running, self.num_finished = report.num_running, report.num_finished
         for load in report.stages:
             stage = self.stages.get((load.stage, load.copy))
@@ -330,7 +331,7 @@ class WatchedReplica:
 
 
 class _Vain(NamedTuple):
-    """The state of a stage at the last fruitless look."""
+    """The state of a stage at the last look that moved nothing."""
 
     sums: StageSums
     num_finished: int
@@ -338,12 +339,12 @@ class _Vain(NamedTuple):
 
 
 class AlarmBackoff:
-    """`hetis.solver.redispatch.triggers.Watch`, based on sums.
+    """The backoff of `hetis.solver.redispatch.triggers.Watch`, based on sums instead of head maps.
 
     After a look that moved nothing, an alarm counts again if it is new, if its value has grown by the share ``CHANGE``,
-    if a device's status changed, if that share of the KV came, went or moved, or if so many requests have finished that
-    this share of the KV is replaced. Every further fruitless look doubles the share, up to ``MOST_CHANGE``; a look that
-    moves something resets it.
+    if a device's status changed, if that share of the KV was added, removed or moved, or if so many requests have
+    finished that this share of the KV is replaced. Every further look that moves nothing doubles the share, up to
+    ``MOST_CHANGE``; a look that moves something resets it.
     """
 
     def __init__(self) -> None:
@@ -355,7 +356,7 @@ class AlarmBackoff:
         vain = self._vain
         if not alarms or vain is None or vain.sums.status != sums.status:
             return bool(alarms)
-        # If a replica's count of finished requests falls, its engine is new.
+        # A lower count of finished requests means that the replica's engine was restarted.
         replaced = num_finished < vain.num_finished or (
             num_finished - vain.num_finished >= self._change * max(1, num_running)
         )
@@ -365,7 +366,7 @@ class AlarmBackoff:
         return any(alarm.kind in ALWAYS or self._is_news(vain, alarm) for alarm in alarms)
 
     def looked(self, sums: StageSums, alarms: tuple[Trigger, ...], *, num_finished: int, moved: bool) -> None:
-        """Note a look for these alarms, and whether it moved something."""
+        """Record a look caused by these alarms, and whether it moved anything."""
         if moved:
             self._vain, self._change = None, CHANGE
             return
@@ -380,18 +381,18 @@ class AlarmBackoff:
         return before is None or alarm.value > before * (1 + self._change)
 
 
-WINDOW = 7  # reports
-STEP = 0.25  # share by which the ratio must change to be believed
-MOST = 16.0  # and its inverse: beyond it, the measurement is nonsense, or the device is as good as lost
+WINDOW = 7  # number of ratios of which the median is taken
+STEP = 0.25  # share by which the median must differ from the factor to replace it
+MOST = 16.0  # ratios are clipped to it and its inverse: beyond, the device is as good as lost, or the value wrong
 
 
 class Slowness:
-    """The ratio of measured to predicted time of each device of a stage, as a factor that changes seldom.
+    """The ratio of measured to predicted time of each device of a stage, as a factor that seldom changes.
 
-    The factor follows the median of the last seven ratios. Three outliers of seven change nothing, and a device that is
-    twice as slow is known as exactly that after four reports; a mean would pass through all values in between, each of
-    them a reason to move something. The factor changes when the median differs from it by more than a quarter, which
-    ordinary noise does not cause. Until seven ratios are known, 1s stand in their place: the profile is right unless
+    The factor follows the median of the last seven ratios. Three outliers of seven change nothing, and the factor of a
+    device that is twice as slow is exactly 2 after four reports; a mean would pass through all values in between, each
+    of them a reason to move something. The factor changes when the median differs from it by more than a quarter, which
+    ordinary noise does not cause. Until seven ratios are known, 1s stand in for the others: the profile is right unless
     four reports contradict it.
     """
 
@@ -401,11 +402,11 @@ class Slowness:
 
     @property
     def factors(self) -> dict[str, float]:
-        """Slow-downs by device name; devices as fast as profiled are left out."""
+        """Factors by device name; devices that are as fast as profiled are omitted."""
         return dict(self._factors)
 
     def observe(self, device: str, observed_s: float, predicted_s: float) -> bool:
-        """Take one measurement (0 means none); return whether the factor changed."""
+        """Add one measurement (0: there is none); return whether the factor changed."""
         if observed_s <= 0 or predicted_s <= 0:
             return False
         ratios = self._ratios.get(device)
@@ -416,12 +417,12 @@ class Slowness:
         if 1 / (1 + STEP) <= now / before <= 1 + STEP:
             return False
         if 1 / (1 + STEP) <= now <= 1 + STEP:
-            del self._factors[device]  # as profiled again, and exactly so
+            del self._factors[device]  # as profiled again, so exactly 1
         else:
             self._factors[device] = now
         return True
 
     def forget(self, device: str) -> None:
-        """Forget a device that went or came back: earlier measurements say nothing about it."""
+        """Forget a device that was lost or came back: earlier measurements do not apply to it."""
         self._ratios.pop(device, None)
         self._factors.pop(device, None)

@@ -1,4 +1,4 @@
-"""Charts from lines of numbers: axes with round ticks, limits across, intervals around lines."""
+"""Charts of lines: axes with round ticks, limits drawn across, and intervals around lines."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from hetis.simulator.values import FloatArray
 
 WIDTH, HEIGHT = 360, 210
 LEFT, RIGHT, TOP, BOTTOM = 54, 14, 12, 40
-MAX_POINTS = 250  # per line: more cannot be distinguished at this width
-MAX_DOTS = 40  # on a line with intervals
-ROOM = 1.06  # above the highest value
+MAX_POINTS = 250  # points per line: more cannot be distinguished at this width
+MAX_DOTS = 40  # points that are also drawn as dots, on a line with intervals
+ROOM = 1.06  # the axis ends at this multiple of the highest value
 
 
 def chart_of(panel: Panel) -> Chart:
-    """Return the drawn panel; if the panel requires it, an axis of times that spans decades is logarithmic."""
+    """Return the drawn panel; its x axis is logarithmic if the panel requires it."""
     xs = np.concatenate([line.x[np.isfinite(line.x)] for line in panel.lines] or [np.zeros(1)])
     tops = [_tops(line) for line in panel.lines]
     highest = max([*(float(top.max()) for top in tops if len(top)), *panel.limits, 0.0]) * ROOM or 1.0
@@ -104,6 +104,6 @@ class _LogAxis:
 
 
 def _round_step(about: float) -> float:
-    """Return 1, 2 or 5 times a power of ten, not below ``about``."""
+    """Return 1, 2 or 5 times a power of ten, the smallest that is at least ``about``."""
     power = 10.0 ** math.floor(math.log10(about))
     return next(power * factor for factor in (1, 2, 5, 10) if power * factor >= about * (1 - 1e-9))

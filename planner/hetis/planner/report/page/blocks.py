@@ -1,8 +1,8 @@
-"""The blocks of a page for the template, with every number as text and every length as a share; and the page of them.
+"""The blocks of a page for the template, with every number as text and every length as a share; and the page itself.
 
-A block knows nothing of plans. Lengths are shares of the width in which they are drawn, colours are numbers of the
-palette in `page.css`, so the template only repeats what it is given. A page is one file of HTML: template, style and
-script together, with nothing to fetch.
+A block knows nothing of plans. Lengths are shares of the width in which they are drawn, and colours are numbers of the
+palette in `page.css`, so the template needs no computation. A page is one file of HTML, including style and script,
+with nothing to fetch.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
     from jinja2 import Template
 
 
-COLORS = 8  # in the palette; further items reuse them
-PLAIN = COLORS  # the colour of what belongs to no item: idle, unusable
+COLORS = 8  # colours in the palette; further items reuse them
+PLAIN = COLORS  # the colour of parts that belong to no item: idle, unusable
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Block:
-    """What every block has. The template draws it by the macro ``draw_`` of its class' name in lower case."""
+    """Base of all blocks. The template draws a block by the macro named ``draw_`` and its class name in lower case."""
 
     title: str
     intro: str = ""
@@ -54,9 +54,9 @@ class Tiles(Block):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Grid(Block):
-    """A table. ``strong`` is the most important row, ``bad`` rows have trouble; if ``folded``, it opens on a click."""
+    """A table. ``strong`` is the most important row, ``bad`` rows have problems; if ``folded``, it opens on a click."""
 
-    columns: tuple[str, ...]  # their heads; those of text have a quote before it
+    columns: tuple[str, ...]  # column headers; those of text columns are preceded by a quote
     rows: tuple[tuple[str, ...], ...]
     note: str = ""
     strong: int | None = None
@@ -66,7 +66,7 @@ class Grid(Block):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sentences(Block):
-    """Lines of text under a title; ``terms`` pairs the subject of a line with the line."""
+    """Lines of text under a title; ``terms`` are pairs of a line's subject and the line."""
 
     lines: tuple[str, ...] = ()
     terms: tuple[tuple[str, str], ...] = ()
@@ -75,7 +75,7 @@ class Sentences(Block):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScaleRow:
-    """A bar of length ``share``; ``band`` is drawn across its end, ``mark`` is a line to compare it with."""
+    """A bar of length ``share``; ``band`` is drawn across its end, ``mark`` is a line for comparison."""
 
     label: str
     text: str
@@ -88,7 +88,7 @@ class ScaleRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scale(Block):
-    """Bars that begin at zero, each on its own axis."""
+    """Bars that start at zero, each on its own axis."""
 
     rows: tuple[ScaleRow, ...]
     note: str = ""
@@ -110,7 +110,7 @@ class StackRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stack(Block):
-    """Bars of segments, with the same numbers in a table below for those who cannot see the bars."""
+    """Bars of segments, with the same numbers in a table below for readers who cannot see the bars."""
 
     rows: tuple[StackRow, ...]
     numbers: Grid
@@ -122,7 +122,7 @@ class Stack(Block):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChangeStep:
-    """A bar that begins where the previous one ended."""
+    """A bar that starts where the previous one ended."""
 
     label: str
     text: str
@@ -140,7 +140,7 @@ class Waterfall:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Waterfalls(Block):
-    """The step-by-step breakdown of a whole, with all numbers in a table below."""
+    """Step-by-step breakdowns of wholes, with all numbers in a table below."""
 
     falls: tuple[Waterfall, ...]
     numbers: Grid
@@ -148,13 +148,13 @@ class Waterfalls(Block):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GpuCell:
-    """A GPU of a node, or ``span`` neighbours that do the same."""
+    """A GPU of a node, or ``span`` neighbours with the same use."""
 
     role: str  # ``stage``, ``worker`` or ``idle``
     color: int
     lines: tuple[str, ...]
     index: str = ""
-    filled: float | None = None  # share of a bar below
+    filled: float | None = None  # share of a bar below that is filled; None: no bar
     span: int = 1
 
 
@@ -167,11 +167,11 @@ class NodeCard:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ZoneMap:
-    """The nodes of a zone, or all nodes if it has no name."""
+    """The nodes of a zone, or all nodes if the name is empty."""
 
     name: str
     nodes: tuple[NodeCard, ...]
-    rest: str = ""  # what is not drawn
+    rest: str = ""  # description of the nodes that are not drawn
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -184,7 +184,7 @@ class FleetMap(Block):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CurveBlock:
-    """A line in the coordinates of its chart. ``spread`` is the outline of the interval around it."""
+    """A line in the coordinates of its chart. ``spread`` is the outline of the interval around the line."""
 
     name: str
     color: int
@@ -195,7 +195,7 @@ class CurveBlock:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tick:
-    """A text at a place of an axis."""
+    """A text at a position on an axis."""
 
     at: float
     text: str
@@ -223,7 +223,7 @@ class Charts(Block):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Strip:
-    """A small picture of one quantity over time, in units of its drawing; ``area`` is the area below the line."""
+    """A small chart of one quantity over time, in units of its drawing; ``area`` is the area below the line."""
 
     label: str
     text: str
@@ -235,7 +235,7 @@ class Strip:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Strips(Block):
-    """Strips on a common time axis, with lines across all of them: a limit, and moments."""
+    """Strips on a common time axis, with a limit and some moments drawn across all of them."""
 
     rows: tuple[Strip, ...]
     width: int
@@ -253,7 +253,7 @@ class LinksBlock(Block):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Section:
-    """Blocks under a heading: a plan, or an introduction to all plans. ``anchor`` is its name in the address."""
+    """Blocks under a heading: a plan, or an introduction to all plans. ``anchor`` is its fragment in the URL."""
 
     anchor: str
     heading: str
@@ -263,7 +263,7 @@ class Section:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Page:
-    """A page. ``is_live``: its content changes, and it fetches updates from its source while it is open."""
+    """A page. ``is_live``: its contents change, and it fetches updates from its source while it is open."""
 
     title: str
     sections: tuple[Section, ...]
@@ -275,12 +275,12 @@ PACKAGE = "hetis.planner.report.page"
 
 
 def render_page(page: Page) -> str:
-    """Return the whole file. Raises ModuleNotFoundError: jinja2 is not installed."""
+    """Return the whole file. Raises ModuleNotFoundError if jinja2 is not installed."""
     return _template().render(page=page, css=_text("page.css"), script=_script(page.is_live))
 
 
 def live_script_policy() -> str:
-    """Return the script source in a live page's content security policy: that script and no other."""
+    """Return the script source for a live page's content security policy: the page's script and no other."""
     digest = sha256(_script(True).encode()).digest()
     return f"'sha256-{b64encode(digest).decode()}'"
 

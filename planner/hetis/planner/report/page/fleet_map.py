@@ -1,4 +1,4 @@
-"""A map of the fleet: zones, nodes, and the use of every GPU. In large fleets, equal nodes are drawn once."""
+"""A map of the fleet: zones, nodes, and the use of every GPU. In large fleets, equal nodes are drawn only once."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from hetis.planner.use_cases.grouping import ReplicaGroup, abbreviate, group_rep
 from hetis.solver.cluster import Cluster, NodeGroup
 from hetis.solver.plan import AttentionWorkerPool, Explanation, Plan, ReplicaPlan, Role, StagePlan
 
-MAX_NODES = 60  # cards per zone; others are only counted
-ROW = 4  # GPUs of a node per row
-MAX_SINGLE = 48  # fleets of up to so many GPUs have a cell per GPU; in larger ones, equal GPUs share one
-MAX_NAMED = COLORS  # replicas with a colour of their own; if there are more, equal ones share it
+MAX_NODES = 60  # cards per zone; further ones are only counted
+ROW = 4  # GPUs per row of a node's card
+MAX_SINGLE = 48  # GPUs of a fleet in which each has its own cell; in larger fleets, equal neighbours share one
+MAX_NAMED = COLORS  # replicas with a colour of their own; if there are more, equal ones share a colour
 
 
 IDLE = GpuCell(role="idle", color=PLAIN, lines=("idle",))
 
 
 def fleet_map(plan: Plan, cluster: Cluster, explanation: Explanation) -> FleetMap:
-    """Return the map of a plan on its cluster, with the reasons of idle GPUs."""
+    """Return the map of a plan on its cluster, with the reasons why GPUs are idle."""
     groups = group_replicas(plan.replicas)
     named, joined = len(plan.replicas) <= MAX_NAMED, cluster.num_gpus() > MAX_SINGLE
     duties = dict(_duties(plan, groups, named=named))
@@ -42,12 +42,12 @@ def fleet_map(plan: Plan, cluster: Cluster, explanation: Explanation) -> FleetMa
 
 
 def shape_letter(number: int) -> str:
-    """Return the name of equal replicas if there are too many to name each: A, B, ... Z, AA."""
+    """Return the name of a group of equal replicas if there are too many replicas to name: A, B, ... Z, AA."""
     return (shape_letter(number // 26 - 1) if number >= 26 else "") + chr(ord("A") + number % 26)
 
 
 def replica_name(number: int, role: Role) -> str:
-    """Return ``Replica 0``, ``Replica 3 (decode)``."""
+    """Return a replica's name as ``Replica 0``, ``Replica 3 (decode)``."""
     return f"Replica {number}" if role is Role.UNIFIED else f"Replica {number} ({role})"
 
 
@@ -104,7 +104,7 @@ def _zone(name: str, groups: list[NodeGroup], duties: Mapping[str, GpuCell], *, 
 
 
 def _cards(group: NodeGroup, duties: Mapping[str, GpuCell], *, joined: bool) -> Iterator[NodeCard]:
-    """Yield a card for all nodes of the group whose GPUs do the same, or one per node unless ``joined``.
+    """Yield one card for all nodes of the group whose GPUs have the same uses, or one per node unless ``joined``.
 
     Cards are in the order of their first nodes.
     """
@@ -127,7 +127,7 @@ def _nodes(nodes: list[str]) -> str:
 
 
 def _cells(pattern: tuple[GpuCell, ...], gpus: list[str], *, mixed: bool, joined: bool) -> Iterator[GpuCell]:
-    """Yield a cell for every GPU, or if ``joined`` one for neighbours in a row that do the same."""
+    """Yield a cell for every GPU or, if ``joined``, one for neighbours in a row with the same use."""
     alike = [(duty, gpu) for duty, gpu in zip(pattern, gpus, strict=True)]
     first = 0
     while first < len(alike):

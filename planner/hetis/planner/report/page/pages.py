@@ -1,4 +1,4 @@
-"""The commands' pages: one or several plans, another fleet, what to buy next, the transition to a new plan."""
+"""The pages of the commands: one or several plans, another fleet, what to buy next, the transition to a new plan."""
 
 from __future__ import annotations
 
@@ -44,12 +44,12 @@ from hetis.solver.problem import PlacementProblem
 from hetis.solver.replanning.change import ChangeCosts
 from hetis.solver.replanning.solve import Replanning
 
-ROOM = 1.02  # space after the longest bar
+ROOM = 1.02  # ratio of an axis to its longest bar
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShownPlan:
-    """A plan on a page: its name, and if requested its latencies by rate and the gains of more GPUs."""
+    """A plan on a page: its name and, if requested, its latencies by rate and the gains from more GPUs."""
 
     name: str
     plan: Plan
@@ -59,7 +59,7 @@ class ShownPlan:
 
 
 def plans_page(shown: Sequence[ShownPlan]) -> str:
-    """Return the page of one plan, or of several after a comparison."""
+    """Return the page of one plan, or of several plans after their comparison."""
     sections = list[Section]()
     for number, one in enumerate(shown, start=1):
         sections.append(_section(one, number))
@@ -75,7 +75,7 @@ def plans_page(shown: Sequence[ShownPlan]) -> str:
 
 
 def comparison_page(compared: Sequence[Compared], inputs: Inputs, objective: Objective) -> str:
-    """Return the page of strategies side by side, with the best plan in full."""
+    """Return the page of several strategies side by side, followed by the best plan in full."""
     with_plan = [(one.name, one.plan) for one in compared if one.plan is not None]
     without = tuple((one.name, f"{one.status}: {'; '.join(one.reasons)}") for one in compared if one.plan is None)
     blocks = list(_side_by_side([(name, plan, inputs) for name, plan in with_plan], objective))
@@ -93,7 +93,7 @@ def comparison_page(compared: Sequence[Compared], inputs: Inputs, objective: Obj
 
 
 def what_if_page(found: WhatIf) -> str:
-    """Return the page of both fleets in figures with what is proven of their difference, then both plans."""
+    """Return the page of two fleets: their figures, what is proven about the difference, and both plans."""
     inputs = found.before.loaded.inputs
     blocks: list[Block] = [
         Sentences(title="The change", lines=tuple(" ".join(line) for line in change_lines(found.change, found.before))),
@@ -110,7 +110,7 @@ def what_if_page(found: WhatIf) -> str:
 
 
 def buy_next_page(found: BuyNext) -> str:
-    """Return the page of the market, the best purchase first, and the present plan."""
+    """Return the page of the market, the best purchase first, followed by the present plan."""
     inputs = found.before.loaded.inputs
     sections = [_market_section(found, anchor="market", heading="What to buy next")]
     sections += _side("The fleet as it is", found.before, 1)
@@ -118,7 +118,7 @@ def buy_next_page(found: BuyNext) -> str:
 
 
 def replan_page(found: Replanning, posed: PosedReplan, costs: ChangeCosts) -> str:
-    """Return the page of a change's value and steps, then the new plan."""
+    """Return the page of a change: its value and its steps, followed by the new plan."""
     result, transition, unit = found.plan.result, found.transition, found.plan.result.unit
     lost = f"{plural(len(found.lost), 'replica')} lost GPUs" if found.lost else "of goodput"
     tiles = (
@@ -152,7 +152,7 @@ def simulation_page(simulated: Simulated, plan: Plan, problem: PlacementProblem)
     return _page(f"Simulated: {_title(problem)}", [section])
 
 
-# --- their parts
+# --- parts of these pages
 
 
 def _section(shown: ShownPlan, number: int) -> Section:
@@ -216,7 +216,7 @@ def _purchase(found: BuyNext) -> Iterator[Block]:
 
 
 def _side_by_side(rows: Sequence[tuple[str, Plan, Inputs | PlacementProblem]], objective: Objective) -> Iterator[Block]:
-    """Yield plans on one scale and in one table, the best in bold."""
+    """Yield the plans on one scale and in one table, with the best one in bold."""
     if not rows:
         return
     best = best_of([plan for _, plan, _ in rows])

@@ -1,4 +1,4 @@
-"""A plan as a section of a page: its rate and cost, placement, distance from its limits, and explanations."""
+"""A plan as a section of a page: its rate and cost, its placement, its distance from the limits, and explanations."""
 
 from __future__ import annotations
 
@@ -53,9 +53,9 @@ from hetis.solver.placement.explanation import explain_plan
 from hetis.solver.plan import Explanation, MemoryBar, ObjectiveKind, Plan, Role, parallel_sizes
 from hetis.solver.problem import PlacementProblem
 
-MAX_SHAPES = 12  # of replicas, described in full
-AXIS = 1.25  # length of the axis relative to a limit
-ROOM = 1.02  # space after the longest bar
+MAX_SHAPES = 12  # shapes of replicas that are described in full
+AXIS = 1.25  # ratio of an axis to the limit
+ROOM = 1.02  # ratio of an axis to its longest bar
 
 _MEMORY_COLORS = {"unusable": PLAIN, "engine": 5, "weights": 0, "KV": 2, "activations": 1, "free": 7}
 _TIME_COLORS = {
@@ -73,10 +73,10 @@ _WORTH = re.compile(
 def plan_section(
     name: str, plan: Plan, problem: PlacementProblem, *, anchor: str, panels: Sequence[Panel] = (), traffic: str = ""
 ) -> Section:
-    """Return everything known about a plan. ``panels`` are the curves of a simulation, of this ``traffic``.
+    """Return everything known about a plan. ``panels`` are the curves of a simulation of ``traffic``.
 
     Raises:
-        InvalidProblemError: the plan names devices, layers or settings that its problem does not have.
+        InvalidProblemError: the plan contains devices, layers or settings that its problem lacks.
     """
     return Section(
         anchor=anchor,
@@ -190,7 +190,7 @@ def _simulated(plan: Plan) -> Iterator[Tile]:
 
 
 def _worth(plan: Plan) -> Scale:
-    """Return the value next to its bound and today's practice."""
+    """Return the value next to its bound and to equal stages, today's practice."""
     result, alone, expected = plan.result, plan.inputs.get(EQUAL_STAGES), range_of(plan)
     beside = float(alone) if isinstance(alone, int | float) and alone > 0 else 0.0
     band = (expected.rate.low, expected.rate.high) if expected is not None and plan.objective.maximises else None
@@ -254,7 +254,7 @@ def _limits(plan: Plan) -> Scale:
 
 
 def _replicas(groups: Sequence[ReplicaGroup], *, lettered: bool) -> Grid:
-    """Return the table of replicas; if ``lettered``, with their letters on the map."""
+    """Return the table of replicas; if ``lettered``, with the letters that they have on the map."""
 
     def row(number: int, group: ReplicaGroup) -> tuple[str, ...]:
         one = group.first
@@ -308,7 +308,7 @@ def _stages(groups: Sequence[ReplicaGroup]) -> Grid:
 
 
 def _memory(explanation: Explanation) -> Waterfalls:
-    """Return a waterfall for each GPU type, of the cards with the least memory left, and all parts in figures."""
+    """Return a waterfall for each GPU type, of the cards with the least memory left, and all parts in a table."""
     numbers, names, tightest = [], list[str](), dict[str, MemoryBar]()
     for part in explanation.memory:
         amounts = _amounts(part)
@@ -400,7 +400,7 @@ def _runners_up(plan: Plan) -> Grid:
 
 
 def shape_words(shape: str) -> str:
-    """Return a text for ``decode: L4 TP4 x1 L20 | H100 TP2 x2 L60``, or the shape itself if it cannot be parsed."""
+    """Return ``decode: L4 TP4 x1 L20 | H100 TP2 x2 L60`` in words, or unchanged if it cannot be parsed."""
     role, colon, stages = shape.rpartition(": ")
     found = [_STAGE.fullmatch(stage) for stage in stages.split(" | ")]
     if not all(found):
@@ -418,7 +418,10 @@ def _stage_words(match: re.Match[str]) -> str:
 
 
 def reason_words(reason: str, rate: float) -> str:
-    """Return by how much a runner-up is worse, if the reason is its GPUs' other use; any other reason unchanged."""
+    """Return why a runner-up was not chosen.
+
+    If its GPUs are worth more elsewhere, that is by how much it is worse; any other reason is returned unchanged.
+    """
     match = _WORTH.fullmatch(reason)
     if match is None or not float(match["worth"]) > 0:
         return reason
@@ -442,7 +445,7 @@ def _profiles(plan: Plan, problem: PlacementProblem) -> Grid:
             provenances = [fit.provenance for fit in profile.fits if fit.op is op]
             stated = [one.held_out_mape for one in provenances if one.held_out_mape is not None]
             assumed = _mapping(errors.get(gpu)).get(op.value)
-            # Plans are taken at their word here, and a word that is no number states nothing.
+            # Plans are trusted here, but a value that is not a number states no error.
             error = f"{percent(assumed)} assumed" if isinstance(assumed, int | float) else "not stated"
             error = percent(max(stated)) if stated else error
             source = ", ".join(dict.fromkeys(one.source.value for one in provenances))

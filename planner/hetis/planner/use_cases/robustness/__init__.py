@@ -1,1 +1,1 @@
-"""The uncertainty of a plan's numbers: the effects of its profiles' errors, and of other coefficients."""
+"""The uncertainty of a plan's numbers: the effects of errors in its profiles, and of other coefficients."""

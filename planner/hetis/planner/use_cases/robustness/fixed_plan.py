@@ -1,11 +1,11 @@
-"""A plan with fixed GPUs, layers and head groups, priced by other profiles.
+"""A plan with fixed GPUs, layers and head groups, priced under other profiles.
 
-Micro-batches, their number in flight and the prefill chunk are settings of the engine, which change without a new plan.
-So do the routes of KV: the traffic between prefill and decode replicas is the maximum that both sides and the links
-allow.
+Micro-batches, their number in flight and the prefill chunk are settings of the engine, which may change without a new
+plan. So may the routes of KV: the traffic between prefill and decode replicas is the maximum that both sides and the
+links allow.
 
-Times come from the plan checker's derivation (`hetis.solver.check`), which needs no search. Memory does not depend on
-coefficients, so a plan that fits always fits.
+Times come from the derivation of the plan checker (`hetis.solver.check`), which needs no search. Memory does not depend
+on coefficients, so a plan that fits always fits.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ Profiles = Mapping[str, Profile]  # by GPU type
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Group:
-    """Equal replicas: the inputs of their times with settings as planned, the zones of their stages in order.
+    """Equal replicas: the inputs of their times with the planned settings, and the zones of their stages in order.
 
-    ``claimed`` is the share of the derived rate that the plan claims; below 1 if links are uneven, as the worst one
-    counts. ``kv_zones`` are the zones to which prefill replicas may send KV.
+    ``claimed`` is the share of the derived rate that the plan claims; it is below 1 if links are uneven, since the
+    worst link counts. ``kv_zones`` are the zones to which prefill replicas may send KV.
     """
 
     count: int
@@ -47,12 +47,12 @@ class Group:
 
 
 def structure_of(plan: Plan) -> Mapping[str, int]:
-    """Return the shapes of the replicas in words, with the number of each, without changeable batches and chunks."""
+    """Return the number of replicas of each shape in words, leaving out batches and chunks, which may change."""
     return dict(sorted(Counter(map(describe, plan.replicas)).items()))
 
 
 def describe(replica: ReplicaPlan) -> str:
-    """Return ``A100-PCIe-80GB TP4 52 layers + 2 L4 | RTX-3090 TP2 ×2 28 layers``, with the role in front."""
+    """Return ``A100-PCIe-80GB TP4 52 layers + 2 L4 | RTX-3090 TP2 ×2 28 layers``, preceded by the role."""
     pools = {pool.stage: pool for pool in replica.attention_workers}
     stages = []
     for position, stage in enumerate(replica.stages):
@@ -65,13 +65,13 @@ def describe(replica: ReplicaPlan) -> str:
 
 
 WITHIN = 1 + 1e-6  # limits are compared up to rounding
-COARSE = 3  # every third size of micro-batch is a starting point of the search for the best one
-NEAREST = 8  # engine settings kept for many samples, see `FixedPlan.near`
+COARSE = 3  # every third micro-batch size is a starting point of the search for the best one
+NEAREST = 8  # engine settings that are kept for many samples, see `FixedPlan.near`
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Performance:
-    """A plan's rate in requests/s (goodput or saturated, by its objective) and worst latencies."""
+    """A plan's rate in requests/s (goodput or saturated, depending on its objective) and worst latencies."""
 
     rate: float
     ttft_s: float  # p95, of the worst replica
@@ -87,10 +87,10 @@ class Performance:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineTuning:
-    """Engine settings that change without a new plan: micro-batches in flight, chunk, and sizes of a micro-batch."""
+    """Engine settings that may change without a new plan: micro-batches in flight, chunk, and micro-batch sizes."""
 
-    shape: ReplicaShape  # a replica with these settings, and the best size of micro-batch by the problem's own profiles
-    sizes: tuple[int, ...]  # sizes of micro-batches that fit in memory, ascending, including that of ``shape``
+    shape: ReplicaShape  # a replica with these settings, and the best micro-batch size under the problem's own profiles
+    sizes: tuple[int, ...]  # micro-batch sizes that fit in memory, ascending, including that of ``shape``
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,15 +104,15 @@ NOTHING = _Pace(rate=0.0, ttft_s=0.0, tpot_s=0.0, micro_batch=0)
 
 
 class FixedPlan:
-    """A plan to price under profiles; GPU types without one keep the profiles of the problem."""
+    """A plan that can be priced under different profiles; GPU types without one keep the problem's profile."""
 
     def __init__(self, plan: Plan, problem: PlacementProblem, *, made_with: Profiles | None = None) -> None:
         """Prepare a plan for pricing.
 
         Args:
-            plan: of valid structure, as `check_plan` requires.
-            problem: cluster, model, workload, objective, and the profiles to judge by.
-            made_with: profiles that the plan was made with; None: those of the problem.
+            plan: a plan of valid structure, as `check_plan` requires.
+            problem: its cluster, model, workload and objective, and the profiles for the pricing.
+            made_with: the profiles with which the plan was made; None: those of the problem.
         """
         self._problem = problem
         workload = problem.workload.clipped_to(problem.model.max_position)
@@ -124,27 +124,28 @@ class FixedPlan:
 
     @property
     def gpus(self) -> frozenset[str]:
-        """The GPU types on which its times depend."""
+        """The GPU types on which the plan's times depend."""
         stages = [stage for group in self.groups for stage in group.shape.stages]
         return frozenset(s.gpu for s in stages) | {s.pool.gpu for s in stages if s.pool is not None}
 
     def as_planned(self, profiles: Profiles) -> Performance:
-        """Return the result with the plan's micro-batches, which may miss limits."""
+        """Return the performance with the plan's micro-batches, which may miss limits."""
         problem = self._under(profiles)
         return self._sum((group, self._pace(problem, group, group.shape)) for group in self.groups)
 
     def within_limits(self, profiles: Profiles) -> Performance:
-        """Return the result with the engine settings that give the highest rate within the limits.
+        """Return the performance with the engine settings that give the highest rate within the limits.
 
-        They are chosen for each replica. One that meets the limits with no setting serves nothing and has no latency.
+        They are chosen for each replica. A replica that meets the limits with no setting serves nothing, and has no
+        latency.
         """
         problem = self._under(profiles)
         return self._sum((group, self._best(problem, group)) for group in self.groups)
 
     def near(self, some: Sequence[Profiles]) -> FixedPlan:
-        """Return the plan with a few engine settings to choose from: the best under each of these profiles.
+        """Return the plan with a few engine settings to choose from: the best ones under each of these profiles.
 
-        It is meant for many samples around them; `within_limits` may then find slightly less.
+        It is meant for many samples around these profiles; `within_limits` may then find a slightly lower rate.
         """
         narrowed = copy(self)
         narrowed._engines = {}
@@ -182,7 +183,7 @@ class FixedPlan:
         for group, of_group, rate in zip(self.groups, paces, most, strict=True):
             role = group.shape.role
             of_role = sum(other.count * r for other, r in rates if other.shape.role is role)
-            traffic = unified if role is Role.UNIFIED else routed  # of all replicas of the role together
+            traffic = unified if role is Role.UNIFIED else routed  # total over all replicas of the role
             if traffic == 0:
                 continue
             soonest = min(
@@ -198,7 +199,7 @@ class FixedPlan:
 
     @property
     def _share(self) -> float:
-        """The factor from a saturated rate to the rate in the objective."""
+        """The factor from a saturated rate to the rate of the objective."""
         return (
             1.0
             if self._problem.objective.kind is ObjectiveKind.THROUGHPUT
@@ -230,12 +231,12 @@ class FixedPlan:
         return self._engines[group]
 
     def _new_engines(self, group: Group) -> Iterator[EngineTuning]:
-        """Yield every setting of the family that fits in memory, the planned one first."""
+        """Yield all settings of the family that fit in memory, the planned one first."""
         planned, family, settings = group.shape, self._problem.family, self._problem.family.engine_settings
         copies = sum(stage.copies for stage in planned.stages)
         sizes = [0] if planned.role is Role.PREFILL else sorted({*family.micro_batches, planned.micro_batch})
         chunks = [0] if planned.role is Role.DECODE else family.chunk_tokens
-        engines = planned.attention_dp  # copies that share their experts: as many batches are in flight
+        engines = planned.attention_dp  # as many batches are in flight as copies share their experts
         depths = family.in_flight if engines == 1 else (engines,)
         pairs = [(m, c) for m in depths for c in chunks if m == 1 or m >= copies]
         for m, c in dict.fromkeys([(planned.in_flight, planned.chunk_tokens), *pairs]):
@@ -243,7 +244,7 @@ class FixedPlan:
             allowed = [b for b in sizes if settings.allows(micro_batch=b, in_flight=m // engines)]
             fits = self._num_fitting(shape, allowed)
             if (m, c) == (planned.in_flight, planned.chunk_tokens):
-                fits = max(fits, sizes.index(planned.micro_batch) + 1)  # it was checked, up to rounding
+                fits = max(fits, sizes.index(planned.micro_batch) + 1)  # the checker accepted it, up to rounding
             if fits:
                 engine = EngineTuning(shape=replace(shape, micro_batch=sizes[fits - 1]), sizes=tuple(sizes[:fits]))
                 # The rate may have several maxima: take the best of a few sizes, and climb from there.
@@ -276,7 +277,7 @@ class FixedPlan:
         return max((self._best_of(problem, group, e) for e in self._engines_of(group)), key=lambda pace: pace.rate)
 
     def _best_of(self, problem: PlacementProblem, group: Group, engine: EngineTuning) -> _Pace:
-        """Move the size from the engine's down until the limits hold, or up while the rate grows."""
+        """Decrease the size from the engine's until the limits hold, or increase it while the rate grows."""
 
         def at(size: int) -> _Pace:
             return self._pace(problem, group, replace(engine.shape, micro_batch=size))
@@ -306,17 +307,17 @@ class FixedPlan:
         )
 
 
-# --- traffic at given rates of replicas
+# --- traffic at given rates of the replicas
 
 
 class Traffic:
-    """The traffic of one problem, without its profiles."""
+    """The traffic of one problem, independent of its profiles."""
 
     def __init__(self, problem: PlacementProblem, moments: WorkloadMoments) -> None:
         self._problem, self._moments = problem, moments
 
     def served(self, rates: Sequence[tuple[Group, float]]) -> tuple[float, float]:
-        """Return the saturated requests/s of the unified replicas, and of the others together, by groups' rates."""
+        """Return the saturated requests/s of the unified replicas, and of all others, from the rates of the groups."""
         unified, hops = 0.0, defaultdict[tuple[str, str], float](float)
         prefill = defaultdict[tuple[str, tuple[str, ...]], float](float)
         decode = defaultdict[str, float](float)
@@ -337,7 +338,7 @@ class Traffic:
     def _links(
         self, senders: Iterable[str], receivers: Iterable[str], hops: Mapping[tuple[str, str], float]
     ) -> dict[tuple[str, str], float]:
-        """Return the requests/s whose KV the links between zones carry besides the hops of unified replicas."""
+        """Return the requests/s whose KV the links between zones can carry besides the hops of unified replicas."""
         model, moments, network = self._problem.model, self._moments, self._problem.cluster.network
         hop_bytes = (moments.mean_computed + moments.mean_output) * model.hidden * model.activation_bytes
         kv_bytes = model.prompt_kv_bytes(moments.mean_prompt)
@@ -363,7 +364,7 @@ def most_routed(
     Args:
         prefill: rate of the prefill replicas by their zone and the zones they may send to.
         decode: rate of the decode replicas by their zone.
-        links: requests/s whose KV a link carries, by its zones from and to; links within a zone are not looked up.
+        links: requests/s whose KV a link carries, by its zones from and to; links within a zone are not needed.
     """
     import networkx as nx
 
@@ -373,7 +374,7 @@ def most_routed(
         sender = ("prefill", zone, *allowed)
         graph.add_edge("source", sender, capacity=rate)
         for there in filter(decode.__contains__, allowed):
-            link = ("link", zone, there)  # which senders of several kinds in a zone share
+            link = ("link", zone, there)  # shared by all kinds of senders in a zone
             graph.add_edge(sender, link)
             limit = math.inf if there == zone else links.get((zone, there), 0.0)
             graph.add_edge(link, ("decode", there), capacity=limit)

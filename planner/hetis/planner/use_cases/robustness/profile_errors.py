@@ -1,4 +1,4 @@
-"""Profiles that are off: with changed coefficients, and what the errors that they state leave of a plan's numbers."""
+"""Profiles with errors: changed coefficients, and the range of a plan's numbers under the errors that they state."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from hetis.solver.problem import PlacementProblem
 from hetis.solver.profile import Fit, Op, Piece, Profile, Source
 from hetis.solver.workload import WorkloadMoments
 
-Factor = Callable[[str, Fit], float]  # the multiplier of a fit's times on a GPU type
+Factor = Callable[[str, Fit], float]  # the factor for a fit's times on a GPU type
 
 COEFFICIENTS = ("fixed_s", "flop_s", "byte_s", "token_s", "head_s", "wire")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Corner:
-    """A corner case: everything of one kind is off by the whole error in one direction."""
+    """A corner case: everything of one kind is off by the whole error, in one direction."""
 
     name: str
     profiles: Profiles
 
 
 def tp_sizes(plan: Plan, problem: PlacementProblem) -> frozenset[int]:
-    """Return every TP size that a plan of the problem may price, including 1 for attention workers."""
+    """Return every TP size that pricing a plan of the problem may need, including 1 for attention workers."""
     return frozenset(
         {
             1,
@@ -43,11 +43,11 @@ def tp_sizes(plan: Plan, problem: PlacementProblem) -> frozenset[int]:
 
 
 def used_fits(profiles: Profiles, model: ModelSpec, sizes: Iterable[int]) -> dict[str, Profile]:
-    """Return the profiles without fits for other models and TP sizes; the pricing of ``model`` does not change.
+    """Return the profiles without fits for other models and TP sizes, which does not change the pricing of ``model``.
 
     Attention workers compute in the precision of their primary, so fits for each precision are kept.
 
-    A fitted profile holds dozens of these, and every sample would perturb and search them all.
+    A fitted profile contains dozens of such fits, and every sample would perturb and search them all.
     """
     sizes, models = tuple(sizes), tuple(dict.fromkeys(map(model.on, profiles)))
 
@@ -61,7 +61,7 @@ def used_fits(profiles: Profiles, model: ModelSpec, sizes: Iterable[int]) -> dic
 
 
 def scaled(profiles: Profiles, factor: float, *, only: Op | None = None) -> dict[str, Profile]:
-    """Multiply all times, or those of one operator, by ``factor``."""
+    """Multiply all times, or only those of one operator, by ``factor``."""
     return scaled_by(profiles, lambda _gpu, fit: factor if only in (None, fit.op) else 1.0)
 
 
@@ -127,23 +127,25 @@ class Range:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Predicted:
-    """The plan's result if its profiles are off by their stated errors."""
+    """The plan's results if its profiles are off by their stated errors."""
 
-    rate: Range  # requests/s as the objective counts them; for cost and gpus the goodput
-    ttft_s: Range  # of the worst replica, micro-batches as planned
-    tpot_s: Range  # of the worst replica, micro-batches as planned
-    errors: Mapping[str, Mapping[str, float]]  # the assumed errors by GPU type and operator; 0.1 is 10%
-    assumed: tuple[str, ...]  # GPU types and operators (``L4 step``) that state no error and were given `UNKNOWN_ERROR`
+    rate: Range  # requests/s as counted by the objective; for cost and gpus the goodput
+    ttft_s: Range  # TTFT of the worst replica, with micro-batches as planned
+    tpot_s: Range  # TPOT of the worst replica, with micro-batches as planned
+    errors: Mapping[str, Mapping[str, float]]  # errors used, by GPU type and operator; 0.1 is 10%
+    assumed: tuple[str, ...]  # GPU types and operators (``L4 step``) without a stated error, which get `UNKNOWN_ERROR`
 
 
 def predicted(plan: Plan, problem: PlacementProblem) -> Predicted | None:
-    """Return the range that stated errors leave, or None if a GPU type in use states none of layers and attention.
+    """Return the range that stated errors leave.
 
-    Times only grow with coefficients. So the plan is priced twice: with every fit too fast by what it states, and with
-    every fit too slow (`hetis.profiler.ranges.range_factors`). The plan's result lies between the two if no fit is off
-    by more; errors of operators are weighted by their share of the time, and never cancel. The error of a fit to
-    measurements is a mean: single points are further off, but a plan's times are sums over many of them. That of a fit
-    modelled for a GPU nobody measured holds for nine in ten times of measured GPUs that are left out in turn.
+    None if a used GPU type states no error for its layers and attention.
+
+    Times grow with all coefficients. So the plan is priced twice: with every fit too fast by its stated error, and with
+    every fit too slow by it (`hetis.profiler.ranges.range_factors`). The plan's result lies between the two if no fit
+    is off by more; errors of operators are weighted by their share of the time, and never cancel. The error of a fit to
+    measurements is a mean: single points are further off, but a plan's times are sums over many of them. The error of a
+    fit modelled for a GPU without measurements covers nine in ten times of measured GPUs that are left out in turn.
     """
     if not plan.replicas:
         return None
@@ -157,7 +159,7 @@ def predicted(plan: Plan, problem: PlacementProblem) -> Predicted | None:
         return fixed.as_planned(scaled_by(profiles, lambda _gpu, fit: range_factors(fit)[end]))
 
     errors: dict[str, dict[str, float]] = {gpu: {} for gpu in profiles}
-    assumed = dict[str, None]()  # in order, without duplicates
+    assumed = dict[str, None]()  # ordered, without duplicates
     for gpu, profile in profiles.items():
         for fit in profile.fits:
             errors[gpu][fit.op.value] = max(errors[gpu].get(fit.op.value, 0.0), stated_error(fit))
@@ -196,7 +198,7 @@ _UNITS = {"kv_bytes": 1e6}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FitUse:
-    """A fit with the sizes at which a plan uses it."""
+    """A fit and the sizes at which a plan uses it."""
 
     gpu: str
     op: Op
@@ -205,7 +207,7 @@ class FitUse:
 
 
 def outside_regions(plan: Plan, problem: PlacementProblem) -> tuple[str, ...]:
-    """Return a sentence per GPU type and operator about its furthest use, with the size and the measured range."""
+    """Return a sentence per GPU type and operator about its furthest use, with that size and the measured range."""
     furthest: dict[tuple[str, Op, str], tuple[float, str]] = {}
     workload = problem.workload.clipped_to(problem.model.max_position)
     moments = workload.moments(block_tokens=problem.assumptions.block_tokens)
@@ -231,10 +233,10 @@ def outside_regions(plan: Plan, problem: PlacementProblem) -> tuple[str, ...]:
 
 def _uses(replica: ReplicaPlan, moments: WorkloadMoments, problem: PlacementProblem) -> Iterator[FitUse]:
     b, C, model = replica.micro_batch, replica.chunk_tokens, problem.model
-    decoding = b * model.step_tokens  # their tokens, drafts included
+    decoding = b * model.step_tokens  # tokens of the decoding requests, including drafts
     attended = model.attended_tokens(moments.resident_context)
     kvb = model.kv_bytes_per_token_group()
-    # The average chunk: as in docs/cost-model.md, it attends to a tokens, to half of itself on average.
+    # The average chunk, as in docs/cost-model.md: it attends to a tokens, on average including half of itself.
     a = model.attended_tokens(moments.prefill_pairs / moments.mean_computed)
     past, context = max(0.0, a - C / 2), a + C / 2
 
@@ -283,14 +285,14 @@ def _number(value: float) -> str:
     return f"{value:,.0f}" if value >= 10 else f"{value:.3g}"
 
 
-# --- notes of a plan on its profiles
+# --- notes of a plan about its profiles
 
 
 PROFILE_ERRORS = "profile_errors"  # entry of `Plan.inputs`: `predicted`, and `robustness` if requested
 
 
 def profile_notes(problem: PlacementProblem) -> tuple[str, ...]:
-    """Return notes on profiles that are not measurements of this fleet, by the fits that the model uses."""
+    """Return notes on profiles that are not measurements of this fleet, based on the fits used for the model."""
     profiles = used_fits(problem.profiles, problem.model, problem.family.tp_sizes)
     modelled = sorted(gpu for gpu, profile in profiles.items() if _is_modelled(profile))
     fitted = sorted(gpu for gpu, profile in profiles.items() if gpu not in modelled and _is_fitted(profile))
@@ -309,7 +311,7 @@ def profile_notes(problem: PlacementProblem) -> tuple[str, ...]:
 
 
 def with_profile_errors(plan: Plan, problem: PlacementProblem) -> Plan:
-    """Return the plan with the range that its profiles' errors leave, and notes on fits used out of range."""
+    """Return the plan with the range that its profiles' errors leave, and notes on fits used outside their range."""
     inputs = dict(plan.inputs)
     if (found := predicted(plan, problem)) is not None:
         inputs[PROFILE_ERRORS] = {"predicted": json_value(found)}
@@ -317,7 +319,7 @@ def with_profile_errors(plan: Plan, problem: PlacementProblem) -> Plan:
 
 
 def predicted_of(plan: Plan) -> Predicted | None:
-    """Return what `with_profile_errors` wrote, or None if there is nothing readable."""
+    """Return what `with_profile_errors` stored, or None if that is missing or unreadable."""
     found = _mapping(_mapping(plan.inputs.get(PROFILE_ERRORS)).get("predicted"))
     rate, ttft_s, tpot_s = (_range(found.get(name)) for name in ("rate", "ttft_s", "tpot_s"))
     if rate is None or ttft_s is None or tpot_s is None:
@@ -341,7 +343,7 @@ def _mapping(value: Any) -> Mapping[str, Any]:
 
 
 def _is_modelled(profile: Profile) -> bool:
-    """Return whether a computing operator is modelled."""
+    """Return whether any computing operator is modelled."""
     return any(fit.op in COMPUTE and _modelled(fit) for fit in profile.fits)
 
 

@@ -1,6 +1,6 @@
-"""A plan's results when every coefficient of its profiles is off: the spread, the runner-up, the regret.
+"""A plan's results when every coefficient of its profiles is off: the spread, the runner-up, and the regret.
 
-All of it is priced by `FixedPlan`, with fixed GPUs, layers and head groups. *As planned* keeps micro-batches and
+Everything is priced by `FixedPlan`, with fixed GPUs, layers and head groups. *As planned* keeps micro-batches and
 chunks, so limits may be missed; *within limits* chooses engine settings again, which needs no new plan.
 """
 
@@ -31,40 +31,41 @@ from hetis.solver.problem import Family, PlacementProblem
 # --- alternative plans
 
 
-Search = Callable[[PlacementProblem, str, Budget], Plan]  # problem, strategy, budget
+Search = Callable[[PlacementProblem, str, Budget], Plan]  # arguments: problem, strategy, budget
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunnerUpPlan:
-    """The best other plan found, judged by the unchanged profiles; it is not proven to be the second best.
+    """The best other plan found under the unchanged profiles; it is not proven to be the second best.
 
-    Candidates are the plans of searches under perturbed profiles (what somebody with slightly other numbers would have
-    chosen) and of families that lack something the plan has (attention workers; disaggregated prefill and decode; mixed
-    GPU types; one of its TP sizes), if their replicas differ in more than micro-batches and chunks. Plans are compared
+    Candidates are the plans of searches under perturbed profiles (which a user with slightly different numbers would
+    have chosen) and of families that lack something the plan has (attention workers; disaggregated prefill and decode;
+    mixed GPU types; one of its TP sizes), if their replicas differ in more than micro-batches and chunks. Plans are
+    compared
     within limits: `FixedPlan.within_limits`.
     """
 
-    replicas: Mapping[str, int]  # shapes in words, with the number of each
-    rate: float  # by the unchanged profiles, requests/s
+    replicas: Mapping[str, int]  # number of replicas by shape in words
+    rate: float  # under the unchanged profiles, in requests/s
     better: float  # share of the samples in which it beats the plan
-    mean_gain: float  # its mean gain in these, as a share of the plan's rate
-    most_gain: float  # its highest gain
+    mean_gain: float  # mean gain in these samples, as a share of the plan's rate
+    most_gain: float  # highest gain
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Regret:
-    """The regret: the share of the best rate that the plan loses for lack of the right coefficients."""
+    """The regret: the share of the best rate that the plan loses because the right coefficients were unknown."""
 
     searches: int  # number of perturbed profiles under which the search was repeated
-    other_replicas: int  # how many of these searches chose other replicas than the plan has
-    mean: float  # compared with the better of the plan and what was found
-    worst: float  # compared with the better of the plan and what was found
-    bound: float  # the worst that is possible, by the bounds that the searches proved
+    other_replicas: int  # number of these searches that chose replicas other than the plan's
+    mean: float  # mean, compared with the better of the plan and the search's result
+    worst: float  # worst, compared with the better of the plan and the search's result
+    bound: float  # the worst possible regret, by the bounds that the searches proved
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Alternative:
-    """A plan found under other ``profiles`` or, if None, in a smaller family."""
+    """A plan found under other ``profiles`` or, if these are None, in a smaller family."""
 
     profiles: Profiles | None
     plan: Plan
@@ -99,7 +100,7 @@ def smaller_families(plan: Plan, family: Family) -> Iterator[tuple[Family, str]]
         len({stage.gpu for stage in replica.stages} | {pool.gpu for pool in replica.attention_workers}) > 1
         for replica in plan.replicas
     ):
-        yield family, "uniform"  # the only strategy without mixed types
+        yield family, "uniform"  # the only strategy without mixed GPU types
     for tp in sorted({stage.tp * replica.attention_dp for replica in plan.replicas for stage in replica.stages}):
         if rest := tuple(size for size in family.tp_sizes if size != tp):
             yield replace(family, tp_sizes=rest), plan.strategy
@@ -115,8 +116,8 @@ def runner_up(
 ) -> RunnerUpPlan | None:
     """Return the best of ``found`` with other replicas, or None.
 
-    ``reached`` is the plan's result under each of the samples, with engine settings near those that are best ``around``
-    them.
+    ``reached`` is the plan's performance under each of the samples, with engine settings near those that are best
+    ``around`` them.
     """
     others = {tuple(a.fixed.structure.items()): a.fixed for a in found if a.fixed.structure != chosen.structure}
     if not others:
@@ -140,7 +141,7 @@ def runner_up(
 
 
 def regret(found: Sequence[Alternative], chosen: FixedPlan) -> Regret | None:
-    """Return the regret compared with searches under perturbed profiles, or None if there are none."""
+    """Return the regret compared with the searches under perturbed profiles, or None if there are none."""
     losses, bounds, others = [], [], 0
     for one in found:
         if one.profiles is None:
@@ -165,14 +166,14 @@ def regret(found: Sequence[Alternative], chosen: FixedPlan) -> Regret | None:
 
 
 SAMPLES = 200
-SMALL_FLEET = 64  # GPUs; up to this size a search takes about a second
+SMALL_FLEET = 64  # GPUs up to which a search takes about a second
 SEARCHES, SEARCHES_OF_LARGE = 12, 4
 GAP, GAP_OF_LARGE = 0.001, 0.005
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Spread:
-    """A quantity over the samples; ``worst`` includes the corner cases. Low rates and high latencies are bad."""
+    """A quantity over the samples; ``worst`` includes the corner cases. Bad means low rates and high latencies."""
 
     planned: float
     p5: float
@@ -194,16 +195,16 @@ class CornerResult:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Robustness:
-    """The result of a study; rates in requests/s as the objective counts them, latencies in seconds."""
+    """The result of a study; rates are in requests/s as counted by the objective, latencies in seconds."""
 
-    error: float  # every coefficient was off by up to this share
-    samples: int  # number of random draws from ``seed``
+    error: float  # share by which every coefficient was off at most
+    samples: int  # number of random draws, generated from ``seed``
     seed: int
-    rate: Spread  # as planned
-    ttft_s: Spread  # as planned
-    tpot_s: Spread  # as planned
+    rate: Spread  # rate as planned
+    ttft_s: Spread  # TTFT as planned
+    tpot_s: Spread  # TPOT as planned
     missed: float  # share of the samples in which a latency limit is missed as planned
-    rate_within: Spread  # with engine settings chosen again so that limits hold; ``worst`` over the samples only
+    rate_within: Spread  # rate with engine settings chosen again to hold the limits; ``worst`` is over the samples only
     # Share of the samples in which the demanded rate is not reached within limits; None without a demand
     short: float | None
     corners: tuple[CornerResult, ...]  # the corner cases, as planned
@@ -228,8 +229,8 @@ def study(
     """Price a valid plan with replicas under ``samples`` perturbed profiles, and repeat the search under a few of them.
 
     Args:
-        error: 0.2 is 20%; below 1.
-        budget: when it ends or is cancelled, the study returns what it has.
+        error: the error, below 1; 0.2 is 20%.
+        budget: once it is spent or cancelled, the study returns the results so far.
         search: repeats the search; None: `default_search`.
         searches: number of perturbed profiles to search under; None: `SEARCHES`, or fewer for a large fleet.
     """
@@ -284,7 +285,7 @@ def study(
 
 
 def default_search(seed: int, *, threads: int = 1, gap_target: float = GAP) -> Search:
-    """Return `solve_placement` as a search that gets the rest of the budget."""
+    """Return `solve_placement` as a search that uses the rest of the budget."""
     from hetis.solver.planning import solve_placement
 
     def search(problem: PlacementProblem, strategy: str, budget: Budget) -> Plan:
@@ -297,7 +298,7 @@ def default_search(seed: int, *, threads: int = 1, gap_target: float = GAP) -> S
 
 
 def _alternating(drawn: Sequence[Profiles], edges: Sequence[Corner], count: int) -> list[Profiles]:
-    """Return random draws and corner cases in alternation, so that a truncated search has seen both."""
+    """Return random draws and corner cases in alternation, so that even a truncated search has seen both."""
     pairs = zip_longest(drawn, (corner.profiles for corner in edges))
     return list(islice((one for one in chain.from_iterable(pairs) if one is not None), count))
 

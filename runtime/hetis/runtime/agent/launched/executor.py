@@ -2,8 +2,8 @@
 
     assigned -> waits for its GPUs -> LOADING -> LOADED, SERVING -> withdrawn -> requests end -> stopped -> GPUs free
 
-An engine that ends, or falls silent, is LOADING again while it is started again; one that is given up is FAILED, with
-the last lines of its log. With the agent its engines end, too; the next agent starts them anew, after what was left.
+An engine that exits or stops answering is LOADING while it is restarted; one that is given up is FAILED, with the last
+lines of its log. When the agent ends, its engines end, too; the next agent ends any that are left and starts them anew.
 """
 
 from __future__ import annotations
@@ -42,18 +42,18 @@ from hetis.v1.failure_pb2 import ErrorReason
 from hetis.v1.replica_pb2 import Assignment, AssignmentGoal
 from hetis.v1.report_pb2 import AssignmentState, ReplicaReport
 
-ASK_S = 5.0  # for an answer
+ASK_S = 5.0  # time limit for an answer
 _MOST_BYTES = 1 << 20
 _KEY_NEEDED = (http.HTTPStatus.UNAUTHORIZED, http.HTTPStatus.FORBIDDEN)
 _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # no proxy: an engine is on this node
-LOOK_S, LOADING_LOOK_S, DRAIN_LOOK_S = 2.0, 0.5, 0.2  # between two questions to an engine
-_KILL_S = 5.0  # for processes that are killed to be gone
+LOOK_S, LOADING_LOOK_S, DRAIN_LOOK_S = 2.0, 0.5, 0.2  # interval between polls of an engine
+_KILL_S = 5.0  # how long killed processes may take to be gone
 _KEY_VARIABLE = "VLLM_API_KEY"
 _log = logging.getLogger(__name__)
 
 
 class Front:
-    """Questions to the front at an address. All of them block, for ``ASK_S`` or little more."""
+    """Blocking requests to the front end at an address, each for ``ASK_S`` or little more."""
 
     def __init__(self, endpoint: str, *, api_key: str = "") -> None:
         self._url = f"http://{endpoint}"
@@ -72,11 +72,11 @@ class Front:
             return False
 
     def news(self, before: EngineNews, now_s: float) -> EngineNews:
-        """Return what its metrics say now, given the earlier news."""
+        """Return the news after a new scrape of its metrics, given the earlier news."""
         return before.after(scrape(f"{self._url}/metrics", timeout_s=ASK_S), now_s)
 
     def _get(self, path: str) -> tuple[int, bytes]:
-        """Return status and body; the status is 0 if nobody answers."""
+        """Return status and body; the status is 0 if there is no answer."""
         headers = {"Authorization": f"Bearer {self._api_key}"} if self._api_key else {}
         try:
             with _OPENER.open(urllib.request.Request(self._url + path, headers=headers), timeout=ASK_S) as answer:
@@ -89,7 +89,7 @@ class Front:
 
 
 def num_at_work(news: EngineNews) -> int | None:
-    """Return how many requests run or wait, or None if the last scrape failed or the engine does not say."""
+    """Return how many requests run or wait, or None if the last scrape failed or the engine does not report it."""
     if news.state is not ScrapeState.READ:
         return None
     counts = [count for one in news.readings.values() for count in (one.num_running, one.num_waiting)]
@@ -114,18 +114,18 @@ class LaunchExecutor:
         self._cleared.add_done_callback(self._begin)
         self._is_closing = False
 
-    # --- what the agent asks
+    # --- the agent's calls
 
     async def call(
         self, request: EngineRequest, progressed: Callable[[CopyMovesResponse], None] = lambda response: None
     ) -> EngineResponse:
         """Apply an assignment, or withdraw a replica; see ``executor_service.proto``. No heads move in these engines.
-        Raises RefusedError: STALE_EPOCH, GENERATION_MISMATCH, or ENGINE_CANNOT with all the reasons. Nothing changed.
+        Raises RefusedError: STALE_EPOCH, GENERATION_MISMATCH, or ENGINE_CANNOT with all the reasons; nothing changed.
         """
         match request:
             case ApplyAssignmentRequest():
                 return self._apply_assignment(request)
-            case AbortMovesRequest():  # nothing of a change is ever held here, so it is aborted already
+            case AbortMovesRequest():  # no change is ever held here, so it is aborted already
                 return AbortMovesResponse(outcome=ChangeOutcome.CHANGE_OUTCOME_ABORTED)
         message = f"{self._settings.engine} was started by the agent, which moves no heads in it"
         raise refusal(ErrorReason.ERROR_REASON_ENGINE_CANNOT, message, engine=self._settings.engine)
@@ -232,9 +232,9 @@ class LaunchedReplica:
     """A replica on this node: its processes and the assignment.
 
     Attributes:
-        part: what of the replica runs on this node, and where it is reached; another part is another `LaunchedReplica`.
-        generation: of the last assignment, which reports repeat; 0 before the first. An earlier one is refused.
-        news: the latest of its front's metrics.
+        part: the processes of the replica on this node, and its endpoint; another part is another `LaunchedReplica`.
+        generation: that of the last assignment, repeated in reports; 0 before the first. An earlier one is refused.
+        news: the latest news from the metrics of its front end.
     """
 
     def __init__(
@@ -253,7 +253,7 @@ class LaunchedReplica:
         loop, self._heard = asyncio.get_running_loop(), asyncio.Event()
 
         def told() -> None:
-            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nothing waits any more
                 loop.call_soon_threadsafe(self._heard.set)
 
         self._processes = NodeProcesses(
@@ -269,7 +269,7 @@ class LaunchedReplica:
         self._front = Front(part.endpoint, api_key=key) if part.endpoint else None
         self._goal = AssignmentGoal.ASSIGNMENT_GOAL_UNSPECIFIED
         self._drains_since_s = 0.0
-        self._ready_life = 0  # of the front, in which it served
+        self._ready_life = 0  # life of the front end in which it last served
         self._is_primary = self._has_served = self.has_begun = False
 
     def assign(self, assignment: Assignment, generation: int, now_s: float) -> None:
@@ -297,7 +297,7 @@ class LaunchedReplica:
         if self._processes.has_failed:
             return AssignmentState.ASSIGNMENT_STATE_FAILED
         if not self.is_ready:
-            # What does not serve has no requests that could end.
+            # A replica that does not serve has no requests to drain.
             return AssignmentState.ASSIGNMENT_STATE_STOPPED if drains else AssignmentState.ASSIGNMENT_STATE_LOADING
         if self._goal == AssignmentGoal.ASSIGNMENT_GOAL_LOAD:
             return AssignmentState.ASSIGNMENT_STATE_LOADED
@@ -313,7 +313,7 @@ class LaunchedReplica:
         report.assignment_state, report.generation = self.state(now_s), self.generation
         report.is_primary, report.endpoint = self._is_primary, self.part.endpoint
         has_failed = report.assignment_state == AssignmentState.ASSIGNMENT_STATE_FAILED
-        # The planner gives up a replica that fails before it has ever served: it hears of that once we give up, too.
+        # The planner gives up a replica that fails before it has ever served, so that is reported only once we give up.
         if has_failed or (self._has_served and not self.is_ready):
             report.failure.CopyFrom(unreachable(self._processes.failure or f"{self.name} does not answer"))
         return report
@@ -351,7 +351,7 @@ class LaunchedReplica:
         self._processes.stop()
 
     def join(self, seconds: float) -> None:
-        """Block until the processes are gone, for at most so long."""
+        """Block until the processes are gone, for at most ``seconds``."""
         self._processes.join(seconds)
 
     async def _look(self, front: Front, life: int) -> None:

@@ -1,5 +1,5 @@
-"""A node's part of a replica: `hetis.engines` turns the planner's assignment into the processes that run here, as the
-settings of ``--engine launch:FILE`` say.
+"""A node's part of a replica: `hetis.engines` turns the planner's assignment into the processes that run here, with the
+settings of ``--engine launch:FILE``.
 
     apiVersion: hetis/v1
     kind: EngineSettings
@@ -48,8 +48,8 @@ from hetis.v1.failure_pb2 import ErrorReason
 from hetis.v1.replica_pb2 import Assignment, ReplicaRole
 from hetis.v1.replica_pb2 import ReplicaPlan as ReplicaMessage
 
-MASTER_STEP = 20  # ports of a replica on several nodes: SGLang takes those that follow its own for its processes
-_MOST_GPUS = 64  # of a node, as far as ports are concerned
+MASTER_STEP = 20  # ports per GPU of a replica on several nodes: SGLang takes those after its own for its processes
+_MOST_GPUS = 64  # GPUs per node for which the port ranges have room
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 Port = Annotated[int, Field(ge=1, le=65_535 - _MOST_GPUS)]
 _ROLES = {ReplicaRole.REPLICA_ROLE_PREFILL: Role.PREFILL, ReplicaRole.REPLICA_ROLE_DECODE: Role.DECODE}
@@ -60,7 +60,7 @@ def _words(value: object) -> object:
 
 
 def _template(*names: str, said: str) -> AfterValidator:
-    """Return a check that a text has no braces but those of ``names``; ``said`` says what these are."""
+    """Return a validator of texts whose only placeholders are ``names``, which ``said`` describes in its message."""
 
     def check(value: str) -> str:
         try:
@@ -74,7 +74,7 @@ def _template(*names: str, said: str) -> AfterValidator:
 
 
 def _valid(is_valid: Callable[[str], object], said: str) -> AfterValidator:
-    """Return a check of a text; ``said`` says what a wrong one is not."""
+    """Return a validator of texts; ``said`` completes its message ``... is no ...``."""
 
     def check(value: str) -> str:
         if not is_valid(value):
@@ -99,42 +99,43 @@ class EngineSettingsDocument(Document):
     """The settings of engines that a node's agent starts."""
 
     kind: Literal["EngineSettings"]
-    engine: Literal["vllm", "vllm-hetis", "sglang"]  # that serves them
-    # That starts the engine, as words or as a shell has it. Empty: as its makers have it.
+    engine: Literal["vllm", "vllm-hetis", "sglang"]
+    # Command that starts the engine, as a list of words or a shell command line. Empty: the engine's own.
     program: Annotated[list[str], BeforeValidator(_words)] = Field(default_factory=list)
     # Folder of the model, or a name that the engine knows; ``{name}`` is the model's name in the plan and ``{weights}``
     # the precision of the replica's weights
     model: Checkpoint
-    served_name: Named = "{name}"  # what clients call it
+    served_name: Named = "{name}"  # model name that clients use
     device: Literal["cuda", "cpu"] = "cuda"  # ``cpu`` to try a plan without GPUs
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"  # type of the model and its KV
-    # Told to replicas that only prefill or only decode, in place of the one that runs on all GPUs that exchange KV
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"  # dtype of the model and its KV
+    # Attention backend of replicas that only prefill or only decode, in place of the one that runs on all GPUs that
+    # exchange KV
     attention_backend: Backend = ""
-    # Further ones of the engine, as they stand
+    # Further options of the engine, passed unchanged
     options: Annotated[list[str], BeforeValidator(_words)] = Field(default_factory=list)
-    environment: dict[Variable, str] = Field(default_factory=dict)  # further variables of the engine
-    # Of nodes, where the others and clients reach them. A node that is not here is reached where its agent says, or
-    # else by its own name.
+    environment: dict[Variable, str] = Field(default_factory=dict)  # further environment variables of the engine
+    # Hosts at which other nodes and clients reach each node. A node that is not listed is reached at the address that
+    # its agent reports, or else by its own name.
     addresses: dict[str, Host] = Field(default_factory=dict)
-    port: Port = 8000  # of the front of a replica whose first GPU is 0; that of a replica on GPU i is i higher
-    # master_port, kv_port: likewise, where stages on several nodes meet (20 higher for each i), and where a prefill
-    # replica is asked for KV
+    port: Port = 8000  # port of the front end of a replica whose first GPU is 0; with first GPU i, it is i higher
+    # master_port, kv_port: likewise, the ports where stages on several nodes meet (20 higher for each i), and where a
+    # prefill replica serves its KV
     master_port: Annotated[int, Field(ge=1, le=65_535 - _MOST_GPUS * MASTER_STEP)] = MASTER_PORT
     kv_port: Port = KV_PORT
-    worker_port: Port = WORKER_PORT  # of a replica's first attention worker on a node; others have the next ones
-    # Of vLLM and its attention workers. None: drawn, where all of a replica is on one node.
+    worker_port: Port = WORKER_PORT  # port of a replica's first attention worker on a node; others have the next ones
+    # Key file of vLLM and its attention workers. None: a key is generated if the whole replica is on one node.
     key_file: str | None = None
     folder: str | None = None  # for logs and files of the engine. None: `engines` in the agent's state directory.
-    # KV room in tokens in place of the plan's, for smaller machines
+    # KV capacity in tokens in place of the plan's, for smaller machines
     kv_tokens: Annotated[int, Field(ge=1)] | None = None
-    # An engine that does not answer so long after its start is killed, and started again
+    # An engine that has not answered this long after its start is killed and started again
     ready_timeout: Annotated[Duration, Field(ge=1, le=86_400)] = 900.0
-    # An engine that has answered, and does not any more for so long, likewise
+    # An engine that has answered, and then stops answering for this long, is killed and started again, too
     silence_timeout: Annotated[Duration, Field(ge=1, le=3600)] = 60.0
-    # After being told to drain, a replica says that it takes nothing new only so much later: routers go on sending
-    # requests until they have heard
+    # Once assigned to drain, a replica reports only this much later that it takes no new requests: routers keep sending
+    # them until they have learnt of it
     router_delay: Annotated[Duration, Field(ge=0, le=3600)] = 5.0
-    # How long requests that run may take until the engine is stopped
+    # How long running requests may take to end before the engine is stopped
     drain_timeout: Annotated[Duration, Field(ge=0, le=3600)] = 120.0
 
     @property
@@ -143,12 +144,12 @@ class EngineSettingsDocument(Document):
 
     @property
     def words(self) -> tuple[str, ...]:
-        """The program that is the engine."""
+        """The words that start the engine."""
         return tuple(self.program) or program_of(self.served_by)
 
 
 def load_settings(path: Path) -> EngineSettingsDocument:
-    """Read the settings in a file. Raises DocumentError with every problem, where it stands."""
+    """Read the settings in a file. Raises DocumentError with every problem and its position."""
     data, source = read_data(path)
     return validated(EngineSettingsDocument, data, source, to_value=lambda settings: settings, check=_contradictions)
 
@@ -158,7 +159,7 @@ def _contradictions(data: Mapping[str, Any]) -> Iterator[tuple[tuple[str | int, 
     try:
         words = _words(data.get("options"))
     except ValueError:
-        return  # it is said already that these are no words
+        return  # it has already been reported that the text cannot be split into words
     if isinstance(words, list) and all(isinstance(word, str) for word in words):
         for name in sorted(decided_in(words)):
             yield ("options",), f"{name} is no option to give the engine: the plan or these settings decide it"
@@ -170,21 +171,21 @@ def _contradictions(data: Mapping[str, Any]) -> Iterator[tuple[tuple[str | int, 
 class LaunchedPart:
     """The processes of a replica on one node."""
 
-    commands: tuple[Command, ...]  # how each is started, the front first where it is here
-    gpus: frozenset[int]  # of this node, that they use
-    ranks: tuple[int, ...]  # those of them that compute the model's layers
+    commands: tuple[Command, ...]  # how each process is started, the front end first if it is here
+    gpus: frozenset[int]  # indices of the GPUs that they use on this node
+    ranks: tuple[int, ...]  # the GPUs among these that compute the model's layers
     endpoint: str  # ``host:port`` where clients reach the replica. Empty: its front is on another node.
-    is_whole: bool  # no process of the replica is elsewhere
-    folder: Path  # for its files and logs
+    is_whole: bool  # whether no process of the replica is on another node
+    folder: Path  # folder for its files and logs
 
 
 def part_of(assignment: Assignment, settings: EngineSettingsDocument, *, node: str, folder: Path) -> LaunchedPart:
     """Return the part of a replica on a node.
 
-    Ports follow from the replica's first GPU: no two replicas of a node have one in common, so that all nodes know the
-    ports without asking each other, also those of a replica that starts while another one stops. Raises RefusedError:
-    ENGINE_CANNOT; the engine cannot run the replica so, with all the reasons. ``node``: id of this node, as devices
-    have it before the slash; ``folder``: for files of all replicas.
+    Ports follow from the replica's first GPU, so no two replicas of a node share one, and every node knows them without
+    asking the others, even while one replica starts and another one stops. Raises RefusedError (ENGINE_CANNOT) with all
+    the reasons if the engine cannot run the replica like this. ``node``: id of this node, the part of a device's name
+    before the slash; ``folder``: where the files of all replicas are.
     """
     try:
         planned = json.loads(assignment.model.content)
@@ -237,9 +238,10 @@ def part_of(assignment: Assignment, settings: EngineSettingsDocument, *, node: s
 def _model_of(
     planned: Mapping[str, Any], replica: ReplicaPlan, settings: EngineSettingsDocument
 ) -> tuple[ModelSpec, str, str]:
-    """Return the served model in the replica's precision, its folder or its name for the engine, and stated KV.
+    """Return the served model in the replica's precision, its folder or its name for the engine, and the quantised KV
+    that its checkpoint states.
 
-    Its shape is that of the folder if that exists, with KV in the plan's precision.
+    The model's shape is that of the folder if it exists, with KV in the plan's precision.
     """
     document = from_data(planned, name="model")
     if not isinstance(document, ModelSpec):

@@ -1,7 +1,7 @@
 """The processes of a replica on this node: a thread starts them, keeps their logs and restarts them.
 
-What is started when is `hetis.runtime.launch.processes`'s to decide, as for ``hetis-launch``. Every process leads a
-session of its own, which is noted in a file: the next agent finds and ends what one that was killed has left behind.
+`hetis.runtime.launch.processes` decides what is started when, as for ``hetis-launch``. Every process leads a session of
+its own, which is recorded in a file: the next agent finds and ends what a killed one has left behind.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from hetis.runtime.agent.disk import machine_boot_id
 from hetis.runtime.agent.launched.parts import LaunchedPart
 from hetis.runtime.launch.processes import FAILED, Running, Started, StopRequests, prepare, start, supervise
 
-OLD_LOGS = 3  # of earlier starts, beside the present one
-_TAIL_LINES, _TAIL_BYTES = 15, 1500  # of a log, in the message of a failure
+OLD_LOGS = 3  # logs of earlier starts that are kept besides the current one
+_TAIL_LINES, _TAIL_BYTES = 15, 1500  # limits on the end of a log that is quoted in the message of a failure
 _LOOK_S = 0.1
 _log = logging.getLogger(__name__)
 
@@ -36,10 +36,10 @@ class NodeProcesses:
 
     Args:
         part: what to run.
-        sessions: folder where running processes are noted.
-        ready_s, silence_s: after so long without its first, or its next answer, the front is killed.
-        told: is called, in the thread, when a process has started or ended.
-        clock: seconds that only grow.
+        sessions: folder where running processes are recorded.
+        ready_s, silence_s: time limits for the first answer of the front end, and for any later one; then it is killed.
+        told: called in the thread when a process has started or ended.
+        clock: monotonic seconds.
     """
 
     def __init__(
@@ -61,12 +61,12 @@ class NodeProcesses:
         kinds = {command.process.name: command.process.kind for command in part.commands}
         self._front = next((name for name, kind in kinds.items() if kind is ProcessKind.SERVER), "")
         self._running: set[str] = set()
-        self._lives = 0  # of the front
+        self._lives = 0  # number of starts of the front end
         self._is_ready = False
-        self._waits_since_s: float | None = None  # for an answer of the front
+        self._waits_since_s: float | None = None  # since when an answer of the front end is missing. None: it is not.
         self._failure = ""
         self._outcome: int | None = None
-        # A daemon: an agent that ends without having stopped it must not wait for it. Then the kernel ends processes.
+        # A daemon: an agent that ends without stopping it must not wait for it. The kernel then ends the processes.
         self._thread = threading.Thread(target=self._run, name=f"engine {name}", daemon=True)
 
     def start(self) -> None:
@@ -78,7 +78,7 @@ class NodeProcesses:
         self._stop.tell()
 
     def join(self, seconds: float) -> None:
-        """Block until nothing runs any more, for at most so long."""
+        """Block until nothing runs any more, for at most ``seconds``."""
         if self._thread.ident is not None:
             self._thread.join(seconds)
 
@@ -94,7 +94,7 @@ class NodeProcesses:
 
     @property
     def failure(self) -> str:
-        """The last end of a process in words, with the last lines of its log; empty if none has."""
+        """How a process last ended, with the last lines of its log; empty if none has."""
         with self._lock:
             return self._failure
 
@@ -116,7 +116,7 @@ class NodeProcesses:
                 self._is_ready, self._waits_since_s = True, None
 
     def was_silent(self, life: int) -> None:
-        """Record a question that the front end left unanswered in this life."""
+        """Record a request that the front end left unanswered in this life."""
         with self._lock:
             if life == self._lives and self._waits_since_s is None:
                 self._waits_since_s = self._clock()
@@ -237,12 +237,12 @@ def tail(log: Path) -> str:
     return "\n".join(text.splitlines()[-_TAIL_LINES:])
 
 
-# --- what an agent that was killed has left behind
+# --- what a killed agent has left behind
 
 
 def end_leftovers(sessions: Path, *, patience_s: float) -> list[int]:
-    """End the processes that an earlier agent started, and return the leaders of the sessions still there. Blocks.
-    The kernel has told them to end when the agent did; leaders have ``patience_s`` for that before they are killed.
+    """End the processes that an earlier agent has left behind, and return the leaders of their sessions. Blocks. The
+    kernel has signalled them to end when the agent did; leaders have ``patience_s`` for that before they are killed.
     """
     noted = {int(file.name): file for file in sessions.glob("*") if file.name.isdecimal()}
     left = {leader: file for leader, file in noted.items() if _members(leader, file)}
@@ -252,7 +252,7 @@ def end_leftovers(sessions: Path, *, patience_s: float) -> list[int]:
     deadline_s = time.monotonic() + patience_s
     while there := {leader: found for leader, file in left.items() if (found := _members(leader, file))}:
         for leader, members in there.items():
-            # What has lost its leader does nothing useful any more, and may keep a GPU or a port.
+            # A process that has lost its leader does nothing useful any more, and may keep a GPU or a port.
             if leader not in members or time.monotonic() >= deadline_s:
                 for member in members:
                     _kill(member, signal.SIGKILL)

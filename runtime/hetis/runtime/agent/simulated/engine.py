@@ -23,7 +23,7 @@ from hetis.v1.head_map_pb2 import Move
 from hetis.v1.replica_pb2 import Assignment, AssignmentGoal, ReplicaRole
 from hetis.v1.report_pb2 import AssignmentState, DeviceReport, DeviceStatus, ReplicaReport
 
-DEFAULT_LINK_BYTES_PER_S = 10e9  # if neither the stage nor the move says how long a copy takes
+DEFAULT_LINK_BYTES_PER_S = 10e9  # used if neither the stage nor the move states how long a copy takes
 
 
 class HeadMapAuthority(MoveAuthority):
@@ -74,7 +74,7 @@ class HeadMapAuthority(MoveAuthority):
         return self.primary.num_steps + 1
 
     def link_byte_s(self, change: EngineChange, move: Move) -> float:
-        """Return the seconds per byte of the slower of a move's two links, or 0 if the stage does not say."""
+        """Return the seconds per byte of the slower of a move's two links, or 0 if the stage does not state it."""
         stage = self.primary.stages.get((change.change.stage, change.change.copy))
         ends = (move.source, move.target)
         links = [device.link_byte_s for device in stage.model.devices if device.name in ends] if stage else []
@@ -103,7 +103,7 @@ class HeadMapAuthority(MoveAuthority):
         return None if needed <= free else no_room(move, needed_blocks=needed, free_blocks=free)
 
     def stranded(self, change: Change, moves: Sequence[Move]) -> list[tuple[Move, Failure]]:
-        """Return the moves that leave a request uneven on the primary, which takes several head groups at a time."""
+        """Return the moves that would leave the primary with part of a set of head groups that it takes together."""
         stage = self._stage(change)
         text, primary = f"the primary takes {stage.primary_groups} head groups at a time", stage.model.devices[0].name
         why = failure_of(ErrorReason.ERROR_REASON_DEVICE_UNAVAILABLE, text, device=primary)
@@ -125,17 +125,17 @@ class HeadMapAuthority(MoveAuthority):
 class _Held(TakenReplica):
     """A replica in the engine."""
 
-    loaded_s: float  # when its weights are loaded
-    primary: PrimaryRun | None  # its requests and head maps, at the engine that runs them. None elsewhere.
+    loaded_s: float  # time at which the weights are loaded
+    primary: PrimaryRun | None  # requests and head maps, at the engine that runs them. None elsewhere.
     # The latest report on it from the primary's engine. None: no report yet, or this is that engine.
     authority: ReplicaReport | None = None
 
 
 class SimulatedEngine(SteeredEngine[_Held]):
-    """The engine of a ``node``, the part of ``node/index`` before the slash.
+    """The engine of one node. ``node``: the part of ``node/index`` before the slash.
 
-    Equal seeds and equal calls make equal runs. ``admission`` decides where new requests go; ``engine_id`` is that of
-    this run, a new UUID unless given.
+    Equal seeds and equal calls make equal runs. ``admission`` decides where new requests go; ``engine_id`` identifies
+    this run, by a new UUID unless given.
     """
 
     def __init__(
@@ -236,7 +236,7 @@ class SimulatedEngine(SteeredEngine[_Held]):
             return
         held.authority = next((said for said in report.replicas if said.replica == replica), None)
         generation = held.authority.generation if held.authority is not None else 0
-        # A change that was given up before the primary's engine heard of it has no replica there.
+        # A change that was aborted before the primary's engine received it has no replica there.
         held.changes.hear((status for status in report.changes if status.replica in (replica, "")), generation)
 
     # --- time
@@ -266,7 +266,7 @@ class SimulatedEngine(SteeredEngine[_Held]):
         times = [held.primary.next_boundary_s() for held in self._held.values() if held.primary is not None]
         return min(times, default=float("inf"))
 
-    # --- telling
+    # --- reports
 
     def report(self, now_s: float) -> WatchReportsResponse:
         return WatchReportsResponse(
@@ -328,7 +328,7 @@ class TimedCopies:
 
     def __init__(self, authority: HeadMapAuthority | None) -> None:
         self._authority = authority
-        self._seconds: dict[str, float] = {}  # of open changes
+        self._seconds: dict[str, float] = {}  # seconds that the copies of each open change take, by id
 
     def plan(self, change: EngineChange, moves: Sequence[Move]) -> None:
         change.copy_bytes = int(sum(move.kv_bytes for move in moves))

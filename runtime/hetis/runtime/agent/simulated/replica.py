@@ -1,7 +1,7 @@
 """A simulated replica at the engine of its primary: arrivals, admission, decode steps, growth, preemption.
 
-A `StageRun` is one copy of a stage: the owners of head groups, and the KV blocks in use. A person controls the replica
-while it runs, in one small YAML or JSON file.
+A `StageRun` is one copy of a stage: the owners of head groups, and the KV blocks in use. A replica is controlled while
+it runs by one small YAML or JSON file.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _log = logging.getLogger(__name__)
 
 
 Amount = Annotated[float, Field(ge=0)]
-IDLE_S = 0.01  # between two checks for arrivals when nothing runs
+IDLE_S = 0.01  # interval between checks for arrivals when nothing runs
 MOST_CATCH_UP_S = 1.0  # an engine that was suspended catches up at most this much
 REMEMBERED = 64  # first tokens and outputs over which means are taken
 MOST_WAITING = 10_000
@@ -48,11 +48,11 @@ class SimulatedRequest:
 
     id: str  # unique in its replica
     context_tokens: int  # tokens that a decode step attends to
-    remaining_tokens: int  # still to be generated
-    arrived_s: float  # when it arrived
-    incarnation: int = 0  # how often it lost its KV
+    remaining_tokens: int  # tokens still to be generated
+    arrived_s: float
+    incarnation: int = 0  # number of times that the request lost its KV
     copies: tuple[int, ...] = ()  # the copy of each stage that it runs on. Empty while it waits.
-    begun_s: float | None = None  # when it got its first token. None: not yet.
+    begun_s: float | None = None  # time of the first token. None: not yet.
     made_tokens: int = 0  # output tokens so far
 
 
@@ -60,13 +60,13 @@ class SimulatedRequest:
 class StageRun:
     """The head map of one copy of one stage, at the engine that owns it."""
 
-    model: StageModel  # its devices and the cost of attention on them
+    model: StageModel  # devices of the stage and the cost of attention on them
     # The device of each head group, for every running request
     owners: dict[str, list[int]] = field(default_factory=dict)
     requests: dict[str, SimulatedRequest] = field(default_factory=dict)  # the running requests
-    status: list[DeviceStatus.ValueType] = field(default_factory=list)  # of every device
+    status: list[DeviceStatus.ValueType] = field(default_factory=list)  # status of every device
     reserved: dict[str, list[Move]] = field(default_factory=dict)  # moves that hold blocks at their target, by change
-    # Measured factor by which each device's attention takes longer than the model says
+    # Measured factor by which each device's attention takes longer than the model predicts
     slowness: list[float] = field(default_factory=list)
     index: dict[str, int] = field(init=False)  # positions of the devices, by name
 
@@ -136,7 +136,7 @@ class StageRun:
         used = zip(self.used_blocks(), self.model.devices, strict=True)
         return next((i for i, (blocks, device) in enumerate(used) if blocks > device.total_blocks), None)
 
-    # --- telling
+    # --- reports
 
     def load(self) -> StageLoad:
         heads, kv_bytes = self.heads_and_bytes()
@@ -271,7 +271,7 @@ def owners_of(counts: list[int]) -> list[int]:
 
 
 def solver_stage(model: StageModel, slowness: Sequence[float]) -> Stage:
-    """Return the solver's value for a stage whose devices take ``slowness`` times as long as the model says.
+    """Return the solver's value for a stage whose devices take ``slowness`` times as long as the model predicts.
 
     A device with fewer pieces than others repeats its last.
     """
@@ -323,7 +323,7 @@ class Control(BaseModel):
     load_ratio: Amount = 0.0  # see ``rate_rps``
     prompt_tokens: Annotated[float, Field(ge=1)] = 512.0  # mean length of a prompt; lengths are exponential
     output_tokens: Annotated[float, Field(ge=1)] = 128.0  # mean length of an output
-    # Factor by which attention takes longer than the profile says, by device ``node/index``
+    # Factor by which attention takes longer than the profile predicts, by device ``node/index``
     slow: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
     pause: bool = False  # stop decoding
     load_s: Amount = 0.2  # seconds to load the weights
@@ -381,7 +381,7 @@ class PrimaryRun:
         self.use(assignment)
 
     def use(self, assignment: Assignment) -> None:
-        """Continue under an assignment with the same stages. Its conditions say which devices not to rely on."""
+        """Continue under an assignment with the same stages. Its conditions name the devices not to rely on."""
         self.assignment = assignment
         said = {condition.device: condition.status for condition in assignment.conditions}
         for stage in self.stages.values():
@@ -470,7 +470,7 @@ class PrimaryRun:
                 if self.running:
                     self._num_waiting_for_kv = len(self.waiting)
                     return
-                self.num_finished += 1  # it is larger than the replica, and requests behind it must not wait forever
+                self.num_finished += 1  # it exceeds the replica, and requests behind it must not wait forever
             self.waiting.popleft()
 
     def _admit(self, request: SimulatedRequest) -> bool:
@@ -531,7 +531,7 @@ class PrimaryRun:
             if request.id in stage.requests:
                 stage.drop(request.id)
 
-    # --- telling
+    # --- reports
 
     def head_maps(self) -> list[HeadMap]:
         return [self.stages[key].head_map() for key in sorted(self.stages)]

@@ -25,8 +25,8 @@ from hetis.v1.executor_service_pb2_grpc import ExecutorServiceStub
 
 T = TypeVar("T")
 
-LONGEST_STEP_S = 0.05  # between two looks at the clock
-CONTROL_S = 0.5  # between two looks at the control file
+LONGEST_STEP_S = 0.05  # longest time between two checks of the clock
+CONTROL_S = 0.5  # interval between checks of the control file
 _log = logging.getLogger(__name__)
 ASK_S = 2.0  # an engine that does not answer within this time counts as not reached
 AGAIN_S = 0.5
@@ -36,8 +36,8 @@ _INTERVAL = Duration(nanos=200_000_000)
 class SimulatedServer:
     """Runs one engine until it is closed. Implements `EngineHost`.
 
-    The agent calls at ``socket``, which is created for this user only, and other engines read at ``peer_address``,
-    where port 0 means any. Without ``control``, which is checked while running, the engine is idle.
+    The agent connects to ``socket``, which is created for this user only, and other engines read at ``peer_address``,
+    where port 0 means any. ``control`` is a file that is checked while running; without it the engine is idle.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class SimulatedServer:
         control: ControlFile | None = None,
     ) -> None:
         self.engine = engine
-        self.address = ""  # where other engines read, once started
+        self.address = ""  # address at which other engines read, once started
         self._socket, self._peer_address, self._control = socket, peer_address, control
         self._stepped, self._peers = asyncio.Event(), PeerWatches(engine)
         self._servers: list[grpc.aio.Server] = []
@@ -105,7 +105,7 @@ class SimulatedServer:
         return work(self.engine, time.monotonic())
 
     async def stepped(self) -> None:
-        """Wait until the engine has looked at the clock again."""
+        """Wait until the engine has checked the clock again."""
         await self._stepped.wait()
 
     async def ask_authority(self, change_id: str) -> Iterable[ChangeStatus] | None:
@@ -174,7 +174,7 @@ class PeerWatches:
         for watch in watches:
             watch.cancel()
         for ended in await asyncio.gather(*watches, return_exceptions=True):
-            if isinstance(ended, Exception):  # not CancelledError, which is none: a fault of our own
+            if isinstance(ended, Exception):  # a bug of ours; a CancelledError is not an Exception
                 _log.error("a watch of another engine ended", exc_info=ended)
 
     async def _watch(self, replica: str, address: str) -> None:

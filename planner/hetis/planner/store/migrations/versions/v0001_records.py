@@ -1,6 +1,6 @@
 """The first tables.
 
-A migration is never changed after a release: it describes the tables of its time, whatever ``records.py`` says now.
+A migration is never changed after a release: it describes the tables of its time, not those in ``records.py``.
 """
 
 from __future__ import annotations
