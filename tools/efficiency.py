@@ -58,10 +58,10 @@ from tools.profiles import SOURCES, measurements_for
 class Board:
     """Boards without tables whose shares of the peaks differ from those of their architecture's measured board."""
 
-    relative: str  # architecture whose operators they have otherwise
-    flop_share: float  # of the catalogue's 16-bit peak that the fastest product reaches
-    byte_share: float  # of the catalogue's bandwidth that streaming reaches
-    reason: str  # sources of both
+    relative: str  # architecture with their other operators
+    flop_share: float  # share of the catalogue's 16-bit peak that the fastest product reaches
+    byte_share: float  # share of the catalogue's bandwidth that streaming reaches
+    reason: str  # sources of both shares
 
 
 _AIC = "aiconfigurator-core 0.12.0 (Apache-2.0)"
@@ -127,7 +127,7 @@ _RELATIVES = {
     "Battlemage": ("Ada", 1.0, "GDDR6 part with a large cache; no table."),
 }
 # Boards of an architecture that reach more of their peaks than the measured one, each with the shares of a 16-bit
-# product and of streaming, and what says so. One tool's cuBLASLt (xzwgit/gpu-flops-bench, 5a32ae9e) makes products of
+# product and of streaming, and the sources. One tool's cuBLASLt (xzwgit/gpu-flops-bench, 5a32ae9e) makes products of
 # different architectures comparable: it reaches 853.3 TFLOPS on an H200 NVL, 1.02 of the catalogue's peak.
 _H200_SHARE = 853.3 / 835.5
 _BOARDS = {
@@ -487,7 +487,7 @@ def _architectures(
 def _of_board(name: str, board: Board, relative: Architecture, reference: Architecture) -> Architecture:
     """Return an architecture with the relative's operators, whose FLOPs and bytes take other shares of the peaks.
 
-    Products of many tokens reach as much of what the tool reaches as those of ``reference``, which the same tool
+    Products of many tokens reach as large a part of the tool's rate as those of ``reference``, which the same tool
     measured; products of few tokens stream their weights. Both factors apply to all operators.
     """
     dense = max(piece.flop for piece in reference.ops["dense"].pieces) * _H200_SHARE / board.flop_share

@@ -139,8 +139,10 @@ class Pair:
 def modelled_tables(
     efficiencies: Efficiencies, pairs: Sequence[Pair], folder: Path, relatives: Mapping[str, str]
 ) -> Iterator[tuple[str, Sequence[str], Rows]]:
-    """Yield name, headings and rows of every table. ``relatives`` has those of architectures with operators of their
-    own that were not measured."""
+    """Yield name, headings and rows of every table.
+
+    ``relatives`` has the relatives of architectures that were not measured and have operators of their own.
+    """
     measured = [arch for arch in efficiencies.architectures.values() if arch.relative is None]
     rows = [_row(op_name, arch.name, op) for arch in measured for op_name, op in arch.ops.items()]
     rows += [_row(name, "any", op) for name, op in efficiencies.links.items()]

@@ -527,7 +527,7 @@ def test_an_unsupported_architecture_lists_the_supported_ones(tmp_path: Path) ->
 
 @pytest.mark.parametrize("name", ["Phi3ForCausalLM", "MiMoForCausalLM", "Step3p7FlashForCausalLM"])
 def test_another_library_s_model_is_not_taken_for_one_of_a_like_name(tmp_path: Path, name: str) -> None:
-    """Phi-3 has three matrices in its MLP, Phi two: who took the hint would plan Phi-4 with a quarter fewer weights."""
+    """Phi-3 has three matrices in its MLP, Phi two: that hint would lead to a quarter fewer weights."""
     config = {"architectures": [name], "model_type": name.removesuffix("ForCausalLM").lower()}
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(DocumentError) as caught:
