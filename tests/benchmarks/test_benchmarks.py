@@ -167,7 +167,10 @@ def test_quick_rows_have_the_promised_keys(
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, "argv", [name, "--quick", "--json"])
     runpy.run_path(str(ROOT / "benchmarks" / f"{name}.py"), run_name="__main__")
-    assert_promised(name, rows_of(capsys.readouterr().out.splitlines()))
+    printed = capsys.readouterr()
+    if "--data says where the tables are" in printed.err:
+        pytest.skip(f"NOT RUN: {printed.err.strip()}")
+    assert_promised(name, rows_of(printed.out.splitlines()))
 
 
 @pytest.mark.parametrize("name", LONG)
