@@ -65,7 +65,7 @@ LLAMA = ModelSpec(
     attention=AttentionKind.GQA,
 )
 ARCHITECTURES = (
-    "Ada", "Ampere", "Battlemage", "Blackwell", "CDNA", "CDNA2", "CDNA3", "CDNA4", "Gaudi2", "Gaudi3", "Hopper",
+    "Ada", "Ada GeForce", "Ampere", "Battlemage", "Blackwell", "CDNA", "CDNA2", "CDNA3", "CDNA4", "Gaudi2", "Gaudi3", "Hopper",
     "Pascal", "Turing", "Volta",
 )  # fmt: skip
 MODELLED = [op for op in Op if op not in (Op.SAMPLE, Op.EXPERTS)]  # those two come from an engine: `for_engine`
@@ -122,13 +122,29 @@ def test_amd_gpus_reach_less_of_their_peak(name: str, share: float) -> None:
             assert replace(theirs, flop=hopper.flop) == hopper
 
 
+def test_an_rtx_4090_reaches_more_of_its_peaks_than_an_l40s() -> None:
+    """By public measurements: 179.2 of 165.2 TFLOPS where an H200 NVL reaches 853.3 of 835.5, and 921 of 1,008 GB/s."""
+    architectures = shipped_efficiencies().architectures
+    dense = {name: architectures[name].ops["dense"].pieces for name in ("Ada", "Hopper", "Ada GeForce")}
+    flop, hopper = (max(piece.flop for piece in dense[name]) for name in ("Ada GeForce", "Hopper"))
+    assert flop == pytest.approx(hopper * (853.3 / 835.5) / (179.2 / 165.2), rel=0.01)
+    assert max(piece.byte for piece in dense["Ada GeForce"]) == pytest.approx(1008 / 921, rel=0.01)
+    compute, memory = flop / max(p.flop for p in dense["Ada"]), 1008 / 921 / max(p.byte for p in dense["Ada"])
+    for op, efficiency in architectures["Ada"].ops.items():
+        for theirs, ada in zip(architectures["Ada GeForce"].ops[op].pieces, efficiency.pieces, strict=True):
+            assert (theirs.fixed_s, theirs.wire) == (ada.fixed_s, ada.wire)
+            assert (theirs.flop, theirs.byte) == pytest.approx((ada.flop * compute, ada.byte * memory), rel=0.01)
+            assert theirs.head_bytes == pytest.approx(ada.head_bytes * memory, rel=0.01)
+    assert {gpu.name for gpu in (entry.gpu for entry in gpus()) if gpu.architecture == "Ada GeForce"} == {"RTX-4090"}
+
+
 def test_the_shipped_file_survives_a_round_trip() -> None:
     assert from_json(to_json(shipped_efficiencies())) == shipped_efficiencies()
 
 
 def test_an_unknown_architecture_is_refused() -> None:
     with pytest.raises(
-        InvalidProblemError, match=r"^X: no efficiencies for architecture 'Rubin'; known: Ada, Ampere, "
+        InvalidProblemError, match=r"^X: no efficiencies for architecture 'Rubin'; known: Ada, Ada GeForce, Ampere, "
     ):
         modelled_profile(replace(A100, name="X", architecture="Rubin"))
 

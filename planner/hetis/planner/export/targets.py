@@ -25,7 +25,6 @@ from hetis.planner.export.ray_serve import HEAD, write_ray
 from hetis.planner.export.replicas import ExportSettings, Launchable, Written, images_in, launchable, weights_used
 from hetis.planner.export.routing import routing_files, shares_of
 from hetis.planner.export.stacks import write_dynamo, write_kserve, write_llm_d
-from hetis.planner.report.figures import digits
 from hetis.solver.model import ModelSpec
 from hetis.solver.plan import Plan
 
@@ -185,6 +184,10 @@ def _checkpoint(plan: Plan, shape: ModelSpec) -> str:
     return asked if _HF_ID.fullmatch(asked) and known == shape.name else shape.name
 
 
+def _rate(rate_rps: float) -> str:
+    return f"{rate_rps:,.0f}" if rate_rps >= 1000 else f"{rate_rps:.3g}"
+
+
 # --- files
 
 
@@ -236,8 +239,8 @@ def readme_of(target: str, launchable: Launchable, written: Written) -> str:
             f"# A plan of hetis for {target}",
             "",
             f"{launchable.model.name} by {launchable.engine.value}, whose options are those of version "
-            f"{VERSIONS[launchable.engine]}. The plan serves {digits(planned)} requests/s saturated, what is exported "
-            f"{digits(left)}.{_precision(launchable)}",
+            f"{VERSIONS[launchable.engine]}. The plan serves {_rate(planned)} requests/s saturated, what is exported "
+            f"{_rate(left)}.{_precision(launchable)}",
             "",
             "| replica | role | layers by stage | tensor parallel | GPUs | reached at | share |",
             "| --- | --- | --- | --- | --- | --- | --- |",
