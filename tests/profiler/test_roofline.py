@@ -65,8 +65,8 @@ LLAMA = ModelSpec(
     attention=AttentionKind.GQA,
 )
 ARCHITECTURES = (
-    "Ada", "Ada GeForce", "Ampere", "Battlemage", "Blackwell", "CDNA", "CDNA2", "CDNA3", "CDNA4", "Gaudi2", "Gaudi3", "Hopper",
-    "Pascal", "Turing", "Volta",
+    "Ada", "Ada GeForce", "Ampere", "Battlemage", "Blackwell", "CDNA", "CDNA2", "CDNA3", "CDNA4", "Gaudi2", "Gaudi3",
+    "Hopper", "Pascal", "Turing", "Volta",
 )  # fmt: skip
 MODELLED = [op for op in Op if op not in (Op.SAMPLE, Op.EXPERTS)]  # those two come from an engine: `for_engine`
 
