@@ -318,7 +318,7 @@ FIGURES = [
     ),
     *_benchmarks(
         "strategies",
-        (r"Prefill and decode apart win on 8 A100 \+ 8 L4", wins("8 A100 + 8 L4", "hexgen2", over="hexgen")),
+        (r"Disaggregated prefill and decode wins on 8 A100 \+ 8 L4", wins("8 A100 + 8 L4", "hexgen2", over="hexgen")),
         (r"unified replicas on 4 H100 \+ 8 L4 with long prompts", wins("4 H100 + 8 L4", "hexgen", over="hexgen2")),
         (r"attention workers on 2 H100 \+ 8 P100", wins("2 H100 + 8 P100", "hetis", over="hexgen")),
     ),
