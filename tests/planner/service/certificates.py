@@ -38,8 +38,8 @@ class Authority:
         alternatives = [x509.DNSName(name), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]
         return self._sign(name, alternatives, until=until)
 
-    def client(self, *uris: str) -> Signed:
-        return self._sign("client", [x509.UniformResourceIdentifier(uri) for uri in uris])
+    def client(self, *uris: str, until: datetime | None = None) -> Signed:
+        return self._sign("client", [x509.UniformResourceIdentifier(uri) for uri in uris], until=until)
 
     def client_with_dns(self, name: str) -> Signed:
         return self._sign("client", [x509.DNSName(name)])

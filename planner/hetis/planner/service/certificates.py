@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import re
 import ssl
 import time
@@ -16,12 +15,11 @@ from typing import Any, Generic, TypeVar
 import grpc
 
 from hetis.formats.errors import DocumentError, Problem
-from hetis.formats.files import read_text
+from hetis.formats.files import FileStamp, file_stamp, read_text
 from hetis.planner.service.settings import TlsPart
 
 T = TypeVar("T")
 _log = logging.getLogger("hetis.planner.reloading")
-Signature = tuple[tuple[int, int, int] | None, ...]
 
 
 class Reloaded(Generic[T]):
@@ -35,12 +33,12 @@ class Reloaded(Generic[T]):
         self._what = what
         self._paths = tuple(paths)
         self._load = load
-        self._seen = self._signature()
+        self._seen = self._stamps()
         self.value = load()
         self.version = 1
 
     def refresh(self) -> bool:
-        now = self._signature()
+        now = self._stamps()
         if now == self._seen:
             return False
         try:
@@ -50,7 +48,7 @@ class Reloaded(Generic[T]):
                 self._seen = now
             _log.error("%s: the new files are bad, the old ones stay in force: %s", self._what, error)
             return False
-        if self._signature() != now:
+        if self._stamps() != now:
             return False  # changed while being read: try again next time
         self._seen = now
         self.value = value
@@ -58,8 +56,8 @@ class Reloaded(Generic[T]):
         _log.info("%s: read again from %s", self._what, ", ".join(self._paths))
         return True
 
-    def _signature(self) -> Signature:
-        return tuple(_stat(path) for path in self._paths)
+    def _stamps(self) -> tuple[FileStamp | None, ...]:
+        return tuple(map(file_stamp, self._paths))
 
 
 async def keep_fresh(
@@ -78,14 +76,6 @@ async def keep_fresh(
             then()
         except Exception:  # one failure must not end the loop
             _log.exception("what follows from files failed")
-
-
-def _stat(path: str) -> tuple[int, int, int] | None:
-    try:
-        found = os.stat(path)  # follows links, since Kubernetes changes the link
-    except OSError:
-        return None
-    return found.st_mtime_ns, found.st_size, found.st_ino
 
 
 _NO_PASSWORD = ""
