@@ -71,6 +71,7 @@ def write(folder: Path, signed: Signed, *, name: str = "planner") -> tuple[str, 
     certificate, key = folder / f"{name}.pem", folder / f"{name}.key"
     certificate.write_bytes(signed.certificate)
     key.write_bytes(signed.key)
+    key.chmod(0o600)
     return str(certificate), str(key)
 
 

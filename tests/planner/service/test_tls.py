@@ -258,6 +258,29 @@ def test_a_certificate_that_is_not_valid_yet_is_refused_and_put_in_force_once_it
     Certificates(tls)
 
 
+def test_a_key_that_everybody_may_write_is_refused_and_one_that_everybody_may_read_is_warned_about(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    found = certificates(tmp_path, Authority())
+    key, in_force = tmp_path / "planner.key", found.files.value
+    for mode in (0o600, 0o640, 0o660):
+        key.chmod(mode)
+        assert found.warnings == []
+    key.chmod(0o644)
+    assert found.warnings == [
+        f"{key}: can be read by everybody, who could pose as the planner: chmod 600, or 640 for a group"
+    ]
+    assert found.files.refresh()
+    key.chmod(0o666)
+    assert not found.files.refresh()
+    assert "planner.key: can be written by everybody, who could put a key of their own there: chmod 600" in caplog.text
+    with pytest.raises(DocumentError, match="can be written by everybody"):
+        Certificates(TlsPart(certificate=str(tmp_path / "planner.pem"), key=str(key)))
+    key.chmod(0o600)  # which changes neither time nor size
+    assert found.files.refresh()
+    assert found.files.value is not in_force
+
+
 def test_a_new_authority_takes_the_clients_of_the_old_one_no_more(tmp_path: Path) -> None:
     old, new = Authority("old"), Authority("new")
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import re
 import ssl
+import stat
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
@@ -101,6 +103,7 @@ class Certificates:
         paths = [tls.certificate, tls.key, *([tls.client_ca] if tls.client_ca is not None else [])]
         self.files = Reloaded("certificate", paths, lambda: _load(tls))
         self._asks_clients = tls.client_ca is not None
+        self._key = tls.key
         self._paths = paths
 
     @property
@@ -115,6 +118,13 @@ class Certificates:
             if ends_s:
                 found[path] = min(ends_s)
         return found
+
+    @property
+    def warnings(self) -> list[str]:
+        """What is dangerous about the files, but so common (Kubernetes mounts secrets with 0644) that it works."""
+        if not _mode(self._key) & stat.S_IROTH:
+            return []
+        return [f"{self._key}: can be read by everybody, who could pose as the planner: chmod 600, or 640 for a group"]
 
     def credentials(self) -> grpc.ServerCredentials:
         """Return credentials for one address, which checks on its own whether the files have changed."""
@@ -170,6 +180,9 @@ def _unusable(tls: TlsPart, texts: dict[str, bytes]) -> list[Problem]:
             reason = (error.reason or str(error)).replace("_", " ").lower()
             message = f"does not belong to the certificate {tls.certificate}, or is no key without password: {reason}"
             problems.append(Problem(file=tls.key, message=message))
+    if _mode(tls.key) & stat.S_IWOTH:
+        message = "can be written by everybody, who could put a key of their own there: chmod 600"
+        problems.append(Problem(file=tls.key, message=message))
     for end_s in ends_of_certificates(texts[tls.certificate].decode())[:1]:  # the planner's own comes first
         if end_s <= time.time():
             message = f"expired at {_moment(end_s)}: no client would accept it"
@@ -182,6 +195,12 @@ def _unusable(tls: TlsPart, texts: dict[str, bytes]) -> list[Problem]:
             message = f"holds no certificate authority in PEM form: {reason.replace('_', ' ').lower()}"
             problems.append(Problem(file=tls.client_ca, message=message))
     return problems
+
+
+def _mode(path: str) -> int:
+    with suppress(OSError):  # a file that has just gone is reported by those who read it
+        return os.stat(path).st_mode
+    return 0
 
 
 def ends_of_certificates(pem: str) -> list[float]:
