@@ -145,7 +145,11 @@ def test_check_finds_bad_certificates_and_tokens_without_starting(tmp_path: Path
     made = finished(("token", "create", "--file", "t.yaml", "--role", "admin"), folder=tmp_path)
     assert re.fullmatch(r"hetis_[\w-]{43}\n", made[1])
     checked = finished_here(options, folder=tmp_path)
-    assert checked[:2] == (ServiceExitCode.OK, "configuration: ok, certificate, 1 tokens\n")
+    assert checked == (ServiceExitCode.OK, "configuration: ok, certificate, 1 tokens\n", "")
+    Path(key).chmod(0o644)
+    code, _, stderr = finished_here(options, folder=tmp_path)
+    assert code == ServiceExitCode.OK
+    assert stderr.startswith(f"warning: {key}: can be read by everybody")
     write(tmp_path, Authority().server(), name="other")
     code, _, stderr = finished_here((*options[:3], "--set", f"tls.key={tmp_path}/other.key"), folder=tmp_path)
     assert code == ServiceExitCode.INVALID
