@@ -318,7 +318,7 @@ FIGURES = [
     ),
     *_benchmarks(
         "strategies",
-        (r"Prefill and decode apart win on 8 A100 \+ 8 L4", wins("8 A100 + 8 L4", "hexgen2", over="hexgen")),
+        (r"Disaggregated prefill and decode wins on 8 A100 \+ 8 L4", wins("8 A100 + 8 L4", "hexgen2", over="hexgen")),
         (r"unified replicas on 4 H100 \+ 8 L4 with long prompts", wins("4 H100 + 8 L4", "hexgen", over="hexgen2")),
         (r"attention workers on 2 H100 \+ 8 P100", wins("2 H100 + 8 P100", "hetis", over="hexgen")),
     ),
@@ -516,7 +516,7 @@ FIGURES = [
         "vllm.md",
         "vllm",
         (
-            "local took # to #% less time",
+            "local, runs took # to #% less time",
             lambda t: [100 * (1 - pick(t.column("ratio to stock", ", local$"))) for pick in (max, min)],
         ),
         ("three workers at most #%", lambda t: [100 * (max(t.column("ratio to stock", ", 3 workers$")) - 1)]),
@@ -800,7 +800,7 @@ FIGURES = [
         ("the examples, # on the fleets", lambda t: [min(t.column("rate", "^unseen.*correlation"))]),
         (r"flow does not \(# to #\)", lambda t: span(t.column("flow", "correlation"))),
         (
-            "serve a third to two thirds of the plan",
+            "serve only a third to two thirds of the plan",
             lambda t: [0.3 < share < 0.7 for share in served_by_most_flow(t)],
         ),
     ),

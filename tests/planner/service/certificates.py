@@ -33,21 +33,30 @@ class Authority:
     def pem(self) -> bytes:
         return self._certificate.public_bytes(serialization.Encoding.PEM)
 
-    def server(self, name: str = "localhost", *, until: datetime | None = None) -> Signed:
-        """``until``: end of its validity; None: in a day."""
+    def server(
+        self, name: str = "localhost", *, since: datetime | None = None, until: datetime | None = None
+    ) -> Signed:
+        """``since``: start of its validity; None: an hour ago. ``until``: its end; None: in a day."""
         alternatives = [x509.DNSName(name), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]
-        return self._sign(name, alternatives, until=until)
+        return self._sign(name, alternatives, since=since, until=until)
 
-    def client(self, *uris: str) -> Signed:
-        return self._sign("client", [x509.UniformResourceIdentifier(uri) for uri in uris])
+    def client(self, *uris: str, until: datetime | None = None) -> Signed:
+        return self._sign("client", [x509.UniformResourceIdentifier(uri) for uri in uris], until=until)
 
     def client_with_dns(self, name: str) -> Signed:
         return self._sign("client", [x509.DNSName(name)])
 
-    def _sign(self, name: str, alternatives: list[x509.GeneralName], *, until: datetime | None = None) -> Signed:
+    def _sign(
+        self,
+        name: str,
+        alternatives: list[x509.GeneralName],
+        *,
+        since: datetime | None = None,
+        until: datetime | None = None,
+    ) -> Signed:
         key = ec.generate_private_key(ec.SECP256R1())
         certificate = _signed(
-            _name(name), key.public_key(), self._name, self._key, alternatives=alternatives, until=until
+            _name(name), key.public_key(), self._name, self._key, alternatives=alternatives, since=since, until=until
         )
         return Signed(
             certificate=certificate.public_bytes(serialization.Encoding.PEM),
@@ -62,6 +71,7 @@ def write(folder: Path, signed: Signed, *, name: str = "planner") -> tuple[str, 
     certificate, key = folder / f"{name}.pem", folder / f"{name}.key"
     certificate.write_bytes(signed.certificate)
     key.write_bytes(signed.key)
+    key.chmod(0o600)
     return str(certificate), str(key)
 
 
@@ -77,6 +87,7 @@ def _signed(
     *,
     alternatives: list[x509.GeneralName] | None = None,
     is_authority: bool = False,
+    since: datetime | None = None,
     until: datetime | None = None,
 ) -> x509.Certificate:
     now = datetime.now(UTC)
@@ -86,7 +97,7 @@ def _signed(
         .issuer_name(issuer)
         .public_key(public)
         .serial_number(x509.random_serial_number())
-        .not_valid_before(now - timedelta(hours=1))
+        .not_valid_before(since or now - timedelta(hours=1))
         .not_valid_after(until or now + timedelta(days=1))
         .add_extension(x509.BasicConstraints(ca=is_authority, path_length=None), critical=True)
     )

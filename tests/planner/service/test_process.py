@@ -145,7 +145,11 @@ def test_check_finds_bad_certificates_and_tokens_without_starting(tmp_path: Path
     made = finished(("token", "create", "--file", "t.yaml", "--role", "admin"), folder=tmp_path)
     assert re.fullmatch(r"hetis_[\w-]{43}\n", made[1])
     checked = finished_here(options, folder=tmp_path)
-    assert checked[:2] == (ServiceExitCode.OK, "configuration: ok, certificate, 1 tokens\n")
+    assert checked == (ServiceExitCode.OK, "configuration: ok, certificate, 1 tokens\n", "")
+    Path(key).chmod(0o644)
+    code, _, stderr = finished_here(options, folder=tmp_path)
+    assert code == ServiceExitCode.OK
+    assert stderr.startswith(f"warning: {key}: can be read by everybody")
     write(tmp_path, Authority().server(), name="other")
     code, _, stderr = finished_here((*options[:3], "--set", f"tls.key={tmp_path}/other.key"), folder=tmp_path)
     assert code == ServiceExitCode.INVALID
@@ -246,9 +250,8 @@ def test_a_token_that_makes_no_sense_is_not_made(
     assert not (tmp_path / "t.yaml").exists()
 
 
-def test_help_is_quick_and_has_examples_and_exit_codes(tmp_path: Path) -> None:
-    runs = [finished(("--help",), folder=tmp_path) for _ in range(3)]
-    code, stdout, _, _ = runs[0]
+def test_help_has_examples_and_exit_codes(tmp_path: Path) -> None:
+    code, stdout, _, _ = finished(("--help",), folder=tmp_path)
     assert code == ServiceExitCode.OK
     words = " ".join(stdout.split())
     for expected in (
@@ -258,7 +261,6 @@ def test_help_is_quick_and_has_examples_and_exit_codes(tmp_path: Path) -> None:
         "token create",
     ):
         assert expected in words
-    assert min(seconds for *_, seconds in runs) < 1.5  # 0.3 s on an idle machine
 
 
 def test_nothing_heavy_is_imported_for_help() -> None:

@@ -39,7 +39,8 @@ def test_health_is_told_to_anybody_for_every_service() -> None:
     async def test() -> None:
         async with served(authenticator=LOCKED) as planner:
             health = health_pb2_grpc.HealthStub(planner.channel)
-            for service in ("", "hetis.v1.PlanService", "hetis.v1.AgentService", "grpc.health.v1.Health"):
+            reflection = [f"grpc.reflection.{version}.ServerReflection" for version in ("v1", "v1alpha")]
+            for service in ("", "hetis.v1.PlanService", "hetis.v1.AgentService", "grpc.health.v1.Health", *reflection):
                 answer = await health.Check(health_pb2.HealthCheckRequest(service=service))  # without a deadline, too
                 assert answer.status == SERVING
             error = await failure_of(health.Check(health_pb2.HealthCheckRequest(service="x")))

@@ -235,6 +235,52 @@ def test_an_expired_certificate_is_refused_and_replaces_none(tmp_path: Path, cap
         Certificates(TlsPart(certificate=str(tmp_path / "planner.pem"), key=str(tmp_path / "planner.key")))
 
 
+def test_a_certificate_that_is_not_valid_yet_is_refused_and_put_in_force_once_it_is(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    authority = Authority()
+    files = certificates(tmp_path, authority).files
+    in_force = files.value
+    begins = datetime.now(UTC).replace(microsecond=0) + timedelta(minutes=1)
+    write(tmp_path, authority.server(since=begins))
+    for _ in range(2):
+        assert not files.refresh()
+    assert files.value is in_force
+    assert len(caplog.records) == 1  # not one per round
+    assert f"planner.pem: is not valid before {begins.isoformat()}" in caplog.text
+    tls = TlsPart(certificate=str(tmp_path / "planner.pem"), key=str(tmp_path / "planner.key"))
+    with pytest.raises(DocumentError, match="no client would accept it until then"):
+        Certificates(tls)
+    monkeypatch.setattr(time, "time", lambda: begins.timestamp())
+    assert files.refresh()
+    assert files.value is not in_force
+    assert not files.refresh()
+    Certificates(tls)
+
+
+def test_a_key_that_everybody_may_write_is_refused_and_one_that_everybody_may_read_is_warned_about(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    found = certificates(tmp_path, Authority())
+    key, in_force = tmp_path / "planner.key", found.files.value
+    for mode in (0o600, 0o640, 0o660):
+        key.chmod(mode)
+        assert found.warnings == []
+    key.chmod(0o644)
+    assert found.warnings == [
+        f"{key}: can be read by everybody, who could pose as the planner: chmod 600, or 640 for a group"
+    ]
+    assert found.files.refresh()
+    key.chmod(0o666)
+    assert not found.files.refresh()
+    assert "planner.key: can be written by everybody, who could put a key of their own there: chmod 600" in caplog.text
+    with pytest.raises(DocumentError, match="can be written by everybody"):
+        Certificates(TlsPart(certificate=str(tmp_path / "planner.pem"), key=str(key)))
+    key.chmod(0o600)  # which changes neither time nor size
+    assert found.files.refresh()
+    assert found.files.value is not in_force
+
+
 def test_a_new_authority_takes_the_clients_of_the_old_one_no_more(tmp_path: Path) -> None:
     old, new = Authority("old"), Authority("new")
 

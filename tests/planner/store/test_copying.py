@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import resource
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -119,6 +121,48 @@ def test_a_backup_of_any_name_leaves_nothing_beside_it(sqlite_url: str, tmp_path
     with_store(sqlite_url, fill)
     back_up(sqlite_url, tmp_path / "night[1].db")
     assert [file.name for file in tmp_path.glob("*night*")] == ["night[1].db"]
+
+
+@contextmanager
+def files_limited(num_bytes: int) -> Iterator[None]:
+    """No file of this process grows beyond ``num_bytes``, which stands for a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def migrate_without_room(connection: sa.Connection) -> None:
+    connection.exec_driver_sql("PRAGMA max_page_count = 1")  # SQLite takes the present number of pages
+    connection.exec_driver_sql("CREATE TABLE more AS SELECT randomblob(1000000)")
+
+
+@pytest.mark.parametrize("fails", ["the copy", "its migration"])
+def test_a_temporary_copy_without_room_is_not_blamed_on_the_backup(
+    fails: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, backup, scratch = f"sqlite:///{tmp_path}/new.db", tmp_path / "backup.db", tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(scratch))
+    migrate_to(f"sqlite:///{backup}", revisions()[0])
+    monkeypatch.setattr("hetis.planner.store.schema.migrate", migrate_without_room)
+    room = backup.stat().st_size - (fails == "the copy")
+    with files_limited(room), pytest.raises(StoreError) as caught:
+        restore(url, backup, replace=False)
+    assert str(caught.value).startswith(f"a temporary copy of {backup} cannot be written to {scratch}/hetis-restore-")
+    assert "let TMPDIR name a folder with more room" in str(caught.value)
+    assert list(scratch.iterdir()) == []
+    assert not (tmp_path / "new.db").exists()
+
+
+def test_a_restoration_without_a_temporary_folder_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "backup.db").write_bytes(b"")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "gone"))
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "gone"))
+    with pytest.raises(StoreError, match=r"a temporary copy of .*backup.db cannot be written to .*gone: No such file"):
+        restore(f"sqlite:///{tmp_path}/new.db", tmp_path / "backup.db", replace=False)
 
 
 @pytest.mark.parametrize("start_s", [0.0, 1.8e9], ids=["the clock stands in 1970", "a clock that is right"])

@@ -7,6 +7,7 @@ import random
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +15,7 @@ import grpc
 from grpc import aio
 
 from hetis.formats.endpoints import STREAM_OPEN, Endpoint, LeaderSearch, is_loopback
+from hetis.formats.files import FileStamp
 from hetis.planner.client.connection import (
     CHANNEL_OPTIONS,
     DISPATCH_SERVICE,
@@ -138,11 +140,23 @@ class _AnyStream:
     """A response stream from the leader. After an immediate NOT_LEADER it is opened at the named leader."""
 
     def __init__(
-        self, leaders: LeaderSearch, open_stream: Callable[[Endpoint], Any], on_open: Callable[[], object] | None = None
+        self,
+        leaders: LeaderSearch,
+        open_stream: Callable[[Endpoint], Any],
+        has_newer_credentials: Callable[[], bool],
+        on_open: Callable[[], object] | None = None,
     ) -> None:
-        """``on_open`` is called when the planner has opened the stream, which may be long before the first response."""
+        """Open a stream.
+
+        Args:
+            leaders: the search for the leader.
+            open_stream: opens the stream at one planner.
+            has_newer_credentials: whether the files or the token have changed since the stream was opened.
+            on_open: called when the planner has opened the stream, which may be long before the first response.
+        """
         self._leaders = leaders
         self._open_stream = open_stream
+        self.has_newer_credentials = has_newer_credentials
         self._on_open = on_open
         self._tried = set[Endpoint]()
         self._has_begun = False  # whether the present call has begun
@@ -203,37 +217,113 @@ class _AsyncStream(_AnyStream):
                 self._reopen(error)
 
 
+@dataclass(slots=True, eq=False, kw_only=True)
+class _Opened:
+    """A channel to one planner, the stamps of the files that it was opened with, and the number of calls on it."""
+
+    channel: Any
+    stamps: tuple[FileStamp | None, ...]
+    num_calls: int = 0
+
+
 class _AnyLeaderChannel:
     """Behaviour common to both channels to the leader, with and without an event loop. Generated stubs use them.
 
     A unary call reaches the leader even if that changes during the call: a planner that does not lead names the leader,
     and if one does not answer, the next is tried. The request and its ``request_id`` stay the same.
+
+    Once certificates have been renewed, calls begin on a new channel. The old one stays until its last call has ended.
     """
 
+    library: Any  # grpc or grpc.aio
     stream: type[_AnyStream]
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
+        self._stamps = connection.file_stamps
+        self._credentials = None if connection.is_plain else connection.channel_credentials()
+        self._last_token = list[tuple[str, str]]()
+        self._lock = threading.Lock()
+        self._opened: dict[Endpoint, _Opened] = {}
+        self._replaced = list[_Opened]()  # opened with earlier files
+        self._is_closed = False
         self.leaders = search_for(connection)
-        self.to(self.leaders.present)  # opens the channel now, so that unreadable files are detected
 
-    def to(self, endpoint: Endpoint) -> Any:
-        """Return the gRPC channel to one planner."""
-        raise NotImplementedError
+    @contextmanager
+    def _calling(self, endpoint: Endpoint) -> Iterator[_Opened]:
+        """Yield the channel to one planner for a call that ends when the context does."""
+        with self._lock:
+            if self._is_closed:
+                raise ValueError("the client is closed")
+            self._renew()
+            if endpoint not in self._opened:
+                channel = _open_channel(self.library, self._connection, endpoint, self._credentials)
+                self._opened[endpoint] = _Opened(channel=channel, stamps=self._stamps)
+            opened = self._opened[endpoint]
+            opened.num_calls += 1
+        try:
+            yield opened
+        finally:
+            with self._lock:
+                opened.num_calls -= 1
+
+    def _renew(self) -> None:
+        """Use the files as they are from now on if they have changed, unless they are missing or half-written."""
+        self._replaced = [old for old in self._replaced if old.num_calls]  # gRPC closes what nothing refers to
+        stamps = self._connection.file_stamps
+        if stamps == self._stamps:
+            return
+        credentials = self._connection.renewed_credentials()
+        if credentials is not None and stamps == self._connection.file_stamps:
+            self._credentials, self._stamps = credentials, stamps
+            self._replaced += self._opened.values()
+            self._opened.clear()
+
+    def _close(self) -> list[Any]:
+        """Allow no more calls, and return the channels to close. Without the lock, which calls take as they end."""
+        with self._lock:
+            self._is_closed = True
+            return [opened.channel for opened in (*self._opened.values(), *self._replaced)]
 
     def metadata(self, given: Any) -> Any:
         """Return a call's own metadata, with the connection's credentials added unless the call has its own."""
         own = list(given or ())
-        return own if any(key == "authorization" for key, _ in own) else own + self._connection.metadata()
+        return own if any(key == "authorization" for key, _ in own) else own + self._token()
+
+    def _token(self) -> list[tuple[str, str]]:
+        """Return the connection's credentials, the last ones while the token file is missing or half-written."""
+        try:
+            found = self._connection.metadata()
+        except OSError:
+            if not self._last_token:
+                raise
+            found = []
+        self._last_token = found or self._last_token
+        return self._last_token
 
     def stream_stream(self, method: str, *arguments: Any, **named: Any) -> Callable[..., Any]:
         """Return the callable for a bidirectional stream to the last known leader, which may fail with NOT_LEADER."""
 
         def call(requests: Any = None, *, metadata: Any = None, **settings: Any) -> Any:
-            one = self.to(self.leaders.present).stream_stream(method, *arguments, **named)
-            return one(requests, metadata=self.metadata(metadata), **settings)
+            def begin(opened: _Opened) -> Any:
+                one = opened.channel.stream_stream(method, *arguments, **named)
+                return one(requests, metadata=self.metadata(metadata), **settings)
+
+            return self._begun(self.leaders.present, begin)
 
         return call
+
+    def _begun(self, endpoint: Endpoint, begin: Callable[[_Opened], Any]) -> Any:
+        """Return a stream that ``begin`` opens, and that counts as a call on its channel until it ends."""
+        with ExitStack() as ending:
+            stream = begin(ending.enter_context(self._calling(endpoint)))
+            self._call_when_done(stream, ending.pop_all().close)
+        return stream
+
+    @staticmethod
+    def _call_when_done(stream: Any, end: Callable[[], None]) -> None:
+        """Call ``end`` when a stream has ended, at once if it has already."""
+        raise NotImplementedError
 
     def unary_stream(self, method: str, *arguments: Any, **named: Any) -> Callable[..., Any]:
         """Return the callable for a response stream. The caller reopens a broken one, which then goes to the leader."""
@@ -241,11 +331,21 @@ class _AnyLeaderChannel:
         def call(
             request: Any, *, metadata: Any = None, on_open: Callable[[], object] | None = None, **settings: Any
         ) -> _AnyStream:
-            def open_stream(endpoint: Endpoint) -> Any:
-                one = self.to(endpoint).unary_stream(method, *arguments, **named)
-                return one(request, metadata=self.metadata(metadata), **settings)
+            used: tuple[object, object] = None, None
 
-            return self.stream(self.leaders, open_stream, on_open)
+            def begin(opened: _Opened) -> Any:
+                nonlocal used
+                sent = self.metadata(metadata)
+                used = opened.stamps, list(sent)
+                one = opened.channel.unary_stream(method, *arguments, **named)
+                return one(request, metadata=sent, **settings)
+
+            def has_newer_credentials() -> bool:
+                return used != (self._connection.file_stamps, list(self.metadata(metadata)))
+
+            return self.stream(
+                self.leaders, lambda endpoint: self._begun(endpoint, begin), has_newer_credentials, on_open
+            )
 
         return call
 
@@ -253,28 +353,21 @@ class _AnyLeaderChannel:
 class LeaderChannel(_AnyLeaderChannel):
     """A channel to the leader, for code without an event loop."""
 
+    library = grpc
     stream = _Stream
 
     def __init__(self, connection: Connection, sleep: Callable[[float], None] = time.sleep) -> None:
         self._sleep = sleep
-        self._lock = threading.Lock()
-        self._channels: dict[Endpoint, grpc.Channel] = {}
-        self._is_closed = False
         super().__init__(connection)
 
     def close(self) -> None:
-        with self._lock:
-            self._is_closed = True
-            for channel in self._channels.values():
-                channel.close()
+        for channel in self._close():
+            channel.close()
 
-    def to(self, endpoint: Endpoint) -> grpc.Channel:
-        with self._lock:
-            if self._is_closed:
-                raise ValueError("the client is closed")
-            if endpoint not in self._channels:
-                self._channels[endpoint] = _opened(grpc, self._connection, endpoint)
-            return self._channels[endpoint]
+    @staticmethod
+    def _call_when_done(stream: Any, end: Callable[[], None]) -> None:
+        if not stream.add_callback(end):
+            end()
 
     def unary_unary(self, method: str, *arguments: Any, **named: Any) -> Callable[..., Any]:
         def call(request: Any, timeout: float | None = None, *, metadata: Any = None, **settings: Any) -> Any:
@@ -282,9 +375,10 @@ class LeaderChannel(_AnyLeaderChannel):
             attempts = attempts_of(self.leaders, method, request, timeout)
             while True:
                 endpoint = self.leaders.present
-                one: Any = self.to(endpoint).unary_unary(method, *arguments, **named)
                 try:
-                    return one(request, timeout=attempts.timeout_s, metadata=self.metadata(metadata), **settings)
+                    with self._calling(endpoint) as opened:
+                        one: Any = opened.channel.unary_unary(method, *arguments, **named)
+                        return one(request, timeout=attempts.timeout_s, metadata=self.metadata(metadata), **settings)
                 except grpc.RpcError as error:
                     failed = call_error(error)
                 wait_s = attempts.next_wait_s(endpoint, failed)
@@ -298,21 +392,20 @@ class LeaderChannel(_AnyLeaderChannel):
 class AsyncLeaderChannel(_AnyLeaderChannel):
     """A channel to the leader, for asyncio."""
 
+    library = aio
     stream = _AsyncStream
 
     def __init__(self, connection: Connection, sleep: Callable[[float], Awaitable[None]] = asyncio.sleep) -> None:
         self._sleep = sleep
-        self._channels: dict[Endpoint, aio.Channel] = {}
         super().__init__(connection)
 
     async def close(self) -> None:
-        for channel in self._channels.values():
+        for channel in self._close():
             await channel.close()
 
-    def to(self, endpoint: Endpoint) -> aio.Channel:
-        if endpoint not in self._channels:
-            self._channels[endpoint] = _opened(aio, self._connection, endpoint)
-        return self._channels[endpoint]
+    @staticmethod
+    def _call_when_done(stream: Any, end: Callable[[], None]) -> None:
+        stream.add_done_callback(lambda _: end())
 
     def metadata(self, given: Any) -> aio.Metadata:
         return aio.Metadata(*super().metadata(given))
@@ -323,9 +416,11 @@ class AsyncLeaderChannel(_AnyLeaderChannel):
             attempts = attempts_of(self.leaders, method, request, timeout)
             while True:
                 endpoint = self.leaders.present
-                one: Any = self.to(endpoint).unary_unary(method, *arguments, **named)
+                timeout_s = attempts.timeout_s
                 try:
-                    return await one(request, timeout=attempts.timeout_s, metadata=self.metadata(metadata), **settings)
+                    with self._calling(endpoint) as opened:
+                        one: Any = opened.channel.unary_unary(method, *arguments, **named)
+                        return await one(request, timeout=timeout_s, metadata=self.metadata(metadata), **settings)
                 except grpc.RpcError as error:
                     failed = call_error(error)
                 wait_s = attempts.next_wait_s(endpoint, failed)
@@ -337,13 +432,15 @@ class AsyncLeaderChannel(_AnyLeaderChannel):
         return call
 
 
-def _opened(library: Any, connection: Connection, endpoint: Endpoint) -> Any:
+def _open_channel(
+    library: Any, connection: Connection, endpoint: Endpoint, credentials: grpc.ChannelCredentials | None
+) -> Any:
     """Return a channel of gRPC's ``library``, with gRPC's retries unless the client can try another planner."""
     options = list(CHANNEL_OPTIONS if len(connection.addresses) == 1 and not endpoint.name else SEVERAL_OPTIONS)
     if endpoint.name:
         options.append(("grpc.default_authority", endpoint.name))
-        if not connection.is_plain:
+        if credentials is not None:
             options.append(("grpc.ssl_target_name_override", endpoint.name))
-    if connection.is_plain:
+    if credentials is None:
         return library.insecure_channel(endpoint.address, options)
-    return library.secure_channel(endpoint.address, connection.channel_credentials(), options)
+    return library.secure_channel(endpoint.address, credentials, options)

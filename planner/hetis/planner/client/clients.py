@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from copy import deepcopy
 from typing import Any, Generic, Self, TypeVar, cast
 
@@ -242,7 +242,7 @@ class Client(_AnyClient):
 
     def _resumed(
         self,
-        call: Callable[..., Iterable[R]],
+        call: Callable[..., Any],
         request: Q,
         next_request: Callable[[Q, R], Q],
         patience: Patience | None,
@@ -251,13 +251,15 @@ class Client(_AnyClient):
     ) -> Iterator[R]:
         """Yield a response stream; after a lost connection, open it again to continue after the last response.
 
+        The same goes for a stream whose credentials the planner no longer accepts, if there are newer ones.
         ``is_endless``: a stream that ends by itself is opened again, too.
         """
         patience = patience or self.patience()
         while True:
             patience.attempt()
+            stream = call(request, on_open=patience.opened)
             try:
-                for response in call(request, on_open=patience.opened):
+                for response in stream:
                     patience.answered()
                     request = next_request(request, response)
                     yield response
@@ -265,7 +267,8 @@ class Client(_AnyClient):
                     return
                 wait_s = patience.next_wait_s(None)
             except grpc.RpcError as error:
-                wait_s = patience.next_wait_s(call_error(error))
+                newer = stream.has_newer_credentials()
+                wait_s = patience.next_wait_s(call_error(error), has_newer_credentials=newer)
             self._sleep(wait_s)
 
 
@@ -347,7 +350,7 @@ class AsyncClient(_AnyClient):
 
     async def _resumed(
         self,
-        call: Callable[..., AsyncIterable[R]],
+        call: Callable[..., Any],
         request: Q,
         next_request: Callable[[Q, R], Q],
         patience: Patience | None,
@@ -358,8 +361,9 @@ class AsyncClient(_AnyClient):
         patience = patience or self.patience()
         while True:
             patience.attempt()
+            stream = call(request, on_open=patience.opened)
             try:
-                async for response in call(request, on_open=patience.opened):
+                async for response in stream:
                     patience.answered()
                     request = next_request(request, response)
                     yield response
@@ -367,7 +371,8 @@ class AsyncClient(_AnyClient):
                     return
                 wait_s = patience.next_wait_s(None)
             except grpc.RpcError as error:
-                wait_s = patience.next_wait_s(call_error(error))
+                newer = stream.has_newer_credentials()
+                wait_s = patience.next_wait_s(call_error(error), has_newer_credentials=newer)
             await self._sleep(wait_s)
 
 

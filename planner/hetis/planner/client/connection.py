@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import re
+import ssl
 import uuid
 from copy import deepcopy
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ import grpc
 from google.protobuf.message import Message
 
 from hetis.formats.endpoints import is_loopback, split_endpoints
-from hetis.formats.files import file_label, read_text
+from hetis.formats.files import FileStamp, file_label, file_stamp, read_text
 from hetis.v1 import document_pb2
 
 _TOKEN = re.compile(r"[!-~]*")
@@ -72,7 +73,8 @@ class Connection:
         address: ``host:port``, or several separated by commas, among which the leader is found. A name with several
             records is several addresses.
         ca: file of the authorities that the planner's certificate must be signed by. None: the system's authorities.
-        cert, key: files of the client's own certificate and key, for mTLS; both or neither.
+        cert, key: files of the client's own certificate and key, for mTLS; both or neither. These three are read again
+            once they change, so that certificates can be renewed; calls that have begun keep the old ones.
         token, token_file: a bearer token, or its file, which is read again for every call, so that it can be renewed;
             at most one of them.
         plaintext: no TLS. None: as described above.
@@ -123,6 +125,24 @@ class Connection:
             private_key=self.key.read_bytes() if self.key else None,
             certificate_chain=self.cert.read_bytes() if self.cert else None,
         )
+
+    @property
+    def file_stamps(self) -> tuple[FileStamp | None, ...]:
+        """What is different once a file of `channel_credentials` has changed."""
+        return tuple(file_stamp(path) for path in (self.ca, self.cert, self.key) if path is not None)
+
+    def renewed_credentials(self) -> grpc.ChannelCredentials | None:
+        """Return TLS credentials from files that have changed, or None while they are missing or half-written."""
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        try:
+            credentials = self.channel_credentials()
+            if self.ca:
+                context.load_verify_locations(self.ca)
+            if self.cert:
+                context.load_cert_chain(self.cert, self.key, password=lambda: "")  # fails if the key is not its own
+        except OSError:  # among them ssl.SSLError
+            return None
+        return credentials
 
     def metadata(self) -> list[tuple[str, str]]:
         """Return the metadata of every call.

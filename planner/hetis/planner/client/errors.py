@@ -141,16 +141,18 @@ class Patience:
         self._began_s, self._silent_s, self._attempts = None, 0.0, 0
         self._tell_reached()
 
-    def next_wait_s(self, error: CallError | None) -> float:
+    def next_wait_s(self, error: CallError | None, *, has_newer_credentials: bool = False) -> float:
         """Return how long to wait before the next attempt.
 
         Args:
             error: the error that ended the stream; None if it ended with OK although there is more to come.
+            has_newer_credentials: whether the caller has other credentials by now than those of the stream.
 
         Raises:
             CallError: the error itself, if waiting does not help or would last too long.
         """
-        if error is not None and error.code is not grpc.StatusCode.UNAVAILABLE:
+        may_pass = (grpc.StatusCode.UNAVAILABLE, *([grpc.StatusCode.UNAUTHENTICATED] if has_newer_credentials else []))
+        if error is not None and error.code not in may_pass:
             raise error
         if self._opened_s is not None and self.clock() - self._opened_s >= STANDS_AFTER_S:
             self.answered()

@@ -45,7 +45,10 @@ _MOST_BY_NAME = 500  # if more names are requested, all node records of the clus
 
 CONNECTED = frozenset({State.NODE_STATE_READY, State.NODE_STATE_UNDECLARED})
 """States of nodes whose agents are connected."""
-_HERE = CONNECTED | {State.NODE_STATE_SUSPECT}  # an undeclared node is forgotten when its lease ends
+_HERE = CONNECTED | {State.NODE_STATE_SUSPECT}
+"""States in which a node exists although the document does not name it. The fleet forgets an undeclared node when its
+stream ends, and never calls it SUSPECT: that is one which the fleet, behind the document, still counts as declared.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

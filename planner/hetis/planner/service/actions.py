@@ -58,7 +58,7 @@ def check_config(path: str | None, flags: Sequence[Given]) -> None:
 
     config = load_config(path, environment=os.environ, flags=flags, look_further=problems_of_access)
     access = Access(config)
-    for hint in mistaken_variables(os.environ):
+    for hint in (*mistaken_variables(os.environ), *access.warnings):
         print(f"warning: {hint}", file=sys.stderr)
     tokens = f", {len(access.tokens.value)} tokens" if access.tokens is not None else ""
     print(f"{path or 'configuration'}: ok{', certificate' if access.certificates else ''}{tokens}")

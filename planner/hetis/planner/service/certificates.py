@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import ssl
+import stat
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
@@ -16,41 +17,50 @@ from typing import Any, Generic, TypeVar
 import grpc
 
 from hetis.formats.errors import DocumentError, Problem
-from hetis.formats.files import read_text
+from hetis.formats.files import FileStamp, file_stamp, read_text
 from hetis.planner.service.settings import TlsPart
 
 T = TypeVar("T")
 _log = logging.getLogger("hetis.planner.reloading")
-Signature = tuple[tuple[int, int, int] | None, ...]
+
+
+class NotYetValidError(DocumentError):
+    """Files will be valid later without having changed."""
 
 
 class Reloaded(Generic[T]):
     """The value of some files, which is loaded again when they change.
 
-    If new files are invalid, that is logged and the old value is kept. Raises DocumentError on construction if the
-    files are invalid from the start.
+    If new files are invalid, that is logged and the old value is kept; if they are only invalid as yet
+    (`NotYetValidError`), they are loaded again at every refresh. Raises DocumentError on construction if the files are
+    invalid from the start.
     """
 
     def __init__(self, what: str, paths: Sequence[str], load: Callable[[], T]) -> None:
         self._what = what
         self._paths = tuple(paths)
         self._load = load
-        self._seen = self._signature()
+        self._seen = self._awaited = self._stamps()
         self.value = load()
         self.version = 1
 
     def refresh(self) -> bool:
-        now = self._signature()
+        now = self._stamps()
         if now == self._seen:
             return False
         try:
             value = self._load()
+        except NotYetValidError as error:
+            if now != self._awaited:
+                self._awaited = now
+                _log.error("%s: the old files stay in force until the new ones are valid: %s", self._what, error)
+            return False
         except DocumentError as error:
             if None not in now:  # a missing file is probably being replaced
                 self._seen = now
             _log.error("%s: the new files are bad, the old ones stay in force: %s", self._what, error)
             return False
-        if self._signature() != now:
+        if self._stamps() != now:
             return False  # changed while being read: try again next time
         self._seen = now
         self.value = value
@@ -58,8 +68,8 @@ class Reloaded(Generic[T]):
         _log.info("%s: read again from %s", self._what, ", ".join(self._paths))
         return True
 
-    def _signature(self) -> Signature:
-        return tuple(_stat(path) for path in self._paths)
+    def _stamps(self) -> tuple[FileStamp | None, ...]:
+        return tuple(map(file_stamp, self._paths))
 
 
 async def keep_fresh(
@@ -80,14 +90,6 @@ async def keep_fresh(
             _log.exception("what follows from files failed")
 
 
-def _stat(path: str) -> tuple[int, int, int] | None:
-    try:
-        found = os.stat(path)  # follows links, since Kubernetes changes the link
-    except OSError:
-        return None
-    return found.st_mtime_ns, found.st_size, found.st_ino
-
-
 _NO_PASSWORD = ""
 
 
@@ -101,6 +103,7 @@ class Certificates:
         paths = [tls.certificate, tls.key, *([tls.client_ca] if tls.client_ca is not None else [])]
         self.files = Reloaded("certificate", paths, lambda: _load(tls))
         self._asks_clients = tls.client_ca is not None
+        self._key = tls.key
         self._paths = paths
 
     @property
@@ -115,6 +118,13 @@ class Certificates:
             if ends_s:
                 found[path] = min(ends_s)
         return found
+
+    @property
+    def warnings(self) -> list[str]:
+        """What is dangerous about the files, but so common (Kubernetes mounts secrets with 0644) that it works."""
+        if not _mode(self._key) & stat.S_IROTH:
+            return []
+        return [f"{self._key}: can be read by everybody, who could pose as the planner: chmod 600, or 640 for a group"]
 
     def credentials(self) -> grpc.ServerCredentials:
         """Return credentials for one address, which checks on its own whether the files have changed."""
@@ -147,6 +157,10 @@ def _load(tls: TlsPart) -> grpc.ServerCertificateConfiguration:
         problems += _unusable(tls, texts)
     if problems:
         raise DocumentError(problems)
+    for begin_s, _ in _validities(texts[tls.certificate].decode())[:1]:
+        if begin_s > time.time():
+            message = f"is not valid before {_moment(begin_s)}: no client would accept it until then"
+            raise NotYetValidError([Problem(file=tls.certificate, message=message)])
     authority = texts[tls.client_ca] if tls.client_ca is not None else None
     return grpc.ssl_server_certificate_configuration([(texts[tls.key], texts[tls.certificate])], authority)
 
@@ -166,10 +180,13 @@ def _unusable(tls: TlsPart, texts: dict[str, bytes]) -> list[Problem]:
             reason = (error.reason or str(error)).replace("_", " ").lower()
             message = f"does not belong to the certificate {tls.certificate}, or is no key without password: {reason}"
             problems.append(Problem(file=tls.key, message=message))
+    if _mode(tls.key) & stat.S_IWOTH:
+        message = "can be written by everybody, who could put a key of their own there: chmod 600"
+        problems.append(Problem(file=tls.key, message=message))
     for end_s in ends_of_certificates(texts[tls.certificate].decode())[:1]:  # the planner's own comes first
         if end_s <= time.time():
-            ended = datetime.fromtimestamp(end_s, UTC).isoformat(timespec="seconds")
-            problems.append(Problem(file=tls.certificate, message=f"expired at {ended}: no client would accept it"))
+            message = f"expired at {_moment(end_s)}: no client would accept it"
+            problems.append(Problem(file=tls.certificate, message=message))
     if tls.client_ca is not None:
         try:
             context.load_verify_locations(cadata=texts[tls.client_ca].decode())
@@ -180,15 +197,30 @@ def _unusable(tls: TlsPart, texts: dict[str, bytes]) -> list[Problem]:
     return problems
 
 
+def _mode(path: str) -> int:
+    with suppress(OSError):  # a file that has just gone is reported by those who read it
+        return os.stat(path).st_mode
+    return 0
+
+
 def ends_of_certificates(pem: str) -> list[float]:
-    """Return the expiry of each certificate in a PEM text as Unix time; unreadable certificates are left out.
+    """Return the expiry of each certificate in a PEM text as Unix time; unreadable certificates are left out."""
+    return [end_s for _, end_s in _validities(pem)]
+
+
+def _moment(unix_s: float) -> str:
+    return datetime.fromtimestamp(unix_s, UTC).isoformat(timespec="seconds")
+
+
+def _validities(pem: str) -> list[tuple[float, float]]:
+    """Return the validity of each certificate in a PEM text, from and to, as Unix time, without unreadable ones.
 
     The standard library reads the dates of authorities only, and this does not justify a cryptography package.
     """
-    found = list[float]()
+    found = list[tuple[float, float]]()
     for block in _CERTIFICATE.findall(pem):
         with suppress(ValueError, IndexError):
-            found.append(_end_of(ssl.PEM_cert_to_DER_cert(block)))
+            found.append(_validity_of(ssl.PEM_cert_to_DER_cert(block)))
     return found
 
 
@@ -196,11 +228,18 @@ _CERTIFICATE = re.compile(r"-----BEGIN CERTIFICATE-----.+?-----END CERTIFICATE--
 _UTC_TIME, _GENERALIZED_TIME, _VERSION = 0x17, 0x18, 0xA0
 
 
-def _end_of(der: bytes) -> float:
-    """Return `notAfter` (RFC 5280): the validity is field 5 of TBSCertificate if there is a version, else field 4."""
+def _validity_of(der: bytes) -> tuple[float, float]:
+    """Return `notBefore` and `notAfter` (RFC 5280).
+
+    The validity is field 5 of TBSCertificate if there is a version, else field 4.
+    """
     fields = _contents(_contents(_contents(der)[0][1])[0][1])
     validity = fields[4 if fields[0][0] == _VERSION else 3][1]
-    tag, text = _contents(validity)[1]
+    begin, end = _contents(validity)[:2]
+    return _time_of(*begin), _time_of(*end)
+
+
+def _time_of(tag: int, text: bytes) -> float:
     moment = text.decode("ascii")
     if tag == _UTC_TIME:
         moment = ("19" if moment[:2] >= "50" else "20") + moment

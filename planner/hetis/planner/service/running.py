@@ -64,6 +64,10 @@ class Access:
             raise DocumentError(problems)
 
     @property
+    def warnings(self) -> list[str]:
+        return self.certificates.warnings if self.certificates is not None else []
+
+    @property
     def refreshed(self) -> list[Reloaded[Any]]:
         files = None if self.certificates is None else self.certificates.files
         return [found for found in (files, self.tokens) if found is not None]
@@ -102,6 +106,8 @@ async def run_planner(config: PlannerConfig, open_planner: OpenPlanner, *, versi
     page_limits = PageLimits(of_all=reserved_for_page(descriptors))
     limits = ConnectionLimits.of_descriptors(descriptors, of_a_host=config.connections.per_host)
     access = Access(config)
+    for warning in access.warnings:
+        _log.warning(warning)
     traces = open_traces(config.telemetry.otlp_endpoint, version)
     metrics = ServiceMetrics(version)
     async with AsyncExitStack() as stack:

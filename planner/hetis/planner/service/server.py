@@ -14,7 +14,7 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
-from hetis.planner.service.access import HEALTH_SERVICE, REFLECTION_SERVICES
+from hetis.planner.service.access import HEALTH_SERVICE, OPEN_SERVICES, REFLECTION_SERVICES
 from hetis.planner.service.calls import Calls
 from hetis.planner.service.settings import is_socket_path, join_address, split_address
 
@@ -29,7 +29,7 @@ class ServiceHealth(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
     """
 
     def __init__(self) -> None:
-        self._services = {"", HEALTH_SERVICE}
+        self._services = {"", *OPEN_SERVICES}
         self._is_serving = False
         self._changed = asyncio.Event()
 

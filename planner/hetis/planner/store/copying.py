@@ -10,13 +10,12 @@ import contextlib
 import getpass
 import glob
 import os
-import shutil
 import sqlite3
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import BinaryIO, TypeVar
 
 import sqlalchemy as sa
 
@@ -106,11 +105,11 @@ def restore(url: str, file: Path, *, replace: bool, clock: Callable[[], float] =
     """
     if not file.is_file():
         raise StoreError(f"{file}: no such backup")
-    with tempfile.TemporaryDirectory(prefix="hetis-restore-") as folder:
+    with _scratch_folder(file) as folder:
         # A backup of an older version is migrated, but the file itself must not change.
-        source, _, _ = _engine(_url_of(_copied(file, Path(folder))))
+        source, _, _ = _engine(_url_of(_copied(file, folder)))
         try:
-            with _errors_of(str(file)), source.begin() as connection:
+            with _errors_of(str(file)), _errors_of_copy(file, folder), source.begin() as connection:
                 opening.check_file(connection, str(file))
                 if not sa.inspect(connection).get_table_names():
                     raise StoreError(f"{file} is empty, and no backup")
@@ -190,14 +189,61 @@ def _copied(file: Path, folder: Path) -> Path:
     if lock.exists() and not lock.take():
         raise StoreError(f"{file} is the store of a running planner: make a backup with hetis-planner backup")
     try:
-        shutil.copyfile(found, copied)
-        if log.exists():
-            shutil.copyfile(log, copied.with_name(f"{copied.name}-wal"))
+        for source, target in ((found, copied), (log, copied.with_name(f"{copied.name}-wal"))):
+            if source is found or source.exists():
+                with source.open("rb") as read:
+                    _write(read, target, file, folder)
     except OSError as error:
         raise StoreError(f"{file} cannot be read: {error.strerror}") from None
     finally:
         lock.release()
     return copied
+
+
+def _write(read: BinaryIO, target: Path, file: Path, folder: Path) -> None:
+    """Write the rest of an open file to ``target``. Raises OSError only if it cannot be read."""
+    try:
+        written = target.open("wb", buffering=0)
+    except OSError as error:
+        raise _no_copy(file, folder, str(error.strerror)) from None
+    with written:
+        while block := read.read(2**20):
+            left = memoryview(block)
+            while left:
+                try:
+                    left = left[written.write(left) :]
+                except OSError as error:
+                    raise _no_copy(file, folder, str(error.strerror)) from None
+
+
+@contextlib.contextmanager
+def _scratch_folder(file: Path) -> Iterator[Path]:
+    """Make a temporary folder for a copy of a backup, and delete it afterwards."""
+    try:
+        folder = tempfile.TemporaryDirectory(prefix="hetis-restore-")
+    except OSError as error:  # no folder can be written, or the one chosen cannot any more
+        raise _no_copy(file, Path(os.environ.get("TMPDIR", "/tmp")), str(error.strerror)) from None
+    with folder as name:
+        yield Path(name)
+
+
+@contextlib.contextmanager
+def _errors_of_copy(file: Path, folder: Path) -> Iterator[None]:
+    """Turn SQLite's failures to write to the copy in ``folder`` into errors that name that rather than the backup."""
+    try:
+        yield
+    except sa.exc.OperationalError as error:
+        code = getattr(error.orig, "sqlite_errorcode", 0)
+        if code not in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_WRITE, sqlite3.SQLITE_IOERR_SHMSIZE):
+            raise
+        raise _no_copy(file, folder, str(error.orig)) from None
+
+
+def _no_copy(file: Path, folder: Path, reason: str) -> StoreError:
+    return StoreError(
+        f"a temporary copy of {file} cannot be written to {folder}: {reason}. Nothing was changed; let TMPDIR name a"
+        " folder with more room"
+    )
 
 
 def _url_of(file: Path) -> sa.URL:
