@@ -16,7 +16,17 @@ from hetis.engines.layout import planned_model
 from hetis.formats.dtypes import precision_of
 from hetis.formats.errors import DocumentError
 from hetis.planner.report.figures import bar, digits, percent, plural, seconds, tokens
-from hetis.planner.report.tables import Unbroken, as_group, bullets, facts, kept_words, missed_words, section, table
+from hetis.planner.report.tables import (
+    Extent,
+    Unbroken,
+    as_group,
+    bullets,
+    facts,
+    kept_words,
+    missed_words,
+    section,
+    table,
+)
 from hetis.planner.use_cases.compare import Figures, KeptRate, figures_of, kept_of
 from hetis.planner.use_cases.engine_values import EQUAL_STAGES, NOT_COMPILED, EngineValue, engine_values_of
 from hetis.planner.use_cases.grouping import ReplicaGroup, abbreviate, group_replicas, number_ranges
@@ -356,12 +366,12 @@ def _limit(reached: float, limit: float | None) -> Text:
 
 def simulated_words(found: Verification, plan: Plan) -> Text:
     """Return the simulated outcome for the limits, shown after the model's values."""
-    level = service_level_of(plan)
+    level, extent = service_level_of(plan), Extent(found.share, bool(found.too_short))
     if found.kept:
         shown = [one for one in Latency if one is Latency.TTFT or _has_tpot(plan)]
         latencies = ((f"{one} {level.statistic(one)}", found.seconds(one)) for one in shown)
-        return kept_words(found.rate_rps, latencies, attained(found, plan), found.kept_rps)
-    return missed_words(found.rate_rps, misses(found, plan), found.kept_rps)
+        return kept_words(found.rate_rps, latencies, attained(found, plan), found.kept_rps, extent)
+    return missed_words(found.rate_rps, misses(found, plan), found.kept_rps, extent)
 
 
 def _fleet(plan: Plan) -> str:

@@ -110,7 +110,11 @@ def default_requests(plan: Plan, load: Load) -> int:
 
 def seats_of(plan: Plan) -> int:
     """Return how many requests a plan holds at once."""
-    return sum(max(replica.micro_batch, 1) * replica.in_flight for replica in plan.replicas)
+    return sum(map(seats_of_replica, plan.replicas))
+
+
+def seats_of_replica(replica: ReplicaPlan) -> int:
+    return max(replica.micro_batch, 1) * replica.in_flight
 
 
 def sample_spacing_s(plan: Plan, load: Load, num_requests: int) -> float | None:

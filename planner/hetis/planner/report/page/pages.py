@@ -33,6 +33,7 @@ from hetis.planner.report.page.blocks import (
 from hetis.planner.report.page.plan_section import plan_section
 from hetis.planner.report.plan import problem_line
 from hetis.planner.report.simulation_pictures import Panel, panels_of, panels_of_sweep
+from hetis.planner.report.tables import Extent
 from hetis.planner.use_cases.compare import Compared, best_of, figures_of, kept_of
 from hetis.planner.use_cases.replan import PosedReplan
 from hetis.planner.use_cases.simulate import Simulated
@@ -166,9 +167,13 @@ def _section(shown: ShownPlan, number: int) -> Section:
         )
         traffic = (
             f"Poisson arrivals of {shown.problem.workload.name}, {shown.curve.num_requests:,} requests at every rate; "
-            f"bands are 95% intervals. {until}"
+            f"bands are 95% intervals. {until}{_extent(shown.curve)}"
         )
     return plan_section(shown.name, shown.plan, shown.problem, anchor=f"plan-{number}", panels=panels, traffic=traffic)
+
+
+def _extent(curve: Curve) -> str:
+    return "".join(f" {line.capitalize()}." for line in Extent(curve.share, curve.too_short).lines())
 
 
 def _side(name: str, side: Side, number: int) -> list[Section]:
