@@ -283,7 +283,7 @@ class ReplicaOptions:
     """Limits of every replica, and the settings with which its engine is started."""
 
     max_stages: int | None = _search(
-        "--max-stages: Stages of a replica, of an engine's plans.", min=1, max=16, shown="8"
+        "--max-stages: Stages of a replica, of an engine's plans.", min=1, max=16, shown="8; fewer where kinds of GPUs are many"
     )
     max_gpus: int | None = _search(
         "--max-gpus: GPUs of a replica, attention workers included, of an engine's plans.", min=1
@@ -365,6 +365,7 @@ class SearchOptions:
             strategy=family.strategy,
             roles=ordered(family.roles or ()),
             engine=engine_rules(family.engine, family.strategy, replicas.limits),
+            keep_stages=replicas.max_stages is not None,
             **more,
         )
 

@@ -115,7 +115,7 @@ def compare_strategies(
     for strategy in _contained_first(strategies):
         container = CONTAINERS.get(strategy)
         if container in found and found[strategy].plan is not None:
-            problem = loaded.inputs.problem(objective, container, engine=settings.engine)
+            problem = replace(settings, strategy=container, roles=()).problem(loaded.inputs, objective)
             note = f"the plan was found by strategy {strategy}, whose plans are all of {container}"
             found[container] = _with_better_plan(found[container], found[strategy].plan, problem, note)
     plans = {name: compared.plan for name, compared in found.items() if compared.plan is not None}
@@ -125,7 +125,7 @@ def compare_strategies(
 
         A bound that should hold but contradicts the plan is kept, so that `_with_bound` raises BrokenProofError.
         """
-        problem = loaded.inputs.problem(objective, container, engine=settings.engine)
+        problem = replace(settings, strategy=container, roles=()).problem(loaded.inputs, objective)
         return not _is_outside(plan, plans[container], problem)
 
     return tuple(_with_best_bound(found[strategy], plans, holds) for strategy in dict.fromkeys(strategies))
@@ -210,7 +210,7 @@ def _simulated(
     outcome: Compared, plan: Plan, loaded: LoadedInputs, objective: Objective, settings: PlacementSettings,
     level: ServiceLevel, budget: Callable[[], Budget], report: Report,
 ) -> Compared:  # fmt: skip
-    problem = loaded.inputs.problem(objective, settings.strategy, settings.roles, settings.engine)
+    problem = settings.problem(loaded.inputs, objective)
     whole = budget()
     try:
         simulated = simulated_plan(
@@ -302,7 +302,7 @@ def planned(
     if settings.engine is None and loaded.inputs.model.precisions:
         reason = "several precisions are planned for a named engine: --engine vllm-hetis"
         return Compared(strategy=name, status=NO_PLAN, reasons=(reason,), solve_s=0.0)
-    problem = loaded.inputs.problem(objective, name, settings.roles, settings.engine)
+    problem = settings.problem(loaded.inputs, objective)
     if budget.cancelled.is_set():
         return Compared(strategy=name, status=NO_PLAN, reasons=("interrupted before it was run",), solve_s=0.0)
     ignored = constraints_ignored(name, problem.constraints)
