@@ -18,6 +18,7 @@ from hetis.planner.use_cases.verify import verification_of
 from hetis.solver.budget import Budget, Progress, Report, one_of_several
 from hetis.solver.check import check_plan
 from hetis.solver.cluster import Cluster
+from hetis.solver.constraints import described
 from hetis.solver.errors import HetisError, InfeasibleError, InvalidProblemError, NoPlanFoundError
 from hetis.solver.placement.families import STRATEGIES, constraints_ignored
 from hetis.solver.placement.outcome import sound_bound
@@ -307,7 +308,7 @@ def planned(
         return Compared(strategy=name, status=NO_PLAN, reasons=("interrupted before it was run",), solve_s=0.0)
     ignored = constraints_ignored(name, problem.constraints)
     if ignored:
-        reasons = tuple(f"it cannot keep {each}" for each in ignored)
+        reasons = tuple(f"it cannot keep {described(each)}" for each in ignored)
         return Compared(strategy=name, status=NO_PLAN, reasons=reasons, solve_s=0.0)
 
     def told(progress: Progress) -> None:

@@ -146,8 +146,8 @@ def refused_by(model: ModelSpec, cluster: Cluster, engine: str | None) -> dict[s
 def constraints_of(model: ModelSpec, cluster: Cluster, engine: str | None) -> tuple[Constraint, ...]:
     """Return the constraints that keep GPUs out of roles that an engine cannot give them."""
     has_workers = _has_workers(model, cluster, engine)
-    constraints = [_without(name, has_workers=has_workers) for name in refused_by(model, cluster, engine)]
-    return (*constraints, WithoutWorkers()) if engine == WORKERS and not has_workers else tuple(constraints)
+    constraints = [_without(gpu, engine or "", has_workers=has_workers) for gpu in refused_by(model, cluster, engine)]
+    return (*constraints, WithoutWorkers(by=WORKERS)) if engine == WORKERS and not has_workers else tuple(constraints)
 
 
 def gpu_types_of(cluster: Cluster) -> dict[str, GpuType]:
@@ -173,6 +173,8 @@ def _why_no_workers(model: ModelSpec) -> str:
     return "they keep KV in 16 bits (--kv bf16)"
 
 
-def _without(gpu: str, *, has_workers: bool) -> Constraint:
+def _without(gpu: str, engine: str, *, has_workers: bool) -> Constraint:
     selection = Selection(unit=Unit.TYPE, name=gpu)
-    return RestrictRole(gpus=selection, duty=Duty.PRIMARY, only=False) if has_workers else Exclude(gpus=selection)
+    if has_workers:
+        return RestrictRole(gpus=selection, duty=Duty.PRIMARY, only=False, by=engine)
+    return Exclude(gpus=selection, by=engine)
