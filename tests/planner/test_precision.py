@@ -188,6 +188,25 @@ def test_what_the_engine_needs_is_not_told_as_an_option(folder: Path, capsys: py
     assert run(["check", "plan.json", "-q"]) == ExitCode.OK
 
 
+@pytest.mark.parametrize(
+    ("gpu", "engine", "weights", "instead"),
+    [
+        ("V100-SXM2-32GB", "vllm-hetis", "bf16", "; --engine any plans whatever the engine"),
+        ("T4", "sglang", "fp8", "; vllm-hetis runs it here: --engine vllm-hetis; vllm runs it here: --engine vllm; "),
+    ],
+)
+def test_where_an_engine_runs_on_no_gpu_others_are_offered(
+    folder: Path, capsys: pytest.CaptureFixture[str], gpu: str, engine: str, weights: str, instead: str
+) -> None:
+    (folder / "fleet.yaml").write_text(FLEET.replace("A100-SXM-40GB", gpu).replace("V100-SXM2-32GB", gpu))
+    inputs = ("place", "-c", "fleet.yaml", "-m", "Meta-Llama-3-8B", "-w", "1024/256", "-q", "--dry-run")
+    assert run([*inputs, "--engine", engine, "--weights", weights]) == ExitCode.INVALID
+    said = capsys.readouterr().err
+    assert f"{'SGLang' if engine == 'sglang' else 'vLLM'}'s repository, " in said
+    assert instead in said
+    assert run([*inputs, "--engine", "any", "--weights", weights]) == ExitCode.OK
+
+
 MIXED = """\
 apiVersion: hetis/v1
 kind: Cluster
