@@ -200,11 +200,13 @@ class CompareOptions:
     strategies: values.Names | None = _search(
         "--strategies NAME,...: Families of plans to search, names of `catalog strategies`, or all.",
         parser=values.strategies,
+        autocompletion=values.lists_of_strategies,
         shown="all; hetis where engines are compared",
     )
     engine: values.Names | None = _search(
         "--engine NAME,...: Plan only what this engine runs; with several (or all), their plans side by side.",
         parser=values.engines,
+        autocompletion=values.lists_of_engines,
         shown="any",
     )
 
