@@ -167,6 +167,46 @@ def test_engines_are_compared_where_one_of_them_does_not_run_the_precision(
     assert "sglang 0.5 takes compute capability 8 for fp8 weights, T4 (Turing) has 7.5" in sglang["reasons"][0]
 
 
+def test_what_the_engine_needs_is_not_told_as_an_option(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nobody gave `--forbid type=V100-SXM2-32GB:as=primary`: plans only write so that vLLM computes nothing there."""
+    inputs = ("place", "-c", "fleet.yaml", "-m", "Meta-Llama-3-8B", "-w", "1024/256", "-q")
+    assert run([*inputs, "--tpot", "1ms"]) == ExitCode.INFEASIBLE
+    said = capsys.readouterr().err
+    assert "beside p95 TTFT limit 2 s and vllm-hetis computing no layers on V100-SXM2-32GB: " in said
+    assert "--forbid" not in said
+    options = ("--no-verify", "--no-other-engines", "--strategy", "uniform", "--price-pins", "--html", "plan.html")
+    assert run([*inputs, "--engine", "vllm", "--forbid", "tp=2", *options, "--out", "plan.json"]) == ExitCode.OK
+    said = " ".join(capsys.readouterr().out.split())
+    assert "; vllm not running on V100-SXM2-32GB; --forbid tp=2 " in said, "the family"
+    assert " without gain, requests/s vllm not running on V100-SXM2-32GB 5.99 --forbid tp=2 0 " in said
+    assert "--forbid type" not in (folder / "plan.html").read_text()
+    plan = json.loads((folder / "plan.json").read_text())
+    assert plan["inputs"]["constraints"] == ["--forbid type=V100-SXM2-32GB", "--forbid tp=2"]
+    assert run(["check", "plan.json", "-q"]) == ExitCode.OK
+    plan["family"] = plan["family"].replace("vllm not running on ", "--forbid type=")  # as earlier plans have it
+    (folder / "plan.json").write_text(json.dumps(plan))
+    assert run(["check", "plan.json", "-q"]) == ExitCode.OK
+
+
+@pytest.mark.parametrize(
+    ("gpu", "engine", "weights", "instead"),
+    [
+        ("V100-SXM2-32GB", "vllm-hetis", "bf16", "; --engine any plans whatever the engine"),
+        ("T4", "sglang", "fp8", "; vllm-hetis runs it here: --engine vllm-hetis; vllm runs it here: --engine vllm; "),
+    ],
+)
+def test_where_an_engine_runs_on_no_gpu_others_are_offered(
+    folder: Path, capsys: pytest.CaptureFixture[str], gpu: str, engine: str, weights: str, instead: str
+) -> None:
+    (folder / "fleet.yaml").write_text(FLEET.replace("A100-SXM-40GB", gpu).replace("V100-SXM2-32GB", gpu))
+    inputs = ("place", "-c", "fleet.yaml", "-m", "Meta-Llama-3-8B", "-w", "1024/256", "-q", "--dry-run")
+    assert run([*inputs, "--engine", engine, "--weights", weights]) == ExitCode.INVALID
+    said = capsys.readouterr().err
+    assert f"{'SGLang' if engine == 'sglang' else 'vLLM'}'s repository, " in said
+    assert instead in said
+    assert run([*inputs, "--engine", "any", "--weights", weights]) == ExitCode.OK
+
+
 MIXED = """\
 apiVersion: hetis/v1
 kind: Cluster

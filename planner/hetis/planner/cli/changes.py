@@ -40,7 +40,7 @@ count_option = partial(_market, "--count N: GPUs of each type to add.", 1, min=1
 class FleetOptions:
     """The GPUs that join or leave with their nodes, or what could be bought."""
 
-    add: list[str] | None = _fleet("--add NxTYPE: GPUs that join: 4xL4; repeatable.")
+    add: list[str] | None = _fleet("--add NxTYPE: GPUs that join: 4xL4; repeatable.", autocompletion=values.added_gpus)
     remove: list[str] | None = _fleet(
         "--remove NODE: A node that leaves, or a group of nodes: a100-0, a100; repeatable."
     )
@@ -60,6 +60,7 @@ class FleetOptions:
     market: str | None = _market(
         "--market TYPE[=USD],...|FILE: "
         "GPU types to try, with the price of one per hour where it is another; a file has one per line.",
+        autocompletion=values.market_names,
         shown="types with a known price",
     )
     count: int = count_option()

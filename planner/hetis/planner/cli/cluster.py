@@ -47,7 +47,8 @@ class DiscoveryOptions:
     name: str | None = option("--name: Of the cluster.", shown="discovered; from agents: that of --cluster")
     gpu: list[str] | None = option(
         "--gpu NAME=TYPE: "
-        "What a name of the tool means: a type of `catalog gpus`, or none to leave them out. Repeatable."
+        "What a name of the tool means: a type of `catalog gpus`, or none to leave them out. Repeatable.",
+        autocompletion=values.meant_gpus,
     )
     with_busy: bool = option("--with-busy: GPUs that are in use are part of the fleet.", False)
     bandwidth: float | None = option("--bandwidth RATE: Between nodes.", parser=values.bandwidth, shown="100Gbps")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
@@ -200,11 +201,24 @@ def schema(
 Catalogue = Literal["gpus", "models", "workloads", "strategies"]
 
 
+def _entries(ctx: typer.Context, incomplete: str) -> list[str]:
+    names: dict[str, Callable[[str], list[str]]] = {
+        "gpus": values.gpu_names,
+        "models": values.model_names,
+        "workloads": values.workload_names,
+        "strategies": values.strategy_names,
+    }
+    return names[ctx.params["which"]](incomplete) if ctx.params.get("which") in names else []
+
+
 @verb()
 def catalog(
     terminal: Terminal,
     which: Annotated[Catalogue, typer.Argument(help="What to list.")],
-    containing: Annotated[str, typer.Argument(help="Only names that contain this text.", show_default=False)] = "",
+    containing: Annotated[
+        str,
+        typer.Argument(help="Only names that contain this text.", show_default=False, autocompletion=_entries),
+    ] = "",
 ) -> ExitCode:
     """List the GPUs, models, workloads or strategies that hetis knows, with their sources (-o json)."""
     from hetis.planner.report import catalogue as tables

@@ -76,7 +76,10 @@ def completion(
     terminal: Terminal,
     shell: Annotated[Literal["bash", "zsh", "fish"], typer.Argument(help="The shell the script is for.")],
 ) -> ExitCode:
-    """Print a completion script: `source <(hetis-plan completion bash)`."""
+    """Print a completion script: `source <(hetis-plan completion bash)`; fish: `hetis-plan completion fish | source`.
+
+    zsh needs `autoload -Uz compinit && compinit` before `source <(hetis-plan completion zsh)`.
+    """
     from typer.completion import get_completion_script  # type: ignore[attr-defined]  # imported there, not exported
 
     sys.stdout.write(

@@ -175,11 +175,13 @@ class OptionalInputOptions:
         "--weights P[,GPU=P...]: "
         "Of the model's weights, everywhere and on GPU types: bf16, fp8, int8, awq-int4, gptq-int4, mxfp4, nvfp4.",
         parser=values.weights,
+        autocompletion=values.weights_names,
         shown="the checkpoint's",
     )
     kv: str | None = _input(
         "--kv P[,GPU=P...]: Of the KV cache, everywhere and on GPU types: bf16 or fp8.",
         parser=values.kv,
+        autocompletion=values.kv_names,
         shown="the checkpoint's",
     )
     mtp: str | None = _input(
@@ -253,12 +255,14 @@ class ConstraintOptions:
     pin: list[str] | None = _goal(
         "--pin CONSTRAINT: "
         "node=|type=|zone= and :use=N (at least so many GPUs in use) or :as=worker, primary, prefill, decode, unified "
-        "(nothing else); replicas=N or N..M; usd=..N per hour; gpus=..N. Repeatable."
+        "(nothing else); replicas=N or N..M; usd=..N per hour; gpus=..N. Repeatable.",
+        autocompletion=values.pinned_things,
     )
     forbid: list[str] | None = _goal(
         "--forbid CONSTRAINT: "
         "gpu=NODE/INDEX, node=, type=, zone= (not used, or not :as=worker, ...); tp=N; workers; shared-experts. "
-        "Repeatable."
+        "Repeatable.",
+        autocompletion=values.forbidden_things,
     )
 
 
@@ -268,6 +272,7 @@ class FamilyOptions:
     roles: frozenset[Role] | None = _search(
         "--roles ROLE,...: What replicas may do: unified, or prefill,decode, or all three.",
         parser=values.roles,
+        autocompletion=values.role_names,
         shown="all of the strategy",
     )
     engine: str | None = _search(
@@ -283,7 +288,10 @@ class ReplicaOptions:
     """Limits of every replica, and the settings with which its engine is started."""
 
     max_stages: int | None = _search(
-        "--max-stages: Stages of a replica, of an engine's plans.", min=1, max=16, shown="8"
+        "--max-stages: Stages of a replica, of an engine's plans.",
+        min=1,
+        max=16,
+        shown="8; fewer where kinds of GPUs are many",
     )
     max_gpus: int | None = _search(
         "--max-gpus: GPUs of a replica, attention workers included, of an engine's plans.", min=1
@@ -365,6 +373,7 @@ class SearchOptions:
             strategy=family.strategy,
             roles=ordered(family.roles or ()),
             engine=engine_rules(family.engine, family.strategy, replicas.limits),
+            keep_stages=replicas.max_stages is not None,
             **more,
         )
 

@@ -200,11 +200,13 @@ class CompareOptions:
     strategies: values.Names | None = _search(
         "--strategies NAME,...: Families of plans to search, names of `catalog strategies`, or all.",
         parser=values.strategies,
+        autocompletion=values.lists_of_strategies,
         shown="all; hetis where engines are compared",
     )
     engine: values.Names | None = _search(
         "--engine NAME,...: Plan only what this engine runs; with several (or all), their plans side by side.",
         parser=values.engines,
+        autocompletion=values.lists_of_engines,
         shown="any",
     )
 
@@ -267,7 +269,10 @@ def compare(
         plans = names if asked.engine is None else [f"{name}-{engine}" for name in names for engine in rules]
         refuse_unwritable_plans(results.out, plans)
     refuse_page(results.html)
-    request, settings = inputs.request(goal, replicas, constraints), search.settings_of()
+    request, settings = (
+        inputs.request(goal, replicas, constraints),
+        search.settings_of(keep_stages=replicas.max_stages is not None),
+    )
     level = held_to.level(request.objective, verify=results.verify)
     loaded, objective = load(request), request.objective
     is_repeated = results.verify and not all(STRATEGIES[name].is_published for name in names)

@@ -26,6 +26,7 @@ from hetis.planner.cli.server_verb import (
     collection,
     fetched,
     full_name,
+    kind_names,
     server_verb,
 )
 
@@ -47,7 +48,9 @@ class ShownOptions(InCluster):
 def get(
     terminal: Terminal,
     client: Client,
-    kind: Annotated[str, typer.Argument(metavar="KIND[/NAME]", help=f"One of {', '.join(KINDS)}.")],
+    kind: Annotated[
+        str, typer.Argument(metavar="KIND[/NAME]", autocompletion=kind_names, help=f"One of {', '.join(KINDS)}.")
+    ],
     name: Annotated[str | None, typer.Argument(help="One of them; all unless given.")] = None,
     *,
     shown: ShownOptions,

@@ -36,6 +36,7 @@ from hetis.planner.use_cases.service_level import Latency, service_level_of
 from hetis.planner.use_cases.sources import ENGINE_SETTINGS, Inputs, engine_settings_of_plan, inputs_from_documents
 from hetis.planner.use_cases.surviving import losses_of
 from hetis.planner.use_cases.verify import Verification, attained, misses, verification_of
+from hetis.solver.constraints import Constraint, described
 from hetis.solver.plan import (
     ClassPrice,
     Objective,
@@ -477,8 +478,8 @@ def _named(group: ReplicaGroup) -> str:
 def render_constraint_prices(prices: Sequence[ConstraintPrice], unit: str) -> RenderableType:
     """Return a table of what the objective would gain without each constraint, and without all of them."""
 
-    def name(kept: Sequence[object]) -> str:
-        return str(kept[0]) if len(kept) == 1 else f"all {len(kept)} together"
+    def name(kept: Sequence[Constraint]) -> str:
+        return described(kept[0]) if len(kept) == 1 else f"all {len(kept)} together"
 
     rows = ((name(price.constraints), _interval(price)) for price in prices)
     return section("What the constraints cost", table("'without", f"gain, {unit}", rows=rows))

@@ -262,6 +262,7 @@ class _SpecReader:
             strategy=strategy,
             roles=roles,
             engine=engine,
+            keep_stages=spec.max_stages > 0,
             time_limit_s=time_limit_s,
             gap_target=gap,
             seed=spec.seed % _SEEDS,

@@ -100,7 +100,8 @@ def load_replanning(
     if rate_rps is not None:
         objective = replace(objective, demand_rps=rate_rps)
     warnings = [*found.warnings, *_nothing_in_common(found.plan, fleet)]
-    problem = loaded.inputs.problem(objective, settings.strategy, settings.roles, settings.engine)
+    deepest = max((len(replica.stages) for replica in found.plan.replicas), default=1)
+    problem = settings.problem(loaded.inputs, objective, least_stages=deepest)
     kept, ignored, absent = _constraints(problem)
     if impossible := [each for each in ignored if each not in found.problem.constraints]:
         named = "; ".join(map(str, impossible))

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from hetis.solver.cluster import Cluster, Link, Network
-from hetis.solver.constraints import Constraint
+from hetis.solver.constraints import Constraint, described
 from hetis.solver.placement.families import STRATEGIES
 from hetis.solver.placement.fleet import most_spanning
 from hetis.solver.plan import Objective, ObjectiveKind, Role
@@ -57,7 +57,7 @@ class Requirement:
             case Subject.TTFT:
                 return f"{self.subject} {self.value:.4g} s"
             case Subject.CONSTRAINT:
-                return str(self.constraint)
+                return described(self.constraint) if self.constraint is not None else ""
             case Subject.SETTINGS:
                 return f"the setting of engines ({self.text})"
             case Subject.ROLES | Subject.STRATEGY:
