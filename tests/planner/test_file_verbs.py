@@ -29,7 +29,7 @@ def test_init_writes_files_that_validate(tmp_path: Path) -> None:
 def test_init_says_which_folder_it_makes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     made = tmp_path / "new" / "fleet"
     assert run(["init", str(made)]) == 0
-    assert capsys.readouterr().err.splitlines()[0] == f"made the folder {made}"
+    assert capsys.readouterr().err.splitlines()[0] == f"created the folder {made}"
     assert run(["init", str(made), "--force"]) == 0
     assert "made" not in capsys.readouterr().err
 
@@ -39,7 +39,7 @@ def test_init_names_every_file_it_would_overwrite(tmp_path: Path, capsys: pytest
         (tmp_path / name).write_text("mine")
     assert run(["init", str(tmp_path)]) == 2
     err = capsys.readouterr().err
-    assert all(f"{tmp_path / name}: exists already; --force overwrites it" in err for name in SAMPLES)
+    assert all(f"{tmp_path / name}: already exists; --force overwrites it" in err for name in SAMPLES)
     assert {(tmp_path / name).read_text() for name in SAMPLES} == {"mine"}
 
 

@@ -41,9 +41,7 @@ def fleet(folder: Path, kinds: Iterable[tuple[str, str, str]], *, per_node: int 
     return str(path)
 
 
-def posed(
-    cluster: str, *, model: str = "Llama-2-70B", keep_stages: bool = False, **limits: int
-) -> PlacementProblem:
+def posed(cluster: str, *, model: str = "Llama-2-70B", keep_stages: bool = False, **limits: int) -> PlacementProblem:
     inputs = load_inputs(cluster=cluster, model=model, workload="1000/100").inputs
     settings = PlacementSettings(
         engine=engine_rules("vllm-hetis", "hetis", ReplicaLimits(**limits)), keep_stages=keep_stages

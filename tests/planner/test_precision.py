@@ -96,7 +96,7 @@ def test_kv_of_a_checkpoint_is_the_plans_unless_asked_otherwise(
     assert run([*export, "--strict"]) == ExitCode.MISSED
     assert f"KV in 16 bits (r0): {TELL_KV}" in " ".join(capsys.readouterr().err.split())
     assert run([*export, "--", "--kv-cache-dtype", "fp8"]) == ExitCode.INVALID
-    assert "--kv-cache-dtype is no option to give the engine: the plan decides it" in capsys.readouterr().err
+    assert "--kv-cache-dtype cannot be passed to the engine: the plan sets it" in capsys.readouterr().err
 
 
 def test_any_engine_is_not_held_to_the_table(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -265,7 +265,7 @@ def test_a_replica_of_two_precisions_is_found_by_the_checker(mixed: Path, capsys
 def test_an_export_finds_the_checkpoint_of_each_precision(mixed: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (mixed / "plan.json").write_text(json.dumps(place_mixed(capsys, "--weights", "bf16,H100=fp8")))
     assert run(["export", "plan.json", "--to", "vllm", "--model", "/models/llama", "--out", "no"]) != ExitCode.OK
-    assert "the plan has weights in fp8 and bf16: --model needs {weights} in it" in capsys.readouterr().err
+    assert "the plan has weights in fp8 and bf16: --model must contain {weights}" in capsys.readouterr().err
     assert run(["export", "plan.json", "--to", "vllm", "--model", "/models/llama-{weights}", "--out", "out"]) == 0
     scripts = "".join(path.read_text() for path in (mixed / "out").rglob("*.sh"))
     assert "/models/llama-fp8" in scripts
@@ -278,7 +278,7 @@ def test_an_export_finds_the_checkpoint_of_each_precision(mixed: Path, capsys: p
     ("options", "error"),
     [
         (("--weights", "fp8,A10=bf16"), "precision: cluster mixed has no GPU type 'A10', it has H100-SXM-80GB"),
-        (("--weights", "fp8,H100=bf16", "--engine", "any"), "has several precisions, which are planned for a named"),
+        (("--weights", "fp8,H100=bf16", "--engine", "any"), "has several precisions, which need a named"),
         (("--weights", "H100=bf16,H100-SXM-80GB=fp8"), "names a GPU type twice"),
     ],
 )

@@ -391,17 +391,17 @@ def test_a_plan_that_misses_is_headed_and_simulated_by_the_rate_that_it_keeps(pa
     said = {"kept": False, "ttft_p95_s": 9.5, "kept_rps": 0.7 * plan.result.value}
     missing = replace(plan, inputs={**plan.inputs, VERIFICATION: {**plan.inputs[VERIFICATION], **said}})
     kept, planned = (f"{digits(rate, 4)} requests/s" for rate in (said["kept_rps"], plan.result.value))
-    assert f"Goodput {kept} within the limits, simulated; by the model {planned}" in drawn(missing)
+    assert f"Goodput {kept} within the limits in simulation; by the model {planned}" in drawn(missing)
     assert f"Goodput {planned} proven" in drawn(plan)
     dear, cheap = (float(re.findall(r"([\d.]+) USD per million", drawn(one))[0]) for one in (missing, plan))
     assert dear / cheap == pytest.approx(1 / 0.7, rel=0.01)
     beside = {EQUAL_STAGES: 0.5 * plan.result.value}
     none = {**missing.inputs[VERIFICATION], "kept_rps": None}
     never = replace(plan, inputs={**plan.inputs, VERIFICATION: none})
-    assert "Goodput none of the rates tried keeps the limits, simulated; by the model" in drawn(never)
+    assert "Goodput none of the rates tried keeps the limits in simulation; by the model" in drawn(never)
     for one, more in (
         (missing, "by the model; this plan, simulated, 40% more"),
-        (never, "by the model; this plan, simulated, keeps the limits at none of the rates tried"),
+        (never, "by the model; this plan, simulated, keeps the limits at no rate tried"),
         (plan, "stages; this plan 100% more"),
     ):
         assert beside_equal_stages(replace(one, inputs={**one.inputs, **beside})).endswith(more)

@@ -254,14 +254,14 @@ def misfits(constraints: Constraints, cluster: Cluster, tp_sizes: tuple[int, ...
                     yield Misfit(constraint=constraint, message=f"{cluster.name} has {names[gpus.name]} of these GPUs")
                 elif isinstance(constraint, RestrictRole | Use) and gpus.unit is Unit.GPU:
                     yield Misfit(
-                        constraint=constraint, message="a single GPU can only be left out: name its node or its type"
+                        constraint=constraint, message="a single GPU can only be forbidden: name its node or its type"
                     )
             case WithoutTp(tp=tp) if tp not in tp_sizes:
                 yield Misfit(constraint=constraint, message=f"TP sizes are {', '.join(map(str, tp_sizes))}")
             case AtMost(of=Sum.USD) if unpriced := _without_price(cluster):
                 yield Misfit(constraint=constraint, message=f"GPU type {unpriced[0]} has no price")
             case Replicas(least=least, most=most) if most is not None and most < max(1, least):
-                yield Misfit(constraint=constraint, message="the most is below the least, or below 1")
+                yield Misfit(constraint=constraint, message="the maximum is below the minimum, or below 1")
 
 
 def _without_price(cluster: Cluster) -> list[str]:

@@ -388,8 +388,8 @@ class PlacementProblem:
             raise InvalidProblemError(f"objective {self.objective.kind} needs a demanded rate")
         if self.model.precisions and self.family.engine is None:
             raise InvalidProblemError(
-                f"{self.model.name} has several precisions, which are planned for a named engine and its strategies: "
-                "any engine has one precision"
+                f"{self.model.name} has several precisions, which need a named engine and its strategies: "
+                "plans for any engine have a single precision"
             )
         for group in self.cluster.node_groups:
             for slots in group.gpus:

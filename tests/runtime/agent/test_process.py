@@ -243,7 +243,7 @@ def test_sigterm_ends_an_agent_cleanly_and_metrics_and_token_work(processes: Pro
         (["--node", NODE + "p", "--engine", "ollama"], "--engine is 'ollama', must be"),
         (["--node", NODE + "p", "--server", "nowhere"], "--server is 'nowhere', must be host:port"),
         (["--node", NODE + "p", "--engine", "simulated"], "needs --simulated-devices"),
-        (["--node", NODE + "p", "--tls-cert", "/dev/null"], "--tls-cert and --tls-key come together"),
+        (["--node", NODE + "p", "--tls-cert", "/dev/null"], "--tls-cert and --tls-key must be given together"),
     ],
 )
 def test_bad_options_are_one_clear_line(arguments: list[str], says: str) -> None:

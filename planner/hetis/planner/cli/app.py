@@ -54,7 +54,7 @@ VERBS: dict[str, tuple[Any, ...]] = {
         (changes.replan, changes.REPLAN_EXAMPLES),
         (changes.diff, changes.DIFF_EXAMPLES),
     ),
-    "One stage, while it serves": (
+    "One running stage": (
         (dispatch.dispatch, dispatch.DISPATCH_EXAMPLES),
         (dispatch.redispatch, dispatch.REDISPATCH_EXAMPLES),
     ),

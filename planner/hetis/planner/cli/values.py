@@ -68,7 +68,7 @@ def gap(text: str) -> float:
     """Parse a gap: ``0.5%`` or ``0.005``."""
     value = ratio(text)
     if value >= 1 and not text.rstrip().endswith("%"):
-        raise typer.BadParameter(f"{text!r} is {value:.0%} of the best: {text.strip()}%?")
+        raise typer.BadParameter(f"{text!r} means {value:.0%} of the best, did you mean {text.strip()}%?")
     return value
 
 
@@ -163,7 +163,7 @@ def strategies(text: str) -> Names:
     if names == [ALL]:
         return Names(tuple(_strategies()))
     if ALL in names:
-        raise typer.BadParameter(f"{text!r} has {ALL} beside others: give {ALL} alone, or names")
+        raise typer.BadParameter(f"{text!r} combines {ALL} with names: give {ALL} alone, or names")
     return Names(tuple(dict.fromkeys(map(strategy, names))))
 
 
@@ -194,7 +194,7 @@ def chunks(text: str) -> frozenset[int]:
 
     sizes = [size.strip() for size in text.split(",")]
     if len(sizes) > MOST_CHUNKS:
-        raise typer.BadParameter(f"{len(sizes)} sizes are given, at most {MOST_CHUNKS} are tried")
+        raise typer.BadParameter(f"{len(sizes)} sizes are given, at most {MOST_CHUNKS} are allowed")
     for size in sizes:
         if not (size.isascii() and size.isdigit() and len(size) < 20 and 1 <= int(size) <= MOST_SETTING):
             raise typer.BadParameter(f"{size[:40]!r} is not a whole number of tokens, 1 to {MOST_SETTING}")

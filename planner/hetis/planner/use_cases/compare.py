@@ -42,10 +42,10 @@ CONTAINERS: Mapping[str, str] = {
 ROUNDING = 1e-6  # relative difference from which one plan counts as better than another
 
 _BOUND_OF = "the bound is that of strategy"  # start of a note
-_OUTSIDE = "outside of the family"  # start of another note
+_OUTSIDE = "outside the family"  # start of another note
 _BY_RULES = (
-    "within the limits, but not by the rules that plans for any engine keep (docs/cost-model.md, Latency), or with "
-    "another number of micro-batches in flight"
+    "within the limits, but not under the rules that plans for any engine follow (docs/cost-model.md, "
+    "Latency), or with a different number of micro-batches in flight"
 )
 
 NO_PLAN, FAILED = "no plan", "failed"
@@ -292,20 +292,20 @@ def planned(
     name = settings.strategy
     if settings.engine is not None and not STRATEGIES[name].has_engines:
         engine = settings.engine.name
-        reason = f"it needs attention workers of decode replicas, which {engine} has not"
+        reason = f"it needs attention workers in decode replicas, which {engine} does not support"
         if STRATEGIES[name].is_published:
-            reason = f"a published heuristic does not know {engine}"
+            reason = f"a published heuristic does not support {engine}"
         return Compared(strategy=name, status=NO_PLAN, reasons=(reason,), solve_s=0.0)
     try:
         loaded = for_engine(loaded, settings.engine)
     except InvalidProblemError as error:
         return Compared(strategy=name, status=NO_PLAN, reasons=(str(error),), solve_s=0.0)
     if settings.engine is None and loaded.inputs.model.precisions:
-        reason = "several precisions are planned for a named engine: --engine vllm-hetis"
+        reason = "several precisions need a named engine, such as --engine vllm-hetis"
         return Compared(strategy=name, status=NO_PLAN, reasons=(reason,), solve_s=0.0)
     problem = settings.problem(loaded.inputs, objective)
     if budget.cancelled.is_set():
-        return Compared(strategy=name, status=NO_PLAN, reasons=("interrupted before it was run",), solve_s=0.0)
+        return Compared(strategy=name, status=NO_PLAN, reasons=("interrupted before it ran",), solve_s=0.0)
     ignored = constraints_ignored(name, problem.constraints)
     if ignored:
         reasons = tuple(f"it cannot keep {described(each)}" for each in ignored)

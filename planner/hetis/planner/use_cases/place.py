@@ -59,8 +59,8 @@ DEFAULT_STRATEGY = "hetis"
 PLACES = ("node", "zone")  # kinds of places whose loss a plan may have to survive
 SIMPLE_SETUPS = "simple_setups"  # entry of `Plan.inputs`: the value of equal stages by TP size of all replicas
 CONSTRAINT_PRICES = "constraint_prices"  # entry of `Plan.inputs`: the cost of every constraint, if requested
-ONE_TOKEN = "requests have one output token: no time passes between tokens, so nothing is held to a limit on TPOT"
-KV_IS_FOR_ENGINES = "engines hand KV over along the routes; you set them up for it"
+ONE_TOKEN = "requests have one output token, so that a limit on TPOT does not apply"
+KV_IS_FOR_ENGINES = "engines must be configured to transfer KV along the routes"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -298,7 +298,7 @@ def held_to(level: ServiceLevel, plan: Plan) -> Plan:
     """Return the plan with the service level that simulated traffic must keep."""
     if level == service_level.DEFAULT:
         return plan
-    note = f"search and bound are for p95 TTFT and mean TPOT; simulated traffic has to keep {level}, without a bound"
+    note = f"search and bound use p95 TTFT and mean TPOT; simulated traffic must keep {level}, without a bound"
     inputs = {**plan.inputs, service_level.SERVICE_LEVEL: level.data()}
     return replace(plan, inputs=inputs, notes=(*plan.notes, note))
 
@@ -400,9 +400,9 @@ def missed(plan: Plan, settings: PlacementSettings) -> list[str]:
     """Return the requirements of ``--strict`` that the plan does not meet."""
     result, found = plan.result, []
     if result.gap == float("inf"):
-        found.append("the search stopped before it had a bound, so that no gap is proven")
+        found.append("the search stopped before it found a bound, so no gap is proven")
     elif result.gap > (allowed := settings.gap_target + settings.simplest_within) + 1e-9:
-        found.append(f"the gap is {result.gap:.3%}, asked for {allowed:.3%}")
+        found.append(f"the gap is {result.gap:.3%}, the target is {allowed:.3%}")
     demand = plan.objective.demand_rps
     if plan.objective.maximises and demand is not None and result.value < demand * (1 - 1e-9):
         found.append(f"the plan serves {result.value:.4g} requests/s, {demand:.4g} are demanded")

@@ -100,7 +100,7 @@ def for_engine(loaded: LoadedInputs, engine: EngineRules | None) -> LoadedInputs
         if gpu not in refused:
             vendors.setdefault(kind.vendor, []).append(gpu)
     notes += [
-        f"{', '.join(its)}: hetis starts no processes on GPUs of {vendor}, exports leave their replicas out"
+        f"{', '.join(its)}: hetis starts no processes on GPUs of {vendor}, and exports leave out their replicas"
         for vendor, its in vendors.items()
         if vendor not in VENDORS
     ]
@@ -173,13 +173,13 @@ def _has_workers(model: ModelSpec, cluster: Cluster, engine: str | None) -> bool
 
 def _why_no_workers(model: ModelSpec) -> str:
     if model.linear is not None:
-        return "layers keep states, which no worker can hold a part of"
+        return "layers keep states, which cannot be divided among workers"
     if model.indexer is not None:
         return "attention is sparse, and all heads share its choice of tokens"
     if model.draft is not None:
-        return "the plugin verifies no drafts"
+        return "the plugin does not support draft tokens"
     if not model.heads_can_move:
-        return "vLLM frees the KV that windows have passed, and workers keep it (windows_free_kv of a model file)"
+        return "vLLM frees KV outside the sliding window, but workers keep it (windows_free_kv of a model file)"
     return "they keep KV in 16 bits (--kv bf16)"
 
 

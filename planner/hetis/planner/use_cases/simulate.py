@@ -51,7 +51,9 @@ class Question:
 
     def __post_init__(self) -> None:
         if self.num_requests < 1 or not self.seeds:
-            raise InvalidProblemError(f"{self.num_requests} requests in {len(self.seeds)} runs: at least one of each")
+            raise InvalidProblemError(
+                f"{self.num_requests} requests in {len(self.seeds)} runs: at least one of each is needed"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,7 +144,7 @@ def faults_of(events: Iterable[Fault], plan: Plan, problem: PlacementProblem, *,
             near = did_you_mean(event.device, known) if len(known) <= 10_000 else ""
             problems.append(Problem(file=source, message=f"no device {event.device[:80]!r} in the cluster{near}"))
         elif device not in used:
-            message = f"{device} is not used by the plan: its failing would change nothing"
+            message = f"{device} is not used by the plan: its failure would have no effect"
             problems.append(Problem(file=source, message=message))
         else:
             faults.append(replace(event, device=device))
@@ -284,7 +286,7 @@ def at_settings(plan: Plan, problem: PlacementProblem, settings: EngineSettings)
     if not settings:
         return PlanAtSettings(plan=plan, problem=problem, changes=())
     if len(settings.chunk_tokens) > 1:
-        raise InvalidProblemError(f"chunk_tokens has {len(settings.chunk_tokens)} sizes, an engine is started with one")
+        raise InvalidProblemError(f"chunk_tokens has {len(settings.chunk_tokens)} sizes, an engine accepts only one")
     before = problem.family.engine_settings
     merged = EngineSettings(
         max_num_seqs=settings.max_num_seqs or before.max_num_seqs,

@@ -15,7 +15,7 @@ from hetis.solver.problem import MICRO_BATCHES, NOTHING_SET, Family, PlacementPr
 
 WIDEST = "hetis"  # the strategy whose family contains those of all searched ones
 FAST = Link(bytes_per_s=1e18, latency_s=0.0)
-_WITHIN_A_NODE = "links of the network (charged between stages of one node, too)"
+_WITHIN_A_NODE = "links of the network (also charged between stages of one node)"
 PLENTY = 1000  # memory to add as a multiple of the weights, more than the KV of any batch needs
 
 
