@@ -30,6 +30,7 @@ from hetis.planner.use_cases.service_level import (
     SERVICE_LEVEL,
     ServiceLevel,
     Statistic,
+    _attained,
     asked_level,
     held,
     service_level_of,
@@ -664,3 +665,17 @@ def test_curves_are_of_the_part_whose_seats_their_runs_fill(
     assert whole is not None
     assert whole.share is None
     assert all(simulated is plan for simulated, _ in asked)
+
+
+@pytest.mark.parametrize(("missed", "attainment", "is_sure", "is_close"), [
+    (0, 1.0, True, False), (1, 1.0, False, False), (0, 0.99, True, False), (10, 0.99, False, True),
+])  # fmt: skip
+def test_one_miss_refutes_100_percent_and_none_is_sure(
+    missed: int, attainment: float, is_sure: bool, is_close: bool
+) -> None:
+    over = np.zeros(1000)
+    over[:missed] = 2.0
+    (limited,) = _attained(attainment, {Latency.TTFT: over}, {Latency.TTFT: 1.0}).limited
+    assert limited.value == missed / 1000
+    assert (limited.high <= limited.limit) is is_sure
+    assert (limited.low <= limited.limit < limited.high / limited.close) is is_close
