@@ -28,6 +28,7 @@ from hetis.planner.use_cases.place import SIMPLE_SETUPS, PlacementSettings, miss
 from hetis.planner.use_cases.service_level import (
     DEFAULT,
     SERVICE_LEVEL,
+    Latency,
     ServiceLevel,
     Statistic,
     _attained,
