@@ -248,7 +248,7 @@ def test_a_cluster_is_watched_line_by_line(fleet: FakePlanner, hetis_plan: Run, 
         "01:00:00 cluster paper: 2 of 6 nodes connected, active no plan",
         "01:00:00 node n1: SUSPECT",
         "--- now live",
-        "01:00:00 node n9: gone",
+        "01:00:00 node n9: removed",
         "01:00:00 replica r-1: DEGRADED, generation 4, 0 running, 0 waiting",
         "01:00:00 re-dispatch of r-1: COMMITTING, 3 moves, 2.00 ms → 1.00 ms",
     ]

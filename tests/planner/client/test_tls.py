@@ -92,7 +92,7 @@ def test_whoever_is_wrong_about_tls_is_told_so_first(
         address = planner.address.replace("localhost", "127.0.0.1")
         arguments = ["get", "clusters", "--server", address, "--ca", str(files["cert"])]
         assert run(arguments) == ExitCode.UNREACHABLE
-        assert "TLS fails" in " ".join(capsys.readouterr().err.split())
+        assert "TLS failed" in " ".join(capsys.readouterr().err.split())
     for credentials in ([], ["--ca", str(files["cert"])]):  # no planner listens any more
         assert run(["get", "clusters", "--server", address, *credentials]) == ExitCode.UNREACHABLE
         assert "is hetis-planner running?" in " ".join(capsys.readouterr().err.split())

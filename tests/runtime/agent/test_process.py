@@ -212,7 +212,7 @@ def test_an_agent_whose_node_another_has_comes_back_by_itself(reason: str, proce
             assert agent.poll() is None
 
     asyncio.run(story())
-    assert "another agent is connected; again in" in processes.log()
+    assert "another agent is connected; retrying in" in processes.log()
 
 
 def test_sigterm_ends_an_agent_cleanly_and_metrics_and_token_work(processes: Processes) -> None:
