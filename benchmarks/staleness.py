@@ -69,7 +69,7 @@ SOURCES: dict[str, tuple[str, ...]] = {
     "simulation speed": ("benchmarks/simulation.py", *_SIMULATOR),
     "goodput": (
         "benchmarks/goodput.py",
-        *(f"planner/hetis/planner/use_cases/{name}.py" for name in ("verify", "service_level")),
+        *(f"planner/hetis/planner/use_cases/{name}.py" for name in ("verify", "representative", "service_level")),
         *(*_SEARCH, *_SIMULATOR),
     ),
     "whole_engine": ("benchmarks/whole_engine.py", *_SIMULATOR, "tools/whole_engine.py"),

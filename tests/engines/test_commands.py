@@ -187,8 +187,8 @@ def test_kv_that_would_not_be_as_planned_is_refused(tmp_path: Path) -> None:
     model, stated = checkpoint_model(tmp_path, MODEL)
     assert (model.name, model.kv_bytes, stated) == (MODEL.name, 2, "fp8")
     assert why_kv_is_untold(ALONE, SERVING, stated=stated) == (
-        "/models/tiny states fp8 KV, which engines take by themselves, and the replica is to have 16 bits: "
-        "give the engine --kv-cache-dtype bfloat16 or float16, whichever is the checkpoint's dtype"
+        "/models/tiny states fp8 KV, which engines use by default, but the replica needs 16 bits: "
+        "give the engine --kv-cache-dtype bfloat16 or float16, the dtype of the checkpoint"
     )
     sglang = replace(ALONE, engine=Engine.SGLANG)
     told, other = ({"options": ("--kv-cache-dtype", dtype)} for dtype in ("bfloat16", "float16"))
@@ -202,16 +202,16 @@ def test_kv_that_would_not_be_as_planned_is_refused(tmp_path: Path) -> None:
         (ALONE, {"dtype": "bfloat16"} | told, ""),
         (ALONE, told, ""),
         (ALONE, both, "--kv-cache-dtype is bfloat16 and float16, must be bfloat16 or float16 of vLLM"),
-        (ALONE, {"dtype": "float16"} | told, "is bfloat16, and --dtype is float16, which is that of KV, too"),
-        (ALONE, {"dtype": "float32"} | told, "is bfloat16, and --dtype is float32, which is that of KV, too"),
-        (ALONE, {"dtype": "float32"}, "vLLM cannot be told to keep KV in float32: /models/tiny states fp8"),
-        (ALONE, {"dtype": "bfloat16", "device": "cpu"}, "give the engine --kv-cache-dtype bfloat16, whichever"),
+        (ALONE, {"dtype": "float16"} | told, "is bfloat16, and --dtype is float16, which also applies to KV"),
+        (ALONE, {"dtype": "float32"} | told, "is bfloat16, and --dtype is float32, which also applies to KV"),
+        (ALONE, {"dtype": "float32"}, "vLLM has no option to keep KV in float32: /models/tiny states fp8"),
+        (ALONE, {"dtype": "bfloat16", "device": "cpu"}, "give the engine --kv-cache-dtype bfloat16, the dtype"),
         (ALONE, {"dtype": "bfloat16", "device": "cpu"} | told, ""),
-        (sglang, {}, "give the engine --kv-cache-dtype bfloat16, whichever"),
+        (sglang, {}, "give the engine --kv-cache-dtype bfloat16, the dtype"),
         (sglang, told, ""),
         (sglang, other, "--kv-cache-dtype is float16, must be bfloat16 of SGLang"),
-        (replace(sglang, dtype="float16"), {}, "SGLang cannot be told to keep KV in float16: /models/tiny states fp8"),
-        (replace(sglang, dtype="float16"), told, "SGLang cannot be told to keep KV in float16"),
+        (replace(sglang, dtype="float16"), {}, "SGLang has no option to keep KV in float16: /models/tiny states fp8"),
+        (replace(sglang, dtype="float16"), told, "SGLang has no option to keep KV in float16"),
     ):
         found = why_kv_is_untold(layout, replace(SERVING, **serving), stated=stated)
         assert why in found if why else not found, (layout, serving)

@@ -219,8 +219,8 @@ def test_pods_cannot_share_a_gpu() -> None:
     with pytest.raises(LayoutError) as caught:
         objects(layout)
     assert caught.value.messages == (
-        "several ranks of vLLM have KV on b/0, b/1, each through a process of its own, and pods cannot share a GPU: "
-        "use processes or ray",
+        "several ranks of vLLM have KV on b/0, b/1, each in its own process, and pods cannot share a GPU: use "
+        "processes or ray",
     )
     assert objects(layout, replace(SERVING, device="cpu"))
 
@@ -233,14 +233,14 @@ def test_all_that_is_wrong_is_said_at_once() -> None:
     )
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.splitlines() == [
-        "hetis-launch: --name is 'A_', must be 1 to 40 small letters, digits and -, a letter first",
-        "hetis-launch: --namespace is '-', must be 1 to 63 small letters, digits and -",
+        "hetis-launch: --name is 'A_', must be 1 to 40 lower-case letters, digits and -, starting with a letter",
+        "hetis-launch: --namespace is '-', must be 1 to 63 lower-case letters, digits and -",
         "hetis-launch: --image is missing: vLLM with the plugin, as docker/vllm.Dockerfile makes it",
         "hetis-launch: --worker-image is missing: as docker/worker.Dockerfile makes it",
         "hetis-launch: --worker-key-secret is missing: the key of vLLM and its workers",
         "hetis-launch: --model-path is 'models', must be like /models/NAME",
-        "hetis-launch: give one of --api-key-secret and --insecure: who may call?",
-        "hetis-launch: --port stands after --: it is hetis-launch that sets it",
-        "hetis-launch: --model is missing: a folder with config.json, or a name that vLLM knows",
-        "hetis-launch: --plan is missing: a plan of hetis-plan place",
+        "hetis-launch: give --api-key-secret, or --insecure to serve without a key",
+        "hetis-launch: --port cannot be passed to vLLM: hetis-launch sets it",
+        "hetis-launch: --model is missing: give a folder with config.json, or a model name for vLLM",
+        "hetis-launch: --plan is missing: give a plan file from hetis-plan place",
     ]

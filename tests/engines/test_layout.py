@@ -119,19 +119,19 @@ def test_everything_that_vllm_cannot_do_is_said_at_once() -> None:
     )
     assert refused(plan) == (
         "the plan's stages have 5 layers, the model 4",
-        "the replica is to decode only: the plugin has the place of vLLM's connector that would carry prompts "
+        "the replica is to decode only: the plugin occupies the vLLM connector that would carry prompts "
         "between replicas",
-        "it decodes in 3 stages: vLLM's NIXL connector brings prompts into one alone",
+        "it decodes in 3 stages: vLLM's NIXL connector only supports decode replicas with one",
         "stage 0: it has 2 copies, vLLM has one of each stage",
         "stage 0: the plan places 7 KV heads, the model has 8",
-        "stage 1: it has 2 ranks and stage 0 has 1, vLLM has as many in every stage",
+        "stage 1: it has 2 ranks and stage 0 has 1, vLLM needs the same number in every stage",
         "stage 1: it is on several nodes, must be on one: c/2, d/0",
         "stage 2: device 'here' must be NODE/INDEX, such as gpu2/0",
-        "stage 2: it has 3 ranks and stage 0 has 1, vLLM has as many in every stage",
+        "stage 2: it has 3 ranks and stage 0 has 1, vLLM needs the same number in every stage",
         "stage 2: it is on several nodes, must be on one: e/0, e/1, here",
         "stage 2: 3 ranks do not divide 16 query heads and 8 KV heads",
-        "stages have 2, 0, 0 attention workers: the plugin needs as many for every stage, since a request's heads go "
-        "to the same worker in all of them",
+        "stages have 2, 0, 0 attention workers: the plugin needs the same number in every stage, since a "
+        "request's heads go to the same worker in all of them",
     )
 
 
@@ -189,7 +189,7 @@ def test_copies_that_cannot_share_experts_are_refused() -> None:
         return refused(plan, model, engine=Engine.VLLM)
 
     assert why(plan_of(four, in_flight=2, expert_parallel=True), MODEL) == (
-        "its copies share experts, which tiny has none of",
+        "its copies share experts, but tiny has none",
     )
     assert why(plan_of(replace(four, devices=("a/0", "a/1")), in_flight=1, expert_parallel=True)) == (
         "its copies share experts: copies is 2, in_flight 1, must be equal and at least 2",
@@ -197,7 +197,7 @@ def test_copies_that_cannot_share_experts_are_refused() -> None:
     )
     six = stage_of(tp=1, copies=3, devices=("a/0", "a/1", "a/2"), kv_head_groups_kept=8)
     assert why(plan_of(six, in_flight=3, expert_parallel=True)) == (
-        "its 3 ranks share 8 experts, which they must divide",
+        "its 3 ranks share 8 experts, a number that they must divide",
     )
     assert why(replace(plan_of(four), replicas=(replace(plan_of(four).replicas[0], stages=()),))) == (
         "it has no stages",
@@ -224,9 +224,9 @@ def test_latent_attention_has_no_heads_to_place_and_kv_of_a_byte_no_worker() -> 
     mla = MlaShape(kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8)
     plan = plan_of(stage_of(), pools=(POOL,))
     latent = replace(MODEL, attention=AttentionKind.MLA, mla=mla)
-    assert refused(plan, latent) == ("tiny has latent attention (MLA): it has no head groups that could be elsewhere",)
+    assert refused(plan, latent) == ("tiny has latent attention (MLA), whose KV cannot be split into head groups",)
     assert refused(plan, replace(MODEL, kv_bytes=1.0)) == (
-        "the plan counts on KV of 1 bytes a number, workers keep it in 2 or 4: give --dtype",
+        "the plan needs KV of 1 bytes per element, workers support 2 or 4: set --dtype",
     )
     assert layout_of(plan, 0, replace(MODEL, kv_bytes=1.0), dtype="bfloat16").workers
 
@@ -249,7 +249,7 @@ SPLIT = (
 def test_only_our_plugin_has_attention_workers() -> None:
     for engine, program in ((Engine.VLLM, "vLLM"), (Engine.SGLANG, "SGLang")):
         assert refused(plan_of(stage_of(), pools=(POOL,)), engine=engine) == (
-            f"it has attention workers, which {program} has with hetis' plugin alone (engine vllm-hetis)",
+            f"it has attention workers, which {program} only supports with hetis' plugin (engine vllm-hetis)",
         )
         layout = layout_of(ALONE, 0, MODEL, engine=engine)
         assert [(p.name, p.kind.value) for p in layout.processes] == [(program.lower(), "server")]
@@ -264,12 +264,12 @@ def test_prefill_and_decode_apart_take_what_the_connectors_take() -> None:
         assert (decode.role, decode.seats, decode.chunk_tokens) == (Role.DECODE, 4, 0)
     staged_decode = plan_of(*SPLIT, role=Role.DECODE, chunk_tokens=0)
     assert refused(staged_decode, engine=Engine.VLLM) == (
-        "it decodes in 2 stages: vLLM's NIXL connector brings prompts into one alone",
+        "it decodes in 2 stages: vLLM's NIXL connector only supports decode replicas with one",
     )
     assert layout_of(staged_decode, 0, MODEL, engine=Engine.SGLANG).layers == (3, 1)
     sliding = replace(MODEL, sliding_window=64)
     assert refused(plan_of(*SPLIT, role=Role.PREFILL), sliding, engine=Engine.VLLM) == (
-        "it prefills in several stages: vLLM's NIXL connector does not with layers that slide",
+        "it prefills in several stages: vLLM's NIXL connector does not support this with sliding-window layers",
     )
 
 
@@ -287,7 +287,7 @@ def test_sglang_does_not_draft_in_a_pipeline() -> None:
         in_flight=2,
     )
     assert layout_of(plan, 0, drafting, engine=Engine.VLLM).draft_tokens == 1
-    with pytest.raises(LayoutError, match="it drafts tokens in 2 stages: SGLang does in one alone"):
+    with pytest.raises(LayoutError, match="it drafts tokens in 2 stages: SGLang only supports that in one"):
         layout_of(plan, 0, drafting, engine=Engine.SGLANG)
 
 
@@ -307,7 +307,7 @@ def test_kv_of_a_byte_takes_half_and_latent_kv_is_one_group_on_every_rank() -> N
     assert (full.kv_is_fp8, half.kv_is_fp8) == (False, True)
     assert full.rank_kv_bytes == 2 * half.rank_kv_bytes
     nvfp4 = replace(MODEL, kv_bytes=0.5625)
-    assert refused(ALONE, nvfp4) == ("the plan counts on KV of 0.5625 bytes a number, vLLM can be told of 1 or 2",)
+    assert refused(ALONE, nvfp4) == ("the plan needs KV of 0.5625 bytes per element, vLLM supports 1 or 2",)
     assert layout_of(ALONE, 0, nvfp4, dtype="float16").rank_kv_bytes == full.rank_kv_bytes
     mla = MlaShape(kv_lora_rank=24, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8)
     model = replace(MODEL, attention=AttentionKind.MLA, mla=mla)

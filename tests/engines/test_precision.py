@@ -39,7 +39,7 @@ def test_what_vllm_runs(weights: str, kv: str | None, runs_on: tuple[object, ...
 def test_refusals_say_what_is_missing_and_where_that_was_read() -> None:
     assert why_not(with_precision(LLAMA, weights="fp8"), V100, "vllm") == (
         "vllm 0.32.0 takes compute capability 7.5 for fp8 weights, V100-SXM2-32GB (Volta) has 7 "
-        "(vllm/model_executor/layers/quantization/fp8.py)"
+        "(vLLM's repository, vllm/model_executor/layers/quantization/fp8.py)"
     )
     assert "mxfp4 is a format of experts" in str(why_not(with_precision(LLAMA, weights="mxfp4"), H100, "sglang"))
     assert "for fp8 KV (in 16 bits: --kv bf16), T4" in str(why_not(with_precision(LLAMA, kv="fp8"), T4, "vllm"))

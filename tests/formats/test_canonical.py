@@ -37,7 +37,7 @@ def test_an_address_is_a_host_and_a_port(address: str, expected: tuple[str, int]
 
 @pytest.mark.parametrize("address", ["", "host", "host:", ":80", "[]:80", "host:0", "host:65536", "host:-1", "host:١"])
 def test_anything_else_is_no_address(address: str) -> None:
-    with pytest.raises(ValueError, match="is no address, expected HOST:PORT"):
+    with pytest.raises(ValueError, match="is not an address, expected HOST:PORT"):
         split_address(address)
 
 

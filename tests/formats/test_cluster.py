@@ -230,4 +230,4 @@ def test_problems_are_listed_in_the_order_of_the_file_and_capped(tmp_path: Path)
         cluster_of(tmp_path, nodes)
     lines = str(caught.value).splitlines()
     assert [problem.line for problem in caught.value.problems] == list(range(5, 105))
-    assert lines[100:] == ["... and more problems; only the first 100 are looked for"]
+    assert lines[100:] == ["... and more problems; only the first 100 are reported"]

@@ -89,7 +89,7 @@ def test_everything_that_is_wrong_is_said_at_once() -> None:
             CLUSTER,
         )
     assert [str(problem) for problem in caught.value.problems] == [
-        "--forbid tp=x: tp is 'x', must be a whole number, alone",
+        "--forbid tp=x: tp is 'x', must be a whole number without other parts",
         "--forbid type=A:use=2: 'use=2' after type=A is not as=..., each once",
         "--forbid rubbish: must be written NAME=VALUE, such as node=a100-0, type=L4",
         "--pin nod=a-0: 'nod' is not one of node, type, zone, replicas, usd, gpus, did you mean node?",
@@ -102,7 +102,7 @@ def test_everything_that_is_wrong_is_said_at_once() -> None:
         "--forbid type=C: tiny has no type C",
         "--forbid tp=3: TP sizes are 1, 2, 4, 8",
         "--forbid node=a-5: tiny has no node a-5, did you mean a-1?",
-        "--pin replicas=5..2: the most is below the least, or below 1",
+        "--pin replicas=5..2: the maximum is below the minimum, or below 1",
         "--pin type=A:use=9: tiny has 4 of these GPUs",
     ]
 
@@ -134,5 +134,5 @@ def test_a_name_that_a_node_has_means_that_node() -> None:
 
 
 def test_a_plan_with_a_constraint_that_is_none_is_refused() -> None:
-    with pytest.raises(DocumentError, match="please: is no constraint, must begin with --pin or --forbid"):
+    with pytest.raises(DocumentError, match="please: is not a constraint, must begin with --pin or --forbid"):
         constraints_from_texts(["please"], CLUSTER)

@@ -116,7 +116,7 @@ def test_experts_are_experts(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("raw", "said"),
     [
-        (b"", "ends in its head, at byte 0"),
+        (b"", "ends within its header, at byte 0"),
         (b"GGML....", "is not a GGUF file: it does not begin with GGUF"),
         (b"GGUF" + struct.pack("<I", 1), "is GGUF of version 1, expected 2 or 3"),
         (b"GGUF" + struct.pack(">IQQ", 3, 0, 0), "is GGUF of version 50331648, expected 2 or 3 with little-endian"),
@@ -127,13 +127,13 @@ def test_experts_are_experts(tmp_path: Path) -> None:
             b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + text("a") + struct.pack("<IIQ", 9, 9, 2),
             "'a' is an array of type 9, expected numbers or texts",
         ),
-        (gguf(LLAMA, TENSORS)[:-9], "ends in its head, at byte"),
+        (gguf(LLAMA, TENSORS)[:-9], "ends within its header, at byte"),
         (
             gguf({"general.architecture": "rwkv7"}, {}),
             "architecture 'rwkv7' is not supported in GGUF; supported: llama",
         ),
         (gguf({}, {}), "architecture null is not supported in GGUF"),
-        (gguf(LLAMA, {"blk.0.a": ((4,), 99)}), "has tensors of type 99, which is not known here"),
+        (gguf(LLAMA, {"blk.0.a": ((4,), 99)}), "has tensors of type 99, which is not supported"),
         (gguf(LLAMA | {"llama.block_count": 0}, {}), "llama.block_count: is 0, must be a whole number from 1"),
         (
             gguf({key: value for key, value in LLAMA.items() if "block_count" not in key}, {}),

@@ -361,7 +361,7 @@ def test_a_group_whose_weights_or_modules_are_not_known_is_refused_by_name(
 
 
 def test_groups_that_quantise_no_matrix_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(DocumentError, match=r"config_groups: have the targets 're:vision.*', and no matrix of the"):
+    with pytest.raises(DocumentError, match=r"config_groups: have the targets 're:vision.*', but no matrix of the"):
         load_grouped(tmp_path, LLAMA, [group("fp8", "re:vision.*")])
 
 
@@ -513,7 +513,7 @@ def test_a_folder_with_a_config_is_named_after_the_folder(tmp_path: Path) -> Non
 
 
 def test_a_folder_without_a_config_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DocumentError, match=r"is a folder without config\.json, so not a Hugging Face model"):
+    with pytest.raises(DocumentError, match=r"is a folder without config\.json, so it is not a Hugging Face model"):
         load_model(tmp_path)
 
 

@@ -152,7 +152,7 @@ def test_files_that_are_not_whole(tmp_path: Path) -> None:
         "cut.json.gz": (whole[:-20], f"is truncated: its gzip stream ends after {cut} bytes without an end mark"),
         "plain.json.gz": (b"{}", "is not gzip-compressed, though its name ends in .gz"),
         "empty.json": (b"", "is empty"),
-        "nan.json": (b'{"gpu": NaN}', "is not JSON: NaN is no JSON number"),
+        "nan.json": (b'{"gpu": NaN}', "is not JSON: NaN is not a JSON number"),
     }
     for name, (raw, expected) in cases.items():
         (tmp_path / name).write_bytes(raw)

@@ -106,9 +106,9 @@ def test_a_file_gives_gpu_types_precisions(tmp_path: Path) -> None:
     ("text", "error"),
     [
         ("fp9", "'fp9' is not one of bf16, fp8"),
-        ("fp8,bf16", "'fp8,bf16' gives all GPU types two precisions"),
-        ("L4=fp8,L4=bf16", "'L4=fp8,L4=bf16' gives L4 two precisions"),
-        ("=fp8", "'=fp8' names no GPU type before ="),
+        ("fp8,bf16", "'fp8,bf16' gives two precisions for all GPU types"),
+        ("L4=fp8,L4=bf16", "'L4=fp8,L4=bf16' gives two precisions for L4"),
+        ("=fp8", "'=fp8' has no GPU type before ="),
         ("L4=", "'' is not one of bf16, fp8"),
         ("", "'' is not one of bf16, fp8"),
         ("fp8," * 2000, "has 8000 characters, may have 4096"),

@@ -97,7 +97,7 @@ def test_rows_that_do_not_name_their_blocks_are_refused(tmp_path: Path) -> None:
     assert refused(path) == f"{path}:1: hash_ids: is not a list of whole numbers of 64 bits"
 
 
-HOW = "prefix hits are counted from the hash_ids of a trace in Mooncake's form: give a share such as 0.4"
+HOW = "prefix hits can only be counted from the hash_ids of a trace in Mooncake's form: give a share such as 0.4"
 
 
 def test_sources_without_hash_ids_are_refused(tmp_path: Path) -> None:
@@ -156,7 +156,7 @@ def test_nothing_is_counted_without_a_trace(tmp_path: Path) -> None:
     path.write_text(MEANS + "prefix_hit_rate: trace\n")
     with pytest.raises(DocumentError) as caught:
         load_workload(path)
-    message = "is trace, and without a trace there are no hash_ids to count hits by"
+    message = "is trace, but without a trace there are no hash_ids to count hits"
     assert str(caught.value).endswith(f"prefix_hit_rate: {message}")
 
 

@@ -232,7 +232,7 @@ def test_conversations_are_a_request_for_every_answer(tmp_path: Path) -> None:
         (8, 4),
     ]
     assert (trace.form, trace.has_times, trace.rate_rps) == ("conversations", False, None)
-    with pytest.raises(DocumentError, match="has texts and no numbers of tokens: hetis-plan convert counts them"):
+    with pytest.raises(DocumentError, match="has texts but no token counts: hetis-plan convert counts them"):
         read_trace(path)
 
 
@@ -255,11 +255,11 @@ def test_arrays_are_read_in_pieces_of_any_size(lengths: list[int], chunk: int, b
         (
             "t.json",
             '[{"a": 1}]',
-            "[0]: field arrival_s, prompt_tokens, output_tokens is missing; the file has the fields a;",
+            "[0]: fields arrival_s, prompt_tokens, output_tokens are missing; the file has the fields a;",
         ),
         ("t.json", '{"input_lens": [1]}', "has no start_times, output_lens, but input_lens: expected an array"),
         ("t.json", '{"input_lens": [1], "output_lens": [], "start_times": [1]}', "1 start_times, 1 input_lens, 0 out"),
-        ("t.json", "[" * 100_000, "[0] is nested too deep"),
+        ("t.json", "[" * 100_000, "[0] is nested too deeply"),
         ("t.json", '[{"timestamp": 0, "input_length": 0, "output_length": 1}]', "[0].input_length: is 0, must be 1 to"),
         ("t.log", "INFO: 127.0.0.1 - GET /health", "has no request in vLLM's form: vLLM logs them with"),
         (

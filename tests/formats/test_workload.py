@@ -35,7 +35,7 @@ def test_an_unknown_name_suggests_the_nearest() -> None:
     with pytest.raises(DocumentError) as caught:
         load_workload("azure_con_2023")
     assert str(caught.value) == (
-        "workload: unknown workload 'azure_con_2023', did you mean azure_conv_2023? (nor is there such a file)"
+        "workload: unknown workload 'azure_con_2023', did you mean azure_conv_2023? (and no such file exists)"
     )
 
 

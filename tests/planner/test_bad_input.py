@@ -106,7 +106,7 @@ def test_inputs_that_were_changed_after_planning_are_noticed(tmp_path: Path) -> 
     document["inputs"]["documents"]["model"]["hidden"] *= 2
     (tmp_path / "plan.json").write_text(json.dumps(document))
     _, err = messages("check", str(tmp_path / "plan.json"))
-    assert "warning: the inputs saved in the plan are not those it was made from" in err
+    assert "warning: the inputs saved in the plan differ from those it was made from" in err
 
 
 def test_an_unknown_strategy_is_refused(tmp_path: Path) -> None:

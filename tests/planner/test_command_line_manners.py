@@ -188,8 +188,8 @@ output = "json"
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("modell = 'x'", "no verb has an option --modell, did you mean model"),
-        ("[plaice]\nseed = 1", "no verb 'plaice', did you mean place"),
+        ("modell = 'x'", "no command has an option --modell, did you mean model"),
+        ("[plaice]\nseed = 1", "no command 'plaice', did you mean place"),
         ("[place]\nsede = 1", "place has no option --sede, did you mean seed"),
         ("model = ", "cannot be read"),
     ],
@@ -270,7 +270,7 @@ def test_what_is_wrong_with_a_call_is_found_without_solving(home: Path, capsys: 
         ),
         ("place --seed x", "'--seed': 'x' is not a whole number"),
         ("place --max-stages 99", "'--max-stages': 99 is out of range, must be at least 1 and at most 16"),
-        ("place --gap 5", "'--gap': '5' is 500% of the best: 5%?"),
+        ("place --gap 5", "'--gap': '5' means 500% of the best, did you mean 5%?"),
     ],
 )
 def test_a_wrong_value_is_answered_in_our_words(arguments: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -323,7 +323,7 @@ def test_standard_input_is_one_input(arguments: str, names: str, capsys: pytest.
 def test_an_empty_list_of_the_catalogue_says_what_is_near(capsys: pytest.CaptureFixture[str]) -> None:
     assert run_verb(["catalog", "gpus", "H10O-SXM-80GB"]) == ExitCode.OK
     said = capsys.readouterr().err
-    assert "no name of the gpus contains 'H10O-SXM-80GB', did you mean H100-SXM-80GB?" in said
+    assert "no name in the catalogue of gpus contains 'H10O-SXM-80GB', did you mean H100-SXM-80GB?" in said
     assert run_verb(["catalog", "gpus", "h100"]) == ExitCode.OK
     assert capsys.readouterr().err == ""
 

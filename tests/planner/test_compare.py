@@ -158,7 +158,7 @@ def test_a_bound_is_not_that_of_plans_outside_of_its_family(solver: Solver) -> N
     assert own is not None
     assert (best.result.value, best.result.bound) == (2.6, 9.0)
     assert (own.result.value, own.result.bound) == (2.0, 2.5), "a bound stands beside plans that it holds for"
-    assert (why_outside(best) or "").startswith("outside of the family of strategy hexgen2, whose bound it passes")
+    assert (why_outside(best) or "").startswith("outside the family of strategy hexgen2, whose bound it passes")
     assert why_outside(own) is None
 
 
@@ -168,7 +168,7 @@ def test_once_cancelled_the_others_are_not_run(solver: Solver) -> None:
     asked = solver({"hetis": (1.0, 1.0)})
     found = compared(["hetis"], Budget(cancelled=cancelled))
     assert asked == []
-    assert found["hetis"].reasons == ("interrupted before it was run",)
+    assert found["hetis"].reasons == ("interrupted before it ran",)
 
 
 def test_figures_of_a_plan() -> None:
@@ -289,7 +289,7 @@ def test_least_cost_is_compared_by_cost(solver: Solver, capsys: pytest.CaptureFi
 
 def test_all_strategies_are_not_given_beside_others(capsys: pytest.CaptureFixture[str]) -> None:
     assert run([*COMMAND, "--strategies", "all,uniform"]) == ExitCode.INVALID
-    assert "all beside others" in " ".join(capsys.readouterr().err.split())
+    assert "combines all with names" in " ".join(capsys.readouterr().err.split())
 
 
 def test_engines_are_compared_with_what_each_runs(solver: Solver, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -313,8 +313,8 @@ def test_engines_are_compared_with_what_each_runs(solver: Solver, monkeypatch: p
         ("hetis", "vllm"): 2.4,
         ("hetis", "vllm-hetis"): 3.0,
         ("hexgen-paper", "any"): 2.0,
-        ("hexgen-paper", "vllm"): ("a published heuristic does not know vllm",),
-        ("hexgen-paper", "vllm-hetis"): ("a published heuristic does not know vllm-hetis",),
+        ("hexgen-paper", "vllm"): ("a published heuristic does not support vllm",),
+        ("hexgen-paper", "vllm-hetis"): ("a published heuristic does not support vllm-hetis",),
     }
 
 
@@ -322,10 +322,10 @@ def test_hexgen3_is_planned_for_any_engine_and_for_no_other(capsys: pytest.Captu
     assert engine_rules(None, "hexgen3") is None
     assert run([*COMMAND, "--engine", "vllm-hetis", "--strategies", "hexgen3", "-o", "json"]) == ExitCode.NO_PLAN
     (entry,) = json.loads(capsys.readouterr().out)["strategies"]
-    assert entry["reasons"] == ["it needs attention workers of decode replicas, which vllm-hetis has not"]
+    assert entry["reasons"] == ["it needs attention workers in decode replicas, which vllm-hetis does not support"]
     place = ["place", *COMMAND[1:], "--strategy", "hexgen3", "--engine", "vllm-hetis"]
     assert run(place) == ExitCode.INVALID
-    said = "strategy hexgen3 needs attention workers of decode replicas, which vllm-hetis has not"
+    said = "strategy hexgen3 needs attention workers in decode replicas, which vllm-hetis does not support"
     assert said in " ".join(capsys.readouterr().err.replace("│", "").split())
 
 
@@ -344,7 +344,7 @@ def test_compare_of_engines_has_a_row_and_a_file_for_each(
         ("hexgen-paper", "vllm", "no plan"),
     ]
     assert run([*COMMAND, "--max-gpus", "4"]) == ExitCode.INVALID
-    assert "limited for an engine" in " ".join(capsys.readouterr().err.split())
+    assert "limits on replicas apply to a named engine" in " ".join(capsys.readouterr().err.split())
 
 
 # --- simulated

@@ -40,8 +40,8 @@ def test_a_trace_is_written_as_its_requests_are(folder: Path, name: str, out: st
 def test_texts_are_counted_by_a_ratio_that_is_said(folder: Path) -> None:
     done = hetis_plan_here("convert", "sharegpt.json", cwd=folder)
     assert done.stdout.splitlines()[1:] == [f"0.0,{prompt},{output}" for prompt, output in ANSWERS]
-    assert "warning: lengths are estimates: 4 characters are taken for a token" in done.stderr
-    assert "warning: the file does not say when requests arrive: all arrive at once; --rate" in done.stderr
+    assert "warning: lengths are estimates at 4 characters per token" in done.stderr
+    assert "warning: the file has no arrival times, so all requests arrive at once; --rate" in done.stderr
     done = hetis_plan_here("convert", "sharegpt.json", "--characters-per-token", "2", "--rate", "4", cwd=folder)
     assert done.stdout.splitlines()[1:3] == ["0.0,20,40", "0.25,20,2"]
     assert "at once" not in done.stderr
@@ -63,12 +63,18 @@ def test_a_tokenizer_counts_instead(folder: Path) -> None:
     [
         (
             ("server.log", "--rate", "1"),
-            "server.log: says when its requests arrive (vLLM log): --rate is for those that",
+            "server.log: has arrival times (vLLM log): --rate is only for files without them",
         ),
-        (("server.log", "--out", "t.parquet"), "t.parquet: a trace's name ends in .csv, .csv.gz, .jsonl, .jsonl.gz"),
-        (("sharegpt.json", "--tokenizer", "x"), "x: is no tokenizer: expected a tokenizer.json or its folder"),
-        (("sharegpt.json", "--tokenizer", "sharegpt.json"), "sharegpt.json: is no tokenizer: "),
-        (("sharegpt.json", "--tokenizer", "x", "--characters-per-token", "3"), "without --characters-per-token"),
+        (
+            ("server.log", "--out", "t.parquet"),
+            "t.parquet: the name of a trace must end in .csv, .csv.gz, .jsonl, .jsonl.gz",
+        ),
+        (("sharegpt.json", "--tokenizer", "x"), "x: is not a tokenizer: expected a tokenizer.json or its folder"),
+        (("sharegpt.json", "--tokenizer", "sharegpt.json"), "sharegpt.json: is not a tokenizer: "),
+        (
+            ("sharegpt.json", "--tokenizer", "x", "--characters-per-token", "3"),
+            "--characters-per-token cannot be combined",
+        ),
         (("nowhere.csv",), "nowhere.csv: no such file"),
     ],
 )
@@ -85,7 +91,9 @@ def test_other_verbs_read_logs_and_send_texts_here(folder: Path) -> None:
     from hetis.formats.errors import DocumentError
 
     assert load_workload(folder / "server.log").rate_rps == 0.5
-    with pytest.raises(DocumentError, match="is a trace rather than a Workload: hetis-plan convert FILE --out"):
+    with pytest.raises(
+        DocumentError, match="is a trace, not a Workload: convert it with hetis-plan convert FILE --out"
+    ):
         load_workload(folder / "sharegpt.json")
     (folder / "w.json").write_text(
         json.dumps({"apiVersion": "hetis/v1", "kind": "Workload", "name": "w", "trace": "sharegpt.json"})

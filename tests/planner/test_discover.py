@@ -39,7 +39,7 @@ def test_what_is_said_of_links_and_names_is_in_the_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ((str(INPUTS / "ray_list.json"),), "could be A100-PCIe-80GB or A100-SXM-80GB; --gpu 'A100=TYPE' says which"),
+        ((str(INPUTS / "ray_list.json"),), "could be A100-PCIe-80GB or A100-SXM-80GB; --gpu 'A100=TYPE' selects one"),
         ((NODES, "--gpu", "a=b"), "unknown GPU 'b'"),
         ((NODES, "--name", ""), "--name: '' is not a name"),
         ((NODES, "--from", "slurm"), "kubectl_nodes.json: has no list of nodes, but apiVersion, kind"),
@@ -66,5 +66,7 @@ def test_defaults_of_verbs_in_groups_have_tables_of_their_own(
     (tmp_path / "hetis.toml").write_text('[cluster]\nname = "x"\n[cluster.discover]\nnam = "y"\n')
     assert run_verb(["cluster", "discover", NODES]) == 2
     shown = capsys.readouterr()
-    assert "cluster has no option --name: its verbs have tables of their own, such as [cluster.VERB]" in shown.err
+    assert (
+        "cluster has no option --name: set it in the table of one of its commands, such as [cluster.VERB]" in shown.err
+    )
     assert "cluster.discover has no option --nam, did you mean name?" in shown.err

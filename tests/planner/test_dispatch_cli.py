@@ -285,7 +285,7 @@ def test_a_draining_device_that_nobody_can_relieve_misses_strict(
     document = json.loads(capsys.readouterr().out)
     assert document["result"]["short_blocks"] > 1
     assert run(["redispatch", "--state", path, "--strict"]) == ExitCode.MISSED
-    assert "KV blocks stay short, or on draining devices" in capsys.readouterr().err
+    assert "KV blocks remain short or on draining devices" in capsys.readouterr().err
 
 
 def test_strict_misses_while_requests_with_groups_under_way_hold_kv_on_a_draining_device(
@@ -294,8 +294,8 @@ def test_strict_misses_while_requests_with_groups_under_way_hold_kv_on_a_drainin
     assert run(["redispatch", "--state", DRAINING, "--strict", "--explain"]) == ExitCode.MISSED
     # essay-0, which has a group in flight, keeps 3 groups of 875 blocks on l4-3.
     said = capsys.readouterr()
-    assert "2,625 KV blocks stay short, or on draining devices" in said.err
-    assert "2,625 KV blocks are expected to be short, or stay on draining devices" in " ".join(said.out.split())
+    assert "2,625 KV blocks remain short or on draining devices" in said.err
+    assert "2,625 KV blocks are expected to be short or remain on draining devices" in " ".join(said.out.split())
 
 
 def test_a_gap_above_100_percent_is_told_as_what_the_best_plan_could_save() -> None:

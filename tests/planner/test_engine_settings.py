@@ -110,8 +110,8 @@ def test_a_plan_without_settings_names_none_and_is_refused_at_them() -> None:
     [
         ({"max_num_seqs": 0}, "max_num_seqs is 0, must be 1 to 1000000000"),
         ({"seats": 4}, "unexpected keyword argument 'seats'"),
-        ({"kv_blocks": "9"}, "has a value that is no whole number"),
-        ({"chunk_tokens": 64}, "has a value that is no whole number"),
+        ({"kv_blocks": "9"}, "has a value that is not a whole number"),
+        ({"chunk_tokens": 64}, "has a value that is not a whole number"),
         ([1], "is a list, must have names and numbers"),
     ],
 )
@@ -120,7 +120,7 @@ def test_settings_of_a_plan_file_that_cannot_be_are_one_error(data: object, mess
     with pytest.raises(DocumentError) as refused:
         problem_of_plan(replace(plan, inputs={**plan.inputs, "engine_settings": data}), "kept.json")
     assert len(refused.value.problems) == 1
-    start = "kept.json: inputs.engine_settings must be settings that engines are started with: "
+    start = "kept.json: inputs.engine_settings must be engine settings: "
     assert start in str(refused.value.problems[0])
     assert message in str(refused.value.problems[0])
 
@@ -130,7 +130,7 @@ def test_what_is_no_setting_is_one_error(capsys: pytest.CaptureFixture[str]) -> 
         (("--max-num-seqs", "0"), "Invalid value for '--max-num-seqs'"),
         (("--chunk-tokens", "512,x"), "'x' is not a whole number of tokens, 1 to 1000000000"),
         (("--chunk-tokens", "-5"), "'-5' is not a whole number of tokens, 1 to 1000000000"),
-        (("--chunk-tokens", ",".join(map(str, range(1, 18)))), "17 sizes are given, at most 16 are tried"),
+        (("--chunk-tokens", ",".join(map(str, range(1, 18)))), "17 sizes are given, at most 16 are allowed"),
         (("--kv-blocks", "many"), "Invalid value for '--kv-blocks'"),
     ):
         for verb in (("place", *INPUTS), ("compare", *INPUTS)):
@@ -255,7 +255,7 @@ def test_a_plan_at_settings_is_simulated_at_them() -> None:
     assert found.problem.family.engine_settings == EngineSettings(max_num_seqs=24, chunk_tokens=(384,), kv_blocks=2000)
     other = at_settings(found.plan, found.problem, EngineSettings(kv_blocks=500))
     assert other.problem.family.engine_settings == replace(found.problem.family.engine_settings, kv_blocks=500)
-    with pytest.raises(InvalidProblemError, match="chunk_tokens has 2 sizes, an engine is started with one"):
+    with pytest.raises(InvalidProblemError, match="chunk_tokens has 2 sizes, an engine accepts only one"):
         at_settings(found.plan, found.problem, EngineSettings(chunk_tokens=(1, 2)))
     lost = replace(found.plan, replicas=(replace(found.plan.replicas[0], in_flight=0),))
     with pytest.raises(InvalidProblemError, match="plan cannot be simulated: replica 0"):

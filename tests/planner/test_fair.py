@@ -45,7 +45,7 @@ def test_the_example_is_shared_out_with_speed_ups_from_our_own_placements() -> N
 def test_the_table_fits_80_columns_and_says_what_holds(tmp_path: Path) -> None:
     result = invoke("fair", written(tmp_path, SMALL), "--rounds", "2", "--claims", "2")
     assert result.exit_code == 0, result.output
-    assert "nobody envies anybody" in result.output
+    assert "no tenant envies another" in result.output
     assert all(len(line) <= 80 for line in result.output.splitlines())
 
 
@@ -84,9 +84,9 @@ tenants:
         (6, "are all 0"),
         (7, "neither speedups nor a model"),
         (8, "workload is missing"),
-        (9, "stands beside jobs"),
+        (9, "cannot be combined with jobs"),
         (10, "duplicate job 'x', first at tenants[4].jobs[0]"),
-        (10, "stands beside speedups"),
+        (10, "cannot be combined with speedups"),
     ):
         assert any(f":{line}:" in told and words in told for told in run.stderr.splitlines()), (line, words, run.stderr)
 
@@ -121,4 +121,4 @@ tenants: [{name: a, model: Llama-2-70B, workload: 1024/256}]
 """
     run = hetis_plan_here("fair", written(tmp_path, text))
     assert run.returncode == 2, run.stderr
-    assert "can be served on none of L4 alone" in run.stderr
+    assert "cannot be served on any of L4 alone" in run.stderr

@@ -29,7 +29,7 @@ def test_init_writes_files_that_validate(tmp_path: Path) -> None:
 def test_init_says_which_folder_it_makes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     made = tmp_path / "new" / "fleet"
     assert run(["init", str(made)]) == 0
-    assert capsys.readouterr().err.splitlines()[0] == f"made the folder {made}"
+    assert capsys.readouterr().err.splitlines()[0] == f"created the folder {made}"
     assert run(["init", str(made), "--force"]) == 0
     assert "made" not in capsys.readouterr().err
 
@@ -39,7 +39,7 @@ def test_init_names_every_file_it_would_overwrite(tmp_path: Path, capsys: pytest
         (tmp_path / name).write_text("mine")
     assert run(["init", str(tmp_path)]) == 2
     err = capsys.readouterr().err
-    assert all(f"{tmp_path / name}: exists already; --force overwrites it" in err for name in SAMPLES)
+    assert all(f"{tmp_path / name}: already exists; --force overwrites it" in err for name in SAMPLES)
     assert {(tmp_path / name).read_text() for name in SAMPLES} == {"mine"}
 
 
@@ -125,6 +125,17 @@ def test_completion_prints_a_script(shell: str) -> None:
         ("hetis-plan place --workload az", "azure_conv_2023"),
         ("hetis-plan place --strategy uni", "uniform"),
         ("hetis-plan place --objective thr", "throughput"),
+        ("hetis-plan what-if --add 4xH200-N", "4xH200-NVL-141GB"),
+        ("hetis-plan what-if --market L4,rtx-40", "L4,rtx-4090"),
+        ("hetis-plan catalog gpus H200-N", "H200-NVL-141GB"),
+        ("hetis-plan catalog strategies uni", "uniform"),
+        ("hetis-plan get cl", "clusters"),
+        ("hetis-plan place --roles prefill,de", "prefill,decode"),
+        ("hetis-plan place --weights fp8,rtx-40", "fp8,rtx-4090="),
+        ("hetis-plan compare --engine vllm,s", "vllm,sglang"),
+        ("hetis-plan compare --strategies uniform,hexgen3", "uniform,hexgen3"),
+        ("hetis-plan place --forbid ty", "type="),
+        ("hetis-plan place --pin rep", "replicas="),
     ],
 )
 def test_the_completion_script_gets_its_words(
@@ -135,6 +146,29 @@ def test_the_completion_script_gets_its_words(
     monkeypatch.setenv("COMP_CWORD", str(len(line.split()) - 1))
     assert run([]) == 0
     assert capsys.readouterr().out.split() == [word]
+
+
+@pytest.mark.parametrize(
+    ("words", "rest"),
+    [  # bash breaks words at = and :, and replaces the last piece
+        (["place", "--forbid", "type", "=", "rtx-40"], ["rtx-4090"]),
+        (["place", "--forbid", "type", "=", "L4", ":", "as", "=", "pre"], ["prefill"]),
+        (["place", "--forbid", "type", "=", "L4", ":"], ["as="]),
+        (["place", "--pin", "node", "=", "n", ":", "u"], ["use="]),
+        (["place", "--weights", "fp8,V100", "=", "bf"], ["bf16"]),
+        (["place", "--engine", "=", "sg"], ["sglang"]),
+        (["cluster", "discover", "--gpu", "h200", "=", "H200-N"], ["H200-NVL-141GB"]),
+        (["place", "--forbid", "type", "=", "L4", "--strategy", "uni"], ["uniform"]),
+    ],
+)
+def test_words_that_bash_breaks_are_completed(
+    words: list[str], rest: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("_HETIS_PLAN_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", "\n".join(["hetis-plan", *words]))
+    monkeypatch.setenv("COMP_CWORD", str(len(words)))
+    assert run([]) == 0
+    assert capsys.readouterr().out.split() == rest
 
 
 def test_version_names_hetis_and_its_libraries() -> None:

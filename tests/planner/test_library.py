@@ -165,8 +165,8 @@ def test_an_export_is_that_of_the_command_line(plan: hetis.Plan, tmp_path: Path)
     with pytest.raises(hetis.HetisError) as caught:
         plan.export("vllm", tmp_path / "ours", dtype="int3", engine_options=["--tp-size", "2"])
     assert [line.partition(": ")[2] for line in str(caught.value).splitlines()] == [
-        f"{tmp_path / 'ours'} is not empty: name another, or force it",
-        "--tp-size is no option to give the engine: the plan decides it",
+        f"{tmp_path / 'ours'} is not empty: choose another, or use --force",
+        "--tp-size cannot be passed to the engine: the plan sets it",
         "dtype is 'int3', must be one of auto, bfloat16, float16, float32",
     ]
     with pytest.raises(hetis.HetisError, match="unknown target 'punch-cards', expected one of vllm"):
@@ -326,5 +326,5 @@ def test_replicas_without_routes_are_left_out_and_other_checkpoints_are_told() -
     )  # fmt: skip
     assert [replica.role.value for replica in plan.replicas] == ["unified"], "L4s would prefill for nobody"
     [told] = plan.export("vllm").lost
-    assert told.startswith("meta-llama/Meta-Llama-3.1-70B is kept in bf16, the plan counts on weights in fp8")
+    assert told.startswith("meta-llama/Meta-Llama-3.1-70B is stored in bf16, but the plan needs weights in fp8")
     assert plan.export("vllm", model="/models/llama-fp8").lost == ()

@@ -139,7 +139,7 @@ def test_strict_asks_for_the_gap(solver: Solver, capsys: pytest.CaptureFixture[s
     assert run([*INPUTS, "--strict", "--gap", "1%"]) == ExitCode.OK
     assert run([*INPUTS, "--strict", "--gap", "0.5%"]) == ExitCode.MISSED
     captured = capsys.readouterr()
-    assert "the gap is 0.520%, asked for 0.500%" in captured.err
+    assert "the gap is 0.520%, the target is 0.500%" in captured.err
     assert "1.350 requests/s" in captured.out
     assert run([*INPUTS, "--gap", "0.5%"]) == ExitCode.OK
 

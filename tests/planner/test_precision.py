@@ -96,7 +96,7 @@ def test_kv_of_a_checkpoint_is_the_plans_unless_asked_otherwise(
     assert run([*export, "--strict"]) == ExitCode.MISSED
     assert f"KV in 16 bits (r0): {TELL_KV}" in " ".join(capsys.readouterr().err.split())
     assert run([*export, "--", "--kv-cache-dtype", "fp8"]) == ExitCode.INVALID
-    assert "--kv-cache-dtype is no option to give the engine: the plan decides it" in capsys.readouterr().err
+    assert "--kv-cache-dtype cannot be passed to the engine: the plan sets it" in capsys.readouterr().err
 
 
 def test_any_engine_is_not_held_to_the_table(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -167,6 +167,46 @@ def test_engines_are_compared_where_one_of_them_does_not_run_the_precision(
     assert "sglang 0.5 takes compute capability 8 for fp8 weights, T4 (Turing) has 7.5" in sglang["reasons"][0]
 
 
+def test_what_the_engine_needs_is_not_told_as_an_option(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nobody gave `--forbid type=V100-SXM2-32GB:as=primary`: plans only write so that vLLM computes nothing there."""
+    inputs = ("place", "-c", "fleet.yaml", "-m", "Meta-Llama-3-8B", "-w", "1024/256", "-q")
+    assert run([*inputs, "--tpot", "1ms"]) == ExitCode.INFEASIBLE
+    said = capsys.readouterr().err
+    assert "beside p95 TTFT limit 2 s and vllm-hetis computing no layers on V100-SXM2-32GB: " in said
+    assert "--forbid" not in said
+    options = ("--no-verify", "--no-other-engines", "--strategy", "uniform", "--price-pins", "--html", "plan.html")
+    assert run([*inputs, "--engine", "vllm", "--forbid", "tp=2", *options, "--out", "plan.json"]) == ExitCode.OK
+    said = " ".join(capsys.readouterr().out.split())
+    assert "; vllm not running on V100-SXM2-32GB; --forbid tp=2 " in said, "the family"
+    assert " without gain, requests/s vllm not running on V100-SXM2-32GB 5.99 --forbid tp=2 0 " in said
+    assert "--forbid type" not in (folder / "plan.html").read_text()
+    plan = json.loads((folder / "plan.json").read_text())
+    assert plan["inputs"]["constraints"] == ["--forbid type=V100-SXM2-32GB", "--forbid tp=2"]
+    assert run(["check", "plan.json", "-q"]) == ExitCode.OK
+    plan["family"] = plan["family"].replace("vllm not running on ", "--forbid type=")  # as earlier plans have it
+    (folder / "plan.json").write_text(json.dumps(plan))
+    assert run(["check", "plan.json", "-q"]) == ExitCode.OK
+
+
+@pytest.mark.parametrize(
+    ("gpu", "engine", "weights", "instead"),
+    [
+        ("V100-SXM2-32GB", "vllm-hetis", "bf16", "; --engine any plans whatever the engine"),
+        ("T4", "sglang", "fp8", "; vllm-hetis runs it here: --engine vllm-hetis; vllm runs it here: --engine vllm; "),
+    ],
+)
+def test_where_an_engine_runs_on_no_gpu_others_are_offered(
+    folder: Path, capsys: pytest.CaptureFixture[str], gpu: str, engine: str, weights: str, instead: str
+) -> None:
+    (folder / "fleet.yaml").write_text(FLEET.replace("A100-SXM-40GB", gpu).replace("V100-SXM2-32GB", gpu))
+    inputs = ("place", "-c", "fleet.yaml", "-m", "Meta-Llama-3-8B", "-w", "1024/256", "-q", "--dry-run")
+    assert run([*inputs, "--engine", engine, "--weights", weights]) == ExitCode.INVALID
+    said = capsys.readouterr().err
+    assert f"{'SGLang' if engine == 'sglang' else 'vLLM'}'s repository, " in said
+    assert instead in said
+    assert run([*inputs, "--engine", "any", "--weights", weights]) == ExitCode.OK
+
+
 MIXED = """\
 apiVersion: hetis/v1
 kind: Cluster
@@ -225,7 +265,7 @@ def test_a_replica_of_two_precisions_is_found_by_the_checker(mixed: Path, capsys
 def test_an_export_finds_the_checkpoint_of_each_precision(mixed: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (mixed / "plan.json").write_text(json.dumps(place_mixed(capsys, "--weights", "bf16,H100=fp8")))
     assert run(["export", "plan.json", "--to", "vllm", "--model", "/models/llama", "--out", "no"]) != ExitCode.OK
-    assert "the plan has weights in fp8 and bf16: --model needs {weights} in it" in capsys.readouterr().err
+    assert "the plan has weights in fp8 and bf16: --model must contain {weights}" in capsys.readouterr().err
     assert run(["export", "plan.json", "--to", "vllm", "--model", "/models/llama-{weights}", "--out", "out"]) == 0
     scripts = "".join(path.read_text() for path in (mixed / "out").rglob("*.sh"))
     assert "/models/llama-fp8" in scripts
@@ -238,7 +278,7 @@ def test_an_export_finds_the_checkpoint_of_each_precision(mixed: Path, capsys: p
     ("options", "error"),
     [
         (("--weights", "fp8,A10=bf16"), "precision: cluster mixed has no GPU type 'A10', it has H100-SXM-80GB"),
-        (("--weights", "fp8,H100=bf16", "--engine", "any"), "has several precisions, which are planned for a named"),
+        (("--weights", "fp8,H100=bf16", "--engine", "any"), "has several precisions, which need a named"),
         (("--weights", "H100=bf16,H100-SXM-80GB=fp8"), "names a GPU type twice"),
     ],
 )

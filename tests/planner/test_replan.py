@@ -130,14 +130,14 @@ def test_what_was_forbidden_stays_so(folder: Path) -> None:
     assert found.exit_code == 0, found.output
     stages = [stage for replica in json.loads(found.stdout)["plan"]["replicas"] for stage in replica["stages"]]
     assert {stage["gpu"] for stage in stages} == {"L4"}
-    assert "re-planning does not keep to --pin replicas=1..9" in found.stderr
+    assert "re-planning does not support --pin replicas=1..9" in found.stderr
     assert "type=T4" not in found.stderr
     plan = json.loads(found.stdout)["plan"]
-    assert "re-planning does not keep to --pin replicas=1..9" in plan["notes"]
+    assert "re-planning does not support --pin replicas=1..9" in plan["notes"]
     (folder / "only.yaml").write_text(FLEET.replace("  - {name: t4, gpus: [{type: T4, count: 2}]}\n", ""))
     gone = invoke(*again, str(folder / "only.yaml"))
     notes = json.loads(gone.stdout)["plan"]["notes"]
-    assert "--forbid type=T4 is about what the fleet lacks, and is not kept for later" in notes
+    assert "--forbid type=T4 refers to something that the fleet lacks, and is not kept for later" in notes
 
 
 def test_a_fleet_without_any_gpu_of_the_plan_is_warned_of(folder: Path) -> None:
@@ -145,7 +145,10 @@ def test_a_fleet_without_any_gpu_of_the_plan_is_warned_of(folder: Path) -> None:
     asked = ["replan", "--from", str(folder / "running.json"), "--no-verify", "-c"]
     found = invoke(*asked, str(folder / "renamed.yaml"))
     assert found.exit_code == 0, found.output
-    assert "GPUs of the running plan, such as l4-0/0, is in cluster small: every replica starts anew" in found.stderr
+    assert (
+        "GPUs of the running plan, such as l4-0/0, is in cluster small: every replica starts from "
+        "scratch" in found.stderr
+    )
     assert "of the running plan" not in invoke(*asked, str(folder / "less.yaml")).stderr
 
 

@@ -256,7 +256,7 @@ def test_shapes_and_reasons_are_said_in_words() -> None:
 def test_a_page_that_cannot_be_is_refused_before_the_work(folder: Path) -> None:
     for arguments, words in (
         (("place", *INPUTS, "--html", "-"), "--html needs a file"),
-        (("place", *INPUTS, "--html", "x.html", "--out", "x.html"), "cannot both be"),
+        (("place", *INPUTS, "--html", "x.html", "--out", "x.html"), "cannot both write to"),
         (("place", *INPUTS, "--html", "nowhere/x.html"), "no folder"),
     ):
         done = hetis_plan_here(*arguments, cwd=folder)

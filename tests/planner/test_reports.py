@@ -60,10 +60,10 @@ def test_what_other_engines_reach_is_said_with_what_keeps_them_apart() -> None:
     known = {"engine": "any", "value": 1.35, "bound": 9.0, "lacks": [], "why_not": ""}
     unknown = {**known, "value": None, "lacks": ["stage copies"], "why_not": "no time was left"}
     for row, words in (
-        (known, "any: the same found in the time it had"),
+        (known, "any: the same found within its time limit"),
         ({**known, "bound": 1.35}, "any: the same"),
         ({**known, "bound": None, "why_not": "no time was left"},
-         "any: runs this plan; none better was looked for: no time was left"),
+         "any: runs this plan; no better one was searched for: no time was left"),
         ({**unknown, "value": 1.08, "equal_stages": True},
          "any: at least 1.080 requests/s by equal stages, 20% less, without stage copies"),
         (unknown, "any: does not run this plan (stage copies); no time was left"),
@@ -156,7 +156,7 @@ def test_the_table_view_shows_roles_and_routes_at_a_glance() -> None:
     assert "requests/s: prefill 3.00, decode 2.60, routed 2.60, unified 1.50" in text
     assert "3 equal replicas, prefill  1.000 requests/s saturated each, 3.000 together" in text
     assert "Replica 3 decode  1.600 requests/s saturated · room for " in text
-    assert "TTFT 1.21 s until the KV is there · 4 prompts in flight · chunks of 512" in text
+    assert "TTFT 1.21 s until the KV arrives · 4 prompts in flight · chunks of 512" in text
     assert "TPOT 99.8 ms · 64 decoding = 16 × 4 in flight\n" in text
     assert "sends KV to east, west" in text
     routes = [line.split() for line in lines[lines.index("KV routes") + 2 :]]
@@ -178,9 +178,9 @@ def test_the_explanation_shows_the_wire_of_replicas_that_have_one() -> None:
     ("name", "words"),
     [
         ("optimal", "proven optimal: no plan of the family is better"),
-        ("paper", "proven: none of the family is over 0.52% better"),
-        ("interrupted", "interrupted; proven: none of the family is over 0.52% better"),
-        ("cost", "proven: none of the family is over 0.52% cheaper"),
+        ("paper", "proven: no plan of the family is over 0.52% better"),
+        ("interrupted", "interrupted; proven: no plan of the family is over 0.52% better"),
+        ("cost", "proven: no plan of the family is over 0.52% cheaper"),
     ],
 )
 def test_the_verdict_claims_what_is_proven_and_no_more(name: str, words: str) -> None:
@@ -189,7 +189,7 @@ def test_the_verdict_claims_what_is_proven_and_no_more(name: str, words: str) ->
 
 def test_an_unproven_plan_is_called_that() -> None:
     result = replace(PLANS["paper"].result, bound=float("inf"), gap=float("inf"))
-    assert verdict(result) == "no bound: how much better a plan could be is not known"
+    assert verdict(result) == "no bound: it is unknown how much better a plan could be"
 
 
 def test_equal_replicas_are_grouped_and_none_is_lost() -> None:
@@ -212,7 +212,7 @@ def test_prices_are_not_called_bounds() -> None:
             assert "≤" not in text
             assert "one more adds" not in text
     text = " ".join(text_of(render_explanation(PLANS["paper"], plans.explanation(PLANS["paper"]))).split())
-    assert "One GPU more may add more than its price" in text
+    assert "One more GPU may add more than its price" in text
 
 
 def test_equal_stages_of_a_runner_up_are_told_once() -> None:

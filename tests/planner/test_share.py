@@ -60,7 +60,7 @@ def test_the_table_fits_80_columns_and_says_what_holds(tmp_path: Path, monkeypat
     assert result.exit_code == 0, result.output
     assert all(f" {number} of 5, " in result.stderr for number in range(1, 6)), "four rules and envy"
     table = result.stdout
-    assert "yes: nobody is worse off than on its own part of the fleet" in table
+    assert "yes: no tenant is worse off than on its own part of the fleet" in table
     assert "rules compared" in table
     assert all(len(line) <= 80 for line in table.splitlines())
 

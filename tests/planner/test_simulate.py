@@ -100,7 +100,9 @@ def test_a_trace_without_the_hits_that_were_planned_is_warned_of(plan: Path, tmp
     with_hits.write_text(json.dumps(document))
     base = (str(with_hits), "--requests", "100", "--rate", "20", "--threads", "1")
     warned = invoke("simulate", *base, "--trace", "500/100")
-    assert "500/100 says nothing of prefix caches, of which the plan expects 0.4" in " ".join(warned.stderr.split())
+    assert "500/100 has no prefix hit rate, while the plan expects 0.4 of prompt tokens" in " ".join(
+        warned.stderr.split()
+    )
     assert simulated(with_hits, "--requests", "100")["load"]["prefix_hit_rate"] == 0.4
     for rate in ("0", "0.4"):
         assert "prefix" not in invoke("simulate", *base, "--trace", "500/100", "--prefix-hit-rate", rate).stderr
@@ -125,20 +127,20 @@ def test_the_table_fits_80_columns_and_sets_the_plan_beside_what_happened(plan: 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ("--requests 20", "too short: no request finished before the last one came"),
+        ("--requests 20", "too short: no request finished before the last one arrived"),
         ("--requests 40 --rate 2", "too short to tell whether requests pile up"),
         ("--requests 1000 --rate 2", ""),
-        ("--requests 400 --rate 90", "not carried: requests pile up"),
+        ("--requests 400 --rate 90", "not sustained: requests pile up"),
         ("--requests 20 --saturate", "too short: no request finished"),
         (
             "--requests 60 --rate 2 --fail a100/0@1s --fail a100/1@5s --join a100/0@2s --fail a100/0@9s",
-            "never served: no replica is left for them; a100/0, a100/1 failed and did not join again",
+            "never served: no replica is left to serve them; a100/0, a100/1 failed and did not rejoin",
         ),
     ],
 )
 def test_what_is_said_of_a_load_is_right(plan: Path, arguments: str, words: str) -> None:
     table = " ".join(invoke("simulate", str(plan), *arguments.split(), "--threads", "1").stdout.split())
-    for each in ("too short", "not carried", "never served"):
+    for each in ("too short", "not sustained", "never served"):
         assert (each in table) == (each in words)
     assert words in table
 
@@ -146,7 +148,7 @@ def test_what_is_said_of_a_load_is_right(plan: Path, arguments: str, words: str)
 def test_a_load_of_which_some_can_never_be_held_is_not_said_to_pile_up() -> None:
     counts = SimpleNamespace(arrived=1000, finished=900, rejected=100, unfinished=0)
     found: Any = SimpleNamespace(summary=SimpleNamespace(counts=counts, steady=False))
-    assert _doubt(found) == "not carried: 100 of 1,000 requests rejected, no replica can hold them"
+    assert _doubt(found) == "not sustained: 100 of 1,000 requests rejected, no replica can hold them"
 
 
 def test_a_run_that_is_too_short_neither_agrees_nor_disagrees(plan: Path) -> None:
@@ -253,13 +255,13 @@ def test_ctrl_c_gives_what_there_is(plan: Path) -> None:
         (("--saturate", "--rate", "1"), "--saturate and --rate cannot be combined"),
         (("--saturate", "--sweep"), "--saturate and --sweep cannot be combined"),
         (("--sweep", "--rate", "1"), "--sweep and --rate cannot be combined"),
-        (("--sweep", "--perfetto", "p.json"), "--perfetto shows one run: it goes without --sweep"),
+        (("--sweep", "--perfetto", "p.json"), "--perfetto shows a single run: it cannot be combined with --sweep"),
         (("--recorded",), "--recorded needs --trace"),
-        (("--saturate", "--cv", "2"), "--cv is for arrivals that are drawn"),
+        (("--saturate", "--cv", "2"), "--cv applies to random arrivals"),
         (("--recorded", "--trace", "500/100"), "500/100 is a distribution of lengths: it has no recorded arrivals"),
         (("--trace", "missing.csv"), "missing.csv: no such file"),
         (("--trace", "azure_con_2023"), "did you mean azure_conv_2023?"),
-        (("--plot", "run.pdf"), "--plot takes a name that ends in .html or .png"),
+        (("--plot", "run.pdf"), "--plot needs a file name that ends in .html or .png"),
         (("--perfetto", "/no/such/folder/p.json"), "cannot be written: no folder /no/such/folder"),
         (("--requests", "0"), "0 is out of range, must be at least 1"),
         (("--seeds", "0"), "0 is out of range, must be at least 1"),

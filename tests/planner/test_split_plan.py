@@ -79,7 +79,7 @@ def test_a_route_that_was_changed_by_hand_is_caught(split: str, tmp_path: Path) 
     [
         (["unified"], "is prefill, the family has unified replicas"),
         (["prefill"], "inputs.roles: roles are prefill, must be unified, or prefill and decode, or all three"),
-        (["chef"], "inputs.roles must be a list of unified, prefill, decode: the plan is judged by them"),
+        (["chef"], "inputs.roles must be a list of unified, prefill, decode: the plan is checked against them"),
     ],
 )
 def test_roles_in_the_inputs_decide_which_family_it_is_judged_by(
@@ -110,7 +110,7 @@ def test_only_decode_replicas_are_dispatched(split: str) -> None:
         assert len(messages) == (0 if replica.role is Role.PREFILL else sum(s.copies for s in replica.stages))
         done = invoke("dispatch", "--plan", split, "--replica", str(number), "--request", "8000/300")
         if replica.role is Role.PREFILL:
-            assert f"replica {number} is a prefill replica: it decodes nothing" in str(done.exception)
+            assert f"replica {number} is a prefill replica, which does not decode" in str(done.exception)
         else:
             assert done.exit_code == ExitCode.OK, done.output
 

@@ -58,7 +58,7 @@ def test_the_demand_is_served_without_any_one_node(inputs: list[str], capsys: py
     Path("plan.json").write_text(json.dumps(kept))
     assert run(["check", "plan.json", "-q"]) == ExitCode.OK
     assert run([*inputs, "--survive", "node"]) == ExitCode.INVALID
-    assert "--survive goes with --objective cost or gpus" in " ".join(capsys.readouterr().err.split())
+    assert "--survive needs a demand: use --objective cost or gpus" in " ".join(capsys.readouterr().err.split())
 
 
 def test_what_survives_is_spread_over_nodes_where_that_takes_less(
@@ -105,7 +105,7 @@ def test_every_plan_says_what_is_served_without_its_worst_node(
 ) -> None:
     assert run([*inputs, "--engine", "vllm", "--max-gpus", "1"]) == ExitCode.OK
     text = " ".join(capsys.readouterr().out.split())
-    assert "any one node lost: 83% still served (the worst is l4-" in text, text[:900]
+    assert "after losing any one node: at least 83% still served (worst: l4-" in text, text[:900]
 
 
 def test_the_simplest_plan_is_asked_for_with_a_share(inputs: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -170,6 +170,6 @@ def test_zones_that_cannot_be_lost_are_refused_with_the_reason(
     assert "all GPUs of cluster small are in one zone" in " ".join(capsys.readouterr().err.split())
     Path("fleet.yaml").write_text(ZONES)
     assert run([*inputs, *goal, "--pin", "replicas=2"]) == ExitCode.INVALID
-    assert "--pin replicas=2 counts over the whole fleet" in " ".join(capsys.readouterr().err.split())
+    assert "--pin replicas=2 applies to the whole fleet" in " ".join(capsys.readouterr().err.split())
     assert run([*inputs, *ONE_GPU, "--objective", "cost", "--rate", "12", "--survive", "zone"]) == ExitCode.INFEASIBLE
     assert "18 requests/s are needed to serve 12 without any one" in " ".join(capsys.readouterr().err.split())

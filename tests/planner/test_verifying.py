@@ -15,8 +15,12 @@ import numpy as np
 import pytest
 
 from hetis.formats.documents import load_plan
+from hetis.planner.cli import resource_views
 from hetis.planner.cli.exit_codes import ExitCode
+from hetis.planner.convert.plans import result_to_proto
 from hetis.planner.report.figures import digits, seconds
+from hetis.planner.report.page import plan_section
+from hetis.planner.report.page.pages import ShownPlan, plans_page
 from hetis.planner.report.plan import beside_equal_stages, headline, simple_setups
 from hetis.planner.use_cases import verify
 from hetis.planner.use_cases.engine_values import EQUAL_STAGES
@@ -24,14 +28,16 @@ from hetis.planner.use_cases.place import SIMPLE_SETUPS, PlacementSettings, miss
 from hetis.planner.use_cases.service_level import (
     DEFAULT,
     SERVICE_LEVEL,
+    Latency,
     ServiceLevel,
     Statistic,
+    _attained,
     asked_level,
     held,
     service_level_of,
     share_within,
 )
-from hetis.planner.use_cases.simulate import Question, Simulated, answer, default_rate
+from hetis.planner.use_cases.simulate import Question, Simulated, answer, at_settings, default_rate
 from hetis.planner.use_cases.sources import load_plan_and_problem
 from hetis.planner.use_cases.verify import (
     LONGER,
@@ -48,8 +54,9 @@ from hetis.simulator.metrics import Summary
 from hetis.simulator.running import silent
 from hetis.simulator.steadiness import Estimate
 from hetis.solver.errors import InvalidProblemError
-from hetis.solver.plan import Objective, Plan
-from hetis.solver.problem import PlacementProblem
+from hetis.solver.plan import Objective, Plan, ReplicaPlan
+from hetis.solver.problem import EngineSettings, PlacementProblem
+from hetis.v1 import plan_pb2
 from tests.planner.command_line import invoke
 from tests.planner.test_reports import text_of
 from tests.planner.test_simulate import CLUSTER
@@ -386,17 +393,17 @@ def test_a_plan_that_misses_is_headed_and_simulated_by_the_rate_that_it_keeps(pa
     said = {"kept": False, "ttft_p95_s": 9.5, "kept_rps": 0.7 * plan.result.value}
     missing = replace(plan, inputs={**plan.inputs, VERIFICATION: {**plan.inputs[VERIFICATION], **said}})
     kept, planned = (f"{digits(rate, 4)} requests/s" for rate in (said["kept_rps"], plan.result.value))
-    assert f"Goodput {kept} within the limits, simulated; by the model {planned}" in drawn(missing)
+    assert f"Goodput {kept} within the limits in simulation; by the model {planned}" in drawn(missing)
     assert f"Goodput {planned} proven" in drawn(plan)
     dear, cheap = (float(re.findall(r"([\d.]+) USD per million", drawn(one))[0]) for one in (missing, plan))
     assert dear / cheap == pytest.approx(1 / 0.7, rel=0.01)
     beside = {EQUAL_STAGES: 0.5 * plan.result.value}
     none = {**missing.inputs[VERIFICATION], "kept_rps": None}
     never = replace(plan, inputs={**plan.inputs, VERIFICATION: none})
-    assert "Goodput none of the rates tried keeps the limits, simulated; by the model" in drawn(never)
+    assert "Goodput none of the rates tried keeps the limits in simulation; by the model" in drawn(never)
     for one, more in (
         (missing, "by the model; this plan, simulated, 40% more"),
-        (never, "by the model; this plan, simulated, keeps the limits at none of the rates tried"),
+        (never, "by the model; this plan, simulated, keeps the limits at no rate tried"),
         (plan, "stages; this plan 100% more"),
     ):
         assert beside_equal_stages(replace(one, inputs={**one.inputs, **beside})).endswith(more)
@@ -463,3 +470,213 @@ def test_a_wait_that_grows_by_chance_at_most_is_calm(
     value, half_width = growth_s
     summary = replace(one_run, steady=steady, growth=Estimate(value=value, half_width=half_width))
     assert verify._is_calm(summary) is calm
+
+
+# --- plans with more seats than runs can fill
+
+
+@pytest.fixture(scope="module")
+def fleet(placed: Path) -> Placed:
+    """24 equal replicas of 16 seats, each on a node of its own: as `place` would make them, but for the proof."""
+    found = load_plan_and_problem(str(placed))
+    started = at_settings(found.plan, found.problem, EngineSettings(max_num_seqs=16))
+    return fleet_of(started.plan, started.problem, 24)
+
+
+def fleet_of(plan: Plan, problem: PlacementProblem, nodes: int) -> Placed:
+    """Return the first replica of a plan once on each of so many nodes."""
+    group = replace(problem.cluster.node_groups[0], count=nodes)
+    cluster, first = replace(problem.cluster, node_groups=(group,)), plan.replicas[0]
+
+    def on_node(number: int) -> ReplicaPlan:
+        stages = tuple(
+            replace(stage, devices=tuple(f"{group.node_name(number)}/{name.split('/')[1]}" for name in stage.devices))
+            for stage in first.stages
+        )
+        return replace(first, stages=stages)
+
+    return replace(plan, replicas=tuple(map(on_node, range(nodes))), inputs={}), replace(problem, cluster=cluster)
+
+
+def runs_of_at_most(monkeypatch: pytest.MonkeyPatch, ordinary: int, to_fill: int) -> None:
+    """Let runs be shorter than in `place`, so that small plans have too many seats for them."""
+    monkeypatch.setattr(verify, "FEWEST", 10)
+    monkeypatch.setattr(verify, "WITHOUT_WORKERS", verify._Most(ordinary, ordinary, to_fill))
+
+
+@pytest.fixture
+def asked(one_run: Summary, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Plan, Question]]:
+    """Return what is asked of the simulator, whose answer is always that all limits are kept at ease."""
+    questions = list[tuple[Plan, Question]]()
+    growth = Estimate(value=0.0, half_width=0.0)
+    ttft, tpot = Estimate(value=0.01, half_width=0.0), Estimate(value=0.001, half_width=0.0)
+    summary = replace(one_run, steady=True, growth=growth, ttft_p95_s=ttft, mean_tpot_s=tpot, attainment=1.0)
+
+    def answer(plan: Plan, _problem: PlacementProblem, question: Question, **_: object) -> SimpleNamespace:
+        questions.append((plan, question))
+        return SimpleNamespace(complete=True, summary=summary, run=None)
+
+    monkeypatch.setattr(verify, "answer", answer)
+    return questions
+
+
+def test_a_plan_that_its_runs_fill_is_simulated_whole_and_as_ever(
+    fleet: Placed, asked: list[tuple[Plan, Question]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, problem = fleet
+    runs_of_at_most(monkeypatch, ordinary=400, to_fill=2 * 24 * 16)  # just enough to fill the seats twice
+    found = verification_of(again(plan, problem))
+    assert found is not None
+    assert (found.share, found.too_short) == (None, None)
+    rate_rps = default_rate(plan, problem)
+    assert [(question.load.rate_rps, question.num_requests, question.seeds) for _, question in asked] == [
+        (rate_rps, 768, (0,)), (1.1 * rate_rps, 768, (0,)), (1.1 * rate_rps, 768, (1,))
+    ]  # fmt: skip
+    assert all(simulated is plan for simulated, _ in asked)
+    assert (found.rate_rps, found.kept_rps) == (rate_rps, 1.1 * rate_rps)
+
+
+def test_of_a_plan_with_more_seats_a_part_gets_its_share_of_every_rate(
+    fleet: Placed, asked: list[tuple[Plan, Question]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, problem = fleet
+    runs_of_at_most(monkeypatch, ordinary=8 * 6 * 16, to_fill=2 * 24 * 16 - 1)
+    found = verification_of(again(plan, problem))
+    assert found is not None
+    rate_rps = default_rate(plan, problem)
+    assert (found.rate_rps, found.kept_rps) == (rate_rps, 1.1 * rate_rps), "those of the whole plan"
+    assert (found.share, found.too_short, found.num_requests) == (pytest.approx(6 / 24), None, 8 * 6 * 16)
+    assert {len(part.replicas) for part, _ in asked} == {6}
+    rates = [question.load.rate_rps or 0.0 for _, question in asked]
+    assert rates == pytest.approx([found.share * rate for rate in (rate_rps, 1.1 * rate_rps, 1.1 * rate_rps)])
+    demanded = replace(plan, objective=replace(plan.objective, demand_rps=0.5 * rate_rps))
+    asked.clear()
+    again(demanded, problem)
+    assert [question.load.rate_rps for _, question in asked] == [pytest.approx(0.5 * rate_rps * 6 / 24)]
+
+
+def test_the_part_of_a_large_fleet_behaves_as_the_whole_and_as_a_small_one(
+    fleet: Placed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, problem = fleet
+    runs_of_at_most(monkeypatch, ordinary=8 * 6 * 16, to_fill=2 * 24 * 16 - 1)  # 6 of 24 replicas
+    of_part = verification_of(again(plan, problem))
+    small = fleet_of(plan, problem, 6)
+    of_small = verification_of(again(*small))
+    whole = simulated_at(
+        plan, problem, default_rate(plan, problem), plan.objective, seed=3, cancelled=threading.Event(), report=silent,
+        lengths=(8 * 24 * 16,),
+    )  # fmt: skip
+    assert of_part is not None
+    assert of_small is not None
+    assert whole is not None
+    assert (of_part.share, of_small.share) == (pytest.approx(6 / 24), None)
+    assert of_part.tpot_mean_s == of_small.tpot_mean_s, "the same replicas under the same load"
+    assert of_part.rate_rps == pytest.approx(4 * of_small.rate_rps)
+    assert of_part.tpot_mean_s == pytest.approx(whole.summary.mean_tpot_s.value, rel=0.05)
+    assert of_part.kept == of_small.kept == whole.kept
+    empty = simulated_at(
+        plan, problem, default_rate(plan, problem), plan.objective, seed=3, cancelled=threading.Event(), report=silent,
+        lengths=(24 * 16 // 2,),
+    )  # fmt: skip
+    assert empty is not None
+    assert empty.summary.mean_tpot_s.value < 0.93 * of_part.tpot_mean_s, "while seats are empty, it looks too good"
+
+
+def test_a_run_that_fills_not_even_one_replica_claims_no_more_than_it_saw(
+    fleet: Placed, asked: list[tuple[Plan, Question]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, problem = fleet
+    runs_of_at_most(monkeypatch, ordinary=31, to_fill=31)
+    simulated = again(plan, problem)
+    found = verification_of(simulated)
+    assert found is not None
+    assert (found.share, found.too_short) == (pytest.approx(1 / 24), True)
+    assert {len(part.replicas) for part, _ in asked} == {1}
+    assert found.kept_rps == found.rate_rps, "no higher rate is tried"
+    assert len(asked) == 1
+    said = drawn(simulated)
+    assert "kept up to" not in said
+    assert "too short to fill the seats" in said
+
+
+@pytest.mark.parametrize(
+    ("share", "said"),
+    [
+        (1 / 8, "1/8 of its replicas at 1/8 of the rate"),
+        (0.0201, "1/50 of its replicas at 1/50 of the rate"),
+        (0.41, "41% of its replicas at 41% of the rate"),
+        (0.95, "95% of its replicas at 95% of the rate"),
+    ],
+)
+def test_every_output_says_which_part_was_simulated(pair: Placed, share: float, said: str) -> None:
+    plan, _ = pair
+    plain = {**plan.inputs[VERIFICATION], "kept": True, "share": None, "too_short": None}
+
+    def shown(**others: object) -> Plan:
+        return replace(plan, inputs={**plan.inputs, VERIFICATION: {**plain, **others}})
+
+    part, missing = shown(share=share), shown(share=share, kept=False)
+    lines = text_of(headline(part), width=80).splitlines()
+    assert any(line.strip() == f"simulated: {said}" for line in lines)
+    assert f"simulated: {said}" in drawn(missing)
+    assert "simulated: " not in drawn(shown())
+    message = result_to_proto(part, b"{}").verification
+    assert message.share == share
+    assert not message.too_short
+    assert f"simulated: {said}" in resource_views._simulated(message, plan_pb2.PlanSpec()).plain
+    assert f"simulated: {said}" in page_of(part)
+    assert f"simulated: {said}" not in page_of(shown())
+    short = result_to_proto(shown(too_short=True), b"{}").verification
+    assert not short.HasField("share")
+    for text in (resource_views._simulated(short, plan_pb2.PlanSpec()).plain, page_of(shown(too_short=True))):
+        assert "too short to fill the seats" in text
+
+
+def page_of(plan: Plan) -> str:
+    return " ".join(f"{tile.value} {tile.note}" for tile in plan_section._simulated(plan))
+
+
+@pytest.mark.parametrize("share", [0.0, -0.5, 1.5, math.nan, "1/8"])
+def test_a_verification_of_no_part_is_none(pair: Placed, share: object) -> None:
+    whole = pair[0].inputs[VERIFICATION]
+    assert verification_of(replace(pair[0], inputs={VERIFICATION: {**whole, "share": share}})) is None
+    earlier = {name: value for name, value in whole.items() if name not in {"share", "too_short"}}
+    assert verification_of(replace(pair[0], inputs={VERIFICATION: earlier})) is not None
+
+
+def test_curves_are_of_the_part_whose_seats_their_runs_fill(
+    fleet: Placed, asked: list[tuple[Plan, Question]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, problem = fleet
+    runs_of_at_most(monkeypatch, ordinary=8 * 6 * 16, to_fill=24 * 16)
+    curve = verify.latency_curve(plan, problem, cancelled=threading.Event(), report=silent)
+    assert curve is not None
+    rate_rps = default_rate(plan, problem)
+    assert [point.rate_rps for point in curve.sweep.points] == pytest.approx([x * rate_rps for x in verify.SHARES])
+    assert (curve.share, curve.too_short) == (pytest.approx(6 / 24), False)
+    assert [question.load.rate_rps for _, question in asked] == pytest.approx(
+        [x * rate_rps * 6 / 24 for x in verify.SHARES]
+    )
+    page = plans_page([ShownPlan(name="The plan", plan=plan, problem=problem, curve=curve)])
+    assert "1/4 of its replicas at 1/4 of the rate" in page
+    asked.clear()
+    runs_of_at_most(monkeypatch, ordinary=8 * 6 * 16, to_fill=2 * 24 * 16)
+    whole = verify.latency_curve(plan, problem, cancelled=threading.Event(), report=silent)
+    assert whole is not None
+    assert whole.share is None
+    assert all(simulated is plan for simulated, _ in asked)
+
+
+@pytest.mark.parametrize(("missed", "attainment", "is_sure", "is_close"), [
+    (0, 1.0, True, False), (1, 1.0, False, False), (0, 0.99, True, False), (10, 0.99, False, True),
+])  # fmt: skip
+def test_one_miss_refutes_100_percent_and_none_is_sure(
+    missed: int, attainment: float, is_sure: bool, is_close: bool
+) -> None:
+    over = np.zeros(1000)
+    over[:missed] = 2.0
+    (limited,) = _attained(attainment, {Latency.TTFT: over}, {Latency.TTFT: 1.0}).limited
+    assert limited.value == missed / 1000
+    assert (limited.high <= limited.limit) is is_sure
+    assert (limited.low <= limited.limit < limited.high / limited.close) is is_close

@@ -85,7 +85,7 @@ def test_a_number_that_lost_its_end_is_noticed(tmp_path: Path) -> None:
     with pytest.raises(DocumentError) as caught:
         import_tables("vidur", [path])
     assert str(caught.value) == (
-        f"{path}:3: ends in the middle of a line, as if it were cut off: if it is whole, add a line end"
+        f"{path}:3: ends in the middle of a line and may be truncated: if it is complete, add a newline"
     )
 
 

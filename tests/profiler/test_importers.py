@@ -106,7 +106,7 @@ def test_a_right_unit_passes_and_a_wrong_one_does_not(tmp_path: Path) -> None:
         path = written(tmp_path, gemm_rows(factor))
         assert message("aiconfigurator", path) == (
             f"{path}: row 2: latency_ms: gemm: the 25 largest rows imply {share} the peaks of A100-SXM-80GB, "
-            "expected 0.02 to 20: is the unit right?"
+            "expected 0.02 to 20: check the unit"
         )
 
 
@@ -145,7 +145,7 @@ def test_every_wrong_value_is_named_with_file_row_and_column(tmp_path: Path) -> 
         (GEMM + "NVIDIA L40S,bfloat16,1,32,32,inf\n", "row 2: latency_ms: is inf, must be finite"),
         (
             GEMM + "NVIDIA L40S,bfloat16,1,32,32,1e9\n",
-            "row 2: latency_ms: is 1e+06 s, must be <= 600 s: is the unit right?",
+            "row 2: latency_ms: is 1e+06 s, must be <= 600 s: check the unit",
         ),
     ],
 )

@@ -61,14 +61,14 @@ def test_half_the_peak_is_no_doubt(op: MeasuredOp) -> None:
 @EVERY_OP
 @WRONG
 def test_a_factor_of_a_thousand_is_found_in_every_table(op: MeasuredOp, factor: float) -> None:
-    assert unit_doubt(table(op, factor), A100).endswith("is the unit right?")
+    assert unit_doubt(table(op, factor), A100).endswith("check the unit")
 
 
 @EVERY_OP
 @WRONG
 def test_a_fit_refuses_it(op: MeasuredOp, factor: float) -> None:
     measured = Measurements(gpu=A100.name, provenance=MeasuredBy(tool="a test"), tables=(table(op, factor),))
-    with pytest.raises(InvalidProblemError, match=rf"^A100-SXM-80GB: {op} of a test: .*: is the unit right\?$"):
+    with pytest.raises(InvalidProblemError, match=rf"^A100-SXM-80GB: {op} of a test: .*: check the unit$"):
         fit_profile([measured], A100)
 
 
@@ -119,7 +119,7 @@ def test_every_importer_refuses_it_and_takes_the_right_unit(form: str, name: str
         with pytest.raises(DocumentError) as caught:
             import_tables(form, [path])
         assert str(caught.value).startswith(f"{path}: row ")
-        assert "is the unit right?" in str(caught.value) or "times faster than the peaks" in str(caught.value)
+        assert "check the unit" in str(caught.value) or "times faster than the peaks" in str(caught.value)
 
 
 def times_all(fit: Fit, factor: float) -> Fit:
@@ -152,7 +152,7 @@ def test_a_profile_with_it_is_broken(op: Op, factor: float) -> None:
     fits = tuple(times_all(fit, factor) if fit.op is op else fit for fit in profile.fits)
     broken = list(implausible_fits(replace(profile, fits=fits), A100))
     assert {fit.op for fit, _ in broken} == {op}
-    assert all("is the unit right?" in sentence for _, sentence in broken)
+    assert all("check the unit" in sentence for _, sentence in broken)
 
 
 def test_decode_attention_that_takes_a_thousand_times_as_long_per_query_head_is_broken() -> None:

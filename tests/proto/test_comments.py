@@ -38,6 +38,7 @@ def test_every_floating_point_field_ends_in_its_unit_or_says_that_it_has_none() 
     plain = {
         "value",
         "attainment",
+        "share",
         "bound",
         "gap",
         "incumbent",

@@ -248,7 +248,7 @@ def test_settings_that_leave_no_plan_are_named_as_the_reason() -> None:
     with pytest.raises(InfeasibleError) as none:
         solve_placement(at(ROOMY, kv_blocks=3), strategy="hetis")
     assert none.value.reasons == (
-        "the setting of engines (at most 3 KV blocks) is in the way: with engines started as is best a plan exists",
+        "the setting of engines (at most 3 KV blocks) prevents a plan: with the best engine settings one exists",
     )
     most = solve_placement(ROOMY, strategy="hetis").result.value
     demand = Objective(kind=ObjectiveKind.GPUS, demand_rps=0.9 * most, ttft_limit_s=None, tpot_limit_s=None)

@@ -125,7 +125,7 @@ def test_replica_with_too_few_micro_batches_says_that_the_sum_counts() -> None:
     b_stage = replace(B_STAGE, copies=1, devices=("b-0/0",), kv_head_groups_kept=2)
     replica = claimed(unclaimed(A_STAGE, b_stage, in_flight=1), problem)
     (sentence,) = explain_plan(plan_of(problem, replica), problem).bottlenecks
-    assert "one micro-batch walks through all 2 stages" in sentence
+    assert "one micro-batch passes through all 2 stages" in sentence
 
 
 def test_idle_gpus_of_another_vendor_cannot_join() -> None:
@@ -147,7 +147,7 @@ def test_idle_class_with_a_price_says_what_it_is_worth_at_the_margin() -> None:
     plan = replace(plan_of(problem, claimed(unclaimed(A_ALONE), problem)), prices=(price,))
     (idle,) = explain_plan(plan, problem).idle
     assert (idle.gpu, idle.zone, idle.count) == ("B", "east", 4)
-    assert idle.reason.startswith("at the margin each is worth 0.25 requests/s, but ")
+    assert idle.reason.startswith("each is worth 0.25 requests/s, but ")
 
 
 def test_strategy_without_attention_workers_says_so() -> None:
@@ -168,7 +168,7 @@ def test_layers_whose_heads_cannot_move_are_told_apart_from_ranks_that_share_the
     windows = replace(make_model(), sliding_window=64, sliding_layers=3)
     problem = make_problem([make_node("a", "A", gpus=1)], model=windows, family=SMALL_FAMILY)
     said = explain_plan(solve_placement(problem), problem).attention_workers
-    assert "No head can be computed apart: layers keep more than the KV of single heads" in said
+    assert "No head can be computed elsewhere: layers keep state other than the KV of single heads" in said
     assert "share head groups" not in said
 
 
@@ -273,10 +273,10 @@ def test_latencies_of_a_view_are_those_of_the_plan() -> None:
 @pytest.mark.parametrize(
     ("share", "says"),
     [
-        ((1.0, 0.25), "the prefill side limits, 75.0% of the decode side is left over"),
-        ((0.25, 1.0), "the decode side limits, 75.0% of the prefill side is left over"),
-        ((1.0, 1.0), "both sides are used up"),
-        ((0.5, 0.5), "neither side is used up: what may send to what limits, or the links between zones"),
+        ((1.0, 0.25), "the prefill side limits, 75.0% of the decode side is unused"),
+        ((0.25, 1.0), "the decode side limits, 75.0% of the prefill side is unused"),
+        ((1.0, 1.0), "both sides are fully used"),
+        ((0.5, 0.5), "neither side is fully used: the permitted pairs or the links between zones limit"),
     ],
 )
 def test_routes_say_which_side_limits(share: tuple[float, float], says: str) -> None:
@@ -287,7 +287,7 @@ def test_routes_say_which_side_limits(share: tuple[float, float], says: str) -> 
     routes = (KvRoute(prefill=0, decode=1, rate=flow),)
     split = replace(plan, replicas=(prefill, decode), kv_routes=routes)
     sides, link = explain_plan(split, problem).kv_routes
-    assert sides.endswith(f"1 go from the one to the other: {says}.")
+    assert sides.endswith(f"1 go from one to the other: {says}.")
     assert link == (
         "From east to west go 1 prompts/s of 0.4 MiB of KV each, "
         f"{120 * 6 * 2 * 256 / 4e8:.0%} of what the link carries (0.4 GB/s)."
@@ -313,4 +313,4 @@ def test_shared_cards_show_each_stage_its_part_and_say_when_they_limit() -> None
         assert bar.unusable_bytes + held + bar.free_bytes == bar.nominal_bytes
     busy, plan = test_check_roles.with_slow_shared_cards()
     (sentence,) = explain_plan(plan, busy).bottlenecks
-    assert "the attention workers that its stages share are busy all of the time" in sentence
+    assert "the attention workers that its stages share are always busy" in sentence

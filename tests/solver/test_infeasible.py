@@ -154,7 +154,7 @@ def test_demand_alone_is_blamed_when_replicas_fit_and_meet_the_limits() -> None:
 def test_limit_that_nothing_meets_is_blamed_and_the_demand_beside_it() -> None:
     problem = two_cards(kind=ObjectiveKind.GPUS, demand_rps=1e5, tpot_limit_s=1e-6)
     header, *both = reasons(problem)
-    assert header.startswith("several things are in the way")
+    assert header.startswith("there are several conflicts")
     assert [name for name, _ in members(tuple(both))] == ["tpot_limit_s", "demand_rps"]
     assert can_keep(problem, {"tpot_limit_s": suggested(both[0])})
 
@@ -170,7 +170,7 @@ def test_demand_and_limit_that_exclude_one_another_are_both_named() -> None:
     assert header.startswith("each can be kept, but not together: demand ")
     assert demand.startswith("demand ")
     assert limit.startswith("mean TPOT limit ")
-    assert " beside demand " in limit
+    assert " given demand " in limit
     assert " and p95 TTFT limit 50 s: " in limit
 
 
@@ -206,7 +206,7 @@ def test_layers_that_cards_cannot_share_are_counted() -> None:
     profile = make_profile("A", usable_bytes=int(1_000_000 + 1.8 * layer))
     problem = make_problem([make_node("a", "A", nodes=5)], profiles={"A": profile}, model=model)
     reason, *_ = reasons(problem)  # the others suggest remedies
-    assert reason.startswith("the GPUs that a replica may use hold at most 5 of 6 layers of tiny, KV left out: ")
+    assert reason.startswith("the GPUs that a replica may use hold at most 5 of 6 layers of tiny, without KV: ")
 
 
 def test_replica_of_one_type_is_measured_by_one_type() -> None:
@@ -249,7 +249,7 @@ def test_reasons_that_nobody_had_time_for_are_not_made_up() -> None:
     assert limit.startswith("mean TPOT limit 0.001 ms cannot be kept: dense work alone takes longer")
     assert demand.startswith("demand 100000 requests/s is above ")
     assert reason == (
-        "no time was left to tell what is in the way: memory, or demand 100000 requests/s and mean TPOT limit 0.001 ms"
+        "no time was left to determine the cause: memory, or demand 100000 requests/s and mean TPOT limit 0.001 ms"
     )
 
 
@@ -277,7 +277,7 @@ def test_a_fleet_of_one_node_has_no_links_between_nodes_to_blame() -> None:
     model = make_model()
     half = int(0.7 * model.params() * model.weight_bytes) + 1_000_000
     for node, blamed in (
-        (make_node("a", "A", gpus=2), "links of the network (charged between stages of one node, too)"),
+        (make_node("a", "A", gpus=2), "links of the network (also charged between stages of one node)"),
         (make_node("a", "A", nodes=2), "links between nodes"),
     ):
         alone = replace(SMALL_FAMILY, tp_sizes=(1,))  # a stage on one GPU each
@@ -288,7 +288,8 @@ def test_a_fleet_of_one_node_has_no_links_between_nodes_to_blame() -> None:
             make_problem([node], profiles=profiles, network=slow, objective=objective, family=alone)
         )
         assert header == (
-            f"mean TPOT limit 8 ms cannot be kept with {blamed} and GPU memory as given; any one of them may give way"
+            f"mean TPOT limit 8 ms cannot be kept with {blamed} and GPU memory as given; relaxing any one of "
+            "them is enough"
         )
         assert limit.startswith("mean TPOT limit 8 ms is out of reach: ")
-        assert links.startswith(f"{blamed} are too slow beside mean TPOT limit 8 ms: ")
+        assert links.startswith(f"{blamed} are too slow given mean TPOT limit 8 ms: ")

@@ -78,9 +78,11 @@ class Deployment:
         """
         wrong = []
         if not _NAME.fullmatch(self.name):
-            wrong.append(f"--name is {self.name!r}, must be 1 to 40 small letters, digits and -, a letter first")
+            wrong.append(
+                f"--name is {self.name!r}, must be 1 to 40 lower-case letters, digits and -, starting with a letter"
+            )
         if self.namespace and not NAMESPACE.fullmatch(self.namespace):
-            wrong.append(f"--namespace is {self.namespace!r}, must be 1 to 63 small letters, digits and -")
+            wrong.append(f"--namespace is {self.namespace!r}, must be 1 to 63 lower-case letters, digits and -")
         if not self.image:
             wrong.append(f"--image is missing: {IMAGE if has_workers else 'of the engine'}")
         if has_workers and not self.worker_image:
@@ -91,7 +93,7 @@ class Deployment:
         if self.model_claim and (not path.is_absolute() or len(path.parts) < 3):
             wrong.append(f"--model-path is {model!r}, must be like /models/NAME")
         if bool(self.key_secret) == self.is_open:
-            wrong.append("give one of --api-key-secret and --insecure: who may call?")
+            wrong.append("give --api-key-secret, or --insecure to serve without a key")
         return wrong
 
 
@@ -127,7 +129,7 @@ def nodes_without_label(layout: Layout) -> Iterator[str]:
     """Yield one message per node on which pods cannot be placed, because its name is too long for a label value."""
     for node in dict.fromkeys(process.node for process in layout.processes):
         if len(node) > _LONGEST_LABEL:
-            yield f"node {node} has a name of {len(node)} letters, {NODE_LABEL} has at most {_LONGEST_LABEL}"
+            yield f"node {node} has a name of {len(node)} characters, {NODE_LABEL} allows at most {_LONGEST_LABEL}"
 
 
 def refuse_shared_cards(layout: Layout) -> None:
@@ -135,8 +137,8 @@ def refuse_shared_cards(layout: Layout) -> None:
     shared = dict.fromkeys(f"{p.node}/{gpu}" for p in layout.attention_workers if p.sharing > 1 for gpu in p.gpus)
     if shared:
         raise LayoutError(
-            f"several ranks of vLLM have KV on {', '.join(shared)}, each through a process of its own, "
-            "and pods cannot share a GPU: use processes or ray"
+            f"several ranks of vLLM have KV on {', '.join(shared)}, each in its own process, and pods cannot "
+            "share a GPU: use processes or ray"
         )
 
 

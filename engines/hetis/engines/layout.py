@@ -258,7 +258,7 @@ def unknown_nodes(named: Iterable[str], plan: Plan, further: Iterable[str] = ())
     for node in named:
         if node not in known:
             some = ", ".join(known[:_NODES_SHOWN]) + (", ..." if len(known) > _NODES_SHOWN else "")
-            yield f"{node!r} is no node of the plan{did_you_mean(node, known) or f', its nodes are {some}'}"
+            yield f"{node!r} is not a node of the plan{did_you_mean(node, known) or f', its nodes are {some}'}"
 
 
 def _driver_indices(cluster: Any) -> dict[str, list[int]]:
@@ -451,10 +451,10 @@ def _unlike_vendors(replica: ReplicaPlan, gpus: Mapping[str, GpuKind], vendors: 
         vendors: vendors of its GPUs, including those of attention workers.
     """
     if others := sorted(vendors - set(VENDORS)):
-        yield f"it has GPUs of {', '.join(others)}: hetis starts processes on those of {' and '.join(VENDORS)} only"
+        yield f"it has GPUs of {', '.join(others)}: hetis only starts processes on GPUs of {' and '.join(VENDORS)}"
     own = dict.fromkeys(gpus[stage.gpu].vendor for stage in replica.stages)
     if len(own) > 1:
-        yield f"it has stages on GPUs of {' and '.join(own)}: an engine runs the software of one vendor"
+        yield f"it has stages on GPUs of {' and '.join(own)}: an engine needs GPUs of a single vendor"
     elif others := sorted({kind.vendor for kind in gpus.values()} - own.keys()):
         yield f"it exchanges KV with GPUs of {' and '.join(others)}, its own are {''.join(own)}'s"
 
@@ -487,11 +487,11 @@ def _impossible(
 ) -> Iterator[str]:
     """Yield what the replica requires that the engine, or the plugin in it, does not support."""
     if replica.attention_workers and engine is not Engine.VLLM_HETIS:
-        yield f"it has attention workers, which {engine.program} has with hetis' plugin alone (engine vllm-hetis)"
+        yield f"it has attention workers, which {engine.program} only supports with hetis' plugin (engine vllm-hetis)"
     elif replica.attention_workers and replica.role is not Role.UNIFIED:
         yield (
-            f"the replica is to {'prefill' if replica.role is Role.PREFILL else 'decode'} only: "
-            "the plugin has the place of vLLM's connector that would carry prompts between replicas"
+            f"the replica is to {'prefill' if replica.role is Role.PREFILL else 'decode'} only: the plugin "
+            "occupies the vLLM connector that would carry prompts between replicas"
         )
     yield from _handed_over(replica, partners, model, engine)
     yield from _held_twice(replica, partners, model, engine)
@@ -499,11 +499,11 @@ def _impossible(
     for number, stage in enumerate(replica.stages):
         yield from (f"stage {number}: {why}" for why in _impossible_stage(replica, number, stage, model, engine))
     if replica.attention_workers and model.mla is not None:
-        yield f"{model.name} has latent attention (MLA): it has no head groups that could be elsewhere"
+        yield f"{model.name} has latent attention (MLA), whose KV cannot be split into head groups"
     if dtype == "auto" and model.kv_bytes < 1:
-        yield f"the plan counts on KV of {model.kv_bytes:g} bytes a number, {engine.program} can be told of 1 or 2"
+        yield f"the plan needs KV of {model.kv_bytes:g} bytes per element, {engine.program} supports 1 or 2"
     elif replica.attention_workers and dtype == "auto" and model.kv_bytes != DTYPE_BYTES["auto"]:
-        yield f"the plan counts on KV of {model.kv_bytes:g} bytes a number, workers keep it in 2 or 4: give --dtype"
+        yield f"the plan needs KV of {model.kv_bytes:g} bytes per element, workers support 2 or 4: set --dtype"
 
 
 def _unshared(replica: ReplicaPlan, model: ModelSpec) -> Iterator[str]:
@@ -516,9 +516,9 @@ def _unshared(replica: ReplicaPlan, model: ModelSpec) -> Iterator[str]:
     (stage,) = replica.stages
     ranks = stage.tp * stage.copies
     if model.moe is None:
-        yield f"its copies share experts, which {model.name} has none of"
+        yield f"its copies share experts, but {model.name} has none"
     elif model.moe.num_experts % ranks:
-        yield f"its {ranks} ranks share {model.moe.num_experts} experts, which they must divide"
+        yield f"its {ranks} ranks share {model.moe.num_experts} experts, a number that they must divide"
     if stage.copies < 2 or replica.in_flight != stage.copies:
         counts = f"copies is {stage.copies}, in_flight {replica.in_flight}"
         yield f"its copies share experts: {counts}, must be equal and at least 2"
@@ -534,19 +534,19 @@ def _handed_over(
     if stages == 1:
         return
     if engine is Engine.SGLANG and model.draft is not None and replica.role is not Role.PREFILL:
-        yield f"it drafts tokens in {stages} stages: SGLang does in one alone"
+        yield f"it drafts tokens in {stages} stages: SGLang only supports that in one"
     if engine is Engine.SGLANG:
         from_others = {len(one.gpus) for one in partners if one.role is Role.PREFILL} - {stages}
         if replica.role is Role.DECODE and from_others:
             others = ", ".join(map(str, sorted(from_others)))
-            yield f"it decodes in {stages} stages: SGLang takes prompts from as many stages, not {others}"
+            yield f"it decodes in {stages} stages: SGLang needs the same number in prefill replicas, not {others}"
         return
     if replica.role is Role.DECODE:
-        yield f"it decodes in {stages} stages: vLLM's NIXL connector brings prompts into one alone"
+        yield f"it decodes in {stages} stages: vLLM's NIXL connector only supports decode replicas with one"
     if replica.role is Role.PREFILL and model.sliding_window is not None:
-        yield "it prefills in several stages: vLLM's NIXL connector does not with layers that slide"
+        yield "it prefills in several stages: vLLM's NIXL connector does not support this with sliding-window layers"
     if replica.role is Role.PREFILL and model.linear is not None:
-        yield "it prefills in several stages: vLLM's NIXL connector does not with layers that keep states"
+        yield "it prefills in several stages: vLLM's NIXL connector does not support this with layers that keep states"
 
 
 def _held_twice(replica: ReplicaPlan, partners: Sequence[KvPartner], model: ModelSpec, engine: Engine) -> Iterator[str]:
@@ -561,7 +561,7 @@ def _held_twice(replica: ReplicaPlan, partners: Sequence[KvPartner], model: Mode
     if wider := [str(tp) for tp in sorted(senders) if tp > max(ranks, model.kv_heads)]:
         yield (
             f"it decodes in TP{ranks}, and prompts come from TP{' and TP'.join(wider)}, where ranks share "
-            f"{model.kv_heads} KV heads: vLLM's NIXL connector takes those only in as many ranks"
+            f"{model.kv_heads} KV heads: vLLM's NIXL connector then needs the same number of ranks on both sides"
         )
 
 
@@ -575,7 +575,7 @@ def _impossible_stage(
         yield f"it has {stage.copies} copies, {engine.program} has one of each stage"
     if stage.tp != replica.stages[0].tp:
         ranks = f"it has {stage.tp} ranks and stage 0 has {replica.stages[0].tp}"
-        yield f"{ranks}, {engine.program} has as many in every stage"
+        yield f"{ranks}, {engine.program} needs the same number in every stage"
     first = replica.groups(stage)[0] if stage.devices else ()
     nodes = dict.fromkeys(map(node_of, first))
     if len(nodes) > 1:
@@ -594,6 +594,6 @@ def _uneven(cards: Sequence[Sequence[_Card]]) -> Iterator[str]:
     counts = [len(of_stage) for of_stage in cards]
     if len(set(counts)) > 1:
         yield (
-            f"stages have {', '.join(map(str, counts))} attention workers: the plugin needs as many for every stage, "
-            "since a request's heads go to the same worker in all of them"
+            f"stages have {', '.join(map(str, counts))} attention workers: the plugin needs the same number in "
+            "every stage, since a request's heads go to the same worker in all of them"
         )

@@ -39,6 +39,7 @@ class Support:
     """The requirements of one engine version."""
 
     version: str
+    project: str  # the project whose repository has the sources
     engine: Least  # minimum at any precision
     weights: Mapping[str, Least]  # by precision, a name in `hetis.formats.dtypes.PRECISIONS`
     fp8_kv: Mapping[AttentionKind, Least]  # by kind of attention
@@ -46,9 +47,10 @@ class Support:
 
 _QUANTISATION = "vllm/model_executor/layers/quantization"
 BFLOAT16 = 8.0  # lowest compute capability with bfloat16
-_NO_FLOAT16 = "_FLOAT16_NOT_SUPPORTED_MODELS in vllm/config/model.py"
+_NO_FLOAT16 = "vLLM's repository, _FLOAT16_NOT_SUPPORTED_MODELS in vllm/config/model.py"
 _VLLM = Support(
     version="0.32.0",
+    project="vLLM",
     engine=Least(capability=7.5, source="docs/getting_started/installation/gpu.cuda.inc.md since v0.21"),
     weights={
         "fp8": Least(
@@ -73,6 +75,7 @@ _VLLM = Support(
 )  # fmt: skip
 _SGLANG = Support(
     version="0.5",
+    project="SGLang",
     engine=Least(capability=7.5, source="docs/get_started/install.md: FlashInfer takes sm75 and above"),
     weights={
         "fp8": Least(capability=8.0, source="python/sglang/srt/layers/quantization/fp8.py"),
@@ -107,7 +110,10 @@ def remarks(model: ModelSpec, gpus: Mapping[str, GpuType], engine: str) -> Itera
 def _reasons(model: ModelSpec, gpu: GpuType, engine: str) -> Iterator[str]:
     has, support = CAPABILITIES.get(gpu.architecture), SUPPORT[engine]
     if model.weights == "mxfp4" and model.moe is None:
-        yield f"mxfp4 is a format of experts, which {model.name} has not ({support.weights['mxfp4'].source})"
+        yield (
+            f"mxfp4 is a format of experts, which {model.name} has not "
+            f"({support.project}'s repository, {support.weights['mxfp4'].source})"
+        )
     if model.kv_bytes < 1:
         yield f"KV in {kv_of(model)} is not modelled for {engine}, KV in 8 or 16 bits is: --kv fp8 or --kv bf16"
     if has is None:
@@ -127,5 +133,5 @@ def _reasons(model: ModelSpec, gpu: GpuType, engine: str) -> Iterator[str]:
         if least is not None and has < least.capability:
             yield (
                 f"{engine} {support.version} takes compute capability {least.capability:g} for {what}, "
-                f"{gpu.name} ({gpu.architecture}) has {has:g} ({least.source})"
+                f"{gpu.name} ({gpu.architecture}) has {has:g} ({support.project}'s repository, {least.source})"
             )

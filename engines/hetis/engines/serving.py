@@ -16,7 +16,7 @@ from hetis.formats.model import load_model
 from hetis.solver.model import ModelSpec
 from hetis.solver.plan import Role
 
-TELL_KV = "where the checkpoint states less, tell the engine (hetis-plan export ... -- --kv-cache-dtype bfloat16)"
+TELL_KV = "if the checkpoint declares fewer, set it for the engine (hetis-plan export ... -- --kv-cache-dtype bfloat16)"
 SERVE = ("vllm", "serve")
 MASTER_PORT, KV_PORT = 29501, 5600
 KV_DTYPE = "--kv-cache-dtype"
@@ -134,15 +134,15 @@ def why_kv_is_untold(layout: Layout, serving: Serving, *, stated: str = "") -> s
     if len(given) > 1 or not given.keys() <= set(possible):
         return f"{KV_DTYPE} is {' and '.join(given)}, must be {' or '.join(possible)} of {program}"
     if given and not given.keys() <= {serving.dtype} and serving.dtype != "auto":
-        return f"{KV_DTYPE} is {''.join(given)}, and --dtype is {serving.dtype}, which is that of KV, too"
+        return f"{KV_DTYPE} is {''.join(given)}, and --dtype is {serving.dtype}, which also applies to KV"
     if (given or stated) and dtype not in ("auto", *possible):
-        return f"{program} cannot be told to keep KV in {dtype}{f': {serving.model} states {stated}' if stated else ''}"
+        return f"{program} has no option to keep KV in {dtype}{f': {serving.model} states {stated}' if stated else ''}"
     if not stated or kv_dtype_of(layout, serving):
         return ""
     names = possible if dtype == "auto" else [dtype]
     return (
-        f"{serving.model} states {stated} KV, which engines take by themselves, and the replica is to have 16 bits: "
-        f"give the engine {KV_DTYPE} {' or '.join(names)}, whichever is the checkpoint's dtype"
+        f"{serving.model} states {stated} KV, which engines use by default, but the replica needs 16 bits: "
+        f"give the engine {KV_DTYPE} {' or '.join(names)}, the dtype of the checkpoint"
     )
 
 

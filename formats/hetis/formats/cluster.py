@@ -53,9 +53,9 @@ class LinkPart(DocumentPart):
 
 
 class NodeLinkPart(DocumentPart):
-    """A connection of a node, or its bandwidth alone: ``400Gbps``.
+    """A connection of a node, or only its bandwidth: ``400Gbps``.
 
-    Unless given, the latency of ``nic`` is the network's, and that of ``link`` is 0.
+    The default latency of ``nic`` is that of the network, the default latency of ``link`` is 0.
     """
 
     bandwidth: Bandwidth
@@ -83,7 +83,7 @@ class PairPart(LinkPart):
 
 
 class MatrixPart(DocumentPart):
-    """Connections between all pairs of ``names``: symmetric, null where the default holds."""
+    """Connections between all pairs of ``names``. The matrix is symmetric; null means the default."""
 
     names: list[Name]
     bandwidth: list[list[Bandwidth | None]]
@@ -91,7 +91,7 @@ class MatrixPart(DocumentPart):
 
 
 class ZonesPart(DocumentPart):
-    """Links between zones: bandwidth and latency are those of a pair that is not listed."""
+    """Links between zones. ``bandwidth`` and ``latency`` apply to pairs that are not listed."""
 
     bandwidth: Bandwidth | None = None
     latency: Duration | None = None
@@ -107,14 +107,14 @@ class NodeLinksPart(DocumentPart):
 
 
 class NetworkPart(LinkPart):
-    """Bandwidth and latency between any two nodes of a zone, and of what differs from that."""
+    """Bandwidth and latency between any two nodes of a zone, and the exceptions to them."""
 
     zones: ZonesPart | None = None
     nodes: NodeLinksPart | None = None
 
 
 class GpusPart(DocumentPart):
-    """``count`` GPUs of one type in a node. ``usd_per_hour`` is the price of one, instead of the catalogue's."""
+    """``count`` GPUs of one type in a node. ``usd_per_hour`` is the price of one GPU and overrides the catalogue's."""
 
     type: GpuName
     count: Annotated[int, Field(ge=1, le=MAX_GPUS_PER_NODE)] = 1
@@ -122,11 +122,12 @@ class GpusPart(DocumentPart):
 
 
 class NodePart(DocumentPart):
-    """A node, or with ``count`` so many equal nodes ``name-0``, ``name-1``, ...
+    """A node, or with ``count`` a group of equal nodes ``name-0``, ``name-1``, ...
 
-    ``nic`` goes before the network's bandwidth and latency, ``link`` is GPU to GPU inside the node (default: NVLink or
-    PCIe of the type), ``usd_per_hour`` the price of the whole node. ``indices`` are what the driver calls the GPUs, in
-    the order of ``gpus``, if not 0, 1, ...; a plan counts from 0, its export has the driver's.
+    ``nic`` overrides the network's bandwidth and latency, ``link`` connects the GPUs inside the node (default: NVLink
+    or PCIe of the type), and ``usd_per_hour`` is the price of the whole node. ``indices`` are the driver's numbers of
+    the GPUs in the order of ``gpus``, if they are not 0, 1, ...; a plan counts from 0, its export uses the driver's
+    numbers.
     """
 
     name: Name
@@ -140,9 +141,9 @@ class NodePart(DocumentPart):
 
 
 class GpuTypePart(DocumentPart):
-    """A GPU type that the catalogue lacks. Rates are peaks; links are one direction. A replica of an engine, and the KV
-    that it exchanges, stays with GPUs of one `vendor`: unless given, the one that makes GPUs of this `architecture`, or
-    NVIDIA.
+    """A GPU type that the catalogue lacks. Rates are peak rates; links are per direction. A replica of an engine, and
+    the KV that it exchanges, stays on GPUs of one `vendor`. Default: the vendor that makes GPUs of this `architecture`,
+    or NVIDIA.
     """
 
     memory: Size
@@ -386,7 +387,7 @@ def _check_gpus(nodes: list[tuple[int, dict[str, Any]]]) -> Found:
             yield ("nodes", i, "gpus"), f"has {per_node} GPUs, a node has at most {MAX_GPUS_PER_NODE}"
         indices = [one for one in listed(node.get("indices")) if isinstance(one, int)]
         if "indices" in node and gpus and (len(indices) != per_node or len(set(indices)) < len(indices)):
-            yield ("nodes", i, "indices"), f"names {len(set(indices))} different GPUs, the node has {per_node}"
+            yield ("nodes", i, "indices"), f"lists {len(set(indices))} different GPUs, the node has {per_node}"
         seen = set[str]()
         for j, slots in enumerate(listed(node.get("gpus"))):
             kind = slots.get("type") if isinstance(slots, dict) else None
@@ -396,7 +397,7 @@ def _check_gpus(nodes: list[tuple[int, dict[str, Any]]]) -> Found:
                     yield ("nodes", i, "gpus", j, "type"), f"{kind!r} is listed twice in one node, add up the counts"
                 seen.add(name)
             if isinstance(slots, dict) and "usd_per_hour" in slots and "usd_per_hour" in node:
-                twice = "the node has a price already: give it per node or per GPU, not both"
+                twice = "the node already has a price: give it per node or per GPU, not both"
                 yield ("nodes", i, "gpus", j, "usd_per_hour"), twice
     if total > MAX_GPUS:
         yield ("nodes",), f"has {total} GPUs, at most {MAX_GPUS} are supported"
@@ -431,7 +432,7 @@ def _check_links(
             continue
         between = [called(name) for name in between]
         if what == "node" and between[0] == between[1]:
-            yield (*path, "links", i, "between"), f"links {what} {between[0]!r} with itself"
+            yield (*path, "links", i, "between"), f"links {what} {between[0]!r} to itself"
         if frozenset(between) in seen:
             yield (*path, "links", i, "between"), f"duplicate link, first at {seen[frozenset(between)]}"
         seen.setdefault(frozenset(between), f"links[{i}]")
@@ -448,7 +449,7 @@ def _check_links(
     for pair, where in seen.items():
         if len(pair) == 2 and pair <= first.keys():
             earlier, later = sorted(pair, key=first.__getitem__)
-            yield (*path, "matrix", "names", first[later]), f"{earlier} to {later} is given in {where} already"
+            yield (*path, "matrix", "names", first[later]), f"{earlier} to {later} is already given in {where}"
     for field in ("bandwidth", "latency"):
         if isinstance(matrix.get(field), list):
             yield from _check_matrix(matrix[field], names, (*path, "matrix", field), diagonal=what == "zone")
@@ -466,7 +467,7 @@ def _check_matrix(rows: list[Any], names: list[Any], path: tuple[str, ...], *, d
             return
     for i, row in enumerate(rows):
         if not diagonal and row[i] is not None and row[i] != 0:
-            yield (*path, i, i), f"is {shown(row[i])}, a node has no link with itself: write null"
+            yield (*path, i, i), f"is {shown(row[i])}, but a node has no link to itself: write null"
         for j in range(i):
             if row[j] != rows[j][i]:
                 back = f"{shown(rows[j][i])} the other way ({names[j]} to {names[i]})"

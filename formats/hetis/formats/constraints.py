@@ -74,7 +74,7 @@ def constraints_from_texts(texts: Iterable[str], cluster: Cluster) -> Constraint
         if option in by_option:
             by_option[option].append(rest)
         else:
-            problems.append(Problem(file=text, message=f"is no constraint, must begin with {PIN} or {FORBID}"))
+            problems.append(Problem(file=text, message=f"is not a constraint, must begin with {PIN} or {FORBID}"))
     if problems:
         raise DocumentError(problems)
     return read_constraints(by_option[PIN], by_option[FORBID], cluster)
@@ -97,7 +97,7 @@ def parse_forbid(text: str) -> tuple[Constraint, ...]:
     key, value, extras = _parts(text, ("as",))
     if key == "tp":
         if extras or not value.isdecimal() or int(value) < 1:
-            raise ValueError(f"tp is {value!r}, must be a whole number, alone")
+            raise ValueError(f"tp is {value!r}, must be a whole number without other parts")
         return (WithoutTp(tp=int(value)),)
     gpus = _selection(key, value, (*(unit.value for unit in Unit), "tp", "workers", "shared-experts"))
     if "as" in extras:
@@ -110,7 +110,7 @@ def parse_pin(text: str) -> tuple[Constraint, ...]:
     key, value, extras = _parts(text, ("as", "use"))
     if key == "replicas":
         if extras:
-            raise ValueError("replicas are counted: nothing may follow")
+            raise ValueError("replicas is a count: nothing may follow")
         return (_replicas(value),)
     if key in (Sum.USD, Sum.GPUS):
         if extras:

@@ -73,7 +73,9 @@ def _dtype(value: str) -> str:
 
 
 class HeadsPart(DocumentPart):
-    """Attention heads of one layer. ``head_dim`` tells the bytes of MHA and GQA; the two byte counts tell any."""
+    """Attention heads of one layer. ``head_dim`` determines the bytes of MHA and GQA; the two byte counts cover any
+    attention.
+    """
 
     groups: Heads
     queries_per_group: Heads
@@ -91,16 +93,17 @@ class AttentionPart(DocumentPart):
 
 
 class StageLinkPart(DocumentPart):
-    """Time of an exchange with the primary: ``latency + bytes / bandwidth``, as reached, not nominal."""
+    """Time of an exchange with the primary: ``latency + bytes / bandwidth``, at achieved rather than nominal rates."""
 
     bandwidth: SecondsPerByte
     latency: Duration
 
 
 class DevicePart(DocumentPart):
-    """A device. Costs are ``attention`` (the slowest piece counts), or else modelled from the ``gpu`` type.
+    """A device. Its costs are given by ``attention`` (the slowest piece counts), or modelled from the ``gpu`` type.
 
-    KV memory is a number of ``blocks`` per layer or ``kv_memory`` for all layers; of the primary: of all its cards.
+    KV memory is the number of ``blocks`` per layer, or ``kv_memory`` for all layers; for the primary, of all its cards
+    together.
     """
 
     name: Title
@@ -118,7 +121,7 @@ class DevicePart(DocumentPart):
 
 
 class RunningPart(DocumentPart):
-    """A running request: tokens attended to, output tokens still expected, head groups by device."""
+    """A running request: context tokens, output tokens still expected, and head groups by device."""
 
     id: Title
     context_tokens: Tokens
@@ -127,7 +130,7 @@ class RunningPart(DocumentPart):
 
 
 class MovePart(DocumentPart):
-    """Head groups under way; ``from`` owns them until they have arrived, blocks are taken at both ends."""
+    """Head groups in transit. ``from`` owns them until they have arrived; both ends hold blocks for them."""
 
     number: Annotated[int, Field(ge=0, le=2**53)]
     request: str
@@ -137,7 +140,7 @@ class MovePart(DocumentPart):
 
 
 class DispatchStateDocument(Document):
-    """One replica stage: the shape of its attention heads, its devices, and the requests that run on them."""
+    """One stage of a replica: the shape of its attention heads, its devices, and the running requests."""
 
     kind: Literal["DispatchState"]
     name: Title
@@ -290,7 +293,7 @@ def _check_heads(data: Mapping[str, Any]) -> Found:
     if data.get("model") is None and heads is None:
         yield (), "one of model or heads is missing"
     elif data.get("model") is not None and heads is not None:
-        yield ("heads",), "cannot be combined with model: the heads are given twice"
+        yield ("heads",), "cannot be combined with model: both define the heads"
     if not isinstance(heads, dict):
         return
     counts = [name for name in ("kv_bytes_per_token", "exchange_bytes_per_head") if heads.get(name) is not None]
@@ -300,7 +303,7 @@ def _check_heads(data: Mapping[str, Any]) -> Found:
     elif len(counts) < 2:
         yield ("heads",), "head_dim is missing, or kv_bytes_per_token with exchange_bytes_per_head"
     elif data.get("kv_dtype") is not None:
-        yield ("kv_dtype",), "cannot be combined with heads.kv_bytes_per_token: the bytes are given twice"
+        yield ("kv_dtype",), "cannot be combined with heads.kv_bytes_per_token: both define the bytes"
 
 
 def _check_devices(devices: Entries, data: Mapping[str, Any], stage: _Stage) -> Found:
@@ -312,7 +315,7 @@ def _check_devices(devices: Entries, data: Mapping[str, Any], stage: _Stage) -> 
         here = ("devices", i)
         is_primary = device.get("role") == "primary"
         if is_primary and primary is not None:
-            yield (*here, "role"), f"a stage has one primary, devices[{primary}] is it"
+            yield (*here, "role"), f"a stage has only one primary, which is devices[{primary}]"
         primary = i if is_primary and primary is None else primary
         tp = count_of(device.get("tp"))
         if tp and tp > 1 and not is_primary and device.get("role") in (None, "worker"):
@@ -325,11 +328,11 @@ def _check_devices(devices: Entries, data: Mapping[str, Any], stage: _Stage) -> 
         if device.get("attention") is None and device.get("gpu") is not None and no_dim:
             yield (*here, "gpu"), "cannot be modelled without model or heads.head_dim: give attention"
         if has_primary and not is_primary and device.get("link") is None:
-            yield here, "link is missing: what an exchange with the primary takes"
+            yield here, "link is missing: the time of an exchange with the primary"
         if device.get("blocks") is None and device.get("kv_memory") is None:
             yield here, "one of blocks or kv_memory is missing"
         elif device.get("blocks") is not None and device.get("kv_memory") is not None:
-            yield (*here, "kv_memory"), "cannot be combined with blocks: the memory is given twice"
+            yield (*here, "kv_memory"), "cannot be combined with blocks: both define the memory"
 
 
 def _check_groups(j: int, request: dict[str, Any], stage: _Stage) -> Found:
@@ -349,7 +352,7 @@ def _check_groups(j: int, request: dict[str, Any], stage: _Stage) -> Found:
     counts = [count_of(count) for count in groups.values()]
     total = sum(count or 0 for count in counts)
     if stage.heads and None not in counts and total != stage.heads.head_groups:
-        yield path, f"sum to {total}, must be {stage.heads.head_groups}: each head group has one device"
+        yield path, f"sum to {total}, must be {stage.heads.head_groups}: each head group is on one device"
 
 
 def _check_moves(moves: Entries, requests: Entries, stage: _Stage) -> Found:
@@ -364,7 +367,7 @@ def _check_moves(moves: Entries, requests: Entries, stage: _Stage) -> Found:
             if isinstance(device, str) and device not in stage.devices:
                 yield (*here, name), f"unknown device {shown(device)}{did_you_mean(device, stage.devices)}"
         if isinstance(target, str) and source == target:
-            yield (*here, "to"), f"is {shown(target)}, which the head groups come from"
+            yield (*here, "to"), f"is {shown(target)}, which is also the source of the head groups"
         count, groups = count_of(move.get("groups")), held.get(request) if isinstance(request, str) else None
         if not (count and isinstance(groups, dict) and isinstance(request, str) and source in stage.devices):
             continue
@@ -465,7 +468,7 @@ class NewRequests:
 
 
 class NewRequestPart(DocumentPart):
-    """A new request: tokens of context after its prefill, output tokens expected, which memory is kept for."""
+    """A new request: tokens of context after its prefill, and expected output tokens, for which memory is reserved."""
 
     id: Title
     context_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)]
@@ -473,7 +476,7 @@ class NewRequestPart(DocumentPart):
 
 
 class DispatchRequestsDocument(Document):
-    """New requests in their order of admission: where memory is short, the later ones wait."""
+    """New requests in order of admission: if memory is short, the later ones wait."""
 
     kind: Literal["DispatchRequests"]
     requests: list[NewRequestPart]

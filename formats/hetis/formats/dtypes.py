@@ -94,9 +94,9 @@ def chosen_precision(text: str, known: Collection[str]) -> Chosen:
         if name not in known:
             raise ValueError(f"{given[:80]!r} is not one of {', '.join(known)}{did_you_mean(name[:80], known)}")
         if is_of_type and not gpu:
-            raise ValueError(f"{part.strip()!r} names no GPU type before =")
+            raise ValueError(f"{part.strip()!r} has no GPU type before =")
         if gpu in on or (not gpu and everywhere is not None):
-            raise ValueError(f"{text!r} gives {gpu or 'all GPU types'} two precisions")
+            raise ValueError(f"{text!r} gives two precisions for {gpu or 'all GPU types'}")
         if gpu:
             on[gpu] = name
         else:
@@ -149,13 +149,13 @@ def weights_of(model: ModelSpec) -> str:
     """Return the precision of the layers' weights for display: its name, or the number of bytes if it has none."""
     if model.weights:
         return model.weights
-    return "bf16" if model.weight_bytes == 2 else f"{model.weight_bytes:.3g} bytes a parameter"
+    return "bf16" if model.weight_bytes == 2 else f"{model.weight_bytes:.3g} bytes per parameter"
 
 
 def kv_of(model: ModelSpec) -> str:
     """Return the precision of the KV cache for display."""
     names = {size: name for name, size in KV_PRECISIONS.items()} | {BYTES_PER_PARAMETER["nvfp4"]: "nvfp4"}
-    return names.get(model.kv_bytes, f"{model.kv_bytes:g} bytes a number")
+    return names.get(model.kv_bytes, f"{model.kv_bytes:g} bytes per element")
 
 
 def precision_of(model: ModelSpec) -> str:

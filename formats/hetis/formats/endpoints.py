@@ -42,7 +42,7 @@ def split_address(address: str, *, least_port: int = 1) -> tuple[str, int]:
     """Return host, without brackets, and port, ``least_port`` to 65535. Raises ValueError if it is malformed."""
     host, _, port = address.rpartition(":")
     if not host.strip("[]") or not (port.isascii() and port.isdigit()) or not least_port <= int(port) <= 65535:
-        raise ValueError(f"{address!r} is no address, expected HOST:PORT")
+        raise ValueError(f"{address!r} is not an address, expected HOST:PORT")
     return host.strip("[]"), int(port)
 
 
@@ -205,7 +205,7 @@ def metrics_body(url: str, *, timeout_s: float, max_bytes: int, opened: Opened) 
                 return None
             pieces.append(piece)
             if time.monotonic() > ends_s:
-                raise TimeoutError(f"no whole answer within {timeout_s:g} s")
+                raise TimeoutError(f"no complete response within {timeout_s:g} s")
     return b"".join(pieces)
 
 

@@ -46,7 +46,7 @@ class DocumentError(HetisError):
         self.has_more = len(found) > MAX_SHOWN  # whether there are more, which were not counted
         lines = [str(problem) for problem in self.problems]
         if self.has_more:
-            lines.append(f"... and more problems; only the first {MAX_SHOWN} are looked for")
+            lines.append(f"... and more problems; only the first {MAX_SHOWN} are reported")
         super().__init__("\n".join(lines))
 
 

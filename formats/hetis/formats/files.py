@@ -102,7 +102,7 @@ def unreadable(label: str, error: OSError | ValueError) -> DocumentError:
         case IsADirectoryError():
             return single_problem(label, "is a folder, expected a file")
         case PermissionError():
-            return single_problem(label, "may not be read (permission denied)")
+            return single_problem(label, "cannot be read (permission denied)")
     return single_problem(label, f"cannot be read: {_reason(error)}")
 
 

@@ -116,7 +116,7 @@ class _Head:
         if kind == _STRING:
             return self._text(MAX_TEXT)
         if kind != _ARRAY:
-            raise self._refuse(f"{shown(key)} has a value of type {kind}, which GGUF does not have")
+            raise self._refuse(f"{shown(key)} has a value of type {kind}, which is not a GGUF type")
         inner, count = self._number("I"), self._bounded(f"elements of {shown(key)}", MAX_ELEMENTS)
         if inner in _NUMBERS:
             self._skip(count * struct.calcsize(f"<{_NUMBERS[inner]}"))
@@ -148,13 +148,13 @@ class _Head:
         self._count(size)
         raw = self._file.read(size)
         if len(raw) < size:
-            raise self._refuse(f"ends in its head, at byte {self._num_read - size + len(raw)}")
+            raise self._refuse(f"ends within its header, at byte {self._num_read - size + len(raw)}")
         return raw
 
     def _count(self, size: int) -> None:
         self._num_read += size
         if self._num_read > MAX_HEAD:
-            raise self._refuse(f"has a head of more than {MAX_HEAD // 2**20} MiB")
+            raise self._refuse(f"has a header of more than {MAX_HEAD // 2**20} MiB")
 
     def _refuse(self, message: str) -> DocumentError:
         return single_problem(self._label, message)
@@ -170,7 +170,7 @@ def _model(label: str, metadata: Mapping[str, Any], tensors: Mapping[str, tuple[
     data = {field: value for field, value in found.items() if value is not None}
     per_layer = [f"{architecture}.{_FIELDS[field]}" for field, value in data.items() if isinstance(value, _Length)]
     if names := ", ".join(dict.fromkeys(per_layer)):
-        raise single_problem(label, f"{names} differ from layer to layer, which no plan here does")
+        raise single_problem(label, f"{names} differ from layer to layer, which plans do not support")
     if data.get("num_local_experts") and architecture == "llama":
         family = "MixtralForCausalLM"
     tokens = metadata.get("tokenizer.ggml.tokens")
@@ -205,7 +205,7 @@ def _bytes_per_parameter(label: str, tensors: list[tuple[int, int]]) -> float | 
     num_bytes, num_elements = 0.0, 0
     for elements, kind in tensors:
         if kind not in _BLOCKS:
-            raise single_problem(label, f"has tensors of type {kind}, which is not known here")
+            raise single_problem(label, f"has tensors of type {kind}, which is not supported")
         per_block, block_bytes = _BLOCKS[kind]
         num_elements += elements
         num_bytes += elements / per_block * block_bytes

@@ -203,7 +203,7 @@ def _of_groups(quantisation: Config, model: ModelSpec | None, linear_modules: Ma
     precision = compressed_precision(data, model, linear_modules)
     if precision is None:
         targets = shown(", ".join(target for group in groups for target in group.targets))
-        what = f"have the targets {targets}, and no matrix of the model's layers is one, or all are ignored"
+        what = f"have the targets {targets}, but no matrix of the model's layers matches, or all are ignored"
         quantisation.refuse("config_groups", what)
     return precision
 
@@ -594,7 +594,7 @@ def _deepseek_sparse(config: Config, name: str) -> ModelSpec | None:
         top_tokens=config.whole("index_topk"), heads=config.whole("index_n_heads"), head_dim=size, key_bytes=size + 4.0
     )
     if config.data.get("q_lora_rank") is None:
-        config.refuse("q_lora_rank", "is missing, but the indexer's queries are made from compressed ones")
+        config.refuse("q_lora_rank", "is missing, but the indexer computes its queries from compressed ones")
     return None if model is None or config.problems else replace(model, indexer=indexer)
 
 
@@ -675,8 +675,8 @@ MODEL_TYPES = {kind: architecture for architecture, kind, _ in _TABLE if kind} |
 NESTED = {name for name in FAMILIES if name.endswith("ForConditionalGeneration")}
 
 _LINEAR = "layers of linear attention, which keep a state instead of KV"
-_SPARSE = "sparse attention, where an indexer chooses the tokens that are attended to"
-_UNLIKE = "windowed layers whose heads are unlike those of the others"
+_SPARSE = "sparse attention, where an indexer chooses the tokens to attend to"
+_UNLIKE = "windowed layers whose heads differ from those of other layers"
 # Architectures that are known, and what keeps the cost model from planning for them.
 NOT_MODELLED: dict[str, str] = {
     "KimiLinearForCausalLM": _LINEAR,

@@ -32,17 +32,17 @@ Points = Annotated[list[Point], Field(min_length=1, max_length=1000)]
 
 
 class LayerTimesPart(DocumentPart):
-    """Milliseconds of one layer as ``[size, ms]``, linear in between: prompts of so many tokens, so many sequences."""
+    """Milliseconds of one layer as ``[size, ms]``, linear in between: by prompt tokens, and by decoding sequences."""
 
     prompt: Points
     decode: Points
 
 
 class NodeTypePart(DocumentPart):
-    """Equal nodes; entry k of a list is of a node that holds k layers, and its length the most a node can hold.
+    """Equal nodes. Entry k of a list is for a node with k layers; the length of the list is the most a node can hold.
 
-    ``tokens_per_s`` counts prompt and output tokens alike, ``kv_token_layers`` KV entries, one per token and layer.
-    Without ``layer_ms`` a batch takes as long as its tokens do at the measured rate.
+    ``tokens_per_s`` counts prompt and output tokens together, ``kv_token_layers`` counts KV entries, one per token and
+    layer. Without ``layer_ms`` a batch takes as long as its tokens do at the measured rate.
     """
 
     count: Annotated[int, Field(ge=1, le=MAX_NODES)]
@@ -52,7 +52,7 @@ class NodeTypePart(DocumentPart):
 
 
 class LinksPart(DocumentPart):
-    """The network card of every node, the latency between any two, and bytes per token between any two layers."""
+    """Network card of every node, latency between any two nodes, and bytes per token between adjacent layers."""
 
     bandwidth: Bandwidth
     latency: Duration
@@ -60,7 +60,7 @@ class LinksPart(DocumentPart):
 
 
 class LayersProblemDocument(Document):
-    """The nodes for which to find contiguous layers, so that most requests per second are served."""
+    """Nodes among which to divide contiguous layers, so that they serve the most requests per second."""
 
     kind: Literal["LayersProblem"]
     name: Title = "layers"
@@ -127,7 +127,9 @@ def _check(data: Mapping[str, Any]) -> Found:
     for name, part in parts.items():
         rates, room = part.get("tokens_per_s"), part.get("kv_token_layers")
         if isinstance(rates, list) and isinstance(room, list) and len(rates) != len(room):
-            message = f"has {len(room)} entries and tokens_per_s {len(rates)}: both need one per number of layers held"
+            message = (
+                f"has {len(room)} entries and tokens_per_s {len(rates)}: both need one entry per number of layers held"
+            )
             yield ("node_types", name, "kv_token_layers"), message
         for phase, points in mapping(part.get("layer_ms")).items():
             yield from _check_table(("node_types", name, "layer_ms", phase), points)
@@ -148,9 +150,9 @@ def _check_table(path: tuple[str | int, ...], points: Any) -> Found:
         if point[1] < before[1]:
             yield (*path, n), f"takes {shown(point[1])} ms, less than the smaller size before ({shown(before[1])} ms)"
     if pairs and len(pairs) == len(points) and pairs[-1][1][1] == 0:
-        yield (*path, len(points) - 1), "takes no time, the largest size must take some"
+        yield (*path, len(points) - 1), "takes 0 ms, the largest size must take more"
     if pairs and len(points) == 1 and pairs[0][1][0] == 0:
-        yield (*path, 0), "is the only size and 0, which says nothing about others"
+        yield (*path, 0), "is 0 and the only size: give another size"
 
 
 def _is_number(value: object) -> bool:

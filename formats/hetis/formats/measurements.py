@@ -151,7 +151,7 @@ class Measurements:
 
     def __post_init__(self) -> None:
         if not self.gpu or not self.provenance.tool:
-            raise InvalidProblemError("measurements need the name of a GPU and of a tool")
+            raise InvalidProblemError("measurements need the names of a GPU and of a tool")
         if not self.tables:
             raise InvalidProblemError(f"measurements of {self.gpu} hold no tables")
 
@@ -231,7 +231,7 @@ def _json(text: str, label: str) -> Any:
 
 
 def _no_constant(name: str) -> float:
-    raise ValueError(f"{name} is no JSON number")
+    raise ValueError(f"{name} is not a JSON number")
 
 
 def _check(data: Mapping[str, Any]) -> Found:

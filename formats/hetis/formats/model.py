@@ -49,7 +49,9 @@ class MlaPart(DocumentPart):
 
 
 class MoePart(DocumentPart):
-    """Mixture of experts in every ``every``-th layer after the first ``first_dense_layers``; the others are dense."""
+    """Mixture of experts in every ``every``-th layer after the first ``first_dense_layers``; the other layers are
+    dense.
+    """
 
     num_experts: Whole
     active_experts: Whole
@@ -63,7 +65,7 @@ class LinearPart(DocumentPart):
     """Layers of linear attention or of a state-space model, which keep a state for each request instead of KV.
 
     ``params``, ``state_bytes`` (of one request, in all heads) and ``token_flops`` (of the recurrence for one token) are
-    those of one such layer.
+    per layer.
     """
 
     layers: Annotated[int, Field(ge=1, le=10_000)]
@@ -73,9 +75,8 @@ class LinearPart(DocumentPart):
 
 
 class IndexerPart(DocumentPart):
-    """Sparse attention (DeepSeek-V3.2): an indexer in every layer chooses ``top_tokens`` that a query attends to.
-
-    ``key_bytes`` are those of one token in the indexer's cache.
+    """Sparse attention (DeepSeek-V3.2): an indexer in every layer chooses the ``top_tokens`` that a query attends to.
+    ``key_bytes`` is the size of one token in the indexer's cache.
     """
 
     top_tokens: Whole
@@ -85,8 +86,8 @@ class IndexerPart(DocumentPart):
 
 
 class DraftPart(DocumentPart):
-    """Multi-token prediction: ``tokens`` drafted per iteration, each accepted with probability ``acceptance`` if all
-    before it were.
+    """Multi-token prediction: ``tokens`` drafts per iteration, each accepted with probability ``acceptance`` if all
+    earlier ones were.
     """
 
     tokens: Annotated[int, Field(ge=1, le=16)]
@@ -94,7 +95,7 @@ class DraftPart(DocumentPart):
 
 
 class PrecisionPart(DocumentPart):
-    """The precision in which one GPU type holds the model; what is not given is as on the other GPUs."""
+    """The precision in which one GPU type holds the model; a field left out is as on the other GPUs."""
 
     weights: Literal["bf16", "fp8", "int8", "int4", "awq-int4", "gptq-int4", "mxfp4", "nvfp4"] | None = None
     weight_bytes: ElementBytes | None = None
@@ -105,13 +106,13 @@ class ModelSpecDocument(Document):
     """The shape of a decoder-only transformer.
 
     ``dtype`` (``bfloat16``, ``bfloat16+fp8``, ...) sets the bytes of weights, embeddings and activations; the
-    ``*_bytes`` fields, in bytes per parameter or element, go before it. The KV cache has 2 unless ``kv_bytes`` says so.
-    ``weights`` is what engines call the precision, which decides on what GPUs it runs; unless given, that of ``dtype``.
-    GPU types in ``precisions`` hold the model in a precision of their own.
+    ``*_bytes`` fields, in bytes per parameter or element, override it. The KV cache has 2 unless ``kv_bytes`` is set.
+    ``weights`` is the engines' name of the precision, which decides on which GPUs the model runs; its default follows
+    from ``dtype``. GPU types in ``precisions`` hold the model in a precision of their own.
 
-    A ``sliding_window`` is one of all layers, or of ``sliding_layers``. Engines then free the KV that the window has
-    passed, unless ``windows_free_kv`` is false (vLLM's ``--disable-hybrid-kv-cache-manager``). Older files have
-    ``sliding_window_every``: 2 is a window in every second layer, and ``windows_free_kv`` false unless given.
+    A ``sliding_window`` applies to all layers, or to ``sliding_layers`` of them. Engines then free the KV outside the
+    window, unless ``windows_free_kv`` is false (vLLM's ``--disable-hybrid-kv-cache-manager``). Older files have
+    ``sliding_window_every``: 2 means a window in every second layer, and ``windows_free_kv`` then defaults to false.
     ``vision_params`` are held by the first stage, in 16 bits.
     """
 
@@ -173,10 +174,10 @@ def load_model(ref: str | os.PathLike[str]) -> ModelSpec:
         return catalogue.find_model(text).model
     except catalogue.UnknownNameError as error:
         if not (text == "-" or text.endswith((".json", ".yaml", ".yml", ".gguf")) or os.path.exists(text)):
-            raise DocumentError([Problem(file="model", message=f"{error} (nor is there such a file)")]) from None
+            raise DocumentError([Problem(file="model", message=f"{error} (and no such file exists)")]) from None
     if os.path.isdir(text):
         if not (Path(text) / "config.json").exists():
-            raise single_problem(text, "is a folder without config.json, so not a Hugging Face model")
+            raise single_problem(text, "is a folder without config.json, so it is not a Hugging Face model")
         text = str(Path(text) / "config.json")
     if text.lower().endswith(".gguf"):
         from hetis.formats.gguf import load_gguf
@@ -255,7 +256,7 @@ def _check_model(data: Mapping[str, Any]) -> Found:
     if attention in ("mha", "gqa") and mla is not None:
         yield ("attention",), f"is {attention}, but an mla shape is given"
     if attention == "mha" and q_heads and kv_heads and q_heads != kv_heads:
-        yield ("attention",), f"is mha, but kv_heads ({kv_heads}) differs from q_heads ({q_heads}): gqa"
+        yield ("attention",), f"is mha, but kv_heads ({kv_heads}) differs from q_heads ({q_heads}): use gqa"
     experts, active = number("num_experts", moe), number("active_experts", moe)
     if experts and active and active > experts:
         yield ("moe", "active_experts"), f"is {active}, must be <= num_experts ({experts})"

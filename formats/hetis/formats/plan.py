@@ -38,7 +38,7 @@ class ResultPart(DocumentPart):
 
 
 class ObjectivePart(DocumentPart):
-    """The objective of the plan; a limit of null is lifted."""
+    """The objective of the plan; a limit of null means no limit."""
 
     kind: ObjectiveName
     ttft_limit_s: Annotated[float, Field(gt=0)] | None = None
@@ -59,9 +59,9 @@ class StagePart(DocumentPart):
 
 
 class PoolPart(DocumentPart):
-    """Cards that hold KV and compute attention for one stage; head groups count per TP rank of the stage.
+    """Cards that hold KV and compute attention for one stage; head groups are counted per TP rank of the stage.
 
-    Cards of a shared pool serve several stages of the replica in turn and are listed in the pool of each.
+    Cards of a shared pool serve several stages of the replica in turn, and are listed in the pool of each stage.
     """
 
     stage: Count
@@ -94,7 +94,7 @@ class ReplicaPart(DocumentPart):
 
 
 class RoutePart(DocumentPart):
-    """Requests/s whose KV goes from one replica to another; both are counted from 0."""
+    """Requests/s whose KV is sent from one replica to another; replicas are counted from 0."""
 
     prefill: Count
     decode: Count
@@ -102,7 +102,7 @@ class RoutePart(DocumentPart):
 
 
 class PricePart(DocumentPart):
-    """A device class and what one GPU of it is worth at the margin of the plan's relaxation."""
+    """A device class and the marginal value of one of its GPUs in the plan's relaxation."""
 
     gpu: str
     zone: str
@@ -114,7 +114,7 @@ class PricePart(DocumentPart):
 
 
 class RunnerUpPart(DocumentPart):
-    """A shape of replica that was not chosen, and why."""
+    """A shape of replica that was not chosen, and the reason."""
 
     shape: str
     rate: float
@@ -122,7 +122,7 @@ class RunnerUpPart(DocumentPart):
 
 
 class PlanDocument(Document):
-    """Replicas on named GPUs with a proof of how good they are."""
+    """Replicas on named GPUs, with a proven bound on how much better a plan could be."""
 
     kind: Literal["Plan"]
     strategy: Title

@@ -27,10 +27,10 @@ _REQUIRED = ("dense", "prefill_attention", "decode_attention", "all_reduce", "tr
 
 
 class ProvenancePart(DocumentPart):
-    """The origin of a fit. ``held_out_mape`` is its mean error on points it never saw; 0.1 is 10%.
+    """The origin of a fit. ``held_out_mape`` is its mean error on held-out points; 0.1 is 10%.
 
     With a ``range_error`` of 0.5, nine in ten true times lie within 1/1.5 and 1.5 times those of the fit. Fits that are
-    modelled for a GPU nobody measured have one.
+    modelled for a GPU without measurements have one.
     """
 
     source: Literal["measured", "imported", "fitted", "modelled"]
@@ -51,9 +51,8 @@ class PiecePart(DocumentPart):
 
 
 class ScopePart(DocumentPart):
-    """The scope of a fit; a field left out means any.
-
-    `state_flops` is the number of FLOPs of linear attention for one token and query head, in the mean of all layers.
+    """The scope of a fit; a field left out matches any value. `state_flops` is the number of FLOPs of linear attention
+    for one token and query head, averaged over all layers.
     """
 
     model: str | None = None
@@ -68,7 +67,7 @@ Range = Annotated[list[Annotated[float, Field(ge=0)]], Field(min_length=2, max_l
 
 
 class RegionPart(DocumentPart):
-    """The measured range, as ``[least, most]``: outside of it the fit is a guess. A field left out is not limited."""
+    """The measured range, as ``[least, most]``; outside it the fit is a guess. A field left out is not limited."""
 
     tokens: Range | None = None
     batch: Range | None = None
@@ -89,7 +88,7 @@ class FitPart(DocumentPart):
 
 
 class ProfileDocument(Document):
-    """Operator times and usable memory of one GPU type. Memory is ``76GiB`` or a number of bytes."""
+    """Operator times and usable memory of one GPU type. Memory is a size such as ``76GiB`` or a number of bytes."""
 
     kind: Literal["Profile"]
     gpu: Title

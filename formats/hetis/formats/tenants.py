@@ -75,10 +75,10 @@ Limit = Annotated[
 
 
 class FleetTenantPart(DocumentPart):
-    """A tenant: ``model`` and ``workload`` as `hetis-plan place` takes them, ``weight`` parts of the fleet to claim.
+    """A tenant: ``model`` and ``workload`` as for ``hetis-plan place``, and a claim to ``weight`` parts of the fleet.
 
-    ``worth`` is what a request/s is worth, in any unit that all tenants share; without it 1 over what the tenant
-    reaches alone. ``ttft`` and ``tpot`` are limits (2s and 100ms unless said; ``none`` lifts one).
+    ``worth`` is the value of a request/s, in any unit that all tenants share; default: 1 over the rate that the tenant
+    reaches alone. ``ttft`` and ``tpot`` are limits (default 2s and 100ms; ``none`` lifts one).
     """
 
     name: Name
@@ -92,7 +92,7 @@ class FleetTenantPart(DocumentPart):
 
 
 class TenantsDocument(Document):
-    """Tenants that share one fleet; which fleet is said beside it (``hetis-plan share FILE --cluster FILE``)."""
+    """Tenants that share one fleet; the fleet is given separately (``hetis-plan share FILE --cluster FILE``)."""
 
     kind: Literal["Tenants"]
     tenants: Annotated[list[FleetTenantPart], Field(min_length=1, max_length=MAX_TENANTS)]
@@ -122,7 +122,7 @@ def _check_tenants(data: Mapping[str, Any]) -> Found:
     priced = [i for i, part in parts if part.get("worth") is not None]
     for i, _ in parts:
         if priced and i not in priced:
-            yield ("tenants", i), f"has no worth, tenant {priced[0] + 1} has: say it of all or of none"
+            yield ("tenants", i), f"has no worth, tenant {priced[0] + 1} has: give it for all tenants or for none"
 
 
 TENANTS = kind_of(TenantsDocument, FleetTenants, to_value=_to_tenants, to_data=_tenants_data, check=_check_tenants)
@@ -165,7 +165,7 @@ MinGpus = Annotated[int, Field(ge=1, le=MAX_GPUS)]
 
 
 class SharedJobPart(DocumentPart):
-    """A kind of work: ``speedups`` per GPU type, in any unit, or ``model`` and ``workload`` to derive them."""
+    """A kind of work: ``speedups`` per GPU type in any unit, or ``model`` and ``workload`` to derive them."""
 
     name: Title
     speedups: dict[str, Speedup] | None = None
@@ -175,7 +175,7 @@ class SharedJobPart(DocumentPart):
 
 
 class SharingTenantPart(DocumentPart):
-    """A tenant with a claim to ``weight`` parts. One kind of work may stand here directly, several in ``jobs``."""
+    """A tenant with a claim to ``weight`` parts. A single kind of work is given here, several in ``jobs``."""
 
     name: Title
     weight: Weight = 1.0
@@ -187,7 +187,7 @@ class SharingTenantPart(DocumentPart):
 
 
 class ShareProblemDocument(Document):
-    """GPUs by type, and the tenants that share them. ``gpus_per_node`` matters where speed-ups are derived."""
+    """GPUs by type, and the tenants that share them. ``gpus_per_node`` is used when speed-ups are derived."""
 
     kind: Literal["ShareProblem"]
     gpus: Annotated[dict[Title, Annotated[int, Field(ge=1, le=MAX_GPUS)]], Field(min_length=1)]
@@ -228,7 +228,7 @@ def _check_shares(data: Mapping[str, Any]) -> Found:
         claimants += len(jobs)
         for field in ("speedups", "model", "workload", "min_gpus"):
             if field in tenant:
-                yield (*where, field), "stands beside jobs: say it of each job"
+                yield (*where, field), "cannot be combined with jobs: give it in each job"
         yield from duplicates((*where, "jobs"), entries(jobs), "name", "job")
         for j, job in entries(jobs):
             yield from _check_work(job, (*where, "jobs", j), gpus)
@@ -239,9 +239,9 @@ def _check_shares(data: Mapping[str, Any]) -> Found:
 def _check_work(work: Mapping[str, Any], where: tuple[str | int, ...], gpus: Mapping[str, Any]) -> Found:
     speedups, model = work.get("speedups"), work.get("model")
     if speedups is None and model is None:
-        yield where, "has neither speedups nor a model to derive them from"
+        yield where, "has neither speedups nor a model to derive them"
     if speedups is not None and model is not None:
-        yield (*where, "model"), "stands beside speedups: give one of them"
+        yield (*where, "model"), "cannot be combined with speedups: give one of them"
     if model is not None and work.get("workload") is None:
         yield where, "workload is missing: speed-ups of a model depend on its traffic"
     if isinstance(speedups, dict):
@@ -253,7 +253,7 @@ def _check_work(work: Mapping[str, Any], where: tuple[str | int, ...], gpus: Map
             if gpu not in speedups:
                 yield (*where, "speedups"), f"has none for {gpu}; 0 where it cannot run"
         if speedups and all(value == 0 for value in speedups.values()):
-            yield (*where, "speedups"), "are all 0: it runs on no GPU type"
+            yield (*where, "speedups"), "are all 0, so it cannot run on any GPU type"
 
 
 SHARE_PROBLEM = kind_of(

@@ -69,19 +69,19 @@ FORMS = (
     ),
     TraceForm(
         "BurstGPT", ("Timestamp", "Request tokens", "Response tokens"), float, failed_without_output=True,
-        source="github.com/HPMLL/BurstGPT: no response tokens is a failure",
+        source="github.com/HPMLL/BurstGPT; requests without response tokens have failed",
     ),
     TraceForm(
         "Mooncake", ("timestamp", "input_length", "output_length"), lambda text: float(text) / 1e3,
-        source="github.com/kvcache-ai/Mooncake, FAST25-release/traces: milliseconds; also what aiperf replays",
+        source="github.com/kvcache-ai/Mooncake, FAST25-release/traces: milliseconds; also replayed by aiperf",
     ),
     TraceForm(
         "OpenAI-style", ("created", "usage.prompt_tokens", "usage.completion_tokens"), float, is_absolute=True,
-        source="answers of /v1/chat/completions, one a line; they are created when they arrive",
+        source="responses of /v1/chat/completions, one per line; `created` is taken as the arrival time",
     ),
     TraceForm(
         "OpenAI responses", ("created_at", "usage.input_tokens", "usage.output_tokens"), float, is_absolute=True,
-        source="answers of /v1/responses, one a line",
+        source="responses of /v1/responses, one per line",
     ),
     TraceForm(
         "OpenAI batch",
@@ -109,7 +109,7 @@ VLLM_LOG = TraceForm(
 )  # fmt: skip
 CONVERSATIONS = TraceForm(
     "conversations", ("time", "prompt", "answer"), float, has_times=False,
-    source="ShareGPT_V3_unfiltered_cleaned_split.json and what has its form",
+    source="ShareGPT_V3_unfiltered_cleaned_split.json and files of the same form",
 )  # fmt: skip
 
 Row = tuple[int | str, TraceForm, list[str]]
@@ -129,9 +129,10 @@ def values_of(place: int | str, form: TraceForm, fields: Mapping[str, object]) -
 
 def unknown_form(label: str, place: int | str, one: str, many: str, found: Sequence[str]) -> DocumentError:
     """Return the error for a file in no known form: what it lacks of our form, what it has, and the known forms."""
-    missing = ", ".join(column for column in OURS.fields if column not in found)
+    lacking = [column for column in OURS.fields if column not in found]
+    missing = f"{one} {lacking[0]} is" if len(lacking) == 1 else f"{many} {', '.join(lacking)} are"
     has = ", ".join(name[:40] for name in found[:_MOST_SHOWN]) + (", ..." if len(found) > _MOST_SHOWN else "")
-    message = f"{one} {missing} is missing; the file has the {many} {has}; known forms: {expected()}"
+    message = f"{missing} missing; the file has the {many} {has}; known forms: {expected()}"
     if isinstance(place, str):
         return single_problem(label, f"{place}: {message}")
     return single_problem(label, message, line=place)
@@ -184,7 +185,7 @@ def array_rows(label: str, file: IO[str], count: CountTokens | None) -> Iterator
         turns = _turns(item)
         if turns is not None:
             if count is None:
-                why = "has texts and no numbers of tokens: hetis-plan convert counts them, see its --help"
+                why = "has texts but no token counts: hetis-plan convert counts them, see its --help"
                 raise single_problem(label, why)
             yield from _conversation_rows(index, turns, count)
             continue
@@ -217,7 +218,7 @@ def _items(label: str, begin: str, file: IO[str]) -> Iterator[tuple[int, Any]]:
             if not more:
                 raise single_problem(label, f"[{index}] is not JSON: {error}") from None
         except RecursionError:
-            raise single_problem(label, f"[{index}] is nested too deep") from None
+            raise single_problem(label, f"[{index}] is nested too deeply") from None
         if whole:
             yield index, item
             index, place = index + 1, end
@@ -263,7 +264,7 @@ def _bench_rows(label: str, begin: str, file: IO[str]) -> Iterator[Row]:
     lists = {name: value for name, value in data.items() if isinstance(value, list)}
     if missing := [name for name in VLLM_BENCH.fields if name not in lists]:
         why = f"has no {', '.join(missing)}, but {', '.join(key[:40] for key in list(data)[:12])}"
-        wanted = "expected an array of requests, or what vllm bench serve --save-detailed saves"
+        wanted = "expected an array of requests, or the output of vllm bench serve --save-detailed"
         raise single_problem(label, f"{why}: {wanted}")
     columns = [lists[name] for name in VLLM_BENCH.fields]
     if len({len(column) for column in columns}) > 1:

@@ -302,5 +302,7 @@ def _wrong(label: str, line: int, message: str) -> DocumentError:
 
 def no_hash_ids(label: str, line: int | None = None) -> DocumentError:
     """Return the error for a source whose hits cannot be counted."""
-    message = "prefix hits are counted from the hash_ids of a trace in Mooncake's form: give a share such as 0.4"
+    message = (
+        "prefix hits can only be counted from the hash_ids of a trace in Mooncake's form: give a share such as 0.4"
+    )
     return single_problem(label, f"has no {FIELD}; {message}", line=line)

@@ -95,7 +95,7 @@ def format_seconds_per_byte(seconds: float) -> str:
         exact = [text for text in texts if parse_seconds_per_byte(text) == seconds]
         if exact:
             return min(exact, key=len)
-    raise ValueError(f"{seconds} seconds per byte have no text form")
+    raise ValueError(f"{seconds} seconds per byte cannot be written as text")
 
 
 def format_duration(seconds: float) -> str:

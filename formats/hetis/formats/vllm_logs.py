@@ -114,7 +114,7 @@ def read_iterations(label: str, lines: Iterable[str]) -> IterationLog:
         log.iterations.append(_iteration(found, line, clock_s, compiling))
         compiling = False
     if not log.iterations:
-        raise single_problem(label, f"has no line of an iteration: {HOW}; or give the URL of the running server")
+        raise single_problem(label, f"has no line about an iteration: {HOW}; or give the URL of the running server")
     return log
 
 

@@ -55,7 +55,7 @@ _MEANS = re.compile(r"-?[\d._]+/-?[\d._]+")
 
 
 class BinPart(DocumentPart):
-    """A share of the requests: all of about these lengths. Weights need not sum to one."""
+    """A share of the requests, all with about these lengths. Weights need not sum to one."""
 
     prompt_tokens: Tokens
     output_tokens: Tokens
@@ -63,9 +63,9 @@ class BinPart(DocumentPart):
 
 
 class WorkloadDocument(Document):
-    """Traffic: a histogram of request lengths, or their means, or the path of a trace (from this file's folder).
+    """Traffic: a histogram of request lengths, their means, or the path of a trace (relative to this file's folder).
 
-    ``prefix_hit_rate`` is the share of prompt tokens that a prefix cache has; ``trace`` counts it in a Mooncake trace.
+    ``prefix_hit_rate`` is the share of prompt tokens found in a prefix cache; ``trace`` counts it in a Mooncake trace.
     """
 
     kind: Literal["Workload"]
@@ -96,11 +96,11 @@ def load_workload(ref: str | os.PathLike[str], *, prefix_hit_rate: PrefixHitRate
         return with_prefix_hits(catalogue.find_workload(text).workload, prefix_hit_rate)
     except catalogue.UnknownNameError as error:
         if not (text == "-" or text.endswith((".json", ".yaml", ".yml")) or os.path.exists(text)):
-            raise DocumentError([Problem(file="workload", message=f"{error} (nor is there such a file)")]) from None
+            raise DocumentError([Problem(file="workload", message=f"{error} (and no such file exists)")]) from None
     data, source = read_data(text)
     if isinstance(data, list) or (isinstance(data, dict) and "input_lens" in data and "kind" not in data):
         raise single_problem(
-            text, "is a trace rather than a Workload: hetis-plan convert FILE --out trace.csv reads it"
+            text, "is a trace, not a Workload: convert it with hetis-plan convert FILE --out trace.csv"
         )
     if prefix_hit_rate is not None and isinstance(data, dict):
         data = {**data, "prefix_hit_rate": prefix_hit_rate}
@@ -177,18 +177,18 @@ def _check_workload(data: Mapping[str, Any], folder: Path) -> Found:
     given = [form for form in FORMS if data.get(form) is not None]
     prompt, output = (data.get(f"mean_{what}_tokens") is not None for what in ("prompt", "output"))
     if output and not prompt:
-        yield (), "mean_prompt_tokens is missing beside mean_output_tokens"
+        yield (), "mean_prompt_tokens is missing: mean_output_tokens needs it"
     elif prompt and not output:
-        yield (), "mean_output_tokens is missing beside mean_prompt_tokens"
+        yield (), "mean_output_tokens is missing: mean_prompt_tokens needs it"
     elif not given:
         yield (), "one of histogram, mean_prompt_tokens with mean_output_tokens, or trace is missing"
     trace = data.get("trace")
     if isinstance(trace, str) and not os.path.isfile(folder / trace):
         yield ("trace",), f"no such file: {folder / trace}"
     if data.get("prefix_hit_rate") == "trace" and trace is None:
-        yield ("prefix_hit_rate",), "is trace, and without a trace there are no hash_ids to count hits by"
+        yield ("prefix_hit_rate",), "is trace, but without a trace there are no hash_ids to count hits"
     if len(given) > 1:
-        yield (given[1],), f"cannot be combined with {given[0]}: the lengths are given twice"
+        yield (given[1],), f"cannot be combined with {given[0]}: both define the lengths"
 
 
 to_data = with_envelope(WorkloadDocument, _workload_data)

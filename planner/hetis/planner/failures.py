@@ -72,7 +72,8 @@ def not_found(name: str) -> ServiceError:
 def etag_mismatch(name: str, *, given: str, present: str) -> ServiceError:
     return ServiceError(
         Reason.ERROR_REASON_ETAG_MISMATCH,
-        f"{name} has changed: its etag is {present}, the call says {given}; read it again and decide again",
+        f"{name} has changed: its etag is {present}, the call has {given}; read it again and retry if the "
+        "change still applies",
         metadata={"name": name, "etag": present},
     )
 

@@ -29,7 +29,7 @@ PHASE_SECONDS = {"prompt": (2e-3, 100.0), "token": (2e-4, 2.0)}  # times of whol
 WANTED_ERROR = 0.10
 _LEAST_WORK_S = 2e-6  # time at the peaks; below it the launch dominates the measurement
 _LINKS = (MeasuredOp.ALL_REDUCE, MeasuredOp.TRANSFER)
-_UNIT = "is the unit right?"
+_UNIT = "check the unit"
 _TOLERANCE = 1.15  # boost clocks and rounding go slightly above nominal peaks
 _CACHED = 4.0  # attention and small products may read from a cache faster than from memory
 # Work of Llama-3-8B on one GPU, large enough that neither launches nor caches matter. For decode attention, many short
@@ -184,13 +184,13 @@ def doubts_of(profile: Profile) -> Iterator[str]:
     for fit in profile.fits:
         error = fit.provenance.held_out_mape
         if error is None and fit.op not in (Op.STEP, Op.SAMPLE):
-            yield f"{_name(fit)}: how wrong it is on points it never saw is not known"
+            yield f"{_name(fit)}: its error on held-out points is unknown"
         elif error is not None and error > WANTED_ERROR:
-            yield f"{_name(fit)}: wrong by {error:.1%} on points it never saw, {WANTED_ERROR:.1%} is wanted"
+            yield f"{_name(fit)}: its error on held-out points is {error:.1%}, the target is {WANTED_ERROR:.1%}"
         if fit.op is not Op.STEP and all(
             piece.flop_s == piece.byte_s == piece.token_s == piece.wire == 0 for piece in fit.pieces
         ):
-            yield f"{_name(fit)}: takes the same time whatever the work"
+            yield f"{_name(fit)}: takes the same time for any amount of work"
 
 
 def scope_words(scope: FitScope) -> Iterator[str]:

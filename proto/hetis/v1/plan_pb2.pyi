@@ -754,6 +754,8 @@ class Verification(_message.Message):
     NUM_REQUESTS_FIELD_NUMBER: _builtins.int
     TTFT_S_FIELD_NUMBER: _builtins.int
     TPOT_S_FIELD_NUMBER: _builtins.int
+    SHARE_FIELD_NUMBER: _builtins.int
+    TOO_SHORT_FIELD_NUMBER: _builtins.int
     rate_rps: _builtins.float
     """Rate of the arrivals in requests/s: the one that the plan promises. Always set."""
     kept: _builtins.bool
@@ -772,6 +774,10 @@ class Verification(_message.Message):
     """The statistic of TTFT that the spec asks for, in seconds. Unset: it is that of `ttft_p95_s`."""
     tpot_s: _builtins.float
     """The statistic of TPOT that the spec asks for, in seconds. Unset: it is that of `tpot_mean_s`."""
+    share: _builtins.float
+    """Share of the rate that was simulated, on as large a part of the replicas. Unset: all of both."""
+    too_short: _builtins.bool
+    """Runs are too short to fill the seats of what was simulated, so that latencies may be longer. False: they fill them."""
     @_builtins.property
     def misses(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """The limits that were not kept, a clause each. Empty: all were."""
@@ -789,19 +795,25 @@ class Verification(_message.Message):
         num_requests: _builtins.int = ...,
         ttft_s: _builtins.float | None = ...,
         tpot_s: _builtins.float | None = ...,
+        share: _builtins.float | None = ...,
+        too_short: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_kept_rps", b"_kept_rps", "_tpot_s", b"_tpot_s", "_ttft_s", b"_ttft_s", "kept_rps", b"kept_rps", "tpot_s", b"tpot_s", "ttft_s", b"ttft_s"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_kept_rps", b"_kept_rps", "_share", b"_share", "_tpot_s", b"_tpot_s", "_ttft_s", b"_ttft_s", "kept_rps", b"kept_rps", "share", b"share", "tpot_s", b"tpot_s", "ttft_s", b"ttft_s"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_kept_rps", b"_kept_rps", "_tpot_s", b"_tpot_s", "_ttft_s", b"_ttft_s", "attainment", b"attainment", "kept", b"kept", "kept_rps", b"kept_rps", "misses", b"misses", "num_requests", b"num_requests", "rate_rps", b"rate_rps", "tpot_mean_s", b"tpot_mean_s", "tpot_s", b"tpot_s", "ttft_p95_s", b"ttft_p95_s", "ttft_s", b"ttft_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_kept_rps", b"_kept_rps", "_share", b"_share", "_tpot_s", b"_tpot_s", "_ttft_s", b"_ttft_s", "attainment", b"attainment", "kept", b"kept", "kept_rps", b"kept_rps", "misses", b"misses", "num_requests", b"num_requests", "rate_rps", b"rate_rps", "share", b"share", "too_short", b"too_short", "tpot_mean_s", b"tpot_mean_s", "tpot_s", b"tpot_s", "ttft_p95_s", b"ttft_p95_s", "ttft_s", b"ttft_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__kept_rps: _TypeAlias = _typing.Literal["kept_rps"]  # noqa: Y015
     _WhichOneofArgType__kept_rps: _TypeAlias = _typing.Literal["_kept_rps", b"_kept_rps"]  # noqa: Y015
+    _WhichOneofReturnType__share: _TypeAlias = _typing.Literal["share"]  # noqa: Y015
+    _WhichOneofArgType__share: _TypeAlias = _typing.Literal["_share", b"_share"]  # noqa: Y015
     _WhichOneofReturnType__tpot_s: _TypeAlias = _typing.Literal["tpot_s"]  # noqa: Y015
     _WhichOneofArgType__tpot_s: _TypeAlias = _typing.Literal["_tpot_s", b"_tpot_s"]  # noqa: Y015
     _WhichOneofReturnType__ttft_s: _TypeAlias = _typing.Literal["ttft_s"]  # noqa: Y015
     _WhichOneofArgType__ttft_s: _TypeAlias = _typing.Literal["_ttft_s", b"_ttft_s"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__kept_rps) -> _WhichOneofReturnType__kept_rps | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__share) -> _WhichOneofReturnType__share | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__tpot_s) -> _WhichOneofReturnType__tpot_s | None: ...
     @_typing.overload

@@ -145,7 +145,9 @@ def with_added(cluster: Cluster, additions: Sequence[Addition], shape: NodeShape
     for addition in additions:
         known = types.setdefault(addition.gpu.name, addition.gpu)
         if replace(known, usd_per_hour=None) != replace(addition.gpu, usd_per_hour=None):
-            raise InvalidProblemError(f"{known.name} of cluster {cluster.name} is not the one to add: other numbers")
+            raise InvalidProblemError(
+                f"{known.name} of cluster {cluster.name} differs in its numbers from the one to add"
+            )
         groups += _groups_of(addition, shape, {group.name for group in groups})
     return replace(cluster, node_groups=tuple(groups), gpu_types=types)
 

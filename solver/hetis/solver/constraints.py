@@ -1,14 +1,15 @@
 """Constraints on a plan besides its objective: which GPUs are used and how, TP sizes, replicas, rent.
 
-A constraint is one ``--pin`` or ``--forbid`` of the command line and written like it (`str`). A plan keeps all
-constraints of its problem: `hetis.solver.placement.constrained_problem` applies them to the search, and
-`hetis.solver.check.constraints` checks them.
+A constraint is one ``--pin`` or ``--forbid`` of the command line and written like it (`str`). Some come from an engine
+that cannot use certain GPUs (``by``), which `described` says. A plan keeps all constraints of its problem:
+`hetis.solver.placement.constrained_problem` applies them to the search, and `hetis.solver.check.constraints` checks
+them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 from hetis.solver.cluster import Cluster
@@ -64,6 +65,7 @@ class Exclude:
     """Constraint that these GPUs are not used."""
 
     gpus: Selection
+    by: str = field(default="", compare=False)  # the engine that does not run on them; empty: it was asked for
 
     def __str__(self) -> str:
         return f"--forbid {self.gpus}"
@@ -76,6 +78,7 @@ class RestrictRole:
     gpus: Selection
     duty: Duty
     only: bool
+    by: str = field(default="", compare=False)  # the engine that does not give them the duty; empty: it was asked for
 
     @property
     def barred(self) -> frozenset[Duty]:
@@ -110,6 +113,8 @@ class WithoutTp:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WithoutWorkers:
     """Constraint that no stage has attention workers."""
+
+    by: str = field(default="", compare=False)  # the engine that has none for the model; empty: it was asked for
 
     def __str__(self) -> str:
         return "--forbid workers"
@@ -159,6 +164,24 @@ class AtMost:
 
 Constraint = Exclude | RestrictRole | Use | WithoutTp | WithoutWorkers | WithoutSharedExperts | Replicas | AtMost
 Constraints = tuple[Constraint, ...]
+
+
+def described(constraint: Constraint) -> str:
+    """Return a constraint for people: the option that was given, or what the engine cannot do."""
+    by = getattr(constraint, "by", "")
+    return in_words(constraint, by) if by else str(constraint)
+
+
+def in_words(constraint: Constraint, engine: str) -> str:
+    """Return what an engine cannot do, if it is the engine that needs the constraint; else the constraint's option."""
+    match constraint:
+        case Exclude(gpus=gpus):
+            return f"{engine} not running on {gpus.name}"
+        case RestrictRole(gpus=gpus, duty=Duty.PRIMARY, only=False):
+            return f"{engine} computing no layers on {gpus.name}"
+        case WithoutWorkers():
+            return f"{engine} having no attention workers for this model"
+    return str(constraint)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -231,14 +254,14 @@ def misfits(constraints: Constraints, cluster: Cluster, tp_sizes: tuple[int, ...
                     yield Misfit(constraint=constraint, message=f"{cluster.name} has {names[gpus.name]} of these GPUs")
                 elif isinstance(constraint, RestrictRole | Use) and gpus.unit is Unit.GPU:
                     yield Misfit(
-                        constraint=constraint, message="a single GPU can only be left out: name its node or its type"
+                        constraint=constraint, message="a single GPU can only be forbidden: name its node or its type"
                     )
             case WithoutTp(tp=tp) if tp not in tp_sizes:
                 yield Misfit(constraint=constraint, message=f"TP sizes are {', '.join(map(str, tp_sizes))}")
             case AtMost(of=Sum.USD) if unpriced := _without_price(cluster):
                 yield Misfit(constraint=constraint, message=f"GPU type {unpriced[0]} has no price")
             case Replicas(least=least, most=most) if most is not None and most < max(1, least):
-                yield Misfit(constraint=constraint, message="the most is below the least, or below 1")
+                yield Misfit(constraint=constraint, message="the maximum is below the minimum, or below 1")
 
 
 def _without_price(cluster: Cluster) -> list[str]:

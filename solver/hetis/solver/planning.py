@@ -57,7 +57,7 @@ def solve_placement(
     family = problem.family
     if simplest_within and (family.engine is None or family.one_type_per_role or not family.uneven_layers):
         raise InvalidProblemError(
-            "the simplest plan is sought among those for an engine, by strategies hetis, hexgen and hexgen2"
+            "the simplest plan is only searched for among plans for an engine, by strategies hetis, hexgen and hexgen2"
         )
     if STRATEGIES[strategy].is_published:
         plan = _by_published_heuristic(problem, settings)

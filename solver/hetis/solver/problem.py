@@ -9,7 +9,7 @@ from functools import partial
 from typing import NamedTuple
 
 from hetis.solver.cluster import Cluster, NodeGroup
-from hetis.solver.constraints import ConstraintIndex, Constraints, Duty, Exclude, RestrictRole, Unit
+from hetis.solver.constraints import ConstraintIndex, Constraints, Duty, Exclude, RestrictRole, Unit, described
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.model import ModelSpec
 from hetis.solver.plan import Objective, ObjectiveKind, ReplicaPlan, Role
@@ -327,7 +327,7 @@ class PlacementProblem:
     def describe_family(self) -> str:
         """Return the plans that are searched in one sentence: those of the family that meet the constraints."""
         parts = [self.family.describe(self.model), *([APART] if len(self.builds()) > 1 else ())]
-        return "; ".join([*parts, *map(str, self.constraints)])
+        return "; ".join([*parts, *map(described, self.constraints)])
 
     @property
     def most_kv_tokens(self) -> float:
@@ -388,8 +388,8 @@ class PlacementProblem:
             raise InvalidProblemError(f"objective {self.objective.kind} needs a demanded rate")
         if self.model.precisions and self.family.engine is None:
             raise InvalidProblemError(
-                f"{self.model.name} has several precisions, which are planned for a named engine and its strategies: "
-                "any engine has one precision"
+                f"{self.model.name} has several precisions, which need a named engine and its strategies: "
+                "plans for any engine have a single precision"
             )
         for group in self.cluster.node_groups:
             for slots in group.gpus:

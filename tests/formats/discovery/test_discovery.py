@@ -212,7 +212,7 @@ def test_hosts_of_nvidia_smi_are_called_as_their_files() -> None:
     why = reason(fleet, "sxm")
     assert "(index 2; NVIDIA A100-SXM4-80GB): in use by python3.12" in why
     assert "(index 3; NVIDIA A100-SXM4-80GB): MIG is on (2 parts)" in why
-    assert "(index 4; NVIDIA A100-SXM4-80GB): 59 of 80 GiB in use, by no process that can be seen" in why
+    assert "(index 4; NVIDIA A100-SXM4-80GB): 59 of 80 GiB in use, but not by a visible process" in why
     assert "(index 5; NVIDIA A100-SXM4-80GB): the driver asks for a reset" in why
     assert "Xorg" not in why, "a desktop does not compute"
 
@@ -243,9 +243,9 @@ def test_bridges_between_pairs_are_told_and_not_written(tmp_path: Path) -> None:
 
 
 def test_a_topology_of_no_host_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DocumentError, match="topology of the host 'bridge', but there are mixed, sxm"):
+    with pytest.raises(DocumentError, match="topology of the host 'bridge', but the files are of mixed, sxm"):
         found("sxm.xml", "mixed.xml", "bridge.topo.txt")
-    with pytest.raises(DocumentError, match="is a topology alone"):
+    with pytest.raises(DocumentError, match="is only a topology"):
         found("bridge.topo.txt")
 
 
@@ -294,7 +294,7 @@ def test_old_slurm_writes_states_and_features_as_text() -> None:
     fleet = found("scontrol_22.json", rtx8000="none")
     assert gpus(fleet) == {"old-0": {"Quadro-RTX-6000": 2}}
     assert reason(fleet, "old-1") == "2 GPUs (t4): DRAIN (Sanity Check Failed)"
-    assert reason(fleet, "old-0") == "1 GPU (rtx8000): as --gpu says"
+    assert reason(fleet, "old-0") == "1 GPU (rtx8000): excluded by --gpu"
 
 
 def slurm(**fields: Any) -> Discovered:
@@ -306,7 +306,7 @@ def slurm(**fields: Any) -> Discovered:
 def test_jobs_that_asked_for_any_type_use_the_type_of_their_node() -> None:
     assert gpus(slurm(gres="gpu:t4:4", gres_used="gpu:3")) == {"n": {"T4": 1}}
     assert gpus(slurm(gres="gpu:4", gres_used="gpu:(null):0")) == {"n": {"L4": 4}}
-    with pytest.raises(DocumentError, match="3 are in use, and it does not say of which type"):
+    with pytest.raises(DocumentError, match="3 are in use, but not reported by type"):
         slurm(gres="gpu:t4:4,gpu:l4:4", gres_used="gpu:3")
     with pytest.raises(DocumentError, match=r"nodes\[0\].gres: is 'gpu:t4:x:y', expected gpu:TYPE:COUNT"):
         slurm(gres="gpu:t4:x:y")
@@ -404,7 +404,7 @@ def test_two_nodes_of_one_name_are_refused() -> None:
     nodes = tuple(
         FoundNode(name=name, gpus=(FoundGpus(product="L4", count=1),), where=PROBLEM) for name in ("a:b", "a/b")
     )
-    with pytest.raises(DocumentError, match="two nodes are called 'a-b', of here"):
+    with pytest.raises(DocumentError, match="two nodes are named 'a-b', of here"):
         discovered(Inventory(nodes=nodes), name="test", said={})
 
 

@@ -58,13 +58,13 @@ def test_what_may_be_used_is_the_fleet_and_the_rest_has_its_reason(monkeypatch: 
     board = "NVIDIA A100-SXM4-80GB"
     assert fleet.left_out == (
         f"gpu-7: 1 GPU (index 1; {board}): in use by python3, process 42",
-        f"gpu-7: 1 GPU (index 2; {board}): 9 of 80 GiB in use, by no process that can be seen",
+        f"gpu-7: 1 GPU (index 2; {board}): 9 of 80 GiB in use, but not by a visible process",
         f"gpu-7: 1 GPU (index 3; {board}): MIG is on (2 parts)",
         f"gpu-7: 1 GPU (index 4; {board}): the driver asks for recovery (Drain and Reset)",
         f"gpu-7: 1 GPU (index 5; {board}): its compute mode is Prohibited",
         "gpu-7: 1 GPU (index 6; no name): the driver cannot read it",
     )
-    assert fleet.assumed[0] == "NVML describes this host alone, gpu-7, and not its zone"
+    assert fleet.assumed[0] == "NVML only describes this host, gpu-7, and does not report its zone"
     assert module.shutdowns == 1
 
 
@@ -129,7 +129,7 @@ def test_links_of_some_pairs_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
     fleet, _ = found(monkeypatch, *gpus)
     assert fleet.cluster.node_groups[0].intra_link is None
-    assert "gpu-7: only some pairs of GPUs have NVLinks; the file has one link for all" in fleet.assumed
+    assert "gpu-7: only some pairs of GPUs have NVLinks; the file has a single link for all pairs" in fleet.assumed
 
 
 @pytest.mark.parametrize("call", ["nvmlDeviceGetP2PStatus", "nvmlDeviceGetNvLinkState"])

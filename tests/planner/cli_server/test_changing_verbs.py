@@ -210,7 +210,7 @@ def test_a_plan_that_is_there_is_activated_or_only_looked_at(
 ) -> None:
     assert hetis_plan("apply", "plans/day") == ExitCode.OK
     captured = capsys.readouterr()
-    assert "this is what --activate would do; plans/night is in force now" in captured.err
+    assert "dry run: nothing was changed; plans/night is in force now" in captured.err
     assert "start" in captured.out
     assert fleet.clusters["clusters/paper"].active_plan == "plans/night"
     assert hetis_plan("apply", "--activate", "plans/day") == ExitCode.OK
@@ -227,11 +227,11 @@ def test_a_dry_run_changes_nothing(planner: FakePlanner, hetis_plan: Run, capsys
     ("arguments", "said"),
     [
         ([], "nothing to apply"),
-        (["--model", "Llama-2-70B"], "to solve, --cluster and --workload must be said too"),
+        (["--model", "Llama-2-70B"], "to solve, --cluster and --workload must be given too"),
         ([*PROBLEM, "--objective", "cost"], "--objective cost needs --rate"),
-        ([*PROBLEM, "--plan", "p.json"], "--plan is an answer already"),
-        (["plans/a", "plans/b"], "one plan at a time"),
-        ([*PROBLEM, "plans/a"], "one plan at a time"),
+        ([*PROBLEM, "--plan", "p.json"], "--plan imports a finished plan"),
+        (["plans/a", "plans/b"], "more than one plan"),
+        ([*PROBLEM, "plans/a"], "more than one plan"),
     ],
 )
 def test_contradictions_are_refused_before_any_change(
@@ -249,14 +249,14 @@ def test_a_full_queue_says_when_to_come_back(planner: FakePlanner, hetis_plan: R
         else None
     )
     assert hetis_plan("apply", *PROBLEM) == ExitCode.UNREACHABLE
-    assert capsys.readouterr().err.endswith("error: 32 plans wait (SOLVER_QUEUE_FULL)\n  repeat in 12 s\n")
+    assert capsys.readouterr().err.endswith("error: 32 plans wait (SOLVER_QUEUE_FULL)\n  retry in 12 s\n")
 
 
 def test_going_back_names_the_plan_in_force(fleet: FakePlanner, hetis_plan: Run, capsys: Captured) -> None:
     assert hetis_plan("rollback", "--dry-run") == ExitCode.OK
     assert fleet.clusters["clusters/paper"].active_plan == "plans/night"
     assert hetis_plan("rollback") == ExitCode.OK
-    assert "going back from plans/night to plans/day" in capsys.readouterr().err
+    assert "rolling back from plans/night to plans/day" in capsys.readouterr().err
     assert last_request(fleet, plan_service_pb2.RollbackPlanRequest).name == "plans/night"
     assert hetis_plan("rollback", "night") == ExitCode.CONFLICT
     assert "activate another plan" in capsys.readouterr().err
@@ -277,7 +277,7 @@ def test_cancelling_keeps_the_best_so_far(planner: FakePlanner, hetis_plan: Run,
     assert hetis_plan("cancel", "a") == ExitCode.OK
     assert "CANCELLED" in capsys.readouterr().out
     assert hetis_plan("cancel", "plans/b") == ExitCode.NO_PLAN
-    assert "cancelled before any plan was found" in capsys.readouterr().err
+    assert "cancelled before a plan was found" in capsys.readouterr().err
 
 
 def test_ctrl_c_leaves_the_plan_running_and_says_how_to_go_on(planner: FakePlanner) -> None:
@@ -301,7 +301,7 @@ def test_ctrl_c_leaves_the_plan_running_and_says_how_to_go_on(planner: FakePlann
         process.communicate()  # closes the pipes, even if it did not end by itself
     assert process.returncode == ExitCode.INTERRUPTED
     assert out == ""
-    assert "plans/night goes on without you\n  come back: hetis-plan watch plans/night\n" in err
-    assert "stop it:   hetis-plan cancel plans/night" in err
+    assert "plans/night continues on the planner\n  follow it: hetis-plan watch plans/night\n" in err
+    assert "cancel it: hetis-plan cancel plans/night" in err
     assert planner.calls["CancelPlan"] == 0
     assert planner.plans["plans/night"].state == plan_pb2.PLAN_STATE_SOLVING

@@ -99,14 +99,14 @@ def test_nodes_in_use_are_the_fleet_and_others_have_their_reasons(
     assert [line.removeprefix("left out: ") for line in said if line.startswith("left out")] == [
         "a: 1 GPU (index 1; L4): unhealthy: critical event XID 79",
         "b: 1 GPU (T4): draining",
-        "c: no agent of it was ever connected",
-        "lost: 2 GPUs (L4): lost: its agent is gone",
-        "silent: 1 GPU (L4): its agent is silent",
-        "spare: 1 device (H200 MIG 1g.18gb): parts of GPUs (MIG), no whole ones",
+        "c: its agent has never connected",
+        "lost: 2 GPUs (L4): lost: its agent is disconnected",
+        "silent: 1 GPU (L4): its agent does not respond",
+        "spare: 1 device (H200 MIG 1g.18gb): parts of GPUs (MIG), not whole GPUs",
         "1 node without GPUs",
     ]
     assumed = [line for line in said if line.startswith("assumed")]
-    assert "agents know no zones, links between nodes and prices" in assumed[0]
+    assert "agents do not report zones, links between nodes or prices" in assumed[0]
     assert any("network: 100 Gbps and 20 us between nodes" in line for line in assumed)
     assert any("prices: list prices" in line for line in assumed)
 
@@ -119,8 +119,8 @@ def test_memory_that_no_replica_uses_makes_a_gpu_busy(
     declared("b", [gpu(0), gpu(1)], devices=used, replicas=["clusters/night/replicas/r-0"])
     cluster, said = discovered(hetis_plan, capsys, tmp_path)
     assert shape(cluster) == {"a": ("east", {"L4": 1}), "b": ("west", {"L4": 2})}
-    assert "left out: a: 1 GPU (index 0; L4): 20 of 24 GiB in use, by no replica of the planner" in said
-    assert any("nodes that have replicas of the planner count as free" in line for line in said)
+    assert "left out: a: 1 GPU (index 0; L4): 20 of 24 GiB in use, but not by a replica of the planner" in said
+    assert any("nodes with replicas of the planner count as free" in line for line in said)
     cluster, said = discovered(hetis_plan, capsys, tmp_path, "--with-busy", "--name", "all")
     assert (cluster.name, cluster.num_gpus()) == ("all", 4)
     assert not any("left out" in line or "count as free" in line for line in said)
@@ -149,13 +149,13 @@ def test_what_cannot_be_done_is_one_error(
 ) -> None:
     discover = ("cluster", "discover", "--from")
     assert hetis_plan(*discover, "agents", "x.json") == ExitCode.INVALID
-    assert "--from agents reads no files, and there is x.json" in capsys.readouterr().err
+    assert "--from agents reads no files: leave out x.json" in capsys.readouterr().err
     assert hetis_plan(*discover, "nvml", "x.json") == ExitCode.INVALID
-    assert "--from nvml reads no files, and there is x.json" in capsys.readouterr().err
+    assert "--from nvml reads no files: leave out x.json" in capsys.readouterr().err
     declared("c", [], state=cluster_pb2.NODE_STATE_EXPECTED)
     assert hetis_plan(*discover, "agents") == ExitCode.INVALID
     said = " ".join(capsys.readouterr().err.split())
-    assert "clusters/night: has no GPU that a plan may use: c: no agent of it was ever connected" in said
+    assert "clusters/night: has no GPU that a plan may use: c: its agent has never connected" in said
     assert hetis_plan(*discover, "agents", "--cluster", "day") == ExitCode.INVALID
     assert "clusters/day" in capsys.readouterr().err
     assert hetis_plan(*discover, "agents", "--server", "127.0.0.1:1") == ExitCode.UNREACHABLE
@@ -201,5 +201,5 @@ def test_agents_of_a_real_planner_are_a_cluster_file(
         cluster, said = discovered(lambda *arguments: run(list(arguments)), capsys, tmp_path)
     assert shape(cluster) == {"a": ("east", {"L4": 2})}
     assert "left out: b: 1 GPU (T4): draining" in said
-    assert "left out: c: no agent of it was ever connected" in said
+    assert "left out: c: its agent has never connected" in said
     assert "assumed: GPUs of a are simulated" in said

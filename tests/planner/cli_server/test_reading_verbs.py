@@ -74,7 +74,7 @@ def test_what_is_not_there_says_how_to_see_what_is(hetis_plan: Run, capsys: Capt
     assert hetis_plan("get", "plans/none") == ExitCode.INVALID
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert captured.err == ("error: plans/none does not exist (NOT_FOUND)\n  see what there is: hetis-plan get plans\n")
+    assert captured.err == ("error: plans/none does not exist (NOT_FOUND)\n  list what exists: hetis-plan get plans\n")
 
 
 def test_a_document_is_shown_as_what_it_holds(fleet: FakePlanner, hetis_plan: Run, capsys: Captured) -> None:
@@ -97,7 +97,7 @@ def test_wrong_usage_exits_2(hetis_plan: Run, capsys: Captured, arguments: list[
 
 def test_agents_show_every_gpu_and_what_differs(fleet: FakePlanner, hetis_plan: Run, capsys: Captured) -> None:
     fleet.differences = [
-        cluster_pb2.InventoryDifference(node="a100-2", message="a100-2 is declared, but no agent is connected")
+        cluster_pb2.InventoryDifference(node="a100-2", message="a100-2 is declared, but its agent is not connected")
     ]
     assert hetis_plan("agents") == ExitCode.OK
     captured = capsys.readouterr()
@@ -105,7 +105,7 @@ def test_agents_show_every_gpu_and_what_differs(fleet: FakePlanner, hetis_plan: 
     assert "throttled" in captured.out
     assert "LOST" in captured.out
     assert max(len(line) for line in captured.out.splitlines()) <= 80
-    assert captured.err == "warning: a100-2: a100-2 is declared, but no agent is connected\n"
+    assert captured.err == "warning: a100-2: a100-2 is declared, but its agent is not connected\n"
 
 
 def test_of_many_differences_the_first_are_told(fleet: FakePlanner, hetis_plan: Run, capsys: Captured) -> None:
@@ -145,9 +145,10 @@ def test_nobody_there_exits_6_and_says_what_to_do(
     assert hetis_plan("status") == ExitCode.UNREACHABLE
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert captured.err.startswith("error: the planner at 127.0.0.1:1 is not reached: ")
+    assert captured.err.startswith("error: the planner at 127.0.0.1:1 is unreachable: ")
     assert captured.err.endswith(
-        "  is hetis-planner running? --server or HETIS_SERVER says where; --ca if it has a certificate of its own\n"
+        "  is hetis-planner running? Give its address with --server or HETIS_SERVER, and --ca if its "
+        "certificate is from a private CA\n"
     )
 
 
@@ -163,14 +164,14 @@ def test_a_watch_says_that_nobody_is_there_and_ends(
     captured = capsys.readouterr()
     assert captured.out == ""
     warning, error, _advice = captured.err.splitlines()
-    assert warning == "warning: the planner at 127.0.0.1:1 is not reached; trying for up to 1 s"
-    assert error.startswith("error: the planner at 127.0.0.1:1 is not reached: ")
+    assert warning == "warning: the planner at 127.0.0.1:1 is unreachable; retrying for up to 1 s"
+    assert error.startswith("error: the planner at 127.0.0.1:1 is unreachable: ")
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--server", "planner"], "'planner' is no address of a planner, expected HOST:PORT"),
+        (["--server", "planner"], "'planner' is not an address of a planner, expected HOST:PORT"),
         (["--server", "planner.example:8470", "--cert", "c.pem"], "a client certificate needs its key"),
         (["--token-file", "/nowhere/token"], "/nowhere/token: No such file or directory"),
     ],
@@ -243,11 +244,11 @@ def test_a_cluster_is_watched_line_by_line(fleet: FakePlanner, hetis_plan: Run, 
     fleet.fail = fail
     assert hetis_plan("watch", "clusters/paper") == ExitCode.INVALID
     assert capsys.readouterr().out.splitlines() == [
-        "--- everything anew, the token was too old",
+        "--- full list again, because the resume token was too old",
         "01:00:00 cluster paper: 2 of 6 nodes connected, active no plan",
         "01:00:00 node n1: SUSPECT",
         "--- now live",
-        "01:00:00 node n9: gone",
+        "01:00:00 node n9: removed",
         "01:00:00 replica r-1: DEGRADED, generation 4, 0 running, 0 waiting",
         "01:00:00 re-dispatch of r-1: COMMITTING, 3 moves, 2.00 ms → 1.00 ms",
     ]
@@ -328,4 +329,4 @@ def test_only_a_plan_of_which_a_planner_has_told_is_said_to_go_on(capsys: Captur
 
     with pytest.raises(KeyboardInterrupt):
         wait_for_plan(Terminal(), cast(Client, Interrupted()), "plans/x", exists=False)
-    assert ("plans/x goes on without you" in capsys.readouterr().err) is tells
+    assert ("plans/x continues on the planner" in capsys.readouterr().err) is tells

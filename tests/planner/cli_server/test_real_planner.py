@@ -51,7 +51,7 @@ def test_a_fleet_is_applied_a_plan_solved_saved_imported_and_looked_at(
     assert said(ExitCode.OK, "check", str(saved))  # the offline commands read what the planner made
 
     assert hetis_plan(*solve, "--name", "night") == ExitCode.CONFLICT
-    assert "read what is there: hetis-plan get plans/night" in capsys.readouterr().err
+    assert "read the existing one: hetis-plan get plans/night" in capsys.readouterr().err
 
     assert "READY" in said(ExitCode.OK, "apply", "--plan", str(saved), "--name", "offline")
     assert said(ExitCode.OK, "get", "plans", "-o", "name").split() == ["plans/offline", "plans/night"]
@@ -69,7 +69,7 @@ def test_a_fleet_is_applied_a_plan_solved_saved_imported_and_looked_at(
     assert "CreatePlan" in table
     assert "plans/offline" in table
     assert hetis_plan("audit", "--since", "yesterday") == ExitCode.INVALID
-    assert "'yesterday' is not a moment" in capsys.readouterr().err
+    assert "'yesterday' is not a time" in capsys.readouterr().err
 
     assert hetis_plan("disconnect", "a100") == ExitCode.INVALID
     assert "no agent is connected" in capsys.readouterr().err
@@ -85,4 +85,4 @@ def test_what_cannot_be_is_infeasible_there_too(
     )
     code = hetis_plan("apply", "-c", str(small), "-m", "Llama-2-70B", "-w", "500/100", "--activate")
     assert code == ExitCode.INFEASIBLE
-    assert "error: no plan exists (plans/" in capsys.readouterr().err
+    assert "error: no feasible plan exists (plans/" in capsys.readouterr().err

@@ -123,8 +123,8 @@ def test_a_list_is_followed_however_long_the_planner_hangs(
     assert hetis_plan("upstreams", "--follow") == ExitCode.INVALID
     captured = capsys.readouterr()
     assert captured.out == NGINX + "upstream hetis {\n    server 10.0.0.1:8000 weight=1000;\n}\n"
-    assert captured.err.count("is not reached; trying until it is") == 4, "three of the watch, one of the list"
-    assert captured.err.count("is reached again") == 2
+    assert captured.err.count("is unreachable; retrying until it is") == 4, "three of the watch, one of the list"
+    assert captured.err.count("is reachable again") == 2
 
 
 def test_a_command_that_fails_is_told_and_the_list_stands(

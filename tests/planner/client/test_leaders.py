@@ -26,7 +26,7 @@ READY = plan_pb2.PLAN_STATE_READY
 def standing_by(leader: str) -> Callable[[str, grpc.ServicerContext], None]:
     def fail(_method: str, context: grpc.ServicerContext) -> None:
         metadata = {"leader": "first:1", "leader_address": leader} if leader else {}
-        refuse(context, code_pb2.UNAVAILABLE, "NOT_LEADER", "another planner leads", metadata=metadata)
+        refuse(context, code_pb2.UNAVAILABLE, "NOT_LEADER", "another planner is the leader", metadata=metadata)
 
     return fail
 
@@ -65,7 +65,7 @@ SILENCE = CallError("no answer", code=grpc.StatusCode.DEADLINE_EXCEEDED)
 UNDONE = CallError(
     "nothing was changed", code=grpc.StatusCode.UNAVAILABLE, reason="STORE_UNAVAILABLE", metadata={"changed": "no"}
 )
-AWAY = CallError("another planner leads", code=grpc.StatusCode.UNAVAILABLE, reason="NOT_LEADER")
+AWAY = CallError("another planner is the leader", code=grpc.StatusCode.UNAVAILABLE, reason="NOT_LEADER")
 TAKEN = CallError("it is there already", code=grpc.StatusCode.ALREADY_EXISTS, reason="ALREADY_EXISTS")
 
 
@@ -181,7 +181,7 @@ def test_a_name_with_several_records_is_several_places_of_one_certificate() -> N
 
 @pytest.mark.parametrize("text", ["", "planner", "a:1,b", "a:0", "a:99999", ":1"])
 def test_what_is_no_list_of_addresses_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match="is no address, expected HOST:PORT"):
+    with pytest.raises(ValueError, match="is not an address, expected HOST:PORT"):
         split_endpoints(text)
 
 

@@ -83,16 +83,16 @@ def test_whoever_is_wrong_about_tls_is_told_so_first(
     with serving(FakePlanner(), credentials=grpc.ssl_server_credentials([pair])) as planner:
         address = planner.address.replace("localhost", "127.0.0.1")  # one address: gRPC reports only the last failure
         assert run(["get", "clusters", "--server", address]) == ExitCode.UNREACHABLE
-        assert "may want TLS: --ca FILE" in " ".join(capsys.readouterr().err.split())
+        assert "may require TLS: --ca FILE" in " ".join(capsys.readouterr().err.split())
         other = files["cert"].with_name("other.pem")
         other.write_bytes(_other_authority())
         assert run(["get", "clusters", "--server", address, "--ca", str(other)]) == ExitCode.UNREACHABLE
-        assert "TLS fails: does --ca name the authority" in " ".join(capsys.readouterr().err.split())
+        assert "TLS failed: check that --ca is the CA" in " ".join(capsys.readouterr().err.split())
     with serving(FakePlanner()) as planner:
         address = planner.address.replace("localhost", "127.0.0.1")
         arguments = ["get", "clusters", "--server", address, "--ca", str(files["cert"])]
         assert run(arguments) == ExitCode.UNREACHABLE
-        assert "TLS fails" in " ".join(capsys.readouterr().err.split())
+        assert "TLS failed" in " ".join(capsys.readouterr().err.split())
     for credentials in ([], ["--ca", str(files["cert"])]):  # no planner listens any more
         assert run(["get", "clusters", "--server", address, *credentials]) == ExitCode.UNREACHABLE
         assert "is hetis-planner running?" in " ".join(capsys.readouterr().err.split())

@@ -44,7 +44,7 @@ def test_a_folder_with_something_in_it_is_left_alone(
     plan_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(["export", str(plan_file), "--to", "vllm", "--out", str(tmp_path)]) == ExitCode.INVALID
-    assert f"{tmp_path} is not empty: name another, or force it" in capsys.readouterr().err
+    assert f"{tmp_path} is not empty: choose another, or use --force" in capsys.readouterr().err
     assert run(["export", str(plan_file), "--to", "vllm", "--out", str(tmp_path), "--force"]) == 0
     assert run(["export", str(plan_file), "--to", "vllm", "--out", str(plan_file)]) == ExitCode.INVALID
 
@@ -71,7 +71,8 @@ def test_a_plan_of_which_nothing_can_run_is_infeasible(tmp_path: Path, capsys: p
     path = saved(tmp_path, made_of(UNEQUAL_COPIES))
     assert run(["export", str(path), "--to", "vllm"]) == ExitCode.INFEASIBLE
     assert capsys.readouterr().err == (
-        "error: the plan cannot be exported so\n  - replica 0: stage 1: it has 2 copies, vLLM has one of each stage\n"
+        "error: the plan cannot be exported with these options\n  - replica 0: stage 1: it has 2 copies, vLLM "
+        "has one of each stage\n"
     )
 
 
@@ -95,11 +96,11 @@ def test_all_that_is_wrong_with_options_is_said_at_once(plan_file: Path, capsys:
     assert capsys.readouterr().err.splitlines() == [
         "error: 6 problems in the input",
         "  export: --node-address is 'a', must be NODE=HOST, such as gpu2=10.0.0.2",
-        "  export: --tp-size is no option to give the engine: the plan decides it",
+        "  export: --tp-size cannot be passed to the engine: the plan sets it",
         "  export: --engine is vllm: --to sglang runs sglang",
         "  export: --dtype is 'int3', must be one of auto, bfloat16, float16, float32",
-        "  export: --name is 'No', must be 1 to 30 small letters, digits and -, a letter first",
-        "  export: --namespace is 'N', must be 1 to 63 small letters, digits and -",
+        "  export: --name is 'No', must be 1 to 30 lower-case letters, digits and -, starting with a letter",
+        "  export: --namespace is 'N', must be 1 to 63 lower-case letters, digits and -",
     ]
 
 
@@ -110,9 +111,10 @@ def test_options_that_the_plan_decides_are_refused_in_every_form(
     assert run(["export", str(plan_file), "--to", "vllm", "--", *words]) == ExitCode.INVALID
     assert capsys.readouterr().err.splitlines() == [
         "error: 3 problems in the input",
-        "  export: --config is no option to give the engine: it may say what the plan decides, give its options",
-        "  export: --data-parallel-size is no option to give the engine: the plan decides it",
-        "  export: --kv-transfer-config is no option to give the engine: the plan decides it",
+        "  export: --config cannot be passed to the engine: it could override the plan, give its options on "
+        "the command line",
+        "  export: --data-parallel-size cannot be passed to the engine: the plan sets it",
+        "  export: --kv-transfer-config cannot be passed to the engine: the plan sets it",
     ]
 
 
@@ -131,11 +133,11 @@ def test_an_address_is_of_a_node_of_the_plan_or_its_fleet(tmp_path: Path, capsys
 
     assert not refused("vllm", "a", "b", "spare", "gpu-0", "gpu-1")
     assert refused("vllm", "a", "gpu-3") == [
-        "  export: --node-address: 'gpu-3' is no node of the plan, did you mean gpu-1?"
+        "  export: --node-address: 'gpu-3' is not a node of the plan, did you mean gpu-1?"
     ]
     assert refused("kubernetes", "zzz", "ray-head") == [
-        "  export: --node-address: 'zzz' is no node of the plan, its nodes are a, b, gpu-0, gpu-1, spare",
-        "  export: --node-address: 'ray-head' is no node of the plan, its nodes are a, b, gpu-0, gpu-1, spare",
+        "  export: --node-address: 'zzz' is not a node of the plan, its nodes are a, b, gpu-0, gpu-1, spare",
+        "  export: --node-address: 'ray-head' is not a node of the plan, its nodes are a, b, gpu-0, gpu-1, spare",
     ]
     assert not refused("ray", "ray-head")
 

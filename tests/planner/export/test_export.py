@@ -64,10 +64,12 @@ def exported(plan: Plan, target: ExportTarget, **changes: Any) -> Export:
 
 # The parts of these plans that targets cannot carry: an excerpt of the reason, and the replicas.
 LOST: Mapping[tuple[ExportTarget, str], tuple[str, tuple[str, ...]]] = {
-    **{(ExportTarget.SGLANG, name): ("which SGLang has with hetis' plugin alone", ("r0",)) for name in WITH_WORKERS},
-    **{(ExportTarget.RAY, name): ("processes that Ray Serve does not start", ("r0",)) for name in WITH_WORKERS},
-    (ExportTarget.RAY, "copies that share experts"): ("deploys copies that share experts in another way", ("r0",)),
-    **{(ExportTarget.DYNAMO, name): ("Dynamo's images lack our plugin", ("r0",)) for name in WITH_WORKERS},
+    **{
+        (ExportTarget.SGLANG, name): ("which SGLang only supports with hetis' plugin", ("r0",)) for name in WITH_WORKERS
+    },
+    **{(ExportTarget.RAY, name): ("Ray Serve cannot start attention workers", ("r0",)) for name in WITH_WORKERS},
+    (ExportTarget.RAY, "copies that share experts"): ("deploys copies that share experts differently", ("r0",)),
+    **{(ExportTarget.DYNAMO, name): ("Dynamo's images lack the hetis plugin", ("r0",)) for name in WITH_WORKERS},
     **{
         (target, "workers of stages"): ("pods cannot share a GPU", ("r0",))
         for target in (ExportTarget.KUBERNETES, ExportTarget.LWS, ExportTarget.LLM_D, ExportTarget.KSERVE)
@@ -125,7 +127,7 @@ def test_hetis_launch_understands_what_it_is_told(name: str, tmp_path: Path) -> 
 
 def test_equal_copies_are_replicas_of_their_own_and_serve_the_same() -> None:
     plan, changes = with_single_copies(PLANS["copies"])
-    assert changes == ["replica 0 has 2 copies of every stage: they are 2 replicas here"]
+    assert changes == ["replica 0 has 2 copies of every stage: they are exported as 2 replicas"]
     assert [[stage.devices for stage in one.stages] for one in plan.replicas] == [
         [("a/0",), ("a/1",)],
         [("b/0",), ("b/1",)],
@@ -295,9 +297,9 @@ def test_every_stage_of_a_prefill_replica_can_be_asked_for_kv_by_decode_replicas
 
 def test_gpus_of_a_mixed_node_are_chosen_by_others() -> None:
     chooses = {
-        **dict.fromkeys(IN_CLUSTERS, "which of them a pod gets, the device plugin says"),
-        ExportTarget.SLURM: "which of them a step gets, Slurm says",
-        ExportTarget.RAY: "which of them a rank gets, Ray says",
+        **dict.fromkeys(IN_CLUSTERS, "which of them a pod gets, the device plugin decides"),
+        ExportTarget.SLURM: "which of them a step gets, Slurm decides",
+        ExportTarget.RAY: "which of them a rank gets, Ray decides",
     }
     for target in ExportTarget:
         if target is not ExportTarget.SGLANG:
@@ -343,7 +345,7 @@ def test_only_serve_starts_stages_on_several_nodes() -> None:
 
 def test_nixl_without_an_address_is_told() -> None:
     made = exported(PLANS["prefill and decode"], ExportTarget.VLLM, hosts={})
-    assert made.lost == ("r0: NIXL listens on an address, and a has none: give --node-address",)
+    assert made.lost == ("r0: NIXL needs an address to listen on, but a has none: give --node-address",)
 
 
 @pytest.mark.parametrize("target", [ExportTarget.VLLM, ExportTarget.COMPOSE, ExportTarget.SLURM])
@@ -467,7 +469,7 @@ def test_cards_that_serve_several_ranks_are_processes_side_by_side() -> None:
 def test_the_engine_is_the_one_that_the_plan_needs_unless_told() -> None:
     assert launchable(PLANS["one GPU"], MODEL, SETTINGS).engine is Engine.VLLM
     assert launchable(PLANS["attention workers"], MODEL, SETTINGS).engine is Engine.VLLM_HETIS
-    with pytest.raises(NotExportableError, match="which vLLM has with hetis' plugin alone"):
+    with pytest.raises(NotExportableError, match="which vLLM only supports with hetis' plugin"):
         launchable(PLANS["attention workers"], MODEL, replace(SETTINGS, engine=Engine.VLLM))
 
 

@@ -127,16 +127,16 @@ def test_gpus_of_other_vendors_are_refused_also_those_that_the_plan_defines_itse
     types = {"ours": {"memory": "64GiB", "vendor": "Huawei"}}
     told = replace(ours, inputs={"documents": {**ours.inputs["documents"], "cluster": {"gpu_types": types}}})
     for plan, vendor in ((gaudi, "Intel"), (told, "Huawei")):
-        with pytest.raises(NotExportableError, match=f"it has GPUs of {vendor}: hetis starts processes on"):
+        with pytest.raises(NotExportableError, match=f"it has GPUs of {vendor}: hetis only starts processes on"):
             exported(plan, ExportTarget.VLLM)
 
 
 @pytest.mark.parametrize(
     ("image", "why"),
     [
-        ("cuda:1,Intel=other:1", "INTEL is no vendor, must be NVIDIA or AMD"),
+        ("cuda:1,Intel=other:1", "INTEL is not a supported vendor, must be NVIDIA or AMD"),
         ("cuda:1,nvidia=other:1", "2 images for NVIDIA"),
-        ("cuda:1,", "an image is empty$"),
+        ("cuda:1,", "an image name is empty$"),
         ("AMD=rocm:1,AMD=rocm:2", "2 images for AMD"),
         ("cuda:1,other:1", "2 images for NVIDIA"),
     ],

@@ -209,7 +209,7 @@ def test_a_search_that_goes_on_after_its_time_limit_is_ended() -> None:
             return await outcome(begin(pool, "hang", time_limit_s=0.1))
 
     assert asyncio.run(scenario()) == Crashed(
-        -signal.SIGKILL, "the solver process was ended by SIGKILL: gave no answer 0.2 s after its time limit"
+        -signal.SIGKILL, "the solver process was ended by SIGKILL: did not answer within 0.2 s after its time limit"
     )
 
 

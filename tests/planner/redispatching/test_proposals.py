@@ -161,7 +161,7 @@ def test_automatic_puts_a_ready_proposal_in_force_and_the_next_one_when_the_node
     world.set("b")
     world.pass_s(310)
     assert [reason for _, reason in world.proposed][1:] == [
-        "For 300 s b is there that the plan in force does not count on."
+        "For 300 s b is available but not used by the plan in force."
     ]
     world.plans["plans/p2"].state = plan_pb2.PLAN_STATE_READY
     world.pass_s(5)

@@ -282,7 +282,7 @@ def test_every_wrong_field_of_a_spec_is_named(tmp_path: Path) -> None:
         assert "did you mean azure_conv_2023?" in wrong.fields["plan.spec.workload_name"]
         assert wrong.fields["plan.spec.roles[1]"] == "is UNSPECIFIED, must be one of UNIFIED, PREFILL, DECODE"
         assert wrong.fields["plan.spec.roles[2]"] == "is 9, must be one of UNIFIED, PREFILL, DECODE"
-        assert wrong.fields["plan.spec.roles"] == "has 4 entries of 3 roles, each may be there once"
+        assert wrong.fields["plan.spec.roles"] == "has 4 entries of 3 roles, each may appear once"
 
         for strategy, roles, says in (
             ("uniform", [2, 3], "strategy uniform has unified replicas only, prefill, decode are asked for"),
@@ -293,10 +293,10 @@ def test_every_wrong_field_of_a_spec_is_named(tmp_path: Path) -> None:
 
         for asked, says in (
             ({"engine": "vlm"}, "is 'vlm', must be one of vllm-hetis, vllm, sglang, any, did you mean vllm?"),
-            ({"engine": "any", "max_gpus": 8}, "replicas are limited for an engine: name one, too"),
+            ({"engine": "any", "max_gpus": 8}, "limits on replicas apply to a named engine: give --engine, too"),
             (
                 {"engine": "vllm", "strategy": "hexgen-paper"},
-                "strategy hexgen-paper is a published heuristic, which does not know vllm",
+                "strategy hexgen-paper is a published heuristic, which does not support vllm",
             ),
         ):
             refusal = await refused(planner.call("CreatePlan", create_request(**asked)))  # type: ignore[arg-type]

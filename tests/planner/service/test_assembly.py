@@ -122,7 +122,7 @@ def test_a_second_planner_is_refused_while_the_first_serves(tmp_path: Path) -> N
     with planner(tmp_path), Process(OPTIONS, folder=tmp_path, module=REAL) as second:
         code, stderr = second.end()
         assert code == ServiceExitCode.STORE
-        assert stderr.startswith("error: another planner leads")
+        assert stderr.startswith("error: another planner is the leader")
 
 
 def test_a_store_that_is_none_is_exit_9(tmp_path: Path) -> None:

@@ -165,7 +165,7 @@ class LostStore:
     async def close(self) -> None: ...
 
     def not_leader(self) -> ServiceError:
-        return ServiceError(Reason.ERROR_REASON_NOT_LEADER, "this planner does not lead")
+        return ServiceError(Reason.ERROR_REASON_NOT_LEADER, "this planner is not the leader")
 
 
 class HangingTerm:

@@ -254,12 +254,12 @@ def test_a_store_in_use_or_filled_is_not_replaced_and_a_backup_neither(url: str,
 
     asyncio.run(scenario())
     before = rows(url, tuple(records.metadata.tables))
-    with pytest.raises(StoreError, match="--replace puts the backup there"):
+    with pytest.raises(StoreError, match="--replace overwrites it with the backup"):
         restore(url, backup, replace=False)
-    with pytest.raises(StoreError, match="is there already; a backup replaces nothing"):
+    with pytest.raises(StoreError, match="already exists, and a backup never overwrites a file"):
         back_up(url, backup)
     (tmp_path / "text").write_text("no store" * 100)
-    with pytest.raises(StoreError, match=r"is damaged or no store|holds tables"):
+    with pytest.raises(StoreError, match=r"is damaged or not a store|holds tables"):
         restore(url, tmp_path / "text", replace=True)
     with pytest.raises(StoreError, match="there is no version v9999 of the store"):
         migrate_to(url, "v9999")

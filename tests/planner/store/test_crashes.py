@@ -110,7 +110,7 @@ def test_a_damaged_file_is_one_clear_error_and_left_alone(tmp_path: Path, sqlite
         file.seek(offset)
         file.write(b"\xde\xad" * 1000)
     before = path.read_bytes()
-    with pytest.raises(StoreError, match=f"store {path} is damaged or no store"):
+    with pytest.raises(StoreError, match=f"store {path} is damaged or not a store"):
         asyncio.run(_open_and_close(sqlite_url))
     assert path.read_bytes() == before
 
@@ -118,7 +118,7 @@ def test_a_damaged_file_is_one_clear_error_and_left_alone(tmp_path: Path, sqlite
 def test_a_text_file_is_no_store(tmp_path: Path) -> None:
     path = tmp_path / "notes.txt"
     path.write_text("nothing of a store\n" * 100)
-    with pytest.raises(StoreError, match="is damaged or no store"):
+    with pytest.raises(StoreError, match="is damaged or not a store"):
         asyncio.run(_open_and_close(f"sqlite:///{path}"))
     assert path.read_text().startswith("nothing of a store")
 

@@ -86,7 +86,7 @@ def test_an_update_of_what_has_changed_meanwhile_is_refused(url: str) -> None:
         first = await store.write(lambda tx: tx.clusters.insert(samples.cluster("clusters/a")))
         second = await store.write(lambda tx: tx.clusters.update(dataclasses.replace(first, active_plan="plans/p")))
         assert (etag_of(first), etag_of(second), etag_of(None)) == ("v1", "v2", "v0")
-        with pytest.raises(ServiceError, match="etag is v2, the call says v1") as caught:
+        with pytest.raises(ServiceError, match="etag is v2, the call has v1") as caught:
             await store.write(lambda tx: tx.clusters.update(first))
         assert caught.value.reason_name == "ETAG_MISMATCH"
         assert caught.value.metadata == {"name": "clusters/a", "etag": "v2"}
@@ -235,7 +235,7 @@ def test_writes_wait_for_one_another(url: str) -> None:
 def test_nothing_is_written_before_leading(url: str) -> None:
     async def scenario() -> None:
         store = await Store.open(url)
-        with pytest.raises(ServiceError, match="this planner does not lead") as caught:
+        with pytest.raises(ServiceError, match="this planner is not the leader") as caught:
             await store.write(lambda tx: tx.clusters.insert(samples.cluster("clusters/a")))
         assert caught.value.reason_name == "NOT_LEADER"
         await store.close()
@@ -261,7 +261,7 @@ def test_a_second_planner_does_not_lead_while_the_first_one_does(url: str) -> No
     async def scenario() -> None:
         first, second = await Store.open(url), await Store.open(url)
         await first.lead("first")
-        with pytest.raises(ServiceError, match=r"another planner leads with the store .+: first") as caught:
+        with pytest.raises(ServiceError, match=r"another planner is the leader of store .+: first") as caught:
             await second.lead("second")
         assert caught.value.reason_name == "NOT_LEADER"
         assert caught.value.metadata == {"leader": "first"}
@@ -283,7 +283,7 @@ def test_a_planner_that_was_replaced_can_change_nothing_whatever_its_clock_says(
         await asyncio.sleep(0.4)
         new = await leading(postgres_url)
         assert new.epoch == 2
-        with pytest.raises(ServiceError, match="another planner leads: test"):
+        with pytest.raises(ServiceError, match="another planner is the leader: test"):
             await old.write(lambda tx: tx.clusters.insert(samples.cluster("clusters/a")))
         await asyncio.wait_for(old.until_replaced(), 60)
         assert await new.read(lambda tx: tx.clusters.all()) == []
@@ -341,7 +341,7 @@ def test_a_lease_is_renewed_until_another_planner_leads(postgres_url: str) -> No
         await store.lead("first")
         other = await Store.open(postgres_url)
         await asyncio.sleep(3.0)
-        with pytest.raises(ServiceError, match="another planner leads") as caught:
+        with pytest.raises(ServiceError, match="another planner is the leader") as caught:
             await other.lead("other")
         assert caught.value.retry_after_s is not None
         assert 0 < caught.value.retry_after_s <= 2.0
@@ -463,7 +463,7 @@ def test_a_newer_schema_is_refused_and_left_alone(url: str) -> None:
     engine = sa.create_engine(opening.parse_url(url))
     with engine.begin() as connection:
         connection.execute(sa.text("UPDATE alembic_version SET version_num = 'v9999'"))
-    with pytest.raises(StoreError, match=r"newer hetis-planner: its schema is v9999, this one knows up to v\d+"):
+    with pytest.raises(StoreError, match=r"newer hetis-planner: its schema is v9999, this one supports up to v\d+"):
         asyncio.run(_open_and_close(url))
     with engine.connect() as connection:
         assert connection.execute(sa.text("SELECT version_num FROM alembic_version")).scalar() == "v9999"
@@ -474,7 +474,7 @@ def test_a_database_of_something_else_is_refused_and_left_alone(url: str) -> Non
     engine = sa.create_engine(opening.parse_url(url))
     with engine.begin() as connection:
         connection.execute(sa.text("CREATE TABLE recipes (name TEXT)"))
-    with pytest.raises(StoreError, match=r"holds tables of something else \(recipes\)"):
+    with pytest.raises(StoreError, match=r"holds tables of another application \(recipes\)"):
         asyncio.run(_open_and_close(url))
     assert sa.inspect(engine).get_table_names() == ["recipes"]
     engine.dispose()

@@ -84,7 +84,9 @@ def test_a_model_that_drafts_is_refused() -> None:
     profile = shipped_profile(GPU)
     assert profile is not None
     model = replace(load_model("Llama-3.1-8B"), draft=DraftShape(tokens=1, acceptance=0.5))
-    with pytest.raises(InvalidProblemError, match="drafts tokens: calibrate with a server that does not"):
+    with pytest.raises(
+        InvalidProblemError, match="drafts tokens: calibrate with a server without speculative decoding"
+    ):
         CalibratedReplica(model, profile, tp=1, link=LINK)
 
 

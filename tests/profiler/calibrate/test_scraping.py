@@ -129,7 +129,9 @@ def test_an_interval_that_says_nothing_is_counted(after: dict[str, float], reaso
 
 
 def test_the_context_is_asked_for_where_no_metric_says_it() -> None:
-    with pytest.raises(DocumentError, match="does not say how full the KV cache is: --context"):
+    with pytest.raises(
+        DocumentError, match="does not report KV cache usage: give the mean tokens of a request with --context"
+    ):
         between(ZERO, counters(), cache="")
     (one,) = between(ZERO, counters(), cache="", context=700.0).observations
     assert one.parts[0][1].attended_tokens == 7000.0
@@ -183,7 +185,7 @@ def test_a_server_that_does_not_answer_is_unreachable(monkeypatch: pytest.Monkey
 
 def test_another_server_is_named() -> None:
     other = "# TYPE go_threads gauge\ngo_threads 7\n"
-    with server([(200, other)]) as url, pytest.raises(DocumentError, match="answers without a metric of vLLM"):
+    with server([(200, other)]) as url, pytest.raises(DocumentError, match="has no vLLM metric"):
         watch(url, for_s=1, every_s=1)
 
 

@@ -89,7 +89,7 @@ def test_a_corrected_profile_is_planned_with(log: Path, tmp_path: Path) -> None:
 
     again = hetis_profile("calibrate", *arguments, "--profile", "p.yaml", "--out", "q.json", cwd=tmp_path)
     assert again.returncode == ProfileExitCode.MISSED, again.stderr
-    assert "no correction makes the error on what it never saw smaller: q.json was not written" in again.stderr
+    assert "no correction reduces the error on held-out data: q.json was not written" in again.stderr
     assert not (tmp_path / "q.json").exists()
 
 
@@ -193,7 +193,7 @@ def test_the_precision_served_is_that_of_the_weights(log: Path, tmp_path: Path) 
         (("--from-vllm", "ftp://host", "--gpu", "A40"), 2, "is no URL of a server"),
         (("--from-vllm", "http://127.0.0.1:1", "--gpu", "A40"), 6, "http://127.0.0.1:1/metrics: no answer: "),
         (("--from-vllm", "http://h", "--gpu", "A40", "--for", "1s"), 2, "is 1s, must be 10s to 24h"),
-        (("--from-vllm", "http://h", "--gpu", "A40", "-m", "Llama-2-70B"), 2, "are --tp and --weights those of the"),
+        (("--from-vllm", "http://h", "--gpu", "A40", "-m", "Llama-2-70B"), 2, "check that --tp and --weights match"),
         (("--from-vllm", "few.log", "--gpu", "A40", "--out", "no/p.json"), 2, "no folder no"),
     ],
 )

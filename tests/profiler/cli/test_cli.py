@@ -244,7 +244,7 @@ def test_a_run_interrupted_before_its_first_point_leaves_nothing(
 
     monkeypatch.setattr(session, "measure", interrupted)
     assert invoke("run", "--quick", "--out", tmp_path / "x.json") == ProfileExitCode.INTERRUPTED
-    assert "interrupted before the first point: nothing is kept" in capsys.readouterr().err
+    assert "interrupted before the first point: nothing was saved" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 

@@ -50,7 +50,7 @@ def test_a_quick_run_on_this_machine_becomes_a_plan(tmp_path: Path) -> None:
     assert raw.provenance.engine == "torch"
 
     fitted = fit(tmp_path)
-    if "is the unit right?" in fitted.stderr:  # the machine stalled during an operator's few rows
+    if "check the unit" in fitted.stderr:  # the machine stalled during an operator's few rows
         again = hetis_profile(*RUN, "--time-limit", "200", cwd=tmp_path)
         assert again.returncode == 0, again.stderr
         fitted = fit(tmp_path)
@@ -112,7 +112,7 @@ def interrupted_after(points: int, folder: Path) -> int:
     assert process.returncode == 130, stderr
     assert stdout == ""
     assert "Traceback" not in stderr
-    assert "the same command with --resume goes on" in stderr
+    assert "run the same command with --resume to continue" in stderr
     assert not (folder / "raw.json").exists()
     kept = journal.read_bytes().count(b"\n") - 1
     assert f"interrupted: {kept} points are kept in raw.json.journal" in stderr
@@ -141,7 +141,7 @@ def test_a_quick_run_on_a_gpu_is_fitted(tmp_path: Path) -> None:
     assert all(table.cold for table in raw.tables if table.op in (MeasuredOp.GEMM, MeasuredOp.DECODE_ATTENTION))
     assert any("(as the driver says)" in note for note in raw.notes)
     assert "driver unknown" not in raw.provenance.host  # NVML works wherever CUDA does
-    assert not any("NVML is not to be had" in note for note in raw.notes)
+    assert not any("NVML is not available" in note for note in raw.notes)
     fitted = hetis_profile(
         "fit", "raw.json", "--cluster", "cluster.yaml", "--out", "p.json", "-o", "json", cwd=tmp_path
     )

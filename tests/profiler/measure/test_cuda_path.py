@@ -48,7 +48,7 @@ def test_the_device_is_known_by_uuid_bus_and_cache(cuda: FakeCuda) -> None:
     device = open_device("cuda:0")
     assert isinstance(device, CudaDevice)
     assert device.address == GpuAddress(uuid="1234", bus="00000000:3B:00.0")
-    assert (device.pool.cache.num_bytes, device.pool.cache.origin) == (2**20, "as the driver says")
+    assert (device.pool.cache.num_bytes, device.pool.cache.origin) == (2**20, "as reported by the driver")
     assert (device.name, device.architecture) == ("Fake GPU", "Hopper")
 
 
@@ -99,7 +99,7 @@ def test_a_quick_run_reaches_every_operator(cuda: FakeCuda, monkeypatch: pytest.
     }
     assert paths == {"h2d", "d2h", "d2d", "loopback"}
     assert all(math.isfinite(one) for table in result.measurements.tables for one in table.seconds)
-    assert any("NVML is not to be had" in note for note in result.disturbances)
+    assert any("NVML is not available" in note for note in result.disturbances)
     assert any(
         "2 times the last-level cache of 1MiB (as the driver says)" in note for note in result.measurements.notes
     )

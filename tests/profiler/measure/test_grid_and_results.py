@@ -102,13 +102,15 @@ def test_every_disturbance_gets_a_sentence() -> None:
         watched=True, looks=100, reasons={"software power cap": 12}, held_s={"heat": 0.5}, elapsed_s=10.0
     )
     assert notes(gpu=throttled) == [
-        "the GPU was throttled while measuring (software power cap in 12 of 100 looks, held down by heat for 0.5 of "
+        "the GPU was throttled while measuring (software power cap in 12 of 100 samples, limited by heat for 0.5 of "
         "10 s): its times are too long"
     ]
     assert notes(gpu=GpuNews(watched=True, other_processes=1)) == [
         "1 other process had the GPU open while measuring: it may have been shared"
     ]
-    assert notes(gpu=GpuNews()) == ["NVML is not to be had: only jitter and drift would show a throttled or shared GPU"]
+    assert notes(gpu=GpuNews()) == [
+        "NVML is not available: a throttled or shared GPU would only show as jitter and drift"
+    ]
     assert notes(others_share=0.5) == ["other processes took 50% of the host's cores while measuring"]
     assert notes(reference_s=(1e-3, 2e-3)) == [
         "the same point took 1 ms at the start and 2 ms at the end (+100%): clocks or neighbours changed"

@@ -65,7 +65,7 @@ def test_the_caches_of_the_cores_in_use_add_up(tmp_path: Path) -> None:
     first, second = ("3", "32768K", "0-1"), ("3", "32768K", "2-3")
     own = ("2", "1024K", "0")
     where = cpus(tmp_path, (own, first), (own, first), (own, second), (own, second))
-    assert last_level_cache(where, [0, 1]) == Cache(num_bytes=32 * 2**20, origin="as the system says")
+    assert last_level_cache(where, [0, 1]) == Cache(num_bytes=32 * 2**20, origin="as reported by the system")
     assert last_level_cache(where, [1, 2]).num_bytes == 64 * 2**20
 
 

@@ -70,8 +70,8 @@ def test_an_engine_learns_the_outcome_from_the_engine_of_the_primary(tmp_path: P
         await executors["w"].call(request)
         await executors["w"].call(CopyMovesRequest(epoch=1, change_id=moved.change_id))
         expired = AbortMovesRequest(epoch=1, change_id=moved.change_id)
-        expired.failure.reason = 104  # PREPARE_EXPIRED: the authority may yet receive the commit
-        with pytest.raises(RefusedError, match="may yet hear of it"):
+        expired.failure.reason = 104  # PREPARE_EXPIRED: the authority does not know of the change yet
+        with pytest.raises(RefusedError, match="does not know of the change yet"):
             await executors["w"].call(expired)
         await executors["p"].call(expired)
         assert (await executors["w"].call(expired)).outcome == ABORTED
@@ -92,7 +92,7 @@ def test_a_socket_that_others_may_write_to_is_not_used(tmp_path: Path, mode: int
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(path))
         path.chmod(mode)
-        with pytest.raises(RefusedError, match=f"its mode is {mode:o}, others may write to it"):
+        with pytest.raises(RefusedError, match=f"its mode is {mode:o}, which lets other users write to it"):
             check_socket(path)
         path.chmod(0o600)
         check_socket(path)
@@ -103,7 +103,7 @@ def test_a_socket_of_another_user_or_no_socket_is_not_used(tmp_path: Path, monke
     with pytest.raises(RefusedError, match="No such file"):
         check_socket(path)
     path.write_text("", encoding="utf-8")
-    with pytest.raises(RefusedError, match="it is no socket"):
+    with pytest.raises(RefusedError, match="it is not a socket"):
         check_socket(path)
     path.unlink()
     with socket.socket(socket.AF_UNIX) as listener:

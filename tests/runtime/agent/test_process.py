@@ -212,7 +212,7 @@ def test_an_agent_whose_node_another_has_comes_back_by_itself(reason: str, proce
             assert agent.poll() is None
 
     asyncio.run(story())
-    assert "another agent is connected; again in" in processes.log()
+    assert "another agent is connected; retrying in" in processes.log()
 
 
 def test_sigterm_ends_an_agent_cleanly_and_metrics_and_token_work(processes: Processes) -> None:
@@ -243,7 +243,7 @@ def test_sigterm_ends_an_agent_cleanly_and_metrics_and_token_work(processes: Pro
         (["--node", NODE + "p", "--engine", "ollama"], "--engine is 'ollama', must be"),
         (["--node", NODE + "p", "--server", "nowhere"], "--server is 'nowhere', must be host:port"),
         (["--node", NODE + "p", "--engine", "simulated"], "needs --simulated-devices"),
-        (["--node", NODE + "p", "--tls-cert", "/dev/null"], "--tls-cert and --tls-key come together"),
+        (["--node", NODE + "p", "--tls-cert", "/dev/null"], "--tls-cert and --tls-key must be given together"),
     ],
 )
 def test_bad_options_are_one_clear_line(arguments: list[str], says: str) -> None:

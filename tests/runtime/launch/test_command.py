@@ -312,7 +312,7 @@ TINY |= {"hidden": 128, "intermediate": 256, "q_heads": 16, "kv_heads": 8, "head
 
 def test_a_model_that_is_not_here_has_the_shape_it_was_planned_with(run: Run, folder: Path, tmp_path: Path) -> None:
     code, _, lines = run("show", "--plan", "plan.json", "-m", "org/tiny")
-    why = "it is no folder here, and the plan has no document of its model"
+    why = "it is not a folder on this machine, and the plan does not contain its model"
     assert (code, lines) == (2, [f"hetis-launch: --model org/tiny: {why}"])
     plan = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
     plan["inputs"] = {"documents": {"model": TINY}}
@@ -349,8 +349,8 @@ def test_kv_of_a_checkpoint_that_is_not_the_plans_has_to_be_told(run: Run, tmp_p
     plan.write_text(json.dumps(json.loads(plan.read_text()) | {"inputs": {"documents": {"model": TINY}}}))
     asked = ("show", "--plan", str(plan), "-m", str(checkpoint))
     code, printed, lines = run(*asked)
-    told = "give the engine --kv-cache-dtype bfloat16 or float16, whichever is the checkpoint's dtype"
-    why = f"{checkpoint} states fp8 KV, which engines take by themselves, and the replica is to have 16 bits: {told}"
+    told = "give the engine --kv-cache-dtype bfloat16 or float16, the dtype of the checkpoint"
+    why = f"{checkpoint} states fp8 KV, which engines use by default, but the replica needs 16 bits: {told}"
     assert (code, printed, lines) == (3, "", [f"hetis-launch: {why}"])
     code, printed, _ = run(*asked, "--", "--kv-cache-dtype", "bfloat16")
     assert code == 0
@@ -358,7 +358,7 @@ def test_kv_of_a_checkpoint_that_is_not_the_plans_has_to_be_told(run: Run, tmp_p
     assert "--kv-cache-dtype float16" in run(*asked, "--dtype", "float16")[1]
     assert run(*asked, "--dtype", "float32")[0] == 3
     code, _, lines = run(*asked, "--", "--kv-cache-dtype", "fp8")
-    assert (code, lines) == (2, ["hetis-launch: --kv-cache-dtype stands after --: it is hetis-launch that sets it"])
+    assert (code, lines) == (2, ["hetis-launch: --kv-cache-dtype cannot be passed to vLLM: hetis-launch sets it"])
 
 
 def test_a_machine_that_the_plan_does_not_know_is_told(run: Run) -> None:
@@ -393,13 +393,13 @@ def test_all_that_is_wrong_with_options_is_said_at_once(run: Run) -> None:
     )
     assert code == 2
     assert lines == [
-        "hetis-launch: --headless stands after --: it is hetis-launch that sets it",
-        "hetis-launch: --kv-transfer-config stands after --: it is hetis-launch that sets it",
-        "hetis-launch: -tp stands after --: it is hetis-launch that sets it",
-        "hetis-launch: '8080' is no option; those of vLLM stand after --",
+        "hetis-launch: --headless cannot be passed to vLLM: hetis-launch sets it",
+        "hetis-launch: --kv-transfer-config cannot be passed to vLLM: hetis-launch sets it",
+        "hetis-launch: -tp cannot be passed to vLLM: hetis-launch sets it",
+        "hetis-launch: '8080' is not an option; options of vLLM go after --",
         'hetis-launch: --vllm is "python \'front": No closing quotation',
-        "hetis-launch: --model is missing: a folder with config.json, or a name that vLLM knows",
-        "hetis-launch: --plan is missing: a plan of hetis-plan place",
+        "hetis-launch: --model is missing: give a folder with config.json, or a model name for vLLM",
+        "hetis-launch: --plan is missing: give a plan file from hetis-plan place",
     ]
 
 
@@ -421,8 +421,8 @@ def test_an_address_of_a_node_that_the_plan_lacks_is_misspelt(run: Run, tmp_path
     assert (code, lines) == (
         2,
         [
-            "hetis-launch: --node-address: 'bb' is no node of the plan, did you mean b?",
-            "hetis-launch: --node-address: 'other' is no node of the plan, its nodes are a, b, c",
+            "hetis-launch: --node-address: 'bb' is not a node of the plan, did you mean b?",
+            "hetis-launch: --node-address: 'other' is not a node of the plan, its nodes are a, b, c",
         ],
     )
 
@@ -459,4 +459,4 @@ def test_help_has_examples_and_exit_codes() -> None:
     done = run_command(COMMAND, "--help")
     assert done.returncode == 0
     assert "hetis-launch show --plan plan.json" in done.stdout
-    assert "Exit codes: 0 ended" in done.stdout
+    assert "Exit codes: 0 stopped" in done.stdout

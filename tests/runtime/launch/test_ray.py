@@ -59,7 +59,7 @@ def test_a_replica_runs_where_the_plan_says_and_leaves_nothing_behind(cluster: s
         assert (tmp_path / "files" / "worker.key").stat().st_mode & 0o777 == 0o600
         first = vllm_pid(port)
         os.kill(first, signal.SIGKILL)
-        run.wait_until(lambda: "vllm was ended by signal 9; it is started again in 1 s" in run.log())
+        run.wait_until(lambda: "vllm was ended by signal 9; restarting it in 1 s" in run.log())
         run.wait_until(run.serves)
         second = vllm_pid(port)
         process.terminate()

@@ -140,7 +140,7 @@ def test_an_agent_steers_the_engine_over_its_socket(world: World, tmp_path: Path
             steps = [(await anext(reports)).replicas[0].num_steps for _ in range(3)]
             assert steps == sorted(set(steps)), "each report is of a later step"
             await executor.call(ApplyAssignmentRequest(epoch=2, removed_replica="other"))
-            with pytest.raises(RefusedError, match="epoch 1 is over: 2 was obeyed already"):
+            with pytest.raises(RefusedError, match="epoch 1 is over: 2 was already accepted"):
                 await executor.call(ApplyAssignmentRequest(epoch=1, removed_replica="other"))
         await executor.close()
 
@@ -202,5 +202,5 @@ def test_steps_go_on_while_an_agent_asks_and_does_not_listen(world: World, tmp_p
 
 def test_a_socket_that_cannot_be_made_ends_the_start_with_one_message(tmp_path: Path) -> None:
     (tmp_path / "engine.sock").write_text("a file")
-    with pytest.raises(SettingsError, match=r"executor: cannot listen on unix:.*: it is there, and no socket"):
+    with pytest.raises(SettingsError, match=r"executor: cannot listen on unix:.*: it exists and is not a socket"):
         World(socket=tmp_path / "engine.sock")

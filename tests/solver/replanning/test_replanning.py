@@ -214,7 +214,7 @@ def test_a_demand_that_needs_more_moves_is_refused_with_the_reason() -> None:
     goal = Objective(kind=ObjectiveKind.GPUS, ttft_limit_s=None, tpot_limit_s=None, demand_rps=0.9 * most)
     running = solve_placement(fleet(2, 0, objective=goal))
     problem = replace(fleet(3, 0, objective=goal), cluster=without(fleet(4, 0).cluster, ["a-0"]))
-    with pytest.raises(InfeasibleError, match="at most 0 GPUs may do something else"):
+    with pytest.raises(InfeasibleError, match="at most 0 GPUs may change their work"):
         replanned(running, problem, max_moves=0)
 
 

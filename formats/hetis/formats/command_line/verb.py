@@ -134,10 +134,10 @@ def internal_error(error: Exception) -> tuple[str, list[str]]:
     return f"internal error: {type(error).__name__}: {error}{where}", [REPORT_IT]
 
 
-OutputOption = Annotated[OutputFormat, typer.Option("--output", "-o", help="Form of the data on stdout.")]
-QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Errors only on stderr.")]
-VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", help="More detail on stderr.")]
-NoColorOption = Annotated[bool, typer.Option("--no-color", help="Plain text; so does NO_COLOR=1.")]
+OutputOption = Annotated[OutputFormat, typer.Option("--output", "-o", help="Output format on stdout.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print only errors on stderr.")]
+VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", help="Print more detail on stderr.")]
+NoColorOption = Annotated[bool, typer.Option("--no-color", help="Print plain text, as with NO_COLOR=1.")]
 
 
 P = ParamSpec("P")

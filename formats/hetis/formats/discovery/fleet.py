@@ -61,7 +61,7 @@ def board_of(gpus: FoundGpus, said: Mapping[str, str]) -> str:
             fitting = [name for name in fitting if name in told] or fitting
     if len(fitting) == 1:
         return fitting[0]
-    how = f"; --gpu '{gpus.product}=TYPE' says which ('={LEAVE_OUT}' leaves them out)"
+    how = f"; --gpu '{gpus.product}=TYPE' selects one ('={LEAVE_OUT}' leaves them out)"
     if len(fitting) > 1:
         raise UnclearBoardError(f"GPU {gpus.product!r} could be {' or '.join(fitting)}{how}")
     if candidates and gpus.memory_bytes is not None:
@@ -120,7 +120,7 @@ def discovered(inventory: Inventory, *, name: str, link: Link | None = None, sai
     for node in inventory.nodes:
         called = _name(node.name)
         if called in seen:
-            told = f"two nodes are called {called!r}" + (f", of {seen[called]}" if seen[called] else "")
+            told = f"two nodes are named {called!r}" + (f", of {seen[called]}" if seen[called] else "")
             problems.setdefault(called, replace(node.where, message=told))
         seen[called] = node.where.file
         left_out += [f"{node.name}: {reason}" for reason in node.left_out]
@@ -157,7 +157,9 @@ def _driver_indices(node: FoundNode, num_gpus: int) -> tuple[tuple[int, ...], li
     if len(node.indices) == num_gpus:
         return node.indices, []
     free = ", ".join(map(str, node.indices))
-    return (), [f"{node.name}: its free GPUs are the driver's {free}: give those of the file as indices"]
+    return (), [
+        f"{node.name}: its free GPUs have the driver's indices {free}: give the GPUs of the file with `indices`"
+    ]
 
 
 def file_text(found: Discovered, *, sources: Sequence[str]) -> str:
@@ -173,7 +175,7 @@ def file_text(found: Discovered, *, sources: Sequence[str]) -> str:
         lines += ["", "Left out:", *(f"- {one}" for one in found.left_out[:_MOST_LEFT_OUT])]
         if len(found.left_out) > _MOST_LEFT_OUT:
             lines.append(f"- and {len(found.left_out) - _MOST_LEFT_OUT} more")
-    lines += ["", "Not found, and therefore assumed; correct what is wrong:", *(f"- {one}" for one in found.assumed)]
+    lines += ["", "Not reported and therefore assumed; correct what is wrong:", *(f"- {one}" for one in found.assumed)]
     # Nothing may end a comment, whatever names it contains.
     safe = ["".join(sign if sign.isprintable() else "?" for sign in line)[:1000] for line in lines]
     return "".join(f"# {line}".rstrip() + "\n" for line in safe) + dump(cluster)
@@ -191,7 +193,7 @@ def _slots(
             problems.setdefault(str(error), replace(node.where, message=f"{node.name}: {error}"))
             continue
         if board == LEAVE_OUT:
-            unwanted.append(f"{node.name}: {counted(gpus.count)} ({gpus.product}): as --gpu says")
+            unwanted.append(f"{node.name}: {counted(gpus.count)} ({gpus.product}): excluded by --gpu")
         elif slots and slots[-1].gpu == board:
             slots[-1] = replace(slots[-1], count=slots[-1].count + gpus.count)
         else:
@@ -218,7 +220,7 @@ def _inside(node: FoundNode, gpus: Sequence[GpuType]) -> tuple[Link | None, str]
     if node.nvlinks is None or len(gpus) != 1:
         return None, ""
     if node.bridged:
-        return None, f"{node.name}: only some pairs of GPUs have NVLinks; the file has one link for all"
+        return None, f"{node.name}: only some pairs of GPUs have NVLinks; the file has a single link for all pairs"
     if node.nvlinks == 0 and switched:
         slow = Link(bytes_per_s=gpus[0].pcie_bytes_per_s, latency_s=0.0)
         return slow, f"{node.name}: its topology shows no NVLink, so that `link` is PCIe"
@@ -264,14 +266,14 @@ def _assumed(
     groups: Sequence[NodeGroup], used: Mapping[str, GpuType], zones: Sequence[str], link: Link | None
 ) -> Iterable[str]:
     if link is None and len(groups) > 1:
-        yield "network: 100 Gbps and 20 us between nodes; --bandwidth and --latency, or `nic` of a node, say otherwise"
+        yield "network: 100 Gbps and 20 us between nodes; change it with --bandwidth and --latency, or `nic` of a node"
     if len(zones) > 1:
         yield "zones: 10 Gbps and 1 ms between nodes of different zones"
     priced = [name for name, gpu in used.items() if gpu.usd_per_hour is not None]
     unpriced = [name for name in used if name not in priced]
     if priced:
         yield (
-            "prices: list prices of the catalogue, whose sources `hetis-plan catalog gpus -o json` has; yours go into"
+            "prices: list prices of the catalogue, with sources in `hetis-plan catalog gpus -o json`; set your own in"
             " `usd_per_hour`"
         )
     if unpriced:

@@ -11,7 +11,7 @@ from hetis.formats.errors import DocumentError, Problem
 from hetis.formats.positions import Path, Text
 
 MAX_GPUS_SAID = 1024  # limit per node; a larger number is a mistake
-PARTS = "parts of GPUs (MIG), no whole ones"
+PARTS = "parts of GPUs (MIG), not whole GPUs"
 _MOST_NAMED = 3
 
 

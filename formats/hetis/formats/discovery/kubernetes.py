@@ -124,7 +124,7 @@ def read_kubernetes(files: Sequence[tuple[Any, Text]], *, with_busy: bool = Fals
             by_kind.setdefault(text(one.data.get("kind"))[:40], []).append(one)
     nodes, slices = by_kind.get("Node", []), by_kind.get("ResourceSlice", [])
     if not nodes and not slices:
-        why = f"has no Node and no ResourceSlice, but {', '.join(by_kind) or 'nothing with a kind'}"
+        why = f"has no Node and no ResourceSlice, but {', '.join(by_kind) or 'no object with a kind'}"
         raise single_problem(files[0][1].file, f"{why}: kubectl get nodes -o json")
     problems: list[Problem] = []
     use = {} if with_busy else _use_by_node(by_kind.get("Pod", []), problems)
@@ -138,7 +138,7 @@ def read_kubernetes(files: Sequence[tuple[Any, Text]], *, with_busy: bool = Fals
             known.add(name)
             node = _Object(data={"metadata": {"name": name}}, source=one.source, path=one.path)
             found.append(_found(node, devices[name], use.get(name, _Use()), problems))
-    notes = [] if "Pod" in by_kind or with_busy else ["no pods were given: GPUs that pods use count as free"]
+    notes = [] if "Pod" in by_kind or with_busy else ["no pods were given, so GPUs used by pods count as free"]
     return inventory(found, problems, notes)
 
 
@@ -252,7 +252,7 @@ def _quantity(value: object) -> int | None:
 def _found(node: _Object, devices: list[_Device], use: _Use, problems: list[Problem]) -> FoundNode:
     where = node.source.problem(node.path, "")
     if not node.name:
-        problems.append(node.source.problem((*node.path, "metadata", "name"), "is missing: a node has a name"))
+        problems.append(node.source.problem((*node.path, "metadata", "name"), "is missing: every node needs a name"))
     zone = zone_of(node.labels, _ZONES)
     gpus, left_out = _of_devices(devices, use) if devices else _of_resources(node, use, problems)
     unusable = _unusable(node)
@@ -323,7 +323,7 @@ def _of_resource(node: _Object, resource: str, use: _Use, problems: list[Problem
     left_out = []
     if shares > 1:  # several pods take turns on a GPU, and the node counts turns
         if not labelled or capacity > labelled * shares:
-            why = f"shared {shares} times, and its labels do not say by how many"
+            why = f"shared {shares} times, and its labels do not say how many GPUs there are"
             return [], [f"{counted(capacity)} ({product}): {why}"]
         capacity, usable = labelled, -(-usable // shares)
     elif resource == "nvidia.com/gpu" and labelled and capacity > labelled:

@@ -54,7 +54,7 @@ class DriverGpu:
         if self.processes:
             return f"in use by {some_of(self.processes)}"
         held = memory_in_use(self.used_bytes, self.memory_bytes)
-        return f"{held}, by no process that can be seen" if held else ""
+        return f"{held}, but not by a visible process" if held else ""
 
 
 def memory_in_use(used_bytes: int | None, memory_bytes: int | None) -> str:
@@ -129,7 +129,7 @@ def read_nvidia_smi(files: Sequence[tuple[str, str]], *, with_busy: bool = False
     """
     hosts = {label: content for label, content in files if not is_topology(content)}
     if not hosts:
-        raise single_problem(files[0][0], "is a topology alone: nvidia-smi -q -x of the same host is needed, too")
+        raise single_problem(files[0][0], "is only a topology: also give nvidia-smi -q -x of the same host")
     problems: list[Problem] = []
     links: dict[str, list[int]] = {}
     names = {_host(label) for label in hosts}
@@ -137,7 +137,7 @@ def read_nvidia_smi(files: Sequence[tuple[str, str]], *, with_busy: bool = False
         if label not in hosts:
             name = next(iter(names)) if len(names) == 1 else _host(label)
             if name not in names:
-                told = f"is a topology of the host {name!r}, but there are {some_of(sorted(names))}"
+                told = f"is a topology of the host {name!r}, but the files are of {some_of(sorted(names))}"
                 problems.append(Problem(file=label, message=told))
             links[name] = _nvlinks(content)
     nodes = []
@@ -146,7 +146,7 @@ def read_nvidia_smi(files: Sequence[tuple[str, str]], *, with_busy: bool = False
             nodes.append(_node(label, content, links.get(_host(label), []), with_busy))
         except DocumentError as error:
             problems += error.problems
-    notes = ["nvidia-smi does not say in which zone a host is"] if len(nodes) > 1 else []
+    notes = ["nvidia-smi does not report the zone of a host"] if len(nodes) > 1 else []
     return inventory(nodes, problems, notes)
 
 
@@ -243,7 +243,7 @@ def parse_xml(text: str, file: str) -> tuple[Element, int]:
         builder.end(tag)
 
     def entity(name: str, *rest: object) -> None:
-        raise refuse(f"declares the entity {name[:40]!r}, which no nvidia-smi does")
+        raise refuse(f"declares the entity {name[:40]!r}, which nvidia-smi never writes")
 
     parser.StartElementHandler, parser.EndElementHandler = start, end
     parser.CharacterDataHandler, parser.EntityDeclHandler = builder.data, entity
@@ -297,7 +297,7 @@ def _inventory(nvml: Nvml, with_busy: bool) -> Inventory:
     whole = [handle for handle, gpu in zip(handles, gpus, strict=True) if gpu.product and gpu.num_parts is None]
     where = Problem(file=LABEL, message="")
     node = host_node(host, gpus, pairs=nvml.linked_pairs(whole), with_busy=with_busy, where=where)
-    return inventory([node], [], [f"NVML describes this host alone, {host}, and not its zone"], file=LABEL)
+    return inventory([node], [], [f"NVML only describes this host, {host}, and does not report its zone"], file=LABEL)
 
 
 class Nvml:
@@ -316,7 +316,7 @@ class Nvml:
         try:
             return getattr(self._nvml, name)(*arguments)
         except Exception as error:  # a library of another version than the driver may raise anything
-            _log.debug("NVML does not say: %s", error)
+            _log.debug("NVML does not report: %s", error)
             return otherwise
 
     def address(self, handle: Any) -> str:

@@ -70,7 +70,9 @@ def read_inventory(
             message = f"is of {one.tool.value}, and {files[0].label} of {first.value}: one tool at a time"
             raise single_problem(one.label, message)
     if len(files) > 1 and first not in (FleetSource.KUBECTL, FleetSource.NVIDIA_SMI):
-        raise single_problem(files[1].label, f"is one file too many: {first.value} describes a fleet in one")
+        raise single_problem(
+            files[1].label, f"is one file too many: {first.value} describes the fleet in a single file"
+        )
     return replace(_read(files, texts, with_busy), file=files[0].label)
 
 
@@ -87,7 +89,7 @@ def _read(files: Sequence[_File], texts: Sequence[tuple[str, str]], with_busy: b
         case FleetSource.FILE:
             return read_node_table(*reversed(texts[0]))
         case other:
-            raise single_problem(files[0].label, f"is a file, and {other.value} reads none")
+            raise single_problem(files[0].label, f"is a file, but {other.value} does not read files")
 
 
 class _File:
@@ -124,7 +126,7 @@ class _File:
         raise self._unknown(f"it has {', '.join(list(found)[:12])}" if found else f"it begins with {begin[:40]!r}")
 
     def _unknown(self, what: str) -> DocumentError:
-        return single_problem(self.label, f"is of no tool that is known: {what}; known: {_KNOWN}")
+        return single_problem(self.label, f"is not the output of a known tool: {what}; known: {_KNOWN}")
 
 
 # --- a table kept by hand
@@ -204,10 +206,10 @@ def is_ray(data: Any) -> bool:
 def read_ray(data: Any, source: Text) -> Inventory:
     """Return the nodes in the list. Raises DocumentError if it is no such list, or resources are missing or wrong."""
     if not is_ray(data):
-        raise single_problem(source.file, "is no list of nodes: ray list nodes --detail --format json")
+        raise single_problem(source.file, "is not a list of nodes: use ray list nodes --detail --format json")
     problems: list[Problem] = []
     found = [_ray_node(mapping(node), i, source, problems) for i, node in enumerate(data)]
-    notes = ["Ray does not say here which GPUs are in use: all of a living node count as free"]
+    notes = ["Ray does not report here which GPUs are in use: all GPUs of a live node count as free"]
     return inventory(found, problems, notes)
 
 
@@ -227,7 +229,7 @@ def _ray_node(node: Mapping[str, Any], index: int, source: Text, problems: list[
     hint = text(labels.get("ray.io/accelerator-type"))  # may be more specific: A100-80G instead of A100
     product, reason = types[0] or UNTYPED_OF_RAY, "" if alive else "not alive"
     if len(types) > 1:
-        reason = reason or f"of several types ({some_of(types)}), and Ray does not say how many of each"
+        reason = reason or f"of several types ({some_of(types)}), and Ray does not report how many of each"
     where = source.problem((index,), "")
     zone = zone_of(labels, _RAY_ZONES)
     if not count or reason:
@@ -261,7 +263,7 @@ def read_slurm(data: Any, source: Text, *, with_busy: bool = False) -> Inventory
         raise single_problem(source.file, f"has no list of nodes, but {keys}: scontrol show nodes --json")
     problems: list[Problem] = []
     found = [_slurm_node(node, ("nodes", i), source, problems, with_busy) for i, node in entries(nodes)]
-    return inventory(found, problems, ["Slurm does not say in which zone a node is"])
+    return inventory(found, problems, ["Slurm does not report the zone of a node"])
 
 
 def _slurm_node(
@@ -269,7 +271,7 @@ def _slurm_node(
 ) -> FoundNode:
     name = text(node.get("name")) or text(node.get("hostname"))
     if not name:
-        problems.append(source.problem((*path, "name"), "is missing: a node has a name"))
+        problems.append(source.problem((*path, "name"), "is missing: every node needs a name"))
     had = dict(_gres(node, "gres", path, source, problems))
     used = {} if with_busy else dict(_gres(node, "gres_used", path, source, problems))
     gpus, left_out = list[FoundGpus](), list[str]()
@@ -280,7 +282,7 @@ def _slurm_node(
     if UNTYPED in used and UNTYPED not in had and len(had) == 1:
         used[next(iter(had))] = used.get(next(iter(had)), 0) + used.pop(UNTYPED)
     if used.get(UNTYPED) and UNTYPED not in had and had:
-        unusable = unusable or f"{used[UNTYPED]} are in use, and it does not say of which type"
+        unusable = unusable or f"{used[UNTYPED]} are in use, but not reported by type"
     for product, count in had.items():
         busy = min(count, used.get(product, 0))
         if not count:

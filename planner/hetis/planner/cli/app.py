@@ -54,7 +54,7 @@ VERBS: dict[str, tuple[Any, ...]] = {
         (changes.replan, changes.REPLAN_EXAMPLES),
         (changes.diff, changes.DIFF_EXAMPLES),
     ),
-    "One stage, while it serves": (
+    "One running stage": (
         (dispatch.dispatch, dispatch.DISPATCH_EXAMPLES),
         (dispatch.redispatch, dispatch.REDISPATCH_EXAMPLES),
     ),
@@ -94,9 +94,9 @@ def main() -> NoReturn:
 def run(arguments: Sequence[str]) -> int:
     """Run one command line and return its exit code; errors are printed on stderr."""
     if "_HETIS_PLAN_COMPLETE" in os.environ:  # the script printed by `completion` requests completions
-        from typer.completion import completion_init  # type: ignore[attr-defined]  # imported there, not exported
+        from hetis.planner.cli.completing import offer_completions
 
-        completion_init()
+        offer_completions()
     return run_application(app, "hetis-plan", arguments, _report_failure, defaults=_defaults)
 
 

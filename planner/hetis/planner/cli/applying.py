@@ -104,9 +104,9 @@ class FileProblem:
         if not self.is_given:
             return
         if plan_file is not None:
-            raise typer.BadParameter("--plan is an answer already: it goes without --model and --workload")
+            raise typer.BadParameter("--plan imports a finished plan: leave out --model and --workload")
         if missing := [f"--{name}" for name in ("cluster", "model", "workload") if getattr(self.inputs, name) is None]:
-            raise typer.BadParameter(f"to solve, {' and '.join(missing)} must be said too")
+            raise typer.BadParameter(f"to solve, {' and '.join(missing)} must be given too")
         if self.goal.objective in _NEEDS_DEMAND and self.goal.rate is None:
             raise typer.BadParameter(f"--objective {self.goal.objective.value} needs --rate")
 
@@ -128,7 +128,7 @@ class FileProblem:
             return _cluster_name(self.inputs.cluster)
         made_from = plan.inputs.get("documents", {}).get("cluster", {}).get("name", "")
         if not made_from:
-            raise typer.BadParameter("the plan does not say which cluster it is for: --cluster")
+            raise typer.BadParameter("the plan does not name its cluster: give --cluster")
         return full_name("clusters", id_of(str(made_from)))
 
     def _spec(self) -> plan_pb2.PlanSpec:
@@ -228,7 +228,7 @@ class Applying:
         if self.asked.plan is not None:
             imports.append((self.asked.plan, load_plan(self.asked.plan)))
         if len(imports) + len(plans) + problem.is_given > 1:
-            raise typer.BadParameter("one plan at a time: one of --model, --plan, a Plan file, or plans/NAME")
+            raise typer.BadParameter("more than one plan: give only one of --model, --plan, a Plan file, or plans/NAME")
         self._apply(values)
         if plans:
             return self._put_in_force(fetched(self.client, "plans", full_name("plans", plans[0]), basic=True))
@@ -239,7 +239,7 @@ class Applying:
         if problem.is_given:
             return self._follow(problem.plan())
         if not self._done:
-            raise typer.BadParameter("nothing to apply: files, --plan, or --cluster, --model and --workload")
+            raise typer.BadParameter("nothing to apply: give files, --plan, or --cluster with --model and --workload")
         lines = "\n".join(f"{resource.name}  {what}" for resource, what in self._done)
         self.terminal.emit(lambda: list_data("Applied", [resource for resource, _ in self._done]), lambda: lines)
         return ExitCode.OK
@@ -261,13 +261,13 @@ class Applying:
         request = plan_service_pb2.CreatePlanRequest(plan_id=asked.name, plan=wanted, validate_only=asked.dry_run)
         plan = self.client.plans.CreatePlan(request).plan
         if asked.dry_run:
-            terminal.say("the planner would take this plan; nothing was changed")
+            terminal.say("the planner would accept this plan; nothing was changed")
             return self._show(plan)
         terminal.say(f"{plan.name} made")
         if plan.state != plan_pb2.PLAN_STATE_READY:
             if asked.no_wait:
                 if asked.activate or asked.out:
-                    terminal.warn("its search is not over: it was neither activated nor saved")
+                    terminal.warn("its search is still running: the plan was neither activated nor saved")
                 return self._show(plan)
             plan = wait_for_plan(terminal, self.client, plan.name)
         code = outcome(terminal, plan)
@@ -289,9 +289,9 @@ class Applying:
         )
         plan = answer.plan
         if only_checks:
-            self.terminal.say(f"this is what --activate would do; {cluster.active_plan or 'no plan'} is in force now")
+            self.terminal.say(f"dry run: nothing was changed; {cluster.active_plan or 'no plan'} is in force now")
             return self._show(plan, answer.steps)
-        self.terminal.say(f"{plan.name} is put in force")
+        self.terminal.say(f"{plan.name} is being activated")
         if not self.asked.no_wait:
             plan = wait_for_plan(self.terminal, self.client, plan.name)
         self._show(plan, answer.steps)

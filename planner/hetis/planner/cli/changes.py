@@ -40,26 +40,29 @@ count_option = partial(_market, "--count N: GPUs of each type to add.", 1, min=1
 class FleetOptions:
     """The GPUs that join or leave with their nodes, or what could be bought."""
 
-    add: list[str] | None = _fleet("--add NxTYPE: GPUs that join: 4xL4; repeatable.")
+    add: list[str] | None = _fleet(
+        "--add NxTYPE: GPUs to add, such as 4xL4; repeatable.", autocompletion=values.added_gpus
+    )
     remove: list[str] | None = _fleet(
-        "--remove NODE: A node that leaves, or a group of nodes: a100-0, a100; repeatable."
+        "--remove NODE: A node or group of nodes to remove, such as a100-0 or a100; repeatable."
     )
     node_like: str | None = _fleet(
-        "--node-like NODE: GPUs join in nodes like this one: as many GPUs, its zone, NIC and link inside."
+        "--node-like NODE: Add GPUs in nodes like this one: same number of GPUs, zone, NIC and internal link."
     )
     gpus_per_node: int | None = _fleet(
-        "--gpus-per-node N: GPUs of a node that joins; the last one has what is left.", min=1, shown="8"
+        "--gpus-per-node N: GPUs in each added node; the last node gets the remainder.", min=1, shown="8"
     )
-    zone: str | None = _fleet("--zone ZONE: Zone of the nodes that join.", shown="the fleet's first")
+    zone: str | None = _fleet("--zone ZONE: Zone of the added nodes.", shown="the fleet's first")
     nic: float | None = _fleet(
-        "--nic BANDWIDTH: Network card of the nodes that join: 100Gbps.",
+        "--nic BANDWIDTH: Network card of the added nodes, such as 100Gbps.",
         parser=values.bandwidth,
         shown="the fleet's network",
     )
-    buy_next: bool = _market("--buy-next: Add every GPU type of the market in turn: which gains most?", False)
+    buy_next: bool = _market("--buy-next: Try adding each GPU type on the market in turn and rank them by gain.", False)
     market: str | None = _market(
         "--market TYPE[=USD],...|FILE: "
-        "GPU types to try, with the price of one per hour where it is another; a file has one per line.",
+        "GPU types to try, each with its hourly price if it differs from the catalogue's; a file has one per line.",
+        autocompletion=values.market_names,
         shown="types with a known price",
     )
     count: int = count_option()
@@ -67,11 +70,11 @@ class FleetOptions:
     def refuse_half_a_question(self) -> None:
         changes = bool(self.add or self.remove)
         if self.buy_next and changes:
-            raise typer.BadParameter("--buy-next asks about the fleet as it is: leave out --add and --remove")
+            raise typer.BadParameter("--buy-next starts from the unchanged fleet: leave out --add and --remove")
         if self.market is not None and not self.buy_next:
-            raise typer.BadParameter("--market is for --buy-next")
+            raise typer.BadParameter("--market needs --buy-next")
         if not self.buy_next and not changes:
-            raise typer.BadParameter("nothing to ask: give --add, --remove or --buy-next")
+            raise typer.BadParameter("no change to study: give --add, --remove or --buy-next")
 
 
 @group
@@ -92,10 +95,10 @@ def what_if(
     search: options.SearchOptions,
     answer: AnswerOptions,
 ) -> ExitCode:
-    """Solve before and after a change of the fleet, and say what the two proofs imply of the difference.
+    """Solve before and after a change of the fleet, and show what the two proofs imply about the difference.
 
-    With --buy-next every GPU type of the market is added in turn and solved for. Every solve has the whole time limit;
-    Ctrl-C once shows what there is, twice leaves at once.
+    With --buy-next every GPU type on the market is added in turn and solved. Every solve has the full time limit;
+    Ctrl-C once shows the results so far, Ctrl-C twice exits at once.
     """
     from hetis.planner.cli.outputs import refuse_page, save_page, say_what_would_be_solved
     from hetis.planner.report import comparison as report
@@ -156,28 +159,30 @@ def what_if(
 class ReplanOptions:
     """The running plan, the fleet to plan for, and the cost of a change."""
 
-    running: str = _input("--from PLAN: The plan that runs: a plan file, or -.", ...)
+    running: str = _input("--from PLAN: The running plan: a plan file, or -.", ...)
     cluster: str = options.cluster_option()
     workload: str | None = _input(
-        "--workload -w NAME|FILE|P/O: The traffic as it is now.",
+        "--workload -w NAME|FILE|P/O: Current traffic.",
         autocompletion=values.workload_names,
         shown="the plan's",
     )
     prefix_hit_rate: Any = options.prefix_hit_rate_option()
     model: str | None = _input(
-        "--model -m NAME|FILE: Refuse a plan of another model; its own is used in any case.",
+        "--model -m NAME|FILE: Reject a plan for any other model; the plan's own model is always used.",
         autocompletion=values.model_names,
     )
     profile: list[str] | None = options.profile_option()
     rate: float | None = options.rate_option()
     max_moves: int | None = _change(
-        "--max-moves N: GPUs of the new plan that may do something else than before.", min=0, shown="any number"
+        "--max-moves N: Maximum number of GPUs whose work may change.", min=0, shown="any number"
     )
     horizon: float = _time(
-        "--horizon TIME: How long the new plan will last: what the change loses is spread over it.", "1h"
+        "--horizon TIME: Expected lifetime of the new plan, over which the cost of the change is spread.", "1h"
     )
-    restart: float = _time("--restart TIME: From stopping an engine to serving again, without reading weights.", "30s")
-    load: float = _change("--load BANDWIDTH: At which every GPU reads its weights.", "2GB/s", parser=values.bandwidth)
+    restart: float = _time("--restart TIME: Time to restart an engine, excluding loading weights.", "30s")
+    load: float = _change(
+        "--load BANDWIDTH: Rate at which each GPU loads its weights.", "2GB/s", parser=values.bandwidth
+    )
 
 
 @group
@@ -192,11 +197,11 @@ class NextPlanOptions:
 def replan(
     terminal: Terminal, *, asked: ReplanOptions, search: options.SearchOptions, answer: NextPlanOptions
 ) -> ExitCode:
-    """Plan again from a running plan: keep what is worth keeping, count what a change costs, and order its steps.
+    """Re-plan from a running plan: keep what is worth keeping, include the cost of the change, and order its steps.
 
-    Objective, limits, strategy, engine, roles and constraints are those of the running plan. The cluster is what is
-    there now: nodes that it lacks are gone, others have joined. Ctrl-C once takes the best answer so far; twice leaves
-    at once.
+    Objective, limits, strategy, engine, roles and constraints are those of the running plan. The cluster is the
+    present one: nodes that it lacks have left, new ones have joined. Ctrl-C once takes the best answer so far; Ctrl-C
+    twice exits at once.
     """
     from hetis.planner.cli.outputs import STDOUT, refuse_page, refuse_unwritable, save_or_tell, say_what_would_be_solved
     from hetis.planner.report.changes import render_replan, replan_document
@@ -248,10 +253,10 @@ def replan(
 @verb()
 def diff(
     terminal: Terminal,
-    before: Annotated[str, typer.Argument(metavar="A", help="The plan of before: a plan file, or -.")],
-    after: Annotated[str, typer.Argument(metavar="B", help="The plan after it: a plan file, or -.")],
+    before: Annotated[str, typer.Argument(metavar="A", help="The old plan: a plan file, or -.")],
+    after: Annotated[str, typer.Argument(metavar="B", help="The new plan: a plan file, or -.")],
 ) -> ExitCode:
-    """Compare two plans: replicas kept, changed, new and gone, weights to load, KV dropped, rate and cost.
+    """Compare two plans: replicas kept, changed, added and removed, weights to load, KV dropped, rate and cost.
 
     Replicas are matched by the GPUs they hold and the layers on them. Devices of the same name are the same GPU.
     """

@@ -31,27 +31,35 @@ hetis-plan cluster discover --from agents --server planner:8470 --out cluster.ya
 _MOST_SHOWN = 50  # sentences on stderr; the file contains all of them
 
 cluster = typer.Typer(
-    name="cluster", help="Describe a fleet from what its own tools know.", no_args_is_help=True, add_completion=False
+    name="cluster",
+    help="Create a cluster file from the output of the fleet's own tools.",
+    no_args_is_help=True,
+    add_completion=False,
 )
 
 
 @group
 class DiscoveryOptions:
     source: FleetSource = option(
-        "--from: "
-        "What wrote the files; auto: seen by what is in them. file: CSV of nodes. nvml: the driver of this host. "
+        "--from: Tool that wrote the files; auto detects it from their contents. file: CSV of nodes. nvml: "
+        "the driver of this host. "
         "agents: those of a planner.",
         FleetSource.AUTO,
     )
-    out: str = option("--out FILE|-: The cluster file; -: standard output.", "-")
-    name: str | None = option("--name: Of the cluster.", shown="discovered; from agents: that of --cluster")
+    out: str = option("--out FILE|-: Cluster file to write; - writes to standard output.", "-")
+    name: str | None = option("--name: Name of the cluster.", shown="discovered; from agents: that of --cluster")
     gpu: list[str] | None = option(
-        "--gpu NAME=TYPE: "
-        "What a name of the tool means: a type of `catalog gpus`, or none to leave them out. Repeatable."
+        "--gpu NAME=TYPE: Map a GPU name that the tool reports to a type of `catalog gpus`, or to none to "
+        "leave these GPUs out. Repeatable.",
+        autocompletion=values.meant_gpus,
     )
-    with_busy: bool = option("--with-busy: GPUs that are in use are part of the fleet.", False)
-    bandwidth: float | None = option("--bandwidth RATE: Between nodes.", parser=values.bandwidth, shown="100Gbps")
-    latency: float | None = option("--latency TIME: Between nodes.", parser=values.positive_duration, shown="20us")
+    with_busy: bool = option("--with-busy: Include GPUs that are in use.", False)
+    bandwidth: float | None = option(
+        "--bandwidth RATE: Bandwidth between nodes.", parser=values.bandwidth, shown="100Gbps"
+    )
+    latency: float | None = option(
+        "--latency TIME: Latency between nodes.", parser=values.positive_duration, shown="20us"
+    )
     cluster: str | None = cluster_name_option()
 
     def link(self) -> Link | None:
@@ -71,16 +79,17 @@ def discover(
         list[str] | None,
         typer.Argument(
             metavar="[FILE...]",
-            help="What the tool printed; several of kubectl and nvidia-smi. Default: standard input, which - is, too.",
+            help="Output of the tool; several files are allowed for kubectl and nvidia-smi. Default: standard "
+            "input, also given as -.",
         ),
     ] = None,
     *,
     asked: DiscoveryOptions,
     planner: PlannerOptions,
 ) -> ExitCode:
-    """Make a cluster file of what kubectl, nvidia-smi, Slurm, Ray, this host's driver or a planner's agents say.
+    """Create a cluster file from kubectl, nvidia-smi, Slurm or Ray, this host's driver, or a planner's agents.
 
-    Tell what is left out and why.
+    It lists what is left out, and why.
     """
     from hetis.formats.discovery.fleet import discovered, said_types
     from hetis.formats.discovery.nvidia import read_nvml
@@ -94,7 +103,7 @@ def discover(
     if name is not None and not (name.strip() and name.isprintable() and len(name) <= 200):
         raise typer.BadParameter(f"--name: {name[:40]!r} is not a name: 1 to 200 printable characters")
     if files and source in (FleetSource.NVML, FleetSource.AGENTS):
-        raise typer.BadParameter(f"--from {source.value} reads no files, and there is {files[0]}")
+        raise typer.BadParameter(f"--from {source.value} reads no files: leave out {files[0]}")
 
     def written(inventory: Inventory, sources: Sequence[str], otherwise_named: str = "discovered") -> ExitCode:
         found = discovered(inventory, name=name or otherwise_named, link=asked.link(), said=said)
@@ -139,7 +148,7 @@ def _write(terminal: Terminal, found: Discovered, sources: Sequence[str], out: s
     for line in found.left_out[:_MOST_SHOWN]:
         terminal.say(f"left out: {line}")
     if len(found.left_out) > _MOST_SHOWN:
-        terminal.say(f"left out: {len(found.left_out) - _MOST_SHOWN} more; the file has them")
+        terminal.say(f"left out: {len(found.left_out) - _MOST_SHOWN} more, listed in the file")
     for line in found.assumed:
         terminal.say(f"assumed: {line}")
     if out == "-":

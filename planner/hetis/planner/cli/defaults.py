@@ -61,7 +61,9 @@ def _settings(file: Path, options: Options, problems: list[Problem]) -> Iterator
         if key in tables:
             continue
         if key not in every:
-            problems.append(Problem(file=str(file), message=f"no verb has an option --{key}{did_you_mean(key, every)}"))
+            problems.append(
+                Problem(file=str(file), message=f"no command has an option --{key}{did_you_mean(key, every)}")
+            )
         for verb, names in options.items():
             if key in names:
                 yield verb, names[key], _as_given(value)
@@ -70,11 +72,13 @@ def _settings(file: Path, options: Options, problems: list[Problem]) -> Iterator
     for verb, table in ({name: table for name, table in tables.items() if name not in groups} | inner).items():
         if not isinstance(table, dict):
             group, _, key = verb.partition(".")
-            message = f"{group} has no option --{key}: its verbs have tables of their own, such as [{group}.VERB]"
+            message = (
+                f"{group} has no option --{key}: set it in the table of one of its commands, such as [{group}.VERB]"
+            )
             problems.append(Problem(file=str(file), message=message))
             continue
         if verb not in options:
-            problems.append(Problem(file=str(file), message=f"no verb {verb!r}{did_you_mean(verb, options)}"))
+            problems.append(Problem(file=str(file), message=f"no command {verb!r}{did_you_mean(verb, options)}"))
             continue
         for key, value in table.items():
             if key not in options[verb]:

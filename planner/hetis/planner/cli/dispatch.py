@@ -30,27 +30,23 @@ _input, _search, _result = map(panel, ("Inputs", "Search", "Result"))
 
 @group
 class StateOptions:
-    explain: bool = _result("--explain: Say why, in words.", False)
-    out: Path | None = _result(
-        "--out FILE: Save the state that this leads to; .yaml or .yml for YAML, anything else is JSON."
-    )
+    explain: bool = _result("--explain: Explain the decision in words.", False)
+    out: Path | None = _result("--out FILE: Save the resulting state; .yaml or .yml for YAML, anything else is JSON.")
 
 
 @group
 class RequestOptions:
     state: str | None = _input("--state FILE: A DispatchState file; - is stdin.")
-    plan: str | None = _input(
-        "--plan PLAN: Instead of --state: a placement plan, one stage of which is taken with nothing running."
-    )
-    replica: int = _input("--replica: Replica of the plan, from 0.", 0, min=0)
-    stage: int = _input("--stage: Stage of that replica, from 1.", 1, min=1)
+    plan: str | None = _input("--plan PLAN: Instead of --state: take one idle stage of a placement plan.")
+    replica: int = _input("--replica: Replica of the plan, counted from 0.", 0, min=0)
+    stage: int = _input("--stage: Stage of that replica, counted from 1.", 1, min=1)
     requests: str | None = _input("--requests FILE: New requests: a DispatchRequests file, or its list alone.")
     request: list[str] | None = _input(
-        "--request CONTEXT/OUTPUT: A new request by its tokens, such as 8000/300; repeatable."
+        "--request CONTEXT/OUTPUT: A new request by its token counts, such as 8000/300; repeatable."
     )
     profile: list[str] | None = options.profile_option()
-    exact: bool = _search("--exact: Search whole head groups to the best (MILP).", False)
-    time_limit: float = _search("--time-limit TIME: How long --exact may take.", "10s", parser=values.positive_duration)
+    exact: bool = _search("--exact: Solve for the best whole head groups (MILP).", False)
+    time_limit: float = _search("--time-limit TIME: Time limit of --exact.", "10s", parser=values.positive_duration)
     seed: int = options.seed_option()
 
     def load(self) -> CostedStage:
@@ -68,15 +64,15 @@ class RequestOptions:
             return load_stage(self.state, profiles=self.profile or ())
         assert self.plan is not None
         if self.profile:
-            raise typer.BadParameter("--profile goes with --state: a plan holds its profiles")
+            raise typer.BadParameter("--profile needs --state: a plan already contains its profiles")
         return load_stage_of_plan(self.plan, replica=self.replica, stage=self.stage)
 
 
 @verb()
 def dispatch(terminal: Terminal, *, asked: RequestOptions, answer: StateOptions) -> ExitCode:
-    """Place the head groups of new requests on the devices of one stage, and prove how good that is.
+    """Place the head groups of new requests on the devices of one stage, with a bound on the optimum.
 
-    The stage comes from a DispatchState file, or empty from a placement plan.
+    The stage comes from a DispatchState file, or is taken empty from a placement plan.
 
     Requests that find no room are listed with what they lack and the others placed; the exit code is 3 then.
     """
@@ -113,7 +109,7 @@ def announce_compilation(terminal: Terminal) -> None:
     from hetis.planner.use_cases.dispatch import is_compiled
 
     if not is_compiled():
-        terminal.say("compiling the solver, once: this takes a minute or two")
+        terminal.say("compiling the solver (only once; takes a minute or two)")
 
 
 # --- redispatch
@@ -124,20 +120,24 @@ class RedispatchOptions:
     state: str = _input("--state FILE: A DispatchState file; - is stdin.", ...)
     profile: list[str] | None = options.profile_option()
     theta: float = _search(
-        "--theta SHARE: Deviation from the ideal makespan that triggers.", "50%", parser=values.ratio
+        "--theta SHARE: Deviation from the ideal makespan that triggers a re-dispatch.", "50%", parser=values.ratio
     )
-    budget: int | None = _search("--budget SIZE: Most KV to move, such as 10GiB.", parser=values.size, shown="no limit")
+    budget: int | None = _search(
+        "--budget SIZE: Maximum KV to move, such as 10GiB.", parser=values.size, shown="no limit"
+    )
     patience: float = _search(
         "--patience SHARE: A move must pay within this share of its request's remaining steps.",
         "25%",
         parser=values.share,
     )
     least_gain: float = _search(
-        "--least-gain SHARE: Of the makespan; for less nothing moves unless memory is short.", "1%", parser=values.ratio
+        "--least-gain SHARE: Minimum gain, as a share of the makespan; below it nothing moves unless memory is short.",
+        "1%",
+        parser=values.ratio,
     )
-    ahead: int = _search("--ahead: Decode steps that growth is foreseen.", 100, min=0, max=10**6)
+    ahead: int = _search("--ahead: Decode steps to look ahead for KV growth.", 100, min=0, max=10**6)
     refill: float | None = _search(
-        "--refill TIME: What prefilling a token of an evicted request again takes.",
+        "--refill TIME: Time to prefill one token of an evicted request again.",
         parser=values.positive_duration,
         shown="400us",
     )
@@ -145,14 +145,16 @@ class RedispatchOptions:
 
 @group
 class MoveOptions(StateOptions):
-    strict: bool = _result("--strict: Exit 5 when KV blocks stay short or on draining devices.", False)
+    strict: bool = _result(
+        "--strict: Exit 5 if devices remain short of KV blocks or draining devices still hold some.", False
+    )
 
 
 @verb()
 def redispatch(terminal: Terminal, *, asked: RedispatchOptions, answer: MoveOptions) -> ExitCode:
-    """Find the moves of running head groups that pay, in an order that memory allows.
+    """Find the moves of running head groups that pay off, in an order that memory allows.
 
-    Moves are found whether or not a trigger has fired; the report says which ones would make a running stage look.
+    Moves are found whether or not a trigger has fired; the report lists the triggers that have fired.
     """
     from hetis.planner.cli.outputs import refuse_unwritable, save
     from hetis.planner.report.dispatch import explain_redispatch, redispatch_document, render_redispatch
@@ -175,6 +177,6 @@ def redispatch(terminal: Terminal, *, asked: RedispatchOptions, answer: MoveOpti
         save(terminal, found.saved, answer.out)
     terminal.emit(lambda: redispatch_document(found, sentences), lambda: render_redispatch(found, sentences))
     if answer.strict and found.plan.short_after >= 1:
-        terminal.error(f"{found.plan.short_after:,.0f} KV blocks stay short, or on draining devices")
+        terminal.error(f"{found.plan.short_after:,.0f} KV blocks remain short or on draining devices")
         return ExitCode.MISSED
     return ExitCode.OK

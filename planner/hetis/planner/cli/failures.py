@@ -56,7 +56,11 @@ def describe(error: Exception) -> tuple[ExitCode, str, list[str]]:
         case NoPlanFoundError():
             return ExitCode.NO_PLAN, str(error), []
         case NotExportableError():
-            return ExitCode.INFEASIBLE, "the plan cannot be exported so", [f"- {reason}" for reason in error.reasons]
+            return (
+                ExitCode.INFEASIBLE,
+                "the plan cannot be exported with these options",
+                [f"- {reason}" for reason in error.reasons],
+            )
         case UncheckedPlanError():
             return ExitCode.INTERNAL, str(error), list(error.violations)
         case HetisError():
@@ -83,17 +87,17 @@ _CODES = {  # by the name of the gRPC status
 }
 ADVICE = {
     "ACTIVATION_IN_PROGRESS": "wait for {plan}: hetis-plan watch {plan}",
-    "ALREADY_EXISTS": "read what is there: hetis-plan get {name}",
-    "CREDENTIALS": "say who you are: --token-file, or --cert and --key",
-    "DRAINING": "the planner shuts down: repeat in a moment",
-    "ETAG_MISMATCH": "see what changed (hetis-plan get {name}), then repeat if it is still what you want",
-    "INVENTORY_MISMATCH": "see what agents found: hetis-plan agents --cluster {cluster}",
-    "NOT_LEADER": "another planner leads: repeat, or name it with --server",
+    "ALREADY_EXISTS": "read the existing one: hetis-plan get {name}",
+    "CREDENTIALS": "give credentials: --token-file, or --cert and --key",
+    "DRAINING": "the planner is shutting down: retry in a moment",
+    "ETAG_MISMATCH": "see what changed (hetis-plan get {name}), then retry if you still want this",
+    "INVENTORY_MISMATCH": "see what the agents found: hetis-plan agents --cluster {cluster}",
+    "NOT_LEADER": "another planner is the leader: retry, or name the leader with --server",
     "NO_EARLIER_PLAN": "activate another plan: hetis-plan get plans, hetis-plan apply --activate PLAN",
-    "PLAN_CHECK_FAILED": "see every broken rule: hetis-plan check FILE",
+    "PLAN_CHECK_FAILED": "list every violated rule: hetis-plan check FILE",
     "PLAN_STATE": "see its state: hetis-plan get {name}",
-    "STORE_UNAVAILABLE": "the planner's disk or database is in trouble: repeat when it is mended",
-    "RESOURCE_IN_USE": "end what uses it first: {user}",
+    "STORE_UNAVAILABLE": "the planner's disk or database is failing: retry once it is repaired",
+    "RESOURCE_IN_USE": "stop its user first: {user}",
     "ROLE": "the call needs role {needed}, these credentials have role {role}",
 }
 
@@ -103,7 +107,7 @@ def report_call_failure(terminal: Terminal, error: CallError, address: str, *, i
     message = str(error)
     if not error.reason and error.is_unreachable:
         timed_out = error.code.name == "DEADLINE_EXCEEDED"
-        message = f"the planner at {address} {'did not answer in time' if timed_out else 'is not reached'}: {message}"
+        message = f"the planner at {address} {'did not answer in time' if timed_out else 'is unreachable'}: {message}"
     violations = [f"{violation.field}: {violation.description}" for violation in error.violations]
     if violations:  # the message only repeats them
         message = f"{len(violations)} problem{'s' if len(violations) > 1 else ''} in the request"
@@ -117,10 +121,10 @@ def report_call_failure(terminal: Terminal, error: CallError, address: str, *, i
 
 def _advice(error: CallError, *, is_plain: bool) -> str:
     if error.retry_after_s is not None:
-        return f"repeat in {error.retry_after_s:g} s"
+        return f"retry in {error.retry_after_s:g} s"
     if error.reason == "NOT_FOUND":
         collection = error.metadata.get("name", "").rpartition("/")[0].rpartition("/")[2]
-        return f"see what there is: hetis-plan get {collection}" if collection else ""
+        return f"list what exists: hetis-plan get {collection}" if collection else ""
     if not error.reason and error.is_unreachable:
         return _how_to_reach(str(error), is_plain=is_plain)
     try:
@@ -137,14 +141,17 @@ _TLS = ("ssl", "tls", "handshak", "certificate", "security")
 def _how_to_reach(message: str, *, is_plain: bool) -> str:
     said = message.lower()
     if is_plain and any(sign in said for sign in _BROKEN_OFF):
-        return "somebody listens there, and may want TLS: --ca FILE says the authority of the planner's certificate"
+        return "a process listens there and may require TLS: --ca FILE gives the CA of the planner's certificate"
     if is_plain:
-        return "is hetis-planner running? --server or HETIS_SERVER says where; --ca if it has a certificate of its own"
+        return (
+            "is hetis-planner running? Give its address with --server or HETIS_SERVER, and --ca if its "
+            "certificate is from a private CA"
+        )
     tls = (
-        "does --ca name the authority of the planner's certificate, is the certificate of this host name and not"
-        " expired, does the planner have TLS at all, and does it want --cert and --key?"
+        "check that --ca is the CA of the planner's certificate, that the certificate is for this host name and has"
+        " not expired, that the planner uses TLS at all, and whether it requires --cert and --key"
     )
     if any(sign in said for sign in (*_TLS, *_BROKEN_OFF)):
-        return f"TLS fails: {tls}"
+        return f"TLS failed: {tls}"
     # For a host with several addresses gRPC reports only the last failure, perhaps of one on which nothing listens.
-    return f"is hetis-planner running? --server or HETIS_SERVER says where. If it is: {tls}"
+    return f"is hetis-planner running? Give its address with --server or HETIS_SERVER. If it is running: {tls}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
@@ -48,8 +49,8 @@ EXAMPLE_MODEL = "Llama-2-70B"
 @verb()
 def init(
     terminal: Terminal,
-    directory: Annotated[Path, typer.Argument(help="Folder to write into; made if missing.")] = Path("."),
-    force: Annotated[bool, typer.Option("--force", help="Overwrite files that are there.")] = False,
+    directory: Annotated[Path, typer.Argument(help="Folder to write to; created if missing.")] = Path("."),
+    force: Annotated[bool, typer.Option("--force", help="Overwrite existing files.")] = False,
 ) -> ExitCode:
     """Write a sample cluster and workload file."""
     from hetis.formats.files import write_atomically
@@ -57,13 +58,13 @@ def init(
     targets = {directory / name: text for name, text in SAMPLES.items()}
     there = [path for path in targets if path.exists()]
     if there and not force:
-        raise DocumentError(Problem(file=str(path), message="exists already; --force overwrites it") for path in there)
+        raise DocumentError(Problem(file=str(path), message="already exists; --force overwrites it") for path in there)
     if not directory.is_dir():
         try:
             directory.mkdir(parents=True)
         except OSError as error:
-            raise single_problem(str(directory), f"cannot be made: {error.strerror}") from None
-        terminal.say(f"made the folder {directory}")
+            raise single_problem(str(directory), f"cannot be created: {error.strerror}") from None
+        terminal.say(f"created the folder {directory}")
     for path, text in targets.items():
         write_atomically(path, text)
     names = [str(path) for path in targets]
@@ -81,12 +82,17 @@ hetis-plan convert vllm-server.log --out trace.csv"""
 
 @group
 class ConvertOptions:
-    out: str = option("--out FILE|-: A .csv or .jsonl file, or with .gz; -: CSV on stdout.", "-")
+    out: str = option("--out FILE|-: A .csv or .jsonl file, optionally .gz; - writes CSV to stdout.", "-")
     characters_per_token: float | None = option(
-        "--characters-per-token: For texts without numbers of tokens.", min=0.1, max=100.0, shown="4"
+        "--characters-per-token: Characters that count as one token where the file has texts but no token counts.",
+        min=0.1,
+        max=100.0,
+        shown="4",
     )
-    tokenizer: str | None = option("--tokenizer FILE|DIR: Counts tokens of texts: a tokenizer.json or its folder.")
-    rate: float | None = option("--rate RPS: Of requests without times, per second.", parser=values.rate)
+    tokenizer: str | None = option(
+        "--tokenizer FILE|DIR: Tokenizer that counts the tokens of texts: a tokenizer.json or its folder."
+    )
+    rate: float | None = option("--rate RPS: Requests per second, for files without arrival times.", parser=values.rate)
 
 
 @verb(prints_data=False)
@@ -96,20 +102,20 @@ def convert(
         str,
         typer.Argument(
             metavar="TRACE",
-            help="A .csv, .jsonl, .json or .log file, .gz behind it if compressed; its form is seen by its columns.",
+            help="A .csv, .jsonl, .json or .log file, with .gz if compressed; its columns decide the format.",
         ),
     ],
     *,
     asked: ConvertOptions,
 ) -> ExitCode:
-    """Write a trace in hetis' form, of what engines, benchmarks, gateways and data sets have."""
+    """Convert a trace of an engine, benchmark, gateway or data set to hetis' format."""
     from hetis.formats.files import write_atomically
     from hetis.planner.use_cases.files import convert as converted
     from hetis.planner.use_cases.files import trace_file
 
     out = asked.out
     if asked.tokenizer is not None and asked.characters_per_token is not None:
-        raise typer.BadParameter("--tokenizer counts tokens: it goes without --characters-per-token")
+        raise typer.BadParameter("--tokenizer and --characters-per-token cannot be combined")
     found = converted(
         trace, characters_per_token=asked.characters_per_token, tokenizer=asked.tokenizer, rate_rps=asked.rate
     )
@@ -200,13 +206,26 @@ def schema(
 Catalogue = Literal["gpus", "models", "workloads", "strategies"]
 
 
+def _entries(ctx: typer.Context, incomplete: str) -> list[str]:
+    names: dict[str, Callable[[str], list[str]]] = {
+        "gpus": values.gpu_names,
+        "models": values.model_names,
+        "workloads": values.workload_names,
+        "strategies": values.strategy_names,
+    }
+    return names[ctx.params["which"]](incomplete) if ctx.params.get("which") in names else []
+
+
 @verb()
 def catalog(
     terminal: Terminal,
     which: Annotated[Catalogue, typer.Argument(help="What to list.")],
-    containing: Annotated[str, typer.Argument(help="Only names that contain this text.", show_default=False)] = "",
+    containing: Annotated[
+        str,
+        typer.Argument(help="Only names that contain this text.", show_default=False, autocompletion=_entries),
+    ] = "",
 ) -> ExitCode:
-    """List the GPUs, models, workloads or strategies that hetis knows, with their sources (-o json)."""
+    """List the GPUs, models, workloads or strategies in the catalogue, with their sources (-o json)."""
     from hetis.planner.report import catalogue as tables
     from hetis.planner.use_cases.json_values import fields_of, json_value
     from hetis.profiler.defaults import profile_origin
@@ -215,7 +234,7 @@ def catalog(
     every = _by_name(which)
     chosen = {name: entry for name, entry in every.items() if containing.lower() in name.lower()}
     if not chosen:  # an empty list without a message would look like the whole catalogue
-        terminal.warn(f"no name of the {which} contains {containing!r}{did_you_mean(containing, every)}")
+        terminal.warn(f"no name in the catalogue of {which} contains {containing!r}{did_you_mean(containing, every)}")
     entries = list(chosen.values())
     match which:
         case "gpus":

@@ -53,7 +53,7 @@ class CheckVerdict(StrEnum):
 
 @verb()
 def doctor(terminal: Terminal) -> ExitCode:
-    """Check this installation: Python, solver libraries and their order, the compiler's cache, the machine."""
+    """Check this installation: Python, solver libraries and their load order, the compiler's cache, the machine."""
     findings = examine()
 
     def table() -> RenderableType:
@@ -74,9 +74,12 @@ def doctor(terminal: Terminal) -> ExitCode:
 @verb(prints_data=False)
 def completion(
     terminal: Terminal,
-    shell: Annotated[Literal["bash", "zsh", "fish"], typer.Argument(help="The shell the script is for.")],
+    shell: Annotated[Literal["bash", "zsh", "fish"], typer.Argument(help="Shell to write the script for.")],
 ) -> ExitCode:
-    """Print a completion script: `source <(hetis-plan completion bash)`."""
+    """Print a completion script: `source <(hetis-plan completion bash)`; fish: `hetis-plan completion fish | source`.
+
+    zsh needs `autoload -Uz compinit && compinit` before `source <(hetis-plan completion zsh)`.
+    """
     from typer.completion import get_completion_script  # type: ignore[attr-defined]  # imported there, not exported
 
     sys.stdout.write(
@@ -87,7 +90,7 @@ def completion(
 
 @verb()
 def version(terminal: Terminal) -> ExitCode:
-    """Print the versions of hetis and of the libraries that decide a plan."""
+    """Print the versions of hetis and of the libraries that affect plans."""
     from hetis.planner.use_cases.versions import installed_versions
 
     versions = installed_versions()
@@ -143,7 +146,7 @@ def _solver_orders() -> Iterator[Finding]:
     orders = {"highspy, ortools": _IMPORT_HIGHS + _IMPORT_CP_SAT, "ortools, highspy": _IMPORT_CP_SAT + _IMPORT_HIGHS}
     for name, imports in orders.items():
         error = _failure_of(imports + _SOLVE_WITH_HIGHS + _SOLVE_WITH_CP_SAT)
-        yield _finding(f"import {name}", error is None, error or "both solve")
+        yield _finding(f"import {name}", error is None, error or "both work")
 
 
 def _failure_of(program: str) -> str | None:
@@ -174,7 +177,7 @@ def _compiled_code_cache() -> Finding:
     return _finding(
         "numba cache",
         False,
-        f"{folder} may not be written: every run compiles again; set NUMBA_CACHE_DIR to a folder of yours",
+        f"{folder} is not writable, so that every run compiles again; set NUMBA_CACHE_DIR to a writable folder",
         otherwise=CheckVerdict.WARNING,
     )
 
@@ -207,7 +210,10 @@ def _memory() -> Finding:
     detail = f"{available / 2**30:.1f} GiB available"
     enough = available >= MIN_MEMORY_BYTES
     return _finding(
-        "memory", enough, detail if enough else f"{detail}, 10,000 GPUs want 2", otherwise=CheckVerdict.WARNING
+        "memory",
+        enough,
+        detail if enough else f"{detail}; plans for 10,000 GPUs need 2",
+        otherwise=CheckVerdict.WARNING,
     )
 
 

@@ -115,16 +115,18 @@ _setting = partial(_search, min=1, max=values.MOST_SETTING)  # one setting for e
 
 cluster_option = partial(_input, "--cluster -c FILE: The fleet.", ...)
 profile_option = partial(
-    _input, "--profile FILE: Profile of a GPU type; repeatable. Others use the one shipped for them, or are modelled."
+    _input, "--profile FILE: Profile of a GPU type; repeatable. Other types use their shipped profile, or are modelled."
 )
 prefix_hit_rate_option = partial(
     _input,
     "--prefix-hit-rate SHARE|trace: "
-    "Prompt tokens that prefix caches have: 0.4, 40%, or trace, counted by a Mooncake trace's hash ids.",
+    "Share of prompt tokens that prefix caches hold: 0.4, 40%, or trace to count it by a Mooncake trace's hash ids.",
     parser=values.prefix_hit_rate,
     shown="the workload's, or 0",
 )
-rate_option = partial(_goal, "--rate R: Demanded requests/s; objectives cost and gpus need it.", parser=values.demand)
+rate_option = partial(
+    _goal, "--rate R: Demanded requests/s; required by the objectives cost and gpus.", parser=values.demand
+)
 ttft_option = partial(_goal, "--ttft TIME|none: Limit of the p95 time to first token.", parser=values.ttft_limit)
 tpot_option = partial(_goal, "--tpot TIME|none: Limit of the mean time per output token.", parser=values.tpot_limit)
 strategy_option = partial(
@@ -140,22 +142,22 @@ time_limit_option = partial(
 gap_option = partial(
     _search, "--gap GAP: Stop when the plan is proven this close to the best; 0.5% or 0.005.", parser=values.gap
 )
-seed_option = partial(_search, "--seed: Same seed, same plan.", 0, min=0)
+seed_option = partial(_search, "--seed: Random seed; the same seed gives the same plan.", 0, min=0)
 threads_option = partial(_search, "--threads: Solver threads; 0 uses every core.", 1, min=0)
 out_option = partial(
-    _result, "--out FILE: Also save the plan; .yaml or .yml for YAML, anything else is JSON; - prints it, and no table."
+    _result,
+    "--out FILE: Also save the plan; .yaml or .yml for YAML, anything else is JSON; - prints it instead of the tables.",
 )
-html_option = partial(_result, "--html FILE: Also save one page of HTML that needs no network; see `report`.")
+html_option = partial(_result, "--html FILE: Also save a self-contained HTML page; see `report`.")
 dry_run_option = partial(
     _search,
     "--dry-run: "
-    "Check the whole call, say what would be solved, and stop: every file, name and option, and whether the results "
-    "could be written.",
+    "Check every file, name and option and whether the results can be written, show what would be solved, and stop.",
     False,
 )
 
-no_wait_option = partial(option, "--no-wait: Return at once; `watch` shows how it goes on.", False)
-check_only_option = partial(option, "--dry-run: Check everything and show it, change nothing.", False)
+no_wait_option = partial(option, "--no-wait: Return at once; `watch` shows the progress.", False)
+check_only_option = partial(option, "--dry-run: Check and show everything without changing anything.", False)
 
 
 # --- groups of several verbs
@@ -166,37 +168,39 @@ class OptionalInputOptions:
     """The problem of ``apply``, a verb that need not solve one."""
 
     cluster: str | None = _to_solve(
-        "--cluster -c FILE|NAME: The fleet: a file, which is applied first, or a cluster that is there."
+        "--cluster -c FILE|NAME: The fleet: a file, which is applied first, or an existing cluster."
     )
-    model: str | None = _to_solve("--model -m NAME|FILE: As at place.")
-    workload: str | None = _to_solve("--workload -w NAME|FILE|P/O: As at place.")
+    model: str | None = _to_solve("--model -m NAME|FILE: As for `place`.")
+    workload: str | None = _to_solve("--workload -w NAME|FILE|P/O: As for `place`.")
     prefix_hit_rate: Any = prefix_hit_rate_option()  # a share or "trace", which typer's types cannot express
     weights: str | None = _input(
         "--weights P[,GPU=P...]: "
-        "Of the model's weights, everywhere and on GPU types: bf16, fp8, int8, awq-int4, gptq-int4, mxfp4, nvfp4.",
+        "Precision of the weights, in general and per GPU type: bf16, fp8, int8, awq-int4, gptq-int4, mxfp4, nvfp4.",
         parser=values.weights,
+        autocompletion=values.weights_names,
         shown="the checkpoint's",
     )
     kv: str | None = _input(
-        "--kv P[,GPU=P...]: Of the KV cache, everywhere and on GPU types: bf16 or fp8.",
+        "--kv P[,GPU=P...]: Precision of the KV cache, in general and per GPU type: bf16 or fp8.",
         parser=values.kv,
+        autocompletion=values.kv_names,
         shown="the checkpoint's",
     )
     mtp: str | None = _input(
         "--mtp K:RATE: "
-        "Multi-token prediction by layers that the model has: K drafts per step, accepted at a rate: 1:0.85.",
+        "Multi-token prediction by layers of the model: K drafts per step and their acceptance rate, such as 1:0.85.",
         parser=values.mtp,
         shown="no drafts",
     )
     profile: list[str] | None = _to_solve(
-        "--profile FILE|NAME: Profile to use: a file, which is applied first, or one that is there; repeatable."
+        "--profile FILE|NAME: Profile to use: a file, which is applied first, or an existing profile; repeatable."
     )
 
 
 @group
 class ApplyOptions:
     plan: str | None = _plan("--plan FILE: Import a Plan file instead.")
-    name: str = _plan("--name ID: Of the plan.", "", shown="chosen there")
+    name: str = _plan("--name ID: Name of the new plan.", "", shown="chosen by the planner")
     activate: bool = _plan("--activate: Put the plan in force and wait until it is.", False)
     out: Path | None = _plan("--out FILE: Save the Plan as JSON.")
     no_wait: bool = no_wait_option()
@@ -241,7 +245,7 @@ class InputOptions(OptionalInputOptions):
 @group
 class GoalOptions:
     objective: ObjectiveKind = _goal(
-        f"--objective GOAL: What the plan is good for: {', '.join(ObjectiveKind)}.", ObjectiveKind.GOODPUT
+        f"--objective GOAL: Objective of the plan: {', '.join(ObjectiveKind)}.", ObjectiveKind.GOODPUT
     )
     rate: float | None = rate_option()
     ttft: float | None = ttft_option(shown="2s; throughput: none")
@@ -252,13 +256,15 @@ class GoalOptions:
 class ConstraintOptions:
     pin: list[str] | None = _goal(
         "--pin CONSTRAINT: "
-        "node=|type=|zone= and :use=N (at least so many GPUs in use) or :as=worker, primary, prefill, decode, unified "
-        "(nothing else); replicas=N or N..M; usd=..N per hour; gpus=..N. Repeatable."
+        "node=|type=|zone= and :use=N (at least N GPUs in use) or :as=worker, primary, prefill, decode, unified "
+        "(nothing else); replicas=N or N..M; usd=..N per hour; gpus=..N. Repeatable.",
+        autocompletion=values.pinned_things,
     )
     forbid: list[str] | None = _goal(
         "--forbid CONSTRAINT: "
         "gpu=NODE/INDEX, node=, type=, zone= (not used, or not :as=worker, ...); tp=N; workers; shared-experts. "
-        "Repeatable."
+        "Repeatable.",
+        autocompletion=values.forbidden_things,
     )
 
 
@@ -266,12 +272,13 @@ class ConstraintOptions:
 class FamilyOptions:
     strategy: str = strategy_option()
     roles: frozenset[Role] | None = _search(
-        "--roles ROLE,...: What replicas may do: unified, or prefill,decode, or all three.",
+        "--roles ROLE,...: Roles that replicas may have: unified, or prefill,decode, or all three.",
         parser=values.roles,
-        shown="all of the strategy",
+        autocompletion=values.role_names,
+        shown="all that the strategy has",
     )
     engine: str | None = _search(
-        "--engine NAME: Plan only what this engine runs: vllm-hetis (with attention workers), vllm, sglang, or any.",
+        "--engine NAME: Plan only what this engine can run: vllm-hetis (with attention workers), vllm, sglang, or any.",
         parser=values.engine,
         autocompletion=values.engine_names,
         shown="vllm-hetis; any for published heuristics",
@@ -283,31 +290,33 @@ class ReplicaOptions:
     """Limits of every replica, and the settings with which its engine is started."""
 
     max_stages: int | None = _search(
-        "--max-stages: Stages of a replica, of an engine's plans.", min=1, max=16, shown="8"
+        "--max-stages: Maximum stages of a replica, in plans for an engine.",
+        min=1,
+        max=16,
+        shown="8; fewer where kinds of GPUs are many",
     )
     max_gpus: int | None = _search(
-        "--max-gpus: GPUs of a replica, attention workers included, of an engine's plans.", min=1
+        "--max-gpus: Maximum GPUs of a replica including attention workers, in plans for an engine.", min=1
     )
     min_layers: int | None = _search(
-        "--min-layers-per-stage: Layers that a stage holds at least, of an engine's plans.", min=1
+        "--min-layers-per-stage: Minimum layers of a stage, in plans for an engine.", min=1
     )
     max_nodes: int | None = _search(
-        "--max-nodes-per-replica: Nodes that a replica may lie on, attention workers included, of an engine's plans.",
+        "--max-nodes-per-replica: Maximum nodes of a replica including attention workers, in plans for an engine.",
         min=1,
     )
     max_num_seqs: int | None = _setting(
-        "--max-num-seqs N: Requests that an engine runs at once (a replica, or each of its copies that share experts)."
+        "--max-num-seqs N: Maximum requests that an engine runs at once (a replica, or each copy that shares experts)."
     )
     chunk_tokens: frozenset[int] | None = _search(
-        "--chunk-tokens N[,N...]: Prompt tokens of an iteration: vLLM's --max-num-batched-tokens less --max-num-seqs.",
+        "--chunk-tokens N[,N...]: Prompt tokens per iteration: vLLM's --max-num-batched-tokens less --max-num-seqs.",
         parser=values.chunks,
         shown="256,512,2048",
     )
     kv_blocks: int | None = _setting(
         "--kv-blocks N: "
-        "KV blocks of 16 tokens that an engine has at most (each of copies that share experts), such as its "
-        "--num-gpu-blocks-override.",
-        shown="as memory allows",
+        "Maximum KV blocks of 16 tokens of an engine (of each copy that shares experts), as --num-gpu-blocks-override.",
+        shown="what memory allows",
     )
 
     @property
@@ -332,14 +341,14 @@ class ServiceLevelOptions:
     """The part of the simulated traffic that has to keep the latency limits."""
 
     ttft_statistic: Statistic | None = _goal(
-        "--ttft-statistic: What of TTFT the simulation holds to its limit.", shown=DEFAULT.ttft
+        "--ttft-statistic: Statistic of TTFT that must keep its limit in simulation.", shown=DEFAULT.ttft
     )
     tpot_statistic: Statistic | None = _goal(
-        "--tpot-statistic: What of TPOT the simulation holds to its limit.", shown=DEFAULT.tpot
+        "--tpot-statistic: Statistic of TPOT that must keep its limit in simulation.", shown=DEFAULT.tpot
     )
     attainment: float | None = _goal(
         "--attainment SHARE: "
-        "Share of simulated requests that keep all limits (SLO attainment), instead of statistics; such as 90%.",
+        "Share of simulated requests that must keep all limits (SLO attainment), instead of statistics; such as 90%.",
         parser=values.share,
     )
 
@@ -365,6 +374,7 @@ class SearchOptions:
             strategy=family.strategy,
             roles=ordered(family.roles or ()),
             engine=engine_rules(family.engine, family.strategy, replicas.limits),
+            keep_stages=replicas.max_stages is not None,
             **more,
         )
 
@@ -380,11 +390,11 @@ Survived = Literal["node", "zone"]  # the loss that the demand must survive
 
 verify_option = partial(
     _result,
-    "--verify/--no-verify: Simulate the plan at the rate it promises, and say whether the limits are kept.",
+    "--verify/--no-verify: Simulate the plan at its planned rate and report whether the limits are kept.",
     True,
 )
 survive_option = partial(
-    _goal, "--survive: Serve --rate when any one node, or zone, is lost, with --objective cost or gpus."
+    _goal, "--survive: Still serve --rate after losing any one node or zone; needs --objective cost or gpus."
 )
 
 

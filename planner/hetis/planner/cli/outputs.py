@@ -34,7 +34,7 @@ def refuse_unwritable(path: Path | None) -> None:
         return
     folder = path.resolve().parent
     if path.is_dir():
-        raise single_problem(str(path), "cannot be written: is a folder")
+        raise single_problem(str(path), "cannot be written: it is a folder")
     if not folder.is_dir():
         raise single_problem(str(path), f"cannot be written: no folder {folder}")
     if not os.access(folder, os.W_OK | os.X_OK):
@@ -52,9 +52,9 @@ def refuse_page(path: Path | None, *, beside: Path | None = None) -> None:
     if path is None:
         return
     if path == STDOUT:
-        raise typer.BadParameter("--html needs a file: `hetis-plan report PLAN --out -` prints a page")
+        raise typer.BadParameter("--html needs a file; `hetis-plan report PLAN --out -` prints the page")
     if path == beside:
-        raise typer.BadParameter(f"--html and --out cannot both be {path}")
+        raise typer.BadParameter(f"--html and --out cannot both write to {path}")
     refuse_unwritable_page(path)
 
 

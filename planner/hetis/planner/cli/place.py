@@ -34,12 +34,12 @@ _goal, _search, _result = panel("Goal"), panel("Search"), panel("Result")
 @group
 class PreferenceOptions:
     price_pins: bool = _goal(
-        "--price-pins: Solve again without each pin and forbidden thing: what the objective would gain.", False
+        "--price-pins: Solve again without each --pin and --forbid to show what the objective would gain.", False
     )
     survive: options.Survived | None = options.survive_option()
     simplest_within: float = _search(
         "--simplest-within SHARE: "
-        "What the plan may lose of the best for replicas on fewer nodes, then of fewer shapes; 2%.",
+        "Loss against the best plan, such as 2%, to accept for replicas on fewer nodes, then for fewer shapes.",
         "0",
         parser=values.error,
     )
@@ -48,19 +48,20 @@ class PreferenceOptions:
 @group
 class ResultOptions:
     profile_error: float | None = _search(
-        "--profile-error ERROR: Also show how the plan fares when every coefficient is off by up to this: 20% or 0.2.",
+        "--profile-error ERROR: Also show how the plan fares when every profile coefficient is off by up to "
+        "this: 20% or 0.2.",
         parser=values.error,
     )
     out: Path | None = options.out_option()
     html: Path | None = options.html_option()
     strict: bool = _result(
-        "--strict: Exit 5 when the gap, the demanded rate or, simulated, a latency limit is missed.", False
+        "--strict: Exit 5 if the gap, the demanded rate or (in simulation) a latency limit is missed.", False
     )
     verify: bool = options.verify_option()
     dry_run: bool = options.dry_run_option()
     other_engines: bool = _result(
         "--other-engines/--no-other-engines: "
-        "Say what plans for other engines reach, found in a tenth of the time limit.",
+        "Show what plans for other engines reach, found in a tenth of the time limit.",
         True,
     )
 
@@ -79,9 +80,9 @@ def place(
     search: options.SearchOptions,
     results: ResultOptions,
 ) -> ExitCode:
-    """Decide which GPUs form which replicas, and prove how good that is.
+    """Decide which GPUs form which replicas, with a proven bound on the optimum.
 
-    Ctrl-C once prints and saves the best plan so far; twice leaves at once.
+    Ctrl-C once prints and saves the best plan so far; Ctrl-C twice exits at once.
     """
     from hetis.planner.cli.outputs import refuse_page, refuse_unwritable, say_what_would_be_solved
     from hetis.planner.use_cases.place import load, pose
@@ -200,11 +201,13 @@ class CompareOptions:
     strategies: values.Names | None = _search(
         "--strategies NAME,...: Families of plans to search, names of `catalog strategies`, or all.",
         parser=values.strategies,
-        shown="all; hetis where engines are compared",
+        autocompletion=values.lists_of_strategies,
+        shown="all; hetis if engines are compared",
     )
     engine: values.Names | None = _search(
-        "--engine NAME,...: Plan only what this engine runs; with several (or all), their plans side by side.",
+        "--engine NAME,...: Plan only what this engine can run; several (or all) are compared side by side.",
         parser=values.engines,
+        autocompletion=values.lists_of_engines,
         shown="any",
     )
 
@@ -232,10 +235,10 @@ def compare(
 ) -> ExitCode:
     """Plan by several strategies, or for several engines, and show the plans side by side, checked and simulated alike.
 
-    Each search has the whole time limit. Where the simulation of its plan misses a limit, up to two more follow, but
-    for those as published (-paper). A strategy without a plan is a row with its reason.
+    Each search has the full time limit. Where the simulation of its plan misses a limit, up to two more searches
+    follow, except for published heuristics (-paper). A strategy without a plan gets a row with the reason.
 
-    Ctrl-C once ends the strategy at work and shows what there is; twice leaves at once.
+    Ctrl-C once stops the running strategy and shows the results so far; Ctrl-C twice exits at once.
     """
     from hetis.planner.cli.outputs import (
         refuse_page,
@@ -267,7 +270,10 @@ def compare(
         plans = names if asked.engine is None else [f"{name}-{engine}" for name in names for engine in rules]
         refuse_unwritable_plans(results.out, plans)
     refuse_page(results.html)
-    request, settings = inputs.request(goal, replicas, constraints), search.settings_of()
+    request, settings = (
+        inputs.request(goal, replicas, constraints),
+        search.settings_of(keep_stages=replicas.max_stages is not None),
+    )
     level = held_to.level(request.objective, verify=results.verify)
     loaded, objective = load(request), request.objective
     is_repeated = results.verify and not all(STRATEGIES[name].is_published for name in names)
@@ -323,7 +329,7 @@ class LayersOptions:
         "--time-limit TIME: Return the best placement found by then.", "60s", parser=values.positive_duration
     )
     seed: int = options.seed_option()
-    compare: bool = option("--compare/--no-compare: Also find the placement of most flow and judge it alike.", True)
+    compare: bool = option("--compare/--no-compare: Also evaluate the placement with the highest flow.", True)
 
 
 @verb()
@@ -333,11 +339,11 @@ def layers(
     *,
     search: LayersOptions,
 ) -> ExitCode:
-    """Decide which contiguous layers each one-node stage holds, and prove how good that is.
+    """Decide which contiguous layers each one-node stage holds, with a proven bound on the optimum.
 
-    The rate is the sustained one: KV room limits the requests in flight, and each makes a token per round trip.
+    The rate is sustained: KV room limits the requests in flight, each of which generates a token per round trip.
 
-    Ctrl-C once prints the best placement so far; twice leaves at once.
+    Ctrl-C once prints the best placement so far; Ctrl-C twice exits at once.
     """
     from hetis.formats.layers_problem import load_layers_problem
     from hetis.planner.report.layers import layers_document, render_layers
@@ -345,7 +351,7 @@ def layers(
 
     problem = load_layers_problem(file)
     if not is_compiled():
-        terminal.say("compiling the solver, once on this machine; half a minute")
+        terminal.say("compiling the solver (only once on this machine; takes half a minute)")
     budget = Budget(time_limit_s=search.time_limit, clock=time.monotonic)
     found = search_interruptibly(
         terminal,

@@ -26,6 +26,7 @@ from hetis.planner.cli.server_verb import (
     collection,
     fetched,
     full_name,
+    kind_names,
     server_verb,
 )
 
@@ -40,21 +41,23 @@ GetFormat = Literal["table", "wide", "json", "yaml", "name"]  # `OutputFormat`, 
 
 @group
 class ShownOptions(InCluster):
-    output_format: GetFormat = option("--output -o: Form of the data.", "table")
+    output_format: GetFormat = option("--output -o: Output format.", "table")
 
 
 @server_verb(prints_data=False)
 def get(
     terminal: Terminal,
     client: Client,
-    kind: Annotated[str, typer.Argument(metavar="KIND[/NAME]", help=f"One of {', '.join(KINDS)}.")],
-    name: Annotated[str | None, typer.Argument(help="One of them; all unless given.")] = None,
+    kind: Annotated[
+        str, typer.Argument(metavar="KIND[/NAME]", autocompletion=kind_names, help=f"One of {', '.join(KINDS)}.")
+    ],
+    name: Annotated[str | None, typer.Argument(help="Only the resource of this name. Default: all.")] = None,
     *,
     shown: ShownOptions,
 ) -> ExitCode:
     """Show resources: clusters, nodes, plans, replicas, re-dispatches, profiles.
 
-    A whole name says both kind and name: `get plans/night`, `get clusters/paper/nodes/a100-0`.
+    A full name contains both kind and name: `get plans/night`, `get clusters/paper/nodes/a100-0`.
     """
     what, form = collection(kind), shown.output_format
     wanted = kind if "/" in kind else name
@@ -110,7 +113,7 @@ def watch(
         str, typer.Argument(metavar="PLAN|CLUSTER", help="A plan, `plans/night` or `night`, or `clusters/paper`.")
     ],
 ) -> ExitCode:
-    """Follow a plan until nothing changes by itself, or everything in a cluster until Ctrl-C.
+    """Follow a plan until it reaches a stable state, or everything in a cluster until Ctrl-C.
 
     A plan is followed on stderr and printed at its end. A cluster is printed line by line as things happen, with
     `-o json` one JSON object per line. Both go on after a lost connection.
@@ -171,7 +174,7 @@ def interrupts_that_arrive() -> Iterator[None]:
 
 @server_verb()
 def agents(terminal: Terminal, client: Client, *, where: InCluster) -> ExitCode:
-    """Show nodes with their agents: state, when last heard, every GPU's KV, clock and health."""
+    """Show nodes and their agents: state, last report, and each GPU's KV, clock and health."""
     from hetis.planner.cli.resource_views import list_data, node_table
     from hetis.planner.convert.names import last_part
     from hetis.v1 import cluster_service_pb2
@@ -190,16 +193,16 @@ def agents(terminal: Terminal, client: Client, *, where: InCluster) -> ExitCode:
 
 @server_verb()
 def status(terminal: Terminal, client: Client) -> ExitCode:
-    """Show whether the planner serves, its clusters, plans at work and in force, proposals that wait.
+    """Show whether the planner is serving, its clusters, plans being solved or in force, and pending proposals.
 
-    Exits 6 when the planner is not reached or does not serve.
+    Exits 6 if the planner is unreachable or not serving.
     """
     from hetis.planner.cli.resource_views import resource_data
     from hetis.v1 import plan_pb2
 
     serving = client.is_serving()
     if not serving:
-        terminal.error("the planner does not serve: it starts or drains")
+        terminal.error("the planner is not serving: it is starting or draining")
         return ExitCode.UNREACHABLE
     clusters = list(client.list_clusters())
     working = list(client.list_plans(states=[plan_pb2.PLAN_STATE_QUEUED, plan_pb2.PLAN_STATE_SOLVING]))
@@ -254,23 +257,23 @@ def _moment(text: str) -> datetime:
     try:
         moment = datetime.fromisoformat(text)
     except ValueError:
-        raise typer.BadParameter(f"{text!r} is not a moment: write it like 2027-01-31T00:00:00Z") from None
+        raise typer.BadParameter(f"{text!r} is not a time: write it like 2027-01-31T00:00:00Z") from None
     return moment if moment.tzinfo is not None else moment.replace(tzinfo=UTC)
 
 
 @group
 class FilterOptions:
-    caller: str = _filter("--caller: Name of credentials.", "")
-    method: str = _filter("--method: Such as CreatePlan.", "")
-    resource: str = _filter("--resource: What was changed, or the plan that was chosen.", "")
-    outcome: str = _filter("--outcome: OK, REPEATED, or a reason such as ROLE.", "")
-    since: datetime | None = _filter("--since TIME", parser=_moment)
-    until: datetime | None = _filter("--until TIME", parser=_moment)
+    caller: str = _filter("--caller: Only calls of the caller with this name.", "")
+    method: str = _filter("--method: Only this method, such as CreatePlan.", "")
+    resource: str = _filter("--resource: Only this resource: the one that was changed, or the chosen plan.", "")
+    outcome: str = _filter("--outcome: Only this outcome: OK, REPEATED, or a reason such as ROLE.", "")
+    since: datetime | None = _filter("--since TIME: Only calls from this time on.", parser=_moment)
+    until: datetime | None = _filter("--until TIME: Only calls before this time.", parser=_moment)
 
 
 @server_verb()
 def audit(terminal: Terminal, client: Client, *, filters: FilterOptions) -> ExitCode:
-    """Show the planner's audit log, the oldest line first. Needs role admin.
+    """Show the planner's audit log, oldest line first. Needs role admin.
 
     Lines of refusals stand for all of their kind within a minute. `hetis-planner audit --check` on the planner's
     machine says whether any line was changed.
@@ -311,7 +314,7 @@ def apply(
     client: Client,
     what: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[FILE|PLAN]...", help="Cluster and Profile files; a plan to activate."),
+        typer.Argument(metavar="[FILE|PLAN]...", help="Cluster and Profile files to apply, or a plan to activate."),
     ] = None,
     *,
     inputs: options.OptionalInputOptions,
@@ -323,9 +326,9 @@ def apply(
     search: options.SearchOptions,
     asked: options.ApplyOptions,
 ) -> ExitCode:
-    """Create or update clusters and profiles, solve on the planner, import plans, put plans in force.
+    """Create or update clusters and profiles, solve on the planner, import plans, activate plans.
 
-    Ctrl-C while waiting stops nothing: the plan goes on, and how to come back to it is said.
+    Ctrl-C while waiting stops nothing: the plan continues, and a command to follow it again is printed.
     """
     from hetis.planner.cli.applying import Applying, FileProblem
 
@@ -347,14 +350,14 @@ def rollback(
     terminal: Terminal,
     client: Client,
     plan: Annotated[
-        str | None, typer.Argument(show_default="that of the cluster", help="The plan in force, to go back from.")
+        str | None, typer.Argument(show_default="the cluster's", help="The plan in force, which is rolled back.")
     ] = None,
     *,
     how: RollbackOptions,
 ) -> ExitCode:
-    """Put the earlier plan in force again and wait until it is.
+    """Activate the previous plan again and wait until it is in force.
 
-    It names the plan to go back from, so that repeating it does not go back twice.
+    The request names the plan to roll back, so that repeating it does not roll back twice.
     """
     from hetis.planner.cli.resource_views import outcome, plan_summary, resource_data, wait_for_plan
     from hetis.v1 import plan_service_pb2
@@ -368,7 +371,7 @@ def rollback(
     request = plan_service_pb2.RollbackPlanRequest(name=full_name("plans", plan), validate_only=how.dry_run)
     answer = client.plans.RollbackPlan(request)
     earlier, waits = answer.plan, not (how.dry_run or how.no_wait)
-    terminal.say("nothing was changed" if how.dry_run else f"going back from {request.name} to {earlier.name}")
+    terminal.say("nothing was changed" if how.dry_run else f"rolling back from {request.name} to {earlier.name}")
     if waits:
         earlier = wait_for_plan(terminal, client, earlier.name)
     terminal.emit(lambda: resource_data(earlier), lambda: plan_summary(earlier, answer.steps))
@@ -377,9 +380,9 @@ def rollback(
 
 @server_verb()
 def cancel(
-    terminal: Terminal, client: Client, plan: Annotated[str, typer.Argument(help="The plan whose search is to end.")]
+    terminal: Terminal, client: Client, plan: Annotated[str, typer.Argument(help="The plan whose search to cancel.")]
 ) -> ExitCode:
-    """End a plan's search; the best plan so far is its answer. A search that is over stays as it is."""
+    """Cancel a plan's search; its best plan so far becomes the result. A finished search is not changed."""
     from hetis.planner.cli.resource_views import outcome, plan_summary, resource_data, wait_for_plan
     from hetis.v1 import plan_service_pb2
 
@@ -394,13 +397,13 @@ def cancel(
 def disconnect(
     terminal: Terminal,
     client: Client,
-    node: Annotated[str, typer.Argument(help="The node whose agent is to go.")],
+    node: Annotated[str, typer.Argument(help="The node whose agent to disconnect.")],
     *,
     where: InCluster,
 ) -> ExitCode:
-    """End the stream of the agent that is connected as a node; the next agent is let in. Needs role admin.
+    """Disconnect the agent that is connected as a node, so that another one can connect. Needs role admin.
 
-    For a node whose credentials somebody else uses: take those back first, or the same agent comes again.
+    Use this if a node's credentials are misused: revoke them first, or the same agent will reconnect.
     """
     from hetis.planner.cli.resource_views import resource_data
     from hetis.v1 import cluster_service_pb2

@@ -37,7 +37,7 @@ ON_TRUST = ("result.bound", "result.solve_s", "prices.dual", "runners_up", "note
 
 @verb()
 def explain(terminal: Terminal, plan: PlanArgument) -> ExitCode:
-    """Show where memory and time go, what limits every replica, what GPUs are worth, why some idle."""
+    """Show where memory and time go, what limits each replica, what GPUs are worth, and why some are idle."""
     from hetis.planner.report.explanation import render_explanation
     from hetis.planner.use_cases.json_values import document, fields_of, json_value
     from hetis.solver.placement.explanation import explain_plan
@@ -57,8 +57,8 @@ def explain(terminal: Terminal, plan: PlanArgument) -> ExitCode:
 def check(terminal: Terminal, plan: PlanArgument) -> ExitCode:
     """Check a plan against the inputs saved in it: devices, layers, memory, links, rates, limits, value.
 
-    The bound is taken on trust, as are the prices: the search proved them, and they are not derived again. So is what
-    stands beside the plan: other setups, losses, simulation, notes.
+    The bound and the prices are not checked: the search proved them, and they are not derived again. Nor are
+    the additional results: other setups, losses, simulation, notes.
     """
     from hetis.planner.use_cases.json_values import json_value
     from hetis.solver.check import check_plan
@@ -70,13 +70,13 @@ def check(terminal: Terminal, plan: PlanArgument) -> ExitCode:
         from rich.text import Text
 
         if violations:
-            return Text("\n".join(f"broken: {violation}" for violation in violations), style="red")
+            return Text("\n".join(f"violated: {violation}" for violation in violations), style="red")
         replicas = plural(len(found.plan.replicas), "replica")
         gpus = plural(sum(len(replica.devices()) for replica in found.plan.replicas), "GPU")
         return Text.assemble(
-            (f"the plan holds: {replicas} on {gpus}, their numbers recomputed\n", "green"),
-            "taken on trust: the bound and the prices, which the search proved and no plan file proves again, and what "
-            "stands beside the plan: other setups, losses, simulation, notes",
+            (f"the plan is valid: {replicas} on {gpus}, their numbers recomputed\n", "green"),
+            "not checked: the bound and the prices, whose proof is not in the plan file, and additional "
+            "results: other setups, losses, simulation, notes",
         )
 
     answer = {"ok": not violations, "violations": json_value(violations), "taken_on_trust": list(ON_TRUST)}
@@ -103,11 +103,11 @@ class ReportOptions:
         "--simulate: Simulate every plan at rates up to and beyond the planned one, and draw it.", False
     )
     buy_next: bool = option(
-        "--buy-next: Say what to buy next: solve again with --count GPUs of every type on the market.", False
+        "--buy-next: Show what to buy next: solve again with --count more GPUs of each type on the market.", False
     )
     count: int = count_option()
     time_limit: float = options.time_limit_option("20s")
-    out: Path = option("--out FILE: The page; - for standard output.", Path("report.html"))
+    out: Path = option("--out FILE: HTML file to write; - writes to standard output.", Path("report.html"))
 
 
 @verb(prints_data=False)
@@ -117,10 +117,10 @@ def report(
     *,
     asked: ReportOptions,
 ) -> ExitCode:
-    """Make one page of HTML of plans, to send to those who decide: what they serve, at which cost, where, and why.
+    """Write an HTML page about plans for decision makers: what they serve, at what cost, where, and why.
 
-    The page needs no network, is light or dark, and prints. Several plans are compared before each is shown. With
-    --buy-next every plan is solved again for each GPU type on the market, each time for --time-limit at most.
+    The page is self-contained, has light and dark modes, and can be printed. Several plans are compared before each is
+    shown. With --buy-next every plan is solved again for each GPU type on the market, each within --time-limit.
     """
     from hetis.planner.cli.outputs import refuse_unwritable_page, save_page
     from hetis.planner.report.page.pages import ShownPlan, plans_page

@@ -22,7 +22,7 @@ from hetis.planner.cli.searching import PLAIN_INTERVAL_S, describe
 from hetis.planner.client import CallError, Client
 from hetis.planner.convert.names import last_part, word_of
 from hetis.planner.report.figures import bar, digits, gigabytes, percent, plural, seconds
-from hetis.planner.report.tables import facts, kept_words, missed_words, table
+from hetis.planner.report.tables import Extent, facts, kept_words, missed_words, table
 from hetis.solver.budget import Progress
 from hetis.v1 import (
     audit_service_pb2,
@@ -278,14 +278,15 @@ def _summary(plan: plan_pb2.Plan) -> Iterator[tuple[str, RenderableType]]:
 
 def _simulated(found: plan_pb2.Verification, spec: plan_pb2.PlanSpec) -> Text:
     kept_rps = found.kept_rps if found.HasField("kept_rps") else None
+    extent = Extent(found.share if found.HasField("share") else None, found.too_short)
     if not found.kept:
-        return missed_words(found.rate_rps, found.misses, kept_rps)
+        return missed_words(found.rate_rps, found.misses, kept_rps, extent)
     latencies = (
         (f"TTFT {spec.ttft_statistic or 'p95'}", found.ttft_s if found.HasField("ttft_s") else found.ttft_p95_s),
         (f"TPOT {spec.tpot_statistic or 'mean'}", found.tpot_s if found.HasField("tpot_s") else found.tpot_mean_s),
     )
     share = f"{percent(found.attainment)} of the requests within all limits"
-    return kept_words(found.rate_rps, latencies, share, kept_rps)
+    return kept_words(found.rate_rps, latencies, share, kept_rps, extent)
 
 
 def node_table(nodes: Sequence[cluster_pb2.Node]) -> RenderableType:
@@ -342,7 +343,7 @@ def audit_table(lines: Sequence[audit_service_pb2.AuditedChange]) -> RenderableT
 def line_of_event(event: cluster_service_pb2.WatchClusterResponse) -> str:
     """Return an event in one line, or an empty string if nothing happened."""
     if event.reset:
-        return "--- everything anew, the token was too old"
+        return "--- full list again, because the resume token was too old"
     at = event.event_time.ToDatetime().strftime("%H:%M:%S")
     match event.WhichOneof("event"):
         case "cluster":
@@ -357,7 +358,7 @@ def line_of_event(event: cluster_service_pb2.WatchClusterResponse) -> str:
             full = "" if kv is None else f", KV {percent(kv)}"
             return f"{at} node {last_part(node.name)}: {_node_state(node)}{full}"
         case "removed_node":
-            return f"{at} node {last_part(event.removed_node)}: gone"
+            return f"{at} node {last_part(event.removed_node)}: removed"
         case "replica":
             replica = event.replica
             report = replica.report
@@ -395,9 +396,9 @@ def wait_for_plan(terminal: Terminal, client: Client, name: str, *, exists: bool
             return client.wait(name, news=tell)
     except (KeyboardInterrupt, CallError) as error:
         if was_seen and (isinstance(error, KeyboardInterrupt) or error.is_unreachable):
-            terminal.say(f"{name} goes on without you")
-            terminal.say(f"  come back: hetis-plan watch {name}")
-            terminal.say(f"  stop it:   hetis-plan cancel {name}")
+            terminal.say(f"{name} continues on the planner")
+            terminal.say(f"  follow it: hetis-plan watch {name}")
+            terminal.say(f"  cancel it: hetis-plan cancel {name}")
         raise
 
 
@@ -434,7 +435,7 @@ class _PlainLines:
 def line_of(plan: plan_pb2.Plan) -> str:
     """Return the progress of a plan in one line."""
     if plan.state == plan_pb2.PLAN_STATE_QUEUED:
-        return f"{plan.name} waits for a solver process"
+        return f"{plan.name} is waiting for a solver process"
     if plan.state == plan_pb2.PLAN_STATE_SOLVING:
         return describe(_progress(plan.progress), plan.progress.unit)
     if plan.activation != plan_pb2.ACTIVATION_STATE_INACTIVE and plan.HasField("activation_progress"):
@@ -459,20 +460,20 @@ def _progress(said: plan_pb2.SolveProgress) -> Progress:
 def outcome(terminal: Terminal, plan: plan_pb2.Plan, *, activated: bool = False) -> ExitCode:
     """Print the reason of a plan's outcome and return its exit code; ``activated``: activation was requested."""
     if plan.state == plan_pb2.PLAN_STATE_INFEASIBLE:
-        terminal.error(f"no plan exists ({plan.name})", [f"- {reason}" for reason in plan.infeasible_reasons])
+        terminal.error(f"no feasible plan exists ({plan.name})", [f"- {reason}" for reason in plan.infeasible_reasons])
         return ExitCode.INFEASIBLE
     if plan.state == plan_pb2.PLAN_STATE_FAILED:
         terminal.error(f"{plan.name} failed: {plan.failure.message} ({_reason(plan.failure)})")
         no_plan = plan.failure.reason == failure_pb2.ERROR_REASON_NO_PLAN_FOUND
         return ExitCode.NO_PLAN if no_plan else ExitCode.INTERNAL
     if plan.state == plan_pb2.PLAN_STATE_CANCELLED and not plan.HasField("result"):
-        terminal.error(f"{plan.name} was cancelled before any plan was found")
+        terminal.error(f"{plan.name} was cancelled before a plan was found")
         return ExitCode.NO_PLAN
     if activated and plan.activation == plan_pb2.ACTIVATION_STATE_FAILED:
         failure = plan.activation_progress.failure
         terminal.error(
-            f"{plan.name} could not come up: {failure.message} ({_reason(failure)})",
-            ["what served before still serves", f"go back: hetis-plan rollback {plan.name}"],
+            f"{plan.name} could not be activated: {failure.message} ({_reason(failure)})",
+            ["the plan that served before still serves", f"roll back: hetis-plan rollback {plan.name}"],
         )
         return ExitCode.INTERNAL
     return ExitCode.OK

@@ -187,7 +187,7 @@ def work_interruptibly(terminal: Terminal, work: Callable[[], T], *, cancelled: 
         return run_interruptibly(
             work,
             cancelled=cancelled,
-            on_cancel=lambda: terminal.say(f"stopping {stopping}; Ctrl-C again leaves at once"),
+            on_cancel=lambda: terminal.say(f"stopping {stopping}; press Ctrl-C again to exit at once"),
         )
 
 

@@ -24,7 +24,7 @@ DEFAULT_SERVER = "127.0.0.1:8470"  # where hetis-planner listens by default
 LONGEST_SILENCE_S = 60.0  # how long a watched or awaited planner may be unreachable
 _planner = panel("Planner")
 
-cluster_name_option = partial(option, "--cluster -c NAME: The cluster, by its name.", shown="the only one")
+cluster_name_option = partial(option, "--cluster -c NAME: Name of the cluster.", shown="the only one")
 
 
 @group
@@ -35,16 +35,16 @@ class InCluster:
 @group
 class PlannerOptions:
     server: str = _planner(
-        "--server HOST:PORT: The planner; several with commas.", DEFAULT_SERVER, envvar="HETIS_SERVER"
+        "--server HOST:PORT: Address of the planner; separate several by commas.", DEFAULT_SERVER, envvar="HETIS_SERVER"
     )
     ca: Path | None = _planner(
-        "--ca FILE: "
-        "Authority of its certificate; those of the system unless given. Only this machine goes without TLS.",
+        "--ca FILE: CA of the planner's certificate. Default: the system's CAs; a planner on this machine "
+        "needs no TLS.",
         envvar="HETIS_CA",
     )
-    cert: Path | None = _planner("--cert FILE: Own certificate.", envvar="HETIS_CERT")
-    key: Path | None = _planner("--key FILE: Its key.", envvar="HETIS_KEY")
-    token_file: Path | None = _planner("--token-file FILE: Bearer token.", envvar="HETIS_TOKEN_FILE")
+    cert: Path | None = _planner("--cert FILE: Client certificate.", envvar="HETIS_CERT")
+    key: Path | None = _planner("--key FILE: Key of the client certificate.", envvar="HETIS_KEY")
+    token_file: Path | None = _planner("--token-file FILE: File with the bearer token.", envvar="HETIS_TOKEN_FILE")
 
     def use(self, terminal: Terminal, use: Callable[[Client], ExitCode], *, is_endless: bool = False) -> ExitCode:
         """Call ``use`` with a client and return its exit code, or report a failed call and return its exit code.
@@ -60,9 +60,9 @@ class PlannerOptions:
 
         def tell(is_reached: bool) -> None:
             if is_reached:
-                terminal.say(f"the planner at {place.address} is reached again")
+                terminal.say(f"the planner at {place.address} is reachable again")
             else:
-                terminal.warn(f"the planner at {place.address} is not reached; trying {trying}")
+                terminal.warn(f"the planner at {place.address} is unreachable; retrying {trying}")
 
         try:
             with Client(place, patience=lambda: Patience(limit_s=limit_s, tell=tell)) as client:
@@ -124,12 +124,16 @@ _SINGULAR = {kind.lower(): collection for collection, kind in KINDS.items()}
 _MAX_ID = 63
 
 
+def kind_names(incomplete: str) -> list[str]:
+    return [kind for kind in KINDS if kind.startswith(incomplete.lower())]
+
+
 def collection(text: str) -> str:
     """Return ``plans`` for ``plans``, ``plan`` and ``plans/night``; ``nodes`` for ``clusters/c/nodes/n``."""
     last = text.split("/")[-2] if "/" in text.strip("/") else text
     found = _SINGULAR.get(last, last)
     if found not in KINDS:
-        raise typer.BadParameter(f"{text!r} is no kind of resource, expected one of {', '.join(KINDS)}")
+        raise typer.BadParameter(f"{text!r} is not a kind of resource, expected one of {', '.join(KINDS)}")
     return found
 
 
@@ -155,8 +159,10 @@ def chosen_cluster(client: Client, given: str | None) -> str:
     if len(names) == 1:
         return names[0]
     if not names:
-        raise typer.BadParameter("the planner has no cluster yet: hetis-plan apply CLUSTER_FILE")
-    raise typer.BadParameter(f"which cluster? --cluster {' | '.join(last_part(name) for name in names[:5])}")
+        raise typer.BadParameter("the planner has no cluster yet: create one with hetis-plan apply CLUSTER_FILE")
+    raise typer.BadParameter(
+        f"there are several clusters: give --cluster {' | '.join(last_part(name) for name in names[:5])}"
+    )
 
 
 def id_of(text: str) -> str:

@@ -35,9 +35,9 @@ FairRule = Literal["cooperative", "non-cooperative", "gavel", "gandiva-fair", "e
 class ShareOptions:
     cluster: str = options.cluster_option()
     profile: list[str] | None = options.profile_option()
-    rule: ShareRule = option("--rule: What everybody is owed.", "max-min")
-    others: bool = option("--others/--no-others: Also share by the other rules, to compare.", True)
-    envy: bool = option("--envy/--no-envy: Also place every tenant on the GPUs of every other.", True)
+    rule: ShareRule = option("--rule: Fairness rule.", "max-min")
+    others: bool = option("--others/--no-others: Also share by the other rules for comparison.", True)
+    envy: bool = option("--envy/--no-envy: Also place each tenant on every other tenant's GPUs, to measure envy.", True)
     strategy: str = options.strategy_option()
     time_limit: float = options.time_limit_option("5min")
     gap: float = options.gap_option("0.5%")
@@ -56,8 +56,8 @@ def share(
 ) -> ExitCode:
     """Share one fleet among tenants with different models, and plan every tenant's replicas.
 
-    A tenant's value is the rate its own replicas really reach, over what it would reach alone. Ctrl-C once shows and
-    saves the best shares so far; twice leaves at once.
+    A tenant's value is the rate that its replicas reach, divided by the rate it would reach alone. Ctrl-C once shows
+    and saves the best shares so far; Ctrl-C twice exits at once.
     """
     from hetis.planner.cli.failures import report_failure
     from hetis.planner.cli.outputs import refuse_unwritable_plans, save_plans, say_what_would_be_solved
@@ -100,7 +100,7 @@ def share(
         save_plans(terminal, out, {one.name: one.plan for one in shares if one.plan is not None})
         for one in shares:
             if one.plan is None:
-                terminal.say(f"{one.name} has no replica under this rule: no plan saved")
+                terminal.say(f"{one.name} has no replica under this rule: no plan was saved for it")
     terminal.emit(lambda: tenants_document(found), lambda: render_tenants(found))
     return ExitCode.INTERRUPTED if budget.cancelled.is_set() else ExitCode.OK
 
@@ -110,10 +110,10 @@ def share(
 
 @group
 class FairOptions:
-    rule: FairRule = option("--rule: How to share. The other rules are compared below the shares.", "cooperative")
-    rounds: int = option("--rounds: Also list whole GPUs for so many rounds.", 0, min=0, max=10_000)
+    rule: FairRule = option("--rule: Fairness rule. The other rules are compared below the shares.", "cooperative")
+    rounds: int = option("--rounds: Also list whole GPUs for this many rounds.", 0, min=0, max=10_000)
     claims: int = option(
-        "--claims: Also try so many false claims of every job, up and down: who gains?", 0, min=0, max=10_000
+        "--claims: Also try this many false claims per job, higher and lower, and show who gains.", 0, min=0, max=10_000
     )
 
 
@@ -124,7 +124,7 @@ def fair(
     *,
     asked: FairOptions,
 ) -> ExitCode:
-    """Share GPUs of several types among tenants, and show what is fair about it.
+    """Share GPUs of several types among tenants, and show which fairness properties hold.
 
     Cooperative shares (OEF) have the most total value without envy; non-cooperative ones make it useless to claim
     larger speed-ups than one has. Speed-ups stand in the file, or come from placements of a model on each GPU type.

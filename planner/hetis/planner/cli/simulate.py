@@ -42,17 +42,20 @@ _setting = partial(_fleet, min=1, max=values.MOST_SETTING)  # one setting for ev
 @group
 class SimulateOptions:
     trace: str | None = _traffic(
-        "--trace FILE|NAME|P/O: Requests: a CSV or JSONL trace, or lengths drawn from what `place --workload` takes.",
+        "--trace FILE|NAME|P/O: Requests: a CSV or JSONL trace, or lengths drawn from anything that `place "
+        "--workload` accepts.",
         autocompletion=values.workload_names,
         shown="the plan's workload",
     )
     prefix_hit_rate: Any = _traffic(  # a share or "trace", which typer's types cannot express
         "--prefix-hit-rate SHARE|trace: "
-        "Prompt tokens that prefix caches have: 0.4, 40%, or trace, counted per request by its hash ids.",
+        "Share of prompt tokens that prefix caches hold: 0.4, 40%, or trace to count it per request by hash ids.",
         parser=values.prefix_hit_rate,
         shown="that of the requests' source, or 0",
     )
-    rate: float | None = _traffic("--rate R: Requests/s that arrive.", parser=values.rate, shown="the planned goodput")
+    rate: float | None = _traffic(
+        "--rate R: Arrival rate in requests/s.", parser=values.rate, shown="the planned goodput"
+    )
     cv: float = _traffic(
         "--cv CV: Coefficient of variation of the gaps between arrivals: 0 even, 1 Poisson, above 1 bursts (gamma).",
         1.0,
@@ -60,56 +63,64 @@ class SimulateOptions:
         max=100.0,
     )
     recorded: bool = _traffic("--recorded: Arrivals as in the trace, stretched to --rate if that is given.", False)
-    saturate: bool = _traffic("--saturate: A request is always waiting: how much is served?", False)
+    saturate: bool = _traffic(
+        "--saturate: Keep a request waiting at all times, to measure the maximum throughput.", False
+    )
     sweep: bool = _goal("--sweep: Find the highest rate within the latency limits.", False)
-    tolerance: float = _goal("--tolerance SHARE: How closely --sweep brackets that rate.", "2%", parser=values.share)
+    tolerance: float = _goal(
+        "--tolerance SHARE: Relative width to which --sweep brackets that rate.", "2%", parser=values.share
+    )
     ttft: float | None = options.ttft_option(shown="the plan's")
     tpot: float | None = options.tpot_option(shown="the plan's")
     requests: int | None = _runs(
-        "--requests N: Requests of each run.",
+        "--requests N: Requests per run.",
         min=1,
         max=MAX_REQUESTS,
         shown="20 times what the plan holds at once, 2000 at least",
     )
-    seeds: int = _runs("--seeds K: Runs, each by its seed.", 1, min=1, max=1000)
-    seed: int = _runs("--seed: The first seed.", 0, min=0)
+    seeds: int = _runs("--seeds K: Number of runs, each with its own seed.", 1, min=1, max=1000)
+    seed: int = _runs("--seed: Seed of the first run.", 0, min=0)
     until_stable: bool = _runs(
-        "--until-stable: Double the requests until the intervals are narrow (--precision).", False
+        "--until-stable: Double the requests until the confidence intervals are narrow enough (--precision).", False
     )
     precision: float = _runs(
-        "--precision SHARE: Half width of a 95% interval over its value that --until-stable wants.",
+        "--precision SHARE: Half width of the 95% intervals, relative to the value, that --until-stable requires.",
         "5%",
         parser=values.share,
     )
-    threads: int = _runs("--threads: Runs at once, as processes; 0: one per core.", 0, min=0)
-    greedy: bool = _fleet("--greedy: Stages take whatever waits, instead of keeping micro-batches apart.", False)
-    paced: bool = _fleet("--paced: Chunks of prompts no larger than keep the seats filled.", False)
-    router: Router = _fleet("--router: How requests are spread over replicas.", "least-work")
-    no_dispatch: bool = _fleet("--no-dispatch: Head groups stay split as planned, request by request.", False)
-    no_redispatch: bool = _fleet("--no-redispatch: Head groups of running requests never move.", False)
+    threads: int = _runs("--threads: Runs to simulate in parallel, as processes; 0 means one per core.", 0, min=0)
+    greedy: bool = _fleet(
+        "--greedy: Stages take all waiting requests instead of keeping micro-batches separate.", False
+    )
+    paced: bool = _fleet("--paced: Limit prompt chunks to what keeps the batch slots filled.", False)
+    router: Router = _fleet("--router: Policy that routes requests to replicas.", "least-work")
+    no_dispatch: bool = _fleet(
+        "--no-dispatch: Split head groups as planned instead of dispatching each request.", False
+    )
+    no_redispatch: bool = _fleet("--no-redispatch: Never move head groups of running requests.", False)
     theta: float = _fleet(
-        "--theta SHARE: How far a stage may be above its ideal time before head groups move.",
+        "--theta SHARE: How far a stage may exceed its ideal time before head groups move.",
         "50%",
         parser=values.ratio,
     )
     max_num_seqs: int | None = _setting(
-        "--max-num-seqs N: Requests that every engine runs at once, each of copies that share experts.",
+        "--max-num-seqs N: Maximum requests that each engine runs at once (each copy that shares experts).",
         shown="the plan's",
     )
     chunk_tokens: int | None = _setting(
-        "--chunk-tokens N: Prompt tokens of an iteration: vLLM's --max-num-batched-tokens less --max-num-seqs.",
+        "--chunk-tokens N: Prompt tokens per iteration: vLLM's --max-num-batched-tokens less --max-num-seqs.",
         shown="the plan's",
     )
     kv_blocks: int | None = _setting(
-        "--kv-blocks N: KV blocks of 16 tokens that every engine has at most, such as its --num-gpu-blocks-override.",
-        shown="as memory allows",
+        "--kv-blocks N: Maximum KV blocks of 16 tokens of each engine, as --num-gpu-blocks-override.",
+        shown="what memory allows",
     )
     fail: list[str] | None = _fleet("--fail DEVICE@TIME: A device fails, such as a100/0@30s; repeatable.")
     join: list[str] | None = _fleet("--join DEVICE@TIME: A device that failed comes back; repeatable.")
-    faults: str | None = _fleet("--faults FILE: The same as CSV: at_s,device,event (fail or join).")
-    perfetto: Path | None = _result("--perfetto FILE: What every stage did, for ui.perfetto.dev; of the first run.")
+    faults: str | None = _fleet("--faults FILE: Failures and joins as CSV: at_s,device,event (fail or join).")
+    perfetto: Path | None = _result("--perfetto FILE: Timeline of every stage in the first run, for ui.perfetto.dev.")
     requests_csv: Path | None = _result("--requests-csv FILE: One row per request of the first run.")
-    plot: Path | None = _result("--plot FILE: Pictures of the first run, or of the sweep: .html or .png.")
+    plot: Path | None = _result("--plot FILE: Charts of the first run or of the sweep, as .html or .png.")
     html: Path | None = options.html_option()
 
     def refuse_contradictions(self) -> None:
@@ -120,14 +131,14 @@ class SimulateOptions:
                 if given and too and one != other:
                     raise typer.BadParameter(f"{one} and {other} cannot be combined")
         if self.recorded and self.trace is None:
-            raise typer.BadParameter("--recorded needs --trace: the plan holds lengths only")
+            raise typer.BadParameter("--recorded needs --trace: the plan has only request lengths")
         if self.cv != 1.0 and (self.recorded or self.saturate):
-            raise typer.BadParameter("--cv is for arrivals that are drawn, not for --recorded or --saturate")
+            raise typer.BadParameter("--cv applies to random arrivals, not to --recorded or --saturate")
         if self.sweep and self.until_stable:
             raise typer.BadParameter("--sweep and --until-stable cannot be combined: give --requests and --seeds")
         for name, path in (("--perfetto", self.perfetto), ("--requests-csv", self.requests_csv)):
             if self.sweep and path is not None:
-                raise typer.BadParameter(f"{name} shows one run: it goes without --sweep")
+                raise typer.BadParameter(f"{name} shows a single run: it cannot be combined with --sweep")
 
     def refuse_unwritable(self) -> None:
         from hetis.planner.cli.outputs import refuse_missing_library, refuse_page, refuse_unwritable
@@ -137,16 +148,16 @@ class SimulateOptions:
         if (plot := self.plot) is not None:
             if plot.suffix not in PICTURES:
                 known = " or ".join(PICTURES)
-                raise typer.BadParameter(f"{plot} is no picture: --plot takes a name that ends in {known}")
+                raise typer.BadParameter(f"{plot} is not a picture: --plot needs a file name that ends in {known}")
             refuse_missing_library(PICTURES[plot.suffix], extra="plots", wanted_by=f"--plot {plot}")
         refuse_page(self.html, beside=self.plot)
 
 
 @verb()
 def simulate(terminal: Terminal, plan: PlanArgument, *, asked: SimulateOptions) -> ExitCode:
-    """Run a plan under traffic in virtual time, and hold what happens against what it promised.
+    """Run a plan under traffic in virtual time, and compare the result with the plan's promises.
 
-    Ctrl-C once gives the figures of what was simulated by then; twice leaves at once.
+    Ctrl-C once shows the figures of what was simulated so far; Ctrl-C twice exits at once.
     """
     from hetis.planner.use_cases import simulate as simulating
     from hetis.planner.use_cases.simulate import at_settings
@@ -161,7 +172,7 @@ def simulate(terminal: Terminal, plan: PlanArgument, *, asked: SimulateOptions) 
     for warning in found.warnings:
         terminal.warn(warning)
     if not found.plan.replicas:
-        terminal.error("the plan has no replicas: there is nothing to simulate")
+        terminal.error("the plan has no replicas to simulate")
         return ExitCode.INVALID
     if not asked.no_dispatch and any(replica.attention_workers for replica in found.plan.replicas):
         announce_compilation(terminal)
@@ -217,8 +228,9 @@ def _lengths(terminal: Terminal, found: PlanAndProblem, path: str, asked: Simula
     lengths, planned = load_lengths(asked.trace, asked.prefix_hit_rate), found.problem.workload.prefix_hit_rate
     if planned and not lengths.prefix_hit_rate and asked.prefix_hit_rate is None:
         terminal.warn(
-            f"{lengths.name} says nothing of prefix caches, of which the plan expects"
-            f" {planned:.3g} of prompt tokens: every prompt is computed; see --prefix-hit-rate"
+            f"{lengths.name} has no prefix hit rate, while the plan expects {planned:.3g} of prompt tokens in "
+            "prefix caches:"
+            " every prompt is computed in full; see --prefix-hit-rate"
         )
     return lengths
 
@@ -262,7 +274,7 @@ def _finish(terminal: Terminal, found: PlanAndProblem, question: Question, asked
             cancelled=cancelled,
         )  # fmt: skip
     except NothingSimulatedError:
-        terminal.error("stopped before anything was simulated")
+        terminal.error("stopped before the simulation had results")
         return ExitCode.INTERRUPTED
     saved = _save(terminal, simulated, found, asked)
     terminal.emit(lambda: simulation_document(simulated, plan), lambda: render_simulation(simulated, plan))
@@ -296,6 +308,6 @@ def _save(terminal: Terminal, simulated: Simulated, found: PlanAndProblem, asked
 
             save_page(terminal, simulation_page(simulated, found.plan, found.problem), asked.html)
     except DocumentError as error:
-        terminal.error("not all was saved", [str(problem) for problem in error.problems])
+        terminal.error("some files were not saved", [str(problem) for problem in error.problems])
         return False
     return True

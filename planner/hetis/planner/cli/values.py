@@ -68,7 +68,7 @@ def gap(text: str) -> float:
     """Parse a gap: ``0.5%`` or ``0.005``."""
     value = ratio(text)
     if value >= 1 and not text.rstrip().endswith("%"):
-        raise typer.BadParameter(f"{text!r} is {value:.0%} of the best: {text.strip()}%?")
+        raise typer.BadParameter(f"{text!r} means {value:.0%} of the best, did you mean {text.strip()}%?")
     return value
 
 
@@ -163,7 +163,7 @@ def strategies(text: str) -> Names:
     if names == [ALL]:
         return Names(tuple(_strategies()))
     if ALL in names:
-        raise typer.BadParameter(f"{text!r} has {ALL} beside others: give {ALL} alone, or names")
+        raise typer.BadParameter(f"{text!r} combines {ALL} with names: give {ALL} alone, or names")
     return Names(tuple(dict.fromkeys(map(strategy, names))))
 
 
@@ -194,7 +194,7 @@ def chunks(text: str) -> frozenset[int]:
 
     sizes = [size.strip() for size in text.split(",")]
     if len(sizes) > MOST_CHUNKS:
-        raise typer.BadParameter(f"{len(sizes)} sizes are given, at most {MOST_CHUNKS} are tried")
+        raise typer.BadParameter(f"{len(sizes)} sizes are given, at most {MOST_CHUNKS} are allowed")
     for size in sizes:
         if not (size.isascii() and size.isdigit() and len(size) < 20 and 1 <= int(size) <= MOST_SETTING):
             raise typer.BadParameter(f"{size[:40]!r} is not a whole number of tokens, 1 to {MOST_SETTING}")
@@ -261,5 +261,82 @@ def model_names(incomplete: str) -> list[str]:
     return [incomplete + n[len(incomplete) :] for n in short + names if n.lower().startswith(incomplete.lower())]
 
 
+def gpu_names(incomplete: str) -> list[str]:
+    from hetis.formats.catalogue import gpus
+
+    # Keep the case that was typed, as for models.
+    names = (entry.gpu.name for entry in gpus())
+    return [incomplete + n[len(incomplete) :] for n in names if n.lower().startswith(incomplete.lower())]
+
+
+def added_gpus(incomplete: str) -> list[str]:
+    """Return what ``4xL`` can become; the number is the caller's."""
+    count, times, gpu = incomplete.partition("x")
+    return [f"{count}x{name}" for name in gpu_names(gpu)] if times and count.isdecimal() else []
+
+
+def market_names(incomplete: str) -> list[str]:
+    return _last_of_list(incomplete, gpu_names)
+
+
+def meant_gpus(incomplete: str) -> list[str]:
+    """Return what ``a100=A100`` can become; the name in front is that of a tool."""
+    name, equals, gpu = incomplete.partition("=")
+    return [f"{name}={one}" for one in (*gpu_names(gpu), *_completing(gpu, ["none"]))] if equals else []
+
+
+def forbidden_things(incomplete: str) -> list[str]:
+    names = ("gpu=", "node=", "type=", "zone=", "tp=", "workers", "shared-experts")
+    return _constraint(incomplete, names, ("as=",))
+
+
+def pinned_things(incomplete: str) -> list[str]:
+    return _constraint(incomplete, ("node=", "type=", "zone=", "replicas=", "usd=..", "gpus=.."), ("use=", "as="))
+
+
+def _constraint(incomplete: str, names: Iterable[str], extras: Iterable[str]) -> list[str]:
+    """Return constraints that begin so, as far as they do not depend on the fleet."""
+    first, colon, last = incomplete.rpartition(":")
+    if colon:
+        duties = [f"as={duty}" for duty in ("primary", "worker", *Role)] if last.startswith("as=") else extras
+        return [f"{first}:{word}" for word in _completing(last, duties)]
+    if incomplete.startswith("type="):
+        return [f"type={name}" for name in gpu_names(incomplete.removeprefix("type="))]
+    return _completing(incomplete, names)
+
+
+def weights_names(incomplete: str) -> list[str]:
+    return _last_of_list(incomplete, lambda last: _precision(last, PRECISIONS))
+
+
+def kv_names(incomplete: str) -> list[str]:
+    return _last_of_list(incomplete, lambda last: _precision(last, KV_PRECISIONS))
+
+
+def _precision(incomplete: str, known: Iterable[str]) -> list[str]:
+    gpu, equals, name = incomplete.rpartition("=")
+    if equals:
+        return [f"{gpu}={one}" for one in _completing(name, known)]
+    return [*_completing(name, known), *(f"{one}=" for one in gpu_names(name) if name)]
+
+
+def role_names(incomplete: str) -> list[str]:
+    return _last_of_list(incomplete, lambda last: _completing(last, Role))
+
+
+def lists_of_engines(incomplete: str) -> list[str]:
+    return _last_of_list(incomplete, lambda last: _completing(last, (*_engines(), ALL)))
+
+
+def lists_of_strategies(incomplete: str) -> list[str]:
+    return _last_of_list(incomplete, lambda last: _completing(last, (*_strategies(), ALL)))
+
+
+def _last_of_list(incomplete: str, complete: Callable[[str], list[str]]) -> list[str]:
+    """Return the completions of the last item of a list with commas, none of which is in the list already."""
+    before, comma, last = incomplete.rpartition(",")
+    return [f"{before}{comma}{word}" for word in complete(last) if word not in before.split(",")]
+
+
 def _completing(incomplete: str, names: Iterable[str]) -> list[str]:
-    return [name for name in names if name.startswith(incomplete.lower())]
+    return [str(name) for name in names if name.startswith(incomplete.lower())]

@@ -92,7 +92,7 @@ class Connection:
         try:
             split_endpoints(self.address)
         except ValueError:
-            raise ValueError(f"{self.address!r} is no address of a planner, expected HOST:PORT") from None
+            raise ValueError(f"{self.address!r} is not an address of a planner, expected HOST:PORT") from None
         if (self.cert is None) != (self.key is None):
             raise ValueError("a client certificate needs its key, and a key its certificate")
         if self.token is not None and self.token_file is not None:

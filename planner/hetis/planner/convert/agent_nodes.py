@@ -15,9 +15,9 @@ from hetis.v1 import cluster_pb2, inventory_pb2, report_pb2
 
 State = cluster_pb2.NodeState
 _ABSENT: Mapping[State.ValueType, str] = {
-    State.NODE_STATE_EXPECTED: "no agent of it was ever connected",
-    State.NODE_STATE_SUSPECT: "its agent is silent",
-    State.NODE_STATE_LOST: "lost: its agent is gone",
+    State.NODE_STATE_EXPECTED: "its agent has never connected",
+    State.NODE_STATE_SUSPECT: "its agent does not respond",
+    State.NODE_STATE_LOST: "lost: its agent is disconnected",
 }
 
 
@@ -42,7 +42,7 @@ def _node(node: cluster_pb2.Node, zone: str, with_busy: bool, where: Problem) ->
     name, devices = last_part(node.name), sorted(node.inventory.devices, key=lambda device: device.index)
     absent = "draining" if node.draining else _ABSENT.get(node.state, "")
     if not absent and not node.HasField("inventory"):
-        absent = "its agent has not yet told what GPUs it has"
+        absent = "its agent has not yet reported its GPUs"
     if absent:
         products = f" ({some_of(map(_product, devices))})" if devices else ""
         told = f"{counted(len(devices))}{products}: {absent}" if devices else absent
@@ -80,7 +80,7 @@ def _reason(
     if report.unhealthy:
         return f"unhealthy: {report.unhealthy}"
     held = "" if is_ours_or_kept else memory_in_use(report.memory_used_bytes, device.memory_bytes)
-    return f"{held}, by no replica of the planner" if held else ""
+    return f"{held}, but not by a replica of the planner" if held else ""
 
 
 def _links(devices: Sequence[inventory_pb2.GpuDevice]) -> list[bool]:
@@ -92,12 +92,12 @@ def _notes(
     cluster: str, nodes: Sequence[cluster_pb2.Node], found: Sequence[FoundNode], *, with_busy: bool
 ) -> Iterator[str]:
     yield (
-        f"agents know no zones, links between nodes and prices: zones are those of the document of {cluster}, which "
-        f"has the others, too (hetis-plan get {cluster} -o yaml)"
+        f"agents do not report zones, links between nodes or prices: zones are from the document of {cluster}, "
+        f"which also has the others (hetis-plan get {cluster} -o yaml)"
     )
     used = {one.name: node for node, one in zip(nodes, found, strict=True) if one.gpus}
     if not with_busy and any(node.replicas for node in used.values()):
-        yield "GPUs of nodes that have replicas of the planner count as free, whatever else may run there"
+        yield "GPUs of nodes with replicas of the planner count as free, even if other processes run there"
     simulated = [name for name, node in used.items() if node.inventory.source == inventory_pb2.DEVICE_SOURCE_SIMULATED]
     if simulated:
         yield f"GPUs of {some_of(simulated)} are simulated"

@@ -224,7 +224,7 @@ def _limit_s(message: plan_pb2.Objective, name: str, field: str, wrong: Wrong) -
     limit, unlimited = f"{name}_limit_s", f"{name}_unlimited"
     if message.HasField(unlimited):  # type: ignore[arg-type]  # the stubs list the names as a literal
         if not getattr(message, unlimited):
-            wrong(f"{field}.{unlimited}", "is false, must be true where it is set")
+            wrong(f"{field}.{unlimited}", "is false, must be true or left unset")
         return math.inf
     if not message.HasField(limit):  # type: ignore[arg-type]
         return None

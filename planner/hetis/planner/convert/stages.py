@@ -61,7 +61,7 @@ def stage_from_proto(message: stage_pb2.StageModel, *, slowness: Mapping[str, fl
         raise InvalidProblemError(f"{missing[0]}: a device needs at least one piece")
     primaries = [i for i, device in enumerate(message.devices) if device.is_primary]
     if len(primaries) > 1:
-        raise InvalidProblemError(f"{len(primaries)} devices are the primary, must be one at most")
+        raise InvalidProblemError(f"{len(primaries)} devices are marked as primary, at most one is allowed")
     factor = np.array([slowness.get(device.name, 1.0) for device in message.devices])
     most = max(len(device.pieces) for device in message.devices)
     rows = [[*device.pieces, *[device.pieces[-1]] * (most - len(device.pieces))] for device in message.devices]
@@ -243,7 +243,7 @@ def snapshot_from_proto(
     for device in message.devices:
         i = terms.index.get(device.name)
         if i is None:
-            raise InvalidProblemError(f"{device.name} is no device of the stage, which has {', '.join(names)}")
+            raise InvalidProblemError(f"{device.name} is not a device of the stage, which has {', '.join(names)}")
         place.append(i)
         totals[i] = device.total_blocks
         statuses[i] = max(statuses[i], status_from_proto(device.status), key=_FROM_BEST.index)
@@ -292,7 +292,9 @@ def _moves(message: head_map_pb2.HeadMap, terms: StageTerms, kept: set[str]) -> 
     for move in under_way:
         for name in (move.source, move.target):
             if name not in terms.index:
-                raise InvalidProblemError(f"{name}, to or from which {move.request} moves, is no device of the stage")
+                raise InvalidProblemError(
+                    f"{name}, to or from which {move.request} moves, is not a device of the stage"
+                )
     return tuple(
         PreparedMove(
             number=number,

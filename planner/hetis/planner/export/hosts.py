@@ -43,7 +43,7 @@ def _not_reached(launchable: Launchable) -> Iterator[str]:
     for one in launchable.replicas.values():
         address = one.commands[0].environment.get("VLLM_NIXL_SIDE_CHANNEL_HOST")
         if one.plan.role is Role.PREFILL and address is not None and not is_ip(address):
-            yield f"{one.name}: NIXL listens on an address, and {one.front_node} has none: give --node-address"
+            yield f"{one.name}: NIXL needs an address to listen on, but {one.front_node} has none: give --node-address"
 
 
 # --- scripts: a folder per node, with a script for each replica that has processes there
@@ -276,7 +276,7 @@ def write_slurm(launchable: Launchable) -> Written:
     submitted = (f"sbatch {path}" for path in shown)
     head = ("#!/usr/bin/env bash", "set -euo pipefail", 'cd "$(dirname "${BASH_SOURCE[0]}")"')
     files["submit.sh"] = "\n".join((*head, *submitted, ""))
-    chosen = launchable.mixed_nodes("which of them a step gets, Slurm says")
+    chosen = launchable.mixed_nodes("which of them a step gets, Slurm decides")
     return _written(launchable, files, shown, _HOW_SLURM, chosen)
 
 

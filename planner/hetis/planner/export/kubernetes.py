@@ -86,7 +86,7 @@ def written_for_cluster(
     kustomization = {"apiVersion": "kustomize.config.k8s.io/v1beta1", "kind": "Kustomization"}
     names = {number: launchable.name_of(one) for number, one in launchable.replicas.items()}
     # A pod requests a number of GPUs, and cannot choose among a node's GPU types.
-    mixed = launchable.mixed_nodes("which of them a pod gets, the device plugin says", everywhere=True)
+    mixed = launchable.mixed_nodes("which of them a pod gets, the device plugin decides", everywhere=True)
     return Written(
         files={
             **files,
@@ -170,7 +170,7 @@ class PodGroup:
         ranks = " ".join(f"{process.node}) {_RANK}={rank};;" for rank, process in enumerate(self._further, 1))
         arguments[arguments.index("--node-rank") + 1] = _MARK
         line = shlex.join(arguments).replace(_MARK, f'"${_RANK}"')
-        stranger = f'*) echo "${_NODE} is no node of this replica" >&2; exit 2;;'
+        stranger = f'*) echo "${_NODE} is not a node of this replica" >&2; exit 2;;'
         script = f'case "${_NODE}" in {ranks} {stranger} esac; exec {line}'
         # Kubernetes expands the leader's address, $(...), before the shell sees the quotes around it.
         pod = self.objects.server_pod(1, ["sh", "-c", script])

@@ -22,7 +22,7 @@ _TINY = 0.001
 def write_ray(launchable: Launchable) -> Written:
     """Return a config file of Ray Serve."""
     if launchable.engine is Engine.SGLANG:
-        raise NotExportableError(("Ray Serve LLM runs vLLM: --engine is sglang",))
+        raise NotExportableError(("Ray Serve LLM only runs vLLM: --engine is sglang",))
     left_out = {number: why for number, one in launchable.replicas.items() if (why := _why_not(launchable, one))}
     launchable, pairs = paired(launchable.without(left_out), "Ray Serve LLM")
     applications = [
@@ -41,7 +41,7 @@ def write_ray(launchable: Launchable) -> Written:
     resources = "\n".join(f"ray start --resources '{json.dumps({_resource(node): 1})}' ...  # {node}" for node in nodes)
     # Some options after `--` belong to the engine and some to its server, which Ray Serve LLM replaces.
     options = " ".join(without_kv_dtype(launchable.settings.engine_options))
-    given = [f"{options}: Ray takes no command line, set engine_kwargs in serve.yaml"] if options else []
+    given = [f"{options}: Ray does not accept engine command lines, set engine_kwargs in serve.yaml"] if options else []
     return Written(
         files={"serve.yaml": yaml_text(whole)},
         shown=("serve.yaml",),
@@ -49,7 +49,7 @@ def write_ray(launchable: Launchable) -> Written:
             number: f"{head}/{launchable.replicas[fronts.get(number, number)].name}" for number in launchable.replicas
         },
         start=_HOW.format(resources=resources),
-        not_carried=(*launchable.mixed_nodes("which of them a rank gets, Ray says"), *given),
+        not_carried=(*launchable.mixed_nodes("which of them a rank gets, Ray decides"), *given),
         carried=launchable,
     )
 
@@ -105,9 +105,9 @@ def _why_not(launchable: Launchable, one: LaunchableReplica) -> tuple[str, ...]:
     vLLM numbers Ray's workers node by node: the front end's node first, then nodes with fewer workers, then by address.
     """
     if one.layout.workers:
-        return ("attention workers are processes that Ray Serve does not start: use --to hetis-launch",)
+        return ("Ray Serve cannot start attention workers: use --to hetis-launch",)
     if one.layout.data_parallel > 1:
-        return ("Ray Serve LLM deploys copies that share experts in another way: use another target",)
+        return ("Ray Serve LLM deploys copies that share experts differently: use another target",)
     nodes = [node_of(device) for stage in one.plan.stages for device in stage.devices]
     first, *further = dict.fromkeys(nodes)
     if nodes != [node for each in (first, *further) for node in nodes if node == each]:

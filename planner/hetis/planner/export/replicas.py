@@ -187,7 +187,7 @@ def launchable(plan: Plan, model: ModelSpec, settings: ExportSettings) -> Launch
     has_workers = any(replica.attention_workers for replica in plan.replicas)
     engine = settings.engine or (Engine.VLLM_HETIS if has_workers else Engine.VLLM)
     if len(used := weights_used(plan, model)) > 1 and WEIGHTS not in settings.model:
-        raise NotExportableError((f"the plan has weights in {' and '.join(used)}: --model needs {WEIGHTS} in it",))
+        raise NotExportableError((f"the plan has weights in {' and '.join(used)}: --model must contain {WEIGHTS}",))
     changes += _other_checkpoint(used, str((plan.inputs.get("origins") or {}).get("model", "")), settings)
     replicas, left_out = dict[int, LaunchableReplica](), dict[int, tuple[str, ...]]()
     fronts, meetings, kv_ports, workers = Counter[str](), Counter[str](), Counter[str](), 0
@@ -199,7 +199,7 @@ def launchable(plan: Plan, model: ModelSpec, settings: ExportSettings) -> Launch
             left_out[number] = error.messages
             continue
         if strange := sorted({p.node for p in layout.processes if not _NODE.fullmatch(p.node)}):
-            left_out[number] = tuple(f"node {node!r} has a name that no host has" for node in strange)
+            left_out[number] = tuple(f"node {node!r} has a name that is not a valid host name" for node in strange)
             continue
         program = tuple(shlex.split(settings.program)) or program_of(engine)
         if len(layout.servers) > 1 and program[-1] != "serve":
@@ -267,11 +267,11 @@ def _other_checkpoint(used: Sequence[str], asked: str, settings: ExportSettings)
         return
     if used != [kept := weights_of(found)]:
         yield (
-            f"{settings.model} is kept in {kept}, the plan counts on weights in {' and '.join(used)}: "
-            "--model names a checkpoint that is kept so"
+            f"{settings.model} is stored in {kept}, but the plan needs weights in {' and '.join(used)}: set "
+            "--model to such a checkpoint"
         )
     if _TUNED.search(asked) and not _TUNED.search(settings.model):
-        yield f"the plan is for {asked}, the checkpoint is {settings.model}: --model names the one that was tuned"
+        yield f"the plan is for {asked}, but the checkpoint is {settings.model}: set --model to the tuned checkpoint"
 
 
 def images_in(text: str) -> list[tuple[str, str]]:
@@ -343,7 +343,7 @@ def with_single_copies(plan: Plan) -> tuple[Plan, list[str]]:
         parts.append(list(range(len(replicas), len(replicas) + len(made))))
         replicas += made
         if count > 1:
-            changes.append(f"replica {number} has {count} copies of every stage: they are {count} replicas here")
+            changes.append(f"replica {number} has {count} copies of every stage: they are exported as {count} replicas")
     if not changes:
         return plan, []
     routes = [
@@ -386,7 +386,9 @@ def paired(launchable: Launchable, target: str) -> tuple[Launchable, dict[int, i
             pairs[route.prefill] = route.decode
             taken |= {route.prefill, route.decode}
     left_out: dict[int, tuple[str, ...]] = {
-        number: (f"{target} knows pairs of a prefill and a decode replica, and no partner is left for this one",)
+        number: (
+            f"{target} only supports pairs of a prefill and a decode replica, and no partner is left for this one",
+        )
         for number, one in launchable.replicas.items()
         if one.plan.role is not Role.UNIFIED and number not in taken
     }

@@ -295,7 +295,9 @@ _TYPES = {Role.UNIFIED: "worker", Role.PREFILL: "prefill", Role.DECODE: "decode"
 def write_dynamo(launchable: Launchable) -> Written:
     """Return DynamoGraphDeployments: a single one for all replicas unless there are too many for one graph."""
     if launchable.engine not in _PROGRAMS:
-        raise NotExportableError(("Dynamo's images lack our plugin: use --to lws or kubernetes, or --engine vllm",))
+        raise NotExportableError(
+            ("Dynamo's images lack the hetis plugin: use --to lws or kubernetes, or --engine vllm",)
+        )
     left_out = {
         number: reasons for number, one in launchable.replicas.items() if (reasons := tuple(_not_of_dynamo(one.layout)))
     }
@@ -306,7 +308,7 @@ def write_dynamo(launchable: Launchable) -> Written:
         raise NotExportableError((f"a graph holds {most} replicas, and prefill and decode must be in one graph",))
     graphs = [components[first : first + most] for first in range(0, len(components), most)]
     files = {f"graph-{i}.yaml": yaml_text(_graph(launchable, i, graph)) for i, graph in enumerate(graphs)}
-    shares = "shares of replicas: Dynamo's front chooses by load, and takes no weights"
+    shares = "shares of replicas: Dynamo's front end balances by load and does not support weights"
     lost = [shares] if len(launchable.replicas) > 1 else []
     fronts = {
         number: f"{launchable.settings.name}-{place // most}-frontend:8000"

@@ -109,7 +109,7 @@ def export_wanted(
         raise DocumentError(Problem(file="export", message=message) for message in wrong)
     shape = planned_model(plan)
     if shape is None:
-        raise single_problem(file, "inputs.documents.model is missing: the layout follows from it")
+        raise single_problem(file, "inputs.documents.model is missing: the layout depends on it")
     has_one = len(weights_used(plan, shape)) == 1
     settings = replace(
         settings,
@@ -124,10 +124,10 @@ def _wrong_images(text: str) -> Iterator[str]:
     """Yield the errors in ``IMAGE,AMD=IMAGE`` (`images_in`)."""
     images = images_in(text)
     if not all(image for _, image in images):
-        yield "an image is empty"
+        yield "an image name is empty"
     for vendor, times in Counter(vendor for vendor, image in images if image).items():
         if vendor not in VENDORS:
-            yield f"{vendor} is no vendor, must be {' or '.join(VENDORS)}"
+            yield f"{vendor} is not a supported vendor, must be {' or '.join(VENDORS)}"
         if times > 1:
             yield f"{times} images for {vendor}"
 
@@ -140,10 +140,10 @@ def _wrong(
             text = f"{node}={host}" if node else host  # as on the command line
             yield f"{spelled('node_address')} is {text!r}, must be NODE=HOST, such as gpu2=10.0.0.2"
     for option in sorted(decided_in(given.engine_options)):
-        why = "it may say what the plan decides, give its options" if option == "--config" else ""
-        yield f"{option} is no option to give the engine: {why or 'the plan decides it'}"
+        why = "it could override the plan, give its options on the command line" if option == "--config" else ""
+        yield f"{option} cannot be passed to the engine: {why or 'the plan sets it'}"
     if given.engine_options and not given.engine_options[0].startswith("-"):
-        yield f"{given.engine_options[0]!r} is no option of the engine, which begin with -"
+        yield f"{given.engine_options[0]!r} is not an engine option, options begin with -"
     if given.engine is not None and given.engine not in allowed:
         runs = " or ".join(one.value for one in allowed)
         yield f"{spelled('engine')} is {given.engine.value}: {spelled('to')} {target.value} runs {runs}"
@@ -152,9 +152,12 @@ def _wrong(
     if given.dtype not in DTYPE_BYTES:
         yield f"{spelled('dtype')} is {given.dtype!r}, must be one of {', '.join(DTYPE_BYTES)}"
     if not _NAME.fullmatch(given.name):
-        yield f"{spelled('name')} is {given.name!r}, must be 1 to 30 small letters, digits and -, a letter first"
+        yield (
+            f"{spelled('name')} is {given.name!r}, must be 1 to 30 lower-case letters, digits and -, starting with "
+            "a letter"
+        )
     if given.namespace and not NAMESPACE.fullmatch(given.namespace):
-        yield f"{spelled('namespace')} is {given.namespace!r}, must be 1 to 63 small letters, digits and -"
+        yield f"{spelled('namespace')} is {given.namespace!r}, must be 1 to 63 lower-case letters, digits and -"
     if not 1 <= given.port <= _MAX_PORT:
         yield f"{spelled('port')} is {given.port}, must be from 1 to {_MAX_PORT}"
     if given.device is ExportDevice.CPU and target not in (ExportTarget.VLLM, ExportTarget.HETIS_LAUNCH):
@@ -198,7 +201,7 @@ def write_files(folder: Path, files: Mapping[str, str]) -> None:
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise single_problem(str(target.parent), f"cannot be made: {error.strerror}") from None
+            raise single_problem(str(target.parent), f"cannot be created: {error.strerror}") from None
         write_atomically(target, text)
         if path.endswith(".sh"):
             target.chmod(target.stat().st_mode | 0o111)
@@ -208,9 +211,9 @@ def folder_refusals(folder: Path, *, force: bool) -> list[str]:
     """Return the reasons why the files cannot be written to the folder; empty if they can."""
     try:
         if folder.exists() and not folder.is_dir():
-            return [f"{folder} is no folder"]
+            return [f"{folder} is not a folder"]
         if not force and folder.is_dir() and any(folder.iterdir()):
-            return [f"{folder} is not empty: name another, or force it"]
+            return [f"{folder} is not empty: choose another, or use --force"]
     except OSError as error:
         return [f"{folder}: {error.strerror}"]
     return []
@@ -252,7 +255,7 @@ def readme_of(target: str, launchable: Launchable, written: Written) -> str:
             "",
             "## Not carried",
             "",
-            *([f"- {line}" for line in lost] or ["Everything of the plan is here."]),
+            *([f"- {line}" for line in lost] or ["The export contains everything in the plan."]),
             "",
             "## Routing",
             "",
@@ -268,9 +271,9 @@ def _precision(launchable: Launchable) -> str:
     if used == ["bf16"]:
         return ""
     if len(used) == 1:
-        return f" The plan counts on weights in {used[0]}: give a checkpoint that is kept so."
+        return f" The plan needs weights in {used[0]}: use such a checkpoint."
     models = dict.fromkeys(one.serving.model for one in launchable.replicas.values())
-    return f" The plan counts on weights in {' and '.join(used)}: {', '.join(models)} must be kept so."
+    return f" The plan needs weights in {' and '.join(used)}: {', '.join(models)} must be stored like this."
 
 
 def _ranks(layout: Layout) -> str:

@@ -150,8 +150,7 @@ class PosedProblem:
 
     def problem(self) -> PlacementProblem:
         """Return the placement problem. Raises InvalidProblemError if the inputs contradict each other."""
-        settings, inputs = self.settings, self.inputs_for_engine().inputs
-        return inputs.problem(self.objective, settings.strategy, settings.roles, settings.engine)
+        return self.settings.problem(self.inputs_for_engine().inputs, self.objective)
 
     def to_json(self) -> bytes:
         """Return the problem as JSON for `posed_from_json`; equal problems give equal bytes."""

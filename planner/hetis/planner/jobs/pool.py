@@ -220,7 +220,9 @@ class Slot:
             self._expect_end()
 
     def _expect_end(self) -> None:
-        self._set_timer(self._settings.grace_s, f"gave no answer {self._settings.grace_s:g} s after it was called off")
+        self._set_timer(
+            self._settings.grace_s, f"did not answer within {self._settings.grace_s:g} s after it was cancelled"
+        )
 
     async def stop(self) -> None:
         self._set_timer(None, "")
@@ -252,7 +254,7 @@ class Slot:
                     self._expect_end()
                 elif frame.kind == "searching":
                     limit_s = search.time_limit_s + self._settings.grace_s - frame.fields.get("spent_s", 0.0)
-                    self._set_timer(limit_s, f"gave no answer {self._settings.grace_s:g} s after its time limit")
+                    self._set_timer(limit_s, f"did not answer within {self._settings.grace_s:g} s after its time limit")
                 else:  # there is a plan already
                     limit_s = SEARCHES * search.time_limit_s + self._settings.verification_s - frame.fields["spent_s"]
                     self._call_in(limit_s, self.call_off)
@@ -422,7 +424,8 @@ class SolverPool:
             raise quota_exceeded(
                 caller,
                 "searches",
-                f"{caller} has {most} searches that run or wait ({self._most_running} may run at a time), and may have"
+                f"{caller} has {most} searches running or waiting ({self._most_running} may run at a time), "
+                "and may have"
                 " no more: wait for one, or cancel it",
                 limit=most,
                 retry_after_s=self.retry_after_s(),

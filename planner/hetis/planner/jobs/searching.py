@@ -166,7 +166,7 @@ def solve(
             plan = replace(plan, notes=(*plan.notes, f"could not be simulated: {error}"))
     document = document_bytes(plan)
     if document_bytes(from_data(json.loads(document))) != document:
-        return Unsound(("its document reads as another plan",))
+        return Unsound(("its document describes a different plan",))
     return FoundPlan(document, result_to_proto(plan, document).SerializeToString())
 
 

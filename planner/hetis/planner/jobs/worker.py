@@ -40,7 +40,7 @@ def main() -> None:
             case "cancel":
                 searcher.cancel()
             case other:
-                raise ValueError(f"a solver process knows no {other}")
+                raise ValueError(f"a solver process does not support {other}")
     os._exit(0)  # a search in compiled code cannot be ended in any other way
 
 

@@ -156,6 +156,7 @@ def place(
             strategy=strategy,
             roles=ordered(map(Role, roles)),
             engine=engine_rules(engine, strategy, limits),
+            keep_stages=max_stages is not None,
             time_limit_s=seconds_of(time_limit),
             gap_target=ratio_of(gap),
             seed=seed,

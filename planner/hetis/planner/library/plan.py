@@ -180,7 +180,7 @@ class Plan:
             HetisError: arguments are wrong, or the plan has no replicas or cannot be simulated.
         """
         if not self.value.replicas:
-            raise InvalidProblemError("the plan has no replicas: there is nothing to simulate")
+            raise InvalidProblemError("the plan has no replicas to simulate")
         load = Load(
             lengths=self.problem.workload,
             max_position=self.problem.model.max_position,

@@ -61,20 +61,20 @@ def _figures(diff: PlanDiff) -> Table:
 
 
 def change_counts(change: PlanChange) -> str:
-    """Return the counts as ``2 kept, 1 changed, 1 new, 1 gone; 12 GPUs with other work than before``."""
+    """Return the counts as ``2 kept, 1 changed, 1 new, 1 gone; 12 GPUs with different work``."""
     counts = ", ".join(f"{change.count(fate):,} {_WORDS[fate]}" for fate in Fate if change.count(fate))
     moved = plural(len(change.moved), "GPU")
     load = f", {gigabytes(change.load_bytes)} of weights to load" if change.loads else ""
-    return f"{counts or 'none'}; {moved} with other work than before{load}"
+    return f"{counts or 'none'}; {moved} with different work{load}"
 
 
 def dropped_words(change: PlanChange) -> str:
     """Return the KV that is dropped with replicas that do not stay, on the assumption that they are full."""
     if not change.dropped_requests:
-        return "none: every replica of before goes on"
+        return "none: every old replica continues"
     return (
-        f"{gigabytes(change.dropped_kv_bytes)} of {plural(change.dropped_requests, 'request')} in flight "
-        "where replicas are full; these start again"
+        f"{gigabytes(change.dropped_kv_bytes)} of {plural(change.dropped_requests, 'request')} in flight where "
+        "replicas are full; they start again"
     )
 
 
@@ -171,10 +171,10 @@ def _facts(found: Replanning, posed: PosedReplan, costs: ChangeCosts) -> Iterato
     yield "Now", f"{digits(transition.before, 4)} {_unit(posed)}{lost}"
     yield "Then", Text.assemble((f"{digits(result.value, 4)} {unit}", "bold green"), "  the plan itself")
     yield "Net", f"{digits(found.value, 4)} {unit}  change counted, over {seconds_or_hours(costs.horizon_s)}"
-    proof = "proven best" if found.gap <= 1e-6 else f"proven: none is over {percent(found.gap)} better"
+    proof = "proven best" if found.gap <= 1e-6 else f"proven: no plan is over {percent(found.gap)} better"
     yield "Bound", f"{digits(found.bound, 4)} {unit}  gap {percent(found.gap)}, {proof}"
     if found.fresh_value is not None:
-        yield "From scratch", f"{digits(found.fresh_value, 4)} {unit}, had nothing run before"
+        yield "From scratch", f"{digits(found.fresh_value, 4)} {unit}, if nothing had been running"
     if (simulated := verification_of(found.plan)) is not None:
         yield "Simulated", simulated_words(simulated, found.plan)
     yield "Costs", change_cost_words(costs)
@@ -198,7 +198,7 @@ def change_cost_words(costs: ChangeCosts) -> str:
 
 def _steps(found: Replanning, posed: PosedReplan) -> RenderableType:
     if not found.transition.steps:
-        return Text("none: everything goes on as it is")
+        return Text("none: everything continues unchanged")
     steps = enumerate(itertools.islice(step_rows(found, posed), MAX_STEPS), start=1)
     rows = ((str(number), *row) for number, row in steps)
     made = table("", "'", "'what", "load", "takes up to", "capacity", rows=rows)

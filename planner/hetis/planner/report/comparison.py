@@ -28,11 +28,12 @@ from hetis.solver.placement.families import STRATEGIES
 from hetis.solver.plan import Objective, ObjectiveKind, Plan
 
 PUBLISHED_MEANS = (
-    "-paper: the search of a paper as published, its plan priced by this cost model and held to these limits; bound "
-    "and gap are those of the family that its plans are of."
+    "-paper: the search of a paper as published; its plan is evaluated by this cost model under these limits; "
+    "bound and gap are those of the family to which its plans belong."
 )
 SIMULATED_MEANS = (
-    "kept: the rate, up to the plan's, at which simulated traffic kept the limits. All else is the model's."
+    "kept: the highest rate tried, up to the plan's, at which simulated traffic kept the limits. All other "
+    "values are from the model."
 )
 _LINES_PER_REASON = 3
 _WIDEST_GAP = 9.99  # larger gaps are shown as above it
@@ -45,7 +46,7 @@ def render_comparison(compared: Sequence[Compared], inputs: Inputs, objective: O
     yield Text()
     yield _table(compared, inputs, objective)
     if _are_simulated(compared):
-        yield Text(f"\n{SIMULATED_MEANS} Red: less than the plan's; none: none of those tried.", style="dim")
+        yield Text(f"\n{SIMULATED_MEANS} Red: less than the plan's; none: no rate tried.", style="dim")
     published = dict.fromkeys(o.strategy for o in compared if STRATEGIES[o.strategy].is_published)
     if published:
         yield Text(f"\n{PUBLISHED_MEANS}", style="dim")
@@ -162,7 +163,7 @@ def _solve_time(solve_s: float) -> str:
 
 
 _NOTE = (
-    "Every plan is solved from scratch; hetis-plan replan says what of a running plan to keep, and what moving costs."
+    "Every plan is solved from scratch; hetis-plan replan shows what to keep of a running plan, and what moving costs."
 )
 
 
@@ -254,7 +255,7 @@ def verdict_words(difference: Difference, objective: Objective) -> str:
         case ChangeVerdict.BETTER | ChangeVerdict.WORSE:
             return f"proven: {difference.verdict.value}, {span}; {found}"
     advice = "" if difference.low == difference.high else "; a smaller --gap or a longer --time-limit narrows that"
-    return f"undecided: {span}, which the gaps leave open ({found}){advice}"
+    return f"undecided: {span}, because of the gaps ({found}){advice}"
 
 
 def _signed(value: float) -> str:
@@ -323,8 +324,8 @@ def render_buy_next(found: BuyNext) -> Iterator[RenderableType]:
     if found.offers:
         yield _market_table(found)
         yield Text(
-            "\ngain: of the plans found, all added GPUs together. proven: what both bounds leave possible.\n"
-            "marginal price: what one GPU is worth in the plan now, an estimate that solving again replaces.",
+            "\ngain: between the plans found, for all added GPUs together. proven: the range that both bounds allow.\n"
+            "marginal price: the value of one GPU in the present plan, an estimate that solving again replaces.",
             style="dim",
         )
     if found.left_out:

@@ -23,7 +23,7 @@ from hetis.solver.redispatch.problem import Move, MoveReason, RedispatchPlan, Re
 
 PATHS = {
     Path.CHAIN: "the relaxation was solved exactly, as a chain by comparative advantage",
-    Path.MIXED: "some devices are held by two rows at once; the chain was solved on mixtures of them",
+    Path.MIXED: "two constraints bind at once for some devices; the chain was solved on mixtures of them",
     Path.LP: "HiGHS solved the relaxation",
     Path.MILP: "HiGHS searched whole head groups",
 }
@@ -44,14 +44,14 @@ def bottleneck_sentence(stage: CostedStage, times: StepTimes) -> str:
         return "Nothing runs."
     if times.bottleneck is None:
         return (
-            f"The primary's network card is the slowest: exchanging with the attention workers takes it "
+            f"The primary's network card is the bottleneck: the exchange with the attention workers takes "
             f"{seconds(times.card_s)} per layer."
         )
     name, time = stage.saved.devices[times.bottleneck].name, times.devices[times.bottleneck]
     return (
         f"{name} is the slowest with {seconds(time.seconds)} per layer: {seconds(time.kv_s)} for reading "
         f"{digits(time.kv_bytes / 1e6)} MB of KV, {seconds(time.heads_s)} for {plural(time.heads, 'query head')}, "
-        f"{seconds(time.call_s)} whatever it holds."
+        f"{seconds(time.call_s)} per call."
     )
 
 
@@ -61,9 +61,9 @@ def explain_dispatch(found: Dispatched) -> Iterator[str]:
     devices = stage.saved.devices
     yield bottleneck_sentence(stage, found.after)
     if found.after.makespan_s == found.before.makespan_s > 0:
-        yield "It was that slow before: the new requests fit beside what runs and cost no time."
+        yield "It was already that slow: the new requests fit beside the running ones and cost no time."
     if plan.gap <= 1e-9:
-        yield "No placement of these requests is faster: the bound is reached."
+        yield "No placement of these requests is faster: the plan reaches the bound."
     else:
         yield f"No placement of these requests is over {percent(plan.gap)} faster, proved by weak duality."
     weights = {device.name: float(plan.prices.piece[i].sum()) for i, device in enumerate(devices)}
@@ -72,9 +72,9 @@ def explain_dispatch(found: Dispatched) -> Iterator[str]:
         used["the primary's network card"] = plan.prices.nic
     if used:
         shares = ", ".join(f"{name} {weight:.0%}" for name, weight in sorted(used.items(), key=lambda w: -w[1])[:8])
-        yield f"The bound rests on the time of {shares}: only if these had less to do would all be done sooner."
+        yield f"The bound rests on the time of {shares}: only less work there would make the stage faster."
     elif plan.groups.any():
-        yield "The bound is the time of what runs already."
+        yield "The bound is the time of the running requests."
     yield from _memory_sentences(found)
     for one in plan.unplaced:
         yield _unplaced_sentence(found, one)
@@ -95,9 +95,9 @@ def _memory_sentences(found: Dispatched) -> Iterator[str]:
     binding = [(name, price) for name, price in priced if price > 0]
     if not binding and found.plan.groups.any():
         if found.plan.unplaced:
-            yield "No memory row binds for the requests that were placed: one more KV block would not speed these up."
+            yield "No memory limit binds for the placed requests: one more KV block would not speed them up."
         else:
-            yield "No memory row binds: one more KV block would save nothing anywhere."
+            yield "No memory limit binds: one more KV block on any device would save no time."
     for name, price in sorted(binding, key=lambda one: -one[1])[:8]:
         yield (
             f"KV memory of {name} binds: one more block there ({block_bytes / 2**20:.3g} MiB in all layers) "
@@ -112,9 +112,9 @@ def _unplaced_sentence(found: Dispatched, waiting: Unplaced) -> str:
     needs = f"Request {waiting.id} waits: it needs {heads.head_groups} x {blocks:,} KV blocks per layer"
     missing, groups = waiting.missing, plural(waiting.missing, "head group")
     if waiting.resource is Resource.KV_BLOCKS:
-        return f"{needs}, {missing:,} more than all devices together have left."
+        return f"{needs}, {missing:,} more than all devices together have free."
     if waiting.proved:
-        return f"{needs}, which are free, but not in one piece for every head group: {groups} fit on no device whole."
+        return f"{needs}, which are free, but fragmented over devices: {groups} fit on no single device."
     return (
         f"{needs}, which are free, but no way was found to fit {groups} whole beside the requests before it. "
         "That is not proved: --exact settles it, given the time."
@@ -129,16 +129,16 @@ def explain_redispatch(found: Redispatched) -> Iterator[str]:
     if not stage.saved.requests:
         return
     if not found.triggers:
-        yield "No trigger has fired: a running stage would not look."
+        yield "No trigger has fired: a running stage would not search for moves."
     yield from (f"Trigger: {trigger}." for trigger in found.triggers)
     if not plan.moves:
-        yield "Nothing moves: no move saves more than it costs while its request is expected to run."
+        yield "Nothing moves: no move pays off within the expected run time of its request."
     counts = {reason: sum(move.groups for move in plan.moves if move.reason is reason) for reason in MoveReason}
     told = {
         MoveReason.BALANCE: "to make the slowest device faster",
-        MoveReason.MEMORY: "because their device is, or will be, short of KV blocks, or another move needs the room",
+        MoveReason.MEMORY: "because their device is or will be short of KV blocks, or another move needs the room",
         MoveReason.DRAIN: "to empty a draining device",
-        MoveReason.DETOUR: "over a third device, until their target has room",
+        MoveReason.DETOUR: "via a third device, until their target has room",
     }
     for reason, count in counts.items():
         if count:
@@ -155,31 +155,31 @@ def explain_redispatch(found: Redispatched) -> Iterator[str]:
         if paying:
             steps, last = max(paying, key=lambda one: one[0])
             yield (
-                f"The move that pays last is {last.request} to {names[last.target]}: its time is won back after "
+                f"The slowest move to pay off is {last.request} to {names[last.target]}: its cost is recovered after "
                 f"{digits(steps, 2)} decode steps."
             )
     if plan.short_after >= 1:
         yield (
-            f"{plan.short_after:,.0f} KV blocks are expected to be short, or stay on draining devices; "
-            f"they were {plan.short_before:,.0f}."
+            f"{plan.short_after:,.0f} KV blocks are expected to be short or remain on draining devices; "
+            f"before, they were {plan.short_before:,.0f}."
         )
     elif plan.short_before >= 1:
-        yield f"{plan.short_before:,.0f} KV blocks were expected to be short, or lay on draining devices: none stay so."
+        yield f"{plan.short_before:,.0f} KV blocks were expected to be short or on draining devices: none remain so."
     for device, held in zip(stage.saved.devices, found.reached.groups.sum(axis=0), strict=True):
         if device.status is DeviceStatus.DRAINING and held:
             yield (
-                f"{device.name} still holds {plural(int(held), 'head group')}: those of requests with groups under way "
-                "wait for them, others found no room."
+                f"{device.name} still holds {plural(int(held), 'head group')}: those of requests with head "
+                "groups in transit wait for them, the others found no room."
             )
     if plan.gap <= 1e-9:
-        yield "No plan does better on makespan, moving and short memory together: the bound is reached."
+        yield "No plan has a lower sum of makespan, moving and memory shortage: the plan reaches the bound."
     else:
         yield (
-            f"The best plan's makespan, moving and short memory together are at most {could_fall(plan)} lower, proved "
+            f"The best plan's sum of makespan, moving and memory shortage is at most {could_fall(plan)} lower, proved "
             "by weak duality."
         )
     if plan.refused:
-        yield f"{plural(len(plan.refused), 'move')} that would help cannot be made; the table says why."
+        yield f"{plural(len(plan.refused), 'move')} that would help cannot be made; the table gives the reasons."
 
 
 def could_fall(plan: RedispatchPlan) -> str:
@@ -302,12 +302,12 @@ def render_redispatch(found: Redispatched, explanation: tuple[str, ...] | None =
         f"on {plural(len(stage.saved.devices), 'device')}",
     )
     yield facts(_redispatch_facts(found))
-    fired = tuple(str(trigger) for trigger in found.triggers) or ("none: a running stage would not look",)
+    fired = tuple(str(trigger) for trigger in found.triggers) or ("none: a running stage would not search for moves",)
     yield section("Triggers", bullets(fired))
     if plan.moves:
         yield section("Moves, in order", _moves(found))
     if plan.refused:
-        yield section("Would help, cannot be made", _refused(found))
+        yield section("Helpful moves that cannot be made", _refused(found))
     used = [int(count) for count in found.reached.used_blocks()]
     yield section(
         "Devices (KV blocks per layer, in use now)", device_table(stage, found.before, found.after, blocks=used)
@@ -320,7 +320,7 @@ def _redispatch_facts(found: Redispatched) -> Iterator[tuple[str, Text | str]]:
     yield "Makespan", Text(per_layer(plan.makespan_after_s, stage), style="bold green")
     yield "Before", per_layer(plan.makespan_before_s, stage)
     proof = "nothing is better" if plan.gap <= 1e-9 else f"proven: the best is at most {could_fall(plan)} lower"
-    yield "Objective", f"{seconds(plan.objective_s)}, the makespan with what moving and short memory cost"
+    yield "Objective", f"{seconds(plan.objective_s)}, the makespan plus the cost of moving and of memory shortage"
     yield "Bound", f"{seconds(plan.bound_s)}  gap {percent(plan.gap)}, {proof}"
     if plan.moves:
         copying = sum(move.seconds for move in plan.moves)

@@ -22,13 +22,13 @@ from hetis.solver.plan import Explanation, IdleGpus, MemoryBar, Plan, ReplicaPla
 MAX_SHAPES = 6
 MAX_EQUAL = 12  # equal replicas whose devices are named
 PRICES_MEAN = (
-    "The marginal price is what one GPU of the class is worth in the relaxation of this plan, where replicas may be "
-    "fractions. 0 says that the relaxation is not short of the class, not that its GPUs are of no use. One GPU more "
-    "may add more than its price, where it makes room for a larger replica, or nothing."
+    "The marginal price is what one GPU of the class is worth in the relaxation of this plan, which allows "
+    "fractional replicas. 0 means that the relaxation is not short of the class, not that its GPUs are "
+    "useless. One more GPU may add more than its price if it makes room for a larger replica, or nothing."
 )
 WIRE_MEANS = (
-    "(wire): how long the KV of a request leaves or arrives, beside computing and not in the sum; wait: where that "
-    "takes longer than computing."
+    "(wire): time to send or receive the KV of a request, which overlaps with computing and is not in the "
+    "sum; wait: the part that exceeds the computing time."
 )
 BAR_WIDTH = 30
 
@@ -51,7 +51,7 @@ def render_explanation(plan: Plan, explanation: Explanation, *, wide: bool = Fal
     if explanation.kv_routes:
         yield section("Prefill to decode", bullets(explanation.kv_routes))
     if plan.prices:
-        yield section("What a GPU of every class is worth", Group(price_table(plan), Text(PRICES_MEAN, style="dim")))
+        yield section("Value of a GPU of each class", Group(price_table(plan), Text(PRICES_MEAN, style="dim")))
     if explanation.idle:
         yield section("Idle GPUs", _idle(explanation.idle))
     yield section("Attention workers", Text(explanation.attention_workers))

@@ -40,19 +40,22 @@ def limit_sentence(found: Layered) -> str:
         case Limit.ROUND_TRIP:
             return (
                 f"KV room and round trip: {judgement.limit_node} is full, and each of "
-                f"{digits(judgement.in_flight)} requests in flight makes a token in {seconds(judgement.round_trip_s)}"
+                f"{digits(judgement.in_flight)} requests in flight generates a token every "
+                f"{seconds(judgement.round_trip_s)}"
             )
         case Limit.COMPUTE:
-            return f"compute: {judgement.limit_node} never rests"
+            return f"compute: {judgement.limit_node} is always busy"
         case Limit.LINK:
-            return f"link: the card of {judgement.limit_node} never rests"
+            return f"link: the card of {judgement.limit_node} is always busy"
 
 
 def _facts(found: Layered) -> Iterator[tuple[str, Text | str]]:
     plan = found.plan
     rate = f"{digits(plan.rate_rps)} requests/s, {digits(found.output_tokens_per_s)} output tokens/s"
     yield "Rate", Text(rate, style="bold green")
-    proof = "nothing serves more" if plan.gap < 1e-4 else f"proven: the best serves at most {percent(plan.gap)} more"
+    proof = (
+        "no placement serves more" if plan.gap < 1e-4 else f"proven: the best serves at most {percent(plan.gap)} more"
+    )
     stopped = ", search stopped early" if plan.stopped else ""
     yield "Bound", f"{digits(plan.bound_rps)} requests/s  gap {percent(plan.gap)}, {proof}{stopped}"
     yield "Limit", limit_sentence(found)
@@ -61,7 +64,8 @@ def _facts(found: Layered) -> Iterator[tuple[str, Text | str]]:
         flow = other.flow_rps * found.problem.tokens_per_request
         yield (
             "Max-flow",
-            f"the placement of most flow ({digits(flow)} tokens/s) serves {digits(other.rate_rps)} requests/s: "
+            f"the placement with the highest flow ({digits(flow)} tokens/s) serves {digits(other.rate_rps)} "
+            "requests/s: "
             f"{digits(other.judgement.in_flight)} in flight, {seconds(other.judgement.round_trip_s)} per round trip",
         )
 

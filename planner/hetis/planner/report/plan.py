@@ -16,7 +16,17 @@ from hetis.engines.layout import planned_model
 from hetis.formats.dtypes import precision_of
 from hetis.formats.errors import DocumentError
 from hetis.planner.report.figures import bar, digits, percent, plural, seconds, tokens
-from hetis.planner.report.tables import Unbroken, as_group, bullets, facts, kept_words, missed_words, section, table
+from hetis.planner.report.tables import (
+    Extent,
+    Unbroken,
+    as_group,
+    bullets,
+    facts,
+    kept_words,
+    missed_words,
+    section,
+    table,
+)
 from hetis.planner.use_cases.compare import Figures, KeptRate, figures_of, kept_of
 from hetis.planner.use_cases.engine_values import EQUAL_STAGES, NOT_COMPILED, EngineValue, engine_values_of
 from hetis.planner.use_cases.grouping import ReplicaGroup, abbreviate, group_replicas, number_ranges
@@ -26,6 +36,7 @@ from hetis.planner.use_cases.service_level import Latency, service_level_of
 from hetis.planner.use_cases.sources import ENGINE_SETTINGS, Inputs, engine_settings_of_plan, inputs_from_documents
 from hetis.planner.use_cases.surviving import losses_of
 from hetis.planner.use_cases.verify import Verification, attained, misses, verification_of
+from hetis.solver.constraints import Constraint, described
 from hetis.solver.plan import (
     ClassPrice,
     Objective,
@@ -183,9 +194,9 @@ def _value(plan: Plan) -> Text:
         return Text.assemble((by_model, "bold green"), f"  {verdict(result)}")
     model = f"by the model {by_model}, {verdict(result)}"
     if not kept.rate_rps:
-        return Text.assemble(("none", "bold yellow"), f"  of the rates tried keeps the limits, simulated; {model}")
+        return Text.assemble(("none", "bold yellow"), f"  of the rates tried keeps the limits in simulation; {model}")
     promised = (f"{digits(kept.rate_rps, 4)} {result.unit}", "bold yellow")
-    return Text.assemble(promised, f"  within the limits, simulated; {model}")
+    return Text.assemble(promised, f"  within the limits in simulation; {model}")
 
 
 def _cost(plan: Plan) -> str | None:
@@ -202,7 +213,7 @@ def _cost(plan: Plan) -> str | None:
         used = {price.gpu for price in plan.prices if price.used}
         slots = [one for group in inputs.cluster.node_groups for one in group.gpus if one.gpu in used]
         unknown = dict.fromkeys(one.gpu for one in slots if inputs.cluster.price_of(one) is None)
-        return f"not known: no price of {', '.join(unknown)}"
+        return f"unknown: no price for {', '.join(unknown)}"
     if figures.usd_per_million_output_tokens is None:
         return f"{digits(figures.usd_per_hour)} USD/h"
     tokens = f"{digits(figures.usd_per_million_output_tokens)} USD per million output tokens"
@@ -212,7 +223,7 @@ def _cost(plan: Plan) -> str | None:
 def losses(plan: Plan) -> str:
     """Return the share that is still served without the worst node or zone; empty if not requested."""
     return "; ".join(
-        f"any one {kind} lost: {percent(loss.share)} still served (the worst is {loss.name})"
+        f"after losing any one {kind}: at least {percent(loss.share)} still served (worst: {loss.name})"
         for kind, loss in losses_of(plan).items()
     )
 
@@ -232,12 +243,12 @@ def beside_equal_stages(plan: Plan) -> str | None:
         return None
     alone, result = plan.inputs[EQUAL_STAGES], plan.result
     if not isinstance(alone, int | float) or alone <= 0:
-        return "replicas of equal stages: none keeps the limits" if alone is None else None
+        return "replicas of equal stages: none keep the limits" if alone is None else None
     words = f"{digits(alone, 4)} {result.unit} by replicas of equal stages"
     kept = less_than_planned(plan)
     if kept is None:
         return f"{words}; this plan {_beside(result.value, alone)}"
-    this = _beside(kept.rate_rps, alone) if kept.rate_rps else "keeps the limits at none of the rates tried"
+    this = _beside(kept.rate_rps, alone) if kept.rate_rps else "keeps the limits at no rate tried"
     return f"{words} by the model; this plan, simulated, {this}"
 
 
@@ -264,11 +275,11 @@ def _engine_words(other: EngineValue, plan: Plan) -> str:
         apart = f", without {lacks}" if lacks else ""
         return f"{least} by equal stages, {_beside(other.value, ours)}{by_model}{apart}"
     if other.why_not:
-        return f"runs this plan; none better was looked for: {other.why_not}"
+        return f"runs this plan; no better one was searched for: {other.why_not}"
     words = _beside(other.value, ours) + by_model
     if other.bound is not None and abs(other.bound - other.value) > PROVED * abs(other.value):
         near = abs(other.bound - ours) < ours
-        words += f" found, {_beside(other.bound, ours)} at best" if near else " found in the time it had"
+        words += f" found, {_beside(other.bound, ours)} at best" if near else " found within its time limit"
     if lacks and other.value != ours:
         is_richer = (other.value > ours) == plan.objective.maximises
         words += f", {'with' if is_richer else 'without'} {lacks}"
@@ -324,9 +335,9 @@ def verdict(result: SolveResult) -> str:
     if result.status is Status.OPTIMAL:
         return "proven optimal: no plan of the family is better"
     if not math.isfinite(result.gap):
-        return "no bound: how much better a plan could be is not known"
+        return "no bound: it is unknown how much better a plan could be"
     better = {ObjectiveKind.COST: "cheaper", ObjectiveKind.GPUS: "smaller"}.get(result.objective, "better")
-    claim = f"proven: none of the family is over {percent(result.gap)} {better}"
+    claim = f"proven: no plan of the family is over {percent(result.gap)} {better}"
     return f"interrupted; {claim}" if result.status is Status.INTERRUPTED else claim
 
 
@@ -356,12 +367,12 @@ def _limit(reached: float, limit: float | None) -> Text:
 
 def simulated_words(found: Verification, plan: Plan) -> Text:
     """Return the simulated outcome for the limits, shown after the model's values."""
-    level = service_level_of(plan)
+    level, extent = service_level_of(plan), Extent(found.share, bool(found.too_short))
     if found.kept:
         shown = [one for one in Latency if one is Latency.TTFT or _has_tpot(plan)]
         latencies = ((f"{one} {level.statistic(one)}", found.seconds(one)) for one in shown)
-        return kept_words(found.rate_rps, latencies, attained(found, plan), found.kept_rps)
-    return missed_words(found.rate_rps, misses(found, plan), found.kept_rps)
+        return kept_words(found.rate_rps, latencies, attained(found, plan), found.kept_rps, extent)
+    return missed_words(found.rate_rps, misses(found, plan), found.kept_rps, extent)
 
 
 def _fleet(plan: Plan) -> str:
@@ -467,8 +478,8 @@ def _named(group: ReplicaGroup) -> str:
 def render_constraint_prices(prices: Sequence[ConstraintPrice], unit: str) -> RenderableType:
     """Return a table of what the objective would gain without each constraint, and without all of them."""
 
-    def name(kept: Sequence[object]) -> str:
-        return str(kept[0]) if len(kept) == 1 else f"all {len(kept)} together"
+    def name(kept: Sequence[Constraint]) -> str:
+        return described(kept[0]) if len(kept) == 1 else f"all {len(kept)} together"
 
     rows = ((name(price.constraints), _interval(price)) for price in prices)
     return section("What the constraints cost", table("'without", f"gain, {unit}", rows=rows))
@@ -532,7 +543,7 @@ def _replica_headline(group: ReplicaGroup) -> Text:
 def _latencies(replica: ReplicaPlan) -> str:
     """Return the latencies that apply to the replica's role."""
     ttft, tpot = f"TTFT {seconds(replica.ttft_s)}", f"TPOT {seconds(replica.tpot_s)}"
-    by_role = {Role.PREFILL: f"{ttft} until the KV is there", Role.DECODE: tpot}
+    by_role = {Role.PREFILL: f"{ttft} until the KV arrives", Role.DECODE: tpot}
     return by_role.get(replica.role, f"{ttft} · {tpot}")
 
 

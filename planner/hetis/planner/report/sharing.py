@@ -26,10 +26,10 @@ MAX_ROUNDS = 20
 
 _RULES = {
     FairnessRule.COOPERATIVE: "the most total value without envy (OEF, cooperative)",
-    FairnessRule.NON_COOPERATIVE: "the most total value at equal value per part (OEF, non-cooperative)",
-    FairnessRule.MAX_MIN: "the largest least gain over an equal split (Gavel's max-min)",
+    FairnessRule.NON_COOPERATIVE: "the most total value with equal value per part (OEF, non-cooperative)",
+    FairnessRule.MAX_MIN: "the largest minimum gain over an equal split (Gavel's max-min)",
     FairnessRule.TRADING: "an equal split, then trades of fast for slow GPUs (Gandiva_fair)",
-    FairnessRule.EQUAL: "the same part of every GPU type for everybody",
+    FairnessRule.EQUAL: "the same share of every GPU type for each tenant",
 }
 
 
@@ -51,27 +51,27 @@ def render_fair(found: Sharing) -> Iterator[RenderableType]:
         yield Text(f"        speed-ups of {name} come from placements of its model on each GPU type", style="dim")
     yield Text()
     yield _share_table(found, shares, properties)
-    yield section("what holds", _property_lines(found, shares, properties))
+    yield section("properties", _property_lines(found, shares, properties))
     if 1 < len(found.problem.weights) <= MAX_ENVY:
         yield section(
             "envy: own value with the other's share, per part, over one's own",
             _envy_table(claimant_names(found), properties.envy),
         )
     if found.claims:
-        yield section("false claims that pay best, of those tried", _claim_table(found))
+        yield section("most profitable false claims among those tried", _claim_table(found))
     yield section("other rules", _rule_table(found))
     if found.rounds:
-        yield section("whole GPUs, round after round", _round_table(found))
+        yield section("whole GPUs, by round", _round_table(found))
 
 
 def _value_line(found: Sharing, shares: Shares) -> str:
     equal = next(answer.value for answer in found.shares if answer.rule is FairnessRule.EQUAL)
     over = f", {shares.value / equal:.3f} times an equal split"
-    return f"{digits(shares.value, 4)} GPUs of everybody's slowest type{over}; {_proof(shares)}"
+    return f"{digits(shares.value, 4)} GPUs of each tenant's slowest type{over}; {_proof(shares)}"
 
 
 def _proof(shares: Shares) -> str:
-    return f"gap {percent(shares.gap)}" if shares.gap != float("inf") else "a procedure, no bound"
+    return f"gap {percent(shares.gap)}" if shares.gap != float("inf") else "a heuristic, without a bound"
 
 
 def _share_table(found: Sharing, shares: Shares, properties: Properties) -> Table:
@@ -101,19 +101,23 @@ def _property_lines(found: Sharing, shares: Shares, properties: Properties) -> T
     envious = [f"{name} ({worst[v]:.2f}x)" for v, name in enumerate(names) if worst[v] > 1.0 + EPSILON]
     losers = [name for v, name in enumerate(names) if properties.over_equal_split[v] < 1.0 - EPSILON]
     apart = [name for v, name in enumerate(names) if not properties.contiguous[v]]
-    inefficient = f"{percent(properties.could_gain)} of value could be added with nobody losing any"
+    inefficient = f"{percent(properties.could_gain)} of value could be added at no tenant's expense"
     rows = [
-        (not envious, "nobody envies anybody", f"envious: {_listed(envious)}"),
+        (not envious, "no tenant envies another", f"envious: {_listed(envious)}"),
         (
             not losers,
-            "sharing pays: nobody has less than an equal split is worth",
+            "sharing pays: every tenant has at least the value of an equal split",
             f"worse off than with an equal split: {_listed(losers)}",
         ),
-        (properties.is_efficient, "efficient: nobody can have more without another having less", inefficient),
-        (not apart, "everybody's GPU types are adjacent in speed", f"types are apart for {_listed(apart)}"),
+        (properties.is_efficient, "efficient: no tenant can gain unless another loses", inefficient),
+        (
+            not apart,
+            "every tenant's GPU types are adjacent in speed",
+            f"GPU types are not adjacent in speed for {_listed(apart)}",
+        ),
     ]
     if shares.rule is FairnessRule.NON_COOPERATIVE:
-        rows.append((True, "claiming larger speed-ups than one has never pays; claiming smaller ones can", ""))
+        rows.append((True, "overstating speed-ups never pays; understating them can", ""))
     yes, no = Text("yes", style="green"), Text("no", style="yellow")
     return grid(True, True, rows=((yes, so) if holds else (no, otherwise) for holds, so, otherwise in rows))
 
@@ -123,7 +127,7 @@ def _listed(names: list[str], most: int = 5) -> str:
 
 
 def _envy_table(names: list[str], envy: Iterable[Iterable[float]]) -> Table:
-    """Return a table of every claimant's envy of every other one, in red if there is any."""
+    """Return a table of each tenant's envy of every other tenant, in red if there is any."""
     made = table("'", *names)
     for v, row in enumerate(envy):
         cells = (
@@ -137,7 +141,7 @@ def _envy_table(names: list[str], envy: Iterable[Iterable[float]]) -> Table:
 def _claim_table(found: Sharing) -> Table:
     claims = zip(claimant_names(found), found.claims, strict=True)
     rows = ((name, percent(more.gain), percent(less.gain)) for name, (more, less) in claims)
-    return table("'tenant", "claiming more gains", "claiming less gains", rows=rows)
+    return table("'tenant", "overstating gains", "understating gains", rows=rows)
 
 
 def _rule_table(found: Sharing) -> Table:
@@ -222,10 +226,10 @@ def _rule(found: Sharing, answer: Shares, properties: Properties) -> dict[str, A
 MAX_TENANTS = 8  # tenants up to which envy is shown as a matrix; -o json has all
 
 _TENANT_RULES = {
-    TenantRule.EFFICIENCY: "the most total value, whoever has it",
-    TenantRule.EQUAL_THROUGHPUT: "the same share of its rate alone for everybody, per part",
-    TenantRule.MAX_MIN: "the least share of its rate alone as high as can be, then value",
-    TenantRule.SHARING_INCENTIVE: "nobody below its own part of the fleet, then value",
+    TenantRule.EFFICIENCY: "the most total value, however it is divided",
+    TenantRule.EQUAL_THROUGHPUT: "for each tenant the same share of its rate alone, per part",
+    TenantRule.MAX_MIN: "the highest possible minimum share of the rate alone, then value",
+    TenantRule.SHARING_INCENTIVE: "every tenant at least at the rate of its own part of the fleet, then value",
 }
 
 
@@ -244,7 +248,7 @@ def render_tenants(found: SharedFleet) -> Iterator[RenderableType]:
     yield Text()
     yield _tenant_table(answer)
     yield section("GPUs", _gpu_table(answer))
-    yield section("what holds", Group(*(Text(f" {line}") for line in holds(found))))
+    yield section("properties", Group(*(Text(f" {line}") for line in holds(found))))
     if found.envy is not None and 1 < len(answer.shares) <= MAX_TENANTS:
         yield section(
             "envy: own rate with as many GPUs as the other, per part, over one's own",
@@ -303,14 +307,14 @@ def holds(found: SharedFleet) -> list[str]:
         for s in answer.shares
         if s.over_part < 1.0 - EPSILON
     ]
-    lines = worse or ["yes: nobody is worse off than on its own part of the fleet"]
+    lines = worse or ["yes: no tenant is worse off than on its own part of the fleet"]
     return [*lines, _equality(answer), *(() if found.envy is None else _envy_lines(found))]
 
 
 def _equality(answer: FleetShares) -> str:
     levels = [share.normalised / share.weight for share in answer.shares]
     if max(levels) - min(levels) <= EPSILON * max(levels):
-        return "yes: everybody has the same share of its rate alone, per part"
+        return "yes: every tenant has the same share of its rate alone, per part"
     most = answer.shares[levels.index(max(levels))].name
     least = answer.shares[levels.index(min(levels))].name
     return f"no: {most} has {max(levels):.1%} of its rate alone per part, {least} {min(levels):.1%}"
@@ -318,20 +322,20 @@ def _equality(answer: FleetShares) -> str:
 
 def _envy_lines(found: SharedFleet) -> Iterator[str]:
     shares, table, proven = found.answers[0].shares, envies(found), True
-    nobody = True
+    is_free = True
     for i, row in enumerate(table):
         for j, envy in enumerate(row):
             if i == j:
                 continue
             if envy > 1.0 + EPSILON:
-                nobody = False
+                is_free = False
                 times = f"{envy:.2f} times its rate" if math.isfinite(envy) else "more than nothing"
                 yield f"no: {shares[i].name} would serve {times} with as many GPUs as {shares[j].name}, per part"
             assert found.envy is not None
             ceiling = found.envy[i][j].bound / shares[j].weight
             proven = proven and ceiling <= shares[i].rate / shares[i].weight * (1.0 + EPSILON)
-    if nobody:
-        yield "yes: nobody envies anybody" + ("" if proven else ", as far as was searched")
+    if is_free:
+        yield "yes: no tenant envies another" + ("" if proven else ", as far as the search shows")
 
 
 def lost_to_fairness(found: SharedFleet, answer: FleetShares) -> float | None:

@@ -95,7 +95,7 @@ def _facts(simulated: Simulated, plan: Plan) -> Iterator[tuple[str, RenderableTy
     if (doubt := _doubt(simulated)) is not None:
         yield "", Text(doubt, "yellow")
     if not math.isnan(summary.attainment) and question.load.arrivals is not Arrivals.SATURATED:
-        yield "Attainment", f"{percent(summary.attainment)} of the requests kept both limits themselves"
+        yield "Attainment", f"{percent(summary.attainment)} of the requests kept both limits"
     clipped = f"; {simulated.num_clipped:,} requests clipped to the model's context" if simulated.num_clipped else ""
     measured = f"{summary.counts.measured:,} requests over {seconds(summary.window_s)} per run"
     yield "Measured", f"{measured}, after {seconds(summary.warm_up_s)} of warm-up{clipped}"
@@ -112,7 +112,7 @@ def _facts(simulated: Simulated, plan: Plan) -> Iterator[tuple[str, RenderableTy
     if question.engine_settings:
         yield "Engines", f"started with {question.engine_settings.describe()}: {'; '.join(question.changes)}"
     if not simulated.complete:
-        yield "", Text("stopped early: figures are of what was simulated by then", "yellow")
+        yield "", Text("stopped early: the figures cover only what was simulated", "yellow")
     if not simulated.precise:
         yield "", Text(f"not yet stable: the widest interval is {percent(summary.precision())}", "yellow")
 
@@ -122,18 +122,18 @@ def _doubt(simulated: Simulated) -> str | None:
     summary, counts = simulated.summary, simulated.summary.counts
     of = f"{plural(counts.arrived, 'request')}"
     if counts.unfinished:  # a run ends when no further event can happen
-        return f"{counts.unfinished:,} of {of} never served: no replica is left for them{_gone(simulated)}"
+        return f"{counts.unfinished:,} of {of} never served: no replica is left to serve them{_gone(simulated)}"
     if not counts.finished and counts.rejected:
-        return f"nothing is served: no replica can hold any of the {of}"
+        return f"nothing is served: no replica has room for any of the {of}"
     if summary.steady is False and counts.rejected > MAX_GROWTH * counts.arrived:
-        return f"not carried: {counts.rejected:,} of {of} rejected, no replica can hold them"
+        return f"not sustained: {counts.rejected:,} of {of} rejected, no replica can hold them"
     if summary.steady is False:
-        return "not carried: requests pile up, latencies grow with the length of the run"
+        return "not sustained: requests pile up, latencies grow with the length of the run"
     if not summary.throughput_rps.value > 0:
-        return "too short: no request finished before the last one came; more --requests"
+        return "too short: no request finished before the last one arrived; increase --requests"
     if summary.steady is None and simulated.question.load.arrivals is Arrivals.SATURATED:
-        return "too short: the requests that it holds at once were not replaced; more --requests"
-    return "too short to tell whether requests pile up; more --requests" if summary.steady is None else None
+        return "too short: the initial requests were not yet replaced by later ones; increase --requests"
+    return "too short to tell whether requests pile up; increase --requests" if summary.steady is None else None
 
 
 def _gone(simulated: Simulated) -> str:
@@ -141,7 +141,7 @@ def _gone(simulated: Simulated) -> str:
     up = {fault.device: fault.joins for fault in simulated.question.settings.faults}  # its last fault decides
     down = sorted(device for device, joins in up.items() if not joins)
     more = f" and {len(down) - NAMED} more" if len(down) > NAMED else ""
-    return f"; {', '.join(down[:NAMED])}{more} failed and did not join again" if down else ""
+    return f"; {', '.join(down[:NAMED])}{more} failed and did not rejoin" if down else ""
 
 
 def _arrivals(simulated: Simulated) -> str:
@@ -149,7 +149,7 @@ def _arrivals(simulated: Simulated) -> str:
     seeds = plural(len(question.seeds), "seed")
     counts = f"{plural(question.num_requests, 'request')}, {seeds}"
     if load.arrivals is Arrivals.SATURATED:
-        return f"saturated: one is always waiting; {counts}"
+        return f"saturated: a request is always waiting; {counts}"
     if load.arrivals is Arrivals.RECORDED:
         stretched = f", stretched to {digits(load.rate_rps, 4)} requests/s" if load.rate_rps else ""
         return f"as recorded{stretched}; {counts}"
@@ -188,7 +188,7 @@ def _points(simulated: Simulated) -> Table:
 
 def _verdict(point: Point) -> Text:
     if point.summary.steady is False:
-        return Text("not carried", style="yellow")
+        return Text("not sustained", style="yellow")
     words = "within" if point.within else "misses"
     return Text(words if point.sure else f"{words}, unsure", style="green" if point.within else "yellow")
 
@@ -231,9 +231,9 @@ def _comparison(simulated: Simulated) -> RenderableType:
             f"{ratio:.3f}" if math.isfinite(ratio) else "",
             judged,
         )
-    note = "A plan's TPOT is that of the saturated fleet, its TTFT that at the planned utilisation."
+    note = "The planned TPOT is that of the saturated fleet, the planned TTFT that at the planned utilisation."
     if simulated.question.engine_settings:
-        note += " Planned is what the cost model says of these GPUs and layers with engines started so."
+        note += " The planned values are those of the cost model for these GPUs and layers with these engine settings."
     return Group(made, Text(note, style="dim"))
 
 

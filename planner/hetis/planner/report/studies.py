@@ -32,7 +32,7 @@ def _parts(robustness: Robustness, objective: Objective) -> Iterator[RenderableT
         yield Text("Corner cases, the slowest first", style="dim")
         yield _corners(robustness)
     if not robustness.complete:
-        yield Text("the time was over before everything was done", style="yellow")
+        yield Text("the time limit ended the study before it was complete", style="yellow")
 
 
 def _spreads(robustness: Robustness, objective: Objective) -> Table:
@@ -55,9 +55,9 @@ def has_limits(objective: Objective) -> bool:
 
 def _facts(robustness: Robustness, objective: Objective) -> Iterator[tuple[str, str]]:
     samples = f"{plural(robustness.samples, 'sample')}, seed {robustness.seed}"
-    yield "Samples", f"{samples}; worst: of {plural(len(robustness.corners), 'corner case')}, too"
+    yield "Samples", f"{samples}; worst includes {plural(len(robustness.corners), 'corner case')}"
     if has_limits(objective):
-        yield "Limits", f"missed in {percent(robustness.missed)} of the samples with micro-batches as planned"
+        yield "Limits", f"missed in {percent(robustness.missed)} of the samples with the planned micro-batches"
     if robustness.short is not None:
         yield "Demand", f"not reached within limits in {percent(robustness.short)} of the samples"
     if robustness.regret is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import ParamSpec
+from typing import NamedTuple, ParamSpec
 
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.measure import Measurement
@@ -12,9 +12,10 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from hetis.planner.report.figures import digits, seconds
+from hetis.planner.report.figures import digits, percent, seconds
 
 P = ParamSpec("P")
+ROUNDED = 0.02  # by which a share may differ from the fraction that it is called
 
 
 def as_group(parts: Callable[P, Iterator[RenderableType]]) -> Callable[P, Group]:
@@ -80,18 +81,43 @@ def section(title: str, body: RenderableType) -> RenderableType:
     return Group(Text(f"\n{title}", style="bold"), Padding(body, (0, 0, 0, 1)))
 
 
-def kept_words(rate_rps: float, latencies: Iterable[tuple[str, float]], share: str, kept_rps: float | None) -> Text:
+class Extent(NamedTuple):
+    """How much of a plan was simulated: the share of its rate (None: all of it), and whether runs were too short."""
+
+    share: float | None
+    too_short: bool
+
+    def lines(self) -> list[str]:
+        """Return a line on each, where the simulation is not that of the whole plan with its seats filled."""
+        part = [] if self.share is None else [f"simulated: {_part_words(self.share)}"]
+        return [*part, *(["runs too short to fill the seats: later requests may be slower"] if self.too_short else [])]
+
+    def text(self) -> Text:
+        """Return the lines, each after a line break."""
+        return Text("".join(f"\n{line}" for line in self.lines()), style="yellow" if self.too_short else "dim")
+
+
+def _part_words(share: float) -> str:
+    """Return ``1/8 of its replicas at 1/8 of the rate``, or per cent where the share is no such fraction."""
+    parts = round(1.0 / share)
+    words = f"1/{parts:,}" if parts > 1 and abs(parts * share - 1.0) <= ROUNDED else percent(share)
+    return f"{words} of its replicas at {words} of the rate"
+
+
+def kept_words(
+    rate_rps: float, latencies: Iterable[tuple[str, float]], share: str, kept_rps: float | None, extent: Extent
+) -> Text:
     """Return a sentence about a simulated plan that keeps its limits: latencies, and the share of requests in time."""
     named = ", ".join(f"{name} {seconds(value_s)}" for name, value_s in latencies)
     words = f" at {digits(rate_rps, 4)} requests/s: {named}; {share}{kept_beyond(rate_rps, kept_rps)}"
-    return Text.assemble(("limits kept", "green"), words)
+    return Text.assemble(("limits kept", "yellow" if extent.too_short else "green"), words, extent.text())
 
 
-def missed_words(rate_rps: float, misses: Iterable[str], kept_rps: float | None) -> Text:
+def missed_words(rate_rps: float, misses: Iterable[str], kept_rps: float | None, extent: Extent) -> Text:
     """Return a sentence about a simulated plan that misses limits."""
     least = "no rate tried keeps them" if kept_rps is None else f"kept up to {digits(kept_rps, 4)}"
     words = f" at {digits(rate_rps, 4)} requests/s: {', '.join(misses)}; {least}"
-    return Text.assemble(("MISSED", "bold red"), words)
+    return Text.assemble(("MISSED", "bold red"), words, extent.text())
 
 
 def kept_beyond(rate_rps: float, kept_rps: float | None) -> str:

@@ -205,7 +205,7 @@ def _must_be_deletable(tx: Reader, name: str, etag: str) -> None:
     if record.active_plan:
         raise _in_use(name, record.active_plan, "is in force")
     if replicas := tx.replicas.page(None, 1, cluster=name):
-        raise _in_use(name, replicas[0].name, "is not stopped yet")
+        raise _in_use(name, replicas[0].name, "has not stopped yet")
 
 
 def _in_use(name: str, user: str, why: str) -> ServiceError:
@@ -234,7 +234,7 @@ def check_policy(checks: Checks, policy: cluster_pb2.ClusterPolicy, field: str) 
 def _check_duration(checks: Checks, duration: Duration, field: str, least_s: float, most_s: float, words: str) -> None:
     signs_agree = duration.seconds * duration.nanos >= 0
     valid = abs(duration.seconds) <= _LONGEST_S and abs(duration.nanos) < 10**9 and signs_agree
-    if checks.require(valid, field, f"is no valid duration: {duration.seconds} s and {duration.nanos} ns"):
+    if checks.require(valid, field, f"is not a valid duration: {duration.seconds} s and {duration.nanos} ns"):
         seconds = seconds_of(duration)
         checks.require(least_s <= seconds <= most_s, field, f"is {seconds:g} s, must be {words}")
 

@@ -234,7 +234,7 @@ def differences(declared: Cluster, found: Mapping[str, ReportedNode]) -> Iterato
     known = set[str]()
     for group, node in _nodes(declared):
         if node not in found:
-            message = "is declared, but no agent of it is connected"
+            message = "is declared, but its agent is not connected"
             yield _difference(Kind.INVENTORY_DIFFERENCE_KIND_NODE_MISSING, node, message)
             continue
         known.add(node)

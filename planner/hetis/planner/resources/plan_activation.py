@@ -149,7 +149,7 @@ class PlanActivation:
         if plan.name != target.record.name or cluster.body.document.digest != target.cluster_digest:
             raise ServiceError(
                 Reason.ERROR_REASON_ETAG_MISMATCH,
-                f"{cluster.name} was changed at the same time: its etag is {etag_of(cluster)}; decide again",
+                f"{cluster.name} was changed at the same time: its etag is {etag_of(cluster)}; read it again and retry",
                 metadata={"name": cluster.name, "etag": etag_of(cluster)},
             )
         records = tx.replicas.all(cluster=cluster.name)

@@ -112,7 +112,7 @@ class PlanSearches:
             try:
                 posed = await run_in_thread_gc_paused(posed_from_json, posed_json)
             except DocumentError as error:
-                await self._end(record.name, None, Invalid(f"the problem was posed by another version: {error}"))
+                await self._end(record.name, None, Invalid(f"the problem was created by another version: {error}"))
                 continue
             if record.state != plan_pb2.PLAN_STATE_QUEUED:
                 await self._change(record.name, _queued_again)
@@ -159,7 +159,7 @@ class PlanSearches:
         if isinstance(outcome, FoundPlan):
             result = plan_pb2.PlanResult.FromString(outcome.result)
             if await run_in_thread_gc_paused(content_digest, outcome.document) != result.document.digest:
-                outcome = Unsound(("its document is not the one that was checked",))
+                outcome = Unsound(("its document differs from the one that was checked",))
 
         def change(record: PlanRecord, tx: Transaction) -> PlanRecord:
             tx.plan_documents.delete(problem_name(plan))
@@ -221,7 +221,8 @@ def _failure(outcome: Outcome, posed: PosedProblem | None) -> failure_pb2.Failur
         case Unsound(violations):
             error = ServiceError(
                 Reason.ERROR_REASON_PLAN_CHECK_FAILED,
-                f"the plan fails {len(violations)} of its checks, a bug in hetis: {'; '.join(violations[:5])}",
+                f"the plan violates {len(violations)} of its checks, which is a bug in hetis: "
+                f"{'; '.join(violations[:5])}",
                 metadata={"violations": len(violations)},
             )
         case Invalid(message):
@@ -290,7 +291,7 @@ class PlanCreation:
             case "imported":
                 given = await checks.document(_IMPORTED, request.plan.imported, read_plan)
             case None:
-                checks.require(False, SPEC, "is missing: send a spec to be solved, or a plan as imported")
+                checks.require(False, SPEC, "is missing: send a spec to solve, or a plan to import")
         checks.raise_if_wrong()
         if spec is not None:
             return await self._posed(request.plan.cluster, spec)

@@ -101,7 +101,7 @@ def _document(reader: Reader, name: str) -> bytes:
     document = reader.plan_documents.get(name)
     if document is None:  # deleted in the meantime
         reader.plans.require(name)
-        raise AssertionError(f"{name} has an answer without a document")
+        raise AssertionError(f"{name} has a result without a document")
     return document
 
 
@@ -127,7 +127,7 @@ def read_plan(document: document_pb2.Document) -> Plan:
     plan = documents.read_document(document, Plan)
     if not plan.replicas:
         name = document.source_name or "document"
-        raise DocumentError([Problem(file=name, path="replicas", message="is empty: there is nothing to put in force")])
+        raise DocumentError([Problem(file=name, path="replicas", message="is empty: there is nothing to activate")])
     return plan
 
 
@@ -146,7 +146,7 @@ def checked(plan: Plan, name: str) -> ImportedPlan:
         shown = [str(violation) for violation in violations[:MOST_VIOLATIONS]]
         if len(violations) > MOST_VIOLATIONS:
             shown.append(f"and {len(violations) - MOST_VIOLATIONS} more")
-        message = f"the plan breaks its own problem in {len(violations)} ways: {'; '.join(shown)}"
+        message = f"the plan violates {len(violations)} rules of its own problem: {'; '.join(shown)}"
         raise ServiceError(Reason.ERROR_REASON_PLAN_CHECK_FAILED, message, metadata={"violations": len(violations)})
     return ImportedPlan(plan=plan, document=document_bytes(plan))
 
@@ -183,4 +183,4 @@ def _uses(replica: ReplicaPlan) -> Iterable[tuple[str, str]]:
 
 
 def _what_is_wrong(device: str, planned: str, found: str | None) -> str:
-    return f"{device} is not there" if found is None else f"{device} is {found}, the plan needs {planned}"
+    return f"{device} is missing" if found is None else f"{device} is {found}, the plan needs {planned}"

@@ -81,7 +81,7 @@ def check_labels(checks: Checks, labels: Mapping[str, str], field: str) -> None:
     checks.require(len(labels) <= MOST_LABELS, field, f"has {len(labels)} entries, at most {MOST_LABELS} are allowed")
     for key, value in sorted(labels.items())[:MOST_LABELS]:
         right = 1 <= len(key) <= 63 and len(value) <= 255 and _LABEL.fullmatch(key) and _LABEL.fullmatch(value)
-        message = "must be of a-z 0-9 - _ . /, the key 1 to 63 and the value 0 to 255"
+        message = "must consist of a-z 0-9 - _ . /, with 1 to 63 characters in the key and 0 to 255 in the value"
         checks.require(bool(right), f'{field}["{key[:63]}"]', message)
 
 
@@ -92,9 +92,11 @@ def choose_profiles(
     checks, chosen = Checks(), dict[str, ProfileRecord]()
     for position, record in enumerate(named):
         path = f"{SPEC}.profiles[{position}]"
-        checks.require(record.gpu_type not in chosen, path, f"is a second profile of {record.gpu_type}, one is allowed")
+        checks.require(
+            record.gpu_type not in chosen, path, f"is a second profile of {record.gpu_type}, only one is allowed"
+        )
         hint = did_you_mean(record.gpu_type, gpus)
-        checks.require(record.gpu_type in gpus, path, f"is of {record.gpu_type}, which the cluster has not{hint}")
+        checks.require(record.gpu_type in gpus, path, f"is of {record.gpu_type}, which the cluster does not have{hint}")
         chosen[record.gpu_type] = record
     checks.raise_if_wrong()
     newest = {record.gpu_type: record for record in sorted(stored, key=lambda one: one.update_time_s)}
@@ -249,7 +251,7 @@ class _SpecReader:
         if spec.survive:
             self.choice("survive", spec.survive, PLACES)
         needs = plan_pb2.OBJECTIVE_KIND_COST, plan_pb2.OBJECTIVE_KIND_GPUS
-        message = "is set, and the objective has no demand that could be kept: it must be COST or GPUS"
+        message = "is set, but the objective has no demand to keep: it must be COST or GPUS"
         self.require(not spec.survive or spec.objective.kind in needs, "survive", message)
         gap = spec.gap_target if spec.HasField("gap_target") else defaults.gap_target
         self.require(0 <= gap <= 1, "gap_target", f"is {gap:g}, must be from 0 to 1")
@@ -262,6 +264,7 @@ class _SpecReader:
             strategy=strategy,
             roles=roles,
             engine=engine,
+            keep_stages=spec.max_stages > 0,
             time_limit_s=time_limit_s,
             gap_target=gap,
             seed=spec.seed % _SEEDS,
@@ -276,7 +279,7 @@ class _SpecReader:
             named = names.word_of(replica_pb2.ReplicaRole, value)
             self.require(value in FROM_PROTO, f"roles[{position}]", f"is {named}, must be one of {known}")
         num_different = len(set(given))
-        message = f"has {len(given)} entries of {num_different} roles, each may be there once"
+        message = f"has {len(given)} entries of {num_different} roles, each may appear once"
         self.require(num_different == len(given), "roles", message)
         return ordered(FROM_PROTO[value] for value in given if value in FROM_PROTO)
 

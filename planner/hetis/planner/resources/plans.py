@@ -153,7 +153,7 @@ class Plans:
 
         record, document = await self._store.read(read)
         require_answer(record)
-        assert document is not None, "a plan with an answer has a document"
+        assert document is not None, "a plan with a result has a document"
         if request.offset > len(document):
             raise invalid_field("offset", f"is {request.offset}, the document has {len(document)} bytes")
         for offset in range(request.offset, max(len(document), request.offset + 1), PIECE_BYTES):
@@ -172,7 +172,7 @@ def _require_deletable(reader: Reader, request: pb2.DeletePlanRequest) -> PlanRe
     record = reader.plans.require(request.name)
     require_etag(record, request.etag)
     if record.state in SEARCHING:
-        raise plan_state(record, "is still searched: cancel it first")
+        raise plan_state(record, "is still being solved: cancel it first")
     cluster = reader.clusters.get(record.cluster)
     if record.activation in IN_FORCE or (cluster is not None and cluster.active_plan == record.name):
         raise ServiceError(
@@ -210,8 +210,8 @@ def compare(one: PlanAndProblem, other: PlanAndProblem) -> pb2.DiffPlansResponse
     if response.ByteSize() > MOST_BYTES:
         raise ServiceError(
             Reason.ERROR_REASON_MESSAGE_TOO_LARGE,
-            f"the differences take {response.ByteSize()} bytes, a message has {MOST_BYTES} for them;"
-            " ReadPlanDocument gives both plans to compare",
+            f"the differences take {response.ByteSize()} bytes, the limit is {MOST_BYTES}:"
+            " read both plans with ReadPlanDocument and compare them",
             metadata={"max_bytes": MOST_BYTES},
         )
     return response

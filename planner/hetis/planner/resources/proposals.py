@@ -159,7 +159,7 @@ class PlacementProposals(FleetObserver):
                 _log.warning("no proposal for %s: %s", name, error)
                 wait_s = (error.retry_after_s if isinstance(error, ServiceError) else None) or patience_s
             except Exception:
-                _log.exception("the look at %s failed", name)  # must not end the loop, which serves all clusters
+                _log.exception("checking %s failed", name)  # must not end the loop, which serves all clusters
                 wait_s = patience_s
             if known.changed_s is not None:
                 wait_s = 0.0  # the capacity has changed in the meantime
@@ -286,7 +286,7 @@ def _reason(gone: Iterable[str], came: Iterable[str], patience_s: float) -> str:
     """Return the reason for a proposal as a human-readable sentence."""
     parts = [
         f"{_named(nodes)} {'is' if len(nodes) == 1 else 'are'} {what}"
-        for nodes, what in ((sorted(gone), "gone"), (sorted(came), "there that the plan in force does not count on"))
+        for nodes, what in ((sorted(gone), "gone"), (sorted(came), "available but not used by the plan in force"))
         if nodes
     ]
     return f"For {patience_s:g} s {' and '.join(parts)}."

@@ -236,7 +236,7 @@ def _is_text(name: str) -> bool:
 
 
 def _invalid(token: str) -> ServiceError:
-    message = f"page_token {token[:80]!r} is not from this list with this filter; begin again without it"
+    message = f"page_token {token[:80]!r} does not belong to this list and filter; start again without it"
     return ServiceError(Reason.ERROR_REASON_INVALID_PAGE_TOKEN, message)
 
 

@@ -123,7 +123,7 @@ def create(
     ] = None,
     valid: Annotated[str, typer.Option("--valid", metavar="DAYS", help="How long, in days.")] = "365",
 ) -> None:
-    """Make a token, print it once on stdout, and append its SHA-256 to the token file."""
+    """Create a token, print it once on stdout, and append its SHA-256 to the token file."""
     from hetis.planner.service.actions import make_token
 
     make_token(file, role=role, name=name, node=node, cluster=cluster, valid_days=valid)
@@ -144,7 +144,7 @@ def backup(
     config: ConfigOption = None,
     store: StoreOption = None,
 ) -> None:
-    """Write the store as it is at this moment into a file. Planners go on meanwhile."""
+    """Write a snapshot of the store to a file. Planners can keep running."""
     from hetis.planner.service.maintenance import make_backup
 
     make_backup(_store_url(config, store), file)
@@ -157,7 +157,7 @@ def restore(
     store: StoreOption = None,
     replace: Annotated[bool, typer.Option("--replace", help="Let what is in the store go.")] = False,
 ) -> None:
-    """Make the store what a backup says, and raise its epoch. No planner may lead meanwhile."""
+    """Restore the store from a backup, and raise its epoch. No planner may be the leader meanwhile."""
     from hetis.planner.service.maintenance import restore_backup
 
     restore_backup(_store_url(config, store), file, replace=replace)
@@ -171,7 +171,7 @@ def migrate(
     config: ConfigOption = None,
     store: StoreOption = None,
 ) -> None:
-    """Bring the store's tables to the form of a version, up or down. Make a backup before."""
+    """Migrate the store's tables up or down to a version. Make a backup first."""
     from hetis.planner.service.maintenance import migrate_store
 
     migrate_store(_store_url(config, store), to)
@@ -190,7 +190,7 @@ def audit(
     config: ConfigOption = None,
     store: StoreOption = None,
 ) -> None:
-    """Who changed what, when, and what became of it; the oldest first."""
+    """Show who changed what and when, and the outcome, oldest first."""
     from hetis.planner.service.maintenance import check_audit, print_audit
 
     url = _store_url(config, store)

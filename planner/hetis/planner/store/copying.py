@@ -46,7 +46,7 @@ def back_up(url: str, file: Path) -> int:
         StoreError: the store cannot be read or is of another version, or the file already exists or cannot be created.
     """
     if file.exists():
-        raise StoreError(f"{file} is there already; a backup replaces nothing")
+        raise StoreError(f"{file} already exists, and a backup never overwrites a file")
     made = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     try:
         with _stored(url) as connection, _errors_of(str(file)):
@@ -112,7 +112,7 @@ def restore(url: str, file: Path, *, replace: bool, clock: Callable[[], float] =
             with _errors_of(str(file)), _errors_of_copy(file, folder), source.begin() as connection:
                 opening.check_file(connection, str(file))
                 if not sa.inspect(connection).get_table_names():
-                    raise StoreError(f"{file} is empty, and no backup")
+                    raise StoreError(f"{file} is empty, so it is not a backup")
                 if schema.needs_migration(connection, str(file)):
                     schema.migrate(connection)
             with _reading(source) as connection, unused(url) as (written, label):
@@ -120,7 +120,7 @@ def restore(url: str, file: Path, *, replace: bool, clock: Callable[[], float] =
                     schema.migrate(written)
                 if not replace and (kind := _first_filled(written)):
                     raise StoreError(
-                        f"store {label} holds {kind}: nothing was changed; --replace puts the backup there"
+                        f"store {label} holds {kind}: nothing was changed; --replace overwrites it with the backup"
                     )
                 epoch_before, version_before = _epoch(written), _highest_version(written)
                 for table in reversed(records.metadata.sorted_tables):

@@ -204,13 +204,13 @@ def not_leader(leader: str, *, store: str = "", retry_after_s: float | None = No
         store: the store's name in messages.
     """
     holder = Holder.from_text(leader)
-    what = f"another planner leads with the store {store}" if store else "another planner leads"
+    what = f"another planner is the leader of store {store}" if store else "another planner is the leader"
     metadata = {"leader": holder.name} if holder.name else {}
     if holder.addresses:
         metadata["leader_address"] = ",".join(holder.addresses)
     return ServiceError(
         Reason.ERROR_REASON_NOT_LEADER,
-        f"{what}: {holder.name}" if holder.name else "this planner does not lead",
+        f"{what}: {holder.name}" if holder.name else "this planner is not the leader",
         metadata=metadata,
         retry_after_s=retry_after_s,
     )

@@ -73,7 +73,7 @@ def keep_private(file: Path) -> None:
             if found.exists() and found.stat().st_mode & 0o077:
                 found.chmod(0o600)
         except OSError as error:
-            _log.warning("%s stays open to others: %s", found, error.strerror)
+            _log.warning("%s remains accessible to other users: %s", found, error.strerror)
 
 
 def label_of(url: sa.URL) -> str:
@@ -228,10 +228,10 @@ def cannot_open(error: sa.exc.DBAPIError, store: str) -> StoreError:
 def unavailable(error: sa.exc.DBAPIError, store: str) -> ServiceError:
     """Return the error for a caller whose transaction failed. It was rolled back, unless the connection broke."""
     broken = error.connection_invalidated
-    what = "whether the change was made is not known" if broken else "nothing was changed"
+    what = "it is unknown whether the change was made" if broken else "nothing was changed"
     return ServiceError(
         Reason.ERROR_REASON_STORE_UNAVAILABLE,
-        f"the planner's store {store} does not work now ({_reason(error)}); {what}",
+        f"the planner's store {store} is currently failing ({_reason(error)}); {what}",
         metadata={"changed": "unknown" if broken else "no"},
     )
 
@@ -248,7 +248,8 @@ def is_a_bug(error: sa.exc.DBAPIError) -> bool:
 
 def _damaged(store: str, reason: str) -> StoreError:
     return StoreError(
-        f"store {store} is damaged or no store ({reason}). Nothing was changed; restore a backup, or move the file away"
+        f"store {store} is damaged or not a store ({reason}). Nothing was changed; restore a backup, or move "
+        "the file away"
     )
 
 

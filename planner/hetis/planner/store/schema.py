@@ -41,11 +41,11 @@ def needs_migration(connection: sa.Connection, store: str) -> bool:
     if found is None:
         if others := set(sa.inspect(connection).get_table_names()) - {_APPLIED.name}:
             raise StoreError(
-                f"{store} holds tables of something else ({', '.join(sorted(others)[:5])}); nothing was changed"
+                f"{store} holds tables of another application ({', '.join(sorted(others)[:5])}); nothing was changed"
             )
     elif found not in known:
         raise StoreError(
-            f"{store} was made by a newer hetis-planner: its schema is {found}, this one knows up to {known[-1]}."
+            f"{store} was written by a newer hetis-planner: its schema is {found}, this one supports up to {known[-1]}."
             " Nothing was changed; start the newer planner, or restore an older backup"
         )
     return found != known[-1]

@@ -322,7 +322,7 @@ class Store:
         if working.done() and (error := working.exception()) is not None:
             raise error
         lost = self.not_leader()
-        message = f"{lost}; the lease ended while the change was made, and whether it was is not known"
+        message = f"{lost}; the lease ended while the change was made, and it is unknown whether it took effect"
         raise ServiceError(lost.reason, message, metadata={**lost.metadata, "changed": "unknown"})
 
     def _end_term(self) -> None:
@@ -343,7 +343,7 @@ class Store:
         except asyncio.CancelledError:
             raise
         except Exception:
-            _log.exception("the lease is not renewed any more")
+            _log.exception("the lease is no longer being renewed")
         self._end_term()
 
     async def _renew_while_held(self, epoch: int) -> None:
@@ -445,7 +445,9 @@ class Store:
 
     def _migrate(self) -> None:
         if self._lock is not None and not self._lock.take():
-            raise StoreError(f"store {self._label} is in use by another planner, and older than this one; stop that")
+            raise StoreError(
+                f"store {self._label} is in use by another planner and older than this one; stop the other planner"
+            )
         self._is_migrating = True
         try:
             with self._engine.begin() as connection:

@@ -96,7 +96,7 @@ class TableView(Generic[R]):
         """Check that there is no such record. Raises ALREADY_EXISTS."""
         taken = sa.select(self._table.c.name).where(self._table.c.name == name)
         if self._connection.execute(taken).one_or_none() is not None:
-            message = f"{name} exists already"
+            message = f"{name} already exists"
             raise ServiceError(Reason.ERROR_REASON_ALREADY_EXISTS, message, metadata={"name": name})
 
     def page(self, after: After, limit: int, **filters: Filter) -> list[R]:
@@ -269,7 +269,7 @@ class RequestTable:
         if row is None:
             return None
         if (row.method, row.fingerprint) != (method, fingerprint):
-            message = f"request_id {request_id} was used for another request; take a new one"
+            message = f"request_id {request_id} was used for another request; use a new one"
             raise ServiceError(Reason.ERROR_REASON_REQUEST_ID_REUSED, message, metadata={"request_id": request_id})
         return bytes(row.response)
 

@@ -18,6 +18,7 @@ from hetis.planner.use_cases.verify import verification_of
 from hetis.solver.budget import Budget, Progress, Report, one_of_several
 from hetis.solver.check import check_plan
 from hetis.solver.cluster import Cluster
+from hetis.solver.constraints import described
 from hetis.solver.errors import HetisError, InfeasibleError, InvalidProblemError, NoPlanFoundError
 from hetis.solver.placement.families import STRATEGIES, constraints_ignored
 from hetis.solver.placement.outcome import sound_bound
@@ -41,10 +42,10 @@ CONTAINERS: Mapping[str, str] = {
 ROUNDING = 1e-6  # relative difference from which one plan counts as better than another
 
 _BOUND_OF = "the bound is that of strategy"  # start of a note
-_OUTSIDE = "outside of the family"  # start of another note
+_OUTSIDE = "outside the family"  # start of another note
 _BY_RULES = (
-    "within the limits, but not by the rules that plans for any engine keep (docs/cost-model.md, Latency), or with "
-    "another number of micro-batches in flight"
+    "within the limits, but not under the rules that plans for any engine follow (docs/cost-model.md, "
+    "Latency), or with a different number of micro-batches in flight"
 )
 
 NO_PLAN, FAILED = "no plan", "failed"
@@ -115,7 +116,7 @@ def compare_strategies(
     for strategy in _contained_first(strategies):
         container = CONTAINERS.get(strategy)
         if container in found and found[strategy].plan is not None:
-            problem = loaded.inputs.problem(objective, container, engine=settings.engine)
+            problem = replace(settings, strategy=container, roles=()).problem(loaded.inputs, objective)
             note = f"the plan was found by strategy {strategy}, whose plans are all of {container}"
             found[container] = _with_better_plan(found[container], found[strategy].plan, problem, note)
     plans = {name: compared.plan for name, compared in found.items() if compared.plan is not None}
@@ -125,7 +126,7 @@ def compare_strategies(
 
         A bound that should hold but contradicts the plan is kept, so that `_with_bound` raises BrokenProofError.
         """
-        problem = loaded.inputs.problem(objective, container, engine=settings.engine)
+        problem = replace(settings, strategy=container, roles=()).problem(loaded.inputs, objective)
         return not _is_outside(plan, plans[container], problem)
 
     return tuple(_with_best_bound(found[strategy], plans, holds) for strategy in dict.fromkeys(strategies))
@@ -210,7 +211,7 @@ def _simulated(
     outcome: Compared, plan: Plan, loaded: LoadedInputs, objective: Objective, settings: PlacementSettings,
     level: ServiceLevel, budget: Callable[[], Budget], report: Report,
 ) -> Compared:  # fmt: skip
-    problem = loaded.inputs.problem(objective, settings.strategy, settings.roles, settings.engine)
+    problem = settings.problem(loaded.inputs, objective)
     whole = budget()
     try:
         simulated = simulated_plan(
@@ -291,23 +292,23 @@ def planned(
     name = settings.strategy
     if settings.engine is not None and not STRATEGIES[name].has_engines:
         engine = settings.engine.name
-        reason = f"it needs attention workers of decode replicas, which {engine} has not"
+        reason = f"it needs attention workers in decode replicas, which {engine} does not support"
         if STRATEGIES[name].is_published:
-            reason = f"a published heuristic does not know {engine}"
+            reason = f"a published heuristic does not support {engine}"
         return Compared(strategy=name, status=NO_PLAN, reasons=(reason,), solve_s=0.0)
     try:
         loaded = for_engine(loaded, settings.engine)
     except InvalidProblemError as error:
         return Compared(strategy=name, status=NO_PLAN, reasons=(str(error),), solve_s=0.0)
     if settings.engine is None and loaded.inputs.model.precisions:
-        reason = "several precisions are planned for a named engine: --engine vllm-hetis"
+        reason = "several precisions need a named engine, such as --engine vllm-hetis"
         return Compared(strategy=name, status=NO_PLAN, reasons=(reason,), solve_s=0.0)
-    problem = loaded.inputs.problem(objective, name, settings.roles, settings.engine)
+    problem = settings.problem(loaded.inputs, objective)
     if budget.cancelled.is_set():
-        return Compared(strategy=name, status=NO_PLAN, reasons=("interrupted before it was run",), solve_s=0.0)
+        return Compared(strategy=name, status=NO_PLAN, reasons=("interrupted before it ran",), solve_s=0.0)
     ignored = constraints_ignored(name, problem.constraints)
     if ignored:
-        reasons = tuple(f"it cannot keep {each}" for each in ignored)
+        reasons = tuple(f"it cannot keep {described(each)}" for each in ignored)
         return Compared(strategy=name, status=NO_PLAN, reasons=reasons, solve_s=0.0)
 
     def told(progress: Progress) -> None:

@@ -152,7 +152,9 @@ def load_stage(path: str, *, profiles: Sequence[str] = ()) -> CostedStage:
     if saved is not None:
         used = {device.gpu for device in saved.devices if device.gpu is not None and device.attention is None}
         problems += [
-            Problem(file=file, path="gpu", message=f"no device of {path} needs {gpu}{did_you_mean(gpu, used)}")
+            Problem(
+                file=file, path="gpu", message=f"no device of {path} needs a profile of {gpu}{did_you_mean(gpu, used)}"
+            )
             for gpu, (file, _) in measured.items()
             if gpu not in used
         ]
@@ -218,7 +220,9 @@ def load_new_requests(stage: CostedStage, *, file: str | None, words: Sequence[s
 def _pieces_of(saved: SavedState, device: SavedDevice, profile: Profile) -> Pieces:
     flops = saved.group_flops_per_token
     if flops is None or saved.heads.kv_bytes_per_token <= 0:
-        raise InvalidProblemError(f"{device.name}: {device.gpu} cannot be modelled for heads of unknown size")
+        raise InvalidProblemError(
+            f"{device.name}: {device.gpu} cannot be modelled because the size of the heads is unknown"
+        )
     if saved.model is not None:
         fit = profile.fit(Op.DECODE_ATTENTION, catalogue.find_model(saved.model).model, device.tp)
     else:
@@ -249,7 +253,7 @@ def load_stage_of_plan(path: str, *, replica: int, stage: int) -> CostedStage:
         raise single_problem(path, f"has no replica {replica}: its replicas are 0 to {len(replicas) - 1}")
     if replicas[replica].role is Role.PREFILL:
         raise single_problem(
-            path, f"replica {replica} is a prefill replica: it decodes nothing, so nothing is dispatched"
+            path, f"replica {replica} is a prefill replica, which does not decode, so there is nothing to dispatch"
         )
     num_stages = len(replicas[replica].stages)
     if not 1 <= stage <= num_stages:

@@ -11,11 +11,12 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
+from hetis.planner.use_cases.listing import stages_to_list
 from hetis.planner.use_cases.precision import constraints_of, refused_by
 from hetis.planner.use_cases.sources import family_of
 from hetis.solver.budget import Budget, Progress, Report, SearchSettings
 from hetis.solver.constraints import Constraints
-from hetis.solver.errors import InfeasibleError, NoPlanFoundError
+from hetis.solver.errors import InfeasibleError, InvalidProblemError, NoPlanFoundError
 from hetis.solver.model import ModelSpec
 from hetis.solver.plan import Plan, Role
 from hetis.solver.problem import EngineRules, Family, PlacementProblem
@@ -103,8 +104,12 @@ def _values(
         if name == ANY_ENGINE and problem.model.precisions:
             continue  # its family has only one precision
         rules = None if name == ANY_ENGINE else replace(own or EngineRules(name=name), name=name)
-        family = family_of(plan.strategy, problem.family.roles, rules, problem.family.engine_settings)
         constraints: Constraints = tuple(dict.fromkeys((*of_engine(name), *asked)))
+        family = family_of(plan.strategy, problem.family.roles, rules, problem.family.engine_settings)
+        if own is None and rules is not None:
+            stages = stages_to_list(replace(problem, family=family, constraints=constraints))
+            rules = replace(rules, max_stages=stages)
+            family = family_of(plan.strategy, problem.family.roles, rules, problem.family.engine_settings)
         alike = _but_for_its_name(family, problem.model), constraints
         if alike not in known:
             lacks = _lacking(plan, problem, rules)
@@ -175,6 +180,8 @@ def _searched(
         return replace(known, why_not="no time was left")
     try:
         other = solve_placement(problem, strategy=plan.strategy, budget=budget, seed=seed)
+    except InvalidProblemError as error:  # such as too many pipelines to list, if it runs more types of GPUs
+        return replace(known, why_not=str(error))
     except InfeasibleError as error:
         return replace(known, why_not=error.reasons[0] if error.reasons else str(error))
     except NoPlanFoundError:

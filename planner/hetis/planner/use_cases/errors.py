@@ -16,5 +16,5 @@ class UncheckedPlanError(HetisError):
     """
 
     def __init__(self, violations: tuple[str, ...]) -> None:
-        super().__init__(f"the plan fails {len(violations)} of its checks; this is a bug in hetis, please report it")
+        super().__init__(f"the plan violates {len(violations)} of its checks; this is a bug in hetis, please report it")
         self.violations = violations

@@ -96,15 +96,15 @@ def convert(
     warnings = []
     if asked.any and not tokenizer:
         warnings.append(
-            f"lengths are estimates: {ratio:g} characters are taken for a token; --tokenizer counts, and"
+            f"lengths are estimates at {ratio:g} characters per token; --tokenizer counts tokens exactly, and"
             " --characters-per-token sets another ratio"
         )
     if rate_rps is not None:
         if trace.has_times:
-            raise single_problem(path, f"says when its requests arrive ({trace.form}): --rate is for those that do not")
+            raise single_problem(path, f"has arrival times ({trace.form}): --rate is only for files without them")
         trace = spaced(trace, rate_rps)
     elif not trace.has_times:
-        warnings.append("the file does not say when requests arrive: all arrive at once; --rate spaces them evenly")
+        warnings.append("the file has no arrival times, so all requests arrive at once; --rate spaces them evenly")
     return Converted(trace=trace, warnings=tuple(warnings))
 
 
@@ -115,7 +115,7 @@ def trace_file(trace: Trace, name: str) -> bytes:
         DocumentError: the name has another ending.
     """
     if not name.endswith(CSV_ENDINGS + JSONL_ENDINGS):
-        raise single_problem(name, f"a trace's name ends in {', '.join(CSV_ENDINGS + JSONL_ENDINGS)}")
+        raise single_problem(name, f"the name of a trace must end in {', '.join(CSV_ENDINGS + JSONL_ENDINGS)}")
     raw = "".join(trace_text(trace, as_jsonl=name.endswith(JSONL_ENDINGS))).encode("ascii")
     return gzip.compress(raw, mtime=0) if name.endswith(".gz") else raw
 
@@ -140,7 +140,7 @@ def tokenizer_counter(path: str) -> CountTokens:
     """
     file = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
     if not file.is_file():
-        raise single_problem(path, "is no tokenizer: expected a tokenizer.json or its folder")
+        raise single_problem(path, "is not a tokenizer: expected a tokenizer.json or its folder")
     try:
         tokenizers: Any = importlib.import_module("tokenizers")
     except ImportError:
@@ -148,5 +148,5 @@ def tokenizer_counter(path: str) -> CountTokens:
     try:
         made = tokenizers.Tokenizer.from_file(str(file))
     except Exception as error:  # the Rust library raises Exception itself
-        raise single_problem(str(file), f"is no tokenizer: {str(error)[:200]}") from None
+        raise single_problem(str(file), f"is not a tokenizer: {str(error)[:200]}") from None
     return lambda text: len(made.encode(text, add_special_tokens=False).ids)

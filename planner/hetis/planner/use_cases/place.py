@@ -23,6 +23,7 @@ from hetis.planner.use_cases.engine_values import (
     with_engine_values,
 )
 from hetis.planner.use_cases.errors import UncheckedPlanError
+from hetis.planner.use_cases.listing import kinds_in_a_zone, refuse_unlisted, stages_to_list
 from hetis.planner.use_cases.precision import for_engine, in_precision, notes_on_exchange
 from hetis.planner.use_cases.robustness.profile_errors import profile_notes, with_profile_errors
 from hetis.planner.use_cases.robustness.study import Robustness, study, with_robustness
@@ -30,6 +31,7 @@ from hetis.planner.use_cases.service_level import ServiceLevel
 from hetis.planner.use_cases.sources import (
     CONSTRAINTS,
     ENGINE_SETTINGS,
+    Inputs,
     LoadedInputs,
     engine_settings_data,
     load_inputs,
@@ -57,8 +59,8 @@ DEFAULT_STRATEGY = "hetis"
 PLACES = ("node", "zone")  # kinds of places whose loss a plan may have to survive
 SIMPLE_SETUPS = "simple_setups"  # entry of `Plan.inputs`: the value of equal stages by TP size of all replicas
 CONSTRAINT_PRICES = "constraint_prices"  # entry of `Plan.inputs`: the cost of every constraint, if requested
-ONE_TOKEN = "requests have one output token: no time passes between tokens, so nothing is held to a limit on TPOT"
-KV_IS_FOR_ENGINES = "engines hand KV over along the routes; you set them up for it"
+ONE_TOKEN = "requests have one output token, so that a limit on TPOT does not apply"
+KV_IS_FOR_ENGINES = "engines must be configured to transfer KV along the routes"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,19 +68,42 @@ class PlacementSettings:
     """Settings of the search, all of which are recorded in ``plan.inputs``.
 
     ``roles``: those that replicas may have; empty: all roles of the strategy. ``engine``: the engine whose rules plans
-    must obey; None: any engine. ``simplest_within``: the share of the optimum that a plan on fewer nodes may lose.
-    ``survive``: ``node`` or ``zone`` if the demand must be served even if any one of them is lost; empty: neither.
+    must obey; None: any engine. ``keep_stages``: whether to search pipelines of as many stages as its rules have; if
+    not, of fewer where those are too many to list (`listing`). ``simplest_within``: the share of the optimum that a
+    plan on fewer nodes may lose. ``survive``: ``node`` or ``zone`` if the demand must be served even if any one of them
+    is lost; empty: neither.
     """
 
     strategy: str = DEFAULT_STRATEGY
     roles: tuple[Role, ...] = ()
     engine: EngineRules | None = None
+    keep_stages: bool = False
     time_limit_s: float = 60.0
     gap_target: float = 0.001
     seed: int = 0
     threads: int = 1
     simplest_within: float = 0.0
     survive: str = ""
+
+    def problem(self, inputs: Inputs, objective: Objective, *, least_stages: int = 1) -> PlacementProblem:
+        """Return the problem that these inputs define, with the strategy's family of plans.
+
+        Its engine has fewer stages than ``engine`` if those are too many to list, but at least ``least_stages``.
+
+        Raises:
+            InvalidProblemError: the inputs contradict each other, the strategy lacks one of the roles, or stages that
+                must be kept are too many.
+        """
+        problem = inputs.problem(objective, self.strategy, self.roles, self.engine)
+        if self.engine is None:
+            return problem
+        if self.keep_stages:
+            refuse_unlisted(problem)
+            return problem
+        stages = max(stages_to_list(problem), least_stages)
+        if stages >= self.engine.max_stages:
+            return problem
+        return inputs.problem(objective, self.strategy, self.roles, replace(self.engine, max_stages=stages))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,7 +165,7 @@ def pose(request: PlacementRequest, loaded: LoadedInputs) -> PlacementProblem:
             demand that could survive a loss.
     """
     settings = request.settings
-    problem = loaded.inputs.problem(request.objective, settings.strategy, settings.roles, settings.engine)
+    problem = settings.problem(loaded.inputs, request.objective)
     if settings.survive:
         check_survival(problem, settings.survive)
     return problem
@@ -273,7 +298,7 @@ def held_to(level: ServiceLevel, plan: Plan) -> Plan:
     """Return the plan with the service level that simulated traffic must keep."""
     if level == service_level.DEFAULT:
         return plan
-    note = f"search and bound are for p95 TTFT and mean TPOT; simulated traffic has to keep {level}, without a bound"
+    note = f"search and bound use p95 TTFT and mean TPOT; simulated traffic must keep {level}, without a bound"
     inputs = {**plan.inputs, service_level.SERVICE_LEVEL: level.data()}
     return replace(plan, inputs=inputs, notes=(*plan.notes, note))
 
@@ -315,8 +340,22 @@ def describe(plan: Plan, loaded: LoadedInputs, problem: PlacementProblem, settin
 
     routed = (KV_IS_FOR_ENGINES, *link_sentences(plan, problem)) if plan.kv_routes else ()
     lengths = () if loaded.inputs.has_tpot else (ONE_TOKEN,)
-    notes = (*plan.notes, *loaded.notes, *lengths, *routed, *profile_notes(problem), *notes_on_exchange(plan, problem))
+    notes = (
+        *plan.notes, *notes_on_stages(problem, settings), *loaded.notes, *lengths, *routed, *profile_notes(problem),
+        *notes_on_exchange(plan, problem),
+    )  # fmt: skip
     return replace(plan, inputs=inputs_of_plan(loaded, settings, problem), notes=notes)
+
+
+def notes_on_stages(problem: PlacementProblem, settings: PlacementSettings) -> tuple[str, ...]:
+    """Return a note if the problem's pipelines have fewer stages than the engine allows."""
+    engine, of_engine = problem.family.engine, settings.engine
+    if engine is None or of_engine is None or engine.max_stages >= of_engine.max_stages:
+        return ()
+    return (
+        f"pipelines of up to {engine.max_stages} stage{'s' * (engine.max_stages > 1)}, not {of_engine.max_stages}: "
+        f"{kinds_in_a_zone(problem)} kinds of GPUs in a zone; --max-stages allows more",
+    )
 
 
 def check(plan: Plan, problem: PlacementProblem) -> None:
@@ -361,9 +400,9 @@ def missed(plan: Plan, settings: PlacementSettings) -> list[str]:
     """Return the requirements of ``--strict`` that the plan does not meet."""
     result, found = plan.result, []
     if result.gap == float("inf"):
-        found.append("the search stopped before it had a bound, so that no gap is proven")
+        found.append("the search stopped before it found a bound, so no gap is proven")
     elif result.gap > (allowed := settings.gap_target + settings.simplest_within) + 1e-9:
-        found.append(f"the gap is {result.gap:.3%}, asked for {allowed:.3%}")
+        found.append(f"the gap is {result.gap:.3%}, the target is {allowed:.3%}")
     demand = plan.objective.demand_rps
     if plan.objective.maximises and demand is not None and result.value < demand * (1 - 1e-9):
         found.append(f"the plan serves {result.value:.4g} requests/s, {demand:.4g} are demanded")
@@ -378,7 +417,7 @@ def inputs_of_plan(loaded: LoadedInputs, settings: PlacementSettings, problem: P
     return {
         "versions": installed_versions(),
         "roles": [role.value for role in problem.family.roles],
-        **({"engine": asdict(settings.engine)} if settings.engine is not None else {}),
+        **({"engine": asdict(rules)} if (rules := problem.family.engine) is not None else {}),
         **({ENGINE_SETTINGS: engine_settings_data(kept)} if (kept := problem.family.engine_settings) else {}),
         **({CONSTRAINTS: [str(each) for each in problem.constraints]} if problem.constraints else {}),
         "seed": settings.seed,

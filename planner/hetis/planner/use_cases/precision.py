@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 
 from hetis.engines.attention import common_backend
@@ -12,7 +12,7 @@ from hetis.engines.serving import TELL_KV
 from hetis.formats import dtypes
 from hetis.formats.catalogue import UnknownNameError, resolve_gpu
 from hetis.formats.model import drafts
-from hetis.planner.use_cases.sources import LoadedInputs
+from hetis.planner.use_cases.sources import Inputs, LoadedInputs
 from hetis.solver.cluster import Cluster, GpuType
 from hetis.solver.constraints import Constraint, Duty, Exclude, RestrictRole, Selection, Unit, WithoutWorkers
 from hetis.solver.errors import InvalidProblemError
@@ -90,7 +90,7 @@ def for_engine(loaded: LoadedInputs, engine: EngineRules | None) -> LoadedInputs
     refused = refused_by(inputs.model, inputs.cluster, name)
     gpus = gpu_types_of(inputs.cluster)
     if len(refused) == len(gpus):
-        raise InvalidProblemError("; ".join(dict.fromkeys(refused.values())))
+        raise InvalidProblemError("; ".join((*dict.fromkeys(refused.values()), *_instead(inputs, name))))
     has_workers = _has_workers(inputs.model, inputs.cluster, name)
     notes = [f"{gpu} {'only as attention workers' if has_workers else 'left out'}: {refused[gpu]}" for gpu in refused]
     if name == WORKERS and not has_workers:
@@ -100,7 +100,7 @@ def for_engine(loaded: LoadedInputs, engine: EngineRules | None) -> LoadedInputs
         if gpu not in refused:
             vendors.setdefault(kind.vendor, []).append(gpu)
     notes += [
-        f"{', '.join(its)}: hetis starts no processes on GPUs of {vendor}, exports leave their replicas out"
+        f"{', '.join(its)}: hetis starts no processes on GPUs of {vendor}, and exports leave out their replicas"
         for vendor, its in vendors.items()
         if vendor not in VENDORS
     ]
@@ -114,6 +114,16 @@ def for_engine(loaded: LoadedInputs, engine: EngineRules | None) -> LoadedInputs
     return replace(
         loaded, inputs=replace(inputs, constraints=constraints), notes=tuple(dict.fromkeys((*loaded.notes, *notes)))
     )
+
+
+def _instead(inputs: Inputs, engine: str) -> Iterator[str]:
+    """Yield the options with which there are GPUs that run the model, if an engine runs it on none."""
+    num_gpus = len(gpu_types_of(inputs.cluster))
+    for other in SUPPORT:
+        if other != engine and len(refused_by(inputs.model, inputs.cluster, other)) < num_gpus:
+            yield f"{other} runs it here: --engine {other}"
+    if not inputs.model.precisions:  # several are planned for a named engine
+        yield "--engine any plans whatever the engine, so for one that runs on these GPUs"
 
 
 def notes_on_exchange(plan: Plan, problem: PlacementProblem) -> list[str]:
@@ -146,8 +156,8 @@ def refused_by(model: ModelSpec, cluster: Cluster, engine: str | None) -> dict[s
 def constraints_of(model: ModelSpec, cluster: Cluster, engine: str | None) -> tuple[Constraint, ...]:
     """Return the constraints that keep GPUs out of roles that an engine cannot give them."""
     has_workers = _has_workers(model, cluster, engine)
-    constraints = [_without(name, has_workers=has_workers) for name in refused_by(model, cluster, engine)]
-    return (*constraints, WithoutWorkers()) if engine == WORKERS and not has_workers else tuple(constraints)
+    constraints = [_without(gpu, engine or "", has_workers=has_workers) for gpu in refused_by(model, cluster, engine)]
+    return (*constraints, WithoutWorkers(by=WORKERS)) if engine == WORKERS and not has_workers else tuple(constraints)
 
 
 def gpu_types_of(cluster: Cluster) -> dict[str, GpuType]:
@@ -163,16 +173,18 @@ def _has_workers(model: ModelSpec, cluster: Cluster, engine: str | None) -> bool
 
 def _why_no_workers(model: ModelSpec) -> str:
     if model.linear is not None:
-        return "layers keep states, which no worker can hold a part of"
+        return "layers keep states, which cannot be divided among workers"
     if model.indexer is not None:
         return "attention is sparse, and all heads share its choice of tokens"
     if model.draft is not None:
-        return "the plugin verifies no drafts"
+        return "the plugin does not support draft tokens"
     if not model.heads_can_move:
-        return "vLLM frees the KV that windows have passed, and workers keep it (windows_free_kv of a model file)"
+        return "vLLM frees KV outside the sliding window, but workers keep it (windows_free_kv of a model file)"
     return "they keep KV in 16 bits (--kv bf16)"
 
 
-def _without(gpu: str, *, has_workers: bool) -> Constraint:
+def _without(gpu: str, engine: str, *, has_workers: bool) -> Constraint:
     selection = Selection(unit=Unit.TYPE, name=gpu)
-    return RestrictRole(gpus=selection, duty=Duty.PRIMARY, only=False) if has_workers else Exclude(gpus=selection)
+    if has_workers:
+        return RestrictRole(gpus=selection, duty=Duty.PRIMARY, only=False, by=engine)
+    return Exclude(gpus=selection, by=engine)

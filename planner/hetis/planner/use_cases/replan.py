@@ -34,7 +34,7 @@ from hetis.solver.replanning.change import ChangeCosts, ReplanningProblem
 from hetis.solver.replanning.check import check_replanning
 from hetis.solver.replanning.solve import Replanning, keeps, solve_replanning
 
-NOTE = "re-planned from a running plan; value and bound are those of the fleet, the change is not counted in them"
+NOTE = "re-planned from a running plan; value and bound are those of the fleet, without the cost of the change"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,7 +100,8 @@ def load_replanning(
     if rate_rps is not None:
         objective = replace(objective, demand_rps=rate_rps)
     warnings = [*found.warnings, *_nothing_in_common(found.plan, fleet)]
-    problem = loaded.inputs.problem(objective, settings.strategy, settings.roles, settings.engine)
+    deepest = max((len(replica.stages) for replica in found.plan.replicas), default=1)
+    problem = settings.problem(loaded.inputs, objective, least_stages=deepest)
     kept, ignored, absent = _constraints(problem)
     if impossible := [each for each in ignored if each not in found.problem.constraints]:
         named = "; ".join(map(str, impossible))
@@ -108,14 +109,14 @@ def load_replanning(
             f"the engine needs {named}, and re-planning cannot leave out GPUs that stand before others in a node: "
             "make a new plan, or list these GPUs last in their nodes"
         )
-    dropped = [f"re-planning does not keep to {each}" for each in ignored]
-    dropped += [f"{each} is about what the fleet lacks, and is not kept for later" for each in absent]
+    dropped = [f"re-planning does not support {each}" for each in ignored]
+    dropped += [f"{each} refers to something that the fleet lacks, and is not kept for later" for each in absent]
     inputs = replace(loaded.inputs, constraints=kept)
     loaded = replace(loaded, inputs=inputs, notes=(*loaded.notes, *dropped))
     problem = replace(problem, constraints=kept)
     warnings += dropped
     if engine != family.engine:
-        warnings.append("replicas may lie on any number of nodes: re-planning does not keep to --max-nodes-per-replica")
+        warnings.append("replicas may span any number of nodes: re-planning does not support --max-nodes-per-replica")
     return PosedReplan(running=found.plan, loaded=loaded, problem=problem, settings=settings, warnings=tuple(warnings))
 
 
@@ -138,7 +139,7 @@ def _nothing_in_common(running: Plan, fleet: Cluster) -> Iterator[str]:
     if used and not any((device.name, device.gpu) in used for device in fleet.devices()):
         yield (
             f"none of the {len(used)} GPUs of the running plan, such as {min(used)[0]}, is in cluster {fleet.name}:"
-            " every replica starts anew (a GPU is the same where node name, number and type are)"
+            " every replica starts from scratch (GPUs match by node name, number and type)"
         )
 
 

@@ -216,7 +216,9 @@ def _attained(attainment: float, values: Mapping[Latency, FloatArray], bounds: M
     over = {latency: values[latency] > limit for latency, limit in bounds.items()}
     any_over = np.any(list(over.values()), axis=0).astype(np.float64)
     estimate = _within_run(any_over, Statistic.MEAN)
-    half = max(estimate.half_width if estimate.half_width >= 0 else 0.0, RULE_OF_THREE / max(1, len(any_over)))
+    # One miss refutes 100%, and a run without any is as sure of it as its length allows: a longer one decides nothing.
+    by_chance = max(RULE_OF_THREE / max(1, len(any_over)), estimate.half_width)  # which may be NaN
+    half = by_chance if attainment < 1.0 else 0.0
     missing = Limited(estimate.value - half, estimate.value, estimate.value + half, 1.0 - attainment, SHARE)
     return Held(limited=(missing,), seconds={}, missed={name: float(one.mean()) for name, one in over.items()})
 

@@ -61,7 +61,7 @@ def load_tenancy(file: str, *, cluster: str, profiles: Sequence[str] = (), strat
         InvalidProblemError: the tenants cannot share this fleet.
     """
     if cluster == "-":
-        raise single_problem(cluster, "every tenant's problem is posed on the cluster: give a file, not standard input")
+        raise single_problem(cluster, "the cluster is read once per tenant: give a file, not standard input")
     data, source = read_data(file)
     given = parse_tenants(data, source).tenants
     problems: list[Problem] = []
@@ -244,7 +244,7 @@ def share_problem(
                     known[pair] = _derived_speedups(inputs, *work[pair], budget=budget)
                 speedups = known[pair]
                 derived.append(name)
-            assert speedups is not None, "a file gives speed-ups, or a model and its workload"
+            assert speedups is not None, "a file must give speed-ups, or a model and its workload"
             jobs.append(
                 ShareJob(name=job.name, speedups=tuple(speedups[gpu] for gpu in inputs.gpus), min_gpus=job.min_gpus)
             )
@@ -295,7 +295,7 @@ def _derived_speedups(
             rates[name] = 0.0
     if not any(rates.values()):
         raise InvalidProblemError(
-            f"{model.name} with {workload.name} can be served on none of {', '.join(rates)} alone"
+            f"{model.name} with {workload.name} cannot be served on any of {', '.join(rates)} alone"
         )
     return rates
 

@@ -51,7 +51,9 @@ class Question:
 
     def __post_init__(self) -> None:
         if self.num_requests < 1 or not self.seeds:
-            raise InvalidProblemError(f"{self.num_requests} requests in {len(self.seeds)} runs: at least one of each")
+            raise InvalidProblemError(
+                f"{self.num_requests} requests in {len(self.seeds)} runs: at least one of each is needed"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,7 +112,11 @@ def default_requests(plan: Plan, load: Load) -> int:
 
 def seats_of(plan: Plan) -> int:
     """Return how many requests a plan holds at once."""
-    return sum(max(replica.micro_batch, 1) * replica.in_flight for replica in plan.replicas)
+    return sum(map(seats_of_replica, plan.replicas))
+
+
+def seats_of_replica(replica: ReplicaPlan) -> int:
+    return max(replica.micro_batch, 1) * replica.in_flight
 
 
 def sample_spacing_s(plan: Plan, load: Load, num_requests: int) -> float | None:
@@ -138,7 +144,7 @@ def faults_of(events: Iterable[Fault], plan: Plan, problem: PlacementProblem, *,
             near = did_you_mean(event.device, known) if len(known) <= 10_000 else ""
             problems.append(Problem(file=source, message=f"no device {event.device[:80]!r} in the cluster{near}"))
         elif device not in used:
-            message = f"{device} is not used by the plan: its failing would change nothing"
+            message = f"{device} is not used by the plan: its failure would have no effect"
             problems.append(Problem(file=source, message=message))
         else:
             faults.append(replace(event, device=device))
@@ -280,7 +286,7 @@ def at_settings(plan: Plan, problem: PlacementProblem, settings: EngineSettings)
     if not settings:
         return PlanAtSettings(plan=plan, problem=problem, changes=())
     if len(settings.chunk_tokens) > 1:
-        raise InvalidProblemError(f"chunk_tokens has {len(settings.chunk_tokens)} sizes, an engine is started with one")
+        raise InvalidProblemError(f"chunk_tokens has {len(settings.chunk_tokens)} sizes, an engine accepts only one")
     before = problem.family.engine_settings
     merged = EngineSettings(
         max_num_seqs=settings.max_num_seqs or before.max_num_seqs,

@@ -126,10 +126,10 @@ def family_of(
         has = ", ".join(family.roles)
         raise InvalidProblemError(f"strategy {strategy} has {has} replicas only, {', '.join(extra)} are asked for")
     if engine is not None and STRATEGIES[strategy].is_published:
-        raise InvalidProblemError(f"strategy {strategy} is a published heuristic, which does not know {engine.name}")
+        raise InvalidProblemError(f"strategy {strategy} is a published heuristic, which does not support {engine.name}")
     if engine is not None and not family.decode_keeps_heads:
         raise InvalidProblemError(
-            f"strategy {strategy} needs attention workers of decode replicas, which {engine.name} has not"
+            f"strategy {strategy} needs attention workers in decode replicas, which {engine.name} does not support"
         )
     return run_by(replace(family, roles=ordered(roles)) if roles else family, engine).at(engine_settings)
 
@@ -160,7 +160,7 @@ def engine_rules(name: str | None, strategy: str, limits: ReplicaLimits = Replic
     chosen = name or (DEFAULT_ENGINE if STRATEGIES[strategy].has_engines else ANY_ENGINE)
     if chosen == ANY_ENGINE:
         if limits.given:
-            raise InvalidProblemError("replicas are limited for an engine: name one, too")
+            raise InvalidProblemError("limits on replicas apply to a named engine: give --engine, too")
         return None
     rules = EngineRules(name=chosen, **limits.given)
     run_by(Family(), rules)
@@ -234,7 +234,7 @@ def load_inputs(
     hostless = [gpu for gpu in by_gpu if gpu in measured and not _has_measured_host(measured[gpu][1])]
     mixes = bool(hostless) and len(by_gpu) > len(measured)
     return LoadedInputs(
-        notes=(f"profiles of files are taken as they are: that of {', '.join(hostless)} has no engine's host time",)
+        notes=(f"profiles from files are used unchanged: {', '.join(hostless)} has no host time of an engine",)
         if mixes
         else (),
         inputs=Inputs(
@@ -280,7 +280,7 @@ def problem_of_plan(plan: Plan, name: str) -> PlanAndProblem:
     _known_strategy(plan, name)
     warnings = []
     if plan.inputs.get("digests") != inputs.digests():
-        warnings.append("the inputs saved in the plan are not those it was made from: their digests differ")
+        warnings.append("the inputs saved in the plan differ from those it was made from: their digests do not match")
     constraints, settings = _constraints_of(plan, inputs.cluster, name), engine_settings_of_plan(plan, name)
     inputs = replace(inputs, constraints=constraints, engine_settings=settings)
     problem = inputs.problem(plan.objective, plan.strategy, _roles_of(plan, name), engine_of_plan(plan, name))
@@ -295,7 +295,7 @@ def inputs_from_documents(documents: Any, path: str) -> Inputs:
     """
     names = ("cluster", "model", "workload", "profiles")
     if not isinstance(documents, dict) or not all(isinstance(documents.get(name), dict) for name in names):
-        raise single_problem(path, f"inputs.documents must hold {', '.join(names)}: the plan is judged by them")
+        raise single_problem(path, f"inputs.documents must hold {', '.join(names)}: the plan is checked against them")
     problems: list[Problem] = []
 
     def read(kind: type[T], data: Any, where: str) -> T | None:
@@ -334,7 +334,7 @@ def _constraints_of(plan: Plan, cluster: Cluster, path: str) -> Constraints:
     texts = constraint_options(plan)
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         raise single_problem(
-            path, f"inputs.{CONSTRAINTS} must be a list of --pin and --forbid options: the plan is judged by them"
+            path, f"inputs.{CONSTRAINTS} must be a list of --pin and --forbid options: the plan is checked against them"
         )
     try:
         return constraints_from_texts(texts, cluster)
@@ -352,7 +352,9 @@ def _roles_of(plan: Plan, path: str) -> tuple[Role, ...]:
     """
     names, known = plan.inputs.get("roles", [Role.UNIFIED.value]), [role.value for role in Role]
     if not isinstance(names, list) or not names or not all(name in known for name in names):
-        raise single_problem(path, f"inputs.roles must be a list of {', '.join(known)}: the plan is judged by them")
+        raise single_problem(
+            path, f"inputs.roles must be a list of {', '.join(known)}: the plan is checked against them"
+        )
     try:
         family_of(plan.strategy, [Role(name) for name in names])
     except InvalidProblemError as error:
@@ -398,7 +400,7 @@ def engine_settings_of_plan(plan: Plan, path: str = "the plan") -> EngineSetting
     try:
         return NOTHING_SET if data is None else engine_settings_from_data(data)
     except (TypeError, InvalidProblemError) as error:
-        message = f"inputs.{ENGINE_SETTINGS} must be settings that engines are started with: {error}"
+        message = f"inputs.{ENGINE_SETTINGS} must be engine settings: {error}"
         raise single_problem(path, message) from None
 
 
@@ -421,7 +423,7 @@ def engine_settings_from_data(data: Any) -> EngineSettings:
         raise TypeError(f"is a {type(data).__name__}, must have names and numbers")
     chunks, numbers = data.get("chunk_tokens", []), {k: v for k, v in data.items() if k != "chunk_tokens"}
     if not isinstance(chunks, list | tuple) or not all(type(number) is int for number in (*chunks, *numbers.values())):
-        raise TypeError("has a value that is no whole number")
+        raise TypeError("has a value that is not a whole number")
     return EngineSettings(chunk_tokens=tuple(chunks), **numbers)
 
 

@@ -60,7 +60,7 @@ def check_survival(problem: PlacementProblem, place: str) -> None:
     Raises InvalidProblemError if not.
     """
     if problem.objective.maximises or problem.objective.demand_rps is None:
-        raise InvalidProblemError("what survives is a demand: --survive goes with --objective cost or gpus and --rate")
+        raise InvalidProblemError("--survive needs a demand: use --objective cost or gpus, with --rate")
     if place != "zone":
         return
     if len(problem.cluster.zones()) < 2:
@@ -68,7 +68,7 @@ def check_survival(problem: PlacementProblem, place: str) -> None:
     for constraint in problem.constraints:
         if isinstance(constraint, Use | Replicas | AtMost):
             raise InvalidProblemError(
-                f"{constraint} counts over the whole fleet: --survive zone plans every zone on its own"
+                f"{constraint} applies to the whole fleet, but --survive zone plans every zone on its own"
             )
 
 
@@ -253,7 +253,7 @@ class _Zones:
         if not plans:
             raise NoPlanFoundError(
                 f"no plan was found that serves {self._demand:.4g} requests/s without its worst zone, with replicas "
-                "that lie in one zone each, nor proved that there is none"
+                "that lie in one zone each, nor was it proved that there is none"
             )
         return min(plans, key=_value)
 
@@ -375,7 +375,7 @@ def _with_cost(plan: Plan, alone: Plan, place: str, asked: float, rate: float, *
     """Return the plan with a note on the cost of surviving; ``least`` is a bound for all plans that survive."""
     demand, unit = alone.objective.demand_rps or 0.0, plan.objective.unit
     if plan is alone:
-        note = f"any one {place} may be lost at no cost: {rate:.4g} of {demand:.4g} requests/s are served then"
+        note = f"losing any one {place} costs nothing extra: {rate:.4g} of {demand:.4g} requests/s are served then"
     else:
         more = plan.result.value / alone.result.value - 1.0
         note = (

@@ -15,6 +15,7 @@ from functools import cache
 from typing import Any, NamedTuple
 
 from hetis.planner.use_cases.json_values import json_value
+from hetis.planner.use_cases.representative import Part, representative_part
 from hetis.planner.use_cases.service_level import (
     DEFAULT,
     Held,
@@ -73,6 +74,8 @@ class Verification:
     # The share of the requests over each limit, if the plan is held to a share of requests; None: there is no limit
     ttft_missed: float | None = None
     tpot_missed: float | None = None
+    share: float | None = None  # share of the rate, at which as large a part of the replicas ran; None: all ran
+    too_short: bool | None = None  # whether runs cannot fill even the seats of that part; None: they do
 
     def seconds(self, latency: Latency) -> float:
         """Return the simulated latency in the statistic to which the plan is held."""
@@ -105,7 +108,8 @@ def verified(
 ) -> Plan:  # fmt: skip
     """Return the plan with the simulator's results, or unchanged if it promises no latency or was cancelled.
 
-    If it misses a limit, the highest rate that keeps all limits is searched for, from ``at_least_rps`` on.
+    If it misses a limit, the highest rate that keeps all limits is searched for, from ``at_least_rps`` on. If it has
+    more seats than runs can fill, a part of its replicas gets that part of the traffic, and rates are multiplied.
     """
     if not needs_verifying(plan) or cancelled.is_set():
         return plan
@@ -125,7 +129,8 @@ def verification_of(plan: Plan) -> Verification | None:
     numbers += [values[name] or 0.0 for name in ("kept_rps", *optional)]
     if not all(isinstance(number, int | float) for number in numbers):
         return None
-    return Verification(**values) if 0.0 <= values["attainment"] <= 1.0 else None
+    shares = values["attainment"], 1.0 if values["share"] is None else values["share"]
+    return Verification(**values) if 0.0 <= shares[0] <= 1.0 and 0.0 < shares[1] <= 1.0 else None
 
 
 def kept_rate(plan: Plan) -> float | None:
@@ -222,6 +227,18 @@ def enough_of(plan: Plan) -> int:
     return max(num_requests_of(plan), min(ENOUGH, longest_of(plan)))
 
 
+def _simulated_part(plan: Plan, problem: PlacementProblem, most_requests: int) -> Part:
+    """Return the whole plan if so many requests fill its seats, or else a part of it."""
+    if _are_filled(plan, most_requests) or not plan.served_rate():
+        return Part(plan=plan, share=1.0)
+    few_seats = _most_of(plan).ordinary // TURNS
+    return representative_part(plan, problem, few_seats=few_seats, most_seats=most_requests // FILLS)
+
+
+def _are_filled(plan: Plan, most_requests: int) -> bool:
+    return FILLS * seats_of(plan) <= most_requests
+
+
 def simulated_at(
     plan: Plan, problem: PlacementProblem, rate_rps: float, limits: Objective, *, seed: int, cancelled: threading.Event,
     report: Report, lengths: tuple[int, ...] = (),
@@ -256,13 +273,17 @@ def _verify(
     plan: Plan, problem: PlacementProblem, *, at_least_rps: float, seed: int, cancelled: threading.Event,
     report: Report,
 ) -> Verification | None:  # fmt: skip
-    planned_rps, long, longer = default_rate(plan, problem), enough_of(plan), longest_of(plan)
+    planned_rps, to_fill = default_rate(plan, problem), _most_of(plan).to_fill
+    part = _simulated_part(plan, problem, to_fill)
+    ordinary, long, longer = num_requests_of(part.plan), enough_of(part.plan), longest_of(part.plan)
+    too_short = not _are_filled(part.plan, to_fill)
 
     @cache
     def simulate(rate_rps: float, *lengths: int, traffic: int = seed) -> TriedRate:
         found = simulated_at(
-            plan, problem, rate_rps, plan.objective, seed=traffic, lengths=lengths, cancelled=cancelled, report=report
-        )
+            part.plan, problem, rate_rps * part.share, plan.objective, seed=traffic, lengths=lengths,
+            cancelled=cancelled, report=report,
+        )  # fmt: skip
         if found is None:
             raise _CancelledError
         return found
@@ -288,10 +309,10 @@ def _verify(
             kept_rps = _kept_below(
                 planned_rps,
                 at_least_rps=at_least_rps,
-                seems_sure=lambda rate_rps: simulate(rate_rps, num_requests_of(plan)).sure,
+                seems_sure=lambda rate_rps: simulate(rate_rps, ordinary).sure,
                 is_sure=is_sure,
             )
-        elif _may_keep_more(plan, at_plan):
+        elif _may_keep_more(plan, at_plan) and not too_short:
             higher = (factor * planned_rps for factor in MORE)
             kept_rps = next((rate_rps for rate_rps in higher if is_calm(rate_rps)), planned_rps)
     except _CancelledError:
@@ -310,6 +331,8 @@ def _verify(
         tpot_s=at_plan.held.seconds.get(Latency.TPOT),
         ttft_missed=at_plan.held.missed.get(Latency.TTFT),
         tpot_missed=at_plan.held.missed.get(Latency.TPOT),
+        share=part.share if part.share < 1.0 else None,
+        too_short=too_short or None,
     )
 
 
@@ -401,6 +424,8 @@ class Curve:
     sweep: RateSweep
     limits: Objective
     num_requests: int
+    share: float | None = None  # share of each rate, at which as large a part of the replicas ran; None: all ran
+    too_short: bool = False  # whether runs cannot fill even the seats of that part
 
 
 def latency_curve(
@@ -408,12 +433,15 @@ def latency_curve(
 ) -> Curve | None:
     """Simulate Poisson arrivals at shares of the planned rate, with attention workers if the plan has them.
 
+    Of a plan with more seats than runs can fill, a part is simulated, as `verified` does.
+
     None if the plan has no replicas, or if it was cancelled before the first rate was done.
     """
     if not plan.replicas:
         return None
-    limits = plan.objective
-    planned_rps, num_requests = default_rate(plan, problem), min(MOST_OF_CURVE, num_requests_of(plan))
+    limits, most_requests = plan.objective, min(MOST_OF_CURVE, _most_of(plan).to_fill)
+    part = _simulated_part(plan, problem, most_requests)
+    planned_rps, num_requests = default_rate(plan, problem), min(MOST_OF_CURVE, num_requests_of(part.plan))
     found: dict[float, TriedRate] = {}
     for number, share in enumerate(SHARES):
 
@@ -423,13 +451,21 @@ def latency_curve(
         if cancelled.is_set():
             break
         tried = simulated_at(
-            plan, problem, share * planned_rps, limits, seed=seed, cancelled=cancelled, report=told,
+            part.plan, problem, share * planned_rps * part.share, limits, seed=seed, cancelled=cancelled, report=told,
             lengths=(num_requests,),
         )  # fmt: skip
         if tried is None:
             break
         found[share * planned_rps] = tried
-    return Curve(sweep=_sweep_of(found, limits), limits=limits, num_requests=num_requests) if found else None
+    if not found:
+        return None
+    return Curve(
+        sweep=_sweep_of(found, limits),
+        limits=limits,
+        num_requests=num_requests,
+        share=part.share if part.share < 1.0 else None,
+        too_short=not _are_filled(part.plan, most_requests),
+    )
 
 
 def _sweep_of(found: Mapping[float, TriedRate], limits: Objective) -> RateSweep:

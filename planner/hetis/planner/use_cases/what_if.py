@@ -149,7 +149,7 @@ def buy_next(
     Once a budget is cancelled, the remaining types are left out and named in the result.
 
     Raises:
-        InvalidProblemError: a type has no profile and none can be modelled.
+        InvalidProblemError: a type has no profile, and none can be modelled.
         UncheckedPlanError: a plan fails the independent checker.
     """
     solve = _solver(objective, settings, budget, report, count=1 + len(market))
@@ -361,7 +361,7 @@ def _every(texts: Sequence[str], read: Callable[[str], Addition]) -> tuple[Addit
 def _addition(text: str, cluster: Cluster) -> Addition:
     parts = _ADDED.fullmatch(text.strip())
     if parts is None:
-        raise single_problem("--add", f"{text!r} is not a number of GPUs of a type, such as 4xL4")
+        raise single_problem("--add", f"{text!r} is not a count and a GPU type such as 4xL4")
     count = int(parts[1])
     if not 1 <= count <= MAX_ADDED:
         raise single_problem("--add", f"{text!r} adds {count} GPUs, must be 1 to {MAX_ADDED:,}")
@@ -378,7 +378,7 @@ def _gpu(name: str, cluster: Cluster, option: str) -> GpuType:
         raise single_problem(option, str(error)) from None
     gpu = cluster.gpu_types.get(gpu.name, gpu)
     if profile_origin(gpu) is None:
-        raise single_problem(option, f"{gpu.name} has no profile and none can be modelled")
+        raise single_problem(option, f"{gpu.name} has no profile, and none can be modelled")
     return gpu
 
 
@@ -443,7 +443,7 @@ def market_of(text: str | None, cluster: Cluster, count: int) -> tuple[Addition,
         return tuple(Addition(gpu=gpu, count=count) for gpu in _priced(cluster))
     entries = _entries(text)
     if not entries:
-        raise single_problem("--market", f"{text!r} names no GPU type")
+        raise single_problem("--market", f"{text!r} does not name a GPU type")
     return tuple({offer.gpu.name: offer for offer in _every(entries, lambda one: _offer(one, cluster, count))}.values())
 
 

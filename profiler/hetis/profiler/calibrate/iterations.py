@@ -24,8 +24,8 @@ _LEAST_STRETCH_STEPS = 5.0  # in steps of the clock: a shorter stretch is domina
 _ROUNDING = 0.29  # standard deviation of what is cut off a time, in steps of the clock
 _LEAST_GAP_CERTAINTY = 0.05  # largest standard error of the time between waits, as a share of the mean wait
 NO_GAP = (
-    "the log's clock cannot tell how long vLLM takes between two iterations, which their elapsed times leave out: "
-    "log some minutes of steady load, or let a collector add times in milliseconds"
+    "the log's clock is too coarse for the time between two iterations, which elapsed times exclude: log some "
+    "minutes of steady load, or let a log collector add times in milliseconds"
 )
 
 

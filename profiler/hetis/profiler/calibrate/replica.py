@@ -44,7 +44,9 @@ class CalibratedReplica:
                 f"{model.head_groups} KV heads or be a multiple of them"
             )
         if model.draft is not None:
-            raise InvalidProblemError(f"{model.name} drafts tokens: calibrate with a server that does not")
+            raise InvalidProblemError(
+                f"{model.name} drafts tokens: calibrate with a server without speculative decoding"
+            )
         self.model, self.profile, self.tp, self._rank = model, profile, tp, rank
         self._fits = {op: profile.fit(op, model, tp) for op in Op}
         self._repeated = model.num_layers - model.prefix_layers
@@ -57,7 +59,7 @@ class CalibratedReplica:
         if weights >= profile.room_bytes:
             raise InvalidProblemError(
                 f"{model.name} has {weights / 2**30:.3g} GiB of weights on each of {tp} {profile.gpu}, which has "
-                f"room for {profile.room_bytes / 2**30:.3g} GiB: are --tp and --weights those of the server?"
+                f"room for {profile.room_bytes / 2**30:.3g} GiB: check that --tp and --weights match the server"
             )
 
     def fit(self, op: Op) -> Fit | None:

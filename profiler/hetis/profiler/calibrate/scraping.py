@@ -99,7 +99,7 @@ def engines_in(text: str, name: str) -> dict[str, EngineState]:
             engine.cache = labels
     engines = {label: one for label, one in found.items() if "generation_tokens_total" in one.values}
     if not engines:  # some metrics are of the server as a whole
-        raise single_problem(name, "answers without a metric of vLLM (vllm:...): is that the server, and its /metrics?")
+        raise single_problem(name, "has no vLLM metric (vllm:...): check that this is the server's /metrics")
     return engines
 
 
@@ -160,7 +160,7 @@ def _observation(url: str, before: EngineState, after: EngineState, context_toke
         return "speculative decoding"
     context = _context(before, after) if context_tokens is None else context_tokens
     if context is None:
-        raise single_problem(url, "does not say how full the KV cache is: --context gives the tokens of a request")
+        raise single_problem(url, "does not report KV cache usage: give the mean tokens of a request with --context")
     decoding = max(1.0, decoded / iterations)
     decode = ObservedWork(decoding=decoding, attended_tokens=decoding * context)
     prompt_tokens = max(0.0, tokens - generated)  # without those found in a prefix cache

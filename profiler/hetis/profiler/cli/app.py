@@ -19,11 +19,11 @@ from hetis.profiler.cli.measurements import run as run_verb
 
 # Where a missing module can be obtained.
 _EXTRAS = dict.fromkeys(("pyarrow", "plotly", "matplotlib"), "'hetis[profiler]'")
-_EXTRAS["torch"] = "'hetis[profiler]', or torch as its site says for your GPU"
+_EXTRAS["torch"] = "'hetis[profiler]', or torch as pytorch.org describes for your GPU"
 
 app = typer.Typer(
     name="hetis-profile",
-    help="Measure what a GPU reaches, import what others measured, fit it, and say how wrong the fit is.",
+    help="Measure GPUs or import measurements, fit profiles to them, and report the error of the fits.",
     epilog=ProfileExitCode.listed(),
     no_args_is_help=True,
     add_completion=False,
@@ -36,14 +36,14 @@ app.command(rich_help_panel="Profiles", epilog=FIT_EXAMPLES)(fit)
 app.command(rich_help_panel="Profiles")(profiles.model)
 app.command(rich_help_panel="Profiles", epilog=CALIBRATE_EXAMPLES)(calibrate)
 for look in (profiles.show, profiles.compare, profiles.plot, profiles.check):
-    app.command(rich_help_panel="Look at them")(look)
+    app.command(rich_help_panel="Inspect")(look)
 
 
 @app.callback()
 def hetis_profile(
     _version: Annotated[bool, version_option("hetis-profile")] = False,
 ) -> None:
-    """Measure what a GPU reaches, import what others measured, fit it, and say how wrong the fit is."""
+    """Measure GPUs or import measurements, fit profiles to them, and report the error of the fits."""
 
 
 def main() -> NoReturn:
@@ -87,6 +87,6 @@ def _described(error: Exception) -> tuple[ProfileExitCode, str, list[str]]:
             name = f"{error.filename}: " if error.filename else ""
             return ProfileExitCode.INTERNAL, f"{name}{error.strerror or error}", []
         case RuntimeError() if type(error).__module__ == "torch" and "OutOfMemory" in type(error).__name__:
-            headline = "the GPU is out of memory: is somebody else using it?"
+            headline = "the GPU is out of memory: check whether another process uses it"
             return ProfileExitCode.INTERNAL, headline, [str(error).split(". ")[0]]
     return ProfileExitCode.INTERNAL, *internal_error(error)

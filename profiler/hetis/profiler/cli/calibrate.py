@@ -55,19 +55,22 @@ def calibrate(
         typer.Option(
             "--from-vllm",
             metavar="LOG|URL",
-            help="Log of a server with --enable-logging-iteration-details (best; .gz, -: stdin), or a server's URL.",
+            help="Log of a server with --enable-logging-iteration-details (preferred; .gz or - for stdin), or the "
+            "URL of a server.",
         ),
     ],
     model: Annotated[
         str,
-        typer.Option("--model", "-m", metavar="NAME|FILE", help="What it serves: a name, a ModelSpec, a config.json."),
+        typer.Option(
+            "--model", "-m", metavar="NAME|FILE", help="Model that it serves: a name, a ModelSpec, or a config.json."
+        ),
     ],
     out: Annotated[
         Path,
         typer.Option("--out", metavar="PROFILE", help="Corrected profile to write; .yaml or .yml for YAML, else JSON."),
     ],
     gpu: Annotated[
-        str, typer.Option("--gpu", metavar="NAME", show_default="the profile's", help="GPU type that it runs on.")
+        str, typer.Option("--gpu", metavar="NAME", show_default="the profile's", help="GPU type of the server.")
     ] = "",
     profile: Annotated[
         Path | None,
@@ -80,10 +83,19 @@ def calibrate(
         typer.Option("--tp", min=1, show_default="the log's, or 1", help="Tensor-parallel degree of the server."),
     ] = None,
     weights: Annotated[
-        str | None, typer.Option("--weights", metavar="P", show_default="the checkpoint's", help="bf16, fp8, int8, ...")
+        str | None,
+        typer.Option(
+            "--weights",
+            metavar="P",
+            show_default="the checkpoint's",
+            help="Precision of the weights: bf16, fp8, int8, ...",
+        ),
     ] = None,
     kv: Annotated[
-        str | None, typer.Option("--kv", metavar="P", show_default="bf16, or the file's", help="bf16 or fp8.")
+        str | None,
+        typer.Option(
+            "--kv", metavar="P", show_default="bf16, or the file's", help="Precision of the KV cache: bf16 or fp8."
+        ),
     ] = None,
     context: Annotated[
         float | None,
@@ -101,7 +113,7 @@ def calibrate(
     ] = None,
     cluster: ClusterOption = None,
 ) -> ProfileExitCode:
-    """Correct a profile by a running vLLM's own times, and report its error before and after.
+    """Correct a profile with the times of a running vLLM, and report the error before and after.
 
     A factor on kernels, seconds per iteration and seconds per sequence are fitted, as far
     as the load tells them apart, to half of what was seen, and judged on the other half.
@@ -131,7 +143,7 @@ def calibrate(
         save_profile(out, found.profile)
     terminal.emit(lambda: _document(found, observed, replica, out), lambda: _table(found, observed, replica))
     if found.profile is None:
-        terminal.line(f"no correction makes the error on what it never saw smaller: {out} was not written")
+        terminal.line(f"no correction reduces the error on held-out data: {out} was not written")
         return ProfileExitCode.MISSED
     terminal.say(f"written to {out}")
     return ProfileExitCode.OK
@@ -229,9 +241,12 @@ def _table(found: CalibrationResult, observed: Observed, replica: CalibratedRepl
     left_out = [
         f"left out: {count:,}: {reason}" for reason, count in sorted(found.left_out.items(), key=lambda x: -x[1])
     ]
-    said = [f"fitted to {found.num_fitted:,} {observed.what}, judged on {found.judged[-1].count:,} others", *left_out]
+    said = [
+        f"fitted to {found.num_fitted:,} {observed.what}, evaluated on {found.judged[-1].count:,} others",
+        *left_out,
+    ]
     if any(each.margin is None for each in found.parameters):
-        said.append("not fitted: this load does not tell it apart, or it is worth nothing; as in the profile")
+        said.append("not fitted: this load does not determine it, or it has no effect; kept as in the profile")
     return Group(Text(title, style="bold"), errors, Text(), parameters, Text("\n".join(said)))
 
 

@@ -41,7 +41,7 @@ def fit(
     out: ProfileOutOption,
     cluster: ClusterOption = None,
 ) -> ProfileExitCode:
-    """Fit a profile to measurements and report its error on points the fit never saw.
+    """Fit a profile to measurements and report its error on held-out points.
 
     -o json has held_out_mape of every operator in the serving range (batch 4 and more, context 256 to 16k) and by
     region.
@@ -100,7 +100,7 @@ def _table(fitted: FittedProfile, out: Path) -> RenderableType:
             percent_text(one.one_piece.mape if one.one_piece.num_points else None),
         )
     notes = [
-        f"{one.op.value}: {percent_text(one.serving.mape)} is above the {percent_text(one.bar)} wanted"
+        f"{one.op.value}: {percent_text(one.serving.mape)} is above the target of {percent_text(one.bar)}"
         + (f": {one.remark}" if one.remark else "")
         for one in report.ops
         if not one.meets_bar

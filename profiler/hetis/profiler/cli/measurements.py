@@ -34,7 +34,7 @@ _LINE_INTERVAL_S = 5.0  # interval between lines of progress, where there is no 
 def run(
     terminal: Terminal,
     out: RawOutOption,
-    device: Annotated[str, typer.Option("--device", metavar="cpu|cuda|cuda:N", help="What to measure.")] = "cpu",
+    device: Annotated[str, typer.Option("--device", metavar="cpu|cuda|cuda:N", help="Device to measure.")] = "cpu",
     model: Annotated[
         str,
         typer.Option(
@@ -42,11 +42,13 @@ def run(
             "-m",
             metavar="NAME|FILE",
             show_default=f"{_CPU_MODEL}; CUDA: {_CUDA_MODEL}",
-            help="Whose shapes to measure: a catalogue name, a ModelSpec file or a config.json.",
+            help="Model whose shapes to measure: a catalogue name, a ModelSpec file or a config.json.",
         ),
     ] = "",
-    quick: Annotated[bool, typer.Option("--quick", help="Under a minute: fewer points, each less often.")] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Finish within a minute: fewer points, each measured fewer times.")
+    ] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
     time_limit: Annotated[
         float | None,
         typer.Option(
@@ -54,11 +56,12 @@ def run(
             min=1.0,
             metavar="SECONDS",
             show_default="1800; --quick: 35",
-            help="Choose no new points after this long.",
+            help="Time after which no new points are chosen.",
         ),
     ] = None,
     gpu: Annotated[
-        str, typer.Option("--gpu", metavar="NAME", show_default="the device's own", help="GPU type in the result.")
+        str,
+        typer.Option("--gpu", metavar="NAME", show_default="the device's own", help="GPU type to write to the result."),
     ] = "",
     cluster_out: Annotated[
         Path | None,
@@ -66,11 +69,11 @@ def run(
             "--cluster-out",
             metavar="FILE",
             show_default=False,
-            help="Also write a cluster of this one device, with its measured peaks, to plan on.",
+            help="Also write a cluster file of this one device with its measured peaks, for planning.",
         ),
     ] = None,
 ) -> ProfileExitCode:
-    """Measure this host with torch: where the fit is least certain first, until it is certain enough.
+    """Measure this host with torch, starting where the fit is least certain, until it is certain enough.
 
     What was measured is kept in RAW.journal until the run is complete: Ctrl-C loses one point at most.
     """
@@ -93,17 +96,19 @@ def run(
         resume=resume,
     )
     if journal.exists() and not resume and points_in(journal) != 0:
-        raise single_problem(str(journal), "is left of an interrupted run: go on with --resume, or delete it")
+        raise single_problem(str(journal), "is from an interrupted run: continue with --resume, or delete it")
     try:
         with _progress(terminal) as report:
             result = measure(request, report)
     except KeyboardInterrupt:
         kept = (points_in(journal) if journal.exists() else None) or 0
         if kept:
-            terminal.line(f"interrupted: {kept} points are kept in {journal}; the same command with --resume goes on")
+            terminal.line(
+                f"interrupted: {kept} points are kept in {journal}; run the same command with --resume to continue"
+            )
         else:
             journal.unlink(missing_ok=True)
-            terminal.line("interrupted before the first point: nothing is kept")
+            terminal.line("interrupted before the first point: nothing was saved")
         return ProfileExitCode.INTERRUPTED
     save_measurements(out, result.measurements)
     journal.unlink(missing_ok=True)
@@ -184,11 +189,14 @@ def _run_table(result: RunResult, out: Path) -> RenderableType:
         cache = "cold" if one.cold else "warm"
         table.add_row(one.op.value, one.kernel, cache, str(len(one)), shortest, longest, f"{spread:.1%}")
     if result.uncertainty >= 1:
-        left = "time was up before every operator had enough points: --time-limit allows more"
+        left = "the time limit was reached before every operator had enough points: increase --time-limit"
     elif result.uncertainty > 0:
-        left = f"an error of {result.uncertainty:.0%} is still expected somewhere: time was up, or times vary as much"
+        left = (
+            f"an error of {result.uncertainty:.0%} is still expected somewhere: the time limit was reached, or the "
+            "times vary that much"
+        )
     else:
-        left = "every operator is known as well as was asked for"
+        left = "every operator is known to the requested accuracy"
     return Group(Text(f"{result.measurements.gpu} -> {out}"), table, Text(left))
 
 
@@ -200,7 +208,7 @@ Format = Literal["aiconfigurator", "vidur", "splitwise", "llmservingsim"]
 def import_tables(
     terminal: Terminal,
     files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Tables: .csv, .csv.gz or .parquet.")],
-    form: Annotated[Format, typer.Option("--format", help="Whose tables they are.")],
+    form: Annotated[Format, typer.Option("--format", help="Tool that made the tables.")],
     out: RawOutOption,
 ) -> ProfileExitCode:
     """Import tables of other tools as measurements.

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 _LEGEND = (
     "Seconds are the largest piece of: F FLOPs, B bytes, T tokens, H query heads, W seconds of wire.\n"
-    "Error: mean on points the fit never saw. Region: what was measured. -v: origins."
+    "Error: mean on held-out points. Region: the measured range. -v: origins."
 )
 
 
@@ -43,7 +43,7 @@ def model(
     out: ProfileOutOption,
     cluster: ClusterOption = None,
 ) -> ProfileExitCode:
-    """Model a GPU without measurements from its nearest measured relative, by the ratios of their peaks.
+    """Model an unmeasured GPU from the most similar measured one, scaled by the ratios of their peak rates.
 
     The error of an operator is what leaving out one measured GPU at a time costs: docs/profiles-modelled.md.
     """
@@ -60,7 +60,7 @@ def model(
 
 @verb()
 def show(terminal: Terminal, profile: GpuOrFileArgument) -> ProfileExitCode:
-    """Show a profile: its pieces, where they are from, their error and the region they were measured in."""
+    """Show a profile: its pieces with their sources, errors and measured regions."""
     from hetis.formats.profile import profile_to_data
     from hetis.profiler.plausibility import scope_words
 
@@ -78,7 +78,7 @@ def compare(
     a: GpuOrFileArgument,
     b: GpuOrFileArgument,
     model: Annotated[
-        str, typer.Option("--model", "-m", metavar="NAME|FILE", help="The model whose layer is compared.")
+        str, typer.Option("--model", "-m", metavar="NAME|FILE", help="Model whose layer to compare.")
     ] = "meta-llama/Llama-3.1-8B",
     tp: Annotated[int, typer.Option("--tp", min=1, help="Tensor-parallel degree.")] = 1,
 ) -> ProfileExitCode:
@@ -115,11 +115,11 @@ def compare(
 def plot(
     terminal: Terminal,
     profile: GpuOrFileArgument,
-    raw: Annotated[list[Path], typer.Argument(metavar="RAW...", help="Measurements to hold it against.")],
-    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="Picture to write: .png or .html.")],
+    raw: Annotated[list[Path], typer.Argument(metavar="RAW...", help="Measurements to compare it with.")],
+    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="Chart to write: .png or .html.")],
     cluster: ClusterOption = None,
 ) -> ProfileExitCode:
-    """Draw measured against fitted times, and the residuals of each region.
+    """Plot measured against fitted times, and the residuals of each region.
 
     HTML needs plotly, PNG matplotlib; neither needs a browser or a network.
     """
@@ -128,7 +128,7 @@ def plot(
     from hetis.profiler.pictures import html, pairs_of, png
 
     if out.suffix not in (".png", ".html"):
-        raise single_problem(str(out), "the name of the picture must end in .png or .html")
+        raise single_problem(str(out), "the name of the chart must end in .png or .html")
     require_outputs(out)
     found = profile_of(profile)
     pairs = pairs_of(found, load_all(raw, gpu=found.gpu), gpu_type(found.gpu, cluster))
@@ -154,7 +154,7 @@ def plot(
 
 @verb()
 def check(terminal: Terminal, profile: GpuOrFileArgument, cluster: ClusterOption = None) -> ProfileExitCode:
-    """Check a profile: its form, rates no GPU of that type can reach, memory it lacks, errors and regions.
+    """Check a profile: its format, impossible rates, excess memory, errors and regions.
 
     What is impossible ends with exit code 2; what is merely doubtful is a warning.
     """
@@ -177,8 +177,8 @@ def check(terminal: Terminal, profile: GpuOrFileArgument, cluster: ClusterOption
 
     def table() -> RenderableType:
         if broken:
-            return Text("\n".join(f"broken: {sentence}" for sentence in broken), style="red")
-        return Text(f"the profile of {found.gpu} holds: {len(found.fits)} fits, {len(doubts)} doubts", style="green")
+            return Text("\n".join(f"violated: {sentence}" for sentence in broken), style="red")
+        return Text(f"the profile of {found.gpu} is valid: {len(found.fits)} fits, {len(doubts)} doubts", style="green")
 
     terminal.emit(lambda: {"ok": not broken, "broken": broken, "doubts": doubts}, table)
     return ProfileExitCode.INVALID if broken else ProfileExitCode.OK

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from hetis.solver.profile import Profile
 
 RawOutOption = Annotated[
-    Path, typer.Option("--out", metavar="RAW", help="Measurements file to write; packed if it ends in .gz.")
+    Path, typer.Option("--out", metavar="RAW", help="Measurements file to write; compressed if its name ends in .gz.")
 ]
 ProfileOutOption = Annotated[
     Path, typer.Option("--out", metavar="PROFILE", help="Profile to write; .yaml or .yml for YAML, else JSON.")
@@ -28,7 +28,7 @@ ClusterOption = Annotated[
         "-c",
         metavar="FILE",
         show_default=False,
-        help="Cluster file that defines the GPU type, where the catalogue lacks it.",
+        help="Cluster file that defines the GPU type if the catalogue lacks it.",
     ),
 ]
 GpuOrFileArgument = Annotated[
@@ -66,7 +66,7 @@ def load_all(paths: Sequence[Path], *, gpu: str = "") -> list[Measurements]:
             problems += error.problems
     if not problems:
         wanted = gpu or found[0].gpu
-        why = f"the profile is of {gpu}" if gpu else f"that of {paths[0]} is {wanted}: one profile, one GPU"
+        why = f"the profile is of {gpu}" if gpu else f"that of {paths[0]} is {wanted}: a profile is for one GPU type"
         problems = [
             Problem(file=str(path), path="gpu", message=f"is {one.gpu}, {why}")
             for path, one in zip(paths, found, strict=True)
@@ -113,7 +113,7 @@ def gpu_type(name: str, cluster: Path | None) -> GpuType:
         return types.get(name) or find_gpu(name).gpu
     except UnknownNameError as error:
         if cluster is not None:
-            raise single_problem(str(cluster), f"defines no GPU type {name}, nor does the catalogue") from None
+            raise single_problem(str(cluster), f"does not define GPU type {name}, nor does the catalogue") from None
         hint = "give the cluster file that defines it with --cluster (`run --cluster-out` writes one)"
         raise single_problem(name, f"{error}; {hint}") from None
 

@@ -36,5 +36,5 @@ def import_tables(form: str, files: Sequence[str | Path]) -> list[Measurements]:
         raise DocumentError(problems)
     measurements = collection.finish()
     if not measurements:
-        raise DocumentError([Problem(file=str(file), message="holds no row that hetis can use") for file in files])
+        raise DocumentError([Problem(file=str(file), message="has no row that hetis can use") for file in files])
     return measurements

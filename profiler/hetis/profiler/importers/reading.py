@@ -137,7 +137,7 @@ class SheetRow:
         """Return a time, which the table has in units of ``unit_s`` seconds."""
         value = self.number(column, above=0.0)
         if value is not None and value * unit_s > MAX_SECONDS:
-            self.refuse(column, f"is {value * unit_s:g} s, must be <= {MAX_SECONDS:g} s: is the unit right?")
+            self.refuse(column, f"is {value * unit_s:g} s, must be <= {MAX_SECONDS:g} s: check the unit")
             return None
         return None if value is None else value * unit_s
 
@@ -258,7 +258,7 @@ def _text(path: Path, raw: bytes) -> str:
     content = unpacked(raw, str(path), most=MAX_BYTES)
     if content is raw and raw.strip() and not raw.endswith((b"\n", b"\r")):
         # A number that lost its last digits is still a number; gzip has an end mark instead.
-        message = "ends in the middle of a line, as if it were cut off: if it is whole, add a line end"
+        message = "ends in the middle of a line and may be truncated: if it is complete, add a newline"
         raise single_problem(str(path), message, line=1 + raw.count(b"\n"))
     return decoded(content, str(path))
 

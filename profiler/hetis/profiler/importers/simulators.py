@@ -196,7 +196,7 @@ def _catalogued_layer(row: SheetRow, gpu: str, into: Collection) -> None:
     """Add an operator of LLMServingSim's, whose sizes the catalogue has."""
     model, op, tp = _model(row.text("model")), row.text("layer"), row.count("tp")
     if model is None:
-        row.refuse("model", f"is {row.text('model')!r}, no model of the catalogue")
+        row.refuse("model", f"is {row.text('model')!r}, which is not a model of the catalogue")
         return
     seconds, tokens = row.seconds("latency_ns", unit_s=1e-9), row.count("tokens")
     params = _params(model, op)

@@ -110,7 +110,7 @@ class CudaDevice:
         self.architecture = architecture_of(properties.major, properties.minor)
         self.address = _address(properties)
         l2_bytes = int(getattr(properties, "L2_cache_size", 0))
-        cache = Cache(num_bytes=l2_bytes or _ASSUMED_L2, origin="as the driver says" if l2_bytes else "assumed")
+        cache = Cache(num_bytes=l2_bytes or _ASSUMED_L2, origin="as reported by the driver" if l2_bytes else "assumed")
         self.pool = OperandPool(self.torch_device, cache)
 
     def timer(self, operator: Operator, *, graph: bool = True, while_queued: Call = lambda: None) -> TimeCalls:

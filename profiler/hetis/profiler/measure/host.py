@@ -76,7 +76,7 @@ def last_level_cache(cpus: Path = Path("/sys/devices/system/cpu"), cores: Collec
                 found[int(level), shared] = int(read.group(1)) * {"K": 2**10, "M": 2**20}[read.group(2)]
     last = max((level for level, _ in found), default=0)
     num_bytes = sum(size for (level, _), size in found.items() if level == last)
-    return Cache(num_bytes=num_bytes or _ASSUMED_CACHE, origin="as the system says" if num_bytes else "assumed")
+    return Cache(num_bytes=num_bytes or _ASSUMED_CACHE, origin="as reported by the system" if num_bytes else "assumed")
 
 
 class HostWatch:

@@ -114,16 +114,16 @@ def measure(request: RunRequest, report: Callable[[RunProgress], None]) -> RunRe
     )
     if known:
         disturbances.append(
-            f"{len(known)} points are of an interrupted run: what disturbed the device then is not known"
+            f"{len(known)} points are from an interrupted run: disturbances of the device in it are unknown"
         )
-    remarks = [cache_note(device), "engine steps are not measured: there is no engine here"]
+    remarks = [cache_note(device), "engine steps are not measured: no engine is running"]
     if device.architecture in NEWER_KERNELS:
         remarks.append(
             f"prefill attention is torch's FlashAttention 2: engines on {device.architecture} have kernels up to twice "
-            "as fast, which `import` or `calibrate` brings"
+            "as fast, whose times `import` or `calibrate` can add"
         )
     if not device.on_cuda:
-        remarks.append("host and device memory are one, so copies between them are copies in it")
+        remarks.append("host and device share their memory, so copies between them are copies within it")
     provenance = measured_by(request, device, driver)
     return RunResult(
         measurements=to_measurements(gpu, provenance, campaign.measured, [*disturbances, *remarks]),

@@ -210,21 +210,21 @@ def disturbance_notes(
         )
     unsure = sum(found.sample.spread > _UNSURE_SPREAD for found in measured)
     if unsure:
-        notes.append(f"{unsure} of {len(measured)} medians are known no better than {_UNSURE_SPREAD:.0%}")
+        notes.append(f"{unsure} of {len(measured)} medians are only known to {_UNSURE_SPREAD:.0%}")
     return notes
 
 
 def _gpu_notes(gpu: GpuNews) -> list[str]:
     if not gpu.watched:
-        return ["NVML is not to be had: only jitter and drift would show a throttled or shared GPU"]
+        return ["NVML is not available: a throttled or shared GPU would only show as jitter and drift"]
     notes = []
     seen = [
-        f"{name} in {count} of {gpu.looks} looks"
+        f"{name} in {count} of {gpu.looks} samples"
         for name, count in gpu.reasons.items()
         if count > _THROTTLED_SHARE * gpu.looks
     ]
     seen += [
-        f"held down by {name} for {held_s:.3g} of {gpu.elapsed_s:.3g} s"
+        f"limited by {name} for {held_s:.3g} of {gpu.elapsed_s:.3g} s"
         for name, held_s in gpu.held_s.items()
         if held_s > _THROTTLED_SHARE * gpu.elapsed_s
     ]

@@ -280,7 +280,7 @@ class AgentCore:
     def _welcome(self, message: ConnectNodeResponse, now_s: float) -> None:
         chosen = message.welcome.protocol_version
         if chosen != PROTOCOL_VERSION:
-            why = f"the planner chose protocol version {chosen}, this agent speaks {PROTOCOL_VERSION}"
+            why = f"the planner chose protocol version {chosen}, this agent supports {PROTOCOL_VERSION}"
             versions = {"protocol_version": chosen, "min_version": PROTOCOL_VERSION, "max_version": PROTOCOL_VERSION}
             self._outbox.end_stream(failure_of(ErrorReason.ERROR_REASON_PROTOCOL_VERSION, why, **versions))
             return
@@ -313,7 +313,9 @@ class AgentCore:
         if replica is None or replica.held.assignment is None:
             why = failure_of(ErrorReason.ERROR_REASON_NOT_FOUND, f"{name} is not held here", name=name)
         elif AgentCapability.AGENT_CAPABILITY_HEAD_MAP not in self.identity.capabilities:
-            why = failure_of(ErrorReason.ERROR_REASON_ENGINE_CANNOT, "the engine of this node tells no head map")
+            why = failure_of(
+                ErrorReason.ERROR_REASON_ENGINE_CANNOT, "the engine of this node does not provide a head map"
+            )
         else:
             self._asked_maps[self._outbox.call(ReadHeadMapsRequest(replica=name), timeout_s=CALL_S)] = request_id, name
             return

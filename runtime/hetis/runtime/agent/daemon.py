@@ -55,7 +55,7 @@ def report_of(
     for entry in assigned:
         model = _model_of(entry, news, alone=len(assigned) == 1)
         if news.message or model is None:
-            why = news.message or "the engine serves no model of that name"
+            why = news.message or "the engine does not serve a model of that name"
             report.replicas.append(unreachable_report(entry.replica, why))
         else:
             earlier = news.earlier.get(model)
@@ -166,7 +166,7 @@ class AgentDaemon:
         answer: EngineResponse | Failure
         try:
             if self._executor is None:
-                raise refusal(ErrorReason.ERROR_REASON_ENGINE_CANNOT, "this engine is not steered")
+                raise refusal(ErrorReason.ERROR_REASON_ENGINE_CANNOT, "this engine is not controlled by the agent")
             async with asyncio.timeout(call.timeout_s):
                 answer = await self._executor.call(
                     call.request, lambda copied: self._do(self._core.progressed(call.number, copied, self._clock()))
@@ -174,9 +174,9 @@ class AgentDaemon:
         except RefusedError as error:
             answer = error.failure
         except TimeoutError:
-            answer = unreachable(f"the engine did not answer in {call.timeout_s:g} s")
+            answer = unreachable(f"the engine did not answer within {call.timeout_s:g} s")
         except Exception as error:
-            _log.exception("a call of the engine broke")
+            _log.exception("a call to the engine failed")
             answer = failure_of(ErrorReason.ERROR_REASON_INTERNAL, f"{type(error).__name__}: {error}")
         if self._calls.pop(call.number, None) is not None:
             self._do(self._core.answered(call.number, answer, self._clock()))

@@ -108,13 +108,15 @@ class SimulatedDevices:
             match = _PART.fullmatch(part.strip())
             if match is None:
                 form = "TYPE:COUNT[,TYPE:COUNT...], such as A100-SXM-80GB:4,L4:2"
-                raise DevicesUnavailableError(f"simulated devices are written {form}; not {text!r}")
+                raise DevicesUnavailableError(f"simulated devices are {text!r}, must be {form}")
             try:
                 gpu = find_gpu(match["type"]).gpu
             except UnknownNameError as error:
                 raise DevicesUnavailableError(f"simulated devices: {error}") from None
             if len(types) + int(match["count"]) > MAX_DEVICES:
-                raise DevicesUnavailableError(f"simulated devices: a node has at most {MAX_DEVICES} of them: {text!r}")
+                raise DevicesUnavailableError(
+                    f"simulated devices: {text!r} has too many, a node has at most {MAX_DEVICES}"
+                )
             types += [gpu] * int(match["count"])
         return cls(types=tuple(types), host_name=host_name)
 
@@ -342,17 +344,17 @@ def _find(nvml: ModuleType) -> list[_Found]:
         try:
             whole = nvml.nvmlDeviceGetHandleByIndex(index)
         except nvml.NVMLError as error:  # the GPU was lost in the meantime, or access is denied
-            _log.warning("GPU %d cannot be opened and is left out: %s", index, error)
+            _log.warning("GPU %d cannot be opened and is ignored: %s", index, error)
             continue
         slices = Nvml(nvml).slices(whole)
         if slices is None:  # also if the slices cannot be counted, which is logged
             found.append(_Found(handle=whole, whole=whole, is_slice=False))
         elif not slices:
-            _log.warning("GPU %d is in MIG mode without a slice and is left out", index)
+            _log.warning("GPU %d is in MIG mode without a slice and is ignored", index)
         else:
             found += [_Found(handle=handle, whole=whole, is_slice=True) for handle in slices]
     if len(found) > MAX_DEVICES:
-        _log.warning("the node has %d devices, the first %d are used", len(found), MAX_DEVICES)
+        _log.warning("the node has %d devices, only the first %d are used", len(found), MAX_DEVICES)
     return found[:MAX_DEVICES]
 
 

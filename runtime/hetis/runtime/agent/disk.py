@@ -63,7 +63,7 @@ class StateDirectory:
             try:
                 name, body = _checked(file.read_bytes())
                 if name != unquote(file.name.removesuffix(_SUFFIX)):
-                    raise ValueError(f"it is named {name} inside")
+                    raise ValueError(f"it contains the name {name}")
                 found[name] = body
             except (OSError, ValueError, KeyError, TypeError) as error:
                 self.set_aside(unquote(file.name.removesuffix(_SUFFIX)), str(error))
@@ -93,7 +93,9 @@ class StateDirectory:
         number = 0
         while (aside := file.with_name(f"{file.name}.damaged-{number}")).exists():
             number += 1
-        _log.error("state file %s is damaged (%s): kept as %s, its part starts empty", file, why, aside.name)
+        _log.error(
+            "state file %s is damaged (%s): moved to %s, this part of the state starts empty", file, why, aside.name
+        )
         try:
             file.rename(aside)
             self._sync()
@@ -115,7 +117,7 @@ def _checked(content: bytes) -> tuple[str, bytes]:
     header, newline, body = content.partition(b"\n")
     said = json.loads(header)
     if said["form"] != FORM:
-        raise ValueError(f"it is of form {said['form']}, this agent reads {FORM}")
+        raise ValueError(f"its format is {said['form']}, this agent reads {FORM}")
     if not newline or said["sha256"] != hashlib.sha256(body).hexdigest():
         raise ValueError("its checksum is wrong")
     return str(said["name"]), body

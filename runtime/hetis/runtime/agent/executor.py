@@ -98,10 +98,10 @@ def check_socket(socket: Path) -> None:
         raise RefusedError(unreachable(f"engine socket {socket}: {error.strerror}")) from error
     why = ""
     if not stat.S_ISSOCK(found.st_mode):
-        why = "it is no socket"
+        why = "it is not a socket"
     elif found.st_uid != os.geteuid():
-        why = f"it belongs to user {found.st_uid}, this is {os.geteuid()}"
+        why = f"it belongs to user {found.st_uid}, the agent runs as {os.geteuid()}"
     elif found.st_mode & 0o022:
-        why = f"its mode is {stat.S_IMODE(found.st_mode):o}, others may write to it"
+        why = f"its mode is {stat.S_IMODE(found.st_mode):o}, which lets other users write to it"
     if why:
         raise RefusedError(unreachable(f"engine socket {socket}: {why}"))

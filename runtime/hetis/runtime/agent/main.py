@@ -55,7 +55,8 @@ Exit codes: 0 stopped by SIGTERM or SIGINT · 1 failed · 2 invalid options · 4
 
 app = typer.Typer(
     name="hetis-agent",
-    help="Tell the planner how this GPU node is, and make the engine beside it do what the planner asks.",
+    help="Report the state of this GPU node to the planner, and apply the planner's assignments to the engine on "
+    "this node.",
     epilog=_EXAMPLES,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -68,50 +69,59 @@ def _option(name: str, meaning: str) -> Any:
     return typer.Option(envvar=f"HETIS_AGENT_{name}", help=meaning)
 
 
-Node = Annotated[str, _option("NODE", "This node: clusters/CLUSTER/nodes/NODE. Required.")]
-Devices = Annotated[str, _option("DEVICES", "Where devices come from: auto, nvml, none or simulated:TYPE:COUNT,...")]
+Node = Annotated[str, _option("NODE", "Name of this node: clusters/CLUSTER/nodes/NODE. Required.")]
+Devices = Annotated[str, _option("DEVICES", "Source of the devices: auto, nvml, none or simulated:TYPE:COUNT,...")]
 SimulatedDevices = Annotated[
     str,
-    _option(
-        "SIMULATED_DEVICES", "TYPE:COUNT,... is short for --devices simulated:TYPE:COUNT,...: only said to be there."
-    ),
+    _option("SIMULATED_DEVICES", "TYPE:COUNT,...; short for --devices simulated:TYPE:COUNT,..."),
 ]
 Control = Annotated[
-    Path | None, _option("CONTROL", "YAML or JSON that steers a simulated engine; read when it changes.")
+    Path | None, _option("CONTROL", "YAML or JSON file that controls a simulated engine; read again after each change.")
 ]
-Seed = Annotated[int, _option("SEED", "Of the load of a simulated engine.")]
-Peer = Annotated[str, _option("PEER_ADDRESS", "Where a simulated engine lets other engines read; port 0: any.")]
+Seed = Annotated[int, _option("SEED", "Random seed of the load of a simulated engine.")]
+Peer = Annotated[
+    str,
+    _option("PEER_ADDRESS", "Address where other engines read from a simulated engine; port 0 selects a free port."),
+]
 
 
 @app.callback(invoke_without_command=True)
 def run(
     context: typer.Context,
     server: Annotated[
-        str, _option("SERVER", "The planner, host:port; several with commas: the one that leads is found.")
+        str,
+        _option(
+            "SERVER", "Address of the planner, host:port; separate several by commas, and the agent finds the leader."
+        ),
     ] = "127.0.0.1:8470",
     node: Node = "",
     engine: Annotated[
         str,
         _option(
-            "ENGINE", "unix:///PATH, vllm:http://HOST:PORT, sglang:http://HOST:PORT, launch:FILE, simulated or none."
+            "ENGINE",
+            "Engine: unix:///PATH, vllm:http://HOST:PORT, sglang:http://HOST:PORT, launch:FILE, simulated or none.",
         ),
     ] = "none",
-    engine_address: Annotated[str, _option("ENGINE_ADDRESS", "Where the engine listens for other engines.")] = "",
+    engine_address: Annotated[
+        str, _option("ENGINE_ADDRESS", "Address where the engine listens for other engines.")
+    ] = "",
     state_dir: Annotated[
-        Path | None, _option("STATE_DIR", "What must not be forgotten. Default: under XDG_STATE_HOME.")
+        Path | None, _option("STATE_DIR", "Directory of the agent's persistent state. Default: under XDG_STATE_HOME.")
     ] = None,
-    tls_ca: Annotated[Path | None, _option("TLS_CA", "Signs the planner's certificate.")] = None,
-    tls_cert: Annotated[Path | None, _option("TLS_CERT", "This node's certificate.")] = None,
-    tls_key: Annotated[Path | None, _option("TLS_KEY", "Its key.")] = None,
-    token_file: Annotated[Path | None, _option("TOKEN_FILE", "Holds a bearer token; or set HETIS_AGENT_TOKEN.")] = None,
-    insecure: Annotated[bool, _option("INSECURE", "No TLS, to a planner on another machine.")] = False,
-    metrics: Annotated[str, _option("METRICS", "Serve the agent's own metrics on HOST:PORT.")] = "",
+    tls_ca: Annotated[Path | None, _option("TLS_CA", "CA of the planner's certificate.")] = None,
+    tls_cert: Annotated[Path | None, _option("TLS_CERT", "Client certificate of this node.")] = None,
+    tls_key: Annotated[Path | None, _option("TLS_KEY", "Key of the client certificate.")] = None,
+    token_file: Annotated[
+        Path | None, _option("TOKEN_FILE", "File with the bearer token; or set HETIS_AGENT_TOKEN.")
+    ] = None,
+    insecure: Annotated[bool, _option("INSECURE", "Connect without TLS to a planner on another machine.")] = False,
+    metrics: Annotated[str, _option("METRICS", "Serve the agent's Prometheus metrics on HOST:PORT.")] = "",
     devices: Devices = "auto",
     simulated_devices: SimulatedDevices = "",
     control: Control = None,
     seed: Seed = 0,
     peer_address: Peer = "127.0.0.1:0",
-    log_level: Annotated[str, _option("LOG_LEVEL", "debug, info, warning or error.")] = "info",
+    log_level: Annotated[str, _option("LOG_LEVEL", "Log level: debug, info, warning or error.")] = "info",
 ) -> None:
     """Run the agent of this node until SIGTERM."""
     if context.invoked_subcommand is not None:
@@ -171,7 +181,7 @@ def devices(devices: Devices = "auto", simulated_devices: SimulatedDevices = "")
 
 @app.command()
 def simulate(
-    socket: Annotated[Path, typer.Option(help="Unix socket for the agent.")],
+    socket: Annotated[Path, typer.Option(help="Unix socket to serve the agent on.")],
     node: Annotated[str, _option("NODE", "clusters/CLUSTER/nodes/NODE.")],
     simulated_devices: SimulatedDevices,
     control: Control = None,

@@ -14,13 +14,13 @@ from hetis.v1 import agent_service_pb2, inventory_pb2, report_pb2
 
 LOOPBACK = "127.0.0.1"
 _OF_DEVICES = {
-    "kv_blocks": "KV blocks there are, in the engine's unit.",
-    "kv_blocks_used": "Of them, not evictable.",
-    "memory_used_bytes": "Memory in use by all processes.",
-    "busy_ratio": "Share of time in which a kernel ran.",
-    "clock_hertz": "Clock of the multiprocessors.",
-    "throttled": "Whether something but idleness slows it, 1 or 0.",
-    "healthy": "Whether it can be used, 1 or 0.",
+    "kv_blocks": "Total KV blocks, in the engine's unit.",
+    "kv_blocks_used": "KV blocks in use, which cannot be evicted.",
+    "memory_used_bytes": "GPU memory used by all processes.",
+    "busy_ratio": "Fraction of time in which a kernel ran.",
+    "clock_hertz": "Clock frequency of the multiprocessors (SMs).",
+    "throttled": "1 if the clock is reduced for a reason other than idleness, else 0.",
+    "healthy": "1 if the device is usable, else 0.",
 }
 
 
@@ -31,16 +31,16 @@ class AgentMetrics:
         self.registry = CollectorRegistry()
         self._types: dict[int, str] = {}
         self._serving: tuple[object, ...] | None = None
-        self._gauge("build", "1; its label says which software this is.", "version").labels(version).set(1)
-        self._connected = self._gauge("connected", "Whether the stream to the planner stands, 1 or 0.")
-        self._epoch = self._gauge("epoch", "Highest epoch of a planner that was obeyed.")
-        self._connects = self._counter("connects", "Streams that were opened, by how that ended.", "outcome")
-        self._sent = self._counter("messages_sent", "Messages to the planner, by kind.", "kind")
-        self._received = self._counter("messages_received", "Messages of the planner, by kind.", "kind")
-        self._refused = self._counter("deltas_refused", "Deltas answered with a NACK, by reason.", "reason")
-        self._changes = self._counter("changes", "Changes that ended here, by outcome.", "outcome")
-        self._scrapes = self._counter("engine_scrapes", "Reads of the engine's metrics, by how they ended.", "state")
-        self._age = self._gauge("engine_age_seconds", "How old the engine's last numbers are.")
+        self._gauge("build", "Always 1; the label holds the software version.", "version").labels(version).set(1)
+        self._connected = self._gauge("connected", "1 if the stream to the planner is open, else 0.")
+        self._epoch = self._gauge("epoch", "Highest epoch accepted from a planner.")
+        self._connects = self._counter("connects", "Attempts to open a stream to the planner, by outcome.", "outcome")
+        self._sent = self._counter("messages_sent", "Messages sent to the planner, by kind.", "kind")
+        self._received = self._counter("messages_received", "Messages received from the planner, by kind.", "kind")
+        self._refused = self._counter("deltas_refused", "Deltas rejected with a NACK, by reason.", "reason")
+        self._changes = self._counter("changes", "Changes that ended on this node, by outcome.", "outcome")
+        self._scrapes = self._counter("engine_scrapes", "Scrapes of the engine's metrics, by outcome.", "state")
+        self._age = self._gauge("engine_age_seconds", "Age of the engine's most recent metrics.")
         labels = ("index", "gpu_type")
         self._devices = {name: self._gauge(f"device_{name}", text, *labels) for name, text in _OF_DEVICES.items()}
 

@@ -197,9 +197,9 @@ class PlannerAddress:
             elsewhere = []
             yield f"--server is {self.server!r}, must be host:port such as planner.example:8470"
         if (self.cert is None) != (self.key is None):
-            yield "--tls-cert and --tls-key come together"
+            yield "--tls-cert and --tls-key must be given together"
         if self.is_plain and (self.ca is not None or self.cert is not None):
-            yield "--insecure and certificates exclude each other"
+            yield "--insecure and certificates cannot be combined"
         files = {"--tls-ca": self.ca, "--tls-cert": self.cert, "--tls-key": self.key, "--token-file": self.token_file}
         unreadable = {name: path for name, path in files.items() if path is not None and not os.access(path, os.R_OK)}
         yield from (f"{name}: {path} cannot be read" for name, path in unreadable.items())
@@ -241,11 +241,14 @@ class PlannerAddress:
             signed = f"--tls-ca {self.ca}" if self.ca else "an authority that this system trusts; give --tls-ca"
             return f"TLS: the planner's certificate is not signed by {signed} ({message})"
         if "handshake failed" in message:
-            return f"TLS: the planner speaks none, or its certificate is not of this address ({message})"
+            return f"TLS: the planner does not use it, or its certificate is not for this address ({message})"
         if "Socket closed" in message and self.is_plain:
-            return f"the planner closed the connection: does it want TLS, with --tls-ca? ({message})"
+            return f"the planner closed the connection: if it requires TLS, give --tls-ca ({message})"
         if "Socket closed" in message and self.cert is None:
-            return f"TLS: the planner closed: does it ask for a certificate, --tls-cert and --tls-key? ({message})"
+            return (
+                "TLS: the planner closed the connection: if it requires a client certificate, give --tls-cert and "
+                f"--tls-key ({message})"
+            )
         return message
 
     def _token(self) -> str:

@@ -338,7 +338,7 @@ class _SameServer(urllib.request.HTTPRedirectHandler):
         self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: HTTPMessage, newurl: str
     ) -> urllib.request.Request | None:
         if newurl.partition("://")[0] != req.type or urllib.parse.urlsplit(newurl).netloc != req.host:
-            raise urllib.error.URLError(f"it sends us to another server, {newurl[:100]!r}")
+            raise urllib.error.URLError(f"it redirects to another server, {newurl[:100]!r}")
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 

@@ -74,7 +74,7 @@ class ReplicaAgent:
         match delta.WhichOneof("change"):
             case "assignment" | "removal":
                 if self.held.take_assignment(delta, self._first_state(), epoch=epoch):
-                    self._give_up_open(ErrorReason.ERROR_REASON_CHANGE_CANCELLED, "a new assignment came")
+                    self._give_up_open(ErrorReason.ERROR_REASON_CHANGE_CANCELLED, "a new assignment arrived")
             case "prepare":
                 told = self._take_prepare(delta, epoch=epoch, now_s=now_s)
             case _:
@@ -407,7 +407,7 @@ class ReplicaAgent:
         """Abort changes that took too long to prepare, and forget those that ended long ago."""
         for change in list(self.held.changes.values()):
             if change.is_being_prepared and now_s >= change.deadline_s:
-                late = f"change {change.id}: its time to prepare passed"
+                late = f"change {change.id}: its time limit for preparation passed"
                 change.want_abort(failure_of(ErrorReason.ERROR_REASON_PREPARE_EXPIRED, late))
                 self._persist()
             change.note_end(now_s)

@@ -430,13 +430,13 @@ def refusal_of(delta: Delta, held: ReplicaState, can: Collection[AgentCapability
     kind = delta.WhichOneof("change")
     if delta.generation > (held.generation + MOST_AHEAD if held.generation else MOST_AT_FIRST):
         failure = generation_mismatch(delta.base_generation, held.held_generation)
-        far = f"generation {delta.generation} is too far above {held.generation}, which is the newest here"
-        failure.message = f"{far}, to be meant"
+        far = f"generation {delta.generation} is too far above {held.generation}, the newest here"
+        failure.message = f"{far}, to be plausible"
         return failure
     if kind in ("assignment", "removal"):
         return _assignment_refusal(delta, held)
     if AgentCapability.AGENT_CAPABILITY_MOVE not in can:
-        return failure_of(ErrorReason.ERROR_REASON_ENGINE_CANNOT, "the engine of this node moves no head groups")
+        return failure_of(ErrorReason.ERROR_REASON_ENGINE_CANNOT, "the engine of this node cannot move head groups")
     if kind == "prepare":
         return _prepare_refusal(delta, held)
     if kind == "commit":
@@ -477,7 +477,7 @@ def _commit_refusal(delta: Delta, held: ReplicaState) -> Failure | None:
     change_id = delta.commit.change_id
     change = held.changes.get(change_id)
     if change is None:
-        why = f"change {change_id} was never prepared here"
+        why = f"change {change_id} was never prepared on this node"
         return failure_of(ErrorReason.ERROR_REASON_CHANGE_UNKNOWN, why, change_id=change_id)
     if not change.is_authority:
         return _wrong_phase(change, "is not the authority")

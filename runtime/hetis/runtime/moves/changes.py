@@ -82,16 +82,18 @@ def has_ended(change: EngineChange, how: str = "has ended here") -> RefusedError
 
 
 def expired(change_id: str) -> Failure:
-    return failure_of(ErrorReason.ERROR_REASON_PREPARE_EXPIRED, f"change {change_id}: its time to prepare passed")
+    return failure_of(
+        ErrorReason.ERROR_REASON_PREPARE_EXPIRED, f"change {change_id}: its time limit for preparation passed"
+    )
 
 
 def gone(move: Move) -> Failure:
-    why = f"{move.request} does not run any more"
+    why = f"{move.request} is no longer running"
     return failure_of(ErrorReason.ERROR_REASON_REQUEST_GONE, why, request=move.request)
 
 
 def unavailable(device: str) -> Failure:
-    return failure_of(ErrorReason.ERROR_REASON_DEVICE_UNAVAILABLE, f"{device} cannot be relied on", device=device)
+    return failure_of(ErrorReason.ERROR_REASON_DEVICE_UNAVAILABLE, f"{device} is not reliable", device=device)
 
 
 def no_room(move: Move, **blocks: int) -> Failure:
@@ -262,7 +264,7 @@ class EngineChanges:
         taken = EngineChange(change=change, parts=tuple(parts), deadline_s=now_s + timeout_s)
         if taken.is_authority:
             if self._authority is None:
-                why = f"the primary of {self.replica} is not here"
+                why = f"the primary of {self.replica} is not on this node"
                 raise refusal(ErrorReason.ERROR_REASON_NOT_FOUND, why, name=self.replica)
             self._authority.reserve(taken, self.generation)
         moves = [m for m in change.moves if m.number not in taken.left_out and self._touches(m, taken)]
@@ -289,7 +291,7 @@ class EngineChanges:
             why = "this engine is not the authority"
             raise refusal(ErrorReason.ERROR_REASON_CHANGE_PHASE, why, change_id=change_id)
         if change.is_open and len(change.parts) > 1 and change.phase != ChangePhase.CHANGE_PHASE_READY:
-            raise refusal(ErrorReason.ERROR_REASON_CHANGE_PHASE, "its copies are not there yet", change_id=change_id)
+            raise refusal(ErrorReason.ERROR_REASON_CHANGE_PHASE, "its copies are not complete yet", change_id=change_id)
         if change.is_open:
             change.flip_by_s = min(change.deadline_s, now_s + timeout_s)
         return change
@@ -387,7 +389,7 @@ class EngineChanges:
         )
 
     def _end_aborted(self, change: EngineChange, why: Failure) -> None:
-        assert change.is_open, "what was flipped cannot be aborted"
+        assert change.is_open, "a flipped change cannot be aborted"
         change.phase, change.why = ChangePhase.CHANGE_PHASE_ABORTED, why
         if self._authority is not None:
             self._authority.give_blocks_back(change)
@@ -398,7 +400,7 @@ class EngineChanges:
 
     def _go_by(self, change: EngineChange, why: Failure, authority: Iterable[ChangeStatus] | None) -> None:
         if authority is None:
-            raise RefusedError(unreachable("the authority's engine was not reached; it knows how the change ended"))
+            raise RefusedError(unreachable("the authority's engine, which knows how the change ended, is unreachable"))
         said = list(authority)
         self.hear(said, self.generation)
         if not change.is_open:
@@ -406,7 +408,7 @@ class EngineChanges:
         if any(status.change_id == change.change.change_id for status in said):
             raise RefusedError(unreachable("the authority's engine has not decided yet"))
         if why.reason == ErrorReason.ERROR_REASON_PREPARE_EXPIRED:
-            why_not = "the authority's engine knows nothing of the change, and may yet hear of it"
+            why_not = "the authority's engine does not know of the change yet"
             raise RefusedError(unreachable(why_not))
         self._end_aborted(change, why)
 

@@ -221,7 +221,7 @@ class SteeredEngine(ABC, Generic[TakenT]):
         name, here = assignment.replica, frozenset(devices)
         changes = EngineChanges(name, generation=generation, authority=authority, copies=copies, devices=here)
         if held is not None:
-            held.changes.end_all(failure_of(ErrorReason.ERROR_REASON_CHANGE_CANCELLED, "a new assignment came"))
+            held.changes.end_all(failure_of(ErrorReason.ERROR_REASON_CHANGE_CANCELLED, "a new assignment arrived"))
             changes.known.update(held.changes.known)
         return changes
 

@@ -45,7 +45,7 @@ def phase_name(phase: int) -> str:
 
 
 def stale_epoch(epoch: int, newest: int) -> Failure:
-    why = f"epoch {epoch} is over: {newest} was obeyed already"
+    why = f"epoch {epoch} is over: {newest} was already accepted"
     return failure_of(ErrorReason.ERROR_REASON_STALE_EPOCH, why, epoch=epoch, newest_epoch=newest)
 
 

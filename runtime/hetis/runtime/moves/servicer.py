@@ -29,7 +29,7 @@ def bind_socket(server: grpc.aio.Server, socket: Path) -> None:
     if socket.is_socket():
         socket.unlink(missing_ok=True)
     elif socket.exists():
-        raise OSError(f"cannot listen on unix:{socket}: it is there, and no socket")
+        raise OSError(f"cannot listen on unix:{socket}: it exists and is not a socket")
     before = os.umask(0o177)
     try:
         bind(server, f"unix:{socket}")

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from hetis.solver.check.fleet import Fleet, is_in, slowest
 from hetis.solver.check.violation import Broken, Rule, Violation, at
 from hetis.solver.cluster import Link, NodeGroup
-from hetis.solver.constraints import Duty, RestrictRole
+from hetis.solver.constraints import Duty, RestrictRole, in_words
 from hetis.solver.model import ModelSpec
 from hetis.solver.plan import KvRoute, ObjectiveKind, Plan, Role, Status
 from hetis.solver.problem import APART, PlacementProblem
@@ -162,7 +162,8 @@ def _check_question(plan: Plan, problem: PlacementProblem) -> Iterator[Broken]:
     """Check that the plan matches the problem: the objective, and the wording of the bound's family.
 
     Plans from before the introduction of roles do not mention them: all their replicas are unified. Likewise, older
-    plans with several precisions, and those of tenants, do not mention that GPUs of several kinds stay apart.
+    plans with several precisions, and those of tenants, do not mention that GPUs of several kinds stay apart. A file
+    does not tell which constraints come from the engine, so both of their wordings are the same.
     """
     wanted, result = problem.objective, plan.result
     if plan.objective != wanted:
@@ -171,9 +172,20 @@ def _check_question(plan: Plan, problem: PlacementProblem) -> Iterator[Broken]:
         yield Rule.OBJECTIVE, f"objective is {result.objective}, must be {wanted.kind}"
     if result.unit != wanted.unit:
         yield Rule.OBJECTIVE, f"unit is {result.unit}, must be {wanted.unit}"
-    family = problem.describe_family()
-    if plan.family not in (family, family.removesuffix(UNIFIED_ALONE), family.replace(f"; {APART}", "")):
+    family = _with_options(problem.describe_family(), problem)
+    if _with_options(plan.family, problem) not in (
+        family,
+        family.removesuffix(UNIFIED_ALONE),
+        family.replace(f"; {APART}", ""),
+    ):
         yield Rule.FAMILY, f'family is "{plan.family}", strategy {plan.strategy} searches "{family}"'
+
+
+def _with_options(family: str, problem: PlacementProblem) -> str:
+    """Return the description of a family with the engine's constraints as options."""
+    engine = problem.family.engine
+    options = {in_words(each, engine.name): str(each) for each in problem.constraints} if engine is not None else {}
+    return "; ".join(options.get(part, part) for part in family.split("; "))
 
 
 def _check_finite(plan: Plan) -> Iterator[Broken]:

@@ -107,7 +107,7 @@ def solve_replanning(
     whole = replace(given.problem, family=STRATEGIES[strategy].restrict(given.problem.family))
     searched = apply_constraints(whole)
     if not keeps(whole, searched):
-        raise InvalidProblemError("re-planning does not keep to all constraints of the problem")
+        raise InvalidProblemError("re-planning does not support all constraints of the problem")
     problem, quiet = searched.problem, replace(settings, report=silent)
     if searched.is_empty:
         raise infeasible(whole, quiet)
@@ -117,13 +117,13 @@ def solve_replanning(
     if not costs.ranks:
         raise infeasible(problem, quiet)
     running = Survivors(given, costs)
-    settings.tell("the fleet as if nothing ran on it")
+    settings.tell("the fleet as if it were idle")
     fresh = search_fresh(costs, quiet.within(FRESH_SHARE))
     net = running.master(demanded_rate(problem))
-    settings.tell("what the running replicas leave over")
+    settings.tell("the GPUs that running replicas leave over")
     left_over = running.left_over(quiet.within(FRESH_SHARE))
     candidates = [*running.candidates, *_new(net, [*fresh.templates, *left_over])]
-    settings.tell("which replicas stay")
+    settings.tell("which replicas to keep")
     choice = _choose(net, candidates, running, fresh, settings)
     if choice is None:
         raise _none(given, fresh, net.is_settled, quiet)
@@ -184,7 +184,7 @@ def _none(
         return infeasible(given.problem, settings)
     demand = given.problem.objective.demand_rps
     asked = "" if demand is None or given.problem.objective.maximises else f" that serves {demand:.4g} requests/s"
-    reason = f"at most {given.max_moves} GPUs may do something else than before, and no plan{asked} needs so few"
+    reason = f"at most {given.max_moves} GPUs may change their work, and no plan{asked} needs so few"
     return InfeasibleError((reason,))
 
 

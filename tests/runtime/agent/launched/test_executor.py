@@ -353,7 +353,7 @@ def test_heads_do_not_move_in_an_engine_that_the_agent_started(tmp_path: Path) -
                 node.executor.call(ReadHeadMapsRequest()),
             )
             for call in calls:
-                with pytest.raises(RefusedError, match="vllm was started by the agent, which moves no heads in it"):
+                with pytest.raises(RefusedError, match="vllm was started by the agent, which cannot move heads in it"):
                     await call
             aborted = await node.executor.call(AbortMovesRequest(change_id="c"))
             assert aborted.outcome == ChangeOutcome.CHANGE_OUTCOME_ABORTED

@@ -191,10 +191,10 @@ def two_nodes() -> Plan:
 
 
 def refusals() -> Iterator[tuple[object, dict[str, object], str]]:
-    yield plan_of(stage_of(), pools=(POOL,)).replicas[0], {}, "it has attention workers, which vLLM has with hetis'"
+    yield plan_of(stage_of(), pools=(POOL,)).replicas[0], {}, "it has attention workers, which vLLM only supports"
     copies = stage_of(copies=2, devices=("a/0", "a/1"), kv_head_groups_kept=8)
     yield plan_of(copies).replicas[0], {}, "stage 0: it has 2 copies, vLLM has one of each stage"
-    yield replica_on("a/0"), {"model": "/no/such/folder"}, "tiny: there is no folder /no/such/folder here"
+    yield replica_on("a/0"), {"model": "/no/such/folder"}, "tiny: there is no folder /no/such/folder on this node"
     yield two_nodes().replicas[0], {"program": "python -m vllm"}, "only `vllm serve` and `sglang serve` start stages"
 
 
@@ -228,7 +228,7 @@ def test_the_checkpoint_is_that_of_the_replicas_precision(tmp_path: Path) -> Non
 def test_kv_of_a_checkpoint_that_is_not_the_plans_has_to_be_told(tmp_path: Path) -> None:
     write_config(tmp_path / "tiny", FP8_KV)
     where = f"{tmp_path}/{{name}}"
-    with pytest.raises(RefusedError, match="tiny states fp8 KV, which engines take by themselves, and the replica"):
+    with pytest.raises(RefusedError, match="tiny states fp8 KV, which engines use by default, but the replica"):
         part_of(assigned(model=MODEL), settings_of(model=where), node="a", folder=FOLDER)
     told = settings_of(model=where, options="--kv-cache-dtype bfloat16")
     line = part_of(assigned(model=MODEL), told, node="a", folder=FOLDER).commands[0].line

@@ -65,9 +65,9 @@ model: /models/{kv}
         "/engine.yaml:4: modle: unknown field, did you mean model?",
         "/engine.yaml:5: port: is 70000, must be <= 65471",
         "/engine.yaml:6: ready_timeout: 30 has no unit: write it like 20us",
-        "/engine.yaml:7: options: --tensor-parallel-size is no option to give the engine: "
-        "the plan or these settings decide it",
-        "/engine.yaml:8: addresses.a: '10.0.0.1 or so' is no address, must be an IP address or a name",
+        "/engine.yaml:7: options: --tensor-parallel-size cannot be passed to the engine: the plan or these "
+        "settings set it",
+        "/engine.yaml:8: addresses.a: '10.0.0.1 or so' is not a valid address, must be an IP address or a name",
         "/engine.yaml:9: attention_backend: 'TRITON ATTN' is no name of an attention backend",
         "/engine.yaml:10: environment.NO=: 'NO=' is no name of an environment variable",
         "/engine.yaml:11: served_name: '{names}' may have {name} in it, the model's name in the plan, and nothing else",
@@ -80,7 +80,7 @@ model: /models/{kv}
 @pytest.mark.parametrize(
     ("line", "says"),
     [
-        ("options: max 1", "'max' is no option of the engine, which begin with -"),
+        ("options: max 1", "'max' is not an engine option, options begin with -"),
         ('options: "\'"', "No closing quotation"),
         ("device: tpu", "'tpu' is not one of cuda, cpu"),
     ],

@@ -127,7 +127,7 @@ def test_an_answer_that_takes_too_long_is_not_waited_for() -> None:
     with engine(drips) as url:
         found = scrape(url, timeout_s=2.0)
     assert found.state is ScrapeState.UNREACHABLE
-    assert "no whole answer within 2 s" in found.message
+    assert "no complete response within 2 s" in found.message
 
 
 def test_an_answer_that_is_cut_off_is_not_believed() -> None:

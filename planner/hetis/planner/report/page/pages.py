@@ -33,6 +33,7 @@ from hetis.planner.report.page.blocks import (
 from hetis.planner.report.page.plan_section import plan_section
 from hetis.planner.report.plan import problem_line
 from hetis.planner.report.simulation_pictures import Panel, panels_of, panels_of_sweep
+from hetis.planner.report.tables import Extent
 from hetis.planner.use_cases.compare import Compared, best_of, figures_of, kept_of
 from hetis.planner.use_cases.replan import PosedReplan
 from hetis.planner.use_cases.simulate import Simulated
@@ -162,13 +163,19 @@ def _section(shown: ShownPlan, number: int) -> Section:
         panels = tuple(panels_of_sweep(shown.curve.sweep, shown.curve.limits))
         kept = shown.curve.sweep.goodput_rps
         until = (
-            f"The limits are kept up to {digits(kept)} requests/s of those." if kept else "No rate keeps the limits."
+            f"Among these rates, the limits are kept up to {digits(kept)} requests/s."
+            if kept
+            else "No rate keeps the limits."
         )
         traffic = (
             f"Poisson arrivals of {shown.problem.workload.name}, {shown.curve.num_requests:,} requests at every rate; "
-            f"bands are 95% intervals. {until}"
+            f"bands are 95% intervals. {until}{_extent(shown.curve)}"
         )
     return plan_section(shown.name, shown.plan, shown.problem, anchor=f"plan-{number}", panels=panels, traffic=traffic)
+
+
+def _extent(curve: Curve) -> str:
+    return "".join(f" {line.capitalize()}." for line in Extent(curve.share, curve.too_short).lines())
 
 
 def _side(name: str, side: Side, number: int) -> list[Section]:
@@ -193,7 +200,7 @@ def _market_section(found: BuyNext, *, anchor: str, heading: str) -> Section:
                 "proven", "'",
             ),
             rows=tuple(tuple(offer_row(offer)) for offer in found.offers),
-            note="Gain: of the plans found, all added GPUs together. Proven: what both bounds leave possible.",
+            note="Gain: between the plans found, for all added GPUs. Proven: the range that both bounds allow.",
         )
     )  # fmt: skip
     if found.left_out:
@@ -211,8 +218,8 @@ def _purchase(found: BuyNext) -> Iterator[Block]:
         price = "" if best.usd_per_hour is None else f" at {digits(best.usd_per_hour)} USD/h each"
         text = f"Buy {best.addition.count} × {best.addition.gpu.name}{price}."
     else:
-        text = "No GPU type of the market makes the plan better."
-    yield Sentences(title="In a sentence", lines=(text,))
+        text = "No GPU type on the market improves the plan."
+    yield Sentences(title="In one sentence", lines=(text,))
 
 
 def _side_by_side(rows: Sequence[tuple[str, Plan, Inputs | PlacementProblem]], objective: Objective) -> Iterator[Block]:
@@ -275,6 +282,6 @@ def _title(problem: PlacementProblem) -> str:
 
 
 def _page(title: str, sections: Sequence[Section]) -> str:
-    footer = f"Made by hetis {metadata.version('hetis')}. Values and bounds are those of its cost model; what traffic "
-    footer += "makes of them is said where it was simulated."
+    footer = f"Made by hetis {metadata.version('hetis')}. Values and bounds are those of its cost model; "
+    footer += "results under traffic are shown where it was simulated."
     return render_page(Page(title=title, sections=tuple(sections), footer=footer))

@@ -44,7 +44,7 @@ from hetis.planner.report.plan import (
     verdict,
 )
 from hetis.planner.report.simulation_pictures import Panel
-from hetis.planner.report.tables import kept_beyond
+from hetis.planner.report.tables import Extent, kept_beyond
 from hetis.planner.use_cases.engine_values import EQUAL_STAGES
 from hetis.planner.use_cases.grouping import ReplicaGroup, group_replicas
 from hetis.planner.use_cases.robustness.profile_errors import used_fits
@@ -120,7 +120,7 @@ def _blocks(plan: Plan, problem: PlacementProblem, panels: Sequence[Panel], traf
     if plan.runners_up:
         yield _runners_up(plan)
     yield _profiles(plan, problem)
-    yield Sentences(title="Notes and how to make it again", lines=plan.notes, terms=tuple(_made(plan)), folded=True)
+    yield Sentences(title="Notes, and how to reproduce it", lines=plan.notes, terms=tuple(_made(plan)), folded=True)
 
 
 # --- key figures
@@ -166,7 +166,7 @@ def _against_today(plan: Plan) -> Iterator[Tile]:
         good = ratio > 0 if plan.objective.maximises else ratio < 0
         sign = "+" if ratio > 0 else "−" if ratio < 0 else ""
         yield Tile(
-            label="Beside today's practice",
+            label="Compared with today's practice",
             value=f"{sign}{percent(abs(ratio))}" if ratio else "the same",
             note=f"equal stages{'' if kept is None else ', by the model'}: {digits(alone)} {plan.result.unit}",
             tone="good" if good else "",
@@ -177,13 +177,14 @@ def _simulated(plan: Plan) -> Iterator[Tile]:
     found = verification_of(plan)
     if found is None:
         return
+    extent = "".join(f"; {line}" for line in Extent(found.share, bool(found.too_short)).lines())
     if found.kept:
         beyond = kept_beyond(found.rate_rps, found.kept_rps)
-        note = f"at {digits(found.rate_rps)} requests/s; {attained(found, plan)}{beyond}"
-        yield Tile(label="Simulated", value="limits kept", note=note, tone="good")
+        note = f"at {digits(found.rate_rps)} requests/s; {attained(found, plan)}{beyond}{extent}"
+        yield Tile(label="Simulated", value="limits kept", note=note, tone="" if found.too_short else "good")
     else:
         until = "no rate tried keeps them" if found.kept_rps is None else f"kept up to {digits(found.kept_rps)}/s"
-        yield Tile(label="Simulated", value="MISSED", note=f"{misses(found, plan)[0]}; {until}", tone="bad")
+        yield Tile(label="Simulated", value="MISSED", note=f"{misses(found, plan)[0]}; {until}{extent}", tone="bad")
 
 
 # --- quality and limits
@@ -214,9 +215,9 @@ def _worth(plan: Plan) -> Scale:
     bound = f"bound {digits(result.bound, 4)} {result.unit}" if math.isfinite(result.bound) else "no bound"
     notes = [f"The line is the {bound}: {verdict(result)}."]
     if band:
-        notes.append("The band is what the errors of the profiles make of it.")
+        notes.append("The band shows the effect of the errors of the profiles.")
     if (words := beside_equal_stages(plan)) is not None:
-        notes.append(f"Equal stages are how engines are set up without a planner: {words}.")
+        notes.append(f"Equal stages are the usual setup of engines without a planner: {words}.")
     if engines := beside_engines(plan, hints=False):
         notes.append(f"What other engines would serve: {'; '.join(engines)}.")
     return Scale(title=f"How good it is: {result.objective.value}", rows=tuple(rows), note=" ".join(notes))
@@ -244,7 +245,7 @@ def _limits(plan: Plan) -> Scale:
             )
     notes = ["The line is the limit."] if rows else []
     if simulated is not None and simulated.kept and any(row.tone for row in rows):
-        notes.append("What is above its limit in the simulation may be so by chance: the interval reaches below it.")
+        notes.append("A simulated value above its limit may be due to chance: its interval extends below the limit.")
     if without:
         notes.append(f"Without a limit: {', '.join(without)}.")
     return Scale(title="Latency limits", rows=tuple(rows), note=" ".join(notes))
@@ -369,7 +370,7 @@ def _times(explanation: Explanation, plan: Plan) -> Stack:
         for label, of, each in numbers
     )
     table = Grid(title="As numbers", columns=("'stage", *names, "together"), rows=cells, folded=True)
-    intro = "The time that one request costs every stage, per copy; the longest of a replica sets its rate."
+    intro = "The time that one request takes on each stage, per copy; the longest in a replica sets its rate."
     return Stack(title="Time per stage", intro=intro, rows=tuple(rows), numbers=table)
 
 
@@ -380,7 +381,7 @@ def _prices(plan: Plan) -> Grid:
     zones = len({price.zone for price in plan.prices}) > 1
     where = ["'zone"] if zones else []
     return Grid(
-        title="What the GPUs are worth",
+        title="Value of the GPUs",
         columns=("'GPU", *where, "there", "used", "as workers", "idle", "marginal price"),
         rows=tuple((price.gpu, *([price.zone] if zones else []), *price_cells(price, plan)) for price in plan.prices),
         note="The marginal price is what one GPU of the class is worth in the relaxation of this plan. What to buy "
@@ -391,7 +392,7 @@ def _prices(plan: Plan) -> Grid:
 def _runners_up(plan: Plan) -> Grid:
     return Grid(
         title="Not chosen",
-        intro="Replicas that came closest, each with its own saturated rate.",
+        intro="The closest alternatives, each with its saturated rate.",
         columns=("'a replica of", "requests/s", "'why not"),
         rows=tuple(
             (shape_words(one.shape), digits(one.rate), reason_words(one.reason, one.rate)) for one in plan.runners_up
@@ -452,7 +453,7 @@ def _profiles(plan: Plan, problem: PlacementProblem) -> Grid:
             whence = "; ".join(dict.fromkeys(one.origin for one in provenances))
             rows.append((gpu, op.value.replace("_", " "), source, error, whence))
     given = "; ".join(f"{gpu}: {origin}" for gpu, origin in origins.items() if gpu in used)
-    intro = "How fast each GPU type is taken to be, how that is known, and its error on points that no fit saw."
+    intro = "The assumed speed of each GPU type, its source, and its error on held-out points."
     return Grid(
         title="Profiles and their errors",
         intro=intro + (f" {given}." if given else ""),

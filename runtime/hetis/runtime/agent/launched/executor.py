@@ -127,7 +127,7 @@ class LaunchExecutor:
                 return self._apply_assignment(request)
             case AbortMovesRequest():  # no change is ever held here, so it is aborted already
                 return AbortMovesResponse(outcome=ChangeOutcome.CHANGE_OUTCOME_ABORTED)
-        message = f"{self._settings.engine} was started by the agent, which moves no heads in it"
+        message = f"{self._settings.engine} was started by the agent, which cannot move heads in it"
         raise refusal(ErrorReason.ERROR_REASON_ENGINE_CANNOT, message, engine=self._settings.engine)
 
     def _apply_assignment(self, request: ApplyAssignmentRequest) -> ApplyAssignmentResponse:
@@ -183,7 +183,7 @@ class LaunchExecutor:
 
     def _begin(self, cleared: asyncio.Future[list[int]]) -> None:
         if not cleared.cancelled() and (error := cleared.exception()) is not None:
-            _log.error("what an agent before has left could not be ended", exc_info=error)
+            _log.error("processes left by an earlier agent could not be stopped", exc_info=error)
         self._start_waiting()
 
     def _withdraw(self, name: str) -> None:
@@ -217,7 +217,7 @@ class LaunchExecutor:
     def _forget(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
-            _log.error("the watch over an engine broke", exc_info=error)
+            _log.error("monitoring an engine failed", exc_info=error)
 
     def _report(self) -> WatchReportsResponse:
         now_s = self._clock()

@@ -67,7 +67,7 @@ def _template(*names: str, said: str) -> AfterValidator:
             value.format(**dict.fromkeys(names, ""))
         except (KeyError, IndexError, ValueError, AttributeError):
             braces = " and ".join(f"{{{name}}}" for name in names)
-            raise ValueError(f"{value!r} may have {braces} in it, {said}, and nothing else") from None
+            raise ValueError(f"{value!r} may only have {braces} in braces: {said}") from None
         return value
 
     return AfterValidator(check)
@@ -78,7 +78,7 @@ def _valid(is_valid: Callable[[str], object], said: str) -> AfterValidator:
 
     def check(value: str) -> str:
         if not is_valid(value):
-            raise ValueError(f"{value!r} is no {said}")
+            raise ValueError(f"{value!r} is not a valid {said}")
         return value
 
     return AfterValidator(check)
@@ -162,9 +162,9 @@ def _contradictions(data: Mapping[str, Any]) -> Iterator[tuple[tuple[str | int, 
         return  # it has already been reported that the text cannot be split into words
     if isinstance(words, list) and all(isinstance(word, str) for word in words):
         for name in sorted(decided_in(words)):
-            yield ("options",), f"{name} is no option to give the engine: the plan or these settings decide it"
+            yield ("options",), f"{name} cannot be passed to the engine: the plan or these settings set it"
         if words and not words[0].startswith("-"):
-            yield ("options",), f"{words[0]!r} is no option of the engine, which begin with -"
+            yield ("options",), f"{words[0]!r} is not an engine option, options begin with -"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -252,7 +252,7 @@ def _model_of(
     if found.is_dir():
         own, stated_kv = checkpoint_model(found, own)
     elif found.is_absolute():
-        raise LayoutError(f"{own.name}: there is no folder {found} here")
+        raise LayoutError(f"{own.name}: there is no folder {found} on this node")
     return own, checkpoint, stated_kv
 
 

@@ -140,11 +140,11 @@ class NodeProcesses:
             if isinstance(error, OptionError | OSError):
                 self._note_failure(str(error))
             else:
-                _log.exception("%s: the thread that runs it broke", self.name)
+                _log.exception("%s: the thread that runs it failed", self.name)
                 self._note_failure(f"{type(error).__name__}: {error}")
             self._outcome = FAILED
         if self.has_failed:
-            _log.error("%s is given up", self.name)
+            _log.error("giving up %s", self.name)
         self._tell()
 
     def _start(self, command: Command) -> Running:
@@ -247,7 +247,7 @@ def end_leftovers(sessions: Path, *, patience_s: float) -> list[int]:
     noted = {int(file.name): file for file in sessions.glob("*") if file.name.isdecimal()}
     left = {leader: file for leader, file in noted.items() if _members(leader, file)}
     for leader in left:
-        _log.warning("process %d is left of an agent before: it is ended", leader)
+        _log.warning("stopping process %d, which an earlier agent left", leader)
         _kill(leader, signal.SIGTERM)
     deadline_s = time.monotonic() + patience_s
     while there := {leader: found for leader, file in left.items() if (found := _members(leader, file))}:

@@ -164,10 +164,10 @@ class SimulatedEngine(SteeredEngine[_Held]):
         for device in kept.devices:
             node, _, index = device.rpartition("/")
             if node != self.node or not index.isdigit() or int(index) >= self._num_devices:
-                why = f"{device} is not here: this is {self.node} with {self._num_devices} devices"
+                why = f"{device} is not on this node, which is {self.node} with {self._num_devices} devices"
                 raise refusal(ErrorReason.ERROR_REASON_DEVICE_UNAVAILABLE, why, device=device)
         if held is not None and list(held.assignment.stages) == list(kept.stages):
-            held.changes.end_all(failure_of(ErrorReason.ERROR_REASON_CHANGE_CANCELLED, "a new assignment came"))
+            held.changes.end_all(failure_of(ErrorReason.ERROR_REASON_CHANGE_CANCELLED, "a new assignment arrived"))
             held.assignment = kept
             held.changes.raise_to(generation)
             if held.primary is not None:
@@ -204,7 +204,7 @@ class SimulatedEngine(SteeredEngine[_Held]):
 
     def copy_moves(self, request: CopyMovesRequest, now_s: float) -> EngineChange:
         if self.control.fail_copies and request.epoch >= max(self.newest_epoch, 1):
-            raise refusal(ErrorReason.ERROR_REASON_COPY_FAILED, "the control file says that copies fail", device="")
+            raise refusal(ErrorReason.ERROR_REASON_COPY_FAILED, "the control file makes copies fail", device="")
         return super().copy_moves(request, now_s)
 
     def authority_of(self, change_id: str) -> str | None:
@@ -281,7 +281,9 @@ class SimulatedEngine(SteeredEngine[_Held]):
         """Return all head maps of a replica whose primary is here, in one message of any size."""
         held = self._held.get(replica)
         if held is None or held.primary is None:
-            raise refusal(ErrorReason.ERROR_REASON_NOT_FOUND, f"the primary of {replica} is not here", name=replica)
+            raise refusal(
+                ErrorReason.ERROR_REASON_NOT_FOUND, f"the primary of {replica} is not on this node", name=replica
+            )
         step, head_maps = held.primary.num_steps, held.primary.head_maps()
         return ReadHeadMapsResponse(generation=held.changes.generation, step=step, head_maps=head_maps)
 

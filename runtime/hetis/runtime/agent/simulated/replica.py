@@ -194,7 +194,9 @@ class StageRun:
             for move in moves:
                 owners = self.owners[move.request]
                 source = self.index[move.source]
-                assert all(owners[g] == source for g in move.head_groups), "a source lost what it has not handed over"
+                assert all(owners[g] == source for g in move.head_groups), (
+                    "a source lost head groups that it had not handed over"
+                )
 
 
 class AdmissionRule(Protocol):

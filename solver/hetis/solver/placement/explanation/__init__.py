@@ -58,11 +58,11 @@ def what_binds(view: ReplicaView) -> str:
     rate = f"busy {in_time(busiest.total_s / busiest.copies)} of every {in_time(view.interval_s(times))}"
     name = f"stage {busiest.stage + 1} ({stage_name(view.shape, view.shape.stages[busiest.stage])})"
     if view.shape.shared_by and max(view.shared_card_s()) > max(busiest.total_s / busiest.copies, view.round_s(times)):
-        sentence = f"the attention workers that its stages share are busy all of the time, {name} is {rate}"
+        sentence = f"the attention workers that its stages share are always busy, {name} is {rate}"
     elif len(times) == 1:
         sentence = f"{name} is {rate}"
     elif view.shape.in_flight == 1:
-        sentence = f"one micro-batch walks through all {len(times)} stages, so that their sum counts: {name} is {rate}"
+        sentence = f"one micro-batch passes through all {len(times)} stages, so that their sum counts: {name} is {rate}"
     elif view.round_s(times) > busiest.total_s / busiest.copies * (1 + 1e-9):
         sentence = (
             f"{view.shape.in_flight} micro-batches in flight are too few to keep any stage busy: {name} is {rate}"
@@ -186,11 +186,11 @@ def _reasons(
     if plan.objective.demand_rps is not None and views:
         yield f"the demand of {plan.objective.demand_rps:g} requests/s is met without them"
     elif STRATEGIES[plan.strategy].is_published:
-        yield f"{plan.strategy} left them over: a heuristic as published has no prices to say why"
+        yield f"{plan.strategy} left them idle: a published heuristic has no prices that explain why"
     elif price.dual <= NOTHING * abs(plan.result.value):
-        yield "their price at the margin is 0: the relaxation is not short of them"
+        yield "their marginal price is 0: the relaxation is not short of them"
     else:
-        yield f"at the margin each is worth {price.dual:.3g} {unit}, but the plan's whole replicas leave them over"
+        yield f"each is worth {price.dual:.3g} {unit} at the margin, but the plan's whole replicas leave them idle"
     if views:
         view = main_view(views)
         idle = price.available - price.used
@@ -198,13 +198,13 @@ def _reasons(
         main = view.shape.stages[0].gpu
         theirs, its = problem.build_of(device_class.gpu), problem.build_of(main)
         if theirs.model != its.model:
-            yield f"they hold the model in another precision than {main}"
+            yield f"they hold the model in a different precision than {main}"
         elif theirs.vendor != its.vendor:
             yield f"they are {theirs.vendor}'s, and an engine's replica has GPUs of one vendor"
         else:
             yield from _joining(view, device_class, idle)
     if plan.result.gap > NOTHING:
-        yield f"a gap of {in_percent(plan.result.gap)} is left, so that a use for them may exist"
+        yield f"a gap of {in_percent(plan.result.gap)} remains, so that a use for them may exist"
 
 
 def _costs(view: ReplicaView, device_class: DeviceClass, idle: int) -> list[DeviceCost]:
@@ -227,7 +227,7 @@ def _alone(view: ReplicaView, device_class: DeviceClass, idle: int) -> Iterator[
     held = math.floor(max(idle * layers / c.shape.tp for c, layers in fit.items()))
     repeated = model.num_layers - model.prefix_layers
     if held < repeated:
-        yield f"the {idle:,} idle hold at most {held} of {repeated} layers, KV left out"
+        yield f"the {idle:,} idle hold at most {held} of {repeated} layers, without KV"
         return
     # b n_it / O >= 1 / eta, so TPOT is at least one plain iteration of one request divided by the tokens that it adds.
     fastest = min(costs, key=lambda c: c.dense_s(1) + 2 * c.reduce_s(1))
@@ -301,7 +301,7 @@ def attention_workers(plan: Plan, problem: PlacementProblem, views: tuple[Replic
     if pools:
         return
     if not views:
-        yield "The plan has no replica that could have attention workers."
+        yield "No replica of the plan could have attention workers."
     elif problem.family.max_pool == 0:
         yield f"None: strategy {plan.strategy} does not use them."
     else:
@@ -353,17 +353,19 @@ def _unused_pools(plan: Plan, view: ReplicaView) -> Iterator[str]:
         f"KV room is {full:.0%} planned ({where})."
     )
     if not view.problem.model.heads_can_move:
-        yield "No head can be computed apart: layers keep more than the KV of single heads, or less, or verify drafts."
+        yield (
+            "No head can be computed elsewhere: layers keep state other than the KV of single heads, or verify drafts."
+        )
         return
     if not view.stage_cost(stage).shape.splits_groups:
-        yield "Its ranks share head groups, so that none can move."
+        yield "Its ranks share head groups, so none of them can move."
         return
     idle = idle_classes(plan, view.problem)
     devices = view.replica.stages[busiest.stage].devices
     (zone,) = view.fleet.zones_of(devices)
     near = [(price.available - price.used, c) for price, c in idle if c.zone == zone]
     if not idle:
-        yield "No GPU is left to be one."
+        yield "No GPU is left for this."
     elif not near:
         yield f"The idle GPUs are in other zones than the stage ({zone})."
     for count, device_class in near:
@@ -441,14 +443,14 @@ def _sides(plan: Plan) -> str:
     match full:
         case [one]:
             other = Role.DECODE if one is Role.PREFILL else Role.PREFILL
-            why = f"the {one} side limits, {1 - flow / rates[other]:.1%} of the {other} side is left over"
+            why = f"the {one} side limits, {1 - flow / rates[other]:.1%} of the {other} side is unused"
         case []:
-            why = "neither side is used up: what may send to what limits, or the links between zones"
+            why = "neither side is fully used: the permitted pairs or the links between zones limit"
         case _:
-            why = "both sides are used up"
+            why = "both sides are fully used"
     return (
-        f"Prefill replicas give {rates[Role.PREFILL]:.4g} requests/s, decode replicas {rates[Role.DECODE]:.4g}, and "
-        f"{flow:.4g} go from the one to the other: {why}."
+        f"Prefill replicas give {rates[Role.PREFILL]:.4g} requests/s, decode replicas "
+        f"{rates[Role.DECODE]:.4g}, and {flow:.4g} go from one to the other: {why}."
     )
 
 

@@ -74,13 +74,13 @@ def why_infeasible(problem: PlacementProblem, settings: SearchSettings, market: 
     besides those of the fleet; with None nothing is added.
     """
     trials = Trials(problem, settings)
-    settings.tell("no plan exists: finding out why")
+    settings.tell("no plan exists: searching for the reasons")
     given = requirements_of(problem)
     fleet = [requirement for requirement in given if requirement.subject.is_of_fleet]
     asked = [requirement for requirement in given if not requirement.subject.is_of_fleet]
     fits = trials.of(fleet).exists if asked else False
     if fits is None:
-        text = f"no time was left to tell what is in the way: memory, or {listed(asked)}"
+        text = f"no time was left to determine the cause: memory, or {listed(asked)}"
         return Infeasibility(conflicts=(), relaxations=(), reasons=(*_known_at_once(trials, given), text))
     if not fits:
         return _of_the_fleet(trials, given, fleet, market)
@@ -112,11 +112,11 @@ def _known_at_once(trials: Trials, given: Sequence[Requirement]) -> Iterator[str
     others, share = [r for r in given if r not in demand], trials.problem.assumptions.planned_utilisation
     bound = share * trials.rate_bound(others)
     if limits and bound == 0.0:
-        yield f"{listed(limits)} cannot be kept: dense work alone takes longer, on whichever GPUs of this fleet"
+        yield f"{listed(limits)} cannot be kept: dense work alone takes longer on any GPUs of this fleet"
         bound, limits = share * trials.rate_bound([r for r in others if r not in limits]), []
     if demand and 0.0 < bound < demand[0].value:
         within = f" within {listed(limits)}" if limits else ""
-        yield f"{demand[0]} is above {bound:.4g}, what all GPUs serve at most at dense work alone{within}"
+        yield f"{demand[0]} is above {bound:.4g}, the most that all GPUs serve even at dense work alone{within}"
 
 
 def _of_the_fleet(
@@ -144,7 +144,7 @@ def _of_what_was_asked(
 ) -> Iterator[str | Relaxation]:
     """Yield sentences on every conflict and its members, with requests before facts of the fleet."""
     if len(conflicts) > 1:
-        yield "several things are in the way, and all must give way: what is said of one supposes the others lifted"
+        yield "there are several conflicts, and all must be resolved: each statement assumes that the others are lifted"
     blamed = {member for conflict in conflicts for member in conflict.members}
     rest = [r for r in given if r not in blamed or r.subject.is_of_fleet]
     for conflict in conflicts:
@@ -154,11 +154,13 @@ def _of_what_was_asked(
             told += relaxations_of(trials, member, others)
         if len(conflict.members) > 1:
             ways = (
-                "any one of them may give way" if any(each.is_tried for each in told) else "more than one must give way"
+                "relaxing any one of them is enough"
+                if any(each.is_tried for each in told)
+                else "more than one must be relaxed"
             )
             yield f"{_together(conflict.members)}; {ways}"
         if not conflict.is_minimal:
-            yield "no time was left to tell whether all of these are in the way"
+            yield "no time was left to determine whether all of these conflict"
         yield from _what_is_short(trials, given, rest, conflict)
         yield from told
 
@@ -214,7 +216,8 @@ def _shortages(costs: CostTables) -> Iterator[str]:
     apart, fleet_room = Role.UNIFIED not in problem.family.roles, sum(_rooms(costs))
     if apart and weights <= room and 2.0 * weights > fleet_room:
         yield (
-            f"{model.name} needs {in_bytes(weights)} for weights twice, to prefill and to decode; this fleet has "
+            f"{model.name} needs {in_bytes(weights)} for two copies of the weights, to prefill and to decode; "
+            "this fleet has "
             f"{in_bytes(fleet_room)} usable"
         )
     if weights + kv > room:
@@ -231,7 +234,7 @@ def _shortages(costs: CostTables) -> Iterator[str]:
     layers, most = model.num_layers - model.prefix_layers, _most_layers(costs)
     if most < layers:
         yield (
-            f"the GPUs that a replica may use hold at most {most} of {layers} layers of {model.name}, KV left out: a "
+            f"the GPUs that a replica may use hold at most {most} of {layers} layers of {model.name}, without KV: a "
             f"layer needs {in_bytes(needed)} on each of {tp} {gpu}, which have {in_bytes(usable)} usable"
         )
     where = "every GPU of a prefill and a decode replica side by side" if apart else "every GPU"

@@ -71,7 +71,7 @@ def _shown(others: Collection[Requirement]) -> list[Requirement]:
 
 def _beside(others: Collection[Requirement]) -> str:
     shown = _shown(others)
-    return f" beside {listed(shown)}" if shown else ""
+    return f" given {listed(shown)}" if shown else ""
 
 
 def _not_alone(member: Requirement, others: Collection[Requirement]) -> Relaxation:
@@ -91,8 +91,8 @@ def _best_rate(trials: Trials, member: Requirement, others: Collection[Requireme
     outcome = trials.best(others)
     share = trials.problem.assumptions.planned_utilisation
     if outcome is None:
-        most = f"{share * trials.rate_bound(others):.4g} requests/s at most, at dense work alone"
-        text = f"is above what this fleet serves{within}: {most}; no time was left to find how much it does (--rate)"
+        most = f"{share * trials.rate_bound(others):.4g} requests/s at most, even at dense work alone"
+        text = f"is above what this fleet serves{within}: {most}; no time was left to find the exact limit (--rate)"
         return _unknown(member, text)
     value, bound = f"{share * outcome.value:.4g}", f"{share * outcome.bound:.4g}"
     proof = "" if bound == value else f" with the best plan found, proven at most {bound}"
@@ -108,7 +108,7 @@ def _best_latency(trials: Trials, member: Requirement, others: Collection[Requir
     of_all = any(r.subject is Subject.DEMAND for r in others)
     first = trials.of(others)
     if first.exists is None:
-        text = f"is out of reach{keeping_}; no time was left to find what is not: try a longer one, or {name} none"
+        text = f"is out of reach{keeping_}; no time was left to find a feasible one: try a higher limit, or {name} none"
         return _unknown(member, text)
     if not first.exists:
         return _not_alone(member, others)
@@ -138,7 +138,7 @@ def _faster_links(trials: Trials, member: Requirement, others: Collection[Requir
     if found is None:
         return _unknown(member, f"are too slow{_beside(others)}; no time was left to find how fast they must be")
     text = f"{math.ceil(found * 10.0) / 10.0:g} times as fast"
-    sentence = f"{member} are too slow{_beside(others)}: {text} they would do, bandwidth and latency alike"
+    sentence = f"{member} are too slow{_beside(others)}: {text}, in bandwidth and latency alike, they would suffice"
     return Relaxation(about=member, sentence=sentence, change=f"links {text}")
 
 
@@ -208,7 +208,7 @@ def _more_allowed(
     most = constraint.most * found
     allowed = replace(constraint, most=-rounded_down(-most) if constraint.of is Sum.USD else round(most))
     unit = {Sum.USD: "USD/h", Sum.GPUS: "GPUs"}[constraint.of]
-    sentence = f"{member} is too little{_beside(others)}: {allowed.most:g} {unit} are enough ({allowed})"
+    sentence = f"{member} is too low{_beside(others)}: {allowed.most:g} {unit} would be enough ({allowed})"
     return Relaxation(about=member, sentence=sentence, change=f"{allowed.most:g} {unit} at most", option=str(allowed))
 
 
@@ -225,18 +225,18 @@ def _gone(trials: Trials, member: Requirement, others: Collection[Requirement]) 
     """Return the relaxation that drops a requirement without a number."""
     exists = trials.of(others).exists
     if exists is None:
-        return _unknown(member, "is in the way; no time was left to tell whether it alone is")
+        return _unknown(member, "prevents a plan; no time was left to determine whether it is the only cause")
     if not exists:
         return _not_alone(member, others)
     words = {
         Subject.CONSTRAINT: "without it",
         Subject.ROLES: "with all roles of the strategy",
         Subject.STRATEGY: "with strategy hetis",
-        Subject.SETTINGS: "with engines started as is best",
+        Subject.SETTINGS: "with the best engine settings",
         Subject.CUTS: f"if {trials.problem.model.name} could be cut between any two layers",
     }[member.subject]
     option = {Subject.STRATEGY: "--strategy hetis"}.get(member.subject, "")
-    sentence = f"{member} is in the way: {words} a plan exists"
+    sentence = f"{member} prevents a plan: {words} one exists"
     change = f"without {member}" if member.subject is Subject.CONSTRAINT else words
     return Relaxation(about=member, sentence=sentence, change=change, option=option)
 
@@ -288,7 +288,7 @@ def growths(trials: Trials, kept: Collection[Requirement], market: Market) -> It
     for offer in () if trials.is_over() else _offers(trials.problem, market):
         if trials.is_over():
             break
-        trials.settings.tell(f"no plan exists: trying {offer.gpu.name} to add")
+        trials.settings.tell(f"no plan exists: trying to add {offer.gpu.name}")
         enough = min((usd for usd, _ in found), default=float("inf"))
         fewest = _fewest(trials, problem, demand_of(kept), offer, enough)
         if fewest is not None:
@@ -301,7 +301,7 @@ def _relaxation(offer: Offer, count: int, usd: float) -> Relaxation:
     rent = f", {usd:.4g} USD/h" if usd < float("inf") else ""
     nodes = f"{count // PER_NODE} nodes of {PER_NODE}" if count > PER_NODE else "one node"
     change, known_usd = f"add {count} {offer.gpu.name}", usd if usd < float("inf") else None
-    sentence = f"{change} ({nodes}{rent}): a plan exists, with fewer of them none was found"
+    sentence = f"{change} ({nodes}{rent}): a plan exists; none was found with fewer of them"
     return Relaxation(about=None, sentence=sentence, change=change, usd_per_hour=known_usd)
 
 

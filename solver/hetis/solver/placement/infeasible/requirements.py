@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from hetis.solver.cluster import Cluster, Link, Network
-from hetis.solver.constraints import Constraint
+from hetis.solver.constraints import Constraint, described
 from hetis.solver.placement.families import STRATEGIES
 from hetis.solver.placement.fleet import most_spanning
 from hetis.solver.plan import Objective, ObjectiveKind, Role
@@ -15,7 +15,7 @@ from hetis.solver.problem import MICRO_BATCHES, NOTHING_SET, Family, PlacementPr
 
 WIDEST = "hetis"  # the strategy whose family contains those of all searched ones
 FAST = Link(bytes_per_s=1e18, latency_s=0.0)
-_WITHIN_A_NODE = "links of the network (charged between stages of one node, too)"
+_WITHIN_A_NODE = "links of the network (also charged between stages of one node)"
 PLENTY = 1000  # memory to add as a multiple of the weights, more than the KV of any batch needs
 
 
@@ -57,7 +57,7 @@ class Requirement:
             case Subject.TTFT:
                 return f"{self.subject} {self.value:.4g} s"
             case Subject.CONSTRAINT:
-                return str(self.constraint)
+                return described(self.constraint) if self.constraint is not None else ""
             case Subject.SETTINGS:
                 return f"the setting of engines ({self.text})"
             case Subject.ROLES | Subject.STRATEGY:

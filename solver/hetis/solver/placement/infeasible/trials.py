@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 
 from hetis.solver import cost
 from hetis.solver.budget import Progress, SearchSettings, silent
-from hetis.solver.errors import NoPlanFoundError
+from hetis.solver.errors import InvalidProblemError, NoPlanFoundError
 from hetis.solver.placement.constrained_problem import apply_constraints
 from hetis.solver.placement.infeasible.requirements import Requirement, Requirements, Subject, demand_of, keeping
 from hetis.solver.placement.outcome import Outcome, is_out_of_reach, rate_bound
@@ -143,8 +143,10 @@ class Trials:
         self._num_searches += 1
         try:
             return search(costs, replace(settings, strategy=costs.problem.family.name))
-        except NoPlanFoundError:
-            settings.budget.cancelled.set()  # neither found nor refuted, as if the search had been stopped
+        except (NoPlanFoundError, InvalidProblemError):
+            # Neither found nor refuted, as if the search had been stopped. A problem that was searched is valid, but
+            # without a constraint its pipelines may be too many to list.
+            settings.budget.cancelled.set()
             return None
 
 
