@@ -149,7 +149,7 @@ def test_check_finds_bad_certificates_and_tokens_without_starting(tmp_path: Path
     Path(key).chmod(0o644)
     code, _, stderr = finished_here(options, folder=tmp_path)
     assert code == ServiceExitCode.OK
-    assert stderr.startswith(f"warning: {key}: can be read by everybody")
+    assert stderr.startswith(f"warning: {key}: is readable by all users")
     write(tmp_path, Authority().server(), name="other")
     code, _, stderr = finished_here((*options[:3], "--set", f"tls.key={tmp_path}/other.key"), folder=tmp_path)
     assert code == ServiceExitCode.INVALID

@@ -168,7 +168,7 @@ def test_other_machines_are_served_only_with_credentials_and_tls(text: str, allo
         load(tmp_path, text)
     else:
         (problem,) = problems_of(tmp_path, text)
-        assert "can be reached from other machines, which needs tls.certificate and tls.key" in problem
+        assert "can be reached from other machines, which requires tls.certificate and tls.key" in problem
         assert problem.startswith("planner.yaml:3: listen[")
 
 

@@ -274,7 +274,7 @@ def test_a_key_that_everybody_may_write_is_refused_and_one_that_everybody_may_re
     key.chmod(0o666)
     assert not found.files.refresh()
     assert "planner.key: is writable by all users, who could substitute their own key: chmod 600" in caplog.text
-    with pytest.raises(DocumentError, match="can be written by everybody"):
+    with pytest.raises(DocumentError, match="is writable by all users"):
         Certificates(TlsPart(certificate=str(tmp_path / "planner.pem"), key=str(key)))
     key.chmod(0o600)  # which changes neither time nor size
     assert found.files.refresh()
