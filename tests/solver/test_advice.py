@@ -119,5 +119,5 @@ def test_a_type_of_the_same_name_and_other_numbers_is_refused() -> None:
     from dataclasses import replace
 
     other = replace(make_gpu("A"), memory_bytes=1)
-    with pytest.raises(InvalidProblemError, match="other numbers"):
+    with pytest.raises(InvalidProblemError, match="differs in its numbers"):
         with_added(FLEET, [Addition(gpu=other, count=1)], NodeShape(zone="east"))

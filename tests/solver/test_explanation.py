@@ -147,7 +147,7 @@ def test_idle_class_with_a_price_says_what_it_is_worth_at_the_margin() -> None:
     plan = replace(plan_of(problem, claimed(unclaimed(A_ALONE), problem)), prices=(price,))
     (idle,) = explain_plan(plan, problem).idle
     assert (idle.gpu, idle.zone, idle.count) == ("B", "east", 4)
-    assert idle.reason.startswith("each is worth 0.25 requests/s, but ")
+    assert idle.reason.startswith("each is worth 0.25 requests/s at the margin, but ")
 
 
 def test_strategy_without_attention_workers_says_so() -> None:

@@ -154,7 +154,7 @@ def test_demand_alone_is_blamed_when_replicas_fit_and_meet_the_limits() -> None:
 def test_limit_that_nothing_meets_is_blamed_and_the_demand_beside_it() -> None:
     problem = two_cards(kind=ObjectiveKind.GPUS, demand_rps=1e5, tpot_limit_s=1e-6)
     header, *both = reasons(problem)
-    assert header.startswith("there are several conflicts")
+    assert header.startswith("several conflicts exist")
     assert [name for name, _ in members(tuple(both))] == ["tpot_limit_s", "demand_rps"]
     assert can_keep(problem, {"tpot_limit_s": suggested(both[0])})
 

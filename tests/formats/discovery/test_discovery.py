@@ -359,7 +359,7 @@ def test_what_is_of_no_tool_is_one_problem(tmp_path: Path, content: str, source:
 )
 def test_what_tools_print_for_people_is_of_no_tool_rather_than_bad_yaml(tmp_path: Path, content: str) -> None:
     told = refused(tmp_path, "gpus.txt", content)
-    assert "gpus.txt: is of no tool that is known: it begins with" in told
+    assert "gpus.txt: is not the output of a known tool: it begins with" in told
     assert "nvidia-smi -q -x" in told
 
 

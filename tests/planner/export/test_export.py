@@ -164,7 +164,10 @@ def test_nodes_whose_names_are_no_labels_have_no_pods(target: ExportTarget) -> N
     good, longest, longer = PLANS["one GPU"].replicas[0], "n" * 63, "n" * 64
     plan = made_of(good, *(replace(good, stages=(on(f"{node}/0"),)) for node in (longest, longer)))
     made = exported(plan, target)
-    assert made.lost[0] == f"replica 2: node {longer} has a name of 64 letters, kubernetes.io/hostname has at most 63"
+    assert (
+        made.lost[0]
+        == f"replica 2: node {longer} has a name of 64 characters, kubernetes.io/hostname allows at most 63"
+    )
     assert all(longer not in text for path, text in made.files.items() if path != "README.md")
     assert any(f": {longest}\n" in text for text in made.files.values())
 

@@ -251,7 +251,7 @@ def test_parts_follow_the_gpus_of_the_copy_that_is_meant() -> None:
         "d": (source,),
         "f": (target,),
     }
-    with pytest.raises(ServiceError, match="no device of the stage's copy"):
+    with pytest.raises(ServiceError, match="is not a device of the stage's copy"):
         parts_of(change(2, source="a/0", target="f/0").change, plan, primary_node="a")
 
 

@@ -396,7 +396,7 @@ def test_a_planner_that_goes_waits_for_agents_that_are_slow_to_take_the_goodbye(
             assert not stopping.done()
             while (await anext(stream)).WhichOneof("message") != "goodbye":
                 assert not stopping.done()
-            with pytest.raises(ServiceError, match="connect again"):
+            with pytest.raises(ServiceError, match="reconnect"):
                 await anext(stream)
             await stopping
 

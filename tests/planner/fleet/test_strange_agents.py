@@ -287,7 +287,7 @@ def test_nodes_that_an_earlier_planner_stored_are_forgotten_unless_they_are_drai
         ),
         (
             {"report": pb.NodeReport(replicas=[report_pb2.ReplicaReport(replica="x" * 256)])},
-            "the name of a replica or change has more than 255 characters, which none can have",
+            "the name of a replica or change has more than 255 characters, the maximum",
         ),
     ],
 )
@@ -388,4 +388,4 @@ def test_a_replica_that_cannot_be_decided_does_not_stop_the_others(
     world.planner.cluster.changes.propose(body, now_s=world.now_s)
     world.settle()
     assert world.state(body.change.change_id) == "PREPARING"
-    assert "a replica could not be decided" in caplog.text
+    assert "the next state of a replica could not be determined" in caplog.text

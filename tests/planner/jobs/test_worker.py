@@ -108,7 +108,7 @@ def test_a_plan_is_held_to_the_level_that_is_asked_for_or_not_simulated(posed: P
     lenient = replace(posed, settings=replace(posed.settings, strategy="uniform"))
     held, num_found = answered(replace(lenient, service_level=ServiceLevel(attainment=0.5)))
     assert (held.verification.kept, num_found) == (True, 1)
-    assert any("simulated traffic has to keep 50% of the requests" in note for note in held.notes)
+    assert any("simulated traffic must keep 50% of the requests" in note for note in held.notes)
     unseen, num_found = answered(replace(lenient, verify=False))
     assert (unseen.HasField("verification"), num_found) == (False, 0)
 

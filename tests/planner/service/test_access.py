@@ -110,19 +110,19 @@ def test_roles_grow_and_agents_stand_apart() -> None:
     ("metadata", "message"),
     [
         ((), "the call has no credentials: send the metadata `authorization: Bearer TOKEN`"),
-        ((("authorization", "Basic abc"),), "the authorization is malformed: write `Bearer TOKEN`"),
-        ((("authorization", "Bearer"),), "the authorization is malformed: write `Bearer TOKEN`"),
+        ((("authorization", "Basic abc"),), "the authorization is malformed: write `authorization: Bearer TOKEN`"),
+        ((("authorization", "Bearer"),), "the authorization is malformed: write `authorization: Bearer TOKEN`"),
         (
             (("authorization", "Bearer hetis_short"),),
-            "the bearer token is malformed: it is not one that `hetis-planner token create` printed",
+            "the bearer token is malformed: it was not printed by `hetis-planner token create`",
         ),
         (
             (("authorization", "Bearer hetis_" + "a" * 43),),
-            "the bearer token is unknown: it was never made or has been taken out of the file",
+            "the bearer token is unknown: it was never created, or has been removed from the file",
         ),
         (
             (("authorization", "Bearer a"), ("authorization", "Bearer b")),
-            "the call has more than one authorization",
+            "the call has more than one `authorization` in its metadata",
         ),
     ],
 )
@@ -244,7 +244,7 @@ def test_a_full_disk_leaves_the_token_file_as_it_was(num_bytes: int, tmp_path: P
 def test_a_name_is_taken_once(tmp_path: Path) -> None:
     make(tmp_path, CallerRole.VIEWER, name="a")
     before = (tmp_path / "tokens.yaml").read_text()
-    with pytest.raises(DocumentError, match=r"tokens\[1\].name: a is taken by tokens\[0\]"):
+    with pytest.raises(DocumentError, match=r"tokens\[1\].name: a is already used by tokens\[0\]"):
         make(tmp_path, CallerRole.ADMIN, name="a")
     assert (tmp_path / "tokens.yaml").read_text() == before
 
@@ -259,16 +259,16 @@ def test_a_bad_token_file_is_refused_with_every_problem(tmp_path: Path) -> None:
     with pytest.raises(DocumentError) as caught:
         Tokens.load(str(file))
     shown = [str(problem).removeprefix(f"{file}:") for problem in caught.value.problems]
-    assert shown[0] == "4: tokens[0]: scope is missing: an agent's token is of a node or a cluster"
+    assert shown[0] == "4: tokens[0]: scope is missing: an agent's token needs a node or a cluster"
     assert shown[1] == "5: tokens[1].role: 'wizard' is not one of viewer, orchestrator, admin, agent"
     assert shown[2].startswith("5: tokens[1].sha256: 'abc' is not valid")
-    assert shown[3] == "5: tokens[1].expires: 'tomorrow' is not a moment: write it like 2027-01-31T00:00:00Z"
+    assert shown[3] == "5: tokens[1].expires: 'tomorrow' is not a time: write it like 2027-01-31T00:00:00Z"
 
 
 def test_a_token_file_that_everybody_may_write_is_refused(tmp_path: Path) -> None:
     make(tmp_path, CallerRole.VIEWER)
     (tmp_path / "tokens.yaml").chmod(0o666)
-    with pytest.raises(DocumentError, match="can be written by everybody, who could give themselves roles: chmod 600"):
+    with pytest.raises(DocumentError, match="is writable by all users, who could grant themselves roles: chmod 600"):
         Tokens.load(str(tmp_path / "tokens.yaml"))
 
 

@@ -220,4 +220,4 @@ def test_the_command_filters_lines_and_finds_a_changed_one(tmp_path: Path) -> No
     connection.close()
     code, out = audit("--check")
     assert code == ServiceExitCode.STORE
-    assert out == "error: line 2 of the audit log is not what was written, or is missing\n"
+    assert out == "error: line 2 of the audit log was altered or is missing\n"

@@ -44,7 +44,7 @@ def test_a_unary_call_without_a_deadline_is_refused() -> None:
         async with served() as planner:
             error = await failure_of(get(planner, "plans/p", timeout=None))
             assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
-            assert error.details() == "/hetis.v1.PlanService/GetPlan has no deadline: set one, of at most 60 s"
+            assert error.details() == "/hetis.v1.PlanService/GetPlan has no deadline: set one of at most 60 s"
             assert details_of(error)["ErrorInfo"].reason == "DEADLINE_REQUIRED"
             assert dict(details_of(error)["ErrorInfo"].metadata) == {"max_s": "60"}
 

@@ -12,7 +12,9 @@ from hetis.planner.service.telemetry import REPEAT_S, CountRepeats, JsonLines, T
 now_s = 0.0
 
 
-def record(message: str = "nothing could be kept", *, level: int = logging.WARNING, **fields: Any) -> logging.LogRecord:
+def record(
+    message: str = "decisions could not be stored", *, level: int = logging.WARNING, **fields: Any
+) -> logging.LogRecord:
     found = logging.LogRecord("hetis.planner.fleet", level, __file__, 1, message, (), None)
     vars(found).update(fields)
     return found

@@ -149,11 +149,11 @@ def test_check_finds_bad_certificates_and_tokens_without_starting(tmp_path: Path
     Path(key).chmod(0o644)
     code, _, stderr = finished_here(options, folder=tmp_path)
     assert code == ServiceExitCode.OK
-    assert stderr.startswith(f"warning: {key}: can be read by everybody")
+    assert stderr.startswith(f"warning: {key}: is readable by all users")
     write(tmp_path, Authority().server(), name="other")
     code, _, stderr = finished_here((*options[:3], "--set", f"tls.key={tmp_path}/other.key"), folder=tmp_path)
     assert code == ServiceExitCode.INVALID
-    assert f"other.key: does not belong to the certificate {certificate}" in stderr
+    assert f"other.key: does not match the certificate {certificate}" in stderr
 
 
 def test_everything_wrong_is_said_at_once_also_of_files(tmp_path: Path) -> None:
@@ -228,9 +228,9 @@ def test_the_configuration_in_force_is_printed_without_secrets(tmp_path: Path) -
     [
         (("--role", "agent"), "--role agent: needs either --node or --cluster"),
         (("--role", "admin", "--node", "clusters/c/nodes/n"), "--role admin: takes neither --node nor --cluster"),
-        (("--role", "agent", "--node", "n1"), "--node: 'n1' is not clusters/CLUSTER/nodes/NODE"),
+        (("--role", "agent", "--node", "n1"), "--node: 'n1' does not have the form clusters/CLUSTER/nodes/NODE"),
         (("--role", "agent", "--cluster", "clusters/c/nodes/n"), "--cluster: 'clusters/c/nodes/n' is not clusters/"),
-        (("--role", "admin", "--valid", "0"), "--valid: is 0, must be days, more than 0, at most 3650"),
+        (("--role", "admin", "--valid", "0"), "--valid: is 0, must be a number of days above 0, at most 3650"),
         (("--role", "admin", "--file", "none/t.yaml"), "none/t.yaml: no such file"),
     ],
 )
@@ -307,7 +307,7 @@ def test_new_tokens_and_certificates_are_taken_while_it_serves(tmp_path: Path) -
         file = tmp_path / "t.yaml"
         text = file.read_text()
         file.write_text("this is no token file")
-        planner.until_said("tokens: the new files are bad, the old ones stay in force")
+        planner.until_said("tokens: the new files are invalid, the old ones remain in use")
         assert call(old, first) == "OK"
         start, end = text.index("- name: first"), text.index("- name: second")
         file.write_text(text[:start] + text[end:])

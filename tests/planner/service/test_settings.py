@@ -92,7 +92,7 @@ def test_every_problem_of_a_file_is_told_with_line_and_nearest_name(tmp_path: Pa
         "planner.yaml:4: solver.queue: 'many' is not a whole number",
         "planner.yaml:5: log.level: 'loud' is not one of debug, info, warning, error",
         "planner.yaml:6: drain_timeout: 30 has no unit: write it like 20us",
-        "planner.yaml:7: store: is not a store: write sqlite:///hetis.db or postgresql://user@host/database",
+        "planner.yaml:7: store: is not a store URL: write sqlite:///hetis.db or postgresql://user@host/database",
         "planner.yaml:8: tls: key is missing",
         "planner.yaml:9: listen[0]: '127.0.0.1' is not an address: write host:port with a port up to 65535, 0 for a"
         " free one",
@@ -118,8 +118,8 @@ def test_every_problem_of_a_file_is_told_with_line_and_nearest_name(tmp_path: Pa
         ),
         (
             {"HETIS_LISTEN": "0.0.0.0:1"},
-            "HETIS_LISTEN: 0.0.0.0:1 can be reached from other machines, which needs tls.certificate and tls.key, and"
-            " tokens or tls.client_ca to know callers by; without them only loopback is allowed, such as"
+            "HETIS_LISTEN: 0.0.0.0:1 can be reached from other machines, which requires tls.certificate and tls.key,"
+            " and tokens or tls.client_ca to identify callers; without them only loopback is allowed, such as"
             " 127.0.0.1:8470",
         ),
     ],
@@ -168,7 +168,7 @@ def test_other_machines_are_served_only_with_credentials_and_tls(text: str, allo
         load(tmp_path, text)
     else:
         (problem,) = problems_of(tmp_path, text)
-        assert "can be reached from other machines, which needs tls.certificate and tls.key" in problem
+        assert "can be reached from other machines, which requires tls.certificate and tls.key" in problem
         assert problem.startswith("planner.yaml:3: listen[")
 
 
@@ -181,7 +181,7 @@ def test_the_status_page_is_local_unless_it_is_said_to_be_public(tmp_path: Path)
 
 def test_a_lease_is_at_least_two_heartbeats(tmp_path: Path) -> None:
     assert problems_of(tmp_path, "agents: {lease: 6s}\n") == [
-        "planner.yaml:3: agents.lease: is 6s, must be at least twice agents.heartbeat, which is 5s"
+        "planner.yaml:3: agents.lease: is 6s, but must be at least twice agents.heartbeat (5s)"
     ]
 
 

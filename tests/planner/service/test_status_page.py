@@ -155,7 +155,7 @@ def test_the_page_shows_what_runs_as_it_is_now() -> None:
     """Replicas with their states, the devices with their KV, a re-dispatch in progress; the store is not read."""
     text = ReadPage(status_html(OVERVIEW, [running_cluster()], version="1", is_ready=True)).text
     for words in (
-        "degraded, heads move", "7 running", "2 waiting", "KV 75%", "75% now, 90% at most",
+        "degraded, moving heads", "7 running", "2 waiting", "KV 75%", "75% now, peak 90%",
         "the makespan is 156% above the ideal, more than 50%", "preparing",
         "844 us → 367 us", "1 lost", "epoch 3", "2.0 GiB",
     ):  # fmt: skip
@@ -163,7 +163,7 @@ def test_the_page_shows_what_runs_as_it_is_now() -> None:
     away = replace(OVERVIEW, store_answered_s_ago=12.0)
     assert "last heard 12.0 s ago" in ReadPage(status_html(away, [], version="1", is_ready=False)).text
     standby = ReadPage(status_html(replace(OVERVIEW, leads=False, leader="b:7"), [], version="1", is_ready=True)).text
-    assert "This planner stands by. What runs is on the page of the one that leads (b:7)." in standby
+    assert "This planner is on standby. The page of the leader (b:7) shows what is running." in standby
 
 
 def test_a_large_fleet_has_a_page_of_bounded_size() -> None:
@@ -175,7 +175,7 @@ def test_a_large_fleet_has_a_page_of_bounded_size() -> None:
     html = status_html(OVERVIEW, [replace(running_cluster(), kv=kv, nodes=nodes)], version="1", is_ready=True)
     assert len(html) < 400_000
     text = ReadPage(html).text
-    assert "1,968 others are emptier" in text
+    assert "1,968 others are less full" in text
     assert "more nodes" in text
 
 

@@ -177,7 +177,7 @@ def test_new_connections_get_the_new_certificate_and_a_bad_one_is_not_taken(
 
             (tmp_path / "planner.pem").write_bytes(new.server().certificate)  # without its key: half a rotation
             assert not files.files.refresh()
-            assert "does not belong to the certificate" in caplog.text
+            assert "does not match the certificate" in caplog.text
             async with channel_to(planner.address, of_client(old)) as channel:
                 await name_of_caller(channel)
 
@@ -268,13 +268,13 @@ def test_a_key_that_everybody_may_write_is_refused_and_one_that_everybody_may_re
         assert found.warnings == []
     key.chmod(0o644)
     assert found.warnings == [
-        f"{key}: can be read by everybody, who could pose as the planner: chmod 600, or 640 for a group"
+        f"{key}: is readable by all users, who could impersonate the planner: chmod 600, or 640 for a group"
     ]
     assert found.files.refresh()
     key.chmod(0o666)
     assert not found.files.refresh()
-    assert "planner.key: can be written by everybody, who could put a key of their own there: chmod 600" in caplog.text
-    with pytest.raises(DocumentError, match="can be written by everybody"):
+    assert "planner.key: is writable by all users, who could substitute their own key: chmod 600" in caplog.text
+    with pytest.raises(DocumentError, match="is writable by all users"):
         Certificates(TlsPart(certificate=str(tmp_path / "planner.pem"), key=str(key)))
     key.chmod(0o600)  # which changes neither time nor size
     assert found.files.refresh()
@@ -317,10 +317,10 @@ def test_unusable_files_are_refused_with_every_problem(tmp_path: Path) -> None:
         Certificates(tls)
     lines = str(caught.value).replace(f"{tmp_path}/", "").splitlines()
     assert lines[:2] == [
-        "a.pem: holds no certificate in PEM form",
-        "a.key: holds no private key in PEM form",
+        "a.pem: contains no certificate in PEM format",
+        "a.key: contains no private key in PEM format",
     ]
-    assert lines[2].startswith("ca.pem: holds no certificate authority in PEM form")
+    assert lines[2].startswith("ca.pem: contains no certificate authority in PEM format")
 
 
 def test_a_certificate_that_expires_ends_its_streams_while_its_connection_stands(tmp_path: Path) -> None:

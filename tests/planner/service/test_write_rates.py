@@ -72,5 +72,5 @@ def test_a_bucket_never_holds_more_than_a_burst(idle_s: float) -> None:
     now_s[0] += idle_s
     for _ in range(int(min(4, 10 * idle_s))):
         rates.take(method, "a")
-    with pytest.raises(ServiceError, match="more than 10 times a second"):
+    with pytest.raises(ServiceError, match="exceeded 10 writes per second"):
         rates.take(method, "a")

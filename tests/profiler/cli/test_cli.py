@@ -252,7 +252,7 @@ def test_an_interrupted_run_is_not_started_over(tmp_path: Path) -> None:
     (tmp_path / "x.json.journal").write_text("")
     done = hetis_profile("run", "--quick", "--out", "x.json", cwd=tmp_path)
     assert done.returncode == ProfileExitCode.INVALID
-    assert "go on with --resume, or delete it" in done.stderr
+    assert "continue with --resume, or delete it" in done.stderr
 
 
 def test_a_closed_pipe_is_no_error() -> None:

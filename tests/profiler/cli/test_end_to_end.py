@@ -139,7 +139,7 @@ def test_a_quick_run_on_a_gpu_is_fitted(tmp_path: Path) -> None:
     paths = {path for table in raw.tables if table.op is MeasuredOp.TRANSFER for path in table.text("path")}
     assert {"h2d", "d2h", "d2d"} <= paths
     assert all(table.cold for table in raw.tables if table.op in (MeasuredOp.GEMM, MeasuredOp.DECODE_ATTENTION))
-    assert any("(as the driver says)" in note for note in raw.notes)
+    assert any("(as reported by the driver)" in note for note in raw.notes)
     assert "driver unknown" not in raw.provenance.host  # NVML works wherever CUDA does
     assert not any("NVML is not available" in note for note in raw.notes)
     fitted = hetis_profile(

@@ -101,7 +101,7 @@ def test_a_quick_run_reaches_every_operator(cuda: FakeCuda, monkeypatch: pytest.
     assert all(math.isfinite(one) for table in result.measurements.tables for one in table.seconds)
     assert any("NVML is not available" in note for note in result.disturbances)
     assert any(
-        "2 times the last-level cache of 1MiB (as the driver says)" in note for note in result.measurements.notes
+        "2 times the last-level cache of 1MiB (as reported by the driver)" in note for note in result.measurements.notes
     )
     assert any("engines on Hopper have kernels up to twice as fast" in note for note in result.measurements.notes)
     assert "driver unknown" in result.measurements.provenance.host

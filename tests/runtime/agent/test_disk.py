@@ -67,7 +67,7 @@ def test_damage_is_said_in_the_log(tmp_path: Path, caplog: pytest.LogCaptureFixt
     with caplog.at_level(logging.ERROR):
         assert opened(tmp_path) == {}
     assert "a.state is damaged" in caplog.text
-    assert "kept as a.state.damaged-0" in caplog.text
+    assert "moved to a.state.damaged-0" in caplog.text
 
 
 def test_two_agents_do_not_share_a_directory(tmp_path: Path) -> None:

@@ -295,7 +295,7 @@ def test_a_source_that_is_not_the_authority_gives_up_or_releases_and_never_both(
 def test_an_engine_without_the_head_map_is_no_authority() -> None:
     worker = SimulatedEngine("w", 1, engine_id="e")
     worker.apply_assignment(ApplyAssignmentRequest(epoch=1, generation=1, assignment=assignment("w")), 0.0)
-    with pytest.raises(RefusedError, match=r"the primary of .* is not here"):
+    with pytest.raises(RefusedError, match=r"the primary of .* is not on this node"):
         worker.reserve_moves(ReserveMovesRequest(epoch=1, change=change(), parts=[AUTHORITY]), 1.0)
 
 
@@ -337,7 +337,7 @@ def test_copying_takes_as_long_as_the_link_says() -> None:
     found = engine.copy_moves(CopyMovesRequest(epoch=1, change_id=what.change_id), 5.0)
     engine.step(6.0)  # 2e10 bytes at 1e-10 s each: 2 s
     assert found.copied_bytes == 10_000_000_000
-    with pytest.raises(RefusedError, match="not there yet"):
+    with pytest.raises(RefusedError, match="are not complete yet"):
         flip(engine, what, 6.0)
     engine.step(7.01)
     flip(engine, what, 7.01)

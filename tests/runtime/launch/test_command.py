@@ -435,7 +435,7 @@ def test_addresses_of_nodes_are_checked() -> None:
     assert caught.value.messages == (
         f"--node-address is 'a', {must}",
         f"--node-address is 'b=', {must}",
-        "--node-address: c comes twice",
+        "--node-address: c is given twice",
         f"--node-address is 'd=x y', {must}",
     )
 

@@ -134,7 +134,7 @@ def _serving(now: Standing, around: Surroundings) -> Standing:
     if dense:
         part = parts[dense[0]]
         failure = None if part.is_lost else part.failure
-        return _failed(now, failure or _unavailable(f"node {dense[0]} does not serve it any more", dense[0]))
+        return _failed(now, failure or _unavailable(f"node {dense[0]} no longer serves the replica", dense[0]))
     if now.state == State.REPLICA_STATE_FAILED and (
         now.goal != Goal.ASSIGNMENT_GOAL_SERVE
         or not all(parts[node].reached(SERVING, 1) for node in around.dense_nodes)
@@ -148,7 +148,7 @@ def _serving(now: Standing, around: Surroundings) -> Standing:
         state=State.REPLICA_STATE_DEGRADED,
         goal=Goal.ASSIGNMENT_GOAL_SERVE,
         conditions=conditions,
-        failure=_unavailable(f"the attention workers of node {node} are gone", node),
+        failure=_unavailable(f"the attention workers of node {node} are lost", node),
     )
 
 
@@ -174,7 +174,7 @@ def _failure_of(parts: Iterable[ReplicaOnNode]) -> failure_pb2.Failure | None:
         if part.failure is not None:
             return part.failure
         if part.held and part.state == AssignmentState.ASSIGNMENT_STATE_FAILED:
-            return _unavailable("a node could not load it", "")
+            return _unavailable("a node could not load the replica", "")
     return None
 
 

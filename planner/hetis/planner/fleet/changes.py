@@ -46,7 +46,7 @@ def parts_of(
     for move in change.moves:
         for device, part in ((move.source, Part.CHANGE_PART_SOURCE), (move.target, Part.CHANGE_PART_TARGET)):
             if device not in gpus:
-                raise invalid_field(f"change.moves[{move.number}]", f"{device} is no device of the stage's copy")
+                raise invalid_field(f"change.moves[{move.number}]", f"{device} is not a device of the stage's copy")
             for node in map(node_of, gpus[device]):
                 found.setdefault(node if moves_heads(node) else primary_node, set()).add(part)
     return {node: tuple(sorted(parts)) for node, parts in found.items()}
@@ -55,7 +55,7 @@ def parts_of(
 def gpus_of_copy(shape: replica_pb2.ReplicaPlan, stage: int, copy: int) -> dict[str, list[str]]:
     """Return the GPUs of every device of one copy of a stage, by the device's first GPU, the primary first."""
     if stage >= len(shape.stages) or copy >= shape.stages[stage].copies:
-        raise invalid_field("change.stage", f"the replica has no stage {stage} with copy {copy}")
+        raise invalid_field("change.stage", f"the replica has no copy {copy} of stage {stage}")
     one = shape.stages[stage]
     primary = list(one.devices[copy * one.tp : (copy + 1) * one.tp])
     gpus = {primary[0]: primary}
@@ -148,7 +148,7 @@ class ChangeCoordinator:
             found._is_presumed = authority.failure.reason == Reason.ERROR_REASON_CHANGE_UNKNOWN
         found._durable_outcome, found._saved = found._outcome, found._revision
         if state == State.REDISPATCH_STATE_PREPARING:
-            why = "the planner restarted before all were ready"
+            why = "the planner restarted before all nodes were ready"
             found.call_off(_failure(Reason.ERROR_REASON_CHANGE_CANCELLED, why))
         return found
 
@@ -317,7 +317,7 @@ class ChangeCoordinator:
         """Cancel the change if it is late; return the nodes to which the last directive should be sent again."""
         if self.body.state == State.REDISPATCH_STATE_PREPARING and now_s >= self._deadline_s:
             late = sorted(node for node in self._parts if not self._is_ready(node))
-            message = f"not ready in time: {', '.join(late)}" if late else "ready too late"
+            message = f"not ready in time: {', '.join(late)}" if late else "ready only after the deadline"
             self.call_off(_failure(Reason.ERROR_REASON_PREPARE_EXPIRED, message))
         if self._durable == State.REDISPATCH_STATE_PREPARING == self.body.state:
             return []  # nodes report progress by themselves, and the deadline ends the wait

@@ -163,8 +163,8 @@ class ClusterFleet:
         if node in self.leases or self._replicas_on.get(node) or self.leases.num_undeclared < MOST_UNDECLARED:
             return
         message = (
-            f"{self.name} does not declare node {node}, and {MOST_UNDECLARED} nodes that it does not declare are"
-            " connected already: declare it, or disconnect others"
+            f"{self.name} does not declare node {node}, and {MOST_UNDECLARED} undeclared nodes are connected"
+            " already: declare it, or disconnect others"
         )
         raise ServiceError(Reason.ERROR_REASON_TOO_MANY_STREAMS, message, metadata={"max_streams": MOST_UNDECLARED})
 
@@ -174,7 +174,7 @@ class ClusterFleet:
         is_gone = not link.session or heard_s is None or now_s - heard_s >= self.settings.suspect_s
         if not is_gone and boot_id != link.boot_id:
             self.counters.refusals += 1
-            message = f"another agent is connected as node {node}, and was heard lately"
+            message = f"another agent is connected as node {node}, and sent a message recently"
             raise ServiceError(Reason.ERROR_REASON_NODE_IN_USE, message, metadata={"node": node})
 
     def close(self, node: str, session: str) -> None:
@@ -189,7 +189,7 @@ class ClusterFleet:
         """Handle a message; return the head maps that callers wait for. Raises ServiceError if the stream must end."""
         link = self.links.get(node)
         if link is None or link.session != session:
-            message = f"another stream of node {node} began"
+            message = f"another stream of node {node} was opened"
             raise ServiceError(
                 Reason.ERROR_REASON_NODE_TAKEN_OVER, message, metadata={"node": node_name(self.name, node)}
             )
@@ -217,7 +217,7 @@ class ClusterFleet:
                 case Fenced():
                     raise ServiceError(
                         Reason.ERROR_REASON_STALE_EPOCH,
-                        f"the agent has obeyed epoch {event.newest_epoch}, this planner's is {self._epoch}",
+                        f"the agent has followed epoch {event.newest_epoch}, but this planner's epoch is {self._epoch}",
                         metadata={"epoch": self._epoch, "newest_epoch": event.newest_epoch},
                     )
         self._count_ignored(link)
@@ -283,7 +283,7 @@ class ClusterFleet:
             message = f"node {found.primary_node} is not connected"
             raise ServiceError(Reason.ERROR_REASON_DEVICE_UNAVAILABLE, message, metadata={"device": found.primary_node})
         if agent_service_pb2.AGENT_CAPABILITY_HEAD_MAP not in link.capabilities:
-            message = f"the agent of node {found.primary_node} cannot tell the head map"
+            message = f"the agent of node {found.primary_node} cannot report the head map"
             raise ServiceError(Reason.ERROR_REASON_ENGINE_CANNOT, message)
         self._talking.add(found.primary_node)
         return found.primary_node, link.ask_head_maps(replica)
@@ -339,7 +339,7 @@ class ClusterFleet:
 
     def remove(self, replica: Replica) -> None:
         for node in replica.nodes:
-            self.link(node).slot(replica.name).want(WantedRemoval(reason="no plan contains it any more"))
+            self.link(node).slot(replica.name).want(WantedRemoval(reason="no plan contains the replica any more"))
             self._talking.add(node)
 
     def drop_replica(self, name: str) -> None:
@@ -486,7 +486,7 @@ class ClusterFleet:
         if slot.is_believed:
             slot.hold(slot.held)  # the replica may have been assigned to the node only now
         if replica is None or node not in replica.nodes:
-            slot.want(WantedRemoval(reason="no such replica belongs to this node"))
+            slot.want(WantedRemoval(reason="the replica is not assigned to this node"))
         elif slot.held > replica.generation:
             self._must_reassign(name)
 
@@ -569,13 +569,13 @@ class ClusterChanges:
             self._advised.append(body)
             return
         if (running := self.of(replica)) is not None:
-            message = f"change {running.change_id} of {replica.name} is under way"
+            message = f"change {running.change_id} of {replica.name} is in progress"
             raise ServiceError(Reason.ERROR_REASON_CHANGE_IN_FLIGHT, message, metadata={"change_id": running.change_id})
         primary = self._cluster.link(replica.primary_node).slot(replica.name)
         if body.change.base_generation != primary.held or not primary.held:
             raise ServiceError(
                 Reason.ERROR_REASON_GENERATION_MISMATCH,
-                f"the change builds on generation {body.change.base_generation} of {replica.name}, which is at"
+                f"the change is based on generation {body.change.base_generation} of {replica.name}, which is at"
                 f" {primary.held}",
                 metadata={"base_generation": body.change.base_generation, "generation": primary.held},
             )
@@ -659,7 +659,7 @@ class ClusterChanges:
         self.tell(change)
         cluster.counters.contradictions += change.num_contradictions
         if change.num_contradictions:
-            _log.warning("nodes contradict each other, or themselves", extra={"redispatch": change.body.name})
+            _log.warning("nodes contradict each other or themselves", extra={"redispatch": change.body.name})
         cluster.counters.redispatches[State.Name(change.state)] += 1
         self.late.remember(change.body)
         self._ended.append(change.body)
@@ -759,5 +759,5 @@ class ClusterChanges:
 
 def _gone(replica: str) -> failure_pb2.Failure:
     return ServiceError(
-        Reason.ERROR_REASON_CHANGE_CANCELLED, f"{replica} was removed before it was known how the change ended"
+        Reason.ERROR_REASON_CHANGE_CANCELLED, f"{replica} was removed before the outcome of the change was known"
     ).to_proto()

@@ -48,7 +48,9 @@ def decide(cluster: ClusterFleet, *, now_s: float) -> Writes:
         try:
             write = _decide_replica(cluster, view, cluster.replicas[name], now_s)
         except Exception:  # a bug in one replica must not stop the others; it is retried when the replica changes
-            _log.exception("a replica could not be decided", extra={"cluster": cluster.name, "replica": name})
+            _log.exception(
+                "the next state of a replica could not be determined", extra={"cluster": cluster.name, "replica": name}
+            )
             continue
         if write is not None:
             replicas.append(write)
@@ -156,7 +158,7 @@ def _decide_replica(cluster: ClusterFleet, view: _ClusterView, replica: Replica,
     if is_new and replica.contents is None:
         return None  # retried once the contents are known
     if change is not None and (is_new or after.state == State.REPLICA_STATE_STOPPED):
-        failure = ServiceError(Reason.ERROR_REASON_CHANGE_CANCELLED, f"{replica.name} is assigned anew").to_proto()
+        failure = ServiceError(Reason.ERROR_REASON_CHANGE_CANCELLED, f"{replica.name} is being reassigned").to_proto()
         if after.state == State.REPLICA_STATE_STOPPED:
             change.give_up(failure)
         else:
@@ -253,5 +255,5 @@ def progress_of(states: dict[str, Standing], wanted: frozenset[str]) -> plan_pb2
 
 def _unreadable(replica: Replica) -> failure_pb2.Failure:
     return ServiceError(
-        Reason.ERROR_REASON_PLAN_CHECK_FAILED, f"{replica.record.plan} cannot be read back, see the planner's log"
+        Reason.ERROR_REASON_PLAN_CHECK_FAILED, f"{replica.record.plan} cannot be read back: see the planner's log"
     ).to_proto()

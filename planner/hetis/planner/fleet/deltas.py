@@ -240,7 +240,7 @@ class ReplicaSlot:
         self.held, self.state, self.report = 0, AssignmentState.ASSIGNMENT_STATE_UNSPECIFIED, None
         self.failure = ServiceError(
             Reason.ERROR_REASON_PROTOCOL_VIOLATION,
-            f"the node says that it holds generation {generation} of {self.replica}, which it was never given",
+            f"the node reports generation {generation} of {self.replica}, which it was never assigned",
         ).to_proto()
 
     def _answered(self, nonce: str) -> Delta | None:

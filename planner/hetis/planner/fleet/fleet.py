@@ -52,7 +52,9 @@ class Stream:
             self._num_bytes += message.ByteSize()
         if len(self._queue) > MOST_MESSAGES or self._num_bytes > MOST_BYTES:
             self._queue.clear()
-            self.end(ServiceError(Reason.ERROR_REASON_PROTOCOL_VIOLATION, "the agent does not take what it is sent"))
+            self.end(
+                ServiceError(Reason.ERROR_REASON_PROTOCOL_VIOLATION, "the agent does not read its messages fast enough")
+            )
             return False
         self._has_news.set()
         return True
@@ -139,7 +141,7 @@ class LiveFleet:
 
     async def stop(self, reason: str) -> None:
         """Send a goodbye to all agents, and end their streams once it is delivered. Replicas continue to serve."""
-        self._ending = ServiceError(Reason.ERROR_REASON_DRAINING, f"this planner goes: {reason}; connect again")
+        self._ending = ServiceError(Reason.ERROR_REASON_DRAINING, f"this planner is stopping: {reason}; reconnect")
         for cluster in self._clusters.values():
             cluster.say_goodbye(reason)
             self._send(cluster)
@@ -166,7 +168,7 @@ class LiveFleet:
         cluster, node = self._clusters[cluster_of(name)], last_part(name)
         stream = Stream(cluster.open(node, first, now_s=self._clock.monotonic(), time_s=self._clock.time()))
         if (before := self._streams.get(name)) is not None:
-            gone = _taken_over(f"another stream of {name} began", name)
+            gone = _taken_over(f"another stream of {name} was opened", name)
             before.end(gone)
             self._fail_readings(name, gone)
         self._streams[name] = stream
@@ -281,7 +283,7 @@ class LiveFleet:
         try:
             return await asyncio.wait_for(answer, timeout_s)
         except TimeoutError:
-            message = f"no head map of {replica} came within {timeout_s:g} s"
+            message = f"no head map of {replica} was received within {timeout_s:g} s"
             raise ServiceError(Reason.ERROR_REASON_ENGINE_UNREACHABLE, message) from None
         finally:
             self._readings.pop(request_id, None)
@@ -340,8 +342,12 @@ class LiveFleet:
         except asyncio.CancelledError:
             raise
         except Exception:
-            _log.exception("a message of an agent could not be taken", extra={"node": node, "cluster": cluster.name})
-            stream.end(ServiceError(Reason.ERROR_REASON_INTERNAL, "a message could not be taken; see the log"))
+            _log.exception(
+                "a message from an agent could not be processed", extra={"node": node, "cluster": cluster.name}
+            )
+            stream.end(
+                ServiceError(Reason.ERROR_REASON_INTERNAL, "a message could not be processed: see the planner's log")
+            )
 
     def _receive(self, cluster: ClusterFleet, node: str, stream: Stream, request: Request) -> None:
         read = cluster.handle(node, stream.session, request, now_s=self._clock.monotonic(), time_s=self._clock.time())
@@ -397,7 +403,7 @@ class LiveFleet:
             if stream is not None and not stream.send(messages):
                 slow.append((node, name, stream))
         for node, name, stream in slow:
-            _log.warning("an agent does not take what it is sent", extra={"node": name})
+            _log.warning("an agent does not read its messages fast enough", extra={"node": name})
             self._close(cluster, node, name, stream)
 
     def _forget(self, cluster: ClusterFleet) -> None:
@@ -427,7 +433,7 @@ class LiveFleet:
             try:
                 self.tick()
             except Exception:
-                _log.exception("the fleet's time stumbled")
+                _log.exception("a tick of the fleet failed")
 
     def tick(self) -> None:
         """Handle the passing of time: leases, deadlines, retransmissions, and updates for watchers."""
@@ -435,7 +441,7 @@ class LiveFleet:
         gap_s, self._ticked_s = now_s - self._ticked_s - self._settings.tick_s, now_s
         stood_still = gap_s > _STOOD_STILL * self._settings.tick_s
         if stood_still:
-            _log.warning("the planner stood still", extra={"seconds": round(gap_s, 3)})
+            _log.warning("the planner was stalled", extra={"seconds": round(gap_s, 3)})
         publishes = now_s - self._published_s >= self._settings.publish_s
         for cluster in list(self._clusters.values()):
             if stood_still:
@@ -452,14 +458,16 @@ async def _first_of(requests: AsyncIterator[Request]) -> Request:
     try:
         first = await asyncio.wait_for(anext(requests), _HELLO_S)
     except (StopAsyncIteration, TimeoutError):
-        raise ServiceError(Reason.ERROR_REASON_PROTOCOL_VIOLATION, f"no hello came within {_HELLO_S:g} s") from None
+        raise ServiceError(
+            Reason.ERROR_REASON_PROTOCOL_VIOLATION, f"no hello was received within {_HELLO_S:g} s"
+        ) from None
     _check_size(first)
     return first
 
 
 def _check_size(request: Request) -> None:
     if (size := request.ByteSize()) > _MOST_REQUEST_BYTES:
-        message = f"a message of an agent has {size} bytes, {_MOST_REQUEST_BYTES} are the most"
+        message = f"a message from an agent has {size} bytes, at most {_MOST_REQUEST_BYTES} are allowed"
         raise ServiceError(Reason.ERROR_REASON_MESSAGE_TOO_LARGE, message, metadata={"max_bytes": _MOST_REQUEST_BYTES})
 
 

@@ -46,7 +46,7 @@ class HeadMapPieces:
         if piece.HasField("failure"):
             raise _failed(piece.failure)
         if piece.replica != self._replica:
-            raise self._nonsense(f"piece {piece.index} is of {piece.replica}")
+            raise self._nonsense(f"piece {piece.index} belongs to {piece.replica}")
         if piece.index in self._pieces:
             return None
         self._num_bytes += piece.ByteSize()
@@ -66,26 +66,26 @@ class HeadMapPieces:
         maps: dict[tuple[int, int], head_map_pb2.HeadMap] = {}
         for piece in pieces:
             if (piece.generation, piece.step) != (first.generation, first.step):
-                raise self._nonsense(f"pieces are of steps {first.step} and {piece.step}")
+                raise self._nonsense(f"pieces belong to steps {first.step} and {piece.step}")
             for one in piece.head_maps:
                 known = maps.get((one.stage, one.copy))
                 if known is None:
                     maps[one.stage, one.copy] = one
                     continue
                 if list(known.devices) != list(one.devices):
-                    raise self._nonsense(f"stage {one.stage}, copy {one.copy} has two lists of devices")
+                    raise self._nonsense(f"stage {one.stage}, copy {one.copy} has two different lists of devices")
                 known.requests.extend(one.requests)
         return HeadMaps(replica=self._replica, generation=first.generation, step=first.step, maps=tuple(maps.values()))
 
     def _nonsense(self, what: str) -> ServiceError:
-        return ServiceError(Reason.ERROR_REASON_INTERNAL, f"the head maps of {self._replica} make no sense: {what}")
+        return ServiceError(Reason.ERROR_REASON_INTERNAL, f"the head maps of {self._replica} are inconsistent: {what}")
 
 
 def _failed(failure: failure_pb2.Failure) -> ServiceError:
     """Return the agent's failure as an error; reasons that only newer versions know become ENGINE_CANNOT."""
     if failure.reason in Reason.values() and failure.reason:
         return ServiceError(failure.reason, failure.message, metadata=failure.metadata)
-    message = f"the agent cannot tell, for reason {failure.reason}: {failure.message}"
+    message = f"the agent cannot report the head maps, for reason {failure.reason}: {failure.message}"
     return ServiceError(Reason.ERROR_REASON_ENGINE_CANNOT, message)
 
 
@@ -143,13 +143,13 @@ def check_hello(request: Request, *, epoch: int) -> agent_service_pb2.Hello:
     Raises PROTOCOL_VIOLATION, PROTOCOL_VERSION, STALE_EPOCH or INVALID_FIELD.
     """
     if request.WhichOneof("message") != "hello":
-        message = f"the first message of a stream is a hello, this is {request.WhichOneof('message') or 'none'}"
+        message = f"the first message of a stream must be a hello, this is {request.WhichOneof('message') or 'none'}"
         raise ServiceError(Reason.ERROR_REASON_PROTOCOL_VIOLATION, message)
     hello = request.hello
     if not hello.min_protocol_version <= PROTOCOL_VERSION <= hello.protocol_version:
         raise ServiceError(
             Reason.ERROR_REASON_PROTOCOL_VERSION,
-            f"this planner speaks version {PROTOCOL_VERSION} of the protocol, the agent {hello.min_protocol_version} to"
+            f"this planner supports protocol version {PROTOCOL_VERSION}, the agent {hello.min_protocol_version} to"
             f" {hello.protocol_version}",
             metadata={
                 "protocol_version": hello.protocol_version,
@@ -159,7 +159,7 @@ def check_hello(request: Request, *, epoch: int) -> agent_service_pb2.Hello:
         )
     newest = max((hello.newest_epoch, *(held.epoch for held in hello.replicas)))
     if newest > epoch:
-        message = f"the agent has obeyed epoch {newest}, this planner's is {epoch}"
+        message = f"the agent has followed epoch {newest}, but this planner's epoch is {epoch}"
         raise ServiceError(Reason.ERROR_REASON_STALE_EPOCH, message, metadata={"epoch": epoch, "newest_epoch": newest})
     _check_replicas([*hello.replicas, *hello.changes])
     for field in ("agent_version", "boot_id", "inventory_digest"):
@@ -173,10 +173,10 @@ def _check_replicas(said: Iterable[Any]) -> None:
     """Check the names and generations in an agent's list of replicas or changes. Raises PROTOCOL_VIOLATION."""
     for one in said:
         if one.generation > MOST_GENERATION:
-            message = f"a generation is above {MOST_GENERATION}, which none can be"
+            message = f"a generation is above {MOST_GENERATION}, the maximum"
             raise ServiceError(Reason.ERROR_REASON_PROTOCOL_VIOLATION, message)
         if len(one.replica) > MOST_CHARACTERS or len(getattr(one, "change_id", "")) > MOST_CHARACTERS:
-            message = f"the name of a replica or change has more than {MOST_CHARACTERS} characters, which none can have"
+            message = f"the name of a replica or change has more than {MOST_CHARACTERS} characters, the maximum"
             raise ServiceError(Reason.ERROR_REASON_PROTOCOL_VIOLATION, message)
 
 
@@ -354,11 +354,11 @@ class NodeLink:
         Raises PROTOCOL_VIOLATION, STALE_EPOCH or INVALID_FIELD if the stream must end.
         """
         if request.WhichOneof("message") == "hello":
-            raise ServiceError(Reason.ERROR_REASON_PROTOCOL_VIOLATION, "a hello came in the middle of a stream")
+            raise ServiceError(Reason.ERROR_REASON_PROTOCOL_VIOLATION, "a hello was received in the middle of a stream")
         if request.epoch > self._epoch:
             raise ServiceError(
                 Reason.ERROR_REASON_STALE_EPOCH,
-                f"the agent obeys epoch {request.epoch}, this planner's is {self._epoch}",
+                f"the agent follows epoch {request.epoch}, but this planner's epoch is {self._epoch}",
                 metadata={"epoch": self._epoch, "newest_epoch": request.epoch},
             )
         if request.epoch < self._epoch:

@@ -60,7 +60,7 @@ def _parse(plan: str, document: bytes) -> PlanAndProblem | None:
         value = from_data(json.loads(document), name=plan)
         return problem_of_plan(value, plan) if isinstance(value, Plan) else None
     except (DocumentError, HetisError, ValueError):
-        _log.exception("the document of a plan cannot be read", extra={"plan": plan})
+        _log.exception("a plan's document cannot be read", extra={"plan": plan})
         return None
 
 
@@ -76,7 +76,9 @@ def _contents(found: PlanAndProblem, plan: str, indices: Sequence[int]) -> list[
             kinds = gpu_kinds_to_proto(found.plan.replicas[index], partners[index], types)
             contents.append(Contents(model=model, stages=stages, kv_partners=partners[index], gpu_kinds=kinds))
         except (HetisError, LookupError):
-            _log.exception("a replica of a plan cannot be worked out", extra={"plan": plan, "replica": index})
+            _log.exception(
+                "the contents of a replica cannot be derived from its plan", extra={"plan": plan, "replica": index}
+            )
             contents.append(None)
     return contents
 
@@ -145,7 +147,7 @@ class Reconciler:
             await self.reconcile()
             self._took_s = self.clock.monotonic() - began_s
         except ServiceError as error:
-            _log.warning("nothing could be kept", extra={**extra, "reason": error.reason_name})
+            _log.warning("decisions could not be stored", extra={**extra, "reason": error.reason_name})
             self._took_s = _MOST_PAUSE_S  # as after a long round, so that the store is tried once a second
             if error.reason == Reason.ERROR_REASON_NOT_LEADER:
                 self.lose_leadership(error)

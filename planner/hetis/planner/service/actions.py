@@ -79,7 +79,7 @@ def make_token(
     token = create_token(path, name=chosen, role=role, scope=scope, expires=expires)
     print(token)
     ends = expires.isoformat(timespec="seconds")
-    print(f"token {chosen}, role {role}, valid until {ends}; it is shown this once", file=sys.stderr)
+    print(f"token {chosen}, role {role}, valid until {ends}; it is shown only once", file=sys.stderr)
 
 
 def _scope(role: CallerRole, node: str | None, cluster: str | None) -> str | None:
@@ -89,9 +89,11 @@ def _scope(role: CallerRole, node: str | None, cluster: str | None) -> str | Non
     if role is not CallerRole.AGENT and given:
         raise DocumentError([Problem(file=f"--role {role}", message="takes neither --node nor --cluster")])
     if node is not None and "/nodes/" not in node:
-        raise DocumentError([Problem(file="--node", message=f"{node!r} is not clusters/CLUSTER/nodes/NODE")])
+        raise DocumentError(
+            [Problem(file="--node", message=f"{node!r} does not have the form clusters/CLUSTER/nodes/NODE")]
+        )
     if cluster is not None and "/nodes/" in cluster:
-        raise DocumentError([Problem(file="--cluster", message=f"{cluster!r} is not clusters/CLUSTER")])
+        raise DocumentError([Problem(file="--cluster", message=f"{cluster!r} does not have the form clusters/CLUSTER")])
     return given[0] if given else None
 
 
@@ -101,7 +103,9 @@ def _days(text: str) -> timedelta:
     except ValueError:
         days = math.nan
     if not 0 < days <= 3650:
-        raise DocumentError([Problem(file="--valid", message=f"is {text}, must be days, more than 0, at most 3650")])
+        raise DocumentError(
+            [Problem(file="--valid", message=f"is {text}, must be a number of days above 0, at most 3650")]
+        )
     return timedelta(days=days)
 
 

@@ -142,7 +142,7 @@ class Term:
         self._loops.start("the audit log of refusals", self._refusals.run())
         self._loops.start("placement proposals", self._proposals.run())
         self._loops.start("warming up dispatch", self._states.warm_up())
-        self._loops.start("the history of KV", self._kv.run())
+        self._loops.start("the KV history", self._kv.run())
         await self._searches.resume()
         self._pool.start()
         self._loops.start("the solver slots", self._pool.until_failed())

@@ -73,10 +73,10 @@ class AuditRefusals:
         try:
             await self._append(changes)
         except ServiceError as error:
-            _log.error("%d refusals are not in the audit log: %s", len(changes), error)
+            _log.error("%d refusals could not be written to the audit log: %s", len(changes), error)
         except Exception:
             if len(changes) > 1:  # if a single line causes the failure, only that line is dropped
                 for change in changes:
                     await self._write([change])
             else:
-                _log.exception("a refusal is not in the audit log", extra={"method": changes[0].method})
+                _log.exception("a refusal could not be written to the audit log", extra={"method": changes[0].method})

@@ -111,7 +111,7 @@ class Calls(grpc.aio.ServerInterceptor):
                 identity = self._authenticator.identify(context.invocation_metadata() or (), context.auth_context())
                 require_role(identity, method)
                 if not identity.covers(began_as):
-                    message = f"the credentials {identity.name} allow less than when this stream began: connect again"
+                    message = f"the credentials {identity.name} now allow less than when this stream began: reconnect"
                     raise ServiceError(Reason.ERROR_REASON_DRAINING, message)
             except ServiceError as error:
                 if not stream.done():
@@ -143,7 +143,7 @@ class Calls(grpc.aio.ServerInterceptor):
                 request_deserializer=lambda raw: decoded(handler.request_deserializer, raw),
                 response_serializer=handler.response_serializer,
             )
-        raise NotImplementedError(f"{method}: streams of requests with one answer are not in the contract")
+        raise NotImplementedError(f"{method}: client-streaming methods are not part of the contract")
 
     def _unary(self, method: str, behaviour: Any, decode: Decode) -> Any:
         async def answer(raw: bytes, context: Context) -> Any:
@@ -282,7 +282,7 @@ def decoded(decode: Decode, raw: bytes) -> Message:
     try:
         return decode(raw)
     except DecodeError as error:
-        raise ServiceError(Reason.ERROR_REASON_INVALID_FIELD, f"the request cannot be read: {error}") from None
+        raise ServiceError(Reason.ERROR_REASON_INVALID_FIELD, f"the request cannot be parsed: {error}") from None
 
 
 def _service_error(error: Exception, record: CallRecord) -> ServiceError:
@@ -322,8 +322,8 @@ def require_deadline(method: str, remaining_s: float | None) -> None:
     """Check a unary call's deadline. Raises DEADLINE_REQUIRED or DEADLINE_TOO_LONG."""
     most_s = longest_s(method)
     if remaining_s is None:
-        message = f"{method} has no deadline: set one, of at most {most_s:g} s"
+        message = f"{method} has no deadline: set one of at most {most_s:g} s"
         raise ServiceError(Reason.ERROR_REASON_DEADLINE_REQUIRED, message, metadata={"max_s": f"{most_s:g}"})
     if remaining_s > most_s + _CLOCKS_S:
-        message = f"{method} has a deadline in {remaining_s:.0f} s: it may be {most_s:g} s away at most"
+        message = f"{method} has a deadline {remaining_s:.0f} s away: at most {most_s:g} s is allowed"
         raise ServiceError(Reason.ERROR_REASON_DEADLINE_TOO_LONG, message, metadata={"max_s": f"{most_s:g}"})

@@ -53,19 +53,19 @@ class Reloaded(Generic[T]):
         except NotYetValidError as error:
             if now != self._awaited:
                 self._awaited = now
-                _log.error("%s: the old files stay in force until the new ones are valid: %s", self._what, error)
+                _log.error("%s: the old files remain in use until the new ones become valid: %s", self._what, error)
             return False
         except DocumentError as error:
             if None not in now:  # a missing file is probably being replaced
                 self._seen = now
-            _log.error("%s: the new files are bad, the old ones stay in force: %s", self._what, error)
+            _log.error("%s: the new files are invalid, the old ones remain in use: %s", self._what, error)
             return False
         if self._stamps() != now:
             return False  # changed while being read: try again next time
         self._seen = now
         self.value = value
         self.version += 1
-        _log.info("%s: read again from %s", self._what, ", ".join(self._paths))
+        _log.info("%s: reloaded from %s", self._what, ", ".join(self._paths))
         return True
 
     def _stamps(self) -> tuple[FileStamp | None, ...]:
@@ -83,11 +83,11 @@ async def keep_fresh(
             try:
                 await asyncio.to_thread(source.refresh)
             except Exception:
-                _log.exception("looking for new files failed")
+                _log.exception("checking for new files failed")
         try:
             then()
         except Exception:  # one failure must not end the loop
-            _log.exception("what follows from files failed")
+            _log.exception("the follow-up to a check for new files failed")
 
 
 _NO_PASSWORD = ""
@@ -124,7 +124,9 @@ class Certificates:
         """What is dangerous about the files, but so common (Kubernetes mounts secrets with 0644) that it works."""
         if not _mode(self._key) & stat.S_IROTH:
             return []
-        return [f"{self._key}: can be read by everybody, who could pose as the planner: chmod 600, or 640 for a group"]
+        return [
+            f"{self._key}: is readable by all users, who could impersonate the planner: chmod 600, or 640 for a group"
+        ]
 
     def credentials(self) -> grpc.ServerCredentials:
         """Return credentials for one address, which checks on its own whether the files have changed."""
@@ -170,18 +172,18 @@ def _unusable(tls: TlsPart, texts: dict[str, bytes]) -> list[Problem]:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     problems: list[Problem] = []
     if b"-----BEGIN CERTIFICATE-----" not in texts[tls.certificate]:
-        problems.append(Problem(file=tls.certificate, message="holds no certificate in PEM form"))
+        problems.append(Problem(file=tls.certificate, message="contains no certificate in PEM format"))
     if b"PRIVATE KEY-----" not in texts[tls.key]:
-        problems.append(Problem(file=tls.key, message="holds no private key in PEM form"))
+        problems.append(Problem(file=tls.key, message="contains no private key in PEM format"))
     if not problems:
         try:
             context.load_cert_chain(tls.certificate, tls.key, password=lambda: _NO_PASSWORD)
         except ssl.SSLError as error:
             reason = (error.reason or str(error)).replace("_", " ").lower()
-            message = f"does not belong to the certificate {tls.certificate}, or is no key without password: {reason}"
+            message = f"does not match the certificate {tls.certificate}, or is not an unencrypted key: {reason}"
             problems.append(Problem(file=tls.key, message=message))
     if _mode(tls.key) & stat.S_IWOTH:
-        message = "can be written by everybody, who could put a key of their own there: chmod 600"
+        message = "is writable by all users, who could substitute their own key: chmod 600"
         problems.append(Problem(file=tls.key, message=message))
     for end_s in ends_of_certificates(texts[tls.certificate].decode())[:1]:  # the planner's own comes first
         if end_s <= time.time():
@@ -192,7 +194,7 @@ def _unusable(tls: TlsPart, texts: dict[str, bytes]) -> list[Problem]:
             context.load_verify_locations(cadata=texts[tls.client_ca].decode())
         except (ssl.SSLError, ValueError) as error:
             reason = getattr(error, "reason", None) or str(error)
-            message = f"holds no certificate authority in PEM form: {reason.replace('_', ' ').lower()}"
+            message = f"contains no certificate authority in PEM format: {reason.replace('_', ' ').lower()}"
             problems.append(Problem(file=tls.client_ca, message=message))
     return problems
 
@@ -244,7 +246,7 @@ def _time_of(tag: int, text: bytes) -> float:
     if tag == _UTC_TIME:
         moment = ("19" if moment[:2] >= "50" else "20") + moment
     elif tag != _GENERALIZED_TIME:
-        raise ValueError("the validity is no time")
+        raise ValueError("the validity is not a time")
     return datetime.strptime(moment, "%Y%m%d%H%M%SZ").replace(tzinfo=UTC).timestamp()
 
 

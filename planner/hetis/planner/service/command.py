@@ -14,12 +14,12 @@ from hetis.planner.service.exit_codes import ServiceExitCode
 
 _HELP = (
     "Serve the planning service: plans, clusters, dispatch, and the agents of GPU nodes.\n\n"
-    "Settings come from flags, else from HETIS_* variables (HETIS_TLS__CERTIFICATE is tls.certificate), else from the"
-    " --config file, else they have their defaults. docs/planner.md lists them."
+    "Settings come from flags, HETIS_* variables (HETIS_TLS__CERTIFICATE sets tls.certificate) and the --config file,"
+    " in this order of precedence; all have defaults. docs/planner.md lists them."
 )
 _EXAMPLES = """Examples:
 
-  hetis-planner                                 on loopback, store in ~/.local/state/hetis
+  hetis-planner                                 listen on loopback, store in ~/.local/state/hetis
 
   hetis-planner --config planner.yaml --check   validate and exit
 
@@ -36,11 +36,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-token = typer.Typer(help="Bearer tokens of callers.", no_args_is_help=True)
+token = typer.Typer(help="Manage the bearer tokens of callers.", no_args_is_help=True)
 app.add_typer(token, name="token")
 
 
-_setting = partial(typer.Option, rich_help_panel="What to use", show_default=False)
+_setting = partial(typer.Option, rich_help_panel="Settings", show_default=False)
 _filter = partial(typer.Option, show_default=False)
 
 
@@ -54,34 +54,42 @@ def hetis_planner(
             "-c",
             metavar="FILE",
             envvar="HETIS_CONFIG",
-            help="A PlannerConfig document.",
+            help="PlannerConfig file.",
             show_default=False,
         ),
     ] = None,
-    listen: Annotated[list[str] | None, _setting("--listen", metavar="HOST:PORT", help="Address; repeatable.")] = None,
-    status_page: Annotated[
-        str | None, _setting("--status-page", metavar="HOST:PORT|off", help="JSON over HTTP.")
+    listen: Annotated[
+        list[str] | None, _setting("--listen", metavar="HOST:PORT", help="Address to listen on; repeatable.")
     ] = None,
-    store: Annotated[str | None, _setting("--store", metavar="URL", help="sqlite:///... or postgresql://...")] = None,
-    log_level: Annotated[str | None, _setting("--log-level", metavar="LEVEL", help="debug ... error.")] = None,
+    status_page: Annotated[
+        str | None, _setting("--status-page", metavar="HOST:PORT|off", help="HTTP address of the status page.")
+    ] = None,
+    store: Annotated[
+        str | None, _setting("--store", metavar="URL", help="Store: sqlite:///... or postgresql://...")
+    ] = None,
+    log_level: Annotated[
+        str | None, _setting("--log-level", metavar="LEVEL", help="debug, info, warning or error.")
+    ] = None,
     log_format: Annotated[str | None, _setting("--log-format", metavar="FORM", help="json or text.")] = None,
     standby: Annotated[
         bool | None,
         _setting(
             "--standby/--no-standby",
-            help="Wait and serve reads where another planner leads, or end; unless said, on PostgreSQL it waits.",
+            help="While another planner leads, wait and serve reads, or exit; by default it waits on PostgreSQL.",
         ),
     ] = None,
     settings: Annotated[
         list[str] | None,
         _setting("--set", metavar="NAME=VALUE", help="Any setting, such as solver.queue=64; repeatable."),
     ] = None,
-    check: Annotated[bool, typer.Option("--check", help="Validate configuration, certificates, tokens; exit.")] = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="Validate the configuration, certificates and tokens, and exit.")
+    ] = False,
     print_config: Annotated[
-        bool, typer.Option("--print-config", help="Print the configuration in force, without secrets, and exit.")
+        bool, typer.Option("--print-config", help="Print the effective configuration, without secrets, and exit.")
     ] = False,
     ready_json: Annotated[
-        bool, typer.Option("--ready-json", help="When ready, print the addresses on stdout as a line of JSON.")
+        bool, typer.Option("--ready-json", help="When ready, print the addresses to stdout as one line of JSON.")
     ] = False,
     _version: Annotated[bool, version_option("hetis-planner")] = False,
 ) -> None:
@@ -112,18 +120,20 @@ def hetis_planner(
 
 @token.command("create")
 def create(
-    file: Annotated[str, typer.Option("--file", metavar="FILE", help="The token file; made where there is none.")],
-    role: Annotated[CallerRole, typer.Option("--role", parser=choice_of(CallerRole), help="What its bearer may do.")],
-    name: Annotated[str | None, typer.Option("--name", help="For logs; unless given, made from role and node.")] = None,
+    file: Annotated[str, typer.Option("--file", metavar="FILE", help="Token file; created if it does not exist.")],
+    role: Annotated[
+        CallerRole, typer.Option("--role", parser=choice_of(CallerRole), help="Role that the token grants.")
+    ],
+    name: Annotated[str | None, typer.Option("--name", help="Name for logs. Default: role and node.")] = None,
     node: Annotated[
-        str | None, typer.Option("--node", metavar="clusters/C/nodes/N", help="The node of an agent.")
+        str | None, typer.Option("--node", metavar="clusters/C/nodes/N", help="For an agent of this node.")
     ] = None,
     cluster: Annotated[
-        str | None, typer.Option("--cluster", metavar="clusters/C", help="For an agent of any node of a cluster.")
+        str | None, typer.Option("--cluster", metavar="clusters/C", help="For an agent of any node of this cluster.")
     ] = None,
-    valid: Annotated[str, typer.Option("--valid", metavar="DAYS", help="How long, in days.")] = "365",
+    valid: Annotated[str, typer.Option("--valid", metavar="DAYS", help="Validity in days.")] = "365",
 ) -> None:
-    """Create a token, print it once on stdout, and append its SHA-256 to the token file."""
+    """Create a token, print it once to stdout, and append its SHA-256 to the token file."""
     from hetis.planner.service.actions import make_token
 
     make_token(file, role=role, name=name, node=node, cluster=cluster, valid_days=valid)
@@ -131,16 +141,17 @@ def create(
 
 ConfigOption = Annotated[
     str | None,
-    typer.Option("--config", "-c", metavar="FILE", envvar="HETIS_CONFIG", help="The planner's configuration."),
+    typer.Option("--config", "-c", metavar="FILE", envvar="HETIS_CONFIG", help="PlannerConfig file."),
 ]
 StoreOption = Annotated[
-    str | None, typer.Option("--store", metavar="URL", help="sqlite:///... or postgresql://...", show_default=False)
+    str | None,
+    typer.Option("--store", metavar="URL", help="Store: sqlite:///... or postgresql://...", show_default=False),
 ]
 
 
 @app.command("backup")
 def backup(
-    file: Annotated[str, typer.Argument(metavar="FILE", help="The backup; must not be there yet.")],
+    file: Annotated[str, typer.Argument(metavar="FILE", help="Backup file to create; it must not exist yet.")],
     config: ConfigOption = None,
     store: StoreOption = None,
 ) -> None:
@@ -152,12 +163,12 @@ def backup(
 
 @app.command("restore")
 def restore(
-    file: Annotated[str, typer.Argument(metavar="FILE", help="What `backup` wrote.")],
+    file: Annotated[str, typer.Argument(metavar="FILE", help="Backup file that `backup` wrote.")],
     config: ConfigOption = None,
     store: StoreOption = None,
-    replace: Annotated[bool, typer.Option("--replace", help="Let what is in the store go.")] = False,
+    replace: Annotated[bool, typer.Option("--replace", help="Discard the store's present contents.")] = False,
 ) -> None:
-    """Restore the store from a backup, and raise its epoch. No planner may be the leader meanwhile."""
+    """Restore the store from a backup, and raise its epoch. No planner may lead during the restore."""
     from hetis.planner.service.maintenance import restore_backup
 
     restore_backup(_store_url(config, store), file, replace=replace)
@@ -166,7 +177,7 @@ def restore(
 @app.command("migrate")
 def migrate(
     to: Annotated[
-        str | None, typer.Option("--to", metavar="VERSION", help="Such as v0002; unless given, the newest one.")
+        str | None, typer.Option("--to", metavar="VERSION", help="Target version, such as v0002. Default: the newest.")
     ] = None,
     config: ConfigOption = None,
     store: StoreOption = None,
@@ -179,14 +190,16 @@ def migrate(
 
 @app.command("audit")
 def audit(
-    caller: Annotated[str | None, _filter("--caller", help="Of this name.")] = None,
-    method: Annotated[str | None, _filter("--method", help="Such as CreatePlan.")] = None,
-    resource: Annotated[str | None, _filter("--resource", help="About it, or the plan chosen.")] = None,
-    outcome: Annotated[str | None, _filter("--outcome", help="OK, REPEATED, or a reason such as ROLE.")] = None,
-    since: Annotated[str | None, _filter("--since", metavar="TIME")] = None,
-    until: Annotated[str | None, _filter("--until", metavar="TIME")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="An object per line.")] = False,
-    check: Annotated[bool, typer.Option("--check", help="Look for lines that were changed or taken out.")] = False,
+    caller: Annotated[str | None, _filter("--caller", help="Name of the caller.")] = None,
+    method: Annotated[str | None, _filter("--method", help="Method, such as CreatePlan.")] = None,
+    resource: Annotated[str | None, _filter("--resource", help="Resource of the call, or the plan chosen.")] = None,
+    outcome: Annotated[
+        str | None, _filter("--outcome", help="Outcome: OK, REPEATED, or a reason such as ROLE.")
+    ] = None,
+    since: Annotated[str | None, _filter("--since", metavar="TIME", help="Only lines from this time on.")] = None,
+    until: Annotated[str | None, _filter("--until", metavar="TIME", help="Only lines up to this time.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per line.")] = False,
+    check: Annotated[bool, typer.Option("--check", help="Check for lines that were altered or removed.")] = False,
     config: ConfigOption = None,
     store: StoreOption = None,
 ) -> None:

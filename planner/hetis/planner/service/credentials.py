@@ -44,7 +44,7 @@ def _moment(value: str) -> str:
     except ValueError:
         moment = None
     if moment is None or moment.tzinfo is None:
-        raise ValueError(f"{value!r} is not a moment: write it like 2027-01-31T00:00:00Z")
+        raise ValueError(f"{value!r} is not a time: write it like 2027-01-31T00:00:00Z")
     return value
 
 
@@ -91,7 +91,7 @@ class Tokens:
         """Return a file's tokens. Raises DocumentError with every problem, such as a file that everyone may write."""
         text = read_text(path)
         if Path(path).stat().st_mode & 0o002:
-            raise single_problem(path, "can be written by everybody, who could give themselves roles: chmod 600")
+            raise single_problem(path, "is writable by all users, who could grant themselves roles: chmod 600")
         return cls(_grants(text, path))
 
     @property
@@ -105,11 +105,11 @@ class Tokens:
     def identify(self, token: str, *, now_s: float) -> Identity:
         """Return the identity that a token grants. Raises CREDENTIALS if it is malformed, unknown or expired."""
         if not _TOKEN.fullmatch(token):
-            raise refused("the bearer token is malformed: it is not one that `hetis-planner token create` printed")
+            raise refused("the bearer token is malformed: it was not printed by `hetis-planner token create`")
         # Looked up by its hash, so that timing does not reveal how much of a guess was right.
         grant = self._grants.get(digest(token))
         if grant is None:
-            raise refused("the bearer token is unknown: it was never made or has been taken out of the file")
+            raise refused("the bearer token is unknown: it was never created, or has been removed from the file")
         if grant.expires_s <= now_s:
             ended = datetime.fromtimestamp(grant.expires_s, UTC).isoformat(timespec="seconds")
             raise refused(f"the bearer token {grant.identity.name} expired at {ended}")
@@ -199,11 +199,11 @@ def _clashes(tokens: object) -> Iterator[tuple[Sequence[str | int], str]]:
             continue
         name, role = entry.get("name"), entry.get("role")
         if isinstance(name, str) and first.setdefault(name, position) != position:
-            yield ("tokens", position, "name"), f"{name} is taken by tokens[{first[name]}]"
+            yield ("tokens", position, "name"), f"{name} is already used by tokens[{first[name]}]"
         if role == "agent" and "scope" not in entry:
-            yield ("tokens", position), "scope is missing: an agent's token is of a node or a cluster"
+            yield ("tokens", position), "scope is missing: an agent's token needs a node or a cluster"
         if role != "agent" and "scope" in entry:
-            yield ("tokens", position, "scope"), f"is for agents, not for role {role}"
+            yield ("tokens", position, "scope"), f"is only for agents, not for role {role}"
 
 
 AuthContext = Mapping[str, Iterable[bytes]]
@@ -244,13 +244,13 @@ class Credentials:
         """Return the caller's identity. Raises CREDENTIALS."""
         given = [value for key, value in metadata if key == "authorization"]
         if len(given) > 1:
-            raise refused("the call has more than one authorization")
+            raise refused("the call has more than one `authorization` in its metadata")
         if given and self._tokens is not None:
             return self._tokens().identify(_bearer(given[0]), now_s=self._clock())
         if self._trust_domain is not None:
             return identity_of_certificate(connection, self._trust_domain, now_s=self._clock())
         if given:
-            raise refused("this planner takes no bearer tokens")
+            raise refused("this planner does not accept bearer tokens")
         raise refused("the call has no credentials: send the metadata `authorization: Bearer TOKEN`")
 
 
@@ -266,7 +266,7 @@ def identity_of_certificate(connection: AuthContext, trust_domain: str, *, now_s
     there is no such URI, or more than one, or if the certificate has expired in the meantime.
     """
     if any(_end_of_certificate(pem) <= now_s for pem in connection.get("x509_pem_cert", ())):
-        raise refused("the client certificate has expired: connect again with a new one")
+        raise refused("the client certificate has expired: reconnect with a new one")
     start = f"spiffe://{trust_domain}/"
     # `peer_uri` rather than all alternative names: the content of a DNS entry need not be a URI.
     uris = [uri.decode(errors="replace") for uri in connection.get("peer_uri", ())]
@@ -279,7 +279,7 @@ def identity_of_certificate(connection: AuthContext, trust_domain: str, *, now_s
         return Identity(name=ours[0], roles=CallerRole.AGENT.includes, scope=path)
     if person := _PERSON.fullmatch(path):
         return Identity(name=ours[0], roles=CallerRole(person[1]).includes)
-    raise refused(f"the client certificate is of {ours[0]}, expected {start}clusters/C/nodes/N or {start}ROLE/NAME")
+    raise refused(f"the client certificate names {ours[0]}, expected {start}clusters/C/nodes/N or {start}ROLE/NAME")
 
 
 @lru_cache(maxsize=16_384)  # one entry per agent; looked up in every call
@@ -291,5 +291,5 @@ def _bearer(value: str | bytes) -> str:
     text = value if isinstance(value, str) else value.decode("ascii", errors="replace")
     scheme, _, token = text.partition(" ")
     if scheme.lower() != "bearer" or not token:
-        raise refused("the authorization is malformed: write `Bearer TOKEN`")
+        raise refused("the authorization is malformed: write `authorization: Bearer TOKEN`")
     return token.strip()

@@ -40,7 +40,7 @@ class StreamLimits:
         limits = _limits(method, caller, peer)
         for key, most in limits.items():
             if self._open[key] >= most:
-                message = f"{key} has {most} streams open already, and may have no more: end one first"
+                message = f"{key}: {most} streams are open already, the maximum; end one first"
                 raise ServiceError(Reason.ERROR_REASON_TOO_MANY_STREAMS, message, metadata={"max_streams": most})
         self._open.update(limits.keys())
         try:
@@ -54,9 +54,9 @@ class StreamLimits:
 
 def _limits(method: str, caller: str, peer: str) -> dict[str, int]:
     if is_open(method):
-        return {f"host {peer.rpartition(':')[0]}": MOST_OF_A_HOST, "everybody together": MOST_OF_ALL_HOSTS}
+        return {f"host {peer.rpartition(':')[0]}": MOST_OF_A_HOST, "all hosts together": MOST_OF_ALL_HOSTS}
     if method == _DISPATCH:
-        return {f"caller {caller}, for dispatch,": MOST_OF_ENGINES}
+        return {f"caller {caller}, dispatch": MOST_OF_ENGINES}
     # A node has one agent stream, and agents may share credentials.
     return {} if method == CONNECT else {f"caller {caller}": MOST_OF_A_CALLER}
 
@@ -106,7 +106,7 @@ class WriteRates:
             raise quota_exceeded(
                 caller,
                 "writes_per_second",
-                f"{caller} has changed things more than {self._per_s:g} times a second",
+                f"{caller} has exceeded {self._per_s:g} writes per second",
                 limit=self._per_s,
                 retry_after_s=(1 - bucket.tokens) / self._per_s,
             )
@@ -193,7 +193,7 @@ class ConnectionWatch:
         self._known = known
         self.closed += closed.total()
         for host, num in closed.items():
-            message = "too many connections of one host, the newest were closed"
+            message = "too many connections from one host: the newest were closed"
             _log.warning(message, extra={"host": host, "closed": num, "limit": self._limits.of_a_host})
         return num_of.total()
 
@@ -252,7 +252,7 @@ def raise_descriptor_limit() -> int:
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
             soft = hard
         except (OSError, ValueError) as error:  # some systems report no limit, but reject that value
-            _log.warning("the limit of open files stays at %d: %s", soft, error)
+            _log.warning("the limit on open files remains %d: %s", soft, error)
     if soft != resource.RLIM_INFINITY and soft < _ENOUGH:
         _log.warning(
             "at most %d files and connections can be open; %d are enough for 10,000 agents (LimitNOFILE, ulimit -n)",

@@ -37,7 +37,7 @@ def restore_backup(url: str, file: str, *, replace: bool) -> None:
 def migrate_store(url: str, to: str | None) -> None:
     wanted = to or revisions()[-1]
     before = migrate_to(url, wanted)
-    print(f"{wanted}, as before" if before == wanted else f"{before} -> {wanted}")
+    print(f"{wanted}, unchanged" if before == wanted else f"{before} -> {wanted}")
 
 
 def print_audit(
@@ -58,10 +58,10 @@ def check_audit(url: str) -> ServiceExitCode:
 
     def check(reader: Reader) -> ServiceExitCode:
         if (wrong := reader.audit.first_wrong()) is not None:
-            print(f"error: line {wrong} of the audit log is not what was written, or is missing", file=sys.stderr)
+            print(f"error: line {wrong} of the audit log was altered or is missing", file=sys.stderr)
             return ServiceExitCode.STORE
         last = reader.audit.last()
-        print("no lines" if last is None else f"{last.number} lines, unbroken; the last hash is {last.hash}")
+        print("no lines" if last is None else f"{last.number} lines, intact; the last hash is {last.hash}")
         return ServiceExitCode.OK
 
     return read_store(url, check)
@@ -73,7 +73,7 @@ def _moment(option: str, text: str | None) -> float | None:
     try:
         moment = datetime.fromisoformat(text)
     except ValueError:
-        raise single_problem(option, f"{text!r} is not a moment: write it like 2027-01-31T00:00:00Z") from None
+        raise single_problem(option, f"{text!r} is not a time: write it like 2027-01-31T00:00:00Z") from None
     return (moment if moment.tzinfo is not None else moment.replace(tzinfo=UTC)).timestamp()
 
 

@@ -34,7 +34,7 @@ class ServiceMetrics:
         gauge("hetis_planner_info", "Version of the planner.", ["version"]).labels(version).set(1)
         self._calls = Histogram(
             "hetis_planner_rpc_seconds",
-            "Time of unary calls.",
+            "Duration of unary calls.",
             ["method", "code"],
             buckets=_SECONDS,
             registry=self.registry,
@@ -46,30 +46,30 @@ class ServiceMetrics:
             ["caller", "quota"],
         )
         self._searches = gauge("hetis_planner_caller_searches", "Searches by caller.", ["caller", "state"])
-        self._running = gauge("hetis_planner_rpcs_running", "Calls and streams under way.", ["method"])
+        self._running = gauge("hetis_planner_rpcs_running", "Calls and streams in progress.", ["method"])
         self._epoch = gauge("hetis_planner_epoch", "Leadership term.")
-        self._leader_since = gauge("hetis_planner_leader_since_seconds", "Unix time when the term began.")
+        self._leader_since = gauge("hetis_planner_leader_since_seconds", "Unix time at which the term began.")
         self._nodes = gauge("hetis_planner_nodes", "Nodes by state.", ["cluster", "state"])
         self._plans = gauge("hetis_planner_plans", "Plans by state.", ["state"])
-        self._queued = gauge("hetis_planner_searches_queued", "Searches without a process.")
-        self._searching = gauge("hetis_planner_searches_running", "Searches with a process.")
-        self._processes = gauge("hetis_planner_solver_processes", "Most searches at once.")
-        self._lag = gauge(
-            "hetis_planner_loop_lag_seconds", "How late the event loop was at worst, since the last scrape."
-        )
+        self._queued = gauge("hetis_planner_searches_queued", "Searches waiting for a process.")
+        self._searching = gauge("hetis_planner_searches_running", "Searches running in a process.")
+        self._processes = gauge("hetis_planner_solver_processes", "Maximum number of concurrent searches.")
+        self._lag = gauge("hetis_planner_loop_lag_seconds", "Longest delay of the event loop since the last scrape.")
         self._token_expiry = gauge(
-            "hetis_planner_token_expiry_seconds", "Unix time when the next token expires; 0: none does."
+            "hetis_planner_token_expiry_seconds", "Unix time at which the next token expires; 0 if none does."
         )
         self._tokens_expired = gauge("hetis_planner_tokens_expired", "Tokens in the file that have expired.")
         self._certificate_expiry = gauge(
             "hetis_planner_certificate_expiry_seconds",
-            "Unix time when the first certificate of a file expires.",
+            "Unix time of the earliest certificate expiry in a file.",
             ["file"],
         )
         self._connections_closed = counter(
             "hetis_planner_connections_closed", "Connections closed because their host had too many."
         )
-        self._failed_loops = gauge("hetis_planner_failed_loops", "Parts that have failed for good and need a restart.")
+        self._failed_loops = gauge(
+            "hetis_planner_failed_loops", "Failed background tasks; only a restart recovers them."
+        )
         self._closed_connections: Callable[[], int] = lambda: 0
         self._told_closed = 0
         ProcessCollector(registry=self.registry)  # memory, descriptors, CPU
@@ -152,16 +152,20 @@ class ServiceMetrics:
 
 # By field of `FleetCounters`: the metric's name and help, and the label of a count by kind.
 _OF_FLEET = {
-    "messages": ("agent_messages", "Messages of agents.", "kind"),
+    "messages": ("agent_messages", "Messages from agents.", "kind"),
     "deltas": ("deltas_sent", "Deltas sent to agents.", "kind"),
     "nacks": ("deltas_refused", "Deltas that agents refused.", "reason"),
     "redispatches": ("redispatches_ended", "Re-dispatches that ended.", "state"),
-    "reports_dropped": ("reports_dropped", "Reports that a newer one had overtaken.", ""),
-    "streams": ("agent_streams", "Streams of agents that began.", ""),
-    "takeovers": ("agent_takeovers", "Streams that ended another of their node.", ""),
-    "refusals": ("agent_refusals", "Streams refused because another agent had the node.", ""),
-    "replicas_ignored": ("replicas_ignored", "Mentions of strange replicas by nodes that had mentioned too many.", ""),
-    "contradictions": ("contradictions", "Second words of an authority that differ: a bug.", ""),
+    "reports_dropped": ("reports_dropped", "Reports that arrived after a newer one.", ""),
+    "streams": ("agent_streams", "Agent streams opened.", ""),
+    "takeovers": ("agent_takeovers", "Streams that replaced an earlier stream of their node.", ""),
+    "refusals": ("agent_refusals", "Streams refused because another agent was connected as the node.", ""),
+    "replicas_ignored": (
+        "replicas_ignored",
+        "Ignored reports of foreign replicas from nodes that reported too many.",
+        "",
+    ),
+    "contradictions": ("contradictions", "Reports of an authority that contradict its first one: a bug.", ""),
 }
 
 
@@ -192,15 +196,17 @@ class StoreCollector(Collector):
         names = [*map(str, BUCKETS_S), "+Inf"]
         yield HistogramMetricFamily(
             "hetis_planner_store_seconds",
-            "Time of transactions in the store.",
+            "Duration of store transactions.",
             buckets=list(zip(names, counts, strict=True)),
             sum_value=health.seconds,
         )
-        yield CounterMetricFamily(
-            "hetis_planner_store_errors", "Transactions that the store could not do.", value=health.errors
-        )
+        yield CounterMetricFamily("hetis_planner_store_errors", "Failed store transactions.", value=health.errors)
         yield GaugeMetricFamily(
             "hetis_planner_store_answered_seconds", "Seconds since the store last answered.", health.answered_s_ago
         )
-        yield GaugeMetricFamily("hetis_planner_lease_age_seconds", "Seconds since the last renewal.", lease.age_s)
-        yield GaugeMetricFamily("hetis_planner_leads", "1 while this planner leads.", float(lease.is_held))
+        yield GaugeMetricFamily(
+            "hetis_planner_lease_age_seconds", "Seconds since the leader's lease was last renewed.", lease.age_s
+        )
+        yield GaugeMetricFamily(
+            "hetis_planner_leads", "1 while this planner is the leader, else 0.", float(lease.is_held)
+        )

@@ -165,7 +165,7 @@ async def run_planner(config: PlannerConfig, open_planner: OpenPlanner, *, versi
         look_at_credentials()
         metrics.count_failed_loops(lambda: len(planner.failures) + len(loops.failures))
         stack.push_async_callback(loops.stop)
-        loops.start("reading files again", keep_fresh(access.refreshed, config.reload, then=look_at_credentials))
+        loops.start("reloading files", keep_fresh(access.refreshed, config.reload, then=look_at_credentials))
         loops.start("counting connections", connections.run())
         loops.start("watching the event loop", metrics.watch_loop())
         failing = asyncio.create_task(show_failure(planner, loops, server))

@@ -47,7 +47,7 @@ class ServiceHealth(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
 
     async def Check(self, request: Any, context: Any) -> Any:  # noqa: N802  # gRPC's names
         if request.service not in self._services:
-            await context.abort(grpc.StatusCode.NOT_FOUND, f"no service {request.service!r} here")
+            await context.abort(grpc.StatusCode.NOT_FOUND, f"unknown service {request.service!r}")
         return health_pb2.HealthCheckResponse(status=self._status(request.service))
 
     async def Watch(self, request: Any, context: Any) -> AsyncIterator[Any]:  # noqa: N802
@@ -146,7 +146,7 @@ class PlannerServer:
             else:
                 port = self._server.add_secure_port(address, self._credentials())
         except RuntimeError:
-            raise AddressError(f"cannot listen on {address}: it is in use, or may not be used") from None
+            raise AddressError(f"cannot listen on {address}: it is in use or not permitted") from None
         return address if is_socket_path(address) else join_address(split_address(address)[0], port)
 
     async def start(self) -> None:
@@ -172,9 +172,9 @@ class PlannerServer:
         try:
             await asyncio.wait_for(say_goodbye(), min(_STREAMS_S, timeout_s))
         except TimeoutError:
-            _log.warning("agents and watches did not end by themselves")
+            _log.warning("agent streams and watches did not end in time")
         except Exception:
-            _log.exception("saying goodbye failed")
+            _log.exception("sending the goodbye to agents failed")
         await self._calls.end_streams()
         finished = await self._calls.wait_for_unary(max(0.0, end - loop.time()))
         await self._server.stop(min(1.0, max(0.0, end - loop.time())))

@@ -53,7 +53,7 @@ OFF = "off"
 def _address(value: str) -> str:
     if is_socket_path(value):
         if not value.removeprefix("unix:").startswith("/"):
-            raise ValueError(f"{value!r} is not an address: write unix: and a path from /")
+            raise ValueError(f"{value!r} is not an address: write unix: and an absolute path")
     else:
         split_address(value)
     return value
@@ -68,7 +68,7 @@ def _status_address(value: str) -> str:
 def _store_url(value: str) -> str:
     scheme, colon, rest = value.partition("://")
     if not colon or scheme.partition("+")[0] not in ("sqlite", "postgresql") or not rest:
-        raise ValueError("is not a store: write sqlite:///hetis.db or postgresql://user@host/database")
+        raise ValueError("is not a store URL: write sqlite:///hetis.db or postgresql://user@host/database")
     return value
 
 
@@ -80,7 +80,7 @@ def _endpoint(value: str) -> str:
 
 def _domain(value: str) -> str:
     if not value or any(not (c.isascii() and (c.islower() or c.isdigit() or c in ".-_")) for c in value):
-        raise ValueError(f"{value!r} is not a trust domain: a-z, 0-9, '.', '-' and '_'")
+        raise ValueError(f"{value!r} is not a trust domain: use only a-z, 0-9, '.', '-' and '_'")
     return value
 
 
@@ -229,8 +229,8 @@ class PlannerConfig(DocumentPart):
             if not is_loopback(address) and not (self.tls is not None and self.asks_for_credentials):
                 yield (
                     ("listen", position),
-                    f"{address} can be reached from other machines, which needs tls.certificate and tls.key, and"
-                    " tokens or tls.client_ca to know callers by; without them only loopback is allowed, such as"
+                    f"{address} can be reached from other machines, which requires tls.certificate and tls.key,"
+                    " and tokens or tls.client_ca to identify callers; without them only loopback is allowed, such as"
                     " 127.0.0.1:8470",
                 )
         if (
@@ -240,12 +240,12 @@ class PlannerConfig(DocumentPart):
         ):
             yield (
                 ("status_page", "address"),
-                f"{self.status_page.address} can be reached from other machines, and the page asks nobody for"
-                " credentials: say status_page.public: true if that is meant",
+                f"{self.status_page.address} can be reached from other machines, and the page requires no"
+                " credentials: set status_page.public: true if this is intended",
             )
         if self.agents.lease < 2 * self.agents.heartbeat:
             lease, heartbeat = units.format_duration(self.agents.lease), units.format_duration(self.agents.heartbeat)
-            yield ("agents", "lease"), f"is {lease}, must be at least twice agents.heartbeat, which is {heartbeat}"
+            yield ("agents", "lease"), f"is {lease}, but must be at least twice agents.heartbeat ({heartbeat})"
 
     def to_data(self) -> dict[str, Any]:
         """Return the document with every default filled in, without secrets."""

@@ -72,8 +72,8 @@ def status_html(
     sections += [_cluster_section(one, counted.get(one.name)) for one in shown]
     title = f"Cluster {last_part(only)}" if only else "hetis planner"
     footer = (
-        f"hetis-planner {version}, {_clock(overview, clusters)}. The page renews itself. The same as JSON: "
-        "curl this address; for Prometheus: /metrics."
+        f"hetis-planner {version}, {_clock(overview, clusters)}. This page refreshes itself. For JSON, "
+        "curl this address; for Prometheus, see /metrics."
     )
     return render_page(Page(title=title, sections=tuple(sections), footer=footer, is_live=True))
 
@@ -97,13 +97,13 @@ def _planner_section(overview: Overview, clusters: Sequence[ClusterNow], *, vers
         known = ", ".join(last_part(one.name) for one in overview.clusters)
         if not overview.leads:
             where = f" ({overview.leader})" if overview.leader else ""
-            lines = [f"This planner stands by. What runs is on the page of the one that leads{where}."]
+            lines = [f"This planner is on standby. The page of the leader{where} shows what is running."]
         elif known:
-            lines = [f"Clusters that are being read: {known}."]
+            lines = [f"Clusters being loaded: {known}."]
         else:
             lines = ["There is no cluster yet: hetis-plan apply cluster.yaml"]
         blocks.append(Sentences(title="Clusters", lines=tuple(lines)))
-    role = "leads" if overview.leads else "stands by"
+    role = "leads" if overview.leads else "is on standby"
     return Section(anchor="planner", heading="Planner", lead=f"hetis-planner {version} {role}", blocks=tuple(blocks))
 
 
@@ -121,8 +121,8 @@ def _planner_tiles(overview: Overview, *, is_ready: bool) -> Iterator[Tile]:
     away = overview.store_answered_s_ago >= STORE_AWAY_S
     yield Tile(
         label="Store",
-        value="away" if away else "answers",
-        note=f"last heard {seconds(overview.store_answered_s_ago)} ago" if away else "",
+        value="not responding" if away else "responding",
+        note=f"last response {seconds(overview.store_answered_s_ago)} ago" if away else "",
         tone="bad" if away else "good",
     )
     yield Tile(
@@ -168,7 +168,7 @@ def _cluster_tiles(cluster: ClusterNow, records: Sequence[KvRecord]) -> Iterator
     states = Counter(word_of(replica_pb2.ReplicaState, replica.state) for replica in cluster.replicas)
     notes = [f"{count:,} {_lower(state)}" for state, count in states.items() if state not in ("SERVING", "DEGRADED")]
     if states["DEGRADED"]:
-        notes.insert(0, f"{states['DEGRADED']:,} of them without a lost attention worker")
+        notes.insert(0, f"{states['DEGRADED']:,} of them degraded by a lost attention worker")
     yield Tile(
         label="Replicas serving",
         value=f"{states['SERVING'] + states['DEGRADED']:,}",
@@ -195,7 +195,7 @@ def _cluster_tiles(cluster: ClusterNow, records: Sequence[KvRecord]) -> Iterator
         label="Re-dispatches",
         value=f"{ends['DONE']:,}",
         unit="done",
-        note=f"{under_way:,} under way, {ends['ABORTED']:,} called off, in this term",
+        note=f"{under_way:,} in progress, {ends['ABORTED']:,} aborted, in this term",
     )
 
 
@@ -216,7 +216,7 @@ def _map(cluster: ClusterNow, colors: Mapping[str, int]) -> FleetMap:
         for number, replica in enumerate(cluster.replicas[:COLORS])
     ]
     zone = ZoneMap(name="", nodes=tuple(cards), rest=f"and {plural(rest, 'more node')}" if rest > 0 else "")
-    note = "Solid: holds layers. Dashed: an attention worker. Dotted: in no replica."
+    note = "Solid: holds layers. Dashed: attention worker. Dotted: not in a replica."
     return FleetMap(title="The fleet now", zones=(zone,), legend=tuple(legend), note=note)
 
 
@@ -271,7 +271,7 @@ def _replica_row(number: int, replica: LiveReplica, state: str) -> tuple[str, ..
     report = replica.report
     devices = {device for stage in replica.shape.stages for device in stage.devices}
     devices |= {device for pool in replica.shape.attention_workers for device in pool.devices}
-    moving = ", heads move" if replica.redispatch else ""
+    moving = ", moving heads" if replica.redispatch else ""
     return (
         f"R{number}",
         last_part(replica.name),
@@ -302,12 +302,12 @@ def _pressure(cluster: ClusterNow, colors: Mapping[str, int], records: Sequence[
     rows = []
     for record in records:
         line, area = _paths(xs, record.shares)
-        now = "silent" if math.isnan(record.now) else f"{_whole(record.now)} now"
+        now = "no report" if math.isnan(record.now) else f"{_whole(record.now)} now"
         tone = "bad" if record.now >= (cluster.high_water or FULL) else ""
         rows.append(
             Strip(
                 label=record.device,
-                text=f"{now}, {_whole(record.peak)} at most",
+                text=f"{now}, peak {_whole(record.peak)}",
                 color=owners.get(record.device, PLAIN),
                 line=line,
                 area=area,
@@ -319,14 +319,14 @@ def _pressure(cluster: ClusterNow, colors: Mapping[str, int], records: Sequence[
         for one in cluster.redispatches
     ]
     rest = cluster.kv.num_devices - len(records)
-    notes = ["A vertical line is a re-dispatch."] if any(0 <= at <= _WIDTH for at in moments) else []
+    notes = ["Each vertical line marks a re-dispatch."] if any(0 <= at <= _WIDTH for at in moments) else []
     if cluster.high_water is not None:
-        notes.append("The dashed line is the share from which head groups leave.")
+        notes.append("The dashed line is the share above which head groups are moved away.")
     if rest > 0:
-        notes.append(f"The fullest {len(records)} devices are shown, {rest:,} others are emptier.")
+        notes.append(f"Only the {len(records)} fullest devices are shown; {rest:,} others are less full.")
     return Strips(
         title="KV in use, by device",
-        intro=f"Share of the KV blocks that cannot be dropped, every {SAMPLE_S:g} s; the planner remembers the last "
+        intro=f"Share of the KV blocks that cannot be dropped, every {SAMPLE_S:g} s; the planner keeps the last "
         f"{NUM_SAMPLES * SAMPLE_S / 60:.0f} minutes of its term.",
         rows=tuple(rows),
         width=_WIDTH,
@@ -390,8 +390,8 @@ def _redispatches(cluster: ClusterNow) -> Block:
     rest = len(newest) - len(rows)
     return Grid(
         title="Re-dispatches",
-        intro="Head groups that were moved while requests ran, the latest first; times are UTC.",
-        columns=("'at", "'replica", "'because", "moves", "KV", "a layer of a step", "'state"),
+        intro="Head groups moved while requests were running, latest first; times are in UTC.",
+        columns=("'at", "'replica", "'because", "moves", "KV", "time per layer", "'state"),
         rows=tuple(rows),
         bad=tuple(bad),
         strong=next((i for i, one in enumerate(newest[: len(rows)]) if _state(one) in _UNDER_WAY), None),
@@ -401,7 +401,7 @@ def _redispatches(cluster: ClusterNow) -> Block:
 
 def _trigger(message: redispatch_pb2.RedispatchTrigger) -> str:
     trigger = trigger_from_proto(message)
-    return "for a reason that this page does not know" if trigger is None else str(trigger)
+    return "for an unknown reason" if trigger is None else str(trigger)
 
 
 def _ended(one: redispatch_pb2.Redispatch) -> str:

@@ -156,7 +156,7 @@ def status_app(
 
         found = source.clusters_now()
         if only and only not in {one.name for one in found}:
-            return PlainTextResponse(f"{only} is not led here\n", status_code=404)
+            return PlainTextResponse(f"this planner does not lead {only}\n", status_code=404)
         page = status_html(await source.overview(), found, version=version, is_ready=is_ready(), only=only)
         return HTMLResponse(page, headers=_PAGE_HEADERS)
 
@@ -239,7 +239,7 @@ class _KnownHosts:
             await self._app(scope, receive, send)
             return
         name = given if given.isprintable() else "?"
-        text = f"no page of the host {name[:200]}: add its name to status_page.hosts\n"
+        text = f"unknown host {name[:200]}: add it to status_page.hosts\n"
         await PlainTextResponse(text, status_code=421)(scope, receive, send)
 
     def _knows(self, given: str) -> bool:

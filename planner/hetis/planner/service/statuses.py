@@ -46,7 +46,7 @@ def draining() -> ServiceError:
 
 def incident(incident_id: str) -> ServiceError:
     """Return the error that callers receive for a bug: it reveals only the id of the log entry."""
-    message = f"internal error, incident {incident_id}: the planner's log says more, please report it with that entry"
+    message = f"internal error, incident {incident_id}: see the planner's log, and please report its entry"
     return ServiceError(Reason.ERROR_REASON_INTERNAL, message, metadata={"incident": incident_id})
 
 

@@ -102,7 +102,7 @@ class Succession:
             _log.info("standing by", extra={"leader": error.metadata.get("leader", "")})
             self._warming = asyncio.create_task(self._standby.stand_by(), name="warming up a standby")
         self._lasting = asyncio.create_task(self._go_on(), name="succession")
-        self._loops.start("the guard of the store's connections", self._store.until_failed())
+        self._loops.start("the store connection guard", self._store.until_failed())
 
     def require_leader(self, method: str) -> None:
         """Raise NOT_LEADER, with the leader's address, or STORE_UNAVAILABLE shortly before the lease expires."""
@@ -194,10 +194,10 @@ class Succession:
                 try:
                     await self._begin(await self._store.stand_by(self._holder, self._addresses))
                 except ServiceError as error:
-                    _log.warning("the term did not begin", extra={"why": str(error)})
+                    _log.warning("the term could not begin", extra={"why": str(error)})
                     await asyncio.sleep(_AGAIN_S)
                 except Exception:
-                    _log.exception("the term did not begin")
+                    _log.exception("the term could not begin")
                     await asyncio.sleep(_AGAIN_S)
         finally:
             self._is_over.set()
@@ -226,7 +226,7 @@ class Succession:
         finally:
             task.cancel()
         if task.done() and not task.cancelled() and (error := task.exception()) is not None:
-            _log.error("%s did not end in order", what, exc_info=error)
+            _log.error("%s ended with an error", what, exc_info=error)
 
 
 class _Present:
@@ -323,4 +323,4 @@ def end_overdue_terms(lease: Lease) -> None:
             time.sleep(TICK_S)
         _end_process()
 
-    threading.Thread(target=go_on, name="the guard of the lease", daemon=True).start()
+    threading.Thread(target=go_on, name="the lease guard", daemon=True).start()

@@ -22,7 +22,7 @@ _ASSUMED_CACHE = 256 * 2**20  # as large as servers' are; more only costs memory
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cache:
-    """A device's last-level cache, and the origin of its size: ``as the driver says``, ``assumed``."""
+    """A device's last-level cache, and the origin of its size: ``as reported by the driver``, ``assumed``."""
 
     num_bytes: int
     origin: str

@@ -68,11 +68,11 @@ model: /models/{kv}
         "/engine.yaml:7: options: --tensor-parallel-size cannot be passed to the engine: the plan or these "
         "settings set it",
         "/engine.yaml:8: addresses.a: '10.0.0.1 or so' is not a valid address, must be an IP address or a name",
-        "/engine.yaml:9: attention_backend: 'TRITON ATTN' is no name of an attention backend",
-        "/engine.yaml:10: environment.NO=: 'NO=' is no name of an environment variable",
-        "/engine.yaml:11: served_name: '{names}' may have {name} in it, the model's name in the plan, and nothing else",
-        "/engine.yaml:12: model: '/models/{kv}' may have {name} and {weights} in it, the model's name and "
-        "the precision of the replica's weights in the plan, and nothing else",
+        "/engine.yaml:9: attention_backend: 'TRITON ATTN' is not a valid name of an attention backend",
+        "/engine.yaml:10: environment.NO=: 'NO=' is not a valid name of an environment variable",
+        "/engine.yaml:11: served_name: '{names}' may only have {name} in braces: the model's name in the plan",
+        "/engine.yaml:12: model: '/models/{kv}' may only have {name} and {weights} in braces: the model's name and "
+        "the precision of the replica's weights in the plan",
     ]
     assert problems(tmp_path, GOOD.replace("model: /models/{name}\n", "")) == ["/engine.yaml:1: model is missing"]
 

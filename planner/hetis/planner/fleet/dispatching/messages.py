@@ -77,12 +77,14 @@ def _violations(state: pb2.DispatchState, terms: dict[Place, StageTerms]) -> Vio
         if place not in terms:
             yield _violation(f"{path}[{m}].stage", f"the replica has no copy {place[1]} of a stage {place[0]}")
         elif place in seen:
-            yield _violation(f"{path}[{m}].stage", f"head_maps[{seen[place]}] is of the same copy of the same stage")
+            yield _violation(
+                f"{path}[{m}].stage", f"head_maps[{seen[place]}] already has the same copy of the same stage"
+            )
         else:
             seen[place] = m
             yield from _in_map(f"{path}[{m}]", head_map, terms[place])
     for stage, copy in sorted(terms.keys() - seen.keys()):
-        yield _violation(path, f"that of stage {stage}, copy {copy} is missing; required")
+        yield _violation(path, f"the head map of stage {stage}, copy {copy} is missing")
     yield from _across_stages(path, state.head_maps, 1 + max((stage for stage, _ in terms), default=-1))
 
 
@@ -91,7 +93,7 @@ def _in_map(path: str, head_map: head_map_pb2.HeadMap, terms: StageTerms) -> Vio
     for d, device in enumerate(head_map.devices):
         where = f"{path}.devices[{d}]"
         if device.name not in terms.index:
-            yield _violation(f"{where}.name", f"{device.name!r} is none of {', '.join(terms.stage.devices)}")
+            yield _violation(f"{where}.name", f"{device.name!r} is not one of {', '.join(terms.stage.devices)}")
         elif device.name in names:
             yield _violation(f"{where}.name", f"{device.name} is listed twice")
         names.add(device.name)
@@ -119,7 +121,7 @@ def _in_owners(path: str, owners: Sequence[int], terms: StageTerms, num_devices:
     if len(owners) != num:
         yield _violation(path, f"has {len(owners)} entries, must have one for each of {num} head groups")
     elif owners and max(owners) >= num_devices:
-        yield _violation(path, f"{max(owners)} is no position in a list of {num_devices} devices")
+        yield _violation(path, f"{max(owners)} is not an index into a list of {num_devices} devices")
 
 
 def _in_move(
@@ -130,17 +132,17 @@ def _in_move(
         yield _violation(f"{path}.change_id", "required")
     for field in ("source", "target"):
         if getattr(move, field) not in index:
-            yield _violation(f"{path}.move.{field}", f"{getattr(move, field)!r} is no device of the map")
+            yield _violation(f"{path}.move.{field}", f"{getattr(move, field)!r} is not a device of the map")
     of_request = owners.get(move.request)
     if of_request is None:
-        yield _violation(f"{path}.move.request", f"{move.request!r} does not run")
+        yield _violation(f"{path}.move.request", f"{move.request!r} is not running")
     elif not move.head_groups:
         yield _violation(f"{path}.move.head_groups", "required")
     else:
         wrong = [g for g in move.head_groups if g >= len(of_request) or of_request[g] != index.get(move.source)]
         if wrong or len(set(move.head_groups)) < len(move.head_groups):
             yield _violation(
-                f"{path}.move.head_groups", f"{wrong or list(move.head_groups)}: not {move.source}'s, or twice"
+                f"{path}.move.head_groups", f"{wrong or list(move.head_groups)}: not on {move.source}, or listed twice"
             )
 
 
@@ -155,9 +157,9 @@ def _across_stages(path: str, head_maps: Sequence[head_map_pb2.HeadMap], num_sta
             for field in ("incarnation", "context_tokens", "remaining_tokens"):
                 if getattr(request, field) != getattr(other, field):
                     there = getattr(other, field)
-                    yield _violation(f"{where}.{field}", f"is {getattr(request, field)}, at {before} it is {there}")
+                    yield _violation(f"{where}.{field}", f"is {getattr(request, field)}, but {there} at {before}")
             if head_map.stage in stages.setdefault(request.id, set()) and other is not request:
-                yield _violation(f"{where}.id", f"{request.id} is on another copy of stage {head_map.stage} too")
+                yield _violation(f"{where}.id", f"{request.id} is also on another copy of stage {head_map.stage}")
             stages[request.id].add(head_map.stage)
     for name, on in stages.items():
         if missing := sorted(set(range(num_stages)) - on):
@@ -190,7 +192,7 @@ MOST_REQUESTS = 1024  # per call
 def check_batch(num: int, violations: Violations) -> None:
     """Check the size and the fields of a batch. Raises INVALID_FIELD."""
     if not 1 <= num <= MOST_REQUESTS:
-        raise invalid_field("requests", f"are {num}, must be 1 to {MOST_REQUESTS}")
+        raise invalid_field("requests", f"has {num} entries, must have 1 to {MOST_REQUESTS}")
     _require_none(violations)
 
 
@@ -202,7 +204,7 @@ def check_step(request: pb2.DispatchRequestsRequest) -> None:
         "new_requests": request.new_requests,
     }
     if too_many := [field for field, found in parts.items() if len(found) > MOST_REQUESTS]:
-        raise invalid_field(too_many[0], f"are {len(parts[too_many[0]])}, must be at most {MOST_REQUESTS}")
+        raise invalid_field(too_many[0], f"has {len(parts[too_many[0]])} entries, must have at most {MOST_REQUESTS}")
     violations = chain(
         names_violations("finished", request.finished),
         request_violations("grown", request.grown, "remaining_tokens"),

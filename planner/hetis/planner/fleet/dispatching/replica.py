@@ -410,5 +410,5 @@ def _is_running(given: Newcomer, admitted: Newcomer) -> ServiceError:
     def words(one: Newcomer) -> str:
         return f"incarnation {one.incarnation}, {one.context_tokens} and {one.growth_tokens} tokens"
 
-    message = f"{given.id} runs already, admitted with {words(admitted)}; the call has {words(given)}"
+    message = f"{given.id} is already running, admitted with {words(admitted)}; the call has {words(given)}"
     return ServiceError(Reason.ERROR_REASON_REQUEST_RUNNING, message, metadata={"request": given.id})

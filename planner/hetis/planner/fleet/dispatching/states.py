@@ -197,7 +197,7 @@ class DispatchStates:
         if replica is None:
             raise not_found(name)
         if replica.authority != replica_pb2.HEAD_MAP_AUTHORITY_PLANNER:
-            message = f"the engine of {name} dispatches by itself"
+            message = f"the engine of {name} does its own dispatch"
             raise ServiceError(Reason.ERROR_REASON_ENGINE_IS_AUTHORITY, message, metadata={"replica": name})
         return replica
 
@@ -218,7 +218,7 @@ class DispatchStates:
         present = "" if state is None else state.state_id
         return ServiceError(
             Reason.ERROR_REASON_DISPATCH_STATE_LOST,
-            f"{name} has the dispatch state {present!r}, the call means {state_id!r}; declare what is running",
+            f"{name} has the dispatch state {present!r}, but the call refers to {state_id!r}: declare what is running",
             metadata={"replica": name, "state_id": present},
         )
 
@@ -237,7 +237,7 @@ def _require_generation(state: pb2.DispatchState, replica: LiveReplica) -> None:
     if state.generation != replica.generation:
         raise ServiceError(
             Reason.ERROR_REASON_GENERATION_MISMATCH,
-            f"{state.name} is declared at generation {state.generation}, the replica is at {replica.generation}",
+            f"{state.name} is declared at generation {state.generation}, but the replica is at {replica.generation}",
             metadata={"base_generation": state.generation, "generation": replica.generation},
         )
 
@@ -275,4 +275,4 @@ def _position(token: str, state: ReplicaDispatch | None) -> int:
             return int(first)
     except ValueError:
         pass
-    raise ServiceError(Reason.ERROR_REASON_INVALID_PAGE_TOKEN, f"page_token {token!r} is not from this state")
+    raise ServiceError(Reason.ERROR_REASON_INVALID_PAGE_TOKEN, f"page_token {token!r} does not belong to this state")

@@ -131,9 +131,11 @@ class RedispatchLoop(FleetObserver):
         try:
             await self._look(name)
         except HetisError as error:
-            _log.warning("no look at %s: %s", name, error)
+            _log.warning("%s could not be checked for a re-dispatch: %s", name, error)
         except Exception:
-            _log.exception("the look at %s failed", name)  # must not end the loop, which serves all replicas
+            _log.exception(
+                "checking %s for a re-dispatch failed", name
+            )  # must not end the loop, which serves all replicas
         finally:
             watched.end_look()
 
@@ -211,7 +213,7 @@ class RedispatchLoop(FleetObserver):
             looking = loop.run_in_executor(self._threads, partial(planner.look, look))
             return await asyncio.wait_for(looking, SOLVE_BUDGET_S)
         except TimeoutError:
-            _log.warning("a re-dispatch was given up after %s s", SOLVE_BUDGET_S)
+            _log.warning("the search for a re-dispatch was abandoned after %s s", SOLVE_BUDGET_S)
             return None
 
     def _watched_replica(self, name: str) -> tuple[WatchedReplica, RedispatchPolicy] | None:

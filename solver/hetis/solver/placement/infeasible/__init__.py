@@ -144,7 +144,7 @@ def _of_what_was_asked(
 ) -> Iterator[str | Relaxation]:
     """Yield sentences on every conflict and its members, with requests before facts of the fleet."""
     if len(conflicts) > 1:
-        yield "there are several conflicts, and all must be resolved: each statement assumes that the others are lifted"
+        yield "several conflicts exist, and all must be resolved: each statement assumes that the others are lifted"
     blamed = {member for conflict in conflicts for member in conflict.members}
     rest = [r for r in given if r not in blamed or r.subject.is_of_fleet]
     for conflict in conflicts:
