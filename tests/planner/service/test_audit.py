@@ -214,7 +214,7 @@ def test_the_command_filters_lines_and_finds_a_changed_one(tmp_path: Path) -> No
     )
     assert audit("--outcome", "ROLE")[1].split()[:3] == ["2", "2027-01-15T08:00:01.000+00:00", "ROLE"]
     code, out = audit("--check")
-    assert (code, out.partition(";")[0]) == (ServiceExitCode.OK, "3 lines, unbroken")
+    assert (code, out.partition(";")[0]) == (ServiceExitCode.OK, "3 lines, intact")
     with sqlite3.connect(tmp_path / "hetis.db") as connection:
         connection.execute("UPDATE audit SET caller = 'adam' WHERE number = 2")
     connection.close()

@@ -161,7 +161,7 @@ def test_the_page_shows_what_runs_as_it_is_now() -> None:
     ):  # fmt: skip
         assert words in text, words
     away = replace(OVERVIEW, store_answered_s_ago=12.0)
-    assert "last heard 12.0 s ago" in ReadPage(status_html(away, [], version="1", is_ready=False)).text
+    assert "last response 12.0 s ago" in ReadPage(status_html(away, [], version="1", is_ready=False)).text
     standby = ReadPage(status_html(replace(OVERVIEW, leads=False, leader="b:7"), [], version="1", is_ready=True)).text
     assert "This planner is on standby. The page of the leader (b:7) shows what is running." in standby
 
