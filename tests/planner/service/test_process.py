@@ -210,7 +210,7 @@ def test_a_handshake_that_fails_puts_no_line_of_another_form_into_the_log(tmp_pa
 def test_without_credentials_it_does_not_listen_for_other_machines(tmp_path: Path) -> None:
     code, _, stderr, _ = finished(("--listen", "0.0.0.0:0"), folder=tmp_path)
     assert code == ServiceExitCode.INVALID
-    assert stderr.startswith("error: --listen: 0.0.0.0:0 can be reached from other machines, which needs")
+    assert stderr.startswith("error: --listen: 0.0.0.0:0 can be reached from other machines, which requires")
 
 
 def test_the_configuration_in_force_is_printed_without_secrets(tmp_path: Path) -> None:
