@@ -172,7 +172,7 @@ def test_what_the_engine_needs_is_not_told_as_an_option(folder: Path, capsys: py
     inputs = ("place", "-c", "fleet.yaml", "-m", "Meta-Llama-3-8B", "-w", "1024/256", "-q")
     assert run([*inputs, "--tpot", "1ms"]) == ExitCode.INFEASIBLE
     said = capsys.readouterr().err
-    assert "beside p95 TTFT limit 2 s and vllm-hetis computing no layers on V100-SXM2-32GB: " in said
+    assert "given p95 TTFT limit 2 s and vllm-hetis computing no layers on V100-SXM2-32GB: " in said
     assert "--forbid" not in said
     options = ("--no-verify", "--no-other-engines", "--strategy", "uniform", "--price-pins", "--html", "plan.html")
     assert run([*inputs, "--engine", "vllm", "--forbid", "tp=2", *options, "--out", "plan.json"]) == ExitCode.OK

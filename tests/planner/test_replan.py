@@ -136,6 +136,7 @@ def test_what_was_forbidden_stays_so(folder: Path) -> None:
     assert "re-planning does not support --pin replicas=1..9" in plan["notes"]
     (folder / "only.yaml").write_text(FLEET.replace("  - {name: t4, gpus: [{type: T4, count: 2}]}\n", ""))
     gone = invoke(*again, str(folder / "only.yaml"))
+    assert gone.exit_code == 0, gone.output
     notes = json.loads(gone.stdout)["plan"]["notes"]
     assert "--forbid type=T4 refers to something that the fleet lacks, and is not kept for later" in notes
 

@@ -120,7 +120,7 @@ def test_all_that_is_wrong_is_told_at_once(fleet: str) -> None:
     for part in (
         "no zone mars",
         "unknown GPU 'L5'",
-        "'some' is not a number of GPUs",
+        "'some' is not a count and a GPU type such as 4xL4",
         "has no node l5-0, did you mean l4-0?",
     ):
         assert part in told

@@ -229,7 +229,10 @@ def test_the_configuration_in_force_is_printed_without_secrets(tmp_path: Path) -
         (("--role", "agent"), "--role agent: needs either --node or --cluster"),
         (("--role", "admin", "--node", "clusters/c/nodes/n"), "--role admin: takes neither --node nor --cluster"),
         (("--role", "agent", "--node", "n1"), "--node: 'n1' does not have the form clusters/CLUSTER/nodes/NODE"),
-        (("--role", "agent", "--cluster", "clusters/c/nodes/n"), "--cluster: 'clusters/c/nodes/n' does not have the form clusters/"),
+        (
+            ("--role", "agent", "--cluster", "clusters/c/nodes/n"),
+            "--cluster: 'clusters/c/nodes/n' does not have the form clusters/",
+        ),
         (("--role", "admin", "--valid", "0"), "--valid: is 0, must be a number of days above 0, at most 3650"),
         (("--role", "admin", "--file", "none/t.yaml"), "none/t.yaml: no such file"),
     ],

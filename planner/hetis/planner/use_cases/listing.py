@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from hetis.solver.constraints import DUTY_OF_ROLE, Duty
@@ -88,7 +88,10 @@ def _choices(problem: PlacementProblem) -> Iterator[_Choice]:
     from hetis.solver.placement.constrained_problem import apply_constraints
     from hetis.solver.placement.fleet import device_classes
 
-    found = apply_constraints(problem)
+    try:
+        found = apply_constraints(problem)
+    except InvalidProblemError:  # one names what the fleet lacks: the search refuses it, and re-planning drops it
+        found = apply_constraints(replace(problem, constraints=()))
     if not problem.family.mixed_types or found.is_empty:
         return
     problem = found.problem
