@@ -193,7 +193,7 @@ def test_a_node_that_is_not_declared_is_not_stored_and_forgotten_with_its_stream
     cluster.messages(world.now_s)
     assert stored(world) == before
     assert {*cluster.links} == {*cluster.connect_time_s} == {*cluster.leases.nodes} == {"a", "b", "c"}
-    with pytest.raises(ServiceError, match="another stream of node n0 began"):  # disconnected by an admin
+    with pytest.raises(ServiceError, match="another stream of node n0 was opened"):  # disconnected by an admin
         cluster.handle("n0", "", pb.ConnectNodeRequest(), now_s=world.now_s, time_s=world.now_s)
 
 

@@ -210,7 +210,7 @@ def test_a_handshake_that_fails_puts_no_line_of_another_form_into_the_log(tmp_pa
 def test_without_credentials_it_does_not_listen_for_other_machines(tmp_path: Path) -> None:
     code, _, stderr, _ = finished(("--listen", "0.0.0.0:0"), folder=tmp_path)
     assert code == ServiceExitCode.INVALID
-    assert stderr.startswith("error: --listen: 0.0.0.0:0 can be reached from other machines, which needs")
+    assert stderr.startswith("error: --listen: 0.0.0.0:0 can be reached from other machines, which requires")
 
 
 def test_the_configuration_in_force_is_printed_without_secrets(tmp_path: Path) -> None:
@@ -229,7 +229,7 @@ def test_the_configuration_in_force_is_printed_without_secrets(tmp_path: Path) -
         (("--role", "agent"), "--role agent: needs either --node or --cluster"),
         (("--role", "admin", "--node", "clusters/c/nodes/n"), "--role admin: takes neither --node nor --cluster"),
         (("--role", "agent", "--node", "n1"), "--node: 'n1' does not have the form clusters/CLUSTER/nodes/NODE"),
-        (("--role", "agent", "--cluster", "clusters/c/nodes/n"), "--cluster: 'clusters/c/nodes/n' is not clusters/"),
+        (("--role", "agent", "--cluster", "clusters/c/nodes/n"), "--cluster: 'clusters/c/nodes/n' does not have the form clusters/"),
         (("--role", "admin", "--valid", "0"), "--valid: is 0, must be a number of days above 0, at most 3650"),
         (("--role", "admin", "--file", "none/t.yaml"), "none/t.yaml: no such file"),
     ],
