@@ -103,7 +103,7 @@ def test_a_certificate_names_its_bearer(uri: str, name: str | None, tmp_path: Pa
     ("client", "message"),
     [
         (("spiffe://elsewhere/admin/x",), "has no URI spiffe://hetis/..."),
-        (("spiffe://hetis/wizard/x",), "is of spiffe://hetis/wizard/x, expected"),
+        (("spiffe://hetis/wizard/x",), "names spiffe://hetis/wizard/x, expected"),
         (("spiffe://hetis/admin/a", "spiffe://hetis/admin/b"), "has more than one URI"),
         ("dns", "has no URI spiffe://hetis/..."),
     ],
