@@ -17,6 +17,7 @@ from typing import Any
 Resolve = Callable[[str, int], Sequence[str]]
 # Metadata with which a planner begins an answer that may take long; an answer from a proxy itself lacks it.
 STREAM_OPEN = ("hetis-stream", "open")
+_TOKEN = re.compile(r"[!-~]*")
 _HOST = re.compile(r"[A-Za-z0-9][A-Za-z0-9.:_-]{0,252}")
 
 
@@ -49,6 +50,14 @@ def split_address(address: str, *, least_port: int = 1) -> tuple[str, int]:
 def is_host(text: str) -> bool:
     """Return whether a text may stand for a host in commands and files: a name or an IP address without brackets."""
     return _HOST.fullmatch(text) is not None
+
+
+def is_sendable_token(text: str) -> bool:
+    """Return whether gRPC sends a text as a bearer token: empty, or printable ASCII without blanks.
+
+    It refuses a call with any other text without giving the reason.
+    """
+    return _TOKEN.fullmatch(text) is not None
 
 
 def host_of(address: str) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import re
 import ssl
 import uuid
 from copy import deepcopy
@@ -16,11 +15,10 @@ from typing import TypeVar
 import grpc
 from google.protobuf.message import Message
 
-from hetis.formats.endpoints import is_loopback, split_endpoints
+from hetis.formats.endpoints import is_loopback, is_sendable_token, split_endpoints
 from hetis.formats.files import FileStamp, file_label, file_stamp, read_text
 from hetis.v1 import document_pb2
 
-_TOKEN = re.compile(r"[!-~]*")
 DEFAULT_DEADLINE_S = 30.0  # the planner allows at most 60 s
 DISPATCH_DEADLINE_S = 5.0  # the planner allows at most 10 s; an engine that waits longer decides on its own
 DISPATCH_SERVICE = "hetis.v1.DispatchService"
@@ -153,7 +151,7 @@ class Connection:
         token = self.token
         if self.token_file is not None:
             token = self.token_file.read_text(encoding="utf-8", errors="replace").strip()
-            if not _TOKEN.fullmatch(token):  # gRPC would refuse the call without saying why
+            if not is_sendable_token(token):
                 raise OSError(errno.EINVAL, "holds no token", str(self.token_file))
         return [("authorization", f"Bearer {token}")] if token else []
 

@@ -12,7 +12,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import urlsplit
 
-from hetis.formats.endpoints import Endpoint, LeaderSearch, host_of, is_loopback, split_address, split_endpoints
+from hetis.formats.endpoints import (
+    Endpoint,
+    LeaderSearch,
+    host_of,
+    is_loopback,
+    is_sendable_token,
+    split_address,
+    split_endpoints,
+)
 
 if TYPE_CHECKING:
     import grpc
@@ -21,7 +29,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 _NODE = re.compile(r"clusters/[a-z0-9][a-z0-9-]{0,62}/nodes/[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
-_TOKEN = re.compile(r"[!-~]*")
 _TOKEN_VARIABLE = "HETIS_AGENT_TOKEN"
 LEAST_WAIT_S, MOST_WAIT_S = 0.5, 30.0
 MOST_WAIT_FOR_LEADER_S = 4.0  # longest wait while planners answer and one of them is about to lead
@@ -230,7 +237,7 @@ class PlannerAddress:
         Raises OSError if the token's file cannot be read or holds no token, as while it is being written.
         """
         token = self._token()
-        if not _TOKEN.fullmatch(token):  # gRPC would refuse the call without saying why
+        if not is_sendable_token(token):
             where = self.token_file if self.token_file is not None else _TOKEN_VARIABLE
             raise OSError(f"{where} holds no token: characters other than printable ones without blanks")
         return (("authorization", f"Bearer {token}"),) if token else ()
