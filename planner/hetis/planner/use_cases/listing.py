@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from hetis.solver.constraints import DUTY_OF_ROLE, Duty
@@ -60,13 +60,13 @@ def refuse_unlisted(problem: PlacementProblem) -> None:
     engine = problem.family.engine
     assert engine is not None, "other families are not listed"
     choices = list(_choices(problem))
-    long = [stages for stages in range(2, engine.max_stages + 1) if _longest_list(choices, stages) > MOST_LISTED]
-    if not long:
+    counts = {stages: _longest_list(choices, stages) for stages in range(2, engine.max_stages + 1)}
+    if max(counts.values(), default=0) <= MOST_LISTED:
         return
-    from hetis.solver.placement.pipelines import MOST_COMPOSITIONS
+    from hetis.solver.placement.pipelines import MOST_COMPOSITIONS  # not earlier: it loads the compiled search
 
-    for stages in long:
-        if (count := _longest_list(choices, stages)) > MOST_COMPOSITIONS:
+    for stages, count in counts.items():
+        if count > MOST_COMPOSITIONS:
             raise InvalidProblemError(
                 f"--max-stages {engine.max_stages}: {kinds_in_a_zone(problem)} kinds of GPUs in a zone make "
                 f"{count:,} pipelines of {stages} stages, {MOST_COMPOSITIONS:,} are listed at most: "
@@ -88,10 +88,7 @@ def _choices(problem: PlacementProblem) -> Iterator[_Choice]:
     from hetis.solver.placement.constrained_problem import apply_constraints
     from hetis.solver.placement.fleet import device_classes
 
-    try:
-        found = apply_constraints(problem)
-    except InvalidProblemError:  # one names what the fleet lacks: the search refuses it, and re-planning drops it
-        found = apply_constraints(replace(problem, constraints=()))
+    found = apply_constraints(problem)
     if not problem.family.mixed_types or found.is_empty:
         return
     problem = found.problem

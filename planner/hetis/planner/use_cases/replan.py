@@ -100,9 +100,8 @@ def load_replanning(
     if rate_rps is not None:
         objective = replace(objective, demand_rps=rate_rps)
     warnings = [*found.warnings, *_nothing_in_common(found.plan, fleet)]
-    deepest = max((len(replica.stages) for replica in found.plan.replicas), default=1)
-    problem = settings.problem(loaded.inputs, objective, least_stages=deepest)
-    kept, ignored, absent = _constraints(problem)
+    posed = loaded.inputs.problem(objective, settings.strategy, settings.roles, settings.engine)
+    kept, ignored, absent = _constraints(posed)
     if impossible := [each for each in ignored if each not in found.problem.constraints]:
         named = "; ".join(map(str, impossible))
         raise InvalidProblemError(
@@ -113,7 +112,8 @@ def load_replanning(
     dropped += [f"{each} refers to something that the fleet lacks, and is not kept for later" for each in absent]
     inputs = replace(loaded.inputs, constraints=kept)
     loaded = replace(loaded, inputs=inputs, notes=(*loaded.notes, *dropped))
-    problem = replace(problem, constraints=kept)
+    deepest = max((len(replica.stages) for replica in found.plan.replicas), default=1)
+    problem = settings.problem(inputs, objective, least_stages=deepest)
     warnings += dropped
     if engine != family.engine:
         warnings.append("replicas may span any number of nodes: re-planning does not support --max-nodes-per-replica")
