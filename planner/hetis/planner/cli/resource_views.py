@@ -22,7 +22,7 @@ from hetis.planner.cli.searching import PLAIN_INTERVAL_S, describe
 from hetis.planner.client import CallError, Client
 from hetis.planner.convert.names import last_part, word_of
 from hetis.planner.report.figures import bar, digits, gigabytes, percent, plural, seconds
-from hetis.planner.report.tables import Extent, facts, kept_words, missed_words, table
+from hetis.planner.report.tables import SimulatedExtent, facts, kept_words, missed_words, table
 from hetis.solver.budget import Progress
 from hetis.v1 import (
     audit_service_pb2,
@@ -278,7 +278,7 @@ def _summary(plan: plan_pb2.Plan) -> Iterator[tuple[str, RenderableType]]:
 
 def _simulated(found: plan_pb2.Verification, spec: plan_pb2.PlanSpec) -> Text:
     kept_rps = found.kept_rps if found.HasField("kept_rps") else None
-    extent = Extent(found.share if found.HasField("share") else None, found.too_short)
+    extent = SimulatedExtent(found.share if found.HasField("share") else None, found.too_short)
     if not found.kept:
         return missed_words(found.rate_rps, found.misses, kept_rps, extent)
     latencies = (

@@ -257,16 +257,13 @@ def model_names(incomplete: str) -> list[str]:
 
     names = [entry.model.name for entry in models()]
     short = [name.rpartition("/")[2] for name in names]
-    # Keep the case that was typed, or the shell would discard the completion; the catalogue ignores case anyway.
-    return [incomplete + n[len(incomplete) :] for n in short + names if n.lower().startswith(incomplete.lower())]
+    return _in_typed_case(incomplete, short + names)
 
 
 def gpu_names(incomplete: str) -> list[str]:
     from hetis.formats.catalogue import gpus
 
-    # Keep the case that was typed, as for models.
-    names = (entry.gpu.name for entry in gpus())
-    return [incomplete + n[len(incomplete) :] for n in names if n.lower().startswith(incomplete.lower())]
+    return _in_typed_case(incomplete, (entry.gpu.name for entry in gpus()))
 
 
 def added_gpus(incomplete: str) -> list[str]:
@@ -336,6 +333,11 @@ def _last_of_list(incomplete: str, complete: Callable[[str], list[str]]) -> list
     """Return the completions of the last item of a list with commas, none of which is in the list already."""
     before, comma, last = incomplete.rpartition(",")
     return [f"{before}{comma}{word}" for word in complete(last) if word not in before.split(",")]
+
+
+def _in_typed_case(incomplete: str, names: Iterable[str]) -> list[str]:
+    """Return names of the catalogue, which ignores case, in the case that was typed: the shell discards any other."""
+    return [incomplete + name[len(incomplete) :] for name in names if name.lower().startswith(incomplete.lower())]
 
 
 def _completing(incomplete: str, names: Iterable[str]) -> list[str]:

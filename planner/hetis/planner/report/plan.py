@@ -17,7 +17,7 @@ from hetis.formats.dtypes import precision_of
 from hetis.formats.errors import DocumentError
 from hetis.planner.report.figures import bar, digits, percent, plural, seconds, tokens
 from hetis.planner.report.tables import (
-    Extent,
+    SimulatedExtent,
     Unbroken,
     as_group,
     bullets,
@@ -367,7 +367,7 @@ def _limit(reached: float, limit: float | None) -> Text:
 
 def simulated_words(found: Verification, plan: Plan) -> Text:
     """Return the simulated outcome for the limits, shown after the model's values."""
-    level, extent = service_level_of(plan), Extent(found.share, bool(found.too_short))
+    level, extent = service_level_of(plan), SimulatedExtent(found.share, bool(found.too_short))
     if found.kept:
         shown = [one for one in Latency if one is Latency.TTFT or _has_tpot(plan)]
         latencies = ((f"{one} {level.statistic(one)}", found.seconds(one)) for one in shown)

@@ -81,7 +81,7 @@ def section(title: str, body: RenderableType) -> RenderableType:
     return Group(Text(f"\n{title}", style="bold"), Padding(body, (0, 0, 0, 1)))
 
 
-class Extent(NamedTuple):
+class SimulatedExtent(NamedTuple):
     """How much of a plan was simulated: the share of its rate (None: all of it), and whether runs were too short."""
 
     share: float | None
@@ -105,7 +105,7 @@ def _part_words(share: float) -> str:
 
 
 def kept_words(
-    rate_rps: float, latencies: Iterable[tuple[str, float]], share: str, kept_rps: float | None, extent: Extent
+    rate_rps: float, latencies: Iterable[tuple[str, float]], share: str, kept_rps: float | None, extent: SimulatedExtent
 ) -> Text:
     """Return a sentence about a simulated plan that keeps its limits: latencies, and the share of requests in time."""
     named = ", ".join(f"{name} {seconds(value_s)}" for name, value_s in latencies)
@@ -113,7 +113,7 @@ def kept_words(
     return Text.assemble(("limits kept", "yellow" if extent.too_short else "green"), words, extent.text())
 
 
-def missed_words(rate_rps: float, misses: Iterable[str], kept_rps: float | None, extent: Extent) -> Text:
+def missed_words(rate_rps: float, misses: Iterable[str], kept_rps: float | None, extent: SimulatedExtent) -> Text:
     """Return a sentence about a simulated plan that misses limits."""
     least = "no rate tried keeps them" if kept_rps is None else f"kept up to {digits(kept_rps, 4)}"
     words = f" at {digits(rate_rps, 4)} requests/s: {', '.join(misses)}; {least}"

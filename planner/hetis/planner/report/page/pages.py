@@ -33,7 +33,7 @@ from hetis.planner.report.page.blocks import (
 from hetis.planner.report.page.plan_section import plan_section
 from hetis.planner.report.plan import problem_line
 from hetis.planner.report.simulation_pictures import Panel, panels_of, panels_of_sweep
-from hetis.planner.report.tables import Extent
+from hetis.planner.report.tables import SimulatedExtent
 from hetis.planner.use_cases.compare import Compared, best_of, figures_of, kept_of
 from hetis.planner.use_cases.replan import PosedReplan
 from hetis.planner.use_cases.simulate import Simulated
@@ -175,7 +175,7 @@ def _section(shown: ShownPlan, number: int) -> Section:
 
 
 def _extent(curve: Curve) -> str:
-    return "".join(f" {line.capitalize()}." for line in Extent(curve.share, curve.too_short).lines())
+    return "".join(f" {line.capitalize()}." for line in SimulatedExtent(curve.share, curve.too_short).lines())
 
 
 def _side(name: str, side: Side, number: int) -> list[Section]:

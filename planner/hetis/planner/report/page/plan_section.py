@@ -44,7 +44,7 @@ from hetis.planner.report.plan import (
     verdict,
 )
 from hetis.planner.report.simulation_pictures import Panel
-from hetis.planner.report.tables import Extent, kept_beyond
+from hetis.planner.report.tables import SimulatedExtent, kept_beyond
 from hetis.planner.use_cases.engine_values import EQUAL_STAGES
 from hetis.planner.use_cases.grouping import ReplicaGroup, group_replicas
 from hetis.planner.use_cases.robustness.profile_errors import used_fits
@@ -177,7 +177,7 @@ def _simulated(plan: Plan) -> Iterator[Tile]:
     found = verification_of(plan)
     if found is None:
         return
-    extent = "".join(f"; {line}" for line in Extent(found.share, bool(found.too_short)).lines())
+    extent = "".join(f"; {line}" for line in SimulatedExtent(found.share, bool(found.too_short)).lines())
     if found.kept:
         beyond = kept_beyond(found.rate_rps, found.kept_rps)
         note = f"at {digits(found.rate_rps)} requests/s; {attained(found, plan)}{beyond}{extent}"
