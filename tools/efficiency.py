@@ -321,8 +321,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         write_atomically(options.out, to_json(calibration.efficiencies))
         if options.tables:
             relatives = {name: board.relative for name, board in _BOARDS.items()}
-        for found in modelled_tables(calibration.efficiencies, calibration.pairs, options.data, relatives):
-            tables.write(*found, folder=options.tables)
+            for found in modelled_tables(calibration.efficiencies, calibration.pairs, options.data, relatives):
+                tables.write(*found, folder=options.tables)
         if options.tables == tables.DATA:
             tables.main()
     except HetisError as error:

@@ -36,6 +36,15 @@ def test_the_command_makes_the_shipped_bytes(tmp_path: Path) -> None:
         assert path.read_bytes() == (DATA / path.name).read_bytes(), path.name
 
 
+def test_without_tables_only_the_file_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = efficiency.Calibration(efficiencies=shipped_efficiencies(), pairs=())
+    monkeypatch.setattr(efficiency, "calibrate", lambda *_: made)
+    out = tmp_path / "efficiency.json"
+    assert efficiency.main(["--data", str(tmp_path), "--out", str(out)]) == 0
+    assert out.read_bytes() == resources.files("hetis.profiler").joinpath("efficiency.json").read_bytes()
+    assert list(tmp_path.iterdir()) == [out]
+
+
 @pytest.mark.parametrize("architecture", ["Ada", "Ampere", "Hopper"])
 def test_measured_architectures_keep_the_bars(architecture: str) -> None:
     """10% in the serving range for attention, 8% for dense; all-reduces bend where libraries change their algorithm."""
