@@ -213,54 +213,6 @@ class SavedState:
         )
 
 
-def saved_state(
-    snapshot: StateSnapshot, *, name: str, num_layers: int, move_byte_s: FloatArray | None = None
-) -> SavedState:
-    """Return a snapshot as the value of a file. Its ``snapshot()`` is equal, but for what the solver does not use."""
-    stage, heads = snapshot.stage, snapshot.stage.heads
-    return SavedState(
-        name=name,
-        inline=InlineHeads(
-            groups=heads.head_groups,
-            queries_per_group=heads.queries_per_group,
-            kv_bytes_per_token=heads.kv_bytes_per_token,
-            exchange_bytes_per_head=heads.exchange_bytes_per_head,
-        ),
-        block_tokens=heads.block_tokens,
-        num_layers=num_layers,
-        devices=tuple(_device_of(snapshot, i, move_byte_s) for i in range(stage.num_devices)),
-        requests=_requests_of(snapshot),
-        moves=snapshot.moves,
-    )
-
-
-def _device_of(snapshot: StateSnapshot, i: int, move_byte_s: FloatArray | None) -> SavedDevice:
-    stage, device = snapshot.stage, snapshot.devices[i]
-    pieces = [
-        AttentionPiece(head_s=float(a), kv_byte_s=float(b), call_s=float(c))
-        for a, b, c in zip(stage.head_s[i], stage.kv_byte_s[i], stage.call_s[i], strict=True)
-    ]
-    while len(pieces) > 1 and pieces[-1] == pieces[-2]:
-        pieces.pop()  # repeated to fill the table
-    link_byte_s, link_s, tp = float(stage.transfer_byte_s[i]), float(stage.transfer_s[i]), 1
-    if stage.primary is not None and stage.has_primary_at(i):
-        link_byte_s, link_s, tp = stage.primary.nic_byte_s, stage.primary.nic_s, stage.primary.tp
-    moving_s = link_byte_s if move_byte_s is None else float(move_byte_s[i])
-    return SavedDevice(
-        name=device.name,
-        role="primary" if stage.has_primary_at(i) else "worker",
-        tp=tp,
-        attention=tuple(pieces),
-        link_byte_s=link_byte_s,
-        link_s=link_s,
-        move_byte_s=None if moving_s == link_byte_s else moving_s,
-        total_blocks=device.total_blocks,
-        status=device.status,
-        high_water=device.high_water,
-        changed=device.changed,
-    )
-
-
 def _requests_of(snapshot: StateSnapshot) -> tuple[SavedRequest, ...]:
     names = snapshot.stage.devices
     return tuple(
