@@ -424,7 +424,7 @@ def figures_of(plan: Plan, inputs: Inputs | PlacementProblem, *, rate_rps: float
     """Return the figures of a plan at ``rate_rps``, or at the planned rate if that is None."""
     goodput_share = Assumptions().planned_utilisation
     is_throughput = plan.objective.kind is ObjectiveKind.THROUGHPUT
-    rate = saturated_rate(plan) * (1.0 if is_throughput else goodput_share) if rate_rps is None else rate_rps
+    rate = plan.served_rate() * (1.0 if is_throughput else goodput_share) if rate_rps is None else rate_rps
     usd = _usd_per_hour(plan, inputs.cluster)
     moments = inputs.workload.clipped_to(inputs.model.max_position).moments()
     output_per_s = rate * moments.mean_output
@@ -441,12 +441,6 @@ def figures_of(plan: Plan, inputs: Inputs | PlacementProblem, *, rate_rps: float
         gpus_used=used,
         gpus_idle=inputs.cluster.num_gpus() - used,
     )
-
-
-def saturated_rate(plan: Plan) -> float:
-    """Return the rate of unified replicas plus that of the routes from prefill to decode replicas, in requests/s."""
-    unified = sum(replica.rate for replica in plan.replicas if replica.role is Role.UNIFIED)
-    return unified + sum(route.rate for route in plan.kv_routes)
 
 
 def _devices(plan: Plan) -> set[str]:

@@ -319,7 +319,6 @@ def _one_type(name: str, count: int, per_node: int, model: ModelSpec, workload: 
 
 def _require_checked(problem: ShareProblem, shares: tuple[Shares, ...]) -> None:
     """Raise `UncheckedPlanError` if the independent checker finds an error."""
-    from hetis.planner.use_cases.errors import UncheckedPlanError
     from hetis.solver.shares.check import check_shares
 
     found = tuple(f"{answer.rule}: {sentence}" for answer in shares for sentence in check_shares(problem, answer))
