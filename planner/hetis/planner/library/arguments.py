@@ -110,15 +110,16 @@ def _listed(value: object) -> object:
 
 
 def _quantity(parse: Callable[[str], float], example: str, fits: Callable[[float], bool], limit: str) -> Check:
-    """Return a check for a number or text with a unit, both of which are kept."""
+    """Return a check for a number or text with a unit, which becomes a number."""
 
     def check(value: Any) -> Any:
         value = _plain(value)
         if isinstance(value, bool) or not isinstance(value, int | float | str):
             raise ValueError(f"is {_shown(value)}, must be a number or text such as {example!r}")
-        if not fits(parse(value) if isinstance(value, str) else value):
+        number = float(parse(value) if isinstance(value, str) else value)
+        if not fits(number):
             raise ValueError(f"is {_shown(value)}, must be {limit}")
-        return value
+        return number
 
     return check
 
@@ -127,8 +128,8 @@ def _word_or(words: Sequence[str], otherwise: Check) -> Check:
     """Return a check that also accepts some words."""
 
     def check(value: Any) -> Any:
-        is_word = isinstance(value, str) and value.strip().lower() in words
-        return value if is_word else otherwise(value)
+        word = value.strip().lower() if isinstance(value, str) else None
+        return word if word in words else otherwise(value)
 
     return check
 

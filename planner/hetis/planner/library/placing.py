@@ -34,7 +34,7 @@ from hetis.planner.library.arguments import (
     one_of,
     read_by,
 )
-from hetis.planner.library.plan import Plan, limit_of, ratio_of, seconds_of
+from hetis.planner.library.plan import Plan
 from hetis.planner.use_cases import place as placing
 from hetis.planner.use_cases.service_level import Statistic, asked_level
 from hetis.planner.use_cases.sources import ReplicaLimits, engine_rules, engine_settings, load_plan_and_problem, ordered
@@ -134,12 +134,7 @@ def place(
         HetisError: arguments are wrong, or an input is not usable; the message names them.
     """
     limits = ReplicaLimits(max_stages=max_stages, max_gpus=max_gpus, min_layers=min_layers, max_nodes=max_nodes)
-    goal = placing.objective(
-        ObjectiveKind(objective),
-        ttft_s=limit_of(ttft),
-        tpot_s=limit_of(tpot),
-        demand_rps=rate,
-    )
+    goal = placing.objective(ObjectiveKind(objective), ttft_s=_limit(ttft), tpot_s=_limit(tpot), demand_rps=rate)
     request = placing.PlacementRequest(
         cluster=_text_or_value(cluster),
         model=_text_or_value(model),
@@ -157,11 +152,11 @@ def place(
             roles=ordered(map(Role, roles)),
             engine=engine_rules(engine, strategy, limits),
             keep_stages=max_stages is not None,
-            time_limit_s=seconds_of(time_limit),
-            gap_target=ratio_of(gap),
+            time_limit_s=float(time_limit),
+            gap_target=float(gap),
             seed=seed,
             threads=threads,
-            simplest_within=ratio_of(simplest_within),
+            simplest_within=float(simplest_within),
             survive=survive,
         ),
         engine_settings=engine_settings(max_num_seqs=max_num_seqs, chunk_tokens=chunk_tokens, kv_blocks=kv_blocks),
@@ -169,7 +164,7 @@ def place(
         service_level=asked_level(
             ttft=None if ttft_statistic is None else Statistic(ttft_statistic),
             tpot=None if tpot_statistic is None else Statistic(tpot_statistic),
-            attainment=None if attainment is None else ratio_of(attainment),
+            attainment=None if attainment is None else float(attainment),
             objective=goal,
             verify=verify,
         ),
@@ -189,9 +184,12 @@ def _text_or_value(given: T | Path) -> T | str:
 
 
 def _hit_rate(given: Quantity | None) -> PrefixHitRate | None:
-    if given is None:
-        return None
-    return "trace" if given == "trace" else ratio_of(given)
+    return given if given is None else "trace" if given == "trace" else float(given)
+
+
+def _limit(given: Quantity | None) -> float | None:
+    """Return a latency limit in seconds: infinity if there is none, and None for the objective's default."""
+    return None if given == "default" else float("inf" if given in (None, "none") else given)
 
 
 @checked

@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from hetis.formats.documents import dump, to_data
 from hetis.formats.files import write_atomically
-from hetis.formats.units import parse_duration, parse_ratio
 from hetis.planner.export.targets import Export
-from hetis.planner.library.arguments import Count, CountOrZero, File, Quantity, Rate, Share, Texts, checked
+from hetis.planner.library.arguments import Count, CountOrZero, File, Rate, Share, Texts, checked
 from hetis.planner.report.figures import digits, percent, plural, seconds
 from hetis.planner.report.simulation import simulation_document
 from hetis.planner.use_cases.compare import Figures, figures_of
@@ -197,7 +196,7 @@ class Plan:
             settings=Settings(sample_every_s=None if sweep else sample_spacing_s(plan, load, num_requests)),
             limits=plan.objective,
             sweeps=sweep,
-            tolerance=ratio_of(tolerance),
+            tolerance=float(tolerance),
             engine_settings=given,
             changes=started.changes,
         )
@@ -336,35 +335,3 @@ def member(names: type[Name], text: str, what: str) -> Name:
         return names(text)
     except ValueError:
         raise InvalidProblemError(f"unknown {what} {text!r}, expected one of {', '.join(names)}") from None
-
-
-def seconds_of(value: Quantity) -> float:
-    """Return the seconds of ``0.2`` or ``"200ms"``. Raises InvalidProblemError unless it is a positive duration."""
-    try:
-        seconds = parse_duration(value) if isinstance(value, str) else float(value)
-    except ValueError as error:
-        raise InvalidProblemError(str(error)) from None
-    if not seconds > 0:
-        raise InvalidProblemError(f"a duration is {value}, must be > 0")
-    return seconds
-
-
-def limit_of(value: Quantity | None) -> float | None:
-    """Return the seconds of a latency limit, infinity for no limit, or None for the objective's default.
-
-    Raises:
-        InvalidProblemError: the limit is not a positive duration.
-    """
-    if value is None:
-        return float("inf")
-    if isinstance(value, str) and value.strip().lower() in ("none", "default"):
-        return float("inf") if value.strip().lower() == "none" else None
-    return seconds_of(value)
-
-
-def ratio_of(value: Quantity) -> float:
-    """Return the ratio of ``0.01`` or ``"1%"``. Raises InvalidProblemError unless it is a ratio."""
-    try:
-        return parse_ratio(value) if isinstance(value, str) else float(value)
-    except ValueError as error:
-        raise InvalidProblemError(str(error)) from None
