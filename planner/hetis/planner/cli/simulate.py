@@ -221,10 +221,12 @@ def simulate(terminal: Terminal, plan: PlanArgument, *, asked: SimulateOptions) 
 def _lengths(terminal: Terminal, found: PlanAndProblem, path: str, asked: SimulateOptions) -> Trace | Workload:
     """Return the requests of a trace if one is specified, or else those that the plan was made for."""
     from hetis.formats.workload import with_prefix_hits
-    from hetis.planner.use_cases.simulate import load_lengths, planned_lengths
+    from hetis.planner.use_cases.simulate import load_lengths
+    from hetis.planner.use_cases.sources import inputs_from_documents
 
     if asked.trace is None:
-        return with_prefix_hits(planned_lengths(found.plan, path), asked.prefix_hit_rate)
+        planned_for = inputs_from_documents(found.plan.inputs.get("documents"), path).workload  # not clipped
+        return with_prefix_hits(planned_for, asked.prefix_hit_rate)
     lengths, planned = load_lengths(asked.trace, asked.prefix_hit_rate), found.problem.workload.prefix_hit_rate
     if planned and not lengths.prefix_hit_rate and asked.prefix_hit_rate is None:
         terminal.warn(

@@ -11,7 +11,6 @@ from hetis.formats.errors import DocumentError, Problem, did_you_mean
 from hetis.formats.traces import ENDINGS, PrefixHitRate, Trace, read_trace
 from hetis.formats.workload import load_workload
 from hetis.planner.use_cases.grouping import group_replicas
-from hetis.planner.use_cases.sources import inputs_from_documents
 from hetis.simulator.arrivals import Arrivals, Load
 from hetis.simulator.metrics import Metrics, Prediction, Summary, prediction_of, summarise
 from hetis.simulator.running import MAX_ROUNDS, RateSweep, Report, SimulationJob, SimulationRunner, runner, sweep
@@ -87,15 +86,6 @@ def load_lengths(ref: str, prefix_hit_rate: PrefixHitRate | None = None) -> Trac
     if ref.endswith(ENDINGS):
         return read_trace(ref, prefix_hit_rate=prefix_hit_rate or 0.0)
     return load_workload(ref, prefix_hit_rate=prefix_hit_rate)
-
-
-def planned_lengths(plan: Plan, name: str) -> Workload:
-    """Return the workload for which a plan was made, not clipped; ``name`` is the plan's in messages.
-
-    Raises:
-        DocumentError: the documents saved in the plan are not usable.
-    """
-    return inputs_from_documents(plan.inputs.get("documents"), name).workload
 
 
 def default_rate(plan: Plan, problem: PlacementProblem) -> float:

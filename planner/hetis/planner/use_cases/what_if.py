@@ -336,17 +336,12 @@ def read_wanted(
     """
     problems: list[Problem] = []
     shape = attempt(lambda: node_shape(cluster, like=like, gpus_per_node=gpus_per_node, zone=zone, nic=nic), problems)
-    added = attempt(lambda: additions(add, cluster), problems)
+    added = attempt(lambda: _every(add, lambda text: _addition(text, cluster)), problems)
     removed = attempt(lambda: removals(remove, cluster), problems)
     offers = attempt(lambda: market_of(market[0], cluster, market[1]), problems) if market is not None else ()
     if problems or shape is None:
         raise DocumentError(problems)
     return WantedShape(change=FleetChange(add=added or (), remove=removed or (), shape=shape), market=offers or ())
-
-
-def additions(texts: Sequence[str], cluster: Cluster) -> tuple[Addition, ...]:
-    """Return the GPUs of ``--add`` options. Raises DocumentError with every option that cannot be parsed."""
-    return _every(texts, lambda text: _addition(text, cluster))
 
 
 def _every(texts: Sequence[str], read: Callable[[str], Addition]) -> tuple[Addition, ...]:
@@ -359,6 +354,7 @@ def _every(texts: Sequence[str], read: Callable[[str], Addition]) -> tuple[Addit
 
 
 def _addition(text: str, cluster: Cluster) -> Addition:
+    """Return the GPUs of an ``--add`` option."""
     parts = _ADDED.fullmatch(text.strip())
     if parts is None:
         raise single_problem("--add", f"{text!r} is not a count and a GPU type such as 4xL4")
