@@ -9,7 +9,7 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from contextvars import ContextVar
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -75,52 +75,44 @@ class Terminal:
     def say(self, message: str) -> None:
         """Print a line of information on stderr, unless ``-q`` silences it."""
         if self.verbosity >= 0:
-            self._note(message)
+            self.line(message)
 
     def detail(self, message: str) -> None:
         """Print a line that only ``-v`` shows."""
         if self.verbosity >= 1:
-            self._note(message)
+            self.line(message)
 
     def warn(self, message: str) -> None:
         """Print a warning about something that is not an error."""
         if self.verbosity >= 0:
-            self._note(message, label="warning", style="yellow")
+            self.line(message, label="warning", style="yellow")
 
     def error(self, message: str, details: Iterable[str] = ()) -> None:
         """Print an error with one detail per line below it. Always shown."""
-        self._note(message, label="error", style="bold red")
+        self.line(message, label="error", style="bold red")
         for detail in details:
             self.line(f"  {detail}")
 
-    def line(self, message: str) -> None:
+    def line(self, message: str, *, label: str = "", style: str = "") -> None:
         """Print a line that is always shown, such as one of many problems."""
-        self._note(message)
+        from rich.text import Text
+
+        # Soft wrap: a message that may be copied or searched for must stay one line.
+        text = Text.assemble((f"{label}: " if label else "", style), message)
+        self._console(sys.stderr).print(text, soft_wrap=True)
 
     def stderr_console(self) -> Console:
         """Return the console on stderr, for progress."""
         return self._console(sys.stderr)
-
-    def _note(self, message: str, *, label: str | None = None, style: str = "") -> None:
-        from rich.text import Text
-
-        text = Text()
-        if label is not None:
-            text.append(f"{label}: ", style=style)
-        text.append(message)
-        # Soft wrap: a message that may be copied or searched for must stay one line.
-        self._console(sys.stderr).print(text, soft_wrap=True)
 
     def _console(self, stream: TextIO, width: int | None = None) -> Console:
         from rich.console import Console
 
         if width is None and not stream.isatty() and "COLUMNS" not in os.environ:
             width = WIDE
-        console = Console(file=stream, width=width, highlight=False, emoji=False, markup=False)
-        if self.color and not os.environ.get("NO_COLOR"):
-            return console
         # Without a colour system there is no bold or dim either, so plain text is plain.
-        return Console(file=stream, width=width, color_system=None, highlight=False, emoji=False, markup=False)
+        system: Literal["auto"] | None = "auto" if self.color and not os.environ.get("NO_COLOR") else None
+        return Console(file=stream, width=width, color_system=system, highlight=False, emoji=False, markup=False)
 
 
 in_use: ContextVar[Terminal | None] = ContextVar("in_use", default=None)
