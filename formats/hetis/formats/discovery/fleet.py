@@ -88,7 +88,6 @@ DEFAULT_LINK = Link(bytes_per_s=12.5e9, latency_s=20e-6)  # 100 Gbit/s: what a n
 ZONE_LINK = Link(bytes_per_s=1.25e9, latency_s=1e-3)  # 10 Gbit/s: zones of one region, a share of their trunk
 
 _MOST_LEFT_OUT = 1000  # maximum number of such lines in a file
-_WIDTH = 118
 _NUMBERED = re.compile(r"(.+)-(0|[1-9]\d{0,6})")
 
 # Bytes per second of one NVLink in one direction, by architecture (from NVIDIA's white papers). Ampere boards without

@@ -31,8 +31,6 @@ from hetis.formats.fields import listed, mapping
 from hetis.formats.positions import Text
 from hetis.formats.units import parse_bytes
 
-KINDS = ("Node", "Pod", "ResourceSlice", "ResourceClaim")
-
 _RESOURCES = ("nvidia.com/gpu", "amd.com/gpu", "gpu.intel.com/xe", "gpu.intel.com/i915", "habana.ai/gaudi")
 _DRIVERS = {"gpu.nvidia.com": "nvidia.com/gpu", "gpu.amd.com": "amd.com/gpu", "gpu.intel.com": "gpu.intel.com/xe"}
 _ZONES = ("topology.kubernetes.io/zone", "failure-domain.beta.kubernetes.io/zone")

@@ -200,23 +200,22 @@ def run_interruptibly(work: Callable[[], T], *, cancelled: threading.Event, on_c
     """
     if threading.current_thread() is not threading.main_thread():
         return work()  # signals belong to another part of the program, such as a test runner or a service
-    result: list[T] = []
-    failure: list[BaseException] = []
+    from concurrent.futures import Future
+
+    done = Future[T]()
 
     def worker() -> None:
         try:
-            result.append(work())
+            done.set_result(work())
         except BaseException as error:  # reraised in the caller's thread
-            failure.append(error)
+            done.set_exception(error)
 
     thread = threading.Thread(target=worker, name="solve", daemon=True)
     with _sigint(cancelled, on_cancel):
         thread.start()
         while thread.is_alive():
             thread.join(_POLL_S)
-    if failure:
-        raise failure[0]
-    return result[0]
+    return done.result()
 
 
 @contextmanager
