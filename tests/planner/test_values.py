@@ -68,9 +68,9 @@ def test_nonsense_is_a_usage_error(parse: Callable[[str], float], text: str) -> 
         (values.share, "101", "'101' is out of range, must be above 0 and at most 100%"),
         (values.share, "190%", "'190%' is out of range, must be above 0 and at most 100%"),
         (values.share, "0", "'0' is out of range, must be above 0 and at most 100%"),
-        (values.error, "20", "'20' is out of range, must be at least 0% and below 100%, did you mean 20%?"),
-        (values.error, "1", "'1' is out of range, must be at least 0% and below 100%"),
-        (values.error, "100", "'100' is out of range, must be at least 0% and below 100%"),
+        (values.below_one, "20", "'20' is out of range, must be at least 0% and below 100%, did you mean 20%?"),
+        (values.below_one, "1", "'1' is out of range, must be at least 0% and below 100%"),
+        (values.below_one, "100", "'100' is out of range, must be at least 0% and below 100%"),
         (
             values.prefix_hit_rate,
             "40",

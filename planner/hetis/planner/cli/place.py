@@ -41,7 +41,7 @@ class PreferenceOptions:
         "--simplest-within SHARE: "
         "Loss against the best plan, such as 2%, to accept for replicas on fewer nodes, then for fewer shapes.",
         "0",
-        parser=values.error,
+        parser=values.below_one,
     )
 
 
@@ -50,7 +50,7 @@ class ResultOptions:
     profile_error: float | None = _search(
         "--profile-error ERROR: Also show how the plan fares when every profile coefficient is off by up to "
         "this: 20% or 0.2.",
-        parser=values.error,
+        parser=values.below_one,
     )
     out: Path | None = options.out_option()
     html: Path | None = options.html_option()

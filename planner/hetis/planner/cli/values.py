@@ -80,17 +80,13 @@ def share(text: str) -> float:
     return value
 
 
-def error(text: str) -> float:
-    """Parse a relative error, at least 0 and below 1: with an error of 1, work could take no time."""
-    return _below_one(text)
-
-
 def prefix_hit_rate(text: str) -> float | Literal["trace"]:
     """Parse a share of prompt tokens below 1 (``0.4`` or ``40%``), or ``trace``."""
-    return "trace" if text.strip().lower() == "trace" else _below_one(text, ", or trace")
+    return "trace" if text.strip().lower() == "trace" else below_one(text, ", or trace")
 
 
-def _below_one(text: str, otherwise: str = "") -> float:
+def below_one(text: str, otherwise: str = "") -> float:
+    """Parse a ratio of at least 0 and below 1, such as a relative error: with 1, work could take no time."""
     value = ratio(text)
     if not 0 <= value < 1:
         hint = _percent(text, value) if value < 100 else ""
