@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import json
+import multiprocessing
 import os
 import random
 import signal
@@ -347,9 +348,13 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w")  # for answers alone: vLLM 0.30 prints warnings on stdout while it is imported
     os.dup2(2, 1)
     from vllm import LLM
+    from vllm.platforms import current_platform
+    from vllm.v1.executor import multiproc_executor
 
     assert LLM is not None
     wait_in_peace()
+    if current_platform.is_cpu():  # where each rank would be a new process, which imports vLLM again
+        multiproc_executor.get_mp_context = lambda: multiprocessing.get_context("fork")
     gc.collect()
     gc.freeze()  # forks neither traverse vLLM's modules again, as an engine does when it starts, nor copy them
     for line in sys.stdin:
