@@ -9,9 +9,18 @@ import pytest
 from rich.console import Console, RenderableType
 
 from hetis.planner.report.explanation import render_explanation
-from hetis.planner.report.plan import MAX_SHAPES, beside_engines, render_plan, verdict
-from hetis.planner.use_cases.engine_values import ENGINE_VALUES, NOT_COMPILED
+from hetis.planner.report.plan import (
+    MAX_SHAPES,
+    beside_engines,
+    beside_equal_stages,
+    render_plan,
+    simple_setups,
+    verdict,
+)
+from hetis.planner.use_cases.engine_values import ENGINE_VALUES, EQUAL_STAGES, NOT_COMPILED
 from hetis.planner.use_cases.grouping import group_replicas
+from hetis.planner.use_cases.place import SIMPLE_SETUPS
+from hetis.planner.use_cases.verify import TIGHTENED, TTFT
 from hetis.solver.plan import ObjectiveKind, Plan, Status
 from tests.planner import plans
 
@@ -40,6 +49,21 @@ def text_of(report: RenderableType, width: int = 80) -> str:
 def test_no_line_of_a_report_is_wider_than_80_columns(plan: Plan) -> None:
     for report in (render_plan(plan), render_explanation(plan, plans.explanation(plan))):
         assert max(len(line) for line in text_of(report).splitlines()) <= 80
+
+
+def test_a_plan_for_a_tighter_limit_is_compared_with_what_the_model_alone_promises() -> None:
+    """The plan's value is 1.35; the other setups were not simulated, so they may miss the limits as its first plan."""
+    plan = plans.plan(plans.paper_replica())
+    row = {"engine": "vllm", "value": 1.62, "bound": 1.62, "lacks": [], "why_not": ""}
+    inputs = {EQUAL_STAGES: 1.62, SIMPLE_SETUPS: {"2": 1.62}, ENGINE_VALUES: [row]}
+    tighter = {TIGHTENED: {"name": TTFT, "asked_s": 2.0, "planned_s": 1.6}}
+    first, then = replace(plan, inputs=inputs), replace(plan, inputs={**inputs, **tighter})
+    assert beside_equal_stages(first) == "1.620 requests/s by replicas of equal stages; this plan 17% less"
+    assert beside_equal_stages(then) == (
+        "1.620 requests/s by replicas of equal stages by the model, not simulated; this plan, simulated, 17% less"
+    )
+    assert (beside_engines(first), beside_engines(then)) == (["vllm: 20% more"], ["vllm: 20% more by the model"])
+    assert [simple_setups(one)[0].endswith("20% more by the model") for one in (first, then)] == [False, True]
 
 
 def test_what_other_engines_reach_is_said_with_what_keeps_them_apart() -> None:

@@ -35,7 +35,7 @@ from hetis.planner.use_cases.robustness.profile_errors import Predicted, predict
 from hetis.planner.use_cases.service_level import Latency, service_level_of
 from hetis.planner.use_cases.sources import ENGINE_SETTINGS, Inputs, engine_settings_of_plan, inputs_from_documents
 from hetis.planner.use_cases.surviving import losses_of
-from hetis.planner.use_cases.verify import Verification, attained, misses, verification_of
+from hetis.planner.use_cases.verify import Verification, attained, misses, tightening_of, verification_of
 from hetis.solver.constraints import Constraint, described
 from hetis.solver.plan import (
     ClassPrice,
@@ -180,6 +180,15 @@ def less_than_planned(plan: Plan) -> KeptRate | None:
     return None if kept is None or kept.is_all else kept
 
 
+def is_below_model(plan: Plan) -> bool:
+    """Return whether simulated traffic made the plan promise less than the best plan by the cost model.
+
+    It then serves less at the same limits, or was planned for a tighter one. Setups that were not simulated may have
+    to promise less, too, so their values are shown as the model's.
+    """
+    return less_than_planned(plan) is not None or tightening_of(plan) is not None
+
+
 def promised_figures(plan: Plan, inputs: Inputs | PlacementProblem) -> Figures:
     """Return the figures of a plan at the rate it promises, which is the simulated rate if that is lower."""
     kept = less_than_planned(plan)
@@ -245,9 +254,11 @@ def beside_equal_stages(plan: Plan) -> str | None:
     if not isinstance(alone, int | float) or alone <= 0:
         return "replicas of equal stages: none keep the limits" if alone is None else None
     words = f"{digits(alone, 4)} {result.unit} by replicas of equal stages"
-    kept = less_than_planned(plan)
-    if kept is None:
+    kept, tighter = less_than_planned(plan), tightening_of(plan)
+    if kept is None and tighter is None:
         return f"{words}; this plan {_beside(result.value, alone)}"
+    if kept is None:
+        return f"{words} by the model, not simulated; this plan, simulated, {_beside(result.value, alone)}"
     this = _beside(kept.rate_rps, alone) if kept.rate_rps else "keeps the limits at no rate tried"
     return f"{words} by the model; this plan, simulated, {this}"
 
@@ -267,7 +278,7 @@ def beside_engines(plan: Plan, *, hints: bool = True) -> list[str]:
 
 def _engine_words(other: EngineValue, plan: Plan) -> str:
     lacks, ours = " and ".join(filter(None, [", ".join(other.lacks[:-1]), *other.lacks[-1:]])), plan.result.value
-    by_model = "" if less_than_planned(plan) is None else " by the model"
+    by_model = " by the model" if is_below_model(plan) else ""
     if other.value is None:
         return f"does not run this plan ({lacks}); {other.why_not}"
     if other.equal_stages:
@@ -289,7 +300,7 @@ def _engine_words(other: EngineValue, plan: Plan) -> str:
 def simple_setups(plan: Plan) -> list[str]:
     """Return the setups that users try first, equal stages with one TP size everywhere, and their relative values."""
     found = plan.inputs.get(SIMPLE_SETUPS)
-    by_model = "" if less_than_planned(plan) is None else " by the model"
+    by_model = " by the model" if is_below_model(plan) else ""
     lines = []
     for tp, value in found.items() if isinstance(found, Mapping) else ():
         name = "one GPU per stage" if tp == "1" else f"TP{tp} in every replica"

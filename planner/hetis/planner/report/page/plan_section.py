@@ -33,6 +33,7 @@ from hetis.planner.report.plan import (
     beside_engines,
     beside_equal_stages,
     folded,
+    is_below_model,
     less_than_planned,
     limits,
     price_cells,
@@ -168,7 +169,7 @@ def _against_today(plan: Plan) -> Iterator[Tile]:
         yield Tile(
             label="Compared with today's practice",
             value=f"{sign}{percent(abs(ratio))}" if ratio else "the same",
-            note=f"equal stages{'' if kept is None else ', by the model'}: {digits(alone)} {plan.result.unit}",
+            note=f"equal stages{', by the model' if is_below_model(plan) else ''}: {digits(alone)} {plan.result.unit}",
             tone="good" if good else "",
         )
 
