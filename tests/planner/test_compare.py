@@ -227,6 +227,27 @@ def test_the_table_fits_80_columns(
         assert cell in row
 
 
+@pytest.mark.parametrize(
+    ("columns", "missing"), [(76, "KV tokens"), (60, "USD/M tokens, KV tokens, solved s"), (80, None)]
+)
+def test_a_narrow_table_leaves_out_columns_and_cuts_off_no_number(
+    columns: int,
+    missing: str | None,
+    solver: Solver,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Ellipses in numbers, as in `TTFT 1.…`, are worse than a missing column."""
+    monkeypatch.setenv("COLUMNS", str(columns))
+    solver({"hetis": (123.45, 123456.0), "splitwise-paper": (123.45, 123456.0)})
+    assert run([*COMMAND, "--strategies", "hetis,splitwise-paper"]) == ExitCode.OK
+    out = capsys.readouterr().out
+    assert "…" not in out
+    assert all(len(line) <= columns for line in out.splitlines() if line.startswith(("hetis", "splitwise")))
+    told = re.findall(r"not shown, for lack of width: (.*?) \(-o json has all\)", " ".join(out.split()))
+    assert told == ([] if missing is None else [missing])
+
+
 def test_json_holds_every_plan_and_its_figures(solver: Solver, capsys: pytest.CaptureFixture[str]) -> None:
     solver({"hetis": (1.35, 1.36), "uniform": InfeasibleError(("weights take 140 GB",))})
     assert run([*COMMAND, "--strategies", "hetis,uniform", "-o", "json"]) == ExitCode.OK

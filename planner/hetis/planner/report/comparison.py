@@ -15,7 +15,7 @@ from hetis.formats.documents import to_data
 from hetis.planner.report.changes import change_counts, change_fields
 from hetis.planner.report.figures import digits, percent, plural, tokens
 from hetis.planner.report.plan import SMALLEST_PRICE, goal_line, problem_title
-from hetis.planner.report.tables import as_group, bullets, grid, section, table
+from hetis.planner.report.tables import Narrowing, as_group, bullets, grid, section, table
 from hetis.planner.use_cases.compare import Compared, Figures, best_of, figures_of, kept_of, why_outside
 from hetis.planner.use_cases.grouping import gpu_counts, used_counts
 from hetis.planner.use_cases.json_values import document, fields_of, json_value
@@ -36,6 +36,7 @@ SIMULATED_MEANS = (
     "values are from the model."
 )
 _LINES_PER_REASON = 3
+_LEAST_FIRST = ("KV", "solved", "USD/M", "bound", "TPOT", "TTFT")  # columns that a narrow console can do without
 _WIDEST_GAP = 9.99  # larger gaps are shown as above it
 
 
@@ -89,27 +90,38 @@ def _entry(outcome: Compared, inputs: Inputs) -> dict[str, Any]:
     }
 
 
-def _table(compared: Sequence[Compared], inputs: Inputs, objective: Objective) -> Table:
-    table = Table(box=None, padding=(0, 1, 0, 0), header_style="dim", pad_edge=False)
-    label = _labels(compared)
-    table.add_column("engine" if _compares_engines(compared) else "strategy", no_wrap=True, vertical="bottom")
+def _table(compared: Sequence[Compared], inputs: Inputs, objective: Objective) -> Narrowing:
+    """Return a row for each plan; a narrow console gets fewer columns, as digits that are cut off mislead."""
     rate = "through-\nput" if objective.kind is ObjectiveKind.THROUGHPUT else "good-\nput"
     bound = "bound" if objective.maximises else f"bound\n{objective.unit}"
     simulated = ["kept\n/s"] if _are_simulated(compared) else []
-    headings = [f"{rate} /s", *simulated, bound, "gap", "USD\n/h", "USD/M\ntokens", "TTFT\ns", "TPOT\nms"]
-    for heading in (*headings, "KV\ntokens", "GPUs\n(idle)", "solved\ns"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    name = "engine" if _compares_engines(compared) else "strategy"
+    headings = [name, f"{rate} /s", *simulated, bound, "gap", "USD\n/h", "USD/M\ntokens", "TTFT\ns", "TPOT\nms"]
+    headings += ["KV\ntokens", "GPUs\n(idle)", "solved\ns"]
+    label = _labels(compared)
     plans = [outcome.plan for outcome in compared if outcome.plan is not None]
     best = plans[best_of(plans)] if plans else None
+    rows = list[tuple[list[RenderableType], str]]()
     for outcome in compared:
         if outcome.plan is None:
-            cells: list[RenderableType] = ["-"] * (len(table.columns) - 2)
-            table.add_row(label(outcome), *cells, _solve_time(outcome.solve_s), style="dim")
+            cells: list[RenderableType] = ["-"] * (len(headings) - 2)
+            rows.append(([label(outcome), *cells, _solve_time(outcome.solve_s)], "dim"))
         else:
             first, *rest = _row(outcome.plan, figures_of(outcome.plan, inputs), outcome.solve_s)
             kept = [kept_cell(outcome.plan, unknown="-")] if simulated else []
-            table.add_row(label(outcome), first, *kept, *rest, style="bold" if outcome.plan is best else "")
-    return table
+            rows.append(([label(outcome), first, *kept, *rest], "bold" if outcome.plan is best else ""))
+
+    def draw(without: frozenset[int]) -> Table:
+        made = Table(box=None, padding=(0, 1, 0, 0), header_style="dim", pad_edge=False)
+        for number, heading in enumerate(headings):
+            if number not in without:
+                made.add_column(heading, justify="right" if number else "left", no_wrap=True, vertical="bottom")
+        for cells, style in rows:
+            made.add_row(*(cell for number, cell in enumerate(cells) if number not in without), style=style)
+        return made
+
+    optional = [number for word in _LEAST_FIRST for number, heading in enumerate(headings) if heading.startswith(word)]
+    return Narrowing(draw, {number: headings[number].replace("\n", " ") for number in optional})
 
 
 def _are_simulated(compared: Sequence[Compared]) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple, ParamSpec
 
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
@@ -15,6 +15,7 @@ from rich.text import Text
 from hetis.planner.report.figures import digits, percent, seconds
 
 P = ParamSpec("P")
+_ENDLESS = 10_000  # columns, more than any table has
 ROUNDED = 0.02  # by which a share may differ from the fraction that it is called
 
 
@@ -131,6 +132,30 @@ def first_rows(body: RenderableType, count: int, shown: int, noun: str) -> Rende
     if rest <= 0:
         return body
     return Group(body, Text(f"… and {rest:,} more {noun}{'' if rest == 1 else 's'} (-o json has all)", style="dim"))
+
+
+class Narrowing:
+    """A table that leaves out columns where the console is too narrow for all, and says which.
+
+    Args:
+        draw: returns the table without the columns at these positions.
+        optional: the name of each column that may be left out by its position, the least important one first.
+    """
+
+    def __init__(self, draw: Callable[[frozenset[int]], Table], optional: Mapping[int, str]) -> None:
+        self._draw = draw
+        self._optional = optional
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        least = list(self._optional)
+        for count in range(len(least) + 1):
+            made = self._draw(frozenset(least[:count]))
+            if Measurement.get(console, options.update(max_width=_ENDLESS), made).maximum <= options.max_width:
+                break
+        yield made
+        if count:
+            names = ", ".join(self._optional[position] for position in sorted(least[:count]))
+            yield Text(f"not shown, for lack of width: {names} (-o json has all)", style="dim")
 
 
 class Unbroken:
