@@ -213,14 +213,14 @@ SAMPLE = ("-c", "cluster.yaml", "-m", "Llama-2-7B", "-w", "500/100")
 @pytest.mark.parametrize(
     ("call", "said"),
     [
-        (("place", *SAMPLE, "--out", "p.json"), "by hetis for vllm-hetis, 1 time 60.0 s at most, and"),
+        (("place", *SAMPLE, "--out", "p.json"), "solved: 1 search by hetis for vllm-hetis, up to 60.0 s each; up to"),
         (
             ("compare", *SAMPLE, "--strategies", "hetis,uniform"),
-            "2 times 60.0 s at most, and up to 2 more each where simulated traffic misses a limit; nothing was",
+            "solved: 2 searches by hetis, uniform, up to 60.0 s each; up to 2 more for each plan that misses a limit",
         ),
-        (("compare", *SAMPLE, "--strategies", "hetis", "--no-verify"), "by hetis, 1 time 60.0 s at most; nothing was"),
-        (("what-if", *SAMPLE, "--buy-next", "--market", "L4,T4"), "by hetis for vllm-hetis, 3 times 60.0 s at most"),
-        (("share", "tenants.yaml", "-c", "cluster.yaml"), "by hetis, 1 time 300 s at most"),
+        (("compare", *SAMPLE, "--strategies", "hetis", "--no-verify"), "1 search by hetis, up to 60.0 s each"),
+        (("what-if", *SAMPLE, "--buy-next", "--market", "L4,T4"), "3 searches by hetis for vllm-hetis, up to 60.0 s"),
+        (("share", "tenants.yaml", "-c", "cluster.yaml"), "1 search by hetis, up to 300 s each"),
     ],
 )
 def test_a_whole_call_can_be_checked_without_solving(

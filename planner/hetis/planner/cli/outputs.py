@@ -18,7 +18,7 @@ from hetis.formats.documents import Value, dump
 from hetis.formats.errors import DocumentError, single_problem
 from hetis.formats.files import write_atomically
 from hetis.planner.cli.exit_codes import ExitCode
-from hetis.planner.report.figures import plural, seconds
+from hetis.planner.report.figures import seconds
 from hetis.solver.plan import Objective, Plan
 
 if TYPE_CHECKING:
@@ -144,9 +144,10 @@ def say_what_would_be_solved(
         lines = [
             Text.assemble(("ok", "green"), f"  {problem_line(inputs, objective)}") for inputs, objective in problems
         ]
-        times = f"{plural(solves, 'time')} {seconds(time_limit_s)} at most"
-        times += f", and up to {again} more each where simulated traffic misses a limit" if again else ""
-        return Text("\n").join([*lines, Text(f"    would be solved by {solved_by}, {times}; nothing was")])
+        times = "1 search" if solves == 1 else f"{solves:,} searches"
+        words = f"{times} by {solved_by}, up to {seconds(time_limit_s)} each"
+        words += f"; up to {again} more for each plan that misses a limit in simulation" if again else ""
+        return Text("\n").join([*lines, Text(f"    dry run, nothing was solved: {words}")])
 
     document = {
         "kind": "DryRun",
