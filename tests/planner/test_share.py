@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import get_args
+from types import SimpleNamespace
+from typing import Any, get_args
 
 import pytest
 
 from hetis.formats.documents import load_plan
 from hetis.planner.cli.sharing import ShareRule
+from hetis.planner.report.sharing import holds
 from hetis.solver.tenants.problem import TenantRule
 from tests.planner.command_line import EXAMPLES, hetis_plan_here, invoke
 
@@ -63,6 +65,23 @@ def test_the_table_fits_80_columns_and_says_what_holds(tmp_path: Path, monkeypat
     assert "yes: no tenant is worse off than on its own part of the fleet" in table
     assert "rules compared" in table
     assert all(len(line) <= 80 for line in table.splitlines())
+
+
+@pytest.mark.parametrize(
+    ("rates", "said"),
+    [
+        ((0.2576, 0.5150), "no: b has 51.5% of its rate alone per part, a 25.8%"),
+        ((0.25816, 0.25764), "no: a has 25.82% of its rate alone per part, b 25.76%"),
+        ((0.2576, 0.2576), "yes: every tenant has the same share of its rate alone, per part"),
+    ],
+)
+def test_shares_that_differ_are_shown_with_decimals_that_differ(rates: tuple[float, float], said: str) -> None:
+    shares = [
+        SimpleNamespace(name=name, normalised=rate, weight=1.0, over_part=1.0)
+        for name, rate in zip("ab", rates, strict=True)
+    ]
+    found: Any = SimpleNamespace(answers=[SimpleNamespace(shares=shares)], envy=None)
+    assert holds(found)[1] == said
 
 
 def test_only_what_is_asked_for_is_computed(tmp_path: Path) -> None:

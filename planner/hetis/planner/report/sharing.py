@@ -23,6 +23,7 @@ from hetis.solver.tenants.problem import FleetShares, TenantRule
 EPSILON = 1e-6
 MAX_ENVY = 12  # claimants up to which envy is shown as a matrix; -o json has all
 MAX_ROUNDS = 20
+_MOST_DECIMALS = 4  # of per cent: as fine as EPSILON
 
 _RULES = {
     FairnessRule.COOPERATIVE: "the most total value without envy (OEF, cooperative)",
@@ -317,7 +318,17 @@ def _equality(answer: FleetShares) -> str:
         return "yes: every tenant has the same share of its rate alone, per part"
     most = answer.shares[levels.index(max(levels))].name
     least = answer.shares[levels.index(min(levels))].name
-    return f"no: {most} has {max(levels):.1%} of its rate alone per part, {least} {min(levels):.1%}"
+    high, low = _told_apart(max(levels), min(levels))
+    return f"no: {most} has {high} of its rate alone per part, {least} {low}"
+
+
+def _told_apart(high: float, low: float) -> tuple[str, str]:
+    """Return two different shares in per cent, with as many decimals as it takes to show that they differ."""
+    for decimals in range(1, _MOST_DECIMALS):
+        shown = f"{high:.{decimals}%}", f"{low:.{decimals}%}"
+        if shown[0] != shown[1]:
+            return shown
+    return f"{high:.{_MOST_DECIMALS}%}", f"{low:.{_MOST_DECIMALS}%}"
 
 
 def _envy_lines(found: SharedFleet) -> Iterator[str]:
