@@ -185,6 +185,14 @@ output = "json"
     assert inputs["constraints"] == ["--forbid tp=4", "--forbid tp=8"]
 
 
+def test_a_single_default_of_a_repeatable_option_needs_no_list(
+    home: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (home / "project/hetis.toml").write_text("[place]\nforbid = 'tp=9'\n")
+    assert run_verb(["place", "-c", str(folder / "cluster.yaml"), *SAMPLE[2:], "--dry-run"]) == ExitCode.INVALID
+    assert "--forbid tp=9: TP sizes are" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
@@ -192,6 +200,12 @@ output = "json"
         ("[plaice]\nseed = 1", "no command 'plaice', did you mean place"),
         ("[place]\nsede = 1", "place has no option --sede, did you mean seed"),
         ("model = ", "cannot be read"),
+        ("[place]\ntpot = true", "--tpot takes one text or number, not true"),
+        ("[place]\ntpot = ['50ms']", "--tpot takes one text or number, not a list"),
+        ("cluster = ['a.yaml', 'b.yaml']", "error: 1 problem in the input"),
+        ("[place]\nttft = {p95 = '2s'}", "--ttft takes one text or number, not a table"),
+        ("[place]\nforbid = [['tp=4']]", "--forbid takes text, a number, or a list of them, not a list"),
+        ("[place]\nverify = 'never'", "--verify takes true or false, not 'never'"),
     ],
 )
 def test_a_wrong_file_of_defaults_is_named(

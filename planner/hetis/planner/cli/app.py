@@ -24,7 +24,7 @@ from hetis.planner.cli import (
     sharing,
     simulate,
 )
-from hetis.planner.cli.defaults import default_files, default_map
+from hetis.planner.cli.defaults import Option, default_files, default_map
 from hetis.planner.cli.exit_codes import ExitCode
 
 app = typer.Typer(
@@ -110,7 +110,11 @@ def _defaults() -> dict[str, dict[str, Any]] | None:
         return None
     options = {
         verb: {
-            option.removeprefix("--"): parameter.name
+            option.removeprefix("--"): Option(
+                parameter=parameter.name,
+                is_flag=getattr(parameter, "is_flag", False),
+                is_repeatable=parameter.multiple,
+            )
             for parameter in command.params
             for option in parameter.opts
             if option.startswith("--") and option != "--help"

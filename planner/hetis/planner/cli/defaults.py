@@ -10,13 +10,22 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from hetis.formats.errors import DocumentError, Problem, did_you_mean, single_problem
 
 NAME = "hetis.toml"
 
-Options = Mapping[str, Mapping[str, str]]  # parameter names by verb and option name
+
+class Option(NamedTuple):
+    """An option of a verb: the name of its parameter, and what it takes."""
+
+    parameter: str
+    is_flag: bool
+    is_repeatable: bool
+
+
+Options = Mapping[str, Mapping[str, Option]]  # by verb and option name
 
 
 def default_files(folder: Path) -> list[Path]:
@@ -32,7 +41,8 @@ def default_map(options: Options, folder: Path) -> dict[str, dict[str, Any]]:
     """Return the defaults of every verb by parameter name, from the files that apply to a folder.
 
     Raises:
-        DocumentError: a file is not TOML, or names a verb or an option that does not exist.
+        DocumentError: a file is not TOML, names a verb or an option that does not exist, or has a value of a type that
+            an option does not take.
     """
     found: dict[str, dict[str, Any]] = {}
     problems: list[Problem] = []
@@ -43,7 +53,7 @@ def default_map(options: Options, folder: Path) -> dict[str, dict[str, Any]]:
                 inner = inner.setdefault(part, {})
             inner[name] = value
     if problems:
-        raise DocumentError(problems)
+        raise DocumentError(dict.fromkeys(problems))  # settings for all verbs are wrong for each of them
     return found
 
 
@@ -65,8 +75,8 @@ def _settings(file: Path, options: Options, problems: list[Problem]) -> Iterator
                 Problem(file=str(file), message=f"no command has an option --{key}{did_you_mean(key, every)}")
             )
         for verb, names in options.items():
-            if key in names:
-                yield verb, names[key], _as_given(value)
+            if key in names and _is_taken(key, value, names[key], file, problems):
+                yield verb, names[key].parameter, _as_given(value, names[key])
     groups = {verb.partition(".")[0] for verb in options if "." in verb}
     inner = {f"{name}.{verb}": table for name in groups & set(tables) for verb, table in tables[name].items()}
     for verb, table in ({name: table for name, table in tables.items() if name not in groups} | inner).items():
@@ -84,12 +94,34 @@ def _settings(file: Path, options: Options, problems: list[Problem]) -> Iterator
             if key not in options[verb]:
                 hint = did_you_mean(key, options[verb])
                 problems.append(Problem(file=str(file), message=f"{verb} has no option --{key}{hint}"))
-            else:
-                yield verb, options[verb][key], _as_given(value)
+            elif _is_taken(key, value, options[verb][key], file, problems):
+                yield verb, options[verb][key].parameter, _as_given(value, options[verb][key])
 
 
-def _as_given(value: Any) -> Any:
-    """Return a value as the command line would pass it: text, or a bool for a flag."""
-    if isinstance(value, list):
-        return [_as_given(one) for one in value]
-    return value if isinstance(value, bool) else str(value)
+def _is_taken(key: str, value: Any, option: Option, file: Path, problems: list[Problem]) -> bool:
+    """Return whether an option takes a value of this type; otherwise add a problem."""
+    values = value if option.is_repeatable and isinstance(value, list) else [value]
+    if option.is_flag:
+        wrong, takes = not isinstance(value, bool), "true or false"
+    else:
+        wrong = any(isinstance(one, bool | list | dict) for one in values)
+        takes = "text, a number, or a list of them" if option.is_repeatable else "one text or number"
+    if wrong:
+        problems.append(Problem(file=str(file), message=f"--{key} takes {takes}, not {_shown(value)}"))
+    return not wrong
+
+
+def _shown(value: Any) -> str:
+    """Return a value briefly, as TOML has it."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return "a list" if isinstance(value, list) else "a table" if isinstance(value, dict) else repr(value)
+
+
+def _as_given(value: Any, option: Option) -> Any:
+    """Return a value as the command line would pass it: text, a list of texts, or a bool for a flag."""
+    if option.is_flag:
+        return value
+    if option.is_repeatable:
+        return [str(one) for one in (value if isinstance(value, list) else [value])]
+    return str(value)
