@@ -27,6 +27,13 @@ def test_the_file_is_data_and_reasons_are_news(tmp_path: Path) -> None:
     assert hetis_plan_here("validate", str(out)).returncode == 0
 
 
+def test_the_next_command_is_whole(tmp_path: Path) -> None:
+    done = hetis_plan_here("cluster", "discover", NODES, "--out", str(tmp_path / "cluster.yaml"))
+    [words] = [line.split() for line in done.stderr.splitlines() if line.startswith("next: hetis-plan place")]
+    planned = hetis_plan_here(*words[2:], "--dry-run")
+    assert (planned.returncode, planned.stderr) == (0, "")
+
+
 def test_what_is_said_of_links_and_names_is_in_the_file(tmp_path: Path) -> None:
     options = ("--bandwidth", "400Gbps", "--latency", "5us", "--name", "lab", "--gpu", "A100=A100-SXM-80GB")
     done = hetis_plan_here("cluster", "discover", "--from", "ray", str(INPUTS / "ray_list.json"), *options)

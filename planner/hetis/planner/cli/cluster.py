@@ -12,6 +12,7 @@ from hetis.formats.command_line.terminal import Terminal
 from hetis.formats.discovery import FleetSource
 from hetis.planner.cli import values
 from hetis.planner.cli.exit_codes import ExitCode
+from hetis.planner.cli.files import EXAMPLE_LENGTHS, EXAMPLE_MODEL
 from hetis.planner.cli.options import group, option, verb
 from hetis.planner.cli.server_verb import PlannerOptions, chosen_cluster, cluster_name_option, fetched
 
@@ -157,5 +158,6 @@ def _write(terminal: Terminal, found: Discovered, sources: Sequence[str], out: s
     write_atomically(out, text)
     fleet = found.cluster
     num_nodes = sum(group.count for group in fleet.node_groups)
-    terminal.say(f"{out}: {fleet.num_gpus()} GPUs in {num_nodes} nodes; next: hetis-plan place --cluster {out}")
+    terminal.say(f"{out}: {fleet.num_gpus()} GPUs in {num_nodes} nodes")
+    terminal.say(f"next: hetis-plan place --cluster {out} --model {EXAMPLE_MODEL} --workload {EXAMPLE_LENGTHS}")
     return ExitCode.OK

@@ -44,6 +44,7 @@ mean_output_tokens: 300
 
 SAMPLES = {"cluster.yaml": CLUSTER, "workload.yaml": WORKLOAD}
 EXAMPLE_MODEL = "Llama-2-70B"
+EXAMPLE_LENGTHS = "2000/300"  # within the context of that model
 
 
 @verb()
