@@ -224,6 +224,21 @@ def test_a_wrong_file_of_defaults_is_named(
 SAMPLE = ("-c", "cluster.yaml", "-m", "Llama-2-7B", "-w", "500/100")
 
 
+@pytest.mark.parametrize("call", [("place",), ("compare",), ("what-if", "--buy-next", "--market", "L4")])
+def test_requests_that_the_context_cuts_are_told_before_the_search(
+    call: tuple[str, ...], home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Llama-2-7B has a context of 4,096 tokens: the figures are not those of the requests that were asked for."""
+    assert run_verb(["init", "-q"]) == ExitCode.OK
+    given = ("-c", "cluster.yaml", "-m", "Llama-2-7B", "--dry-run")
+    for lengths, is_told in (("8000/300", True), ("3000/300", False)):
+        capsys.readouterr()
+        assert run_verb([*call, *given, "-w", lengths]) == ExitCode.OK
+        said = " ".join(capsys.readouterr().err.split())
+        words = f"warning: 100% of the requests of {lengths} are longer than the context of meta-llama/Llama-2-7b-hf"
+        assert (words in said) == is_told
+
+
 @pytest.mark.parametrize(
     ("call", "said"),
     [

@@ -100,7 +100,7 @@ def what_if(
     With --buy-next every GPU type on the market is added in turn and solved. Every solve has the full time limit;
     Ctrl-C once shows the results so far, Ctrl-C twice exits at once.
     """
-    from hetis.planner.cli.outputs import refuse_page, save_page, say_what_would_be_solved
+    from hetis.planner.cli.outputs import refuse_page, save_page, say_what_would_be_solved, warn_of_cut_requests
     from hetis.planner.report import comparison as report
     from hetis.planner.use_cases import what_if as asking
     from hetis.planner.use_cases.place import load
@@ -110,6 +110,7 @@ def what_if(
     refuse_page(answer.html)
     request, settings = inputs.request(goal, replicas), search.settings(family, replicas)
     loaded, objective = load(request), request.objective
+    warn_of_cut_requests(terminal, loaded.inputs)
     cluster, nic = loaded.inputs.cluster, None
     if fleet.nic is not None:
         nic = Link(bytes_per_s=fleet.nic, latency_s=cluster.network.default.latency_s)

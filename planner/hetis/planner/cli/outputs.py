@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from hetis.solver.problem import EngineRules
 
 STDOUT = Path("-")  # stands for standard output
+_MANY_CUT = 0.1  # share of requests that the context cuts, below which only the notes of a plan mention it
 
 
 def refuse_unwritable(path: Path | None) -> None:
@@ -118,6 +119,16 @@ def saves(terminal: Terminal, what: str, write: Callable[[], None]) -> bool:
         terminal.error(f"the {what} was not saved", [str(problem) for problem in error.problems])
         return False
     return True
+
+
+def warn_of_cut_requests(terminal: Terminal, inputs: Inputs) -> None:
+    """Warn if the model's context cuts many of the requests, since figures are then of other traffic than asked for."""
+    most = inputs.model.max_position
+    if (share := inputs.workload.clipped_to(most).clipped_ratio) >= _MANY_CUT:
+        terminal.warn(
+            f"{share:.0%} of the requests of {inputs.workload.name} are longer than the context of {inputs.model.name} "
+            f"and are cut to its {most:,} tokens"
+        )
 
 
 def say_what_would_be_solved(

@@ -84,7 +84,12 @@ def place(
 
     Ctrl-C once prints and saves the best plan so far; Ctrl-C twice exits at once.
     """
-    from hetis.planner.cli.outputs import refuse_page, refuse_unwritable, say_what_would_be_solved
+    from hetis.planner.cli.outputs import (
+        refuse_page,
+        refuse_unwritable,
+        say_what_would_be_solved,
+        warn_of_cut_requests,
+    )
     from hetis.planner.use_cases.place import load, pose
     from hetis.planner.use_cases.verify import SEARCHES
 
@@ -105,6 +110,7 @@ def place(
     request = replace(request, service_level=held_to.level(request.objective, verify=request.verify))
     loaded = load(request)
     problem = pose(request, loaded)
+    warn_of_cut_requests(terminal, loaded.inputs)
     if results.dry_run:
         return say_what_would_be_solved(
             terminal, [(loaded.inputs, problem.objective)], strategies=[family.strategy],
@@ -246,6 +252,7 @@ def compare(
         save_page,
         save_plans,
         say_what_would_be_solved,
+        warn_of_cut_requests,
     )
     from hetis.planner.jobs.kernels import compile_kernels
     from hetis.planner.report.comparison import comparison_document, render_comparison
@@ -276,6 +283,7 @@ def compare(
     )
     level = held_to.level(request.objective, verify=results.verify)
     loaded, objective = load(request), request.objective
+    warn_of_cut_requests(terminal, loaded.inputs)
     is_repeated = results.verify and not all(STRATEGIES[name].is_published for name in names)
     if results.dry_run:
         return say_what_would_be_solved(

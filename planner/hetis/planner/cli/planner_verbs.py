@@ -303,7 +303,7 @@ def audit(terminal: Terminal, client: Client, *, filters: FilterOptions) -> Exit
 
 APPLY_EXAMPLES = """Examples:\n
   hetis-plan apply cluster.yaml l4-profile.yaml\n
-  hetis-plan apply -c cluster.yaml -m Llama-2-70B -w 8000/300 --activate\n
+  hetis-plan apply -c cluster.yaml -m Llama-3.1-70B -w 8000/300 --activate\n
   hetis-plan apply --plan plan.json --activate\n
   hetis-plan apply --activate plans/night"""
 
