@@ -264,6 +264,13 @@ def test_a_page_that_cannot_be_is_refused_before_the_work(folder: Path) -> None:
         assert words in " ".join(done.stderr.replace("│", " ").split())
 
 
+@pytest.mark.parametrize("ignored", [("--count", "2"), ("--time-limit", "5s")])
+def test_options_of_what_to_buy_are_not_ignored_without_it(folder: Path, ignored: tuple[str, ...]) -> None:
+    result = invoke("report", str(folder / "plan.json"), *ignored, "--out", str(folder / "ignored.html"))
+    assert result.exit_code == 2
+    assert f"{ignored[0]} needs --buy-next" in result.stderr
+
+
 def test_a_library_that_is_missing_is_missed_before_the_work(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     for arguments, extra in (

@@ -148,7 +148,17 @@ def test_a_question_that_cannot_be_asked_is_refused(
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("arguments", [[], ["--market", "L4"], ["--buy-next", "--add", "1xL4"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["--market", "L4"],
+        ["--buy-next", "--add", "1xL4"],
+        ["--add", "1xL4", "--count", "4"],
+        ["--remove", "l4", "--gpus-per-node", "4"],
+        ["--remove", "l4", "--nic", "10Gbps"],
+    ],
+)
 def test_half_a_question_is_refused(fleet: str, arguments: list[str]) -> None:
     assert invoke(*asked(fleet, *arguments)).exit_code == ExitCode.INVALID
 

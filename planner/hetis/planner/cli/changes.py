@@ -33,7 +33,10 @@ DIFF_EXAMPLES = """Examples:\n
 
 _input, _fleet, _market, _change = map(panel, ("Inputs", "Another fleet", "What to buy", "What a change costs"))
 _time = partial(_change, parser=values.positive_duration)
-count_option = partial(_market, "--count N: GPUs of each type to add.", 1, min=1, max=4096)
+DEFAULT_COUNT = 1
+count_option = partial(
+    _market, "--count N: GPUs of each type to add.", min=1, max=4096, shown=f"{DEFAULT_COUNT}"
+)  # None if it is not given: without --buy-next it would be ignored
 
 
 @group
@@ -65,16 +68,21 @@ class FleetOptions:
         autocompletion=values.market_names,
         shown="types with a known price",
     )
-    count: int = count_option()
+    count: int | None = count_option()
 
     def refuse_half_a_question(self) -> None:
         changes = bool(self.add or self.remove)
         if self.buy_next and changes:
             raise typer.BadParameter("--buy-next starts from the unchanged fleet: leave out --add and --remove")
-        if self.market is not None and not self.buy_next:
-            raise typer.BadParameter("--market needs --buy-next")
+        for name, given in (("--market", self.market), ("--count", self.count)):
+            if given is not None and not self.buy_next:
+                raise typer.BadParameter(f"{name} needs --buy-next")
         if not self.buy_next and not changes:
             raise typer.BadParameter("no change to study: give --add, --remove or --buy-next")
+        shape = {"--node-like": self.node_like, "--gpus-per-node": self.gpus_per_node, "--zone": self.zone}
+        for name, value in {**shape, "--nic": self.nic}.items():
+            if value is not None and not self.add and not self.buy_next:
+                raise typer.BadParameter(f"{name} is of added nodes: it needs --add or --buy-next")
 
 
 @group
@@ -116,7 +124,7 @@ def what_if(
         nic = Link(bytes_per_s=fleet.nic, latency_s=cluster.network.default.latency_s)
     wanted = asking.read_wanted(
         cluster, add=fleet.add or (), remove=fleet.remove or (),
-        market=(fleet.market, fleet.count) if fleet.buy_next else None,
+        market=(fleet.market, fleet.count or DEFAULT_COUNT) if fleet.buy_next else None,
         like=fleet.node_like, gpus_per_node=fleet.gpus_per_node, zone=fleet.zone, nic=nic,
     )  # fmt: skip
     if answer.dry_run:

@@ -11,7 +11,7 @@ import typer
 
 from hetis.formats.command_line.terminal import OutputFormat, Terminal
 from hetis.planner.cli import options
-from hetis.planner.cli.changes import count_option
+from hetis.planner.cli.changes import DEFAULT_COUNT, count_option
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.cli.options import PlanArgument, group, option, verb
 from hetis.planner.cli.searching import search_interruptibly, simulate_interruptibly
@@ -30,6 +30,8 @@ REPORT_EXAMPLES = """Examples:\n
   hetis-plan report plan.json --simulate --buy-next --out all.html\n
   hetis-plan report today.json next.json --simulate --out next-quarter.html\n
   hetis-plan place -c examples/paper.yaml -m Llama-2-70B -w azure_conv_2023 --out - | hetis-plan report - --out -"""
+
+BUY_NEXT_S = 20.0  # default time limit of every solve of --buy-next
 
 # Proved by the search; a plan file contains only the result of the proof.
 ON_TRUST = ("result.bound", "result.solve_s", "prices.dual", "runners_up", "notes", "inputs")
@@ -105,9 +107,14 @@ class ReportOptions:
     buy_next: bool = option(
         "--buy-next: Show what to buy next: solve again with --count more GPUs of each type on the market.", False
     )
-    count: int = count_option()
-    time_limit: float = options.time_limit_option("20s")
+    count: int | None = count_option()
+    time_limit: float | None = options.time_limit_option(shown=f"{BUY_NEXT_S:g}s")
     out: Path = option("--out FILE: HTML file to write; - writes to standard output.", Path("report.html"))
+
+    def refuse_what_would_be_ignored(self) -> None:
+        for name, given in (("--count", self.count), ("--time-limit", self.time_limit)):
+            if given is not None and not self.buy_next:
+                raise typer.BadParameter(f"{name} needs --buy-next")
 
 
 @verb(prints_data=False)
@@ -125,6 +132,7 @@ def report(
     from hetis.planner.cli.outputs import refuse_unwritable_page, save_page
     from hetis.planner.report.page.pages import ShownPlan, plans_page
 
+    asked.refuse_what_would_be_ignored()
     refuse_unwritable_page(asked.out)
     found = _load(terminal, plans)
     cancelled = threading.Event()
@@ -156,12 +164,13 @@ def _market(
 
     if cancelled.is_set():
         return None
-    cluster, time_limit_s = found.problem.cluster, asked.time_limit
+    cluster, time_limit_s = found.problem.cluster, asked.time_limit or BUY_NEXT_S
+    market = market_of(None, cluster, asked.count or DEFAULT_COUNT)
     shape = node_shape(cluster, like=None, gpus_per_node=None, zone=None, nic=None)
     return search_interruptibly(
         terminal,
         lambda news: buy_next_to_plan(
-            found, market_of(None, cluster, asked.count), shape, time_limit_s=time_limit_s, report=news,
+            found, market, shape, time_limit_s=time_limit_s, report=news,
             budget=lambda: Budget(time_limit_s=time_limit_s, clock=time.monotonic, cancelled=cancelled),
         ),
         unit=found.plan.result.unit, cancelled=cancelled, so_far="the plans",
