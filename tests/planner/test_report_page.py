@@ -264,6 +264,17 @@ def test_a_page_that_cannot_be_is_refused_before_the_work(folder: Path) -> None:
         assert words in " ".join(done.stderr.replace("│", " ").split())
 
 
+def test_a_plan_whose_figures_are_wrong_is_not_shown_without_a_warning(folder: Path) -> None:
+    plan = json.loads((folder / "plan.json").read_text())
+    plan["result"]["value"] *= 2
+    (folder / "changed.json").write_text(json.dumps(plan))
+    for name, is_told in (("plan.json", False), ("changed.json", True)):
+        for verb in (("explain",), ("report", "--out", str(folder / "checked.html"))):
+            result = invoke(verb[0], str(folder / name), *verb[1:])
+            assert result.exit_code == 0
+            assert ("does not pass `hetis-plan check`: result: value is" in " ".join(result.stderr.split())) == is_told
+
+
 @pytest.mark.parametrize("ignored", [("--count", "2"), ("--time-limit", "5s")])
 def test_options_of_what_to_buy_are_not_ignored_without_it(folder: Path, ignored: tuple[str, ...]) -> None:
     result = invoke("report", str(folder / "plan.json"), *ignored, "--out", str(folder / "ignored.html"))
