@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import replace
+from importlib.resources import files
 from pathlib import Path
 
 import pytest
@@ -262,6 +263,31 @@ def test_a_page_that_cannot_be_is_refused_before_the_work(folder: Path) -> None:
         done = hetis_plan_here(*arguments, cwd=folder)
         assert done.returncode == 2
         assert words in " ".join(done.stderr.replace("│", " ").split())
+
+
+def test_colors_have_the_contrast_that_wcag_asks_for() -> None:
+    """Level AA: 4.5 for text (1.4.3), 3 for the bars and curves on their ground (1.4.11), in both modes."""
+    css = files("hetis.planner.report.page").joinpath("page.css").read_text()
+    pairs = re.findall(r"--(\w+): light-dark\(#(\w{6}), #(\w{6})\)", css)
+    for mode in (1, 2):
+        color = {pair[0]: _luminance(pair[mode]) for pair in pairs}
+        for ground in ("paper", "raised", "s9"):
+            for ink in ("ink", "soft", "accent", "good", "bad"):
+                assert _contrast(color[ink], color[ground]) >= 4.5, (ink, ground)
+        for series in range(8):
+            assert _contrast(color[f"s{series}"], color["s9"]) >= 3.0, series
+            assert _contrast(color[f"s{series}"], color["paper"]) >= 3.0, series
+            assert _contrast(color["ink"], color[f"t{series}"]) >= 4.5, series
+
+
+def _luminance(color: str) -> float:
+    parts = (int(color[at : at + 2], 16) / 255.0 for at in (0, 2, 4))
+    red, green, blue = (part / 12.92 if part <= 0.03928 else ((part + 0.055) / 1.055) ** 2.4 for part in parts)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+def _contrast(one: float, other: float) -> float:
+    return (max(one, other) + 0.05) / (min(one, other) + 0.05)
 
 
 def test_a_plan_whose_figures_are_wrong_is_not_shown_without_a_warning(folder: Path) -> None:
