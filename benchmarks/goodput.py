@@ -31,6 +31,7 @@ from hetis.planner.use_cases.verify import (
     longest_of,
     simulated_at,
     tightening_of,
+    unheard,
     verification_of,
     verified_plan,
 )
@@ -105,7 +106,7 @@ def searched(posed: PlacementProblem) -> Plan:
 def judged(case: Case) -> Row:
     """Simulate a plan at its rate, plan again if it misses a limit, and search for the highest rate within them."""
     never = threading.Event()
-    plan = verified_plan(case.plan, case.problem, searched, seed=SEED, cancelled=never, report=silent)
+    plan = verified_plan(case.plan, case.problem, searched, seed=SEED, cancelled=never, report=unheard)
     found, tightening, objective = verification_of(plan), tightening_of(plan), plan.objective
     assert found is not None, "the plan has replicas and limits"
     assert objective.ttft_limit_s is not None, "drawn"

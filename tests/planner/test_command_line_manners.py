@@ -242,10 +242,13 @@ def test_requests_that_the_context_cuts_are_told_before_the_search(
 @pytest.mark.parametrize(
     ("call", "said"),
     [
-        (("place", *SAMPLE, "--out", "p.json"), "solved: 1 search by hetis for vllm-hetis, up to 60.0 s each; up to"),
+        (
+            ("place", *SAMPLE, "--out", "p.json"),
+            "solved: 1 search by hetis for vllm-hetis, up to 60.0 s each; for",
+        ),
         (
             ("compare", *SAMPLE, "--strategies", "hetis,uniform"),
-            "solved: 2 searches by hetis, uniform, up to 60.0 s each; up to 2 more for each plan that misses a limit",
+            "2 searches by hetis, uniform, up to 60.0 s each; for each plan that misses a limit in simulation up to 2",
         ),
         (("compare", *SAMPLE, "--strategies", "hetis", "--no-verify"), "1 search by hetis, up to 60.0 s each"),
         (("what-if", *SAMPLE, "--buy-next", "--market", "L4,T4"), "3 searches by hetis for vllm-hetis, up to 60.0 s"),

@@ -14,13 +14,14 @@ from hetis.planner.use_cases.json_values import json_value
 from hetis.planner.use_cases.verify import (
     TTFT,
     VERIFICATION,
+    RunReport,
     Tightening,
     Verification,
     tightening_of,
+    unheard,
     verification_of,
     verified_plan,
 )
-from hetis.simulator.running import Report, silent
 from hetis.solver.budget import Budget
 from hetis.solver.errors import InfeasibleError
 from hetis.solver.plan import Objective, ObjectiveKind, Plan, ReplicaPlan, SolveResult, StagePlan, Status
@@ -67,7 +68,7 @@ class Fleet:
         raise InfeasibleError(("none",))
 
     def verified(
-        self, plan: Plan, given: PlacementProblem, *, seed: int, cancelled: threading.Event, report: Report,
+        self, plan: Plan, given: PlacementProblem, *, seed: int, cancelled: threading.Event, report: RunReport,
         at_least_rps: float = 0.0,
     ) -> Plan:  # fmt: skip
         assert plan.objective == given.objective, "simulated against the limits that were asked for"
@@ -83,7 +84,7 @@ class Fleet:
         given = posed(objective)
         first = plan_of(FIRST_RPS, ttft_s=0.48, objective=given.objective)
         first = replace(first, inputs={"seed": 0})
-        return verified_plan(first, given, self.find, seed=0, cancelled=threading.Event(), report=silent)
+        return verified_plan(first, given, self.find, seed=0, cancelled=threading.Event(), report=unheard)
 
 
 def test_a_plan_that_keeps_its_limits_is_not_planned_again(monkeypatch: pytest.MonkeyPatch) -> None:

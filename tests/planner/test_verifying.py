@@ -46,6 +46,7 @@ from hetis.planner.use_cases.verify import (
     num_requests_of,
     rate_to_simulate,
     simulated_at,
+    unheard,
     verification_of,
     verified,
 )
@@ -97,7 +98,7 @@ def drawn(plan: Plan) -> str:
 
 
 def again(plan: Plan, problem: PlacementProblem) -> Plan:
-    return verified(plan, problem, seed=0, cancelled=threading.Event(), report=silent)
+    return verified(plan, problem, seed=0, cancelled=threading.Event(), report=unheard)
 
 
 def test_the_saved_plan_says_what_a_second_simulation_says(placed: Path, pair: Placed) -> None:
@@ -420,7 +421,7 @@ def test_without_limits_or_when_nobody_waits_nothing_is_simulated(pair: Placed) 
     assert VERIFICATION not in again(unlimited, problem).inputs
     cancelled = threading.Event()
     cancelled.set()
-    left = verified(bare, problem, seed=0, cancelled=cancelled, report=silent)
+    left = verified(bare, problem, seed=0, cancelled=cancelled, report=unheard)
     assert left is bare
 
 

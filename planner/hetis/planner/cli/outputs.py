@@ -157,7 +157,8 @@ def say_what_would_be_solved(
         ]
         times = "1 search" if solves == 1 else f"{solves:,} searches"
         words = f"{times} by {solved_by}, up to {seconds(time_limit_s)} each"
-        words += f"; up to {again} more for each plan that misses a limit in simulation" if again else ""
+        if again:
+            words += f"; for each plan that misses a limit in simulation up to {again} more in the same time"
         return Text("\n").join([*lines, Text(f"    dry run, nothing was solved: {words}")])
 
     document = {

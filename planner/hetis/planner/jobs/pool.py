@@ -19,7 +19,6 @@ from functools import partial
 from hetis.planner.failures import Reason, ServiceError, quota_exceeded
 from hetis.planner.jobs.frames import JobFrame, receive_frame, to_bytes
 from hetis.planner.jobs.messages import CalledOff, Crashed, Outcome, answer_from_frame, progress_from_frame
-from hetis.planner.use_cases.verify import SEARCHES
 from hetis.solver.budget import Progress
 
 # -P: import nothing from the service's working directory.
@@ -167,8 +166,8 @@ class PoolSettings:
     warm_up_after_s: float = 10.0
     grace_s: float = 60.0  # time for an answer after a search's time limit, or after it was cancelled
     preparation_s: float = 600.0  # time for a process to load and compile before a search's time limit starts to run
-    # Time for a process to simulate a plan, besides the time limits of the searches that follow from it; after that,
-    # the plan is returned as it was found
+    # Time for a process to simulate a plan, besides the time limit of the searches that follow from it; after that, the
+    # plan is returned as it was found
     verification_s: float = 600.0
 
 
@@ -256,7 +255,7 @@ class Slot:
                     limit_s = search.time_limit_s + self._settings.grace_s - frame.fields.get("spent_s", 0.0)
                     self._set_timer(limit_s, f"did not answer within {self._settings.grace_s:g} s after its time limit")
                 else:  # there is a plan already
-                    limit_s = SEARCHES * search.time_limit_s + self._settings.verification_s - frame.fields["spent_s"]
+                    limit_s = search.time_limit_s + self._settings.verification_s - frame.fields["spent_s"]
                     self._call_in(limit_s, self.call_off)
             elif frame.kind == "compiling":
                 self._wait_for_preparation()

@@ -37,7 +37,7 @@ from hetis.planner.use_cases.sources import (
     load_inputs,
 )
 from hetis.planner.use_cases.surviving import check_survival, surviving_plan, with_losses
-from hetis.planner.use_cases.verify import misses, tightening_of, verification_of, verified_plan
+from hetis.planner.use_cases.verify import RunReport, misses, tightening_of, verification_of, verified_plan
 from hetis.planner.use_cases.versions import installed_versions
 from hetis.profiler.defaults import default_profile
 from hetis.solver.budget import Budget, Progress, Report, SearchSettings
@@ -181,7 +181,8 @@ def place(
 ) -> PlacedPlan:
     """Search, describe and check a plan, then verify, price and study it as requested.
 
-    The time limit applies to the search; a study may take the same time again, and so may the prices.
+    The time limit applies to the search; those for tighter limits together may take the same time again, a study, too,
+    and so may the prices.
 
     Raises:
         InfeasibleError: no plan of the family exists; names GPUs of the catalogue that could be added.
@@ -274,16 +275,24 @@ def simulated_plan(
     """Simulate a plan of `make_plan`; if it misses a limit, search again with a tighter one (`verified_plan`).
 
     There is no other search for a plan that survives a loss, or without ``again``. ``budget`` returns the budget of one
-    search. ``losses``: add the effects of losses to another plan. Once cancelled, the plan is returned as far as it was
-    verified.
+    search; all further ones together have the same time. ``losses``: add the effects of losses to another plan. Once
+    cancelled, the plan is returned as far as it was verified.
 
     Raises:
         UncheckedPlanError: the other plan fails the independent checker.
     """
 
+    spent_s = 0.0
+
     def find(posed: PlacementProblem) -> Plan:
-        again = search(posed, settings, budget=replace(budget(), explains=False), report=report)
-        return describe(again, loaded, problem, settings)
+        nonlocal spent_s
+        rest = budget()
+        rest = replace(rest, time_limit_s=rest.time_limit_s - spent_s, explains=False)
+        try:
+            other = search(posed, settings, budget=rest, report=report)
+        finally:
+            spent_s += rest.elapsed_s()
+        return describe(other, loaded, problem, settings)
 
     plan = held_to(level, plan)
     problem = replace(problem, objective=plan.objective)  # its demand is larger if a loss must be survived
@@ -461,18 +470,18 @@ def _with_equal_stages(
     return replace(plan, inputs={**plan.inputs, **({EQUAL_STAGES: best[0]} if best else {}), **found})
 
 
-def simulation_report(plan: Plan, report: Report) -> Callable[[int, int], None]:
-    """Return a callback that reports a simulation as progress of the search, for each quarter of the requests."""
-    started_s, told = time.monotonic() - plan.result.solve_s, [-1]
+def simulation_report(plan: Plan, report: Report) -> RunReport:
+    """Return a callback that reports simulations as progress of the search, for each quarter of a run's requests."""
+    started_s, told = time.monotonic() - plan.result.solve_s, (0.0, 0, 0)
 
-    def requests(given: int, total: int) -> None:
-        if given * 4 // total == told[0]:
+    def run(rate_rps: float, given: int, total: int) -> None:
+        nonlocal told
+        if told == (told := (rate_rps, given * 4 // total, total)):
             return
-        told[0] = given * 4 // total
-        phase = f"simulating the plan, {given:,} of {total:,} requests"
+        phase = f"simulating {rate_rps:.4g} requests/s, {given:,} of {total:,}"
         report(Progress(phase=phase, elapsed_s=time.monotonic() - started_s, incumbent=plan.result.value))
 
-    return requests
+    return run
 
 
 def _constraint_prices(

@@ -11,8 +11,8 @@ import math
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from functools import cache
-from typing import Any, NamedTuple
+from functools import cache, partial
+from typing import Any, NamedTuple, Protocol
 
 from hetis.planner.use_cases.json_values import json_value
 from hetis.planner.use_cases.representative import Part, representative_part
@@ -102,8 +102,18 @@ def needs_verifying(plan: Plan) -> bool:
     return bool(plan.replicas) and (plan.objective.ttft_limit_s, plan.objective.tpot_limit_s) != (None, None)
 
 
+class RunReport(Protocol):
+    """A callback for the progress of a run: its arrival rate, the requests that have arrived, and their number."""
+
+    def __call__(self, rate_rps: float, given: int, total: int, /) -> None: ...
+
+
+def unheard(rate_rps: float, given: int, total: int, /) -> None:
+    """Report nothing."""
+
+
 def verified(
-    plan: Plan, problem: PlacementProblem, *, seed: int, cancelled: threading.Event, report: Report,
+    plan: Plan, problem: PlacementProblem, *, seed: int, cancelled: threading.Event, report: RunReport,
     at_least_rps: float = 0.0,
 ) -> Plan:  # fmt: skip
     """Return the plan with the simulator's results, or unchanged if it promises no latency or was cancelled.
@@ -271,7 +281,7 @@ def simulated_at(
 
 def _verify(
     plan: Plan, problem: PlacementProblem, *, at_least_rps: float, seed: int, cancelled: threading.Event,
-    report: Report,
+    report: RunReport,
 ) -> Verification | None:  # fmt: skip
     planned_rps, to_fill = default_rate(plan, problem), _most_of(plan).to_fill
     part = _simulated_part(plan, problem, to_fill)
@@ -282,7 +292,7 @@ def _verify(
     def simulate(rate_rps: float, *lengths: int, traffic: int = seed) -> TriedRate:
         found = simulated_at(
             part.plan, problem, rate_rps * part.share, plan.objective, seed=traffic, lengths=lengths,
-            cancelled=cancelled, report=report,
+            cancelled=cancelled, report=partial(report, rate_rps),
         )  # fmt: skip
         if found is None:
             raise _CancelledError
@@ -509,8 +519,9 @@ class Tightening:
 
 
 def verified_plan(
-    plan: Plan, problem: PlacementProblem, find: Find | None, *, seed: int, cancelled: threading.Event, report: Report
-) -> Plan:
+    plan: Plan, problem: PlacementProblem, find: Find | None, *, seed: int, cancelled: threading.Event,
+    report: RunReport,
+) -> Plan:  # fmt: skip
     """Return the plan as `verified` does or, if it misses a limit at its planned rate, a better one.
 
     The cost model predicts TTFT by averages, which is too low if a few long iterations with a chunk take most of the
