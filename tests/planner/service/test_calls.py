@@ -20,7 +20,8 @@ from hetis.planner.service import statuses
 from hetis.planner.service.access import NEEDED
 from hetis.planner.service.credentials import Credentials, Grant, Tokens, digest
 from hetis.planner.service.limits import MOST_OF_A_CALLER, MOST_OF_A_HOST
-from hetis.planner.service.telemetry import JsonLines, TextLines
+from hetis.planner.service.metrics import ServiceMetrics
+from hetis.planner.service.telemetry import JsonLines, Telemetry, TextLines
 from hetis.v1 import agent_service_pb2 as agents
 from hetis.v1 import dispatch_service_pb2 as dispatch
 from hetis.v1 import plan_service_pb2 as plans
@@ -286,6 +287,18 @@ def test_calls_and_streams_are_measured_and_logged(caplog: pytest.LogCaptureFixt
     ]
     assert all(line["seconds"] >= 0 for line in lines)
     assert lines[1]["reason"] == "NOT_FOUND"
+
+
+def test_the_line_of_a_refused_agent_names_its_node(caplog: pytest.LogCaptureFixture) -> None:
+    """Otherwise the log of two agents with the token of a cluster does not say which node they both claim to be."""
+    caplog.set_level(logging.INFO, "hetis")
+    metrics = ServiceMetrics("test")
+    record = Telemetry(metrics).begin("/hetis.v1.AgentService/ConnectNode", "ipv4:127.0.0.1:1", (), is_stream=True)
+    metadata = {"node": "clusters/c/nodes/n"}
+    record.failed(ServiceError(Reason.ERROR_REASON_NODE_IN_USE, "another agent is connected", metadata=metadata))
+    record.end(grpc.StatusCode.ABORTED, metrics)
+    (line,) = [json.loads(JsonLines().format(one)) for one in caplog.records]
+    assert (line["message"], line["reason"], line["request"]) == ("stream ended", "NODE_IN_USE", "clusters/c/nodes/n")
 
 
 def test_a_log_line_stays_one_line_whatever_a_caller_writes() -> None:

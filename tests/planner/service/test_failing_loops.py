@@ -17,7 +17,7 @@ from hetis.planner.service.certificates import keep_fresh
 from hetis.planner.service.loops import Loops
 from hetis.planner.service.running import show_failure
 from hetis.planner.service.succession import ANSWERED_S, Succession
-from hetis.planner.store import Store
+from hetis.planner.store import Store, StoreError
 from hetis.planner.store.leadership import Lease
 from hetis.planner.store.store import StoreHealth
 from tests.planner.service.serving import run, served
@@ -188,6 +188,12 @@ class HangingTerm:
                 continue
 
 
+class ReleasedTerm(HangingTerm):
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_released.set()
+
+
 def succession_with(store: Any, make_term: Callable[[int], Any]) -> Succession:
     async def append(_: object) -> None: ...
 
@@ -210,6 +216,21 @@ def test_a_standby_is_not_ready_where_nobody_leads_and_it_cannot_take_over() -> 
     assert standby.is_ready
     store.led_s_ago = ANSWERED_S
     assert not standby.is_ready
+
+
+def test_a_standby_ends_when_a_planner_of_another_version_has_migrated_the_tables() -> None:
+    class MigratedStore(LostStore):
+        async def stand_by(self, *_: object) -> int:
+            raise StoreError("hetis.db was written by a newer hetis-planner")
+
+    async def test() -> None:
+        standby = succession_with(MigratedStore(), lambda _: ReleasedTerm())
+        await standby.start()
+        with pytest.raises(StoreError, match="was written by a newer hetis-planner"):
+            await standby.until_replaced()
+        await standby.close()
+
+    run(test)
 
 
 def test_a_planner_stands_by_again_though_streams_and_term_do_not_end() -> None:

@@ -18,7 +18,8 @@ from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 
 from hetis.planner.failures import Reason, ServiceError
-from hetis.planner.store import Reader, Store, StoreError, Transaction, etag_of, opening, records, schema
+from hetis.planner.store import Reader, Store, StoreError, Transaction, etag_of, leadership, opening, records, schema
+from hetis.planner.store.copying import migrate_to
 from hetis.planner.store.records import Record
 from hetis.planner.store.tables import KEPT_REDISPATCHES, KEPT_S
 from hetis.v1.redispatch_pb2 import REDISPATCH_STATE_PREPARING
@@ -470,6 +471,66 @@ def test_a_newer_schema_is_refused_and_left_alone(url: str) -> None:
     engine.dispose()
 
 
+def test_tables_are_not_migrated_under_an_older_planner_that_leads(postgres_url: str) -> None:
+    """Planners in the past did, and the older one wrote to tables that it did not know."""
+    oldest = schema.revisions()[0]
+    migrate_to(postgres_url, oldest)
+    engine = sa.create_engine(opening.parse_url(postgres_url))
+    lead = sa.text("UPDATE leadership SET epoch = 7, holder = 'old', lease_end_s = extract(epoch FROM now()) + :s")
+    seen = sa.text("SELECT version_num, epoch FROM alembic_version, leadership")
+    with engine.begin() as connection:
+        connection.execute(lead, {"s": 3600})
+    with pytest.raises(StoreError, match="is in use by the planner old, which is older than this one; stop all older"):
+        asyncio.run(_open_and_close(postgres_url, lease_s=0.5))
+    with engine.begin() as connection:
+        assert tuple(connection.execute(seen).one()) == (oldest, 7)
+        connection.execute(lead, {"s": 1})  # it was killed
+    asyncio.run(_open_and_close(postgres_url))
+    with engine.begin() as connection:
+        assert tuple(connection.execute(seen).one()) == (schema.revisions()[-1], 8)  # the old term can change nothing
+    engine.dispose()
+
+
+@pytest.mark.parametrize("version", ["v9999", schema.revisions()[0]])
+def test_a_standby_does_not_lead_with_tables_that_another_version_has_migrated(url: str, version: str) -> None:
+    engine = sa.create_engine(opening.parse_url(url))
+    wrong = "was written by a newer hetis-planner" if version == "v9999" else f"was migrated to {version} while"
+
+    async def scenario() -> None:
+        standby = await Store.open(url)
+        with engine.begin() as connection:
+            connection.execute(sa.text(f"UPDATE alembic_version SET version_num = '{version}'"))
+        for lead in (standby.stand_by, standby.lead):
+            with pytest.raises(StoreError, match=wrong):
+                await asyncio.wait_for(lead("standby"), 60)
+            assert standby.epoch is None
+        await standby.close()
+
+    asyncio.run(scenario())
+    with engine.connect() as connection:
+        assert connection.execute(sa.text("SELECT epoch FROM leadership")).scalar() == 0
+    engine.dispose()
+
+
+def test_a_takeover_waits_for_a_migration_and_sees_it(postgres_url: str) -> None:
+    engine = sa.create_engine(opening.parse_url(postgres_url))
+
+    async def scenario() -> None:
+        standby = await Store.open(postgres_url)
+        with engine.begin() as migrating:
+            leadership.end_terms(migrating)
+            leading = asyncio.create_task(standby.lead("standby"))
+            await asyncio.sleep(0.5)
+            assert not leading.done()
+            migrating.execute(sa.text("UPDATE alembic_version SET version_num = 'v9999'"))
+        with pytest.raises(StoreError, match="its schema is v9999"):
+            await leading
+        await standby.close()
+
+    asyncio.run(scenario())
+    engine.dispose()
+
+
 def test_a_database_of_something_else_is_refused_and_left_alone(url: str) -> None:
     engine = sa.create_engine(opening.parse_url(url))
     with engine.begin() as connection:
@@ -480,8 +541,8 @@ def test_a_database_of_something_else_is_refused_and_left_alone(url: str) -> Non
     engine.dispose()
 
 
-async def _open_and_close(url: str) -> None:
-    store = await Store.open(url)
+async def _open_and_close(url: str, **settings: float) -> None:
+    store = await Store.open(url, **settings)
     await store.close()
 
 

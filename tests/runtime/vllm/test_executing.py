@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -198,6 +199,19 @@ def test_steps_go_on_while_an_agent_asks_and_does_not_listen(world: World, tmp_p
         await executor.close()
 
     asyncio.run(act())
+
+
+def test_the_socket_of_a_running_engine_is_not_replaced_and_that_of_a_killed_one_is(tmp_path: Path) -> None:
+    path = tmp_path / "engine.sock"
+    with socket.socket(socket.AF_UNIX) as running:
+        running.bind(str(path))
+        running.listen()
+        with pytest.raises(SettingsError, match=r"executor: cannot listen on unix:.*: another process listens on it"):
+            World(socket=path)
+        with socket.socket(socket.AF_UNIX) as agent:
+            agent.connect(str(path))
+            running.accept()[0].close()  # the running engine got the call
+    World(socket=path).side.close()
 
 
 def test_a_socket_that_cannot_be_made_ends_the_start_with_one_message(tmp_path: Path) -> None:

@@ -175,7 +175,7 @@ class ClusterFleet:
         if not is_gone and boot_id != link.boot_id:
             self.counters.refusals += 1
             message = f"another agent is connected as node {node}, and sent a message recently"
-            raise ServiceError(Reason.ERROR_REASON_NODE_IN_USE, message, metadata={"node": node})
+            raise ServiceError(Reason.ERROR_REASON_NODE_IN_USE, message, metadata={"node": node_name(self.name, node)})
 
     def close(self, node: str, session: str) -> None:
         link = self.links.get(node)

@@ -171,13 +171,13 @@ async def run_planner(config: PlannerConfig, open_planner: OpenPlanner, *, versi
         failing = asyncio.create_task(show_failure(planner, loops, server))
         stack.callback(failing.cancel)
         _say_ready(addresses, page_address, config, as_json=ready_json)
-        is_replaced = await _until_the_end(signals, planner)
+        end = await _until_the_end(signals, planner)
         _log.info("stopping", extra={"drain_timeout_s": config.drain_timeout})
         if not await server.drain(config.drain_timeout, planner.say_goodbye):
             _log.warning("calls were cut off: they did not finish in time")
     _log.info("stopped")
-    if is_replaced:
-        raise ServiceError(Reason.ERROR_REASON_NOT_LEADER, "another planner has taken over the store")
+    if end is not None:
+        raise end
 
 
 @asynccontextmanager
@@ -205,10 +205,13 @@ async def _opened(signals: StopSignals, opening: Awaitable[Succession]) -> Succe
         return None
 
 
-async def _until_the_end(signals: StopSignals, planner: Succession) -> bool:
-    """Wait for a signal, or for another planner to take over; return whether the latter happened."""
+async def _until_the_end(signals: StopSignals, planner: Succession) -> BaseException | None:
+    """Wait for a signal, or for the end of this planner's use; return the error that names it, None after a signal."""
     async with _first_of(planner.until_replaced(), signals.wait()) as (replaced, _):
-        return replaced.done()
+        if not replaced.done():
+            return None
+        taken_over = ServiceError(Reason.ERROR_REASON_NOT_LEADER, "another planner has taken over the store")
+        return replaced.exception() or taken_over
 
 
 async def show_failure(planner: Succession, loops: Loops, server: PlannerServer) -> None:

@@ -26,7 +26,7 @@ from hetis.planner.service.loops import Loops
 from hetis.planner.service.metrics import FleetCollector, StoreCollector
 from hetis.planner.service.overview import ClusterNow, Overview
 from hetis.planner.service.settings import PlannerConfig, default_store
-from hetis.planner.store import AuditedChange, Lease, Store, Transaction
+from hetis.planner.store import AuditedChange, Lease, Store, StoreError, Transaction
 
 ANSWERED_S = 10.0  # a store whose last answer is older counts as unavailable
 _AGAIN_S = 1.0  # pause after a term that could not begin
@@ -74,6 +74,7 @@ class Succession:
         self._warming: asyncio.Task[None] | None = None
         self._end_streams: Callable[[ServiceError], Awaitable[None]] | None = None
         self._is_over = asyncio.Event()
+        self._unusable: StoreError | None = None
         self.collectors = tuple(collectors)
         self.servicings = tuple(
             replace(found, servicer=_Present(self, position)) for position, found in enumerate(self._standby.servicings)
@@ -156,8 +157,13 @@ class Succession:
         self._refusals.note(change)
 
     async def until_replaced(self) -> None:
-        """Wait until this planner has no further use; a planner that stands by always has."""
+        """Wait until this planner has no further use. One that stands by always has, as long as it knows the tables.
+
+        Raises StoreError if a planner of another version has migrated them.
+        """
         await self._is_over.wait()
+        if self._unusable is not None:
+            raise self._unusable
 
     async def say_goodbye(self) -> None:
         await self.present.say_goodbye()
@@ -193,6 +199,10 @@ class Succession:
                         return
                 try:
                     await self._begin(await self._store.stand_by(self._holder, self._addresses))
+                except StoreError as error:
+                    _log.error("the store cannot be used any more", extra={"why": str(error)})
+                    self._unusable = error
+                    return
                 except ServiceError as error:
                     _log.warning("the term could not begin", extra={"why": str(error)})
                     await asyncio.sleep(_AGAIN_S)

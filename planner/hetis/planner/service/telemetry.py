@@ -234,6 +234,7 @@ class CallRecord:
 
     def failed(self, error: ServiceError) -> None:
         self.reason = error.reason_name
+        self._request_name = self._request_name or error.metadata.get("node", "")[:200]  # a Hello names its node
         if error.reason == Reason.ERROR_REASON_QUOTA_EXCEEDED:
             self._quota = error.metadata["quota"]
 

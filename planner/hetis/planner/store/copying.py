@@ -123,8 +123,6 @@ def restore(url: str, file: Path, *, replace: bool, clock: Callable[[], float] =
                         f"store {label} holds {kind}: nothing was changed; --replace overwrites it with the backup"
                     )
                 epoch_before, version_before = _epoch(written), _highest_version(written)
-                for table in reversed(records.metadata.sorted_tables):
-                    written.execute(sa.delete(table))
                 num = _copy(connection, written)
                 now_s = clock()
                 epoch = max(epoch_before + 1, _epoch(written) + BEYOND, int(now_s) - _FIRST_S)
@@ -278,7 +276,8 @@ def _errors_of(label: str) -> Iterator[None]:
 
 def _require_no_lease(connection: sa.Connection, label: str) -> None:
     if sa.inspect(connection).has_table(records.leadership.name):
-        holder, left_s = leadership.look(connection)
+        # From here on, a planner that starts or stands by waits for the end of the transaction before it leads.
+        holder, left_s = leadership.end_terms(connection)
         if left_s > 0:
             raise StoreError(f"store {label} is in use by the planner {holder.name}: stop it first")
 
@@ -292,12 +291,19 @@ def _first_filled(connection: sa.Connection) -> str:
 
 
 def _copy(source: sa.Connection, target: sa.Connection) -> int:
-    """Copy all rows unchanged and return their number."""
+    """Replace all rows of ``target`` by those of ``source``, unchanged, and return their number."""
     num = 0
+    for table in reversed(records.metadata.sorted_tables):
+        if table is not records.leadership:
+            target.execute(sa.delete(table))
     for table in records.metadata.sorted_tables:
-        target.execute(sa.delete(table))  # deletes the row that the first migration inserts
         rows = source.execution_options(stream_results=True).execute(sa.select(table))
         for part in rows.mappings().partitions(_ROWS):
+            if table is records.leadership:
+                # Its one row, which the first migration inserted, is never deleted: a planner that waits for its lock
+                # must find it.
+                num += target.execute(sa.update(table).values(part[0])).rowcount
+                continue
             target.execute(sa.insert(table), [dict(row) for row in part])
             num += len(part)
     return num

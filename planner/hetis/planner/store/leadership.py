@@ -17,6 +17,7 @@ from pathlib import Path
 import sqlalchemy as sa
 
 import hetis.planner.store.records as records
+import hetis.planner.store.schema as schema
 from hetis.planner.failures import Reason, ServiceError
 from hetis.planner.store.opening import StoreError
 
@@ -139,10 +140,27 @@ class Holder:
         return f"{self.name} {','.join(self.addresses)}" if self.addresses else self.name
 
 
-def look(connection: sa.Connection) -> tuple[Holder, float]:
-    """Return the last leader and the seconds left of its lease, negative if it has expired. Takes no lock."""
+def look(connection: sa.Connection) -> tuple[Holder, float, str]:
+    """Return the last leader, the seconds left of its lease (negative if it has expired) and the tables' version.
+
+    Takes no lock.
+    """
     left_s = (records.leadership.c.lease_end_s - _now(connection)).label("left_s")
-    row = connection.execute(sa.select(records.leadership.c.holder, left_s).where(_ROW)).one()
+    columns = records.leadership.c.holder, left_s, schema.applied.label("version")
+    row = connection.execute(sa.select(*columns).where(_ROW)).one()
+    return Holder.from_text(row.holder), float(row.left_s), row.version
+
+
+def end_terms(connection: sa.Connection) -> tuple[Holder, float]:
+    """End all terms, and let no other one begin before the transaction ends.
+
+    Whoever changes tables from outside a term calls this first. Returns the last leader and the seconds left of its
+    lease; if they are positive, it still leads, and the caller rolls back.
+    """
+    left_s = (records.leadership.c.lease_end_s - _now(connection)).label("left_s")
+    columns = records.leadership.c.holder, left_s
+    row = connection.execute(sa.select(*columns).where(_ROW).with_for_update()).one()
+    connection.execute(sa.update(records.leadership).where(_ROW).values(epoch=records.leadership.c.epoch + 1))
     return Holder.from_text(row.holder), float(row.left_s)
 
 
@@ -157,6 +175,7 @@ def take(connection: sa.Connection, holder: str, *, store: str, lease_s: float) 
 
     Raises:
         ServiceError: NOT_LEADER, with the leader and the time of the next attempt.
+        StoreError: the tables were migrated to another version while this planner stood by.
     """
     left_s = (records.leadership.c.lease_end_s - _now(connection)).label("left_s")
     row = connection.execute(sa.select(records.leadership, left_s).where(_ROW).with_for_update()).one()
@@ -165,7 +184,10 @@ def take(connection: sa.Connection, holder: str, *, store: str, lease_s: float) 
     epoch: int = row.epoch + 1
     lease_end_s = _now(connection) + lease_s if lease_s else 0.0
     values = {"epoch": epoch, "holder": holder, "lease_end_s": lease_end_s}
-    connection.execute(sa.update(records.leadership).where(_ROW).values(values))
+    # A statement after the one that locked the row, which may have waited for a migration that it does not see.
+    ours = sa.and_(_ROW, schema.applied == schema.revisions()[-1])
+    if not connection.execute(sa.update(records.leadership).where(ours).values(values)).rowcount:
+        schema.require_unchanged(schema.revision_of(connection) or "nothing", store)
     return epoch
 
 

@@ -14,6 +14,8 @@ from hetis.planner.store.opening import StoreError
 _MIGRATION_LOCK = 0x6865746973  # key of PostgreSQL's advisory lock: "hetis"
 _FOLDER = Path(__file__).parent / "migrations"
 _APPLIED = sa.table("alembic_version", sa.column("version_num"))
+applied = sa.select(_APPLIED.c.version_num).scalar_subquery()
+"""The version of a store's tables, as an expression within a statement: a query of its own costs a round trip."""
 
 
 def revisions() -> list[str]:
@@ -32,6 +34,18 @@ def revision_of(connection: sa.Connection) -> str | None:
     return found
 
 
+def require_unchanged(found: str, store: str) -> None:
+    """Check the version of a store that this planner has opened. Raises StoreError if it was migrated since."""
+    known = revisions()
+    if found not in known:
+        raise _newer(found, store)
+    if found != known[-1]:
+        raise StoreError(
+            f"{store} was migrated to {found} while this planner, whose schema is {known[-1]}, stood by. Nothing was"
+            " changed; start the planner of that version"
+        )
+
+
 def needs_migration(connection: sa.Connection, store: str) -> bool:
     """Return whether the tables are older than this planner; ``store`` is the store's name in messages.
 
@@ -44,11 +58,15 @@ def needs_migration(connection: sa.Connection, store: str) -> bool:
                 f"{store} holds tables of another application ({', '.join(sorted(others)[:5])}); nothing was changed"
             )
     elif found not in known:
-        raise StoreError(
-            f"{store} was written by a newer hetis-planner: its schema is {found}, this one supports up to {known[-1]}."
-            " Nothing was changed; start the newer planner, or restore an older backup"
-        )
+        raise _newer(found, store)
     return found != known[-1]
+
+
+def _newer(found: str, store: str) -> StoreError:
+    return StoreError(
+        f"{store} was written by a newer hetis-planner: its schema is {found}, this one supports up to"
+        f" {revisions()[-1]}. Nothing was changed; start the newer planner, or restore an older backup"
+    )
 
 
 def lock_out_others(connection: sa.Connection) -> None:

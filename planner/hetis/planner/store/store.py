@@ -76,6 +76,14 @@ class StoreHealth:
                 self._answered_s = now_s
 
 
+class _OlderLeaderError(StoreError):
+    """An older planner leads with tables that this one would have to migrate; its lease lasts ``left_s`` more."""
+
+    def __init__(self, message: str, *, left_s: float) -> None:
+        super().__init__(message)
+        self.left_s = left_s
+
+
 T = TypeVar("T")
 LEASE_S = 5.0  # the lease of a planner on a server
 _RENEWALS = 6  # per lease; one attempt may take two such intervals
@@ -154,7 +162,7 @@ class Store:
         """
         store = cls(opening.parse_url(url), lease_s=lease_s, clock=clock, machine=machine)
         try:
-            await store._open_in_time()
+            await store._open_after_older_ones()
         except BaseException:
             store._breaker.break_connection()  # otherwise closing would wait for whatever hangs
             await store.close()
@@ -180,6 +188,7 @@ class Store:
 
         Raises:
             ServiceError: NOT_LEADER if another planner holds the file's lock or the server's lease; STORE_UNAVAILABLE.
+            StoreError: the tables were migrated to another version since this planner opened the store.
         """
         await _end(self._renewal)
         text = Holder(name=holder.replace(" ", "_"), addresses=tuple(addresses)).to_text()
@@ -197,7 +206,10 @@ class Store:
         return epoch
 
     async def stand_by(self, holder: str, addresses: Sequence[str] = ()) -> int:
-        """Wait until no planner leads, then lead and return the epoch. In the meantime `leader` names the leader."""
+        """Wait until no planner leads, then lead and return the epoch. In the meantime `leader` names the leader.
+
+        Raises StoreError if a planner of another version migrates the tables meanwhile.
+        """
         while True:
             wait_s = _LOOK_S
             try:
@@ -412,6 +424,14 @@ class Store:
                 probing = asyncio.ensure_future(self._run(self._timed, self._look_by, self._readers))
                 probing.add_done_callback(_forget)
 
+    async def _open_after_older_ones(self) -> None:
+        """Open the store; wait for the lease of an older planner, which may have been killed, to expire once."""
+        try:
+            await self._open_in_time()
+        except _OlderLeaderError as error:
+            await asyncio.sleep(min(error.left_s, self._limit_s))
+            await self._open_in_time()
+
     async def _open_in_time(self) -> None:
         """Wait for as long as the server answers anything, since a migration may take its time."""
         working = asyncio.ensure_future(self._run(self._open))
@@ -455,23 +475,42 @@ class Store:
                     schema.allow_pauses(connection)
                     schema.lock_out_others(connection)
                 if schema.needs_migration(connection, self._label):  # no other planner has migrated it in the meantime
+                    if schema.revision_of(connection) is not None:
+                        self._end_older_terms(connection)
                     schema.migrate(connection)
         finally:
             self._is_migrating = False
             if self._lock is not None:
                 self._lock.release()
 
+    def _end_older_terms(self, connection: sa.Connection) -> None:
+        """End the terms of older planners, which would write to tables that they do not know.
+
+        One that still leads is not interrupted: what it has promised its callers must stay as it is.
+        """
+        holder, left_s = leadership.end_terms(connection)
+        if left_s > 0:
+            raise _OlderLeaderError(
+                f"store {self._label} is in use by the planner {holder.name}, which is older than this one; stop all"
+                " older planners, then start this one",
+                left_s=left_s,
+            )
+
     def _look(self) -> float:
-        """Return the seconds left of the leader's lease; 0 for a file, whose lock determines whether it is free."""
-        left_s = self._look_by(self._lease_looks)
+        """Return the seconds left of the leader's lease; 0 for a file, whose lock determines whether it is free.
+
+        Raises StoreError if a planner of another version has migrated the tables.
+        """
+        left_s, version = self._look_by(self._lease_looks)
+        schema.require_unchanged(version, self._label)
         return 0.0 if self._lock is not None else left_s
 
-    def _look_by(self, engine: sa.Engine) -> float:
+    def _look_by(self, engine: sa.Engine) -> tuple[float, str]:
         with self._begun(engine) as connection:
-            holder, left_s = leadership.look(connection)
+            holder, left_s, version = leadership.look(connection)
         if self._epoch is None and left_s > 0:
             self.leader = holder
-        return left_s
+        return left_s, version
 
     def _lead(self, holder: str) -> tuple[float, int]:
         """Take the leadership; return when the lease begins to count, and the epoch."""

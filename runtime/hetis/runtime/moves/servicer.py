@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
 from collections.abc import AsyncIterator, Callable, Iterable
 from pathlib import Path
 from typing import Any, NoReturn, Protocol, TypeVar
@@ -24,17 +25,35 @@ PROGRESS_S = 0.1  # interval between progress messages of a copy
 DEFAULT_REPORT_S = 1.0
 
 
-def bind_socket(server: grpc.aio.Server, socket: Path) -> None:
-    """Listen on a Unix socket of this user alone, in place of one left by an earlier run. Raises OSError."""
-    if socket.is_socket():
-        socket.unlink(missing_ok=True)
-    elif socket.exists():
-        raise OSError(f"cannot listen on unix:{socket}: it exists and is not a socket")
+def bind_socket(server: grpc.aio.Server, path: Path) -> None:
+    """Listen on a Unix socket of this user alone, in place of one left by an earlier run.
+
+    Raises OSError if a running process listens there: its agent would find this engine, which knows nothing of the
+    other one's head groups.
+    """
+    if path.is_socket():
+        if _answers(path):
+            raise OSError(f"cannot listen on unix:{path}: another process listens on it")
+        path.unlink(missing_ok=True)
+    elif path.exists():
+        raise OSError(f"cannot listen on unix:{path}: it exists and is not a socket")
     before = os.umask(0o177)
     try:
-        bind(server, f"unix:{socket}")
+        bind(server, f"unix:{path}")
     finally:
         os.umask(before)
+
+
+def _answers(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.setblocking(False)  # a listener whose queue is full is alive
+        try:
+            probe.connect(str(path))
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+    return True
 
 
 def bind(server: grpc.aio.Server, address: str) -> int:
