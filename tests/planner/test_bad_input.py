@@ -26,6 +26,8 @@ BAD_FILES = sorted(
     for path in (Path(__file__).parents[1] / "bad_input").rglob("*")
     if path.is_file() and path.suffix != ".expected"
 )
+# Verbs that read plans alone refuse other kinds of files in the same way: every fifth of those is enough.
+ABOUT_PLANS = [path for i, path in enumerate(BAD_FILES) if path.name.startswith("plan_") or i % 5 == 0]
 LOADED = load_inputs(cluster=str(EXAMPLES / "paper.yaml"), model="Llama-2-70B", workload="1024/256")
 GOOD = replace(
     plans.plan(plans.paper_replica()),
@@ -41,11 +43,18 @@ def messages(*arguments: str) -> tuple[int, str]:
     return code, err.getvalue()
 
 
-@pytest.mark.parametrize("verb", ["validate", "check", "explain"])
 @pytest.mark.parametrize("path", BAD_FILES, ids=lambda path: path.name)
-def test_no_verb_stumbles_over_a_broken_file(verb: str, path: Path) -> None:
+def test_validate_does_not_stumble_over_a_broken_file(path: Path) -> None:
+    code, err = messages("validate", str(path))
+    assert code in {0, 2}
+    assert "internal error" not in err
+
+
+@pytest.mark.parametrize("verb", ["check", "explain"])
+@pytest.mark.parametrize("path", ABOUT_PLANS, ids=lambda path: path.name)
+def test_no_verb_about_plans_stumbles_over_a_broken_file(verb: str, path: Path) -> None:
     code, err = messages(verb, str(path))
-    assert code in ({0, 2} if verb == "validate" else {2})
+    assert code == 2
     assert "internal error" not in err
 
 
