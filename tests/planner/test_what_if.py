@@ -95,6 +95,9 @@ def test_the_tables_fit_80_columns_and_say_what_is_proven(fleet: str) -> None:
     bought = invoke(*asked(fleet, "--buy-next", "--market", "L4", "--count", "2"), "-q")
     assert bought.exit_code == 0, bought.output
     assert "in nodes of up to 8 GPUs, zone default" in bought.output
+    for shown in (changed.output, bought.output):
+        assert "these plans are not simulated. `place` shows the rate that simulated traffic" in " ".join(shown.split())
+    assert " requests/s by the model, gap " in bought.output
     assert all(len(line) <= 80 for line in (changed.output + bought.output).splitlines())
 
 

@@ -12,9 +12,9 @@ from rich.text import Text
 
 from hetis.formats.documents import to_data
 from hetis.planner.report.figures import digits, gigabytes, percent, plural, seconds
-from hetis.planner.report.plan import goal_line, problem_title, simulated_words
+from hetis.planner.report.plan import goal_line, kept_cell, problem_title, simulated_words
 from hetis.planner.report.tables import as_group, facts, section, table
-from hetis.planner.use_cases.compare import PlanDiff
+from hetis.planner.use_cases.compare import PlanDiff, kept_of
 from hetis.planner.use_cases.json_values import document, fields_of
 from hetis.planner.use_cases.replan import PosedReplan
 from hetis.planner.use_cases.verify import verification_of
@@ -51,6 +51,8 @@ def _figures(diff: PlanDiff) -> Table:
     made = table("'", "before", "after")
     made.add_row("objective", *(result.objective.value for result in results))
     made.add_row("rate /s", *(digits(f.rate_rps, 4) for f in figures), style="bold")
+    if any(kept_of(plan) is not None for plan in plans):
+        made.add_row("kept in simulation /s", *(kept_cell(plan, unknown="-") for plan in plans))
     made.add_row("value", *(f"{digits(result.value, 4)} {result.unit}" for result in results))
     made.add_row("gap", *(percent(result.gap) for result in results))
     made.add_row("used USD/h", *("-" if f.usd_per_hour is None else f"{f.usd_per_hour:,.2f}" for f in figures))

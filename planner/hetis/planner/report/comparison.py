@@ -14,7 +14,7 @@ from rich.text import Text
 from hetis.formats.documents import to_data
 from hetis.planner.report.changes import change_counts, change_fields
 from hetis.planner.report.figures import digits, percent, plural, tokens
-from hetis.planner.report.plan import SMALLEST_PRICE, goal_line, problem_title
+from hetis.planner.report.plan import SMALLEST_PRICE, goal_line, kept_cell, problem_title
 from hetis.planner.report.tables import Narrowing, as_group, bullets, grid, section, table
 from hetis.planner.use_cases.compare import Compared, Figures, best_of, figures_of, kept_of, why_outside
 from hetis.planner.use_cases.grouping import gpu_counts, used_counts
@@ -32,8 +32,8 @@ PUBLISHED_MEANS = (
     "bound and gap are those of the family to which its plans belong."
 )
 SIMULATED_MEANS = (
-    "kept: the highest rate tried, up to the plan's, at which simulated traffic kept the limits. All other "
-    "values are from the model."
+    "kept: the highest rate tried, up to the plan's, at which simulated traffic kept the limits; `place` puts this "
+    "rate first. All other values are from the model."
 )
 _LINES_PER_REASON = 3
 _LEAST_FIRST = ("KV", "solved", "USD/M", "bound", "TPOT", "TTFT")  # columns that a narrow console can do without
@@ -48,6 +48,8 @@ def render_comparison(compared: Sequence[Compared], inputs: Inputs, objective: O
     yield _table(compared, inputs, objective)
     if _are_simulated(compared):
         yield Text(f"\n{SIMULATED_MEANS} Red: less than the plan's; none: no rate tried.", style="dim")
+    elif (found := [one.plan for one in compared if one.plan is not None]) and not any(map(verification_of, found)):
+        yield Text(f"\n{model_words(objective)}", style="dim")
     published = dict.fromkeys(o.strategy for o in compared if STRATEGIES[o.strategy].is_published)
     if published:
         yield Text(f"\n{PUBLISHED_MEANS}", style="dim")
@@ -128,14 +130,6 @@ def _are_simulated(compared: Sequence[Compared]) -> bool:
     return any(outcome.plan is not None and kept_of(outcome.plan) is not None for outcome in compared)
 
 
-def kept_cell(plan: Plan, *, unknown: str) -> Text:
-    """Return the rate at which simulated traffic kept the limits, or ``unknown`` without a simulation."""
-    kept = kept_of(plan)
-    if kept is None:
-        return Text(unknown)
-    return Text(digits(kept.rate_rps) if kept.rate_rps else "none", style="" if kept.is_all else "red")
-
-
 def _compares_engines(compared: Sequence[Compared]) -> bool:
     """Return whether several engines are compared with a single strategy."""
     return len({outcome.strategy for outcome in compared}) == 1 < len({outcome.engine for outcome in compared})
@@ -174,6 +168,22 @@ def _solve_time(solve_s: float) -> str:
 # --- two fleets
 
 
+def model_words(objective: Objective, known: Plan | None = None) -> str:
+    """Return whose values are shown for plans that were not simulated, since `place` shows simulated ones first.
+
+    ``known`` is the plan that the reader has beside them; both its values are given if it was simulated.
+    """
+    words = "Values and bounds are the cost model's; these plans are not simulated."
+    if objective.kind is not ObjectiveKind.GOODPUT:
+        return words
+    kept = None if known is None else kept_of(known)
+    if known is None or kept is None:
+        return f"{words} `place` shows the rate that simulated traffic keeps, which may be lower."
+    model = f"{digits(known.result.value, 4)} {objective.unit} by the model"
+    rate = f"up to {digits(kept.rate_rps, 4)}" if kept.rate_rps else "at no rate tried"
+    return f"{words} The present plan has {model} and keeps its limits {rate} in simulation."
+
+
 _NOTE = (
     "Every plan is solved from scratch; hetis-plan replan shows what to keep of a running plan, and what moving costs."
 )
@@ -187,6 +197,7 @@ def render_what_if(found: WhatIf) -> Iterator[RenderableType]:
         yield Text.assemble((label.ljust(9), "dim"), line)
     yield Text()
     yield _sides(found)
+    yield Padding(Text(model_words(found.objective), style="dim"), (0, 0, 0, 1))
     yield section("Difference of the best plans", Text(verdict_words(found.difference, found.objective)))
     for name, side in (("before", found.before), ("after", found.after)):
         if side.outcome.plan is None:
@@ -327,7 +338,8 @@ def render_buy_next(found: BuyNext) -> Iterator[RenderableType]:
     result, unit = found.before.outcome.plan, found.objective.unit
     yield problem_title(found.before.loaded.inputs)
     yield goal_line(found.before.loaded.inputs.held_to(found.objective))
-    now = "no plan" if result is None else f"{digits(result.result.value, 4)} {unit}, gap {percent(result.result.gap)}"
+    now = "no plan" if result is None else f"{digits(result.result.value, 4)} {unit} by the model"
+    now += "" if result is None else f", gap {percent(result.result.gap)}"
     yield Text.assemble(("now      ", "dim"), now)
     yield Text.assemble(
         ("added    ", "dim"), f"{plural(found.count, 'GPU')} of one type, {shape_words(found.shape, found.before)}"
@@ -337,7 +349,8 @@ def render_buy_next(found: BuyNext) -> Iterator[RenderableType]:
         yield _market_table(found)
         yield Text(
             "\ngain: between the plans found, for all added GPUs together. proven: the range that both bounds allow.\n"
-            "marginal price: the value of one GPU in the present plan, an estimate that solving again replaces.",
+            "marginal price: the value of one GPU in the present plan, an estimate that solving again replaces.\n"
+            f"{model_words(found.objective)}",
             style="dim",
         )
     if found.left_out:

@@ -189,6 +189,14 @@ def is_below_model(plan: Plan) -> bool:
     return less_than_planned(plan) is not None or tightening_of(plan) is not None
 
 
+def kept_cell(plan: Plan, *, unknown: str) -> Text:
+    """Return the rate at which simulated traffic kept the limits, or ``unknown`` without a simulation."""
+    kept = kept_of(plan)
+    if kept is None:
+        return Text(unknown)
+    return Text(digits(kept.rate_rps) if kept.rate_rps else "none", style="" if kept.is_all else "red")
+
+
 def promised_figures(plan: Plan, inputs: Inputs | PlacementProblem) -> Figures:
     """Return the figures of a plan at the rate it promises, which is the simulated rate if that is lower."""
     kept = less_than_planned(plan)

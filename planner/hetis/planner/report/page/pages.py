@@ -12,7 +12,7 @@ from hetis.planner.report.changes import MAX_STEPS, change_cost_words, change_co
 from hetis.planner.report.comparison import (
     SIMULATED_MEANS,
     change_lines,
-    kept_cell,
+    model_words,
     offer_row,
     side_rows,
     verdict_words,
@@ -31,7 +31,7 @@ from hetis.planner.report.page.blocks import (
     render_page,
 )
 from hetis.planner.report.page.plan_section import plan_section
-from hetis.planner.report.plan import problem_line
+from hetis.planner.report.plan import kept_cell, problem_line
 from hetis.planner.report.simulation_pictures import Panel, panels_of, panels_of_sweep
 from hetis.planner.report.tables import SimulatedExtent
 from hetis.planner.use_cases.compare import Compared, best_of, figures_of, kept_of
@@ -66,7 +66,7 @@ def plans_page(shown: Sequence[ShownPlan]) -> str:
         sections.append(_section(one, number))
         if one.market is not None:
             heading = "What to buy next" + (f": {one.name}" if len(shown) > 1 else "")
-            sections.append(_market_section(one.market, anchor=f"market-{number}", heading=heading))
+            sections.append(_market_section(one.market, anchor=f"market-{number}", heading=heading, known=one.plan))
     first = shown[0]
     if len(shown) > 1:
         rows = [(one.name, one.plan, one.problem) for one in shown]
@@ -98,9 +98,12 @@ def what_if_page(found: WhatIf) -> str:
     inputs = found.before.loaded.inputs
     blocks: list[Block] = [
         Sentences(title="The change", lines=tuple(" ".join(line) for line in change_lines(found.change, found.before))),
-        Grid(title="Before and after", columns=("'", "before", "after"), rows=tuple(side_rows(found))),
+        Grid(
+            title="Before and after", columns=("'", "before", "after"), rows=tuple(side_rows(found)),
+            note=model_words(found.objective),
+        ),
         Sentences(title="Difference of the best plans", lines=(verdict_words(found.difference, found.objective),)),
-    ]
+    ]  # fmt: skip
     if found.plan_change is not None:
         blocks.append(Sentences(title="Replicas", lines=(change_counts(found.plan_change),)))
     lead = problem_line(inputs, found.objective)
@@ -188,8 +191,8 @@ def _side(name: str, side: Side, number: int) -> list[Section]:
     return [_section(ShownPlan(name=name, plan=plan, problem=problem), number)]
 
 
-def _market_section(found: BuyNext, *, anchor: str, heading: str) -> Section:
-    """Return the best purchase in words, and the whole market."""
+def _market_section(found: BuyNext, *, anchor: str, heading: str, known: Plan | None = None) -> Section:
+    """Return the best purchase in words, and the whole market; ``known`` is the plan that is on the same page."""
     blocks: list[Block] = list(_purchase(found))
     blocks.append(
         Grid(
@@ -200,7 +203,8 @@ def _market_section(found: BuyNext, *, anchor: str, heading: str) -> Section:
                 "proven", "'",
             ),
             rows=tuple(tuple(offer_row(offer)) for offer in found.offers),
-            note="Gain: between the plans found, for all added GPUs. Proven: the range that both bounds allow.",
+            note="Gain: between the plans found, for all added GPUs. Proven: the range that both bounds allow. "
+            + model_words(found.objective, known),
         )
     )  # fmt: skip
     if found.left_out:
