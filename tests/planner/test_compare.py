@@ -19,7 +19,7 @@ from hetis.planner.report.comparison import model_words
 from hetis.planner.use_cases import compare as comparing
 from hetis.planner.use_cases.compare import best_of, compare_strategies, figures_of, kept_of, why_outside
 from hetis.planner.use_cases.errors import UncheckedPlanError
-from hetis.planner.use_cases.place import PlacementSettings
+from hetis.planner.use_cases.place import STOPPED_EARLY, PlacementSettings
 from hetis.planner.use_cases.service_level import ServiceLevel
 from hetis.planner.use_cases.sources import engine_rules, load_inputs
 from hetis.planner.use_cases.verify import VERIFICATION
@@ -507,7 +507,8 @@ def test_once_cancelled_plans_remain_as_they_are(solver: Solver) -> None:
     [again] = comparing.simulate_plans(
         found, LOADED, Objective(), PlacementSettings(), {"any": None}, ServiceLevel(), budget=budget, report=silent
     )
-    assert again.plan == found[0].plan
+    assert found[0].plan is not None
+    assert again.plan == replace(found[0].plan, notes=(*found[0].plan.notes, STOPPED_EARLY))
 
 
 def test_throughput_is_not_set_beside_the_rate_that_is_simulated(

@@ -21,10 +21,10 @@ from hetis.planner.convert.plans import result_to_proto
 from hetis.planner.report.figures import digits, seconds
 from hetis.planner.report.page import plan_section
 from hetis.planner.report.page.pages import ShownPlan, plans_page
-from hetis.planner.report.plan import beside_equal_stages, headline, simple_setups
+from hetis.planner.report.plan import beside_equal_stages, headline, render_plan, simple_setups
 from hetis.planner.use_cases import verify
 from hetis.planner.use_cases.engine_values import EQUAL_STAGES
-from hetis.planner.use_cases.place import SIMPLE_SETUPS, PlacementSettings, missed
+from hetis.planner.use_cases.place import SIMPLE_SETUPS, STOPPED_EARLY, PlacementSettings, missed, noted_if_stopped
 from hetis.planner.use_cases.service_level import (
     DEFAULT,
     SERVICE_LEVEL,
@@ -423,6 +423,23 @@ def test_without_limits_or_when_nobody_waits_nothing_is_simulated(pair: Placed) 
     cancelled.set()
     left = verified(bare, problem, seed=0, cancelled=cancelled, report=unheard)
     assert left is bare
+    assert noted_if_stopped(unlimited, cancelled) is unlimited, "there was nothing to simulate"
+
+
+def test_a_plan_that_was_to_be_simulated_and_was_not_says_so(pair: Placed) -> None:
+    """Ctrl-C during the search returns the best plan so far, whose figures are the model's alone."""
+    plan, problem = pair
+    cancelled = threading.Event()
+    assert noted_if_stopped(replace(plan, inputs={}), cancelled).notes == plan.notes, "--no-verify"
+    cancelled.set()
+    assert noted_if_stopped(plan, cancelled) is plan, "Ctrl-C came after the simulation"
+    stopped = noted_if_stopped(
+        replace(plan, inputs={k: v for k, v in plan.inputs.items() if k != VERIFICATION}), cancelled
+    )
+    assert "Simulated no: stopped before that; all values are the model's" in drawn(stopped)
+    assert STOPPED_EARLY in " ".join(text_of(render_plan(stopped), width=160).split())
+    page = plans_page([ShownPlan(name="stopped", plan=stopped, problem=problem)])
+    assert "stopped before its simulation ended" in page
 
 
 @pytest.mark.parametrize("written", [None, 3, [], {"kept": True}, {"rate_rps": "x"}])

@@ -17,7 +17,6 @@ from hetis.planner.report.tables import as_group, facts, section, table
 from hetis.planner.use_cases.compare import PlanDiff, kept_of
 from hetis.planner.use_cases.json_values import document, fields_of
 from hetis.planner.use_cases.replan import PosedReplan
-from hetis.planner.use_cases.verify import verification_of
 from hetis.solver.plan import ObjectiveKind, Plan, ReplicaPlan, Role
 from hetis.solver.replanning.change import ChangeCosts, Fate, PlanChange, ReplicaChange
 from hetis.solver.replanning.solve import Replanning
@@ -177,8 +176,8 @@ def _facts(found: Replanning, posed: PosedReplan, costs: ChangeCosts) -> Iterato
     yield "Bound", f"{digits(found.bound, 4)} {unit}  gap {percent(found.gap)}, {proof}"
     if found.fresh_value is not None:
         yield "From scratch", f"{digits(found.fresh_value, 4)} {unit}, if nothing had been running"
-    if (simulated := verification_of(found.plan)) is not None:
-        yield "Simulated", simulated_words(simulated, found.plan)
+    if (simulated := simulated_words(found.plan)) is not None:
+        yield "Simulated", simulated
     yield "Costs", change_cost_words(costs)
 
 

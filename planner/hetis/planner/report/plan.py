@@ -30,12 +30,12 @@ from hetis.planner.report.tables import (
 from hetis.planner.use_cases.compare import Figures, KeptRate, figures_of, kept_of
 from hetis.planner.use_cases.engine_values import EQUAL_STAGES, NOT_COMPILED, EngineValue, engine_values_of
 from hetis.planner.use_cases.grouping import ReplicaGroup, abbreviate, group_replicas, number_ranges
-from hetis.planner.use_cases.place import SIMPLE_SETUPS
+from hetis.planner.use_cases.place import SIMPLE_SETUPS, STOPPED_EARLY
 from hetis.planner.use_cases.robustness.profile_errors import Predicted, predicted_of
 from hetis.planner.use_cases.service_level import Latency, service_level_of
 from hetis.planner.use_cases.sources import ENGINE_SETTINGS, Inputs, engine_settings_of_plan, inputs_from_documents
 from hetis.planner.use_cases.surviving import losses_of
-from hetis.planner.use_cases.verify import Verification, attained, misses, tightening_of, verification_of
+from hetis.planner.use_cases.verify import attained, misses, tightening_of, verification_of
 from hetis.solver.constraints import Constraint, described
 from hetis.solver.plan import (
     ClassPrice,
@@ -157,8 +157,8 @@ def _facts(plan: Plan) -> Iterator[tuple[str, RenderableType]]:
         yield "Demand", f"{digits(plan.objective.demand_rps, 4)} requests/s"
     for name, reached, limit in limits(plan):
         yield name, _limit(reached, limit)
-    if (simulated := verification_of(plan)) is not None:
-        yield "Simulated", simulated_words(simulated, plan)
+    if (simulated := simulated_words(plan)) is not None:
+        yield "Simulated", simulated
     yield "Fleet", _fleet(plan)
     if lost := losses(plan):
         yield "Losses", lost
@@ -384,8 +384,12 @@ def _limit(reached: float, limit: float | None) -> Text:
     return text
 
 
-def simulated_words(found: Verification, plan: Plan) -> Text:
-    """Return the simulated outcome for the limits, shown after the model's values."""
+def simulated_words(plan: Plan) -> Text | None:
+    """Return the simulated outcome for the limits, shown after the model's values; None: no simulation was wanted."""
+    found = verification_of(plan)
+    if found is None:
+        stopped = "no: stopped before that; all values are the model's"
+        return Text(stopped, "yellow") if STOPPED_EARLY in plan.notes else None
     level, extent = service_level_of(plan), SimulatedExtent(found.share, bool(found.too_short))
     if found.kept:
         shown = [one for one in Latency if one is Latency.TTFT or _has_tpot(plan)]

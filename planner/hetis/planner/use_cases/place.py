@@ -37,7 +37,14 @@ from hetis.planner.use_cases.sources import (
     load_inputs,
 )
 from hetis.planner.use_cases.surviving import check_survival, surviving_plan, with_losses
-from hetis.planner.use_cases.verify import RunReport, misses, tightening_of, verification_of, verified_plan
+from hetis.planner.use_cases.verify import (
+    RunReport,
+    misses,
+    needs_verifying,
+    tightening_of,
+    verification_of,
+    verified_plan,
+)
 from hetis.planner.use_cases.versions import installed_versions
 from hetis.profiler.defaults import default_profile
 from hetis.solver.budget import Budget, Progress, Report, SearchSettings
@@ -60,6 +67,7 @@ PLACES = ("node", "zone")  # kinds of places whose loss a plan may have to survi
 SIMPLE_SETUPS = "simple_setups"  # entry of `Plan.inputs`: the value of equal stages by TP size of all replicas
 CONSTRAINT_PRICES = "constraint_prices"  # entry of `Plan.inputs`: the cost of every constraint, if requested
 ONE_TOKEN = "requests have one output token, so that a limit on TPOT does not apply"
+STOPPED_EARLY = "stopped before its simulation ended: it is not known whether traffic keeps the limits"
 KV_IS_FOR_ENGINES = "engines must be configured to transfer KV along the routes"
 
 
@@ -276,7 +284,7 @@ def simulated_plan(
 
     There is no other search for a plan that survives a loss, or without ``again``. ``budget`` returns the budget of one
     search; all further ones together have the same time. ``losses``: add the effects of losses to another plan. Once
-    cancelled, the plan is returned as far as it was verified.
+    cancelled, the plan is returned as far as it was verified, with a note if that is not at all.
 
     Raises:
         UncheckedPlanError: the other plan fails the independent checker.
@@ -300,7 +308,15 @@ def simulated_plan(
         plan, problem, find if again and not settings.survive else None, seed=settings.seed, cancelled=cancelled,
         report=simulation_report(plan, report),
     )  # fmt: skip
+    found = noted_if_stopped(found, cancelled)
     return found if tightening_of(found) is None else _checked(found, problem, losses=losses)
+
+
+def noted_if_stopped(plan: Plan, cancelled: threading.Event) -> Plan:
+    """Return the plan with a note if it was to be simulated, and was not because that was cancelled."""
+    if not cancelled.is_set() or not needs_verifying(plan) or verification_of(plan) is not None:
+        return plan
+    return replace(plan, notes=(*plan.notes, STOPPED_EARLY))
 
 
 def held_to(level: ServiceLevel, plan: Plan) -> Plan:

@@ -15,6 +15,7 @@ from hetis.planner.use_cases.place import (
     PlacementSettings,
     held_to,
     inputs_of_plan,
+    noted_if_stopped,
     simulation_report,
 )
 from hetis.planner.use_cases.precision import for_engine
@@ -192,4 +193,5 @@ def replan(
     if verify:
         told = simulation_report(plan, report)
         plan = verified(plan, posed.problem, seed=settings.seed, cancelled=budget.cancelled, report=told)
+        plan = noted_if_stopped(plan, budget.cancelled)
     return replace(found, plan=plan)
