@@ -275,14 +275,15 @@ def test_a_whole_call_can_be_checked_without_solving(
 def test_what_is_wrong_with_a_call_is_found_without_solving(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Every file, name and option, and where the results would go."""
     assert run_verb(["init", "-q"]) == ExitCode.OK
+    sample = SAMPLE[: SAMPLE.index("-w")]
     wrong = {
-        ("--pin", "type=L5:as=worker"): "L5",
-        ("--out", "nowhere/plan.json"): "nowhere",
+        ("-w", "500/100", "--pin", "type=L5:as=worker"): "L5",
+        ("-w", "500/100", "--out", "nowhere/plan.json"): "nowhere",
         ("-w", "azure_conv"): "did you mean azure_conv_2023",
-        ("--objective", "cost"): "rate",
+        ("-w", "500/100", "--objective", "cost"): "rate",
     }
     for options, words in wrong.items():
-        assert run_verb(["place", *SAMPLE, *options, "--dry-run"]) == ExitCode.INVALID, options
+        assert run_verb(["place", *sample, *options, "--dry-run"]) == ExitCode.INVALID, options
         assert words in capsys.readouterr().err
 
 
@@ -314,8 +315,30 @@ def test_a_wrong_value_is_answered_in_our_words(arguments: str, said: str, capsy
 
 
 @pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (
+            "place -c a.yaml -m x -w 1/1 --cluster=b.yaml",
+            "'--cluster' / '-c': takes one value, and has 2: a.yaml, b.yaml",
+        ),
+        ("place -c a.yaml -m x -w 1/1 --rate 1 --rate 2 --rate 1", "'--rate': takes one value, and has 3: 1, 2, 1"),
+        ("explain plan.json -o json -ojson", "'--output' / '-o': takes one value, and has 2: json, json"),
+        ("cluster discover --out a --out b", "'--out': takes one value, and has 2: a, b"),
+        ("place -c a.yaml -m x -w 1/1 --profile a --profile b --verify --no-verify", "a: no such file b: no such file"),
+    ],
+)
+def test_a_second_value_of_one_option_is_refused(arguments: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """The last one would be used without a word. Repeatable options and flags are not concerned."""
+    assert run_verb(arguments.split()) == ExitCode.INVALID
+    assert said in unfolded(capsys.readouterr().err)
+    assert run_verb([*arguments.split(), "--help"]) == ExitCode.OK
+
+
+@pytest.mark.parametrize(
     ("main", "arguments", "said"),
     [
+        (serve, "--config a --config b", "takes one value, and has 2: a, b"),
+        (launch, "show plan.json --dtype auto --dtype float16", "'--dtype': takes one value, and has 2: auto, float16"),
         (launch, "show --dtype float8", "is not one of auto, bfloat16, float16, float32, did you mean float32?"),
         (profile, "import --format vidu", "'vidu' is not one of aiconfigurator, vidur, splitwise, llmservingsim"),
         (serve, "token create --file t --role agnt", "'agnt' is not one of viewer, orchestrator, admin, agent"),

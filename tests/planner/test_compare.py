@@ -301,9 +301,9 @@ def test_an_unknown_strategy_is_named_with_the_nearest_one(capsys: pytest.Captur
 
 def test_least_cost_is_compared_by_cost(solver: Solver, capsys: pytest.CaptureFixture[str]) -> None:
     solver({"hexgen": (9.0, 8.0), "hetis": (8.5, 8.5)})
-    cluster = ["--cluster", str(EXAMPLES / "h100-l4.yaml")]  # all its GPUs have a price
+    command = [str(EXAMPLES / "h100-l4.yaml") if one.endswith("paper.yaml") else one for one in COMMAND]  # with prices
     goal = ["--objective", "cost", "--rate", "1", "--strategies", "hexgen,hetis"]
-    assert run([*COMMAND, *cluster, *goal, "-o", "json"]) == ExitCode.OK
+    assert run([*command, *goal, "-o", "json"]) == ExitCode.OK
     hexgen, hetis = json.loads(capsys.readouterr().out)["strategies"]
     assert hexgen["result"]["objective"] == ObjectiveKind.COST.value
     assert hexgen["result"]["bound"] == 8.5  # no plan of hexgen costs less than the least cost of hetis

@@ -194,7 +194,8 @@ def test_a_profile_of_a_gpu_the_cluster_lacks_is_refused(tmp_path: Path, capsys:
 
 @pytest.mark.parametrize("kind", ["cost", "gpus"])
 def test_cost_and_gpus_need_a_rate(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run([*INPUTS, "--objective", kind, "--workload", "azure_conv_2023"]) == ExitCode.INVALID
+    inputs = INPUTS[: INPUTS.index("-w")]
+    assert run([*inputs, "--objective", kind, "--workload", "azure_conv_2023"]) == ExitCode.INVALID
     err = capsys.readouterr().err
     assert f"objective {kind} needs a demanded rate: --rate; azure_conv_2023 arrives at 5.53" in err
 

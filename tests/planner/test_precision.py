@@ -36,7 +36,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def place(capsys: pytest.CaptureFixture[str], *options: str) -> dict[str, Any]:
-    inputs = ("place", "-c", "fleet.yaml", "-m", "Meta-Llama-3-8B", "-w", "1024/256", "-q", "-o", "json")
+    model = () if "-m" in options else ("-m", "Meta-Llama-3-8B")
+    inputs = ("place", "-c", "fleet.yaml", *model, "-w", "1024/256", "-q", "-o", "json")
     assert run([*inputs, "--no-verify", "--no-other-engines", "--strategy", "uniform", *options]) == ExitCode.OK
     found: dict[str, Any] = json.loads(capsys.readouterr().out)
     return found

@@ -89,7 +89,8 @@ def test_a_demand_that_is_too_large_proves_nothing_of_smaller_ones(
             "  - {name: a, gpus: [{type: A100-SXM-80GB, count: 4}]}",
         )
     )
-    asked = [*inputs, "-m", "Llama-3.1-70B", "-w", "2000/300", "--objective", "cost", "--survive", "node"]
+    larger = {"Llama-2-7B": "Llama-3.1-70B", "1024/256": "2000/300"}
+    asked = [*(larger.get(one, one) for one in inputs), "--objective", "cost", "--survive", "node"]
     kept = placed(capsys, [*asked, "--rate", "2.5"])
     assert 0.9 * kept["inputs"]["losses"]["node"]["rate"] >= 2.5
 

@@ -88,7 +88,8 @@ def test_a_port_in_use_is_exit_8_and_the_store_is_not_touched(tmp_path: Path) ->
         ready = first.ready()
         for option, address in (("--listen", ready["listen"][0]), ("--status-page", ready["status_page"][7:-1])):
             held = {"FAKE_STORE": "held"} if option == "--listen" else {}  # opening it would fail
-            with Process((*LOCAL, option, address), folder=tmp_path, environment=held) as second:
+            there = LOCAL.index(option) + 1
+            with Process((*LOCAL[:there], address, *LOCAL[there + 1 :]), folder=tmp_path, environment=held) as second:
                 code, stderr = second.end()
             assert f"error: cannot listen on {address}: address already in use" in stderr
             assert code == ServiceExitCode.ADDRESS
@@ -246,7 +247,8 @@ def test_a_token_that_makes_no_sense_is_not_made(
 ) -> None:
     """Run in this process; the output and files of a process that creates tokens are tested above."""
     monkeypatch.chdir(tmp_path)
-    code = run(["token", "create", "--file", "t.yaml", *options])
+    file = () if "--file" in options else ("--file", "t.yaml")
+    code = run(["token", "create", *file, *options])
     printed = capsys.readouterr()
     assert (code, printed.out) == (ServiceExitCode.INVALID, "")
     assert message in printed.err

@@ -206,8 +206,9 @@ def test_what_is_wrong_is_said_at_once(
     Path("few.log").write_text(text_of([line(20, 0.01, decoding=1), line(21, 0.01, decoding=1), line(22, 0.01)]))
     assert invoke("model", "L4", "--out", "l4.json", "-q") == ProfileExitCode.OK
     capsys.readouterr()
-    defaults = () if "-m" in arguments else ("-m", MODEL)
-    assert invoke("calibrate", *defaults, "--out", "p.json", *arguments) == code
+    defaults = [] if "-m" in arguments else ["-m", MODEL]
+    defaults += [] if "--out" in arguments else ["--out", "p.json"]
+    assert invoke("calibrate", *defaults, *arguments) == code
     printed = capsys.readouterr()
     assert said in " ".join(printed.err.split())
     assert "Traceback" not in printed.err

@@ -21,6 +21,7 @@ from enum import StrEnum
 from typing import Annotated, Any, Concatenate, Literal, ParamSpec, TypeVar, get_args, get_origin
 
 import typer
+from typer.core import TyperCommand, TyperGroup, TyperOption
 
 from hetis.formats.command_line.process import INTERRUPTED, ctrl_c_raises, open_closed_streams
 from hetis.formats.command_line.terminal import OutputFormat, Terminal, in_use, plain_streams
@@ -83,6 +84,7 @@ def version_option(name: str) -> Any:
 def _invoke(
     application: typer.Typer, name: str, arguments: Sequence[str], defaults: Mapping[str, Any] | None
 ) -> int:  # fmt: skip
+    _take_one_value_each(application)
     try:
         application(list(arguments), prog_name=name, default_map=defaults)
     except SystemExit as stop:
@@ -91,6 +93,50 @@ def _invoke(
             raise stop.__context__ from None
         return stop.code if isinstance(stop.code, int) else OK
     return OK
+
+
+def _take_one_value_each(application: typer.Typer) -> None:
+    """Let all commands of an application refuse a second value of an option that is not repeatable."""
+    application.info.cls = _Group
+    for command in application.registered_commands:
+        command.cls = _Command
+    for group in application.registered_groups:
+        if group.typer_instance is not None:
+            _take_one_value_each(group.typer_instance)
+
+
+class _Command(TyperCommand):
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        _refuse_second_values(self, ctx, args)
+        return super().parse_args(ctx, args)
+
+
+class _Group(TyperGroup):
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        _refuse_second_values(self, ctx, args)
+        return super().parse_args(ctx, args)
+
+
+def _refuse_second_values(command: TyperCommand | TyperGroup, ctx: Any, args: Sequence[str]) -> None:
+    """Refuse options that are given twice and take one value: the parser would use the last without a word.
+
+    Flags may be repeated: a later ``--no-verify`` of a script's user deliberately overrides ``--verify``.
+    """
+    if ctx.resilient_parsing:  # for completions
+        return
+    reader, single = copy(command), dict[str, Any]()
+    reader.params = [copy(parameter) for parameter in command.params]
+    for parameter in reader.params:
+        if isinstance(parameter, TyperOption) and not parameter.multiple and not parameter.is_flag:
+            parameter.multiple = True  # so that the parser keeps all of its values
+            single[parameter.name] = parameter
+    values, _, given = reader.make_parser(ctx).parse_args(list(args))
+    if any(parameter.is_eager for parameter in given):  # --help and --version come first
+        return
+    for name, parameter in single.items():
+        if len(found := values.get(name) or ()) > 1:
+            words = f"takes one value, and has {len(found)}: {', '.join(map(str, found))}"
+            raise typer.BadParameter(words, ctx=ctx, param=parameter)
 
 
 def _is_broken_pipe(error: BaseException) -> bool:
