@@ -25,6 +25,12 @@ def test_the_file_is_data_and_reasons_are_news(tmp_path: Path) -> None:
     assert out.read_text() == done.stdout
     assert load_cluster(out).num_gpus() == 43
     assert hetis_plan_here("validate", str(out)).returncode == 0
+    out.write_text("name: edited")
+    refused = hetis_plan_here("cluster", "discover", NODES, "--out", str(out))
+    assert (refused.returncode, out.read_text()) == (2, "name: edited"), "as `init` does"
+    assert f"{out}: already exists; --force overwrites it" in refused.stderr
+    assert hetis_plan_here("cluster", "discover", NODES, "--out", str(out), "--force").returncode == 0
+    assert out.read_text() == done.stdout
 
 
 def test_the_next_command_is_whole(tmp_path: Path) -> None:

@@ -64,7 +64,7 @@ def discovered(hetis_plan: Run, capsys: Captured, tmp_path: Path, *options: str)
     """Return the cluster file and the messages about it."""
     out = tmp_path / "found.yaml"
     capsys.readouterr()
-    code = hetis_plan("cluster", "discover", "--from", "agents", "--out", str(out), *options)
+    code = hetis_plan("cluster", "discover", "--from", "agents", "--out", str(out), "--force", *options)
     said = capsys.readouterr().err
     assert code == ExitCode.OK, said
     return load_cluster(out), said.splitlines()

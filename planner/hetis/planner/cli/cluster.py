@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -48,6 +49,7 @@ class DiscoveryOptions:
         FleetSource.AUTO,
     )
     out: str = option("--out FILE|-: Cluster file to write; - writes to standard output.", "-")
+    force: bool = option("--force: Overwrite an existing file.", False)
     name: str | None = option("--name: Name of the cluster.", shown="discovered; from agents: that of --cluster")
     gpu: list[str] | None = option(
         "--gpu NAME=TYPE: Map a GPU name that the tool reports to a type of `catalog gpus`, or to none to "
@@ -96,6 +98,7 @@ def discover(
     from hetis.formats.discovery.nvidia import read_nvml
     from hetis.formats.discovery.reading import read_inventory
     from hetis.formats.files import file_label
+    from hetis.planner.cli.outputs import STDOUT, refuse_overwriting
 
     name, source, with_busy = asked.name, asked.source, asked.with_busy
     said, wrong = said_types(asked.gpu or ())
@@ -105,6 +108,9 @@ def discover(
         raise typer.BadParameter(f"--name: {name[:40]!r} is not a name: 1 to 200 printable characters")
     if files and source in (FleetSource.NVML, FleetSource.AGENTS):
         raise typer.BadParameter(f"--from {source.value} reads no files: leave out {files[0]}")
+
+    if (out := Path(asked.out)) != STDOUT and out.is_file():  # a pipe or a device keeps nothing that could be lost
+        refuse_overwriting(out, force=asked.force)
 
     def written(inventory: Inventory, sources: Sequence[str], otherwise_named: str = "discovered") -> ExitCode:
         found = discovered(inventory, name=name or otherwise_named, link=asked.link(), said=said)

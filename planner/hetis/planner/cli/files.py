@@ -10,7 +10,7 @@ import typer
 
 from hetis.formats.command_line.terminal import OutputFormat, Terminal
 from hetis.formats.command_line.verb import one_of
-from hetis.formats.errors import DocumentError, Problem, did_you_mean, single_problem
+from hetis.formats.errors import did_you_mean, single_problem
 from hetis.planner.cli import values
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.cli.options import group, option, verb
@@ -55,11 +55,10 @@ def init(
 ) -> ExitCode:
     """Write a sample cluster and workload file."""
     from hetis.formats.files import write_atomically
+    from hetis.planner.cli.outputs import refuse_overwriting
 
     targets = {directory / name: text for name, text in SAMPLES.items()}
-    there = [path for path in targets if path.exists()]
-    if there and not force:
-        raise DocumentError(Problem(file=str(path), message="already exists; --force overwrites it") for path in there)
+    refuse_overwriting(*targets, force=force)
     if not directory.is_dir():
         try:
             directory.mkdir(parents=True)

@@ -15,7 +15,7 @@ import typer
 
 from hetis.formats.command_line.terminal import Terminal
 from hetis.formats.documents import Value, dump
-from hetis.formats.errors import DocumentError, single_problem
+from hetis.formats.errors import DocumentError, Problem, single_problem
 from hetis.formats.files import write_atomically
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.report.figures import seconds
@@ -40,6 +40,13 @@ def refuse_unwritable(path: Path | None) -> None:
         raise single_problem(str(path), f"cannot be written: no folder {folder}")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise single_problem(str(path), f"cannot be written: permission denied in {folder}")
+
+
+def refuse_overwriting(*paths: Path, force: bool) -> None:
+    """Reject files that exist and are meant to be edited, such as a cluster file, unless ``force`` overwrites them."""
+    there = [path for path in paths if path.exists() and not force]
+    if there:
+        raise DocumentError(Problem(file=str(path), message="already exists; --force overwrites it") for path in there)
 
 
 def refuse_missing_library(name: str, *, extra: str, wanted_by: str) -> None:
