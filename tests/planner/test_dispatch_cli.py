@@ -112,7 +112,7 @@ def test_a_profile_file_goes_before_the_model(tmp_path: Path) -> None:
 
 
 def test_a_request_that_does_not_fit_is_told_and_the_others_are_placed() -> None:
-    code, document = answer("dispatch", "--state", A100_L4, "--request", "2000000/10", "--request", "500/10")
+    code, document = answer("dispatch", "--state", DRIFTED, "--request", "2000000/10", "--request", "500/10")
     assert code == ExitCode.INFEASIBLE
     (unplaced,) = document["unplaced"]
     assert (unplaced["id"], unplaced["resource"]) == ("new-0", "kv_blocks")
@@ -221,6 +221,22 @@ def test_a_stage_of_a_plan_becomes_an_empty_state(plan_file: str, tmp_path: Path
     assert load_state(out).requests[0].id == "new-0"
 
 
+def test_requests_longer_than_the_context_are_refused(
+    plan_file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An engine would refuse them, too; a state with the sizes of its heads alone tells nothing of a context."""
+    listed = tmp_path / "requests.yaml"
+    listed.write_text("[{id: long, context_tokens: 131000, output_tokens: 100}]")
+    long = ["--request", "131000/72", "--request", "131000/73", "--requests", str(listed)]
+    for source in (["--plan", plan_file], ["--state", A100_L4]):
+        assert run(["dispatch", *source, *long]) == ExitCode.INVALID
+        told = " ".join(capsys.readouterr().err.split())
+        context = "tokens with its output, and the context of meta-llama/Meta-Llama-3.1-70B has 131,072"
+        assert f"{listed}: request 'long' has 131,100 {context}" in told
+        assert f"--request: request 'new-1' has 131,073 {context}" in told
+        assert "new-0" not in told
+
+
 @pytest.mark.parametrize(("option", "message"), [("--replica", "has no replica 99"), ("--stage", "has no stage 99")])
 def test_a_plan_without_such_a_stage_is_refused(
     option: str, message: str, plan_file: str, capsys: pytest.CaptureFixture[str]
@@ -324,7 +340,7 @@ def test_moves_of_a_bundle_are_of_one_request() -> None:
 RUNS = {
     "dispatch": ["dispatch", "--state", A100_L4, "--requests", REQUESTS, "--explain"],
     "empty": ["dispatch", "--state", A100_L4, "--explain"],
-    "unplaced": ["dispatch", "--state", A100_L4, "--request", "2000000/10", "--explain"],
+    "unplaced": ["dispatch", "--state", DRIFTED, "--request", "2000000/10", "--explain"],
     "drifted": ["redispatch", "--state", DRIFTED, "--explain"],
     "draining": ["redispatch", "--state", DRAINING, "--explain"],
 }

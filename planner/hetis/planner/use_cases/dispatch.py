@@ -11,7 +11,7 @@ from itertools import groupby
 import numpy as np
 
 from hetis.formats import catalogue
-from hetis.formats.dispatch_state import NewRequests, load_requests, load_state, requests_from_words
+from hetis.formats.dispatch_state import NewRequest, NewRequests, load_requests, load_state, requests_from_words
 from hetis.formats.documents import load_profile
 from hetis.formats.errors import DocumentError, Problem, did_you_mean, single_problem
 from hetis.formats.saved_state import (
@@ -130,12 +130,14 @@ class CostedStage:
     """A stage with known costs: its name in messages, its state as saved, and its state for the solver.
 
     ``origins`` are those of each device's costs: `GIVEN`, `MODELLED`, or the file of a profile.
+    ``model`` is None if only its heads are known.
     """
 
     file: str
     saved: SavedState
     snapshot: StateSnapshot
     origins: Mapping[str, str]
+    model: ModelSpec | None = None
 
 
 def load_stage(path: str, *, profiles: Sequence[str] = ()) -> CostedStage:
@@ -177,7 +179,8 @@ def with_costs(saved: SavedState, file: str, measured: Mapping[str, tuple[str, P
         origin, profile = measured.get(device.gpu) or default_profile(catalogue.find_gpu(device.gpu).gpu)
         origins[device.name] = origin
         costs[device.name] = _pieces_of(saved, device, profile)
-    return CostedStage(file=file, saved=saved, snapshot=saved.snapshot(costs), origins=origins)
+    model = None if saved.model is None else catalogue.find_model(saved.model).model
+    return CostedStage(file=file, saved=saved, snapshot=saved.snapshot(costs), origins=origins, model=model)
 
 
 def attention_pieces(fit: Fit, heads: HeadShape, *, group_flops: float, tp: int) -> Pieces:
@@ -199,7 +202,8 @@ def load_new_requests(stage: CostedStage, *, file: str | None, words: Sequence[s
     """Return the requests in a file, followed by those specified as ``CONTEXT/OUTPUT``.
 
     Raises:
-        DocumentError: contains every problem, including requests that are already running.
+        DocumentError: contains every problem, including requests that are already running, and those that are longer
+            than the model's context.
     """
     problems: list[Problem] = []
     running = set(stage.snapshot.ids)
@@ -212,9 +216,24 @@ def load_new_requests(stage: CostedStage, *, file: str | None, words: Sequence[s
     ]
     taken = running | {request.id for request in first}
     spoken = attempt(lambda: requests_from_words(words, taken), problems)
+    problems += _longer_than_the_context(stage, first, str(file))
+    problems += _longer_than_the_context(stage, () if spoken is None else spoken.requests, "--request")
     if problems or spoken is None:
         raise DocumentError(problems)
     return NewRequests(requests=(*first, *spoken.requests))
+
+
+def _longer_than_the_context(stage: CostedStage, requests: Sequence[NewRequest], file: str) -> Iterator[Problem]:
+    """Yield a problem for every request that no engine of the stage's model would accept."""
+    model = stage.model
+    for request in requests:
+        tokens = request.context_tokens + request.output_tokens
+        if model is not None and tokens > model.max_position:
+            yield Problem(
+                file=file,
+                message=f"request {request.id!r} has {tokens:,} tokens with its output, "
+                f"and the context of {model.name} has {model.max_position:,}",
+            )
 
 
 def _pieces_of(saved: SavedState, device: SavedDevice, profile: Profile) -> Pieces:
@@ -258,7 +277,7 @@ def load_stage_of_plan(path: str, *, replica: int, stage: int) -> CostedStage:
     num_stages = len(replicas[replica].stages)
     if not 1 <= stage <= num_stages:
         raise single_problem(path, f"replica {replica} has no stage {stage}: its stages are 1 to {num_stages}")
-    return with_costs(state_of_stage(found, replica, stage - 1), path, {})
+    return replace(with_costs(state_of_stage(found, replica, stage - 1), path, {}), model=found.problem.model)
 
 
 def state_of_stage(found: PlanAndProblem, number: int, position: int) -> SavedState:
