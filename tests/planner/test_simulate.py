@@ -120,8 +120,13 @@ def test_the_table_fits_80_columns_and_sets_the_plan_beside_what_happened(plan: 
     result = invoke("simulate", str(plan), "--requests", "1500", "--seeds", "2", "--threads", "1")
     assert result.exit_code == 0, result.stderr
     assert max(len(line) for line in result.stdout.splitlines()) <= 80
-    for words in ("Planned and simulated", "Throughput", "TTFT p95", "TPOT mean", "ratio", "within 10%", "KV in use"):
+    for words in ("Expected and simulated", "Throughput", "TTFT p95", "TPOT mean", "ratio", "within 10%", "KV in use"):
         assert words in result.stdout
+    assert "Expected throughput is the rate of the arrivals; saturated, the plan serves " in " ".join(
+        result.stdout.split()
+    )
+    saturated = invoke("simulate", str(plan), "--saturate", "--requests", "200", "--threads", "1").stdout
+    assert "rate of the arrivals" not in saturated, "there it is the plan's"
 
 
 @pytest.mark.parametrize(
@@ -270,6 +275,8 @@ def test_ctrl_c_gives_what_there_is(plan: Path) -> None:
         (("--fail", "a100/7@3s", "--join", "b/0@1s"), "no device 'a100/7' in the cluster"),
         (("--faults", "missing.csv"), "missing.csv: no such file"),
         (("--tolerance", "0"), "must be above 0"),
+        (("--tolerance", "5%"), "--tolerance needs --sweep"),
+        (("--precision", "5%"), "--precision needs --until-stable"),
     ],
 )
 def test_what_makes_no_sense_is_refused_with_one_message(

@@ -32,6 +32,7 @@ hetis-plan simulate plan.json --seeds 5\n
 hetis-plan simulate plan.json --trace requests.csv --rate 2 --plot run.html\n
 hetis-plan simulate plan.json --sweep --ttft 2s --tpot 100ms\n
 hetis-plan simulate plan.json --saturate -o json | jq .throughput_rps"""
+DEFAULT_TOLERANCE, DEFAULT_PRECISION = 0.02, 0.05  # None if they are not given: they would be ignored by other runs
 MAX_REQUESTS = 10_000_000
 PICTURES = {".html": "plotly", ".png": "matplotlib"}  # libraries that draw them
 Router = Literal["least-work", "weighted", "fewest-requests", "fewest-tokens"]
@@ -67,8 +68,10 @@ class SimulateOptions:
         "--saturate: Keep a request waiting at all times, to measure the maximum throughput.", False
     )
     sweep: bool = _goal("--sweep: Find the highest rate within the latency limits.", False)
-    tolerance: float = _goal(
-        "--tolerance SHARE: Relative width to which --sweep brackets that rate.", "2%", parser=values.share
+    tolerance: float | None = _goal(
+        "--tolerance SHARE: Relative width to which --sweep brackets that rate.",
+        parser=values.share,
+        shown=f"{DEFAULT_TOLERANCE:.0%}",
     )
     ttft: float | None = options.ttft_option(shown="the plan's")
     tpot: float | None = options.tpot_option(shown="the plan's")
@@ -83,10 +86,10 @@ class SimulateOptions:
     until_stable: bool = _runs(
         "--until-stable: Double the requests until the confidence intervals are narrow enough (--precision).", False
     )
-    precision: float = _runs(
+    precision: float | None = _runs(
         "--precision SHARE: Half width of the 95% intervals, relative to the value, that --until-stable requires.",
-        "5%",
         parser=values.share,
+        shown=f"{DEFAULT_PRECISION:.0%}",
     )
     threads: int = _runs("--threads: Runs to simulate in parallel, as processes; 0 means one per core.", 0, min=0)
     greedy: bool = _fleet(
@@ -136,6 +139,12 @@ class SimulateOptions:
             raise typer.BadParameter("--cv applies to random arrivals, not to --recorded or --saturate")
         if self.sweep and self.until_stable:
             raise typer.BadParameter("--sweep and --until-stable cannot be combined: give --requests and --seeds")
+        for name, value, other, is_given in (
+            ("--tolerance", self.tolerance, "--sweep", self.sweep),
+            ("--precision", self.precision, "--until-stable", self.until_stable),
+        ):
+            if value is not None and not is_given:
+                raise typer.BadParameter(f"{name} needs {other}")
         for name, path in (("--perfetto", self.perfetto), ("--requests-csv", self.requests_csv)):
             if self.sweep and path is not None:
                 raise typer.BadParameter(f"{name} shows a single run: it cannot be combined with --sweep")
@@ -209,8 +218,8 @@ def simulate(terminal: Terminal, plan: PlanArgument, *, asked: SimulateOptions) 
         ),
         limits=_limits(found.plan.objective, asked),
         sweeps=asked.sweep,
-        tolerance=asked.tolerance,
-        precision=asked.precision if asked.until_stable else None,
+        tolerance=asked.tolerance or DEFAULT_TOLERANCE,
+        precision=(asked.precision or DEFAULT_PRECISION) if asked.until_stable else None,
         engine_settings=given,
         changes=started.changes,
         keep_run=any(path is not None for path in files) and not asked.sweep,

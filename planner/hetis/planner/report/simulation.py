@@ -31,7 +31,7 @@ def render_simulation(simulated: Simulated, plan: Plan) -> Iterator[RenderableTy
     yield facts(_facts(simulated, plan))
     if simulated.sweep is not None:
         yield section("Rates tried", _points(simulated))
-    yield section("Planned and simulated", _comparison(simulated))
+    yield section("Expected and simulated", _comparison(simulated))
     at = ""
     if (found := simulated.sweep) is not None:
         at = f" at {digits(found.goodput_rps or found.points[0].rate_rps, 4)} requests/s"
@@ -218,7 +218,7 @@ _NAMES = {"throughput": "Throughput", "ttft_p95": "TTFT p95", "tpot_mean": "TPOT
 
 
 def _comparison(simulated: Simulated) -> RenderableType:
-    made = table("'", "planned", "simulated", "ratio", "'", fixed=True)
+    made = table("'", "expected", "simulated", "ratio", "'", fixed=True)
     for name, planned, found, ratio in _compared(simulated):
         rate = name == "throughput"
         judged = ""
@@ -231,9 +231,14 @@ def _comparison(simulated: Simulated) -> RenderableType:
             f"{ratio:.3f}" if math.isfinite(ratio) else "",
             judged,
         )
-    note = "The planned TPOT is that of the saturated fleet, the planned TTFT that at the planned utilisation."
+    note, planned_rps = "", simulated.prediction.rate_rps
+    if _compared(simulated)[0][1] < planned_rps:
+        note = (
+            f"Expected throughput is the rate of the arrivals; saturated, the plan serves {digits(planned_rps, 4)}/s. "
+        )
+    note += "The expected TPOT is that of the saturated fleet, the expected TTFT that at the planned utilisation."
     if simulated.question.engine_settings:
-        note += " The planned values are those of the cost model for these GPUs and layers with these engine settings."
+        note += " These values are those of the cost model for these GPUs and layers with these engine settings."
     return Group(made, Text(note, style="dim"))
 
 
