@@ -95,6 +95,14 @@ def test_what_other_engines_reach_is_said_with_what_keeps_them_apart() -> None:
         assert beside_engines(replace(plan, inputs={**plan.inputs, ENGINE_VALUES: [row]})) == [words]
     unsearched = replace(plan, inputs={**plan.inputs, ENGINE_VALUES: [{**unknown, "why_not": NOT_COMPILED}]})
     assert (len(beside_engines(unsearched)), beside_engines(unsearched, hints=False)) == (1, [])
+    plan_again = "plan with --engine any (the first time takes up to a minute longer)"
+    for why_not in (NOT_COMPILED, "its search is not compiled yet, --engine any does that"):  # as in older plan files
+        for row, words in (
+            ({**known, "bound": None}, f"any: runs this plan; to search for a better one, {plan_again}"),
+            (unknown, f"any: does not run this plan (stage copies); to search for a plan, {plan_again}"),
+        ):
+            rows = [{**row, "why_not": why_not}]
+            assert beside_engines(replace(plan, inputs={**plan.inputs, ENGINE_VALUES: rows})) == [words]
     assert beside_engines(replace(plan, inputs={**plan.inputs, ENGINE_VALUES: [{"of": "another version"}]})) == []
 
 

@@ -287,12 +287,17 @@ def beside_engines(plan: Plan, *, hints: bool = True) -> list[str]:
 def _engine_words(other: EngineValue, plan: Plan) -> str:
     lacks, ours = " and ".join(filter(None, [", ".join(other.lacks[:-1]), *other.lacks[-1:]])), plan.result.value
     by_model = " by the model" if is_below_model(plan) else ""
+    why_not, again = other.why_not, f"plan with --engine {other.engine} (the first time takes up to a minute longer)"
+    if why_not == NOT_COMPILED:
+        why_not = f"to search for a plan, {again}"
     if other.value is None:
-        return f"does not run this plan ({lacks}); {other.why_not}"
+        return f"does not run this plan ({lacks}); {why_not}"
     if other.equal_stages:
         least = f"{'at least' if plan.objective.maximises else 'at most'} {digits(other.value, 4)} {plan.result.unit}"
         apart = f", without {lacks}" if lacks else ""
         return f"{least} by equal stages, {_beside(other.value, ours)}{by_model}{apart}"
+    if other.why_not == NOT_COMPILED:
+        return f"runs this plan; to search for a better one, {again}"
     if other.why_not:
         return f"runs this plan; no better one was searched for: {other.why_not}"
     words = _beside(other.value, ours) + by_model

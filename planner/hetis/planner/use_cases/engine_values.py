@@ -25,7 +25,8 @@ ENGINE_VALUES = "engine_values"  # entry of `Plan.inputs`: an `EngineValue` for 
 EQUAL_STAGES = "equal_stages_value"  # entry of `Plan.inputs`: the value of `uniform`, null if it has no plan
 EQUAL_STAGES_S = 5.0  # time limit of each search for replicas of equal stages
 SHARE = 0.1  # share of the time limit that all these searches may take
-NOT_COMPILED = "its search is not compiled yet, --engine any does that"
+NOT_COMPILED = "its search is not compiled on this machine yet"
+_ONCE_NOT_COMPILED = "its search is not compiled yet, --engine any does that"  # what earlier versions wrote
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,7 +87,9 @@ def _from_row(row: Any) -> EngineValue | None:
         and all(isinstance(one, int | float) and abs(one) <= sys.float_info.max for one in numbers)
         and isinstance(row["lacks"], list)
     )
-    return found if is_ours else None
+    if not is_ours:
+        return None
+    return replace(found, why_not=NOT_COMPILED) if found.why_not == _ONCE_NOT_COMPILED else found
 
 
 def _values(
