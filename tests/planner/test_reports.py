@@ -157,6 +157,20 @@ def test_at_80_columns_names_in_legends_and_shapes_stay_whole() -> None:
         assert stage in shown
 
 
+HEADERS = """GiB unusable engine weights KV activations free nominal,
+% of stage dense all-reduce prefill decode att. transfer other, GPU per node there used workers idle marginal price"""
+
+
+@pytest.mark.parametrize("width", range(44, 84, 4))
+def test_on_a_narrow_terminal_headers_break_between_words_and_columns_are_left_out(width: int) -> None:
+    plan = PLANS["paper"]
+    shown = text_of(render_explanation(plan, plans.explanation(plan)), width=width)
+    heads = [line.split() for line in shown.splitlines() if line.startswith((" GiB ", " stage  ", " % of", " GPU  "))]
+    assert len(heads) == 3, "of memory, time and prices"
+    assert {word for head in heads for word in head} <= set(HEADERS.replace(",", "").split())
+    assert ("nominal (-o json" in " ".join(shown.split())) == (width < 72)
+
+
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS.keys())
 def test_reports_survive_a_narrow_terminal(plan: Plan) -> None:
     for report in (render_plan(plan), render_explanation(plan, plans.explanation(plan))):

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from hetis.planner.report.figures import percent, plural, seconds
 from hetis.planner.report.plan import device_table, headline, price_table
-from hetis.planner.report.tables import Unbroken, as_group, bullets, grid, section, table
+from hetis.planner.report.tables import Narrowing, Unbroken, as_group, bullets, grid, narrowing, section
 from hetis.planner.use_cases.grouping import ReplicaGroup, abbreviate, group_replicas
 from hetis.solver.plan import Explanation, IdleGpus, MemoryBar, Plan, ReplicaPlan, Role, StageTime, parallel_sizes
 
@@ -105,13 +105,16 @@ def _devices(part: MemoryBar, replica: ReplicaPlan) -> Sequence[str]:
     return [device for pool in pools for device in pool.devices]
 
 
-def _waterfall(parts: list[MemoryBar]) -> Table:
-    made = table("'GiB", *(share.name for share in memory_shares(parts[0])), "free", "nominal")
+def _waterfall(parts: list[MemoryBar]) -> Narrowing:
+    rows = []
     for part in parts:
         values = [share.amount for share in memory_shares(part)] + [part.free_bytes, part.nominal_bytes]
         label = f"stage {part.stage + 1}" if part.role == "primary" else "└ worker"
-        made.add_row(label, *(f"{value / 2**30:.1f}" for value in values))
-    return made
+        rows.append([label, *(f"{value / 2**30:.1f}" for value in values)])
+    names = [share.name for share in memory_shares(parts[0])]
+    return narrowing(
+        "'GiB", *names, "free", "nominal", rows=rows, least=("nominal", "engine", "unusable", "activations", "weights")
+    )
 
 
 def memory_shares(part: MemoryBar) -> list[Share]:
@@ -142,17 +145,18 @@ def _times(parts: list[StageTime], replica: ReplicaPlan) -> RenderableType:
     return Group(bars, shares, *means)
 
 
-def _time_table(parts: list[StageTime]) -> Table:
+def _time_table(parts: list[StageTime]) -> Narrowing:
     """Return each part's share of the stage's own time in per cent; columns empty for all stages are left out."""
     columns = [[share.amount for share in time_shares(part)] for part in parts]
     names = [share.name for share in time_shares(parts[0])]
     kept = [i for i in range(len(names)) if any(column[i] > 0 for column in columns)]
     has_wire = any(part.kv_wire_s for part in parts)
-    made = table("'% of stage", *(names[i] for i in kept), *(["(wire)"] if has_wire else []))
+    rows = []
     for part, column in zip(parts, columns, strict=True):
         shares = [column[i] for i in kept] + ([part.kv_wire_s] if has_wire else [])
-        made.add_row(f"stage {part.stage + 1}", *(f"{100 * share / part.total_s:.1f}" for share in shares))
-    return made
+        rows.append([f"stage {part.stage + 1}", *(f"{100 * share / part.total_s:.1f}" for share in shares)])
+    heads = ("'% of stage", *(names[i] for i in kept), *(["(wire)"] if has_wire else []))
+    return narrowing(*heads, rows=rows, least=("(wire)", "other", "head", "wait", "transfer", "all-reduce"))
 
 
 def time_shares(part: StageTime) -> list[Share]:

@@ -17,6 +17,7 @@ from hetis.formats.dtypes import precision_of
 from hetis.formats.errors import DocumentError
 from hetis.planner.report.figures import bar, digits, percent, plural, seconds, tokens
 from hetis.planner.report.tables import (
+    Narrowing,
     SimulatedExtent,
     Unbroken,
     as_group,
@@ -24,6 +25,7 @@ from hetis.planner.report.tables import (
     facts,
     kept_words,
     missed_words,
+    narrowing,
     section,
     table,
 )
@@ -93,17 +95,17 @@ def headline(plan: Plan) -> RenderableType:
     return Group(_title(plan), facts(_facts(plan)))
 
 
-def price_table(plan: Plan) -> Table:
+def price_table(plan: Plan) -> Narrowing:
     """Return a table of the device classes: their counts, uses, and marginal prices."""
     zone = len({price.zone for price in plan.prices}) > 1
     shown = sorted(plan.prices, key=lambda price: -price.available)[:MAX_CLASSES]
     heads = ("<GPU", *(["<zone"] if zone else []), "per node", "there", "used", "workers", "idle", "marginal price")
-    rows = (
+    rows = [
         (price.gpu, *([price.zone] if zone else []), f"{price.gpus_per_node:,}", *price_cells(price, plan))
         for price in plan.prices
         if price in shown
-    )
-    return table(*heads, rows=rows)
+    ]
+    return narrowing(*heads, rows=rows, least=("per node", "idle", "workers", "there"))
 
 
 def _title(plan: Plan) -> Text:

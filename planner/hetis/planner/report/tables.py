@@ -134,23 +134,50 @@ def first_rows(body: RenderableType, count: int, shown: int, noun: str) -> Rende
     return Group(body, Text(f"… and {rest:,} more {noun}{'' if rest == 1 else 's'} (-o json has all)", style="dim"))
 
 
+def narrowing(*columns: str, rows: Sequence[Sequence[RenderableType]], least: Sequence[str]) -> Narrowing:
+    """Return a `table` without broken words: a narrow console gets headers of several lines, then fewer columns.
+
+    ``least`` names the columns that may be left out, the least important one first.
+    """
+    names = [column.lstrip("'<") for column in columns]
+
+    def draw(without: frozenset[int]) -> Table:
+        kept = [number for number in range(len(columns)) if number not in without]
+        made = table(*(columns[number] for number in kept), rows=([row[number] for number in kept] for row in rows))
+        for column in made.columns:
+            column.no_wrap, column.vertical = True, "bottom"
+        return made
+
+    return Narrowing(draw, {names.index(name): name for name in least if name in names}, stacks=True)
+
+
 class Narrowing:
     """A table that leaves out columns where the console is too narrow for all, and says which.
 
     Args:
         draw: returns the table without the columns at these positions.
         optional: the name of each column that may be left out by its position, the least important one first.
+        stacks: whether headers are broken between their words before any column is left out.
     """
 
-    def __init__(self, draw: Callable[[frozenset[int]], Table], optional: Mapping[int, str]) -> None:
+    def __init__(
+        self, draw: Callable[[frozenset[int]], Table], optional: Mapping[int, str], *, stacks: bool = False
+    ) -> None:
         self._draw = draw
         self._optional = optional
+        self._stacks = stacks
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        def fits(made: Table) -> bool:
+            return Measurement.get(console, options.update(max_width=_ENDLESS), made).maximum <= options.max_width
+
         least = list(self._optional)
         for count in range(len(least) + 1):
             made = self._draw(frozenset(least[:count]))
-            if Measurement.get(console, options.update(max_width=_ENDLESS), made).maximum <= options.max_width:
+            if self._stacks and not fits(made):
+                for column in made.columns:
+                    column.header = str(column.header).replace(" ", "\n")
+            if fits(made):
                 break
         yield made
         if count:
