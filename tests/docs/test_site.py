@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.docs.pages import ROOT
+from tests.planner.browser import CHROMIUM, browse, console
 from tools import reference, tables
 
 needs_mkdocs = pytest.mark.skipif(
@@ -71,3 +72,14 @@ def test_a_formula_that_is_not_understood_is_an_error() -> None:
     assert "<msub>" in mathml("x_{ij} \\le 1", display="inline")
     with pytest.raises(ValueError, match="is not understood"):
         mathml("\\nonsense{x}", display="inline")
+
+
+@needs_mkdocs
+@pytest.mark.skipif(CHROMIUM is None, reason="NOT SHOWN: Chromium is not installed")
+@pytest.mark.parametrize("page", ["index.html", "reference/files.html"])
+def test_the_search_works_on_pages_from_a_disk(site: Path, page: str, tmp_path: Path) -> None:
+    """Browsers refuse web workers there; test_nothing_of_the_site_comes_from_elsewhere covers what replaces them."""
+    address = f"{(site / page).as_uri()}?q=makespan"
+    said = browse(address, tmp_path, "--virtual-time-budget=20000", "--dump-dom")
+    assert re.search(r"[1-9]\d* matching documents", said)
+    assert not console(said)
