@@ -178,7 +178,7 @@ def test_what_the_engine_needs_is_not_told_as_an_option(folder: Path, capsys: py
     options = ("--no-verify", "--no-other-engines", "--strategy", "uniform", "--price-pins", "--html", "plan.html")
     assert run([*inputs, "--engine", "vllm", "--forbid", "tp=2", *options, "--out", "plan.json"]) == ExitCode.OK
     said = " ".join(capsys.readouterr().out.split())
-    assert "; vllm not running on V100-SXM2-32GB; --forbid tp=2 " in said, "the family"
+    assert "Constraints: vllm not running on V100-SXM2-32GB; --forbid tp=2. " in said, "of what was searched"
     assert " without gain, requests/s vllm not running on V100-SXM2-32GB 5.99 --forbid tp=2 0 " in said
     assert "--forbid type" not in (folder / "plan.html").read_text()
     plan = json.loads((folder / "plan.json").read_text())

@@ -22,9 +22,9 @@ from hetis.solver.plan import Explanation, IdleGpus, MemoryBar, Plan, ReplicaPla
 MAX_SHAPES = 6
 MAX_EQUAL = 12  # equal replicas whose devices are named
 PRICES_MEAN = (
-    "The marginal price is what one GPU of the class is worth in the relaxation of this plan, which allows "
-    "fractional replicas. 0 means that the relaxation is not short of the class, not that its GPUs are "
-    "useless. One more GPU may add more than its price if it makes room for a larger replica, or nothing."
+    "The value of one is the marginal price of the class: what one of its GPUs adds if fractions of replicas "
+    "are allowed. 0 means that the class is not scarce then, not that its GPUs are useless. One more GPU may add more "
+    "than that if it makes room for a larger replica, or nothing."
 )
 WIRE_MEANS = (
     "(wire): time to send or receive the KV of a request, which overlaps with computing and is not in the "
@@ -57,6 +57,7 @@ def render_explanation(plan: Plan, explanation: Explanation, *, wide: bool = Fal
     yield section("Attention workers", Text(explanation.attention_workers))
     if plan.notes:
         yield section("Notes", bullets(plan.notes))
+    yield section("Family: the plans for which the bound holds", Text(plan.family))
 
 
 def _equal_devices(group: ReplicaGroup, plan: Plan, *, wide: bool) -> Iterator[RenderableType]:

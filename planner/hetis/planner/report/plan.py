@@ -35,10 +35,17 @@ from hetis.planner.use_cases.grouping import ReplicaGroup, abbreviate, group_rep
 from hetis.planner.use_cases.place import SIMPLE_SETUPS, STOPPED_EARLY
 from hetis.planner.use_cases.robustness.profile_errors import Predicted, predicted_of
 from hetis.planner.use_cases.service_level import Latency, service_level_of
-from hetis.planner.use_cases.sources import ENGINE_SETTINGS, Inputs, engine_settings_of_plan, inputs_from_documents
+from hetis.planner.use_cases.sources import (
+    CONSTRAINTS,
+    ENGINE_SETTINGS,
+    Inputs,
+    engine_settings_of_plan,
+    inputs_from_documents,
+)
 from hetis.planner.use_cases.surviving import losses_of
 from hetis.planner.use_cases.verify import attained, misses, tightening_of, verification_of
 from hetis.solver.constraints import Constraint, described
+from hetis.solver.placement.families import STRATEGIES
 from hetis.solver.plan import (
     ClassPrice,
     Objective,
@@ -51,7 +58,7 @@ from hetis.solver.plan import (
     Status,
 )
 from hetis.solver.planning import ConstraintPrice
-from hetis.solver.problem import PlacementProblem
+from hetis.solver.problem import Family, PlacementProblem
 
 MAX_SHAPES = 12  # replica shapes shown in full; the others are summarised in one line
 MAX_CLASSES = 40
@@ -87,7 +94,26 @@ def render_plan(plan: Plan, *, wide: bool = False) -> Iterator[RenderableType]:
         yield section("Not chosen", _runners_up(plan))
     if plan.notes:
         yield section("Notes", bullets(plan.notes))
-    yield section("Family", Text(plan.family, style="dim"))
+    yield section("Searched", Text("\n".join([*searched(plan), *([plan.family] if wide else [])]), style="dim"))
+
+
+def searched(plan: Plan) -> Iterator[str]:
+    """Yield what was searched in a few plain lines; `Plan.family` is the exact text."""
+    known = STRATEGIES.get(plan.strategy)
+    if known is None:  # of another version
+        yield plan.family
+        return
+    roles = plan.inputs.get("roles")
+    is_part = bool(roles) and isinstance(roles, list) and bool(set(known.restrict(Family()).roles).difference(roles))
+    only = f"; only {', '.join(map(str, roles or ()))} replicas" if is_part else ""
+    yield f"Strategy {plan.strategy}: {known.summary}{only}."
+    engine = plan.inputs.get("engine")
+    if isinstance(engine, Mapping) and {"name", "max_stages"} <= engine.keys():
+        yield f"Of these, what {engine['name']} runs: replicas of up to {engine['max_stages']} stages in one zone."
+    constraints = plan.inputs.get(CONSTRAINTS)
+    if isinstance(constraints, list) and constraints:  # the family ends with them, in words
+        yield f"Constraints: {'; '.join(plan.family.split('; ')[-len(constraints) :])}."
+    yield "The bound holds for all these plans; `hetis-plan explain`, or -o wide, describes them exactly."
 
 
 def headline(plan: Plan) -> RenderableType:
@@ -99,7 +125,7 @@ def price_table(plan: Plan) -> Narrowing:
     """Return a table of the device classes: their counts, uses, and marginal prices."""
     zone = len({price.zone for price in plan.prices}) > 1
     shown = sorted(plan.prices, key=lambda price: -price.available)[:MAX_CLASSES]
-    heads = ("<GPU", *(["<zone"] if zone else []), "per node", "there", "used", "workers", "idle", "marginal price")
+    heads = ("<GPU", *(["<zone"] if zone else []), "per node", "there", "used", "workers", "idle", "value of one")
     rows = [
         (price.gpu, *([price.zone] if zone else []), f"{price.gpus_per_node:,}", *price_cells(price, plan))
         for price in plan.prices
@@ -453,8 +479,16 @@ def _runners_up(plan: Plan) -> Table:
     made.add_column("why not", overflow="fold", ratio=3)
     for runner in plan.runners_up:
         stages = [Text(stage) for stage in folded(runner.shape).split(" | ")]
-        made.add_row(Unbroken(stages, " | "), digits(runner.rate), runner.reason)
+        made.add_row(Unbroken(stages, " | "), digits(runner.rate), plain_reason(runner.reason))
     return made
+
+
+_NO_PACKING = "would fit, but no packing of whole replicas with it is better"
+
+
+def plain_reason(reason: str) -> str:
+    """Return why a runner-up was not chosen, as the solver says it, but for one reason that needs its terms."""
+    return "fits, but no plan that contains it is better" if reason == _NO_PACKING else reason
 
 
 def folded(shape: str) -> str:
