@@ -272,7 +272,6 @@ def test_what_was_searched_is_said_in_plain_lines_and_exactly_by_explain() -> No
     words = " ".join(shown.split())
     assert "Strategy hetis: every shape: mixed types, uneven layers, stage copies, attention workers" in words
     assert "only unified replicas. Of these, what vllm-hetis runs: replicas of up to 8 stages in one zone." in words
-    assert "fits, but no plan that contains it is better" in text_of(render_plan(plan), width=200)
     assert not any(word in words for word in ("relaxation", "marginal", "packing"))
     for exact in (render_plan(plan, wide=True), render_explanation(plan, plans.explanation(plan))):
         assert plan.family.strip() in " ".join(text_of(exact).split())

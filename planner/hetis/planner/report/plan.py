@@ -479,16 +479,8 @@ def _runners_up(plan: Plan) -> Table:
     made.add_column("why not", overflow="fold", ratio=3)
     for runner in plan.runners_up:
         stages = [Text(stage) for stage in folded(runner.shape).split(" | ")]
-        made.add_row(Unbroken(stages, " | "), digits(runner.rate), plain_reason(runner.reason))
+        made.add_row(Unbroken(stages, " | "), digits(runner.rate), runner.reason)
     return made
-
-
-_NO_PACKING = "would fit, but no packing of whole replicas with it is better"
-
-
-def plain_reason(reason: str) -> str:
-    """Return why a runner-up was not chosen, as the solver says it, but for one reason that needs its terms."""
-    return "fits, but no plan that contains it is better" if reason == _NO_PACKING else reason
 
 
 def folded(shape: str) -> str:

@@ -36,7 +36,6 @@ from hetis.planner.report.plan import (
     is_below_model,
     less_than_planned,
     limits,
-    plain_reason,
     price_cells,
     problem_title,
     promised_figures,
@@ -426,11 +425,11 @@ def _stage_words(match: re.Match[str]) -> str:
 def reason_words(reason: str, rate: float) -> str:
     """Return why a runner-up was not chosen.
 
-    If its GPUs are worth more elsewhere, that is by how much it is worse; any other reason is that of `plain_reason`.
+    If its GPUs are worth more elsewhere, that is by how much it is worse; any other reason is returned unchanged.
     """
     match = _WORTH.fullmatch(reason)
     if match is None or not float(match["worth"]) > 0:
-        return plain_reason(reason)
+        return reason
     elsewhere = float(match["worth"])
     if match["role"]:
         own = f"what it would {match['role']} is worth {digits(float(match['own']))} there"
