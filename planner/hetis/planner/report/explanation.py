@@ -22,9 +22,9 @@ from hetis.solver.plan import Explanation, IdleGpus, MemoryBar, Plan, ReplicaPla
 MAX_SHAPES = 6
 MAX_EQUAL = 12  # equal replicas whose devices are named
 PRICES_MEAN = (
-    "The value of one is the marginal price of the class: what one of its GPUs adds if fractions of replicas "
-    "are allowed. 0 means that the class is not scarce then, not that its GPUs are useless. One more GPU may add more "
-    "than that if it makes room for a larger replica, or nothing."
+    "The marginal price is what one GPU of the class adds if fractions of replicas are allowed. 0 means that "
+    "the class is not scarce then, not that its GPUs are useless. One more GPU may add more than that if it makes room "
+    "for a larger replica, or nothing."
 )
 WIRE_MEANS = (
     "(wire): time to send or receive the KV of a request, which overlaps with computing and is not in the "

@@ -125,7 +125,7 @@ def price_table(plan: Plan) -> Narrowing:
     """Return a table of the device classes: their counts, uses, and marginal prices."""
     zone = len({price.zone for price in plan.prices}) > 1
     shown = sorted(plan.prices, key=lambda price: -price.available)[:MAX_CLASSES]
-    heads = ("<GPU", *(["<zone"] if zone else []), "per node", "there", "used", "workers", "idle", "value of one")
+    heads = ("<GPU", *(["<zone"] if zone else []), "per node", "there", "used", "workers", "idle", "marginal price")
     rows = [
         (price.gpu, *([price.zone] if zone else []), f"{price.gpus_per_node:,}", *price_cells(price, plan))
         for price in plan.prices
