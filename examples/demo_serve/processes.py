@@ -83,7 +83,7 @@ class Processes(DemoProcesses):
     def start_server(self, python: Path, model: Path, *options: str) -> str:
         """Start vLLM and return its address once it serves. Raises ProcessError if it does not."""
         port = free_ports()
-        command = [str(python), "-P", str(_ROOT / "examples" / "forking_vllm.py"), "--model", str(model)]
+        command = [str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
         command += ["--served-model-name", "demo", "--host", "127.0.0.1", "--port", str(port)]
         command += ["--dtype", "float32", "--enforce-eager", "--block-size", str(BLOCK_TOKENS)]
         # Run the engine in the server's process: otherwise one would poll for the other, at the cost of another core.

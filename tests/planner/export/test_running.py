@@ -79,7 +79,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     port = free_ports()
     words = ["export", str(folder / "plan.json"), "--to", "vllm", "--out", str(folder / "out"), "--strict"]
     words += ["--model", str(model), "--served-name", "tiny", "--dtype", "float32", "--device", "cpu"]
-    words += ["--program", vllm_of("-P", str(FORKING)), "--port", str(port)]
+    words += ["--program", vllm_of(str(FORKING)), "--port", str(port)]
     words += ["--node-address", "here=127.0.0.1", "--", *OPTIONS]
     assert run(words) == ExitCode.OK
     process = subprocess.Popen([folder / "out" / "here" / "start.sh"], env=environment())

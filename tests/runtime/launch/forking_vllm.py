@@ -1,7 +1,6 @@
 """vLLM's server, whose engine and ranks are forks, as on GPUs. A forked engine ends with exit code 1 now and then.
 
-On CPUs vLLM starts each as a new process, and importing vLLM takes longer than all requests of a demo or test. Run by
-vLLM's own Python, with ``-P``: modules beside this file are not vLLM's.
+On CPUs vLLM starts each as a new process, and importing vLLM takes longer than all requests of a test.
 """
 
 from __future__ import annotations
