@@ -74,9 +74,7 @@ class FleetOptions:
         changes = bool(self.add or self.remove)
         if self.buy_next and changes:
             raise typer.BadParameter("--buy-next starts from the unchanged fleet: leave out --add and --remove")
-        for name, given in (("--market", self.market), ("--count", self.count)):
-            if given is not None and not self.buy_next:
-                raise typer.BadParameter(f"{name} needs --buy-next")
+        options.refuse_without("--buy-next", {"--market": self.market, "--count": self.count}, is_given=self.buy_next)
         if not self.buy_next and not changes:
             raise typer.BadParameter("no change to study: give --add, --remove or --buy-next")
         shape = {"--node-like": self.node_like, "--gpus-per-node": self.gpus_per_node, "--zone": self.zone}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from functools import partial
 from pathlib import Path
@@ -404,6 +404,13 @@ class VerificationOptions:
 
     survive: Survived | None = survive_option()
     verify: bool = verify_option()
+
+
+def refuse_without(needed: str, options: Mapping[str, object], *, is_given: bool) -> None:
+    """Refuse options (None: not given) that would be ignored without another one. Raises typer.BadParameter."""
+    for name, value in options.items():
+        if value is not None and not is_given:
+            raise typer.BadParameter(f"{name} needs {needed}")
 
 
 def engine_rules(name: str | None, strategy: str, limits: ReplicaLimits) -> EngineRules | None:

@@ -124,9 +124,8 @@ class ReportOptions:
     out: Path = option("--out FILE: HTML file to write; - writes to standard output.", Path("report.html"))
 
     def refuse_what_would_be_ignored(self) -> None:
-        for name, given in (("--count", self.count), ("--time-limit", self.time_limit)):
-            if given is not None and not self.buy_next:
-                raise typer.BadParameter(f"{name} needs --buy-next")
+        ignored = {"--count": self.count, "--time-limit": self.time_limit}
+        options.refuse_without("--buy-next", ignored, is_given=self.buy_next)
 
 
 @verb(prints_data=False)

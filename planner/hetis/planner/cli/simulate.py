@@ -139,12 +139,8 @@ class SimulateOptions:
             raise typer.BadParameter("--cv applies to random arrivals, not to --recorded or --saturate")
         if self.sweep and self.until_stable:
             raise typer.BadParameter("--sweep and --until-stable cannot be combined: give --requests and --seeds")
-        for name, value, other, is_given in (
-            ("--tolerance", self.tolerance, "--sweep", self.sweep),
-            ("--precision", self.precision, "--until-stable", self.until_stable),
-        ):
-            if value is not None and not is_given:
-                raise typer.BadParameter(f"{name} needs {other}")
+        options.refuse_without("--sweep", {"--tolerance": self.tolerance}, is_given=self.sweep)
+        options.refuse_without("--until-stable", {"--precision": self.precision}, is_given=self.until_stable)
         for name, path in (("--perfetto", self.perfetto), ("--requests-csv", self.requests_csv)):
             if self.sweep and path is not None:
                 raise typer.BadParameter(f"{name} shows a single run: it cannot be combined with --sweep")
