@@ -41,7 +41,7 @@ _VERSIONS = {
 _TRITON = {"b200_sxm": ("vllm", "0.19.0", "fp8_block")}
 _TRITON_NAME = "vllm with Triton"
 # MXFP4 is left out: engines choose among kernels for it. The tables have vLLM's on Hopper, but its time for few tokens
-# makes the published runs of gpt-oss a quarter slower than they were (docs/accuracy.md, "Where to expect larger errors").
+# makes the published runs of gpt-oss slower than they were (docs/accuracy.md, "Where to expect larger errors").
 _FORMATS = {"bfloat16": "bfloat16", "fp8_block": "fp8", "nvfp4": "nvfp4"}
 _SAME_KERNELS = {"trtllm": "sglang"}
 _ROUTING = "power_law_1.2"  # one of three in the tables: what their publisher assumes for most models
