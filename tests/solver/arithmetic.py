@@ -82,8 +82,8 @@ class Numbers:
         self.nc = Q / C if role is not Role.DECODE else 0.0
         draft = problem.model.draft
         self.q = 1 + draft.tokens if draft else 1  # tokens of a decoding request
-        emitted = sum(draft.acceptance**i for i in range(self.q)) if draft else 1.0
-        self.nd = 0.0 if role is Role.PREFILL else max(0.0, O / b / emitted - self.nc)
+        self.emitted = sum(draft.acceptance**i for i in range(self.q)) if draft else 1.0
+        self.nd = 0.0 if role is Role.PREFILL else max(0.0, O / b / self.emitted - self.nc)
         self.n_it = self.nc + self.nd
         self.phi = self.nc / self.n_it
         # The oracle needs the same layer in stages of every length, and layers need the same fits.
@@ -344,7 +344,7 @@ class Numbers:
     # --- latency
 
     def tpot_per_t(self) -> float:
-        return self.b * self.M / self.moments.mean_output
+        return self.M / self.n_it / self.emitted if self.b else 0.0
 
     def ttft_round_trips(self) -> float:
         """trips"""

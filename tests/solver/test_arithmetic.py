@@ -373,7 +373,7 @@ def test_the_search_tabulates_the_same_seconds(found: tuple[PlacementProblem, Co
     t_floor = costs.scopes[template.scope].tables.t_floor
     assert of_search.interval_of(costs, template) == near(max(numbers.interval(stages), t_floor))
     mix, M = costs.mixes[template.mix], numbers.M // numbers.d
-    assert cost.tpot_per_interval(costs.moments, mix, M) == near(numbers.tpot_per_t())
+    assert cost.tpot_per_interval(numbers.model, mix, M) == near(numbers.tpot_per_t())
     assert cost.ttft_round_trips(costs.moments, problem.assumptions, mix, M) == near(numbers.ttft_round_trips())
     if mix.role is Role.PREFILL:
         landing_s = max(numbers.landing_seconds(s, s.kv_link) for s in stages if s.kv_link is not None)

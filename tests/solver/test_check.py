@@ -501,6 +501,15 @@ def test_single_stage_takes_the_time_worked_by_hand() -> None:
     assert derived.ttft_s(10.0) == pytest.approx(1.0 * (2 + math.log(3.6) / 0.82))
 
 
+def test_short_outputs_leave_seats_empty_and_a_token_takes_a_round_trip() -> None:
+    problem = replace(token_problem(), workload=make_workload((128, 4)))
+    derived = derived_of(unclaimed(WHOLE, in_flight=1), problem)
+    # P = 128, O = 4, b = 4, C = 64: nc = 2 iterations with a chunk, although one is enough for the outputs; nd = 0.
+    # A layer takes 2 * 68 ms, the LM head 2 * 5 ms. Of b = 4 seats 2 are taken on average, so TPOT is not b M / O * t.
+    assert derived.t_s == pytest.approx(6 * 0.136 + 0.010)
+    assert derived.tpot_per_t == pytest.approx(1 / 2)
+
+
 def test_pipeline_takes_the_time_worked_by_hand() -> None:
     copies = replace(WHOLE, copies=2, num_layers=4, devices=("a-0/0", "a-1/0"))
     last = replace(WHOLE, first_layer=4, num_layers=2, devices=("a-2/0",))

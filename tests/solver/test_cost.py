@@ -115,7 +115,7 @@ def test_memory_and_latencies_are_the_same(one: Drawn) -> None:
         * (numbers.layers_of(s, one.is_first) + numbers.drafting(one.is_last))
     )
     assert states == near(numbers.state_bytes(s, one.is_first, one.is_last))
-    assert cost.tpot_per_interval(moments, mix, one.M // one.d) == near(numbers.tpot_per_t())
+    assert cost.tpot_per_interval(model, mix, one.M // one.d) == near(numbers.tpot_per_t())
     assert cost.ttft_round_trips(moments, assumed, mix, one.M // one.d) == near(numbers.ttft_round_trips())
     fixed = one.problem.profiles[s.gpu].reserve_bytes + rank.activation_bytes(float(mix.decode_tokens + one.C))
     fixed += s.layers * rank.layer_bytes()

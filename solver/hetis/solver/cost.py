@@ -544,12 +544,13 @@ def most_copies(in_flight: int, num_copies: int) -> int:
     return in_flight // 2 if in_flight >= 2 * num_copies else in_flight
 
 
-def tpot_per_interval(moments: WorkloadMoments, mix: Mix, in_flight: int) -> float:
-    """Return mean TPOT divided by t, ``b M / O``; 0 for a prefill replica.
+def tpot_per_interval(model: ModelSpec, mix: Mix, in_flight: int) -> float:
+    """Return mean TPOT divided by t: a round trip per iteration's tokens of a request; 0 for a prefill replica.
 
-    ``in_flight`` counts iterations here and in `ttft_round_trips`, each of which has d micro-batches (`Mix`).
+    This is ``b M / O`` as long as outputs need no fewer iterations than prompts. ``in_flight`` counts iterations here
+    and in `ttft_round_trips`, each of which has d micro-batches (`Mix`).
     """
-    return mix.micro_batch * in_flight * mix.attention_dp / moments.mean_output
+    return in_flight / (mix.iterations * model.emitted_tokens) if mix.micro_batch else 0.0
 
 
 def ttft_round_trips(moments: WorkloadMoments, assumptions: Assumptions, mix: Mix, in_flight: int) -> float:

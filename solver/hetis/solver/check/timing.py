@@ -200,8 +200,14 @@ def slack(setting: Setting, stage: StageShape, num_copies: int) -> float:
 
 
 def tpot_per_t(setting: Setting) -> float:
-    """Return TPOT as a multiple of t, b M / O, which is 0 if nothing is decoded (b is 0)."""
-    return setting.micro_batch * setting.in_flight / setting.moments.mean_output
+    """Return TPOT as a multiple of t, which is 0 if nothing is decoded (b is 0).
+
+    Seats are all taken, which gives b M / O, unless prompts need more iterations than outputs do.
+    """
+    seats = setting.micro_batch * setting.in_flight / setting.moments.mean_output
+    if not setting.micro_batch or not setting.chunk_iterations:
+        return seats
+    return min(seats, setting.in_flight / setting.chunk_iterations / setting.model.emitted_tokens)
 
 
 def ttft_round_trips(setting: Setting) -> float:

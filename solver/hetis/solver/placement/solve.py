@@ -216,7 +216,7 @@ def replica_plan(costs: CostTables, template: Template, stages: list[BoundStage]
     return ReplicaPlan(
         rate=template.rate,
         ttft_s=ttft_s(costs, template) + landing_s(costs, template),
-        tpot_s=template.interval_s * cost.tpot_per_interval(costs.moments, mix, m),
+        tpot_s=template.interval_s * cost.tpot_per_interval(costs.problem.model, mix, m),
         micro_batch=mix.micro_batch,
         in_flight=m * mix.attention_dp,
         chunk_tokens=mix.chunk_tokens,

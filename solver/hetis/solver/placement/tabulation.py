@@ -403,7 +403,7 @@ class _Tabulation:
         for x, mix in enumerate(self.mixes):
             for f, in_flight in enumerate(family.in_flight):
                 if objective.tpot_limit_s is not None and mix.role is not Role.PREFILL:
-                    per_t = cost.tpot_per_interval(self.moments, mix, in_flight)
+                    per_t = cost.tpot_per_interval(self.problem.model, mix, in_flight)
                     caps[x, f] = min(caps[x, f], objective.tpot_limit_s / per_t)
                 if objective.ttft_limit_s is not None and mix.role is not Role.DECODE:
                     trips = cost.ttft_round_trips(self.moments, self.problem.assumptions, mix, in_flight)

@@ -229,7 +229,7 @@ def _alone(view: ReplicaView, device_class: DeviceClass, idle: int) -> Iterator[
     if held < repeated:
         yield f"the {idle:,} idle hold at most {held} of {repeated} layers, without KV"
         return
-    # b n_it / O >= 1 / eta, so TPOT is at least one plain iteration of one request divided by the tokens that it adds.
+    # TPOT is at least one plain iteration of one request divided by the tokens that it adds.
     fastest = min(costs, key=lambda c: c.dense_s(1) + 2 * c.reduce_s(1))
     token_s = repeated * (fastest.dense_s(1) + 2 * fastest.reduce_s(1)) / model.emitted_tokens
     if limit_s is not None and token_s > limit_s:
@@ -259,7 +259,7 @@ def _joining(view: ReplicaView, device_class: DeviceClass, idle: int) -> Iterato
         return
     layer_s, layers, cost = min(tried, key=lambda each: each[0])
     name = f"{device_class.gpu} TP{cost.shape.tp}"
-    tpot = view.mix.micro_batch / view.moments.mean_output
+    tpot = 1.0 / (mix.iterations * model.emitted_tokens)  # of a round trip's seconds per request
     work = f"at b = {mix.micro_batch}, {num_layers(layers)} cost a token {in_time(tpot * layers * layer_s)} on {name}"
     work += f", {in_time(tpot * layers * there_s)} on {stage_name(view.shape, stage)}"
     if limit_s is None:

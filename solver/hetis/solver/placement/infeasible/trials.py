@@ -43,7 +43,7 @@ class Trial:
         for template, _ in self.outcome.chosen:
             mix, m = a.mixes[template.mix], family.in_flight[template.in_flight_index]
             if subject is Subject.TPOT and mix.role is not Role.PREFILL:
-                found.append(cost.tpot_per_interval(a.moments, mix, m) * template.interval_s)
+                found.append(cost.tpot_per_interval(a.problem.model, mix, m) * template.interval_s)
             if subject is Subject.TTFT and mix.role is not Role.DECODE:
                 slowest = a.scopes[template.scope].tables.landing_s[template.mix].max()  # set aside by a limit
                 found.append(least_ttft_limit_s(a, template) + float(slowest))
