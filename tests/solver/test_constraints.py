@@ -8,7 +8,7 @@ from dataclasses import replace
 from unittest.mock import patch
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from hetis.solver.budget import Budget, SearchSettings
@@ -35,9 +35,10 @@ from hetis.solver.constraints import (
 from hetis.solver.errors import InfeasibleError, InvalidProblemError, NoPlanFoundError
 from hetis.solver.model import MoeShape
 from hetis.solver.placement import search
+from hetis.solver.placement.families import run_by
 from hetis.solver.plan import Objective, ObjectiveKind, Plan, Role
 from hetis.solver.planning import price_constraints, solve_placement
-from hetis.solver.problem import PlacementProblem
+from hetis.solver.problem import EngineRules, Family, PlacementProblem
 from tests.solver.instances import (
     NO_LIMITS,
     SMALL_FAMILY,
@@ -184,10 +185,10 @@ def some_constraint(draw: st.DrawFn, cluster: Cluster) -> Constraint:
 
 
 @st.composite
-def constrained(draw: st.DrawFn) -> PlacementProblem:
+def constrained(draw: st.DrawFn, family: Family = SMALL_FAMILY) -> PlacementProblem:
     """Draw small problems with a constraint or two, most of which have a plan."""
     kinds = (ObjectiveKind.GOODPUT, ObjectiveKind.THROUGHPUT, ObjectiveKind.GPUS)
-    problem = draw(problems(max_gpus=4, kinds=kinds, family=SMALL_FAMILY, num_zones=1))
+    problem = draw(problems(max_gpus=4, kinds=kinds, family=family, num_zones=1))
     constraints = draw(st.lists(some_constraint(problem.cluster), min_size=1, max_size=2, unique=True))
     return replace(problem, constraints=tuple(constraints))
 
@@ -204,6 +205,25 @@ def test_no_plan_that_keeps_the_will_is_better(problem: PlacementProblem) -> Non
     assert check_plan(plan, problem) == ()
     assert plan.result.value == pytest.approx(best, rel=1e-5)
     assert plan.result.bound == pytest.approx(best, rel=1e-5)
+
+
+ENGINES_FAMILY = run_by(
+    replace(SMALL_FAMILY, chunk_tokens=(64,)), EngineRules(name="vllm-hetis", max_stages=3, max_pooled_stages=2)
+)
+
+
+@settings(max_examples=EXAMPLES)
+@given(constrained(ENGINES_FAMILY))
+def test_no_plan_of_an_engine_that_keeps_the_will_is_better(problem: PlacementProblem) -> None:
+    assume(not problem.model.forbidden_cuts)
+    best = best_by_brute_force(problem)
+    try:
+        plan = solve_placement(problem, gap_target=0.0)
+    except InfeasibleError:
+        assert best == (0.0 if problem.objective.maximises else float("inf"))
+        return
+    assert check_plan(plan, problem) == ()
+    assert plan.result.value == pytest.approx(best, rel=1e-6)
 
 
 @settings(max_examples=EXAMPLES // 3)
@@ -277,6 +297,16 @@ def test_rent_is_kept_to_on_small_and_large_fleets() -> None:
         assert plan.result.value > 0.5 * best_rate_of(problem) * most / sum(
             prices[price.gpu] * price.available for price in plan.prices
         )
+
+
+def test_rent_too_low_for_any_replica_is_proved_to_be_for_an_engine() -> None:
+    cheap = AtMost(of=Sum.USD, most=0.1)
+    problem = replace(two_types(cheap), family=ENGINES_FAMILY)
+    with pytest.raises(InfeasibleError):
+        solve_placement(problem)
+    one_card = min(gpu.usd_per_hour or 0.0 for gpu in problem.cluster.gpu_types.values())
+    just_enough = replace(problem, constraints=(AtMost(of=Sum.USD, most=one_card),))
+    assert solve_placement(just_enough).result.value > 0.0
 
 
 def best_rate_of(problem: PlacementProblem) -> float:

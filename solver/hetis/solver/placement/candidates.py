@@ -16,7 +16,7 @@ import numpy as np
 
 from hetis.solver.placement.fleet import UNIFIED, IntArray
 from hetis.solver.placement.generation import NO_LINKS
-from hetis.solver.placement.master import Columns
+from hetis.solver.placement.master import Columns, Pins
 from hetis.solver.placement.nodes import Kind, kind_of_parts, shared_places
 from hetis.solver.placement.pipelines import (
     MixSweep,
@@ -168,8 +168,10 @@ class Candidates:
         return template_of_pipeline(self.costs, self.shape, counts, found, self.workers)
 
 
-def candidates_of(costs: CostTables) -> tuple[list[Candidates], Iterator[Candidates]]:
+def candidates_of(costs: CostTables, pins: Pins | None = None) -> tuple[list[Candidates], Iterator[Candidates]]:
     """Return all replicas of an engine's family, unevaluated: those without attention workers, and those with.
+
+    A replica that exceeds a pin's limit alone does not fit.
 
     Raises:
         InvalidProblemError: there are too many to list.
@@ -188,7 +190,10 @@ def candidates_of(costs: CostTables) -> tuple[list[Candidates], Iterator[Candida
         alike = kinds[shape.scope], shape.depth, _ranks(costs, shape), compositions[number], mixes.tobytes(), place
         if alike not in evaluators:
             evaluators[alike] = Evaluator(costs, shape, mixes, workers)
-        fits = np.all(uses[number] + _taken_by_workers(costs, shape, workers) <= costs.resources.limits, axis=1)
+        taken = uses[number] + _taken_by_workers(costs, shape, workers)
+        fits = np.all(taken <= costs.resources.limits, axis=1)
+        if pins is not None:
+            fits &= pins.allow_one(taken)
         if most_nodes is not None:
             fits &= least_nodes(costs, shape, workers, places) <= most_nodes
         return Candidates(costs, shape, side, workers, evaluators[alike], fits, np.zeros(len(fits), dtype=bool))

@@ -25,7 +25,7 @@ from hetis.solver.errors import InvalidProblemError, NoPlanFoundError
 from hetis.solver.placement.candidates import Candidates, candidates_of
 from hetis.solver.placement.fleet import IntArray
 from hetis.solver.placement.generation import Bound, first_prices
-from hetis.solver.placement.master import UNDECIDED, Columns, LpSolution, Master, MilpSolution, padded, settled
+from hetis.solver.placement.master import UNDECIDED, Columns, LpSolution, Master, MilpSolution, Pins, padded, settled
 from hetis.solver.placement.nodes import Kind, NodeProgram, counts_of_kinds, shared_places
 from hetis.solver.placement.outcome import Outcome, rate_bound, relative_gap, sound_bound
 from hetis.solver.placement.pipelines import least_nodes
@@ -52,9 +52,9 @@ FEW = 200_000  # compositions that may all be evaluated, until time is up, if pr
 class EnumeratedColumns:
     """The columns of one problem that have been enumerated so far."""
 
-    def __init__(self, costs: CostTables, row_costs: FloatArray) -> None:
+    def __init__(self, costs: CostTables, row_costs: FloatArray, pins: Pins | None) -> None:
         self.row_costs = row_costs
-        self.without_workers, self._with_workers = candidates_of(costs)
+        self.without_workers, self._with_workers = candidates_of(costs, pins)
         self.columns: Columns | None = None
         self._blocks = list[tuple[int, Candidates, IntArray]]()  # the first column's number, then compositions [K]
 
@@ -142,7 +142,7 @@ class _Search:
             )
         self.costs, self.master, self.settings = costs, master, settings
         self.budget, self.gap_target, self.seed = settings.budget, settings.gap_target, settings.seed
-        self.enumerated = EnumeratedColumns(costs, master.row_costs)
+        self.enumerated = EnumeratedColumns(costs, master.row_costs, master.pins)
         self.bound = rate_bound(costs) if master.maximises else 0.0  # from dense work alone, until more is known
         self.is_complete = False  # whether the bound is that of the relaxation over the whole family
         self.is_impossible = False  # whether it is proved that no whole counts of the family's replicas meet the demand
@@ -530,7 +530,7 @@ class _Search:
         columns = self.enumerated.columns
         if self.incumbent is None or self.relaxed is None or columns is None:
             serves_nothing = self.relaxed is None or (self.master.maximises and self.relaxed.value <= 0.0)
-            if self.master.pins is None and (self.is_impossible or (self.is_complete and serves_nothing)):
+            if self.is_impossible or (self.is_complete and serves_nothing):
                 return None
             raise NoPlanFoundError(UNDECIDED)
         counts = padded(self.incumbent.counts, len(columns.rates))

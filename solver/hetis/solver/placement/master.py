@@ -55,6 +55,14 @@ class Pins:
         room = ROUNDING * np.maximum(1.0, np.abs(sums))
         return bool(np.all(sums >= self.lower - room) and np.all(sums <= self.upper + room))
 
+    def allow_one(self, uses: IntArray) -> BoolArray:
+        """Return whether a single replica with these uses [K, rows] exceeds no upper limit; [K].
+
+        No coefficient is negative, so a replica that exceeds one alone is in no plan.
+        """
+        most = self.upper + ROUNDING * np.maximum(1.0, self.upper)
+        return np.asarray(np.all(self.coefficients(uses) <= most, axis=1))
+
     @property
     def ask_for_gpus(self) -> bool:
         """Return whether some rows require GPUs to be in use, so that the same rate with fewer GPUs may be worse."""
