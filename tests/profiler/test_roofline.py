@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hetis.formats.catalogue import gpus
-from hetis.profiler.roofline import from_json, modelled_profile, shipped_efficiencies, to_json
+from hetis.profiler.roofline import from_json, matrix_flops, modelled_profile, shipped_efficiencies, to_json
 from hetis.solver.cluster import GpuType
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.model import AttentionKind, ModelSpec
@@ -120,6 +120,36 @@ def test_amd_gpus_reach_less_of_their_peak(name: str, share: float) -> None:
         for theirs, hopper in zip(architectures[name].ops[op].pieces, efficiency.pieces, strict=True):
             assert theirs.flop == pytest.approx(hopper.flop * 0.803 / share, rel=0.01)
             assert replace(theirs, flop=hopper.flop) == hopper
+
+
+@pytest.mark.parametrize(
+    ("name", "four_bits", "rate"),  # bytes per weight with scales of 16 (NVFP4) and 32 weights (MXFP4), and data sheets
+    [
+        ("B200-SXM-180GB", 0.5625, 9e15),
+        ("RTX-5090", 0.5625, 1676e12),  # eight-bit products with fp32 accumulation are halved, these are not
+        ("MI355X-288GB", 0.53125, 10.07e15),
+        ("H100-SXM-80GB", None, None),
+        ("MI325X-256GB", None, None),
+    ],
+)
+def test_four_bit_products_have_their_own_rate_where_the_architecture_multiplies_them(
+    name: str, four_bits: float | None, rate: float | None
+) -> None:
+    gpu = next(entry.gpu for entry in gpus() if entry.gpu.name == name)
+    fits = {fit.scope.weight_bytes: fit for fit in modelled_profile(gpu).fits if fit.op is Op.DENSE}
+    assert set(fits) == {None, 1.0} | ({four_bits} - {None})
+    if four_bits is not None and rate is not None:
+        assert matrix_flops(gpu, four_bits) == pytest.approx(rate, rel=0.01)
+        assert gpu.fp8_flops is not None
+        if gpu.architecture == "CDNA4":  # no kernels of its own are known: the share of the peak of eight-bit ones
+            quicker = rate / gpu.fp8_flops
+            assert fits[four_bits].pieces[0].flop_s * quicker == pytest.approx(fits[1.0].pieces[0].flop_s, rel=0.01)
+
+
+def test_weights_of_four_bits_in_another_format_are_not_multiplied_in_four() -> None:
+    blackwell = next(entry.gpu for entry in gpus() if entry.gpu.name == "B200-SXM-180GB")
+    assert matrix_flops(blackwell, 0.5) == blackwell.fp8_flops
+    assert matrix_flops(blackwell, None) == blackwell.fp16_flops
 
 
 def test_an_rtx_4090_reaches_more_of_its_peaks_than_an_l40s() -> None:

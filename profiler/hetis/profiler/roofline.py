@@ -20,6 +20,13 @@ from hetis.solver.profile import Fit, FitScope, Op, Piece, Profile, Provenance, 
 
 VERSION = "hetis-efficiency/v1"
 NVFP4_BYTES = BYTES_PER_PARAMETER["nvfp4"]
+# The four-bit format in which an architecture multiplies weights and activations; int4 weights become 16 bits first.
+FOUR_BIT_BYTES = {"Blackwell": NVFP4_BYTES, "CDNA4": BYTES_PER_PARAMETER["mxfp4"]}
+# Dense four-bit rates that are not twice the eight-bit ones. GeForce halves eight-bit products with fp32 accumulation,
+# and not four-bit ones (NVIDIA's RTX Blackwell white paper). Blackwell Ultra is not here: by its data sheet it has 1.5
+# times Blackwell's rate, but NVFP4 kernels of three engines are only 1.07 to 1.21 times as fast on B300 as on B200
+# (median of products with all sizes >= 4,096, gemm tables of aiconfigurator-core 0.12.0), and we use B200's share.
+FP4_FLOPS = {"RTX-5090": 1676e12}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,9 +137,9 @@ def modelled_profile(gpu: GpuType, efficiencies: Efficiencies | None = None) -> 
     ]
     if gpu.fp8_flops is not None:  # fp8 weights and activations on the fp8 matrix units
         fits.append(own(Op.DENSE, "dense_fp8", gpu.fp8_flops, FitScope(weight_bytes=1.0)))
-        if (flops := matrix_flops(gpu, NVFP4_BYTES)) > gpu.fp8_flops:
+        if (four_bits := FOUR_BIT_BYTES.get(gpu.architecture)) is not None:
             name = "dense_nvfp4" if "dense_nvfp4" in arch.ops else "dense_fp8"
-            fits.append(own(Op.DENSE, name, flops, FitScope(weight_bytes=NVFP4_BYTES)))
+            fits.append(own(Op.DENSE, name, matrix_flops(gpu, four_bits), FitScope(weight_bytes=four_bits)))
     return Profile(
         gpu=gpu.name,
         usable_bytes=int(gpu.memory_bytes * efficiencies.memory.usable_ratio),
@@ -144,11 +151,13 @@ def modelled_profile(gpu: GpuType, efficiencies: Efficiencies | None = None) -> 
 def matrix_flops(gpu: GpuType, weight_bytes: float | None) -> float:
     """Return the peak matrix rate for weights of ``weight_bytes`` each. None: 16 bits.
 
-    Four-bit products run at twice the rate of eight-bit ones on the one architecture that has them.
+    Four-bit products run at twice the rate of eight-bit ones, or at that of the GPU's data sheet.
     """
     if weight_bytes is None or weight_bytes > 1.0 or gpu.fp8_flops is None:
         return gpu.fp16_flops
-    return gpu.fp8_flops * (2.0 if weight_bytes < 1.0 and gpu.architecture == "Blackwell" else 1.0)
+    if weight_bytes == FOUR_BIT_BYTES.get(gpu.architecture):
+        return FP4_FLOPS.get(gpu.name, 2.0 * gpu.fp8_flops)
+    return gpu.fp8_flops
 
 
 @functools.cache
