@@ -367,9 +367,15 @@ def test_levels_that_mean_nothing_are_refused(placed: Path, options: list[str], 
 @pytest.mark.parametrize(
     ("asked", "said"),
     [
-        ({"attainment": 0.9, "tpot": Statistic.P99}, "attainment counts requests instead of taking a statistic"),
-        ({"attainment": 0.9, "verify": False}, "verification is turned off"),
-        ({"tpot": Statistic.MEAN, "objective": Objective(tpot_limit_s=None)}, "and TPOT has no limit"),
+        ({"attainment": 0.9, "tpot": Statistic.P99}, "no statistic is taken: leave out --tpot-statistic"),
+        (
+            {"attainment": 0.9, "verify": False},
+            "--attainment can only be checked in the simulation, which --no-verify skips",
+        ),
+        (
+            {"tpot": Statistic.MEAN, "objective": Objective(tpot_limit_s=None)},
+            "--tpot-statistic is given, but TPOT has no limit",
+        ),
         ({"attainment": 0.9, "objective": Objective(ttft_limit_s=None, tpot_limit_s=None)}, "neither TTFT nor TPOT"),
         ({"attainment": 90.0}, "attainment is 90, must be above 0 and at most 1"),
     ],

@@ -317,13 +317,13 @@ def test_every_wrong_field_of_a_spec_is_named(tmp_path: Path) -> None:
             ({"ttft_statistic": "p96"}, "is 'p96', must be one of mean, p50, p90, p95, p99"),
             (
                 {"tpot_statistic": "p99", "ttft_statistic": "p99", "objective": no_tpot},
-                "of TPOT is asked for, and TPOT",
+                "--tpot-statistic is given, but TPOT",
             ),
             ({"attainment": 90.0}, "attainment is 90, must be above 0 and at most 1 (100%)"),
-            ({"attainment": 0.9, "tpot_statistic": "p50"}, "attainment counts requests instead of taking a statistic"),
+            ({"attainment": 0.9, "tpot_statistic": "p50"}, "no statistic is taken: leave out --tpot-statistic"),
             (
                 {"attainment": 0.9, "skip_verification": True},
-                "a service level is what the simulation holds",
+                "can only be checked in the simulation",
             ),
         ):
             unheld = await refused(planner.call("CreatePlan", create_request(**{"skip_verification": False, **level})))

@@ -102,18 +102,24 @@ def asked_level(
         raise InvalidProblemError(f"attainment is {attainment:g}, must be above 0 and at most 1 (100%)")
     if attainment is not None and statistics:
         raise InvalidProblemError(
-            f"attainment counts requests instead of taking a statistic: not with that of {next(iter(statistics))}"
+            "--attainment counts the requests within all limits, so no statistic is taken: "
+            f"leave out {' and '.join(map(_option, statistics))}"
         )
     for latency in statistics:
         if latency not in limits:
-            raise InvalidProblemError(f"a statistic of {latency} is asked for, and {latency} has no limit")
+            raise InvalidProblemError(f"{_option(latency)} is given, but {latency} has no limit (--{latency.lower()})")
     if attainment is not None and not limits:
-        raise InvalidProblemError("an attainment is asked for, and neither TTFT nor TPOT has a limit")
+        raise InvalidProblemError("--attainment is given, but neither TTFT nor TPOT has a limit (--ttft, --tpot)")
     if (statistics or attainment is not None) and not verify:
+        given = [*map(_option, statistics), *(["--attainment"] if attainment is not None else [])]
         raise InvalidProblemError(
-            "a service level is what the simulation holds the plan to, and verification is turned off"
+            f"{' and '.join(given)} can only be checked in the simulation, which --no-verify skips"
         )
     return ServiceLevel(ttft=ttft or DEFAULT.ttft, tpot=tpot or DEFAULT.tpot, attainment=attainment)
+
+
+def _option(latency: Latency) -> str:
+    return f"--{latency.lower()}-statistic"
 
 
 def service_level_of(plan: Plan) -> ServiceLevel:

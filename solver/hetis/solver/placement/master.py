@@ -109,7 +109,7 @@ SETTLED = (
     highspy.HighsModelStatus.kUnboundedOrInfeasible,
 )
 Number = TypeVar("Number", np.int64, np.float64)
-UNDECIDED = "no plan was found, nor proved that there is none: packing replicas takes too long"
+UNDECIDED = "no plan was found, nor a proof that there is none; more time may find one"
 MANY = 64  # replicas from which on whole counts stay close to the relaxation
 
 

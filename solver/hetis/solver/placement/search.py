@@ -94,7 +94,9 @@ def _pinned(
     generation.choose()
     outcome = generation.outcome()
     if outcome is None:
-        raise NoPlanFoundError("no plan was found that keeps the pins on GPUs and replicas, nor proved impossible")
+        raise NoPlanFoundError(
+            "no plan was found that keeps the pins on GPUs and replicas, nor a proof that there is none"
+        )
     return outcome if known is None else _with_bound(outcome, known.bound, maximises=generation.master.maximises)
 
 

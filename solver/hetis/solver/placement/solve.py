@@ -275,7 +275,7 @@ def _runners_up(costs: CostTables, outcome: Outcome) -> tuple[RunnerUp, ...]:
     for template in outcome.runners_up:
         use, role = use_of(costs, template), costs.mixes[template.mix].role
         worth = float(outcome.rate_prices[costs.side_of(template.scope, template.mix)])  # value of a request/s there
-        reason = "would fit, but no packing of whole replicas with it is better"
+        reason = "fits and is worth its GPUs, but no whole number of it makes a better plan"
         if objective.maximises:
             price = float(outcome.row_prices @ use)
             if price > worth * template.rate * (1.0 + 1e-6):

@@ -188,7 +188,7 @@ def _reasons(
     elif STRATEGIES[plan.strategy].is_published:
         yield f"{plan.strategy} left them idle: a published heuristic has no prices that explain why"
     elif price.dual <= NOTHING * abs(plan.result.value):
-        yield "their marginal price is 0: the relaxation is not short of them"
+        yield "their marginal price is 0: the plan would gain nothing from more of them"
     else:
         yield f"each is worth {price.dual:.3g} {unit} at the margin, but the plan's whole replicas leave them idle"
     if views:
