@@ -9,7 +9,7 @@ import pytest
 from hetis.engines.errors import LayoutError
 from hetis.engines.layout import PAGE_TOKENS, KvPartner, Layout, kv_partners, layout_of
 from hetis.engines.versions import Engine
-from hetis.solver.model import AttentionKind, DraftShape, LinearShape, MlaShape, ModelSpec
+from hetis.solver.model import AttentionKind, DraftShape, IndexerShape, LinearShape, MlaShape, ModelSpec
 from hetis.solver.plan import AttentionWorkerPool, KvRoute, Plan, Role
 from tests.engines.plans import LAYER_BYTES, MODEL, PAGES, POOL, WITH_EXPERTS, plan_of, sharing, stage_of, staged
 
@@ -277,6 +277,34 @@ def test_a_context_that_is_longer_than_the_kv_room_is_cut() -> None:
     room = (PAGES - 1) * PAGE_TOKENS  # engines reserve one page
     assert layout_of(ALONE, 0, replace(MODEL, max_position=room + 1)).context_tokens == room
     assert layout_of(ALONE, 0, replace(MODEL, max_position=room)).context_tokens is None
+
+
+def test_a_context_fits_in_every_stage_whichever_layers_have_an_indexer() -> None:
+    """vLLM does not start unless the longest request fits in each stage, and plans count the mean of all layers."""
+    indexer = IndexerShape(top_tokens=8, heads=1, head_dim=8, key_bytes=64.0, layers=1)
+    model = replace(
+        MODEL,
+        max_position=10**6,
+        attention=AttentionKind.MLA,
+        mla=MlaShape(kv_lora_rank=24, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8, q_lora_rank=8),
+        indexer=indexer,
+    )
+    drafting = replace(model, draft=DraftShape(tokens=1, acceptance=0.5))
+    alone = plan_of(stage_of(kv_head_groups_kept=1))
+    halves = plan_of(
+        stage_of(num_layers=2, kv_head_groups_kept=1),
+        stage_of(first_layer=2, num_layers=2, kv_head_groups_kept=1, devices=("a/1",)),
+        in_flight=2,
+    )
+    for plan, of, mean, most in (
+        (alone, model, 64 + 64 / 4, 64 + 64 / 4),
+        (alone, drafting, 64 + 64 / 4, 64 + 64 * 2 / 5),
+        (halves, model, 64 + 64 / 4, 64 + 64 / 2),
+    ):
+        layout = layout_of(plan, 0, of, engine=Engine.VLLM)
+        assert layout.context_tokens == (int(PAGES * mean / most) - 1) * PAGE_TOKENS
+    everywhere = layout_of(halves, 0, replace(model, indexer=replace(indexer, layers=None)), engine=Engine.VLLM)
+    assert everywhere.context_tokens == (PAGES - 1) * PAGE_TOKENS, "all layers have an indexer, as the plan counts"
 
 
 def test_sglang_does_not_draft_in_a_pipeline() -> None:

@@ -130,9 +130,15 @@ def precisions(draw: st.DrawFn) -> tuple[GpuPrecision, ...]:
     )
 
 
-INDEXERS = st.builds(
-    IndexerShape, top_tokens=SMALL, heads=SMALL, head_dim=SMALL, key_bytes=st.floats(min_value=0.5, max_value=1e4)
-)
+def indexers(with_kv: int) -> st.SearchStrategy[IndexerShape]:
+    return st.builds(
+        IndexerShape,
+        top_tokens=SMALL,
+        heads=SMALL,
+        head_dim=SMALL,
+        key_bytes=st.floats(min_value=0.5, max_value=1e4),
+        layers=st.none() | st.integers(1, with_kv),
+    )
 
 
 def linear_layers(layers: int) -> st.SearchStrategy[LinearShape]:
@@ -193,7 +199,7 @@ def models(draw: st.DrawFn) -> ModelSpec:
         vision_params=draw(st.integers(0, 10**9)),
         linear=linear,
         draft=draw(st.none() | st.builds(DraftShape, tokens=st.integers(1, 16), acceptance=st.floats(0, 1))),
-        indexer=draw(st.none() | INDEXERS) if latent and mla.q_lora_rank and window is None else None,
+        indexer=draw(st.none() | indexers(with_kv)) if latent and mla.q_lora_rank and window is None else None,
         float16=draw(st.booleans()),
         mla=mla if latent else None,
         moe=moe if draw(st.booleans()) else None,

@@ -374,12 +374,13 @@ def test_matrices_add_up_to_what_the_model_has(path: Path) -> None:
     """Attention that stays in 16 bits has all of attention's parameters except the indexer's and the convolution's."""
     model = load_model(path)
     matrices = sum(params for _, params in quantised_modules._attention_modules(model))
-    indexer = 0
+    indexer = 0.0
     if model.indexer is not None and model.mla is not None:
         one = model.indexer
         assert model.mla.q_lora_rank is not None
-        indexer = model.mla.q_lora_rank * one.heads * one.head_dim + model.hidden * (one.head_dim + one.heads)
-    assert matrices + indexer == model._full_attention_params()
+        each = model.mla.q_lora_rank * one.heads * one.head_dim + model.hidden * (one.head_dim + one.heads)
+        indexer = (one.layers or model.num_layers) / model.num_layers * each
+    assert matrices + indexer == pytest.approx(model._full_attention_params(), rel=1e-12)
 
 
 def test_no_work_is_unbounded(tmp_path: Path) -> None:
@@ -575,3 +576,85 @@ def test_kinds_of_layers_that_are_not_modelled_are_named(tmp_path: Path) -> None
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(DocumentError, match="has 'sliding_attention', only linear_attention and full_attention are"):
         load_model(tmp_path)
+
+
+# GLM-5.2 has indexers in 21 of 78 layers: 0, 1, 2, and every fourth from 6 on.
+SCHEDULES = ("indexer_types", "index_topk_pattern", "index_topk_freq", "index_skip_topk_offset")
+
+
+def load_glm(tmp_path: Path, **changes: object) -> ModelSpec:
+    """Return GLM-5.2 with these fields about indexers only."""
+    config = json.loads((FOLDER / "zai-org__GLM-5.2.json").read_text())
+    config = {name: value for name, value in config.items() if name not in SCHEDULES} | changes
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    return load_model(tmp_path)
+
+
+def test_layers_that_share_an_indexer_have_no_keys_and_parameters_of_it() -> None:
+    """Only 21 layers of GLM-5.2 cache 132 bytes beside the latent; GLM-5 is equal except for its 78 indexers."""
+    glm, before = (load_model(FOLDER / f"zai-org__{name}.json") for name in ("GLM-5.2", "GLM-5"))
+    assert before.indexer is not None
+    assert before.indexer.layers is None
+    assert before.kv_bytes_per_token() == 78 * (2 * 576 + 132)
+    assert glm.kv_bytes_per_token() == pytest.approx(78 * 2 * 576 + 21 * 132, rel=1e-12)
+    indexer = 2048 * 32 * 128 + 6144 * (128 + 32)
+    assert before.params() - glm.params() == (78 - 21) * indexer
+    # A query reads the latents of 2,048 tokens in all layers, and all keys of the indexers.
+    read = 78 * 2 * 576 * 2048 + 21 * 132 * 100_000
+    assert glm.attended_tokens(100_000) * glm.kv_bytes_per_token() == pytest.approx(read, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("fields", "layers"),
+    [
+        ({"index_topk_freq": 4, "index_skip_topk_offset": 3}, 21),
+        ({"index_topk_freq": 4, "index_skip_topk_offset": 78}, None),
+        ({"index_topk_freq": 4}, 21),  # 0, 1, 5, 9, ..., 77
+        ({"index_topk_freq": 78, "index_skip_topk_offset": 1}, 1),
+        ({"index_topk_pattern": "FS" * 39}, 39),
+        ({"index_topk_pattern": "FS" * 39, "index_topk_freq": 4}, 39),
+        ({"index_topk_pattern": "F" * 78}, None),
+        ({"indexer_types": ["full", "shared", "shared"] * 26, "index_topk_pattern": "F" * 78}, 26),
+        ({"indexer_types": ["full"] * 78, "index_topk_freq": 4}, None),
+        (dict.fromkeys(SCHEDULES), None),
+        ({}, None),
+    ],
+)
+def test_layers_share_indexers_as_transformers_and_vllm_read_it(
+    tmp_path: Path, fields: dict[str, object], layers: int | None
+) -> None:
+    indexer = load_glm(tmp_path, **fields).indexer
+    assert indexer is not None
+    assert indexer.layers == layers
+
+
+@pytest.mark.parametrize(
+    ("fields", "what"),
+    [
+        ({"indexer_types": ["full"] * 77}, "indexer_types: is a list, must be a list of 78 items, one for each layer"),
+        ({"indexer_types": "full"}, "indexer_types: is 'full', must be a list of 78 items, one for each layer"),
+        (
+            {"indexer_types": ["full"] * 77 + ["half"]},
+            "indexer_types: has 'half', must have full or shared for each layer",
+        ),
+        ({"indexer_types": ["full"] * 77 + [None]}, "indexer_types: has null, must have full or shared for each layer"),
+        (
+            {"indexer_types": ["shared"] + ["full"] * 77},
+            "indexer_types: has 'shared' for layer 0, which no layer precedes whose indexer it could share",
+        ),
+        ({"index_topk_pattern": "FSS"}, "index_topk_pattern: is 'FSS', must be a text of 78 letters"),
+        ({"index_topk_pattern": ["F", "S"]}, "index_topk_pattern: is a list, must be a text of 78 letters"),
+        ({"index_topk_pattern": "FX" * 39}, "index_topk_pattern: has 'X', must have F or S for each layer"),
+        ({"index_topk_pattern": "SF" * 39}, "index_topk_pattern: has 'S' for layer 0, which no layer precedes"),
+        ({"index_topk_freq": 0}, "index_topk_freq: is 0, must be a whole number from 1 to"),
+        ({"index_topk_freq": 4, "index_skip_topk_offset": -1}, "index_skip_topk_offset: is -1, must be a whole number"),
+        (
+            {"index_topk_freq": 4, "index_skip_topk_offset": 0},
+            "index_skip_topk_offset: is 0, so layer 0 would share the indexer of an earlier layer",
+        ),
+    ],
+)
+def test_layers_that_cannot_share_an_indexer_are_refused(tmp_path: Path, fields: dict[str, object], what: str) -> None:
+    with pytest.raises(DocumentError, match=re.escape(what)) as error:
+        load_glm(tmp_path, **fields)
+    assert len(error.value.problems) == 1

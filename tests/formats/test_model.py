@@ -162,6 +162,11 @@ def test_a_missing_model_file_is_called_missing() -> None:
             "indexer: {top_tokens: 9, heads: 1, head_dim: 8, key_bytes: 9}\nsliding_window: 9",
             "indexer: and a sliding_window exclude each other",
         ),
+        (
+            "mla: {kv_lora_rank: 8, qk_rope_head_dim: 8, qk_nope_head_dim: 8, v_head_dim: 8, q_lora_rank: 8}\n"
+            "indexer: {top_tokens: 9, heads: 1, head_dim: 8, key_bytes: 9, layers: 5}",
+            "indexer.layers: is 5, must be <= 4, the layers with KV",
+        ),
     ],
 )
 def test_layers_of_several_kinds_that_cannot_be(tmp_path: Path, lines: str, error: str) -> None:

@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hetis.simulator.kv_memory import KvGrowth
+from hetis.simulator.kv_memory import KvGrowth, group_blocks
 from hetis.simulator.micro_batch import MicroBatch
+from hetis.solver.model import AttentionKind, IndexerShape, MlaShape
 from tests.solver.instances import make_model
 
 BLOCK = 4
@@ -28,6 +29,20 @@ class Told:
 
     def crossing(self) -> int:
         return sum(self.growth.blocks(c + 1) - self.growth.blocks(c) for c in self.context.values())
+
+
+def test_contexts_grow_beyond_the_chosen_tokens_by_the_keys_of_the_layers_with_an_indexer() -> None:
+    """One of two layers has an indexer of 4 bytes per token, and both have a latent of 8 (4 elements of 16 bits)."""
+    model = replace(
+        make_model(num_layers=2, q_heads=4, kv_heads=4),
+        attention=AttentionKind.MLA,
+        mla=MlaShape(kv_lora_rank=3, qk_rope_head_dim=1, qk_nope_head_dim=4, v_head_dim=4, q_lora_rank=8),
+        indexer=IndexerShape(top_tokens=6, heads=1, head_dim=4, key_bytes=4.0, layers=1),
+    )
+    growth = KvGrowth(model, BLOCK)
+    assert growth.attended(10) == pytest.approx((2 * 8 * 6 + 4 * 10) / (2 * 8 + 4))
+    assert (growth.blocks(10), growth.cached(10)) == (3, 10)  # all tokens keep a latent, and a key in one layer
+    assert group_blocks(2 * 8 * BLOCK + 4 * BLOCK, model, layers=2, groups=1, block_tokens=BLOCK) == 1
 
 
 @given(

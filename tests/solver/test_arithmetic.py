@@ -62,6 +62,12 @@ MODELS = (
         indexer=IndexerShape(top_tokens=64, heads=4, head_dim=8, key_bytes=12.0),
     ),
     replace(
+        make_model(q_heads=8, kv_heads=8),
+        attention=AttentionKind.MLA,
+        mla=MlaShape(kv_lora_rank=24, qk_rope_head_dim=8, qk_nope_head_dim=16, v_head_dim=16, q_lora_rank=32),
+        indexer=IndexerShape(top_tokens=32, heads=4, head_dim=64, key_bytes=68.0, layers=3),
+    ),
+    replace(
         make_model(q_heads=8, kv_heads=2, moe=MoeShape(num_experts=8, active_experts=2, expert_intermediate=256)),
         draft=DraftShape(tokens=2, acceptance=0.5),
     ),

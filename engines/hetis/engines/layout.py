@@ -8,6 +8,7 @@ position in their stages form one *worker* to vLLM's scheduler, with an address 
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -120,10 +121,12 @@ class _Room:
     """The memory for KV and states.
 
     It has ``pages`` for every head group, each of ``page_bytes`` per layer, and ``state_bytes`` per layer for the
-    states of all requests. The last of the ``num_layers`` layers is followed by ``draft_layers`` more.
+    states of all requests. The last of the ``num_layers`` layers is followed by ``draft_layers`` more. At least
+    ``fitting_pages`` are in every stage, whichever of its layers have an indexer.
     """
 
     pages: int
+    fitting_pages: int
     page_bytes: int
     state_bytes: float
     num_layers: int
@@ -136,9 +139,11 @@ class _Room:
         each = 1 if _is_fp8(model, dtype) else DTYPE_BYTES[dtype]
         # Decoding requests, and one prompt for each micro-batch.
         requests = (replica.micro_batch + 1) * replica.in_flight // replica.attention_dp
+        pages = -(-kv_tokens // PAGE_TOKENS)
         return cls(
-            pages=-(-kv_tokens // PAGE_TOKENS),
-            page_bytes=round(PAGE_TOKENS * numbers) * each,
+            pages=pages,
+            fitting_pages=_fitting_pages(pages, replica, model),
+            page_bytes=math.ceil(PAGE_TOKENS * numbers * (1 - 1e-12)) * each,
             state_bytes=requests * model.step_tokens * model.state_bytes(),
             num_layers=model.num_layers,
             draft_layers=model.draft_layers,
@@ -148,7 +153,7 @@ class _Room:
     @property
     def context_tokens(self) -> int:
         """The longest request in tokens. Engines keep one page for themselves."""
-        return max(self.pages - 1, 1) * PAGE_TOKENS
+        return max(self.fitting_pages - 1, 1) * PAGE_TOKENS
 
     def of_ranks(self, stage: StagePlan) -> int:
         is_last = stage.first_layer + stage.num_layers == self.num_layers
@@ -167,6 +172,23 @@ class _Room:
                 pages = -(-pool.kv_head_groups * self.pages // len(pool.devices))
                 kv_bytes = pages * replica.stages[number].num_layers * self.page_bytes
                 yield from (_Card(device, kv_bytes) for device in pool.devices)
+
+
+def _fitting_pages(pages: int, replica: ReplicaPlan, model: ModelSpec) -> int:
+    """Return how many of the pages fit in each stage if it has as many layers with an indexer as it can.
+
+    Plans count the mean of all layers. vLLM's drafting layer always has an indexer (models/deepseek_v32/attention.py).
+    """
+    indexer = model.indexer
+    if indexer is None or indexer.layers is None:
+        return pages
+    mean, share = model.kv_bytes_per_token_group(), indexer.layers / model.num_layers
+    most = 0.0
+    for number, stage in enumerate(replica.stages, 1):
+        drafting = model.draft_layers if number == len(replica.stages) else 0
+        own = (min(stage.num_layers, indexer.layers) + drafting) / (stage.num_layers + drafting)
+        most = max(most, mean + (own - share) * indexer.key_bytes)
+    return int(pages * (mean / most))
 
 
 _MOE_TOKENS = 16_384  # most tokens per call of vLLM's fused experts

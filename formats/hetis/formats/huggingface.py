@@ -591,11 +591,45 @@ def _deepseek_sparse(config: Config, name: str) -> ModelSpec | None:
     model = _deepseek(config, name)
     size = config.whole("index_head_dim")
     indexer = IndexerShape(
-        top_tokens=config.whole("index_topk"), heads=config.whole("index_n_heads"), head_dim=size, key_bytes=size + 4.0
+        top_tokens=config.whole("index_topk"),
+        heads=config.whole("index_n_heads"),
+        head_dim=size,
+        key_bytes=size + 4.0,
+        layers=None if model is None else _indexer_layers(config, model.num_layers),
     )
     if config.data.get("q_lora_rank") is None:
         config.refuse("q_lora_rank", "is missing, but the indexer computes its queries from compressed ones")
     return None if model is None or config.problems else replace(model, indexer=indexer)
+
+
+def _indexer_layers(config: Config, num_layers: int) -> int | None:
+    """Return how many layers have an indexer of their own, or None if all have; the others share an earlier choice.
+
+    As in transformers 5.23 (``GlmMoeDsaConfig.__post_init__``), ``indexer_types`` precedes ``index_topk_pattern``,
+    which precedes ``index_topk_freq`` with ``index_skip_topk_offset``. vLLM (``skip_topk`` in
+    models/deepseek_v32/attention.py) reads the last three alike; layers that share have neither indexer nor its cache.
+    """
+    every, offset = config.whole("index_topk_freq", 1), config.whole("index_skip_topk_offset", 2, least=0)
+    if config.data.get("indexer_types") is not None:
+        name, full, shared = "indexer_types", "full", "shared"
+        kinds = config.for_layers(name, num_layers) or []
+    elif (pattern := config.data.get("index_topk_pattern")) is not None:
+        name, full, shared = "index_topk_pattern", "F", "S"
+        kinds = list(pattern) if isinstance(pattern, str) else []
+        if len(kinds) != num_layers:
+            config.refuse(name, f"is {shown(pattern)}, must be a text of {num_layers} letters, one for each layer")
+            return None
+    else:
+        if offset == 0 and every > 1:
+            config.refuse("index_skip_topk_offset", "is 0, so layer 0 would share the indexer of an earlier layer")
+        layers = min(offset, num_layers) + max(0, num_layers - offset) // every
+        return layers if 0 < layers < num_layers else None
+    if unknown := [kind for kind in kinds if kind not in (full, shared)]:
+        config.refuse(name, f"has {shown(unknown[0])}, must have {full} or {shared} for each layer")
+    elif kinds and kinds[0] == shared:
+        config.refuse(name, f"has {shown(shared)} for layer 0, which no layer precedes whose indexer it could share")
+    layers = kinds.count(full)
+    return layers if 0 < layers < num_layers else None
 
 
 def _llama4(config: Config, name: str) -> ModelSpec | None:

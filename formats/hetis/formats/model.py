@@ -75,14 +75,16 @@ class LinearPart(DocumentPart):
 
 
 class IndexerPart(DocumentPart):
-    """Sparse attention (DeepSeek-V3.2): an indexer in every layer chooses the ``top_tokens`` that a query attends to.
-    ``key_bytes`` is the size of one token in the indexer's cache.
+    """Sparse attention (DeepSeek-V3.2): an indexer chooses the ``top_tokens`` that a query attends to. ``key_bytes`` is
+    the size of one token in the indexer's cache. All layers have an indexer, or ``layers`` of them, whose choice the
+    others share (GLM-5.2).
     """
 
     top_tokens: Whole
     heads: Whole
     head_dim: Whole
     key_bytes: Annotated[float, Field(gt=0, le=1e6)]
+    layers: Annotated[int | None, Field(ge=1, le=10_000)] = None
 
 
 class DraftPart(DocumentPart):
@@ -271,6 +273,9 @@ def _check_model(data: Mapping[str, Any]) -> Found:
     with_kv = layers - (linear or 0) if layers else 0
     if sliding and sliding > with_kv > 0:
         yield ("sliding_layers",), f"is {sliding}, must be <= {with_kv}, the layers with KV"
+    indexers = number("layers", data.get("indexer"))
+    if indexers and indexers > with_kv > 0:
+        yield ("indexer", "layers"), f"is {indexers}, must be <= {with_kv}, the layers with KV"
     has_indexer, has_window = (data.get(name) is not None for name in ("indexer", "sliding_window"))
     if has_indexer and has_window:
         yield ("indexer",), "and a sliding_window exclude each other"

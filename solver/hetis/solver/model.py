@@ -56,18 +56,21 @@ class LinearShape:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class IndexerShape:
-    """Sparse attention (DeepSeek-V3.2): in every layer an indexer chooses the tokens that a query attends to.
+    """Sparse attention (DeepSeek-V3.2): an indexer chooses the tokens that a query attends to.
 
     Attributes:
         top_tokens: the number of chosen tokens.
         heads, head_dim: number and size of the indexer's queries, which share one key per token.
         key_bytes: bytes of one token's key in the indexer's cache.
+        layers: the number of layers that have an indexer of their own; the others attend to the tokens that an earlier
+            one chose (GLM-5.2). None: all layers have one.
     """
 
     top_tokens: int
     heads: int
     head_dim: int
     key_bytes: float
+    layers: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -166,6 +169,10 @@ class ModelSpec:
         if not 0 <= self._linear_layers < self.num_layers:
             limit = f"must be 0 to num_layers ({self.num_layers}) - 1"
             raise InvalidProblemError(f"{self.name}: linear.layers is {self._linear_layers}, {limit}")
+        indexers = None if self.indexer is None else self.indexer.layers
+        if indexers is not None and not 1 <= indexers <= self._layers_with_kv:
+            limit = f"must be 1 to the layers with KV ({self._layers_with_kv})"
+            raise InvalidProblemError(f"{self.name}: indexer.layers is {indexers}, {limit}")
         if self.sliding_layers is not None and not 0 <= self.sliding_layers <= self._layers_with_kv:
             limit = f"must be 0 to the layers with KV ({self._layers_with_kv})"
             raise InvalidProblemError(f"{self.name}: sliding_layers is {self.sliding_layers}, {limit}")
@@ -220,6 +227,13 @@ class ModelSpec:
         return 1.0 if self.sliding_layers is None else self.sliding_layers / self._layers_with_kv
 
     @property
+    def _indexer_share(self) -> float:
+        """Return the share of the layers with KV that have an indexer of their own."""
+        if self.indexer is None:
+            return 0.0
+        return 1.0 if self.indexer.layers is None else self.indexer.layers / self._layers_with_kv
+
+    @property
     def expert_share(self) -> float:
         """Return the share of repeated layers that have experts; 0 for a model without."""
         return 0.0 if self.moe is None else 1.0 / self.moe.every
@@ -241,7 +255,8 @@ class ModelSpec:
         full, linear = self.num_layers - self.linear.layers, self.linear.layers
         return (full * self._full_attention_params() + linear * self.linear.params) / self.num_layers
 
-    def _full_attention_params(self) -> int:
+    def _full_attention_params(self) -> float:
+        """Return the mean parameters of the attention projections of layers with KV."""
         if self.mla is not None:
             mla, qk = self.mla, self.mla.qk_nope_head_dim + self.mla.qk_rope_head_dim
             query = (
@@ -255,12 +270,12 @@ class ModelSpec:
         gate = self.q_heads if self.gated_attention else 0
         return self.hidden * self.head_dim * (2 * self.q_heads + 2 * self.kv_heads + gate)
 
-    def _indexer_params(self) -> int:
-        """Return the parameters of queries, the key and the heads' weights of an indexer."""
+    def _indexer_params(self) -> float:
+        """Return the mean parameters of queries, the key and the heads' weights of an indexer."""
         if self.indexer is None or self.mla is None or self.mla.q_lora_rank is None:
             return 0
         heads, size = self.indexer.heads, self.indexer.head_dim
-        return self.mla.q_lora_rank * heads * size + self.hidden * (size + heads)
+        return self._indexer_share * (self.mla.q_lora_rank * heads * size + self.hidden * (size + heads))
 
     def _ffn_params(self, intermediate: int) -> int:
         return (3 if self.gated_mlp else 2) * self.hidden * intermediate
@@ -380,7 +395,8 @@ class ModelSpec:
 
     @property
     def _index_bytes(self) -> float:
-        return 0.0 if self.indexer is None else self.indexer.key_bytes
+        """Return the bytes of one token's key in an indexer, averaged over the layers with KV."""
+        return 0.0 if self.indexer is None else self._indexer_share * self.indexer.key_bytes
 
     def state_bytes(self) -> float:
         """Return the mean bytes that one request keeps in one layer, for all heads, independently of its context."""
@@ -433,6 +449,7 @@ class ModelSpec:
         """Return the tokens a query attends to, averaged over the layers with KV; fewer than the context with a window.
 
         An indexer reads the keys of the whole context to choose ``top_tokens``; it counts by the bytes that it reads.
+        Layers without an indexer of their own read the chosen tokens only.
         """
         if self.indexer is not None:
             scanned = self.kv_share * self._index_bytes / self.kv_bytes_per_token_group()
