@@ -117,8 +117,9 @@ def runner_up(
     around: Sequence[Profiles],
     samples: Sequence[Profiles],
     reached: Sequence[Performance],
+    cancelled: threading.Event,
 ) -> RunnerUpPlan | None:
-    """Return the best of ``found`` with other replicas, or None.
+    """Return the best of ``found`` with other replicas, or None, also if this is cancelled.
 
     ``reached`` is the plan's performance under each of the samples, with engine settings near those that are best
     ``around`` them.
@@ -126,14 +127,17 @@ def runner_up(
     others = {tuple(a.fixed.structure.items()): a.fixed for a in found if a.fixed.structure != chosen.structure}
     if not others:
         return None
-    rate, best = max(
-        ((other.within_limits(problem.profiles).rate, other) for other in others.values()), key=lambda pair: pair[0]
-    )
+    rated, gains = list[tuple[float, FixedPlan]](), list[float]()
+    for other in others.values():
+        if cancelled.is_set():
+            return None
+        rated.append((other.within_limits(problem.profiles).rate, other))
+    rate, best = max(rated, key=lambda pair: pair[0])
     near = best.near(around)
-    gains = [
-        (near.within_limits(profiles).rate - mine.rate) / mine.rate if mine.rate > 0 else 0.0
-        for profiles, mine in zip(samples, reached, strict=True)
-    ]
+    for profiles, mine in zip(samples, reached, strict=True):
+        if cancelled.is_set():
+            return None
+        gains.append((near.within_limits(profiles).rate - mine.rate) / mine.rate if mine.rate > 0 else 0.0)
     positive = [gain for gain in gains if gain > 1e-9]
     return RunnerUpPlan(
         replicas=best.structure,
@@ -260,6 +264,7 @@ def study(
         search = search or default_search(seed, threads=threads, gap_target=GAP if small else GAP_OF_LARGE)
         others = alternatives(plan, problem, chosen, budget=budget, search=search, report=report)
         lost = regret(_kept(others, found), fixed, budget.cancelled)  # each as it is found: pricing takes seconds too
+        report(Progress(phase="comparing with the runner-up", elapsed_s=budget.elapsed_s()))
     now, now_within = fixed.as_planned(problem.profiles), near.within_limits(problem.profiles)
     demand = problem.objective.demand_rps
     return Robustness(
@@ -282,7 +287,7 @@ def study(
             )
             for corner, reach in zip(edges, at_corners, strict=True)
         ),
-        runner_up=None if budget.cancelled.is_set() else runner_up(found, fixed, problem, around, drawn, within),
+        runner_up=runner_up(found, fixed, problem, around, drawn, within, budget.cancelled),
         regret=lost,
         complete=not budget.is_spent(),
     )
