@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import threading
 from dataclasses import replace
-from typing import Any
 
 import pytest
 
 from hetis.planner.use_cases import place
 from hetis.planner.use_cases.engine_values import EQUAL_STAGES, EngineValue, _by_equal_stages
 from hetis.solver.budget import Budget, SearchSettings
+from hetis.solver.model import AttentionKind, IndexerShape, MlaShape
+from hetis.solver.placement.families import run_by
 from hetis.solver.problem import EngineRules
 from tests.planner import plans
-from tests.solver.instances import make_node, make_problem
+from tests.solver.instances import SMALL_FAMILY, make_model, make_node, make_problem
 
-NO_SEARCH: Any = None  # no search is needed where equal stages are known
+LIKE_VLLM = run_by(SMALL_FAMILY, EngineRules(name="vllm"))
 
 
 @pytest.mark.parametrize(
@@ -27,8 +28,19 @@ def test_the_better_of_what_was_found_and_equal_stages_is_told(
 ) -> None:
     plan = replace(plans.plan(), inputs={EQUAL_STAGES: equal})
     known = EngineValue(engine="vllm", value=found, bound=None)
-    value = _by_equal_stages(known, plan, NO_SEARCH, EngineRules(name="vllm-hetis"), 0, threading.Event())
+    problem = replace(make_problem([make_node("a", "A")]), family=LIKE_VLLM)
+    value = _by_equal_stages(known, plan, problem, EngineRules(name="vllm-hetis"), 0, threading.Event())
     assert (value.value, value.equal_stages) == told
+
+
+def test_equal_stages_say_nothing_of_an_engine_that_runs_fewer_stages() -> None:
+    mla = MlaShape(kv_lora_rank=24, qk_rope_head_dim=8, qk_nope_head_dim=16, v_head_dim=16, q_lora_rank=32)
+    indexer = IndexerShape(top_tokens=32, heads=2, head_dim=64, key_bytes=68.0, layers=1)  # vLLM: one stage
+    model = replace(make_model(kv_heads=1), attention=AttentionKind.MLA, mla=mla, indexer=indexer)
+    problem = replace(make_problem([make_node("a", "A")], model=model), family=LIKE_VLLM)
+    known = EngineValue(engine="vllm", value=1.0, bound=None)
+    plan = replace(plans.plan(), inputs={EQUAL_STAGES: 1.5})
+    assert _by_equal_stages(known, plan, problem, EngineRules(name="sglang"), 0, threading.Event()) == known
 
 
 @pytest.mark.parametrize(("cut_short", "told"), [(0, True), (1, True), (2, False)])

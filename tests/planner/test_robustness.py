@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import threading
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -17,7 +18,7 @@ from hetis.planner.cli.app import run
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.use_cases.place import PlacementSettings, make_plan, objective
 from hetis.planner.use_cases.robustness import study as robustness
-from hetis.planner.use_cases.robustness.fixed_plan import FixedPlan, Performance, structure_of
+from hetis.planner.use_cases.robustness.fixed_plan import FixedPlan, Performance, Profiles, structure_of
 from hetis.planner.use_cases.robustness.profile_errors import (
     PROFILE_ERRORS,
     corners,
@@ -31,7 +32,14 @@ from hetis.planner.use_cases.robustness.profile_errors import (
     used_fits,
     with_profile_errors,
 )
-from hetis.planner.use_cases.robustness.study import Alternative, Robustness, regret, smaller_families, study
+from hetis.planner.use_cases.robustness.study import (
+    Alternative,
+    Robustness,
+    default_search,
+    regret,
+    smaller_families,
+    study,
+)
 from hetis.planner.use_cases.sources import load_inputs
 from hetis.profiler.defaults import MODELLED, default_profile
 from hetis.profiler.engines import for_engine
@@ -274,6 +282,35 @@ def test_a_spent_budget_ends_the_study_with_what_there_is() -> None:
     assert found.regret is None
 
 
+def test_ctrl_c_during_the_searches_ends_the_study_at_once_with_what_they_found(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    budget, told, priced = Budget(), list[str](), list[Performance]()
+    within_limits = FixedPlan.within_limits
+
+    def counted(self: FixedPlan, profiles: Profiles) -> Performance:
+        if budget.cancelled.is_set():
+            priced.append(within_limits(self, profiles))
+        return within_limits(self, profiles)
+
+    def search(problem: PlacementProblem, strategy: str, given: Budget) -> Plan:
+        searched = default_search(0)(problem, strategy, given)
+        if "search 6 of" in told[-1]:  # three in smaller families, two under perturbed profiles, and this one
+            budget.cancelled.set()
+        return searched
+
+    monkeypatch.setattr(FixedPlan, "within_limits", counted)
+    found = study(
+        planned("h100-p100"), posed("h100-p100"), error=0.2, samples=20, searches=8, budget=budget, search=search,
+        report=lambda progress: told.append(progress.phase),
+    )  # fmt: skip
+    assert found.regret is not None
+    assert 1 <= found.regret.searches < 8
+    assert found.runner_up is None
+    assert not found.complete
+    assert len(priced) == 1  # the plan itself, under the unchanged profiles
+
+
 def test_a_runner_up_has_other_replicas_and_is_no_better() -> None:
     found = study(planned("h100-p100"), posed("h100-p100"), error=0.2, samples=20, searches=2)
     assert found.runner_up is not None
@@ -309,7 +346,7 @@ def test_regret_is_nothing_where_the_search_finds_the_same_plan() -> None:
     problem, plan = posed("paper"), planned("paper")
     fixed = FixedPlan(plan, problem)
     again = Alternative(profiles=problem.profiles, plan=plan, fixed=fixed)
-    found = regret([again], fixed)
+    found = regret([again], fixed, threading.Event())
     assert found is not None
     assert found.other_replicas == 0
     assert found.worst == pytest.approx(0.0, abs=1e-6)

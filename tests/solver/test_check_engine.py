@@ -10,7 +10,7 @@ import pytest
 from hetis.solver.check.fleet import Fleet
 from hetis.solver.check.structure import check_engine
 from hetis.solver.check.violation import Rule, at
-from hetis.solver.model import DraftShape, GpuPrecision
+from hetis.solver.model import AttentionKind, DraftShape, GpuPrecision, IndexerShape, MlaShape
 from hetis.solver.placement.families import run_by
 from hetis.solver.plan import AttentionWorkerPool, ReplicaPlan, Role, StagePlan
 from hetis.solver.problem import EngineRules, Family, PlacementProblem
@@ -127,6 +127,23 @@ def test_sglang_drafts_in_pipelines_only_where_it_prefills() -> None:
         assert [one.message for one in found] == [f"{message} ({name})" for message in said]
     sglang = replace(problem.family.engine, name="sglang")
     assert sglang.stages_of(Role.PREFILL, model) == sglang.stages_of(Role.UNIFIED, problem.model) == sglang.max_stages
+
+
+def test_vllm_runs_layers_that_share_indexers_in_one_stage() -> None:
+    problem = the_problem()
+    assert problem.family.engine is not None
+    mla = MlaShape(kv_lora_rank=24, qk_rope_head_dim=8, qk_nope_head_dim=16, v_head_dim=16, q_lora_rank=32)
+    for layers, name, said in (
+        (1, "vllm", ["has 2 stages and layers that share indexers, may have 1 then (vllm)"]),
+        (1, "sglang", []),
+        (None, "vllm", []),
+    ):
+        indexer = IndexerShape(top_tokens=32, heads=2, head_dim=64, key_bytes=68.0, layers=layers)
+        model = replace(problem.model, attention=AttentionKind.MLA, kv_heads=1, mla=mla, indexer=indexer)
+        rules = replace(problem.family.engine, name=name)
+        sparse = replace(problem, model=model, family=replace(problem.family, engine=rules))
+        found = at("replica 0", check_engine(PIPELINE, sparse, Fleet.of(sparse.cluster)))
+        assert [one.message for one in found if "indexers" in one.message] == said
 
 
 def test_an_engine_has_one_precision_and_workers_16_bit_kv() -> None:

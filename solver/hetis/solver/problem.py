@@ -61,6 +61,11 @@ POOL_SIZES = (*range(1, 9), 10, 12, 14, 16, 20, 24, 28, 32)
 MOST_STAGES = 64  # maximum stages per replica
 
 
+def shares_indexers(model: ModelSpec) -> bool:
+    """Return whether some layers attend to the tokens that the indexer of an earlier layer chose (GLM-5.2)."""
+    return model.indexer is not None and model.indexer.layers not in (None, model.num_layers)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineRules:
     """The rules of an engine, whose replicas are pipelines of few stages in one zone.
@@ -105,8 +110,13 @@ class EngineRules:
         ``nixl/base_worker.py``), and SGLang accepts them only if prompts come from equally many stages
         (``disaggregation/common/conn.py``). vLLM's connector also accepts no KV from several stages if layers slide or
         keep states. SGLang drafts in a pipeline only where it prefills (0.5.23, ``arg_groups/validation_hook.py``).
+
+        vLLM's stages do not pass on which tokens an indexer chose (0.32, ``models/deepseek_v32``), so a stage beginning
+        with a layer without an indexer would read an unwritten buffer; SGLang's do (its pull request 28532).
         """
         if role is Role.UNIFIED and model.draft is not None and self.name == "sglang":
+            return 1
+        if shares_indexers(model) and self.name != "sglang":
             return 1
         is_mixed = (model.sliding_window is not None or model.linear is not None) and self.name != "sglang"
         return 1 if role is Role.DECODE or (role is Role.PREFILL and is_mixed) else self.max_stages

@@ -32,7 +32,7 @@ def _parts(robustness: Robustness, objective: Objective) -> Iterator[RenderableT
         yield Text("Corner cases, the slowest first", style="dim")
         yield _corners(robustness)
     if not robustness.complete:
-        yield Text("the time limit ended the study before it was complete", style="yellow")
+        yield Text("the time limit or Ctrl-C ended the study before it was complete", style="yellow")
 
 
 def _spreads(robustness: Robustness, objective: Objective) -> Table:

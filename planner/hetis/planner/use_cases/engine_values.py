@@ -167,8 +167,16 @@ def _has_all_of(family: Family, poorer: Family, model: ModelSpec) -> bool:
     """Return whether this family contains all plans of the ``poorer`` one of another engine, given equal limits."""
     if family.engine is None:
         return True
-    allowed = zip(_stages_of(family, model), _stages_of(poorer, model), strict=False)
-    return poorer.engine is not None and family.max_pool >= poorer.max_pool and all(a >= b for a, b in allowed)
+    return (
+        poorer.engine is not None
+        and family.max_pool >= poorer.max_pool
+        and _as_deep(family.engine, poorer.engine, model)
+    )
+
+
+def _as_deep(rules: EngineRules, others: EngineRules, model: ModelSpec) -> bool:
+    """Return whether an engine runs replicas of every role in at least as many stages as another one."""
+    return all(rules.stages_of(role, model) >= others.stages_of(role, model) for role in Role)
 
 
 def _searched(
@@ -202,7 +210,8 @@ def _by_equal_stages(
     cancelled: threading.Event,
 ) -> EngineValue:  # fmt: skip
     """Return the value of equal stages on an engine, or ``known`` if that is at least as good."""
-    if own is not None and EQUAL_STAGES in plan.inputs:
+    other = problem.family.engine
+    if own is not None and EQUAL_STAGES in plan.inputs and (other is None or _as_deep(other, own, problem.model)):
         value = plan.inputs[EQUAL_STAGES]  # equal stages have no attention workers, and the other limits are the same
     elif known.value is not None:
         return known  # a separate search is made only for engines without any plan

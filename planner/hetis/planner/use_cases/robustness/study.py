@@ -6,6 +6,7 @@ chunks, so limits may be missed; *within limits* chooses engine settings again, 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, islice, zip_longest
@@ -73,16 +74,19 @@ class Alternative:
 
 
 def alternatives(
-    plan: Plan, problem: PlacementProblem, perturbed: Sequence[Profiles], *, budget: Budget, search: Search
-) -> Iterator[Alternative]:
+    plan: Plan, problem: PlacementProblem, perturbed: Sequence[Profiles], *, budget: Budget, search: Search,
+    report: Report,
+) -> Iterator[Alternative]:  # fmt: skip
     """Search in the smaller families and under each of the ``perturbed`` profiles, until the budget ends."""
     questions: list[tuple[PlacementProblem, str, Profiles | None]] = [
         (replace(problem, family=family), strategy, None) for family, strategy in smaller_families(plan, problem.family)
     ]
     questions += [(replace(problem, profiles=profiles), plan.strategy, profiles) for profiles in perturbed]
-    for posed, strategy, profiles in questions:
+    for number, (posed, strategy, profiles) in enumerate(questions, 1):
         if budget.is_spent():
             return
+        phase = f"search {number} of {len(questions)} under perturbed profiles and in smaller families"
+        report(Progress(phase=phase, elapsed_s=budget.elapsed_s()))
         try:
             found = search(posed, strategy, budget)
         except (InfeasibleError, NoPlanFoundError):
@@ -113,8 +117,9 @@ def runner_up(
     around: Sequence[Profiles],
     samples: Sequence[Profiles],
     reached: Sequence[Performance],
+    cancelled: threading.Event,
 ) -> RunnerUpPlan | None:
-    """Return the best of ``found`` with other replicas, or None.
+    """Return the best of ``found`` with other replicas, or None, also if this is cancelled.
 
     ``reached`` is the plan's performance under each of the samples, with engine settings near those that are best
     ``around`` them.
@@ -122,14 +127,17 @@ def runner_up(
     others = {tuple(a.fixed.structure.items()): a.fixed for a in found if a.fixed.structure != chosen.structure}
     if not others:
         return None
-    rate, best = max(
-        ((other.within_limits(problem.profiles).rate, other) for other in others.values()), key=lambda pair: pair[0]
-    )
+    rated, gains = list[tuple[float, FixedPlan]](), list[float]()
+    for other in others.values():
+        if cancelled.is_set():
+            return None
+        rated.append((other.within_limits(problem.profiles).rate, other))
+    rate, best = max(rated, key=lambda pair: pair[0])
     near = best.near(around)
-    gains = [
-        (near.within_limits(profiles).rate - mine.rate) / mine.rate if mine.rate > 0 else 0.0
-        for profiles, mine in zip(samples, reached, strict=True)
-    ]
+    for profiles, mine in zip(samples, reached, strict=True):
+        if cancelled.is_set():
+            return None
+        gains.append((near.within_limits(profiles).rate - mine.rate) / mine.rate if mine.rate > 0 else 0.0)
     positive = [gain for gain in gains if gain > 1e-9]
     return RunnerUpPlan(
         replicas=best.structure,
@@ -140,11 +148,11 @@ def runner_up(
     )
 
 
-def regret(found: Sequence[Alternative], chosen: FixedPlan) -> Regret | None:
+def regret(found: Iterable[Alternative], chosen: FixedPlan, cancelled: threading.Event) -> Regret | None:
     """Return the regret compared with the searches under perturbed profiles, or None if there are none."""
     losses, bounds, others = [], [], 0
     for one in found:
-        if one.profiles is None:
+        if one.profiles is None or cancelled.is_set():
             continue
         mine = chosen.within_limits(one.profiles).rate
         best = max(mine, one.plan.result.value, one.fixed.within_limits(one.profiles).rate)
@@ -237,7 +245,7 @@ def study(
     budget = budget if budget is not None else Budget()
     profiles = used_fits(problem.profiles, problem.model, tp_sizes(plan, problem))
     fixed = FixedPlan(plan, problem)
-    report(Progress(phase="perturbed profiles", elapsed_s=budget.elapsed_s()))
+    report(Progress(phase=f"plan under {samples} perturbed profiles", elapsed_s=budget.elapsed_s()))
     around = [scaled(profiles, factor) for factor in (1.0, 1.0 + error, 1.0 - error)]
     near = fixed.near(around)
     rng = np.random.default_rng(seed)
@@ -250,12 +258,13 @@ def study(
     at_corners = [fixed.as_planned(corner.profiles) for corner in edges]
     small = sum(1 for _ in islice(problem.cluster.devices(), SMALL_FLEET + 1)) <= SMALL_FLEET
     wanted = searches if searches is not None else SEARCHES if small else SEARCHES_OF_LARGE
-    found = []
+    found, lost = list[Alternative](), None
     if problem.objective.maximises:
-        report(Progress(phase="searches under perturbed profiles", elapsed_s=budget.elapsed_s()))
         chosen = _alternating(drawn, edges, wanted)
         search = search or default_search(seed, threads=threads, gap_target=GAP if small else GAP_OF_LARGE)
-        found = list(alternatives(plan, problem, chosen, budget=budget, search=search))
+        others = alternatives(plan, problem, chosen, budget=budget, search=search, report=report)
+        lost = regret(_kept(others, found), fixed, budget.cancelled)  # each as it is found: pricing takes seconds too
+        report(Progress(phase="comparing with the runner-up", elapsed_s=budget.elapsed_s()))
     now, now_within = fixed.as_planned(problem.profiles), near.within_limits(problem.profiles)
     demand = problem.objective.demand_rps
     return Robustness(
@@ -278,10 +287,17 @@ def study(
             )
             for corner, reach in zip(edges, at_corners, strict=True)
         ),
-        runner_up=runner_up(found, fixed, problem, around, drawn, within),
-        regret=regret(found, fixed),
+        runner_up=runner_up(found, fixed, problem, around, drawn, within, budget.cancelled),
+        regret=lost,
         complete=not budget.is_spent(),
     )
+
+
+def _kept(found: Iterable[Alternative], into: list[Alternative]) -> Iterator[Alternative]:
+    """Yield what is found, and append it to a list."""
+    for one in found:
+        into.append(one)
+        yield one
 
 
 def default_search(seed: int, *, threads: int = 1, gap_target: float = GAP) -> Search:

@@ -19,6 +19,7 @@ import numpy as np
 from hetis.solver.budget import SearchSettings
 from hetis.solver.constraints import AtMost, Duty, Replicas, Use
 from hetis.solver.errors import InfeasibleError
+from hetis.solver.model import ModelSpec
 from hetis.solver.placement.constrained_problem import apply_constraints
 from hetis.solver.placement.infeasible.relaxations import (
     Market,
@@ -35,7 +36,7 @@ from hetis.solver.placement.tables import CostTables
 from hetis.solver.placement.tabulation import build_cost_tables
 from hetis.solver.placement.wording import in_bytes, listed
 from hetis.solver.plan import Role
-from hetis.solver.problem import PlacementProblem
+from hetis.solver.problem import PlacementProblem, shares_indexers
 
 __all__ = [
     "Conflict",
@@ -240,8 +241,19 @@ def _shortages(costs: CostTables) -> Iterator[str]:
     where = "every GPU of a prefill and a decode replica side by side" if apart else "every GPU"
     yield (
         f"{model.name} needs {in_bytes(weights)} for weights and {in_bytes(kv)} for the KV of {requests}; {whose} has "
-        f"{in_bytes(room)} usable, but no split into stages of whole layers keeps {where} within its memory"
+        f"{in_bytes(room)} usable, but no {_whole_replica(problem, model)} keeps {where} within its memory"
     )
+
+
+def _whole_replica(problem: PlacementProblem, model: ModelSpec) -> str:
+    """Return what a replica of the family may be split into."""
+    engine = problem.family.engine
+    if engine is None or max(engine.stages_of(role, model) for role in problem.family.roles) > 1:
+        return "split into stages of whole layers"
+    if engine.max_stages == 1:
+        return "replica of one stage"
+    why = ", as its layers share indexers" if shares_indexers(model) else ""
+    return f"replica of one stage (all that {engine.name} runs{why})"
 
 
 def _rooms(costs: CostTables) -> list[float]:
