@@ -296,13 +296,16 @@ def test_a_context_fits_in_every_stage_whichever_layers_have_an_indexer() -> Non
         stage_of(first_layer=2, num_layers=2, kv_head_groups_kept=1, devices=("a/1",)),
         in_flight=2,
     )
-    for plan, of, mean, most in (
-        (alone, model, 64 + 64 / 4, 64 + 64 / 4),
-        (alone, drafting, 64 + 64 / 4, 64 + 64 * 2 / 5),
-        (halves, model, 64 + 64 / 4, 64 + 64 / 2),
+    for plan, of, engine, mean, most in (
+        (alone, model, Engine.VLLM, 64 + 64 / 4, 64 + 64 / 4),
+        (alone, drafting, Engine.VLLM, 64 + 64 / 4, 64 + 64 * 2 / 5),
+        (halves, model, Engine.SGLANG, 64 + 64 / 4, 64 + 64 / 2),
     ):
-        layout = layout_of(plan, 0, of, engine=Engine.VLLM)
+        layout = layout_of(plan, 0, of, engine=engine)
         assert layout.context_tokens == (int(PAGES * mean / most) - 1) * PAGE_TOKENS
+    assert refused(halves, model, engine=Engine.VLLM) == (
+        "it has 2 stages, and layers share indexers: vLLM's stages do not pass on which tokens an indexer chose",
+    )
     everywhere = layout_of(halves, 0, replace(model, indexer=replace(indexer, layers=None)), engine=Engine.VLLM)
     assert everywhere.context_tokens == (PAGES - 1) * PAGE_TOKENS, "all layers have an indexer, as the plan counts"
 

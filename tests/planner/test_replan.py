@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from hetis.formats.documents import load_model, to_data
+from hetis.formats.dtypes import with_precision
 from hetis.planner.cli.app import run
 from hetis.planner.cli.exit_codes import ExitCode
 from tests.planner.command_line import invoke
@@ -33,6 +35,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "  - {name: t4, gpus: [{type: T4, count: 2}]}\n", ""
     )
     (folder / "none.yaml").write_text(only_small.replace("count: 3", "count: 1"))
+    eight_bits = with_precision(load_model("Llama-2-7B"), weights="fp8")
+    (folder / "fp8.yaml").write_text(json.dumps(to_data(eight_bits)))
     plan = ["place", "-c", str(folder / "fleet.yaml"), *PROBLEM, "--out", str(folder / "running.json"), "-q"]
     assert run([*plan, "--no-verify"]) == ExitCode.OK
     return folder
@@ -198,6 +202,11 @@ def test_the_tables_fit_80_columns(folder: Path) -> None:
     ("arguments", "code", "message"),
     [
         (["-c", "fleet.yaml", "-m", "Llama-2-70B"], ExitCode.INVALID, "is a plan of meta-llama/Llama-2-7b-hf, not of"),
+        (
+            ["-c", "fleet.yaml", "-m", "fp8.yaml"],
+            ExitCode.INVALID,
+            "with other weights, weight_bytes than",
+        ),
         (["-c", "missing.yaml"], ExitCode.INVALID, "missing.yaml"),
         (["-c", "none.yaml"], ExitCode.INFEASIBLE, "no plan exists"),
         (["-c", "fleet.yaml", "--horizon", "0s"], ExitCode.INVALID, "out of range"),

@@ -136,6 +136,7 @@ def times_all(fit: Fit, factor: float) -> Fit:
 def test_no_modelled_profile_is_doubted(gpu: str) -> None:
     found = catalogue.find_gpu(gpu).gpu
     assert list(implausible_fits(modelled_profile(found), found)) == []
+    assert list(impossible(modelled_profile(found), found)) == []
 
 
 @pytest.mark.parametrize("gpu", shipped_gpus())

@@ -146,6 +146,17 @@ def test_four_bit_products_have_their_own_rate_where_the_architecture_multiplies
             assert fits[four_bits].pieces[0].flop_s * quicker == pytest.approx(fits[1.0].pieces[0].flop_s, rel=0.01)
 
 
+@pytest.mark.parametrize("gpu", ["MI355X-288GB", "B200-SXM-180GB"])
+def test_integer_weights_are_multiplied_in_16_bits_though_they_take_as_many_bytes(gpu: str) -> None:
+    profile = modelled_profile(next(entry.gpu for entry in gpus() if entry.gpu.name == gpu))
+    plain = profile.fit(Op.DENSE, LLAMA, 1)
+    for name in ("int4", "awq-int4", "gptq-int4"):
+        for weight_bytes in (0.53125, 0.5625):
+            assert profile.fit(Op.DENSE, replace(LLAMA, weights=name, weight_bytes=weight_bytes), 1) == plain
+    mxfp4 = replace(LLAMA, weights="mxfp4", weight_bytes=0.53125)
+    assert (profile.fit(Op.DENSE, mxfp4, 1) == plain) == (gpu != "MI355X-288GB")
+
+
 def test_weights_of_four_bits_in_another_format_are_not_multiplied_in_four() -> None:
     blackwell = next(entry.gpu for entry in gpus() if entry.gpu.name == "B200-SXM-180GB")
     assert matrix_flops(blackwell, 0.5) == blackwell.fp8_flops

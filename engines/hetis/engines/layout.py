@@ -24,6 +24,7 @@ from hetis.formats.errors import did_you_mean
 from hetis.solver.cluster import node_of
 from hetis.solver.model import ModelSpec
 from hetis.solver.plan import AttentionWorkerPool, Plan, ReplicaPlan, Role, StagePlan
+from hetis.solver.problem import shares_indexers
 
 PAGE_TOKENS = 16  # the plugin's default
 DTYPE_BYTES: Mapping[str, int] = {"auto": 2, "bfloat16": 2, "float16": 2, "float32": 4}
@@ -514,6 +515,11 @@ def _impossible(
         yield (
             f"the replica is to {'prefill' if replica.role is Role.PREFILL else 'decode'} only: the plugin "
             "occupies the vLLM connector that would carry prompts between replicas"
+        )
+    if engine is not Engine.SGLANG and shares_indexers(model) and len(replica.stages) > 1:
+        yield (
+            f"it has {len(replica.stages)} stages, and layers share indexers: vLLM's stages do not pass on which "
+            "tokens an indexer chose"
         )
     yield from _handed_over(replica, partners, model, engine)
     yield from _held_twice(replica, partners, model, engine)

@@ -169,7 +169,7 @@ def impossible(profile: Profile, gpu: GpuType) -> Iterator[str]:
             continue
         # The rates for large work: those of the piece with the largest slope.
         flop_s, byte_s = (max(getattr(piece, name) for piece in fit.pieces) for name in ("flop_s", "byte_s"))
-        flops = gpu.fp16_flops if fit.scope.weight_bytes != 1.0 else gpu.fp8_flops or gpu.fp16_flops
+        flops = matrix_flops(gpu, fit.scope.weight_bytes)
         if flop_s > 0 and fit.op is not Op.DECODE_ATTENTION and 1 / flop_s > flops * _TOLERANCE:
             yield f"{_name(fit)} reaches {1 / flop_s / 1e12:.4g} TFLOP/s, {gpu.name} at most {flops / 1e12:.4g}"
         if byte_s > 0 and 1 / byte_s > gpu.mem_bytes_per_s * _CACHED:

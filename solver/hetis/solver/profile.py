@@ -88,6 +88,10 @@ class Piece:
         )
 
 
+# Formats that kernels expand to 16 bits before they multiply, although a weight of int4 has the bytes of one of MXFP4.
+_STORED_ONLY = ("int4", "awq-int4", "gptq-int4")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FitScope:
     """The conditions under which a fit applies; None means any. The fit with the most matching conditions wins.
@@ -114,6 +118,8 @@ class FitScope:
             (self.state_flops, model.state_flops() / model.q_heads),
         )
         if any(mine is not None and mine != theirs for mine, theirs in wanted):
+            return None
+        if self.weight_bytes is not None and self.weight_bytes < 1.0 and model.weights in _STORED_ONLY:
             return None
         return sum(mine is not None for mine, _ in wanted)
 

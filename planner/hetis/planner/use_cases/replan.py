@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 from hetis.formats.documents import load_cluster, load_model, load_profile, load_workload
 from hetis.formats.errors import DocumentError, Problem, single_problem
@@ -29,6 +29,7 @@ from hetis.solver.check import check_plan
 from hetis.solver.cluster import Cluster
 from hetis.solver.constraints import Constraint, Constraints, misfits
 from hetis.solver.errors import InvalidProblemError
+from hetis.solver.model import ModelSpec
 from hetis.solver.plan import Plan, Role
 from hetis.solver.problem import PlacementProblem
 from hetis.solver.replanning.change import ChangeCosts, ReplanningProblem
@@ -47,6 +48,14 @@ class PosedReplan:
     problem: PlacementProblem
     settings: PlacementSettings
     warnings: tuple[str, ...]
+
+
+def _of_another_model(planned: ModelSpec, asked: ModelSpec) -> str:
+    """Return why a plan is not one of the model that was asked for, which may have the same name."""
+    if planned.name != asked.name:
+        return f"is a plan of {planned.name}, not of {asked.name} as --model says"
+    others = [field.name for field in fields(ModelSpec) if getattr(planned, field.name) != getattr(asked, field.name)]
+    return f"is a plan of {planned.name} with other {', '.join(others)} than --model says; without --model it is kept"
 
 
 def load_replanning(
@@ -75,7 +84,7 @@ def load_replanning(
         raise DocumentError(problems)
     inputs = inputs_from_documents(found.plan.inputs.get("documents"), running)
     if spec is not None and spec != inputs.model:
-        raise single_problem(running, f"is a plan of {inputs.model.name}, not of {spec.name} as --model says")
+        raise single_problem(running, _of_another_model(inputs.model, spec))
     origins = dict(found.plan.inputs.get("origins") or {})
     measured = {profile.gpu: profile for _, profile in given if profile is not None}
     loaded = with_cluster(

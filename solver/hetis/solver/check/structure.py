@@ -66,7 +66,7 @@ def _pipeline(replica: ReplicaPlan, rules: EngineRules, model: ModelSpec, fleet:
     if depth > rules.max_stages:
         yield f"has {depth} stages, may have {rules.max_stages}"
     elif depth > (most := rules.stages_of(replica.role, model)):
-        if shares_indexers(model) and most == 1 and replica.role is not Role.DECODE:
+        if shares_indexers(model) and rules.name != "sglang" and replica.role is not Role.DECODE:
             yield f"has {depth} stages and layers that share indexers, may have {most} then"
         elif replica.role is Role.UNIFIED:
             yield f"has {depth} stages and drafts tokens, may have {most} then"

@@ -264,7 +264,8 @@ def study(
         search = search or default_search(seed, threads=threads, gap_target=GAP if small else GAP_OF_LARGE)
         others = alternatives(plan, problem, chosen, budget=budget, search=search, report=report)
         lost = regret(_kept(others, found), fixed, budget.cancelled)  # each as it is found: pricing takes seconds too
-        report(Progress(phase="comparing with the runner-up", elapsed_s=budget.elapsed_s()))
+        if not budget.cancelled.is_set():
+            report(Progress(phase="comparing with the runner-up", elapsed_s=budget.elapsed_s()))
     now, now_within = fixed.as_planned(problem.profiles), near.within_limits(problem.profiles)
     demand = problem.objective.demand_rps
     return Robustness(

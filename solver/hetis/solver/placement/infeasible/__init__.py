@@ -252,7 +252,7 @@ def _whole_replica(problem: PlacementProblem, model: ModelSpec) -> str:
         return "split into stages of whole layers"
     if engine.max_stages == 1:
         return "replica of one stage"
-    why = ", as its layers share indexers" if shares_indexers(model) else ""
+    why = ", as its layers share indexers" if shares_indexers(model) and engine.name != "sglang" else ""
     return f"replica of one stage (all that {engine.name} runs{why})"
 
 
