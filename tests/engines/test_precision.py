@@ -12,9 +12,9 @@ from hetis.formats.dtypes import PRECISIONS, with_precision
 from hetis.solver.model import AttentionKind
 
 LLAMA, DEEPSEEK = catalogue.find_model("Llama-3.1-70B").model, catalogue.find_model("DeepSeek-V3").model
-V100, T4, A100, L4, H100, B200, MI300X = (
+V100, T4, A100, L4, H100, B200, MI300X, MI355X = (
     catalogue.find_gpu(name).gpu
-    for name in ("V100-SXM2-32GB", "T4", "A100-SXM-80GB", "L4", "H100-SXM-80GB", "B200", "MI300X")
+    for name in ("V100-SXM2-32GB", "T4", "A100-SXM-80GB", "L4", "H100-SXM-80GB", "B200", "MI300X", "MI355X")
 )
 
 
@@ -23,7 +23,7 @@ V100, T4, A100, L4, H100, B200, MI300X = (
     [
         ("fp8", None, (T4, A100, H100), (V100,)),
         ("fp8", "fp8", (A100, H100), (V100, T4)),
-        ("mxfp4", None, (), (V100, A100, H100)),  # no experts to quantise
+        ("mxfp4", None, (MI355X,), (V100, A100, H100, B200, MI300X)),  # no experts, and CDNA4 alone has such products
         ("awq-int4", None, (T4, A100), (V100,)),
         ("nvfp4", None, (A100, B200), (V100,)),
     ],

@@ -227,6 +227,29 @@ def test_a_checkpoint_of_quark_leaves_out_what_it_excludes_and_has_one_format(tm
             load(**changes)
 
 
+def test_a_dense_checkpoint_of_quark_in_mxfp4_has_activations_in_it(tmp_path: Path) -> None:
+    """Engines multiply in four bits only if both are; experts alone may be MXFP4 with activations of any format."""
+    mxfp4 = {"dtype": "fp4", "group_size": 32, "qscheme": "per_group", "scale_format": "e8m0"}
+
+    def load(name: str, inputs: object, **of_layers: object) -> ModelSpec:
+        every = {"weight": mxfp4, "input_tensors": inputs}
+        quantisation = {"quant_method": "quark", "global_quant_config": every, "layer_quant_config": of_layers}
+        config = json.loads((FOLDER / f"{name}.json").read_text()) | {"quantization_config": quantisation}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        return load_model(tmp_path)
+
+    llama, mixtral = "meta-llama__Llama-2-70b-hf", "mistralai__Mixtral-8x7B-v0.1"
+    dynamic = mxfp4 | {"is_dynamic": True}
+    model = load(llama, dynamic, k_proj={"weight": mxfp4, "input_tensors": dynamic})
+    assert (model.weights, model.weight_bytes) == ("mxfp4", 0.53125)
+    for inputs in (None, {"dtype": "fp8_e4m3"}):
+        assert load(mixtral, inputs).weights == "mxfp4"
+        with pytest.raises(DocumentError, match="global_quant_config: input_tensors must be fp4 in groups of 32"):
+            load(llama, inputs)
+    with pytest.raises(DocumentError, match="input_tensors must be fp4"):
+        load(llama, dynamic, k_proj={"weight": mxfp4})
+
+
 def test_a_checkpoint_of_mixed_precision_counts_each_module_by_its_own_format(tmp_path: Path) -> None:
     """Llama-2-70B with attention in 8 bits and the MLP in 4, except an unlisted matrix in 16."""
     formats = {"self_attn.q": "FP8", "self_attn.k": "FP8", "self_attn.v": "FP8", "self_attn.o": "FP8"}

@@ -14,6 +14,7 @@ from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.use_cases.precision import for_engine, in_precision
 from hetis.planner.use_cases.sources import engine_rules, load_inputs
 from hetis.solver.errors import InvalidProblemError
+from hetis.solver.profile import Op
 
 HUGGINGFACE = Path(__file__).parents[1] / "formats" / "huggingface"
 FLEET = """\
@@ -304,3 +305,13 @@ def test_a_plan_says_which_attention_backend_its_replicas_must_be_told(
         told.append([note for note in plan["notes"] if "attention backend" in note])
     says = "KV goes between A100-SXM-40GB, T4, which needs one attention backend: TRITON_ATTN "
     assert told == [[f"{says}(exports and agents tell it)"], []]
+
+
+def test_a_dense_model_in_mxfp4_is_planned_for_vllm_on_cdna4_with_four_bit_products(folder: Path) -> None:
+    (folder / "fleet.yaml").write_text(FLEET.replace("A100-SXM-40GB", "MI355X"), encoding="utf-8")
+    loaded = load_inputs(cluster="fleet.yaml", model="Meta-Llama-3-8B", workload="1024/256")
+    held = for_engine(in_precision(loaded, weights="mxfp4", kv=None), engine_rules("vllm", "hetis")).inputs
+    assert [str(each) for each in held.constraints] == ["--forbid type=V100-SXM2-32GB"]
+    fit = held.profiles["MI355X-288GB"].fit(Op.DENSE, held.model, 1)
+    assert fit is not None
+    assert fit.scope.weight_bytes == held.model.weight_bytes == 0.53125

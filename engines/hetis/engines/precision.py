@@ -23,6 +23,9 @@ CAPABILITIES: Mapping[str, float] = {
     "Hopper": 9.0,
     "Blackwell": 10.0,
 }
+# Architectures that multiply MXFP4 in all layers, not in experts alone, as checkpoints of AMD's Quark have
+# it; elsewhere vLLM expands weights in every step and multiplies in 16 bits (quark/schemes/quark_ocp_mx.py: emulate).
+DENSE_MXFP4 = ("CDNA4",)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,7 +112,7 @@ def remarks(model: ModelSpec, gpus: Mapping[str, GpuType], engine: str) -> Itera
 
 def _reasons(model: ModelSpec, gpu: GpuType, engine: str) -> Iterator[str]:
     has, support = CAPABILITIES.get(gpu.architecture), SUPPORT[engine]
-    if model.weights == "mxfp4" and model.moe is None:
+    if model.weights == "mxfp4" and model.moe is None and gpu.architecture not in DENSE_MXFP4:
         yield (
             f"mxfp4 is a format of experts, which {model.name} has not "
             f"({support.project}'s repository, {support.weights['mxfp4'].source})"

@@ -24,6 +24,7 @@ from hetis.formats.quantised_modules import (
     compressed_precision,
     layer_weight_bytes,
     modelopt_precision,
+    quark_input,
     quark_precision,
 )
 from hetis.solver.errors import InvalidProblemError
@@ -179,6 +180,12 @@ def _quantised(config: Config, model: ModelSpec | None, linear_modules: Mapping[
             known = f"{', '.join(QUARK)}, or fp4 in groups of 32 or, with a second scale, of 16"
             config.quantisation.refuse(
                 "global_quant_config", f"weights must be {known}, the same in every layer (layer_quant_config)"
+            )
+        if precision == "mxfp4" and model is not None and model.moe is None and quark_input(quantisation) != "mxfp4":
+            # vLLM expands such weights in every step and multiplies in 16 bits (quark/schemes/quark_ocp_mx.py).
+            config.quantisation.refuse(
+                "global_quant_config",
+                "input_tensors must be fp4 in groups of 32, as weights are, in a model without experts",
             )
         return precision
     if method == "bitsandbytes":

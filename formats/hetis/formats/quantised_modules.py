@@ -26,6 +26,7 @@ MODELOPT |= {"NVFP4": "nvfp4", "W4A16_NVFP4": "nvfp4"}  # quantisation algorithm
 # Types of weights of AMD's Quark that vLLM 0.32 supports (quark/quark.py) and the cost model knows; fp4 goes by its
 # scales.
 QUARK = {"fp8_e4m3": "fp8", "int8": "int8", "int4": "int4", "uint4": "int4"}
+_QUARK_LAYERS = ("layer_quant_config", "layer_type_quant_config")
 # Weights of a group of compressed-tensors: their number of bits, and whether they are floats.
 _COMPRESSED = {(4, True): "nvfp4", (8, True): "fp8", (4, False): "int4", (8, False): "int8"}
 _CLASS = "Linear"  # class of all matrices of a layer, as targets of compressed-tensors name it
@@ -72,10 +73,23 @@ def quark_precision(data: Mapping[str, Any]) -> str | None:
 
     Layers of ``layer_quant_config`` are mostly there for their KV, with the weights of all others.
     """
-    own = [data.get(name) or {} for name in ("layer_quant_config", "layer_type_quant_config")]
-    layers = [layer for each in own if isinstance(each, dict) for layer in each.values()]
-    found = {_quark_format(mapping(layer).get("weight")) for layer in (data.get("global_quant_config"), *layers)}
+    found = {_quark_format(layer.get("weight")) for layer in _quark_layers(data)}
+    own = (data.get(name) or {} for name in _QUARK_LAYERS)
     return found.pop() if len(found) == 1 and all(isinstance(each, dict) for each in own) else None
+
+
+def quark_input(data: Mapping[str, Any]) -> str | None:
+    """Return the precision that Quark states for the activations of all modules; None: 16 bits, unknown, or several."""
+    found = {_quark_format(layer.get("input_tensors")) for layer in _quark_layers(data)}
+    return found.pop() if len(found) == 1 else None
+
+
+def _quark_layers(data: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return what Quark states for all modules, and for some."""
+    own = (mapping(data.get(name)) for name in _QUARK_LAYERS)
+    return [
+        mapping(layer) for layer in (data.get("global_quant_config"), *(one for each in own for one in each.values()))
+    ]
 
 
 def _quark_format(weight: Any) -> str | None:

@@ -24,8 +24,9 @@ NVFP4_BYTES = BYTES_PER_PARAMETER["nvfp4"]
 FOUR_BIT_BYTES = {"Blackwell": NVFP4_BYTES, "CDNA4": BYTES_PER_PARAMETER["mxfp4"]}
 # Dense four-bit rates that are not twice the eight-bit ones. GeForce halves eight-bit products with fp32 accumulation,
 # and not four-bit ones (NVIDIA's RTX Blackwell white paper). Blackwell Ultra is not here: by its data sheet it has 1.5
-# times Blackwell's rate, but NVFP4 kernels of three engines are only 1.07 to 1.21 times as fast on B300 as on B200
-# (median of products with all sizes >= 4,096, gemm tables of aiconfigurator-core 0.12.0), and we use B200's share.
+# times Blackwell's rate, but NVFP4 kernels of three engines are only 1.06 to 1.20 times as fast on B300 and GB300 as on
+# B200 and GB200 (median of products with all sizes >= 4,096, gemm tables of aiconfigurator-core 0.12.0), and we use
+# B200's share.
 FP4_FLOPS = {"RTX-5090": 1676e12}
 
 
