@@ -574,4 +574,4 @@ def test_what_is_kept_is_of_the_planned_rate_whatever_is_demanded(
 
 def test_statistics_of_a_simulation_that_is_not_run_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert run([*COMMAND, "--attainment", "95%"]) == ExitCode.INVALID
-    assert "verification is turned off" in " ".join(capsys.readouterr().err.split())
+    assert "--attainment can only be checked in the simulation" in " ".join(capsys.readouterr().err.split())
