@@ -49,7 +49,11 @@ _PUBLISHED_B = {
 }
 MAX_BINS = 600
 # Boards of an architecture that reach other shares of their peaks than its data-centre boards (`tools.efficiency`).
-_ARCHITECTURES = {"RTX-4090": "Ada GeForce"}
+_ARCHITECTURES = {
+    "RTX-4090": "Ada GeForce",
+    "RTX-5090": "RTX Blackwell",
+    "RTX-PRO-6000-Server-96GB": "RTX Blackwell",
+}
 # Memory of boards whose GB are not GiB: what drivers report (aiconfigurator-core 0.12.0, b300_sxm.yaml: 288,400,343,040
 # bytes; nvidia-smi on a GB300 NVL72: 284,208 MiB).
 _MEMORY_MIB = {"B300-SXM-288GB": 275_040, "GB300-per-GPU": 284_208}

@@ -5,9 +5,10 @@ of an architecture share one fit. The number of pieces is chosen within the fitt
 points. For GPUs without tables, every pair of measured GPUs shows how well the fit of one predicts the other. The same
 tables give the same bytes.
 
-Blackwell's attention and four-bit products come from the tables that aiconfigurator-core publishes in its own package
-(``--engine-tables``: its ``systems/data``); without them, what the package has is kept. Its other operators are
-Hopper's: the products and all-reduces in those tables are slower at small batches than whole engines were.
+Blackwell's attention and four-bit products, and all operators of RTX Blackwell but links, come from the tables that
+aiconfigurator-core publishes in its own package (``--engine-tables``: its ``systems/data``); without them, what the
+package has is kept. Blackwell's other operators are Hopper's: the products and all-reduces in those tables are slower
+at small batches than whole engines were.
 """
 
 from __future__ import annotations
@@ -77,7 +78,10 @@ _OPS = {
     "decode_attention": (Op.DECODE_ATTENTION, FitScope(head_dim=128)),
 }
 # What the engine tables add to an architecture without tables of ours: their system, GPU, and operators.
-_OF_ENGINES = {"Blackwell": ("b200_sxm", "B200-SXM-180GB", ("dense_nvfp4", "prefill_attention", "decode_attention"))}
+_OF_ENGINES = {
+    "Blackwell": ("b200_sxm", "B200-SXM-180GB", ("dense_nvfp4", "prefill_attention", "decode_attention")),
+    "RTX Blackwell": ("rtx_pro_6000_server", "RTX-PRO-6000-Server-96GB", tuple(_OPS)),
+}
 _RELATIVE = {
     "fixed_s": "fixed_s",
     "flop_s": "flop",
@@ -107,7 +111,8 @@ _RELATIVES = {
     ),
     "Volta": ("Ampere", 1.0, "Tensor cores and HBM of the generation before; no table."),
     "Turing": ("Ampere", 1.0, "Tensor cores of the generation before; no table, GDDR6 parts assumed like the A40."),
-    "Blackwell": ("Hopper", 1.0, "The generation before, where B200 has none. RTX parts (GDDR7) may be nearer to Ada."),
+    "Blackwell": ("Hopper", 1.0, "The generation before, where B200 has none."),
+    "RTX Blackwell": ("Ada", 1.0, "The boards without HBM of the generation before; only all-reduces over NVLink."),
     "CDNA": ("Ampere", 1.0, "Contemporary HBM part; no table. ROCm libraries may reach less of the peak."),
     "CDNA2": ("Ampere", 1.0, "Contemporary HBM part; no table. ROCm libraries may reach less of the peak."),
     "CDNA3": (

@@ -143,12 +143,17 @@ def modelled_tables(
 
     ``relatives`` has the relatives of architectures that were not measured and have operators of their own.
     """
-    measured = [arch for arch in efficiencies.architectures.values() if arch.relative is None]
-    rows = [_row(op_name, arch.name, op) for arch in measured for op_name, op in arch.ops.items()]
+    own = [
+        (name, arch.name, op)
+        for arch in efficiencies.architectures.values()
+        for name, op in arch.ops.items()
+        if arch.relative is None or op.measured_on
+    ]
+    rows = [_row(*each) for each in own]
     rows += [_row(name, "any", op) for name, op in efficiencies.links.items()]
     headings = ("op", "architecture", "pieces", "points", "fitted", "held out", "unseen GPUs")
     yield "modelled coefficients", headings, sorted(rows)
-    origins = {f"{name} ({arch.name})": op for arch in measured for name, op in arch.ops.items() if op.num_points}
+    origins = {f"{name} ({arch})": op for name, arch, op in own if op.num_points}
     origins.update(efficiencies.links)
     yield (
         "modelled provenance",

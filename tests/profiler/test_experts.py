@@ -46,11 +46,16 @@ def test_the_file_says_what_the_table_measured() -> None:
 
 
 def test_every_kernel_obeys_the_peaks() -> None:
-    """Bytes may seem to beat the peak: small batches of the fastest tables were partly served by a cache of 126 MB."""
+    """Bytes may seem to beat the peak: small batches of the fastest tables were partly served by a cache of 126 MB.
+
+    With four-bit weights on RTX Blackwell, uneven routing adds to it: fewer experts are read than the fit assumes, and
+    what starts a kernel takes longest there.
+    """
     for kernel in experts.shipped():
         assert kernel.fixed_s > 0
         assert kernel.flop >= 0  # where activations take most of the time, they explain all of it
-        assert kernel.byte >= 0.7
+        has_slow_starts = kernel.architecture == "RTX Blackwell" and kernel.weights == "nvfp4"
+        assert kernel.byte >= (0.6 if has_slow_starts else 0.7)
         assert kernel.mape < 0.4
 
 
@@ -104,6 +109,7 @@ def test_what_was_not_measured_is_scaled_from_a_relative_or_hopper_and_says_so()
 
     assert scaled("A100-SXM-80GB") == {(2.0, ""), (1.0, "scaled from Hopper")}
     assert scaled("V100-SXM-32GB") == {(2.0, "scaled from Ampere"), (1.0, "scaled from Hopper")}
+    assert scaled("RTX-5090") == {(2.0, ""), (1.0, "scaled from Ada"), (0.5625, "")}
     assert scaled("B200-SXM-180GB", whole=True) == {(2.0, ""), (1.0, ""), (0.5625, "")}
 
 
@@ -166,7 +172,7 @@ def test_made_up_tables_give_back_what_made_them(tmp_path: Path) -> None:
         parquet.write_table(pyarrow.Table.from_pylist([*rows, *others]), path)
     assert experts.main(["--tables", str(tmp_path), "--out", str(tmp_path / "out.json")]) == 0
     made = json.loads((tmp_path / "out.json").read_text())["kernels"]
-    assert len(made) == 24
+    assert len(made) == 30
     hopper = [kernel for kernel in made if kernel["architecture"] == "Hopper"]
     for kernel in hopper:
         found = np.array([kernel["fixed_s"], kernel["flop"], kernel["byte"]])

@@ -24,6 +24,11 @@ DEEPSEEK = catalogue.find_model(latent.MODEL).model
 # Rows of the table for TensorRT-LLM on B200, 16 heads, FP8: (requests, context, microseconds), (prompt, microseconds).
 PUBLISHED_DECODE = ((4, 1024, 50), (64, 2048, 73), (256, 8192, 256))
 PUBLISHED_PREFILL = ((1024, 110), (4096, 306), (8192, 623))
+SYSTEMS = (
+    ("h100_sxm", "H100-SXM-80GB"),
+    ("b200_sxm", "B200-SXM-180GB"),
+    ("rtx_pro_6000_server", "RTX-PRO-6000-Server-96GB"),
+)
 # Made-up coefficients: seconds, projections' FLOPs and bytes, FLOPs, then KV bytes, or bytes per token and per head.
 TRUE = {Op.DECODE_ATTENTION: (4e-5, 2.0, 1.3, 0.5, 1.2), Op.PREFILL_ATTENTION: (5e-5, 2.0, 1.3, 1.5, 1e5, 8e3)}
 
@@ -51,10 +56,12 @@ def test_the_file_says_what_the_tables_measured() -> None:
 
 
 def test_every_kernel_is_slower_than_memory_and_errors_are_known() -> None:
+    """On RTX Blackwell vLLM computes longer than it reads (Triton), and TensorRT-LLM has no kernel made for it."""
     for kernel in latent.shipped():
         assert 3e-5 < kernel.fixed_s < 2e-4
-        assert kernel.byte >= 1 or kernel.op == Op.PREFILL_ATTENTION.value
-        assert kernel.mape < 0.2
+        least = 0.0 if kernel.op == Op.PREFILL_ATTENTION.value else 0.8 if kernel.flop > 5 else 1.0
+        assert kernel.byte >= least
+        assert kernel.mape < (0.31 if kernel.architecture == "RTX Blackwell" else 0.2)
         assert kernel.num_points > 1000
 
 
@@ -115,7 +122,7 @@ def test_made_up_tables_give_back_what_made_them(tmp_path: Path) -> None:
     parquet = pytest.importorskip("pyarrow.parquet")
     import pyarrow
 
-    for system, name in (("h100_sxm", "H100-SXM-80GB"), ("b200_sxm", "B200-SXM-180GB")):
+    for system, name in SYSTEMS:
         for engine, version in (("vllm", "0.24.0"), ("trtllm", "1.3.0rc20")):
             for op, phase in ((Op.DECODE_ATTENTION, "generation"), (Op.PREFILL_ATTENTION, "context")):
                 rows = rows_of(op, name, DEEPSEEK)
@@ -126,7 +133,7 @@ def test_made_up_tables_give_back_what_made_them(tmp_path: Path) -> None:
                 parquet.write_table(pyarrow.Table.from_pylist([*rows, *others]), path)
     assert latent.main(["--tables", str(tmp_path), "--out", str(tmp_path / "out.json")]) == 0
     made = json.loads((tmp_path / "out.json").read_text())["kernels"]
-    assert len(made) == 8
+    assert len(made) == 12
     for kernel in made:
         true = TRUE[Op(kernel["op"])]
         names = ("fixed_s", "flop", "byte") if len(true) == 5 else ("fixed_s", "flop", "token", "head")

@@ -66,8 +66,9 @@ LLAMA = ModelSpec(
 )
 ARCHITECTURES = (
     "Ada", "Ada GeForce", "Ampere", "Battlemage", "Blackwell", "CDNA", "CDNA2", "CDNA3", "CDNA4", "Gaudi2", "Gaudi3",
-    "Hopper", "Pascal", "Turing", "Volta",
+    "Hopper", "Pascal", "RTX Blackwell", "Turing", "Volta",
 )  # fmt: skip
+BLACKWELLS = ("Blackwell", "RTX Blackwell")
 MODELLED = [op for op in Op if op not in (Op.SAMPLE, Op.EXPERTS)]  # those two come from an engine: `for_engine`
 
 
@@ -190,6 +191,21 @@ def test_an_rtx_4090_reaches_more_of_its_peaks_than_an_l40s() -> None:
             assert (theirs.flop, theirs.byte) == pytest.approx((ada.flop * compute, ada.byte * memory), rel=0.01)
             assert theirs.head_bytes == pytest.approx(ada.head_bytes * memory, rel=0.01)
     assert {gpu.name for gpu in (entry.gpu for entry in gpus()) if gpu.architecture == "Ada GeForce"} == {"RTX-4090"}
+
+
+def test_rtx_blackwell_has_its_own_kernels() -> None:
+    """A board with GDDR7 reaches more of its four-bit peak than B200, whose memory is four times as fast per product.
+
+    Shares of the peaks at large sizes by aiconfigurator-core's tables, single products: 63% and 44% in NVFP4.
+    """
+    architectures = shipped_efficiencies().architectures
+    own = architectures["RTX Blackwell"].ops
+    assert {name for name, op in own.items() if not op.measured_on} == {"all_reduce_nvlink"}
+    assert all(op.measured_on in ((), ("RTX-PRO-6000-Server-96GB",)) for op in own.values())
+    shares = [max(piece.flop for piece in architectures[name].ops["dense_nvfp4"].pieces) for name in BLACKWELLS]
+    assert shares == [pytest.approx(1 / 0.44, rel=0.15), pytest.approx(1 / 0.63, rel=0.15)]
+    ours = {entry.gpu.name for entry in gpus() if entry.gpu.architecture == "RTX Blackwell"}
+    assert ours == {"RTX-5090", "RTX-PRO-6000-Server-96GB"}
 
 
 def test_the_shipped_file_survives_a_round_trip() -> None:

@@ -22,6 +22,7 @@ CAPABILITIES: Mapping[str, float] = {
     "Ada GeForce": 8.9,
     "Hopper": 9.0,
     "Blackwell": 10.0,
+    "RTX Blackwell": 12.0,
 }
 # Architectures that multiply MXFP4 in all layers, not in experts alone, as checkpoints of AMD's Quark have it.
 # Elsewhere vLLM expands weights in every step and multiplies in 16 bits (quark/schemes/quark_ocp_mx.py: emulate).

@@ -32,7 +32,7 @@ from hetis.solver.profile import Fit, FitScope, Op, Piece, Profile
 
 FILE = "latent.json"
 MODEL = "deepseek-ai/DeepSeek-V3"  # model of the tables
-_SYSTEMS = ("h100_sxm", "b200_sxm")  # the others have no table of whole modules
+_SYSTEMS = ("h100_sxm", "b200_sxm", "rtx_pro_6000_server")  # the others have no table of whole modules
 _VERSIONS = {"vllm": "0.24.0", "trtllm": "1.3.0rc20"}
 # SGLang runs TensorRT-LLM's kernels (trtllm_mla), and its tables lack the projections.
 _SAME_KERNELS = {"sglang": "trtllm"}

@@ -33,7 +33,7 @@ from hetis.solver.profile import Fit, Op, Profile
 FILE = "linear.json"
 # All models with the rule (Qwen3-Next, Qwen3.5) have it in three of four layers, with two of its heads per query head.
 MODEL, _VALUE_HEADS = "Qwen/Qwen3.5-397B-A17B", 64
-_SYSTEMS = ("h100_sxm", "b200_sxm", "l40s")  # the table of a100_sxm lacks the rule itself
+_SYSTEMS = ("h100_sxm", "b200_sxm", "l40s", "rtx_pro_6000_server")  # the table of a100_sxm lacks the rule itself
 _VERSIONS = {"vllm": "0.24.0", "sglang": "0.5.14", "trtllm": "1.3.0rc20"}
 _CONVOLUTION, _RULE = "causal_conv1d", "chunk_gated_delta_rule"  # how the names of their kernels begin
 _HEAD_DIM = 256  # head size of the attention layers beside it; profiles without fits for it use those for any

@@ -21,7 +21,7 @@ from hetis.solver.profile import Fit, FitScope, Op, Piece, Profile, Provenance, 
 VERSION = "hetis-efficiency/v1"
 NVFP4_BYTES = BYTES_PER_PARAMETER["nvfp4"]
 # The four-bit format in which an architecture multiplies weights and activations; int4 weights become 16 bits first.
-FOUR_BIT_BYTES = {"Blackwell": NVFP4_BYTES, "CDNA4": BYTES_PER_PARAMETER["mxfp4"]}
+FOUR_BIT_BYTES = {"Blackwell": NVFP4_BYTES, "RTX Blackwell": NVFP4_BYTES, "CDNA4": BYTES_PER_PARAMETER["mxfp4"]}
 # Dense four-bit rates that are not twice the eight-bit ones. GeForce halves eight-bit products with fp32 accumulation,
 # and not four-bit ones (NVIDIA's RTX Blackwell white paper). Blackwell Ultra is not here: by its data sheet it has 1.5
 # times Blackwell's rate, but NVFP4 kernels of three engines are only 1.06 to 1.20 times as fast on B300 and GB300 as on

@@ -191,6 +191,8 @@ def test_architectures_are_called_what_the_catalogue_calls_them() -> None:
     known = {entry.gpu.name.partition("-")[0]: entry.gpu.architecture for entry in gpus()}
     for name, capability in CAPABILITIES.items():
         assert architecture_of(*capability) == known[name], name
+    workstations = {entry.gpu.architecture for entry in gpus() if entry.gpu.name.startswith(("RTX-PRO", "RTX-50"))}
+    assert {architecture_of(12, 0), architecture_of(12, 1)} == workstations
 
 
 def test_what_has_no_name_keeps_its_number() -> None:

@@ -36,6 +36,7 @@ _ARCHITECTURES = {
     (8, 9): "Ada",
     (9, 0): "Hopper",
     (10, 0): "Blackwell",
+    (12, 0): "RTX Blackwell",
 }
 _UNKNOWN = (13, 0)
 _LOOK_INTERVAL_S = 0.02  # a sample takes the host from a few microseconds to a millisecond
