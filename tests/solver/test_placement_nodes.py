@@ -9,6 +9,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from hetis.solver.check import check_plan
+from hetis.solver.cluster import NodeGroup
+from hetis.solver.constraints import Replicas
 from hetis.solver.errors import InfeasibleError, InvalidProblemError, NoPlanFoundError
 from hetis.solver.placement.families import STRATEGIES, beyond, run_by
 from hetis.solver.placement.fleet import device_classes
@@ -173,6 +175,45 @@ def test_a_replica_that_takes_more_nodes_than_it_may_is_in_no_plan(strategy: str
     assert on_two is not None
     assert max(len({name.rpartition("/")[0] for name in r.devices()}) for r in on_two.replicas) <= 2
     assert on_one is None
+
+
+def pinned(problem: PlacementProblem, least: int) -> PlacementProblem:
+    """Return the problem with at least so many replicas."""
+    return replace(problem, constraints=(Replicas(least=least, most=None),))
+
+
+@pytest.mark.parametrize("least", [3, 4])
+def test_replicas_that_nodes_have_no_room_for_are_proved_so(least: int) -> None:
+    """Replicas take two GPUs: three are possible across nodes, and two inside them."""
+    groups = [make_node("a", "A", gpus=3, nodes=2)]
+    problem = make_problem(groups, model=make_model(num_layers=30), family=replace(UNIFIED, tp_sizes=(1,)))
+    with pytest.raises(InfeasibleError):
+        solve_placement(pinned(on_nodes(problem, 1), least), strategy="hetis", gap_target=0.0)
+    possible = pinned(on_nodes(problem, 1), 2)
+    assert check_plan(solve_placement(possible, strategy="hetis", gap_target=0.0), possible) == ()
+    across = pinned(on_nodes(problem, 2), 3)
+    assert len(solve_placement(across, strategy="hetis", gap_target=0.0).replicas) == 3
+
+
+@settings(max_examples=EXAMPLES)
+@given(problem=problems(max_gpus=6, kinds=tuple(ObjectiveKind), family=UNIFIED, num_zones=1))
+def test_the_most_replicas_inside_nodes_are_those_of_every_node_alone(problem: PlacementProblem) -> None:
+    assume(not problem.model.forbidden_cuts)
+    assume(problem.objective.maximises)
+    groups = problem.cluster.node_groups
+    assume(all(len(group.gpus) == 1 for group in groups))
+
+    def most_of(group: NodeGroup) -> int:
+        alone = replace(problem, cluster=replace(problem.cluster, node_groups=(group.node(0),)))
+        counts = range(1, sum(slots.count for slots in group.gpus) + 1)
+        return next((n - 1 for n in counts if solved(pinned(on_nodes(alone, None), n)) is None), counts[-1])
+
+    most = sum(group.count * most_of(group) for group in groups)
+    limited = on_nodes(problem, 1)
+    if most:
+        assert solved(pinned(limited, most)) is not None
+    with pytest.raises(InfeasibleError):
+        solve_placement(pinned(limited, most + 1), strategy="hetis", gap_target=0.0)
 
 
 def test_the_checker_counts_the_nodes_of_a_replica() -> None:

@@ -416,14 +416,18 @@ class _Search:
         columns is a bound on all.
 
         Raises:
-            NoPlanFoundError: no such choice was found.
+            NoPlanFoundError: no such choice was found, nor proved that there is none.
         """
         if self.relaxed is None:
             return
-        self.incumbent = None
+        anywhere, self.incumbent = self.incumbent, None
         self._solve_on_nodes(self._likeliest(MANY_LIKELY), most_nodes)
         if self.incumbent is None:
             self._solve_on_nodes(self._likeliest(MOST_ON_NODES), most_nodes)
+        if self.incumbent is None:
+            self._refute(most_nodes, is_somewhere=anywhere is not None)
+        if self.is_impossible:
+            return
         if self.incumbent is None:
             raise NoPlanFoundError(
                 f"no plan was found with replicas on at most {most_nodes} nodes each, nor proved that there is none"
@@ -438,6 +442,19 @@ class _Search:
             if bound is not None:
                 self._tighten(bound)
                 self._tell("whole counts")
+
+    def _refute(self, most_nodes: int, *, is_somewhere: bool) -> None:
+        """Try to prove that no whole counts keep to the nodes; a plan that does may be found instead.
+
+        Rows for nodes only exclude plans. So it is a proof if there is none without them, unless one is known.
+        """
+        if not self.is_complete or self.enumerated.num_compositions > FEW:
+            return
+        if not is_somewhere:
+            self._prove()
+            self.incumbent = None
+        if not self.is_impossible and self._list_within(np.inf) and self.enumerated.num_columns <= MOST_ON_NODES:
+            self._solve_on_nodes(np.ones(self.enumerated.num_columns, dtype=bool), most_nodes, proves=True)
 
     # --- plans on fewer nodes that lose little
 
@@ -479,7 +496,7 @@ class _Search:
             if len(which) and not self.budget.is_spent():
                 self.enumerated.add(each, each.found_among(which, needed_s[which]))
 
-    def _solve_on_nodes(self, which: BoolArray, most_nodes: int) -> float | None:
+    def _solve_on_nodes(self, which: BoolArray, most_nodes: int, *, proves: bool = False) -> float | None:
         """Find the best whole counts of columns that nodes have room for; return HiGHS's bound if it covers all."""
         columns = self.enumerated.columns
         assert columns is not None, "prices are those of columns"
@@ -489,10 +506,12 @@ class _Search:
         if program is None:
             return None
         limit_s = min(MOST_ON_NODES_S, max(QUICK_S, self.budget.remaining_s()))
-        found, _ = self.master.solve_milp(
+        found, is_settled = self.master.solve_milp(
             columns.some(chosen), time_limit_s=limit_s, gap=self.gap_target / 2, seed=self.seed,
             extend=lambda highs: program.extend(highs, of_columns.tolist()), stop=self._is_over(limit_s),
         )  # fmt: skip
+        if proves and program.is_whole and not self.master.serves(found):  # the choice was among the whole family
+            self.is_impossible = is_settled
         if found is None:
             return None
         self._adopt_if_better(found, chosen)
