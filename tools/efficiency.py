@@ -5,9 +5,9 @@ of an architecture share one fit. The number of pieces is chosen within the fitt
 points. For GPUs without tables, every pair of measured GPUs shows how well the fit of one predicts the other. The same
 tables give the same bytes.
 
-Blackwell's attention and four-bit products, and all operators of RTX Blackwell but links, come from the tables that
-aiconfigurator-core publishes in its own package (``--engine-tables``: its ``systems/data``); without them, what the
-package has is kept. Blackwell's other operators are Hopper's: the products and all-reduces in those tables are slower
+Blackwell's attention and four-bit products, and all operators of RTX Blackwell and Battlemage but links, come from the
+tables that aiconfigurator-core publishes in its own package (``--engine-tables``: its ``systems/data``); without them,
+what the package has is kept. Blackwell's other operators are Hopper's: the products and all-reduces in those tables are slower
 at small batches than whole engines were.
 """
 
@@ -67,7 +67,6 @@ class Board:
 
 _AIC = "aiconfigurator-core 0.12.0 (Apache-2.0)"
 _VIDUR = "microsoft/vidur (MIT)"
-_ENGINE = "vllm/0.24.0"
 _GPUS = ("A100-SXM-80GB", "A40", "H100-SXM-80GB", "L40S")
 # The points on which each operator is calibrated, with its name in the file.
 _OPS = {
@@ -77,10 +76,12 @@ _OPS = {
     "prefill_attention": (Op.PREFILL_ATTENTION, FitScope(head_dim=128)),
     "decode_attention": (Op.DECODE_ATTENTION, FitScope(head_dim=128)),
 }
-# What the engine tables add to an architecture without tables of ours: their system, GPU, and operators.
+# What the engine tables add to an architecture without tables of ours: their system, engine, GPU, and operators.
+_ATTENTION = ("prefill_attention", "decode_attention")
 _OF_ENGINES = {
-    "Blackwell": ("b200_sxm", "B200-SXM-180GB", ("dense_nvfp4", "prefill_attention", "decode_attention")),
-    "RTX Blackwell": ("rtx_pro_6000_server", "RTX-PRO-6000-Server-96GB", tuple(_OPS)),
+    "Blackwell": ("b200_sxm", "vllm/0.24.0", "B200-SXM-180GB", ("dense_nvfp4", *_ATTENTION)),
+    "RTX Blackwell": ("rtx_pro_6000_server", "vllm/0.24.0", "RTX-PRO-6000-Server-96GB", tuple(_OPS)),
+    "Battlemage": ("b60", "vllm/0.26.0", "Arc-Pro-B60-24GB", ("dense", *_ATTENTION)),
 }
 _RELATIVE = {
     "fixed_s": "fixed_s",
@@ -129,7 +130,7 @@ _RELATIVES = {
     ),
     "Gaudi2": ("Ampere", 1.0, "Contemporary HBM part; no table. Another programming model: the least certain of all."),
     "Gaudi3": ("Hopper", 1.0, "Contemporary HBM part; no table. Another programming model: the least certain of all."),
-    "Battlemage": ("Ada", 1.0, "GDDR6 part with a large cache; no table."),
+    "Battlemage": ("Ada", 1.0, "GDDR6 part without products in eight bits; only all-reduces over NVLink."),
 }
 # Boards of an architecture that reach more of their peaks than the measured one, each with the shares of a 16-bit
 # product and of streaming, and the sources. One tool's cuBLASLt (xzwgit/gpu-flops-bench, 5a32ae9e) makes products of
@@ -217,11 +218,11 @@ def _own_ops(
 
     Other GPUs of the architecture get the errors that unseen GPUs have for the relative's operator.
     """
-    system, name, ops = _OF_ENGINES[architecture]
+    system, engine, name, ops = _OF_ENGINES[architecture]
     if engine_tables is None:
         return {op: shipped_efficiencies().architectures[architecture].ops[op] for op in ops}
     gpu, kinds = catalogue.find_gpu(name).gpu, ("gemm/{}/gemm", "attention/{}/context_attention")
-    files = [f"{kind.format(_ENGINE)}_perf.parquet" for kind in (*kinds, "attention/{}/generation_attention")]
+    files = [f"{kind.format(engine)}_perf.parquet" for kind in (*kinds, "attention/{}/generation_attention")]
     tables_of = import_tables("aiconfigurator", [engine_tables / system / file for file in files])
     points = relative_to_peaks(selected_points(tables_of, gpu).points, gpu)
     found = dict[str, OpEfficiency]()

@@ -34,6 +34,7 @@ FILE = "experts.json"
 _NEWEST = {"vllm": "0.24.0", "trtllm": "1.3.0rc20", "sglang": "0.5.14"}
 _VERSIONS = {
     **dict.fromkeys(("b200_sxm", "h100_sxm", "l40s", "rtx_pro_6000_server"), _NEWEST),
+    "b60": {"vllm": "0.26.0"},
     "a100_sxm": {"vllm": "0.14.0", "trtllm": "1.0.0", "sglang": "0.5.10"},
 }
 # Triton's kernel for FP8 in blocks of 128, which vLLM's own tables have until 0.19.0: what it runs on Blackwell without

@@ -39,6 +39,7 @@ CACHE_BYTES = {
     "B300-SXM-288GB": 126e6,
     "GB200-per-GPU": 126e6,
     "GB300-per-GPU": 126e6,
+    "Arc-Pro-B60-24GB": 18e6,
 }
 MAX_BANDWIDTH = 1.1  # multiple of the nominal peaks; a row above it was served by a cache, or its time is wrong
 MAX_IMPOSSIBLE = 0.05  # share of rows above the peaks among those that no cache served; a table with more is not fitted
