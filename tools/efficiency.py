@@ -7,8 +7,8 @@ tables give the same bytes.
 
 Blackwell's attention and four-bit products, and all operators of RTX Blackwell and Battlemage but links, come from the
 tables that aiconfigurator-core publishes in its own package (``--engine-tables``: its ``systems/data``); without them,
-what the package has is kept. Blackwell's other operators are Hopper's: the products and all-reduces in those tables are slower
-at small batches than whole engines were.
+what the package has is kept. Blackwell's other operators are Hopper's: the products and all-reduces in those tables are
+slower at small batches than whole engines were.
 """
 
 from __future__ import annotations

@@ -59,9 +59,9 @@ def test_a_language_model_inside_of_another_is_read_where_it_stands(tmp_path: Pa
     kimi, before = load_model(FOLDER / "moonshotai__Kimi-K2.5.json"), catalogue.find_model("Kimi-K2-Instruct").model
     assert (kimi.weights, kimi.kv_bytes) == ("int4", 2.0)
     assert (kimi.moe, kimi.mla, kimi.num_layers) == (before.moe, before.mla, before.num_layers)
-    # Routed experts in 4 bits, all else in 16: 594 GB in a checkpoint with groups of 32; ours has groups of 64.
+    # Routed experts in 4 bits, all else in 16: 594 GB with embeddings, in groups of 32.
     layers = (kimi.num_layers - kimi.prefix_layers) * kimi.layer_params() * kimi.weight_bytes
-    assert layers / 1e9 == pytest.approx(1015 * 0.53125 + 9.4 * 2, rel=0.01)
+    assert layers / 1e9 == pytest.approx(1015 * 0.5625 + 9.4 * 2, rel=0.01)
     data = json.loads((FOLDER / "moonshotai__Kimi-K2.5.json").read_text())
     data["text_config"]["hidden_size"] = 0
     data["text_config"].pop("vocab_size")
@@ -129,6 +129,13 @@ def quark(*scales: object, **weight: object) -> dict[str, object]:
         ({"quant_method": "gptq", "bits": 8}, 1.0, "int8"),
         ({"quant_method": "gptq", "bits": 4}, 0.53125, "gptq-int4"),
         ({"quant_method": "awq", "bits": 4}, 0.53125, "awq-int4"),
+        ({"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True}, 0.53125, "gptq-int4"),
+        ({"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True}, 0.5625, "gptq-int4"),
+        ({"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": False}, 0.578125, "gptq-int4"),
+        ({"quant_method": "gptq", "bits": 4, "group_size": -1}, 0.53125, "gptq-int4"),
+        ({"quant_method": "awq", "bits": 4, "group_size": 64, "zero_point": True}, 0.5390625, "awq-int4"),
+        (compressed(num_bits=4, type="int", group_size=32), 0.5625, "int4"),
+        (compressed(num_bits=4, type="int", group_size=True), 0.53125, "int4"),
         ({"quant_method": "fp8"}, 1.0, "fp8"),
         ({"quant_method": "bitsandbytes", "load_in_4bit": True}, 0.53125, "int4"),
         (compressed(num_bits=8), 1.0, "int8"),

@@ -14,7 +14,7 @@ BYTES_PER_PARAMETER = {
     "bfloat16": 2.0,
     "fp8": 1.0,  # one scale per 128 x 128 block (or per tensor), which is negligible
     "int8": 1.0,
-    "int4": 0.53125,  # 4 bits and a 16-bit scale (AWQ, GPTQ: zero point too) per group of 64 to 128, padded: 4.25 bits
+    "int4": 0.53125,  # 4 bits and a 16-bit scale (AWQ, GPTQ: zero point too) per group of 64 to 128: 4.25 bits
     "mxfp4": 0.53125,  # 4 bits and an 8-bit scale per 32: 4.25 bits
     "nvfp4": 0.5625,  # 4 bits and an 8-bit scale per 16: 4.5 bits
 }
@@ -40,26 +40,32 @@ def split_dtype(dtype: str) -> tuple[str, str]:
     return formats[0], formats[1]
 
 
-def layer_weight_bytes(dtype: str, model: ModelSpec, exceptions: Iterable[tuple[float, float]] = ()) -> float:
+def layer_weight_bytes(
+    dtype: str,
+    model: ModelSpec,
+    exceptions: Iterable[tuple[float, float]] = (),
+    sizes: Mapping[str, float] = BYTES_PER_PARAMETER,
+) -> float:
     """Return the mean bytes per parameter of a repeated layer. ``mxfp4`` quantises only routed experts.
 
     ``exceptions`` are parameters of the layer with a format of their own: their number, and the bytes of each.
+    ``sizes`` are the bytes per parameter of every format.
     """
     _, weights = split_dtype(dtype)
     if weights == "mxfp4":
-        return experts_weight_bytes(dtype, model)
-    usual, params = BYTES_PER_PARAMETER[weights], model.layer_params()
+        return experts_weight_bytes(dtype, model, sizes)
+    usual, params = sizes[weights], model.layer_params()
     return usual + sum(of_part / params * (own - usual) for of_part, own in exceptions)
 
 
-def experts_weight_bytes(dtype: str, model: ModelSpec) -> float:
+def experts_weight_bytes(dtype: str, model: ModelSpec, sizes: Mapping[str, float] = BYTES_PER_PARAMETER) -> float:
     """Return the mean bytes per parameter of a repeated layer of which only routed experts are quantised."""
     base, weights = split_dtype(dtype)
     if model.moe is None:
-        return BYTES_PER_PARAMETER[weights]
+        return sizes[weights]
     per_expert = (3 if model.gated_mlp else 2) * model.hidden * model.moe.expert_intermediate
     experts, total = model.expert_share * per_expert * model.moe.num_experts, model.layer_params()
-    return (experts * BYTES_PER_PARAMETER[weights] + (total - experts) * base_bytes(base)) / total
+    return (experts * sizes[weights] + (total - experts) * base_bytes(base)) / total
 
 
 def base_bytes(dtype: str) -> float:

@@ -37,6 +37,7 @@ _JOINED = {
     "in_proj_a": "in_proj_ba",
     "in_proj_b": "in_proj_ba",
 }
+_LEAST_GROUP = 16  # weights that share a scale; engines have kernels for 32 and more
 _MOST_LAYERS = 10_000  # limit for examining every layer's modules; no model has so many layers
 _MOST_PATTERNS = 1000  # patterns of modules left in 16 bits, each tried on every module; with more, all modules do
 _MOST_WILDCARDS = 4  # limit per regular expression; more could take very long to match
@@ -167,22 +168,41 @@ def layer_weight_bytes(
         dtype: the formats of activations and weights, as in `hetis.formats.dtypes`.
         linear_modules: the parameters of each matrix of a layer of linear attention.
     """
+    sizes = _bytes_of_formats(data)
     if model.num_layers > _MOST_LAYERS:
-        return dtypes.layer_weight_bytes(dtype, model)
-    usual, base = dtypes.BYTES_PER_PARAMETER[dtypes.split_dtype(dtype)[1]], dtypes.base_bytes(dtype)
-    stated, otherwise = _in_order(data, usual, base)
+        return dtypes.layer_weight_bytes(dtype, model, sizes=sizes)
+    usual, base = sizes[dtypes.split_dtype(dtype)[1]], dtypes.base_bytes(dtype)
+    stated, otherwise = _in_order(data, usual, base, sizes)
     exceptions, are_all_plain = list[tuple[float, float]](), True
     for module in (*_modules(model, linear_modules), *(_routed_experts(model) if _has_groups(data) else ())):
-        sizes = [size for layer in range(model.num_layers) if (size := _first(stated, layer, module)) is not None]
-        sizes = sizes[: module.layers] + [otherwise] * (module.layers - len(sizes))
-        exceptions += [(module.params / model.num_layers, size) for size in sizes if size != usual]
-        are_all_plain &= set(sizes) == {usual if module.is_routed else base}
+        found = [size for layer in range(model.num_layers) if (size := _first(stated, layer, module)) is not None]
+        found = found[: module.layers] + [otherwise] * (module.layers - len(found))
+        exceptions += [(module.params / model.num_layers, size) for size in found if size != usual]
+        are_all_plain &= set(found) == {usual if module.is_routed else base}
     if are_all_plain and model.moe is not None:
-        return dtypes.experts_weight_bytes(dtype, model)
-    return dtypes.layer_weight_bytes(dtype, model, exceptions)
+        return dtypes.experts_weight_bytes(dtype, model, sizes)
+    return dtypes.layer_weight_bytes(dtype, model, exceptions, sizes)
 
 
-def _in_order(data: Mapping[str, Any], usual: float, base: float) -> tuple[tuple[Stated[float], ...], float]:
+def _bytes_of_formats(data: Mapping[str, Any]) -> dict[str, float]:
+    """Return the bytes per parameter of every format, of which int4 depends on the checkpoint's smallest group.
+
+    A group has a scale of 16 bits, and a zero point of four where it is not symmetric. Groups of 64 and more take no
+    less than `dtypes.BYTES_PER_PARAMETER` has.
+    """
+    stated = [mapping(mapping(group).get("weights")) for group in mapping(data.get("config_groups")).values()]
+    sizes = [0.0]
+    for weights in (*stated, data):
+        group = weights.get("group_size")
+        if isinstance(group, int) and group >= _LEAST_GROUP and weights.get("type") != "float":
+            is_symmetric = weights.get("symmetric", weights.get("sym", not weights.get("zero_point"))) is not False
+            sizes.append(0.5 + (2.0 if is_symmetric else 2.5) / group)
+    return {**dtypes.BYTES_PER_PARAMETER, "int4": max(dtypes.BYTES_PER_PARAMETER["int4"], *sizes)}
+
+
+def _in_order(
+    data: Mapping[str, Any], usual: float, base: float, sizes: Mapping[str, float]
+) -> tuple[tuple[Stated[float], ...], float]:
     """Return the statements of a checkpoint about modules, of which the first about a module counts, and the bytes of
     modules without any.
     """
@@ -191,7 +211,6 @@ def _in_order(data: Mapping[str, Any], usual: float, base: float) -> tuple[tuple
     if not _has_groups(data):
         return (_ignored(data, base),), usual
     named, of_class = _group_precisions(compressed_groups(data))
-    sizes = {name: dtypes.BYTES_PER_PARAMETER[name] for name in _COMPRESSED.values()}
     return (_ignored(data, base), lambda name: sizes.get(named(name) or "")), sizes.get(of_class or "", base)
 
 
