@@ -52,16 +52,14 @@ class Pins:
     def are_kept(self, uses: IntArray, counts: IntArray) -> bool:
         """Return whether these numbers of replicas of every column satisfy the rows."""
         sums = counts @ self.coefficients(uses)
-        room = ROUNDING * np.maximum(1.0, np.abs(sums))
-        return bool(np.all(sums >= self.lower - room) and np.all(sums <= self.upper + room))
+        return bool(np.all(sums >= self.lower - _room(self.lower)) and np.all(sums <= self.upper + _room(self.upper)))
 
     def allow_one(self, uses: IntArray) -> BoolArray:
         """Return whether a single replica with these uses [K, rows] exceeds no upper limit; [K].
 
         No coefficient is negative, so a replica that exceeds one alone is in no plan.
         """
-        most = self.upper + ROUNDING * np.maximum(1.0, self.upper)
-        return np.asarray(np.all(self.coefficients(uses) <= most, axis=1))
+        return np.asarray(np.all(self.coefficients(uses) <= self.upper + _room(self.upper), axis=1))
 
     @property
     def ask_for_gpus(self) -> bool:
@@ -77,6 +75,11 @@ class Pins:
     def dear(self) -> FloatArray:
         """Return the columns of `of_rows` that limit GPUs, [rows, .]."""
         return self.of_rows[:, np.isfinite(self.upper) & self.of_rows.any(axis=0)]
+
+
+def _room(limits: FloatArray) -> FloatArray:
+    """Return by how much HiGHS may exceed limits; 0 where there is no limit."""
+    return np.where(np.isfinite(limits), ROUNDING * np.maximum(1.0, np.abs(limits)), 0.0)
 
 
 def pins_of(index: ConstraintIndex | None, classes: tuple[DeviceClass, ...], resources: Resources) -> Pins | None:
