@@ -718,7 +718,7 @@ FIGURES = [
         (r"too fast: # on B200, and", over_best("Offline", "B200", "llama3.1-8b")),
         (r"MI355X is at # since its MXFP4 weights", over_best("Offline", "MI355X")),
         (r"Arc Pro B60, int4 \| #, # \|", over_best("Offline", "Arc")),
-        (r"RTX PRO 6000, NVFP4 \| # \|", over_best("Offline", "RTX", "llama2")),
+        ("on this card it is at #", over_best("Offline", "RTX", "llama2")),
         (r"L40S \| # \|", over_best("Offline", "L40S")),
         (r"DeepSeek-R1 \| # to # \|", lambda t: span(over_best("Offline", "", "deepseek")(t))),
         (r"DeepSeek-R1, Server \| # to # \|", lambda t: span(over_best("Server", "", "deepseek")(t))),
