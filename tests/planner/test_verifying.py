@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 
 from hetis.formats.documents import load_plan
+from hetis.planner.cli import place as placing_verb
 from hetis.planner.cli import resource_views
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.convert.plans import result_to_proto
@@ -24,7 +26,16 @@ from hetis.planner.report.page.pages import ShownPlan, plans_page
 from hetis.planner.report.plan import beside_equal_stages, headline, render_plan, simple_setups
 from hetis.planner.use_cases import verify
 from hetis.planner.use_cases.engine_values import EQUAL_STAGES
-from hetis.planner.use_cases.place import SIMPLE_SETUPS, STOPPED_EARLY, PlacementSettings, missed, noted_if_stopped
+from hetis.planner.use_cases.place import (
+    OUT_OF_TIME,
+    SIMPLE_SETUPS,
+    STOPPED_EARLY,
+    PlacementRequest,
+    PlacementSettings,
+    missed,
+    noted_if_stopped,
+    simulated_plan,
+)
 from hetis.planner.use_cases.service_level import (
     DEFAULT,
     SERVICE_LEVEL,
@@ -38,10 +49,11 @@ from hetis.planner.use_cases.service_level import (
     share_within,
 )
 from hetis.planner.use_cases.simulate import Question, Simulated, answer, at_settings, default_rate
-from hetis.planner.use_cases.sources import load_plan_and_problem
+from hetis.planner.use_cases.sources import load_inputs, load_plan_and_problem
 from hetis.planner.use_cases.verify import (
     LONGER,
     VERIFICATION,
+    TriedRate,
     misses,
     num_requests_of,
     rate_to_simulate,
@@ -54,6 +66,8 @@ from hetis.simulator.arrivals import Arrivals, Load
 from hetis.simulator.metrics import Summary
 from hetis.simulator.running import silent
 from hetis.simulator.steadiness import Estimate
+from hetis.solver.budget import Budget
+from hetis.solver.budget import silent as unreported
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.plan import Objective, Plan, ReplicaPlan
 from hetis.solver.problem import EngineSettings, PlacementProblem
@@ -446,6 +460,70 @@ def test_a_plan_that_was_to_be_simulated_and_was_not_says_so(pair: Placed) -> No
     assert STOPPED_EARLY in " ".join(text_of(render_plan(stopped), width=160).split())
     page = plans_page([ShownPlan(name="stopped", plan=stopped, problem=problem)])
     assert "stopped before its simulation ended" in page
+
+
+def test_a_simulation_that_exceeds_its_time_limit_is_ended_and_decides_nothing(placed: Path, pair: Placed) -> None:
+    cluster, (plan, problem) = str(placed.with_name("cluster.yaml")), pair
+    loaded = load_inputs(cluster=cluster, model="Llama-2-7B", workload="500/100", profiles=())
+    bare, looks = replace(plan, inputs={}), itertools.count()
+
+    def simulated(limit_s: float) -> Plan:
+        return simulated_plan(
+            bare, loaded, problem, PlacementSettings(), level=DEFAULT, cancelled=threading.Event(), report=unreported,
+            budget=lambda: Budget(time_limit_s=1.0, clock=lambda: float(next(looks))), limit_s=limit_s,
+        )  # fmt: skip
+
+    assert simulated(math.inf).inputs[VERIFICATION] == plan.inputs[VERIFICATION], "as ever, however long it takes"
+    began = next(looks)
+    stopped = simulated(500.0)
+    assert next(looks) - began < 600, "within a run of 4,000 requests, before each of which the time is read"
+    assert VERIFICATION not in stopped.inputs
+    assert stopped.notes == (*bare.notes, OUT_OF_TIME)
+    assert missed(stopped, PlacementSettings(gap_target=1.0)) == [OUT_OF_TIME], "--strict promises nothing undecided"
+    assert "Simulated not decided in the time limit; all values are the model's" in drawn(stopped)
+    assert "not decided" in plans_page([ShownPlan(name="stopped", plan=stopped, problem=problem)])
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_verdict_needs_only_the_runs_at_the_planned_rate(
+    pair: Placed, monkeypatch: pytest.MonkeyPatch, kept: bool
+) -> None:
+    """A plan that keeps its limits does so whatever higher rates show; below a missed rate, one must be found."""
+    plan, problem = pair
+    planned_rps, rates = default_rate(plan, problem), list[float]()
+
+    def ended_after_the_first(*args: Any, **options: Any) -> TriedRate | None:
+        rates.append(args[2])
+        found = simulated_at(*args, **options) if len(rates) == 1 else None
+        return None if found is None else replace(found, kept=kept, close=False)
+
+    monkeypatch.setattr(verify, "simulated_at", ended_after_the_first)
+    found = verification_of(again(replace(plan, inputs={}), problem))
+    assert len(rates) == 2
+    assert (rates[1] > planned_rps) == kept
+    assert (found is not None) == kept
+    assert found is None or (found.kept, found.kept_rps) == (True, planned_rps)
+
+
+@pytest.mark.parametrize(
+    ("options", "search_s", "simulation_s"),
+    [((), 60.0, math.inf), (("--time-limit", "10s"), 10.0, 30.0), (("--time-limit", "60s"), 60.0, 60.0)],
+)
+def test_only_a_time_limit_that_is_given_limits_the_simulation(
+    placed: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...], search_s: float, simulation_s: float
+) -> None:
+    asked = list[PlacementRequest]()
+
+    def finish(_terminal: object, request: PlacementRequest, *_: object) -> ExitCode:
+        asked.append(request)
+        return ExitCode.OK
+
+    monkeypatch.setattr(placing_verb, "finish", finish)
+    cluster = str(placed.with_name("cluster.yaml"))
+    assert invoke("place", "-c", cluster, "-m", "Llama-2-7B", "-w", "500/100", *options).exit_code == ExitCode.OK
+    [request] = asked
+    assert request.settings.time_limit_s == search_s
+    assert request.simulation_limit_s == simulation_s
 
 
 @pytest.mark.parametrize("written", [None, 3, [], {"kept": True}, {"rate_rps": "x"}])

@@ -90,7 +90,7 @@ def place(
         say_what_would_be_solved,
         warn_of_cut_requests,
     )
-    from hetis.planner.use_cases.place import load, pose
+    from hetis.planner.use_cases.place import load, pose, time_to_simulate_s
     from hetis.planner.use_cases.verify import SEARCHES
 
     refuse_unwritable(results.out)
@@ -103,6 +103,7 @@ def place(
             family, replicas, simplest_within=preferences.simplest_within, survive=preferences.survive or ""
         ),
         verify=results.verify,
+        simulation_limit_s=time_to_simulate_s(search.time_limit),
         other_engines=results.other_engines,
         price_pins=preferences.price_pins,
         profile_error=results.profile_error,
@@ -114,7 +115,7 @@ def place(
     if results.dry_run:
         return say_what_would_be_solved(
             terminal, [(loaded.inputs, problem.objective)], strategies=[family.strategy],
-            time_limit_s=search.time_limit, again=SEARCHES if results.verify and not preferences.survive else 0,
+            time_limit_s=search.time_limit_s, again=SEARCHES if results.verify and not preferences.survive else 0,
             engine=problem.family.engine,
         )  # fmt: skip
     return finish(terminal, request, loaded, problem, results)
@@ -288,10 +289,10 @@ def compare(
     if results.dry_run:
         return say_what_would_be_solved(
             terminal, [(loaded.inputs, objective)], strategies=names, solves=len(names) * len(rules),
-            again=SEARCHES if is_repeated else 0, time_limit_s=search.time_limit,
+            again=SEARCHES if is_repeated else 0, time_limit_s=search.time_limit_s,
         )  # fmt: skip
     cancelled = threading.Event()
-    budget = partial(Budget, time_limit_s=search.time_limit, clock=time.monotonic, cancelled=cancelled)
+    budget = partial(Budget, time_limit_s=search.time_limit_s, clock=time.monotonic, cancelled=cancelled)
 
     def work(report: Report) -> tuple[Compared, ...]:
         for for_engine in {one is not None for one in rules.values()}:

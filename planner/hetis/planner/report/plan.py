@@ -32,7 +32,7 @@ from hetis.planner.report.tables import (
 from hetis.planner.use_cases.compare import Figures, KeptRate, figures_of, kept_of
 from hetis.planner.use_cases.engine_values import EQUAL_STAGES, NOT_COMPILED, EngineValue, engine_values_of
 from hetis.planner.use_cases.grouping import ReplicaGroup, abbreviate, group_replicas, number_ranges
-from hetis.planner.use_cases.place import SIMPLE_SETUPS, STOPPED_EARLY
+from hetis.planner.use_cases.place import OUT_OF_TIME, SIMPLE_SETUPS, why_not_simulated
 from hetis.planner.use_cases.robustness.profile_errors import Predicted, predicted_of
 from hetis.planner.use_cases.service_level import Latency, service_level_of
 from hetis.planner.use_cases.sources import (
@@ -421,8 +421,11 @@ def simulated_words(plan: Plan) -> Text | None:
     """Return the simulated outcome for the limits, shown after the model's values; None: no simulation was wanted."""
     found = verification_of(plan)
     if found is None:
-        stopped = "no: stopped before that; all values are the model's"
-        return Text(stopped, "yellow") if STOPPED_EARLY in plan.notes else None
+        why = why_not_simulated(plan)
+        if why is None:
+            return None
+        stopped = "not decided in the time limit" if why == OUT_OF_TIME else "no: stopped before that"
+        return Text(f"{stopped}; all values are the model's", "yellow")
     level, extent = service_level_of(plan), SimulatedExtent(found.share, bool(found.too_short))
     if found.kept:
         shown = [one for one in Latency if one is Latency.TTFT or _has_tpot(plan)]

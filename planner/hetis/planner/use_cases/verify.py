@@ -310,12 +310,14 @@ def _verify(
         return all(run.sure and _is_calm(run.summary) for run in runs)
 
     kept_rps: float | None = planned_rps
+    is_kept = False
     try:
         at_plan = simulate(planned_rps)
         if at_plan.kept and at_plan.close:  # other traffic may well miss the limits
             other = simulate(planned_rps, longer, traffic=seed + 1)
             at_plan = at_plan if other.kept else other
-        if not at_plan.kept:
+        is_kept = at_plan.kept
+        if not is_kept:
             kept_rps = _kept_below(
                 planned_rps,
                 at_least_rps=at_least_rps,
@@ -326,7 +328,8 @@ def _verify(
             higher = (factor * planned_rps for factor in MORE)
             kept_rps = next((rate_rps for rate_rps in higher if is_calm(rate_rps)), planned_rps)
     except _CancelledError:
-        return None
+        if not is_kept:  # which rate is kept is not known, and a missed one alone would look as if none were
+            return None
     summary = at_plan.summary
     return Verification(
         rate_rps=planned_rps,
