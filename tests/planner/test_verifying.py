@@ -498,11 +498,20 @@ def test_a_verdict_needs_only_the_runs_at_the_planned_rate(
         return None if found is None else replace(found, kept=kept, close=False)
 
     monkeypatch.setattr(verify, "simulated_at", ended_after_the_first)
-    found = verification_of(again(replace(plan, inputs={}), problem))
+    simulated = again(replace(plan, inputs={}, notes=()), problem)
+    found = verification_of(simulated)
     assert len(rates) == 2
     assert (rates[1] > planned_rps) == kept
     assert (found is not None) == kept
-    assert found is None or (found.kept, found.kept_rps) == (True, planned_rps)
+    if found is not None:
+        assert (found.kept, found.kept_rps, simulated.notes) == (True, planned_rps, ())
+        return
+    late = replace(simulated, notes=(*simulated.notes, OUT_OF_TIME))
+    assert simulated.notes[0].startswith(f"{verify.MISSES_AT} {planned_rps:.4g} requests/s")
+    assert missed(late, PlacementSettings(gap_target=1.0)) == list(late.notes)
+    assert f"Simulated MISSED at {planned_rps:.4g} requests/s" in drawn(late)
+    assert "lower rates not decided in the time limit" in drawn(late)
+    assert "MISSED" in plans_page([ShownPlan(name="late", plan=late, problem=problem)])
 
 
 @pytest.mark.parametrize(

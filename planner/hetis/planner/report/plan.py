@@ -32,7 +32,7 @@ from hetis.planner.report.tables import (
 from hetis.planner.use_cases.compare import Figures, KeptRate, figures_of, kept_of
 from hetis.planner.use_cases.engine_values import EQUAL_STAGES, NOT_COMPILED, EngineValue, engine_values_of
 from hetis.planner.use_cases.grouping import ReplicaGroup, abbreviate, group_replicas, number_ranges
-from hetis.planner.use_cases.place import OUT_OF_TIME, SIMPLE_SETUPS, why_not_simulated
+from hetis.planner.use_cases.place import OUT_OF_TIME, SIMPLE_SETUPS, stopped_simulation_of
 from hetis.planner.use_cases.robustness.profile_errors import Predicted, predicted_of
 from hetis.planner.use_cases.service_level import Latency, service_level_of
 from hetis.planner.use_cases.sources import (
@@ -43,7 +43,7 @@ from hetis.planner.use_cases.sources import (
     inputs_from_documents,
 )
 from hetis.planner.use_cases.surviving import losses_of
-from hetis.planner.use_cases.verify import attained, misses, tightening_of, verification_of
+from hetis.planner.use_cases.verify import MISSES_AT, attained, misses, tightening_of, verification_of
 from hetis.solver.constraints import Constraint, described
 from hetis.solver.placement.families import STRATEGIES
 from hetis.solver.plan import (
@@ -421,11 +421,15 @@ def simulated_words(plan: Plan) -> Text | None:
     """Return the simulated outcome for the limits, shown after the model's values; None: no simulation was wanted."""
     found = verification_of(plan)
     if found is None:
-        why = why_not_simulated(plan)
-        if why is None:
+        stopped = stopped_simulation_of(plan)
+        if stopped is None:
             return None
-        stopped = "not decided in the time limit" if why == OUT_OF_TIME else "no: stopped before that"
-        return Text(f"{stopped}; all values are the model's", "yellow")
+        in_time = " in the time limit" if stopped.why == OUT_OF_TIME else ""
+        if stopped.missed:
+            words = f" at{stopped.missed.removeprefix(MISSES_AT)}; lower rates not decided{in_time}"
+            return Text.assemble(("MISSED", "bold red"), words)
+        words = f"not decided{in_time}" if in_time else "no: stopped before that"
+        return Text(f"{words}; all values are the model's", "yellow")
     level, extent = service_level_of(plan), SimulatedExtent(found.share, bool(found.too_short))
     if found.kept:
         shown = [one for one in Latency if one is Latency.TTFT or _has_tpot(plan)]

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hetis.formats import catalogue
 from hetis.formats.traces import PrefixHitRate
@@ -39,6 +39,7 @@ from hetis.planner.use_cases.sources import (
 )
 from hetis.planner.use_cases.surviving import check_survival, surviving_plan, with_losses
 from hetis.planner.use_cases.verify import (
+    MISSES_AT,
     RunReport,
     misses,
     needs_verifying,
@@ -70,7 +71,7 @@ PLACES = ("node", "zone")  # kinds of places whose loss a plan may have to survi
 SIMPLE_SETUPS = "simple_setups"  # entry of `Plan.inputs`: the value of equal stages by TP size of all replicas
 CONSTRAINT_PRICES = "constraint_prices"  # entry of `Plan.inputs`: the cost of every constraint, if requested
 ONE_TOKEN = "requests have one output token, so that a limit on TPOT does not apply"
-STOPPED_EARLY = "stopped before its simulation ended: it is not known whether traffic keeps the limits"
+STOPPED_EARLY = "stopped before its simulation ended: it is not known at which rate traffic keeps the limits"
 OUT_OF_TIME = "the time limit ended its simulation: it is not known at which rate traffic keeps the limits"
 KV_IS_FOR_ENGINES = "engines must be configured to transfer KV along the routes"
 
@@ -347,9 +348,19 @@ def noted_if_stopped(plan: Plan, cancelled: threading.Event, budget: Budget | No
     return replace(plan, notes=(*plan.notes, STOPPED_EARLY if cancelled.is_set() else OUT_OF_TIME))
 
 
-def why_not_simulated(plan: Plan) -> str | None:
-    """Return the note of a plan whose simulation was stopped, or None if it has none."""
-    return next((note for note in (STOPPED_EARLY, OUT_OF_TIME) if note in plan.notes), None)
+class StoppedSimulation(NamedTuple):
+    """A simulation that ended before it decided: why, and the note about the rate that misses limits; empty: none."""
+
+    why: str
+    missed: str
+
+
+def stopped_simulation_of(plan: Plan) -> StoppedSimulation | None:
+    """Return what is known of a plan's stopped simulation; None: there is none, or it was not stopped."""
+    why = next((note for note in (STOPPED_EARLY, OUT_OF_TIME) if note in plan.notes), None)
+    if why is None or verification_of(plan) is not None:
+        return None
+    return StoppedSimulation(why, next((note for note in plan.notes if note.startswith(MISSES_AT)), ""))
 
 
 def held_to(level: ServiceLevel, plan: Plan) -> Plan:
@@ -466,7 +477,7 @@ def missed(plan: Plan, settings: PlacementSettings) -> list[str]:
         found.append(f"the plan serves {result.value:.4g} requests/s, {demand:.4g} are demanded")
     simulated = verification_of(plan)
     if simulated is None and OUT_OF_TIME in plan.notes:
-        found.append(OUT_OF_TIME)
+        found += [note for note in plan.notes if note == OUT_OF_TIME or note.startswith(MISSES_AT)]
     if simulated is not None and not simulated.kept:
         found.append(f"simulated at {simulated.rate_rps:.4g} requests/s: {', '.join(misses(simulated, plan))}")
     return found

@@ -48,7 +48,7 @@ from hetis.planner.report.simulation_pictures import Panel
 from hetis.planner.report.tables import SimulatedExtent, kept_beyond
 from hetis.planner.use_cases.engine_values import EQUAL_STAGES
 from hetis.planner.use_cases.grouping import ReplicaGroup, group_replicas
-from hetis.planner.use_cases.place import OUT_OF_TIME, why_not_simulated
+from hetis.planner.use_cases.place import OUT_OF_TIME, stopped_simulation_of
 from hetis.planner.use_cases.robustness.profile_errors import used_fits
 from hetis.planner.use_cases.verify import attained, limited_latencies, misses, verification_of
 from hetis.solver.placement.explanation import explain_plan
@@ -178,8 +178,12 @@ def _against_today(plan: Plan) -> Iterator[Tile]:
 def _simulated(plan: Plan) -> Iterator[Tile]:
     found = verification_of(plan)
     if found is None:
-        if (why := why_not_simulated(plan)) is not None:
-            yield Tile(label="Simulated", value="not decided" if why == OUT_OF_TIME else "no", note=why)
+        stopped = stopped_simulation_of(plan)
+        if stopped is not None and stopped.missed:
+            yield Tile(label="Simulated", value="MISSED", note=f"{stopped.missed}; {stopped.why}", tone="bad")
+        elif stopped is not None:
+            value = "not decided" if stopped.why == OUT_OF_TIME else "no"
+            yield Tile(label="Simulated", value=value, note=stopped.why)
         return
     extent = "".join(f"; {line}" for line in SimulatedExtent(found.share, bool(found.too_short)).lines())
     if found.kept:
