@@ -392,8 +392,8 @@ def _prices(plan: Plan) -> Grid:
         title="Value of the GPUs",
         columns=("'GPU", *where, "there", "used", "as workers", "idle", "marginal price"),
         rows=tuple((price.gpu, *([price.zone] if zones else []), *price_cells(price, plan)) for price in plan.prices),
-        note="The marginal price is what one GPU of the class is worth in the relaxation of this plan. What to buy "
-        "next is found by solving again for every type on the market: hetis-plan report --buy-next.",
+        note="The marginal price is what one GPU of the class is worth where fractions of replicas are allowed. "
+        "What to buy next is found by solving again for every type on the market: hetis-plan report --buy-next.",
     )
 
 
