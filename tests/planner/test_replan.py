@@ -202,11 +202,7 @@ def test_the_tables_fit_80_columns(folder: Path) -> None:
     ("arguments", "code", "message"),
     [
         (["-c", "fleet.yaml", "-m", "Llama-2-70B"], ExitCode.INVALID, "is a plan of meta-llama/Llama-2-7b-hf, not of"),
-        (
-            ["-c", "fleet.yaml", "-m", "fp8.yaml"],
-            ExitCode.INVALID,
-            "with other weights, weight_bytes than",
-        ),
+        (["-c", "fleet.yaml", "-m", "fp8.yaml"], ExitCode.INVALID, "with other weights, weight_bytes than --model"),
         (["-c", "missing.yaml"], ExitCode.INVALID, "missing.yaml"),
         (["-c", "none.yaml"], ExitCode.INFEASIBLE, "no plan exists"),
         (["-c", "fleet.yaml", "--horizon", "0s"], ExitCode.INVALID, "out of range"),

@@ -139,8 +139,8 @@ def test_vllm_runs_layers_that_share_indexers_in_one_stage() -> None:
         (None, "vllm", []),
     ):
         indexer = IndexerShape(top_tokens=32, heads=2, head_dim=64, key_bytes=68.0, layers=layers)
-        model = replace(problem.model, attention=AttentionKind.MLA, kv_heads=1, mla=mla, indexer=indexer)
-        model = replace(model, draft=DraftShape(tokens=1, acceptance=0.5))  # SGLang has another reason then
+        draft = DraftShape(tokens=1, acceptance=0.5)  # for which SGLang has another reason
+        model = replace(problem.model, attention=AttentionKind.MLA, kv_heads=1, mla=mla, indexer=indexer, draft=draft)
         rules = replace(problem.family.engine, name=name)
         sparse = replace(problem, model=model, family=replace(problem.family, engine=rules))
         found = at("replica 0", check_engine(PIPELINE, sparse, Fleet.of(sparse.cluster)))

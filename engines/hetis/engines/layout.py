@@ -144,6 +144,7 @@ class _Room:
         return cls(
             pages=pages,
             fitting_pages=_fitting_pages(pages, replica, model),
+            # A mean of layers may be no whole number of bytes; up, but not by a rounding error.
             page_bytes=math.ceil(PAGE_TOKENS * numbers * (1 - 1e-12)) * each,
             state_bytes=requests * model.step_tokens * model.state_bytes(),
             num_layers=model.num_layers,

@@ -23,8 +23,8 @@ CAPABILITIES: Mapping[str, float] = {
     "Hopper": 9.0,
     "Blackwell": 10.0,
 }
-# Architectures that multiply MXFP4 in all layers, not in experts alone, as checkpoints of AMD's Quark have
-# it; elsewhere vLLM expands weights in every step and multiplies in 16 bits (quark/schemes/quark_ocp_mx.py: emulate).
+# Architectures that multiply MXFP4 in all layers, not in experts alone, as checkpoints of AMD's Quark have it.
+# Elsewhere vLLM expands weights in every step and multiplies in 16 bits (quark/schemes/quark_ocp_mx.py: emulate).
 DENSE_MXFP4 = ("CDNA4",)
 
 

@@ -110,16 +110,22 @@ class EngineRules:
         ``nixl/base_worker.py``), and SGLang accepts them only if prompts come from equally many stages
         (``disaggregation/common/conn.py``). vLLM's connector also accepts no KV from several stages if layers slide or
         keep states. SGLang drafts in a pipeline only where it prefills (0.5.23, ``arg_groups/validation_hook.py``).
+        All have one stage if layers that share indexers must stay together (`keeps_indexers_together`).
+        """
+        if role is Role.UNIFIED and model.draft is not None and self.name == "sglang":
+            return 1
+        if self.keeps_indexers_together(model):
+            return 1
+        is_mixed = (model.sliding_window is not None or model.linear is not None) and self.name != "sglang"
+        return 1 if role is Role.DECODE or (role is Role.PREFILL and is_mixed) else self.max_stages
+
+    def keeps_indexers_together(self, model: ModelSpec) -> bool:
+        """Return whether all layers must be in one stage because they share indexers.
 
         vLLM's stages do not pass on which tokens an indexer chose (0.32, ``models/deepseek_v32``), so a stage beginning
         with a layer without an indexer would read an unwritten buffer; SGLang's do (its pull request 28532).
         """
-        if role is Role.UNIFIED and model.draft is not None and self.name == "sglang":
-            return 1
-        if shares_indexers(model) and self.name != "sglang":
-            return 1
-        is_mixed = (model.sliding_window is not None or model.linear is not None) and self.name != "sglang"
-        return 1 if role is Role.DECODE or (role is Role.PREFILL and is_mixed) else self.max_stages
+        return shares_indexers(model) and self.name != "sglang"
 
     def describe(self) -> str:
         """Return the rules in a few words."""

@@ -10,7 +10,7 @@ from hetis.solver.check.setting import divides, head_groups_per_rank
 from hetis.solver.check.violation import Broken, Rule, Violation, at
 from hetis.solver.model import ModelSpec
 from hetis.solver.plan import AttentionWorkerPool, Plan, ReplicaPlan, Role, StagePlan
-from hetis.solver.problem import EngineRules, PlacementProblem, shares_indexers
+from hetis.solver.problem import EngineRules, PlacementProblem
 
 # --- roles: the settings, the place and the GPU types that they require
 
@@ -66,7 +66,7 @@ def _pipeline(replica: ReplicaPlan, rules: EngineRules, model: ModelSpec, fleet:
     if depth > rules.max_stages:
         yield f"has {depth} stages, may have {rules.max_stages}"
     elif depth > (most := rules.stages_of(replica.role, model)):
-        if shares_indexers(model) and rules.name != "sglang" and replica.role is not Role.DECODE:
+        if rules.keeps_indexers_together(model) and replica.role is not Role.DECODE:
             yield f"has {depth} stages and layers that share indexers, may have {most} then"
         elif replica.role is Role.UNIFIED:
             yield f"has {depth} stages and drafts tokens, may have {most} then"

@@ -36,7 +36,7 @@ from hetis.solver.placement.tables import CostTables
 from hetis.solver.placement.tabulation import build_cost_tables
 from hetis.solver.placement.wording import in_bytes, listed
 from hetis.solver.plan import Role
-from hetis.solver.problem import PlacementProblem, shares_indexers
+from hetis.solver.problem import PlacementProblem
 
 __all__ = [
     "Conflict",
@@ -252,7 +252,7 @@ def _whole_replica(problem: PlacementProblem, model: ModelSpec) -> str:
         return "split into stages of whole layers"
     if engine.max_stages == 1:
         return "replica of one stage"
-    why = ", as its layers share indexers" if shares_indexers(model) and engine.name != "sglang" else ""
+    why = ", as its layers share indexers" if engine.keeps_indexers_together(model) else ""
     return f"replica of one stage (all that {engine.name} runs{why})"
 
 
