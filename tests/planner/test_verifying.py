@@ -24,10 +24,12 @@ from hetis.planner.report.figures import digits, seconds
 from hetis.planner.report.page import plan_section
 from hetis.planner.report.page.pages import ShownPlan, plans_page
 from hetis.planner.report.plan import beside_equal_stages, headline, render_plan, simple_setups
+from hetis.planner.use_cases import place as placing_steps
 from hetis.planner.use_cases import verify
 from hetis.planner.use_cases.engine_values import EQUAL_STAGES
 from hetis.planner.use_cases.place import (
     OUT_OF_TIME,
+    SEARCH_OUT_OF_TIME,
     SIMPLE_SETUPS,
     STOPPED_EARLY,
     PlacementRequest,
@@ -512,6 +514,37 @@ def test_a_verdict_needs_only_the_runs_at_the_planned_rate(
     assert f"Simulated MISSED at {planned_rps:.4g} requests/s" in drawn(late)
     assert "lower rates not decided in the time limit" in drawn(late)
     assert "MISSED" in plans_page([ShownPlan(name="late", plan=late, problem=problem)])
+
+
+@pytest.mark.parametrize(("limit_s", "search_s", "noted"), [(math.inf, 60.0, False), (30.0, 10.0, True)])
+def test_another_search_leaves_time_to_simulate_its_plan_and_a_note_says_if_time_ended_it(
+    placed: Path, pair: Placed, monkeypatch: pytest.MonkeyPatch, limit_s: float, search_s: float, noted: bool
+) -> None:
+    """Ten of thirty seconds are left to search after ten of simulation; the second simulation does not end in time."""
+    cluster, (plan, problem) = str(placed.with_name("cluster.yaml")), pair
+    loaded = load_inputs(cluster=cluster, model="Llama-2-7B", workload="500/100", profiles=())
+    now, given, simulations = [0.0], list[float](), itertools.count()
+    missed_plan = replace(plan, inputs={**plan.inputs, VERIFICATION: {**plan.inputs[VERIFICATION], "kept": False}})
+
+    def simulated(of: Plan, *_: object, cancelled: threading.Event, **__: object) -> Plan:
+        now[0] += 10.0 if next(simulations) == 0 else 20.0
+        return of if cancelled.is_set() else missed_plan
+
+    def searched(*_: object, budget: Budget, **__: object) -> Plan:
+        given.append(budget.time_limit_s)
+        now[0] += min(budget.time_limit_s, 10.0)
+        return replace(plan, inputs={})
+
+    monkeypatch.setattr(verify, "verified", simulated)
+    monkeypatch.setattr(placing_steps, "search", searched)
+    monkeypatch.setattr(placing_steps, "_checked", lambda found, *_, **__: found)
+    found = simulated_plan(
+        plan, loaded, problem, PlacementSettings(), level=DEFAULT, cancelled=threading.Event(), report=unreported,
+        budget=lambda: Budget(time_limit_s=60.0, clock=lambda: now[0]), limit_s=limit_s,
+    )  # fmt: skip
+    assert given[0] == search_s
+    assert (len(given) == 1) == noted
+    assert (SEARCH_OUT_OF_TIME in found.notes) == noted
 
 
 @pytest.mark.parametrize(

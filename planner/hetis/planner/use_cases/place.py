@@ -67,12 +67,14 @@ DEFAULT_TPOT_S = 0.1
 DEFAULT_STRATEGY = "hetis"
 DEFAULT_TIME_LIMIT_S = 60.0  # of a search
 LEAST_TO_SIMULATE_S = 30.0  # however short the time limit; most plans of small fleets need seconds
+TO_SEARCH = 0.5  # share of the time left for another search: the rest is for the simulation of its plan
 PLACES = ("node", "zone")  # kinds of places whose loss a plan may have to survive
 SIMPLE_SETUPS = "simple_setups"  # entry of `Plan.inputs`: the value of equal stages by TP size of all replicas
 CONSTRAINT_PRICES = "constraint_prices"  # entry of `Plan.inputs`: the cost of every constraint, if requested
 ONE_TOKEN = "requests have one output token, so that a limit on TPOT does not apply"
 STOPPED_EARLY = "stopped before its simulation ended: it is not known at which rate traffic keeps the limits"
 OUT_OF_TIME = "the time limit ended its simulation: it is not known at which rate traffic keeps the limits"
+SEARCH_OUT_OF_TIME = "the time limit ended the search for a plan that keeps its limits at its planned rate"
 KV_IS_FOR_ENGINES = "engines must be configured to transfer KV along the routes"
 
 
@@ -292,7 +294,7 @@ def simulated_plan(
     There is no other search for a plan that survives a loss, or without ``again``. ``budget`` returns the budget of one
     search; all further ones together have the same time. ``losses``: add the effects of losses to another plan. Once
     cancelled, or after ``limit_s`` of simulations and further searches, the plan is returned as far as it was verified,
-    with a note if that is not at all.
+    with a note if that is not at all, or if time ended the other search.
 
     Raises:
         UncheckedPlanError: the other plan fails the independent checker.
@@ -303,7 +305,7 @@ def simulated_plan(
     def find(posed: PlacementProblem) -> Plan:
         nonlocal spent_s
         rest = budget()
-        left_s = min(rest.time_limit_s - spent_s, whole.remaining_s())
+        left_s = min(rest.time_limit_s - spent_s, TO_SEARCH * whole.remaining_s())
         rest = replace(rest, time_limit_s=left_s, explains=False)
         try:
             other = search(posed, settings, budget=rest, report=report)
@@ -311,13 +313,16 @@ def simulated_plan(
             spent_s += rest.elapsed_s()
         return describe(other, loaded, problem, settings)
 
-    plan = held_to(level, plan)
+    plan, again = held_to(level, plan), again and not settings.survive
     problem = replace(problem, objective=plan.objective)  # its demand is larger if a loss must be survived
     found = verified_plan(
-        plan, problem, find if again and not settings.survive else None, seed=settings.seed, cancelled=_Spent(whole),
+        plan, problem, find if again else None, seed=settings.seed, cancelled=_Spent(whole),
         report=simulation_report(plan, report),
     )  # fmt: skip
     found = noted_if_stopped(found, cancelled, whole)
+    simulated = verification_of(found)
+    if again and simulated is not None and not simulated.kept and whole.is_spent() and not cancelled.is_set():
+        found = replace(found, notes=(*found.notes, SEARCH_OUT_OF_TIME))
     return found if tightening_of(found) is None else _checked(found, problem, losses=losses)
 
 
