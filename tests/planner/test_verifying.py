@@ -516,6 +516,20 @@ def test_a_verdict_needs_only_the_runs_at_the_planned_rate(
     assert "MISSED" in plans_page([ShownPlan(name="late", plan=late, problem=problem)])
 
 
+def test_a_part_that_misses_is_called_a_part(pair: Placed, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Large fleets, of which a part is simulated, are those that run out of time."""
+    plan, problem = pair
+    known = verification_of(plan)
+    assert known is not None
+
+    def ended(*_: Any, **__: Any) -> None:
+        raise verify._OnlyMissedError(replace(known, kept=False, ttft_p95_s=9.5, share=0.125))
+
+    monkeypatch.setattr(verify, "_verify", ended)
+    [note] = again(replace(plan, notes=()), problem).notes
+    assert note.endswith("TTFT p95 9.5 s of 2 s (a part of its replicas at 0.125 of the rate)")
+
+
 @pytest.mark.parametrize(("limit_s", "search_s", "noted"), [(math.inf, 60.0, False), (30.0, 10.0, True)])
 def test_another_search_leaves_time_to_simulate_its_plan_and_a_note_says_if_time_ended_it(
     placed: Path, pair: Placed, monkeypatch: pytest.MonkeyPatch, limit_s: float, search_s: float, noted: bool

@@ -128,8 +128,10 @@ def verified(
     try:
         found = _verify(plan, problem, at_least_rps=at_least_rps, seed=seed, cancelled=cancelled, report=report)
     except _OnlyMissedError as error:
-        what = ", ".join(misses(error.found, plan)) or "not all of the traffic is carried"
-        return replace(plan, notes=(*plan.notes, f"{MISSES_AT} {error.found.rate_rps:.4g} requests/s: {what}"))
+        found = error.found
+        what = ", ".join(misses(found, plan)) or "not all of the traffic is carried"
+        part = "" if found.share is None else f" (a part of its replicas at {found.share:.3g} of the rate)"
+        return replace(plan, notes=(*plan.notes, f"{MISSES_AT} {found.rate_rps:.4g} requests/s: {what}{part}"))
     return plan if found is None else replace(plan, inputs={**plan.inputs, VERIFICATION: json_value(found)})
 
 
