@@ -513,7 +513,10 @@ def test_a_verdict_needs_only_the_runs_at_the_planned_rate(
     assert missed(late, PlacementSettings(gap_target=1.0)) == list(late.notes)
     assert f"Simulated MISSED at {planned_rps:.4g} requests/s" in drawn(late)
     assert "lower rates not decided in the time limit" in drawn(late)
-    assert "MISSED" in plans_page([ShownPlan(name="late", plan=late, problem=problem)])
+    assert re.search(r"Goodput \S+ requests/s by the model, .*; MISSED in simulation", drawn(late))
+    page = plans_page([ShownPlan(name="late", plan=late, problem=problem)])
+    assert "MISSED" in page
+    assert "by the model; simulated traffic misses them" in page
 
 
 def test_a_part_that_misses_is_called_a_part(pair: Placed, monkeypatch: pytest.MonkeyPatch) -> None:

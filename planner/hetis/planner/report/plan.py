@@ -208,6 +208,12 @@ def less_than_planned(plan: Plan) -> KeptRate | None:
     return None if kept is None or kept.is_all else kept
 
 
+def misses_as_planned(plan: Plan) -> bool:
+    """Return whether simulated traffic misses limits at the planned goodput, and no lower rate was decided."""
+    stopped = stopped_simulation_of(plan)
+    return stopped is not None and bool(stopped.missed) and plan.objective.kind is ObjectiveKind.GOODPUT
+
+
 def is_below_model(plan: Plan) -> bool:
     """Return whether simulated traffic made the plan promise less than the best plan by the cost model.
 
@@ -235,6 +241,8 @@ def _value(plan: Plan) -> Text:
     """Return the promised value, which is the simulated rate within the limits if that is below the model's."""
     result, kept = plan.result, less_than_planned(plan)
     by_model = f"{digits(result.value, 4)} {result.unit}"
+    if kept is None and misses_as_planned(plan):
+        return Text.assemble((by_model, "bold yellow"), f"  by the model, {verdict(result)}; MISSED in simulation")
     if kept is None:
         return Text.assemble((by_model, "bold green"), f"  {verdict(result)}")
     model = f"by the model {by_model}, {verdict(result)}"

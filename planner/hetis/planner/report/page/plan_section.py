@@ -36,6 +36,7 @@ from hetis.planner.report.plan import (
     is_below_model,
     less_than_planned,
     limits,
+    misses_as_planned,
     price_cells,
     problem_title,
     promised_figures,
@@ -132,11 +133,12 @@ def _tiles(plan: Plan, problem: PlacementProblem) -> Iterator[Tile]:
     kept, kind, figures = less_than_planned(plan), plan.objective.kind, promised_figures(plan, problem)
     expected = range_of(plan)
     span = "" if expected is None else f"{digits(expected.rate.low)} to {digits(expected.rate.high)} by profile errors"
+    by_model = "by the model; simulated traffic misses them" if misses_as_planned(plan) else span
     yield Tile(
         label="Throughput" if kind is ObjectiveKind.THROUGHPUT else "Served within the limits",
         value=digits(figures.rate_rps),
         unit="requests/s",
-        note=span if kept is None else f"simulated; by the model {digits(plan.result.value)}",
+        note=by_model if kept is None else f"simulated; by the model {digits(plan.result.value)}",
     )
     yield Tile(
         label="Tokens",
