@@ -55,7 +55,8 @@ class ResultOptions:
     out: Path | None = options.out_option()
     html: Path | None = options.html_option()
     strict: bool = _result(
-        "--strict: Exit 5 if the gap, the demanded rate or (in simulation) a latency limit is missed.", False
+        "--strict: Exit 5 if the gap, the demanded rate or (in simulation) a latency limit is missed or not decided.",
+        False,
     )
     verify: bool = options.verify_option()
     dry_run: bool = options.dry_run_option()
@@ -81,6 +82,8 @@ def place(
     results: ResultOptions,
 ) -> ExitCode:
     """Decide which GPUs form which replicas, with a proven bound on the optimum.
+
+    A given --time-limit also ends simulations and the searches that follow them, after as long again or 30 s.
 
     Ctrl-C once prints and saves the best plan so far; Ctrl-C twice exits at once.
     """
