@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Callable
@@ -21,6 +22,7 @@ import pytest
 import hetis
 from hetis.planner.cli.export import ExportOptions
 from hetis.planner.export.replicas import ExportSettings
+from hetis.planner.use_cases import place as placing
 from hetis.solver.plan import ObjectiveKind
 from tests.planner.command_line import EXAMPLES, hetis_plan_here
 from tests.planner.html_pages import ReadPage
@@ -100,6 +102,25 @@ def test_a_plan_is_that_of_the_command_line(plan: hetis.Plan, folder: Path) -> N
         one["result"].pop("solve_s")
         one["inputs"].pop("origins")
     assert ours == theirs
+
+
+@pytest.mark.parametrize(
+    ("given", "search_s", "simulation_s"), [({}, 60.0, math.inf), ({"time_limit": "10s"}, 10.0, 30.0)]
+)
+def test_only_a_time_limit_that_is_given_limits_the_simulation(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, given: dict[str, Any], search_s: float, simulation_s: float
+) -> None:
+    asked = list[placing.PlacementRequest]()
+
+    def placed(request: placing.PlacementRequest, *_: object, **__: object) -> None:
+        asked.append(request)
+        raise hetis.NoPlanFoundError("not searched")
+
+    monkeypatch.setattr(placing, "place", placed)
+    with pytest.raises(hetis.NoPlanFoundError):
+        hetis.place(folder / "cluster.yaml", "Llama-2-7B", "500/100", **given)
+    [request] = asked
+    assert (request.settings.time_limit_s, request.simulation_limit_s) == (search_s, simulation_s)
 
 
 @pytest.mark.parametrize("rate", [0.5, "50%"])

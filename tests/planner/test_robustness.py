@@ -45,7 +45,7 @@ from hetis.profiler.defaults import MODELLED, default_profile
 from hetis.profiler.engines import for_engine
 from hetis.profiler.ranges import MOST_ERROR, UNKNOWN_ERROR
 from hetis.profiler.roofline import modelled_profile
-from hetis.solver.budget import Budget, silent
+from hetis.solver.budget import Budget, Progress, silent
 from hetis.solver.check import check_plan
 from hetis.solver.check.rederive import Rederivation
 from hetis.solver.cluster import Link
@@ -280,6 +280,19 @@ def test_a_spent_budget_ends_the_study_with_what_there_is() -> None:
     assert found.samples == 1
     assert not found.complete
     assert found.regret is None
+
+
+def test_perturbed_profiles_are_counted_and_ctrl_c_between_them_keeps_what_there_is() -> None:
+    budget, told = Budget(), list[str]()
+
+    def report(progress: Progress) -> None:
+        told.append(progress.phase)
+        if len(told) == 3:
+            budget.cancelled.set()
+
+    found = study(planned("paper"), posed("paper"), error=0.2, samples=20, budget=budget, search=never, report=report)
+    assert told == [f"plan under perturbed profile {number} of 20" for number in (1, 2, 3)]
+    assert (found.samples, found.complete) == (3, False)
 
 
 def test_ctrl_c_during_the_searches_ends_the_study_at_once_with_what_they_found(

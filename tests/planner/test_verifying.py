@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 
 from hetis.formats.documents import load_plan
+from hetis.planner.cli import place as placing_verb
 from hetis.planner.cli import resource_views
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.convert.plans import result_to_proto
@@ -22,9 +24,20 @@ from hetis.planner.report.figures import digits, seconds
 from hetis.planner.report.page import plan_section
 from hetis.planner.report.page.pages import ShownPlan, plans_page
 from hetis.planner.report.plan import beside_equal_stages, headline, render_plan, simple_setups
+from hetis.planner.use_cases import place as placing_steps
 from hetis.planner.use_cases import verify
 from hetis.planner.use_cases.engine_values import EQUAL_STAGES
-from hetis.planner.use_cases.place import SIMPLE_SETUPS, STOPPED_EARLY, PlacementSettings, missed, noted_if_stopped
+from hetis.planner.use_cases.place import (
+    OUT_OF_TIME,
+    SEARCH_OUT_OF_TIME,
+    SIMPLE_SETUPS,
+    STOPPED_EARLY,
+    PlacementRequest,
+    PlacementSettings,
+    missed,
+    noted_if_stopped,
+    simulated_plan,
+)
 from hetis.planner.use_cases.service_level import (
     DEFAULT,
     SERVICE_LEVEL,
@@ -38,10 +51,11 @@ from hetis.planner.use_cases.service_level import (
     share_within,
 )
 from hetis.planner.use_cases.simulate import Question, Simulated, answer, at_settings, default_rate
-from hetis.planner.use_cases.sources import load_plan_and_problem
+from hetis.planner.use_cases.sources import load_inputs, load_plan_and_problem
 from hetis.planner.use_cases.verify import (
     LONGER,
     VERIFICATION,
+    TriedRate,
     misses,
     num_requests_of,
     rate_to_simulate,
@@ -54,6 +68,8 @@ from hetis.simulator.arrivals import Arrivals, Load
 from hetis.simulator.metrics import Summary
 from hetis.simulator.running import silent
 from hetis.simulator.steadiness import Estimate
+from hetis.solver.budget import Budget
+from hetis.solver.budget import silent as unreported
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.plan import Objective, Plan, ReplicaPlan
 from hetis.solver.problem import EngineSettings, PlacementProblem
@@ -446,6 +462,127 @@ def test_a_plan_that_was_to_be_simulated_and_was_not_says_so(pair: Placed) -> No
     assert STOPPED_EARLY in " ".join(text_of(render_plan(stopped), width=160).split())
     page = plans_page([ShownPlan(name="stopped", plan=stopped, problem=problem)])
     assert "stopped before its simulation ended" in page
+
+
+def test_a_simulation_that_exceeds_its_time_limit_is_ended_and_decides_nothing(placed: Path, pair: Placed) -> None:
+    cluster, (plan, problem) = str(placed.with_name("cluster.yaml")), pair
+    loaded = load_inputs(cluster=cluster, model="Llama-2-7B", workload="500/100", profiles=())
+    bare, looks = replace(plan, inputs={}), itertools.count()
+
+    def simulated(limit_s: float) -> Plan:
+        return simulated_plan(
+            bare, loaded, problem, PlacementSettings(), level=DEFAULT, cancelled=threading.Event(), report=unreported,
+            budget=lambda: Budget(time_limit_s=1.0, clock=lambda: float(next(looks))), limit_s=limit_s,
+        )  # fmt: skip
+
+    assert simulated(math.inf).inputs[VERIFICATION] == plan.inputs[VERIFICATION], "as ever, however long it takes"
+    began = next(looks)
+    stopped = simulated(500.0)
+    assert next(looks) - began < 600, "within a run of 4,000 requests, before each of which the time is read"
+    assert VERIFICATION not in stopped.inputs
+    assert stopped.notes == (*bare.notes, OUT_OF_TIME)
+    assert missed(stopped, PlacementSettings(gap_target=1.0)) == [OUT_OF_TIME], "--strict promises nothing undecided"
+    assert "Simulated not decided in the time limit; all values are the model's" in drawn(stopped)
+    assert "not decided" in plans_page([ShownPlan(name="stopped", plan=stopped, problem=problem)])
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_verdict_needs_only_the_runs_at_the_planned_rate(
+    pair: Placed, monkeypatch: pytest.MonkeyPatch, kept: bool
+) -> None:
+    """A plan that keeps its limits does so whatever higher rates show; below a missed rate, one must be found."""
+    plan, problem = pair
+    planned_rps, rates = default_rate(plan, problem), list[float]()
+
+    def ended_after_the_first(*args: Any, **options: Any) -> TriedRate | None:
+        rates.append(args[2])
+        found = simulated_at(*args, **options) if len(rates) == 1 else None
+        return None if found is None else replace(found, kept=kept, close=False)
+
+    monkeypatch.setattr(verify, "simulated_at", ended_after_the_first)
+    simulated = again(replace(plan, inputs={}, notes=()), problem)
+    found = verification_of(simulated)
+    assert len(rates) == 2
+    assert (rates[1] > planned_rps) == kept
+    assert (found is not None) == kept
+    if found is not None:
+        assert (found.kept, found.kept_rps, simulated.notes) == (True, planned_rps, ())
+        return
+    late = replace(simulated, notes=(*simulated.notes, OUT_OF_TIME))
+    assert simulated.notes[0].startswith(f"{verify.MISSES_AT} {planned_rps:.4g} requests/s")
+    assert missed(late, PlacementSettings(gap_target=1.0)) == list(late.notes)
+    assert f"Simulated MISSED at {planned_rps:.4g} requests/s" in drawn(late)
+    assert "lower rates not decided in the time limit" in drawn(late)
+    assert re.search(r"Goodput \S+ requests/s by the model, .*; MISSED in simulation", drawn(late))
+    page = plans_page([ShownPlan(name="late", plan=late, problem=problem)])
+    assert "MISSED" in page
+    assert "by the model; simulated traffic misses them" in page
+
+
+def test_a_part_that_misses_is_called_a_part(pair: Placed, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Large fleets, of which a part is simulated, are those that run out of time."""
+    plan, problem = pair
+    known = verification_of(plan)
+    assert known is not None
+
+    def ended(*_: Any, **__: Any) -> None:
+        raise verify._OnlyMissedError(replace(known, kept=False, ttft_p95_s=9.5, share=0.125))
+
+    monkeypatch.setattr(verify, "_verify", ended)
+    [note] = again(replace(plan, notes=()), problem).notes
+    assert note.endswith("TTFT p95 9.5 s of 2 s (a part of its replicas at 0.125 of the rate)")
+
+
+@pytest.mark.parametrize(("limit_s", "search_s", "noted"), [(math.inf, 60.0, False), (30.0, 10.0, True)])
+def test_another_search_leaves_time_to_simulate_its_plan_and_a_note_says_if_time_ended_it(
+    placed: Path, pair: Placed, monkeypatch: pytest.MonkeyPatch, limit_s: float, search_s: float, noted: bool
+) -> None:
+    """Ten of thirty seconds are left to search after ten of simulation; the second simulation does not end in time."""
+    cluster, (plan, problem) = str(placed.with_name("cluster.yaml")), pair
+    loaded = load_inputs(cluster=cluster, model="Llama-2-7B", workload="500/100", profiles=())
+    now, given, simulations = [0.0], list[float](), itertools.count()
+    missed_plan = replace(plan, inputs={**plan.inputs, VERIFICATION: {**plan.inputs[VERIFICATION], "kept": False}})
+
+    def simulated(of: Plan, *_: object, cancelled: threading.Event, **__: object) -> Plan:
+        now[0] += 10.0 if next(simulations) == 0 else 20.0
+        return of if cancelled.is_set() else missed_plan
+
+    def searched(*_: object, budget: Budget, **__: object) -> Plan:
+        given.append(budget.time_limit_s)
+        now[0] += min(budget.time_limit_s, 10.0)
+        return replace(plan, inputs={})
+
+    monkeypatch.setattr(verify, "verified", simulated)
+    monkeypatch.setattr(placing_steps, "search", searched)
+    monkeypatch.setattr(placing_steps, "_checked", lambda found, *_, **__: found)
+    found = simulated_plan(
+        plan, loaded, problem, PlacementSettings(), level=DEFAULT, cancelled=threading.Event(), report=unreported,
+        budget=lambda: Budget(time_limit_s=60.0, clock=lambda: now[0]), limit_s=limit_s,
+    )  # fmt: skip
+    assert given[0] == search_s
+    assert (len(given) == 1) == noted
+    assert (SEARCH_OUT_OF_TIME in found.notes) == noted
+
+
+@pytest.mark.parametrize(
+    ("options", "search_s", "simulation_s"),
+    [((), 60.0, math.inf), (("--time-limit", "10s"), 10.0, 30.0), (("--time-limit", "60s"), 60.0, 60.0)],
+)
+def test_only_a_time_limit_that_is_given_limits_the_simulation(
+    placed: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...], search_s: float, simulation_s: float
+) -> None:
+    asked = list[PlacementRequest]()
+
+    def finish(_terminal: object, request: PlacementRequest, *_: object) -> ExitCode:
+        asked.append(request)
+        return ExitCode.OK
+
+    monkeypatch.setattr(placing_verb, "finish", finish)
+    cluster = str(placed.with_name("cluster.yaml"))
+    assert invoke("place", "-c", cluster, "-m", "Llama-2-7B", "-w", "500/100", *options).exit_code == ExitCode.OK
+    [request] = asked
+    assert request.settings.time_limit_s == search_s
+    assert request.simulation_limit_s == simulation_s
 
 
 @pytest.mark.parametrize("written", [None, 3, [], {"kept": True}, {"rate_rps": "x"}])

@@ -148,7 +148,7 @@ class FileProblem:
             chunk_tokens=sorted(replicas.chunk_tokens or ()),
             skip_verification=not self.promise.verify,
             gap_target=search.gap,
-            time_limit=duration(search.time_limit),
+            time_limit=duration(search.time_limit_s),
             seed=search.seed,
             num_threads=search.threads,
             **same,

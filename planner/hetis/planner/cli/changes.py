@@ -129,11 +129,11 @@ def what_if(
         asking.changed_inputs(loaded, wanted.change)
         return say_what_would_be_solved(
             terminal, [(loaded.inputs, objective)], strategies=[family.strategy],
-            solves=1 + (len(wanted.market) if fleet.buy_next else 1), time_limit_s=search.time_limit,
+            solves=1 + (len(wanted.market) if fleet.buy_next else 1), time_limit_s=search.time_limit_s,
             engine=settings.engine,
         )  # fmt: skip
     cancelled = threading.Event()
-    budget = partial(Budget, time_limit_s=search.time_limit, clock=time.monotonic, cancelled=cancelled)
+    budget = partial(Budget, time_limit_s=search.time_limit_s, clock=time.monotonic, cancelled=cancelled)
     searching = partial(search_interruptibly, terminal, unit=objective.unit, cancelled=cancelled, so_far="the plans")
     if fleet.buy_next:
         market, shape = wanted.market, wanted.change.shape
@@ -227,10 +227,10 @@ def replan(
     if answer.dry_run:
         return say_what_would_be_solved(
             terminal, [(posed.loaded.inputs, posed.problem.objective)], strategies=[posed.settings.strategy],
-            time_limit_s=search.time_limit, engine=posed.problem.family.engine,
+            time_limit_s=search.time_limit_s, engine=posed.problem.family.engine,
         )  # fmt: skip
     costs = ChangeCosts(horizon_s=asked.horizon, restart_s=asked.restart, load_bytes_per_s=asked.load)
-    budget = Budget(time_limit_s=search.time_limit, clock=time.monotonic)
+    budget = Budget(time_limit_s=search.time_limit_s, clock=time.monotonic)
     found = search_interruptibly(
         terminal,
         lambda report: replanning.replan(

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 DEFAULT_STRATEGY = "hetis"
+DEFAULT_TIME_LIMIT_S = 60.0
 
 PlanArgument = Annotated[str, typer.Argument(metavar="PLAN", help="A plan file, or - for standard input.")]
 
@@ -362,10 +363,15 @@ class ServiceLevelOptions:
 
 @group
 class SearchOptions:
-    time_limit: float = time_limit_option("60s")
+    time_limit: float | None = time_limit_option(shown=f"{DEFAULT_TIME_LIMIT_S:g}s")  # None: none was given
     gap: float = gap_option("0.1%")
     seed: int = seed_option()
     threads: int = threads_option()
+
+    @property
+    def time_limit_s(self) -> float:
+        """Return the time limit of a search: the given one, or else the default."""
+        return DEFAULT_TIME_LIMIT_S if self.time_limit is None else self.time_limit
 
     def settings(self, family: FamilyOptions, replicas: ReplicaOptions, **more: Any) -> PlacementSettings:
         from hetis.planner.use_cases.sources import ordered
@@ -382,7 +388,7 @@ class SearchOptions:
         from hetis.planner.use_cases.place import PlacementSettings
 
         return PlacementSettings(
-            time_limit_s=self.time_limit, gap_target=self.gap, seed=self.seed, threads=self.threads, **more
+            time_limit_s=self.time_limit_s, gap_target=self.gap, seed=self.seed, threads=self.threads, **more
         )
 
 

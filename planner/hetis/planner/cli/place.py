@@ -55,7 +55,8 @@ class ResultOptions:
     out: Path | None = options.out_option()
     html: Path | None = options.html_option()
     strict: bool = _result(
-        "--strict: Exit 5 if the gap, the demanded rate or (in simulation) a latency limit is missed.", False
+        "--strict: Exit 5 if the gap, the demanded rate or (in simulation) a latency limit is missed or not decided.",
+        False,
     )
     verify: bool = options.verify_option()
     dry_run: bool = options.dry_run_option()
@@ -82,6 +83,8 @@ def place(
 ) -> ExitCode:
     """Decide which GPUs form which replicas, with a proven bound on the optimum.
 
+    A given --time-limit also ends simulations and the searches that follow them, after as long again or 30 s.
+
     Ctrl-C once prints and saves the best plan so far; Ctrl-C twice exits at once.
     """
     from hetis.planner.cli.outputs import (
@@ -90,7 +93,7 @@ def place(
         say_what_would_be_solved,
         warn_of_cut_requests,
     )
-    from hetis.planner.use_cases.place import load, pose
+    from hetis.planner.use_cases.place import load, pose, time_to_simulate_s
     from hetis.planner.use_cases.verify import SEARCHES
 
     refuse_unwritable(results.out)
@@ -103,6 +106,7 @@ def place(
             family, replicas, simplest_within=preferences.simplest_within, survive=preferences.survive or ""
         ),
         verify=results.verify,
+        simulation_limit_s=time_to_simulate_s(search.time_limit),
         other_engines=results.other_engines,
         price_pins=preferences.price_pins,
         profile_error=results.profile_error,
@@ -114,7 +118,7 @@ def place(
     if results.dry_run:
         return say_what_would_be_solved(
             terminal, [(loaded.inputs, problem.objective)], strategies=[family.strategy],
-            time_limit_s=search.time_limit, again=SEARCHES if results.verify and not preferences.survive else 0,
+            time_limit_s=search.time_limit_s, again=SEARCHES if results.verify and not preferences.survive else 0,
             engine=problem.family.engine,
         )  # fmt: skip
     return finish(terminal, request, loaded, problem, results)
@@ -288,10 +292,10 @@ def compare(
     if results.dry_run:
         return say_what_would_be_solved(
             terminal, [(loaded.inputs, objective)], strategies=names, solves=len(names) * len(rules),
-            again=SEARCHES if is_repeated else 0, time_limit_s=search.time_limit,
+            again=SEARCHES if is_repeated else 0, time_limit_s=search.time_limit_s,
         )  # fmt: skip
     cancelled = threading.Event()
-    budget = partial(Budget, time_limit_s=search.time_limit, clock=time.monotonic, cancelled=cancelled)
+    budget = partial(Budget, time_limit_s=search.time_limit_s, clock=time.monotonic, cancelled=cancelled)
 
     def work(report: Report) -> tuple[Compared, ...]:
         for for_engine in {one is not None for one in rules.values()}:

@@ -88,7 +88,7 @@ def place(
     profiles: Files = (),
     simplest_within: BelowOne = 0.0,
     survive: Loss = "",
-    time_limit: Duration = 60.0,
+    time_limit: Duration | None = None,
     gap: BelowOne = 0.001,
     seed: CountOrZero = 0,
     threads: CountOrZero = 1,
@@ -121,6 +121,8 @@ def place(
         simplest_within: share of the optimum that may be lost for replicas on fewer nodes, then of fewer shapes.
         survive: ``node`` or ``zone``: serve ``rate`` when any one of them is lost, with objective ``cost`` or ``gpus``.
         pin, forbid: constraints on the plan, such as ``"type=L4:as=worker"``; one, or several.
+        time_limit: of the search, in seconds or as ``"30s"``; simulations and the searches that follow them may take as
+            long again, at least 30 s. None: 60 s for the search, and as long as the simulations need.
         verify: simulate the plan at its promised rate; where it misses a limit, plan again for a tighter one.
         ttft_statistic, tpot_statistic: what of TTFT and TPOT the simulation holds to its limit: ``mean``, ``p50``,
             ``p90``, ``p95`` or ``p99``; None: p95 and mean.
@@ -134,6 +136,7 @@ def place(
         HetisError: arguments are wrong, or an input is not usable; the message names them.
     """
     limits = ReplicaLimits(max_stages=max_stages, max_gpus=max_gpus, min_layers=min_layers, max_nodes=max_nodes)
+    limit_s = None if time_limit is None else float(time_limit)
     goal = placing.objective(ObjectiveKind(objective), ttft_s=_limit(ttft), tpot_s=_limit(tpot), demand_rps=rate)
     request = placing.PlacementRequest(
         cluster=_text_or_value(cluster),
@@ -152,7 +155,7 @@ def place(
             roles=ordered(map(Role, roles)),
             engine=engine_rules(engine, strategy, limits),
             keep_stages=max_stages is not None,
-            time_limit_s=float(time_limit),
+            time_limit_s=placing.DEFAULT_TIME_LIMIT_S if limit_s is None else limit_s,
             gap_target=float(gap),
             seed=seed,
             threads=threads,
@@ -161,6 +164,7 @@ def place(
         ),
         engine_settings=engine_settings(max_num_seqs=max_num_seqs, chunk_tokens=chunk_tokens, kv_blocks=kv_blocks),
         verify=verify,
+        simulation_limit_s=placing.time_to_simulate_s(limit_s),
         service_level=asked_level(
             ttft=None if ttft_statistic is None else Statistic(ttft_statistic),
             tpot=None if tpot_statistic is None else Statistic(tpot_statistic),

@@ -32,7 +32,7 @@ from hetis.planner.report.tables import (
 from hetis.planner.use_cases.compare import Figures, KeptRate, figures_of, kept_of
 from hetis.planner.use_cases.engine_values import EQUAL_STAGES, NOT_COMPILED, EngineValue, engine_values_of
 from hetis.planner.use_cases.grouping import ReplicaGroup, abbreviate, group_replicas, number_ranges
-from hetis.planner.use_cases.place import SIMPLE_SETUPS, STOPPED_EARLY
+from hetis.planner.use_cases.place import OUT_OF_TIME, SIMPLE_SETUPS, stopped_simulation_of
 from hetis.planner.use_cases.robustness.profile_errors import Predicted, predicted_of
 from hetis.planner.use_cases.service_level import Latency, service_level_of
 from hetis.planner.use_cases.sources import (
@@ -43,7 +43,7 @@ from hetis.planner.use_cases.sources import (
     inputs_from_documents,
 )
 from hetis.planner.use_cases.surviving import losses_of
-from hetis.planner.use_cases.verify import attained, misses, tightening_of, verification_of
+from hetis.planner.use_cases.verify import MISSES_AT, attained, misses, tightening_of, verification_of
 from hetis.solver.constraints import Constraint, described
 from hetis.solver.placement.families import STRATEGIES
 from hetis.solver.plan import (
@@ -208,6 +208,12 @@ def less_than_planned(plan: Plan) -> KeptRate | None:
     return None if kept is None or kept.is_all else kept
 
 
+def misses_as_planned(plan: Plan) -> bool:
+    """Return whether simulated traffic misses limits at the planned goodput, and no lower rate was decided."""
+    stopped = stopped_simulation_of(plan)
+    return stopped is not None and bool(stopped.missed) and plan.objective.kind is ObjectiveKind.GOODPUT
+
+
 def is_below_model(plan: Plan) -> bool:
     """Return whether simulated traffic made the plan promise less than the best plan by the cost model.
 
@@ -235,6 +241,8 @@ def _value(plan: Plan) -> Text:
     """Return the promised value, which is the simulated rate within the limits if that is below the model's."""
     result, kept = plan.result, less_than_planned(plan)
     by_model = f"{digits(result.value, 4)} {result.unit}"
+    if kept is None and misses_as_planned(plan):
+        return Text.assemble((by_model, "bold yellow"), f"  by the model, {verdict(result)}; MISSED in simulation")
     if kept is None:
         return Text.assemble((by_model, "bold green"), f"  {verdict(result)}")
     model = f"by the model {by_model}, {verdict(result)}"
@@ -421,8 +429,15 @@ def simulated_words(plan: Plan) -> Text | None:
     """Return the simulated outcome for the limits, shown after the model's values; None: no simulation was wanted."""
     found = verification_of(plan)
     if found is None:
-        stopped = "no: stopped before that; all values are the model's"
-        return Text(stopped, "yellow") if STOPPED_EARLY in plan.notes else None
+        stopped = stopped_simulation_of(plan)
+        if stopped is None:
+            return None
+        in_time = " in the time limit" if stopped.why == OUT_OF_TIME else ""
+        if stopped.missed:
+            words = f" at{stopped.missed.removeprefix(MISSES_AT)}; lower rates not decided{in_time}"
+            return Text.assemble(("MISSED", "bold red"), words)
+        words = f"not decided{in_time}" if in_time else "no: stopped before that"
+        return Text(f"{words}; all values are the model's", "yellow")
     level, extent = service_level_of(plan), SimulatedExtent(found.share, bool(found.too_short))
     if found.kept:
         shown = [one for one in Latency if one is Latency.TTFT or _has_tpot(plan)]

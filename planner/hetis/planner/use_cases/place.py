@@ -6,12 +6,13 @@ which `compare` and the service's solver jobs share. `hetis.planner.report.plan`
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hetis.formats import catalogue
 from hetis.formats.traces import PrefixHitRate
@@ -38,6 +39,7 @@ from hetis.planner.use_cases.sources import (
 )
 from hetis.planner.use_cases.surviving import check_survival, surviving_plan, with_losses
 from hetis.planner.use_cases.verify import (
+    MISSES_AT,
     RunReport,
     misses,
     needs_verifying,
@@ -63,11 +65,16 @@ if TYPE_CHECKING:
 DEFAULT_TTFT_S = 2.0
 DEFAULT_TPOT_S = 0.1
 DEFAULT_STRATEGY = "hetis"
+DEFAULT_TIME_LIMIT_S = 60.0  # of a search
+LEAST_TO_SIMULATE_S = 30.0  # however short the time limit; most plans of small fleets need seconds
+TO_SEARCH = 0.5  # share of the time left for another search: the rest is for the simulation of its plan
 PLACES = ("node", "zone")  # kinds of places whose loss a plan may have to survive
 SIMPLE_SETUPS = "simple_setups"  # entry of `Plan.inputs`: the value of equal stages by TP size of all replicas
 CONSTRAINT_PRICES = "constraint_prices"  # entry of `Plan.inputs`: the cost of every constraint, if requested
 ONE_TOKEN = "requests have one output token, so that a limit on TPOT does not apply"
-STOPPED_EARLY = "stopped before its simulation ended: it is not known whether traffic keeps the limits"
+STOPPED_EARLY = "stopped before its simulation ended: it is not known at which rate traffic keeps the limits"
+OUT_OF_TIME = "the time limit ended its simulation: it is not known at which rate traffic keeps the limits"
+SEARCH_OUT_OF_TIME = "the time limit ended the search for a plan that keeps its limits at its planned rate"
 KV_IS_FOR_ENGINES = "engines must be configured to transfer KV along the routes"
 
 
@@ -86,7 +93,7 @@ class PlacementSettings:
     roles: tuple[Role, ...] = ()
     engine: EngineRules | None = None
     keep_stages: bool = False
-    time_limit_s: float = 60.0
+    time_limit_s: float = DEFAULT_TIME_LIMIT_S
     gap_target: float = 0.001
     seed: int = 0
     threads: int = 1
@@ -133,6 +140,7 @@ class PlacementRequest:
     settings: PlacementSettings = PlacementSettings()
     engine_settings: EngineSettings = NOTHING_SET  # settings with which engines are started, whatever is planned
     verify: bool = True  # whether to simulate the plan before it is shown
+    simulation_limit_s: float = math.inf  # seconds that simulations may take, with the searches that follow them
     service_level: ServiceLevel = service_level.DEFAULT  # the level that the plan must keep in the simulation
     other_engines: bool = True  # whether to report the values of plans for other engines
     price_pins: bool = False  # whether to report the cost of every constraint
@@ -190,7 +198,7 @@ def place(
     """Search, describe and check a plan, then verify, price and study it as requested.
 
     The time limit applies to the search; those for tighter limits together may take the same time again, a study, too,
-    and so may the prices.
+    and so may the prices. Simulations, together with the searches for tighter limits, have a limit of their own.
 
     Raises:
         InfeasibleError: no plan of the family exists; names GPUs of the catalogue that could be added.
@@ -216,7 +224,7 @@ def place(
     if request.verify:
         plan = simulated_plan(
             plan, loaded, problem, settings, level=request.service_level, budget=budget, cancelled=cancelled,
-            report=report,
+            report=report, limit_s=request.simulation_limit_s,
         )  # fmt: skip
     prices = _constraint_prices(plan, problem, settings, budget(), report) if request.price_pins else ()
     if prices:
@@ -279,44 +287,85 @@ def make_plan(
 def simulated_plan(
     plan: Plan, loaded: LoadedInputs, problem: PlacementProblem, settings: PlacementSettings, *, level: ServiceLevel,
     budget: Callable[[], Budget], cancelled: threading.Event, report: Report, losses: bool = True, again: bool = True,
+    limit_s: float = math.inf,
 ) -> Plan:  # fmt: skip
     """Simulate a plan of `make_plan`; if it misses a limit, search again with a tighter one (`verified_plan`).
 
     There is no other search for a plan that survives a loss, or without ``again``. ``budget`` returns the budget of one
     search; all further ones together have the same time. ``losses``: add the effects of losses to another plan. Once
-    cancelled, the plan is returned as far as it was verified, with a note if that is not at all.
+    cancelled, or after ``limit_s`` of simulations and further searches, the plan is returned as far as it was verified,
+    with a note if that is not at all, or if time ended the other search.
 
     Raises:
         UncheckedPlanError: the other plan fails the independent checker.
     """
 
-    spent_s = 0.0
+    spent_s, whole = 0.0, replace(budget(), time_limit_s=limit_s)
 
     def find(posed: PlacementProblem) -> Plan:
         nonlocal spent_s
         rest = budget()
-        rest = replace(rest, time_limit_s=rest.time_limit_s - spent_s, explains=False)
+        left_s = min(rest.time_limit_s - spent_s, TO_SEARCH * whole.remaining_s())
+        rest = replace(rest, time_limit_s=left_s, explains=False)
         try:
             other = search(posed, settings, budget=rest, report=report)
         finally:
             spent_s += rest.elapsed_s()
         return describe(other, loaded, problem, settings)
 
-    plan = held_to(level, plan)
+    plan, again = held_to(level, plan), again and not settings.survive
     problem = replace(problem, objective=plan.objective)  # its demand is larger if a loss must be survived
     found = verified_plan(
-        plan, problem, find if again and not settings.survive else None, seed=settings.seed, cancelled=cancelled,
+        plan, problem, find if again else None, seed=settings.seed, cancelled=_Spent(whole),
         report=simulation_report(plan, report),
     )  # fmt: skip
-    found = noted_if_stopped(found, cancelled)
+    found = noted_if_stopped(found, cancelled, whole)
+    simulated = verification_of(found)
+    if again and simulated is not None and not simulated.kept and whole.is_spent() and not cancelled.is_set():
+        found = replace(found, notes=(*found.notes, SEARCH_OUT_OF_TIME))
     return found if tightening_of(found) is None else _checked(found, problem, losses=losses)
 
 
-def noted_if_stopped(plan: Plan, cancelled: threading.Event) -> Plan:
-    """Return the plan with a note if it was to be simulated, and was not because that was cancelled."""
-    if not cancelled.is_set() or not needs_verifying(plan) or verification_of(plan) is not None:
+class _Spent(threading.Event):
+    """An event that is set once a budget is spent: what only looks whether it is cancelled then ends in time, too."""
+
+    def __init__(self, budget: Budget) -> None:
+        super().__init__()
+        self._budget = budget
+
+    def is_set(self) -> bool:
+        return self._budget.is_spent()
+
+
+def time_to_simulate_s(time_limit_s: float | None) -> float:
+    """Return the seconds for simulations, with the searches that follow them, after a search of this time limit.
+
+    None means that no limit was requested, and there is none: what plans promise does not depend on the machine then.
+    """
+    return math.inf if time_limit_s is None else max(LEAST_TO_SIMULATE_S, time_limit_s)
+
+
+def noted_if_stopped(plan: Plan, cancelled: threading.Event, budget: Budget | None = None) -> Plan:
+    """Return the plan with a note if it was to be simulated and was not, since that was cancelled or time ran out."""
+    is_spent = budget is not None and budget.is_spent()
+    if not (cancelled.is_set() or is_spent) or not needs_verifying(plan) or verification_of(plan) is not None:
         return plan
-    return replace(plan, notes=(*plan.notes, STOPPED_EARLY))
+    return replace(plan, notes=(*plan.notes, STOPPED_EARLY if cancelled.is_set() else OUT_OF_TIME))
+
+
+class StoppedSimulation(NamedTuple):
+    """A simulation that ended before it decided: why, and the note about the rate that misses limits; empty: none."""
+
+    why: str
+    missed: str
+
+
+def stopped_simulation_of(plan: Plan) -> StoppedSimulation | None:
+    """Return what is known of a plan's stopped simulation; None: there is none, or it was not stopped."""
+    why = next((note for note in (STOPPED_EARLY, OUT_OF_TIME) if note in plan.notes), None)
+    if why is None or verification_of(plan) is not None:
+        return None
+    return StoppedSimulation(why, next((note for note in plan.notes if note.startswith(MISSES_AT)), ""))
 
 
 def held_to(level: ServiceLevel, plan: Plan) -> Plan:
@@ -432,6 +481,8 @@ def missed(plan: Plan, settings: PlacementSettings) -> list[str]:
     if plan.objective.maximises and demand is not None and result.value < demand * (1 - 1e-9):
         found.append(f"the plan serves {result.value:.4g} requests/s, {demand:.4g} are demanded")
     simulated = verification_of(plan)
+    if simulated is None and OUT_OF_TIME in plan.notes:
+        found += [note for note in plan.notes if note == OUT_OF_TIME or note.startswith(MISSES_AT)]
     if simulated is not None and not simulated.kept:
         found.append(f"simulated at {simulated.rate_rps:.4g} requests/s: {', '.join(misses(simulated, plan))}")
     return found

@@ -37,6 +37,7 @@ from hetis.solver.plan import Objective, Plan, SolveResult, Status
 from hetis.solver.problem import PlacementProblem
 
 VERIFICATION = "verification"  # entry of `Plan.inputs`
+MISSES_AT = "simulated traffic misses its limits at"  # how a plan's note begins if no lower rate was decided in time
 TURNS = 8  # how many times a run replaces all the requests that a plan holds at once
 FEWEST = 4_000  # requests per run: with few seats, the p95 TTFT depends on the few bursts of long requests in a run
 FILLS = 2  # how many times at least, if that is not too much: while most seats are empty, TPOT looks too good
@@ -116,14 +117,21 @@ def verified(
     plan: Plan, problem: PlacementProblem, *, seed: int, cancelled: threading.Event, report: RunReport,
     at_least_rps: float = 0.0,
 ) -> Plan:  # fmt: skip
-    """Return the plan with the simulator's results, or unchanged if it promises no latency or was cancelled.
+    """Return the plan with the simulator's results, or unchanged if it promises no latency or was cancelled first.
 
     If it misses a limit, the highest rate that keeps all limits is searched for, from ``at_least_rps`` on. If it has
-    more seats than runs can fill, a part of its replicas gets that part of the traffic, and rates are multiplied.
+    more seats than runs can fill, a part of its replicas gets that part of the traffic, and rates are multiplied. If it
+    misses a limit and the search for a lower rate is cancelled, the plan gets a note only (`MISSES_AT`).
     """
     if not needs_verifying(plan) or cancelled.is_set():
         return plan
-    found = _verify(plan, problem, at_least_rps=at_least_rps, seed=seed, cancelled=cancelled, report=report)
+    try:
+        found = _verify(plan, problem, at_least_rps=at_least_rps, seed=seed, cancelled=cancelled, report=report)
+    except _OnlyMissedError as error:
+        found = error.found
+        what = ", ".join(misses(found, plan)) or "not all of the traffic is carried"
+        part = "" if found.share is None else f" (a part of its replicas at {found.share:.3g} of the rate)"
+        return replace(plan, notes=(*plan.notes, f"{MISSES_AT} {found.rate_rps:.4g} requests/s: {what}{part}"))
     return plan if found is None else replace(plan, inputs={**plan.inputs, VERIFICATION: json_value(found)})
 
 
@@ -310,12 +318,14 @@ def _verify(
         return all(run.sure and _is_calm(run.summary) for run in runs)
 
     kept_rps: float | None = planned_rps
+    is_kept: bool | None = None  # not known
     try:
         at_plan = simulate(planned_rps)
         if at_plan.kept and at_plan.close:  # other traffic may well miss the limits
             other = simulate(planned_rps, longer, traffic=seed + 1)
             at_plan = at_plan if other.kept else other
-        if not at_plan.kept:
+        is_kept = at_plan.kept
+        if not is_kept:
             kept_rps = _kept_below(
                 planned_rps,
                 at_least_rps=at_least_rps,
@@ -326,9 +336,10 @@ def _verify(
             higher = (factor * planned_rps for factor in MORE)
             kept_rps = next((rate_rps for rate_rps in higher if is_calm(rate_rps)), planned_rps)
     except _CancelledError:
-        return None
+        if is_kept is None:
+            return None
     summary = at_plan.summary
-    return Verification(
+    found = Verification(
         rate_rps=planned_rps,
         num_requests=at_plan.num_requests,
         kept=at_plan.kept,
@@ -344,6 +355,9 @@ def _verify(
         share=part.share if part.share < 1.0 else None,
         too_short=too_short or None,
     )
+    if not is_kept and kept_rps == planned_rps:  # no lower rate was decided, which is not the same as none that is kept
+        raise _OnlyMissedError(found)
+    return found
 
 
 def _most_of(plan: Plan) -> _Most:
@@ -356,6 +370,14 @@ def _has_workers(plan: Plan) -> bool:
 
 class _CancelledError(Exception):
     """A simulation was cancelled."""
+
+
+class _OnlyMissedError(Exception):
+    """Simulations were cancelled when the planned rate had missed a limit and no lower one was decided."""
+
+    def __init__(self, found: Verification) -> None:
+        super().__init__(found)
+        self.found = found
 
 
 def _may_keep_more(plan: Plan, at_plan: TriedRate) -> bool:

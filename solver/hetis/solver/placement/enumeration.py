@@ -290,7 +290,7 @@ class _Search:
             self.bound = min(self.bound, lp.value * (1.0 + ALIKE))
         else:
             self.bound = max(0.0, lp.value - ALIKE * self.master.demand * lp.demand_price)
-        self._tell("relaxation")
+        self._tell("bound by fractions of replicas")
 
     # --- whole counts
 
@@ -341,7 +341,7 @@ class _Search:
             if found.value > 0.0 and self.master.prefers(found.value, self.incumbent):
                 is_first, self.incumbent = self.incumbent is None, found
                 if is_first:
-                    self._tell("rounding")
+                    self._tell("fractions rounded down to whole replicas")
 
     def _prove(self) -> bool:
         """Solve whole counts over every column that may be in a better plan; HiGHS's bound then holds for the family.

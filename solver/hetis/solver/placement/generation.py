@@ -292,7 +292,7 @@ class ColumnGeneration:
                     return False
                 continue
             gap = abs(self.bound.value - lp.value) / max(abs(lp.value), 1e-12)
-            self._tell(f"column generation, {len(self.pool.templates)} columns")
+            self._tell(f"looking for better replicas, {len(self.pool.templates)} so far")
             if gap <= target_gap:
                 return True
             if not added and not smooth and cap >= last_cap * (1.0 - target_gap):

@@ -36,6 +36,7 @@ from hetis.planner.report.plan import (
     is_below_model,
     less_than_planned,
     limits,
+    misses_as_planned,
     price_cells,
     problem_title,
     promised_figures,
@@ -48,7 +49,7 @@ from hetis.planner.report.simulation_pictures import Panel
 from hetis.planner.report.tables import SimulatedExtent, kept_beyond
 from hetis.planner.use_cases.engine_values import EQUAL_STAGES
 from hetis.planner.use_cases.grouping import ReplicaGroup, group_replicas
-from hetis.planner.use_cases.place import STOPPED_EARLY
+from hetis.planner.use_cases.place import OUT_OF_TIME, stopped_simulation_of
 from hetis.planner.use_cases.robustness.profile_errors import used_fits
 from hetis.planner.use_cases.verify import attained, limited_latencies, misses, verification_of
 from hetis.solver.placement.explanation import explain_plan
@@ -132,11 +133,12 @@ def _tiles(plan: Plan, problem: PlacementProblem) -> Iterator[Tile]:
     kept, kind, figures = less_than_planned(plan), plan.objective.kind, promised_figures(plan, problem)
     expected = range_of(plan)
     span = "" if expected is None else f"{digits(expected.rate.low)} to {digits(expected.rate.high)} by profile errors"
+    by_model = "by the model; simulated traffic misses them" if misses_as_planned(plan) else span
     yield Tile(
         label="Throughput" if kind is ObjectiveKind.THROUGHPUT else "Served within the limits",
         value=digits(figures.rate_rps),
         unit="requests/s",
-        note=span if kept is None else f"simulated; by the model {digits(plan.result.value)}",
+        note=by_model if kept is None else f"simulated; by the model {digits(plan.result.value)}",
     )
     yield Tile(
         label="Tokens",
@@ -178,8 +180,12 @@ def _against_today(plan: Plan) -> Iterator[Tile]:
 def _simulated(plan: Plan) -> Iterator[Tile]:
     found = verification_of(plan)
     if found is None:
-        if STOPPED_EARLY in plan.notes:
-            yield Tile(label="Simulated", value="no", note=STOPPED_EARLY)
+        stopped = stopped_simulation_of(plan)
+        if stopped is not None and stopped.missed:
+            yield Tile(label="Simulated", value="MISSED", note=f"{stopped.missed}; {stopped.why}", tone="bad")
+        elif stopped is not None:
+            value = "not decided" if stopped.why == OUT_OF_TIME else "no"
+            yield Tile(label="Simulated", value=value, note=stopped.why)
         return
     extent = "".join(f"; {line}" for line in SimulatedExtent(found.share, bool(found.too_short)).lines())
     if found.kept:
@@ -388,8 +394,8 @@ def _prices(plan: Plan) -> Grid:
         title="Value of the GPUs",
         columns=("'GPU", *where, "there", "used", "as workers", "idle", "marginal price"),
         rows=tuple((price.gpu, *([price.zone] if zones else []), *price_cells(price, plan)) for price in plan.prices),
-        note="The marginal price is what one GPU of the class is worth in the relaxation of this plan. What to buy "
-        "next is found by solving again for every type on the market: hetis-plan report --buy-next.",
+        note="The marginal price is what one GPU of the class is worth where fractions of replicas are allowed. "
+        "What to buy next is found by solving again for every type on the market: hetis-plan report --buy-next.",
     )
 
 

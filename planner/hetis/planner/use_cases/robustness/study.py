@@ -245,12 +245,13 @@ def study(
     budget = budget if budget is not None else Budget()
     profiles = used_fits(problem.profiles, problem.model, tp_sizes(plan, problem))
     fixed = FixedPlan(plan, problem)
-    report(Progress(phase=f"plan under {samples} perturbed profiles", elapsed_s=budget.elapsed_s()))
     around = [scaled(profiles, factor) for factor in (1.0, 1.0 + error, 1.0 - error)]
     near = fixed.near(around)
     rng = np.random.default_rng(seed)
     drawn, planned, within = list[Profiles](), list[Performance](), list[Performance]()
     while len(drawn) < samples and not (drawn and budget.is_spent()):
+        phase = f"plan under perturbed profile {len(drawn) + 1} of {samples}"
+        report(Progress(phase=phase, elapsed_s=budget.elapsed_s()))
         drawn.append(perturbed(profiles, error, rng))
         planned.append(fixed.as_planned(drawn[-1]))
         within.append(near.within_limits(drawn[-1]))
