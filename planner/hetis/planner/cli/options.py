@@ -20,7 +20,7 @@ from hetis.formats.command_line import verb as command_line
 from hetis.formats.command_line.terminal import OutputFormat
 from hetis.planner.cli import values
 from hetis.planner.use_cases.service_level import DEFAULT, ServiceLevel, Statistic, asked_level
-from hetis.solver.plan import ObjectiveKind, Role
+from hetis.solver.plan import DEFAULT_STRATEGY, DEFAULT_TIME_LIMIT_S, ObjectiveKind, Role
 
 if TYPE_CHECKING:
     from hetis.planner.use_cases.place import PlacementRequest, PlacementSettings
@@ -30,8 +30,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-DEFAULT_STRATEGY = "hetis"
-DEFAULT_TIME_LIMIT_S = 60.0
 
 PlanArgument = Annotated[str, typer.Argument(metavar="PLAN", help="A plan file, or - for standard input.")]
 

@@ -19,6 +19,7 @@ from hetis.planner.cli.options import group, option, panel, verb
 from hetis.planner.cli.searching import search_interruptibly
 from hetis.solver.budget import Budget, Report
 from hetis.solver.errors import InfeasibleError, NoPlanFoundError
+from hetis.solver.plan import DEFAULT_STRATEGY
 
 if TYPE_CHECKING:
     from hetis.planner.use_cases.compare import Compared
@@ -267,12 +268,12 @@ def compare(
     from hetis.solver.placement.families import ANY_ENGINE, STRATEGIES
 
     engines = (ANY_ENGINE,) if asked.engine is None else asked.engine.names
-    unless = options.DEFAULT_STRATEGY if len(engines) > 1 else values.ALL
+    unless = DEFAULT_STRATEGY if len(engines) > 1 else values.ALL
     names = (asked.strategies or values.strategies(unless)).names
     rules = {  # limits apply to engines, unless "any" is the only one
         name: options.engine_rules(
             name,
-            options.DEFAULT_STRATEGY,
+            DEFAULT_STRATEGY,
             replicas.limits if name != ANY_ENGINE or len(engines) == 1 else ReplicaLimits(),
         )
         for name in engines

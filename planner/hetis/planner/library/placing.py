@@ -40,7 +40,7 @@ from hetis.planner.use_cases.service_level import Statistic, asked_level
 from hetis.planner.use_cases.sources import ReplicaLimits, engine_rules, engine_settings, load_plan_and_problem, ordered
 from hetis.solver.budget import Progress, silent
 from hetis.solver.cluster import Cluster
-from hetis.solver.plan import ObjectiveKind, Role
+from hetis.solver.plan import DEFAULT_STRATEGY, DEFAULT_TIME_LIMIT_S, ObjectiveKind, Role
 
 T = TypeVar("T")
 
@@ -75,7 +75,7 @@ def place(
     mtp: Drafts | None = None,
     pin: Texts = (),
     forbid: Texts = (),
-    strategy: Strategy = placing.DEFAULT_STRATEGY,
+    strategy: Strategy = DEFAULT_STRATEGY,
     roles: Roles = (),
     engine: str | None = None,
     max_stages: Count | None = None,
@@ -155,7 +155,7 @@ def place(
             roles=ordered(map(Role, roles)),
             engine=engine_rules(engine, strategy, limits),
             keep_stages=max_stages is not None,
-            time_limit_s=placing.DEFAULT_TIME_LIMIT_S if limit_s is None else limit_s,
+            time_limit_s=DEFAULT_TIME_LIMIT_S if limit_s is None else limit_s,
             gap_target=float(gap),
             seed=seed,
             threads=threads,

@@ -29,14 +29,13 @@ from hetis.solver.advice import without_nodes
 from hetis.solver.cluster import Cluster
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.model import ModelSpec
-from hetis.solver.plan import Objective, Role
+from hetis.solver.plan import DEFAULT_STRATEGY, Objective, Role
 from hetis.solver.problem import MOST_CHUNKS, NOTHING_SET, EngineRules, EngineSettings
 from hetis.solver.profile import Profile
 from hetis.solver.workload import Workload
 from hetis.v1 import plan_pb2, replica_pb2
 
 SPEC = "plan.spec"
-DEFAULT_STRATEGY = "hetis"
 LEAST_TIME_S = 0.01
 LONGEST_TIME_S = 24 * 3600.0
 MOST_PROFILES = 64

@@ -54,7 +54,7 @@ from hetis.solver.cluster import Cluster
 from hetis.solver.constraints import WithoutTp
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.model import ModelSpec
-from hetis.solver.plan import Objective, ObjectiveKind, Plan, Role
+from hetis.solver.plan import DEFAULT_STRATEGY, DEFAULT_TIME_LIMIT_S, Objective, ObjectiveKind, Plan, Role
 from hetis.solver.problem import NOTHING_SET, EngineRules, EngineSettings, PlacementProblem
 from hetis.solver.workload import Workload
 
@@ -64,8 +64,6 @@ if TYPE_CHECKING:
 
 DEFAULT_TTFT_S = 2.0
 DEFAULT_TPOT_S = 0.1
-DEFAULT_STRATEGY = "hetis"
-DEFAULT_TIME_LIMIT_S = 60.0  # of a search
 LEAST_TO_SIMULATE_S = 30.0  # however short the time limit; most plans of small fleets need seconds
 TO_SEARCH = 0.5  # share of the time left for another search: the rest is for the simulation of its plan
 PLACES = ("node", "zone")  # kinds of places whose loss a plan may have to survive
