@@ -8,7 +8,8 @@ A table stands between ``<!-- NAME -->`` and ``<!-- end NAME -->`` and begins wi
     <!-- sources 0f3a...: measured at 1a2b3c4 -->
 
 The digest is that of the definitions in `SOURCES`: the code of all top-level statements, in whatever file and order,
-without comments, docstrings and blank lines. A definition that moves from one source to another leaves it as it is.
+without comments, docstrings and blank lines, and files of data as they are. A definition that moves from one source to
+another leaves it as it is.
 ``--markdown`` of a benchmark writes it, and a test compares it. A change of code must mark the tables that it makes
 stale; a new measurement removes the mark.
 
@@ -39,8 +40,10 @@ NOT_RECORDED = "not recorded"
 _SOLVER = "solver/hetis/solver"
 _COSTS = (f"{_SOLVER}/cost.py", f"{_SOLVER}/workload.py", f"{_SOLVER}/model.py", "profiler/hetis/profiler/roofline.py")
 _SEARCH = (*_COSTS, f"{_SOLVER}/placement", f"!{_SOLVER}/placement/explanation", f"!{_SOLVER}/placement/infeasible")
-_ENGINE_PROFILES = tuple(
-    f"profiler/hetis/profiler/{name}.py" for name in ("engines", "engine_tables", "experts", "latent", "linear")
+_PROFILER = "profiler/hetis/profiler"
+_ENGINE_PROFILES = (
+    *(f"{_PROFILER}/{name}.py" for name in ("engines", "engine_tables", "experts", "latent", "linear")),
+    *(f"{_PROFILER}/{name}.json" for name in ("efficiency", "experts", "latent", "linear")),
 )
 _SIMULATOR = (*_COSTS, "simulator/hetis/simulator")
 _DISPATCH = (f"{_SOLVER}/dispatch",)
@@ -194,7 +197,7 @@ def is_source(path: str, sources: Iterable[str]) -> bool:
     """Return whether a file belongs to the sources."""
     inside = [source.lstrip("!") for source in sources if path == source.lstrip("!") or path.startswith(f"{source}/")]
     outside = [s for s in sources if s.startswith("!") and path.startswith(f"{s[1:]}/")]
-    return path.endswith(".py") and bool(inside) and not outside
+    return (path.endswith(".py") or path in inside) and bool(inside) and not outside
 
 
 def _files(sources: tuple[str, ...]) -> Iterator[str]:
@@ -204,11 +207,14 @@ def _files(sources: tuple[str, ...]) -> Iterator[str]:
             path = file.relative_to(ROOT).as_posix()
             if is_source(path, sources):
                 yield path
+    yield from (source for source in sources if source.endswith(".json"))
 
 
 @cache
 def definitions_of(text: str) -> tuple[str, ...]:
     """Return the code of each top-level statement of a module, the same under every version of Python.
+
+    A file of JSON is one statement.
 
     The lines are those of the text, because `ast.unparse` differs by version. In front of them are the renaming imports
     that the statement uses. A decorator belongs to its definition.

@@ -107,6 +107,16 @@ def test_words_about_the_code_do_not_make_a_table_stale() -> None:
         assert digest_of([MODULE.replace(old, new)]) == digest_of([MODULE])
 
 
+def test_a_file_of_data_counts_as_a_whole() -> None:
+    """A description in it counts too: unlike a docstring, it may be a name that something is looked up by."""
+    assert digest_of(['{"a": [1.5, null], "b": "text"}\n']) != digest_of(['{"a": [1.5, true], "b": "text"}\n'])
+    assert digest_of(['{"a": 1, "b": "text"}\n']) != digest_of(['{"a": 1, "b": "other"}\n'])
+    data = [source for source in SOURCES["silicon"] if source.endswith(".json")]
+    assert data
+    assert all(is_source(source, SOURCES["silicon"]) for source in data)
+    assert not is_source("profiler/hetis/profiler/other.json", ("profiler/hetis/profiler",))
+
+
 def test_a_definition_on_the_line_of_its_docstring_counts() -> None:
     assert definitions_of('class Empty: "é"; one = 1\n') == ("class Empty: ; one = 1",)
 
