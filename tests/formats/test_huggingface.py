@@ -134,6 +134,9 @@ def quark(*scales: object, **weight: object) -> dict[str, object]:
         ({"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": False}, 0.578125, "gptq-int4"),
         ({"quant_method": "gptq", "bits": 4, "group_size": -1}, 0.53125, "gptq-int4"),
         ({"quant_method": "awq", "bits": 4, "group_size": 64, "zero_point": True}, 0.5390625, "awq-int4"),
+        ({"quant_method": "awq", "w_bit": 4, "q_group_size": 32, "zero_point": True}, 0.578125, "awq-int4"),
+        ({"quant_method": "gptq", "bits": 4, "group_size": 10**400}, 0.53125, "gptq-int4"),
+        ({"quant_method": "auto-round", "bits": 4, "group_size": 32, "sym": True}, 0.5625, "gptq-int4"),
         (compressed(num_bits=4, type="int", group_size=32), 0.5625, "int4"),
         (compressed(num_bits=4, type="int", group_size=True), 0.53125, "int4"),
         ({"quant_method": "fp8"}, 1.0, "fp8"),
@@ -149,6 +152,8 @@ def quark(*scales: object, **weight: object) -> dict[str, object]:
         (quark(dtype="fp8_e4m3", qscheme="per_tensor"), 1.0, "fp8"),
         (quark({"dtype": "fp4", "group_size": 16}, {"dtype": "fp8_e4m3"}), 0.5625, "nvfp4"),
         (quark(dtype="int8"), 1.0, "int8"),
+        (quark(dtype="uint4", group_size=32, symmetric=False), 0.578125, "int4"),
+        (quark(dtype="uint4", group_size=128, symmetric=False), 0.53125, "int4"),
     ],
 )
 def test_quantisation_is_honoured(
@@ -160,6 +165,19 @@ def test_quantisation_is_honoured(
     (tmp_path / "config.json").write_text(json.dumps(config))
     model = load_model(tmp_path)
     assert (model.weight_bytes, model.weights) == (weight_bytes, weights)
+
+
+def test_groups_of_eight_bits_do_not_make_four_bits_larger(tmp_path: Path) -> None:
+    """The MLP has groups of 128 in 4 bits. Attention is in 8 bits, whose smaller groups are not those of int4."""
+    groups = {
+        "mlp": {"targets": ["re:.*mlp.*"], "weights": {"num_bits": 4, "type": "int", "group_size": 128}},
+        "attention": {"targets": ["re:.*self_attn.*"], "weights": {"num_bits": 8, "type": "int", "group_size": 32}},
+    }
+    config = json.loads((FOLDER / "meta-llama__Llama-2-70b-hf.json").read_text())
+    config["quantization_config"] = {"quant_method": "compressed-tensors", "config_groups": groups}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    share = 150_994_944 / 855_638_016  # of attention
+    assert load_model(tmp_path).weight_bytes == pytest.approx(share + (1 - share) * 0.53125)
 
 
 ATTENTION_LEFT, SHARED_LEFT = "model.layers.*.self_attn*", "re:.*shared_experts.*"

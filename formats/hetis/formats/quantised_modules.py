@@ -38,6 +38,7 @@ _JOINED = {
     "in_proj_b": "in_proj_ba",
 }
 _LEAST_GROUP = 16  # weights that share a scale; engines have kernels for 32 and more
+_NO_GROUPS = 2**20  # a scale for so many takes no memory; no matrix has such rows
 _MOST_LAYERS = 10_000  # limit for examining every layer's modules; no model has so many layers
 _MOST_PATTERNS = 1000  # patterns of modules left in 16 bits, each tried on every module; with more, all modules do
 _MOST_WILDCARDS = 4  # limit per regular expression; more could take very long to match
@@ -190,14 +191,21 @@ def _bytes_of_formats(data: Mapping[str, Any]) -> dict[str, float]:
     A group has a scale of 16 bits, and a zero point of four where it is not symmetric. Groups of 64 and more take no
     less than `dtypes.BYTES_PER_PARAMETER` has.
     """
-    stated = [mapping(mapping(group).get("weights")) for group in mapping(data.get("config_groups")).values()]
-    sizes = [0.0]
-    for weights in (*stated, data):
-        group = weights.get("group_size")
-        if isinstance(group, int) and group >= _LEAST_GROUP and weights.get("type") != "float":
+    of_groups = [mapping(mapping(group).get("weights")) for group in mapping(data.get("config_groups")).values()]
+    of_quark = [mapping(layer.get("weight")) for layer in _quark_layers(data)]
+    sizes = [dtypes.BYTES_PER_PARAMETER["int4"]]
+    for weights in (*of_groups, *of_quark, data):
+        group = weights.get("q_group_size", weights.get("group_size"))  # AWQ has both names
+        if isinstance(group, int) and _LEAST_GROUP <= group < _NO_GROUPS and _may_be_int4(weights):
             is_symmetric = weights.get("symmetric", weights.get("sym", not weights.get("zero_point"))) is not False
             sizes.append(0.5 + (2.0 if is_symmetric else 2.5) / group)
-    return {**dtypes.BYTES_PER_PARAMETER, "int4": max(dtypes.BYTES_PER_PARAMETER["int4"], *sizes)}
+    return {**dtypes.BYTES_PER_PARAMETER, "int4": max(sizes)}
+
+
+def _may_be_int4(weights: Mapping[str, Any]) -> bool:
+    """Return whether nothing that is stated about weights says that they have another format."""
+    bits = weights.get("num_bits", weights.get("bits", weights.get("w_bit", 4)))
+    return bits == 4 and weights.get("type") != "float" and QUARK.get(str(weights.get("dtype", "int4"))) == "int4"
 
 
 def _in_order(

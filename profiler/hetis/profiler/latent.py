@@ -32,9 +32,13 @@ from hetis.solver.profile import Fit, FitScope, Op, Piece, Profile
 
 FILE = "latent.json"
 MODEL = "deepseek-ai/DeepSeek-V3"  # model of the tables
-_SYSTEMS = ("h100_sxm", "b200_sxm", "rtx_pro_6000_server")  # the others have no table of whole modules
-_VERSIONS = {"vllm": "0.24.0", "trtllm": "1.3.0rc20"}
-# SGLang runs TensorRT-LLM's kernels (trtllm_mla), and its tables lack the projections.
+# vLLM's kernel is Triton's on GPUs without one made for them, and SGLang's, too. There TensorRT-LLM's takes as long for
+# one request as for 16, which no sum of FLOPs and bytes expresses; its table is left out. a100_sxm has no such tables.
+_VERSIONS = {
+    **{system: {"vllm": "0.24.0", "trtllm": "1.3.0rc20"} for system in ("h100_sxm", "b200_sxm")},
+    **{system: {"vllm": "0.24.0"} for system in ("rtx_pro_6000_server", "l40s")},
+}
+# On the others SGLang runs TensorRT-LLM's kernels (trtllm_mla), and its tables lack the projections.
 _SAME_KERNELS = {"sglang": "trtllm"}
 _OPS = {Op.DECODE_ATTENTION: "generation", Op.PREFILL_ATTENTION: "context"}
 _FORMATS = {"bfloat16": "bfloat16", "fp8_block": "fp8", "nvfp4": "nvfp4"}
@@ -68,14 +72,17 @@ class LatentKernel:
 
 
 def latent_fits(gpu: GpuType, profile: Profile, engine: str) -> tuple[Fit, ...]:
-    """Return the fits of latent attention of ``gpu`` under ``engine``; Hopper's if its own were not measured.
+    """Return the fits of latent attention of ``gpu`` under ``engine``.
+
+    They are those of the only engine that was measured on its architecture, or Hopper's if none was.
 
     The fixed time of the profile's dense layers covers four products and the work between them. Two of these are
     attention's projections, so half of it is subtracted.
     """
-    kernels = [kernel for kernel in shipped() if kernel.engine == _SAME_KERNELS.get(engine, engine)]
-    own = [kernel for kernel in kernels if kernel.architecture == gpu.architecture]
-    found = own or [kernel for kernel in kernels if kernel.architecture == NEAREST]
+    name = _SAME_KERNELS.get(engine, engine)
+    found = [kernel for kernel in shipped() if kernel.architecture == gpu.architecture]
+    found = found or [kernel for kernel in shipped() if kernel.architecture == NEAREST]
+    found = [kernel for kernel in found if kernel.engine == name] or found
     return tuple(_fit(kernel, gpu, profile, heads) for kernel in found for heads in LATENT_HEADS)
 
 
@@ -103,12 +110,12 @@ def shipped() -> tuple[LatentKernel, ...]:
 
 
 def derived(tables: Path) -> Iterator[LatentKernel]:
-    """Yield the kernel of every system, engine and phase."""
+    """Yield the kernel of every system, engine and phase that is measured."""
     model = catalogue.find_model(MODEL).model
-    for system in _SYSTEMS:
+    for system, versions in _VERSIONS.items():
         name = SYSTEMS[system]
         gpu = catalogue.find_gpu(name).gpu
-        for (engine, version), (op, phase) in itertools.product(_VERSIONS.items(), _OPS.items()):
+        for (engine, version), (op, phase) in itertools.product(versions.items(), _OPS.items()):
             path = tables / system / "mla" / engine / version / f"mla_{phase}_module_perf.parquet"
             rows = [row for row in rows_in(path) if _is_used(row, op)]
             origin = f"{PUBLISHER}, {engine} {version} on {name}, MLA {phase}"
