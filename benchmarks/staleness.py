@@ -9,9 +9,8 @@ A table stands between ``<!-- NAME -->`` and ``<!-- end NAME -->`` and begins wi
 
 The digest is that of the definitions in `SOURCES`: the code of all top-level statements, in whatever file and order,
 without comments, docstrings and blank lines, and files of data as they are. A definition that moves from one source to
-another leaves it as it is.
-``--markdown`` of a benchmark writes it, and a test compares it. A change of code must mark the tables that it makes
-stale; a new measurement removes the mark.
+another leaves it as it is. ``--markdown`` of a benchmark writes it, and a test compares it. A change of code must mark
+the tables that it makes stale; a new measurement removes the mark.
 
 Imports, ``__all__`` and blocks of ``if TYPE_CHECKING`` do not count, except that a definition which uses a renaming
 import (``from x import y as z``) has it in its code. Hence the digest cannot see that a name is imported from another

@@ -497,7 +497,10 @@ class _Search:
                 self.enumerated.add(each, each.found_among(which, needed_s[which]))
 
     def _solve_on_nodes(self, which: BoolArray, most_nodes: int, *, proves: bool = False) -> float | None:
-        """Find the best whole counts of columns that nodes have room for; return HiGHS's bound if it covers all."""
+        """Find the best whole counts of columns that nodes have room for; return HiGHS's bound if it covers all.
+
+        With ``proves`` these are all columns of the family, so it is impossible if there are no such counts.
+        """
         columns = self.enumerated.columns
         assert columns is not None, "prices are those of columns"
         chosen = np.flatnonzero(which)
