@@ -8,9 +8,10 @@ A table stands between ``<!-- NAME -->`` and ``<!-- end NAME -->`` and begins wi
     <!-- sources 0f3a...: measured at 1a2b3c4 -->
 
 The digest is that of the definitions in `SOURCES`: the code of all top-level statements, in whatever file and order,
-without comments, docstrings and blank lines, and files of data as they are. A definition that moves from one source to
-another leaves it as it is. ``--markdown`` of a benchmark writes it, and a test compares it. A change of code must mark
-the tables that it makes stale; a new measurement removes the mark.
+without comments, docstrings and blank lines, files of data as they are, and the data of the GPUs, models and lengths
+that the benchmark names (`benchmarks.measuring.named_data`). A definition that moves from one source to another leaves
+it as it is. ``--markdown`` of a benchmark writes it, and a test compares it. A change of code or data must mark the
+tables that it makes stale; a new measurement removes the mark.
 
 Imports, ``__all__`` and blocks of ``if TYPE_CHECKING`` do not count, except that a definition which uses a renaming
 import (``from x import y as z``) has it in its code. Hence the digest cannot see that a name is imported from another
@@ -23,6 +24,7 @@ import argparse
 import ast
 import hashlib
 import io
+import itertools
 import re
 import subprocess
 import sys
@@ -31,6 +33,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+
+from benchmarks.measuring.named_data import data_named_in
 
 ROOT = Path(__file__).parents[1]
 MARK = "**Its sources have changed since this was measured.**"
@@ -49,7 +53,7 @@ _DISPATCH = (f"{_SOLVER}/dispatch",)
 _REDISPATCH = (*_DISPATCH, f"{_SOLVER}/redispatch")
 _PLUGIN = tuple(f"runtime/hetis/runtime/{room}" for room in ("attention", "transport", "vllm", "worker"))
 
-# The sources of each table: files and whole folders, without those marked "!".
+# The sources of each table: its benchmark, and then files and whole folders, without those marked "!".
 SOURCES: dict[str, tuple[str, ...]] = {
     "placement": ("benchmarks/placement.py", "benchmarks/measuring/specification.py", *_SEARCH),
     "placement_any": ("benchmarks/placement.py", *_SEARCH),
@@ -182,13 +186,14 @@ def stamp(name: str) -> str:
 
 
 def digest(name: str) -> str:
-    """Return the digest of the present code that a table measures."""
-    return digest_of((ROOT / path).read_text(encoding="utf-8") for path in _files(SOURCES[name]))
+    """Return the digest of the present code that a table measures, and of its data."""
+    texts = ((ROOT / path).read_text(encoding="utf-8") for path in _files(SOURCES[name]))
+    return digest_of(texts, data_named_in(SOURCES[name][0], ROOT))
 
 
-def digest_of(texts: Iterable[str]) -> str:
-    """Return the digest of the definitions in modules with these texts."""
-    definitions = sorted(definition for text in texts for definition in definitions_of(text))
+def digest_of(texts: Iterable[str], data: Iterable[str] = ()) -> str:
+    """Return the digest of the definitions in modules with these texts, and of pieces of data."""
+    definitions = sorted(itertools.chain(data, *map(definitions_of, texts)))
     return hashlib.sha256("\n\n".join(definitions).encode()).hexdigest()[:16]
 
 
