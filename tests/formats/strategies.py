@@ -237,6 +237,7 @@ SCOPES = st.builds(
     tp=st.none() | SMALL,
     head_dim=st.none() | SMALL,
     queries_per_group=st.none() | SMALL,
+    weights=st.none() | st.sampled_from(("bf16", "fp8", "int8", "int4", "mxfp4", "nvfp4")),
     weight_bytes=st.none() | st.floats(min_value=0.1, max_value=4),
     state_flops=st.none() | st.floats(min_value=1, max_value=1e9),
 )

@@ -22,6 +22,7 @@ from hetis.solver.profile import Op, Piece, Profile
 from hetis.solver.workload import LengthBin, moments_of
 
 B200 = catalogue.find_gpu("B200-SXM-180GB").gpu
+GPT_OSS = catalogue.find_model("openai/gpt-oss-120b").model
 MIXTURE = with_weight_bytes(catalogue.find_model("Qwen/Qwen3-235B-A22B").model, 1.0)
 # Three rows of the table: 256 experts of 3072 x 768 on a rank, 8 of a token, fp8: tokens, microseconds.
 PUBLISHED = ((1, 31.3), (128, 292.9), (1024, 441.1))
@@ -98,26 +99,62 @@ def test_experts_are_taken_out_of_the_dense_products(engine: str) -> None:
 
 def test_models_without_experts_and_formats_without_kernels_stay_as_they_were() -> None:
     bare, hosted = modelled_profile(B200), for_engine(modelled_profile(B200), B200, "vllm")
-    for model in (catalogue.find_model("Llama-3.1-8B").model, catalogue.find_model("openai/gpt-oss-120b").model):
+    for model in (catalogue.find_model("Llama-3.1-8B").model, replace(MIXTURE, weights="int8", weight_bytes=1.25)):
         assert cost(hosted, model).dense_s(16) == cost(bare, model).dense_s(16)
 
 
-def test_what_was_not_measured_is_scaled_from_a_relative_or_hopper_and_says_so() -> None:
-    def scaled(gpu: str, **how: bool) -> set[tuple[float | None, str]]:
-        fits = experts.expert_fits(catalogue.find_gpu(gpu).gpu, "vllm", **{"whole": False} | how)
-        return {(fit.scope.weight_bytes, fit.provenance.origin.partition("; ")[2]) for fit in fits}
+@pytest.mark.parametrize("gpu", ["H100-SXM-80GB", "L40S", "A100-SXM-80GB"])
+def test_mxfp4_experts_start_and_read_as_dense_products_do_and_multiply_as_the_tables_say(gpu: str) -> None:
+    kind = catalogue.find_gpu(gpu).gpu
+    bare, hosted = modelled_profile(kind), for_engine(modelled_profile(kind), kind, "vllm")
+    dense, of_experts = bare.fit(Op.DENSE, GPT_OSS, 1), hosted.fit(Op.EXPERTS, GPT_OSS, 1)
+    assert dense is not None
+    assert of_experts is not None
+    (piece,) = of_experts.pieces
+    assert (piece.fixed_s, piece.byte_s) == (0.0, max(each.byte_s for each in dense.pieces))
+    assert piece.flop_s > 1.0 / kind.fp16_flops
+    few, many = (cost(hosted, GPT_OSS, 1).dense_s(t) / cost(bare, GPT_OSS, 1).dense_s(t) for t in (8, 16384))
+    assert few == pytest.approx(1.0, abs=0.15)
+    assert many > 1.15  # experts' tiles are not full
 
-    assert scaled("A100-SXM-80GB") == {(2.0, ""), (1.0, "scaled from Hopper")}
-    assert scaled("V100-SXM-32GB") == {(2.0, "scaled from Ampere"), (1.0, "scaled from Hopper")}
-    assert scaled("RTX-5090") == {(2.0, ""), (1.0, "scaled from Ada"), (0.5625, "")}
-    assert scaled("B200-SXM-180GB", whole=True) == {(2.0, ""), (1.0, ""), (0.5625, "")}
+
+def test_int4_experts_have_their_kernels_whoever_packed_them_and_whatever_their_groups() -> None:
+    h100 = catalogue.find_gpu("H100-SXM-80GB").gpu
+    hosted = for_engine(modelled_profile(h100), h100, "vllm")
+    kimi = catalogue.find_model("moonshotai/Kimi-K2.5").model
+    assert kimi.weights == "int4"
+    fits = [
+        hosted.fit(Op.EXPERTS, replace(kimi, weights=weights, weight_bytes=weight_bytes), 8)
+        for weights, weight_bytes in (("int4", 0.575), ("awq-int4", 0.53125), ("gptq-int4", 0.5625))
+    ]
+    assert fits[0] is not None
+    assert fits == [fits[0]] * 3
+    assert "int4_wo" in fits[0].provenance.origin
+    mxfp4 = hosted.fit(Op.EXPERTS, replace(kimi, weights="mxfp4"), 8)
+    assert mxfp4 is not None
+    assert "mxfp4" in mxfp4.provenance.origin
+
+
+def test_what_was_not_measured_is_scaled_from_a_relative_or_hopper_and_says_so() -> None:
+    def scaled(gpu: str, **how: bool) -> set[tuple[float | str | None, str]]:
+        kind = catalogue.find_gpu(gpu).gpu
+        fits = experts.expert_fits(kind, modelled_profile(kind), "vllm", **{"whole": False} | how)
+        return {(fit.scope.weights or fit.scope.weight_bytes, fit.provenance.origin.partition("; ")[2]) for fit in fits}
+
+    of_hopper = {(format_, "scaled from Hopper") for format_ in (1.0, "int4", "mxfp4")}
+    assert scaled("A100-SXM-80GB") == {(2.0, ""), *of_hopper}
+    assert scaled("V100-SXM-32GB") == {(2.0, "scaled from Ampere"), *of_hopper}
+    own = {(2.0, ""), (0.5625, ""), ("int4", ""), ("mxfp4", "")}
+    assert scaled("RTX-5090") == {*own, (1.0, "scaled from Ada")}
+    assert scaled("B200-SXM-180GB", whole=True) == {*own, (1.0, "")}
 
 
 def test_tensorrt_llm_runs_its_own_kernels_for_blackwell_as_sglang_does() -> None:
-    """The engine's tables have the backends that its recipes choose with data-parallel attention."""
+    """The engine's tables have the backends that its recipes choose with data-parallel attention; MXFP4 has one."""
 
     def pieces(engine: str, gpu: GpuType = B200, **how: bool) -> list[tuple[Piece, ...]]:
-        return [fit.pieces for fit in experts.expert_fits(gpu, engine, whole=False, **how)]
+        fits = experts.expert_fits(gpu, modelled_profile(gpu), engine, whole=False, **how)
+        return [fit.pieces for fit in fits if fit.scope.weights != "mxfp4"]
 
     assert pieces("trtllm") == pieces("sglang") != pieces("trtllm", default_backend=False)
     h100 = catalogue.find_gpu("H100-SXM-80GB").gpu
@@ -125,9 +162,9 @@ def test_tensorrt_llm_runs_its_own_kernels_for_blackwell_as_sglang_does() -> Non
 
 
 def test_vllm_runs_triton_s_kernel_for_fp8_where_the_others_are_off() -> None:
-    def pieces(gpu: GpuType = B200, **how: bool) -> dict[tuple[float | None, int | None], tuple[Piece, ...]]:
-        fits = experts.expert_fits(gpu, "vllm", whole=True, **how)
-        return {(fit.scope.weight_bytes, fit.scope.tp): fit.pieces for fit in fits}
+    def pieces(gpu: GpuType = B200, **how: bool) -> dict[tuple[float | str | None, int | None], tuple[Piece, ...]]:
+        fits = experts.expert_fits(gpu, modelled_profile(gpu), "vllm", whole=True, **how)
+        return {(fit.scope.weights or fit.scope.weight_bytes, fit.scope.tp): fit.pieces for fit in fits}
 
     usual, triton = pieces(), pieces(default_backend=False)
     assert usual.keys() == triton.keys()
@@ -165,7 +202,7 @@ def test_made_up_tables_give_back_what_made_them(tmp_path: Path) -> None:
     others += [row | {"moe_tp_size": 2, "moe_ep_size": 2, "latency": 1e3} for row in rows]
     others += [row | {"kernel_source": "made_up_min_latency", "latency": 1e-6} for row in rows]
     asked = [(system, *each) for system, versions in experts._VERSIONS.items() for each in versions.items()]
-    asked += [(system, engine, version) for system, (engine, version, _) in experts._TRITON.items()]
+    asked += [(system, engine, version) for system, engine, _, version, _ in experts._FURTHER]
     for system, engine, version in asked:
         path = tmp_path / system / "moe" / engine / version / "moe_perf.parquet"
         path.parent.mkdir(parents=True)

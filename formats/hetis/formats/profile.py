@@ -51,14 +51,16 @@ class PiecePart(DocumentPart):
 
 
 class ScopePart(DocumentPart):
-    """The scope of a fit; a field left out matches any value. `state_flops` is the number of FLOPs of linear attention
-    for one token and query head, averaged over all layers.
+    """The scope of a fit; a field left out matches any value. `weights` is the number format of the weights, `int4`
+    whoever packed them. `state_flops` is the number of FLOPs of linear attention for one token and query head, averaged
+    over all layers.
     """
 
     model: str | None = None
     tp: Annotated[int, Field(ge=1)] | None = None
     head_dim: Annotated[int, Field(ge=1)] | None = None
     queries_per_group: Annotated[int, Field(ge=1)] | None = None
+    weights: Literal["bf16", "fp8", "int8", "int4", "mxfp4", "nvfp4"] | None = None
     weight_bytes: Annotated[float, Field(gt=0)] | None = None
     state_flops: Annotated[float, Field(gt=0)] | None = None
 

@@ -21,7 +21,8 @@ from hetis.solver.profile import Provenance, Source
 
 PUBLISHER = "aiconfigurator-core 0.12.0 (Apache-2.0)"
 SYSTEMS = {  # their names, and ours for their GPUs
-    "h100_sxm": "H100-SXM-80GB", "b200_sxm": "B200-SXM-180GB", "a100_sxm": "A100-SXM-80GB", "l40s": "L40S",
+    "h100_sxm": "H100-SXM-80GB", "h200_sxm": "H200-SXM-141GB", "b200_sxm": "B200-SXM-180GB",
+    "a100_sxm": "A100-SXM-80GB", "l40s": "L40S",
     "rtx_pro_6000_server": "RTX-PRO-6000-Server-96GB", "b60": "Arc-Pro-B60-24GB",
 }  # fmt: skip
 NEAREST = "Hopper"  # stands in for architectures without tables

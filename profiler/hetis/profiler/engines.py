@@ -95,7 +95,7 @@ def for_engine(
     fits = [fit for fit in fits if fit.scope.queries_per_group not in LATENT_HEADS]
     fits = [fit for fit in fits if fit.op is not Op.PREFILL_ATTENTION or fit.scope.state_flops is None]
     fits += linear_fits(gpu, replace(profile, fits=tuple(fits)), engine)
-    fits += expert_fits(gpu, engine, whole=whole_experts, default_backend=default_backend)
+    fits += expert_fits(gpu, profile, engine, whole=whole_experts, default_backend=default_backend)
     fits += latent_fits(gpu, profile, engine)
     fits.append(Fit(op=Op.STEP, pieces=(Piece(fixed_s=host.step_s),), provenance=provenance))
     fits.append(Fit(op=Op.SAMPLE, pieces=(Piece(token_s=host.sequence_s / stream_interval),), provenance=provenance))

@@ -14,7 +14,7 @@ import functools
 import itertools
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from hetis.profiler.fit.points import CACHE_BYTES
 from hetis.profiler.fitting import fit_pieces, rounded
 from hetis.profiler.roofline import matrix_flops, shipped_efficiencies
 from hetis.solver.cluster import GpuType
-from hetis.solver.profile import Fit, FitScope, Op, Piece
+from hetis.solver.profile import Fit, FitScope, Op, Piece, Profile
 
 FILE = "experts.json"
 _NEWEST = {"vllm": "0.24.0", "trtllm": "1.3.0rc20", "sglang": "0.5.14"}
@@ -37,19 +37,29 @@ _VERSIONS = {
     "b60": {"vllm": "0.26.0"},
     "a100_sxm": {"vllm": "0.14.0", "trtllm": "1.0.0", "sglang": "0.5.10"},
 }
-# Triton's kernel for FP8 in blocks of 128, which vLLM's own tables have until 0.19.0: what it runs on Blackwell without
-# those of FlashInfer and DeepGEMM. As engine, version and format of the table.
-_TRITON = {"b200_sxm": ("vllm", "0.19.0", "fp8_block")}
+_FORMATS = {"bfloat16": "bfloat16", "fp8_block": "fp8", "nvfp4": "nvfp4", "int4_wo": "int4"}
+# The kernels of gpt-oss (other models of these tables have others): some quantise activations to eight bits. Those in
+# SGLang's tables are not the ones that SGLang chooses.
+_MXFP4 = {
+    **{(system, "vllm"): "w4a16_mxfp4" for system in ("b200_sxm", "h100_sxm", "l40s", "rtx_pro_6000_server", "b60")},
+    **{(system, "trtllm"): "w4a8_mxfp4_mxfp8" for system in ("b200_sxm", "rtx_pro_6000_server")},
+}
+_MXFP4_HIDDEN = 2880  # gpt-oss's
+# Further tables, as system, engine, its name here, version and formats. Triton's kernel for FP8 in blocks of 128, which
+# vLLM's own tables have until 0.19.0, is what it runs on Blackwell without those of FlashInfer and DeepGEMM. TensorRT-
+# LLM's table of H100 lacks the larger gpt-oss on one rank.
 _TRITON_NAME = "vllm with Triton"
-# MXFP4 is left out: engines choose among kernels for it. The tables have vLLM's on Hopper, but its time for few tokens
-# makes the published runs of gpt-oss slower than they were (docs/accuracy.md, "Where to expect larger errors").
-_FORMATS = {"bfloat16": "bfloat16", "fp8_block": "fp8", "nvfp4": "nvfp4"}
+_FURTHER = (
+    ("b200_sxm", "vllm", _TRITON_NAME, "0.19.0", {"fp8_block": "fp8"}),
+    ("h200_sxm", "trtllm", "trtllm", "1.3.0rc20", {"w4a16_mxfp4": "mxfp4"}),
+)
+_IN_16_BITS = ("int4", "mxfp4")  # FLOPs of these formats are in units of the 16-bit peak
 _SAME_KERNELS = {"trtllm": "sglang"}
 _ROUTING = "power_law_1.2"  # one of three in the tables: what their publisher assumes for most models
 _MOST_TOKENS, _MOST_RANKS = 16384, 16
 _RANKS = (1, 2, 4, 8)
 _ACTIVATION_BYTES = 2
-_LEAST_POINTS = 60
+_LEAST_POINTS = 54
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,8 +82,10 @@ class ExpertKernel:
     origin: str
 
 
-def expert_fits(gpu: GpuType, engine: str, *, whole: bool, default_backend: bool = True) -> tuple[Fit, ...]:
-    """Return the experts' fits of ``gpu`` under ``engine``, for every format.
+def expert_fits(
+    gpu: GpuType, profile: Profile, engine: str, *, whole: bool, default_backend: bool = True
+) -> tuple[Fit, ...]:
+    """Return the experts' fits of ``gpu`` under ``engine``, for every format; ``profile`` has its dense products.
 
     If its architecture was not measured, they are those of its relative, or else Hopper's.
 
@@ -83,8 +95,8 @@ def expert_fits(gpu: GpuType, engine: str, *, whole: bool, default_backend: bool
     for those, and under vLLM for Triton's FP8 kernel.
     """
     names = [engine]
-    if default_backend and gpu.architecture == "Blackwell":
-        names = [_SAME_KERNELS.get(engine, engine)]
+    if default_backend and gpu.architecture == "Blackwell" and engine in _SAME_KERNELS:
+        names = [_SAME_KERNELS[engine], engine]
     elif engine == "vllm" and not default_backend:
         names = [_TRITON_NAME, engine]
     kernels = [kernel for kernel in shipped() if kernel.whole == whole]
@@ -94,7 +106,7 @@ def expert_fits(gpu: GpuType, engine: str, *, whole: bool, default_backend: bool
         for kernel in kernels:
             if (kernel.architecture, kernel.engine) == (architecture, name) and kernel.weights not in known:
                 chosen.setdefault(kernel.weights, []).append(kernel)
-    return tuple(_fit(kernel, gpu) for found in chosen.values() for kernel in found)
+    return tuple(_fit(kernel, gpu, profile) for found in chosen.values() for kernel in found)
 
 
 def _relative(architecture: str) -> str | None:
@@ -102,15 +114,27 @@ def _relative(architecture: str) -> str | None:
     return None if known is None else known.relative
 
 
-def _fit(kernel: ExpertKernel, gpu: GpuType) -> Fit:
-    weight_bytes = BYTES_PER_PARAMETER[kernel.weights]
+def _fit(kernel: ExpertKernel, gpu: GpuType, profile: Profile) -> Fit:
     piece = Piece(
         fixed_s=kernel.fixed_s,
-        flop_s=rounded(kernel.flop / matrix_flops(gpu, weight_bytes)),
+        flop_s=rounded(kernel.flop / _peak_flops(gpu, kernel.weights)),
         byte_s=rounded(kernel.byte / gpu.mem_bytes_per_s),
     )
-    scope = FitScope(weight_bytes=weight_bytes, tp=kernel.ranks)
+    if kernel.weights == "mxfp4":
+        # Alone, these kernels take about 40 us longer for few tokens than whole engines do for gpt-oss: start and bytes
+        # are those of dense products (docs/accuracy.md, "What was fitted to these points").
+        dense = next(fit for fit in profile.fits if fit.op is Op.DENSE and fit.scope == FitScope())
+        piece = replace(piece, fixed_s=0.0, byte_s=max(each.byte_s for each in dense.pieces))
+    if kernel.weights in _IN_16_BITS:  # their bytes per parameter depend on groups and on what is not quantised
+        scope = FitScope(weights=kernel.weights, tp=kernel.ranks)
+    else:
+        scope = FitScope(weight_bytes=BYTES_PER_PARAMETER[kernel.weights], tp=kernel.ranks)
     return Fit(op=Op.EXPERTS, pieces=(piece,), provenance=provenance_of(kernel, gpu), scope=scope)
+
+
+def _peak_flops(gpu: GpuType, weights: str) -> float:
+    """Return the peak rate that a kernel's FLOPs are relative to."""
+    return gpu.fp16_flops if weights in _IN_16_BITS else matrix_flops(gpu, BYTES_PER_PARAMETER[weights])
 
 
 @functools.cache
@@ -122,25 +146,29 @@ def shipped() -> tuple[ExpertKernel, ...]:
 def derived(tables: Path) -> Iterator[ExpertKernel]:
     """Yield every kernel for which the tables have enough points."""
     asked = [
-        (system, engine, engine, version, tuple(_FORMATS))
+        (system, engine, engine, version, _FORMATS | _mxfp4(system, engine))
         for system, versions in _VERSIONS.items()
         for engine, version in versions.items()
     ]
-    asked += [(system, engine, _TRITON_NAME, version, (dtype,)) for system, (engine, version, dtype) in _TRITON.items()]
-    for system, engine, kernel_engine, version, dtypes in asked:
+    for system, engine, kernel_engine, version, formats in (*asked, *_FURTHER):
         name = SYSTEMS[system]
         gpu = catalogue.find_gpu(name).gpu
         rows = rows_in(tables / system / "moe" / engine / version / "moe_perf.parquet")
-        for dtype, whole in itertools.product(dtypes, (False, True)):
+        for dtype, whole in itertools.product(formats, (False, True)):
             origin = f"{PUBLISHER}, {engine} {version} on {name}, {dtype} experts"
             points = _points(rows, dtype, whole=whole)
             parts = {r: {key: s for key, s in points.items() if r in (None, key[-1])} for r in (None, *_RANKS)}
             for ranks, some in parts.items():
                 if len(some) >= _LEAST_POINTS:
                     yield _kernel(
-                        some, gpu, engine=kernel_engine, weights=_FORMATS[dtype], whole=whole, ranks=ranks,
+                        some, gpu, engine=kernel_engine, weights=formats[dtype], whole=whole, ranks=ranks,
                         origin=origin,
                     )  # fmt: skip
+
+
+def _mxfp4(system: str, engine: str) -> dict[str, str]:
+    dtype = _MXFP4.get((system, engine))
+    return {} if dtype is None else {dtype: "mxfp4"}
 
 
 Point = tuple[float, float, float, float, float, float]  # tokens, hidden, width, experts per token, experts, ranks
@@ -157,6 +185,8 @@ def _points(rows: Sequence[Mapping[str, Any]], dtype: str, *, whole: bool) -> di
         if row["moe_dtype"] != dtype or row["distribution"] != _ROUTING or row[other] != 1:
             continue
         if "min_latency" in row["kernel_source"] or (whole and row[shared_by] == 1):  # rows of a separate backend
+            continue
+        if "mxfp4" in dtype and row["hidden_size"] != _MXFP4_HIDDEN:
             continue
         if row["num_tokens"] > _MOST_TOKENS or row["topk"] < 2 or row[shared_by] > _MOST_RANKS:
             continue
@@ -175,7 +205,7 @@ def _kernel(
     tokens, hidden, width, chosen, experts, on = np.array([key for key, _ in ordered]).T
     seconds = np.array([value for _, value in ordered])
     expert = 3.0 * hidden * width / on
-    flops_s = 2.0 * tokens * chosen * expert / matrix_flops(gpu, BYTES_PER_PARAMETER[weights])
+    flops_s = 2.0 * tokens * chosen * expert / _peak_flops(gpu, weights)
     read = experts * (1.0 - (1.0 - chosen / experts) ** tokens)  # the expectation in `ModelSpec.touched_experts`
     weight_bytes = read * expert * BYTES_PER_PARAMETER[weights]
     moved = 4.0 * tokens * chosen * (hidden + width / on) * _ACTIVATION_BYTES  # `ModelSpec.expert_activation_bytes`

@@ -203,6 +203,8 @@ def scope_words(scope: FitScope) -> Iterator[str]:
         yield f"head {scope.head_dim}"
     if scope.queries_per_group is not None:
         yield f"{scope.queries_per_group} q/group"
+    if scope.weights is not None:
+        yield scope.weights
     if scope.weight_bytes is not None:
         yield f"{scope.weight_bytes:g} B/weight"
     if scope.state_flops is not None:

@@ -96,6 +96,7 @@ _STORED_ONLY = ("int4", "awq-int4", "gptq-int4")
 class FitScope:
     """The conditions under which a fit applies; None means any. The fit with the most matching conditions wins.
 
+    ``weights`` is the number format of the weights as in `ModelSpec.weights`, and ``int4`` whoever packed them.
     ``state_flops`` is the number of FLOPs of linear attention for one token and query head, averaged over all layers:
     the same for all models that have it in the same share of layers and with the same sizes.
     """
@@ -104,6 +105,7 @@ class FitScope:
     tp: int | None = None
     head_dim: int | None = None
     queries_per_group: int | None = None
+    weights: str | None = None
     weight_bytes: float | None = None
     state_flops: float | None = None
 
@@ -114,6 +116,7 @@ class FitScope:
             (self.tp, tp),
             (self.head_dim, model.head_dim),
             (self.queries_per_group, model.queries_per_group),
+            (self.weights, "int4" if model.weights in _STORED_ONLY else model.weights),
             (self.weight_bytes, model.weight_bytes),
             (self.state_flops, model.state_flops() / model.q_heads),
         )

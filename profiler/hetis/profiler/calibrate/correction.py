@@ -152,9 +152,9 @@ def corrected(
     return replace(replica.profile, fits=tuple(fits))
 
 
-def _kernels_of(fit: Fit) -> tuple[float | None, ...]:
+def _kernels_of(fit: Fit) -> tuple[str | float | None, ...]:
     """Return what distinguishes a fit's kernels within its operator: precision, and whether attention is linear."""
-    return fit.scope.weight_bytes, fit.scope.state_flops
+    return fit.scope.weights, fit.scope.weight_bytes, fit.scope.state_flops
 
 
 def _scaled(piece: Piece, factor: float) -> Piece:
