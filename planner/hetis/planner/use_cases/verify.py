@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache, partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from hetis.planner.use_cases.json_values import json_value
 from hetis.planner.use_cases.representative import Part, representative_part
@@ -103,10 +103,8 @@ def needs_verifying(plan: Plan) -> bool:
     return bool(plan.replicas) and (plan.objective.ttft_limit_s, plan.objective.tpot_limit_s) != (None, None)
 
 
-class RunReport(Protocol):
-    """A callback for the progress of a run: its arrival rate, the requests that have arrived, and their number."""
-
-    def __call__(self, rate_rps: float, given: int, total: int, /) -> None: ...
+# A callback for the progress of a run: its arrival rate, the requests that have arrived, and their number.
+RunReport = Callable[[float, int, int], None]
 
 
 def unheard(rate_rps: float, given: int, total: int, /) -> None:
@@ -125,14 +123,15 @@ def verified(
     """
     if not needs_verifying(plan) or cancelled.is_set():
         return plan
-    try:
-        found = _verify(plan, problem, at_least_rps=at_least_rps, seed=seed, cancelled=cancelled, report=report)
-    except _OnlyMissedError as error:
-        found = error.found
-        what = ", ".join(misses(found, plan)) or "not all of the traffic is carried"
-        part = "" if found.share is None else f" (a part of its replicas at {found.share:.3g} of the rate)"
-        return replace(plan, notes=(*plan.notes, f"{MISSES_AT} {found.rate_rps:.4g} requests/s: {what}{part}"))
-    return plan if found is None else replace(plan, inputs={**plan.inputs, VERIFICATION: json_value(found)})
+    outcome = _verify(plan, problem, at_least_rps=at_least_rps, seed=seed, cancelled=cancelled, report=report)
+    if outcome is None:
+        return plan
+    found = outcome.found
+    if outcome.is_decided:
+        return replace(plan, inputs={**plan.inputs, VERIFICATION: json_value(found)})
+    what = ", ".join(misses(found, plan)) or "not all of the traffic is carried"
+    part = "" if found.share is None else f" (a part of its replicas at {found.share:.3g} of the rate)"
+    return replace(plan, notes=(*plan.notes, f"{MISSES_AT} {found.rate_rps:.4g} requests/s: {what}{part}"))
 
 
 def verification_of(plan: Plan) -> Verification | None:
@@ -287,10 +286,18 @@ def simulated_at(
     return outcome
 
 
+class _Outcome(NamedTuple):
+    """What simulations found before they were cancelled, if they were."""
+
+    found: Verification
+    is_decided: bool  # False: the planned rate misses a limit, and whether a lower one keeps it is not known
+
+
 def _verify(
     plan: Plan, problem: PlacementProblem, *, at_least_rps: float, seed: int, cancelled: threading.Event,
     report: RunReport,
-) -> Verification | None:  # fmt: skip
+) -> _Outcome | None:  # fmt: skip
+    """Simulate a plan at its rate, and at lower or higher ones; None: cancelled before its own rate was decided."""
     planned_rps, to_fill = default_rate(plan, problem), _most_of(plan).to_fill
     part = _simulated_part(plan, problem, to_fill)
     ordinary, long, longer = num_requests_of(part.plan), enough_of(part.plan), longest_of(part.plan)
@@ -319,12 +326,13 @@ def _verify(
 
     kept_rps: float | None = planned_rps
     is_kept: bool | None = None  # not known
+    is_decided = False
     try:
         at_plan = simulate(planned_rps)
         if at_plan.kept and at_plan.close:  # other traffic may well miss the limits
             other = simulate(planned_rps, longer, traffic=seed + 1)
             at_plan = at_plan if other.kept else other
-        is_kept = at_plan.kept
+        is_kept = is_decided = at_plan.kept
         if not is_kept:
             kept_rps = _kept_below(
                 planned_rps,
@@ -332,6 +340,7 @@ def _verify(
                 seems_sure=lambda rate_rps: simulate(rate_rps, ordinary).sure,
                 is_sure=is_sure,
             )
+            is_decided = True
         elif _may_keep_more(plan, at_plan) and not too_short:
             higher = (factor * planned_rps for factor in MORE)
             kept_rps = next((rate_rps for rate_rps in higher if is_calm(rate_rps)), planned_rps)
@@ -355,9 +364,7 @@ def _verify(
         share=part.share if part.share < 1.0 else None,
         too_short=too_short or None,
     )
-    if not is_kept and kept_rps == planned_rps:  # no lower rate was decided, which is not the same as none that is kept
-        raise _OnlyMissedError(found)
-    return found
+    return _Outcome(found, is_decided)
 
 
 def _most_of(plan: Plan) -> _Most:
@@ -370,14 +377,6 @@ def _has_workers(plan: Plan) -> bool:
 
 class _CancelledError(Exception):
     """A simulation was cancelled."""
-
-
-class _OnlyMissedError(Exception):
-    """Simulations were cancelled when the planned rate had missed a limit and no lower one was decided."""
-
-    def __init__(self, found: Verification) -> None:
-        super().__init__(found)
-        self.found = found
 
 
 def _may_keep_more(plan: Plan, at_plan: TriedRate) -> bool:
