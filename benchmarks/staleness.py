@@ -207,11 +207,14 @@ def is_source(path: str, sources: Iterable[str]) -> bool:
 def _files(sources: tuple[str, ...]) -> Iterator[str]:
     roots = {source.lstrip("!").split("/")[0] for source in sources}
     for root in roots:
-        for file in (ROOT / root).rglob("*.py"):
-            path = file.relative_to(ROOT).as_posix()
-            if is_source(path, sources):
-                yield path
+        yield from (path for path in _modules_in(root) if is_source(path, sources))
     yield from (source for source in sources if source.endswith(".json"))
+
+
+@cache
+def _modules_in(root: str) -> tuple[str, ...]:
+    """Return the paths of all modules below a folder of the repository."""
+    return tuple(file.relative_to(ROOT).as_posix() for file in (ROOT / root).rglob("*.py"))
 
 
 @cache
