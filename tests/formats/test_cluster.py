@@ -106,6 +106,19 @@ def test_a_gpu_type_has_the_vendor_of_its_architecture_unless_it_says_another(
     assert cluster_to_data(cluster)["gpu_types"]["X1"].get("vendor") == kept
 
 
+@pytest.mark.parametrize(
+    ("name", "architecture", "meant"),
+    [("RTX-5080", "Blackwell", "RTX Blackwell"), ("B100", "Blackwell", "Blackwell"), ("RTX-5080", "Ada", "Ada")],
+)
+def test_a_board_that_nvidia_calls_blackwell_is_no_b200(
+    tmp_path: Path, name: str, architecture: str, meant: str
+) -> None:
+    peaks = "memory: 16GiB, memory_bandwidth: 1TB/s, fp16: 100TFLOPS"
+    own = f"gpu_types:\n  {name}: {{{peaks}, architecture: {architecture}}}\n"
+    cluster = cluster_of(tmp_path, f"nodes: [{{name: a, gpus: [{{type: {name}}}]}}]\n", more=own)
+    assert cluster.gpu_types[name].architecture == meant
+
+
 def test_links_of_a_node_and_gpu_types_of_its_own(tmp_path: Path) -> None:
     nodes = """nodes:
   - name: a

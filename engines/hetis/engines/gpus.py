@@ -56,7 +56,5 @@ def kind_of_type(gpu: GpuType) -> GpuKind:
 
 def kind_by(name: str, architecture: str, vendor: Any) -> GpuKind:
     """Return the kind of a GPU type from its fields; if no vendor is given, the vendor of its architecture."""
-    capability = _BY_ARCHITECTURE.get(architecture.casefold())
-    if capability == CAPABILITIES["Blackwell"] and name.upper().startswith("RTX"):
-        capability = 12.0  # workstation GPUs; B200 and B300 have 10.x
+    capability = _BY_ARCHITECTURE.get(catalogue.architecture_of(name, architecture).casefold())
     return GpuKind(catalogue.vendor_named(str(vendor)) if vendor else catalogue.vendor_of(architecture), capability)

@@ -233,6 +233,7 @@ _GPU_FIELDS: tuple[tuple[str, str, Callable[[Any], Any]], ...] = (
 
 def _gpu_type(name: str, part: GpuTypePart) -> GpuType:
     fields = {theirs: getattr(part, ours) for ours, theirs, _ in _GPU_FIELDS}
+    fields["architecture"] = catalogue.architecture_of(name, part.architecture)
     vendor = catalogue.vendor_of(part.architecture) if part.vendor is None else catalogue.vendor_named(part.vendor)
     return GpuType(name=name, vendor=vendor, **fields)
 
