@@ -115,9 +115,10 @@ class WorkerCore:
                 _log.error("%s: %s", self.name, why)
                 return error_answer(frame, ErrorCode.FAILED, why)
         self._forget()
-        if frame.epoch != self.epoch:  # one that comes back started when it did: the way of its HELLO took longer
+        if frame.epoch != self.epoch:
             self._over.add(self.epoch)
             self.epoch, self._started_s = frame.epoch, started_s
+        self._started_s = min(self._started_s, started_s)  # a HELLO that takes its time makes an engine look younger
         self._session = frame.session
         return frame.answered(FrameKind.WELCOME, parts=pack_welcome(self.device.num_pages, self.name))
 
