@@ -99,6 +99,7 @@ class SimulatedServer:
 
         if self._warming is None:
             self.engine.is_warm = False
+            _log.info("preparing admission: replicas are loading until then, up to a minute if kernels are compiled")
             self._warming = asyncio.create_task(warm_up())
 
     async def do(self, work: Callable[[SteeredEngine[Any], float], T]) -> T:
