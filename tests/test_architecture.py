@@ -150,6 +150,7 @@ COMMANDS = {
     "planner/hetis/planner/service/main.py",
     "runtime/hetis/runtime/agent/main.py",
     "runtime/hetis/runtime/launch/main.py",
+    "runtime/hetis/runtime/worker/__main__.py",
 }
 
 

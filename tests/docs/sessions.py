@@ -20,7 +20,7 @@ MAINS = {
     "hetis-planner": "hetis.planner.service.main",
     "hetis-agent": "hetis.runtime.agent.main",
     "hetis-launch": "hetis.runtime.launch.main",
-    "hetis-worker": "hetis.runtime.worker.main",
+    "hetis-worker": "hetis.runtime.worker.__main__",
     "hetis-profile": "hetis.profiler.cli.main",
 }
 LIMIT_S = 300.0  # limit for a first line or an end, on a busy machine

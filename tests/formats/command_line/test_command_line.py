@@ -20,6 +20,7 @@ from hetis.formats.command_line.verb import BROKEN_PIPE, OK, run_application, ve
 from hetis.planner.cli.exit_codes import ExitCode as PlannerCode
 from hetis.planner.service.exit_codes import ServiceExitCode
 from hetis.profiler.cli.exit_codes import ProfileExitCode as ProfilerCode
+from tests.docs.sessions import MAINS
 
 
 def application() -> typer.Typer:
@@ -161,7 +162,7 @@ IMPORTING = """
 import os, signal, sys
 class CtrlC:
     def find_spec(self, name, path, target=None):
-        if name == "typer":
+        if name in ("typer", "hetis.runtime.worker.main"):
             try:
                 os.kill(os.getpid(), signal.SIGINT)
             except BaseException:
@@ -176,19 +177,26 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 class Gone:
     def __del__(self):
         signal.raise_signal(signal.SIGINT)
-with command_process(), ctrl_c_raises():
+with command_process("hetis-plan", extra="planner"), ctrl_c_raises():
     Gone()
 print("went on")
 """
 
 
-@pytest.mark.parametrize("command", ["hetis-plan", "hetis-profile"])
+@pytest.mark.parametrize("command", ["hetis-plan", "hetis-profile", "hetis-planner", "hetis-worker"])
 def test_ctrl_c_ends_a_command_that_is_still_importing(command: str) -> None:
     """This holds even if code in between drops the error."""
-    (script,) = entry_points(group="console_scripts", name=command)
-    program = f"{IMPORTING}from {script.module} import {script.attr}; sys.argv = [{command!r}, '--help']; main()"
+    program = f"{IMPORTING}from {MAINS[command]} import main; sys.argv = [{command!r}, '--help']; main()"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (INTERRUPTED, "", "interrupted\n")
+
+
+def test_a_command_says_what_to_install_if_only_the_base_is_there() -> None:
+    with pytest.raises(SystemExit) as ended, command_process("hetis-worker", extra="worker"):
+        raise ModuleNotFoundError("No module named 'torch'", name="torch")
+    assert ended.value.code == "hetis-worker needs torch: pip install 'hetis[worker]'"
+    with pytest.raises(ModuleNotFoundError), command_process("hetis-worker", extra="worker"):
+        raise ModuleNotFoundError("No module named 'nothing'", name="nothing")  # a bug, whose traceback is wanted
 
 
 def test_ctrl_c_in_a_callback_whose_errors_python_drops_ends_the_command() -> None:
@@ -198,7 +206,7 @@ def test_ctrl_c_in_a_callback_whose_errors_python_drops_ends_the_command() -> No
 
 def test_ctrl_c_is_as_before_after_a_command() -> None:
     before = signal.getsignal(signal.SIGINT), sys.unraisablehook
-    with command_process():
+    with command_process("hetis-plan", extra="planner"):
         for _ in range(2):
             with ctrl_c_raises():
                 assert signal.getsignal(signal.SIGINT) in (signal.default_int_handler, before[0])

@@ -134,6 +134,18 @@ def test_a_replica_that_does_not_come_up_in_time_has_failed(world: World) -> Non
     assert state(world, REPLICA) == SERVING
 
 
+def test_a_replica_whose_engine_restarts_says_that_it_loads_and_serves_again_by_itself(world: World) -> None:
+    agent = world.agents["a"]
+    agent.states[REPLICA] = report_pb2.ASSIGNMENT_STATE_LOADING
+    agent.report()
+    world.flow()
+    record = world.store.tables.replicas.require(REPLICA)
+    assert record.state == FAILED
+    assert record.body.failure.message == "node a is loading the replica again: its engine restarted"
+    work(world)
+    assert state(world, REPLICA) == SERVING
+
+
 def test_an_activation_goes_on_under_the_next_planner(world: World) -> None:
     activate(world, (BESIDE, shape(["a/1"], ["b/1"])))
     world.flow()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
+import threading
 import time
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pytest
 
 from hetis.runtime.agent.executor import SocketExecutor, check_socket
 from hetis.runtime.agent.simulated.engine import SimulatedEngine
-from hetis.runtime.agent.simulated.replica import Control
+from hetis.runtime.agent.simulated.replica import Control, ProportionalAdmission
 from hetis.runtime.agent.simulated.server import SimulatedServer
 from hetis.runtime.moves.refusals import RefusedError, reason_name, stale_epoch
 from hetis.v1.executor_service_pb2 import (
@@ -49,6 +50,31 @@ def test_refusals_cross_the_socket_with_reason_and_metadata(tmp_path: Path) -> N
         await executor.close()
 
     asyncio.run(story())
+
+
+def test_an_engine_that_prepares_its_admission_can_be_stopped(tmp_path: Path) -> None:
+    """It used to stop only after its kernels had been compiled, which takes up to a minute."""
+    prepared = threading.Event()
+
+    class Slow(ProportionalAdmission):
+        def warm_up(self) -> None:
+            prepared.wait()
+
+    async def story() -> None:
+        server = SimulatedServer(SimulatedEngine("p", 1, admission=Slow()), tmp_path / "p.sock")
+        await server.start()
+        server.warm_up()
+        assert not server.engine.is_warm
+        await server.close()
+
+    limit = threading.Timer(30.0, prepared.set)
+    limit.start()
+    try:
+        asyncio.run(story())
+        assert not prepared.is_set()
+    finally:
+        limit.cancel()
+        prepared.set()
 
 
 def test_an_engine_learns_the_outcome_from_the_engine_of_the_primary(tmp_path: Path) -> None:

@@ -37,6 +37,7 @@ class InprocWorker:
     fault_at: int = -1
     handled: list[FrameKind] = field(default_factory=list)
     has_failed: bool = False
+    now_s: float = 1000.0  # the worker's clock
     is_running: bool = True
     core: WorkerCore = field(init=False)
     _pipe: InprocPipe | None = None
@@ -48,16 +49,18 @@ class InprocWorker:
     def start(self) -> None:
         """Start a new process, which holds nothing."""
         self.is_running = True
-        self.core = WorkerCore(self.name, lambda shape: LocalDevice(self.name, shape, self.pages), key=KEY)
+        self.core = WorkerCore(
+            self.name, lambda shape: LocalDevice(self.name, shape, self.pages), key=KEY, clock=lambda: self.now_s
+        )
 
-    def join(self, shape: KvShape, *, epoch: int = 1) -> RemoteDevice:
+    def join(self, shape: KvShape, *, epoch: int = 1, age_s: float = 0.0) -> RemoteDevice:
         ours, theirs = InprocPipe.pair(self.name)
         if self._channel is not None:
             self._channel.close()
         self._pipe, self._channel = theirs, Channel(theirs)
         channel = self._channel
         ours.idle = lambda: self.run(channel, theirs)
-        return RemoteDevice(self.name, shape, Channel(ours), epoch=epoch, key=KEY)
+        return RemoteDevice(self.name, shape, Channel(ours), epoch=epoch, key=KEY, age_s=age_s)
 
     def run(self, channel: Channel, pipe: InprocPipe) -> None:
         """Handle every frame that has arrived."""

@@ -28,9 +28,16 @@ class ListeningWorker:
     port: int
 
     def join(
-        self, shape: KvShape, *, epoch: int, kind: ChannelKind = ChannelKind.AUTO, timeout_s: float = 30.0
+        self,
+        shape: KvShape,
+        *,
+        epoch: int,
+        age_s: float = 0.0,
+        kind: ChannelKind = ChannelKind.AUTO,
+        timeout_s: float = 30.0,
     ) -> RemoteDevice:
-        return join_at("w0", self.host, self.port, key_of(SECRET), shape, epoch=epoch, kind=kind, timeout_s=timeout_s)
+        key = key_of(SECRET)
+        return join_at("w0", self.host, self.port, key, shape, epoch=epoch, age_s=age_s, kind=kind, timeout_s=timeout_s)
 
 
 @contextmanager

@@ -49,7 +49,7 @@ def test_only_the_newest_engine_with_the_key_is_obeyed(worker: ListeningWorker) 
     with pytest.raises(DeviceLostError, match="the key is another worker's"):
         join_at("w0", worker.host, worker.port, key_of("a key that nobody has said"), shape, epoch=51)
     with pytest.raises(StaleEpochError, match="epoch 49 has ended, 50 is current"):
-        worker.join(shape, epoch=49)
+        worker.join(shape, epoch=49, age_s=3600.0)
     assert device.ping() == (device.num_pages, 0)
     newer = worker.join(shape, epoch=51)
     with pytest.raises(DeviceLostError):

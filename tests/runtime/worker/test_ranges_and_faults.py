@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import struct
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -112,6 +114,35 @@ def test_an_older_engine_is_refused_and_cannot_write_into_a_newer_ones_ranges() 
     assert newer.ping() == (PAGES, 0)
     with pytest.raises(StaleEpochError, match="epoch 5 has ended, 6 is current"):
         worker.join(CASE.shape(), epoch=5)
+
+
+def test_a_restarted_engine_takes_over_whatever_its_number_and_nobody_before_it_returns() -> None:
+    """An engine's number used to be the time of its clock, which may have been put back between two engines."""
+    worker = InprocWorker("w0", PAGES)
+    worker.join(CASE.shape(), epoch=900)
+    worker.now_s += 60
+    worker.join(CASE.shape(), epoch=5).close()
+    worker.now_s += 60
+    for number, age_s in ((900, 120.0), (900, 0.0), (901, 60.5)):  # it knows its age; it was paused; it never came
+        with pytest.raises(StaleEpochError, match=f"epoch {number} has ended, 5 is current"):
+            worker.join(CASE.shape(), epoch=number, age_s=age_s)
+    assert worker.join(CASE.shape(), epoch=5, age_s=61.0).ping() == (PAGES, 0)  # over a slow way
+
+
+def test_the_later_of_two_engines_is_obeyed_by_a_worker_that_knows_neither() -> None:
+    for order in ((900, 5), (5, 900)):
+        worker = InprocWorker("w0", PAGES)
+        worker.start()
+        for number in order:
+            with suppress(StaleEpochError):
+                worker.join(CASE.shape(), epoch=number, age_s={900: 120.0, 5: 60.0}[number])
+        assert worker.core.epoch == 5
+
+
+@pytest.mark.parametrize("age_s", [-1.0, math.inf, math.nan])
+def test_an_age_that_nothing_has_is_refused(age_s: float) -> None:
+    with pytest.raises(DeviceLostError):
+        InprocWorker("w0", PAGES).join(CASE.shape(), age_s=age_s)
 
 
 # --- hostile frames

@@ -18,11 +18,14 @@ if TYPE_CHECKING:
     from sys import UnraisableHookArgs
 
 INTERRUPTED = 130  # 128 plus the number of the signal, as in shells
+_LIBRARIES = ("typer", "rich", "torch")  # what commands import first that the base install lacks
 
 
 @contextmanager
-def command_process() -> Iterator[None]:
+def command_process(command: str, *, extra: str) -> Iterator[None]:
     """Run a whole command in the block: with all three standard streams, and so that Ctrl-C always ends it with 130.
+
+    The base install has the ``command``, but not the libraries of command lines: those come with ``extra``.
 
     Ctrl-C ends the process at once until `ctrl_c_raises`: what is imported before has nothing to clean up, and some of
     it would drop a KeyboardInterrupt. A SIGINT that the caller ignores or handles stays as it is.
@@ -31,12 +34,14 @@ def command_process() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread() or (
         signal.getsignal(signal.SIGINT) is not signal.default_int_handler
     ):
-        yield
+        with _told_what_to_install(command, extra):
+            yield
         return
     signal.signal(signal.SIGINT, _leave)
     hook, sys.unraisablehook = sys.unraisablehook, _leave_if_interrupted
     try:
-        yield
+        with _told_what_to_install(command, extra):
+            yield
     finally:
         sys.unraisablehook = hook
         if signal.getsignal(signal.SIGINT) is _leave:
@@ -75,6 +80,16 @@ def open_closed_streams() -> None:
         if getattr(sys, name) is None:
             mode = "w" if number else "r"
             setattr(sys, name, open(number, mode, encoding="utf-8", errors="replace", closefd=False))  # noqa: SIM115
+
+
+@contextmanager
+def _told_what_to_install(command: str, extra: str) -> Iterator[None]:
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name not in _LIBRARIES:
+            raise
+        sys.exit(f"{command} needs {error.name}: pip install 'hetis[{extra}]'")
 
 
 def _leave(_signal: int, _frame: FrameType | None) -> NoReturn:

@@ -134,7 +134,9 @@ def _serving(now: Standing, around: Surroundings) -> Standing:
     if dense:
         part = parts[dense[0]]
         failure = None if part.is_lost else part.failure
-        return _failed(now, failure or _unavailable(f"node {dense[0]} no longer serves the replica", dense[0]))
+        is_loading = not part.is_lost and part.state == AssignmentState.ASSIGNMENT_STATE_LOADING
+        what = "is loading the replica again: its engine restarted" if is_loading else "no longer serves the replica"
+        return _failed(now, failure or _unavailable(f"node {dense[0]} {what}", dense[0]))
     if now.state == State.REPLICA_STATE_FAILED and (
         now.goal != Goal.ASSIGNMENT_GOAL_SERVE
         or not all(parts[node].reached(SERVING, 1) for node in around.dense_nodes)

@@ -10,16 +10,12 @@ from hetis.formats.command_line.process import command_process
 
 
 def main() -> NoReturn:
-    """Run the command. The base install has the command, but not the libraries that it needs."""
+    """Run the command."""
     # gRPC reads this when it is imported. It would write a line in a form of its own for each handshake that fails.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
-    with command_process():
-        try:
-            from hetis.planner.service.command import run
-        except ModuleNotFoundError as error:
-            if error.name not in ("typer", "rich"):
-                raise
-            sys.exit(f"hetis-planner needs {error.name}: pip install 'hetis[planner]'")
+    with command_process("hetis-planner", extra="planner"):
+        from hetis.planner.service.command import run
+
         code = run(sys.argv[1:])
     from hetis.planner.threads import exit_process
 

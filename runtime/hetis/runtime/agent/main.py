@@ -202,7 +202,7 @@ def simulate(
 
 def main() -> NoReturn:
     """Run the command ``hetis-agent`` and exit."""
-    with command_process():
+    with command_process("hetis-agent", extra="agent"):
         sys.exit(run_application(app, "hetis-agent", sys.argv[1:], _report_failure))
 
 

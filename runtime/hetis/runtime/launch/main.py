@@ -254,7 +254,7 @@ def kubernetes(
 
 def main() -> NoReturn:
     """Run the command ``hetis-launch`` and exit."""
-    with command_process():
+    with command_process("hetis-launch", extra="launch"):
         sys.exit(run_application(app, "hetis-launch", sys.argv[1:], _report_failure))
 
 

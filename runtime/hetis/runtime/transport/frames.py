@@ -1,11 +1,11 @@
 """Frames: a header of 64 bytes, and a body whose length the header states.
 
-Little-endian. Every frame names the engine's term (``epoch``) and the connection (``session``) that it belongs to, so
-that frames of an old engine or an old connection are recognised, and a ``serial``, which an answer repeats.
+Little-endian. Every frame names its engine (``epoch``) and the connection (``session``) that it belongs to, so that
+frames of an old engine or an old connection are recognised, and a ``serial``, which an answer repeats.
 
 | kind | counts | body |
 | --- | --- | --- |
-| HELLO (layer: how many) | head_dim, r, page_tokens | windows i64 [layers], scale f64, soft cap f64, key |
+| HELLO (layer: how many) | head_dim, r, page_tokens | windows i64 [layers], scale, soft cap, age: f64; key |
 | BEGIN | N, T | requests, incarnations, heads, first positions, and how many unless T is N: i64 [4 or 5, N] |
 | ATTEND | T | queries, key and value of each position: [T, r + 2, d] |
 | FINISH, ABORT, PING, BYE | | |
@@ -46,7 +46,7 @@ from hetis.runtime.transport.keys import KEY_BYTES
 from hetis.solver.errors import HetisError
 
 MAGIC = 0x53495448  # "HTIS"
-VERSION = 3
+VERSION = 4
 HEADER = struct.Struct("<IHBBQQQQIIIIQ")
 HEADER_BYTES = HEADER.size
 MOST_BODY_BYTES = 1 << 32
@@ -99,7 +99,7 @@ class Frame(NamedTuple):
     """One message."""
 
     kind: FrameKind
-    epoch: int  # epoch of the engine
+    epoch: int  # the engine, by a number that it draws when it starts
     session: int  # connection that the frame belongs to, unique at its worker
     serial: int = 0  # serial of the request; an answer repeats it
     step: int = 0  # decode step, or 0 if it concerns none
@@ -191,10 +191,11 @@ class Hello:
 
     shape: KvShape
     key: bytes
+    age_s: float = 0.0  # time since the engine started
 
     def frame(self, *, epoch: int, session: int) -> Frame:
         shape = self.shape
-        factors = torch.tensor([shape.scale, shape.soft_cap], dtype=torch.float64)
+        factors = torch.tensor([shape.scale, shape.soft_cap, self.age_s], dtype=torch.float64)
         key = torch.frombuffer(bytearray(self.key), dtype=torch.uint8)
         return Frame(
             kind=FrameKind.HELLO,
@@ -208,7 +209,7 @@ class Hello:
 
     @classmethod
     def read(cls, frame: Frame) -> Hello:
-        _expect(frame, FrameKind.HELLO, 8 * frame.layer + 16 + KEY_BYTES)
+        _expect(frame, FrameKind.HELLO, 8 * frame.layer + 24 + KEY_BYTES)
         head_dim, queries, page_tokens = frame.counts
         limits = MOST_HEAD_DIM, MOST_QUERIES, MOST_PAGE_TOKENS
         fits = all(0 < size <= most for size, most in zip(frame.counts, limits, strict=True))
@@ -216,9 +217,11 @@ class Hello:
             raise FrameError(f"HELLO of {frame.layer} layers, {frame.counts} and dtype {frame.dtype!r}")
         raw = bytes(frame.raw)
         windows = np.frombuffer(raw, "<i8", frame.layer)
-        scale, soft_cap = struct.unpack_from("<dd", raw, 8 * frame.layer)
+        scale, soft_cap, age_s = struct.unpack_from("<ddd", raw, 8 * frame.layer)
         if int(windows.min()) < 0 or not (math.isfinite(scale) and 0 <= soft_cap < math.inf):
             raise FrameError(f"HELLO of windows {windows.tolist()}, scale {scale} and soft cap {soft_cap}")
+        if not 0 <= age_s < math.inf:
+            raise FrameError(f"HELLO of an engine that is {age_s} s old")
         shape = KvShape(
             layers=frame.layer,
             head_dim=head_dim,
@@ -229,7 +232,7 @@ class Hello:
             windows=tuple(windows.tolist()),
             soft_cap=soft_cap,
         )
-        return cls(shape=shape, key=raw[-KEY_BYTES:])
+        return cls(shape=shape, key=raw[-KEY_BYTES:], age_s=age_s)
 
 
 class KvRange(NamedTuple):

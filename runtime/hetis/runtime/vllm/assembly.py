@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections.abc import Callable, Sequence
 from statistics import median
@@ -144,7 +145,7 @@ def make_rank(vllm_config: VllmConfig, cache: KVCacheConfig, settings: PluginSet
     if layers and (blocks := layers[0].kv_cache.shape[0]) != cache.num_blocks:
         why = f"the backend's kernels see {blocks} blocks, vLLM {cache.num_blocks} of {spec.block_size} tokens"
         raise UnsupportedModelError(f"hetis cannot place head groups here: {why}; use a smaller --block-size")
-    epoch = time.time_ns() // 1_000_000
+    epoch, started_s = secrets.randbits(63), _uptime_s()
     calibrations: dict[int, Calibration] = {}
 
     def join(worker: int) -> AttentionDevice:
@@ -156,7 +157,8 @@ def make_rank(vllm_config: VllmConfig, cache: KVCacheConfig, settings: PluginSet
         assert key is not None, "a file was named"
         host, port = split_address(one.addresses[number])
         kind, timeout_s = ChannelKind(settings.transport), settings.timeout_s
-        device = join_at(one.name, host, port, key, shape, epoch=epoch, kind=kind, timeout_s=timeout_s)
+        age_s = _uptime_s() - started_s
+        device = join_at(one.name, host, port, key, shape, epoch=epoch, age_s=age_s, kind=kind, timeout_s=timeout_s)
         if settings.calibrate:
             try:
                 measured = calibrate(device, groups=spec.head_groups, exchange_bytes_per_head=exchange)
@@ -181,6 +183,11 @@ def make_rank(vllm_config: VllmConfig, cache: KVCacheConfig, settings: PluginSet
         copy_bytes_per_step=settings.redispatch.copy_bytes_per_step,
         calibrations=calibrations,
     )
+
+
+def _uptime_s() -> float:
+    """Return the time since this host started, including the time that it was suspended, if the system counts it."""
+    return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
 
 
 def heads_of(spec: HeadGroupSpec, queries_per_group: int) -> HeadShape:

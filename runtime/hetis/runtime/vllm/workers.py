@@ -24,7 +24,7 @@ class ConnectedWorkers:
         self, names: Sequence[str], join: Join, *, epoch: int, clock: Callable[[], float] = time.monotonic
     ) -> None:
         """``join`` connects to the worker with a number; it may take its whole time-out, and raise DeviceError."""
-        self.names, self.epoch = tuple(names), epoch  # the epoch is above those of earlier engines
+        self.names, self.epoch = tuple(names), epoch
         self._join, self._clock = join, clock
         self._devices: dict[int, AttentionDevice] = {}
         self._joining: set[int] = set()

@@ -1,8 +1,11 @@
 """An attention worker: frames in and out without sockets, and the loop around it that serves one engine at a time.
 
-It obeys one engine at a time. A HELLO whose epoch is not below the newest starts empty: the KV of an earlier
-connection is void. Frames of another connection, or of a step other than the one begun, are refused. So is
-KV of a request's earlier incarnation if a later one is here.
+It obeys one engine at a time, the one that started last. Engines say their age, by which a worker knows when each
+started, on its own monotonic clock: no jump of a clock makes a new engine look old. An engine that another has
+followed is over, whatever age it claims (a virtual machine that was paused does not know how old it is).
+
+A HELLO that is accepted starts empty: the KV of an earlier connection is void. Frames of another connection, or of a
+step other than the one begun, are refused. So is KV of a request's earlier incarnation if a later one is here.
 
 The failure of a frame without an answer (BEGIN, ADOPT, DROP) is reported in the next answer, before which nothing
 counts anyway.
@@ -15,6 +18,7 @@ from __future__ import annotations
 
 import hmac
 import logging
+import math
 import select
 import socket
 import time
@@ -55,11 +59,15 @@ _log = logging.getLogger(__name__)
 class WorkerCore:
     """The state of one worker."""
 
-    def __init__(self, name: str, make_device: MakeDevice, *, key: bytes) -> None:
+    def __init__(
+        self, name: str, make_device: MakeDevice, *, key: bytes, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self.name = name
-        self.epoch = 0  # newest epoch that it has obeyed
+        self.epoch = 0  # the engine that it obeys, or obeyed last
         self.device: LocalDevice | None = None  # pages of the engine's shape. None before the first HELLO.
-        self._make_device, self._key = make_device, key
+        self._make_device, self._key, self._clock = make_device, key, clock
+        self._started_s = -math.inf  # when that engine started
+        self._over: set[int] = set()  # engines that another has followed
         self._session = 0
         self._step: tuple[int, int] | None = None  # number and rows of the step that was begun
         self._incarnations: dict[int, int] = {}
@@ -95,7 +103,8 @@ class WorkerCore:
         hello = Hello.read(frame)
         if not hmac.compare_digest(hello.key, self._key):
             return error_answer(frame, ErrorCode.REFUSED, f"{self.name}: the key is another worker's, or an old one")
-        if frame.epoch < self.epoch:
+        started_s = self._clock() - hello.age_s
+        if frame.epoch != self.epoch and (frame.epoch in self._over or started_s < self._started_s):
             return self._stale(frame)
         if self.device is None or self.device.shape != hello.shape:
             self.device, self._session = None, 0  # free before allocating
@@ -106,7 +115,11 @@ class WorkerCore:
                 _log.error("%s: %s", self.name, why)
                 return error_answer(frame, ErrorCode.FAILED, why)
         self._forget()
-        self.epoch, self._session = frame.epoch, frame.session
+        if frame.epoch != self.epoch:
+            self._over.add(self.epoch)
+            self.epoch, self._started_s = frame.epoch, started_s
+        self._started_s = min(self._started_s, started_s)  # a HELLO that takes its time makes an engine look younger
+        self._session = frame.session
         return frame.answered(FrameKind.WELCOME, parts=pack_welcome(self.device.num_pages, self.name))
 
     def _forget(self) -> None:
@@ -269,7 +282,7 @@ class WorkerLoop:
             self._leave(str(error))
 
     def _take_newcomer(self, wait_s: float, stall_s: float) -> None:
-        """Check for another engine while this one is silent. It is obeyed if its key is right and its epoch not old."""
+        """Check for another engine while this one is silent. It is obeyed with the right key, unless it is outdated."""
         connection = self._pending.speaking(wait_s)
         if connection is None:
             return

@@ -1,7 +1,8 @@
 """The process of an attention worker, and its settings from options or environment variables, checked as a whole.
 
 An option takes precedence over its variable. The variables serve those who start processes without a shell:
-Kubernetes, Slurm, systemd. Exit codes: 0 stopped by SIGTERM or SIGINT, 1 failed, 2 invalid options or variables.
+Kubernetes, Slurm, systemd. Exit codes: 0 stopped by SIGTERM or SIGINT, 1 failed, 2 invalid options or variables, and
+130 for SIGINT before the options are read.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 `join_at` is all that an engine needs of this package:
 
-    device = join_at("w0", "10.0.0.2", 7070, key, shape, epoch=time.time_ns())
+    device = join_at("w0", "10.0.0.2", 7070, key, shape, epoch=secrets.randbits(63), age_s=0.0)
     device.num_pages                                      # each of shape.page_bytes, for one virtual sequence
     device.begin(DeviceStep(epoch=e, number=n, requests=[...], incarnations=[...], heads=[...],
                             positions=first, counts=counts))    # [N]; counts None: one position each
@@ -13,12 +13,12 @@
     device.ping()                                         # between steps: free pages, sequences
     device.close()
 
-A worker serves one connection, that with the newest epoch. An engine that connects with the same or a higher epoch
-takes over, and finds the worker empty; one with a lower epoch is refused. A restarting engine therefore needs an epoch
-that only grows, such as the time. `begin` has no answer: `wait` raises OutOfPagesError for too few pages and
-UnknownSequenceError for an unknown sequence, after which `abort` restores the device but for the pages already
-allocated. Every other failure is a DeviceLostError, and everything on the device is gone: join again. Nothing here is
-thread-safe.
+A worker serves one connection, that of the engine which started last. An engine is known by its epoch, drawn at random
+when it starts. It may connect again, and takes over from older engines; it finds the worker empty each time. Engines
+that are older than the last one, or were followed by another, are refused. `begin` has no answer: `wait` raises
+OutOfPagesError for too few pages and UnknownSequenceError for an unknown sequence, after which `abort` restores the
+device but for the pages already allocated. Every other failure is a DeviceLostError, and everything on the device is
+gone: join again. Nothing here is thread-safe.
 """
 
 from __future__ import annotations
@@ -70,7 +70,15 @@ class RemoteDevice:
     """
 
     def __init__(
-        self, name: str, shape: KvShape, channel: Channel, *, epoch: int, key: bytes, timeout_s: float = 10.0
+        self,
+        name: str,
+        shape: KvShape,
+        channel: Channel,
+        *,
+        epoch: int,
+        key: bytes,
+        age_s: float = 0.0,
+        timeout_s: float = 10.0,
     ) -> None:
         """Greet the worker. A worker that owes an answer for ``timeout_s`` is lost. Raises DeviceLostError if it does
         not answer, or refuses the key, and StaleEpochError if it obeys a later engine.
@@ -85,7 +93,7 @@ class RemoteDevice:
         self._queued: list[Frame] = []
         self._owed = 0  # serial of the last request whose answer has not been read; 0: none
         self._step: DeviceStep | None = None
-        hello = Hello(shape=shape, key=key).frame(epoch=epoch, session=self._session)
+        hello = Hello(shape=shape, key=key, age_s=age_s).frame(epoch=epoch, session=self._session)
         self._send(hello)
         self.num_pages, _ = self._read(self._answer(hello.serial), read_welcome)
 
@@ -248,6 +256,7 @@ def join_at(
     shape: KvShape,
     *,
     epoch: int,
+    age_s: float = 0.0,
     kind: ChannelKind = ChannelKind.AUTO,
     timeout_s: float = 10.0,
 ) -> RemoteDevice:
@@ -257,6 +266,8 @@ def join_at(
         host, port: as passed to `hetis-worker --listen`, or in its port file.
         key: the worker's key, from `hetis.runtime.transport.keys.read_key`.
         shape: that of the virtual sequences; the worker reallocates its pages if it differs from the previous one.
+        epoch: this engine, by a number that it drew when it started.
+        age_s: time since then.
         kind: the kind of channel; ``AUTO`` is shared memory on one host and TCP between hosts.
         timeout_s: a worker that owes an answer for this long is lost.
 
@@ -270,4 +281,4 @@ def join_at(
     except (ChannelError, OSError) as error:
         is_ours = isinstance(error, OSError) or isinstance(error.__cause__, OSError)
         raise (UnreachedDeviceError if is_ours else DeviceLostError)(name, str(error)) from error
-    return RemoteDevice(name, shape, channel, epoch=epoch, key=key, timeout_s=timeout_s)
+    return RemoteDevice(name, shape, channel, epoch=epoch, key=key, age_s=age_s, timeout_s=timeout_s)

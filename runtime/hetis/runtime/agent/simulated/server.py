@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import threading
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -54,7 +55,7 @@ class SimulatedServer:
         self._stepped, self._peers = asyncio.Event(), PeerWatches(engine)
         self._servers: list[grpc.aio.Server] = []
         self._loop: asyncio.Task[None] | None = None
-        self._warming: asyncio.Task[None] | None = None
+        self._warming: threading.Thread | None = None
 
     async def start(self) -> None:
         """Start serving and decoding. Raises OSError if the socket or the address cannot be bound."""
@@ -91,15 +92,18 @@ class SimulatedServer:
     def warm_up(self) -> None:
         """Prepare admission in a thread, once, because this node is to run a primary."""
 
-        async def warm_up() -> None:
+        def warm_up() -> None:
             try:
-                await asyncio.to_thread(self.engine.admission.warm_up)
+                self.engine.admission.warm_up()
             finally:
                 self.engine.is_warm = True
 
         if self._warming is None:
             self.engine.is_warm = False
-            self._warming = asyncio.create_task(warm_up())
+            _log.info("preparing admission: replicas are loading until then, up to a minute if kernels are compiled")
+            # Not asyncio's pool, for whose threads a process that is told to stop would wait.
+            self._warming = threading.Thread(target=warm_up, name="admission", daemon=True)
+            self._warming.start()
 
     async def do(self, work: Callable[[SteeredEngine[Any], float], T]) -> T:
         return work(self.engine, time.monotonic())
