@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -105,6 +107,12 @@ def test_a_wrong_unit_lists_the_right_ones() -> None:
     for unclear in ("100Gb", "100Gb/s"):
         with pytest.raises(ValueError, match=r"did you mean 100Gbps, which is bits, or 100GB/s, bytes\?\)$"):
             units.parse_bandwidth(unclear)
+
+
+@pytest.mark.parametrize(("text", "meant"), [("16GBps", "16GB/s"), ("1.5 TBps", "1.5TB/s"), ("60GiBps", "60GiB/s")])
+def test_bytes_per_second_are_not_mistaken_for_bits(text: str, meant: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"(did you mean {meant}?)") + "$"):
+        units.parse_bandwidth(text)
 
 
 def test_a_unit_in_the_wrong_case_is_put_right_when_only_one_fits() -> None:

@@ -58,6 +58,28 @@ def test_columns_may_come_in_any_order_with_others_between(tmp_path: Path) -> No
     assert workload.bins == (LengthBin(prompt_tokens=100, output_tokens=10, weight=2.0),)
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (HEADER + "0,100,10\n1,1,200,30\n", "t.csv:3: has 4 values for 3 columns"),
+        (HEADER + "1790000000000,100,10\n", "t.csv:2: arrival_s: is 1790000000000 seconds: milliseconds?"),
+        ("arrival_s,prompt_tokens,output_tokens,prompt_tokens\n0,1,2,3\n", "t.csv:1: has column prompt_tokens 2 times"),
+    ],
+)
+def test_rows_that_can_be_read_in_two_ways_are_refused(tmp_path: Path, text: str, said: str) -> None:
+    path = tmp_path / "t.csv"
+    path.write_text(text)
+    with pytest.raises(DocumentError) as caught:
+        load_trace(path)
+    assert str(caught.value).endswith(said)
+
+
+def test_commas_at_the_end_of_a_row_are_no_values(tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    path.write_text(HEADER + "0,100,10,, \n")
+    assert load_trace(path).bins == (LengthBin(prompt_tokens=100, output_tokens=10, weight=1.0),)
+
+
 def test_a_workload_file_names_a_trace_beside_it(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text(HEADER + "0,100,10\n2,100,10\n")
     (tmp_path / "w.yaml").write_text("apiVersion: hetis/v1\nkind: Workload\nname: w\ntrace: t.csv\n")

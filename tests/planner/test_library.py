@@ -222,6 +222,7 @@ def test_a_simulation_is_that_of_the_command_line(plan: hetis.Plan, tmp_path: Pa
     assert found.to_dict()["summary"] == json.loads(done.stdout)["summary"]
     assert "requests/s" in repr(found)
     assert found.goodput_rps is None
+    assert repr(plan.simulate(requests=1)).startswith("<hetis.Simulation: too short for a rate, TTFT p95 ")
 
 
 def test_a_sweep_has_a_row_for_every_rate(plan: hetis.Plan) -> None:

@@ -182,6 +182,19 @@ def test_problems_of_all_inputs_come_together(capsys: pytest.CaptureFixture[str]
         assert part in err
 
 
+def test_a_gpu_that_cannot_be_modelled_is_refused_with_what_helps(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gpu = "{memory: 64GiB, memory_bandwidth: 1.6TB/s, fp16: 320TFLOPS}"
+    nodes, network = "[{name: a, gpus: [{type: Own}]}]", "{bandwidth: 100Gbps, latency: 20us}"
+    head = "{apiVersion: hetis/v1, kind: Cluster, name: own"
+    (tmp_path / "own.yaml").write_text(f"{head}, gpu_types: {{Own: {gpu}}}, nodes: {nodes}, network: {network}}}")
+    assert run(["place", "-c", str(tmp_path / "own.yaml"), "-m", "Llama-2-7B", "-w", "500/100"]) == 2
+    said = capsys.readouterr().err
+    assert "Own: no efficiencies for architecture 'unknown'; known: Ada" in said
+    assert "name the most similar of them as its architecture in the cluster file, or measure it" in said
+
+
 def test_a_profile_of_a_gpu_the_cluster_lacks_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from hetis.formats.catalogue import find_gpu
     from hetis.formats.documents import dump

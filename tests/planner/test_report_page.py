@@ -8,15 +8,18 @@ from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from hetis.formats.documents import load_cluster, load_plan
 from hetis.planner.report.figures import digits
-from hetis.planner.report.page.blocks import Waterfalls
+from hetis.planner.report.page.axes import chart_of
+from hetis.planner.report.page.blocks import COLORS, Waterfalls
 from hetis.planner.report.page.fleet_map import fleet_map, shape_letter
 from hetis.planner.report.page.pages import ShownPlan, plans_page
 from hetis.planner.report.page.plan_section import plan_section, reason_words, shape_words
 from hetis.planner.report.plan import simple_setups
+from hetis.planner.report.simulation_pictures import _COLORS, Line, Panel, _dash
 from hetis.planner.use_cases.compare import figures_of
 from hetis.planner.use_cases.engine_values import EQUAL_STAGES
 from hetis.planner.use_cases.place import SIMPLE_SETUPS
@@ -326,3 +329,11 @@ def test_out_to_standard_output_prints_the_plan_and_no_table(folder: Path) -> No
     assert json.loads(done.stdout)["kind"] == "Plan"
     again = hetis_plan_here("replan", "--from", "plan.json", "-c", "cluster.yaml", "--out", "-", cwd=folder)
     assert json.loads(again.stdout)["kind"] == "Plan"
+
+
+def test_lines_of_one_colour_differ_in_their_dashes() -> None:
+    lines = tuple(Line(name=f"line {i}", x=np.array([0.0, 1.0]), y=np.array([0.0, i + 1.0])) for i in range(COLORS + 1))
+    curves = chart_of(Panel(title="many", x_title="s", y_title="share", lines=lines)).curves
+    assert len({(curve.color, curve.dashed) for curve in curves}) == COLORS + 1
+    styles = {(number % len(_COLORS), _dash(number)) for number in range(2 * len(_COLORS) + 1)}
+    assert len(styles) == 2 * len(_COLORS) + 1

@@ -87,7 +87,7 @@ def test_what_other_engines_reach_is_said_with_what_keeps_them_apart() -> None:
         (known, "any: the same found within its time limit"),
         ({**known, "bound": 1.35}, "any: the same"),
         ({**known, "bound": None, "why_not": "no time was left"},
-         "any: runs this plan; no better one was searched for: no time was left"),
+         "any: runs this plan; no better one is known: no time was left"),
         ({**unknown, "value": 1.08, "equal_stages": True},
          "any: at least 1.080 requests/s by equal stages, 20% less, without stage copies"),
         (unknown, "any: does not run this plan (stage copies); no time was left"),

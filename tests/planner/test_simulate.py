@@ -13,9 +13,13 @@ from typing import Any
 
 import pytest
 
+import hetis
 from hetis.formats.traces import read_trace
 from hetis.planner.cli.app import run
 from hetis.planner.report.simulation import _doubt
+from hetis.planner.use_cases.simulate import SAMPLES, sample_spacing_s
+from hetis.simulator.arrivals import Arrivals, Load
+from hetis.simulator.values import Fault
 from tests.command_line import environment
 from tests.planner.command_line import COMMAND, hetis_plan, invoke
 
@@ -233,6 +237,22 @@ def test_requests_beyond_the_context_are_clipped_and_counted(plan: Path, tmp_pat
     assert found["summary"]["counts"]["finished"] == 100
     table = invoke("simulate", str(plan), "--trace", str(trace), "--recorded", "--threads", "1").stdout
     assert "25 requests clipped" in " ".join(table.split())
+
+
+def test_a_run_until_a_late_failure_has_no_more_samples_than_any(plan: Path) -> None:
+    found = hetis.load_plan(plan)
+    load = Load(lengths=found.problem.workload, max_position=4096, arrivals=Arrivals.DRAWN, rate_rps=5.0)
+    early, late = (Fault(at_s=at_s, device="a100/0") for at_s in (1.0, 1e9))
+    assert sample_spacing_s(found.value, load, 100, (early,)) == 100 / 5.0 / SAMPLES
+    assert sample_spacing_s(found.value, load, 100, (late, early)) == 1e9 / SAMPLES
+
+
+def test_expected_values_say_which_workload_they_are_for(plan: Path) -> None:
+    said = "They are those for 500/100, for which the plan was made, not for 400/100."
+    other = invoke("simulate", str(plan), "--trace", "400/100", "--requests", "100", "--rate", "5", "--threads", "1")
+    assert said in " ".join(other.stdout.split())
+    same = invoke("simulate", str(plan), "--trace", "500/100", "--requests", "100", "--rate", "5", "--threads", "1")
+    assert "for which the plan was made" not in " ".join(same.stdout.split())
 
 
 def test_ctrl_c_gives_what_there_is(plan: Path) -> None:

@@ -39,6 +39,7 @@ from hetis.formats.trace_forms import (
 from hetis.solver.workload import LengthBin, Workload
 
 MAX_TOKENS = 10_000_000  # limit per prompt or output
+LAST_ARRIVAL_S = 1e11  # of a trace in seconds: three thousand years, or today's time in milliseconds
 MAX_ROWS = 20_000_000
 MAX_BINS = 4096
 MAX_PROBLEMS = 20
@@ -186,7 +187,9 @@ def _request(row: list[str], form: TraceForm) -> tuple[float, int, int] | list[t
     arrival, tokens = 0.0, [0, 0]
     try:
         arrival = form.seconds(row[0])
-        if not (math.isfinite(arrival) and arrival >= 0):
+        if form is OURS and LAST_ARRIVAL_S < arrival < math.inf:
+            wrong.append((form.fields[0], f"is {row[0].strip()} seconds: milliseconds?"))
+        elif not (math.isfinite(arrival) and arrival >= 0):
             wrong.append((form.fields[0], f"is {row[0].strip()}, must be finite and >= 0"))
     except (ValueError, OverflowError):
         what = "a time" if form.is_absolute else "a number"

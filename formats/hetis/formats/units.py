@@ -27,6 +27,7 @@ FLOPS_UNITS: dict[str, Fraction] = {f"{prefix}FLOPS": Fraction(size) for prefix,
 
 _NUMBER = re.compile(r"([+-]?)(\d+(?:\.\d*)?|\.\d+)(?:[eE]([+-]?\d{1,3}))?")
 _BITS_OR_BYTES = re.compile(r"[KMGTP]b(/s)?")
+_BYTES_PER_SECOND = re.compile(r"[KMGTP]i?Bps")
 _MAX_LENGTH = 64  # characters; also keeps the fractions small
 _MAX_DIGITS = 19  # enough to distinguish any two floats, whatever they are divided by
 _RATE_NAMES = ("Gbps", "GB/s", "Mbps", "MB/s", "TB/s", "GiB/s", "B/s")
@@ -138,9 +139,11 @@ def _listing(units: Mapping[str, Fraction]) -> str:
 
 
 def _hint(match: re.Match[str] | None, unit: str, units: Mapping[str, Fraction]) -> str:
-    """Suggest units that differ only in case. ``100Gb`` and ``100Gb/s`` could be bits or bytes."""
+    """Suggest units that differ only in case. ``100Gb`` and ``100Gb/s`` could be either, ``100GBps`` is bytes."""
     if match is not None and _BITS_OR_BYTES.fullmatch(unit) and f"{unit[0]}bps" in units:
         return f" (did you mean {match.group()}{unit[0]}bps, which is bits, or {match.group()}{unit[0]}B/s, bytes?)"
+    if match is not None and _BYTES_PER_SECOND.fullmatch(unit) and f"{unit[:-2]}/s" in units:
+        return f" (did you mean {match.group()}{unit[:-2]}/s?)"
     near = [known for known in units if unit and known.lower() == unit.lower()]
     return f" (did you mean {match.group()}{near[0]}?)" if match is not None and len(near) == 1 else ""
 

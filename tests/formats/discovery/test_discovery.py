@@ -164,6 +164,31 @@ def test_gpus_that_a_plan_numbers_otherwise_than_the_driver_have_their_indices(t
     assert [group.indices for group in found("sxm.xml").cluster.node_groups] == [()], "those left out come after"
 
 
+@pytest.mark.parametrize(
+    ("said", "types", "indices"),
+    [
+        ({}, {"RTX-A6000": 2, "L40S": 1}, (0, 2, 1)),
+        ({"nvidia l40s": "none"}, {"RTX-A6000": 2}, (0, 2)),
+        ({"nvidia rtx a6000": "none"}, {"L40S": 1}, (1,)),
+    ],
+)
+def test_a_type_that_comes_again_is_one_type_with_the_indices_of_the_driver(
+    tmp_path: Path, said: dict[str, str], types: dict[str, int], indices: tuple[int, ...]
+) -> None:
+    """A cluster file may list a type once per node."""
+    gpu, *_ = re.findall(r"<gpu id=.*?</gpu>", (INPUTS / "bridge.xml").read_text(), re.DOTALL)
+    other = gpu.replace("NVIDIA RTX A6000", "NVIDIA L40S").replace("49140 MiB", "46068 MiB")
+    (tmp_path / "host.xml").write_text(f"<nvidia_smi_log>{gpu}{other}{gpu}</nvidia_smi_log>")
+    inventory = read_inventory([str(tmp_path / "host.xml")], FleetSource.AUTO, with_busy=False)
+    fleet = discovered(inventory, name="test", said=said)
+    assert gpus(fleet) == {"host": types}
+    assert [group.indices for group in fleet.cluster.node_groups] == [indices]
+    text = file_text(fleet, sources=["host.xml"])
+    assert f"1 node with {', '.join(f'{count} {gpu}' for gpu, count in types.items())}." in text
+    (tmp_path / "cluster.yaml").write_text(text)
+    assert load_cluster(tmp_path / "cluster.yaml") == fleet.cluster
+
+
 def test_gpus_in_use_are_part_of_the_fleet_where_that_is_asked_for() -> None:
     assert gpus(found("kubectl_nodes.json", "kubectl_pods.json", with_busy=True))["a100-1"] == {"A100-SXM-80GB": 8}
     assert gpus(found("sxm.xml", with_busy=True)) == {"sxm": {"A100-SXM-80GB": 4}}

@@ -17,7 +17,7 @@ from hetis.engines.versions import Engine
 from hetis.planner.export import ExportTarget
 from hetis.planner.export.replicas import ExportSettings, NotExportableError, launchable, with_single_copies
 from hetis.planner.export.targets import ENGINES, Export, export_plan
-from hetis.solver.plan import Plan
+from hetis.solver.plan import Plan, Role
 from tests.engines.plans import MODEL
 from tests.planner.export import reading
 from tests.planner.export.plans import (
@@ -75,10 +75,10 @@ LOST: Mapping[tuple[ExportTarget, str], tuple[str, tuple[str, ...]]] = {
         for target in (ExportTarget.KUBERNETES, ExportTarget.LWS, ExportTarget.LLM_D, ExportTarget.KSERVE)
     },
     (ExportTarget.SLURM, "workers of stages"): ("several ranks have KV on b/0, c/4", ("r0",)),
-    (ExportTarget.DYNAMO, "stages of two nodes"): ("it is on 2 nodes", ("r0",)),
-    (ExportTarget.DYNAMO, "three nodes twice"): ("it is on 3 nodes", ("r0", "r1")),
+    (ExportTarget.DYNAMO, "stages of two nodes"): ("it is 2 pods", ("r0",)),
+    (ExportTarget.DYNAMO, "three nodes twice"): ("it is 3 pods", ("r0", "r1")),
     (ExportTarget.DYNAMO, "prefill and decode"): (
-        "it is on 2 nodes",
+        "it is 2 pods",
         ("r0", "r1", "r2"),
     ),  # without it no replica prefills
     (ExportTarget.KSERVE, "prefill and decode"): ("no partner is left", ("r2",)),
@@ -325,6 +325,8 @@ def test_further_stages_of_one_node_are_pods_of_their_own_or_left_out() -> None:
     for target in (ExportTarget.LWS, ExportTarget.LLM_D, ExportTarget.KSERVE):
         with pytest.raises(NotExportableError, match="several further stages are on b"):
             exported(plan, target)
+    with pytest.raises(NotExportableError, match="it is 3 pods: Dynamo makes those of a component from one template"):
+        exported(plan, ExportTarget.DYNAMO)
     for target in (
         ExportTarget.VLLM,
         ExportTarget.COMPOSE,
@@ -344,6 +346,13 @@ def test_further_stages_of_one_node_are_pods_of_their_own_or_left_out() -> None:
 def test_only_serve_starts_stages_on_several_nodes() -> None:
     with pytest.raises(NotExportableError, match="only `vllm serve` and `sglang serve` start stages on several nodes"):
         exported(PLANS["stages of two nodes"], ExportTarget.VLLM, program="python -m front")
+
+
+def test_the_readme_says_how_much_the_lists_of_routers_leave_out() -> None:
+    plan = PLANS["prefill and decode"]
+    alone = sum(one.rate for one in plan.replicas if one.role is Role.UNIFIED)
+    readme = exported(plan, ExportTarget.VLLM).files["README.md"]
+    assert f"only the replicas that do both, {alone:.3g} of the {plan.served_rate():.3g} requests/s." in readme
 
 
 def test_nixl_without_an_address_is_told() -> None:

@@ -123,13 +123,11 @@ def discovered(inventory: Inventory, *, name: str, link: Link | None = None, sai
             problems.setdefault(called, replace(node.where, message=told))
         seen[called] = node.where.file
         left_out += [f"{node.name}: {reason}" for reason in node.left_out]
-        slots, unwanted = _slots(node, said, problems)
+        slots, indices, unwanted = _slots(node, said, problems)
         left_out += unwanted
         if slots:
             intra, note = _inside(node, [catalogue.find_gpu(one.gpu).gpu for one in slots])
             notes += [note] if note else []
-            indices, unclear = _driver_indices(node, sum(one.count for one in slots))
-            notes += unclear
             groups.append(NodeGroup(name=called, gpus=slots, zone=_name(node.zone), intra_link=intra, indices=indices))
     if problems:
         raise DocumentError(problems.values())
@@ -149,18 +147,6 @@ def discovered(inventory: Inventory, *, name: str, link: Link | None = None, sai
     return Discovered(cluster=cluster, left_out=tuple(left_out), assumed=assumed)
 
 
-def _driver_indices(node: FoundNode, num_gpus: int) -> tuple[tuple[int, ...], list[str]]:
-    """Return the driver's indices if they are not 0, 1, ..., and a sentence if ``--gpu`` leaves them unclear."""
-    if not node.indices or node.indices == tuple(range(len(node.indices))):
-        return (), []
-    if len(node.indices) == num_gpus:
-        return node.indices, []
-    free = ", ".join(map(str, node.indices))
-    return (), [
-        f"{node.name}: its free GPUs have the driver's indices {free}: give the GPUs of the file with `indices`"
-    ]
-
-
 def file_text(found: Discovered, *, sources: Sequence[str]) -> str:
     """Return the cluster file with comments on its sources, on what is left out and why, and on what is assumed."""
     cluster = found.cluster
@@ -169,7 +155,9 @@ def file_text(found: Discovered, *, sources: Sequence[str]) -> str:
     for group in cluster.node_groups:
         by_type.update({slots.gpu: group.count * slots.count for slots in group.gpus})
     types = ", ".join(f"{count} {gpu}" for gpu, count in by_type.items())
-    lines = [f"Found by `hetis-plan cluster discover` in {some_of(sources)}: {num_nodes} nodes with {types}."]
+    lines = [
+        f"Found by `hetis-plan cluster discover` in {some_of(sources)}: {counted(num_nodes, 'node')} with {types}."
+    ]
     if found.left_out:
         lines += ["", "Left out:", *(f"- {one}" for one in found.left_out[:_MOST_LEFT_OUT])]
         if len(found.left_out) > _MOST_LEFT_OUT:
@@ -182,10 +170,13 @@ def file_text(found: Discovered, *, sources: Sequence[str]) -> str:
 
 def _slots(
     node: FoundNode, said: Mapping[str, str], problems: dict[str, Problem]
-) -> tuple[tuple[GpuSlots, ...], list[str]]:
-    """Return the GPUs of a node by type, and those that the user leaves out. Each unclear name is reported once."""
-    slots, unwanted = list[GpuSlots](), list[str]()
+) -> tuple[tuple[GpuSlots, ...], tuple[int, ...], list[str]]:
+    """Return the GPUs of a node by type, the driver's indices of these unless they are 0, 1, ..., and a sentence for
+    each group of GPUs that the user leaves out. Each unclear name is reported once.
+    """
+    places, unwanted, start = dict[str, list[int]](), list[str](), 0
     for gpus in node.gpus:
+        here, start = range(start, start + gpus.count), start + gpus.count
         try:
             board = board_of(gpus, said)
         except UnclearBoardError as error:
@@ -193,11 +184,15 @@ def _slots(
             continue
         if board == LEAVE_OUT:
             unwanted.append(f"{node.name}: {counted(gpus.count)} ({gpus.product}): excluded by --gpu")
-        elif slots and slots[-1].gpu == board:
-            slots[-1] = replace(slots[-1], count=slots[-1].count + gpus.count)
-        else:
-            slots.append(GpuSlots(gpu=board, count=gpus.count))
-    return tuple(slots), unwanted
+        else:  # a type that comes again after another one is one type all the same
+            places.setdefault(board, []).extend(here)
+    indices = tuple(node.indices[i] for of_type in places.values() for i in of_type) if node.indices else ()
+    is_counted = indices == tuple(range(len(indices)))
+    return (
+        tuple(GpuSlots(gpu=board, count=len(of_type)) for board, of_type in places.items()),
+        () if is_counted else indices,
+        unwanted,
+    )
 
 
 def _nothing(inventory: Inventory, left_out: Iterable[str]) -> str:

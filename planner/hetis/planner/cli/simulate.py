@@ -197,6 +197,8 @@ def simulate(terminal: Terminal, plan: PlanArgument, *, asked: SimulateOptions) 
     found = replace(found, plan=started.plan, problem=started.problem)
     num_requests = asked.requests or simulating.default_requests(found.plan, load)
     files = (asked.perfetto, asked.requests_csv, asked.plot, asked.html)
+    faults = _faults(asked, found.plan, found.problem)
+    spacing_s = None if asked.sweep else simulating.sample_spacing_s(found.plan, load, num_requests, faults)
     question = simulating.Question(
         load=load,
         num_requests=num_requests,
@@ -208,8 +210,8 @@ def simulate(terminal: Terminal, plan: PlanArgument, *, asked: SimulateOptions) 
             dispatch=not asked.no_dispatch,
             redispatch=not asked.no_redispatch and not asked.no_dispatch,
             theta=asked.theta,
-            faults=_faults(asked, found.plan, found.problem),
-            sample_every_s=None if asked.sweep else simulating.sample_spacing_s(found.plan, load, num_requests),
+            faults=faults,
+            sample_every_s=spacing_s,
             trace=asked.perfetto is not None,
         ),
         limits=_limits(found.plan.objective, asked),

@@ -320,7 +320,7 @@ def write_dynamo(launchable: Launchable) -> Written:
 def _not_of_dynamo(layout: Layout) -> Iterator[str]:
     yield from nodes_without_label(layout)
     if len(layout.servers) > 1:
-        yield f"it is on {len(layout.servers)} nodes: Dynamo makes the pods of a component from one template"
+        yield f"it is {len(layout.servers)} pods: Dynamo makes those of a component from one template"
     if layout.vendor != "NVIDIA":
         yield f"it has GPUs of {layout.vendor}: Dynamo's images are for NVIDIA's"
 

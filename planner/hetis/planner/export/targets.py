@@ -26,7 +26,7 @@ from hetis.planner.export.replicas import ExportSettings, Launchable, Written, i
 from hetis.planner.export.routing import routing_files, shares_of
 from hetis.planner.export.stacks import write_dynamo, write_kserve, write_llm_d
 from hetis.solver.model import ModelSpec
-from hetis.solver.plan import Plan
+from hetis.solver.plan import Plan, Role
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -236,7 +236,11 @@ def readme_of(target: str, launchable: Launchable, written: Written) -> str:
     planned, left = launchable.plan.served_rate(), launchable.rate()
     lists = "; nginx, Envoy and LiteLLM take the lists beside it."
     if launchable.has_roles:
-        lists = ", and the pairs that a request prefills and decodes in; other lists hold the replicas that do both."
+        alone = sum(one.plan.rate for one in launchable.replicas.values() if one.plan.role is Role.UNIFIED)
+        lists = (
+            ", and the pairs that a request prefills and decodes in. Lists of nginx, Envoy and LiteLLM cannot name "
+            f"pairs: they hold only the replicas that do both, {_rate(alone)} of the {_rate(left)} requests/s."
+        )
     return "\n".join(
         (
             f"# A plan of hetis for {target}",

@@ -101,8 +101,9 @@ class Simulation:
         found = self.summary
         latencies = f"TTFT p95 {seconds(found.ttft_p95_s.value)}, TPOT mean {seconds(found.mean_tpot_s.value)}"
         limits = "within the limits" if self.kept else "not within the limits"
-        rate = digits(found.throughput_rps.value, 4)
-        return f"<hetis.Simulation: {rate} requests/s, {latencies}, {percent(found.attainment)} attained, {limits}>"
+        served = found.throughput_rps.value  # 0 or NaN: no request finished before the last one arrived
+        rate = f"{digits(served, 4)} requests/s" if served > 0 else "too short for a rate"
+        return f"<hetis.Simulation: {rate}, {latencies}, {percent(found.attainment)} attained, {limits}>"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)

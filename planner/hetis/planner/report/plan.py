@@ -335,7 +335,7 @@ def _engine_words(other: EngineValue, plan: Plan) -> str:
     if other.why_not == NOT_COMPILED:
         return f"runs this plan; to search for a better one, {again}"
     if other.why_not:
-        return f"runs this plan; no better one was searched for: {other.why_not}"
+        return f"runs this plan; no better one is known: {other.why_not}"
     words = _beside(other.value, ours) + by_model
     if other.bound is not None and abs(other.bound - other.value) > PROVED * abs(other.value):
         near = abs(other.bound - ours) < ours

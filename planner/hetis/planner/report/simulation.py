@@ -31,7 +31,7 @@ def render_simulation(simulated: Simulated, plan: Plan) -> Iterator[RenderableTy
     yield facts(_facts(simulated, plan))
     if simulated.sweep is not None:
         yield section("Rates tried", _points(simulated))
-    yield section("Expected and simulated", _comparison(simulated))
+    yield section("Expected and simulated", _comparison(simulated, plan))
     at = ""
     if (found := simulated.sweep) is not None:
         at = f" at {digits(found.goodput_rps or found.points[0].rate_rps, 4)} requests/s"
@@ -217,7 +217,7 @@ def _agreement(simulated: Simulated) -> bool | None:
 _NAMES = {"throughput": "Throughput", "ttft_p95": "TTFT p95", "tpot_mean": "TPOT mean"}
 
 
-def _comparison(simulated: Simulated) -> RenderableType:
+def _comparison(simulated: Simulated, plan: Plan) -> RenderableType:
     made = table("'", "expected", "simulated", "ratio", "'", fixed=True)
     for name, planned, found, ratio in _compared(simulated):
         rate = name == "throughput"
@@ -237,6 +237,9 @@ def _comparison(simulated: Simulated) -> RenderableType:
             f"Expected throughput is the rate of the arrivals; saturated, the plan serves {digits(planned_rps, 4)}/s. "
         )
     note += "The expected TPOT is that of the saturated fleet, the expected TTFT that at the planned utilisation."
+    made_for = plan.inputs.get("documents", {}).get("workload", {}).get("name")
+    if made_for not in (None, lengths := simulated.question.load.lengths.name):
+        note += f" They are those for {made_for}, for which the plan was made, not for {lengths}."
     if simulated.question.engine_settings:
         note += " These values are those of the cost model for these GPUs and layers with these engine settings."
     return Group(made, Text(note, style="dim"))

@@ -16,6 +16,7 @@ from hetis.solver.plan import Objective, Plan
 
 _HEIGHT = 300  # per panel, in pixels
 _COLORS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#000000")  # the palette of Okabe and Ito
+_DASHES = (("solid", "-"), ("dash", "--"), ("dot", ":"))  # of plotly and matplotlib, when the colours come again
 _MAX_POINTS = 2000  # points per line: more cannot be distinguished
 
 
@@ -134,6 +135,10 @@ def _thinned(name: str, x: FloatArray, y: FloatArray) -> Line:
     return Line(name=name, x=x[chosen], y=y[chosen])
 
 
+def _dash(number: int) -> tuple[str, str]:
+    return _DASHES[number // len(_COLORS) % len(_DASHES)]
+
+
 def _html(panels: Sequence[Panel], title: str) -> str:
     import plotly.graph_objects as go
     from plotly.subplots import make_subplots
@@ -148,7 +153,7 @@ def _html(panels: Sequence[Panel], title: str) -> str:
                     error_y={"array": line.spread.tolist()} if line.spread is not None else None,
                     name=line.name,
                     mode="lines" if line.spread is None else "lines+markers",
-                    line={"color": _COLORS[number % len(_COLORS)]},
+                    line={"color": _COLORS[number % len(_COLORS)], "dash": _dash(number)[0]},
                 ),
                 row=row,
                 col=1,
@@ -174,7 +179,7 @@ def _png(panels: Sequence[Panel], title: str) -> bytes:
         for number, line in enumerate(panel.lines):
             color = _COLORS[number % len(_COLORS)]
             if line.spread is None:
-                axis.plot(line.x, line.y, color=color, label=line.name, linewidth=1)
+                axis.plot(line.x, line.y, _dash(number)[1], color=color, label=line.name, linewidth=1)
             else:
                 axis.errorbar(line.x, line.y, yerr=line.spread, color=color, label=line.name, marker="o", capsize=2)
         for limit in panel.limits:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from hetis.formats.errors import DocumentError, Problem, did_you_mean
@@ -109,13 +109,17 @@ def seats_of_replica(replica: ReplicaPlan) -> int:
     return max(replica.micro_batch, 1) * replica.in_flight
 
 
-def sample_spacing_s(plan: Plan, load: Load, num_requests: int) -> float | None:
-    """Return the spacing for about `SAMPLES` samples over a run, or None if the run's length cannot be predicted."""
+def sample_spacing_s(plan: Plan, load: Load, num_requests: int, faults: Collection[Fault] = ()) -> float | None:
+    """Return the spacing for about `SAMPLES` samples over a run, or None if the run's length cannot be predicted.
+
+    A run lasts until the last of its ``faults``, even if no request is left by then.
+    """
     recorded = load.lengths.rate_rps if load.arrivals is Arrivals.RECORDED else None
     served_rps = prediction_of(plan).rate_rps
     # However fast requests arrive, they leave no faster than they are served.
     rate_rps = min(load.rate_rps or recorded or served_rps, served_rps)
-    return num_requests / rate_rps / SAMPLES if rate_rps > 0 else None
+    last_s = max((fault.at_s for fault in faults), default=0.0)
+    return max(num_requests / rate_rps, last_s) / SAMPLES if rate_rps > 0 else None
 
 
 def faults_of(events: Iterable[Fault], plan: Plan, problem: PlacementProblem, *, source: str) -> tuple[Fault, ...]:

@@ -23,7 +23,7 @@ from hetis.formats.errors import DocumentError, Problem, did_you_mean, shown, si
 from hetis.formats.traces import PrefixHitRate
 from hetis.formats.workload import with_prefix_hits
 from hetis.profiler.defaults import default_profile
-from hetis.solver.cluster import Cluster
+from hetis.solver.cluster import Cluster, GpuType
 from hetis.solver.constraints import Constraints
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.model import ModelSpec
@@ -230,7 +230,7 @@ def load_inputs(
         problems += _unused(measured, fleet)
     if problems or fleet is None or spec is None or traffic is None:
         raise DocumentError(problems)
-    by_gpu = {gpu: measured.get(gpu) or default_profile(fleet.gpu_types[gpu]) for gpu in _gpus(fleet)}
+    by_gpu = {gpu: measured.get(gpu) or _modelled(fleet.gpu_types[gpu]) for gpu in _gpus(fleet)}
     hostless = [gpu for gpu in by_gpu if gpu in measured and not _has_measured_host(measured[gpu][1])]
     mixes = bool(hostless) and len(by_gpu) > len(measured)
     return LoadedInputs(
@@ -248,6 +248,15 @@ def load_inputs(
             "profiles": {gpu: origin for gpu, (origin, _) in by_gpu.items()},
         },
     )
+
+
+def _modelled(gpu: GpuType) -> tuple[str, Profile]:
+    """Return the `default_profile`. Raises InvalidProblemError that says what helps if there is none."""
+    try:
+        return default_profile(gpu)
+    except InvalidProblemError as error:
+        helps = "name the most similar of them as its architecture in the cluster file, or measure it (--profile FILE)"
+        raise InvalidProblemError(f"{error}; {helps}") from None
 
 
 def _traffic(given: str | Workload, prefix_hit_rate: PrefixHitRate | None) -> Workload:

@@ -44,7 +44,10 @@ def chart_of(panel: Panel) -> Chart:
             upper, lower = y_at(line.y[chosen] + half), y_at(np.maximum(line.y[chosen] - half, 0.0))
             spread = _path(np.concatenate([x, x[::-1]]), np.concatenate([upper, lower[::-1]])) + "Z"
             dots = [(round(float(a), 1), round(float(b), 1)) for a, b in zip(x, y, strict=True)][:MAX_DOTS]
-        return CurveBlock(name=line.name, color=number % COLORS, path=_path(x, y), spread=spread, dots=tuple(dots))
+        return CurveBlock(
+            name=line.name, color=number % COLORS, dashed=number >= COLORS, path=_path(x, y), spread=spread,
+            dots=tuple(dots),
+        )  # fmt: skip
 
     return Chart(
         title=panel.title,

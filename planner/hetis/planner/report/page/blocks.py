@@ -184,10 +184,14 @@ class FleetMap(Block):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CurveBlock:
-    """A line in the coordinates of its chart. ``spread`` is the outline of the interval around the line."""
+    """A line in the coordinates of its chart. ``spread`` is the outline of the interval around the line.
+
+    It is ``dashed`` if an earlier line of the chart has its colour.
+    """
 
     name: str
     color: int
+    dashed: bool = False
     path: str
     spread: str = ""
     dots: tuple[tuple[float, float], ...] = ()
