@@ -316,7 +316,7 @@ APART = "replicas, and the KV that they exchange inside a zone, with GPUs of one
 
 
 class Build(NamedTuple):
-    """What all GPUs that compute a replica's layers have in common, also with those that exchange KV with them."""
+    """The common properties of the GPUs that compute a replica's layers, also with those that exchange KV with them."""
 
     model: ModelSpec  # the model in a single precision
     vendor: str  # vendor of the GPUs; empty: any

@@ -403,7 +403,7 @@ survive_option = partial(
 
 @group
 class VerificationOptions:
-    """What the plan must survive, and whether its latency limits are tested in simulated traffic."""
+    """The changes that the plan must survive, and whether its latency limits are tested in simulated traffic."""
 
     survive: Survived | None = survive_option()
     verify: bool = verify_option()

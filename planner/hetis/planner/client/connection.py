@@ -126,7 +126,7 @@ class Connection:
 
     @property
     def file_stamps(self) -> tuple[FileStamp | None, ...]:
-        """What is different once a file of `channel_credentials` has changed."""
+        """Return a value that differs once a file of `channel_credentials` has changed."""
         return tuple(file_stamp(path) for path in (self.ca, self.cert, self.key) if path is not None)
 
     def renewed_credentials(self) -> grpc.ChannelCredentials | None:

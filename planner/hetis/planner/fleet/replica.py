@@ -45,7 +45,7 @@ _GOAL_OF = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Contents:
-    """What a plan's document contains about a replica besides its shape."""
+    """The data in a plan's document about a replica besides its shape."""
 
     model: document_pb2.Document  # a ModelSpec document
     # Models for the primary's dispatcher, one per copy of each stage; none for a prefill replica

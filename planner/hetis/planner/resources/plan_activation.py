@@ -317,7 +317,7 @@ class Target:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChangedPlans:
-    """What a transaction has changed."""
+    """The records that a transaction has changed, and the steps that follow."""
 
     cluster: ClusterRecord | None  # the cluster's new record; None if the plan was already active (no change)
     plans: tuple[PlanRecord, ...]  # the changed plans, the newly active one first

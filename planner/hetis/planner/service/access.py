@@ -1,4 +1,4 @@
-"""What callers may do: the roles that each method requires, and which methods require the leader."""
+"""The rights of callers: the roles that each method requires, and which methods require the leader."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the limits of a plan's engine cost: the values of plans for other engines, and the missing features."""
+"""The cost of the limits of a plan's engine: the values of plans for other engines, and the missing features."""
 
 from __future__ import annotations
 

@@ -287,7 +287,7 @@ def simulated_at(
 
 
 class _Outcome(NamedTuple):
-    """What simulations found before they were cancelled, if they were."""
+    """The findings of simulations before they were cancelled, if they were."""
 
     found: Verification
     is_decided: bool  # False: the planned rate misses a limit, and whether a lower one keeps it is not known

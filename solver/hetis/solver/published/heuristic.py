@@ -1,4 +1,4 @@
-"""What all heuristics share: a search over a fleet's GPUs, and its result as a plan with a bound from dense work."""
+"""The common part of all heuristics: a search over a fleet's GPUs, whose plan has a bound from dense work."""
 
 from __future__ import annotations
 

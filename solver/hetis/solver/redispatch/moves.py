@@ -46,7 +46,7 @@ class RequestMoves(NamedTuple):
 
 
 class Worth(NamedTuple):
-    """What a set of steps loses without one of them: seconds of makespan, and the price of short blocks."""
+    """The loss of a set of steps without one of them: seconds of makespan, and the price of short blocks."""
 
     saved_s: float
     relieved_s: float

@@ -80,7 +80,7 @@ class Option:
 
 @dataclass(frozen=True, slots=True)
 class _Layout:
-    """What is left of a running replica: groups and cards that lost a GPU are None."""
+    """The remainder of a running replica: groups and cards that lost a GPU are None."""
 
     replica: ReplicaPlan
     groups: tuple[tuple[Group, ...], ...]
