@@ -61,7 +61,16 @@ PEER_ABSENT = "aiconfigurator was not asked: --peer-python names a Python that h
 ROUNDS = 10  # requests of a run per request in flight, as in InferenceX
 LEAST_DECODING = 0.5  # share of the seats in memory, below which something not in the row held requests back
 READINGS_S = (0.0, 2e-6, 4e-6, 6e-6, 8e-6, 10e-6, 14e-6)  # time in which the server reads one token of a prompt
-ANSWERS_S, USUAL_ANSWER_S = tuple(0.005 * k for k in range(41)), 0.06  # way to the server and back
+ANSWERS_S = tuple(0.005 * k for k in range(41))  # way to the server and back
+# Both, for a table without models of the other kind under the same engine: the fits to those in serving_points.csv.gz.
+USUAL_S: Mapping[tuple[str, str], tuple[float, float]] = {
+    ("vllm", "moe"): (10e-6, 0.015),
+    ("vllm", "dense"): (14e-6, 0.015),
+    ("trtllm", "moe"): (4e-6, 0.0),
+    ("trtllm", "dense"): (6e-6, 0.0),
+    ("sglang", "moe"): (0.0, 0.145),
+    ("sglang", "dense"): (10e-6, 0.11),
+}
 QUICK_ROUNDS, QUICK_STRIDE = 2, 40
 
 
@@ -164,7 +173,7 @@ def answered(found: Sequence[Readings]) -> list[Outcome]:
     The server reads one prompt after another, and there is a way to it and back; neither is in any table, and neither
     loads a GPU. For models with experts both are the values with the least error of TTFT on the dense models of the
     same engine and source (or, without any, of the same engine), and the other way around: no point has a part in its
-    own prediction.
+    own prediction. If the table has no such models, both are the usual ones.
     """
     groups = defaultdict[tuple[str, str, str], list[Readings]](list)
     for outcomes in found:
@@ -174,15 +183,18 @@ def answered(found: Sequence[Readings]) -> list[Outcome]:
     for (engine, source, kind), members in groups.items():
         other = "dense" if kind == "moe" else "moe"
         of_engine = [one for key, group in groups.items() if (key[0], key[2]) == (engine, other) for one in group]
-        place, more_s = outside_iterations(groups.get((engine, source, other)) or of_engine)
+        fitted_to = groups.get((engine, source, other)) or of_engine
+        if fitted_to:
+            place, more_s = outside_iterations(fitted_to)
+        else:
+            reading_s, more_s = USUAL_S[engine, kind]
+            place = READINGS_S.index(reading_s)
         finished += [replace(one[place], ttft_s=one[place].ttft_s + more_s) for one in members]
     return finished
 
 
 def outside_iterations(found: Sequence[Readings]) -> tuple[int, float]:
-    """Return the place in `READINGS_S` and the seconds to add with the least mean error of TTFT; usual ones of none."""
-    if not found:
-        return 0, USUAL_ANSWER_S
+    """Return the place in `READINGS_S` and the seconds to add with the least mean error of TTFT."""
     measured_s = np.array([one[0].point.ttft_s for one in found])
     predicted_s = [np.array([one[place].ttft_s for one in found]) for place in range(len(READINGS_S))]
     choices = ((place, more_s) for place in range(len(READINGS_S)) for more_s in ANSWERS_S)

@@ -102,6 +102,7 @@ SOURCES: dict[str, tuple[str, ...]] = {
     ),
     "expert_parallel": ("benchmarks/expert_parallel.py", "solver/hetis/solver/cost.py"),
     "paper": ("benchmarks/paper.py", *_SEARCH, f"{_SOLVER}/published", *_SIMULATOR),
+    "paper_assumptions": ("benchmarks/paper_assumptions.py", *_SEARCH, f"{_SOLVER}/published"),
     "ablations": ("benchmarks/ablations.py", *_SEARCH, *_SIMULATOR, *_REDISPATCH),
     "emulation": ("benchmarks/emulation.py", *_PLUGIN, *_REDISPATCH),
     "vllm": ("benchmarks/vllm.py", "benchmarks/measuring/vllm_engine.py", *_PLUGIN),

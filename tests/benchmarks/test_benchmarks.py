@@ -90,6 +90,15 @@ PROMISED = {
     "paper": {"name", "planned_rps", "throughput_rps", "half_width_rps", "kv_blocks", "ttft_p95_s", "tpot_p95_s"}
     | {"hetis_over", "kv_over", "ttft_over", "tpot_over", "no_worse", "clipped", "note"}
     | {f"paper_{figure}" for figure in ("throughput", "kv", "ttft", "tpot")},
+    "paper_assumptions": {
+        "name",
+        "hetis_paper_rps",
+        "hexgen_paper_rps",
+        "hetis_rps",
+        "over_hexgen",
+        "hetis_over_hexgen",
+    }
+    | {"attention_over", "hexgen_requests", "clipped"},
     "ablations": {"name", "planned_rps", "throughput_rps", "over_full", "over_full_half_width", "ttft_p95_s", "tpot_s"}
     | {"half_width_rps", "carried", "requests", "preemptions", "migrations", "migrated_gib", "cpu_s", "note"},
     "simulation": {"name", "shape", "planned", "simulated", "ratio", "alternating", "requests", "preemptions"}

@@ -20,7 +20,7 @@ from benchmarks.measuring.published_points import NotPosedError, read_rows
 from benchmarks.measuring.published_settings import Graphs, Run, Settings, settings_elsewhere, settings_of, with_ranks
 from benchmarks.measuring.serving_points import COLUMNS, ServingPoint, posed
 from hetis.formats import catalogue
-from hetis.profiler.engines import eager_layer_s
+from hetis.profiler.engines import ENGINES, eager_layer_s
 from hetis.solver.cost import DeviceCost, intra_link, rank_shape
 from hetis.solver.workload import LengthBin, moments_of
 
@@ -434,7 +434,17 @@ def test_first_tokens_of_models_with_experts_take_what_those_of_dense_ones_took_
     ]
     assert [silicon.outside_iterations([one]) for one in found] == [(0, 0.02), (last, 0.05)]
     assert [(one.ttft_s, one.tpot_s) for one in silicon.answered(found)] == [(9.05, 0.01 * last), (9.02, 0.0)]
-    assert silicon.answered(found[:1])[0].ttft_s == pytest.approx(0.03 + silicon.USUAL_ANSWER_S)
+
+
+@pytest.mark.parametrize("engine", list(ENGINES))
+def test_a_table_of_one_kind_has_the_usual_time_outside_of_iterations(engine: str) -> None:
+    """So a prediction does not depend on what else is asked, nor on the measured times of a table of its own."""
+    for model_path, kind in (("Qwen/Qwen3-32B", "dense"), ("Qwen/Qwen3-30B-A3B", "moe")):
+        point = pose(row(batch_size="1", model_path=model_path, backend=engine))
+        assert point.kind == kind
+        readings = tuple(silicon.Outcome(point=point, ttft_s=s, tpot_s=1.0, seats=9) for s in silicon.READINGS_S)
+        (found,) = silicon.answered([readings])
+        assert found.ttft_s == pytest.approx(sum(silicon.USUAL_S[engine, kind]))
 
 
 def test_a_server_reads_one_prompt_after_another() -> None:

@@ -495,6 +495,38 @@ FIGURES = [
         ),
     ),
     *_benchmarks(
+        "paper_assumptions",
+        (
+            "serves less than `hexgen-paper` in all nine cases",
+            lambda t: [one < 1 for one in t.column("over hexgen", "as modelled$")],
+        ),
+        (
+            "`hetis-paper` serves # to # times as much on ShareGPT and HumanEval, and # to # times",
+            lambda t: [
+                x
+                for n in ("1,024", "2,048")
+                for x in span(t.column("over hexgen", f"(ShareGPT|HumanEval).*reserves {n}"))
+            ],
+        ),
+        ("it cuts #% to #% of them", lambda t: span(t.column("clipped", "LongBench"), 100)),
+        (
+            "with 40 ms more per iteration the ratio is # to #",
+            lambda t: span(t.column("over hexgen", "takes 40 ms")),
+        ),
+        (
+            "NVLink raises the ratio from #–# to #–#",
+            lambda t: [x for what in ("as modelled", "NVLink") for x in span(t.column("over hexgen", f"70B.*{what}"))],
+        ),
+        (
+            "up to # times as long in HexGen's plans as modelled, and # under",
+            lambda t: [max(t.column("attention over", what)) for what in ("as modelled$", "")],
+        ),
+        (
+            "our own search to serve #% to #% more",
+            lambda t: span([one - 1 for one in t.column("hetis over hexgen", "as modelled$")], 100),
+        ),
+    ),
+    *_benchmarks(
         "emulation",
         (
             "Where a card slows down, [*]hetis[*] follows and the program does not",
