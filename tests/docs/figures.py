@@ -516,7 +516,7 @@ FIGURES = [
         ("With 70B it is shorter", lambda t: [one < 1 for one in t.column("attention over", "70B.*as modelled$")]),
         (
             "with 40 ms more per iteration the ratio is # to #",
-            lambda t: span(t.column("over hexgen", "takes 40 ms")),
+            lambda t: span(t.column("over hexgen", "takes 40 ms more per stage")),
         ),
         (
             "NVLink raises the ratio from #–# to #–#",
