@@ -41,7 +41,10 @@ MARK = "**Its sources have changed since this was measured.**"
 NOT_RECORDED = "not recorded"
 
 _SOLVER = "solver/hetis/solver"
-_COSTS = (f"{_SOLVER}/cost.py", f"{_SOLVER}/workload.py", f"{_SOLVER}/model.py", "profiler/hetis/profiler/roofline.py")
+_COSTS = (
+    *(f"{_SOLVER}/{name}.py" for name in ("cost", "workload", "model", "profile")),
+    "profiler/hetis/profiler/roofline.py",
+)
 _SEARCH = (*_COSTS, f"{_SOLVER}/placement", f"!{_SOLVER}/placement/explanation", f"!{_SOLVER}/placement/infeasible")
 _PROFILER = "profiler/hetis/profiler"
 _ENGINE_PROFILES = (
@@ -63,7 +66,10 @@ SOURCES: dict[str, tuple[str, ...]] = {
     "attention": ("benchmarks/attention.py", "runtime/hetis/runtime/attention"),
     "attention gpu": ("benchmarks/attention.py", "runtime/hetis/runtime/attention"),
     "token_ranges": ("benchmarks/token_ranges.py", "benchmarks/measuring/token_ranges.py", *_COSTS),
-    "engines": ("benchmarks/engines.py", "engines/hetis/engines/precision.py", *_SEARCH),
+    "engines": (
+        *("benchmarks/engines.py", "engines/hetis/engines/precision.py", f"{_PROFILER}/defaults.py"),
+        *(*_ENGINE_PROFILES, *_SEARCH),
+    ),
     "published": ("benchmarks/published.py", *_SEARCH, f"{_SOLVER}/published"),
     "pipeline": ("benchmarks/pipeline.py", *_COSTS),
     "pipeline roles": ("benchmarks/pipeline.py", *_SIMULATOR),

@@ -1,6 +1,7 @@
 """The data of the GPUs, models and lengths that a benchmark names, of which its times and rates are made.
 
-They are named in its modules, or in a fleet of ``examples/`` that it names. What counts of a GPU is its entry in the
+They are named in its modules, or in a fleet of ``examples/`` that it names; in tables of measurements any may be, so
+for the benchmarks of those the whole catalogue counts. What counts of a GPU is its entry in the
 catalogue, the efficiencies and kernels of its architecture and, if the benchmark uses shipped profiles, its own. So a
 table goes stale with the data of its own fleets, and not with the first measurements of another architecture.
 """
@@ -25,6 +26,7 @@ _PROFILER = "profiler/hetis/profiler"
 _NEAREST = "Hopper"  # stands in for architectures without kernels of their own
 _WITH_SHIPPED, _WITH_KERNELS = {"shipped_profile", "default_profile"}, {"for_engine", "default_profile"}
 _NAME = re.compile(r"[\w./-]{2,60}")
+_FROM_TABLES = "benchmarks/measuring/published_points.py"  # reads tables of measurements
 _NAMES_NOTHING = ("benchmarks/staleness.py",)  # its names are those of tables
 
 
@@ -32,12 +34,14 @@ def data_named_in(module: str, root: Path) -> Iterator[str]:
     """Yield the pieces of data that count for a benchmark, such as ``benchmarks/paper.py``, each as a line of JSON."""
     modules = list(_modules(module, root))
     named = {name for each in modules for name in each.constants}
+    if any(_FROM_TABLES in each.imported for each in modules):
+        yield from (_line(file, _data(root / _CATALOGUE / file)) for file in ("gpus.json", "models.json"))
     used = {name for each in modules for name in each.variables}
     for fleet in sorted(root / "examples" / f"{name}.yaml" for name in named):
         if fleet.is_file():
-            text = _text(fleet)
-            named.update(_NAME.findall(text))
-            yield _line(fleet.name, yaml.safe_load(text))
+            line = _line(fleet.name, yaml.safe_load(_text(fleet)))
+            named.update(_NAME.findall(line))
+            yield line
     for name in sorted(named):
         if (lengths := root / _CATALOGUE / "workloads" / f"{name}.json").is_file():
             yield _line(f"lengths {name}", _data(lengths))

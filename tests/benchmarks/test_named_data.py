@@ -104,7 +104,7 @@ def test_shipped_profiles_and_kernels_count_where_they_are_used(root: Path) -> N
 
 def test_a_comment_in_a_fleet_does_not_count(root: Path) -> None:
     before = _pieces(root, "before")
-    (root / "examples/two.yaml").write_text(TWO.replace("# two", "# 2"), encoding="utf-8")
+    (root / "examples/two.yaml").write_text(TWO.replace("# two", "# L4, Llama-2-13B"), encoding="utf-8")
     assert _pieces(root, "same") == before
     (root / "examples/two.yaml").write_text(TWO.replace("count: 2", "count: 3"), encoding="utf-8")
     assert _pieces(root, "after") != before
@@ -117,3 +117,5 @@ def test_searches_name_the_fleets_they_are_measured_on() -> None:
     assert {"paper.yaml", "fleet-160.yaml", "GPU P100-PCIe-12GB", "efficiency of Pascal"} <= names
     assert {"model meta-llama/Llama-2-70b-hf", "lengths azure_conv_2023"} <= names
     assert "efficiency of RTX Blackwell" not in names
+    assert "gpus.json" not in names
+    assert "gpus.json" in {piece.partition(":")[0] for piece in data_named_in(SOURCES["silicon"][0], ROOT)}

@@ -245,7 +245,7 @@ def calm(t: Table) -> Sequence[float]:
 
 
 # Goals and settings of benchmarks, and statements of papers and GPU vendors.
-STATED = {"0.1%", "0.5", "0.5%", "2.25", "1.33", "0.1", "10%", "20%", "90%", "95%", "1.5", "1.645"}
+STATED = {"0.1%", "0.5", "0.5%", "2.25", "1.33", "1.49", "0.1", "10%", "20%", "90%", "95%", "1.5", "1.645"}
 GUARDED = ("benchmarks.md", "when-attention-workers-help.md", "tenants.md", "dispatch.md")
 _NO_SENTENCE = re.compile(
     r"```.*?```|<!-- .*? -->|`[^`]*`|\]\([^)]*\)|^(?:#|\||\d{4}-\d\d-\d\d:).*?$", re.DOTALL | re.MULTILINE
@@ -510,8 +510,13 @@ FIGURES = [
         ),
         ("it cuts #% to #% of them", lambda t: span(t.column("clipped", "LongBench"), 100)),
         (
+            "so the ratio stays below 1",
+            lambda t: [one < 1 for one in t.column("over hexgen", "LongBench.*reserves")],
+        ),
+        ("With 70B it is shorter", lambda t: [one < 1 for one in t.column("attention over", "70B.*as modelled$")]),
+        (
             "with 40 ms more per iteration the ratio is # to #",
-            lambda t: span(t.column("over hexgen", "takes 40 ms")),
+            lambda t: span(t.column("over hexgen", "takes 40 ms more per stage")),
         ),
         (
             "NVLink raises the ratio from #–# to #–#",
@@ -522,7 +527,7 @@ FIGURES = [
             lambda t: [max(t.column("attention over", what)) for what in ("as modelled$", "")],
         ),
         (
-            "our own search to serve #% to #% more",
+            "Our own search serves #% to #% more than HexGen's",
             lambda t: span([one - 1 for one in t.column("hetis over hexgen", "as modelled$")], 100),
         ),
     ),

@@ -104,7 +104,9 @@ def test_models_without_experts_and_formats_without_kernels_stay_as_they_were() 
 
 
 @pytest.mark.parametrize("gpu", ["H100-SXM-80GB", "L40S", "A100-SXM-80GB"])
-def test_mxfp4_experts_start_and_read_as_dense_products_do_and_multiply_as_the_tables_say(gpu: str) -> None:
+def test_mxfp4_experts_start_with_their_layer_read_as_dense_products_do_and_multiply_as_the_tables_say(
+    gpu: str,
+) -> None:
     kind = catalogue.find_gpu(gpu).gpu
     bare, hosted = modelled_profile(kind), for_engine(modelled_profile(kind), kind, "vllm")
     dense, of_experts = bare.fit(Op.DENSE, GPT_OSS, 1), hosted.fit(Op.EXPERTS, GPT_OSS, 1)
@@ -116,6 +118,15 @@ def test_mxfp4_experts_start_and_read_as_dense_products_do_and_multiply_as_the_t
     few, many = (cost(hosted, GPT_OSS, 1).dense_s(t) / cost(bare, GPT_OSS, 1).dense_s(t) for t in (8, 16384))
     assert few == pytest.approx(1.0, abs=0.15)
     assert many > 1.15  # experts' tiles are not full
+
+
+def test_mxfp4_is_multiplied_in_four_bits_where_the_gpu_can() -> None:
+    """No table has these products, and those in 16 bits are no guide."""
+    mi355x = catalogue.find_gpu("MI355X-288GB").gpu
+    bare, hosted = modelled_profile(mi355x), for_engine(modelled_profile(mi355x), mi355x, "vllm")
+    whole = replace(GPT_OSS, weight_bytes=0.53125)
+    assert cost(hosted, whole, 1).dense_s(8192) == cost(bare, whole, 1).dense_s(8192)
+    assert cost(hosted, whole, 1).dense_s(8192) < cost(hosted, replace(whole, weights="int4"), 1).dense_s(8192) / 2
 
 
 def test_int4_experts_have_their_kernels_whoever_packed_them_and_whatever_their_groups() -> None:

@@ -26,7 +26,7 @@ from hetis.profiler.engine_tables import NEAREST, PUBLISHER, SYSTEMS, kernels_in
 from hetis.profiler.fit.layers import COLD_RATIO
 from hetis.profiler.fit.points import CACHE_BYTES
 from hetis.profiler.fitting import fit_pieces, rounded
-from hetis.profiler.roofline import matrix_flops, shipped_efficiencies
+from hetis.profiler.roofline import FOUR_BIT_BYTES, matrix_flops, shipped_efficiencies
 from hetis.solver.cluster import GpuType
 from hetis.solver.profile import Fit, FitScope, Op, Piece, Profile
 
@@ -38,8 +38,8 @@ _VERSIONS = {
     "a100_sxm": {"vllm": "0.14.0", "trtllm": "1.0.0", "sglang": "0.5.10"},
 }
 _FORMATS = {"bfloat16": "bfloat16", "fp8_block": "fp8", "nvfp4": "nvfp4", "int4_wo": "int4"}
-# The kernels of gpt-oss (other models of these tables have others): some quantise activations to eight bits. Those in
-# SGLang's tables are not the ones that SGLang chooses.
+# The kernels of gpt-oss; other models of these tables have others. TensorRT-LLM's on Blackwell quantise activations to
+# eight bits. Those in SGLang's tables are not the ones that SGLang chooses: its MXFP4 experts stay dense products.
 _MXFP4 = {
     **{(system, "vllm"): "w4a16_mxfp4" for system in ("b200_sxm", "h100_sxm", "l40s", "rtx_pro_6000_server", "b60")},
     **{(system, "trtllm"): "w4a8_mxfp4_mxfp8" for system in ("b200_sxm", "rtx_pro_6000_server")},
@@ -106,6 +106,8 @@ def expert_fits(
         for kernel in kernels:
             if (kernel.architecture, kernel.engine) == (architecture, name) and kernel.weights not in known:
                 chosen.setdefault(kernel.weights, []).append(kernel)
+    if FOUR_BIT_BYTES.get(gpu.architecture) == BYTES_PER_PARAMETER["mxfp4"]:
+        chosen.pop("mxfp4", None)  # it multiplies them in four bits, which no table has: those are dense products
     return tuple(_fit(kernel, gpu, profile) for found in chosen.values() for kernel in found)
 
 
@@ -121,8 +123,9 @@ def _fit(kernel: ExpertKernel, gpu: GpuType, profile: Profile) -> Fit:
         byte_s=rounded(kernel.byte / gpu.mem_bytes_per_s),
     )
     if kernel.weights == "mxfp4":
-        # Alone, these kernels take about 40 us longer for few tokens than whole engines do for gpt-oss: start and bytes
-        # are those of dense products (docs/accuracy.md, "What was fitted to these points").
+        # Timed alone, these kernels take longer for few tokens (40 us on H100 under vLLM) than the layers of gpt-oss's
+        # published runs have room for. So they read like dense products, and the start of a layer's dense products
+        # covers theirs (docs/accuracy.md, "How a row is posed").
         dense = next(fit for fit in profile.fits if fit.op is Op.DENSE and fit.scope == FitScope())
         piece = replace(piece, fixed_s=0.0, byte_s=max(each.byte_s for each in dense.pieces))
     if kernel.weights in _IN_16_BITS:  # their bytes per parameter depend on groups and on what is not quantised

@@ -192,11 +192,15 @@ def test_ctrl_c_ends_a_command_that_is_still_importing(command: str) -> None:
 
 
 def test_a_command_says_what_to_install_if_only_the_base_is_there() -> None:
+    with pytest.raises(SystemExit) as ended, command_process("hetis-plan", extra="planner"):
+        raise ModuleNotFoundError("No module named 'typer'", name="typer")
+    assert ended.value.code == "hetis-plan needs typer: pip install 'hetis[planner]'"
     with pytest.raises(SystemExit) as ended, command_process("hetis-worker", extra="worker"):
         raise ModuleNotFoundError("No module named 'torch'", name="torch")
     assert ended.value.code == "hetis-worker needs torch: pip install 'hetis[worker]'"
-    with pytest.raises(ModuleNotFoundError), command_process("hetis-worker", extra="worker"):
-        raise ModuleNotFoundError("No module named 'nothing'", name="nothing")  # a bug, whose traceback is wanted
+    for name in ("torch", "nothing"):  # nothing that this command needs: a bug, whose traceback is wanted
+        with pytest.raises(ModuleNotFoundError), command_process("hetis-plan", extra="planner"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 
 def test_ctrl_c_in_a_callback_whose_errors_python_drops_ends_the_command() -> None:

@@ -106,7 +106,6 @@ def find_gpu(name: str, *, also: Collection[str] = ()) -> GpuEntry:
         return by_name[resolve_gpu(name, by_name, also)]  # resolved once more, for better suggestions
 
 
-@functools.cache
 def architecture_of(gpu: str, architecture: str) -> str:
     """Return the catalogue's name of a GPU's architecture: that of RTX boards, which NVIDIA calls Blackwell as it does
     B200's, is ``RTX Blackwell``, with kernels and a compute capability of its own.
@@ -114,6 +113,7 @@ def architecture_of(gpu: str, architecture: str) -> str:
     return "RTX Blackwell" if architecture.casefold() == "blackwell" and "RTX" in gpu.upper() else architecture
 
 
+@functools.cache
 def vendor_of(architecture: str) -> str:
     """Return the vendor of GPUs of an architecture; NVIDIA if the architecture is not known."""
     name = architecture.casefold()

@@ -18,14 +18,16 @@ if TYPE_CHECKING:
     from sys import UnraisableHookArgs
 
 INTERRUPTED = 130  # 128 plus the number of the signal, as in shells
-_LIBRARIES = ("typer", "rich", "torch")  # what commands import first that the base install lacks
+# What a command imports first that the base install lacks, by the extra that has it.
+_LIBRARIES = {"worker": ("torch", "numba")}
+_OF_COMMAND_LINES = ("typer", "rich")
 
 
 @contextmanager
 def command_process(command: str, *, extra: str) -> Iterator[None]:
     """Run a whole command in the block: with all three standard streams, and so that Ctrl-C always ends it with 130.
 
-    The base install has the ``command``, but not the libraries of command lines: those come with ``extra``.
+    The base install has the ``command``, but not the libraries that it needs: those come with ``extra``.
 
     Ctrl-C ends the process at once until `ctrl_c_raises`: what is imported before has nothing to clean up, and some of
     it would drop a KeyboardInterrupt. A SIGINT that the caller ignores or handles stays as it is.
@@ -87,7 +89,7 @@ def _told_what_to_install(command: str, extra: str) -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        if error.name not in _LIBRARIES:
+        if error.name not in _LIBRARIES.get(extra, _OF_COMMAND_LINES):
             raise
         sys.exit(f"{command} needs {error.name}: pip install 'hetis[{extra}]'")
 
