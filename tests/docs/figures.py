@@ -522,7 +522,7 @@ FIGURES = [
             lambda t: [x for what in ("as modelled", "NVLink") for x in span(t.column("over hexgen", f"70B.*{what}"))],
         ),
         (
-            "up to # times as long in HexGen's plans as modelled, and is shorter in # of the nine cases",
+            "up to # times as long in HexGen's plans as modelled, and is shorter in @ of the nine cases",
             lambda t: [
                 max(t.column("attention over", "as modelled$")),
                 sum(one < 1 for one in t.column("attention over", "as modelled$")),
