@@ -1,9 +1,9 @@
 """The data of the GPUs, models and lengths that a benchmark names, of which its times and rates are made.
 
 They are named in its modules, or in a fleet of ``examples/`` that it names; in tables of measurements any may be, so
-for the benchmarks of those the whole catalogue counts. What counts of a GPU is its entry in the
-catalogue, the efficiencies and kernels of its architecture and, if the benchmark uses shipped profiles, its own. So a
-table goes stale with the data of its own fleets, and not with the first measurements of another architecture.
+for the benchmarks of those the whole catalogue counts. What counts of a GPU is its entry in the catalogue, the
+efficiencies and kernels of its architecture and, if the benchmark uses shipped profiles, its own. So a table goes stale
+with the data of its own fleets, and not with the first measurements of another architecture.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from typing import Any
 import yaml
 
 from hetis.formats.catalogue import UnknownNameError, resolve_gpu, resolve_model
+from hetis.profiler.engine_tables import NEAREST
 
 _CATALOGUE = "formats/hetis/formats/catalogue/data"
 _PROFILER = "profiler/hetis/profiler"
-_NEAREST = "Hopper"  # stands in for architectures without kernels of their own
 _WITH_SHIPPED, _WITH_KERNELS = {"shipped_profile", "default_profile"}, {"for_engine", "default_profile"}
 _NAME = re.compile(r"[\w./-]{2,60}")
 _FROM_TABLES = "benchmarks/measuring/published_points.py"  # reads tables of measurements
@@ -122,7 +122,7 @@ def _efficiencies(root: Path, architectures: Collection[str], *, with_kernels: b
         yield _line(f"efficiency of {name}", every[name])
     for file in ("experts", "latent", "linear") if with_kernels else ():
         for row in _data(root / _PROFILER / f"{file}.json")["kernels"]:
-            if row["architecture"] in {*architectures, *relatives, _NEAREST}:
+            if row["architecture"] in {*architectures, *relatives, NEAREST}:
                 yield _line(file, row)
 
 

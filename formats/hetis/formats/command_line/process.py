@@ -28,22 +28,28 @@ def command_process(command: str, *, extra: str) -> Iterator[None]:
     """Run a whole command in the block: with all three standard streams, and so that Ctrl-C always ends it with 130.
 
     The base install has the ``command``, but not the libraries that it needs: those come with ``extra``.
-
-    Ctrl-C ends the process at once until `ctrl_c_raises`: what is imported before has nothing to clean up, and some of
-    it would drop a KeyboardInterrupt. A SIGINT that the caller ignores or handles stays as it is.
     """
     open_closed_streams()
+    with _ctrl_c_ends(), _told_what_to_install(command, extra):
+        yield
+
+
+@contextmanager
+def _ctrl_c_ends() -> Iterator[None]:
+    """Let Ctrl-C end the process at once until `ctrl_c_raises`.
+
+    What is imported before has nothing to clean up, and some of it would drop a KeyboardInterrupt. A SIGINT that the
+    caller ignores or handles stays as it is.
+    """
     if threading.current_thread() is not threading.main_thread() or (
         signal.getsignal(signal.SIGINT) is not signal.default_int_handler
     ):
-        with _told_what_to_install(command, extra):
-            yield
+        yield
         return
     signal.signal(signal.SIGINT, _leave)
     hook, sys.unraisablehook = sys.unraisablehook, _leave_if_interrupted
     try:
-        with _told_what_to_install(command, extra):
-            yield
+        yield
     finally:
         sys.unraisablehook = hook
         if signal.getsignal(signal.SIGINT) is _leave:
