@@ -21,25 +21,20 @@ model's context cuts.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from benchmarks.measuring import rows
 from benchmarks.measuring.instances import example, problem
 from benchmarks.measuring.rows import Row
-from benchmarks.paper import MODELS, OBJECTIVES, TRACES
+from benchmarks.paper import MODELS, OBJECTIVES, TIME_LIMIT_S, TRACES, planned
 from hetis.simulator.metrics import prediction_of
-from hetis.solver.budget import Budget
 from hetis.solver.cluster import Link
 from hetis.solver.cost import DeviceCost, PoolCost, intra_link, rank_shape
-from hetis.solver.errors import HetisError
 from hetis.solver.plan import Plan, ReplicaPlan
-from hetis.solver.planning import solve_placement
 from hetis.solver.problem import EngineSettings, PlacementProblem
 from hetis.solver.profile import Fit, Op, Piece, Profile, Provenance, Source
 
-TIME_LIMIT_S = 30.0  # CPU seconds of a search
 NVLINK = Link(bytes_per_s=300e9, latency_s=3e-6)  # of A100-SXM, in one direction
 FASTER = 10.0  # times as fast a network
 HOST_S = (0.01, 0.02, 0.04)
@@ -80,7 +75,7 @@ def cases(*, quick: bool, only: str) -> Iterator[Row]:
                 if only in (name := f"{model}, {trace}: {assumption.name}"):
                     both = assumption.both(posed)
                     if assumption.both not in plans:
-                        plans[assumption.both] = planned(both, "hetis-paper"), planned(both, "hetis")
+                        plans[assumption.both] = _plan(both, "hetis-paper"), _plan(both, "hetis")
                     yield row(name, both, assumption, *plans[assumption.both])
 
 
@@ -105,7 +100,7 @@ def row(
     name: str, posed: PlacementProblem, assumption: Assumption, paper: Plan | None, ours: Plan | None
 ) -> Row:  # fmt: skip
     """Plan HexGen under an assumption, and compare the plans of `hetis-paper` and of our own search with its plan."""
-    theirs = planned(assumption.hexgen(posed), "hexgen-paper")
+    theirs = _plan(assumption.hexgen(posed), "hexgen-paper")
     of_paper, of_hexgen, of_ours = map(_rate, (paper, theirs, ours))
     return {
         "name": name,
@@ -120,14 +115,8 @@ def row(
     }
 
 
-def planned(posed: PlacementProblem, strategy: str) -> Plan | None:
-    """Return the strategy's plan, or None if it finds none."""
-    try:
-        return solve_placement(
-            posed, strategy=strategy, budget=Budget(time_limit_s=TIME_LIMIT_S, clock=time.process_time)
-        )
-    except HetisError:
-        return None
+def _plan(posed: PlacementProblem, strategy: str) -> Plan | None:
+    return planned(posed, strategy, TIME_LIMIT_S).plan
 
 
 def attention_s(plan: Plan | None, posed: PlacementProblem) -> float | None:
