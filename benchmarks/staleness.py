@@ -78,7 +78,7 @@ SOURCES: dict[str, tuple[str, ...]] = {
     "redispatch": ("benchmarks/redispatch.py", *_REDISPATCH),
     "simulation": ("benchmarks/simulation.py", *_SIMULATOR),
     "staging": ("benchmarks/staging.py", *_SEARCH, *_SIMULATOR),
-    "simulation speed": ("benchmarks/simulation.py", *_SIMULATOR),
+    "simulation speed": ("benchmarks/simulation.py", *_SIMULATOR, *_REDISPATCH),
     "goodput": (
         "benchmarks/goodput.py",
         *(f"planner/hetis/planner/use_cases/{name}.py" for name in ("verify", "representative", "service_level")),

@@ -17,7 +17,7 @@ from hetis.solver.errors import InvalidProblemError
 from hetis.solver.redispatch.local_search import MOST_STEPS, improve
 from hetis.solver.redispatch.problem import MoveReason, RedispatchPlan, RedispatchProblem
 from hetis.solver.redispatch.relaxation import MoveLp, relax
-from hetis.solver.redispatch.solve import Redispatcher, solve_redispatch
+from hetis.solver.redispatch.solve import Redispatcher, _MoveSearch, solve_redispatch
 from hetis.solver.redispatch.tables import card_s, horizons, objective_s, short_blocks, tables_of
 from hetis.solver.redispatch.triggers import ideal_dispatch
 from tests.solver.redispatch import oracle
@@ -250,3 +250,39 @@ def test_nonsense_is_named() -> None:
         replace(problem, budget_bytes=-1)
     with pytest.raises(InvalidProblemError, match="least_gain is 1"):
         replace(problem, least_gain=1.0)
+
+
+@given(problems(max_devices=4, max_requests=8), st.sampled_from([0.01, 0.2]))
+def test_what_is_proved_not_to_gain_would_not_have_moved(problem: RedispatchProblem, least_gain: float) -> None:
+    problem = replace(problem, least_gain=least_gain)
+    plan = solve_redispatch(problem)
+    with pytest.MonkeyPatch.context() as patch:
+        # Every round solves its linear program and goes on from it.
+        patch.setattr(_MoveSearch, "_least_gain_s", lambda self, tables: -np.inf)
+        thorough = solve_redispatch(problem)
+    assert plan.moves == thorough.moves
+    assert plan.bound_s <= thorough.bound_s * (1 + 1e-9)
+    enough_s = least_gain * plan.makespan_before_s
+    assert plan.bound_s >= min(thorough.bound_s, plan.stay_s - enough_s) - 1e-12
+
+
+def test_a_stage_as_dispatched_needs_no_linear_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("a linear program is solved")
+
+    problem = random_problem(3, num_devices=4, num_requests=40, least_gain=0.01, high_water=1.0)
+    ideal = ideal_dispatch(problem.snapshot, Dispatcher(problem.snapshot.stage))
+    at_rest = replace(problem, snapshot=replace(problem.snapshot, groups=ideal.groups))
+    monkeypatch.setattr(MoveLp, "solve", refuse)
+    assert solve_redispatch(at_rest).moves == ()
+    with pytest.raises(AssertionError, match="linear program"):
+        solve_redispatch(problem)
+
+
+def test_any_gain_is_enough_where_blocks_are_short() -> None:
+    problem = random_problem(5, num_devices=3, num_requests=8, slack=0.02, least_gain=0.5)
+    problem = replace(problem, snapshot=replace(problem.snapshot, remaining_tokens=np.full(8, 4000)))
+    plan = solve_redispatch(problem)
+    assert plan.moves
+    assert plan.short_after < plan.short_before
+    assert plan.stay_s - plan.objective_s < problem.least_gain * plan.makespan_before_s

@@ -256,17 +256,23 @@ class JointRelaxation(NamedTuple):
     prices: Prices
 
 
-def relax(tables: RedispatchTables, lp: MoveLp, *, floor_s: float, guess: FloatArray) -> JointRelaxation:
-    """Solve the relaxation.
+def relax(
+    tables: RedispatchTables, lp: MoveLp, *, floor_s: float, guess: FloatArray, least_gain_s: float = 0.0
+) -> JointRelaxation:
+    """Solve the relaxation, or prove that no placement gains more than ``least_gain_s`` over doing nothing.
+
+    The proof needs no linear program if the guessed multipliers are good. Most checks of a running stage end with it.
 
     Args:
         floor_s: a lower bound on the makespan of any placement.
         guess: multipliers of the affine pieces near the optimal ones, shape [D, K].
+        least_gain_s: gain in the objective up to which the best placement need not be found.
     """
     prices = Prices(
         piece=guess, nic=0.0, now=np.zeros(len(guess)), later=np.zeros((len(tables.later), len(guess))), budget=0.0
     )
     best_s, bound_s = objective_s(tables, tables.now), np.inf
+    enough_s = best_s - least_gain_s  # objective of a placement that is worth finding
     best = tables.now.astype(np.float64)
     starts = [floor_s, *np.unique(tables.open_at[tables.open_at > floor_s]).tolist()]
     for start_s in starts:
@@ -274,6 +280,10 @@ def relax(tables: RedispatchTables, lp: MoveLp, *, floor_s: float, guess: FloatA
             bound_s = min(bound_s, start_s)
             break
         is_open = tables.open_at <= start_s
+        guessed_s = max(start_s, proven_bound(tables, prices, is_open))
+        if guessed_s >= enough_s:
+            bound_s = min(bound_s, guessed_s)
+            continue
         solution = lp.solve(tables, is_open, prices)
         if solution is None:
             bound_s = min(bound_s, start_s)

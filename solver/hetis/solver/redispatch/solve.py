@@ -71,8 +71,9 @@ class Redispatcher:
     def solve(self, problem: RedispatchProblem) -> RedispatchPlan:
         """Move head groups so that makespan, moving and short memory together cost least.
 
-        The formulation is that of `hetis.solver.redispatch.problem`. Its relaxation is solved by HiGHS, and its bound
-        is recomputed from the multipliers. Whole groups come from rounding and a local search and, if these end far
+        The formulation is that of `hetis.solver.redispatch.problem`. If dispatch's multipliers prove that no moves
+        gain as much as they must, that is the answer. Otherwise the relaxation is solved by HiGHS, and its bound is
+        recomputed from the multipliers. Whole groups come from rounding and a local search and, if these end far
         from the bound, from a small integer program. A move is dropped if it neither pays within its request's patience
         nor makes room for others that do; the rest is ordered.
 
@@ -113,10 +114,21 @@ class _MoveSearch:
         return _plan(self._problem, tables, relaxed, attempt)
 
     def _relax(self, tables: RedispatchTables) -> JointRelaxation:
-        return relax(tables, self._lp, floor_s=self._ideal.bound_s, guess=self._ideal.prices.piece)
+        floor_s, guess = self._ideal.bound_s, self._ideal.prices.piece
+        return relax(tables, self._lp, floor_s=floor_s, guess=guess, least_gain_s=self._least_gain_s(tables))
+
+    def _enough_s(self, tables: RedispatchTables) -> float:
+        return self._problem.least_gain * float(device_seconds(tables, tables.now).max())
+
+    def _least_gain_s(self, tables: RedispatchTables) -> float:
+        """Return the gain that moves must exceed, whichever they are: any gain is enough where blocks are short."""
+        return 0.0 if short_blocks(tables, tables.now).any() else self._enough_s(tables)
 
     def _attempt(self, tables: RedispatchTables, relaxed: JointRelaxation) -> _Attempt:
         """Make one round from ``tables.now``; return no moves if they gain too little."""
+        before_s = objective_s(tables, tables.now)
+        if before_s - relaxed.bound_s <= self._least_gain_s(tables):
+            return _Attempt(tables.now, [], [])
         found = list[IntArray]()
         for x in (round_to_groups(tables, relaxed.x), tables.now.copy()):
             improve(tables, x)
@@ -130,10 +142,9 @@ class _MoveSearch:
                 found.append(searched)
             tries = (self._ordered(tables, x) for x in found if x is not best)
             attempt = min(attempt, *tries, key=lambda one: objective_s(tables, one.x))
-        before_s, after_s = objective_s(tables, tables.now), objective_s(tables, attempt.x)
-        enough_s = self._problem.least_gain * float(device_seconds(tables, tables.now).max())
+        after_s = objective_s(tables, attempt.x)
         relieves = short_blocks(tables, attempt.x).sum() < short_blocks(tables, tables.now).sum() - 1e-9
-        if before_s - after_s <= (0.0 if relieves else enough_s):
+        if before_s - after_s <= (0.0 if relieves else self._enough_s(tables)):
             return _Attempt(tables.now, [], attempt.refused)
         return attempt
 
