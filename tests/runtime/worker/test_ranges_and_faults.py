@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import struct
+import time
 from contextlib import suppress
 
 import numpy as np
@@ -137,6 +138,17 @@ def test_the_later_of_two_engines_is_obeyed_by_a_worker_that_knows_neither() -> 
             with suppress(StaleEpochError):
                 worker.join(CASE.shape(), epoch=number, age_s={900: 120.0, 5: 60.0}[number])
         assert worker.core.epoch == 5
+
+
+def test_an_engine_that_started_while_the_workers_host_slept_is_newer(monkeypatch: pytest.MonkeyPatch) -> None:
+    uptime_s = 1000.0
+    monkeypatch.setattr(time, "clock_gettime", lambda _: uptime_s)
+    monkeypatch.setattr(time, "monotonic", lambda: 1000.0)  # stands still in sleep
+    worker = InprocWorker("w0", PAGES)
+    worker.core = WorkerCore("w0", lambda shape: LocalDevice("w0", shape, PAGES), key=KEY)
+    worker.join(CASE.shape(), epoch=1, age_s=100.0)
+    uptime_s += 600.0
+    assert worker.join(CASE.shape(), epoch=2, age_s=200.0).ping() == (PAGES, 0)
 
 
 @pytest.mark.parametrize("age_s", [-1.0, math.inf, math.nan])

@@ -30,6 +30,7 @@ from __future__ import annotations
 
 import math
 import struct
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
@@ -185,13 +186,22 @@ class ErrorCode(IntEnum):
     REFUSED = 5  # wrong key
 
 
+def uptime_s() -> float:
+    """Return the time since this host started, including the time that it was suspended, if the system counts it.
+
+    Engines tell their age by it and workers compare ages by it (`Hello.age_s`): the two agree on which engine is older
+    even if one of the hosts has slept.
+    """
+    return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hello:
     """An engine's first message: the shape of its virtual sequences, and the key that the worker was given."""
 
     shape: KvShape
     key: bytes
-    age_s: float = 0.0  # time since the engine started
+    age_s: float = 0.0  # time since the engine started, by `uptime_s`
 
     def frame(self, *, epoch: int, session: int) -> Frame:
         shape = self.shape

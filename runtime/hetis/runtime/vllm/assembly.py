@@ -16,6 +16,7 @@ from hetis.formats.endpoints import split_address
 from hetis.runtime.attention.device import AttentionDevice
 from hetis.runtime.attention.kv import DeviceError, KvShape
 from hetis.runtime.transport.channel import ChannelKind
+from hetis.runtime.transport.frames import uptime_s
 from hetis.runtime.vllm.backend import HeadGroupImpl, UnsupportedModelError
 from hetis.runtime.vllm.costs import CONTEXTS, Calibration, Coefficients, TimedCall, calibrate, fit_calls, head_shape
 from hetis.runtime.vllm.head_map import StepRequests, part_of, slots_of
@@ -145,7 +146,7 @@ def make_rank(vllm_config: VllmConfig, cache: KVCacheConfig, settings: PluginSet
     if layers and (blocks := layers[0].kv_cache.shape[0]) != cache.num_blocks:
         why = f"the backend's kernels see {blocks} blocks, vLLM {cache.num_blocks} of {spec.block_size} tokens"
         raise UnsupportedModelError(f"hetis cannot place head groups here: {why}; use a smaller --block-size")
-    epoch, started_s = secrets.randbits(63), _uptime_s()
+    epoch, started_s = secrets.randbits(63), uptime_s()
     calibrations: dict[int, Calibration] = {}
 
     def join(worker: int) -> AttentionDevice:
@@ -157,7 +158,7 @@ def make_rank(vllm_config: VllmConfig, cache: KVCacheConfig, settings: PluginSet
         assert key is not None, "a file was named"
         host, port = split_address(one.addresses[number])
         kind, timeout_s = ChannelKind(settings.transport), settings.timeout_s
-        age_s = _uptime_s() - started_s
+        age_s = uptime_s() - started_s
         device = join_at(one.name, host, port, key, shape, epoch=epoch, age_s=age_s, kind=kind, timeout_s=timeout_s)
         if settings.calibrate:
             try:
@@ -183,11 +184,6 @@ def make_rank(vllm_config: VllmConfig, cache: KVCacheConfig, settings: PluginSet
         copy_bytes_per_step=settings.redispatch.copy_bytes_per_step,
         calibrations=calibrations,
     )
-
-
-def _uptime_s() -> float:
-    """Return the time since this host started, including the time that it was suspended, if the system counts it."""
-    return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
 
 
 def heads_of(spec: HeadGroupSpec, queries_per_group: int) -> HeadShape:

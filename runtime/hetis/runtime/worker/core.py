@@ -1,8 +1,9 @@
 """An attention worker: frames in and out without sockets, and the loop around it that serves one engine at a time.
 
 It obeys one engine at a time, the one that started last. Engines say their age, by which a worker knows when each
-started, on its own monotonic clock: no jump of a clock makes a new engine look old. An engine that another has
-followed is over, whatever age it claims (a virtual machine that was paused does not know how old it is).
+started, on the clock of its host's uptime: neither a jump of the wall clock nor sleep makes a new engine look old. An
+engine that another has followed is over, whatever age it claims (a virtual machine that was paused does not know how
+old it is).
 
 A HELLO that is accepted starts empty: the KV of an earlier connection is void. Frames of another connection, or of a
 step other than the one begun, are refused. So is KV of a request's earlier incarnation if a later one is here.
@@ -44,6 +45,7 @@ from hetis.runtime.transport.frames import (
     read_queries,
     read_step,
     stale_answer,
+    uptime_s,
 )
 
 MakeDevice = Callable[[KvShape], LocalDevice]
@@ -60,7 +62,7 @@ class WorkerCore:
     """The state of one worker."""
 
     def __init__(
-        self, name: str, make_device: MakeDevice, *, key: bytes, clock: Callable[[], float] = time.monotonic
+        self, name: str, make_device: MakeDevice, *, key: bytes, clock: Callable[[], float] = uptime_s
     ) -> None:
         self.name = name
         self.epoch = 0  # the engine that it obeys, or obeyed last
