@@ -195,7 +195,7 @@ def speed_rows(*, quick: bool, only: str) -> Iterator[Row]:
         ("12 GPUs, no pools", without, many, Settings()),
         ("12 GPUs, pools, plan's split", paper, few, AS_PLANNED),
         ("12 GPUs, pools, dispatch", paper, few, Settings(redispatch=False)),
-        ("12 GPUs, pools, dispatch and re-dispatch", paper, few, Settings()),
+        ("12 GPUs, pools, dispatch and re-dispatch", paper, many, Settings()),
     ]
     if not quick:
         cases.append(("1,000 GPUs", problem(of_types(4, 1000)), many, Settings()))
