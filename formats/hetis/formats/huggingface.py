@@ -8,39 +8,20 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from hetis.formats import dtypes
+from hetis.formats.config_json import Config
 from hetis.formats.errors import DocumentError, Problem, did_you_mean, shown
-from hetis.formats.fields import listed, mapping, read_data
+from hetis.formats.fields import listed
 from hetis.formats.positions import Text
-from hetis.formats.quantised_modules import (
-    MODELOPT,
-    QUARK,
-    compressed_groups,
-    compressed_precision,
-    layer_weight_bytes,
-    modelopt_precision,
-    quark_input,
-    quark_precision,
-)
+from hetis.formats.quantisation import quantisation_of, stated_kv_bytes, weights_precision
+from hetis.formats.quantised_modules import layer_weight_bytes
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.model import AttentionKind, IndexerShape, LinearShape, MlaShape, ModelSpec, MoeShape
-
-_SUPPORTED = "fp8, mxfp4, mxfp8, bitsandbytes, modelopt, quark, awq, gptq, compressed-tensors of 4 or 8 bits"
-_QUANTISATION_FILE = "hf_quant_config.json"  # where ModelOpt's older checkpoints state how they are quantised
-
-
-# What vLLM accepts in the KV scheme of compressed-tensors (`validate_kv_cache_scheme`).
-_KV_SCHEME: Mapping[str, tuple[object, ...]] = {
-    "type": ("float",),
-    "num_bits": (8,),
-    "strategy": ("tensor", "attn_head"),
-    "symmetric": (True,),
-}
 
 
 def model_from_config(data: dict[str, Any], source: Text, *, name: str, folder: Path | None = None) -> ModelSpec:
@@ -55,15 +36,15 @@ def model_from_config(data: dict[str, Any], source: Text, *, name: str, folder: 
     """
     architecture = _architecture(data, source)
     config = _config(data, source, architecture)
-    config.quantisation = _quantisation(config, folder)
+    config.quantisation = quantisation_of(config, folder)
     published = data.get("_name_or_path")  # often a path on the author's machine
     if isinstance(published, str) and re.fullmatch(r"[\w.-]{1,90}/[\w.-]{1,90}", published):
         name = published
     model = FAMILIES[architecture](config, name if name.isprintable() and name.strip() else "model")
     linear_modules = _delta_rule_matrices(config) if model is not None and model.linear else {}
-    quantised = _quantised(config, model, linear_modules)
+    quantised = weights_precision(config, model, linear_modules)
     dtype = _dtype(config, quantised)
-    kv_bytes = _stated_kv_bytes(config.quantisation, is_latent=model is not None and model.mla is not None)
+    kv_bytes = stated_kv_bytes(config.quantisation, is_latent=model is not None and model.mla is not None)
     if config.problems or model is None:
         raise DocumentError(config.problems)
     base = dtypes.base_bytes(dtype)
@@ -122,195 +103,7 @@ def _dtype(config: Config, quantised: str | None) -> str:
     return f"{base}+{weights}"
 
 
-def _quantisation(config: Config, folder: Path | None) -> Config | None:
-    """Return the part that states how weights are quantised, or None if there is none, or none that is readable."""
-    if (found := config.data.get("quantization_config")) is not None:
-        source, at = config.source, (*config.at, "quantization_config")
-    elif folder is not None and (beside := folder / _QUANTISATION_FILE).is_file():
-        data, source = read_data(beside)
-        found, at = data.get("quantization") if isinstance(data, dict) else data, ("quantization",)
-        config.problems += source.problems
-        if isinstance(found, dict):
-            found = {"quant_method": "modelopt", **found}
-    else:
-        return None
-    if isinstance(found, dict):
-        return Config(_in_one_form(found), source, config.problems, at)
-    config.problems.append(source.problem(at, f"is {shown(found)}, must be a mapping"))
-    return None
-
-
-def _in_one_form(quantisation: dict[str, Any]) -> dict[str, Any]:
-    """Return a quantisation by ModelOpt, whatever name and nesting it has, in one form; vLLM reads all of them.
-
-    Older versions state no method, but which tool produced the checkpoint.
-    """
-    method = quantisation.get("quant_method") or mapping(quantisation.get("producer")).get("name")
-    if not str(method).lower().startswith("modelopt"):
-        return quantisation
-    return {**quantisation, **mapping(quantisation.get("quantization")), "quant_method": "modelopt"}
-
-
-def _quantised(config: Config, model: ModelSpec | None, linear_modules: Mapping[str, int]) -> str | None:
-    """Return the precision of quantised weights, a name in `dtypes.PRECISIONS`, or None if they are not quantised.
-
-    ``model`` and the matrices of its linear attention determine what most weights are if groups of them differ.
-    """
-    if config.quantisation is None:
-        return None
-    quantisation = config.quantisation.data
-    method = str(quantisation.get("quant_method", "")).lower()
-    bits = quantisation.get("bits", quantisation.get("w_bit", 4))
-    by_method = {"fp8": "fp8", "mxfp4": "mxfp4", "mxfp8": "fp8", "fbgemm_fp8": "fp8"}
-    if method in by_method:
-        return by_method[method]
-    if method in ("awq", "gptq", "auto-round") and bits in (4, 8):
-        return {"awq": "awq-int4"}.get(method, "gptq-int4") if bits == 4 else "int8"
-    if method == "compressed-tensors":
-        return _of_groups(config.quantisation, model, linear_modules)
-    if method == "modelopt":
-        precision = modelopt_precision(quantisation)
-        if precision is None:
-            known = f"{', '.join(MODELOPT)}, or MIXED_PRECISION of modules in quantized_layers that have one of these"
-            config.quantisation.refuse("quant_algo", f"is {shown(quantisation.get('quant_algo'))}, must be {known}")
-        return precision
-    if method == "quark":
-        precision = quark_precision(quantisation)
-        if precision is None:
-            known = f"{', '.join(QUARK)}, or fp4 in groups of 32 or, with a second scale, of 16"
-            config.quantisation.refuse(
-                "global_quant_config", f"weights must be {known}, the same in every layer (layer_quant_config)"
-            )
-        if precision == "mxfp4" and model is not None and model.moe is None and quark_input(quantisation) != "mxfp4":
-            # vLLM expands such weights in every step and multiplies in 16 bits (quark/schemes/quark_ocp_mx.py).
-            config.quantisation.refuse(
-                "global_quant_config",
-                "input_tensors must be fp4 in groups of 32, as weights are, in a model without experts",
-            )
-        return precision
-    if method == "bitsandbytes":
-        return "int4" if quantisation.get("load_in_4bit") or quantisation.get("_load_in_4bit") else "int8"
-    what = f"{method} with {bits} bits" if method in ("awq", "gptq") else shown(method)
-    config.quantisation.refuse_all(f"{what} is not supported; supported: {_SUPPORTED}")
-    return None
-
-
-def _of_groups(quantisation: Config, model: ModelSpec | None, linear_modules: Mapping[str, int]) -> str | None:
-    """Return the precision of most weights of a checkpoint of compressed-tensors, whose groups may differ."""
-    data = quantisation.data
-    if data.get("config_groups") == {}:
-        return None  # only KV is quantised
-    try:
-        groups = compressed_groups(data)
-    except ValueError as unknown:
-        quantisation.refuse_all(f"compressed-tensors {unknown} is not supported; supported: {_SUPPORTED}")
-        return None
-    if model is None:
-        return None  # the caller reports what is wrong with it
-    precision = compressed_precision(data, model, linear_modules)
-    if precision is None:
-        targets = shown(", ".join(target for group in groups for target in group.targets))
-        what = f"have the targets {targets}, but no matrix of the model's layers matches, or all are ignored"
-        quantisation.refuse("config_groups", what)
-    return precision
-
-
-def _stated_kv_bytes(quantisation: Config | None, *, is_latent: bool) -> float | None:
-    """Return the bytes of an element of the quantised KV cache that a checkpoint states; None: it states none.
-
-    It is read as vLLM 0.32 does (`resolve_kv_cache_dtype_string` in vllm/utils/torch_utils.py), which ignores unknown
-    values of ModelOpt's, and does not apply the scheme of compressed-tensors to latent attention.
-    """
-    data = {} if quantisation is None else quantisation.data
-    method, scheme = str(data.get("quant_method", "")).lower(), data.get("kv_cache_scheme")
-    if method == "modelopt":
-        stated = scheme or data.get("kv_cache_quant_algo")
-        if isinstance(stated, dict):
-            number = [stated.get("type"), stated.get("num_bits")]
-            is_fp8 = number == ["float", 8] and stated.get("dynamic") is False
-            stated = "fp8" if is_fp8 else "nvfp4" if number == ["float", 4] else None
-        algorithm = str(stated).lower()
-        return dtypes.BYTES_PER_PARAMETER[algorithm] if algorithm in ("fp8", "nvfp4") else None
-    if method != "compressed-tensors" or quantisation is None or scheme is None or is_latent:
-        return None
-    for name, possible in _KV_SCHEME.items():
-        if not isinstance(scheme, dict) or scheme.get(name) not in possible:
-            is_what = f"has {name} {shown(scheme.get(name))}" if isinstance(scheme, dict) else f"is {shown(scheme)}"
-            wanted = ", ".join(f"{name} {' or '.join(map(shown, known))}" for name, known in _KV_SCHEME.items())
-            quantisation.refuse("kv_cache_scheme", f"{is_what}, must have {wanted}, the only ones in vLLM")
-            break
-    return dtypes.BYTES_PER_PARAMETER["fp8"]
-
-
-MAX_NUMBER = 10**9
-Family = Callable[["Config", str], ModelSpec | None]
-
-
-@dataclass(slots=True)
-class Config:
-    """Reads fields and collects their problems, so that all are reported. ``at``: the path of ``data`` in the file."""
-
-    data: dict[str, Any]
-    source: Text
-    problems: list[Problem] = field(default_factory=list)
-    at: tuple[str, ...] = ()
-    whole_data: dict[str, Any] = field(default_factory=dict)
-    quantisation: Config | None = None
-
-    def part(self, name: str) -> Config | None:
-        """Return the reader of a mapping beside the language model's fields, or None if the config has none."""
-        data = self.whole_data.get(name)
-        return Config(data, self.source, self.problems, (name,)) if isinstance(data, dict) else None
-
-    def optional(self, name: str) -> int | None:
-        """Return a whole number, or None if the config omits it."""
-        return None if self.data.get(name) is None else self.whole(name)
-
-    def for_layers(self, name: str, length: int) -> list[Any] | None:
-        """Return a list with an item for every layer, or None if the config omits it."""
-        value = self.data.get(name)
-        if value is None:
-            return None
-        if not isinstance(value, list) or len(value) != length:
-            self.refuse(name, f"is {shown(value)}, must be a list of {length} items, one for each layer")
-            return None
-        return value
-
-    def kinds_of_layers(self, num_layers: int, known: Collection[str]) -> list[str] | None:
-        """Return ``layer_types``, or None if the config omits it or has a kind that is not known."""
-        kinds = self.for_layers("layer_types", num_layers)
-        for kind in dict.fromkeys(map(str, kinds or ())):
-            if kind not in known:
-                self.refuse("layer_types", f"has {shown(kind)}, only {' and '.join(known)} are modelled")
-                return None
-        return kinds
-
-    def whole(self, name: str, default: int | None = None, *, least: int = 1) -> int:
-        """Return a whole number, or ``default`` if the config omits it; without a default that is a problem."""
-        value = self.data.get(name)
-        if value is None:
-            if default is None:
-                self.problems.append(self.source.problem(self.at, f"{name} is missing"))
-            return least if default is None else default
-        if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= MAX_NUMBER:
-            self.refuse(name, f"is {shown(value)}, must be a whole number from {least} to {MAX_NUMBER}")
-            return default or least
-        return value
-
-    def flag(self, name: str, default: bool) -> bool:
-        value = self.data.get(name)
-        if value is None:
-            return default
-        if not isinstance(value, bool):
-            self.refuse(name, f"is {shown(value)}, must be true or false")
-            return default
-        return value
-
-    def refuse(self, name: str, message: str) -> None:
-        self.problems.append(self.source.problem((*self.at, name), message))
-
-    def refuse_all(self, message: str) -> None:
-        self.problems.append(self.source.problem(self.at, message))
+Family = Callable[[Config, str], ModelSpec | None]
 
 
 def _spec(config: Config, **fields: Any) -> ModelSpec | None:
