@@ -28,6 +28,13 @@ class Config:
         data = self.whole_data.get(name)
         return Config(data, self.source, self.problems, (name,)) if isinstance(data, dict) else None
 
+    def inner(self, name: str) -> Config | None:
+        """Return the reader of a mapping among these fields, or None if the config omits it."""
+        data = self.data.get(name)
+        if data is not None and not isinstance(data, dict):
+            self.refuse(name, f"is {shown(data)}, must be a mapping")
+        return Config(data, self.source, self.problems, (*self.at, name)) if isinstance(data, dict) else None
+
     def optional(self, name: str) -> int | None:
         """Return a whole number, or None if the config omits it."""
         return None if self.data.get(name) is None else self.whole(name)

@@ -17,11 +17,18 @@ from hetis.formats import dtypes
 from hetis.formats.config_json import Config
 from hetis.formats.errors import DocumentError, Problem, did_you_mean, shown
 from hetis.formats.fields import listed
+from hetis.formats.linear_attention import (
+    NO_LINEAR_LAYERS,
+    LinearLayers,
+    gated_delta_rule,
+    kimi_delta_attention,
+    lightning_attention,
+)
 from hetis.formats.positions import Text
 from hetis.formats.quantisation import quantisation_of, stated_kv_bytes, weights_precision
 from hetis.formats.quantised_modules import layer_weight_bytes
 from hetis.solver.errors import InvalidProblemError
-from hetis.solver.model import AttentionKind, IndexerShape, LinearShape, MlaShape, ModelSpec, MoeShape
+from hetis.solver.model import AttentionKind, IndexerShape, MlaShape, ModelSpec, MoeShape
 
 
 def model_from_config(data: dict[str, Any], source: Text, *, name: str, folder: Path | None = None) -> ModelSpec:
@@ -41,8 +48,10 @@ def model_from_config(data: dict[str, Any], source: Text, *, name: str, folder: 
     if isinstance(published, str) and re.fullmatch(r"[\w.-]{1,90}/[\w.-]{1,90}", published):
         name = published
     model = FAMILIES[architecture](config, name if name.isprintable() and name.strip() else "model")
-    linear_modules = _delta_rule_matrices(config) if model is not None and model.linear else {}
-    quantised = weights_precision(config, model, linear_modules)
+    linear = NO_LINEAR_LAYERS
+    if model is not None and model.linear is not None:
+        linear = _LINEAR_LAYERS[FAMILIES[architecture]](config, model.num_layers)
+    quantised = weights_precision(config, model, linear)
     dtype = _dtype(config, quantised)
     kv_bytes = stated_kv_bytes(config.quantisation, is_latent=model is not None and model.mla is not None)
     if config.problems or model is None:
@@ -53,7 +62,7 @@ def model_from_config(data: dict[str, Any], source: Text, *, name: str, folder: 
         model = dataclasses.replace(model, kv_bytes=kv_bytes)
     if config.quantisation is None:
         return dtypes.with_weight_bytes(model, dtypes.layer_weight_bytes(dtype, model))
-    return dtypes.with_weight_bytes(model, layer_weight_bytes(config.quantisation.data, model, dtype, linear_modules))
+    return dtypes.with_weight_bytes(model, layer_weight_bytes(config.quantisation.data, model, dtype, linear))
 
 
 def _config(data: dict[str, Any], source: Text, architecture: str) -> Config:
@@ -221,48 +230,64 @@ def _qwen3_next(config: Config, name: str) -> ModelSpec | None:
     """Read Qwen3-Next and Qwen3.5: gated attention in every fourth layer, gated delta rules in the others."""
     moe = _qwen_experts(config) if "num_experts" in config.data else None
     common = _common(config, name, head_dim=256, defaults=_dense_width(moe))
-    num_layers, every = common["num_layers"], config.whole("full_attention_interval", 4)
-    kinds = config.kinds_of_layers(num_layers, ("linear_attention", "full_attention"))
-    linear = num_layers - num_layers // every if kinds is None else kinds.count("linear_attention")
     return _spec(
         config,
         **common,
         moe=moe,
-        linear=_gated_delta_rule(config, linear) if linear else None,
+        linear=gated_delta_rule(config, common["num_layers"]).shape,
         gated_attention=config.flag("attn_output_gate", True),
         vision_params=_vision_params(config, projection=0),
     )
 
 
-def _gated_delta_rule(config: Config, layers: int) -> LinearShape:
-    """Return the linear layers of Qwen3-Next: projections of q, k, v, gate, two scalars per head, and the output.
-
-    The state is a matrix per value head in 32 bits, and the last inputs of the convolution in 16 (vLLM 0.32,
-    ``gated_delta_net_state_shape``). Prompts are computed in chunks of 64 tokens.
+def _kimi_linear(config: Config, name: str) -> ModelSpec | None:
+    """Read Kimi Linear: Kimi delta attention in most layers, latent attention in the others, which has no rotation but
+    caches the dimensions for it; experts after some dense layers. Fields that only Kimi K3 sets are refused.
     """
-    heads, key_dim, value_dim, keys, values = _delta_rule_sizes(config)
-    channels, kernel = 2 * keys + values, config.whole("linear_conv_kernel_dim", 4)
-    within_chunk = 2 * 64 * (3 * key_dim + 2 * value_dim)
-    return LinearShape(
-        layers=layers,
-        params=sum(_delta_rule_matrices(config).values()) + channels * kernel,
-        state_bytes=4.0 * heads * key_dim * value_dim + 2.0 * channels * (kernel - 1),
-        token_flops=float(heads * (6 * key_dim * value_dim + within_chunk)),
-    )
+    for own in ("mla_use_output_gate", "routed_expert_hidden_size", "attn_res_block_size"):
+        if config.data.get(own):
+            config.refuse(own, f"is {shown(config.data[own])}, but what it adds to Kimi Linear is not modelled")
+    common, mla, moe = _common(config, name), _mla(config), None
+    if config.data.get("num_experts") is not None:
+        if config.whole("moe_layer_freq", 1) != 1:
+            config.refuse("moe_layer_freq", "only models with experts in every layer after the first (1) are supported")
+        moe = MoeShape(
+            num_experts=config.whole("num_experts"),
+            active_experts=config.whole("num_experts_per_token"),
+            expert_intermediate=config.whole("moe_intermediate_size"),
+            shared_experts=config.whole("num_shared_experts", 0, least=0),
+            first_dense_layers=_leading_dense_layers(config, common["num_layers"]),
+        )
+    common |= {
+        "head_dim": mla.qk_nope_head_dim + mla.qk_rope_head_dim,
+        "max_position": config.whole("model_max_length", common["max_position"]),
+    }
+    return _spec(config, **common, mla=mla, moe=moe, linear=kimi_delta_attention(config, common["num_layers"]).shape)
 
 
-def _delta_rule_sizes(config: Config) -> tuple[int, int, int, int, int]:
-    """Return the value heads, the sizes of a key and a value head, and the widths of all keys and all values."""
-    heads, key_dim = config.whole("linear_num_value_heads", 32), config.whole("linear_key_head_dim", 128)
-    value_dim = config.whole("linear_value_head_dim", 128)
-    return heads, key_dim, value_dim, config.whole("linear_num_key_heads", 16) * key_dim, heads * value_dim
+def _leading_dense_layers(config: Config, num_layers: int) -> int:
+    """Return how many layers precede those with experts. Transformers writes the kind of every layer's MLP."""
+    kinds = config.for_layers("mlp_layer_types", num_layers)
+    if kinds is None:
+        return config.whole("first_k_dense_replace", least=0)
+    dense = kinds.count("dense")
+    if kinds != ["dense"] * dense + ["sparse"] * (num_layers - dense):
+        config.refuse("mlp_layer_types", "must have 'dense' for the first layers only, and 'sparse' for all others")
+    return dense
 
 
-def _delta_rule_matrices(config: Config) -> dict[str, int]:
-    """Return the parameters of each matrix of a linear layer, without its convolution."""
-    hidden, (heads, _, _, keys, values) = config.whole("hidden_size"), _delta_rule_sizes(config)
-    inputs = {"in_proj_qkv": 2 * keys + values, "in_proj_z": values, "in_proj_a": heads, "in_proj_b": heads}
-    return {name: hidden * width for name, width in (inputs | {"out_proj": values}).items()}
+def _minimax(config: Config, name: str) -> ModelSpec | None:
+    """Read MiniMax-Text-01 and M1: lightning attention in seven of eight layers, and Mixtral's experts in all.
+
+    vLLM serves them up to version 0.23 (``_PREVIOUSLY_SUPPORTED_MODELS`` of its registry).
+    """
+    if config.data.get("shared_intermediate_size"):
+        what = f"is {shown(config.data['shared_intermediate_size'])}, only models without a shared expert are supported"
+        config.refuse("shared_intermediate_size", what)
+    common = _common(config, name)
+    moe = _experts(config, common["intermediate"], 8, 2)
+    linear = lightning_attention(config, common["num_layers"]).shape
+    return _spec(config, **common, sliding_window=config.optional("sliding_window"), moe=moe, linear=linear)
 
 
 def _experts(config: Config, width: int, num: int | None = None, active: int | None = None, **more: int) -> MoeShape:
@@ -368,15 +393,19 @@ def _routed(config: Config) -> MoeShape:
     )
 
 
-def _deepseek(config: Config, name: str) -> ModelSpec | None:
-    """Read DeepSeek V2 and V3, Kimi K2 and K2.5: latent attention; dense layers first, then experts in every layer."""
-    mla = MlaShape(
+def _mla(config: Config) -> MlaShape:
+    return MlaShape(
         kv_lora_rank=config.whole("kv_lora_rank"),
         qk_rope_head_dim=config.whole("qk_rope_head_dim"),
         qk_nope_head_dim=config.whole("qk_nope_head_dim"),
         v_head_dim=config.whole("v_head_dim"),
         q_lora_rank=config.optional("q_lora_rank"),
     )
+
+
+def _deepseek(config: Config, name: str) -> ModelSpec | None:
+    """Read DeepSeek V2 and V3, Kimi K2 and K2.5: latent attention; dense layers first, then experts in every layer."""
+    mla = _mla(config)
     moe = None
     if config.data.get("n_routed_experts") is not None:
         if config.whole("moe_layer_freq", 1) != 1:
@@ -474,6 +503,9 @@ _TABLE: tuple[tuple[str, str, Family], ...] = (
     ("MistralForCausalLM", "mistral", _mistral),
     ("MixtralForCausalLM", "mixtral", _mixtral),
     ("MiniMaxM2ForCausalLM", "minimax_m2", _mixtral),
+    ("MiniMaxText01ForCausalLM", "minimax_text_01", _minimax),
+    ("MiniMaxM1ForCausalLM", "minimax_m1", _minimax),
+    ("MiniMaxForCausalLM", "minimax", _minimax),
     ("QWenLMHeadModel", "qwen", _qwen1),
     ("Qwen2ForCausalLM", "qwen2", _qwen2),
     ("Qwen2MoeForCausalLM", "qwen2_moe", _qwen_moe),
@@ -489,6 +521,7 @@ _TABLE: tuple[tuple[str, str, Family], ...] = (
     ("DeepseekV3ForCausalLM", "deepseek_v3", _deepseek),
     ("KimiK2ForCausalLM", "kimi_k2", _deepseek),
     ("KimiK25ForConditionalGeneration", "kimi_k25", _deepseek),
+    ("KimiLinearForCausalLM", "kimi_linear", _kimi_linear),
     ("Glm4MoeForCausalLM", "glm4_moe", _glm4_moe),
     ("GptOssForCausalLM", "gpt_oss", _gpt_oss),
     ("Qwen3VLForConditionalGeneration", "qwen3_vl", _qwen3_vl),
@@ -503,21 +536,22 @@ _TABLE: tuple[tuple[str, str, Family], ...] = (
     ("MistralLarge3ForCausalLM", "", _mistral3),
 )
 FAMILIES = {architecture: read for architecture, _, read in _TABLE}
+_LINEAR_LAYERS: Mapping[Family, Callable[[Config, int], LinearLayers]] = {
+    _qwen3_next: gated_delta_rule,
+    _kimi_linear: kimi_delta_attention,
+    _minimax: lightning_attention,
+}
 MODEL_TYPES = {kind: architecture for architecture, kind, _ in _TABLE if kind} | {"nemotron_h": "NemotronHForCausalLM"}
 # Architectures whose language model is described in ``text_config``. Kimi K2.5's vision tower is left out: it has less
 # than a thousandth of the weights.
 NESTED = {name for name in FAMILIES if name.endswith("ForConditionalGeneration")}
 
-_LINEAR = "layers of linear attention, which keep a state instead of KV"
 _SPARSE = "sparse attention, where an indexer chooses the tokens to attend to"
 _UNLIKE = "windowed layers whose heads differ from those of other layers"
 # Architectures that are known, and what keeps the cost model from planning for them.
 NOT_MODELLED: dict[str, str] = {
-    "KimiLinearForCausalLM": _LINEAR,
-    "KimiK3ForConditionalGeneration": _LINEAR,
-    "MiniMaxText01ForCausalLM": _LINEAR,
-    "MiniMaxM1ForCausalLM": _LINEAR,
-    "NemotronHForCausalLM": "state-space layers (Mamba), which keep a state instead of KV",
+    "KimiK3ForConditionalGeneration": "experts with a hidden size of their own (latent experts)",
+    "NemotronHForCausalLM": "layers that have attention, a state space (Mamba) or an MLP alone",
     "DeepseekV4ForCausalLM": _SPARSE,
     "MiniMaxM3ForCausalLM": _SPARSE,
     "MiniMaxM3SparseForConditionalGeneration": _SPARSE,

@@ -10,6 +10,7 @@ from hetis.formats import dtypes
 from hetis.formats.config_json import Config
 from hetis.formats.errors import shown
 from hetis.formats.fields import mapping, read_data
+from hetis.formats.linear_attention import LinearLayers
 from hetis.formats.quantised_modules import (
     MODELOPT,
     QUARK,
@@ -62,10 +63,10 @@ def _in_one_form(quantisation: dict[str, Any]) -> dict[str, Any]:
     return {**quantisation, **mapping(quantisation.get("quantization")), "quant_method": "modelopt"}
 
 
-def weights_precision(config: Config, model: ModelSpec | None, linear_modules: Mapping[str, int]) -> str | None:
+def weights_precision(config: Config, model: ModelSpec | None, linear: LinearLayers) -> str | None:
     """Return the precision of quantised weights, a name in `dtypes.PRECISIONS`, or None if they are not quantised.
 
-    ``model`` and the matrices of its linear attention determine what most weights are if groups of them differ.
+    ``model`` and the matrices of its ``linear`` attention determine what most weights are if groups of them differ.
     """
     if config.quantisation is None:
         return None
@@ -78,7 +79,7 @@ def weights_precision(config: Config, model: ModelSpec | None, linear_modules: M
     if method in ("awq", "gptq", "auto-round") and bits in (4, 8):
         return {"awq": "awq-int4"}.get(method, "gptq-int4") if bits == 4 else "int8"
     if method == "compressed-tensors":
-        return _of_groups(config.quantisation, model, linear_modules)
+        return _of_groups(config.quantisation, model, linear)
     if method == "modelopt":
         precision = modelopt_precision(quantisation)
         if precision is None:
@@ -106,7 +107,7 @@ def weights_precision(config: Config, model: ModelSpec | None, linear_modules: M
     return None
 
 
-def _of_groups(quantisation: Config, model: ModelSpec | None, linear_modules: Mapping[str, int]) -> str | None:
+def _of_groups(quantisation: Config, model: ModelSpec | None, linear: LinearLayers) -> str | None:
     """Return the precision of most weights of a checkpoint of compressed-tensors, whose groups may differ."""
     data = quantisation.data
     if data.get("config_groups") == {}:
@@ -118,7 +119,7 @@ def _of_groups(quantisation: Config, model: ModelSpec | None, linear_modules: Ma
         return None
     if model is None:
         return None  # the caller reports what is wrong with it
-    precision = compressed_precision(data, model, linear_modules)
+    precision = compressed_precision(data, model, linear)
     if precision is None:
         targets = shown(", ".join(target for group in groups for target in group.targets))
         what = f"have the targets {targets}, but no matrix of the model's layers matches, or all are ignored"
