@@ -1,7 +1,7 @@
 """Layers of linear attention in a ``config.json``: which they are, their matrices, and the state that each keeps.
 
-States are as vLLM 0.32 keeps them by default (model_executor/layers/mamba/mamba_utils.py). FLOPs are those of the
-products in the kernels for prompts, two for each multiplication, of whole tiles even where a mask hides half of one.
+States are as vLLM 0.32 keeps them (model_executor/layers/mamba/mamba_utils.py). FLOPs are those of the products in the
+kernels for prompts, two for each multiplication, of whole tiles even where a mask hides half of one.
 """
 
 from __future__ import annotations
@@ -46,15 +46,12 @@ def gated_delta_rule(config: Config, num_layers: int) -> LinearLayers:
     The state is a matrix per value head in 32 bits, and the last inputs of the convolution in 16
     (``gated_delta_net_state_shape``).
     """
-    every = config.whole("full_attention_interval", 4)
-    kinds = config.kinds_of_layers(num_layers, _KINDS)
-    if kinds is not None or _can_list(config, num_layers):
-        is_linear = (
-            (layer % every != every - 1 for layer in range(num_layers)) if kinds is None else map(_is_linear, kinds)
-        )
-        numbers = _spread(config, "layer_types", is_linear)
-    else:
-        numbers = ()
+    every, is_linear = config.whole("full_attention_interval", 4), list[bool]()
+    if (kinds := config.kinds_of_layers(num_layers, _KINDS)) is not None:
+        is_linear = list(map(_is_linear, kinds))
+    elif _can_list(config, num_layers):
+        is_linear = [layer % every != every - 1 for layer in range(num_layers)]
+    numbers = _spread(config, "layer_types", is_linear)
     heads, key_dim = config.whole("linear_num_value_heads", 32), config.whole("linear_key_head_dim", 128)
     value_dim, kernel = config.whole("linear_value_head_dim", 128), config.whole("linear_conv_kernel_dim", 4)
     keys, values = config.whole("linear_num_key_heads", 16) * key_dim, heads * value_dim
