@@ -301,6 +301,39 @@ def test_a_standby_knows_who_leads_and_where_and_leads_when_that_one_goes(url: s
     asyncio.run(scenario())
 
 
+def test_a_planner_that_cannot_use_its_term_ends_it_and_stands_by(url: str) -> None:
+    """In the past it renewed the lease of its term and waited for its end: nobody led any more."""
+
+    async def scenario() -> None:
+        store = await Store.open(url)
+        assert await store.lead("planner") == 1
+        async with asyncio.timeout(30):
+            assert await store.stand_by("planner") == 2
+        await store.write(lambda tx: tx.clusters.insert(samples.cluster("clusters/a")))
+        await store.close()
+
+    asyncio.run(scenario())
+
+
+def test_another_planner_leads_after_a_term_that_could_not_be_used(postgres_url: str) -> None:
+    async def scenario() -> None:
+        first, second = await Store.open(postgres_url, lease_s=60.0), await Store.open(postgres_url, lease_s=60.0)
+        await first.lead("first")
+        other = asyncio.create_task(second.stand_by("second"))
+        while second.leader is None:
+            await asyncio.sleep(0.01)
+        standing_by = asyncio.create_task(first.stand_by("first"))
+        async with asyncio.timeout(30):
+            assert await other == 2
+        with pytest.raises(ServiceError, match="this planner is not the leader"):
+            await first.write(lambda tx: tx.clusters.insert(samples.cluster("clusters/a")))
+        standing_by.cancel()
+        for store in (first, second):
+            await store.close()
+
+    asyncio.run(scenario())
+
+
 def test_reads_of_a_server_that_freezes_do_not_wait_in_a_queue_for_one_another(postgres_url: str, proxy: Proxy) -> None:
     async def scenario() -> None:
         store = await Store.open(through(proxy, postgres_url), lease_s=LEASE_S)

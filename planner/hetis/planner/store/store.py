@@ -209,11 +209,18 @@ class Store:
     async def stand_by(self, holder: str, addresses: Sequence[str] = ()) -> int:
         """Wait until no planner leads, then lead and return the epoch. In the meantime `leader` names the leader.
 
-        It does not wait for the end of a lease that nobody renews (`RenewalWatch`).
+        It does not wait for the end of a lease that nobody renews (`RenewalWatch`). A term of its own, in which the
+        planner could not begin to lead, ends first, and other planners go before it.
 
         Raises StoreError if a planner of another version migrates the tables meanwhile.
         """
-        watch = RenewalWatch(self._lease_s, self._machine_s)
+        await _end(self._renewal)
+        epoch, watch = self._epoch, RenewalWatch(self._lease_s, self._machine_s)
+        if epoch is not None:
+            self._end_term()
+            with contextlib.suppress(ServiceError):
+                await self._limited(self._release, epoch)
+            await asyncio.sleep(1.5 * _LOOK_S)  # all others look meanwhile
         while True:
             wait_s = _LOOK_S
             try:
@@ -303,7 +310,7 @@ class Store:
         epoch, self._epoch = self._epoch, None
         try:
             with contextlib.suppress(ServiceError):
-                await self._limited(self._release, epoch)
+                await self._limited(self._close_lease, epoch)
             closing = self._run(self._close)
             done, _ = await asyncio.wait({asyncio.ensure_future(closing)}, timeout=self._limit_s)
             if not done:
@@ -564,10 +571,14 @@ class Store:
         with self.health.counted():
             return work(*arguments)
 
-    def _release(self, epoch: int | None) -> None:
-        if epoch is not None and self._lease_s:
+    def _release(self, epoch: int) -> None:
+        if self._lease_s:
             with contextlib.suppress(sa.exc.DBAPIError), self._lease_statements.begin() as connection:
                 leadership.release(connection, epoch)  # otherwise the lease would have to expire
+
+    def _close_lease(self, epoch: int | None) -> None:
+        if epoch is not None:
+            self._release(epoch)
         if self._lease_engine is not self._engine:
             self._lease_engine.dispose()
             self._lease_breaker.close()
