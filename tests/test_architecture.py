@@ -148,9 +148,8 @@ def test_the_base_install_is_enough_for_files_and_profiles(root: str) -> None:
 COMMANDS = {
     "planner/hetis/planner/service/command.py",
     "planner/hetis/planner/service/main.py",
-    "runtime/hetis/runtime/agent/main.py",
-    "runtime/hetis/runtime/launch/main.py",
-    "runtime/hetis/runtime/worker/__main__.py",
+    *(f"runtime/hetis/runtime/{room}/__main__.py" for room in ("agent", "launch", "worker")),
+    *(f"runtime/hetis/runtime/{room}/main.py" for room in ("agent", "launch")),
 }
 
 

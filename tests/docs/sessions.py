@@ -18,8 +18,8 @@ from tests.docs.pages import ROOT
 MAINS = {
     "hetis-plan": "hetis.planner.cli.entry",
     "hetis-planner": "hetis.planner.service.main",
-    "hetis-agent": "hetis.runtime.agent.main",
-    "hetis-launch": "hetis.runtime.launch.main",
+    "hetis-agent": "hetis.runtime.agent.__main__",
+    "hetis-launch": "hetis.runtime.launch.__main__",
     "hetis-worker": "hetis.runtime.worker.__main__",
     "hetis-profile": "hetis.profiler.cli.main",
 }

@@ -227,7 +227,7 @@ def test_pods_cannot_share_a_gpu() -> None:
 
 def test_all_that_is_wrong_is_said_at_once() -> None:
     done = run_command(
-        command_of("hetis.runtime.launch.main"),
+        command_of("hetis.runtime.launch"),
         *("kubernetes", "--name", "A_", "--namespace", "-", "--model-path", "models", "--model-claim", "m"),
         *("--", "--port", "1"),
     )

@@ -153,7 +153,7 @@ class Agent:
         self._file = self._log.open("wb")
         self._process = subprocess.Popen(
             [
-                *(sys.executable, "-c", "from hetis.runtime.agent.main import main; main()", "--server", servers),
+                *(sys.executable, "-m", "hetis.runtime.agent", "--server", servers),
                 *("--node", f"{SERVED}/nodes/{node}", "--simulated-devices", "L4:2", "--engine", "simulated"),
                 *("--state-dir", str(folder / f"state-{node}")),
             ],

@@ -21,8 +21,8 @@ from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.report.comparison import PUBLISHED_MEANS
 from hetis.planner.service.main import main as serve
 from hetis.profiler.cli.main import main as profile
+from hetis.runtime.launch.__main__ import main as launch
 from hetis.runtime.launch.main import app as launch_app
-from hetis.runtime.launch.main import main as launch
 from tests.command_line import environment
 from tests.planner import plans
 from tests.planner.command_line import COMMAND, hetis_plan_here

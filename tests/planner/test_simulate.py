@@ -297,6 +297,12 @@ def test_ctrl_c_gives_what_there_is(plan: Path) -> None:
         (("--tolerance", "0"), "must be above 0"),
         (("--tolerance", "5%"), "--tolerance needs --sweep"),
         (("--precision", "5%"), "--precision needs --until-stable"),
+        (("--attainment", "90%", "--ttft-statistic", "p99"), "no statistic is taken: leave out --ttft-statistic"),
+        (("--tpot-statistic", "p99", "--tpot", "none"), "--tpot-statistic is given, but TPOT has no limit (--tpot)"),
+        (("--attainment", "90%", "--ttft", "none", "--tpot", "none"), "but neither TTFT nor TPOT has a limit"),
+        (("--attainment", "101%"), "'101%' is out of range, must be above 0 and at most 100%"),
+        (("--attainment", "90%", "--saturate"), "--saturate and --attainment cannot be combined"),
+        (("--ttft-statistic", "p99", "--saturate"), "--saturate and --ttft-statistic cannot be combined"),
     ],
 )
 def test_what_makes_no_sense_is_refused_with_one_message(

@@ -24,11 +24,12 @@ from hetis.v1 import redispatch_pb2
 from hetis.v1.change_pb2 import ChangePhase, ChangeStatus
 from hetis.v1.executor_service_pb2 import ReadHeadMapsRequest, WatchReportsResponse
 from hetis.v1.head_map_pb2 import HeadMap
+from tests.command_line import command_of
 from tests.planner.fleet.samples import CLUSTER, REPLICA
 from tests.protocol.planner_host import NODES, PRIMARY, new_store
 
 State = redispatch_pb2.RedispatchState
-AGENT = [sys.executable, "-c", "from hetis.runtime.agent.main import main; main()"]
+AGENT = command_of("hetis.runtime.agent")
 LOAD = {"rate_rps": 4, "prompt_tokens": 60, "output_tokens": 100, "load_s": 1.0, "dense_step_s": 0.05}
 FINAL = (State.REDISPATCH_STATE_DONE, State.REDISPATCH_STATE_ABORTED)
 OPEN = (ChangePhase.CHANGE_PHASE_PREPARING, ChangePhase.CHANGE_PHASE_READY)

@@ -8,39 +8,27 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from hetis.formats import dtypes
+from hetis.formats.config_json import Config
 from hetis.formats.errors import DocumentError, Problem, did_you_mean, shown
-from hetis.formats.fields import listed, mapping, read_data
-from hetis.formats.positions import Text
-from hetis.formats.quantised_modules import (
-    MODELOPT,
-    QUARK,
-    compressed_groups,
-    compressed_precision,
-    layer_weight_bytes,
-    modelopt_precision,
-    quark_input,
-    quark_precision,
+from hetis.formats.fields import listed
+from hetis.formats.linear_attention import (
+    NO_LINEAR_LAYERS,
+    LinearLayers,
+    gated_delta_rule,
+    kimi_delta_attention,
+    lightning_attention,
 )
+from hetis.formats.positions import Text
+from hetis.formats.quantisation import quantisation_of, stated_kv_bytes, weights_precision
+from hetis.formats.quantised_modules import layer_weight_bytes
 from hetis.solver.errors import InvalidProblemError
-from hetis.solver.model import AttentionKind, IndexerShape, LinearShape, MlaShape, ModelSpec, MoeShape
-
-_SUPPORTED = "fp8, mxfp4, mxfp8, bitsandbytes, modelopt, quark, awq, gptq, compressed-tensors of 4 or 8 bits"
-_QUANTISATION_FILE = "hf_quant_config.json"  # where ModelOpt's older checkpoints state how they are quantised
-
-
-# What vLLM accepts in the KV scheme of compressed-tensors (`validate_kv_cache_scheme`).
-_KV_SCHEME: Mapping[str, tuple[object, ...]] = {
-    "type": ("float",),
-    "num_bits": (8,),
-    "strategy": ("tensor", "attn_head"),
-    "symmetric": (True,),
-}
+from hetis.solver.model import AttentionKind, IndexerShape, MlaShape, ModelSpec, MoeShape
 
 
 def model_from_config(data: dict[str, Any], source: Text, *, name: str, folder: Path | None = None) -> ModelSpec:
@@ -55,15 +43,17 @@ def model_from_config(data: dict[str, Any], source: Text, *, name: str, folder: 
     """
     architecture = _architecture(data, source)
     config = _config(data, source, architecture)
-    config.quantisation = _quantisation(config, folder)
+    config.quantisation = quantisation_of(config, folder)
     published = data.get("_name_or_path")  # often a path on the author's machine
     if isinstance(published, str) and re.fullmatch(r"[\w.-]{1,90}/[\w.-]{1,90}", published):
         name = published
     model = FAMILIES[architecture](config, name if name.isprintable() and name.strip() else "model")
-    linear_modules = _delta_rule_matrices(config) if model is not None and model.linear else {}
-    quantised = _quantised(config, model, linear_modules)
+    linear = NO_LINEAR_LAYERS
+    if model is not None and model.linear is not None:
+        linear = _LINEAR_LAYERS[FAMILIES[architecture]](config, model.num_layers)
+    quantised = weights_precision(config, model, linear)
     dtype = _dtype(config, quantised)
-    kv_bytes = _stated_kv_bytes(config.quantisation, is_latent=model is not None and model.mla is not None)
+    kv_bytes = stated_kv_bytes(config.quantisation, is_latent=model is not None and model.mla is not None)
     if config.problems or model is None:
         raise DocumentError(config.problems)
     base = dtypes.base_bytes(dtype)
@@ -72,7 +62,7 @@ def model_from_config(data: dict[str, Any], source: Text, *, name: str, folder: 
         model = dataclasses.replace(model, kv_bytes=kv_bytes)
     if config.quantisation is None:
         return dtypes.with_weight_bytes(model, dtypes.layer_weight_bytes(dtype, model))
-    return dtypes.with_weight_bytes(model, layer_weight_bytes(config.quantisation.data, model, dtype, linear_modules))
+    return dtypes.with_weight_bytes(model, layer_weight_bytes(config.quantisation.data, model, dtype, linear))
 
 
 def _config(data: dict[str, Any], source: Text, architecture: str) -> Config:
@@ -122,195 +112,7 @@ def _dtype(config: Config, quantised: str | None) -> str:
     return f"{base}+{weights}"
 
 
-def _quantisation(config: Config, folder: Path | None) -> Config | None:
-    """Return the part that states how weights are quantised, or None if there is none, or none that is readable."""
-    if (found := config.data.get("quantization_config")) is not None:
-        source, at = config.source, (*config.at, "quantization_config")
-    elif folder is not None and (beside := folder / _QUANTISATION_FILE).is_file():
-        data, source = read_data(beside)
-        found, at = data.get("quantization") if isinstance(data, dict) else data, ("quantization",)
-        config.problems += source.problems
-        if isinstance(found, dict):
-            found = {"quant_method": "modelopt", **found}
-    else:
-        return None
-    if isinstance(found, dict):
-        return Config(_in_one_form(found), source, config.problems, at)
-    config.problems.append(source.problem(at, f"is {shown(found)}, must be a mapping"))
-    return None
-
-
-def _in_one_form(quantisation: dict[str, Any]) -> dict[str, Any]:
-    """Return a quantisation by ModelOpt, whatever name and nesting it has, in one form; vLLM reads all of them.
-
-    Older versions state no method, but which tool produced the checkpoint.
-    """
-    method = quantisation.get("quant_method") or mapping(quantisation.get("producer")).get("name")
-    if not str(method).lower().startswith("modelopt"):
-        return quantisation
-    return {**quantisation, **mapping(quantisation.get("quantization")), "quant_method": "modelopt"}
-
-
-def _quantised(config: Config, model: ModelSpec | None, linear_modules: Mapping[str, int]) -> str | None:
-    """Return the precision of quantised weights, a name in `dtypes.PRECISIONS`, or None if they are not quantised.
-
-    ``model`` and the matrices of its linear attention determine what most weights are if groups of them differ.
-    """
-    if config.quantisation is None:
-        return None
-    quantisation = config.quantisation.data
-    method = str(quantisation.get("quant_method", "")).lower()
-    bits = quantisation.get("bits", quantisation.get("w_bit", 4))
-    by_method = {"fp8": "fp8", "mxfp4": "mxfp4", "mxfp8": "fp8", "fbgemm_fp8": "fp8"}
-    if method in by_method:
-        return by_method[method]
-    if method in ("awq", "gptq", "auto-round") and bits in (4, 8):
-        return {"awq": "awq-int4"}.get(method, "gptq-int4") if bits == 4 else "int8"
-    if method == "compressed-tensors":
-        return _of_groups(config.quantisation, model, linear_modules)
-    if method == "modelopt":
-        precision = modelopt_precision(quantisation)
-        if precision is None:
-            known = f"{', '.join(MODELOPT)}, or MIXED_PRECISION of modules in quantized_layers that have one of these"
-            config.quantisation.refuse("quant_algo", f"is {shown(quantisation.get('quant_algo'))}, must be {known}")
-        return precision
-    if method == "quark":
-        precision = quark_precision(quantisation)
-        if precision is None:
-            known = f"{', '.join(QUARK)}, or fp4 in groups of 32 or, with a second scale, of 16"
-            config.quantisation.refuse(
-                "global_quant_config", f"weights must be {known}, the same in every layer (layer_quant_config)"
-            )
-        if precision == "mxfp4" and model is not None and model.moe is None and quark_input(quantisation) != "mxfp4":
-            # vLLM expands such weights in every step and multiplies in 16 bits (quark/schemes/quark_ocp_mx.py).
-            config.quantisation.refuse(
-                "global_quant_config",
-                "input_tensors must be fp4 in groups of 32, as weights are, in a model without experts",
-            )
-        return precision
-    if method == "bitsandbytes":
-        return "int4" if quantisation.get("load_in_4bit") or quantisation.get("_load_in_4bit") else "int8"
-    what = f"{method} with {bits} bits" if method in ("awq", "gptq") else shown(method)
-    config.quantisation.refuse_all(f"{what} is not supported; supported: {_SUPPORTED}")
-    return None
-
-
-def _of_groups(quantisation: Config, model: ModelSpec | None, linear_modules: Mapping[str, int]) -> str | None:
-    """Return the precision of most weights of a checkpoint of compressed-tensors, whose groups may differ."""
-    data = quantisation.data
-    if data.get("config_groups") == {}:
-        return None  # only KV is quantised
-    try:
-        groups = compressed_groups(data)
-    except ValueError as unknown:
-        quantisation.refuse_all(f"compressed-tensors {unknown} is not supported; supported: {_SUPPORTED}")
-        return None
-    if model is None:
-        return None  # the caller reports what is wrong with it
-    precision = compressed_precision(data, model, linear_modules)
-    if precision is None:
-        targets = shown(", ".join(target for group in groups for target in group.targets))
-        what = f"have the targets {targets}, but no matrix of the model's layers matches, or all are ignored"
-        quantisation.refuse("config_groups", what)
-    return precision
-
-
-def _stated_kv_bytes(quantisation: Config | None, *, is_latent: bool) -> float | None:
-    """Return the bytes of an element of the quantised KV cache that a checkpoint states; None: it states none.
-
-    It is read as vLLM 0.32 does (`resolve_kv_cache_dtype_string` in vllm/utils/torch_utils.py), which ignores unknown
-    values of ModelOpt's, and does not apply the scheme of compressed-tensors to latent attention.
-    """
-    data = {} if quantisation is None else quantisation.data
-    method, scheme = str(data.get("quant_method", "")).lower(), data.get("kv_cache_scheme")
-    if method == "modelopt":
-        stated = scheme or data.get("kv_cache_quant_algo")
-        if isinstance(stated, dict):
-            number = [stated.get("type"), stated.get("num_bits")]
-            is_fp8 = number == ["float", 8] and stated.get("dynamic") is False
-            stated = "fp8" if is_fp8 else "nvfp4" if number == ["float", 4] else None
-        algorithm = str(stated).lower()
-        return dtypes.BYTES_PER_PARAMETER[algorithm] if algorithm in ("fp8", "nvfp4") else None
-    if method != "compressed-tensors" or quantisation is None or scheme is None or is_latent:
-        return None
-    for name, possible in _KV_SCHEME.items():
-        if not isinstance(scheme, dict) or scheme.get(name) not in possible:
-            is_what = f"has {name} {shown(scheme.get(name))}" if isinstance(scheme, dict) else f"is {shown(scheme)}"
-            wanted = ", ".join(f"{name} {' or '.join(map(shown, known))}" for name, known in _KV_SCHEME.items())
-            quantisation.refuse("kv_cache_scheme", f"{is_what}, must have {wanted}, the only ones in vLLM")
-            break
-    return dtypes.BYTES_PER_PARAMETER["fp8"]
-
-
-MAX_NUMBER = 10**9
-Family = Callable[["Config", str], ModelSpec | None]
-
-
-@dataclass(slots=True)
-class Config:
-    """Reads fields and collects their problems, so that all are reported. ``at``: the path of ``data`` in the file."""
-
-    data: dict[str, Any]
-    source: Text
-    problems: list[Problem] = field(default_factory=list)
-    at: tuple[str, ...] = ()
-    whole_data: dict[str, Any] = field(default_factory=dict)
-    quantisation: Config | None = None
-
-    def part(self, name: str) -> Config | None:
-        """Return the reader of a mapping beside the language model's fields, or None if the config has none."""
-        data = self.whole_data.get(name)
-        return Config(data, self.source, self.problems, (name,)) if isinstance(data, dict) else None
-
-    def optional(self, name: str) -> int | None:
-        """Return a whole number, or None if the config omits it."""
-        return None if self.data.get(name) is None else self.whole(name)
-
-    def for_layers(self, name: str, length: int) -> list[Any] | None:
-        """Return a list with an item for every layer, or None if the config omits it."""
-        value = self.data.get(name)
-        if value is None:
-            return None
-        if not isinstance(value, list) or len(value) != length:
-            self.refuse(name, f"is {shown(value)}, must be a list of {length} items, one for each layer")
-            return None
-        return value
-
-    def kinds_of_layers(self, num_layers: int, known: Collection[str]) -> list[str] | None:
-        """Return ``layer_types``, or None if the config omits it or has a kind that is not known."""
-        kinds = self.for_layers("layer_types", num_layers)
-        for kind in dict.fromkeys(map(str, kinds or ())):
-            if kind not in known:
-                self.refuse("layer_types", f"has {shown(kind)}, only {' and '.join(known)} are modelled")
-                return None
-        return kinds
-
-    def whole(self, name: str, default: int | None = None, *, least: int = 1) -> int:
-        """Return a whole number, or ``default`` if the config omits it; without a default that is a problem."""
-        value = self.data.get(name)
-        if value is None:
-            if default is None:
-                self.problems.append(self.source.problem(self.at, f"{name} is missing"))
-            return least if default is None else default
-        if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= MAX_NUMBER:
-            self.refuse(name, f"is {shown(value)}, must be a whole number from {least} to {MAX_NUMBER}")
-            return default or least
-        return value
-
-    def flag(self, name: str, default: bool) -> bool:
-        value = self.data.get(name)
-        if value is None:
-            return default
-        if not isinstance(value, bool):
-            self.refuse(name, f"is {shown(value)}, must be true or false")
-            return default
-        return value
-
-    def refuse(self, name: str, message: str) -> None:
-        self.problems.append(self.source.problem((*self.at, name), message))
-
-    def refuse_all(self, message: str) -> None:
-        self.problems.append(self.source.problem(self.at, message))
+Family = Callable[[Config, str], ModelSpec | None]
 
 
 def _spec(config: Config, **fields: Any) -> ModelSpec | None:
@@ -428,48 +230,64 @@ def _qwen3_next(config: Config, name: str) -> ModelSpec | None:
     """Read Qwen3-Next and Qwen3.5: gated attention in every fourth layer, gated delta rules in the others."""
     moe = _qwen_experts(config) if "num_experts" in config.data else None
     common = _common(config, name, head_dim=256, defaults=_dense_width(moe))
-    num_layers, every = common["num_layers"], config.whole("full_attention_interval", 4)
-    kinds = config.kinds_of_layers(num_layers, ("linear_attention", "full_attention"))
-    linear = num_layers - num_layers // every if kinds is None else kinds.count("linear_attention")
     return _spec(
         config,
         **common,
         moe=moe,
-        linear=_gated_delta_rule(config, linear) if linear else None,
+        linear=gated_delta_rule(config, common["num_layers"]).shape,
         gated_attention=config.flag("attn_output_gate", True),
         vision_params=_vision_params(config, projection=0),
     )
 
 
-def _gated_delta_rule(config: Config, layers: int) -> LinearShape:
-    """Return the linear layers of Qwen3-Next: projections of q, k, v, gate, two scalars per head, and the output.
-
-    The state is a matrix per value head in 32 bits, and the last inputs of the convolution in 16 (vLLM 0.32,
-    ``gated_delta_net_state_shape``). Prompts are computed in chunks of 64 tokens.
+def _kimi_linear(config: Config, name: str) -> ModelSpec | None:
+    """Read Kimi Linear: Kimi delta attention in most layers, latent attention in the others, which has no rotation but
+    caches the dimensions for it; experts after some dense layers. Fields that only Kimi K3 sets are refused.
     """
-    heads, key_dim, value_dim, keys, values = _delta_rule_sizes(config)
-    channels, kernel = 2 * keys + values, config.whole("linear_conv_kernel_dim", 4)
-    within_chunk = 2 * 64 * (3 * key_dim + 2 * value_dim)
-    return LinearShape(
-        layers=layers,
-        params=sum(_delta_rule_matrices(config).values()) + channels * kernel,
-        state_bytes=4.0 * heads * key_dim * value_dim + 2.0 * channels * (kernel - 1),
-        token_flops=float(heads * (6 * key_dim * value_dim + within_chunk)),
-    )
+    for own in ("mla_use_output_gate", "routed_expert_hidden_size", "attn_res_block_size"):
+        if config.data.get(own):
+            config.refuse(own, f"is {shown(config.data[own])}, but what it adds to Kimi Linear is not modelled")
+    common, mla, moe = _common(config, name), _mla(config), None
+    if config.data.get("num_experts") is not None:
+        if config.whole("moe_layer_freq", 1) != 1:
+            config.refuse("moe_layer_freq", "only models with experts in every layer after the first (1) are supported")
+        moe = MoeShape(
+            num_experts=config.whole("num_experts"),
+            active_experts=config.whole("num_experts_per_token"),
+            expert_intermediate=config.whole("moe_intermediate_size"),
+            shared_experts=config.whole("num_shared_experts", 0, least=0),
+            first_dense_layers=_leading_dense_layers(config, common["num_layers"]),
+        )
+    common |= {
+        "head_dim": mla.qk_nope_head_dim + mla.qk_rope_head_dim,
+        "max_position": config.whole("model_max_length", common["max_position"]),
+    }
+    return _spec(config, **common, mla=mla, moe=moe, linear=kimi_delta_attention(config, common["num_layers"]).shape)
 
 
-def _delta_rule_sizes(config: Config) -> tuple[int, int, int, int, int]:
-    """Return the value heads, the sizes of a key and a value head, and the widths of all keys and all values."""
-    heads, key_dim = config.whole("linear_num_value_heads", 32), config.whole("linear_key_head_dim", 128)
-    value_dim = config.whole("linear_value_head_dim", 128)
-    return heads, key_dim, value_dim, config.whole("linear_num_key_heads", 16) * key_dim, heads * value_dim
+def _leading_dense_layers(config: Config, num_layers: int) -> int:
+    """Return how many layers precede those with experts. Transformers writes the kind of every layer's MLP."""
+    kinds = config.for_layers("mlp_layer_types", num_layers)
+    if kinds is None:
+        return config.whole("first_k_dense_replace", least=0)
+    dense = kinds.count("dense")
+    if kinds != ["dense"] * dense + ["sparse"] * (num_layers - dense):
+        config.refuse("mlp_layer_types", "must have 'dense' for the first layers only, and 'sparse' for all others")
+    return dense
 
 
-def _delta_rule_matrices(config: Config) -> dict[str, int]:
-    """Return the parameters of each matrix of a linear layer, without its convolution."""
-    hidden, (heads, _, _, keys, values) = config.whole("hidden_size"), _delta_rule_sizes(config)
-    inputs = {"in_proj_qkv": 2 * keys + values, "in_proj_z": values, "in_proj_a": heads, "in_proj_b": heads}
-    return {name: hidden * width for name, width in (inputs | {"out_proj": values}).items()}
+def _minimax(config: Config, name: str) -> ModelSpec | None:
+    """Read MiniMax-Text-01 and M1: lightning attention in seven of eight layers, and Mixtral's experts in all.
+
+    vLLM serves them up to version 0.23 (``_PREVIOUSLY_SUPPORTED_MODELS`` of its registry).
+    """
+    if config.data.get("shared_intermediate_size"):
+        what = f"is {shown(config.data['shared_intermediate_size'])}, only models without a shared expert are supported"
+        config.refuse("shared_intermediate_size", what)
+    common = _common(config, name)
+    moe = _experts(config, common["intermediate"], 8, 2)
+    linear = lightning_attention(config, common["num_layers"]).shape
+    return _spec(config, **common, sliding_window=config.optional("sliding_window"), moe=moe, linear=linear)
 
 
 def _experts(config: Config, width: int, num: int | None = None, active: int | None = None, **more: int) -> MoeShape:
@@ -575,15 +393,19 @@ def _routed(config: Config) -> MoeShape:
     )
 
 
-def _deepseek(config: Config, name: str) -> ModelSpec | None:
-    """Read DeepSeek V2 and V3, Kimi K2 and K2.5: latent attention; dense layers first, then experts in every layer."""
-    mla = MlaShape(
+def _mla(config: Config) -> MlaShape:
+    return MlaShape(
         kv_lora_rank=config.whole("kv_lora_rank"),
         qk_rope_head_dim=config.whole("qk_rope_head_dim"),
         qk_nope_head_dim=config.whole("qk_nope_head_dim"),
         v_head_dim=config.whole("v_head_dim"),
         q_lora_rank=config.optional("q_lora_rank"),
     )
+
+
+def _deepseek(config: Config, name: str) -> ModelSpec | None:
+    """Read DeepSeek V2 and V3, Kimi K2 and K2.5: latent attention; dense layers first, then experts in every layer."""
+    mla = _mla(config)
     moe = None
     if config.data.get("n_routed_experts") is not None:
         if config.whole("moe_layer_freq", 1) != 1:
@@ -681,6 +503,9 @@ _TABLE: tuple[tuple[str, str, Family], ...] = (
     ("MistralForCausalLM", "mistral", _mistral),
     ("MixtralForCausalLM", "mixtral", _mixtral),
     ("MiniMaxM2ForCausalLM", "minimax_m2", _mixtral),
+    ("MiniMaxText01ForCausalLM", "minimax_text_01", _minimax),
+    ("MiniMaxM1ForCausalLM", "minimax_m1", _minimax),
+    ("MiniMaxForCausalLM", "minimax", _minimax),
     ("QWenLMHeadModel", "qwen", _qwen1),
     ("Qwen2ForCausalLM", "qwen2", _qwen2),
     ("Qwen2MoeForCausalLM", "qwen2_moe", _qwen_moe),
@@ -696,6 +521,7 @@ _TABLE: tuple[tuple[str, str, Family], ...] = (
     ("DeepseekV3ForCausalLM", "deepseek_v3", _deepseek),
     ("KimiK2ForCausalLM", "kimi_k2", _deepseek),
     ("KimiK25ForConditionalGeneration", "kimi_k25", _deepseek),
+    ("KimiLinearForCausalLM", "kimi_linear", _kimi_linear),
     ("Glm4MoeForCausalLM", "glm4_moe", _glm4_moe),
     ("GptOssForCausalLM", "gpt_oss", _gpt_oss),
     ("Qwen3VLForConditionalGeneration", "qwen3_vl", _qwen3_vl),
@@ -710,21 +536,22 @@ _TABLE: tuple[tuple[str, str, Family], ...] = (
     ("MistralLarge3ForCausalLM", "", _mistral3),
 )
 FAMILIES = {architecture: read for architecture, _, read in _TABLE}
+_LINEAR_LAYERS: Mapping[Family, Callable[[Config, int], LinearLayers]] = {
+    _qwen3_next: gated_delta_rule,
+    _kimi_linear: kimi_delta_attention,
+    _minimax: lightning_attention,
+}
 MODEL_TYPES = {kind: architecture for architecture, kind, _ in _TABLE if kind} | {"nemotron_h": "NemotronHForCausalLM"}
 # Architectures whose language model is described in ``text_config``. Kimi K2.5's vision tower is left out: it has less
 # than a thousandth of the weights.
 NESTED = {name for name in FAMILIES if name.endswith("ForConditionalGeneration")}
 
-_LINEAR = "layers of linear attention, which keep a state instead of KV"
 _SPARSE = "sparse attention, where an indexer chooses the tokens to attend to"
 _UNLIKE = "windowed layers whose heads differ from those of other layers"
 # Architectures that are known, and what keeps the cost model from planning for them.
 NOT_MODELLED: dict[str, str] = {
-    "KimiLinearForCausalLM": _LINEAR,
-    "KimiK3ForConditionalGeneration": _LINEAR,
-    "MiniMaxText01ForCausalLM": _LINEAR,
-    "MiniMaxM1ForCausalLM": _LINEAR,
-    "NemotronHForCausalLM": "state-space layers (Mamba), which keep a state instead of KV",
+    "KimiK3ForConditionalGeneration": "experts with a hidden size of their own (latent experts)",
+    "NemotronHForCausalLM": "layers that have attention, a state space (Mamba) or an MLP alone",
     "DeepseekV4ForCausalLM": _SPARSE,
     "MiniMaxM3ForCausalLM": _SPARSE,
     "MiniMaxM3SparseForConditionalGeneration": _SPARSE,

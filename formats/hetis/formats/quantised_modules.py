@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, TypeVar
 from hetis.formats import dtypes
 from hetis.formats.errors import shown
 from hetis.formats.fields import listed, mapping
+from hetis.formats.linear_attention import LinearLayers
 from hetis.solver.model import ModelSpec
 
 # Keys under which formats list the modules that they leave in 16 bits.
@@ -32,10 +33,10 @@ _COMPRESSED = {(4, True): "nvfp4", (8, True): "fp8", (4, False): "int4", (8, Fal
 _CLASS = "Linear"  # class of all matrices of a layer, as targets of compressed-tensors name it
 # Matrices of linear attention that Qwen3-Next joins into one.
 _JOINED = {
-    "in_proj_qkv": "in_proj_qkvz",
-    "in_proj_z": "in_proj_qkvz",
-    "in_proj_a": "in_proj_ba",
-    "in_proj_b": "in_proj_ba",
+    "linear_attn.in_proj_qkv": "linear_attn.in_proj_qkvz",
+    "linear_attn.in_proj_z": "linear_attn.in_proj_qkvz",
+    "linear_attn.in_proj_a": "linear_attn.in_proj_ba",
+    "linear_attn.in_proj_b": "linear_attn.in_proj_ba",
 }
 _LEAST_GROUP = 16  # weights that share a scale; engines have kernels for 32 and more
 _NO_GROUPS = 2**20  # a scale for so many takes no memory; no matrix has such rows
@@ -50,14 +51,16 @@ Stated = Callable[[str], T | None]  # the format of a module, or its bytes per p
 
 
 class _Module(NamedTuple):
-    """A matrix of every layer of its kind: its possible names in the layer, its parameters, and the number of layers.
+    """A matrix of every layer of its kind: its possible names in the layer, its parameters, the numbers of the layers
+    that may have it, and how many of these do.
 
     All matrices of shared experts are one module, as they are quantised alike; so is a matrix of all routed experts.
     """
 
     names: tuple[str, ...]
     params: float
-    layers: int
+    layers: Sequence[int]
+    num_layers: int
     is_routed: bool = False
 
 
@@ -136,9 +139,7 @@ def compressed_groups(data: Mapping[str, Any]) -> list[Group]:
     return groups
 
 
-def compressed_precision(
-    data: Mapping[str, Any], model: ModelSpec, linear_modules: Mapping[str, int]
-) -> str | None:  # fmt: skip
+def compressed_precision(data: Mapping[str, Any], model: ModelSpec, linear: LinearLayers) -> str | None:
     """Return the precision that most parameters outside of attention have in a checkpoint of compressed-tensors.
 
     As with ModelOpt's mixed form, that of the MLP counts, which has most of a layer; that of attention if nothing else
@@ -149,8 +150,8 @@ def compressed_precision(
         return groups[0].precision
     ignored, (named, of_class) = _ignored(data, ""), _group_precisions(groups)
     params = {is_attention: defaultdict[str, float](float) for is_attention in (False, True)}
-    for module in (*_modules(model, linear_modules), *_routed_experts(model)):
-        for layer in range(model.num_layers):
+    for module in (*_modules(model, linear), *_routed_experts(model)):
+        for layer in module.layers:
             precision = _first((ignored, named), layer, module)
             precision = of_class if precision is None else precision
             if precision:
@@ -158,16 +159,14 @@ def compressed_precision(
     return next((max(found, key=found.__getitem__) for found in params.values() if found), None)
 
 
-def layer_weight_bytes(
-    data: Mapping[str, Any], model: ModelSpec, dtype: str, linear_modules: Mapping[str, int]
-) -> float:  # fmt: skip
+def layer_weight_bytes(data: Mapping[str, Any], model: ModelSpec, dtype: str, linear: LinearLayers) -> float:
     """Return the mean bytes per parameter of a layer of a checkpoint.
 
     Args:
         data: the checkpoint's ``quantization_config``.
         model: its shape.
         dtype: the formats of activations and weights, as in `hetis.formats.dtypes`.
-        linear_modules: the parameters of each matrix of a layer of linear attention.
+        linear: its layers of linear attention.
     """
     sizes = _bytes_of_formats(data)
     if model.num_layers > _MOST_LAYERS:
@@ -175,9 +174,9 @@ def layer_weight_bytes(
     usual, base = sizes[dtypes.split_dtype(dtype)[1]], dtypes.base_bytes(dtype)
     stated, otherwise = _in_order(data, usual, base, sizes)
     exceptions, are_all_plain = list[tuple[float, float]](), True
-    for module in (*_modules(model, linear_modules), *(_routed_experts(model) if _has_groups(data) else ())):
-        found = [size for layer in range(model.num_layers) if (size := _first(stated, layer, module)) is not None]
-        found = found[: module.layers] + [otherwise] * (module.layers - len(found))
+    for module in (*_modules(model, linear), *(_routed_experts(model) if _has_groups(data) else ())):
+        found = [size for layer in module.layers if (size := _first(stated, layer, module)) is not None]
+        found = found[: module.num_layers] + [otherwise] * (module.num_layers - len(found))
         exceptions += [(module.params / model.num_layers, size) for size in found if size != usual]
         are_all_plain &= set(found) == {usual if module.is_routed else base}
     if are_all_plain and model.moe is not None:
@@ -228,34 +227,35 @@ def _first(stated: Sequence[Stated[T]], layer: int, module: _Module) -> T | None
     return next((found for each in stated for found in map(each, names) if found is not None), None)
 
 
-def _modules(model: ModelSpec, linear_modules: Mapping[str, int]) -> Iterator[_Module]:
+def _modules(model: ModelSpec, linear: LinearLayers) -> Iterator[_Module]:
     """Yield the matrices of attention, and of shared experts or a dense MLP."""
-    linear = 0 if model.linear is None else model.linear.layers
-    for name, params in linear_modules.items():
-        names = (f"linear_attn.{name}", f"linear_attn.{_JOINED.get(name, name)}")
-        yield _Module(names, params, linear)
+    every, of_linear = range(model.num_layers), frozenset(linear.numbers)
+    full = [layer for layer in every if layer not in of_linear]
+    for name, params in linear.matrices.items():
+        yield _Module((name, _JOINED.get(name, name)), params, linear.numbers, len(linear.numbers))
     for name, params in _attention_modules(model):
-        yield _Module((f"self_attn.{name}",), params, model.num_layers - linear)
+        yield _Module((f"self_attn.{name}",), params, full, len(full))
     if model.moe is None:
         matrix = float(model.hidden * model.intermediate)
         for name in ("gate_proj", "up_proj", "down_proj") if model.gated_mlp else ("up_proj", "down_proj"):
-            yield _Module((f"mlp.{name}",), matrix, model.num_layers)
+            yield _Module((f"mlp.{name}",), matrix, every, len(every))
     elif model.moe.shared_experts:
         shared = model.expert_share * model.moe.shared_experts * model.expert_params()
-        yield _Module(("mlp.shared_expert.up_proj", "mlp.shared_experts.up_proj"), shared, model.num_layers)
+        parents = ("mlp.shared_expert", "mlp.shared_experts", "block_sparse_moe.shared_experts")
+        yield _Module(tuple(f"{parent}.up_proj" for parent in parents), shared, every, len(every))
 
 
 def _routed_experts(model: ModelSpec) -> Iterator[_Module]:
     """Yield the matrices of routed experts, named as the first expert's; families differ in the names."""
     if model.moe is None:
         return
-    layers = round(model.expert_share * model.num_layers)
+    every, num_layers = range(model.num_layers), round(model.expert_share * model.num_layers)
     matrix = float(model.moe.num_experts * model.hidden * model.moe.expert_intermediate)
     names = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
     for name in names if model.gated_mlp else ("up_proj", "down_proj"):
         places = ("mlp.experts.0", "feed_forward.experts.0")
         of_mixtral = f"block_sparse_moe.experts.0.{names[name]}"
-        yield _Module((*(f"{place}.{name}" for place in places), of_mixtral), matrix, layers, is_routed=True)
+        yield _Module((*(f"{place}.{name}" for place in places), of_mixtral), matrix, every, num_layers, is_routed=True)
 
 
 def _attention_modules(model: ModelSpec) -> Iterator[tuple[str, int]]:

@@ -21,6 +21,7 @@ from hetis.planner.cli.exit_codes import ExitCode as PlannerCode
 from hetis.planner.service.exit_codes import ServiceExitCode
 from hetis.profiler.cli.exit_codes import ProfileExitCode as ProfilerCode
 from tests.docs.sessions import MAINS
+from tests.test_architecture import EXTRAS
 
 
 def application() -> typer.Typer:
@@ -128,7 +129,7 @@ def test_every_command_ends_alike_when_its_reader_goes_away(command: str) -> Non
     (script,) = entry_points(group="console_scripts", name=command)
     reader, writer = os.pipe()
     os.close(reader)
-    program = f"import sys; from {script.module} import {script.attr}; sys.argv = [{command!r}, '--help']; main()"
+    program = f"import sys; from {script.module} import main; sys.argv = [{command!r}, '--help']; sys.exit(main())"
     done = subprocess.run([sys.executable, "-c", program], stdout=writer, stderr=subprocess.PIPE, check=False)
     os.close(writer)
     assert (done.returncode, done.stderr) == (BROKEN_PIPE, b"")
@@ -137,7 +138,7 @@ def test_every_command_ends_alike_when_its_reader_goes_away(command: str) -> Non
 @pytest.mark.parametrize("command", ["hetis-plan", "hetis-planner", "hetis-agent", "hetis-launch", "hetis-profile"])
 def test_a_closed_stdout_fails_no_command(command: str) -> None:
     (script,) = entry_points(group="console_scripts", name=command)
-    program = f"import sys; from {script.module} import {script.attr}; sys.argv = [{command!r}, '--help']; main()"
+    program = f"import sys; from {script.module} import main; sys.argv = [{command!r}, '--help']; sys.exit(main())"
     done = subprocess.run(
         ["sh", "-c", 'exec "$@" >&-', "sh", sys.executable, "-c", program],
         capture_output=True,
@@ -183,7 +184,20 @@ print("went on")
 """
 
 
-@pytest.mark.parametrize("command", ["hetis-plan", "hetis-profile", "hetis-planner", "hetis-worker"])
+BARE = f"""
+import sys
+sys.modules |= dict.fromkeys({sorted(EXTRAS)!r})  # as in the base install
+"""
+EXTRA_OF = {
+    "hetis-plan": "planner",
+    "hetis-planner": "planner",
+    "hetis-profile": "profiler",
+    "hetis-agent": "agent",
+    "hetis-launch": "launch",
+}
+
+
+@pytest.mark.parametrize("command", MAINS)
 def test_ctrl_c_ends_a_command_that_is_still_importing(command: str) -> None:
     """This holds even if code in between drops the error."""
     program = f"{IMPORTING}from {MAINS[command]} import main; sys.argv = [{command!r}, '--help']; main()"
@@ -201,6 +215,34 @@ def test_a_command_says_what_to_install_if_only_the_base_is_there() -> None:
     for name in ("torch", "nothing"):  # nothing that this command needs: a bug, whose traceback is wanted
         with pytest.raises(ModuleNotFoundError), command_process("hetis-plan", extra="planner"):
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+
+@pytest.mark.parametrize("command", sorted(EXTRA_OF))
+def test_a_command_in_the_base_install_is_one_line(command: str) -> None:
+    """A defect in the past: hetis-agent and hetis-launch ended with a traceback."""
+    program = f"from {MAINS[command]} import main; sys.argv = [{command!r}, '--help']; main()"
+    assert_says_what_to_install(program, command)
+
+
+@pytest.mark.parametrize(
+    ("module", "command"),
+    [
+        ("hetis.runtime.agent", "hetis-agent"),
+        ("hetis.runtime.launch", "hetis-launch"),
+        ("hetis.planner.cli", "hetis-plan"),
+        ("hetis.planner.service.main", "hetis-planner"),
+        ("hetis.profiler.cli", "hetis-profile"),
+    ],
+)
+def test_so_is_a_module_that_is_run(module: str, command: str) -> None:
+    program = f"import runpy; sys.argv = ['', '--help']; runpy.run_module({module!r}, run_name='__main__')"
+    assert_says_what_to_install(program, command)
+
+
+def assert_says_what_to_install(program: str, command: str) -> None:
+    done = subprocess.run([sys.executable, "-c", BARE + program], capture_output=True, text=True, check=False)
+    line = f"{command} needs typer: pip install 'hetis[{EXTRA_OF[command]}]'\n"
+    assert (done.returncode, done.stdout, done.stderr) == (PlannerCode.INTERNAL, "", line)
 
 
 def test_ctrl_c_in_a_callback_whose_errors_python_drops_ends_the_command() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -20,6 +19,7 @@ from hetis.planner.client import Client
 from hetis.planner.convert.documents import document_from_data
 from hetis.solver.cluster import Cluster
 from hetis.v1 import cluster_pb2, cluster_service_pb2, inventory_pb2, report_pb2
+from tests.command_line import command_of
 from tests.planner.client.fake_planner import FakePlanner
 from tests.planner.service.process import REAL, Process
 
@@ -35,7 +35,7 @@ network: {bandwidth: 25Gbps, latency: 20us, zones: {bandwidth: 5Gbps, latency: 1
 """
 Run = Callable[..., int]
 Captured = pytest.CaptureFixture[str]
-AGENT = "from hetis.runtime.agent.main import main; main()"
+AGENT = command_of("hetis.runtime.agent")
 
 
 def gpu(index: int, gpu_type: str = "L4", **fields: Any) -> inventory_pb2.GpuDevice:
@@ -183,7 +183,7 @@ def test_agents_of_a_real_planner_are_a_cluster_file(
             arguments = ["--server", server, "--node", f"clusters/night/nodes/{node}"]
             arguments += ["--state-dir", str(tmp_path / node), "--simulated-devices", devices]
             agent = running.enter_context(
-                subprocess.Popen([sys.executable, "-c", AGENT, *arguments], stderr=subprocess.DEVNULL, cwd=tmp_path)
+                subprocess.Popen([*AGENT, *arguments], stderr=subprocess.DEVNULL, cwd=tmp_path)
             )
             running.callback(agent.kill)
         with Client(server) as client:

@@ -62,6 +62,30 @@ def new_database(server: str, name: str) -> str:
     return f"{server}/{name}"
 
 
+def num_waiting(url: str) -> int:
+    """Number of transactions in the database that wait for the lock of another one."""
+    waiting = (
+        "SELECT count(*) FROM pg_locks JOIN pg_stat_activity USING (pid)"
+        " WHERE NOT granted AND datname = current_database()"
+    )
+    with psycopg.connect(url) as connection:
+        (found,) = connection.execute(waiting).fetchone() or (0,)
+    return int(found)
+
+
+def set_clock_back(url: str, seconds: float) -> None:
+    """Set the database's clock back by so much from the true time, for connections made after the first call."""
+    clock = f"SELECT pg_catalog.clock_timestamp() - {seconds} * interval '1 second'"
+    with psycopg.connect(url) as connection:
+        for statement in (
+            "CREATE SCHEMA IF NOT EXISTS stepped",
+            f"CREATE OR REPLACE FUNCTION stepped.clock_timestamp() RETURNS timestamptz LANGUAGE sql AS $$ {clock} $$",
+            # Tables are created in the first schema; functions of the server are found in the last one.
+            f'ALTER DATABASE "{connection.info.dbname}" SET search_path = public, stepped, pg_catalog',
+        ):
+            connection.execute(statement.encode())
+
+
 def _account() -> pwd.struct_passwd | None:
     """Return the account for PostgreSQL, which refuses to run as root; None: our own."""
     if os.geteuid() != 0:

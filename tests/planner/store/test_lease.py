@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 
+import psycopg
 import pytest
 import sqlalchemy as sa
 
@@ -16,6 +17,7 @@ from hetis.planner.store import Store, StoreError, Transaction
 from hetis.planner.store.leadership import Lease
 from tests.faults.proxy import Proxy
 from tests.planner.store import samples
+from tests.planner.store.postgres import num_waiting, set_clock_back
 
 LEASE_S = 1.5
 
@@ -299,6 +301,39 @@ def test_a_standby_knows_who_leads_and_where_and_leads_when_that_one_goes(url: s
     asyncio.run(scenario())
 
 
+def test_a_planner_that_cannot_use_its_term_ends_it_and_stands_by(url: str) -> None:
+    """In the past it renewed the lease of its term and waited for its end: nobody led any more."""
+
+    async def scenario() -> None:
+        store = await Store.open(url)
+        assert await store.lead("planner") == 1
+        async with asyncio.timeout(30):
+            assert await store.stand_by("planner") == 2
+        await store.write(lambda tx: tx.clusters.insert(samples.cluster("clusters/a")))
+        await store.close()
+
+    asyncio.run(scenario())
+
+
+def test_another_planner_leads_after_a_term_that_could_not_be_used(postgres_url: str) -> None:
+    async def scenario() -> None:
+        first, second = await Store.open(postgres_url, lease_s=60.0), await Store.open(postgres_url, lease_s=60.0)
+        await first.lead("first")
+        other = asyncio.create_task(second.stand_by("second"))
+        while second.leader is None:
+            await asyncio.sleep(0.01)
+        standing_by = asyncio.create_task(first.stand_by("first"))
+        async with asyncio.timeout(30):
+            assert await other == 2
+        with pytest.raises(ServiceError, match="this planner is not the leader"):
+            await first.write(lambda tx: tx.clusters.insert(samples.cluster("clusters/a")))
+        standing_by.cancel()
+        for store in (first, second):
+            await store.close()
+
+    asyncio.run(scenario())
+
+
 def test_reads_of_a_server_that_freezes_do_not_wait_in_a_queue_for_one_another(postgres_url: str, proxy: Proxy) -> None:
     async def scenario() -> None:
         store = await Store.open(through(proxy, postgres_url), lease_s=LEASE_S)
@@ -372,5 +407,161 @@ def test_opening_a_store_whose_server_is_frozen_can_be_given_up(postgres_url: st
             assert opening.cancelled()
             while not has_ended("hetis-store"):
                 await asyncio.sleep(0.05)
+
+    asyncio.run(scenario())
+
+
+HOUR_S = 3600.0
+
+
+class Standby:
+    """A planner that stands by, with a clock that a test sets."""
+
+    def __init__(self, store: Store, clock: list[float]) -> None:
+        self.store = store
+        self._clock = clock
+        self.taking = asyncio.create_task(store.stand_by("standby"))
+
+    @classmethod
+    async def open(cls, url: str, *, lease_s: float = LEASE_S) -> Standby:
+        clock = [0.0]
+        return cls(await Store.open(url, lease_s=lease_s, machine=lambda: clock[0]), clock)
+
+    async def pass_time(self, seconds: float) -> None:
+        """Let so much time pass, and wait until the standby has looked at the lease since, or leads."""
+        self._clock[0] += seconds
+        for _ in range(2):  # the first look may have begun before
+            self._clock[0] += 1e-6
+            while self.store.led_s_ago and not self.taking.done():
+                await asyncio.sleep(0.01)
+
+    async def close(self) -> None:
+        self.taking.cancel()
+        await asyncio.gather(self.taking, return_exceptions=True)
+        await self.store.close()
+
+
+def row_of(url: str) -> tuple[int, str, float]:
+    with psycopg.connect(url) as connection:
+        epoch, holder, end_s = connection.execute("SELECT epoch, holder, lease_end_s FROM leadership").fetchone() or ()
+    return epoch, holder, end_s
+
+
+async def stop_renewing(store: Store) -> None:
+    """Leave the store with a term that nobody renews, as if its process were gone or suspended."""
+    renewal = store._renewal
+    assert renewal is not None
+    renewal.cancel()
+    await asyncio.gather(renewal, return_exceptions=True)
+
+
+@pytest.mark.parametrize(("lease_s", "limit_s"), [(LEASE_S, 60.0), (30.0, 90.0)])
+def test_a_lease_that_a_step_of_the_clock_prolongs_is_taken_when_nobody_renews_it(
+    postgres_url: str, lease_s: float, limit_s: float
+) -> None:
+    """In the past, standbys waited for an hour after a step of an hour. A leader that lives after all is deposed."""
+    set_clock_back(postgres_url, 0)
+
+    async def scenario() -> None:
+        old = await Store.open(postgres_url, lease_s=lease_s, machine=lambda: 0.0)  # its own clock never ends its term
+        await old.lead("old")
+        await stop_renewing(old)
+        set_clock_back(postgres_url, HOUR_S)
+        standby = await Standby.open(postgres_url, lease_s=lease_s)
+        async with asyncio.timeout(60):
+            await standby.pass_time(0)
+            await standby.pass_time(limit_s - 1)
+            assert not standby.taking.done()
+            assert row_of(postgres_url)[0] == 1
+            await standby.pass_time(1.1)
+            assert await standby.taking == 2
+        with pytest.raises(ServiceError, match="another planner is the leader: standby"):
+            await old.write(lambda tx: tx.clusters.insert(samples.cluster("clusters/a")))
+        with pytest.raises(ServiceError, match="another planner is the leader: standby"):
+            await old._limited(old._renew, 1)
+        await standby.store.write(lambda tx: tx.clusters.insert(samples.cluster("clusters/b")))
+        assert await old.read(lambda tx: [record.name for record in tx.clusters.all()]) == ["clusters/b"]
+        await old.close()
+        await standby.close()
+
+    asyncio.run(scenario())
+
+
+def test_a_leader_that_renews_keeps_its_lease_whatever_the_clock_does(postgres_url: str) -> None:
+    set_clock_back(postgres_url, 0)
+
+    async def scenario() -> None:
+        leader = await Store.open(postgres_url, lease_s=3.0)
+        await leader.lead("leader")
+        standby = await Standby.open(postgres_url)
+        async with asyncio.timeout(60):
+            await standby.pass_time(0)
+            for step in range(3):
+                set_clock_back(postgres_url, (step + 1) * HOUR_S)
+                seen = row_of(postgres_url)
+                while row_of(postgres_url) == seen:
+                    await asyncio.sleep(0.05)
+                await standby.pass_time(0)  # it sees the renewal
+                await standby.pass_time(59.0)
+        assert not standby.taking.done()
+        assert row_of(postgres_url)[:2] == (1, "leader")
+        await leader.write(lambda tx: tx.clusters.insert(samples.cluster("clusters/a")))
+        await standby.close()
+        await leader.close()
+
+    asyncio.run(scenario())
+
+
+def test_a_renewal_that_comes_just_before_the_takeover_wins(postgres_url: str) -> None:
+    set_clock_back(postgres_url, 0)
+
+    async def scenario() -> None:
+        leader = await Store.open(postgres_url, lease_s=LEASE_S, machine=lambda: 0.0)
+        await leader.lead("leader")
+        await stop_renewing(leader)
+        set_clock_back(postgres_url, HOUR_S)
+        standby = await Standby.open(postgres_url)
+        async with asyncio.timeout(60):
+            await standby.pass_time(0)
+            with psycopg.connect(postgres_url) as renewal:  # committed when the standby already waits for the row
+                renewal.execute("UPDATE leadership SET lease_end_s = lease_end_s + 0.001 WHERE epoch = 1")
+                passing = asyncio.create_task(standby.pass_time(60.1))
+                while not await asyncio.to_thread(num_waiting, postgres_url):
+                    assert not standby.taking.done()
+            await passing
+            await standby.pass_time(59.0)  # counted from the renewal
+            assert not standby.taking.done()
+            assert row_of(postgres_url)[:2] == (1, "leader")
+            await leader.write(lambda tx: tx.clusters.insert(samples.cluster("clusters/a")))
+            await standby.pass_time(1.1)
+            assert await standby.taking == 2
+        await standby.close()
+        await leader.close()
+
+    asyncio.run(scenario())
+
+
+def test_only_one_of_two_standbys_takes_a_lease_that_nobody_renews(postgres_url: str) -> None:
+    set_clock_back(postgres_url, 0)
+
+    async def scenario() -> None:
+        gone = await Store.open(postgres_url, lease_s=LEASE_S, machine=lambda: 0.0)
+        await gone.lead("gone")
+        await stop_renewing(gone)
+        set_clock_back(postgres_url, HOUR_S)
+        standbys = [await Standby.open(postgres_url) for _ in range(2)]
+        async with asyncio.timeout(60):
+            for standby in standbys:
+                await standby.pass_time(0)
+            with psycopg.connect(postgres_url) as both:  # holds the row until both standbys wait for it
+                both.execute("SELECT * FROM leadership FOR UPDATE")
+                passing = [asyncio.create_task(standby.pass_time(60.1)) for standby in standbys]
+                while await asyncio.to_thread(num_waiting, postgres_url) < 2:
+                    assert row_of(postgres_url)[0] == 1
+            await asyncio.gather(*passing)
+        assert sorted(standby.taking.done() for standby in standbys) == [False, True]
+        assert row_of(postgres_url)[0] == 2
+        for store in (*standbys, gone):
+            await store.close()
 
     asyncio.run(scenario())

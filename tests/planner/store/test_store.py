@@ -24,6 +24,7 @@ from hetis.planner.store.records import Record
 from hetis.planner.store.tables import KEPT_REDISPATCHES, KEPT_S
 from hetis.v1.redispatch_pb2 import REDISPATCH_STATE_PREPARING
 from tests.planner.store import samples
+from tests.planner.store.postgres import num_waiting
 
 
 async def leading(url: str, **settings: float) -> Store:
@@ -357,16 +358,6 @@ def test_a_lease_is_renewed_until_another_planner_leads(postgres_url: str) -> No
     asyncio.run(scenario())
 
 
-def _somebody_waits_for_a_lock(postgres_url: str) -> bool:
-    engine = sa.create_engine(opening.parse_url(postgres_url), poolclass=sa.NullPool)
-    with engine.connect() as connection:
-        waiting = (
-            "SELECT count(*) FROM pg_locks JOIN pg_stat_activity USING (pid)"
-            " WHERE NOT granted AND datname = current_database()"
-        )
-        return bool(connection.scalar(sa.text(waiting)))
-
-
 def test_a_takeover_waits_for_the_write_that_is_under_way(postgres_url: str) -> None:
     """The fence is a lock on the leadership row: there is no moment at which both planners can write."""
 
@@ -389,7 +380,7 @@ def test_a_takeover_waits_for_the_write_that_is_under_way(postgres_url: str) -> 
         old._renewal.cancel()
         await asyncio.sleep(0.3)  # the lease has ended
         takeover = asyncio.create_task(new.lead("new"))
-        while not await asyncio.to_thread(_somebody_waits_for_a_lock, postgres_url):
+        while not await asyncio.to_thread(num_waiting, postgres_url):
             assert not takeover.done()
         leave.set()
         await write

@@ -22,6 +22,7 @@ from hetis.v1.executor_service_pb2 import ReadHeadMapsRequest
 from hetis.v1.failure_pb2 import ErrorReason, Failure
 from hetis.v1.head_map_pb2 import Move, MoveReason
 from hetis.v1.report_pb2 import AssignmentState
+from tests.command_line import command_of
 from tests.runtime.agent.builders import (
     AUTHORITY,
     FLIPPED,
@@ -35,7 +36,7 @@ from tests.runtime.agent.builders import (
 )
 from tests.runtime.agent.planner_double import WAIT_S, PlannerDouble
 
-COMMAND = [sys.executable, "-c", "from hetis.runtime.agent.main import main; main()"]
+COMMAND = command_of("hetis.runtime.agent")
 BUSY = {"rate_rps": 20, "prompt_tokens": 50, "output_tokens": 2000, "load_s": 0, "dense_step_s": 0.05}
 Step = ChangePhase.ValueType
 
@@ -293,6 +294,17 @@ def test_help_names_every_source_of_devices() -> None:
         [*COMMAND, "--help"], capture_output=True, text=True, timeout=60, check=True, env=environment
     )
     assert "simulated:TYPE:COUNT" in ended.stdout
+
+
+def test_an_agent_beside_vllm_says_which_extra_it_lacks() -> None:
+    """The extra `vllm` has what the command line needs, but not the library of the metrics."""
+    program = (
+        "import sys; sys.modules['prometheus_client'] = None;"
+        f"sys.argv = ['', '--node', {NODE + 'p'!r}]; from hetis.runtime.agent.__main__ import main; main()"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    said = "hetis-agent: prometheus_client is not installed: pip install 'hetis[agent]'\n"
+    assert (ended.returncode, ended.stderr) == (1, said)
 
 
 def test_the_agent_imports_without_solver_libraries() -> None:

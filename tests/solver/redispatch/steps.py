@@ -15,6 +15,7 @@ from hetis.solver.dispatch.problem import BoolArray, FloatArray, IntArray
 from hetis.solver.dispatch.solve import Dispatcher
 from hetis.solver.redispatch.local_search import (
     improve,
+    perturb,
     placement_of,
     round_to_groups,
     seconds_with,
@@ -297,6 +298,17 @@ def solved_by_highs(seed: int) -> list[float]:
     return answer
 
 
+def perturbed(seed: int) -> list[float]:
+    """The rounds of ruin and recreate from the present placement, a few at a time."""
+    case = random_case(seed)
+    x, state, answer = case.tables.now.copy(), seed + 1, list[float]()
+    for rounds in (1, 1, 2, 8):
+        state = perturb(case.tables, x, rounds, state)
+        assert _is_allowed(case.tables, x)
+        answer += numbers_of(x, objective_s(case.tables, x) * 1e6, state)
+    return answer
+
+
 STEPS: dict[str, tuple[int, Callable[[int], list[float]]]] = {
     "tabulated": (60, tabulated),
     "priced": (60, priced),
@@ -305,5 +317,6 @@ STEPS: dict[str, tuple[int, Callable[[int], list[float]]]] = {
     "moved": (80, moved),
     "modelled": (50, modelled),
     "limited": (20, limited),
+    "perturbed": (40, perturbed),
     "solved_by_highs": (15, solved_by_highs),
 }

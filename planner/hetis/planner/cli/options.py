@@ -127,6 +127,18 @@ rate_option = partial(
 )
 ttft_option = partial(_goal, "--ttft TIME|none: Limit of the p95 time to first token.", parser=values.ttft_limit)
 tpot_option = partial(_goal, "--tpot TIME|none: Limit of the mean time per output token.", parser=values.tpot_limit)
+ttft_statistic_option = partial(
+    _goal, "--ttft-statistic: Statistic of TTFT that must keep its limit in simulation.", shown=DEFAULT.ttft
+)
+tpot_statistic_option = partial(
+    _goal, "--tpot-statistic: Statistic of TPOT that must keep its limit in simulation.", shown=DEFAULT.tpot
+)
+attainment_option = partial(
+    _goal,
+    "--attainment SHARE: "
+    "Share of simulated requests that must keep all limits (SLO attainment), instead of statistics; such as 90%.",
+    parser=values.share,
+)
 strategy_option = partial(
     _search,
     "--strategy NAME: Family of plans to search, a name of `catalog strategies`.",
@@ -338,17 +350,9 @@ class ReplicaOptions:
 class ServiceLevelOptions:
     """The part of the simulated traffic that has to keep the latency limits."""
 
-    ttft_statistic: Statistic | None = _goal(
-        "--ttft-statistic: Statistic of TTFT that must keep its limit in simulation.", shown=DEFAULT.ttft
-    )
-    tpot_statistic: Statistic | None = _goal(
-        "--tpot-statistic: Statistic of TPOT that must keep its limit in simulation.", shown=DEFAULT.tpot
-    )
-    attainment: float | None = _goal(
-        "--attainment SHARE: "
-        "Share of simulated requests that must keep all limits (SLO attainment), instead of statistics; such as 90%.",
-        parser=values.share,
-    )
+    ttft_statistic: Statistic | None = ttft_statistic_option()
+    tpot_statistic: Statistic | None = tpot_statistic_option()
+    attainment: float | None = attainment_option()
 
     def level(self, objective: Objective, *, verify: bool) -> ServiceLevel:
         """Return the level. Raises InvalidProblemError if the options contradict each other."""

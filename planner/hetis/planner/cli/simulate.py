@@ -17,6 +17,7 @@ from hetis.planner.cli.dispatch import announce_compilation
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.cli.options import PlanArgument, group, panel, verb
 from hetis.planner.cli.searching import simulate_interruptibly
+from hetis.planner.use_cases.service_level import Statistic
 
 if TYPE_CHECKING:
     from hetis.formats.traces import Trace
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 SIMULATE_EXAMPLES = """Examples:\n
 hetis-plan simulate plan.json --seeds 5\n
 hetis-plan simulate plan.json --trace requests.csv --rate 2 --plot run.html\n
+hetis-plan simulate plan.json --attainment 99% --seeds 3\n
 hetis-plan simulate plan.json --sweep --ttft 2s --tpot 100ms\n
 hetis-plan simulate plan.json --saturate -o json | jq .throughput_rps"""
 DEFAULT_TOLERANCE, DEFAULT_PRECISION = 0.02, 0.05  # None if they are not given: they would be ignored by other runs
@@ -75,11 +77,14 @@ class SimulateOptions:
     )
     ttft: float | None = options.ttft_option(shown="the plan's")
     tpot: float | None = options.tpot_option(shown="the plan's")
+    ttft_statistic: Statistic | None = options.ttft_statistic_option(shown="the plan's")
+    tpot_statistic: Statistic | None = options.tpot_statistic_option(shown="the plan's")
+    attainment: float | None = options.attainment_option(shown="the plan's")
     requests: int | None = _runs(
         "--requests N: Requests per run.",
         min=1,
         max=MAX_REQUESTS,
-        shown="20 times what the plan holds at once, 2000 at least",
+        shown="20 times what the plan holds at once, 2000 at least, more for an attainment above 97.5%",
     )
     seeds: int = _runs("--seeds K: Number of runs, each with its own seed.", 1, min=1, max=1000)
     seed: int = _runs("--seed: Seed of the first run.", 0, min=0)
@@ -129,8 +134,14 @@ class SimulateOptions:
     def refuse_contradictions(self) -> None:
         """Refuse options that contradict each other, before anything is read."""
         others = {"--rate": self.rate is not None, "--recorded": self.recorded, "--sweep": self.sweep}
-        for one, given in (("--saturate", self.saturate), ("--sweep", self.sweep)):
-            for other, too in others.items():
+        levels = {
+            "--ttft-statistic": self.ttft_statistic is not None,
+            "--tpot-statistic": self.tpot_statistic is not None,
+            "--attainment": self.attainment is not None,
+        }
+        # The latencies of a saturated fleet mean nothing.
+        for one, given, excluded in (("--saturate", self.saturate, others | levels), ("--sweep", self.sweep, others)):
+            for other, too in excluded.items():
                 if given and too and one != other:
                     raise typer.BadParameter(f"{one} and {other} cannot be combined")
         if self.recorded and self.trace is None:
@@ -162,11 +173,15 @@ class SimulateOptions:
 def simulate(terminal: Terminal, plan: PlanArgument, *, asked: SimulateOptions) -> ExitCode:
     """Run a plan under traffic in virtual time, and compare the result with the plan's promises.
 
+    The plan is held to the service level for which it was made, unless another one is given.
+
     Ctrl-C once shows the figures of what was simulated so far; Ctrl-C twice exits at once.
     """
     from hetis.planner.use_cases import simulate as simulating
+    from hetis.planner.use_cases.service_level import DEFAULT
     from hetis.planner.use_cases.simulate import at_settings
     from hetis.planner.use_cases.sources import engine_settings, load_plan_and_problem
+    from hetis.planner.use_cases.verdicts import level_to_hold
     from hetis.planner.use_cases.verify import rate_to_simulate
     from hetis.simulator.arrivals import Arrivals, Load
     from hetis.simulator.values import Settings
@@ -181,6 +196,12 @@ def simulate(terminal: Terminal, plan: PlanArgument, *, asked: SimulateOptions) 
         return ExitCode.INVALID
     if not asked.no_dispatch and any(replica.attention_workers for replica in found.plan.replicas):
         announce_compilation(terminal)
+    limits = _limits(found.plan.objective, asked)
+    level = DEFAULT
+    if not asked.saturate:
+        level = level_to_hold(
+            found.plan, limits, ttft=asked.ttft_statistic, tpot=asked.tpot_statistic, attainment=asked.attainment
+        )
     drawn = not asked.recorded and not asked.saturate
     load = Load(
         lengths=_lengths(terminal, found, plan, asked),
@@ -195,7 +216,7 @@ def simulate(terminal: Terminal, plan: PlanArgument, *, asked: SimulateOptions) 
     )
     started = at_settings(found.plan, found.problem, given)
     found = replace(found, plan=started.plan, problem=started.problem)
-    num_requests = asked.requests or simulating.default_requests(found.plan, load)
+    num_requests = asked.requests or simulating.default_requests(found.plan, load, level)
     files = (asked.perfetto, asked.requests_csv, asked.plot, asked.html)
     faults = _faults(asked, found.plan, found.problem)
     spacing_s = None if asked.sweep else simulating.sample_spacing_s(found.plan, load, num_requests, faults)
@@ -214,7 +235,8 @@ def simulate(terminal: Terminal, plan: PlanArgument, *, asked: SimulateOptions) 
             sample_every_s=spacing_s,
             trace=asked.perfetto is not None,
         ),
-        limits=_limits(found.plan.objective, asked),
+        limits=limits,
+        service_level=level,
         sweeps=asked.sweep,
         tolerance=asked.tolerance or DEFAULT_TOLERANCE,
         precision=(asked.precision or DEFAULT_PRECISION) if asked.until_stable else None,

@@ -18,6 +18,7 @@ from pydantic_core import ErrorDetails
 
 from hetis.formats.errors import DocumentError, Problem
 from hetis.formats.units import parse_duration, parse_ratio
+from hetis.planner.use_cases.service_level import Statistic
 from hetis.solver.cluster import Cluster
 from hetis.solver.model import ModelSpec
 from hetis.solver.plan import LEAST_DEMAND_RPS
@@ -190,3 +191,4 @@ Limit = Annotated[Quantity, PlainValidator(_word_or(("none", "default"), _second
 BelowOne = Annotated[Quantity, PlainValidator(_below_one)]
 HitRate = Annotated[Quantity, PlainValidator(_word_or(("trace",), _below_one))]
 Share = Annotated[Quantity, PlainValidator(_share)]
+StatisticName = Annotated[str, one_of(lambda: Statistic, "statistic")]

@@ -28,6 +28,7 @@ from hetis.planner.library.arguments import (
     Path,
     Quantity,
     Share,
+    StatisticName,
     Texts,
     WorkloadOrName,
     checked,
@@ -55,7 +56,6 @@ Drafts = Annotated[str, read_by(drafts)]
 Objective = Annotated[str, one_of(lambda: ObjectiveKind, "objective")]
 Strategy = Annotated[str, one_of(_strategies, "strategy")]
 Roles = Annotated[Sequence[Annotated[str, one_of(lambda: Role, "role")]], LISTED]
-StatisticName = Annotated[str, one_of(lambda: Statistic, "statistic")]
 Loss = Annotated[str, one_of(lambda: ("", *placing.PLACES), "loss")]
 
 

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from hetis.formats.documents import dump, to_data
 from hetis.formats.files import write_atomically
 from hetis.planner.export.targets import Export
-from hetis.planner.library.arguments import Count, CountOrZero, File, Rate, Share, Texts, checked
+from hetis.planner.library.arguments import Count, CountOrZero, File, Rate, Share, StatisticName, Texts, checked
 from hetis.planner.report.figures import digits, percent, plural, seconds
-from hetis.planner.report.simulation import simulation_document
+from hetis.planner.report.simulation import level_words, simulation_document
 from hetis.planner.use_cases.compare import Figures, figures_of
+from hetis.planner.use_cases.service_level import DEFAULT, Statistic, share_within
 from hetis.planner.use_cases.simulate import (
     Question,
     Simulated,
@@ -26,6 +27,7 @@ from hetis.planner.use_cases.simulate import (
     sample_spacing_s,
 )
 from hetis.planner.use_cases.sources import engine_settings
+from hetis.planner.use_cases.verdicts import level_to_hold, simulated_latencies
 from hetis.planner.use_cases.verify import rate_to_simulate
 from hetis.simulator.arrivals import Arrivals, Load
 from hetis.simulator.metrics import Summary
@@ -66,8 +68,8 @@ class Simulation:
 
     @property
     def kept(self) -> bool:
-        """Return whether the load was carried within the limits."""
-        return self.summary.within(self.simulated.question.limits)
+        """Return whether the load was carried and the service level kept, the plan's own unless another was given."""
+        return self.simulated.kept is True
 
     def to_dict(self) -> Mapping[str, Any]:
         """Return the simulation as plain data, as ``hetis-plan simulate -o json`` prints it."""
@@ -79,31 +81,38 @@ class Simulation:
 
         swept, question = self.simulated.sweep, self.simulated.question
         if swept is None:
-            points = [(question.load.rate_rps, self.summary, self.kept)]
+            points = [(question.load.rate_rps, self.summary, self.simulated.verdict)]
         else:
-            points = [(point.rate_rps, point.summary, point.within) for point in swept.points]
-        rows = [
-            {
-                "rate_rps": rate_rps,
-                "throughput_rps": summary.throughput_rps.value,
-                "ttft_p95_s": summary.ttft_p95_s.value,
-                "ttft_p95_half_width_s": summary.ttft_p95_s.half_width,
-                "tpot_mean_s": summary.mean_tpot_s.value,
-                "tpot_mean_half_width_s": summary.mean_tpot_s.half_width,
-                "attainment": summary.attainment,
-                "within": within,
-            }
-            for rate_rps, summary, within in points
-        ]
+            points = [
+                (point.rate_rps, point.summary, verdict)
+                for point, verdict in zip(swept.points, self.simulated.verdicts, strict=True)
+            ]
+        rows: list[dict[str, object]] = []
+        for rate_rps, summary, verdict in points:
+            row: dict[str, object] = {"rate_rps": rate_rps, "throughput_rps": summary.throughput_rps.value}
+            for one in (*simulated_latencies(summary, None), *simulated_latencies(summary, verdict)):
+                name = f"{one.latency.lower()}_{one.statistic}"
+                row |= {f"{name}_s": one.estimate.value, f"{name}_half_width_s": one.estimate.half_width}
+            kept = verdict is not None and verdict.kept is True
+            rows.append({**row, "attainment": summary.attainment, "within": kept})
         return pandas.DataFrame(rows)
 
     def __repr__(self) -> str:
-        found = self.summary
-        latencies = f"TTFT p95 {seconds(found.ttft_p95_s.value)}, TPOT mean {seconds(found.mean_tpot_s.value)}"
-        limits = "within the limits" if self.kept else "not within the limits"
+        found, question = self.summary, self.simulated.question
+        level, verdict = question.service_level, self.simulated.verdict
+        latencies = ", ".join(
+            f"{one.name} {seconds(one.estimate.value)}" for one in simulated_latencies(found, verdict)
+        )
+        attained, share = percent(found.attainment), None if verdict is None else verdict.of(None)
+        if share is not None:
+            attained = share_within(share.estimate.value, share.limit)
+        if level == DEFAULT:
+            limits = "within the limits" if self.kept else "not within the limits"
+        else:
+            limits = f"{'kept' if self.kept else 'not kept'}: {level_words(level, question.limits)}"
         served = found.throughput_rps.value  # 0 or NaN: no request finished before the last one arrived
         rate = f"{digits(served, 4)} requests/s" if served > 0 else "too short for a rate"
-        return f"<hetis.Simulation: {rate}, {latencies}, {percent(found.attainment)} attained, {limits}>"
+        return f"<hetis.Simulation: {rate}, {latencies}, {attained} attained, {limits}>"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
@@ -166,21 +175,35 @@ class Plan:
         max_num_seqs: Count | None = None,
         chunk_tokens: Count | None = None,
         kv_blocks: Count | None = None,
+        ttft_statistic: StatisticName | None = None,
+        tpot_statistic: StatisticName | None = None,
+        attainment: Share | None = None,
     ) -> Simulation:
         """Run the plan under Poisson arrivals of its workload in virtual time, in this process.
 
         Args:
             rate: requests/s; by default the demanded one or the planned goodput.
-            requests: per run; by default 20 times what the plan holds at once, at least 2,000.
+            requests: per run; by default 20 times what the plan holds at once, at least 2,000, more for an attainment
+                above 97.5%.
             seeds: number of runs, the first with ``seed``.
             sweep: search the highest rate within the limits, to ``tolerance``.
             max_num_seqs, chunk_tokens, kv_blocks: settings that engines are started with instead of the plan's.
+            ttft_statistic, tpot_statistic: what of TTFT and TPOT is held to its limit instead of the plan's choice:
+                ``mean``, ``p50``, ``p90``, ``p95`` or ``p99``.
+            attainment: instead of statistics, the share of requests that have to keep all limits, such as ``"90%"``.
 
         Raises:
             HetisError: arguments are wrong, or the plan has no replicas or cannot be simulated.
         """
         if not self.value.replicas:
             raise InvalidProblemError("the plan has no replicas to simulate")
+        level = level_to_hold(
+            self.value,
+            self.value.objective,
+            ttft=None if ttft_statistic is None else Statistic(ttft_statistic),
+            tpot=None if tpot_statistic is None else Statistic(tpot_statistic),
+            attainment=None if attainment is None else float(attainment),
+        )
         load = Load(
             lengths=self.problem.workload,
             max_position=self.problem.model.max_position,
@@ -189,13 +212,14 @@ class Plan:
         )
         given = engine_settings(max_num_seqs=max_num_seqs, chunk_tokens=(chunk_tokens,), kv_blocks=kv_blocks)
         started = at_settings(self.value, self.problem, given)
-        plan, num_requests = started.plan, requests or default_requests(started.plan, load)
+        plan, num_requests = started.plan, requests or default_requests(started.plan, load, level)
         question = Question(
             load=load,
             num_requests=num_requests,
             seeds=tuple(range(seed, seed + seeds)),
             settings=Settings(sample_every_s=None if sweep else sample_spacing_s(plan, load, num_requests)),
             limits=plan.objective,
+            service_level=level,
             sweeps=sweep,
             tolerance=float(tolerance),
             engine_settings=given,

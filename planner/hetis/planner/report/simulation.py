@@ -14,13 +14,15 @@ from hetis.planner.report.figures import digits, gigabytes, percent, plural, sec
 from hetis.planner.report.tables import as_group, facts, section, table
 from hetis.planner.use_cases.grouping import grouped_use
 from hetis.planner.use_cases.json_values import document, json_value
+from hetis.planner.use_cases.service_level import ServiceLevel, limits_of, share_within
 from hetis.planner.use_cases.simulate import AGREES, Simulated
 from hetis.planner.use_cases.sources import engine_settings_data
+from hetis.planner.use_cases.verdicts import LevelVerdict, LimitVerdict, simulated_latencies
 from hetis.simulator.arrivals import Arrivals
 from hetis.simulator.metrics import Distribution
 from hetis.simulator.running import Point
 from hetis.simulator.steadiness import MAX_GROWTH, Estimate
-from hetis.solver.plan import Plan
+from hetis.solver.plan import Objective, Plan
 
 NAMED = 4  # devices named in a sentence
 
@@ -31,10 +33,12 @@ def render_simulation(simulated: Simulated, plan: Plan) -> Iterator[RenderableTy
     yield facts(_facts(simulated, plan))
     if simulated.sweep is not None:
         yield section("Rates tried", _points(simulated))
-    yield section("Expected and simulated", _comparison(simulated, plan))
     at = ""
     if (found := simulated.sweep) is not None:
         at = f" at {digits(found.goodput_rps or found.points[0].rate_rps, 4)} requests/s"
+    if simulated.verdict is not None and simulated.verdict.limits:
+        yield section(f"Limits{at}", _limits(simulated.verdict, simulated.question.limits))
+    yield section("Expected and simulated", _comparison(simulated, plan))
     yield section(f"Latencies{at}", _latencies(simulated))
     yield section("What happened", _events(simulated))
     if simulated.summary.devices:
@@ -44,6 +48,7 @@ def render_simulation(simulated: Simulated, plan: Plan) -> Iterator[RenderableTy
 def simulation_document(simulated: Simulated, plan: Plan) -> dict[str, Any]:
     """Return all runs and devices as JSON values, with null for missing numbers."""
     question, summary, load = simulated.question, simulated.summary, simulated.question.load
+    level, verdict = (None, None) if simulated.verdict is None else (question.service_level, simulated.verdict)
     engine_settings = {**engine_settings_data(question.engine_settings), "changes": question.changes}
     return document(
         "Simulation",
@@ -61,6 +66,11 @@ def simulation_document(simulated: Simulated, plan: Plan) -> dict[str, Any]:
         settings={name: value for name, value in json_value(question.settings).items() if name != "seed"},
         **({"engine_settings": engine_settings} if question.engine_settings else {}),
         limits={"ttft_s": question.limits.ttft_limit_s, "tpot_s": question.limits.tpot_limit_s},
+        service_level=level,
+        kept=simulated.kept,
+        sure=verdict and verdict.sure,
+        verdicts=_verdict_data(verdict),
+        missed={} if verdict is None else verdict.missed,
         complete=simulated.complete,
         precise=simulated.precise,
         steady=summary.steady,
@@ -71,8 +81,56 @@ def simulation_document(simulated: Simulated, plan: Plan) -> dict[str, Any]:
         agrees=_agreement(simulated),
         summary=summary,
         runs=simulated.runs,
-        sweep=simulated.sweep,
+        sweep=_sweep_data(simulated),
     )
+
+
+def _sweep_data(simulated: Simulated) -> dict[str, Any] | None:
+    if simulated.sweep is None:
+        return None
+    data: dict[str, Any] = json_value(simulated.sweep)
+    points = zip(data["points"], simulated.verdicts, strict=True)
+    return {**data, "points": [{**point, "verdicts": _verdict_data(verdict)} for point, verdict in points]}
+
+
+def _verdict_data(verdict: LevelVerdict | None) -> list[dict[str, Any]]:
+    """Return a row for every limit, of which there is none without a verdict."""
+    return [
+        {
+            "latency": one.latency,
+            "statistic": one.statistic,
+            "limit": one.limit,
+            "value": one.estimate.value,
+            "half_width": one.estimate.half_width,
+            "kept": one.kept,
+            "sure": one.sure,
+        }
+        for one in (() if verdict is None else verdict.limits)
+    ]
+
+
+def level_words(level: ServiceLevel, limits: Objective) -> str:
+    """Return a service level in words, without latencies that have no limit."""
+    limited = [*limits_of(limits)]
+    if level.attainment is None and len(limited) == 1:
+        return f"{level.statistic(limited[0])} of {limited[0]} within its limit"
+    return str(level)
+
+
+def service_level_words(simulated: Simulated) -> Text | None:
+    """Return whether the service level was kept; None: there is no limit, or no single rate below saturation."""
+    verdict, question = simulated.verdict, simulated.question
+    if verdict is None or not verdict.limits or simulated.sweep is not None:
+        return None
+    why = "; the load is not carried" if verdict.carried is False else ""
+    return Text.assemble(_verdict_word(verdict), f": {level_words(question.service_level, question.limits)}{why}")
+
+
+def _verdict_word(verdict: LimitVerdict | LevelVerdict) -> Text:
+    if verdict.kept is None:
+        return Text("not decided", "yellow")
+    word = Text("kept", "green") if verdict.kept else Text("MISSED", "bold red")
+    return word if verdict.sure else Text.assemble(word, (", unsure", "yellow"))
 
 
 def _title(simulated: Simulated, plan: Plan) -> Text:
@@ -96,6 +154,8 @@ def _facts(simulated: Simulated, plan: Plan) -> Iterator[tuple[str, RenderableTy
         yield "", Text(doubt, "yellow")
     if not math.isnan(summary.attainment) and question.load.arrivals is not Arrivals.SATURATED:
         yield "Attainment", f"{percent(summary.attainment)} of the requests kept both limits"
+    if (words := service_level_words(simulated)) is not None:
+        yield "Service level", words
     clipped = f"; {simulated.num_clipped:,} requests clipped to the model's context" if simulated.num_clipped else ""
     measured = f"{summary.counts.measured:,} requests over {seconds(summary.window_s)} per run"
     yield "Measured", f"{measured}, after {seconds(summary.warm_up_s)} of warm-up{clipped}"
@@ -114,7 +174,7 @@ def _facts(simulated: Simulated, plan: Plan) -> Iterator[tuple[str, RenderableTy
     if not simulated.complete:
         yield "", Text("stopped early: the figures cover only what was simulated", "yellow")
     if not simulated.precise:
-        yield "", Text(f"not yet stable: the widest interval is {percent(summary.precision())}", "yellow")
+        yield "", Text(f"not yet stable: the widest interval is {percent(simulated.precision)}", "yellow")
 
 
 def _doubt(simulated: Simulated) -> str | None:
@@ -161,9 +221,14 @@ def _arrivals(simulated: Simulated) -> str:
 def _goodput(simulated: Simulated) -> str:
     found, limits = simulated.sweep, simulated.question.limits
     assert found is not None
-    pairs = (("p95 TTFT", limits.ttft_limit_s), ("mean TPOT", limits.tpot_limit_s))
-    wanted = [f"{name} {seconds(limit)}" for name, limit in pairs if limit]
+    level = simulated.question.service_level
+    wanted = [
+        f"{latency if level.attainment is not None else f'{level.statistic(latency)} {latency}'} {seconds(limit_s)}"
+        for latency, limit_s in limits_of(limits).items()
+    ]
     within = f"within {' and '.join(wanted)}" if wanted else "carried"
+    if level.attainment is not None:
+        within += f" for {100 * level.attainment:g}% of the requests"
     if not found.goodput_rps:
         return f"none: even {digits(found.points[0].rate_rps)} requests/s is not {within}"
     beyond = f"; {digits(found.beyond_rps, 4)} is not" if found.beyond_rps is not None else "; no higher rate was tried"
@@ -172,18 +237,19 @@ def _goodput(simulated: Simulated) -> str:
 
 def _points(simulated: Simulated) -> Table:
     assert simulated.sweep is not None
-    rows = (
+    points = [*zip(simulated.sweep.points, simulated.verdicts, strict=True)]
+    names = [one.name for one in simulated_latencies(points[0][0].summary, points[0][1])]
+    rows: Iterator[tuple[str | Text, ...]] = (
         (
             digits(point.rate_rps, 4),
             digits(point.summary.throughput_rps.value, 4),
-            _seconds_with_interval(point.summary.ttft_p95_s),
-            _seconds_with_interval(point.summary.mean_tpot_s),
-            percent(point.summary.attainment),
+            *(_seconds_with_interval(one.estimate) for one in simulated_latencies(point.summary, verdict)),
+            percent(point.summary.attainment) if (share := verdict.of(None)) is None else _share(share),
             _verdict(point),
         )
-        for point in simulated.sweep.points
+        for point, verdict in points
     )
-    return table("requests/s", "served", "TTFT p95", "TPOT mean", "attained", "'", rows=rows, fixed=True)
+    return table("requests/s", "served", *names, "attained", "'", rows=rows, fixed=True)
 
 
 def _verdict(point: Point) -> Text:
@@ -191,6 +257,32 @@ def _verdict(point: Point) -> Text:
         return Text("not sustained", style="yellow")
     words = "within" if point.within else "misses"
     return Text(words if point.sure else f"{words}, unsure", style="green" if point.within else "yellow")
+
+
+def _limits(verdict: LevelVerdict, limits: Objective) -> Table:
+    made = table("'", "asked", "simulated", "'", fixed=True)
+    for one in verdict.limits:
+        if one.latency is None:
+            asked, reached = f"{100 * one.limit:g}%", _share(one, with_interval=True)
+            made.add_row("Requests within all limits", asked, reached, _verdict_word(one))
+        else:
+            name, reached = f"{one.latency} {one.statistic}", _seconds_with_interval(one.estimate)
+            made.add_row(name, seconds(one.limit), reached, _verdict_word(one))
+    if (share := verdict.of(None)) is not None:
+        for latency, limit_s in limits_of(limits).items():
+            within = share_within(1.0 - verdict.missed[latency], share.limit)
+            made.add_row(f"  {latency} within {seconds(limit_s)}", "", within, "", style="dim")
+    return made
+
+
+def _share(one: LimitVerdict, *, with_interval: bool = False) -> str:
+    if not math.isfinite(one.estimate.value):
+        return "unknown"
+    # 1 - 0.07 is a little below 0.93, which would be rounded down.
+    text = share_within(round(one.estimate.value, 12), one.limit)
+    if not with_interval or not one.estimate.half_width > 0:
+        return text
+    return f"{text.removesuffix('%')} ± {digits(100 * one.estimate.half_width, 2)}%"
 
 
 def _compared(simulated: Simulated) -> list[tuple[str, float, Estimate, float]]:

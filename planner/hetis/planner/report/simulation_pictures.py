@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from hetis.planner.use_cases.grouping import device_groups
+from hetis.planner.use_cases.service_level import limits_of
 from hetis.planner.use_cases.simulate import Simulated
+from hetis.planner.use_cases.verdicts import LevelVerdict, simulated_latencies
 from hetis.simulator.running import RateSweep
+from hetis.simulator.steadiness import Estimate
 from hetis.simulator.values import FloatArray, Run
 from hetis.solver.plan import Objective, Plan
 
@@ -56,24 +59,37 @@ def picture(simulated: Simulated, plan: Plan, *, form: str) -> str | bytes:
 
 
 def panels_of(simulated: Simulated, plan: Plan) -> tuple[Panel, ...]:
-    swept = () if simulated.sweep is None else panels_of_sweep(simulated.sweep, simulated.question.limits)
+    swept: Iterable[Panel] = ()
+    if simulated.sweep is not None:
+        swept = panels_of_sweep(simulated.sweep, simulated.question.limits, simulated.verdicts)
     return (*swept, *(() if simulated.run is None else _of_run(simulated, simulated.run, plan)))
 
 
-def panels_of_sweep(swept: RateSweep, limits: Objective) -> Iterator[Panel]:
-    """Yield throughput and latencies over the simulated rates, with the limits drawn across."""
+def panels_of_sweep(swept: RateSweep, limits: Objective, verdicts: Sequence[LevelVerdict] = ()) -> Iterator[Panel]:
+    """Yield throughput and latencies over the simulated rates, with the limits drawn across.
+
+    Latencies are in the statistics of the ``verdicts`` on the points (none: the usual ones), which are followed by the
+    share of the requests within all limits if that has a limit.
+    """
     rates = np.array([point.rate_rps for point in swept.points])
-    for title, estimates, limit in (
-        ("Throughput", [point.summary.throughput_rps for point in swept.points], None),
-        ("p95 TTFT", [point.summary.ttft_p95_s for point in swept.points], limits.ttft_limit_s),
-        ("mean TPOT", [point.summary.mean_tpot_s for point in swept.points], limits.tpot_limit_s),
-    ):
+    bounds, of_verdicts = limits_of(limits), verdicts or (None,) * len(swept.points)
+    panels = list[tuple[str, list[Estimate], str, float | None]]()
+    panels.append(("Throughput", [point.summary.throughput_rps for point in swept.points], "requests/s", None))
+    latencies = [
+        simulated_latencies(*of) for of in zip((one.summary for one in swept.points), of_verdicts, strict=True)
+    ]
+    for found in zip(*latencies, strict=True):
+        name, limit_s = f"{found[0].statistic} {found[0].latency}", bounds.get(found[0].latency)
+        panels.append((name, [one.estimate for one in found], "s", limit_s))
+    if shares := [share for one in verdicts if (share := one.of(None)) is not None]:
+        panels.append(("Requests within all limits", [one.estimate for one in shares], "share", shares[0].limit))
+    for title, estimates, y_title, limit in panels:
         half_widths = np.nan_to_num(np.array([estimate.half_width for estimate in estimates]))
         line = Line(name=title, x=rates, y=np.array([estimate.value for estimate in estimates]), spread=half_widths)
         yield Panel(
             title=title,
             x_title="requests/s arriving",
-            y_title="requests/s" if title == "Throughput" else "s",
+            y_title=y_title,
             lines=(line,),
             limits=(limit,) if limit is not None else (),
         )

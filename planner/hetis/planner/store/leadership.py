@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import sqlalchemy as sa
 
@@ -62,6 +63,8 @@ class FileLock:
 
 
 DECIDING_SHARE = 2 / 3  # share of the lease after which, without a renewal, no new decisions are made
+# A lease that nobody has renewed for so many leases, and at least so long, may be taken before it expires.
+UNRENEWED_LEASES, UNRENEWED_S = 3, 60.0
 
 
 def machine_s() -> float:
@@ -140,15 +143,55 @@ class Holder:
         return f"{self.name} {','.join(self.addresses)}" if self.addresses else self.name
 
 
-def look(connection: sa.Connection) -> tuple[Holder, float, str]:
-    """Return the last leader, the seconds left of its lease (negative if it has expired) and the tables' version.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GrantedLease:
+    """The lease in the one row. A renewal replaces it by another one, which ends at another time."""
+
+    epoch: int
+    holder: str
+    lease_end_s: float
+
+    @classmethod
+    def from_row(cls, row: sa.Row[Any]) -> GrantedLease:
+        return cls(epoch=row.epoch, holder=row.holder, lease_end_s=row.lease_end_s)
+
+
+class RenewalWatch:
+    """Finds a lease that nobody renews although the server says that it has not expired.
+
+    The server's clock may step back, and a dead leader's lease then lasts longer by the whole step. But a leader also
+    stops by its own clock, one lease after it asked for its last renewal, and a standby sees the renewed lease only
+    later: once a lease has passed here without another renewal, nobody leads. A longer wait tolerates clocks of
+    different speeds, and a leader whose configured lease is longer than the standby's.
+
+    Args:
+        lease_s: the lease that the standby is configured with.
+        clock: monotonic seconds.
+    """
+
+    def __init__(self, lease_s: float, clock: Callable[[], float]) -> None:
+        self.limit_s = max(UNRENEWED_LEASES * lease_s, UNRENEWED_S)
+        self._clock = clock
+        self._seen: GrantedLease | None = None
+        self._first_s = 0.0  # when that lease was first seen
+
+    def is_abandoned(self, lease: GrantedLease) -> bool:
+        """Note the lease that was just seen, and return whether it has been the same for over ``limit_s``."""
+        now_s = self._clock()
+        if lease != self._seen:
+            self._seen, self._first_s = lease, now_s
+        return now_s - self._first_s > self.limit_s
+
+
+def look(connection: sa.Connection) -> tuple[GrantedLease, float, str]:
+    """Return the last leader's lease, the seconds left of it (negative if it has expired) and the tables' version.
 
     Takes no lock.
     """
     left_s = (records.leadership.c.lease_end_s - _now(connection)).label("left_s")
-    columns = records.leadership.c.holder, left_s, schema.applied.label("version")
+    columns = records.leadership, left_s, schema.applied.label("version")
     row = connection.execute(sa.select(*columns).where(_ROW)).one()
-    return Holder.from_text(row.holder), float(row.left_s), row.version
+    return GrantedLease.from_row(row), float(row.left_s), row.version
 
 
 def end_terms(connection: sa.Connection) -> tuple[Holder, float]:
@@ -164,7 +207,9 @@ def end_terms(connection: sa.Connection) -> tuple[Holder, float]:
     return Holder.from_text(row.holder), float(row.left_s)
 
 
-def take(connection: sa.Connection, holder: str, *, store: str, lease_s: float) -> int:
+def take(
+    connection: sa.Connection, holder: str, *, store: str, lease_s: float, abandoned: GrantedLease | None = None
+) -> int:
     """Start a new term and return its epoch.
 
     Args:
@@ -172,6 +217,7 @@ def take(connection: sa.Connection, holder: str, *, store: str, lease_s: float) 
         holder: the name of the new leader, for messages.
         store: the store's name in messages.
         lease_s: how long others may not take over, by the server's clock; 0 if a file lock holds the term.
+        abandoned: a lease that may be ended before it expires, if it has not been renewed by now.
 
     Raises:
         ServiceError: NOT_LEADER, with the leader and the time of the next attempt.
@@ -179,7 +225,7 @@ def take(connection: sa.Connection, holder: str, *, store: str, lease_s: float) 
     """
     left_s = (records.leadership.c.lease_end_s - _now(connection)).label("left_s")
     row = connection.execute(sa.select(records.leadership, left_s).where(_ROW).with_for_update()).one()
-    if row.left_s > 0:
+    if row.left_s > 0 and GrantedLease.from_row(row) != abandoned:
         raise not_leader(row.holder, store=store, retry_after_s=float(row.left_s))
     epoch: int = row.epoch + 1
     lease_end_s = _now(connection) + lease_s if lease_s else 0.0

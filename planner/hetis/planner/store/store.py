@@ -19,7 +19,7 @@ import hetis.planner.store.leadership as leadership
 import hetis.planner.store.opening as opening
 import hetis.planner.store.schema as schema
 from hetis.planner.failures import Reason, ServiceError
-from hetis.planner.store.leadership import FileLock, Holder, Lease, machine_s
+from hetis.planner.store.leadership import FileLock, GrantedLease, Holder, Lease, RenewalWatch, machine_s
 from hetis.planner.store.opening import StoreError
 from hetis.planner.store.tables import Reader, Transaction
 
@@ -180,11 +180,12 @@ class Store:
         """The epoch of the present term, or None if this planner does not lead."""
         return self._epoch
 
-    async def lead(self, holder: str, addresses: Sequence[str] = ()) -> int:
+    async def lead(self, holder: str, addresses: Sequence[str] = (), *, abandoned: GrantedLease | None = None) -> int:
         """Take leadership durably and return its epoch, which is above all earlier ones.
 
         Args:
             holder: this planner's name, for display.
+            abandoned: a lease that may be ended before it expires, if it has not been renewed by now.
 
         Raises:
             ServiceError: NOT_LEADER if another planner holds the file's lock or the server's lease; STORE_UNAVAILABLE.
@@ -193,7 +194,7 @@ class Store:
         await _end(self._renewal)
         text = Holder(name=holder.replace(" ", "_"), addresses=tuple(addresses)).to_text()
         try:
-            asked_s, epoch = await self._limited(self._lead, text)
+            asked_s, epoch = await self._limited(self._lead, text, abandoned)
         except ServiceError as error:
             self._note_leader(error)
             raise
@@ -208,14 +209,30 @@ class Store:
     async def stand_by(self, holder: str, addresses: Sequence[str] = ()) -> int:
         """Wait until no planner leads, then lead and return the epoch. In the meantime `leader` names the leader.
 
+        It does not wait for the end of a lease that nobody renews (`RenewalWatch`). A term of its own, in which the
+        planner could not begin to lead, ends first, and other planners go before it.
+
         Raises StoreError if a planner of another version migrates the tables meanwhile.
         """
+        await _end(self._renewal)
+        epoch, watch = self._epoch, RenewalWatch(self._lease_s, self._machine_s)
+        if epoch is not None:
+            self._end_term()
+            with contextlib.suppress(ServiceError):
+                await self._limited(self._release, epoch)
+            await asyncio.sleep(1.5 * _LOOK_S)  # all others look meanwhile
         while True:
             wait_s = _LOOK_S
             try:
-                left_s = await self._limited(self._look)
+                lease, left_s = await self._limited(self._look)
                 if left_s <= 0:
                     return await self.lead(holder, addresses)
+                if watch.is_abandoned(lease):
+                    _log.warning(
+                        "the lease has not expired, but nobody renews it: the store's clock may have stepped back",
+                        extra={"leader": Holder.from_text(lease.holder).name, "left_s": round(left_s, 3)},
+                    )
+                    return await self.lead(holder, addresses, abandoned=lease)
                 self._led_s = self._machine_s()
                 wait_s = min(left_s + 0.01, _LOOK_S)
             except ServiceError as error:
@@ -293,7 +310,7 @@ class Store:
         epoch, self._epoch = self._epoch, None
         try:
             with contextlib.suppress(ServiceError):
-                await self._limited(self._release, epoch)
+                await self._limited(self._close_lease, epoch)
             closing = self._run(self._close)
             done, _ = await asyncio.wait({asyncio.ensure_future(closing)}, timeout=self._limit_s)
             if not done:
@@ -496,30 +513,31 @@ class Store:
                 left_s=left_s,
             )
 
-    def _look(self) -> float:
-        """Return the seconds left of the leader's lease; 0 for a file, whose lock determines whether it is free.
+    def _look(self) -> tuple[GrantedLease, float]:
+        """Return the lease and the seconds left of it; 0 for a file, whose lock determines whether it is free.
 
         Raises StoreError if a planner of another version has migrated the tables.
         """
-        left_s, version = self._look_by(self._lease_looks)
+        lease, left_s, version = self._look_by(self._lease_looks)
         schema.require_unchanged(version, self._label)
-        return 0.0 if self._lock is not None else left_s
+        return lease, 0.0 if self._lock is not None else left_s
 
-    def _look_by(self, engine: sa.Engine) -> tuple[float, str]:
+    def _look_by(self, engine: sa.Engine) -> tuple[GrantedLease, float, str]:
         with self._begun(engine) as connection:
-            holder, left_s, version = leadership.look(connection)
+            lease, left_s, version = leadership.look(connection)
         if self._epoch is None and left_s > 0:
-            self.leader = holder
-        return left_s, version
+            self.leader = Holder.from_text(lease.holder)
+        return lease, left_s, version
 
-    def _lead(self, holder: str) -> tuple[float, int]:
+    def _lead(self, holder: str, abandoned: GrantedLease | None) -> tuple[float, int]:
         """Take the leadership; return when the lease begins to count, and the epoch."""
         if self._lock is not None and not self._lock.take():
             with self._readers.begin() as connection:
                 raise leadership.not_leader(leadership.holder_of(connection), store=self._label)
         with self._begun(self._lease_engine) as connection:
             asked_s = self._machine_s()  # after connecting, which is not part of the lease
-            return asked_s, leadership.take(connection, holder, store=self._label, lease_s=self._lease_s)
+            epoch = leadership.take(connection, holder, store=self._label, lease_s=self._lease_s, abandoned=abandoned)
+            return asked_s, epoch
 
     def _renew(self, epoch: int) -> None:
         with self._begun(self._lease_statements) as connection:
@@ -553,10 +571,14 @@ class Store:
         with self.health.counted():
             return work(*arguments)
 
-    def _release(self, epoch: int | None) -> None:
-        if epoch is not None and self._lease_s:
+    def _release(self, epoch: int) -> None:
+        if self._lease_s:
             with contextlib.suppress(sa.exc.DBAPIError), self._lease_statements.begin() as connection:
                 leadership.release(connection, epoch)  # otherwise the lease would have to expire
+
+    def _close_lease(self, epoch: int | None) -> None:
+        if epoch is not None:
+            self._release(epoch)
         if self._lease_engine is not self._engine:
             self._lease_engine.dispose()
             self._lease_breaker.close()

@@ -6,11 +6,14 @@ import itertools
 import threading
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from hetis.formats.errors import DocumentError, Problem, did_you_mean
 from hetis.formats.traces import ENDINGS, PrefixHitRate, Trace, read_trace
 from hetis.formats.workload import load_workload
 from hetis.planner.use_cases.grouping import group_replicas
+from hetis.planner.use_cases.service_level import DEFAULT, ServiceLevel, limits_of
+from hetis.planner.use_cases.verdicts import LevelVerdict, as_swept, latencies_of, swept_limits, verdict_of
 from hetis.simulator.arrivals import Arrivals, Load
 from hetis.simulator.metrics import Metrics, Prediction, Summary, prediction_of, summarise
 from hetis.simulator.running import MAX_ROUNDS, RateSweep, Report, SimulationJob, SimulationRunner, runner, sweep
@@ -28,6 +31,8 @@ TURNS = 20  # how many times, by default, a run replaces all the requests that a
 DOUBLINGS = 6  # most doublings of the number of requests until the intervals are narrow
 SAMPLES = 200  # per device and run
 AGREES = 0.1  # tolerated difference of the ratio simulated / planned from 1
+MOST_FOR_A_SHARE = 40_000  # most requests, by default, that a run has only because of the share it has to measure
+WHOLE_AT_ONCE = 2_000_000  # requests of whole runs that are in memory at once, about 80 bytes each
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +44,7 @@ class Question:
     seeds: tuple[int, ...]  # one per run, replacing the seed in the settings
     settings: Settings
     limits: Objective
+    service_level: ServiceLevel = DEFAULT  # what must keep the limits, see `verdicts.level_to_hold`
     sweeps: bool = False  # whether to search for the highest rate within the limits, to a relative ``tolerance``
     tolerance: float = 0.02
     # Relative width of every interval up to which runs are lengthened; None: they are not
@@ -53,6 +59,8 @@ class Question:
             raise InvalidProblemError(
                 f"{self.num_requests} requests in {len(self.seeds)} runs: at least one of each is needed"
             )
+        if self.service_level.attainment is not None and not limits_of(self.limits):
+            raise InvalidProblemError("a share of requests is to keep all limits, but neither TTFT nor TPOT has one")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,6 +77,19 @@ class Simulated:
     sweep: RateSweep | None
     complete: bool
     precise: bool  # whether the intervals are as narrow as requested; True if that was not requested
+    verdict: LevelVerdict | None  # None: the fleet was saturated, so that its latencies mean nothing
+    verdicts: tuple[LevelVerdict, ...] = ()  # one for each point of the sweep
+
+    @property
+    def kept(self) -> bool | None:
+        """Return whether the service level was kept; None: that cannot be told."""
+        return None if self.verdict is None else self.verdict.kept
+
+    @property
+    def precision(self) -> float:
+        """Return the widest interval relative to its value, as `Summary.precision` but with those of the limits."""
+        limits = () if self.verdict is None else self.verdict.limits
+        return max((self.summary.precision(), *(one.estimate.relative for one in limits)))
 
 
 class NothingSimulatedError(Exception):
@@ -93,11 +114,11 @@ def default_rate(plan: Plan, problem: PlacementProblem) -> float:
     return plan.objective.demand_rps or problem.assumptions.planned_utilisation * prediction_of(plan).rate_rps
 
 
-def default_requests(plan: Plan, load: Load) -> int:
+def default_requests(plan: Plan, load: Load, level: ServiceLevel = DEFAULT) -> int:
     """Return all requests of a trace replayed as recorded, or else enough that warm-up and chance matter little."""
     if load.arrivals is Arrivals.RECORDED and isinstance(load.lengths, Trace):
         return len(load.lengths.arrival_s)
-    return max(MIN_REQUESTS, TURNS * seats_of(plan))
+    return max(MIN_REQUESTS, TURNS * seats_of(plan), level.requests(MOST_FOR_A_SHARE))
 
 
 def seats_of(plan: Plan) -> int:
@@ -168,25 +189,24 @@ def answer(
     with runner(plan, problem, processes=processes, cancelled=cancelled, report=report) as runs:
         if question.sweeps:
             return _swept(runs, question, begins)
-        found = _run(runs, question)
+        found = _run(runs, question, begins)
         for number in range(DOUBLINGS if question.precision is not None else 0):
             if cancelled.is_set() or found.precise:
                 break
             begins(f"with twice the requests, {number + 1} of {DOUBLINGS} times at most")
             question = replace(question, num_requests=2 * question.num_requests)
-            found = _run(runs, question)
+            found = _run(runs, question, begins)
         return found
 
 
-def _run(runs: SimulationRunner, question: Question) -> Simulated:
-    jobs = _jobs(question, question.load)
-    jobs[0] = replace(jobs[0], keep_run=question.keep_run)
-    answers = runs.run(jobs)
+def _run(runs: SimulationRunner, question: Question, begins: Callable[[str], None]) -> Simulated:
+    answers = _answers(runs, question, [question.load], begins)
     if not any(one.metrics.counts.arrived for one in answers):
         raise NothingSimulatedError
     metrics = tuple(one.metrics for one in answers)
     summary = summarise(metrics)
-    return Simulated(
+    saturated = question.load.arrivals is Arrivals.SATURATED
+    found = Simulated(
         question=question,
         prediction=prediction_of(runs.plan),
         summary=summary,
@@ -195,34 +215,43 @@ def _run(runs: SimulationRunner, question: Question) -> Simulated:
         run=answers[0].run,
         sweep=None,
         complete=not runs.cancelled.is_set(),
-        precise=question.precision is None or summary.precision() <= question.precision,
+        precise=True,
+        verdict=None if saturated else _verdict(question, summary, answers),
     )
+    return replace(found, precise=question.precision is None or found.precision <= question.precision)
 
 
 def _swept(runs: SimulationRunner, question: Question, begins: Callable[[str], None]) -> Simulated:
     clipped: list[int] = []  # clipped requests by load; all rates draw the same requests
     rounds = itertools.count(1)
+    summaries: dict[float, Summary] = {}
+    verdicts: dict[float, LevelVerdict] = {}
 
     def evaluate(rates: Sequence[float]) -> list[Summary]:
         tried = ", ".join(f"{rate:.3g}" for rate in rates)
         begins(f"rate {next(rounds)} of {MAX_ROUNDS} at most: {tried} requests/s")
         loads = [replace(question.load, rate_rps=rate) for rate in rates]
-        answers = runs.run([job for load in loads for job in _jobs(question, load)])
+        answers = _answers(runs, question, loads, begins)
         if runs.cancelled.is_set():
             return []  # traffic that was cut short shows nothing about its rate
         each = len(question.seeds)
         clipped.append(sum(one.num_clipped for one in answers[:each]))
-        return [summarise([one.metrics for one in answers[i : i + each]]) for i in range(0, len(answers), each)]
+        for number, rate in enumerate(rates):
+            of_rate = answers[number * each : (number + 1) * each]
+            summaries[rate] = summarise([one.metrics for one in of_rate])
+            verdicts[rate] = _verdict(question, summaries[rate], of_rate)
+        return [as_swept(summaries[rate], verdicts[rate]) for rate in rates]
 
     found = sweep(
         evaluate,
-        question.limits,
+        swept_limits(question.service_level, question.limits),
         start_rps=default_rate(runs.plan, runs.problem),
         tolerance=question.tolerance,
         at_once=max(1, runs.processes // len(question.seeds)),
     )
     if not found.points:
         raise NothingSimulatedError
+    found = replace(found, points=tuple(replace(point, summary=summaries[point.rate_rps]) for point in found.points))
     at = next((point for point in found.points if point.rate_rps == found.goodput_rps), found.points[0])
     return Simulated(
         question=question,
@@ -234,19 +263,67 @@ def _swept(runs: SimulationRunner, question: Question, begins: Callable[[str], N
         sweep=found,
         complete=not runs.cancelled.is_set(),
         precise=True,
+        verdict=verdicts[at.rate_rps],
+        verdicts=tuple(verdicts[point.rate_rps] for point in found.points),
     )
 
 
-def _jobs(question: Question, load: Load) -> list[SimulationJob]:
+class _Answer(NamedTuple):
+    """What is kept of the answer to a job."""
+
+    metrics: Metrics
+    num_clipped: int
+    run: Run | None  # the whole run, of the first job only
+    latencies: Run | None  # what a verdict needs of the run; None at the default level, which needs nothing
+
+
+def _answers(
+    runs: SimulationRunner, question: Question, loads: Sequence[Load], begins: Callable[[str], None]
+) -> list[_Answer]:
+    """Return the answers for all seeds of each load in turn.
+
+    Whole runs come back from the processes if their requests are judged one by one. No more of them than
+    `WHOLE_AT_ONCE` allows are in memory at once, unless every process has only one.
+    """
+    judged = question.service_level != DEFAULT
+    jobs = [job for load in loads for job in _jobs(question, load, keep_runs=judged)]
+    most = max(runs.processes, WHOLE_AT_ONCE // question.num_requests) if judged else len(jobs)
+    answers = list[_Answer]()
+    for first in range(0, len(jobs), most):
+        if runs.cancelled.is_set():
+            break
+        part = jobs[first : first + most]
+        if len(part) < len(jobs):
+            begins(f"runs {first + 1} to {first + len(part)} of {len(jobs)}")
+        answers += [
+            _Answer(
+                metrics=one.metrics,
+                num_clipped=one.num_clipped,
+                run=one.run if question.keep_run and number == first == 0 else None,
+                latencies=latencies_of(one.run, one.metrics) if judged and one.run is not None else None,
+            )
+            for number, one in enumerate(runs.run(part))
+        ]
+    return answers
+
+
+def _verdict(question: Question, summary: Summary, answers: Sequence[_Answer]) -> LevelVerdict:
+    latencies = [one.latencies for one in answers if one.latencies is not None]
+    return verdict_of(question.service_level, question.limits, summary, latencies)
+
+
+def _jobs(question: Question, load: Load, *, keep_runs: bool) -> list[SimulationJob]:
+    """Return a job for every seed. Only the first run can be shown, so only that one records a trace."""
     return [
         SimulationJob(
             load=load,
             num_requests=question.num_requests,
             seed=seed,
-            settings=replace(question.settings, seed=seed),
+            settings=replace(question.settings, seed=seed, trace=question.settings.trace and number == 0),
             limits=question.limits,
+            keep_run=keep_runs or (question.keep_run and number == 0),
         )
-        for seed in question.seeds
+        for number, seed in enumerate(question.seeds)
     ]
 
 

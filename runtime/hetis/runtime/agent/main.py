@@ -18,7 +18,6 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from hetis.formats.command_line.process import command_process
 from hetis.formats.command_line.verb import run_application
 from hetis.runtime.agent.options import (
     AgentOptionError,
@@ -200,15 +199,17 @@ def simulate(
     _run_until_told(run_engine(node, source, socket, control, seed, peer_address))
 
 
-def main() -> NoReturn:
-    """Run the command ``hetis-agent`` and exit."""
-    with command_process("hetis-agent", extra="agent"):
-        sys.exit(run_application(app, "hetis-agent", sys.argv[1:], _report_failure))
+def main() -> int:
+    """Run the command line of this process, and return the exit code."""
+    return run_application(app, "hetis-agent", sys.argv[1:], _report_failure)
 
 
 def _report_failure(error: Exception) -> int:
-    """Print an unexpected error with its traceback, and return the exit code."""
-    traceback.print_exception(error)
+    """Print an error, an unexpected one with its traceback, and return the exit code."""
+    if isinstance(error, ModuleNotFoundError) and error.name == "prometheus_client":  # hetis[vllm] has the rest
+        print("hetis-agent: prometheus_client is not installed: pip install 'hetis[agent]'", file=sys.stderr)
+    else:
+        traceback.print_exception(error)
     return EXIT_FAILED
 
 

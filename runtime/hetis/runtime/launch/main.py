@@ -11,14 +11,13 @@ import traceback
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 import typer
 from typer import Argument, Option
 
 from hetis.engines.errors import LayoutError, OptionError
 from hetis.engines.versions import Engine
-from hetis.formats.command_line.process import command_process
 from hetis.formats.command_line.verb import run_application, with_own_words
 from hetis.formats.endpoints import is_host
 
@@ -252,10 +251,9 @@ def kubernetes(
     yaml.safe_dump_all(manifests_of(layout, replace(serving, model=path), deployment), sys.stdout, sort_keys=False)
 
 
-def main() -> NoReturn:
-    """Run the command ``hetis-launch`` and exit."""
-    with command_process("hetis-launch", extra="launch"):
-        sys.exit(run_application(app, "hetis-launch", sys.argv[1:], _report_failure))
+def main() -> int:
+    """Run the command line of this process, and return the exit code."""
+    return run_application(app, "hetis-launch", sys.argv[1:], _report_failure)
 
 
 def _report_failure(error: Exception) -> int:
@@ -385,7 +383,3 @@ def _fail(messages: Iterable[str], code: int) -> int:
     for message in messages:
         print(f"hetis-launch: {message}", file=sys.stderr)
     return code
-
-
-if __name__ == "__main__":
-    main()

@@ -382,15 +382,15 @@ def _ruin(stage: LoadedStage, placement: Placement, state: int) -> int:
     for i in range(num):
         if placement.groups[i] > 0 and placement.seconds[i] > most:
             slowest, most = i, placement.seconds[i]
-    state = _next(state)
-    hits = 2 + (state >> 33) % 5
+    state = next_random(state)
+    hits = 2 + state % 5
     for hit in range(hits):
-        state = _next(state)
-        i = slowest if hit == 0 else (state >> 33) % num
+        state = next_random(state)
+        i = slowest if hit == 0 else state % num
         if placement.groups[i] == 0:
             continue
-        state = _next(state)
-        at = (state >> 33) % num_requests
+        state = next_random(state)
+        at = state % num_requests
         for turn in range(num_requests):
             j = (at + turn) % num_requests
             if placement.x[j, i] > 0:
@@ -403,8 +403,8 @@ def _ruin(stage: LoadedStage, placement: Placement, state: int) -> int:
 def _recreate(stage: LoadedStage, placement: Placement, state: int) -> tuple[bool, int]:
     """Give groups without a device to the marginal one, taking the requests in turn from a random one on."""
     num_requests = len(placement.contexts)
-    state = _next(state)
-    at = (state >> 33) % num_requests
+    state = next_random(state)
+    at = state % num_requests
     for turn in range(num_requests):
         j = (at + turn) % num_requests
         left = stage.head_groups - placement.x[j].sum()
@@ -418,6 +418,9 @@ def _recreate(stage: LoadedStage, placement: Placement, state: int) -> tuple[boo
 
 
 @kernel
-def _next(state: int) -> int:
-    """Return the next number of a linear congruential generator (Knuth's MMIX), kept positive."""
-    return (state * 6364136223846793005 + 1442695040888963407) & 0x7FFFFFFFFFFFFFFF
+def next_random(state: int) -> int:
+    """Return the next number, from 1 to 2**31 - 2, of a linear congruential generator (MINSTD of Park and Miller).
+
+    Its products fit in 64 bits: in kernels an overflow of signed integers is undefined, and what follows from it, too.
+    """
+    return state * 48271 % 0x7FFFFFFF

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from hetis.solver.dispatch.local_search import next_random
 from hetis.solver.dispatch.problem import FloatArray, IntArray
 from hetis.solver.dispatch.tables import device_s
 from hetis.solver.redispatch.tables import RedispatchTables, card_s, kernel
@@ -68,23 +69,29 @@ def short_with(tables: RedispatchTables, placement: JointPlacement, device: int,
 
 
 @kernel
+def put(tables: RedispatchTables, placement: JointPlacement, request: int, device: int, count: int) -> None:
+    """Add groups of a request to a device, or remove them if ``count`` is negative."""
+    before = max(0, placement.x[request, device] - tables.now[request, device])
+    placement.x[request, device] += count
+    after = max(0, placement.x[request, device] - tables.now[request, device])
+    placement.spent[0] += (after - before) * tables.num_bytes[request]
+    placement.groups[device] += count
+    placement.tokens[device] += count * tables.context[request]
+    placement.used[device] += count * tables.blocks[request]
+    for t in range(tables.later.shape[0]):
+        placement.later[t, device] += count * tables.later[t, request]
+    if device != tables.primary:
+        placement.workers[0] += count
+    placement.seconds[device] = seconds_with(tables, placement, device, 0, 0.0)
+
+
+@kernel
 def shift(
     tables: RedispatchTables, placement: JointPlacement, request: int, source: int, target: int, count: int
 ) -> None:
     """Move groups of a request."""
-    for i, n in ((source, -count), (target, count)):
-        before = max(0, placement.x[request, i] - tables.now[request, i])
-        placement.x[request, i] += n
-        after = max(0, placement.x[request, i] - tables.now[request, i])
-        placement.spent[0] += (after - before) * tables.num_bytes[request]
-        placement.groups[i] += n
-        placement.tokens[i] += n * tables.context[request]
-        placement.used[i] += n * tables.blocks[request]
-        for t in range(tables.later.shape[0]):
-            placement.later[t, i] += n * tables.later[t, request]
-        if i != tables.primary:
-            placement.workers[0] += n
-        placement.seconds[i] = seconds_with(tables, placement, i, 0, 0.0)
+    put(tables, placement, request, source, -count)
+    put(tables, placement, request, target, count)
 
 
 @kernel
@@ -325,3 +332,99 @@ def _set_row(tables: RedispatchTables, placement: JointPlacement, request: int, 
             n = min(placement.x[request, i] - row[i], row[k] - placement.x[request, k])
             if n > 0:
                 shift(tables, placement, request, i, k, n)
+
+
+# --- ruin and recreate: groups are placed again, partly at random, and improved; the better placement is kept
+
+
+@kernel
+def perturb(tables: RedispatchTables, x: IntArray, rounds: int, state: int) -> int:
+    """Make ``rounds`` attempts to improve ``x`` [N, D], which is replaced by the best placement found.
+
+    ``state`` is that of the random numbers; the next one is returned.
+    """
+    if len(x) == 0:
+        return state
+    least_s = _objective_s(tables, placement_of(tables, x))
+    for _ in range(rounds):
+        trial = x.copy()
+        placement = placement_of(tables, trial)
+        complete, state = _replace_some(tables, placement, state)
+        if not complete:
+            continue
+        improve(tables, trial)
+        found_s = _objective_s(tables, placement_of(tables, trial))
+        if found_s < least_s * (1.0 - 1e-9):
+            least_s = found_s
+            for j in range(x.shape[0]):
+                for i in range(x.shape[1]):
+                    x[j, i] = trial[j, i]
+    return state
+
+
+@kernel
+def _replace_some(tables: RedispatchTables, placement: JointPlacement, state: int) -> tuple[bool, int]:
+    """Take some units of one to four random requests from their devices, or all, and place them again.
+
+    Returns whether all found a device, with blocks and budget as permitted.
+    """
+    num_requests, num = placement.x.shape
+    state = next_random(state)
+    hits = 1 + state % 4
+    state = next_random(state)
+    everything = state % 2 == 0
+    for _ in range(hits):
+        state = next_random(state)
+        j = state % num_requests
+        for i in range(num):
+            state = next_random(state)
+            if everything or state % 3 == 0:
+                put(tables, placement, j, i, -placement.x[j, i])
+    state = next_random(state)
+    at = state % num_requests
+    for turn in range(num_requests):
+        j = (at + turn) % num_requests
+        left = tables.now[j].sum() - placement.x[j].sum()
+        while left > 0:
+            state = next_random(state)
+            i = _place_for(tables, placement, j, left, state)
+            if i < 0:
+                return False, state
+            put(tables, placement, j, i, tables.unit[i])
+            left -= tables.unit[i]
+    return placement.spent[0] <= tables.budget, state
+
+
+@kernel
+def _place_for(tables: RedispatchTables, placement: JointPlacement, request: int, left: int, state: int) -> int:
+    """Return the device for one more unit of a request that costs least, now and then any; -1 if none has room."""
+    num = len(tables.unit)
+    any_one, at = state % 8 == 0, state // 8 % num
+    best, least = -1, np.inf
+    for turn in range(num):
+        i = (at + turn) % num
+        unit = tables.unit[i]
+        there = placement.x[request, i] - tables.now[request, i]
+        if unit > left or (there + unit > 0 and not tables.takes[i]):
+            continue
+        if placement.used[i] + unit * tables.blocks[request] > tables.room[i]:
+            continue
+        if any_one:
+            return i
+        cost = seconds_with(tables, placement, i, unit, unit * tables.context[request])
+        cost += tables.charge[request, i] * (abs(there + unit) - abs(there))
+        cost += short_with(tables, placement, i, request, unit) - short_with(tables, placement, i, request, 0)
+        if cost < least:
+            best, least = i, cost
+    return best
+
+
+@kernel
+def _objective_s(tables: RedispatchTables, placement: JointPlacement) -> float:
+    """Return `hetis.solver.redispatch.tables.objective_s`."""
+    value: float = max(card_s(tables, float(placement.workers[0])), placement.seconds.max())
+    for i in range(len(tables.unit)):
+        value += short_with(tables, placement, i, 0, 0)
+        for j in range(len(placement.x)):
+            value += tables.charge[j, i] * abs(placement.x[j, i] - tables.now[j, i])
+    return value

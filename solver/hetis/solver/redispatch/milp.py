@@ -1,4 +1,4 @@
-"""Whole head groups by a small integer program, used if the local search is far from the bound.
+"""Whole head groups by a small integer program, used if the local search is far from the bound and memory is short.
 
 Steps of one group, each of which must help, get stuck if several devices are equally slow, if groups should change
 places, or if using a device pays only when it takes many at once. HiGHS considers all of that together. The program is
@@ -35,7 +35,7 @@ def search(tables: RedispatchTables, fractions: FloatArray) -> IntArray | None:
     if not len(movable):
         return None
     program = _MilpProgram(tables, movable)
-    highs = quiet_highs({"mip_rel_gap": REL_GAP, "mip_max_nodes": MOST_NODES})
+    highs = quiet_highs({"mip_rel_gap": REL_GAP, "mip_max_nodes": MOST_NODES, "mip_allow_restart": False})
     highs.passModel(program.model())
     highs.run()
     if highs.getInfo().primal_solution_status != highspy.SolutionStatus.kSolutionStatusFeasible:

@@ -32,6 +32,7 @@ from hetis.planner.report.page.blocks import (
 )
 from hetis.planner.report.page.plan_section import plan_section
 from hetis.planner.report.plan import kept_cell, problem_line
+from hetis.planner.report.simulation import service_level_words
 from hetis.planner.report.simulation_pictures import Panel, panels_of, panels_of_sweep
 from hetis.planner.report.tables import SimulatedExtent
 from hetis.planner.use_cases.compare import Compared, best_of, figures_of, kept_of
@@ -149,7 +150,9 @@ def simulation_page(simulated: Simulated, plan: Plan, problem: PlacementProblem)
     """Return the page of a plan with the results of its simulation."""
     load = simulated.question.load
     requests = f"{simulated.question.num_requests:,} requests a run"
-    traffic = f"{load.lengths.name}, arrivals {load.arrivals.value}, {requests}."
+    words = service_level_words(simulated)
+    level = "" if words is None else f" Service level {words.plain}."
+    traffic = f"{load.lengths.name}, arrivals {load.arrivals.value}, {requests}.{level}"
     section = plan_section(
         "The plan under traffic", plan, problem, anchor="plan-1", panels=panels_of(simulated, plan), traffic=traffic
     )

@@ -1,0 +1,86 @@
+"""The fields of a model's ``config.json``, read so that all their problems are reported together."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from typing import Any
+
+from hetis.formats.errors import Problem, shown
+from hetis.formats.positions import Text
+
+MAX_NUMBER = 10**9
+
+
+@dataclass(slots=True)
+class Config:
+    """Reads fields and collects their problems, so that all are reported. ``at``: the path of ``data`` in the file."""
+
+    data: dict[str, Any]
+    source: Text
+    problems: list[Problem] = field(default_factory=list)
+    at: tuple[str, ...] = ()
+    whole_data: dict[str, Any] = field(default_factory=dict)
+    quantisation: Config | None = None
+
+    def part(self, name: str) -> Config | None:
+        """Return the reader of a mapping beside the language model's fields, or None if the config has none."""
+        data = self.whole_data.get(name)
+        return Config(data, self.source, self.problems, (name,)) if isinstance(data, dict) else None
+
+    def inner(self, name: str) -> Config | None:
+        """Return the reader of a mapping among these fields, or None if the config omits it."""
+        data = self.data.get(name)
+        if data is not None and not isinstance(data, dict):
+            self.refuse(name, f"is {shown(data)}, must be a mapping")
+        return Config(data, self.source, self.problems, (*self.at, name)) if isinstance(data, dict) else None
+
+    def optional(self, name: str) -> int | None:
+        """Return a whole number, or None if the config omits it."""
+        return None if self.data.get(name) is None else self.whole(name)
+
+    def for_layers(self, name: str, length: int) -> list[Any] | None:
+        """Return a list with an item for every layer, or None if the config omits it."""
+        value = self.data.get(name)
+        if value is None:
+            return None
+        if not isinstance(value, list) or len(value) != length:
+            self.refuse(name, f"is {shown(value)}, must be a list of {length} items, one for each layer")
+            return None
+        return value
+
+    def kinds_of_layers(self, num_layers: int, known: Collection[str]) -> list[str] | None:
+        """Return ``layer_types``, or None if the config omits it or has a kind that is not known."""
+        kinds = self.for_layers("layer_types", num_layers)
+        for kind in dict.fromkeys(map(str, kinds or ())):
+            if kind not in known:
+                self.refuse("layer_types", f"has {shown(kind)}, only {' and '.join(known)} are modelled")
+                return None
+        return kinds
+
+    def whole(self, name: str, default: int | None = None, *, least: int = 1) -> int:
+        """Return a whole number, or ``default`` if the config omits it; without a default that is a problem."""
+        value = self.data.get(name)
+        if value is None:
+            if default is None:
+                self.problems.append(self.source.problem(self.at, f"{name} is missing"))
+            return least if default is None else default
+        if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= MAX_NUMBER:
+            self.refuse(name, f"is {shown(value)}, must be a whole number from {least} to {MAX_NUMBER}")
+            return default or least
+        return value
+
+    def flag(self, name: str, default: bool) -> bool:
+        value = self.data.get(name)
+        if value is None:
+            return default
+        if not isinstance(value, bool):
+            self.refuse(name, f"is {shown(value)}, must be true or false")
+            return default
+        return value
+
+    def refuse(self, name: str, message: str) -> None:
+        self.problems.append(self.source.problem((*self.at, name), message))
+
+    def refuse_all(self, message: str) -> None:
+        self.problems.append(self.source.problem(self.at, message))
