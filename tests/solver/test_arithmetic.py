@@ -33,7 +33,7 @@ from hetis.solver.problem import Assumptions, Family, PlacementProblem
 from hetis.solver.profile import Fit, Op, Piece, Profile
 from hetis.solver.workload import Workload
 from tests.solver.arithmetic import Numbers, Pool, Stage, divides, groups_of_rank, slowest
-from tests.solver.instances import MADE_UP, make_model, make_node, make_problem, make_workload
+from tests.solver.instances import MADE_UP, make_compressed, make_model, make_node, make_problem, make_workload
 
 JUDGED = ("hetis.solver.cost", "hetis.solver.check", "hetis.solver.placement", "hetis.simulator")
 MODELS = (
@@ -80,6 +80,8 @@ MODELS = (
         sliding_layers=2,
         draft=DraftShape(tokens=2, acceptance=0.5),
     ),
+    make_compressed(q_heads=8),
+    replace(make_compressed(q_heads=8), kv_bytes=1.0, draft=DraftShape(tokens=2, acceptance=0.5)),
 )
 WORKLOADS = (
     make_workload((120, 40)),
