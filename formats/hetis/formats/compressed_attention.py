@@ -66,8 +66,8 @@ def _ratios(config: Config, num_layers: int) -> list[int]:
         config.refuse_all("compress_ratios is missing, and layer_types, too")
         return []
     if not isinstance(stated, list) or len(stated) < num_layers:
-        what = f"is {shown(stated)}, must be a list of {num_layers} items at least, one for each layer"
-        config.refuse("compress_ratios", what)
+        found = f"has {len(stated)} items" if isinstance(stated, list) else f"is {shown(stated)}"
+        config.refuse("compress_ratios", f"{found}, must be a list of {num_layers} at least, one for each layer")
         return []
     ratios = stated[:num_layers]
     known = (0, 1, _SPARSE, _HEAVY)
