@@ -16,7 +16,7 @@ from hetis.solver.check.setting import Setting
 from hetis.solver.check.timing import stage_seconds
 from hetis.solver.cluster import Link
 from hetis.solver.dispatch.tables import costs_of, running_load
-from hetis.solver.model import MoeShape
+from hetis.solver.model import DraftShape, MoeShape
 from hetis.solver.plan import ReplicaPlan
 from hetis.solver.problem import PlacementProblem
 from tests.simulator.small_plans import pipeline, small_problem
@@ -86,12 +86,19 @@ def test_tensor_parallel_ranks_take_the_seconds_of_the_cost_model(tp: int) -> No
     assert setting.per_request(with_chunk, plain) == pytest.approx(expected, rel=1e-9)
 
 
+@pytest.mark.parametrize("draft", [None, DraftShape(tokens=2, acceptance=0.5)])
 @pytest.mark.parametrize("tp", [1, 4])
-def test_compressed_attention_takes_the_seconds_of_the_cost_model_at_the_mean_context(tp: int) -> None:
+def test_compressed_attention_takes_the_seconds_of_the_cost_model_at_the_mean_context(
+    tp: int, draft: DraftShape | None
+) -> None:
     """Every rank keeps the whole window and scores all keys, and several streams of the residual pass a stage."""
     problem = make_problem(
-        [make_node("big", "big", gpus=4)], workload=make_workload((300, 60)), model=make_compressed()
+        [make_node("big", "big", gpus=4)],
+        workload=make_workload((300, 60)),
+        model=replace(make_compressed(), draft=draft),
     )
+    fits = (replace(fit, pieces=(replace(fit.pieces[0], flop_s=1e-12),)) for fit in problem.profiles["big"].fits)
+    problem = replace(problem, profiles={"big": replace(problem.profiles["big"], fits=tuple(fits))})  # all counts
     one = pipeline(problem, 6, micro_batch=16, chunk_tokens=64)
     ranks = tuple(f"big/{i}" for i in range(tp))
     one = replace(one, stages=(replace(one.stages[0], tp=tp, devices=ranks, kv_head_groups_kept=1),))
