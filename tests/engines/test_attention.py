@@ -11,6 +11,7 @@ from hetis.engines.gpus import GpuKind, kind_of, kinds_in
 from hetis.formats import catalogue
 from hetis.formats.dtypes import with_precision
 from hetis.solver.model import ModelSpec
+from tests.solver.instances import make_compressed
 
 LLAMA, DEEPSEEK, SPARSE, GPT_OSS = (
     catalogue.find_model(name).model for name in ("Llama-3.1-70B", "DeepSeek-V3", "DeepSeek-V3.2", "gpt-oss-120b")
@@ -18,6 +19,7 @@ LLAMA, DEEPSEEK, SPARSE, GPT_OSS = (
 QWEN = catalogue.find_model("Qwen3.5-397B-A17B").model
 FP8 = with_precision(LLAMA, kv="fp8")
 GEMMA_3 = replace(LLAMA, sliding_window=1024, vision_params=400_000_000)
+COMPRESSED = make_compressed()
 T4, A100, L40S, H100, B200, RTX5090 = 7.5, 8.0, 8.9, 9.0, 10.0, 12.0
 
 
@@ -45,6 +47,9 @@ def kinds_at(capabilities: set[float]) -> list[GpuKind]:
         (SPARSE, {B200}, "FLASHMLA_SPARSE"),  # the choice depends on the heads of a rank
         (SPARSE, {RTX5090}, ""),  # its only backend
         (SPARSE, {H100, RTX5090}, None),
+        (COMPRESSED, {H100, B200}, ""),  # FlashMLA on both
+        (COMPRESSED, {RTX5090}, ""),
+        (COMPRESSED, {H100, RTX5090}, None),
         (replace(LLAMA, head_dim=256), {H100, B200}, "TRITON_ATTN"),  # FLASH_ATTN has different page sizes
         (replace(LLAMA, head_dim=256), {H100, A100}, ""),
         *((model, {B200}, "") for model in (LLAMA, FP8, GPT_OSS, GEMMA_3, DEEPSEEK)),
@@ -66,6 +71,7 @@ def test_vllm_is_told_a_backend_that_runs_on_all(model: ModelSpec, capabilities:
         (GPT_OSS, {B200, H100}, "triton"),
         (QWEN, {B200, H100}, "triton"),
         (SPARSE, {B200, H100}, ""),
+        (COMPRESSED, {B200, H100}, ""),
     ],
 )
 def test_sglang_is_told_one_with_pages_of_one_token(model: ModelSpec, capabilities: set[float], told: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -12,6 +13,7 @@ from hetis.engines.versions import Engine
 from hetis.solver.model import AttentionKind, DraftShape, IndexerShape, LinearShape, MlaShape, ModelSpec
 from hetis.solver.plan import AttentionWorkerPool, KvRoute, Plan, Role
 from tests.engines.plans import LAYER_BYTES, MODEL, PAGES, POOL, WITH_EXPERTS, plan_of, sharing, stage_of, staged
+from tests.solver.instances import make_compressed
 
 
 def rows(layout: Layout) -> list[tuple[str, str, int, str, tuple[int, ...], int]]:
@@ -331,6 +333,28 @@ def test_states_and_the_kv_of_a_drafting_layer_have_room() -> None:
     assert with_states == plain / 2 + 2 * requests * 1000
     drafting = layout_of(ALONE, 0, replace(linear, draft=DraftShape(tokens=2, acceptance=0.5)))
     assert drafting.rank_kv_bytes == 5 / 4 * (plain / 2 + 2 * requests * 3 * 1000), "a layer more, of the mean"
+
+
+def test_windows_and_inputs_of_compressors_are_whole_on_every_rank() -> None:
+    model = make_compressed(q_heads=16)
+    ranks = plan_of(stage_of(tp=4, kv_head_groups_kept=1, num_layers=6, devices=("a/0", "a/1", "a/2", "a/3")))
+    found = layout_of(ranks, 0, model).rank_kv_bytes
+    assert found is not None
+    kv = 6 * PAGES * math.ceil(PAGE_TOKENS * model.kv_bytes_per_token_group() / 2) * 2
+    states = 5 * model.state_bytes() + 32 * model.chunk_state_bytes()  # one is being prefilled
+    assert found == pytest.approx(kv + 6 * states, abs=1)
+    drafting = layout_of(ranks, 0, replace(model, draft=DraftShape(tokens=2, acceptance=0.5))).rank_kv_bytes
+    assert drafting == pytest.approx(7 / 6 * found, abs=1), "a layer more, but no state for each draft"
+    eight = plan_of(stage_of(tp=8, kv_head_groups_kept=1, num_layers=6, devices=tuple(f"a/{i}" for i in range(8))))
+    assert refused(eight, model) == ("stage 0: 8 ranks do not divide the 4 groups of heads in its output projection",)
+    halves = (
+        stage_of(num_layers=3, kv_head_groups_kept=1),
+        stage_of(first_layer=3, num_layers=3, kv_head_groups_kept=1, devices=("a/1",)),
+    )
+    assert layout_of(plan_of(*halves, in_flight=2), 0, model, engine=Engine.VLLM).layers == (3, 3)
+    assert refused(plan_of(*halves, role=Role.PREFILL), model, engine=Engine.VLLM) == (
+        "it prefills in several stages: vLLM's NIXL connector does not support this with layers that keep states",
+    )
 
 
 def test_kv_of_a_byte_takes_half_and_latent_kv_is_one_group_on_every_rank() -> None:

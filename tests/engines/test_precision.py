@@ -10,6 +10,7 @@ from hetis.engines.precision import CAPABILITIES, SUPPORT, remarks, why_not
 from hetis.formats import catalogue
 from hetis.formats.dtypes import PRECISIONS, with_precision
 from hetis.solver.model import AttentionKind
+from tests.solver.instances import make_compressed
 
 LLAMA, DEEPSEEK = catalogue.find_model("Llama-3.1-70B").model, catalogue.find_model("DeepSeek-V3").model
 V100, T4, A100, L4, H100, B200, MI300X, MI355X = (
@@ -54,6 +55,18 @@ def test_fp8_kv_of_latent_attention_takes_newer_gpus() -> None:
     assert why_not(model, A100, "vllm") is not None
     assert why_not(model, L4, "vllm") is None
     assert why_not(replace(model, kv_bytes=2.0), A100, "vllm") is None
+
+
+def test_compressed_attention_takes_hopper_and_kv_in_8_bits() -> None:
+    model = replace(make_compressed(), kv_bytes=1.0)
+    assert why_not(model, H100, "vllm") is None
+    assert why_not(model, B200, "vllm") is None
+    assert "takes compute capability 9 for compressed attention, L4" in str(why_not(model, L4, "vllm"))
+    in_16_bits = replace(model, kv_bytes=2.0)
+    assert why_not(in_16_bits, H100, "vllm") == (
+        "the kernels that vllm chooses for compressed attention keep KV in 8 bits: --kv fp8"
+    )
+    assert why_not(in_16_bits, H100, "sglang") is None
 
 
 def test_what_nobody_recorded_is_not_refused() -> None:

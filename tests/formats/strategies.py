@@ -17,6 +17,7 @@ from hetis.solver.dispatch.snapshot import DeviceStatus, PreparedMove
 from hetis.solver.layers.problem import LayersProblem, Links, NodeType, TimeTable
 from hetis.solver.model import (
     AttentionKind,
+    CompressedShape,
     DraftShape,
     GpuPrecision,
     IndexerShape,
@@ -141,6 +142,25 @@ def indexers(with_kv: int) -> st.SearchStrategy[IndexerShape]:
     )
 
 
+def compressed_layers(layers: int, head_dim: int, groups: int) -> st.SearchStrategy[CompressedShape]:
+    return st.builds(
+        CompressedShape,
+        window=SMALL,
+        sparse_layers=st.integers(1, layers // 2),
+        sparse_ratio=SMALL,
+        heavy_layers=st.integers(0, layers // 2),
+        heavy_ratio=SMALL,
+        top_entries=SMALL,
+        index_heads=SMALL,
+        index_head_dim=SMALL,
+        index_key_bytes=st.floats(min_value=0.5, max_value=1e4),
+        rope_head_dim=st.integers(0, head_dim),
+        q_lora_rank=SMALL,
+        o_groups=st.just(groups),
+        o_lora_rank=SMALL,
+    )
+
+
 def linear_layers(layers: int) -> st.SearchStrategy[LinearShape]:
     return st.builds(
         LinearShape,
@@ -174,7 +194,10 @@ def models(draw: st.DrawFn) -> ModelSpec:
     linear = draw(st.none() | linear_layers(layers))
     with_kv = layers - (0 if linear is None else linear.layers)
     plain = AttentionKind.MHA if group == 1 else AttentionKind.GQA
-    window = draw(st.none() | st.integers(1, 10_000))
+    window, head_dim = draw(st.none() | st.integers(1, 10_000)), draw(SMALL)
+    compressed = None
+    if not latent and linear is None and window is None and draw(st.booleans()):
+        kv_heads, compressed = 1, draw(compressed_layers(layers, head_dim, group))
     return ModelSpec(
         name=draw(TITLES),
         num_layers=layers,
@@ -182,7 +205,7 @@ def models(draw: st.DrawFn) -> ModelSpec:
         intermediate=draw(SMALL),
         q_heads=kv_heads * group,
         kv_heads=kv_heads,
-        head_dim=draw(SMALL),
+        head_dim=head_dim,
         vocab=draw(SMALL),
         attention=AttentionKind.MLA if latent else plain,
         weight_bytes=draw(element),
@@ -196,10 +219,12 @@ def models(draw: st.DrawFn) -> ModelSpec:
         sliding_layers=draw(st.none() | st.integers(1, with_kv)) if window is not None else None,
         windows_free_kv=draw(st.booleans()),
         gated_attention=draw(st.booleans()),
+        residual_streams=draw(st.integers(1, 4)),
         vision_params=draw(st.integers(0, 10**9)),
         linear=linear,
         draft=draw(st.none() | st.builds(DraftShape, tokens=st.integers(1, 16), acceptance=st.floats(0, 1))),
         indexer=draw(st.none() | indexers(with_kv)) if latent and mla.q_lora_rank and window is None else None,
+        compressed=compressed,
         float16=draw(st.booleans()),
         mla=mla if latent else None,
         moe=moe if draw(st.booleans()) else None,

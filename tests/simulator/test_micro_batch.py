@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hetis.simulator.kv_memory import KvGrowth, group_blocks
 from hetis.simulator.micro_batch import MicroBatch
 from hetis.solver.model import AttentionKind, IndexerShape, MlaShape
-from tests.solver.instances import make_model
+from tests.solver.instances import make_compressed, make_model
 
 BLOCK = 4
 
@@ -43,6 +43,19 @@ def test_contexts_grow_beyond_the_chosen_tokens_by_the_keys_of_the_layers_with_a
     assert growth.attended(10) == pytest.approx((2 * 8 * 6 + 4 * 10) / (2 * 8 + 4))
     assert (growth.blocks(10), growth.cached(10)) == (3, 10)  # all tokens keep a latent, and a key in one layer
     assert group_blocks(2 * 8 * BLOCK + 4 * BLOCK, model, layers=2, groups=1, block_tokens=BLOCK) == 1
+
+
+def test_contexts_of_compressed_attention_read_a_window_the_chosen_entries_and_keys_of_all() -> None:
+    model = make_compressed()
+    shape, growth = model.compressed, KvGrowth(model, BLOCK)
+    assert shape is not None
+    kept = model.kv_bytes_per_token_group()
+    for context in (24, 50, 80, 81, 300):  # from the window to beyond 20 entries of 4 tokens
+        entries = 24 + (3 * min(20.0, context / 4) + 2 * context / 32) / 6
+        read = entries * 2 * model.head_dim + 3 / 6 * context / 4 * shape.index_key_bytes
+        assert growth.attended(context) == pytest.approx(read / kept)
+    assert growth.attended(0) == pytest.approx(24 * 2 * model.head_dim / kept), "a window counts as full"
+    assert (growth.blocks(300), growth.cached(300), growth.frees) == (-(-300 // BLOCK), 300, False)
 
 
 @given(

@@ -16,11 +16,11 @@ from hetis.solver.check.setting import Setting
 from hetis.solver.check.timing import stage_seconds
 from hetis.solver.cluster import Link
 from hetis.solver.dispatch.tables import costs_of, running_load
-from hetis.solver.model import MoeShape
+from hetis.solver.model import DraftShape, MoeShape
 from hetis.solver.plan import ReplicaPlan
 from hetis.solver.problem import PlacementProblem
 from tests.simulator.small_plans import pipeline, small_problem
-from tests.solver.instances import make_model, make_node, make_problem, make_workload
+from tests.solver.instances import make_compressed, make_model, make_node, make_problem, make_workload
 
 MOE = MoeShape(num_experts=4, active_experts=2, expert_intermediate=256, shared_experts=1, first_dense_layers=1)
 
@@ -82,6 +82,32 @@ def test_tensor_parallel_ranks_take_the_seconds_of_the_cost_model(tp: int) -> No
     attended = moments.prefill_pairs / moments.mean_prompt
     with_chunk = timing.seconds(16, 16 * moments.resident_context, 64, 64 * attended, attended + 32, 17)
     plain = timing.seconds(16, 16 * moments.resident_context, 0, 0.0, 0.0, 16)
+    expected = stage_seconds(setting, shape.stages[0], is_first=True, is_last=True)
+    assert setting.per_request(with_chunk, plain) == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("draft", [None, DraftShape(tokens=2, acceptance=0.5)])
+@pytest.mark.parametrize("tp", [1, 4])
+def test_compressed_attention_takes_the_seconds_of_the_cost_model_at_the_mean_context(
+    tp: int, draft: DraftShape | None
+) -> None:
+    """Every rank keeps the whole window and scores all keys, and several streams of the residual pass a stage."""
+    problem = make_problem(
+        [make_node("big", "big", gpus=4)],
+        workload=make_workload((300, 60)),
+        model=replace(make_compressed(), draft=draft),
+    )
+    fits = (replace(fit, pieces=(replace(fit.pieces[0], flop_s=1e-12),)) for fit in problem.profiles["big"].fits)
+    problem = replace(problem, profiles={"big": replace(problem.profiles["big"], fits=tuple(fits))})  # all counts
+    one = pipeline(problem, 6, micro_batch=16, chunk_tokens=64)
+    ranks = tuple(f"big/{i}" for i in range(tp))
+    one = replace(one, stages=(replace(one.stages[0], tp=tp, devices=ranks, kv_head_groups_kept=1),))
+    setting, shape = setting_of(problem, one), replica_shape(one, problem, Fleet.of(problem.cluster))
+    timing, moments = StageTiming(problem, shape.stages[0], is_first=True, is_last=True), setting.moments
+    read = problem.model.read_tokens(moments.prefill_pairs / moments.mean_prompt)
+    decoding = 16 * problem.model.read_tokens(moments.resident_context)
+    with_chunk = timing.seconds(16, decoding, 64, 64 * read, read + 32, 17)
+    plain = timing.seconds(16, decoding, 0, 0.0, 0.0, 16)
     expected = stage_seconds(setting, shape.stages[0], is_first=True, is_last=True)
     assert setting.per_request(with_chunk, plain) == pytest.approx(expected, rel=1e-9)
 

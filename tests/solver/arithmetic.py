@@ -49,8 +49,8 @@ def slowest(links: list[Link]) -> Link:
 
 def divides(model: ModelSpec, n: int) -> bool:
     """Return whether n ranks can share the heads."""
-    G = model.head_groups
-    return model.q_heads % n == 0 and (G % n == 0 or n % G == 0)
+    G, z = model.head_groups, model.compressed
+    return model.q_heads % n == 0 and (G % n == 0 or n % G == 0) and (z is None or z.o_groups % n == 0)
 
 
 @cache
@@ -121,8 +121,12 @@ class Numbers:
             F, B = 2 * T * k * expert / s.tp, read * expert * m.weight_bytes / s.tp + 4 * rows
             apart = (self.fit(s.gpu, Op.EXPERTS, s.tp, F=F, B=B, T=T) - self.two_products(s)) / m.moe.every
             active, touched = active - k * expert / m.moe.every, touched - read * expert / m.moe.every
-        num_bytes = touched * m.weight_bytes / s.tp + 8 * m.hidden * m.activation_bytes * T
+        num_bytes = touched * m.weight_bytes / s.tp + self.rows() * m.activation_bytes * T
         return apart + self.fit(s.gpu, Op.DENSE, s.tp, F=2 * T * active / s.tp, B=num_bytes, T=T)
+
+    def rows(self) -> int:
+        """Numbers of a token that a layer moves: 8 H, of which half are those of a single residual stream"""
+        return 4 * self.model.hidden + 4 * self.model.hidden * self.model.residual_streams
 
     def two_products(self, s: Stage) -> float:
         """The launches in the dense fit of an MLP that layers with neither experts nor shared experts do not have."""
@@ -140,7 +144,7 @@ class Numbers:
         F = 2 * all_T * k * expert / r**0.7
         B = E * (1 - (1 - k / E) ** all_T) * expert * m.weight_bytes / r
         rest = m.active_layer_params() - k * expert / j
-        own_F, own_B = 2 * T * rest / n, rest * m.weight_bytes / n + 8 * m.hidden * m.activation_bytes * T
+        own_F, own_B = 2 * T * rest / n, rest * m.weight_bytes / n + self.rows() * m.activation_bytes * T
         half = all_T / 2 * m.hidden * m.activation_bytes
         each = self.fit(
             s.gpu, Op.ALL_REDUCE, r, B=half, W=2 * (r - 1) / r * half / s.intra_link.bytes_per_s, T=all_T / 2
@@ -166,9 +170,9 @@ class Numbers:
 
     def prefill(self, s: Stage) -> float:
         m, C, heads = self.model, self.C, self.model.q_heads / s.tp
-        a = m.attended_tokens(self.moments.prefill_pairs / self.moments.mean_computed)
-        B = (a + C / 2) * groups_of_rank(m, s.tp) * m.kv_bytes_per_token_group()
-        F = m.attention_flops(C * a, heads)
+        x = self.moments.prefill_pairs / self.moments.mean_computed
+        B = groups_of_rank(m, s.tp) * (self.read(x) + C / 2 * m.kv_bytes_per_token_group())
+        F = self.query_flops(C, x, heads)
         if m.linear:
             F += C * m.linear.token_flops * m.linear.layers / m.num_layers / s.tp
         return self.fit(s.gpu, Op.PREFILL_ATTENTION, s.tp, F=F, B=B, T=C, H=C * heads)
@@ -177,21 +181,82 @@ class Numbers:
         """Attention of this many (request, group) pairs, with groups as the stage's ranks see them."""
         if pairs == 0:
             return 0.0
-        m = self.model
-        y, rr = m.attended_tokens(self.moments.resident_context), m.q_heads / s.tp / groups_of_rank(m, s.tp)
+        m, x, requests = self.model, self.moments.resident_context, pairs / groups_of_rank(self.model, s.tp)
+        rr, busiest = m.q_heads / s.tp / groups_of_rank(m, s.tp), 1.0
         if self.d > 1:
             cv = self.moments.resident_context_sd / self.moments.resident_context
-            y *= 1 + greatest_of(self.d) * cv / math.sqrt(pairs / groups_of_rank(m, s.tp))
+            busiest = 1 + greatest_of(self.d) * cv / math.sqrt(requests)
         q = queries or self.q
         rr *= q
-        flops = m.decode_attention_flops(y, pairs * rr)
-        B = pairs * y * m.kv_bytes_per_token_group() + (1 + q) * pairs / groups_of_rank(m, s.tp) * self.state(s)
-        return self.fit(gpu, Op.DECODE_ATTENTION, n, F=flops, B=B, H=pairs * rr)
+        if m.compressed is None:
+            F, states = m.decode_attention_flops(busiest * m.attended_tokens(x), pairs * rr), (1 + q) * self.state(s)
+        else:
+            F, states = busiest * self.query_flops(requests * q, x, m.q_heads / s.tp), q * self.inputs_moved()
+        B = pairs * busiest * self.read(x) + requests * states
+        return self.fit(gpu, Op.DECODE_ATTENTION, n, F=F, B=B, H=pairs * rr)
+
+    def query_flops(self, queries: float, x: float, heads: float) -> float:
+        """FLOPs of so many tokens with a context of x each, on a rank with so many heads"""
+        m, z = self.model, self.model.compressed
+        if z is None:
+            return m.attention_flops(queries * m.attended_tokens(x), heads)
+        # Scores and values have 2 head_dim FLOPs each; a key is scored by all the indexer's heads on every rank.
+        return queries * (
+            4 * m.head_dim * heads * self.entries(x) + 2 * z.index_head_dim * z.index_heads * self.keys(x)
+        )
+
+    def entries(self, x: float) -> float:
+        """Vectors and compressed entries that a query attends to in the mean layer"""
+        L, z = self.model.num_layers, self.model.compressed
+        assert z is not None
+        chosen, all_of_them = min(z.top_entries, x / z.sparse_ratio), x / z.heavy_ratio
+        return min(z.window, x) + (z.sparse_layers * chosen + z.heavy_layers * all_of_them) / L
+
+    def keys(self, x: float) -> float:
+        z = self.model.compressed
+        assert z is not None
+        return z.sparse_layers / self.model.num_layers * x / z.sparse_ratio
+
+    def read(self, x: float) -> float:
+        """Bytes of KV that a query reads in one head group of the mean layer"""
+        m, z = self.model, self.model.compressed
+        if z is None:
+            return m.attended_tokens(x) * m.kv_bytes_per_token_group()
+        return self.entries(x) * self.entry() + self.keys(x) * z.index_key_bytes
+
+    def entry(self) -> float:
+        m, z = self.model, self.model.compressed
+        assert z is not None
+        if m.kv_bytes >= 2:
+            return m.kv_bytes * m.head_dim
+        return m.kv_bytes * (m.head_dim - z.rope_head_dim) + 2 * z.rope_head_dim + m.head_dim / 64
+
+    def inputs(self) -> tuple[float, float]:
+        """Bytes that compressors keep of a token, its numbers and as many weights in 32 bits: in a sparse layer (where
+        two runs overlap, and the indexer has a compressor), and in a heavy one"""
+        m, z = self.model, self.model.compressed
+        assert z is not None
+        return 2 * 2 * 4 * (m.head_dim + z.index_head_dim), 2 * 4 * m.head_dim
+
+    def inputs_moved(self) -> float:
+        """Bytes that a token writes for compressors in the mean layer, and its part of what they read per run"""
+        z, (sparse, heavy) = self.model.compressed, self.inputs()
+        assert z is not None
+        of_sparse = sparse + 2 * z.sparse_ratio * sparse / z.sparse_ratio
+        of_heavy = heavy + z.heavy_ratio * heavy / z.heavy_ratio
+        return (z.sparse_layers * of_sparse + z.heavy_layers * of_heavy) / self.model.num_layers
 
     def state(self, s: Stage) -> float:
         """Bytes of one request's state in the mean layer, on one rank."""
-        linear = self.model.linear
-        return linear.state_bytes * linear.layers / self.model.num_layers / s.tp if linear else 0.0
+        return self.whole_state() / (1 if self.model.compressed else s.tp)
+
+    def whole_state(self) -> float:
+        linear, z, L = self.model.linear, self.model.compressed, self.model.num_layers
+        if z is not None:
+            sparse, heavy = self.inputs()
+            runs = z.sparse_layers * 2 * z.sparse_ratio * sparse + z.heavy_layers * z.heavy_ratio * heavy
+            return z.window * self.entry() + runs / L
+        return linear.state_bytes * linear.layers / L if linear else 0.0
 
     def message(self, gpu: str, n: int, B: float, link: Link) -> float:
         return self.fit(gpu, Op.TRANSFER, n, B=B, W=B / link.bytes_per_s) if B else 0.0
@@ -234,12 +299,12 @@ class Numbers:
         kvb = m.kv_bytes_per_token_group()
         if self.role is Role.PREFILL:
             assert s.kv_link is not None
-            B = self.C * m.head_groups * kvb + self.C / P * self.state(s) * s.tp
+            B = self.C * m.head_groups * kvb + self.C / P * self.whole_state()
             return self.d * P / self.C * self.message(s.gpu, s.tp, B, s.kv_link)
         if self.role is Role.UNIFIED:
             return 0.0
         given = s.pool.head_groups * s.tp if s.pool else 0
-        B = P * (m.head_groups - given) * kvb + self.state(s) * s.tp
+        B = P * (m.head_groups - given) * kvb + self.whole_state()
         kept_s = self.d * self.message(s.gpu, s.tp, B, s.hop_link)
         return (
             max(kept_s, self.message(s.pool.gpu, 1, P * given * kvb / s.pool.cards, s.pool.link)) if s.pool else kept_s
@@ -282,7 +347,8 @@ class Numbers:
         m = self.model
         total = self.fit(s.gpu, Op.STEP, s.tp, T=T)
         if not is_first:
-            total += self.message(s.gpu, s.tp, T * m.hidden * m.activation_bytes, s.hop_link) + s.hop_link.latency_s
+            B = T * m.hidden * m.residual_streams * m.activation_bytes
+            total += self.message(s.gpu, s.tp, B, s.hop_link) + s.hop_link.latency_s
         if is_last:
             total += self.head(s, self.b * self.q + rows)
         if is_last and m.draft and self.b:  # the first pass is a layer like any other
@@ -325,7 +391,7 @@ class Numbers:
         a = self.moments.prefill_pairs / self.moments.mean_computed
 
         def f(x: float) -> float:
-            return m.attention_flops(m.attended_tokens(x), m.q_heads)
+            return self.query_flops(1, x, m.q_heads)
 
         token = 2 * m.active_layer_params() + f(a)
         if m.linear:
@@ -357,7 +423,7 @@ class Numbers:
 
     def landing_seconds(self, s: Stage, link: Link) -> float:
         B = self.C * self.model.head_groups * self.model.kv_bytes_per_token_group()
-        B += self.C / self.moments.mean_prompt * self.state(s) * s.tp
+        B += self.C / self.moments.mean_prompt * self.whole_state()
         return self.message(s.gpu, s.tp, B, link) + link.latency_s
 
     # --- memory
@@ -411,7 +477,7 @@ class Numbers:
         table = m.vocab * m.hidden * m.embedding_bytes / n
         total = float(self.problem.profiles[s.gpu].reserve_bytes)
         gathered = 2 * self.d * m.hidden if self.d > 1 else 0
-        total += (self.b * self.q + self.C) * m.activation_bytes * (4 * m.hidden + 2 * inner / n + gathered)
+        total += (self.b * self.q + self.C) * m.activation_bytes * (self.rows() / 2 + 2 * inner / n + gathered)
         total += s.layers * self.layer_params() * m.weight_bytes / n
         if is_first:
             total += table + m.prefix_layers * m.dense_layer_params() * m.weight_bytes / n
@@ -441,7 +507,12 @@ class Numbers:
     def state_bytes(self, s: Stage, is_first: bool, is_last: bool) -> float:
         """States of all requests that a rank holds."""
         requests = self.held(s.copies) * (self.b + self.phi) + self.staged_prompts(s.copies)
-        return (self.layers_of(s, is_first) + self.drafting(is_last)) * requests * self.q * self.state(s)
+        layers, z = self.layers_of(s, is_first) + self.drafting(is_last), self.model.compressed
+        if z is None:
+            return layers * requests * self.q * self.state(s)
+        sparse, heavy = self.inputs()  # kept of all tokens of a chunk, as their vectors are
+        token = self.entry() + (z.sparse_layers * sparse + z.heavy_layers * heavy) / self.model.num_layers
+        return layers * (requests * self.state(s) + self.held(s.copies) * self.phi * self.C * token)
 
     def worker_bytes(self, s: Stage, pool: Pool, *, is_first: bool) -> float:
         reserve = self.problem.profiles[pool.gpu].reserve_bytes

@@ -12,7 +12,7 @@ from dataclasses import replace
 from hypothesis import strategies as st
 
 from hetis.solver.cluster import Cluster, GpuSlots, GpuType, Link, Network, NodeGroup
-from hetis.solver.model import AttentionKind, ModelSpec, MoeShape
+from hetis.solver.model import AttentionKind, CompressedShape, ModelSpec, MoeShape
 from hetis.solver.plan import Objective, ObjectiveKind
 from hetis.solver.problem import Assumptions, Family, PlacementProblem
 from hetis.solver.profile import Fit, Op, Piece, Profile, Provenance, Source
@@ -78,6 +78,26 @@ def make_model(
         tie_embeddings=tie_embeddings,
         moe=moe,
     )
+
+
+def make_compressed(*, q_heads: int = 4) -> ModelSpec:
+    """Return a model with compressed attention: three sparse layers, two heavy ones, and one with a window alone."""
+    shape = CompressedShape(
+        window=24,
+        sparse_layers=3,
+        sparse_ratio=4,
+        heavy_layers=2,
+        heavy_ratio=32,
+        top_entries=20,
+        index_heads=2,
+        index_head_dim=16,
+        index_key_bytes=20.0,
+        rope_head_dim=16,
+        q_lora_rank=64,
+        o_groups=4,
+        o_lora_rank=32,
+    )
+    return replace(make_model(q_heads=q_heads, kv_heads=1), compressed=shape, residual_streams=3)
 
 
 def make_workload(*lengths: tuple[float, float]) -> Workload:

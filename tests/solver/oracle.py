@@ -570,7 +570,8 @@ def price_of(need: Need, nodes: Mapping[DeviceClass, int], kind: ObjectiveKind) 
 def assert_zone_links_do_not_bind(problem: PlacementProblem, best: Iterable[BestReplica]) -> None:
     """The best plan fits the zone links even if every hop of a replica in several zones used the slowest of them."""
     network, model, moments = problem.cluster.network, problem.model, problem.workload.moments()
-    bytes_per_request = (moments.mean_computed + moments.mean_output) * model.hidden * model.activation_bytes
+    numbers = model.residual_streams * model.hidden
+    bytes_per_request = (moments.mean_computed + moments.mean_output) * numbers * model.activation_bytes
     bytes_per_s = sum(replica.rate * replica.hops_in_zones * bytes_per_request for replica in best)
     for a, b in itertools.permutations(problem.cluster.zones(), 2):
         assert bytes_per_s <= network.zone_link(a, b).bytes_per_s, "the oracle does not know binding zone links"

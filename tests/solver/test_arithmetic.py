@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -33,7 +34,7 @@ from hetis.solver.problem import Assumptions, Family, PlacementProblem
 from hetis.solver.profile import Fit, Op, Piece, Profile
 from hetis.solver.workload import Workload
 from tests.solver.arithmetic import Numbers, Pool, Stage, divides, groups_of_rank, slowest
-from tests.solver.instances import MADE_UP, make_model, make_node, make_problem, make_workload
+from tests.solver.instances import MADE_UP, make_compressed, make_model, make_node, make_problem, make_workload
 
 JUDGED = ("hetis.solver.cost", "hetis.solver.check", "hetis.solver.placement", "hetis.simulator")
 MODELS = (
@@ -79,6 +80,13 @@ MODELS = (
         sliding_window=50,
         sliding_layers=2,
         draft=DraftShape(tokens=2, acceptance=0.5),
+    ),
+)
+COMPRESSED = (
+    make_compressed(q_heads=8),
+    replace(make_compressed(q_heads=8), kv_bytes=1.0, draft=DraftShape(tokens=2, acceptance=0.5)),
+    replace(
+        make_compressed(q_heads=8), moe=MoeShape(num_experts=8, active_experts=2, expert_intermediate=256), kv_bytes=1.0
     ),
 )
 WORKLOADS = (
@@ -176,7 +184,7 @@ class Drawn:
         )  # fmt: skip
 
 
-def problem_of(draw: st.DrawFn, model: ModelSpec | None = None) -> PlacementProblem:
+def problem_of(draw: st.DrawFn, models: Sequence[ModelSpec] = MODELS) -> PlacementProblem:
     nic = Link(bytes_per_s=draw(st.floats(2e7, 2e9)), latency_s=draw(st.floats(1e-6, 1e-4)))
     far = Link(bytes_per_s=draw(st.floats(2e7, 2e9)), latency_s=2e-4)
     nodes = [
@@ -187,7 +195,7 @@ def problem_of(draw: st.DrawFn, model: ModelSpec | None = None) -> PlacementProb
     return make_problem(
         nodes,
         profiles={gpu: draw(profiles(gpu)) for gpu in ("A", "B")},
-        model=model or draw(st.sampled_from(MODELS)),
+        model=draw(st.sampled_from(models)),
         workload=draw(st.sampled_from(WORKLOADS)),
         network=Network(default=Link(bytes_per_s=8e8, latency_s=3e-5), zone_default=far),
         assumptions=Assumptions(block_tokens=draw(st.sampled_from([1, 16]))),
@@ -196,8 +204,8 @@ def problem_of(draw: st.DrawFn, model: ModelSpec | None = None) -> PlacementProb
 
 
 @st.composite
-def drawn(draw: st.DrawFn) -> Drawn:
-    problem, role = problem_of(draw), draw(st.sampled_from(Role))
+def drawn(draw: st.DrawFn, models: Sequence[ModelSpec] = MODELS) -> Drawn:
+    problem, role = problem_of(draw, models), draw(st.sampled_from(Role))
     model = problem.model
     tp = draw(st.sampled_from([n for n in (1, 2, 4, 8) if divides(model, n)]))
     links = st.builds(Link, bytes_per_s=st.floats(2e7, 2e9), latency_s=st.floats(1e-6, 1e-4))
@@ -224,12 +232,19 @@ def drawn(draw: st.DrawFn) -> Drawn:
     )
 
 
+STAGES = pytest.mark.parametrize("stages", [drawn(), drawn(COMPRESSED)], ids=["any model", "compressed"])
+
+
 def near(value: float) -> object:
     return pytest.approx(value, rel=1e-9, abs=1e-15)
 
 
-@given(drawn(), st.integers(1, 9))
-def test_the_checker_times_a_stage_alike(one: Drawn, num_copies: int) -> None:
+@STAGES
+@given(data=st.data(), num_copies=st.integers(1, 9))
+def test_the_checker_times_a_stage_alike(
+    stages: st.SearchStrategy[Drawn], data: st.DataObject, num_copies: int
+) -> None:
+    one = data.draw(stages)
     numbers, setting, ends = one.numbers, one.setting, {"is_first": one.is_first, "is_last": one.is_last}
     assert timing.stage_seconds(setting, one.shape, **ends) == near(numbers.stage_seconds(one.stage, **ends))
     assert timing.chunk_seconds(setting, one.shape, **ends) == near(numbers.chunk_seconds(one.stage, **ends))
@@ -243,8 +258,10 @@ def test_the_checker_times_a_stage_alike(one: Drawn, num_copies: int) -> None:
         assert landing_s == near(numbers.landing_seconds(one.stage, one.stage.kv_link))
 
 
-@given(drawn())
-def test_the_checker_counts_memory_alike(one: Drawn) -> None:
+@STAGES
+@given(data=st.data())
+def test_the_checker_counts_memory_alike(stages: st.SearchStrategy[Drawn], data: st.DataObject) -> None:
+    one = data.draw(stages)
     numbers, setting, ends = one.numbers, one.setting, {"is_first": one.is_first, "is_last": one.is_last}
     assert memory.rank_bytes(setting, one.shape, **ends) == near(numbers.rank_bytes(one.stage, **ends))
     room = max(0.0, numbers.kv_room(one.stage, **ends))
@@ -255,8 +272,10 @@ def test_the_checker_counts_memory_alike(one: Drawn) -> None:
         assert found == near(numbers.worker_bytes(one.stage, pool, is_first=one.is_first))
 
 
-@given(drawn())
-def test_the_simulator_has_the_room_that_is_left(one: Drawn) -> None:
+@STAGES
+@given(data=st.data())
+def test_the_simulator_has_the_room_that_is_left(stages: st.SearchStrategy[Drawn], data: st.DataObject) -> None:
+    one = data.draw(stages)
     numbers, ends = one.numbers, {"is_first": one.is_first, "is_last": one.is_last}
     profile = one.problem.profiles["A"]
     free = profile.usable_bytes - numbers.fixed_bytes(one.stage, **ends)
@@ -268,8 +287,12 @@ def test_the_simulator_has_the_room_that_is_left(one: Drawn) -> None:
     assert rank_room_bytes(one.setting, one.shape, **ends) == near(max(0.0, free))
 
 
-@given(drawn())
-def test_the_simulator_takes_the_mean_iteration_for_as_long(one: Drawn) -> None:
+@STAGES
+@given(data=st.data())
+def test_the_simulator_takes_the_mean_iteration_for_as_long(
+    stages: st.SearchStrategy[Drawn], data: st.DataObject
+) -> None:
+    one = data.draw(stages)
     numbers, ends, s = one.numbers, {"is_first": one.is_first, "is_last": one.is_last}, one.stage
     if one.role is not Role.UNIFIED or (s.pool is not None and (one.b * s.pool.head_groups * s.tp) % s.pool.cards):
         return  # KV of prefill and decode replicas has events of its own; cards differ by a (request, group) pair
@@ -281,8 +304,8 @@ def test_the_simulator_takes_the_mean_iteration_for_as_long(one: Drawn) -> None:
         return  # depends on the mean over all copies; see tests/simulator/test_lockstep.py
     found = StageTiming(one.problem, one.shape, **ends, steps=steps)
     a = moments.prefill_pairs / moments.mean_computed
-    read = model.attended_tokens(a)
-    context = model.attended_tokens(moments.resident_context)
+    read = model.read_tokens(a)
+    context = model.read_tokens(moments.resident_context)
     if steps != 1.0 and abs(C / steps - round(C / steps)) > 1e-9:
         steps = found.steps = 1.0  # a whole iteration at once
     with_chunk = found.seconds(b, b * context, round(C / steps), C / steps * read, read + C / 2, b + 1)
@@ -304,9 +327,9 @@ def test_the_simulator_takes_the_mean_iteration_for_as_long(one: Drawn) -> None:
 
 
 @st.composite
-def templates(draw: st.DrawFn) -> tuple[PlacementProblem, CostTables, Template]:
+def templates(draw: st.DrawFn, models: Sequence[ModelSpec] = MODELS) -> tuple[PlacementProblem, CostTables, Template]:
     """Draw any replica of one or two stages from the tables of a problem."""
-    problem = problem_of(draw)
+    problem = problem_of(draw, models)
     costs = build_cost_tables(problem)
     configuration = draw(st.sampled_from(configurations(costs)))
     scope, mix = costs.scopes[configuration.scope], costs.mixes[configuration.mix]
@@ -328,6 +351,9 @@ def templates(draw: st.DrawFn) -> tuple[PlacementProblem, CostTables, Template]:
         stages.append(stage)
     template = Template(configuration.scope, configuration.mix, configuration.in_flight_index, tuple(stages), math.inf)
     return problem, costs, template
+
+
+REPLICAS = pytest.mark.parametrize("replicas", [templates(), templates(COMPRESSED)], ids=["any model", "compressed"])
 
 
 def named(problem: PlacementProblem, costs: CostTables, template: Template) -> tuple[Numbers, list[Stage]]:
@@ -361,8 +387,12 @@ def named(problem: PlacementProblem, costs: CostTables, template: Template) -> t
     return numbers, stages
 
 
-@given(templates())
-def test_the_search_tabulates_the_same_seconds(found: tuple[PlacementProblem, CostTables, Template]) -> None:
+@REPLICAS
+@given(data=st.data())
+def test_the_search_tabulates_the_same_seconds(
+    replicas: st.SearchStrategy[tuple[PlacementProblem, CostTables, Template]], data: st.DataObject
+) -> None:
+    found = data.draw(replicas)
     problem, costs, template = found
     numbers, stages = named(*found)
     last = len(stages) - 1
@@ -399,8 +429,12 @@ def test_the_ranks_of_a_group_share_out_the_weights(model: ModelSpec, tp: int) -
     assert rank.embedding_bytes() == near(model.embedding_params * model.embedding_bytes / tp)
 
 
-@given(templates())
-def test_the_search_finds_the_same_room(found: tuple[PlacementProblem, CostTables, Template]) -> None:
+@REPLICAS
+@given(data=st.data())
+def test_the_search_finds_the_same_room(
+    replicas: st.SearchStrategy[tuple[PlacementProblem, CostTables, Template]], data: st.DataObject
+) -> None:
+    found = data.draw(replicas)
     _, costs, template = found
     numbers, stages = named(*found)
     last, repeated = len(stages) - 1, numbers.model.num_layers - numbers.model.prefix_layers

@@ -15,7 +15,7 @@ from hetis.solver.placement.families import run_by
 from hetis.solver.plan import AttentionWorkerPool, ReplicaPlan, Role, StagePlan
 from hetis.solver.problem import EngineRules, Family, PlacementProblem
 from tests.solver.claimed_plans import unclaimed
-from tests.solver.instances import make_model, make_node, make_problem
+from tests.solver.instances import make_compressed, make_model, make_node, make_problem
 
 FAMILY = Family(max_copies=1, max_pool=2, tp_sizes=(1, 2), micro_batches=(4,), in_flight=(1, 2, 3), chunk_tokens=(64,))
 FIRST = StagePlan(gpu="A", tp=1, copies=1, first_layer=0, num_layers=3, devices=("a-0/0",), kv_head_groups_kept=1)
@@ -127,6 +127,13 @@ def test_sglang_drafts_in_pipelines_only_where_it_prefills() -> None:
         assert [one.message for one in found] == [f"{message} ({name})" for message in said]
     sglang = replace(problem.family.engine, name="sglang")
     assert sglang.stages_of(Role.PREFILL, model) == sglang.stages_of(Role.UNIFIED, problem.model) == sglang.max_stages
+
+
+def test_vllm_hands_over_windows_and_compressors_from_one_stage() -> None:
+    problem = the_problem()
+    assert problem.family.engine is not None
+    engine, roles = problem.family.engine, (Role.PREFILL, Role.DECODE, Role.UNIFIED)
+    assert [engine.stages_of(role, make_compressed()) for role in roles] == [1, 1, engine.max_stages]
 
 
 def test_vllm_runs_layers_that_share_indexers_in_one_stage() -> None:

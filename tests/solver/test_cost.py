@@ -11,12 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hetis.solver import cost
+from hetis.solver.check.setting import divides
 from hetis.solver.cluster import GpuType, Link
 from hetis.solver.plan import Role
 from hetis.solver.problem import Assumptions
 from tests.solver.arithmetic import groups_of_rank
-from tests.solver.instances import make_model
-from tests.solver.test_arithmetic import Drawn, drawn, near
+from tests.solver.instances import make_compressed, make_model
+from tests.solver.test_arithmetic import STAGES, Drawn, drawn, near
 
 
 def card(one: Drawn, gpu: str, tp: int, attention_dp: int = 1) -> cost.DeviceCost:
@@ -33,8 +34,10 @@ def mix_of(one: Drawn) -> cost.Mix:
     )  # fmt: skip
 
 
-@given(drawn(), st.integers(1, 700))
-def test_one_layer_takes_as_long(one: Drawn, tokens: int) -> None:
+@STAGES
+@given(data=st.data(), tokens=st.integers(1, 700))
+def test_one_layer_takes_as_long(stages: st.SearchStrategy[Drawn], data: st.DataObject, tokens: int) -> None:
+    one = data.draw(stages)
     numbers, s, link = one.numbers, one.stage, one.stage.hop_link
     rank = card(one, s.gpu, s.tp, one.d)
     all_tokens = mix_of(one).all_tokens
@@ -59,8 +62,10 @@ def test_one_layer_takes_as_long(one: Drawn, tokens: int) -> None:
     assert rank.landing_s(float(one.C), link) == near(numbers.landing_seconds(s, link))
 
 
-@given(drawn())
-def test_arrays_cost_what_their_elements_cost(one: Drawn) -> None:
+@STAGES
+@given(data=st.data())
+def test_arrays_cost_what_their_elements_cost(stages: st.SearchStrategy[Drawn], data: st.DataObject) -> None:
+    one = data.draw(stages)
     rank, link = card(one, one.stage.gpu, one.stage.tp, one.d), one.stage.hop_link
     tokens = np.array([0.0, 1.0, 17.0, 300.0])
     for cost_of in (
@@ -95,8 +100,10 @@ def test_attention_workers_take_as_long(one: Drawn) -> None:
     assert found_s == near(numbers.message(s.gpu, s.tp, sent, s.hop_link))
 
 
-@given(drawn())
-def test_memory_and_latencies_are_the_same(one: Drawn) -> None:
+@STAGES
+@given(data=st.data())
+def test_memory_and_latencies_are_the_same(stages: st.SearchStrategy[Drawn], data: st.DataObject) -> None:
+    one = data.draw(stages)
     numbers, s, model, moments = one.numbers, one.stage, one.problem.model, one.numbers.moments
     rank, mix, assumed = card(one, s.gpu, s.tp, one.d), mix_of(one), one.problem.assumptions
     own = mix.of_a_copy()
@@ -111,7 +118,7 @@ def test_memory_and_latencies_are_the_same(one: Drawn) -> None:
     assert cost.handed_over_per_copy(mix, held) == near(numbers.staged_prompts(s.copies))
     states = (
         cost.state_bytes_per_copy(model, mix, held)
-        / s.tp
+        / (1 if model.compressed else s.tp)
         * (numbers.layers_of(s, one.is_first) + numbers.drafting(one.is_last))
     )
     assert states == near(numbers.state_bytes(s, one.is_first, one.is_last))
@@ -129,8 +136,10 @@ def test_memory_and_latencies_are_the_same(one: Drawn) -> None:
     assert rank.room_bytes() == profile.usable_bytes - profile.reserve_bytes
 
 
-@given(drawn(), st.integers(1, 9))
-def test_slack_is_the_same(one: Drawn, num_copies: int) -> None:
+@STAGES
+@given(data=st.data(), num_copies=st.integers(1, 9))
+def test_slack_is_the_same(stages: st.SearchStrategy[Drawn], data: st.DataObject, num_copies: int) -> None:
+    one = data.draw(stages)
     numbers, s = one.numbers, one.stage
     spread = cost.chunk_spread(one.problem.model, numbers.moments)
     assert spread == near(numbers.delta())
@@ -185,6 +194,14 @@ def test_ranks_share_heads_only_where_they_come_out_even() -> None:
         12: (12, 1, 2, False),
         24: (24, 1, 1, False),
     }
+
+
+def test_ranks_hold_whole_groups_of_a_low_rank_output_projection() -> None:
+    model = make_compressed(q_heads=8)  # four groups of two heads
+    shapes = [cost.rank_shape(model, n) for n in (1, 2, 4, 8)]
+    assert [one and (one.groups, one.queries_per_group) for one in shapes] == [(1, 8), (1, 4), (1, 2), None]
+    assert not any(one is not None and one.splits_groups for one in shapes), "compressors serve all heads"
+    assert [divides(model, n) for n in (1, 2, 4, 8)] == [True, True, True, False]
 
 
 def test_cards_of_a_node_talk_over_what_is_named_then_nvlink_then_pcie() -> None:

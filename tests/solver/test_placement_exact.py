@@ -30,6 +30,7 @@ from hetis.solver.profile import Fit, Profile
 from tests.solver.instances import (
     NO_LIMITS,
     SMALL_FAMILY,
+    make_compressed,
     make_model,
     make_node,
     make_problem,
@@ -132,6 +133,7 @@ KINDS_OF_LAYERS = {
         mla=MlaShape(kv_lora_rank=48, qk_rope_head_dim=16, qk_nope_head_dim=32, v_head_dim=32, q_lora_rank=64),
         indexer=IndexerShape(top_tokens=32, heads=2, head_dim=64, key_bytes=68.0, layers=2),
     ),
+    "compressed": make_compressed(),
     "shared experts": make_model(
         kv_heads=1, moe=MoeShape(num_experts=8, active_experts=1, expert_intermediate=512, first_dense_layers=1)
     ),

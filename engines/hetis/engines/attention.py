@@ -29,6 +29,8 @@ def common_backend(model: ModelSpec, kinds: Iterable[GpuKind], engine: str) -> s
     if engine == "sglang":
         return _of_sglang(model, capabilities)
     majors = set(map(int, capabilities))
+    if model.compressed is not None:  # FlashInfer on RTX Blackwell, FlashMLA elsewhere (`_select_dsv4_attn_cls`)
+        return "" if len({major == 12 for major in majors}) < 2 else None
     if model.indexer is not None:
         # On Hopper and B200 vLLM's choice also depends on the heads per rank, so it can differ between identical GPUs.
         return "" if majors == {12} else "FLASHMLA_SPARSE" if majors <= {9, _DATACENTER_BLACKWELL} else None
@@ -53,7 +55,8 @@ def _of_sglang(model: ModelSpec, capabilities: set[float]) -> str:
 
     As in SGLang 0.5.23: `get_default_attn_backend` in srt/arg_groups/model_override_base.py.
     """
-    if model.indexer is not None or len({int(one) == _DATACENTER_BLACKWELL for one in capabilities}) < 2:
+    is_sparse = model.indexer is not None or model.compressed is not None  # each has kernels of its own
+    if is_sparse or len({int(one) == _DATACENTER_BLACKWELL for one in capabilities}) < 2:
         return ""
     # gpt-oss, Llama-4 and Qwen3.5 do not support flashinfer, nor does latent attention below Hopper.
     no_flashinfer = model.sliding_window is not None or model.linear is not None

@@ -122,14 +122,16 @@ class _Room:
     """The memory for KV and states.
 
     It has ``pages`` for every head group, each of ``page_bytes`` per layer, and ``state_bytes`` per layer for the
-    states of all requests. The last of the ``num_layers`` layers is followed by ``draft_layers`` more. At least
-    ``fitting_pages`` are in every stage, whichever of its layers have an indexer.
+    states of all requests, which ranks hold in parts or, unless ``divides_states``, whole. The last of the
+    ``num_layers`` layers is followed by ``draft_layers`` more. At least ``fitting_pages`` are in every stage, whichever
+    of its layers have an indexer.
     """
 
     pages: int
     fitting_pages: int
     page_bytes: int
     state_bytes: float
+    divides_states: bool
     num_layers: int
     draft_layers: int
     taken_bytes: int = 0  # memory of a rank that plans do not count (`_beside_shared_experts`)
@@ -146,7 +148,9 @@ class _Room:
             fitting_pages=_fitting_pages(pages, replica, model),
             # A mean of layers may be no whole number of bytes; up, but not by a rounding error.
             page_bytes=math.ceil(PAGE_TOKENS * numbers * (1 - 1e-12)) * each,
-            state_bytes=requests * model.step_tokens * model.state_bytes(),
+            state_bytes=requests * model.kept_states * model.state_bytes()
+            + replica.in_flight // replica.attention_dp * replica.chunk_tokens * model.chunk_state_bytes(),
+            divides_states=model.compressed is None,
             num_layers=model.num_layers,
             draft_layers=model.draft_layers,
             taken_bytes=_beside_shared_experts(replica, model),
@@ -161,7 +165,8 @@ class _Room:
         is_last = stage.first_layer + stage.num_layers == self.num_layers
         layers = stage.num_layers + (self.draft_layers if is_last else 0)
         kv_bytes = stage.kv_head_groups_kept * self.pages * layers * self.page_bytes
-        return max(0, kv_bytes + round(layers * self.state_bytes / stage.tp) - self.taken_bytes)
+        ranks = stage.tp if self.divides_states else 1
+        return max(0, kv_bytes + round(layers * self.state_bytes / ranks) - self.taken_bytes)
 
     def cards(self, replica: ReplicaPlan, number: int) -> Iterator[_Card]:
         """Yield the GPUs that hold KV for a stage; the heads that a rank does not keep are divided evenly among them.
@@ -574,7 +579,7 @@ def _handed_over(
         yield f"it decodes in {stages} stages: vLLM's NIXL connector only supports decode replicas with one"
     if replica.role is Role.PREFILL and model.sliding_window is not None:
         yield "it prefills in several stages: vLLM's NIXL connector does not support this with sliding-window layers"
-    if replica.role is Role.PREFILL and model.linear is not None:
+    if replica.role is Role.PREFILL and (model.linear is not None or model.compressed is not None):
         yield "it prefills in several stages: vLLM's NIXL connector does not support this with layers that keep states"
 
 
@@ -583,7 +588,8 @@ def _held_twice(replica: ReplicaPlan, partners: Sequence[KvPartner], model: Mode
 
     See `_validate_remote_agent_handshake` in vLLM's nixl/base_worker.py. SGLang, latent attention and states allow it.
     """
-    if replica.role is not Role.DECODE or engine is Engine.SGLANG or model.mla is not None or model.linear is not None:
+    is_latent = model.mla is not None or model.compressed is not None
+    if replica.role is not Role.DECODE or engine is Engine.SGLANG or is_latent or model.linear is not None:
         return
     ranks = replica.stages[0].tp
     senders = {one.tp for one in partners if one.role is Role.PREFILL}
@@ -611,6 +617,9 @@ def _impossible_stage(
         yield f"it is on several nodes, must be on one: {', '.join(first)}"
     if model.q_heads % stage.tp or (model.kv_heads % stage.tp and stage.tp % model.kv_heads):
         yield f"{stage.tp} ranks do not divide {model.q_heads} query heads and {model.kv_heads} KV heads"
+        return
+    if model.compressed is not None and not model.divides(stage.tp):
+        yield f"{stage.tp} ranks do not divide the {model.compressed.o_groups} groups of heads in its output projection"
         return
     placed = (stage.kv_head_groups_kept + sum(pool.kv_head_groups for pool in pools)) * stage.tp
     heads = max(model.kv_heads, stage.tp)

@@ -89,6 +89,8 @@ _SGLANG = Support(
     },
     fp8_kv={},
 )
+# FlashMLA is for Hopper and Blackwell, FlashInfer's kernels for RTX Blackwell.
+_COMPRESSED = Least(capability=9.0, source="vllm/models/deepseek_v4/nvidia/model.py, _select_dsv4_attn_cls")
 SUPPORT: Mapping[str, Support] = {"vllm-hetis": _VLLM, "vllm": _VLLM, "sglang": _SGLANG}
 
 
@@ -133,6 +135,10 @@ def _reasons(model: ModelSpec, gpu: GpuType, engine: str) -> Iterator[str]:
         ("fp8 KV (in 16 bits: --kv bf16)", fp8_kv),
         ("any model", support.engine),
     ]
+    if model.compressed is not None and support is _VLLM:
+        wanted.append(("compressed attention", _COMPRESSED))
+        if model.kv_bytes != 1:
+            yield f"the kernels that {engine} chooses for compressed attention keep KV in 8 bits: --kv fp8"
     for what, least in wanted:
         if least is not None and has < least.capability:
             yield (

@@ -54,7 +54,14 @@ def layer_weight_bytes(
     _, weights = split_dtype(dtype)
     if weights == "mxfp4":
         return experts_weight_bytes(dtype, model, sizes)
-    usual, params = sizes[weights], model.layer_params()
+    return mean_weight_bytes(sizes[weights], model, exceptions)
+
+
+def mean_weight_bytes(usual: float, model: ModelSpec, exceptions: Iterable[tuple[float, float]]) -> float:
+    """Return the mean bytes per parameter of a repeated layer whose parameters have ``usual`` bytes, with exceptions as
+    in `layer_weight_bytes`.
+    """
+    params = model.layer_params()
     return usual + sum(of_part / params * (own - usual) for of_part, own in exceptions)
 
 

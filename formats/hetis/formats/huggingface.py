@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from hetis.formats import dtypes
+from hetis.formats.compressed_attention import compressed_attention
 from hetis.formats.config_json import Config
 from hetis.formats.errors import DocumentError, Problem, did_you_mean, shown
 from hetis.formats.fields import listed
@@ -53,7 +54,7 @@ def model_from_config(data: dict[str, Any], source: Text, *, name: str, folder: 
         linear = _LINEAR_LAYERS[FAMILIES[architecture]](config, model.num_layers)
     quantised = weights_precision(config, model, linear)
     dtype = _dtype(config, quantised)
-    kv_bytes = stated_kv_bytes(config.quantisation, is_latent=model is not None and model.mla is not None)
+    kv_bytes = stated_kv_bytes(config.quantisation, is_latent=model is not None and _is_latent(model))
     if config.problems or model is None:
         raise DocumentError(config.problems)
     base = dtypes.base_bytes(dtype)
@@ -63,6 +64,11 @@ def model_from_config(data: dict[str, Any], source: Text, *, name: str, folder: 
     if config.quantisation is None:
         return dtypes.with_weight_bytes(model, dtypes.layer_weight_bytes(dtype, model))
     return dtypes.with_weight_bytes(model, layer_weight_bytes(config.quantisation.data, model, dtype, linear))
+
+
+def _is_latent(model: ModelSpec) -> bool:
+    """Return whether all heads share one vector per token, which engines cache in a layout of its own."""
+    return model.mla is not None or model.compressed is not None
 
 
 def _config(data: dict[str, Any], source: Text, architecture: str) -> Config:
@@ -431,6 +437,21 @@ def _deepseek_sparse(config: Config, name: str) -> ModelSpec | None:
     return None if model is None or config.problems else replace(model, indexer=indexer)
 
 
+def _deepseek_v4(config: Config, name: str) -> ModelSpec | None:
+    """Read DeepSeek-V4: compressed attention, several streams of the residual, and experts in every layer.
+
+    The first layers route by a table of tokens (``num_hash_layers``), with as many experts per token. KV has 8 bits
+    unless it is set otherwise, as in vLLM's kernels (``_resolve_dsv4_kv_cache_dtype`` in vllm/models/deepseek_v4).
+    """
+    if vision := config.data.get("vision_n_layers"):
+        config.refuse("vision_n_layers", f"is {shown(vision)}, but its vision tower is not modelled")
+    moe = replace(_routed(config), first_dense_layers=0)
+    common = _common(config, name, defaults={"num_key_value_heads": 1} | _dense_width(moe))
+    compressed = compressed_attention(config, common["num_layers"])
+    streams = config.whole("hc_mult")
+    return _spec(config, **common, moe=moe, compressed=compressed, residual_streams=streams, kv_bytes=1.0)
+
+
 def _indexer_layers(config: Config, num_layers: int) -> int | None:
     """Return how many layers have an indexer of their own, or None if all have; the others share an earlier choice.
 
@@ -531,6 +552,7 @@ _TABLE: tuple[tuple[str, str, Family], ...] = (
     ("Qwen3_5MoeForConditionalGeneration", "qwen3_5_moe", _qwen3_next),
     ("DeepseekV32ForCausalLM", "deepseek_v32", _deepseek_sparse),
     ("GlmMoeDsaForCausalLM", "glm_moe_dsa", _deepseek_sparse),
+    ("DeepseekV4ForCausalLM", "deepseek_v4", _deepseek_v4),
     ("Llama4ForConditionalGeneration", "llama4", _llama4),
     ("Mistral3ForConditionalGeneration", "mistral3", _mistral3),
     ("MistralLarge3ForCausalLM", "", _mistral3),
@@ -552,7 +574,7 @@ _UNLIKE = "windowed layers whose heads differ from those of other layers"
 NOT_MODELLED: dict[str, str] = {
     "KimiK3ForConditionalGeneration": "experts with a hidden size of their own (latent experts)",
     "NemotronHForCausalLM": "layers that have attention, a state space (Mamba) or an MLP alone",
-    "DeepseekV4ForCausalLM": _SPARSE,
+    "DeepseekV41ForCausalLM": "layers that share the compressed entries of others, and tables of n-grams (Engram)",
     "MiniMaxM3ForCausalLM": _SPARSE,
     "MiniMaxM3SparseForConditionalGeneration": _SPARSE,
     "Gemma4ForConditionalGeneration": _UNLIKE,

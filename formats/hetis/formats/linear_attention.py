@@ -51,7 +51,7 @@ def gated_delta_rule(config: Config, num_layers: int) -> LinearLayers:
         is_linear = list(map(_is_linear, kinds))
     elif _can_list(config, num_layers):
         is_linear = [layer % every != every - 1 for layer in range(num_layers)]
-    numbers = _spread(config, "layer_types", is_linear)
+    numbers = spread(config, "layer_types", is_linear)
     heads, key_dim = config.whole("linear_num_value_heads", 32), config.whole("linear_key_head_dim", 128)
     value_dim, kernel = config.whole("linear_value_head_dim", 128), config.whole("linear_conv_kernel_dim", 4)
     keys, values = config.whole("linear_num_key_heads", 16) * key_dim, heads * value_dim
@@ -107,9 +107,9 @@ def lightning_attention(config: Config, num_layers: int) -> LinearLayers:
     """
     if config.data.get("layer_types") is not None:  # as transformers names them
         kinds = config.kinds_of_layers(num_layers, _KINDS)
-        numbers = _spread(config, "layer_types", map(_is_linear, kinds or ()))
+        numbers = spread(config, "layer_types", map(_is_linear, kinds or ()))
     else:
-        numbers = _spread(config, "attn_type_list", (kind == 0 for kind in _minimax_kinds(config, num_layers)))
+        numbers = spread(config, "attn_type_list", (kind == 0 for kind in _minimax_kinds(config, num_layers)))
     hidden, heads = config.whole("hidden_size"), config.whole("num_attention_heads")
     size = config.whole("head_dim", max(1, hidden // heads))
     matrix = hidden * heads * size
@@ -164,7 +164,7 @@ def _kimi_layers(config: Config, own: Config | None, num_layers: int) -> tuple[i
     """Return the layers of Kimi delta attention. Transformers states a kind for each, Moonshot numbers from 1."""
     if config.data.get("layer_types") is not None:
         kinds = config.kinds_of_layers(num_layers, _KINDS)
-        return _spread(config, "layer_types", map(_is_linear, kinds or ()))
+        return spread(config, "layer_types", map(_is_linear, kinds or ()))
     if own is None:
         if config.data.get("linear_attn_config") is None:
             config.refuse_all("linear_attn_config is missing, and layer_types, too")
@@ -179,7 +179,7 @@ def _kimi_layers(config: Config, own: Config | None, num_layers: int) -> tuple[i
         return ()
     assert isinstance(linear, list), "checked above"
     of_linear = frozenset(linear)
-    return _spread(config, "linear_attn_config", (number in of_linear for number in range(1, num_layers + 1)))
+    return spread(config, "linear_attn_config", (number in of_linear for number in range(1, num_layers + 1)))
 
 
 def _minimax_kinds(config: Config, num_layers: int) -> list[Any]:
@@ -195,19 +195,19 @@ def _minimax_kinds(config: Config, num_layers: int) -> list[Any]:
     return [] if unknown else kinds
 
 
-def _spread(config: Config, field: str, is_linear: Iterable[bool]) -> tuple[int, ...]:
-    """Return the numbers of the linear layers. It is a problem of ``field`` if they are not spread evenly.
+def spread(config: Config, field: str, is_kind: Iterable[bool], kind: str = "linear attention") -> tuple[int, ...]:
+    """Return the numbers of the layers of a kind. It is a problem of ``field`` if they are not spread evenly.
 
     The cost model charges a stage the mean of all layers, so every run of layers must have about its share of them.
     """
-    flags = list(is_linear)
+    flags = list(is_kind)
     numbers, total = tuple(layer for layer, flag in enumerate(flags) if flag), len(flags)
-    # How many linear layers more than their share the first layers have, times the number of all layers.
+    # How many layers of the kind more than their share the first layers have, times the number of all layers.
     excess = list(itertools.accumulate((total * flag - len(numbers) for flag in flags), initial=0))
     if max(excess) - min(excess) >= _UNEVEN * max(1, total):
         first, end = sorted((excess.index(max(excess)), excess.index(min(excess))))
         share = len(numbers) * (end - first) / total
-        what = f"has {sum(flags[first:end])} layers of linear attention in layers {first} to {end - 1}, not about "
+        what = f"has {sum(flags[first:end])} layers of {kind} in layers {first} to {end - 1}, not about "
         reason = "a stage is charged the mean of all layers, so each kind must be spread evenly"
         config.refuse(field, f"{what}{share:.1f}, their share of {len(numbers)} in {total}: {reason}")
     return numbers

@@ -87,6 +87,28 @@ class IndexerPart(DocumentPart):
     layers: Annotated[int | None, Field(ge=1, le=10_000)] = None
 
 
+class CompressedPart(DocumentPart):
+    """Compressed attention (DeepSeek-V4): all heads share one vector per token, and all layers attend to the last
+    ``window`` of them. ``sparse_layers`` have an entry per ``sparse_ratio`` tokens, of which an indexer chooses
+    ``top_entries``; ``heavy_layers`` attend to all entries, of ``heavy_ratio`` tokens each. ``index_key_bytes`` is the
+    size of one entry in the indexer's cache.
+    """
+
+    window: Whole
+    sparse_layers: Annotated[int, Field(ge=0, le=10_000)]
+    sparse_ratio: Annotated[int, Field(ge=1, le=1_000_000)]
+    heavy_layers: Annotated[int, Field(ge=0, le=10_000)]
+    heavy_ratio: Annotated[int, Field(ge=1, le=1_000_000)]
+    top_entries: Whole
+    index_heads: Whole
+    index_head_dim: Whole
+    index_key_bytes: Annotated[float, Field(gt=0, le=1e6)]
+    rope_head_dim: WholeOrZero
+    q_lora_rank: Whole
+    o_groups: Whole
+    o_lora_rank: Whole
+
+
 class DraftPart(DocumentPart):
     """Multi-token prediction: ``tokens`` drafts per iteration, each accepted with probability ``acceptance`` if all
     earlier ones were.
@@ -115,7 +137,7 @@ class ModelSpecDocument(Document):
     A ``sliding_window`` applies to all layers, or to ``sliding_layers`` of them. Engines then free the KV outside the
     window, unless ``windows_free_kv`` is false (vLLM's ``--disable-hybrid-kv-cache-manager``). Older files have
     ``sliding_window_every``: 2 means a window in every second layer, and ``windows_free_kv`` then defaults to false.
-    ``vision_params`` are held by the first stage, in 16 bits.
+    ``vision_params`` are held by the first stage, in 16 bits. Layers mix ``residual_streams`` copies of the residual.
     """
 
     kind: Literal["ModelSpec"]
@@ -142,12 +164,14 @@ class ModelSpecDocument(Document):
     sliding_layers: Annotated[int | None, Field(ge=1, le=10_000)] = None
     windows_free_kv: bool = True
     gated_attention: bool = False
+    residual_streams: Annotated[int, Field(ge=1, le=64)] = 1
     vision_params: Annotated[int, Field(ge=0, le=10**12)] = 0
     float16: bool = True
     mla: MlaPart | None = None
     moe: MoePart | None = None
     linear: LinearPart | None = None
     indexer: IndexerPart | None = None
+    compressed: CompressedPart | None = None
     draft: DraftPart | None = None
     forbidden_cuts: list[Annotated[int, Field(ge=0)]] = Field(default_factory=list)
     precisions: dict[str, PrecisionPart] = Field(default_factory=dict, max_length=100)
@@ -159,8 +183,11 @@ _ALWAYS = (
     *("weight_bytes", "kv_bytes", "activation_bytes", "embedding_bytes"),
     *("gated_mlp", "tie_embeddings", "max_position"),
 )
-_UNLESS_USUAL = ("sliding_window", "sliding_layers", "windows_free_kv", "gated_attention", "vision_params", "float16")
-_SHAPES = ("mla", "moe", "linear", "indexer", "draft")
+_UNLESS_USUAL = (
+    *("sliding_window", "sliding_layers", "windows_free_kv", "gated_attention", "residual_streams", "vision_params"),
+    "float16",
+)
+_SHAPES = ("mla", "moe", "linear", "indexer", "compressed", "draft")
 
 
 def load_model(ref: str | os.PathLike[str]) -> ModelSpec:
@@ -279,6 +306,7 @@ def _check_model(data: Mapping[str, Any]) -> Found:
     has_indexer, has_window = (data.get(name) is not None for name in ("indexer", "sliding_window"))
     if has_indexer and has_window:
         yield ("indexer",), "and a sliding_window exclude each other"
+    yield from _check_compressed(data)
     if sliding and (number("sliding_window_every") or 1) > 1:
         yield ("sliding_layers",), "and sliding_window_every exclude each other"
     if sliding and not has_window:
@@ -288,6 +316,30 @@ def _check_model(data: Mapping[str, Any]) -> Found:
     for i, cut in enumerate(listed(data.get("forbidden_cuts"))):
         if layers and isinstance(cut, int) and cut >= layers:
             yield ("forbidden_cuts", i), f"is {shown(cut)}, must be < num_layers ({layers})"
+
+
+def _check_compressed(data: Mapping[str, Any]) -> Found:
+    if (shape := data.get("compressed")) is None:
+        return
+
+    def number(name: str, of: Any = shape) -> int | None:
+        return whole(mapping(of).get(name), most=math.inf)
+
+    for name in ("mla", "indexer", "linear", "sliding_window"):
+        if data.get(name) is not None:
+            yield ("compressed",), f"and {name} exclude each other"
+    kv_heads, layers = number("kv_heads", data), number("num_layers", data)
+    if kv_heads and kv_heads != 1:
+        yield ("kv_heads",), f"is {kv_heads}, must be 1 with compressed attention"
+    sparse, heavy = number("sparse_layers"), number("heavy_layers")
+    if layers and sparse is not None and heavy is not None and not 1 <= sparse + heavy <= layers:
+        yield ("compressed",), f"has {sparse} sparse and {heavy} heavy layers, must have 1 to {layers} together"
+    size, rope = number("head_dim", data), number("rope_head_dim")
+    if size and rope and rope > size:
+        yield ("compressed", "rope_head_dim"), f"is {rope}, must be <= head_dim ({size})"
+    heads, groups = number("q_heads", data), number("o_groups")
+    if heads and groups and heads % groups:
+        yield ("compressed", "o_groups"), f"is {groups}, must divide q_heads ({heads})"
 
 
 MODEL_SPEC = kind_of(ModelSpecDocument, ModelSpec, to_value=_to_model, to_data=_model_data, check=_check_model)

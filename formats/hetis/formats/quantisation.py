@@ -23,6 +23,7 @@ from hetis.formats.quantised_modules import (
 from hetis.solver.model import ModelSpec
 
 _SUPPORTED = "fp8, mxfp4, mxfp8, bitsandbytes, modelopt, quark, awq, gptq, compressed-tensors of 4 or 8 bits"
+_DEEPSEEK_V4 = ("fp8", "deepseek_v4_fp8")  # names of the method that quantises DeepSeek-V4, see `_with_experts`
 _QUANTISATION_FILE = "hf_quant_config.json"  # where ModelOpt's older checkpoints state how they are quantised
 
 # What vLLM accepts in the KV scheme of compressed-tensors (`validate_kv_cache_scheme`).
@@ -47,7 +48,7 @@ def quantisation_of(config: Config, folder: Path | None) -> Config | None:
     else:
         return None
     if isinstance(found, dict):
-        return Config(_in_one_form(found), source, config.problems, at)
+        return Config(_with_experts(config, _in_one_form(found)), source, config.problems, at)
     config.problems.append(source.problem(at, f"is {shown(found)}, must be a mapping"))
     return None
 
@@ -63,6 +64,15 @@ def _in_one_form(quantisation: dict[str, Any]) -> dict[str, Any]:
     return {**quantisation, **mapping(quantisation.get("quantization")), "quant_method": "modelopt"}
 
 
+def _with_experts(config: Config, quantisation: dict[str, Any]) -> dict[str, Any]:
+    """Return DeepSeek-V4's quantisation with the format of its routed experts, which the model's fields state.
+
+    As in vLLM 0.32 (models/deepseek_v4/quant_config.py), they have MXFP4 unless stated otherwise, all else FP8.
+    """
+    is_own = config.data.get("model_type") == "deepseek_v4" and quantisation.get("quant_method") in _DEEPSEEK_V4
+    return {"expert_dtype": config.data.get("expert_dtype") or "fp4", **quantisation} if is_own else quantisation
+
+
 def weights_precision(config: Config, model: ModelSpec | None, linear: LinearLayers) -> str | None:
     """Return the precision of quantised weights, a name in `dtypes.PRECISIONS`, or None if they are not quantised.
 
@@ -74,6 +84,8 @@ def weights_precision(config: Config, model: ModelSpec | None, linear: LinearLay
     method = str(quantisation.get("quant_method", "")).lower()
     bits = quantisation.get("bits", quantisation.get("w_bit", 4))
     by_method = {"fp8": "fp8", "mxfp4": "mxfp4", "mxfp8": "fp8", "fbgemm_fp8": "fp8"}
+    if "expert_dtype" in quantisation:
+        return _of_experts(config.quantisation)
     if method in by_method:
         return by_method[method]
     if method in ("awq", "gptq", "auto-round") and bits in (4, 8):
@@ -105,6 +117,20 @@ def weights_precision(config: Config, model: ModelSpec | None, linear: LinearLay
     what = f"{method} with {bits} bits" if method in ("awq", "gptq") else shown(method)
     config.quantisation.refuse_all(f"{what} is not supported; supported: {_SUPPORTED}")
     return None
+
+
+def _of_experts(quantisation: Config) -> str | None:
+    """Return the precision of DeepSeek-V4's routed experts, which have nearly all of its weights."""
+    stated = quantisation.data["expert_dtype"]
+    if stated == "fp4" and str(quantisation.data.get("moe_quant_algo")).upper() == "NVFP4":
+        return "nvfp4"
+    known = {"fp4": "mxfp4", "fp8": "fp8"}
+    if not isinstance(stated, str) or stated not in known:
+        quantisation.problems.append(
+            quantisation.source.problem(("expert_dtype",), f"is {shown(stated)}, must be {' or '.join(known)}")
+        )
+        return None
+    return known[stated]
 
 
 def _of_groups(quantisation: Config, model: ModelSpec | None, linear: LinearLayers) -> str | None:

@@ -17,7 +17,7 @@ from hetis.formats import dtypes
 from hetis.formats.errors import shown
 from hetis.formats.fields import listed, mapping
 from hetis.formats.linear_attention import LinearLayers
-from hetis.solver.model import ModelSpec
+from hetis.solver.model import CompressedShape, ModelSpec
 
 # Keys under which formats list the modules that they leave in 16 bits.
 _UNQUANTISED_KEYS = ("ignore", "exclude", "exclude_modules", "modules_to_not_convert", "ignored_layers")
@@ -62,6 +62,7 @@ class _Module(NamedTuple):
     layers: Sequence[int]
     num_layers: int
     is_routed: bool = False
+    size: float | None = None  # bytes per parameter, whatever the checkpoint states; None: it decides
 
 
 def modelopt_precision(data: Mapping[str, Any]) -> str | None:
@@ -173,14 +174,21 @@ def layer_weight_bytes(data: Mapping[str, Any], model: ModelSpec, dtype: str, li
         return dtypes.layer_weight_bytes(dtype, model, sizes=sizes)
     usual, base = sizes[dtypes.split_dtype(dtype)[1]], dtypes.base_bytes(dtype)
     stated, otherwise = _in_order(data, usual, base, sizes)
+    beside_experts = sizes["fp8"] if "expert_dtype" in data else otherwise  # of DeepSeek-V4
     exceptions, are_all_plain = list[tuple[float, float]](), True
     for module in (*_modules(model, linear), *(_routed_experts(model) if _has_groups(data) else ())):
+        if module.size is not None:
+            exceptions.append((module.params * module.num_layers / model.num_layers, module.size))
+            continue
         found = [size for layer in module.layers if (size := _first(stated, layer, module)) is not None]
-        found = found[: module.num_layers] + [otherwise] * (module.num_layers - len(found))
+        default = otherwise if module.is_routed else beside_experts
+        found = found[: module.num_layers] + [default] * (module.num_layers - len(found))
         exceptions += [(module.params / model.num_layers, size) for size in found if size != usual]
         are_all_plain &= set(found) == {usual if module.is_routed else base}
     if are_all_plain and model.moe is not None:
         return dtypes.experts_weight_bytes(dtype, model, sizes)
+    if "expert_dtype" in data:  # all that is not routed has a format of its own
+        return dtypes.mean_weight_bytes(usual, model, exceptions)
     return dtypes.layer_weight_bytes(dtype, model, exceptions, sizes)
 
 
@@ -233,8 +241,11 @@ def _modules(model: ModelSpec, linear: LinearLayers) -> Iterator[_Module]:
     full = [layer for layer in every if layer not in of_linear]
     for name, params in linear.matrices.items():
         yield _Module((name, _JOINED.get(name, name)), params, linear.numbers, len(linear.numbers))
-    for name, params in _attention_modules(model):
-        yield _Module((f"self_attn.{name}",), params, full, len(full))
+    if model.compressed is not None:
+        yield from _compressed_modules(model, model.compressed, every)
+    else:
+        for name, params in _attention_modules(model):
+            yield _Module((f"self_attn.{name}",), params, full, len(full))
     if model.moe is None:
         matrix = float(model.hidden * model.intermediate)
         for name in ("gate_proj", "up_proj", "down_proj") if model.gated_mlp else ("up_proj", "down_proj"):
@@ -243,6 +254,31 @@ def _modules(model: ModelSpec, linear: LinearLayers) -> Iterator[_Module]:
         shared = model.expert_share * model.moe.shared_experts * model.expert_params()
         parents = ("mlp.shared_expert", "mlp.shared_experts", "block_sparse_moe.shared_experts")
         yield _Module(tuple(f"{parent}.up_proj" for parent in parents), shared, every, len(every))
+
+
+def _compressed_modules(model: ModelSpec, shape: CompressedShape, every: range) -> Iterator[_Module]:
+    """Yield the matrices of compressed attention, by the names in transformers and in DeepSeek's checkpoints.
+
+    Compressors and the weights of an indexer's heads have 16 bits, and what mixes streams of the residual 32: vLLM 0.32
+    builds them without a quantisation (models/deepseek_v4/compressor.py, attention.py and nvidia/model.py).
+    """
+    hidden, width, rank = model.hidden, model.q_heads * model.head_dim, shape.q_lora_rank
+    names = {
+        ("q_a_proj", "wq_a"): hidden * rank,
+        ("q_b_proj", "wq_b"): rank * width,
+        ("kv_proj", "wkv"): hidden * model.head_dim,
+        ("o_a_proj", "wo_a"): width * shape.o_lora_rank,
+        ("o_b_proj", "wo_b"): shape.o_groups * shape.o_lora_rank * hidden,
+    }
+    for (name, own), params in names.items():
+        yield _Module((f"self_attn.{name}", f"attn.{own}"), params, every, len(every))
+    indexer = ("self_attn.compressor.indexer.q_b_proj", "attn.indexer.wq_b")
+    yield _Module(indexer, rank * shape.index_heads * shape.index_head_dim, every, shape.sparse_layers)
+    compressor, heads = ("self_attn.compressor",), hidden * shape.index_heads
+    sparse = 4 * hidden * (model.head_dim + shape.index_head_dim) + heads
+    yield _Module(compressor, sparse, every, shape.sparse_layers, size=2.0)
+    yield _Module(compressor, 2 * hidden * model.head_dim, every, shape.heavy_layers, size=2.0)
+    yield _Module(("attn_hc",), model.mixing_params(), every, len(every), size=4.0)
 
 
 def _routed_experts(model: ModelSpec) -> Iterator[_Module]:

@@ -65,7 +65,8 @@ def eager_layer_s(engine: str, model: ModelSpec, *, mixes: bool = False, attenti
         attention_only: all but attention is in piecewise CUDA graphs. TensorRT-LLM splits them at its operator
             ``mla_custom_op_inplace``, which includes the projections around the latents.
     """
-    calls = _LINEAR_CALLS if model.linear else _LATENT_CALLS if model.mla else _GROUPED_CALLS
+    is_latent = model.mla is not None or model.compressed is not None
+    calls = _LINEAR_CALLS if model.linear else _LATENT_CALLS if is_latent else _GROUPED_CALLS
     if model.mla and mixes:
         calls += _ABSORBED_CALLS
     if not attention_only:

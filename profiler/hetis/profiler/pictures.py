@@ -244,7 +244,7 @@ def typical_times(profile: Profile, model: ModelSpec, tp: int) -> Iterator[tuple
         return op, point, 0.0 if fit is None else fit.seconds(**features)
 
     for tokens in (1, 16, 64, 256, 1024, 4096):
-        activations = 8.0 * model.hidden * model.activation_bytes * tokens
+        activations = 4.0 * (model.hidden + model.residual_width) * model.activation_bytes * tokens
         yield at(
             Op.DENSE,
             f"{tokens} tokens",
@@ -257,7 +257,7 @@ def typical_times(profile: Profile, model: ModelSpec, tp: int) -> Iterator[tuple
         yield at(
             Op.PREFILL_ATTENTION,
             f"{tokens} tokens after {past}",
-            flops=model.attention_flops(tokens * attended, heads),
+            flops=model.attention_flops(tokens * attended, heads) + tokens * model.scan_flops(past + tokens / 2),
             num_bytes=(past + tokens) * groups * kv_bytes,
             tokens=tokens,
         )
@@ -266,8 +266,8 @@ def typical_times(profile: Profile, model: ModelSpec, tp: int) -> Iterator[tuple
         yield at(
             Op.DECODE_ATTENTION,
             f"batch {batch}, context {context}",
-            flops=model.decode_attention_flops(attended, 1.0) * batch * heads,
-            num_bytes=batch * groups * attended * kv_bytes,
+            flops=model.decode_attention_flops(attended, 1.0) * batch * heads + batch * model.scan_flops(context),
+            num_bytes=batch * groups * model.read_tokens(context) * kv_bytes,
             heads=batch * heads,
         )
     for op in (Op.ALL_REDUCE, Op.TRANSFER):

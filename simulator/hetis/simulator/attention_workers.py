@@ -89,8 +89,9 @@ class PoolTiming:
         pool = shape.pool
         assert pool is not None
         self.layers, self.tp = timing.layers, shape.tp
-        own = pair_pieces(problem.profiles[shape.gpu], model, shape.tp, model.queries_per_group)
-        card = pair_pieces(problem.profiles[pool.gpu], model, 1, model.queries_per_group)
+        context = timing.cost.moments.resident_context
+        own = pair_pieces(problem.profiles[shape.gpu], model, shape.tp, model.queries_per_group, context)
+        card = pair_pieces(problem.profiles[pool.gpu], model, 1, model.queries_per_group, context)
         # A group is on one rank, and the load of the ranks is even: each has a share of the primary's pairs and tokens.
         own = [(fixed, per_pair / shape.tp, per_token / shape.tp) for fixed, per_pair, per_token in own]
         most = max(len(own), len(card))

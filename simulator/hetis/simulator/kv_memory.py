@@ -13,27 +13,33 @@ class KvGrowth:
     """Growth of a request's KV and attended tokens with its context: linear below and above a window.
 
     The window is that of sliding-window attention or, with an indexer, the number of tokens it selects. All figures are
-    means over layers.
+    means over layers. With compressed attention, attended tokens are those whose KV is read, and every context counts
+    as having the whole window of uncompressed tokens.
 
     Attributes:
         block_tokens: tokens per KV block.
         window: context beyond which some layers attend to no more tokens; longer than any context if there is none.
+        least: tokens that any context attends to beside the growing ones.
         first_slope, slope: further tokens attended to for each further token of context, up to the window and beyond.
         late_block_tokens: further tokens of context for each further block beyond the window: more than
             ``block_tokens`` if windows free KV; 0 if KV no longer grows.
     """
 
-    __slots__ = ("block_tokens", "first_slope", "late_block_tokens", "slope", "window")
+    __slots__ = ("block_tokens", "first_slope", "late_block_tokens", "least", "slope", "window")
 
     def __init__(self, model: ModelSpec, block_tokens: int) -> None:
         self.block_tokens = self.late_block_tokens = block_tokens
         limits = [model.sliding_window, model.indexer.top_tokens if model.indexer is not None else None]
+        self.least = 0.0
+        if (shape := model.compressed) is not None:
+            limits.append(max(shape.window, shape.top_entries * shape.sparse_ratio))
+            self.least = model.window_read_tokens()
         self.window = min((limit for limit in limits if limit is not None), default=1 << 60)
         self.first_slope = self.slope = 1.0
         if self.window < 1 << 60:
-            at_window = model.attended_tokens(float(self.window))
-            self.first_slope = at_window / self.window
-            self.slope = model.attended_tokens(self.window + 1.0) - at_window
+            at_window = model.read_tokens(float(self.window))
+            self.first_slope = (at_window - self.least) / self.window
+            self.slope = model.read_tokens(self.window + 1.0) - at_window
             growth = model.cached_growth(float(self.window))
             self.late_block_tokens = round(block_tokens / growth) if growth else 0
 
@@ -59,8 +65,8 @@ class KvGrowth:
     def attended(self, tokens: float) -> float:
         """Return how many tokens a request with this context attends to."""
         if tokens <= self.window:
-            return self.first_slope * tokens
-        return self.first_slope * self.window + (tokens - self.window) * self.slope
+            return self.least + self.first_slope * tokens
+        return self.least + self.first_slope * self.window + (tokens - self.window) * self.slope
 
 
 def rank_room_bytes(setting: Setting, shape: StageShape, *, is_first: bool, is_last: bool) -> float:

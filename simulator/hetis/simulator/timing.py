@@ -23,9 +23,20 @@ def fit_of(profile: Profile, op: Op, model: ModelSpec, tp: int) -> Fit:
     return fit
 
 
-def pair_pieces(profile: Profile, model: ModelSpec, tp: int, queries_per_group: int) -> list[AttentionPiece]:
-    """Return the decode attention time of one layer per (request, head group) pair on one card, and per token."""
-    flops = model.decode_attention_flops(1.0, float(queries_per_group * model.step_tokens))
+def pair_pieces(
+    profile: Profile, model: ModelSpec, tp: int, queries_per_group: int, context_tokens: float
+) -> list[AttentionPiece]:
+    """Return the decode attention time of one layer per (request, head group) pair on one card, and per token.
+
+    With compressed attention the FLOPs for each token of KV that is read depend on the context: those at
+    ``context_tokens`` count for all.
+    """
+    queries = float(queries_per_group * model.step_tokens)
+    flops = model.decode_attention_flops(1.0, queries)
+    if model.compressed is not None:
+        attended, read = model.attended_tokens(context_tokens), model.read_tokens(context_tokens)
+        scan = model.step_tokens * model.scan_flops(context_tokens)
+        flops = (model.decode_attention_flops(attended, queries) + scan) / read
     return [
         (p.fixed_s, p.head_s * queries_per_group, p.flop_s * flops + p.byte_s * model.kv_bytes_per_token_group())
         for p in _decode_pieces(profile, model, tp)
@@ -71,20 +82,24 @@ class StageTiming:
         n, groups = self.layers, rank.groups
         self._decode: tuple[AttentionPiece, ...] = ()
         if shape.pool is None:
-            pieces = pair_pieces(profile, model, shape.tp, rank.queries_per_group)
-            # Linear attention reads the state of every request, and writes it for every token.
-            traffic = (1.0 + model.step_tokens) * model.state_bytes() / shape.tp
+            pieces = pair_pieces(profile, model, shape.tp, rank.queries_per_group, moments.resident_context)
+            traffic = model.state_traffic_bytes(model.step_tokens) / model.state_ranks(shape.tp)
             states = [p.byte_s * traffic for p in _decode_pieces(profile, model, shape.tp)]
             self._decode = tuple(
                 (n * c, n * (model.step_tokens * groups * h + state), n * groups * t)
                 for (c, h, t), state in zip(pieces, states, strict=True)
             )
         heads, state_flops = model.q_heads / shape.tp, model.state_flops() / shape.tp
+        pair_flops = model.attention_flops(1.0, heads)
+        if model.compressed is not None:  # as in `pair_pieces`
+            context = moments.prefill_pairs / moments.mean_computed
+            pair_flops = model.attention_flops(model.attended_tokens(context), heads) + model.scan_flops(context)
+            pair_flops /= model.read_tokens(context)
         self._chunk: tuple[ChunkPiece, ...] = tuple(
             (
                 n * p.fixed_s,
                 n * (p.token_s + p.head_s * heads + p.flop_s * state_flops),
-                n * p.flop_s * model.attention_flops(1.0, heads),
+                n * p.flop_s * pair_flops,
                 n * p.byte_s * groups * model.kv_bytes_per_token_group(),
             )
             for p in fit_of(profile, Op.PREFILL_ATTENTION, model, shape.tp).pieces

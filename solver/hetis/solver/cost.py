@@ -120,7 +120,7 @@ def rank_shape(model: ModelSpec, tp: int, attention_dp: int = 1) -> RankShape | 
     With an ``attention_dp`` over 1 the ranks of all d copies share the routed experts; only models with experts can.
     """
     groups = model.head_groups
-    if model.q_heads % tp or (groups % tp and tp % groups):
+    if model.q_heads % tp or (groups % tp and tp % groups) or not model.divides(tp):
         return None
     on_rank, is_alone = max(1, groups // tp), attention_dp == 1
     if not is_alone and (model.moe is None or model.moe.num_experts % (tp * attention_dp)):
@@ -176,7 +176,7 @@ class DeviceCost:
             return self._parallel_experts_s(tokens, every)
         active = float(m.dense_layer_params() if prefix_layer else m.active_layer_params())
         touched = m.dense_layer_params() if prefix_layer else m.touched_layer_params(tokens)
-        activations = 8 * m.hidden * m.activation_bytes * tokens
+        activations = 4 * (m.hidden + m.residual_width) * m.activation_bytes * tokens
         experts = self._fits.get(Op.EXPERTS)
         experts_s: Scalars = 0.0
         if experts is not None and m.moe is not None and not prefix_layer:
@@ -204,7 +204,7 @@ class DeviceCost:
         fixed = float(m.active_layer_params()) - routed
         busiest = all_tokens / ranks * ranks**EXPERT_IMBALANCE  # tokens of the rank that has the most
         own, flops, weights = 2.0 * tokens * fixed / n, 2.0 * busiest * routed, read * m.weight_bytes / ranks
-        num_bytes = fixed * m.weight_bytes / n + 8 * m.hidden * m.activation_bytes * tokens
+        num_bytes = fixed * m.weight_bytes / n + 4 * (m.hidden + m.residual_width) * m.activation_bytes * tokens
         experts, dense = self._fits.get(Op.EXPERTS), self._fits[Op.DENSE]
         seconds = self.exchange_s(all_tokens)
         if experts is None:
@@ -250,12 +250,13 @@ class DeviceCost:
     def prefill_s(self, chunk_tokens: Scalars) -> Scalars:
         """Return seconds of attention for one prefill chunk of C tokens with the mean past of a prompt."""
         m = self.model
-        attended = m.attended_tokens(self.moments.prefill_pairs / self.moments.mean_computed)
+        context = self.moments.prefill_pairs / self.moments.mean_computed
         return _seconds(
             self._fits[Op.PREFILL_ATTENTION],
-            flops=m.attention_flops(chunk_tokens * attended, m.q_heads / self.shape.tp)
-            + chunk_tokens * m.state_flops() / self.shape.tp,
-            num_bytes=(attended + chunk_tokens / 2) * self.shape.groups * m.kv_bytes_per_token_group(),
+            flops=m.attention_flops(chunk_tokens * m.attended_tokens(context), m.q_heads / self.shape.tp)
+            + chunk_tokens * m.state_flops() / self.shape.tp
+            + chunk_tokens * m.scan_flops(context),
+            num_bytes=(m.read_tokens(context) + chunk_tokens / 2) * self.shape.groups * m.kv_bytes_per_token_group(),
             tokens=chunk_tokens,
             heads=chunk_tokens * m.q_heads / self.shape.tp,
         )
@@ -265,16 +266,16 @@ class DeviceCost:
 
         Each request has ``step_tokens`` queries per head, by default those of an iteration, which read its KV once.
         """
-        m = self.model
-        attended = m.attended_tokens(self.moments.resident_context) * self._busiest(pairs)
+        m, context, busiest = self.model, self.moments.resident_context, self._busiest(pairs)
+        attended, read = m.attended_tokens(context) * busiest, m.read_tokens(context) * busiest
         queries = m.step_tokens if step_tokens is None else step_tokens
         heads = pairs * queries_per_group * queries
-        # State bytes per pair: read once, and written for every token, since any of them may be the last accepted one.
-        state = (1.0 + queries) * m.state_bytes() / (self.shape.tp * self.shape.groups)
+        state = m.state_traffic_bytes(queries) / (m.state_ranks(self.shape.tp) * self.shape.groups)  # of a pair
         seconds = _seconds(
             self._fits[Op.DECODE_ATTENTION],
-            flops=m.decode_attention_flops(attended, 1.0) * heads,
-            num_bytes=pairs * attended * m.kv_bytes_per_token_group() + pairs * state,
+            flops=m.decode_attention_flops(attended, 1.0) * heads
+            + m.scan_flops(context) * busiest * queries * pairs / self.shape.groups,
+            num_bytes=pairs * read * m.kv_bytes_per_token_group() + pairs * state,
             heads=heads,
         )
         return np.where(np.asarray(pairs) > 0, seconds, 0.0)
@@ -296,7 +297,7 @@ class DeviceCost:
 
     def hop_s(self, tokens: Scalars, link: Link) -> Scalars:
         """Return hop(T), seconds for activations of T tokens to arrive from the previous stage."""
-        num_bytes = tokens * self.model.hidden * self.model.activation_bytes
+        num_bytes = tokens * self.model.residual_width * self.model.activation_bytes
         return self.transfer_s(num_bytes, link) + link.latency_s
 
     def kv_transfer_s(self, tokens: float, groups: Scalars, link: Link) -> Scalars:
@@ -380,7 +381,8 @@ class DeviceCost:
             inner = (m.moe.active_experts + m.moe.shared_experts) * m.moe.expert_intermediate
             inner = max(inner, m.intermediate) if m.moe.every > 1 else inner
         gathered = 2 * self.shape.attention_dp * m.hidden if self.shape.attention_dp > 1 else 0
-        return tokens * m.activation_bytes * (4 * m.hidden + 2 * inner / self.shape.tp + gathered)
+        streams = 2 * (m.hidden + m.residual_width)
+        return tokens * m.activation_bytes * (streams + 2 * inner / self.shape.tp + gathered)
 
     def room_bytes(self) -> float:
         """Return usable memory minus the engine's own."""
@@ -477,13 +479,15 @@ def prompt_tokens_per_copy(model: ModelSpec, moments: WorkloadMoments, mix: Mix,
 
 
 def state_bytes_per_copy(model: ModelSpec, mix: Mix, micro_batches: int) -> float:
-    """Return the bytes per layer of the states of all requests that a copy holds, on all ranks together.
+    """Return the bytes per layer of the states of all requests that a copy holds, on the `ModelSpec.state_ranks` that
+    divide them together.
 
-    These are the D b requests that decode, those that are being prefilled, and the N that are handed over. Each has a
-    state for every token of an iteration, because drafts may be rejected.
+    These are the D b requests that decode, those that are being prefilled, and the N that are handed over. Tokens of
+    the chunks are added if they have states of their own.
     """
     requests = micro_batches * (mix.micro_batch + mix.chunk_share) + handed_over_per_copy(mix, micro_batches)
-    return requests * model.step_tokens * model.state_bytes()
+    in_chunks = micro_batches * mix.chunk_share * mix.chunk_tokens
+    return requests * model.kept_states * model.state_bytes() + in_chunks * model.chunk_state_bytes()
 
 
 class Regime(NamedTuple):
@@ -500,9 +504,11 @@ def chunk_spread(model: ModelSpec, moments: WorkloadMoments) -> float:
     and workload alone, since the proportion of a layer's work is much the same on every GPU.
     """
     mean = moments.prefill_pairs / moments.mean_computed
-    attended, further = (model.attended_tokens(a) for a in (mean, mean + moments.prefill_context_sd))
+    late = mean + moments.prefill_context_sd
+    attended, further = model.attended_tokens(mean), model.attended_tokens(late)
     token = 2.0 * model.active_layer_params() + model.state_flops() + model.attention_flops(attended, model.q_heads)
-    return model.attention_flops(further - attended, model.q_heads) / token
+    more = model.attention_flops(further - attended, model.q_heads) + (model.scan_flops(late) - model.scan_flops(mean))
+    return more / (token + model.scan_flops(mean))
 
 
 def regimes(assumptions: Assumptions, role: Role, spread: float) -> tuple[Regime, Regime]:

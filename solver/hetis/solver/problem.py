@@ -116,7 +116,8 @@ class EngineRules:
             return 1
         if self.keeps_indexers_together(model):
             return 1
-        is_mixed = (model.sliding_window is not None or model.linear is not None) and self.name != "sglang"
+        keeps = model.sliding_window is not None or model.linear is not None or model.compressed is not None
+        is_mixed = keeps and self.name != "sglang"
         return 1 if role is Role.DECODE or (role is Role.PREFILL and is_mixed) else self.max_stages
 
     def keeps_indexers_together(self, model: ModelSpec) -> bool:

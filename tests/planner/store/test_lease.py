@@ -315,6 +315,27 @@ def test_a_planner_that_cannot_use_its_term_ends_it_and_stands_by(url: str) -> N
     asyncio.run(scenario())
 
 
+def test_a_term_that_could_not_be_used_does_not_count_as_led(sqlite_url: str) -> None:
+    """Otherwise a planner that fails to begin again and again would be ready for ever."""
+    now_s = 0.0
+
+    async def scenario() -> None:
+        nonlocal now_s
+        store = await Store.open(sqlite_url, machine=lambda: now_s)
+        now_s = 100.0
+        await store.lead("planner")
+        assert store.led_s_ago == 0.0
+        standing_by = asyncio.create_task(store.stand_by("planner"))
+        async with asyncio.timeout(30):
+            while store.epoch is not None:
+                await asyncio.sleep(0.01)
+            assert store.led_s_ago == 100.0
+            await standing_by
+        await store.close()
+
+    asyncio.run(scenario())
+
+
 def test_another_planner_leads_after_a_term_that_could_not_be_used(postgres_url: str) -> None:
     async def scenario() -> None:
         first, second = await Store.open(postgres_url, lease_s=60.0), await Store.open(postgres_url, lease_s=60.0)

@@ -138,6 +138,7 @@ class Store:
         # The last leader seen, or the one that refused to be replaced. None if unknown or if it is this planner.
         self.leader: Holder | None = None
         self._led_s = machine()  # when this planner or another one was last known to lead
+        self._led_before_s = self._led_s  # the same before the present term
         self._is_migrating = False
 
     @classmethod
@@ -199,7 +200,7 @@ class Store:
             self._note_leader(error)
             raise
         self._epoch, self.leader = epoch, None
-        self._led_s = self._machine_s()
+        self._led_before_s, self._led_s = self._led_s, self._machine_s()
         self._ended = asyncio.Event()
         self.lease.grant(asked_s)
         if self._lease_s:
@@ -218,6 +219,7 @@ class Store:
         epoch, watch = self._epoch, RenewalWatch(self._lease_s, self._machine_s)
         if epoch is not None:
             self._end_term()
+            self._led_s = self._led_before_s  # nobody has led in that term
             with contextlib.suppress(ServiceError):
                 await self._limited(self._release, epoch)
             await asyncio.sleep(1.5 * _LOOK_S)  # all others look meanwhile

@@ -176,6 +176,8 @@ def _why_no_workers(model: ModelSpec) -> str:
         return "layers keep states, which cannot be divided among workers"
     if model.indexer is not None:
         return "attention is sparse, and all heads share its choice of tokens"
+    if model.compressed is not None:
+        return "attention is compressed, and all heads share its entries and windows"
     if model.draft is not None:
         return "the plugin does not support draft tokens"
     if not model.heads_can_move:

@@ -102,11 +102,13 @@ class CalibratedReplica:
             return 0.0
         model, rank, fit = self.model, self._rank, self.fit(Op.DECODE_ATTENTION)
         assert fit is not None, "every profile has one"
-        attended = work.decoding * model.attended_tokens(work.attended_tokens / work.decoding)
+        context = work.attended_tokens / work.decoding
+        attended, read = work.decoding * model.attended_tokens(context), work.decoding * model.read_tokens(context)
         return model.num_layers * fit.seconds(
-            flops=model.decode_attention_flops(attended, 1.0) * rank.groups * rank.queries_per_group,
-            num_bytes=attended * rank.groups * model.kv_bytes_per_token_group()
-            + 2.0 * work.decoding * model.state_bytes() / self.tp,
+            flops=model.decode_attention_flops(attended, 1.0) * rank.groups * rank.queries_per_group
+            + work.decoding * model.scan_flops(context),
+            num_bytes=read * rank.groups * model.kv_bytes_per_token_group()
+            + work.decoding * model.state_traffic_bytes(1.0) / model.state_ranks(self.tp),
             heads=work.decoding * rank.groups * rank.queries_per_group,
         )
 
@@ -118,9 +120,12 @@ class CalibratedReplica:
         assert fit is not None, "every profile has one"
         chunk, heads = work.chunk_tokens / max(1.0, work.prompts), model.q_heads / self.tp
         pairs = work.chunk_tokens * (chunk + 1) / 2 + chunk * work.past_tokens
-        pairs = work.chunk_tokens * model.attended_tokens(pairs / work.chunk_tokens)
+        context = pairs / work.chunk_tokens
+        pairs = work.chunk_tokens * model.attended_tokens(context)
         return model.num_layers * fit.seconds(
-            flops=model.attention_flops(pairs, heads) + work.chunk_tokens * model.state_flops() / self.tp,
+            flops=model.attention_flops(pairs, heads)
+            + work.chunk_tokens * model.state_flops() / self.tp
+            + work.chunk_tokens * model.scan_flops(context),
             num_bytes=(work.chunk_tokens + work.past_tokens) * rank.groups * model.kv_bytes_per_token_group(),
             tokens=work.chunk_tokens,
             heads=work.chunk_tokens * heads,

@@ -147,7 +147,7 @@ def _composed_layers(table: Table, weight_bits: int, gpu: GpuType) -> Iterator[_
 def _layer(model: ModelSpec, tp: int, grid: _Grid) -> Iterator[_Row]:
     if model.moe is not None or model.attention is AttentionKind.MLA or model.q_heads % tp or model.intermediate % tp:
         return
-    if model.linear is not None or model.gated_attention:
+    if model.linear is not None or model.gated_attention or model.compressed is not None:
         return
     query, kv = model.q_heads * model.head_dim / tp, max(1.0, model.kv_heads / tp) * model.head_dim
     inner, gates = model.intermediate / tp, 2 if model.gated_mlp else 1

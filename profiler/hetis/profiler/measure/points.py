@@ -128,7 +128,8 @@ def series_of(
     """Return every series of ``model``. Raises InvalidProblemError if the model has layers that cannot be measured.
 
     Args:
-        model: its layer is measured; there are no kernels here for latent, linear and gated attention and experts.
+        model: its layer is measured; there are no kernels here for latent, compressed, linear and gated attention and
+            experts.
         extent: range of the candidates.
         paths: of copies that the device can make: h2d, d2h, d2d.
         peer_kernel: backend for messages between two processes (gloo, nccl); empty for none.
@@ -136,6 +137,7 @@ def series_of(
     """
     kinds = {
         "latent attention": model.mla is not None,
+        "compressed attention": model.compressed is not None,
         "experts": model.moe is not None,
         "linear attention": model.linear is not None,
         "gated attention": model.gated_attention,

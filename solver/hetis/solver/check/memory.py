@@ -86,11 +86,17 @@ def rank_prompt_bytes(setting: Setting, stage: StageShape, *, is_first: bool) ->
 
 
 def rank_state_bytes(setting: Setting, stage: StageShape, *, is_first: bool, is_last: bool) -> float:
-    """Return a rank's bytes of the states that linear attention keeps for each request."""
+    """Return a rank's bytes of what layers keep for each request: its heads' part of the states of linear attention, or
+    windows and compressors' inputs, which serve all heads and are on every rank.
+    """
     D = micro_batches_of_a_copy(setting, stage.copies)
     requests = D * setting.micro_batch + D * setting.chunk_share + staged_prompts_of_a_copy(setting, stage.copies)
+    layers = _all_layers(setting, stage, is_first, is_last)
+    if setting.model.compressed is not None:
+        chunks = D * setting.chunk_share * setting.chunk_tokens * setting.model.chunk_state_bytes()
+        return layers * (requests * setting.model.state_bytes() + chunks)
     states = requests * setting.model.step_tokens  # engines keep one for each token that may be rejected
-    return _all_layers(setting, stage, is_first, is_last) * states * setting.model.state_bytes() / stage.tp
+    return layers * states * setting.model.state_bytes() / stage.tp
 
 
 def micro_batches_of_a_copy(setting: Setting, copies: int) -> int:
@@ -173,7 +179,9 @@ def _activation_bytes(setting: Setting, tp: int) -> float:
     tokens = setting.decode_tokens + setting.chunk_tokens
     d = setting.attention_dp
     gathered = 2 * d * model.hidden if d > 1 else 0  # tokens of all copies, before and after the experts
-    return tokens * model.activation_bytes * (4 * model.hidden + 2 * intermediate / tp + gathered)
+    # The streams of the residual, before and after they are mixed, and as much for what layers compute from them.
+    streams = 2 * model.hidden + 2 * model.hidden * model.residual_streams
+    return tokens * model.activation_bytes * (streams + 2 * intermediate / tp + gathered)
 
 
 def _all_layers(setting: Setting, stage: StageShape, is_first: bool, is_last: bool = False) -> int:

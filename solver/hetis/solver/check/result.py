@@ -117,7 +117,8 @@ def check_link_capacity(plan: Plan, problem: PlacementProblem, fleet: Fleet) -> 
     model = problem.model
     workload = problem.workload.clipped_to(model.max_position)
     moments = workload.moments(block_tokens=problem.assumptions.block_tokens)
-    hop_bytes = (moments.mean_computed + moments.mean_output) * model.hidden * model.activation_bytes
+    numbers = model.residual_streams * model.hidden
+    hop_bytes = (moments.mean_computed + moments.mean_output) * numbers * model.activation_bytes
     kv_bytes = moments.mean_prompt * model.head_groups * model.kv_bytes_per_token_group() + model.state_bytes()
     kv_bytes *= model.num_layers
     load: defaultdict[tuple[str | None, str | None], float] = defaultdict(float)

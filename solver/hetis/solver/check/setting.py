@@ -116,6 +116,11 @@ def query_heads_per_group(model: ModelSpec, tp: int) -> float:
 
 
 def divides(model: ModelSpec, tp: int) -> bool:
-    """Return whether a TP size is possible: it divides the query heads, and it divides or is divided by the groups."""
-    groups = model.head_groups
+    """Return whether a TP size is possible: it divides the query heads, and it divides or is divided by the groups.
+
+    With compressed attention it also divides the groups of heads in the output projection.
+    """
+    groups, shape = model.head_groups, model.compressed
+    if shape is not None and tp >= 1 and shape.o_groups % tp:
+        return False
     return tp >= 1 and model.q_heads % tp == 0 and (groups % tp == 0 or tp % groups == 0)

@@ -265,6 +265,8 @@ def _check_stage(
             f"TP size is {stage.tp}, must be one of {_listed(family.tp_sizes)} that divides {problem.model.q_heads} "
             f"query heads and divides or is divided by {problem.model.head_groups} head groups"
         )
+        if (shape := problem.model.compressed) is not None:
+            message += f", and divides {shape.o_groups} groups of the output projection"
         yield Rule.TP_SIZE, message
     if not 1 <= stage.copies <= family.max_copies and not shares_experts:
         yield Rule.COPIES, f"has {stage.copies} copies, must have 1 to {family.max_copies}"

@@ -182,10 +182,11 @@ def _chunk_spread(setting: Setting) -> float:
     """Return delta, the spread of chunks in FLOPs of a layer as a ratio to their mean."""
     model, moments = setting.model, setting.moments
     a = moments.prefill_pairs / moments.mean_computed
-    per_token = 2 * model.active_layer_params() + model.state_flops()
+    per_token = 2 * model.active_layer_params() + model.state_flops() + model.scan_flops(a)
     per_token += model.attention_flops(model.attended_tokens(a), model.q_heads)
-    more = model.attended_tokens(a + moments.prefill_context_sd) - model.attended_tokens(a)
-    return model.attention_flops(more, model.q_heads) / per_token
+    later = a + moments.prefill_context_sd
+    more = model.attended_tokens(later) - model.attended_tokens(a)
+    return (model.attention_flops(more, model.q_heads) + model.scan_flops(later) - model.scan_flops(a)) / per_token
 
 
 def slack(setting: Setting, stage: StageShape, num_copies: int) -> float:
@@ -239,7 +240,7 @@ def _dense(setting: Setting, stage: StageShape, T: int, is_prefix: bool) -> floa
         F, B = 2 * T * chosen * one / n, read * one * model.weight_bytes / n + _moved_bytes(model, T, n)
         routed_s = setting.seconds(stage.gpu, Op.EXPERTS, n, flops=F, num_bytes=B, tokens=T)
         routed_s = (routed_s - _missing_start(setting, stage)) / model.moe.every
-    num_bytes = touched * model.weight_bytes / n + 8 * model.hidden * model.activation_bytes * T
+    num_bytes = touched * model.weight_bytes / n + _layer_rows(model) * model.activation_bytes * T
     return routed_s + setting.seconds(stage.gpu, Op.DENSE, n, flops=2 * T * active / n, num_bytes=num_bytes, tokens=T)
 
 
@@ -252,7 +253,7 @@ def _parallel_experts(setting: Setting, stage: StageShape, T: int, all_T: float)
     fixed = model.active_layer_params() - chosen / every
     busiest = all_T / r * r**EXPERT_IMBALANCE
     F, B = 2 * busiest * chosen, read * model.weight_bytes / r
-    own_F, own_B = 2 * T * fixed / n, fixed * model.weight_bytes / n + 8 * model.hidden * model.activation_bytes * T
+    own_F, own_B = 2 * T * fixed / n, fixed * model.weight_bytes / n + _layer_rows(model) * model.activation_bytes * T
     exchange_s = 2 / every * _half_reduce(setting, stage, all_T, r)
     if setting.has_fit(stage.gpu, Op.EXPERTS, n):
         moved = B + _moved_bytes(model, busiest, 1)
@@ -280,6 +281,11 @@ def _moved_bytes(model: ModelSpec, T: float, slices: int) -> float:
     return 2 * 2 * T * model.moe.active_experts * elements * model.activation_bytes
 
 
+def _layer_rows(model: ModelSpec) -> int:
+    """Return the numbers of a token that a layer moves: 4 H, and 4 H for each stream of the residual."""
+    return 4 * model.hidden * (1 + model.residual_streams)
+
+
 def _half_reduce(setting: Setting, stage: StageShape, T: float, ranks: int) -> float:
     """Return the seconds of an all-gather or reduce-scatter of T tokens, taken as an all-reduce of half as many."""
     num_bytes = T / 2 * setting.model.hidden * setting.model.activation_bytes
@@ -300,9 +306,10 @@ def _all_reduce(setting: Setting, stage: StageShape, T: int) -> float:
 
 def _prefill(setting: Setting, stage: StageShape) -> float:
     model, n, C, moments = setting.model, stage.tp, setting.chunk_tokens, setting.moments
-    a = model.attended_tokens(moments.prefill_pairs / moments.mean_computed)
-    flops = model.attention_flops(C * a, model.q_heads / n) + C * model.state_flops() / n
-    num_bytes = (a + C / 2) * head_groups_per_rank(model, n) * model.kv_bytes_per_token_group()
+    x = moments.prefill_pairs / moments.mean_computed
+    flops = model.attention_flops(C * model.attended_tokens(x), model.q_heads / n) + C * model.state_flops() / n
+    flops += C * model.scan_flops(x)
+    num_bytes = (model.read_tokens(x) + C / 2) * head_groups_per_rank(model, n) * model.kv_bytes_per_token_group()
     heads = C * model.q_heads / n
     return setting.seconds(stage.gpu, Op.PREFILL_ATTENTION, n, flops=flops, num_bytes=num_bytes, tokens=C, heads=heads)
 
@@ -332,11 +339,12 @@ def _decode(
     if pairs == 0:
         return 0.0
     model, moments = setting.model, setting.moments
-    y = model.attended_tokens(moments.resident_context)
+    x = moments.resident_context
+    y, read, scan = model.attended_tokens(x), model.read_tokens(x), model.scan_flops(x)
     if setting.attention_dp > 1:  # the others wait for the copy whose requests have the longest context
         requests = pairs / head_groups_per_rank(model, stage.tp)
         spread = moments.resident_context_sd / moments.resident_context / math.sqrt(requests)
-        y *= 1 + _longest_of(setting.attention_dp) * spread
+        y, read, scan = (each * (1 + _longest_of(setting.attention_dp) * spread) for each in (y, read, scan))
     queries = queries or model.step_tokens
     heads = pairs * query_heads_per_group(model, stage.tp) * queries
     return setting.seconds(
@@ -344,14 +352,16 @@ def _decode(
         Op.DECODE_ATTENTION,
         tp,
         heads=heads,
-        num_bytes=pairs * y * model.kv_bytes_per_token_group() + _state_traffic(setting, stage, pairs, queries),
-        flops=model.decode_attention_flops(y, heads),
+        num_bytes=pairs * read * model.kv_bytes_per_token_group() + _state_traffic(setting, stage, pairs, queries),
+        flops=model.decode_attention_flops(y, heads) + pairs / head_groups_per_rank(model, stage.tp) * queries * scan,
     )
 
 
 def _state_traffic(setting: Setting, stage: StageShape, pairs: int, queries: int) -> float:
     """Return the bytes of states that a rank reads for the requests of these pairs and writes after every query."""
     requests = pairs / head_groups_per_rank(setting.model, stage.tp)
+    if setting.model.compressed is not None:  # a compressor serves all heads, so every rank has it
+        return requests * setting.model.state_traffic_bytes(queries)
     return (1 + queries) * requests * setting.model.state_bytes() / stage.tp
 
 
@@ -380,7 +390,8 @@ def _ship(setting: Setting, stage: StageShape, pool: PoolShape) -> float:
 
 
 def _hop(setting: Setting, stage: StageShape, T: int) -> float:
-    num_bytes = T * setting.model.hidden * setting.model.activation_bytes
+    model = setting.model
+    num_bytes = T * model.residual_streams * model.hidden * model.activation_bytes
     return _transfer(setting, stage.gpu, stage.tp, num_bytes, stage.hop_link) + stage.hop_link.latency_s
 
 

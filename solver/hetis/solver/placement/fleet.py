@@ -165,7 +165,7 @@ UNIFIED = 0  # the side of unified replicas
 
 def spanning_bytes(model: ModelSpec, moments: WorkloadMoments) -> float:
     """Return activation bytes of a request that cross a link between zones of one replica: ``(Q + O) H s``."""
-    return (moments.mean_computed + moments.mean_output) * model.hidden * model.activation_bytes
+    return (moments.mean_computed + moments.mean_output) * model.residual_width * model.activation_bytes
 
 
 def most_spanning(problem: PlacementProblem) -> int:

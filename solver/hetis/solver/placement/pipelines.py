@@ -117,7 +117,7 @@ def stage_times(costs: CostTables, shape: Shape, sweep: MixSweep, workers: Worke
     if workers is None:
         attention_s = t.own_s[x[:, None], s[None, :], groups[None, :]]
         chunk_attention_s = attention_s / n_it
-        state = t.state_bytes[x, f, 0][:, None] / t.rank_tp[s]
+        state = t.state_bytes[x, f, 0][:, None] / t.state_ranks[s]
         kept, on_cards = groups * kv_bytes + state, np.full((len(x), len(s)), np.inf)
     else:
         entries = t.pool_start[s, workers.device_class] + (given - 1) * len(t.pool_sizes) + workers.size
@@ -515,7 +515,7 @@ def best_equal_split(
                 continue
             if t.rank_dp[s] > 1 and (m > 1 or num_stages > 1):
                 continue
-            kept = groups * t.kv_group_bytes * t.kv_tokens[x, f, 0] + t.state_bytes[x, f, 0] / t.rank_tp[s]
+            kept = groups * t.kv_group_bytes * t.kv_tokens[x, f, 0] + t.state_bytes[x, f, 0] / t.state_ranks[s]
             busiest, total, fits, chunk_s, uneven = 0.0, 0.0, True, 0.0, 1.0
             for kind in range(kinds):
                 role = BOTH if num_stages == 1 else (FIRST, LAST, PLAIN)[kind]

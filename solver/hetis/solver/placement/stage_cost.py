@@ -54,7 +54,7 @@ def kept_bytes(t: Tables, x: int, f: int, s: int, copies: int, k: int) -> float:
 @kernel
 def state_on_rank(t: Tables, x: int, f: int, s: int, copies: int) -> float:
     """Return the bytes per layer that requests occupy on a rank of a stage copy independently of their context."""
-    state: float = t.state_bytes[x, f, copies - 1] / t.rank_tp[s]
+    state: float = t.state_bytes[x, f, copies - 1] / t.state_ranks[s]
     return state
 
 
@@ -271,7 +271,7 @@ def ranks_of(t: Tables, x: int, f: int, s: int, c: int) -> Ranks:
     return Ranks(
         s, c, t.rank_tp[s], t.rank_groups[s], t.rank_dp[s] > 1, t.room_bytes[s] - t.act_bytes[x, s],
         t.first_bytes[s], t.last_bytes[s] + t.logit_bytes[x, s], t.tied_bytes[s], t.layer_bytes[s],
-        t.state_bytes[x, f, c - 1] / t.rank_tp[s], (t.in_flight[f] + c - 1) // c * t.micro_batch[x], tokens,
+        t.state_bytes[x, f, c - 1] / t.state_ranks[s], (t.in_flight[f] + c - 1) // c * t.micro_batch[x], tokens,
         tokens * t.kv_group_bytes, prompts * t.kv_group_bytes, t.prefix_layers, t.draft_layers, t.num_layers,
         iterations_of(t, x, f), t.layer_s[x, s], t.chunk.layer_s[x, s], t.own_s[x, s, t.rank_groups[s]],
         t.wire_s[x, s], FixedTimes(t.hop_s[x, s], t.step_s[x, s], t.last_s[x, s], t.prefix_delta_s[x, s]),

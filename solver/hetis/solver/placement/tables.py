@@ -64,9 +64,10 @@ class Tables(NamedTuple):
     t_floor: float  # the shortest interval that keeps to a replica's share of the links between zones
     kv_tokens: FloatArray  # [X, F, copies] Tkv; NO_ROOM where engine settings exclude it
     prompt_tokens: FloatArray  # [X, F, copies] Tpre: part of Tkv that a rank keeps of pooled groups, too
-    state_bytes: FloatArray  # [X, F, copies] of a layer on all ranks, for requests of linear attention
+    state_bytes: FloatArray  # [X, F, copies] of a layer on all ranks that divide them, for requests' states
     rank_class: IntArray  # [S]
     rank_tp: IntArray  # [S] GPUs of a TP group, or of all copies that share their experts
+    state_ranks: IntArray  # [S] those of them among which ``state_bytes`` are divided
     rank_dp: IntArray  # [S] d, 1 without expert parallelism
     rank_groups: IntArray  # [S] Gr
     room_bytes: FloatArray  # [S]

@@ -250,6 +250,9 @@ class _Tabulation:
             ),
             rank_class=np.array([i for i, _ in self.ranks], dtype=np.int64),
             rank_tp=np.array([tp for _, tp in self.ranks], dtype=np.int64),
+            state_ranks=np.array(
+                [d.shape.attention_dp * model.state_ranks(d.shape.tp) for d in self.devices], dtype=np.int64
+            ),
             rank_dp=np.array(self.rank_dp, dtype=np.int64),
             rank_groups=np.array([d.shape.groups for d in self.devices], dtype=np.int64),
             room_bytes=np.array([d.room_bytes() for d in self.devices]),

@@ -340,7 +340,7 @@ class Traffic:
     ) -> dict[tuple[str, str], float]:
         """Return the requests/s whose KV the links between zones can carry besides the hops of unified replicas."""
         model, moments, network = self._problem.model, self._moments, self._problem.cluster.network
-        hop_bytes = (moments.mean_computed + moments.mean_output) * model.hidden * model.activation_bytes
+        hop_bytes = (moments.mean_computed + moments.mean_output) * model.residual_width * model.activation_bytes
         kv_bytes = model.prompt_kv_bytes(moments.mean_prompt)
         pairs = [(here, there) for here in senders for there in receivers if here != there]
         return {

@@ -234,10 +234,10 @@ def outside_regions(plan: Plan, problem: PlacementProblem) -> tuple[str, ...]:
 def _uses(replica: ReplicaPlan, moments: WorkloadMoments, problem: PlacementProblem) -> Iterator[FitUse]:
     b, C, model = replica.micro_batch, replica.chunk_tokens, problem.model
     decoding = b * model.step_tokens  # tokens of the decoding requests, including drafts
-    attended = model.attended_tokens(moments.resident_context)
+    attended = model.read_tokens(moments.resident_context)
     kvb = model.kv_bytes_per_token_group()
     # The average chunk, as in docs/cost-model.md: it attends to a tokens, on average including half of itself.
-    a = model.attended_tokens(moments.prefill_pairs / moments.mean_computed)
+    a = model.read_tokens(moments.prefill_pairs / moments.mean_computed)
     past, context = max(0.0, a - C / 2), a + C / 2
 
     def decode(pairs: float) -> dict[str, float]:

@@ -250,7 +250,8 @@ def _joining(view: ReplicaView, device_class: DeviceClass, idle: int) -> Iterato
     for cost in _costs(view, device_class, idle):
         room = cost.room_bytes() - cost.activation_bytes(mix.decode_tokens + mix.chunk_tokens)
         kv_bytes = cost.shape.groups * model.kv_bytes_per_token_group() * view.kv_tokens(1)
-        kv_bytes += state_bytes_per_copy(model, mix, view.shape.in_flight) / cost.shape.tp
+        states = state_bytes_per_copy(model, mix, view.shape.in_flight)
+        kv_bytes += states / model.state_ranks(cost.shape.tp)
         layers = min(math.floor(room / (cost.layer_bytes() + kv_bytes)), view.layers(busiest.stage))
         if layers > 0:
             tried.append((_layer_s(view, cost), layers, cost))

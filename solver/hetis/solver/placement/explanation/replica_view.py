@@ -263,7 +263,8 @@ class ReplicaView:
         given = stage.pool.head_groups if stage.pool is not None else 0
         held = (cost.shape.groups - given) * self.kv_tokens(stage.copies) + given * self.prompt_tokens(stage.copies)
         states = state_bytes_per_copy(self.problem.model, self.mix, -(-self.shape.in_flight // stage.copies))
-        kv = self.layers(i) * (held * self.problem.model.kv_bytes_per_token_group() + states / stage.tp)
+        states /= self.problem.model.state_ranks(stage.tp)
+        kv = self.layers(i) * (held * self.problem.model.kv_bytes_per_token_group() + states)
         return self._bar(i, "primary", stage.gpu, stage.tp * stage.copies, weights, kv, activations)
 
     def _worker_memory(self, i: int, stage: StageShape, pool: PoolShape) -> MemoryBar:
