@@ -208,7 +208,7 @@ PLAIN = [0, 0, *[4, 128] * 20, 4]
     ("changes", "said"),
     [
         ({"compress_ratios": None}, "compress_ratios is missing, and layer_types, too"),
-        ({"compress_ratios": 4}, "compress_ratios: is 4, must be a list of 43 (44 with the drafting layers), one for each layer"),
+        ({"compress_ratios": 4}, "compress_ratios: is 4, must be a list of 43 (44 with the drafting layers)"),
         ({"compress_ratios": PLAIN[:-1]}, "compress_ratios: has 42 items, must be a list of 43 (44 with"),
         ({"compress_ratios": [2, *PLAIN[1:]]}, "compress_ratios: has 2, must have 0, 4 or 128 for each layer"),
         ({"compress_ratios": [True, *PLAIN[1:]]}, "compress_ratios: has true, must have 0, 4 or 128 for each layer"),
