@@ -82,7 +82,7 @@ SOURCES: dict[str, tuple[str, ...]] = {
     "goodput": (
         "benchmarks/goodput.py",
         *(f"planner/hetis/planner/use_cases/{name}.py" for name in ("verify", "representative", "service_level")),
-        *(*_SEARCH, *_SIMULATOR),
+        *(*_SEARCH, *_SIMULATOR, *_REDISPATCH),
     ),
     "whole_engine": ("benchmarks/whole_engine.py", *_SIMULATOR, "tools/whole_engine.py"),
     "silicon": (
@@ -107,7 +107,7 @@ SOURCES: dict[str, tuple[str, ...]] = {
         *("profiler/hetis/profiler/ranges.py", "planner/hetis/planner/use_cases/robustness/profile_errors.py", *_COSTS),
     ),
     "expert_parallel": ("benchmarks/expert_parallel.py", "solver/hetis/solver/cost.py"),
-    "paper": ("benchmarks/paper.py", *_SEARCH, f"{_SOLVER}/published", *_SIMULATOR),
+    "paper": ("benchmarks/paper.py", *_SEARCH, f"{_SOLVER}/published", *_SIMULATOR, *_REDISPATCH),
     "paper_assumptions": ("benchmarks/paper_assumptions.py", *_SEARCH, f"{_SOLVER}/published"),
     "ablations": ("benchmarks/ablations.py", *_SEARCH, *_SIMULATOR, *_REDISPATCH),
     "emulation": ("benchmarks/emulation.py", *_PLUGIN, *_REDISPATCH),

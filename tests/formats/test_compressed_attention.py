@@ -180,6 +180,20 @@ def test_experts_have_their_own_format(
     assert (model.weights, model.weight_bytes) == (weights, pytest.approx(weight_bytes, rel=1e-4))
 
 
+def test_the_name_of_a_method_may_be_written_in_capitals(tmp_path: Path) -> None:
+    data = config_of(FLASH)
+    quantisation = data["quantization_config"] | {"quant_method": "FP8"}
+    changed = load(tmp_path, data | {"quantization_config": quantisation})
+    assert changed.weight_bytes == load_model(FOLDER / f"{FLASH}.json").weight_bytes
+
+
+def test_another_models_experts_are_not_read_as_those_of_this_family(tmp_path: Path) -> None:
+    data = json.loads((FOLDER / "Qwen__Qwen3-30B-A3B.json").read_text())
+    fp8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    plain = load(tmp_path, data | {"quantization_config": fp8})
+    assert load(tmp_path, data | {"quantization_config": fp8 | {"expert_dtype": "fp4"}}) == plain
+
+
 def test_nvfp4_experts_are_known(tmp_path: Path) -> None:
     data = config_of(FLASH)
     data["quantization_config"]["moe_quant_algo"] = "NVFP4"
@@ -194,8 +208,8 @@ PLAIN = [0, 0, *[4, 128] * 20, 4]
     ("changes", "said"),
     [
         ({"compress_ratios": None}, "compress_ratios is missing, and layer_types, too"),
-        ({"compress_ratios": 4}, "compress_ratios: is 4, must be a list of 43 at least, one for each layer"),
-        ({"compress_ratios": PLAIN[:-1]}, "compress_ratios: has 42 items, must be a list of 43 at least"),
+        ({"compress_ratios": 4}, "compress_ratios: is 4, must be a list of 43 (44 with the drafting layers)"),
+        ({"compress_ratios": PLAIN[:-1]}, "compress_ratios: has 42 items, must be a list of 43 (44 with"),
         ({"compress_ratios": [2, *PLAIN[1:]]}, "compress_ratios: has 2, must have 0, 4 or 128 for each layer"),
         ({"compress_ratios": [True, *PLAIN[1:]]}, "compress_ratios: has true, must have 0, 4 or 128 for each layer"),
         ({"compress_ratios": [0] * 43}, "compress_ratios: has no layer that compresses"),
@@ -227,5 +241,5 @@ def test_other_ratios_of_transformers_are_refused(tmp_path: Path) -> None:
     kinds = {0: "sliding_attention", 4: "compressed_sparse_attention", 128: "heavily_compressed_attention"}
     data["layer_types"] = [kinds[ratio] for ratio in PLAIN]
     data["compress_rates"] = {kinds[4]: 8, kinds[128]: 128}
-    with pytest.raises(DocumentError, match=r"compress_rates: is .*, only .* is modelled"):
+    with pytest.raises(DocumentError, match=r"compress_rates: is .*, must have compressed_sparse_attention 4"):
         load(tmp_path, data)

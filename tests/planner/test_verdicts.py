@@ -18,9 +18,11 @@ from hetis.planner.use_cases import simulate as simulating
 from hetis.planner.use_cases.service_level import (
     DEFAULT,
     SERVICE_LEVEL,
+    Held,
     Latency,
     ServiceLevel,
     Statistic,
+    held,
 )
 from hetis.planner.use_cases.simulate import Question, Simulated, answer, default_requests
 from hetis.planner.use_cases.sources import load_plan_and_problem
@@ -262,6 +264,41 @@ def test_every_request_may_have_to_keep_the_limits() -> None:
     late = run_of(np.where(np.arange(4000) == 3999, 0.3, 0.1))
     found = judged(late, ServiceLevel(attainment=1.0), LIMITS)
     assert (found.kept, found.sure) == (False, True)
+
+
+def held_over(run: Run, level: ServiceLevel) -> Held:
+    """Compare a run with the limits without its warm-up, which some of these runs are too odd for."""
+    summary = summarise([measure(run_of(np.full(len(run.arrival_s), 0.1)), LIMITS, saturated=False)])
+    return held(level, replace(summary, warm_up_s=0.0), run, LIMITS)
+
+
+def test_requests_that_never_finish_are_the_slowest() -> None:
+    run = run_of(np.full(1000, 0.1))
+    lost = np.arange(1000) % 25 == 0  # 4%
+    run = replace(run, finished_s=np.where(lost, np.nan, run.finished_s))
+    beyond, below = (held_over(run, ServiceLevel(ttft=one)).seconds[Latency.TTFT] for one in (P99, Statistic.P90))
+    assert beyond == np.inf
+    assert below == pytest.approx(0.1)
+
+
+def test_a_single_token_has_no_time_per_token() -> None:
+    run = run_of(np.full(900, 0.1))
+    single = np.arange(900) % 3 > 0
+    slow = run.first_token_s + 0.2
+    run = replace(
+        run, output_tokens=np.where(single, 1, 2), finished_s=np.where(single, run.first_token_s, slow)
+    )  # fmt: skip
+    found = held_over(run, ServiceLevel(tpot=Statistic.P50))
+    assert found.seconds[Latency.TPOT] == pytest.approx(0.2)
+    share = held_over(run, ServiceLevel(attainment=0.9))
+    assert share.missed[Latency.TPOT] == pytest.approx(1 / 3)
+
+
+def test_no_request_gives_no_share_and_no_warning() -> None:
+    run = run_of(np.zeros(0))
+    found = held(ServiceLevel(attainment=0.9), summarise([measure(run_of(np.full(10, 0.1)), LIMITS, saturated=False)]),
+                 run, LIMITS)  # fmt: skip
+    assert np.isnan(found.missed[Latency.TTFT])
 
 
 def limit(*, kept: bool | None, sure: bool) -> LimitVerdict:

@@ -59,15 +59,18 @@ def _ratios(config: Config, num_layers: int) -> list[int]:
         kinds = config.kinds_of_layers(num_layers, tuple(_KINDS))
         rates = {kind: ratio for kind, ratio in _KINDS.items() if ratio}
         if (stated := config.data.get("compress_rates") or rates) != rates:
-            config.refuse("compress_rates", f"is {shown(stated)}, only {shown(rates)} is modelled")
+            wanted = ", ".join(f"{kind} {ratio}" for kind, ratio in rates.items())
+            config.refuse("compress_rates", f"is {shown(stated)}, must have {wanted}")
         return _some(config, "layer_types", [_KINDS[kind] for kind in kinds or ()])
     stated = config.data.get("compress_ratios")
     if stated is None:
         config.refuse_all("compress_ratios is missing, and layer_types, too")
         return []
-    if not isinstance(stated, list) or len(stated) < num_layers:
+    drafting = config.whole("num_nextn_predict_layers", 0, least=0)
+    if not isinstance(stated, list) or len(stated) not in (num_layers, num_layers + drafting):
         found = f"has {len(stated)} items" if isinstance(stated, list) else f"is {shown(stated)}"
-        config.refuse("compress_ratios", f"{found}, must be a list of {num_layers} at least, one for each layer")
+        further = f" ({num_layers + drafting} with the drafting layers)" if drafting else ""
+        config.refuse("compress_ratios", f"{found}, must be a list of {num_layers}{further}, one for each layer")
         return []
     ratios = stated[:num_layers]
     known = (0, 1, _SPARSE, _HEAVY)

@@ -19,7 +19,7 @@ _CHUNK = 64  # tokens that kernels of the delta rule compute at once (FLA_CHUNK_
 # Tokens whose keys a token meets directly in `lightning_attention` of vLLM (layers/lightning_attn.py): of its block of
 # 256, the parts of 32 up to its own; 1 to 8 parts, and 4.5 in the mean.
 _LIGHTNING_TOKENS = 144
-_UNEVEN = 2  # layers by which a run of layers with one kind too many is no longer about the mean
+_UNEVEN = 2  # excess layers of one kind in a run, from which the run is refused
 _MOST_LAYERS = 10_000  # limit for listing layers; no model has so many
 
 
@@ -202,7 +202,7 @@ def spread(config: Config, field: str, is_kind: Iterable[bool], kind: str = "lin
     """
     flags = list(is_kind)
     numbers, total = tuple(layer for layer, flag in enumerate(flags) if flag), len(flags)
-    # How many layers of the kind more than their share the first layers have, times the number of all layers.
+    # Running excess over the kind's share, scaled by the number of layers.
     excess = list(itertools.accumulate((total * flag - len(numbers) for flag in flags), initial=0))
     if max(excess) - min(excess) >= _UNEVEN * max(1, total):
         first, end = sorted((excess.index(max(excess)), excess.index(min(excess))))

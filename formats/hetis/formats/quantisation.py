@@ -69,8 +69,11 @@ def _with_experts(config: Config, quantisation: dict[str, Any]) -> dict[str, Any
 
     As in vLLM 0.32 (models/deepseek_v4/quant_config.py), they have MXFP4 unless stated otherwise, all else FP8.
     """
-    is_own = config.data.get("model_type") == "deepseek_v4" and quantisation.get("quant_method") in _DEEPSEEK_V4
-    return {"expert_dtype": config.data.get("expert_dtype") or "fp4", **quantisation} if is_own else quantisation
+    method = str(quantisation.get("quant_method")).lower()
+    if config.data.get("model_type") != "deepseek_v4" or method not in _DEEPSEEK_V4:
+        return {name: value for name, value in quantisation.items() if name != "expert_dtype"}  # only V4 has that field
+    stated = config.data.get("expert_dtype", quantisation.get("expert_dtype"))
+    return {**quantisation, "expert_dtype": "fp4" if stated is None else stated}
 
 
 def weights_precision(config: Config, model: ModelSpec | None, linear: LinearLayers) -> str | None:

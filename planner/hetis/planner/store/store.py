@@ -210,8 +210,8 @@ class Store:
     async def stand_by(self, holder: str, addresses: Sequence[str] = ()) -> int:
         """Wait until no planner leads, then lead and return the epoch. In the meantime `leader` names the leader.
 
-        It does not wait for the end of a lease that nobody renews (`RenewalWatch`). A term of its own, in which the
-        planner could not begin to lead, ends first, and other planners go before it.
+        It does not wait for the end of a lease that nobody renews (`RenewalWatch`). If this planner holds a term that
+        it failed to begin, that term is ended first, and other planners get the first chance.
 
         Raises StoreError if a planner of another version migrates the tables meanwhile.
         """
@@ -222,7 +222,7 @@ class Store:
             self._led_s = self._led_before_s  # nobody has led in that term
             with contextlib.suppress(ServiceError):
                 await self._limited(self._release, epoch)
-            await asyncio.sleep(1.5 * _LOOK_S)  # all others look meanwhile
+            await asyncio.sleep(1.5 * _LOOK_S)  # long enough for every standby to look
         while True:
             wait_s = _LOOK_S
             try:
@@ -574,9 +574,12 @@ class Store:
             return work(*arguments)
 
     def _release(self, epoch: int) -> None:
+        """Let another planner take over; on a server, its lease would otherwise have to expire."""
+        if self._lock is not None:
+            self._lock.release()
         if self._lease_s:
             with contextlib.suppress(sa.exc.DBAPIError), self._lease_statements.begin() as connection:
-                leadership.release(connection, epoch)  # otherwise the lease would have to expire
+                leadership.release(connection, epoch)
 
     def _close_lease(self, epoch: int | None) -> None:
         if epoch is not None:

@@ -26,6 +26,7 @@ SERVICE_LEVEL = "service_level"  # entry of `Plan.inputs`; absent: the default l
 TAIL = 0.9  # share of a limit on a tail statistic from which a longer run decides
 SHARE = 0.6  # such a share of the allowed misses; an exponential tail is then at 90% of its limit
 FEWEST_MISSES = 50  # misses for which a run should have room
+NEVER_S = 1e15  # stands for the latency of a request that never finished
 RULE_OF_THREE = 3.0  # if none of n requests missed, up to 3 / n of all may, with 95% certainty
 
 
@@ -206,12 +207,16 @@ def _limited(estimate: Estimate, limit: float, statistic: Statistic) -> Limited:
 
 
 def _by_request(run: Run, warm_up_s: float) -> dict[Latency, FloatArray]:
-    """Return the latencies of every request that arrived after the warm-up; infinite if it never finished."""
+    """Return the latencies of every request that arrived after the warm-up; infinite if it never finished.
+
+    TPOT is NaN for a single token, which follows no other; it is within any limit.
+    """
     import numpy as np
 
     inside = run.arrival_s >= warm_up_s
     ttft = (run.first_token_s - run.arrival_s)[inside]
-    tpot = ((run.finished_s - run.first_token_s) / np.maximum(run.output_tokens - 1, 1))[inside]
+    further = run.output_tokens[inside] - 1
+    tpot = (run.finished_s - run.first_token_s)[inside] / np.where(further > 0, further, np.nan)
     done = np.isfinite(run.finished_s[inside])
     return {Latency.TTFT: np.where(done, ttft, np.inf), Latency.TPOT: np.where(done, tpot, np.inf)}
 
@@ -226,12 +231,22 @@ def _attained(attainment: float, values: Mapping[Latency, FloatArray], bounds: M
     by_chance = max(RULE_OF_THREE / max(1, len(any_over)), estimate.half_width)  # which may be NaN
     half = by_chance if attainment < 1.0 else 0.0
     missing = Limited(estimate.value - half, estimate.value, estimate.value + half, 1.0 - attainment, SHARE)
-    return Held(limited=(missing,), seconds={}, missed={name: float(one.mean()) for name, one in over.items()})
+    shares = {name: float(one.mean()) if len(one) else math.nan for name, one in over.items()}
+    return Held(limited=(missing,), seconds={}, missed=shares)
 
 
 def _within_run(values: FloatArray, statistic: Callable[[FloatArray], float]) -> Estimate:
+    """Return a statistic with its interval. Requests that never finished are the slowest in percentiles, and left out
+    of means.
+    """
     import numpy as np
 
-    from hetis.simulator.steadiness import within_run
+    from hetis.simulator.steadiness import Estimate, within_run
 
-    return within_run(values[np.isfinite(values)], statistic)
+    known = values[~np.isnan(values)]
+    finished = known[np.isfinite(known)]
+    if statistic is Statistic.MEAN or len(finished) == len(known):
+        return within_run(finished, statistic)
+    found = within_run(np.minimum(known, NEVER_S), statistic)  # infinity cannot be interpolated
+    longest_s = finished.max(initial=0.0)
+    return found if found.value <= longest_s else Estimate(value=math.inf)

@@ -38,7 +38,8 @@ class LimitVerdict:
     limit: float
     estimate: Estimate
     kept: bool | None  # None: no request was measured
-    sure: bool  # whether the run was long enough to tell, and the whole interval is on one side of the limit
+    # Whether the whole interval is on one side of the limit and, if it is kept, the run was long enough to tell
+    sure: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

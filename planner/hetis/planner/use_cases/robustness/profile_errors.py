@@ -255,7 +255,8 @@ def _uses(replica: ReplicaPlan, moments: WorkloadMoments, problem: PlacementProb
                 sizes = {"num_bytes": stage.copies * num_bytes / 2, "tokens": all_tokens / 2}
                 yield FitUse(gpu=stage.gpu, op=Op.ALL_REDUCE, tp=ranks, sizes=sizes)
             if position > 0:
-                yield FitUse(gpu=stage.gpu, op=Op.TRANSFER, tp=stage.tp, sizes={"num_bytes": num_bytes})
+                sent = {"num_bytes": float(tokens * model.residual_width * model.activation_bytes)}
+                yield FitUse(gpu=stage.gpu, op=Op.TRANSFER, tp=stage.tp, sizes=sent)
         if C:
             kv_bytes = context * max(1.0, model.head_groups / stage.tp) * kvb
             prefill = {"tokens": float(C), "past_tokens": past, "context_tokens": context, "kv_bytes": kv_bytes}
