@@ -221,7 +221,7 @@ class Store:
             self._end_term()
             self._led_s = self._led_before_s  # nobody has led in that term
             with contextlib.suppress(ServiceError):
-                await self._limited(self._release, epoch)
+                await self._limited(self._give_up, epoch)
             await asyncio.sleep(1.5 * _LOOK_S)  # long enough for every standby to look
         while True:
             wait_s = _LOOK_S
@@ -573,13 +573,16 @@ class Store:
         with self.health.counted():
             return work(*arguments)
 
-    def _release(self, epoch: int) -> None:
-        """Let another planner take over; on a server, its lease would otherwise have to expire."""
+    def _give_up(self, epoch: int) -> None:
+        """Let another planner take over while this store stays open."""
+        self._release(epoch)
         if self._lock is not None:
             self._lock.release()
+
+    def _release(self, epoch: int) -> None:
         if self._lease_s:
             with contextlib.suppress(sa.exc.DBAPIError), self._lease_statements.begin() as connection:
-                leadership.release(connection, epoch)
+                leadership.release(connection, epoch)  # otherwise the lease would have to expire
 
     def _close_lease(self, epoch: int | None) -> None:
         if epoch is not None:
