@@ -13,7 +13,7 @@ from hetis.formats.documents import dump
 from hetis.formats.errors import DocumentError
 from hetis.formats.model import load_model
 from hetis.solver.model import AttentionKind, CompressedShape, ModelSpec, MoeShape
-from tests.formats.test_huggingface import FOLDER
+from tests.formats.test_huggingface import FOLDER, config_of, load
 
 PRO, FLASH = "deepseek-ai__DeepSeek-V4-Pro", "deepseek-ai__DeepSeek-V4-Flash"
 GIB = 2**30
@@ -27,16 +27,6 @@ CHECKPOINT_BYTES = {PRO: 805.32 * GIB, FLASH: 159_609_485_896}
 EVERY = 11_010_048 + 100_663_296 + 3_670_016 + 67_108_864 + 117_440_512 + 2 * 688_128
 SPARSE = 2 * 7_340_032 + 2 * 1_835_008 + 12_582_912 + 458_752
 HEAVY = 2 * 3_670_016
-
-
-def config_of(name: str) -> dict[str, Any]:
-    data: dict[str, Any] = json.loads((FOLDER / f"{name}.json").read_text())
-    return data
-
-
-def load(folder: Path, data: dict[str, Any]) -> ModelSpec:
-    (folder / "config.json").write_text(json.dumps(data, indent=1))
-    return load_model(folder / "config.json")
 
 
 def in_16_bits(model: ModelSpec) -> ModelSpec:

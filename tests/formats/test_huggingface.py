@@ -33,6 +33,18 @@ PUBLISHED_B: dict[str, tuple[float, float | None]] = {  # billions, from the mod
 }
 
 
+def config_of(name: str) -> dict[str, Any]:
+    """Return a published config, to be changed."""
+    data: dict[str, Any] = json.loads((FOLDER / f"{name}.json").read_text())
+    return data
+
+
+def load(folder: Path, data: dict[str, Any]) -> ModelSpec:
+    """Return the model of a config that is written into ``folder``."""
+    (folder / "config.json").write_text(json.dumps(data, indent=1))
+    return load_model(folder / "config.json")
+
+
 def repository(path: Path) -> str:
     return path.stem.replace("__", "/")
 

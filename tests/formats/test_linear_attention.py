@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import given
@@ -17,8 +15,8 @@ from hetis.formats.errors import DocumentError
 from hetis.formats.linear_attention import lightning_attention
 from hetis.formats.model import load_model
 from hetis.formats.positions import Text
-from hetis.solver.model import AttentionKind, LinearShape, MlaShape, ModelSpec, MoeShape
-from tests.formats.test_huggingface import FOLDER, MODELOPT
+from hetis.solver.model import AttentionKind, LinearShape, MlaShape, MoeShape
+from tests.formats.test_huggingface import FOLDER, MODELOPT, config_of, load
 
 KIMI, MINIMAX = "moonshotai__Kimi-Linear-48B-A3B-Instruct", "MiniMaxAI__MiniMax-Text-01"
 QWEN = "Qwen__Qwen3.5-27B"
@@ -27,16 +25,6 @@ QWEN = "Qwen__Qwen3.5-27B"
 DELTA_LAYER = 4 * 9_437_184 + 73_728 + 2 * (294_912 + 524_288) + 49_152
 LATENT_LAYER = 14_155_776 + 1_327_104 + 4_194_304 + 9_437_184
 LIGHTNING_LAYER = 150_994_944 + 50_331_648 + 50_331_648  # q, k, v; output; gate
-
-
-def config_of(name: str) -> dict[str, Any]:
-    data: dict[str, Any] = json.loads((FOLDER / f"{name}.json").read_text())
-    return data
-
-
-def load(folder: Path, data: dict[str, Any]) -> ModelSpec:
-    (folder / "config.json").write_text(json.dumps(data, indent=1))
-    return load_model(folder / "config.json")
 
 
 def test_kimi_linear_has_latent_attention_in_seven_layers_and_keeps_a_state_in_the_others() -> None:

@@ -37,7 +37,7 @@ from hetis.solver.errors import InvalidProblemError
 from hetis.solver.plan import Objective, Plan
 from hetis.solver.problem import PlacementProblem
 from tests.planner.command_line import hetis_plan, invoke
-from tests.planner.test_simulate import CLUSTER
+from tests.planner.test_simulate import CLUSTER, simulated
 
 Placed = tuple[Plan, PlacementProblem]
 TAILS = ServiceLevel(ttft=Statistic.P99, tpot=Statistic.P90)
@@ -86,14 +86,6 @@ def asked(
 def answered(pair: Placed, question: Question, *, begins: Any = lambda _part: None) -> Simulated:
     stop = threading.Event()
     return answer(*pair, question, processes=1, cancelled=stop, report=silent, begins=begins)
-
-
-def printed(saved: Path, *arguments: str) -> dict[str, Any]:
-    result = invoke("simulate", str(saved), "--threads", "1", *arguments, "-o", "json")
-    assert result.exit_code == 0, result.stderr
-    document = json.loads(result.stdout)
-    assert isinstance(document, dict)
-    return document
 
 
 def table(saved: Path, *arguments: str) -> str:
@@ -382,7 +374,7 @@ def test_a_sweep_is_shown_in_the_statistics_of_the_level(saved: Path) -> None:
     assert "served TTFT p95 TPOT mean attained" in share
     assert "Service level" not in share, "the rates have verdicts of their own"
 
-    at_tails = printed(saved, *sweep, "--ttft-statistic", "p99", "--tpot-statistic", "p90")
+    at_tails = simulated(saved, *sweep, "--ttft-statistic", "p99", "--tpot-statistic", "p90")
     for point in at_tails["sweep"]["points"]:
         ttft, tpot = (one["value"] for one in point["verdicts"])
         row = next(line for line in tails.splitlines() if line.startswith(f"      {point['rate_rps']:.2f} "))
@@ -405,12 +397,12 @@ def test_the_picture_of_a_sweep_has_the_limits_of_the_level(pair: Placed) -> Non
 
 
 def test_a_plan_is_held_to_its_own_level_unless_another_is_given(saved: Path) -> None:
-    own = printed(saved, "--requests", "600")
+    own = simulated(saved, "--requests", "600")
     assert own["service_level"] == {"ttft": "p95", "tpot": "mean", "attainment": 0.9}
     assert shown(own) == [(None, None, 0.9)]
     assert own["verdicts"][0]["value"] == pytest.approx(own["summary"]["attainment"])
     assert {*own["missed"]} == {"TTFT", "TPOT"}
-    other = printed(saved, "--requests", "600", "--ttft-statistic", "p99", "--ttft", "1s", "--tpot", "none")
+    other = simulated(saved, "--requests", "600", "--ttft-statistic", "p99", "--ttft", "1s", "--tpot", "none")
     assert other["service_level"] == {"ttft": "p99", "tpot": "mean", "attainment": None}
     assert shown(other) == [("TTFT", "p99", 1.0)]
     assert other["verdicts"][0]["value"] == pytest.approx(other["summary"]["ttft_s"]["p99"])
@@ -419,7 +411,7 @@ def test_a_plan_is_held_to_its_own_level_unless_another_is_given(saved: Path) ->
 
 
 def test_a_saturated_fleet_has_no_verdict(saved: Path) -> None:
-    found = printed(saved, "--requests", "600", "--saturate")
+    found = simulated(saved, "--requests", "600", "--saturate")
     assert (found["service_level"], found["kept"], found["sure"], found["verdicts"]) == (None, None, None, [])
     assert "Service level" not in table(saved, "--saturate", "--requests", "300")
 
