@@ -303,7 +303,7 @@ def perturbed(seed: int) -> list[float]:
     case = random_case(seed)
     x, state, answer = case.tables.now.copy(), seed + 1, list[float]()
     for rounds in (1, 1, 2, 8):
-        state = perturb(case.tables, x, rounds, state)
+        state = perturb(case.tables, x, rounds, 0.0, state)
         assert _is_allowed(case.tables, x)
         answer += numbers_of(x, objective_s(case.tables, x) * 1e6, state)
     return answer

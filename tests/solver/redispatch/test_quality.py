@@ -8,9 +8,10 @@ import pytest
 from hetis.solver.dispatch.problem import HeadShape, Stage
 from hetis.solver.dispatch.snapshot import DeviceSnapshot, StateSnapshot
 from hetis.solver.dispatch.state import DispatchState
+from hetis.solver.redispatch.local_search import perturb
 from hetis.solver.redispatch.problem import MoveReason, RedispatchProblem
 from hetis.solver.redispatch.solve import solve_redispatch
-from hetis.solver.redispatch.tables import horizons, tables_of
+from hetis.solver.redispatch.tables import horizons, objective_s, tables_of
 from tests.solver.dispatch_state.stages import stage
 from tests.solver.redispatch import oracle
 from tests.solver.redispatch.instances import random_problem
@@ -96,3 +97,13 @@ def test_all_blocks_on_a_draining_device_are_short_also_under_way() -> None:
     assert {move.request for move in plan.moves} == {"b"}
     assert plan.short_before == (4 + 2) * 10
     assert plan.short_after == 4 * 10
+
+
+def test_ruin_and_recreate_stops_at_the_bound_and_improves_above_it() -> None:
+    tables = tables_of(make_room())
+    x = tables.now.copy()
+    now_s = objective_s(tables, x)
+    assert perturb(tables, x, 50, now_s, 1) == 1  # no random number is drawn
+    assert np.array_equal(x, tables.now)
+    assert perturb(tables, x, 50, 0.0, 1) != 1
+    assert objective_s(tables, x) < now_s

@@ -338,15 +338,18 @@ def _set_row(tables: RedispatchTables, placement: JointPlacement, request: int, 
 
 
 @kernel
-def perturb(tables: RedispatchTables, x: IntArray, rounds: int, state: int) -> int:
-    """Make ``rounds`` attempts to improve ``x`` [N, D], which is replaced by the best placement found.
+def perturb(tables: RedispatchTables, x: IntArray, rounds: int, bound_s: float, state: int) -> int:
+    """Make up to ``rounds`` attempts to improve ``x`` [N, D], which is replaced by the best placement found.
 
-    ``state`` is that of the random numbers; the next one is returned.
+    They end when the objective reaches ``bound_s``, below which there is nothing. ``state`` is that of the random
+    numbers; the next one is returned.
     """
     if len(x) == 0:
         return state
     least_s = _objective_s(tables, placement_of(tables, x))
     for _ in range(rounds):
+        if least_s <= bound_s * (1.0 + 1e-9):
+            break
         trial = x.copy()
         placement = placement_of(tables, trial)
         complete, state = _replace_some(tables, placement, state)

@@ -44,8 +44,8 @@ MOST_ROUNDS = 8
 # Gap to the bound above which the search goes beyond its local optimum. At 0.05, a tenth more of 10,000 tiny stages
 # were over 0.5% above brute force (tests/solver/redispatch/test_worst_cases.py); below 0.02 hardly another one is.
 WIDE = 0.02
-# Attempts of ruin and recreate, divided by requests times devices, and the fewest.
-PERTURBING, FEWEST = 40_000, 100
+# Attempts of ruin and recreate: this many divided by requests times devices, within the limits.
+PERTURBING, FEWEST, MOST = 40_000, 100, 2_000
 FEW_CELLS = 16  # requests times devices up to which the integer program takes a few milliseconds
 _InOrder: TypeAlias = tuple[list[Ordered], list[WaitingStep]]
 _Judge: TypeAlias = Callable[[RedispatchTables, list[RequestMoves]], _InOrder]
@@ -93,6 +93,7 @@ class _MoveSearch:
     def __init__(self, problem: RedispatchProblem, ideal: DispatchPlan, lp: MoveLp) -> None:
         self._problem, self._ideal, self._lp = problem, ideal, lp
         self._names = problem.snapshot.stage.devices
+        self._drains = any(device.status is DeviceStatus.DRAINING for device in problem.snapshot.devices)
 
     def plan(self) -> RedispatchPlan:
         tables = tables_of(self._problem)
@@ -152,14 +153,15 @@ class _MoveSearch:
         """Return what ruin and recreate makes of a local optimum and, if it pays, what the integer program finds.
 
         The program takes 0.1 to 1 s for some requests, and is hardly ever better where neither blocks nor the budget
-        limit the relaxation, or where ruin and recreate finds nothing better than the local optimum.
+        limit the relaxation, or where ruin and recreate finds nothing better than the local optimum. Draining is an
+        exception: every group must leave, so many change places at once.
         """
-        perturbed = x.copy()
-        perturb(tables, perturbed, max(FEWEST, PERTURBING // max(1, x.size)), 1)
-        found, prices = [perturbed], relaxed.prices
+        perturbed, prices = x.copy(), relaxed.prices
+        perturb(tables, perturbed, min(MOST, max(FEWEST, PERTURBING // max(1, x.size))), relaxed.bound_s, 1)
+        found = [perturbed] if objective_s(tables, perturbed) < objective_s(tables, x) * (1 - 1e-9) else []
         binds = bool(prices.now.any() or prices.later.any() or prices.budget > 0)
-        better = objective_s(tables, perturbed) < objective_s(tables, x) * (1 - 1e-9)
-        if binds and (better or x.size <= FEW_CELLS) and (searched := search(tables, relaxed.x)) is not None:
+        worth_trying = bool(found) or x.size <= FEW_CELLS or self._drains
+        if binds and worth_trying and (searched := search(tables, relaxed.x)) is not None:
             improve(tables, searched)
             found.append(searched)
         return found
@@ -325,4 +327,4 @@ def compile_redispatch() -> None:
     problem = RedispatchProblem(snapshot=snapshot, num_layers=1, link_byte_s=np.zeros(2))
     solve_redispatch(problem)
     tables = tables_of(problem)
-    perturb(tables, tables.now.copy(), 1, 1)  # the plan above is at its bound without it
+    perturb(tables, tables.now.copy(), 1, 0.0, 1)  # the plan above is at its bound without it
