@@ -253,13 +253,16 @@ def typical_times(profile: Profile, model: ModelSpec, tp: int) -> Iterator[tuple
             tokens=tokens,
         )
     for tokens, past in ((512, 0), (2048, 0), (2048, 8192)):
-        attended = model.attended_tokens(past + tokens / 2)
+        context = past + tokens / 2
         yield at(
             Op.PREFILL_ATTENTION,
             f"{tokens} tokens after {past}",
-            flops=model.attention_flops(tokens * attended, heads) + tokens * model.scan_flops(past + tokens / 2),
-            num_bytes=(past + tokens) * groups * kv_bytes,
+            flops=model.attention_flops(tokens * model.attended_tokens(context), heads)
+            + tokens * model.state_flops() / tp
+            + tokens * model.scan_flops(context),
+            num_bytes=(model.read_tokens(context) + tokens / 2) * groups * kv_bytes,
             tokens=tokens,
+            heads=tokens * heads,
         )
     for batch, context in ((1, 1024), (8, 1024), (32, 1024), (32, 4096), (128, 2048)):
         attended = model.attended_tokens(context)

@@ -61,8 +61,9 @@ def test_an_iteration_costs_what_the_simulator_says(
     stage = StageShape(gpu=GPU, tp=tp, copies=1, layers=layers, intra_link=LINK, hop_link=LINK)
     attended = decoding * spec.attended_tokens(float(context))
     pairs = chunk * spec.attended_tokens((chunk + 1) / 2 + past)
+    read = spec.read_tokens((chunk + 1) / 2 + past) + chunk / 2 if chunk else 0.0
     expected = StageTiming(problem, stage, is_first=True, is_last=True).seconds(
-        decoding, attended, chunk, pairs, chunk + past if chunk else 0, decoding + (1 if chunk else 0)
+        decoding, attended, chunk, pairs, read, decoding + (1 if chunk else 0)
     )
     work = ObservedWork(
         decoding=decoding, attended_tokens=decoding * context, prompts=1 if chunk else 0, chunk_tokens=chunk,

@@ -122,11 +122,12 @@ class CalibratedReplica:
         pairs = work.chunk_tokens * (chunk + 1) / 2 + chunk * work.past_tokens
         context = pairs / work.chunk_tokens
         pairs = work.chunk_tokens * model.attended_tokens(context)
+        read = max(1.0, work.prompts) * model.read_tokens(context) + work.chunk_tokens / 2  # as `DeviceCost.prefill_s`
         return model.num_layers * fit.seconds(
             flops=model.attention_flops(pairs, heads)
             + work.chunk_tokens * model.state_flops() / self.tp
             + work.chunk_tokens * model.scan_flops(context),
-            num_bytes=(work.chunk_tokens + work.past_tokens) * rank.groups * model.kv_bytes_per_token_group(),
+            num_bytes=read * rank.groups * model.kv_bytes_per_token_group(),
             tokens=work.chunk_tokens,
             heads=work.chunk_tokens * heads,
         )
