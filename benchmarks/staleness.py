@@ -45,7 +45,12 @@ _COSTS = (
     *(f"{_SOLVER}/{name}.py" for name in ("cost", "workload", "model", "profile")),
     "profiler/hetis/profiler/roofline.py",
 )
-_SEARCH = (*_COSTS, f"{_SOLVER}/placement", f"!{_SOLVER}/placement/explanation", f"!{_SOLVER}/placement/infeasible")
+_SEARCH_AND_BINDING = (
+    *(*_COSTS, f"{_SOLVER}/placement"),
+    *(f"!{_SOLVER}/placement/{name}" for name in ("explanation", "infeasible")),
+)
+# Binding names the GPUs of a plan that is already chosen: no rate or latency depends on it, only a search's seconds.
+_SEARCH = (*_SEARCH_AND_BINDING, f"!{_SOLVER}/placement/binding.py")
 _PROFILER = "profiler/hetis/profiler"
 _ENGINE_PROFILES = (
     *(f"{_PROFILER}/{name}.py" for name in ("engines", "engine_tables", "experts", "latent", "linear")),
@@ -58,8 +63,8 @@ _PLUGIN = tuple(f"runtime/hetis/runtime/{room}" for room in ("attention", "trans
 
 # The sources of each table: its benchmark, and then files and whole folders, without those marked "!".
 SOURCES: dict[str, tuple[str, ...]] = {
-    "placement": ("benchmarks/placement.py", "benchmarks/measuring/specification.py", *_SEARCH),
-    "placement_any": ("benchmarks/placement.py", *_SEARCH),
+    "placement": ("benchmarks/placement.py", "benchmarks/measuring/specification.py", *_SEARCH_AND_BINDING),
+    "placement_any": ("benchmarks/placement.py", *_SEARCH_AND_BINDING),
     "attention_workers": ("benchmarks/attention_workers.py", *_SEARCH),
     "strategies": ("benchmarks/strategies.py", *_SEARCH),
     "hexgen3": ("benchmarks/hexgen3.py", *_SEARCH),
@@ -207,7 +212,7 @@ def digest_of(texts: Iterable[str], data: Iterable[str] = ()) -> str:
 def is_source(path: str, sources: Iterable[str]) -> bool:
     """Return whether a file belongs to the sources."""
     inside = [source.lstrip("!") for source in sources if path == source.lstrip("!") or path.startswith(f"{source}/")]
-    outside = [s for s in sources if s.startswith("!") and path.startswith(f"{s[1:]}/")]
+    outside = [s for s in sources if s.startswith("!") and (path == s[1:] or path.startswith(f"{s[1:]}/"))]
     return (path.endswith(".py") or path in inside) and bool(inside) and not outside
 
 

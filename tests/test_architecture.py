@@ -31,7 +31,6 @@ EXTRAS = {
         "highspy",
         "networkx",
         "numba",
-        "ortools",
         "rich",
         "typer",
         "cvxpy",

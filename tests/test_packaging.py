@@ -16,7 +16,7 @@ ROOTS = ("solver", "formats", "profiler", "simulator", "engines", "planner", "ru
 BASE_PROGRAM = """
 import hetis, sys
 assert hetis.__version__ and [name for name in sys.modules if name.startswith("hetis.")] == []
-for name in ("highspy", "numba", "ortools", "typer", "rich", "cvxpy"):
+for name in ("highspy", "numba", "typer", "rich", "cvxpy"):
     sys.modules[name] = None
 import hetis.formats, hetis.formats.documents, hetis.formats.catalogue
 import hetis.solver.problem, hetis.solver.plan, hetis.solver.placement.explanation, hetis.solver.check

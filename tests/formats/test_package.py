@@ -20,7 +20,7 @@ def test_importing_the_package_or_units_imports_nothing_heavy() -> None:
 
 def test_importing_everything_needs_the_base_install_only() -> None:
     loaded = modules_after("import hetis.formats.documents, hetis.formats.huggingface, hetis.formats.catalogue")
-    assert not {"ortools", "highspy", "numba", "cvxpy", "typer", "rich", "torch"} & loaded
+    assert not {"highspy", "numba", "cvxpy", "typer", "rich", "torch"} & loaded
 
 
 def test_public_names_of_documents() -> None:

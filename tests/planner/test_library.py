@@ -42,7 +42,7 @@ network: {bandwidth: 100Gbps, latency: 20us}
 # Nothing that may be missing from an installation, and nothing that takes time.
 BARE_PROGRAM = """
 import sys
-for name in ("numpy", "pydantic", "yaml", "grpc", "google.protobuf", "ortools", "highspy", "numba", "rich", "typer"):
+for name in ("numpy", "pydantic", "yaml", "grpc", "google.protobuf", "highspy", "numba", "rich", "typer"):
     sys.modules[name] = None
 import hetis
 assert hetis.__version__

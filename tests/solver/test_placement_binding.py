@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from dataclasses import replace
 
@@ -117,3 +118,44 @@ def test_more_than_the_fleet_has_is_a_bug_and_says_so() -> None:
     template = Template(0, 0, 0, (TemplateStage(rank=0, copies=1, layers=6),), 1.0)
     with pytest.raises(UnboundPlanError, match=r"^no node has 1 free A for replica 2$"):
         bind(costs, [template] * 3)
+
+
+@settings(max_examples=EXAMPLES)
+@given(
+    st.lists(st.lists(st.tuples(st.sampled_from("AC"), st.sampled_from((1, 2))), min_size=1, max_size=3), max_size=4),
+    st.integers(1, 3),
+)
+def test_replicas_over_nodes_of_several_types_use_the_fewest_nodes(
+    replicas: list[list[tuple[str, int]]], nodes: int
+) -> None:
+    """Every assignment of parts to nodes is tried beside the program."""
+    slots = (GpuSlots(gpu="A", count=2), GpuSlots(gpu="C", count=2))
+    profiles = {gpu: make_profile(gpu) for gpu in "AC"}
+    problem = make_problem([replace(make_node("m", "A", nodes=nodes), gpus=slots)], profiles=profiles)
+    costs = build_cost_tables(problem)
+    index = {c.gpu: number for number, c in enumerate(costs.classes)}
+    ranks = {rank: s for s, rank in enumerate(costs.ranks)}
+    templates = [
+        Template(
+            0, 0, 0, tuple(TemplateStage(rank=ranks[index[gpu], tp], copies=1, layers=1) for gpu, tp in stages), 1.0
+        )
+        for stages in replicas
+    ]
+    parts = [(r, gpu, tp) for r, stages in enumerate(replicas) for gpu, tp in stages]
+    fewest = min(
+        (
+            len({(r, node) for (r, _, _), node in zip(parts, places, strict=True)})
+            for places in itertools.product(range(nodes), repeat=len(parts))
+            if all(
+                sum(tp for (_, g, tp), place in zip(parts, places, strict=True) if (g, place) == (gpu, node)) <= 2
+                for gpu in "AC"
+                for node in range(nodes)
+            )
+        ),
+        default=None,
+    )
+    if fewest is None:
+        return
+    bound = bind(costs, templates)
+    used = {(r, device.split("/")[0]) for r, own in enumerate(bound) for stage in own for device in stage.devices}
+    assert len(used) == fewest

@@ -338,7 +338,7 @@ def test_the_base_install_is_enough_for_the_client() -> None:
 import sys
 class Missing:
     def find_spec(self, name, path=None, target=None):
-        if name.partition('.')[0] in {'typer', 'rich', 'sqlalchemy', 'alembic', 'starlette', 'uvicorn', 'ortools',
+        if name.partition('.')[0] in {'typer', 'rich', 'sqlalchemy', 'alembic', 'starlette', 'uvicorn', 'highspy',
                 'highspy', 'numba', 'cvxpy', 'prometheus_client', 'grpc_health', 'grpc_reflection', 'torch'}:
             raise ModuleNotFoundError(name, name=name)
 sys.meta_path.insert(0, Missing())

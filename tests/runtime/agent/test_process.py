@@ -308,7 +308,7 @@ def test_an_agent_beside_vllm_says_which_extra_it_lacks() -> None:
 
 
 def test_the_agent_imports_without_solver_libraries() -> None:
-    blocked = ["ortools", "cvxpy", "torch", "highspy", "numba", "sqlalchemy"]
+    blocked = ["cvxpy", "torch", "highspy", "numba", "sqlalchemy"]
     program = f"""
 import sys
 for name in {blocked}:

@@ -23,26 +23,16 @@ if TYPE_CHECKING:
 
 MIN_PYTHON = (3, 11)
 MIN_MEMORY_BYTES = 2 * 2**30
-# The HiGHS release in each OR-Tools release: highspy must have the same one, or their symbols clash in one process.
-HIGHS_IN_ORTOOLS = {"9.15": "1.12"}
 _PROBE_TIMEOUT_S = 60
 
 _SOLVE_WITH_HIGHS = """
+import highspy
 highs = highspy.Highs()
 highs.setOptionValue("output_flag", False)
 x = highs.addVariable(lb=0, ub=3)
 highs.maximize(x)
 assert abs(highs.getObjectiveValue() - 3) < 1e-9
 """
-_SOLVE_WITH_CP_SAT = """
-model = cp_model.CpModel()
-y = model.new_int_var(0, 3, "y")
-model.maximize(y)
-solver = cp_model.CpSolver()
-assert solver.solve(model) == cp_model.OPTIMAL and solver.objective_value == 3
-"""
-_IMPORT_HIGHS = "import highspy\n"
-_IMPORT_CP_SAT = "from ortools.sat.python import cp_model\n"
 
 
 class CheckVerdict(StrEnum):
@@ -53,7 +43,7 @@ class CheckVerdict(StrEnum):
 
 @verb()
 def doctor(terminal: Terminal) -> ExitCode:
-    """Check this installation: Python, solver libraries and their load order, the compiler's cache, the machine."""
+    """Check this installation: Python, libraries, the solver, the compiler's cache, the machine."""
     findings = examine()
 
     def table() -> RenderableType:
@@ -106,8 +96,8 @@ class Finding:
 
 
 def examine() -> tuple[Finding, ...]:
-    """Examine everything. Takes a few seconds, because each solver is loaded in a process of its own."""
-    return (_python(), *_libraries(), *_solver_orders(), _compiled_code_cache(), _cores(), _memory())
+    """Examine everything. Takes a second, because the solver is loaded in a process of its own."""
+    return (_python(), *_libraries(), *_solver(), _compiled_code_cache(), _cores(), _memory())
 
 
 def _finding(subject: str, ok: bool, detail: str, *, otherwise: CheckVerdict = CheckVerdict.FAILED) -> Finding:
@@ -127,26 +117,13 @@ def _libraries() -> Iterator[Finding]:
     found = ", ".join(f"{name} {versions[name]}" for name in LIBRARIES if name in versions)
     lacking = f"missing {', '.join(missing)}: pip install 'hetis[planner]'"
     yield _finding("libraries", not missing, lacking if missing else found)
-    if "highspy" in versions and "ortools" in versions:
-        ortools, highs = _release(versions["ortools"]), _release(versions["highspy"])
-        expected = HIGHS_IN_ORTOOLS.get(ortools)
-        bundled = "" if expected is None else f", which bundles {expected}"
-        detail = f"highspy {highs} beside ortools {ortools}{bundled}"
-        yield _finding("HiGHS releases", expected in (None, highs), detail)
 
 
-def _release(version: str) -> str:
-    return ".".join(version.split(".")[:2])
-
-
-def _solver_orders() -> Iterator[Finding]:
-    """Yield whether the solvers work in both import orders: both contain HiGHS, and neither may break the other."""
-    if any(util.find_spec(name) is None for name in ("highspy", "ortools")):
-        return
-    orders = {"highspy, ortools": _IMPORT_HIGHS + _IMPORT_CP_SAT, "ortools, highspy": _IMPORT_CP_SAT + _IMPORT_HIGHS}
-    for name, imports in orders.items():
-        error = _failure_of(imports + _SOLVE_WITH_HIGHS + _SOLVE_WITH_CP_SAT)
-        yield _finding(f"import {name}", error is None, error or "both work")
+def _solver() -> Iterator[Finding]:
+    """Yield whether HiGHS solves a program, in a process of its own that may crash."""
+    if util.find_spec("highspy") is not None:
+        error = _failure_of(_SOLVE_WITH_HIGHS)
+        yield _finding("solver", error is None, error or "HiGHS solves a program")
 
 
 def _failure_of(program: str) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 from importlib import metadata
 
-LIBRARIES = ("numpy", "numba", "highspy", "ortools", "protobuf", "pydantic")
+LIBRARIES = ("numpy", "numba", "highspy", "protobuf", "pydantic")
 
 
 def installed_versions() -> dict[str, str]:

@@ -3,29 +3,33 @@
 If all GPUs of a node are of one class, an integer program puts every replica on as few nodes as possible
 (`nodes.py`). Otherwise, or if it found nothing in time, TP groups go into nodes largest first. Sizes are powers of
 two, so everything that the master's packing rows admit fits (first fit decreasing is exact for sizes that divide one
-another), and a replica's parts go where the replica already is, if there is room. On small fleets CP-SAT then starts
+another), and a replica's parts go where the replica already is, if there is room. On small fleets HiGHS then starts
 from that assignment and looks for one that spreads replicas over the fewest nodes of several classes.
 """
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
+
+import highspy
+import numpy as np
 
 from hetis.solver.budget import Budget
 from hetis.solver.cluster import NodeGroup
 from hetis.solver.errors import UnboundPlanError
-from hetis.solver.placement.fleet import DeviceClass
+from hetis.solver.highs import linear_program, quiet_highs
+from hetis.solver.placement.fleet import DeviceClass, IntArray
 from hetis.solver.placement.nodes import kind_of, pack, pack_within
 from hetis.solver.placement.tables import CostTables
 from hetis.solver.placement.template import Template
 
 PACKING_S, PACKING_SHARE = 1.0, 0.1  # minimum seconds for a class, and its share of the time left
 MOST_WITHIN_S = 30.0  # limit for placing replicas on few nodes each; the search has found such a placement before
-MAX_CP_SAT_PAIRS = 4000  # (TP group, node) pairs: with more, first fit decides
-CP_SAT_SECONDS = 1.0  # deterministic time
+MOST_PAIRS = 4000  # (TP group, node) pairs: with more, first fit decides
+MOST_SEARCHED = 50  # nodes of the search tree; fixed, so that the same parts are bound alike on every machine
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +93,7 @@ def _on_few_nodes(costs: CostTables, parts: Sequence[BoundPart], seed: int, budg
     alone = _packed(costs, parts, nodes, seed, budget)
     rest = [i for i, part in enumerate(parts) if part.device_class not in alone]
     num_pairs = sum(costs.classes[parts[i].device_class].num_nodes for i in rest)
-    if rest and num_pairs <= MAX_CP_SAT_PAIRS and not budget.is_spent():
+    if rest and num_pairs <= MOST_PAIRS and not budget.is_spent():
         found = _fewest_nodes(costs, [parts[i] for i in rest], [nodes[i] for i in rest], seed, budget)
         for i, node in zip(rest, found, strict=True):
             nodes[i] = node
@@ -173,49 +177,61 @@ def _tightest(waiting: dict[int, list[int]], free: list[int], size: int) -> int:
 def _fewest_nodes(
     costs: CostTables, parts: Sequence[BoundPart], start: Sequence[int], seed: int, budget: Budget
 ) -> list[int]:  # fmt: skip
-    """Return the assignment that spreads replicas over the fewest nodes, found by CP-SAT from ``start``.
+    """Return the assignment that spreads replicas over the fewest nodes, found by HiGHS from ``start``.
 
-    Sets       a parts, v nodes of a's class, r replicas
-    Variables  x_av = 1 if part a is in node v;  y_rv = 1 if replica r has a part in node v
+    Sets       a kinds of parts: replica, class and size, n_a of them; v nodes of a's class; r replicas
+    Variables  x_av whole: parts of kind a in node v;  y_rv = 1 if replica r has a part in node v
     Minimise   sum_rv y_rv
-    Such that  sum_v x_av = 1 every a;  sum_a size_a x_av <= size of v;  x_av <= y_rv
+    Such that  sum_v x_av = n_a every a;  sum_a size_a x_av <= size of v;  x_av <= min(n_a, size of v // size_a) y_rv
     """
-    from ortools.sat.python import cp_model
-
+    kinds = Counter((part.replica, part.device_class, part.size) for part in parts)
     # A node with several GPU types has one name in all of them.
     node_ids = [[group.node_name(i) for group, i in _nodes_of(c)] for c in costs.classes]
-    model = cp_model.CpModel()
-    x: dict[tuple[int, int], cp_model.IntVar] = {}
-    load: dict[tuple[int, int], list[tuple[int, cp_model.IntVar]]] = defaultdict(list)
-    hosts: dict[tuple[int, str], cp_model.IntVar] = {}
-    for a, part in enumerate(parts):
-        c = costs.classes[part.device_class]
-        row = []
-        for v in range(c.num_nodes):
-            x[a, v] = model.new_bool_var("")
-            model.add_hint(x[a, v], v == start[a])
-            load[part.device_class, v].append((part.size, x[a, v]))
-            key = (part.replica, node_ids[part.device_class][v])
-            if key not in hosts:
-                hosts[key] = model.new_bool_var("")
-            model.add_implication(x[a, v], hosts[key])
-            row.append(x[a, v])
-        model.add_exactly_one(row)
-    for (device_class, _), terms in load.items():
-        model.add(sum(size * var for size, var in terms) <= costs.classes[device_class].gpus_per_node)
-    model.minimize(sum(hosts.values()))
-    solver = cp_model.CpSolver()
-    solver.parameters.num_workers = 1
-    solver.parameters.catch_sigint_signal = False  # Ctrl-C is handled by the caller
-    solver.parameters.random_seed = seed
-    solver.parameters.max_deterministic_time = CP_SAT_SECONDS
-    solver.parameters.max_time_in_seconds = budget.remaining_s()
-    if solver.solve(model) not in (cp_model.OPTIMAL, cp_model.FEASIBLE):
+    pairs = [(*kind, v) for kind in kinds for v in range(costs.classes[kind[1]].num_nodes)]
+    place = {pair: number for number, pair in enumerate(pairs)}
+    of_kind = _numbered(pair[:3] for pair in pairs)
+    hosts = _numbered((replica, node_ids[c][v]) for replica, c, _, v in pairs)
+    rooms = _numbered((c, v) for _, c, _, v in pairs)
+    size = np.array([size for _, _, size, _ in pairs])
+    room = np.array([costs.classes[c].gpus_per_node for _, c, _, _ in pairs])
+    wanted = np.array(list(kinds.values()))
+    most = np.minimum(wanted[of_kind], room // size)
+    room_of = np.zeros(int(rooms.max()) + 1)
+    room_of[rooms] = room
+    num_pairs, num_hosts, each = len(pairs), int(hosts.max()) + 1, np.arange(len(pairs))
+    in_room, is_host = len(wanted) + rooms, len(wanted) + len(room_of) + each  # their rows
+    program = linear_program(
+        np.repeat([0.0, 1.0], [num_pairs, num_hosts]),
+        (np.zeros(num_pairs + num_hosts), np.concatenate([most, np.ones(num_hosts)])),
+        (
+            np.concatenate([wanted, np.full(len(room_of) + num_pairs, -np.inf)]),
+            np.concatenate([wanted, room_of, np.zeros(num_pairs)]),
+        ),
+        [(of_kind, each, 1.0), (in_room, each, size), (is_host, each, 1.0), (is_host, num_pairs + hosts, -most)],
+        whole=np.ones(num_pairs + num_hosts, np.bool_),
+    )
+    options = {"mip_max_nodes": MOST_SEARCHED, "mip_abs_gap": 0.999, "mip_rel_gap": 0.0}
+    highs = quiet_highs(options, time_limit_s=budget.remaining_s(), seed=seed)
+    highs.passModel(program)
+    here = np.zeros(num_pairs)
+    for part, node in zip(parts, start, strict=True):
+        here[place[part.replica, part.device_class, part.size, node]] += 1
+    begun = highspy.HighsSolution()
+    begun.col_value = np.concatenate([here, np.bincount(hosts, here, num_hosts) > 0]).tolist()
+    highs.setSolution(begun)
+    highs.run()
+    if highs.getInfo().primal_solution_status != highspy.SolutionStatus.kSolutionStatusFeasible:
         return list(start)
-    return [
-        next(v for v in range(costs.classes[part.device_class].num_nodes) if solver.boolean_value(x[a, v]))
-        for a, part in enumerate(parts)
-    ]
+    left = defaultdict[tuple[int, int, int], list[int]](list)
+    for (replica, c, of_size, v), number in zip(pairs, highs.getSolution().col_value, strict=False):
+        left[replica, c, of_size] += [v] * round(number)
+    return [left[part.replica, part.device_class, part.size].pop(0) for part in parts]
+
+
+def _numbered(keys: Iterable[Hashable]) -> IntArray:
+    """Return the number of each key among the different ones, in order of first appearance."""
+    numbers = dict[Hashable, int]()
+    return np.array([numbers.setdefault(key, len(numbers)) for key in keys], np.int64)
 
 
 def _nodes_of(c: DeviceClass) -> list[tuple[NodeGroup, int]]:
