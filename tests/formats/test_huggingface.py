@@ -454,11 +454,24 @@ def test_matrices_add_up_to_what_the_model_has(path: Path) -> None:
     assert matrices + indexer == pytest.approx(model._full_attention_params(), rel=1e-12)
 
 
-def test_no_work_is_unbounded(tmp_path: Path) -> None:
-    config = json.loads((FOLDER / "meta-llama__Llama-2-70b-hf.json").read_text())
-    config |= {"num_hidden_layers": 10**9, "quantization_config": MODELOPT | {"ignore": ["re:.*self_attn.*"]}}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    assert load_model(tmp_path).weight_bytes == 0.5625
+@pytest.mark.parametrize(
+    ("name", "changes", "said"),
+    [
+        (LLAMA, {"num_hidden_layers": 10_001}, "num_hidden_layers: is 10001, must be a whole number from 1 to 10000"),
+        ("Qwen__Qwen3-30B-A3B", {"num_experts_per_tok": 129}, "num_experts_per_tok: is 129, must be at most num_ex"),
+        ("mistralai__Mixtral-8x7B-v0.1", {"num_local_experts": 1}, "num_experts_per_tok: is 2, must be at most num_lo"),
+        ("deepseek-ai__DeepSeek-V3.2", {"index_head_dim": 10**6}, "indexer.key_bytes: is 1000004.0, must be <= 100000"),
+        ("Qwen__Qwen-72B", {"intermediate_size": 1}, "intermediate: is 0, must be >= 1"),
+    ],
+)
+def test_a_model_that_its_own_file_could_not_hold_is_refused(
+    tmp_path: Path, name: str, changes: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(DocumentError) as caught:
+        load(tmp_path, config_of(name) | changes)
+    [problem] = caught.value.problems
+    assert said in str(problem)
+    assert problem.file.endswith("config.json")
 
 
 @pytest.mark.parametrize(

@@ -203,10 +203,11 @@ def test_layers_are_even_if_no_run_has_two_more_or_fewer_than_its_share(flags: l
 def test_no_list_of_layers_is_unbounded(tmp_path: Path) -> None:
     qwen = config_of(QWEN)
     qwen["text_config"] |= {"num_hidden_layers": 10**9, "layer_types": None}
-    with pytest.raises(DocumentError, match="num_hidden_layers: is 1000000000, at most 10000 can be of several kinds"):
-        load(tmp_path, qwen)
-    with pytest.raises(DocumentError, match="must be lists that have each layer from 1 to 1000000000 once"):
-        load(tmp_path, config_of(KIMI) | {"num_hidden_layers": 10**9})
+    for config in (qwen, config_of(KIMI) | {"num_hidden_layers": 10**9}):
+        with pytest.raises(DocumentError) as caught:
+            load(tmp_path, config)
+        [problem] = caught.value.problems
+        assert "num_hidden_layers: is 1000000000, must be a whole number from 1 to 10000" in str(problem)
 
 
 LAYERS = "model.layers"

@@ -10,6 +10,9 @@ from hetis.formats.errors import Problem, shown
 from hetis.formats.positions import Text
 
 MAX_NUMBER = 10**9
+# Limits of model files, see `hetis.formats.model`; no model has so many.
+MAX_LAYERS = 10_000
+MAX_STREAMS = 64  # copies of the residual
 
 
 @dataclass(slots=True)
@@ -58,15 +61,15 @@ class Config:
                 return None
         return kinds
 
-    def whole(self, name: str, default: int | None = None, *, least: int = 1) -> int:
+    def whole(self, name: str, default: int | None = None, *, least: int = 1, most: int = MAX_NUMBER) -> int:
         """Return a whole number, or ``default`` if the config omits it; without a default that is a problem."""
         value = self.data.get(name)
         if value is None:
             if default is None:
                 self.problems.append(self.source.problem(self.at, f"{name} is missing"))
             return least if default is None else default
-        if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= MAX_NUMBER:
-            self.refuse(name, f"is {shown(value)}, must be a whole number from {least} to {MAX_NUMBER}")
+        if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+            self.refuse(name, f"is {shown(value)}, must be a whole number from {least} to {most}")
             return default or least
         return value
 
@@ -78,6 +81,22 @@ class Config:
             self.refuse(name, f"is {shown(value)}, must be true or false")
             return default
         return value
+
+    def num_layers(self) -> int:
+        return self.whole("num_hidden_layers", most=MAX_LAYERS)
+
+    def experts(self, num: str, active: str, defaults: tuple[int | None, int | None] = (None, None)) -> dict[str, int]:
+        """Return the numbers of a layer's experts and of those that a token activates, by their names in `MoeShape`."""
+        num_experts, active_experts = self.whole(num, defaults[0]), self.whole(active, defaults[1])
+        if active_experts > num_experts:
+            self.refuse(active, f"is {active_experts}, must be at most {num} ({num_experts})")
+        return {"num_experts": num_experts, "active_experts": active_experts}
+
+    def refuse_contradiction(self, first: str, second: str, layer: int) -> None:
+        """Refuse two lists of the kinds of layers that differ about one of them."""
+        one, other = (shown(self.data[name][layer]) for name in (first, second))
+        where = (*self.at, first, layer)
+        self.problems.append(self.source.problem(where, f"is {one}, but {second}[{layer}] is {other}: they contradict"))
 
     def refuse(self, name: str, message: str) -> None:
         self.problems.append(self.source.problem((*self.at, name), message))

@@ -20,7 +20,6 @@ _CHUNK = 64  # tokens that kernels of the delta rule compute at once (FLA_CHUNK_
 # 256, the parts of 32 up to its own; 1 to 8 parts, and 4.5 in the mean.
 _LIGHTNING_TOKENS = 144
 _UNEVEN = 2  # excess layers of one kind in a run, from which the run is refused
-_MOST_LAYERS = 10_000  # limit for listing layers; no model has so many
 
 
 class LinearLayers(NamedTuple):
@@ -49,7 +48,7 @@ def gated_delta_rule(config: Config, num_layers: int) -> LinearLayers:
     every, is_linear = config.whole("full_attention_interval", 4), list[bool]()
     if (kinds := config.kinds_of_layers(num_layers, _KINDS)) is not None:
         is_linear = list(map(_is_linear, kinds))
-    elif _can_list(config, num_layers):
+    else:
         is_linear = [layer % every != every - 1 for layer in range(num_layers)]
     numbers = spread(config, "layer_types", is_linear)
     heads, key_dim = config.whole("linear_num_value_heads", 32), config.whole("linear_key_head_dim", 128)
@@ -152,12 +151,6 @@ def _delta_rule_flops(key_dim: int, value_dim: int) -> int:
 
 def _is_linear(kind: Any) -> bool:
     return bool(kind == "linear_attention")
-
-
-def _can_list(config: Config, num_layers: int) -> bool:
-    if num_layers > _MOST_LAYERS:
-        config.refuse("num_hidden_layers", f"is {num_layers}, at most {_MOST_LAYERS} can be of several kinds")
-    return num_layers <= _MOST_LAYERS
 
 
 def _kimi_layers(config: Config, own: Config | None, num_layers: int) -> tuple[int, ...]:

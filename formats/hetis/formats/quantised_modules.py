@@ -40,7 +40,6 @@ _JOINED = {
 }
 _LEAST_GROUP = 16  # weights that share a scale; engines have kernels for 32 and more
 _NO_GROUPS = 2**20  # a scale for so many takes no memory; no matrix has such rows
-_MOST_LAYERS = 10_000  # limit for examining every layer's modules; no model has so many layers
 _MOST_PATTERNS = 1000  # patterns of modules left in 16 bits, each tried on every module; with more, all modules do
 _MOST_WILDCARDS = 4  # limit per regular expression; more could take very long to match
 _NESTED = re.compile(r"[*+}]\)?[*+{]")
@@ -147,8 +146,6 @@ def compressed_precision(data: Mapping[str, Any], model: ModelSpec, linear: Line
     is quantised; None if no matrix of the layers is.
     """
     groups = compressed_groups(data)
-    if model.num_layers > _MOST_LAYERS:
-        return groups[0].precision
     ignored, (named, of_class) = _ignored(data, ""), _group_precisions(groups)
     params = {is_attention: defaultdict[str, float](float) for is_attention in (False, True)}
     for module in (*_modules(model, linear), *_routed_experts(model)):
@@ -170,8 +167,6 @@ def layer_weight_bytes(data: Mapping[str, Any], model: ModelSpec, dtype: str, li
         linear: its layers of linear attention.
     """
     sizes = _bytes_of_formats(data)
-    if model.num_layers > _MOST_LAYERS:
-        return dtypes.layer_weight_bytes(dtype, model, sizes=sizes)
     usual, base = sizes[dtypes.split_dtype(dtype)[1]], dtypes.base_bytes(dtype)
     stated, otherwise = _in_order(data, usual, base, sizes)
     beside_experts = sizes["fp8"] if "expert_dtype" in data else otherwise  # of DeepSeek-V4
