@@ -106,7 +106,7 @@ def _quark_format(weight: Any) -> str | None:
     return None if has_scales_of_scales else QUARK.get(str(kind))
 
 
-class Group(NamedTuple):
+class QuantisedGroup(NamedTuple):
     """A group of modules of compressed-tensors: its name, its modules, and their precision."""
 
     name: str
@@ -114,14 +114,14 @@ class Group(NamedTuple):
     precision: str
 
 
-def compressed_groups(data: Mapping[str, Any]) -> list[Group]:
+def compressed_groups(data: Mapping[str, Any]) -> list[QuantisedGroup]:
     """Return the groups of a checkpoint of compressed-tensors, in its order.
 
     Raises:
         ValueError: the weights of a group have no known form, or a target cannot be read; it names the group.
     """
     stated = mapping(data.get("config_groups")) or {"config_groups": None}
-    groups, num_patterns = list[Group](), 0
+    groups, num_patterns = list[QuantisedGroup](), 0
     for name, group in stated.items():
         weights = mapping(mapping(group).get("weights"))
         bits, of_group = weights.get("num_bits"), f" in {name}" if len(stated) > 1 else ""
@@ -135,7 +135,7 @@ def compressed_groups(data: Mapping[str, Any]) -> list[Group]:
         num_patterns += len(patterns)
         if num_patterns > _MOST_PATTERNS:
             raise ValueError(f"with more than {_MOST_PATTERNS} regular expressions as targets")
-        groups.append(Group(name, targets, _COMPRESSED[bits, weights.get("type") == "float"]))
+        groups.append(QuantisedGroup(name, targets, _COMPRESSED[bits, weights.get("type") == "float"]))
     return groups
 
 
@@ -322,7 +322,7 @@ def _has_groups(data: Mapping[str, Any]) -> bool:
     return str(data.get("quant_method")).lower() == "compressed-tensors" and bool(mapping(data.get("config_groups")))
 
 
-def _group_precisions(groups: Sequence[Group]) -> tuple[Stated[str], str | None]:
+def _group_precisions(groups: Sequence[QuantisedGroup]) -> tuple[Stated[str], str | None]:
     """Return the precision of a module whose name is a target of some group, and that of all whose class is one.
 
     The most specific target counts, as in the library (`match_targets`): a whole name goes before an expression, an
