@@ -462,6 +462,19 @@ def test_matrices_add_up_to_what_the_model_has(path: Path) -> None:
         ("mistralai__Mixtral-8x7B-v0.1", {"num_local_experts": 1}, "num_experts_per_tok: is 2, must be at most num_lo"),
         ("deepseek-ai__DeepSeek-V3.2", {"index_head_dim": 10**6}, "indexer.key_bytes: is 1000004.0, must be <= 100000"),
         ("Qwen__Qwen-72B", {"intermediate_size": 1}, "intermediate: is 0, must be >= 1"),
+        (
+            LLAMA,
+            {"num_attention_heads": 63, "num_key_value_heads": 7},
+            "hidden_size: is 8192, must be a multiple of num_",
+        ),
+        (LLAMA, {"architectures": None, "model_type": ["llama"]}, "architecture a list is not supported; supported: "),
+        (LLAMA, {"quantization_config": {"quant_method": "gptq", "bits": "4"}}, "gptq with '4' bits is not supported"),
+        ("google__gemma-3-1b-it", {"layer_types": ["x"] * 3}, "layer_types: has 3 items, must be a list of 26 items"),
+        (
+            "google__gemma-3-1b-it",
+            {"layer_types": [], "num_hidden_layers": "26"},
+            "num_hidden_layers: is '26', must be",
+        ),
     ],
 )
 def test_a_model_that_its_own_file_could_not_hold_is_refused(
@@ -602,6 +615,13 @@ def test_a_folder_without_a_config_is_refused(tmp_path: Path) -> None:
         load_model(tmp_path)
 
 
+def test_a_config_without_an_architecture_is_told_what_it_lacks(tmp_path: Path) -> None:
+    data = config_of(LLAMA)
+    del data["architectures"], data["model_type"]
+    with pytest.raises(DocumentError, match="model_type: architecture null is not supported; supported: Llama"):
+        load(tmp_path, data)
+
+
 def test_an_unsupported_architecture_lists_the_supported_ones(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"architectures": ["BertModel"]}')
     with pytest.raises(DocumentError) as caught:
@@ -715,7 +735,10 @@ def test_layers_share_indexers_as_transformers_and_vllm_read_it(
 @pytest.mark.parametrize(
     ("fields", "what"),
     [
-        ({"indexer_types": ["full"] * 77}, "indexer_types: is a list, must be a list of 78 items, one for each layer"),
+        (
+            {"indexer_types": ["full"] * 77},
+            "indexer_types: has 77 items, must be a list of 78 items, one for each layer",
+        ),
         ({"indexer_types": "full"}, "indexer_types: is 'full', must be a list of 78 items, one for each layer"),
         (
             {"indexer_types": ["full"] * 77 + ["half"]},

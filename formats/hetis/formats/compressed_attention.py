@@ -79,6 +79,8 @@ def _stated_ratios(config: Config, num_layers: int) -> list[int] | None:
     """Return ``compress_ratios``, or None if the config omits them; empty if they were refused."""
     if (stated := config.data.get("compress_ratios")) is None:
         return None
+    if not config.has_num_layers:
+        return []
     drafting = config.whole("num_nextn_predict_layers", 0, least=0)
     if not isinstance(stated, list) or len(stated) not in (num_layers, num_layers + drafting):
         found = f"has {len(stated)} items" if isinstance(stated, list) else f"is {shown(stated)}"

@@ -44,10 +44,6 @@ def model_from_config(data: dict[str, Any], source: Text, *, name: str, folder: 
     """
     architecture = _architecture(data, source)
     config = _config(data, source, architecture)
-    known = len(config.problems)
-    num_layers = config.num_layers()
-    if len(config.problems) > known:  # every list with an item for each layer would seem wrong, too
-        raise DocumentError(config.problems)
     config.quantisation = quantisation_of(config, folder)
     published = data.get("_name_or_path")  # often a path on the author's machine
     if isinstance(published, str) and re.fullmatch(r"[\w.-]{1,90}/[\w.-]{1,90}", published):
@@ -55,7 +51,7 @@ def model_from_config(data: dict[str, Any], source: Text, *, name: str, folder: 
     read = FAMILIES[architecture]
     model, linear = read(config, name if name.isprintable() and name.strip() else "model"), NO_LINEAR_LAYERS
     if read in _LINEAR_LAYERS:
-        linear = _LINEAR_LAYERS[read](config, num_layers)
+        linear = _LINEAR_LAYERS[read](config, config.num_layers())
         model = _with_linear(config, model, linear)
     quantised = weights_precision(config, model, linear)
     dtype = _dtype(config, quantised)
@@ -101,7 +97,7 @@ def _architecture(data: dict[str, Any], source: Text) -> str:
         what = f"architecture {shown(name)} has {NOT_MODELLED[name]}, which is not modelled yet"
         raise DocumentError([source.problem(path, what)])
     # A type of model that is not ours is no slip of the pen: Phi-3 is unlike Phi, whatever its name is like.
-    is_other = data.get("model_type") is not None and data["model_type"] not in MODEL_TYPES
+    is_other = data.get("model_type") is not None and str(data["model_type"]) not in MODEL_TYPES
     hint = did_you_mean(name, FAMILIES) if isinstance(name, str) and not is_other else ""
     what = f"architecture {shown(name)} is not supported{hint}; supported: {', '.join(FAMILIES)}"
     raise DocumentError([source.problem(path, what)])
@@ -152,6 +148,9 @@ def _with_linear(config: Config, model: ModelSpec | None, linear: LinearLayers) 
         return None
 
 
+_HEAD_DIMS = ("head_dim", "kv_channels", "kv_lora_rank")  # fields that make the size of a head another one
+
+
 def _common(
     config: Config,
     name: str,
@@ -169,6 +168,9 @@ def _common(
     known = defaults or {}
     hidden = config.whole("hidden_size")
     q_heads = config.whole("num_attention_heads", known.get("num_attention_heads"))
+    has_head_dim = head_dim is not None or any(config.data.get(name) is not None for name in _HEAD_DIMS)
+    if not has_head_dim and not config.problems and hidden % q_heads:
+        config.refuse("hidden_size", f"is {hidden}, must be a multiple of num_attention_heads ({q_heads})")
     return {
         "name": name,
         "num_layers": config.num_layers(),

@@ -215,10 +215,15 @@ def load_model(ref: str | os.PathLike[str]) -> ModelSpec:
 
         return _as_saved(load_gguf(text), Text(file=text, text=None))
     data, source = read_data(text)
-    if isinstance(data, dict) and "apiVersion" not in data and ("architectures" in data or "model_type" in data):
+    is_config = Path(text).name == "config.json"
+    if (
+        isinstance(data, dict)
+        and "apiVersion" not in data
+        and (is_config or {"architectures", "model_type"} & data.keys())
+    ):
         from hetis.formats.huggingface import model_from_config
 
-        folder = Path(text).resolve().parent if Path(text).name == "config.json" else None
+        folder = Path(text).resolve().parent if is_config else None
         name = Path(text).stem if folder is None else folder.name
         model = model_from_config(data, source, name=name, folder=folder)
         return _as_saved(model, Text(file=source.file, text=None))
