@@ -17,6 +17,7 @@ from tests.formats.test_huggingface import FOLDER, config_of, load
 
 PRO, FLASH = "deepseek-ai__DeepSeek-V4-Pro", "deepseek-ai__DeepSeek-V4-Flash"
 GIB = 2**30
+KINDS = {0: "sliding_attention", 4: "compressed_sparse_attention", 128: "heavily_compressed_attention"}
 # Parameters as transformers 5.23 builds them from these configs (`named_parameters` on the meta device). Beside ours
 # they have norms, biases, attention sinks and position biases, and the sum over streams before the LM head.
 COUNTED = {PRO: 1_572_997_179_491, FLASH: 284_332_230_231}
@@ -145,10 +146,9 @@ def test_a_compressed_model_is_the_same_after_saving(tmp_path: Path, name: str) 
 
 def test_layers_as_transformers_names_them_are_the_same_model(tmp_path: Path) -> None:
     data = config_of(FLASH)
-    kinds = {0: "sliding_attention", 4: "compressed_sparse_attention", 128: "heavily_compressed_attention"}
     ratios = data.pop("compress_ratios")[: data["num_hidden_layers"]]
-    data["layer_types"] = [kinds[ratio] for ratio in ratios]
-    data["compress_rates"] = {kinds[4]: 4, kinds[128]: 128}
+    data["layer_types"] = [KINDS[ratio] for ratio in ratios]
+    data["compress_rates"] = {KINDS[4]: 4, KINDS[128]: 128}
     data["partial_rotary_factor"] = data.pop("qk_rope_head_dim") / data["head_dim"]
     model = load(tmp_path, data)
     assert replace(model, name="") == replace(load_model(FOLDER / f"{FLASH}.json"), name="")
@@ -211,7 +211,8 @@ PLAIN = [0, 0, *[4, 128] * 20, 4]
         ({"num_key_value_heads": 2}, "num_key_value_heads: must be 1"),
         ({"qk_rope_head_dim": 1024}, "qk_rope_head_dim: is 1024, must be at most head_dim (512)"),
         ({"o_groups": 7}, "o_groups: is 7, must divide num_attention_heads (64)"),
-        ({"hc_mult": 0}, "hc_mult: is 0, must be a whole number from 1"),
+        ({"hc_mult": 0}, "hc_mult: is 0, must be a whole number from 1 to 64"),
+        ({"hc_mult": 65}, "hc_mult: is 65, must be a whole number from 1 to 64"),
         ({"index_topk": None}, "index_topk is missing"),
         ({"sliding_window": None}, "sliding_window is missing"),
         ({"o_lora_rank": "1024"}, "o_lora_rank: is '1024', must be a whole number"),
@@ -226,10 +227,21 @@ def test_what_cannot_be_is_refused(tmp_path: Path, changes: dict[str, Any], said
     assert said in str(caught.value)
 
 
+def test_both_lists_of_the_kinds_of_layers_must_agree(tmp_path: Path) -> None:
+    data = config_of(FLASH)
+    both = data | {"layer_types": [KINDS[ratio] for ratio in data["compress_ratios"][: data["num_hidden_layers"]]]}
+    assert load(tmp_path, both) == load(tmp_path, data)
+    both["layer_types"][2:4] = reversed(both["layer_types"][2:4])
+    with pytest.raises(DocumentError) as caught:
+        load(tmp_path, both)
+    [problem] = caught.value.problems
+    assert problem.path == "layer_types[2]"
+    assert problem.message == "is 'heavily_compressed_attention', but compress_ratios[2] is 4: they contradict"
+
+
 def test_other_ratios_of_transformers_are_refused(tmp_path: Path) -> None:
     data = config_of(FLASH)
-    kinds = {0: "sliding_attention", 4: "compressed_sparse_attention", 128: "heavily_compressed_attention"}
-    data["layer_types"] = [kinds[ratio] for ratio in PLAIN]
-    data["compress_rates"] = {kinds[4]: 8, kinds[128]: 128}
+    data["layer_types"] = [KINDS[ratio] for ratio in PLAIN]
+    data["compress_rates"] = {KINDS[4]: 8, KINDS[128]: 128}
     with pytest.raises(DocumentError, match=r"compress_rates: is .*, must have compressed_sparse_attention 4"):
         load(tmp_path, data)

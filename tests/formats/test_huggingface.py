@@ -454,11 +454,37 @@ def test_matrices_add_up_to_what_the_model_has(path: Path) -> None:
     assert matrices + indexer == pytest.approx(model._full_attention_params(), rel=1e-12)
 
 
-def test_no_work_is_unbounded(tmp_path: Path) -> None:
-    config = json.loads((FOLDER / "meta-llama__Llama-2-70b-hf.json").read_text())
-    config |= {"num_hidden_layers": 10**9, "quantization_config": MODELOPT | {"ignore": ["re:.*self_attn.*"]}}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    assert load_model(tmp_path).weight_bytes == 0.5625
+@pytest.mark.parametrize(
+    ("name", "changes", "said"),
+    [
+        (LLAMA, {"num_hidden_layers": 10_001}, "num_hidden_layers: is 10001, must be a whole number from 1 to 10000"),
+        ("Qwen__Qwen3-30B-A3B", {"num_experts_per_tok": 129}, "num_experts_per_tok: is 129, must be at most num_ex"),
+        ("mistralai__Mixtral-8x7B-v0.1", {"num_local_experts": 1}, "num_experts_per_tok: is 2, must be at most num_lo"),
+        ("deepseek-ai__DeepSeek-V3.2", {"index_head_dim": 10**6}, "indexer.key_bytes: is 1000004.0, must be <= 100000"),
+        ("Qwen__Qwen-72B", {"intermediate_size": 1}, "intermediate: is 0, must be >= 1"),
+        (
+            LLAMA,
+            {"num_attention_heads": 63, "num_key_value_heads": 7},
+            "hidden_size: is 8192, must be a multiple of num_",
+        ),
+        (LLAMA, {"architectures": None, "model_type": ["llama"]}, "architecture a list is not supported; supported: "),
+        (LLAMA, {"quantization_config": {"quant_method": "gptq", "bits": "4"}}, "gptq with '4' bits is not supported"),
+        ("google__gemma-3-1b-it", {"layer_types": ["x"] * 3}, "layer_types: has 3 items, must be a list of 26 items"),
+        (
+            "google__gemma-3-1b-it",
+            {"layer_types": [], "num_hidden_layers": "26"},
+            "num_hidden_layers: is '26', must be",
+        ),
+    ],
+)
+def test_a_model_that_its_own_file_could_not_hold_is_refused(
+    tmp_path: Path, name: str, changes: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(DocumentError) as caught:
+        load(tmp_path, config_of(name) | changes)
+    [problem] = caught.value.problems
+    assert said in str(problem)
+    assert problem.file.endswith("config.json")
 
 
 @pytest.mark.parametrize(
@@ -589,6 +615,13 @@ def test_a_folder_without_a_config_is_refused(tmp_path: Path) -> None:
         load_model(tmp_path)
 
 
+def test_a_config_without_an_architecture_is_told_what_it_lacks(tmp_path: Path) -> None:
+    data = config_of(LLAMA)
+    del data["architectures"], data["model_type"]
+    with pytest.raises(DocumentError, match="model_type: architecture null is not supported; supported: Llama"):
+        load(tmp_path, data)
+
+
 def test_an_unsupported_architecture_lists_the_supported_ones(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"architectures": ["BertModel"]}')
     with pytest.raises(DocumentError) as caught:
@@ -702,7 +735,10 @@ def test_layers_share_indexers_as_transformers_and_vllm_read_it(
 @pytest.mark.parametrize(
     ("fields", "what"),
     [
-        ({"indexer_types": ["full"] * 77}, "indexer_types: is a list, must be a list of 78 items, one for each layer"),
+        (
+            {"indexer_types": ["full"] * 77},
+            "indexer_types: has 77 items, must be a list of 78 items, one for each layer",
+        ),
         ({"indexer_types": "full"}, "indexer_types: is 'full', must be a list of 78 items, one for each layer"),
         (
             {"indexer_types": ["full"] * 77 + ["half"]},

@@ -98,6 +98,7 @@ def test_configs_that_transformers_writes_give_the_same_models(tmp_path: Path) -
 
 
 OWN = config_of(KIMI)["linear_attn_config"]
+WITHOUT_LISTS = {"linear_attn_config": OWN | {"kda_layers": None, "full_attn_layers": None}}
 BOTH = "linear_attn_config: kda_layers and full_attn_layers must be lists that have each layer from 1 to 27 once"
 
 
@@ -121,9 +122,12 @@ BOTH = "linear_attn_config: kda_layers and full_attn_layers must be lists that h
         ),
         ({"linear_attn_config": OWN | {"use_full_rank_gate": True}}, "only an output gate of low rank is modelled"),
         ({"linear_attn_config": None}, "linear_attn_config is missing, and layer_types, too"),
-        ({"layer_types": ["linear_attention"] * 26}, "layer_types: is a list, must be a list of 27 items"),
+        ({"layer_types": ["linear_attention"] * 26}, "layer_types: has 26 items, must be a list of 27 items"),
         ({"layer_types": ["mamba"] * 27}, "layer_types: has 'mamba', only linear_attention and full_attention are"),
-        ({"layer_types": ["linear_attention"] * 27}, "linear.layers is 27, must be 0 to num_layers (27) - 1"),
+        (
+            {**WITHOUT_LISTS, "layer_types": ["linear_attention"] * 27},
+            "linear.layers is 27, must be 0 to num_layers (27) - 1",
+        ),
         ({"mla_use_output_gate": True}, "mla_use_output_gate: is true, but what it adds to Kimi Linear is not"),
         ({"routed_expert_hidden_size": 1024}, "routed_expert_hidden_size: is 1024, but what it adds to Kimi"),
         ({"attn_res_block_size": 4}, "attn_res_block_size: is 4, but what it adds to Kimi Linear is not modelled"),
@@ -150,7 +154,7 @@ def test_a_mapping_that_is_none_is_one_problem_at_its_line(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("changes", "what"),
     [
-        ({"attn_type_list": [0, 1]}, "attn_type_list: is a list, must be a list of 80 items, one for each layer"),
+        ({"attn_type_list": [0, 1]}, "attn_type_list: has 2 items, must be a list of 80 items, one for each layer"),
         ({"attn_type_list": [0, 2] * 40}, "attn_type_list: has 2, must have 0 (linear) or 1 (softmax) for each layer"),
         ({"attn_type_list": [0, True] * 40}, "attn_type_list: has true, must have 0 (linear) or 1 (softmax)"),
         ({"attn_type_list": None}, "attn_type_list is missing, and layer_types, too"),
@@ -186,7 +190,8 @@ def test_layers_of_one_kind_that_are_not_spread_evenly_are_refused(tmp_path: Pat
     with pytest.raises(DocumentError, match=re.escape("attn_type_list: has 0 layers of linear attention in layers 0")):
         load(tmp_path, config_of(MINIMAX) | {"attn_type_list": [1] * 40 + [0] * 40})
     # The default of transformers, where the first full layer is the fifth, is even enough.
-    assert load(tmp_path, config_of(KIMI) | {"layer_types": kinds([4, 8, 12, 16, 20, 24], 27)}).linear is not None
+    default = {**WITHOUT_LISTS, "layer_types": kinds([4, 8, 12, 16, 20, 24], 27)}
+    assert load(tmp_path, config_of(KIMI) | default).linear is not None
 
 
 @given(st.lists(st.integers(0, 1), min_size=1, max_size=12))
@@ -194,19 +199,39 @@ def test_layers_are_even_if_no_run_has_two_more_or_fewer_than_its_share(flags: l
     total, linear = len(flags), flags.count(0)
     runs = [flags[first:end] for first in range(total) for end in range(first + 1, total + 1)]
     is_even = all(abs(run.count(0) - linear * len(run) / total) < 2 - 1e-9 for run in runs)
-    config = Config({"hidden_size": 8, "num_attention_heads": 2, "attn_type_list": flags}, Text(file="x", text=None))
+    data = {"hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": total, "attn_type_list": flags}
+    config = Config(data, Text(file="x", text=None))
     found = lightning_attention(config, total)
     assert (config.problems == []) == is_even
     assert found.numbers == tuple(layer for layer, flag in enumerate(flags) if flag == 0)
 
 
+def test_both_lists_of_the_kinds_of_layers_must_agree(tmp_path: Path) -> None:
+    minimax, kimi = config_of(MINIMAX), config_of(KIMI)
+    linear = {i for i, kind in enumerate(minimax["attn_type_list"]) if kind == 0}
+    for data, those in ((minimax, linear), (kimi, {i - 1 for i in kimi["linear_attn_config"]["kda_layers"]})):
+        kinds = ["linear_attention" if i in those else "full_attention" for i in range(data["num_hidden_layers"])]
+        assert load(tmp_path, data | {"layer_types": kinds}) == load(tmp_path, data)
+    kinds = ["full_attention", *kinds[1:3], "linear_attention", *kinds[4:]]
+    with pytest.raises(DocumentError) as caught:
+        load(tmp_path, kimi | {"layer_types": kinds})
+    (problem,) = caught.value.problems
+    assert str(problem).endswith("layer_types: differs from linear_attn_config: layer 0, there 1, is in its kda_layers")
+    kinds = ["full_attention" if i == 3 else "linear_attention" if i in linear else "full_attention" for i in range(80)]
+    with pytest.raises(DocumentError) as caught:
+        load(tmp_path, minimax | {"layer_types": kinds})
+    (problem,) = caught.value.problems
+    assert str(problem).endswith("layer_types[3]: is 'full_attention', but attn_type_list[3] is 0: they contradict")
+
+
 def test_no_list_of_layers_is_unbounded(tmp_path: Path) -> None:
     qwen = config_of(QWEN)
     qwen["text_config"] |= {"num_hidden_layers": 10**9, "layer_types": None}
-    with pytest.raises(DocumentError, match="num_hidden_layers: is 1000000000, at most 10000 can be of several kinds"):
-        load(tmp_path, qwen)
-    with pytest.raises(DocumentError, match="must be lists that have each layer from 1 to 1000000000 once"):
-        load(tmp_path, config_of(KIMI) | {"num_hidden_layers": 10**9})
+    for config in (qwen, config_of(KIMI) | {"num_hidden_layers": 10**9}):
+        with pytest.raises(DocumentError) as caught:
+            load(tmp_path, config)
+        [problem] = caught.value.problems
+        assert "num_hidden_layers: is 1000000000, must be a whole number from 1 to 10000" in str(problem)
 
 
 LAYERS = "model.layers"

@@ -240,7 +240,11 @@ def test_a_sweep_has_a_row_for_every_rate(plan: hetis.Plan) -> None:
         ({"strategy": "hope"}, "unknown strategy 'hope'"),
         ({"tpot": "soon"}, "soon"),
         ({"time_limit": -1}, "must be > 0"),
-        ({"objective": "cost"}, "needs a demanded rate"),
+        ({"objective": "cost"}, "needs a demanded rate: rate"),
+        ({"attainment": 0.9, "verify": False}, "^attainment can only be checked in .*, which verify=False skips"),
+        ({"ttft_statistic": "p99", "ttft": None}, r"^ttft_statistic is given, but TTFT has no limit \(ttft\)"),
+        ({"max_gpus": 2, "strategy": "hexgen-paper"}, "apply to a named engine: give engine, too"),
+        ({"survive": "node"}, "^survive needs a demand: use objective cost or gpus, with rate"),
         ({"roles": ["judge"]}, "judge"),
         ({"cluster": None}, r"cluster: is None, must be a Cluster, or its file$"),
         ({"cluster": 3}, "cluster: is 3, must be a Cluster"),
@@ -305,8 +309,9 @@ def test_one_constraint_or_role_stands_for_a_list_of_it_and_numbers_may_be_numpy
 
 def test_an_impossible_plan_has_its_reasons(folder: Path) -> None:
     with pytest.raises(hetis.InfeasibleError) as caught:
-        hetis.place(folder / "cluster.yaml", "Llama-3.1-405B", "500/100", time_limit=5)
+        hetis.place(folder / "cluster.yaml", "Llama-3.1-405B", "500/100", time_limit=5, pin="replicas=2..")
     assert caught.value.reasons
+    assert "--" not in f"{caught.value} {caught.value.reasons}"
 
 
 def test_the_notebook_runs(tmp_path: Path) -> None:

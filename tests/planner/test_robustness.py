@@ -487,10 +487,18 @@ def test_a_chunk_over_a_past_that_was_not_measured_is_named_with_the_past() -> N
     assert past > 10
     (note,) = outside_regions(plan, in_region(problem, Op.PREFILL_ATTENTION, FitRegion(past_tokens=(0, 0))))
     assert note == (
-        f"outside the region of its fit: prefill_attention of H100-SXM-80GB at {past:,.0f} tokens of past, "
-        "measured without any"
+        f"outside the region of its fit: prefill_attention of H100-SXM-80GB at {past:,.0f} earlier tokens "
+        "read per request, measured without any"
     )
     assert outside_regions(plan, in_region(problem, Op.PREFILL_ATTENTION, FitRegion(past_tokens=(0, 1e4)))) == ()
+
+
+def test_a_window_is_what_is_read_of_a_context() -> None:
+    plan, problem = planned("h100-p100"), posed("h100-p100")
+    windowed = replace(problem, model=replace(problem.model, sliding_window=64))
+    notes = outside_regions(plan, in_region(windowed, Op.DECODE_ATTENTION, FitRegion(context_tokens=(256, 4096))))
+    assert notes
+    assert all(" at 64 tokens read per request, measured 256 to 4,096" in note for note in notes)
 
 
 def test_kv_beyond_what_any_call_read_is_named_though_batch_and_context_are_inside() -> None:

@@ -53,18 +53,33 @@ def compressed_attention(config: Config, num_layers: int) -> CompressedShape:
 def _ratios(config: Config, num_layers: int) -> list[int]:
     """Return the tokens per entry of every layer, 0 for layers with a window alone.
 
-    Transformers writes ``layer_types``; DeepSeek ``compress_ratios``, where drafting layers follow.
+    Transformers writes ``layer_types``; DeepSeek ``compress_ratios``, where drafting layers follow. Both must agree.
     """
-    if config.data.get("layer_types") is not None:
-        kinds = config.kinds_of_layers(num_layers, tuple(_KINDS))
-        rates = {kind: ratio for kind, ratio in _KINDS.items() if ratio}
-        if (stated := config.data.get("compress_rates") or rates) != rates:
-            wanted = ", ".join(f"{kind} {ratio}" for kind, ratio in rates.items())
-            config.refuse("compress_rates", f"is {shown(stated)}, must have {wanted}")
-        return _some(config, "layer_types", [_KINDS[kind] for kind in kinds or ()])
-    stated = config.data.get("compress_ratios")
-    if stated is None:
+    of_kinds, stated = _ratios_of_kinds(config, num_layers), _stated_ratios(config, num_layers)
+    if of_kinds is None and stated is None:
         config.refuse_all("compress_ratios is missing, and layer_types, too")
+    if of_kinds and stated and (differing := [i for i in range(num_layers) if of_kinds[i] != stated[i]]):
+        config.refuse_contradiction("layer_types", "compress_ratios", differing[0])
+    return stated or [] if of_kinds is None else of_kinds
+
+
+def _ratios_of_kinds(config: Config, num_layers: int) -> list[int] | None:
+    """Return the ratios by ``layer_types``, or None if the config omits them; empty if they were refused."""
+    if config.data.get("layer_types") is None:
+        return None
+    kinds = config.kinds_of_layers(num_layers, tuple(_KINDS))
+    rates = {kind: ratio for kind, ratio in _KINDS.items() if ratio}
+    if (stated := config.data.get("compress_rates") or rates) != rates:
+        wanted = ", ".join(f"{kind} {ratio}" for kind, ratio in rates.items())
+        config.refuse("compress_rates", f"is {shown(stated)}, must have {wanted}")
+    return _some(config, "layer_types", [_KINDS[kind] for kind in kinds or ()])
+
+
+def _stated_ratios(config: Config, num_layers: int) -> list[int] | None:
+    """Return ``compress_ratios``, or None if the config omits them; empty if they were refused."""
+    if (stated := config.data.get("compress_ratios")) is None:
+        return None
+    if not config.has_num_layers:
         return []
     drafting = config.whole("num_nextn_predict_layers", 0, least=0)
     if not isinstance(stated, list) or len(stated) not in (num_layers, num_layers + drafting):

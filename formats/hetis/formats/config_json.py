@@ -10,6 +10,9 @@ from hetis.formats.errors import Problem, shown
 from hetis.formats.positions import Text
 
 MAX_NUMBER = 10**9
+# Limits of model files, see `hetis.formats.model`; no model has so many.
+MAX_LAYERS = 10_000
+MAX_STREAMS = 64  # copies of the residual
 
 
 @dataclass(slots=True)
@@ -40,12 +43,13 @@ class Config:
         return None if self.data.get(name) is None else self.whole(name)
 
     def for_layers(self, name: str, length: int) -> list[Any] | None:
-        """Return a list with an item for every layer, or None if the config omits it."""
+        """Return a list with an item for every layer, or None if the config omits it, or their number."""
         value = self.data.get(name)
-        if value is None:
+        if value is None or not self.has_num_layers:
             return None
         if not isinstance(value, list) or len(value) != length:
-            self.refuse(name, f"is {shown(value)}, must be a list of {length} items, one for each layer")
+            found = f"has {len(value)} items" if isinstance(value, list) else f"is {shown(value)}"
+            self.refuse(name, f"{found}, must be a list of {length} items, one for each layer")
             return None
         return value
 
@@ -58,17 +62,17 @@ class Config:
                 return None
         return kinds
 
-    def whole(self, name: str, default: int | None = None, *, least: int = 1) -> int:
+    def whole(self, name: str, default: int | None = None, *, least: int = 1, most: int = MAX_NUMBER) -> int:
         """Return a whole number, or ``default`` if the config omits it; without a default that is a problem."""
         value = self.data.get(name)
         if value is None:
             if default is None:
                 self.problems.append(self.source.problem(self.at, f"{name} is missing"))
             return least if default is None else default
-        if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= MAX_NUMBER:
-            self.refuse(name, f"is {shown(value)}, must be a whole number from {least} to {MAX_NUMBER}")
+        if not _is_whole(value, least, most):
+            self.refuse(name, f"is {shown(value)}, must be a whole number from {least} to {most}")
             return default or least
-        return value
+        return int(value)
 
     def flag(self, name: str, default: bool) -> bool:
         value = self.data.get(name)
@@ -79,8 +83,33 @@ class Config:
             return default
         return value
 
+    def num_layers(self) -> int:
+        return self.whole("num_hidden_layers", most=MAX_LAYERS)
+
+    @property
+    def has_num_layers(self) -> bool:
+        """Whether the number of layers is known; lists with an item for each layer cannot be judged otherwise."""
+        return _is_whole(self.data.get("num_hidden_layers"), 1, MAX_LAYERS)
+
+    def experts(self, num: str, active: str, defaults: tuple[int | None, int | None] = (None, None)) -> dict[str, int]:
+        """Return the numbers of a layer's experts and of those that a token activates, by their names in `MoeShape`."""
+        num_experts, active_experts = self.whole(num, defaults[0]), self.whole(active, defaults[1])
+        if active_experts > num_experts:
+            self.refuse(active, f"is {active_experts}, must be at most {num} ({num_experts})")
+        return {"num_experts": num_experts, "active_experts": active_experts}
+
+    def refuse_contradiction(self, first: str, second: str, layer: int) -> None:
+        """Refuse two lists of the kinds of layers that differ about one of them."""
+        one, other = (shown(self.data[name][layer]) for name in (first, second))
+        what = f"is {one}, but {second}[{layer}] is {other}: they contradict"
+        self.problems.append(self.source.problem((*self.at, first, layer), what))
+
     def refuse(self, name: str, message: str) -> None:
         self.problems.append(self.source.problem((*self.at, name), message))
 
     def refuse_all(self, message: str) -> None:
         self.problems.append(self.source.problem(self.at, message))
+
+
+def _is_whole(value: object, least: int, most: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most

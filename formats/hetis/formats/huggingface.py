@@ -15,7 +15,7 @@ from typing import Any
 
 from hetis.formats import dtypes
 from hetis.formats.compressed_attention import compressed_attention
-from hetis.formats.config_json import Config
+from hetis.formats.config_json import MAX_STREAMS, Config
 from hetis.formats.errors import DocumentError, Problem, did_you_mean, shown
 from hetis.formats.fields import listed
 from hetis.formats.linear_attention import (
@@ -48,15 +48,16 @@ def model_from_config(data: dict[str, Any], source: Text, *, name: str, folder: 
     published = data.get("_name_or_path")  # often a path on the author's machine
     if isinstance(published, str) and re.fullmatch(r"[\w.-]{1,90}/[\w.-]{1,90}", published):
         name = published
-    model = FAMILIES[architecture](config, name if name.isprintable() and name.strip() else "model")
-    linear = NO_LINEAR_LAYERS
-    if model is not None and model.linear is not None:
-        linear = _LINEAR_LAYERS[FAMILIES[architecture]](config, model.num_layers)
+    read = FAMILIES[architecture]
+    model, linear = read(config, name if name.isprintable() and name.strip() else "model"), NO_LINEAR_LAYERS
+    if read in _LINEAR_LAYERS:
+        linear = _LINEAR_LAYERS[read](config, config.num_layers())
+        model = _with_linear(config, model, linear)
     quantised = weights_precision(config, model, linear)
     dtype = _dtype(config, quantised)
     kv_bytes = stated_kv_bytes(config.quantisation, is_latent=model is not None and _is_latent(model))
     if config.problems or model is None:
-        raise DocumentError(config.problems)
+        raise DocumentError(dict.fromkeys(config.problems))  # some fields are read for several parts
     base = dtypes.base_bytes(dtype)
     model = dataclasses.replace(model, activation_bytes=base, embedding_bytes=base, weights=quantised or "")
     if kv_bytes is not None:
@@ -96,7 +97,7 @@ def _architecture(data: dict[str, Any], source: Text) -> str:
         what = f"architecture {shown(name)} has {NOT_MODELLED[name]}, which is not modelled yet"
         raise DocumentError([source.problem(path, what)])
     # A type of model that is not ours is no slip of the pen: Phi-3 is unlike Phi, whatever its name is like.
-    is_other = data.get("model_type") is not None and data["model_type"] not in MODEL_TYPES
+    is_other = data.get("model_type") is not None and str(data["model_type"]) not in MODEL_TYPES
     hint = did_you_mean(name, FAMILIES) if isinstance(name, str) and not is_other else ""
     what = f"architecture {shown(name)} is not supported{hint}; supported: {', '.join(FAMILIES)}"
     raise DocumentError([source.problem(path, what)])
@@ -138,6 +139,18 @@ def _spec(config: Config, **fields: Any) -> ModelSpec | None:
         return None
 
 
+def _with_linear(config: Config, model: ModelSpec | None, linear: LinearLayers) -> ModelSpec | None:
+    """Return the model with its layers of linear attention, or None if fields were wrong."""
+    try:
+        return None if model is None or config.problems else replace(model, linear=linear.shape)
+    except InvalidProblemError as error:
+        config.problems.append(Problem(file=config.source.file, message=str(error)))
+        return None
+
+
+_HEAD_DIMS = ("head_dim", "kv_channels", "kv_lora_rank")  # fields that make the size of a head another one
+
+
 def _common(
     config: Config,
     name: str,
@@ -155,9 +168,12 @@ def _common(
     known = defaults or {}
     hidden = config.whole("hidden_size")
     q_heads = config.whole("num_attention_heads", known.get("num_attention_heads"))
+    has_head_dim = head_dim is not None or any(config.data.get(name) is not None for name in _HEAD_DIMS)
+    if not has_head_dim and not config.problems and hidden % q_heads:
+        config.refuse("hidden_size", f"is {hidden}, must be a multiple of num_attention_heads ({q_heads})")
     return {
         "name": name,
-        "num_layers": config.whole("num_hidden_layers"),
+        "num_layers": config.num_layers(),
         "hidden": hidden,
         "intermediate": config.whole(width, known.get(width)),
         "q_heads": q_heads,
@@ -217,8 +233,7 @@ def _qwen_experts(config: Config) -> MoeShape:
     if shared % width:
         config.refuse("shared_expert_intermediate_size", f"is {shared}, must be a multiple of {width}")
     return MoeShape(
-        num_experts=config.whole("num_experts"),
-        active_experts=config.whole("num_experts_per_tok"),
+        **config.experts("num_experts", "num_experts_per_tok"),
         expert_intermediate=width,
         shared_experts=shared // width,
     )
@@ -240,7 +255,6 @@ def _qwen3_next(config: Config, name: str) -> ModelSpec | None:
         config,
         **common,
         moe=moe,
-        linear=gated_delta_rule(config, common["num_layers"]).shape,
         gated_attention=config.flag("attn_output_gate", True),
         vision_params=_vision_params(config, projection=0),
     )
@@ -258,8 +272,7 @@ def _kimi_linear(config: Config, name: str) -> ModelSpec | None:
         if config.whole("moe_layer_freq", 1) != 1:
             config.refuse("moe_layer_freq", "only models with experts in every layer after the first (1) are supported")
         moe = MoeShape(
-            num_experts=config.whole("num_experts"),
-            active_experts=config.whole("num_experts_per_token"),
+            **config.experts("num_experts", "num_experts_per_token"),
             expert_intermediate=config.whole("moe_intermediate_size"),
             shared_experts=config.whole("num_shared_experts", 0, least=0),
             first_dense_layers=_leading_dense_layers(config, common["num_layers"]),
@@ -268,7 +281,7 @@ def _kimi_linear(config: Config, name: str) -> ModelSpec | None:
         "head_dim": mla.qk_nope_head_dim + mla.qk_rope_head_dim,
         "max_position": config.whole("model_max_length", common["max_position"]),
     }
-    return _spec(config, **common, mla=mla, moe=moe, linear=kimi_delta_attention(config, common["num_layers"]).shape)
+    return _spec(config, **common, mla=mla, moe=moe)
 
 
 def _leading_dense_layers(config: Config, num_layers: int) -> int:
@@ -292,15 +305,13 @@ def _minimax(config: Config, name: str) -> ModelSpec | None:
         config.refuse("shared_intermediate_size", what)
     common = _common(config, name)
     moe = _experts(config, common["intermediate"], 8, 2)
-    linear = lightning_attention(config, common["num_layers"]).shape
-    return _spec(config, **common, sliding_window=config.optional("sliding_window"), moe=moe, linear=linear)
+    return _spec(config, **common, sliding_window=config.optional("sliding_window"), moe=moe)
 
 
 def _experts(config: Config, width: int, num: int | None = None, active: int | None = None, **more: int) -> MoeShape:
     """Return the experts of Mixtral and those that name them alike; the last two numbers are defaults."""
     return MoeShape(
-        num_experts=config.whole("num_local_experts", num),
-        active_experts=config.whole("num_experts_per_tok", active),
+        **config.experts("num_local_experts", "num_experts_per_tok", (num, active)),
         expert_intermediate=width,
         **more,
     )
@@ -391,8 +402,7 @@ def _phi(config: Config, name: str) -> ModelSpec | None:
 def _routed(config: Config) -> MoeShape:
     """Return the experts of DeepSeek and GLM: routed and shared ones, after some dense layers."""
     return MoeShape(
-        num_experts=config.whole("n_routed_experts"),
-        active_experts=config.whole("num_experts_per_tok"),
+        **config.experts("n_routed_experts", "num_experts_per_tok"),
         expert_intermediate=config.whole("moe_intermediate_size"),
         shared_experts=config.whole("n_shared_experts", 0, least=0),
         first_dense_layers=config.whole("first_k_dense_replace", 0, least=0),
@@ -448,7 +458,7 @@ def _deepseek_v4(config: Config, name: str) -> ModelSpec | None:
     moe = replace(_routed(config), first_dense_layers=0)
     common = _common(config, name, defaults={"num_key_value_heads": 1} | _dense_width(moe))
     compressed = compressed_attention(config, common["num_layers"])
-    streams = config.whole("hc_mult")
+    streams = config.whole("hc_mult", most=MAX_STREAMS)
     return _spec(config, **common, moe=moe, compressed=compressed, residual_streams=streams, kv_bytes=1.0)
 
 

@@ -20,7 +20,6 @@ _CHUNK = 64  # tokens that kernels of the delta rule compute at once (FLA_CHUNK_
 # 256, the parts of 32 up to its own; 1 to 8 parts, and 4.5 in the mean.
 _LIGHTNING_TOKENS = 144
 _UNEVEN = 2  # excess layers of one kind in a run, from which the run is refused
-_MOST_LAYERS = 10_000  # limit for listing layers; no model has so many
 
 
 class LinearLayers(NamedTuple):
@@ -49,7 +48,7 @@ def gated_delta_rule(config: Config, num_layers: int) -> LinearLayers:
     every, is_linear = config.whole("full_attention_interval", 4), list[bool]()
     if (kinds := config.kinds_of_layers(num_layers, _KINDS)) is not None:
         is_linear = list(map(_is_linear, kinds))
-    elif _can_list(config, num_layers):
+    else:
         is_linear = [layer % every != every - 1 for layer in range(num_layers)]
     numbers = spread(config, "layer_types", is_linear)
     heads, key_dim = config.whole("linear_num_value_heads", 32), config.whole("linear_key_head_dim", 128)
@@ -106,8 +105,12 @@ def lightning_attention(config: Config, num_layers: int) -> LinearLayers:
     meets the keys of its block and the state before it; its key and value are added to the state.
     """
     if config.data.get("layer_types") is not None:  # as transformers names them
-        kinds = config.kinds_of_layers(num_layers, _KINDS)
-        numbers = spread(config, "layer_types", map(_is_linear, kinds or ()))
+        kinds = config.kinds_of_layers(num_layers, _KINDS) or []
+        numbers = spread(config, "layer_types", map(_is_linear, kinds))
+        stated = _minimax_kinds(config, num_layers) if config.data.get("attn_type_list") is not None else ()
+        pairs = enumerate(zip(kinds, stated, strict=False))  # either is empty if it was refused
+        if differing := [layer for layer, (kind, number) in pairs if _is_linear(kind) != (number == 0)]:
+            config.refuse_contradiction("layer_types", "attn_type_list", differing[0])
     else:
         numbers = spread(config, "attn_type_list", (kind == 0 for kind in _minimax_kinds(config, num_layers)))
     hidden, heads = config.whole("hidden_size"), config.whole("num_attention_heads")
@@ -154,32 +157,37 @@ def _is_linear(kind: Any) -> bool:
     return bool(kind == "linear_attention")
 
 
-def _can_list(config: Config, num_layers: int) -> bool:
-    if num_layers > _MOST_LAYERS:
-        config.refuse("num_hidden_layers", f"is {num_layers}, at most {_MOST_LAYERS} can be of several kinds")
-    return num_layers <= _MOST_LAYERS
-
-
 def _kimi_layers(config: Config, own: Config | None, num_layers: int) -> tuple[int, ...]:
     """Return the layers of Kimi delta attention. Transformers states a kind for each, Moonshot numbers from 1."""
-    if config.data.get("layer_types") is not None:
-        kinds = config.kinds_of_layers(num_layers, _KINDS)
-        return spread(config, "layer_types", map(_is_linear, kinds or ()))
-    if own is None:
+    if not config.has_num_layers:
+        return ()
+    kinds, numbered = config.kinds_of_layers(num_layers, _KINDS), _numbered_layers(own, num_layers)
+    if config.data.get("layer_types") is None:
         if config.data.get("linear_attn_config") is None:
             config.refuse_all("linear_attn_config is missing, and layer_types, too")
+        if own is not None and numbered is None:
+            lists = f"lists that have each layer from 1 to {num_layers} once"
+            own.refuse_all(f"kda_layers and full_attn_layers must be {lists}")
+        return spread(config, "linear_attn_config", numbered or ())
+    is_linear = list(map(_is_linear, kinds or ()))
+    if differing := [i for i, pair in enumerate(zip(is_linear, numbered or (), strict=False)) if pair[0] != pair[1]]:
+        of_layer = "full_attn_layers" if is_linear[differing[0]] else "kda_layers"
+        what = f"differs from linear_attn_config: layer {differing[0]}, there {differing[0] + 1}, is in its {of_layer}"
+        config.refuse("layer_types", what)
         return ()
-    linear, full = (own.data.get(name) for name in ("kda_layers", "full_attn_layers"))
+    return spread(config, "layer_types", is_linear)
+
+
+def _numbered_layers(own: Config | None, num_layers: int) -> list[bool] | None:
+    """Return whether each layer is linear by Kimi's lists, or None if these do not have every layer once."""
+    linear, full = (None if own is None else own.data.get(name) for name in ("kda_layers", "full_attn_layers"))
     both = [*linear, *full] if isinstance(linear, list) and isinstance(full, list) else []
     is_whole = len(both) == num_layers and all(type(number) is int for number in both)
     if not is_whole or sorted(both) != list(range(1, num_layers + 1)):
-        own.refuse_all(
-            f"kda_layers and full_attn_layers must be lists that have each layer from 1 to {num_layers} once"
-        )
-        return ()
+        return None
     assert isinstance(linear, list), "checked above"
     of_linear = frozenset(linear)
-    return spread(config, "linear_attn_config", (number in of_linear for number in range(1, num_layers + 1)))
+    return [number in of_linear for number in range(1, num_layers + 1)]
 
 
 def _minimax_kinds(config: Config, num_layers: int) -> list[Any]:

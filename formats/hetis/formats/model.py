@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field
 
 from hetis.formats import catalogue, dtypes
+from hetis.formats.config_json import MAX_LAYERS, MAX_STREAMS
 from hetis.formats.errors import DocumentError, Problem, shown, single_problem
 from hetis.formats.fields import (
     Document,
@@ -26,6 +27,7 @@ from hetis.formats.fields import (
     value_of,
     whole,
 )
+from hetis.formats.positions import Text
 from hetis.solver.model import DraftShape, ModelSpec
 
 Whole = Annotated[int, Field(ge=1, le=10**9)]
@@ -58,7 +60,7 @@ class MoePart(DocumentPart):
     expert_intermediate: Whole
     shared_experts: WholeOrZero = 0
     first_dense_layers: WholeOrZero = 0
-    every: Annotated[int, Field(ge=1, le=10_000)] = 1
+    every: Annotated[int, Field(ge=1, le=MAX_LAYERS)] = 1
 
 
 class LinearPart(DocumentPart):
@@ -68,7 +70,7 @@ class LinearPart(DocumentPart):
     per layer.
     """
 
-    layers: Annotated[int, Field(ge=1, le=10_000)]
+    layers: Annotated[int, Field(ge=1, le=MAX_LAYERS)]
     params: Whole
     state_bytes: Annotated[float, Field(gt=0, le=1e12)]
     token_flops: Annotated[float, Field(ge=0, le=1e15)] = 0.0
@@ -84,7 +86,7 @@ class IndexerPart(DocumentPart):
     heads: Whole
     head_dim: Whole
     key_bytes: Annotated[float, Field(gt=0, le=1e6)]
-    layers: Annotated[int | None, Field(ge=1, le=10_000)] = None
+    layers: Annotated[int | None, Field(ge=1, le=MAX_LAYERS)] = None
 
 
 class CompressedPart(DocumentPart):
@@ -95,9 +97,9 @@ class CompressedPart(DocumentPart):
     """
 
     window: Whole
-    sparse_layers: Annotated[int, Field(ge=0, le=10_000)]
+    sparse_layers: Annotated[int, Field(ge=0, le=MAX_LAYERS)]
     sparse_ratio: Annotated[int, Field(ge=1, le=1_000_000)]
-    heavy_layers: Annotated[int, Field(ge=0, le=10_000)]
+    heavy_layers: Annotated[int, Field(ge=0, le=MAX_LAYERS)]
     heavy_ratio: Annotated[int, Field(ge=1, le=1_000_000)]
     top_entries: Whole
     index_heads: Whole
@@ -142,7 +144,7 @@ class ModelSpecDocument(Document):
 
     kind: Literal["ModelSpec"]
     name: Title
-    num_layers: Annotated[int, Field(ge=1, le=10_000)]
+    num_layers: Annotated[int, Field(ge=1, le=MAX_LAYERS)]
     hidden: Whole
     intermediate: Whole
     q_heads: Whole
@@ -161,10 +163,10 @@ class ModelSpecDocument(Document):
     max_position: Whole = 4096
     sliding_window: Whole | None = None
     sliding_window_every: Whole = 1
-    sliding_layers: Annotated[int | None, Field(ge=1, le=10_000)] = None
+    sliding_layers: Annotated[int | None, Field(ge=1, le=MAX_LAYERS)] = None
     windows_free_kv: bool = True
     gated_attention: bool = False
-    residual_streams: Annotated[int, Field(ge=1, le=64)] = 1
+    residual_streams: Annotated[int, Field(ge=1, le=MAX_STREAMS)] = 1
     vision_params: Annotated[int, Field(ge=0, le=10**12)] = 0
     float16: bool = True
     mla: MlaPart | None = None
@@ -211,16 +213,27 @@ def load_model(ref: str | os.PathLike[str]) -> ModelSpec:
     if text.lower().endswith(".gguf"):
         from hetis.formats.gguf import load_gguf
 
-        return load_gguf(text)
+        return _as_saved(load_gguf(text), Text(file=text, text=None))
     data, source = read_data(text)
-    if isinstance(data, dict) and "apiVersion" not in data and ("architectures" in data or "model_type" in data):
+    is_config = Path(text).name == "config.json"
+    if (
+        isinstance(data, dict)
+        and "apiVersion" not in data
+        and (is_config or {"architectures", "model_type"} & data.keys())
+    ):
         from hetis.formats.huggingface import model_from_config
 
-        if Path(text).name != "config.json":
-            return model_from_config(data, source, name=Path(text).stem)
-        folder = Path(text).resolve().parent
-        return model_from_config(data, source, name=folder.name, folder=folder)
+        folder = Path(text).resolve().parent if is_config else None
+        name = Path(text).stem if folder is None else folder.name
+        model = model_from_config(data, source, name=name, folder=folder)
+        return _as_saved(model, Text(file=source.file, text=None))
     return parse_model(data, source)
+
+
+def _as_saved(model: ModelSpec, source: Text) -> ModelSpec:
+    """Return a model of another form. Raises DocumentError if its model file, or a plan with it, could not be read."""
+    parse_model(MODEL_SPEC.to_data(model), source)
+    return model
 
 
 def drafts(text: str) -> DraftShape:

@@ -117,7 +117,7 @@ def weights_precision(config: Config, model: ModelSpec | None, linear: LinearLay
         return precision
     if method == "bitsandbytes":
         return "int4" if quantisation.get("load_in_4bit") or quantisation.get("_load_in_4bit") else "int8"
-    what = f"{method} with {bits} bits" if method in ("awq", "gptq") else shown(method)
+    what = f"{method} with {shown(bits)} bits" if method in ("awq", "gptq") else shown(method)
     config.quantisation.refuse_all(f"{what} is not supported; supported: {_SUPPORTED}")
     return None
 

@@ -40,7 +40,6 @@ _JOINED = {
 }
 _LEAST_GROUP = 16  # weights that share a scale; engines have kernels for 32 and more
 _NO_GROUPS = 2**20  # a scale for so many takes no memory; no matrix has such rows
-_MOST_LAYERS = 10_000  # limit for examining every layer's modules; no model has so many layers
 _MOST_PATTERNS = 1000  # patterns of modules left in 16 bits, each tried on every module; with more, all modules do
 _MOST_WILDCARDS = 4  # limit per regular expression; more could take very long to match
 _NESTED = re.compile(r"[*+}]\)?[*+{]")
@@ -107,7 +106,7 @@ def _quark_format(weight: Any) -> str | None:
     return None if has_scales_of_scales else QUARK.get(str(kind))
 
 
-class Group(NamedTuple):
+class QuantisedGroup(NamedTuple):
     """A group of modules of compressed-tensors: its name, its modules, and their precision."""
 
     name: str
@@ -115,14 +114,14 @@ class Group(NamedTuple):
     precision: str
 
 
-def compressed_groups(data: Mapping[str, Any]) -> list[Group]:
+def compressed_groups(data: Mapping[str, Any]) -> list[QuantisedGroup]:
     """Return the groups of a checkpoint of compressed-tensors, in its order.
 
     Raises:
         ValueError: the weights of a group have no known form, or a target cannot be read; it names the group.
     """
     stated = mapping(data.get("config_groups")) or {"config_groups": None}
-    groups, num_patterns = list[Group](), 0
+    groups, num_patterns = list[QuantisedGroup](), 0
     for name, group in stated.items():
         weights = mapping(mapping(group).get("weights"))
         bits, of_group = weights.get("num_bits"), f" in {name}" if len(stated) > 1 else ""
@@ -136,7 +135,7 @@ def compressed_groups(data: Mapping[str, Any]) -> list[Group]:
         num_patterns += len(patterns)
         if num_patterns > _MOST_PATTERNS:
             raise ValueError(f"with more than {_MOST_PATTERNS} regular expressions as targets")
-        groups.append(Group(name, targets, _COMPRESSED[bits, weights.get("type") == "float"]))
+        groups.append(QuantisedGroup(name, targets, _COMPRESSED[bits, weights.get("type") == "float"]))
     return groups
 
 
@@ -147,8 +146,6 @@ def compressed_precision(data: Mapping[str, Any], model: ModelSpec, linear: Line
     is quantised; None if no matrix of the layers is.
     """
     groups = compressed_groups(data)
-    if model.num_layers > _MOST_LAYERS:
-        return groups[0].precision
     ignored, (named, of_class) = _ignored(data, ""), _group_precisions(groups)
     params = {is_attention: defaultdict[str, float](float) for is_attention in (False, True)}
     for module in (*_modules(model, linear), *_routed_experts(model)):
@@ -170,8 +167,6 @@ def layer_weight_bytes(data: Mapping[str, Any], model: ModelSpec, dtype: str, li
         linear: its layers of linear attention.
     """
     sizes = _bytes_of_formats(data)
-    if model.num_layers > _MOST_LAYERS:
-        return dtypes.layer_weight_bytes(dtype, model, sizes=sizes)
     usual, base = sizes[dtypes.split_dtype(dtype)[1]], dtypes.base_bytes(dtype)
     stated, otherwise = _in_order(data, usual, base, sizes)
     beside_experts = sizes["fp8"] if "expert_dtype" in data else otherwise  # of DeepSeek-V4
@@ -327,7 +322,7 @@ def _has_groups(data: Mapping[str, Any]) -> bool:
     return str(data.get("quant_method")).lower() == "compressed-tensors" and bool(mapping(data.get("config_groups")))
 
 
-def _group_precisions(groups: Sequence[Group]) -> tuple[Stated[str], str | None]:
+def _group_precisions(groups: Sequence[QuantisedGroup]) -> tuple[Stated[str], str | None]:
     """Return the precision of a module whose name is a target of some group, and that of all whose class is one.
 
     The most specific target counts, as in the library (`match_targets`): a whole name goes before an expression, an

@@ -1,14 +1,16 @@
 """Rows of trace files as text, in the forms that other tools write: place, form, and arrival, prompt and output.
 
 The file name determines the syntax: JSONL, one JSON value (an array of requests or conversations, or the output of
-``vllm bench serve``), the log of a vLLM server, or otherwise CSV; all of them plain or gzip-compressed. A file's form
-is the one whose fields its header, or its first line of JSON, contains.
+``vllm bench serve``), the log of a vLLM server, or otherwise CSV, whose header shows whether commas, tabs or semicolons
+separate its columns; all of them plain or gzip-compressed. A file's form is the one whose fields its header, or its
+first line of JSON, contains.
 """
 
 from __future__ import annotations
 
 import csv
 import gzip
+import itertools
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
@@ -282,6 +284,7 @@ def characters_counter(characters_per_token: float) -> CountTokens:
 
 
 CSV_ENDINGS, JSONL_ENDINGS = (".csv", ".csv.gz"), (".jsonl", ".jsonl.gz")
+TSV_ENDINGS = (".tsv", ".tsv.gz")
 JSON_ENDINGS, LOG_ENDINGS = (".json", ".json.gz"), (".log", ".log.gz")
 MAX_LINE = 2_000_000  # characters; a response may be logged with its text
 
@@ -314,7 +317,8 @@ def opened(label: str) -> IO[str]:
 
 
 def _csv_rows(label: str, lines: Iterator[str]) -> Iterator[Row]:
-    reader = csv.reader(lines)
+    first = next(lines, "")
+    reader = csv.reader(itertools.chain([first], lines), delimiter=max(",\t;", key=first.count))
     header = [column.strip() for column in next(reader, [])]
     if not header:
         raise single_problem(label, "is empty", line=1)

@@ -30,6 +30,7 @@ from hetis.formats.trace_forms import (
     LOG_ENDINGS,
     MAX_LINE,
     OURS,
+    TSV_ENDINGS,
     CountTokens,
     TraceForm,
     json_object,
@@ -45,7 +46,7 @@ MAX_BINS = 4096
 MAX_PROBLEMS = 20
 PrefixHitRate = float | Literal["trace"]
 """A share of every prompt that is in the prefix cache, or ``trace``: what `hit_tokens` counts in the trace."""
-ENDINGS = CSV_ENDINGS + JSONL_ENDINGS + LOG_ENDINGS
+ENDINGS = CSV_ENDINGS + TSV_ENDINGS + JSONL_ENDINGS + LOG_ENDINGS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -92,8 +93,8 @@ def read_trace(
     first 20), or no hash ids to count hits by.
 
     Args:
-        path: a file in any form of `trace_forms`: ``.csv``, ``.jsonl``, ``.json`` or ``.log``, followed by ``.gz`` if
-            it is compressed.
+        path: a file in any form of `trace_forms`: ``.csv``, ``.tsv``, ``.jsonl``, ``.json`` or ``.log``, followed by
+            ``.gz`` if it is compressed.
         name: name of the trace; default: the file's name without its suffixes.
         count: counts the tokens of a text, for conversations. None: those are refused.
         prefix_hit_rate: share of every prompt that is in the prefix cache, below 1; or counted, see `PrefixHitRate`.
@@ -177,7 +178,7 @@ def load_trace(
 
 def _without_endings(name: str) -> str:
     name = name.removesuffix(".gz")
-    endings = CSV_ENDINGS + JSONL_ENDINGS + JSON_ENDINGS + LOG_ENDINGS
+    endings = ENDINGS + JSON_ENDINGS
     return next((name.removesuffix(ending) for ending in endings if name.endswith(ending)), name)
 
 

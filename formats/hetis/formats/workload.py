@@ -84,8 +84,8 @@ def load_workload(ref: str | os.PathLike[str], *, prefix_hit_rate: PrefixHitRate
     of them), or hits cannot be counted in it.
 
     ``ref``: a catalogue name (``azure_conv_2023``); plain means as prompt/output tokens (``8000/300``); a trace
-    (``.csv``, ``.jsonl``, optionally followed by ``.gz``; see `load_trace`); or a Workload file (``-``: standard
-    input). ``prefix_hit_rate``: replaces the source's own; None: that of the Workload file, or 0.
+    (``.csv``, ``.tsv``, ``.jsonl`` or ``.log``, optionally followed by ``.gz``; see `load_trace`); or a Workload file
+    (``-``: standard input). ``prefix_hit_rate``: replaces the source's own; None: that of the Workload file, or 0.
     """
     text = os.fspath(ref)
     if _MEANS.fullmatch(text) and not os.path.exists(text):

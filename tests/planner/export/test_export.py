@@ -17,6 +17,7 @@ from hetis.engines.versions import Engine
 from hetis.planner.export import ExportTarget
 from hetis.planner.export.replicas import ExportSettings, NotExportableError, launchable, with_single_copies
 from hetis.planner.export.targets import ENGINES, Export, export_plan
+from hetis.solver.model import DraftShape
 from hetis.solver.plan import Plan, Role
 from tests.engines.plans import MODEL
 from tests.planner.export import reading
@@ -316,6 +317,36 @@ def test_options_after_two_dashes_are_written_or_told_as_lost(target: ExportTarg
     made = exported(PLANS["one GPU"], target, engine_options=("--seed", "4711"))
     carried = any("4711" in text for name, text in made.files.items() if name != "README.md")
     assert carried != any("--seed 4711" in lost for lost in made.lost)
+
+
+def test_options_for_ray_are_arguments_of_the_engine_or_told_as_lost() -> None:
+    """Ray takes the fields of vLLM's engine and front end, refuses unknown ones, and serves HTTP itself."""
+    given = "--max-num-seqs 7 --seed=-1 --enforce-eager --no-enable-prefix-caching --gpu-memory-utilization 0.5"
+    given += ' --tool-call-parser hermes --hf-overrides {"a":{"b":[1]}} --api-key k -O3 --max-model-len 8k'
+    made = exported(PLANS["one GPU"], ExportTarget.RAY, engine_options=tuple(given.split()), program="my vllm")
+    (application,) = yaml.safe_load(made.files["serve.yaml"])["applications"]
+    arguments = application["args"]["llm_configs"][0]["engine_kwargs"]
+    assert arguments.items() >= {
+        "max_num_seqs": 7, "seed": -1, "enforce_eager": True, "enable_prefix_caching": False,
+        "gpu_memory_utilization": 0.5, "tool_call_parser": "hermes", "hf_overrides": {"a": {"b": [1]}},
+    }.items()  # fmt: skip
+    assert not arguments.keys() & {"api_key", "max_model_len", "O3"}
+    command_line = "Ray does not read command lines, set engine_kwargs in serve.yaml"
+    assert made.lost == (
+        "--program my vllm: Ray Serve LLM starts the engine itself",
+        "--api-key k: Ray Serve LLM replaces vLLM's HTTP server",
+        f"-O3: {command_line}",
+        f"--max-model-len 8k: {command_line}",
+    )
+
+
+def test_a_draft_is_a_mapping_for_ray() -> None:
+    plan = PLANS["one GPU"]
+    model = replace(model_of(plan), draft=DraftShape(tokens=1, acceptance=0.8))
+    made = export_plan(plan, model, ExportTarget.RAY, SETTINGS)
+    (application,) = yaml.safe_load(made.files["serve.yaml"])["applications"]
+    arguments = application["args"]["llm_configs"][0]["engine_kwargs"]
+    assert arguments["speculative_config"] == {"method": "mtp", "num_speculative_tokens": 1}
 
 
 def test_further_stages_of_one_node_are_pods_of_their_own_or_left_out() -> None:

@@ -18,7 +18,7 @@ from hetis.solver.placement.template import Template, TemplateStage
 from hetis.solver.plan import Role
 from hetis.solver.replanning.change import Fate
 from hetis.solver.replanning.net_master import Candidate, ColumnList, InventoryRows, Row, inventory_of
-from hetis.solver.replanning.running import Option, places_of
+from hetis.solver.replanning.running import Continuation, places_of
 from hetis.solver.replanning.solve import name_gpus
 from tests.solver.instances import SMALL_FAMILY, make_model, make_node, make_problem
 
@@ -36,14 +36,14 @@ def template(tp: int) -> Template:
     return Template(0, 0, 0, (TemplateStage(RANK[tp], 1, PROBLEM.model.num_layers),), 1.0)
 
 
-def option(old: int, devices: tuple[str, ...]) -> Option:
-    return Option(
+def option(old: int, devices: tuple[str, ...]) -> Continuation:
+    return Continuation(
         old=old, fate=Fate.KEPT, template=template(len(devices)), groups=((devices,),), workers=((),), start_s=0.0
     )
 
 
 @st.composite
-def named_groups(draw: st.DrawFn) -> list[Option]:
+def named_groups(draw: st.DrawFn) -> list[Continuation]:
     """Running replicas of one TP group each, anywhere in the two nodes."""
     free = {node: [f"{node}/{i}" for i in draw(st.permutations(range(6)))] for node in ("n-0", "n-1")}
     options = []
@@ -60,7 +60,7 @@ def counted(inventory: InventoryRows, use: Mapping[Row, int]) -> IntArray:
     return listed.columns().uses[0]
 
 
-def rows_admit(inventory: InventoryRows, going_on: list[Option], new: list[int]) -> bool:
+def rows_admit(inventory: InventoryRows, going_on: list[Continuation], new: list[int]) -> bool:
     """Return whether the rows hold, with the most room in shared nodes that their integer variables can express."""
     total = np.zeros(len(inventory.limits), dtype=np.int64)
     for use in itertools.chain(
@@ -74,7 +74,7 @@ def rows_admit(inventory: InventoryRows, going_on: list[Option], new: list[int])
     return bool(np.all(total <= inventory.limits))
 
 
-def fits(going_on: list[Option], new: list[int]) -> bool:
+def fits(going_on: list[Continuation], new: list[int]) -> bool:
     """Return whether all groups fit, by trying every node for every group."""
     taken = [device for o in going_on for device in o.named()]
     free = [6 - sum(device.startswith(node) for device in taken) for node in ("n-0/", "n-1/")]
@@ -86,7 +86,9 @@ def fits(going_on: list[Option], new: list[int]) -> bool:
 
 @given(named_groups(), st.data(), st.lists(st.sampled_from((1, 2, 4)), max_size=5))
 @settings(max_examples=150, suppress_health_check=[HealthCheck.too_slow], deadline=None)
-def test_rows_admit_what_fits_and_nothing_else(options: list[Option], data: st.DataObject, new: list[int]) -> None:
+def test_rows_admit_what_fits_and_nothing_else(
+    options: list[Continuation], data: st.DataObject, new: list[int]
+) -> None:
     going_on = [o for o in options if data.draw(st.booleans())]
     inventory = inventory_of(COSTS, PLACES, options, (), None)
     assert rows_admit(inventory, going_on, new) == fits(going_on, new)

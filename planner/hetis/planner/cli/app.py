@@ -24,7 +24,7 @@ from hetis.planner.cli import (
     sharing,
     simulate,
 )
-from hetis.planner.cli.defaults import Option, default_files, default_map
+from hetis.planner.cli.defaults import OptionForm, default_files, default_map
 from hetis.planner.cli.exit_codes import ExitCode
 
 app = typer.Typer(
@@ -110,7 +110,7 @@ def _defaults() -> dict[str, dict[str, Any]] | None:
         return None
     options = {
         verb: {
-            option.removeprefix("--"): Option(
+            option.removeprefix("--"): OptionForm(
                 parameter=parameter.name,
                 is_flag=getattr(parameter, "is_flag", False),
                 is_repeatable=parameter.multiple,

@@ -17,7 +17,7 @@ from hetis.formats.errors import DocumentError, Problem, did_you_mean, single_pr
 NAME = "hetis.toml"
 
 
-class Option(NamedTuple):
+class OptionForm(NamedTuple):
     """An option of a verb: the name of its parameter, and what it takes."""
 
     parameter: str
@@ -25,7 +25,7 @@ class Option(NamedTuple):
     is_repeatable: bool
 
 
-Options = Mapping[str, Mapping[str, Option]]  # by verb and option name
+Options = Mapping[str, Mapping[str, OptionForm]]  # by verb and option name
 
 
 def default_files(folder: Path) -> list[Path]:
@@ -98,7 +98,7 @@ def _settings(file: Path, options: Options, problems: list[Problem]) -> Iterator
                 yield verb, options[verb][key].parameter, _as_given(value, options[verb][key])
 
 
-def _is_taken(key: str, value: Any, option: Option, file: Path, problems: list[Problem]) -> bool:
+def _is_taken(key: str, value: Any, option: OptionForm, file: Path, problems: list[Problem]) -> bool:
     """Return whether an option takes a value of this type; otherwise add a problem."""
     values = value if option.is_repeatable and isinstance(value, list) else [value]
     if option.is_flag:
@@ -118,7 +118,7 @@ def _shown(value: Any) -> str:
     return "a list" if isinstance(value, list) else "a table" if isinstance(value, dict) else repr(value)
 
 
-def _as_given(value: Any, option: Option) -> Any:
+def _as_given(value: Any, option: OptionForm) -> Any:
     """Return a value as the command line would pass it: text, a list of texts, or a bool for a flag."""
     if option.is_flag:
         return value

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Sequence
 from typing import Any
 
 from hetis.engines.serving import connector_of, partition_of, room_options, shape_options, without_kv_dtype
@@ -17,6 +19,15 @@ HEAD = "ray-head"  # stands for the node of Ray Serve in --node-address
 # The accelerator types of Ray 2.60 (ray/util/accelerators) that occur in our catalogue.
 _TYPES = ("H100", "H200", "H20", "B200", "B300", "A100", "L40S", "L4", "A10G", "T4", "V100", "P100")
 _TINY = 0.001
+_LONG_NAME = re.compile(r"--[a-z][a-z0-9_-]*")
+_NUMBER = re.compile(r"-\d[\d.]*")
+_SHORT_NUMBER = re.compile(r"\d+(\.\d+)?[kKmMgGtT]")  # which vLLM's command line alone spells out
+# How names of options of vLLM's HTTP server begin (FrontendArgs in vllm/entrypoints/openai/cli_args.py).
+_OF_SERVER = (
+    *("host", "port", "uds", "uvicorn_", "disable_uvicorn_", "h11_", "headless", "api_server_count", "api_key", "ssl_"),
+    *("enable_ssl_", "allow_credentials", "allowed_origins", "allowed_methods", "allowed_headers", "root_path"),
+    *("middleware", "disable_fastapi_docs", "enable_offline_docs"),
+)
 
 
 def write_ray(launchable: Launchable) -> Written:
@@ -39,9 +50,9 @@ def write_ray(launchable: Launchable) -> Written:
     fronts = {decode: prefill for prefill, decode in pairs.items()}
     nodes = dict.fromkeys(p.node for one in launchable.replicas.values() for p in one.layout.processes)
     resources = "\n".join(f"ray start --resources '{json.dumps({_resource(node): 1})}' ...  # {node}" for node in nodes)
-    # Some options after `--` belong to the engine and some to its server, which Ray Serve LLM replaces.
-    options = " ".join(without_kv_dtype(launchable.settings.engine_options))
-    given = [f"{options}: Ray does not accept engine command lines, set engine_kwargs in serve.yaml"] if options else []
+    _, refused = engine_arguments(launchable.settings.engine_options)
+    if program := launchable.settings.program:
+        refused.insert(0, f"--program {program}: Ray Serve LLM starts the engine itself")
     return Written(
         files={"serve.yaml": yaml_text(whole)},
         shown=("serve.yaml",),
@@ -49,7 +60,7 @@ def write_ray(launchable: Launchable) -> Written:
             number: f"{head}/{launchable.replicas[fronts.get(number, number)].name}" for number in launchable.replicas
         },
         start=_HOW.format(resources=resources),
-        not_carried=(*launchable.mixed_nodes("which of them a rank gets, Ray decides"), *given),
+        not_carried=(*launchable.mixed_nodes("which of them a rank gets, Ray decides"), *refused),
         carried=launchable,
     )
 
@@ -60,7 +71,8 @@ def llm_config(launchable: Launchable, one: LaunchableReplica) -> dict[str, Any]
     options = shape_options(layout, executor="ray") | room_options(layout, one.serving)
     options.pop("--kv-transfer-config", None)
     options.pop("--distributed-executor-backend", None)  # Ray Serve LLM sets it
-    arguments: dict[str, Any] = {name[2:].replace("-", "_"): _value(text) for name, text in options.items()}
+    arguments = {name[2:].replace("-", "_"): _value(text) for name, text in options.items()}
+    arguments |= engine_arguments(settings.engine_options)[0]
     if connector := connector_of(layout):
         arguments["kv_transfer_config"] = connector
     devices = [device for stage in one.plan.stages for device in stage.devices]
@@ -85,6 +97,38 @@ def llm_config(launchable: Launchable, one: LaunchableReplica) -> dict[str, Any]
     if len(types) == 1 and all(_type_of(stage.gpu) for stage in one.plan.stages):
         config["accelerator_type"] = types.pop()
     return config
+
+
+def engine_arguments(options: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """Return verbatim options of vLLM as ``engine_kwargs``, and a sentence for each that cannot be one of them.
+
+    Ray Serve LLM takes the fields of vLLM's AsyncEngineArgs and FrontendArgs by name, and refuses any other
+    (`VLLMEngineConfig.from_llm_config`). It accepts those of the HTTP server, but has a server of its own.
+    """
+    arguments, refused = dict[str, Any](), list[str]()
+    for name, *values in _split(without_kv_dtype(options)):
+        field, what = name[2:].replace("-", "_"), " ".join((name, *values))
+        if field.startswith(_OF_SERVER):
+            refused.append(f"{what}: Ray Serve LLM replaces vLLM's HTTP server")
+        elif not _LONG_NAME.fullmatch(name) or len(values) > 1 or any(map(_SHORT_NUMBER.fullmatch, values)):
+            refused.append(f"{what}: Ray does not read command lines, set engine_kwargs in serve.yaml")
+        elif field.startswith("no_") and not values:
+            arguments[field[3:]] = False
+        else:
+            arguments[field] = _value("".join(values))
+    return arguments, refused
+
+
+def _split(options: Sequence[str]) -> list[list[str]]:
+    """Return each option's name and values; ``--name=value`` has one."""
+    found = list[list[str]]()
+    for word in options:
+        if word.startswith("-") and not _NUMBER.fullmatch(word):
+            name, joint, value = word.partition("=")
+            found.append([name, value] if joint else [name])
+        else:
+            found[-1].append(word)
+    return found
 
 
 def _application(launchable: Launchable, number: int, pairs: dict[int, int]) -> dict[str, Any]:
@@ -131,11 +175,14 @@ def _type_of(gpu: str) -> str | None:
     return next((kind for kind in _TYPES if kind in words), None)
 
 
-def _value(text: str) -> int | str | bool:
+def _value(text: str) -> Any:
     """Return the value of a command-line option as a Python argument of the engine."""
     if not text:
         return True  # a flag without a value
-    return int(text) if text.isdecimal() else text
+    try:
+        return json.loads(text)  # a number, or the fields of a configuration
+    except ValueError:
+        return text
 
 
 _HOW = """Nodes of the Ray cluster say which node of the plan they are by a resource of our own:

@@ -7,7 +7,9 @@ more than a type where a type is not enough: a rate is finite and above 0.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from functools import wraps
 from inspect import signature
 from numbers import Integral, Real
@@ -20,6 +22,7 @@ from hetis.formats.errors import DocumentError, Problem
 from hetis.formats.units import parse_duration, parse_ratio
 from hetis.planner.use_cases.service_level import Statistic
 from hetis.solver.cluster import Cluster
+from hetis.solver.errors import HetisError, InfeasibleError
 from hetis.solver.model import ModelSpec
 from hetis.solver.plan import LEAST_DEMAND_RPS
 from hetis.solver.workload import Workload
@@ -59,6 +62,41 @@ def checked(function: Callable[P, T]) -> Callable[P, T]:
         return function(*given.args, **given.kwargs)
 
     return call
+
+
+def spelled_as_arguments(function: Callable[P, T]) -> Callable[P, T]:
+    """Return the function, whose errors name its arguments where use cases name options of the command line.
+
+    ``--ttft-statistic`` becomes ``ttft_statistic``, and ``--no-verify`` becomes ``verify=False``, if the function has
+    such a parameter.
+    """
+    names = frozenset(signature(function).parameters)
+
+    def argument(option: re.Match[str]) -> str:
+        name = option[1].replace("-", "_")
+        if name.removeprefix("no_") in names - {name}:
+            return f"{name.removeprefix('no_')}=False"
+        return name if name in names else option[0]
+
+    def spelled(text: str) -> str:
+        return _OPTION.sub(argument, text)
+
+    @wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return function(*args, **kwargs)
+        except HetisError as error:
+            error.args = tuple(spelled(part) if isinstance(part, str) else part for part in error.args)
+            if isinstance(error, InfeasibleError):
+                error.reasons = tuple(map(spelled, error.reasons))
+            if isinstance(error, DocumentError):
+                error.problems = tuple(replace(one, message=spelled(one.message)) for one in error.problems)
+            raise
+
+    return call
+
+
+_OPTION = re.compile(r"(?<![\w-])--([a-z]+(?:-[a-z]+)*)(?![\w-])")
 
 
 def _problem(detail: ErrorDetails, function: str) -> Problem:

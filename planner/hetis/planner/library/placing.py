@@ -34,6 +34,7 @@ from hetis.planner.library.arguments import (
     checked,
     one_of,
     read_by,
+    spelled_as_arguments,
 )
 from hetis.planner.library.plan import Plan
 from hetis.planner.use_cases import place as placing
@@ -60,6 +61,7 @@ Loss = Annotated[str, one_of(lambda: ("", *placing.PLACES), "loss")]
 
 
 @checked
+@spelled_as_arguments
 def place(
     cluster: ClusterOrFile,
     model: ModelOrName,

@@ -13,7 +13,17 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from hetis.formats.documents import dump, to_data
 from hetis.formats.files import write_atomically
 from hetis.planner.export.targets import Export
-from hetis.planner.library.arguments import Count, CountOrZero, File, Rate, Share, StatisticName, Texts, checked
+from hetis.planner.library.arguments import (
+    Count,
+    CountOrZero,
+    File,
+    Rate,
+    Share,
+    StatisticName,
+    Texts,
+    checked,
+    spelled_as_arguments,
+)
 from hetis.planner.report.figures import digits, percent, plural, seconds
 from hetis.planner.report.simulation import level_words, simulation_document
 from hetis.planner.use_cases.compare import Figures, figures_of
@@ -163,6 +173,7 @@ class Plan:
         return page
 
     @checked
+    @spelled_as_arguments
     def simulate(
         self,
         *,

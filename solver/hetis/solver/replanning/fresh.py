@@ -49,7 +49,7 @@ from hetis.solver.placement.template import Template, interval_of, stages_in, us
 from hetis.solver.plan import LEAST_DEMAND_RPS, ObjectiveKind
 from hetis.solver.replanning.change import Fate
 from hetis.solver.replanning.net_master import Candidate, ColumnList, NetMaster, Row, least_start_s
-from hetis.solver.replanning.running import Option, is_allowed
+from hetis.solver.replanning.running import Continuation, is_allowed
 
 FINEST = 1e-6  # ratio by which ceilings of the exact search may exceed the rates found
 
@@ -274,7 +274,7 @@ def _limits_of(net: NetMaster, *kinds: str) -> dict[Row, int]:
     return {row: int(net.inventory.limits[i]) for row, i in net.inventory.rows.items() if row[0] in kinds}
 
 
-def _stay(net: NetMaster, option: Option) -> float:
+def _stay(net: NetMaster, option: Continuation) -> float:
     """Return what staying is worth in addition to the rate."""
     return net.stay_rates.get(option.old, 0.0) if net.master.maximises and option.fate is Fate.KEPT else 0.0
 

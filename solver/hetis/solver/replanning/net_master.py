@@ -40,7 +40,7 @@ from hetis.solver.placement.master import Columns, Master, row_costs_of
 from hetis.solver.placement.tables import CostTables, FloatArray
 from hetis.solver.placement.template import Template, use_of, zones_of
 from hetis.solver.replanning.change import ChangeCosts, Fate
-from hetis.solver.replanning.running import Option, Place, stage_bytes
+from hetis.solver.replanning.running import Continuation, Place, stage_bytes
 
 Slot = tuple[str, int]  # (node, class): the GPUs of one class in one node
 Row = tuple[object, ...]
@@ -64,7 +64,7 @@ class InventoryRows:
         parts += [(s.pool_class, 1) for s in pooled for _ in range(s.copies * s.pool_cards)]
         return self._of_parts(parts, count_moves)
 
-    def of_option(self, option: Option) -> dict[Row, int]:
+    def of_option(self, option: Continuation) -> dict[Row, int]:
         """Return the amounts taken by a running replica that continues: its own GPUs by name, others like a new one."""
         use = Counter(self._of_parts(option.missing(self.costs), True))
         for slot, count in _by_slot(option.named(), self.places).items():
@@ -102,7 +102,7 @@ class InventoryRows:
 
 
 def inventory_of(
-    costs: CostTables, places: Mapping[str, Place], options: Sequence[Option], stays: Iterable[int],
+    costs: CostTables, places: Mapping[str, Place], options: Sequence[Continuation], stays: Iterable[int],
     max_moves: int | None,
 ) -> InventoryRows:  # fmt: skip
     """Return the rows for these options; ``stays`` are the running replicas for which staying has a value."""
@@ -167,7 +167,7 @@ class Candidate:
     """A column: an option of a running replica, or a new replica if ``option`` is None."""
 
     template: Template
-    option: Option | None = None
+    option: Continuation | None = None
     start_s: float = 0.0
 
 

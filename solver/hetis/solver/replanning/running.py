@@ -43,7 +43,7 @@ Group = tuple[str, ...] | None  # names of the GPUs of a TP group or attention w
 
 
 @dataclass(frozen=True, slots=True)
-class Option:
+class Continuation:
     """One way for a running replica to continue.
 
     Attributes:
@@ -98,7 +98,7 @@ class Continuations:
         self.costs, self.places, self.change_costs = costs, places, change_costs
         self._best: dict[object, Template | None] = {}
 
-    def options(self, number: int, replica: ReplicaPlan) -> tuple[Option, ...]:
+    def options(self, number: int, replica: ReplicaPlan) -> tuple[Continuation, ...]:
         """Return every way in which replica ``number`` of the running plan may continue; empty if it cannot."""
         layout = self._layout(replica)
         template = self._template(layout)
@@ -179,30 +179,30 @@ class Continuations:
                         return None if found is None else (scope, x, found)
         return None
 
-    def _of_whole(self, number: int, layout: _Layout, template: Template) -> Iterator[Option]:
+    def _of_whole(self, number: int, layout: _Layout, template: Template) -> Iterator[Continuation]:
         kept = template if is_allowed(self.costs, template) else None
         if kept is not None:
-            yield Option(number, Fate.KEPT, kept, layout.groups, layout.workers, 0.0)
+            yield Continuation(number, Fate.KEPT, kept, layout.groups, layout.workers, 0.0)
         own = self.costs.mixes[template.mix]
         for role, afar in dict.fromkeys((mix.role, mix.sends_afar) for mix in self.costs.mixes):
             best = self._best_settings(template, role, afar=afar)
             same_work = (role, afar) == (own.role, own.sends_afar)
             if best is not None and not (same_work and kept is not None and best.rate <= kept.rate * WITHIN):
                 start_s = self.change_costs.start_s(0.0)
-                yield Option(number, Fate.RESET, best, layout.groups, layout.workers, start_s)
+                yield Continuation(number, Fate.RESET, best, layout.groups, layout.workers, start_s)
 
-    def _of_broken(self, number: int, layout: _Layout, template: Template) -> Iterator[Option]:
+    def _of_broken(self, number: int, layout: _Layout, template: Template) -> Iterator[Continuation]:
         repaired = self._best_settings(template)
         if repaired is not None:
             start_s = self.change_costs.start_s(self._longest_load(repaired, layout.groups))
-            yield Option(number, Fate.CHANGED, repaired, layout.groups, layout.workers, start_s)
+            yield Continuation(number, Fate.CHANGED, repaired, layout.groups, layout.workers, start_s)
         if not all(any(group is not None for group in groups) for groups in layout.groups):
             return
         groups = tuple(tuple(group for group in stage if group is not None) for stage in layout.groups)
         shrunk = self._shrunk(template, groups, layout.workers)
         best = self._best_settings(shrunk[0]) if shrunk is not None else None
         if shrunk is not None and best is not None:
-            yield Option(number, Fate.CHANGED, best, groups, shrunk[1], self.change_costs.start_s(0.0))
+            yield Continuation(number, Fate.CHANGED, best, groups, shrunk[1], self.change_costs.start_s(0.0))
 
     def _shrunk(
         self, template: Template, groups: tuple[tuple[Group, ...], ...], workers: tuple[tuple[Group, ...], ...]

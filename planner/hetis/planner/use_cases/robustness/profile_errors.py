@@ -188,8 +188,8 @@ def _states_errors(profile: Profile) -> bool:
 _WORDS = {
     "tokens": "tokens",
     "batch": "requests",
-    "past_tokens": "tokens of past",
-    "context_tokens": "tokens of context",
+    "past_tokens": "earlier tokens read per request",
+    "context_tokens": "tokens read per request",
     "kv_bytes": "MB of KV",
     "num_bytes": "bytes",
 }
