@@ -86,6 +86,32 @@ def test_a_json_schema_is_valid_and_refuses_unknown_fields(kind: str) -> None:
     assert not VALIDATORS[kind].is_valid({"apiVersion": "hetis/v1", "kind": kind, "surprise": 1})
 
 
+@pytest.mark.parametrize("kind", documents.KINDS)
+def test_defaults_in_a_json_schema_are_values_that_a_file_may_have(kind: str) -> None:
+    """`pcie: 32000000000.0`, copied from the reference, was refused for its missing unit."""
+    schema = json_schema(kind)
+    for part in (schema, *schema.get("$defs", {}).values()):
+        for name, field in part.get("properties", {}).items():
+            if field.get("default") is not None:
+                one = jsonschema.Draft202012Validator({**field, "$defs": schema.get("$defs", {})})
+                assert one.is_valid(field["default"]), (name, field)
+
+
+def test_a_json_schema_has_no_zero_where_files_may_not_have_it() -> None:
+    gpu = json_schema("Cluster")["$defs"]["GpuTypePart"]["properties"]
+    for name in ("memory", "memory_bandwidth", "fp16", "pcie"):
+        assert not jsonschema.Draft202012Validator(gpu[name]).is_valid(0), name
+    assert VALIDATORS["Cluster"].is_valid(
+        {
+            "apiVersion": "hetis/v1",
+            "kind": "Cluster",
+            "name": "c",
+            "nodes": [{"name": "n", "gpus": [{"type": "L4"}]}],
+            "network": {"bandwidth": "1Gbps", "latency": 0},
+        }
+    )
+
+
 def test_an_unknown_kind_has_no_schema() -> None:
     with pytest.raises(DocumentError, match=r"unknown kind 'Clusters', expected one of .*, did you mean Cluster\?"):
         json_schema("Clusters")

@@ -25,7 +25,7 @@ from hetis.runtime.launch.__main__ import main as launch
 from hetis.runtime.launch.main import app as launch_app
 from tests.command_line import environment
 from tests.planner import plans
-from tests.planner.command_line import COMMAND, hetis_plan_here
+from tests.planner.command_line import COMMAND, hetis_plan_here, invoke
 from tests.planner.html_pages import ReadPage
 
 ROOT = Path(__file__).parents[2]
@@ -103,6 +103,14 @@ def test_names_are_whole_on_a_narrow_terminal(folder: Path) -> None:
     done = hetis_plan_here("place", *INPUTS, "--strategy", "uniform", "--no-verify", cwd=folder)
     assert done.stdout.count("A100-PCIe-80GB") >= 2
     assert max(len(line) for line in done.stdout.splitlines()) <= 80
+
+
+@pytest.mark.parametrize("verb", [*GROUP.commands, "cluster.discover"])
+def test_help_cuts_no_word_off_on_a_narrow_terminal(verb: str) -> None:
+    """An option whose name ends in an ellipsis cannot be typed."""
+    shown = invoke(*verb.split("."), "--help").stdout
+    assert "Usage" in shown
+    assert not re.findall(r"\S*…", shown)
 
 
 @pytest.mark.parametrize(("verb", "wide"), [("explain", False), ("place", True)])

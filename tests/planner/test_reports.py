@@ -98,7 +98,10 @@ def test_what_other_engines_reach_is_said_with_what_keeps_them_apart() -> None:
     plan_again = "plan with --engine any (the first time takes up to a minute longer)"
     for why_not in (NOT_COMPILED, "its search is not compiled yet, --engine any does that"):  # as in older plan files
         for row, words in (
-            ({**known, "bound": None}, f"any: runs this plan; to search for a better one, {plan_again}"),
+            (
+                {**known, "bound": None},
+                f"any: runs this plan; its own search may find a better or a worse one: {plan_again}",
+            ),
             (unknown, f"any: does not run this plan (stage copies); to search for a plan, {plan_again}"),
         ):
             rows = [{**row, "why_not": why_not}]

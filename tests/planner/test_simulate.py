@@ -172,6 +172,18 @@ def test_the_same_seed_gives_the_same_answer_and_another_one_does_not(plan: Path
     assert first["summary"] != other["summary"]
 
 
+def test_answers_of_one_token_have_no_tpot_to_compare_with_the_plan(plan: Path, tmp_path: Path) -> None:
+    (tmp_path / "short.csv").write_text(
+        "arrival_s,prompt_tokens,output_tokens\n" + "".join(f"{i},500,1\n" for i in range(40))
+    )
+    arguments = ("--trace", str(tmp_path / "short.csv"), "--rate", "2", "--requests", "400")
+    assert set(simulated(plan, *arguments)["ratios"]) == {"throughput", "ttft_p95"}
+    table = invoke("simulate", str(plan), *arguments, "--threads", "1").stdout
+    compared = table.partition("Expected and simulated")[2].partition("Latencies")[0]
+    assert "TTFT p95" in compared
+    assert "TPOT" not in compared
+
+
 def test_the_default_load_is_the_planned_goodput_on_the_plan_s_workload(plan: Path) -> None:
     found = simulated(plan, "--requests", "300")
     assert found["load"]["rate_rps"] == pytest.approx(0.9 * found["planned"]["rate_rps"])

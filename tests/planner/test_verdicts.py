@@ -438,6 +438,10 @@ def test_the_table_says_what_was_asked_and_what_was_simulated(saved: Path) -> No
     assert "Requests within all limits 90% 0.0 ± " in missed
     piled = " ".join(table(saved, "--requests", "1000", "--rate", "90", "--tpot", "none").split())
     assert "MISSED: 90% of the requests within all limits; the load is not carried" in piled
+    doubtful = " ".join(table(saved, "--requests", "60", "--rate", "90", "--tpot", "none").split())
+    assert "too short" in doubtful
+    assert "the load is not carried" not in doubtful, "the run cannot tell"
+    assert "; the load does not seem to be carried" in doubtful
     tail = " ".join(table(saved, "--requests", "2000", "--rate", "10", "--ttft-statistic", "p99").split())
     assert "Service level kept: p99 of TTFT and mean of TPOT within their limits" in tail
     assert "Limits asked simulated TTFT p99 200 ms " in tail

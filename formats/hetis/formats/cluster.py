@@ -152,7 +152,7 @@ class GpuTypePart(DocumentPart):
     fp8: Flops | None = None
     architecture: Title = "unknown"
     vendor: Title | None = None
-    pcie: Bandwidth = 32e9
+    pcie: Annotated[Bandwidth, Field(json_schema_extra={"default": "32GB/s"})] = 32e9
     nvlink: Bandwidth | None = None
     usd_per_hour: Usd | None = None
 

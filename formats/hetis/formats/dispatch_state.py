@@ -88,7 +88,7 @@ class AttentionPart(DocumentPart):
     """One affine piece of decode attention on one card: time per query head, rate of reading KV, time per call."""
 
     head: Duration = 0.0
-    kv_read: SecondsPerByte = 0.0
+    kv_read: Annotated[SecondsPerByte, Field(json_schema_extra={"default": UNLIMITED})] = 0.0
     call: Duration = 0.0
 
 

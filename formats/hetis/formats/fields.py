@@ -108,7 +108,7 @@ def _unit_field(
 
 def _schema(example: str, pattern: str, other: Mapping[str, Any] | None = None) -> WithJsonSchema:
     text = {"type": "string", "pattern": pattern, "examples": [example]}
-    return WithJsonSchema({"anyOf": [text, other or {"const": 0}]})
+    return WithJsonSchema(text if other is None else {"anyOf": [text, other]})
 
 
 _NUMBER = r"^\s*\+?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d{1,3})?\s*"
@@ -158,7 +158,7 @@ Duration = Annotated[
     float,
     Field(ge=0),
     _unit_field(functools.partial(units.parse_duration, bare=False), "20us"),
-    _schema("20us", _NUMBER + r"(ns|us|ms|s|min|h)\s*$"),
+    _schema("20us", _NUMBER + r"(ns|us|ms|s|min|h)\s*$", {"const": 0}),
 ]
 """Seconds, as ``20us``."""
 

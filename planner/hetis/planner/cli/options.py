@@ -109,7 +109,7 @@ _types_of = functools.cache(get_type_hints)
 
 _input, _goal, _search, _result = map(panel, ("Inputs", "Goal", "Search", "Result"))
 _to_solve, _plan = panel("To solve"), panel("Plan")
-_setting = partial(_search, min=1, max=values.MOST_SETTING)  # one setting for every engine
+_setting = partial(_search, parser=values.setting)  # one setting for every engine
 
 cluster_option = partial(_input, "--cluster -c FILE: The fleet.", ...)
 profile_option = partial(
@@ -152,8 +152,8 @@ time_limit_option = partial(
 gap_option = partial(
     _search, "--gap GAP: Stop when the plan is proven this close to the best; 0.5% or 0.005.", parser=values.gap
 )
-seed_option = partial(_search, "--seed: Random seed; the same seed gives the same plan.", 0, min=0)
-threads_option = partial(_search, "--threads: Solver threads; 0 uses every core.", 1, min=0)
+seed_option = partial(_search, "--seed N: Random seed; the same seed gives the same plan.", 0, min=0)
+threads_option = partial(_search, "--threads N: Solver threads; 0 uses every core.", 1, min=0)
 out_option = partial(
     _result,
     "--out FILE: Also save the plan; .yaml or .yml for YAML, anything else is JSON; - prints it instead of the tables.",
@@ -300,19 +300,19 @@ class ReplicaOptions:
     """Limits of every replica, and the settings with which its engine is started."""
 
     max_stages: int | None = _search(
-        "--max-stages: Maximum stages of a replica, in plans for an engine.",
+        "--max-stages N: Maximum stages of a replica, in plans for an engine.",
         min=1,
         max=16,
         shown="8; fewer where kinds of GPUs are many",
     )
     max_gpus: int | None = _search(
-        "--max-gpus: Maximum GPUs of a replica including attention workers, in plans for an engine.", min=1
+        "--max-gpus N: Maximum GPUs of a replica including attention workers, in plans for an engine.", min=1
     )
     min_layers: int | None = _search(
-        "--min-layers-per-stage: Minimum layers of a stage, in plans for an engine.", min=1
+        "--min-layers-per-stage N: Minimum layers of a stage, in plans for an engine.", min=1
     )
     max_nodes: int | None = _search(
-        "--max-nodes-per-replica: Maximum nodes of a replica including attention workers, in plans for an engine.",
+        "--max-nodes-per-replica N: Maximum nodes of a replica including attention workers, in plans for an engine.",
         min=1,
     )
     max_num_seqs: int | None = _setting(

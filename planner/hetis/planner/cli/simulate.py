@@ -39,7 +39,7 @@ MAX_REQUESTS = 10_000_000
 PICTURES = {".html": "plotly", ".png": "matplotlib"}  # libraries that draw them
 Router = Literal["least-work", "weighted", "fewest-requests", "fewest-tokens"]
 _traffic, _goal, _runs, _fleet, _result = map(panel, ("Traffic", "Goal", "Runs", "Fleet", "Result"))
-_setting = partial(_fleet, min=1, max=values.MOST_SETTING)  # one setting for every engine
+_setting = partial(_fleet, parser=values.setting)  # one setting for every engine
 
 
 @group

@@ -191,10 +191,18 @@ def chunks(text: str) -> frozenset[int]:
     sizes = [size.strip() for size in text.split(",")]
     if len(sizes) > MOST_CHUNKS:
         raise typer.BadParameter(f"{len(sizes)} sizes are given, at most {MOST_CHUNKS} are allowed")
-    for size in sizes:
-        if not (size.isascii() and size.isdigit() and len(size) < 20 and 1 <= int(size) <= MOST_SETTING):
-            raise typer.BadParameter(f"{size[:40]!r} is not a whole number of tokens, 1 to {MOST_SETTING}")
-    return frozenset(map(int, sizes))
+    return frozenset(_count(size, "a whole number of tokens") for size in sizes)
+
+
+def setting(text: str) -> int:
+    """Parse one setting for every engine."""
+    return _count(text, "a whole number")
+
+
+def _count(text: str, what: str) -> int:
+    if not (text.isascii() and text.isdigit() and len(text) < 20 and 1 <= int(text) <= MOST_SETTING):
+        raise typer.BadParameter(f"{text[:40]!r} is not {what}, 1 to {MOST_SETTING}")
+    return int(text)
 
 
 def weights(text: str) -> str:

@@ -333,7 +333,8 @@ def _engine_words(other: EngineValue, plan: Plan) -> str:
         apart = f", without {lacks}" if lacks else ""
         return f"{least} by equal stages, {_beside(other.value, ours)}{by_model}{apart}"
     if other.why_not == NOT_COMPILED:
-        return f"runs this plan; to search for a better one, {again}"
+        # Not always better: under a TTFT limit the rules of its stages may be stricter (docs/cost-model.md, Latency).
+        return f"runs this plan; its own search may find a better or a worse one: {again}"
     if other.why_not:
         return f"runs this plan; no better one is known: {other.why_not}"
     words = _beside(other.value, ours) + by_model

@@ -122,7 +122,9 @@ def service_level_words(simulated: Simulated) -> Text | None:
     verdict, question = simulated.verdict, simulated.question
     if verdict is None or not verdict.limits or simulated.sweep is not None:
         return None
-    why = "; the load is not carried" if verdict.carried is False else ""
+    why = ""
+    if verdict.carried is False:
+        why = "; the load is not carried" if verdict.steady is False else "; the load does not seem to be carried"
     return Text.assemble(_verdict_word(verdict), f": {level_words(question.service_level, question.limits)}{why}")
 
 
@@ -286,7 +288,7 @@ def _share(one: LimitVerdict, *, with_interval: bool = False) -> str:
 
 
 def _compared(simulated: Simulated) -> list[tuple[str, float, Estimate, float]]:
-    """Return name, planned value, simulated value and their ratio, for the three figures that a plan states.
+    """Return name, planned value, simulated value and their ratio, for the figures that plan and run both have.
 
     Below saturation a plan promises only to serve what arrives, so its throughput is compared with that.
     """
@@ -296,7 +298,8 @@ def _compared(simulated: Simulated) -> list[tuple[str, float, Estimate, float]]:
     rows = [("throughput", expected, summary.throughput_rps)]
     if below:
         rows.append(("ttft_p95", planned.ttft_s, summary.ttft_p95_s))
-    rows.append(("tpot_mean", planned.tpot_s, summary.mean_tpot_s))
+    if not (summary.counts.measured and math.isnan(summary.tpot_s.mean)):  # requests of one output token have no TPOT
+        rows.append(("tpot_mean", planned.tpot_s, summary.mean_tpot_s))
     return [(name, p, s, s.value / p if p and math.isfinite(p) else math.nan) for name, p, s in rows]
 
 
@@ -328,7 +331,10 @@ def _comparison(simulated: Simulated, plan: Plan) -> RenderableType:
         note = (
             f"Expected throughput is the rate of the arrivals; saturated, the plan serves {digits(planned_rps, 4)}/s. "
         )
-    note += "The expected TPOT is that of the saturated fleet, the expected TTFT that at the planned utilisation."
+    if any(name == "tpot_mean" for name, *_ in _compared(simulated)):
+        note += "The expected TPOT is that of the saturated fleet, the expected TTFT that at the planned utilisation."
+    else:
+        note += "The expected TTFT is that at the planned utilisation."
     made_for = plan.inputs.get("documents", {}).get("workload", {}).get("name")
     if made_for not in (None, lengths := simulated.question.load.lengths.name):
         note += f" They are those for {made_for}, for which the plan was made, not for {lengths}."
