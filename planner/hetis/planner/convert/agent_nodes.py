@@ -55,10 +55,12 @@ def _node(node: cluster_pb2.Node, zone: str, with_busy: bool, where: Problem) ->
     if sliced:
         left_out += (parts_text(len(sliced), some_of(map(_product, sliced))),)
     links = _links(whole)
+    usable = [device for device in whole if not reasons[device.index]]
     return FoundNode(
         name=name,
         zone=zone,
-        gpus=grouped((_product(one), one.memory_bytes or None) for one in whole if not reasons[one.index]),
+        gpus=grouped((_product(one), one.memory_bytes or None) for one in usable),
+        indices=tuple(device.index for device in usable),
         left_out=left_out,
         nvlinks=0 if links and not all(links) else None,
         bridged=any(links) and not all(links),
