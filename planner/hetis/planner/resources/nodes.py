@@ -14,6 +14,7 @@ from typing import TypeVar
 from hetis.formats import catalogue
 from hetis.formats.cluster import cluster_to_data
 from hetis.planner.convert import documents, names
+from hetis.planner.convert.agent_nodes import driver_indices
 from hetis.planner.convert.clusters import BASIC, FULL
 from hetis.planner.convert.documents import Declared, DeclaredFleets
 from hetis.planner.convert.names import cluster_of, last_part, node_name, timestamp
@@ -327,8 +328,10 @@ def _found_groups(
 
 
 def _types_of(node: ReportedNode) -> dict[int, str]:
-    """Return the GPU types of a node by device index."""
-    return {device.index: device.gpu_type for device in sorted(node.inventory.devices, key=lambda device: device.index)}
+    """Return the GPU types of a node by the driver's index, in that order."""
+    devices = node.inventory.devices
+    numbers = driver_indices(devices)
+    return {numbers[device.index]: device.gpu_type for device in sorted(devices, key=lambda device: device.index)}
 
 
 def _found_node(name: str, node: ReportedNode, types: Mapping[str, GpuType], declared: NodeGroup) -> NodeGroup | None:
