@@ -113,6 +113,7 @@ class Store:
         self._breaker = opening.Breaker(self._engine, machine)
         file = opening.file_of(url)
         self._lock = FileLock(file) if file else None
+        self._file: tuple[int, int] | None = None  # identity of the file that was opened; None on a server
         is_served = url.drivername != "sqlite"
         self._lease_s = lease_s if is_served else 0.0
         self._limit_s = max(lease_s, 5.0)  # limit on a server's answer to one statement
@@ -499,6 +500,7 @@ class Store:
                 old = schema.needs_migration(connection, self._label)
             if self._lock is not None:
                 opening.use_write_ahead_log(self._engine)
+                self._file = opening.identity_of(self._lock.store)
             if old:
                 self._migrate()
         except sa.exc.DBAPIError as error:
@@ -590,6 +592,9 @@ class Store:
     @contextlib.contextmanager
     def _begun(self, engine: sa.Engine) -> Iterator[sa.Connection]:
         """Begin a transaction, in which problems of the store are raised as STORE_UNAVAILABLE."""
+        # SQLite would write on to a file that was removed: what it acknowledged would be gone with the process.
+        if self._lock is not None and opening.identity_of(self._lock.store) != self._file:
+            raise opening.moved(self._label)
         try:
             with engine.begin() as connection:
                 yield connection
