@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hetis.planner.watching import Event, Hub
+from hetis.planner.watching import Event, Hub, LeftBehindError
 
 KEYS = st.sampled_from("abcd")
 CHANGES = st.lists(st.tuples(KEYS, st.none() | st.integers(0, 9)), max_size=30)
@@ -130,3 +131,24 @@ def test_what_was_removed_long_ago_is_forgotten_and_known_to_be() -> None:
     hub.publish("b", None, now_s=0.0)
     assert hub.is_too_old(seen)
     assert not hub.is_too_old(gone)
+
+
+def test_a_watcher_that_missed_a_forgotten_removal_is_told_so() -> None:
+    """In the past it showed what was removed for ever: only a watch that was opened again learned of it."""
+    hub = Hub[str, int](epoch=1, most_gone=1)
+
+    async def scenario() -> None:
+        for key in "abc":
+            hub.publish(key, 1, now_s=0.0)
+        behind, level = hub.watch(), hub.watch()
+        assert len(await now(behind)) == len(await now(level)) == 3
+        hub.publish("a", None, now_s=0.0)
+        assert [event.key for event in await now(level)] == ["a"]
+        hub.publish("b", None, now_s=0.0)  # the removal of a is forgotten
+        with pytest.raises(LeftBehindError):
+            await now(behind)
+        assert [event.key for event in await now(level)] == ["b"]
+        with pytest.raises(LeftBehindError):
+            await now(hub.watch(after=hub.sequence - 2))
+
+    asyncio.run(scenario())

@@ -24,6 +24,10 @@ class Event(Generic[K, V]):
     time_s: float
 
 
+class LeftBehindError(Exception):
+    """A watcher was so slow that removals which it has not seen are forgotten: it must read the present state again."""
+
+
 class Hub(Generic[K, V]):
     """The last state of every key, and the watchers that wait for the next one. Belongs to one event loop.
 
@@ -74,19 +78,26 @@ class Hub(Generic[K, V]):
         """Yield the states newer than ``after``, one event per key, the oldest first, then each change as it happens.
 
         Each list holds the changes since the one before; the first is yielded at once and may be empty. Ends when the
-        hub closes.
+        hub closes. Raises LeftBehindError, also at the start unless ``after`` is 0.
         """
         seen = after
         changed = self._changed
+        if after:
+            self._require_known(after)
         yield (found := self._newer(seen))
         seen = found[-1].sequence if found else max(seen, self._first)
         while not self._closed:
+            self._require_known(seen)
             if found := self._newer(seen):
                 seen = found[-1].sequence
                 yield found
             else:
                 changed = self._changed
                 await changed.wait()
+
+    def _require_known(self, seen: int) -> None:
+        if seen < self._oldest_gone:
+            raise LeftBehindError
 
     def _newer(self, after: int) -> list[Event[K, V]]:
         found = []

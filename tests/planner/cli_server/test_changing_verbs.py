@@ -157,6 +157,29 @@ def test_a_solved_plan_is_activated_saved_and_printed_as_data(
     assert sent.request_id
 
 
+def test_a_search_that_a_new_leader_begins_again_is_announced_once(
+    planner: FakePlanner, hetis_plan: Run, capsys: Captured
+) -> None:
+    """In the past its progress fell back to the beginning, and nothing said why."""
+
+    def begun(time_s: int, elapsed_s: float) -> plan_pb2.Plan:
+        found = searching(10.0, 12.0)
+        found.progress.elapsed_s = elapsed_s
+        found.solve_start_time.FromSeconds(time_s)
+        return found
+
+    planner.searches = [
+        (0.0, plan_pb2.Plan(state=plan_pb2.PLAN_STATE_QUEUED)),
+        (0.0, begun(100, 30.0)),
+        (0.0, begun(200, 1.0)),
+        (0.0, begun(200, 2.0)),
+        (0.0, plan_pb2.Plan(state=plan_pb2.PLAN_STATE_READY)),
+    ]
+    assert hetis_plan("apply", *PROBLEM, "--name", "night") == ExitCode.OK
+    said = capsys.readouterr().err
+    assert said.count("the search for plans/night begins again: the planner that ran it is gone\n") == 1
+
+
 def test_an_infeasible_problem_exits_3_with_its_reasons(
     planner: FakePlanner, hetis_plan: Run, capsys: Captured
 ) -> None:

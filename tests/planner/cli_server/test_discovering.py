@@ -111,6 +111,17 @@ def test_nodes_in_use_are_the_fleet_and_others_have_their_reasons(
     assert any("prices: list prices" in line for line in assumed)
 
 
+def test_gpus_behind_one_that_is_left_out_keep_the_index_of_the_driver(
+    declared: Callable[..., None], hetis_plan: Run, capsys: Captured, tmp_path: Path
+) -> None:
+    """In the past they moved up by one, and a launch took the GPU that was left out."""
+    declared("a", [gpu(0), gpu(1)], devices=[report_pb2.DeviceReport(index=0, unhealthy="critical event XID 79")])
+    slices = [gpu(index, "", product_name="MIG 1g.18gb", mig_slice=True, pci_bus_id="00:1") for index in range(2)]
+    declared("b", [*slices, gpu(2, pci_bus_id="00:2"), gpu(3, pci_bus_id="00:3")])
+    cluster, _ = discovered(hetis_plan, capsys, tmp_path)
+    assert {group.name: group.indices for group in cluster.node_groups} == {"a": (1,), "b": (1, 2)}
+
+
 def test_memory_that_no_replica_uses_makes_a_gpu_busy(
     declared: Callable[..., None], hetis_plan: Run, capsys: Captured, tmp_path: Path
 ) -> None:

@@ -208,6 +208,41 @@ def test_every_difference_has_both_sides(tmp_path: Path) -> None:
     with_planner(tmp_path, scenario)
 
 
+def test_the_indices_of_gpus_are_kept_where_the_document_lists_them_by_type(tmp_path: Path) -> None:
+    """In the past they were lost: a plan's GPU 1 was the A100 of index 2, but its engine was started on the T4."""
+    mixed = found("A100-SXM-80GB", "T4", "A100-SXM-80GB")
+    text = CLUSTER.replace("count: 3", "count: 1")
+    assert text != CLUSTER
+
+    async def scenario(planner: Served) -> None:
+        await make(planner, text)
+        see(planner, "l4-0", STATE.NODE_STATE_READY, inventory=found("", "L4"))
+        see(planner, "spare", STATE.NODE_STATE_UNDECLARED, inventory=mixed)
+        answer = await inventory(planner)
+        nodes = {node["name"]: node for node in json.loads(answer.found.content)["nodes"]}
+        assert nodes["l4-0"]["indices"] == [1]
+        assert [gpus["type"] for gpus in nodes["spare"]["gpus"]] == ["A100-SXM-80GB", "T4"]
+        assert nodes["spare"]["indices"] == [0, 2, 1]
+
+    with_planner(tmp_path, scenario)
+
+
+def test_a_node_with_the_declared_indices_is_as_declared(tmp_path: Path) -> None:
+    text = CLUSTER.replace("count: 3", "count: 3, indices: [1, 2]")
+    assert text != CLUSTER
+    shifted = inventory_pb2.NodeInventory(devices=[{"index": 1, "gpu_type": "L4"}, {"index": 2, "gpu_type": "L4"}])
+
+    async def scenario(planner: Served) -> None:
+        await make(planner, text)
+        see(planner, "a100", STATE.NODE_STATE_READY, inventory=found("A100-SXM-80GB", "A100-SXM-80GB"))
+        for number in range(3):
+            see(planner, f"l4-{number}", STATE.NODE_STATE_READY, inventory=shifted)
+        cluster = (await planner.clusters.GetCluster(pb.GetClusterRequest(name=PARENT))).cluster
+        assert (await inventory(planner)).found.digest == cluster.document.digest
+
+    with_planner(tmp_path, scenario)
+
+
 def test_links_of_what_was_not_found_are_left_out(tmp_path: Path) -> None:
     text = CLUSTER.replace(
         "latency: 20us}",

@@ -212,6 +212,21 @@ def test_when_very_much_changes_watchers_are_sent_everything_again(tmp_path: Pat
     with_planner(tmp_path, scenario)
 
 
+def test_a_watcher_that_is_left_behind_by_removals_is_sent_everything_again(tmp_path: Path) -> None:
+    async def scenario(planner: Served) -> None:
+        await make(planner)
+        watcher = Watcher(planner)
+        await watcher.catch_up()
+        hub = planner.hubs.cluster(NAME)
+        for number in range(10_001):  # without a pause in which the watcher could read
+            hub.publish(("redispatch", f"{NAME}/redispatches/{number}"), None, now_s=0.0)
+        await watcher.catch_up()
+        assert (watcher.num_resets, len(watcher.state)) == (1, 5)
+        watcher.cancel()
+
+    with_planner(tmp_path, scenario)
+
+
 def test_watches_end_when_the_planner_goes_so_that_callers_resume(tmp_path: Path) -> None:
     async def scenario(planner: Served) -> None:
         await make(planner)

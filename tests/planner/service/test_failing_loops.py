@@ -153,6 +153,8 @@ class LostStore:
     async def lead(self, *_: object) -> int:
         return 1
 
+    async def announce(self) -> None: ...
+
     async def stand_by(self, *_: object) -> int:
         self.stands_by.set()
         await asyncio.Event().wait()

@@ -115,6 +115,35 @@ def test_a_damaged_file_is_one_clear_error_and_left_alone(tmp_path: Path, sqlite
     assert path.read_bytes() == before
 
 
+@pytest.mark.parametrize("is_replaced", [False, True])
+def test_a_file_that_is_removed_or_replaced_under_a_planner_takes_no_writes(
+    tmp_path: Path, sqlite_url: str, is_replaced: bool
+) -> None:
+    """In the past writes to a removed file were acknowledged, and gone when the planner ended."""
+    file, aside = tmp_path / "hetis.db", tmp_path / "aside.db"
+
+    async def scenario() -> None:
+        store = await Store.open(sqlite_url)
+        await store.lead("planner")
+        await store.write(lambda tx: tx.clusters.insert(samples.cluster("clusters/a")))
+        file.rename(aside)
+        if is_replaced:
+            file.write_bytes(aside.read_bytes())
+        for work in (store.write, store.read):
+            with pytest.raises(ServiceError, match="was removed or replaced while the planner used it") as caught:
+                await work(lambda tx: tx.clusters.all())
+            assert caught.value.reason_name == "STORE_UNAVAILABLE"
+            assert caught.value.metadata["changed"] == "no"
+        aside.replace(file)
+        await store.write(lambda tx: tx.clusters.insert(samples.cluster("clusters/b")))
+        await store.close()
+        again = await Store.open(sqlite_url)
+        assert [one.name for one in await again.read(lambda tx: tx.clusters.all())] == ["clusters/a", "clusters/b"]
+        await again.close()
+
+    asyncio.run(scenario())
+
+
 def test_a_text_file_is_no_store(tmp_path: Path) -> None:
     path = tmp_path / "notes.txt"
     path.write_text("nothing of a store\n" * 100)

@@ -289,6 +289,7 @@ def test_a_standby_knows_who_leads_and_where_and_leads_when_that_one_goes(url: s
     async def scenario() -> None:
         first, second = await Store.open(url), await Store.open(url)
         await first.lead("first", ("10.0.0.1:8470", "10.0.0.1:8480"))
+        await first.announce()
         standing_by = asyncio.create_task(second.stand_by("second"))
         while second.leader is None:
             await asyncio.sleep(0.01)
@@ -315,23 +316,79 @@ def test_a_planner_that_cannot_use_its_term_ends_it_and_stands_by(url: str) -> N
     asyncio.run(scenario())
 
 
-def test_a_term_that_could_not_be_used_does_not_count_as_led(sqlite_url: str) -> None:
-    """Otherwise a planner that fails to begin again and again would be ready for ever."""
+def test_a_term_that_has_not_begun_does_not_count_as_led_for_anyone(url: str) -> None:
+    """Two planners that took turns at terms which neither could begin kept each other ready."""
     now_s = 0.0
+
+    async def fail_to_begin(store: Store, name: str, terms: list[int]) -> None:
+        while True:
+            terms.append(await store.stand_by(name))
 
     async def scenario() -> None:
         nonlocal now_s
-        store = await Store.open(sqlite_url, machine=lambda: now_s)
+        stores = [await Store.open(url, machine=lambda: now_s) for _ in range(2)]
         now_s = 100.0
-        await store.lead("planner")
-        assert store.led_s_ago == 0.0
-        standing_by = asyncio.create_task(store.stand_by("planner"))
-        async with asyncio.timeout(30):
-            while store.epoch is not None:
+        terms = [list[int](), list[int]()]
+        failing = [
+            asyncio.create_task(fail_to_begin(store, name, found))
+            for store, name, found in zip(stores, ("first", "second"), terms, strict=True)
+        ]
+        async with asyncio.timeout(60):
+            while min(map(len, terms)) < 2:
                 await asyncio.sleep(0.01)
-            assert store.led_s_ago == 100.0
-            await standing_by
+                assert [store.led_s_ago for store in stores] == [100.0, 100.0]
+        for task in failing:
+            task.cancel()
+        await asyncio.gather(*failing, return_exceptions=True)
+        await stores[1].close()
+        async with asyncio.timeout(60):
+            await stores[0].stand_by("first")
+        await stores[0].announce()
+        assert stores[0].led_s_ago == 0.0
+        await stores[0].close()
+
+    asyncio.run(scenario())
+
+
+def test_a_standby_does_not_name_a_planner_as_leader_before_its_term_has_begun(url: str) -> None:
+    async def scenario() -> None:
+        now_s = 0.0
+        first, second = await Store.open(url), await Store.open(url, machine=lambda: now_s)
+        await first.lead("first")
+        with pytest.raises(ServiceError, match=r"the leader of store .*, but has not begun its term yet") as caught:
+            await second.lead("second")
+        assert caught.value.metadata == {}
+        standing_by = asyncio.create_task(second.stand_by("second"))
+        now_s = 100.0
+        await asyncio.sleep(1.0)  # two looks
+        assert (second.leader, second.led_s_ago) == (None, 100.0)
+        await first.announce()
+        async with asyncio.timeout(60):
+            while second.led_s_ago:
+                await asyncio.sleep(0.01)
+        assert second.not_leader().metadata == {"leader": "first"}
+        standing_by.cancel()
+        for store in (first, second):
+            await store.close()
+
+    asyncio.run(scenario())
+
+
+def test_a_renewal_does_not_take_back_that_the_term_has_begun(postgres_url: str) -> None:
+    async def scenario() -> None:
+        store = await Store.open(postgres_url, lease_s=LEASE_S)
+        await store.lead("leader")
+        assert row_of(postgres_url)[1] == ""
+        await store.announce()
+        announced = row_of(postgres_url)
+        assert announced[1] == "leader"
+        async with asyncio.timeout(60):
+            while row_of(postgres_url) == announced:
+                await asyncio.sleep(0.05)
+        assert row_of(postgres_url)[1] == "leader"
         await store.close()
+        with pytest.raises(ServiceError, match="is not the leader"):
+            await store.announce()
 
     asyncio.run(scenario())
 
@@ -341,8 +398,6 @@ def test_another_planner_leads_after_a_term_that_could_not_be_used(url: str) -> 
         first, second = await Store.open(url, lease_s=60.0), await Store.open(url, lease_s=60.0)
         await first.lead("first")
         other = asyncio.create_task(second.stand_by("second"))
-        while second.leader is None:
-            await asyncio.sleep(0.01)
         standing_by = asyncio.create_task(first.stand_by("first"))
         async with asyncio.timeout(30):
             assert await other == 2
@@ -442,7 +497,7 @@ class Standby:
     def __init__(self, store: Store, clock: list[float]) -> None:
         self.store = store
         self._clock = clock
-        self.taking = asyncio.create_task(store.stand_by("standby"))
+        self.taking = asyncio.create_task(self._lead())
 
     @classmethod
     async def open(cls, url: str, *, lease_s: float = LEASE_S) -> Standby:
@@ -456,6 +511,11 @@ class Standby:
             self._clock[0] += 1e-6
             while self.store.led_s_ago and not self.taking.done():
                 await asyncio.sleep(0.01)
+
+    async def _lead(self) -> int:
+        epoch = await self.store.stand_by("standby")
+        await self.store.announce()
+        return epoch
 
     async def close(self) -> None:
         self.taking.cancel()
@@ -487,6 +547,7 @@ def test_a_lease_that_a_step_of_the_clock_prolongs_is_taken_when_nobody_renews_i
     async def scenario() -> None:
         old = await Store.open(postgres_url, lease_s=lease_s, machine=lambda: 0.0)  # its own clock never ends its term
         await old.lead("old")
+        await old.announce()
         await stop_renewing(old)
         set_clock_back(postgres_url, HOUR_S)
         standby = await Standby.open(postgres_url, lease_s=lease_s)
@@ -515,6 +576,7 @@ def test_a_leader_that_renews_keeps_its_lease_whatever_the_clock_does(postgres_u
     async def scenario() -> None:
         leader = await Store.open(postgres_url, lease_s=3.0)
         await leader.lead("leader")
+        await leader.announce()
         standby = await Standby.open(postgres_url)
         async with asyncio.timeout(60):
             await standby.pass_time(0)
@@ -540,6 +602,7 @@ def test_a_renewal_that_comes_just_before_the_takeover_wins(postgres_url: str) -
     async def scenario() -> None:
         leader = await Store.open(postgres_url, lease_s=LEASE_S, machine=lambda: 0.0)
         await leader.lead("leader")
+        await leader.announce()
         await stop_renewing(leader)
         set_clock_back(postgres_url, HOUR_S)
         standby = await Standby.open(postgres_url)
@@ -569,6 +632,7 @@ def test_only_one_of_two_standbys_takes_a_lease_that_nobody_renews(postgres_url:
     async def scenario() -> None:
         gone = await Store.open(postgres_url, lease_s=LEASE_S, machine=lambda: 0.0)
         await gone.lead("gone")
+        await gone.announce()
         await stop_renewing(gone)
         set_clock_back(postgres_url, HOUR_S)
         standbys = [await Standby.open(postgres_url) for _ in range(2)]

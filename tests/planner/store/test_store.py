@@ -30,6 +30,7 @@ from tests.planner.store.postgres import num_waiting
 async def leading(url: str, **settings: float) -> Store:
     store = await Store.open(url, **settings)
     await store.lead("test")
+    await store.announce()
     return store
 
 
@@ -263,6 +264,7 @@ def test_a_second_planner_does_not_lead_while_the_first_one_does(url: str) -> No
     async def scenario() -> None:
         first, second = await Store.open(url), await Store.open(url)
         await first.lead("first")
+        await first.announce()
         with pytest.raises(ServiceError, match=r"another planner is the leader of store .+: first") as caught:
             await second.lead("second")
         assert caught.value.reason_name == "NOT_LEADER"
@@ -331,6 +333,7 @@ def test_rights_that_are_missing_are_trouble_of_the_store_and_no_bug(
         assert standby.led_s_ago == 100.0  # this ends the standby's readiness
         await as_administrator(f"GRANT UPDATE ON leadership TO {user}")
         await asyncio.wait_for(standing_by, 60)
+        await standby.announce()
         assert standby.led_s_ago == 0.0
         await standby.close()
 

@@ -387,10 +387,13 @@ def wait_for_plan(terminal: Terminal, client: Client, name: str, *, exists: bool
     was_seen = exists
     try:
         with news_on_stderr(terminal) as news:
+            restarts = _Restarts()
 
             def tell(plan: plan_pb2.Plan) -> None:
                 nonlocal was_seen
                 was_seen = True
+                if restarts.notice(plan):
+                    terminal.say(f"the search for {name} begins again: the planner that ran it is gone")
                 news(plan)
 
             return client.wait(name, news=tell)
@@ -413,6 +416,19 @@ def news_on_stderr(terminal: Terminal) -> Iterator[Callable[[plan_pb2.Plan], Non
             yield lambda plan: status.update(line_of(plan))
     else:
         yield _PlainLines(terminal.say)
+
+
+class _Restarts:
+    """Notices that a search begins again. A planner that takes over has its problem, but not what it had found."""
+
+    def __init__(self) -> None:
+        self._began_ns = 0  # when the search last seen began; 0 if it has not
+
+    def notice(self, plan: plan_pb2.Plan) -> bool:
+        """Return whether the search that was seen before is not this one; its progress starts from nothing."""
+        before, self._began_ns = self._began_ns, plan.solve_start_time.ToNanoseconds()
+        is_searched = plan.state in (plan_pb2.PLAN_STATE_QUEUED, plan_pb2.PLAN_STATE_SOLVING)
+        return is_searched and before not in (0, self._began_ns)
 
 
 class _PlainLines:

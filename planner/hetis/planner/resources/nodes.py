@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from bisect import bisect_right
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
@@ -14,6 +14,7 @@ from typing import TypeVar
 from hetis.formats import catalogue
 from hetis.formats.cluster import cluster_to_data
 from hetis.planner.convert import documents, names
+from hetis.planner.convert.agent_nodes import driver_indices
 from hetis.planner.convert.clusters import BASIC, FULL
 from hetis.planner.convert.documents import Declared, DeclaredFleets
 from hetis.planner.convert.names import cluster_of, last_part, node_name, timestamp
@@ -230,7 +231,10 @@ def inventory_message(
 
 
 def differences(declared: Cluster, found: Mapping[str, ReportedNode]) -> Iterator[cluster_pb2.InventoryDifference]:
-    """Yield every difference in the order of the document; nodes that the document does not name come last."""
+    """Yield every difference in the order of the document; nodes that the document does not name come last.
+
+    GPUs are compared by their place in the document, whatever its ``indices``: agents start engines by that place.
+    """
     known = set[str]()
     for group, node in _nodes(declared):
         if node not in found:
@@ -311,29 +315,47 @@ def _found_groups(
         nodes = [group.node_name(index) for index in range(group.count)]
         known.update(nodes)
         gpus = _gpus_of(group)
-        if all(node in found and _types_of(found[node]) == gpus for node in nodes):
+        declared_types = dict(zip(group.indices or range(len(gpus)), gpus, strict=True))
+        if all(node in found and _types_of(found[node]) == declared_types for node in nodes):
             yield group
         else:
             for node in nodes:
-                if node in found and (slots := _slots(_types_of(found[node]), types, group.gpus)):
-                    yield NodeGroup(name=node, gpus=slots, zone=group.zone, nic=group.nic, intra_link=group.intra_link)
+                if node in found and (own := _found_node(node, found[node], types, group)):
+                    yield own
     for node in sorted(found.keys() - known):
-        if slots := _slots(_types_of(found[node]), types, ()):
-            yield NodeGroup(name=node, gpus=slots)
+        if own := _found_node(node, found[node], types, NodeGroup(name=node, gpus=())):
+            yield own
 
 
-def _types_of(node: ReportedNode) -> list[str]:
-    return [device.gpu_type for device in sorted(node.inventory.devices, key=lambda device: device.index)]
+def _types_of(node: ReportedNode) -> dict[int, str]:
+    """Return the GPU types of a node by the driver's index, in that order."""
+    devices = node.inventory.devices
+    numbers = driver_indices(devices)
+    return {numbers[device.index]: device.gpu_type for device in sorted(devices, key=lambda device: device.index)}
 
 
-def _slots(found: Iterable[str], types: Mapping[str, GpuType], declared: Sequence[GpuSlots]) -> tuple[GpuSlots, ...]:
-    """Return the GPUs by type, at the document's prices, without devices of unknown type, which no plan can use."""
-    prices = {slots.gpu: slots.usd_per_hour for slots in declared}
-    counts = dict[str, int]()
-    for gpu in found:
+def _found_node(name: str, node: ReportedNode, types: Mapping[str, GpuType], declared: NodeGroup) -> NodeGroup | None:
+    """Return a node with its GPUs by type, at the document's prices, or None if no plan can use any of them.
+
+    Devices of unknown type are left out. A document lists each type once, so the driver's indices are in ``indices``
+    unless they are 0, 1, ... in that order: without them, a launch would take other GPUs than the plan means.
+    """
+    prices = {slots.gpu: slots.usd_per_hour for slots in declared.gpus}
+    places = dict[str, list[int]]()
+    for index, gpu in _types_of(node).items():
         if gpu in types:
-            counts[gpu] = counts.get(gpu, 0) + 1
-    return tuple(GpuSlots(gpu=gpu, count=count, usd_per_hour=prices.get(gpu)) for gpu, count in counts.items())
+            places.setdefault(gpu, []).append(index)
+    if not places:
+        return None
+    indices = tuple(itertools.chain.from_iterable(places.values()))
+    return NodeGroup(
+        name=name,
+        gpus=tuple(GpuSlots(gpu=gpu, count=len(of), usd_per_hour=prices.get(gpu)) for gpu, of in places.items()),
+        zone=declared.zone,
+        nic=declared.nic,
+        intra_link=declared.intra_link,
+        indices=() if indices == tuple(range(len(indices))) else indices,
+    )
 
 
 @dataclass(slots=True, eq=False)

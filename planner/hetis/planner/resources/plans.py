@@ -27,6 +27,7 @@ from hetis.planner.store import PlanRecord, Reader, Store, Transaction
 from hetis.planner.threads import run_in_thread_gc_paused
 from hetis.planner.use_cases.service_level import SERVICE_LEVEL
 from hetis.planner.use_cases.sources import CONSTRAINTS, ENGINE_SETTINGS, PlanAndProblem, constraint_options
+from hetis.planner.watching import LeftBehindError
 from hetis.solver.plan import Plan, ReplicaPlan
 from hetis.v1 import plan_pb2, view_pb2
 from hetis.v1 import plan_service_pb2 as pb2
@@ -89,12 +90,21 @@ class Plans:
         Raises NOT_FOUND, even if the plan is deleted during the watch; DRAINING if the planner shuts down.
         """
         check(request, name=names.PLAN)
-        hub = self._hubs.plans
-        record = await self._store.read(lambda reader: reader.plans.require(request.name))
-        after = 0 if hub.is_too_old(request.after_sequence) else request.after_sequence
-        is_first = True
+        after = 0 if self._hubs.plans.is_too_old(request.after_sequence) else request.after_sequence
+        while True:
+            record = await self._store.read(lambda reader: reader.plans.require(request.name))
+            try:
+                async for response in self._states(record, after):
+                    yield response
+                return
+            except LeftBehindError:  # the plan may have been deleted in the meantime
+                continue
+
+    async def _states(self, record: PlanRecord, after: int) -> AsyncIterator[pb2.WatchPlanResponse]:
+        """Yield the plan's states after ``after`` until it is settled. Raises as `watch` does, or LeftBehindError."""
+        hub, is_first = self._hubs.plans, True
         async for events in hub.watch():
-            event = next((event for event in events if event.key == request.name), None)
+            event = next((event for event in events if event.key == record.name), None)
             if event is None and is_first:
                 # The plan has not changed in this term, so its state is the stored one.
                 hub.publish(record.name, self._basic(record), now_s=self._clock())
@@ -102,7 +112,7 @@ class Plans:
             if event is None:
                 continue
             if event.value is None:
-                raise not_found(request.name)
+                raise not_found(record.name)
             if event.sequence > after:
                 time = timestamp(event.time_s)
                 yield pb2.WatchPlanResponse(sequence=event.sequence, plan=event.value, event_time=time)

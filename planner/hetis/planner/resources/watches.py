@@ -34,7 +34,7 @@ from hetis.planner.fleet.views import show_live
 from hetis.planner.resources.nodes import NodeReader
 from hetis.planner.resources.requests import check, read_page
 from hetis.planner.store import ClusterRecord, Reader, ReplicaRecord, Store
-from hetis.planner.watching import Event
+from hetis.planner.watching import Event, LeftBehindError
 from hetis.v1 import cluster_pb2, redispatch_pb2, replica_pb2, view_pb2
 from hetis.v1 import cluster_service_pb2 as pb
 
@@ -134,8 +134,12 @@ class ClusterWatches:
         while True:
             hub = self._hubs.cluster(request.name)
             here = ResumeToken(made=record.create_time_s, round=self._hubs.round_of(request.name), sequence=0)
-            async for response in self._watch(hub, here, token, record.name, is_new=is_new):
-                yield response
+            try:
+                async for response in self._watch(hub, here, token, record.name, is_new=is_new):
+                    yield response
+            except LeftBehindError:
+                token, is_new = None, False
+                continue
             if (await self._read(request.name)).create_time_s != record.create_time_s:
                 raise not_found(request.name)
             if self._hubs.cluster(request.name) is hub:

@@ -121,7 +121,8 @@ class Succession:
     def is_ready(self) -> bool:
         """Whether the planner can work, as a leader with a lease or as a standby, and its store answers.
 
-        A standby cannot if no planner leads and it does not come to lead either: it may lack rights to the one row.
+        A standby cannot if no planner leads and it does not come to lead either: it may lack rights to the one row, or
+        no planner can begin a term.
         """
         if self._store.health.answered_s_ago >= ANSWERED_S:
             return False
@@ -183,6 +184,7 @@ class Succession:
         term = self._make_term(epoch)
         try:
             await term.begin()
+            await self._store.announce()
         except BaseException:
             await term.close()
             raise

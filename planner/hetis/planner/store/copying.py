@@ -279,7 +279,7 @@ def _require_no_lease(connection: sa.Connection, label: str) -> None:
         # From here on, a planner that starts or stands by waits for the end of the transaction before it leads.
         holder, left_s = leadership.end_terms(connection)
         if left_s > 0:
-            raise StoreError(f"store {label} is in use by the planner {holder.name}: stop it first")
+            raise StoreError(f"store {label} is in use by {holder.title}: stop it first")
 
 
 def _first_filled(connection: sa.Connection) -> str:

@@ -130,13 +130,18 @@ _ROW = records.leadership.c.id == 1
 class Holder:
     """The holder of the leadership."""
 
-    name: str  # for display; contains no blanks
+    name: str  # for display; contains no blanks; empty until the term has begun
     addresses: tuple[str, ...] = ()  # addresses at which callers reach it; empty if unknown
 
     @classmethod
     def from_text(cls, text: str) -> Holder:
         name, _, addresses = text.partition(" ")
         return cls(name=name, addresses=tuple(addresses.split(",")) if addresses else ())
+
+    @property
+    def title(self) -> str:
+        """Return what messages call it; the row of a planner whose term has not begun has no name."""
+        return f"the planner {self.name}" if self.name else "a planner that begins its term"
 
     def to_text(self) -> str:
         """Return the text that is stored in the one row."""
@@ -148,7 +153,7 @@ class GrantedLease:
     """The lease in the one row. A renewal replaces it by another one, which ends at another time."""
 
     epoch: int
-    holder: str
+    holder: str  # the text of the leader; empty until its term has begun
     lease_end_s: float
 
     @classmethod
@@ -207,14 +212,11 @@ def end_terms(connection: sa.Connection) -> tuple[Holder, float]:
     return Holder.from_text(row.holder), float(row.left_s)
 
 
-def take(
-    connection: sa.Connection, holder: str, *, store: str, lease_s: float, abandoned: GrantedLease | None = None
-) -> int:
-    """Start a new term and return its epoch.
+def take(connection: sa.Connection, *, store: str, lease_s: float, abandoned: GrantedLease | None = None) -> int:
+    """Start a new term and return its epoch. The row names its holder only once `renew` does.
 
     Args:
         connection: a connection in a write transaction.
-        holder: the name of the new leader, for messages.
         store: the store's name in messages.
         lease_s: how long others may not take over, by the server's clock; 0 if a file lock holds the term.
         abandoned: a lease that may be ended before it expires, if it has not been renewed by now.
@@ -229,7 +231,7 @@ def take(
         raise not_leader(row.holder, store=store, retry_after_s=float(row.left_s))
     epoch: int = row.epoch + 1
     lease_end_s = _now(connection) + lease_s if lease_s else 0.0
-    values = {"epoch": epoch, "holder": holder, "lease_end_s": lease_end_s}
+    values = {"epoch": epoch, "holder": "", "lease_end_s": lease_end_s}
     # A statement after the one that locked the row, which may have waited for a migration that it does not see.
     ours = sa.and_(_ROW, schema.applied == schema.revisions()[-1])
     if not connection.execute(sa.update(records.leadership).where(ours).values(values)).rowcount:
@@ -237,11 +239,14 @@ def take(
     return epoch
 
 
-def renew(connection: sa.Connection, epoch: int, *, lease_s: float) -> None:
-    """Prolong the lease in one statement. Raises NOT_LEADER if another planner has taken over."""
+def renew(connection: sa.Connection, epoch: int, *, lease_s: float, holder: str) -> None:
+    """Prolong the lease in one statement. Raises NOT_LEADER if another planner has taken over.
+
+    ``holder``: the text of the leader; empty while the term has not begun, so that nobody takes it for a leader.
+    """
     ours = sa.and_(_ROW, records.leadership.c.epoch == epoch)
-    lease_end_s = _now(connection) + lease_s
-    if not connection.execute(sa.update(records.leadership).where(ours).values(lease_end_s=lease_end_s)).rowcount:
+    values = {"lease_end_s": _now(connection) + lease_s, "holder": holder}
+    if not connection.execute(sa.update(records.leadership).where(ours).values(values)).rowcount:
         raise not_leader(holder_of(connection))
 
 
@@ -268,17 +273,18 @@ def not_leader(leader: str, *, store: str = "", retry_after_s: float | None = No
     """Return the error for a planner that does not lead.
 
     Args:
-        leader: the text of the one row; empty if unknown.
+        leader: the text of the one row; empty if unknown, or if that planner has not begun its term.
         store: the store's name in messages.
     """
     holder = Holder.from_text(leader)
     what = f"another planner is the leader of store {store}" if store else "another planner is the leader"
+    unnamed = f"{what}, but has not begun its term yet" if store else "this planner is not the leader"
     metadata = {"leader": holder.name} if holder.name else {}
     if holder.addresses:
         metadata["leader_address"] = ",".join(holder.addresses)
     return ServiceError(
         Reason.ERROR_REASON_NOT_LEADER,
-        f"{what}: {holder.name}" if holder.name else "this planner is not the leader",
+        f"{what}: {holder.name}" if holder.name else unnamed,
         metadata=metadata,
         retry_after_s=retry_after_s,
     )

@@ -76,6 +76,25 @@ def keep_private(file: Path) -> None:
             _log.warning("%s remains accessible to other users: %s", found, error.strerror)
 
 
+def identity_of(file: Path) -> tuple[int, int] | None:
+    """Return what tells the file of this name from any other one, or None if there is none."""
+    try:
+        found = file.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+def moved(store: str) -> ServiceError:
+    """Return the error for a caller whose transaction would have gone to a file that is no longer at its place."""
+    return ServiceError(
+        Reason.ERROR_REASON_STORE_UNAVAILABLE,
+        f"the file of the planner's store {store} was removed or replaced while the planner used it; nothing was"
+        " changed. Put it back; or stop the planner, put the right file there, and start it again",
+        metadata={"changed": "no"},
+    )
+
+
 def label_of(url: sa.URL) -> str:
     """Return the store's name in messages."""
     return str(file_of(url) or _without_passwords(url.set(drivername=url.get_backend_name())))

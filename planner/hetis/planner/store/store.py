@@ -113,6 +113,7 @@ class Store:
         self._breaker = opening.Breaker(self._engine, machine)
         file = opening.file_of(url)
         self._lock = FileLock(file) if file else None
+        self._file: tuple[int, int] | None = None  # identity of the file that was opened; None on a server
         is_served = url.drivername != "sqlite"
         self._lease_s = lease_s if is_served else 0.0
         self._limit_s = max(lease_s, 5.0)  # limit on a server's answer to one statement
@@ -137,8 +138,10 @@ class Store:
         self.lease = Lease(self._lease_s, machine)  # the lease of the present term
         # The last leader seen, or the one that refused to be replaced. None if unknown or if it is this planner.
         self.leader: Holder | None = None
+        self._name = ""  # this planner's text as a leader
+        self._shown = ""  # what renewals write as the leader's text: that of this planner once its term has begun
+        self._has_begun = False  # whether this planner leads, and not only holds a term
         self._led_s = machine()  # when this planner or another one was last known to lead
-        self._led_before_s = self._led_s  # the same before the present term
         self._is_migrating = False
 
     @classmethod
@@ -173,7 +176,10 @@ class Store:
 
     @property
     def led_s_ago(self) -> float:
-        """Seconds since any planner was last seen to lead. They grow if a standby cannot take over."""
+        """Seconds since any planner was last seen to lead, in a term that it had begun.
+
+        They grow if a standby cannot take over, and also if planners take turns at terms that none of them can begin.
+        """
         return self._machine_s() - self._led_s
 
     @property
@@ -182,7 +188,7 @@ class Store:
         return self._epoch
 
     async def lead(self, holder: str, addresses: Sequence[str] = (), *, abandoned: GrantedLease | None = None) -> int:
-        """Take leadership durably and return its epoch, which is above all earlier ones.
+        """Take leadership durably and return its epoch, which is above all earlier ones; then begin, and `announce`.
 
         Args:
             holder: this planner's name, for display.
@@ -193,19 +199,32 @@ class Store:
             StoreError: the tables were migrated to another version since this planner opened the store.
         """
         await _end(self._renewal)
-        text = Holder(name=holder.replace(" ", "_"), addresses=tuple(addresses)).to_text()
+        self._name = Holder(name=holder.replace(" ", "_"), addresses=tuple(addresses)).to_text()
+        self._shown, self._has_begun = "", False
         try:
-            asked_s, epoch = await self._limited(self._lead, text, abandoned)
+            asked_s, epoch = await self._limited(self._lead, abandoned)
         except ServiceError as error:
             self._note_leader(error)
             raise
         self._epoch, self.leader = epoch, None
-        self._led_before_s, self._led_s = self._led_s, self._machine_s()
         self._ended = asyncio.Event()
         self.lease.grant(asked_s)
         if self._lease_s:
             self._renewal = asyncio.create_task(self._renew_for_ever(epoch), name="renewal of leadership")
         return epoch
+
+    async def announce(self) -> None:
+        """Announce durably that the term has begun: from now on this planner is what others call the leader.
+
+        Raises NOT_LEADER if the term is over, or STORE_UNAVAILABLE.
+        """
+        epoch = self._epoch
+        if epoch is None:
+            raise self.not_leader()
+        self._shown = self._name  # before the request, which a renewal must not undo
+        await self._limited(self._renew, epoch)
+        if self._epoch == epoch:
+            self._has_begun, self._led_s = True, self._machine_s()
 
     async def stand_by(self, holder: str, addresses: Sequence[str] = ()) -> int:
         """Wait until no planner leads, then lead and return the epoch. In the meantime `leader` names the leader.
@@ -219,7 +238,6 @@ class Store:
         epoch, watch = self._epoch, RenewalWatch(self._lease_s, self._machine_s)
         if epoch is not None:
             self._end_term()
-            self._led_s = self._led_before_s  # nobody has led in that term
             with contextlib.suppress(ServiceError):
                 await self._limited(self._give_up, epoch)
             await asyncio.sleep(1.5 * _LOOK_S)  # long enough for every standby to look
@@ -235,7 +253,8 @@ class Store:
                         extra={"leader": Holder.from_text(lease.holder).name, "left_s": round(left_s, 3)},
                     )
                     return await self.lead(holder, addresses, abandoned=lease)
-                self._led_s = self._machine_s()
+                if lease.holder:
+                    self._led_s = self._machine_s()
                 wait_s = min(left_s + 0.01, _LOOK_S)
             except ServiceError as error:
                 self._note_leader(error)
@@ -357,15 +376,21 @@ class Store:
         raise ServiceError(lost.reason, message, metadata={**lost.metadata, "changed": "unknown"})
 
     def _end_term(self) -> None:
-        self._epoch, self._led_s = None, self._machine_s()
+        if self._has_begun:
+            self._led_s = self._machine_s()
+        self._epoch, self._shown, self._has_begun = None, "", False
         self.lease.end()
         self._ended.set()
 
     def _note_leader(self, error: ServiceError) -> None:
-        if error.reason == Reason.ERROR_REASON_NOT_LEADER and "leader" in error.metadata:
-            self._led_s = self._machine_s()
-            addresses = error.metadata.get("leader_address", "")
-            self.leader = Holder.from_text(f"{error.metadata['leader']} {addresses}")
+        if error.reason != Reason.ERROR_REASON_NOT_LEADER:
+            return
+        if "leader" not in error.metadata:  # unknown, or it has not begun its term
+            self.leader = None
+            return
+        self._led_s = self._machine_s()
+        addresses = error.metadata.get("leader_address", "")
+        self.leader = Holder.from_text(f"{error.metadata['leader']} {addresses}")
 
     async def _renew_for_ever(self, epoch: int) -> None:
         """Renew the lease until the term ends. Every exit ends the term, except a cancellation by the task's owner."""
@@ -475,6 +500,7 @@ class Store:
                 old = schema.needs_migration(connection, self._label)
             if self._lock is not None:
                 opening.use_write_ahead_log(self._engine)
+                self._file = opening.identity_of(self._lock.store)
             if old:
                 self._migrate()
         except sa.exc.DBAPIError as error:
@@ -510,7 +536,7 @@ class Store:
         holder, left_s = leadership.end_terms(connection)
         if left_s > 0:
             raise _OlderLeaderError(
-                f"store {self._label} is in use by the planner {holder.name}, which is older than this one; stop all"
+                f"store {self._label} is in use by {holder.title}, which is older than this one; stop all"
                 " older planners, then start this one",
                 left_s=left_s,
             )
@@ -528,22 +554,27 @@ class Store:
         with self._begun(engine) as connection:
             lease, left_s, version = leadership.look(connection)
         if self._epoch is None and left_s > 0:
-            self.leader = Holder.from_text(lease.holder)
+            self.leader = Holder.from_text(lease.holder) if lease.holder else None
         return lease, left_s, version
 
-    def _lead(self, holder: str, abandoned: GrantedLease | None) -> tuple[float, int]:
+    def _lead(self, abandoned: GrantedLease | None) -> tuple[float, int]:
         """Take the leadership; return when the lease begins to count, and the epoch."""
         if self._lock is not None and not self._lock.take():
             with self._readers.begin() as connection:
                 raise leadership.not_leader(leadership.holder_of(connection), store=self._label)
-        with self._begun(self._lease_engine) as connection:
-            asked_s = self._machine_s()  # after connecting, which is not part of the lease
-            epoch = leadership.take(connection, holder, store=self._label, lease_s=self._lease_s, abandoned=abandoned)
-            return asked_s, epoch
+        try:
+            with self._begun(self._lease_engine) as connection:
+                asked_s = self._machine_s()  # after connecting, which is not part of the lease
+                epoch = leadership.take(connection, store=self._label, lease_s=self._lease_s, abandoned=abandoned)
+                return asked_s, epoch
+        except BaseException:
+            if self._lock is not None:
+                self._lock.release()  # another planner on the file would take this one for its leader
+            raise
 
     def _renew(self, epoch: int) -> None:
         with self._begun(self._lease_statements) as connection:
-            leadership.renew(connection, epoch, lease_s=self._lease_s)
+            leadership.renew(connection, epoch, lease_s=self._lease_s, holder=self._shown)
 
     def _read(self, work: Callable[[Reader], T]) -> T:
         with self._begun(self._readers) as connection:
@@ -561,6 +592,9 @@ class Store:
     @contextlib.contextmanager
     def _begun(self, engine: sa.Engine) -> Iterator[sa.Connection]:
         """Begin a transaction, in which problems of the store are raised as STORE_UNAVAILABLE."""
+        # SQLite would write on to a file that was removed: what it acknowledged would be gone with the process.
+        if self._lock is not None and opening.identity_of(self._lock.store) != self._file:
+            raise opening.moved(self._label)
         try:
             with engine.begin() as connection:
                 yield connection
