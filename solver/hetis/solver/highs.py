@@ -35,8 +35,9 @@ def quiet_highs(
 
     The limit is in wall time. ``stop`` is polled for an end by other clocks or for other reasons.
     """
-    highs: Any = _QuietHighs()
-    highs.silent()
+    with no_stray_lines():  # HiGHS 1.16 prints its version before any option can turn that off
+        highs: Any = _QuietHighs()
+        highs.silent()
     highs.setOptionValue("threads", 1)
     highs.setOptionValue("random_seed", seed)
     for option, value in (options or {}).items():
