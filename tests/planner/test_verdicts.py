@@ -509,7 +509,7 @@ def test_a_simulation_from_python_follows_the_level(saved: Path) -> None:
     [
         ({"ttft_statistic": "p98"}, "simulate: ttft_statistic: unknown statistic 'p98'"),
         ({"attainment": 1.5}, "simulate: attainment: is 1.5, must be above 0 and at most 1"),
-        ({"attainment": 0.9, "tpot_statistic": "p99"}, "leave out --tpot-statistic"),
+        ({"attainment": 0.9, "tpot_statistic": "p99"}, "leave out tpot_statistic"),
     ],
 )
 def test_a_level_that_makes_no_sense_is_refused_from_python(saved: Path, given: dict[str, Any], words: str) -> None:
