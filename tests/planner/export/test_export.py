@@ -15,6 +15,7 @@ import yaml
 
 from hetis.engines.versions import Engine
 from hetis.planner.export import ExportTarget
+from hetis.planner.export.ray_serve import engine_arguments
 from hetis.planner.export.replicas import ExportSettings, NotExportableError, launchable, with_single_copies
 from hetis.planner.export.targets import ENGINES, Export, export_plan
 from hetis.solver.model import DraftShape
@@ -337,6 +338,14 @@ def test_options_for_ray_are_arguments_of_the_engine_or_told_as_lost() -> None:
         "--api-key k: Ray Serve LLM replaces vLLM's HTTP server",
         f"-O3: {command_line}",
         f"--max-model-len 8k: {command_line}",
+    )
+
+
+def test_a_value_without_an_option_is_told_as_lost_by_ray() -> None:
+    """What the plan decides is left out before, here the option that stood before the value."""
+    assert engine_arguments(["--kv-cache-dtype", "fp8", "extra"]) == (
+        {},
+        ["extra: Ray does not read command lines, set engine_kwargs in serve.yaml"],
     )
 
 

@@ -120,10 +120,10 @@ def engine_arguments(options: Sequence[str]) -> tuple[dict[str, Any], list[str]]
 
 
 def _split(options: Sequence[str]) -> list[list[str]]:
-    """Return each option's name and values; ``--name=value`` has one."""
+    """Return each option's name and values; ``--name=value`` has one. A value before any option is like a name."""
     found = list[list[str]]()
     for word in options:
-        if word.startswith("-") and not _NUMBER.fullmatch(word):
+        if not found or (word.startswith("-") and not _NUMBER.fullmatch(word)):
             name, joint, value = word.partition("=")
             found.append([name, value] if joint else [name])
         else:
