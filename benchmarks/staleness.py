@@ -46,8 +46,10 @@ _COSTS = (
     "profiler/hetis/profiler/roofline.py",
 )
 _SEARCH_AND_BINDING = (
-    *(*_COSTS, f"{_SOLVER}/placement"),
-    *(f"!{_SOLVER}/placement/{name}" for name in ("explanation", "infeasible")),
+    *_COSTS,
+    f"{_SOLVER}/placement",
+    f"!{_SOLVER}/placement/explanation",
+    f"!{_SOLVER}/placement/infeasible",
 )
 # Binding names the GPUs of a plan that is already chosen: no rate or latency depends on it, only a search's seconds.
 _SEARCH = (*_SEARCH_AND_BINDING, f"!{_SOLVER}/placement/binding.py")

@@ -69,7 +69,10 @@ def _node(node: cluster_pb2.Node, zone: str, with_busy: bool, where: Problem) ->
 
 
 def driver_indices(devices: Iterable[inventory_pb2.GpuDevice]) -> dict[int, int]:
-    """Return the driver's index of each device by the agent's: agents count every MIG slice, the driver whole GPUs."""
+    """Return the driver's index of each device by the agent's, in that order.
+
+    Agents count every MIG slice, the driver whole GPUs.
+    """
     found, seen, num_further = dict[int, int](), set[str](), 0
     for device in sorted(devices, key=lambda device: device.index):
         if device.mig_slice and device.pci_bus_id in seen:

@@ -313,8 +313,8 @@ _NAMES = {"throughput": "Throughput", "ttft_p95": "TTFT p95", "tpot_mean": "TPOT
 
 
 def _comparison(simulated: Simulated, plan: Plan) -> RenderableType:
-    made = table("'", "expected", "simulated", "ratio", "'", fixed=True)
-    for name, planned, found, ratio in _compared(simulated):
+    made, compared = table("'", "expected", "simulated", "ratio", "'", fixed=True), _compared(simulated)
+    for name, planned, found, ratio in compared:
         rate = name == "throughput"
         judged = ""
         if rate and (agrees := _agreement(simulated)) is not None:
@@ -327,11 +327,11 @@ def _comparison(simulated: Simulated, plan: Plan) -> RenderableType:
             judged,
         )
     note, planned_rps = "", simulated.prediction.rate_rps
-    if _compared(simulated)[0][1] < planned_rps:
+    if compared[0][1] < planned_rps:
         note = (
             f"Expected throughput is the rate of the arrivals; saturated, the plan serves {digits(planned_rps, 4)}/s. "
         )
-    if any(name == "tpot_mean" for name, *_ in _compared(simulated)):
+    if any(name == "tpot_mean" for name, *_ in compared):
         note += "The expected TPOT is that of the saturated fleet, the expected TTFT that at the planned utilisation."
     else:
         note += "The expected TTFT is that at the planned utilisation."

@@ -329,9 +329,8 @@ def _found_groups(
 
 def _types_of(node: ReportedNode) -> dict[int, str]:
     """Return the GPU types of a node by the driver's index, in that order."""
-    devices = node.inventory.devices
-    numbers = driver_indices(devices)
-    return {numbers[device.index]: device.gpu_type for device in sorted(devices, key=lambda device: device.index)}
+    types = {device.index: device.gpu_type for device in node.inventory.devices}
+    return {number: types[index] for index, number in driver_indices(node.inventory.devices).items()}
 
 
 def _found_node(name: str, node: ReportedNode, types: Mapping[str, GpuType], declared: NodeGroup) -> NodeGroup | None:

@@ -118,11 +118,12 @@ class CalibratedReplica:
             return 0.0
         model, rank, fit = self.model, self._rank, self.fit(Op.PREFILL_ATTENTION)
         assert fit is not None, "every profile has one"
-        chunk, heads = work.chunk_tokens / max(1.0, work.prompts), model.q_heads / self.tp
+        prompts, heads = max(1.0, work.prompts), model.q_heads / self.tp
+        chunk = work.chunk_tokens / prompts
         pairs = work.chunk_tokens * (chunk + 1) / 2 + chunk * work.past_tokens
         context = pairs / work.chunk_tokens
         pairs = work.chunk_tokens * model.attended_tokens(context)
-        read = max(1.0, work.prompts) * model.read_tokens(context) + work.chunk_tokens / 2  # as `DeviceCost.prefill_s`
+        read = prompts * model.read_tokens(context) + work.chunk_tokens / 2  # as `DeviceCost.prefill_s`
         return model.num_layers * fit.seconds(
             flops=model.attention_flops(pairs, heads)
             + work.chunk_tokens * model.state_flops() / self.tp
