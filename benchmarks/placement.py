@@ -41,6 +41,7 @@ from benchmarks.measuring.instances import (
 )
 from benchmarks.measuring.rows import Row
 from benchmarks.measuring.solving import Measured, Solve, Timing, failed, in_own_process, measure, peak_mib
+from hetis.planner.jobs.kernels import compile_all_kernels
 from hetis.solver.cluster import Cluster
 from hetis.solver.placement.families import ANY_ENGINE, DEFAULT_ENGINE, ENGINES, run_by
 from hetis.solver.plan import Objective, ObjectiveKind, Role
@@ -126,8 +127,7 @@ class Benchmark:
         cases = [*self._between_cases(), *self._fleet_cases(), *([] if self.quick else self._curve_cases())]
         cases = [case for case in cases if self.only in case.name]
         if cases and not self.quick:
-            # Compile the search if its sources have changed, so that no row includes it.
-            in_own_process(measure, Solve(problem=cases[0].problem, time_limit_s=60.0, gap_target=0.5))
+            compile_all_kernels()  # so that no row includes it: small and large fleets have different searches
         for case in cases:
             measured = case.measured()
             if case.panel is not None:
