@@ -9,12 +9,14 @@ Nothing on these pages is written by hand, so that they cannot disagree with the
 from __future__ import annotations
 
 import argparse
+import importlib
 import re
 import subprocess
 import sys
 import tempfile
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal, cast, get_args, get_origin
@@ -46,34 +48,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 # --- command lines
 
 
-def plan_page() -> str:
-    from hetis.planner.cli.app import app
+def _typer_page(program: str, module: str) -> str:
+    import typer
 
-    return _typer_page("hetis-plan", app)
-
-
-def planner_page() -> str:
-    from hetis.planner.service.command import app
-
-    return _typer_page("hetis-planner", app)
-
-
-def agent_page() -> str:
-    from hetis.runtime.agent.main import app
-
-    return _typer_page("hetis-agent", app)
-
-
-def launch_page() -> str:
-    from hetis.runtime.launch.main import app
-
-    return _typer_page("hetis-launch", app)
-
-
-def profile_page() -> str:
-    from hetis.profiler.cli.app import app
-
-    return _typer_page("hetis-profile", app)
+    command: Any = typer.main.get_command(importlib.import_module(module).app)
+    return _page(
+        [_heading(program, _help(command)), *_parameters(command), *_epilog(command), *_verbs(command, program)]
+    )
 
 
 def worker_page() -> str:
@@ -91,15 +72,6 @@ def worker_page() -> str:
     parts = [_heading("hetis-worker", _prose(parser.description or ""))]
     parts += [_table(("option", "meaning", "variable"), rows), _fence(parser.epilog or "")]
     return _page(parts)
-
-
-def _typer_page(program: str, app: Any) -> str:
-    import typer
-
-    command: Any = typer.main.get_command(app)
-    return _page(
-        [_heading(program, _help(command)), *_parameters(command), *_epilog(command), *_verbs(command, program)]
-    )
 
 
 def _verbs(group: Any, program: str) -> Iterator[str]:
@@ -438,12 +410,12 @@ def _plugin_metrics() -> Iterator[Described]:
 
 
 PAGES: Mapping[str, Callable[[], str]] = {
-    "hetis-plan": plan_page,
-    "hetis-planner": planner_page,
-    "hetis-agent": agent_page,
+    "hetis-plan": partial(_typer_page, "hetis-plan", "hetis.planner.cli.app"),
+    "hetis-planner": partial(_typer_page, "hetis-planner", "hetis.planner.service.command"),
+    "hetis-agent": partial(_typer_page, "hetis-agent", "hetis.runtime.agent.main"),
     "hetis-worker": worker_page,
-    "hetis-launch": launch_page,
-    "hetis-profile": profile_page,
+    "hetis-launch": partial(_typer_page, "hetis-launch", "hetis.runtime.launch.main"),
+    "hetis-profile": partial(_typer_page, "hetis-profile", "hetis.profiler.cli.app"),
     "files": formats_page,
     "services": api_page,
     "metrics": metrics_page,

@@ -59,7 +59,7 @@ def _ratios(config: Config, num_layers: int) -> list[int]:
     if of_kinds is None and stated is None:
         config.refuse_all("compress_ratios is missing, and layer_types, too")
     if of_kinds and stated and (differing := [i for i in range(num_layers) if of_kinds[i] != stated[i]]):
-        config.refuse_contradiction("layer_types", "compress_ratios", differing[0])
+        config.refuse_contradiction("compress_ratios", differing[0])
     return (stated or []) if of_kinds is None else of_kinds
 
 

@@ -98,11 +98,11 @@ class Config:
             self.refuse(active, f"is {active_experts}, must be at most {num} ({num_experts})")
         return {"num_experts": num_experts, "active_experts": active_experts}
 
-    def refuse_contradiction(self, first: str, second: str, layer: int) -> None:
-        """Refuse two lists of the kinds of layers that differ about one of them."""
-        one, other = (shown(self.data[name][layer]) for name in (first, second))
-        what = f"is {one}, but {second}[{layer}] is {other}: they contradict"
-        self.problems.append(self.source.problem((*self.at, first, layer), what))
+    def refuse_contradiction(self, name: str, layer: int) -> None:
+        """Refuse another list of the kinds of layers than ``layer_types``, from which it differs about one of them."""
+        one, other = (shown(self.data[each][layer]) for each in ("layer_types", name))
+        what = f"is {one}, but {name}[{layer}] is {other}: they contradict"
+        self.problems.append(self.source.problem((*self.at, "layer_types", layer), what))
 
     def refuse(self, name: str, message: str) -> None:
         self.problems.append(self.source.problem((*self.at, name), message))

@@ -110,7 +110,7 @@ def lightning_attention(config: Config, num_layers: int) -> LinearLayers:
         stated = _minimax_kinds(config, num_layers) if config.data.get("attn_type_list") is not None else ()
         pairs = enumerate(zip(kinds, stated, strict=False))  # either is empty if it was refused
         if differing := [layer for layer, (kind, number) in pairs if _is_linear(kind) != (number == 0)]:
-            config.refuse_contradiction("layer_types", "attn_type_list", differing[0])
+            config.refuse_contradiction("attn_type_list", differing[0])
     else:
         numbers = spread(config, "attn_type_list", (kind == 0 for kind in _minimax_kinds(config, num_layers)))
     hidden, heads = config.whole("hidden_size"), config.whole("num_attention_heads")

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -71,15 +70,6 @@ def by_tokens(path: str) -> Credentials:
     return Credentials(tokens=lambda: tokens, trust_domain=None, clock=time.time)
 
 
-def run(test: Callable[[], Awaitable[T]], timeout_s: float = 30) -> T:
-    """Run an async test, with a time limit."""
-
-    async def bounded() -> T:
-        return await asyncio.wait_for(test(), timeout_s)
-
-    return asyncio.run(bounded())
-
-
 async def failure_of(call: Any) -> grpc.aio.AioRpcError:
     """Return the error with which a call or stream ends."""
     try:
@@ -124,4 +114,4 @@ def reason_of(error: grpc.aio.AioRpcError) -> str:
     return str(info.reason)
 
 
-__all__ = ["Served", "by_tokens", "channel_to", "details_of", "failure_of", "reason_of", "rpc_status", "run", "served"]
+__all__ = ["Served", "by_tokens", "channel_to", "details_of", "failure_of", "reason_of", "rpc_status", "served"]

@@ -119,13 +119,13 @@ and the front of a replica a Service of its name at port 8000. Secrets and claim
 
 
 _NODE, _RANK = "HETIS_NODE", "HETIS_RANK"
+_LEADER = "$(LWS_LEADER_ADDRESS)"  # which the operator sets
 
 
 class PodGroup:
     """The pod templates of one replica.
 
     Args:
-        leader: the address of the leader, in the operator's notation.
         container: the operator's name for the engine's container; empty: the container's own name.
         worker_labels: labels that the operator gives only to workers; None: use our own labels.
     """
@@ -135,13 +135,12 @@ class PodGroup:
         launchable: Launchable,
         one: LaunchableReplica,
         *,
-        leader: str,
         container: str = "",
         worker_labels: dict[str, str] | None = None,
     ) -> None:
         self._own_worker_labels = worker_labels
         self.objects = ReplicaObjects(one.layout, one.serving, deployment_of(launchable, one))
-        self._layout, self._leader, self._container = one.layout, leader, container
+        self._layout, self._container = one.layout, container
         self._further = one.layout.servers[1:]
 
     @property
@@ -159,11 +158,11 @@ class PodGroup:
 
     def leader(self, labels: dict[str, str] | None = None) -> dict[str, Any]:
         [first, *_] = self._layout.servers
-        pod = self.objects.server_pod(0, self.objects.arguments(0, master=self._leader))
+        pod = self.objects.server_pod(0, self.objects.arguments(0, master=_LEADER))
         return self._template({"nodeSelector": on_node(first.node), **pod}, [first], labels)
 
     def workers(self, labels: dict[str, str] | None = None) -> dict[str, Any]:
-        arguments = list(self.objects.arguments(1, master=self._leader))
+        arguments = list(self.objects.arguments(1, master=_LEADER))
         if len(self._further) == 1:
             pod = self.objects.server_pod(1, arguments)
             return self._template({"nodeSelector": on_node(self._further[0].node), **pod}, self._further, labels)
@@ -213,7 +212,6 @@ _MARK = "HETIS-RANK-MARK"
 # --- LeaderWorkerSet v1 for each replica, and DisaggregatedSet v1 if no replica is unified
 
 
-LEADER = "$(LWS_LEADER_ADDRESS)"
 _MOST_ROLES = 10  # roles in a DisaggregatedSet
 
 
@@ -235,7 +233,7 @@ def groupable(launchable: Launchable) -> Launchable:
     """Return the replicas whose pods can be made from two templates. Raises NotExportableError if there are none."""
     left_out = dict[int, tuple[str, ...]]()
     for number, one in launchable.replicas.items():
-        if why := (*nodes_without_label(one.layout), *PodGroup(launchable, one, leader=LEADER).why_not()):
+        if why := (*nodes_without_label(one.layout), *PodGroup(launchable, one).why_not()):
             left_out[number] = why
             continue
         try:
@@ -249,7 +247,7 @@ def replica_objects(
     launchable: Launchable, one: LaunchableReplica, labels: dict[str, str] | None = None
 ) -> list[dict[str, Any]]:
     """Return all objects of one replica, in an order in which they can be applied."""
-    group = PodGroup(launchable, one, leader=LEADER)
+    group = PodGroup(launchable, one)
     workers = [made for process in one.layout.attention_workers for made in group.objects.worker(process)]
     whole = {
         "apiVersion": "leaderworkerset.x-k8s.io/v1",
@@ -279,7 +277,7 @@ def _disaggregated(launchable: Launchable) -> list[dict[str, Any]]:
     around, roles = list[dict[str, Any]](), list[dict[str, Any]]()
     metadata: dict[str, Any] = {}
     for one in launchable.replicas.values():
-        group = PodGroup(launchable, one, leader=LEADER)
+        group = PodGroup(launchable, one)
         around += group.objects.around()
         roles.append({"name": f"{one.plan.role.value}-{one.name}", "spec": _spec(group)})
         metadata = group.objects.metadata(launchable.settings.name)

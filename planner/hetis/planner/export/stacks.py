@@ -19,7 +19,6 @@ from hetis.engines.serving import Meeting, arguments_of
 from hetis.engines.versions import Engine
 from hetis.formats.documents import yaml_text
 from hetis.planner.export.kubernetes import (
-    LEADER,
     PodGroup,
     address,
     check_cluster_options,
@@ -227,7 +226,7 @@ def _objects(launchable: Launchable, number: int, pairs: dict[int, int]) -> list
     }
     if one.plan.role is Role.PREFILL:
         spec["prefill"] = {"replicas": 1, **_workload(launchable, one, name, _PREFILL_WORKER)}
-    group = PodGroup(launchable, main, leader=LEADER, container="main")
+    group = PodGroup(launchable, main, container="main")
     workers = [made for process in main.layout.attention_workers for made in group.objects.worker(process)]
     config = [group.objects.config()] if main.layout.workers else []
     whole = {"apiVersion": _API, "kind": "LLMInferenceService", "metadata": group.objects.metadata(name), "spec": spec}
@@ -237,7 +236,7 @@ def _objects(launchable: Launchable, number: int, pairs: dict[int, int]) -> list
 def _workload(launchable: Launchable, one: LaunchableReplica, name: str, component: str) -> dict[str, Any]:
     """Return the parallelism and pods of a replica; annotations that KServe copies to all pods name its GPUs."""
     workers = {_NAME: name, _COMPONENT: component}
-    group = PodGroup(launchable, one, leader=LEADER, container="main", worker_labels=workers)
+    group = PodGroup(launchable, one, container="main", worker_labels=workers)
     leader = group.leader()
     is_behind_sidecar = one.plan.role is Role.DECODE and group.size == 1
     _listen(leader["spec"]["containers"][0], _PORT_BEHIND_SIDECAR if is_behind_sidecar else FRONT_PORT)

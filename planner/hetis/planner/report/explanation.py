@@ -90,7 +90,7 @@ def _memory(parts: list[MemoryBar], replica: ReplicaPlan) -> RenderableType:
             f"{part.stage + 1}{'└' if part.role != 'primary' else ''}",
             Text(part.gpu),
             f"×{part.num_devices}",
-            stacked_bar(memory_shares(part), whole=part.nominal_bytes, width=BAR_WIDTH),
+            stacked_bar(memory_shares(part), whole=part.nominal_bytes),
             Text(abbreviate(_devices(part, replica))),
         )
         for part in parts
@@ -134,7 +134,7 @@ def _times(parts: list[StageTime], replica: ReplicaPlan) -> RenderableType:
         (
             f"{part.stage + 1}",
             Text(f"{part.gpu} {parallel_sizes(part.tp, part.copies, shares_experts=replica.expert_parallel)}"),
-            stacked_bar(time_shares(part), whole=slowest * part.copies, width=BAR_WIDTH),
+            stacked_bar(time_shares(part), whole=slowest * part.copies),
             Text(seconds(part.total_s / part.copies)),
             Text("bottleneck" if part.is_bottleneck else percent(part.total_s / part.copies / slowest), style="dim"),
         )
@@ -188,15 +188,15 @@ class Share(NamedTuple):
     style: str
 
 
-def stacked_bar(shares: Sequence[Share], *, whole: float, width: int) -> Text:
-    """Draw parts side by side in ``width`` characters, which stand for ``whole``; the rest is a dotted line."""
+def stacked_bar(shares: Sequence[Share], *, whole: float) -> Text:
+    """Draw parts side by side in `BAR_WIDTH` characters, which stand for ``whole``; the rest is a dotted line."""
     text, drawn, total = Text(), 0, 0.0
     for share in shares:
         total += share.amount
-        end = min(width, round(width * total / whole)) if whole > 0 else 0
+        end = min(BAR_WIDTH, round(BAR_WIDTH * total / whole)) if whole > 0 else 0
         text.append(share.glyph * (end - drawn), style=share.style)
         drawn = max(drawn, end)
-    text.append("·" * (width - drawn), style="dim")
+    text.append("·" * (BAR_WIDTH - drawn), style="dim")
     return text
 
 

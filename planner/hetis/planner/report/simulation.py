@@ -150,7 +150,7 @@ def _facts(simulated: Simulated, plan: Plan) -> Iterator[tuple[str, RenderableTy
     if simulated.sweep is not None:
         yield "Goodput", _goodput(simulated)
     tokens = f"{digits(summary.prompt_tokens_per_s)} prompt and {digits(summary.output_tokens_per_s)} output tokens/s"
-    throughput = f"{_with_interval(summary.throughput_rps, 4)} requests/s"
+    throughput = f"{_with_interval(summary.throughput_rps)} requests/s"
     yield "Throughput", Text.assemble((throughput, "bold green"), f"  {tokens}")
     if (doubt := _doubt(simulated)) is not None:
         yield "", Text(doubt, "yellow")
@@ -322,7 +322,7 @@ def _comparison(simulated: Simulated, plan: Plan) -> RenderableType:
         made.add_row(
             _NAMES[name],
             f"{digits(planned, 4)}/s" if rate else seconds(planned),
-            f"{_with_interval(found, 4)}/s" if rate else _seconds_with_interval(found),
+            f"{_with_interval(found)}/s" if rate else _seconds_with_interval(found),
             f"{ratio:.3f}" if math.isfinite(ratio) else "",
             judged,
         )
@@ -375,10 +375,10 @@ def _devices(simulated: Simulated, plan: Plan) -> Table:
     return table("'", "KV in use", "highest", "busy", rows=rows, fixed=True)
 
 
-def _with_interval(estimate: Estimate, significant: int = 3) -> str:
+def _with_interval(estimate: Estimate) -> str:
     if not estimate.half_width >= 0:
-        return digits(estimate.value, significant)
-    return f"{digits(estimate.value, significant)} ± {digits(estimate.half_width, 2)}"
+        return digits(estimate.value, 4)
+    return f"{digits(estimate.value, 4)} ± {digits(estimate.half_width, 2)}"
 
 
 def _seconds_with_interval(estimate: Estimate) -> str:
