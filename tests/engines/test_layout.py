@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import replace
 
 import pytest
@@ -31,14 +32,22 @@ def test_a_primary_is_one_vllm_and_each_card_a_worker_with_the_kv_that_the_plan_
     assert (layout.tensor_parallel, layout.layers, layout.seats, layout.chunk_tokens) == (1, (4,), 4, 32)
 
 
-def test_gpus_are_called_what_the_driver_calls_them_where_the_fleet_says_so() -> None:
-    plan = plan_of(stage_of(), pools=(POOL,))
-    nodes = [{"name": "a", "indices": [3]}, {"name": "b", "indices": [1, 2, 5]}]
-    told = replace(plan, inputs={"documents": {"cluster": {"nodes": nodes}}})
-    assert [process.gpus for process in layout_of(told, 0, MODEL).processes] == [(3,), (1,), (2,)]
-    groups = [{"name": "b", "count": 1, "indices": [4, 7]}]
-    told = replace(plan, inputs={"documents": {"cluster": {"nodes": groups}}})
-    assert [process.gpus for process in layout_of(told, 0, MODEL).processes] == [(0,), (0,), (1,)], "that is b-0"
+def test_a_plan_that_counts_gpus_otherwise_than_its_fleet_is_refused() -> None:
+    """Earlier versions counted from 0 whatever the indices of the fleet, and would now be started on other GPUs."""
+    b = {"name": "b", "indices": [1, 2, 5], "gpus": [{"type": "T4", "count": 2}, {"type": "L4", "count": 1}]}
+    own = {"inputs": {"documents": {"cluster": {"nodes": [b]}}}}
+    known = "of the plan's fleet, where b has 1 (T4), 2 (T4), 5 (L4): plan again"
+    with pytest.raises(LayoutError) as refused:
+        layout_of(replace(plan_of(stage_of(), pools=(POOL,)), **own), 0, MODEL)
+    assert str(refused.value) == f"b/0 is no T4 {known}"
+    moved = replace(POOL, devices=("b/2", "b/5"))
+    with pytest.raises(LayoutError, match=re.escape(f"b/5 is no T4 {known}")):
+        layout_of(replace(plan_of(stage_of(), pools=(moved,)), **own), 0, MODEL)
+    right = replace(plan_of(stage_of(), pools=(replace(POOL, devices=("b/1", "b/2")),)), **own)
+    assert [process.gpus for process in layout_of(right, 0, MODEL).processes] == [(0,), (1,), (2,)]
+    group = {**b, "count": 1}  # whose node is b-0
+    other = replace(plan_of(stage_of(), pools=(POOL,)), inputs={"documents": {"cluster": {"nodes": [group]}}})
+    assert [process.gpus for process in layout_of(other, 0, MODEL).processes] == [(0,), (0,), (1,)]
 
 
 def test_a_smaller_machine_needs_less_and_float32_twice_as_much() -> None:

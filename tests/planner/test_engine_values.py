@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 import threading
 import time
 from dataclasses import replace
@@ -43,9 +45,11 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> LoadedInputs:
     return load_inputs(cluster=str(path), model="Qwen2.5-32B", workload="8000/300")
 
 
-def placed(loaded: LoadedInputs, engine: str, **limits: int) -> tuple[Plan, list[EngineValue]]:
+def placed(
+    loaded: LoadedInputs, engine: str, *, ttft_s: float = math.inf, **limits: int
+) -> tuple[Plan, list[EngineValue]]:
     """Return a plan for an engine, and its values of the others."""
-    goal = objective(ObjectiveKind.GOODPUT, ttft_s=float("inf"), tpot_s=0.1, demand_rps=None)
+    goal = objective(ObjectiveKind.GOODPUT, ttft_s=ttft_s, tpot_s=0.1, demand_rps=None)
     settings = PlacementSettings(engine=engine_rules(engine, "hetis", ReplicaLimits(**limits)))
     problem = for_engine(loaded, settings.engine).inputs.problem(goal, "hetis", engine=settings.engine)
     plan = search(problem, settings, budget=Budget(clock=time.monotonic), report=silent)
@@ -65,6 +69,18 @@ def test_every_engine_s_plan_says_what_the_others_own_plans_reach(loaded: Loaded
     (of_plain,) = (other for other in plans["vllm"][1] if other.engine == "vllm-hetis")
     (of_hetis,) = (other for other in plans["vllm-hetis"][1] if other.engine == "vllm")
     assert of_plain.lacks == of_hetis.lacks == ("attention workers",)
+
+
+def test_a_plan_for_any_engine_says_what_one_of_them_reaches_by_wider_rules(tmp_path: Path) -> None:
+    """Under a limit on TTFT its family lacks some replicas that engines run; in the past they all were "the same"."""
+    path = tmp_path / "fleet.yaml"
+    path.write_text(re.sub(r"  - {name: p100.*\n", "", FLEET).replace("H100-SXM-80GB", "RTX-4090"))
+    loaded = load_inputs(cluster=str(path), model="Llama-3.1-8B", workload="2000/200")
+    plan, others = placed(loaded, "any", ttft_s=2.0)
+    own, _ = placed(loaded, "vllm", ttft_s=2.0)
+    (plain,) = (other for other in others if other.engine == "vllm")
+    assert plain.value == pytest.approx(own.result.value, rel=RELATIVE)
+    assert plain.value > plan.result.value * 1.01
 
 
 def test_any_engine_reaches_what_one_of_them_does(loaded: LoadedInputs, monkeypatch: pytest.MonkeyPatch) -> None:

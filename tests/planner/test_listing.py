@@ -68,7 +68,7 @@ def test_pipelines_are_as_deep_as_can_be_listed(
 @pytest.mark.parametrize("per_node", [2, 8])
 def test_kinds_of_gpus_are_those_of_the_search(tmp_path: Path, per_node: int) -> None:
     problem = posed(fleet(tmp_path, FOUR_KINDS, per_node=per_node), model="Llama-3.1-8B", max_stages=3)
-    shapes = shapes_of(build_cost_tables(apply_constraints(problem).problem))
+    shapes = shapes_of(build_cost_tables(apply_constraints(problem)))
     assert kinds_in_a_zone(problem) == max(len(shape.ranks) for shape in shapes) == 3
     assert stages_to_list(problem) == 3
 

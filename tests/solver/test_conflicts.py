@@ -16,7 +16,7 @@ from hetis.solver.check import check_plan
 from hetis.solver.cluster import Link, Network
 from hetis.solver.constraints import AtMost, Duty, Exclude, Replicas, RestrictRole, Sum, Use, WithoutTp
 from hetis.solver.errors import InfeasibleError
-from hetis.solver.placement.constrained_problem import apply_constraints
+from hetis.solver.placement.constrained_problem import apply_constraints, is_nothing_left
 from hetis.solver.placement.infeasible import ExplainedInfeasibleError, Infeasibility, Offer, Requirement
 from hetis.solver.placement.infeasible.relaxations import with_added
 from hetis.solver.placement.infeasible.requirements import Subject, keeping, requirements_of, with_faster_links
@@ -294,8 +294,8 @@ def test_conflicts_are_smallest_and_relaxations_work(problem: PlacementProblem) 
 def test_the_bound_from_dense_work_holds(problem: PlacementProblem) -> None:
     rate = replace(problem, objective=replace(problem.objective, kind=ObjectiveKind.THROUGHPUT))
     found = apply_constraints(rate)
-    if not found.is_empty:
-        costs = build_cost_tables(found.problem)
+    if not is_nothing_left(found):
+        costs = build_cost_tables(found)
         assert best_by_brute_force(rate) <= rate_bound(costs) * (1 + 1e-9)
         assert rate_bound(costs) <= rate_bound(costs, with_constraints=False)
         assert rate_bound(costs, (Role.UNIFIED,), with_constraints=False) <= rate_bound(costs, with_constraints=False)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from hetis.solver.check import check_plan
 from hetis.solver.cluster import GpuSlots
+from hetis.solver.constraints import Exclude, Selection, Unit
 from hetis.solver.errors import UnboundPlanError
 from hetis.solver.placement.binding import bind
 from hetis.solver.placement.tabulation import build_cost_tables
@@ -45,6 +46,30 @@ def test_nodes_of_any_size_hold_tp_groups(gpus: int, nodes: int, tp_sizes: tuple
     plan = solve_placement(problem)
     assert check_plan(plan, problem) == ()
     assert_groups_stay_in_their_node(plan)
+
+
+def test_gpus_have_the_indices_of_the_fleet_also_without_some_of_them() -> None:
+    """Agents, launches and reports mean the GPU that the driver counts so; places in the list would be other GPUs."""
+    slots = (GpuSlots(gpu="A", count=2), GpuSlots(gpu="C", count=1))
+    node = replace(make_node("m", "A", nodes=2), gpus=slots, indices=(0, 2, 1))
+    profiles = {"A": make_profile("A"), "C": make_profile("C", bytes_per_s=5e9, usable_bytes=12_000_000)}
+    problem = make_problem([node], profiles=profiles)
+
+    def types_in(plan: Plan) -> dict[str, str]:
+        parts = [part for replica in plan.replicas for part in (*replica.stages, *replica.attention_workers)]
+        return {device: part.gpu for part in parts for device in part.devices}
+
+    types = {"m-0/0": "A", "m-0/1": "C", "m-0/2": "A", "m-1/0": "A", "m-1/1": "C", "m-1/2": "A"}
+    assert {device.name: device.gpu for device in problem.cluster.devices()} == types
+    whole = solve_placement(problem)
+    assert check_plan(whole, problem) == ()
+    assert types_in(whole).items() <= types.items()
+    assert any(device.endswith("/2") for device in types_in(whole))
+    out = replace(problem, constraints=(Exclude(gpus=Selection(unit=Unit.GPU, name="m-0/0")),))
+    plan = solve_placement(out)
+    assert check_plan(plan, out) == ()
+    assert types_in(plan).items() <= types.items() - {("m-0/0", "A")}
+    assert "m-0/2" in types_in(plan)
 
 
 @pytest.mark.parametrize("order", ["ACA", "AAC", "CAA", "ACAC"])

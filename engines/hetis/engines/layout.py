@@ -12,7 +12,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, NamedTuple
 
@@ -237,9 +237,11 @@ def layout_of(
     """
     if not 0 <= number < len(plan.replicas):
         raise LayoutError(f"there is no replica {number}, the plan has {len(plan.replicas)}, counted from 0")
-    planned = _planned(plan, "model")
-    layout = layout_of_replica(
-        plan.replicas[number],
+    planned, replica = _planned(plan, "model"), plan.replicas[number]
+    if unknown := list(_unknown_gpus(replica, _planned(plan, "cluster"))):
+        raise LayoutError(*unknown)
+    return layout_of_replica(
+        replica,
         model,
         planned=planned if isinstance(planned, Mapping) else None,
         engine=engine,
@@ -247,13 +249,6 @@ def layout_of(
         kv_tokens=kv_tokens,
         partners=kv_partners(plan)[number] if partners is None else partners,
         own_types=kinds_in(_planned(plan, "cluster")),
-    )
-    if not (indices := _driver_indices(_planned(plan, "cluster"))):
-        return layout
-    return replace(
-        layout,
-        servers=tuple(_as_the_driver_counts(process, indices) for process in layout.servers),
-        attention_workers=tuple(_as_the_driver_counts(process, indices) for process in layout.attention_workers),
     )
 
 
@@ -290,13 +285,23 @@ def unknown_nodes(named: Iterable[str], plan: Plan, further: Iterable[str] = ())
             yield f"{node!r} is not a node of the plan{did_you_mean(node, known) or f', its nodes are {some}'}"
 
 
-def _driver_indices(cluster: Any) -> dict[str, list[int]]:
-    """Return the driver's indices of the GPUs, for those nodes of the plan's fleet that have ``indices``."""
-    found = dict[str, list[int]]()
+def _unknown_gpus(replica: ReplicaPlan, cluster: Any) -> Iterator[str]:
+    """Yield an error for each GPU that its node in the plan's fleet lacks, if the fleet states the node's ``indices``.
+
+    Plans of earlier versions number such GPUs from 0, and would be started on others.
+    """
+    gpus_of = dict[str, dict[int, str]]()
     for names, node in _fleet(cluster):
         if isinstance(indices := node.get("indices"), list):
-            found |= dict.fromkeys(names, indices)
-    return found
+            types = [gpus["type"] for gpus in node["gpus"] for _ in range(gpus.get("count", 1))]
+            gpus = dict(zip(indices, types, strict=False))
+            gpus_of |= dict.fromkeys(names, gpus)
+    parts: list[StagePlan | AttentionWorkerPool] = [*replica.stages, *replica.attention_workers]
+    for device, gpu in ((device, part.gpu) for part in parts for device in part.devices):
+        known = gpus_of.get(node_of(device))
+        if known is not None and known.get(_index(device)) != gpu:
+            there = ", ".join(f"{index} ({name})" for index, name in known.items())
+            yield f"{device} is no {gpu} of the plan's fleet, where {node_of(device)} has {there}: plan again"
 
 
 def _fleet(cluster: Any) -> Iterator[tuple[Iterable[str], Mapping[str, Any]]]:
@@ -332,11 +337,6 @@ def kv_partners(plan: Plan) -> list[tuple[KvPartner, ...]]:
             for number in group:
                 found[number] = partners
     return found
-
-
-def _as_the_driver_counts(process: Process, indices: Mapping[str, list[int]]) -> Process:
-    known = indices.get(process.node, ())
-    return replace(process, gpus=tuple(known[gpu] if gpu < len(known) else gpu for gpu in process.gpus))
 
 
 def layout_of_replica(

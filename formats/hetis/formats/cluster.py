@@ -126,8 +126,8 @@ class NodePart(DocumentPart):
 
     ``nic`` overrides the network's bandwidth and latency, ``link`` connects the GPUs inside the node (default: NVLink
     or PCIe of the type), and ``usd_per_hour`` is the price of the whole node. ``indices`` are the driver's numbers of
-    the GPUs in the order of ``gpus``, if they are not 0, 1, ...; a plan counts from 0, its export uses the driver's
-    numbers.
+    the GPUs in the order of ``gpus``, if they are not 0, 1, ...; names of GPUs have them: ``gpu-1/3`` is the GPU that
+    the driver of node ``gpu-1`` counts as 3.
     """
 
     name: Name
@@ -302,7 +302,7 @@ def _node_data(group: NodeGroup) -> dict[str, Any]:
             "count": group.count if group.numbered else None,
             "zone": group.zone if group.zone != "default" else None,
             "gpus": [present({"type": s.gpu, "count": s.count, "usd_per_hour": s.usd_per_hour}) for s in group.gpus],
-            "indices": list(group.indices) if len(group.indices) == sum(s.count for s in group.gpus) else None,
+            "indices": list(group.indices) or None,
             "nic": group.nic and _link_data(group.nic),
             "link": group.intra_link and _link_data(group.intra_link),
         }

@@ -120,7 +120,7 @@ class GpuDevice(_message.Message):
     POWER_LIMIT_W_FIELD_NUMBER: _builtins.int
     MIG_SLICE_FIELD_NUMBER: _builtins.int
     index: _builtins.int
-    """Position on its node, from 0, over all its GPUs: the device `l4-3/1` has index 1."""
+    """The driver's index, from 0: the device `l4-3/1` has index 1. MIG slices have indices after those of all GPUs."""
     gpu_type: _builtins.str
     """Name of the GPU type in the catalogue or in the cluster's document, such as `A100-SXM-80GB`. Empty: none matches
     `product_name`, and no plan can use it.

@@ -7,6 +7,7 @@ just ``l4``), and its second GPU is ``l4-3/1``.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -75,6 +76,11 @@ class NodeGroup:
     intra_link: Link | None = None  # GPU to GPU inside the node; None: NVLink or PCIe of the GPU type
     indices: tuple[int, ...] = ()  # the driver's index of each GPU, in the order of ``gpus``; empty: from 0
 
+    def __post_init__(self) -> None:
+        num_gpus = sum(slots.count for slots in self.gpus)
+        if self.indices and (len(self.indices) != num_gpus or len(set(self.indices)) < num_gpus):
+            raise InvalidProblemError(f"node {self.name}: indices must be {num_gpus} different numbers")
+
     def node_name(self, index: int) -> str:
         return f"{self.name}-{index}" if self.numbered else self.name
 
@@ -82,16 +88,20 @@ class NodeGroup:
         """Return one of its nodes as a group of its own with the node's name."""
         return replace(self, name=self.node_name(index), count=1, numbered=False)
 
-    def slots_left(self, is_left: Callable[[int, str], bool]) -> tuple[tuple[GpuSlots, ...], tuple[int, ...]]:
-        """Return the slots and GPU indices of a node that remain; ``is_left`` is called with each index and type."""
-        slots, kept, index = list[GpuSlots](), list[int](), 0
+    def gpus_of_node(self) -> dict[int, str]:
+        """Return the type of each GPU of a node by its index, in the order of ``gpus``."""
+        types = [slots.gpu for slots in self.gpus for _ in range(slots.count)]
+        return dict(zip(self.indices or range(len(types)), types, strict=True))
+
+    def keeping(self, is_kept: Callable[[int, str], bool]) -> NodeGroup:
+        """Return the nodes with some of their GPUs, possibly none; ``is_kept`` is called with each index and type."""
+        slots, kept, left = list[GpuSlots](), list[int](), iter(self.gpus_of_node().items())
         for each in self.gpus:
-            left = [i for i in range(index, index + each.count) if is_left(i, each.gpu)]
-            index += each.count
-            kept += left
-            if left:
-                slots.append(replace(each, count=len(left)))
-        return tuple(slots), tuple(kept)
+            own = [index for index, gpu in itertools.islice(left, each.count) if is_kept(index, gpu)]
+            kept += own
+            if own:
+                slots.append(replace(each, count=len(own)))
+        return replace(self, gpus=tuple(slots), indices=() if kept == list(range(len(kept))) else tuple(kept))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -169,16 +179,14 @@ class Cluster:
         """Yield every GPU with its name, in time linear in the fleet; only binding and checking need this."""
         for group in self.node_groups:
             for node in range(group.count):
-                node_name, index = group.node_name(node), 0
-                for slots in group.gpus:
-                    for _ in range(slots.count):
-                        yield Device(node=node_name, index=index, gpu=slots.gpu, group=group)
-                        index += 1
+                node_name = group.node_name(node)
+                for index, gpu in group.gpus_of_node().items():
+                    yield Device(node=node_name, index=index, gpu=gpu, group=group)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Device:
-    """One GPU; ``index`` counts over all GPUs of its node, in the order of the node's ``gpus`` list."""
+    """One GPU; ``index`` is the driver's on its node, unique over all its GPUs."""
 
     node: str
     index: int

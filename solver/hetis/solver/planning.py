@@ -80,7 +80,7 @@ def _by_published_heuristic(problem: PlacementProblem, settings: SearchSettings)
     for constraint in constraints_ignored(strategy, problem.constraints):
         raise InvalidProblemError(f"{constraint}: strategy {strategy} can only leave out GPUs and TP sizes")
     report = in_objective_units(settings.report, problem)
-    plan = PUBLISHED[strategy].solve(searched.problem, budget=settings.budget, seed=settings.seed, report=report)
+    plan = PUBLISHED[strategy].solve(searched, budget=settings.budget, seed=settings.seed, report=report)
     return restored(plan, searched, problem) if problem.constraints else plan
 
 
@@ -135,6 +135,6 @@ def _at_once(freed: PlacementProblem, plan: Plan, part: Constraints) -> Constrai
     most = plan.result.value
     if plan.objective.maximises:
         family = STRATEGIES[plan.strategy].restrict(freed.family)
-        costs = build_cost_tables(apply_constraints(replace(freed, family=family)).problem)
+        costs = build_cost_tables(apply_constraints(replace(freed, family=family)))
         most = objective_scale(freed) * rate_bound(costs) - plan.result.value
     return ConstraintPrice(constraints=part, least=0.0, most=max(0.0, most), is_solved=False)

@@ -390,7 +390,7 @@ class PlacementProblem:
 
         nodes_differ = any(each.unit in (Unit.NODE, Unit.GPU) for each in barring)
         nodes = map(group.node_name, range(group.count if nodes_differ else 1))
-        return any(group.slots_left(partial(is_free, node))[0] for node in nodes)
+        return any(group.keeping(partial(is_free, node)).gpus for node in nodes)
 
     def in_precision_of(self, gpu: str) -> PlacementProblem:
         """Return the problem of replicas whose stages are on this GPU type: the model in that type's precision."""

@@ -116,8 +116,8 @@ def test_gpus_behind_one_that_is_left_out_keep_the_index_of_the_driver(
 ) -> None:
     """In the past they moved up by one, and a launch took the GPU that was left out."""
     declared("a", [gpu(0), gpu(1)], devices=[report_pb2.DeviceReport(index=0, unhealthy="critical event XID 79")])
-    slices = [gpu(index, "", product_name="MIG 1g.18gb", mig_slice=True, pci_bus_id="00:1") for index in range(2)]
-    declared("b", [*slices, gpu(2, pci_bus_id="00:2"), gpu(3, pci_bus_id="00:3")])
+    slices = [gpu(index, "", product_name="MIG 1g.18gb", mig_slice=True) for index in range(3, 5)]
+    declared("b", [gpu(1), gpu(2), *slices])
     cluster, _ = discovered(hetis_plan, capsys, tmp_path)
     assert {group.name: group.indices for group in cluster.node_groups} == {"a": (1,), "b": (1, 2)}
 

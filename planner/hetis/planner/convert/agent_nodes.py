@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from hetis.formats import catalogue
 from hetis.formats.discovery.found import FoundNode, Inventory, counted, grouped, inventory, parts_text, some_of
@@ -55,31 +55,17 @@ def _node(node: cluster_pb2.Node, zone: str, with_busy: bool, where: Problem) ->
     if sliced:
         left_out += (parts_text(len(sliced), some_of(map(_product, sliced))),)
     links = _links(whole)
-    usable, numbers = [device for device in whole if not reasons[device.index]], driver_indices(devices)
+    usable = [device for device in whole if not reasons[device.index]]
     return FoundNode(
         name=name,
         zone=zone,
         gpus=grouped((_product(one), one.memory_bytes or None) for one in usable),
-        indices=tuple(numbers[device.index] for device in usable),
+        indices=tuple(device.index for device in usable),
         left_out=left_out,
         nvlinks=0 if links and not all(links) else None,
         bridged=any(links) and not all(links),
         where=where,
     )
-
-
-def driver_indices(devices: Iterable[inventory_pb2.GpuDevice]) -> dict[int, int]:
-    """Return the driver's index of each device by the agent's, in that order.
-
-    Agents count every MIG slice, the driver whole GPUs.
-    """
-    found, seen, num_further = dict[int, int](), set[str](), 0
-    for device in sorted(devices, key=lambda device: device.index):
-        if device.mig_slice and device.pci_bus_id in seen:
-            num_further += 1
-        seen.add(device.pci_bus_id)
-        found[device.index] = device.index - num_further
-    return found
 
 
 def _product(device: inventory_pb2.GpuDevice) -> str:

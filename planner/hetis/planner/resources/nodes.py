@@ -14,7 +14,6 @@ from typing import TypeVar
 from hetis.formats import catalogue
 from hetis.formats.cluster import cluster_to_data
 from hetis.planner.convert import documents, names
-from hetis.planner.convert.agent_nodes import driver_indices
 from hetis.planner.convert.clusters import BASIC, FULL
 from hetis.planner.convert.documents import Declared, DeclaredFleets
 from hetis.planner.convert.names import cluster_of, last_part, node_name, timestamp
@@ -231,10 +230,7 @@ def inventory_message(
 
 
 def differences(declared: Cluster, found: Mapping[str, ReportedNode]) -> Iterator[cluster_pb2.InventoryDifference]:
-    """Yield every difference in the order of the document; nodes that the document does not name come last.
-
-    GPUs are compared by their place in the document, whatever its ``indices``: agents start engines by that place.
-    """
+    """Yield every difference in the order of the document; nodes that the document does not name come last."""
     known = set[str]()
     for group, node in _nodes(declared):
         if node not in found:
@@ -242,7 +238,7 @@ def differences(declared: Cluster, found: Mapping[str, ReportedNode]) -> Iterato
             yield _difference(Kind.INVENTORY_DIFFERENCE_KIND_NODE_MISSING, node, message)
             continue
         known.add(node)
-        yield from _device_differences(node, _gpus_of(group), found[node], declared.gpu_types)
+        yield from _device_differences(node, group.gpus_of_node(), found[node], declared.gpu_types)
     for node in sorted(found.keys() - known):
         num_gpus = len(found[node].inventory.devices)
         message = f"is connected with {num_gpus} GPUs, but not declared"
@@ -250,11 +246,11 @@ def differences(declared: Cluster, found: Mapping[str, ReportedNode]) -> Iterato
 
 
 def _device_differences(
-    node: str, declared: Sequence[str], found: ReportedNode, gpu_types: Mapping[str, GpuType]
+    node: str, declared: Mapping[int, str], found: ReportedNode, gpu_types: Mapping[str, GpuType]
 ) -> Iterator[cluster_pb2.InventoryDifference]:
     devices = {device.index: device for device in found.inventory.devices}
-    for index in sorted(range(len(declared)) | devices.keys() if devices else range(len(declared))):
-        device, gpu = devices.get(index), declared[index] if index < len(declared) else None
+    for index in sorted(declared.keys() | devices.keys()):
+        device, gpu = devices.get(index), declared.get(index)
         if device is None:
             message = f"is declared as {gpu}, but was not found"
             yield _difference(Kind.INVENTORY_DIFFERENCE_KIND_DEVICE_MISSING, node, message, index)
@@ -289,11 +285,6 @@ def _nodes(cluster: Cluster) -> Iterator[tuple[NodeGroup, str]]:
             yield group, group.node_name(index)
 
 
-def _gpus_of(group: NodeGroup) -> list[str]:
-    """Return the GPU types of a node by device index."""
-    return [slots.gpu for slots in group.gpus for _ in range(slots.count)]
-
-
 def _found_document(declared: Cluster, found: Mapping[str, ReportedNode]) -> document_pb2.Document:
     types = {entry.gpu.name: entry.gpu for entry in catalogue.gpus()} | dict(declared.gpu_types)
     groups = list(_found_groups(declared, found, types))
@@ -314,9 +305,7 @@ def _found_groups(
     for group in declared.node_groups:
         nodes = [group.node_name(index) for index in range(group.count)]
         known.update(nodes)
-        gpus = _gpus_of(group)
-        declared_types = dict(zip(group.indices or range(len(gpus)), gpus, strict=True))
-        if all(node in found and _types_of(found[node]) == declared_types for node in nodes):
+        if all(node in found and _types_of(found[node]) == group.gpus_of_node() for node in nodes):
             yield group
         else:
             for node in nodes:
@@ -328,9 +317,9 @@ def _found_groups(
 
 
 def _types_of(node: ReportedNode) -> dict[int, str]:
-    """Return the GPU types of a node by the driver's index, in that order."""
-    types = {device.index: device.gpu_type for device in node.inventory.devices}
-    return {number: types[index] for index, number in driver_indices(node.inventory.devices).items()}
+    """Return the types of a node's GPUs by index, in that order."""
+    devices = sorted(node.inventory.devices, key=lambda device: device.index)
+    return {device.index: device.gpu_type for device in devices}
 
 
 def _found_node(name: str, node: ReportedNode, types: Mapping[str, GpuType], declared: NodeGroup) -> NodeGroup | None:

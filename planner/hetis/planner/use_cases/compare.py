@@ -452,9 +452,9 @@ def _usd_per_hour(plan: Plan, cluster: Cluster) -> float | None:
     used, total = _devices(plan), 0.0
     for group in cluster.node_groups:
         prices = [cluster.price_of(slots) for slots in group.gpus for _ in range(slots.count)]
-        for node in range(group.count):
-            for index, price in enumerate(prices):
-                if f"{group.node_name(node)}/{index}" in used:
+        for node in map(group.node_name, range(group.count)):
+            for index, price in zip(group.gpus_of_node(), prices, strict=True):
+                if f"{node}/{index}" in used:
                     if price is None:
                         return None
                     total += price

@@ -164,11 +164,14 @@ def _stages_of(family: Family, model: ModelSpec) -> tuple[int, ...]:
 
 
 def _has_all_of(family: Family, poorer: Family, model: ModelSpec) -> bool:
-    """Return whether this family contains all plans of the ``poorer`` one of another engine, given equal limits."""
-    if family.engine is None:
-        return True
+    """Return whether this family contains all plans of the ``poorer`` one of another engine, given equal limits.
+
+    The family for any engine does not: its stages keep to stricter rules under a limit on TTFT (`docs/cost-model.md`,
+    "Latency"), and it tries fewer numbers of micro-batches in flight.
+    """
     return (
-        poorer.engine is not None
+        family.engine is not None
+        and poorer.engine is not None
         and family.max_pool >= poorer.max_pool
         and _as_deep(family.engine, poorer.engine, model)
     )

@@ -85,13 +85,12 @@ def _longest_list(choices: list[_Choice], stages: int) -> int:
 
 def _choices(problem: PlacementProblem) -> Iterator[_Choice]:
     """Yield the choices of all lists, which are those of `hetis.solver.placement.pipelines.shapes_of`."""
-    from hetis.solver.placement.constrained_problem import apply_constraints
+    from hetis.solver.placement.constrained_problem import apply_constraints, is_nothing_left
     from hetis.solver.placement.fleet import device_classes
 
-    found = apply_constraints(problem)
-    if not problem.family.mixed_types or found.is_empty:
+    problem = apply_constraints(problem)
+    if not problem.family.mixed_types or is_nothing_left(problem):
         return
-    problem = found.problem
     family, engine = problem.family, problem.family.engine
     assert engine is not None, "the engine's rules remain"
     classes = [

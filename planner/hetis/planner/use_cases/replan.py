@@ -28,7 +28,6 @@ from hetis.solver.budget import Budget, Report
 from hetis.solver.check import check_plan
 from hetis.solver.cluster import Cluster
 from hetis.solver.constraints import Constraint, Constraints, misfits
-from hetis.solver.errors import InvalidProblemError
 from hetis.solver.model import ModelSpec
 from hetis.solver.plan import Plan, Role
 from hetis.solver.problem import PlacementProblem
@@ -69,8 +68,7 @@ def load_replanning(
 
     Raises:
         DocumentError: contains the problems of all files; or the plan is for another model than ``model``.
-        InvalidProblemError: a GPU type has no profile and none can be modelled; or the engine cannot run on GPUs that
-            re-planning cannot leave out.
+        InvalidProblemError: a GPU type has no profile and none can be modelled.
     """
     problems: list[Problem] = []
     found = attempt(lambda: load_plan_and_problem(running), problems)
@@ -112,12 +110,6 @@ def load_replanning(
     warnings = [*found.warnings, *_nothing_in_common(found.plan, fleet)]
     posed = loaded.inputs.problem(objective, settings.strategy, settings.roles, settings.engine)
     kept, ignored, absent = _constraints(posed)
-    if impossible := [each for each in ignored if each not in found.problem.constraints]:
-        named = "; ".join(map(str, impossible))
-        raise InvalidProblemError(
-            f"the engine needs {named}, and re-planning cannot leave out GPUs that stand before others in a node: "
-            "make a new plan, or list these GPUs last in their nodes"
-        )
     dropped = [f"re-planning does not support {each}" for each in ignored]
     dropped += [f"{each} refers to something that the fleet lacks, and is not kept for later" for each in absent]
     inputs = replace(loaded.inputs, constraints=kept)

@@ -339,7 +339,7 @@ def _united(parts: Mapping[str, Plan], whole: Plan, problem: PlacementProblem) -
 
     ``whole``, the plan for the same problem, provides the bound and the prices.
     """
-    from hetis.solver.placement.constrained_problem import ConstrainedProblem, restored
+    from hetis.solver.placement.constrained_problem import restored
 
     replicas, routes = list[ReplicaPlan](), list[KvRoute]()
     for part in parts.values():
@@ -350,7 +350,7 @@ def _united(parts: Mapping[str, Plan], whole: Plan, problem: PlacementProblem) -
     result = replace(whole.result, value=_value(parts), solve_s=solve_s)
     result = bounded_by(result, whole.result.bound)
     plan = replace(whole, result=result, replicas=tuple(replicas), kv_routes=tuple(routes), runners_up=())
-    return restored(plan, ConstrainedProblem(problem, {}), problem)
+    return restored(plan, problem, problem)
 
 
 def _value(parts: Mapping[str, Plan]) -> float:

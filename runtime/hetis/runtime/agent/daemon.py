@@ -8,7 +8,7 @@ import logging
 import random
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -46,10 +46,13 @@ Reports = Callable[[], AsyncIterator[WatchReportsResponse]]
 
 
 def report_of(
-    news: EngineNews, held: Sequence[ReplicaState], num_devices: int, *, engine_id: str
+    news: EngineNews, held: Sequence[ReplicaState], gpus: Iterable[int], *, engine_id: str
 ) -> WatchReportsResponse:
-    """Return a report on all replicas. A model belongs to the replica whose document names it, or to the only one."""
-    devices = device_reports(news.readings.values(), range(num_devices))
+    """Return a report on all replicas. A model belongs to the replica whose document names it, or to the only one.
+
+    ``gpus``: indices of the node's devices.
+    """
+    devices = device_reports(news.readings.values(), gpus)
     report = WatchReportsResponse(engine_id=engine_id, devices=devices)
     assigned = [entry for entry in held if entry.assignment is not None]
     for entry in assigned:
@@ -345,7 +348,7 @@ def _reports(parts: Parts, core: AgentCore, executor: Executor | None, metrics: 
         url = parts.choice.where
         async for news in watch_engine(url, interval_s=SCRAPE_S):
             metrics.engine_scraped(news.state.value, news.age_s(time.monotonic()))
-            yield report_of(news, core.held(), len(core.inventory.devices), engine_id=url)
+            yield report_of(news, core.held(), [gpu.index for gpu in core.inventory.devices], engine_id=url)
 
     async def none() -> AsyncIterator[WatchReportsResponse]:
         yield WatchReportsResponse()  # so that the agent does not wait for a first report

@@ -154,8 +154,12 @@ class SimulatedDevices:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Found:
-    """A device as NVML represents it. ``whole`` is its GPU: the same handle unless the device is a MIG slice."""
+    """A device as NVML represents it. ``whole`` is its GPU: the same handle unless the device is a MIG slice.
 
+    ``index`` is the driver's of a whole GPU, by which engines are started. Slices have indices after those of all GPUs.
+    """
+
+    index: int
     handle: Any
     whole: Any
     is_slice: bool
@@ -191,14 +195,14 @@ class NvmlDevices:
     def inventory(self) -> inventory_pb2.NodeInventory:
         return node_inventory(
             inventory_pb2.DEVICE_SOURCE_NVML,
-            [self._device(index, found) for index, found in enumerate(self._found)],
+            [self._device(found) for found in self._found],
             host_name=self._host_name,
             driver_version=self._ask("nvmlSystemGetDriverVersion", otherwise=""),
         )
 
     def sample(self) -> list[report_pb2.DeviceReport]:
         self._read_events()
-        return [self._report(index, found) for index, found in enumerate(self._found)]
+        return [self._report(found) for found in self._found]
 
     def close(self) -> None:
         if self._events is not None:
@@ -208,13 +212,13 @@ class NvmlDevices:
 
     # --- inventory
 
-    def _device(self, index: int, found: _Found) -> inventory_pb2.GpuDevice:
+    def _device(self, found: _Found) -> inventory_pb2.GpuDevice:
         """Return the description of a device. A lost GPU keeps its description; its reports state that it is lost."""
-        if index not in self._devices or not self._is_lost(found):
-            self._devices[index] = self._described(index, found)
-        return self._devices[index]
+        if found.index not in self._devices or not self._is_lost(found):
+            self._devices[found.index] = self._described(found)
+        return self._devices[found.index]
 
-    def _described(self, index: int, found: _Found) -> inventory_pb2.GpuDevice:
+    def _described(self, found: _Found) -> inventory_pb2.GpuDevice:
         nvml, ask = self._nvml, self._ask
         product_name = ask("nvmlDeviceGetName", found.handle, otherwise="")
         memory = ask("nvmlDeviceGetMemoryInfo", found.handle)
@@ -222,7 +226,7 @@ class NvmlDevices:
         known = None if found.is_slice else gpu_of(product_name, memory_bytes)
         major, minor = ask("nvmlDeviceGetCudaComputeCapability", found.whole, otherwise=(0, 0))
         return inventory_pb2.GpuDevice(
-            index=index,
+            index=found.index,
             gpu_type=known.name if known else "",
             product_name=product_name,
             uuid=ask("nvmlDeviceGetUUID", found.handle, otherwise=""),
@@ -231,7 +235,7 @@ class NvmlDevices:
             compute_capability=major * 10 + minor,
             pci_bus_id=self._address(found.whole),
             pcie_bytes_per_s=self._pcie_bytes_per_s(found),
-            linked_devices=[] if found.is_slice else self._linked(index),
+            linked_devices=[] if found.is_slice else self._linked(found),
             max_clock_hz=_MHZ * ask("nvmlDeviceGetMaxClockInfo", found.whole, nvml.NVML_CLOCK_SM, otherwise=0),
             power_limit_w=ask("nvmlDeviceGetEnforcedPowerLimit", found.whole, otherwise=0) / 1e3,
             mig_slice=found.is_slice,
@@ -242,22 +246,22 @@ class NvmlDevices:
         lanes = int(self._ask("nvmlDeviceGetMaxPcieLinkWidth", found.whole, otherwise=0))
         return _PCIE_1_LANE_BYTES_PER_S * 2 ** (generation - 1) * lanes if generation else 0.0
 
-    def _linked(self, index: int) -> list[int]:
+    def _linked(self, found: _Found) -> list[int]:
         """Return the devices that NVLink reaches, directly or through a switch. Slices have none."""
 
-        def reaches(other: Any) -> bool:
-            ends = self._found[index].handle, other
+        def reaches(other: _Found) -> bool:
+            ends = found.handle, other.handle
             status = self._ask("nvmlDeviceGetP2PStatus", *ends, self._nvml.NVML_P2P_CAPS_INDEX_NVLINK)
             return bool(status == self._nvml.NVML_P2P_STATUS_OK)
 
-        devices = [(other, found) for other, found in enumerate(self._found) if other != index and not found.is_slice]
-        return [other for other, found in devices if reaches(found.handle)]
+        others = (other for other in self._found if other is not found and not other.is_slice)
+        return [other.index for other in others if reaches(other)]
 
     # --- sample
 
-    def _report(self, index: int, found: _Found) -> report_pb2.DeviceReport:
+    def _report(self, found: _Found) -> report_pb2.DeviceReport:
         nvml, ask = self._nvml, self._ask
-        report = report_pb2.DeviceReport(index=index)
+        report = report_pb2.DeviceReport(index=found.index)
         try:
             # Read first and without `_ask`: if the GPU is lost, nothing else is worth reading.
             report.memory_used_bytes = int(nvml.nvmlDeviceGetMemoryInfo(found.handle).used)
@@ -335,7 +339,7 @@ class NvmlDevices:
 
 
 def _find(nvml: ModuleType) -> list[_Found]:
-    found: list[_Found] = []
+    found, sliced = list[_Found](), list[tuple[Any, Any]]()
     try:
         count = nvml.nvmlDeviceGetCount()
     except nvml.NVMLError as error:
@@ -348,11 +352,13 @@ def _find(nvml: ModuleType) -> list[_Found]:
             continue
         slices = Nvml(nvml).slices(whole)
         if slices is None:  # also if the slices cannot be counted, which is logged
-            found.append(_Found(handle=whole, whole=whole, is_slice=False))
+            found.append(_Found(index=index, handle=whole, whole=whole, is_slice=False))
         elif not slices:
             _log.warning("GPU %d is in MIG mode without a slice and is ignored", index)
         else:
-            found += [_Found(handle=handle, whole=whole, is_slice=True) for handle in slices]
+            sliced += [(handle, whole) for handle in slices]
+    for index, (handle, whole) in enumerate(sliced, count):
+        found.append(_Found(index=index, handle=handle, whole=whole, is_slice=True))
     if len(found) > MAX_DEVICES:
         _log.warning("the node has %d devices, only the first %d are used", len(found), MAX_DEVICES)
     return found[:MAX_DEVICES]

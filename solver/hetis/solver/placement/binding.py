@@ -240,7 +240,7 @@ def _nodes_of(c: DeviceClass) -> list[tuple[NodeGroup, int]]:
 
 
 class _Names:
-    """An allocator of device names: the next free GPUs of a class in a node, in the node's own numbering."""
+    """An allocator of device names: the next free GPUs of a class in a node, by their indices."""
 
     def __init__(self, costs: CostTables) -> None:
         self._classes, self._nodes = costs.classes, [_nodes_of(c) for c in costs.classes]
@@ -251,6 +251,6 @@ class _Names:
         if key not in self._free:
             group, number = self._nodes[device_class][node]
             own = self._classes[device_class].gpu
-            _, indices = group.slots_left(lambda _, gpu: gpu == own)
+            indices = (index for index, gpu in group.gpus_of_node().items() if gpu == own)
             self._free[key] = iter([f"{group.node_name(number)}/{index}" for index in indices])
         return list(islice(self._free[key], count))

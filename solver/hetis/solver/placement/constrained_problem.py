@@ -1,14 +1,14 @@
 """Constraints applied before the search: GPUs removed from the fleet, sizes from the family, an index of the rest.
 
 Removed GPUs are treated as absent, so bounds hold for the fleet without them. A node that a constraint names becomes a
-group of its own. If a node loses GPUs, the others are renumbered, which `ConstrainedProblem.names` undoes.
+group of its own.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import replace
 
 from hetis.solver.cluster import Cluster, NodeGroup
 from hetis.solver.constraints import (
@@ -30,36 +30,23 @@ from hetis.solver.constraints import (
 )
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.placement.fleet import class_of_slots, class_prices, device_classes
-from hetis.solver.plan import ClassPrice, Plan, ReplicaPlan
+from hetis.solver.plan import ClassPrice, Plan
 from hetis.solver.problem import Family, PlacementProblem
 
 
-@dataclass(frozen=True, slots=True)
-class ConstrainedProblem:
-    """A problem whose constraints are in cluster, family and index, with the true names of renumbered devices."""
-
-    problem: PlacementProblem
-    names: Mapping[str, str]
-
-    @property
-    def is_empty(self) -> bool:
-        """Return whether no GPU, or no way to use one, is left."""
-        return not self.problem.cluster.node_groups or not self.problem.family.tp_sizes
-
-
-def apply_constraints(problem: PlacementProblem) -> ConstrainedProblem:
-    """Return the problem as the search sees it.
+def apply_constraints(problem: PlacementProblem) -> PlacementProblem:
+    """Return the problem as the search sees it: constraints are in its cluster, family and index.
 
     Raises:
         InvalidProblemError: a constraint names something that the cluster does not have.
     """
     if not problem.constraints:
-        return ConstrainedProblem(problem, {})
+        return problem
     found = list(misfits(problem.constraints, problem.cluster, problem.family.tp_sizes))
     if found:
         raise InvalidProblemError("; ".join(map(str, found)))
-    pieces = [piece for group in problem.cluster.node_groups for piece in _pieces(group, problem.constraints)]
-    groups = tuple(group for group, _ in pieces if group.gpus)
+    pieces = (piece for group in problem.cluster.node_groups for piece in _pieces(group, problem.constraints))
+    groups = tuple(group for group in pieces if group.gpus)
     index = ConstraintIndex(
         on=dict(_gpu_constraints(groups, problem.constraints)),
         least=tuple(each.least for each in problem.constraints if isinstance(each, Use)),
@@ -68,13 +55,16 @@ def apply_constraints(problem: PlacementProblem) -> ConstrainedProblem:
     )
     cluster = replace(problem.cluster, node_groups=groups)
     family = _family(problem.family, problem.constraints)
-    names = {name: true for _, renamed in pieces for name, true in renamed.items()}
-    searched = replace(problem, cluster=cluster, family=family, constraints=(), constraint_index=index)
-    return ConstrainedProblem(searched, names)
+    return replace(problem, cluster=cluster, family=family, constraints=(), constraint_index=index)
 
 
-def _pieces(group: NodeGroup, constraints: Constraints) -> Iterator[tuple[NodeGroup, Mapping[str, str]]]:
-    """Yield a group without excluded GPUs and with named nodes separated, together with changed device names."""
+def is_nothing_left(searched: PlacementProblem) -> bool:
+    """Return whether constraints left no GPU, or no way to use one."""
+    return not searched.cluster.node_groups or not searched.family.tp_sizes
+
+
+def _pieces(group: NodeGroup, constraints: Constraints) -> Iterator[NodeGroup]:
+    """Yield a group without excluded GPUs and with named nodes separated."""
     of_some = [each.gpus for each in constraints if isinstance(each, Exclude | RestrictRole | Use)]
     named, names_nodes = {gpus.name for gpus in of_some}, any(gpus.unit in (Unit.NODE, Unit.GPU) for gpus in of_some)
     nodes = [group.node_name(i) for i in range(group.count)] if names_nodes else []
@@ -88,18 +78,10 @@ def _pieces(group: NodeGroup, constraints: Constraints) -> Iterator[tuple[NodeGr
         yield _without(group.node(i), nodes[i], constraints)
 
 
-def _without(group: NodeGroup, node: str, constraints: Constraints) -> tuple[NodeGroup, Mapping[str, str]]:
-    """Return a group of nodes like ``node`` without the excluded GPUs, and its changed device names."""
+def _without(group: NodeGroup, node: str, constraints: Constraints) -> NodeGroup:
+    """Return a group of nodes like ``node`` without the excluded GPUs."""
     out = [each.gpus for each in constraints if isinstance(each, Exclude)]
-    slots, kept = group.slots_left(
-        lambda index, gpu: not any(_takes(gpus, f"{node}/{index}", node, gpu, group) for gpus in out)
-    )
-    names = {f"{node}/{now}": f"{node}/{index}" for now, index in enumerate(kept) if now != index}
-    if group.count > 1 and names:  # all nodes of the group lost the same GPUs
-        of_first = list(names.items())
-        for other in map(group.node_name, range(1, group.count)):
-            names |= {name.replace(node, other, 1): true.replace(node, other, 1) for name, true in of_first}
-    return replace(group, gpus=slots), names
+    return group.keeping(lambda index, gpu: not any(_takes(gpus, f"{node}/{index}", node, gpu, group) for gpus in out))
 
 
 def _takes(gpus: Selection, device: str, node: str, gpu: str, group: NodeGroup) -> bool:
@@ -138,22 +120,9 @@ def _family(family: Family, constraints: Constraints) -> Family:
     )
 
 
-def restored(plan: Plan, found: ConstrainedProblem, problem: PlacementProblem) -> Plan:
-    """Return a plan with true device names and a class table of the whole fleet."""
-    replicas = tuple(_renamed(replica, found.names) for replica in plan.replicas) if found.names else plan.replicas
-    plan = replace(plan, family=problem.describe_family(), replicas=replicas)
-    return replace(plan, prices=_prices(plan, found.problem, problem.cluster))
-
-
-def _renamed(replica: ReplicaPlan, names: Mapping[str, str]) -> ReplicaPlan:
-    def true(devices: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(names.get(device, device) for device in devices)
-
-    return replace(
-        replica,
-        stages=tuple(replace(stage, devices=true(stage.devices)) for stage in replica.stages),
-        attention_workers=tuple(replace(pool, devices=true(pool.devices)) for pool in replica.attention_workers),
-    )
+def restored(plan: Plan, searched: PlacementProblem, problem: PlacementProblem) -> Plan:
+    """Return a plan with a class table of the whole fleet, and the family of the problem with its constraints."""
+    return replace(plan, family=problem.describe_family(), prices=_prices(plan, searched, problem.cluster))
 
 
 def _prices(plan: Plan, searched: PlacementProblem, cluster: Cluster) -> tuple[ClassPrice, ...]:

@@ -12,7 +12,7 @@ from hetis.solver import cost
 from hetis.solver.budget import Budget, Progress, Report, SearchSettings
 from hetis.solver.cluster import node_of
 from hetis.solver.placement.binding import BoundStage, bind
-from hetis.solver.placement.constrained_problem import apply_constraints, restored
+from hetis.solver.placement.constrained_problem import apply_constraints, is_nothing_left, restored
 from hetis.solver.placement.families import STRATEGIES
 from hetis.solver.placement.fleet import UNIFIED, FloatArray, class_prices
 from hetis.solver.placement.infeasible import Market, infeasible
@@ -61,10 +61,10 @@ def solve_family(
     """
     searched = apply_constraints(problem)
     settings = replace(settings, report=in_objective_units(settings.report, problem))
-    if searched.is_empty:
+    if is_nothing_left(searched):
         raise infeasible(problem, settings, market)
-    costs = build_cost_tables(searched.problem)
-    if is_out_of_reach(costs, demanded_rate(searched.problem) or 0.0):
+    costs = build_cost_tables(searched)
+    if is_out_of_reach(costs, demanded_rate(searched) or 0.0):
         raise infeasible(problem, settings, market)
     settings.tell("cost tables")
     outcome = search(costs, settings, simplest_within=simplest_within)
@@ -125,9 +125,9 @@ def _nodes_and_shapes(plan: Plan) -> tuple[int, int]:
 def equal_stages_value(problem: PlacementProblem, settings: SearchSettings) -> float | None:
     """Return the value of the best plan of equal stages, in the objective's unit, or None if none was found in time."""
     searched = apply_constraints(replace(problem, family=STRATEGIES["uniform"].restrict(problem.family)))
-    if searched.is_empty:
+    if is_nothing_left(searched):
         return None
-    outcome = equal_stages(build_cost_tables(searched.problem), settings)
+    outcome = equal_stages(build_cost_tables(searched), settings)
     return None if outcome is None else objective_scale(problem) * outcome.value
 
 

@@ -205,9 +205,9 @@ def _left_over(cluster: Cluster, taken: set[str]) -> Cluster | None:
         for i in range(group.count):
             name = group.node_name(i)
             if name in touched:
-                slots, _ = group.slots_left(lambda index, _gpu, name=name: f"{name}/{index}" not in taken)  # type: ignore[misc]
-                if slots:
-                    groups.append(replace(group, name=f"{group.name}/{name}", count=1, gpus=slots))
+                left = group.keeping(lambda index, _gpu, name=name: f"{name}/{index}" not in taken)  # type: ignore[misc]
+                if left.gpus:
+                    groups.append(replace(left, name=f"{group.name}/{name}", count=1))
     return replace(cluster, node_groups=tuple(groups)) if groups else None
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from hetis.solver.budget import Budget, Report, SearchSettings, silent
 from hetis.solver.errors import InfeasibleError, InvalidProblemError, NoPlanFoundError, UnboundPlanError
 from hetis.solver.placement.binding import BoundStage
-from hetis.solver.placement.constrained_problem import ConstrainedProblem, apply_constraints, restored
+from hetis.solver.placement.constrained_problem import apply_constraints, is_nothing_left, restored
 from hetis.solver.placement.families import STRATEGIES
 from hetis.solver.placement.infeasible import infeasible
 from hetis.solver.placement.master import demanded_rate
@@ -108,8 +108,8 @@ def solve_replanning(
     searched = apply_constraints(whole)
     if not keeps(whole, searched):
         raise InvalidProblemError("re-planning does not support all constraints of the problem")
-    problem, quiet = searched.problem, replace(settings, report=silent)
-    if searched.is_empty:
+    problem, quiet = searched, replace(settings, report=silent)
+    if is_nothing_left(searched):
         raise infeasible(whole, quiet)
     given = replace(given, problem=problem)
     costs = build_cost_tables(problem)
@@ -133,14 +133,10 @@ def solve_replanning(
     return replace(answer, plan=replace(plan, family=whole.describe_family()))
 
 
-def keeps(problem: PlacementProblem, searched: ConstrainedProblem | None = None) -> bool:
-    """Return whether re-planning can respect the problem's constraints.
-
-    It can if they only remove GPUs or sizes, or forbid duties, and no remaining GPU is renumbered as a result.
-    """
-    searched = searched or apply_constraints(problem)
-    index = searched.problem.constraint_index
-    return not searched.names and (index is None or not index.has_rows)
+def keeps(problem: PlacementProblem, searched: PlacementProblem | None = None) -> bool:
+    """Return whether re-planning can respect the constraints: they only remove GPUs or sizes, or forbid duties."""
+    index = (searched or apply_constraints(problem)).constraint_index
+    return index is None or not index.has_rows
 
 
 def _seconds(budget: Budget) -> float:

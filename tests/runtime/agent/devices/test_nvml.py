@@ -161,7 +161,9 @@ def test_a_gpu_that_is_lost_stays_in_the_inventory_as_it_was(monkeypatch: pytest
 
 def test_a_gpu_that_cannot_be_opened_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     devices = opened(monkeypatch, Gpu(refused={"open": real.NVML_ERROR_GPU_IS_LOST}), Gpu(uuid="GPU-1"))
-    assert [(device.index, device.uuid) for device in devices.inventory().devices] == [(0, "GPU-1")]
+    assert [(device.index, device.uuid) for device in devices.inventory().devices] == [(1, "GPU-1")], (
+        "the driver's index"
+    )
 
 
 @pytest.mark.parametrize(
@@ -206,9 +208,9 @@ def test_a_gpu_in_mig_mode_is_its_slices(monkeypatch: pytest.MonkeyPatch) -> Non
     with_gpus(monkeypatch, whole, last)
     found = discover("nvml").devices
     assert [(d.index, d.uuid, d.mig_slice, d.gpu_type, d.memory_bytes // GIB) for d in found] == [
-        (0, "MIG-0", True, "", 40),
-        (1, "MIG-1", True, "", 40),
-        (2, "GPU-0", False, "L4", 24),
+        (1, "GPU-0", False, "L4", 24),
+        (2, "MIG-0", True, "", 40),
+        (3, "MIG-1", True, "", 40),
     ]
 
 

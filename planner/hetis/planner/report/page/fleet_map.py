@@ -108,11 +108,11 @@ def _cards(group: NodeGroup, duties: Mapping[str, GpuCell], *, joined: bool) -> 
 
     Cards are in the order of their first nodes.
     """
-    gpus = [slots.gpu for slots in group.gpus for _ in range(slots.count)]
+    gpus = dict(sorted(group.gpus_of_node().items()))
     alike: dict[tuple[int, tuple[GpuCell, ...]], list[str]] = {}
     for number in range(group.count):
         node = group.node_name(number)
-        pattern = tuple(duties.get(f"{node}/{i}", IDLE) for i in range(len(gpus)))
+        pattern = tuple(duties.get(f"{node}/{index}", IDLE) for index in gpus)
         alike.setdefault((0 if joined else number, pattern), []).append(node)
     held = ", ".join(f"{slots.count} × {slots.gpu}" for slots in group.gpus)
     for (_, pattern), nodes in alike.items():
@@ -126,17 +126,21 @@ def _nodes(nodes: list[str]) -> str:
     return short if len(short) <= 40 else f"{nodes[0]} … {nodes[-1]}"
 
 
-def _cells(pattern: tuple[GpuCell, ...], gpus: list[str], *, mixed: bool, joined: bool) -> Iterator[GpuCell]:
-    """Yield a cell for every GPU or, if ``joined``, one for neighbours in a row with the same use."""
-    alike = [(duty, gpu) for duty, gpu in zip(pattern, gpus, strict=True)]
+def _cells(pattern: tuple[GpuCell, ...], gpus: Mapping[int, str], *, mixed: bool, joined: bool) -> Iterator[GpuCell]:
+    """Yield a cell for every GPU or, if ``joined``, one for neighbours in a row with the same use.
+
+    ``gpus`` are types by index, in the order of ``pattern``.
+    """
+    # Neighbours have indices that follow each other, so these minus their positions are the same.
+    alike = [(duty, gpu, index - i) for i, (duty, (index, gpu)) in enumerate(zip(pattern, gpus.items(), strict=True))]
     first = 0
     while first < len(alike):
         row_end = min((first // ROW + 1) * ROW, len(alike)) if joined else first + 1
         last = first
         while last + 1 < row_end and alike[last + 1] == alike[first]:
             last += 1
-        duty, gpu = alike[first]
-        index = str(first) if last == first else f"{first}–{last}"
+        duty, gpu, offset = alike[first]
+        index = str(first + offset) if last == first else f"{first + offset}–{last + offset}"
         lines = (gpu, *duty.lines) if mixed else duty.lines
         yield replace(duty, index=index, lines=lines, span=last - first + 1)
         first = last + 1

@@ -20,7 +20,7 @@ from hetis.solver.budget import SearchSettings
 from hetis.solver.constraints import AtMost, Duty, Replicas, Use
 from hetis.solver.errors import InfeasibleError
 from hetis.solver.model import ModelSpec
-from hetis.solver.placement.constrained_problem import apply_constraints
+from hetis.solver.placement.constrained_problem import apply_constraints, is_nothing_left
 from hetis.solver.placement.infeasible.relaxations import (
     Market,
     Offer,
@@ -124,7 +124,7 @@ def _of_the_fleet(
     trials: Trials, given: Sequence[Requirement], fleet: Sequence[Requirement], market: Market | None
 ) -> Infeasibility:
     """Explain why nothing fits, whatever is requested: memory, forbidden cuts, or no usable GPU at all."""
-    reason = why_nothing_fits(build_cost_tables(apply_constraints(keeping(trials.problem, fleet)).problem))
+    reason = why_nothing_fits(build_cost_tables(apply_constraints(keeping(trials.problem, fleet))))
     if not trials.of(()).exists:
         return Infeasibility(conflicts=(), relaxations=(), reasons=(reason,))
     (conflict,) = conflicts_among(trials, fleet)
@@ -189,8 +189,8 @@ def _what_is_short(
         kept = [r for r in given if r in rest or r in conflict.members]
         asked = [r for r in kept if r.subject not in (Subject.DEMAND, Subject.TPOT, Subject.TTFT)]
         found = apply_constraints(keeping(trials.problem, asked))
-        if not found.is_empty:
-            yield why_nothing_fits(build_cost_tables(found.problem))
+        if not is_nothing_left(found):
+            yield why_nothing_fits(build_cost_tables(found))
 
 
 def why_nothing_fits(costs: CostTables) -> str:

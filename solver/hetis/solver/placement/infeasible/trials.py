@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from hetis.solver import cost
 from hetis.solver.budget import Progress, SearchSettings, silent
 from hetis.solver.errors import InvalidProblemError, NoPlanFoundError
-from hetis.solver.placement.constrained_problem import apply_constraints
+from hetis.solver.placement.constrained_problem import apply_constraints, is_nothing_left
 from hetis.solver.placement.infeasible.requirements import Requirement, Requirements, Subject, demand_of, keeping
 from hetis.solver.placement.outcome import Outcome, is_out_of_reach, rate_bound
 from hetis.solver.placement.search import equal_stages, search
@@ -122,7 +122,7 @@ class Trials:
     def _costs(self, problem: PlacementProblem) -> CostTables | None:
         """Return the tables of a problem, or None if no GPU is left."""
         found = apply_constraints(problem)
-        return None if found.is_empty else build_cost_tables(found.problem)
+        return None if is_nothing_left(found) else build_cost_tables(found)
 
     def _search_until_certain(self, costs: CostTables, least: float) -> Trial:
         own, refuted = self._own_settings(), False
