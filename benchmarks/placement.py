@@ -58,7 +58,7 @@ TYPE_COUNTS = range(1, 9)
 GPUS_PER_TYPES_ROW = 1024
 SLOWER = Objective(ttft_limit_s=4.0)  # limit for fleets with P100s, which have no plan under 2 s
 THROUGHPUT = replace(NO_LIMITS, kind=ObjectiveKind.THROUGHPUT)
-BETWEEN_LIMIT_S = 10.0
+BETWEEN_LIMIT_S = 30.0
 CURVE_LIMIT_S = 10.0
 # Settings fixed for all replicas, so that the compact MILP stays small enough.
 SHRUNK = Family(
