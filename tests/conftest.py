@@ -1,13 +1,16 @@
-"""One thread per process, the effort of hypothesis, and the objects that the garbage collector need not traverse.
+"""One thread per process, the effort of hypothesis, tests that are coroutines, and the work of the garbage collector.
 
 The profile `ci` is quick and deterministic; HYPOTHESIS_PROFILE=thorough searches at random.
 """
 
 from __future__ import annotations
 
+import asyncio
 import gc
+import inspect
 import os
 from collections.abc import Generator
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, Phase, settings
@@ -43,3 +46,20 @@ def pytest_collection() -> Generator[None, object, object]:
     finally:
         gc.freeze()
         gc.enable()
+
+
+ASYNC_LIMIT_S = 180.0  # where a test waits for ever; a solver may have to be compiled first
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, object, object]:
+    """Run a test that is a coroutine function in an event loop of its own, with a time limit."""
+    test = pyfuncitem.obj
+    if inspect.iscoroutinefunction(test):
+
+        async def limited(**fixtures: Any) -> None:
+            async with asyncio.timeout(ASYNC_LIMIT_S):
+                await test(**fixtures)
+
+        pyfuncitem.obj = lambda **fixtures: asyncio.run(limited(**fixtures))
+    return (yield)

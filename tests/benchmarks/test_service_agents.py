@@ -12,7 +12,7 @@ import grpc
 import pytest
 
 from benchmarks.measuring import service_crowd
-from benchmarks.measuring.service_calls import MOST_REOPENED, Latencies, NoRoomError, ReopenedStream, paced
+from benchmarks.measuring.service_calls import MOST_REOPENED, NoRoomError, ReopenedStream, paced
 from benchmarks.measuring.service_crowd import ScriptedAgent
 from hetis.planner.client import CallError
 from hetis.v1 import agent_service_pb2 as pb
@@ -98,55 +98,51 @@ async def assign_and_prepare(stream: Stream) -> None:
     await stream.hear("change_status")
 
 
-def test_an_agent_whose_connection_ends_comes_back_as_the_same_and_says_what_it_holds() -> None:
+async def test_an_agent_whose_connection_ends_comes_back_as_the_same_and_says_what_it_holds() -> None:
+    reports = list[pb.NodeReport]()
+
     async def ask_for_report(stream: Stream) -> None:
         await stream.say(pb.ConnectNodeResponse(state_request=pb.StateRequest(request_id="q", report=True)))
         reports.append((await stream.hear("report")).report)
 
-    async def session() -> None:
-        async with agent_of(assign_and_prepare, ask_for_report) as (agent, planner):
-            await planner.is_done.wait()
-            first, second, third = planner.hellos
-            assert first.boot_id == second.boot_id == third.boot_id
-            assert not first.replicas
-            held = pb.HeldReplica(
-                replica=REPLICA,
-                generation=GENERATION,
-                epoch=EPOCH,
-                assignment_state=report_pb2.ASSIGNMENT_STATE_SERVING,
-            )
-            assert [*second.replicas] == [*third.replicas] == [held]
-            assert [status.change_id for status in third.changes] == ["x"]
-            assert [replica.replica for replica in reports[0].replicas] == [REPLICA]
-            while agent.num_reconnects < 2:  # the agent has not received the last Welcome yet
-                await asyncio.sleep(0)
-
-    reports = list[pb.NodeReport]()
-    asyncio.run(asyncio.wait_for(session(), 30))
+    async with agent_of(assign_and_prepare, ask_for_report) as (agent, planner):
+        await planner.is_done.wait()
+        first, second, third = planner.hellos
+        assert first.boot_id == second.boot_id == third.boot_id
+        assert not first.replicas
+        held = pb.HeldReplica(
+            replica=REPLICA,
+            generation=GENERATION,
+            epoch=EPOCH,
+            assignment_state=report_pb2.ASSIGNMENT_STATE_SERVING,
+        )
+        assert [*second.replicas] == [*third.replicas] == [held]
+        assert [status.change_id for status in third.changes] == ["x"]
+        assert [replica.replica for replica in reports[0].replicas] == [REPLICA]
+        while agent.num_reconnects < 2:  # the agent has not received the last Welcome yet
+            await asyncio.sleep(0)
 
 
-def test_what_is_sent_between_two_streams_is_not_counted_and_ends_nothing() -> None:
+async def test_what_is_sent_between_two_streams_is_not_counted_and_ends_nothing() -> None:
+    left = asyncio.Event()
+
     async def wait(_: Stream) -> None:
         await left.wait()
 
-    async def session() -> None:
-        async with agent_of(wait) as (agent, planner):
-            left.set()
-            while agent.is_connected:
-                await agent.report()  # even if the stream has ended and the agent has not noticed
-                await asyncio.sleep(0)
-            before = agent.num_sent
-            await agent.report()
-            await agent.heartbeat()
-            assert agent.num_sent == before
-            await planner.is_done.wait()
-            while not agent.is_connected:
-                await asyncio.sleep(0)
-            await agent.report()
-            assert agent.num_sent == before + 1
-
-    left = asyncio.Event()
-    asyncio.run(asyncio.wait_for(session(), 30))
+    async with agent_of(wait) as (agent, planner):
+        left.set()
+        while agent.is_connected:
+            await agent.report()  # even if the stream has ended and the agent has not noticed
+            await asyncio.sleep(0)
+        before = agent.num_sent
+        await agent.report()
+        await agent.heartbeat()
+        assert agent.num_sent == before
+        await planner.is_done.wait()
+        while not agent.is_connected:
+            await asyncio.sleep(0)
+        await agent.report()
+        assert agent.num_sent == before + 1
 
 
 class EndingStream:
@@ -166,7 +162,7 @@ class EndingStream:
         self.is_closed = True
 
 
-def steps(*codes: grpc.StatusCode | None, at_once: int = 1) -> tuple[list[Any], list[EndingStream]]:
+async def steps(*codes: grpc.StatusCode | None, at_once: int = 1) -> tuple[list[Any], list[EndingStream]]:
     """Return the answers of ``at_once`` steps, and the streams, which fail with ``codes`` in order."""
     opened, left = list[EndingStream](), iter(codes)
 
@@ -174,33 +170,27 @@ def steps(*codes: grpc.StatusCode | None, at_once: int = 1) -> tuple[list[Any], 
         opened.append(EndingStream(len(opened), next(left)))
         return opened[-1]
 
-    async def session() -> list[Any]:
-        stream = ReopenedStream(open_stream)
-        made = (stream.step([], []) for _ in range(at_once))
-        return await asyncio.gather(*made, return_exceptions=True)
-
-    return asyncio.run(session()), opened
+    stream = ReopenedStream(open_stream)
+    made = (stream.step([], []) for _ in range(at_once))
+    return await asyncio.gather(*made, return_exceptions=True), opened
 
 
-def test_steps_whose_stream_ends_are_made_again_on_one_new_stream() -> None:
-    heard, opened = steps(grpc.StatusCode.UNAVAILABLE, None, at_once=3)
+async def test_steps_whose_stream_ends_are_made_again_on_one_new_stream() -> None:
+    heard, opened = await steps(grpc.StatusCode.UNAVAILABLE, None, at_once=3)
     assert [answer.sequence for answer in heard] == [1, 1, 1]
     assert [stream.is_closed for stream in opened] == [True, False]
 
 
-def test_a_step_gives_up_where_no_stream_lasts_and_at_once_where_the_planner_refuses() -> None:
-    (error,), opened = steps(*[grpc.StatusCode.UNAVAILABLE] * (MOST_REOPENED + 1))
+async def test_a_step_gives_up_where_no_stream_lasts_and_at_once_where_the_planner_refuses() -> None:
+    (error,), opened = await steps(*[grpc.StatusCode.UNAVAILABLE] * (MOST_REOPENED + 1))
     assert isinstance(error, CallError)
     assert len(opened) == MOST_REOPENED
-    (error,), opened = steps(grpc.StatusCode.FAILED_PRECONDITION)
+    (error,), opened = await steps(grpc.StatusCode.FAILED_PRECONDITION)
     assert isinstance(error, CallError)
     assert len(opened) == 1
 
 
-def test_calls_that_fail_are_counted_and_end_no_measurement() -> None:
-    async def session() -> Latencies:
-        return await paced(call, per_s=1000.0, seconds=0.01)
-
+async def test_calls_that_fail_are_counted_and_end_no_measurement() -> None:
     async def call(seconds: list[float]) -> None:
         match next(numbers):
             case 0:
@@ -211,6 +201,6 @@ def test_calls_that_fail_are_counted_and_end_no_measurement() -> None:
                 raise CallError("no answer within 10 s", code=grpc.StatusCode.DEADLINE_EXCEEDED)
 
     numbers = itertools.count()
-    found = asyncio.run(session())
+    found = await paced(call, per_s=1000.0, seconds=0.01)
     assert (len(found.seconds), len(found.failures)) == (1, 9)
     assert str(found.failures[0]) == "2 requests found no room"

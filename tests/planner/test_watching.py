@@ -82,33 +82,27 @@ def test_a_watcher_that_resumes_hears_all_it_missed_or_that_it_must_begin_anew(
     asyncio.run(scenario())
 
 
-def test_a_watcher_that_waits_is_woken_by_the_next_change() -> None:
-    async def scenario() -> None:
-        hub = Hub[str, int](epoch=1)
-        watch = hub.watch()
-        assert await now(watch) == []
-        waiting = asyncio.create_task(now(watch))
-        await asyncio.sleep(0)
-        sequence = hub.publish("a", 1, now_s=7.0)
-        assert await waiting == [Event(sequence, "a", 1, 7.0)]
-
-    asyncio.run(scenario())
+async def test_a_watcher_that_waits_is_woken_by_the_next_change() -> None:
+    hub = Hub[str, int](epoch=1)
+    watch = hub.watch()
+    assert await now(watch) == []
+    waiting = asyncio.create_task(now(watch))
+    await asyncio.sleep(0)
+    sequence = hub.publish("a", 1, now_s=7.0)
+    assert await waiting == [Event(sequence, "a", 1, 7.0)]
 
 
-def test_closing_ends_all_watches() -> None:
-    async def scenario() -> None:
-        hub = Hub[str, int](epoch=1)
-        hub.publish("a", 1, now_s=0.0)
+async def test_closing_ends_all_watches() -> None:
+    hub = Hub[str, int](epoch=1)
+    hub.publish("a", 1, now_s=0.0)
 
-        async def watch() -> int:
-            return sum([len(events) async for events in hub.watch()])
+    async def watch() -> int:
+        return sum([len(events) async for events in hub.watch()])
 
-        watches = [asyncio.create_task(watch()) for _ in range(3)]
-        await asyncio.sleep(0)
-        hub.close()
-        assert await asyncio.wait_for(asyncio.gather(*watches), 5) == [1, 1, 1]
-
-    asyncio.run(scenario())
+    watches = [asyncio.create_task(watch()) for _ in range(3)]
+    await asyncio.sleep(0)
+    hub.close()
+    assert await asyncio.wait_for(asyncio.gather(*watches), 5) == [1, 1, 1]
 
 
 def test_sequences_of_another_term_are_too_old() -> None:
@@ -133,22 +127,18 @@ def test_what_was_removed_long_ago_is_forgotten_and_known_to_be() -> None:
     assert not hub.is_too_old(gone)
 
 
-def test_a_watcher_that_missed_a_forgotten_removal_is_told_so() -> None:
+async def test_a_watcher_that_missed_a_forgotten_removal_is_told_so() -> None:
     """In the past it showed what was removed for ever: only a watch that was opened again learned of it."""
     hub = Hub[str, int](epoch=1, most_gone=1)
-
-    async def scenario() -> None:
-        for key in "abc":
-            hub.publish(key, 1, now_s=0.0)
-        behind, level = hub.watch(), hub.watch()
-        assert len(await now(behind)) == len(await now(level)) == 3
-        hub.publish("a", None, now_s=0.0)
-        assert [event.key for event in await now(level)] == ["a"]
-        hub.publish("b", None, now_s=0.0)  # the removal of a is forgotten
-        with pytest.raises(LeftBehindError):
-            await now(behind)
-        assert [event.key for event in await now(level)] == ["b"]
-        with pytest.raises(LeftBehindError):
-            await now(hub.watch(after=hub.sequence - 2))
-
-    asyncio.run(scenario())
+    for key in "abc":
+        hub.publish(key, 1, now_s=0.0)
+    behind, level = hub.watch(), hub.watch()
+    assert len(await now(behind)) == len(await now(level)) == 3
+    hub.publish("a", None, now_s=0.0)
+    assert [event.key for event in await now(level)] == ["a"]
+    hub.publish("b", None, now_s=0.0)  # the removal of a is forgotten
+    with pytest.raises(LeftBehindError):
+        await now(behind)
+    assert [event.key for event in await now(level)] == ["b"]
+    with pytest.raises(LeftBehindError):
+        await now(hub.watch(after=hub.sequence - 2))

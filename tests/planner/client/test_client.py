@@ -228,14 +228,10 @@ def test_a_watch_goes_on_after_what_it_has_seen(planner: FakePlanner) -> None:
     assert [request.after_sequence for request in planner.requests] == [0, 1, 0]
 
 
-def test_an_aio_watch_goes_on_too(planner: FakePlanner) -> None:
+async def test_an_aio_watch_goes_on_too(planner: FakePlanner) -> None:
     planner.fail = failing(2, "WatchPlan after 2", code_pb2.UNAVAILABLE, "DRAINING")
-
-    async def watch() -> list[int]:
-        async with AsyncClient(planner.address) as client:
-            return [response.sequence async for response in client.watch_plan("plans/night")]
-
-    assert asyncio.run(watch()) == [1, 2, 3, 900]
+    async with AsyncClient(planner.address) as client:
+        assert [response.sequence async for response in client.watch_plan("plans/night")] == [1, 2, 3, 900]
     assert [request.after_sequence for request in planner.requests] == [0, 2]
 
 

@@ -19,7 +19,7 @@ from hetis.planner.client import AsyncClient, CallError, Client, Connection, Pat
 from hetis.planner.service.credentials import Credentials, Grant, Tokens, digest
 from hetis.v1 import plan_pb2, plan_service_pb2
 from tests.planner.service.certificates import Authority, Signed, write
-from tests.planner.service.serving import Served, run, served
+from tests.planner.service.serving import Served, served
 from tests.planner.service.test_tls import certificates
 
 GET = plan_service_pb2.GetPlanRequest(name="plans/p")
@@ -83,77 +83,67 @@ async def name_of(client: AsyncClient) -> str:
 
 
 @pytest.mark.parametrize("client_type", [Client, AsyncClient])
-def test_a_watch_goes_on_with_the_certificate_that_replaced_an_expired_one(
+async def test_a_watch_goes_on_with_the_certificate_that_replaced_an_expired_one(
     client_type: type[Client] | type[AsyncClient], tmp_path: Path
 ) -> None:
-    async def test() -> None:
-        async with renewing(tmp_path) as at:
-            client = client_type(at.connection)
-            events = watched(client)
+    async with renewing(tmp_path) as at:
+        client = client_type(at.connection)
+        events = watched(client)
+        await anext(events)
+        at.write(at.signed("new", days=3))
+        at.pass_days(2)
+        assert (await anext(events)).plan.name == GET.name  # which a stream tells when it is opened
+        if isinstance(client, AsyncClient):
+            assert await name_of(client) == "new"
+            await client.close()
+        else:
+            await asyncio.to_thread(client.close)
+
+
+async def test_a_watch_ends_where_no_newer_certificate_is(tmp_path: Path) -> None:
+    async with renewing(tmp_path) as at, AsyncClient(at.connection) as client:
+        events = watched(client)
+        await anext(events)
+        at.pass_days(2)
+        with pytest.raises(CallError, match="the client certificate has expired") as caught:
             await anext(events)
-            at.write(at.signed("new", days=3))
-            at.pass_days(2)
-            assert (await anext(events)).plan.name == GET.name  # which a stream tells when it is opened
-            if isinstance(client, AsyncClient):
-                assert await name_of(client) == "new"
-                await client.close()
-            else:
-                await asyncio.to_thread(client.close)
-
-    run(test)
+        assert caught.value.reason == "CREDENTIALS"
 
 
-def test_a_watch_ends_where_no_newer_certificate_is(tmp_path: Path) -> None:
-    async def test() -> None:
-        async with renewing(tmp_path) as at, AsyncClient(at.connection) as client:
-            events = watched(client)
+async def test_a_watch_whose_new_certificate_is_refused_too_ends_with_the_refusal(tmp_path: Path) -> None:
+    async with renewing(tmp_path) as at, AsyncClient(at.connection) as client:
+        events = watched(client)
+        await anext(events)
+        at.write(at.signed("new"))
+        at.pass_days(2)
+        with pytest.raises(CallError, match="the client certificate has expired"):
             await anext(events)
-            at.pass_days(2)
-            with pytest.raises(CallError, match="the client certificate has expired") as caught:
-                await anext(events)
-            assert caught.value.reason == "CREDENTIALS"
-
-    run(test)
 
 
-def test_a_watch_whose_new_certificate_is_refused_too_ends_with_the_refusal(tmp_path: Path) -> None:
-    async def test() -> None:
-        async with renewing(tmp_path) as at, AsyncClient(at.connection) as client:
-            events = watched(client)
-            await anext(events)
-            at.write(at.signed("new"))
-            at.pass_days(2)
-            with pytest.raises(CallError, match="the client certificate has expired"):
-                await anext(events)
-
-    run(test)
-
-
-def test_half_written_and_missing_files_keep_the_certificate_and_what_has_begun_keeps_its_channel(
+async def test_half_written_and_missing_files_keep_the_certificate_and_what_has_begun_keeps_its_channel(
     tmp_path: Path,
 ) -> None:
-    async def test() -> None:
-        async with renewing(tmp_path) as at, AsyncClient(at.connection) as client:
-            events = watched(client)
-            await anext(events)
-            assert await name_of(client) == "old"
-            new = at.signed("new")
-            (tmp_path / "client.pem").write_bytes(new.certificate)  # its key is yet to come
-            assert await name_of(client) == "old"
-            (tmp_path / "client.key").write_bytes(new.key[:90])
-            assert await name_of(client) == "old"
-            os.unlink(tmp_path / "client.key")
-            assert await name_of(client) == "old"
-            (tmp_path / "client.key").write_bytes(new.key)
-            assert await name_of(client) == "new"
-            at.planner.planner.plans.hub.publish("plans/p", plan_pb2.Plan(name="plans/news"), now_s=0.0)
-            assert (await anext(events)).plan.name == "plans/news"
-
-    run(test)
+    async with renewing(tmp_path) as at, AsyncClient(at.connection) as client:
+        events = watched(client)
+        await anext(events)
+        assert await name_of(client) == "old"
+        new = at.signed("new")
+        (tmp_path / "client.pem").write_bytes(new.certificate)  # its key is yet to come
+        assert await name_of(client) == "old"
+        (tmp_path / "client.key").write_bytes(new.key[:90])
+        assert await name_of(client) == "old"
+        os.unlink(tmp_path / "client.key")
+        assert await name_of(client) == "old"
+        (tmp_path / "client.key").write_bytes(new.key)
+        assert await name_of(client) == "new"
+        at.planner.planner.plans.hub.publish("plans/p", plan_pb2.Plan(name="plans/news"), now_s=0.0)
+        assert (await anext(events)).plan.name == "plans/news"
 
 
 @pytest.mark.parametrize("meanwhile", ["", None, "two lines\nof it"])
-def test_a_watch_goes_on_with_the_token_that_replaced_a_revoked_one(meanwhile: str | None, tmp_path: Path) -> None:
+async def test_a_watch_goes_on_with_the_token_that_replaced_a_revoked_one(
+    meanwhile: str | None, tmp_path: Path
+) -> None:
     old, new = (f"hetis_{letter * 43}" for letter in "on")
     file = tmp_path / "token"
     valid = [old]
@@ -162,21 +152,18 @@ def test_a_watch_goes_on_with_the_token_that_replaced_a_revoked_one(meanwhile: s
         viewer = Identity(name="v", roles=CallerRole.VIEWER.includes)
         return Tokens({digest(token): Grant(identity=viewer, expires_s=time.time() + DAY_S) for token in valid})
 
-    async def test() -> None:
-        credentials = Credentials(tokens=tokens, trust_domain=None, clock=time.time)
-        async with served(authenticator=credentials) as planner:
-            file.write_text(old)
-            async with AsyncClient(planner.address, token_file=file, patience=lambda: Patience(limit_s=5)) as client:
-                events = watched(client)
-                await anext(events)
-                if meanwhile is None:
-                    os.unlink(file)
-                else:
-                    file.write_text(meanwhile)
-                assert (await client.plans.GetPlan(GET, timeout=5)).plan.labels["by"] == "v"
-                file.write_text(new)
-                valid[:] = [new]
-                planner.calls.end_revoked_streams()
-                assert (await anext(events)).plan.name == GET.name
-
-    run(test)
+    credentials = Credentials(tokens=tokens, trust_domain=None, clock=time.time)
+    async with served(authenticator=credentials) as planner:
+        file.write_text(old)
+        async with AsyncClient(planner.address, token_file=file, patience=lambda: Patience(limit_s=5)) as client:
+            events = watched(client)
+            await anext(events)
+            if meanwhile is None:
+                os.unlink(file)
+            else:
+                file.write_text(meanwhile)
+            assert (await client.plans.GetPlan(GET, timeout=5)).plan.labels["by"] == "v"
+            file.write_text(new)
+            valid[:] = [new]
+            planner.calls.end_revoked_streams()
+            assert (await anext(events)).plan.name == GET.name

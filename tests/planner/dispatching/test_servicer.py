@@ -56,28 +56,25 @@ async def stub() -> AsyncIterator[dispatch_service_pb2_grpc.DispatchServiceAsync
         yield dispatch_service_pb2_grpc.DispatchServiceStub(channel)
 
 
-def test_an_engine_declares_admits_grows_finishes_and_reads_back() -> None:
-    async def session() -> None:
-        async with stub() as service:
-            state = pb2.DispatchState(name=STATE, generation=1, head_maps=[empty_map(stage_model(2))])
-            update = pb2.UpdateDispatchStateRequest(dispatch_state=state)
-            state_id = (await service.UpdateDispatchState(update, timeout=5)).state_id
-            known: dict[str, Any] = {"parent": REPLICA, "state_id": state_id}
-            new = pb2.NewRequest(id="a", context_tokens=10, growth_tokens=5)
-            admitted = await service.AdmitRequests(pb2.AdmitRequestsRequest(requests=[new], **known), timeout=5)
-            assert [placement.request for placement in admitted.placements] == ["a"]
-            growth = pb2.Growth(id="a", context_tokens=12)
-            await service.GrowRequests(pb2.GrowRequestsRequest(requests=[growth], **known), timeout=5)
-            read = await service.GetDispatchState(pb2.GetDispatchStateRequest(name=STATE), timeout=5)
-            assert read.dispatch_state.state_id == state_id
-            (request,) = read.dispatch_state.head_maps[0].requests
-            assert (request.context_tokens, request.remaining_tokens) == (12, 3)
-            await service.FinishRequests(pb2.FinishRequestsRequest(requests=["a"], **known), timeout=5)
-            with pytest.raises(grpc.aio.AioRpcError) as caught:
-                await service.FinishRequests(pb2.FinishRequestsRequest(parent=REPLICA, requests=["a"]), timeout=5)
-            assert caught.value.code() == grpc.StatusCode.FAILED_PRECONDITION
-
-    asyncio.run(session())
+async def test_an_engine_declares_admits_grows_finishes_and_reads_back() -> None:
+    async with stub() as service:
+        state = pb2.DispatchState(name=STATE, generation=1, head_maps=[empty_map(stage_model(2))])
+        update = pb2.UpdateDispatchStateRequest(dispatch_state=state)
+        state_id = (await service.UpdateDispatchState(update, timeout=5)).state_id
+        known: dict[str, Any] = {"parent": REPLICA, "state_id": state_id}
+        new = pb2.NewRequest(id="a", context_tokens=10, growth_tokens=5)
+        admitted = await service.AdmitRequests(pb2.AdmitRequestsRequest(requests=[new], **known), timeout=5)
+        assert [placement.request for placement in admitted.placements] == ["a"]
+        growth = pb2.Growth(id="a", context_tokens=12)
+        await service.GrowRequests(pb2.GrowRequestsRequest(requests=[growth], **known), timeout=5)
+        read = await service.GetDispatchState(pb2.GetDispatchStateRequest(name=STATE), timeout=5)
+        assert read.dispatch_state.state_id == state_id
+        (request,) = read.dispatch_state.head_maps[0].requests
+        assert (request.context_tokens, request.remaining_tokens) == (12, 3)
+        await service.FinishRequests(pb2.FinishRequestsRequest(requests=["a"], **known), timeout=5)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await service.FinishRequests(pb2.FinishRequestsRequest(parent=REPLICA, requests=["a"]), timeout=5)
+        assert caught.value.code() == grpc.StatusCode.FAILED_PRECONDITION
 
 
 def agent_of(node: str) -> Identity:
@@ -136,49 +133,43 @@ def placed(answer: pb2.DispatchRequestsResponse) -> list[str]:
     return [placement.request for placement in answer.placements]
 
 
-def test_a_step_finishes_grows_and_admits_and_a_wrong_one_changes_nothing() -> None:
-    async def session() -> None:
-        async with served() as address, AsyncClient(address) as client:
-            state_id = (await client.dispatch.UpdateDispatchState(declaration())).state_id
-            async with client.dispatch_stream(REPLICA, state_id) as stream:
-                assert placed(await stream.step(new=[new("a"), new("b")])) == ["a", "b"]
-                with pytest.raises(CallError) as caught:
-                    await stream.step(finished=["a"], new=[new("b", 11)])
-                assert (caught.value.reason, caught.value.code) == ("REQUEST_RUNNING", grpc.StatusCode.ALREADY_EXISTS)
-                with pytest.raises(CallError) as caught:
-                    await stream.step(finished=["a"], new=[new("c", 0)], grown=[pb2.Growth(id="")])
-                assert [violation.field for violation in caught.value.violations] == [
-                    *("grown[0].id", "grown[0].context_tokens", "new_requests[0].context_tokens")
-                ]
-                assert placed(await stream.step(new=[new("a")])) == ["a"]  # the request was still running
-                answer = await stream.step(
-                    finished=["a"], grown=[pb2.Growth(id="b", context_tokens=14)], new=[new("a", 12)]
-                )
-                assert placed(answer) == ["a"]
-            read = await client.dispatch.GetDispatchState(pb2.GetDispatchStateRequest(name=STATE))
-            running = {one.id: one.context_tokens for one in read.dispatch_state.head_maps[0].requests}
-            assert running == {"a": 12, "b": 14}
-
-    asyncio.run(session())
+async def test_a_step_finishes_grows_and_admits_and_a_wrong_one_changes_nothing() -> None:
+    async with served() as address, AsyncClient(address) as client:
+        state_id = (await client.dispatch.UpdateDispatchState(declaration())).state_id
+        async with client.dispatch_stream(REPLICA, state_id) as stream:
+            assert placed(await stream.step(new=[new("a"), new("b")])) == ["a", "b"]
+            with pytest.raises(CallError) as caught:
+                await stream.step(finished=["a"], new=[new("b", 11)])
+            assert (caught.value.reason, caught.value.code) == ("REQUEST_RUNNING", grpc.StatusCode.ALREADY_EXISTS)
+            with pytest.raises(CallError) as caught:
+                await stream.step(finished=["a"], new=[new("c", 0)], grown=[pb2.Growth(id="")])
+            assert [violation.field for violation in caught.value.violations] == [
+                *("grown[0].id", "grown[0].context_tokens", "new_requests[0].context_tokens")
+            ]
+            assert placed(await stream.step(new=[new("a")])) == ["a"]  # the request was still running
+            answer = await stream.step(
+                finished=["a"], grown=[pb2.Growth(id="b", context_tokens=14)], new=[new("a", 12)]
+            )
+            assert placed(answer) == ["a"]
+        read = await client.dispatch.GetDispatchState(pb2.GetDispatchStateRequest(name=STATE))
+        running = {one.id: one.context_tokens for one in read.dispatch_state.head_maps[0].requests}
+        assert running == {"a": 12, "b": 14}
 
 
-def test_steps_of_many_tasks_travel_together_and_one_that_fails_fails_alone() -> None:
-    async def session() -> None:
-        async with served() as address, AsyncClient(address) as client:
-            state_id = (await client.dispatch.UpdateDispatchState(declaration())).state_id
-            async with client.dispatch_stream(REPLICA, state_id) as stream:
-                await stream.step(new=[new("r0")])
-                answers = await asyncio.gather(
-                    *(stream.step(new=[new(f"r{n}", 11 if n == 0 else 10)]) for n in range(16)), return_exceptions=True
-                )
-                assert isinstance(answers[0], CallError)
-                assert answers[0].reason == "REQUEST_RUNNING"
-                others = [answer for answer in answers if isinstance(answer, pb2.DispatchRequestsResponse)]
-                assert [placed(answer) for answer in others] == [[f"r{n}"] for n in range(1, 16)]
-                together = await asyncio.gather(*(stream.step(new=[new(f"s{n}")]) for n in range(16)))
-                assert len({answer.sequence for answer in together}) <= 2  # the first alone, the others together
-
-    asyncio.run(session())
+async def test_steps_of_many_tasks_travel_together_and_one_that_fails_fails_alone() -> None:
+    async with served() as address, AsyncClient(address) as client:
+        state_id = (await client.dispatch.UpdateDispatchState(declaration())).state_id
+        async with client.dispatch_stream(REPLICA, state_id) as stream:
+            await stream.step(new=[new("r0")])
+            answers = await asyncio.gather(
+                *(stream.step(new=[new(f"r{n}", 11 if n == 0 else 10)]) for n in range(16)), return_exceptions=True
+            )
+            assert isinstance(answers[0], CallError)
+            assert answers[0].reason == "REQUEST_RUNNING"
+            others = [answer for answer in answers if isinstance(answer, pb2.DispatchRequestsResponse)]
+            assert [placed(answer) for answer in others] == [[f"r{n}"] for n in range(1, 16)]
+            together = await asyncio.gather(*(stream.step(new=[new(f"s{n}")]) for n in range(16)))
+            assert len({answer.sequence for answer in together}) <= 2  # the first alone, the others together
 
 
 class HeldCall:
@@ -206,53 +197,47 @@ class HeldCall:
         return task
 
 
-def test_a_step_that_nobody_waits_for_any_more_is_not_sent() -> None:
-    async def session() -> None:
-        call = HeldCall()
-        stream = AsyncDispatchStream(call, REPLICA, "state")
-        under_way = await call.is_sent(stream.step(new=[new("a")]))
-        with pytest.raises(CallError) as caught:
-            await stream.step(new=[new("b")], timeout=0)
-        assert caught.value.code == grpc.StatusCode.DEADLINE_EXCEEDED
-        behind = asyncio.create_task(stream.step(new=[new("c")]))
-        for task in (under_way, behind):
-            call.answers.put_nowait(pb2.DispatchRequestsResponse())
-            await task
-        assert call.written == [["a"], ["c"]]
-        under_way = await call.is_sent(stream.step(new=[new("d")]))
-        with pytest.raises(CallError):
-            await stream.step(new=[new("e")], timeout=0)
-        for name in ("d", "f"):  # nothing stays queued behind the first: the stream continues
-            call.answers.put_nowait(pb2.DispatchRequestsResponse())
-            await (under_way if name == "d" else stream.step(new=[new("f")]))
-        assert call.written[2:] == [["d"], ["f"]]
-
-    asyncio.run(asyncio.wait_for(session(), 30))
+async def test_a_step_that_nobody_waits_for_any_more_is_not_sent() -> None:
+    call = HeldCall()
+    stream = AsyncDispatchStream(call, REPLICA, "state")
+    under_way = await call.is_sent(stream.step(new=[new("a")]))
+    with pytest.raises(CallError) as caught:
+        await stream.step(new=[new("b")], timeout=0)
+    assert caught.value.code == grpc.StatusCode.DEADLINE_EXCEEDED
+    behind = asyncio.create_task(stream.step(new=[new("c")]))
+    for task in (under_way, behind):
+        call.answers.put_nowait(pb2.DispatchRequestsResponse())
+        await task
+    assert call.written == [["a"], ["c"]]
+    under_way = await call.is_sent(stream.step(new=[new("d")]))
+    with pytest.raises(CallError):
+        await stream.step(new=[new("e")], timeout=0)
+    for name in ("d", "f"):  # nothing stays queued behind the first: the stream continues
+        call.answers.put_nowait(pb2.DispatchRequestsResponse())
+        await (under_way if name == "d" else stream.step(new=[new("f")]))
+    assert call.written[2:] == [["d"], ["f"]]
 
 
 @pytest.mark.parametrize("part", ["read", "write"])
-def test_a_stream_that_breaks_in_a_way_that_nobody_foresaw_ends_with_all_its_steps(
+async def test_a_stream_that_breaks_in_a_way_that_nobody_foresaw_ends_with_all_its_steps(
     caplog: pytest.LogCaptureFixture, part: str
 ) -> None:
-    async def session() -> None:
-        async def fail(*_: object) -> None:
-            raise RuntimeError("unforeseen")
+    async def fail(*_: object) -> None:
+        raise RuntimeError("unforeseen")
 
-        call = HeldCall()
-        stream = AsyncDispatchStream(call, REPLICA, "state")
-        under_way = await call.is_sent(stream.step(new=[new("a")]))
-        behind = [asyncio.create_task(stream.step(new=[new(name)])) for name in ("b", "b")]  # one after another
-        await asyncio.sleep(0)
-        setattr(call, part, fail)
-        call.answers.put_nowait(pb2.DispatchRequestsResponse())
-        await under_way
-        for step in behind:
-            with pytest.raises(CallError, match="the dispatch stream has ended") as caught:
-                await step
-            assert str(caught.value.__cause__) == "unforeseen"
-        assert call.was_cancelled
-
-    asyncio.run(asyncio.wait_for(session(), 30))
+    call = HeldCall()
+    stream = AsyncDispatchStream(call, REPLICA, "state")
+    under_way = await call.is_sent(stream.step(new=[new("a")]))
+    behind = [asyncio.create_task(stream.step(new=[new(name)])) for name in ("b", "b")]  # one after another
+    await asyncio.sleep(0)
+    setattr(call, part, fail)
+    call.answers.put_nowait(pb2.DispatchRequestsResponse())
+    await under_way
+    for step in behind:
+        with pytest.raises(CallError, match="the dispatch stream has ended") as caught:
+            await step
+        assert str(caught.value.__cause__) == "unforeseen"
+    assert call.was_cancelled
     assert [record.message for record in caplog.records] == ["a dispatch stream failed, and is ended"]
 
 

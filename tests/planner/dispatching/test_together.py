@@ -91,17 +91,13 @@ def test_the_same_request_twice_in_a_turn_is_admitted_once() -> None:
     assert (list(first.homes), list(again.homes), set(replica.running)) == (["a"], [], {"a"})
 
 
-def test_a_call_whose_caller_has_gone_admits_nothing() -> None:
+async def test_a_call_whose_caller_has_gone_admits_nothing() -> None:
     replica = dispatch()
-
-    async def ask() -> None:
-        gone = asyncio.ensure_future(replica.admit([newcomer("a")]))
-        stays = asyncio.ensure_future(replica.admit([newcomer("b")]))
-        await asyncio.sleep(0)
-        gone.cancel()
-        await stays
-
-    asyncio.run(ask())
+    gone = asyncio.ensure_future(replica.admit([newcomer("a")]))
+    stays = asyncio.ensure_future(replica.admit([newcomer("b")]))
+    await asyncio.sleep(0)
+    gone.cancel()
+    await stays
     assert set(replica.running) == {"b"}
 
 

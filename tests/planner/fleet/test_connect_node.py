@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -154,76 +154,66 @@ async def until(holds: Callable[[], bool]) -> None:
         await asyncio.sleep(0.01)
 
 
-def run(body: Callable[[], Awaitable[None]]) -> None:
-    asyncio.run(asyncio.wait_for(body(), 30))
+async def test_a_plan_comes_into_force_and_a_redispatch_is_done() -> None:
+    async with planner() as (fleet, stub, store, hubs), agents(stub) as running:
+        await until(lambda: store.tables.plans.rows[PLAN].activation == plan_pb2.ACTIVATION_STATE_ACTIVE)
+        view = fleet.replica_view(REPLICA)
+        assert view is not None
+        assert view.state == replica_pb2.REPLICA_STATE_SERVING
+        assert view.authority == replica_pb2.HEAD_MAP_AUTHORITY_ENGINE
+        maps = await fleet.read_head_maps(REPLICA, 5.0)
+        assert (maps.generation, maps.step) == (view.generation, 7)
+        assert [one.id for one in maps.maps[0].requests] == ["r0", "r1"]
+        body = change(maps.generation)
+        await fleet.redispatch(body)
+        record = store.tables.redispatches.rows[body.name]
+        assert record.body.change.generation == maps.generation + 1
+        await until(lambda: store.tables.redispatches.rows[body.name].state == 5)  # DONE
+        assert running["a"].model.engines.owner["r0", 1] == "c/0"
+        fleet.tick()
+        await until(lambda: not any(reconciler.task for reconciler in fleet._reconcilers.values()))
+        keys = {event.key for event in hubs.cluster(CLUSTER)._newer(0)}
+        assert {("replica", REPLICA), ("redispatch", body.name), ("node", f"{CLUSTER}/nodes/a")} <= keys
+        told = {event.key: event.value for event in hubs.cluster(CLUSTER).newest()}[("redispatch", body.name)]
+        assert told.end_time == store.tables.redispatches.rows[body.name].body.end_time
+        assert [replica.name for replica in fleet.replicas_of(CLUSTER)] == [REPLICA]
+        assert fleet.cluster_names == [CLUSTER]
 
 
-def test_a_plan_comes_into_force_and_a_redispatch_is_done() -> None:
-    async def body() -> None:
-        async with planner() as (fleet, stub, store, hubs), agents(stub) as running:
-            await until(lambda: store.tables.plans.rows[PLAN].activation == plan_pb2.ACTIVATION_STATE_ACTIVE)
-            view = fleet.replica_view(REPLICA)
-            assert view is not None
-            assert view.state == replica_pb2.REPLICA_STATE_SERVING
-            assert view.authority == replica_pb2.HEAD_MAP_AUTHORITY_ENGINE
-            maps = await fleet.read_head_maps(REPLICA, 5.0)
-            assert (maps.generation, maps.step) == (view.generation, 7)
-            assert [one.id for one in maps.maps[0].requests] == ["r0", "r1"]
-            body = change(maps.generation)
-            await fleet.redispatch(body)
-            record = store.tables.redispatches.rows[body.name]
-            assert record.body.change.generation == maps.generation + 1
-            await until(lambda: store.tables.redispatches.rows[body.name].state == 5)  # DONE
-            assert running["a"].model.engines.owner["r0", 1] == "c/0"
-            fleet.tick()
-            await until(lambda: not any(reconciler.task for reconciler in fleet._reconcilers.values()))
-            keys = {event.key for event in hubs.cluster(CLUSTER)._newer(0)}
-            assert {("replica", REPLICA), ("redispatch", body.name), ("node", f"{CLUSTER}/nodes/a")} <= keys
-            told = {event.key: event.value for event in hubs.cluster(CLUSTER).newest()}[("redispatch", body.name)]
-            assert told.end_time == store.tables.redispatches.rows[body.name].body.end_time
-            assert [replica.name for replica in fleet.replicas_of(CLUSTER)] == [REPLICA]
-            assert fleet.cluster_names == [CLUSTER]
+async def test_the_real_store_carries_a_redispatch_and_the_next_planner_reads_it(tmp_path: Path) -> None:
+    kept = store_with_plan(cluster_document()).tables
 
-    run(body)
+    def fill(tx: Transaction) -> None:
+        tx.clusters.insert(kept.clusters.require(CLUSTER))
+        tx.plans.insert(kept.plans.require(PLAN))
+        tx.replicas.insert(kept.replicas.require(REPLICA))
 
-
-def test_the_real_store_carries_a_redispatch_and_the_next_planner_reads_it(tmp_path: Path) -> None:
-    async def body() -> None:
-        kept = store_with_plan(cluster_document()).tables
-
-        def fill(tx: Transaction) -> None:
-            tx.clusters.insert(kept.clusters.require(CLUSTER))
-            tx.plans.insert(kept.plans.require(PLAN))
-            tx.replicas.insert(kept.replicas.require(REPLICA))
-
-        url = f"sqlite:///{tmp_path / 'hetis.db'}"
-        store = await Store.open(url)
-        epoch = await store.lead("a test")
-        await store.write(fill)
-        async with planner(store=store, epoch=epoch) as (fleet, stub, _, _), agents(stub):
-            await until(lambda: _replica_state(fleet) == replica_pb2.REPLICA_STATE_SERVING)
-            maps = await fleet.read_head_maps(REPLICA, 5.0)
-            redispatch = change(maps.generation)
-            await fleet.redispatch(redispatch)
-            await until(lambda: fleet.counters.redispatches == {"REDISPATCH_STATE_DONE": 1})
-        record = await store.read(lambda tx: tx.redispatches.require(redispatch.name))
-        assert record.state == redispatch_pb2.REDISPATCH_STATE_DONE
-        assert record.body.HasField("end_time")
-        plan = await store.read(lambda tx: tx.plans.require(PLAN))
-        assert plan.activation == plan_pb2.ACTIVATION_STATE_ACTIVE
-        await store.close()
-        store = await Store.open(url)
-        epoch = await store.lead("the next")
-        async with planner(store=store, epoch=epoch) as (fleet, _, _, _):
-            view = fleet.replica_view(REPLICA)
-            assert view is not None
-            assert view.state == replica_pb2.REPLICA_STATE_SERVING
-            node = fleet.node_view(f"{CLUSTER}/nodes/a")
-            assert node is not None
-            assert node.state == cluster_pb2.NODE_STATE_SUSPECT
-        await store.close()
-
-    run(body)
+    url = f"sqlite:///{tmp_path / 'hetis.db'}"
+    store = await Store.open(url)
+    epoch = await store.lead("a test")
+    await store.write(fill)
+    async with planner(store=store, epoch=epoch) as (fleet, stub, _, _), agents(stub):
+        await until(lambda: _replica_state(fleet) == replica_pb2.REPLICA_STATE_SERVING)
+        maps = await fleet.read_head_maps(REPLICA, 5.0)
+        redispatch = change(maps.generation)
+        await fleet.redispatch(redispatch)
+        await until(lambda: fleet.counters.redispatches == {"REDISPATCH_STATE_DONE": 1})
+    record = await store.read(lambda tx: tx.redispatches.require(redispatch.name))
+    assert record.state == redispatch_pb2.REDISPATCH_STATE_DONE
+    assert record.body.HasField("end_time")
+    plan = await store.read(lambda tx: tx.plans.require(PLAN))
+    assert plan.activation == plan_pb2.ACTIVATION_STATE_ACTIVE
+    await store.close()
+    store = await Store.open(url)
+    epoch = await store.lead("the next")
+    async with planner(store=store, epoch=epoch) as (fleet, _, _, _):
+        view = fleet.replica_view(REPLICA)
+        assert view is not None
+        assert view.state == replica_pb2.REPLICA_STATE_SERVING
+        node = fleet.node_view(f"{CLUSTER}/nodes/a")
+        assert node is not None
+        assert node.state == cluster_pb2.NODE_STATE_SUSPECT
+    await store.close()
 
 
 def _replica_state(fleet: LiveFleet) -> int:
@@ -251,159 +241,133 @@ async def _read_to_the_end(call: grpc.aio.StreamStreamCall[pb.ConnectNodeRequest
         pass
 
 
-def test_a_stream_that_must_not_begin_is_refused_with_its_reason() -> None:
-    async def body() -> None:
-        async with planner() as (_, stub, _, _):
-            hello = ModelAgent("a", Engines()).hello()
-            assert await _status_of(stub, pb.ConnectNodeRequest(heartbeat=pb.Heartbeat())) == "PROTOCOL_VIOLATION"
-            old = pb.ConnectNodeRequest()
-            old.CopyFrom(hello)
-            old.hello.min_protocol_version = old.hello.protocol_version = 2
-            assert await _status_of(stub, old) == "PROTOCOL_VERSION"
-            stale = pb.ConnectNodeRequest()
-            stale.CopyFrom(hello)
-            stale.hello.newest_epoch = 9
-            assert await _status_of(stub, stale) == "STALE_EPOCH"
-            elsewhere = pb.ConnectNodeRequest()
-            elsewhere.CopyFrom(hello)
-            elsewhere.hello.node = "clusters/other/nodes/a"
-            assert await _status_of(stub, elsewhere) == "NOT_FOUND"
-            assert await _status_of(stub, hello, hello) == "PROTOCOL_VIOLATION"
-
-    run(body)
+async def test_a_stream_that_must_not_begin_is_refused_with_its_reason() -> None:
+    async with planner() as (_, stub, _, _):
+        hello = ModelAgent("a", Engines()).hello()
+        assert await _status_of(stub, pb.ConnectNodeRequest(heartbeat=pb.Heartbeat())) == "PROTOCOL_VIOLATION"
+        old = pb.ConnectNodeRequest()
+        old.CopyFrom(hello)
+        old.hello.min_protocol_version = old.hello.protocol_version = 2
+        assert await _status_of(stub, old) == "PROTOCOL_VERSION"
+        stale = pb.ConnectNodeRequest()
+        stale.CopyFrom(hello)
+        stale.hello.newest_epoch = 9
+        assert await _status_of(stub, stale) == "STALE_EPOCH"
+        elsewhere = pb.ConnectNodeRequest()
+        elsewhere.CopyFrom(hello)
+        elsewhere.hello.node = "clusters/other/nodes/a"
+        assert await _status_of(stub, elsewhere) == "NOT_FOUND"
+        assert await _status_of(stub, hello, hello) == "PROTOCOL_VIOLATION"
 
 
-def test_an_agent_that_makes_up_nodes_leaves_nothing_behind() -> None:
-    async def body() -> None:
-        async with planner() as (fleet, stub, store, hubs):
-            before = dict(store.tables.nodes.rows)
-            shown = hubs.cluster(CLUSTER)._events
-            for number in range(3):
-                hello = ModelAgent(f"n{number}", Engines()).hello()
-                inventory = inventory_pb2.NodeInventory(host_name="x" * 900_000)
-                large = pb.ConnectNodeRequest(epoch=1, sequence=1, inventory=inventory)
-                assert await _status_of(stub, hello, large) == "INVALID_FIELD"
-                key = "node", hello.hello.node
-                await until(lambda key=key: key in shown and shown[key].value is None)  # type: ignore[misc]
-                assert fleet.node_view(hello.hello.node) is None
-            assert store.tables.nodes.rows == before
-            assert fleet._clusters[CLUSTER].links.keys() <= {"a", "b", "c"}
-
-    run(body)
+async def test_an_agent_that_makes_up_nodes_leaves_nothing_behind() -> None:
+    async with planner() as (fleet, stub, store, hubs):
+        before = dict(store.tables.nodes.rows)
+        shown = hubs.cluster(CLUSTER)._events
+        for number in range(3):
+            hello = ModelAgent(f"n{number}", Engines()).hello()
+            inventory = inventory_pb2.NodeInventory(host_name="x" * 900_000)
+            large = pb.ConnectNodeRequest(epoch=1, sequence=1, inventory=inventory)
+            assert await _status_of(stub, hello, large) == "INVALID_FIELD"
+            key = "node", hello.hello.node
+            await until(lambda key=key: key in shown and shown[key].value is None)  # type: ignore[misc]
+            assert fleet.node_view(hello.hello.node) is None
+        assert store.tables.nodes.rows == before
+        assert fleet._clusters[CLUSTER].links.keys() <= {"a", "b", "c"}
 
 
-def test_an_agent_may_speak_for_its_own_node_only() -> None:
+async def test_an_agent_may_speak_for_its_own_node_only() -> None:
     who = callers.Identity(name="b", roles=frozenset({callers.CallerRole.AGENT}), scope=f"{CLUSTER}/nodes/b")
-
-    async def body() -> None:
-        async with planner(who) as (_, stub, _, _):
-            assert await _status_of(stub, ModelAgent("a", Engines()).hello()) == "WRONG_NODE"
-
-    run(body)
+    async with planner(who) as (_, stub, _, _):
+        assert await _status_of(stub, ModelAgent("a", Engines()).hello()) == "WRONG_NODE"
 
 
-def test_an_agent_of_another_run_is_refused_while_the_first_is_heard() -> None:
+async def test_an_agent_of_another_run_is_refused_while_the_first_is_heard() -> None:
     """A replayed Hello, with a token for the whole cluster, used to end the real agent for good."""
-
-    async def body() -> None:
-        async with planner() as (fleet, stub, _, _):
-            real, replayed = ModelAgent("a", Engines()), ModelAgent("a", Engines())
-            assert real.hello().hello.boot_id != replayed.hello().hello.boot_id
-            first = stub.ConnectNode()
-            await first.write(real.hello())
-            assert await _kind_of_next(first) == "welcome"
-            assert await _status_of(stub, replayed.hello()) == "NODE_IN_USE"
-            assert (fleet.counters.refusals, fleet.counters.takeovers) == (1, 0)
-            assert _state(fleet, f"{CLUSTER}/nodes/a") == cluster_pb2.NODE_STATE_READY
-            first.cancel()
-            await until(lambda: _state(fleet, f"{CLUSTER}/nodes/a") == cluster_pb2.NODE_STATE_SUSPECT)
-            second = stub.ConnectNode()  # the first stream has ended
-            await second.write(replayed.hello())
-            assert await _kind_of_next(second) == "welcome"
-            second.cancel()
-
-    run(body)
+    async with planner() as (fleet, stub, _, _):
+        real, replayed = ModelAgent("a", Engines()), ModelAgent("a", Engines())
+        assert real.hello().hello.boot_id != replayed.hello().hello.boot_id
+        first = stub.ConnectNode()
+        await first.write(real.hello())
+        assert await _kind_of_next(first) == "welcome"
+        assert await _status_of(stub, replayed.hello()) == "NODE_IN_USE"
+        assert (fleet.counters.refusals, fleet.counters.takeovers) == (1, 0)
+        assert _state(fleet, f"{CLUSTER}/nodes/a") == cluster_pb2.NODE_STATE_READY
+        first.cancel()
+        await until(lambda: _state(fleet, f"{CLUSTER}/nodes/a") == cluster_pb2.NODE_STATE_SUSPECT)
+        second = stub.ConnectNode()  # the first stream has ended
+        await second.write(replayed.hello())
+        assert await _kind_of_next(second) == "welcome"
+        second.cancel()
 
 
-def test_an_admin_ends_the_stream_of_an_agent_and_the_next_one_is_let_in() -> None:
-    async def body() -> None:
-        async with planner() as (fleet, stub, _, _):
-            stranger, real = ModelAgent("a", Engines()), ModelAgent("a", Engines())
-            first = stub.ConnectNode()
-            await first.write(stranger.hello())
-            assert await _kind_of_next(first) == "welcome"
-            fleet.disconnect(f"{CLUSTER}/nodes/a")
-            with pytest.raises(grpc.aio.AioRpcError) as caught:
-                await _read_to_the_end(first)
-            assert caught.value.details() == "NODE_TAKEN_OVER"
-            second = stub.ConnectNode()
-            await second.write(real.hello())
-            assert await _kind_of_next(second) == "welcome"
-            with pytest.raises(ServiceError, match="no agent is connected as"):
-                fleet.disconnect(f"{CLUSTER}/nodes/none")
-            second.cancel()
-
-    run(body)
+async def test_an_admin_ends_the_stream_of_an_agent_and_the_next_one_is_let_in() -> None:
+    async with planner() as (fleet, stub, _, _):
+        stranger, real = ModelAgent("a", Engines()), ModelAgent("a", Engines())
+        first = stub.ConnectNode()
+        await first.write(stranger.hello())
+        assert await _kind_of_next(first) == "welcome"
+        fleet.disconnect(f"{CLUSTER}/nodes/a")
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await _read_to_the_end(first)
+        assert caught.value.details() == "NODE_TAKEN_OVER"
+        second = stub.ConnectNode()
+        await second.write(real.hello())
+        assert await _kind_of_next(second) == "welcome"
+        with pytest.raises(ServiceError, match="no agent is connected as"):
+            fleet.disconnect(f"{CLUSTER}/nodes/none")
+        second.cancel()
 
 
-def test_a_second_stream_of_the_same_run_of_an_agent_ends_the_first() -> None:
-    async def body() -> None:
-        async with planner() as (fleet, stub, _, _):
-            agent = ModelAgent("a", Engines())
-            first = stub.ConnectNode()
-            await first.write(agent.hello())
-            assert await _kind_of_next(first) == "welcome"
-            second = stub.ConnectNode()
-            await second.write(agent.hello())
-            assert await _kind_of_next(second) == "welcome"
-            with pytest.raises(grpc.aio.AioRpcError) as caught:
-                await _read_to_the_end(first)
-            assert caught.value.details() == "NODE_TAKEN_OVER"
-            view = fleet.node_view(f"{CLUSTER}/nodes/a")
-            assert view is not None
-            assert view.state == cluster_pb2.NODE_STATE_READY
-            assert fleet.counters.takeovers == 1
-            second.cancel()
-
-    run(body)
+async def test_a_second_stream_of_the_same_run_of_an_agent_ends_the_first() -> None:
+    async with planner() as (fleet, stub, _, _):
+        agent = ModelAgent("a", Engines())
+        first = stub.ConnectNode()
+        await first.write(agent.hello())
+        assert await _kind_of_next(first) == "welcome"
+        second = stub.ConnectNode()
+        await second.write(agent.hello())
+        assert await _kind_of_next(second) == "welcome"
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await _read_to_the_end(first)
+        assert caught.value.details() == "NODE_TAKEN_OVER"
+        view = fleet.node_view(f"{CLUSTER}/nodes/a")
+        assert view is not None
+        assert view.state == cluster_pb2.NODE_STATE_READY
+        assert fleet.counters.takeovers == 1
+        second.cancel()
 
 
-def test_a_planner_that_goes_says_goodbye_and_nodes_keep_what_they_hold() -> None:
-    async def body() -> None:
-        async with planner() as (fleet, stub, store, _), agents(stub) as running:
-            await until(lambda: store.tables.plans.rows[PLAN].activation == plan_pb2.ACTIVATION_STATE_ACTIVE)
-            await fleet.stop("an upgrade")
-            call = running["a"].call
-            assert await call.code() == grpc.StatusCode.UNAVAILABLE
-            assert await call.details() == "DRAINING"
-            assert running["a"].model.states[REPLICA] == report_pb2.ASSIGNMENT_STATE_SERVING
-
-    run(body)
+async def test_a_planner_that_goes_says_goodbye_and_nodes_keep_what_they_hold() -> None:
+    async with planner() as (fleet, stub, store, _), agents(stub) as running:
+        await until(lambda: store.tables.plans.rows[PLAN].activation == plan_pb2.ACTIVATION_STATE_ACTIVE)
+        await fleet.stop("an upgrade")
+        call = running["a"].call
+        assert await call.code() == grpc.StatusCode.UNAVAILABLE
+        assert await call.details() == "DRAINING"
+        assert running["a"].model.states[REPLICA] == report_pb2.ASSIGNMENT_STATE_SERVING
 
 
-def test_a_planner_that_goes_waits_for_agents_that_are_slow_to_take_the_goodbye() -> None:
-    async def body() -> None:
-        async with planner() as (fleet, _, _, _):
+async def test_a_planner_that_goes_waits_for_agents_that_are_slow_to_take_the_goodbye() -> None:
+    async with planner() as (fleet, _, _, _):
 
-            async def requests() -> AsyncIterator[pb.ConnectNodeRequest]:
-                yield ModelAgent("a", Engines()).hello()
-                await asyncio.Event().wait()
+        async def requests() -> AsyncIterator[pb.ConnectNodeRequest]:
+            yield ModelAgent("a", Engines()).hello()
+            await asyncio.Event().wait()
 
-            stream = fleet.connect(callers.ANYBODY, requests())
-            assert (await anext(stream)).WhichOneof("message") == "welcome"
-            stopping = asyncio.create_task(fleet.stop("an upgrade"))
-            await asyncio.sleep(0.05)
+        stream = fleet.connect(callers.ANYBODY, requests())
+        assert (await anext(stream)).WhichOneof("message") == "welcome"
+        stopping = asyncio.create_task(fleet.stop("an upgrade"))
+        await asyncio.sleep(0.05)
+        assert not stopping.done()
+        while (await anext(stream)).WhichOneof("message") != "goodbye":
             assert not stopping.done()
-            while (await anext(stream)).WhichOneof("message") != "goodbye":
-                assert not stopping.done()
-            with pytest.raises(ServiceError, match="reconnect"):
-                await anext(stream)
-            await stopping
-
-    run(body)
+        with pytest.raises(ServiceError, match="reconnect"):
+            await anext(stream)
+        await stopping
 
 
-def test_a_broken_stream_makes_a_node_suspect_and_head_maps_that_were_asked_for_fail_at_once() -> None:
+async def test_a_broken_stream_makes_a_node_suspect_and_head_maps_that_were_asked_for_fail_at_once() -> None:
     async def body() -> None:
         async with planner() as (fleet, stub, _, _):
             call = stub.ConnectNode()
@@ -423,10 +387,10 @@ def test_a_broken_stream_makes_a_node_suspect_and_head_maps_that_were_asked_for_
 
     for _ in range(2):
         try:
-            return run(body)
+            return await body()
         except _UnheardError:
             pass
-    return run(body)
+    return await body()
 
 
 class _UnheardError(Exception):

@@ -53,7 +53,7 @@ def test_stages_are_those_that_dispatch_starts_from(plan_file: str) -> None:
     np.testing.assert_array_equal(first.link_byte_s, expected.saved.move_byte_s())
 
 
-def test_a_plan_that_is_deleted_and_made_again_under_its_name_has_its_own_contents(plan_file: str) -> None:
+async def test_a_plan_that_is_deleted_and_made_again_under_its_name_has_its_own_contents(plan_file: str) -> None:
     store = MemoryStore()
     contents = PlanContents(store)  # type: ignore[arg-type]
 
@@ -63,12 +63,9 @@ def test_a_plan_that_is_deleted_and_made_again_under_its_name_has_its_own_conten
         store.tables.plans.rows[PLAN], store.tables.plan_documents[PLAN] = made, document
         return (await contents.of(PLAN, [0]))[0]
 
-    async def story() -> None:
-        assert await contents_of(Path(plan_file).read_bytes(), "one") is not None
-        assert await contents_of(b"{}", "two") is None
-        assert await contents_of(Path(plan_file).read_bytes(), "one") is not None
-
-    asyncio.run(story())
+    assert await contents_of(Path(plan_file).read_bytes(), "one") is not None
+    assert await contents_of(b"{}", "two") is None
+    assert await contents_of(Path(plan_file).read_bytes(), "one") is not None
 
 
 def test_contents_name_the_gpu_types_and_no_replica_that_cannot_be_worked_out_stops_the_others(plan_file: str) -> None:

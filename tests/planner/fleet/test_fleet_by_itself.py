@@ -125,186 +125,162 @@ def state(fleet: LiveFleet) -> str:
     return cluster_pb2.NodeState.Name(view.state).removeprefix("NODE_STATE_")
 
 
-def test_calls_about_a_new_cluster_that_meet_make_one_room_of_it() -> None:
-    async def body() -> None:
-        store = store_of_one_cluster()
-        fleet = new_fleet(store)
-        store.reads = asyncio.Event()
-        calls = [asyncio.create_task(fleet.cluster_changed(CLUSTER)) for _ in range(2)]
-        await asyncio.sleep(0)
-        store.reads.set()
-        await calls[0]
-        room = fleet._clusters[CLUSTER]
-        async with stream(fleet):
-            calls.append(asyncio.create_task(fleet.cluster_changed(CLUSTER)))
-            await asyncio.gather(*calls)
-            assert fleet._clusters[CLUSTER] is room
-            assert state(fleet) == "READY"
-        await fleet.stop("the test is over")
-
-    run(body)
-
-
-def test_of_a_cluster_that_is_gone_nothing_is_left_and_it_may_come_again() -> None:
-    async def body() -> None:
-        store = store_of_one_cluster()
-        fleet = new_fleet(store)
-        await fleet.cluster_changed(CLUSTER)
-        await settle(fleet)
-        record = store.tables.clusters.rows.pop(CLUSTER)
-        first, second = asyncio.Event(), asyncio.Event()
-
-        async def call() -> None:
-            await fleet.cluster_changed(CLUSTER)
-            if CLUSTER in fleet._clusters:
-                assert fleet._reconcilers[CLUSTER].cluster is fleet._clusters[CLUSTER]
-
-        store.reads = first
-        calls = [asyncio.create_task(call()) for _ in range(3)]
-        await asyncio.sleep(0)  # one reads, the others wait for it
-        store.reads = second
-        first.set()
-        await calls[0]
-        assert CLUSTER not in fleet._clusters
-        store.tables.clusters.rows[CLUSTER] = record
-        calls.append(asyncio.create_task(call()))
-        await asyncio.sleep(0)
-        second.set()
+async def test_calls_about_a_new_cluster_that_meet_make_one_room_of_it() -> None:
+    store = store_of_one_cluster()
+    fleet = new_fleet(store)
+    store.reads = asyncio.Event()
+    calls = [asyncio.create_task(fleet.cluster_changed(CLUSTER)) for _ in range(2)]
+    await asyncio.sleep(0)
+    store.reads.set()
+    await calls[0]
+    room = fleet._clusters[CLUSTER]
+    async with stream(fleet):
+        calls.append(asyncio.create_task(fleet.cluster_changed(CLUSTER)))
         await asyncio.gather(*calls)
-        assert fleet._reconcilers[CLUSTER].cluster is fleet._clusters[CLUSTER]
-        await fleet.cluster_changed("clusters/never")
-        assert list(fleet._reconcilers) == [CLUSTER]
-        await fleet.stop("the test is over")
-
-    run(body)
+        assert fleet._clusters[CLUSTER] is room
+        assert state(fleet) == "READY"
+    await fleet.stop("the test is over")
 
 
-def test_a_planner_that_stood_still_takes_nobodys_silence_for_a_death() -> None:
-    async def body() -> None:
-        clock = HandClock()
-        fleet = new_fleet(store_of_one_cluster(), clock)
+async def test_of_a_cluster_that_is_gone_nothing_is_left_and_it_may_come_again() -> None:
+    store = store_of_one_cluster()
+    fleet = new_fleet(store)
+    await fleet.cluster_changed(CLUSTER)
+    await settle(fleet)
+    record = store.tables.clusters.rows.pop(CLUSTER)
+    first, second = asyncio.Event(), asyncio.Event()
+
+    async def call() -> None:
         await fleet.cluster_changed(CLUSTER)
-        async with stream(fleet):
-            fleet.tick()
-            clock.now_s += 60.0  # the process or its machine was suspended
-            fleet.tick()
-            assert state(fleet) == "READY"
-            seen = []
-            for _ in range(24):  # now it listens, and the node is silent
-                clock.now_s += SETTINGS.tick_s
-                fleet.tick()
-                seen.append(state(fleet))
-            assert list(dict.fromkeys(seen)) == ["READY", "SUSPECT", "LOST"]
-        await fleet.stop("the test is over")
+        if CLUSTER in fleet._clusters:
+            assert fleet._reconcilers[CLUSTER].cluster is fleet._clusters[CLUSTER]
 
-    run(body)
+    store.reads = first
+    calls = [asyncio.create_task(call()) for _ in range(3)]
+    await asyncio.sleep(0)  # one reads, the others wait for it
+    store.reads = second
+    first.set()
+    await calls[0]
+    assert CLUSTER not in fleet._clusters
+    store.tables.clusters.rows[CLUSTER] = record
+    calls.append(asyncio.create_task(call()))
+    await asyncio.sleep(0)
+    second.set()
+    await asyncio.gather(*calls)
+    assert fleet._reconcilers[CLUSTER].cluster is fleet._clusters[CLUSTER]
+    await fleet.cluster_changed("clusters/never")
+    assert list(fleet._reconcilers) == [CLUSTER]
+    await fleet.stop("the test is over")
+
+
+async def test_a_planner_that_stood_still_takes_nobodys_silence_for_a_death() -> None:
+    clock = HandClock()
+    fleet = new_fleet(store_of_one_cluster(), clock)
+    await fleet.cluster_changed(CLUSTER)
+    async with stream(fleet):
+        fleet.tick()
+        clock.now_s += 60.0  # the process or its machine was suspended
+        fleet.tick()
+        assert state(fleet) == "READY"
+        seen = []
+        for _ in range(24):  # now it listens, and the node is silent
+            clock.now_s += SETTINGS.tick_s
+            fleet.tick()
+            seen.append(state(fleet))
+        assert list(dict.fromkeys(seen)) == ["READY", "SUSPECT", "LOST"]
+    await fleet.stop("the test is over")
 
 
 @pytest.mark.parametrize("error", [RuntimeError("a bug"), OSError("a disk")])
-def test_what_could_not_be_written_for_whatever_reason_is_written_with_the_next_look(error: Exception) -> None:
-    async def body() -> None:
-        store = store_of_one_cluster()
-        fleet = new_fleet(store)
-        await fleet.cluster_changed(CLUSTER)
+async def test_what_could_not_be_written_for_whatever_reason_is_written_with_the_next_look(error: Exception) -> None:
+    store = store_of_one_cluster()
+    fleet = new_fleet(store)
+    await fleet.cluster_changed(CLUSTER)
+    await settle(fleet)
+    store.fails_with = error
+    advised = change(1)
+    advised.state = redispatch_pb2.REDISPATCH_STATE_ADVISED
+    async with stream(fleet):
+        with suppress(type(error)):
+            await fleet.redispatch(advised)
+        assert store.fails_with is None
+        fleet.tick()
         await settle(fleet)
-        store.fails_with = error
-        advised = change(1)
-        advised.state = redispatch_pb2.REDISPATCH_STATE_ADVISED
-        async with stream(fleet):
-            with suppress(type(error)):
-                await fleet.redispatch(advised)
-            assert store.fails_with is None
-            fleet.tick()
-            await settle(fleet)
-        assert store.tables.nodes.require(NODE).body.agent_version == "1.0"
-        assert advised.name in store.tables.redispatches.rows
-        await fleet.stop("the test is over")
-
-    run(body)
+    assert store.tables.nodes.require(NODE).body.agent_version == "1.0"
+    assert advised.name in store.tables.redispatches.rows
+    await fleet.stop("the test is over")
 
 
-def test_the_store_is_asked_once_for_all_changes_that_nodes_speak_of() -> None:
-    async def body() -> None:
-        store = store_of_one_cluster()
-        fleet = new_fleet(store)
-        await fleet.cluster_changed(CLUSTER)
+async def test_the_store_is_asked_once_for_all_changes_that_nodes_speak_of() -> None:
+    store = store_of_one_cluster()
+    fleet = new_fleet(store)
+    await fleet.cluster_changed(CLUSTER)
+    await settle(fleet)
+    before = store.num_reads
+    hello = ModelAgent("a", Engines()).hello()
+    hello.hello.changes.extend(
+        change_pb2.ChangeStatus(change_id=f"c-{number}", replica=REPLICA, phase=change_pb2.CHANGE_PHASE_PREPARING)
+        for number in range(50)
+    )
+    async with stream(fleet, hello) as sent:
         await settle(fleet)
-        before = store.num_reads
-        hello = ModelAgent("a", Engines()).hello()
-        hello.hello.changes.extend(
-            change_pb2.ChangeStatus(change_id=f"c-{number}", replica=REPLICA, phase=change_pb2.CHANGE_PHASE_PREPARING)
-            for number in range(50)
-        )
-        async with stream(fleet, hello) as sent:
-            await settle(fleet)
-            assert store.num_reads - before == 1
-            assert any(message.delta.HasField("abort") for message in sent)
-        await fleet.stop("the test is over")
-
-    run(body)
+        assert store.num_reads - before == 1
+        assert any(message.delta.HasField("abort") for message in sent)
+    await fleet.stop("the test is over")
 
 
-def test_the_number_of_connected_nodes_follows_their_streams() -> None:
-    async def body() -> None:
-        fleet = new_fleet(store_of_one_cluster())
-        assert fleet.num_connected(CLUSTER) == 0
-        await fleet.cluster_changed(CLUSTER)
-        async with stream(fleet):
+async def test_the_number_of_connected_nodes_follows_their_streams() -> None:
+    fleet = new_fleet(store_of_one_cluster())
+    assert fleet.num_connected(CLUSTER) == 0
+    await fleet.cluster_changed(CLUSTER)
+    async with stream(fleet):
+        assert fleet.num_connected(CLUSTER) == 1
+        async with stream(fleet):  # a new stream takes over
             assert fleet.num_connected(CLUSTER) == 1
-            async with stream(fleet):  # a new stream takes over
-                assert fleet.num_connected(CLUSTER) == 1
-        assert fleet.num_connected(CLUSTER) == 0
-        await fleet.stop("the test is over")
-
-    run(body)
+    assert fleet.num_connected(CLUSTER) == 0
+    await fleet.stop("the test is over")
 
 
-def test_no_message_of_an_agent_is_larger_than_a_mebibyte() -> None:
-    async def body() -> None:
-        fleet = new_fleet(store_of_one_cluster())
-        await fleet.cluster_changed(CLUSTER)
-        hello = ModelAgent("a", Engines()).hello()
-        large = Request()
-        large.CopyFrom(hello)
-        large.hello.agent_version = "x" * 2**20
+async def test_no_message_of_an_agent_is_larger_than_a_mebibyte() -> None:
+    fleet = new_fleet(store_of_one_cluster())
+    await fleet.cluster_changed(CLUSTER)
+    hello = ModelAgent("a", Engines()).hello()
+    large = Request()
+    large.CopyFrom(hello)
+    large.hello.agent_version = "x" * 2**20
 
-        async def requests(*messages: Request) -> AsyncIterator[Request]:
-            for message in messages:
-                yield message
-            await asyncio.Event().wait()
+    async def requests(*messages: Request) -> AsyncIterator[Request]:
+        for message in messages:
+            yield message
+        await asyncio.Event().wait()
 
-        for messages in ((large,), (hello, Request(report=pb.NodeReport(), sequence=1, head_map=_large_piece()))):
-            with pytest.raises(ServiceError) as caught:
-                async for _ in fleet.connect(callers.ANYBODY, requests(*messages)):
-                    pass
-            assert caught.value.reason_name == "MESSAGE_TOO_LARGE"
-        await fleet.stop("the test is over")
-
-    run(body)
+    for messages in ((large,), (hello, Request(report=pb.NodeReport(), sequence=1, head_map=_large_piece()))):
+        with pytest.raises(ServiceError) as caught:
+            async for _ in fleet.connect(callers.ANYBODY, requests(*messages)):
+                pass
+        assert caught.value.reason_name == "MESSAGE_TOO_LARGE"
+    await fleet.stop("the test is over")
 
 
 def _large_piece() -> pb.HeadMapPiece:
     return pb.HeadMapPiece(request_id="x" * 2**20)
 
 
-def test_a_planner_that_another_one_replaced_writes_nothing(tmp_path: Path) -> None:
-    async def body() -> None:
-        url = f"sqlite:///{tmp_path / 'hetis.db'}"
-        zombie = await Store.open(url)
-        await zombie.lead("the first")
-        await zombie.write(lambda tx: tx.clusters.insert(cluster_record("")))
-        assert zombie._lock is not None
-        zombie._lock.release()  # as after a suspension, or on a disk that lost the lock
-        other = await Store.open(url)
-        await other.lead("the second")
-        with pytest.raises(ServiceError) as caught:
-            await zombie.write(lambda tx: tx.clusters.delete(CLUSTER))
-        assert caught.value.reason_name == "NOT_LEADER"
-        record = await other.read(lambda tx: tx.clusters.require(CLUSTER))
-        assert record.version == 1
-        await other.write(lambda tx: tx.clusters.update(replace(record, update_time_s=2.0)))
-        await other.close()
-        with suppress(Exception):
-            await zombie.close()
-
-    run(body)
+async def test_a_planner_that_another_one_replaced_writes_nothing(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'hetis.db'}"
+    zombie = await Store.open(url)
+    await zombie.lead("the first")
+    await zombie.write(lambda tx: tx.clusters.insert(cluster_record("")))
+    assert zombie._lock is not None
+    zombie._lock.release()  # as after a suspension, or on a disk that lost the lock
+    other = await Store.open(url)
+    await other.lead("the second")
+    with pytest.raises(ServiceError) as caught:
+        await zombie.write(lambda tx: tx.clusters.delete(CLUSTER))
+    assert caught.value.reason_name == "NOT_LEADER"
+    record = await other.read(lambda tx: tx.clusters.require(CLUSTER))
+    assert record.version == 1
+    await other.write(lambda tx: tx.clusters.update(replace(record, update_time_s=2.0)))
+    await other.close()
+    with suppress(Exception):
+        await zombie.close()

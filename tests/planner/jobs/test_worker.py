@@ -150,16 +150,13 @@ def test_a_search_that_is_called_off_keeps_its_incumbent(posed: PosedProblem) ->
     assert result.value > 0
 
 
-def test_a_process_ends_when_its_service_is_gone(posed: PosedProblem) -> None:
-    async def scenario() -> int:
-        process = await SolverProcess.start()
-        async with asyncio.timeout(60):
-            ready = await process.receive()
-            assert ready is not None
-            assert ready.kind == "ready"
-            process.send(JobFrame(kind="solve", fields={}, payload=posed.to_json()))
-            await process.receive()
-            process._stdin.close()  # as the kernel does for a service that has died
-            return await process.ended()
-
-    assert asyncio.run(scenario()) == 0
+async def test_a_process_ends_when_its_service_is_gone(posed: PosedProblem) -> None:
+    process = await SolverProcess.start()
+    async with asyncio.timeout(60):
+        ready = await process.receive()
+        assert ready is not None
+        assert ready.kind == "ready"
+        process.send(JobFrame(kind="solve", fields={}, payload=posed.to_json()))
+        await process.receive()
+        process._stdin.close()  # as the kernel does for a service that has died
+        assert await process.ended() == 0

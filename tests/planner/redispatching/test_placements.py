@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from pathlib import Path
 
 from hetis.planner.convert.documents import DeclaredFleets
@@ -26,29 +25,26 @@ def placements_of(planner: Planner) -> StoredPlacements:
     )
 
 
-def test_a_proposal_is_made_read_with_its_replicas_put_in_force_and_withdrawn(tmp_path: Path) -> None:
-    async def story() -> None:
-        async with planner_in(tmp_path) as planner:
-            placements = placements_of(planner)
-            assert await placements.plan_in_force("clusters/paper") is None
-            assert await placements.plan("plans/none") is None
-            spec = plan_pb2.PlanSpec(model_name="Llama-2-70B", workload_name="azure_conv_2023", skip_verification=True)
-            name = await placements.propose("clusters/paper", spec, "For 300 s b is gone.")
-            await planner.solved(name)
-            plan = await placements.plan(name)
-            assert plan is not None
-            assert (plan.origin, plan.proposal_reason) == (plan_pb2.PLAN_ORIGIN_PROPOSAL, "For 300 s b is gone.")
-            assert plan.spec.model_name == "Llama-2-70B"
-            assert plan.result.replicas
-            assert await placements.plan(name) is plan  # the plan's document is parsed once
-            await placements.activate(name)
-            in_force = await placements.plan_in_force("clusters/paper")
-            assert in_force is not None
-            assert (in_force.name, in_force.activation) == (name, plan_pb2.ACTIVATION_STATE_ACTIVATING)
-            other = await placements.propose("clusters/paper", spec, "For 300 s c is gone.")
-            await planner.solved(other)
-            await placements.withdraw(other)
-            assert await placements.plan(other) is None
-            await placements.withdraw(other)
-
-    asyncio.run(story())
+async def test_a_proposal_is_made_read_with_its_replicas_put_in_force_and_withdrawn(tmp_path: Path) -> None:
+    async with planner_in(tmp_path) as planner:
+        placements = placements_of(planner)
+        assert await placements.plan_in_force("clusters/paper") is None
+        assert await placements.plan("plans/none") is None
+        spec = plan_pb2.PlanSpec(model_name="Llama-2-70B", workload_name="azure_conv_2023", skip_verification=True)
+        name = await placements.propose("clusters/paper", spec, "For 300 s b is gone.")
+        await planner.solved(name)
+        plan = await placements.plan(name)
+        assert plan is not None
+        assert (plan.origin, plan.proposal_reason) == (plan_pb2.PLAN_ORIGIN_PROPOSAL, "For 300 s b is gone.")
+        assert plan.spec.model_name == "Llama-2-70B"
+        assert plan.result.replicas
+        assert await placements.plan(name) is plan  # the plan's document is parsed once
+        await placements.activate(name)
+        in_force = await placements.plan_in_force("clusters/paper")
+        assert in_force is not None
+        assert (in_force.name, in_force.activation) == (name, plan_pb2.ACTIVATION_STATE_ACTIVATING)
+        other = await placements.propose("clusters/paper", spec, "For 300 s c is gone.")
+        await planner.solved(other)
+        await placements.withdraw(other)
+        assert await placements.plan(other) is None
+        await placements.withdraw(other)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -136,19 +135,3 @@ async def planner_in(
 async def make_cluster(clusters: Clusters, cluster_id: str, text: bytes) -> None:
     cluster = cluster_pb2.Cluster(document=document_pb2.Document(content=text, source_name=f"{cluster_id}.yaml"))
     await clusters.create(cluster_service_pb2.CreateClusterRequest(cluster_id=cluster_id, cluster=cluster))
-
-
-def with_planner(
-    folder: Path,
-    scenario: Callable[[Planner], Coroutine[Any, Any, T]],
-    *,
-    scripted: bool = False,
-    settings: PoolSettings = PoolSettings(),  # noqa: B008
-) -> T:
-    """Run ``scenario`` against a new planner, for at most three minutes: the solver may have to be compiled."""
-
-    async def run() -> T:
-        async with planner_in(folder, scripted=scripted, settings=settings) as planner, asyncio.timeout(180):
-            return await scenario(planner)
-
-    return asyncio.run(run())

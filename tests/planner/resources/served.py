@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -177,16 +176,6 @@ class _WithDeadline:
     def __getattr__(self, name: str) -> Callable[[Message], Any]:
         call = getattr(self._stub, name)
         return lambda request: call(request) if name.startswith("Watch") else call(request, timeout=20)
-
-
-def with_planner(folder: Path, scenario: Callable[[Served], Coroutine[Any, Any, T]]) -> T:
-    """Run ``scenario`` against a new planner, for at most a minute."""
-
-    async def run() -> T:
-        async with served(folder) as planner:
-            return await asyncio.wait_for(scenario(planner), 60)
-
-    return asyncio.run(run())
 
 
 @dataclass(frozen=True, kw_only=True)

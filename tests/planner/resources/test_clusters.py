@@ -17,7 +17,7 @@ from hetis.planner.store import PlanRecord, ReplicaRecord, Transaction
 from hetis.v1 import cluster_pb2, plan_pb2, replica_pb2
 from hetis.v1 import cluster_service_pb2 as pb
 from hetis.v1.view_pb2 import VIEW_BASIC
-from tests.planner.resources.served import CLUSTER, Served, document, live_replica, refused, with_planner
+from tests.planner.resources.served import CLUSTER, Served, document, live_replica, refused, served
 from tests.planner.store import samples
 
 
@@ -26,8 +26,8 @@ def new(cluster_id: str = "night", text: str = CLUSTER, **fields: object) -> pb.
     return pb.CreateClusterRequest(cluster_id=cluster_id, cluster=cluster, **fields)  # type: ignore[arg-type]
 
 
-def test_a_cluster_is_made_read_and_listed(tmp_path: Path) -> None:
-    async def scenario(planner: Served) -> None:
+async def test_a_cluster_is_made_read_and_listed(tmp_path: Path) -> None:
+    async with served(tmp_path) as planner:
         made = (await planner.clusters.CreateCluster(new())).cluster
         assert (made.name, made.num_nodes, made.num_gpus, made.etag) == ("clusters/night", 4, 8, "v1")
         assert made.create_time.seconds == made.update_time.seconds == 1000
@@ -41,11 +41,9 @@ def test_a_cluster_is_made_read_and_listed(tmp_path: Path) -> None:
         assert short.document.digest == made.document.digest
         assert list((await planner.clusters.ListClusters(pb.ListClustersRequest())).clusters) == [short]
 
-    with_planner(tmp_path, scenario)
 
-
-def test_the_answer_has_canonical_json_and_its_digest(tmp_path: Path) -> None:
-    async def scenario(planner: Served) -> None:
+async def test_the_answer_has_canonical_json_and_its_digest(tmp_path: Path) -> None:
+    async with served(tmp_path) as planner:
         answer = (await planner.clusters.CreateCluster(new())).cluster.document
         value = documents.from_data(json.loads(answer.content))
         assert answer.digest == documents.digest(value) == f"sha256:{hashlib.sha256(answer.content).hexdigest()}"
@@ -53,11 +51,9 @@ def test_the_answer_has_canonical_json_and_its_digest(tmp_path: Path) -> None:
         again = (await planner.clusters.CreateCluster(new("other", as_json))).cluster.document
         assert (again.content, again.digest) == (answer.content, answer.digest)
 
-    with_planner(tmp_path, scenario)
 
-
-def test_every_wrong_field_is_reported_at_once(tmp_path: Path) -> None:
-    async def scenario(planner: Served) -> None:
+async def test_every_wrong_field_is_reported_at_once(tmp_path: Path) -> None:
+    async with served(tmp_path) as planner:
         request = new("Night-", CLUSTER.replace("L4", "L44"), request_id="7")
         request.cluster.policy.high_water = 1.5
         request.cluster.policy.deviation_ratio = float("nan")
@@ -78,13 +74,11 @@ def test_every_wrong_field_is_reported_at_once(tmp_path: Path) -> None:
         }
         assert refusal.fields["cluster.policy.prepare_timeout"] == "is 601 s, must be 100 ms to 10 minutes"
 
-    with_planner(tmp_path, scenario)
 
-
-def test_every_problem_of_a_document_is_reported_with_its_line(tmp_path: Path) -> None:
+async def test_every_problem_of_a_document_is_reported_with_its_line(tmp_path: Path) -> None:
     text = CLUSTER.replace("A100-SXM-80GB", "A100-SXN-80GB").replace("20us", "20").replace("count: 3", "count: 0")
 
-    async def scenario(planner: Served) -> None:
+    async with served(tmp_path) as planner:
         refusal = await refused(planner.clusters.CreateCluster(new(text=text)))
         assert (refusal.code, refusal.reason) == (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_DOCUMENT")
         assert list(refusal.fields) == [
@@ -94,8 +88,6 @@ def test_every_problem_of_a_document_is_reported_with_its_line(tmp_path: Path) -
         ]
         assert refusal.fields["cluster.document#nodes[0].gpus[0].type"].startswith("fleet.yaml:5: ")
         assert "A100-SXM-80GB" in refusal.fields["cluster.document#nodes[0].gpus[0].type"]
-
-    with_planner(tmp_path, scenario)
 
 
 @pytest.mark.parametrize(
@@ -111,19 +103,17 @@ def test_every_problem_of_a_document_is_reported_with_its_line(tmp_path: Path) -
         (b"a: &a [1,1,1,1,1,1,1,1,1]\nb: &b [*a,*a,*a,*a,*a,*a,*a,*a]\n" * 1, "apiVersion"),
     ],
 )
-def test_what_is_no_document_is_refused(tmp_path: Path, content: bytes, message: str) -> None:
-    async def scenario(planner: Served) -> None:
+async def test_what_is_no_document_is_refused(tmp_path: Path, content: bytes, message: str) -> None:
+    async with served(tmp_path) as planner:
         request = new()
         request.cluster.document.content = content
         refusal = await refused(planner.clusters.CreateCluster(request))
         assert refusal.reason == "INVALID_DOCUMENT"
         assert message in " ".join(refusal.fields.values())
 
-    with_planner(tmp_path, scenario)
 
-
-def test_a_document_of_another_kind_or_without_content_is_refused(tmp_path: Path) -> None:
-    async def scenario(planner: Served) -> None:
+async def test_a_document_of_another_kind_or_without_content_is_refused(tmp_path: Path) -> None:
+    async with served(tmp_path) as planner:
         request = new()
         request.cluster.document.kind = 4
         refusal = await refused(planner.clusters.CreateCluster(request))
@@ -132,11 +122,9 @@ def test_a_document_of_another_kind_or_without_content_is_refused(tmp_path: Path
         refusal = await refused(planner.clusters.CreateCluster(request))
         assert refusal.fields == {"cluster.document": "is required"}
 
-    with_planner(tmp_path, scenario)
 
-
-def test_checking_only_changes_nothing(tmp_path: Path) -> None:
-    async def scenario(planner: Served) -> None:
+async def test_checking_only_changes_nothing(tmp_path: Path) -> None:
+    async with served(tmp_path) as planner:
         would_be = (await planner.clusters.CreateCluster(new(validate_only=True))).cluster
         assert (would_be.name, would_be.num_gpus, would_be.etag) == ("clusters/night", 8, "")
         assert not would_be.HasField("create_time")
@@ -151,11 +139,9 @@ def test_checking_only_changes_nothing(tmp_path: Path) -> None:
         await planner.clusters.DeleteCluster(pb.DeleteClusterRequest(name=made.name, validate_only=True))
         assert (await planner.clusters.GetCluster(pb.GetClusterRequest(name=made.name))).cluster == made
 
-    with_planner(tmp_path, scenario)
 
-
-def test_a_repeated_request_is_done_once(tmp_path: Path) -> None:
-    async def scenario(planner: Served) -> None:
+async def test_a_repeated_request_is_done_once(tmp_path: Path) -> None:
+    async with served(tmp_path) as planner:
         request = new(request_id=str(uuid.uuid4()))
         answers = await asyncio.gather(*(planner.clusters.CreateCluster(request) for _ in range(5)))
         assert all(answer == answers[0] for answer in answers)
@@ -171,11 +157,9 @@ def test_a_repeated_request_is_done_once(tmp_path: Path) -> None:
         assert (await planner.clusters.CreateCluster(request)) == answers[0]  # the first answer, not a new cluster
         assert list((await planner.clusters.ListClusters(pb.ListClustersRequest())).clusters) == []
 
-    with_planner(tmp_path, scenario)
 
-
-def test_an_update_changes_what_its_mask_says(tmp_path: Path) -> None:
-    async def scenario(planner: Served) -> None:
+async def test_an_update_changes_what_its_mask_says(tmp_path: Path) -> None:
+    async with served(tmp_path) as planner:
         request = new()
         request.cluster.policy.high_water = 0.8
         request.cluster.policy.redispatch = cluster_pb2.REACTION_MODE_OFF
@@ -208,11 +192,9 @@ def test_an_update_changes_what_its_mask_says(tmp_path: Path) -> None:
         refusal = await refused(planner.clusters.UpdateCluster(call))
         assert set(refusal.fields) == {"cluster.document", *(f"update_mask.paths[{number}]" for number in (1, 2, 3))}
 
-    with_planner(tmp_path, scenario)
 
-
-def test_a_change_of_what_has_changed_is_refused(tmp_path: Path) -> None:
-    async def scenario(planner: Served) -> None:
+async def test_a_change_of_what_has_changed_is_refused(tmp_path: Path) -> None:
+    async with served(tmp_path) as planner:
         made = (await planner.clusters.CreateCluster(new())).cluster
         wanted = cluster_pb2.Cluster(name=made.name, etag=made.etag, policy=cluster_pb2.ClusterPolicy(high_water=0.5))
         await planner.clusters.UpdateCluster(pb.UpdateClusterRequest(cluster=wanted))
@@ -226,13 +208,11 @@ def test_a_change_of_what_has_changed_is_refused(tmp_path: Path) -> None:
             assert refusal.metadata == {"name": made.name, "etag": "v2"}
         await planner.clusters.DeleteCluster(pb.DeleteClusterRequest(name=made.name, etag="v2"))
 
-    with_planner(tmp_path, scenario)
 
-
-def test_a_cluster_in_use_is_not_deleted_and_an_idle_one_goes_with_its_plans(tmp_path: Path) -> None:
+async def test_a_cluster_in_use_is_not_deleted_and_an_idle_one_goes_with_its_plans(tmp_path: Path) -> None:
     plan, replica = samples.plan("plans/p", cluster="clusters/night"), samples.replica("clusters/night/replicas/0")
 
-    async def scenario(planner: Served) -> None:
+    async with served(tmp_path) as planner:
         await planner.clusters.CreateCluster(new())
         delete = pb.DeleteClusterRequest(name="clusters/night")
         await _use(planner, plan, replica)
@@ -251,8 +231,6 @@ def test_a_cluster_in_use_is_not_deleted_and_an_idle_one_goes_with_its_plans(tmp
         )
         assert left == ([], [], None)
 
-    with_planner(tmp_path, scenario)
-
 
 async def _use(planner: Served, plan: PlanRecord, replica: ReplicaRecord) -> None:
     def work(tx: Transaction) -> None:
@@ -264,8 +242,8 @@ async def _use(planner: Served, plan: PlanRecord, replica: ReplicaRecord) -> Non
     await planner.store.write(work)
 
 
-def test_names_that_cannot_be_are_refused(tmp_path: Path) -> None:
-    async def scenario(planner: Served) -> None:
+async def test_names_that_cannot_be_are_refused(tmp_path: Path) -> None:
+    async with served(tmp_path) as planner:
         for name in ("", "clusters/", "clusters/A", "clusters/a/b", "night", "clusters/" + "a" * 64, "clusters/a\0"):
             refusal = await refused(planner.clusters.GetCluster(pb.GetClusterRequest(name=name)))
             assert (refusal.reason, set(refusal.fields)) == ("INVALID_FIELD", {"name"})
@@ -273,11 +251,9 @@ def test_names_that_cannot_be_are_refused(tmp_path: Path) -> None:
             "page_size": "is -1, must not be below 0"
         }
 
-    with_planner(tmp_path, scenario)
 
-
-def test_replicas_and_redispatches_are_read_and_listed(tmp_path: Path) -> None:
-    async def scenario(planner: Served) -> None:
+async def test_replicas_and_redispatches_are_read_and_listed(tmp_path: Path) -> None:
+    async with served(tmp_path) as planner:
         await planner.clusters.CreateCluster(new())
         first = samples.replica("clusters/night/replicas/a")
         first.body.shape.rate_rps = 3.0
@@ -322,11 +298,9 @@ def test_replicas_and_redispatches_are_read_and_listed(tmp_path: Path) -> None:
         ):
             assert (await refused(call)).reason == "NOT_FOUND"
 
-    with_planner(tmp_path, scenario)
 
-
-def test_a_plan_that_was_deleted_with_its_cluster_is_told(tmp_path: Path) -> None:
-    async def scenario(planner: Served) -> None:
+async def test_a_plan_that_was_deleted_with_its_cluster_is_told(tmp_path: Path) -> None:
+    async with served(tmp_path) as planner:
         await planner.clusters.CreateCluster(new())
         await planner.store.write(lambda tx: tx.plans.insert(samples.plan("plans/p", cluster="clusters/night")))
         planner.hubs.plans.publish("plans/p", plan_pb2.Plan(), now_s=1.0)
@@ -335,11 +309,9 @@ def test_a_plan_that_was_deleted_with_its_cluster_is_told(tmp_path: Path) -> Non
             assert [(event.key, event.value) for event in events] == [("plans/p", None)]
             break
 
-    with_planner(tmp_path, scenario)
 
-
-def test_an_update_that_changes_nothing_leaves_the_etag(tmp_path: Path) -> None:
-    async def scenario(planner: Served) -> None:
+async def test_an_update_that_changes_nothing_leaves_the_etag(tmp_path: Path) -> None:
+    async with served(tmp_path) as planner:
         policy = cluster_pb2.ClusterPolicy(high_water=0.8)
         cluster = cluster_pb2.Cluster(document=document(), policy=policy)
         made = (
@@ -355,14 +327,12 @@ def test_an_update_that_changes_nothing_leaves_the_etag(tmp_path: Path) -> None:
         changed = (await planner.clusters.UpdateCluster(pb.UpdateClusterRequest(cluster=cluster))).cluster
         assert (changed.etag, changed.update_time.seconds) == ("v2", 1005)
 
-    with_planner(tmp_path, scenario)
 
-
-def test_a_document_is_kept_byte_for_byte_beside_what_it_means(tmp_path: Path) -> None:
+async def test_a_document_is_kept_byte_for_byte_beside_what_it_means(tmp_path: Path) -> None:
     text = "# night shift\n" + CLUSTER.replace("count: 3,", "count: 3,   # three of them\n   ")
     other = text.replace("night shift", "day shift")
 
-    async def scenario(planner: Served) -> None:
+    async with served(tmp_path) as planner:
         await planner.clusters.CreateCluster(new(text=text))
         made = (await planner.clusters.GetCluster(pb.GetClusterRequest(name="clusters/night"))).cluster
         assert made.document.text == text.encode()
@@ -373,5 +343,3 @@ def test_a_document_is_kept_byte_for_byte_beside_what_it_means(tmp_path: Path) -
         changed = (await planner.clusters.UpdateCluster(pb.UpdateClusterRequest(cluster=cluster))).cluster
         assert (changed.document.text, changed.document.digest) == (other.encode(), made.document.digest)
         assert changed.etag != made.etag
-
-    with_planner(tmp_path, scenario)

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import asyncio
-
 from hetis.planner.fleet.hubs import Hubs
 from hetis.v1 import redispatch_pb2
 
 
-def test_old_redispatches_are_forgotten_however_often_they_changed() -> None:
-    async def scenario() -> None:
-        hub = Hubs(1).cluster("clusters/a")
-        for number in range(1003):
-            for _ in range(2):
-                name = f"clusters/a/redispatches/{number}"
-                hub.publish(("redispatch", name), redispatch_pb2.Redispatch(name=name), now_s=0.0)
-        events = await anext(hub.watch())
-        gone = [event.key[1].rpartition("/")[2] for event in events if event.value is None]
-        assert sorted(gone) == ["0", "1", "2"]
-        assert len(events) == 1003
-
-    asyncio.run(scenario())
+async def test_old_redispatches_are_forgotten_however_often_they_changed() -> None:
+    hub = Hubs(1).cluster("clusters/a")
+    for number in range(1003):
+        for _ in range(2):
+            name = f"clusters/a/redispatches/{number}"
+            hub.publish(("redispatch", name), redispatch_pb2.Redispatch(name=name), now_s=0.0)
+    events = await anext(hub.watch())
+    gone = [event.key[1].rpartition("/")[2] for event in events if event.value is None]
+    assert sorted(gone) == ["0", "1", "2"]
+    assert len(events) == 1003
 
 
 def test_a_hub_is_of_its_cluster_until_the_cluster_goes() -> None:

@@ -15,7 +15,7 @@ from hetis.planner.store import NodeRecord
 from hetis.v1 import cluster_pb2, inventory_pb2, report_pb2
 from hetis.v1 import cluster_service_pb2 as pb
 from hetis.v1.view_pb2 import VIEW_BASIC
-from tests.planner.resources.served import CLUSTER, STATE, LiveNode, Served, document, live_node, refused, with_planner
+from tests.planner.resources.served import CLUSTER, STATE, LiveNode, Served, document, live_node, refused, served
 from tests.planner.store import samples
 
 PARENT = "clusters/night"
@@ -45,14 +45,14 @@ async def states(planner: Served, *wanted: STATE.ValueType) -> dict[str, str]:
     return {node.name.rpartition("/")[2]: STATE.Name(node.state).removeprefix("NODE_STATE_") for node in page.nodes}
 
 
-def test_states_of_nodes_are_those_of_document_and_fleet(tmp_path: Path) -> None:
+async def test_states_of_nodes_are_those_of_document_and_fleet(tmp_path: Path) -> None:
     before = NodeRecord(
         name=f"{PARENT}/nodes/l4-2",
         cluster=PARENT,
         body=cluster_pb2.Node(agent_version="1", connect_time={"seconds": 3}),
     )
 
-    async def scenario(planner: Served) -> None:
+    async with served(tmp_path) as planner:
         await make(planner)
         await planner.store.write(lambda tx: tx.nodes.insert(before))
         see(planner, "l4-0", STATE.NODE_STATE_READY)
@@ -81,16 +81,14 @@ def test_states_of_nodes_are_those_of_document_and_fleet(tmp_path: Path) -> None
             await refused(planner.clusters.ListNodes(pb.ListNodesRequest(parent="clusters/x")))
         ).reason == "NOT_FOUND"
 
-    with_planner(tmp_path, scenario)
 
-
-def test_a_node_shows_what_was_kept_and_what_is_seen(tmp_path: Path) -> None:
+async def test_a_node_shows_what_was_kept_and_what_is_seen(tmp_path: Path) -> None:
     name = f"{PARENT}/nodes/l4-0"
     body = cluster_pb2.Node(agent_version="1.2", inventory=found("L4", "L4"), connect_time={"seconds": 1})
     replica = samples.replica(f"{PARENT}/replicas/r")
     replica.body.nodes.extend([name, f"{PARENT}/nodes/l4-1"])
 
-    async def scenario(planner: Served) -> None:
+    async with served(tmp_path) as planner:
         await make(planner)
         await planner.store.write(lambda tx: tx.nodes.insert(NodeRecord(name=name, cluster=PARENT, body=body)))
         await planner.store.write(lambda tx: tx.replicas.insert(replica))
@@ -108,13 +106,11 @@ def test_a_node_shows_what_was_kept_and_what_is_seen(tmp_path: Path) -> None:
         expected = (await planner.clusters.GetNode(pb.GetNodeRequest(name=f"{PARENT}/nodes/a100"))).node
         assert (expected.etag, expected.draining) == ("v0", False)
 
-    with_planner(tmp_path, scenario)
 
-
-def test_draining_is_kept_once_and_told_to_the_fleet(tmp_path: Path) -> None:
+async def test_draining_is_kept_once_and_told_to_the_fleet(tmp_path: Path) -> None:
     name = f"{PARENT}/nodes/l4-0"
 
-    async def scenario(planner: Served) -> None:
+    async with served(tmp_path) as planner:
         await make(planner)
         planner.fleet.changed.clear()
         request = pb.DrainNodeRequest(name=name, etag="v0", request_id=str(uuid.uuid4()))
@@ -131,13 +127,11 @@ def test_draining_is_kept_once_and_told_to_the_fleet(tmp_path: Path) -> None:
         nobody = pb.DrainNodeRequest(name=f"{PARENT}/nodes/l4-7")
         assert (await refused(planner.clusters.DrainNode(nobody))).reason == "NOT_FOUND"
 
-    with_planner(tmp_path, scenario)
 
-
-def test_draining_is_answered_again_when_the_node_or_its_cluster_is_gone(tmp_path: Path) -> None:
+async def test_draining_is_answered_again_when_the_node_or_its_cluster_is_gone(tmp_path: Path) -> None:
     name = f"{PARENT}/nodes/l4-0"
 
-    async def scenario(planner: Served) -> None:
+    async with served(tmp_path) as planner:
         await make(planner)
         request = pb.DrainNodeRequest(name=name, request_id=str(uuid.uuid4()))
         node = (await planner.clusters.DrainNode(request)).node
@@ -149,8 +143,6 @@ def test_draining_is_answered_again_when_the_node_or_its_cluster_is_gone(tmp_pat
         for request_id in (str(uuid.uuid4()), ""):
             another = pb.DrainNodeRequest(name=name, request_id=request_id)
             assert (await refused(planner.clusters.DrainNode(another))).reason == "NOT_FOUND"
-
-    with_planner(tmp_path, scenario)
 
 
 async def inventory(planner: Served) -> cluster_pb2.Inventory:
@@ -164,8 +156,8 @@ def differences(answer: cluster_pb2.Inventory) -> list[tuple[str, str]]:
     return [(KIND.Name(each.kind).removeprefix(prefix), each.device or each.node) for each in answer.differences]
 
 
-def test_a_fleet_as_declared_has_no_differences_and_the_same_document(tmp_path: Path) -> None:
-    async def scenario(planner: Served) -> None:
+async def test_a_fleet_as_declared_has_no_differences_and_the_same_document(tmp_path: Path) -> None:
+    async with served(tmp_path) as planner:
         await make(planner)
         see(planner, "a100", STATE.NODE_STATE_READY, inventory=found("A100-SXM-80GB", "A100-SXM-80GB"))
         for number in range(3):
@@ -176,11 +168,9 @@ def test_a_fleet_as_declared_has_no_differences_and_the_same_document(tmp_path: 
         assert answer.found.digest == cluster.document.digest
         assert (answer.name, answer.cluster_etag) == (f"{PARENT}/inventory", "v1")
 
-    with_planner(tmp_path, scenario)
 
-
-def test_every_difference_has_both_sides(tmp_path: Path) -> None:
-    async def scenario(planner: Served) -> None:
+async def test_every_difference_has_both_sides(tmp_path: Path) -> None:
+    async with served(tmp_path) as planner:
         await make(planner)
         see(planner, "a100", STATE.NODE_STATE_SUSPECT, inventory=found("A100-SXM-80GB"))
         see(planner, "l4-0", STATE.NODE_STATE_READY, inventory=found("T4", "L4", "L4"))
@@ -205,16 +195,14 @@ def test_every_difference_has_both_sides(tmp_path: Path) -> None:
             *("l4-0/0 T4", "l4-0/1 L4", "l4-0/2 L4", "l4-1/0 L4", "l4-2/0 L4", "l4-2/1 L4", "spare/0 L4")
         ]
 
-    with_planner(tmp_path, scenario)
 
-
-def test_the_indices_of_gpus_are_kept_where_the_document_lists_them_by_type(tmp_path: Path) -> None:
+async def test_the_indices_of_gpus_are_kept_where_the_document_lists_them_by_type(tmp_path: Path) -> None:
     """In the past they were lost: a plan's GPU 1 was the A100 of index 2, but its engine was started on the T4."""
     mixed = found("A100-SXM-80GB", "T4", "A100-SXM-80GB")
     text = CLUSTER.replace("count: 3", "count: 1")
     assert text != CLUSTER
 
-    async def scenario(planner: Served) -> None:
+    async with served(tmp_path) as planner:
         await make(planner, text)
         see(planner, "l4-0", STATE.NODE_STATE_READY, inventory=found("", "L4"))
         see(planner, "spare", STATE.NODE_STATE_UNDECLARED, inventory=mixed)
@@ -224,15 +212,13 @@ def test_the_indices_of_gpus_are_kept_where_the_document_lists_them_by_type(tmp_
         assert [gpus["type"] for gpus in nodes["spare"]["gpus"]] == ["A100-SXM-80GB", "T4"]
         assert nodes["spare"]["indices"] == [0, 2, 1]
 
-    with_planner(tmp_path, scenario)
 
-
-def test_a_node_with_the_declared_indices_is_as_declared(tmp_path: Path) -> None:
+async def test_a_node_with_the_declared_indices_is_as_declared(tmp_path: Path) -> None:
     text = CLUSTER.replace("count: 3", "count: 3, indices: [1, 2]")
     assert text != CLUSTER
     shifted = inventory_pb2.NodeInventory(devices=[{"index": 1, "gpu_type": "L4"}, {"index": 2, "gpu_type": "L4"}])
 
-    async def scenario(planner: Served) -> None:
+    async with served(tmp_path) as planner:
         await make(planner, text)
         see(planner, "a100", STATE.NODE_STATE_READY, inventory=found("A100-SXM-80GB", "A100-SXM-80GB"))
         for number in range(3):
@@ -240,39 +226,33 @@ def test_a_node_with_the_declared_indices_is_as_declared(tmp_path: Path) -> None
         cluster = (await planner.clusters.GetCluster(pb.GetClusterRequest(name=PARENT))).cluster
         assert (await inventory(planner)).found.digest == cluster.document.digest
 
-    with_planner(tmp_path, scenario)
 
-
-def test_links_of_what_was_not_found_are_left_out(tmp_path: Path) -> None:
+async def test_links_of_what_was_not_found_are_left_out(tmp_path: Path) -> None:
     text = CLUSTER.replace(
         "latency: 20us}",
         "latency: 20us, nodes: {links: [{between: [l4-0, l4-1], bandwidth: 1Gbps, latency: 1us}, "
         "{between: [l4-0, a100], bandwidth: 2Gbps, latency: 1us}]}}",
     )
 
-    async def scenario(planner: Served) -> None:
+    async with served(tmp_path) as planner:
         await make(planner, text)
         see(planner, "l4-0", STATE.NODE_STATE_READY, inventory=found("L4", "L4"))
         see(planner, "l4-1", STATE.NODE_STATE_READY, inventory=found("L4", "L4"))
         cluster = documents.from_data(json.loads((await inventory(planner)).found.content))
         assert list(cluster.network.between_nodes) == [("l4-0", "l4-1")]  # type: ignore[union-attr]
 
-    with_planner(tmp_path, scenario)
 
-
-def test_without_agents_everything_is_missing(tmp_path: Path) -> None:
-    async def scenario(planner: Served) -> None:
+async def test_without_agents_everything_is_missing(tmp_path: Path) -> None:
+    async with served(tmp_path) as planner:
         await make(planner)
         answer = await inventory(planner)
         assert [kind for kind, _ in differences(answer)] == ["NODE_MISSING"] * 4
         assert json.loads(answer.found.content)["nodes"] == []
 
-    with_planner(tmp_path, scenario)
-
 
 @pytest.mark.parametrize("text", [CLUSTER.replace("count: 3", "count: 10001")])
-def test_a_fleet_that_is_too_large_is_refused(tmp_path: Path, text: str) -> None:
-    async def scenario(planner: Served) -> None:
+async def test_a_fleet_that_is_too_large_is_refused(tmp_path: Path, text: str) -> None:
+    async with served(tmp_path) as planner:
         cluster = cluster_pb2.Cluster(document=document(text))
         request = pb.CreateClusterRequest(cluster_id="night", cluster=cluster)
         refusal = await refused(planner.clusters.CreateCluster(request))
@@ -280,14 +260,12 @@ def test_a_fleet_that_is_too_large_is_refused(tmp_path: Path, text: str) -> None
             "cluster.document#nodes": "has 10002 nodes, a cluster of the service has at most 10000"
         }
 
-    with_planner(tmp_path, scenario)
 
-
-def test_a_node_record_of_a_drained_node_survives_its_agent(tmp_path: Path) -> None:
+async def test_a_node_record_of_a_drained_node_survives_its_agent(tmp_path: Path) -> None:
     """The fleet extends the record that draining created."""
     name = f"{PARENT}/nodes/l4-0"
 
-    async def scenario(planner: Served) -> None:
+    async with served(tmp_path) as planner:
         await make(planner)
         await planner.clusters.DrainNode(pb.DrainNodeRequest(name=name))
         await planner.store.write(
@@ -298,14 +276,12 @@ def test_a_node_record_of_a_drained_node_survives_its_agent(tmp_path: Path) -> N
         node = (await planner.clusters.GetNode(pb.GetNodeRequest(name=name))).node
         assert (node.draining, node.etag, len(node.inventory.devices)) == (True, "v2", 1)
 
-    with_planner(tmp_path, scenario)
 
-
-def test_one_node_and_one_cluster_are_answered_without_looking_at_all_nodes(tmp_path: Path) -> None:
+async def test_one_node_and_one_cluster_are_answered_without_looking_at_all_nodes(tmp_path: Path) -> None:
     """Otherwise a viewer of a large fleet could block the planner."""
     name = f"{PARENT}/nodes/l4-0"
 
-    async def scenario(planner: Served) -> None:
+    async with served(tmp_path) as planner:
         await make(planner)
         see(planner, "l4-0", STATE.NODE_STATE_READY)
         planner.fleet.looked_up.clear()
@@ -315,14 +291,13 @@ def test_one_node_and_one_cluster_are_answered_without_looking_at_all_nodes(tmp_
         await planner.clusters.ListClusters(pb.ListClustersRequest())
         assert set(planner.fleet.looked_up) == {name}
 
-    with_planner(tmp_path, scenario)
 
-
-def test_replicas_of_a_node_are_those_of_the_records(tmp_path: Path) -> None:
+async def test_replicas_of_a_node_are_those_of_the_records(tmp_path: Path) -> None:
     """Parsed documents are cached, and read again only when a record has changed."""
     name = f"{PARENT}/nodes/l4-0"
 
-    async def scenario(planner: Served) -> None:
+    async with served(tmp_path) as planner:
+
         async def replicas() -> list[str]:
             return list((await planner.clusters.GetNode(pb.GetNodeRequest(name=name))).node.replicas)
 
@@ -340,5 +315,3 @@ def test_replicas_of_a_node_are_those_of_the_records(tmp_path: Path) -> None:
         record.body.nodes[:] = [name]
         await planner.store.write(lambda tx: tx.replicas.delete(record.name))
         assert await replicas() == []
-
-    with_planner(tmp_path, scenario)

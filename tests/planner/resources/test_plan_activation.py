@@ -19,7 +19,7 @@ from hetis.solver.budget import Budget, silent
 from hetis.solver.plan import ObjectiveKind, Plan, Role
 from hetis.v1 import document_pb2, plan_pb2, replica_pb2
 from hetis.v1 import plan_service_pb2 as pb2
-from tests.planner.resources.planned import PAPER, Planner, make_cluster, with_planner
+from tests.planner.resources.planned import PAPER, Planner, make_cluster, planner_in
 from tests.planner.resources.served import refused
 
 KEEP, START, DRAIN = pb2.TRANSITION_KIND_KEEP, pb2.TRANSITION_KIND_START, pb2.TRANSITION_KIND_DRAIN
@@ -78,8 +78,8 @@ def kinds(response: Any) -> list[tuple[int, int]]:
     return sorted({(step.wave, step.kind) for step in response.steps})
 
 
-def test_a_plan_comes_into_force_in_one_transaction(tmp_path: Path, plans: dict[str, Plan]) -> None:
-    async def scenario(planner: Planner) -> None:
+async def test_a_plan_comes_into_force_in_one_transaction(tmp_path: Path, plans: dict[str, Plan]) -> None:
+    async with planner_in(tmp_path, scripted=True) as planner:
         await import_plan(planner, "a", plans["large"])
         dry = await activate(planner, "a", validate_only=True)
         assert await replicas(planner) == {}
@@ -102,13 +102,11 @@ def test_a_plan_comes_into_force_in_one_transaction(tmp_path: Path, plans: dict[
         in_use = await refused(planner.call("DeletePlan", pb2.DeletePlanRequest(name="plans/a")))
         assert in_use.reason == "RESOURCE_IN_USE"
 
-    with_planner(tmp_path, scenario, scripted=True)
 
-
-def test_what_the_next_plan_contains_goes_on_and_rolling_back_finds_it_again(
+async def test_what_the_next_plan_contains_goes_on_and_rolling_back_finds_it_again(
     tmp_path: Path, plans: dict[str, Plan]
 ) -> None:
-    async def scenario(planner: Planner) -> None:
+    async with planner_in(tmp_path, scripted=True) as planner:
         await import_plan(planner, "a", plans["large"])
         await import_plan(planner, "same", replace(plans["large"], inputs=dict(plans["large"].inputs) | {"seed": 7}))
         await import_plan(planner, "b", plans["small"])
@@ -136,13 +134,11 @@ def test_what_the_next_plan_contains_goes_on_and_rolling_back_finds_it_again(
         await planner.call("DeletePlan", pb2.DeletePlanRequest(name="plans/b"))
         assert await activate(planner, "b", request_id=moved_id) == moved
 
-    with_planner(tmp_path, scenario, scripted=True)
 
-
-def test_a_plan_that_failed_to_come_up_is_tried_again_and_never_gone_back_to(
+async def test_a_plan_that_failed_to_come_up_is_tried_again_and_never_gone_back_to(
     tmp_path: Path, plans: dict[str, Plan]
 ) -> None:
-    async def scenario(planner: Planner) -> None:
+    async with planner_in(tmp_path, scripted=True) as planner:
         for plan_id, kind in (("a", "large"), ("b", "small"), ("c", "fast")):
             await import_plan(planner, plan_id, plans[kind])
         await activate(planner, "a")
@@ -157,11 +153,9 @@ def test_a_plan_that_failed_to_come_up_is_tried_again_and_never_gone_back_to(
         await planner.call("DeletePlan", pb2.DeletePlanRequest(name="plans/a"))
         assert (await refused(roll_back(planner, "c"))).reason == "NO_EARLIER_PLAN"
 
-    with_planner(tmp_path, scenario, scripted=True)
 
-
-def test_only_what_was_looked_at_is_put_in_force(tmp_path: Path, plans: dict[str, Plan]) -> None:
-    async def scenario(planner: Planner) -> None:
+async def test_only_what_was_looked_at_is_put_in_force(tmp_path: Path, plans: dict[str, Plan]) -> None:
+    async with planner_in(tmp_path, scripted=True) as planner:
         await import_plan(planner, "a", plans["large"])
         stale = await refused(activate(planner, "a", etag="v7"))
         assert (stale.reason, stale.metadata) == ("ETAG_MISMATCH", {"name": "plans/a", "etag": "v1"})
@@ -169,11 +163,9 @@ def test_only_what_was_looked_at_is_put_in_force(tmp_path: Path, plans: dict[str
         assert stale.metadata["name"] == "clusters/paper"
         await activate(planner, "a", etag="v1", cluster_etag="v1")
 
-    with_planner(tmp_path, scenario, scripted=True)
 
-
-def test_gpus_that_are_gone_since_are_all_named(tmp_path: Path, plans: dict[str, Plan]) -> None:
-    async def scenario(planner: Planner) -> None:
+async def test_gpus_that_are_gone_since_are_all_named(tmp_path: Path, plans: dict[str, Plan]) -> None:
+    async with planner_in(tmp_path, scripted=True) as planner:
         await import_plan(planner, "a", plans["large"])
         await planner.store.write(lambda tx: tx.clusters.delete("clusters/paper"))
         await make_cluster(planner.clusters, "paper", PAPER.replace(b"name: a100,", b"name: h100,"))
@@ -181,11 +173,9 @@ def test_gpus_that_are_gone_since_are_all_named(tmp_path: Path, plans: dict[str,
         assert (missing.code, missing.reason) == (grpc.StatusCode.FAILED_PRECONDITION, "INVENTORY_MISMATCH")
         assert missing.metadata == {"cluster": "clusters/paper", "missing_gpus": "4"}
 
-    with_planner(tmp_path, scenario, scripted=True)
 
-
-def test_differences_say_what_becomes_of_every_replica(tmp_path: Path, plans: dict[str, Plan]) -> None:
-    async def scenario(planner: Planner) -> None:
+async def test_differences_say_what_becomes_of_every_replica(tmp_path: Path, plans: dict[str, Plan]) -> None:
+    async with planner_in(tmp_path, scripted=True) as planner:
         await import_plan(planner, "a", plans["large"])
         await import_plan(planner, "b", plans["small"])
         diff = await planner.call("DiffPlans", pb2.DiffPlansRequest(name="plans/a", other="plans/b"))
@@ -197,5 +187,3 @@ def test_differences_say_what_becomes_of_every_replica(tmp_path: Path, plans: di
         assert diff.load_bytes == pytest.approx(13.5e9 * len(plans["small"].replicas), rel=0.1)
         assert set(diff.taken_devices).isdisjoint(diff.freed_devices)
         assert json.loads(dump(plans["small"], "json"))["result"]["value"] == diff.other_value
-
-    with_planner(tmp_path, scenario, scripted=True)

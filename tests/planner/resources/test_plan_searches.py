@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import signal
 import uuid
@@ -21,7 +20,6 @@ from tests.planner.resources.planned import (
     Planner,
     create_request,
     planner_in,
-    with_planner,
 )
 from tests.planner.resources.served import refused
 
@@ -33,8 +31,8 @@ async def cancel(planner: Planner, name: str) -> plan_pb2.Plan:
     return (await planner.call("CancelPlan", pb2.CancelPlanRequest(name=name))).plan  # type: ignore[no-any-return]
 
 
-def test_a_crashed_solver_process_is_a_failed_plan_and_nothing_else(tmp_path: Path) -> None:
-    async def scenario(planner: Planner) -> None:
+async def test_a_crashed_solver_process_is_a_failed_plan_and_nothing_else(tmp_path: Path) -> None:
+    async with planner_in(tmp_path, scripted=True) as planner:
         await planner.create("bad", seed=CRASH)
         plan = await planner.solved("plans/bad")
         assert plan.state == FAILED
@@ -44,11 +42,9 @@ def test_a_crashed_solver_process_is_a_failed_plan_and_nothing_else(tmp_path: Pa
         await planner.create("next", seed=FIND_NOTHING)
         assert (await planner.solved("plans/next")).failure.reason == failure_pb2.ERROR_REASON_NO_PLAN_FOUND
 
-    with_planner(tmp_path, scenario, scripted=True)
 
-
-def test_a_killed_solver_process_is_a_failed_plan_with_its_signal(tmp_path: Path) -> None:
-    async def scenario(planner: Planner) -> None:
+async def test_a_killed_solver_process_is_a_failed_plan_with_its_signal(tmp_path: Path) -> None:
+    async with planner_in(tmp_path, scripted=True) as planner:
         await planner.create("night", seed=WAIT)
         # If the process were killed before its first report, the search would start again.
         await planner.until("plans/night", lambda plan: plan.HasField("progress"))
@@ -56,11 +52,9 @@ def test_a_killed_solver_process_is_a_failed_plan_with_its_signal(tmp_path: Path
         plan = await planner.solved("plans/night")
         assert dict(plan.failure.metadata) == {"exit_code": "-9"}
 
-    with_planner(tmp_path, scenario, scripted=True)
 
-
-def test_a_plan_that_waits_is_cancelled_at_once_and_never_solved(tmp_path: Path) -> None:
-    async def scenario(planner: Planner) -> None:
+async def test_a_plan_that_waits_is_cancelled_at_once_and_never_solved(tmp_path: Path) -> None:
+    async with planner_in(tmp_path, scripted=True) as planner:
         await planner.create("first", seed=WAIT)
         await planner.solving("plans/first")
         await planner.create("second", seed=WAIT)
@@ -69,11 +63,9 @@ def test_a_plan_that_waits_is_cancelled_at_once_and_never_solved(tmp_path: Path)
         again = await cancel(planner, "plans/second")
         assert again.state == CANCELLED
 
-    with_planner(tmp_path, scenario, scripted=True)
 
-
-def test_a_search_that_is_called_off_answers_with_the_best_plan_so_far(tmp_path: Path) -> None:
-    async def scenario(planner: Planner) -> None:
+async def test_a_search_that_is_called_off_answers_with_the_best_plan_so_far(tmp_path: Path) -> None:
+    async with planner_in(tmp_path, scripted=True) as planner:
         await planner.create("night", seed=WAIT)
         await planner.solving("plans/night")
         await cancel(planner, "plans/night")
@@ -83,22 +75,18 @@ def test_a_search_that_is_called_off_answers_with_the_best_plan_so_far(tmp_path:
         read = planner.stub.ReadPlanDocument(pb2.ReadPlanDocumentRequest(name="plans/night"))
         assert (await read.read()).content == b"incumbent"
 
-    with_planner(tmp_path, scenario, scripted=True)
 
-
-def test_a_search_that_does_not_hear_is_cancelled_all_the_same(tmp_path: Path) -> None:
-    async def scenario(planner: Planner) -> None:
+async def test_a_search_that_does_not_hear_is_cancelled_all_the_same(tmp_path: Path) -> None:
+    async with planner_in(tmp_path, scripted=True, settings=PoolSettings(grace_s=0.2)) as planner:
         await planner.create("deaf", seed=HANG)
         await planner.solving("plans/deaf")
         told = await cancel(planner, "plans/deaf")
         assert told.state == SOLVING
         assert (await planner.solved("plans/deaf")).state == CANCELLED
 
-    with_planner(tmp_path, scenario, scripted=True, settings=PoolSettings(grace_s=0.2))
 
-
-def test_a_full_queue_says_when_to_come_again_but_answers_what_it_has_answered(tmp_path: Path) -> None:
-    async def scenario(planner: Planner) -> None:
+async def test_a_full_queue_says_when_to_come_again_but_answers_what_it_has_answered(tmp_path: Path) -> None:
+    async with planner_in(tmp_path, scripted=True, settings=PoolSettings(queue_size=1)) as planner:
         await planner.create("first", seed=WAIT)
         await planner.solving("plans/first")
         request = create_request("second", request_id=str(uuid.uuid4()), seed=WAIT)
@@ -114,11 +102,9 @@ def test_a_full_queue_says_when_to_come_again_but_answers_what_it_has_answered(t
         await planner.solved("plans/second")
         await planner.create("third", seed=WAIT)
 
-    with_planner(tmp_path, scenario, scripted=True, settings=PoolSettings(queue_size=1))
 
-
-def test_a_name_is_taken_once(tmp_path: Path) -> None:
-    async def scenario(planner: Planner) -> None:
+async def test_a_name_is_taken_once(tmp_path: Path) -> None:
+    async with planner_in(tmp_path, scripted=True) as planner:
         await planner.create("night", seed=WAIT)
         taken = await refused(planner.call("CreatePlan", create_request("night", seed=WAIT)))
         assert (taken.code, taken.reason) == (grpc.StatusCode.ALREADY_EXISTS, "ALREADY_EXISTS")
@@ -127,22 +113,18 @@ def test_a_name_is_taken_once(tmp_path: Path) -> None:
         still = await refused(planner.call("DeletePlan", pb2.DeletePlanRequest(name="plans/night")))
         assert still.reason == "PLAN_STATE"
 
-    with_planner(tmp_path, scenario, scripted=True)
 
-
-def test_validate_only_answers_what_would_be_and_keeps_nothing(tmp_path: Path) -> None:
-    async def scenario(planner: Planner) -> None:
+async def test_validate_only_answers_what_would_be_and_keeps_nothing(tmp_path: Path) -> None:
+    async with planner_in(tmp_path, scripted=True) as planner:
         plan = (await planner.call("CreatePlan", create_request("dry", validate_only=True))).plan
         assert (plan.name, plan.state, plan.etag) == ("plans/dry", 0, "")
         assert not plan.HasField("create_time")
         assert not (await planner.call("ListPlans", pb2.ListPlansRequest())).plans
         assert planner.pool.num_waiting + planner.pool.num_running == 0
 
-    with_planner(tmp_path, scenario, scripted=True)
 
-
-def test_a_plan_is_answered_again_when_what_its_problem_was_made_of_is_gone(tmp_path: Path) -> None:
-    async def scenario(planner: Planner) -> None:
+async def test_a_plan_is_answered_again_when_what_its_problem_was_made_of_is_gone(tmp_path: Path) -> None:
+    async with planner_in(tmp_path, scripted=True) as planner:
         request = create_request("once", request_id=str(uuid.uuid4()), seed=WAIT)
         made = await planner.call("CreatePlan", request)
         await planner.clusters.delete(cluster_service_pb2.DeleteClusterRequest(name="clusters/paper"))
@@ -153,39 +135,36 @@ def test_a_plan_is_answered_again_when_what_its_problem_was_made_of_is_gone(tmp_
         other = create_request("other", request_id=request.request_id, seed=WAIT)
         assert (await refused(planner.call("CreatePlan", other))).reason == "REQUEST_ID_REUSED"
 
-    with_planner(tmp_path, scenario, scripted=True)
+
+async def test_what_was_not_ended_is_queued_again_by_the_next_planner_but_for_what_was_called_off(
+    tmp_path: Path,
+) -> None:
+    async with planner_in(tmp_path, scripted=True) as planner:
+        await planner.create("running", seed=WAIT)
+        await planner.solving("plans/running")
+        for name in ("waiting", "unwanted"):
+            await planner.create(name, seed=FIND_NOTHING)
+        before = await planner.stub.WatchPlan(pb2.WatchPlanRequest(name="plans/waiting")).read()
+        await planner.create("deaf", seed=HANG)
+        await planner.store.write(lambda tx: tx.plan_documents.delete("plans/unwanted/problem"))
+    async with planner_in(tmp_path, scripted=True) as planner:
+        await planner.solving("plans/running")
+        assert (await planner.solved("plans/unwanted")).state == CANCELLED
+        assert (await planner.get("plans/waiting")).state == QUEUED
+        await cancel(planner, "plans/running")
+        assert (await planner.solved("plans/waiting")).state == FAILED
+        after = [
+            r
+            async for r in planner.stub.WatchPlan(
+                pb2.WatchPlanRequest(name="plans/waiting", after_sequence=before.sequence)
+            )
+        ]
+        assert after[-1].plan.state == FAILED
+        assert after[-1].sequence > before.sequence
 
 
-def test_what_was_not_ended_is_queued_again_by_the_next_planner_but_for_what_was_called_off(tmp_path: Path) -> None:
-    async def scenario() -> None:
-        async with planner_in(tmp_path, scripted=True) as planner:
-            await planner.create("running", seed=WAIT)
-            await planner.solving("plans/running")
-            for name in ("waiting", "unwanted"):
-                await planner.create(name, seed=FIND_NOTHING)
-            before = await planner.stub.WatchPlan(pb2.WatchPlanRequest(name="plans/waiting")).read()
-            await planner.create("deaf", seed=HANG)
-            await planner.store.write(lambda tx: tx.plan_documents.delete("plans/unwanted/problem"))
-        async with planner_in(tmp_path, scripted=True) as planner:
-            await planner.solving("plans/running")
-            assert (await planner.solved("plans/unwanted")).state == CANCELLED
-            assert (await planner.get("plans/waiting")).state == QUEUED
-            await cancel(planner, "plans/running")
-            assert (await planner.solved("plans/waiting")).state == FAILED
-            after = [
-                r
-                async for r in planner.stub.WatchPlan(
-                    pb2.WatchPlanRequest(name="plans/waiting", after_sequence=before.sequence)
-                )
-            ]
-            assert after[-1].plan.state == FAILED
-            assert after[-1].sequence > before.sequence
-
-    asyncio.run(scenario())
-
-
-def test_a_watch_ends_with_the_planner(tmp_path: Path) -> None:
-    async def scenario(planner: Planner) -> None:
+async def test_a_watch_ends_with_the_planner(tmp_path: Path) -> None:
+    async with planner_in(tmp_path, scripted=True) as planner:
         await planner.create("night", seed=WAIT)
         watch = planner.stub.WatchPlan(pb2.WatchPlanRequest(name="plans/night"))
         await watch.read()
@@ -202,11 +181,9 @@ def test_a_watch_ends_with_the_planner(tmp_path: Path) -> None:
         wrong = await refused(planner.call("GetPlan", pb2.GetPlanRequest(name="night", view=view_pb2.VIEW_BASIC)))
         assert wrong.reason == "INVALID_FIELD"
 
-    with_planner(tmp_path, scenario, scripted=True)
 
-
-def test_pages_begin_with_the_newest(tmp_path: Path) -> None:
-    async def scenario(planner: Planner) -> None:
+async def test_pages_begin_with_the_newest(tmp_path: Path) -> None:
+    async with planner_in(tmp_path, scripted=True) as planner:
         for number in range(3):
             await planner.create(f"p{number}", seed=FIND_NOTHING)
         first = await planner.call("ListPlans", pb2.ListPlansRequest(page_size=2))
@@ -217,5 +194,3 @@ def test_pages_begin_with_the_newest(tmp_path: Path) -> None:
         assert not second.next_page_token
         rest.cluster = "clusters/paper"
         assert (await refused(planner.call("ListPlans", rest))).reason == "INVALID_PAGE_TOKEN"
-
-    with_planner(tmp_path, scenario, scripted=True)

@@ -24,13 +24,13 @@ from hetis.solver.check import check_plan
 from hetis.solver.plan import Plan
 from hetis.v1 import cluster_pb2, document_pb2, plan_pb2, profile_pb2
 from hetis.v1 import plan_service_pb2 as pb2
-from tests.planner.resources.planned import PAPER, SEARCHING, WAIT, Planner, create_request, make_cluster, with_planner
+from tests.planner.resources.planned import PAPER, SEARCHING, WAIT, Planner, create_request, make_cluster, planner_in
 from tests.planner.resources.served import live_node, refused
 
 READY, INFEASIBLE = plan_pb2.PLAN_STATE_READY, plan_pb2.PLAN_STATE_INFEASIBLE
 
 
-def test_a_plan_is_put_together_and_explained_beside_the_event_loop(
+async def test_a_plan_is_put_together_and_explained_beside_the_event_loop(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A cluster of 10,000 GPUs takes long enough to block all other callers."""
@@ -46,7 +46,7 @@ def test_a_plan_is_put_together_and_explained_beside_the_event_loop(
     for name in ("complete", "explanation_to_proto", "compare"):
         monkeypatch.setattr(plans, name, noted(name, getattr(plans, name)))
 
-    async def scenario(planner: Planner) -> None:
+    async with planner_in(tmp_path) as planner:
         await planner.create("night")
         await planner.solved("plans/night")
         await planner.get("plans/night")
@@ -54,16 +54,14 @@ def test_a_plan_is_put_together_and_explained_beside_the_event_loop(
         await planner.call("DiffPlans", pb2.DiffPlansRequest(name="plans/night", other="plans/night"))
         assert threads == [("complete", False), ("explanation_to_proto", False), ("compare", False)]
 
-    with_planner(tmp_path, scenario)
-
 
 async def read_document(planner: Planner, name: str, offset: int = 0) -> bytes:
     pieces = planner.stub.ReadPlanDocument(pb2.ReadPlanDocumentRequest(name=name, offset=offset))
     return b"".join([piece.content async for piece in pieces])
 
 
-def test_a_plan_is_solved_watched_read_explained_and_forgotten(tmp_path: Path) -> None:
-    async def scenario(planner: Planner) -> None:
+async def test_a_plan_is_solved_watched_read_explained_and_forgotten(tmp_path: Path) -> None:
+    async with planner_in(tmp_path) as planner:
         made = await planner.create("night")
         assert (made.name, made.state) == ("plans/night", plan_pb2.PLAN_STATE_QUEUED)
         seen = await planner.until("plans/night", lambda plan: plan.state == READY)
@@ -107,11 +105,9 @@ def test_a_plan_is_solved_watched_read_explained_and_forgotten(tmp_path: Path) -
         assert gone.reason == "NOT_FOUND"
         assert await planner.store.read(lambda reader: reader.plan_documents.get("plans/night")) is None
 
-    with_planner(tmp_path, scenario)
 
-
-def test_plans_are_listed_by_known_states_however_often_each_is_named(tmp_path: Path) -> None:
-    async def scenario(planner: Planner) -> None:
+async def test_plans_are_listed_by_known_states_however_often_each_is_named(tmp_path: Path) -> None:
+    async with planner_in(tmp_path, scripted=True) as planner:
         await planner.create("night", seed=WAIT)
         many = pb2.ListPlansRequest(states=[*SEARCHING] * 100_000)
         assert [plan.name for plan in (await planner.call("ListPlans", many)).plans] == ["plans/night"]
@@ -121,13 +117,11 @@ def test_plans_are_listed_by_known_states_however_often_each_is_named(tmp_path: 
             assert [*wrong.fields] == ["states"]
         assert planner.store.health.errors == 0
 
-    with_planner(tmp_path, scenario, scripted=True)
 
-
-def test_plans_keep_to_the_engine_that_is_asked_for(tmp_path: Path) -> None:
+async def test_plans_keep_to_the_engine_that_is_asked_for(tmp_path: Path) -> None:
     """The default engine is that of `hetis-plan place`."""
 
-    async def scenario(planner: Planner) -> None:
+    async with planner_in(tmp_path) as planner:
         values, kept = dict[str, float](), dict[str, object]()
         for name, spec in (
             ("default", {}),
@@ -174,11 +168,9 @@ def test_plans_keep_to_the_engine_that_is_asked_for(tmp_path: Path) -> None:
         changed = await planner.call("DiffPlans", pb2.DiffPlansRequest(name="plans/stock", other="plans/free"))
         assert "constraints" in changed.changed_inputs, changed
 
-    with_planner(tmp_path, scenario)
 
-
-def test_what_cannot_be_is_infeasible_with_reasons_and_nothing_to_explain(tmp_path: Path) -> None:
-    async def scenario(planner: Planner) -> None:
+async def test_what_cannot_be_is_infeasible_with_reasons_and_nothing_to_explain(tmp_path: Path) -> None:
+    async with planner_in(tmp_path) as planner:
         await planner.create("no", objective=plan_pb2.Objective(tpot_limit_s=1e-6))
         plan = await planner.solved("plans/no")
         assert plan.state == INFEASIBLE
@@ -188,11 +180,9 @@ def test_what_cannot_be_is_infeasible_with_reasons_and_nothing_to_explain(tmp_pa
         assert (refusal.code, refusal.reason) == (grpc.StatusCode.FAILED_PRECONDITION, "PLAN_STATE")
         assert refusal.metadata == {"name": "plans/no", "state": "INFEASIBLE"}
 
-    with_planner(tmp_path, scenario)
 
-
-def test_nodes_that_drain_or_are_lost_are_left_out(tmp_path: Path) -> None:
-    async def scenario(planner: Planner) -> None:
+async def test_nodes_that_drain_or_are_lost_are_left_out(tmp_path: Path) -> None:
+    async with planner_in(tmp_path) as planner:
         planner.fleet.nodes["clusters/paper/nodes/p100"] = live_node(state=cluster_pb2.NODE_STATE_LOST)
         await planner.create("less")
         plan = await planner.solved("plans/less")
@@ -203,11 +193,9 @@ def test_nodes_that_drain_or_are_lost_are_left_out(tmp_path: Path) -> None:
         found = json.loads(full.result.document.content)
         assert found["inputs"]["origins"]["cluster"] == "clusters/paper v1 without p100"
 
-    with_planner(tmp_path, scenario)
 
-
-def test_a_plan_made_elsewhere_is_checked_and_ready_at_once(tmp_path: Path) -> None:
-    async def scenario(planner: Planner) -> None:
+async def test_a_plan_made_elsewhere_is_checked_and_ready_at_once(tmp_path: Path) -> None:
+    async with planner_in(tmp_path) as planner:
         await planner.create("first")
         await planner.solved("plans/first")
         document = await read_document(planner, "plans/first")
@@ -242,11 +230,9 @@ def test_a_plan_made_elsewhere_is_checked_and_ready_at_once(tmp_path: Path) -> N
         assert broken.reason == "INVALID_DOCUMENT"
         assert "plan.imported#replicas" in broken.fields
 
-    with_planner(tmp_path, scenario)
 
-
-def test_every_wrong_field_of_a_spec_is_named(tmp_path: Path) -> None:
-    async def scenario(planner: Planner) -> None:
+async def test_every_wrong_field_of_a_spec_is_named(tmp_path: Path) -> None:
+    async with planner_in(tmp_path, scripted=True) as planner:
         request = create_request(
             "Night!",
             request_id="7",
@@ -342,11 +328,9 @@ def test_every_wrong_field_of_a_spec_is_named(tmp_path: Path) -> None:
         contradiction = await refused(planner.call("CreatePlan", priceless))
         assert contradiction.reason == "INVALID_PROBLEM"
 
-    with_planner(tmp_path, scenario, scripted=True)
 
-
-def test_stored_profiles_are_used_the_newest_first_unless_they_are_named(tmp_path: Path) -> None:
-    async def scenario(planner: Planner) -> None:
+async def test_stored_profiles_are_used_the_newest_first_unless_they_are_named(tmp_path: Path) -> None:
+    async with planner_in(tmp_path) as planner:
         gpu = catalogue.find_gpu("RTX-3090").gpu
         for number in (1, 2):
             profile = replace(modelled_profile(gpu), usable_bytes=20 * 2**30 + number)
@@ -371,5 +355,3 @@ def test_stored_profiles_are_used_the_newest_first_unless_they_are_named(tmp_pat
         assert twice.fields.keys() == {"plan.spec.profiles[1]"}
         unknown = await refused(planner.call("CreatePlan", create_request(profiles=["profiles/p3"])))
         assert (unknown.reason, unknown.metadata) == ("NOT_FOUND", {"name": "profiles/p3"})
-
-    with_planner(tmp_path, scenario)

@@ -12,7 +12,7 @@ from hetis.solver.profile import Fit, Op, Piece, Profile, Provenance, Source
 from hetis.v1 import document_pb2, profile_pb2
 from hetis.v1 import profile_service_pb2 as pb
 from hetis.v1.view_pb2 import VIEW_BASIC
-from tests.planner.resources.served import Served, refused, with_planner
+from tests.planner.resources.served import refused, served
 
 
 def profile(gpu: str = "L4", *, errors: tuple[float | None, ...] = (0.02, None, 0.05)) -> profile_pb2.Profile:
@@ -31,8 +31,8 @@ def profile(gpu: str = "L4", *, errors: tuple[float | None, ...] = (0.02, None, 
     return profile_pb2.Profile(document=document)
 
 
-def test_a_profile_is_made_read_listed_changed_and_forgotten(tmp_path: Path) -> None:
-    async def scenario(planner: Served) -> None:
+async def test_a_profile_is_made_read_listed_changed_and_forgotten(tmp_path: Path) -> None:
+    async with served(tmp_path) as planner:
         create = pb.CreateProfileRequest(profile_id="l4", profile=profile(), request_id=str(uuid.uuid4()))
         would_be = pb.CreateProfileRequest(profile_id="l4", profile=profile(), validate_only=True)
         assert (await planner.profiles.CreateProfile(would_be)).profile.etag == ""
@@ -66,11 +66,9 @@ def test_a_profile_is_made_read_listed_changed_and_forgotten(tmp_path: Path) -> 
         missing = await refused(planner.profiles.GetProfile(pb.GetProfileRequest(name=made.name)))
         assert missing.reason == "NOT_FOUND"
 
-    with_planner(tmp_path, scenario)
 
-
-def test_profiles_are_listed_by_gpu_type_whatever_it_is_called(tmp_path: Path) -> None:
-    async def scenario(planner: Served) -> None:
+async def test_profiles_are_listed_by_gpu_type_whatever_it_is_called(tmp_path: Path) -> None:
+    async with served(tmp_path) as planner:
         for number, gpu in enumerate(["L4", "NVIDIA L4", "T4"]):
             request = pb.CreateProfileRequest(profile_id=f"p{number}", profile=profile(gpu))
             await planner.profiles.CreateProfile(request)
@@ -81,11 +79,9 @@ def test_profiles_are_listed_by_gpu_type_whatever_it_is_called(tmp_path: Path) -
         refusal = await refused(planner.profiles.ListProfiles(pb.ListProfilesRequest(gpu_type="L4\0", page_size=-2)))
         assert set(refusal.fields) == {"gpu_type", "page_size"}
 
-    with_planner(tmp_path, scenario)
 
-
-def test_every_wrong_field_is_reported_at_once(tmp_path: Path) -> None:
-    async def scenario(planner: Served) -> None:
+async def test_every_wrong_field_is_reported_at_once(tmp_path: Path) -> None:
+    async with served(tmp_path) as planner:
         wrong = profile()
         wrong.document.content = wrong.document.content.replace(b"decode_attention", b"decode_atention")
         request = pb.CreateProfileRequest(profile_id="-", profile=wrong, request_id="x")
@@ -98,5 +94,3 @@ def test_every_wrong_field_is_reported_at_once(tmp_path: Path) -> None:
         assert set(refusal.fields) == {"profile.name", "profile.document", "update_mask.paths[1]"}
         only = pb.CreateProfileRequest(profile_id="l4", profile=wrong)
         assert (await refused(planner.profiles.CreateProfile(only))).reason == "INVALID_DOCUMENT"
-
-    with_planner(tmp_path, scenario)

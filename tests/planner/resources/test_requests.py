@@ -29,46 +29,40 @@ def postgres_url() -> Iterator[str]:
         yield new_database(server, "hetis")
 
 
-def test_a_change_whose_caller_gave_up_is_still_told(tmp_path: Path) -> None:
-    async def scenario() -> None:
-        store = await Store.open(f"sqlite:///{tmp_path}/hetis.db")
-        hubs, fleet = Hubs(await store.lead("test")), FakeFleet()
-        clusters = Clusters(store, hubs, fleet, DeclaredFleets())
-        request = pb.CreateClusterRequest(cluster_id="a", cluster=cluster_pb2.Cluster(document=document()))
-        call = asyncio.create_task(clusters.create(request))
-        while not (await store.read(lambda tx: tx.clusters.all())) and not call.done():
-            await asyncio.sleep(0)
-        call.cancel()
-        await asyncio.wait([call])
-        async for events in hubs.cluster("clusters/a").watch():
-            if events:
-                assert [event.key for event in events] == [("cluster", "clusters/a")]
-                break
-        while not fleet.changed:
-            await asyncio.sleep(0)
-        await store.close()
-
-    asyncio.run(asyncio.wait_for(scenario(), 30))
-
-
-def test_work_goes_on_when_its_caller_is_cancelled() -> None:
-    async def scenario() -> None:
-        done, go = list[str](), asyncio.Event()
-
-        async def work() -> None:
-            await go.wait()
-            done.append("done")
-
-        caller = asyncio.create_task(to_the_end(work()))
+async def test_a_change_whose_caller_gave_up_is_still_told(tmp_path: Path) -> None:
+    store = await Store.open(f"sqlite:///{tmp_path}/hetis.db")
+    hubs, fleet = Hubs(await store.lead("test")), FakeFleet()
+    clusters = Clusters(store, hubs, fleet, DeclaredFleets())
+    request = pb.CreateClusterRequest(cluster_id="a", cluster=cluster_pb2.Cluster(document=document()))
+    call = asyncio.create_task(clusters.create(request))
+    while not (await store.read(lambda tx: tx.clusters.all())) and not call.done():
         await asyncio.sleep(0)
-        caller.cancel()
-        await asyncio.wait([caller])
-        go.set()
-        await asyncio.sleep(0.01)
-        assert caller.cancelled()
-        assert done == ["done"]
+    call.cancel()
+    await asyncio.wait([call])
+    async for events in hubs.cluster("clusters/a").watch():
+        if events:
+            assert [event.key for event in events] == [("cluster", "clusters/a")]
+            break
+    while not fleet.changed:
+        await asyncio.sleep(0)
+    await store.close()
 
-    asyncio.run(scenario())
+
+async def test_work_goes_on_when_its_caller_is_cancelled() -> None:
+    done, go = list[str](), asyncio.Event()
+
+    async def work() -> None:
+        await go.wait()
+        done.append("done")
+
+    caller = asyncio.create_task(to_the_end(work()))
+    await asyncio.sleep(0)
+    caller.cancel()
+    await asyncio.wait([caller])
+    go.set()
+    await asyncio.sleep(0.01)
+    assert caller.cancelled()
+    assert done == ["done"]
 
 
 def test_a_repeated_request_survives_a_restart_of_the_planner(postgres_url: str) -> None:
@@ -95,24 +89,20 @@ def test_requests_are_the_same_whatever_their_id() -> None:
     assert one.request_id == "1"
 
 
-def test_a_request_id_is_the_same_in_upper_case(tmp_path: Path) -> None:
+async def test_a_request_id_is_the_same_in_upper_case(tmp_path: Path) -> None:
     request = pb.CreateClusterRequest(
         cluster_id="a", cluster=cluster_pb2.Cluster(document=document()), request_id=str(uuid.uuid4())
     )
     again = pb.CreateClusterRequest()
     again.CopyFrom(request)
     again.request_id = request.request_id.upper()
-
-    async def scenario() -> None:
-        store = await Store.open(f"sqlite:///{tmp_path}/hetis.db")
-        clusters = Clusters(store, Hubs(await store.lead("test")), FakeFleet(), DeclaredFleets())
-        assert await clusters.create(request) == await clusters.create(again)
-        await store.close()
-
-    asyncio.run(scenario())
+    store = await Store.open(f"sqlite:///{tmp_path}/hetis.db")
+    clusters = Clusters(store, Hubs(await store.lead("test")), FakeFleet(), DeclaredFleets())
+    assert await clusters.create(request) == await clusters.create(again)
+    await store.close()
 
 
-def test_an_answer_is_kept_without_its_document_and_given_with_it(tmp_path: Path) -> None:
+async def test_an_answer_is_kept_without_its_document_and_given_with_it(tmp_path: Path) -> None:
     """Otherwise callers could fill the disk: 3 MiB for each change of a cluster's policy."""
     text = CLUSTER.replace("count: 3", "count: 1").replace("nodes:\n", "nodes:\n" + "".join(_NODES))
     create = pb.CreateClusterRequest(
@@ -123,22 +113,18 @@ def test_an_answer_is_kept_without_its_document_and_given_with_it(tmp_path: Path
         cluster=cluster_pb2.Cluster(name="clusters/a", policy=policy), request_id=str(uuid.uuid4())
     )
     other = pb.UpdateClusterRequest(cluster=cluster_pb2.Cluster(name="clusters/a", document=document()))
-
-    async def scenario() -> None:
-        store = await Store.open(f"sqlite:///{tmp_path}/hetis.db")
-        clusters = Clusters(store, Hubs(await store.lead("test")), FakeFleet(), DeclaredFleets())
-        created, updated = await clusters.create(create), await clusters.update(update)
-        assert len(updated.cluster.document.content) > 10_000
-        with sqlite3.connect(tmp_path / "hetis.db") as shell:
-            assert [size for (size,) in shell.execute("SELECT length(response) FROM requests") if size > 1000] == []
-        assert await clusters.create(create) == created
-        assert await clusters.update(update) == updated
-        await clusters.update(other)
-        again = (await clusters.update(update)).cluster.document
-        assert (again.digest, again.content) == (updated.cluster.document.digest, b"")  # not stored any more
-        await store.close()
-
-    asyncio.run(scenario())
+    store = await Store.open(f"sqlite:///{tmp_path}/hetis.db")
+    clusters = Clusters(store, Hubs(await store.lead("test")), FakeFleet(), DeclaredFleets())
+    created, updated = await clusters.create(create), await clusters.update(update)
+    assert len(updated.cluster.document.content) > 10_000
+    with sqlite3.connect(tmp_path / "hetis.db") as shell:
+        assert [size for (size,) in shell.execute("SELECT length(response) FROM requests") if size > 1000] == []
+    assert await clusters.create(create) == created
+    assert await clusters.update(update) == updated
+    await clusters.update(other)
+    again = (await clusters.update(update)).cluster.document
+    assert (again.digest, again.content) == (updated.cluster.document.digest, b"")  # not stored any more
+    await store.close()
 
 
 _NODES = [f"  - {{name: n{number}, gpus: [{{type: L4, count: 2}}]}}\n" for number in range(300)]

@@ -12,7 +12,7 @@ from google.protobuf.message import Message
 
 from hetis.v1 import cluster_pb2, redispatch_pb2, replica_pb2
 from hetis.v1 import cluster_service_pb2 as pb
-from tests.planner.resources.served import CLUSTER, STATE, Served, document, live_node, refused, with_planner
+from tests.planner.resources.served import CLUSTER, STATE, Served, document, live_node, refused, served
 from tests.planner.store import samples
 
 NAME = "clusters/night"
@@ -67,8 +67,8 @@ class Watcher:
         self._call.cancel()
 
 
-def test_the_present_state_comes_first_then_changes(tmp_path: Path) -> None:
-    async def scenario(planner: Served) -> None:
+async def test_the_present_state_comes_first_then_changes(tmp_path: Path) -> None:
+    async with served(tmp_path) as planner:
         await make(planner)
         moved = samples.redispatch(f"{NAME}/redispatches/1", time_s=3.0)
         moved.body.change.change_id = "1"
@@ -94,11 +94,9 @@ def test_the_present_state_comes_first_then_changes(tmp_path: Path) -> None:
         assert (event.replica.generation, event.replica.HasField("shape"), event.event_time.seconds) == (9, False, 4)
         watcher.cancel()
 
-    with_planner(tmp_path, scenario)
 
-
-def test_nodes_come_and_go_with_the_document_and_their_agents(tmp_path: Path) -> None:
-    async def scenario(planner: Served) -> None:
+async def test_nodes_come_and_go_with_the_document_and_their_agents(tmp_path: Path) -> None:
+    async with served(tmp_path) as planner:
         await make(planner)
         watcher = Watcher(planner)
         await watcher.catch_up()
@@ -120,11 +118,9 @@ def test_nodes_come_and_go_with_the_document_and_their_agents(tmp_path: Path) ->
         assert (await watcher.next()).removed_node == spare
         watcher.cancel()
 
-    with_planner(tmp_path, scenario)
 
-
-def test_a_watcher_that_resumes_hears_what_it_missed(tmp_path: Path) -> None:
-    async def scenario(planner: Served) -> None:
+async def test_a_watcher_that_resumes_hears_what_it_missed(tmp_path: Path) -> None:
+    async with served(tmp_path) as planner:
         await make(planner)
         first = Watcher(planner)
         await first.catch_up()
@@ -143,23 +139,19 @@ def test_a_watcher_that_resumes_hears_what_it_missed(tmp_path: Path) -> None:
         assert len(idle.events) == 1
         idle.cancel()
 
-    with_planner(tmp_path, scenario)
-
 
 @pytest.mark.parametrize("token", ["nonsense", "1:2", "0x1p+3:0:1", ":::", "9" * 5000])
-def test_a_token_of_another_time_gives_everything_again(tmp_path: Path, token: str) -> None:
-    async def scenario(planner: Served) -> None:
+async def test_a_token_of_another_time_gives_everything_again(tmp_path: Path, token: str) -> None:
+    async with served(tmp_path) as planner:
         await make(planner)
         watcher = Watcher(planner, token)
         await watcher.catch_up()
         assert [event.reset for event in watcher.events] == [True] + [False] * 5
         watcher.cancel()
 
-    with_planner(tmp_path, scenario)
 
-
-def test_a_watcher_that_saw_half_of_the_present_state_gets_it_whole(tmp_path: Path) -> None:
-    async def scenario(planner: Served) -> None:
+async def test_a_watcher_that_saw_half_of_the_present_state_gets_it_whole(tmp_path: Path) -> None:
+    async with served(tmp_path) as planner:
         await make(planner)
         watcher = Watcher(planner)
         await watcher.next()
@@ -170,11 +162,9 @@ def test_a_watcher_that_saw_half_of_the_present_state_gets_it_whole(tmp_path: Pa
         assert len(again.state) == 5
         again.cancel()
 
-    with_planner(tmp_path, scenario)
 
-
-def test_a_cluster_made_again_under_the_same_name_gives_everything_again(tmp_path: Path) -> None:
-    async def scenario(planner: Served) -> None:
+async def test_a_cluster_made_again_under_the_same_name_gives_everything_again(tmp_path: Path) -> None:
+    async with served(tmp_path) as planner:
         await make(planner)
         watcher = Watcher(planner)
         await watcher.catch_up()
@@ -189,11 +179,9 @@ def test_a_cluster_made_again_under_the_same_name_gives_everything_again(tmp_pat
         assert again.num_resets == 1
         again.cancel()
 
-    with_planner(tmp_path, scenario)
 
-
-def test_when_very_much_changes_watchers_are_sent_everything_again(tmp_path: Path) -> None:
-    async def scenario(planner: Served) -> None:
+async def test_when_very_much_changes_watchers_are_sent_everything_again(tmp_path: Path) -> None:
+    async with served(tmp_path) as planner:
         await make(planner)
         watcher, idle = Watcher(planner), Watcher(planner)
         await watcher.catch_up()
@@ -209,11 +197,9 @@ def test_when_very_much_changes_watchers_are_sent_everything_again(tmp_path: Pat
         assert (again.num_resets, len(again.state)) == (1, 2002)
         again.cancel()
 
-    with_planner(tmp_path, scenario)
 
-
-def test_a_watcher_that_is_left_behind_by_removals_is_sent_everything_again(tmp_path: Path) -> None:
-    async def scenario(planner: Served) -> None:
+async def test_a_watcher_that_is_left_behind_by_removals_is_sent_everything_again(tmp_path: Path) -> None:
+    async with served(tmp_path) as planner:
         await make(planner)
         watcher = Watcher(planner)
         await watcher.catch_up()
@@ -224,11 +210,9 @@ def test_a_watcher_that_is_left_behind_by_removals_is_sent_everything_again(tmp_
         assert (watcher.num_resets, len(watcher.state)) == (1, 5)
         watcher.cancel()
 
-    with_planner(tmp_path, scenario)
 
-
-def test_watches_end_when_the_planner_goes_so_that_callers_resume(tmp_path: Path) -> None:
-    async def scenario(planner: Served) -> None:
+async def test_watches_end_when_the_planner_goes_so_that_callers_resume(tmp_path: Path) -> None:
+    async with served(tmp_path) as planner:
         await make(planner)
         watcher = Watcher(planner)
         await watcher.catch_up()
@@ -236,19 +220,15 @@ def test_watches_end_when_the_planner_goes_so_that_callers_resume(tmp_path: Path
         refusal = await refused(watcher.next())
         assert (refusal.code, refusal.reason) == (grpc.StatusCode.UNAVAILABLE, "DRAINING")
 
-    with_planner(tmp_path, scenario)
 
-
-def test_a_watch_of_nothing_leaves_nothing_behind(tmp_path: Path) -> None:
-    async def scenario(planner: Served) -> None:
+async def test_a_watch_of_nothing_leaves_nothing_behind(tmp_path: Path) -> None:
+    async with served(tmp_path) as planner:
         assert (await refused(Watcher(planner).next())).reason == "NOT_FOUND"
         assert not planner.hubs._clusters
 
-    with_planner(tmp_path, scenario)
 
-
-def test_under_many_changes_a_watcher_ends_with_the_truth(tmp_path: Path) -> None:
-    async def scenario(planner: Served) -> None:
+async def test_under_many_changes_a_watcher_ends_with_the_truth(tmp_path: Path) -> None:
+    async with served(tmp_path) as planner:
         await make(planner)
         watcher = Watcher(planner)
         names = [f"{NAME}/nodes/l4-{number}" for number in range(3)]
@@ -272,13 +252,11 @@ def test_under_many_changes_a_watcher_ends_with_the_truth(tmp_path: Path) -> Non
             await watcher.next()
         watcher.cancel()
 
-    with_planner(tmp_path, scenario)
 
-
-def test_a_change_of_a_node_is_looked_up_once_however_many_watch(tmp_path: Path) -> None:
+async def test_a_change_of_a_node_is_looked_up_once_however_many_watch(tmp_path: Path) -> None:
     name = f"{NAME}/nodes/l4-0"
 
-    async def scenario(planner: Served) -> None:
+    async with served(tmp_path) as planner:
         await make(planner)
         watchers = [Watcher(planner) for _ in range(5)]
         for watcher in watchers:
@@ -291,5 +269,3 @@ def test_a_change_of_a_node_is_looked_up_once_however_many_watch(tmp_path: Path)
             assert planner.fleet.looked_up == [name]
         for watcher in watchers:
             watcher.cancel()
-
-    with_planner(tmp_path, scenario)

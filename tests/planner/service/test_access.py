@@ -21,7 +21,7 @@ from hetis.v1 import agent_service_pb2 as agents
 from hetis.v1 import plan_service_pb2 as plans
 from hetis.v1.agent_service_pb2_grpc import AgentServiceStub
 from hetis.v1.plan_service_pb2_grpc import PlanServiceStub
-from tests.planner.service.serving import by_tokens, details_of, failure_of, reason_of, run, served
+from tests.planner.service.serving import by_tokens, details_of, failure_of, reason_of, served
 
 PROTOS = Path(__file__).parents[3] / "proto" / "hetis" / "v1"
 NODE = "clusters/c/nodes/n"
@@ -65,39 +65,35 @@ def test_the_table_says_what_the_contract_says() -> None:
         assert "DispatchService" in method, f"the contract does not say the role of {method}"
 
 
-def test_every_role_may_call_what_it_may_and_nothing_else(tmp_path: Path) -> None:
+async def test_every_role_may_call_what_it_may_and_nothing_else(tmp_path: Path) -> None:
     tokens = {role: make(tmp_path, role) for role in CallerRole}
-
-    async def test() -> None:
-        async with served(authenticator=by_tokens(str(tmp_path / "tokens.yaml"))) as planner:
-            for method, needed in NEEDED.items():
-                name = method.rsplit("/", 1)[1]
-                for role, token in tokens.items():
-                    channel = planner.channel
-                    call: Any
-                    if name in ("ConnectNode", "DispatchRequests"):
-                        call = channel.stream_stream(method)(metadata=bearing(token))
-                        await call.done_writing()
-                    elif name in STREAMS:
-                        call = channel.unary_stream(method)(b"\xff", metadata=bearing(token))
-                    else:
-                        call = channel.unary_unary(method)(b"\xff", metadata=bearing(token), timeout=5)
-                    allowed = not role.includes.isdisjoint(needed)
-                    try:
-                        error = await failure_of(call)
-                    except AssertionError:
-                        assert allowed, (method, role)
-                        continue
-                    if allowed:  # it was admitted, and failed at bytes that are not a message
-                        assert reason_of(error) == "INVALID_FIELD", (method, role)
-                    else:
-                        assert error.code() is grpc.StatusCode.PERMISSION_DENIED, (method, role)
-                        assert reason_of(error) == "ROLE"
-                        metadata = details_of(error)["ErrorInfo"].metadata
-                        assert metadata["role"] == role.value
-                        assert metadata["needed"] == " or ".join(needed)
-
-    run(test)
+    async with served(authenticator=by_tokens(str(tmp_path / "tokens.yaml"))) as planner:
+        for method, needed in NEEDED.items():
+            name = method.rsplit("/", 1)[1]
+            for role, token in tokens.items():
+                channel = planner.channel
+                call: Any
+                if name in ("ConnectNode", "DispatchRequests"):
+                    call = channel.stream_stream(method)(metadata=bearing(token))
+                    await call.done_writing()
+                elif name in STREAMS:
+                    call = channel.unary_stream(method)(b"\xff", metadata=bearing(token))
+                else:
+                    call = channel.unary_unary(method)(b"\xff", metadata=bearing(token), timeout=5)
+                allowed = not role.includes.isdisjoint(needed)
+                try:
+                    error = await failure_of(call)
+                except AssertionError:
+                    assert allowed, (method, role)
+                    continue
+                if allowed:  # it was admitted, and failed at bytes that are not a message
+                    assert reason_of(error) == "INVALID_FIELD", (method, role)
+                else:
+                    assert error.code() is grpc.StatusCode.PERMISSION_DENIED, (method, role)
+                    assert reason_of(error) == "ROLE"
+                    metadata = details_of(error)["ErrorInfo"].metadata
+                    assert metadata["role"] == role.value
+                    assert metadata["needed"] == " or ".join(needed)
 
 
 def test_roles_grow_and_agents_stand_apart() -> None:
@@ -126,32 +122,24 @@ def test_roles_grow_and_agents_stand_apart() -> None:
         ),
     ],
 )
-def test_wrong_credentials_are_unauthenticated(
+async def test_wrong_credentials_are_unauthenticated(
     metadata: tuple[tuple[str, str], ...], message: str, tmp_path: Path
 ) -> None:
     make(tmp_path, CallerRole.ADMIN)
-
-    async def test() -> None:
-        async with served(authenticator=by_tokens(str(tmp_path / "tokens.yaml"))) as planner:
-            stub = PlanServiceStub(planner.channel)
-            error = await failure_of(stub.GetPlan(plans.GetPlanRequest(), timeout=5, metadata=metadata))
-            assert (error.code(), error.details()) == (grpc.StatusCode.UNAUTHENTICATED, message)
-            assert reason_of(error) == "CREDENTIALS"
-
-    run(test)
+    async with served(authenticator=by_tokens(str(tmp_path / "tokens.yaml"))) as planner:
+        stub = PlanServiceStub(planner.channel)
+        error = await failure_of(stub.GetPlan(plans.GetPlanRequest(), timeout=5, metadata=metadata))
+        assert (error.code(), error.details()) == (grpc.StatusCode.UNAUTHENTICATED, message)
+        assert reason_of(error) == "CREDENTIALS"
 
 
-def test_an_expired_token_is_unauthenticated(tmp_path: Path) -> None:
+async def test_an_expired_token_is_unauthenticated(tmp_path: Path) -> None:
     token = make(tmp_path, CallerRole.ADMIN, expires=datetime(2026, 1, 1, tzinfo=UTC))
-
-    async def test() -> None:
-        async with served(authenticator=by_tokens(str(tmp_path / "tokens.yaml"))) as planner:
-            stub = PlanServiceStub(planner.channel)
-            error = await failure_of(stub.GetPlan(plans.GetPlanRequest(), timeout=5, metadata=bearing(token)))
-            assert error.code() is grpc.StatusCode.UNAUTHENTICATED
-            assert error.details() == "the bearer token admin expired at 2026-01-01T00:00:00+00:00"
-
-    run(test)
+    async with served(authenticator=by_tokens(str(tmp_path / "tokens.yaml"))) as planner:
+        stub = PlanServiceStub(planner.channel)
+        error = await failure_of(stub.GetPlan(plans.GetPlanRequest(), timeout=5, metadata=bearing(token)))
+        assert error.code() is grpc.StatusCode.UNAUTHENTICATED
+        assert error.details() == "the bearer token admin expired at 2026-01-01T00:00:00+00:00"
 
 
 @pytest.mark.parametrize(
@@ -164,33 +152,25 @@ def test_an_expired_token_is_unauthenticated(tmp_path: Path) -> None:
         ("clusters/c", "clusters/c2/nodes/n", False),
     ],
 )
-def test_an_agent_speaks_for_its_own_nodes(scope: str, node: str, allowed: bool, tmp_path: Path) -> None:
+async def test_an_agent_speaks_for_its_own_nodes(scope: str, node: str, allowed: bool, tmp_path: Path) -> None:
     token = make(tmp_path, CallerRole.AGENT, scope=scope)
-
-    async def test() -> None:
-        async with served(authenticator=by_tokens(str(tmp_path / "tokens.yaml"))) as planner:
-            stream = AgentServiceStub(planner.channel).ConnectNode(metadata=bearing(token))
-            await stream.write(agents.ConnectNodeRequest(sequence=1, hello=agents.Hello(node=node)))
-            if allowed:
-                assert (await stream.read()).WhichOneof("message") == "welcome"
-            else:
-                error = await failure_of(stream)
-                assert (error.code(), reason_of(error)) == (grpc.StatusCode.PERMISSION_DENIED, "WRONG_NODE")
-                assert details_of(error)["ErrorInfo"].metadata["node"] == node
-
-    run(test)
+    async with served(authenticator=by_tokens(str(tmp_path / "tokens.yaml"))) as planner:
+        stream = AgentServiceStub(planner.channel).ConnectNode(metadata=bearing(token))
+        await stream.write(agents.ConnectNodeRequest(sequence=1, hello=agents.Hello(node=node)))
+        if allowed:
+            assert (await stream.read()).WhichOneof("message") == "welcome"
+        else:
+            error = await failure_of(stream)
+            assert (error.code(), reason_of(error)) == (grpc.StatusCode.PERMISSION_DENIED, "WRONG_NODE")
+            assert details_of(error)["ErrorInfo"].metadata["node"] == node
 
 
-def test_the_servicer_knows_who_calls(tmp_path: Path) -> None:
+async def test_the_servicer_knows_who_calls(tmp_path: Path) -> None:
     token = make(tmp_path, CallerRole.VIEWER, name="grafana")
-
-    async def test() -> None:
-        async with served(authenticator=by_tokens(str(tmp_path / "tokens.yaml"))) as planner:
-            stub = PlanServiceStub(planner.channel)
-            answer = await stub.GetPlan(plans.GetPlanRequest(name="plans/p"), timeout=5, metadata=bearing(token))
-            assert answer.plan.labels["by"] == "grafana"
-
-    run(test)
+    async with served(authenticator=by_tokens(str(tmp_path / "tokens.yaml"))) as planner:
+        stub = PlanServiceStub(planner.channel)
+        answer = await stub.GetPlan(plans.GetPlanRequest(name="plans/p"), timeout=5, metadata=bearing(token))
+        assert answer.plan.labels["by"] == "grafana"
 
 
 def test_a_token_is_nowhere_but_in_the_hands_of_its_bearer(tmp_path: Path) -> None:
@@ -277,14 +257,10 @@ def test_a_token_that_is_no_token_is_refused_without_a_look_at_the_file() -> Non
         Tokens({}).identify("x" * 1_000_000, now_s=0)
 
 
-def test_a_caller_without_credentials_is_refused_before_its_message_has_come(tmp_path: Path) -> None:
+async def test_a_caller_without_credentials_is_refused_before_its_message_has_come(tmp_path: Path) -> None:
     """Otherwise calls that never send a message would stay open forever."""
     make(tmp_path, CallerRole.VIEWER)
-
-    async def test() -> None:
-        async with served(authenticator=by_tokens(str(tmp_path / "tokens.yaml"))) as planner:
-            silent: Any = planner.channel.stream_stream("/hetis.v1.PlanService/GetPlan")(metadata=bearing("hetis_x"))
-            error = await failure_of(silent)
-            assert (error.code(), reason_of(error)) == (grpc.StatusCode.UNAUTHENTICATED, "CREDENTIALS")
-
-    run(test)
+    async with served(authenticator=by_tokens(str(tmp_path / "tokens.yaml"))) as planner:
+        silent: Any = planner.channel.stream_stream("/hetis.v1.PlanService/GetPlan")(metadata=bearing("hetis_x"))
+        error = await failure_of(silent)
+        assert (error.code(), reason_of(error)) == (grpc.StatusCode.UNAUTHENTICATED, "CREDENTIALS")

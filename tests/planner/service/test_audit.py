@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import sqlite3
 import uuid
@@ -23,21 +22,21 @@ from hetis.v1 import cluster_pb2
 from hetis.v1 import cluster_service_pb2 as pb
 from hetis.v1.cluster_service_pb2_grpc import ClusterServiceStub
 from tests.planner.resources.planned import WAIT as WAITS
-from tests.planner.resources.planned import Planner, create_request, with_planner
-from tests.planner.resources.served import Served, document, live_node, refused
-from tests.planner.resources.served import with_planner as with_clusters
+from tests.planner.resources.planned import create_request, planner_in
+from tests.planner.resources.served import document, live_node, refused
+from tests.planner.resources.served import served as served_clusters
 from tests.planner.service.process import finished_here
-from tests.planner.service.serving import by_tokens, failure_of, run, served
+from tests.planner.service.serving import by_tokens, failure_of, served
 
 
 async def lines(store: Store) -> list[AuditedChange]:
     return await store.read(lambda reader: [line.change for line in reader.audit.lines()])
 
 
-def test_every_change_is_a_line_in_its_transaction_and_nothing_else_is(tmp_path: Path) -> None:
+async def test_every_change_is_a_line_in_its_transaction_and_nothing_else_is(tmp_path: Path) -> None:
     request_id = str(uuid.uuid4())
 
-    async def scenario(planner: Served) -> None:
+    async with served_clusters(tmp_path) as planner:
         cluster = cluster_pb2.Cluster(document=document())
         create = pb.CreateClusterRequest(cluster_id="night", cluster=cluster, request_id=request_id)
         for _ in range(2):
@@ -59,11 +58,9 @@ def test_every_change_is_a_line_in_its_transaction_and_nothing_else_is(tmp_path:
             AuditedChange(**who, method="DeleteCluster", resource="clusters/night"),
         ]
 
-    with_clusters(tmp_path, scenario)
 
-
-def test_an_agent_that_was_disconnected_is_a_line_and_one_that_was_not_there_is_none(tmp_path: Path) -> None:
-    async def scenario(planner: Served) -> None:
+async def test_an_agent_that_was_disconnected_is_a_line_and_one_that_was_not_there_is_none(tmp_path: Path) -> None:
+    async with served_clusters(tmp_path) as planner:
         cluster = cluster_pb2.Cluster(document=document())
         await planner.clusters.CreateCluster(pb.CreateClusterRequest(cluster_id="night", cluster=cluster))
         for node in ("a100", "stranger"):
@@ -75,11 +72,9 @@ def test_an_agent_that_was_disconnected_is_a_line_and_one_that_was_not_there_is_
         found = [(line.caller, line.resource, line.outcome) for line in (await lines(planner.store))[1:]]
         assert found == [("local", f"clusters/night/nodes/{node}", "OK") for node in ("a100", "stranger")]
 
-    with_clusters(tmp_path, scenario)
 
-
-def test_the_plan_that_was_made_is_named_and_by_whom(tmp_path: Path) -> None:
-    async def scenario(planner: Planner) -> None:
+async def test_the_plan_that_was_made_is_named_and_by_whom(tmp_path: Path) -> None:
+    async with planner_in(tmp_path, scripted=True) as planner:
         await planner.call("CreatePlan", create_request("p", seed=WAITS))
         # The search may have begun in the meantime, which is another change.
         [found] = [line for line in await lines(planner.store) if line.method == "CreatePlan"]
@@ -87,29 +82,23 @@ def test_the_plan_that_was_made_is_named_and_by_whom(tmp_path: Path) -> None:
         first = (await lines(planner.store))[0]
         assert (first.caller, first.method) == ("planner", "CreateCluster")  # made by the test itself, outside any call
 
-    with_planner(tmp_path, scenario, scripted=True)
 
-
-def test_what_is_refused_is_told_with_its_caller_and_reason(tmp_path: Path) -> None:
+async def test_what_is_refused_is_told_with_its_caller_and_reason(tmp_path: Path) -> None:
     file = str(tmp_path / "tokens.yaml")
     token = create_token(
         file, name="curious", role=CallerRole.VIEWER, scope=None, expires=datetime.now(UTC) + timedelta(days=1)
     )
-
-    async def test() -> list[AuditedChange]:
-        told = list[AuditedChange]()
-        async with served(authenticator=by_tokens(file)) as planner:
-            planner.calls.answer_for(require_leader=lambda _method: None, on_refusal=told.append)
-            stub = ClusterServiceStub(planner.channel)
-            metadata = (("authorization", f"Bearer {token}"),)
-            delete = pb.DeleteClusterRequest(name="clusters/night")
-            error = await failure_of(stub.DeleteCluster(delete, timeout=10, metadata=metadata))
-            assert error.code() is grpc.StatusCode.PERMISSION_DENIED
-            await failure_of(stub.DeleteCluster(delete, timeout=10))  # an anonymous caller
-            await failure_of(stub.GetCluster(pb.GetClusterRequest(), timeout=10, metadata=metadata))  # not a change
-        return told
-
-    assert run(test) == [AuditedChange(caller="curious", role="viewer", method="DeleteCluster", outcome="ROLE")]
+    told = list[AuditedChange]()
+    async with served(authenticator=by_tokens(file)) as planner:
+        planner.calls.answer_for(require_leader=lambda _method: None, on_refusal=told.append)
+        stub = ClusterServiceStub(planner.channel)
+        metadata = (("authorization", f"Bearer {token}"),)
+        delete = pb.DeleteClusterRequest(name="clusters/night")
+        error = await failure_of(stub.DeleteCluster(delete, timeout=10, metadata=metadata))
+        assert error.code() is grpc.StatusCode.PERMISSION_DENIED
+        await failure_of(stub.DeleteCluster(delete, timeout=10))  # an anonymous caller
+        await failure_of(stub.GetCluster(pb.GetClusterRequest(), timeout=10, metadata=metadata))  # not a change
+    assert told == [AuditedChange(caller="curious", role="viewer", method="DeleteCluster", outcome="ROLE")]
 
 
 def test_what_a_caller_wrote_is_printable_in_the_line_of_its_refusal() -> None:
@@ -125,7 +114,7 @@ def test_what_was_to_be_created_has_its_whole_name_in_the_line_of_its_refusal() 
     assert record.refused_change().resource == "clusters/night"
 
 
-def test_a_line_that_cannot_be_written_ends_no_loop_and_holds_up_no_other() -> None:
+async def test_a_line_that_cannot_be_written_ends_no_loop_and_holds_up_no_other() -> None:
     written = list[str]()
 
     async def append(changes: Sequence[AuditedChange]) -> None:
@@ -133,17 +122,14 @@ def test_a_line_that_cannot_be_written_ends_no_loop_and_holds_up_no_other() -> N
             raise ValueError("no such text")
         written.extend(change.caller for change in changes)
 
-    async def scenario() -> None:
-        refusals = AuditRefusals(append)
-        for caller in ("a", "bad", "b"):
-            refusals.note(AuditedChange(caller=caller, role="viewer", method="DeletePlan", outcome="ROLE"))
-        assert await refusals.step() is None
-
-    asyncio.run(scenario())
+    refusals = AuditRefusals(append)
+    for caller in ("a", "bad", "b"):
+        refusals.note(AuditedChange(caller=caller, role="viewer", method="DeletePlan", outcome="ROLE"))
+    assert await refusals.step() is None
     assert written == ["a", "b"]
 
 
-def test_many_equal_refusals_are_few_lines_that_count_them() -> None:
+async def test_many_equal_refusals_are_few_lines_that_count_them() -> None:
     written, now_s = list[list[AuditedChange]](), [0.0]
 
     async def append(changes: Sequence[AuditedChange]) -> None:
@@ -152,52 +138,42 @@ def test_many_equal_refusals_are_few_lines_that_count_them() -> None:
     def change(caller: str) -> AuditedChange:
         return AuditedChange(caller=caller, role="viewer", method="DeletePlan", outcome="ROLE")
 
-    async def scenario() -> None:
-        refusals = AuditRefusals(append, clock=lambda: now_s[0])
-        assert await refusals.step() is None
-        refusals.note(change("a"))
-        assert await refusals.step() is None
-        for caller in "aaab":
-            refusals.note(change(caller))
-        now_s[0] = 20.0
-        assert await refusals.step() == EVERY_S - 20.0
-        now_s[0] = EVERY_S
-        assert await refusals.step() is None
-
-    asyncio.run(scenario())
+    refusals = AuditRefusals(append, clock=lambda: now_s[0])
+    assert await refusals.step() is None
+    refusals.note(change("a"))
+    assert await refusals.step() is None
+    for caller in "aaab":
+        refusals.note(change(caller))
+    now_s[0] = 20.0
+    assert await refusals.step() == EVERY_S - 20.0
+    now_s[0] = EVERY_S
+    assert await refusals.step() is None
     assert [[(one.caller, one.times) for one in found] for found in written] == [[("a", 1)], [("b", 1)], [("a", 3)]]
 
 
-def test_a_store_that_is_away_ends_no_loop() -> None:
+async def test_a_store_that_is_away_ends_no_loop() -> None:
     async def append(changes: Sequence[AuditedChange]) -> None:
         raise ServiceError(Reason.ERROR_REASON_STORE_UNAVAILABLE, "away")
 
-    async def scenario() -> None:
-        refusals = AuditRefusals(append)
-        refusals.note(AuditedChange(caller="a", role="viewer", method="DeletePlan", outcome="ROLE"))
-        assert await refusals.step() is None
-
-    asyncio.run(scenario())
+    refusals = AuditRefusals(append)
+    refusals.note(AuditedChange(caller="a", role="viewer", method="DeletePlan", outcome="ROLE"))
+    assert await refusals.step() is None
 
 
-def test_the_command_filters_lines_and_finds_a_changed_one(tmp_path: Path) -> None:
+async def test_the_command_filters_lines_and_finds_a_changed_one(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path}/hetis.db"
+    store = await Store.open(url)
+    await store.lead("test")
 
-    async def fill() -> None:
-        store = await Store.open(url)
-        await store.lead("test")
+    def append(tx: object) -> None:
+        for n, (caller, outcome) in enumerate((("ci", "OK"), ("eve", "ROLE"), ("ci", "OK"))):
+            made = AuditedChange(
+                caller=caller, role="orchestrator", method="ActivatePlan", plan="plans/p", outcome=outcome
+            )
+            tx.audit.append(made, time_s=1_800_000_000.0 + n)  # type: ignore[attr-defined]
 
-        def append(tx: object) -> None:
-            for n, (caller, outcome) in enumerate((("ci", "OK"), ("eve", "ROLE"), ("ci", "OK"))):
-                made = AuditedChange(
-                    caller=caller, role="orchestrator", method="ActivatePlan", plan="plans/p", outcome=outcome
-                )
-                tx.audit.append(made, time_s=1_800_000_000.0 + n)  # type: ignore[attr-defined]
-
-        await store.write(append)
-        await store.close()
-
-    asyncio.run(fill())
+    await store.write(append)
+    await store.close()
 
     def audit(*options: str) -> tuple[int, str]:
         code, out, err = finished_here(["audit", "--store", url, *options], folder=tmp_path)

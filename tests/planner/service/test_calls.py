@@ -40,76 +40,58 @@ def watch(served: Served, name: str, **more: Any) -> Any:
     return PlanServiceStub(served.channel).WatchPlan(plans.WatchPlanRequest(name=name), **more)
 
 
-def test_a_unary_call_without_a_deadline_is_refused() -> None:
-    async def test() -> None:
-        async with served() as planner:
-            error = await failure_of(get(planner, "plans/p", timeout=None))
-            assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
-            assert error.details() == "/hetis.v1.PlanService/GetPlan has no deadline: set one of at most 60 s"
-            assert details_of(error)["ErrorInfo"].reason == "DEADLINE_REQUIRED"
-            assert dict(details_of(error)["ErrorInfo"].metadata) == {"max_s": "60"}
-
-    run(test)
+async def test_a_unary_call_without_a_deadline_is_refused() -> None:
+    async with served() as planner:
+        error = await failure_of(get(planner, "plans/p", timeout=None))
+        assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert error.details() == "/hetis.v1.PlanService/GetPlan has no deadline: set one of at most 60 s"
+        assert details_of(error)["ErrorInfo"].reason == "DEADLINE_REQUIRED"
+        assert dict(details_of(error)["ErrorInfo"].metadata) == {"max_s": "60"}
 
 
 @pytest.mark.parametrize(("seconds", "accepted"), [(10, True), (60, True), (62, False), (1e6, False)])
-def test_a_deadline_may_be_sixty_seconds_away(seconds: float, accepted: bool) -> None:
-    async def test() -> None:
-        async with served() as planner:
-            if accepted:
-                assert (await get(planner, "plans/p", timeout=seconds)).plan.name == "plans/p"
-            else:
-                error = await failure_of(get(planner, "plans/p", timeout=seconds))
-                assert reason_of(error) == "DEADLINE_TOO_LONG"
-
-    run(test)
-
-
-def test_dispatch_calls_may_wait_ten_seconds_only() -> None:
-    async def test() -> None:
-        async with served() as planner:
-            stub = DispatchServiceStub(planner.channel)
-            error = await failure_of(stub.AdmitRequests(dispatch.AdmitRequestsRequest(), timeout=11))
+async def test_a_deadline_may_be_sixty_seconds_away(seconds: float, accepted: bool) -> None:
+    async with served() as planner:
+        if accepted:
+            assert (await get(planner, "plans/p", timeout=seconds)).plan.name == "plans/p"
+        else:
+            error = await failure_of(get(planner, "plans/p", timeout=seconds))
             assert reason_of(error) == "DEADLINE_TOO_LONG"
-            assert details_of(error)["ErrorInfo"].metadata["max_s"] == "10"
-            within = await failure_of(stub.AdmitRequests(dispatch.AdmitRequestsRequest(), timeout=10))
-            assert within.code() is grpc.StatusCode.UNIMPLEMENTED  # the fake's status: the call was admitted
-
-    run(test)
 
 
-def test_streams_need_no_deadline() -> None:
-    async def test() -> None:
-        async with served() as planner:
-            stream = watch(planner, "plans/p")
-            assert (await stream.read()).plan.name == "plans/p"
-            stream.cancel()
+async def test_dispatch_calls_may_wait_ten_seconds_only() -> None:
+    async with served() as planner:
+        stub = DispatchServiceStub(planner.channel)
+        error = await failure_of(stub.AdmitRequests(dispatch.AdmitRequestsRequest(), timeout=11))
+        assert reason_of(error) == "DEADLINE_TOO_LONG"
+        assert details_of(error)["ErrorInfo"].metadata["max_s"] == "10"
+        within = await failure_of(stub.AdmitRequests(dispatch.AdmitRequestsRequest(), timeout=10))
+        assert within.code() is grpc.StatusCode.UNIMPLEMENTED  # the fake's status: the call was admitted
 
-    run(test)
+
+async def test_streams_need_no_deadline() -> None:
+    async with served() as planner:
+        stream = watch(planner, "plans/p")
+        assert (await stream.read()).plan.name == "plans/p"
+        stream.cancel()
 
 
-def test_a_watch_is_said_to_be_open_at_its_beginning() -> None:
-    async def test() -> None:
-        async with served() as planner:
-            stream = watch(planner, "plans/p")
-            assert STREAM_OPEN in [tuple(one) for one in await stream.initial_metadata()]
-            stream.cancel()
-            planner.calls.refuse_new()
-            refused = watch(planner, "plans/p")
-            await failure_of(refused)
-            assert STREAM_OPEN not in [tuple(one) for one in await refused.initial_metadata()]
-
-    run(test)
+async def test_a_watch_is_said_to_be_open_at_its_beginning() -> None:
+    async with served() as planner:
+        stream = watch(planner, "plans/p")
+        assert STREAM_OPEN in [tuple(one) for one in await stream.initial_metadata()]
+        stream.cancel()
+        planner.calls.refuse_new()
+        refused = watch(planner, "plans/p")
+        await failure_of(refused)
+        assert STREAM_OPEN not in [tuple(one) for one in await refused.initial_metadata()]
 
 
 @pytest.mark.parametrize("name", ["missing", "changed", "full", "used", "gpus"])
 @pytest.mark.parametrize("streaming", [False, True])
-def test_errors_have_reason_and_details(name: str, streaming: bool) -> None:
-    async def test() -> grpc.aio.AioRpcError:
-        async with served() as planner:
-            return await failure_of((watch if streaming else get)(planner, f"plans/{name}"))
-
-    error = run(test)
+async def test_errors_have_reason_and_details(name: str, streaming: bool) -> None:
+    async with served() as planner:
+        error = await failure_of((watch if streaming else get)(planner, f"plans/{name}"))
     details = details_of(error)
     code, reason = {
         "missing": (grpc.StatusCode.NOT_FOUND, "NOT_FOUND"),
@@ -136,51 +118,38 @@ def test_errors_have_reason_and_details(name: str, streaming: bool) -> None:
             assert [(v.type, v.subject) for v in violations] == [("GPU_MISSING", "n1/0"), ("GPU_MISSING", "n2/3")]
 
 
-def test_a_thousand_violations_arrive_shortened_and_say_so() -> None:
-    async def test() -> None:
-        async with served() as planner:
-            error = await failure_of(get(planner, "plans/fields"))
-            assert (error.code(), reason_of(error)) == (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_FIELD")
-            violations = details_of(error)["BadRequest"].field_violations
-            assert [v.field for v in violations[:3]] == [f"plan.spec.field_{n}" for n in range(3)]
-            left = 1000 - (len(violations) - 1)
-            assert violations[-1].description == f"... and {left} more problems from here on"
-
-    run(test)
+async def test_a_thousand_violations_arrive_shortened_and_say_so() -> None:
+    async with served() as planner:
+        error = await failure_of(get(planner, "plans/fields"))
+        assert (error.code(), reason_of(error)) == (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_FIELD")
+        violations = details_of(error)["BadRequest"].field_violations
+        assert [v.field for v in violations[:3]] == [f"plan.spec.field_{n}" for n in range(3)]
+        left = 1000 - (len(violations) - 1)
+        assert violations[-1].description == f"... and {left} more problems from here on"
 
 
-def test_a_message_that_headers_cannot_hold_is_shortened() -> None:
-    async def test() -> None:
-        async with served() as planner:
-            error = await failure_of(get(planner, "plans/long"))
-            assert (error.code(), reason_of(error)) == (grpc.StatusCode.NOT_FOUND, "NOT_FOUND")
-            assert (error.details() or "").endswith("üü...")
-
-    run(test)
+async def test_a_message_that_headers_cannot_hold_is_shortened() -> None:
+    async with served() as planner:
+        error = await failure_of(get(planner, "plans/long"))
+        assert (error.code(), reason_of(error)) == (grpc.StatusCode.NOT_FOUND, "NOT_FOUND")
+        assert (error.details() or "").endswith("üü...")
 
 
-def test_a_bad_document_is_invalid_with_its_line() -> None:
-    async def test() -> None:
-        async with served() as planner:
-            error = await failure_of(get(planner, "plans/document"))
-            assert reason_of(error) == "INVALID_DOCUMENT"
-            (violation,) = details_of(error)["BadRequest"].field_violations
-            assert violation.description == "cluster.yaml:3: is empty"
-
-    run(test)
+async def test_a_bad_document_is_invalid_with_its_line() -> None:
+    async with served() as planner:
+        error = await failure_of(get(planner, "plans/document"))
+        assert reason_of(error) == "INVALID_DOCUMENT"
+        (violation,) = details_of(error)["BadRequest"].field_violations
+        assert violation.description == "cluster.yaml:3: is empty"
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_a_bug_tells_callers_an_incident_and_the_log_the_rest(
+async def test_a_bug_tells_callers_an_incident_and_the_log_the_rest(
     streaming: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "hetis")
-
-    async def test() -> grpc.aio.AioRpcError:
-        async with served() as planner:
-            return await failure_of((watch if streaming else get)(planner, "plans/bug"))
-
-    error = run(test)
+    async with served() as planner:
+        error = await failure_of((watch if streaming else get)(planner, "plans/bug"))
     assert (error.code(), reason_of(error)) == (grpc.StatusCode.INTERNAL, "INTERNAL")
     assert "secret" not in str(error)
     assert "Traceback" not in str(error)
@@ -203,51 +172,37 @@ def test_every_reason_becomes_a_status_with_its_code() -> None:
 @pytest.mark.parametrize(
     ("method", "raw"), [("PlanService/GetPlan", b"\xff\xff\xff"), ("PlanService/WatchPlan", b"\x0a\xff")]
 )
-def test_bytes_that_are_no_message_are_an_invalid_field(method: str, raw: bytes) -> None:
-    async def test() -> None:
-        async with served() as planner:
-            name = f"/hetis.v1.{method}"
-            channel = planner.channel
-            call: Any = (
-                channel.unary_stream(name)(raw) if "Watch" in method else channel.unary_unary(name)(raw, timeout=5)
-            )
-            error = await failure_of(call)
-            assert (error.code(), reason_of(error)) == (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_FIELD")
-            assert (await get(planner, "plans/p")).plan.name == "plans/p"
-
-    run(test)
+async def test_bytes_that_are_no_message_are_an_invalid_field(method: str, raw: bytes) -> None:
+    async with served() as planner:
+        name = f"/hetis.v1.{method}"
+        channel = planner.channel
+        call: Any = channel.unary_stream(name)(raw) if "Watch" in method else channel.unary_unary(name)(raw, timeout=5)
+        error = await failure_of(call)
+        assert (error.code(), reason_of(error)) == (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_FIELD")
+        assert (await get(planner, "plans/p")).plan.name == "plans/p"
 
 
-def test_bytes_that_are_no_message_end_a_stream_of_an_agent() -> None:
-    async def test() -> None:
-        async with served() as planner:
-            stream = planner.channel.stream_stream("/hetis.v1.AgentService/ConnectNode")()
-            await stream.write(b"\xff\xff\xff")
-            error = await failure_of(stream)
-            assert (error.code(), reason_of(error)) == (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_FIELD")
-
-    run(test)
+async def test_bytes_that_are_no_message_end_a_stream_of_an_agent() -> None:
+    async with served() as planner:
+        stream = planner.channel.stream_stream("/hetis.v1.AgentService/ConnectNode")()
+        await stream.write(b"\xff\xff\xff")
+        error = await failure_of(stream)
+        assert (error.code(), reason_of(error)) == (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_FIELD")
 
 
-def test_an_oversized_message_is_refused_by_grpc() -> None:
-    async def test() -> None:
-        async with served() as planner:
-            error = await failure_of(get(planner, "x" * (4 * 2**20 + 1)))
-            assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-            assert (await get(planner, "plans/p")).plan.name == "plans/p"
-
-    run(test)
+async def test_an_oversized_message_is_refused_by_grpc() -> None:
+    async with served() as planner:
+        error = await failure_of(get(planner, "x" * (4 * 2**20 + 1)))
+        assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert (await get(planner, "plans/p")).plan.name == "plans/p"
 
 
 @pytest.mark.parametrize("method", ["/hetis.v1.PlanService/Nothing", "/nothing.Service/Method", "/x"])
-def test_an_unknown_method_is_unimplemented(method: str) -> None:
-    async def test() -> None:
-        async with served() as planner:
-            error = await failure_of(planner.channel.unary_unary(method)(b"", timeout=5))
-            assert error.code() is grpc.StatusCode.UNIMPLEMENTED
-            assert method.encode() not in planner.metrics.text()  # callers cannot create labels
-
-    run(test)
+async def test_an_unknown_method_is_unimplemented(method: str) -> None:
+    async with served() as planner:
+        error = await failure_of(planner.channel.unary_unary(method)(b"", timeout=5))
+        assert error.code() is grpc.StatusCode.UNIMPLEMENTED
+        assert method.encode() not in planner.metrics.text()  # callers cannot create labels
 
 
 def test_every_method_of_the_contract_that_the_planner_serves_needs_a_role() -> None:
@@ -261,17 +216,13 @@ def test_every_method_of_the_contract_that_the_planner_serves_needs_a_role() -> 
     assert methods == set(NEEDED)
 
 
-def test_calls_and_streams_are_measured_and_logged(caplog: pytest.LogCaptureFixture) -> None:
+async def test_calls_and_streams_are_measured_and_logged(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG, "hetis")
-
-    async def test() -> str:
-        async with served() as planner:
-            await get(planner, "plans/p")
-            await failure_of(get(planner, "plans/missing"))
-            await failure_of(watch(planner, "plans/missing"))
-            return planner.metrics.text().decode()
-
-    text = run(test)
+    async with served() as planner:
+        await get(planner, "plans/p")
+        await failure_of(get(planner, "plans/missing"))
+        await failure_of(watch(planner, "plans/missing"))
+        text = planner.metrics.text().decode()
     get_plan = "/hetis.v1.PlanService/GetPlan"
     assert f'hetis_planner_rpc_seconds_count{{code="OK",method="{get_plan}"}} 1.0' in text
     assert f'hetis_planner_rpc_seconds_count{{code="NOT_FOUND",method="{get_plan}"}} 1.0' in text
@@ -326,38 +277,32 @@ def test_a_call_that_its_caller_gives_up_is_counted_as_such() -> None:
     run(test)
 
 
-def test_an_agent_stream_passes_messages_both_ways() -> None:
-    async def test() -> None:
-        async with served() as planner:
-            stream = AgentServiceStub(planner.channel).ConnectNode()
-            await stream.write(agents.ConnectNodeRequest(sequence=1, hello=agents.Hello(node="clusters/c/nodes/n")))
-            assert (await stream.read()).WhichOneof("message") == "welcome"
-            planner.planner.agents.goodbye.set()
-            assert (await stream.read()).WhichOneof("message") == "goodbye"
-
-    run(test)
+async def test_an_agent_stream_passes_messages_both_ways() -> None:
+    async with served() as planner:
+        stream = AgentServiceStub(planner.channel).ConnectNode()
+        await stream.write(agents.ConnectNodeRequest(sequence=1, hello=agents.Hello(node="clusters/c/nodes/n")))
+        assert (await stream.read()).WhichOneof("message") == "welcome"
+        planner.planner.agents.goodbye.set()
+        assert (await stream.read()).WhichOneof("message") == "goodbye"
 
 
-def test_a_caller_may_have_a_hundred_watches_open() -> None:
-    async def test() -> None:
-        async with served() as planner:
-            watches = [watch(planner, f"plans/{n}") for n in range(MOST_OF_A_CALLER)]
-            for each in watches:
-                await each.read()
-            error = await failure_of(watch(planner, "plans/p"))
-            assert (error.code(), reason_of(error)) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "TOO_MANY_STREAMS")
-            assert (await get(planner, "plans/p")).plan.name == "plans/p"
-            watches[0].cancel()
-            for _ in range(100):  # until the planner has received it
-                again = watch(planner, "plans/p")
-                if await _read_or_none(again) is not None:
-                    break
-            else:
-                raise AssertionError("an ended watch still counts")
-            for each in [*watches, again]:
-                each.cancel()
-
-    run(test)
+async def test_a_caller_may_have_a_hundred_watches_open() -> None:
+    async with served() as planner:
+        watches = [watch(planner, f"plans/{n}") for n in range(MOST_OF_A_CALLER)]
+        for each in watches:
+            await each.read()
+        error = await failure_of(watch(planner, "plans/p"))
+        assert (error.code(), reason_of(error)) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "TOO_MANY_STREAMS")
+        assert (await get(planner, "plans/p")).plan.name == "plans/p"
+        watches[0].cancel()
+        for _ in range(100):  # until the planner has received it
+            again = watch(planner, "plans/p")
+            if await _read_or_none(again) is not None:
+                break
+        else:
+            raise AssertionError("an ended watch still counts")
+        for each in [*watches, again]:
+            each.cancel()
 
 
 async def _read_or_none(call: Any) -> Any:
@@ -368,49 +313,43 @@ async def _read_or_none(call: Any) -> Any:
         return None
 
 
-def test_strangers_may_have_a_hundred_streams_open() -> None:
-    async def test() -> None:
-        async with served() as planner:
-            stub = health_pb2_grpc.HealthStub(planner.channel)
-            watches = [stub.Watch(health_pb2.HealthCheckRequest()) for _ in range(MOST_OF_A_HOST)]
-            for each in watches:
-                await each.read()
-            error = await failure_of(stub.Watch(health_pb2.HealthCheckRequest()))
-            assert reason_of(error) == "TOO_MANY_STREAMS"
-            await stub.Check(health_pb2.HealthCheckRequest(), timeout=5)
-            for each in watches:
-                each.cancel()
-
-    run(test)
+async def test_strangers_may_have_a_hundred_streams_open() -> None:
+    async with served() as planner:
+        stub = health_pb2_grpc.HealthStub(planner.channel)
+        watches = [stub.Watch(health_pb2.HealthCheckRequest()) for _ in range(MOST_OF_A_HOST)]
+        for each in watches:
+            await each.read()
+        error = await failure_of(stub.Watch(health_pb2.HealthCheckRequest()))
+        assert reason_of(error) == "TOO_MANY_STREAMS"
+        await stub.Check(health_pb2.HealthCheckRequest(), timeout=5)
+        for each in watches:
+            each.cancel()
 
 
-def test_a_token_that_is_taken_back_or_expires_ends_its_streams_and_no_others() -> None:
+async def test_a_token_that_is_taken_back_or_expires_ends_its_streams_and_no_others() -> None:
     first, second = (f"hetis_{letter * 43}" for letter in "ab")
 
     def grants(*tokens: str, expires_s: float = 100.0) -> Tokens:
         identity = Identity(name="watcher", roles=CallerRole.VIEWER.includes)
         return Tokens({digest(token): Grant(identity=identity, expires_s=expires_s) for token in tokens})
 
-    async def test() -> None:
-        known, now_s = grants(first, second), 0.0
-        credentials = Credentials(tokens=lambda: known, trust_domain=None, clock=lambda: now_s)
-        async with served(authenticator=credentials) as planner:
-            streams = [watch(planner, "plans/p", metadata=(("authorization", f"Bearer {t}"),)) for t in (first, second)]
-            for stream in streams:
-                await stream.read()
-            planner.calls.end_revoked_streams()  # nothing has changed yet
-            known = grants(second)
-            planner.calls.end_revoked_streams()
-            error = await failure_of(streams[0].read())
-            assert (error.code(), reason_of(error)) == (grpc.StatusCode.UNAUTHENTICATED, "CREDENTIALS")
-            following = asyncio.create_task(streams[1].read())
-            done, _ = await asyncio.wait({following}, timeout=0.1)
-            assert not done
-            now_s = 101.0
-            planner.calls.end_revoked_streams()
-            assert "expired" in str((await failure_of(following)).details())
-
-    run(test)
+    known, now_s = grants(first, second), 0.0
+    credentials = Credentials(tokens=lambda: known, trust_domain=None, clock=lambda: now_s)
+    async with served(authenticator=credentials) as planner:
+        streams = [watch(planner, "plans/p", metadata=(("authorization", f"Bearer {t}"),)) for t in (first, second)]
+        for stream in streams:
+            await stream.read()
+        planner.calls.end_revoked_streams()  # nothing has changed yet
+        known = grants(second)
+        planner.calls.end_revoked_streams()
+        error = await failure_of(streams[0].read())
+        assert (error.code(), reason_of(error)) == (grpc.StatusCode.UNAUTHENTICATED, "CREDENTIALS")
+        following = asyncio.create_task(streams[1].read())
+        done, _ = await asyncio.wait({following}, timeout=0.1)
+        assert not done
+        now_s = 101.0
+        planner.calls.end_revoked_streams()
+        assert "expired" in str((await failure_of(following)).details())
 
 
 def test_credentials_that_allow_less_end_the_streams_that_began_with_more() -> None:

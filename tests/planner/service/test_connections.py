@@ -13,7 +13,7 @@ import pytest
 from hetis.planner.service.limits import ConnectionLimits, ConnectionWatch, ports_of
 from hetis.v1 import plan_service_pb2 as plans
 from hetis.v1.plan_service_pb2_grpc import PlanServiceStub
-from tests.planner.service.serving import channel_to, run, served
+from tests.planner.service.serving import channel_to, served
 
 HOSTS = ("127.0.0.2", "127.0.0.3")  # all of 127.0.0.0/8 is this machine
 
@@ -41,22 +41,19 @@ async def served_still(channel: grpc.aio.Channel) -> bool:
     return answer.plan.name == "plans/p"
 
 
-def test_the_newest_connections_of_a_host_that_has_too_many_are_closed() -> None:
-    async def test() -> None:
-        async with served() as planner:
-            watch = ConnectionWatch(ConnectionLimits(of_all=100, of_a_host=3), ports_of([planner.address]))
+async def test_the_newest_connections_of_a_host_that_has_too_many_are_closed() -> None:
+    async with served() as planner:
+        watch = ConnectionWatch(ConnectionLimits(of_all=100, of_a_host=3), ports_of([planner.address]))
+        assert await served_still(planner.channel)
+        with ExitStack() as stack:
+            first = [stack.enter_context(connected(planner.address, HOSTS[0])) for _ in range(3)]
+            other = stack.enter_context(connected(planner.address, HOSTS[1]))
+            await until_accepted(watch, 5)
+            late = [stack.enter_context(connected(planner.address, HOSTS[0])) for _ in range(4)]
+            await until_closed(watch, late)
+            assert watch.closed == 4
+            assert not any(map(is_closed, [*first, other]))
             assert await served_still(planner.channel)
-            with ExitStack() as stack:
-                first = [stack.enter_context(connected(planner.address, HOSTS[0])) for _ in range(3)]
-                other = stack.enter_context(connected(planner.address, HOSTS[1]))
-                await until_accepted(watch, 5)
-                late = [stack.enter_context(connected(planner.address, HOSTS[0])) for _ in range(4)]
-                await until_closed(watch, late)
-                assert watch.closed == 4
-                assert not any(map(is_closed, [*first, other]))
-                assert await served_still(planner.channel)
-
-    run(test)
 
 
 async def until_accepted(watch: ConnectionWatch, num: int) -> None:
@@ -74,22 +71,19 @@ async def until_closed(watch: ConnectionWatch, found: list[socket.socket]) -> No
             await asyncio.sleep(0.01)
 
 
-def test_no_more_connections_are_taken_than_the_descriptors_allow() -> None:
-    async def test() -> None:
-        async with served(max_connections=4) as planner, AsyncExitStack() as stack:
-            assert await served_still(planner.channel)
-            idle = [stack.enter_context(connected(planner.address, HOSTS[0])) for _ in range(12)]
-            async with asyncio.timeout(20):
-                while sum(map(is_closed, idle)) < 9:
-                    await asyncio.sleep(0.01)
-            assert await served_still(planner.channel)
-            for one in idle:
-                one.close()
-            async with asyncio.timeout(20), channel_to(planner.address) as another:
-                await another.channel_ready()  # gRPC notices only after a while that they are closed
-                assert await served_still(another)
-
-    run(test)
+async def test_no_more_connections_are_taken_than_the_descriptors_allow() -> None:
+    async with served(max_connections=4) as planner, AsyncExitStack() as stack:
+        assert await served_still(planner.channel)
+        idle = [stack.enter_context(connected(planner.address, HOSTS[0])) for _ in range(12)]
+        async with asyncio.timeout(20):
+            while sum(map(is_closed, idle)) < 9:
+                await asyncio.sleep(0.01)
+        assert await served_still(planner.channel)
+        for one in idle:
+            one.close()
+        async with asyncio.timeout(20), channel_to(planner.address) as another:
+            await another.channel_ready()  # gRPC notices only after a while that they are closed
+            assert await served_still(another)
 
 
 @pytest.mark.parametrize(

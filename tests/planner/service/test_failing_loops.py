@@ -20,108 +20,93 @@ from hetis.planner.service.succession import ANSWERED_S, Succession
 from hetis.planner.store import Store, StoreError
 from hetis.planner.store.leadership import Lease
 from hetis.planner.store.store import StoreHealth
-from tests.planner.service.serving import run, served
+from tests.planner.service.serving import served
 
 
-def test_a_loop_that_fails_is_named_and_one_that_is_stopped_is_not() -> None:
-    async def test() -> None:
-        loops = Loops()
+async def test_a_loop_that_fails_is_named_and_one_that_is_stopped_is_not() -> None:
+    loops = Loops()
 
-        async def fail() -> None:
-            raise ZeroDivisionError
+    async def fail() -> None:
+        raise ZeroDivisionError
 
-        async def go_on() -> None:
-            await asyncio.Event().wait()
+    async def go_on() -> None:
+        await asyncio.Event().wait()
 
-        loops.start("one that goes on", go_on())
-        loops.start("one that fails", fail())
-        await asyncio.wait_for(loops.failed.wait(), 10)
-        await loops.stop()
-        assert loops.failures == ["one that fails"]
-
-    run(test)
+    loops.start("one that goes on", go_on())
+    loops.start("one that fails", fail())
+    await asyncio.wait_for(loops.failed.wait(), 10)
+    await loops.stop()
+    assert loops.failures == ["one that fails"]
 
 
 @pytest.mark.parametrize("of_the_process", [False, True])
-def test_health_says_that_nothing_serves_once_something_has_failed(of_the_process: bool) -> None:
-    async def test() -> None:
-        async with served() as planner:
-            stub = health_pb2_grpc.HealthStub(planner.channel)
-            loops = Loops()
-            showing = asyncio.create_task(show_failure(planner.planner, loops, planner.server))
-            watch = stub.Watch(health_pb2.HealthCheckRequest())
-            assert (await watch.read()).status == health_pb2.HealthCheckResponse.SERVING
-            if of_the_process:
-                loops.failed.set()
-            else:
-                planner.planner.failed.set()
-            assert (await watch.read()).status == health_pb2.HealthCheckResponse.NOT_SERVING
-            await showing
-
-    run(test)
+async def test_health_says_that_nothing_serves_once_something_has_failed(of_the_process: bool) -> None:
+    async with served() as planner:
+        stub = health_pb2_grpc.HealthStub(planner.channel)
+        loops = Loops()
+        showing = asyncio.create_task(show_failure(planner.planner, loops, planner.server))
+        watch = stub.Watch(health_pb2.HealthCheckRequest())
+        assert (await watch.read()).status == health_pb2.HealthCheckResponse.SERVING
+        if of_the_process:
+            loops.failed.set()
+        else:
+            planner.planner.failed.set()
+        assert (await watch.read()).status == health_pb2.HealthCheckResponse.NOT_SERVING
+        await showing
 
 
-def test_loops_of_a_term_are_stopped_by_themselves_and_fail_for_all() -> None:
-    async def test() -> None:
-        whole = Loops()
-        part = Loops(whole)
-        ended = list[str]()
+async def test_loops_of_a_term_are_stopped_by_themselves_and_fail_for_all() -> None:
+    whole = Loops()
+    part = Loops(whole)
+    ended = list[str]()
 
-        async def go_on(name: str) -> None:
-            try:
-                await asyncio.Event().wait()
-            finally:
-                ended.append(name)
+    async def go_on(name: str) -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.append(name)
 
-        async def fail() -> None:
+    async def fail() -> None:
+        raise ZeroDivisionError
+
+    whole.start("of the process", go_on("of the process"))
+    part.start("of the term", go_on("of the term"))
+    part.start("one that fails", fail())
+    await asyncio.wait_for(whole.failed.wait(), 10)
+    assert whole.failures == ["one that fails"]
+    await part.stop()
+    assert ended == ["of the term"]
+    await whole.stop()
+
+
+async def test_files_are_read_again_also_after_what_follows_from_them_has_failed() -> None:
+    looks, looked_twice = 0, asyncio.Event()
+
+    def fail_once() -> None:
+        nonlocal looks
+        looks += 1
+        if looks == 1:
             raise ZeroDivisionError
+        looked_twice.set()
 
-        whole.start("of the process", go_on("of the process"))
-        part.start("of the term", go_on("of the term"))
-        part.start("one that fails", fail())
-        await asyncio.wait_for(whole.failed.wait(), 10)
-        assert whole.failures == ["one that fails"]
-        await part.stop()
-        assert ended == ["of the term"]
-        await whole.stop()
-
-    run(test)
+    keeping = asyncio.create_task(keep_fresh((), 0.0, then=fail_once))
+    await asyncio.wait({keeping, asyncio.create_task(looked_twice.wait())}, return_when=asyncio.FIRST_COMPLETED)
+    assert not keeping.done()
+    keeping.cancel()
 
 
-def test_files_are_read_again_also_after_what_follows_from_them_has_failed() -> None:
-    async def test() -> None:
-        looks, looked_twice = 0, asyncio.Event()
-
-        def fail_once() -> None:
-            nonlocal looks
-            looks += 1
-            if looks == 1:
-                raise ZeroDivisionError
-            looked_twice.set()
-
-        keeping = asyncio.create_task(keep_fresh((), 0.0, then=fail_once))
-        await asyncio.wait({keeping, asyncio.create_task(looked_twice.wait())}, return_when=asyncio.FIRST_COMPLETED)
-        assert not keeping.done()
-        keeping.cancel()
-
-    run(test)
-
-
-def test_a_solver_slot_that_ends_by_a_bug_is_heard_of() -> None:
+async def test_a_solver_slot_that_ends_by_a_bug_is_heard_of() -> None:
     async def start(*_: object) -> Any:
         raise ZeroDivisionError
 
-    async def test() -> None:
-        pool = SolverPool(PoolSettings(num_processes=2, warm_up_after_s=0.0), start_process=start)
-        pool.start()
-        with pytest.raises(ZeroDivisionError):
-            await pool.until_failed()
-        await pool.stop()
-
-    run(test)
+    pool = SolverPool(PoolSettings(num_processes=2, warm_up_after_s=0.0), start_process=start)
+    pool.start()
+    with pytest.raises(ZeroDivisionError):
+        await pool.until_failed()
+    await pool.stop()
 
 
-def test_a_guard_of_the_store_that_ends_by_a_bug_is_heard_of(tmp_path: Path) -> None:
+async def test_a_guard_of_the_store_that_ends_by_a_bug_is_heard_of(tmp_path: Path) -> None:
     is_broken = False
 
     def machine_s() -> float:
@@ -129,17 +114,13 @@ def test_a_guard_of_the_store_that_ends_by_a_bug_is_heard_of(tmp_path: Path) -> 
             raise ZeroDivisionError
         return 0.0
 
-    async def test() -> None:
-        nonlocal is_broken
-        store = await Store.open(f"sqlite:///{tmp_path}/hetis.db", machine=machine_s)
-        is_broken = True
-        with pytest.raises(ZeroDivisionError):
-            await store.until_failed()
-        is_broken = False
-        await store.close()
+    store = await Store.open(f"sqlite:///{tmp_path}/hetis.db", machine=machine_s)
+    is_broken = True
+    with pytest.raises(ZeroDivisionError):
         await store.until_failed()
-
-    run(test)
+    is_broken = False
+    await store.close()
+    await store.until_failed()
 
 
 class LostStore:
@@ -220,40 +201,34 @@ def test_a_standby_is_not_ready_where_nobody_leads_and_it_cannot_take_over() -> 
     assert not standby.is_ready
 
 
-def test_a_standby_ends_when_a_planner_of_another_version_has_migrated_the_tables() -> None:
+async def test_a_standby_ends_when_a_planner_of_another_version_has_migrated_the_tables() -> None:
     class MigratedStore(LostStore):
         async def stand_by(self, *_: object) -> int:
             raise StoreError("hetis.db was written by a newer hetis-planner")
 
-    async def test() -> None:
-        standby = succession_with(MigratedStore(), lambda _: ReleasedTerm())
-        await standby.start()
-        with pytest.raises(StoreError, match="was written by a newer hetis-planner"):
-            await standby.until_replaced()
-        await standby.close()
-
-    run(test)
+    standby = succession_with(MigratedStore(), lambda _: ReleasedTerm())
+    await standby.start()
+    with pytest.raises(StoreError, match="was written by a newer hetis-planner"):
+        await standby.until_replaced()
+    await standby.close()
 
 
-def test_a_planner_stands_by_again_though_streams_and_term_do_not_end() -> None:
-    async def test() -> None:
-        store: Any = LostStore()
-        terms = list[Any]()
+async def test_a_planner_stands_by_again_though_streams_and_term_do_not_end() -> None:
+    store: Any = LostStore()
+    terms = list[Any]()
 
-        def make_term(_epoch: int) -> Any:
-            terms.append(HangingTerm())
-            return terms[-1]
+    def make_term(_epoch: int) -> Any:
+        terms.append(HangingTerm())
+        return terms[-1]
 
-        succession = succession_with(store, make_term)
+    succession = succession_with(store, make_term)
 
-        async def end_streams(_: ServiceError) -> None:
-            await asyncio.Event().wait()
+    async def end_streams(_: ServiceError) -> None:
+        await asyncio.Event().wait()
 
-        succession.on_loss(end_streams)
-        await succession.start()
-        await asyncio.wait_for(store.stands_by.wait(), 20)
-        for term in terms:
-            term.is_released.set()
-        await succession.close()
-
-    run(test)
+    succession.on_loss(end_streams)
+    await succession.start()
+    await asyncio.wait_for(store.stands_by.wait(), 20)
+    for term in terms:
+        term.is_released.set()
+    await succession.close()

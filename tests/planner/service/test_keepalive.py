@@ -16,7 +16,7 @@ from hetis.runtime.agent.options import OPTIONS as OPTIONS_OF_AGENTS
 from hetis.v1 import plan_service_pb2 as plans
 from hetis.v1.plan_service_pb2_grpc import PlanServiceStub
 from tests.faults.proxy import Proxy
-from tests.planner.service.serving import run, served
+from tests.planner.service.serving import served
 
 ROOT = Path(__file__).parents[3]
 _OPTION = re.compile(r"[\"'`](grpc\.[a-z0-9_.]+?)(?:=\d+)?[\"'`]")
@@ -48,31 +48,27 @@ def test_a_ping_is_waited_for_as_long_as_is_said_everywhere() -> None:
         assert found["grpc.http2.ping_timeout_ms"] == found["grpc.keepalive_timeout_ms"] <= 20_000
 
 
-def test_a_planner_that_stands_still_is_left() -> None:
+async def test_a_planner_that_stands_still_is_left() -> None:
     """The peer's machine acknowledges every byte, so that no timeout of TCP ends the connection."""
-
-    async def test() -> None:
-        async with served() as planner:
-            host, port = planner.address.split(":")
-            with Proxy((host, int(port))) as proxy:
-                options = [
-                    (name, value // FASTER if isinstance(value, int) and name.endswith("_ms") else value)
-                    for name, value in CHANNEL_OPTIONS
-                ]
-                options.append(("grpc.use_local_subchannel_pool", 1))
-                async with grpc.aio.insecure_channel(":".join(map(str, proxy.address)), options) as channel:
-                    watch = PlanServiceStub(channel).WatchPlan(plans.WatchPlanRequest(name="plans/p"))
-                    await watch.read()
-                    proxy.freeze()
-                    async with asyncio.timeout(40):
-                        while not watch.done():
-                            await asyncio.wait({asyncio.ensure_future(watch.read())})
-                    assert await watch.code() is grpc.StatusCode.UNAVAILABLE
-
-    run(test)
+    async with served() as planner:
+        host, port = planner.address.split(":")
+        with Proxy((host, int(port))) as proxy:
+            options = [
+                (name, value // FASTER if isinstance(value, int) and name.endswith("_ms") else value)
+                for name, value in CHANNEL_OPTIONS
+            ]
+            options.append(("grpc.use_local_subchannel_pool", 1))
+            async with grpc.aio.insecure_channel(":".join(map(str, proxy.address)), options) as channel:
+                watch = PlanServiceStub(channel).WatchPlan(plans.WatchPlanRequest(name="plans/p"))
+                await watch.read()
+                proxy.freeze()
+                async with asyncio.timeout(40):
+                    while not watch.done():
+                        await asyncio.wait({asyncio.ensure_future(watch.read())})
+                assert await watch.code() is grpc.StatusCode.UNAVAILABLE
 
 
-def test_a_watch_on_which_nothing_happens_stays_open(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_watch_on_which_nothing_happens_stays_open(monkeypatch: pytest.MonkeyPatch) -> None:
     def faster(options: tuple[tuple[str, int | str], ...]) -> list[tuple[str, int | str]]:
         return [
             (
@@ -85,17 +81,13 @@ def test_a_watch_on_which_nothing_happens_stays_open(monkeypatch: pytest.MonkeyP
         ]
 
     monkeypatch.setattr(server, "OPTIONS", faster(server.OPTIONS))
-
-    async def test() -> None:
-        async with served() as planner:
-            options = [*faster(CHANNEL_OPTIONS), ("grpc.use_local_subchannel_pool", 1)]
-            async with grpc.aio.insecure_channel(planner.address, options) as channel:
-                watch = PlanServiceStub(channel).WatchPlan(plans.WatchPlanRequest(name="plans/p"))
-                await watch.read()
-                following = asyncio.create_task(watch.read())
-                done, _ = await asyncio.wait({following}, timeout=SILENCE_S)
-                assert not done, watch
-                planner.planner.plans.hub.close()
-                assert await following is grpc.aio.EOF
-
-    run(test)
+    async with served() as planner:
+        options = [*faster(CHANNEL_OPTIONS), ("grpc.use_local_subchannel_pool", 1)]
+        async with grpc.aio.insecure_channel(planner.address, options) as channel:
+            watch = PlanServiceStub(channel).WatchPlan(plans.WatchPlanRequest(name="plans/p"))
+            await watch.read()
+            following = asyncio.create_task(watch.read())
+            done, _ = await asyncio.wait({following}, timeout=SILENCE_S)
+            assert not done, watch
+            planner.planner.plans.hub.close()
+            assert await following is grpc.aio.EOF

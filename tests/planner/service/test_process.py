@@ -351,7 +351,7 @@ def test_what_was_made_before_it_was_ready_is_never_collected(tmp_path: Path) ->
         sys.setswitchinterval(interval_s)
 
 
-def test_a_signal_ends_a_planner_whose_store_does_not_open(tmp_path: Path) -> None:
+async def test_a_signal_ends_a_planner_whose_store_does_not_open(tmp_path: Path) -> None:
     given = ("listen", "127.0.0.1:0"), ("status_page.address", "off"), ("store", f"sqlite:///{tmp_path}/h.db")
     config = load_config(None, environment={}, flags=[Given(name=n, text=text, by=n) for n, text in given])
     opening = asyncio.Event()
@@ -365,11 +365,8 @@ def test_a_signal_ends_a_planner_whose_store_does_not_open(tmp_path: Path) -> No
             ended.append("opening")
         raise AssertionError
 
-    async def scenario() -> None:
-        serving = asyncio.create_task(run_planner(config, open_for_ever, version="0", ready_json=False))
-        await opening.wait()
-        os.kill(os.getpid(), signal.SIGTERM)
-        await serving
-
-    asyncio.run(asyncio.wait_for(scenario(), 30))
+    serving = asyncio.create_task(run_planner(config, open_for_ever, version="0", ready_json=False))
+    await opening.wait()
+    os.kill(os.getpid(), signal.SIGTERM)
+    await serving
     assert ended == ["opening"]

@@ -11,7 +11,6 @@ import resource
 import socket
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import pytest
 
@@ -26,7 +25,6 @@ from hetis.v1 import cluster_pb2, redispatch_pb2, replica_pb2, report_pb2
 from tests.planner.html_pages import ReadPage
 from tests.planner.resources.served import live_node
 from tests.planner.service.fakes import FakePlanner
-from tests.planner.service.serving import run
 
 
 async def ask(
@@ -67,37 +65,31 @@ async def page(
     return made, address
 
 
-def test_no_library_that_is_installed_takes_a_connection_over(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_no_library_that_is_installed_takes_a_connection_over(monkeypatch: pytest.MonkeyPatch) -> None:
     """uvicorn would hand connections to any installed WebSocket library, where they are neither counted nor limited."""
     taken = list[object]()
     monkeypatch.setattr("uvicorn.protocols.websockets.auto.AutoWebSocketsProtocol", lambda **_: taken.append(1))
 
-    async def test() -> Any:
-        served, address = await page()
-        host, port = address.rsplit(":", 1)
-        reader, writer = await asyncio.open_connection(host, int(port))
-        writer.write(
-            b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
-            b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
-        )
-        writer.write_eof()
-        answer = await reader.read()
-        writer.close()
-        await served.stop()
-        return answer
-
-    assert run(test).startswith(b"HTTP/1.1 200 ")
+    served, address = await page()
+    host, port = address.rsplit(":", 1)
+    reader, writer = await asyncio.open_connection(host, int(port))
+    writer.write(
+        b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
+        b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
+    )
+    writer.write_eof()
+    answer = await reader.read()
+    writer.close()
+    await served.stop()
+    assert answer.startswith(b"HTTP/1.1 200 ")
     assert taken == []
 
 
-def test_the_page_shows_the_planner_and_its_clusters() -> None:
-    async def test() -> Any:
-        served, address = await page()
-        answers = [await ask(address, path) for path in ("/", "/clusters/c", "/clusters/d", "/nothing")]
-        await served.stop()
-        return answers
-
-    planner, cluster, missing, nothing = run(test)
+async def test_the_page_shows_the_planner_and_its_clusters() -> None:
+    served, address = await page()
+    answers = [await ask(address, path) for path in ("/", "/clusters/c", "/clusters/d", "/nothing")]
+    await served.stop()
+    planner, cluster, missing, nothing = answers
     assert planner[0] == 200
     assert planner[1]["content-type"] == "application/json"
     assert json.loads(planner[2]) == {
@@ -123,18 +115,14 @@ def test_the_page_shows_the_planner_and_its_clusters() -> None:
 BROWSER = "text/html,application/xhtml+xml,*/*;q=0.8"
 
 
-def test_browsers_get_a_page_and_programs_json() -> None:
+async def test_browsers_get_a_page_and_programs_json() -> None:
     """The page depends on the requested path, and its policy allows only its own script and its own server."""
-
-    async def test() -> Any:
-        served, address = await page(clusters=[running_cluster(), running_cluster("clusters/<b>")])
-        answers = [await ask(address, path, accept=BROWSER) for path in ("/", "/clusters/c", "/clusters/d")]
-        plain = await ask(address, "/", accept="*/*")
-        strange = await ask(address, "/", called="evil.example", accept=BROWSER)
-        await served.stop()
-        return answers, plain, strange
-
-    (first, one, missing), plain, strange = run(test)
+    served, address = await page(clusters=[running_cluster(), running_cluster("clusters/<b>")])
+    answers = [await ask(address, path, accept=BROWSER) for path in ("/", "/clusters/c", "/clusters/d")]
+    plain = await ask(address, "/", accept="*/*")
+    strange = await ask(address, "/", called="evil.example", accept=BROWSER)
+    await served.stop()
+    (first, one, missing), plain, strange = answers, plain, strange
     assert (first[0], one[0], missing[0], strange[0]) == (200, 200, 404, 421)
     assert plain[1]["content-type"] == "application/json"
     assert plain[1]["vary"] == first[1]["vary"] == "accept"
@@ -221,19 +209,16 @@ def running_cluster(name: str = "clusters/c") -> ClusterNow:
     )  # fmt: skip
 
 
-def test_metrics_are_read_by_prometheus() -> None:
+async def test_metrics_are_read_by_prometheus() -> None:
     from prometheus_client.parser import text_string_to_metric_families
 
-    async def test() -> str:
-        served, address = await page()
-        _, headers, body = await ask(address, "/metrics")
-        await served.stop()
-        assert headers["content-type"].startswith("text/plain; version=0.0.4")
-        return body
-
+    served, address = await page()
+    _, headers, body = await ask(address, "/metrics")
+    await served.stop()
+    assert headers["content-type"].startswith("text/plain; version=0.0.4")
     samples = {
         (sample.name, *sorted(sample.labels.values())): sample.value
-        for family in text_string_to_metric_families(run(test))
+        for family in text_string_to_metric_families(body)
         for sample in family.samples
     }
     assert samples["hetis_planner_info", "1.2"] == 1
@@ -243,7 +228,7 @@ def test_metrics_are_read_by_prometheus() -> None:
     assert samples["hetis_planner_searches_queued",] == 4
 
 
-def test_metrics_say_how_late_the_loop_was_at_worst_since_the_last_scrape() -> None:
+async def test_metrics_say_how_late_the_loop_was_at_worst_since_the_last_scrape() -> None:
     metrics, now_s, sleeps = ServiceMetrics("1"), 0.0, iter([0.25, 1.75, 0.5])
 
     async def sleep(_: float) -> None:
@@ -254,7 +239,7 @@ def test_metrics_say_how_late_the_loop_was_at_worst_since_the_last_scrape() -> N
         now_s += step_s
 
     with pytest.raises(asyncio.CancelledError):
-        asyncio.run(metrics.watch_loop(clock=lambda: now_s, sleep=sleep))
+        await metrics.watch_loop(clock=lambda: now_s, sleep=sleep)
     assert b"hetis_planner_loop_lag_seconds 1.5" in metrics.text()
     assert b"hetis_planner_loop_lag_seconds 0.0" in metrics.text()
     metrics.credentials_read(tokens_s=[30.0, 20.0, 5.0], certificates_s={"a.pem": 40.0}, now_s=10.0)
@@ -266,35 +251,26 @@ def test_metrics_say_how_late_the_loop_was_at_worst_since_the_last_scrape() -> N
 
 
 @pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "PATCH"])
-def test_nothing_can_be_changed(method: str) -> None:
-    async def test() -> None:
-        served, address = await page()
-        for path in ("/", "/clusters/c", "/metrics", "/healthz", "/readyz"):
-            assert (await ask(address, path, method))[0] == 405
-        await served.stop()
-
-    run(test)
+async def test_nothing_can_be_changed(method: str) -> None:
+    served, address = await page()
+    for path in ("/", "/clusters/c", "/metrics", "/healthz", "/readyz"):
+        assert (await ask(address, path, method))[0] == 405
+    await served.stop()
 
 
 @pytest.mark.parametrize(("is_ready", "status"), [(True, 200), (False, 503)])
-def test_readiness_ends_with_the_drain_and_liveness_does_not(is_ready: bool, status: int) -> None:
-    async def test() -> None:
-        served, address = await page(is_ready)
-        assert (await ask(address, "/readyz"))[0] == status
-        assert (await ask(address, "/healthz"))[0] == 200
-        await served.stop()
-
-    run(test)
+async def test_readiness_ends_with_the_drain_and_liveness_does_not(is_ready: bool, status: int) -> None:
+    served, address = await page(is_ready)
+    assert (await ask(address, "/readyz"))[0] == status
+    assert (await ask(address, "/healthz"))[0] == 200
+    await served.stop()
 
 
-def test_an_address_in_use_is_an_error() -> None:
-    async def test() -> None:
-        served, address = await page()
-        with pytest.raises(AddressError, match=f"cannot listen on {address}: address already in use"):
-            StatusPage().listen(address)
-        await served.stop()
-
-    run(test)
+async def test_an_address_in_use_is_an_error() -> None:
+    served, address = await page()
+    with pytest.raises(AddressError, match=f"cannot listen on {address}: address already in use"):
+        StatusPage().listen(address)
+    await served.stop()
 
 
 def test_metrics_count_what_has_failed() -> None:
@@ -304,14 +280,11 @@ def test_metrics_count_what_has_failed() -> None:
     assert b"hetis_planner_failed_loops 1.0" in metrics.text()
 
 
-def test_a_loop_that_failed_makes_health_red() -> None:
-    async def test() -> None:
-        served, address = await page(failures=["the re-dispatch loop"])
-        status, _, body = await ask(address, "/healthz")
-        assert (status, body) == (503, "failed: the re-dispatch loop; restart the planner\n")
-        await served.stop()
-
-    run(test)
+async def test_a_loop_that_failed_makes_health_red() -> None:
+    served, address = await page(failures=["the re-dispatch loop"])
+    status, _, body = await ask(address, "/healthz")
+    assert (status, body) == (503, "failed: the re-dispatch loop; restart the planner\n")
+    await served.stop()
 
 
 @pytest.mark.parametrize(
@@ -327,15 +300,12 @@ def test_a_loop_that_failed_makes_health_red() -> None:
         ("[evil.example]", 421),
     ],
 )
-def test_only_known_hosts_are_answered(called: str, status: int) -> None:
-    async def test() -> None:
-        served, address = await page(hosts=["planner.example"])
-        for path in ("/", "/metrics", "/healthz", "/nothing"):
-            found = (await ask(address, path, called=called))[0]
-            assert found == (404 if status == 200 and path == "/nothing" else status)
-        await served.stop()
-
-    run(test)
+async def test_only_known_hosts_are_answered(called: str, status: int) -> None:
+    served, address = await page(hosts=["planner.example"])
+    for path in ("/", "/metrics", "/healthz", "/nothing"):
+        found = (await ask(address, path, called=called))[0]
+        assert found == (404 if status == 200 and path == "/nothing" else status)
+    await served.stop()
 
 
 async def until_closed(reader: asyncio.StreamReader) -> bytes:
@@ -346,45 +316,38 @@ async def until_closed(reader: asyncio.StreamReader) -> bytes:
         return b""
 
 
-def test_idle_connections_are_few_and_end() -> None:
+async def test_idle_connections_are_few_and_end() -> None:
     """Connections above the limit end at once, and silent ones after a while; every request is answered."""
-
-    async def test() -> None:
-        served, address = await page(limits=PageLimits(of_all=6, of_a_peer=4, request_s=0.2))
-        host, port = address.rsplit(":", 1)
-        idle = [await asyncio.open_connection(host, int(port)) for _ in range(4)]
-        idle[0][1].write(b"GET / HTTP/1.1\r\nHost: local")
-        refused_reader, refused_writer = await asyncio.open_connection(host, int(port))
-        for reader, writer in [(refused_reader, refused_writer), *idle]:
-            assert await until_closed(reader) == b""
-            writer.close()
-        assert (await ask(address, "/healthz"))[0] == 200
-        await served.stop()
-
-    run(test)
+    served, address = await page(limits=PageLimits(of_all=6, of_a_peer=4, request_s=0.2))
+    host, port = address.rsplit(":", 1)
+    idle = [await asyncio.open_connection(host, int(port)) for _ in range(4)]
+    idle[0][1].write(b"GET / HTTP/1.1\r\nHost: local")
+    refused_reader, refused_writer = await asyncio.open_connection(host, int(port))
+    for reader, writer in [(refused_reader, refused_writer), *idle]:
+        assert await until_closed(reader) == b""
+        writer.close()
+    assert (await ask(address, "/healthz"))[0] == 200
+    await served.stop()
 
 
-def test_who_does_not_read_the_answers_does_not_keep_the_page_from_others() -> None:
-    async def test() -> None:
-        served, address = await page(limits=PageLimits(of_all=1, of_a_peer=1, request_s=30.0, answer_s=0.3))
-        host, port = address.rsplit(":", 1)
-        with socket.socket() as client:
-            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
-            client.setblocking(False)
-            await asyncio.get_running_loop().sock_connect(client, (host, int(port)))
-            asked = 0
-            with contextlib.suppress(BlockingIOError, ConnectionError):
-                while asked < 20_000:  # answers pile up until the page has to wait for the reader
-                    asked += client.send(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n") > 0
-                    await asyncio.sleep(0)
-            status = 0
-            while status != 200:  # would loop forever if that connection were kept
-                await asyncio.sleep(0.1)
-                with contextlib.suppress(OSError, EOFError, ValueError, IndexError):
-                    status = (await ask(address, "/healthz"))[0]
-        await served.stop()
-
-    run(test)
+async def test_who_does_not_read_the_answers_does_not_keep_the_page_from_others() -> None:
+    served, address = await page(limits=PageLimits(of_all=1, of_a_peer=1, request_s=30.0, answer_s=0.3))
+    host, port = address.rsplit(":", 1)
+    with socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
+        client.setblocking(False)
+        await asyncio.get_running_loop().sock_connect(client, (host, int(port)))
+        asked = 0
+        with contextlib.suppress(BlockingIOError, ConnectionError):
+            while asked < 20_000:  # answers pile up until the page has to wait for the reader
+                asked += client.send(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n") > 0
+                await asyncio.sleep(0)
+        status = 0
+        while status != 200:  # would loop forever if that connection were kept
+            await asyncio.sleep(0.1)
+            with contextlib.suppress(OSError, EOFError, ValueError, IndexError):
+                status = (await ask(address, "/healthz"))[0]
+    await served.stop()
 
 
 def test_the_page_takes_a_part_of_all_descriptors_and_all_are_asked_for() -> None:

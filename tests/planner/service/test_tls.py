@@ -25,7 +25,7 @@ from hetis.v1.agent_service_pb2_grpc import AgentServiceStub
 from hetis.v1.plan_service_pb2_grpc import PlanServiceStub
 from tests.planner.service.certificates import Authority, Signed, write
 from tests.planner.service.fakes import FakePlanner
-from tests.planner.service.serving import channel_to, failure_of, reason_of, run, served
+from tests.planner.service.serving import channel_to, failure_of, reason_of, served
 
 
 def certificates(folder: Path, authority: Authority, *, asks_clients: bool = False) -> Certificates:
@@ -51,21 +51,17 @@ async def name_of_caller(channel: grpc.aio.Channel) -> str:
     return str(answer.plan.labels["by"])
 
 
-def test_a_client_that_trusts_the_authority_is_served(tmp_path: Path) -> None:
+async def test_a_client_that_trusts_the_authority_is_served(tmp_path: Path) -> None:
     authority = Authority()
-
-    async def test() -> None:
-        credentials = certificates(tmp_path, authority).credentials()
-        async with served(server_credentials=credentials, channel_credentials=of_client(authority)) as planner:
-            assert await name_of_caller(planner.channel) == "local"
-            async with channel_to(planner.address, of_client(Authority("another"))) as stranger:
-                with pytest.raises(grpc.aio.AioRpcError, match="CERTIFICATE_VERIFY_FAILED"):
-                    await name_of_caller(stranger)
-            async with channel_to(planner.address) as plain:
-                with pytest.raises(grpc.aio.AioRpcError):
-                    await name_of_caller(plain)
-
-    run(test)
+    credentials = certificates(tmp_path, authority).credentials()
+    async with served(server_credentials=credentials, channel_credentials=of_client(authority)) as planner:
+        assert await name_of_caller(planner.channel) == "local"
+        async with channel_to(planner.address, of_client(Authority("another"))) as stranger:
+            with pytest.raises(grpc.aio.AioRpcError, match="CERTIFICATE_VERIFY_FAILED"):
+                await name_of_caller(stranger)
+        async with channel_to(planner.address) as plain:
+            with pytest.raises(grpc.aio.AioRpcError):
+                await name_of_caller(plain)
 
 
 @pytest.mark.parametrize(
@@ -75,28 +71,24 @@ def test_a_client_that_trusts_the_authority_is_served(tmp_path: Path) -> None:
         ("spiffe://hetis/clusters/c/nodes/n", None),
     ],
 )
-def test_a_certificate_names_its_bearer(uri: str, name: str | None, tmp_path: Path) -> None:
+async def test_a_certificate_names_its_bearer(uri: str, name: str | None, tmp_path: Path) -> None:
     authority = Authority()
-
-    async def test() -> None:
-        credentials = certificates(tmp_path, authority, asks_clients=True).credentials()
-        channel_credentials = of_client(authority, authority.client(uri))
-        async with served(
-            authenticator=by_certificate(), server_credentials=credentials, channel_credentials=channel_credentials
-        ) as planner:
-            if name is not None:
-                assert await name_of_caller(planner.channel) == name
-                return
-            error = await failure_of(PlanServiceStub(planner.channel).GetPlan(plans.GetPlanRequest(), timeout=5))
-            assert reason_of(error) == "ROLE"
-            stream = AgentServiceStub(planner.channel).ConnectNode()
-            await stream.write(agents.ConnectNodeRequest(sequence=1, hello=agents.Hello(node="clusters/c/nodes/n")))
-            assert (await stream.read()).WhichOneof("message") == "welcome"
-            other = AgentServiceStub(planner.channel).ConnectNode()
-            await other.write(agents.ConnectNodeRequest(sequence=1, hello=agents.Hello(node="clusters/c/nodes/m")))
-            assert reason_of(await failure_of(other)) == "WRONG_NODE"
-
-    run(test)
+    credentials = certificates(tmp_path, authority, asks_clients=True).credentials()
+    channel_credentials = of_client(authority, authority.client(uri))
+    async with served(
+        authenticator=by_certificate(), server_credentials=credentials, channel_credentials=channel_credentials
+    ) as planner:
+        if name is not None:
+            assert await name_of_caller(planner.channel) == name
+            return
+        error = await failure_of(PlanServiceStub(planner.channel).GetPlan(plans.GetPlanRequest(), timeout=5))
+        assert reason_of(error) == "ROLE"
+        stream = AgentServiceStub(planner.channel).ConnectNode()
+        await stream.write(agents.ConnectNodeRequest(sequence=1, hello=agents.Hello(node="clusters/c/nodes/n")))
+        assert (await stream.read()).WhichOneof("message") == "welcome"
+        other = AgentServiceStub(planner.channel).ConnectNode()
+        await other.write(agents.ConnectNodeRequest(sequence=1, hello=agents.Hello(node="clusters/c/nodes/m")))
+        assert reason_of(await failure_of(other)) == "WRONG_NODE"
 
 
 @pytest.mark.parametrize(
@@ -108,46 +100,38 @@ def test_a_certificate_names_its_bearer(uri: str, name: str | None, tmp_path: Pa
         ("dns", "has no URI spiffe://hetis/..."),
     ],
 )
-def test_a_certificate_of_nobody_is_unauthenticated(
+async def test_a_certificate_of_nobody_is_unauthenticated(
     client: tuple[str, ...] | str, message: str, tmp_path: Path
 ) -> None:
     authority = Authority()
     signed = authority.client_with_dns("spiffe.hetis") if isinstance(client, str) else authority.client(*client)
-
-    async def test() -> None:
-        credentials = certificates(tmp_path, authority, asks_clients=True).credentials()
-        async with served(
-            authenticator=by_certificate(),
-            server_credentials=credentials,
-            channel_credentials=of_client(authority, signed),
-        ) as planner:
-            error = await failure_of(PlanServiceStub(planner.channel).GetPlan(plans.GetPlanRequest(), timeout=5))
-            assert (error.code(), reason_of(error)) == (grpc.StatusCode.UNAUTHENTICATED, "CREDENTIALS")
-            assert message in (error.details() or "")
-
-    run(test)
+    credentials = certificates(tmp_path, authority, asks_clients=True).credentials()
+    async with served(
+        authenticator=by_certificate(),
+        server_credentials=credentials,
+        channel_credentials=of_client(authority, signed),
+    ) as planner:
+        error = await failure_of(PlanServiceStub(planner.channel).GetPlan(plans.GetPlanRequest(), timeout=5))
+        assert (error.code(), reason_of(error)) == (grpc.StatusCode.UNAUTHENTICATED, "CREDENTIALS")
+        assert message in (error.details() or "")
 
 
-def test_without_a_certificate_there_is_no_connection_where_one_is_asked_for(tmp_path: Path) -> None:
+async def test_without_a_certificate_there_is_no_connection_where_one_is_asked_for(tmp_path: Path) -> None:
     authority = Authority()
-
-    async def test() -> None:
-        credentials = certificates(tmp_path, authority, asks_clients=True).credentials()
-        async with served(
-            authenticator=by_certificate(),
-            server_credentials=credentials,
-            channel_credentials=of_client(authority),
-        ) as planner:
-            with pytest.raises(grpc.aio.AioRpcError) as caught:
-                await name_of_caller(planner.channel)
-            assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
-            async with channel_to(
-                planner.address, of_client(authority, Authority("x").client("spiffe://hetis/admin/a"))
-            ) as channel:
-                with pytest.raises(grpc.aio.AioRpcError):
-                    await name_of_caller(channel)
-
-    run(test)
+    credentials = certificates(tmp_path, authority, asks_clients=True).credentials()
+    async with served(
+        authenticator=by_certificate(),
+        server_credentials=credentials,
+        channel_credentials=of_client(authority),
+    ) as planner:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await name_of_caller(planner.channel)
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+        async with channel_to(
+            planner.address, of_client(authority, Authority("x").client("spiffe://hetis/admin/a"))
+        ) as channel:
+            with pytest.raises(grpc.aio.AioRpcError):
+                await name_of_caller(channel)
 
 
 def test_a_token_goes_before_the_certificate() -> None:
@@ -164,62 +148,54 @@ def test_a_name_in_another_field_of_the_certificate_is_not_looked_at() -> None:
         by_certificate().identify((), connection)
 
 
-def test_new_connections_get_the_new_certificate_and_a_bad_one_is_not_taken(
+async def test_new_connections_get_the_new_certificate_and_a_bad_one_is_not_taken(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     old, new = Authority("old"), Authority("new")
+    files = certificates(tmp_path, old)
+    async with served(server_credentials=files.credentials(), channel_credentials=of_client(old)) as planner:
+        await name_of_caller(planner.channel)
+        assert not files.files.refresh()  # nothing has changed
 
-    async def test() -> None:
-        files = certificates(tmp_path, old)
-        async with served(server_credentials=files.credentials(), channel_credentials=of_client(old)) as planner:
-            await name_of_caller(planner.channel)
-            assert not files.files.refresh()  # nothing has changed
+        (tmp_path / "planner.pem").write_bytes(new.server().certificate)  # without its key: half a rotation
+        assert not files.files.refresh()
+        assert "does not match the certificate" in caplog.text
+        async with channel_to(planner.address, of_client(old)) as channel:
+            await name_of_caller(channel)
 
-            (tmp_path / "planner.pem").write_bytes(new.server().certificate)  # without its key: half a rotation
-            assert not files.files.refresh()
-            assert "does not match the certificate" in caplog.text
-            async with channel_to(planner.address, of_client(old)) as channel:
+        write(tmp_path, new.server())
+        assert files.files.refresh()
+        await name_of_caller(planner.channel)  # an established connection stays open
+        async with channel_to(planner.address, of_client(new)) as channel:
+            await name_of_caller(channel)
+        async with channel_to(planner.address, of_client(old)) as channel:
+            with pytest.raises(grpc.aio.AioRpcError):
                 await name_of_caller(channel)
 
-            write(tmp_path, new.server())
-            assert files.files.refresh()
-            await name_of_caller(planner.channel)  # an established connection stays open
-            async with channel_to(planner.address, of_client(new)) as channel:
-                await name_of_caller(channel)
-            async with channel_to(planner.address, of_client(old)) as channel:
-                with pytest.raises(grpc.aio.AioRpcError):
-                    await name_of_caller(channel)
-
-            os.unlink(tmp_path / "planner.pem")
-            assert not files.files.refresh()
-            async with channel_to(planner.address, of_client(new)) as channel:
-                await name_of_caller(channel)
-
-    run(test)
+        os.unlink(tmp_path / "planner.pem")
+        assert not files.files.refresh()
+        async with channel_to(planner.address, of_client(new)) as channel:
+            await name_of_caller(channel)
 
 
-def test_each_address_has_the_certificate_and_its_successor(tmp_path: Path) -> None:
+async def test_each_address_has_the_certificate_and_its_successor(tmp_path: Path) -> None:
     old, new = Authority("old"), Authority("new")
-
-    async def test() -> None:
-        files = certificates(tmp_path, old)
-        planner = FakePlanner()
-        calls = Calls(NoCredentials(), Telemetry(ServiceMetrics("0"), None))
-        server = PlannerServer(planner.servicings, calls, credentials=files.credentials)
-        addresses = [server.listen("127.0.0.1:0") for _ in range(2)]
-        await server.start()
-        try:
-            for authority in (old, new):
-                if authority is new:
-                    write(tmp_path, new.server())
-                    assert files.files.refresh()
-                for address in addresses:
-                    async with channel_to(address, of_client(authority)) as channel:
-                        await name_of_caller(channel)
-        finally:
-            await server.stop_at_once()
-
-    run(test)
+    files = certificates(tmp_path, old)
+    planner = FakePlanner()
+    calls = Calls(NoCredentials(), Telemetry(ServiceMetrics("0"), None))
+    server = PlannerServer(planner.servicings, calls, credentials=files.credentials)
+    addresses = [server.listen("127.0.0.1:0") for _ in range(2)]
+    await server.start()
+    try:
+        for authority in (old, new):
+            if authority is new:
+                write(tmp_path, new.server())
+                assert files.files.refresh()
+            for address in addresses:
+                async with channel_to(address, of_client(authority)) as channel:
+                    await name_of_caller(channel)
+    finally:
+        await server.stop_at_once()
 
 
 def test_an_expired_certificate_is_refused_and_replaces_none(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -281,28 +257,24 @@ def test_a_key_that_everybody_may_write_is_refused_and_one_that_everybody_may_re
     assert found.files.value is not in_force
 
 
-def test_a_new_authority_takes_the_clients_of_the_old_one_no_more(tmp_path: Path) -> None:
+async def test_a_new_authority_takes_the_clients_of_the_old_one_no_more(tmp_path: Path) -> None:
     old, new = Authority("old"), Authority("new")
-
-    async def test() -> None:
-        files = certificates(tmp_path, old, asks_clients=True)
-        credentials = files.credentials()
-        client = of_client(old, old.client("spiffe://hetis/viewer/v"))
-        async with served(
-            authenticator=by_certificate(), server_credentials=credentials, channel_credentials=client
-        ) as planner:
-            await name_of_caller(planner.channel)
-            (tmp_path / "ca.pem").write_bytes(new.pem)
-            assert files.files.refresh()
-            renewed = new.client("spiffe://hetis/viewer/v")
-            both = grpc.ssl_channel_credentials(old.pem, renewed.key, renewed.certificate)
-            async with channel_to(planner.address, both) as channel:
+    files = certificates(tmp_path, old, asks_clients=True)
+    credentials = files.credentials()
+    client = of_client(old, old.client("spiffe://hetis/viewer/v"))
+    async with served(
+        authenticator=by_certificate(), server_credentials=credentials, channel_credentials=client
+    ) as planner:
+        await name_of_caller(planner.channel)
+        (tmp_path / "ca.pem").write_bytes(new.pem)
+        assert files.files.refresh()
+        renewed = new.client("spiffe://hetis/viewer/v")
+        both = grpc.ssl_channel_credentials(old.pem, renewed.key, renewed.certificate)
+        async with channel_to(planner.address, both) as channel:
+            await name_of_caller(channel)
+        async with channel_to(planner.address, client) as channel:
+            with pytest.raises(grpc.aio.AioRpcError):
                 await name_of_caller(channel)
-            async with channel_to(planner.address, client) as channel:
-                with pytest.raises(grpc.aio.AioRpcError):
-                    await name_of_caller(channel)
-
-    run(test)
 
 
 def test_unusable_files_are_refused_with_every_problem(tmp_path: Path) -> None:
@@ -323,29 +295,25 @@ def test_unusable_files_are_refused_with_every_problem(tmp_path: Path) -> None:
     assert lines[2].startswith("ca.pem: contains no certificate authority in PEM format")
 
 
-def test_a_certificate_that_expires_ends_its_streams_while_its_connection_stands(tmp_path: Path) -> None:
+async def test_a_certificate_that_expires_ends_its_streams_while_its_connection_stands(tmp_path: Path) -> None:
     authority, now_s = Authority(), [time.time()]
     credentials = Credentials(tokens=None, trust_domain="hetis", clock=lambda: now_s[0])
-
-    async def test() -> None:
-        async with served(
-            authenticator=credentials,
-            server_credentials=certificates(tmp_path, authority, asks_clients=True).credentials(),
-            channel_credentials=of_client(authority, authority.client("spiffe://hetis/admin/a")),
-        ) as planner:
-            stream = PlanServiceStub(planner.channel).WatchPlan(plans.WatchPlanRequest(name="plans/p"))
-            await stream.read()
-            planner.calls.end_revoked_streams()
-            assert await name_of_caller(planner.channel) == "spiffe://hetis/admin/a"
-            now_s[0] += 2 * 86_400  # test certificates are valid for a day
-            planner.calls.end_revoked_streams()
-            error = await failure_of(stream.read())
-            assert reason_of(error) == "CREDENTIALS"
-            assert "the client certificate has expired" in (error.details() or "")
-            again = PlanServiceStub(planner.channel).GetPlan(plans.GetPlanRequest(), timeout=5)
-            assert reason_of(await failure_of(again)) == "CREDENTIALS"
-
-    run(test)
+    async with served(
+        authenticator=credentials,
+        server_credentials=certificates(tmp_path, authority, asks_clients=True).credentials(),
+        channel_credentials=of_client(authority, authority.client("spiffe://hetis/admin/a")),
+    ) as planner:
+        stream = PlanServiceStub(planner.channel).WatchPlan(plans.WatchPlanRequest(name="plans/p"))
+        await stream.read()
+        planner.calls.end_revoked_streams()
+        assert await name_of_caller(planner.channel) == "spiffe://hetis/admin/a"
+        now_s[0] += 2 * 86_400  # test certificates are valid for a day
+        planner.calls.end_revoked_streams()
+        error = await failure_of(stream.read())
+        assert reason_of(error) == "CREDENTIALS"
+        assert "the client certificate has expired" in (error.details() or "")
+        again = PlanServiceStub(planner.channel).GetPlan(plans.GetPlanRequest(), timeout=5)
+        assert reason_of(await failure_of(again)) == "CREDENTIALS"
 
 
 def test_the_files_tell_when_their_certificates_end(tmp_path: Path) -> None:

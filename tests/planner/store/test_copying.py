@@ -241,52 +241,44 @@ def test_the_epoch_of_a_restored_store_leaves_room_for_events_of_watches_in_63_b
     assert Hub[str, str](restored + 2**20).publish("key", "value", now_s=in_2050_s) < 2**63
 
 
-def test_a_backup_is_of_one_moment_while_a_planner_writes(url: str, tmp_path: Path) -> None:
+async def test_a_backup_is_of_one_moment_while_a_planner_writes(url: str, tmp_path: Path) -> None:
     backup = tmp_path / "backup.db"
+    store = await Store.open(url)
+    await store.lead("test")
+    is_done = asyncio.Event()
 
-    async def scenario() -> None:
-        store = await Store.open(url)
-        await store.lead("test")
-        is_done = asyncio.Event()
+    async def write() -> int:
+        num = 0
+        while not is_done.is_set():
 
-        async def write() -> int:
-            num = 0
-            while not is_done.is_set():
+            def both(tx: Transaction, num: int = num) -> None:
+                tx.clusters.insert(samples.cluster(f"clusters/c{num}"))
+                tx.profiles.insert(samples.profile(f"profiles/p{num}"))
 
-                def both(tx: Transaction, num: int = num) -> None:
-                    tx.clusters.insert(samples.cluster(f"clusters/c{num}"))
-                    tx.profiles.insert(samples.profile(f"profiles/p{num}"))
+            await store.write(both)
+            num += 1
+        return num
 
-                await store.write(both)
-                num += 1
-            return num
-
-        writing = asyncio.create_task(write())
-        await store.write(fill)
-        await asyncio.to_thread(back_up, url, backup)
-        is_done.set()
-        assert await writing > 0
-        await store.close()
-
-    asyncio.run(scenario())
+    writing = asyncio.create_task(write())
+    await store.write(fill)
+    await asyncio.to_thread(back_up, url, backup)
+    is_done.set()
+    assert await writing > 0
+    await store.close()
     found = rows(f"sqlite:///{backup}", ("clusters", "profiles"))
     assert len(found["clusters"]) == len(found["profiles"]) > 0
 
 
-def test_a_store_in_use_or_filled_is_not_replaced_and_a_backup_neither(url: str, tmp_path: Path) -> None:
+async def test_a_store_in_use_or_filled_is_not_replaced_and_a_backup_neither(url: str, tmp_path: Path) -> None:
     backup = tmp_path / "backup.db"
-
-    async def scenario() -> None:
-        store = await Store.open(url)
-        await store.lead("the one that leads")
-        await store.write(fill)
-        await asyncio.to_thread(back_up, url, backup)
-        for work in (lambda: restore(url, backup, replace=True), lambda: migrate_to(url, revisions()[0])):
-            with pytest.raises(StoreError, match="is in use by"):
-                await asyncio.to_thread(work)
-        await store.close()
-
-    asyncio.run(scenario())
+    store = await Store.open(url)
+    await store.lead("the one that leads")
+    await store.write(fill)
+    await asyncio.to_thread(back_up, url, backup)
+    for work in (lambda: restore(url, backup, replace=True), lambda: migrate_to(url, revisions()[0])):
+        with pytest.raises(StoreError, match="is in use by"):
+            await asyncio.to_thread(work)
+    await store.close()
     before = rows(url, tuple(records.metadata.tables))
     with pytest.raises(StoreError, match="--replace overwrites it with the backup"):
         restore(url, backup, replace=False)
@@ -311,25 +303,23 @@ def test_a_backup_of_an_older_version_is_brought_up_on_the_way(tmp_path: Path) -
     assert with_store(f"sqlite:///{tmp_path}/other.db", lambda tx: tx.plan_documents.get("plans/p"))[1] == b"{}"
 
 
-def test_the_store_of_a_killed_planner_comes_back_whole(tmp_path: Path) -> None:
+async def test_the_store_of_a_killed_planner_comes_back_whole(tmp_path: Path) -> None:
     """The store's last changes are only in the log beside the file."""
     killed = tmp_path / "killed" / "hetis.db"
     killed.parent.mkdir()
-
-    async def scenario() -> None:
-        store = await Store.open(f"sqlite:///{tmp_path}/hetis.db")
-        await store.lead("test")
-        await store.write(fill)
-        for found in tmp_path.glob("hetis.db*"):
-            shutil.copyfile(found, killed.with_name(found.name))
-        with pytest.raises(StoreError, match=r"hetis\.db is the store of a running planner: make a backup with"):
-            await asyncio.to_thread(restore, f"sqlite:///{tmp_path}/new.db", tmp_path / "hetis.db", replace=False)
-        await store.close()
-
-    asyncio.run(scenario())
+    store = await Store.open(f"sqlite:///{tmp_path}/hetis.db")
+    await store.lead("test")
+    await store.write(fill)
+    for found in tmp_path.glob("hetis.db*"):
+        shutil.copyfile(found, killed.with_name(found.name))
+    with pytest.raises(StoreError, match=r"hetis\.db is the store of a running planner: make a backup with"):
+        await asyncio.to_thread(restore, f"sqlite:///{tmp_path}/new.db", tmp_path / "hetis.db", replace=False)
+    await store.close()
     before = {found.name: found.read_bytes() for found in killed.parent.iterdir()}
     restore(f"sqlite:///{tmp_path}/new.db", killed, replace=False)
-    assert with_store(f"sqlite:///{tmp_path}/new.db", lambda tx: tx.plan_documents.get("plans/p"))[1] == b"{}"
+    new = f"sqlite:///{tmp_path}/new.db"
+    _, found = await asyncio.to_thread(with_store, new, lambda tx: tx.plan_documents.get("plans/p"))
+    assert found == b"{}"
     assert {found.name: found.read_bytes() for found in killed.parent.iterdir()} == before
 
 
@@ -344,15 +334,11 @@ def test_a_backup_may_have_any_name(name: str, tmp_path: Path) -> None:
     assert not list(tmp_path.glob(".*")), "nothing is left of the writing"
 
 
-def test_a_store_has_one_lock_by_whatever_name(tmp_path: Path) -> None:
+async def test_a_store_has_one_lock_by_whatever_name(tmp_path: Path) -> None:
     linked = tmp_path / "linked.db"
-
-    async def scenario() -> None:
-        store = await Store.open(f"sqlite:///{tmp_path}/hetis.db")
-        await store.lead("test")
-        linked.symlink_to(tmp_path / "hetis.db")
-        with pytest.raises(StoreError, match="is in use by a planner: stop it first"):
-            await asyncio.to_thread(migrate_to, f"sqlite:///{linked}", revisions()[0])
-        await store.close()
-
-    asyncio.run(scenario())
+    store = await Store.open(f"sqlite:///{tmp_path}/hetis.db")
+    await store.lead("test")
+    linked.symlink_to(tmp_path / "hetis.db")
+    with pytest.raises(StoreError, match="is in use by a planner: stop it first"):
+        await asyncio.to_thread(migrate_to, f"sqlite:///{linked}", revisions()[0])
+    await store.close()

@@ -62,44 +62,37 @@ async def _stored(url: str) -> tuple[list[int], int]:
     return [int(record.name.rpartition("/")[2]) for record in records], sum(each is not None for each in documents)
 
 
-def test_the_lock_of_a_killed_planner_is_free(sqlite_url: str) -> None:
+async def test_the_lock_of_a_killed_planner_is_free(sqlite_url: str) -> None:
     _write_until_killed(sqlite_url, 1)
-
-    async def scenario() -> int:
-        store = await Store.open(sqlite_url)
-        epoch = await store.lead("next")
-        await store.close()
-        return epoch
-
-    assert asyncio.run(scenario()) == 2
+    store = await Store.open(sqlite_url)
+    epoch = await store.lead("next")
+    await store.close()
+    assert epoch == 2
 
 
-def test_a_full_disk_is_one_clear_error_and_nothing_is_lost(tmp_path: Path, sqlite_url: str) -> None:
-    async def scenario() -> None:
-        store = await Store.open(sqlite_url)
-        await store.lead("test")
-        await store.write(lambda tx: tx.clusters.insert(samples.cluster("clusters/a")))
+async def test_a_full_disk_is_one_clear_error_and_nothing_is_lost(tmp_path: Path, sqlite_url: str) -> None:
+    store = await Store.open(sqlite_url)
+    await store.lead("test")
+    await store.write(lambda tx: tx.clusters.insert(samples.cluster("clusters/a")))
 
-        def limit(connection: object) -> None:
-            with store._engine.connect() as here:  # SQLite's error on a full disk
-                here.exec_driver_sql("PRAGMA max_page_count = 60")
+    def limit(connection: object) -> None:
+        with store._engine.connect() as here:  # SQLite's error on a full disk
+            here.exec_driver_sql("PRAGMA max_page_count = 60")
 
-        await store._run(limit, None)
+    await store._run(limit, None)
 
-        def too_much(tx: Transaction) -> None:
-            tx.clusters.insert(samples.cluster("clusters/b"))
-            tx.plan_documents.put("plans/p", os.urandom(1_000_000))
+    def too_much(tx: Transaction) -> None:
+        tx.clusters.insert(samples.cluster("clusters/b"))
+        tx.plan_documents.put("plans/p", os.urandom(1_000_000))
 
-        with pytest.raises(ServiceError, match=r"disk is full.*nothing was changed") as caught:
-            await store.write(too_much)
-        assert caught.value.reason_name == "STORE_UNAVAILABLE"
-        assert caught.value.metadata == {"changed": "no"}
-        await store.write(lambda tx: tx.clusters.insert(samples.cluster("clusters/c")))  # it continues with what fits
-        names = [record.name for record in await store.read(lambda tx: tx.clusters.all())]
-        assert names == ["clusters/a", "clusters/c"]
-        await store.close()
-
-    asyncio.run(scenario())
+    with pytest.raises(ServiceError, match=r"disk is full.*nothing was changed") as caught:
+        await store.write(too_much)
+    assert caught.value.reason_name == "STORE_UNAVAILABLE"
+    assert caught.value.metadata == {"changed": "no"}
+    await store.write(lambda tx: tx.clusters.insert(samples.cluster("clusters/c")))  # it continues with what fits
+    names = [record.name for record in await store.read(lambda tx: tx.clusters.all())]
+    assert names == ["clusters/a", "clusters/c"]
+    await store.close()
 
 
 @pytest.mark.parametrize("offset", [0, 4096])
@@ -116,32 +109,28 @@ def test_a_damaged_file_is_one_clear_error_and_left_alone(tmp_path: Path, sqlite
 
 
 @pytest.mark.parametrize("is_replaced", [False, True])
-def test_a_file_that_is_removed_or_replaced_under_a_planner_takes_no_writes(
+async def test_a_file_that_is_removed_or_replaced_under_a_planner_takes_no_writes(
     tmp_path: Path, sqlite_url: str, is_replaced: bool
 ) -> None:
     """In the past writes to a removed file were acknowledged, and gone when the planner ended."""
     file, aside = tmp_path / "hetis.db", tmp_path / "aside.db"
-
-    async def scenario() -> None:
-        store = await Store.open(sqlite_url)
-        await store.lead("planner")
-        await store.write(lambda tx: tx.clusters.insert(samples.cluster("clusters/a")))
-        file.rename(aside)
-        if is_replaced:
-            file.write_bytes(aside.read_bytes())
-        for work in (store.write, store.read):
-            with pytest.raises(ServiceError, match="was removed or replaced while the planner used it") as caught:
-                await work(lambda tx: tx.clusters.all())
-            assert caught.value.reason_name == "STORE_UNAVAILABLE"
-            assert caught.value.metadata["changed"] == "no"
-        aside.replace(file)
-        await store.write(lambda tx: tx.clusters.insert(samples.cluster("clusters/b")))
-        await store.close()
-        again = await Store.open(sqlite_url)
-        assert [one.name for one in await again.read(lambda tx: tx.clusters.all())] == ["clusters/a", "clusters/b"]
-        await again.close()
-
-    asyncio.run(scenario())
+    store = await Store.open(sqlite_url)
+    await store.lead("planner")
+    await store.write(lambda tx: tx.clusters.insert(samples.cluster("clusters/a")))
+    file.rename(aside)
+    if is_replaced:
+        file.write_bytes(aside.read_bytes())
+    for work in (store.write, store.read):
+        with pytest.raises(ServiceError, match="was removed or replaced while the planner used it") as caught:
+            await work(lambda tx: tx.clusters.all())
+        assert caught.value.reason_name == "STORE_UNAVAILABLE"
+        assert caught.value.metadata["changed"] == "no"
+    aside.replace(file)
+    await store.write(lambda tx: tx.clusters.insert(samples.cluster("clusters/b")))
+    await store.close()
+    again = await Store.open(sqlite_url)
+    assert [one.name for one in await again.read(lambda tx: tx.clusters.all())] == ["clusters/a", "clusters/b"]
+    await again.close()
 
 
 def test_a_text_file_is_no_store(tmp_path: Path) -> None:
@@ -191,54 +180,47 @@ def test_urls_of_other_databases_are_refused_without_their_password() -> None:
         asyncio.run(_open_and_close("secret"))
 
 
-def test_a_backup_of_a_running_store_is_whole(tmp_path: Path, sqlite_url: str) -> None:
+async def test_a_backup_of_a_running_store_is_whole(tmp_path: Path, sqlite_url: str) -> None:
     """The procedure of docs/store.md."""
     copy = tmp_path / "backup.db"
-
-    async def scenario() -> None:
-        store = await Store.open(sqlite_url)
-        await store.lead("test")
-        await store.write(lambda tx: tx.clusters.insert(samples.cluster("clusters/a")))
-        source, target = sqlite3.connect(tmp_path / "hetis.db"), sqlite3.connect(copy)
-        source.backup(target)
-        source.close()
-        target.close()
-        await store.write(lambda tx: tx.clusters.insert(samples.cluster("clusters/b")))
-        await store.close()
-        restored = await Store.open(f"sqlite:///{copy}")
-        assert [record.name for record in await restored.read(lambda tx: tx.clusters.all())] == ["clusters/a"]
-        await restored.close()
-
-    asyncio.run(scenario())
+    store = await Store.open(sqlite_url)
+    await store.lead("test")
+    await store.write(lambda tx: tx.clusters.insert(samples.cluster("clusters/a")))
+    source, target = sqlite3.connect(tmp_path / "hetis.db"), sqlite3.connect(copy)
+    source.backup(target)
+    source.close()
+    target.close()
+    await store.write(lambda tx: tx.clusters.insert(samples.cluster("clusters/b")))
+    await store.close()
+    restored = await Store.open(f"sqlite:///{copy}")
+    assert [record.name for record in await restored.read(lambda tx: tx.clusters.all())] == ["clusters/a"]
+    await restored.close()
 
 
-def test_a_server_that_restarts_costs_calls_in_between_and_nothing_else(postgres_url: str) -> None:
-    async def scenario() -> None:
-        store = await Store.open(postgres_url)
-        await store.lead("test")
-        await store.write(lambda tx: tx.clusters.insert(samples.cluster("clusters/a")))
+async def test_a_server_that_restarts_costs_calls_in_between_and_nothing_else(postgres_url: str) -> None:
+    store = await Store.open(postgres_url)
+    await store.lead("test")
+    await store.write(lambda tx: tx.clusters.insert(samples.cluster("clusters/a")))
 
-        def cut_off(tx: Transaction) -> None:
-            tx.clusters.insert(samples.cluster("clusters/b"))
-            engine = sa.create_engine(postgres_url.replace("postgresql", "postgresql+psycopg"))
-            with engine.begin() as other:  # as when the server goes away: every other connection ends
-                other.execute(
-                    sa.text(
-                        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
-                        " WHERE datname = current_database() AND pid <> pg_backend_pid()"
-                    )
+    def cut_off(tx: Transaction) -> None:
+        tx.clusters.insert(samples.cluster("clusters/b"))
+        engine = sa.create_engine(postgres_url.replace("postgresql", "postgresql+psycopg"))
+        with engine.begin() as other:  # as when the server goes away: every other connection ends
+            other.execute(
+                sa.text(
+                    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+                    " WHERE datname = current_database() AND pid <> pg_backend_pid()"
                 )
-            engine.dispose()
+            )
+        engine.dispose()
 
-        with pytest.raises(ServiceError) as caught:
-            await store.write(cut_off)
-        assert caught.value.reason_name == "STORE_UNAVAILABLE"
-        await store.write(lambda tx: tx.clusters.insert(samples.cluster("clusters/c")))
-        names = [record.name for record in await store.read(lambda tx: tx.clusters.all())]
-        assert names == ["clusters/a", "clusters/c"]
-        await store.close()
-
-    asyncio.run(scenario())
+    with pytest.raises(ServiceError) as caught:
+        await store.write(cut_off)
+    assert caught.value.reason_name == "STORE_UNAVAILABLE"
+    await store.write(lambda tx: tx.clusters.insert(samples.cluster("clusters/c")))
+    names = [record.name for record in await store.read(lambda tx: tx.clusters.all())]
+    assert names == ["clusters/a", "clusters/c"]
+    await store.close()
 
 
 async def _open_and_close(url: str) -> None:

@@ -64,83 +64,70 @@ def test_a_file_holds_its_lease_for_ever() -> None:
     assert lease.is_held
 
 
-def test_a_leader_behind_a_frozen_network_ends_its_term_by_its_own_clock(postgres_url: str, proxy: Proxy) -> None:
+async def test_a_leader_behind_a_frozen_network_ends_its_term_by_its_own_clock(postgres_url: str, proxy: Proxy) -> None:
     """A defect in the past: the first planner went on for 93 s while the second one led."""
-
-    async def scenario() -> None:
-        old = await Store.open(through(proxy, postgres_url), lease_s=LEASE_S)
-        await old.lead("old", ("10.0.0.1:8470",))
-        new = await Store.open(postgres_url, lease_s=LEASE_S)
-        standing_by = asyncio.create_task(new.stand_by("new"))
-        proxy.freeze()
-        began_s = time.monotonic()
-        write = asyncio.create_task(old.write(lambda tx: tx.clusters.insert(samples.cluster("clusters/a"))))
-        await old.until_replaced()
-        assert not standing_by.done()  # the leader stops first
-        assert time.monotonic() - began_s < LEASE_S + 0.5
-        with pytest.raises(ServiceError, match="it is unknown whether it took effect") as caught:
-            await write
-        assert caught.value.reason_name == "NOT_LEADER"
-        assert caught.value.metadata["changed"] == "unknown"
-        assert await standing_by == 2
-        assert time.monotonic() - began_s < LEASE_S + 2
-        with pytest.raises(ServiceError) as caught:
-            await old.write(lambda tx: tx.clusters.insert(samples.cluster("clusters/b")))
-        assert caught.value.reason_name == "NOT_LEADER"
-        proxy.thaw()
-        await new.write(lambda tx: tx.clusters.insert(samples.cluster("clusters/c")))
-        names = await old.read(lambda tx: [record.name for record in tx.clusters.all()])
-        assert names in (["clusters/c"], ["clusters/a", "clusters/c"])  # unknown, but the same for all readers
-        assert names == await new.read(lambda tx: [record.name for record in tx.clusters.all()])
-        await old.close()
-        await new.close()
-
-    asyncio.run(scenario())
+    old = await Store.open(through(proxy, postgres_url), lease_s=LEASE_S)
+    await old.lead("old", ("10.0.0.1:8470",))
+    new = await Store.open(postgres_url, lease_s=LEASE_S)
+    standing_by = asyncio.create_task(new.stand_by("new"))
+    proxy.freeze()
+    began_s = time.monotonic()
+    write = asyncio.create_task(old.write(lambda tx: tx.clusters.insert(samples.cluster("clusters/a"))))
+    await old.until_replaced()
+    assert not standing_by.done()  # the leader stops first
+    assert time.monotonic() - began_s < LEASE_S + 0.5
+    with pytest.raises(ServiceError, match="it is unknown whether it took effect") as caught:
+        await write
+    assert caught.value.reason_name == "NOT_LEADER"
+    assert caught.value.metadata["changed"] == "unknown"
+    assert await standing_by == 2
+    assert time.monotonic() - began_s < LEASE_S + 2
+    with pytest.raises(ServiceError) as caught:
+        await old.write(lambda tx: tx.clusters.insert(samples.cluster("clusters/b")))
+    assert caught.value.reason_name == "NOT_LEADER"
+    proxy.thaw()
+    await new.write(lambda tx: tx.clusters.insert(samples.cluster("clusters/c")))
+    names = await old.read(lambda tx: [record.name for record in tx.clusters.all()])
+    assert names in (["clusters/c"], ["clusters/a", "clusters/c"])  # unknown, but the same for all readers
+    assert names == await new.read(lambda tx: [record.name for record in tx.clusters.all()])
+    await old.close()
+    await new.close()
 
 
-def test_after_two_thirds_of_the_lease_nothing_is_decided_and_a_renewal_mends_that(postgres_url: str) -> None:
+async def test_after_two_thirds_of_the_lease_nothing_is_decided_and_a_renewal_mends_that(postgres_url: str) -> None:
     now_s = 0.0
-
-    async def scenario() -> None:
-        nonlocal now_s
-        store = await Store.open(postgres_url, lease_s=30.0, machine=lambda: now_s)
-        await store.lead("test")
-        now_s = 21.0
-        with pytest.raises(ServiceError, match=r"was not renewed for 21.0 s of 30 s; nothing was changed") as caught:
-            await store.write(lambda tx: tx.clusters.insert(samples.cluster("clusters/a")))
-        assert caught.value.reason_name == "STORE_UNAVAILABLE"
-        assert caught.value.metadata == {"changed": "no"}
-        store.lease.grant(now_s)
+    store = await Store.open(postgres_url, lease_s=30.0, machine=lambda: now_s)
+    await store.lead("test")
+    now_s = 21.0
+    with pytest.raises(ServiceError, match=r"was not renewed for 21.0 s of 30 s; nothing was changed") as caught:
         await store.write(lambda tx: tx.clusters.insert(samples.cluster("clusters/a")))
-        await store.close()
+    assert caught.value.reason_name == "STORE_UNAVAILABLE"
+    assert caught.value.metadata == {"changed": "no"}
+    store.lease.grant(now_s)
+    await store.write(lambda tx: tx.clusters.insert(samples.cluster("clusters/a")))
+    await store.close()
 
-    asyncio.run(scenario())
 
-
-def test_a_renewal_that_fails_in_whatever_way_ends_the_term_when_the_lease_does(postgres_url: str) -> None:
+async def test_a_renewal_that_fails_in_whatever_way_ends_the_term_when_the_lease_does(postgres_url: str) -> None:
     """An unexpected error must not leave a leader that neither renews nor ends."""
     engine = sa.create_engine(sa.make_url(postgres_url).set(drivername="postgresql+psycopg"))
-
-    async def scenario() -> None:
-        store = await Store.open(postgres_url, lease_s=LEASE_S)
-        await store.lead("test")
-        with engine.begin() as connection:
-            connection.exec_driver_sql("ALTER TABLE leadership RENAME TO elsewhere")
-        async with asyncio.timeout(60):
-            await store.until_replaced()
-        assert not store.lease.is_held
-        assert store.epoch is None
-        with engine.begin() as connection:
-            connection.exec_driver_sql("ALTER TABLE elsewhere RENAME TO leadership")
-        async with asyncio.timeout(60):
-            assert await store.stand_by("test") == 2
-        await store.close()
-
-    asyncio.run(scenario())
+    store = await Store.open(postgres_url, lease_s=LEASE_S)
+    await store.lead("test")
+    with engine.begin() as connection:
+        connection.exec_driver_sql("ALTER TABLE leadership RENAME TO elsewhere")
+    async with asyncio.timeout(60):
+        await store.until_replaced()
+    assert not store.lease.is_held
+    assert store.epoch is None
+    with engine.begin() as connection:
+        connection.exec_driver_sql("ALTER TABLE elsewhere RENAME TO leadership")
+    async with asyncio.timeout(60):
+        assert await store.stand_by("test") == 2
+    await store.close()
     engine.dispose()
 
 
-def test_a_renewal_that_is_answered_after_the_lease_does_not_bring_the_term_back(postgres_url: str) -> None:
+async def test_a_renewal_that_is_answered_after_the_lease_does_not_bring_the_term_back(postgres_url: str) -> None:
     """This happens if the process is suspended while it renews: others may lead by then, and callers were refused."""
     now_s, is_suspended = 0.0, False
 
@@ -150,26 +137,22 @@ def test_a_renewal_that_is_answered_after_the_lease_does_not_bring_the_term_back
             now_s = LEASE_S + 0.1
         return now_s
 
-    async def scenario() -> None:
-        nonlocal now_s, is_suspended
-        store = await Store.open(postgres_url, lease_s=LEASE_S, machine=machine_s)
-        await store.lead("test")
-        now_s, is_suspended = 0.4, True  # a renewal requested now is valid until 1.9, and answered at 1.6
-        async with asyncio.timeout(60):
-            await store.until_replaced()
-        assert now_s == LEASE_S + 0.1
-        assert not store.lease.is_held
-        assert store.epoch is None
-        other = await Store.open(postgres_url, lease_s=LEASE_S)
-        async with asyncio.timeout(60):
-            assert await other.stand_by("other") == 2  # the old term is not renewed
-        await other.close()
-        await store.close()
-
-    asyncio.run(scenario())
+    store = await Store.open(postgres_url, lease_s=LEASE_S, machine=machine_s)
+    await store.lead("test")
+    now_s, is_suspended = 0.4, True  # a renewal requested now is valid until 1.9, and answered at 1.6
+    async with asyncio.timeout(60):
+        await store.until_replaced()
+    assert now_s == LEASE_S + 0.1
+    assert not store.lease.is_held
+    assert store.epoch is None
+    other = await Store.open(postgres_url, lease_s=LEASE_S)
+    async with asyncio.timeout(60):
+        assert await other.stand_by("other") == 2  # the old term is not renewed
+    await other.close()
+    await store.close()
 
 
-def test_a_renewal_that_waits_for_its_turn_when_nobody_waits_for_it_is_never_made(
+async def test_a_renewal_that_waits_for_its_turn_when_nobody_waits_for_it_is_never_made(
     postgres_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Such a renewal would extend a term that callers know to be over, and delay the next leader."""
@@ -179,59 +162,48 @@ def test_a_renewal_that_waits_for_its_turn_when_nobody_waits_for_it_is_never_mad
         begun.append(epoch)
         leave.wait(60)
 
-    async def scenario() -> None:
-        monkeypatch.setattr(Store, "_renew", blocked)
-        store = await Store.open(postgres_url, lease_s=LEASE_S)
-        await store.lead("test")
-        async with asyncio.timeout(60):
-            await store.until_replaced()  # two renewals were awaited in vain: one had begun, one had not
-        leave.set()
-        assert await store.stand_by("test") == 2
-        assert begun[0] == 1
-        assert begun.count(1) == 1
-        await store.close()
-
-    asyncio.run(scenario())
+    monkeypatch.setattr(Store, "_renew", blocked)
+    store = await Store.open(postgres_url, lease_s=LEASE_S)
+    await store.lead("test")
+    async with asyncio.timeout(60):
+        await store.until_replaced()  # two renewals were awaited in vain: one had begun, one had not
+    leave.set()
+    assert await store.stand_by("test") == 2
+    assert begun[0] == 1
+    assert begun.count(1) == 1
+    await store.close()
 
 
-def test_whoever_hears_that_the_lease_is_over_ends_the_term(postgres_url: str) -> None:
+async def test_whoever_hears_that_the_lease_is_over_ends_the_term(postgres_url: str) -> None:
     """NOT_LEADER is final, because agents are redirected after it."""
     now_s = 0.0
-
-    async def scenario() -> None:
-        nonlocal now_s
-        store = await Store.open(postgres_url, lease_s=30.0, machine=lambda: now_s)
-        await store.lead("test")
-        now_s = 30.1
-        with pytest.raises(ServiceError, match="is not the leader"):
-            await store.write(lambda tx: tx.clusters.insert(samples.cluster("clusters/a")))
-        assert store.epoch is None
-        await store.until_replaced()
-        await store.close()
-
-    asyncio.run(scenario())
+    store = await Store.open(postgres_url, lease_s=30.0, machine=lambda: now_s)
+    await store.lead("test")
+    now_s = 30.1
+    with pytest.raises(ServiceError, match="is not the leader"):
+        await store.write(lambda tx: tx.clusters.insert(samples.cluster("clusters/a")))
+    assert store.epoch is None
+    await store.until_replaced()
+    await store.close()
 
 
-def test_a_lease_is_renewed_while_a_write_takes_longer_than_it(postgres_url: str) -> None:
-    async def scenario() -> None:
-        store = await Store.open(postgres_url, lease_s=LEASE_S)
-        await store.lead("test")
-        entered, leave = threading.Event(), threading.Event()
+async def test_a_lease_is_renewed_while_a_write_takes_longer_than_it(postgres_url: str) -> None:
+    store = await Store.open(postgres_url, lease_s=LEASE_S)
+    await store.lead("test")
+    entered, leave = threading.Event(), threading.Event()
 
-        def slow(tx: Transaction) -> None:
-            tx.clusters.all()
-            entered.set()
-            leave.wait(LEASE_S * 1.3)
-            tx.clusters.insert(samples.cluster("clusters/a"))
+    def slow(tx: Transaction) -> None:
+        tx.clusters.all()
+        entered.set()
+        leave.wait(LEASE_S * 1.3)
+        tx.clusters.insert(samples.cluster("clusters/a"))
 
-        await store.write(slow)
-        assert store.lease.may_decide
-        await store.close()
-
-    asyncio.run(scenario())
+    await store.write(slow)
+    assert store.lease.may_decide
+    await store.close()
 
 
-def test_a_renewal_is_one_round_trip_and_taking_over_is_five(
+async def test_a_renewal_is_one_round_trip_and_taking_over_is_five(
     postgres_url: str, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Leaders far from their store lost the lease when a renewal took five round trips; it now takes one."""
@@ -242,81 +214,66 @@ def test_a_renewal_is_one_round_trip_and_taking_over_is_five(
         granted.append(proxy.num_asked)
         grant(lease, asked_s)
 
-    async def scenario() -> None:
-        other = await Store.open(postgres_url, lease_s=LEASE_S)
-        await other.lead("other")
-        # The clock stands still: no probe of the other connection is due, and no lease ends.
-        store = await Store.open(through(proxy, postgres_url), lease_s=LEASE_S, machine=lambda: 0.0)
-        with pytest.raises(ServiceError, match="another planner is the leader"):
-            await store.lead("store")
-        await other.close()
-        connected = proxy.num_asked
-        monkeypatch.setattr(Lease, "grant", counting)
-        await store.stand_by("store")
-        assert granted.pop() - connected == 5  # reading the leader, then BEGIN, the row, its change, COMMIT
-        async with asyncio.timeout(60):
-            while len(granted) < 9:
-                await asyncio.sleep(0.01)
-        trips = [after - before for before, after in itertools.pairwise(granted)]
-        assert sorted(trips) == [1] * 7 + [2]  # the sixth time it also prepares the statement
-        await store.close()
-
-    asyncio.run(scenario())
+    other = await Store.open(postgres_url, lease_s=LEASE_S)
+    await other.lead("other")
+    # The clock stands still: no probe of the other connection is due, and no lease ends.
+    store = await Store.open(through(proxy, postgres_url), lease_s=LEASE_S, machine=lambda: 0.0)
+    with pytest.raises(ServiceError, match="another planner is the leader"):
+        await store.lead("store")
+    await other.close()
+    connected = proxy.num_asked
+    monkeypatch.setattr(Lease, "grant", counting)
+    await store.stand_by("store")
+    assert granted.pop() - connected == 5  # reading the leader, then BEGIN, the row, its change, COMMIT
+    async with asyncio.timeout(60):
+        while len(granted) < 9:
+            await asyncio.sleep(0.01)
+    trips = [after - before for before, after in itertools.pairwise(granted)]
+    assert sorted(trips) == [1] * 7 + [2]  # the sixth time it also prepares the statement
+    await store.close()
 
 
-def test_a_write_that_is_done_after_the_lease_is_not_acknowledged(postgres_url: str) -> None:
+async def test_a_write_that_is_done_after_the_lease_is_not_acknowledged(postgres_url: str) -> None:
     """This happens if the process is suspended between commit and answer."""
     now_s = 0.0
+    store = await Store.open(postgres_url, lease_s=30.0, machine=lambda: now_s)
+    await store.lead("test")
 
-    async def scenario() -> None:
+    def slow(tx: Transaction) -> None:
         nonlocal now_s
-        store = await Store.open(postgres_url, lease_s=30.0, machine=lambda: now_s)
-        await store.lead("test")
+        tx.clusters.insert(samples.cluster("clusters/a"))
+        now_s = 31.0
 
-        def slow(tx: Transaction) -> None:
-            nonlocal now_s
-            tx.clusters.insert(samples.cluster("clusters/a"))
-            now_s = 31.0
-
-        with pytest.raises(ServiceError, match="unknown"):
-            await store.write(slow)
-        await store.close()
-
-    asyncio.run(scenario())
+    with pytest.raises(ServiceError, match="unknown"):
+        await store.write(slow)
+    await store.close()
 
 
-def test_a_standby_knows_who_leads_and_where_and_leads_when_that_one_goes(url: str) -> None:
-    async def scenario() -> None:
-        first, second = await Store.open(url), await Store.open(url)
-        await first.lead("first", ("10.0.0.1:8470", "10.0.0.1:8480"))
-        await first.announce()
-        standing_by = asyncio.create_task(second.stand_by("second"))
-        while second.leader is None:
-            await asyncio.sleep(0.01)
-        assert second.not_leader().metadata == {"leader": "first", "leader_address": "10.0.0.1:8470,10.0.0.1:8480"}
-        assert await second.read(lambda tx: tx.clusters.all()) == []
-        await first.close()
-        assert await asyncio.wait_for(standing_by, 60) == 2
-        await second.close()
-
-    asyncio.run(scenario())
+async def test_a_standby_knows_who_leads_and_where_and_leads_when_that_one_goes(url: str) -> None:
+    first, second = await Store.open(url), await Store.open(url)
+    await first.lead("first", ("10.0.0.1:8470", "10.0.0.1:8480"))
+    await first.announce()
+    standing_by = asyncio.create_task(second.stand_by("second"))
+    while second.leader is None:
+        await asyncio.sleep(0.01)
+    assert second.not_leader().metadata == {"leader": "first", "leader_address": "10.0.0.1:8470,10.0.0.1:8480"}
+    assert await second.read(lambda tx: tx.clusters.all()) == []
+    await first.close()
+    assert await asyncio.wait_for(standing_by, 60) == 2
+    await second.close()
 
 
-def test_a_planner_that_cannot_use_its_term_ends_it_and_stands_by(url: str) -> None:
+async def test_a_planner_that_cannot_use_its_term_ends_it_and_stands_by(url: str) -> None:
     """In the past it renewed the lease of its term and waited for its end: nobody led any more."""
-
-    async def scenario() -> None:
-        store = await Store.open(url)
-        assert await store.lead("planner") == 1
-        async with asyncio.timeout(30):
-            assert await store.stand_by("planner") == 2
-        await store.write(lambda tx: tx.clusters.insert(samples.cluster("clusters/a")))
-        await store.close()
-
-    asyncio.run(scenario())
+    store = await Store.open(url)
+    assert await store.lead("planner") == 1
+    async with asyncio.timeout(30):
+        assert await store.stand_by("planner") == 2
+    await store.write(lambda tx: tx.clusters.insert(samples.cluster("clusters/a")))
+    await store.close()
 
 
-def test_a_term_that_has_not_begun_does_not_count_as_led_for_anyone(url: str) -> None:
+async def test_a_term_that_has_not_begun_does_not_count_as_led_for_anyone(url: str) -> None:
     """Two planners that took turns at terms which neither could begin kept each other ready."""
     now_s = 0.0
 
@@ -324,130 +281,113 @@ def test_a_term_that_has_not_begun_does_not_count_as_led_for_anyone(url: str) ->
         while True:
             terms.append(await store.stand_by(name))
 
-    async def scenario() -> None:
-        nonlocal now_s
-        stores = [await Store.open(url, machine=lambda: now_s) for _ in range(2)]
-        now_s = 100.0
-        terms = [list[int](), list[int]()]
-        failing = [
-            asyncio.create_task(fail_to_begin(store, name, found))
-            for store, name, found in zip(stores, ("first", "second"), terms, strict=True)
-        ]
-        async with asyncio.timeout(60):
-            while min(map(len, terms)) < 2:
-                await asyncio.sleep(0.01)
-                assert [store.led_s_ago for store in stores] == [100.0, 100.0]
-        for task in failing:
-            task.cancel()
-        await asyncio.gather(*failing, return_exceptions=True)
-        await stores[1].close()
-        async with asyncio.timeout(60):
-            await stores[0].stand_by("first")
-        await stores[0].announce()
-        assert stores[0].led_s_ago == 0.0
-        await stores[0].close()
-
-    asyncio.run(scenario())
+    stores = [await Store.open(url, machine=lambda: now_s) for _ in range(2)]
+    now_s = 100.0
+    terms = [list[int](), list[int]()]
+    failing = [
+        asyncio.create_task(fail_to_begin(store, name, found))
+        for store, name, found in zip(stores, ("first", "second"), terms, strict=True)
+    ]
+    async with asyncio.timeout(60):
+        while min(map(len, terms)) < 2:
+            await asyncio.sleep(0.01)
+            assert [store.led_s_ago for store in stores] == [100.0, 100.0]
+    for task in failing:
+        task.cancel()
+    await asyncio.gather(*failing, return_exceptions=True)
+    await stores[1].close()
+    async with asyncio.timeout(60):
+        await stores[0].stand_by("first")
+    await stores[0].announce()
+    assert stores[0].led_s_ago == 0.0
+    await stores[0].close()
 
 
-def test_a_standby_does_not_name_a_planner_as_leader_before_its_term_has_begun(url: str) -> None:
-    async def scenario() -> None:
-        now_s = 0.0
-        first, second = await Store.open(url), await Store.open(url, machine=lambda: now_s)
-        await first.lead("first")
-        with pytest.raises(ServiceError, match=r"the leader of store .*, but has not begun its term yet") as caught:
-            await second.lead("second")
-        assert caught.value.metadata == {}
-        standing_by = asyncio.create_task(second.stand_by("second"))
-        now_s = 100.0
-        await asyncio.sleep(1.0)  # two looks
-        assert (second.leader, second.led_s_ago) == (None, 100.0)
-        await first.announce()
-        async with asyncio.timeout(60):
-            while second.led_s_ago:
-                await asyncio.sleep(0.01)
-        assert second.not_leader().metadata == {"leader": "first"}
-        standing_by.cancel()
-        for store in (first, second):
-            await store.close()
-
-    asyncio.run(scenario())
+async def test_a_standby_does_not_name_a_planner_as_leader_before_its_term_has_begun(url: str) -> None:
+    now_s = 0.0
+    first, second = await Store.open(url), await Store.open(url, machine=lambda: now_s)
+    await first.lead("first")
+    with pytest.raises(ServiceError, match=r"the leader of store .*, but has not begun its term yet") as caught:
+        await second.lead("second")
+    assert caught.value.metadata == {}
+    standing_by = asyncio.create_task(second.stand_by("second"))
+    now_s = 100.0
+    await asyncio.sleep(1.0)  # two looks
+    assert (second.leader, second.led_s_ago) == (None, 100.0)
+    await first.announce()
+    async with asyncio.timeout(60):
+        while second.led_s_ago:
+            await asyncio.sleep(0.01)
+    assert second.not_leader().metadata == {"leader": "first"}
+    standing_by.cancel()
+    for store in (first, second):
+        await store.close()
 
 
-def test_a_renewal_does_not_take_back_that_the_term_has_begun(postgres_url: str) -> None:
-    async def scenario() -> None:
-        store = await Store.open(postgres_url, lease_s=LEASE_S)
-        await store.lead("leader")
-        assert row_of(postgres_url)[1] == ""
+async def test_a_renewal_does_not_take_back_that_the_term_has_begun(postgres_url: str) -> None:
+    store = await Store.open(postgres_url, lease_s=LEASE_S)
+    await store.lead("leader")
+    assert row_of(postgres_url)[1] == ""
+    await store.announce()
+    announced = row_of(postgres_url)
+    assert announced[1] == "leader"
+    async with asyncio.timeout(60):
+        while row_of(postgres_url) == announced:
+            await asyncio.sleep(0.05)
+    assert row_of(postgres_url)[1] == "leader"
+    await store.close()
+    with pytest.raises(ServiceError, match="is not the leader"):
         await store.announce()
-        announced = row_of(postgres_url)
-        assert announced[1] == "leader"
-        async with asyncio.timeout(60):
-            while row_of(postgres_url) == announced:
-                await asyncio.sleep(0.05)
-        assert row_of(postgres_url)[1] == "leader"
-        await store.close()
-        with pytest.raises(ServiceError, match="is not the leader"):
-            await store.announce()
-
-    asyncio.run(scenario())
 
 
-def test_another_planner_leads_after_a_term_that_could_not_be_used(url: str) -> None:
-    async def scenario() -> None:
-        first, second = await Store.open(url, lease_s=60.0), await Store.open(url, lease_s=60.0)
-        await first.lead("first")
-        other = asyncio.create_task(second.stand_by("second"))
-        standing_by = asyncio.create_task(first.stand_by("first"))
-        async with asyncio.timeout(30):
-            assert await other == 2
-        with pytest.raises(ServiceError, match="the leader"):
-            await first.write(lambda tx: tx.clusters.insert(samples.cluster("clusters/a")))
-        await second.write(lambda tx: tx.clusters.insert(samples.cluster("clusters/b")))
-        standing_by.cancel()
-        for store in (first, second):
-            await store.close()
-
-    asyncio.run(scenario())
-
-
-def test_reads_of_a_server_that_freezes_do_not_wait_in_a_queue_for_one_another(postgres_url: str, proxy: Proxy) -> None:
-    async def scenario() -> None:
-        store = await Store.open(through(proxy, postgres_url), lease_s=LEASE_S)
-        proxy.freeze()
-        reads = [asyncio.ensure_future(store.read(lambda tx: tx.clusters.all())) for _ in range(4)]
-        found = await asyncio.gather(*reads, return_exceptions=True)
-        assert [error.reason_name for error in found if isinstance(error, ServiceError)] == ["STORE_UNAVAILABLE"] * 4
-        assert store.health.errors < 4  # as many as tried: the others knew before it was their turn
-        proxy.thaw()
-        async with asyncio.timeout(30):
-            while store.health.failing_s:  # until the probe finds it
-                await asyncio.sleep(0.05)
-        assert await store.read(lambda tx: tx.clusters.all()) == []
+async def test_another_planner_leads_after_a_term_that_could_not_be_used(url: str) -> None:
+    first, second = await Store.open(url, lease_s=60.0), await Store.open(url, lease_s=60.0)
+    await first.lead("first")
+    other = asyncio.create_task(second.stand_by("second"))
+    standing_by = asyncio.create_task(first.stand_by("first"))
+    async with asyncio.timeout(30):
+        assert await other == 2
+    with pytest.raises(ServiceError, match="the leader"):
+        await first.write(lambda tx: tx.clusters.insert(samples.cluster("clusters/a")))
+    await second.write(lambda tx: tx.clusters.insert(samples.cluster("clusters/b")))
+    standing_by.cancel()
+    for store in (first, second):
         await store.close()
 
-    asyncio.run(scenario())
 
-
-def test_a_server_that_freezes_is_an_error_after_a_while_and_forgotten_when_it_is_back(
+async def test_reads_of_a_server_that_freezes_do_not_wait_in_a_queue_for_one_another(
     postgres_url: str, proxy: Proxy
 ) -> None:
-    async def scenario() -> None:
-        store = await Store.open(through(proxy, postgres_url), lease_s=LEASE_S)
-        proxy.freeze()
-        with pytest.raises(ServiceError) as caught:
-            await store.read(lambda tx: tx.clusters.all())
-        assert caught.value.reason_name == "STORE_UNAVAILABLE"
-        assert store.health.answered_s_ago > LEASE_S
-        async with asyncio.timeout(30):
-            while not store.health.errors:  # the connection is broken from outside
-                await asyncio.sleep(0.05)
-        proxy.thaw()
-        assert await store.read(lambda tx: tx.clusters.all()) == []
-        assert store.health.answered_s_ago < 1
-        await store.close()
+    store = await Store.open(through(proxy, postgres_url), lease_s=LEASE_S)
+    proxy.freeze()
+    reads = [asyncio.ensure_future(store.read(lambda tx: tx.clusters.all())) for _ in range(4)]
+    found = await asyncio.gather(*reads, return_exceptions=True)
+    assert [error.reason_name for error in found if isinstance(error, ServiceError)] == ["STORE_UNAVAILABLE"] * 4
+    assert store.health.errors < 4  # as many as tried: the others knew before it was their turn
+    proxy.thaw()
+    async with asyncio.timeout(30):
+        while store.health.failing_s:  # until the probe finds it
+            await asyncio.sleep(0.05)
+    assert await store.read(lambda tx: tx.clusters.all()) == []
+    await store.close()
 
-    asyncio.run(scenario())
+
+async def test_a_server_that_freezes_is_an_error_after_a_while_and_forgotten_when_it_is_back(
+    postgres_url: str, proxy: Proxy
+) -> None:
+    store = await Store.open(through(proxy, postgres_url), lease_s=LEASE_S)
+    proxy.freeze()
+    with pytest.raises(ServiceError) as caught:
+        await store.read(lambda tx: tx.clusters.all())
+    assert caught.value.reason_name == "STORE_UNAVAILABLE"
+    assert store.health.answered_s_ago > LEASE_S
+    async with asyncio.timeout(30):
+        while not store.health.errors:  # the connection is broken from outside
+            await asyncio.sleep(0.05)
+    proxy.thaw()
+    assert await store.read(lambda tx: tx.clusters.all()) == []
+    assert store.health.answered_s_ago < 1
+    await store.close()
 
 
 def has_ended(name: str) -> bool:
@@ -455,37 +395,31 @@ def has_ended(name: str) -> bool:
 
 
 @pytest.mark.parametrize("words", [b"pg_catalog.version", b"alembic_version"], ids=["at once", "later"])
-def test_a_server_that_freezes_while_a_store_is_opened_is_an_error(
+async def test_a_server_that_freezes_while_a_store_is_opened_is_an_error(
     postgres_url: str, proxy: Proxy, words: bytes
 ) -> None:
-    async def scenario() -> None:
-        proxy.freeze_at(words)
-        async with asyncio.timeout(60):
-            with pytest.raises(StoreError, match=r"cannot be reached: no answer for 5\.0 s"):
-                await Store.open(through(proxy, postgres_url), lease_s=LEASE_S)
-            while not has_ended("hetis-store"):  # otherwise the process could not end
-                await asyncio.sleep(0.05)
-        proxy.mend()
-        store = await Store.open(through(proxy, postgres_url), lease_s=LEASE_S)
-        await store.close()
-
-    asyncio.run(scenario())
+    proxy.freeze_at(words)
+    async with asyncio.timeout(60):
+        with pytest.raises(StoreError, match=r"cannot be reached: no answer for 5\.0 s"):
+            await Store.open(through(proxy, postgres_url), lease_s=LEASE_S)
+        while not has_ended("hetis-store"):  # otherwise the process could not end
+            await asyncio.sleep(0.05)
+    proxy.mend()
+    store = await Store.open(through(proxy, postgres_url), lease_s=LEASE_S)
+    await store.close()
 
 
-def test_opening_a_store_whose_server_is_frozen_can_be_given_up(postgres_url: str, proxy: Proxy) -> None:
-    async def scenario() -> None:
-        proxy.freeze_at(b"alembic_version")
-        opening = asyncio.create_task(Store.open(through(proxy, postgres_url), lease_s=1e6))
-        async with asyncio.timeout(60):
-            while not proxy.is_frozen:
-                await asyncio.sleep(0.05)
-            opening.cancel()
-            await asyncio.gather(opening, return_exceptions=True)
-            assert opening.cancelled()
-            while not has_ended("hetis-store"):
-                await asyncio.sleep(0.05)
-
-    asyncio.run(scenario())
+async def test_opening_a_store_whose_server_is_frozen_can_be_given_up(postgres_url: str, proxy: Proxy) -> None:
+    proxy.freeze_at(b"alembic_version")
+    opening = asyncio.create_task(Store.open(through(proxy, postgres_url), lease_s=1e6))
+    async with asyncio.timeout(60):
+        while not proxy.is_frozen:
+            await asyncio.sleep(0.05)
+        opening.cancel()
+        await asyncio.gather(opening, return_exceptions=True)
+        assert opening.cancelled()
+        while not has_ended("hetis-store"):
+            await asyncio.sleep(0.05)
 
 
 HOUR_S = 3600.0
@@ -538,116 +472,100 @@ async def stop_renewing(store: Store) -> None:
 
 
 @pytest.mark.parametrize(("lease_s", "limit_s"), [(LEASE_S, 60.0), (30.0, 90.0)])
-def test_a_lease_that_a_step_of_the_clock_prolongs_is_taken_when_nobody_renews_it(
+async def test_a_lease_that_a_step_of_the_clock_prolongs_is_taken_when_nobody_renews_it(
     postgres_url: str, lease_s: float, limit_s: float
 ) -> None:
     """In the past, standbys waited for an hour after a step of an hour. A leader that lives after all is deposed."""
     set_clock_back(postgres_url, 0)
-
-    async def scenario() -> None:
-        old = await Store.open(postgres_url, lease_s=lease_s, machine=lambda: 0.0)  # its own clock never ends its term
-        await old.lead("old")
-        await old.announce()
-        await stop_renewing(old)
-        set_clock_back(postgres_url, HOUR_S)
-        standby = await Standby.open(postgres_url, lease_s=lease_s)
-        async with asyncio.timeout(60):
-            await standby.pass_time(0)
-            await standby.pass_time(limit_s - 1)
-            assert not standby.taking.done()
-            assert row_of(postgres_url)[0] == 1
-            await standby.pass_time(1.1)
-            assert await standby.taking == 2
-        with pytest.raises(ServiceError, match="another planner is the leader: standby"):
-            await old.write(lambda tx: tx.clusters.insert(samples.cluster("clusters/a")))
-        with pytest.raises(ServiceError, match="another planner is the leader: standby"):
-            await old._limited(old._renew, 1)
-        await standby.store.write(lambda tx: tx.clusters.insert(samples.cluster("clusters/b")))
-        assert await old.read(lambda tx: [record.name for record in tx.clusters.all()]) == ["clusters/b"]
-        await old.close()
-        await standby.close()
-
-    asyncio.run(scenario())
+    old = await Store.open(postgres_url, lease_s=lease_s, machine=lambda: 0.0)  # its own clock never ends its term
+    await old.lead("old")
+    await old.announce()
+    await stop_renewing(old)
+    set_clock_back(postgres_url, HOUR_S)
+    standby = await Standby.open(postgres_url, lease_s=lease_s)
+    async with asyncio.timeout(60):
+        await standby.pass_time(0)
+        await standby.pass_time(limit_s - 1)
+        assert not standby.taking.done()
+        assert row_of(postgres_url)[0] == 1
+        await standby.pass_time(1.1)
+        assert await standby.taking == 2
+    with pytest.raises(ServiceError, match="another planner is the leader: standby"):
+        await old.write(lambda tx: tx.clusters.insert(samples.cluster("clusters/a")))
+    with pytest.raises(ServiceError, match="another planner is the leader: standby"):
+        await old._limited(old._renew, 1)
+    await standby.store.write(lambda tx: tx.clusters.insert(samples.cluster("clusters/b")))
+    assert await old.read(lambda tx: [record.name for record in tx.clusters.all()]) == ["clusters/b"]
+    await old.close()
+    await standby.close()
 
 
-def test_a_leader_that_renews_keeps_its_lease_whatever_the_clock_does(postgres_url: str) -> None:
+async def test_a_leader_that_renews_keeps_its_lease_whatever_the_clock_does(postgres_url: str) -> None:
     set_clock_back(postgres_url, 0)
+    leader = await Store.open(postgres_url, lease_s=3.0)
+    await leader.lead("leader")
+    await leader.announce()
+    standby = await Standby.open(postgres_url)
+    async with asyncio.timeout(60):
+        await standby.pass_time(0)
+        for step in range(3):
+            set_clock_back(postgres_url, (step + 1) * HOUR_S)
+            seen = row_of(postgres_url)
+            while row_of(postgres_url) == seen:
+                await asyncio.sleep(0.05)
+            await standby.pass_time(0)  # it sees the renewal
+            await standby.pass_time(59.0)
+    assert not standby.taking.done()
+    assert row_of(postgres_url)[:2] == (1, "leader")
+    await leader.write(lambda tx: tx.clusters.insert(samples.cluster("clusters/a")))
+    await standby.close()
+    await leader.close()
 
-    async def scenario() -> None:
-        leader = await Store.open(postgres_url, lease_s=3.0)
-        await leader.lead("leader")
-        await leader.announce()
-        standby = await Standby.open(postgres_url)
-        async with asyncio.timeout(60):
-            await standby.pass_time(0)
-            for step in range(3):
-                set_clock_back(postgres_url, (step + 1) * HOUR_S)
-                seen = row_of(postgres_url)
-                while row_of(postgres_url) == seen:
-                    await asyncio.sleep(0.05)
-                await standby.pass_time(0)  # it sees the renewal
-                await standby.pass_time(59.0)
+
+async def test_a_renewal_that_comes_just_before_the_takeover_wins(postgres_url: str) -> None:
+    set_clock_back(postgres_url, 0)
+    leader = await Store.open(postgres_url, lease_s=LEASE_S, machine=lambda: 0.0)
+    await leader.lead("leader")
+    await leader.announce()
+    await stop_renewing(leader)
+    set_clock_back(postgres_url, HOUR_S)
+    standby = await Standby.open(postgres_url)
+    async with asyncio.timeout(60):
+        await standby.pass_time(0)
+        with psycopg.connect(postgres_url) as renewal:  # committed when the standby already waits for the row
+            renewal.execute("UPDATE leadership SET lease_end_s = lease_end_s + 0.001 WHERE epoch = 1")
+            passing = asyncio.create_task(standby.pass_time(60.1))
+            while not await asyncio.to_thread(num_waiting, postgres_url):
+                assert not standby.taking.done()
+        await passing
+        await standby.pass_time(59.0)  # counted from the renewal
         assert not standby.taking.done()
         assert row_of(postgres_url)[:2] == (1, "leader")
         await leader.write(lambda tx: tx.clusters.insert(samples.cluster("clusters/a")))
-        await standby.close()
-        await leader.close()
+        await standby.pass_time(1.1)
+        assert await standby.taking == 2
+    await standby.close()
+    await leader.close()
 
-    asyncio.run(scenario())
 
-
-def test_a_renewal_that_comes_just_before_the_takeover_wins(postgres_url: str) -> None:
+async def test_only_one_of_two_standbys_takes_a_lease_that_nobody_renews(postgres_url: str) -> None:
     set_clock_back(postgres_url, 0)
-
-    async def scenario() -> None:
-        leader = await Store.open(postgres_url, lease_s=LEASE_S, machine=lambda: 0.0)
-        await leader.lead("leader")
-        await leader.announce()
-        await stop_renewing(leader)
-        set_clock_back(postgres_url, HOUR_S)
-        standby = await Standby.open(postgres_url)
-        async with asyncio.timeout(60):
+    gone = await Store.open(postgres_url, lease_s=LEASE_S, machine=lambda: 0.0)
+    await gone.lead("gone")
+    await gone.announce()
+    await stop_renewing(gone)
+    set_clock_back(postgres_url, HOUR_S)
+    standbys = [await Standby.open(postgres_url) for _ in range(2)]
+    async with asyncio.timeout(60):
+        for standby in standbys:
             await standby.pass_time(0)
-            with psycopg.connect(postgres_url) as renewal:  # committed when the standby already waits for the row
-                renewal.execute("UPDATE leadership SET lease_end_s = lease_end_s + 0.001 WHERE epoch = 1")
-                passing = asyncio.create_task(standby.pass_time(60.1))
-                while not await asyncio.to_thread(num_waiting, postgres_url):
-                    assert not standby.taking.done()
-            await passing
-            await standby.pass_time(59.0)  # counted from the renewal
-            assert not standby.taking.done()
-            assert row_of(postgres_url)[:2] == (1, "leader")
-            await leader.write(lambda tx: tx.clusters.insert(samples.cluster("clusters/a")))
-            await standby.pass_time(1.1)
-            assert await standby.taking == 2
-        await standby.close()
-        await leader.close()
-
-    asyncio.run(scenario())
-
-
-def test_only_one_of_two_standbys_takes_a_lease_that_nobody_renews(postgres_url: str) -> None:
-    set_clock_back(postgres_url, 0)
-
-    async def scenario() -> None:
-        gone = await Store.open(postgres_url, lease_s=LEASE_S, machine=lambda: 0.0)
-        await gone.lead("gone")
-        await gone.announce()
-        await stop_renewing(gone)
-        set_clock_back(postgres_url, HOUR_S)
-        standbys = [await Standby.open(postgres_url) for _ in range(2)]
-        async with asyncio.timeout(60):
-            for standby in standbys:
-                await standby.pass_time(0)
-            with psycopg.connect(postgres_url) as both:  # holds the row until both standbys wait for it
-                both.execute("SELECT * FROM leadership FOR UPDATE")
-                passing = [asyncio.create_task(standby.pass_time(60.1)) for standby in standbys]
-                while await asyncio.to_thread(num_waiting, postgres_url) < 2:
-                    assert row_of(postgres_url)[0] == 1
-            await asyncio.gather(*passing)
-        assert sorted(standby.taking.done() for standby in standbys) == [False, True]
-        assert row_of(postgres_url)[0] == 2
-        for store in (*standbys, gone):
-            await store.close()
-
-    asyncio.run(scenario())
+        with psycopg.connect(postgres_url) as both:  # holds the row until both standbys wait for it
+            both.execute("SELECT * FROM leadership FOR UPDATE")
+            passing = [asyncio.create_task(standby.pass_time(60.1)) for standby in standbys]
+            while await asyncio.to_thread(num_waiting, postgres_url) < 2:
+                assert row_of(postgres_url)[0] == 1
+        await asyncio.gather(*passing)
+    assert sorted(standby.taking.done() for standby in standbys) == [False, True]
+    assert row_of(postgres_url)[0] == 2
+    for store in (*standbys, gone):
+        await store.close()

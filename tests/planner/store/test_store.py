@@ -34,7 +34,7 @@ async def leading(url: str, **settings: float) -> Store:
     return store
 
 
-def test_every_kind_of_record_comes_back_as_it_was_written(url: str) -> None:
+async def test_every_kind_of_record_comes_back_as_it_was_written(url: str) -> None:
     records: dict[str, Record] = {
         "clusters": samples.cluster("clusters/a", text=b"\0\xff" * 50_000),
         "nodes": samples.node("clusters/a/nodes/n-0"),
@@ -50,21 +50,18 @@ def test_every_kind_of_record_comes_back_as_it_was_written(url: str) -> None:
         tx.plan_documents.put("plans/p", b"{}")
         tx.plan_documents.put("plans/p", b"{ }")
 
-    async def scenario() -> None:
-        store = await leading(url)
-        await store.write(insert)
-        await store.close()
-        store = await Store.open(url)
-        for table, record in records.items():
-            assert await store.read(lambda tx, table=table: getattr(tx, table).all()) == [record]  # type: ignore[misc]
-        assert await store.read(lambda tx: tx.plan_documents.get("plans/p")) == b"{ }"
-        assert await store.read(lambda tx: tx.plan_documents.get("plans/q")) is None
-        await store.close()
-
-    asyncio.run(scenario())
+    store = await leading(url)
+    await store.write(insert)
+    await store.close()
+    store = await Store.open(url)
+    for table, record in records.items():
+        assert await store.read(lambda tx, table=table: getattr(tx, table).all()) == [record]  # type: ignore[misc]
+    assert await store.read(lambda tx: tx.plan_documents.get("plans/p")) == b"{ }"
+    assert await store.read(lambda tx: tx.plan_documents.get("plans/q")) is None
+    await store.close()
 
 
-def test_work_that_raises_changes_nothing(url: str) -> None:
+async def test_work_that_raises_changes_nothing(url: str) -> None:
     def half(tx: Transaction) -> None:
         tx.clusters.insert(samples.cluster("clusters/a"))
         tx.plan_documents.put("plans/p", b"half")
@@ -73,33 +70,27 @@ def test_work_that_raises_changes_nothing(url: str) -> None:
     class Stopped(Exception):  # noqa: N818
         pass
 
-    async def scenario() -> None:
-        store = await leading(url)
-        with pytest.raises(Stopped):
-            await store.write(half)
-        assert await store.read(lambda tx: (tx.clusters.all(), tx.plan_documents.get("plans/p"))) == ([], None)
-        await store.close()
-
-    asyncio.run(scenario())
+    store = await leading(url)
+    with pytest.raises(Stopped):
+        await store.write(half)
+    assert await store.read(lambda tx: (tx.clusters.all(), tx.plan_documents.get("plans/p"))) == ([], None)
+    await store.close()
 
 
-def test_an_update_of_what_has_changed_meanwhile_is_refused(url: str) -> None:
-    async def scenario() -> None:
-        store = await leading(url)
-        first = await store.write(lambda tx: tx.clusters.insert(samples.cluster("clusters/a")))
-        second = await store.write(lambda tx: tx.clusters.update(dataclasses.replace(first, active_plan="plans/p")))
-        assert (etag_of(first), etag_of(second), etag_of(None)) == ("v1", "v2", "v0")
-        with pytest.raises(ServiceError, match="etag is v2, the call has v1") as caught:
-            await store.write(lambda tx: tx.clusters.update(first))
-        assert caught.value.reason_name == "ETAG_MISMATCH"
-        assert caught.value.metadata == {"name": "clusters/a", "etag": "v2"}
-        assert await store.read(lambda tx: tx.clusters.require("clusters/a")) == second
-        await store.close()
-
-    asyncio.run(scenario())
+async def test_an_update_of_what_has_changed_meanwhile_is_refused(url: str) -> None:
+    store = await leading(url)
+    first = await store.write(lambda tx: tx.clusters.insert(samples.cluster("clusters/a")))
+    second = await store.write(lambda tx: tx.clusters.update(dataclasses.replace(first, active_plan="plans/p")))
+    assert (etag_of(first), etag_of(second), etag_of(None)) == ("v1", "v2", "v0")
+    with pytest.raises(ServiceError, match="etag is v2, the call has v1") as caught:
+        await store.write(lambda tx: tx.clusters.update(first))
+    assert caught.value.reason_name == "ETAG_MISMATCH"
+    assert caught.value.metadata == {"name": "clusters/a", "etag": "v2"}
+    assert await store.read(lambda tx: tx.clusters.require("clusters/a")) == second
+    await store.close()
 
 
-def test_names_are_given_once_and_must_exist(url: str) -> None:
+async def test_names_are_given_once_and_must_exist(url: str) -> None:
     missing = samples.cluster("clusters/b")
     calls = [
         (lambda tx: tx.clusters.insert(samples.cluster("clusters/a")), "ALREADY_EXISTS", "clusters/a"),
@@ -107,20 +98,16 @@ def test_names_are_given_once_and_must_exist(url: str) -> None:
         (lambda tx: tx.clusters.delete("clusters/b"), "NOT_FOUND", "clusters/b"),
         (lambda tx: tx.clusters.require("clusters/b"), "NOT_FOUND", "clusters/b"),
     ]
-
-    async def scenario() -> None:
-        store = await leading(url)
-        await store.write(lambda tx: tx.clusters.insert(samples.cluster("clusters/a")))
-        for call, reason, name in calls:
-            with pytest.raises(ServiceError) as caught:
-                await store.write(call)
-            assert (caught.value.reason_name, caught.value.metadata) == (reason, {"name": name})
-        await store.close()
-
-    asyncio.run(scenario())
+    store = await leading(url)
+    await store.write(lambda tx: tx.clusters.insert(samples.cluster("clusters/a")))
+    for call, reason, name in calls:
+        with pytest.raises(ServiceError) as caught:
+            await store.write(call)
+        assert (caught.value.reason_name, caught.value.metadata) == (reason, {"name": name})
+    await store.close()
 
 
-def test_records_come_by_name_in_byte_order_or_the_newest_first(url: str) -> None:
+async def test_records_come_by_name_in_byte_order_or_the_newest_first(url: str) -> None:
     names = sorted(f"clusters/{word}" for word in ["a-b", "ab", "a", "B", "a0", "é", "z", "a-", "a--b"])
 
     def fill(tx: Transaction) -> None:
@@ -136,68 +123,57 @@ def test_records_come_by_name_in_byte_order_or_the_newest_first(url: str) -> Non
             after = Transaction.plans.place_of(page[-1])
         return found
 
-    async def scenario() -> None:
-        store = await leading(url)
-        await store.write(fill)
-        assert [record.name for record in await store.read(lambda tx: tx.clusters.all())] == names
-        behind = await store.read(lambda tx: tx.clusters.page("clusters/a0", 2))
-        assert [record.name for record in behind] == names[names.index("clusters/a0") + 1 :][:2]
-        newest_first = [f"plans/{number}" for number in (0, 4, 3, 2, 1)]
-        assert [record.name for record in await store.read(lambda tx: tx.plans.all())] == newest_first
-        assert await store.read(pages) == newest_first
-        of_one = await store.read(lambda tx: tx.plans.all(cluster="clusters/1", state={1, 3}))
-        assert [record.name for record in of_one] == ["plans/3", "plans/1"]
-        assert await store.write(lambda tx: tx.plans.delete_all(cluster="clusters/1")) == 2
-        await store.close()
-
-    asyncio.run(scenario())
+    store = await leading(url)
+    await store.write(fill)
+    assert [record.name for record in await store.read(lambda tx: tx.clusters.all())] == names
+    behind = await store.read(lambda tx: tx.clusters.page("clusters/a0", 2))
+    assert [record.name for record in behind] == names[names.index("clusters/a0") + 1 :][:2]
+    newest_first = [f"plans/{number}" for number in (0, 4, 3, 2, 1)]
+    assert [record.name for record in await store.read(lambda tx: tx.plans.all())] == newest_first
+    assert await store.read(pages) == newest_first
+    of_one = await store.read(lambda tx: tx.plans.all(cluster="clusters/1", state={1, 3}))
+    assert [record.name for record in of_one] == ["plans/3", "plans/1"]
+    assert await store.write(lambda tx: tx.plans.delete_all(cluster="clusters/1")) == 2
+    await store.close()
 
 
-def test_the_same_request_is_answered_again_for_a_day(url: str) -> None:
+async def test_the_same_request_is_answered_again_for_a_day(url: str) -> None:
     now_s = 1e9
-
-    async def scenario() -> None:
-        nonlocal now_s
-        store = await Store.open(url, clock=lambda: now_s)
-        await store.lead("test")
-        await store.write(lambda tx: tx.requests.remember("/Create", "id", "print", b"answer"))
-        now_s += KEPT_S - 1
-        assert await store.write(lambda tx: tx.requests.replay("/Create", "id", "print")) == b"answer"
-        for method, fingerprint in [("/Create", "other"), ("/Delete", "print")]:
-            with pytest.raises(ServiceError) as caught:
-                await store.write(lambda tx, m=method, f=fingerprint: tx.requests.replay(m, "id", f))  # type: ignore[misc]
-            assert caught.value.reason_name == "REQUEST_ID_REUSED"
-            assert caught.value.metadata == {"request_id": "id"}
-        now_s += 1
-        assert await store.write(lambda tx: tx.requests.replay("/Create", "id", "other")) is None
-        await store.write(lambda tx: tx.requests.remember("/Create", "id", "other", b"new"))
-        await store.write(lambda tx: tx.requests.remember("/Create", "", "other", b"no id"))
-        assert await store.write(lambda tx: tx.requests.replay("/Create", "", "other")) is None
-        assert await store.write(lambda tx: tx.requests.replay("/Create", "id", "other")) == b"new"
-        await store.close()
-
-    asyncio.run(scenario())
+    store = await Store.open(url, clock=lambda: now_s)
+    await store.lead("test")
+    await store.write(lambda tx: tx.requests.remember("/Create", "id", "print", b"answer"))
+    now_s += KEPT_S - 1
+    assert await store.write(lambda tx: tx.requests.replay("/Create", "id", "print")) == b"answer"
+    for method, fingerprint in [("/Create", "other"), ("/Delete", "print")]:
+        with pytest.raises(ServiceError) as caught:
+            await store.write(lambda tx, m=method, f=fingerprint: tx.requests.replay(m, "id", f))  # type: ignore[misc]
+        assert caught.value.reason_name == "REQUEST_ID_REUSED"
+        assert caught.value.metadata == {"request_id": "id"}
+    now_s += 1
+    assert await store.write(lambda tx: tx.requests.replay("/Create", "id", "other")) is None
+    await store.write(lambda tx: tx.requests.remember("/Create", "id", "other", b"new"))
+    await store.write(lambda tx: tx.requests.remember("/Create", "", "other", b"no id"))
+    assert await store.write(lambda tx: tx.requests.replay("/Create", "", "other")) is None
+    assert await store.write(lambda tx: tx.requests.replay("/Create", "id", "other")) == b"new"
+    await store.close()
 
 
-def test_the_last_thousand_redispatches_of_a_cluster_are_kept(url: str) -> None:
+async def test_the_last_thousand_redispatches_of_a_cluster_are_kept(url: str) -> None:
     def fill(tx: Transaction) -> None:
         tx.redispatches.insert(samples.redispatch("clusters/b/redispatches/0", time_s=0.0))
         for number in range(KEPT_REDISPATCHES + 5):
             tx.redispatches.insert(samples.redispatch(f"clusters/a/redispatches/{number}", time_s=float(number)))
 
-    async def scenario() -> None:
-        store = await leading(url)
-        await store.write(fill)
-        kept = await store.read(lambda tx: tx.redispatches.all(cluster="clusters/a"))
-        assert len(kept) == KEPT_REDISPATCHES
-        assert kept[-1].create_time_s == 5.0
-        assert len(await store.read(lambda tx: tx.redispatches.all(cluster="clusters/b"))) == 1
-        await store.close()
-
-    asyncio.run(scenario())
+    store = await leading(url)
+    await store.write(fill)
+    kept = await store.read(lambda tx: tx.redispatches.all(cluster="clusters/a"))
+    assert len(kept) == KEPT_REDISPATCHES
+    assert kept[-1].create_time_s == 5.0
+    assert len(await store.read(lambda tx: tx.redispatches.all(cluster="clusters/b"))) == 1
+    await store.close()
 
 
-def test_neither_the_newest_redispatch_nor_one_under_way_is_forgotten_however_old_its_time_is(url: str) -> None:
+async def test_neither_the_newest_redispatch_nor_one_under_way_is_forgotten_however_old_its_time_is(url: str) -> None:
     names = [f"clusters/a/redispatches/{number}" for number in range(KEPT_REDISPATCHES + 3)]
 
     def fill(tx: Transaction) -> None:
@@ -210,95 +186,77 @@ def test_neither_the_newest_redispatch_nor_one_under_way_is_forgotten_however_ol
         tx.redispatches.insert(samples.redispatch(last, time_s=5000.0))
         assert tx.redispatches.get(another) is None
 
-    async def scenario() -> None:
-        store = await leading(url)
-        await store.write(fill)
-        kept = {record.name for record in await store.read(lambda tx: tx.redispatches.all())}
-        assert kept == {*names} - {names[0], names[KEPT_REDISPATCHES + 1]}
-        await store.close()
-
-    asyncio.run(scenario())
+    store = await leading(url)
+    await store.write(fill)
+    kept = {record.name for record in await store.read(lambda tx: tx.redispatches.all())}
+    assert kept == {*names} - {names[0], names[KEPT_REDISPATCHES + 1]}
+    await store.close()
 
 
-def test_writes_wait_for_one_another(url: str) -> None:
+async def test_writes_wait_for_one_another(url: str) -> None:
     def count(tx: Transaction) -> None:
         record = tx.clusters.require("clusters/a")
         tx.clusters.update(dataclasses.replace(record, update_time_s=record.update_time_s + 1))
 
-    async def scenario() -> None:
-        store = await leading(url)
-        await store.write(lambda tx: tx.clusters.insert(samples.cluster("clusters/a", time_s=0.0)))
-        await asyncio.gather(*(store.write(count) for _ in range(50)))
-        assert (await store.read(lambda tx: tx.clusters.require("clusters/a"))).update_time_s == 50
-        await store.close()
-
-    asyncio.run(scenario())
+    store = await leading(url)
+    await store.write(lambda tx: tx.clusters.insert(samples.cluster("clusters/a", time_s=0.0)))
+    await asyncio.gather(*(store.write(count) for _ in range(50)))
+    assert (await store.read(lambda tx: tx.clusters.require("clusters/a"))).update_time_s == 50
+    await store.close()
 
 
-def test_nothing_is_written_before_leading(url: str) -> None:
-    async def scenario() -> None:
+async def test_nothing_is_written_before_leading(url: str) -> None:
+    store = await Store.open(url)
+    with pytest.raises(ServiceError, match="this planner is not the leader") as caught:
+        await store.write(lambda tx: tx.clusters.insert(samples.cluster("clusters/a")))
+    assert caught.value.reason_name == "NOT_LEADER"
+    await store.close()
+
+
+async def test_epochs_grow_for_ever(url: str) -> None:
+    epochs = []
+    for _ in range(3):
         store = await Store.open(url)
-        with pytest.raises(ServiceError, match="this planner is not the leader") as caught:
-            await store.write(lambda tx: tx.clusters.insert(samples.cluster("clusters/a")))
-        assert caught.value.reason_name == "NOT_LEADER"
+        epochs.append(await store.lead("test"))
+        assert store.epoch == epochs[-1]
         await store.close()
-
-    asyncio.run(scenario())
-
-
-def test_epochs_grow_for_ever(url: str) -> None:
-    async def scenario() -> None:
-        epochs = []
-        for _ in range(3):
-            store = await Store.open(url)
-            epochs.append(await store.lead("test"))
-            assert store.epoch == epochs[-1]
-            await store.close()
-            await store.close()
-        assert epochs == [1, 2, 3]
-
-    asyncio.run(scenario())
+        await store.close()
+    assert epochs == [1, 2, 3]
 
 
-def test_a_second_planner_does_not_lead_while_the_first_one_does(url: str) -> None:
-    async def scenario() -> None:
-        first, second = await Store.open(url), await Store.open(url)
-        await first.lead("first")
-        await first.announce()
-        with pytest.raises(ServiceError, match=r"another planner is the leader of store .+: first") as caught:
-            await second.lead("second")
-        assert caught.value.reason_name == "NOT_LEADER"
-        assert caught.value.metadata == {"leader": "first"}
-        assert await second.read(lambda tx: tx.clusters.all()) == []
-        await first.close()
-        assert await second.lead("second") == 2
-        await second.close()
-
-    asyncio.run(scenario())
+async def test_a_second_planner_does_not_lead_while_the_first_one_does(url: str) -> None:
+    first, second = await Store.open(url), await Store.open(url)
+    await first.lead("first")
+    await first.announce()
+    with pytest.raises(ServiceError, match=r"another planner is the leader of store .+: first") as caught:
+        await second.lead("second")
+    assert caught.value.reason_name == "NOT_LEADER"
+    assert caught.value.metadata == {"leader": "first"}
+    assert await second.read(lambda tx: tx.clusters.all()) == []
+    await first.close()
+    assert await second.lead("second") == 2
+    await second.close()
 
 
-def test_a_planner_that_was_replaced_can_change_nothing_whatever_its_clock_says(postgres_url: str) -> None:
-    async def scenario() -> None:
-        old = await Store.open(postgres_url, lease_s=0.3, machine=lambda: 0.0)
-        await old.lead("old")
-        renewal = old._renewal
-        assert renewal is not None
-        renewal.cancel()  # it hangs: the process is stopped, or the network is down
-        await asyncio.sleep(0.4)
-        new = await leading(postgres_url)
-        assert new.epoch == 2
-        with pytest.raises(ServiceError, match="another planner is the leader: test"):
-            await old.write(lambda tx: tx.clusters.insert(samples.cluster("clusters/a")))
-        await asyncio.wait_for(old.until_replaced(), 60)
-        assert await new.read(lambda tx: tx.clusters.all()) == []
-        await old.close()
-        await new.write(lambda tx: tx.clusters.insert(samples.cluster("clusters/a")))  # closing removed nothing
-        await new.close()
-
-    asyncio.run(scenario())
+async def test_a_planner_that_was_replaced_can_change_nothing_whatever_its_clock_says(postgres_url: str) -> None:
+    old = await Store.open(postgres_url, lease_s=0.3, machine=lambda: 0.0)
+    await old.lead("old")
+    renewal = old._renewal
+    assert renewal is not None
+    renewal.cancel()  # it hangs: the process is stopped, or the network is down
+    await asyncio.sleep(0.4)
+    new = await leading(postgres_url)
+    assert new.epoch == 2
+    with pytest.raises(ServiceError, match="another planner is the leader: test"):
+        await old.write(lambda tx: tx.clusters.insert(samples.cluster("clusters/a")))
+    await asyncio.wait_for(old.until_replaced(), 60)
+    assert await new.read(lambda tx: tx.clusters.all()) == []
+    await old.close()
+    await new.write(lambda tx: tx.clusters.insert(samples.cluster("clusters/a")))  # closing removed nothing
+    await new.close()
 
 
-def test_rights_that_are_missing_are_trouble_of_the_store_and_no_bug(
+async def test_rights_that_are_missing_are_trouble_of_the_store_and_no_bug(
     postgres_url: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     user = f"planner_{postgres_url.rpartition('/')[2]}"  # roles belong to the whole server
@@ -310,89 +268,79 @@ def test_rights_that_are_missing_are_trouble_of_the_store_and_no_bug(
             for statement in statements:
                 connection.execute(sa.text(statement))
 
-    async def scenario() -> None:
-        await _open_and_close(postgres_url)  # creates the tables
-        rights = "SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA public"
-        await as_administrator(f"CREATE ROLE {user} LOGIN", f"GRANT {rights} TO {user}")
-        store = await leading(own_url)
-        await as_administrator(f"REVOKE ALL ON profiles FROM {user}")
-        with pytest.raises(ServiceError, match="permission denied for table profiles") as caught:
-            await store.read(lambda tx: tx.profiles.all())
-        assert caught.value.reason == Reason.ERROR_REASON_STORE_UNAVAILABLE
-        assert store.health.errors == 1
-        await store.close()
-        await as_administrator(f"REVOKE UPDATE ON leadership FROM {user}")
-        now_s = 0.0
-        standby = await Store.open(own_url, machine=lambda: now_s)
-        with pytest.raises(ServiceError, match="permission denied for table leadership"):
-            await standby.lead("standby")
-        now_s = 100.0
-        standing_by = asyncio.create_task(standby.stand_by("standby"))
-        while "the store does not answer a standby" not in caplog.text:
-            await asyncio.sleep(0.01)
-        assert standby.led_s_ago == 100.0  # this ends the standby's readiness
-        await as_administrator(f"GRANT UPDATE ON leadership TO {user}")
-        await asyncio.wait_for(standing_by, 60)
-        await standby.announce()
-        assert standby.led_s_ago == 0.0
-        await standby.close()
-
-    asyncio.run(scenario())
+    await _open_and_close(postgres_url)  # creates the tables
+    rights = "SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA public"
+    await as_administrator(f"CREATE ROLE {user} LOGIN", f"GRANT {rights} TO {user}")
+    store = await leading(own_url)
+    await as_administrator(f"REVOKE ALL ON profiles FROM {user}")
+    with pytest.raises(ServiceError, match="permission denied for table profiles") as caught:
+        await store.read(lambda tx: tx.profiles.all())
+    assert caught.value.reason == Reason.ERROR_REASON_STORE_UNAVAILABLE
+    assert store.health.errors == 1
+    await store.close()
+    await as_administrator(f"REVOKE UPDATE ON leadership FROM {user}")
+    now_s = 0.0
+    standby = await Store.open(own_url, machine=lambda: now_s)
+    with pytest.raises(ServiceError, match="permission denied for table leadership"):
+        await standby.lead("standby")
+    now_s = 100.0
+    standing_by = asyncio.create_task(standby.stand_by("standby"))
+    while "the store does not answer a standby" not in caplog.text:
+        await asyncio.sleep(0.01)
+    assert standby.led_s_ago == 100.0  # this ends the standby's readiness
+    await as_administrator(f"GRANT UPDATE ON leadership TO {user}")
+    await asyncio.wait_for(standing_by, 60)
+    await standby.announce()
+    assert standby.led_s_ago == 0.0
+    await standby.close()
 
 
-def test_a_lease_is_renewed_until_another_planner_leads(postgres_url: str) -> None:
-    async def scenario() -> None:
-        store = await Store.open(postgres_url, lease_s=2.0)  # a busy machine may delay a renewal by a second
-        await store.lead("first")
-        other = await Store.open(postgres_url)
-        await asyncio.sleep(3.0)
-        with pytest.raises(ServiceError, match="another planner is the leader") as caught:
-            await other.lead("other")
-        assert caught.value.retry_after_s is not None
-        assert 0 < caught.value.retry_after_s <= 2.0
-        engine = sa.create_engine(opening.parse_url(postgres_url))
-        with engine.begin() as connection:  # as if another planner had taken over
-            connection.execute(sa.update(records.leadership).values(epoch=7, holder="other"))
-        engine.dispose()
-        await asyncio.wait_for(store.until_replaced(), 60)
-        await store.close()
-        await other.close()
-
-    asyncio.run(scenario())
+async def test_a_lease_is_renewed_until_another_planner_leads(postgres_url: str) -> None:
+    store = await Store.open(postgres_url, lease_s=2.0)  # a busy machine may delay a renewal by a second
+    await store.lead("first")
+    other = await Store.open(postgres_url)
+    await asyncio.sleep(3.0)
+    with pytest.raises(ServiceError, match="another planner is the leader") as caught:
+        await other.lead("other")
+    assert caught.value.retry_after_s is not None
+    assert 0 < caught.value.retry_after_s <= 2.0
+    engine = sa.create_engine(opening.parse_url(postgres_url))
+    with engine.begin() as connection:  # as if another planner had taken over
+        connection.execute(sa.update(records.leadership).values(epoch=7, holder="other"))
+    engine.dispose()
+    await asyncio.wait_for(store.until_replaced(), 60)
+    await store.close()
+    await other.close()
 
 
-def test_a_takeover_waits_for_the_write_that_is_under_way(postgres_url: str) -> None:
+async def test_a_takeover_waits_for_the_write_that_is_under_way(postgres_url: str) -> None:
     """The fence is a lock on the leadership row: there is no moment at which both planners can write."""
+    old = await Store.open(postgres_url, lease_s=0.2, machine=lambda: 0.0)
+    await old.lead("old")
+    new = await Store.open(postgres_url)
+    order, entered, leave = list[str](), asyncio.Event(), threading.Event()
+    loop = asyncio.get_running_loop()
 
-    async def scenario() -> None:
-        old = await Store.open(postgres_url, lease_s=0.2, machine=lambda: 0.0)
-        await old.lead("old")
-        new = await Store.open(postgres_url)
-        order, entered, leave = list[str](), asyncio.Event(), threading.Event()
-        loop = asyncio.get_running_loop()
+    def slow(tx: Transaction) -> None:
+        loop.call_soon_threadsafe(entered.set)
+        leave.wait(60)
+        tx.clusters.insert(samples.cluster("clusters/a"))
+        order.append("write")
 
-        def slow(tx: Transaction) -> None:
-            loop.call_soon_threadsafe(entered.set)
-            leave.wait(60)
-            tx.clusters.insert(samples.cluster("clusters/a"))
-            order.append("write")
-
-        write = asyncio.create_task(old.write(slow))
-        await entered.wait()
-        assert old._renewal is not None
-        old._renewal.cancel()
-        await asyncio.sleep(0.3)  # the lease has ended
-        takeover = asyncio.create_task(new.lead("new"))
-        while not await asyncio.to_thread(num_waiting, postgres_url):
-            assert not takeover.done()
-        leave.set()
-        await write
-        assert await takeover == 2
-        assert await new.read(lambda tx: [record.name for record in tx.clusters.all()]) == ["clusters/a"]
-        await old.close()
-        await new.close()
-
-    asyncio.run(scenario())
+    write = asyncio.create_task(old.write(slow))
+    await entered.wait()
+    assert old._renewal is not None
+    old._renewal.cancel()
+    await asyncio.sleep(0.3)  # the lease has ended
+    takeover = asyncio.create_task(new.lead("new"))
+    while not await asyncio.to_thread(num_waiting, postgres_url):
+        assert not takeover.done()
+    leave.set()
+    await write
+    assert await takeover == 2
+    assert await new.read(lambda tx: [record.name for record in tx.clusters.all()]) == ["clusters/a"]
+    await old.close()
+    await new.close()
 
 
 def test_the_migrations_lead_to_the_tables_that_the_code_means(url: str) -> None:
@@ -426,19 +374,15 @@ print("alembic" in sys.modules)
     assert told == ["True\n", "False\n"]
 
 
-def test_a_planner_waits_for_the_migration_of_another_however_long_that_takes(postgres_url: str) -> None:
+async def test_a_planner_waits_for_the_migration_of_another_however_long_that_takes(postgres_url: str) -> None:
     engine = sa.create_engine(opening.parse_url(postgres_url))
-
-    async def scenario() -> None:
-        with engine.begin() as migrating:
-            schema.lock_out_others(migrating)
-            # By this clock, 100 s pass in a second, which is far beyond the limit for an answer in a term.
-            opened = asyncio.create_task(Store.open(postgres_url, machine=lambda: 100 * time.monotonic()))
-            await asyncio.sleep(2.5)
-            assert not opened.done()
-        await (await opened).close()
-
-    asyncio.run(scenario())
+    with engine.begin() as migrating:
+        schema.lock_out_others(migrating)
+        # By this clock, 100 s pass in a second, which is far beyond the limit for an answer in a term.
+        opened = asyncio.create_task(Store.open(postgres_url, machine=lambda: 100 * time.monotonic()))
+        await asyncio.sleep(2.5)
+        assert not opened.done()
+    await (await opened).close()
     engine.dispose()
 
 
@@ -486,42 +430,34 @@ def test_tables_are_not_migrated_under_an_older_planner_that_leads(postgres_url:
 
 
 @pytest.mark.parametrize("version", ["v9999", schema.revisions()[0]])
-def test_a_standby_does_not_lead_with_tables_that_another_version_has_migrated(url: str, version: str) -> None:
+async def test_a_standby_does_not_lead_with_tables_that_another_version_has_migrated(url: str, version: str) -> None:
     engine = sa.create_engine(opening.parse_url(url))
     wrong = "was written by a newer hetis-planner" if version == "v9999" else f"was migrated to {version} while"
-
-    async def scenario() -> None:
-        standby = await Store.open(url)
-        with engine.begin() as connection:
-            connection.execute(sa.text(f"UPDATE alembic_version SET version_num = '{version}'"))
-        for lead in (standby.stand_by, standby.lead):
-            with pytest.raises(StoreError, match=wrong):
-                await asyncio.wait_for(lead("standby"), 60)
-            assert standby.epoch is None
-        await standby.close()
-
-    asyncio.run(scenario())
+    standby = await Store.open(url)
+    with engine.begin() as connection:
+        connection.execute(sa.text(f"UPDATE alembic_version SET version_num = '{version}'"))
+    for lead in (standby.stand_by, standby.lead):
+        with pytest.raises(StoreError, match=wrong):
+            await asyncio.wait_for(lead("standby"), 60)
+        assert standby.epoch is None
+    await standby.close()
     with engine.connect() as connection:
         assert connection.execute(sa.text("SELECT epoch FROM leadership")).scalar() == 0
     engine.dispose()
 
 
-def test_a_takeover_waits_for_a_migration_and_sees_it(postgres_url: str) -> None:
+async def test_a_takeover_waits_for_a_migration_and_sees_it(postgres_url: str) -> None:
     engine = sa.create_engine(opening.parse_url(postgres_url))
-
-    async def scenario() -> None:
-        standby = await Store.open(postgres_url)
-        with engine.begin() as migrating:
-            leadership.end_terms(migrating)
-            leading = asyncio.create_task(standby.lead("standby"))
-            await asyncio.sleep(0.5)
-            assert not leading.done()
-            migrating.execute(sa.text("UPDATE alembic_version SET version_num = 'v9999'"))
-        with pytest.raises(StoreError, match="its schema is v9999"):
-            await leading
-        await standby.close()
-
-    asyncio.run(scenario())
+    standby = await Store.open(postgres_url)
+    with engine.begin() as migrating:
+        leadership.end_terms(migrating)
+        leading = asyncio.create_task(standby.lead("standby"))
+        await asyncio.sleep(0.5)
+        assert not leading.done()
+        migrating.execute(sa.text("UPDATE alembic_version SET version_num = 'v9999'"))
+    with pytest.raises(StoreError, match="its schema is v9999"):
+        await leading
+    await standby.close()
     engine.dispose()
 
 
@@ -577,23 +513,20 @@ def test_the_files_of_a_store_are_for_its_owner_alone(tmp_path: Path) -> None:
         os.umask(before)
 
 
-def test_a_record_never_has_an_etag_that_another_of_its_name_had(url: str) -> None:
-    async def scenario() -> None:
-        store = await Store.open(url)
-        await store.lead("test")
-        seen = list[str]()
+async def test_a_record_never_has_an_etag_that_another_of_its_name_had(url: str) -> None:
+    store = await Store.open(url)
+    await store.lead("test")
+    seen = list[str]()
 
-        def make_and_forget(tx: Transaction) -> None:
-            seen.append(etag_of(record := tx.clusters.insert(samples.cluster("clusters/a"))))
-            seen.append(etag_of(tx.clusters.update(record)))
-            tx.nodes.insert(samples.node("clusters/a/nodes/n"))
-            tx.clusters.delete("clusters/a")
-            seen.append("n" + etag_of(tx.nodes.get("clusters/a/nodes/n")))
-            assert tx.nodes.delete_all(cluster="clusters/a") == 1
+    def make_and_forget(tx: Transaction) -> None:
+        seen.append(etag_of(record := tx.clusters.insert(samples.cluster("clusters/a"))))
+        seen.append(etag_of(tx.clusters.update(record)))
+        tx.nodes.insert(samples.node("clusters/a/nodes/n"))
+        tx.clusters.delete("clusters/a")
+        seen.append("n" + etag_of(tx.nodes.get("clusters/a/nodes/n")))
+        assert tx.nodes.delete_all(cluster="clusters/a") == 1
 
-        for _ in range(3):
-            await store.write(make_and_forget)
-        assert len(set(seen)) == len(seen) == 9
-        await store.close()
-
-    asyncio.run(scenario())
+    for _ in range(3):
+        await store.write(make_and_forget)
+    assert len(set(seen)) == len(seen) == 9
+    await store.close()

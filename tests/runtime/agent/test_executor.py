@@ -30,26 +30,23 @@ from tests.runtime.agent.builders import ABORTED, FLIPPED, REPLICA, TARGET, assi
 from tests.runtime.agent.recording import RecordingExecutor
 
 
-def test_refusals_cross_the_socket_with_reason_and_metadata(tmp_path: Path) -> None:
-    async def story() -> None:
-        server = SimulatedServer(SimulatedEngine("p", 1), tmp_path / "e.sock")
-        await server.start()
-        executor = SocketExecutor(tmp_path / "e.sock")
-        await executor.call(ApplyAssignmentRequest(epoch=5, generation=1, assignment=assignment()))
-        with pytest.raises(RefusedError) as refused:
-            await executor.call(ApplyAssignmentRequest(epoch=4, generation=2, assignment=assignment()))
-        assert refused.value.failure.metadata == stale_epoch(4, 5).metadata
-        assert reason_name(refused.value.failure) == "STALE_EPOCH"
-        with pytest.raises(RefusedError) as refused:
-            await executor.call(ReadHeadMapsRequest(replica="x"))
-        assert reason_name(refused.value.failure) == "NOT_FOUND"
-        await server.close()
-        with pytest.raises(RefusedError) as refused:
-            await executor.call(ReleaseMovesRequest(epoch=5, change_id="x"))
-        assert reason_name(refused.value.failure) == "ENGINE_UNREACHABLE"
-        await executor.close()
-
-    asyncio.run(story())
+async def test_refusals_cross_the_socket_with_reason_and_metadata(tmp_path: Path) -> None:
+    server = SimulatedServer(SimulatedEngine("p", 1), tmp_path / "e.sock")
+    await server.start()
+    executor = SocketExecutor(tmp_path / "e.sock")
+    await executor.call(ApplyAssignmentRequest(epoch=5, generation=1, assignment=assignment()))
+    with pytest.raises(RefusedError) as refused:
+        await executor.call(ApplyAssignmentRequest(epoch=4, generation=2, assignment=assignment()))
+    assert refused.value.failure.metadata == stale_epoch(4, 5).metadata
+    assert reason_name(refused.value.failure) == "STALE_EPOCH"
+    with pytest.raises(RefusedError) as refused:
+        await executor.call(ReadHeadMapsRequest(replica="x"))
+    assert reason_name(refused.value.failure) == "NOT_FOUND"
+    await server.close()
+    with pytest.raises(RefusedError) as refused:
+        await executor.call(ReleaseMovesRequest(epoch=5, change_id="x"))
+    assert reason_name(refused.value.failure) == "ENGINE_UNREACHABLE"
+    await executor.close()
 
 
 def test_an_engine_that_prepares_its_admission_can_be_stopped(tmp_path: Path) -> None:
@@ -77,39 +74,35 @@ def test_an_engine_that_prepares_its_admission_can_be_stopped(tmp_path: Path) ->
         prepared.set()
 
 
-def test_an_engine_learns_the_outcome_from_the_engine_of_the_primary(tmp_path: Path) -> None:
+async def test_an_engine_learns_the_outcome_from_the_engine_of_the_primary(tmp_path: Path) -> None:
     """The engine uses the connection to its peer: once prepared, it does not guess but follows the authority."""
-
-    async def story() -> None:
-        primary = SimulatedServer(SimulatedEngine("p", 1), tmp_path / "p.sock")
-        worker = SimulatedServer(SimulatedEngine("w", 1), tmp_path / "w.sock")
-        primary.engine.control = Control(rate_rps=50, output_tokens=5000, load_s=0, dense_step_s=0.01)
-        for server in (primary, worker):
-            await server.start()
-        peers = [EnginePeer(node="p", address=primary.address)]
-        executors = {"p": SocketExecutor(tmp_path / "p.sock"), "w": SocketExecutor(tmp_path / "w.sock")}
-        for node, executor in executors.items():
-            what = assignment(node, peers=peers)
-            await executor.call(ApplyAssignmentRequest(epoch=1, generation=1, assignment=what))
-        moved = change(timeout_s=30)
-        request = ReserveMovesRequest(epoch=1, change=moved, parts=[TARGET])
-        await executors["w"].call(request)
-        await executors["w"].call(CopyMovesRequest(epoch=1, change_id=moved.change_id))
-        expired = AbortMovesRequest(epoch=1, change_id=moved.change_id)
-        expired.failure.reason = 104  # PREPARE_EXPIRED: the authority does not know of the change yet
-        with pytest.raises(RefusedError, match="does not know of the change yet"):
-            await executors["w"].call(expired)
-        await executors["p"].call(expired)
-        assert (await executors["w"].call(expired)).outcome == ABORTED
-        async with asyncio.timeout(60):  # the load of its device arrives by the same connection
-            while not worker.engine.report(time.monotonic()).devices[0].used_blocks:
-                await asyncio.sleep(0.05)
-        await primary.close()
-        for executor in executors.values():
-            await executor.close()
-        await worker.close()
-
-    asyncio.run(story())
+    primary = SimulatedServer(SimulatedEngine("p", 1), tmp_path / "p.sock")
+    worker = SimulatedServer(SimulatedEngine("w", 1), tmp_path / "w.sock")
+    primary.engine.control = Control(rate_rps=50, output_tokens=5000, load_s=0, dense_step_s=0.01)
+    for server in (primary, worker):
+        await server.start()
+    peers = [EnginePeer(node="p", address=primary.address)]
+    executors = {"p": SocketExecutor(tmp_path / "p.sock"), "w": SocketExecutor(tmp_path / "w.sock")}
+    for node, executor in executors.items():
+        what = assignment(node, peers=peers)
+        await executor.call(ApplyAssignmentRequest(epoch=1, generation=1, assignment=what))
+    moved = change(timeout_s=30)
+    request = ReserveMovesRequest(epoch=1, change=moved, parts=[TARGET])
+    await executors["w"].call(request)
+    await executors["w"].call(CopyMovesRequest(epoch=1, change_id=moved.change_id))
+    expired = AbortMovesRequest(epoch=1, change_id=moved.change_id)
+    expired.failure.reason = 104  # PREPARE_EXPIRED: the authority does not know of the change yet
+    with pytest.raises(RefusedError, match="does not know of the change yet"):
+        await executors["w"].call(expired)
+    await executors["p"].call(expired)
+    assert (await executors["w"].call(expired)).outcome == ABORTED
+    async with asyncio.timeout(60):  # the load of its device arrives by the same connection
+        while not worker.engine.report(time.monotonic()).devices[0].used_blocks:
+            await asyncio.sleep(0.05)
+    await primary.close()
+    for executor in executors.values():
+        await executor.close()
+    await worker.close()
 
 
 @pytest.mark.parametrize("mode", [0o666, 0o722])
@@ -139,14 +132,11 @@ def test_a_socket_of_another_user_or_no_socket_is_not_used(tmp_path: Path, monke
             check_socket(path)
 
 
-def test_the_recording_executor_remembers_what_it_was_asked() -> None:
-    async def story() -> None:
-        flip = FlipMovesRequest(epoch=1, change_id=REPLICA)
-        refused = AbortMovesRequest(epoch=1, change_id="no")
-        executor = RecordingExecutor(lambda request: stale_epoch(1, 2) if request == refused else None)
-        assert (await executor.call(flip)).outcome == FLIPPED
-        with pytest.raises(RefusedError):
-            await executor.call(refused)
-        assert executor.asked == [flip, refused]
-
-    asyncio.run(story())
+async def test_the_recording_executor_remembers_what_it_was_asked() -> None:
+    flip = FlipMovesRequest(epoch=1, change_id=REPLICA)
+    refused = AbortMovesRequest(epoch=1, change_id="no")
+    executor = RecordingExecutor(lambda request: stale_epoch(1, 2) if request == refused else None)
+    assert (await executor.call(flip)).outcome == FLIPPED
+    with pytest.raises(RefusedError):
+        await executor.call(refused)
+    assert executor.asked == [flip, refused]

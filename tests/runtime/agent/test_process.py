@@ -121,119 +121,108 @@ async def owner(executor: SocketExecutor, what: Change) -> str:
 
 
 @pytest.mark.parametrize("killed_after", [("prepare", "READY", "FLIPPED"), ("PREPARING", "commit", "resolved")])
-def test_an_agent_that_is_killed_goes_on_where_it_was(processes: Processes, killed_after: tuple[str, ...]) -> None:
+async def test_an_agent_that_is_killed_goes_on_where_it_was(
+    processes: Processes, killed_after: tuple[str, ...]
+) -> None:
     """With engine and planner alive and every directive repeated, the change ends as without a kill."""
-
-    async def story() -> None:
-        async with PlannerDouble() as planner:
-            processes.engine()
-            engine = ["--engine", f"unix://{processes.folder / 'e.sock'}"]
-            agent = processes.agent(planner.address, *engine)
-            say = Planner()
-            await planner.connected(1)
-            planner.send(say.assign(assignment(model=stage_model(blocks=4000))))
-            await planner.until(serving)
-            executor = SocketExecutor(processes.folder / "e.sock")
-            base, move = await moves_of(executor)
-            what = change(base=base, timeout_s=60, moves=[move])
-
-            async def kill(step: str) -> None:
-                nonlocal agent
-                if step in killed_after:
-                    agent.kill()
-                    agent.wait()
-                    times, since = planner.hellos, len(planner.heard)
-                    agent = processes.agent(planner.address, *engine)
-                    await planner.connected(times + 1)
-                    hello = await planner.until(lambda message: message.HasField("hello"), since=since)
-                    assert next(held.generation for held in hello.hello.replicas) >= base
-
-            planner.send(say.prepare(what, AUTHORITY, SOURCE, base=base))
-            await kill("prepare")
-            planner.send(say.prepare(what, AUTHORITY, SOURCE, base=base))
-            await planner.phase(what.change_id, ChangePhase.CHANGE_PHASE_PREPARING)
-            await kill("PREPARING")
-            await planner.phase(what.change_id, ChangePhase.CHANGE_PHASE_READY)
-            assert await owner(executor, what) == move.source
-            await kill("READY")
-            planner.send(say.commit(what))
-            await kill("commit")
-            if "commit" in killed_after:
-                planner.send(say.commit(what))
-            flipped = await planner.phase(what.change_id, ChangePhase.CHANGE_PHASE_FLIPPED)
-            assert await owner(executor, what) == move.target
-            await kill("FLIPPED")
-            planner.send(say.resolved(what, FLIPPED))
-            await kill("resolved")
-            if "resolved" in killed_after:
-                planner.send(say.resolved(what, FLIPPED))
-            await planner.phase(what.change_id, ChangePhase.CHANGE_PHASE_RELEASED)
-            assert flipped is not None
-            await executor.close()
-
-    asyncio.run(story())
-
-
-def test_an_agent_whose_planner_is_gone_aborts_at_the_deadline(processes: Processes) -> None:
-    async def story() -> None:
-        executor = SocketExecutor(processes.folder / "state" / "engine.sock")
-        (processes.folder / "c.json").write_text(json.dumps(BUSY), encoding="utf-8")
+    async with PlannerDouble() as planner:
+        processes.engine()
+        engine = ["--engine", f"unix://{processes.folder / 'e.sock'}"]
+        agent = processes.agent(planner.address, *engine)
         say = Planner()
-        async with PlannerDouble() as planner:
-            processes.agent(planner.address, "--engine", "simulated", "--control", str(processes.folder / "c.json"))
-            await planner.connected(1)
-            planner.send(say.assign(assignment(model=stage_model(blocks=4000))))
-            await planner.until(serving)
-            base, move = await moves_of(executor)
-            what = change(base=base, timeout_s=8.0, moves=[move])  # a busy machine takes seconds until READY
-            planner.send(say.prepare(what, AUTHORITY, SOURCE, base=base))
-            await planner.phase(what.change_id, ChangePhase.CHANGE_PHASE_READY)
-        async with asyncio.timeout(WAIT_S):
-            async for report in executor.watch_reports(0.1):
-                phases = {status.change_id: status.phase for status in report.changes}
-                assert report.replicas[0].assignment_state == AssignmentState.ASSIGNMENT_STATE_SERVING
-                if phases[what.change_id] == ChangePhase.CHANGE_PHASE_ABORTED:
-                    break
+        await planner.connected(1)
+        planner.send(say.assign(assignment(model=stage_model(blocks=4000))))
+        await planner.until(serving)
+        executor = SocketExecutor(processes.folder / "e.sock")
+        base, move = await moves_of(executor)
+        what = change(base=base, timeout_s=60, moves=[move])
+
+        async def kill(step: str) -> None:
+            nonlocal agent
+            if step in killed_after:
+                agent.kill()
+                agent.wait()
+                times, since = planner.hellos, len(planner.heard)
+                agent = processes.agent(planner.address, *engine)
+                await planner.connected(times + 1)
+                hello = await planner.until(lambda message: message.HasField("hello"), since=since)
+                assert next(held.generation for held in hello.hello.replicas) >= base
+
+        planner.send(say.prepare(what, AUTHORITY, SOURCE, base=base))
+        await kill("prepare")
+        planner.send(say.prepare(what, AUTHORITY, SOURCE, base=base))
+        await planner.phase(what.change_id, ChangePhase.CHANGE_PHASE_PREPARING)
+        await kill("PREPARING")
+        await planner.phase(what.change_id, ChangePhase.CHANGE_PHASE_READY)
         assert await owner(executor, what) == move.source
+        await kill("READY")
+        planner.send(say.commit(what))
+        await kill("commit")
+        if "commit" in killed_after:
+            planner.send(say.commit(what))
+        flipped = await planner.phase(what.change_id, ChangePhase.CHANGE_PHASE_FLIPPED)
+        assert await owner(executor, what) == move.target
+        await kill("FLIPPED")
+        planner.send(say.resolved(what, FLIPPED))
+        await kill("resolved")
+        if "resolved" in killed_after:
+            planner.send(say.resolved(what, FLIPPED))
+        await planner.phase(what.change_id, ChangePhase.CHANGE_PHASE_RELEASED)
+        assert flipped is not None
         await executor.close()
 
-    asyncio.run(story())
+
+async def test_an_agent_whose_planner_is_gone_aborts_at_the_deadline(processes: Processes) -> None:
+    executor = SocketExecutor(processes.folder / "state" / "engine.sock")
+    (processes.folder / "c.json").write_text(json.dumps(BUSY), encoding="utf-8")
+    say = Planner()
+    async with PlannerDouble() as planner:
+        processes.agent(planner.address, "--engine", "simulated", "--control", str(processes.folder / "c.json"))
+        await planner.connected(1)
+        planner.send(say.assign(assignment(model=stage_model(blocks=4000))))
+        await planner.until(serving)
+        base, move = await moves_of(executor)
+        what = change(base=base, timeout_s=8.0, moves=[move])  # a busy machine takes seconds until READY
+        planner.send(say.prepare(what, AUTHORITY, SOURCE, base=base))
+        await planner.phase(what.change_id, ChangePhase.CHANGE_PHASE_READY)
+    async with asyncio.timeout(WAIT_S):
+        async for report in executor.watch_reports(0.1):
+            phases = {status.change_id: status.phase for status in report.changes}
+            assert report.replicas[0].assignment_state == AssignmentState.ASSIGNMENT_STATE_SERVING
+            if phases[what.change_id] == ChangePhase.CHANGE_PHASE_ABORTED:
+                break
+    assert await owner(executor, what) == move.source
+    await executor.close()
 
 
 @pytest.mark.parametrize("reason", ["NODE_TAKEN_OVER", "NODE_IN_USE"])
-def test_an_agent_whose_node_another_has_comes_back_by_itself(reason: str, processes: Processes) -> None:
-    async def story() -> None:
-        async with PlannerDouble() as planner:
-            planner.end_with = Failure(
-                reason=ErrorReason.Value(f"ERROR_REASON_{reason}"), message="another agent is connected"
-            )
-            agent = processes.agent(planner.address)
-            await planner.connected(1)  # after the refused Hello
-            assert sum(message.HasField("hello") for message in planner.heard) == 2
-            assert agent.poll() is None
-
-    asyncio.run(story())
+async def test_an_agent_whose_node_another_has_comes_back_by_itself(reason: str, processes: Processes) -> None:
+    async with PlannerDouble() as planner:
+        planner.end_with = Failure(
+            reason=ErrorReason.Value(f"ERROR_REASON_{reason}"), message="another agent is connected"
+        )
+        agent = processes.agent(planner.address)
+        await planner.connected(1)  # after the refused Hello
+        assert sum(message.HasField("hello") for message in planner.heard) == 2
+        assert agent.poll() is None
     assert "another agent is connected; retrying in" in processes.log()
 
 
-def test_sigterm_ends_an_agent_cleanly_and_metrics_and_token_work(processes: Processes) -> None:
-    async def story() -> int:
-        async with PlannerDouble() as planner:
-            agent = processes.start(
-                *("--server", planner.address, "--node", NODE + "p", "--state-dir", str(processes.folder / "s")),
-                *("--simulated-devices", "L4:2", "--engine", "none"),
-                HETIS_AGENT_TOKEN="secret",
-            )
-            await planner.connected(1)
-            assert planner.metadata["authorization"] == "Bearer secret"
-            planner.send(ConnectNodeResponse(epoch=1, state_request=StateRequest(request_id="q", inventory=True)))
-            found = await planner.until(lambda message: message.HasField("inventory"))
-            assert [device.gpu_type for device in found.inventory.devices] == ["L4", "L4"]
-            await planner.until(lambda message: message.HasField("heartbeat"))
-            agent.send_signal(signal.SIGTERM)
-            return await asyncio.to_thread(agent.wait, WAIT_S)
-
-    assert asyncio.run(story()) == 0
+async def test_sigterm_ends_an_agent_cleanly_and_metrics_and_token_work(processes: Processes) -> None:
+    async with PlannerDouble() as planner:
+        agent = processes.start(
+            *("--server", planner.address, "--node", NODE + "p", "--state-dir", str(processes.folder / "s")),
+            *("--simulated-devices", "L4:2", "--engine", "none"),
+            HETIS_AGENT_TOKEN="secret",
+        )
+        await planner.connected(1)
+        assert planner.metadata["authorization"] == "Bearer secret"
+        planner.send(ConnectNodeResponse(epoch=1, state_request=StateRequest(request_id="q", inventory=True)))
+        found = await planner.until(lambda message: message.HasField("inventory"))
+        assert [device.gpu_type for device in found.inventory.devices] == ["L4", "L4"]
+        await planner.until(lambda message: message.HasField("heartbeat"))
+        agent.send_signal(signal.SIGTERM)
+        assert await asyncio.to_thread(agent.wait, WAIT_S) == 0
     assert "Traceback" not in processes.log()
 
 

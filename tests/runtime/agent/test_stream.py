@@ -68,60 +68,50 @@ async def stop(running: asyncio.Task[None]) -> None:
     await asyncio.gather(running, return_exceptions=True)
 
 
-def test_a_node_shows_its_certificate_and_its_token_over_tls(tmp_path: Path) -> None:
-    async def story() -> None:
-        authority = CertificateAuthority(tmp_path, "ca")
-        node, token = authority.sign("node-p"), tmp_path / "token"
-        token.write_text("secret\n", encoding="utf-8")
-        server = authority.server("planner", asks_clients=True)
-        async with PlannerDouble(credentials=server, token="secret") as planner:
-            address = PlannerAddress(
-                server=planner.address, ca=authority.cert, cert=node.cert, key=node.key, token_file=token
-            )
-            running = connect(address, Listener())
-            await planner.connected(1)
-            assert planner.peer["x509_common_name"] == ["node-p"]
-            assert planner.metadata["authorization"] == "Bearer secret"
-            await stop(running)
-
-    asyncio.run(story())
+async def test_a_node_shows_its_certificate_and_its_token_over_tls(tmp_path: Path) -> None:
+    authority = CertificateAuthority(tmp_path, "ca")
+    node, token = authority.sign("node-p"), tmp_path / "token"
+    token.write_text("secret\n", encoding="utf-8")
+    server = authority.server("planner", asks_clients=True)
+    async with PlannerDouble(credentials=server, token="secret") as planner:
+        address = PlannerAddress(
+            server=planner.address, ca=authority.cert, cert=node.cert, key=node.key, token_file=token
+        )
+        running = connect(address, Listener())
+        await planner.connected(1)
+        assert planner.peer["x509_common_name"] == ["node-p"]
+        assert planner.metadata["authorization"] == "Bearer secret"
+        await stop(running)
 
 
 @pytest.mark.parametrize("content", [b"half\xff\xfe", b"one\ntwo\n"], ids=["no text", "two lines"])
-def test_a_token_file_that_holds_no_token_costs_an_attempt_and_not_the_agent(
+async def test_a_token_file_that_holds_no_token_costs_an_attempt_and_not_the_agent(
     content: bytes, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     token = tmp_path / "token"
     token.write_bytes(content)
-
-    async def story() -> None:
-        async with PlannerDouble(token="good") as planner:
-            listener = Listener()
-            running = connect(PlannerAddress(server=planner.address, token_file=token, is_plain=True), listener)
-            await until_ends(listener, 1)
-            token.write_text("good", encoding="utf-8")
-            await planner.connected(1)
-            await stop(running)
-
-    asyncio.run(story())
+    async with PlannerDouble(token="good") as planner:
+        listener = Listener()
+        running = connect(PlannerAddress(server=planner.address, token_file=token, is_plain=True), listener)
+        await until_ends(listener, 1)
+        token.write_text("good", encoding="utf-8")
+        await planner.connected(1)
+        await stop(running)
     assert "token holds no token" in caplog.text
 
 
-def test_a_token_that_rotates_is_read_again(tmp_path: Path) -> None:
-    async def story() -> None:
-        authority, token = CertificateAuthority(tmp_path, "ca"), tmp_path / "token"
-        token.write_text("old", encoding="utf-8")
-        server = authority.server("planner", asks_clients=False)
-        async with PlannerDouble(credentials=server, token="new") as planner:
-            listener = Listener()
-            running = connect(PlannerAddress(server=planner.address, ca=authority.cert, token_file=token), listener)
-            await until_ends(listener, 1)
-            assert planner.hellos == 0
-            token.write_text("new", encoding="utf-8")
-            await planner.connected(1)
-            await stop(running)
-
-    asyncio.run(story())
+async def test_a_token_that_rotates_is_read_again(tmp_path: Path) -> None:
+    authority, token = CertificateAuthority(tmp_path, "ca"), tmp_path / "token"
+    token.write_text("old", encoding="utf-8")
+    server = authority.server("planner", asks_clients=False)
+    async with PlannerDouble(credentials=server, token="new") as planner:
+        listener = Listener()
+        running = connect(PlannerAddress(server=planner.address, ca=authority.cert, token_file=token), listener)
+        await until_ends(listener, 1)
+        assert planner.hellos == 0
+        token.write_text("new", encoding="utf-8")
+        await planner.connected(1)
+        await stop(running)
 
 
 @pytest.mark.parametrize("wrong", ["ca", "no certificate", "plain text"])
@@ -156,19 +146,16 @@ def test_wrong_credentials_are_one_clear_line_and_the_agent_keeps_trying(
         assert "--tls-ca" in line
 
 
-def test_a_message_that_meets_a_bug_ends_the_stream_and_not_the_agent(caplog: pytest.LogCaptureFixture) -> None:
-    async def story() -> None:
-        async with PlannerDouble() as planner:
-            listener = Listener(breaks=1)
-            running = connect(PlannerAddress(server=planner.address, is_plain=True), listener)
-            await planner.connected(1)
-            planner.send(ConnectNodeResponse(epoch=1, state_request=StateRequest(request_id="q")))
-            await planner.connected(2)
-            assert listener.ends == ["internal"]
-            assert not running.done()
-            await stop(running)
-
-    asyncio.run(story())
+async def test_a_message_that_meets_a_bug_ends_the_stream_and_not_the_agent(caplog: pytest.LogCaptureFixture) -> None:
+    async with PlannerDouble() as planner:
+        listener = Listener(breaks=1)
+        running = connect(PlannerAddress(server=planner.address, is_plain=True), listener)
+        await planner.connected(1)
+        planner.send(ConnectNodeResponse(epoch=1, state_request=StateRequest(request_id="q")))
+        await planner.connected(2)
+        assert listener.ends == ["internal"]
+        assert not running.done()
+        await stop(running)
     assert "ZeroDivisionError: a bug" in caplog.text
 
 
@@ -197,46 +184,37 @@ def not_leader(leader: str) -> Failure:
     )
 
 
-def test_an_agent_goes_to_the_leader_that_a_standby_names_and_comes_back_when_that_is_gone() -> None:
-    async def story() -> list[int]:
-        listener = Listener()
-        async with PlannerDouble() as standby:
-            async with PlannerDouble() as leader:
-                standby.end_with = not_leader(leader.address)
-                address = PlannerAddress(server=f"{standby.address},127.0.0.1:1", is_plain=True)
-                running = asyncio.create_task(PlannerStream(address, listener, Soon(random.Random(0))).run())
-                await leader.connected(1)
-                first = standby.hellos
-            await standby.connected(1)  # the standby now leads
-            await stop(running)
-            return [first, leader.hellos]
-
-    assert asyncio.run(story()) == [0, 1]
+async def test_an_agent_goes_to_the_leader_that_a_standby_names_and_comes_back_when_that_is_gone() -> None:
+    listener = Listener()
+    async with PlannerDouble() as standby:
+        async with PlannerDouble() as leader:
+            standby.end_with = not_leader(leader.address)
+            address = PlannerAddress(server=f"{standby.address},127.0.0.1:1", is_plain=True)
+            running = asyncio.create_task(PlannerStream(address, listener, Soon(random.Random(0))).run())
+            await leader.connected(1)
+            first = standby.hellos
+        await standby.connected(1)  # the standby now leads
+        await stop(running)
+        assert [first, leader.hellos] == [0, 1]
 
 
-def test_an_agent_waits_seconds_and_not_half_a_minute_where_a_planner_is_about_to_lead() -> None:
-    async def story() -> list[float]:
-        waiting = Soon(random.Random(0))
-        async with PlannerDouble() as standby:
-            standby.end_with = not_leader("127.0.0.1:1")
-            address = PlannerAddress(server=standby.address, is_plain=True)
-            running = asyncio.create_task(PlannerStream(address, Listener(), waiting).run())
-            await standby.connected(1)
-            await stop(running)
-        return waiting.limits_s
-
-    assert asyncio.run(story()) == [MOST_WAIT_FOR_LEADER_S]
+async def test_an_agent_waits_seconds_and_not_half_a_minute_where_a_planner_is_about_to_lead() -> None:
+    waiting = Soon(random.Random(0))
+    async with PlannerDouble() as standby:
+        standby.end_with = not_leader("127.0.0.1:1")
+        address = PlannerAddress(server=standby.address, is_plain=True)
+        running = asyncio.create_task(PlannerStream(address, Listener(), waiting).run())
+        await standby.connected(1)
+        await stop(running)
+    assert waiting.limits_s == [MOST_WAIT_FOR_LEADER_S]
 
 
-def test_an_agent_of_several_planners_waits_seconds_whatever_went_wrong() -> None:
-    async def story() -> list[float]:
-        waiting = Soon(random.Random(0))
-        async with PlannerDouble() as planner:
-            planner.end_with = Failure(reason=ErrorReason.ERROR_REASON_INTERNAL, message="Internal error from Core")
-            address = PlannerAddress(server=f"{planner.address},127.0.0.1:1", is_plain=True)
-            running = asyncio.create_task(PlannerStream(address, Listener(), waiting).run())
-            await planner.connected(1)
-            await stop(running)
-        return waiting.limits_s
-
-    assert asyncio.run(story()) == [MOST_WAIT_FOR_LEADER_S]
+async def test_an_agent_of_several_planners_waits_seconds_whatever_went_wrong() -> None:
+    waiting = Soon(random.Random(0))
+    async with PlannerDouble() as planner:
+        planner.end_with = Failure(reason=ErrorReason.ERROR_REASON_INTERNAL, message="Internal error from Core")
+        address = PlannerAddress(server=f"{planner.address},127.0.0.1:1", is_plain=True)
+        running = asyncio.create_task(PlannerStream(address, Listener(), waiting).run())
+        await planner.connected(1)
+        await stop(running)
+    assert waiting.limits_s == [MOST_WAIT_FOR_LEADER_S]

@@ -121,84 +121,72 @@ def world(tmp_path: Path) -> Iterator[World]:
     assert not (tmp_path / "engine.sock").exists()
 
 
-def test_an_agent_steers_the_engine_over_its_socket(world: World, tmp_path: Path) -> None:
-    async def act() -> None:
-        executor = SocketExecutor(tmp_path / "engine.sock")
-        answer = await executor.call(ApplyAssignmentRequest(epoch=1, generation=1, assignment=world.assignment()))
-        assert answer.state == AssignmentState.ASSIGNMENT_STATE_SERVING
-        world.generation = 1
-        number = world.add("a")
-        change = world.change(world.move(number, [0, 2], NAMES[1]))
-        with Stepping(world):
-            await executor.call(ReserveMovesRequest(epoch=1, change=change, parts=EVERYTHING))
-            told = await executor.call(CopyMovesRequest(epoch=1, change_id=change.change_id))
-            assert told.copied_bytes == told.total_bytes > 0
-            flipped = await executor.call(FlipMovesRequest(epoch=1, change_id=change.change_id, timeout=seconds(30)))
-            assert flipped.outcome == ChangeOutcome.CHANGE_OUTCOME_FLIPPED
-            pieces = await executor.call(ReadHeadMapsRequest(replica=REPLICA))
-            assert list(pieces[0].head_maps[0].requests[0].owners) == [1, 0, 1, 0]
-            reports = executor.watch_reports(0.01)
-            steps = [(await anext(reports)).replicas[0].num_steps for _ in range(3)]
-            assert steps == sorted(set(steps)), "each report is of a later step"
-            await executor.call(ApplyAssignmentRequest(epoch=2, removed_replica="other"))
-            with pytest.raises(RefusedError, match="epoch 1 is over: 2 was already accepted"):
-                await executor.call(ApplyAssignmentRequest(epoch=1, removed_replica="other"))
-        await executor.close()
-
-    asyncio.run(act())
-
-
-def test_an_engine_without_requests_answers_and_gives_up_what_is_void(world: World, tmp_path: Path) -> None:
-    async def act() -> None:
-        executor = SocketExecutor(tmp_path / "engine.sock")
-        await executor.call(ApplyAssignmentRequest(epoch=1, generation=1, assignment=world.assignment()))
-        world.generation = 1
-        number = world.add("a")
-        change = world.change(world.move(number, [0], NAMES[1]))
-        with Stepping(world):
-            await executor.call(ReserveMovesRequest(epoch=1, change=change, parts=EVERYTHING))
-            await executor.call(CopyMovesRequest(epoch=1, change_id=change.change_id))
-        world.finish("a")
-        world.step()
+async def test_an_agent_steers_the_engine_over_its_socket(world: World, tmp_path: Path) -> None:
+    executor = SocketExecutor(tmp_path / "engine.sock")
+    answer = await executor.call(ApplyAssignmentRequest(epoch=1, generation=1, assignment=world.assignment()))
+    assert answer.state == AssignmentState.ASSIGNMENT_STATE_SERVING
+    world.generation = 1
+    number = world.add("a")
+    change = world.change(world.move(number, [0, 2], NAMES[1]))
+    with Stepping(world):
+        await executor.call(ReserveMovesRequest(epoch=1, change=change, parts=EVERYTHING))
+        told = await executor.call(CopyMovesRequest(epoch=1, change_id=change.change_id))
+        assert told.copied_bytes == told.total_bytes > 0
         flipped = await executor.call(FlipMovesRequest(epoch=1, change_id=change.change_id, timeout=seconds(30)))
-        assert flipped.outcome == ChangeOutcome.CHANGE_OUTCOME_ABORTED
-        await executor.close()
-
-    asyncio.run(act())
-
-
-def test_an_engine_that_starts_again_says_so_to_an_agent_that_stayed(tmp_path: Path) -> None:
-    async def act() -> None:
-        executor, seen = SocketExecutor(tmp_path / "engine.sock"), []
-        for _ in range(2):
-            world = World(socket=tmp_path / "engine.sock")
-            await executor.call(ApplyAssignmentRequest(epoch=3, generation=7, assignment=world.assignment()))
-            reports = executor.watch_reports(0.01)
-            seen.append((await anext(reports)).engine_id)
-            with pytest.raises(RefusedError, match="epoch 2 is over"):
-                await executor.call(ApplyAssignmentRequest(epoch=2, generation=8, removed_replica=REPLICA))
-            world.side.close()
-            with pytest.raises(RefusedError):
-                async for _ in reports:
-                    pass
-        assert len(set(seen)) == 2
-        await executor.close()
-
-    asyncio.run(act())
-
-
-def test_steps_go_on_while_an_agent_asks_and_does_not_listen(world: World, tmp_path: Path) -> None:
-    async def act() -> None:
-        executor = SocketExecutor(tmp_path / "engine.sock")
-        await executor.call(ApplyAssignmentRequest(epoch=1, generation=1, assignment=world.assignment()))
+        assert flipped.outcome == ChangeOutcome.CHANGE_OUTCOME_FLIPPED
+        pieces = await executor.call(ReadHeadMapsRequest(replica=REPLICA))
+        assert list(pieces[0].head_maps[0].requests[0].owners) == [1, 0, 1, 0]
         reports = executor.watch_reports(0.01)
-        await anext(reports)  # no report follows
-        world.add("a")
-        await asyncio.to_thread(world.step, 200)
-        assert world.side.num_steps >= 200
-        await executor.close()
+        steps = [(await anext(reports)).replicas[0].num_steps for _ in range(3)]
+        assert steps == sorted(set(steps)), "each report is of a later step"
+        await executor.call(ApplyAssignmentRequest(epoch=2, removed_replica="other"))
+        with pytest.raises(RefusedError, match="epoch 1 is over: 2 was already accepted"):
+            await executor.call(ApplyAssignmentRequest(epoch=1, removed_replica="other"))
+    await executor.close()
 
-    asyncio.run(act())
+
+async def test_an_engine_without_requests_answers_and_gives_up_what_is_void(world: World, tmp_path: Path) -> None:
+    executor = SocketExecutor(tmp_path / "engine.sock")
+    await executor.call(ApplyAssignmentRequest(epoch=1, generation=1, assignment=world.assignment()))
+    world.generation = 1
+    number = world.add("a")
+    change = world.change(world.move(number, [0], NAMES[1]))
+    with Stepping(world):
+        await executor.call(ReserveMovesRequest(epoch=1, change=change, parts=EVERYTHING))
+        await executor.call(CopyMovesRequest(epoch=1, change_id=change.change_id))
+    world.finish("a")
+    world.step()
+    flipped = await executor.call(FlipMovesRequest(epoch=1, change_id=change.change_id, timeout=seconds(30)))
+    assert flipped.outcome == ChangeOutcome.CHANGE_OUTCOME_ABORTED
+    await executor.close()
+
+
+async def test_an_engine_that_starts_again_says_so_to_an_agent_that_stayed(tmp_path: Path) -> None:
+    executor, seen = SocketExecutor(tmp_path / "engine.sock"), []
+    for _ in range(2):
+        world = World(socket=tmp_path / "engine.sock")
+        await executor.call(ApplyAssignmentRequest(epoch=3, generation=7, assignment=world.assignment()))
+        reports = executor.watch_reports(0.01)
+        seen.append((await anext(reports)).engine_id)
+        with pytest.raises(RefusedError, match="epoch 2 is over"):
+            await executor.call(ApplyAssignmentRequest(epoch=2, generation=8, removed_replica=REPLICA))
+        world.side.close()
+        with pytest.raises(RefusedError):
+            async for _ in reports:
+                pass
+    assert len(set(seen)) == 2
+    await executor.close()
+
+
+async def test_steps_go_on_while_an_agent_asks_and_does_not_listen(world: World, tmp_path: Path) -> None:
+    executor = SocketExecutor(tmp_path / "engine.sock")
+    await executor.call(ApplyAssignmentRequest(epoch=1, generation=1, assignment=world.assignment()))
+    reports = executor.watch_reports(0.01)
+    await anext(reports)  # no report follows
+    world.add("a")
+    await asyncio.to_thread(world.step, 200)
+    assert world.side.num_steps >= 200
+    await executor.close()
 
 
 def test_the_socket_of_a_running_engine_is_not_replaced_and_that_of_a_killed_one_is(tmp_path: Path) -> None:

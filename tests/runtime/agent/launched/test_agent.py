@@ -55,58 +55,51 @@ def told_once(notes: list[str]) -> list[str]:
     return [note for note, _ in itertools.groupby(notes)]
 
 
-def test_engines_end_with_their_agent_and_start_with_the_next(tmp_path: Path, processes: Processes) -> None:
+async def test_engines_end_with_their_agent_and_start_with_the_next(tmp_path: Path, processes: Processes) -> None:
     serving = AssignmentState.ASSIGNMENT_STATE_SERVING
+    options = write_settings(tmp_path)
+    async with PlannerDouble() as planner:
+        agent = processes.start("--server", planner.address, *options)
+        await planner.connected(1)
+        planner.send(delta(assigned()))
+        told = await planner.until(lambda message: is_in(message, serving))
+        assert [one.index for one in told.report.devices if one.total_blocks == 400] == [0]
+        assert told.report.replicas[0].endpoint.startswith("127.0.0.1:")
+        (first,) = leaders(tmp_path)
 
-    async def story() -> None:
-        options = write_settings(tmp_path)
-        async with PlannerDouble() as planner:
-            agent = processes.start("--server", planner.address, *options)
-            await planner.connected(1)
-            planner.send(delta(assigned()))
-            told = await planner.until(lambda message: is_in(message, serving))
-            assert [one.index for one in told.report.devices if one.total_blocks == 400] == [0]
-            assert told.report.replicas[0].endpoint.startswith("127.0.0.1:")
-            (first,) = leaders(tmp_path)
+        agent.kill()
+        agent.wait()
+        agent = processes.start("--server", planner.address, *options)
+        await planner.connected(2)
+        # Not counted at the kill: messages that the first agent sent just before may arrive after it.
+        since = max(number for number, message in enumerate(planner.heard) if message.HasField("hello"))
+        await planner.until(lambda message: is_in(message, serving), since=since)  # without a new assignment
+        assert is_gone(first)
+        (second,) = leaders(tmp_path)
+        assert told_once(lives(tmp_path)) == ["started", "told 0", "started"]
 
-            agent.kill()
-            agent.wait()
-            agent = processes.start("--server", planner.address, *options)
-            await planner.connected(2)
-            # Not counted at the kill: messages that the first agent sent just before may arrive after it.
-            since = max(number for number, message in enumerate(planner.heard) if message.HasField("hello"))
-            await planner.until(lambda message: is_in(message, serving), since=since)  # without a new assignment
-            assert is_gone(first)
-            (second,) = leaders(tmp_path)
-            assert told_once(lives(tmp_path)) == ["started", "told 0", "started"]
-
-            agent.send_signal(signal.SIGTERM)
-            assert await asyncio.to_thread(agent.wait, 60) == 0
-            assert is_gone(second)
-            assert leaders(tmp_path) == []
-            assert told_once(lives(tmp_path)) == ["started", "told 0", "started", "told 0"]
-
-    asyncio.run(story())
+        agent.send_signal(signal.SIGTERM)
+        assert await asyncio.to_thread(agent.wait, 60) == 0
+        assert is_gone(second)
+        assert leaders(tmp_path) == []
+        assert told_once(lives(tmp_path)) == ["started", "told 0", "started", "told 0"]
     assert "Traceback" not in processes.log()
 
 
-def test_what_cannot_be_run_is_told_to_the_planner_as_a_failure(tmp_path: Path, processes: Processes) -> None:
-    async def story() -> None:
-        options = write_settings(tmp_path)
-        control(tmp_path)
-        async with PlannerDouble() as planner:
-            processes.start("--server", planner.address, *options)
-            await planner.connected(1)
-            tall = replica_on("a/0", "a/1")
-            planner.send(delta(assigned(tall)))
-            await planner.until(lambda message: is_in(message, AssignmentState.ASSIGNMENT_STATE_SERVING))
-            wrong = assigned(tall)
-            wrong.shape.stages[0].num_layers = 3
-            planner.send(delta(wrong, 2))
-            failed = AssignmentState.ASSIGNMENT_STATE_FAILED
-            told = (await planner.until(lambda message: is_in(message, failed))).report.replicas[0]
-            assert told.failure.reason == ErrorReason.ERROR_REASON_ENGINE_CANNOT
-            assert told.failure.message == f"{REPLICA}: the plan's stages have 3 layers, the model 4"
-
-    asyncio.run(story())
+async def test_what_cannot_be_run_is_told_to_the_planner_as_a_failure(tmp_path: Path, processes: Processes) -> None:
+    options = write_settings(tmp_path)
+    control(tmp_path)
+    async with PlannerDouble() as planner:
+        processes.start("--server", planner.address, *options)
+        await planner.connected(1)
+        tall = replica_on("a/0", "a/1")
+        planner.send(delta(assigned(tall)))
+        await planner.until(lambda message: is_in(message, AssignmentState.ASSIGNMENT_STATE_SERVING))
+        wrong = assigned(tall)
+        wrong.shape.stages[0].num_layers = 3
+        planner.send(delta(wrong, 2))
+        failed = AssignmentState.ASSIGNMENT_STATE_FAILED
+        told = (await planner.until(lambda message: is_in(message, failed))).report.replicas[0]
+        assert told.failure.reason == ErrorReason.ERROR_REASON_ENGINE_CANNOT
+        assert told.failure.message == f"{REPLICA}: the plan's stages have 3 layers, the model 4"
     assert "Traceback" not in processes.log()

@@ -128,292 +128,241 @@ def run(story: Awaitable[None]) -> None:
     asyncio.run(whole())
 
 
-def test_an_assignment_is_loading_until_the_engine_is_well_and_serves_only_when_it_is_to(tmp_path: Path) -> None:
-    async def story() -> None:
-        async with node_in(tmp_path) as node:
-            control(tmp_path, loading=True)
-            assert await node.apply(applying(assigned(goal=LOAD))) == "LOADING"
-            await node.until_lives("started")
-            assert (await node.until_state("LOADING")).HasField("failure") is False
-            control(tmp_path, running=3)
-            loaded = await node.until_state("LOADED")
-            assert (loaded.is_primary, loaded.endpoint) == (True, f"127.0.0.1:{node.settings.port}")
-            assert await node.apply(applying(assigned(goal=SERVE), 2)) == "SERVING"
-            served = await node.until(lambda report: report.replicas[0].num_running == 3)
-            assert (served.replicas[0].generation, served.newest_epoch) == (2, 1)
-            assert [(one.index, one.total_blocks, one.used_blocks) for one in served.devices] == [(0, 400, 100)]
-            assert lives(tmp_path) == ["started"], "another goal starts nothing"
-            control(tmp_path)
-
-    run(story())
-
-
-def test_an_engine_that_is_killed_is_loading_with_its_log_and_comes_back(tmp_path: Path) -> None:
-    async def story() -> None:
-        async with node_in(tmp_path) as node:
-            await node.apply(applying(assigned()))
-            await node.until_state("SERVING")
-            (first,) = node.sessions()
-            os.kill(first, signal.SIGKILL)
-            down = await node.until_state("LOADING")
-            assert down.failure.reason == ErrorReason.ERROR_REASON_ENGINE_UNREACHABLE
-            assert "vllm was ended by signal 9; the end of " in down.failure.message
-            assert "fake: has child" in down.failure.message, "the last lines of its log"
-            back = await node.until_state("SERVING")
-            assert not back.HasField("failure")
-            (second,) = node.sessions()
-            assert first != second
-            assert lives(tmp_path) == ["started", "started"]
-
-    run(story())
-
-
-def test_an_engine_that_falls_silent_is_killed_and_started_again(tmp_path: Path) -> None:
-    async def story() -> None:
-        async with node_in(tmp_path, silence_timeout="5s") as node:
-            await node.apply(applying(assigned()))
-            await node.until_state("SERVING")
-            control(tmp_path, silent=True)
-            down = await node.until_state("LOADING")
-            assert f"has not answered http://127.0.0.1:{node.settings.port}/health for 5 s" in down.failure.message
-            control(tmp_path)
-            await node.until_state("SERVING")
-            assert lives(tmp_path) == ["started", "started"]
-
-    run(story())
-
-
-def test_an_engine_that_does_not_come_is_given_up_with_the_end_of_its_log(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("hetis.runtime.launch.processes.FIRST_WAIT_S", 0.01)
-    monkeypatch.setattr("hetis.runtime.launch.processes.LONGEST_WAIT_S", 0.02)
-
-    async def story() -> None:
-        async with node_in(tmp_path) as node:
-            control(tmp_path, fails="CUDA out of memory")
-            assert await node.apply(applying(assigned())) == "LOADING"
-            failed = await node.until_state("FAILED")
-            assert failed.failure.message.startswith("vllm ended with 1; the end of ")
-            assert failed.failure.message.endswith("CUDA out of memory")
-            logs = sorted(file.name for file in (tmp_path / "engines" / "replicas" / "p-0").glob("*.log*"))
-            assert logs == ["vllm.log", *(f"vllm.log.{number}" for number in range(1, OLD_LOGS + 1))]
-            assert node.sessions() == []
-            assert await node.apply(removing()) == "STOPPED"
-            control(tmp_path)
-            assert await node.apply(applying(assigned(), 10)) == "LOADING", "a new assignment is tried anew"
-            await node.until_state("SERVING")
-
-    run(story())
-
-
-def test_an_engine_that_is_never_ready_is_killed_in_time(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    async def story() -> None:
-        async with node_in(tmp_path, ready_timeout="3s") as node:
-            control(tmp_path, loading=True)
-            await node.apply(applying(assigned()))
-            await node.until_lives("started", "started")
-            assert f"p-0: vllm did not answer http://127.0.0.1:{node.settings.port}/health for 3 s" in caplog.text
-            control(tmp_path)
-            await node.until_state("SERVING")
-
-    run(story())
-
-
-def test_a_program_that_is_not_there_is_a_failure_that_names_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("hetis.runtime.launch.processes.FIRST_WAIT_S", 0.01)
-    monkeypatch.setattr("hetis.runtime.launch.processes.LONGEST_WAIT_S", 0.02)
-
-    async def story() -> None:
-        async with node_in(tmp_path, program="no-such-vllm serve") as node:
-            await node.apply(applying(assigned()))
-            assert (await node.until_state("FAILED")).failure.message == "no-such-vllm: No such file or directory"
-
-    run(story())
-
-
-def test_requests_that_run_end_before_a_withdrawn_engine_is_told_to(tmp_path: Path) -> None:
-    async def story() -> None:
-        async with node_in(tmp_path) as node:
-            control(tmp_path, running=2)
-            await node.apply(applying(assigned()))
-            await node.until(lambda report: report.replicas[0].num_running == 2)
-            await node.apply(applying(assigned(replica_on("a/1"), goal=DRAIN), 2))  # it does not move before it ends
-            assert (await node.until_state("DRAINING")).num_running == 2
-            assert await node.apply(removing(generation=3)) == "STOPPED"
-            assert not (await node.until(lambda report: not report.replicas)).devices
-            assert await node.apply(applying(assigned(name=OTHER))) == "LOADING", "its GPU is not free yet"
-            for running in (2, 1):
-                control(tmp_path, running=running)
-                await node.until_asked(running)
-            assert lives(tmp_path) == ["started"]
-            control(tmp_path, running=0)
-            await node.until_state("SERVING", OTHER)
-            assert lives(tmp_path) == ["started", "told 0", "started"]
-
-    run(story())
-
-
-def test_a_drain_does_not_wait_for_ever(tmp_path: Path) -> None:
-    async def story() -> None:
-        async with node_in(tmp_path, drain_timeout="1s") as node:
-            control(tmp_path, running=2)
-            await node.apply(applying(assigned()))
-            await node.until_state("SERVING")
-            await node.apply(removing())
-            await node.until_lives("started", "told 2")
-
-    run(story())
-
-
-def test_routers_have_time_to_hear_of_a_drain(tmp_path: Path) -> None:
-    async def story() -> None:
-        now_s = float(round(time.monotonic()))  # sums of whole seconds are exact
-        node = Node(tmp_path, lambda: now_s, router_delay="1h")
-        try:
-            await node.apply(applying(assigned()))
-            await node.until_state("SERVING")
-            assert await node.apply(applying(assigned(goal=DRAIN), 2)) == "SERVING"
-            now_s += 3599
-            assert (await node.report()).replicas[0].assignment_state == state("SERVING")
-            now_s += 1
-            assert (await node.report()).replicas[0].assignment_state == state("DRAINING")
-        finally:
-            await node.executor.close()
-
-    run(story())
-
-
-def test_a_replica_that_changes_is_started_anew_once_the_old_one_is_gone(tmp_path: Path) -> None:
-    async def story() -> None:
-        async with node_in(tmp_path) as node:
-            await node.apply(applying(assigned(replica_on("a/0"))))
-            await node.until_state("SERVING")
-            await node.apply(applying(assigned(replica_on("a/0", micro_batch=8)), 2))
-            assert (await node.until_state("LOADING")).generation == 2
-            await node.until_state("SERVING")
-            assert lives(tmp_path) == ["started", "told 0", "started"]
-
-    run(story())
-
-
-def test_replicas_on_other_gpus_do_not_wait_for_each_other(tmp_path: Path) -> None:
-    async def story() -> None:
-        async with node_in(tmp_path) as node:
-            await node.apply(applying(assigned(replica_on("a/0"))))
-            await node.until_state("SERVING")
-            control(tmp_path, running=1)
-            await node.apply(removing())
-            await node.apply(applying(assigned(replica_on("a/1"), name=OTHER)))
-            found = await node.until_state("SERVING", OTHER)
-            assert found.endpoint == f"127.0.0.1:{node.settings.port + 1}"
-            assert lives(tmp_path) == ["started", "started"], "the first still drains"
-
-    run(story())
-
-
-def test_what_does_not_serve_has_nothing_to_drain(tmp_path: Path) -> None:
-    async def story() -> None:
-        async with node_in(tmp_path) as node:
-            control(tmp_path, loading=True, running=1)
-            await node.apply(applying(assigned()))
-            await node.until_lives("started")
-            assert await node.apply(applying(assigned(goal=DRAIN), 2)) == "STOPPED"
-            await node.apply(removing(generation=3))
-            await node.until_lives("started", "told 1")
-
-    run(story())
-
-
-def test_old_planners_and_old_generations_are_refused(tmp_path: Path) -> None:
-    async def story() -> None:
-        async with node_in(tmp_path) as node:
-            await node.apply(applying(assigned(), 5, epoch=3))
-            for request, reason in (
-                (applying(assigned(), 6, epoch=2), ErrorReason.ERROR_REASON_STALE_EPOCH),
-                (removing(epoch=2), ErrorReason.ERROR_REASON_STALE_EPOCH),
-                (applying(assigned(), 4, epoch=3), ErrorReason.ERROR_REASON_GENERATION_MISMATCH),
-            ):
-                with pytest.raises(RefusedError) as caught:
-                    await node.apply(request)
-                assert caught.value.failure.reason == reason
-            assert (await node.report()).replicas[0].generation == 5
-
-    run(story())
-
-
-def test_heads_do_not_move_in_an_engine_that_the_agent_started(tmp_path: Path) -> None:
-    async def story() -> None:
-        async with node_in(tmp_path) as node:
-            calls = (
-                node.executor.call(ReserveMovesRequest()),
-                node.executor.call(FlipMovesRequest()),
-                node.executor.call(ReadHeadMapsRequest()),
-            )
-            for call in calls:
-                with pytest.raises(RefusedError, match="vllm was started by the agent, which cannot move heads in it"):
-                    await call
-            aborted = await node.executor.call(AbortMovesRequest(change_id="c"))
-            assert aborted.outcome == ChangeOutcome.CHANGE_OUTCOME_ABORTED
-
-    run(story())
-
-
-def test_closing_lets_requests_end_and_leaves_no_process_behind(tmp_path: Path) -> None:
-    async def story() -> None:
-        node = Node(tmp_path)
-        control(tmp_path, running=1)
-        await node.apply(applying(assigned()))
-        await node.until_state("SERVING")
-        (leader,) = node.sessions()
-        closing = asyncio.create_task(node.executor.close())
-        await node.until_asked(1)
-        assert lives(tmp_path) == ["started"]
+async def test_an_assignment_is_loading_until_the_engine_is_well_and_serves_only_when_it_is_to(tmp_path: Path) -> None:
+    async with node_in(tmp_path) as node:
+        control(tmp_path, loading=True)
+        assert await node.apply(applying(assigned(goal=LOAD))) == "LOADING"
+        await node.until_lives("started")
+        assert (await node.until_state("LOADING")).HasField("failure") is False
+        control(tmp_path, running=3)
+        loaded = await node.until_state("LOADED")
+        assert (loaded.is_primary, loaded.endpoint) == (True, f"127.0.0.1:{node.settings.port}")
+        assert await node.apply(applying(assigned(goal=SERVE), 2)) == "SERVING"
+        served = await node.until(lambda report: report.replicas[0].num_running == 3)
+        assert (served.replicas[0].generation, served.newest_epoch) == (2, 1)
+        assert [(one.index, one.total_blocks, one.used_blocks) for one in served.devices] == [(0, 400, 100)]
+        assert lives(tmp_path) == ["started"], "another goal starts nothing"
         control(tmp_path)
-        await closing
-        assert lives(tmp_path) == ["started", "told 0"]
-        assert is_gone(leader)
-        assert node.sessions() == []
-
-    run(story())
 
 
-def test_a_second_signal_does_not_wait_for_requests(tmp_path: Path) -> None:
-    async def story() -> None:
-        node = Node(tmp_path)
-        control(tmp_path, running=1)
+async def test_an_engine_that_is_killed_is_loading_with_its_log_and_comes_back(tmp_path: Path) -> None:
+    async with node_in(tmp_path) as node:
         await node.apply(applying(assigned()))
         await node.until_state("SERVING")
-        (leader,) = node.sessions()
-        closing = asyncio.create_task(node.executor.close())
-        await node.until_asked(1)
-        closing.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await closing
-        assert is_gone(leader)
+        (first,) = node.sessions()
+        os.kill(first, signal.SIGKILL)
+        down = await node.until_state("LOADING")
+        assert down.failure.reason == ErrorReason.ERROR_REASON_ENGINE_UNREACHABLE
+        assert "vllm was ended by signal 9; the end of " in down.failure.message
+        assert "fake: has child" in down.failure.message, "the last lines of its log"
+        back = await node.until_state("SERVING")
+        assert not back.HasField("failure")
+        (second,) = node.sessions()
+        assert first != second
+        assert lives(tmp_path) == ["started", "started"]
 
-    run(story())
 
-
-def test_what_is_left_of_an_agent_before_is_ended_and_nobody_elses(tmp_path: Path) -> None:
-    async def story() -> None:
-        node = Node(tmp_path)
+async def test_an_engine_that_falls_silent_is_killed_and_started_again(tmp_path: Path) -> None:
+    async with node_in(tmp_path, silence_timeout="5s") as node:
         await node.apply(applying(assigned()))
         await node.until_state("SERVING")
-        (leader,) = node.sessions()
-        sessions = tmp_path / "engines" / "sessions"
-        noted = (sessions / str(leader)).read_text()
-        (sessions / str(leader)).write_text(noted + "1")  # the leader's process id, but not its start time
-        assert end_leftovers(sessions, patience_s=0.0) == []
-        assert not is_gone(leader)
-        (sessions / str(leader)).write_text("another-boot " + noted.partition(" ")[2])
-        assert end_leftovers(sessions, patience_s=0.0) == []
-        (sessions / str(leader)).write_text(noted)
-        assert await asyncio.to_thread(end_leftovers, sessions, patience_s=0.0) == [leader]
+        control(tmp_path, silent=True)
+        down = await node.until_state("LOADING")
+        assert f"has not answered http://127.0.0.1:{node.settings.port}/health for 5 s" in down.failure.message
+        control(tmp_path)
+        await node.until_state("SERVING")
+        assert lives(tmp_path) == ["started", "started"]
+
+
+async def test_an_engine_that_does_not_come_is_given_up_with_the_end_of_its_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hetis.runtime.launch.processes.FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr("hetis.runtime.launch.processes.LONGEST_WAIT_S", 0.02)
+    async with node_in(tmp_path) as node:
+        control(tmp_path, fails="CUDA out of memory")
+        assert await node.apply(applying(assigned())) == "LOADING"
+        failed = await node.until_state("FAILED")
+        assert failed.failure.message.startswith("vllm ended with 1; the end of ")
+        assert failed.failure.message.endswith("CUDA out of memory")
+        logs = sorted(file.name for file in (tmp_path / "engines" / "replicas" / "p-0").glob("*.log*"))
+        assert logs == ["vllm.log", *(f"vllm.log.{number}" for number in range(1, OLD_LOGS + 1))]
         assert node.sessions() == []
-        assert is_gone(leader)
+        assert await node.apply(removing()) == "STOPPED"
+        control(tmp_path)
+        assert await node.apply(applying(assigned(), 10)) == "LOADING", "a new assignment is tried anew"
+        await node.until_state("SERVING")
+
+
+async def test_an_engine_that_is_never_ready_is_killed_in_time(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with node_in(tmp_path, ready_timeout="3s") as node:
+        control(tmp_path, loading=True)
+        await node.apply(applying(assigned()))
+        await node.until_lives("started", "started")
+        assert f"p-0: vllm did not answer http://127.0.0.1:{node.settings.port}/health for 3 s" in caplog.text
+        control(tmp_path)
+        await node.until_state("SERVING")
+
+
+async def test_a_program_that_is_not_there_is_a_failure_that_names_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hetis.runtime.launch.processes.FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr("hetis.runtime.launch.processes.LONGEST_WAIT_S", 0.02)
+    async with node_in(tmp_path, program="no-such-vllm serve") as node:
+        await node.apply(applying(assigned()))
+        assert (await node.until_state("FAILED")).failure.message == "no-such-vllm: No such file or directory"
+
+
+async def test_requests_that_run_end_before_a_withdrawn_engine_is_told_to(tmp_path: Path) -> None:
+    async with node_in(tmp_path) as node:
+        control(tmp_path, running=2)
+        await node.apply(applying(assigned()))
+        await node.until(lambda report: report.replicas[0].num_running == 2)
+        await node.apply(applying(assigned(replica_on("a/1"), goal=DRAIN), 2))  # it does not move before it ends
+        assert (await node.until_state("DRAINING")).num_running == 2
+        assert await node.apply(removing(generation=3)) == "STOPPED"
+        assert not (await node.until(lambda report: not report.replicas)).devices
+        assert await node.apply(applying(assigned(name=OTHER))) == "LOADING", "its GPU is not free yet"
+        for running in (2, 1):
+            control(tmp_path, running=running)
+            await node.until_asked(running)
+        assert lives(tmp_path) == ["started"]
+        control(tmp_path, running=0)
+        await node.until_state("SERVING", OTHER)
+        assert lives(tmp_path) == ["started", "told 0", "started"]
+
+
+async def test_a_drain_does_not_wait_for_ever(tmp_path: Path) -> None:
+    async with node_in(tmp_path, drain_timeout="1s") as node:
+        control(tmp_path, running=2)
+        await node.apply(applying(assigned()))
+        await node.until_state("SERVING")
+        await node.apply(removing())
+        await node.until_lives("started", "told 2")
+
+
+async def test_routers_have_time_to_hear_of_a_drain(tmp_path: Path) -> None:
+    now_s = float(round(time.monotonic()))  # sums of whole seconds are exact
+    node = Node(tmp_path, lambda: now_s, router_delay="1h")
+    try:
+        await node.apply(applying(assigned()))
+        await node.until_state("SERVING")
+        assert await node.apply(applying(assigned(goal=DRAIN), 2)) == "SERVING"
+        now_s += 3599
+        assert (await node.report()).replicas[0].assignment_state == state("SERVING")
+        now_s += 1
+        assert (await node.report()).replicas[0].assignment_state == state("DRAINING")
+    finally:
         await node.executor.close()
 
-    run(story())
+
+async def test_a_replica_that_changes_is_started_anew_once_the_old_one_is_gone(tmp_path: Path) -> None:
+    async with node_in(tmp_path) as node:
+        await node.apply(applying(assigned(replica_on("a/0"))))
+        await node.until_state("SERVING")
+        await node.apply(applying(assigned(replica_on("a/0", micro_batch=8)), 2))
+        assert (await node.until_state("LOADING")).generation == 2
+        await node.until_state("SERVING")
+        assert lives(tmp_path) == ["started", "told 0", "started"]
+
+
+async def test_replicas_on_other_gpus_do_not_wait_for_each_other(tmp_path: Path) -> None:
+    async with node_in(tmp_path) as node:
+        await node.apply(applying(assigned(replica_on("a/0"))))
+        await node.until_state("SERVING")
+        control(tmp_path, running=1)
+        await node.apply(removing())
+        await node.apply(applying(assigned(replica_on("a/1"), name=OTHER)))
+        found = await node.until_state("SERVING", OTHER)
+        assert found.endpoint == f"127.0.0.1:{node.settings.port + 1}"
+        assert lives(tmp_path) == ["started", "started"], "the first still drains"
+
+
+async def test_what_does_not_serve_has_nothing_to_drain(tmp_path: Path) -> None:
+    async with node_in(tmp_path) as node:
+        control(tmp_path, loading=True, running=1)
+        await node.apply(applying(assigned()))
+        await node.until_lives("started")
+        assert await node.apply(applying(assigned(goal=DRAIN), 2)) == "STOPPED"
+        await node.apply(removing(generation=3))
+        await node.until_lives("started", "told 1")
+
+
+async def test_old_planners_and_old_generations_are_refused(tmp_path: Path) -> None:
+    async with node_in(tmp_path) as node:
+        await node.apply(applying(assigned(), 5, epoch=3))
+        for request, reason in (
+            (applying(assigned(), 6, epoch=2), ErrorReason.ERROR_REASON_STALE_EPOCH),
+            (removing(epoch=2), ErrorReason.ERROR_REASON_STALE_EPOCH),
+            (applying(assigned(), 4, epoch=3), ErrorReason.ERROR_REASON_GENERATION_MISMATCH),
+        ):
+            with pytest.raises(RefusedError) as caught:
+                await node.apply(request)
+            assert caught.value.failure.reason == reason
+        assert (await node.report()).replicas[0].generation == 5
+
+
+async def test_heads_do_not_move_in_an_engine_that_the_agent_started(tmp_path: Path) -> None:
+    async with node_in(tmp_path) as node:
+        calls = (
+            node.executor.call(ReserveMovesRequest()),
+            node.executor.call(FlipMovesRequest()),
+            node.executor.call(ReadHeadMapsRequest()),
+        )
+        for call in calls:
+            with pytest.raises(RefusedError, match="vllm was started by the agent, which cannot move heads in it"):
+                await call
+        aborted = await node.executor.call(AbortMovesRequest(change_id="c"))
+        assert aborted.outcome == ChangeOutcome.CHANGE_OUTCOME_ABORTED
+
+
+async def test_closing_lets_requests_end_and_leaves_no_process_behind(tmp_path: Path) -> None:
+    node = Node(tmp_path)
+    control(tmp_path, running=1)
+    await node.apply(applying(assigned()))
+    await node.until_state("SERVING")
+    (leader,) = node.sessions()
+    closing = asyncio.create_task(node.executor.close())
+    await node.until_asked(1)
+    assert lives(tmp_path) == ["started"]
+    control(tmp_path)
+    await closing
+    assert lives(tmp_path) == ["started", "told 0"]
+    assert is_gone(leader)
+    assert node.sessions() == []
+
+
+async def test_a_second_signal_does_not_wait_for_requests(tmp_path: Path) -> None:
+    node = Node(tmp_path)
+    control(tmp_path, running=1)
+    await node.apply(applying(assigned()))
+    await node.until_state("SERVING")
+    (leader,) = node.sessions()
+    closing = asyncio.create_task(node.executor.close())
+    await node.until_asked(1)
+    closing.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await closing
+    assert is_gone(leader)
+
+
+async def test_what_is_left_of_an_agent_before_is_ended_and_nobody_elses(tmp_path: Path) -> None:
+    node = Node(tmp_path)
+    await node.apply(applying(assigned()))
+    await node.until_state("SERVING")
+    (leader,) = node.sessions()
+    sessions = tmp_path / "engines" / "sessions"
+    noted = (sessions / str(leader)).read_text()
+    (sessions / str(leader)).write_text(noted + "1")  # the leader's process id, but not its start time
+    assert end_leftovers(sessions, patience_s=0.0) == []
+    assert not is_gone(leader)
+    (sessions / str(leader)).write_text("another-boot " + noted.partition(" ")[2])
+    assert end_leftovers(sessions, patience_s=0.0) == []
+    (sessions / str(leader)).write_text(noted)
+    assert await asyncio.to_thread(end_leftovers, sessions, patience_s=0.0) == [leader]
+    assert node.sessions() == []
+    assert is_gone(leader)
+    await node.executor.close()
