@@ -50,6 +50,18 @@ def test_a_plan_that_counts_gpus_otherwise_than_its_fleet_is_refused() -> None:
     assert [process.gpus for process in layout_of(other, 0, MODEL).processes] == [(0,), (0,), (1,)]
 
 
+@pytest.mark.parametrize("gpus", [None, {}, [None], [{"count": 2}], [{"type": "T4", "count": "2"}]])
+def test_a_plan_with_a_broken_fleet_is_refused_by_the_gpus_it_lacks(gpus: object) -> None:
+    """Launchers read a plan without the checks of its documents, which `hetis-plan check` makes."""
+    nodes = [{"name": "b", "indices": [0, 1], "gpus": gpus}]
+    plan = replace(plan_of(stage_of(), pools=(POOL,)), inputs={"documents": {"cluster": {"nodes": nodes}}})
+    if isinstance(gpus, list):
+        with pytest.raises(LayoutError, match="b/0 is no T4 of the plan's fleet"):
+            layout_of(plan, 0, MODEL)
+    else:
+        assert [process.gpus for process in layout_of(plan, 0, MODEL).processes] == [(0,), (0,), (1,)]
+
+
 def test_a_smaller_machine_needs_less_and_float32_twice_as_much() -> None:
     plan = plan_of(stage_of(), pools=(POOL,))
     found = layout_of(plan, 0, MODEL, dtype="float32", kv_tokens=100)

@@ -80,6 +80,27 @@ def test_validate_lists_all_problems_of_all_files(tmp_path: Path) -> None:
     assert "no such file" in result.stderr
 
 
+def test_validate_warns_of_gpus_that_no_plan_can_use_yet(tmp_path: Path) -> None:
+    """`place` refuses the file without --profile; so it is valid, but not all that a plan needs."""
+    fleet = tmp_path / "fleet.yaml"
+    card = "{memory: 80GiB, memory_bandwidth: 3TB/s, fp16: 800TFLOPS}"
+    fleet.write_text(
+        "apiVersion: hetis/v1\nkind: Cluster\nname: new\nnodes: [{name: a, gpus: [{type: Own}]}]\n"
+        f"network: {{bandwidth: 100Gbps, latency: 20us}}\ngpu_types: {{Own: {card}}}\n"
+    )
+    result = invoke("validate", str(fleet), "-o", "json")
+    assert result.exit_code == 0, result.stderr
+    (entry,) = json.loads(result.stdout)
+    assert entry["ok"]
+    (warning,) = entry["warnings"]
+    assert warning.startswith("Own: no efficiencies for architecture 'unknown'")
+    assert f"warning: {fleet}: {warning}" in result.stderr
+    assert "--profile FILE" in warning
+    fleet.write_text(fleet.read_text().replace("80GiB,", "80GiB, architecture: Hopper,"))
+    result = invoke("validate", str(fleet))
+    assert (result.exit_code, "warning" in result.stderr) == (0, False)
+
+
 @pytest.mark.parametrize("kind", FILE_KINDS)
 def test_every_kind_has_a_json_schema(kind: str) -> None:
     result = invoke("schema", kind.lower())
@@ -102,6 +123,15 @@ def test_catalogues_print_the_same_entries_in_every_form(which: str) -> None:
     table = invoke("catalog", which).stdout
     assert len(table.splitlines()) >= len(as_json)
     assert max(map(len, table.splitlines())) <= 80
+
+
+@pytest.mark.parametrize(("which", "part"), [("gpus", "gpu"), ("models", "model")])
+def test_a_catalogue_breaks_no_name_on_a_narrow_terminal(which: str, part: str) -> None:
+    """Names are there to be copied; columns that do not fit beside them are left out, and told."""
+    names = [entry[part]["name"] for entry in json.loads(invoke("catalog", which, "-o", "json").stdout)]
+    lines = invoke("catalog", which).stdout.splitlines()
+    assert [line.split()[0] for line in lines[1 : len(names) + 1]] == names
+    assert lines[-1].startswith("not shown, for lack of width: ")
 
 
 def test_a_catalogue_can_be_narrowed() -> None:

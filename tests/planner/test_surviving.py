@@ -109,6 +109,13 @@ def test_every_plan_says_what_is_served_without_its_worst_node(
     assert "after losing any one node: at least 83% still served (worst: l4-" in text, text[:900]
 
 
+def test_nothing_is_served_without_the_only_node(inputs: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    Path("fleet.yaml").write_text(FLEET.replace("count: 6", "count: 1"))
+    assert run(inputs) == ExitCode.OK
+    text = " ".join(capsys.readouterr().out.split())
+    assert "Losses after losing node l4-0: nothing still served" in text, text[:900]
+
+
 def test_the_simplest_plan_is_asked_for_with_a_share(inputs: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     plan = placed(capsys, [*inputs, "--simplest-within", "2%"])
     assert plan["inputs"]["simplest_within"] == 0.02

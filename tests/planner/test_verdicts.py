@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from dataclasses import replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -200,7 +201,8 @@ def test_few_whole_runs_in_memory_change_nothing(pair: Placed, monkeypatch: pyte
     monkeypatch.setattr(simulating, "WHOLE_AT_ONCE", 400)
     in_turn = answered(pair, question, begins=parts.append)
     assert parts == ["runs 1 to 2 of 3", "runs 3 to 3 of 3"]
-    assert (in_turn.verdict, in_turn.summary, in_turn.runs) == (at_once.verdict, at_once.summary, at_once.runs)
+    parts_of = attrgetter("verdict", "summary", "runs")
+    assert repr(parts_of(in_turn)) == repr(parts_of(at_once))  # since Python 3.13 a NaN makes equal values unequal
     assert in_turn.run is not None
     assert at_once.run is not None
     assert (in_turn.run.finished_s == at_once.run.finished_s).all(), "it is the first run"

@@ -177,6 +177,14 @@ def test_a_fleet_that_is_not_full_yet_has_shown_nothing() -> None:
     assert found.throughput_rps.value == pytest.approx(100.0, rel=0.01)
 
 
+def test_requests_that_finish_at_once_show_no_error_of_the_throughput() -> None:
+    """In the past it was of the order of 1e12 requests/s."""
+    rows = [(request(i, i / 500), i / 500, 1.0 + i // 500, 1.0 + i // 500) for i in range(2000)]
+    found = measure(run_of(rows, end_s=5.0), LIMITS, saturated=False)
+    assert found.throughput_rps.value > 0.0
+    assert math.isnan(found.throughput_rps.half_width)
+
+
 @pytest.mark.parametrize(("count", "steady"), [(10, None), (15, None), (40, True)])
 def test_a_saturated_run_that_replaced_nobody_has_shown_nothing(count: int, steady: bool | None) -> None:
     run = queue_run(Saturation(draw_traffic(load(None, Arrivals.SATURATED), count, seed=0)))  # on 8 seats

@@ -43,7 +43,7 @@ def test_answers_come_in_the_order_of_the_jobs_and_runs_only_where_wanted() -> N
         one, other = runs.run([job(1, keep_run=True), job(2)])
         alone = runs.run([job(2)])
     assert one.metrics != other.metrics
-    assert alone == [other]
+    assert repr(alone) == repr([other])  # since Python 3.13 values with a NaN do not equal even themselves
     assert one.run is not None
     assert other.run is None
 

@@ -99,14 +99,16 @@ def test_attention_workers_break_a_constraint_for_none() -> None:
     assert not [v for v in check_plan(without, asked) if v.rule is Rule.CONSTRAINT]
 
 
-def test_gpus_of_a_node_with_two_types_have_the_price_of_their_own() -> None:
+@pytest.mark.parametrize("indices", [(), (5, 1), (0, 7)])
+def test_gpus_of_a_node_with_two_types_have_the_price_of_their_own(indices: tuple[int, ...]) -> None:
     problem = the_problem()
     (node,) = (group for group in problem.cluster.node_groups if group.name == "c")
     (slots,) = node.gpus
-    mixed = replace(node, gpus=(replace(slots, count=1, usd_per_hour=9.0), replace(slots, gpu="B", count=1)))
+    priced = (replace(slots, count=1, usd_per_hour=9.0), replace(slots, gpu="B", count=1))
+    mixed = replace(node, gpus=priced, indices=indices)
     groups = tuple(mixed if group.name == "c" else group for group in problem.cluster.node_groups)
     problem = replace(problem, cluster=replace(problem.cluster, node_groups=groups))
-    second = plan_of(problem, unclaimed(replace(ALONE, gpu="B", devices=("c/1",))))
+    second = plan_of(problem, unclaimed(replace(ALONE, gpu="B", devices=(f"c/{[*indices, 1, 1][1]}",))))
     for most, is_kept in ((1.0, True), (0.99, False)):
         asked = replace(problem, constraints=(AtMost(of=Sum.USD, most=most),))
         assert is_kept == (Rule.CONSTRAINT not in {v.rule for v in check_plan(second, asked)})

@@ -292,12 +292,14 @@ def _unknown_gpus(replica: ReplicaPlan, cluster: Any) -> Iterator[str]:
     """
     gpus_of = dict[str, dict[int, str]]()
     for names, node in _fleet(cluster):
-        if isinstance(indices := node.get("indices"), list):
-            types = [gpus["type"] for gpus in node["gpus"] for _ in range(gpus.get("count", 1))]
+        indices, parts = node.get("indices"), node.get("gpus")
+        if isinstance(indices, list) and isinstance(parts, list):
+            slots = ((part.get("type"), part.get("count", 1)) for part in parts if isinstance(part, Mapping))
+            types = [str(gpu) for gpu, count in slots for _ in range(count if isinstance(count, int) else 0)]
             gpus = dict(zip(indices, types, strict=False))
             gpus_of |= dict.fromkeys(names, gpus)
-    parts: list[StagePlan | AttentionWorkerPool] = [*replica.stages, *replica.attention_workers]
-    for device, gpu in ((device, part.gpu) for part in parts for device in part.devices):
+    holders: list[StagePlan | AttentionWorkerPool] = [*replica.stages, *replica.attention_workers]
+    for device, gpu in ((device, holder.gpu) for holder in holders for device in holder.devices):
         known = gpus_of.get(node_of(device))
         if known is not None and known.get(_index(device)) != gpu:
             there = ", ".join(f"{index} ({name})" for index, name in known.items())

@@ -189,13 +189,16 @@ def _title(value: str) -> str:
 
 
 def _gpu_name(value: str, info: ValidationInfo) -> str:
-    inline = (info.context or {}).get("gpu_types", ())
+    context = info.context or {}
+    inline = context.get("gpu_types", ())
     if value in inline:
         return value
     try:
         return catalogue.find_gpu(value, also=inline).gpu.name
     except catalogue.UnknownNameError as error:
-        raise ValueError(str(error)) from None
+        own = "; your own: gpu_types" if "gpu_types" in context else ""
+        hint = "" if error.ambiguous else f" (known types: hetis-plan catalog gpus{own})"
+        raise ValueError(f"{error}{hint}") from None
 
 
 def _model_name(value: str) -> str:

@@ -204,11 +204,13 @@ def _steady(run: Run, inside: BoolArray, found: Estimate, start_s: float, *, sat
 
 
 def _throughput(finishing: FloatArray, span_s: float) -> Estimate:
-    """Return completions per second of the window, with an error estimated from the gaps between them."""
+    """Return completions per second of the window, with an error estimated from the gaps between them.
+
+    The error is unknown if a section of the run takes no time, because all its requests finish at once.
+    """
     value = _per_second(len(finishing), span_s)
-    gaps = np.diff(finishing)
-    spread = within_run(gaps, lambda part: 1 / max(float(part.mean()), 1e-12))
-    return Estimate(value=value, half_width=spread.half_width)
+    spread = within_run(np.diff(finishing), lambda part: 1 / float(part.mean()) if part.any() else math.inf)
+    return Estimate(value=value, half_width=spread.half_width if math.isfinite(spread.half_width) else math.nan)
 
 
 def _mean_tpot_s(decode: FloatArray, later_tokens: IntArray, *, measured: int) -> Estimate:

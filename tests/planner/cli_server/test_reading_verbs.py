@@ -105,7 +105,7 @@ def test_agents_show_every_gpu_and_what_differs(fleet: FakePlanner, hetis_plan: 
     assert "throttled" in captured.out
     assert "LOST" in captured.out
     assert max(len(line) for line in captured.out.splitlines()) <= 80
-    assert captured.err == "warning: a100-2: a100-2 is declared, but its agent is not connected\n"
+    assert captured.err == "warning: a100-2 is declared, but its agent is not connected\n"
 
 
 def test_of_many_differences_the_first_are_told(fleet: FakePlanner, hetis_plan: Run, capsys: Captured) -> None:

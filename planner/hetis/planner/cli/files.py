@@ -165,6 +165,8 @@ def validate(
     for result in results:
         for problem in result.problems:
             terminal.line(str(problem))
+        for warning in result.warnings:
+            terminal.warn(f"{result.file}: {warning}")
     terminal.emit(lambda: [{"ok": not result.problems, **json_value(result)} for result in results], table)
     return ExitCode.INVALID if any(result.problems for result in results) else ExitCode.OK
 
@@ -236,6 +238,7 @@ def catalog(
     if not chosen:  # an empty list without a message would look like the whole catalogue
         terminal.warn(f"no name in the catalogue of {which} contains {containing!r}{did_you_mean(containing, every)}")
     entries = list(chosen.values())
+    table: RenderableType
     match which:
         case "gpus":
             profiles = {name: profile_origin(entry.gpu) for name, entry in chosen.items()}

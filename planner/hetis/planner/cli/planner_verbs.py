@@ -176,7 +176,6 @@ def interrupts_that_arrive() -> Iterator[None]:
 def agents(terminal: Terminal, client: Client, *, where: InCluster) -> ExitCode:
     """Show nodes and their agents: state, last report, and each GPU's KV, clock and health."""
     from hetis.planner.cli.resource_views import list_data, node_table
-    from hetis.planner.convert.names import last_part
     from hetis.v1 import cluster_service_pb2
 
     parent = chosen_cluster(client, where.cluster)
@@ -185,7 +184,7 @@ def agents(terminal: Terminal, client: Client, *, where: InCluster) -> ExitCode:
     differences = client.clusters.GetInventory(request).inventory.differences
     terminal.emit(lambda: list_data("NodeList", nodes), lambda: node_table(nodes))
     for difference in differences[:MAX_DIFFERENCES]:
-        terminal.warn(f"{difference.device or difference.node or last_part(parent)}: {difference.message}")
+        terminal.warn(difference.message)
     if len(differences) > MAX_DIFFERENCES:
         terminal.warn(f"... and {len(differences) - MAX_DIFFERENCES:,} more differences")
     return ExitCode.OK

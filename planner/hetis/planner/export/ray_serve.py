@@ -158,7 +158,8 @@ def _why_not(launchable: Launchable, one: LaunchableReplica) -> tuple[str, ...]:
         return ("stages of a node are not next to each other: vLLM counts Ray's workers node by node",)
     unknown = [node for node in further if node not in launchable.settings.hosts]
     if len(further) > 1 and unknown:
-        return (f"vLLM orders Ray's workers by address, and {', '.join(unknown)} has none: give --node-address",)
+        lack = "has" if len(unknown) == 1 else "have"
+        return (f"vLLM orders Ray's workers by address, and {', '.join(unknown)} {lack} none: give --node-address",)
     order = sorted(further, key=lambda node: (nodes.count(node), launchable.settings.hosts.get(node, "")))
     if order != further:
         return (f"vLLM orders Ray's workers by node and address: stages would be on {', '.join((first, *order))}",)

@@ -8,10 +8,10 @@ from rich.table import Table
 
 from hetis.formats.catalogue import GpuEntry, ModelEntry, WorkloadEntry
 from hetis.planner.report.figures import digits, tokens
-from hetis.planner.report.tables import table
+from hetis.planner.report.tables import Narrowing, narrowing, table
 
 
-def gpu_table(entries: Sequence[GpuEntry], profiles: Mapping[str, str | None], *, wide: bool = False) -> Table:
+def gpu_table(entries: Sequence[GpuEntry], profiles: Mapping[str, str | None], *, wide: bool = False) -> Narrowing:
     """Return GPU types with the peaks that plans depend on, and the origins of their default profiles.
 
     ``wide`` adds the other peaks and the board power.
@@ -40,10 +40,11 @@ def gpu_table(entries: Sequence[GpuEntry], profiles: Mapping[str, str | None], *
         for entry in entries
         for gpu in (entry.gpu,)
     )
-    return table("'name", "'architecture", "memory", "GB/s", "TFLOPS", "NVLink", "USD/h", *more, "'profile", rows=rows)
+    columns = ("'name", "'architecture", "memory", "GB/s", "TFLOPS", "NVLink", "USD/h", *more, "'profile")
+    return narrowing(*columns, rows=list(rows), least=("NVLink", "PCIe", "TDP", "architecture"))
 
 
-def model_table(entries: Sequence[ModelEntry]) -> Table:
+def model_table(entries: Sequence[ModelEntry]) -> Narrowing:
     rows = (
         (
             entry.model.name,
@@ -56,7 +57,8 @@ def model_table(entries: Sequence[ModelEntry]) -> Table:
         )
         for entry in entries
     )
-    return table("'name", "params", "active", "layers", "q/kv", "'att.", "context", rows=rows)
+    columns = ("'name", "params", "active", "layers", "q/kv", "'att.", "context")
+    return narrowing(*columns, rows=list(rows), least=("q/kv", "layers", "active"))
 
 
 def workload_table(entries: Sequence[WorkloadEntry]) -> Table:

@@ -277,6 +277,8 @@ def losses(plan: Plan) -> str:
     """Return the share that is still served without the worst node or zone; empty if not requested."""
     return "; ".join(
         f"after losing any one {kind}: at least {percent(loss.share)} still served (worst: {loss.name})"
+        if loss.rate
+        else f"after losing {kind} {loss.name}: nothing still served"
         for kind, loss in losses_of(plan).items()
     )
 
@@ -491,7 +493,7 @@ def worth(dual: float, plan: Plan) -> str:
 def _runners_up(plan: Plan) -> Table:
     made = Table(box=None, padding=(0, 1), header_style="dim", pad_edge=False)
     made.add_column("shape", overflow="fold", ratio=3)
-    made.add_column("rate", justify="right", no_wrap=True)
+    made.add_column("rate /s", justify="right", no_wrap=True)
     made.add_column("why not", overflow="fold", ratio=3)
     for runner in plan.runners_up:
         stages = [Text(stage) for stage in folded(runner.shape).split(" | ")]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import importlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,9 @@ from hetis.formats.saved_state import SavedState
 from hetis.formats.tenants import FleetTenants, ShareInputs
 from hetis.formats.trace_forms import CSV_ENDINGS, JSONL_ENDINGS, CountTokens, characters_counter
 from hetis.formats.traces import Trace, read_trace, spaced, trace_text
+from hetis.planner.use_cases.sources import profile_without_file
 from hetis.solver.cluster import Cluster
+from hetis.solver.errors import InvalidProblemError
 from hetis.solver.layers.problem import LayersProblem
 from hetis.solver.model import ModelSpec
 from hetis.solver.plan import Plan
@@ -26,12 +29,16 @@ from hetis.solver.workload import Workload
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Validation:
-    """The result for one file: its kind and name if it is valid, or else its problems."""
+    """The result for one file: its kind and name if it is valid, or else its problems.
+
+    A valid file may have warnings: what a plan needs besides it.
+    """
 
     file: str
     kind: str | None = None
     name: str = ""
     problems: tuple[Problem, ...] = ()
+    warnings: tuple[str, ...] = ()
 
 
 def validate_file(path: str) -> Validation:
@@ -40,7 +47,17 @@ def validate_file(path: str) -> Validation:
         value = _load_any(path)
     except DocumentError as error:
         return Validation(file=path, problems=error.problems)
-    return Validation(file=path, kind=kind_of(value), name=_name(value))
+    warnings = tuple(_without_profile(value)) if isinstance(value, Cluster) else ()
+    return Validation(file=path, kind=kind_of(value), name=_name(value), warnings=warnings)
+
+
+def _without_profile(cluster: Cluster) -> Iterator[str]:
+    """Yield a warning for each GPU type in use that has no profile and for which none can be modelled."""
+    for gpu in dict.fromkeys(slots.gpu for group in cluster.node_groups for slots in group.gpus):
+        try:
+            profile_without_file(cluster.gpu_types[gpu])
+        except InvalidProblemError as error:
+            yield str(error)
 
 
 def _load_any(path: str) -> Value:

@@ -230,7 +230,7 @@ def load_inputs(
         problems += _unused(measured, fleet)
     if problems or fleet is None or spec is None or traffic is None:
         raise DocumentError(problems)
-    by_gpu = {gpu: measured.get(gpu) or _modelled(fleet.gpu_types[gpu]) for gpu in _gpus(fleet)}
+    by_gpu = {gpu: measured.get(gpu) or profile_without_file(fleet.gpu_types[gpu]) for gpu in _gpus(fleet)}
     hostless = [gpu for gpu in by_gpu if gpu in measured and not _has_measured_host(measured[gpu][1])]
     mixes = bool(hostless) and len(by_gpu) > len(measured)
     return LoadedInputs(
@@ -250,7 +250,7 @@ def load_inputs(
     )
 
 
-def _modelled(gpu: GpuType) -> tuple[str, Profile]:
+def profile_without_file(gpu: GpuType) -> tuple[str, Profile]:
     """Return the `default_profile`. Raises InvalidProblemError that says what helps if there is none."""
     try:
         return default_profile(gpu)

@@ -55,7 +55,7 @@ Exit codes: 0 stopped by SIGTERM or SIGINT · 1 failed · 2 invalid options · 4
 app = typer.Typer(
     name="hetis-agent",
     help="Report the state of this GPU node to the planner, and apply the planner's assignments to the engine on "
-    "this node.",
+    "this node. Variables set options as well: HETIS_AGENT_STATE_DIR sets --state-dir.",
     epilog=_EXAMPLES,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -64,11 +64,11 @@ app = typer.Typer(
 
 
 def _option(name: str, meaning: str) -> Any:
-    """Return an option that the variable HETIS_AGENT_``name`` sets as well."""
-    return typer.Option(envvar=f"HETIS_AGENT_{name}", help=meaning)
+    """Return an option that the variable HETIS_AGENT_``name`` sets as well; 80 columns have no room to show that."""
+    return typer.Option(envvar=f"HETIS_AGENT_{name}", show_envvar=False, help=meaning)
 
 
-Node = Annotated[str, _option("NODE", "Name of this node: clusters/CLUSTER/nodes/NODE. Required.")]
+Node = Annotated[str, _option("NODE", "Name of this node: clusters/NAME/nodes/NODE. Required.")]
 Devices = Annotated[str, _option("DEVICES", "Source of the devices: auto, nvml, none or simulated:TYPE:COUNT,...")]
 SimulatedDevices = Annotated[
     str,
@@ -181,7 +181,7 @@ def devices(devices: Devices = "auto", simulated_devices: SimulatedDevices = "")
 @app.command()
 def simulate(
     socket: Annotated[Path, typer.Option(help="Unix socket to serve the agent on.")],
-    node: Annotated[str, _option("NODE", "clusters/CLUSTER/nodes/NODE.")],
+    node: Annotated[str, _option("NODE", "clusters/NAME/nodes/NODE.")],
     simulated_devices: SimulatedDevices,
     control: Control = None,
     seed: Seed = 0,

@@ -108,13 +108,15 @@ class Fleet:
     def usd_per_hour(self, name: str) -> float:
         """Return the price of a device, counted through its node's slots in order; 0 if it does not exist."""
         device = self.devices.get(name)
-        index = device.index if device is not None else 0
-        for slots in device.group.gpus if device is not None else ():
-            if index < slots.count:
+        if device is None:
+            return 0.0
+        indices = device.group.indices
+        place = indices.index(device.index) if indices else device.index
+        for slots in device.group.gpus:
+            if place < slots.count:
                 return self.cluster.price_of(slots) or 0.0
-            index -= slots.count
-        assert device is None, f"{name} is beyond the GPUs of its node"
-        return 0.0
+            place -= slots.count
+        raise AssertionError(f"{name} is beyond the GPUs of its node")
 
     def groups_of(self, names: Iterable[str]) -> tuple[NodeGroup, ...]:
         """Return the node groups of these devices, each once."""

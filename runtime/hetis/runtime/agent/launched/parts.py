@@ -48,10 +48,13 @@ from hetis.v1.failure_pb2 import ErrorReason
 from hetis.v1.replica_pb2 import Assignment, ReplicaRole
 from hetis.v1.replica_pb2 import ReplicaPlan as ReplicaMessage
 
-MASTER_STEP = 20  # ports per GPU of a replica on several nodes: SGLang takes those after its own for its processes
+# Master and KV ports per GPU: SGLang takes those after its own for its processes, and copies of a prefill replica that
+# share experts serve their KV at one each, whether or not their GPUs have neighbouring indices.
+PORT_STEP = 20
 _MOST_GPUS = 64  # GPUs per node for which the port ranges have room
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 Port = Annotated[int, Field(ge=1, le=65_535 - _MOST_GPUS)]
+SteppedPort = Annotated[int, Field(ge=1, le=65_535 - _MOST_GPUS * PORT_STEP)]
 _ROLES = {ReplicaRole.REPLICA_ROLE_PREFILL: Role.PREFILL, ReplicaRole.REPLICA_ROLE_DECODE: Role.DECODE}
 
 
@@ -118,10 +121,10 @@ class EngineSettingsDocument(Document):
     # its agent reports, or else by its own name.
     addresses: dict[str, Host] = Field(default_factory=dict)
     port: Port = 8000  # port of the front end of a replica whose first GPU is 0; with first GPU i, it is i higher
-    # master_port, kv_port: likewise, the ports where stages on several nodes meet (20 higher for each i), and where a
-    # prefill replica serves its KV
-    master_port: Annotated[int, Field(ge=1, le=65_535 - _MOST_GPUS * MASTER_STEP)] = MASTER_PORT
-    kv_port: Port = KV_PORT
+    # master_port, kv_port: likewise, but 20 higher for each i, the ports where stages on several nodes meet, and where
+    # the copies of a prefill replica serve their KV
+    master_port: SteppedPort = MASTER_PORT
+    kv_port: SteppedPort = KV_PORT
     worker_port: Port = WORKER_PORT  # port of a replica's first attention worker on a node; others have the next ones
     # Key file of vLLM and its attention workers. None: a key is generated if the whole replica is on one node.
     key_file: str | None = None
@@ -214,8 +217,8 @@ def part_of(assignment: Assignment, settings: EngineSettingsDocument, *, node: s
     addresses = Addresses(
         hosts=hosts,
         worker_port=settings.worker_port,
-        master_port=settings.master_port + MASTER_STEP * first,
-        kv_port=settings.kv_port + first,
+        master_port=settings.master_port + PORT_STEP * first,
+        kv_port=settings.kv_port + PORT_STEP * first,
         config_file=str(own / "workers.yaml"),
         key_file=settings.key_file or str(own / "worker.key"),
     )
