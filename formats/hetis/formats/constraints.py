@@ -43,9 +43,7 @@ PIN, FORBID = "--pin", "--forbid"
 _RANGE = re.compile(r"(\d*)\.\.(\d*)|(\d+)")
 
 
-def read_constraints(
-    pins: Sequence[str], forbids: Sequence[str], cluster: Cluster, tp_sizes: tuple[int, ...] = Family().tp_sizes
-) -> Constraints:
+def read_constraints(pins: Sequence[str], forbids: Sequence[str], cluster: Cluster) -> Constraints:
     """Return the constraints given to ``--pin`` and ``--forbid``, forbidden things first, each constraint once. Raises
     DocumentError with every problem of all of them: their syntax, and names that the cluster does not have.
     """
@@ -57,7 +55,7 @@ def read_constraints(
             except ValueError as error:
                 problems.append(Problem(file=f"{option} {text}", message=str(error)))
     constraints = tuple(found)
-    for misfit in misfits(constraints, cluster, tp_sizes):
+    for misfit in misfits(constraints, cluster, Family().tp_sizes):
         message = misfit.message + did_you_mean(misfit.name, misfit.known)
         problems.append(Problem(file=str(misfit.constraint), message=message))
     if problems:
