@@ -39,6 +39,12 @@ def test_an_unknown_name_suggests_the_nearest() -> None:
     )
 
 
+@pytest.mark.parametrize("text", ["1024", "1024x200", "8000:300"])
+def test_lengths_in_another_form_are_told_theirs(text: str) -> None:
+    with pytest.raises(DocumentError, match="; mean lengths are PROMPT/OUTPUT tokens, such as 8000/300"):
+        load_workload(text)
+
+
 @pytest.mark.parametrize("compressed", [False, True])
 def test_a_trace_becomes_a_histogram_and_a_rate(tmp_path: Path, compressed: bool) -> None:
     text = HEADER + "0,100,10\n1,200,20\n3,100,10\n2,100,10\n"

@@ -96,7 +96,9 @@ def load_workload(ref: str | os.PathLike[str], *, prefix_hit_rate: PrefixHitRate
         return with_prefix_hits(catalogue.find_workload(text).workload, prefix_hit_rate)
     except catalogue.UnknownNameError as error:
         if not (text == "-" or text.endswith((".json", ".yaml", ".yml")) or os.path.exists(text)):
-            raise DocumentError([Problem(file="workload", message=f"{error} (and no such file exists)")]) from None
+            form = "; mean lengths are PROMPT/OUTPUT tokens, such as 8000/300" if text[:1].isdigit() else ""
+            message = f"{error} (and no such file exists){form}"
+            raise DocumentError([Problem(file="workload", message=message)]) from None
     data, source = read_data(text)
     if isinstance(data, list) or (isinstance(data, dict) and "input_lens" in data and "kind" not in data):
         raise single_problem(
