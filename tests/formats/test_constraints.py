@@ -107,6 +107,15 @@ def test_everything_that_is_wrong_is_said_at_once() -> None:
     ]
 
 
+@pytest.mark.parametrize("text", ["gpu=a", "node=A", "zone=a"])
+def test_the_name_of_another_unit_is_told(text: str) -> None:
+    unit, _, name = text.partition("=")
+    with pytest.raises(DocumentError) as caught:
+        read_constraints([], [text], CLUSTER)
+    said = f"tiny has no {'GPU' if unit == 'gpu' else unit} {name}, did you mean type=A?"
+    assert [problem.message for problem in caught.value.problems] == [said]
+
+
 def test_a_constraint_that_is_said_twice_is_one() -> None:
     assert read_constraints(["replicas=2", "replicas=2..2"], [], CLUSTER) == (Replicas(least=2, most=2),)
 

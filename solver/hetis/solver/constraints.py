@@ -8,7 +8,7 @@ them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -248,8 +248,12 @@ def misfits(constraints: Constraints, cluster: Cluster, tp_sizes: tuple[int, ...
             case Exclude(gpus=gpus) | RestrictRole(gpus=gpus) | Use(gpus=gpus):
                 names = known[gpus.unit]
                 if gpus.name not in names:
-                    message = f"{cluster.name} has no {gpus.unit} {gpus.name}"
-                    yield Misfit(constraint=constraint, message=message, name=gpus.name, known=tuple(names))
+                    kind = "GPU" if gpus.unit is Unit.GPU else gpus.unit
+                    message = f"{cluster.name} has no {kind} {gpus.name}"
+                    if other := _of_another_unit(gpus.name, known):
+                        yield Misfit(constraint=constraint, message=f"{message}, did you mean {other}?")
+                    else:
+                        yield Misfit(constraint=constraint, message=message, name=gpus.name, known=tuple(names))
                 elif isinstance(constraint, Use) and constraint.least > names[gpus.name]:
                     yield Misfit(constraint=constraint, message=f"{cluster.name} has {names[gpus.name]} of these GPUs")
                 elif isinstance(constraint, RestrictRole | Use) and gpus.unit is Unit.GPU:
@@ -267,6 +271,12 @@ def misfits(constraints: Constraints, cluster: Cluster, tp_sizes: tuple[int, ...
 def _without_price(cluster: Cluster) -> list[str]:
     slots = (slots for group in cluster.node_groups for slots in group.gpus)
     return [each.gpu for each in slots if cluster.price_of(each) is None]
+
+
+def _of_another_unit(name: str, known: Mapping[Unit, Iterable[str]]) -> Selection | None:
+    """Return what a name that one unit lacks selects by another unit, in whatever case, if anything."""
+    found = ((unit, own) for unit, names in known.items() for own in names if own.casefold() == name.casefold())
+    return next((Selection(unit=unit, name=own) for unit, own in found), None)
 
 
 def _names(cluster: Cluster) -> dict[Unit, dict[str, int]]:
