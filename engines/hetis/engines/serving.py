@@ -19,6 +19,9 @@ from hetis.solver.plan import Role
 TELL_KV = "if the checkpoint declares fewer, set it for the engine (hetis-plan export ... -- --kv-cache-dtype bfloat16)"
 SERVE = ("vllm", "serve")
 MASTER_PORT, KV_PORT = 29501, 5600
+# Between the master or KV ports of replicas: SGLang takes those after its own for its processes, and copies of a
+# prefill replica that share experts serve their KV at one each.
+PORT_STEP = 20
 KV_DTYPE = "--kv-cache-dtype"
 UNQUANTISED_KV = ("bfloat16", "float16")  # values for 16-bit KV; SGLang supports only the first
 DECIDED = frozenset(

@@ -8,7 +8,7 @@ just ``l4``), and its second GPU is ``l4-3/1``.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from hetis.solver.errors import InvalidProblemError
@@ -63,6 +63,11 @@ class GpuSlots:
             raise InvalidProblemError(f"{self.gpu}: count is {self.count}, must be >= 1")
 
 
+def indices_of(numbers: Sequence[int]) -> tuple[int, ...]:
+    """Return the ``indices`` of nodes whose GPUs the driver numbers so, in the order of ``gpus``: empty if from 0."""
+    return () if list(numbers) == list(range(len(numbers))) else tuple(numbers)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NodeGroup:
     """``count`` equal nodes. A node may hold several GPU types."""
@@ -101,7 +106,7 @@ class NodeGroup:
             kept += own
             if own:
                 slots.append(replace(each, count=len(own)))
-        return replace(self, gpus=tuple(slots), indices=() if kept == list(range(len(kept))) else tuple(kept))
+        return replace(self, gpus=tuple(slots), indices=indices_of(kept))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

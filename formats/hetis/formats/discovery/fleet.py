@@ -12,7 +12,7 @@ from hetis.formats.catalogue import UnknownNameError
 from hetis.formats.discovery.found import FoundGpus, FoundNode, Inventory, counted, some_of
 from hetis.formats.documents import dump
 from hetis.formats.errors import DocumentError, Problem, single_problem
-from hetis.solver.cluster import Cluster, GpuSlots, GpuType, Link, Network, NodeGroup
+from hetis.solver.cluster import Cluster, GpuSlots, GpuType, Link, Network, NodeGroup, indices_of
 
 LEAVE_OUT = "none"
 """Given instead of a product's type to exclude it from the plan."""
@@ -186,11 +186,10 @@ def _slots(
             unwanted.append(f"{node.name}: {counted(gpus.count)} ({gpus.product}): excluded by --gpu")
         else:  # a type that comes again after another one is one type all the same
             places.setdefault(board, []).extend(here)
-    indices = tuple(node.indices[i] for of_type in places.values() for i in of_type) if node.indices else ()
-    is_counted = indices == tuple(range(len(indices)))
+    numbers = [node.indices[i] for of_type in places.values() for i in of_type] if node.indices else []
     return (
         tuple(GpuSlots(gpu=board, count=len(of_type)) for board, of_type in places.items()),
-        () if is_counted else indices,
+        indices_of(numbers),
         unwanted,
     )
 

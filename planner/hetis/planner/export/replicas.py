@@ -14,7 +14,16 @@ from hetis.engines.errors import LayoutError
 from hetis.engines.gpus import VENDORS
 from hetis.engines.kubernetes import IMAGE, WORKER_IMAGE
 from hetis.engines.layout import Layout, kv_partners, layout_of
-from hetis.engines.serving import KV_PORT, MASTER_PORT, TELL_KV, Serving, kv_dtype_of, program_of, why_kv_is_untold
+from hetis.engines.serving import (
+    KV_PORT,
+    MASTER_PORT,
+    PORT_STEP,
+    TELL_KV,
+    Serving,
+    kv_dtype_of,
+    program_of,
+    why_kv_is_untold,
+)
 from hetis.engines.versions import VERSIONS, Engine
 from hetis.formats import catalogue
 from hetis.formats.dtypes import weights_of
@@ -30,7 +39,6 @@ _NODE = re.compile(
     r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,251}[A-Za-z0-9])?"
 )  # names go into scripts and file names as they are
 WEIGHTS = "{weights}"  # placeholder in the name of a model
-_MASTER_STEP = 20  # SGLang uses ports above its own for its processes
 
 
 class NotExportableError(HetisError):
@@ -227,7 +235,7 @@ def launchable(plan: Plan, model: ModelSpec, settings: ExportSettings) -> Launch
             addresses=Addresses(
                 hosts=settings.hosts,
                 worker_port=WORKER_PORT + workers,
-                master_port=MASTER_PORT + _MASTER_STEP * meetings[node],
+                master_port=MASTER_PORT + PORT_STEP * meetings[node],
                 kv_port=KV_PORT + kv_ports[node],
                 config_file=f"{name}-workers.yaml",
                 key_file="worker.key",

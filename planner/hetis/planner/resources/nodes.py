@@ -35,7 +35,7 @@ from hetis.planner.resources.requests import (
 from hetis.planner.store import ClusterRecord, NodeRecord, Reader, Store, Transaction, etag_of
 from hetis.planner.threads import run_in_thread_gc_paused
 from hetis.solver.advice import network_between
-from hetis.solver.cluster import Cluster, GpuSlots, GpuType, NodeGroup
+from hetis.solver.cluster import Cluster, GpuSlots, GpuType, NodeGroup, indices_of
 from hetis.v1 import cluster_pb2, document_pb2, inventory_pb2, view_pb2
 from hetis.v1 import cluster_service_pb2 as pb
 
@@ -335,14 +335,13 @@ def _found_node(name: str, node: ReportedNode, types: Mapping[str, GpuType], dec
             places.setdefault(gpu, []).append(index)
     if not places:
         return None
-    indices = tuple(itertools.chain.from_iterable(places.values()))
     return NodeGroup(
         name=name,
         gpus=tuple(GpuSlots(gpu=gpu, count=len(of), usd_per_hour=prices.get(gpu)) for gpu, of in places.items()),
         zone=declared.zone,
         nic=declared.nic,
         intra_link=declared.intra_link,
-        indices=() if indices == tuple(range(len(indices))) else indices,
+        indices=indices_of(list(itertools.chain.from_iterable(places.values()))),
     )
 
 

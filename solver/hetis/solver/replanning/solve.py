@@ -105,11 +105,10 @@ def solve_replanning(
     if strategy not in known:
         raise InvalidProblemError(f"strategy {strategy!r} has no re-planning, must be one of {', '.join(known)}")
     whole = replace(given.problem, family=STRATEGIES[strategy].restrict(given.problem.family))
-    searched = apply_constraints(whole)
-    if not keeps(whole, searched):
+    problem, quiet = apply_constraints(whole), replace(settings, report=silent)
+    if not keeps(whole, problem):
         raise InvalidProblemError("re-planning does not support all constraints of the problem")
-    problem, quiet = searched, replace(settings, report=silent)
-    if is_nothing_left(searched):
+    if is_nothing_left(problem):
         raise infeasible(whole, quiet)
     given = replace(given, problem=problem)
     costs = build_cost_tables(problem)
@@ -129,7 +128,7 @@ def solve_replanning(
         raise _none(given, fresh, net.is_settled, quiet)
     bound = bound_of(net, running.candidates, fresh, time_limit_s=_seconds(settings.budget), seed=seed)
     answer = _answer(given, running, net, fresh, choice, bound, settings)
-    plan = restored(answer.plan, searched, whole) if whole.constraints else answer.plan
+    plan = restored(answer.plan, problem, whole) if whole.constraints else answer.plan
     return replace(answer, plan=replace(plan, family=whole.describe_family()))
 
 

@@ -28,6 +28,7 @@ from hetis.engines.layout import KvPartner, ProcessKind, layout_of_replica
 from hetis.engines.serving import (
     KV_PORT,
     MASTER_PORT,
+    PORT_STEP,
     Serving,
     checkpoint_model,
     decided_in,
@@ -48,9 +49,6 @@ from hetis.v1.failure_pb2 import ErrorReason
 from hetis.v1.replica_pb2 import Assignment, ReplicaRole
 from hetis.v1.replica_pb2 import ReplicaPlan as ReplicaMessage
 
-# Master and KV ports per GPU: SGLang takes those after its own for its processes, and copies of a prefill replica that
-# share experts serve their KV at one each, whether or not their GPUs have neighbouring indices.
-PORT_STEP = 20
 _MOST_GPUS = 64  # GPUs per node for which the port ranges have room
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 Port = Annotated[int, Field(ge=1, le=65_535 - _MOST_GPUS)]
