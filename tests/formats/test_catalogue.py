@@ -215,6 +215,7 @@ def test_an_ambiguous_model_is_refused_with_the_candidates() -> None:
         ("mistral-7b-v0.3", "mistralai/Mistral-7B-v0.1"),  # another vocabulary and no window: not the same model
         ("somebody/Llama-2-70b-hf", "meta-llama/Llama-2-70b-hf"),  # could be any model
         ("Qwen3-31B", "Qwen/Qwen3-32B"),
+        ("Llama-2-77B", "meta-llama/Llama-2-7b-hf"),  # its ending is no difference
     ],
 )
 def test_a_similar_model_is_suggested_but_not_taken(spelling: str, suggestion: str) -> None:

@@ -280,8 +280,10 @@ def resolve_model(name: str, known: Collection[str]) -> str:
     found = found or [c for c in same_organisation if words and words <= set(_words(c))]
     if len(found) > 1:
         raise UnknownNameError("model", name, found, ambiguous=True)
-    by_short = {candidate.rpartition("/")[2]: candidate for candidate in known}
-    near = found or [by_short[short] for short in all_nearest(name.rpartition("/")[2], by_short)]
+    by_key = dict[str, str]()
+    for candidate in known:
+        by_key.setdefault(_model_key(candidate), candidate)
+    near = found or [by_key[near] for near in all_nearest(key, by_key)]
     raise UnknownNameError("model", name, near[:1])
 
 

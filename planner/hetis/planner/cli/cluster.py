@@ -81,7 +81,7 @@ def discover(
     files: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[FILE...]",
+            metavar="FILE",
             help="Output of the tool; several files are allowed for kubectl and nvidia-smi. Default: standard "
             "input, also given as -.",
         ),

@@ -75,7 +75,7 @@ def export(
     terminal: Terminal,
     plan: PlanArgument,
     engine_options: Annotated[
-        list[str] | None, typer.Argument(metavar="[-- OPTION...]", help="Options passed to the engine.")
+        list[str] | None, typer.Argument(metavar="-- OPTION", help="Options passed to the engine.")
     ] = None,
     *,
     asked: ExportOptions,

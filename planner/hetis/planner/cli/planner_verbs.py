@@ -51,7 +51,9 @@ def get(
     kind: Annotated[
         str, typer.Argument(metavar="KIND[/NAME]", autocompletion=kind_names, help=f"One of {', '.join(KINDS)}.")
     ],
-    name: Annotated[str | None, typer.Argument(help="Only the resource of this name. Default: all.")] = None,
+    name: Annotated[
+        str | None, typer.Argument(metavar="NAME", help="Only the resource of this name. Default: all.")
+    ] = None,
     *,
     shown: ShownOptions,
 ) -> ExitCode:
@@ -313,7 +315,7 @@ def apply(
     client: Client,
     what: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[FILE|PLAN]...", help="Cluster and Profile files to apply, or a plan to activate."),
+        typer.Argument(metavar="FILE|PLAN", help="Cluster and Profile files to apply, or a plan to activate."),
     ] = None,
     *,
     inputs: options.OptionalInputOptions,

