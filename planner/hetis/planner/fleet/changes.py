@@ -24,8 +24,8 @@ from hetis.planner.store.records import FINAL_REDISPATCHES
 from hetis.solver.cluster import node_of
 from hetis.v1 import agent_service_pb2, change_pb2, failure_pb2, redispatch_pb2, replica_pb2, report_pb2
 
-Part = change_pb2.ChangePart
-Parts = Mapping[str, tuple[Part.ValueType, ...]]
+ChangePart = change_pb2.ChangePart
+Parts = Mapping[str, tuple[ChangePart.ValueType, ...]]
 
 
 def parts_of(
@@ -42,9 +42,12 @@ def parts_of(
     that is not in the stage's copy.
     """
     gpus = gpus_of_copy(shape, change.stage, change.copy)
-    found: dict[str, set[Part.ValueType]] = {primary_node: {Part.CHANGE_PART_AUTHORITY}}
+    found: dict[str, set[ChangePart.ValueType]] = {primary_node: {ChangePart.CHANGE_PART_AUTHORITY}}
     for move in change.moves:
-        for device, part in ((move.source, Part.CHANGE_PART_SOURCE), (move.target, Part.CHANGE_PART_TARGET)):
+        for device, part in (
+            (move.source, ChangePart.CHANGE_PART_SOURCE),
+            (move.target, ChangePart.CHANGE_PART_TARGET),
+        ):
             if device not in gpus:
                 raise invalid_field(f"change.moves[{move.number}]", f"{device} is not a device of the stage's copy")
             for node in map(node_of, gpus[device]):
@@ -105,7 +108,7 @@ class ChangeCoordinator:
         """
         self.body = body  # the re-dispatch as it is now; `is_unsaved` returns whether the store is behind
         # Id of the node whose engine decides the outcome
-        self.authority = next(node for node, its in parts.items() if Part.CHANGE_PART_AUTHORITY in its)
+        self.authority = next(node for node, its in parts.items() if ChangePart.CHANGE_PART_AUTHORITY in its)
         self.num_contradictions = 0  # reports of an authority that contradict its first one, which should never happen
         self._parts = parts
         self._again_s = again_s
@@ -443,7 +446,7 @@ class LateChanges:
         if body.state not in FINAL_REDISPATCHES:
             return
         is_done = body.state == State.REDISPATCH_STATE_DONE
-        moves = [one.status.moves for one in body.nodes if Part.CHANGE_PART_AUTHORITY in one.parts]
+        moves = [one.status.moves for one in body.nodes if ChangePart.CHANGE_PART_AUTHORITY in one.parts]
         self._ends[body.change.change_id] = agent_service_pb2.ChangeResolved(
             change_id=body.change.change_id,
             outcome=Outcome.CHANGE_OUTCOME_FLIPPED if is_done else Outcome.CHANGE_OUTCOME_ABORTED,

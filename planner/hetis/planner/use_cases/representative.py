@@ -30,7 +30,7 @@ Counts = tuple[int, ...]  # replicas kept of each group of a pool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Part:
+class RepresentativePart:
     """Some replicas of a plan as a plan, and the share of the whole plan's rate that is their load.
 
     At that share of any rate, each of them gets the load that it has in the whole plan.
@@ -40,7 +40,9 @@ class Part:
     share: float
 
 
-def representative_part(plan: Plan, problem: PlacementProblem, *, few_seats: int, most_seats: int) -> Part:
+def representative_part(
+    plan: Plan, problem: PlacementProblem, *, few_seats: int, most_seats: int
+) -> RepresentativePart:
     """Return the smallest part with ``few_seats`` or more, and ``most_seats`` at most, that is like the plan.
 
     It has every k-th replica, but at least one, of each group of replicas that are equal but for their devices, in the
@@ -65,7 +67,7 @@ def representative_part(plan: Plan, problem: PlacementProblem, *, few_seats: int
     else:
         chosen = min(found, key=lambda counts: found[counts][0])
     part = _part(plan, pools, chosen)
-    return Part(plan=part, share=part.served_rate() / plan.served_rate())
+    return RepresentativePart(plan=part, share=part.served_rate() / plan.served_rate())
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ from functools import cache, partial
 from typing import Any, NamedTuple
 
 from hetis.planner.use_cases.json_values import json_value
-from hetis.planner.use_cases.representative import Part, representative_part
+from hetis.planner.use_cases.representative import RepresentativePart, representative_part
 from hetis.planner.use_cases.service_level import (
     DEFAULT,
     Held,
@@ -244,10 +244,10 @@ def enough_of(plan: Plan) -> int:
     return max(num_requests_of(plan), min(ENOUGH, longest_of(plan)))
 
 
-def _simulated_part(plan: Plan, problem: PlacementProblem, most_requests: int) -> Part:
+def _simulated_part(plan: Plan, problem: PlacementProblem, most_requests: int) -> RepresentativePart:
     """Return the whole plan if so many requests fill its seats, or else a part of it."""
     if _are_filled(plan, most_requests) or not plan.served_rate():
-        return Part(plan=plan, share=1.0)
+        return RepresentativePart(plan=plan, share=1.0)
     few_seats = _most_of(plan).ordinary // TURNS
     return representative_part(plan, problem, few_seats=few_seats, most_seats=most_requests // FILLS)
 

@@ -46,7 +46,7 @@ from hetis.solver.placement.generation import LEAST_MILP_SECONDS, MILP_SECONDS, 
 from hetis.solver.placement.master import UNDECIDED, Columns, LpSolution, Master, MilpSolution, Verdict
 from hetis.solver.placement.options import EVERYTHING, Options, TimeLimits, list_options, stage_rows
 from hetis.solver.placement.outcome import Outcome, rate_bound, sound_bound
-from hetis.solver.placement.pricing import Part, whole
+from hetis.solver.placement.pricing import FamilyPart, whole
 from hetis.solver.placement.stage_cost import chunk_cap, interval_cap
 from hetis.solver.placement.tables import BoolArray, CostTables, FloatArray
 from hetis.solver.placement.template import Configuration, Template, configurations, template_of
@@ -136,7 +136,7 @@ class Sweep:
     rates found (`Frontier`).
     """
 
-    part: Part
+    part: FamilyPart
     tolerance: float
     needed: Rates
     bounds: Rates
@@ -163,7 +163,7 @@ class ExactSearch:
             kind: Frontier(np.zeros(count), np.full(count, -1), np.zeros(count), np.zeros(count))
             for kind in sorted(set(self.kinds))
         }
-        self._roomy: dict[tuple[FrontierKind, Part], BoolArray] = {}
+        self._roomy: dict[tuple[FrontierKind, FamilyPart], BoolArray] = {}
 
     def _zones(self) -> IntArray:
         """Return the zone of every sub-fleet, numbered as in `Routes`, or -1 if it has several or none; [V]."""
@@ -183,7 +183,7 @@ class ExactSearch:
         first = self.costs.routes.side(role, sends_afar=kind is FrontierKind.PREFILL)
         return np.where(self.zones >= 0, first + self.zones, -1)
 
-    def roomy(self, kind: FrontierKind, part: Part) -> BoolArray:
+    def roomy(self, kind: FrontierKind, part: FamilyPart) -> BoolArray:
         """Return which sub-fleets have memory for a replica of some configuration of a part; [V].
 
         A replica with fewer requests takes less memory. Chunks have no such order: a longer one takes memory itself
@@ -206,7 +206,7 @@ class ExactSearch:
         self._roomy[kind, part] = roomy
         return roomy
 
-    def options_of(self, c: Configuration, part: Part | None = None) -> tuple[Options, Entries]:
+    def options_of(self, c: Configuration, part: FamilyPart | None = None) -> tuple[Options, Entries]:
         """Return the options of a part of the family, by default the whole of it."""
         a, part = self.costs, part or self.whole
         tables = a.scopes[c.scope].tables
@@ -224,7 +224,7 @@ class ExactSearch:
         """Sweep all configurations of the family once; return False if the budget ran out first."""
         return self.go_on(self.begin(needed, tolerance, self.whole), budget)
 
-    def begin(self, needed: Rates, tolerance: float, part: Part) -> Sweep:
+    def begin(self, needed: Rates, tolerance: float, part: FamilyPart) -> Sweep:
         """Return a pass that has not examined anything yet."""
         bounds = {kind: np.zeros(len(f.rate)) for kind, f in self.frontiers.items()}
         return Sweep(part, tolerance, needed, bounds)
@@ -271,15 +271,15 @@ class ExactSearch:
             np.maximum.at(best, f.tag[f.tag >= 0], f.rate[f.tag >= 0])
         return sorted(range(len(best)), key=lambda tag: (-best[tag], self.configurations[tag].is_sequential))
 
-    def rates(self, part: Part | None = None) -> Rates:
+    def rates(self, part: FamilyPart | None = None) -> Rates:
         """Return the best rates found for replicas of a part's roles."""
         return {kind: f.rate for kind, f in self._of(part)}
 
-    def ceilings(self, tolerance: float, part: Part | None = None) -> Rates:
+    def ceilings(self, tolerance: float, part: FamilyPart | None = None) -> Rates:
         """Return rates that replicas of the part swept with this tolerance cannot exceed (`Frontier.ceiling`)."""
         return {kind: f.ceiling(tolerance) for kind, f in self._of(part)}
 
-    def _of(self, part: Part | None) -> list[tuple[FrontierKind, Frontier]]:
+    def _of(self, part: FamilyPart | None) -> list[tuple[FrontierKind, Frontier]]:
         roles = (part or self.whole).roles
         return [(kind, f) for kind, f in self.frontiers.items() if ROLES[kind] in roles]
 
@@ -435,11 +435,11 @@ class Passes:
         self.settings, self.budget, self.seed = settings, settings.budget, settings.seed
         self.best: tuple[list[tuple[FrontierKind, int]], MilpSolution] | None = None  # sub-fleets and their packing
         self.is_empty = False  # proven: the whole family holds no plan
-        self._begun: dict[Part, Sweep | None] = {}  # the pass under way over each part; None: all are finished
+        self._begun: dict[FamilyPart, Sweep | None] = {}  # the pass under way over each part; None: all are finished
         self._is_packed = True  # all rates found so far have been packed
         self.proven = rate_bound(costs) if master.maximises else 0.0
 
-    def over(self, part: Part, budget: Budget) -> bool:
+    def over(self, part: FamilyPart, budget: Budget) -> bool:
         """Search a part; return whether it was finished within its budget. The next call resumes where this stopped.
 
         Only passes over the whole family improve the bound.
@@ -505,7 +505,7 @@ class Passes:
     def _is_worse(self, value: float, than: float) -> bool:
         return value < than if self.search.master.maximises else value > than
 
-    def _tell(self, part: Part) -> None:
+    def _tell(self, part: FamilyPart) -> None:
         value, is_whole = self._best_value(), part == self.whole
         gap = abs(self.proven - value) / max(abs(value), 1e-12)
         phase = "sub-fleets" if is_whole else f"sub-fleets, {part.describe(self.whole)}"

@@ -35,7 +35,7 @@ from hetis.solver.budget import Budget, Progress, SearchSettings
 from hetis.solver.placement.fleet import IntArray, Resources, Valuation
 from hetis.solver.placement.master import Columns, LpSolution, Master, MilpSolution, padded, settled
 from hetis.solver.placement.outcome import Outcome, rate_bound, relative_gap, sound_bound
-from hetis.solver.placement.pricing import Part, Priced, Pricer, pricers_of, tolerance_for, whole
+from hetis.solver.placement.pricing import FamilyPart, Priced, Pricer, pricers_of, tolerance_for, whole
 from hetis.solver.placement.tables import CostTables, FloatArray
 from hetis.solver.placement.template import Template, use_of, zones_of
 from hetis.solver.plan import ObjectiveKind, Role
@@ -46,25 +46,25 @@ SHARE = 0.5  # largest share of the time left for each of the contained parts
 INSIDE = (1 / 3, 1 / 6, 1 / 12)  # shares of the exact search's time left: first part, second part, each wider part
 
 
-def contained_parts(family: Family, roles: Collection[Role]) -> list[Part]:
+def contained_parts(family: Family, roles: Collection[Role]) -> list[FamilyPart]:
     """Return the parts of a family to search before the whole, without any that equals the whole.
 
     Unified replicas without stage copies and attention workers are the family of `hexgen`; such prefill and decode
     replicas are that of `hexgen2`. ``roles`` are those of the search.
     """
-    plain = [Part(part, 1, 0) for part in PLAIN if set(part) <= set(roles) and _has_plans(family, part, 0)]
+    plain = [FamilyPart(part, 1, 0) for part in PLAIN if set(part) <= set(roles) and _has_plans(family, part, 0)]
     is_plain = family.max_copies == 1 and family.max_pool == 0
     return [part for part in plain if not (is_plain and len(part.roles) == len(roles))]
 
 
-def parts_inside(family: Family) -> list[tuple[Part, float]]:
+def parts_inside(family: Family) -> list[tuple[FamilyPart, float]]:
     """Return the parts that the exact search of a family turns to, each with its share of the time (`INSIDE`).
 
     The `contained_parts` come first, then all roles without stage copies, then all roles without attention workers.
     """
     roles = family.roles
     plain = contained_parts(family, roles)
-    wider = [Part(roles, 1, family.max_pool), Part(roles, family.max_copies, 0)]
+    wider = [FamilyPart(roles, 1, family.max_pool), FamilyPart(roles, family.max_copies, 0)]
     found = [part for part in dict.fromkeys([*plain, *wider]) if part != whole(family)]
     found = [part for part in found if _has_plans(family, part.roles, part.max_pool)]
     shares = dict(zip(PLAIN, INSIDE, strict=False))
@@ -220,7 +220,7 @@ class ColumnGeneration:
         finally:
             self.settings = of_all
 
-    def _start_from(self, part: Part, seeds: Sequence[Template], *, chooses: bool) -> None:
+    def _start_from(self, part: FamilyPart, seeds: Sequence[Template], *, chooses: bool) -> None:
         """Solve a part of the family, and keep its columns and its choice."""
         settings = replace(self.settings.within(SHARE), report=self._report_of_part)
         begun = ColumnGeneration(self.costs, self.master, settings, part.roles)
@@ -249,7 +249,7 @@ class ColumnGeneration:
             counts = self.pool.counts_of(zip(pool.templates, choice.counts, strict=False))
             self.incumbent = replace(choice, counts=counts)
 
-    def run(self, part: Part) -> bool:
+    def run(self, part: FamilyPart) -> bool:
         """Alternate pricing and the relaxation until the bound is within half of the target gap.
 
         Return whether it converged. The bound holds for templates with the copies and attention workers of the part.

@@ -112,14 +112,14 @@ class Priced:
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class FamilyPart:
     """Replicas of some roles, with limits on stage copies and on attention workers of one class per copy."""
 
     roles: tuple[Role, ...]
     max_copies: int
     max_pool: int
 
-    def describe(self, family: Part) -> str:
+    def describe(self, family: FamilyPart) -> str:
         """Return a description of what the part excludes from a family."""
         copies, pool = self.max_copies < family.max_copies, self.max_pool < family.max_pool
         left_out = ["stage copies"] * copies + ["attention workers"] * pool
@@ -127,9 +127,9 @@ class Part:
         return ", ".join([*roles, *([f"without {' and '.join(left_out)}"] if left_out else [])])
 
 
-def whole(family: Family) -> Part:
+def whole(family: Family) -> FamilyPart:
     """Return the part that is the whole of a family."""
-    return Part(family.roles, family.max_copies, family.max_pool)
+    return FamilyPart(family.roles, family.max_copies, family.max_pool)
 
 
 class Pricer:
@@ -311,7 +311,9 @@ def tolerance_for(target_gap: float) -> float:
     return min(RATIO_TOLERANCE, max(FINEST_TOLERANCE, target_gap / 2))
 
 
-def pricers_of(costs: CostTables, row_costs: FloatArray, part: Part, threads: int, tolerance: float) -> list[Pricer]:
+def pricers_of(
+    costs: CostTables, row_costs: FloatArray, part: FamilyPart, threads: int, tolerance: float
+) -> list[Pricer]:
     """Return a pricer for each side of the master; sides of other roles have no configurations."""
     every = [c for c in configurations(costs) if costs.mixes[c.mix].role in part.roles]
     return [
