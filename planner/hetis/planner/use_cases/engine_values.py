@@ -25,6 +25,7 @@ ENGINE_VALUES = "engine_values"  # entry of `Plan.inputs`: an `EngineValue` for 
 EQUAL_STAGES = "equal_stages_value"  # entry of `Plan.inputs`: the value of `uniform`, null if it has no plan
 EQUAL_STAGES_S = 5.0  # time limit of each search for replicas of equal stages
 SHARE = 0.1  # share of the time limit that all these searches may take
+ANY_ENGINE_S = 2.0  # time limit of the search for any engine, if the plan's own search did not take longer
 NOT_COMPILED = "its search is not compiled on this machine yet"
 _ONCE_NOT_COMPILED = "its search is not compiled yet, --engine any does that"  # what earlier versions wrote
 
@@ -51,7 +52,8 @@ def with_engine_values(
     """Return the plan with the values of plans for other engines.
 
     All use the same profiles, so the values differ by what the engines can run, and not by how fast they are. Takes at
-    most a share of ``time_limit_s``, the limit of the plan's own search.
+    most a share of ``time_limit_s``, the limit of the plan's own search. The search for any engine, whose plans nothing
+    runs yet and whose family is the largest, takes no longer than the plan's own, or `ANY_ENGINE_S`.
     """
     budget = Budget(time_limit_s=SHARE * time_limit_s, clock=time.monotonic, cancelled=cancelled)
 
@@ -126,7 +128,11 @@ def _values(
             else:
                 told(name)
                 other = replace(problem, family=family, constraints=constraints)
-                found = _searched(found, plan, other, own, seed, budget)
+                limit_s = math.inf if rules else max(ANY_ENGINE_S, plan.result.solve_s)
+                own_budget = Budget(
+                    time_limit_s=limit_s, clock=budget.clock, cancelled=budget.cancelled, callers=budget
+                )
+                found = _searched(found, plan, other, own, seed, own_budget)
                 found = _by_equal_stages(found, plan, other, own, seed, budget.cancelled)
             if name == ANY_ENGINE:
                 found = _at_least(found, known.values(), plan)

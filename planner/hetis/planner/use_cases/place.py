@@ -541,9 +541,11 @@ def simulation_report(plan: Plan, report: Report) -> RunReport:
 
     def run(rate_rps: float, given: int, total: int) -> None:
         nonlocal told
-        if told == (told := (rate_rps, given * 4 // total, total)):
+        if told == (told := (rate_rps, given * 4 // max(total, 1), total)):
             return
         phase = f"simulating {rate_rps:.4g} requests/s, {given:,} of {total:,}"
+        if not total:
+            phase = "compiling the dispatcher (only once; takes a minute or two)"
         report(Progress(phase=phase, elapsed_s=time.monotonic() - started_s, incumbent=plan.result.value))
 
     return run

@@ -43,6 +43,7 @@ FEWEST = 4_000  # requests per run: with few seats, the p95 TTFT depends on the 
 FILLS = 2  # how many times at least, if that is not too much: while most seats are empty, TPOT looks too good
 UNLIMITED = Objective(ttft_limit_s=None, tpot_limit_s=None)
 AS_PLANNED = Settings(dispatch=False, redispatch=False)  # heads as planned: nothing to compile, and fast
+DISPATCHED = Settings(redispatch=False)  # heads of every request where the dispatcher puts them, as in engines
 TTFT, TPOT = "TTFT p95", "TPOT mean"  # as shown in plans
 LONGER = 4  # factor of the requests in a run that decides where limits are close
 BY_CHANCE = 0.02  # share of a limit above which an excess is no chance, however wide the interval
@@ -77,6 +78,12 @@ class Verification:
     tpot_missed: float | None = None
     share: float | None = None  # share of the rate, at which as large a part of the replicas ran; None: all ran
     too_short: bool | None = None  # whether runs cannot fill even the seats of that part; None: they do
+    dispatched: bool | None = None  # whether heads were dispatched per request; None: they were split as planned
+
+    @property
+    def settings(self) -> Settings:
+        """The settings of the simulation."""
+        return DISPATCHED if self.dispatched else AS_PLANNED
 
     def seconds(self, latency: Latency) -> float:
         """Return the simulated latency in the statistic to which the plan is held."""
@@ -103,7 +110,8 @@ def needs_verifying(plan: Plan) -> bool:
     return bool(plan.replicas) and (plan.objective.ttft_limit_s, plan.objective.tpot_limit_s) != (None, None)
 
 
-# A callback for the progress of a run: its arrival rate, the requests that have arrived, and their number.
+# A callback for the progress of a run: its arrival rate, the requests that have arrived, and their number (zero while
+# the dispatcher is compiled, once on a machine).
 RunReport = Callable[[float, int, int], None]
 
 
@@ -116,6 +124,10 @@ def verified(
     at_least_rps: float = 0.0,
 ) -> Plan:  # fmt: skip
     """Return the plan with the simulator's results, or unchanged if it promises no latency or was cancelled first.
+
+    Head groups are split as planned. If a run with this split misses a limit or is close to one, they are dispatched
+    per request, as engines do, which takes twice as long to simulate: below the saturated rate a dispatcher keeps more
+    of them where they are computed fastest.
 
     If it misses a limit, the highest rate that keeps all limits is searched for, from ``at_least_rps`` on. If it has
     more seats than runs can fill, a part of its replicas gets that part of the traffic, and rates are multiplied. If it
@@ -258,7 +270,7 @@ def _are_filled(plan: Plan, most_requests: int) -> bool:
 
 def simulated_at(
     plan: Plan, problem: PlacementProblem, rate_rps: float, limits: Objective, *, seed: int, cancelled: threading.Event,
-    report: Report, lengths: tuple[int, ...] = (),
+    report: Report, lengths: tuple[int, ...] = (), settings: Settings = AS_PLANNED,
 ) -> TriedRate | None:  # fmt: skip
     """Simulate a plan at a rate, held to its service level; None: it was cancelled.
 
@@ -271,7 +283,7 @@ def simulated_at(
     outcome, level = None, service_level_of(plan)
     for num_requests in dict.fromkeys(lengths or (num_requests_of(plan), longest_of(plan))):
         question = Question(
-            load=load, num_requests=num_requests, seeds=(seed,), settings=AS_PLANNED, limits=limits,
+            load=load, num_requests=num_requests, seeds=(seed,), settings=settings, limits=limits,
             keep_run=level != DEFAULT,
         )  # fmt: skip
         try:
@@ -303,14 +315,24 @@ def _verify(
     ordinary, long, longer = num_requests_of(part.plan), enough_of(part.plan), longest_of(part.plan)
     too_short = not _are_filled(part.plan, to_fill)
 
+    settings = AS_PLANNED
+
     @cache
-    def simulate(rate_rps: float, *lengths: int, traffic: int = seed) -> TriedRate:
+    def simulate(settings: Settings, rate_rps: float, *lengths: int, traffic: int = seed) -> TriedRate:
         found = simulated_at(
             part.plan, problem, rate_rps * part.share, plan.objective, seed=traffic, lengths=lengths,
-            cancelled=cancelled, report=partial(report, rate_rps),
+            cancelled=cancelled, report=partial(report, rate_rps), settings=settings,
         )  # fmt: skip
         if found is None:
             raise _CancelledError
+        return found
+
+    def as_planned(settings: Settings) -> TriedRate:
+        """Simulate the planned rate, with other traffic, too, if that may well miss the limits."""
+        found = simulate(settings, planned_rps)
+        if found.kept and found.close:
+            other = simulate(settings, planned_rps, longer, traffic=seed + 1)
+            found = found if other.kept else other
         return found
 
     def is_sure(rate_rps: float) -> bool:
@@ -318,26 +340,27 @@ def _verify(
 
         A search for the highest rate finds rates that are kept by luck.
         """
-        return all(simulate(rate_rps, longer, traffic=traffic).sure for traffic in (seed, seed + 1))
+        return all(simulate(settings, rate_rps, longer, traffic=traffic).sure for traffic in (seed, seed + 1))
 
     def is_calm(rate_rps: float) -> bool:
-        runs = (simulate(rate_rps, long, longer, traffic=traffic) for traffic in (seed, seed + 1))
+        runs = (simulate(settings, rate_rps, long, longer, traffic=traffic) for traffic in (seed, seed + 1))
         return all(run.sure and _is_calm(run.summary) for run in runs)
 
     kept_rps: float | None = planned_rps
     is_kept: bool | None = None  # not known
     is_decided = False
     try:
-        at_plan = simulate(planned_rps)
-        if at_plan.kept and at_plan.close:  # other traffic may well miss the limits
-            other = simulate(planned_rps, longer, traffic=seed + 1)
-            at_plan = at_plan if other.kept else other
+        split = simulate(AS_PLANNED, planned_rps, ordinary) if _has_workers(plan) else None
+        if split is not None and (split.close or not split.kept):
+            _compile_dispatcher(lambda: report(planned_rps, 0, 0))
+            settings = DISPATCHED
+        at_plan = split if split is not None and settings == AS_PLANNED else as_planned(settings)
         is_kept = is_decided = at_plan.kept
         if not is_kept:
             kept_rps = _kept_below(
                 planned_rps,
                 at_least_rps=at_least_rps,
-                seems_sure=lambda rate_rps: simulate(rate_rps, ordinary).sure,
+                seems_sure=lambda rate_rps: simulate(settings, rate_rps, ordinary).sure,
                 is_sure=is_sure,
             )
             is_decided = True
@@ -363,8 +386,19 @@ def _verify(
         tpot_missed=at_plan.held.missed.get(Latency.TPOT),
         share=part.share if part.share < 1.0 else None,
         too_short=too_short or None,
+        dispatched=settings.dispatch or None,
     )
     return _Outcome(found, is_decided)
+
+
+def _compile_dispatcher(on_start: Callable[[], None]) -> None:
+    """Compile what dispatches head groups, if that has not been done on this machine."""
+    from hetis.planner.use_cases.dispatch import is_compiled
+    from hetis.solver.dispatch.solve import compile_dispatch
+
+    if not is_compiled():
+        on_start()
+        compile_dispatch()
 
 
 def _most_of(plan: Plan) -> _Most:
@@ -464,7 +498,8 @@ def latency_curve(
 ) -> Curve | None:
     """Simulate Poisson arrivals at shares of the planned rate, with attention workers if the plan has them.
 
-    Of a plan with more seats than runs can fill, a part is simulated, as `verified` does.
+    Of a plan with more seats than runs can fill, a part is simulated, as `verified` does, and head groups are
+    dispatched if it did that.
 
     None if the plan has no replicas, or if it was cancelled before the first rate was done.
     """
@@ -473,7 +508,8 @@ def latency_curve(
     limits, most_requests = plan.objective, min(MOST_OF_CURVE, _most_of(plan).to_fill)
     part = _simulated_part(plan, problem, most_requests)
     planned_rps, num_requests = default_rate(plan, problem), min(MOST_OF_CURVE, num_requests_of(part.plan))
-    found: dict[float, TriedRate] = {}
+    verification, found = verification_of(plan), dict[float, TriedRate]()
+    settings = AS_PLANNED if verification is None else verification.settings
     for number, share in enumerate(SHARES):
 
         def told(given: int, total: int, done: int = number) -> None:
@@ -483,7 +519,7 @@ def latency_curve(
             break
         tried = simulated_at(
             part.plan, problem, share * planned_rps * part.share, limits, seed=seed, cancelled=cancelled, report=told,
-            lengths=(num_requests,),
+            lengths=(num_requests,), settings=settings,
         )  # fmt: skip
         if tried is None:
             break
