@@ -26,7 +26,6 @@ from benchmarks.measuring.instances import NODE_SIZES, fleet, problem
 from benchmarks.measuring.rows import Row
 from hetis.planner.use_cases.simulate import Question, answer
 from hetis.planner.use_cases.verify import (
-    AS_PLANNED,
     enough_of,
     longest_of,
     simulated_at,
@@ -37,6 +36,7 @@ from hetis.planner.use_cases.verify import (
 )
 from hetis.simulator.arrivals import Arrivals, Load
 from hetis.simulator.running import silent
+from hetis.simulator.values import Settings
 from hetis.solver.budget import Budget
 from hetis.solver.errors import InfeasibleError
 from hetis.solver.placement.families import DEFAULT_ENGINE, run_by
@@ -122,11 +122,12 @@ def judged(case: Case) -> Row:
             cancelled=never,
             report=silent,
             lengths=(enough_of(plan), longest_of(plan)),
+            settings=found.settings,
         )
         if kept_rps
         else None
     )
-    best_rps = best_rate(replace(case, plan=plan))
+    best_rps = best_rate(replace(case, plan=plan), found.settings)
     roles = [replica.role for replica in plan.replicas]
     return {
         "name": case.name,
@@ -146,7 +147,7 @@ def judged(case: Case) -> Row:
     }
 
 
-def best_rate(case: Case) -> float:
+def best_rate(case: Case, settings: Settings) -> float:
     """Return the highest simulated rate within the limits, or 0 if there is none."""
     load = Load(
         lengths=case.problem.workload,
@@ -155,7 +156,7 @@ def best_rate(case: Case) -> float:
         rate_rps=case.plan.result.value,
     )
     question = Question(
-        load=load, num_requests=longest_of(case.plan), seeds=(OTHER_SEED,), settings=AS_PLANNED, sweeps=True,
+        load=load, num_requests=longest_of(case.plan), seeds=(OTHER_SEED,), settings=settings, sweeps=True,
         limits=case.plan.objective, tolerance=TOLERANCE,
     )  # fmt: skip
     found = answer(case.plan, case.problem, question, processes=1, cancelled=threading.Event(), report=silent)

@@ -256,6 +256,27 @@ def test_other_traffic_has_to_keep_a_limit_that_is_close(
     assert found.kept_rps == pytest.approx((1.0 if kept else 0.985) * planned_rps)
 
 
+@pytest.mark.parametrize(("split_s", "dispatched"), [(0.5, None), (0.97, True), (1.3, True)])
+def test_heads_are_dispatched_where_the_planned_split_is_not_clearly_enough(
+    pair: Placed, one_run: Summary, monkeypatch: pytest.MonkeyPatch, split_s: float, dispatched: bool | None
+) -> None:
+    plan, problem = pair
+
+    def answer(_plan: Plan, _problem: PlacementProblem, question: Question, **_: object) -> SimpleNamespace:
+        p95_s = Estimate(value=0.4 if question.settings.dispatch else split_s, half_width=0.05)
+        summary = replace(one_run, steady=True, ttft_p95_s=p95_s, attainment=0.95)
+        return SimpleNamespace(complete=True, summary=summary, run=None)
+
+    monkeypatch.setattr(verify, "answer", answer)
+    monkeypatch.setattr(verify, "_has_workers", lambda _plan: True)
+    limits = replace(plan.objective, ttft_limit_s=1.0, tpot_limit_s=None)
+    found = verification_of(again(replace(plan, objective=limits), problem))
+    assert found is not None
+    assert found.kept
+    assert (found.dispatched, found.ttft_p95_s) == (dispatched, 0.4 if dispatched else split_s)
+    assert found.settings.dispatch == bool(dispatched)
+
+
 @pytest.fixture(scope="module")
 def whole_run(pair: Placed) -> Simulated:
     """Return a run of 2,000 requests at the planned rate."""
