@@ -370,7 +370,7 @@ def test_other_commands_answer_a_wrong_word_alike(
     ("arguments", "names"),
     [
         ("place -c - -m - -w 500/100", "--cluster and --model"),
-        ("apply - --plan -", "[FILE|PLAN]... and --plan"),
+        ("apply - --plan -", "FILE|PLAN and --plan"),
         ("replan --from - --cluster -", "--from and --cluster"),
         ("diff - -", "A and B"),
         ("validate - a.yaml -", "FILE..."),
