@@ -129,10 +129,10 @@ def _values(
                 told(name)
                 other = replace(problem, family=family, constraints=constraints)
                 limit_s = math.inf if rules else max(ANY_ENGINE_S, plan.result.solve_s)
-                own_budget = Budget(
+                its_budget = Budget(
                     time_limit_s=limit_s, clock=budget.clock, cancelled=budget.cancelled, callers=budget
                 )
-                found = _searched(found, plan, other, own, seed, own_budget)
+                found = _searched(found, plan, other, own, seed, its_budget)
                 found = _by_equal_stages(found, plan, other, own, seed, budget.cancelled)
             if name == ANY_ENGINE:
                 found = _at_least(found, known.values(), plan)

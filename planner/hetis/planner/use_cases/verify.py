@@ -327,7 +327,7 @@ def _verify(
             raise _CancelledError
         return found
 
-    def as_planned(settings: Settings) -> TriedRate:
+    def at_planned_rate(settings: Settings) -> TriedRate:
         """Simulate the planned rate, with other traffic, too, if that may well miss the limits."""
         found = simulate(settings, planned_rps)
         if found.kept and found.close:
@@ -354,7 +354,7 @@ def _verify(
         if split is not None and (split.close or not split.kept):
             _compile_dispatcher(lambda: report(planned_rps, 0, 0))
             settings = DISPATCHED
-        at_plan = split if split is not None and settings == AS_PLANNED else as_planned(settings)
+        at_plan = split if split is not None and settings == AS_PLANNED else at_planned_rate(settings)
         is_kept = is_decided = at_plan.kept
         if not is_kept:
             kept_rps = _kept_below(
