@@ -793,7 +793,7 @@ def test_a_run_that_fills_not_even_one_replica_claims_no_more_than_it_saw(
 )
 def test_every_output_says_which_part_was_simulated(pair: Placed, share: float, said: str) -> None:
     plan, _ = pair
-    plain = {**plan.inputs[VERIFICATION], "kept": True, "share": None, "too_short": None}
+    plain = {**plan.inputs[VERIFICATION], "kept": True, "share": None, "too_short": None, "dispatched": None}
 
     def shown(**others: object) -> Plan:
         return replace(plan, inputs={**plan.inputs, VERIFICATION: {**plain, **others}})
@@ -813,6 +813,12 @@ def test_every_output_says_which_part_was_simulated(pair: Placed, share: float, 
     assert not short.HasField("share")
     for text in (resource_views._simulated(short, plan_pb2.PlanSpec()).plain, page_of(shown(too_short=True))):
         assert "too short to fill the seats" in text
+    dispatched = shown(dispatched=True)
+    message = result_to_proto(dispatched, b"{}").verification
+    assert (message.dispatched, short.dispatched) == (True, False)
+    viewed = resource_views._simulated(message, plan_pb2.PlanSpec()).plain
+    for text in (viewed, page_of(dispatched), text_of(headline(dispatched), width=80)):
+        assert "simulated with the heads of every request dispatched, as engines do" in text
 
 
 def page_of(plan: Plan) -> str:

@@ -756,6 +756,7 @@ class Verification(_message.Message):
     TPOT_S_FIELD_NUMBER: _builtins.int
     SHARE_FIELD_NUMBER: _builtins.int
     TOO_SHORT_FIELD_NUMBER: _builtins.int
+    DISPATCHED_FIELD_NUMBER: _builtins.int
     rate_rps: _builtins.float
     """Rate of the arrivals in requests/s: the one that the plan promises. Always set."""
     kept: _builtins.bool
@@ -778,6 +779,8 @@ class Verification(_message.Message):
     """Share of the rate that was simulated, on as large a part of the replicas. Unset: all of both."""
     too_short: _builtins.bool
     """Runs are too short to fill the seats of what was simulated, so that latencies may be longer. False: they fill them."""
+    dispatched: _builtins.bool
+    """Head groups were dispatched for every request, as engines do. False: they were split as planned."""
     @_builtins.property
     def misses(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """The limits that were not kept, a clause each. Empty: all were."""
@@ -797,10 +800,11 @@ class Verification(_message.Message):
         tpot_s: _builtins.float | None = ...,
         share: _builtins.float | None = ...,
         too_short: _builtins.bool = ...,
+        dispatched: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_kept_rps", b"_kept_rps", "_share", b"_share", "_tpot_s", b"_tpot_s", "_ttft_s", b"_ttft_s", "kept_rps", b"kept_rps", "share", b"share", "tpot_s", b"tpot_s", "ttft_s", b"ttft_s"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_kept_rps", b"_kept_rps", "_share", b"_share", "_tpot_s", b"_tpot_s", "_ttft_s", b"_ttft_s", "attainment", b"attainment", "kept", b"kept", "kept_rps", b"kept_rps", "misses", b"misses", "num_requests", b"num_requests", "rate_rps", b"rate_rps", "share", b"share", "too_short", b"too_short", "tpot_mean_s", b"tpot_mean_s", "tpot_s", b"tpot_s", "ttft_p95_s", b"ttft_p95_s", "ttft_s", b"ttft_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_kept_rps", b"_kept_rps", "_share", b"_share", "_tpot_s", b"_tpot_s", "_ttft_s", b"_ttft_s", "attainment", b"attainment", "dispatched", b"dispatched", "kept", b"kept", "kept_rps", b"kept_rps", "misses", b"misses", "num_requests", b"num_requests", "rate_rps", b"rate_rps", "share", b"share", "too_short", b"too_short", "tpot_mean_s", b"tpot_mean_s", "tpot_s", b"tpot_s", "ttft_p95_s", b"ttft_p95_s", "ttft_s", b"ttft_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__kept_rps: _TypeAlias = _typing.Literal["kept_rps"]  # noqa: Y015
     _WhichOneofArgType__kept_rps: _TypeAlias = _typing.Literal["_kept_rps", b"_kept_rps"]  # noqa: Y015

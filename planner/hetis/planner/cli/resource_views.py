@@ -22,7 +22,7 @@ from hetis.planner.cli.searching import PLAIN_INTERVAL_S, describe
 from hetis.planner.client import CallError, Client
 from hetis.planner.convert.names import last_part, word_of
 from hetis.planner.report.figures import bar, digits, gigabytes, percent, plural, seconds
-from hetis.planner.report.tables import SimulatedExtent, facts, kept_words, missed_words, table
+from hetis.planner.report.tables import SimulationRemarks, facts, kept_words, missed_words, table
 from hetis.solver.budget import Progress
 from hetis.v1 import (
     audit_service_pb2,
@@ -278,15 +278,16 @@ def _summary(plan: plan_pb2.Plan) -> Iterator[tuple[str, RenderableType]]:
 
 def _simulated(found: plan_pb2.Verification, spec: plan_pb2.PlanSpec) -> Text:
     kept_rps = found.kept_rps if found.HasField("kept_rps") else None
-    extent = SimulatedExtent(found.share if found.HasField("share") else None, found.too_short)
+    share = found.share if found.HasField("share") else None
+    remarks = SimulationRemarks(share, found.too_short, found.dispatched)
     if not found.kept:
-        return missed_words(found.rate_rps, found.misses, kept_rps, extent)
+        return missed_words(found.rate_rps, found.misses, kept_rps, remarks)
     latencies = (
         (f"TTFT {spec.ttft_statistic or 'p95'}", found.ttft_s if found.HasField("ttft_s") else found.ttft_p95_s),
         (f"TPOT {spec.tpot_statistic or 'mean'}", found.tpot_s if found.HasField("tpot_s") else found.tpot_mean_s),
     )
-    share = f"{percent(found.attainment)} of the requests within all limits"
-    return kept_words(found.rate_rps, latencies, share, kept_rps, extent)
+    within = f"{percent(found.attainment)} of the requests within all limits"
+    return kept_words(found.rate_rps, latencies, within, kept_rps, remarks)
 
 
 def node_table(nodes: Sequence[cluster_pb2.Node]) -> RenderableType:

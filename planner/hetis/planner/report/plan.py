@@ -18,7 +18,7 @@ from hetis.formats.errors import DocumentError
 from hetis.planner.report.figures import bar, digits, percent, plural, seconds, tokens
 from hetis.planner.report.tables import (
     Narrowing,
-    SimulatedExtent,
+    SimulationRemarks,
     Unbroken,
     as_group,
     bullets,
@@ -441,12 +441,13 @@ def simulated_words(plan: Plan) -> Text | None:
             return Text.assemble(("MISSED", "bold red"), words)
         words = f"not decided{in_time}" if in_time else "no: stopped before that"
         return Text(f"{words}; all values are the model's", "yellow")
-    level, extent = service_level_of(plan), SimulatedExtent(found.share, bool(found.too_short))
+    level = service_level_of(plan)
+    remarks = SimulationRemarks(found.share, bool(found.too_short), bool(found.dispatched))
     if found.kept:
         shown = [one for one in Latency if one is Latency.TTFT or _has_tpot(plan)]
         latencies = ((f"{one} {level.statistic(one)}", found.seconds(one)) for one in shown)
-        return kept_words(found.rate_rps, latencies, attained(found, plan), found.kept_rps, extent)
-    return missed_words(found.rate_rps, misses(found, plan), found.kept_rps, extent)
+        return kept_words(found.rate_rps, latencies, attained(found, plan), found.kept_rps, remarks)
+    return missed_words(found.rate_rps, misses(found, plan), found.kept_rps, remarks)
 
 
 def _fleet(plan: Plan) -> str:

@@ -82,16 +82,27 @@ def section(title: str, body: RenderableType) -> RenderableType:
     return Group(Text(f"\n{title}", style="bold"), Padding(body, (0, 0, 0, 1)))
 
 
-class SimulatedExtent(NamedTuple):
-    """How much of a plan was simulated: the share of its rate (None: all of it), and whether runs were too short."""
+class SimulationRemarks(NamedTuple):
+    """How a plan was simulated.
+
+    Attributes:
+        share: the share of its rate, at which as large a part of its replicas ran; None: all of both.
+        too_short: whether runs cannot fill the seats of what was simulated.
+        dispatched: whether head groups were dispatched per request, not split as planned.
+    """
 
     share: float | None
     too_short: bool
+    dispatched: bool
 
     def lines(self) -> list[str]:
-        """Return a line on each, where the simulation is not that of the whole plan with its seats filled."""
-        part = [] if self.share is None else [f"simulated: {_part_words(self.share)}"]
-        return [*part, *(["runs too short to fill the seats: later requests may be slower"] if self.too_short else [])]
+        """Return a line on each that is not as planned: the whole plan, its seats filled, its heads split once."""
+        remarks = {
+            "simulated: " + ("" if self.share is None else _part_words(self.share)): self.share is not None,
+            "simulated with the heads of every request dispatched, as engines do": self.dispatched,
+            "runs too short to fill the seats: later requests may be slower": self.too_short,
+        }
+        return [remark for remark, applies in remarks.items() if applies]
 
     def text(self) -> Text:
         """Return the lines, each after a line break."""
@@ -106,19 +117,20 @@ def _part_words(share: float) -> str:
 
 
 def kept_words(
-    rate_rps: float, latencies: Iterable[tuple[str, float]], share: str, kept_rps: float | None, extent: SimulatedExtent
-) -> Text:
+    rate_rps: float, latencies: Iterable[tuple[str, float]], share: str, kept_rps: float | None,
+    remarks: SimulationRemarks,
+) -> Text:  # fmt: skip
     """Return a sentence about a simulated plan that keeps its limits: latencies, and the share of requests in time."""
     named = ", ".join(f"{name} {seconds(value_s)}" for name, value_s in latencies)
     words = f" at {digits(rate_rps, 4)} requests/s: {named}; {share}{kept_beyond(rate_rps, kept_rps)}"
-    return Text.assemble(("limits kept", "yellow" if extent.too_short else "green"), words, extent.text())
+    return Text.assemble(("limits kept", "yellow" if remarks.too_short else "green"), words, remarks.text())
 
 
-def missed_words(rate_rps: float, misses: Iterable[str], kept_rps: float | None, extent: SimulatedExtent) -> Text:
+def missed_words(rate_rps: float, misses: Iterable[str], kept_rps: float | None, remarks: SimulationRemarks) -> Text:
     """Return a sentence about a simulated plan that misses limits."""
     least = "no rate tried keeps them" if kept_rps is None else f"kept up to {digits(kept_rps, 4)}"
     words = f" at {digits(rate_rps, 4)} requests/s: {', '.join(misses)}; {least}"
-    return Text.assemble(("MISSED", "bold red"), words, extent.text())
+    return Text.assemble(("MISSED", "bold red"), words, remarks.text())
 
 
 def kept_beyond(rate_rps: float, kept_rps: float | None) -> str:

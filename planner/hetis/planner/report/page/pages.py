@@ -34,12 +34,12 @@ from hetis.planner.report.page.plan_section import plan_section
 from hetis.planner.report.plan import kept_cell, problem_line
 from hetis.planner.report.simulation import service_level_words
 from hetis.planner.report.simulation_pictures import Panel, panels_of, panels_of_sweep
-from hetis.planner.report.tables import SimulatedExtent
+from hetis.planner.report.tables import SimulationRemarks
 from hetis.planner.use_cases.compare import Compared, best_of, figures_of, kept_of
 from hetis.planner.use_cases.replan import PosedReplan
 from hetis.planner.use_cases.simulate import Simulated
 from hetis.planner.use_cases.sources import Inputs, engine_of_plan
-from hetis.planner.use_cases.verify import Curve
+from hetis.planner.use_cases.verify import Curve, verification_of
 from hetis.planner.use_cases.what_if import BuyNext, Side, WhatIf
 from hetis.solver.plan import Objective, Plan
 from hetis.solver.problem import PlacementProblem
@@ -175,13 +175,16 @@ def _section(shown: ShownPlan, number: int) -> Section:
         )
         traffic = (
             f"Poisson arrivals of {shown.problem.workload.name}, {shown.curve.num_requests:,} requests at every rate; "
-            f"bands are 95% intervals. {until}{_extent(shown.curve)}"
+            f"bands are 95% intervals. {until}{_remarks(shown.plan, shown.curve)}"
         )
     return plan_section(shown.name, shown.plan, shown.problem, anchor=f"plan-{number}", panels=panels, traffic=traffic)
 
 
-def _extent(curve: Curve) -> str:
-    return "".join(f" {line.capitalize()}." for line in SimulatedExtent(curve.share, curve.too_short).lines())
+def _remarks(plan: Plan, curve: Curve) -> str:
+    verification = verification_of(plan)  # the curve is simulated as it was
+    dispatched = verification is not None and bool(verification.dispatched)
+    remarks = SimulationRemarks(curve.share, curve.too_short, dispatched)
+    return "".join(f" {line.capitalize()}." for line in remarks.lines())
 
 
 def _side(name: str, side: Side, number: int) -> list[Section]:

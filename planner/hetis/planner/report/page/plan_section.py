@@ -46,7 +46,7 @@ from hetis.planner.report.plan import (
     verdict,
 )
 from hetis.planner.report.simulation_pictures import Panel
-from hetis.planner.report.tables import SimulatedExtent, kept_beyond
+from hetis.planner.report.tables import SimulationRemarks, kept_beyond
 from hetis.planner.use_cases.engine_values import EQUAL_STAGES
 from hetis.planner.use_cases.grouping import ReplicaGroup, group_replicas
 from hetis.planner.use_cases.place import OUT_OF_TIME, stopped_simulation_of
@@ -187,14 +187,15 @@ def _simulated(plan: Plan) -> Iterator[Tile]:
             value = "not decided" if stopped.why == OUT_OF_TIME else "no"
             yield Tile(label="Simulated", value=value, note=stopped.why)
         return
-    extent = "".join(f"; {line}" for line in SimulatedExtent(found.share, bool(found.too_short)).lines())
+    remarks = SimulationRemarks(found.share, bool(found.too_short), bool(found.dispatched))
+    said = "".join(f"; {line}" for line in remarks.lines())
     if found.kept:
         beyond = kept_beyond(found.rate_rps, found.kept_rps)
-        note = f"at {digits(found.rate_rps)} requests/s; {attained(found, plan)}{beyond}{extent}"
+        note = f"at {digits(found.rate_rps)} requests/s; {attained(found, plan)}{beyond}{said}"
         yield Tile(label="Simulated", value="limits kept", note=note, tone="" if found.too_short else "good")
     else:
         until = "no rate tried keeps them" if found.kept_rps is None else f"kept up to {digits(found.kept_rps)}/s"
-        yield Tile(label="Simulated", value="MISSED", note=f"{misses(found, plan)[0]}; {until}{extent}", tone="bad")
+        yield Tile(label="Simulated", value="MISSED", note=f"{misses(found, plan)[0]}; {until}{said}", tone="bad")
 
 
 # --- quality and limits
