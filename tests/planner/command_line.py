@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import subprocess
 from pathlib import Path
+from unittest import mock
 
 from typer.testing import CliRunner, Result
 
+from hetis.formats.command_line.verb import click_command
 from hetis.planner.cli.app import app, run
 from tests.command_line import command_of, run_command, run_here
 
@@ -26,4 +28,5 @@ def hetis_plan_here(*arguments: str, cwd: Path | None = None) -> subprocess.Comp
 
 def invoke(*arguments: str) -> Result:
     """Run the command in this process. Errors that `run` would turn into messages come back as ``result.exception``."""
-    return CliRunner().invoke(app, list(arguments), env={"COLUMNS": "80", "NO_COLOR": "1"})
+    with mock.patch("typer.testing._get_command", click_command):  # built once
+        return CliRunner().invoke(app, list(arguments), env={"COLUMNS": "80", "NO_COLOR": "1"})

@@ -10,7 +10,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from hetis.formats.command_line.verb import run_application, version_option
+from hetis.formats.command_line.verb import click_command, run_application, version_option
 from hetis.planner.cli import (
     changes,
     cluster,
@@ -119,7 +119,7 @@ def _defaults() -> dict[str, dict[str, Any]] | None:
             for option in parameter.opts
             if option.startswith("--") and option != "--help"
         }
-        for verb, command in _commands(typer.main.get_command(app))
+        for verb, command in _commands(click_command(app))
     }
     return default_map(options, folder)
 
