@@ -39,7 +39,7 @@ def test_what_vllm_runs(weights: str, kv: str | None, runs_on: tuple[object, ...
 
 def test_refusals_say_what_is_missing_and_where_that_was_read() -> None:
     assert why_not(with_precision(LLAMA, weights="fp8"), V100, "vllm") == (
-        "vllm 0.32.0 takes compute capability 7.5 for fp8 weights, V100-SXM2-32GB (Volta) has 7 "
+        "vllm 0.32.0 needs compute capability 7.5 or higher for fp8 weights, V100-SXM2-32GB (Volta) has 7 "
         "(vLLM's repository, vllm/model_executor/layers/quantization/fp8.py)"
     )
     assert "mxfp4 is a format of experts" in str(why_not(with_precision(LLAMA, weights="mxfp4"), H100, "sglang"))
@@ -61,7 +61,7 @@ def test_compressed_attention_takes_hopper_and_kv_in_8_bits() -> None:
     model = replace(make_compressed(), kv_bytes=1.0)
     assert why_not(model, H100, "vllm") is None
     assert why_not(model, B200, "vllm") is None
-    assert "takes compute capability 9 for compressed attention, L4" in str(why_not(model, L4, "vllm"))
+    assert "needs compute capability 9 or higher for compressed attention, L4" in str(why_not(model, L4, "vllm"))
     in_16_bits = replace(model, kv_bytes=2.0)
     assert why_not(in_16_bits, H100, "vllm") == (
         "the kernels that vllm chooses for compressed attention keep KV in 8 bits: --kv fp8"

@@ -126,7 +126,7 @@ def _reasons(model: ModelSpec, gpu: GpuType, engine: str) -> Iterator[str]:
         return
     if not model.float16 and has < BFLOAT16:
         yield (
-            f"{model.name} needs bfloat16 ({_NO_FLOAT16}), which takes compute capability {BFLOAT16:g}, "
+            f"{model.name} needs bfloat16 ({_NO_FLOAT16}): compute capability {BFLOAT16:g} or higher, "
             f"{gpu.name} ({gpu.architecture}) has {has:g}"
         )
     fp8_kv = support.fp8_kv.get(model.attention) if model.kv_bytes == 1 else None
@@ -142,6 +142,6 @@ def _reasons(model: ModelSpec, gpu: GpuType, engine: str) -> Iterator[str]:
     for what, least in wanted:
         if least is not None and has < least.capability:
             yield (
-                f"{engine} {support.version} takes compute capability {least.capability:g} for {what}, "
+                f"{engine} {support.version} needs compute capability {least.capability:g} or higher for {what}, "
                 f"{gpu.name} ({gpu.architecture}) has {has:g} ({support.project}'s repository, {least.source})"
             )

@@ -212,7 +212,7 @@ def test_a_proposal_that_cannot_be_made_now_is_made_later() -> None:
 
 
 def test_gpus_on_which_the_engine_does_not_run_are_a_reason_and_no_failure(caplog: pytest.LogCaptureFixture) -> None:
-    why = "vllm takes compute capability 7.5 for any model, P100-PCIe-16GB (Pascal) has 6"
+    why = "vllm needs compute capability 7.5 or higher for any model, P100-PCIe-16GB (Pascal) has 6"
     world = World(error=InvalidProblemError(why))
     world.pass_s(1)
     world.set("b", LOST)
