@@ -100,6 +100,7 @@ class PoolTiming:
         self._pieces = rows  # per device: seconds, seconds per pair and per token of each piece
         self._send = _affine(fit_of(problem.profiles[shape.gpu], Op.TRANSFER, model, shape.tp), pool.link)
         self._receive = _affine(fit_of(problem.profiles[pool.gpu], Op.TRANSFER, model, 1), pool.link)
+        self._sent, self._received = dict[int, float](), dict[int, float]()  # by the number of pairs
         self._latency_s = 2.0 * pool.link.latency_s
         self._pair_bytes = model.queries_per_group * model.exchange_bytes_per_head()
         self._token_bytes = model.kv_bytes_per_token_group()
@@ -109,12 +110,16 @@ class PoolTiming:
 
     def device_seconds(self, groups: Sequence[int], tokens: Sequence[float]) -> list[float]:
         """Return decode attention per layer, [D], for ``groups`` (request, group) pairs and attended ``tokens``."""
-        return [
-            max([call + per_pair * pairs + per_token * attended for call, per_pair, per_token in pieces])
-            if pairs
-            else 0.0
-            for pieces, pairs, attended in zip(self._pieces, groups, tokens, strict=True)
-        ]
+        device_s = []
+        for pieces, pairs, attended in zip(self._pieces, groups, tokens, strict=True):
+            most = 0.0
+            if pairs:
+                for call, per_pair, per_token in pieces:
+                    piece = call + per_pair * pairs + per_token * attended
+                    if piece > most:
+                        most = piece
+            device_s.append(most)
+        return device_s
 
     def attention_s(self, device_s: Sequence[float], groups: Sequence[int]) -> float:
         """Return the attention time per layer: the stage's own, or that of the slowest card including its exchange."""
@@ -122,12 +127,28 @@ class PoolTiming:
         away = sum(groups) - groups[0]
         if not away:
             return own_s
-        sending = _most(self._send, away * self._pair_bytes)
-        slowest = 0.0
+        sending, slowest = self._sent_s(away), 0.0
         for i in range(1, len(groups)):
             if pairs := groups[i]:
-                slowest = max(slowest, device_s[i] + max(sending, _most(self._receive, pairs * self._pair_bytes)))
+                receiving = self._received_s(pairs)
+                seconds = device_s[i] + (receiving if receiving > sending else sending)
+                if seconds > slowest:
+                    slowest = seconds
         return max(own_s, slowest + self._latency_s)
+
+    def _sent_s(self, pairs: int) -> float:
+        """Return the time in which the primary sends and receives these pairs' heads."""
+        found = self._sent.get(pairs)
+        if found is None:
+            found = self._sent[pairs] = _most(self._send, pairs * self._pair_bytes)
+        return found
+
+    def _received_s(self, pairs: int) -> float:
+        """Return the time in which a card receives and sends these pairs' heads."""
+        found = self._received.get(pairs)
+        if found is None:
+            found = self._received[pairs] = _most(self._receive, pairs * self._pair_bytes)
+        return found
 
     def late_s(self, chunk: Sequence[int], groups: Sequence[int], layer_s: float) -> float:
         """Return the time that sending a chunk's KV adds to a layer that takes ``layer_s``.
@@ -144,8 +165,7 @@ class PoolTiming:
     def _exchange_s(self, away: Sequence[int]) -> float:
         if not any(away):
             return 0.0
-        sending = _most(self._send, sum(away) * self._pair_bytes)
-        return max(sending, _most(self._receive, max(away) * self._pair_bytes)) + self._latency_s
+        return max(self._sent_s(sum(away)), self._received_s(max(away))) + self._latency_s
 
     def move_byte_s(self, devices: int) -> FloatArray:
         """Return the seconds per byte of KV that moves in or out, [D]."""

@@ -57,7 +57,7 @@ class StageTiming:
     """
 
     __slots__ = (
-        "_chunk", "_decode", "_dense", "_drafting", "_head", "_is_first", "_is_last", "_step_tokens",
+        "_beside", "_chunk", "_decode", "_dense", "_drafting", "_head", "_is_first", "_is_last", "_step_tokens",
         "_table", "cost", "layers", "overlap", "shape", "steps",
     )  # fmt: skip
 
@@ -78,6 +78,7 @@ class StageTiming:
         self._step_tokens = model.step_tokens
         self._drafting: dict[int, float] = {0: 0.0}
         self._table: dict[tuple[int, int], float] = {}
+        self._beside: dict[tuple[int, int], float] = {}
         self._head: dict[int, float] = {0: 0.0}
         n, groups = self.layers, rank.groups
         self._decode: tuple[AttentionPiece, ...] = ()
@@ -169,8 +170,12 @@ class StageTiming:
 
     def beside_layers_s(self, tokens: int, rows: int) -> float:
         """Return the part of `seconds` outside the layers: the transfer, the engine's step and the LM head."""
-        seconds: float = self.cost.step_s(tokens) + (self._head_s(rows) if self._is_last else 0.0)
-        return seconds + (0.0 if self._is_first else float(self.cost.hop_s(tokens, self.shape.hop_link)))
+        seconds = self._beside.get((tokens, rows))
+        if seconds is None:
+            seconds = float(self.cost.step_s(tokens)) + (self._head_s(rows) if self._is_last else 0.0)
+            seconds += 0.0 if self._is_first else float(self.cost.hop_s(tokens, self.shape.hop_link))
+            self._beside[tokens, rows] = seconds
+        return seconds
 
     def _head_s(self, rows: int) -> float:
         head = self._head.get(rows)
