@@ -97,12 +97,12 @@ class SimulationRemarks(NamedTuple):
 
     def lines(self) -> list[str]:
         """Return a line on each that is not as planned: the whole plan, its seats filled, its heads split once."""
-        remarks = {
-            "simulated: " + ("" if self.share is None else _part_words(self.share)): self.share is not None,
-            "simulated with the heads of every request dispatched, as engines do": self.dispatched,
-            "runs too short to fill the seats: later requests may be slower": self.too_short,
-        }
-        return [remark for remark, applies in remarks.items() if applies]
+        found = [] if self.share is None else [f"simulated: {_part_words(self.share)}"]
+        if self.dispatched:
+            found.append("simulated with the heads of every request dispatched, as engines do")
+        if self.too_short:
+            found.append("runs too short to fill the seats: later requests may be slower")
+        return found
 
     def text(self) -> Text:
         """Return the lines, each after a line break."""
