@@ -25,7 +25,7 @@ OLDER_VLLM = 0.31.0 0.30.0
 # vLLM pins a numba, for drafts from n-grams, which no test uses. With ours, both environments share compiled kernels.
 VLLM_NUMBA ?= $(shell grep --extended-regexp '^(numba|llvmlite)==' constraints.txt)
 
-.PHONY: help demo demo-cluster demo-serve demo-vllm test vllm vllm-packages soak soak-vllm lint types kernels kernels-attention kernels-dispatch kernels-placement bytecode format docs reference proto profiles bench clean
+.PHONY: help demo demo-cluster demo-serve demo-vllm test vllm vllm-packages soak soak-vllm soak-properties lint types kernels kernels-attention kernels-dispatch kernels-placement bytecode format docs reference proto profiles bench clean
 
 help:
 	@echo "make demo    plan the paper's 12-GPU cluster (sets up $(VENV))"
@@ -35,6 +35,7 @@ help:
 	@echo "make test    run all tests (PYTEST='-k name' narrows)"
 	@echo "make vllm    install vLLM for the tests of the plugin into $(VLLM_VENV) (part of make test)"
 	@echo "make soak    the long tests: protocol under faults for an hour, every shipped profile made again"
+	@echo "make soak-properties  every property with a thousand new random cases, which takes hours (PYTEST='tests/solver')"
 	@echo "make soak-vllm  all tests of the plugin with vLLM $(OLDER_VLLM) (part of make soak)"
 	@echo "make lint    ruff: rules and formatting        make format  apply them"
 	@echo "make types   mypy, strict"
@@ -80,6 +81,10 @@ soak-vllm: $(VENV)/.dev
 		$(MAKE) --no-print-directory vllm VLLM_VERSION=$$version VLLM_VENV=$(VLLM_VENV)-$$version VLLM_NUMBA= && \
 		HETIS_VLLM_PYTHON=$(CURDIR)/$(VLLM_VENV)-$$version/bin/python \
 			$(BIN)/python -m pytest -m 'soak or not soak' tests/runtime/vllm $(PYTEST) || exit 1; done
+
+# `make test` tries the same few cases every time; here they are drawn anew, and a failing one is shrunk and kept.
+soak-properties: $(VENV)/.dev
+	HYPOTHESIS_PROFILE=thorough $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m hypothesis $(PYTEST)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -1,6 +1,6 @@
 """One thread per process, the effort of hypothesis, tests that are coroutines, and the work of the garbage collector.
 
-The profile `ci` is quick and deterministic; HYPOTHESIS_PROFILE=thorough searches at random.
+The profile `ci` is quick and deterministic; HYPOTHESIS_PROFILE=thorough (`make soak-properties`) searches at random.
 """
 
 from __future__ import annotations
