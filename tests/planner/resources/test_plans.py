@@ -144,7 +144,7 @@ async def test_plans_keep_to_the_engine_that_is_asked_for(tmp_path: Path) -> Non
             if name == "fp8":  # the P100s are of no use to this plan, the RTX 3090s and A100s are
                 assert plan.inputs["documents"]["model"]["weights"] == "fp8"
                 assert plan.inputs["constraints"] == ["--forbid type=P100-PCIe-12GB"]
-                assert any(note.startswith("P100-PCIe-12GB left out: vllm 0.32.0 takes") for note in plan.notes)
+                assert any(note.startswith("P100-PCIe-12GB left out: vllm 0.32.0 needs") for note in plan.notes)
             if name == "each":
                 assert plan.inputs["documents"]["model"]["precisions"].keys() == {"RTX-3090"}
                 assert all(len({stage.gpu for stage in replica.stages}) == 1 for replica in plan.replicas)
