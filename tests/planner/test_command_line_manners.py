@@ -201,6 +201,16 @@ def test_a_single_default_of_a_repeatable_option_needs_no_list(
     assert "--forbid tp=9: TP sizes are" in capsys.readouterr().err
 
 
+def test_a_default_for_all_verbs_is_no_mistake_where_it_would_be_ignored(
+    home: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (home / "project/hetis.toml").write_text('time-limit = "20s"\n')
+    page, plan = str(tmp_path / "page.html"), str(folder / "plan.json")
+    assert run_verb(["report", plan, "--out", page]) == 0, capsys.readouterr().err
+    assert run_verb(["report", plan, "--out", page, "--time-limit", "3s"]) == ExitCode.INVALID
+    assert "--time-limit needs --buy-next" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [

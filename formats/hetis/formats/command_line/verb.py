@@ -16,6 +16,7 @@ import sys
 import traceback
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from copy import copy
 from enum import StrEnum
 from typing import Annotated, Any, Concatenate, Literal, ParamSpec, TypeVar, get_args, get_origin
@@ -111,10 +112,19 @@ def _take_one_value_each(application: typer.Typer) -> None:
             _take_one_value_each(group.typer_instance)
 
 
+# Names of the parameters of the verb that runs whose values are those of `run_application`'s ``defaults``.
+defaulted: ContextVar[frozenset[str]] = ContextVar("defaulted", default=frozenset())
+
+
 class _Command(TyperCommand):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         _refuse_second_values(self, ctx, args)
         return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: Any) -> Any:
+        sources = {name: ctx.get_parameter_source(name) for name in ctx.params}
+        defaulted.set(frozenset(name for name, source in sources.items() if source and source.name == "DEFAULT_MAP"))
+        return super().invoke(ctx)
 
 
 class _Group(TyperGroup):

@@ -414,9 +414,13 @@ class VerificationOptions:
 
 
 def refuse_without(needed: str, options: Mapping[str, object], *, is_given: bool) -> None:
-    """Refuse options (None: not given) that would be ignored without another one. Raises typer.BadParameter."""
+    """Refuse options (None: not given) that would be ignored without another one, unless a file of defaults sets them.
+
+    Raises typer.BadParameter.
+    """
     for name, value in options.items():
-        if value is not None and not is_given:
+        parameter = name.removeprefix("--").replace("-", "_")
+        if value is not None and not is_given and parameter not in command_line.defaulted.get():
             raise typer.BadParameter(f"{name} needs {needed}")
 
 
