@@ -10,7 +10,7 @@ the exchange with the primary.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from itertools import groupby
 from operator import add, sub
 from typing import TYPE_CHECKING, Protocol
@@ -100,9 +100,11 @@ class PoolTiming:
         self._pieces = rows  # per device: seconds, seconds per pair and per token of each piece
         self._send = _affine(fit_of(problem.profiles[shape.gpu], Op.TRANSFER, model, shape.tp), pool.link)
         self._receive = _affine(fit_of(problem.profiles[pool.gpu], Op.TRANSFER, model, 1), pool.link)
-        self._sent, self._received = dict[int, float](), dict[int, float]()  # by the number of pairs
         self._latency_s = 2.0 * pool.link.latency_s
-        self._pair_bytes = model.queries_per_group * model.exchange_bytes_per_head()
+        pair_bytes = model.queries_per_group * model.exchange_bytes_per_head()
+        # Seconds in which the primary, and a card, exchange the heads of so many pairs
+        self._sent_s = cache(partial(_pairs_s, self._send, pair_bytes))
+        self._received_s = cache(partial(_pairs_s, self._receive, pair_bytes))
         self._token_bytes = model.kv_bytes_per_token_group()
         self._queries = model.queries_per_group
         self._block_tokens = problem.assumptions.block_tokens
@@ -135,20 +137,6 @@ class PoolTiming:
                 if seconds > slowest:
                     slowest = seconds
         return max(own_s, slowest + self._latency_s)
-
-    def _sent_s(self, pairs: int) -> float:
-        """Return the time in which the primary sends and receives these pairs' heads."""
-        found = self._sent.get(pairs)
-        if found is None:
-            found = self._sent[pairs] = _most(self._send, pairs * self._pair_bytes)
-        return found
-
-    def _received_s(self, pairs: int) -> float:
-        """Return the time in which a card receives and sends these pairs' heads."""
-        found = self._received.get(pairs)
-        if found is None:
-            found = self._received[pairs] = _most(self._receive, pairs * self._pair_bytes)
-        return found
 
     def late_s(self, chunk: Sequence[int], groups: Sequence[int], layer_s: float) -> float:
         """Return the time that sending a chunk's KV adds to a layer that takes ``layer_s``.
@@ -200,6 +188,10 @@ def _affine(fit: Fit, link: Link) -> _Affine:
 
 def _most(pieces: _Affine, num_bytes: float) -> float:
     return max([fixed + per_byte * num_bytes for fixed, per_byte in pieces])
+
+
+def _pairs_s(pieces: _Affine, pair_bytes: float, pairs: int) -> float:
+    return _most(pieces, pairs * pair_bytes)
 
 
 Moved = Callable[[int], None]

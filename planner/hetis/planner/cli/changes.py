@@ -79,7 +79,7 @@ class FleetOptions:
             raise typer.BadParameter("no change to study: give --add, --remove or --buy-next")
         shape = {"--node-like": self.node_like, "--gpus-per-node": self.gpus_per_node, "--zone": self.zone}
         for name, value in {**shape, "--nic": self.nic}.items():
-            if value is not None and not self.add and not self.buy_next:
+            if options.is_asked_for(name, value) and not self.add and not self.buy_next:
                 raise typer.BadParameter(f"{name} is of added nodes: it needs --add or --buy-next")
 
 

@@ -419,9 +419,13 @@ def refuse_without(needed: str, options: Mapping[str, object], *, is_given: bool
     Raises typer.BadParameter.
     """
     for name, value in options.items():
-        parameter = name.removeprefix("--").replace("-", "_")
-        if value is not None and not is_given and parameter not in command_line.defaulted.get():
+        if is_asked_for(name, value) and not is_given:
             raise typer.BadParameter(f"{name} needs {needed}")
+
+
+def is_asked_for(name: str, value: object) -> bool:
+    """Return whether an option, such as ``--time-limit``, has a value (None: it has none) that is no file's default."""
+    return value is not None and name.removeprefix("--").replace("-", "_") not in command_line.defaulted.get()
 
 
 def engine_rules(name: str | None, strategy: str, limits: ReplicaLimits) -> EngineRules | None:

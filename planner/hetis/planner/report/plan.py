@@ -442,7 +442,7 @@ def simulated_words(plan: Plan) -> Text | None:
         words = f"not decided{in_time}" if in_time else "no: stopped before that"
         return Text(f"{words}; all values are the model's", "yellow")
     level = service_level_of(plan)
-    remarks = SimulationRemarks(found.share, bool(found.too_short), bool(found.dispatched))
+    remarks = SimulationRemarks.of(found)
     if found.kept:
         shown = [one for one in Latency if one is Latency.TTFT or _has_tpot(plan)]
         latencies = ((f"{one} {level.statistic(one)}", found.seconds(one)) for one in shown)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple, ParamSpec
+from typing import TYPE_CHECKING, NamedTuple, ParamSpec
 
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.measure import Measurement
@@ -13,6 +13,9 @@ from rich.table import Table
 from rich.text import Text
 
 from hetis.planner.report.figures import digits, percent, seconds
+
+if TYPE_CHECKING:
+    from hetis.planner.use_cases.verify import Verification
 
 P = ParamSpec("P")
 _ENDLESS = 10_000  # columns, more than any table has
@@ -94,6 +97,10 @@ class SimulationRemarks(NamedTuple):
     share: float | None
     too_short: bool
     dispatched: bool
+
+    @staticmethod
+    def of(found: Verification) -> SimulationRemarks:
+        return SimulationRemarks(found.share, bool(found.too_short), bool(found.dispatched))
 
     def lines(self) -> list[str]:
         """Return a line on each that is not as planned: the whole plan, its seats filled, its heads split once."""

@@ -187,8 +187,7 @@ def _simulated(plan: Plan) -> Iterator[Tile]:
             value = "not decided" if stopped.why == OUT_OF_TIME else "no"
             yield Tile(label="Simulated", value=value, note=stopped.why)
         return
-    remarks = SimulationRemarks(found.share, bool(found.too_short), bool(found.dispatched))
-    said = "".join(f"; {line}" for line in remarks.lines())
+    said = "".join(f"; {line}" for line in SimulationRemarks.of(found).lines())
     if found.kept:
         beyond = kept_beyond(found.rate_rps, found.kept_rps)
         note = f"at {digits(found.rate_rps)} requests/s; {attained(found, plan)}{beyond}{said}"
