@@ -46,10 +46,10 @@ LARGE_STAGES = replace(
 FAMILIES = (WITH_WORKERS, PLAIN, FEW_GPUS, LARGE_STAGES)
 
 
-def value_of(problem: PlacementProblem) -> float:
+def value_of(problem: PlacementProblem, strategy: str = "hetis") -> float:
     """Return the value of the plan found, which the checker accepts and which is proved the best."""
     try:
-        plan = solve_placement(problem, strategy="hetis", gap_target=0.0)
+        plan = solve_placement(problem, strategy=strategy, gap_target=0.0)
     except InfeasibleError:
         return 0.0 if problem.objective.maximises else math.inf
     assert check_plan(plan, problem) == ()
@@ -107,7 +107,9 @@ def test_the_plan_found_is_the_best_with_gpus_of_several_vendors(data: st.DataOb
     problem = with_vendors(problem, A="AMD", C="AMD")
     if data.draw(st.booleans()):
         problem = in_precisions(data, problem)
-    assert value_of(problem) == pytest.approx(best_plan_value(problem), rel=REL)
+    strategy = data.draw(st.sampled_from(["hetis", "splitwise"]))
+    problem = replace(problem, family=STRATEGIES[strategy].restrict(problem.family))
+    assert value_of(problem, strategy) == pytest.approx(best_plan_value(problem), rel=REL)
 
 
 def with_vendors(problem: PlacementProblem, **vendors: str) -> PlacementProblem:
@@ -125,6 +127,17 @@ def test_a_model_that_fits_on_two_vendors_together_fits_on_neither() -> None:
         solve_placement(mixed, strategy="hetis")
     any_engine = replace(mixed, family=replace(PLAIN, engine=None))
     assert len(solve_placement(any_engine, strategy="hetis").replicas[0].stages) == 2
+
+
+def test_roles_on_one_gpu_type_each_are_planned_on_the_second_vendor() -> None:
+    """The GPUs of the first vendor have no room for the model."""
+    profiles = {"A": make_profile("A", usable_bytes=1_000_000), "B": make_profile("B")}
+    family = STRATEGIES["splitwise"].restrict(PLAIN)
+    nodes = [make_node("a", "A", nodes=2), make_node("b", "B", nodes=2)]
+    problem = with_vendors(make_problem(nodes, profiles=profiles, family=family), B="AMD")
+    assert value_of(problem, "splitwise") == pytest.approx(best_plan_value(problem), rel=REL)
+    plan = solve_placement(problem, strategy="splitwise")
+    assert {stage.gpu for replica in plan.replicas for stage in replica.stages} == {"B"}
 
 
 def test_a_vendor_that_computes_no_layers_keeps_no_kv_in_its_zone() -> None:

@@ -15,12 +15,12 @@ from hetis.solver.budget import Progress, Report
 from hetis.solver.cluster import Cluster, GpuSlots, Link, Network, NodeGroup
 from hetis.solver.compiled import is_cached
 from hetis.solver.placement.exact import MAX_GPUS
-from hetis.solver.placement.families import DEFAULT_ENGINE, run_by
+from hetis.solver.placement.families import DEFAULT_ENGINE, STRATEGIES, run_by
 from hetis.solver.placement.frontier import explore
 from hetis.solver.placement.pipelines import best_splits
 from hetis.solver.placement.pricing import KERNELS, compile_rest
 from hetis.solver.planning import solve_placement
-from hetis.solver.problem import EngineRules, PlacementProblem
+from hetis.solver.problem import EngineRules, Family, PlacementProblem
 from hetis.solver.published import PUBLISHED
 from hetis.solver.published.replicas import best_split
 from hetis.solver.workload import LengthBin, Workload
@@ -56,6 +56,8 @@ def load_kernels(num_gpus: int, *, for_engine: bool = False, report: Report) -> 
 def compile_kernels(num_gpus: int, strategies: Collection[str], *, for_engine: bool = False, report: Report) -> None:
     """Ensure that these strategies can search a fleet of this size without compiling anything."""
     load_kernels(num_gpus, for_engine=for_engine, report=report)
+    if for_engine and any(STRATEGIES[name].restrict(Family()).one_type_per_role for name in strategies):
+        load_kernels(MAX_GPUS + 1, report=report)  # prices rule out pairs of GPU types, in small fleets, too
     if not is_cached(best_split) and not PUBLISHED.keys().isdisjoint(strategies):
         report(Progress(phase=COMPILING, elapsed_s=0.0))
         for strategy in PUBLISHED:

@@ -398,8 +398,12 @@ def _dense_ratio(pair: CostTables, role: Role, prices: FloatArray) -> float:
 
 def _in_scopes_of(costs: CostTables, pair: CostTables, template: Template) -> Template:
     """Return a template of cost tables of two GPU types as one of the whole tables."""
-    zones, mix = pair.scopes[template.scope].zones, pair.mixes[template.mix]
-    here = (i for i, scope in enumerate(costs.scopes) if scope.zones == zones and scope.serves(mix))
+    of_pair, mix = pair.scopes[template.scope], pair.mixes[template.mix]
+    here = (
+        i
+        for i, scope in enumerate(costs.scopes)
+        if (scope.zones, scope.build) == (of_pair.zones, of_pair.build) and scope.serves(mix)
+    )
     return replace(template, scope=next(here))
 
 
