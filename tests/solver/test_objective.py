@@ -9,6 +9,7 @@ import pytest
 
 from hetis.solver.budget import SearchSettings
 from hetis.solver.check import check_plan
+from hetis.solver.constraints import AtMost, Sum
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.placement.tabulation import build_cost_tables
 from hetis.solver.plan import LEAST_DEMAND_RPS, Objective, ObjectiveKind
@@ -47,3 +48,13 @@ def test_replanning_serves_what_little_the_others_leave() -> None:
     goal = replace(NO_LIMITS, kind=ObjectiveKind.GPUS, demand_rps=1.0)
     costs = build_cost_tables(make_problem([make_node("a", "A", nodes=2)], objective=goal))
     assert len(search_left_over(costs, set(), 1e-9, SearchSettings())) == 1
+
+
+def test_every_type_without_a_price_is_named_at_once() -> None:
+    problem = make_problem([make_node("a", "A", nodes=2), make_node("b", "B"), make_node("c", "B")])
+    types = {name: replace(gpu, usd_per_hour=None) for name, gpu in problem.cluster.gpu_types.items()}
+    cluster = replace(problem.cluster, gpu_types=types)
+    with pytest.raises(InvalidProblemError, match=r"set usd_per_hour in the cluster for A \(node a\), B \(node b\)$"):
+        replace(problem, cluster=cluster, objective=Objective(kind=ObjectiveKind.COST, demand_rps=1.0))
+    with pytest.raises(InvalidProblemError, match=r"no price is known of A, B"):
+        solve_placement(replace(problem, cluster=cluster, constraints=(AtMost(of=Sum.USD, most=9.0),)))

@@ -180,6 +180,15 @@ class Cluster:
         """Return USD per hour for one GPU of these slots, or None if unknown."""
         return slots.usd_per_hour if slots.usd_per_hour is not None else self.gpu_types[slots.gpu].usd_per_hour
 
+    def without_price(self) -> dict[str, str]:
+        """Return every GPU type of which some have no known price, with the first node (group) that has them."""
+        found = dict[str, str]()
+        for group in self.node_groups:
+            for slots in group.gpus:
+                if self.price_of(slots) is None:
+                    found.setdefault(slots.gpu, group.name)
+        return found
+
     def devices(self) -> Iterator[Device]:
         """Yield every GPU with its name, in time linear in the fleet; only binding and checking need this."""
         for group in self.node_groups:

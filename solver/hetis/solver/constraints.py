@@ -262,15 +262,10 @@ def misfits(constraints: Constraints, cluster: Cluster, tp_sizes: tuple[int, ...
                     )
             case WithoutTp(tp=tp) if tp not in tp_sizes:
                 yield Misfit(constraint=constraint, message=f"TP sizes are {', '.join(map(str, tp_sizes))}")
-            case AtMost(of=Sum.USD) if unpriced := _without_price(cluster):
-                yield Misfit(constraint=constraint, message=f"GPU type {unpriced[0]} has no price")
+            case AtMost(of=Sum.USD) if unpriced := cluster.without_price():
+                yield Misfit(constraint=constraint, message=f"no price is known of {', '.join(unpriced)}")
             case Replicas(least=least, most=most) if most is not None and most < max(1, least):
                 yield Misfit(constraint=constraint, message="the maximum is below the minimum, or below 1")
-
-
-def _without_price(cluster: Cluster) -> list[str]:
-    slots = (slots for group in cluster.node_groups for slots in group.gpus)
-    return [each.gpu for each in slots if cluster.price_of(each) is None]
 
 
 def _of_another_unit(name: str, known: Mapping[Unit, Iterable[str]]) -> Selection | None:

@@ -412,7 +412,8 @@ class PlacementProblem:
             for slots in group.gpus:
                 if slots.gpu not in self.profiles:
                     raise InvalidProblemError(f"node {group.name}: GPU type {slots.gpu} has no profile")
-                if self.objective.kind is ObjectiveKind.COST and self.cluster.price_of(slots) is None:
-                    raise InvalidProblemError(
-                        f"node {group.name}: GPU type {slots.gpu} has no price, objective cost needs one"
-                    )
+        if self.objective.kind is ObjectiveKind.COST and (unpriced := self.cluster.without_price()):
+            types = ", ".join(f"{gpu} (node {node})" for gpu, node in unpriced.items())
+            raise InvalidProblemError(
+                f"objective cost needs the price of every GPU type: set usd_per_hour in the cluster for {types}"
+            )
