@@ -211,6 +211,23 @@ def test_a_default_for_all_verbs_is_no_mistake_where_it_would_be_ignored(
     assert "--time-limit needs --buy-next" in capsys.readouterr().err
 
 
+def test_a_default_gives_way_to_an_option_that_contradicts_it(
+    home: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Those of one kind of simulation, in another; two defaults that contradict each other are a mistake."""
+    defaults, plan = home / "project/hetis.toml", str(folder / "plan.json")
+    defaults.write_text('attainment = "99%"\n[simulate]\nrate = 1\nrequests = 50\nno-dispatch = true\n')
+    for option, said in (("--saturate", "saturated"), ("--sweep", "goodput_rps")):
+        assert run_verb(["simulate", plan, option, "-o", "json"]) == ExitCode.OK, capsys.readouterr().err
+        assert said in capsys.readouterr().out
+    assert run_verb(["simulate", plan, "--sweep", "--rate", "1"]) == ExitCode.INVALID
+    assert "--sweep and --rate cannot be combined" in capsys.readouterr().err
+    defaults.write_text("[simulate]\nsaturate = true\nsweep = true\n")
+    assert run_verb(["simulate", plan]) == ExitCode.INVALID
+    assert "--saturate and --sweep cannot be combined" in capsys.readouterr().err
+    assert run_verb(["simulate", plan, "--sweep", "--requests", "50", "--no-dispatch"]) == ExitCode.OK
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [

@@ -37,6 +37,13 @@ hetis-plan simulate plan.json --saturate -o json | jq .throughput_rps"""
 DEFAULT_TOLERANCE, DEFAULT_PRECISION = 0.02, 0.05  # None if they are not given: they would be ignored by other runs
 MAX_REQUESTS = 10_000_000
 PICTURES = {".html": "plotly", ".png": "matplotlib"}  # libraries that draw them
+LEVELS = "ttft_statistic", "tpot_statistic", "attainment"  # the latencies of a saturated fleet mean nothing
+CONTRADICTIONS = (  # pairs of fields, and the message
+    *(("saturate", name, "{} and {} cannot be combined") for name in ("rate", "recorded", "sweep", *LEVELS)),
+    *(("sweep", name, "{} and {} cannot be combined") for name in ("rate", "recorded", "until_stable")),
+    *(("cv", name, "{} applies to random arrivals, not to {}") for name in ("recorded", "saturate")),
+    *((name, "sweep", "{} shows a single run, not {}") for name in ("perfetto", "requests_csv")),
+)
 Router = Literal["least-work", "weighted", "fewest-requests", "fewest-tokens"]
 _traffic, _goal, _runs, _fleet, _result = map(panel, ("Traffic", "Goal", "Runs", "Fleet", "Result"))
 _setting = partial(_fleet, parser=values.setting)  # one setting for every engine
@@ -131,30 +138,29 @@ class SimulateOptions:
     plot: Path | None = _result("--plot FILE: Charts of the first run or of the sweep, as .html or .png.")
     html: Path | None = options.html_option()
 
-    def refuse_contradictions(self) -> None:
-        """Refuse options that contradict each other, before anything is read."""
-        others = {"--rate": self.rate is not None, "--recorded": self.recorded, "--sweep": self.sweep}
-        levels = {
-            "--ttft-statistic": self.ttft_statistic is not None,
-            "--tpot-statistic": self.tpot_statistic is not None,
-            "--attainment": self.attainment is not None,
-        }
-        # The latencies of a saturated fleet mean nothing.
-        for one, given, excluded in (("--saturate", self.saturate, others | levels), ("--sweep", self.sweep, others)):
-            for other, too in excluded.items():
-                if given and too and one != other:
-                    raise typer.BadParameter(f"{one} and {other} cannot be combined")
-        if self.recorded and self.trace is None:
+    def without_contradictions(self) -> SimulateOptions:
+        """Refuse options that contradict each other, before anything is read.
+
+        An option that only a file of defaults sets gives way to one on the command line.
+        """
+        unset = dict[str, Any]()
+        for one, other, message in CONTRADICTIONS:
+            given = [name for name in (one, other) if name not in unset and self._has(name)]
+            if len(given) < 2:
+                continue
+            defaults = [name for name in given if not options.is_asked_for(_spelled(name), getattr(self, name))]
+            if len(defaults) != 1:
+                raise typer.BadParameter(message.format(_spelled(one), _spelled(other)))
+            unset |= {name: getattr(SimulateOptions, name) for name in defaults}
+        found = replace(self, **unset)
+        if found.recorded and found.trace is None:
             raise typer.BadParameter("--recorded needs --trace: the plan has only request lengths")
-        if self.cv != 1.0 and (self.recorded or self.saturate):
-            raise typer.BadParameter("--cv applies to random arrivals, not to --recorded or --saturate")
-        if self.sweep and self.until_stable:
-            raise typer.BadParameter("--sweep and --until-stable cannot be combined: give --requests and --seeds")
-        options.refuse_without("--sweep", {"--tolerance": self.tolerance}, is_given=self.sweep)
-        options.refuse_without("--until-stable", {"--precision": self.precision}, is_given=self.until_stable)
-        for name, path in (("--perfetto", self.perfetto), ("--requests-csv", self.requests_csv)):
-            if self.sweep and path is not None:
-                raise typer.BadParameter(f"{name} shows a single run: it cannot be combined with --sweep")
+        options.refuse_without("--sweep", {"--tolerance": found.tolerance}, is_given=found.sweep)
+        options.refuse_without("--until-stable", {"--precision": found.precision}, is_given=found.until_stable)
+        return found
+
+    def _has(self, name: str) -> bool:
+        return bool(getattr(self, name) != getattr(SimulateOptions, name))
 
     def refuse_unwritable(self) -> None:
         from hetis.planner.cli.outputs import refuse_missing_library, refuse_page, refuse_unwritable
@@ -167,6 +173,10 @@ class SimulateOptions:
                 raise typer.BadParameter(f"{plot} is not a picture: --plot needs a file name that ends in {known}")
             refuse_missing_library(PICTURES[plot.suffix], extra="plots", wanted_by=f"--plot {plot}")
         refuse_page(self.html, beside=self.plot)
+
+
+def _spelled(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 @verb()
@@ -186,7 +196,7 @@ def simulate(terminal: Terminal, plan: PlanArgument, *, asked: SimulateOptions) 
     from hetis.simulator.arrivals import Arrivals, Load
     from hetis.simulator.values import Settings
 
-    asked.refuse_contradictions()
+    asked = asked.without_contradictions()
     asked.refuse_unwritable()
     found = load_plan_and_problem(plan)
     for warning in found.warnings:
