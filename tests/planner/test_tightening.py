@@ -9,12 +9,9 @@ from dataclasses import replace
 import pytest
 
 from benchmarks.measuring.instances import fleet, problem
-from hetis.planner.use_cases import verify as tightening
-from hetis.planner.use_cases.json_values import json_value
+from hetis.planner.use_cases import verify
 from hetis.planner.use_cases.verify import (
     TTFT,
-    VERIFICATION,
-    RunReport,
     Tightening,
     Verification,
     tightening_of,
@@ -57,7 +54,8 @@ class Fleet:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, values: Mapping[float, float], kept: Mapping[float, float]):
         self.limits_s, self._values, self._kept = list[float](), values, kept
-        monkeypatch.setattr(tightening, "verified", self.verified)
+        self.searched_from_rps = dict[float, float]()  # by the planned rate of plans whose lower rates were searched
+        monkeypatch.setattr(verify, "_at_planned_rate", self.at_planned_rate)
 
     def find(self, searched: PlacementProblem) -> Plan:
         limit_s = searched.objective.ttft_limit_s or 0.0
@@ -67,18 +65,20 @@ class Fleet:
                 return plan_of(value, ttft_s=limit_s, objective=searched.objective)
         raise InfeasibleError(("none",))
 
-    def verified(
-        self, plan: Plan, given: PlacementProblem, *, seed: int, cancelled: threading.Event, report: RunReport,
-        at_least_rps: float = 0.0,
-    ) -> Plan:  # fmt: skip
-        assert plan.objective == given.objective, "simulated against the limits that were asked for"
+    def at_planned_rate(self, plan: Plan, *, problem: PlacementProblem, **_: object) -> verify._AtPlannedRate:
+        assert plan.objective == problem.objective, "simulated against the limits that were asked for"
         rate_rps = plan.result.value
-        kept_rps = self._kept[rate_rps] if self._kept[rate_rps] >= min(rate_rps, at_least_rps) else None
+        is_kept = self._kept[rate_rps] == rate_rps
         found = Verification(
-            rate_rps=rate_rps, num_requests=1_000, kept=kept_rps == rate_rps, steady=True,
-            ttft_p95_s=0.4 if kept_rps == rate_rps else 0.6, tpot_mean_s=0.05, attainment=0.9, kept_rps=kept_rps,
+            rate_rps=rate_rps, num_requests=1_000, kept=is_kept, steady=True, ttft_p95_s=0.4 if is_kept else 0.6,
+            tpot_mean_s=0.05, attainment=0.9, kept_rps=rate_rps if is_kept else None,
         )  # fmt: skip
-        return replace(plan, inputs={**plan.inputs, VERIFICATION: json_value(found)})
+
+        def kept_below(at_least_rps: float) -> float | None:
+            self.searched_from_rps[rate_rps] = at_least_rps
+            return self._kept[rate_rps] if self._kept[rate_rps] >= at_least_rps else None
+
+        return verify._AtPlannedRate(plan, found, kept_below)
 
     def settled(self, objective: Objective | None = None) -> Plan:
         given = posed(objective)
@@ -112,6 +112,34 @@ def test_a_limit_that_is_still_missed_is_tightened_as_much_again(monkeypatch: py
     assert fake.limits_s == pytest.approx([0.48 * ASKED_S / 0.6, 0.48 * (ASKED_S / 0.6) ** 2])
 
 
+def test_lower_rates_are_simulated_only_if_the_plan_would_be_shown_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = {FIRST_RPS: 5.0, 9.0: 6.0, 8.0: 8.0}
+    fake = Fleet(monkeypatch, {0.35: 9.0, 0.3: 8.0}, kept)
+    fake.settled()
+    assert fake.searched_from_rps == pytest.approx({9.0: 8.4, FIRST_RPS: 8.4}), "8 at its own rate, and a little more"
+    fake = Fleet(monkeypatch, {0.35: 9.0, 0.3: 8.0}, {**kept, 8.0: 6.5})
+    found = fake.settled()
+    assert fake.searched_from_rps == {8.0: 0.0, 9.0: 6.5, FIRST_RPS: 6.5}
+    assert found.result.value == 8.0
+    assert "(10 requests/s) keeps the limits at less than 6.5 requests/s" in found.notes[0]
+
+
+def test_a_plan_below_whose_rate_nothing_is_known_is_said_to_miss(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cancelled, while lower rates of the first plan are simulated."""
+    fake = Fleet(monkeypatch, {0.3: 8.0}, {FIRST_RPS: 5.0, 8.0: 8.0})
+
+    def cancelled(plan: Plan, *, problem: PlacementProblem, **_: object) -> verify._AtPlannedRate:
+        def kept_below(_: float) -> float | None:
+            raise verify._CancelledError
+
+        return fake.at_planned_rate(plan, problem=problem)._replace(kept_below=kept_below)
+
+    monkeypatch.setattr(verify, "_at_planned_rate", cancelled)
+    found = fake.settled()
+    assert found.result.value == 8.0
+    assert "(10 requests/s) misses the limits; the bound" in found.notes[0]
+
+
 def test_the_other_plan_answers_the_first_problem_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     found = Fleet(monkeypatch, {0.3: 8.0}, {FIRST_RPS: 5.0, 8.0: 8.0}).settled()
     assert found.objective.ttft_limit_s == ASKED_S
@@ -120,7 +148,7 @@ def test_the_other_plan_answers_the_first_problem_and_says_why(monkeypatch: pyte
     assert found.inputs["seed"] == 0, "the inputs are those of the first"
     assert found.notes == (
         "planned for a TTFT p95 of 0.4 s where 0.5 s are asked for: simulated, the best plan for 0.5 s by the model "
-        "(10 requests/s) keeps the limits at 5 requests/s at most; the bound is that for 0.5 s",
+        "(10 requests/s) keeps the limits at less than 8.4 requests/s; the bound is that for 0.5 s",
     )
 
 
@@ -146,8 +174,11 @@ def test_the_first_plan_stays_if_there_is_no_other(monkeypatch: pytest.MonkeyPat
 
 def test_at_a_demanded_rate_the_cheapest_plan_that_keeps_the_limits_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     goal = Objective(kind=ObjectiveKind.GPUS, ttft_limit_s=ASKED_S, demand_rps=1.0)
-    found = Fleet(monkeypatch, {0.42: 12.0, 0.3: 14.0}, {FIRST_RPS: 5.0, 12.0: 12.0, 14.0: 14.0}).settled(goal)
+    fake = Fleet(monkeypatch, {0.42: 12.0, 0.3: 14.0}, {FIRST_RPS: 5.0, 12.0: 12.0, 14.0: 14.0})
+    found = fake.settled(goal)
     assert found.result.value == 12.0
+    assert "(10 GPUs) misses the limits; the bound" in found.notes[0]
+    assert fake.searched_from_rps == {}, "lower rates than the demanded one are of no use"
 
 
 @pytest.mark.parametrize("written", [None, 3, {"name": TTFT}])

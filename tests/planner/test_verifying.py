@@ -353,8 +353,10 @@ def test_the_limit_that_most_requests_miss_is_tightened(pair: Placed, ttft: floa
     plan = pair[0]
     said = {"kept": False, "attainment": 0.6, "ttft_missed": ttft, "tpot_missed": tpot}
     level = ServiceLevel(attainment=0.9).data()
-    written = {VERIFICATION: {**plan.inputs[VERIFICATION], **said}, SERVICE_LEVEL: level}
-    tightening = verify._missed(replace(plan, inputs={**plan.inputs, **written}))
+    held = replace(plan, inputs={VERIFICATION: {**plan.inputs[VERIFICATION], **said}, SERVICE_LEVEL: level})
+    found = verification_of(held)
+    assert found is not None
+    tightening = verify._missed(found, held)
     assert tightening is not None
     assert tightening.name == name
     assert tightening.planned_s == pytest.approx(0.8 * tightening.asked_s)
@@ -546,10 +548,14 @@ def test_a_part_that_misses_is_called_a_part(pair: Placed, monkeypatch: pytest.M
     known = verification_of(plan)
     assert known is not None
 
-    def ended(*_: Any, **__: Any) -> verify._Outcome:
-        return verify._Outcome(replace(known, kept=False, ttft_p95_s=9.5, share=0.125), is_decided=False)
+    def cancelled(_: float) -> float | None:
+        raise verify._CancelledError
 
-    monkeypatch.setattr(verify, "_verify", ended)
+    def ended(of: Plan, *_: Any, **__: Any) -> verify._AtPlannedRate:
+        found = replace(known, kept=False, ttft_p95_s=9.5, share=0.125)
+        return verify._AtPlannedRate(of, found, kept_below=cancelled)
+
+    monkeypatch.setattr(verify, "_at_planned_rate", ended)
     [note] = again(replace(plan, notes=()), problem).notes
     assert note.endswith("TTFT p95 9.5 s of 2 s (a part of its replicas at 0.125 of the rate)")
 
@@ -562,18 +568,20 @@ def test_another_search_leaves_time_to_simulate_its_plan_and_a_note_says_if_time
     cluster, (plan, problem) = str(placed.with_name("cluster.yaml")), pair
     loaded = load_inputs(cluster=cluster, model="Llama-2-7B", workload="500/100", profiles=())
     now, given, simulations = [0.0], list[float](), itertools.count()
-    missed_plan = replace(plan, inputs={**plan.inputs, VERIFICATION: {**plan.inputs[VERIFICATION], "kept": False}})
+    known = verification_of(plan)
+    assert known is not None
 
-    def simulated(of: Plan, *_: object, cancelled: threading.Event, **__: object) -> Plan:
+    def simulated(of: Plan, *, cancelled: threading.Event, **_: object) -> verify._AtPlannedRate | None:
         now[0] += 10.0 if next(simulations) == 0 else 20.0
-        return of if cancelled.is_set() else missed_plan
+        found = replace(known, kept=False, kept_rps=None)
+        return None if cancelled.is_set() else verify._AtPlannedRate(of, found, kept_below=lambda _: None)
 
     def searched(*_: object, budget: Budget, **__: object) -> Plan:
         given.append(budget.time_limit_s)
         now[0] += min(budget.time_limit_s, 10.0)
         return replace(plan, inputs={})
 
-    monkeypatch.setattr(verify, "verified", simulated)
+    monkeypatch.setattr(verify, "_at_planned_rate", simulated)
     monkeypatch.setattr(placing_steps, "search", searched)
     monkeypatch.setattr(placing_steps, "_checked", lambda found, *_, **__: found)
     found = simulated_plan(

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache, partial
 from typing import Any, NamedTuple
@@ -120,30 +121,20 @@ def unheard(rate_rps: float, given: int, total: int, /) -> None:
 
 
 def verified(
-    plan: Plan, problem: PlacementProblem, *, seed: int, cancelled: threading.Event, report: RunReport,
-    at_least_rps: float = 0.0,
-) -> Plan:  # fmt: skip
+    plan: Plan, problem: PlacementProblem, *, seed: int, cancelled: threading.Event, report: RunReport
+) -> Plan:
     """Return the plan with the simulator's results, or unchanged if it promises no latency or was cancelled first.
 
     Head groups are split as planned. If a run with this split misses a limit or is close to one, they are dispatched
     per request, as engines do, which takes twice as long to simulate: below the saturated rate a dispatcher keeps more
     of them where they are computed fastest.
 
-    If it misses a limit, the highest rate that keeps all limits is searched for, from ``at_least_rps`` on. If it has
-    more seats than runs can fill, a part of its replicas gets that part of the traffic, and rates are multiplied. If it
-    misses a limit and the search for a lower rate is cancelled, the plan gets a note only (`MISSES_AT`).
+    If it misses a limit, the highest rate that keeps all limits is searched for. If it has more seats than runs can
+    fill, a part of its replicas gets that part of the traffic, and rates are multiplied. If it misses a limit and the
+    search for a lower rate is cancelled, the plan gets a note only (`MISSES_AT`).
     """
-    if not needs_verifying(plan) or cancelled.is_set():
-        return plan
-    outcome = _verify(plan, problem, at_least_rps=at_least_rps, seed=seed, cancelled=cancelled, report=report)
-    if outcome is None:
-        return plan
-    found = outcome.found
-    if outcome.is_decided:
-        return replace(plan, inputs={**plan.inputs, VERIFICATION: json_value(found)})
-    what = ", ".join(misses(found, plan)) or "not all of the traffic is carried"
-    part = "" if found.share is None else f" (a part of its replicas at {found.share:.3g} of the rate)"
-    return replace(plan, notes=(*plan.notes, f"{MISSES_AT} {found.rate_rps:.4g} requests/s: {what}{part}"))
+    tried = _at_planned_rate(plan, problem, seed=seed, cancelled=cancelled, report=report)
+    return plan if tried is None else tried.decided()
 
 
 def verification_of(plan: Plan) -> Verification | None:
@@ -298,18 +289,38 @@ def simulated_at(
     return outcome
 
 
-class _Outcome(NamedTuple):
-    """The findings of simulations before they were cancelled, if they were."""
+class _AtPlannedRate(NamedTuple):
+    """A plan that was simulated at its planned rate."""
 
-    found: Verification
-    is_decided: bool  # False: the planned rate misses a limit, and whether a lower one keeps it is not known
+    plan: Plan
+    found: Verification  # ``kept_rps`` is None if the plan misses a limit: lower rates were not tried yet
+    # Returns the highest rate found to keep the limits below the planned one, which misses them, and not below another;
+    # None: none of those tried. Raises `_CancelledError`.
+    kept_below: Callable[[float], float | None]
+
+    def decided(self, at_least_rps: float = 0.0) -> Plan:
+        """Return the plan as `verified` does; lower rates are searched from ``at_least_rps`` on."""
+        found = self.found
+        try:
+            kept_rps = found.kept_rps if found.kept else self.kept_below(at_least_rps)
+        except _CancelledError:
+            what = ", ".join(misses(found, self.plan)) or "not all of the traffic is carried"
+            part = "" if found.share is None else f" (a part of its replicas at {found.share:.3g} of the rate)"
+            note = f"{MISSES_AT} {found.rate_rps:.4g} requests/s: {what}{part}"
+            return replace(self.plan, notes=(*self.plan.notes, note))
+        stored = json_value(replace(found, kept_rps=kept_rps))
+        return replace(self.plan, inputs={**self.plan.inputs, VERIFICATION: stored})
 
 
-def _verify(
-    plan: Plan, problem: PlacementProblem, *, at_least_rps: float, seed: int, cancelled: threading.Event,
-    report: RunReport,
-) -> _Outcome | None:  # fmt: skip
-    """Simulate a plan at its rate, and at lower or higher ones; None: cancelled before its own rate was decided."""
+def _at_planned_rate(
+    plan: Plan, problem: PlacementProblem, *, seed: int, cancelled: threading.Event, report: RunReport
+) -> _AtPlannedRate | None:
+    """Simulate a plan at its rate and, if it keeps the limits, at higher ones.
+
+    None: it promises no latency, or this was cancelled before its own rate was decided.
+    """
+    if not needs_verifying(plan) or cancelled.is_set():
+        return None
     planned_rps, to_fill = default_rate(plan, problem), _most_of(plan).to_fill
     part = _simulated_part(plan, problem, to_fill)
     ordinary, long, longer = num_requests_of(part.plan), enough_of(part.plan), longest_of(part.plan)
@@ -327,7 +338,7 @@ def _verify(
             raise _CancelledError
         return found
 
-    def at_planned_rate(settings: Settings) -> TriedRate:
+    def at_planned_rate() -> TriedRate:
         """Simulate the planned rate, with other traffic, too, if that may well miss the limits."""
         found = simulate(settings, planned_rps)
         if found.kept and found.close:
@@ -346,30 +357,27 @@ def _verify(
         runs = (simulate(settings, rate_rps, long, longer, traffic=traffic) for traffic in (seed, seed + 1))
         return all(run.sure and _is_calm(run.summary) for run in runs)
 
-    kept_rps: float | None = planned_rps
-    is_kept: bool | None = None  # not known
-    is_decided = False
+    def kept_below(at_least_rps: float) -> float | None:
+        def seems_sure(rate_rps: float) -> bool:
+            return simulate(settings, rate_rps, ordinary).sure
+
+        return _kept_below(planned_rps, at_least_rps=at_least_rps, seems_sure=seems_sure, is_sure=is_sure)
+
+    kept_rps = None
     try:
         split = simulate(AS_PLANNED, planned_rps, ordinary) if _has_workers(plan) else None
         if split is not None and (split.close or not split.kept):
             _compile_dispatcher(lambda: report(planned_rps, 0, 0))
             settings = DISPATCHED
-        at_plan = split if split is not None and settings == AS_PLANNED else at_planned_rate(settings)
-        is_kept = is_decided = at_plan.kept
-        if not is_kept:
-            kept_rps = _kept_below(
-                planned_rps,
-                at_least_rps=at_least_rps,
-                seems_sure=lambda rate_rps: simulate(settings, rate_rps, ordinary).sure,
-                is_sure=is_sure,
-            )
-            is_decided = True
-        elif _may_keep_more(plan, at_plan) and not too_short:
-            higher = (factor * planned_rps for factor in MORE)
-            kept_rps = next((rate_rps for rate_rps in higher if is_calm(rate_rps)), planned_rps)
+        at_plan = split if split is not None and settings == AS_PLANNED else at_planned_rate()
     except _CancelledError:
-        if is_kept is None:
-            return None
+        return None
+    if at_plan.kept:
+        kept_rps = planned_rps
+        if _may_keep_more(plan, at_plan) and not too_short:
+            with suppress(_CancelledError):
+                higher = (factor * planned_rps for factor in MORE)
+                kept_rps = next((rate_rps for rate_rps in higher if is_calm(rate_rps)), planned_rps)
     summary = at_plan.summary
     found = Verification(
         rate_rps=planned_rps,
@@ -388,7 +396,7 @@ def _verify(
         too_short=too_short or None,
         dispatched=settings.dispatch or None,
     )
-    return _Outcome(found, is_decided)
+    return _AtPlannedRate(plan, found, kept_below)
 
 
 def _compile_dispatcher(on_start: Callable[[], None]) -> None:
@@ -589,24 +597,45 @@ def verified_plan(
     still missed, and half of it in the other direction if none is missed or there is no such plan. The result is the
     plan that serves most within the limits of the problem; one that keeps them at its own rate may serve a little less.
     Its bound is that of the problem, since a tighter limit can only exclude plans.
+
+    Lower rates of plans that miss a limit are simulated last, and only those at which such a plan would be the result.
     """
-    first = verified(plan, problem, seed=seed, cancelled=cancelled, report=report)
-    limit = None if find is None else _missed(first)
+    simulated = partial(_at_planned_rate, problem=problem, seed=seed, cancelled=cancelled, report=report)
+    first = simulated(plan)
+    if first is None:
+        return plan
+    limit = None if find is None else _missed(first.found, plan)
     if find is None or limit is None:
-        return first
-    best, step = first, limit.planned_s / limit.asked_s
-    share, planned_s = step, _planned_s(first, limit)
+        return first.decided()
+    tried, step = [first], limit.planned_s / limit.asked_s
+    share, planned_s = step, _planned_s(plan, limit)
     for _ in range(SEARCHES):
-        tried = replace(limit, planned_s=share * planned_s)
-        again = None if cancelled.is_set() else _found(find, replace(problem, objective=tried.of(problem.objective)))
-        if again is not None:
-            again = _answering(first, problem, again, tried)
-            known_rps = _kept_rps(best) if problem.objective.maximises else 0.0
-            again = verified(again, problem, seed=seed, cancelled=cancelled, report=report, at_least_rps=known_rps)
-            best = max(best, again, key=_worth)
-        still_missed = again is not None and _missed(again) is not None
+        tightened = replace(limit, planned_s=share * planned_s)
+        posed = replace(problem, objective=tightened.of(problem.objective))
+        again = None if cancelled.is_set() else _found(find, posed)
+        other = None if again is None else simulated(_answering(plan, problem, again, tightened))
+        tried += [] if other is None else [other]
+        still_missed = other is not None and not other.found.kept
         share *= step if still_missed else step**-0.5
-    return best
+    return _best(tried)
+
+
+def _best(tried: Sequence[_AtPlannedRate]) -> Plan:
+    """Return the plan that serves most within the limits, with a note if that is not the first one, which misses them.
+
+    If several serve as much, it is the first of them.
+    """
+    best = max((one.decided() for one in tried if one.found.kept), key=_worth, default=None)
+    missed = () if best is not None and not best.objective.maximises else [one for one in tried if not one.found.kept]
+    below_rps = None  # rate at and above which the first plan misses the limits, if that is known
+    for one in reversed(missed):
+        least_rps = 0.0 if best is None else _worth(best)[1]
+        decided = one.decided(least_rps)
+        best = decided if best is None else max(decided, best, key=_worth)
+        below_rps = None if verification_of(decided) is None else min(least_rps, one.found.rate_rps)
+    assert best is not None, "each plan keeps or misses the limits"
+    other = tightening_of(best)
+    return best if other is None else replace(best, notes=(*best.notes, _sentence(tried[0], other, below_rps)))
 
 
 def tightening_of(plan: Plan) -> Tightening | None:
@@ -618,13 +647,12 @@ def tightening_of(plan: Plan) -> Tightening | None:
         return None
 
 
-def _missed(plan: Plan) -> Tightening | None:
+def _missed(found: Verification, plan: Plan) -> Tightening | None:
     """Return the limit that a simulated plan misses most, and the first step from this limit.
 
     None if it misses none.
     """
-    found = verification_of(plan)
-    if found is None or found.kept:
+    if found.kept:
         return None
     limited = limited_latencies(found, plan)  # a plan without limits is not verified
     if service_level_of(plan).attainment is None:
@@ -656,13 +684,11 @@ def _found(find: Find, problem: PlacementProblem) -> Plan | None:
 
 def _answering(first: Plan, problem: PlacementProblem, again: Plan, tried: Tightening) -> Plan:
     """Return the plan for a tightened limit as one for the problem, with the first plan's bound and inputs."""
-    inputs = {key: value for key, value in first.inputs.items() if key != VERIFICATION}
     return replace(
         again,
         objective=problem.objective,
         result=_bounded(again.result, first.result, maximises=problem.objective.maximises),
-        notes=(*again.notes, _sentence(first, tried)),
-        inputs={**inputs, TIGHTENED: asdict(tried)},
+        inputs={**first.inputs, TIGHTENED: asdict(tried)},
     )
 
 
@@ -672,14 +698,13 @@ def _bounded(result: SolveResult, first: SolveResult, *, maximises: bool) -> Sol
     return replace(found, status=status, solve_s=first.solve_s + result.solve_s)
 
 
-def _sentence(first: Plan, tried: Tightening) -> str:
-    found = verification_of(first)
-    assert found is not None, "it misses a limit"
-    until = "no rate that was tried" if found.kept_rps is None else f"{found.kept_rps:.4g} requests/s at most"
+def _sentence(first: _AtPlannedRate, tried: Tightening, below_rps: float | None) -> str:
+    result = first.plan.result
+    this = "misses the limits" if below_rps is None else f"keeps the limits at less than {below_rps:.4g} requests/s"
     return (
         f"planned for a {tried.name} of {tried.planned_s:.3g} s where {tried.asked_s:.3g} s are asked for: simulated, "
-        f"the best plan for {tried.asked_s:.3g} s by the model ({first.result.value:.4g} {first.result.unit}) keeps "
-        f"the limits at {until}; the bound is that for {tried.asked_s:.3g} s"
+        f"the best plan for {tried.asked_s:.3g} s by the model ({result.value:.4g} {result.unit}) {this}; the bound is "
+        f"that for {tried.asked_s:.3g} s"
     )
 
 
