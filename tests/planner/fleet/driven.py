@@ -33,12 +33,12 @@ class DrivenPlanner:
     ) -> None:
         self.store, self.epoch, self.crash = store, epoch, ""
         self._send = send
-        self._nodes = nodes
+        self.nodes = nodes  # declared in the cluster's document
         self.cluster = ClusterFleet(CLUSTER, epoch=epoch, settings=settings, counters=FleetCounters())
         self.reread(now_s)
 
     def reread(self, now_s: float) -> None:
-        self.cluster.take(read_cluster(self.store.tables, CLUSTER), self._nodes, now_s=now_s)  # type: ignore[arg-type]
+        self.cluster.take(read_cluster(self.store.tables, CLUSTER), self.nodes, now_s=now_s)  # type: ignore[arg-type]
 
     def settle(self, now_s: float) -> None:
         """Decide, store and send until no decision is left."""

@@ -185,6 +185,35 @@ def test_the_node_of_the_primary_is_lost_and_the_replica_fails_and_the_change_wa
     world.check_healed()
 
 
+@pytest.mark.parametrize("is_restarted", [False, True])
+def test_a_dead_node_that_leaves_the_document_does_not_serve_again(world: World, is_restarted: bool) -> None:
+    def pass_lease() -> None:
+        for _ in range(6):
+            for node in ("b", "c"):
+                world.agents[node].heartbeat()
+            world.flow()
+            world.pass_time(1.0)
+
+    world.disconnect("a")
+    pass_lease()
+    replicas = world.store.tables.replicas.rows
+    assert replicas[REPLICA].state == replica_pb2.REPLICA_STATE_FAILED
+    if is_restarted:
+        world.restart_planner()
+        for node in ("b", "c"):
+            world.connect(node)
+    world.planner.nodes = ("b", "c")
+    world.planner.reread(world.now_s)
+    world.settle()
+    pass_lease()
+    assert replicas[REPLICA].state == replica_pb2.REPLICA_STATE_FAILED
+    world.planner.nodes = ("a", "b", "c")
+    world.planner.reread(world.now_s)
+    world.heal()
+    assert replicas[REPLICA].state == replica_pb2.REPLICA_STATE_SERVING
+    world.check_healed()
+
+
 def test_an_attention_worker_is_lost_and_the_replica_is_degraded_and_told_so(world: World) -> None:
     world.disconnect("c")
     for _ in range(6):

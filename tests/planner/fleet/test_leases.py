@@ -75,6 +75,56 @@ def test_a_node_that_no_document_names_is_undeclared_until_one_does() -> None:
     assert "x" not in found
 
 
+def test_a_node_that_leaves_the_document_is_lost_when_its_lease_expires() -> None:
+    found = leases()
+    found.connect("a", now_s=0.0)
+    found.disconnect("a")
+    assert found.declare([], now_s=1.0) == ["a"]
+    assert ("a" in found, found.nodes, found.num_undeclared, found.state("a")) == (False, [], 0, SUSPECT)
+    assert found.expire(4.9) == []
+    assert found.expire(5.0) == ["a"]
+    assert found.state("a") == LOST
+    found.declare(["a"], now_s=6.0)
+    assert ("a" in found, found.state("a")) == (True, LOST), "declared again, it is not there yet"
+    found.declare([], now_s=7.0)
+    found.connect("a", now_s=8.0)
+    assert (found.num_undeclared, found.state("a")) == (1, UNDECLARED)
+    found.disconnect("a")
+    found.forget("a")
+    assert found.state("a") == cluster_pb2.NODE_STATE_UNSPECIFIED
+    found.declare(["b"], now_s=9.0)
+    found.declare([], now_s=9.0)
+    assert found.state("b") == cluster_pb2.NODE_STATE_UNSPECIFIED, "it was never connected"
+
+
+def test_a_known_node_that_no_document_names_has_a_lease_to_come_back_after_a_restart() -> None:
+    found = Leases(suspect_s=2.0, lease_s=5.0)
+    found.declare(["b"], now_s=100.0, known=["a"])
+    assert ("a" in found, found.state("a")) == (False, SUSPECT)
+    assert found.expire(105.0) == ["a"]
+    assert found.state("a") == LOST
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from(["connect", "disconnect", "declare", "omit", "forget"]), st.sampled_from("ab")))
+)
+def test_nodes_are_counted_as_declared_and_connected(steps: list[tuple[str, str]]) -> None:
+    found, declared, connected = Leases(suspect_s=2.0, lease_s=5.0), set[str](), set[str]()
+    for now_s, (step, node) in enumerate(steps):
+        if step in ("declare", "omit"):
+            declared = declared | {node} if step == "declare" else declared - {node}
+            found.declare(declared, now_s=now_s)
+        elif step == "forget":
+            found.forget(node)
+        else:
+            getattr(found, step)(node, **({"now_s": now_s} if step == "connect" else {}))
+            connected = connected | {node} if step == "connect" else connected - {node}
+        found.expire(now_s)
+        assert set(found.nodes) == declared | connected
+        assert {name for name in "ab" if name in found} == declared | connected
+        assert (found.num_connected, found.num_undeclared) == (len(connected), len(connected - declared))
+
+
 @given(st.lists(st.tuples(st.sampled_from(["connect", "disconnect", "hear"]), st.floats(0.1, 4.0)), max_size=30))
 def test_the_state_is_that_of_a_plain_look_at_the_clock(steps: list[tuple[str, float]]) -> None:
     found, now_s, heard_s, connected = leases(), 0.0, -1.0, False

@@ -213,11 +213,11 @@ def test_what_a_node_said_before_it_was_declared_is_stored_then_and_forgotten_wh
     planner = world.planner
     session = connect(world, "d", inventory=INVENTORY)
     assert "d" not in stored(world)
-    planner._nodes = ("a", "b", "c", "d")
+    planner.nodes = ("a", "b", "c", "d")
     planner.reread(world.now_s)
     planner.settle(world.now_s)
     assert world.store.tables.nodes.rows[f"{CLUSTER}/nodes/d"].body.inventory == INVENTORY
-    planner._nodes = ("a", "b", "c")
+    planner.nodes = ("a", "b", "c")
     planner.reread(world.now_s)
     planner.settle(world.now_s)
     assert "d" in stored(world)  # it stays until its stream ends
@@ -229,10 +229,10 @@ def test_what_a_node_said_before_it_was_declared_is_stored_then_and_forgotten_wh
 def test_a_node_that_goes_while_what_it_said_is_written_is_forgotten_as_well(world: World) -> None:
     planner, cluster = world.planner, world.planner.cluster
     world.to_agent["d"] = []
-    planner._nodes = ("a", "b", "c", "d")
+    planner.nodes = ("a", "b", "c", "d")
     planner.reread(world.now_s)
     session = cluster.open("d", ModelAgent("d", world.engines).hello(), now_s=world.now_s, time_s=world.now_s)
-    planner._nodes = ("a", "b", "c")
+    planner.nodes = ("a", "b", "c")
     planner.reread(world.now_s)
     writes = deciding.decide(cluster, now_s=world.now_s)
     cluster.close("d", session)

@@ -237,7 +237,7 @@ class ClusterFleet:
             self.show("cluster", self.name)
             self.dirty |= self._replicas_on.get(node, set())
             state = self.leases.state(node)
-            if state in (NodeState.NODE_STATE_LOST, NodeState.NODE_STATE_READY, NodeState.NODE_STATE_UNSPECIFIED):
+            if state in (NodeState.NODE_STATE_LOST, NodeState.NODE_STATE_READY) or node not in self.leases:
                 self.capacity_changed = True
             self.changes.note_presence(node, state)
 
@@ -372,6 +372,7 @@ class ClusterFleet:
         self._replicas_on.pop(node, None)
         self._talking.discard(node)
         self._waiting.discard(node)
+        self.leases.forget(node)
         if node in self.node_records and not self.is_draining(node):
             self.unneeded_nodes[node] = None
 

@@ -19,9 +19,16 @@ class _Presence:
     heard_s: float | None = None  # when the last message arrived; None: never
     due_s: float | None = None  # when the state may change by time alone; other entries of the heap are void
 
+    @property
+    def is_present(self) -> bool:
+        return self.declared or self.connected
+
 
 class Leases:
     """The presence of nodes by name. A message only records its time; `expire` finds the silent nodes.
+
+    A node that was connected, and is neither declared nor connected any more, is absent: its lease still expires, after
+    which it is LOST, until it is declared, connected or forgotten. Replicas on it must not be believed to serve.
 
     Args:
         suspect_s: silence after which a node is SUSPECT.
@@ -33,15 +40,17 @@ class Leases:
         self._lease_s = lease_s
         self._nodes: dict[str, _Presence] = {}
         self._due: list[tuple[float, str]] = []  # a heap of times at which nodes must be checked
-        self._num_connected = self._num_declared = 0
+        self._num_connected = self._num_declared = self._num_absent = 0
 
     def __contains__(self, node: str) -> bool:
-        return node in self._nodes
+        """Return whether the node is declared or connected."""
+        found = self._nodes.get(node)
+        return found is not None and found.is_present
 
     @property
     def nodes(self) -> list[str]:
         """All nodes that are declared or connected."""
-        return list(self._nodes)
+        return [node for node, found in self._nodes.items() if found.is_present]
 
     @property
     def num_connected(self) -> int:
@@ -51,7 +60,7 @@ class Leases:
     @property
     def num_undeclared(self) -> int:
         """The number of nodes with a stream that the cluster's document does not name."""
-        return len(self._nodes) - self._num_declared
+        return len(self._nodes) - self._num_declared - self._num_absent
 
     def is_declared(self, node: str) -> bool:
         found = self._nodes.get(node)
@@ -78,32 +87,48 @@ class Leases:
         names, earlier = set(nodes), set(known)
         self._num_declared = len(names)
         changed = []
-        for node in [node for node in self._nodes if node not in names]:
-            presence = self._nodes[node]
+        for node, presence in list(self._nodes.items()):
+            if node in names or not presence.is_present:
+                continue
             presence.declared = False
             if not presence.connected:
-                del self._nodes[node]
+                self._leave(node)
                 changed.append(node)
             elif self._enter(node, State.NODE_STATE_UNDECLARED):
                 changed.append(node)
-        for node in names:
-            before = self._nodes.get(node)
+        for node in names | earlier:
+            before, is_declared = self._nodes.get(node), node in names
             if before is None:
-                self._nodes[node] = _Presence(state=State.NODE_STATE_EXPECTED, declared=True)
+                self._nodes[node] = _Presence(state=State.NODE_STATE_EXPECTED, declared=is_declared)
+                self._num_absent += not is_declared
                 if node in earlier:
                     self._nodes[node].state = State.NODE_STATE_SUSPECT
                     self._nodes[node].heard_s = now_s
                     self._look_at(node, now_s + self._lease_s)
                 changed.append(node)
-            elif not before.declared:
+            elif is_declared and not before.declared:
                 before.declared = True
-                if self._enter(node, State.NODE_STATE_READY if before.connected else State.NODE_STATE_SUSPECT):
-                    changed.append(node)
+                if before.connected:
+                    self._enter(node, State.NODE_STATE_READY)
+                else:  # SUSPECT or LOST
+                    self._num_absent -= 1
+                changed.append(node)
         return changed
+
+    def forget(self, node: str) -> None:
+        """Forget a node if it is absent: whether it is LOST is of no interest any more."""
+        found = self._nodes.get(node)
+        if found is not None and not found.is_present:
+            del self._nodes[node]
+            self._num_absent -= 1
 
     def connect(self, node: str, *, now_s: float) -> bool:
         """Record that a stream began; return whether the state changed. An undeclared node becomes UNDECLARED."""
-        presence = self._nodes.setdefault(node, _Presence(state=State.NODE_STATE_UNSPECIFIED, declared=False))
+        presence = self._nodes.get(node)
+        if presence is None:
+            presence = self._nodes[node] = _Presence(state=State.NODE_STATE_UNSPECIFIED, declared=False)
+        elif not presence.is_present:
+            self._num_absent -= 1
         self._num_connected += not presence.connected
         presence.connected, presence.heard_s = True, now_s
         self._look_at(node, now_s + self._suspect_s)
@@ -117,7 +142,7 @@ class Leases:
         presence.connected = False
         self._num_connected -= 1
         if not presence.declared:
-            del self._nodes[node]
+            self._leave(node)
             return True
         assert presence.heard_s is not None
         self._look_at(node, presence.heard_s + self._lease_s)
@@ -140,7 +165,9 @@ class Leases:
         while self._due and self._due[0][0] <= now_s:
             due_s, node = heapq.heappop(self._due)
             presence = self._nodes.get(node)
-            if presence is None or presence.due_s != due_s or presence.heard_s is None or not presence.declared:
+            if presence is None or presence.due_s != due_s or presence.heard_s is None:
+                continue
+            if presence.connected and not presence.declared:  # UNDECLARED, however silent
                 continue
             presence.due_s = None
             silent_s = now_s - presence.heard_s
@@ -164,6 +191,17 @@ class Leases:
                 presence.heard_s = min(presence.heard_s + gap_s, now_s)
             if presence.due_s is not None:
                 self._look_at(node, presence.due_s + gap_s)
+
+    def _leave(self, node: str) -> None:
+        """Let a node be absent, or forget it if it was never connected."""
+        presence = self._nodes[node]
+        if presence.heard_s is None:
+            del self._nodes[node]
+            return
+        self._num_absent += 1
+        if presence.state != State.NODE_STATE_LOST:
+            presence.state = State.NODE_STATE_SUSPECT
+            self._look_at(node, presence.heard_s + self._lease_s)
 
     def _look_at(self, node: str, due_s: float) -> None:
         self._nodes[node].due_s = due_s
