@@ -41,6 +41,29 @@ def test_a_cluster_file_is_created_then_updated(planner: FakePlanner, hetis_plan
     planner.clusters[name].document.digest = "sha256:1"  # as the real planner, which sees that nothing changed
 
 
+def test_a_cluster_of_another_name_with_the_same_id_is_not_replaced_by_accident(
+    planner: FakePlanner, hetis_plan: Run, capsys: Captured, tmp_path: Path
+) -> None:
+    stored, other = tmp_path / "stored.yaml", tmp_path / "other.yaml"
+    for path, name in ((stored, "Prod.Fleet_1"), (other, "prod.fleet.1")):
+        path.write_text(Path(PAPER).read_text().replace("name: paper", f"name: {name}"))
+    assert hetis_plan("apply", str(stored)) == ExitCode.OK
+    for command in (
+        ("apply", str(other)),
+        ("apply", str(other), "--dry-run"),
+        ("apply", "-c", str(other), *PROBLEM[2:]),
+    ):
+        capsys.readouterr()
+        assert hetis_plan(*command) == ExitCode.CONFLICT
+        said = capsys.readouterr().err
+        assert (
+            "clusters/prod-fleet-1 is the cluster named 'Prod.Fleet_1', and the file's is named 'prod.fleet.1'" in said
+        )
+        assert planner.clusters["clusters/prod-fleet-1"].document.content == stored.read_bytes()
+    assert hetis_plan("apply", str(other), "--rename") == ExitCode.OK
+    assert planner.clusters["clusters/prod-fleet-1"].document.content == other.read_bytes()
+
+
 def test_somebody_elses_change_is_a_conflict(planner: FakePlanner, hetis_plan: Run, capsys: Captured) -> None:
     hetis_plan("apply", PAPER)
     name = next(iter(planner.clusters))

@@ -8,12 +8,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import grpc
 import typer
 
 from hetis.formats.catalogue import UnknownNameError, find_model, find_workload
 from hetis.formats.command_line.terminal import Terminal
 from hetis.formats.documents import Value, dump, load, load_cluster, load_model, load_plan, load_profile, load_workload
 from hetis.formats.files import write_atomically
+from hetis.formats.positions import parse_text
 from hetis.planner.cli import options
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.cli.outputs import refuse_unwritable
@@ -49,11 +51,16 @@ def document(path: str, value: Value, kind: document_pb2.DocumentKind.ValueType)
     return _content("stdin", value, kind) if path == "-" else document_of_file(path, kind)
 
 
-def apply_resource(client: Client, path: str, value: Cluster | Profile, *, dry_run: bool) -> tuple[Any, str]:
+def apply_resource(
+    client: Client, path: str, value: Cluster | Profile, *, dry_run: bool, may_rename: bool
+) -> tuple[Any, str]:
     """Create or update the cluster or profile of a file, under an id made from its name or GPU type.
 
     The update carries the etag that was read, so that it never overwrites another client's change. Return the resource,
     and whether it was created, updated or left unchanged.
+
+    Raises:
+        CallError: the planner refused something, or the cluster with this id has another name and not ``may_rename``.
     """
     kind, messages, requests, calls, own = (
         ("Cluster", cluster_pb2, cluster_service_pb2, client.clusters, id_of(value.name))
@@ -69,15 +76,32 @@ def apply_resource(client: Client, path: str, value: Cluster | Profile, *, dry_r
     form = document_pb2.DocumentKind.Value(f"DOCUMENT_KIND_{kind.upper()}")
     wanted = getattr(messages, kind)(name=f"{field}s/{own}", document=document(path, value, form))
     try:
-        present = fetched(client, f"{field}s", wanted.name, basic=True)
+        present = fetched(client, f"{field}s", wanted.name, basic=not isinstance(value, Cluster))
     except CallError as error:
         if error.reason != "NOT_FOUND":
             raise
         return call("Create", **{f"{field}_id": own, field: wanted}, validate_only=dry_run), "created"
+    if isinstance(value, Cluster) and not may_rename:
+        _refuse_other_name(wanted.name, value.name, _name_in(present.document))
     wanted.etag = present.etag
     changed = call("Update", **{field: wanted}, validate_only=dry_run)
     same = present.document.digest and present.document.digest == changed.document.digest
     return changed, "unchanged" if same else "updated"
+
+
+def _refuse_other_name(resource: str, name: str, stored: str) -> None:
+    """Refuse to replace a cluster of another name: ids leave out what names differ in, such as case and dots."""
+    if stored not in ("", name):
+        message = f"{resource} is the cluster named {stored!r}, and the file's is named {name!r}, which has the same id"
+        advice = "to replace it, give --rename, otherwise name the file's cluster differently"
+        raise CallError(f"{message}: {advice}", code=grpc.StatusCode.FAILED_PRECONDITION)
+
+
+def _name_in(stored: document_pb2.Document) -> str:
+    """Return the name of a cluster in a document that the planner accepted; empty if it has none."""
+    data, _ = parse_text(stored.content.decode("utf-8", "replace"), stored.source_name)
+    name = data.get("name") if isinstance(data, dict) else None
+    return name if isinstance(name, str) else ""
 
 
 # --- the problem of a plan
@@ -251,7 +275,7 @@ class Applying:
                 continue
             if not isinstance(value, Cluster | Profile):
                 raise typer.BadParameter(f"{path} is a {type(value).__name__}, expected a Cluster, Profile or Plan")
-            resource, what = apply_resource(self.client, path, value, dry_run=dry_run)
+            resource, what = apply_resource(self.client, path, value, dry_run=dry_run, may_rename=self.asked.rename)
             self._done.append((resource, what))
             self.terminal.say(f"{resource.name} {what}{' (dry run)' if dry_run else ''}")
 
