@@ -513,12 +513,19 @@ def _with_equal_stages(
 
     It also gets the values with one TP size in all replicas, by size. Values whose search was cut short are left out.
     The first search may be cut short only because it compiles, and is then repeated.
+
+    Raises:
+        BrokenProofError: equal stages, which the plan's family contains, are better than its bound.
     """
+
+    from hetis.solver.placement.outcome import sound_bound
 
     def value(of: PlacementProblem, budget: Budget) -> tuple[float | None] | None:
         return equal_stages_within(budget, of, settings.seed)
 
     best = value(problem, equal_stages_budget(cancelled)) or value(problem, equal_stages_budget(cancelled))
+    if best and best[0] is not None and Role.UNIFIED in problem.family.roles:
+        sound_bound(plan.result.bound, best[0], maximises=problem.objective.maximises)
     most = max(slots.count for group in problem.cluster.node_groups for slots in group.gpus)
     forbidden = {each.tp for each in problem.constraints if isinstance(each, WithoutTp)}
     freely = replace(

@@ -386,11 +386,27 @@ class Master:
         matrix = np.concatenate(rows, axis=1)
         entry_columns, entry_rows = np.nonzero(matrix)
         nothing, num_columns = np.zeros(len(matrix)), len(columns.rates)
+        most = nothing + highspy.kHighsInf
+        if whole and self.routes.splits_roles:
+            most[num_columns:] = self._more_than_flows(columns)
         return linear_program(
-            served if self.maximises else objective, (nothing, nothing + highspy.kHighsInf),
+            served if self.maximises else objective, (nothing, most),
             (lower, np.concatenate(upper)), [(entry_rows, entry_columns, matrix[entry_columns, entry_rows])],
             whole=np.arange(len(matrix)) < num_columns if whole else None, maximise=self.maximises,
         )  # fmt: skip
+
+    def _more_than_flows(self, columns: Columns) -> FloatArray:
+        """Return a rate above every flow of whole counts that fit; [flows].
+
+        The rows imply such limits. Without them, HiGHS 1.12 to 1.15 may call a choice the optimum, presolve being off,
+        that is far from it.
+        """
+        most = np.zeros(self.routes.num_sides)
+        np.maximum.at(most, columns.sides, columns.rates / columns.uses.sum(axis=1))
+        local, afar, receiving = self.routes.parts(2.0 * float(self.limits.sum()) * most)
+        flows: FloatArray = np.minimum.outer(afar, receiving)
+        np.fill_diagonal(flows, np.minimum(np.maximum(local, afar), receiving))
+        return flows.ravel()
 
     def _flow_rows(self, columns: Columns) -> tuple[FloatArray, FloatArray]:
         """Return coefficients [K + flows, .] and upper limits of the rows that bind flows.
