@@ -101,7 +101,7 @@ def test_no_pod_has_rights(layout: Layout) -> None:
             assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
             assert container["securityContext"] == {
                 "allowPrivilegeEscalation": False,
-                "readOnlyRootFilesystem": True,
+                "readOnlyRootFilesystem": False,  # GPU hooks write to it
                 "capabilities": {"drop": ["ALL"]},
             }
             assert not {"hostNetwork", "hostPID", "hostIPC"} & set(pod)
@@ -219,8 +219,8 @@ def test_pods_cannot_share_a_gpu() -> None:
     with pytest.raises(LayoutError) as caught:
         objects(layout)
     assert caught.value.messages == (
-        "several ranks of vLLM have KV on b/0, b/1, each in its own process, and pods cannot share a GPU: use "
-        "processes or ray",
+        "several ranks of vLLM have KV on b/0, b/1, each in its own process, and pods cannot share a GPU: let "
+        "processes or Ray run the replica",
     )
     assert objects(layout, replace(SERVING, device="cpu"))
 

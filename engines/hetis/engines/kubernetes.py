@@ -44,12 +44,14 @@ MODEL_LABELS = {"llm-d.ai/inference-serving": "true"}
 _SGLANG_KEY = "HETIS_API_KEY"
 SET_HERE = ("--host", "--port", "--api-key")  # options of vLLM that are set here
 _CONFIG_FOLDER, _CONFIG_FILE, _KEY_FILE = "/etc/hetis", "workers.yaml", "/tmp/hetis-worker.key"
+_OWN_MOUNTS = (_CONFIG_FOLDER, "/tmp", "/dev/shm")
 # A Secret mounted as a file is readable to the pod's group, if it has one. A key must not be: pass it in a variable.
 _WITH_KEY = f'umask 077 && printf %s "${KEY_VARIABLE}" > {_KEY_FILE} && unset {KEY_VARIABLE} && exec "$@"'
 _USER = 10001  # the same as in our images
 _RESOURCES = {"NVIDIA": "nvidia.com/gpu", "AMD": "amd.com/gpu"}  # resource names of the vendors' device plugins
 _GRACE_S = 45
 _LONGEST_LABEL = 63  # maximum length of a label value in Kubernetes
+_OBJECT = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*")
 NAMESPACE = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
 _NAME = re.compile(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?")  # pod names are longer than this and must fit into 63 characters
 
@@ -71,10 +73,10 @@ class Deployment:
     # Names of the replicas that exchange KV with this one. Empty: unknown; any hetis replica in the namespace may.
     kv_partners: tuple[str, ...] = ()
 
-    def wrong(self, model: str, *, has_workers: bool = True) -> list[str]:
+    def wrong(self, model: str, *, has_workers: bool = True, model_option: str = "--model-path") -> list[str]:
         """Return what is wrong with these settings, in terms of the command-line options.
 
-        ``model`` is the path of the model in the pod, or its name.
+        ``model`` is the path of the model in the pod, or its name, the value of ``model_option``.
         """
         wrong = []
         if not _NAME.fullmatch(self.name):
@@ -91,8 +93,18 @@ class Deployment:
             wrong.append("--worker-key-secret is missing: the key of vLLM and its workers")
         path = PurePosixPath(model)
         if self.model_claim and (not path.is_absolute() or len(path.parts) < 3):
-            wrong.append(f"--model-path is {model!r}, must be like /models/NAME")
-        if bool(self.key_secret) == self.is_open:
+            wrong.append(f"{model_option} is {model!r}, must be like /models/NAME")
+        elif self.model_claim and str(path.parent) in _OWN_MOUNTS:
+            wrong.append(f"{model_option} is {model!r}: {path.parent} is mounted by pods for their own files")
+        secrets = {"--api-key-secret": self.key_secret, "--worker-key-secret": self.worker_secret}
+        for option, name in (secrets | {"--model-claim": self.model_claim}).items():
+            if name and not _OBJECT.fullmatch(name):
+                wrong.append(
+                    f"{option} is {name!r}, must be the name of an object: lower-case letters, digits, - and ."
+                )
+        if self.key_secret and self.is_open:
+            wrong.append("--api-key-secret and --insecure contradict each other: give one of them")
+        elif not self.key_secret and not self.is_open:
             wrong.append("give --api-key-secret, or --insecure to serve without a key")
         return wrong
 
@@ -100,6 +112,11 @@ class Deployment:
 def on_node(node: str) -> dict[str, str]:
     """Return the node selector for a node of the plan, by the label that every kubelet sets."""
     return {NODE_LABEL: node}
+
+
+def tolerations_of(process: Process) -> list[dict[str, str]]:
+    """Return the tolerations of the taint by which clusters keep other pods off GPU nodes: the name of the resource."""
+    return [{"key": _RESOURCES[process.vendor], "operator": "Exists", "effect": "NoSchedule"}]
 
 
 def annotations_of(process: Process) -> dict[str, str]:
@@ -138,7 +155,7 @@ def refuse_shared_cards(layout: Layout) -> None:
     if shared:
         raise LayoutError(
             f"several ranks of vLLM have KV on {', '.join(shared)}, each in its own process, and pods cannot "
-            "share a GPU: use processes or ray"
+            "share a GPU: let processes or Ray run the replica"
         )
 
 
@@ -283,7 +300,8 @@ class ReplicaObjects:
             "resources": self._resources(process),
             "securityContext": {
                 "allowPrivilegeEscalation": False,
-                "readOnlyRootFilesystem": True,
+                # Hooks of NVIDIA's container toolkit write to the root of a container before it starts.
+                "readOnlyRootFilesystem": not self._on_gpus,
                 "capabilities": {"drop": ["ALL"]},
             },
         }
@@ -301,6 +319,7 @@ class ReplicaObjects:
                 "fsGroup": _USER,
                 "seccompProfile": {"type": "RuntimeDefault"},
             },
+            **({"tolerations": tolerations_of(process)} if self._on_gpus else {}),
             "containers": [container],
             "volumes": [*volumes, {"name": "tmp", "emptyDir": {}}],
         }
@@ -321,8 +340,12 @@ class ReplicaObjects:
             },
         }
 
+    @property
+    def _on_gpus(self) -> bool:
+        return self._serving.device == "cuda"
+
     def _resources(self, process: Process) -> dict[str, Any]:
-        if self._serving.device == "cuda":
+        if self._on_gpus:
             return {"limits": {_RESOURCES[process.vendor]: len(process.gpus)}}
         return {"requests": {"memory": str(process.kv_bytes * len(process.gpus))}}
 

@@ -166,3 +166,41 @@ def test_a_plan_without_its_model_is_refused(tmp_path: Path, capsys: pytest.Capt
     code = run(["export", str(tmp_path / "plan.json"), "--to", "vllm"])
     assert code == ExitCode.INVALID
     assert "Traceback" not in capsys.readouterr().err
+
+
+def test_an_altered_plan_is_exported_with_a_warning(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Two replicas on the same GPUs, of a plan that has what it was made from."""
+    placed = tmp_path / "placed.json"
+    sizes = ["-c", "examples/fleet-160.yaml", "-m", "Llama-3.1-8B", "-w", "500/50", "--no-verify"]
+    assert run(["place", *sizes, "--strategy", "uniform", "--time-limit", "2s", "--out", str(placed), "-q"]) == 0
+    document = json.loads(placed.read_text())
+    first, second, *_ = document["replicas"]
+    second["stages"][0]["devices"] = first["stages"][0]["devices"]
+    placed.write_text(json.dumps(document))
+    assert run(["export", str(placed), "--to", "vllm", "--out", str(tmp_path / "out")]) == 0
+    assert "does not pass `hetis-plan check`" in capsys.readouterr().err
+
+
+def test_a_key_that_nothing_asks_for_is_said_to_be_lost(plan_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for target, said in (("vllm", "vllm reads no Secrets"), ("dynamo", "Dynamo's front end, which asks for no key")):
+        assert run(["export", str(plan_file), "--to", target, "--api-key-secret", "keys"]) == 0
+        assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--to", "kubernetes"], "give --api-key-secret, or --insecure to serve without a key"),
+        (["--to", "kubernetes", "--insecure", "--api-key-secret", "k"], "contradict each other"),
+        (["--to", "kubernetes", "--api-key-secret", "X_Y"], "--api-key-secret is 'X_Y', must be the name of an object"),
+        (["--to", "kubernetes", "--insecure", "--model-claim", "c", "--model", "m"], "--model is 'm', must be like"),
+        (["--to", "lws", "--insecure", "--model-claim", "c", "--model", "/tmp/m"], "/tmp is mounted by pods"),
+        (["--to", "vllm", "--model", "-x"], "--model is '-x', must be a name or a folder"),
+        (["--to", "compose", "--image", "a b"], "an image name has spaces"),
+    ],
+)
+def test_wrong_options_are_mistakes_of_the_caller(
+    plan_file: Path, capsys: pytest.CaptureFixture[str], words: list[str], said: str
+) -> None:
+    assert run(["export", str(plan_file), *words]) == ExitCode.INVALID
+    assert said in capsys.readouterr().err

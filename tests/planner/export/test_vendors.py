@@ -79,16 +79,16 @@ def test_workers_on_amds_gpus_beside_an_engine_on_nvidias() -> None:
         ("plugin:1", "nvidia.com/gpu"),
         ("worker-rocm:1", "amd.com/gpu"),
     }
-    with pytest.raises(NotExportableError) as caught:
+    with pytest.raises(DocumentError) as caught:
         exported(AMD_WORKERS, ExportTarget.KUBERNETES, image="", worker_image="worker:1")
-    assert caught.value.reasons == (
+    assert [problem.message for problem in caught.value.problems] == [
         "--image is missing: vLLM with the plugin, as docker/vllm.Dockerfile makes it",
         "--worker-image is missing for AMD GPUs: give --worker-image IMAGE,AMD=IMAGE",
-    )
+    ]
 
 
 def test_what_a_vendor_has_no_image_for_is_refused() -> None:
-    with pytest.raises(NotExportableError, match="--image is missing for AMD GPUs: give --image IMAGE,AMD=IMAGE"):
+    with pytest.raises(DocumentError, match="--image is missing for AMD GPUs: give --image IMAGE,AMD=IMAGE"):
         exported(TWO_VENDORS, ExportTarget.KUBERNETES, engine=Engine.SGLANG, image="cuda:1")
     made = exported(TWO_VENDORS, ExportTarget.DYNAMO, engine=Engine.VLLM, image="")
     assert any("it has GPUs of AMD: Dynamo's images are for NVIDIA's" in line for line in made.lost)

@@ -27,6 +27,7 @@ hetis-plan export plan.json --to vllm --model /models/llama --node-address gpu1=
 hetis-plan export plan.json --to kubernetes --insecure --out - | kubectl apply -f -\n
 hetis-plan export plan.json --to sglang --strict -- --context-length 8192"""
 
+CHECKED_AGAINST = {"cluster", "model", "workload", "profiles"}  # documents in a plan
 _cluster = panel("In a cluster")
 
 
@@ -82,6 +83,7 @@ def export(
 ) -> ExitCode:
     """Export a plan as files for an engine or orchestrator, with router weights and a list of what is not exported."""
     from hetis.formats.documents import load_plan
+    from hetis.planner.cli.plans import load_and_check
     from hetis.planner.export.replicas import ExportSettings
     from hetis.planner.export.targets import export_wanted, folder_refusals, write_files
 
@@ -92,7 +94,10 @@ def export(
     own = ("to", "out", "strict", "force", "node_address")
     given = {name: value for name, value in vars(asked).items() if name not in own}
     settings = ExportSettings(hosts=hosts, engine_options=tuple(engine_options or ()), **given)
-    made = export_wanted(load_plan(plan), asked.to, settings, file=plan, spelled=_spelled, more_wrong=wrong)
+    found = load_plan(plan)
+    made = export_wanted(found, asked.to, settings, file=plan, spelled=_spelled, more_wrong=wrong)
+    if found.inputs.get("documents", {}).keys() >= CHECKED_AGAINST:
+        load_and_check(terminal, [plan])
     if asked.strict and made.lost:
         lost = [f"- {line}" for line in made.lost]
         terminal.error(f"--strict: {asked.to.value} cannot export the whole plan, so nothing was written", lost)

@@ -44,7 +44,7 @@ def explain(terminal: Terminal, plan: PlanArgument) -> ExitCode:
     from hetis.planner.use_cases.json_values import document, fields_of, json_value
     from hetis.solver.placement.explanation import explain_plan
 
-    (found,) = _load_and_check(terminal, [plan])
+    (found,) = load_and_check(terminal, [plan])
     explanation = explain_plan(found.plan, found.problem)
     of_plan = fields_of(found.plan, "strategy", "result", "prices", "runners_up", "notes")
     wide = terminal.output is OutputFormat.WIDE
@@ -96,7 +96,7 @@ def _load(terminal: Terminal, paths: list[str]) -> list[PlanAndProblem]:
     return found
 
 
-def _load_and_check(terminal: Terminal, paths: list[str]) -> list[PlanAndProblem]:
+def load_and_check(terminal: Terminal, paths: list[str]) -> list[PlanAndProblem]:
     """Read the plans, and warn of those whose figures the checker does not confirm: they are shown as true."""
     from hetis.solver.check import check_plan
 
@@ -145,7 +145,7 @@ def report(
 
     asked.refuse_what_would_be_ignored()
     refuse_unwritable_page(asked.out)
-    found = _load_and_check(terminal, plans)
+    found = load_and_check(terminal, plans)
     cancelled = threading.Event()
     curves = [_curve(terminal, one, cancelled) if asked.simulate else None for one in found]
     bought = [_market(terminal, one, cancelled, asked) if asked.buy_next else None for one in found]

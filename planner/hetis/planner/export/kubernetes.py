@@ -21,10 +21,10 @@ from hetis.engines.kubernetes import (
 )
 from hetis.engines.layout import Process
 from hetis.formats.documents import yaml_text
+from hetis.formats.errors import DocumentError, Problem
 from hetis.planner.export.replicas import (
     Launchable,
     LaunchableReplica,
-    NotExportableError,
     Written,
     engine_image,
     missing_images,
@@ -66,12 +66,12 @@ def deployment_of(launchable: Launchable, one: LaunchableReplica) -> Deployment:
 
 
 def check_cluster_options(launchable: Launchable) -> None:
-    """Raise NotExportableError with every missing option for Kubernetes objects."""
+    """Raise DocumentError with every missing or wrong option for Kubernetes objects."""
     one = next(iter(launchable.replicas.values()))
     deployment = replace(deployment_of(launchable, one), image="-", worker_image="-")  # checked for each vendor
-    wrong = deployment.wrong(one.serving.model, has_workers=launchable.has_workers)
+    wrong = deployment.wrong(one.serving.model, has_workers=launchable.has_workers, model_option="--model")
     if wrong := [*missing_images(launchable), *wrong]:
-        raise NotExportableError(tuple(wrong))
+        raise DocumentError(Problem(file="export", message=message) for message in wrong)
 
 
 def written_for_cluster(

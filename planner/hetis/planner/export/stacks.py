@@ -309,6 +309,8 @@ def write_dynamo(launchable: Launchable) -> Written:
     files = {f"graph-{i}.yaml": yaml_text(_graph(launchable, i, graph)) for i, graph in enumerate(graphs)}
     shares = "shares of replicas: Dynamo's front end balances by load and does not support weights"
     lost = [shares] if len(launchable.replicas) > 1 else []
+    if secret := launchable.settings.api_key_secret:
+        lost.append(f"--api-key-secret {secret}: clients reach Dynamo's front end, which asks for no key")
     fronts = {
         number: f"{launchable.settings.name}-{place // most}-frontend:8000"
         for place, number in enumerate(launchable.replicas)
@@ -361,7 +363,12 @@ def _component(launchable: Launchable, one: LaunchableReplica) -> dict[str, Any]
     kept = {name: container[name] for name in ("env", "resources", "volumeMounts", "image")}
     kept["env"] = [each for each in kept["env"] if each["name"] not in ("HOME", "NUMBA_CACHE_DIR")]
     main = {"name": "main", "command": words[:3], "args": words[3:], **kept}
-    template = {"nodeSelector": on_node(process.node), "containers": [main], "volumes": pod["volumes"]}
+    template = {
+        "nodeSelector": on_node(process.node),
+        "tolerations": pod["tolerations"],
+        "containers": [main],
+        "volumes": pod["volumes"],
+    }
     return {
         "name": one.name,
         "type": _TYPES[one.plan.role],

@@ -52,6 +52,9 @@ _WRITERS: Mapping[ExportTarget, Callable[[Launchable], Written]] = {
     ExportTarget.SLURM: write_slurm,
     ExportTarget.HETIS_LAUNCH: write_hetis_launch,
 }
+_WITH_SECRETS = (  # of Kubernetes
+    *(ExportTarget.KUBERNETES, ExportTarget.LWS, ExportTarget.LLM_D, ExportTarget.KSERVE, ExportTarget.DYNAMO),
+)
 # Targets that run only some engines; all others run any engine.
 ENGINES: Mapping[ExportTarget, tuple[Engine, ...]] = {
     ExportTarget.VLLM: (Engine.VLLM_HETIS, Engine.VLLM),
@@ -63,6 +66,9 @@ def export_plan(plan: Plan, model: ModelSpec, target: ExportTarget, settings: Ex
     """Return a plan as the files of a target. Raises NotExportableError if no replica can be launched there."""
     found = launchable(plan, model, settings)
     written = _WRITERS[target](found)
+    if settings.api_key_secret and target not in _WITH_SECRETS:
+        ignored = f"--api-key-secret {settings.api_key_secret}: {target.value} reads no Secrets, so no key is asked for"
+        written = replace(written, not_carried=(*written.not_carried, ignored))
     found = written.carried
     files = {
         "README.md": readme_of(target.value, found, written),
@@ -125,6 +131,8 @@ def _wrong_images(text: str) -> Iterator[str]:
     images = images_in(text)
     if not all(image for _, image in images):
         yield "an image name is empty"
+    if any(re.search(r"\s", image) for _, image in images):
+        yield "an image name has spaces"
     for vendor, times in Counter(vendor for vendor, image in images if image).items():
         if vendor not in VENDORS:
             yield f"{vendor} is not a supported vendor, must be {' or '.join(VENDORS)}"
@@ -135,6 +143,8 @@ def _wrong_images(text: str) -> Iterator[str]:
 def _wrong(
     given: ExportSettings, target: ExportTarget, allowed: tuple[Engine, ...], spelled: Callable[[str], str]
 ) -> Iterator[str]:
+    if given.model != given.model.strip() or given.model.startswith("-") or not given.model.isprintable():
+        yield f"{spelled('model')} is {given.model!r}, must be a name or a folder"
     for node, host in given.hosts.items():
         if not (node and is_host(host)):
             text = f"{node}={host}" if node else host  # as on the command line
