@@ -202,6 +202,27 @@ def test_slices_tell_mixed_nodes_right_and_claims_who_uses_them() -> None:
     assert "1 device (NVIDIA A100-SXM4-40GB): parts of GPUs (MIG)" in reason(fleet, "dra-0")
 
 
+def test_nodes_with_taints_that_pods_do_not_tolerate_are_left_out(tmp_path: Path) -> None:
+    data = json.loads((INPUTS / "kubectl_nodes.json").read_text())
+    taints = {"key": "nvidia.com/gpu", "effect": "NoSchedule"}, {"key": "node.kubernetes.io/x", "effect": "NoExecute"}
+    for node in data["items"]:
+        node["spec"].setdefault("taints", []).extend(taints)
+    (tmp_path / "tolerated.json").write_text(json.dumps(data))
+    before = gpus(found("kubectl_nodes.json"))
+    assert (
+        gpus(discovered(read_inventory([str(tmp_path / "tolerated.json")], FleetSource.AUTO), name="t", said={}))
+        == before
+    )
+    [first] = [node for node in data["items"] if node["metadata"]["name"] == next(iter(before))]
+    first["spec"]["taints"] += [
+        {"key": "dedicated", "value": "team-x", "effect": "NoSchedule"}, {"key": "spot", "effect": "PreferNoSchedule"},
+    ]  # fmt: skip
+    (tmp_path / "dedicated.json").write_text(json.dumps(data))
+    fleet = discovered(read_inventory([str(tmp_path / "dedicated.json")], FleetSource.AUTO), name="t", said={})
+    assert gpus(fleet) == dict(list(before.items())[1:])
+    assert reason(fleet, next(iter(before))).endswith(": tainted dedicated=team-x:NoSchedule")
+
+
 def test_problems_of_kubernetes_come_all_at_once_with_their_places(tmp_path: Path) -> None:
     data = json.loads((INPUTS / "kubectl_nodes.json").read_text())
     data["items"][1]["status"]["capacity"]["nvidia.com/gpu"] = "eight"

@@ -39,6 +39,7 @@ _LEAVING = {
     "karpenter.sh/disrupted": "Karpenter removes it",
     "node.kubernetes.io/out-of-service": "out of service",
 }
+_OF_CONDITIONS = "node.kubernetes.io/"  # taints that follow from conditions and cordons
 # Values of cloud.google.com/gke-accelerator name machines, each with one board
 # (cloud.google.com/kubernetes-engine/docs, "GPU machine types").
 _GKE = {
@@ -272,7 +273,17 @@ def _unusable(node: _Object) -> str:
         if condition.get("type") == "Ready" and condition.get("status") != "True":
             reasons.append(f"not ready ({text(condition.get('reason'))[:80] or condition.get('status')})")
     reasons += [why for key, why in _LEAVING.items() if any(taint.get("key") == key for taint in taints)]
-    return ", ".join(reasons)
+    return ", ".join([*reasons, *_not_tolerated(taints)])
+
+
+def _not_tolerated(taints: Iterable[Mapping[str, Any]]) -> Iterator[str]:
+    """Yield the taints that exported pods do not tolerate, apart from those whose cause is a reason of its own."""
+    for taint in taints:
+        key, effect = text(taint.get("key")), text(taint.get("effect"))
+        is_known = key in (*_RESOURCES, *_LEAVING) or key.startswith(_OF_CONDITIONS)
+        if effect in ("NoSchedule", "NoExecute") and not is_known:
+            value = f"={text(taint.get('value'))}" if taint.get("value") else ""
+            yield f"tainted {key[:80]}{value[:80]}:{effect}"
 
 
 def _of_devices(devices: Sequence[_Device], use: _Use) -> tuple[list[FoundGpus], list[str]]:

@@ -80,8 +80,12 @@ class PlannerOptions:
         except ValueError as error:
             raise typer.BadParameter(str(error)) from None
         for path in (place.ca, place.cert, place.key, place.token_file):
-            if path is not None:
-                path.read_bytes()  # fails here, naming the file, if it cannot be read
+            if path is None:
+                continue
+            try:
+                path.read_bytes()
+            except OSError as error:
+                raise typer.BadParameter(f"{path}: {error.strerror or error}") from None
         return place
 
 
