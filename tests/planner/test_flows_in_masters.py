@@ -6,6 +6,8 @@ HiGHS 1.12 to 1.15 called a plan of 35.3 requests/s the optimum of the first fle
 from __future__ import annotations
 
 import json
+import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +15,15 @@ import pytest
 
 from hetis.planner.use_cases.sources import ReplicaLimits, engine_rules, load_inputs
 from hetis.solver.budget import SearchSettings
+from hetis.solver.errors import InfeasibleError
 from hetis.solver.placement.master import Master
 from hetis.solver.placement.solve import equal_stages_value
-from hetis.solver.plan import Objective, Role
+from hetis.solver.plan import Objective, Role, Status
 from hetis.solver.planning import solve_placement
 from hetis.solver.problem import PlacementProblem
 
 REL = 1e-6
+Nodes = Sequence[tuple[str, int, int, str]]
 FLEETS = {
     "vendors and zones": (
         [("A40", 2, 2, "z0"), ("MI210-64GB", 2, 1, "z0"), ("MI300X-192GB", 2, 1, "z0"), ("MI300X-192GB", 4, 1, "z1")],
@@ -37,9 +41,11 @@ FLEETS = {
 }
 
 
-@pytest.fixture(params=FLEETS)
-def problem(request: pytest.FixtureRequest, tmp_path: Path) -> PlacementProblem:
-    nodes, (model, lengths, objective, roles) = FLEETS[request.param]
+def posed(
+    nodes: Nodes, model: str, lengths: str, objective: Objective, *, roles: tuple[Role, ...] = (),
+    engine: str = "vllm-hetis", folder: Path,
+) -> PlacementProblem:  # fmt: skip
+    """Return the problem of a fleet, given as (GPU type, GPUs of a node, nodes, zone)."""
     document = {
         "apiVersion": "hetis/v1",
         "kind": "Cluster",
@@ -50,9 +56,15 @@ def problem(request: pytest.FixtureRequest, tmp_path: Path) -> PlacementProblem:
         ],
         "network": {"bandwidth": "50Gbps", "latency": "20us", "zones": {"bandwidth": "10Gbps", "latency": "1ms"}},
     }
-    (tmp_path / "cluster.yaml").write_text(json.dumps(document))
-    loaded = load_inputs(cluster=str(tmp_path / "cluster.yaml"), model=model, workload=lengths, profiles=())
-    return loaded.inputs.problem(objective, "hetis", roles, engine_rules("vllm-hetis", "hetis", ReplicaLimits()))
+    (folder / "cluster.yaml").write_text(json.dumps(document))
+    loaded = load_inputs(cluster=str(folder / "cluster.yaml"), model=model, workload=lengths, profiles=())
+    return loaded.inputs.problem(objective, "hetis", roles, engine_rules(engine, "hetis", ReplicaLimits()))
+
+
+@pytest.fixture(params=FLEETS)
+def problem(request: pytest.FixtureRequest, tmp_path: Path) -> PlacementProblem:
+    nodes, (model, lengths, objective, roles) = FLEETS[request.param]
+    return posed(nodes, model, lengths, objective, roles=roles, folder=tmp_path)
 
 
 @pytest.mark.parametrize("seed", [0, 2, 3])
@@ -92,3 +104,30 @@ def test_no_flow_reaches_its_limit(problem: PlacementProblem, monkeypatch: pytes
 
     monkeypatch.setattr(Master, "solve_milp", within)
     assert solve_placement(problem, seed=1).replicas
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_zones_of_vendors_that_share_nothing_serve_the_sum_of_what_each_serves(seed: int, tmp_path: Path) -> None:
+    """vLLM's replicas stay in a zone and with a vendor, and on a fleet of several vendors so does their KV."""
+    draw = random.Random(seed)
+    nvidia, amd = ("A40", "L40S", "RTX-4090", "A100-SXM-80GB"), ("MI210-64GB", "MI300X-192GB")
+    parts = {
+        (zone, gpus): [
+            (draw.choice(gpus), draw.choice((1, 2, 4)), draw.randint(1, 2), zone) for _ in range(draw.randint(1, 2))
+        ]
+        for zone in ("z0", "z1")
+        for gpus in (nvidia, amd)
+    }
+    asked = "Qwen/Qwen3-30B-A3B", "300/1000", Objective(ttft_limit_s=None, tpot_limit_s=0.05)
+
+    def served(nodes: Nodes) -> float:
+        problem = posed(nodes, *asked, engine="vllm", folder=tmp_path)
+        try:
+            plan = solve_placement(problem, gap_target=0.0)
+        except InfeasibleError:
+            return 0.0
+        assert plan.result.status is Status.OPTIMAL
+        return plan.result.value
+
+    whole = [node for part in parts.values() for node in part]
+    assert served(whole) == pytest.approx(sum(map(served, parts.values())), rel=REL)
