@@ -396,13 +396,15 @@ class Master:
         )  # fmt: skip
 
     def _more_than_flows(self, columns: Columns) -> FloatArray:
-        """Return a rate above every flow of whole counts that fit; [flows].
+        """Return a rate above every flow of whole counts that fit, infinite if columns take nothing; [flows].
 
         The rows imply such limits. Without them, HiGHS 1.12 to 1.15 may call a choice the optimum, presolve being off,
         that is far from it.
         """
-        most = np.zeros(self.routes.num_sides)
-        np.maximum.at(most, columns.sides, columns.rates / columns.uses.sum(axis=1))
+        taken, most = columns.uses.sum(axis=1), np.zeros(self.routes.num_sides)
+        if not taken.all():  # replicas that stay, in replanning
+            return np.full(self._num_flows(), highspy.kHighsInf)
+        np.maximum.at(most, columns.sides, columns.rates / taken)
         local, afar, receiving = self.routes.parts(2.0 * float(self.limits.sum()) * most)
         flows: FloatArray = np.minimum.outer(afar, receiving)
         np.fill_diagonal(flows, np.minimum(np.maximum(local, afar), receiving))
