@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from dataclasses import replace
@@ -168,7 +169,9 @@ def test_a_plan_without_its_model_is_refused(tmp_path: Path, capsys: pytest.Capt
     assert "Traceback" not in capsys.readouterr().err
 
 
-def test_an_altered_plan_is_exported_with_a_warning(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_an_altered_plan_is_exported_with_a_warning(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Two replicas on the same GPUs, of a plan that has what it was made from."""
     placed = tmp_path / "placed.json"
     sizes = ["-c", "examples/fleet-160.yaml", "-m", "Llama-3.1-8B", "-w", "500/50", "--no-verify"]
@@ -178,6 +181,9 @@ def test_an_altered_plan_is_exported_with_a_warning(capsys: pytest.CaptureFixtur
     second["stages"][0]["devices"] = first["stages"][0]["devices"]
     placed.write_text(json.dumps(document))
     assert run(["export", str(placed), "--to", "vllm", "--out", str(tmp_path / "out")]) == 0
+    assert "does not pass `hetis-plan check`" in capsys.readouterr().err
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(placed.read_bytes())))
+    assert run(["export", "-", "--to", "vllm"]) == 0, "standard input is read once"
     assert "does not pass `hetis-plan check`" in capsys.readouterr().err
 
 

@@ -83,9 +83,10 @@ def export(
 ) -> ExitCode:
     """Export a plan as files for an engine or orchestrator, with router weights and a list of what is not exported."""
     from hetis.formats.documents import load_plan
-    from hetis.planner.cli.plans import load_and_check
+    from hetis.planner.cli.plans import warn_if_wrong
     from hetis.planner.export.replicas import ExportSettings
     from hetis.planner.export.targets import export_wanted, folder_refusals, write_files
+    from hetis.planner.use_cases.sources import problem_of_plan
 
     hosts, wrong = _hosts(asked.node_address or ())
     folder = None if asked.out == "-" else Path(asked.out)
@@ -97,7 +98,7 @@ def export(
     found = load_plan(plan)
     made = export_wanted(found, asked.to, settings, file=plan, spelled=_spelled, more_wrong=wrong)
     if found.inputs.get("documents", {}).keys() >= CHECKED_AGAINST:
-        load_and_check(terminal, [plan])
+        warn_if_wrong(terminal, plan, problem_of_plan(found, plan))
     if asked.strict and made.lost:
         lost = [f"- {line}" for line in made.lost]
         terminal.error(f"--strict: {asked.to.value} cannot export the whole plan, so nothing was written", lost)

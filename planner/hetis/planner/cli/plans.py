@@ -44,7 +44,7 @@ def explain(terminal: Terminal, plan: PlanArgument) -> ExitCode:
     from hetis.planner.use_cases.json_values import document, fields_of, json_value
     from hetis.solver.placement.explanation import explain_plan
 
-    (found,) = load_and_check(terminal, [plan])
+    (found,) = _load_and_check(terminal, [plan])
     explanation = explain_plan(found.plan, found.problem)
     of_plan = fields_of(found.plan, "strategy", "result", "prices", "runners_up", "notes")
     wide = terminal.output is OutputFormat.WIDE
@@ -96,16 +96,21 @@ def _load(terminal: Terminal, paths: list[str]) -> list[PlanAndProblem]:
     return found
 
 
-def load_and_check(terminal: Terminal, paths: list[str]) -> list[PlanAndProblem]:
+def _load_and_check(terminal: Terminal, paths: list[str]) -> list[PlanAndProblem]:
     """Read the plans, and warn of those whose figures the checker does not confirm: they are shown as true."""
-    from hetis.solver.check import check_plan
-
     found = _load(terminal, paths)
     for path, one in zip(paths, found, strict=True):
-        if violations := check_plan(one.plan, one.problem):
-            rest = f", and {len(violations) - 1} more" if len(violations) > 1 else ""
-            terminal.warn(f"{path} does not pass `hetis-plan check`: {violations[0]}{rest}")
+        warn_if_wrong(terminal, path, one)
     return found
+
+
+def warn_if_wrong(terminal: Terminal, path: str, found: PlanAndProblem) -> None:
+    """Warn of a plan that the checker does not confirm."""
+    from hetis.solver.check import check_plan
+
+    if violations := check_plan(found.plan, found.problem):
+        rest = f", and {len(violations) - 1} more" if len(violations) > 1 else ""
+        terminal.warn(f"{path} does not pass `hetis-plan check`: {violations[0]}{rest}")
 
 
 # --- report
@@ -145,7 +150,7 @@ def report(
 
     asked.refuse_what_would_be_ignored()
     refuse_unwritable_page(asked.out)
-    found = load_and_check(terminal, plans)
+    found = _load_and_check(terminal, plans)
     cancelled = threading.Event()
     curves = [_curve(terminal, one, cancelled) if asked.simulate else None for one in found]
     bought = [_market(terminal, one, cancelled, asked) if asked.buy_next else None for one in found]
