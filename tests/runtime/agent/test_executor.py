@@ -9,7 +9,9 @@ import threading
 import time
 from pathlib import Path
 
+import grpc
 import pytest
+from google.protobuf.duration_pb2 import Duration
 
 from hetis.runtime.agent.executor import SocketExecutor, check_socket
 from hetis.runtime.agent.simulated.engine import SimulatedEngine
@@ -24,7 +26,9 @@ from hetis.v1.executor_service_pb2 import (
     ReadHeadMapsRequest,
     ReleaseMovesRequest,
     ReserveMovesRequest,
+    WatchReportsRequest,
 )
+from hetis.v1.executor_service_pb2_grpc import ExecutorServiceStub
 from hetis.v1.replica_pb2 import EnginePeer
 from tests.runtime.agent.builders import ABORTED, FLIPPED, REPLICA, TARGET, assignment, change
 from tests.runtime.agent.recording import RecordingExecutor
@@ -72,6 +76,24 @@ def test_an_engine_that_prepares_its_admission_can_be_stopped(tmp_path: Path) ->
     finally:
         limit.cancel()
         prepared.set()
+
+
+def test_calls_have_ended_when_an_engine_is_closed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """An event loop that closes while they run cancels them, and gRPC logs a traceback for each."""
+    request = WatchReportsRequest(min_interval=Duration(nanos=10_000_000))
+
+    async def story() -> list[str]:
+        server = SimulatedServer(SimulatedEngine("p", 1), tmp_path / "p.sock")
+        await server.start()
+        with grpc.insecure_channel(server.address) as channel:
+            calls = [ExecutorServiceStub(channel).WatchReports(request) for _ in range(20)]  # type: ignore[no-untyped-call]
+            for call in calls:
+                await asyncio.to_thread(next, call)
+            await server.close()
+            return [str(task.get_coro()) for task in asyncio.all_tasks()]
+
+    assert not [name for name in asyncio.run(story()) if "_schedule_rpc_coro" in name]
+    assert not [record for record in caplog.records if record.name.startswith("grpc")]
 
 
 async def test_an_engine_learns_the_outcome_from_the_engine_of_the_primary(tmp_path: Path) -> None:

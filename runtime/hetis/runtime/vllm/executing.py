@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import grpc
 
 from hetis.runtime.moves.engine import SteeredEngine
-from hetis.runtime.moves.servicer import ExecutorServicer, bind_socket
+from hetis.runtime.moves.servicer import ExecutorServicer, bind_socket, stop
 from hetis.runtime.vllm.counts import SchedulerCounts
 from hetis.runtime.vllm.scheduler import Boundary, SchedulerSide
 from hetis.runtime.vllm.settings import SettingsError
@@ -72,7 +72,7 @@ class ExecutorThread:
         try:
             await self._closing.wait()
         finally:
-            await server.stop(0)
+            await stop(server)
             self._socket.unlink(missing_ok=True)
 
 

@@ -17,7 +17,7 @@ from google.protobuf.duration_pb2 import Duration
 from hetis.runtime.agent.simulated.engine import SimulatedEngine
 from hetis.runtime.agent.simulated.replica import ControlFile
 from hetis.runtime.moves.engine import SteeredEngine
-from hetis.runtime.moves.servicer import ExecutorServicer, bind, bind_socket
+from hetis.runtime.moves.servicer import ExecutorServicer, bind, bind_socket, stop
 from hetis.v1 import executor_service_pb2 as messages
 from hetis.v1 import executor_service_pb2_grpc
 from hetis.v1.change_pb2 import ChangeStatus
@@ -80,7 +80,7 @@ class SimulatedServer:
                 await self._loop
         await self._peers.close()
         for server in self._servers:
-            await server.stop(0)
+            await stop(server)
         with contextlib.suppress(FileNotFoundError):
             self._socket.unlink()
 
