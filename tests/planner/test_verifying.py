@@ -175,6 +175,10 @@ def test_a_plan_that_keeps_its_limits_says_up_to_which_rate(pair: Placed) -> Non
         (70.0, 70.0, 0.0, 69.5),  # tries 97, 94, 88, 76, 50, then halves 50 to 76
         (70.0, 66.0, 0.0, 65.39),  # the longer run misses its limits at 69.5, and at 97% of that
         (98.0, 85.0, 0.0, 82.45),  # tries 97, and 85% of that
+        (98.0, 75.0, 0.0, 71.54),  # keeps 70% of 97 and misses 85%, so it tries 77.5% and 73.75%
+        (98.0, 77.0, 70.0, 76.23),  # keeps 70, so it tries halfway to 85% of 97
+        (70.0, 90.0, 0.0, 85.14),  # longer runs keep more, in steps of 7%
+        (98.0, 200.0, 0.0, 97.0),  # but nothing is tried at or above the rate that misses
         (70.0, 30.0, 0.0, None),  # short runs mislead too much
         (10.0, 10.0, 0.0, None),
         (20.0, 20.0, 0.0, 19.92),
@@ -192,9 +196,11 @@ def test_the_highest_rate_below_a_missed_one_is_found_by_short_runs_and_decided_
         tried.append(rate_rps)
         return rate_rps <= short_rps
 
-    kept_rps = verify._kept_below(
-        100.0, at_least_rps=at_least_rps, seems_sure=seems_sure, is_sure=lambda rate_rps: rate_rps <= long_rps
-    )
+    def is_sure(rate_rps: float) -> bool:
+        tried.append(rate_rps)
+        return rate_rps <= long_rps
+
+    kept_rps = verify._kept_below(100.0, at_least_rps=at_least_rps, seems_sure=seems_sure, is_sure=is_sure)
     assert kept_rps == (None if found is None else pytest.approx(found, rel=1e-3))
     assert all(at_least_rps <= rate_rps < 100.0 for rate_rps in tried)
 

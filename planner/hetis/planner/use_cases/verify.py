@@ -50,7 +50,8 @@ LONGER = 4  # factor of the requests in a run that decides where limits are clos
 BY_CHANCE = 0.02  # share of a limit above which an excess is no chance, however wide the interval
 BELOW = (0.97, 0.94, 0.88, 0.76, 0.5, 0.25, 0.125)  # shares of a rate that misses a limit, which are tried in turn
 PRECISE = 1 / 64  # the search ends when a rate that misses a limit is so little above one that keeps them
-LESS = (1.0, 0.97, 0.94, 0.91, 0.85, 0.7, 0.5)  # shares of a rate that kept in short runs, for longer ones
+LESS = (0.97, 0.94, 0.91, 0.85, 0.7, 0.5)  # shares of a rate that kept in short runs but not in long ones
+COARSE = 0.07  # a larger step between two of these shares is searched for a rate in between; also the step above it
 MORE = (1.1, 1.05)  # factors of the planned rate, which are tried if it is kept; 90% of saturation is planned
 CALM = 0.02  # seconds by which the wait may grow per second at these rates
 ENOUGH = 10_000  # requests of a run at these rates, unless that is more than `LONGER` times the ordinary number
@@ -459,8 +460,33 @@ def _kept_below(
     while high - low > PRECISE * high:
         middle = (low + high) / 2.0
         low, high = (middle, high) if seems_sure(middle) else (low, middle)
-    rates = (low * share for share in LESS)
-    return next((rate for rate in rates if rate >= at_least_rps and is_sure(rate)), None)
+    return _sure_near(low, is_sure, at_least_rps=at_least_rps, below_rps=missed_rps)
+
+
+def _sure_near(
+    rate_rps: float, is_sure: Callable[[float], bool], *, at_least_rps: float, below_rps: float
+) -> float | None:
+    """Return the highest rate found that keeps the limits in long runs, if ``rate_rps`` does in short ones.
+
+    The wide intervals of short runs exclude rates that long runs show to be kept. None: none of those tried.
+    """
+    if is_sure(rate_rps):
+        while (1.0 + COARSE) * rate_rps < below_rps and is_sure((1.0 + COARSE) * rate_rps):
+            rate_rps *= 1.0 + COARSE
+        return rate_rps
+    kept = missed = 1.0  # shares of the rate
+    for share in LESS:
+        kept, missed = max(share, at_least_rps / rate_rps), kept
+        if kept >= missed:
+            return None
+        if is_sure(kept * rate_rps):
+            break
+    else:
+        return None
+    while missed - kept > COARSE:
+        middle = (missed + kept) / 2.0
+        kept, missed = (middle, missed) if is_sure(middle * rate_rps) else (kept, middle)
+    return kept * rate_rps
 
 
 def _judged(summary: Summary, found: Held, num_requests: int) -> TriedRate:
