@@ -20,6 +20,7 @@ from hetis.runtime.worker.main import read_options
 from hetis.solver.plan import Role
 from tests.command_line import command_of, run_command
 from tests.engines.plans import MODEL, POOL, plan_of, sharing, stage_of
+from tests.planner.export.reading import nodes_of
 
 ONE = layout_of(plan_of(stage_of(), pools=(POOL,)), 0, MODEL)
 # Two stages, each with a GPU that holds its other heads, so that every rank has its own GPU.
@@ -84,7 +85,7 @@ def test_there_is_a_set_for_each_process_and_every_way_between_them() -> None:
 
 def test_pods_run_on_the_plans_nodes_with_a_gpu_each_or_memory_for_kv() -> None:
     sets = [one for (kind, _), one in objects().items() if kind == "StatefulSet"]
-    assert [pod_of(one)["nodeSelector"]["kubernetes.io/hostname"] for one in sets] == ["a", "b", "b"]
+    assert [nodes_of(pod_of(one)) for one in sets] == [["a"], ["b"], ["b"]]
     assert [container_of(one)["resources"] for one in sets] == [{"limits": {"nvidia.com/gpu": 1}}] * 3
     worker = objects(serving=replace(SERVING, device="cpu"))["StatefulSet", "chat-worker-0"]
     assert container_of(worker)["resources"] == {"requests": {"memory": str(ONE.attention_workers[0].kv_bytes)}}

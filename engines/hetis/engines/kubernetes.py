@@ -38,7 +38,6 @@ from hetis.solver.plan import Role
 
 FRONT_PORT = 8000
 IMAGE, WORKER_IMAGE = "vLLM with the plugin, as docker/vllm.Dockerfile makes it", "as docker/worker.Dockerfile makes it"
-NODE_LABEL = "kubernetes.io/hostname"
 _NAME_LABEL, _INSTANCE_LABEL = "app.kubernetes.io/name", "app.kubernetes.io/instance"
 MODEL_LABELS = {"llm-d.ai/inference-serving": "true"}
 _SGLANG_KEY = "HETIS_API_KEY"
@@ -50,7 +49,7 @@ _WITH_KEY = f'umask 077 && printf %s "${KEY_VARIABLE}" > {_KEY_FILE} && unset {K
 _USER = 10001  # the same as in our images
 _RESOURCES = {"NVIDIA": "nvidia.com/gpu", "AMD": "amd.com/gpu"}  # resource names of the vendors' device plugins
 _GRACE_S = 45
-_LONGEST_LABEL = 63  # maximum length of a label value in Kubernetes
+_LONGEST_NAME = 253  # maximum length of an object name in Kubernetes
 _OBJECT = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*")
 NAMESPACE = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
 _NAME = re.compile(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?")  # pod names are longer than this and must fit into 63 characters
@@ -109,9 +108,14 @@ class Deployment:
         return wrong
 
 
-def on_node(node: str) -> dict[str, str]:
-    """Return the node selector for a node of the plan, by the label that every kubelet sets."""
-    return {NODE_LABEL: node}
+def on_nodes(*nodes: str) -> dict[str, Any]:
+    """Return the affinity to these nodes of the plan, by the name of the Node object, which `cluster discover` takes.
+
+    The label ``kubernetes.io/hostname`` has another value on some clusters. Each node is a term of its own, because a
+    requirement on a field has exactly one value; a node has to meet one of the terms.
+    """
+    terms = [{"matchFields": [{"key": "metadata.name", "operator": "In", "values": [node]}]} for node in nodes]
+    return {"nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": terms}}}
 
 
 def tolerations_of(process: Process) -> list[dict[str, str]]:
@@ -128,10 +132,10 @@ def manifests_of(layout: Layout, serving: Serving, deployment: Deployment) -> li
     """Return the objects of a replica, in an order in which they can be applied.
 
     Raises:
-        LayoutError: a node's name is too long (`nodes_without_label`), or worker processes share GPUs.
+        LayoutError: no Node object can have a node's name (`impossible_nodes`), or worker processes share GPUs.
     """
-    if unlabelled := list(nodes_without_label(layout)):
-        raise LayoutError(*unlabelled)
+    if impossible := list(impossible_nodes(layout)):
+        raise LayoutError(*impossible)
     if serving.device == "cuda":
         refuse_shared_cards(layout)
     objects = ReplicaObjects(layout, serving, deployment)
@@ -142,11 +146,13 @@ def manifests_of(layout: Layout, serving: Serving, deployment: Deployment) -> li
     ]
 
 
-def nodes_without_label(layout: Layout) -> Iterator[str]:
-    """Yield one message per node on which pods cannot be placed, because its name is too long for a label value."""
+def impossible_nodes(layout: Layout) -> Iterator[str]:
+    """Yield one message per node of the plan whose name no Node object can have, so that no pod could run there."""
     for node in dict.fromkeys(process.node for process in layout.processes):
-        if len(node) > _LONGEST_LABEL:
-            yield f"node {node} has a name of {len(node)} characters, {NODE_LABEL} allows at most {_LONGEST_LABEL}"
+        if len(node) > _LONGEST_NAME:
+            yield f"node {node} has a name of {len(node)} characters, Kubernetes allows at most {_LONGEST_NAME}"
+        elif not _OBJECT.fullmatch(node):
+            yield f"node {node}: the name of a node in Kubernetes has only lower-case letters, digits, - and ."
 
 
 def refuse_shared_cards(layout: Layout) -> None:
@@ -325,7 +331,7 @@ class ReplicaObjects:
         }
 
     def _set(self, name: str, process: Process, pod: dict[str, Any]) -> dict[str, Any]:
-        """Return a StatefulSet of one pod on the plan's node, which it selects by the label that every kubelet sets."""
+        """Return a StatefulSet of one pod on the plan's node."""
         labels = self.labels(name)
         metadata = {"labels": labels, "annotations": annotations_of(process)}
         return {
@@ -336,7 +342,7 @@ class ReplicaObjects:
                 "replicas": 1,
                 "serviceName": name,
                 "selector": {"matchLabels": dict(labels)},
-                "template": {"metadata": metadata, "spec": {"nodeSelector": on_node(process.node), **pod}},
+                "template": {"metadata": metadata, "spec": {"affinity": on_nodes(process.node), **pod}},
             },
         }
 

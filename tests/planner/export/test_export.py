@@ -162,16 +162,29 @@ def test_names_that_no_host_has_reach_no_file(node: str) -> None:
 
 
 @pytest.mark.parametrize("target", sorted(IN_CLUSTERS))
-def test_nodes_whose_names_are_no_labels_have_no_pods(target: ExportTarget) -> None:
-    good, longest, longer = PLANS["one GPU"].replicas[0], "n" * 63, "n" * 64
-    plan = made_of(good, *(replace(good, stages=(on(f"{node}/0"),)) for node in (longest, longer)))
+def test_nodes_that_no_cluster_can_have_get_no_pods(target: ExportTarget) -> None:
+    """Nodes are named by the name of their object, which may be longer than the value of a label."""
+    good, longest, wrong = PLANS["one GPU"].replicas[0], ".".join(["n" * 63] * 3 + ["n" * 61]), ("Gpu1", "gpu_1")
+    plan = made_of(good, *(replace(good, stages=(on(f"{node}/0"),)) for node in (longest, *wrong)))
     made = exported(plan, target)
-    assert (
-        made.lost[0]
-        == f"replica 2: node {longer} has a name of 64 characters, kubernetes.io/hostname allows at most 63"
+    assert made.lost[:2] == tuple(
+        f"replica {number}: node {node}: the name of a node in Kubernetes has only lower-case letters, digits, - and ."
+        for number, node in enumerate(wrong, 2)
     )
-    assert all(longer not in text for path, text in made.files.items() if path != "README.md")
-    assert any(f": {longest}\n" in text for text in made.files.values())
+    assert all(node not in text for path, text in made.files.items() if path != "README.md" for node in wrong)
+    assert any(f"- {longest}\n" in text for text in made.files.values())
+
+
+@pytest.mark.parametrize("target", sorted(IN_CLUSTERS))
+def test_pods_tolerate_the_taint_of_gpu_nodes(target: ExportTarget) -> None:
+    files = exported(PLANS["one GPU"], target).files
+    assert sum(text.count("tolerations:\n") for text in files.values()) == 1
+    [toleration] = re.findall(r"tolerations:\n *- (.*\n.*\n.*\n)", "".join(files.values()))
+    assert yaml.safe_load(re.sub(r"(?m)^ +", "", toleration)) == {
+        "key": "nvidia.com/gpu",
+        "operator": "Exists",
+        "effect": "NoSchedule",
+    }
 
 
 def test_a_prefill_replica_without_those_that_decode_serves_nothing() -> None:

@@ -153,7 +153,13 @@ def test_the_chart_and_the_router_of_llm_d_take_values_and_weights(name: str) ->
             container = {
                 k: v for k, v in role["containers"][0].items() if k not in ("modelCommand", "mountModelVolume")
             }
-            check_pod({"containers": [container], "volumes": role["volumes"], "nodeSelector": role["nodeSelector"]})
+            check_pod(
+                {
+                    "containers": [container],
+                    **{field: role[field] for field in ("volumes", "tolerations")},
+                    **role["extraConfig"],
+                }
+            )
     picker = yaml.safe_load(made.files["router/llm-d.yaml"])
     jsonschema.Draft202012Validator(schemas.PICKER).validate(picker)
     names = {plugin.get("name", plugin["type"]) for plugin in picker["plugins"]}

@@ -10,13 +10,12 @@ from typing import Any
 from hetis.engines.errors import LayoutError
 from hetis.engines.kubernetes import (
     FRONT_PORT,
-    NODE_LABEL,
     Deployment,
     ReplicaObjects,
     annotations_of,
+    impossible_nodes,
     manifests_of,
-    nodes_without_label,
-    on_node,
+    on_nodes,
     refuse_shared_cards,
 )
 from hetis.engines.layout import Process
@@ -111,7 +110,7 @@ def address(launchable: Launchable, service: str, port: int) -> str:
 
 
 _HOW_CORE = """\
-`kubectl apply -k .` in this folder. Each process is a pod on the node of the plan (`kubernetes.io/hostname`),
+`kubectl apply -k .` in this folder. Each process is a pod on the node of the plan, by its name in `kubectl get nodes`,
 and the front of a replica a Service of its name at port 8000. Secrets and claims that options name must be there."""
 
 
@@ -120,6 +119,7 @@ and the front of a replica a Service of its name at port 8000. Secrets and claim
 
 _NODE, _RANK = "HETIS_NODE", "HETIS_RANK"
 _LEADER = "$(LWS_LEADER_ADDRESS)"  # which the operator sets
+_NODE_LABEL = "kubernetes.io/hostname"  # its value differs between nodes, but is not always their name
 
 
 class PodGroup:
@@ -159,13 +159,13 @@ class PodGroup:
     def leader(self, labels: dict[str, str] | None = None) -> dict[str, Any]:
         [first, *_] = self._layout.servers
         pod = self.objects.server_pod(0, self.objects.arguments(0, master=_LEADER))
-        return self._template({"nodeSelector": on_node(first.node), **pod}, [first], labels)
+        return self._template({"affinity": on_nodes(first.node), **pod}, [first], labels)
 
     def workers(self, labels: dict[str, str] | None = None) -> dict[str, Any]:
         arguments = list(self.objects.arguments(1, master=_LEADER))
         if len(self._further) == 1:
             pod = self.objects.server_pod(1, arguments)
-            return self._template({"nodeSelector": on_node(self._further[0].node), **pod}, self._further, labels)
+            return self._template({"affinity": on_nodes(self._further[0].node), **pod}, self._further, labels)
         ranks = " ".join(f"{process.node}) {_RANK}={rank};;" for rank, process in enumerate(self._further, 1))
         arguments[arguments.index("--node-rank") + 1] = _MARK
         line = shlex.join(arguments).replace(_MARK, f'"${_RANK}"')
@@ -180,15 +180,10 @@ class PodGroup:
 
     def _apart(self) -> dict[str, Any]:
         """Return an affinity to the nodes of the further stages, with at most one of their pods on each."""
-        there = {"key": NODE_LABEL, "operator": "In", "values": [process.node for process in self._further]}
-        others = {"matchLabels": self._worker_labels()}
+        others = {"labelSelector": {"matchLabels": self._worker_labels()}, "topologyKey": _NODE_LABEL}
         return {
-            "nodeAffinity": {
-                "requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": [{"matchExpressions": [there]}]}
-            },
-            "podAntiAffinity": {
-                "requiredDuringSchedulingIgnoredDuringExecution": [{"labelSelector": others, "topologyKey": NODE_LABEL}]
-            },
+            **on_nodes(*(process.node for process in self._further)),
+            "podAntiAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": [others]},
         }
 
     def _worker_labels(self) -> dict[str, str]:
@@ -233,7 +228,7 @@ def groupable(launchable: Launchable) -> Launchable:
     """Return the replicas whose pods can be made from two templates. Raises NotExportableError if there are none."""
     left_out = dict[int, tuple[str, ...]]()
     for number, one in launchable.replicas.items():
-        if why := (*nodes_without_label(one.layout), *PodGroup(launchable, one).why_not()):
+        if why := (*impossible_nodes(one.layout), *PodGroup(launchable, one).why_not()):
             left_out[number] = why
             continue
         try:

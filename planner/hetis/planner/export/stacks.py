@@ -11,8 +11,9 @@ from hetis.engines.kubernetes import (
     MODEL_LABELS,
     ReplicaObjects,
     annotations_of,
-    nodes_without_label,
-    on_node,
+    impossible_nodes,
+    on_nodes,
+    tolerations_of,
 )
 from hetis.engines.layout import Layout
 from hetis.engines.serving import Meeting, arguments_of
@@ -74,7 +75,7 @@ def values_of(launchable: Launchable, one: LaunchableReplica) -> dict[str, Any]:
     [container] = pod["containers"]
     container["ports"] = [{"name": "http", "containerPort": port}]
     container |= {"modelCommand": "custom", "command": arguments, "mountModelVolume": False}
-    # The chart has a field for the security context of containers, but none for that of the pod.
+    # The pod's security context would also apply to the routing proxy, whose image has a user of its own.
     user = {name: value for name, value in pod["securityContext"].items() if name != "fsGroup"}
     container["securityContext"] = {**container["securityContext"], **user}
     role, other = ("prefill", "decode") if one.plan.role is Role.PREFILL else ("decode", "prefill")
@@ -95,8 +96,11 @@ def values_of(launchable: Launchable, one: LaunchableReplica) -> dict[str, Any]:
         role: {
             "create": True,
             "replicas": 1,
-            "nodeSelector": on_node(process.node),
             "podAnnotations": annotations_of(process),
+            "extraConfig": {"affinity": on_nodes(process.node)},  # merged into the pod
+            "tolerations": tolerations_of(process),
+            # A Deployment otherwise waits for GPUs that its former pod still has.
+            "strategy": {"type": "Recreate"},
             # The chart counts the GPUs from this.
             "parallelism": {
                 "tensor": one.layout.tensor_parallel * len(one.layout.layers) * one.layout.data_parallel,
@@ -319,7 +323,7 @@ def write_dynamo(launchable: Launchable) -> Written:
 
 
 def _not_of_dynamo(layout: Layout) -> Iterator[str]:
-    yield from nodes_without_label(layout)
+    yield from impossible_nodes(layout)
     if len(layout.servers) > 1:
         yield f"it is {len(layout.servers)} pods: Dynamo makes those of a component from one template"
     if layout.vendor != "NVIDIA":
@@ -364,7 +368,7 @@ def _component(launchable: Launchable, one: LaunchableReplica) -> dict[str, Any]
     kept["env"] = [each for each in kept["env"] if each["name"] not in ("HOME", "NUMBA_CACHE_DIR")]
     main = {"name": "main", "command": words[:3], "args": words[3:], **kept}
     template = {
-        "nodeSelector": on_node(process.node),
+        "affinity": on_nodes(process.node),
         "tolerations": pod["tolerations"],
         "containers": [main],
         "volumes": pod["volumes"],
