@@ -123,6 +123,21 @@ def tolerations_of(process: Process) -> list[dict[str, str]]:
     return [{"key": _RESOURCES[process.vendor], "operator": "Exists", "effect": "NoSchedule"}]
 
 
+def literal(serving: Serving) -> Serving:
+    """Return the settings for the command of a pod, in which Kubernetes replaces ``$(NAME)``, and ``$$`` by ``$``."""
+    return replace(
+        serving,
+        model=_literal(serving.model),
+        served_name=_literal(serving.served_name),
+        program=tuple(map(_literal, serving.program)),
+        options=tuple(map(_literal, serving.options)),
+    )
+
+
+def _literal(text: str) -> str:
+    return text.replace("$", "$$")
+
+
 def annotations_of(process: Process) -> dict[str, str]:
     """Return the annotations that record a pod's place in the plan."""
     return {"hetis/process": process.name, "hetis/devices": ",".join(f"{process.node}/{gpu}" for gpu in process.gpus)}
@@ -239,7 +254,8 @@ class ReplicaObjects:
 
     def arguments(self, number: int, *, master: str = "") -> tuple[str, ...]:
         """Return the command line of a process. ``master`` is the first one's address; by default, its Service."""
-        return arguments_of(self._layout, self._serving, number, Meeting(host=master or self.front_name))
+        meeting = Meeting(host=master or self.front_name)
+        return arguments_of(self._layout, literal(self._serving), number, meeting)
 
     def server_pod(self, number: int, arguments: Sequence[str]) -> dict[str, Any]:
         """Return the pod of an engine process, without its node."""

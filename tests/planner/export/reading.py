@@ -137,6 +137,12 @@ def container_of(pod: Mapping[str, Any], name: str = "") -> dict[str, Any]:
     return dict(container)
 
 
+def expanded(word: str, environment: Mapping[str, str]) -> str:
+    """Return a word of a pod's command as Kubernetes passes it on, with variables of its environment."""
+    known = {"$$": "$", **{f"$({name})": value for name, value in environment.items()}}
+    return re.sub(r"\$\$|\$\([^)]*\)", lambda found: known.get(found[0], found[0]), word)
+
+
 def words_of(container: Mapping[str, Any]) -> list[str]:
     return [str(word) for word in (*container.get("command", []), *container.get("args", []))]
 

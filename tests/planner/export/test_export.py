@@ -526,6 +526,31 @@ def test_compose_puts_no_variables_in_place_of_dollars() -> None:
     assert service["environment"]["VLLM_API_KEY"] == "${VLLM_API_KEY:-}"
 
 
+@pytest.mark.parametrize("engine", [Engine.VLLM, Engine.SGLANG])
+@pytest.mark.parametrize("target", sorted(IN_CLUSTERS))
+def test_kubernetes_puts_no_variables_in_place_of_dollars(target: ExportTarget, engine: Engine) -> None:
+    texts = ("/models/$(HOME)/tiny", "ti$$ny", "$(HOME)$")
+    given = {"model": texts[0], "served_name": texts[1], "engine_options": ("--chat-template", texts[2])}
+    name = "one GPU" if target is ExportTarget.DYNAMO else "three nodes twice"
+    num_commands = 0
+    for one in reading.manifests(exported(PLANS[name], target, engine=engine, **given).files):
+        for words in commands_in(one):
+            text = " ".join(reading.expanded(word, {"HOME": "/tmp"}) for word in words)
+            assert all(each in text for each in texts)
+            num_commands += 1
+    assert num_commands >= (1 if target is ExportTarget.DYNAMO else 4)
+
+
+def commands_in(value: Any) -> list[list[str]]:
+    """Return the commands of all containers in an object that start an engine."""
+    if isinstance(value, list):
+        return [found for each in value for found in commands_in(each)]
+    if not isinstance(value, dict):
+        return []
+    found = [words] if "/tiny" in str(words := reading.words_of(value)) else []
+    return [*found, *(inner for each in value.values() for inner in commands_in(each))]
+
+
 def test_cards_that_serve_several_ranks_are_processes_side_by_side() -> None:
     found = reading.read_shell(exported(CARDS_SHARED, ExportTarget.VLLM).files)
     assert found["r0"].workers == {"b/0", "b/1"}

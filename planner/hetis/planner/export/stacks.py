@@ -12,6 +12,7 @@ from hetis.engines.kubernetes import (
     ReplicaObjects,
     annotations_of,
     impossible_nodes,
+    literal,
     on_nodes,
     tolerations_of,
 )
@@ -357,7 +358,7 @@ def _component(launchable: Launchable, one: LaunchableReplica) -> dict[str, Any]
     """Return a component: a Dynamo worker with the engine's options, which registers with the front end."""
     [process] = one.layout.servers
     serving = replace(one.serving, program=_PROGRAMS[launchable.engine])
-    words = list(arguments_of(one.layout, serving, 0, Meeting(host="")))
+    words = list(arguments_of(one.layout, literal(serving), 0, Meeting(host="")))
     if launchable.engine is Engine.VLLM and one.plan.role is not Role.UNIFIED:
         words += ["--disaggregation-mode", one.plan.role.value]
     deployment = replace(deployment_of(launchable, one), image=image_of(launchable))
