@@ -124,6 +124,9 @@ def test_vllm_is_told_of_its_model_key_and_workers() -> None:
     assert environment["HETIS_VLLM_CONFIG"] == "/etc/hetis/workers.yaml"
     assert environment["VLLM_API_KEY"] == {"secretKeyRef": {"name": "key", "key": "api-key"}}
     assert environment["HETIS_WORKER_KEY"] == {"secretKeyRef": {"name": "worker", "key": "worker-key"}}
+    assert "HF_TOKEN" not in environment
+    token = objects(deployment=replace(DEPLOYMENT, hf_token_secret="hub:token"))["StatefulSet", "chat-vllm-0"]
+    assert environment_of(token)["HF_TOKEN"] == {"secretKeyRef": {"name": "hub", "key": "token"}}
     assert container["readinessProbe"]["httpGet"] == {"path": "/health", "port": "http"}
     ports = {port["name"]: port["containerPort"] for port in container["ports"]}
     (port,) = found["Service", "chat"]["spec"]["ports"]

@@ -41,6 +41,8 @@ IMAGE, WORKER_IMAGE = "vLLM with the plugin, as docker/vllm.Dockerfile makes it"
 _NAME_LABEL, _INSTANCE_LABEL = "app.kubernetes.io/name", "app.kubernetes.io/instance"
 MODEL_LABELS = {"llm-d.ai/inference-serving": "true"}
 _SGLANG_KEY = "HETIS_API_KEY"
+HF_TOKEN = "HF_TOKEN"  # the variable in which engines look for it, and the usual key of a Secret
+_KEY = re.compile(r"[-._A-Za-z0-9]{1,253}")  # of a Secret
 SET_HERE = ("--host", "--port", "--api-key")  # options of vLLM that are set here
 _CONFIG_FOLDER, _CONFIG_FILE, _KEY_FILE = "/etc/hetis", "workers.yaml", "/tmp/hetis-worker.key"
 _OWN_MOUNTS = (_CONFIG_FOLDER, "/tmp", "/dev/shm")
@@ -68,6 +70,8 @@ class Deployment:
     model_claim: str = ""
     key_secret: str = ""  # a Secret whose ``api-key`` clients must present
     is_open: bool = False  # no key is required; exactly one of this and ``key_secret`` must be set
+    # A Secret with the token by which the engine downloads models, as ``NAME`` or ``NAME:KEY``; its key is HF_TOKEN
+    hf_token_secret: str = ""
     namespace: str = ""
     # Names of the replicas that exchange KV with this one. Empty: unknown; any hetis replica in the namespace may.
     kv_partners: tuple[str, ...] = ()
@@ -97,15 +101,37 @@ class Deployment:
             wrong.append(f"{model_option} is {model!r}: {path.parent} is mounted by pods for their own files")
         secrets = {"--api-key-secret": self.key_secret, "--worker-key-secret": self.worker_secret}
         for option, name in (secrets | {"--model-claim": self.model_claim}).items():
-            if name and not _OBJECT.fullmatch(name):
+            if name and not _is_object(name):
                 wrong.append(
                     f"{option} is {name!r}, must be the name of an object: lower-case letters, digits, - and ."
                 )
+        name, key = self._hf_token
+        if self.hf_token_secret and not (_is_object(name) and _KEY.fullmatch(key)):
+            wrong.append(f"--hf-token-secret is {self.hf_token_secret!r}, must be SECRET or SECRET:KEY")
         if self.key_secret and self.is_open:
             wrong.append("--api-key-secret and --insecure contradict each other: give one of them")
         elif not self.key_secret and not self.is_open:
             wrong.append("give --api-key-secret, or --insecure to serve without a key")
         return wrong
+
+    @property
+    def _hf_token(self) -> tuple[str, str]:
+        """The name of the Secret with the token, and the key in it."""
+        name, colon, key = self.hf_token_secret.partition(":")
+        return name, key if colon else HF_TOKEN
+
+    def hf_token(self) -> list[dict[str, Any]]:
+        """Return the variable with the token for downloads, or none if there is no Secret for it."""
+        return secret_variable(HF_TOKEN, *self._hf_token)
+
+
+def secret_variable(variable: str, name: str, key: str) -> list[dict[str, Any]]:
+    """Return the variable of a container that has the value of a key in a Secret, or none without a Secret."""
+    return [{"name": variable, "valueFrom": {"secretKeyRef": {"name": name, "key": key}}}] if name else []
+
+
+def _is_object(name: str) -> bool:
+    return len(name) <= _LONGEST_NAME and _OBJECT.fullmatch(name) is not None
 
 
 def on_nodes(*nodes: str) -> dict[str, Any]:
@@ -263,13 +289,14 @@ class ReplicaObjects:
         env: list[dict[str, Any]] = [
             {"name": variable, "value": text} for variable, text in partition_of(layout).items()
         ]
+        env += self._of.hf_token()
         command = list(arguments)
         if layout.engine is Engine.SGLANG:
             if self._of.key_secret and number == 0:
-                env += self._secret(_SGLANG_KEY, self._of.key_secret, "api-key")
+                env += secret_variable(_SGLANG_KEY, self._of.key_secret, "api-key")
                 command += ["--api-key", f"$({_SGLANG_KEY})"]
         else:
-            env += self._secret("VLLM_API_KEY", self._of.key_secret, "api-key")
+            env += secret_variable("VLLM_API_KEY", self._of.key_secret, "api-key")
             own = {"valueFrom": {"fieldRef": {"fieldPath": "status.podIP"}}}
             env.append({"name": HOST_VARIABLE, **own})
             if number == 0 and layout.role is Role.PREFILL:
@@ -288,7 +315,7 @@ class ReplicaObjects:
         volumes: list[dict[str, Any]] = [{"name": "shm", "emptyDir": {"medium": "Memory"}}]
         if layout.workers:
             container["command"] = ["sh", "-c", _WITH_KEY, "hetis", *command]
-            env += self._secret(KEY_VARIABLE, self._of.worker_secret, "worker-key")
+            env += secret_variable(KEY_VARIABLE, self._of.worker_secret, "worker-key")
             env.append({"name": CONFIG_VARIABLE, "value": f"{_CONFIG_FOLDER}/{_CONFIG_FILE}"})
             container["volumeMounts"].append({"name": "workers", "mountPath": _CONFIG_FOLDER, "readOnly": True})
             volumes.append({"name": "workers", "configMap": {"name": f"{self._of.name}-workers"}})
@@ -306,7 +333,7 @@ class ReplicaObjects:
             "name": "worker",
             "image": self._of.worker_image,
             "command": [*WORKER, *(word for setting in told.items() for word in setting)],
-            "env": self._secret(KEY_VARIABLE, self._of.worker_secret, "worker-key"),
+            "env": secret_variable(KEY_VARIABLE, self._of.worker_secret, "worker-key"),
             "ports": [{"name": "frames", "containerPort": WORKER_PORT}],
             "volumeMounts": [],
         }
@@ -370,9 +397,6 @@ class ReplicaObjects:
         if self._on_gpus:
             return {"limits": {_RESOURCES[process.vendor]: len(process.gpus)}}
         return {"requests": {"memory": str(process.kv_bytes * len(process.gpus))}}
-
-    def _secret(self, variable: str, name: str, key: str) -> list[dict[str, Any]]:
-        return [{"name": variable, "valueFrom": {"secretKeyRef": {"name": name, "key": key}}}] if name else []
 
     def _own_service(self, name: str, port: dict[str, Any]) -> dict[str, Any]:
         """Return a pod's Service, which routes to it before it is ready: vLLM serves once all processes connected."""

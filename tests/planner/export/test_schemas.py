@@ -108,7 +108,10 @@ def check_object(one: dict[str, Any]) -> None:
         check_pod(template["spec"], template.get("metadata", {}).get("labels"))
 
 
-@pytest.mark.parametrize("changes", [{}, {"model_claim": "models", "namespace": "serving", "api_key_secret": "api"}])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"model_claim": "models", "namespace": "serving", "api_key_secret": "api", "hf_token_secret": "hub"}],
+)
 @pytest.mark.parametrize("target", [ExportTarget.LWS, ExportTarget.LLM_D, ExportTarget.KSERVE, ExportTarget.DYNAMO])
 def test_operators_take_every_object(target: ExportTarget, changes: dict[str, Any]) -> None:
     kinds = set[str]()

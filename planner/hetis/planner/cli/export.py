@@ -56,10 +56,13 @@ class ExportOptions:
         "--device: cpu tries a plan without GPUs, with --to vllm or hetis-launch.", ExportDevice.CUDA
     )
     node_address: list[str] | None = option(
-        "--node-address NODE=HOST: Address of a node; repeatable. Default: the node's name."
+        "--node-address NODE=HOST: Address of a node outside Kubernetes; repeatable. Default: the node's name."
     )
     port: int = option(
-        "--port: Port of the first replica on a node; further replicas use the next ports.", 8000, min=1, max=60_000
+        "--port: Port of the first replica on a node; further replicas use the next ports. In Kubernetes: always 8000.",
+        8000,
+        min=1,
+        max=60_000,
     )
     name: str = option("--name: Prefix of the names of objects and jobs.", "hetis")
     namespace: str = _cluster("--namespace: Kubernetes namespace. Default: kubectl's.", "")
@@ -67,6 +70,11 @@ class ExportOptions:
     worker_image: str = _cluster("--worker-image IMAGE[,AMD=IMAGE]: Image of the attention workers.", "")
     model_claim: str = _cluster("--model-claim: PersistentVolumeClaim to mount at the parent folder of --model.", "")
     api_key_secret: str = _cluster("--api-key-secret: Secret whose api-key clients must send.", "")
+    hf_token_secret: str = _cluster(
+        "--hf-token-secret SECRET[:KEY]: Secret with the token for gated models, under KEY or HF_TOKEN. Outside "
+        "Kubernetes, set HF_TOKEN in the environment.",
+        "",
+    )
     worker_key_secret: str = _cluster("--worker-key-secret: Secret that holds the workers' worker-key.", "")
     insecure: bool = _cluster("--insecure: Require no API key: any client in the cluster can send requests.", False)
 

@@ -220,6 +220,8 @@ def _service(launchable: Launchable, one: LaunchableReplica, command: Command) -
     service = _without_variables(service)
     if process.kind is ProcessKind.SERVER and launchable.engine is not Engine.SGLANG:
         service["environment"]["VLLM_API_KEY"] = "${VLLM_API_KEY:-}"
+    if not is_worker:
+        service["environment"]["HF_TOKEN"] = "${HF_TOKEN:-}"
     return service
 
 
@@ -253,7 +255,8 @@ def _seen_gpus(process: Process) -> dict[str, str]:
 _HOW_COMPOSE = """\
 Copy the folder of each node there: `docker compose up -d`. Containers use the host's network and the GPUs of
 the plan by index (NVIDIA container toolkit; AMD's devices, whose groups the image's user must be in).
-`VLLM_API_KEY` in the environment, or in `.env`, is what clients must say (SGLang: give `-- --api-key KEY`).
+`VLLM_API_KEY` in the environment, or in `.env`, is what clients must say (SGLang: give `-- --api-key KEY`), and
+`HF_TOKEN` there is the token by which engines download gated models.
 Where replicas have attention workers, `worker.key` beside the file is their key: mode 0600, owned by the user that
 the images run as, 10001 in ours (`sudo chown 10001 worker.key`)."""
 

@@ -58,18 +58,25 @@ def deployment_of(launchable: Launchable, one: LaunchableReplica) -> Deployment:
         worker_secret=settings.worker_key_secret,
         model_claim=settings.model_claim,
         key_secret=settings.api_key_secret,
+        hf_token_secret=settings.hf_token_secret,
         is_open=settings.insecure,
         namespace=settings.namespace,
         kv_partners=tuple(partners),
     )
 
 
-def check_cluster_options(launchable: Launchable) -> None:
-    """Raise DocumentError with every missing or wrong option for Kubernetes objects."""
+def check_cluster_options(launchable: Launchable, *, has_own_front: bool = False) -> None:
+    """Raise DocumentError with every missing or wrong option for Kubernetes objects.
+
+    ``has_own_front``: the target has images and a front end of its own, so that neither images nor keys must be given.
+    """
     one = next(iter(launchable.replicas.values()))
     deployment = replace(deployment_of(launchable, one), image="-", worker_image="-")  # checked for each vendor
+    if has_own_front:
+        deployment = replace(deployment, is_open=not deployment.key_secret)
     wrong = deployment.wrong(one.serving.model, has_workers=launchable.has_workers, model_option="--model")
-    if wrong := [*missing_images(launchable), *wrong]:
+    missing = [] if has_own_front else missing_images(launchable)
+    if wrong := [*missing, *wrong]:
         raise DocumentError(Problem(file="export", message=message) for message in wrong)
 
 

@@ -306,6 +306,7 @@ def write_dynamo(launchable: Launchable) -> Written:
         number: reasons for number, one in launchable.replicas.items() if (reasons := tuple(_not_of_dynamo(one.layout)))
     }
     launchable = launchable.without(left_out)
+    check_cluster_options(launchable, has_own_front=True)
     components = [_component(launchable, one) for one in launchable.replicas.values()]
     most = _MOST_COMPONENTS - 1
     if launchable.has_roles and len(components) > most:
@@ -333,12 +334,15 @@ def _not_of_dynamo(layout: Layout) -> Iterator[str]:
 
 def _graph(launchable: Launchable, number: int, components: list[dict[str, Any]]) -> dict[str, Any]:
     settings = launchable.settings
-    container = {
+    container: dict[str, Any] = {
         "name": "main",
         "image": image_of(launchable),
         "command": ["python3", "-m", "dynamo.frontend"],
         "args": ["--http-port", "8000"],
     }
+    one = next(iter(launchable.replicas.values()))
+    if token := deployment_of(launchable, one).hf_token():  # it loads the model's tokenizer
+        container["env"] = token
     template = {"spec": {"containers": [container]}}
     front = {"name": "Frontend", "type": "frontend", "replicas": 1, "podTemplate": template}
     return {
