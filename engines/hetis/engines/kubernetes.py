@@ -311,7 +311,8 @@ class ReplicaObjects:
         }
         if process.kind is ProcessKind.SERVER:
             container["ports"].append({"name": "http", "containerPort": FRONT_PORT})
-            container["readinessProbe"] = {"httpGet": {"path": "/health", "port": "http"}, "periodSeconds": 5}
+            scheme = {"scheme": "HTTPS"} if self._serving.has_tls else {}
+            container["readinessProbe"] = {"httpGet": {"path": "/health", "port": "http", **scheme}, "periodSeconds": 5}
         volumes: list[dict[str, Any]] = [{"name": "shm", "emptyDir": {"medium": "Memory"}}]
         if layout.workers:
             container["command"] = ["sh", "-c", _WITH_KEY, "hetis", *command]

@@ -555,6 +555,30 @@ def test_every_engine_gets_the_token_by_which_it_downloads_its_model(target: Exp
     assert "HF_TOKEN" not in str(exported(PLANS[name], target).files)
 
 
+@pytest.mark.parametrize("target", sorted(IN_CLUSTERS - {ExportTarget.DYNAMO}))
+def test_probes_speak_https_to_engines_that_do(target: ExportTarget) -> None:
+    def schemes(*options: str) -> tuple[set[str], set[str]]:
+        made = exported(PLANS["one GPU"], target, engine_options=options)
+        [container] = [each for one in reading.manifests(made.files) for each in containers_in(one)]
+        found = {name: probe["httpGet"].get("scheme", "") for name, probe in container.items() if "Probe" in name}
+        assert any("its lists connect by HTTP" in line for line in made.lost) == bool(options)
+        return set(found), set(found.values())
+
+    of_kserve = target is ExportTarget.KSERVE  # whose presets have a scheme of their own
+    certificate = ("--ssl-certfile=/tls/tls.crt", "--ssl-keyfile", "/tls/tls.key")
+    assert schemes() == ({"readinessProbe", *(("startupProbe",) if of_kserve else ())}, {""})
+    also = ("startupProbe", "livenessProbe") if of_kserve else ()
+    assert schemes(*certificate) == ({"readinessProbe", *also}, {"HTTPS"})
+
+
+def test_compose_checks_the_health_of_an_engine_with_tls() -> None:
+    made = exported(PLANS["one GPU"], ExportTarget.COMPOSE, engine_options=("--ssl-keyfile", "/tls/tls.key"))
+    [service] = yaml.safe_load(made.files["a/compose.yaml"])["services"].values()
+    script = service["healthcheck"]["test"][-1]
+    assert "https://10.0.0.1:8000/health" in script
+    compile(script, "health", "exec")
+
+
 def test_workers_get_no_token() -> None:
     made = exported(PLANS["attention workers"], ExportTarget.KUBERNETES, hf_token_secret="hub")
     found = [each for one in reading.manifests(made.files) for each in containers_in(one)]

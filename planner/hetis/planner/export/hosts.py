@@ -215,7 +215,7 @@ def _service(launchable: Launchable, one: LaunchableReplica, command: Command) -
     if command.secrets:
         service["secrets"] = ["worker-key"]
     if process.kind is ProcessKind.SERVER:
-        test = ["CMD", "python3", "-c", f"import urllib.request as u; u.urlopen('http://{one.endpoint}/health')"]
+        test = ["CMD", "python3", "-c", _health_check(one)]
         service["healthcheck"] = {"test": test, "interval": "10s", "timeout": "5s", "start_period": "30m"}
     service = _without_variables(service)
     if process.kind is ProcessKind.SERVER and launchable.engine is not Engine.SGLANG:
@@ -223,6 +223,14 @@ def _service(launchable: Launchable, one: LaunchableReplica, command: Command) -
     if not is_worker:
         service["environment"]["HF_TOKEN"] = "${HF_TOKEN:-}"
     return service
+
+
+def _health_check(one: LaunchableReplica) -> str:
+    """Return a Python script that fails unless the front end answers; its certificate may be for another name."""
+    if one.serving.has_tls:
+        unverified = "context=ssl._create_unverified_context()"
+        return f"import ssl, urllib.request as u; u.urlopen('https://{one.endpoint}/health', {unverified})"
+    return f"import urllib.request as u; u.urlopen('http://{one.endpoint}/health')"
 
 
 def _without_variables(value: Any) -> Any:

@@ -268,8 +268,11 @@ def _listen(container: dict[str, Any], port: int) -> None:
     words[words.index("--port") + 1] = str(port)
     [http] = [each for each in container["ports"] if each["name"] == "http"]
     http["containerPort"] = port
+    health = container["readinessProbe"]["httpGet"]
+    if "scheme" in health:  # the preset's probes have the scheme of KServe's configuration
+        container["livenessProbe"] = {"httpGet": dict(health)}
     container["startupProbe"] = {
-        "httpGet": {"path": "/health", "port": "http"},
+        "httpGet": dict(health),
         "periodSeconds": 10,
         "failureThreshold": 180,  # half an hour; the preset's 60 would end an engine that is still loading its weights
     }
@@ -284,7 +287,11 @@ _HOW_KSERVE = """\
 `kubectl apply -k .` in this folder, where LLMInferenceService is installed. A replica, or a pair of a
 prefill and a decode replica, is a service; all are one group of KServe's route, with the plan's shares as weights. For
 replicas on several nodes KServe wants presets that it does not ship: `presets.yaml` has them, empty. The decode replica
-of a pair listens at port 8001, behind the sidecar that KServe's own preset adds."""
+of a pair listens at port 8001, behind the sidecar that KServe's own preset adds.
+
+Where KServe is configured with `enableLLMInferenceServiceTLS`, its gateway and its probes speak HTTPS to the engines:
+export with `-- --ssl-certfile /var/run/kserve/tls/tls.crt --ssl-keyfile /var/run/kserve/tls/tls.key`. Its presets mount
+these files, those in `presets.yaml` do not."""
 
 
 # --- Dynamo: graph deployments with one front end, and a component for each replica

@@ -55,6 +55,7 @@ _WRITERS: Mapping[ExportTarget, Callable[[Launchable], Written]] = {
 _IN_KUBERNETES = frozenset(
     (ExportTarget.KUBERNETES, ExportTarget.LWS, ExportTarget.LLM_D, ExportTarget.KSERVE, ExportTarget.DYNAMO)
 )
+_ENGINES_SERVE_HTTP = frozenset(ExportTarget) - {ExportTarget.DYNAMO, ExportTarget.RAY}
 # Targets that run only some engines; all others run any engine.
 ENGINES: Mapping[ExportTarget, tuple[Engine, ...]] = {
     ExportTarget.VLLM: (Engine.VLLM_HETIS, Engine.VLLM),
@@ -67,6 +68,9 @@ def export_plan(plan: Plan, model: ModelSpec, target: ExportTarget, settings: Ex
     found = launchable(plan, model, settings)
     written = _WRITERS[target](found)
     found = written.carried
+    if target in _ENGINES_SERVE_HTTP and any(one.serving.has_tls for one in found.replicas.values()):
+        lists = "router/: its lists connect by HTTP, the engines serve HTTPS"
+        written = replace(written, not_carried=(*written.not_carried, lists))
     files = {
         "README.md": readme_of(target.value, found, written),
         **written.files,
