@@ -97,6 +97,8 @@ def test_no_pod_has_rights(layout: Layout) -> None:
         if kind == "StatefulSet":
             pod, container = pod_of(one), container_of(one)
             assert pod["automountServiceAccountToken"] is False
+            assert pod["enableServiceLinks"] is False, "a Service named vllm would set VLLM_PORT"
+            assert environment_of(one)["USER"], "torch fails when imported by a user without a name"
             assert pod["securityContext"]["runAsNonRoot"] is True
             assert pod["securityContext"]["runAsUser"] > 0
             assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}

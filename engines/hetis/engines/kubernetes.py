@@ -357,10 +357,12 @@ class ReplicaObjects:
         }
         # Compiled and cached files go to a writable directory.
         writable = [{"name": "HOME", "value": "/tmp"}, {"name": "NUMBA_CACHE_DIR", "value": "/tmp/numba"}]
-        container["env"] = [*container["env"], *writable]
+        # torch looks up its user's name when imported, and engines' own images do not know ours.
+        container["env"] = [*container["env"], *writable, {"name": "USER", "value": "hetis"}]
         container["volumeMounts"] = [*container["volumeMounts"], {"name": "tmp", "mountPath": "/tmp"}]
         return {
             "automountServiceAccountToken": False,
+            "enableServiceLinks": False,  # the variables of a Service named vllm are taken for settings of vLLM
             "terminationGracePeriodSeconds": _GRACE_S,
             "securityContext": {
                 "runAsNonRoot": True,

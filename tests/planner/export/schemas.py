@@ -105,6 +105,7 @@ _ROLE_VALUES = of(
     create={"type": "boolean"},
     replicas=COUNT,
     extraConfig=of("", affinity={"type": "object"}),
+    enableServiceLinks={"type": "boolean"},
     tolerations=many({"type": "object"}),
     strategy=of("type", type=one_of("RollingUpdate", "Recreate")),
     podAnnotations=TEXTS,

@@ -579,6 +579,15 @@ def test_compose_checks_the_health_of_an_engine_with_tls() -> None:
     compile(script, "health", "exec")
 
 
+def test_releases_of_llm_d_are_installed_where_their_services_are() -> None:
+    made = exported(PLANS["unlike replicas"], ExportTarget.LLM_D, namespace="serving")
+    releases = re.findall(
+        r"(?m)^helm upgrade --install (\S+) .* --namespace serving --values (\S+)$", made.files["README.md"]
+    )
+    assert releases == [(f"hetis-r{i}", f"values-r{i}.yaml") for i in range(3)]
+    assert {values for _, values in releases} <= made.files.keys()
+
+
 def test_workers_get_no_token() -> None:
     made = exported(PLANS["attention workers"], ExportTarget.KUBERNETES, hf_token_secret="hub")
     found = [each for one in reading.manifests(made.files) for each in containers_in(one)]

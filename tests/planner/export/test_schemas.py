@@ -159,7 +159,7 @@ def test_the_chart_and_the_router_of_llm_d_take_values_and_weights(name: str) ->
             check_pod(
                 {
                     "containers": [container],
-                    **{field: role[field] for field in ("volumes", "tolerations")},
+                    **{field: role[field] for field in ("volumes", "tolerations", "enableServiceLinks")},
                     **role["extraConfig"],
                 }
             )

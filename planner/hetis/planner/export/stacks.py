@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -38,6 +38,7 @@ from hetis.solver.plan import Role
 
 
 _REPLICA_LABEL = "app.kubernetes.io/instance"
+_CHART = "llm-d-modelservice --repo https://llm-d-incubation.github.io/llm-d-modelservice"
 _SIDECAR_PORT = 8200  # the engine's port, behind the routing proxy of the chart
 _ROLES = {Role.PREFILL: "prefill", Role.DECODE: "decode", Role.UNIFIED: "decode"}
 
@@ -54,13 +55,19 @@ def write_llm_d(launchable: Launchable) -> Written:
         else:
             labels = {**MODEL_LABELS, "llm-d.ai/role": _ROLES[one.plan.role]}
             manifests[f"{one.name}.yaml"] = yaml_text(*replica_objects(launchable, one, labels))
-    helm = "\n".join(
-        f"helm install {launchable.settings.name}-{path[7:-5]} llm-d-modelservice/llm-d-modelservice --values {path}"
-        for path in values
-    )
-    written = written_for_cluster(launchable, manifests, _HOW_LLM_D.format(helm=helm or "# none"))
+    written = written_for_cluster(launchable, manifests, _HOW_LLM_D.format(helm=_helm(launchable, values) or "# none"))
     files = {**values, **written.files, "router/llm-d.yaml": yaml_text(picker_config(launchable))}
     return replace(written, files=files, shown=(*values, *manifests))
+
+
+def _helm(launchable: Launchable, files: Iterable[str]) -> str:
+    """Return the commands that install a release for each file of values."""
+    namespace = f" --namespace {launchable.settings.namespace}" if launchable.settings.namespace else ""
+    return "\n".join(
+        f"helm upgrade --install {launchable.settings.name}-{path.removeprefix('values-').removesuffix('.yaml')} "
+        f"{_CHART} --version v0.4.12{namespace} --values {path}"
+        for path in files
+    )
 
 
 def values_of(launchable: Launchable, one: LaunchableReplica) -> dict[str, Any]:
@@ -100,6 +107,7 @@ def values_of(launchable: Launchable, one: LaunchableReplica) -> dict[str, Any]:
             "podAnnotations": annotations_of(process),
             "extraConfig": {"affinity": on_nodes(process.node)},  # merged into the pod
             "tolerations": tolerations_of(process),
+            "enableServiceLinks": pod["enableServiceLinks"],
             # A Deployment otherwise waits for GPUs that its former pod still has.
             "strategy": {"type": "Recreate"},
             # The chart counts the GPUs from this.
@@ -377,7 +385,7 @@ def _component(launchable: Launchable, one: LaunchableReplica) -> dict[str, Any]
     [container] = pod["containers"]
     # Dynamo's operator sets the ports, probes and permissions of pods, and its images have a user of their own.
     kept = {name: container[name] for name in ("env", "resources", "volumeMounts", "image")}
-    kept["env"] = [each for each in kept["env"] if each["name"] not in ("HOME", "NUMBA_CACHE_DIR")]
+    kept["env"] = [each for each in kept["env"] if each["name"] not in ("HOME", "NUMBA_CACHE_DIR", "USER")]
     main = {"name": "main", "command": words[:3], "args": words[3:], **kept}
     template = {
         "affinity": on_nodes(process.node),
