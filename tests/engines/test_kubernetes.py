@@ -225,8 +225,8 @@ def test_pods_cannot_share_a_gpu() -> None:
     with pytest.raises(LayoutError) as caught:
         objects(layout)
     assert caught.value.messages == (
-        "several ranks of vLLM have KV on b/0, b/1, each in its own process, and pods cannot share a GPU: let "
-        "processes or Ray run the replica",
+        "several ranks of vLLM have KV on b/0, b/1, each in its own process, and pods cannot share a GPU: run them "
+        "with `hetis-launch processes` (`hetis-plan export --to hetis-launch`)",
     )
     assert objects(layout, replace(SERVING, device="cpu"))
 

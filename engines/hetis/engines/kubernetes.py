@@ -202,7 +202,7 @@ def refuse_shared_cards(layout: Layout) -> None:
     if shared:
         raise LayoutError(
             f"several ranks of vLLM have KV on {', '.join(shared)}, each in its own process, and pods cannot "
-            "share a GPU: let processes or Ray run the replica"
+            "share a GPU: run them with `hetis-launch processes` (`hetis-plan export --to hetis-launch`)"
         )
 
 

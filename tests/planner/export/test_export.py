@@ -371,6 +371,32 @@ def test_a_draft_is_a_mapping_for_ray() -> None:
     assert arguments["speculative_config"] == {"method": "mtp", "num_speculative_tokens": 1}
 
 
+# No target carries these with the same engine.
+NOWHERE = ("which SGLang only supports with hetis' plugin", "no partner is left")
+
+
+@pytest.mark.parametrize(
+    ("target", "name"), [case for case, (why, _) in LOST.items() if not any(part in why for part in NOWHERE)]
+)
+def test_reasons_name_a_target_that_carries_what_this_one_does_not(target: ExportTarget, name: str) -> None:
+    try:
+        reasons = exported(PLANS[name], target).lost
+    except NotExportableError as error:
+        reasons = error.reasons
+    lists = re.findall(r"--to ([a-z][a-z-]+(?:(?:, | or )(?!or)[a-z][a-z-]+)*)", " ".join(reasons))
+    named = [ExportTarget(other) for names in lists for other in re.split(", | or ", names)]
+    assert any(carries(other, name) for other in named)
+
+
+def carries(target: ExportTarget, name: str) -> bool:
+    """Return whether a target runs all replicas of a plan."""
+    try:
+        made = exported(PLANS[name], target)
+    except NotExportableError:
+        return False
+    return made.rate == pytest.approx(made.planned)
+
+
 def test_further_stages_of_one_node_are_pods_of_their_own_or_left_out() -> None:
     """Pods of one template are distinguished by node; vLLM on Ray numbers the ranks of a node consecutively."""
     stages = (on("a/0", layers=2), on("b/0", first=2, layers=1), on("b/1", first=3, layers=1))

@@ -278,7 +278,9 @@ def write_slurm(launchable: Launchable) -> Written:
     for number, one in launchable.replicas.items():
         shared = sorted({p.name.partition(".")[0] for p in one.layout.attention_workers if p.sharing > 1})
         if shared:
-            left_out[number] = (f"several ranks have KV on {', '.join(shared)}: steps of a job do not share GPUs",)
+            left_out[number] = (
+                f"several ranks have KV on {', '.join(shared)}: steps of a job do not share GPUs, use --to vllm",
+            )
             continue
         files |= {path: text for command in one.commands for path, text in command.files.items()}
         files[f"{one.name}.sbatch"] = _batch_script(launchable, one)

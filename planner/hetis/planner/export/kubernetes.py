@@ -160,7 +160,8 @@ class PodGroup:
         nodes = [process.node for process in self._further]
         twice = sorted({node for node in nodes if nodes.count(node) > 1})
         return tuple(
-            f"several further stages are on {node}: pods of one template are told apart by their nodes"
+            f"several further stages are on {node}: pods of one template are told apart by their nodes, "
+            "use --to kubernetes"
             for node in twice
         )
 

@@ -315,7 +315,7 @@ def write_dynamo(launchable: Launchable) -> Written:
     """Return DynamoGraphDeployments: a single one for all replicas unless there are too many for one graph."""
     if launchable.engine not in _PROGRAMS:
         raise NotExportableError(
-            ("Dynamo's images lack the hetis plugin: use --to lws or kubernetes, or --engine vllm",)
+            ("Dynamo's images lack the hetis plugin: use --to kubernetes, lws or hetis-launch, or --engine vllm",)
         )
     left_out = {
         number: reasons for number, one in launchable.replicas.items() if (reasons := tuple(_not_of_dynamo(one.layout)))
@@ -342,9 +342,10 @@ def write_dynamo(launchable: Launchable) -> Written:
 def _not_of_dynamo(layout: Layout) -> Iterator[str]:
     yield from impossible_nodes(layout)
     if len(layout.servers) > 1:
-        yield f"it is {len(layout.servers)} pods: Dynamo makes those of a component from one template"
+        pods = f"it is {len(layout.servers)} pods"
+        yield f"{pods}: Dynamo makes those of a component from one template, use --to lws or kubernetes"
     if layout.vendor != "NVIDIA":
-        yield f"it has GPUs of {layout.vendor}: Dynamo's images are for NVIDIA's"
+        yield f"it has GPUs of {layout.vendor}: Dynamo's images are for NVIDIA's, use --to kubernetes"
 
 
 def _graph(launchable: Launchable, number: int, components: list[dict[str, Any]]) -> dict[str, Any]:
