@@ -614,6 +614,15 @@ def test_releases_of_llm_d_are_installed_where_their_services_are() -> None:
     assert {values for _, values in releases} <= made.files.keys()
 
 
+def test_dynamos_operator_alone_gives_pods_shared_memory() -> None:
+    made = exported(PLANS["one GPU"], ExportTarget.DYNAMO, model_claim="models")
+    [_, one] = reading.manifests(made.files)[0]["spec"]["components"]
+    pod = one["podTemplate"]["spec"]
+    mounts = {each["name"]: each["mountPath"] for each in reading.container_of(pod)["volumeMounts"]}
+    assert mounts == {"models": "/models", "tmp": "/tmp"}
+    assert [each["name"] for each in pod["volumes"]] == ["models", "tmp"]
+
+
 def test_workers_get_no_token() -> None:
     made = exported(PLANS["attention workers"], ExportTarget.KUBERNETES, hf_token_secret="hub")
     found = [each for one in reading.manifests(made.files) for each in containers_in(one)]

@@ -384,15 +384,17 @@ def _component(launchable: Launchable, one: LaunchableReplica) -> dict[str, Any]
     deployment = replace(deployment_of(launchable, one), image=image_of(launchable))
     pod = ReplicaObjects(one.layout, one.serving, deployment).server_pod(0, words)
     [container] = pod["containers"]
-    # Dynamo's operator sets the ports, probes and permissions of pods, and its images have a user of their own.
+    # Dynamo's operator sets ports, probes, permissions and shared memory of pods; it drops other mounts at /dev/shm.
+    # Its images have a user of their own.
     kept = {name: container[name] for name in ("env", "resources", "volumeMounts", "image")}
     kept["env"] = [each for each in kept["env"] if each["name"] not in ("HOME", "NUMBA_CACHE_DIR", "USER")]
+    kept["volumeMounts"] = [each for each in kept["volumeMounts"] if each["name"] != "shm"]
     main = {"name": "main", "command": words[:3], "args": words[3:], **kept}
     template = {
         "affinity": on_nodes(process.node),
         "tolerations": pod["tolerations"],
         "containers": [main],
-        "volumes": pod["volumes"],
+        "volumes": [each for each in pod["volumes"] if each["name"] != "shm"],
     }
     return {
         "name": one.name,
