@@ -20,6 +20,7 @@ from hetis.runtime.worker.main import read_options
 from hetis.solver.plan import Role
 from tests.command_line import command_of, run_command
 from tests.engines.plans import MODEL, POOL, plan_of, sharing, stage_of
+from tests.planner.export.reading import nodes_of
 
 ONE = layout_of(plan_of(stage_of(), pools=(POOL,)), 0, MODEL)
 # Two stages, each with a GPU that holds its other heads, so that every rank has its own GPU.
@@ -84,7 +85,7 @@ def test_there_is_a_set_for_each_process_and_every_way_between_them() -> None:
 
 def test_pods_run_on_the_plans_nodes_with_a_gpu_each_or_memory_for_kv() -> None:
     sets = [one for (kind, _), one in objects().items() if kind == "StatefulSet"]
-    assert [pod_of(one)["nodeSelector"]["kubernetes.io/hostname"] for one in sets] == ["a", "b", "b"]
+    assert [nodes_of(pod_of(one)) for one in sets] == [["a"], ["b"], ["b"]]
     assert [container_of(one)["resources"] for one in sets] == [{"limits": {"nvidia.com/gpu": 1}}] * 3
     worker = objects(serving=replace(SERVING, device="cpu"))["StatefulSet", "chat-worker-0"]
     assert container_of(worker)["resources"] == {"requests": {"memory": str(ONE.attention_workers[0].kv_bytes)}}
@@ -96,6 +97,8 @@ def test_no_pod_has_rights(layout: Layout) -> None:
         if kind == "StatefulSet":
             pod, container = pod_of(one), container_of(one)
             assert pod["automountServiceAccountToken"] is False
+            assert pod["enableServiceLinks"] is False, "a Service named vllm would set VLLM_PORT"
+            assert environment_of(one)["USER"], "torch fails when imported by a user without a name"
             assert pod["securityContext"]["runAsNonRoot"] is True
             assert pod["securityContext"]["runAsUser"] > 0
             assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
@@ -123,6 +126,9 @@ def test_vllm_is_told_of_its_model_key_and_workers() -> None:
     assert environment["HETIS_VLLM_CONFIG"] == "/etc/hetis/workers.yaml"
     assert environment["VLLM_API_KEY"] == {"secretKeyRef": {"name": "key", "key": "api-key"}}
     assert environment["HETIS_WORKER_KEY"] == {"secretKeyRef": {"name": "worker", "key": "worker-key"}}
+    assert "HF_TOKEN" not in environment
+    token = objects(deployment=replace(DEPLOYMENT, hf_token_secret="hub:token"))["StatefulSet", "chat-vllm-0"]
+    assert environment_of(token)["HF_TOKEN"] == {"secretKeyRef": {"name": "hub", "key": "token"}}
     assert container["readinessProbe"]["httpGet"] == {"path": "/health", "port": "http"}
     ports = {port["name"]: port["containerPort"] for port in container["ports"]}
     (port,) = found["Service", "chat"]["spec"]["ports"]
@@ -219,8 +225,8 @@ def test_pods_cannot_share_a_gpu() -> None:
     with pytest.raises(LayoutError) as caught:
         objects(layout)
     assert caught.value.messages == (
-        "several ranks of vLLM have KV on b/0, b/1, each in its own process, and pods cannot share a GPU: let "
-        "processes or Ray run the replica",
+        "several ranks of vLLM have KV on b/0, b/1, each in its own process, and pods cannot share a GPU: run them "
+        "with `hetis-launch processes` (`hetis-plan export --to hetis-launch`)",
     )
     assert objects(layout, replace(SERVING, device="cpu"))
 

@@ -38,10 +38,11 @@ from hetis.solver.plan import Role
 
 FRONT_PORT = 8000
 IMAGE, WORKER_IMAGE = "vLLM with the plugin, as docker/vllm.Dockerfile makes it", "as docker/worker.Dockerfile makes it"
-NODE_LABEL = "kubernetes.io/hostname"
 _NAME_LABEL, _INSTANCE_LABEL = "app.kubernetes.io/name", "app.kubernetes.io/instance"
 MODEL_LABELS = {"llm-d.ai/inference-serving": "true"}
 _SGLANG_KEY = "HETIS_API_KEY"
+HF_TOKEN = "HF_TOKEN"  # the variable in which engines look for it, and the usual key of a Secret
+_KEY = re.compile(r"[-._A-Za-z0-9]{1,253}")  # of a Secret
 SET_HERE = ("--host", "--port", "--api-key")  # options of vLLM that are set here
 _CONFIG_FOLDER, _CONFIG_FILE, _KEY_FILE = "/etc/hetis", "workers.yaml", "/tmp/hetis-worker.key"
 _OWN_MOUNTS = (_CONFIG_FOLDER, "/tmp", "/dev/shm")
@@ -50,7 +51,7 @@ _WITH_KEY = f'umask 077 && printf %s "${KEY_VARIABLE}" > {_KEY_FILE} && unset {K
 _USER = 10001  # the same as in our images
 _RESOURCES = {"NVIDIA": "nvidia.com/gpu", "AMD": "amd.com/gpu"}  # resource names of the vendors' device plugins
 _GRACE_S = 45
-_LONGEST_LABEL = 63  # maximum length of a label value in Kubernetes
+_LONGEST_NAME = 253  # maximum length of an object name in Kubernetes
 _OBJECT = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*")
 NAMESPACE = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
 _NAME = re.compile(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?")  # pod names are longer than this and must fit into 63 characters
@@ -69,6 +70,8 @@ class Deployment:
     model_claim: str = ""
     key_secret: str = ""  # a Secret whose ``api-key`` clients must present
     is_open: bool = False  # no key is required; exactly one of this and ``key_secret`` must be set
+    # A Secret with the token by which the engine downloads models, as ``NAME`` or ``NAME:KEY``; its key is HF_TOKEN
+    hf_token_secret: str = ""
     namespace: str = ""
     # Names of the replicas that exchange KV with this one. Empty: unknown; any hetis replica in the namespace may.
     kv_partners: tuple[str, ...] = ()
@@ -98,25 +101,67 @@ class Deployment:
             wrong.append(f"{model_option} is {model!r}: {path.parent} is mounted by pods for their own files")
         secrets = {"--api-key-secret": self.key_secret, "--worker-key-secret": self.worker_secret}
         for option, name in (secrets | {"--model-claim": self.model_claim}).items():
-            if name and not _OBJECT.fullmatch(name):
+            if name and not _is_object(name):
                 wrong.append(
                     f"{option} is {name!r}, must be the name of an object: lower-case letters, digits, - and ."
                 )
+        name, key = self._hf_token
+        if self.hf_token_secret and not (_is_object(name) and _KEY.fullmatch(key)):
+            wrong.append(f"--hf-token-secret is {self.hf_token_secret!r}, must be SECRET or SECRET:KEY")
         if self.key_secret and self.is_open:
             wrong.append("--api-key-secret and --insecure contradict each other: give one of them")
         elif not self.key_secret and not self.is_open:
             wrong.append("give --api-key-secret, or --insecure to serve without a key")
         return wrong
 
+    @property
+    def _hf_token(self) -> tuple[str, str]:
+        """The name of the Secret with the token, and the key in it."""
+        name, colon, key = self.hf_token_secret.partition(":")
+        return name, key if colon else HF_TOKEN
 
-def on_node(node: str) -> dict[str, str]:
-    """Return the node selector for a node of the plan, by the label that every kubelet sets."""
-    return {NODE_LABEL: node}
+    def hf_token(self) -> list[dict[str, Any]]:
+        """Return the variable with the token for downloads, or none if there is no Secret for it."""
+        return secret_variable(HF_TOKEN, *self._hf_token)
+
+
+def secret_variable(variable: str, name: str, key: str) -> list[dict[str, Any]]:
+    """Return the variable of a container that has the value of a key in a Secret, or none without a Secret."""
+    return [{"name": variable, "valueFrom": {"secretKeyRef": {"name": name, "key": key}}}] if name else []
+
+
+def _is_object(name: str) -> bool:
+    return len(name) <= _LONGEST_NAME and _OBJECT.fullmatch(name) is not None
+
+
+def on_nodes(*nodes: str) -> dict[str, Any]:
+    """Return the affinity to these nodes of the plan, by the name of the Node object, which `cluster discover` takes.
+
+    The label ``kubernetes.io/hostname`` has another value on some clusters. Each node is a term of its own, because a
+    requirement on a field has exactly one value; a node has to meet one of the terms.
+    """
+    terms = [{"matchFields": [{"key": "metadata.name", "operator": "In", "values": [node]}]} for node in nodes]
+    return {"nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": terms}}}
 
 
 def tolerations_of(process: Process) -> list[dict[str, str]]:
     """Return the tolerations of the taint by which clusters keep other pods off GPU nodes: the name of the resource."""
     return [{"key": _RESOURCES[process.vendor], "operator": "Exists", "effect": "NoSchedule"}]
+
+
+def literal(serving: Serving) -> Serving:
+    """Return the settings for the command of a pod, in which Kubernetes replaces ``$(NAME)``, and ``$$`` by ``$``."""
+    return replace(
+        serving,
+        model=_literal(serving.model),
+        served_name=_literal(serving.served_name),
+        program=tuple(map(_literal, serving.program)),
+        options=tuple(map(_literal, serving.options)),
+    )
+
+
+def _literal(text: str) -> str:
+    return text.replace("$", "$$")
 
 
 def annotations_of(process: Process) -> dict[str, str]:
@@ -128,10 +173,10 @@ def manifests_of(layout: Layout, serving: Serving, deployment: Deployment) -> li
     """Return the objects of a replica, in an order in which they can be applied.
 
     Raises:
-        LayoutError: a node's name is too long (`nodes_without_label`), or worker processes share GPUs.
+        LayoutError: no Node object can have a node's name (`impossible_nodes`), or worker processes share GPUs.
     """
-    if unlabelled := list(nodes_without_label(layout)):
-        raise LayoutError(*unlabelled)
+    if impossible := list(impossible_nodes(layout)):
+        raise LayoutError(*impossible)
     if serving.device == "cuda":
         refuse_shared_cards(layout)
     objects = ReplicaObjects(layout, serving, deployment)
@@ -142,11 +187,13 @@ def manifests_of(layout: Layout, serving: Serving, deployment: Deployment) -> li
     ]
 
 
-def nodes_without_label(layout: Layout) -> Iterator[str]:
-    """Yield one message per node on which pods cannot be placed, because its name is too long for a label value."""
+def impossible_nodes(layout: Layout) -> Iterator[str]:
+    """Yield one message per node of the plan whose name no Node object can have, so that no pod could run there."""
     for node in dict.fromkeys(process.node for process in layout.processes):
-        if len(node) > _LONGEST_LABEL:
-            yield f"node {node} has a name of {len(node)} characters, {NODE_LABEL} allows at most {_LONGEST_LABEL}"
+        if len(node) > _LONGEST_NAME:
+            yield f"node {node} has a name of {len(node)} characters, Kubernetes allows at most {_LONGEST_NAME}"
+        elif not _OBJECT.fullmatch(node):
+            yield f"node {node}: the name of a node in Kubernetes has only lower-case letters, digits, - and ."
 
 
 def refuse_shared_cards(layout: Layout) -> None:
@@ -155,7 +202,7 @@ def refuse_shared_cards(layout: Layout) -> None:
     if shared:
         raise LayoutError(
             f"several ranks of vLLM have KV on {', '.join(shared)}, each in its own process, and pods cannot "
-            "share a GPU: let processes or Ray run the replica"
+            "share a GPU: run them with `hetis-launch processes` (`hetis-plan export --to hetis-launch`)"
         )
 
 
@@ -233,7 +280,8 @@ class ReplicaObjects:
 
     def arguments(self, number: int, *, master: str = "") -> tuple[str, ...]:
         """Return the command line of a process. ``master`` is the first one's address; by default, its Service."""
-        return arguments_of(self._layout, self._serving, number, Meeting(host=master or self.front_name))
+        meeting = Meeting(host=master or self.front_name)
+        return arguments_of(self._layout, literal(self._serving), number, meeting)
 
     def server_pod(self, number: int, arguments: Sequence[str]) -> dict[str, Any]:
         """Return the pod of an engine process, without its node."""
@@ -241,13 +289,14 @@ class ReplicaObjects:
         env: list[dict[str, Any]] = [
             {"name": variable, "value": text} for variable, text in partition_of(layout).items()
         ]
+        env += self._of.hf_token()
         command = list(arguments)
         if layout.engine is Engine.SGLANG:
             if self._of.key_secret and number == 0:
-                env += self._secret(_SGLANG_KEY, self._of.key_secret, "api-key")
+                env += secret_variable(_SGLANG_KEY, self._of.key_secret, "api-key")
                 command += ["--api-key", f"$({_SGLANG_KEY})"]
         else:
-            env += self._secret("VLLM_API_KEY", self._of.key_secret, "api-key")
+            env += secret_variable("VLLM_API_KEY", self._of.key_secret, "api-key")
             own = {"valueFrom": {"fieldRef": {"fieldPath": "status.podIP"}}}
             env.append({"name": HOST_VARIABLE, **own})
             if number == 0 and layout.role is Role.PREFILL:
@@ -262,11 +311,12 @@ class ReplicaObjects:
         }
         if process.kind is ProcessKind.SERVER:
             container["ports"].append({"name": "http", "containerPort": FRONT_PORT})
-            container["readinessProbe"] = {"httpGet": {"path": "/health", "port": "http"}, "periodSeconds": 5}
+            scheme = {"scheme": "HTTPS"} if self._serving.has_tls else {}
+            container["readinessProbe"] = {"httpGet": {"path": "/health", "port": "http", **scheme}, "periodSeconds": 5}
         volumes: list[dict[str, Any]] = [{"name": "shm", "emptyDir": {"medium": "Memory"}}]
         if layout.workers:
             container["command"] = ["sh", "-c", _WITH_KEY, "hetis", *command]
-            env += self._secret(KEY_VARIABLE, self._of.worker_secret, "worker-key")
+            env += secret_variable(KEY_VARIABLE, self._of.worker_secret, "worker-key")
             env.append({"name": CONFIG_VARIABLE, "value": f"{_CONFIG_FOLDER}/{_CONFIG_FILE}"})
             container["volumeMounts"].append({"name": "workers", "mountPath": _CONFIG_FOLDER, "readOnly": True})
             volumes.append({"name": "workers", "configMap": {"name": f"{self._of.name}-workers"}})
@@ -284,7 +334,7 @@ class ReplicaObjects:
             "name": "worker",
             "image": self._of.worker_image,
             "command": [*WORKER, *(word for setting in told.items() for word in setting)],
-            "env": self._secret(KEY_VARIABLE, self._of.worker_secret, "worker-key"),
+            "env": secret_variable(KEY_VARIABLE, self._of.worker_secret, "worker-key"),
             "ports": [{"name": "frames", "containerPort": WORKER_PORT}],
             "volumeMounts": [],
         }
@@ -307,10 +357,12 @@ class ReplicaObjects:
         }
         # Compiled and cached files go to a writable directory.
         writable = [{"name": "HOME", "value": "/tmp"}, {"name": "NUMBA_CACHE_DIR", "value": "/tmp/numba"}]
-        container["env"] = [*container["env"], *writable]
+        # torch looks up its user's name when imported, and engines' own images do not know ours.
+        container["env"] = [*container["env"], *writable, {"name": "USER", "value": "hetis"}]
         container["volumeMounts"] = [*container["volumeMounts"], {"name": "tmp", "mountPath": "/tmp"}]
         return {
             "automountServiceAccountToken": False,
+            "enableServiceLinks": False,  # the variables of a Service named vllm are taken for settings of vLLM
             "terminationGracePeriodSeconds": _GRACE_S,
             "securityContext": {
                 "runAsNonRoot": True,
@@ -325,7 +377,7 @@ class ReplicaObjects:
         }
 
     def _set(self, name: str, process: Process, pod: dict[str, Any]) -> dict[str, Any]:
-        """Return a StatefulSet of one pod on the plan's node, which it selects by the label that every kubelet sets."""
+        """Return a StatefulSet of one pod on the plan's node."""
         labels = self.labels(name)
         metadata = {"labels": labels, "annotations": annotations_of(process)}
         return {
@@ -336,7 +388,7 @@ class ReplicaObjects:
                 "replicas": 1,
                 "serviceName": name,
                 "selector": {"matchLabels": dict(labels)},
-                "template": {"metadata": metadata, "spec": {"nodeSelector": on_node(process.node), **pod}},
+                "template": {"metadata": metadata, "spec": {"affinity": on_nodes(process.node), **pod}},
             },
         }
 
@@ -348,9 +400,6 @@ class ReplicaObjects:
         if self._on_gpus:
             return {"limits": {_RESOURCES[process.vendor]: len(process.gpus)}}
         return {"requests": {"memory": str(process.kv_bytes * len(process.gpus))}}
-
-    def _secret(self, variable: str, name: str, key: str) -> list[dict[str, Any]]:
-        return [{"name": variable, "valueFrom": {"secretKeyRef": {"name": name, "key": key}}}] if name else []
 
     def _own_service(self, name: str, port: dict[str, Any]) -> dict[str, Any]:
         """Return a pod's Service, which routes to it before it is ready: vLLM serves once all processes connected."""

@@ -64,6 +64,11 @@ class Serving:
         """Return whether any of these options is among the verbatim ones."""
         return bool(names_of(self.options) & set(names))
 
+    @property
+    def has_tls(self) -> bool:
+        """Whether the engine serves HTTPS, by a certificate among the verbatim options."""
+        return self.gives("--ssl-certfile", "--ssl-keyfile")
+
     def dtype_of(self, common: str) -> str:
         """Return the dtype to set on the engine: the user's if there is one, otherwise ``common``, that of its GPUs."""
         return common if self.dtype == "auto" and self.device == "cuda" else self.dtype

@@ -69,6 +69,19 @@ def test_where_nothing_serves_the_list_is_one_that_nginx_takes(
     assert capsys.readouterr().out == "upstream hetis {\n    server 127.0.0.1:9 down;  # nothing serves\n}\n"
 
 
+def test_what_serves_without_an_address_or_with_half_a_role_is_named(
+    served: FakePlanner, hetis_plan: Run, capsys: Captured
+) -> None:
+    assert hetis_plan("upstreams") == ExitCode.OK
+    said = "warning: left out, because only agents with --engine launch:FILE report an address: r-7\n"
+    assert capsys.readouterr() == (NGINX, said)
+    for number in (1, 2):
+        served.replicas[NAME.format(number)].state = DOWN
+    assert hetis_plan("upstreams") == ExitCode.OK
+    why = "what serves: r-7 without an address; r-6 only for prefill or decode"
+    assert capsys.readouterr() == (f"upstream hetis {{\n    server 127.0.0.1:9 down;  # {why}\n}}\n", said)
+
+
 def test_the_list_is_written_again_when_what_serves_changes_and_only_then(
     served: FakePlanner, hetis_plan: Run, capsys: Captured, tmp_path: Path
 ) -> None:

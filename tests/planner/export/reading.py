@@ -137,6 +137,12 @@ def container_of(pod: Mapping[str, Any], name: str = "") -> dict[str, Any]:
     return dict(container)
 
 
+def expanded(word: str, environment: Mapping[str, str]) -> str:
+    """Return a word of a pod's command as Kubernetes passes it on, with variables of its environment."""
+    known = {"$$": "$", **{f"$({name})": value for name, value in environment.items()}}
+    return re.sub(r"\$\$|\$\([^)]*\)", lambda found: known.get(found[0], found[0]), word)
+
+
 def words_of(container: Mapping[str, Any]) -> list[str]:
     return [str(word) for word in (*container.get("command", []), *container.get("args", []))]
 
@@ -145,8 +151,21 @@ def environment_of(container: Mapping[str, Any]) -> dict[str, str]:
     return {each["name"]: each["value"] for each in container.get("env", []) if "value" in each}
 
 
+def nodes_of(pod: Mapping[str, Any]) -> list[str]:
+    """Return the nodes on which a pod may run; a requirement on a field has exactly one value."""
+    assert "nodeSelector" not in pod
+    required = pod["affinity"]["nodeAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]
+    nodes = list[str]()
+    for term in required["nodeSelectorTerms"]:
+        [field] = term["matchFields"]
+        assert (term.keys(), field["key"], field["operator"]) == ({"matchFields"}, "metadata.name", "In")
+        [node] = field["values"]
+        nodes.append(node)
+    return nodes
+
+
 def read_kubernetes(files: Mapping[str, str]) -> dict[str, Read]:
-    """Read StatefulSets: the node by its selector, the number of GPUs, and which ones by the annotation."""
+    """Read StatefulSets: the node by its affinity, the number of GPUs, and which ones by the annotation."""
     found = dict[str, list[Found]]()
     for one in manifests(files):
         if one["kind"] == "StatefulSet":
@@ -154,7 +173,7 @@ def read_kubernetes(files: Mapping[str, str]) -> dict[str, Read]:
             container, pod = container_of(template["spec"]), template["spec"]
             devices = template["metadata"]["annotations"]["hetis/devices"].split(",")
             assert container["resources"]["limits"]["nvidia.com/gpu"] == len(devices)
-            assert {device.partition("/")[0] for device in devices} == set(pod["nodeSelector"].values())
+            assert {device.partition("/")[0] for device in devices} == set(nodes_of(pod))
             name = one["metadata"]["labels"]["app.kubernetes.io/instance"].rpartition("-")[2]
             process = Found(words_of(container), environment_of(container), devices)
             found.setdefault(name, []).append(process)
@@ -194,7 +213,7 @@ def of_groups(groups: Iterable[tuple[str, int, Mapping[str, Any], Mapping[str, A
     found = dict[str, list[Found]]()
     for name, size, leader, workers in groups:
         container = container_of(leader["spec"])
-        node = leader["spec"]["nodeSelector"]["kubernetes.io/hostname"]
+        [node] = nodes_of(leader["spec"])
         devices = leader["metadata"]["annotations"]["hetis/devices"].split(",")
         assert {device.rpartition("/")[0] for device in devices} == {node}
         assert container["resources"]["limits"]["nvidia.com/gpu"] == len(devices)
@@ -211,8 +230,8 @@ def of_groups(groups: Iterable[tuple[str, int, Mapping[str, Any], Mapping[str, A
         for node, own in by_node.items():
             assert container["resources"]["limits"]["nvidia.com/gpu"] == len(own)
             words = words_of(container)
-            if "nodeSelector" in workers["spec"]:
-                assert workers["spec"]["nodeSelector"] == {"kubernetes.io/hostname": node}
+            if "podAntiAffinity" not in workers["spec"]["affinity"]:
+                assert nodes_of(workers["spec"]) == [node]
             else:
                 check_apart(workers, list(by_node))
                 words = run_script(words, node)
@@ -223,10 +242,8 @@ def of_groups(groups: Iterable[tuple[str, int, Mapping[str, Any], Mapping[str, A
 def check_apart(workers: Mapping[str, Any], nodes: list[str]) -> None:
     """Assert that pods of one template are on these nodes, no two of them on the same."""
     required = "requiredDuringSchedulingIgnoredDuringExecution"
-    affinity = workers["spec"]["affinity"]
-    [term] = affinity["nodeAffinity"][required]["nodeSelectorTerms"]
-    assert term["matchExpressions"][0]["values"] == nodes
-    [apart] = affinity["podAntiAffinity"][required]
+    assert nodes_of(workers["spec"]) == nodes
+    [apart] = workers["spec"]["affinity"]["podAntiAffinity"][required]
     assert apart["topologyKey"] == "kubernetes.io/hostname"
     assert apart["labelSelector"]["matchLabels"].items() <= workers["metadata"]["labels"].items()
 
@@ -287,7 +304,8 @@ def read_llm_d(files: Mapping[str, str]) -> dict[str, Read]:
             [container] = role["containers"]
             devices = role["podAnnotations"]["hetis/devices"].split(",")
             assert container["resources"]["limits"]["nvidia.com/gpu"] == role["parallelism"]["tensor"] == len(devices)
-            assert {d.rpartition("/")[0] for d in devices} == {role["nodeSelector"]["kubernetes.io/hostname"]}
+            assert {d.rpartition("/")[0] for d in devices} == set(nodes_of(role["extraConfig"]))
+            assert role["strategy"] == {"type": "Recreate"}, "an update would wait for GPUs of the former pod"
             one = Found(container["command"], environment_of(container), devices)
             found[values["fullnameOverride"].rpartition("-")[2]] = read_replica([one])
     rest = {path: text for path, text in files.items() if not path.startswith("values-")}
@@ -333,7 +351,7 @@ def read_kserve(files: Mapping[str, str]) -> dict[str, Read]:
                 said = of_side["annotations"]
                 leader = _pod_template(of_side["template"], said["hetis/leader"])
                 further = _pod_template(of_side["worker"], said["hetis/workers"]) if size > 1 else None
-                if further is not None and "affinity" in further["spec"]:
+                if further is not None and "podAntiAffinity" in further["spec"]["affinity"]:
                     further["metadata"]["labels"] = {
                         "app.kubernetes.io/name": one["metadata"]["name"],
                         "app.kubernetes.io/component": "llminferenceservice-workload-worker"

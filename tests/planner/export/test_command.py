@@ -14,8 +14,10 @@ import yaml
 from hetis.formats.plan import plan_to_data
 from hetis.planner.cli.app import run
 from hetis.planner.cli.exit_codes import ExitCode
+from hetis.planner.export import ExportTarget
 from hetis.solver.plan import Plan
 from tests.planner.export.plans import PLANS, UNEQUAL_COPIES, made_of
+from tests.planner.export.test_export import IN_CLUSTERS
 
 
 @pytest.fixture
@@ -136,7 +138,7 @@ def test_an_address_is_of_a_node_of_the_plan_or_its_fleet(tmp_path: Path, capsys
     assert refused("vllm", "a", "gpu-3") == [
         "  export: --node-address: 'gpu-3' is not a node of the plan, did you mean gpu-1?"
     ]
-    assert refused("kubernetes", "zzz", "ray-head") == [
+    assert refused("slurm", "zzz", "ray-head") == [
         "  export: --node-address: 'zzz' is not a node of the plan, its nodes are a, b, gpu-0, gpu-1, spare",
         "  export: --node-address: 'ray-head' is not a node of the plan, its nodes are a, b, gpu-0, gpu-1, spare",
     ]
@@ -188,9 +190,36 @@ def test_an_altered_plan_is_exported_with_a_warning(
 
 
 def test_a_key_that_nothing_asks_for_is_said_to_be_lost(plan_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for target, said in (("vllm", "vllm reads no Secrets"), ("dynamo", "Dynamo's front end, which asks for no key")):
-        assert run(["export", str(plan_file), "--to", target, "--api-key-secret", "keys"]) == 0
-        assert said in capsys.readouterr().err
+    assert run(["export", str(plan_file), "--to", "dynamo", "--api-key-secret", "keys"]) == 0
+    assert "Dynamo's front end, which asks for no key" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("target", sorted(set(ExportTarget) - IN_CLUSTERS))
+def test_secrets_outside_kubernetes_are_mistakes_with_what_to_do_instead(
+    plan_file: Path, capsys: pytest.CaptureFixture[str], target: ExportTarget
+) -> None:
+    given = ["--api-key-secret", "keys", "--hf-token-secret", "hub"]
+    assert run(["export", str(plan_file), "--to", target, *given]) == ExitCode.INVALID
+    key = {"sglang": "give the engine --api-key after --", "ray": "it asks for no key"}
+    environment = "in the environment of its processes"
+    reads = f"--to {target} reads no Secrets of Kubernetes"
+    assert capsys.readouterr().err.splitlines()[1:] == [
+        f"  export: --api-key-secret: {reads}, {key.get(target, f'set VLLM_API_KEY {environment}')}",
+        f"  export: --hf-token-secret: {reads}, set HF_TOKEN {environment}",
+    ]
+
+
+@pytest.mark.parametrize("target", sorted(IN_CLUSTERS))
+def test_addresses_and_ports_of_nodes_are_mistakes_in_kubernetes(
+    plan_file: Path, capsys: pytest.CaptureFixture[str], target: ExportTarget
+) -> None:
+    words = ["export", str(plan_file), "--to", target, "--insecure", "--port"]
+    assert run([*words, "9000", "--node-address", "a=10.0.0.1"]) == ExitCode.INVALID
+    assert capsys.readouterr().err.splitlines()[1:] == [
+        f"  export: --port is 9000: --to {target} serves at port 8000",
+        f"  export: --node-address: --to {target} takes none, pods have addresses of their own",
+    ]
+    assert run([*words, "8000"]) == ExitCode.OK
 
 
 @pytest.mark.parametrize(
@@ -199,6 +228,8 @@ def test_a_key_that_nothing_asks_for_is_said_to_be_lost(plan_file: Path, capsys:
         (["--to", "kubernetes"], "give --api-key-secret, or --insecure to serve without a key"),
         (["--to", "kubernetes", "--insecure", "--api-key-secret", "k"], "contradict each other"),
         (["--to", "kubernetes", "--api-key-secret", "X_Y"], "--api-key-secret is 'X_Y', must be the name of an object"),
+        (["--to", "lws", "--insecure", "--hf-token-secret", "hub:"], "is 'hub:', must be SECRET or SECRET:KEY"),
+        (["--to", "dynamo", "--insecure", "--hf-token-secret", "X_Y"], "is 'X_Y', must be SECRET or SECRET:KEY"),
         (["--to", "kubernetes", "--insecure", "--model-claim", "c", "--model", "m"], "--model is 'm', must be like"),
         (["--to", "lws", "--insecure", "--model-claim", "c", "--model", "/tmp/m"], "/tmp is mounted by pods"),
         (["--to", "vllm", "--model", "-x"], "--model is '-x', must be a name or a folder"),

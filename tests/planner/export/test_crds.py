@@ -23,7 +23,12 @@ from tests.planner.export.plans import PLANS
 from tests.planner.export.test_export import exported
 
 FOLDER = os.environ.get("HETIS_CRDS")
-CHANGES: Mapping[str, Any] = {"model_claim": "models", "namespace": "serving", "api_key_secret": "api"}
+CHANGES: Mapping[str, Any] = {
+    "model_claim": "models",
+    "namespace": "serving",
+    "api_key_secret": "api",
+    "hf_token_secret": "hub",
+}
 pytestmark = pytest.mark.skipif(
     not FOLDER, reason="NOT CHECKED BY WHOLE CRDS: HETIS_CRDS names no folder with their files"
 )

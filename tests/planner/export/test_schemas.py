@@ -108,7 +108,10 @@ def check_object(one: dict[str, Any]) -> None:
         check_pod(template["spec"], template.get("metadata", {}).get("labels"))
 
 
-@pytest.mark.parametrize("changes", [{}, {"model_claim": "models", "namespace": "serving", "api_key_secret": "api"}])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"model_claim": "models", "namespace": "serving", "api_key_secret": "api", "hf_token_secret": "hub"}],
+)
 @pytest.mark.parametrize("target", [ExportTarget.LWS, ExportTarget.LLM_D, ExportTarget.KSERVE, ExportTarget.DYNAMO])
 def test_operators_take_every_object(target: ExportTarget, changes: dict[str, Any]) -> None:
     kinds = set[str]()
@@ -153,7 +156,13 @@ def test_the_chart_and_the_router_of_llm_d_take_values_and_weights(name: str) ->
             container = {
                 k: v for k, v in role["containers"][0].items() if k not in ("modelCommand", "mountModelVolume")
             }
-            check_pod({"containers": [container], "volumes": role["volumes"], "nodeSelector": role["nodeSelector"]})
+            check_pod(
+                {
+                    "containers": [container],
+                    **{field: role[field] for field in ("volumes", "tolerations", "enableServiceLinks")},
+                    **role["extraConfig"],
+                }
+            )
     picker = yaml.safe_load(made.files["router/llm-d.yaml"])
     jsonschema.Draft202012Validator(schemas.PICKER).validate(picker)
     names = {plugin.get("name", plugin["type"]) for plugin in picker["plugins"]}

@@ -6,7 +6,7 @@ import shlex
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple, TypeVar
 
 import typer
 
@@ -56,10 +56,13 @@ class ExportOptions:
         "--device: cpu tries a plan without GPUs, with --to vllm or hetis-launch.", ExportDevice.CUDA
     )
     node_address: list[str] | None = option(
-        "--node-address NODE=HOST: Address of a node; repeatable. Default: the node's name."
+        "--node-address NODE=HOST: Address of a node outside Kubernetes; repeatable. Default: the node's name."
     )
     port: int = option(
-        "--port: Port of the first replica on a node; further replicas use the next ports.", 8000, min=1, max=60_000
+        "--port: Port of the first replica on a node; further replicas use the next ports. In Kubernetes: always 8000.",
+        8000,
+        min=1,
+        max=60_000,
     )
     name: str = option("--name: Prefix of the names of objects and jobs.", "hetis")
     namespace: str = _cluster("--namespace: Kubernetes namespace. Default: kubectl's.", "")
@@ -67,6 +70,11 @@ class ExportOptions:
     worker_image: str = _cluster("--worker-image IMAGE[,AMD=IMAGE]: Image of the attention workers.", "")
     model_claim: str = _cluster("--model-claim: PersistentVolumeClaim to mount at the parent folder of --model.", "")
     api_key_secret: str = _cluster("--api-key-secret: Secret whose api-key clients must send.", "")
+    hf_token_secret: str = _cluster(
+        "--hf-token-secret SECRET[:KEY]: Secret with the token for gated models, under KEY or HF_TOKEN. Outside "
+        "Kubernetes, set HF_TOKEN in the environment.",
+        "",
+    )
     worker_key_secret: str = _cluster("--worker-key-secret: Secret that holds the workers' worker-key.", "")
     insecure: bool = _cluster("--insecure: Require no API key: any client in the cluster can send requests.", False)
 
@@ -154,6 +162,22 @@ class UpstreamOptions:
     model: str = option("--model -m: Model name that clients use; required for LiteLLM.", "")
 
 
+class _Upstreams(NamedTuple):
+    """The serving replicas for a router: endpoints with weights, and the names of those that a router cannot use."""
+
+    servers: list[tuple[str, int]]
+    without_address: list[str]
+    with_half_a_role: list[str]  # they only prefill, or only decode
+
+    def why_none(self) -> str:
+        """Return why there are no servers, although there may be serving replicas."""
+        from hetis.planner.export.routing import NOTHING_SERVES
+
+        why = [f"{', '.join(self.without_address)} without an address"] if self.without_address else []
+        why += [f"{', '.join(self.with_half_a_role)} only for prefill or decode"] if self.with_half_a_role else []
+        return f"what serves: {'; '.join(why)}" if why else NOTHING_SERVES
+
+
 @server_verb(prints_data=False, is_endless=True)
 def upstreams(terminal: Terminal, client: Client, *, asked: UpstreamOptions) -> ExitCode:
     """Write the serving replicas for a router, with weights from the plan's rates.
@@ -169,9 +193,13 @@ def upstreams(terminal: Terminal, client: Client, *, asked: UpstreamOptions) -> 
         command = shlex.split(asked.run)
     except ValueError as error:
         raise typer.BadParameter(f"--run is {asked.run!r}: {error}") from None
-    before = None
-    for servers in _changes(client, chosen_cluster(client, asked.cluster), follow=asked.follow):
-        text = _list_of(asked.to, servers, asked.model)
+    before, silent = None, list[str]()
+    for found in _changes(client, chosen_cluster(client, asked.cluster), follow=asked.follow):
+        if found.without_address and found.without_address != silent:
+            names = ", ".join(found.without_address)
+            terminal.warn(f"left out, because only agents with --engine launch:FILE report an address: {names}")
+        silent = found.without_address
+        text = _list_of(asked.to, found, asked.model)
         if text == before:
             continue
         before = text
@@ -179,22 +207,22 @@ def upstreams(terminal: Terminal, client: Client, *, asked: UpstreamOptions) -> 
             terminal.write(text)
         else:
             write_atomically(Path(asked.out), text)
-            terminal.say(f"wrote {len(servers)} servers to {asked.out}")
+            terminal.say(f"wrote {len(found.servers)} servers to {asked.out}")
         if command:
             _run(terminal, command)
     return ExitCode.OK
 
 
-def _list_of(to: RouterFormat, servers: list[tuple[str, int]], model: str) -> str:
+def _list_of(to: RouterFormat, found: _Upstreams, model: str) -> str:
     from hetis.planner.export.routing import envoy_list, litellm_list, nginx_list
 
     if to == "litellm":
-        return litellm_list(servers, model)
-    return nginx_list(servers) if to == "nginx" else envoy_list(servers)
+        return litellm_list(found.servers, model)
+    return nginx_list(found.servers, found.why_none()) if to == "nginx" else envoy_list(found.servers)
 
 
-def _changes(client: Client, cluster: str, *, follow: bool) -> Iterator[list[tuple[str, int]]]:
-    """Yield the endpoints with their weights: now and, with ``follow``, after every change of a replica."""
+def _changes(client: Client, cluster: str, *, follow: bool) -> Iterator[_Upstreams]:
+    """Yield what serves: now and, with ``follow``, after every change of a replica."""
     rates = dict[tuple[str, str], float]()
     yield _servers(client, cluster, rates)
     if not follow:
@@ -232,8 +260,8 @@ def _in_the_end(client: Client, read: Callable[[], T]) -> T:
             return found
 
 
-def _servers(client: Client, cluster: str, rates: dict[tuple[str, str], float]) -> list[tuple[str, int]]:
-    """Return the endpoints of serving replicas that both prefill and decode, with their weights.
+def _servers(client: Client, cluster: str, rates: dict[tuple[str, str], float]) -> _Upstreams:
+    """Return the serving replicas, with weights for those that both prefill and decode and have an endpoint.
 
     ``rates`` holds the known planned rates by replica and plan; missing ones are fetched and added.
     """
@@ -242,14 +270,21 @@ def _servers(client: Client, cluster: str, rates: dict[tuple[str, str], float]) 
 
     up = (replica_pb2.REPLICA_STATE_SERVING, replica_pb2.REPLICA_STATE_DEGRADED)
     apart = (replica_pb2.REPLICA_ROLE_PREFILL, replica_pb2.REPLICA_ROLE_DECODE)
-    serving = dict[str, float]()
+    serving, silent, halves = dict[str, float](), list[str](), list[str]()
     for basic in client.list_replicas(cluster):
-        if basic.state in up and basic.role not in apart and basic.report.endpoint:
+        name = basic.name.rpartition("/")[2]
+        if basic.state not in up:
+            continue
+        if basic.role in apart:
+            halves.append(name)
+        elif not basic.report.endpoint:
+            silent.append(name)
+        else:
             one = basic.name, basic.plan
             if one not in rates:
                 rates[one] = fetched(client, "replicas", basic.name).shape.rate_rps  # lists leave out the shape
             serving[basic.report.endpoint] = rates[one]
-    return weighted(dict(sorted(serving.items())))
+    return _Upstreams(weighted(dict(sorted(serving.items()))), silent, halves)
 
 
 def _run(terminal: Terminal, command: list[str]) -> None:

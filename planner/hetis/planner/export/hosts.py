@@ -215,12 +215,22 @@ def _service(launchable: Launchable, one: LaunchableReplica, command: Command) -
     if command.secrets:
         service["secrets"] = ["worker-key"]
     if process.kind is ProcessKind.SERVER:
-        test = ["CMD", "python3", "-c", f"import urllib.request as u; u.urlopen('http://{one.endpoint}/health')"]
+        test = ["CMD", "python3", "-c", _health_check(one)]
         service["healthcheck"] = {"test": test, "interval": "10s", "timeout": "5s", "start_period": "30m"}
     service = _without_variables(service)
     if process.kind is ProcessKind.SERVER and launchable.engine is not Engine.SGLANG:
         service["environment"]["VLLM_API_KEY"] = "${VLLM_API_KEY:-}"
+    if not is_worker:
+        service["environment"]["HF_TOKEN"] = "${HF_TOKEN:-}"
     return service
+
+
+def _health_check(one: LaunchableReplica) -> str:
+    """Return a Python script that fails unless the front end answers; its certificate may be for another name."""
+    if one.serving.has_tls:
+        unverified = "context=ssl._create_unverified_context()"
+        return f"import ssl, urllib.request as u; u.urlopen('https://{one.endpoint}/health', {unverified})"
+    return f"import urllib.request as u; u.urlopen('http://{one.endpoint}/health')"
 
 
 def _without_variables(value: Any) -> Any:
@@ -253,7 +263,8 @@ def _seen_gpus(process: Process) -> dict[str, str]:
 _HOW_COMPOSE = """\
 Copy the folder of each node there: `docker compose up -d`. Containers use the host's network and the GPUs of
 the plan by index (NVIDIA container toolkit; AMD's devices, whose groups the image's user must be in).
-`VLLM_API_KEY` in the environment, or in `.env`, is what clients must say (SGLang: give `-- --api-key KEY`).
+`VLLM_API_KEY` in the environment, or in `.env`, is what clients must say (SGLang: give `-- --api-key KEY`), and
+`HF_TOKEN` there is the token by which engines download gated models.
 Where replicas have attention workers, `worker.key` beside the file is their key: mode 0600, owned by the user that
 the images run as, 10001 in ours (`sudo chown 10001 worker.key`)."""
 
@@ -267,7 +278,9 @@ def write_slurm(launchable: Launchable) -> Written:
     for number, one in launchable.replicas.items():
         shared = sorted({p.name.partition(".")[0] for p in one.layout.attention_workers if p.sharing > 1})
         if shared:
-            left_out[number] = (f"several ranks have KV on {', '.join(shared)}: steps of a job do not share GPUs",)
+            left_out[number] = (
+                f"several ranks have KV on {', '.join(shared)}: steps of a job do not share GPUs, use --to vllm",
+            )
             continue
         files |= {path: text for command in one.commands for path, text in command.files.items()}
         files[f"{one.name}.sbatch"] = _batch_script(launchable, one)

@@ -10,13 +10,12 @@ from typing import Any
 from hetis.engines.errors import LayoutError
 from hetis.engines.kubernetes import (
     FRONT_PORT,
-    NODE_LABEL,
     Deployment,
     ReplicaObjects,
     annotations_of,
+    impossible_nodes,
     manifests_of,
-    nodes_without_label,
-    on_node,
+    on_nodes,
     refuse_shared_cards,
 )
 from hetis.engines.layout import Process
@@ -59,18 +58,25 @@ def deployment_of(launchable: Launchable, one: LaunchableReplica) -> Deployment:
         worker_secret=settings.worker_key_secret,
         model_claim=settings.model_claim,
         key_secret=settings.api_key_secret,
+        hf_token_secret=settings.hf_token_secret,
         is_open=settings.insecure,
         namespace=settings.namespace,
         kv_partners=tuple(partners),
     )
 
 
-def check_cluster_options(launchable: Launchable) -> None:
-    """Raise DocumentError with every missing or wrong option for Kubernetes objects."""
+def check_cluster_options(launchable: Launchable, *, has_own_front: bool = False) -> None:
+    """Raise DocumentError with every missing or wrong option for Kubernetes objects.
+
+    ``has_own_front``: the target has images and a front end of its own, so that neither images nor keys must be given.
+    """
     one = next(iter(launchable.replicas.values()))
     deployment = replace(deployment_of(launchable, one), image="-", worker_image="-")  # checked for each vendor
+    if has_own_front:
+        deployment = replace(deployment, is_open=not deployment.key_secret)
     wrong = deployment.wrong(one.serving.model, has_workers=launchable.has_workers, model_option="--model")
-    if wrong := [*missing_images(launchable), *wrong]:
+    missing = [] if has_own_front else missing_images(launchable)
+    if wrong := [*missing, *wrong]:
         raise DocumentError(Problem(file="export", message=message) for message in wrong)
 
 
@@ -111,8 +117,9 @@ def address(launchable: Launchable, service: str, port: int) -> str:
 
 
 _HOW_CORE = """\
-`kubectl apply -k .` in this folder. Each process is a pod on the node of the plan (`kubernetes.io/hostname`),
-and the front of a replica a Service of its name at port 8000. Secrets and claims that options name must be there."""
+`kubectl apply -k .` in this folder. Each process is a pod on the node of the plan, by its name in `kubectl get nodes`,
+and the front of a replica a Service of its name at port 8000. The namespace, and Secrets and claims that
+options name, must be there."""
 
 
 # --- pods from two templates
@@ -120,6 +127,7 @@ and the front of a replica a Service of its name at port 8000. Secrets and claim
 
 _NODE, _RANK = "HETIS_NODE", "HETIS_RANK"
 _LEADER = "$(LWS_LEADER_ADDRESS)"  # which the operator sets
+_NODE_LABEL = "kubernetes.io/hostname"  # its value differs between nodes, but is not always their name
 
 
 class PodGroup:
@@ -152,20 +160,21 @@ class PodGroup:
         nodes = [process.node for process in self._further]
         twice = sorted({node for node in nodes if nodes.count(node) > 1})
         return tuple(
-            f"several further stages are on {node}: pods of one template are told apart by their nodes"
+            f"several further stages are on {node}: pods of one template are told apart by their nodes, "
+            "use --to kubernetes"
             for node in twice
         )
 
     def leader(self, labels: dict[str, str] | None = None) -> dict[str, Any]:
         [first, *_] = self._layout.servers
         pod = self.objects.server_pod(0, self.objects.arguments(0, master=_LEADER))
-        return self._template({"nodeSelector": on_node(first.node), **pod}, [first], labels)
+        return self._template({"affinity": on_nodes(first.node), **pod}, [first], labels)
 
     def workers(self, labels: dict[str, str] | None = None) -> dict[str, Any]:
         arguments = list(self.objects.arguments(1, master=_LEADER))
         if len(self._further) == 1:
             pod = self.objects.server_pod(1, arguments)
-            return self._template({"nodeSelector": on_node(self._further[0].node), **pod}, self._further, labels)
+            return self._template({"affinity": on_nodes(self._further[0].node), **pod}, self._further, labels)
         ranks = " ".join(f"{process.node}) {_RANK}={rank};;" for rank, process in enumerate(self._further, 1))
         arguments[arguments.index("--node-rank") + 1] = _MARK
         line = shlex.join(arguments).replace(_MARK, f'"${_RANK}"')
@@ -180,15 +189,10 @@ class PodGroup:
 
     def _apart(self) -> dict[str, Any]:
         """Return an affinity to the nodes of the further stages, with at most one of their pods on each."""
-        there = {"key": NODE_LABEL, "operator": "In", "values": [process.node for process in self._further]}
-        others = {"matchLabels": self._worker_labels()}
+        others = {"labelSelector": {"matchLabels": self._worker_labels()}, "topologyKey": _NODE_LABEL}
         return {
-            "nodeAffinity": {
-                "requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": [{"matchExpressions": [there]}]}
-            },
-            "podAntiAffinity": {
-                "requiredDuringSchedulingIgnoredDuringExecution": [{"labelSelector": others, "topologyKey": NODE_LABEL}]
-            },
+            **on_nodes(*(process.node for process in self._further)),
+            "podAntiAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": [others]},
         }
 
     def _worker_labels(self) -> dict[str, str]:
@@ -233,7 +237,7 @@ def groupable(launchable: Launchable) -> Launchable:
     """Return the replicas whose pods can be made from two templates. Raises NotExportableError if there are none."""
     left_out = dict[int, tuple[str, ...]]()
     for number, one in launchable.replicas.items():
-        if why := (*nodes_without_label(one.layout), *PodGroup(launchable, one).why_not()):
+        if why := (*impossible_nodes(one.layout), *PodGroup(launchable, one).why_not()):
             left_out[number] = why
             continue
         try:

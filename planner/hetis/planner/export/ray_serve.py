@@ -151,7 +151,7 @@ def _why_not(launchable: Launchable, one: LaunchableReplica) -> tuple[str, ...]:
     if one.layout.workers:
         return ("Ray Serve cannot start attention workers: use --to hetis-launch",)
     if one.layout.data_parallel > 1:
-        return ("Ray Serve LLM deploys copies that share experts differently: use another target",)
+        return ("Ray Serve LLM deploys copies that share experts differently: use --to vllm or kubernetes",)
     nodes = [node_of(device) for stage in one.plan.stages for device in stage.devices]
     first, *further = dict.fromkeys(nodes)
     if nodes != [node for each in (first, *further) for node in nodes if node == each]:

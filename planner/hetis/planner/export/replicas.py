@@ -72,6 +72,7 @@ class ExportSettings:
     worker_image: str = ""  # image of attention workers, in the same form; empty: none
     model_claim: str = ""  # name of a PersistentVolumeClaim that contains the models
     api_key_secret: str = ""  # name of a Secret that contains the clients' ``api-key``
+    hf_token_secret: str = ""  # ``NAME`` or ``NAME:KEY`` of a Secret with the token for downloads from Hugging Face
     worker_key_secret: str = ""  # name of a Secret that contains the attention workers' ``worker-key``
     insecure: bool = False  # whether the cluster may run without keys
 

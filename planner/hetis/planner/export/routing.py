@@ -15,7 +15,7 @@ from hetis.planner.export.replicas import Launchable
 from hetis.solver.plan import Role
 
 _WHOLE = 1000  # sum of the integer weights
-_NO_SERVER = "    server 127.0.0.1:9 down;  # nothing serves\n"
+NOTHING_SERVES = "nothing serves"
 
 
 def routing_files(launchable: Launchable, endpoints: Mapping[int, str]) -> dict[str, str]:
@@ -95,10 +95,14 @@ def weighted(rates: Mapping[str, float]) -> list[tuple[str, int]]:
     return [(endpoint, weight(rate / whole)) for endpoint, rate in rates.items()]
 
 
-def nginx_list(servers: Sequence[tuple[str, int]]) -> str:
-    """Return nginx's block `upstream`. It must contain a server, so if there is none it has one marked as down."""
-    lines = "".join(f"    server {endpoint} weight={share};\n" for endpoint, share in servers)
-    return f"upstream hetis {{\n{lines or _NO_SERVER}}}\n"
+def nginx_list(servers: Sequence[tuple[str, int]], why_none: str = NOTHING_SERVES) -> str:
+    """Return nginx's block `upstream`.
+
+    It must contain a server, so if there is none it has one marked as down, with ``why_none`` in a comment.
+    """
+    lines = [f"    server {endpoint} weight={share};\n" for endpoint, share in servers]
+    lines = lines or [f"    server 127.0.0.1:9 down;  # {why_none}\n"]
+    return f"upstream hetis {{\n{''.join(lines)}}}\n"
 
 
 def _nginx(unified: Sequence[tuple[str, int]]) -> str:

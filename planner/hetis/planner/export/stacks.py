@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -11,8 +11,10 @@ from hetis.engines.kubernetes import (
     MODEL_LABELS,
     ReplicaObjects,
     annotations_of,
-    nodes_without_label,
-    on_node,
+    impossible_nodes,
+    literal,
+    on_nodes,
+    tolerations_of,
 )
 from hetis.engines.layout import Layout
 from hetis.engines.serving import Meeting, arguments_of
@@ -36,6 +38,7 @@ from hetis.solver.plan import Role
 
 
 _REPLICA_LABEL = "app.kubernetes.io/instance"
+_CHART = "llm-d-modelservice --repo https://llm-d-incubation.github.io/llm-d-modelservice"
 _SIDECAR_PORT = 8200  # the engine's port, behind the routing proxy of the chart
 _ROLES = {Role.PREFILL: "prefill", Role.DECODE: "decode", Role.UNIFIED: "decode"}
 
@@ -52,13 +55,19 @@ def write_llm_d(launchable: Launchable) -> Written:
         else:
             labels = {**MODEL_LABELS, "llm-d.ai/role": _ROLES[one.plan.role]}
             manifests[f"{one.name}.yaml"] = yaml_text(*replica_objects(launchable, one, labels))
-    helm = "\n".join(
-        f"helm install {launchable.settings.name}-{path[7:-5]} llm-d-modelservice/llm-d-modelservice --values {path}"
-        for path in values
-    )
-    written = written_for_cluster(launchable, manifests, _HOW_LLM_D.format(helm=helm or "# none"))
+    written = written_for_cluster(launchable, manifests, _HOW_LLM_D.format(helm=_helm(launchable, values) or "# none"))
     files = {**values, **written.files, "router/llm-d.yaml": yaml_text(picker_config(launchable))}
     return replace(written, files=files, shown=(*values, *manifests))
+
+
+def _helm(launchable: Launchable, files: Iterable[str]) -> str:
+    """Return the commands that install a release for each file of values."""
+    namespace = f" --namespace {launchable.settings.namespace}" if launchable.settings.namespace else ""
+    return "\n".join(
+        f"helm upgrade --install {launchable.settings.name}-{path.removeprefix('values-').removesuffix('.yaml')} "
+        f"{_CHART} --version v0.4.12{namespace} --values {path}"
+        for path in files
+    )
 
 
 def values_of(launchable: Launchable, one: LaunchableReplica) -> dict[str, Any]:
@@ -74,7 +83,7 @@ def values_of(launchable: Launchable, one: LaunchableReplica) -> dict[str, Any]:
     [container] = pod["containers"]
     container["ports"] = [{"name": "http", "containerPort": port}]
     container |= {"modelCommand": "custom", "command": arguments, "mountModelVolume": False}
-    # The chart has a field for the security context of containers, but none for that of the pod.
+    # The pod's security context would also apply to the routing proxy, whose image has a user of its own.
     user = {name: value for name, value in pod["securityContext"].items() if name != "fsGroup"}
     container["securityContext"] = {**container["securityContext"], **user}
     role, other = ("prefill", "decode") if one.plan.role is Role.PREFILL else ("decode", "prefill")
@@ -95,8 +104,12 @@ def values_of(launchable: Launchable, one: LaunchableReplica) -> dict[str, Any]:
         role: {
             "create": True,
             "replicas": 1,
-            "nodeSelector": on_node(process.node),
             "podAnnotations": annotations_of(process),
+            "extraConfig": {"affinity": on_nodes(process.node)},  # merged into the pod
+            "tolerations": tolerations_of(process),
+            "enableServiceLinks": pod["enableServiceLinks"],
+            # A Deployment otherwise waits for GPUs that its former pod still has.
+            "strategy": {"type": "Recreate"},
             # The chart counts the GPUs from this.
             "parallelism": {
                 "tensor": one.layout.tensor_parallel * len(one.layout.layers) * one.layout.data_parallel,
@@ -263,8 +276,11 @@ def _listen(container: dict[str, Any], port: int) -> None:
     words[words.index("--port") + 1] = str(port)
     [http] = [each for each in container["ports"] if each["name"] == "http"]
     http["containerPort"] = port
+    health = container["readinessProbe"]["httpGet"]
+    if "scheme" in health:  # the preset's probes have the scheme of KServe's configuration
+        container["livenessProbe"] = {"httpGet": dict(health)}
     container["startupProbe"] = {
-        "httpGet": {"path": "/health", "port": "http"},
+        "httpGet": dict(health),
         "periodSeconds": 10,
         "failureThreshold": 180,  # half an hour; the preset's 60 would end an engine that is still loading its weights
     }
@@ -279,7 +295,11 @@ _HOW_KSERVE = """\
 `kubectl apply -k .` in this folder, where LLMInferenceService is installed. A replica, or a pair of a
 prefill and a decode replica, is a service; all are one group of KServe's route, with the plan's shares as weights. For
 replicas on several nodes KServe wants presets that it does not ship: `presets.yaml` has them, empty. The decode replica
-of a pair listens at port 8001, behind the sidecar that KServe's own preset adds."""
+of a pair listens at port 8001, behind the sidecar that KServe's own preset adds.
+
+Where KServe is configured with `enableLLMInferenceServiceTLS`, its gateway and its probes speak HTTPS to the engines:
+export with `-- --ssl-certfile /var/run/kserve/tls/tls.crt --ssl-keyfile /var/run/kserve/tls/tls.key`. Its presets mount
+these files, those in `presets.yaml` do not."""
 
 
 # --- Dynamo: graph deployments with one front end, and a component for each replica
@@ -295,12 +315,13 @@ def write_dynamo(launchable: Launchable) -> Written:
     """Return DynamoGraphDeployments: a single one for all replicas unless there are too many for one graph."""
     if launchable.engine not in _PROGRAMS:
         raise NotExportableError(
-            ("Dynamo's images lack the hetis plugin: use --to lws or kubernetes, or --engine vllm",)
+            ("Dynamo's images lack the hetis plugin: use --to kubernetes, lws or hetis-launch, or --engine vllm",)
         )
     left_out = {
         number: reasons for number, one in launchable.replicas.items() if (reasons := tuple(_not_of_dynamo(one.layout)))
     }
     launchable = launchable.without(left_out)
+    check_cluster_options(launchable, has_own_front=True)
     components = [_component(launchable, one) for one in launchable.replicas.values()]
     most = _MOST_COMPONENTS - 1
     if launchable.has_roles and len(components) > most:
@@ -319,21 +340,25 @@ def write_dynamo(launchable: Launchable) -> Written:
 
 
 def _not_of_dynamo(layout: Layout) -> Iterator[str]:
-    yield from nodes_without_label(layout)
+    yield from impossible_nodes(layout)
     if len(layout.servers) > 1:
-        yield f"it is {len(layout.servers)} pods: Dynamo makes those of a component from one template"
+        pods = f"it is {len(layout.servers)} pods"
+        yield f"{pods}: Dynamo makes those of a component from one template, use --to lws or kubernetes"
     if layout.vendor != "NVIDIA":
-        yield f"it has GPUs of {layout.vendor}: Dynamo's images are for NVIDIA's"
+        yield f"it has GPUs of {layout.vendor}: Dynamo's images are for NVIDIA's, use --to kubernetes"
 
 
 def _graph(launchable: Launchable, number: int, components: list[dict[str, Any]]) -> dict[str, Any]:
     settings = launchable.settings
-    container = {
+    container: dict[str, Any] = {
         "name": "main",
         "image": image_of(launchable),
         "command": ["python3", "-m", "dynamo.frontend"],
         "args": ["--http-port", "8000"],
     }
+    one = next(iter(launchable.replicas.values()))
+    if token := deployment_of(launchable, one).hf_token():  # it loads the model's tokenizer
+        container["env"] = token
     template = {"spec": {"containers": [container]}}
     front = {"name": "Frontend", "type": "frontend", "replicas": 1, "podTemplate": template}
     return {
@@ -353,21 +378,23 @@ def _component(launchable: Launchable, one: LaunchableReplica) -> dict[str, Any]
     """Return a component: a Dynamo worker with the engine's options, which registers with the front end."""
     [process] = one.layout.servers
     serving = replace(one.serving, program=_PROGRAMS[launchable.engine])
-    words = list(arguments_of(one.layout, serving, 0, Meeting(host="")))
+    words = list(arguments_of(one.layout, literal(serving), 0, Meeting(host="")))
     if launchable.engine is Engine.VLLM and one.plan.role is not Role.UNIFIED:
         words += ["--disaggregation-mode", one.plan.role.value]
     deployment = replace(deployment_of(launchable, one), image=image_of(launchable))
     pod = ReplicaObjects(one.layout, one.serving, deployment).server_pod(0, words)
     [container] = pod["containers"]
-    # Dynamo's operator sets the ports, probes and permissions of pods, and its images have a user of their own.
+    # Dynamo's operator sets ports, probes, permissions and shared memory of pods; it drops other mounts at /dev/shm.
+    # Its images have a user of their own.
     kept = {name: container[name] for name in ("env", "resources", "volumeMounts", "image")}
-    kept["env"] = [each for each in kept["env"] if each["name"] not in ("HOME", "NUMBA_CACHE_DIR")]
+    kept["env"] = [each for each in kept["env"] if each["name"] not in ("HOME", "NUMBA_CACHE_DIR", "USER")]
+    kept["volumeMounts"] = [each for each in kept["volumeMounts"] if each["name"] != "shm"]
     main = {"name": "main", "command": words[:3], "args": words[3:], **kept}
     template = {
-        "nodeSelector": on_node(process.node),
+        "affinity": on_nodes(process.node),
         "tolerations": pod["tolerations"],
         "containers": [main],
-        "volumes": pod["volumes"],
+        "volumes": [each for each in pod["volumes"] if each["name"] != "shm"],
     }
     return {
         "name": one.name,

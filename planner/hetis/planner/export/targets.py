@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hetis.engines.gpus import VENDORS
-from hetis.engines.kubernetes import NAMESPACE
+from hetis.engines.kubernetes import FRONT_PORT, NAMESPACE
 from hetis.engines.layout import DTYPE_BYTES, Layout, planned_model, unknown_nodes
 from hetis.engines.serving import decided_in
 from hetis.engines.versions import VERSIONS, Engine
@@ -52,9 +52,10 @@ _WRITERS: Mapping[ExportTarget, Callable[[Launchable], Written]] = {
     ExportTarget.SLURM: write_slurm,
     ExportTarget.HETIS_LAUNCH: write_hetis_launch,
 }
-_WITH_SECRETS = (  # of Kubernetes
-    *(ExportTarget.KUBERNETES, ExportTarget.LWS, ExportTarget.LLM_D, ExportTarget.KSERVE, ExportTarget.DYNAMO),
+_IN_KUBERNETES = frozenset(
+    (ExportTarget.KUBERNETES, ExportTarget.LWS, ExportTarget.LLM_D, ExportTarget.KSERVE, ExportTarget.DYNAMO)
 )
+_ENGINES_SERVE_HTTP = frozenset(ExportTarget) - {ExportTarget.DYNAMO, ExportTarget.RAY}
 # Targets that run only some engines; all others run any engine.
 ENGINES: Mapping[ExportTarget, tuple[Engine, ...]] = {
     ExportTarget.VLLM: (Engine.VLLM_HETIS, Engine.VLLM),
@@ -66,10 +67,10 @@ def export_plan(plan: Plan, model: ModelSpec, target: ExportTarget, settings: Ex
     """Return a plan as the files of a target. Raises NotExportableError if no replica can be launched there."""
     found = launchable(plan, model, settings)
     written = _WRITERS[target](found)
-    if settings.api_key_secret and target not in _WITH_SECRETS:
-        ignored = f"--api-key-secret {settings.api_key_secret}: {target.value} reads no Secrets, so no key is asked for"
-        written = replace(written, not_carried=(*written.not_carried, ignored))
     found = written.carried
+    if target in _ENGINES_SERVE_HTTP and any(one.serving.has_tls for one in found.replicas.values()):
+        lists = "router/: its lists connect by HTTP, the engines serve HTTPS"
+        written = replace(written, not_carried=(*written.not_carried, lists))
     files = {
         "README.md": readme_of(target.value, found, written),
         **written.files,
@@ -172,17 +173,42 @@ def _wrong(
         yield f"{spelled('port')} is {given.port}, must be from 1 to {_MAX_PORT}"
     if given.device is ExportDevice.CPU and target not in (ExportTarget.VLLM, ExportTarget.HETIS_LAUNCH):
         yield f"{spelled('device')} is cpu: {spelled('to')} {target.value} is for GPUs"
+    yield from (_ignored_in_kubernetes if target in _IN_KUBERNETES else _only_in_kubernetes)(given, target, spelled)
     try:
         shlex.split(given.program)
     except ValueError as error:
         yield f"{spelled('program')} is {given.program!r}: {error}"
 
 
+def _ignored_in_kubernetes(given: ExportSettings, target: ExportTarget, spelled: Callable[[str], str]) -> Iterator[str]:
+    """Yield an error for every option without an effect in Kubernetes, where each pod has an address of its own."""
+    if given.port != FRONT_PORT:
+        yield f"{spelled('port')} is {given.port}: {spelled('to')} {target.value} serves at port {FRONT_PORT}"
+    if any(given.hosts):
+        yield f"{spelled('node_address')}: {spelled('to')} {target.value} takes none, pods have addresses of their own"
+
+
+def _only_in_kubernetes(given: ExportSettings, target: ExportTarget, spelled: Callable[[str], str]) -> Iterator[str]:
+    """Yield an error for every option that names a Secret, with what processes outside Kubernetes read instead."""
+    key = "set VLLM_API_KEY in the environment of its processes"
+    if ExportTarget.SGLANG is target or given.engine is Engine.SGLANG:
+        key = "give the engine --api-key after --"
+    elif target is ExportTarget.RAY:
+        key = "it asks for no key"
+    token = "set HF_TOKEN in the environment of its processes"
+    for option, name, instead in (
+        ("api_key_secret", given.api_key_secret, key),
+        ("hf_token_secret", given.hf_token_secret, token),
+    ):
+        if name:
+            yield f"{spelled(option)}: {spelled('to')} {target.value} reads no Secrets of Kubernetes, {instead}"
+
+
 def _unknown_nodes(
     given: ExportSettings, target: ExportTarget, plan: Plan, spelled: Callable[[str], str]
 ) -> Iterator[str]:
     """Yield an error for every node with an address that the plan and its fleet do not have: it is misspelt."""
-    named = [node for node in given.hosts if node]
+    named = [node for node in given.hosts if node and target not in _IN_KUBERNETES]
     further = (HEAD,) if target is ExportTarget.RAY else ()
     yield from (f"{spelled('node_address')}: {what}" for what in unknown_nodes(named, plan, further))
 

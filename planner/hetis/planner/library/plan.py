@@ -261,6 +261,7 @@ class Plan:
         worker_image: str = "",
         model_claim: str = "",
         api_key_secret: str = "",
+        hf_token_secret: str = "",
         worker_key_secret: str = "",
         insecure: bool = False,
     ) -> Export:
@@ -302,6 +303,7 @@ class Plan:
             worker_image=worker_image,
             model_claim=model_claim,
             api_key_secret=api_key_secret,
+            hf_token_secret=hf_token_secret,
             worker_key_secret=worker_key_secret,
             insecure=insecure,
         )

@@ -229,6 +229,13 @@ def kubernetes(
         str, Option(help="PersistentVolumeClaim with the models, mounted at the parent of --model-path.")
     ] = "",
     api_key_secret: Annotated[str, Option(help="Secret whose api-key clients must send.")] = "",
+    hf_token_secret: Annotated[
+        str,
+        Option(
+            metavar="SECRET[:KEY]",
+            help="Secret with the token by which vLLM downloads gated models, under KEY or HF_TOKEN.",
+        ),
+    ] = "",
     worker_key_secret: Annotated[str, Option(help="Secret that holds the workers' worker-key. Required.")] = "",
     insecure: Annotated[bool, Option(help="Require no API key: any client in the cluster can send requests.")] = False,
 ) -> None:
@@ -244,6 +251,7 @@ def kubernetes(
         worker_secret=worker_key_secret,
         model_claim=model_claim,
         key_secret=api_key_secret,
+        hf_token_secret=hf_token_secret,
         is_open=insecure,
         namespace=namespace,
     )
