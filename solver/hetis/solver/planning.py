@@ -20,7 +20,7 @@ from hetis.solver.placement.cover import best_column
 from hetis.solver.placement.families import STRATEGIES, constraints_ignored
 from hetis.solver.placement.frontier import explore
 from hetis.solver.placement.infeasible import Market
-from hetis.solver.placement.outcome import rate_bound
+from hetis.solver.placement.outcome import rate_bound, sound_bound
 from hetis.solver.placement.pipelines import best_splits
 from hetis.solver.placement.solve import in_objective_units, objective_scale, solve_family
 from hetis.solver.placement.tabulation import build_cost_tables
@@ -104,6 +104,9 @@ def price_constraints(problem: PlacementProblem, plan: Plan, settings: SearchSet
     """Return the price of each constraint of a problem while keeping the others, and of all together if several.
 
     Every solve gets an equal part of the time left.
+
+    Raises:
+        BrokenProofError: the plan, which keeps all constraints, is better than the bound without some of them.
     """
     parts: list[Constraints] = [(each,) for each in problem.constraints]
     if len(parts) > 1:
@@ -125,8 +128,10 @@ def _solved(freed: PlacementProblem, plan: Plan, part: Constraints, settings: Se
         )  # fmt: skip
     except HetisError:
         return None  # stopped before it had a plan, which proves nothing
-    sign = 1.0 if plan.objective.maximises else -1.0
-    least, most = sign * (better.result.value - plan.result.bound), sign * (better.result.bound - plan.result.value)
+    maximises = plan.objective.maximises
+    bound = sound_bound(better.result.bound, plan.result.value, maximises=maximises)
+    sign = 1.0 if maximises else -1.0
+    least, most = sign * (better.result.value - plan.result.bound), sign * (bound - plan.result.value)
     return ConstraintPrice(constraints=part, least=max(0.0, least), most=max(0.0, least, most), is_solved=True)
 
 
