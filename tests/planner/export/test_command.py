@@ -97,13 +97,14 @@ def test_all_that_is_wrong_with_options_is_said_at_once(plan_file: Path, capsys:
     ]
     assert run(["export", str(plan_file), "--to", "sglang", *words]) == ExitCode.INVALID
     assert capsys.readouterr().err.splitlines() == [
-        "error: 6 problems in the input",
+        "error: 7 problems in the input",
         "  export: --node-address is 'a', must be NODE=HOST, such as gpu2=10.0.0.2",
         "  export: --tp-size cannot be passed to the engine: the plan sets it",
         "  export: --engine is vllm: --to sglang runs sglang",
         "  export: --dtype is 'int3', must be one of auto, bfloat16, float16, float32",
         "  export: --name is 'No', must be 1 to 30 lower-case letters, digits and -, starting with a letter",
         "  export: --namespace is 'N', must be 1 to 63 lower-case letters, digits and -",
+        "  export: --namespace is N: --to sglang has no pods",
     ]
 
 
@@ -234,6 +235,8 @@ def test_addresses_and_ports_of_nodes_are_mistakes_in_kubernetes(
         (["--to", "lws", "--insecure", "--model-claim", "c", "--model", "/tmp/m"], "/tmp is mounted by pods"),
         (["--to", "vllm", "--model", "-x"], "--model is '-x', must be a name or a folder"),
         (["--to", "compose", "--image", "a b"], "an image name has spaces"),
+        (["--to", "vllm", "--model-claim", "c"], "--model-claim is c: --to vllm has no pods"),
+        (["--to", "slurm", "--image", "i"], "--image is i: --to slurm has no containers"),
     ],
 )
 def test_wrong_options_are_mistakes_of_the_caller(

@@ -189,7 +189,7 @@ def _ignored_in_kubernetes(given: ExportSettings, target: ExportTarget, spelled:
 
 
 def _only_in_kubernetes(given: ExportSettings, target: ExportTarget, spelled: Callable[[str], str]) -> Iterator[str]:
-    """Yield an error for every option that names a Secret, with what processes outside Kubernetes read instead."""
+    """Yield an error for every option of pods or containers, with what processes read instead of a Secret."""
     key = "set VLLM_API_KEY in the environment of its processes"
     if ExportTarget.SGLANG is target or given.engine is Engine.SGLANG:
         key = "give the engine --api-key after --"
@@ -202,6 +202,12 @@ def _only_in_kubernetes(given: ExportSettings, target: ExportTarget, spelled: Ca
     ):
         if name:
             yield f"{spelled(option)}: {spelled('to')} {target.value} reads no Secrets of Kubernetes, {instead}"
+    of_pods = {name: getattr(given, name) for name in ("namespace", "model_claim", "worker_key_secret")}
+    of_containers = {name: getattr(given, name) for name in ("image", "worker_image")}
+    for options, what in ((of_pods, "pods"), ({} if target is ExportTarget.COMPOSE else of_containers, "containers")):
+        for option, value in options.items():
+            if value:
+                yield f"{spelled(option)} is {value}: {spelled('to')} {target.value} has no {what}"
 
 
 def _unknown_nodes(
