@@ -178,6 +178,7 @@ def test_a_plan_that_keeps_its_limits_says_up_to_which_rate(pair: Placed) -> Non
         (98.0, 75.0, 0.0, 71.54),  # keeps 70% of 97 and misses 85%, so it tries 77.5% and 73.75%
         (98.0, 77.0, 70.0, 76.23),  # keeps 70, so it tries halfway to 85% of 97
         (70.0, 90.0, 0.0, 85.14),  # longer runs keep more, in steps of 7%
+        (20.0, 90.0, 0.0, 27.94),  # up to five of them
         (98.0, 200.0, 0.0, 97.0),  # but nothing is tried at or above the rate that misses
         (70.0, 30.0, 0.0, None),  # short runs mislead too much
         (10.0, 10.0, 0.0, None),
@@ -203,6 +204,38 @@ def test_the_highest_rate_below_a_missed_one_is_found_by_short_runs_and_decided_
     kept_rps = verify._kept_below(100.0, at_least_rps=at_least_rps, seems_sure=seems_sure, is_sure=is_sure)
     assert kept_rps == (None if found is None else pytest.approx(found, rel=1e-3))
     assert all(at_least_rps <= rate_rps < 100.0 for rate_rps in tried)
+
+
+@pytest.mark.parametrize(
+    ("long_rps", "runs", "found"),
+    [
+        (90.0, 1, 69.5),  # long runs before it is cancelled: at 69.5, then at 74.4
+        (90.0, 2, 74.37),
+        (50.0, 6, 48.65),  # at 69.5, and at 97, 94, 91, 85 and 70% of that
+        (50.0, 5, None),
+    ],
+)
+def test_a_rate_that_was_found_is_kept_when_the_search_for_a_higher_one_is_cancelled(
+    long_rps: float, runs: int, found: float | None
+) -> None:
+    tried = list[float]()
+
+    def is_sure(rate_rps: float) -> bool:
+        if len(tried) == runs:
+            raise verify._CancelledError
+        tried.append(rate_rps)
+        return rate_rps <= long_rps
+
+    def search() -> float | None:
+        return verify._kept_below(
+            100.0, at_least_rps=0.0, seems_sure=lambda rate_rps: rate_rps <= 70.0, is_sure=is_sure
+        )
+
+    if found is None:
+        with pytest.raises(verify._CancelledError):
+            search()
+    else:
+        assert search() == pytest.approx(found, rel=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ from hetis.solver.constraints import (
     WithoutTp,
     WithoutWorkers,
 )
-from hetis.solver.errors import InfeasibleError, InvalidProblemError, NoPlanFoundError
+from hetis.solver.errors import BrokenProofError, InfeasibleError, InvalidProblemError, NoPlanFoundError
 from hetis.solver.model import MoeShape
 from hetis.solver.placement import search
 from hetis.solver.placement.families import run_by
@@ -422,6 +422,15 @@ def test_prices_that_nobody_had_time_for_are_bounds() -> None:
         assert not price.is_solved
         assert price.least == 0.0
         assert price.most >= true.most * (1 - 1e-9)
+
+
+def test_a_bound_that_a_constrained_plan_exceeds_is_a_broken_proof(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = two_types(Exclude(gpus=of("node=a-0")))
+    plan = solved(problem)
+    worse = replace(plan, result=replace(plan.result, value=0.9 * plan.result.value, bound=0.9 * plan.result.value))
+    monkeypatch.setattr("hetis.solver.planning.solve_placement", lambda *_, **__: worse)
+    with pytest.raises(BrokenProofError, match="contradicts the bound"):
+        price_constraints(problem, plan, SearchSettings())
 
 
 def test_a_model_with_cuts_that_are_forbidden_still_keeps_constraints() -> None:

@@ -52,6 +52,7 @@ BELOW = (0.97, 0.94, 0.88, 0.76, 0.5, 0.25, 0.125)  # shares of a rate that miss
 PRECISE = 1 / 64  # the search ends when a rate that misses a limit is so little above one that keeps them
 LESS = (0.97, 0.94, 0.91, 0.85, 0.7, 0.5)  # shares of a rate that kept in short runs but not in long ones
 COARSE = 0.07  # a larger step between two of these shares is searched for a rate in between; also the step above it
+MOST_HIGHER = 5  # such steps above a rate that kept in long runs at once
 MORE = (1.1, 1.05)  # factors of the planned rate, which are tried if it is kept; 90% of saturation is planned
 CALM = 0.02  # seconds by which the wait may grow per second at these rates
 ENOUGH = 10_000  # requests of a run at these rates, unless that is more than `LONGER` times the ordinary number
@@ -468,11 +469,16 @@ def _sure_near(
 ) -> float | None:
     """Return the highest rate found that keeps the limits in long runs, if ``rate_rps`` does in short ones.
 
-    The wide intervals of short runs exclude rates that long runs show to be kept. None: none of those tried.
+    The wide intervals of short runs exclude rates that long runs show to be kept. If this is cancelled after one such
+    rate was found, the highest so far is returned. None: no rate that was tried is kept.
     """
     if is_sure(rate_rps):
-        while (1.0 + COARSE) * rate_rps < below_rps and is_sure((1.0 + COARSE) * rate_rps):
-            rate_rps *= 1.0 + COARSE
+        with suppress(_CancelledError):
+            for _ in range(MOST_HIGHER):
+                higher_rps = (1.0 + COARSE) * rate_rps
+                if higher_rps >= below_rps or not is_sure(higher_rps):
+                    break
+                rate_rps = higher_rps
         return rate_rps
     kept = missed = 1.0  # shares of the rate
     for share in LESS:
@@ -483,9 +489,10 @@ def _sure_near(
             break
     else:
         return None
-    while missed - kept > COARSE:
-        middle = (missed + kept) / 2.0
-        kept, missed = (middle, missed) if is_sure(middle * rate_rps) else (kept, middle)
+    with suppress(_CancelledError):
+        while missed - kept > COARSE:
+            middle = (missed + kept) / 2.0
+            kept, missed = (middle, missed) if is_sure(middle * rate_rps) else (kept, middle)
     return kept * rate_rps
 
 

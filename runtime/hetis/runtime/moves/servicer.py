@@ -22,7 +22,7 @@ from hetis.v1.change_pb2 import ChangePhase, ChangeStatus
 T = TypeVar("T")
 Context = grpc.aio.ServicerContext[Any, Any]
 PROGRESS_S = 0.1  # interval between progress messages of a copy
-_TURNS = 10  # of the event loop, in which a call that was cut off ends; two suffice today
+_TURNS = 10  # passes of the event loop granted to calls that were cut off; two suffice today
 DEFAULT_REPORT_S = 1.0
 
 
