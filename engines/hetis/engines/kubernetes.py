@@ -99,15 +99,19 @@ class Deployment:
             wrong.append(f"{model_option} is {model!r}, must be like /models/NAME")
         elif self.model_claim and str(path.parent) in _OWN_MOUNTS:
             wrong.append(f"{model_option} is {model!r}: {path.parent} is mounted by pods for their own files")
+        token, key = self._hf_token
         secrets = {"--api-key-secret": self.key_secret, "--worker-key-secret": self.worker_secret}
-        for option, name in (secrets | {"--model-claim": self.model_claim}).items():
+        secrets |= {"--hf-token-secret": token, "--model-claim": self.model_claim}
+        for option, name in secrets.items():
             if name and not _is_object(name):
                 wrong.append(
                     f"{option} is {name!r}, must be the name of an object: lower-case letters, digits, - and ."
                 )
-        name, key = self._hf_token
-        if self.hf_token_secret and not (_is_object(name) and _KEY.fullmatch(key)):
-            wrong.append(f"--hf-token-secret is {self.hf_token_secret!r}, must be SECRET or SECRET:KEY")
+        if self.hf_token_secret and not (token and _KEY.fullmatch(key)):
+            wrong.append(
+                f"--hf-token-secret is {self.hf_token_secret!r}, must be SECRET or SECRET:KEY, with letters, digits, "
+                "-, _ and . in KEY"
+            )
         if self.key_secret and self.is_open:
             wrong.append("--api-key-secret and --insecure contradict each other: give one of them")
         elif not self.key_secret and not self.is_open:
@@ -120,7 +124,7 @@ class Deployment:
         name, colon, key = self.hf_token_secret.partition(":")
         return name, key if colon else HF_TOKEN
 
-    def hf_token(self) -> list[dict[str, Any]]:
+    def hf_token_variable(self) -> list[dict[str, Any]]:
         """Return the variable with the token for downloads, or none if there is no Secret for it."""
         return secret_variable(HF_TOKEN, *self._hf_token)
 
@@ -150,7 +154,7 @@ def tolerations_of(process: Process) -> list[dict[str, str]]:
 
 
 def literal(serving: Serving) -> Serving:
-    """Return the settings for the command of a pod, in which Kubernetes replaces ``$(NAME)``, and ``$$`` by ``$``."""
+    """Escape ``$`` in what users give, because Kubernetes expands ``$(NAME)`` and reads ``$$`` as ``$`` in commands."""
     return replace(
         serving,
         model=_literal(serving.model),
@@ -289,7 +293,7 @@ class ReplicaObjects:
         env: list[dict[str, Any]] = [
             {"name": variable, "value": text} for variable, text in partition_of(layout).items()
         ]
-        env += self._of.hf_token()
+        env += self._of.hf_token_variable()
         command = list(arguments)
         if layout.engine is Engine.SGLANG:
             if self._of.key_secret and number == 0:

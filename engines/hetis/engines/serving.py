@@ -67,7 +67,7 @@ class Serving:
     @property
     def has_tls(self) -> bool:
         """Whether the engine serves HTTPS, by a certificate among the verbatim options."""
-        return self.gives("--ssl-certfile", "--ssl-keyfile")
+        return any(name.startswith(("--ssl-certf", "--ssl-k")) for name in names_of(self.options))  # or abbreviated
 
     def dtype_of(self, common: str) -> str:
         """Return the dtype to set on the engine: the user's if there is one, otherwise ``common``, that of its GPUs."""

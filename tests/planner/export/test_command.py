@@ -230,7 +230,11 @@ def test_addresses_and_ports_of_nodes_are_mistakes_in_kubernetes(
         (["--to", "kubernetes", "--insecure", "--api-key-secret", "k"], "contradict each other"),
         (["--to", "kubernetes", "--api-key-secret", "X_Y"], "--api-key-secret is 'X_Y', must be the name of an object"),
         (["--to", "lws", "--insecure", "--hf-token-secret", "hub:"], "is 'hub:', must be SECRET or SECRET:KEY"),
-        (["--to", "dynamo", "--insecure", "--hf-token-secret", "X_Y"], "is 'X_Y', must be SECRET or SECRET:KEY"),
+        (["--to", "lws", "--insecure", "--hf-token-secret", "hub:a b"], "with letters, digits, -, _ and . in KEY"),
+        (
+            ["--to", "dynamo", "--insecure", "--hf-token-secret", "X_Y"],
+            "--hf-token-secret is 'X_Y', must be the name of an object",
+        ),
         (["--to", "kubernetes", "--insecure", "--model-claim", "c", "--model", "m"], "--model is 'm', must be like"),
         (["--to", "lws", "--insecure", "--model-claim", "c", "--model", "/tmp/m"], "/tmp is mounted by pods"),
         (["--to", "vllm", "--model", "-x"], "--model is '-x', must be a name or a folder"),

@@ -260,6 +260,10 @@ def test_a_decode_replica_listens_behind_kserves_sidecar_and_all_others_at_the_f
     assert heard(pair["spec"]["prefill"]) == ("8000", [8000])
     [alone] = reading.manifests(exported(PLANS["one GPU"], ExportTarget.KSERVE).files)
     assert heard(alone["spec"]) == ("8000", [8000])
+    # The sidecar reads the pool by the API.
+    assert "automountServiceAccountToken" not in pair["spec"]["template"]
+    assert pair["spec"]["prefill"]["template"]["automountServiceAccountToken"] is False
+    assert alone["spec"]["template"]["automountServiceAccountToken"] is False
 
 
 def labels_of_pods(files: Mapping[str, str]) -> list[dict[str, str]]:
@@ -543,14 +547,14 @@ def test_compose_puts_no_variables_in_place_of_dollars() -> None:
     made = exported(PLANS["attention workers"], ExportTarget.COMPOSE, **given)
     for path in made.shown:
         text = made.files[path]
-        assert set(re.findall(r"\$.*", text.replace("$$", ""))) <= {"${VLLM_API_KEY:-}", "${HF_TOKEN:-}"}
+        assert set(re.findall(r"\$.*", text.replace("$$", ""))) <= {"${VLLM_API_KEY:-}"}
     service = yaml.safe_load(made.files["a/compose.yaml"])["services"]["r0-vllm"]
     words = [word.replace("$$", "$") for word in service["command"]]
     assert words[:2] == ["serve", "/models/$HOME/tiny"]
     assert reading.option(words, "--api-key") == "pa$s1"
     assert "/models/$$HOME/tiny:/models/$$HOME/tiny:ro" in service["volumes"]
     assert service["environment"]["VLLM_API_KEY"] == "${VLLM_API_KEY:-}"
-    assert service["environment"]["HF_TOKEN"] == "${HF_TOKEN:-}"
+    assert service["environment"]["HF_TOKEN"] is None, "passed on if it is set"
 
 
 @pytest.mark.parametrize("engine", [Engine.VLLM, Engine.SGLANG])
@@ -595,6 +599,7 @@ def test_probes_speak_https_to_engines_that_do(target: ExportTarget) -> None:
     assert schemes() == ({"readinessProbe", *(("startupProbe",) if of_kserve else ())}, {""})
     also = ("startupProbe", "livenessProbe") if of_kserve else ()
     assert schemes(*certificate) == ({"readinessProbe", *also}, {"HTTPS"})
+    assert schemes("--ssl-certf", "/tls/tls.crt") == schemes(*certificate), "vLLM's parser takes abbreviations"
 
 
 def test_compose_checks_the_health_of_an_engine_with_tls() -> None:
@@ -618,6 +623,7 @@ def test_dynamos_operator_alone_gives_pods_shared_memory() -> None:
     made = exported(PLANS["one GPU"], ExportTarget.DYNAMO, model_claim="models")
     [_, one] = reading.manifests(made.files)[0]["spec"]["components"]
     pod = one["podTemplate"]["spec"]
+    assert pod["enableServiceLinks"] is False
     mounts = {each["name"]: each["mountPath"] for each in reading.container_of(pod)["volumeMounts"]}
     assert mounts == {"models": "/models", "tmp": "/tmp"}
     assert [each["name"] for each in pod["volumes"]] == ["models", "tmp"]

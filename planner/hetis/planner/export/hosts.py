@@ -221,7 +221,7 @@ def _service(launchable: Launchable, one: LaunchableReplica, command: Command) -
     if process.kind is ProcessKind.SERVER and launchable.engine is not Engine.SGLANG:
         service["environment"]["VLLM_API_KEY"] = "${VLLM_API_KEY:-}"
     if not is_worker:
-        service["environment"]["HF_TOKEN"] = "${HF_TOKEN:-}"
+        service["environment"]["HF_TOKEN"] = None  # passed on if it is set
     return service
 
 

@@ -253,6 +253,8 @@ def _workload(launchable: Launchable, one: LaunchableReplica, name: str, compone
     leader = group.leader()
     is_behind_sidecar = one.plan.role is Role.DECODE and group.size == 1
     _listen(leader["spec"]["containers"][0], _PORT_BEHIND_SIDECAR if is_behind_sidecar else FRONT_PORT)
+    if is_behind_sidecar:  # it watches the pool through the API, with the ServiceAccount that KServe sets
+        del leader["spec"]["automountServiceAccountToken"]
     whole: dict[str, Any] = {
         "parallelism": {"tensor": one.layout.tensor_parallel, "pipeline": len(one.layout.servers)},
         "annotations": {"hetis/leader": leader["metadata"]["annotations"]["hetis/devices"]},
@@ -357,7 +359,7 @@ def _graph(launchable: Launchable, number: int, components: list[dict[str, Any]]
         "args": ["--http-port", "8000"],
     }
     one = next(iter(launchable.replicas.values()))
-    if token := deployment_of(launchable, one).hf_token():  # it loads the model's tokenizer
+    if token := deployment_of(launchable, one).hf_token_variable():  # it loads the model's tokenizer
         container["env"] = token
     template = {"spec": {"containers": [container]}}
     front = {"name": "Frontend", "type": "frontend", "replicas": 1, "podTemplate": template}
@@ -393,6 +395,7 @@ def _component(launchable: Launchable, one: LaunchableReplica) -> dict[str, Any]
     template = {
         "affinity": on_nodes(process.node),
         "tolerations": pod["tolerations"],
+        "enableServiceLinks": pod["enableServiceLinks"],
         "containers": [main],
         "volumes": [each for each in pod["volumes"] if each["name"] != "shm"],
     }
