@@ -15,7 +15,7 @@ import pytest
 
 from hetis.formats.catalogue import gpus, models
 from hetis.planner.cli.exit_codes import ExitCode
-from hetis.planner.export import ExportTarget
+from hetis.planner.export import IN_KUBERNETES, ExportTarget
 from tests.planner.command_line import hetis_plan_here
 
 pytestmark = pytest.mark.soak
@@ -25,7 +25,6 @@ WORKLOADS = ("azure_conv_2023", "longbench_lengths", "humaneval_lengths", "4000/
 ENGINES = ("vllm-hetis", "vllm", "sglang", "any")
 CROSSING = 1e-6  # ratio by which value and bound, both sums of rounded numbers, may cross
 SECRETS = ("--api-key-secret", "keys", "--worker-key-secret", "workers", "--worker-image", "worker")
-IN_CLUSTERS = (ExportTarget.KUBERNETES, ExportTarget.LWS, ExportTarget.LLM_D, ExportTarget.KSERVE, ExportTarget.DYNAMO)
 Document = dict[str, Any]
 
 
@@ -89,7 +88,7 @@ def test_a_plan_passes_every_verb(tmp_path: Path, seed: int) -> None:
     run(tmp_path, "diff", "plan.json", "plan.json")
     run(tmp_path, "replan", "--from", "plan.json", "-c", "cluster.yaml", refusals=("has no re-planning",))
     for target in ExportTarget:
-        keys = SECRETS if target in IN_CLUSTERS else ()
+        keys = SECRETS if target in IN_KUBERNETES else ()
         words = ("export", "plan.json", "--to", target, *keys, "--out", target)
         run(tmp_path, *words, refusals=(f"--to {target} runs",), allowed=(ExitCode.INFEASIBLE,))
 

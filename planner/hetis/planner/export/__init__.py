@@ -22,6 +22,11 @@ class ExportTarget(StrEnum):
     HETIS_LAUNCH = "hetis-launch"
 
 
+IN_KUBERNETES = frozenset(
+    (ExportTarget.KUBERNETES, ExportTarget.LWS, ExportTarget.LLM_D, ExportTarget.KSERVE, ExportTarget.DYNAMO)
+)
+
+
 class ExportDevice(StrEnum):
     CUDA = "cuda"
     CPU = "cpu"

@@ -18,7 +18,7 @@ from hetis.formats import catalogue
 from hetis.formats.endpoints import is_host
 from hetis.formats.errors import DocumentError, Problem, single_problem
 from hetis.formats.files import write_atomically
-from hetis.planner.export import ExportDevice, ExportTarget
+from hetis.planner.export import IN_KUBERNETES, ExportDevice, ExportTarget
 from hetis.planner.export.hosts import write_compose, write_hetis_launch, write_shell, write_slurm
 from hetis.planner.export.kubernetes import write_kubernetes, write_lws
 from hetis.planner.export.ray_serve import HEAD, write_ray
@@ -52,9 +52,6 @@ _WRITERS: Mapping[ExportTarget, Callable[[Launchable], Written]] = {
     ExportTarget.SLURM: write_slurm,
     ExportTarget.HETIS_LAUNCH: write_hetis_launch,
 }
-_IN_KUBERNETES = frozenset(
-    (ExportTarget.KUBERNETES, ExportTarget.LWS, ExportTarget.LLM_D, ExportTarget.KSERVE, ExportTarget.DYNAMO)
-)
 _ENGINES_SERVE_HTTP = frozenset(ExportTarget) - {ExportTarget.DYNAMO, ExportTarget.RAY}
 # Targets that run only some engines; all others run any engine.
 ENGINES: Mapping[ExportTarget, tuple[Engine, ...]] = {
@@ -173,7 +170,7 @@ def _wrong(
         yield f"{spelled('port')} is {given.port}, must be from 1 to {_MAX_PORT}"
     if given.device is ExportDevice.CPU and target not in (ExportTarget.VLLM, ExportTarget.HETIS_LAUNCH):
         yield f"{spelled('device')} is cpu: {spelled('to')} {target.value} is for GPUs"
-    yield from (_ignored_in_kubernetes if target in _IN_KUBERNETES else _only_in_kubernetes)(given, target, spelled)
+    yield from (_ignored_in_kubernetes if target in IN_KUBERNETES else _only_in_kubernetes)(given, target, spelled)
     try:
         shlex.split(given.program)
     except ValueError as error:
@@ -214,7 +211,7 @@ def _unknown_nodes(
     given: ExportSettings, target: ExportTarget, plan: Plan, spelled: Callable[[str], str]
 ) -> Iterator[str]:
     """Yield an error for every node with an address that the plan and its fleet do not have: it is misspelt."""
-    named = [node for node in given.hosts if node and target not in _IN_KUBERNETES]
+    named = [node for node in given.hosts if node and target not in IN_KUBERNETES]
     further = (HEAD,) if target is ExportTarget.RAY else ()
     yield from (f"{spelled('node_address')}: {what}" for what in unknown_nodes(named, plan, further))
 
