@@ -11,7 +11,7 @@ privileges; the objects comply with the "restricted" Pod Security Standard.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 from typing import Any
@@ -99,34 +99,43 @@ class Deployment:
             wrong.append(f"{model_option} is {model!r}, must be like /models/NAME")
         elif self.model_claim and str(path.parent) in _OWN_MOUNTS:
             wrong.append(f"{model_option} is {model!r}: {path.parent} is mounted by pods for their own files")
-        token, key = self._hf_token
-        secrets = {"--api-key-secret": self.key_secret, "--worker-key-secret": self.worker_secret}
-        secrets |= {"--hf-token-secret": token, "--model-claim": self.model_claim}
-        for option, name in secrets.items():
-            if name and not _is_object(name):
-                wrong.append(
-                    f"{option} is {name!r}, must be the name of an object: lower-case letters, digits, - and ."
-                )
-        if self.hf_token_secret and not (token and _KEY.fullmatch(key)):
-            wrong.append(
-                f"--hf-token-secret is {self.hf_token_secret!r}, must be SECRET or SECRET:KEY, with letters, digits, "
-                "-, _ and . in KEY"
-            )
+        objects = {"--api-key-secret": self.key_secret, "--worker-key-secret": self.worker_secret}
+        wrong += wrong_objects({**objects, "--model-claim": self.model_claim})
+        wrong += wrong_token("--hf-token-secret", self.hf_token_secret)
         if self.key_secret and self.is_open:
             wrong.append("--api-key-secret and --insecure contradict each other: give one of them")
         elif not self.key_secret and not self.is_open:
             wrong.append("give --api-key-secret, or --insecure to serve without a key")
         return wrong
 
-    @property
-    def _hf_token(self) -> tuple[str, str]:
-        """The name of the Secret with the token, and the key in it."""
-        name, colon, key = self.hf_token_secret.partition(":")
-        return name, key if colon else HF_TOKEN
-
     def hf_token_variable(self) -> list[dict[str, Any]]:
         """Return the variable with the token for downloads, or none if there is no Secret for it."""
-        return secret_variable(HF_TOKEN, *self._hf_token)
+        return hf_token_variable(self.hf_token_secret)
+
+
+def wrong_objects(names: Mapping[str, str]) -> Iterator[str]:
+    """Yield an error for every name, by option, that no object in Kubernetes can have; an empty one is not given."""
+    for option, name in names.items():
+        if name and not _is_object(name):
+            yield f"{option} is {name!r}, must be the name of an object: lower-case letters, digits, - and ."
+
+
+def wrong_token(option: str, given: str) -> Iterator[str]:
+    """Yield the errors in ``SECRET`` or ``SECRET:KEY``; empty: none is given."""
+    name, key = _secret_and_key(given)
+    yield from wrong_objects({option: name})
+    if given and not (name and _KEY.fullmatch(key)):
+        yield f"{option} is {given!r}, must be SECRET or SECRET:KEY, with letters, digits, -, _ and . in KEY"
+
+
+def _secret_and_key(given: str) -> tuple[str, str]:
+    name, colon, key = given.partition(":")
+    return name, key if colon else HF_TOKEN
+
+
+def hf_token_variable(given: str) -> list[dict[str, Any]]:
+    """Return the variable with the token for downloads, from ``SECRET`` or ``SECRET:KEY``, or none if it is empty."""
+    return secret_variable(HF_TOKEN, *_secret_and_key(given))
 
 
 def secret_variable(variable: str, name: str, key: str) -> list[dict[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -43,6 +44,13 @@ DECIDED = frozenset(
     )
 )
 """Engine options that follow from the plan or from our own settings; users may set all others (`decided_in`)."""
+# How names of options of the engines' HTTP servers begin (vLLM's FrontendArgs in vllm/entrypoints/openai/cli_args.py).
+_OF_HTTP_SERVER = (
+    *("--host", "--port", "--uds", "--uvicorn-", "--disable-uvicorn-", "--h11-", "--headless", "--api-server-count"),
+    *("--api-key", "--ssl-", "--enable-ssl-", "--allow-credentials", "--allowed-origins", "--allowed-methods"),
+    *("--allowed-headers", "--root-path", "--middleware", "--disable-fastapi-docs", "--enable-offline-docs"),
+)
+_NUMBER = re.compile(r"-\d[\d.]*")
 _SHORT = "-dc"  # vLLM's ``--diffusion-config``, not an abbreviated ``-dcp``
 
 
@@ -86,6 +94,25 @@ class Meeting:
 def names_of(options: Sequence[str]) -> set[str]:
     """Return the option names among these words; they may have _ for -, and may end in ``=value``."""
     return {word.partition("=")[0].replace("_", "-") for word in options if word.startswith("-")}
+
+
+def option_groups(options: Sequence[str]) -> list[list[str]]:
+    """Return each option's words: its name, which may end in ``=value``, and its values.
+
+    A value before any option is a group of its own.
+    """
+    found = list[list[str]]()
+    for word in options:
+        if not found or (word.startswith("-") and not _NUMBER.fullmatch(word)):
+            found.append([word])
+        else:
+            found[-1].append(word)
+    return found
+
+
+def is_of_http_server(option: str) -> bool:
+    """Return whether an option, in any spelling, is one of the engine's HTTP server."""
+    return option.replace("_", "-").startswith(_OF_HTTP_SERVER)
 
 
 def decided_in(options: Sequence[str]) -> set[str]:

@@ -73,8 +73,13 @@ def test_what_serves_without_an_address_or_with_half_a_role_is_named(
     served: FakePlanner, hetis_plan: Run, capsys: Captured
 ) -> None:
     assert hetis_plan("upstreams") == ExitCode.OK
-    said = "warning: left out, because only agents with --engine launch:FILE report an address: r-7\n"
+    said = (
+        "warning: left out, because only agents with --engine launch:FILE report an address: r-7\n"
+        "warning: left out, because a router sends each request to one replica, and these do half: r-6\n"
+    )
     assert capsys.readouterr() == (NGINX, said)
+    assert hetis_plan("upstreams", "--to", "envoy") == ExitCode.OK
+    assert capsys.readouterr().err == said
     for number in (1, 2):
         served.replicas[NAME.format(number)].state = DOWN
     assert hetis_plan("upstreams") == ExitCode.OK

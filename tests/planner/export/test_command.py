@@ -199,14 +199,17 @@ def test_a_key_that_nothing_asks_for_is_said_to_be_lost(plan_file: Path, capsys:
 def test_secrets_outside_kubernetes_are_mistakes_with_what_to_do_instead(
     plan_file: Path, capsys: pytest.CaptureFixture[str], target: ExportTarget
 ) -> None:
-    given = ["--api-key-secret", "keys", "--hf-token-secret", "hub"]
+    given = ["--api-key-secret", "keys", "--hf-token-secret", "hub", "--worker-key-secret", "worker"]
     assert run(["export", str(plan_file), "--to", target, *given]) == ExitCode.INVALID
     key = {"sglang": "give the engine --api-key after --", "ray": "it asks for no key"}
-    environment = "in the environment of its processes"
+    environment = f"in the environment of {'docker compose or in .env' if target == 'compose' else 'its processes'}"
+    has_workers = target not in ("sglang", "ray")
+    worker_key = "put the key into worker.key beside its files" if has_workers else "it starts no attention workers"
     reads = f"--to {target} reads no Secrets of Kubernetes"
     assert capsys.readouterr().err.splitlines()[1:] == [
         f"  export: --api-key-secret: {reads}, {key.get(target, f'set VLLM_API_KEY {environment}')}",
         f"  export: --hf-token-secret: {reads}, set HF_TOKEN {environment}",
+        f"  export: --worker-key-secret: {reads}, {worker_key}",
     ]
 
 
@@ -215,11 +218,16 @@ def test_addresses_and_ports_of_nodes_are_mistakes_in_kubernetes(
     plan_file: Path, capsys: pytest.CaptureFixture[str], target: ExportTarget
 ) -> None:
     words = ["export", str(plan_file), "--to", target, "--insecure", "--port"]
-    assert run([*words, "9000", "--node-address", "a=10.0.0.1"]) == ExitCode.INVALID
-    assert capsys.readouterr().err.splitlines()[1:] == [
-        f"  export: --port is 9000: --to {target} serves at port 8000",
-        f"  export: --node-address: --to {target} takes none, pods have addresses of their own",
-    ]
+    for address in ("a=10.0.0.1", "a"):
+        wrong = ["--node-address", address, "--hf-token-secret", "hub:a b", "--model-claim", "M_M"]
+        assert run([*words, "9000", *wrong]) == ExitCode.INVALID
+        assert capsys.readouterr().err.splitlines()[1:] == [
+            f"  export: --port is 9000: --to {target} serves at port 8000",
+            f"  export: --node-address: --to {target} takes none, pods have addresses of their own",
+            "  export: --model-claim is 'M_M', must be the name of an object: lower-case letters, digits, - and .",
+            "  export: --hf-token-secret is 'hub:a b', must be SECRET or SECRET:KEY, with letters, digits, -, _ and . "
+            "in KEY",
+        ]
     assert run([*words, "8000"]) == ExitCode.OK
 
 
@@ -228,6 +236,7 @@ def test_addresses_and_ports_of_nodes_are_mistakes_in_kubernetes(
     [
         (["--to", "kubernetes"], "give --api-key-secret, or --insecure to serve without a key"),
         (["--to", "kubernetes", "--insecure", "--api-key-secret", "k"], "contradict each other"),
+        (["--to", "dynamo", "--insecure", "--api-key-secret", "k"], "contradict each other"),
         (["--to", "kubernetes", "--api-key-secret", "X_Y"], "--api-key-secret is 'X_Y', must be the name of an object"),
         (["--to", "lws", "--insecure", "--hf-token-secret", "hub:"], "is 'hub:', must be SECRET or SECRET:KEY"),
         (["--to", "lws", "--insecure", "--hf-token-secret", "hub:a b"], "with letters, digits, -, _ and . in KEY"),

@@ -602,6 +602,36 @@ def test_probes_speak_https_to_engines_that_do(target: ExportTarget) -> None:
     assert schemes("--ssl-certf", "/tls/tls.crt") == schemes(*certificate), "vLLM's parser takes abbreviations"
 
 
+def test_dynamo_says_which_options_its_own_front_end_and_workers_replace() -> None:
+    server = ("--ssl-keyfile", "/tls/tls.key", "--allowed-origins=[]")
+    kept = ("--max-num-seqs", "7", "--seed=-1")
+    made = exported(PLANS["one GPU"], ExportTarget.DYNAMO, engine_options=(*server, *kept), program="my serve")
+    [graph] = reading.manifests(made.files)
+    [_, component] = graph["spec"]["components"]
+    words = component["podTemplate"]["spec"]["containers"][0]["args"]
+    assert set(kept) <= set(words)
+    assert not set(server) & set(words)
+    assert [line for line in made.lost if line.startswith("--")] == [
+        "--program my serve: Dynamo starts the engine by a worker of its own",
+        "--ssl-keyfile /tls/tls.key: Dynamo's front end replaces the engine's HTTP server",
+        "--allowed-origins=[]: Dynamo's front end replaces the engine's HTTP server",
+    ]
+
+
+@pytest.mark.parametrize("name", ["one GPU", "stages of two nodes", "prefill and decode"])
+def test_options_mean_themselves_after_kserve_has_executed_its_templates(name: str) -> None:
+    template = "{% for m in messages %}{{ m.content }}{{{x}}}{% endfor %}"
+    made = exported(PLANS[name], ExportTarget.KSERVE, engine_options=("--chat-template", template))
+    services = [one for one in reading.manifests(made.files) if one["kind"] == "LLMInferenceService"]
+    commands = [one["command"] for service in services for one in containers_in(service["spec"])]
+    assert commands
+    for command in commands:
+        [found] = [word for word in command if "messages" in word]
+        # An action of Go's templates that is a raw string yields the string.
+        assert template in re.sub(r"\{\{`([^`]*)`\}\}", r"\1", found)
+        assert "{{" not in re.sub(r"\{\{`[^`]*`\}\}", "", found)
+
+
 def test_compose_checks_the_health_of_an_engine_with_tls() -> None:
     made = exported(PLANS["one GPU"], ExportTarget.COMPOSE, engine_options=("--ssl-keyfile", "/tls/tls.key"))
     [service] = yaml.safe_load(made.files["a/compose.yaml"])["services"].values()

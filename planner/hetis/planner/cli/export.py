@@ -169,6 +169,13 @@ class _Upstreams(NamedTuple):
     without_address: list[str]
     with_half_a_role: list[str]  # they only prefill, or only decode
 
+    def left_out(self) -> Iterator[str]:
+        """Yield a sentence for each reason why a serving replica is left out."""
+        if self.without_address:
+            yield f"only agents with --engine launch:FILE report an address: {', '.join(self.without_address)}"
+        if self.with_half_a_role:
+            yield f"a router sends each request to one replica, and these do half: {', '.join(self.with_half_a_role)}"
+
     def why_none(self) -> str:
         """Return why there are no servers, although there may be serving replicas."""
         from hetis.planner.export.routing import NOTHING_SERVES
@@ -193,12 +200,12 @@ def upstreams(terminal: Terminal, client: Client, *, asked: UpstreamOptions) -> 
         command = shlex.split(asked.run)
     except ValueError as error:
         raise typer.BadParameter(f"--run is {asked.run!r}: {error}") from None
-    before, silent = None, list[str]()
+    before, said = None, list[str]()
     for found in _changes(client, chosen_cluster(client, asked.cluster), follow=asked.follow):
-        if found.without_address and found.without_address != silent:
-            names = ", ".join(found.without_address)
-            terminal.warn(f"left out, because only agents with --engine launch:FILE report an address: {names}")
-        silent = found.without_address
+        for why in (left_out := list(found.left_out())):
+            if why not in said:
+                terminal.warn(f"left out, because {why}")
+        said = left_out
         text = _list_of(asked.to, found, asked.model)
         if text == before:
             continue

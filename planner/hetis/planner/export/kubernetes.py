@@ -73,7 +73,7 @@ def check_cluster_options(launchable: Launchable, *, has_own_front: bool = False
     one = next(iter(launchable.replicas.values()))
     deployment = replace(deployment_of(launchable, one), image="-", worker_image="-")  # checked for each vendor
     if has_own_front:
-        deployment = replace(deployment, is_open=not deployment.key_secret)
+        deployment = replace(deployment, is_open=deployment.is_open or not deployment.key_secret)
     wrong = deployment.wrong(one.serving.model, has_workers=launchable.has_workers, model_option="--model")
     missing = [] if has_own_front else missing_images(launchable)
     if wrong := [*missing, *wrong]:

@@ -7,7 +7,15 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from hetis.engines.serving import connector_of, partition_of, room_options, shape_options, without_kv_dtype
+from hetis.engines.serving import (
+    connector_of,
+    is_of_http_server,
+    option_groups,
+    partition_of,
+    room_options,
+    shape_options,
+    without_kv_dtype,
+)
 from hetis.engines.versions import Engine
 from hetis.formats.documents import yaml_text
 from hetis.formats.endpoints import joined
@@ -20,14 +28,7 @@ HEAD = "ray-head"  # stands for the node of Ray Serve in --node-address
 _TYPES = ("H100", "H200", "H20", "B200", "B300", "A100", "L40S", "L4", "A10G", "T4", "V100", "P100")
 _TINY = 0.001
 _LONG_NAME = re.compile(r"--[a-z][a-z0-9_-]*")
-_NUMBER = re.compile(r"-\d[\d.]*")
 _SHORT_NUMBER = re.compile(r"\d+(\.\d+)?[kKmMgGtT]")  # which vLLM's command line alone spells out
-# How names of options of vLLM's HTTP server begin (FrontendArgs in vllm/entrypoints/openai/cli_args.py).
-_OF_SERVER = (
-    *("host", "port", "uds", "uvicorn_", "disable_uvicorn_", "h11_", "headless", "api_server_count", "api_key", "ssl_"),
-    *("enable_ssl_", "allow_credentials", "allowed_origins", "allowed_methods", "allowed_headers", "root_path"),
-    *("middleware", "disable_fastapi_docs", "enable_offline_docs"),
-)
 
 
 def write_ray(launchable: Launchable) -> Written:
@@ -106,9 +107,11 @@ def engine_arguments(options: Sequence[str]) -> tuple[dict[str, Any], list[str]]
     (`VLLMEngineConfig.from_llm_config`). It accepts those of the HTTP server, but has a server of its own.
     """
     arguments, refused = dict[str, Any](), list[str]()
-    for name, *values in _split(without_kv_dtype(options)):
+    for words in option_groups(without_kv_dtype(options)):
+        name, joint, value = words[0].partition("=")
+        values = [value, *words[1:]] if joint else words[1:]
         field, what = name[2:].replace("-", "_"), " ".join((name, *values))
-        if field.startswith(_OF_SERVER):
+        if is_of_http_server(name):
             refused.append(f"{what}: Ray Serve LLM replaces vLLM's HTTP server")
         elif not _LONG_NAME.fullmatch(name) or len(values) > 1 or any(map(_SHORT_NUMBER.fullmatch, values)):
             refused.append(f"{what}: Ray does not read command lines, set engine_kwargs in serve.yaml")
@@ -117,18 +120,6 @@ def engine_arguments(options: Sequence[str]) -> tuple[dict[str, Any], list[str]]
         else:
             arguments[field] = _value("".join(values))
     return arguments, refused
-
-
-def _split(options: Sequence[str]) -> list[list[str]]:
-    """Return each option's name and values; ``--name=value`` has one. A value before any option is like a name."""
-    found = list[list[str]]()
-    for word in options:
-        if not found or (word.startswith("-") and not _NUMBER.fullmatch(word)):
-            name, joint, value = word.partition("=")
-            found.append([name, value] if joint else [name])
-        else:
-            found[-1].append(word)
-    return found
 
 
 def _application(launchable: Launchable, number: int, pairs: dict[int, int]) -> dict[str, Any]:

@@ -11,13 +11,14 @@ from hetis.engines.kubernetes import (
     MODEL_LABELS,
     ReplicaObjects,
     annotations_of,
+    hf_token_variable,
     impossible_nodes,
     literal,
     on_nodes,
     tolerations_of,
 )
 from hetis.engines.layout import Layout
-from hetis.engines.serving import Meeting, arguments_of
+from hetis.engines.serving import Meeting, arguments_of, is_of_http_server, option_groups
 from hetis.engines.versions import Engine
 from hetis.formats.documents import yaml_text
 from hetis.planner.export.kubernetes import (
@@ -55,9 +56,17 @@ def write_llm_d(launchable: Launchable) -> Written:
         else:
             labels = {**MODEL_LABELS, "llm-d.ai/role": _ROLES[one.plan.role]}
             manifests[f"{one.name}.yaml"] = yaml_text(*replica_objects(launchable, one, labels))
-    written = written_for_cluster(launchable, manifests, _HOW_LLM_D.format(helm=_helm(launchable, values) or "# none"))
+    start = _HOW_LLM_D.format(helm=_helm(launchable, values) or "# none")
+    written = written_for_cluster(launchable, manifests, start, not_carried=_behind_sidecar(launchable))
     files = {**values, **written.files, "router/llm-d.yaml": yaml_text(picker_config(launchable))}
     return replace(written, files=files, shown=(*values, *manifests))
+
+
+def _behind_sidecar(launchable: Launchable) -> Iterator[str]:
+    """Yield a sentence for each prefill or decode replica that serves HTTPS, which llm-d's proxy does not speak."""
+    for number, one in launchable.replicas.items():
+        if one.plan.role is not Role.UNIFIED and one.serving.has_tls:
+            yield f"replica {number}: llm-d's routing proxy asks prefill and decode by HTTP, the engine serves HTTPS"
 
 
 def _helm(launchable: Launchable, files: Iterable[str]) -> str:
@@ -251,6 +260,7 @@ def _workload(launchable: Launchable, one: LaunchableReplica, name: str, compone
     workers = {_NAME: name, _COMPONENT: component}
     group = PodGroup(launchable, one, container="main", worker_labels=workers)
     leader = group.leader()
+    _without_templates(leader["spec"])
     is_behind_sidecar = one.plan.role is Role.DECODE and group.size == 1
     _listen(leader["spec"]["containers"][0], _PORT_BEHIND_SIDECAR if is_behind_sidecar else FRONT_PORT)
     if is_behind_sidecar:  # it watches the pool through the API, with the ServiceAccount that KServe sets
@@ -262,6 +272,7 @@ def _workload(launchable: Launchable, one: LaunchableReplica, name: str, compone
     }
     if group.size > 1:
         further = group.workers()
+        _without_templates(further["spec"])
         whole["worker"] = further["spec"]
         whole["annotations"]["hetis/workers"] = further["metadata"]["annotations"]["hetis/devices"]
     else:  # KServe assumes that a pipeline spans several nodes
@@ -270,6 +281,12 @@ def _workload(launchable: Launchable, one: LaunchableReplica, name: str, compone
         copies = one.layout.data_parallel
         whole["parallelism"] |= {"data": copies, "dataLocal": copies, "expert": True}
     return whole
+
+
+def _without_templates(pod: dict[str, Any]) -> None:
+    """Escape ``{{`` in commands, such as that of a chat template: KServe executes its specs as templates of Go."""
+    for container in pod["containers"]:
+        container["command"] = [word.replace("{{", "{{`{{`}}") for word in container["command"]]
 
 
 def _listen(container: dict[str, Any], port: int) -> None:
@@ -334,11 +351,22 @@ def write_dynamo(launchable: Launchable) -> Written:
     lost = [shares] if len(launchable.replicas) > 1 else []
     if secret := launchable.settings.api_key_secret:
         lost.append(f"--api-key-secret {secret}: clients reach Dynamo's front end, which asks for no key")
+    if program := launchable.settings.program:
+        lost.append(f"--program {program}: Dynamo starts the engine by a worker of its own")
+    _, of_server = _options(launchable)
+    lost += [f"{' '.join(words)}: Dynamo's front end replaces the engine's HTTP server" for words in of_server]
     fronts = {
         number: f"{launchable.settings.name}-{place // most}-frontend:8000"
         for place, number in enumerate(launchable.replicas)
     }
     return written_for_cluster(launchable, files, _HOW_DYNAMO, endpoints=fronts, not_carried=lost)
+
+
+def _options(launchable: Launchable) -> tuple[tuple[str, ...], list[list[str]]]:
+    """Return the words of the engine's options for Dynamo's workers, and the options that these do not have."""
+    groups = option_groups(launchable.settings.engine_options)
+    kept = tuple(word for words in groups if not is_of_http_server(words[0]) for word in words)
+    return kept, [words for words in groups if is_of_http_server(words[0])]
 
 
 def _not_of_dynamo(layout: Layout) -> Iterator[str]:
@@ -358,8 +386,7 @@ def _graph(launchable: Launchable, number: int, components: list[dict[str, Any]]
         "command": ["python3", "-m", "dynamo.frontend"],
         "args": ["--http-port", "8000"],
     }
-    one = next(iter(launchable.replicas.values()))
-    if token := deployment_of(launchable, one).hf_token_variable():  # it loads the model's tokenizer
+    if token := hf_token_variable(settings.hf_token_secret):  # it loads the model's tokenizer
         container["env"] = token
     template = {"spec": {"containers": [container]}}
     front = {"name": "Frontend", "type": "frontend", "replicas": 1, "podTemplate": template}
@@ -379,7 +406,8 @@ def image_of(launchable: Launchable) -> str:
 def _component(launchable: Launchable, one: LaunchableReplica) -> dict[str, Any]:
     """Return a component: a Dynamo worker with the engine's options, which registers with the front end."""
     [process] = one.layout.servers
-    serving = replace(one.serving, program=_PROGRAMS[launchable.engine])
+    options, _ = _options(launchable)
+    serving = replace(one.serving, program=_PROGRAMS[launchable.engine], options=options)
     words = list(arguments_of(one.layout, literal(serving), 0, Meeting(host="")))
     if launchable.engine is Engine.VLLM and one.plan.role is not Role.UNIFIED:
         words += ["--disaggregation-mode", one.plan.role.value]

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hetis.engines.gpus import VENDORS
-from hetis.engines.kubernetes import FRONT_PORT, NAMESPACE
+from hetis.engines.kubernetes import FRONT_PORT, NAMESPACE, wrong_objects, wrong_token
 from hetis.engines.layout import DTYPE_BYTES, Layout, planned_model, unknown_nodes
 from hetis.engines.serving import decided_in
 from hetis.engines.versions import VERSIONS, Engine
@@ -65,14 +65,12 @@ def export_plan(plan: Plan, model: ModelSpec, target: ExportTarget, settings: Ex
     found = launchable(plan, model, settings)
     written = _WRITERS[target](found)
     found = written.carried
-    if target in _ENGINES_SERVE_HTTP and any(one.serving.has_tls for one in found.replicas.values()):
-        lists = "router/: its lists connect by HTTP, the engines serve HTTPS"
-        written = replace(written, not_carried=(*written.not_carried, lists))
-    files = {
-        "README.md": readme_of(target.value, found, written),
-        **written.files,
-        **routing_files(found, written.endpoints),
-    }
+    lists = routing_files(found, written.endpoints)
+    has_tls = any(one.serving.has_tls for one in found.replicas.values() if one.plan.role is Role.UNIFIED)
+    if target in _ENGINES_SERVE_HTTP and has_tls:
+        why = "router/: its lists connect by HTTP, the engines serve HTTPS"
+        written = replace(written, not_carried=(*written.not_carried, why))
+    files = {"README.md": readme_of(target.value, found, written), **written.files, **lists}
     return Export(
         files=files,
         shown=written.shown,
@@ -143,7 +141,7 @@ def _wrong(
 ) -> Iterator[str]:
     if given.model != given.model.strip() or given.model.startswith("-") or not given.model.isprintable():
         yield f"{spelled('model')} is {given.model!r}, must be a name or a folder"
-    for node, host in given.hosts.items():
+    for node, host in given.hosts.items() if target not in IN_KUBERNETES else ():
         if not (node and is_host(host)):
             text = f"{node}={host}" if node else host  # as on the command line
             yield f"{spelled('node_address')} is {text!r}, must be NODE=HOST, such as gpu2=10.0.0.2"
@@ -170,36 +168,43 @@ def _wrong(
         yield f"{spelled('port')} is {given.port}, must be from 1 to {_MAX_PORT}"
     if given.device is ExportDevice.CPU and target not in (ExportTarget.VLLM, ExportTarget.HETIS_LAUNCH):
         yield f"{spelled('device')} is cpu: {spelled('to')} {target.value} is for GPUs"
-    yield from (_ignored_in_kubernetes if target in IN_KUBERNETES else _only_in_kubernetes)(given, target, spelled)
+    yield from (_wrong_in_kubernetes if target in IN_KUBERNETES else _only_in_kubernetes)(given, target, spelled)
     try:
         shlex.split(given.program)
     except ValueError as error:
         yield f"{spelled('program')} is {given.program!r}: {error}"
 
 
-def _ignored_in_kubernetes(given: ExportSettings, target: ExportTarget, spelled: Callable[[str], str]) -> Iterator[str]:
-    """Yield an error for every option without an effect in Kubernetes, where each pod has an address of its own."""
+def _wrong_in_kubernetes(given: ExportSettings, target: ExportTarget, spelled: Callable[[str], str]) -> Iterator[str]:
+    """Yield an error for every option without an effect in Kubernetes, and for every impossible name of an object."""
     if given.port != FRONT_PORT:
         yield f"{spelled('port')} is {given.port}: {spelled('to')} {target.value} serves at port {FRONT_PORT}"
-    if any(given.hosts):
+    if given.hosts:
         yield f"{spelled('node_address')}: {spelled('to')} {target.value} takes none, pods have addresses of their own"
+    objects = {name: getattr(given, name) for name in ("api_key_secret", "worker_key_secret", "model_claim")}
+    yield from wrong_objects({spelled(option): name for option, name in objects.items()})
+    yield from wrong_token(spelled("hf_token_secret"), given.hf_token_secret)
 
 
 def _only_in_kubernetes(given: ExportSettings, target: ExportTarget, spelled: Callable[[str], str]) -> Iterator[str]:
     """Yield an error for every option of pods or containers, with what processes read instead of a Secret."""
-    key = "set VLLM_API_KEY in the environment of its processes"
+    environment = "docker compose or in .env" if target is ExportTarget.COMPOSE else "its processes"
+    key, token = (f"set {name} in the environment of {environment}" for name in ("VLLM_API_KEY", "HF_TOKEN"))
+    worker_key = "put the key into worker.key beside its files"
+    if target in (ExportTarget.SGLANG, ExportTarget.RAY):
+        worker_key = "it starts no attention workers"
     if ExportTarget.SGLANG is target or given.engine is Engine.SGLANG:
         key = "give the engine --api-key after --"
     elif target is ExportTarget.RAY:
         key = "it asks for no key"
-    token = "set HF_TOKEN in the environment of its processes"
     for option, name, instead in (
         ("api_key_secret", given.api_key_secret, key),
         ("hf_token_secret", given.hf_token_secret, token),
+        ("worker_key_secret", given.worker_key_secret, worker_key),
     ):
         if name:
             yield f"{spelled(option)}: {spelled('to')} {target.value} reads no Secrets of Kubernetes, {instead}"
-    of_pods = {name: getattr(given, name) for name in ("namespace", "model_claim", "worker_key_secret")}
+    of_pods = {name: getattr(given, name) for name in ("namespace", "model_claim")}
     of_containers = {name: getattr(given, name) for name in ("image", "worker_image")}
     for options, what in ((of_pods, "pods"), ({} if target is ExportTarget.COMPOSE else of_containers, "containers")):
         for option, value in options.items():
