@@ -318,7 +318,7 @@ FIGURES = [
     ),
     *_benchmarks(
         "strategies",
-        (r"Disaggregated prefill and decode wins on 8 A100 \+ 8 L4", wins("8 A100 + 8 L4", "hexgen2", over="hexgen")),
+        (r"disaggregated prefill and decode wins on 8 A100 \+ 8 L4", wins("8 A100 + 8 L4", "hexgen2", over="hexgen")),
         (r"unified replicas on 4 H100 \+ 8 L4 with long prompts", wins("4 H100 + 8 L4", "hexgen", over="hexgen2")),
         (r"attention workers on 2 H100 \+ 8 P100", wins("2 H100 + 8 P100", "hetis", over="hexgen")),
     ),
@@ -466,7 +466,7 @@ FIGURES = [
     *_benchmarks(
         "paper",
         ("Over Splitwise at its best it serves # to # times", lambda t: span(t.column("hetis over", ", splitwise$"))),
-        ("over HexGen # to # times", lambda t: span(t.column("hetis over", ", hexgen$"))),
+        ("over HexGen's family # to # times", lambda t: span(t.column("hetis over", ", hexgen$"))),
         (
             "serves # to # of `hetis`",
             lambda t: [1 / one for one in reversed(span(t.column("hetis over", ", hetis-paper$")))],
