@@ -665,6 +665,62 @@ def test_layers_that_are_all_alike_after_all_can_be_saved(tmp_path: Path, config
     assert load_model(tmp_path / "model.yaml") == model
 
 
+@pytest.mark.parametrize(
+    ("fields", "window", "layers"),
+    [
+        ({"use_sliding_window": False}, None, None),
+        ({"max_window_layers": 0}, 4096, None),
+        ({"max_window_layers": 64}, None, None),
+        ({"max_window_layers": 100}, None, None),
+        ({"max_window_layers": 48}, 4096, 16),
+        ({}, 4096, 36),  # from layer 28 on by default
+        ({"max_window_layers": 0, "layer_types": ["full_attention"] * 63 + ["sliding_attention"]}, 4096, 1),
+    ],
+)
+@pytest.mark.parametrize("architecture", ["Qwen2ForCausalLM", "Qwen3ForCausalLM"])
+def test_layers_of_qwen_slide_from_the_stated_one_on(
+    tmp_path: Path, architecture: str, fields: dict[str, Any], window: int | None, layers: int | None
+) -> None:
+    """The expected numbers are those of ``layer_types`` in transformers 5.23 (``Qwen2Config``, ``Qwen3Config``)."""
+    data = json.loads((FOLDER / "Qwen__Qwen3-32B.json").read_text())
+    for name in ("max_window_layers", "layer_types"):
+        data.pop(name, None)
+    data |= {"architectures": [architecture], "use_sliding_window": True, "sliding_window": 4096} | fields
+    (tmp_path / "config.json").write_text(json.dumps(data))
+    model = load_model(tmp_path)
+    assert (model.sliding_window, model.sliding_layers) == (window, layers)
+
+
+@pytest.mark.parametrize(("fields", "full"), [({"no_rope_layers": []}, 12), ({"no_rope_layer_interval": 8}, 6)])
+def test_llama_4_attends_to_everything_in_every_fourth_layer_or_as_it_says(
+    tmp_path: Path, fields: dict[str, Any], full: int
+) -> None:
+    data = json.loads((FOLDER / "meta-llama__Llama-4-Scout-17B-16E-Instruct.json").read_text())
+    data["text_config"] |= fields
+    (tmp_path / "config.json").write_text(json.dumps(data))
+    assert load_model(tmp_path).sliding_layers == 48 - full
+    data["text_config"]["moe_layers"] = [1, 2]
+    (tmp_path / "config.json").write_text(json.dumps(data))
+    with pytest.raises(DocumentError, match="moe_layers: only models with experts in every layer number 1 are"):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize("config", ["zai-org__GLM-5", "zai-org__GLM-4.5", "deepseek-ai__DeepSeek-V3"])
+def test_dense_layers_are_read_from_either_field(tmp_path: Path, config: str) -> None:
+    data = json.loads((FOLDER / f"{config}.json").read_text())
+    layers = data["num_hidden_layers"]
+    del data["first_k_dense_replace"]
+    data["mlp_layer_types"] = ["dense"] * 5 + ["sparse"] * (layers - 5)
+    (tmp_path / "config.json").write_text(json.dumps(data))
+    moe = load_model(tmp_path).moe
+    assert moe is not None
+    assert moe.first_dense_layers == 5
+    data["mlp_layer_types"][7] = "dense"
+    (tmp_path / "config.json").write_text(json.dumps(data))
+    with pytest.raises(DocumentError, match="must have 'dense' for the first layers only"):
+        load_model(tmp_path)
+
+
 def test_more_dense_layers_than_layers_are_refused(tmp_path: Path) -> None:
     data = json.loads((FOLDER / "zai-org__GLM-4.5.json").read_text()) | {"first_k_dense_replace": 92}
     (tmp_path / "config.json").write_text(json.dumps(data))

@@ -10,6 +10,7 @@ import dataclasses
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -194,10 +195,25 @@ def _mistral(config: Config, name: str) -> ModelSpec | None:
     return _spec(config, **_common(config, name), sliding_window=config.optional("sliding_window"))
 
 
-def _qwen2(config: Config, name: str) -> ModelSpec | None:
-    """Read Qwen2 and 2.5, which write a sliding window that ``use_sliding_window`` switches off."""
+def _qwen(config: Config, name: str, head_dim: int | None = None) -> ModelSpec | None:
+    """Read Qwen2, 2.5 and 3; ``head_dim``: the default, None: that of the hidden size."""
+    common = _common(config, name, head_dim=head_dim)
+    return _spec(config, **common, **_qwen_window(config, common["num_layers"]))
+
+
+def _qwen_window(config: Config, num_layers: int) -> dict[str, int | None]:
+    """Return the sliding window, which ``use_sliding_window`` switches on, and how many layers have it.
+
+    These are the layers that ``layer_types`` names, by default all from ``max_window_layers`` on, as in transformers.
+    vLLM (0.32) runs models with the window in all layers or in none.
+    """
     window = config.optional("sliding_window") if config.flag("use_sliding_window", False) else None
-    return _spec(config, **_common(config, name), sliding_window=window)
+    kinds = config.kinds_of_layers(num_layers, ("full_attention", "sliding_attention"))
+    layers = num_layers - min(num_layers, config.whole("max_window_layers", 28, least=0))
+    layers = layers if kinds is None else kinds.count("sliding_attention")
+    if window is None or layers == 0:
+        return {}
+    return {"sliding_window": window, "sliding_layers": None if layers == num_layers else layers}
 
 
 def _qwen1(config: Config, name: str) -> ModelSpec | None:
@@ -215,7 +231,8 @@ def _qwen_moe(config: Config, name: str) -> ModelSpec | None:
     """Read Qwen2-MoE, whose wide shared expert counts as several of the routed width, and Qwen3-MoE, without any."""
     moe = _qwen_experts(config)
     head_dim = None if moe.shared_experts else 128
-    return _spec(config, **_common(config, name, head_dim=head_dim, defaults=_dense_width(moe)), moe=moe)
+    common = _common(config, name, head_dim=head_dim, defaults=_dense_width(moe))
+    return _spec(config, **common, **_qwen_window(config, common["num_layers"]), moe=moe)
 
 
 def _dense_width(moe: MoeShape | None) -> dict[str, int]:
@@ -284,11 +301,14 @@ def _kimi_linear(config: Config, name: str) -> ModelSpec | None:
     return _spec(config, **common, mla=mla, moe=moe)
 
 
-def _leading_dense_layers(config: Config, num_layers: int) -> int:
-    """Return how many layers precede those with experts. Transformers writes the kind of every layer's MLP."""
+def _leading_dense_layers(config: Config, num_layers: int, default: int | None = None) -> int:
+    """Return how many layers precede those with experts. Transformers writes the kind of every layer's MLP.
+
+    Without a default, a config that says neither has a problem.
+    """
     kinds = config.for_layers("mlp_layer_types", num_layers)
     if kinds is None:
-        return config.whole("first_k_dense_replace", least=0)
+        return config.whole("first_k_dense_replace", default, least=0)
     dense = kinds.count("dense")
     if kinds != ["dense"] * dense + ["sparse"] * (num_layers - dense):
         config.refuse("mlp_layer_types", "must have 'dense' for the first layers only, and 'sparse' for all others")
@@ -399,13 +419,13 @@ def _phi(config: Config, name: str) -> ModelSpec | None:
     return _spec(config, **_common(config, name), gated_mlp=False)
 
 
-def _routed(config: Config) -> MoeShape:
+def _routed(config: Config, num_layers: int) -> MoeShape:
     """Return the experts of DeepSeek and GLM: routed and shared ones, after some dense layers."""
     return MoeShape(
         **config.experts("n_routed_experts", "num_experts_per_tok"),
         expert_intermediate=config.whole("moe_intermediate_size"),
         shared_experts=config.whole("n_shared_experts", 0, least=0),
-        first_dense_layers=config.whole("first_k_dense_replace", 0, least=0),
+        first_dense_layers=_leading_dense_layers(config, num_layers, 0),
     )
 
 
@@ -422,12 +442,12 @@ def _mla(config: Config) -> MlaShape:
 def _deepseek(config: Config, name: str) -> ModelSpec | None:
     """Read DeepSeek V2 and V3, Kimi K2 and K2.5: latent attention; dense layers first, then experts in every layer."""
     mla = _mla(config)
+    common = _common(config, name) | {"head_dim": mla.qk_nope_head_dim + mla.qk_rope_head_dim}
     moe = None
     if config.data.get("n_routed_experts") is not None:
         if config.whole("moe_layer_freq", 1) != 1:
             config.refuse("moe_layer_freq", "only models with experts in every layer after the first (1) are supported")
-        moe = _routed(config)
-    common = _common(config, name) | {"head_dim": mla.qk_nope_head_dim + mla.qk_rope_head_dim}
+        moe = _routed(config, common["num_layers"])
     return _spec(config, **common, mla=mla, moe=moe)
 
 
@@ -455,8 +475,9 @@ def _deepseek_v4(config: Config, name: str) -> ModelSpec | None:
     """
     if vision := config.data.get("vision_n_layers"):
         config.refuse("vision_n_layers", f"is {shown(vision)}, but its vision tower is not modelled")
-    moe = replace(_routed(config), first_dense_layers=0)
-    common = _common(config, name, defaults={"num_key_value_heads": 1} | _dense_width(moe))
+    width = {"intermediate_size": config.whole("moe_intermediate_size")}  # of a dense MLP, which no layer has
+    common = _common(config, name, defaults={"num_key_value_heads": 1} | width)
+    moe = replace(_routed(config, common["num_layers"]), first_dense_layers=0)
     compressed = compressed_attention(config, common["num_layers"])
     streams = config.whole("hc_mult", most=MAX_STREAMS)
     return _spec(config, **common, moe=moe, compressed=compressed, residual_streams=streams, kv_bytes=1.0)
@@ -501,8 +522,11 @@ def _llama4(config: Config, name: str) -> ModelSpec | None:
     common = _common(config, name, head_dim=128)
     every, num_layers = config.whole("interleave_moe_layer_step", 1), common["num_layers"]
     moe = _experts(config, common["intermediate"], 16, 1, shared_experts=1, every=every)
-    without_rope = config.for_layers("no_rope_layers", num_layers)  # 0: no rope, and full attention
-    full = num_layers // 4 if not without_rope else without_rope.count(0)
+    if config.data.get("moe_layers") not in (None, list(range(every - 1, num_layers, every))):
+        config.refuse("moe_layers", f"only models with experts in every layer number {every} are supported")
+    # 0: no rope, and full attention. An empty list is like none.
+    without_rope = config.for_layers("no_rope_layers", num_layers) if config.data.get("no_rope_layers") else None
+    full = num_layers // config.whole("no_rope_layer_interval", 4) if not without_rope else without_rope.count(0)
     window = config.optional("attention_chunk_size")
     return _spec(
         config,
@@ -524,7 +548,8 @@ def _mistral3(config: Config, name: str) -> ModelSpec | None:
 
 def _glm4_moe(config: Config, name: str) -> ModelSpec | None:
     """Read GLM 4.5 and 4.6: grouped queries; dense layers first, then experts in every layer."""
-    return _spec(config, **_common(config, name, head_dim=128), moe=_routed(config))
+    common = _common(config, name, head_dim=128)
+    return _spec(config, **common, moe=_routed(config, common["num_layers"]))
 
 
 # Architecture, its ``model_type`` if configs without ``architectures`` are known, and its reader.
@@ -538,9 +563,9 @@ _TABLE: tuple[tuple[str, str, Family], ...] = (
     ("MiniMaxM1ForCausalLM", "minimax_m1", _minimax),
     ("MiniMaxForCausalLM", "minimax", _minimax),
     ("QWenLMHeadModel", "qwen", _qwen1),
-    ("Qwen2ForCausalLM", "qwen2", _qwen2),
+    ("Qwen2ForCausalLM", "qwen2", _qwen),
     ("Qwen2MoeForCausalLM", "qwen2_moe", _qwen_moe),
-    ("Qwen3ForCausalLM", "qwen3", _plain(head_dim=128)),
+    ("Qwen3ForCausalLM", "qwen3", partial(_qwen, head_dim=128)),
     ("Qwen3MoeForCausalLM", "qwen3_moe", _qwen_moe),
     ("OPTForCausalLM", "opt", _opt),
     ("GemmaForCausalLM", "gemma", _plain(tie_embeddings=True, head_dim=256)),
