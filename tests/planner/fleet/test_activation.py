@@ -174,14 +174,44 @@ def test_a_rollback_takes_back_a_replica_that_drains(world: World) -> None:
     for _ in range(3):
         work(world)
     assert state(world, REPLICA) == DRAINING
-    tables = world.store.tables
-    tables.clusters.update(replace(tables.clusters.require("clusters/lab"), active_plan=PLAN, earlier_plan=""))
-    tables.plans.update(replace(tables.plans.require(PLAN), activation=plan_pb2.ACTIVATION_STATE_ACTIVATING))
+    roll_back(world)
     world.planner.reread(world.now_s)
     world.settle()
     work(world)
     assert state(world, REPLICA) == SERVING
     assert state(world, BESIDE) == DRAINING
+
+
+def roll_back(world: World) -> None:
+    """Go back to the first plan like RollbackPlan, in one transaction, of which the fleet is not notified yet."""
+    tables = world.store.tables
+    tables.clusters.update(replace(tables.clusters.require("clusters/lab"), active_plan=PLAN, earlier_plan=""))
+    tables.plans.update(replace(tables.plans.require(PLAN), activation=plan_pb2.ACTIVATION_STATE_ACTIVATING))
+    tables.plans.update(replace(tables.plans.require(NEXT), activation=plan_pb2.ACTIVATION_STATE_INACTIVE))
+    tables.replicas.update(replace(tables.replicas.require(REPLICA), plan=PLAN))
+    tables.replicas.update(replace(tables.replicas.require(BESIDE), plan=""))
+
+
+def test_a_replica_that_a_rollback_takes_back_is_not_stopped_by_an_earlier_decision(world: World) -> None:
+    """Its primary reports that nothing runs any more before the fleet has read the records that the rollback wrote."""
+    activate(world, (BESIDE, shape(["a/1"], ["b/1"])))
+    tables = world.store.tables
+    tables.replicas.update(replace(tables.replicas.require(REPLICA), plan=""))
+    world.planner.reread(world.now_s)
+    for _ in range(3):
+        work(world)
+    assert state(world, REPLICA) == DRAINING
+    roll_back(world)
+    world.agents["a"].num_running = 0
+    work(world)
+    assert state(world, REPLICA) == DRAINING
+    world.planner.reread(world.now_s)
+    for _ in range(3):
+        world.settle()
+        work(world)
+    assert state(world, REPLICA) == SERVING
+    assert BESIDE not in tables.replicas.rows
+    assert tables.plans.require(PLAN).body.activation_progress.num_serving == 1
 
 
 def test_a_node_that_drains_is_told_as_a_condition(world: World) -> None:

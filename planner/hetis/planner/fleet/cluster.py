@@ -300,7 +300,7 @@ class ClusterFleet:
             self.forget_if_unneeded(last_part(record.name))  # the stream may have ended in the meantime
         for name in kept.unneeded_nodes:
             self.node_records.pop(last_part(name), None)
-        for write in writes.replicas:
+        for write in (one for one in writes.replicas if one.name not in kept.moved):
             self._take_replica(write, kept.replicas.get(write.name))
         for saving in writes.redispatches:
             self.changes.saved(saving)

@@ -123,6 +123,7 @@ def _decide_replica(cluster: ClusterFleet, view: _ClusterView, replica: Replica,
             return None
         return ReplicaWrite(
             name=replica.name,
+            plan=replica.record.plan,
             standing=now,
             generation=replica.generation,
             assigned_generation=replica.assigned_generation,
@@ -174,6 +175,7 @@ def _decide_replica(cluster: ClusterFleet, view: _ClusterView, replica: Replica,
         return None
     return ReplicaWrite(
         name=replica.name,
+        plan=replica.record.plan,
         standing=after,
         generation=generation,
         assigned_generation=generation if is_new else replica.assigned_generation,

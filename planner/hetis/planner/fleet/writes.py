@@ -59,9 +59,10 @@ def read_ends(reader: Reader, names: Sequence[str]) -> dict[str, redispatch_pb2.
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplicaWrite:
-    """The fleet's decision about a replica; ``is_gone``: its record must be deleted."""
+    """The fleet's decision about a replica of ``plan`` (empty: of none); ``is_gone``: its record must be deleted."""
 
     name: str
+    plan: str
     standing: Standing
     generation: int
     assigned_generation: int
@@ -106,9 +107,14 @@ class Writes:
 
 @dataclass(slots=True, kw_only=True)
 class Kept:
-    """The records after `apply`; replicas that other calls removed in the meantime are missing."""
+    """The records after `apply`; replicas that other calls removed in the meantime are missing.
+
+    ``moved``: replicas that other calls gave to another plan in the meantime. The decision about them was not written;
+    the cluster decides again once it has read their records.
+    """
 
     replicas: dict[str, ReplicaRecord] = field(default_factory=dict)
+    moved: set[str] = field(default_factory=set)
     nodes: dict[str, NodeRecord] = field(default_factory=dict)
     unneeded_nodes: list[str] = field(default_factory=list)  # names of nodes that have no record any more
     plan: PlanRecord | None = None
@@ -136,6 +142,9 @@ def apply(tx: Transaction, writes: Writes, *, now_s: float) -> Kept:
 def _apply_replica(tx: Transaction, write: ReplicaWrite, kept: Kept) -> None:
     record = tx.replicas.get(write.name)
     if record is None:
+        return
+    if record.plan != write.plan:
+        kept.moved.add(write.name)
         return
     if write.is_gone:
         tx.replicas.delete(write.name)
