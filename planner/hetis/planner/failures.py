@@ -88,8 +88,12 @@ def quota_exceeded(caller: str, quota: str, message: str, *, limit: float, retry
     )
 
 
+_LONGEST = 255  # characters of a name that a caller chose, in a message
+
+
 def wrong_node(caller: Identity, node: str) -> ServiceError:
-    """Return the error for a caller that may not act as the agent of a node."""
+    """Return the error for a caller that may not act as the agent of a node, whose name may be anything."""
+    node = node[:_LONGEST]
     message = f"the credentials {caller.name} are of {caller.scope or 'no node'}, not of {node}"
     return ServiceError(Reason.ERROR_REASON_WRONG_NODE, message, metadata={"node": node})
 

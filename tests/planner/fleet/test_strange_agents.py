@@ -289,6 +289,14 @@ def test_nodes_that_an_earlier_planner_stored_are_forgotten_unless_they_are_drai
             {"report": pb.NodeReport(replicas=[report_pb2.ReplicaReport(replica="x" * 256)])},
             "the name of a replica or change has more than 255 characters, the maximum",
         ),
+        (
+            {"change_status": change_pb2.ChangeStatus(change_id="\0", replica="x")},
+            "the name of a replica or change is '\\x00', must be printable",
+        ),
+        (
+            {"report": pb.NodeReport(replicas=[report_pb2.ReplicaReport(replica="x\n")])},
+            "the name of a replica or change is 'x\\n', must be printable",
+        ),
     ],
 )
 def test_what_is_larger_than_any_node_has_is_refused(world: World, said: dict[str, Any], message: str) -> None:

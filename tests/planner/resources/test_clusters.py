@@ -191,6 +191,11 @@ async def test_an_update_changes_what_its_mask_says(tmp_path: Path) -> None:
         call.update_mask.paths.extend(["document", "etag", "policy.colour", "*"])
         refusal = await refused(planner.clusters.UpdateCluster(call))
         assert set(refusal.fields) == {"cluster.document", *(f"update_mask.paths[{number}]" for number in (1, 2, 3))}
+        call = pb.UpdateClusterRequest(cluster=wanted)
+        call.update_mask.paths.extend([""] * 101)
+        refusal = await refused(planner.clusters.UpdateCluster(call))
+        assert refusal.fields["update_mask.paths"] == "has 101, at most 100 are allowed"
+        assert "update_mask.paths[0]" not in refusal.fields
 
 
 async def test_a_change_of_what_has_changed_is_refused(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from hetis.formats.endpoints import STREAM_OPEN
 from hetis.planner.callers import CallerRole, Identity
-from hetis.planner.failures import Reason, ServiceError
+from hetis.planner.failures import Reason, ServiceError, not_found, wrong_node
 from hetis.planner.service import statuses
 from hetis.planner.service.access import NEEDED
 from hetis.planner.service.credentials import Credentials, Grant, Tokens, digest
@@ -133,6 +133,23 @@ async def test_a_message_that_headers_cannot_hold_is_shortened() -> None:
         error = await failure_of(get(planner, "plans/long"))
         assert (error.code(), reason_of(error)) == (grpc.StatusCode.NOT_FOUND, "NOT_FOUND")
         assert (error.details() or "").endswith("üü...")
+
+
+def test_no_more_of_a_text_is_escaped_than_a_header_may_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Callers choose names of megabytes, and calls are answered in the event loop."""
+    lengths, quote = list[int](), statuses.quote
+
+    def escaped(text: str, safe: str) -> str:
+        lengths.append(len(text))
+        return quote(text, safe=safe)
+
+    monkeypatch.setattr(statuses, "quote", escaped)
+    stranger, long = Identity(name="stranger", roles=frozenset()), "é" * 2_000_000
+    for error in (not_found(long), wrong_node(stranger, long)):
+        status = statuses.to_status(error)
+        assert status.ByteSize() < 8192
+    assert lengths
+    assert max(lengths) < 8192
 
 
 async def test_a_bad_document_is_invalid_with_its_line() -> None:

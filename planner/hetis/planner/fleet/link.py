@@ -170,14 +170,21 @@ def check_hello(request: Request, *, epoch: int) -> agent_service_pb2.Hello:
 
 
 def _check_replicas(said: Iterable[Any]) -> None:
-    """Check the names and generations in an agent's list of replicas or changes. Raises PROTOCOL_VIOLATION."""
+    """Check the names and generations in an agent's list of replicas or changes. Raises PROTOCOL_VIOLATION.
+
+    The names become parameters of queries, and PostgreSQL has no texts with NUL.
+    """
     for one in said:
         if one.generation > MOST_GENERATION:
             message = f"a generation is above {MOST_GENERATION}, the maximum"
             raise ServiceError(Reason.ERROR_REASON_PROTOCOL_VIOLATION, message)
-        if len(one.replica) > MOST_CHARACTERS or len(getattr(one, "change_id", "")) > MOST_CHARACTERS:
-            message = f"the name of a replica or change has more than {MOST_CHARACTERS} characters, the maximum"
-            raise ServiceError(Reason.ERROR_REASON_PROTOCOL_VIOLATION, message)
+        for name in (one.replica, getattr(one, "change_id", "")):
+            if len(name) > MOST_CHARACTERS:
+                message = f"the name of a replica or change has more than {MOST_CHARACTERS} characters, the maximum"
+                raise ServiceError(Reason.ERROR_REASON_PROTOCOL_VIOLATION, message)
+            if not name.isprintable():
+                message = f"the name of a replica or change is {name[:80]!r}, must be printable"
+                raise ServiceError(Reason.ERROR_REASON_PROTOCOL_VIOLATION, message)
 
 
 def _check_inventory(inventory: inventory_pb2.NodeInventory) -> None:

@@ -164,12 +164,12 @@ def _paths(checks: Checks, request: pb.UpdateClusterRequest) -> frozenset[str]:
     if not given:
         fields = (("document", cluster.HasField("document")), ("policy", cluster.HasField("policy")))
         return frozenset(name for name, is_set in fields if is_set)
-    for number, path in enumerate(given):
+
+    def is_known(path: str) -> bool:
         field, _, inside = path.partition(".")
-        known = path in ("document", "policy") or (field == "policy" and inside in _POLICY)
-        message = f"is {path[:80]!r}, must be document, policy or policy.FIELD"
-        checks.require(known, f"update_mask.paths[{number}]", message)
-    return frozenset(given)
+        return path in ("document", "policy") or (field == "policy" and inside in _POLICY)
+
+    return checks.update_mask(given, is_known, "document, policy or policy.FIELD")
 
 
 def _with_changes(

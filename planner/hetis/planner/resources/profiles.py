@@ -62,8 +62,7 @@ class Profiles:
         name = request.profile.name
         checks.name("profile.name", name, names.PROFILE)
         checks.request(request)
-        for number, path in enumerate(request.update_mask.paths):
-            checks.require(path == "document", f"update_mask.paths[{number}]", f"is {path[:80]!r}, must be document")
+        checks.update_mask(request.update_mask.paths, lambda path: path == "document", "document")
         body = await _read_body(checks, name, request.profile)
         now_s = self._clock()
 

@@ -35,6 +35,7 @@ V = TypeVar("V")
 State = TypeVar("State", bound=int)
 _SHOWN = 80  # characters of an invalid value in a message
 _SHOWN_STATES = 5
+_MOST_PATHS = 100  # in an update mask; no resource has so many fields
 
 
 class Checks:
@@ -69,6 +70,15 @@ class Checks:
     def name(self, field: str, value: str, form: NameForm) -> None:
         """Check a required resource name."""
         self.require(form.matches(value), field, f"is {_shown(value)}, must be {form.text}")
+
+    def update_mask(self, paths: Sequence[str], is_known: Callable[[str], bool], rule: str) -> frozenset[str]:
+        """Check the paths of a request's mask, each of which must be ``rule``, and return each of them once."""
+        field = "update_mask.paths"
+        if not self.require(len(paths) <= _MOST_PATHS, field, f"has {len(paths)}, at most {_MOST_PATHS} are allowed"):
+            return frozenset()
+        for number, path in enumerate(paths):
+            self.require(is_known(path), f"{field}[{number}]", f"is {_shown(path)}, must be {rule}")
+        return frozenset(paths)
 
     def states(self, field: str, given: Iterable[State], enum: object) -> frozenset[State]:
         """Check the states in a filter, which are values of a generated ``enum``, and return each of them once."""

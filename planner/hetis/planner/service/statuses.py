@@ -138,7 +138,8 @@ def _resource_type(name: str) -> str:
 
 def _shortened(text: str, most_bytes: int) -> str:
     """Cut a text to at most ``most_bytes`` bytes in a header, where everything but plain ASCII is written as %XX."""
-    text = text.encode("utf-8", errors="replace").decode()
+    # Callers may send megabytes. A character takes a byte at least, so that more of them never fit.
+    text = text[: most_bytes + 1].encode("utf-8", errors="replace").decode()
     if len(text) <= most_bytes // 9 or len(quote(text, safe=_PLAIN)) <= most_bytes:
         return text
     low, high = 0, len(text)

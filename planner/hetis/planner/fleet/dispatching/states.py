@@ -37,6 +37,7 @@ from hetis.v1 import dispatch_service_pb2 as pb2
 MOST_DECLARED_IN_LOOP = 100  # running requests on all stages, which take a few milliseconds
 PAGE_SIZE, MOST_PAGE_SIZE = 1000, 10_000
 _STATE = "/dispatchState"
+_SHOWN = 80  # characters of an invalid name in a message
 
 
 class DispatchStates:
@@ -203,7 +204,7 @@ class DispatchStates:
 
     def _replica_of_state(self, name: str, field: str) -> LiveReplica:
         if not name.endswith(_STATE):
-            raise invalid_field(field, f"{name!r} is not clusters/{{cluster}}/replicas/{{replica}}{_STATE}")
+            raise invalid_field(field, f"{name[:_SHOWN]!r} is not clusters/{{cluster}}/replicas/{{replica}}{_STATE}")
         return self._replica(name.removesuffix(_STATE))
 
     def _state(self, name: str, state_id: str) -> ReplicaDispatch:
