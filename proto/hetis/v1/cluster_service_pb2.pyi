@@ -343,6 +343,7 @@ class WatchClusterResponse(_message.Message):
     REMOVED_NODE_FIELD_NUMBER: _builtins.int
     REPLICA_FIELD_NUMBER: _builtins.int
     REDISPATCH_FIELD_NUMBER: _builtins.int
+    REMOVED_REPLICA_FIELD_NUMBER: _builtins.int
     CAUGHT_UP_FIELD_NUMBER: _builtins.int
     resume_token: _builtins.str
     """For resuming after this event. Always set."""
@@ -350,6 +351,8 @@ class WatchClusterResponse(_message.Message):
     """Forget everything known so far: the present state follows from here on. False: this event adds to what is known."""
     removed_node: _builtins.str
     """Name of a node that is gone: neither declared nor connected."""
+    removed_replica: _builtins.str
+    """Name of a replica that is gone: it has stopped, and no node holds it any more."""
     caught_up: _builtins.bool
     """The present state has been sent whole; changes follow. False: not yet, or long ago."""
     @_builtins.property
@@ -383,13 +386,14 @@ class WatchClusterResponse(_message.Message):
         removed_node: _builtins.str = ...,
         replica: _replica_pb2.Replica | None = ...,
         redispatch: _redispatch_pb2.Redispatch | None = ...,
+        removed_replica: _builtins.str = ...,
         caught_up: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["cluster", b"cluster", "event", b"event", "event_time", b"event_time", "node", b"node", "redispatch", b"redispatch", "removed_node", b"removed_node", "replica", b"replica"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cluster", b"cluster", "event", b"event", "event_time", b"event_time", "node", b"node", "redispatch", b"redispatch", "removed_node", b"removed_node", "removed_replica", b"removed_replica", "replica", b"replica"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["caught_up", b"caught_up", "cluster", b"cluster", "event", b"event", "event_time", b"event_time", "node", b"node", "redispatch", b"redispatch", "removed_node", b"removed_node", "replica", b"replica", "reset", b"reset", "resume_token", b"resume_token"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["caught_up", b"caught_up", "cluster", b"cluster", "event", b"event", "event_time", b"event_time", "node", b"node", "redispatch", b"redispatch", "removed_node", b"removed_node", "removed_replica", b"removed_replica", "replica", b"replica", "reset", b"reset", "resume_token", b"resume_token"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["cluster", "node", "removed_node", "replica", "redispatch"]  # noqa: Y015
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["cluster", "node", "removed_node", "replica", "redispatch", "removed_replica"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 

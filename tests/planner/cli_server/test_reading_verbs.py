@@ -213,6 +213,7 @@ def cluster_events() -> list[cluster_service_pb2.WatchClusterResponse]:
         made(node=cluster_pb2.Node(name="clusters/paper/nodes/n1", state=cluster_pb2.NODE_STATE_SUSPECT)),
         made(caught_up=True),
         made(removed_node="clusters/paper/nodes/n9"),
+        made(removed_replica="clusters/paper/replicas/r-9"),
         made(
             replica=replica_pb2.Replica(
                 name="clusters/paper/replicas/r-1", state=replica_pb2.REPLICA_STATE_DEGRADED, generation=4
@@ -249,13 +250,14 @@ def test_a_cluster_is_watched_line_by_line(fleet: FakePlanner, hetis_plan: Run, 
         "01:00:00 node n1: SUSPECT",
         "--- now live",
         "01:00:00 node n9: removed",
+        "01:00:00 replica r-9: removed",
         "01:00:00 replica r-1: DEGRADED, generation 4, 0 running, 0 waiting",
         "01:00:00 re-dispatch of r-1: COMMITTING, 3 moves, 2.00 ms → 1.00 ms",
     ]
     fleet.calls.clear()
     assert hetis_plan("watch", "clusters/paper", "-o", "json") == ExitCode.INVALID
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [line["resume_token"] for line in lines] == [f"t{number}" for number in range(7)]
+    assert [line["resume_token"] for line in lines] == [f"t{number}" for number in range(8)]
 
 
 @pytest.mark.parametrize(

@@ -52,8 +52,8 @@ class Watcher:
             self.state.clear()
             self.num_resets += 1
         kind = event.WhichOneof("event")
-        if kind == "removed_node":
-            del self.state[event.removed_node]
+        if kind in ("removed_node", "removed_replica"):
+            del self.state[getattr(event, kind)]
         elif kind is not None:
             message = getattr(event, kind)
             self.state[message.name] = message
@@ -117,6 +117,29 @@ async def test_nodes_come_and_go_with_the_document_and_their_agents(tmp_path: Pa
         planner.hubs.cluster(NAME).publish(("node", spare), None, now_s=5.0)
         assert (await watcher.next()).removed_node == spare
         watcher.cancel()
+
+
+async def test_a_replica_that_is_gone_is_removed_for_those_who_watch_and_those_who_resume(tmp_path: Path) -> None:
+    async with served(tmp_path) as planner:
+        await make(planner)
+        name = f"{NAME}/replicas/r"
+        await planner.store.write(lambda tx: tx.replicas.insert(samples.replica(name)))
+        planner.hubs.cluster(NAME).publish(("replica", name), replica_pb2.Replica(name=name), now_s=4.0)
+        watcher, left = Watcher(planner), Watcher(planner)
+        for one in (watcher, left):
+            await one.catch_up()
+            assert name in one.state
+        left.cancel()
+        await planner.store.write(lambda tx: tx.replicas.delete(name))
+        planner.hubs.cluster(NAME).publish(("replica", name), None, now_s=5.0)
+        assert (await watcher.next()).removed_replica == name
+        resumed = Watcher(planner, left.token)
+        resumed.state = left.state
+        await resumed.catch_up()
+        assert resumed.num_resets == 0
+        assert name not in watcher.state.keys() | resumed.state.keys()
+        for one in (watcher, resumed):
+            one.cancel()
 
 
 async def test_a_watcher_that_resumes_hears_what_it_missed(tmp_path: Path) -> None:

@@ -243,6 +243,8 @@ def _changes(client: Client, cluster: str, *, follow: bool) -> Iterator[_Upstrea
             now = (event.replica.state, event.replica.report.endpoint)
             is_news = is_news or seen.get(event.replica.name) != now
             seen[event.replica.name] = now
+        elif event.WhichOneof("event") == "removed_replica":
+            is_news = seen.pop(event.removed_replica, None) is not None or is_news
         if is_live and is_news:
             yield _in_the_end(client, lambda: _servers(client, cluster, rates))
 

@@ -366,6 +366,8 @@ def line_of_event(event: cluster_service_pb2.WatchClusterResponse) -> str:
             load = f"{report.num_running} running, {report.num_waiting} waiting"
             state = word_of(replica_pb2.ReplicaState, replica.state)
             return f"{at} replica {last_part(replica.name)}: {state}, generation {replica.generation}, {load}"
+        case "removed_replica":
+            return f"{at} replica {last_part(event.removed_replica)}: removed"
         case "redispatch":
             moved = event.redispatch
             state = word_of(redispatch_pb2.RedispatchState, moved.state)

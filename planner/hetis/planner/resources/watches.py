@@ -213,6 +213,8 @@ class ClusterWatches:
             node = nodes[last_part(name)]
             return Response(removed_node=name) if node is None else Response(node=node)
         match event.value:
+            case None if kind == "replica":
+                return Response(removed_replica=name)
             case cluster_pb2.Cluster() as cluster:
                 now = deepcopy(cluster)
                 now.num_connected_nodes = self._fleet.num_connected(name)
