@@ -40,6 +40,7 @@ class LiveFleet:
     sent: list[redispatch_pb2.Redispatch] = field(default_factory=list)
     slowness: dict[str, float] = field(default_factory=dict)
     is_reachable: bool = True
+    fails: str = ""  # "before" the next change has begun, or "after"
     last_generation: int = 0
 
     def __post_init__(self) -> None:
@@ -73,11 +74,19 @@ class LiveFleet:
 
     async def redispatch(self, redispatch: redispatch_pb2.Redispatch) -> None:
         assert not self.replica.redispatch, "two changes at once"
+        fails, self.fails = self.fails, ""
+        if fails == "before":
+            raise ServiceError(Reason.ERROR_REASON_DEVICE_UNAVAILABLE, "node d2 is not ready")
         self.sent.append(redispatch)
         if redispatch.state == redispatch_pb2.REDISPATCH_STATE_PREPARING:
             self.last_generation = max(self.last_generation, self.replica.generation) + 1
             redispatch.change.generation = self.last_generation
             self.replica.redispatch = redispatch.name
+        if fails == "after":
+            raise ServiceError(Reason.ERROR_REASON_STORE_UNAVAILABLE, "the disk is full")
+
+    def is_under_way(self, redispatch: redispatch_pb2.Redispatch) -> bool:
+        return self.replica.redispatch == redispatch.name
 
     # --- events
 
@@ -252,6 +261,29 @@ async def test_an_aborted_change_is_tried_again_ever_later_under_a_new_number() 
     assert waits[:3] == [10, 20, 40]
     assert [one.change.base_generation for one in fleet.sent] == [5] * len(times)
     assert [one.change.generation for one in fleet.sent] == [6 + n for n in range(len(times))]
+
+
+@in_loop
+async def test_a_change_that_could_not_be_stored_yet_is_left_to_the_fleet_and_one_that_was_refused_is_not() -> None:
+    fleet = LiveFleet()
+    fleet.fails = "before"
+    for _ in range(60):
+        fleet.now_s += 1
+        fleet.report()
+        await fleet.loop.step()
+        if fleet.sent:
+            break
+        fleet.fails = fleet.fails or "after"
+    (change,) = fleet.sent
+    assert change.state == redispatch_pb2.REDISPATCH_STATE_PREPARING
+    for _ in range(60):
+        fleet.now_s += 1
+        fleet.report()
+        await fleet.loop.step()
+    assert fleet.sent == [change], "it is under way"
+    fleet.end()
+    await fleet.seconds(30)
+    assert fleet.replica.generation >= change.change.generation
 
 
 @in_loop

@@ -294,13 +294,19 @@ class LiveFleet:
         """Begin a re-dispatch and return once it is stored; its progress is published in the cluster's hub.
 
         Raises:
-            ServiceError: it cannot begin: CHANGE_IN_FLIGHT, GENERATION_MISMATCH, DEVICE_UNAVAILABLE, or NOT_LEADER.
+            ServiceError: it cannot begin (CHANGE_IN_FLIGHT, GENERATION_MISMATCH, DEVICE_UNAVAILABLE), or has begun but
+                could not be stored yet (`is_under_way`).
         """
         cluster = self._clusters.get(cluster_of(redispatch.replica))
         if cluster is None:
             raise not_found(redispatch.replica)
         cluster.changes.propose(redispatch, now_s=self._clock.monotonic())
         await self._reconcilers[cluster.name].reconcile()
+
+    def is_under_way(self, redispatch: redispatch_pb2.Redispatch) -> bool:
+        """Return whether a re-dispatch has begun and not ended, whether or not it is stored."""
+        cluster = self._clusters.get(cluster_of(redispatch.replica))
+        return cluster is not None and last_part(redispatch.name) in cluster.changes.under_way
 
     def require_connected(self, name: str) -> None:
         """Raise NOT_FOUND if no agent is connected as this node."""

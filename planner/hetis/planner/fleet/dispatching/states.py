@@ -181,6 +181,11 @@ class DispatchStates:
         if state is not None:
             state.prepare(redispatch.change)
 
+    def redispatch_refused(self, redispatch: redispatch_pb2.Redispatch) -> None:
+        """Release the room for the moves of a re-dispatch that could not begin."""
+        if (state := self._states.get(redispatch.replica)) is not None:
+            state.abort(redispatch.change)
+
     def redispatch_ended(self, redispatch: redispatch_pb2.Redispatch) -> None:
         """Commit or abort the moves of a re-dispatch, as its authority decided."""
         state = self._states.get(redispatch.replica)

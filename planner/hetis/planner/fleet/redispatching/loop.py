@@ -191,9 +191,9 @@ class RedispatchLoop(FleetObserver):
         try:
             await self._fleet.redispatch(redispatch)
         except BaseException:
-            if watched.end(redispatch.name, was_aborted=None):
-                redispatch.state = redispatch_pb2.REDISPATCH_STATE_ABORTED
-                self._dispatch.redispatch_ended(redispatch)
+            # One that has begun is stored with the fleet's next decisions, and `redispatch_ended` tells how it ended.
+            if not self._fleet.is_under_way(redispatch) and watched.end(redispatch.name, was_aborted=None):
+                self._dispatch.redispatch_refused(redispatch)
             raise
 
     # --- internals
