@@ -10,7 +10,8 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -235,22 +236,22 @@ class Overviews:
     epoch: int
     leader_since_s: float
     most_searches: int  # limit on solver processes
-    _kept: _Kept = ((), {})
+    _kept: _Kept = field(default_factory=lambda: _Kept({}, {}))
     _kept_s: float = field(default_factory=time.monotonic)
     _counting: asyncio.Future[_Kept] | None = None
     _counted_at_s: float = -math.inf  # monotonic time of the last attempt to count
 
     async def overview(self) -> Overview:
         await self._count()
-        clusters, plans = self._kept
+        kept = self._kept
         return Overview(
             epoch=self.epoch,
             leader_since_s=self.leader_since_s,
             clusters=tuple(
-                ClusterOverview(name=name, active_plan=plan, num_nodes=self._num_nodes(name, num_declared))
-                for name, plan, num_declared in clusters
+                ClusterOverview(name=name, active_plan=one.active_plan, num_nodes=self._num_nodes(name, one.num_nodes))
+                for name, one in kept.clusters.items()
             ),
-            num_plans=plans,
+            num_plans=kept.num_plans,
             counted_s_ago=time.monotonic() - self._kept_s,
             queued=self.pool.num_waiting,
             searching=self.pool.num_running,
@@ -313,7 +314,7 @@ class Overviews:
         if self._counting is None and time.monotonic() < self._counted_at_s + FRESH_S:
             return
         if self._counting is None:
-            self._counting = asyncio.ensure_future(self.store.read(_read))
+            self._counting = asyncio.ensure_future(self.store.read(partial(_read, known=self._kept.clusters)))
         done, _ = await asyncio.wait({self._counting}, timeout=WAIT_S)
         if not done:
             return
@@ -332,13 +333,30 @@ class Overviews:
         return {word_of(cluster_pb2.NodeState, state): count for state, count in sorted(states.items()) if count}
 
 
-_Kept = tuple[tuple[tuple[str, str, int], ...], Mapping[str, int]]  # clusters: name, active plan, nodes; plans by state
+class _KeptCluster(NamedTuple):
+    version: int  # of its record
+    active_plan: str
+    num_nodes: int
 
 
-def _read(tx: Reader) -> _Kept:
-    clusters = tuple((record.name, record.active_plan, record.body.num_nodes) for record in tx.clusters.all())
-    plans = Counter(record.state for record in tx.plans.all())
-    return clusters, {word_of(plan_pb2.PlanState, state): count for state, count in sorted(plans.items())}
+class _Kept(NamedTuple):
+    clusters: Mapping[str, _KeptCluster]  # by name
+    num_plans: Mapping[str, int]  # by state
+
+
+def _read(tx: Reader, known: Mapping[str, _KeptCluster]) -> _Kept:
+    """Count, and read only clusters that have changed since they were ``known``: their documents may be large."""
+
+    def read(name: str) -> _KeptCluster:
+        record = tx.clusters.require(name)
+        return _KeptCluster(record.version, record.active_plan, record.body.num_nodes)
+
+    clusters = {
+        name: known[name] if name in known and known[name].version == version else read(name)
+        for name, version in sorted(tx.clusters.versions().items())
+    }
+    num_plans = sorted(tx.plans.num_by_state().items())
+    return _Kept(clusters, {word_of(plan_pb2.PlanState, state): count for state, count in num_plans})
 
 
 def _json(message: Message) -> dict[str, Any]:

@@ -119,6 +119,12 @@ class TableView(Generic[R]):
         query = sa.select(self._table.c.name, self._table.c.version).where(*_conditions(self._table, filters))
         return {row.name: row.version for row in self._connection.execute(query)}
 
+    def num_by_state(self) -> dict[int, int]:
+        """Return how many records are in each state, without reading their bodies."""
+        state = self._table.c.state
+        query = sa.select(state, sa.func.count().label("num")).group_by(state)
+        return {row.state: row.num for row in self._connection.execute(query)}
+
     def _behind(self, after: str | tuple[float, str]) -> sa.ColumnElement[bool]:
         if isinstance(after, str):
             return self._table.c.name > after
