@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import uuid
@@ -62,6 +63,23 @@ async def test_a_plan_that_waits_is_cancelled_at_once_and_never_solved(tmp_path:
         assert (await planner.solved("plans/second")).state == CANCELLED
         again = await cancel(planner, "plans/second")
         assert again.state == CANCELLED
+
+
+async def test_a_repeated_cancellation_leaves_a_later_search_of_the_same_name_alone(tmp_path: Path) -> None:
+    async with planner_in(tmp_path, scripted=True) as planner:
+        request = pb2.CancelPlanRequest(name="plans/night", request_id=str(uuid.uuid4()))
+        await planner.create("night", seed=WAIT)
+        await planner.solving("plans/night")
+        await planner.call("CancelPlan", request)
+        assert (await planner.solved("plans/night")).state == CANCELLED
+        await planner.call("DeletePlan", pb2.DeletePlanRequest(name="plans/night"))
+        await planner.create("night", seed=WAIT)
+        await planner.solving("plans/night")
+        await planner.call("CancelPlan", request)
+        await asyncio.sleep(0.1)
+        await planner.solving("plans/night")
+        await cancel(planner, "plans/night")
+        assert (await planner.solved("plans/night")).state == CANCELLED
 
 
 async def test_a_search_that_is_called_off_answers_with_the_best_plan_so_far(tmp_path: Path) -> None:

@@ -530,3 +530,26 @@ async def test_a_record_never_has_an_etag_that_another_of_its_name_had(url: str)
         await store.write(make_and_forget)
     assert len(set(seen)) == len(seen) == 9
     await store.close()
+
+
+async def test_a_standbys_read_sees_one_state_while_the_leader_writes(postgres_url: str) -> None:
+    leader, standby = await leading(postgres_url), await Store.open(postgres_url)
+    await leader.write(lambda tx: tx.plans.insert(samples.plan("plans/p")))
+    has_looked, is_deleted = threading.Event(), threading.Event()
+
+    def look_twice(tx: Reader) -> list[object]:
+        first = tx.plans.get("plans/p")
+        has_looked.set()
+        assert is_deleted.wait(10)
+        return [first, tx.plans.get("plans/p")]
+
+    reading = asyncio.create_task(standby.read(look_twice))
+    assert await asyncio.to_thread(has_looked.wait, 10)
+    await leader.write(lambda tx: tx.plans.delete("plans/p"))
+    is_deleted.set()
+    first, second = await reading
+    assert first is not None
+    assert second == first
+    assert await standby.read(lambda tx: tx.plans.get("plans/p")) is None
+    for store in (standby, leader):
+        await store.close()

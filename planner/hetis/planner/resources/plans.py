@@ -22,7 +22,7 @@ from hetis.planner.resources.plan_documents import (
     plan_state,
     require_answer,
 )
-from hetis.planner.resources.requests import Checks, Tell, change_once, check, read_page, require_etag, to_the_end
+from hetis.planner.resources.requests import Checks, Tell, change_once, check, read_page, require_etag
 from hetis.planner.store import PlanRecord, Reader, Store, Transaction
 from hetis.planner.threads import run_in_thread_gc_paused
 from hetis.planner.use_cases.service_level import SERVICE_LEVEL
@@ -123,19 +123,17 @@ class Plans:
     async def cancel(self, request: pb2.CancelPlanRequest) -> pb2.CancelPlanResponse:
         check(request, name=names.PLAN)
 
-        def cancel(tx: Transaction) -> tuple[pb2.CancelPlanResponse, None]:
+        async def tell() -> None:
+            self._searches.cancel(request.name)
+
+        def cancel(tx: Transaction) -> tuple[pb2.CancelPlanResponse, Tell]:
             record = tx.plans.require(request.name)
             require_etag(record, request.etag)
             if record.state in SEARCHING:
                 tx.plan_documents.delete(problem_name(record.name))
-            return pb2.CancelPlanResponse(plan=self._basic(record)), None
+            return pb2.CancelPlanResponse(plan=self._basic(record)), tell
 
-        async def change() -> pb2.CancelPlanResponse:
-            response = await change_once(self._store, request, pb2.CancelPlanResponse, cancel)
-            self._searches.cancel(request.name)
-            return response
-
-        return await to_the_end(change())
+        return await change_once(self._store, request, pb2.CancelPlanResponse, cancel)
 
     async def explain(self, request: pb2.ExplainPlanRequest) -> pb2.ExplainPlanResponse:
         from hetis.solver.placement.explanation import explain_plan

@@ -260,7 +260,8 @@ class Calls(grpc.aio.ServerInterceptor):
 
         Raises:
             ServiceError: CREDENTIALS, QUOTA_EXCEEDED, ROLE, DRAINING, NOT_LEADER, DEADLINE_REQUIRED or
-                DEADLINE_TOO_LONG, checked in this order.
+                DEADLINE_TOO_LONG, checked in this order. Of changes NOT_LEADER is checked before ROLE: only a leader
+                can write a refusal into the audit log.
         """
         if is_open(method):
             set_present_caller(ANYBODY)
@@ -268,6 +269,8 @@ class Calls(grpc.aio.ServerInterceptor):
         identity = self._authenticator.identify(metadata, context.auth_context())
         record.comes_from(identity)
         self._writes.take(method, identity.name)
+        if method in WRITES:
+            self._require_leader(method)
         require_role(identity, method)
         if self.is_draining:
             raise statuses.draining()

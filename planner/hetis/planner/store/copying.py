@@ -257,10 +257,7 @@ def _engine(url: str | sa.URL) -> tuple[sa.Engine, str, Path | None]:
 @contextlib.contextmanager
 def _reading(engine: sa.Engine) -> Iterator[sa.Connection]:
     """Read one consistent state, however long that takes."""
-    reader = opening.reading(engine)
-    if engine.dialect.name == "postgresql":
-        reader = reader.execution_options(isolation_level="REPEATABLE READ")
-    with _errors_of(opening.label_of(engine.url)), reader.begin() as connection:
+    with _errors_of(opening.label_of(engine.url)), opening.reading_one_state(engine).begin() as connection:
         yield connection
 
 

@@ -202,6 +202,15 @@ def reading(engine: sa.Engine) -> sa.Engine:
     return engine.execution_options(**{_READS: True})
 
 
+def reading_one_state(engine: sa.Engine) -> sa.Engine:
+    """Return the engine for read-only transactions, each of which sees one state of the store.
+
+    In SQLite all do. In PostgreSQL they otherwise see what a leader commits between two of their statements.
+    """
+    reads = reading(engine)
+    return reads if engine.dialect.name == "sqlite" else reads.execution_options(isolation_level="REPEATABLE READ")
+
+
 def at_once(engine: sa.Engine) -> sa.Engine:
     """Return the engine for single statements that are durable once they are answered.
 

@@ -109,7 +109,7 @@ class Store:
     ) -> None:
         self._label = opening.label_of(url)
         self._engine = opening.make_engine(url, lease_s=lease_s)
-        self._readers = opening.reading(self._engine)
+        self._readers = opening.reading_one_state(self._engine)
         self._breaker = opening.Breaker(self._engine, machine)
         file = opening.file_of(url)
         self._lock = FileLock(file) if file else None
