@@ -638,6 +638,7 @@ FIGURES = [
         "robustness",
         ("On the paper's cluster @ of # wrong profiles", others("^paper, 12 GPUs")),
         ("on 24 GPUs @ of #", others("24 GPUs")),
+        (r"On 2 H100 \+ 8 L4 others are chosen in # of #", others("^h100-l4")),
         (r"On 2 H100 \+ 8 P100 others are chosen in # of #", others("^h100-p100")),
         (
             "others are chosen in [^,]*, for #% at worst",
