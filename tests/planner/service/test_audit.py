@@ -26,7 +26,7 @@ from tests.planner.resources.planned import create_request, planner_in
 from tests.planner.resources.served import document, live_node, refused
 from tests.planner.resources.served import served as served_clusters
 from tests.planner.service.process import finished_here
-from tests.planner.service.serving import by_tokens, failure_of, served
+from tests.planner.service.serving import by_tokens, failure_of, reason_of, served
 
 
 async def lines(store: Store) -> list[AuditedChange]:
@@ -98,7 +98,16 @@ async def test_what_is_refused_is_told_with_its_caller_and_reason(tmp_path: Path
         assert error.code() is grpc.StatusCode.PERMISSION_DENIED
         await failure_of(stub.DeleteCluster(delete, timeout=10))  # an anonymous caller
         await failure_of(stub.GetCluster(pb.GetClusterRequest(), timeout=10, metadata=metadata))  # not a change
-    assert told == [AuditedChange(caller="curious", role="viewer", method="DeleteCluster", outcome="ROLE")]
+        assert told == [AuditedChange(caller="curious", role="viewer", method="DeleteCluster", outcome="ROLE")]
+
+        def stand_by(_method: str) -> None:
+            raise ServiceError(Reason.ERROR_REASON_NOT_LEADER, "another planner leads")
+
+        # A standby cannot write a refusal down, so it is the leader that has to refuse.
+        planner.calls.answer_for(require_leader=stand_by, on_refusal=told.append)
+        error = await failure_of(stub.DeleteCluster(delete, timeout=10, metadata=metadata))
+        assert reason_of(error) == "NOT_LEADER"
+        assert len(told) == 1
 
 
 def test_what_a_caller_wrote_is_printable_in_the_line_of_its_refusal() -> None:
