@@ -144,6 +144,22 @@ class Moving:
         allocator.check_invariants()
 
 
+class MovingAtEndsOfBlocks:
+    """Sends one group of every request away so that some of these moves commit with the step that fills a block."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine, self._lags = engine, dict[str, int]()
+        self.num_begun = 0
+
+    def __call__(self, _: int) -> None:
+        side, size = self._engine.side, self._engine.side._manager.block_size
+        for name in side.allocator.running:
+            # Steps from here until the ranks have copied what there is, different for each request
+            lag = self._lags.setdefault(name, len(self._lags) % 4)
+            if self._engine.scheduler.requests[name].num_computed_tokens % size == size - 1 - lag:
+                self.num_begun += side.begin_move(name, [0], 1) is not None
+
+
 def moves(engine: Engine, act: dict[str, Any]) -> dict[str, Any]:
     """Generate while random head groups move to random devices all the time."""
     stats = engine.side.allocator.stats
@@ -215,11 +231,18 @@ def aborted(engine: Engine, act: dict[str, Any]) -> dict[str, Any]:
 def prefix(engine: Engine, act: dict[str, Any]) -> dict[str, Any]:
     """Generate the same long beginning twice: the second time it is in the prefix cache, and groups leave at once.
 
-    Only local KV is cached, so that nothing is sent away the first time.
+    Only local KV is cached, so that nothing is sent away the first time. Then groups leave while the turns of chats are
+    generated and cached, and the next turns begin with what is left of them in the cache.
     """
     start = prompts_of(act["seed"], 1, 150, 151)[0]
     ends = prompts_of(act["seed"] + 1, act["count"], 5, 40)
     prompts = [start + end for end in ends]
+    turns = prompts_of(act["seed"] + 2, act["count"], 100, 120)  # shorter than a block on CPUs, of 128 tokens
+    next_words = prompts_of(act["seed"] + 3, act["count"], 5, 40)
+
+    def next_turns(answers: list[list[int]]) -> list[list[int]]:
+        return [turn + answer + words for turn, answer, words in zip(turns, answers, next_words, strict=True)]
+
     if "hetis" in act:
         allocator = engine.side.allocator
         policy, allocator._policy = allocator._policy, "local"
@@ -228,9 +251,18 @@ def prefix(engine: Engine, act: dict[str, Any]) -> dict[str, Any]:
         engine.most_cached_tokens, moved = 0, allocator.stats.moved_groups
         again = engine.generate(prompts, act["tokens"], between=Moving(engine, act["seed"]))
         moved = allocator.stats.moved_groups - moved
-        return {"tokens": first + again, "hits": engine.most_cached_tokens, "moved": moved}
+        hits, allocator._policy = engine.most_cached_tokens, "local"
+        move = MovingAtEndsOfBlocks(engine)
+        answers = engine.generate(turns, 3 * act["tokens"], between=move)
+        assert move.num_begun >= act["count"] // 2
+        engine.most_cached_tokens = 0
+        replies = engine.generate(next_turns(answers), act["tokens"])
+        allocator._policy = policy
+        return {"tokens": first + again + answers + replies, "hits": hits, "moved": moved}
     first, again = (engine.generate(prompts, act["tokens"]) for _ in range(2))
-    return {"tokens": first + again}
+    answers = engine.generate(turns, 3 * act["tokens"])
+    replies = engine.generate(next_turns(answers), act["tokens"])
+    return {"tokens": first + again + answers + replies}
 
 
 def pressure(engine: Engine, act: dict[str, Any]) -> dict[str, Any]:

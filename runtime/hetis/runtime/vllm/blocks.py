@@ -5,7 +5,9 @@ of moving head groups do not. All real tables are here, and reach the ranks as e
 come from vLLM's one pool, so its watermarks, preemption and KV usage apply unchanged.
 
 Prefix cache: full blocks are cached under vLLM's hashes with the head group's number as the group's. A request hits as
-far as all of its groups do; it then begins with all groups here.
+far as all of its groups do; it then begins with all groups here. vLLM offers blocks when it schedules the step that
+fills them. Here they are offered only afterwards: until a step is sent, a group may still move, and then this step
+fills blocks elsewhere.
 """
 
 from __future__ import annotations
@@ -153,17 +155,16 @@ class HeadGroupManager(SingleTypeKVCacheManager):  # type: ignore[misc]
         *,
         replay_boundaries: Sequence[int],
     ) -> None:
-        """Offer full blocks to later requests if all groups have always been here.
+        """Offer the blocks that earlier steps have filled to later requests, if all groups have always been here.
 
         A prefix hits only with all groups, and blocks that came back from elsewhere are empty if the worker that they
         came from was lost meanwhile.
         """
         request_id = request.request_id
-        cached, full = self.num_cached_block.get(request_id, 0), num_tokens // self.block_size
+        # Tokens of this step are not among the computed ones yet.
+        full = min(num_tokens, request.num_computed_tokens) // self.block_size
+        cached = self.num_cached_block.get(request_id, 0)
         if cached >= full or request_id in self._away:
-            return
-        if len(self._local(request_id)) < self.head_groups:
-            self._away.add(request_id)
             return
         numbers = {"num_cached_blocks": cached, "num_full_blocks": full, "block_size": self.block_size}
         for group, table in enumerate(self._tables[request_id]):
@@ -219,6 +220,11 @@ class HeadGroupManager(SingleTypeKVCacheManager):  # type: ignore[misc]
 
     # --- for the connector
 
+    def finished(self, request: Request) -> None:
+        """Offer the blocks that the last steps of a request have filled. The others are about to be freed."""
+        if self.enable_caching and request.request_id in self._tables:
+            self.cache_blocks(request, request.num_computed_tokens, replay_boundaries=())
+
     def extend(self, request_id: str, group: int, blocks: int) -> None:
         """Extend one group's table to this many blocks."""
         table = self._tables[request_id][group]
@@ -240,6 +246,17 @@ class HeadGroupManager(SingleTypeKVCacheManager):  # type: ignore[misc]
     def lost(self, request_id: str) -> None:
         """Rehome a request that lost KV and is recomputed from its first token."""
         self.left(request_id, range(self.head_groups))
+
+    def computed_again(self, request_id: str) -> None:
+        """Give a request that is recomputed blocks of its own, in place of those that other requests may read.
+
+        What it writes until its next loss is what they hold, but a loss in the middle of a step leaves wrong KV.
+        """
+        for group, table in enumerate(self._tables[request_id]):
+            if any(block.ref_cnt > 1 or block.block_hash is not None for block in table):
+                self.free_group(request_id, group)
+                self._covered[request_id] = 0
+        self._away.add(request_id)
 
     def left(self, request_id: str, groups: Sequence[int]) -> None:
         """Free the blocks of those groups of a request that now live elsewhere."""
@@ -274,6 +291,8 @@ class HeadGroupManager(SingleTypeKVCacheManager):  # type: ignore[misc]
         self._covered[request_id] = self._needed[request_id] = len(tables[0])
         self.num_cached_block.setdefault(request_id, 0)
         self.events.append(self.homes.admitted(request_id, int(anchor.block_id)))
+        if len(self._local(request_id)) < self.head_groups:
+            self._away.add(request_id)
         grown = {group: tuple(block.block_id for block in table) for group, table in enumerate(tables) if table}
         self.events += [Grown(int(anchor.block_id), group, 0, numbers) for group, numbers in grown.items()]
 

@@ -226,6 +226,7 @@ class SchedulerSide:
     def finished(self, request: VllmRequest) -> None:
         """Record that a request ended. If it ran, its blocks are about to be freed."""
         with self.boundary.lock:
+            self._manager.finished(request)
             self.requests.finished(request, has_run=request.request_id in self.allocator.state)
             self.allocator.forget(request.request_id)
             self._placed.pop(request.request_id, None)
@@ -383,6 +384,7 @@ class SchedulerSide:
         With pipeline stages, more of its steps may be in flight. Their outputs must not count: they are void or, if one
         of them restarts already, duplicates. vLLM itself only handles the step that failed.
         """
+        self._manager.computed_again(request_id)
         request = self._placed[request_id]
         request.num_computed_tokens = 0
         request.num_stale_output_tokens, request.drop_stale_output = request.num_in_flight_tokens, True
