@@ -24,6 +24,7 @@ from hetis.planner.service.metrics import FleetCollector, ServiceMetrics, StoreC
 from hetis.planner.service.settings import load_config, variables
 from hetis.planner.store.leadership import Lease
 from hetis.planner.store.store import StoreHealth
+from hetis.runtime.agent.launched.parts import EngineSettingsDocument
 from hetis.runtime.agent.main import app as agent_app
 from hetis.runtime.agent.metrics import AgentMetrics
 
@@ -132,6 +133,14 @@ def test_services_start_again_but_where_only_a_person_can_help() -> None:
         assert unit["RestartPreventExitStatus"] == [str(PlannerExit.INVALID.value)]
         assert int(unit["LimitNOFILE"][0]) >= 4096
         assert unit["NoNewPrivileges"] == ["yes"]
+
+
+def test_engines_that_the_agent_started_have_time_for_their_requests() -> None:
+    """systemd's own signals would end them at once, and its limit before their requests have ended."""
+    unit = settings_of(DEPLOY / "systemd" / "hetis-agent.service")
+    assert unit["KillMode"] == ["mixed"]
+    default = EngineSettingsDocument.model_fields["drain_timeout"].default
+    assert int(unit["TimeoutStopSec"][0]) >= 2 * default + 30
 
 
 def commands(app: typer.Typer) -> dict[str, set[str]]:

@@ -107,3 +107,19 @@ def test_a_path_that_is_none_of_ours_is_refused(worker: Callable[[], tuple[int, 
         assert answer.kind is FrameKind.ERROR
     with pytest.raises(ChannelError):
         accepted.result(10)
+
+
+def test_strangers_cannot_make_a_worker_take_memory(worker: Callable[[], tuple[int, Accepted]]) -> None:
+    """Before an engine has shown its key, larger frames than a greeting end the connection, later ones do not."""
+    large = PING._replace(parts=(torch.zeros(1 << 17, dtype=torch.uint8),))
+    port, accepted = worker()
+    with closing(connect("127.0.0.1", port, kind=ChannelKind.TCP)) as one:
+        one.send([large])
+        with pytest.raises(FrameError, match="a body of 131072 bytes, 65536 are the most"):
+            accepted.result(10)
+    with ends(worker) as (one, other):
+        other.trust()
+        one.send([large])
+        found = other.receive(10)
+        assert found is not None
+        assert found.body_bytes == 1 << 17

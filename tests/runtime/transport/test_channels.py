@@ -19,7 +19,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hetis.runtime.transport import pipes
+from hetis.runtime.transport import frames, pipes
 from hetis.runtime.transport.channel import Channel, ChannelKind, connect
 from hetis.runtime.transport.frames import (
     HEADER_BYTES,
@@ -235,6 +235,16 @@ def test_a_wrong_header_says_what_is_wrong(place: int, value: int, says: str) ->
     header[6] = FrameKind.ATTEND
     header[place] = value
     with pytest.raises(FrameError, match=says.replace("kind 2 ", "kind . ")):
+        read_header(header)
+
+
+def test_a_body_for_which_there_is_no_memory_ends_the_channel(monkeypatch: pytest.MonkeyPatch) -> None:
+    def empty(*_: object) -> None:
+        raise MemoryError
+
+    header = header_of(frame(0, kind=FrameKind.ATTEND))
+    monkeypatch.setattr(frames.np, "empty", empty)
+    with pytest.raises(FrameError, match="there is no memory for a body of"):
         read_header(header)
 
 

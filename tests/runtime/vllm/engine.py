@@ -321,7 +321,10 @@ def refused(engine: Engine, act: dict[str, Any]) -> dict[str, Any]:
     """Return the plugin's refusal of an engine that it cannot serve, and the settings of this one."""
     from types import SimpleNamespace
 
-    from hetis.runtime.vllm.backend import _of_virtual_sequences
+    import torch
+    from vllm.v1.kv_cache_interface import ChunkedLocalAttentionSpec
+
+    from hetis.runtime.vllm.backend import CpuHeadGroups, UnsupportedModelError, _of_virtual_sequences
     from hetis.runtime.vllm.connector import _check
     from hetis.runtime.vllm.settings import SettingsError
 
@@ -339,6 +342,13 @@ def refused(engine: Engine, act: dict[str, Any]) -> dict[str, Any]:
         message = ""
     except SettingsError as error:
         message = str(error)
+    chunks = ChunkedLocalAttentionSpec(
+        block_size=16, num_kv_heads=4, head_size=16, dtype=torch.float32, attention_chunk_size=64
+    )
+    try:
+        CpuHeadGroups.customize_spec(chunks)
+    except UnsupportedModelError as error:
+        message += f" {error}"
     mine = engine.core.vllm_config
     described = _of_virtual_sequences(mine, 4)
     layers = mine.compilation_config.static_forward_context.values()

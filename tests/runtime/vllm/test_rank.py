@@ -5,6 +5,7 @@ The test is the scheduler: it admits, grows, moves, ends and restarts requests a
 
 from __future__ import annotations
 
+import logging
 import random
 import time
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from hypothesis import strategies as st
 
 from hetis.runtime.attention.device import LocalDevice
 from hetis.runtime.attention.kv import DeviceLostError, KvShape
+from hetis.runtime.vllm import rank
 from hetis.runtime.vllm.head_map import VirtualBatch
 from hetis.runtime.vllm.rank import Rank, attend_directly
 from hetis.runtime.vllm.steps import LOCAL, Admitted, Event, Gone, GroupMove, Grown, MoveStep, Rehomed, StepPlan
@@ -354,6 +356,71 @@ def test_what_another_rank_made_void_is_copied_again() -> None:
     world.step()
 
 
+def relieved(world: World) -> tuple[Running, GroupMove]:
+    """Return a request with 30 positions or more, of which one group moves at once, as if the pool were short."""
+    world.admit()
+    [one] = world.running
+    one.devices = [LOCAL] * GROUPS
+    world.events = [Admitted(one.anchor, one.number, tuple(one.devices))]
+    while one.computed < 30:
+        world.step()
+    move = GroupMove(1, one.anchor, (0,), LOCAL, 1)
+    world.events.append(MoveStep("begin", move))
+    world.open[move.number] = move
+    world.commit(move.number)
+    return one, move
+
+
+def test_a_move_that_relieves_the_pool_is_copied_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    world, sizes = World(0), list[int]()
+    adopt = world.devices[1].adopt
+
+    def adopting(number: int, stage: int, groups: list[int], first: int, k: torch.Tensor, v: torch.Tensor) -> None:
+        sizes.append(k.nbytes + v.nbytes)
+        adopt(number, stage, groups, first, k, v)
+
+    monkeypatch.setattr(world.devices[1], "adopt", adopting)
+    relieved(world)
+    world.step()
+    assert len(sizes) > 1
+    assert max(sizes) <= 1500
+    world.step()
+
+
+def test_a_request_is_computed_again_where_no_memory_is_left_to_copy_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(0)
+    one, _ = relieved(world)
+    monkeypatch.setattr(world.rank.migrator, "_copy", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("full")))
+    before = world.restarts
+    world.step()
+    monkeypatch.undo()
+    assert world.restarts > before
+    assert one.devices[0] == 1
+    for _ in range(10):
+        world.step()
+
+
+def test_why_a_worker_does_not_come_back_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    now_s, reasons = 0.0, ["its key is another", "its key is another", "no memory"]
+    caplog.set_level(logging.WARNING)
+
+    def join(_: int) -> Any:
+        raise DeviceLostError("w1", reasons[0])
+
+    workers = ConnectedWorkers(["w1"], join, epoch=1, clock=lambda: now_s)
+    while len(reasons) > 1:
+        reasons.pop(0)
+        now_s += 2.0
+        workers.advance()
+        while not workers._came.qsize():
+            time.sleep(0.001)
+        workers.advance()
+    told = [record.message for record in caplog.records]
+    assert len(told) == 2
+    assert "its key is another" in told[0]
+    assert "no memory" in told[1]
+
+
 def test_a_step_that_nobody_finished_does_not_reach_into_the_next() -> None:
     """vLLM may warm up with steps of unknown requests, without calling the connector between them."""
     world = _run(2, steps=6)
@@ -394,8 +461,12 @@ def test_workers_hold_nothing_of_requests_that_ended_on_their_way() -> None:
     assert moving > 2, "some were on their way"
 
 
+@pytest.mark.parametrize("piece_tokens", [4, 256])
 @pytest.mark.parametrize("layer", range(LAYERS))
-def test_attention_made_up_for_a_lost_worker_is_that_of_a_whole_sequence(layer: int) -> None:
+def test_attention_made_up_for_a_lost_worker_is_that_of_a_whole_sequence(
+    monkeypatch: pytest.MonkeyPatch, layer: int, piece_tokens: int
+) -> None:
+    monkeypatch.setattr(rank, "_PIECE_TOKENS", piece_tokens)
     torch.manual_seed(0)
     q, k, v = torch.randn(11, QUERIES, DIM), torch.randn(11, DIM), torch.randn(11, DIM)
     expected = reference(q.double(), k.double(), v.double(), layer)

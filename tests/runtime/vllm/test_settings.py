@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from hetis.runtime.vllm.plugin import check_version
-from hetis.runtime.vllm.settings import SettingsError, load_settings, read_settings
+from hetis.runtime.vllm.settings import PluginSettings, SettingsError, load_settings, read_settings, require_whole_pages
 
 VALID = """
 apiVersion: hetis/v1
@@ -80,3 +80,15 @@ def test_versions_of_vllm_that_were_not_tested_are_refused() -> None:
     for version in ("0.29.0", "0.320", "1.0", "unknown"):
         with pytest.raises(SettingsError, match=r"tested: 0\.30\.x, 0\.31\.x, 0\.32\.x"):
             check_version(version)
+
+
+@pytest.mark.parametrize(
+    ("page_tokens", "block_tokens", "is_whole"), [(16, 128, True), (64, 16, False), (24, 32, False)]
+)
+def test_blocks_are_whole_numbers_of_pages(page_tokens: int, block_tokens: int, is_whole: bool) -> None:
+    settings = PluginSettings(api_version="hetis/v1", kind="VllmWorkers", page_tokens=page_tokens)
+    if is_whole:
+        require_whole_pages(settings, block_tokens)
+    else:
+        with pytest.raises(SettingsError, match=f"pageTokens is {page_tokens}, must divide the {block_tokens} tokens"):
+            require_whole_pages(settings, block_tokens)

@@ -64,7 +64,14 @@ def test_tokens_are_those_of_stock_vllm_with_heads_on_workers(llama: Path, stock
     assert prefix["hits"] >= 96
     assert prefix["moved"] > 5, "groups of requests that began with a hit"
     assert aborted["running"] == []
-    for part in ("recompute", "second model runner", "--no-async-scheduling", "DBO", "speculative"):
+    for part in (
+        "recompute",
+        "second model runner",
+        "--no-async-scheduling",
+        "DBO",
+        "speculative",
+        "chunks of its context",
+    ):
         assert part in refused["message"]
     assert refused["variable"] == "0"
     assert refused["seats"] == [8, 32]

@@ -51,6 +51,10 @@ class Pipe(Protocol):
     def close(self) -> None: ...
 
 
+# Largest body before an engine is known. A greeting has 8 bytes for each of at most `MOST_LAYERS` layers, and few more.
+_GREETING_BYTES = 64 * 1024
+
+
 class Channel:
     """One end of a connection: frames over a pipe. A frame that has begun must complete within ``stall_s``.
 
@@ -63,6 +67,10 @@ class Channel:
         self._header = bytearray(HEADER_BYTES)
         self._into_header = memoryview(self._header)
         self._is_closed = False
+
+    def trust(self) -> None:
+        """Take frames of any size that there is, because the other end is known."""
+        self._most_body_bytes = MOST_BODY_BYTES
 
     def send(self, frames: Sequence[Frame]) -> None:
         """Send all frames together. Raises ChannelError."""
@@ -167,8 +175,12 @@ def _agreed(channel: Channel, pipe: TcpPipe, kind: ChannelKind, *, stall_s: floa
 
 
 def accept(connection: socket.socket, *, stall_s: float = 10.0) -> tuple[Channel, Frame]:
-    """Return the worker's end, and the engine's first frame that does not concern the channel itself. Raises
-    ChannelError if the other end sent nothing valid in time; the connection is closed.
+    """Return the worker's end, and the engine's first frame that does not concern the channel itself.
+
+    The channel takes only small frames until `Channel.trust` is called: the other end may be anybody.
+
+    Raises:
+        ChannelError: the other end sent nothing valid in time; the connection is closed.
     """
     try:
         host, port = connection.getpeername()[:2]
@@ -176,7 +188,7 @@ def accept(connection: socket.socket, *, stall_s: float = 10.0) -> tuple[Channel
     except OSError as error:
         connection.close()
         raise ChannelClosedError("a connection was reset before it said anything") from error
-    channel = Channel(pipe, stall_s=stall_s)
+    channel = Channel(pipe, stall_s=stall_s, most_body_bytes=_GREETING_BYTES)
     try:
         frame = _first(channel, stall_s)
         if frame.kind is FrameKind.ATTACH:
@@ -197,7 +209,7 @@ def _attached(channel: Channel, pipe: TcpPipe, frame: Frame, *, stall_s: float) 
     except FrameError as error:
         channel.send([error_answer(frame, ErrorCode.REFUSED, str(error))])
         return channel
-    attached = Channel(ShmPipe(shared, pipe, first=False), stall_s=stall_s)
+    attached = Channel(ShmPipe(shared, pipe, first=False), stall_s=stall_s, most_body_bytes=_GREETING_BYTES)
     try:
         channel.send([Frame(kind=FrameKind.WELCOME, epoch=0, session=0)])
     except ChannelError:

@@ -157,7 +157,10 @@ def read_header(header: bytes | bytearray, *, most_body_bytes: int = MOST_BODY_B
         raise FrameError(f"a frame of kind {kind} and dtype {dtype}, which are not known")
     if body_bytes > most_body_bytes:
         raise FrameError(f"a body of {body_bytes} bytes, {most_body_bytes} are the most")
-    body = np.empty(body_bytes, np.uint8)
+    try:
+        body = np.empty(body_bytes, np.uint8)
+    except MemoryError:
+        raise FrameError(f"there is no memory for a body of {body_bytes} bytes") from None
     return Frame(_KINDS[kind], epoch, session, serial, step, layer, (a, b, c), DTYPES[dtype], (body,)), body
 
 

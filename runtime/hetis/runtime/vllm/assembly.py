@@ -23,7 +23,7 @@ from hetis.runtime.vllm.head_map import StepRequests, part_of, slots_of
 from hetis.runtime.vllm.moving import BlockStore
 from hetis.runtime.vllm.rank import Rank
 from hetis.runtime.vllm.scheduler import EngineShape
-from hetis.runtime.vllm.settings import PluginSettings
+from hetis.runtime.vllm.settings import PluginSettings, require_whole_pages
 from hetis.runtime.vllm.steps import LOCAL
 from hetis.runtime.vllm.workers import ConnectedWorkers
 
@@ -143,6 +143,10 @@ def make_rank(vllm_config: VllmConfig, cache: KVCacheConfig, settings: PluginSet
     spec = group.kv_cache_spec
     layers = [vllm_config.compilation_config.static_forward_context[name] for name in group.layer_names]
     shape = shape_of(spec, [layer.impl for layer in layers], settings.page_tokens)
+    require_whole_pages(settings, spec.block_size)
+    if settings.workers and spec.dtype != vllm_config.model_config.dtype:
+        why = f"KV of {spec.dtype} under a model of {vllm_config.model_config.dtype}"
+        raise UnsupportedModelError(f"hetis cannot place head groups with {why}: leave --kv-cache-dtype out")
     if layers and (blocks := layers[0].kv_cache.shape[0]) != cache.num_blocks:
         why = f"the backend's kernels see {blocks} blocks, vLLM {cache.num_blocks} of {spec.block_size} tokens"
         raise UnsupportedModelError(f"hetis cannot place head groups here: {why}; use a smaller --block-size")

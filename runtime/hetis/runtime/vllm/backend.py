@@ -16,6 +16,7 @@ import torch
 from vllm.config.compilation import CUDAGraphMode
 from vllm.v1.attention.backend import AttentionCGSupport, AttentionImpl, AttentionMetadataBuilder, AttentionType
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+from vllm.v1.kv_cache_interface import ChunkedLocalAttentionSpec
 
 from hetis.runtime.vllm.blocks import HeadGroupSpec
 from hetis.runtime.vllm.head_map import VirtualBatch
@@ -218,6 +219,9 @@ def composed(base: type[AttentionBackend], name: str, path: str) -> type[Attenti
 
         @classmethod
         def customize_spec(cls, spec: AttentionSpec) -> HeadGroupSpec:
+            if isinstance(spec, ChunkedLocalAttentionSpec):  # vLLM makes sequences of its own for every chunk
+                why = "hetis cannot place head groups of a model that attends to chunks of its context"
+                raise UnsupportedModelError(f"{why}; unset HETIS_VLLM_CONFIG")
             return HeadGroupSpec.of(spec)
 
         @classmethod

@@ -6,6 +6,7 @@ has no effect: the copies are dropped and the groups stay where they are.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,7 @@ from hetis.runtime.vllm.head_map import IntArray, RankHeadMap
 from hetis.runtime.vllm.steps import LOCAL, GroupMove, MoveStep
 from hetis.runtime.vllm.workers import ConnectedWorkers
 
+_log = logging.getLogger(__name__)
 _BASE = 128  # a base whose digits every dtype holds exactly
 
 
@@ -124,12 +126,7 @@ class KvMigrator:
         for one in list(self._open.values()):
             row = self._row(one.move)
             tokens = int(self._heads.tokens[row])
-            position_bytes = len(one.move.groups) * self._shape.page_bytes // self._shape.page_tokens
-            last = min(tokens, one.copied + max(left // position_bytes, 1))
-            if last > one.copied:
-                self._copy(one, last)
-                left -= (last - one.copied) * position_bytes
-                one.copied = last
+            left -= self._copy_some(one, tokens, left)
             if one.copied == tokens and not one.is_reported:
                 one.is_reported = True
                 self._copied.add(one.move.number)
@@ -167,21 +164,39 @@ class KvMigrator:
         return copied, failed
 
     def _commit(self, move: GroupMove, one: _Copy | None) -> None:
-        """Commit a move, as the scheduler decided. Without a whole copy the request is recomputed at its new homes."""
+        """Commit a move, as the scheduler decided. Without a whole copy the request is recomputed at its new homes.
+
+        A move that relieves the pool is not copied yet: it is copied here, in pieces as large as those of other moves.
+        """
         row = self._heads.row(move.anchor)
         if row is None:
             return
         try:
             if one is None:
                 self._heads.must_restart[row] = True
-            elif (tokens := int(self._heads.tokens[row])) > one.copied:
-                self._copy(one, tokens)
+            else:
+                while one.copied < (tokens := int(self._heads.tokens[row])):
+                    self._copy_some(one, tokens, self._bytes_per_step)
             self._drop(move.source, move)
         except DeviceError:
             self._heads.must_restart[row] = True
             raise
+        except torch.OutOfMemoryError:
+            _log.warning("no memory is left to copy KV, request with anchor %d is computed again", move.anchor)
+            self._heads.must_restart[row] = True
         finally:
             self._heads.devices[row, list(move.groups)] = move.target
+
+    def _copy_some(self, one: _Copy, tokens: int, most_bytes: int) -> int:
+        """Copy at least one position of those before ``tokens``, if there are any; return the copied bytes."""
+        position_bytes = len(one.move.groups) * self._shape.page_bytes // self._shape.page_tokens
+        last = min(tokens, one.copied + max(most_bytes // position_bytes, 1))
+        if last <= one.copied:
+            return 0
+        copied_bytes = (last - one.copied) * position_bytes
+        self._copy(one, last)
+        one.copied = last
+        return copied_bytes
 
     def _copy(self, one: _Copy, last: int) -> None:
         move, first = one.move, one.copied

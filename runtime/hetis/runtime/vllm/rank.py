@@ -500,6 +500,10 @@ class Rank:
                 self.heads.must_restart[row] = True
 
 
+# Queries at a time: all of a prompt's would need memory that grows with the square of its length.
+_PIECE_TOKENS = 256
+
+
 def attend_directly(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, shape: KvShape, layer: int) -> torch.Tensor:
     """Return causal attention of a whole sequence, computed in float32.
 
@@ -511,14 +515,17 @@ def attend_directly(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, shape: Kv
     Returns:
         Outputs, shape [tokens, r, d], float32.
     """
-    tokens = len(k)
-    scores = torch.einsum("trd,sd->rts", q.float(), k.float()) * shape.scale
-    if shape.soft_cap:
-        scores = shape.soft_cap * torch.tanh(scores / shape.soft_cap)
-    at = torch.arange(tokens, device=q.device)
-    distance = at[:, None] - at[None, :]
-    seen = distance >= 0
-    if window := shape.windows[layer]:
-        seen &= distance < window
-    weights = torch.softmax(scores.masked_fill(~seen, float("-inf")), dim=-1)
-    return torch.einsum("rts,sd->trd", weights, v.float())
+    outputs = torch.empty((*q.shape[:-1], v.shape[-1]), dtype=torch.float32, device=q.device)
+    at = torch.arange(len(k), device=q.device)
+    for begin in range(0, len(k), _PIECE_TOKENS):
+        end = min(begin + _PIECE_TOKENS, len(k))
+        scores = torch.einsum("trd,sd->rts", q[begin:end].float(), k[:end].float()) * shape.scale
+        if shape.soft_cap:
+            scores = shape.soft_cap * torch.tanh(scores / shape.soft_cap)
+        distance = at[begin:end, None] - at[None, :end]
+        seen = distance >= 0
+        if window := shape.windows[layer]:
+            seen &= distance < window
+        weights = torch.softmax(scores.masked_fill(~seen, float("-inf")), dim=-1)
+        outputs[begin:end] = torch.einsum("rts,sd->trd", weights, v[:end].float())
+    return outputs

@@ -91,7 +91,8 @@ class PluginSettings(_Document):
     # How ranks reach workers: shared memory on one host, else TCP (``auto``), or one of the two
     transport: Literal["auto", "shm", "tcp"] = "auto"
     timeout_s: float = Field(default=10.0, ge=0.1, le=3600.0)  # a worker that does not answer for this long is lost
-    page_tokens: int = Field(default=16, ge=1, le=1024)  # tokens per page on workers
+    # Tokens per page on workers; must divide those of vLLM's blocks (`require_whole_pages`)
+    page_tokens: int = Field(default=16, ge=1, le=1024)
     # vLLM's attention backend for groups on the ranks. None: the platform's first choice.
     base_backend: Literal["FLASH_ATTN", "FLASHINFER", "TRITON_ATTN"] | None = None
     dispatch: DispatchSettings = DispatchSettings()
@@ -108,6 +109,13 @@ class PluginSettings(_Document):
         if len(ranks) > 1:
             raise ValueError(f"workers have {sorted(ranks)} addresses, all must have one for each rank")
         return self
+
+
+def require_whole_pages(settings: PluginSettings, block_tokens: int) -> None:
+    """Raise SettingsError unless a block of vLLM is a whole number of pages: a short sequence takes a whole page."""
+    if block_tokens % settings.page_tokens:
+        why = f"pageTokens is {settings.page_tokens}, must divide the {block_tokens} tokens of vLLM's blocks"
+        raise SettingsError(f"{VARIABLE}: {why}")
 
 
 def read_settings() -> PluginSettings | None:

@@ -10,6 +10,7 @@ from queue import SimpleQueue
 
 from hetis.runtime.attention.device import AttentionDevice
 from hetis.runtime.attention.kv import DeviceError
+from hetis.runtime.transport.keys import InvalidKeyError
 
 _log = logging.getLogger(__name__)
 AGAIN_S = 1.0  # interval between attempts to join a worker
@@ -29,12 +30,14 @@ class ConnectedWorkers:
         self._devices: dict[int, AttentionDevice] = {}
         self._joining: set[int] = set()
         self._again_s: dict[int, float] = {}
+        self._told: dict[int, str] = {}  # the last reason why a worker could not be joined, as logged
         self._came: SimpleQueue[tuple[int, AttentionDevice | Exception]] = SimpleQueue()
         for number in range(1, len(self.names) + 1):
             try:
                 self._devices[number] = join(number)
             except DeviceError as error:
                 _log.warning("attention worker %s is not there yet: %s", self._name(number), error)
+                self._told[number] = str(error)
                 self._again_s[number] = clock() + AGAIN_S
 
     def get(self, number: int) -> AttentionDevice | None:
@@ -74,9 +77,11 @@ class ConnectedWorkers:
             self._joining.discard(number)
             if isinstance(came, Exception):
                 self._again_s[number] = self._clock() + AGAIN_S
+                self._tell_once(number, came)
             else:
                 _log.info("attention worker %s is back", self._name(number))
                 self._devices[number] = came
+                self._told.pop(number, None)
                 back.append(number)
         now_s = self._clock()
         for number, again_s in list(self._again_s.items()):
@@ -86,6 +91,19 @@ class ConnectedWorkers:
                 name = f"join-{self._name(number)}"
                 threading.Thread(target=self._try, args=(number,), name=name, daemon=True).start()
         return tuple(back)
+
+    def _tell_once(self, number: int, error: Exception) -> None:
+        """Log why a worker is not back, once for every reason."""
+        if self._told.get(number) == str(error):
+            return
+        self._told[number] = str(error)
+        is_expected = isinstance(error, DeviceError | InvalidKeyError | OSError)
+        _log.warning(
+            "attention worker %s cannot be joined: %s",
+            self._name(number),
+            error,
+            exc_info=None if is_expected else error,
+        )
 
     def _name(self, number: int) -> str:
         return self.names[number - 1]

@@ -306,6 +306,7 @@ class WorkerLoop:
             return
         if self._channel is not None:
             self._channel.close()
+        channel.trust()
         self._channel = channel
         _log.info("%s: serves %s, epoch %d", self.core.name, channel.name, self.core.epoch)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import signal
 import time
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from hetis.runtime.agent.launched import processes
 from hetis.runtime.agent.launched.executor import LaunchExecutor
 from hetis.runtime.agent.launched.processes import OLD_LOGS, end_leftovers
 from hetis.runtime.moves.refusals import RefusedError
@@ -289,6 +291,44 @@ async def test_what_does_not_serve_has_nothing_to_drain(tmp_path: Path) -> None:
         assert await node.apply(applying(assigned(goal=DRAIN), 2)) == "STOPPED"
         await node.apply(removing(generation=3))
         await node.until_lives("started", "told 1")
+
+
+async def test_what_is_to_drain_is_not_started_for_that(tmp_path: Path) -> None:
+    """After a restart, the agent applies the last assignments again."""
+    async with node_in(tmp_path) as node:
+        assert await node.apply(applying(assigned(goal=DRAIN), 2)) == "STOPPED"
+        await node.until_state("STOPPED")
+        await asyncio.sleep(0.2)
+        assert not lives(tmp_path)
+        assert await node.apply(applying(assigned(goal=SERVE), 3)) == "LOADING"
+        await node.until_lives("started")
+
+
+async def test_an_engine_whose_session_cannot_be_recorded_is_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_text = Path.write_text
+
+    def failing(path: Path, *args: Any, **kwargs: Any) -> int:
+        if path.parent.name == "sessions":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write_text(path, *args, **kwargs)
+
+    started = list[int]()
+    start = processes.start
+
+    def starting(command: Any, log: Path) -> Any:
+        found = start(command, log)
+        started.append(found.pid)
+        return found
+
+    monkeypatch.setattr(Path, "write_text", failing)
+    monkeypatch.setattr(processes, "start", starting)
+    async with node_in(tmp_path) as node:
+        await node.apply(applying(assigned()))
+        await wait_until(lambda: len(started) > 1, lambda: "it is tried again")
+        first = started[0]
+        await wait_until(lambda: is_gone(first), lambda: f"{first} still runs")
 
 
 async def test_old_planners_and_old_generations_are_refused(tmp_path: Path) -> None:

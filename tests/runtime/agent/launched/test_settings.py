@@ -82,6 +82,8 @@ model: /models/{kv}
     [
         ("options: max 1", "'max' is not an engine option, options begin with -"),
         ('options: "\'"', "No closing quotation"),
+        ("options: --ssl-keyfile k", "--ssl-keyfile cannot be passed to the engine: the agent asks it by HTTP"),
+        ("options: [--uds=/run/vllm]", "--uds cannot be passed to the engine: the agent asks it by HTTP, at a port"),
         ("device: tpu", "'tpu' is not one of cuda, cpu"),
     ],
 )

@@ -205,7 +205,7 @@ class LaunchExecutor:
             return
         taken = {gpu for one in self._leaving for gpu in one.part.gpus}
         for replica in self._replicas.values():
-            if not replica.has_begun and taken.isdisjoint(replica.part.gpus):
+            if not replica.has_begun and not replica.drains and taken.isdisjoint(replica.part.gpus):
                 replica.begin()
                 self._spawn(replica.watch())
 
@@ -285,6 +285,11 @@ class LaunchedReplica:
         self._processes.start()
 
     @property
+    def drains(self) -> bool:
+        """Whether it is to end. One that does not run, as after a restart of the agent, is not started for that."""
+        return self._goal == AssignmentGoal.ASSIGNMENT_GOAL_DRAIN
+
+    @property
     def is_ready(self) -> bool:
         """True if the replica serves or, if its front end is on another node, all its processes run."""
         if self._front is None:
@@ -293,15 +298,14 @@ class LaunchedReplica:
 
     def state(self, now_s: float) -> AssignmentState.ValueType:
         """Return the state of its assignment."""
-        drains = self._goal == AssignmentGoal.ASSIGNMENT_GOAL_DRAIN
         if self._processes.has_failed:
             return AssignmentState.ASSIGNMENT_STATE_FAILED
         if not self.is_ready:
             # A replica that does not serve has no requests to drain.
-            return AssignmentState.ASSIGNMENT_STATE_STOPPED if drains else AssignmentState.ASSIGNMENT_STATE_LOADING
+            return AssignmentState.ASSIGNMENT_STATE_STOPPED if self.drains else AssignmentState.ASSIGNMENT_STATE_LOADING
         if self._goal == AssignmentGoal.ASSIGNMENT_GOAL_LOAD:
             return AssignmentState.ASSIGNMENT_STATE_LOADED
-        if drains and now_s - self._drains_since_s >= self._settings.router_delay:
+        if self.drains and now_s - self._drains_since_s >= self._settings.router_delay:
             return AssignmentState.ASSIGNMENT_STATE_DRAINING
         return AssignmentState.ASSIGNMENT_STATE_SERVING
 

@@ -164,6 +164,9 @@ def _contradictions(data: Mapping[str, Any]) -> Iterator[tuple[tuple[str | int, 
     if isinstance(words, list) and all(isinstance(word, str) for word in words):
         for name in sorted(decided_in(words)):
             yield ("options",), f"{name} cannot be passed to the engine: the plan or these settings set it"
+        for name in sorted(names_of(words)):
+            if name.startswith(("--ssl", "--uds")):
+                yield ("options",), f"{name} cannot be passed to the engine: the agent asks it by HTTP, at a port"
         if words and not words[0].startswith("-"):
             yield ("options",), f"{words[0]!r} is not an engine option, options begin with -"
 

@@ -159,7 +159,12 @@ class NodeProcesses:
             self._note_failure(f"{command.shown[0]}: {error.strerror}")
             raise
         session = self._sessions / str(started.pid)
-        session.write_text(f"{machine_boot_id()} {_birth(started.pid)}", encoding="ascii")
+        try:
+            session.write_text(f"{machine_boot_id()} {_birth(started.pid)}", encoding="ascii")
+        except OSError as error:  # the next agent would not find it, and a second start would not find its GPUs free
+            started.kill()
+            self._note_failure(f"{session}: {error.strerror}")
+            raise
         with self._lock:
             self._running.add(command.process.name)
             if command.process.name == self._front:
