@@ -63,8 +63,8 @@ class RequestOptions:
         if self.state is not None:
             return load_stage(self.state, profiles=self.profile or ())
         assert self.plan is not None
-        if self.profile:
-            raise typer.BadParameter("--profile needs --state: a plan already contains its profiles")
+        needed = "--state: a plan already contains its profiles"
+        options.refuse_without(needed, {"--profile": self.profile or None}, is_given=False)
         return load_stage_of_plan(self.plan, replica=self.replica, stage=self.stage)
 
 
