@@ -128,6 +128,8 @@ def fair(
 
     Cooperative shares (OEF) have the most total value without envy; non-cooperative ones make it useless to claim
     larger speed-ups than one has. Speed-ups stand in the file, or come from placements of a model on each GPU type.
+
+    Ctrl-C once shows what is known after the present step, if all speed-ups are; Ctrl-C twice exits at once.
     """
     from hetis.formats.documents import load_share_problem
     from hetis.planner.report.sharing import fair_document, render_fair
@@ -138,11 +140,20 @@ def fair(
     first = FairnessRule(asked.rule)
     rules = (first, *(other for other in FairnessRule if other is not first))
     budget = Budget(clock=time.monotonic)
-    found = work_interruptibly(
-        terminal,
-        lambda: share_out(inputs, rules, budget=budget, tell=terminal.say, rounds=asked.rounds, claims=asked.claims),
-        cancelled=budget.cancelled,
-        stopping="after this step",
-    )
+    try:
+        found = work_interruptibly(
+            terminal,
+            lambda: share_out(
+                inputs, rules, budget=budget, tell=terminal.say, rounds=asked.rounds, claims=asked.claims
+            ),
+            cancelled=budget.cancelled,
+            stopping="after this step",
+        )
+    except NoPlanFoundError:
+        terminal.error("stopped before all speed-ups were derived, so there are no shares")
+        return ExitCode.INTERRUPTED
     terminal.emit(lambda: fair_document(found), lambda: render_fair(found))
+    if budget.cancelled.is_set():
+        terminal.warn("stopped early: further rules, rounds and false claims may be missing")
+        return ExitCode.INTERRUPTED
     return ExitCode.OK
