@@ -105,6 +105,8 @@ def test_a_profile_file_goes_before_the_model(tmp_path: Path) -> None:
     path.write_text(dump(modelled_profile(find_gpu("L4").gpu)))
     _, document = answer("dispatch", "--state", A100_L4, "--profile", str(path))
     assert [device["costs"] for device in document["devices"]] == ["fitted", *[str(path)] * 4]
+    twice = invoke("dispatch", "--state", A100_L4, *["--profile", str(path)] * 2)
+    assert "second profile of L4" in str(twice.exception)
     path.write_text(dump(modelled_profile(find_gpu("T4").gpu)))
     result = invoke("dispatch", "--state", A100_L4, "--profile", str(path))
     assert run(["dispatch", "--state", A100_L4, "--profile", str(path)]) == ExitCode.INVALID
