@@ -135,6 +135,20 @@ def test_the_new_state_is_saved_and_takes_the_next_requests(tmp_path: Path) -> N
     assert run(["dispatch", "--state", str(out), "--requests", REQUESTS]) == ExitCode.INVALID
 
 
+@pytest.mark.parametrize(
+    "call", [("dispatch", "--state", A100_L4, "--request", "10/10"), ("redispatch", "--state", DRIFTED)]
+)
+def test_a_state_is_printed_instead_of_the_tables(
+    call: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = invoke(*call, "--out", "-")
+    assert result.exit_code == ExitCode.OK
+    assert invoke(*call, "--out", "state.json").exit_code == ExitCode.OK
+    assert [path.name for path in tmp_path.iterdir()] == ["state.json"]
+    assert result.stdout == Path("state.json").read_text()
+
+
 def test_a_state_that_cannot_be_saved_is_refused_before_the_solve(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["dispatch", "--state", A100_L4, "--out", "/nowhere/state.json"]) == ExitCode.INVALID
     assert "cannot be written: no folder" in capsys.readouterr().err

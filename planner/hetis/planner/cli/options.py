@@ -212,7 +212,7 @@ class ApplyOptions:
     plan: str | None = _plan("--plan FILE: Import a Plan file instead.")
     name: str = _plan("--name ID: Name of the new plan.", "", shown="chosen by the planner")
     activate: bool = _plan("--activate: Put the plan in force and wait until it is.", False)
-    out: Path | None = _plan("--out FILE: Save the Plan as JSON.")
+    out: Path | None = _plan("--out FILE: Save the Plan as JSON; - prints it instead of the tables.")
     rename: bool = option("--rename: Replace a cluster of another name that has the same id.", False)
     no_wait: bool = no_wait_option()
     dry_run: bool = check_only_option()

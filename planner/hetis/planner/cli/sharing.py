@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 from pathlib import Path
 from typing import Annotated, Literal
@@ -43,7 +42,9 @@ class ShareOptions:
     gap: float = options.gap_option("0.5%")
     seed: int = options.seed_option()
     threads: int = options.threads_option()
-    out: Path | None = option("--out FOLDER: Also save every tenant's plan there, as TENANT.json.", panel="Result")
+    out: Path | None = option(
+        "--out FOLDER: Also save every tenant's plan there, as TENANT.json; created if missing.", panel="Result"
+    )
     dry_run: bool = options.dry_run_option()
 
 
@@ -68,10 +69,7 @@ def share(
 
     out = asked.out
     loaded = load_tenancy(file, cluster=asked.cluster, profiles=asked.profile or (), strategy=asked.strategy)
-    if out is not None:
-        with contextlib.suppress(OSError):  # the failure is reported below
-            out.mkdir(exist_ok=True)
-        refuse_unwritable_plans(out, [tenant.name for tenant in loaded.tenancy.tenants])
+    refuse_unwritable_plans(out, [tenant.name for tenant in loaded.tenancy.tenants])
     if asked.dry_run:
         given = zip(loaded.inputs, loaded.tenancy.tenants, strict=True)
         return say_what_would_be_solved(
