@@ -214,6 +214,24 @@ def test_diff_of_a_plan_with_itself_is_nothing(folder: Path) -> None:
     assert (change["moved_gpus"], change["loads"], change["dropped_requests"]) == ([], {}, 0)
 
 
+@pytest.mark.parametrize("is_before", [True, False])
+def test_diff_takes_a_plan_without_replicas(folder: Path, tmp_path: Path, is_before: bool) -> None:
+    empty = json.loads((folder / "running.json").read_text())
+    num_replicas = len(empty["replicas"])
+    empty |= {"replicas": [], "kv_routes": []}
+    (tmp_path / "empty.json").write_text(json.dumps(empty))
+    files = [str(tmp_path / "empty.json"), str(folder / "running.json")]
+    files = files if is_before else files[::-1]
+    result = invoke("diff", *files, "-o", "json")
+    assert result.exit_code == ExitCode.OK, result.output
+    counts = json.loads(result.stdout)["change"]["counts"]
+    assert counts["new" if is_before else "gone"] == num_replicas
+    latencies = next(line for line in invoke("diff", *files).stdout.splitlines() if "TTFT" in line).split()[2:]
+    assert latencies.index("-") == (0 if is_before else 1)
+    page = tmp_path / "page.html"
+    assert invoke("report", *files, "--out", str(page)).exit_code == ExitCode.OK
+
+
 def test_the_tables_fit_80_columns(folder: Path) -> None:
     replan = invoke("replan", "--from", str(folder / "running.json"), "-c", str(folder / "less.yaml"), "-q")
     replanned(folder, "less.yaml", "--out", str(folder / "next.json"))
