@@ -415,7 +415,8 @@ class VerificationOptions:
 
 
 def refuse_without(needed: str, options: Mapping[str, object], *, is_given: bool) -> None:
-    """Refuse options (None: not given) that would be ignored without another one, unless a file of defaults sets them.
+    """Refuse options (None: not given) that would be ignored without another one, unless a file of defaults or the
+    environment sets them.
 
     Raises typer.BadParameter.
     """
@@ -425,7 +426,7 @@ def refuse_without(needed: str, options: Mapping[str, object], *, is_given: bool
 
 
 def is_asked_for(name: str, value: object) -> bool:
-    """Return whether an option, such as ``--time-limit``, has a value (None: it has none) that is no file's default."""
+    """Return whether an option, such as ``--time-limit``, has a value (None: it has none) from the command line."""
     return value is not None and name.removeprefix("--").replace("-", "_") not in command_line.defaulted.get()
 
 
