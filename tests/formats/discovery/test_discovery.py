@@ -386,6 +386,15 @@ def test_a_table_of_nodes_is_a_fleet(tmp_path: Path) -> None:
     assert "column count is missing; the file has node, gpu, number" in refused(tmp_path, "m.csv", "node,gpu,number\n")
 
 
+@pytest.mark.parametrize("blank", ["\n", "\r\n", "  \n\n"])
+def test_blank_lines_before_a_table_are_no_header(tmp_path: Path, blank: str) -> None:
+    (tmp_path / "n.csv").write_text(f"{blank}node,gpu,count\n\na,L4,2\n")
+    assert gpus(discovered(read_inventory([str(tmp_path / "n.csv")]), name="t", said={})) == {"a": {"L4": 2}}
+    line = 1 + blank.count("\n")
+    assert f"n.csv:{line + 1}: count: is '0'" in refused(tmp_path, "n.csv", f"{blank}node,gpu,count\na,L4,0\n")
+    assert f"n.csv:{line}: column count" in refused(tmp_path, "n.csv", f"{blank}node,gpu,number\n", FleetSource.FILE)
+
+
 @pytest.mark.parametrize("content", ["", "{}", "[]", "apiVersion: hetis/v1\nkind: Cluster\n", "hello", "[1, 2]", "{"])
 @pytest.mark.parametrize("source", list(FleetSource))
 def test_what_is_of_no_tool_is_one_problem(tmp_path: Path, content: str, source: FleetSource) -> None:
