@@ -151,6 +151,36 @@ def test_nodes_of_kubernetes_have_what_their_labels_and_pods_leave() -> None:
     assert "1 node without GPUs" in fleet.left_out
 
 
+def test_shared_gpus_may_have_a_name_of_their_own(tmp_path: Path) -> None:
+    """NVIDIA's device plugin renames the resource if its configuration says so, and keeps the product's name."""
+    data = json.loads((INPUTS / "kubectl_nodes.json").read_text())
+    node, other = (next(one for one in data["items"] if one["metadata"]["name"] == name) for name in ("l4-1", "a100-0"))
+    for counts in (node["status"]["capacity"], node["status"]["allocatable"]):
+        counts["nvidia.com/gpu.shared"], counts["nvidia.com/gpu"] = counts["nvidia.com/gpu"], "0"
+    labels = node["metadata"]["labels"]
+    labels["nvidia.com/gpu.product"] = "NVIDIA-L4"
+    container = {"resources": {"limits": {"nvidia.com/gpu.shared": "1"}}}
+    pod = {
+        "kind": "Pod",
+        "metadata": {"name": "chat", "namespace": "serving"},
+        "spec": {"nodeName": "l4-1", "containers": [container]},
+    }
+
+    def fleet(*items: dict[str, Any]) -> Discovered:
+        (tmp_path / "nodes.json").write_text(json.dumps({"kind": "List", "items": items}))
+        return discovered(read_inventory([str(tmp_path / "nodes.json")]), name="t", said={})
+
+    assert gpus(fleet(node)) == {"l4-1": {"L4": 4}}
+    in_use = fleet(node, pod)
+    assert gpus(in_use) == {"l4-1": {"L4": 3}}
+    assert reason(in_use, "l4-1") == "1 GPU (NVIDIA-L4): in use by serving/chat"
+    for name in ("count", "replicas", "product", "memory"):
+        del labels[f"nvidia.com/gpu.{name}"]
+    unknown = fleet(node, other)
+    assert "l4-1" not in gpus(unknown)
+    assert "shared, and its labels do not say how many GPUs there are" in reason(unknown, "l4-1")
+
+
 def test_gpus_that_a_plan_numbers_otherwise_than_the_driver_have_their_indices(tmp_path: Path) -> None:
     text = (INPUTS / "sxm.xml").read_text()
     first, *others = re.findall(r"<gpu id=.*?</gpu>", text, re.DOTALL)
