@@ -161,6 +161,8 @@ def quark(*scales: object, **weight: object) -> dict[str, object]:
         (compressed(num_bits=8), 1.0, "int8"),
         (compressed(num_bits=8, type="float"), 1.0, "fp8"),
         (compressed(num_bits=4, type="float"), 0.5625, "nvfp4"),
+        (compressed(num_bits=4, type="float", group_size=16, strategy="tensor_group"), 0.5625, "nvfp4"),
+        (compressed(num_bits=4, type="float", group_size=32, strategy="group"), 0.53125, "mxfp4"),
         ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, 0.5625, "nvfp4"),
         ({"quant_method": "modelopt_fp4", "quant_algo": "NVFP4"}, 0.5625, "nvfp4"),
         ({"quant_method": "ModelOpt", "quantization": {"quant_algo": "FP8"}}, 1.0, "fp8"),
@@ -314,9 +316,14 @@ def test_a_checkpoint_of_mixed_precision_counts_each_module_by_its_own_format(tm
 
 def group(precision: str, *targets: str) -> dict[str, object]:
     """Return a group of compressed-tensors as llm-compressor writes it."""
-    forms = {"fp8": (8, "float", "channel"), "nvfp4": (4, "float", "tensor_group"), "int4": (4, "int", "group")}
-    bits, kind, strategy = forms[precision]
-    return {"targets": list(targets), "weights": {"num_bits": bits, "type": kind, "strategy": strategy}}
+    forms: dict[str, tuple[int, str, str, int | None]] = {
+        "fp8": (8, "float", "channel", None),
+        "nvfp4": (4, "float", "tensor_group", 16),
+        "mxfp4": (4, "float", "group", 32),
+        "int4": (4, "int", "group", None),
+    }
+    names = ("num_bits", "type", "strategy", "group_size")
+    return {"targets": list(targets), "weights": dict(zip(names, forms[precision], strict=True))}
 
 
 def load_grouped(folder: Path, published: str, groups: list[dict[str, object]], *ignore: str) -> ModelSpec:
@@ -377,6 +384,13 @@ EXPERTS_LAYER, ROUTED, SHARED = 11_507_269_632, 256 * 44_040_192, 44_040_192
         ),
         (
             DEEPSEEK,
+            [group("mxfp4", "Linear")],
+            (OF_ATTENTION,),
+            "mxfp4",
+            0.53125 + 1.46875 * (EXPERTS_LAYER - ROUTED - SHARED - 7168 * 256) / EXPERTS_LAYER,
+        ),
+        (
+            DEEPSEEK,
             [group("fp8", OF_ATTENTION, "re:.*shared_experts.*")],
             (),
             "fp8",
@@ -403,6 +417,10 @@ def test_groups_of_compressed_tensors_count_for_their_own_modules(
         (
             {"targets": [OF_MLP], "weights": {"num_bits": 6, "type": "float"}},
             "quantization_config: compressed-tensors with 6 bits in group_1 is not supported; supported: fp8, ",
+        ),
+        (
+            {"targets": [OF_MLP], "weights": {"num_bits": 4, "type": "float", "group_size": 64}},
+            "quantization_config: compressed-tensors with floats of 4 bits in groups of 64 in group_1 is not supported",
         ),
         (
             {"targets": [OF_MLP], "weights": None},
@@ -485,6 +503,35 @@ def test_a_model_that_its_own_file_could_not_hold_is_refused(
     [problem] = caught.value.problems
     assert said in str(problem)
     assert problem.file.endswith("config.json")
+
+
+@pytest.mark.parametrize(
+    ("name", "dynamic", "refused"),
+    [
+        (LLAMA, {"+:.*mlp.*": {"bits": 8}}, "'+:.*mlp.*' states 8 bits, all else has 4: modules of different bits are"),
+        (LLAMA, {"-:.*attn.*": {}, r".*\.7\..*down.*": {"bits": 8, "group_size": 32}}, "down.*' states 8 bits"),
+        (DEEPSEEK, {r"+:.*\.experts\..*": {"bits": 8}}, "states 8 bits"),
+        (LLAMA, {"+:((a+)+)+": {"bits": 8}}, "states 8 bits"),
+        (LLAMA, {f"+:visual.{i}": {"bits": 8} for i in range(1001)}, "'+:visual.0' states 8 bits"),
+        (LLAMA, {"+:.*mlp.*": {"bits": 4, "group_size": 64}, "+:.*attn.*": {"desc_act": True}}, ""),
+        (LLAMA, {"-:.*mlp.*": {"bits": 8}, "+:lm_head": {"bits": 8}, "+:visual.*": {"bits": 8}}, ""),
+        (LLAMA, {"+:.*mlp.*": None}, ""),
+        (LLAMA, None, ""),
+    ],
+)
+def test_overrides_of_bits_are_refused_by_name(
+    tmp_path: Path, name: str, dynamic: dict[str, object] | None, refused: str
+) -> None:
+    quantisation = {"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True, "dynamic": dynamic}
+    config = config_of(name) | {"quantization_config": quantisation}
+    if not refused:
+        assert load(tmp_path, config).weights == "gptq-int4"
+        return
+    with pytest.raises(DocumentError) as caught:
+        load(tmp_path, config)
+    [problem] = caught.value.problems
+    assert problem.path == "quantization_config.dynamic"
+    assert refused in problem.message
 
 
 @pytest.mark.parametrize(

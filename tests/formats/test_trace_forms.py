@@ -213,6 +213,22 @@ def test_known_forms_are_read_as_they_are(tmp_path: Path, name: str, text: str, 
     assert trace.output_tokens.tolist() == [44, 109, 55]
 
 
+@pytest.mark.parametrize("blank", ["\n", "\r\n", "  \n\n"])
+def test_blank_lines_before_the_columns_are_skipped_and_counted(tmp_path: Path, blank: str) -> None:
+    assert read(tmp_path, "t.csv", blank + AZURE_2023).prompt_tokens.tolist() == [374, 396, 879]
+    line = 1 + blank.count("\n")
+    for text, at in (
+        (AZURE_2023 + "yesterday,3,1\n", line + 4),
+        ("a,b\n1,2\n", line),
+        (AZURE_2023 + "2023-11-16 18:15:52,1,2,3\n", line + 4),
+    ):
+        with pytest.raises(DocumentError) as caught:
+            read(tmp_path, "t.csv", blank + text)
+        assert [problem.line for problem in caught.value.problems] == [at]
+    with pytest.raises(DocumentError, match=r"t\.csv:1: is empty"):
+        read(tmp_path, "t.csv", blank)
+
+
 def test_rows_of_other_forms_are_refused_in_their_own_words(tmp_path: Path) -> None:
     with pytest.raises(DocumentError) as caught:
         read(tmp_path, "t.csv", AZURE_2023 + "yesterday,3,0\n")

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import pwd
 import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ import yaml
 
 from hetis.planner.cli.app import app
 from hetis.planner.cli.app import run as run_verb
+from hetis.planner.cli.defaults import OWN_MEANING, OptionForm, default_map
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.report.comparison import PUBLISHED_MEANS
 from hetis.planner.service.main import main as serve
@@ -228,10 +232,137 @@ def test_a_default_gives_way_to_an_option_that_contradicts_it(
     assert run_verb(["simulate", plan, "--sweep", "--requests", "50", "--no-dispatch"]) == ExitCode.OK
 
 
+# Options whose help differs from that in `place`, or in the first verb, although they mean the same.
+SAME_IN_OTHER_WORDS = {
+    "buy-next": {"what-if"},
+    "dry-run": {"apply", "rollback"},
+    "engine": {"compare"},
+    "force": {"init", "cluster.discover"},
+    "kv-blocks": {"simulate"},
+    "max-num-seqs": {"simulate"},
+    "out": {"apply"},
+    "output": {"get"},
+    "prefix-hit-rate": {"simulate"},
+    "seed": {"simulate"},
+    "theta": {"redispatch"},
+    "threads": {"simulate"},
+    "time-limit": {"dispatch", "layers"},
+    "workload": {"replan"},
+}
+
+
+def options_of_verbs(group: Any = GROUP, prefix: str = "") -> Iterator[tuple[str, str, Any]]:
+    """Yield the verb, the name and the help of every option."""
+    for verb, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from options_of_verbs(command, f"{verb}.")
+            continue
+        for parameter in command.params:
+            for name in (opt.removeprefix("--") for opt in parameter.opts if opt.startswith("--")):
+                yield prefix + verb, name, (parameter.help, parameter.metavar, parameter.multiple)
+
+
+def test_options_of_one_name_mean_the_same_or_are_set_in_the_table_of_their_verb() -> None:
+    """Whoever gives an option a name that another verb has finds it here, and decides whether they mean the same."""
+    helps = defaultdict[str, dict[str, Any]](dict)
+    for verb, name, words in options_of_verbs():
+        helps[name][verb] = words
+    for name, by_verb in helps.items():
+        own = OWN_MEANING.get(name, frozenset())
+        assert own <= by_verb.keys(), name
+        reached = {verb: words for verb, words in by_verb.items() if verb not in own}
+        alike = {verb for verb, words in reached.items() if words == next(iter(reached.values()))}
+        assert reached.keys() - alike == SAME_IN_OTHER_WORDS.get(name, set()), name
+    assert OWN_MEANING.keys() <= helps.keys()
+
+
+def test_the_page_lists_the_options_that_only_the_tables_of_their_verbs_set() -> None:
+    page = (ROOT / "docs/cli.md").read_text(encoding="utf-8")
+    for name, verbs in OWN_MEANING.items():
+        assert f"| `{name}` | {', '.join(f'`{verb}`' for verb in sorted(verbs))} |" in page
+
+
+@pytest.mark.parametrize(
+    ("text", "call"),
+    [
+        ('model = "Llama-2-70B"', ("export", "plan.json", "--to", "vllm")),
+        ("rate = 20", ("convert", "trace.csv")),
+        ('engine = "any"', ("export", "plan.json", "--to", "vllm")),
+        ('out = "new"', ("convert", "trace.csv")),
+        ('chunk-tokens = "256,512"', ("simulate", "plan.json", "--requests", "20", "--no-dispatch")),
+    ],
+)
+def test_a_setting_for_all_verbs_leaves_options_of_another_meaning_alone(
+    home: Path, folder: Path, text: str, call: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("plan.json").write_bytes((folder / "plan.json").read_bytes())
+    Path("trace.csv").write_text("arrival_s,prompt_tokens,output_tokens\n0,10,5\n1,20,5\n")
+    assert run_verb([*call]) == ExitCode.OK
+    expected = capsys.readouterr().out
+    (home / "project/hetis.toml").write_text(f"{text}\n")
+    assert run_verb([*call]) == ExitCode.OK
+    assert capsys.readouterr().out == expected
+    assert not Path("new").exists()
+
+
+def test_a_cluster_for_all_verbs_is_no_name_of_a_cluster_on_a_planner(home: Path) -> None:
+    """`agents` would ask for clusters/fleet.yaml; its own table reaches it."""
+    form = OptionForm(parameter="cluster", is_flag=False, is_repeatable=False)
+    options = {verb: {"cluster": form} for verb in ("place", "agents", "apply")}
+    (home / "project/hetis.toml").write_text('cluster = "fleet.yaml"\n[agents]\ncluster = "night"\n')
+    assert default_map(options, Path.cwd()) == {"place": {"cluster": "fleet.yaml"}, "agents": {"cluster": "night"}}
+
+
+def test_a_profile_for_all_verbs_does_not_stop_dispatching_in_a_plan(
+    home: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A plan contains its profiles."""
+    (home / "project/hetis.toml").write_text('profile = "measured.yaml"\n')
+    call = ["dispatch", "--plan", str(folder / "plan.json"), "--request", "300/100"]
+    assert run_verb(call) == ExitCode.OK, capsys.readouterr().err
+    assert run_verb([*call, "--profile", "other.yaml"]) == ExitCode.INVALID
+    assert "--profile needs --state" in unfolded(capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("cannot_be_read", ["home", "project", "nobody"])
+def test_files_of_defaults_that_nobody_can_see_do_not_exist(
+    cannot_be_read: str, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither those in folders without permission, nor those of a user without a home."""
+    stat = os.stat
+
+    def guarded(path: Any, *args: Any, **options: Any) -> os.stat_result:
+        if str(path).endswith("hetis.toml") and cannot_be_read in str(path):
+            raise PermissionError(13, "Permission denied", str(path))
+        return stat(path, *args, **options)
+
+    def unknown(_user: int) -> None:
+        raise KeyError
+
+    if cannot_be_read == "nobody":
+        monkeypatch.delenv("XDG_CONFIG_HOME")
+        monkeypatch.delenv("HOME")
+        monkeypatch.setattr(pwd, "getpwuid", unknown)
+    monkeypatch.setattr(os, "stat", guarded)
+    assert run_verb(["version"]) == ExitCode.OK
+    assert run_verb(["doctor"]) == ExitCode.OK
+
+
+def test_a_file_of_defaults_may_start_with_a_byte_order_mark(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (home / "project/hetis.toml").write_text('\ufeffoutput = "json"\n', encoding="utf-8")
+    assert run_verb(["catalog", "gpus", "L40S"]) == ExitCode.OK
+    assert json.loads(capsys.readouterr().out)
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
         ("modell = 'x'", "no command has an option --modell, did you mean model"),
+        (
+            "name = 'x'",
+            "--name means something else in each command: set it in the table of one of them: [export], [apply], "
+            "[cluster.discover]",
+        ),
         ("[plaice]\nseed = 1", "no command 'plaice', did you mean place"),
         ("[place]\nsede = 1", "place has no option --sede, did you mean seed"),
         ("model = ", "cannot be read"),

@@ -289,9 +289,21 @@ def test_a_folder_that_cannot_be_written_is_refused_before_the_solve(
     solver: Solver, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     asked = solver({})
-    assert run([*COMMAND, "--strategies", "hetis", "--out", str(tmp_path / "missing")]) == ExitCode.INVALID
+    (tmp_path / "file").write_text("")
+    for out, said in (("missing/deeper", "no folder"), ("file", "no folder"), ("-", "--out needs a folder")):
+        where = out if out == "-" else str(tmp_path / out)
+        assert run([*COMMAND, "--strategies", "hetis", "--out", where]) == ExitCode.INVALID
+        assert said in capsys.readouterr().err
     assert asked == []
-    assert "no folder" in capsys.readouterr().err
+
+
+def test_a_missing_folder_is_created_with_the_plans(solver: Solver, tmp_path: Path) -> None:
+    solver({"hetis": (1.35, 1.36)})
+    call = [*COMMAND, "--strategies", "hetis", "--out", str(tmp_path / "new")]
+    assert run([*call, "--dry-run"]) == ExitCode.OK
+    assert not (tmp_path / "new").exists()
+    assert run(call) == ExitCode.OK
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["hetis.json"]
 
 
 def test_an_unknown_strategy_is_named_with_the_nearest_one(capsys: pytest.CaptureFixture[str]) -> None:

@@ -57,6 +57,9 @@ def test_what_is_said_of_links_and_names_is_in_the_file(tmp_path: Path) -> None:
         ((NODES, "--name", ""), "--name: '' is not a name"),
         ((NODES, "--from", "slurm"), "kubectl_nodes.json: has no list of nodes, but apiVersion, kind"),
         (("nowhere.json",), "nowhere.json: no such file"),
+        ((NODES, "--cluster", "night"), "--cluster needs --from agents"),
+        ((NODES, "--server", "planner:1"), "--server needs --from agents"),
+        ((NODES, "--token-file", "token"), "--token-file needs --from agents"),
     ],
 )
 def test_what_cannot_be_done_is_one_error(arguments: tuple[str, ...], said: str) -> None:
@@ -64,6 +67,22 @@ def test_what_cannot_be_done_is_one_error(arguments: tuple[str, ...], said: str)
     assert done.returncode == 2
     assert said in " ".join(done.stderr.replace("│", " ").split())
     assert done.stdout == ""
+
+
+def test_the_planner_of_the_environment_or_of_defaults_is_no_mistake(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    monkeypatch.setenv("HETIS_SERVER", "planner:8470")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "hetis.toml").write_text('ca = "ca.pem"\n[cluster.discover]\ncluster = "night"\n')
+    assert run_verb(["cluster", "discover", NODES]) == 0, capsys.readouterr().err
+
+
+def test_a_single_gpu_is_no_plural(tmp_path: Path) -> None:
+    (tmp_path / "n.csv").write_text("node,gpu,count\na,L4,1\n")
+    done = hetis_plan_here("cluster", "discover", "n.csv", "--out", "c.yaml", cwd=tmp_path)
+    assert "c.yaml: 1 GPU in 1 node\n" in done.stderr
 
 
 def test_defaults_of_verbs_in_groups_have_tables_of_their_own(

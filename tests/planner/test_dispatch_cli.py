@@ -105,6 +105,8 @@ def test_a_profile_file_goes_before_the_model(tmp_path: Path) -> None:
     path.write_text(dump(modelled_profile(find_gpu("L4").gpu)))
     _, document = answer("dispatch", "--state", A100_L4, "--profile", str(path))
     assert [device["costs"] for device in document["devices"]] == ["fitted", *[str(path)] * 4]
+    twice = invoke("dispatch", "--state", A100_L4, *["--profile", str(path)] * 2)
+    assert "second profile of L4" in str(twice.exception)
     path.write_text(dump(modelled_profile(find_gpu("T4").gpu)))
     result = invoke("dispatch", "--state", A100_L4, "--profile", str(path))
     assert run(["dispatch", "--state", A100_L4, "--profile", str(path)]) == ExitCode.INVALID
@@ -131,6 +133,20 @@ def test_the_new_state_is_saved_and_takes_the_next_requests(tmp_path: Path) -> N
         assert saved.devices == load_state(A100_L4).devices
         assert invoke("dispatch", "--state", str(out), "--request", "10/10").exit_code == ExitCode.OK
     assert run(["dispatch", "--state", str(out), "--requests", REQUESTS]) == ExitCode.INVALID
+
+
+@pytest.mark.parametrize(
+    "call", [("dispatch", "--state", A100_L4, "--request", "10/10"), ("redispatch", "--state", DRIFTED)]
+)
+def test_a_state_is_printed_instead_of_the_tables(
+    call: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = invoke(*call, "--out", "-")
+    assert result.exit_code == ExitCode.OK
+    assert invoke(*call, "--out", "state.json").exit_code == ExitCode.OK
+    assert [path.name for path in tmp_path.iterdir()] == ["state.json"]
+    assert result.stdout == Path("state.json").read_text()
 
 
 def test_a_state_that_cannot_be_saved_is_refused_before_the_solve(capsys: pytest.CaptureFixture[str]) -> None:

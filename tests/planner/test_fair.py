@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 
+from hetis.planner.cli import sharing
+from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.cli.sharing import FairRule
+from hetis.solver.budget import Budget
 from hetis.solver.shares.problem import FairnessRule
 from tests.planner.command_line import EXAMPLES, hetis_plan_here, invoke
 
@@ -122,3 +126,55 @@ tenants: [{name: a, model: Llama-2-70B, workload: 1024/256}]
     run = hetis_plan_here("fair", written(tmp_path, text))
     assert run.returncode == 2, run.stderr
     assert "cannot be served on any of L4 alone" in run.stderr
+
+
+@pytest.fixture
+def stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C as soon as `fair` tells its next step."""
+    budgets = list[Budget]()
+
+    def new_budget(**given: Any) -> Budget:
+        budgets.append(Budget(**given))
+        return budgets[-1]
+
+    monkeypatch.setattr(sharing, "Budget", new_budget)
+    monkeypatch.setattr("hetis.formats.command_line.terminal.Terminal.say", lambda *_: budgets[-1].cancelled.set())
+
+
+@pytest.mark.usefixtures("stopped")
+def test_speed_ups_that_are_interrupted_are_no_shares() -> None:
+    """A placement that was cut short would understate what its GPU type is worth."""
+    run = hetis_plan_here("fair", str(EXAMPLES / "tenants.yaml"), "-o", "json")
+    assert run.returncode == ExitCode.INTERRUPTED, run.stderr
+    assert run.stdout == ""
+    assert "stopped before all speed-ups were derived, so there are no shares" in run.stderr
+
+
+@pytest.mark.usefixtures("stopped")
+def test_claims_that_are_interrupted_leave_the_shares(tmp_path: Path) -> None:
+    call = partial(hetis_plan_here, "fair", written(tmp_path, SMALL), "--claims", "9")
+    run = call("-o", "json")
+    assert run.returncode == ExitCode.INTERRUPTED, run.stderr
+    answer = json.loads(run.stdout)
+    assert len(answer["rules"]) == len(FairnessRule)
+    assert "claims" not in answer
+    assert "stopped early" in run.stderr
+    shown = call()
+    assert shown.returncode == ExitCode.INTERRUPTED
+    assert "no tenant envies another" in shown.stdout
+
+
+def test_no_further_rule_is_solved_after_an_interruption(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def spent(**given: Any) -> Budget:
+        budget = Budget(**given)
+        budget.cancelled.set()
+        return budget
+
+    monkeypatch.setattr(sharing, "Budget", spent)
+    call = partial(hetis_plan_here, "fair", written(tmp_path, SMALL), "--claims", "9", "--rounds", "9")
+    run = call("-o", "json")
+    assert run.returncode == ExitCode.INTERRUPTED, run.stderr
+    answer = json.loads(run.stdout)
+    assert [rule["rule"] for rule in answer["rules"]] == ["cooperative", "equal-split"]
+    assert answer.keys().isdisjoint({"claims", "rounds"})
+    assert "times an equal split" in call().stdout

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import re
 from pathlib import Path
@@ -14,6 +15,7 @@ import yaml
 from hetis.formats.documents import kind_of, load
 from hetis.planner.cli.app import run
 from hetis.planner.cli.files import FILE_KINDS, SAMPLES, Catalogue
+from tests.formats import test_gguf, test_trace_forms
 from tests.planner.command_line import EXAMPLES, invoke
 from tools.reference import FILE_EXAMPLES
 
@@ -59,6 +61,38 @@ def test_every_kind_of_file_but_plans_has_an_example_of_its_own() -> None:
     for kind, path in FILE_EXAMPLES.items():
         assert kind_of(load(EXAMPLES.parent / path)) == kind
     assert set(FILE_KINDS) - FILE_EXAMPLES.keys() == {"Plan"}
+
+
+OURS = "arrival_s,prompt_tokens,output_tokens\n0,374,44\n"
+ONE = {"arrival_s": 0, "prompt_tokens": 374, "output_tokens": 44}
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"], "hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32,
+    "num_hidden_layers": 32, "vocab_size": 32000, "max_position_embeddings": 4096, "torch_dtype": "float16",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "kind"),
+    [
+        ("a.csv", OURS, "Workload"),
+        ("a.csv.gz", OURS, "Workload"),
+        ("a.tsv", OURS.replace(",", "\t"), "Workload"),
+        ("a.tsv.gz", OURS.replace(",", "\t"), "Workload"),
+        ("a.jsonl", json.dumps(ONE), "Workload"),
+        ("a.jsonl.gz", json.dumps(ONE), "Workload"),
+        ("a.log", test_trace_forms.VLLM_LOG, "Workload"),
+        ("config.json", json.dumps(CONFIG), "ModelSpec"),
+        ("llama-config.json", json.dumps({**CONFIG, "model_type": "llama"}), "ModelSpec"),
+        ("llama.json", json.dumps(CONFIG), "ModelSpec"),
+        ("a.gguf", test_gguf.gguf(test_gguf.LLAMA, test_gguf.TENSORS), "ModelSpec"),
+    ],
+)
+def test_validate_reads_whatever_place_reads(name: str, content: str | bytes, kind: str, tmp_path: Path) -> None:
+    raw = content.encode() if isinstance(content, str) else content
+    (tmp_path / name).write_bytes(gzip.compress(raw) if name.endswith(".gz") else raw)
+    result = invoke("validate", str(tmp_path / name), "-o", "json")
+    assert result.exit_code == 0, result.stdout
+    assert json.loads(result.stdout)[0]["kind"] == kind
 
 
 def test_validate_lists_all_problems_of_all_files(tmp_path: Path) -> None:

@@ -205,6 +205,20 @@ def test_a_profile_of_a_gpu_the_cluster_lacks_is_refused(tmp_path: Path, capsys:
     assert "l4.yaml: gpu: L4 is not in cluster paper" in capsys.readouterr().err
 
 
+def test_a_second_profile_of_a_gpu_type_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The last one would be used without a word."""
+    from hetis.formats.catalogue import find_gpu
+    from hetis.formats.documents import dump
+    from hetis.profiler.roofline import modelled_profile
+
+    one, two = str(tmp_path / "one.yaml"), str(tmp_path / "two.yaml")
+    for path in (one, two):
+        Path(path).write_text(dump(modelled_profile(find_gpu("P100-PCIe-12GB").gpu)))
+    assert run([*INPUTS, "--profile", one, "--profile", two]) == ExitCode.INVALID
+    said = capsys.readouterr().err
+    assert f"two.yaml: gpu: is a second profile of P100-PCIe-12GB, the first is {one}: give only one" in said
+
+
 @pytest.mark.parametrize("kind", ["cost", "gpus"])
 def test_cost_and_gpus_need_a_rate(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
     inputs = INPUTS[: INPUTS.index("-w")]

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from hetis.formats.documents import load_model, to_data
+from hetis.formats.catalogue import find_gpu
+from hetis.formats.documents import dump, load_model, to_data
 from hetis.formats.dtypes import with_precision
 from hetis.planner.cli.app import run
 from hetis.planner.cli.exit_codes import ExitCode
+from hetis.profiler.roofline import modelled_profile
 from tests.planner.command_line import invoke
 
 FLEET = """apiVersion: hetis/v1
@@ -91,6 +93,25 @@ def test_a_gpu_of_another_type_is_another_gpu_whatever_its_name(folder: Path) ->
     moved = [device for device in answer["change"]["moved_gpus"] if device.startswith("l4-")]  # type: ignore[index]
     assert sorted(moved) == ["l4-0/0", "l4-1/0", "l4-2/0"]
     assert set(moved) <= set(answer["change"]["loads"])  # type: ignore[index]
+
+
+@pytest.mark.parametrize(
+    ("profiles", "said"),
+    [
+        (("A10",), "A10.yaml: gpu: A10 is not in cluster small"),
+        (("L4", "L4"), "L4.yaml: gpu: is a second profile of L4"),
+    ],
+)
+def test_profiles_that_would_be_ignored_are_refused(
+    folder: Path, tmp_path: Path, profiles: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = list[str]()
+    for gpu in profiles:
+        (tmp_path / f"{gpu}.yaml").write_text(dump(modelled_profile(find_gpu(gpu).gpu)))
+        options += ["--profile", str(tmp_path / f"{gpu}.yaml")]
+    asked = ["replan", "--from", str(folder / "running.json"), "-c", str(folder / "fleet.yaml"), *options]
+    assert run([*asked, "--dry-run"]) == ExitCode.INVALID
+    assert said in capsys.readouterr().err
 
 
 def test_types_that_join_are_taken_as_the_engine_takes_them(folder: Path) -> None:
@@ -191,6 +212,24 @@ def test_diff_of_a_plan_with_itself_is_nothing(folder: Path) -> None:
     plan = str(folder / "running.json")
     change = json.loads(invoke("diff", plan, plan, "-o", "json").stdout)["change"]
     assert (change["moved_gpus"], change["loads"], change["dropped_requests"]) == ([], {}, 0)
+
+
+@pytest.mark.parametrize("is_before", [True, False])
+def test_diff_takes_a_plan_without_replicas(folder: Path, tmp_path: Path, is_before: bool) -> None:
+    empty = json.loads((folder / "running.json").read_text())
+    num_replicas = len(empty["replicas"])
+    empty |= {"replicas": [], "kv_routes": []}
+    (tmp_path / "empty.json").write_text(json.dumps(empty))
+    files = [str(tmp_path / "empty.json"), str(folder / "running.json")]
+    files = files if is_before else files[::-1]
+    result = invoke("diff", *files, "-o", "json")
+    assert result.exit_code == ExitCode.OK, result.output
+    counts = json.loads(result.stdout)["change"]["counts"]
+    assert counts["new" if is_before else "gone"] == num_replicas
+    latencies = next(line for line in invoke("diff", *files).stdout.splitlines() if "TTFT" in line).split()[2:]
+    assert latencies.index("-") == (0 if is_before else 1)
+    page = tmp_path / "page.html"
+    assert invoke("report", *files, "--out", str(page)).exit_code == ExitCode.OK
 
 
 def test_the_tables_fit_80_columns(folder: Path) -> None:

@@ -31,7 +31,7 @@ def written(folder: Path, text: str = TWO) -> str:
 
 
 def test_every_tenant_gets_a_plan_that_the_checker_passes(tmp_path: Path) -> None:
-    run = hetis_plan_here("share", written(tmp_path), "-c", FLEET, "-o", "json", "--out", str(tmp_path))
+    run = hetis_plan_here("share", written(tmp_path), "-c", FLEET, "-o", "json", "--out", str(tmp_path / "new"))
     assert run.returncode == 0, run.stderr
     answer = json.loads(run.stdout)
     assert [rule["rule"] for rule in answer["rules"]] == [
@@ -46,7 +46,7 @@ def test_every_tenant_gets_a_plan_that_the_checker_passes(tmp_path: Path) -> Non
     assert max(rule["value"] for rule in answer["rules"]) == pytest.approx(answer["rules"][1]["value"])
     devices: list[str] = []
     for tenant in first["tenants"]:
-        path = str(tmp_path / f"{tenant['name']}.json")
+        path = str(tmp_path / "new" / f"{tenant['name']}.json")
         checked = hetis_plan_here("check", path)
         assert checked.returncode == 0, checked.stdout + checked.stderr
         plan = load_plan(path)
@@ -129,6 +129,16 @@ def test_a_folder_that_is_missing_is_said_before_the_search(tmp_path: Path) -> N
     assert run.returncode == 2
     assert "no folder" in run.stderr
     assert "alone on the whole fleet" not in run.stderr
+
+
+def test_a_dry_run_creates_no_folder(tmp_path: Path) -> None:
+    out = tmp_path / "plans"
+    run = hetis_plan_here("share", written(tmp_path), "-c", FLEET, "--out", str(out), "--dry-run")
+    assert run.returncode == 0, run.stderr
+    assert not out.exists()
+    run = hetis_plan_here("share", written(tmp_path), "-c", FLEET, "--out", "-", "--dry-run")
+    assert run.returncode == 2
+    assert "--out needs a folder" in run.stderr
 
 
 def test_a_time_limit_that_is_too_short_is_no_plan(tmp_path: Path) -> None:

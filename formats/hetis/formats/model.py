@@ -30,6 +30,7 @@ from hetis.formats.fields import (
 from hetis.formats.positions import Text
 from hetis.solver.model import DraftShape, ModelSpec
 
+_CONFIG = "config.json"
 Whole = Annotated[int, Field(ge=1, le=10**9)]
 WholeOrZero = Annotated[int, Field(ge=0, le=10**9)]
 ElementBytes = Annotated[float, Field(gt=0, le=16)]
@@ -207,27 +208,29 @@ def load_model(ref: str | os.PathLike[str]) -> ModelSpec:
         if not (text == "-" or text.endswith((".json", ".yaml", ".yml", ".gguf")) or os.path.exists(text)):
             raise DocumentError([Problem(file="model", message=f"{error} (and no such file exists)")]) from None
     if os.path.isdir(text):
-        if not (Path(text) / "config.json").exists():
-            raise single_problem(text, "is a folder without config.json, so it is not a Hugging Face model")
-        text = str(Path(text) / "config.json")
+        if not (Path(text) / _CONFIG).exists():
+            raise single_problem(text, f"is a folder without {_CONFIG}, so it is not a Hugging Face model")
+        text = str(Path(text) / _CONFIG)
     if text.lower().endswith(".gguf"):
         from hetis.formats.gguf import load_gguf
 
         return _as_saved(load_gguf(text), Text(file=text, text=None))
     data, source = read_data(text)
-    is_config = Path(text).name == "config.json"
-    if (
-        isinstance(data, dict)
-        and "apiVersion" not in data
-        and (is_config or {"architectures", "model_type"} & data.keys())
-    ):
+    if is_config(text, data):
         from hetis.formats.huggingface import model_from_config
 
-        folder = Path(text).resolve().parent if is_config else None
+        folder = Path(text).resolve().parent if Path(text).name == _CONFIG else None
         name = Path(text).stem if folder is None else folder.name
         model = model_from_config(data, source, name=name, folder=folder)
         return _as_saved(model, Text(file=source.file, text=None))
     return parse_model(data, source)
+
+
+def is_config(path: str, data: Any) -> bool:
+    """Return whether a file with this data is a Hugging Face ``config.json``, perhaps of another name."""
+    if not isinstance(data, dict) or "apiVersion" in data:
+        return False
+    return Path(path).name == _CONFIG or not data.keys().isdisjoint({"architectures", "model_type"})
 
 
 def _as_saved(model: ModelSpec, source: Text) -> ModelSpec:

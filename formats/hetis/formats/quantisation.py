@@ -17,6 +17,7 @@ from hetis.formats.quantised_modules import (
     compressed_groups,
     compressed_precision,
     modelopt_precision,
+    override_of_bits,
     quark_input,
     quark_precision,
 )
@@ -91,6 +92,8 @@ def weights_precision(config: Config, model: ModelSpec | None, linear: LinearLay
         return _of_experts(config.quantisation)
     if method in by_method:
         return by_method[method]
+    if method == "gptq" and bits in (4, 8) and model is not None:
+        _refuse_other_bits(config.quantisation, bits, model, linear)
     if method in ("awq", "gptq", "auto-round") and bits in (4, 8):
         return {"awq": "awq-int4"}.get(method, "gptq-int4") if bits == 4 else "int8"
     if method == "compressed-tensors":
@@ -120,6 +123,15 @@ def weights_precision(config: Config, model: ModelSpec | None, linear: LinearLay
     what = f"{method} with {shown(bits)} bits" if method in ("awq", "gptq") else shown(method)
     config.quantisation.refuse_all(f"{what} is not supported; supported: {_SUPPORTED}")
     return None
+
+
+def _refuse_other_bits(quantisation: Config, bits: int, model: ModelSpec, linear: LinearLayers) -> None:
+    """Refuse a checkpoint of GPTQModel whose modules have different numbers of bits."""
+    name = override_of_bits(quantisation.data, bits, model, linear)
+    if name is not None:
+        other = shown(quantisation.data["dynamic"][name]["bits"])
+        what = f"{shown(name)} states {other} bits, all else has {bits}: modules of different bits are not supported"
+        quantisation.refuse("dynamic", what)
 
 
 def _of_experts(quantisation: Config) -> str | None:

@@ -28,8 +28,10 @@ MODELOPT |= {"NVFP4": "nvfp4", "W4A16_NVFP4": "nvfp4"}  # quantisation algorithm
 # scales.
 QUARK = {"fp8_e4m3": "fp8", "int8": "int8", "int4": "int4", "uint4": "int4"}
 _QUARK_LAYERS = ("layer_quant_config", "layer_type_quant_config")
-# Weights of a group of compressed-tensors: their number of bits, and whether they are floats.
-_COMPRESSED = {(4, True): "nvfp4", (8, True): "fp8", (4, False): "int4", (8, False): "int8"}
+# Weights of a group of compressed-tensors: their number of bits, and whether they are floats. Floats of 4 bits go by
+# the number of weights that share a scale, as in vLLM 0.32 (`_is_nvfp4_format` and `_is_mxfp4`).
+_COMPRESSED = {(8, True): "fp8", (4, False): "int4", (8, False): "int8"}
+_COMPRESSED_FP4 = {None: "nvfp4", 16: "nvfp4", 32: "mxfp4"}
 _CLASS = "Linear"  # class of all matrices of a layer, as targets of compressed-tensors name it
 # Matrices of linear attention that Qwen3-Next joins into one.
 _JOINED = {
@@ -127,6 +129,9 @@ def compressed_groups(data: Mapping[str, Any]) -> list[QuantisedGroup]:
         bits, of_group = weights.get("num_bits"), f" in {name}" if len(stated) > 1 else ""
         if bits not in (4, 8):
             raise ValueError(f"with {shown(bits)} bits{of_group}")
+        is_float, size = weights.get("type") == "float", weights.get("group_size")
+        if (bits, is_float) == (4, True) and size not in tuple(_COMPRESSED_FP4):
+            raise ValueError(f"with floats of 4 bits in groups of {shown(size)}{of_group}")
         targets = tuple(map(str, listed(mapping(group).get("targets", [_CLASS]))))
         patterns = [target.removeprefix("re:") for target in targets if target.startswith("re:")]
         for pattern in patterns:
@@ -135,7 +140,8 @@ def compressed_groups(data: Mapping[str, Any]) -> list[QuantisedGroup]:
         num_patterns += len(patterns)
         if num_patterns > _MOST_PATTERNS:
             raise ValueError(f"with more than {_MOST_PATTERNS} regular expressions as targets")
-        groups.append(QuantisedGroup(name, targets, _COMPRESSED[bits, weights.get("type") == "float"]))
+        precision = _COMPRESSED.get((bits, is_float)) or _COMPRESSED_FP4[size]
+        groups.append(QuantisedGroup(name, targets, precision))
     return groups
 
 
@@ -155,6 +161,23 @@ def compressed_precision(data: Mapping[str, Any], model: ModelSpec, linear: Line
             if precision:
                 params["_attn." in module.names[0]][precision] += module.params
     return next((max(found, key=found.__getitem__) for found in params.values() if found), None)
+
+
+def override_of_bits(data: Mapping[str, Any], bits: int, model: ModelSpec, linear: LinearLayers) -> str | None:
+    """Return the first pattern by which GPTQModel gives modules of the layers other bits than ``bits``, if any does.
+
+    Patterns of ``dynamic`` are such overrides unless they begin with ``-:`` (vLLM 0.32, `get_dynamic_override`).
+    """
+    positive = {name: mapping(of) for name, of in mapping(data.get("dynamic")).items() if not name.startswith("-:")}
+    others = [name for name, stated in positive.items() if stated.get("bits", bits) != bits]
+    if len(others) > _MOST_PATTERNS:
+        return others[0]
+    modules = [(layer, one) for one in (*_modules(model, linear), *_routed_experts(model)) for layer in one.layers]
+    for name in others:
+        pattern = _expression(name.removeprefix("+:"))
+        if pattern is None or any(_first((pattern.match,), layer, module) for layer, module in modules):
+            return name
+    return None
 
 
 def layer_weight_bytes(data: Mapping[str, Any], model: ModelSpec, dtype: str, linear: LinearLayers) -> float:
@@ -182,7 +205,7 @@ def layer_weight_bytes(data: Mapping[str, Any], model: ModelSpec, dtype: str, li
         are_all_plain &= set(found) == {usual if module.is_routed else base}
     if are_all_plain and model.moe is not None:
         return dtypes.experts_weight_bytes(dtype, model, sizes)
-    if "expert_dtype" in data:  # all that is not routed has a format of its own
+    if "expert_dtype" in data or _has_groups(data):  # all that is not routed has a format of its own
         return dtypes.mean_weight_bytes(usual, model, exceptions)
     return dtypes.layer_weight_bytes(dtype, model, exceptions, sizes)
 

@@ -317,23 +317,24 @@ def opened(label: str) -> IO[str]:
 
 
 def _csv_rows(label: str, lines: Iterator[str]) -> Iterator[Row]:
-    first = next(lines, "")
+    begin = next(((number, line) for number, line in enumerate(lines) if line.strip()), None)
+    if begin is None:
+        raise single_problem(label, "is empty", line=1)
+    num_blank, first = begin
     reader = csv.reader(itertools.chain([first], lines), delimiter=max(",\t;", key=first.count))
     header = [column.strip() for column in next(reader, [])]
-    if not header:
-        raise single_problem(label, "is empty", line=1)
     form = form_of(header)
     if form is None:
-        raise unknown_form(label, 1, "column", "columns", header)
+        raise unknown_form(label, num_blank + 1, "column", "columns", header)
     if twice := [column for column in form.fields if header.count(column) > 1]:
-        raise single_problem(label, f"has column {twice[0]} {header.count(twice[0])} times", line=1)
+        raise single_problem(label, f"has column {twice[0]} {header.count(twice[0])} times", line=num_blank + 1)
     places = [header.index(column) for column in form.fields]
     for row in reader:
         if any(value.strip() for value in row[len(header) :]):  # a comma too many: 1,200 is not 1200
             message = f"has {len(row)} values for {len(header)} columns"
-            raise single_problem(label, message, line=reader.line_num)
+            raise single_problem(label, message, line=num_blank + reader.line_num)
         if row:
-            yield reader.line_num, form, [row[place] if place < len(row) else "" for place in places]
+            yield num_blank + reader.line_num, form, [row[place] if place < len(row) else "" for place in places]
 
 
 def _json_rows(label: str, lines: Iterator[str]) -> Iterator[Row]:

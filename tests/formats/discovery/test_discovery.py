@@ -151,6 +151,36 @@ def test_nodes_of_kubernetes_have_what_their_labels_and_pods_leave() -> None:
     assert "1 node without GPUs" in fleet.left_out
 
 
+def test_shared_gpus_may_have_a_name_of_their_own(tmp_path: Path) -> None:
+    """NVIDIA's device plugin renames the resource if its configuration says so, and keeps the product's name."""
+    data = json.loads((INPUTS / "kubectl_nodes.json").read_text())
+    node, other = (next(one for one in data["items"] if one["metadata"]["name"] == name) for name in ("l4-1", "a100-0"))
+    for counts in (node["status"]["capacity"], node["status"]["allocatable"]):
+        counts["nvidia.com/gpu.shared"], counts["nvidia.com/gpu"] = counts["nvidia.com/gpu"], "0"
+    labels = node["metadata"]["labels"]
+    labels["nvidia.com/gpu.product"] = "NVIDIA-L4"
+    container = {"resources": {"limits": {"nvidia.com/gpu.shared": "1"}}}
+    pod = {
+        "kind": "Pod",
+        "metadata": {"name": "chat", "namespace": "serving"},
+        "spec": {"nodeName": "l4-1", "containers": [container]},
+    }
+
+    def fleet(*items: dict[str, Any]) -> Discovered:
+        (tmp_path / "nodes.json").write_text(json.dumps({"kind": "List", "items": items}))
+        return discovered(read_inventory([str(tmp_path / "nodes.json")]), name="t", said={})
+
+    assert gpus(fleet(node)) == {"l4-1": {"L4": 4}}
+    in_use = fleet(node, pod)
+    assert gpus(in_use) == {"l4-1": {"L4": 3}}
+    assert reason(in_use, "l4-1") == "1 GPU (NVIDIA-L4): in use by serving/chat"
+    for name in ("count", "replicas", "product", "memory"):
+        del labels[f"nvidia.com/gpu.{name}"]
+    unknown = fleet(node, other)
+    assert "l4-1" not in gpus(unknown)
+    assert "shared, and its labels do not say how many GPUs there are" in reason(unknown, "l4-1")
+
+
 def test_gpus_that_a_plan_numbers_otherwise_than_the_driver_have_their_indices(tmp_path: Path) -> None:
     text = (INPUTS / "sxm.xml").read_text()
     first, *others = re.findall(r"<gpu id=.*?</gpu>", text, re.DOTALL)
@@ -384,6 +414,15 @@ def test_a_table_of_nodes_is_a_fleet(tmp_path: Path) -> None:
     said = refused(tmp_path, "n.csv", "node,gpu,count\na,L4,0\nb,,2\nc,L4,2,x\n", FleetSource.FILE)
     assert said.splitlines() == ["/n.csv:2: count: is '0', must be 1 to 1024", "/n.csv:3: gpu: is missing"]
     assert "column count is missing; the file has node, gpu, number" in refused(tmp_path, "m.csv", "node,gpu,number\n")
+
+
+@pytest.mark.parametrize("blank", ["\n", "\r\n", "  \n\n"])
+def test_blank_lines_before_a_table_are_no_header(tmp_path: Path, blank: str) -> None:
+    (tmp_path / "n.csv").write_text(f"{blank}node,gpu,count\n\na,L4,2\n")
+    assert gpus(discovered(read_inventory([str(tmp_path / "n.csv")]), name="t", said={})) == {"a": {"L4": 2}}
+    line = 1 + blank.count("\n")
+    assert f"n.csv:{line + 1}: count: is '0'" in refused(tmp_path, "n.csv", f"{blank}node,gpu,count\na,L4,0\n")
+    assert f"n.csv:{line}: column count" in refused(tmp_path, "n.csv", f"{blank}node,gpu,number\n", FleetSource.FILE)
 
 
 @pytest.mark.parametrize("content", ["", "{}", "[]", "apiVersion: hetis/v1\nkind: Cluster\n", "hello", "[1, 2]", "{"])

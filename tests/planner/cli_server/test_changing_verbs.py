@@ -180,6 +180,19 @@ def test_a_solved_plan_is_activated_saved_and_printed_as_data(
     assert sent.request_id
 
 
+@pytest.mark.parametrize("more", [(), ("--activate",), ("-o", "json")])
+def test_a_solved_plan_is_printed_instead_of_the_tables(
+    planner: FakePlanner, hetis_plan: Run, capsys: Captured, tmp_path: Path, more: tuple[str, ...],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    planner.documents["plans/night"] = b'{"kind": "Plan"}\n'
+    monkeypatch.chdir(tmp_path)
+    assert hetis_plan("apply", *PROBLEM, "--name", "night", "--out", "-", *more) == ExitCode.OK
+    assert capsys.readouterr().out == '{"kind": "Plan"}\n'
+    assert not Path("-").exists()
+    assert planner.calls["ActivatePlan"] == ("--activate" in more)
+
+
 def test_a_search_that_a_new_leader_begins_again_is_announced_once(
     planner: FakePlanner, hetis_plan: Run, capsys: Captured
 ) -> None:

@@ -112,7 +112,8 @@ def _take_one_value_each(application: typer.Typer) -> None:
             _take_one_value_each(group.typer_instance)
 
 
-# Names of the parameters of the verb that runs whose values are those of `run_application`'s ``defaults``.
+# Names of the parameters of the verb that runs whose values are those of `run_application`'s ``defaults``, or of the
+# environment, rather than of the command line.
 defaulted: ContextVar[frozenset[str]] = ContextVar("defaulted", default=frozenset())
 
 
@@ -123,7 +124,8 @@ class _Command(TyperCommand):
 
     def invoke(self, ctx: Any) -> Any:
         sources = {name: ctx.get_parameter_source(name) for name in ctx.params}
-        defaulted.set(frozenset(name for name, source in sources.items() if source and source.name == "DEFAULT_MAP"))
+        elsewhere = ("DEFAULT_MAP", "ENVIRONMENT")
+        defaulted.set(frozenset(name for name, source in sources.items() if source and source.name in elsewhere))
         return super().invoke(ctx)
 
 

@@ -32,6 +32,9 @@ from hetis.formats.positions import Text
 from hetis.formats.units import parse_bytes
 
 _RESOURCES = ("nvidia.com/gpu", "amd.com/gpu", "gpu.intel.com/xe", "gpu.intel.com/i915", "habana.ai/gaudi")
+# What NVIDIA's device plugin advertises instead of GPUs that pods share, if `renameByDefault` is set (docs.nvidia.com,
+# "Time-Slicing GPUs in Kubernetes"): as many as GPUs times replicas.
+_NVIDIA, _SHARED = "nvidia.com/gpu", "nvidia.com/gpu.shared"
 _DRIVERS = {"gpu.nvidia.com": "nvidia.com/gpu", "gpu.amd.com": "amd.com/gpu", "gpu.intel.com": "gpu.intel.com/xe"}
 _ZONES = ("topology.kubernetes.io/zone", "failure-domain.beta.kubernetes.io/zone")
 _LEAVING = {
@@ -173,7 +176,10 @@ def _use_by_node(pods: Iterable[_Object], problems: list[Problem]) -> dict[str, 
 
 
 def _asked(pod: _Object, spec: Mapping[str, Any], problems: list[Problem]) -> dict[str, int]:
-    """Return the GPUs of a pod: the sum over its containers, or the maximum over its init containers if larger."""
+    """Return the GPUs of a pod: the sum over its containers, or the maximum over its init containers if larger.
+
+    Shared GPUs count as `_NVIDIA`.
+    """
 
     def each(group: str, resource: str) -> Iterator[int]:
         for i, container in enumerate(listed(spec.get(group))):
@@ -182,7 +188,9 @@ def _asked(pod: _Object, spec: Mapping[str, Any], problems: list[Problem]) -> di
                 path = (*pod.path, "spec", group, i, "resources", "limits", resource)
                 yield whole_number(value, path, pod.source, problems)
 
-    most = {r: max(sum(each("containers", r)), max(each("initContainers", r), default=0)) for r in _RESOURCES}
+    names = (*_RESOURCES, _SHARED)
+    most = {r: max(sum(each("containers", r)), max(each("initContainers", r), default=0)) for r in names}
+    most[_NVIDIA] += most.pop(_SHARED)
     return {resource: count for resource, count in most.items() if count}
 
 
@@ -321,8 +329,11 @@ def _number(node: _Object, of: str, name: str, problems: list[Problem]) -> int:
 
 
 def _of_resource(node: _Object, resource: str, use: _Use, problems: list[Problem]) -> tuple[list[FoundGpus], list[str]]:
-    capacity = _number(node, "capacity", resource, problems)
-    usable = min(capacity, _number(node, "allocatable", resource, problems))
+    # After the plugin has renamed a resource, the node may keep the old name for a while.
+    renamed = resource == _NVIDIA and _number(node, "capacity", _SHARED, problems) > 0
+    advertised = _SHARED if renamed else resource
+    capacity = _number(node, "capacity", advertised, problems)
+    usable = min(capacity, _number(node, "allocatable", advertised, problems))
     if not capacity:
         return [], []
     product, memory = _product(node, resource)
@@ -330,9 +341,10 @@ def _of_resource(node: _Object, resource: str, use: _Use, problems: list[Problem
         return [], [parts_text(capacity, product)]
     labelled, shares = _label(node, "count", problems), max(1, _label(node, "replicas", problems))
     left_out = []
-    if shares > 1:  # several pods take turns on a GPU, and the node counts turns
+    if renamed or shares > 1:  # several pods take turns on a GPU, and the node counts turns
         if not labelled or capacity > labelled * shares:
-            why = f"shared {shares} times, and its labels do not say how many GPUs there are"
+            times = f" {shares} times" if shares > 1 else ""
+            why = f"shared{times}, and its labels do not say how many GPUs there are"
             return [], [f"{counted(capacity)} ({product}): {why}"]
         capacity, usable = labelled, -(-usable // shares)
     elif resource == "nvidia.com/gpu" and labelled and capacity > labelled:

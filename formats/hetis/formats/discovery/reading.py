@@ -1,7 +1,8 @@
 """Recognises which tool wrote a file, and reads it.
 
-Slurm (``scontrol show nodes --json``, ``sinfo --json``), Ray (``ray list nodes --format json``, ``ray.nodes()``) and
-tables that are kept by hand (CSV with ``node,gpu,count`` and optionally ``zone``) are read here.
+Slurm (``scontrol show nodes --json``), Ray (``ray list nodes --format json``, ``ray.nodes()``) and tables that are kept
+by hand (CSV with ``node,gpu,count`` and optionally ``zone``) are read here. ``sinfo --json`` is not: its rows are
+groups of nodes.
 """
 
 from __future__ import annotations
@@ -141,24 +142,27 @@ def is_node_table(text: str) -> bool:
 
 
 def read_node_table(text: str, file: str) -> Inventory:
-    """Return the nodes of a table, each with its rows as GPUs. Raises DocumentError with what is missing or wrong."""
+    """Return the nodes of a table, each with its rows as GPUs. Blank lines are skipped.
+
+    Raises DocumentError with what is missing or wrong.
+    """
     header = _header(text)
     missing = [column for column in COLUMNS if column not in header]
     if missing:
-        has = ", ".join(header[:12])
-        raise single_problem(file, f"column {', '.join(missing)} is missing; the file has {has}", line=1)
+        has, line = ", ".join(header[:12]), 1 + text[: len(text) - len(text.lstrip())].count("\n")
+        raise single_problem(file, f"column {', '.join(missing)} is missing; the file has {has}", line=line)
     places = {column: header.index(column) for column in (*COLUMNS, "zone") if column in header}
     problems: list[Problem] = []
     nodes: dict[str, FoundNode] = {}
     reader = csv.reader(io.StringIO(text))
     try:
-        next(reader)
-        for row in reader:
+        rows = (row for row in reader if any(cell.strip() for cell in row))
+        next(rows)
+        for row in rows:
             if reader.line_num > MAX_ROWS:
                 raise single_problem(file, f"has more than {MAX_ROWS} lines")
-            if any(cell.strip() for cell in row):
-                cells = {name: row[place].strip() if place < len(row) else "" for name, place in places.items()}
-                _add(nodes, cells, Problem(file=file, message="", line=reader.line_num), problems)
+            cells = {name: row[place].strip() if place < len(row) else "" for name, place in places.items()}
+            _add(nodes, cells, Problem(file=file, message="", line=reader.line_num), problems)
     except csv.Error as error:
         raise single_problem(file, f"is not CSV: {error}", line=reader.line_num) from None
     if problems:
@@ -167,6 +171,7 @@ def read_node_table(text: str, file: str) -> Inventory:
 
 
 def _header(text: str) -> list[str]:
+    """Return the columns on the first line that is not blank."""
     return [column.strip().lower() for column in next(csv.reader([text.lstrip().partition("\n")[0][:10_000]]), [])]
 
 

@@ -18,7 +18,7 @@ from hetis.formats.files import write_atomically
 from hetis.formats.positions import parse_text
 from hetis.planner.cli import options
 from hetis.planner.cli.exit_codes import ExitCode
-from hetis.planner.cli.outputs import refuse_unwritable
+from hetis.planner.cli.outputs import STDOUT, refuse_unwritable
 from hetis.planner.cli.resource_views import list_data, outcome, plan_summary, resource_data, wait_for_plan
 from hetis.planner.cli.server_verb import fetched, full_name, id_of
 from hetis.planner.cli.values import NO_LIMIT
@@ -294,16 +294,24 @@ class Applying:
                     terminal.warn("its search is still running: the plan was neither activated nor saved")
                 return self._show(plan)
             plan = wait_for_plan(terminal, self.client, plan.name)
-        code = outcome(terminal, plan)
+        code, is_printed = outcome(terminal, plan), asked.out == STDOUT
         if code is not ExitCode.OK:
-            self._show(plan)
-            return code
+            return code if is_printed else self._show(plan, code=code)
         if asked.out is not None:
-            write_atomically(asked.out, self.client.read_plan_document(plan.name).decode("utf-8"))
-            terminal.say(f"saved {asked.out}")
-        return self._put_in_force(plan) if asked.activate else self._show(plan)
+            self._save(asked.out, self.client.read_plan_document(plan.name).decode("utf-8"))
+        if asked.activate:
+            return self._put_in_force(plan, is_printed=is_printed)
+        return ExitCode.OK if is_printed else self._show(plan)
 
-    def _put_in_force(self, plan: plan_pb2.Plan) -> ExitCode:
+    def _save(self, out: Path, plan: str) -> None:
+        if out == STDOUT:
+            self.terminal.write(plan)
+            return
+        write_atomically(out, plan)
+        self.terminal.say(f"saved {out}")
+
+    def _put_in_force(self, plan: plan_pb2.Plan, *, is_printed: bool = False) -> ExitCode:
+        """Activate a plan, or show what that would do. ``is_printed``: stdout has the plan, and nothing else."""
         only_checks = self.asked.dry_run or not self.asked.activate
         # Send the cluster's etag, so that a plan activated by another client in the meantime causes a conflict and is
         # not overwritten.
@@ -318,9 +326,10 @@ class Applying:
         self.terminal.say(f"{plan.name} is being activated")
         if not self.asked.no_wait:
             plan = wait_for_plan(self.terminal, self.client, plan.name)
-        self._show(plan, answer.steps)
+        if not is_printed:
+            self._show(plan, answer.steps)
         return outcome(self.terminal, plan, activated=not self.asked.no_wait)
 
-    def _show(self, plan: plan_pb2.Plan, steps: Any = ()) -> ExitCode:
+    def _show(self, plan: plan_pb2.Plan, steps: Any = (), *, code: ExitCode = ExitCode.OK) -> ExitCode:
         self.terminal.emit(lambda: resource_data(plan), lambda: plan_summary(plan, steps))
-        return ExitCode.OK
+        return code

@@ -14,8 +14,9 @@ from hetis.formats.discovery import FleetSource
 from hetis.planner.cli import values
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.cli.files import EXAMPLE_LENGTHS, EXAMPLE_MODEL
-from hetis.planner.cli.options import group, option, verb
+from hetis.planner.cli.options import group, option, refuse_without, verb
 from hetis.planner.cli.server_verb import PlannerOptions, chosen_cluster, cluster_name_option, fetched
+from hetis.planner.report.figures import plural
 
 if TYPE_CHECKING:
     from hetis.formats.discovery.fleet import Discovered
@@ -106,6 +107,9 @@ def discover(
         raise typer.BadParameter("; ".join(wrong))
     if name is not None and not (name.strip() and name.isprintable() and len(name) <= 200):
         raise typer.BadParameter(f"--name: {name[:40]!r} is not a name: 1 to 200 printable characters")
+    of_agents = source is FleetSource.AGENTS
+    refuse_without("--from agents", {"--cluster": asked.cluster}, is_given=of_agents)
+    planner.refuse_without("--from agents", is_given=of_agents)
     if files and source in (FleetSource.NVML, FleetSource.AGENTS):
         raise typer.BadParameter(f"--from {source.value} reads no files: leave out {files[0]}")
 
@@ -116,7 +120,7 @@ def discover(
         found = discovered(inventory, name=name or otherwise_named, link=asked.link(), said=said)
         return _write(terminal, found, sources, asked.out)
 
-    if source is FleetSource.AGENTS:
+    if of_agents:
 
         def from_agents(client: Client) -> ExitCode:
             from hetis.planner.convert.names import last_part
@@ -164,6 +168,6 @@ def _write(terminal: Terminal, found: Discovered, sources: Sequence[str], out: s
     write_atomically(out, text)
     fleet = found.cluster
     num_nodes = sum(group.count for group in fleet.node_groups)
-    terminal.say(f"{out}: {fleet.num_gpus()} GPUs in {num_nodes} nodes")
+    terminal.say(f"{out}: {plural(fleet.num_gpus(), 'GPU')} in {plural(num_nodes, 'node')}")
     terminal.say(f"next: hetis-plan place --cluster {out} --model {EXAMPLE_MODEL} --workload {EXAMPLE_LENGTHS}")
     return ExitCode.OK

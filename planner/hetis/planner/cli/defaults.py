@@ -1,8 +1,9 @@
 """Defaults of options, read from files: the project's ``hetis.toml``, and with lower precedence the user's.
 
 A table named after a verb (``[place]``, ``[cluster.discover]``) sets options of that verb; settings before all tables
-apply to every verb that has the option. Precedence: the command line, the project's table of the verb, the project's
-settings for all verbs, the user's table of the verb, the user's settings for all verbs.
+apply to every verb that has the option, except where it has a meaning of its own (`OWN_MEANING`). Precedence: the
+command line, the project's table of the verb, the project's settings for all verbs, the user's table of the verb, the
+user's settings for all verbs.
 """
 
 from __future__ import annotations
@@ -27,14 +28,51 @@ class OptionForm(NamedTuple):
 
 Options = Mapping[str, Mapping[str, OptionForm]]  # by verb and option name
 
+# Options by name, with the verbs in which they mean something else than in `place`, or than in any other verb if
+# `place` lacks them. Settings for all verbs do not reach them there; the table of the verb does.
+OWN_MEANING: Mapping[str, frozenset[str]] = {
+    "chunk-tokens": frozenset({"simulate"}),  # one setting, not choices to plan with
+    "cluster": frozenset(  # the name of a cluster, and in `apply` something to change on the planner
+        {"apply", "get", "agents", "upstreams", "rollback", "disconnect", "cluster.discover"}
+    ),
+    "engine": frozenset({"export"}),
+    "from": frozenset({"replan", "cluster.discover"}),
+    "model": frozenset(  # an argument for the engine, a client's name, a check, and in `apply` a request to solve
+        {"export", "upstreams", "replan", "apply"}
+    ),
+    "name": frozenset({"export", "apply", "cluster.discover"}),
+    "out": frozenset(  # anything but a plan
+        {"compare", "report", "share", "export", "dispatch", "redispatch", "upstreams", "convert", "cluster.discover"}
+    ),
+    "plan": frozenset({"dispatch", "apply"}),
+    "profile": frozenset({"apply"}),  # as for its cluster
+    "rate": frozenset({"simulate", "convert"}),
+    "requests": frozenset({"simulate", "dispatch"}),
+    "rule": frozenset({"fair", "share"}),
+    "strict": frozenset({"export", "redispatch"}),
+    "to": frozenset({"export", "upstreams"}),
+    "workload": frozenset({"apply"}),  # as for its model
+}
+
 
 def default_files(folder: Path) -> list[Path]:
-    """Return the files that exist, the user's first; a project's file is in the folder or in one above it."""
-    configuration = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
-    user = configuration / "hetis" / NAME
-    project = next((above / NAME for above in (folder, *folder.parents) if (above / NAME).is_file()), None)
-    found = [user] if user.is_file() else []
+    """Return the files that exist, the user's first; a project's file is in the folder or in one above it.
+
+    A file in a folder that the user may not read does not exist for them, nor does one in an unknown home.
+    """
+    user, above = _user_file(), (folder, *folder.parents)
+    project = next((each / NAME for each in above if os.path.isfile(each / NAME)), None)
+    found = [user] if user is not None and os.path.isfile(user) else []
     return [*found, *([project] if project is not None and project != user else [])]
+
+
+def _user_file() -> Path | None:
+    """Return the path of the user's file, or None if the home folder is unknown."""
+    try:
+        configuration = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
+    except RuntimeError:  # HOME is not set, and the user has no entry in the password database
+        return None
+    return configuration / "hetis" / NAME
 
 
 def default_map(options: Options, folder: Path) -> dict[str, dict[str, Any]]:
@@ -62,7 +100,7 @@ def _settings(file: Path, options: Options, problems: list[Problem]) -> Iterator
     import tomllib  # takes a tenth of the start-up time, so import it only if there is a file
 
     try:
-        said = tomllib.loads(file.read_text(encoding="utf-8"))
+        said = tomllib.loads(file.read_text(encoding="utf-8-sig"))  # Windows editors write a BOM
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise single_problem(str(file), f"cannot be read: {error}") from None
     every = {name for names in options.values() for name in names}
@@ -70,13 +108,19 @@ def _settings(file: Path, options: Options, problems: list[Problem]) -> Iterator
     for key, value in said.items():
         if key in tables:
             continue
-        if key not in every:
+        having = {verb: names[key] for verb, names in options.items() if key in names}
+        reached = {verb: form for verb, form in having.items() if verb not in OWN_MEANING.get(key, ())}
+        if not having:
             problems.append(
                 Problem(file=str(file), message=f"no command has an option --{key}{did_you_mean(key, every)}")
             )
-        for verb, names in options.items():
-            if key in names and _is_taken(key, value, names[key], file, problems):
-                yield verb, names[key].parameter, _as_given(value, names[key])
+        elif not reached:
+            only = ", ".join(f"[{verb}]" for verb in having)
+            message = f"--{key} means something else in each command: set it in the table of one of them: {only}"
+            problems.append(Problem(file=str(file), message=message))
+        for verb, form in reached.items():
+            if _is_taken(key, value, form, file, problems):
+                yield verb, form.parameter, _as_given(value, form)
     groups = {verb.partition(".")[0] for verb in options if "." in verb}
     inner = {f"{name}.{verb}": table for name in groups & set(tables) for verb, table in tables[name].items()}
     for verb, table in ({name: table for name, table in tables.items() if name not in groups} | inner).items():

@@ -31,7 +31,10 @@ _input, _search, _result = map(panel, ("Inputs", "Search", "Result"))
 @group
 class StateOptions:
     explain: bool = _result("--explain: Explain the decision in words.", False)
-    out: Path | None = _result("--out FILE: Save the resulting state; .yaml or .yml for YAML, anything else is JSON.")
+    out: Path | None = _result(
+        "--out FILE: "
+        "Save the resulting state; .yaml or .yml for YAML, anything else is JSON; - prints it instead of the tables."
+    )
 
 
 @group
@@ -63,8 +66,8 @@ class RequestOptions:
         if self.state is not None:
             return load_stage(self.state, profiles=self.profile or ())
         assert self.plan is not None
-        if self.profile:
-            raise typer.BadParameter("--profile needs --state: a plan already contains its profiles")
+        needed = "--state: a plan already contains its profiles"
+        options.refuse_without(needed, {"--profile": self.profile or None}, is_given=False)
         return load_stage_of_plan(self.plan, replica=self.replica, stage=self.stage)
 
 
@@ -76,7 +79,7 @@ def dispatch(terminal: Terminal, *, asked: RequestOptions, answer: StateOptions)
 
     Requests that find no room are listed with what they lack and the others placed; the exit code is 3 then.
     """
-    from hetis.planner.cli.outputs import refuse_unwritable, save, saves
+    from hetis.planner.cli.outputs import STDOUT, refuse_unwritable, save, saves
     from hetis.planner.report.dispatch import dispatch_document, explain_dispatch, render_dispatch
     from hetis.planner.use_cases import dispatch as dispatching
     from hetis.planner.use_cases.dispatch import load_new_requests
@@ -96,7 +99,8 @@ def dispatch(terminal: Terminal, *, asked: RequestOptions, answer: StateOptions)
     # Print the answer even if saving fails: then the machine is to blame, not the input.
     out = answer.out
     saved = out is None or saves(terminal, "state", lambda: save(terminal, found.saved, out))
-    terminal.emit(lambda: dispatch_document(found, sentences), lambda: render_dispatch(found, sentences))
+    if out != STDOUT:
+        terminal.emit(lambda: dispatch_document(found, sentences), lambda: render_dispatch(found, sentences))
     if not saved:
         return ExitCode.INTERNAL
     if budget.cancelled.is_set():
@@ -156,7 +160,7 @@ def redispatch(terminal: Terminal, *, asked: RedispatchOptions, answer: MoveOpti
 
     Moves are found whether or not a trigger has fired; the report lists the triggers that have fired.
     """
-    from hetis.planner.cli.outputs import refuse_unwritable, save
+    from hetis.planner.cli.outputs import STDOUT, refuse_unwritable, save
     from hetis.planner.report.dispatch import explain_redispatch, redispatch_document, render_redispatch
     from hetis.planner.use_cases.dispatch import RedispatchSettings, load_stage, redispatch_stage
 
@@ -175,7 +179,8 @@ def redispatch(terminal: Terminal, *, asked: RedispatchOptions, answer: MoveOpti
     sentences = tuple(explain_redispatch(found)) if answer.explain else None
     if answer.out is not None:
         save(terminal, found.saved, answer.out)
-    terminal.emit(lambda: redispatch_document(found, sentences), lambda: render_redispatch(found, sentences))
+    if answer.out != STDOUT:
+        terminal.emit(lambda: redispatch_document(found, sentences), lambda: render_redispatch(found, sentences))
     if answer.strict and found.plan.short_after >= 1:
         terminal.error(f"{found.plan.short_after:,.0f} KV blocks remain short or on draining devices")
         return ExitCode.MISSED

@@ -138,7 +138,10 @@ def convert(
 @verb()
 def validate(
     terminal: Terminal,
-    files: Annotated[list[str], typer.Argument(metavar="FILE...", help="Documents of any kind; - is standard input.")],
+    files: Annotated[
+        list[str],
+        typer.Argument(metavar="FILE...", help="Documents of any kind, traces, and models; - is standard input."),
+    ],
 ) -> ExitCode:
     """Check files and list every problem with its file, line, path and the nearest valid name."""
     from hetis.planner.use_cases.files import validate_file

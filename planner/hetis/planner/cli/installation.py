@@ -147,7 +147,7 @@ def _compiled_code_cache() -> Finding:
     It is NUMBA_CACHE_DIR or a folder beside the source, or if that is not writable the user's cache folder.
     """
     folder = Path(os.environ["NUMBA_CACHE_DIR"]) if os.environ.get("NUMBA_CACHE_DIR") else _solver_folder()
-    fallback = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    fallback = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))  # "~" if there is no home
     for candidate in (folder, fallback):
         if _is_writable(candidate):
             return _finding("numba cache", True, str(candidate))

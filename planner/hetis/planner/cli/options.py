@@ -212,7 +212,7 @@ class ApplyOptions:
     plan: str | None = _plan("--plan FILE: Import a Plan file instead.")
     name: str = _plan("--name ID: Name of the new plan.", "", shown="chosen by the planner")
     activate: bool = _plan("--activate: Put the plan in force and wait until it is.", False)
-    out: Path | None = _plan("--out FILE: Save the Plan as JSON.")
+    out: Path | None = _plan("--out FILE: Save the Plan as JSON; - prints it instead of the tables.")
     rename: bool = option("--rename: Replace a cluster of another name that has the same id.", False)
     no_wait: bool = no_wait_option()
     dry_run: bool = check_only_option()
@@ -415,7 +415,8 @@ class VerificationOptions:
 
 
 def refuse_without(needed: str, options: Mapping[str, object], *, is_given: bool) -> None:
-    """Refuse options (None: not given) that would be ignored without another one, unless a file of defaults sets them.
+    """Refuse options (None: not given) that would be ignored without another one, unless a file of defaults or the
+    environment sets them.
 
     Raises typer.BadParameter.
     """
@@ -425,7 +426,7 @@ def refuse_without(needed: str, options: Mapping[str, object], *, is_given: bool
 
 
 def is_asked_for(name: str, value: object) -> bool:
-    """Return whether an option, such as ``--time-limit``, has a value (None: it has none) that is no file's default."""
+    """Return whether an option, such as ``--time-limit``, has a value (None: it has none) from the command line."""
     return value is not None and name.removeprefix("--").replace("-", "_") not in command_line.defaulted.get()
 
 

@@ -42,6 +42,12 @@ def refuse_unwritable(path: Path | None) -> None:
         raise single_problem(str(path), f"cannot be written: permission denied in {folder}")
 
 
+def refuse_stdout(name: str, path: Path | None, *, needed: str = "a file") -> None:
+    """Reject ``-`` for an option whose output cannot go to standard output, such as ``--perfetto``."""
+    if path == STDOUT:
+        raise typer.BadParameter(f"{name} needs {needed}: it cannot write to standard output (-)")
+
+
 def refuse_overwriting(*paths: Path, force: bool) -> None:
     """Reject files that exist and are meant to be edited, such as a cluster file, unless ``force`` overwrites them."""
     there = [path for path in paths if path.exists() and not force]
@@ -72,21 +78,40 @@ def refuse_unwritable_page(path: Path) -> None:
     refuse_missing_library("jinja2", extra="planner", wanted_by="a page")
 
 
-def refuse_unwritable_plans(folder: Path, names: Iterable[str]) -> None:
-    """Reject, before the work, a folder in which `save_plans` could not write plans of these names."""
+def refuse_unwritable_plans(folder: Path | None, names: Iterable[str]) -> None:
+    """Reject, before the work, a folder in which `save_plans` could not write plans of these names; accepts None.
+
+    A missing folder is accepted if it can be created.
+    """
+    if folder is None:
+        return
+    refuse_stdout("--out", folder, needed="a folder")
+    if not folder.exists():
+        refuse_unwritable(folder)
+        return
     for name in names:
         refuse_unwritable(folder / f"{name}.json")
 
 
 def save(terminal: Terminal, value: Value, path: Path) -> None:
-    """Write the whole document or nothing, as YAML if the file name has a YAML suffix, else as JSON."""
+    """Write the whole document or nothing, as YAML if the file name has a YAML suffix, else as JSON.
+
+    ``-`` stands for standard output.
+    """
+    if path == STDOUT:
+        terminal.write(dump(value, "json"))
+        return
     form: Literal["yaml", "json"] = "yaml" if path.suffix in (".yaml", ".yml") else "json"
     write_atomically(path, dump(value, form))
     terminal.say(f"saved {path}")
 
 
 def save_plans(terminal: Terminal, folder: Path, plans: Mapping[str, Plan]) -> None:
-    """Write every plan to ``NAME.json`` in the folder."""
+    """Write every plan to ``NAME.json`` in the folder, which is created if it is missing."""
+    try:
+        folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise single_problem(str(folder), f"cannot be created: {error.strerror}") from None
     for name, plan in plans.items():
         save(terminal, plan, folder / f"{name}.json")
 
@@ -109,9 +134,7 @@ def save_or_tell(
     without ``html`` the page is not. Return False after a failure, which is reported here.
     """
     saved = True
-    if path == STDOUT:
-        terminal.write(dump(plan, "json"))
-    elif path is not None:
+    if path is not None:
         saved = saves(terminal, "plan", lambda: save(terminal, plan, path))
     if html is not None:
         saved = saves(terminal, "page", lambda: save_page(terminal, page(), html)) and saved

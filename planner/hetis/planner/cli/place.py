@@ -225,7 +225,7 @@ class CompareOptions:
 
 @group
 class ComparisonOutputOptions:
-    out: Path | None = _result("--out FOLDER: Also save every plan there, as STRATEGY.json.")
+    out: Path | None = _result("--out FOLDER: Also save every plan there, as STRATEGY.json; created if missing.")
     html: Path | None = options.html_option()
     verify: bool = options.verify_option()
     dry_run: bool = options.dry_run_option()
@@ -278,9 +278,8 @@ def compare(
         )
         for name in engines
     }
-    if results.out is not None:
-        plans = names if asked.engine is None else [f"{name}-{engine}" for name in names for engine in rules]
-        refuse_unwritable_plans(results.out, plans)
+    plans = names if asked.engine is None else [f"{name}-{engine}" for name in names for engine in rules]
+    refuse_unwritable_plans(results.out, plans)
     refuse_page(results.html)
     request, settings = (
         inputs.request(goal, replicas, constraints),

@@ -15,7 +15,7 @@ import typer
 
 from hetis.formats.command_line.terminal import Terminal
 from hetis.planner.cli.exit_codes import ExitCode
-from hetis.planner.cli.options import group, option, panel, verb
+from hetis.planner.cli.options import group, option, panel, refuse_without, verb
 
 if TYPE_CHECKING:
     from hetis.planner.client import Client, Connection
@@ -45,6 +45,17 @@ class PlannerOptions:
     cert: Path | None = _planner("--cert FILE: Client certificate.", envvar="HETIS_CERT")
     key: Path | None = _planner("--key FILE: Key of the client certificate.", envvar="HETIS_KEY")
     token_file: Path | None = _planner("--token-file FILE: File with the bearer token.", envvar="HETIS_TOKEN_FILE")
+
+    def refuse_without(self, needed: str, *, is_given: bool) -> None:
+        """Refuse options that would be ignored without another one. Raises typer.BadParameter."""
+        given = {
+            "--server": None if self.server == DEFAULT_SERVER else self.server,
+            "--ca": self.ca,
+            "--cert": self.cert,
+            "--key": self.key,
+            "--token-file": self.token_file,
+        }
+        refuse_without(needed, given, is_given=is_given)
 
     def use(self, terminal: Terminal, use: Callable[[Client], ExitCode], *, is_endless: bool = False) -> ExitCode:
         """Call ``use`` with a client and return its exit code, or report a failed call and return its exit code.

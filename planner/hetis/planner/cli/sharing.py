@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 from pathlib import Path
 from typing import Annotated, Literal
@@ -43,7 +42,9 @@ class ShareOptions:
     gap: float = options.gap_option("0.5%")
     seed: int = options.seed_option()
     threads: int = options.threads_option()
-    out: Path | None = option("--out FOLDER: Also save every tenant's plan there, as TENANT.json.", panel="Result")
+    out: Path | None = option(
+        "--out FOLDER: Also save every tenant's plan there, as TENANT.json; created if missing.", panel="Result"
+    )
     dry_run: bool = options.dry_run_option()
 
 
@@ -68,10 +69,7 @@ def share(
 
     out = asked.out
     loaded = load_tenancy(file, cluster=asked.cluster, profiles=asked.profile or (), strategy=asked.strategy)
-    if out is not None:
-        with contextlib.suppress(OSError):  # the failure is reported below
-            out.mkdir(exist_ok=True)
-        refuse_unwritable_plans(out, [tenant.name for tenant in loaded.tenancy.tenants])
+    refuse_unwritable_plans(out, [tenant.name for tenant in loaded.tenancy.tenants])
     if asked.dry_run:
         given = zip(loaded.inputs, loaded.tenancy.tenants, strict=True)
         return say_what_would_be_solved(
@@ -128,6 +126,8 @@ def fair(
 
     Cooperative shares (OEF) have the most total value without envy; non-cooperative ones make it useless to claim
     larger speed-ups than one has. Speed-ups stand in the file, or come from placements of a model on each GPU type.
+
+    Ctrl-C once shows what is known after the present step, if all speed-ups are; Ctrl-C twice exits at once.
     """
     from hetis.formats.documents import load_share_problem
     from hetis.planner.report.sharing import fair_document, render_fair
@@ -138,11 +138,20 @@ def fair(
     first = FairnessRule(asked.rule)
     rules = (first, *(other for other in FairnessRule if other is not first))
     budget = Budget(clock=time.monotonic)
-    found = work_interruptibly(
-        terminal,
-        lambda: share_out(inputs, rules, budget=budget, tell=terminal.say, rounds=asked.rounds, claims=asked.claims),
-        cancelled=budget.cancelled,
-        stopping="after this step",
-    )
+    try:
+        found = work_interruptibly(
+            terminal,
+            lambda: share_out(
+                inputs, rules, budget=budget, tell=terminal.say, rounds=asked.rounds, claims=asked.claims
+            ),
+            cancelled=budget.cancelled,
+            stopping="after this step",
+        )
+    except NoPlanFoundError:
+        terminal.error("stopped before all speed-ups were derived, so there are no shares")
+        return ExitCode.INTERRUPTED
     terminal.emit(lambda: fair_document(found), lambda: render_fair(found))
+    if budget.cancelled.is_set():
+        terminal.warn("stopped early: further rules, rounds and false claims may be missing")
+        return ExitCode.INTERRUPTED
     return ExitCode.OK

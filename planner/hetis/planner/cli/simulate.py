@@ -163,10 +163,11 @@ class SimulateOptions:
         return bool(getattr(self, name) != getattr(SimulateOptions, name))
 
     def refuse_unwritable(self) -> None:
-        from hetis.planner.cli.outputs import refuse_missing_library, refuse_page, refuse_unwritable
+        from hetis.planner.cli.outputs import refuse_missing_library, refuse_page, refuse_stdout, refuse_unwritable
 
-        for path in (self.perfetto, self.requests_csv, self.plot):
-            refuse_unwritable(path)
+        for name in ("perfetto", "requests_csv", "plot"):
+            refuse_stdout(_spelled(name), getattr(self, name))
+            refuse_unwritable(getattr(self, name))
         if (plot := self.plot) is not None:
             if plot.suffix not in PICTURES:
                 known = " or ".join(PICTURES)

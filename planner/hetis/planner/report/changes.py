@@ -56,8 +56,8 @@ def _figures(diff: PlanDiff) -> Table:
     made.add_row("gap", *(percent(result.gap) for result in results))
     made.add_row("used USD/h", *("-" if f.usd_per_hour is None else f"{f.usd_per_hour:,.2f}" for f in figures))
     made.add_row("GPUs (idle)", *(f"{f.gpus_used:,} ({f.gpus_idle:,})" for f in figures))
-    made.add_row("TTFT ms", *(digits(1e3 * f.ttft_s) for f in figures))
-    made.add_row("TPOT ms", *(digits(1e3 * f.tpot_s) for f in figures))
+    made.add_row("TTFT ms", *(digits(1e3 * f.ttft_s) if f.gpus_used else "-" for f in figures))
+    made.add_row("TPOT ms", *(digits(1e3 * f.tpot_s) if f.gpus_used else "-" for f in figures))
     return made
 
 

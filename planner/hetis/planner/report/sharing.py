@@ -140,7 +140,7 @@ def _envy_table(names: list[str], envy: Iterable[Iterable[float]]) -> Table:
 
 
 def _claim_table(found: Sharing) -> Table:
-    claims = zip(claimant_names(found), found.claims, strict=True)
+    claims = zip(claimant_names(found), found.claims, strict=False)  # fewer claims if they were stopped
     rows = ((name, percent(more.gain), percent(less.gain)) for name, (more, less) in claims)
     return table("'tenant", "overstating gains", "understating gains", rows=rows)
 

@@ -80,8 +80,8 @@ class Figures:
     output_tokens_per_s: float  # at ``rate_rps``
     usd_per_hour: float | None  # price of the used GPUs; None: at least one has no price
     usd_per_million_output_tokens: float | None  # at ``rate_rps``
-    ttft_s: float  # TTFT of the slowest replica
-    tpot_s: float  # TPOT of the slowest replica
+    ttft_s: float  # TTFT of the slowest replica; 0 if there is none
+    tpot_s: float  # TPOT of the slowest replica; 0 if there is none
     kv_tokens: int  # KV capacity of the replicas that decode
     gpus_used: int
     gpus_idle: int
@@ -435,8 +435,8 @@ def figures_of(plan: Plan, inputs: Inputs | PlacementProblem, *, rate_rps: float
         output_tokens_per_s=output_per_s,
         usd_per_hour=usd,
         usd_per_million_output_tokens=None if usd is None or not output_per_s else 1e6 * usd / (3600.0 * output_per_s),
-        ttft_s=max(replica.ttft_s for replica in plan.replicas),
-        tpot_s=max(replica.tpot_s for replica in plan.replicas),
+        ttft_s=max((replica.ttft_s for replica in plan.replicas), default=0.0),
+        tpot_s=max((replica.tpot_s for replica in plan.replicas), default=0.0),
         kv_tokens=sum(replica.kv_tokens for replica in plan.replicas if replica.role is not Role.PREFILL),
         gpus_used=used,
         gpus_idle=inputs.cluster.num_gpus() - used,

@@ -12,7 +12,6 @@ import numpy as np
 
 from hetis.formats import catalogue
 from hetis.formats.dispatch_state import NewRequest, NewRequests, load_requests, load_state, requests_from_words
-from hetis.formats.documents import load_profile
 from hetis.formats.errors import DocumentError, Problem, did_you_mean, single_problem
 from hetis.formats.saved_state import (
     AttentionPiece,
@@ -23,7 +22,7 @@ from hetis.formats.saved_state import (
     blocks_in,
 )
 from hetis.planner.use_cases.grouping import abbreviate
-from hetis.planner.use_cases.sources import PlanAndProblem, attempt, load_plan_and_problem
+from hetis.planner.use_cases.sources import PlanAndProblem, attempt, load_plan_and_problem, load_profiles
 from hetis.profiler.defaults import default_profile
 from hetis.solver.budget import Budget
 from hetis.solver.cluster import Link
@@ -149,8 +148,7 @@ def load_stage(path: str, *, profiles: Sequence[str] = ()) -> CostedStage:
     """
     problems: list[Problem] = []
     saved = attempt(partial(load_state, path), problems)
-    given = [(file, attempt(partial(load_profile, file), problems)) for file in profiles]
-    measured = {profile.gpu: (file, profile) for file, profile in given if profile is not None}
+    measured = load_profiles(profiles, problems)
     if saved is not None:
         used = {device.gpu for device in saved.devices if device.gpu is not None and device.attention is None}
         problems += [

@@ -13,10 +13,11 @@ from hetis.formats.dispatch_state import NewRequests
 from hetis.formats.documents import Value, kind_of, load, load_model, load_workload
 from hetis.formats.errors import DocumentError, Problem, single_problem
 from hetis.formats.fields import read_data
+from hetis.formats.model import is_config
 from hetis.formats.saved_state import SavedState
 from hetis.formats.tenants import FleetTenants, ShareInputs
 from hetis.formats.trace_forms import CSV_ENDINGS, JSONL_ENDINGS, CountTokens, characters_counter
-from hetis.formats.traces import Trace, read_trace, spaced, trace_text
+from hetis.formats.traces import ENDINGS, Trace, read_trace, spaced, trace_text
 from hetis.planner.use_cases.sources import profile_without_file
 from hetis.solver.cluster import Cluster
 from hetis.solver.errors import InvalidProblemError
@@ -42,7 +43,9 @@ class Validation:
 
 
 def validate_file(path: str) -> Validation:
-    """Read a file as the kind that it states; traces and Hugging Face configs are recognised by their form."""
+    """Read a file as the kind that it states; traces, GGUF files and Hugging Face configs as `load_workload` and
+    `load_model` recognise them.
+    """
     try:
         value = _load_any(path)
     except DocumentError as error:
@@ -61,12 +64,12 @@ def _without_profile(cluster: Cluster) -> Iterator[str]:
 
 
 def _load_any(path: str) -> Value:
-    if path.endswith((".csv", ".csv.gz")):
+    if path.endswith(ENDINGS):
         return load_workload(path)
-    if path.endswith("config.json"):
-        data, _ = read_data(path)
-        if isinstance(data, dict) and "kind" not in data and "model_type" in data:
-            return load_model(path)
+    if path.lower().endswith(".gguf"):
+        return load_model(path)
+    if path.endswith(".json") and is_config(path, read_data(path)[0]):
+        return load_model(path)
     return load(path)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 
-from hetis.formats.documents import load_cluster, load_model, load_profile, load_workload
+from hetis.formats.documents import load_cluster, load_model, load_workload
 from hetis.formats.errors import DocumentError, Problem, single_problem
 from hetis.formats.traces import PrefixHitRate
 from hetis.formats.workload import with_prefix_hits
@@ -21,7 +21,15 @@ from hetis.planner.use_cases.place import (
 from hetis.planner.use_cases.precision import for_engine
 from hetis.planner.use_cases.robustness.profile_errors import profile_notes, with_profile_errors
 from hetis.planner.use_cases.service_level import service_level_of
-from hetis.planner.use_cases.sources import Inputs, LoadedInputs, attempt, inputs_from_documents, load_plan_and_problem
+from hetis.planner.use_cases.sources import (
+    Inputs,
+    LoadedInputs,
+    attempt,
+    inputs_from_documents,
+    load_plan_and_problem,
+    load_profiles,
+    unused_profiles,
+)
 from hetis.planner.use_cases.verify import verified
 from hetis.planner.use_cases.what_if import with_cluster
 from hetis.solver.budget import Budget, Report
@@ -67,7 +75,8 @@ def load_replanning(
     specified.
 
     Raises:
-        DocumentError: contains the problems of all files; or the plan is for another model than ``model``.
+        DocumentError: contains the problems of all files, such as a profile of a GPU type that the fleet lacks; or the
+            plan is for another model than ``model``.
         InvalidProblemError: a GPU type has no profile and none can be modelled.
     """
     problems: list[Problem] = []
@@ -77,25 +86,26 @@ def load_replanning(
     if workload is not None:
         traffic = attempt(lambda: load_workload(workload, prefix_hit_rate=prefix_hit_rate), problems)
     spec = attempt(lambda: load_model(model), problems) if model is not None else None
-    given = [(path, attempt(lambda p=path: load_profile(p), problems)) for path in profiles]  # type: ignore[misc]
+    given = load_profiles(profiles, problems)
+    if fleet is not None:
+        problems += unused_profiles(given, fleet)
     if problems or found is None or fleet is None:
         raise DocumentError(problems)
     inputs = inputs_from_documents(found.plan.inputs.get("documents"), running)
     if spec is not None and spec != inputs.model:
         raise single_problem(running, _of_another_model(inputs.model, spec))
     origins = dict(found.plan.inputs.get("origins") or {})
-    measured = {profile.gpu: profile for _, profile in given if profile is not None}
     loaded = with_cluster(
         LoadedInputs(
             inputs=Inputs(
                 cluster=inputs.cluster,
                 model=inputs.model,
                 workload=traffic if traffic is not None else with_prefix_hits(inputs.workload, prefix_hit_rate),
-                profiles={**inputs.profiles, **measured},
+                profiles={**inputs.profiles, **{gpu: profile for gpu, (_, profile) in given.items()}},
                 constraints=found.problem.constraints,
                 engine_settings=found.problem.family.engine_settings,
             ),
-            origins=_origins(origins, workload, {profile.gpu: path for path, profile in given if profile is not None}),
+            origins=_origins(origins, workload, {gpu: path for gpu, (path, _) in given.items()}),
         ),
         fleet,
         cluster,

@@ -164,14 +164,15 @@ GAP = 0.005  # relative gap of the placements from which speed-ups are derived
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sharing:
-    """Shares under each requested rule, and their properties."""
+    """Shares under each requested rule, and their properties; under fewer rules if the work was stopped."""
 
     problem: ShareProblem
-    shares: tuple[Shares, ...]
+    shares: tuple[Shares, ...]  # by the first rule, by those that finished, and the equal split
     properties: tuple[Properties, ...]
     derived: tuple[str, ...]  # jobs (``tenant/job``) whose speed-ups come from our placements
     rounds: tuple[Round, ...]  # whole GPUs under the first rule, round by round
-    # The most profitable false claims of each claimant under the first rule: inflated, deflated
+    # The most profitable false claims of the first claimants, of all unless stopped, by the first rule: inflated,
+    # deflated
     claims: tuple[tuple[Claim, Claim], ...]
 
 
@@ -182,37 +183,39 @@ def share_out(
     """Share the GPUs under every rule and check the answers.
 
     For the first rule, also return ``rounds`` rounds of whole GPUs, and the best of ``claims`` false claims for each
-    claimant.
+    claimant. Once the budget is spent, further rules, rounds and claims are left out.
 
     Raises:
         DocumentError: a model, workload or GPU type from which speed-ups are derived is unknown.
         InvalidProblemError: a model runs on none of the GPU types.
+        NoPlanFoundError: the budget was spent before all speed-ups were derived.
     """
     problem, derived = share_problem(inputs, budget=budget, tell=tell)
-    shares = tuple(solve_shares(problem, rule) for rule in rules)
+    needed = (rules[0], FairnessRule.EQUAL)  # the equal split, to which shares are compared, takes no search
+    shares = tuple(solve_shares(problem, rule) for rule in rules if rule in needed or not budget.is_spent())
     _require_checked(problem, shares)
     return Sharing(
         problem=problem,
         shares=shares,
         properties=tuple(properties_of(problem, answer.amounts) for answer in shares),
         derived=derived,
-        rounds=_rounds(problem, shares[0], rounds),
-        claims=_claims(problem, rules[0], claims, tell),
+        rounds=_rounds(problem, shares[0], rounds, budget),
+        claims=_claims(problem, rules[0], claims, budget, tell),
     )
 
 
-def _rounds(problem: ShareProblem, shares: Shares, count: int) -> tuple[Round, ...]:
+def _rounds(problem: ShareProblem, shares: Shares, count: int, budget: Budget) -> tuple[Round, ...]:
     found, owed = list[Round](), np.zeros_like(shares.amounts)
-    for _ in range(count):
+    while len(found) < count and not budget.is_spent():
         found.append(next_round(problem, shares.amounts, owed))
         owed = found[-1].owed
     return tuple(found)
 
 
 def _claims(
-    problem: ShareProblem, rule: FairnessRule, tries: int, tell: Callable[[str], None]
+    problem: ShareProblem, rule: FairnessRule, tries: int, budget: Budget, tell: Callable[[str], None]
 ) -> tuple[tuple[Claim, Claim], ...]:
-    if tries == 0:
+    if tries == 0 or budget.is_spent():
         return ()
     tell(f"trying {tries} false claims of every job, up and down")
     return tuple(
@@ -221,13 +224,17 @@ def _claims(
             best_claim(problem, rule, claimant, inflate=False, tries=tries),
         )
         for claimant in range(len(problem.weights))
+        if not budget.is_spent()
     )
 
 
 def share_problem(
     inputs: ShareInputs, *, budget: Budget, tell: Callable[[str], None]
 ) -> tuple[ShareProblem, tuple[str, ...]]:
-    """Return the problem of a file, and the names of the jobs whose speed-ups were derived."""
+    """Return the problem of a file, and the names of the jobs whose speed-ups were derived.
+
+    Raises NoPlanFoundError if the budget was spent before all of them were.
+    """
     work = _models_and_workloads(inputs)
     known: dict[tuple[str, str], Mapping[str, float]] = {}  # jobs with the same work share one derivation
     derived = []
@@ -282,7 +289,10 @@ def _models_and_workloads(inputs: ShareInputs) -> Mapping[tuple[str, str], tuple
 def _derived_speedups(
     inputs: ShareInputs, model: ModelSpec, workload: Workload, *, budget: Budget
 ) -> Mapping[str, float]:
-    """Return the goodput per GPU of the best placement on all GPUs of each type alone; 0 if the model does not fit."""
+    """Return the goodput per GPU of the best placement on all GPUs of each type alone; 0 if the model does not fit.
+
+    Raises NoPlanFoundError if the budget was spent before all of them were found.
+    """
     from hetis.solver.planning import solve_placement
 
     rates = {}
@@ -290,6 +300,8 @@ def _derived_speedups(
         try:
             fleet = _one_type(name, count, inputs.gpus_per_node, model, workload)
             plan = solve_placement(fleet, budget=budget, gap_target=GAP)
+            if budget.is_spent():  # a placement that was cut short says nothing about the GPU type
+                raise NoPlanFoundError(f"stopped while the speed-ups of {model.name} were derived from placements")
             rates[name] = plan.result.value / count
         except InfeasibleError:
             rates[name] = 0.0

@@ -224,10 +224,9 @@ def load_inputs(
     fleet = attempt(lambda: load_cluster(cluster) if isinstance(cluster, str) else cluster, problems)
     spec = attempt(lambda: load_model(model) if isinstance(model, str) else model, problems)
     traffic = attempt(lambda: _traffic(workload, prefix_hit_rate), problems)
-    given = [(path, attempt(partial(load_profile, path), problems)) for path in profiles]
-    measured = {profile.gpu: (path, profile) for path, profile in given if profile is not None}
+    measured = load_profiles(profiles, problems)
     if fleet is not None:
-        problems += _unused(measured, fleet)
+        problems += unused_profiles(measured, fleet)
     if problems or fleet is None or spec is None or traffic is None:
         raise DocumentError(problems)
     by_gpu = {gpu: measured.get(gpu) or profile_without_file(fleet.gpu_types[gpu]) for gpu in _gpus(fleet)}
@@ -442,7 +441,23 @@ def engine_settings_data(settings: EngineSettings) -> dict[str, Any]:
     return {name: list(value) if isinstance(value, tuple) else value for name, value in found.items()}
 
 
-def _unused(given: Mapping[str, tuple[str, Profile]], cluster: Cluster) -> list[Problem]:
+def load_profiles(paths: Iterable[str], problems: list[Problem]) -> dict[str, tuple[str, Profile]]:
+    """Return path and profile by GPU type, and add the problems of the files; a type's second profile is one."""
+    found = dict[str, tuple[str, Profile]]()
+    for path in paths:
+        profile = attempt(partial(load_profile, path), problems)
+        if profile is None:
+            continue
+        if profile.gpu in found:
+            message = f"is a second profile of {profile.gpu}, the first is {found[profile.gpu][0]}: give only one"
+            problems.append(Problem(file=path, path="gpu", message=message))
+        else:
+            found[profile.gpu] = path, profile
+    return found
+
+
+def unused_profiles(given: Mapping[str, tuple[str, Profile]], cluster: Cluster) -> list[Problem]:
+    """Return a problem for every profile of a GPU type that the cluster lacks."""
     used = _gpus(cluster)
     return [
         Problem(file=path, path="gpu", message=f"{gpu} is not in cluster {cluster.name}{did_you_mean(gpu, used)}")
