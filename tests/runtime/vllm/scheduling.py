@@ -110,6 +110,12 @@ class CountedBlocks:
             if device != LOCAL and group in groups:
                 self.free_group(request_id, group)
 
+    def finished(self, request: Any) -> None:
+        """There is no prefix cache."""
+
+    def computed_again(self, request_id: str) -> None:
+        """No blocks are shared."""
+
     def lost(self, request_id: str) -> None:
         self.left(request_id, range(GROUPS))
 
