@@ -19,6 +19,7 @@ from hetis.solver.replanning import fresh as fresh_search
 from hetis.solver.replanning.change import HALF_DONE, ChangeCosts, Fate, ReplanningProblem, in_flight
 from hetis.solver.replanning.check import check_replanning
 from hetis.solver.replanning.solve import Replanning, solve_replanning
+from hetis.solver.replanning.transition import Action
 from tests.solver.instances import SMALL_FAMILY, make_node, make_problem, make_profile, make_workload, problems
 from tests.solver.oracle import best_plan_value
 
@@ -226,6 +227,32 @@ def test_new_traffic_resets_engines_and_leaves_weights_where_they_are() -> None:
     found = replanned(running, other, costs=slow)
     assert not found.change.moved
     assert found.value <= found.bound
+
+
+def test_a_replica_whose_nodes_differ_now_still_runs_until_it_is_stopped() -> None:
+    """Its stage has copies on two nodes, of which one has another price now: the tables have no such replica."""
+    problem = replace(fleet(2, 0), family=replace(UNIFIED, max_copies=2))
+    alone = solve_placement(fleet(1, 0))
+    [replica] = alone.replicas
+    [stage] = replica.stages
+    both = replace(stage, copies=2, devices=("a-0/0", "a-1/0"))
+    pair = replace(replica, stages=(both,), in_flight=2, rate=2 * replica.rate)
+    running = replace(alone, replicas=(pair,))
+    [group] = problem.cluster.node_groups
+    [slots] = group.gpus
+    dear = replace(slots, usd_per_hour=9.0)
+    names = [group.node_name(i) for i in range(2)]
+    groups = [replace(group, name=names[0], count=1, numbered=False)]
+    groups += [replace(group, name=names[1], count=1, numbered=False, gpus=(dear,))]
+    found = replanned(running, replace(problem, cluster=replace(problem.cluster, node_groups=tuple(groups))))
+    assert found.lost == ()
+    assert found.transition.steps[0].action is Action.STOP
+    assert found.transition.before > 0.0
+    dropped = problem.assumptions.planned_utilisation * HALF_DONE * in_flight(pair) / AT_ONCE.horizon_s
+    assert found.value < AT_ONCE.served_share(AT_ONCE.restart_s) * found.plan.result.value - 0.99 * dropped
+    posed = ReplanningProblem(running=running, problem=problem, costs=AT_ONCE)
+    same = solve_replanning(posed)
+    assert check_replanning(posed, replace(same, lost=(0,)))
 
 
 def test_a_plan_by_a_heuristic_has_no_replanning() -> None:

@@ -18,11 +18,28 @@ def check_replanning(given: ReplanningProblem, found: Replanning) -> list[str]:
     if len(found.continued) != len(found.plan.replicas):
         return [f"{len(found.continued)} replicas are told of, the plan has {len(found.plan.replicas)}"]
     return [
+        *_check_lost(given, found),
         *_check_continued(given, found),
         *_check_moves(given, found),
         *_check_value(given, found),
         *_check_steps(given, found),
     ]
+
+
+def _check_lost(given: ReplanningProblem, found: Replanning) -> Iterator[str]:
+    """Check which running replicas lost GPUs: a GPU of the same name and type is the same GPU."""
+    there = {device.name: device.gpu for device in given.problem.cluster.devices()}
+    lost = tuple(
+        number
+        for number, replica in enumerate(given.running.replicas)
+        if any(
+            there.get(device) != part.gpu
+            for part in (*replica.stages, *replica.attention_workers)
+            for device in part.devices
+        )
+    )
+    if lost != found.lost:
+        yield f"running replicas {list(found.lost)} are said to have lost GPUs, {list(lost)} have"
 
 
 def _check_continued(given: ReplanningProblem, found: Replanning) -> Iterator[str]:

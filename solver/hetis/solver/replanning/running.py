@@ -106,8 +106,16 @@ class Continuations:
             return ()
         return tuple((self._of_whole if layout.is_whole else self._of_broken)(number, layout, template))
 
+    def has_lost(self, replica: ReplicaPlan) -> bool:
+        """Return whether it lost GPUs, so that it does not run any more."""
+        return any(
+            device not in self.places or self.places[device].gpu != part.gpu
+            for part in (*replica.stages, *replica.attention_workers)
+            for device in part.devices
+        )
+
     def template_now(self, replica: ReplicaPlan) -> Template | None:
-        """Return the replica as a template, if it still runs."""
+        """Return the replica as a template, if it still runs and the tables can express it."""
         layout = self._layout(replica)
         return self._template(layout) if layout.is_whole else None
 

@@ -27,7 +27,7 @@ from hetis.solver.placement.solve import objective_scale, plan_of
 from hetis.solver.placement.tables import CostTables
 from hetis.solver.placement.tabulation import build_cost_tables
 from hetis.solver.placement.template import Template
-from hetis.solver.plan import ObjectiveKind, Plan
+from hetis.solver.plan import ObjectiveKind, Plan, Role
 from hetis.solver.problem import PlacementProblem
 from hetis.solver.replanning.change import (
     HALF_DONE,
@@ -212,7 +212,7 @@ def _answer(
             else Continued(old=c.option.old, fate=c.option.fate, start_s=c.option.start_s)
             for c in chosen
         ),
-        lost=tuple(i for i, template in enumerate(running.templates) if template is None),
+        lost=running.lost,
         change=change,
         transition=_transition(given, running, net, plan, chosen),
     )
@@ -242,9 +242,10 @@ def _transition(
     """Return the order of steps; capacities are goodputs, or saturated rates if throughput is the objective."""
     throughput = given.problem.objective.kind is ObjectiveKind.THROUGHPUT
     scale = 1.0 if throughput else given.problem.assumptions.planned_utilisation
-    runs = [i for i, template in enumerate(running.templates) if template is not None]
+    replicas = given.running.replicas
+    runs = [i for i in range(len(replicas)) if i not in running.lost]
     stays = [c.option.old for c in chosen if c.option is not None and c.option.fate is Fate.KEPT]
-    owner = {device: i for i in runs for device in given.running.replicas[i].devices()}
+    owner = {device: i for i in runs for device in replicas[i].devices()}
     starts = [
         Start(
             replica=number,
@@ -259,7 +260,10 @@ def _transition(
     def capacity(olds: frozenset[int], news: frozenset[int]) -> float:
         serving = [t for i in sorted(olds) if (t := running.templates[i]) is not None]
         serving += [chosen[number].template for number in sorted(news)]
-        return scale * net.rate_of([(Candidate(template=t), 1) for t in serving])
+        # Those without a template have the rate that the running plan states, if they serve by themselves.
+        others = (replicas[i] for i in olds if running.templates[i] is None)
+        stated = sum(replica.rate for replica in others if replica.role is Role.UNIFIED)
+        return scale * (net.rate_of([(Candidate(template=t), 1) for t in serving]) + stated)
 
     return plan_transition(runs, stays, starts, capacity)
 
@@ -272,10 +276,12 @@ class Survivors:
 
     Attributes:
         places: the place of every GPU that exists now.
-        templates: each running replica as a template; None: it lost GPUs.
+        lost: replicas that lost GPUs. All others run.
+        templates: each running replica as a template; None: it lost GPUs, or the family and fleet have none like it,
+            for example because a stage is on nodes that differ now. It cannot continue then.
         candidates: every way in which a replica may continue.
         stay_rates, stay_shares: requests/s over the horizon that are not lost if a replica stays; the same relative to
-            its rate.
+            its rate, of those that have a template.
         keepable: replicas that may continue unchanged.
     """
 
@@ -288,8 +294,10 @@ class Survivors:
         self.options = [o for i, replica in enumerate(replicas) for o in self.continuations.options(i, replica)]
         self.candidates = [Candidate(template=o.template, option=o, start_s=o.start_s) for o in self.options]
         horizon_s = given.costs.horizon_s
+        self.lost = tuple(i for i, replica in enumerate(replicas) if self.continuations.has_lost(replica))
         whole = {i: template for i, template in enumerate(self.templates) if template is not None}
-        self.stay_rates = {i: HALF_DONE * in_flight(replicas[i]) / horizon_s for i in whole}
+        runs = (i for i in range(len(replicas)) if i not in self.lost)
+        self.stay_rates = {i: HALF_DONE * in_flight(replicas[i]) / horizon_s for i in runs}
         self.stay_shares = {i: min(1.0, self.stay_rates[i] / template.rate) for i, template in whole.items()}
         self.keepable = {option.old for option in self.options if option.fate is Fate.KEPT}
 
