@@ -94,7 +94,11 @@ def plan_transition(
     if free:
         now, started = capacity(runs, started), frozenset(start.replica for start in free)
         steps.append(_step(Action.START, started, max(s.start_s for s in free), now, capacity(runs, started)))
-    order, best_lowest = (_exact if len(blocked) <= MAX_EXACT else _greedy)(blocked, runs, started, capacity)
+    if len(blocked) <= MAX_EXACT:
+        whole = capacity(frozenset(stays), frozenset(start.replica for start in starts))
+        order, best_lowest = _exact(blocked, runs, started, capacity, whole)
+    else:
+        order, best_lowest = _greedy(blocked, runs, started, capacity)
     for start in order:
         if stopping := start.needs & runs:
             now, runs = capacity(runs, started), runs - stopping
@@ -122,30 +126,39 @@ def _step(action: Action, replicas: frozenset[int] | set[int], seconds: float, n
 
 
 def _exact(
-    blocked: Sequence[Start], runs: frozenset[int], started: frozenset[int], capacity: Capacity
+    blocked: Sequence[Start], runs: frozenset[int], started: frozenset[int], capacity: Capacity, after: float
 ) -> tuple[list[Start], float]:
-    """Return the best order by a dynamic program over the sets of started replicas, and its lowest capacity.
+    """Return the best order by dynamic programs over the sets of started replicas, and its lowest capacity.
 
-    Among equally good orders it returns the one that loses the fewest requests.
+    The first program finds the highest lowest capacity, the second one, among all orders that keep it, the order that
+    loses the fewest requests of those that ``after``, the capacity of the new plan, would serve.
     """
-    count = len(blocked)
-    best: list[tuple[float, float]] = [(math.inf, 0.0)] + [(-math.inf, 0.0)] * ((1 << count) - 1)
-    last = [-1] * (1 << count)
-    for done in range(1, 1 << count):
-        members = [j for j in range(count) if done >> j & 1]
+    every = range(1, 1 << len(blocked))
+    # The capacity during each last start of a set of starts: (its index, capacity)
+    during = [list[tuple[int, float]]()]
+    for done in every:
+        members = [j for j in range(len(blocked)) if done >> j & 1]
         left = runs.difference(*(blocked[j].needs for j in members))
-        for j in members:
-            others = started | {blocked[i].replica for i in members if i != j}
-            low, lost = best[done ^ (1 << j)]
-            during = capacity(left, others)
-            candidate = (min(low, during), lost + blocked[j].start_s * during)
-            if last[done] < 0 or candidate > best[done]:
-                best[done], last[done] = candidate, j
-    order, done = list[Start](), (1 << count) - 1
+        others = (started | {blocked[i].replica for i in members if i != j} for j in members)
+        during.append([(j, capacity(left, other)) for j, other in zip(members, others, strict=True)])
+    lowest = [math.inf]
+    for done in every:
+        lowest.append(max(min(lowest[done ^ (1 << j)], now) for j, now in during[done]))
+    lost, last = [0.0], [-1]
+    for done in every:
+        least = min(
+            (lost[done ^ (1 << j)] + blocked[j].start_s * max(0.0, after - now), j)
+            if now >= lowest[-1]
+            else (math.inf, j)
+            for j, now in during[done]
+        )
+        lost.append(least[0])
+        last.append(least[1])
+    order, done = list[Start](), (1 << len(blocked)) - 1
     while done:
         order.append(blocked[last[done]])
         done ^= 1 << last[done]
-    return order[::-1], best[-1][0]
+    return order[::-1], lowest[-1]
 
 
 def _greedy(
