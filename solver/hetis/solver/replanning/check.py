@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from hetis.solver.plan import ObjectiveKind, ReplicaPlan, Role
+from hetis.solver.plan import AttentionWorkerPool, ObjectiveKind, ReplicaPlan, Role, StagePlan
 from hetis.solver.replanning.change import HALF_DONE, Fate, ReplanningProblem, holdings, holdings_of, in_flight, is_same
 from hetis.solver.replanning.solve import Replanning
 from hetis.solver.replanning.transition import Action
@@ -29,15 +29,12 @@ def check_replanning(given: ReplanningProblem, found: Replanning) -> list[str]:
 def _check_lost(given: ReplanningProblem, found: Replanning) -> Iterator[str]:
     """Check which running replicas lost GPUs: a GPU of the same name and type is the same GPU."""
     there = {device.name: device.gpu for device in given.problem.cluster.devices()}
-    lost = tuple(
-        number
-        for number, replica in enumerate(given.running.replicas)
-        if any(
-            there.get(device) != part.gpu
-            for part in (*replica.stages, *replica.attention_workers)
-            for device in part.devices
-        )
-    )
+
+    def is_lost(replica: ReplicaPlan) -> bool:
+        parts: list[StagePlan | AttentionWorkerPool] = [*replica.stages, *replica.attention_workers]
+        return any(there.get(device) != part.gpu for part in parts for device in part.devices)
+
+    lost = tuple(number for number, replica in enumerate(given.running.replicas) if is_lost(replica))
     if lost != found.lost:
         yield f"running replicas {list(found.lost)} are said to have lost GPUs, {list(lost)} have"
 

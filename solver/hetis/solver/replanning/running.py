@@ -18,7 +18,7 @@ from hetis.solver.placement.fleet import class_of_slots
 from hetis.solver.placement.pipelines import is_run_by_engine
 from hetis.solver.placement.tables import BOTH, FIRST, LAST, CostTables
 from hetis.solver.placement.template import Template, TemplateStage, interval_of, least_ttft_limit_s, roles, room_layers
-from hetis.solver.plan import ReplicaPlan, Role
+from hetis.solver.plan import AttentionWorkerPool, ReplicaPlan, Role, StagePlan
 from hetis.solver.replanning.change import ChangeCosts, Fate
 
 WITHIN = 1.0 + 1e-9  # factor within which a limit is met, apart from rounding
@@ -108,9 +108,10 @@ class Continuations:
 
     def has_lost(self, replica: ReplicaPlan) -> bool:
         """Return whether it lost GPUs, so that it does not run any more."""
+        parts: list[StagePlan | AttentionWorkerPool] = [*replica.stages, *replica.attention_workers]
         return any(
             device not in self.places or self.places[device].gpu != part.gpu
-            for part in (*replica.stages, *replica.attention_workers)
+            for part in parts
             for device in part.devices
         )
 
