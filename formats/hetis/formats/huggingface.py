@@ -419,13 +419,13 @@ def _phi(config: Config, name: str) -> ModelSpec | None:
     return _spec(config, **_common(config, name), gated_mlp=False)
 
 
-def _routed(config: Config, num_layers: int) -> MoeShape:
+def _routed(config: Config, first_dense_layers: int = 0) -> MoeShape:
     """Return the experts of DeepSeek and GLM: routed and shared ones, after some dense layers."""
     return MoeShape(
         **config.experts("n_routed_experts", "num_experts_per_tok"),
         expert_intermediate=config.whole("moe_intermediate_size"),
         shared_experts=config.whole("n_shared_experts", 0, least=0),
-        first_dense_layers=_leading_dense_layers(config, num_layers, 0),
+        first_dense_layers=first_dense_layers,
     )
 
 
@@ -447,7 +447,7 @@ def _deepseek(config: Config, name: str) -> ModelSpec | None:
     if config.data.get("n_routed_experts") is not None:
         if config.whole("moe_layer_freq", 1) != 1:
             config.refuse("moe_layer_freq", "only models with experts in every layer after the first (1) are supported")
-        moe = _routed(config, common["num_layers"])
+        moe = _routed(config, _leading_dense_layers(config, common["num_layers"], 0))
     return _spec(config, **common, mla=mla, moe=moe)
 
 
@@ -475,9 +475,8 @@ def _deepseek_v4(config: Config, name: str) -> ModelSpec | None:
     """
     if vision := config.data.get("vision_n_layers"):
         config.refuse("vision_n_layers", f"is {shown(vision)}, but its vision tower is not modelled")
-    width = {"intermediate_size": config.whole("moe_intermediate_size")}  # of a dense MLP, which no layer has
-    common = _common(config, name, defaults={"num_key_value_heads": 1} | width)
-    moe = replace(_routed(config, common["num_layers"]), first_dense_layers=0)
+    moe = _routed(config)
+    common = _common(config, name, defaults={"num_key_value_heads": 1} | _dense_width(moe))
     compressed = compressed_attention(config, common["num_layers"])
     streams = config.whole("hc_mult", most=MAX_STREAMS)
     return _spec(config, **common, moe=moe, compressed=compressed, residual_streams=streams, kv_bytes=1.0)
@@ -549,7 +548,7 @@ def _mistral3(config: Config, name: str) -> ModelSpec | None:
 def _glm4_moe(config: Config, name: str) -> ModelSpec | None:
     """Read GLM 4.5 and 4.6: grouped queries; dense layers first, then experts in every layer."""
     common = _common(config, name, head_dim=128)
-    return _spec(config, **common, moe=_routed(config, common["num_layers"]))
+    return _spec(config, **common, moe=_routed(config, _leading_dense_layers(config, common["num_layers"], 0)))
 
 
 # Architecture, its ``model_type`` if configs without ``architectures`` are known, and its reader.
