@@ -15,8 +15,10 @@ from hetis.simulator.simulate import Builder, simulate
 from hetis.simulator.values import Fault, RequestLog, Settings
 from hetis.solver.cluster import Link, Network
 from hetis.solver.errors import InvalidProblemError
+from hetis.solver.model import GpuPrecision
+from hetis.solver.placement.families import run_by
 from hetis.solver.plan import KvRoute, Plan, Role
-from hetis.solver.problem import PlacementProblem
+from hetis.solver.problem import EngineRules, PlacementProblem
 from tests.simulator.small_plans import equal_requests, pipeline, plan_of, small_problem, with_role
 from tests.solver.instances import make_model, make_workload
 
@@ -125,6 +127,25 @@ def test_a_slow_link_between_zones_limits_the_rate(prefix_tokens: int) -> None:
     kv_bytes = 30 * problem.model.kv_bytes_per_token()
     finished = np.sort(run.finished_s)
     assert (finished[50] - finished[10]) / 40 == pytest.approx(kv_bytes / link.bytes_per_s, rel=0.02)
+
+
+def test_kv_is_sent_in_the_precision_of_the_replicas() -> None:
+    problem = small_problem()
+    link = Link(bytes_per_s=2e5, latency_s=1e-6)
+    problem = replace(problem, cluster=replace(problem.cluster, network=Network(default=link, zone_default=link)))
+    own = GpuPrecision(gpu="big", weights="bf16", weight_bytes=2.0, kv_bytes=1.0)
+    family = run_by(problem.family, EngineRules(name="vllm"))
+    narrow = replace(problem, model=replace(problem.model, precisions=(own,)), family=family)
+    ends = [
+        with_role(pipeline(problem, 6, first=n, in_flight=1), role)
+        for n, role in enumerate((Role.PREFILL, Role.DECODE))
+    ]
+    plan = plan_of(*ends, routes=(KvRoute(prefill=0, decode=1, rate=1.0),))
+    requests = equal_requests(60, prompt=30, output=2)
+    wide_s, narrow_s = (
+        np.diff(np.sort(simulate(plan, one, requests).finished_s)[[10, 50]])[0] for one in (problem, narrow)
+    )
+    assert wide_s == pytest.approx(2 * narrow_s, rel=0.02)
 
 
 @pytest.mark.parametrize(

@@ -251,3 +251,14 @@ def test_a_plan_predicts_the_sum_of_its_rates_the_worst_ttft_and_the_mean_tpot()
     plan = plans.plan(plans.paper_replica(), plans.paper_replica())
     assert prediction_of(plan) == Prediction(rate_rps=3.0, ttft_s=1.21, tpot_s=pytest.approx(0.0998))
     assert prediction_of(plans.plan()).rate_rps == 0
+
+
+@pytest.mark.parametrize("count", [20, 60, 400])
+def test_the_event_at_which_a_window_begins_is_not_counted(count: int) -> None:
+    """One request a second arrives, and one is finished: at the same time where the next one takes its place."""
+    rows = [(request(i, float(i)), i + 0.2, i + 0.5, i + 3.0) for i in range(count)]
+    for saturated in (False, True):
+        found = measure(run_of(rows, end_s=count + 3.0), Objective(), saturated=saturated)
+        assert found.arrival_rps == pytest.approx(1.0)
+        assert found.throughput_rps.value == pytest.approx(1.0)
+        assert found.output_tokens_per_s == pytest.approx(11.0)

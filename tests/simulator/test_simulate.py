@@ -310,3 +310,12 @@ def test_a_fault_of_an_unknown_device_is_refused() -> None:
     faults = (Fault(at_s=1.0, device="nowhere/0"),)
     with pytest.raises(InvalidProblemError, match="no device nowhere/0"):
         simulate(plan_of(pipeline(problem, 6)), problem, [], replace(AS_PLANNED, faults=faults))
+
+
+def test_samples_do_not_prolong_a_run() -> None:
+    problem = small_problem()
+    plan, requests = plan_of(pipeline(problem, 6)), equal_requests(20, prompt=9, output=9, every_s=0.01)
+    plain, sampled = (simulate(plan, problem, requests, Settings(sample_every_s=every)) for every in (None, 1000.0))
+    assert sampled.end_s == plain.end_s == plain.finished_s.max()
+    assert sampled.series is not None
+    assert sampled.series.times_s.tolist() == [plain.end_s]

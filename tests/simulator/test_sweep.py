@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -95,3 +96,11 @@ def test_a_load_that_is_not_carried_is_not_within() -> None:
 
     found = sweep(overloaded, Objective(ttft_limit_s=None, tpot_limit_s=None), start_rps=1.0)
     assert 0.48 < found.goodput_rps < 0.5
+
+
+def test_limits_that_are_kept_at_every_rate_end_the_search() -> None:
+    found = sweep(
+        lambda rates: [SUMMARY for _ in rates], Objective(ttft_limit_s=None, tpot_limit_s=None), start_rps=1e3
+    )
+    assert found.beyond_rps is None
+    assert np.isfinite(found.goodput_rps)

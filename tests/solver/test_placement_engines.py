@@ -287,6 +287,21 @@ def test_workers_keep_the_kv_of_primaries_in_another_precision() -> None:
     assert value_of(both) == pytest.approx(value_of(alone), rel=REL)
 
 
+def test_a_link_between_zones_carries_kv_in_the_precision_of_the_gpus_that_compute() -> None:
+    # Prompts in one zone and outputs in the other, of a single type of GPU with half the bytes of the model's own KV.
+    nodes = [make_node("e", "A", nodes=2, zone="east"), make_node("w", "A", nodes=2, zone="west")]
+    link = Link(bytes_per_s=2e6, latency_s=1e-4)
+    network = Network(default=Link(bytes_per_s=1e9, latency_s=1e-5), zone_default=link)
+    duties = tuple(
+        RestrictRole(gpus=Selection(unit=Unit.ZONE, name=zone), duty=duty, only=True)
+        for zone, duty in (("east", Duty.PREFILL), ("west", Duty.DECODE))
+    )
+    wide = replace(make_problem(nodes, family=PLAIN, network=network), constraints=duties)
+    narrow = with_precisions(wide, precision("A", kv_bytes=1.0))
+    assert value_of(narrow) == pytest.approx(2 * value_of(wide), rel=REL), "the link is the narrowest part"
+    assert value_of(narrow) == pytest.approx(value_of(replace(wide, model=replace(wide.model, kv_bytes=1.0))), rel=REL)
+
+
 def test_an_engines_workers_keep_no_8_bit_kv() -> None:
     _, problem = a_plan()
     wide = with_precisions(problem, precision("A", weight_bytes=1.0))

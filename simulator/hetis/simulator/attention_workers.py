@@ -9,6 +9,7 @@ the exchange with the primary.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from functools import cache, partial
 from itertools import groupby
@@ -244,6 +245,11 @@ class Migration:
         self._waves = [list(wave) for _, wave in groupby(moves, key=lambda move: move.wave)]
         self._next_wave(now_s, moved)
 
+    def forget(self, request: str) -> None:
+        """Drop the moves of a request that have not begun, since it may come back with other homes."""
+        if self._waves:
+            self._waves = [[move for move in wave if move.request != request] for wave in self._waves]
+
     def _snapshot(self, batch: Decoding) -> StateSnapshot:
         """Return the micro-batch's decoding requests, on devices that have only their blocks and the free ones."""
         state = self._state
@@ -378,6 +384,23 @@ class PoolCopy:
     def num_devices(self) -> int:
         return len(self.total_blocks)
 
+    def most_blocks(self) -> int:
+        """Return the most KV blocks per head group of a request that fits when no card has failed and none is used."""
+        totals: list[int] = self.total_blocks.tolist()
+        if not self.settings.dispatch:
+            kept, away = self._split
+            of_card = -(-away // max(1, len(totals) - 1))
+            parts = [(totals[0], kept), *((total, of_card) for total in totals[1:])]
+            return min(total // groups for total, groups in parts if groups)
+        stage, head_groups = self.state.stage, self.state.stage.heads.head_groups
+        units = [stage.primary_groups if i == 0 else 1 for i in range(len(totals))]
+
+        def is_too_large(blocks: int) -> bool:
+            room: int = sum(total // blocks // unit * unit for total, unit in zip(totals, units, strict=True))
+            return room < head_groups
+
+        return bisect_left(range(1, max(totals) + 1), True, key=is_too_large)
+
     # --- requests
 
     def place(self, load: PoolLoad, request: int, tokens: int) -> bool:
@@ -406,6 +429,8 @@ class PoolCopy:
         """Remove a finished or evicted request; its moves under way are aborted."""
         if self.homes.pop(request, None) is not None:
             self.state.finish(str(request))
+            if self._migration is not None:
+                self._migration.forget(str(request))
 
     def grow(self, cached: Sequence[tuple[int, int]]) -> list[int]:
         """Extend the cached tokens of requests to the given numbers; return those for which no block was free.
@@ -437,9 +462,7 @@ class PoolCopy:
 
         The rest of the layers takes ``layers_s``.
         """
-        groups, tokens = loads[0].groups, loads[0].tokens
-        for load in loads[1:]:
-            groups, tokens = list(map(add, groups, load.groups)), list(map(add, tokens, load.tokens))
+        groups, tokens = _together(loads)
         timing, busy_s = self.timing, self.busy_s
         device_s = timing.device_seconds(groups, tokens)
         for i, seconds in enumerate(device_s):
@@ -451,10 +474,10 @@ class PoolCopy:
             total += timing.late_s(chunk, groups, layers_s / timing.layers + total)
         return timing.layers * total
 
-    def after_others(self, start_s: float, end_s: float, load: PoolLoad) -> float:
+    def after_others(self, start_s: float, end_s: float, loads: Sequence[PoolLoad]) -> float:
         """Return when an iteration from ``start_s`` to ``end_s`` ends if its cards serve other stages too."""
         assert self._shared is not None
-        device_s = self.timing.device_seconds(load.groups, load.tokens)
+        device_s = self.timing.device_seconds(*_together(loads))
         for card, seconds in zip(self._shared, device_s[1:], strict=True):
             if seconds:
                 card.free_s = max(start_s, card.free_s) + self.timing.layers * seconds
@@ -497,6 +520,14 @@ class PoolCopy:
     def restore(self, card: int) -> None:
         """Restore a card, empty."""
         self.state.restore_device(card)
+
+
+def _together(loads: Sequence[PoolLoad]) -> tuple[list[int], list[float]]:
+    """Return the (request, head group) pairs and attended tokens of all loads, per device."""
+    groups, tokens = loads[0].groups, loads[0].tokens
+    for load in loads[1:]:
+        groups, tokens = list(map(add, groups, load.groups)), list(map(add, tokens, load.tokens))
+    return groups, tokens
 
 
 def _dispatcher_of(state: DispatchState) -> Callable[[DeviceLoad, Requests], IntArray | None]:

@@ -16,14 +16,18 @@ Action = Callable[..., None]
 
 
 class Events:
-    """The event loop of a simulation. An action is called with the time and the arguments scheduled for it."""
+    """The event loop of a simulation. An action is called with the time and the arguments scheduled for it.
 
-    __slots__ = ("_heap", "_order", "now_s")
+    Attributes:
+        now_s: time of the current event; ``before_s``: that of the one before it.
+    """
+
+    __slots__ = ("_heap", "_order", "before_s", "now_s")
 
     def __init__(self) -> None:
         self._heap: list[tuple[float, int, Action, tuple[Any, ...]]] = []
         self._order = 0
-        self.now_s = 0.0
+        self.now_s = self.before_s = 0.0
 
     @property
     def is_empty(self) -> bool:
@@ -43,7 +47,7 @@ class Events:
                 self.now_s = until_s
                 break
             time_s, _, action, arguments = pop(heap)
-            self.now_s = time_s
+            self.before_s, self.now_s = self.now_s, time_s
             action(time_s, *arguments)
         return self.now_s
 

@@ -13,6 +13,7 @@ import random
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from hetis.simulator.events import Events, FleetLinks, transfer
 from hetis.simulator.micro_batch import MicroBatch, SimulatedStageCopy
@@ -20,6 +21,7 @@ from hetis.simulator.replica import Outside, ReplicaRun
 from hetis.simulator.values import Request, RequestLog, SaturatingSource, Settings
 from hetis.solver.check.fleet import Fleet as Devices
 from hetis.solver.errors import InvalidProblemError
+from hetis.solver.model import ModelSpec
 from hetis.solver.plan import Plan
 from hetis.solver.problem import PlacementProblem
 
@@ -155,7 +157,8 @@ class KvTransfers:
     ) -> None:  # fmt: skip
         self._to_emptiest = to_emptiest
         self._log, self._events, self._requeue = log, events, requeue
-        self._model, self._network = problem.model, problem.cluster.network
+        self._models = [problem.of_replica(one).model for one in plan.replicas]  # each in its replica's precision
+        self._network = problem.cluster.network
         self._zones = [devices.zones_of(one.devices())[0] for one in plan.replicas]
         self._links = links
         self._routes: dict[int, list[_Route]] = {}
@@ -184,6 +187,11 @@ class KvTransfers:
     def _turn(self, route: _Route) -> float:
         """Return the sort key of a route; routes are tried in increasing order."""
         return route.replica.seats_taken() if self._to_emptiest else -(route.credit + route.share)
+
+    def most_tokens(self, sender: ReplicaRun) -> int:
+        """Return the most tokens of a prompt for which a decode replica that a prefill replica sends to has room."""
+        routes = self._routes.get(sender.number)
+        return max(route.replica.most_tokens for route in routes) if routes else sender.most_tokens
 
     def take_prompt(self, now_s: float, replica: ReplicaRun, batch: MicroBatch, request: int) -> bool:
         """Send the KV of a finished prompt; return False if it decodes on the same replica."""
@@ -227,7 +235,8 @@ class KvTransfers:
     def _landing_s(self, replica: ReplicaRun, batch: MicroBatch, request: int) -> float:
         """Return the time for the last layer of the last chunk, on the slowest stage."""
         target = self._log.target[request]
-        num_bytes = self._layer_bytes(target, min(1.0, replica.batching.chunk_tokens / target))
+        model = self._models[replica.number]
+        num_bytes = _layer_bytes(model, target, min(1.0, replica.batching.chunk_tokens / target))
         return max(
             float(copy.timing.cost.transfer_s(num_bytes, copy.timing.shape.hop_link))
             + copy.timing.shape.hop_link.latency_s
@@ -236,26 +245,25 @@ class KvTransfers:
 
     def _sent_s(self, replica: ReplicaRun, batch: MicroBatch, request: int, expected: _Expected) -> float:
         """Return when the KV has passed all its links."""
-        tokens, begun_s = self._log.target[request], expected.begun_s
+        tokens, begun_s, model = self._log.target[request], expected.begun_s, self._models[replica.number]
         chunks = math.ceil(tokens / replica.batching.chunk_tokens)
         ends = list[float]()
         for copy in batch.copies:
             timing = copy.timing
-            part_s = float(timing.cost.transfer_s(self._layer_bytes(tokens, 1.0 / chunks), timing.shape.hop_link))
+            part_s = float(timing.cost.transfer_s(_layer_bytes(model, tokens, 1.0 / chunks), timing.shape.hop_link))
             leaving = self._links.leaving(copy.devices[0])
             ends.append(transfer(begun_s, timing.layers * chunks * part_s, leaving))
         for copy in expected.batch.copies:
-            ends.extend(self._received(begun_s, copy, tokens))
+            ends.extend(self._received(begun_s, copy, model, tokens))
         zones = self._zones[replica.number], self._zones[expected.replica.number]
         if zones[0] != zones[1]:
-            num_bytes = self._model.prompt_kv_bytes(tokens)
-            seconds = num_bytes / self._network.zone_link(*zones).bytes_per_s
+            seconds = model.prompt_kv_bytes(tokens) / self._network.zone_link(*zones).bytes_per_s
             ends.append(transfer(begun_s, seconds, self._links.between(*zones)))
         return max(ends)
 
-    def _received(self, begun_s: float, copy: SimulatedStageCopy, tokens: int) -> Iterator[float]:
+    def _received(self, begun_s: float, copy: SimulatedStageCopy, model: ModelSpec, tokens: int) -> Iterator[float]:
         """Yield when a prompt's KV is in one copy: kept groups go to its ranks, the others directly to its cards."""
-        timing, model = copy.timing, self._model
+        timing = copy.timing
         pool, group_bytes = timing.shape.pool, tokens * model.kv_bytes_per_token_group()
         away = 0 if pool is None else pool.head_groups * timing.shape.tp
         kept = model.head_groups - away
@@ -267,10 +275,10 @@ class KvTransfers:
             for card in copy.cards:
                 yield transfer(begun_s, timing.layers * layer_s, self._links.coming(card))
 
-    def _layer_bytes(self, tokens: int, share: float) -> float:
-        """Return the bytes per layer that a share of a prompt of ``tokens`` needs: KV, and as much of its state."""
-        whole = tokens * self._model.head_groups * self._model.kv_bytes_per_token_group() + self._model.state_bytes()
-        return share * whole
+
+def _layer_bytes(model: ModelSpec, tokens: int, share: float) -> float:
+    """Return the bytes per layer that a share of a prompt of ``tokens`` needs: KV, and as much of its state."""
+    return share * (tokens * model.head_groups * model.kv_bytes_per_token_group() + model.state_bytes())
 
 
 class SimulatedFleet(Outside):
@@ -287,7 +295,7 @@ class SimulatedFleet(Outside):
         self.replicas, self.log, self.events, self.router = replicas, log, events, router
         self.transfers: KvTransfers | None = None
         self.takers = [replica for replica in replicas if replica.batching.chunk_tokens and replica.rate > 0]
-        self.held: deque[int] = deque()  # requests that arrived or were returned while no taker was up
+        self.held: deque[int] = deque()  # requests that arrived or were returned while no taker with room was up
         self._arrivals: Iterator[Request] = iter(())
         self._source: SaturatingSource | None = None
         for replica in replicas:
@@ -304,6 +312,19 @@ class SimulatedFleet(Outside):
         for replica in self.takers:
             replica.wake(0.0)
 
+    @cached_property
+    def _room(self) -> dict[int, int]:
+        """The most tokens of a request that a taker, and where it sends its KV, have room for, by number."""
+        others = self.transfers
+        return {
+            one.number: one.most_tokens if others is None else min(one.most_tokens, others.most_tokens(one))
+            for one in self.takers
+        }
+
+    @cached_property
+    def _least_room(self) -> int:
+        return min(self._room.values())
+
     # --- calls by replicas
 
     def pull(self, now_s: float) -> int | None:
@@ -317,6 +338,18 @@ class SimulatedFleet(Outside):
 
     def take_prompt(self, now_s: float, replica: ReplicaRun, batch: MicroBatch, request: int) -> bool:
         return self.transfers is not None and self.transfers.take_prompt(now_s, replica, batch, request)
+
+    def is_too_long(self, replica: ReplicaRun, request: int) -> bool:
+        return self.transfers is not None and self.log.target[request] > self.transfers.most_tokens(replica)
+
+    def refuse(self, now_s: float, replica: ReplicaRun, request: int) -> None:
+        tokens = self.log.target[request]
+        self._room[replica.number] = min(self._room[replica.number], tokens - 1)
+        self._least_room = min(self._least_room, tokens - 1)
+        if any(room >= tokens for room in self._room.values()):
+            self.events.at(now_s, self.route, request)
+        else:
+            self.log.reject(request)
 
     def has_room(self, now_s: float, replica: ReplicaRun) -> None:
         if self.transfers is not None:
@@ -332,12 +365,15 @@ class SimulatedFleet(Outside):
     # --- arrivals
 
     def route(self, now_s: float, request: int) -> None:
-        """Assign a request to a replica."""
-        up = [replica for replica in self.takers if replica.is_up]
+        """Assign a request to a replica, to one with room for it if there is any."""
+        takers, tokens = self.takers, self.log.target[request]
+        if tokens > self._least_room:
+            takers = [replica for replica in takers if self._room[replica.number] >= tokens] or takers
+        up = [replica for replica in takers if replica.is_up]
         if not up:
             self.held.append(request)
             return
-        self.router(up if len(up) < len(self.takers) else self.takers).offer(now_s, request)
+        self.router(up if len(up) < len(takers) else takers).offer(now_s, request)
 
     def route_held(self, now_s: float) -> None:
         """Route the held requests after a replica has returned."""
@@ -394,6 +430,7 @@ class Faults:
         if joins:
             copy.pool.restore(card)
             replica.wake(now_s)
+            self._fleet.has_room(now_s, replica)
             return
         hit = copy.pool.holders(card)
         for batch in replica.batches:
@@ -404,6 +441,7 @@ class Faults:
                 self._release_moving(replica, batch, hit)
         copy.pool.lose(card)
         replica.wake(now_s)
+        self._fleet.has_room(now_s, replica)
 
     def _rearrange(self, now_s: float, replica: ReplicaRun) -> None:
         """Restart micro-batches whose copies changed; a replica is down if a stage has no copy left."""

@@ -127,7 +127,8 @@ def measure(run: Run, limits: Objective, *, saturated: bool) -> Metrics:
     last_arrival_s = float(run.arrival_s[-1]) if run.num_requests else 0.0
     start_s = _window_start_s(run, last_arrival_s, saturated=saturated)
     inside = (run.arrival_s >= start_s) & (run.arrival_s <= last_arrival_s)
-    finishes = (run.finished_s >= start_s) & (run.finished_s <= last_arrival_s)
+    # A window may begin with an arrival or a completion, which is not counted: n gaps have n + 1 ends.
+    finishes = (run.finished_s > start_s) & (run.finished_s <= last_arrival_s)
     finishing = np.sort(run.finished_s[finishes])
     span_s = last_arrival_s - start_s
     arrived, measured = int(inside.sum()), inside & np.isfinite(run.finished_s)
@@ -146,7 +147,7 @@ def measure(run: Run, limits: Objective, *, saturated: bool) -> Metrics:
         window_start_s=start_s,
         window_end_s=last_arrival_s,
         end_s=run.end_s,
-        arrival_rps=_per_second(arrived, span_s),
+        arrival_rps=_per_second(int((inside & (run.arrival_s > start_s)).sum()), span_s),
         throughput_rps=_throughput(finishing, span_s),
         prompt_tokens_per_s=_per_second(float(run.prompt_tokens[finishes].sum()), span_s),
         output_tokens_per_s=_per_second(float(run.output_tokens[finishes].sum()), span_s),

@@ -23,7 +23,8 @@ class SimulatedStageCopy:
 
     Attributes:
         track: its name in a trace.
-        devices: its ranks; ``cards``: its attention workers.
+        ranks: its GPUs; ``cards``: its attention workers.
+        devices: all GPUs with which it fails and shares a link: its ranks, and those of copies that share its experts.
         room: KV blocks of whole requests; None if a pool counts them and the engine's number of blocks is not fixed.
         pool: its attention workers; None: there are none.
         is_up: whether all its devices work.
@@ -33,16 +34,16 @@ class SimulatedStageCopy:
     """
 
     __slots__ = (
-        "busy_s", "cards", "devices", "free_s", "is_up", "pool", "room", "serving", "stage", "timing", "track",
+        "busy_s", "cards", "devices", "free_s", "is_up", "pool", "ranks", "room", "serving", "stage", "timing", "track",
         "waiting",
     )  # fmt: skip
 
     def __init__(
-        self, *, track: str, devices: tuple[str, ...], stage: int, timing: StageTiming, room: KvRoom | None,
-        pool: PoolCopy | None, cards: tuple[str, ...] = (),
+        self, *, track: str, ranks: tuple[str, ...], stage: int, timing: StageTiming, room: KvRoom | None,
+        pool: PoolCopy | None, cards: tuple[str, ...] = (), devices: tuple[str, ...] = (),
     ) -> None:  # fmt: skip
-        self.track, self.devices, self.stage, self.timing = track, devices, stage, timing
-        self.cards = cards
+        self.track, self.ranks, self.stage, self.timing = track, ranks, stage, timing
+        self.devices, self.cards = devices or ranks, cards
         self.room, self.pool = room, pool
         self.is_up = True
         self.free_s = self.busy_s = 0.0
@@ -237,7 +238,7 @@ class Apart(Discipline):
         seconds = batch.seconds[stage]
         end_s = start_s + seconds
         if copy.pool is not None and copy.pool.is_shared:
-            end_s = copy.pool.after_others(start_s, end_s, batch.loads[stage])
+            end_s = copy.pool.after_others(start_s, end_s, [batch.loads[stage]])
             seconds = end_s - start_s
         copy.free_s = end_s
         copy.busy_s += seconds
@@ -270,7 +271,10 @@ class Greedy(Discipline):
         if copy.pool is not None:
             decoding, _, tokens, _, _, rows = together
             layers_s = seconds - copy.timing.beside_layers_s(decoding + tokens, rows)
-            seconds += copy.pool.seconds([batch.loads[copy.stage] for batch in copy.serving], copy.serving, layers_s)
+            loads = [batch.loads[copy.stage] for batch in copy.serving]
+            seconds += copy.pool.seconds(loads, copy.serving, layers_s)
+            if copy.pool.is_shared:
+                seconds = copy.pool.after_others(now_s, now_s + seconds, loads) - now_s
         copy.free_s = now_s + seconds
         copy.busy_s += seconds
         if self._traced:

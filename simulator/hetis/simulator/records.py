@@ -49,7 +49,7 @@ def _times(values_s: FloatArray) -> list[str]:
 
 
 def perfetto_json(run: Run) -> str:
-    """Return the run in the Trace Event Format (JSON object form), with a track per stage copy, pool card and link.
+    """Return the run in the Trace Event Format (JSON object form), with a track per stage copy.
 
     The file opens in https://ui.perfetto.dev and chrome://tracing. Waiting and running requests are counters, sampled
     at every change; so is KV use per device if the run has samples. Timestamps are microseconds of virtual time.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,6 +10,8 @@ from dataclasses import dataclass
 from hetis.simulator.kv_memory import KvGrowth
 from hetis.simulator.micro_batch import Discipline, MicroBatch, SimulatedStageCopy
 from hetis.simulator.values import RequestLog
+
+NO_LIMIT = 1 << 40  # blocks, or tokens
 
 
 class Holdings:
@@ -101,6 +104,14 @@ class Outside:
         """Hand a finished prompt over to another replica; False: it decodes on the same replica."""
         return False
 
+    def is_too_long(self, replica: ReplicaRun, request: int) -> bool:
+        """Return whether a request can never start here, because nowhere is room for it to decode."""
+        return False
+
+    def refuse(self, now_s: float, replica: ReplicaRun, request: int) -> None:
+        """Take back a request that the replica can never hold."""
+        replica.log.reject(request)
+
     def has_room(self, now_s: float, replica: ReplicaRun) -> None:
         """React to a replica that has free room again."""
 
@@ -115,6 +126,7 @@ class ReplicaRun:
 
     Attributes:
         rate: requests/s that the plan assigns to it; for a prefill replica the rate of its routes, which may be 0.
+        most_tokens: the most tokens of KV that a request may have here, alone and with no device lost.
     """
 
     def __init__(
@@ -138,6 +150,21 @@ class ReplicaRun:
         self._spare = -(-batching.in_flight // copies) * growing
         self.batches = [self.new_batch(index) for index in range(batching.in_flight)]
         self._idle = set(range(batching.in_flight))
+        self.most_tokens = self._most_tokens()
+
+    def _most_tokens(self) -> int:
+        growth, copies = self.growth, {batch.copies: batch for batch in self.batches}
+        limits = [
+            (min((room.total for room in batch.rooms), default=NO_LIMIT),
+             min((pool.most_blocks() for pool, _ in batch.pools), default=NO_LIMIT))
+            for batch in copies.values()
+        ]  # fmt: skip
+
+        def is_too_long(tokens: int) -> bool:
+            blocks, in_pools = growth.blocks(tokens), -(-growth.cached(tokens) // growth.block_tokens)
+            return all(blocks > of_rooms or in_pools > of_pools for of_rooms, of_pools in limits)
+
+        return bisect_left(range(1, NO_LIMIT), True, key=is_too_long)
 
     @property
     def decodes(self) -> bool:
@@ -329,12 +356,13 @@ class ReplicaRun:
                 if outside.may_start(now_s, self, request):
                     break
                 self.kv.release(batch, request, 0)
-                return None
-            if not self.is_empty() or not self._is_whole():
+                if not outside.is_too_long(self, request):
+                    return None
+            elif self.log.target[request] <= self.most_tokens and not (self.is_empty() and self._is_whole()):
                 return None
             queue.popleft()  # it would not fit even in an empty replica
             self.outstanding -= 1
-            self.log.reject(request)
+            outside.refuse(now_s, self, request)
         queue.popleft()
         if self.log.preemptions[request] == 0:
             self.log.admitted_s[request] = now_s

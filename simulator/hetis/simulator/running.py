@@ -190,6 +190,7 @@ def _run_here(job: SimulationJob) -> RunAnswer:
 
 MAX_ROUNDS = 24
 STEP = 1.15  # factor of the first step up; each further step is twice as far, in powers of this
+MOST_STEPS = 2047  # powers of the factor, at most: a rate stays a finite number
 IDLE = 0.01  # fraction of the starting rate: if even this is too high, no rate is within the limits
 
 
@@ -253,7 +254,8 @@ def judged_rates(summaries: Mapping[float, Summary], limits: Objective) -> RateS
 
 def _next_rates(low: float, high: float | None, *, start_rps: float, tried: int, at_once: int) -> list[float]:
     if high is None:
-        return [start_rps * STEP ** (2**n - 1) for n in range(tried, tried + at_once)]
+        # Capped where a float would overflow; by then, limits that are kept at any rate have long been found.
+        return [start_rps * STEP ** min(2**n - 1, MOST_STEPS) for n in range(tried, tried + at_once)]
     if low == 0:
         return [IDLE * start_rps, *(high * part / at_once for part in range(1, at_once))]
     return [low + (high - low) * part / (at_once + 1) for part in range(1, at_once + 1)]

@@ -151,7 +151,14 @@ class Builder:
             track = f"replica {number}, stage {position + 1}, copy {copy + 1}: {ranks[0]}"
             copies.append(
                 SimulatedStageCopy(
-                    track=track, devices=devices, stage=position, timing=timing, room=room, pool=workers, cards=names
+                    track=track,
+                    ranks=ranks,
+                    stage=position,
+                    timing=timing,
+                    room=room,
+                    pool=workers,
+                    cards=names,
+                    devices=devices,
                 )
             )
         return copies
@@ -293,8 +300,9 @@ class Sampler:
         )
 
     def _tick(self, now_s: float) -> None:
-        if self._events.is_empty:
-            return  # nothing can change any more
+        if self._events.is_empty:  # nothing can change any more: the run ended with the event before
+            self._events.now_s = self._events.before_s
+            return
         self._sample(now_s)
         self._events.at(now_s + self._every_s, self._tick)
 
@@ -309,7 +317,7 @@ class Sampler:
         self._before = now_s, busy_s
 
     def _add(self, copy: SimulatedStageCopy, now_s: float, used: FloatArray, busy_s: FloatArray) -> None:
-        ranks = [self._place[name] for name in copy.devices]
+        ranks = [self._place[name] for name in copy.ranks]
         busy_s[ranks] += copy.busy_until(now_s)
         if copy.room is not None:
             used[ranks] = copy.room.used / max(1, copy.room.total)

@@ -107,7 +107,7 @@ class Settings:
 
 @dataclass(frozen=True, slots=True)
 class TraceEvent:
-    """One bar of a Perfetto trace: work of ``track`` (a stage copy, a pool card or a link) starting at ``start_s``."""
+    """One bar of a Perfetto trace: work of ``track`` (a stage copy) starting at ``start_s``."""
 
     track: str
     name: str
@@ -151,7 +151,7 @@ class Run:
     migrations: int  # committed moves of head groups; ``migrated_bytes`` are their bytes
     migrated_bytes: float
     kv_transfers: int  # prompts whose KV was sent from a prefill to a decode replica
-    rejected: int  # requests that no replica can ever hold (their KV exceeds its room)
+    rejected: int  # requests whose KV exceeds the room of every replica, some of them only after they have grown
     series: Series | None  # None without `Settings.sample_every_s`
     trace_events: tuple[TraceEvent, ...]
     end_s: float  # virtual time at which the run ended
@@ -218,7 +218,7 @@ class RequestLog:
         return len(self.id) - 1
 
     def reject(self, request: int) -> None:
-        """Reject a request that no replica can ever hold."""
+        """Reject a request that no replica has room for, even on its own."""
         self.rejected += 1
         self.replica[request] = -1
 

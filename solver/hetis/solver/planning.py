@@ -53,7 +53,7 @@ def solve_placement(
     settings = SearchSettings(
         strategy=strategy, budget=budget or Budget(), gap_target=gap_target, seed=seed, threads=threads, report=report
     )
-    problem = replace(problem, family=STRATEGIES[strategy].restrict(problem.family))
+    problem = replace(problem.in_shared_precision(), family=STRATEGIES[strategy].restrict(problem.family))
     family = problem.family
     if simplest_within and (family.engine is None or family.one_type_per_role or not family.uneven_layers):
         raise InvalidProblemError(

@@ -400,6 +400,11 @@ class PlacementProblem:
         """Return the problem with the model in the precision of this replica."""
         return self.in_precision_of(replica.stages[0].gpu)
 
+    def in_shared_precision(self) -> PlacementProblem:
+        """Return the problem in a single precision if all GPUs that may compute layers hold the model in the same."""
+        models = {build.model for build in self.builds()} if self.model.precisions else set()
+        return replace(self, model=models.pop()) if len(models) == 1 else self
+
     def __post_init__(self) -> None:
         if self.objective.kind in (ObjectiveKind.COST, ObjectiveKind.GPUS) and self.objective.demand_rps is None:
             raise InvalidProblemError(f"objective {self.objective.kind} needs a demanded rate")

@@ -11,9 +11,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hetis.solver.budget import Budget
-from hetis.solver.dispatch.admission import NOT_FOUND, PLACED, SCATTERED, SHORT_OF_BLOCKS, PackingProblem, admit
+from hetis.solver.dispatch.admission import (
+    MOST_WORK,
+    NOT_FOUND,
+    PLACED,
+    SCATTERED,
+    SHORT_OF_BLOCKS,
+    PackingProblem,
+    admit,
+    pack_few,
+)
 from hetis.solver.dispatch.exact import admit_exactly, solve_exactly
 from hetis.solver.dispatch.problem import (
+    MOST_GROUPS,
     DeviceLoad,
     DispatchPlan,
     DispatchProblem,
@@ -28,6 +38,9 @@ from tests.solver.dispatch.oracle import assert_feasible, best_makespan
 from tests.solver.dispatch.test_inputs import requests_of, stage_of
 
 MLA = HeadShape(head_groups=1, queries_per_group=16, kv_bytes_per_token=1152.0, exchange_bytes_per_head=640.0)
+BY_TOKEN = HeadShape(  # a block is a token
+    head_groups=8, queries_per_group=4, kv_bytes_per_token=512.0, exchange_bytes_per_head=640.0, block_tokens=1
+)
 
 
 def subset(problem: DispatchProblem, chosen: list[int]) -> DispatchProblem:
@@ -229,3 +242,24 @@ def test_a_spent_budget_proves_nothing_more() -> None:
     admission = admit_exactly(problem, budget=Budget(time_limit_s=0.0))
     assert np.any(admission.verdict == NOT_FOUND)
     assert set(admission.verdict.tolist()) <= {PLACED, NOT_FOUND, SCATTERED, SHORT_OF_BLOCKS}
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_the_exact_plan_keeps_to_the_last_block_of_large_devices(seed: int) -> None:
+    # The fast device lacks one block of tens of millions for some whole groups: less than HiGHS's default tolerance.
+    rng = np.random.default_rng(seed)
+    contexts = rng.integers(2_000_000, 9_000_000, 3)
+    free = np.array([contexts @ rng.integers(1, 8, 3) - 1, 10**9, 10**9])
+    stage = replace(stage_of(3, heads=BY_TOKEN), kv_byte_s=np.array([[3e-13], [3e-12], [4e-12]]))
+    problem = DispatchProblem(
+        stage=stage, load=DeviceLoad.idle(free), requests=requests_of(*contexts.tolist())
+    )  # fmt: skip
+    plan = solve_exactly(problem)
+    assert_feasible(problem, plan.groups, set())
+    assert plan.gap <= 1e-6
+
+
+def test_packing_few_requests_of_most_head_groups_is_given_up_at_once() -> None:
+    # The work counts G**4 per device, which 64 bits do not hold for the most head groups that are allowed.
+    packing = PackingProblem(np.array([10**6, 10**6]), np.array([1, 1]), -1, np.array([9, 9, 10]), MOST_GROUPS)
+    assert pack_few(packing, np.arange(3), np.zeros((3, 2), np.int64), MOST_WORK) == (-1, 0)

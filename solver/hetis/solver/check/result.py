@@ -114,21 +114,23 @@ def check_link_capacity(plan: Plan, problem: PlacementProblem, fleet: Fleet) -> 
 
     A unified replica's hop from one zone to another carries ``rate (Q + O) H s`` bytes/s, a route ``rate P L G kvb``.
     """
-    model = problem.model
+    model = problem.model  # in any precision: hops carry activations
     workload = problem.workload.clipped_to(model.max_position)
     moments = workload.moments(block_tokens=problem.assumptions.block_tokens)
     numbers = model.residual_streams * model.hidden
     hop_bytes = (moments.mean_computed + moments.mean_output) * numbers * model.activation_bytes
-    kv_bytes = moments.mean_prompt * model.head_groups * model.kv_bytes_per_token_group() + model.state_bytes()
-    kv_bytes *= model.num_layers
     load: defaultdict[tuple[str | None, str | None], float] = defaultdict(float)
     for replica in plan.replicas:
         for pair in pairwise(_zone_of(stage.devices, fleet) for stage in replica.stages):
             load[pair] += replica.rate * hop_bytes
     zones = [_zone_of(replica.devices(), fleet) for replica in plan.replicas]
     for route in plan.kv_routes:
-        if 0 <= route.prefill < len(zones) and 0 <= route.decode < len(zones):  # others are reported elsewhere
-            load[zones[route.prefill], zones[route.decode]] += route.rate * kv_bytes
+        if not (0 <= route.prefill < len(zones) and 0 <= route.decode < len(zones)):
+            continue  # reported elsewhere, as are replicas without stages
+        if zones[route.prefill] is not None:
+            own = problem.of_replica(plan.replicas[route.prefill]).model
+            kv_bytes = moments.mean_prompt * own.head_groups * own.kv_bytes_per_token_group() + own.state_bytes()
+            load[zones[route.prefill], zones[route.decode]] += route.rate * own.num_layers * kv_bytes
     violations: list[Violation] = []
     for (here, there), bytes_per_s in load.items():
         if here is not None and there is not None and here != there:

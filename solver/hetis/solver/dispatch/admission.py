@@ -80,8 +80,8 @@ def pack_few(packing: PackingProblem, members: IntArray, x: IntArray, most_work:
     two = members[1] if len(members) == FEW else -1
     width = G + 1 if two >= 0 else 1
     pairs = (G + 1) * (G + 2) // 2
-    work = num * pairs * (pairs if two >= 0 else 1)
-    if work > most_work:
+    work = num * pairs * (pairs if two >= 0 and pairs <= most_work else 1)
+    if max(pairs, work) > most_work:
         return -1, 0
     order = np.argsort(-unit.astype(np.float64))
     most = np.full((num + 1, G + 1, width), -1)  # groups of the last member

@@ -29,6 +29,8 @@ ROUNDS = 200  # rounds of local search between reads of the clock
 ADMISSION_SHARE = 0.4  # largest share of the time limit
 SEARCH_SHARE = 0.2  # share of the time left after admission
 MOST_SEARCH_ROUNDS = 20_000  # if there is no clock
+# HiGHS's default of 1e-6 of a device's room is many blocks on a large device; this is less than one up to 1e9 blocks.
+TOLERANCE = {"mip_feasibility_tolerance": 1e-9, "primal_feasibility_tolerance": 1e-9}
 
 
 def admit_exactly(problem: DispatchProblem, *, budget: Budget, seed: int = 0) -> Admission:
@@ -77,7 +79,7 @@ def _pack(packing: PackingProblem, *, time_limit_s: float, seed: int) -> tuple[b
     # Divided by the room, so that HiGHS's tolerance is the same share of every device.
     share = 1.0 / np.maximum(1.0, room)
     j, i = np.arange(J)[:, None], np.arange(D)
-    highs = quiet_highs(time_limit_s=time_limit_s, seed=seed)
+    highs = quiet_highs(TOLERANCE, time_limit_s=time_limit_s, seed=seed)
     highs.passModel(
         linear_program(
             np.zeros(J * D),
@@ -166,7 +168,7 @@ def _by_milp(
     order = _placed(problem, plan)
     stage, placement = _placement_of(problem, plan, order)
     milp = _Milp(stage, problem.load.free_blocks, placement, 1.0 / plan.makespan_s)
-    highs = quiet_highs({"mip_rel_gap": gap_target}, time_limit_s=time_limit_s, seed=seed)
+    highs = quiet_highs({"mip_rel_gap": gap_target, **TOLERANCE}, time_limit_s=time_limit_s, seed=seed)
     highs.passModel(milp.program())
     start = highspy.HighsSolution()
     start.col_value = milp.values_of(plan.groups[order], plan.makespan_s).tolist()
@@ -177,7 +179,7 @@ def _by_milp(
     groups, makespan_s = plan.groups, plan.makespan_s
     if info.primal_solution_status == highspy.SolutionStatus.kSolutionStatusFeasible:
         found = milp.groups_of(np.array(highs.getSolution().col_value))
-        found_s = milp.makespan_s(found)
+        found_s = milp.makespan_s(found) if milp.is_feasible(found) else np.inf
         if found_s < makespan_s:
             groups, makespan_s = _spread(found, order, plan), found_s
     bound = min(max(plan.bound_s, bound), makespan_s)  # HiGHS proves its bound only up to a tolerance
@@ -190,7 +192,7 @@ class _Milp(NamedTuple):
     min  z
     s.t. sum_i unit_i u_ij = G                                                   every j
          sum_j (alpha_ik + beta_ik l_j) unit_i u_ij + base_ik y_i <= z            every i, k   (y_i = 1 in use)
-         sum_j m_j unit_i u_ij <= free_i                                         every i
+         sum_j m_j unit_i u_ij / free_i <= 1                                     every i
          sum_j unit_i u_ij <= G J y_i                                            every i
          eta sum_(workers) u_ij + base_nic y <= z;   y_i <= y                     every worker
     """
@@ -207,13 +209,14 @@ class _Milp(NamedTuple):
         card, implied = used + D, used + D + 1
         num_rows, first_y, num_columns = implied + D, 1 + J * D, 2 + J * D + D
         j, i, k = np.arange(J)[:, None, None], np.arange(D)[None, :, None], np.arange(K)[None, None, :]
+        room = np.maximum(1, self.free_blocks)  # memory in shares of it: HiGHS's tolerance is the same for every device
         u, y, devices = 1 + j * D + i, first_y + np.arange(D), np.arange(D)
         unit, worker = stage.unit[None, :, None], devices != stage.primary
         seconds = stage.alpha[None] + stage.beta[None] * contexts[:, None, None]
         entries = [
             (j, u, unit),
             (times + i * K + k, u, self.scale * unit * seconds),
-            (memory + i, u, unit * blocks[:, None, None]),
+            (memory + i, u, unit * blocks[:, None, None] / room[None, :, None]),
             (used + i, u, unit),
             (card, u, self.scale * stage.nic_group_s * unit * worker[None, :, None]),
             (times + np.arange(D * K).reshape(D, K), y[:, None], self.scale * stage.base),
@@ -229,7 +232,7 @@ class _Milp(NamedTuple):
         lower[y], upper[first_y:] = stage.open_at == ALWAYS, 1.0
         row_lower, row_upper = np.full(num_rows, -np.inf), np.zeros(num_rows)
         row_lower[:J] = row_upper[:J] = stage.head_groups
-        row_upper[memory:used] = np.maximum(0, self.free_blocks)
+        row_upper[memory:used] = np.maximum(0, self.free_blocks) / room
         is_z = np.arange(num_columns) == 0
         return linear_program(1.0 * is_z, (lower, upper), (row_lower, row_upper), entries, whole=~is_z)
 
@@ -244,6 +247,11 @@ class _Milp(NamedTuple):
         shape = self.placement.x.shape
         units: IntArray = np.rint(values[1 : 1 + shape[0] * shape[1]]).astype(np.int64).reshape(shape)
         return units * self.stage.unit
+
+    def is_feasible(self, groups: IntArray) -> bool:
+        """Return whether a placement [J, D] keeps to the room exactly, not only within HiGHS's tolerance."""
+        fits = self.placement.blocks @ groups <= np.maximum(0, self.free_blocks)
+        return bool(np.all(groups.sum(axis=1) == self.stage.head_groups) and np.all(fits))
 
     def makespan_s(self, groups: IntArray) -> float:
         """Return the makespan of a placement [J, D]."""
