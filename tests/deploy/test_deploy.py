@@ -109,6 +109,16 @@ def test_every_alert_says_how_bad_it_is_and_has_a_page_of_the_runbook() -> None:
         assert f"`{alert['alert']}`" in OPERATIONS, alert["alert"]
 
 
+def test_installations_in_one_prometheus_are_told_apart_by_their_namespace() -> None:
+    """Sums over all of them would find two leaders where there are two installations."""
+    of_planners = [panel for panel in DASHBOARD["panels"] if panel["title"] in ("Planners that lead", "Epoch")]
+    assert len(of_planners) == 2
+    texts = [alert["expr"] for alert in ALERTS] + [panel["targets"][0]["expr"] for panel in of_planners]
+    for text in texts:
+        for labels in re.findall(r"\b(?:sum|max|min|avg|count|on)\b(?: by)? ?\(([^)]*)", text):
+            assert labels.split(", ")[0] == "namespace", text
+
+
 @pytest.mark.skipif(shutil.which("promtool") is None, reason="NOT CHECKED: promtool is not installed")
 def test_the_rules_do_what_their_tests_say() -> None:
     subprocess.run(["promtool", "test", "rules", "alerts_test.yaml"], cwd=DEPLOY / "prometheus", check=True)
