@@ -40,6 +40,9 @@ class ServiceMetrics:
             registry=self.registry,
         )
         self._streams = counter("hetis_planner_streams_ended", "Streams that ended.", ["method", "code"])
+        self._internal_errors = counter(
+            "hetis_planner_internal_errors", "Calls and streams that ended with INTERNAL, because of a bug."
+        )
         self._quotas = counter(
             "hetis_planner_quota_exceeded",
             "Calls refused because their caller had used up a quota.",
@@ -89,6 +92,9 @@ class ServiceMetrics:
             self._streams_of(method, code).inc()
         else:
             self._calls_of(method, code).observe(seconds)
+        # Series with labels begin at 1, which rate() and increase() take for no change; this counter begins at 0.
+        if code == "INTERNAL":
+            self._internal_errors.inc()
 
     def quota_exceeded(self, caller: str, quota: str) -> None:
         """Count a refused call. ``caller`` is a name of verified credentials."""
