@@ -237,6 +237,8 @@ HA = {"replicas": 3, "store": {"urlSecret": "pg"}, "clientCertificates": True, "
 def test_what_helm_makes_of_the_chart_fits_together(planner: dict[str, Any], tmp_path: Path) -> None:
     found = rendered(planner=planner, agents={"cluster": "night"}, monitoring={"enabled": True})
     by_kind = {(one["kind"], one["metadata"]["name"]): one for one in found}
+    assert len(by_kind) == len(found)
+    assert all(name.startswith("h-") for _, name in by_kind), "a second release in the namespace would have this name"
     config = tmp_path / "planner.yaml"
     config.write_text(by_kind["ConfigMap", "h-planner"]["data"]["planner.yaml"], encoding="utf-8")
     loaded = load_config(config, environment={})
