@@ -259,3 +259,25 @@ def test_what_helm_makes_of_the_chart_fits_together(planner: dict[str, Any], tmp
     assert variables_of_agent["HETIS_AGENT_SERVER"] == "h-planners.ml.svc:8470"
     assert variables_of_agent["HETIS_AGENT_NODE"] == "clusters/night/nodes/$(NODE_NAME)"
     assert (("PodDisruptionBudget", "h-planner") in by_kind) == bool(planner)
+
+
+@pytest.mark.parametrize("are_created", [False, True])
+def test_directories_of_the_host_are_there_for_the_agents_user_or_the_pod_does_not_start(are_created: bool) -> None:
+    """The kubelet makes missing ones for root, where the agent cannot write its state."""
+    found = rendered(agents={"cluster": "night", "createDirectories": are_created, "user": 10002})
+    (agent,) = [one["spec"]["template"]["spec"] for one in found if one["kind"] == "DaemonSet"]
+    hosts = {one["name"]: one["hostPath"] for one in agent["volumes"] if "hostPath" in one}
+    assert {host["type"] for host in hosts.values()} == {"DirectoryOrCreate" if are_created else "Directory"}
+    assert agent["securityContext"]["runAsNonRoot"]
+    inits = agent.get("initContainers", [])
+    assert len(inits) == are_created
+    for init in inits:
+        mounted = {mount["mountPath"] for mount in init["volumeMounts"] if mount["name"] in hosts}
+        assert init["command"][:2] == ["chown", "10002:10002"]
+        assert set(init["command"][2:]) == mounted
+        assert len(mounted) == len(hosts)
+        assert init["securityContext"]["capabilities"] == {"drop": ["ALL"], "add": ["CHOWN"]}
+    conf = re.findall(r"^d (\S+) +\d+ (\d+) (\d+)$", OPERATIONS, re.MULTILINE)
+    values = yaml.safe_load((CHART / "values.yaml").read_text(encoding="utf-8"))["agents"]
+    owner = str(values["user"])
+    assert conf == [(values[key], owner, owner) for key in ("socketDirectory", "stateDirectory")]
