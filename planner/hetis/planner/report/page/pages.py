@@ -27,7 +27,7 @@ from hetis.planner.report.page.blocks import (
     render_page,
 )
 from hetis.planner.report.page.plan_section import plan_section
-from hetis.planner.report.page.side_by_side import side_by_side
+from hetis.planner.report.page.side_by_side import difference_words, differences, side_by_side
 from hetis.planner.report.plan import problem_line
 from hetis.planner.report.simulation import service_level_words
 from hetis.planner.report.simulation_pictures import Panel, panels_of, panels_of_sweep
@@ -63,12 +63,16 @@ def plans_page(shown: Sequence[ShownPlan]) -> str:
         if one.market is not None:
             heading = "What to buy next" + (f": {one.name}" if len(shown) > 1 else "")
             sections.append(_market_section(one.market, anchor=f"market-{number}", heading=heading, known=one.plan))
-    first = shown[0]
+    first, title = shown[0], _title(shown[0].problem)
     if len(shown) > 1:
         rows = [(one.name, one.plan, one.problem) for one in shown]
-        blocks = tuple(side_by_side(rows, first.plan.objective))
-        sections.insert(0, Section(anchor="beside", heading="Side by side", lead="", blocks=blocks))
-    return _page(_title(first.problem), sections)
+        differing = differences([(one.name, one.problem) for one in shown])
+        blocks = tuple(side_by_side(rows, first.plan.objective, differing))
+        lead = difference_words(differing) or problem_line(first.problem, first.plan.objective)
+        sections.insert(0, Section(anchor="beside", heading="Side by side", lead=lead, blocks=blocks))
+        if differing.keys() & {"model", "fleet"}:
+            title = f"{plural(len(shown), 'plan')} side by side"
+    return _page(title, sections)
 
 
 def comparison_page(compared: Sequence[Compared], inputs: Inputs, objective: Objective) -> str:
