@@ -109,6 +109,16 @@ def test_every_alert_says_how_bad_it_is_and_has_a_page_of_the_runbook() -> None:
         assert f"`{alert['alert']}`" in OPERATIONS, alert["alert"]
 
 
+def test_installations_in_one_prometheus_are_told_apart_by_their_namespace() -> None:
+    """Sums over all of them would find two leaders where there are two installations."""
+    of_planners = [panel for panel in DASHBOARD["panels"] if panel["title"] in ("Planners that lead", "Epoch")]
+    assert len(of_planners) == 2
+    texts = [alert["expr"] for alert in ALERTS] + [panel["targets"][0]["expr"] for panel in of_planners]
+    for text in texts:
+        for labels in re.findall(r"\b(?:sum|max|min|avg|count|on)\b(?: by)? ?\(([^)]*)", text):
+            assert labels.split(", ")[0] == "namespace", text
+
+
 @pytest.mark.skipif(shutil.which("promtool") is None, reason="NOT CHECKED: promtool is not installed")
 def test_the_rules_do_what_their_tests_say() -> None:
     subprocess.run(["promtool", "test", "rules", "alerts_test.yaml"], cwd=DEPLOY / "prometheus", check=True)
@@ -227,6 +237,8 @@ HA = {"replicas": 3, "store": {"urlSecret": "pg"}, "clientCertificates": True, "
 def test_what_helm_makes_of_the_chart_fits_together(planner: dict[str, Any], tmp_path: Path) -> None:
     found = rendered(planner=planner, agents={"cluster": "night"}, monitoring={"enabled": True})
     by_kind = {(one["kind"], one["metadata"]["name"]): one for one in found}
+    assert len(by_kind) == len(found)
+    assert all(name.startswith("h-") for _, name in by_kind), "a second release in the namespace would have this name"
     config = tmp_path / "planner.yaml"
     config.write_text(by_kind["ConfigMap", "h-planner"]["data"]["planner.yaml"], encoding="utf-8")
     loaded = load_config(config, environment={})
@@ -247,3 +259,25 @@ def test_what_helm_makes_of_the_chart_fits_together(planner: dict[str, Any], tmp
     assert variables_of_agent["HETIS_AGENT_SERVER"] == "h-planners.ml.svc:8470"
     assert variables_of_agent["HETIS_AGENT_NODE"] == "clusters/night/nodes/$(NODE_NAME)"
     assert (("PodDisruptionBudget", "h-planner") in by_kind) == bool(planner)
+
+
+@pytest.mark.parametrize("are_created", [False, True])
+def test_directories_of_the_host_are_there_for_the_agents_user_or_the_pod_does_not_start(are_created: bool) -> None:
+    """The kubelet makes missing ones for root, where the agent cannot write its state."""
+    found = rendered(agents={"cluster": "night", "createDirectories": are_created, "user": 10002})
+    (agent,) = [one["spec"]["template"]["spec"] for one in found if one["kind"] == "DaemonSet"]
+    hosts = {one["name"]: one["hostPath"] for one in agent["volumes"] if "hostPath" in one}
+    assert {host["type"] for host in hosts.values()} == {"DirectoryOrCreate" if are_created else "Directory"}
+    assert agent["securityContext"]["runAsNonRoot"]
+    inits = agent.get("initContainers", [])
+    assert len(inits) == are_created
+    for init in inits:
+        mounted = {mount["mountPath"] for mount in init["volumeMounts"] if mount["name"] in hosts}
+        assert init["command"][:2] == ["chown", "10002:10002"]
+        assert set(init["command"][2:]) == mounted
+        assert len(mounted) == len(hosts)
+        assert init["securityContext"]["capabilities"] == {"drop": ["ALL"], "add": ["CHOWN"]}
+    conf = re.findall(r"^d (\S+) +\d+ (\d+) (\d+)$", OPERATIONS, re.MULTILINE)
+    values = yaml.safe_load((CHART / "values.yaml").read_text(encoding="utf-8"))["agents"]
+    owner = str(values["user"])
+    assert conf == [(values[key], owner, owner) for key in ("socketDirectory", "stateDirectory")]

@@ -18,6 +18,7 @@ from hetis.planner.report.page.blocks import COLORS, Waterfalls
 from hetis.planner.report.page.fleet_map import fleet_map, shape_letter
 from hetis.planner.report.page.pages import ShownPlan, plans_page
 from hetis.planner.report.page.plan_section import plan_section, reason_words, shape_words
+from hetis.planner.report.page.side_by_side import differences, is_one_question
 from hetis.planner.report.plan import simple_setups
 from hetis.planner.report.simulation_pictures import _COLORS, Line, Panel, _dash
 from hetis.planner.use_cases.compare import figures_of
@@ -26,7 +27,10 @@ from hetis.planner.use_cases.place import SIMPLE_SETUPS
 from hetis.planner.use_cases.robustness.profile_errors import PROFILE_ERRORS
 from hetis.planner.use_cases.sources import inputs_from_documents, load_plan_and_problem
 from hetis.planner.use_cases.verify import VERIFICATION
-from hetis.solver.plan import Explanation, IdleGpus
+from hetis.solver.cluster import Link
+from hetis.solver.constraints import Exclude, Selection, Unit
+from hetis.solver.plan import Explanation, IdleGpus, Objective, ObjectiveKind
+from hetis.solver.problem import EngineRules, EngineSettings
 from tests.planner import plans
 from tests.planner.command_line import EXAMPLES, hetis_plan_here, invoke
 from tests.planner.html_pages import ReadPage
@@ -123,6 +127,66 @@ def test_plans_are_compared_before_each_is_shown(folder: Path) -> None:
     read = whole(done.stdout)
     assert read.text.index("Side by side") < read.text.index("How good it is")
     assert {"plan-1", "plan-2", "beside"} <= set(read.names)
+
+
+def test_plans_that_answer_different_questions_are_not_ranked(folder: Path) -> None:
+    """Under laxer limits, a worse plan serves more; the limits are beside the latencies and the rest is in words."""
+    found = load_plan_and_problem(str(folder / "plan.json"))
+    objective = replace(found.plan.objective, ttft_limit_s=0.7, tpot_limit_s=None)
+    other = replace(found.problem, objective=objective, workload=replace(found.problem.workload, name="night"))
+    strict = ShownPlan(name="strict", plan=replace(found.plan, objective=objective), problem=other)
+    page = plans_page([ShownPlan(name="lax", plan=found.plan, problem=found.problem), strict])
+    text = whole(page).text
+    assert "The plans differ in latency limits and workload, so none is marked as the best." in text
+    assert "TTFT p95 limit TPOT mean limit" in text
+    assert "700 ms" in text
+    assert (
+        "Latency limits TTFT p95 up to 2 s, TPOT up to 100 ms: lax; TTFT p95 up to 0.7 s, TPOT unlimited: strict"
+        in text
+    )
+    assert "Workload 500/100: lax; night: strict" in text
+    beside = page[: page.index('id="plan-1"')]
+    assert 'class="strong"' not in beside
+    assert "by the model, requests/s" in beside
+
+
+def test_plans_with_different_goals_share_no_scale(folder: Path) -> None:
+    found = load_plan_and_problem(str(folder / "plan.json"))
+    objective = Objective(kind=ObjectiveKind.COST, demand_rps=12.0)
+    cheap = replace(found.plan, objective=objective, result=replace(found.plan.result, objective=ObjectiveKind.COST))
+    shown = [
+        ShownPlan(name="most", plan=found.plan, problem=found.problem),
+        ShownPlan(name="least", plan=cheap, problem=replace(found.problem, objective=objective)),
+    ]
+    page = plans_page(shown)
+    text = whole(page).text
+    assert "Objective goodput: most; cost for 12.0 requests/s: least" in text
+    assert "by the model" not in page[: page.index('id="plan-1"')].replace("from the model", "")
+    assert f"{digits(cheap.result.bound)} USD/h" in text
+
+
+def test_differences_of_problems_are_found_wherever_they_are(folder: Path) -> None:
+    same = load_plan_and_problem(str(folder / "plan.json")).problem
+    assert differences([("a", same), ("b", same)]) == {}
+    family, profiles = same.family, dict(same.profiles)
+    profiles["T4"] = replace(profiles["T4"], reserve_bytes=1)
+    nodes = same.cluster.node_groups
+    others = {
+        "fleet": replace(same, cluster=replace(same.cluster, node_groups=nodes[:1])),
+        "model": replace(same, model=replace(same.model, name="other")),
+        "engine": replace(same, family=replace(family, engine=EngineRules(name="vllm"))),
+        "engine settings": replace(same, family=replace(family, engine_settings=EngineSettings(kv_blocks=9))),
+        "constraints": replace(same, constraints=(Exclude(gpus=Selection(unit=Unit.NODE, name="t4-0")),)),
+        "profiles": replace(same, profiles=profiles),
+    }
+    for subject, other in others.items():
+        found = differences([("a", same), ("b", same), ("c", other)])
+        assert found.keys() == {subject}
+        assert is_one_question(found) == (subject != "model")
+    assert differences([("a", same), ("c", others["fleet"])])["fleet"] == "two-types (4 GPUs): a; two-types (2 GPUs): c"
+    speed = replace(same.cluster, network=replace(same.cluster.network, default=Link(bytes_per_s=1e9, latency_s=0.0)))
+    fleet = differences([("a", same), ("c", replace(same, cluster=speed))])["fleet"]
+    assert fleet == "two-types (4 GPUs): a; two-types (4 GPUs), different in detail: c"
 
 
 @pytest.mark.parametrize(

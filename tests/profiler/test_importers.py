@@ -76,6 +76,30 @@ def test_aiconfigurator_s_own_tables_count_the_context_as_isl_and_step(tmp_path:
     assert measured.notes == ("attention rows with kv_cache_dtype other than 16 bits are left out",)
 
 
+@pytest.mark.parametrize("first", ["generation_attention", "context_attention"])
+def test_one_table_of_aiconfigurator_may_have_prefill_and_decode(first: str, tmp_path: Path) -> None:
+    header = "framework,version,device,op_name,batch_size,isl,num_heads,num_key_value_heads,head_dim,step,latency\n"
+    rows = {
+        name: f"SGLang,0.5.1,NVIDIA L40S,{name},4,{isl},32,8,128,{step},0.1\n"
+        for name, isl, step in (("generation_attention", 1, 511), ("context_attention", 512, 256))
+    }
+    text = rows.pop(first) + "".join(rows.values())
+    (measured,) = import_tables("aiconfigurator", [written(tmp_path, header + text)])
+    tables = {table.op: table for table in measured.tables}
+    assert tables[MeasuredOp.DECODE_ATTENTION].numbers("context_tokens").tolist() == [512]
+    assert tables[MeasuredOp.PREFILL_ATTENTION].numbers("past_tokens").tolist() == [256]
+    wrong = written(tmp_path, header + text.replace(",32,8,", ",30,8,"), "wrong.csv")
+    assert "num_key_value_heads: is 8, must divide the 30 of num_heads" in message("aiconfigurator", wrong)
+
+
+def test_only_all_reduces_of_vidur_are_all_reduces(tmp_path: Path) -> None:
+    rows = "a100_dgx,all_reduce,2,2,2048,0.0431\na100_dgx,all_gather,2,2,2048,0.02\n"
+    header = "topology,collective,num_workers,devices_per_node,bytes,median_ms\n"
+    (measured,) = import_tables("vidur", [written(tmp_path, header + rows)])
+    assert [len(table.numbers("num_bytes")) for table in measured.tables] == [1]
+    assert measured.notes == ("all_gather rows are left out: the cost model has no such operator",)
+
+
 @pytest.mark.parametrize(("dtype", "num_bytes"), [("half", 2), ("int8", 1), ("float", 4)])
 @pytest.mark.parametrize("column", ["nccl_dtype", "allreduce_dtype"])
 def test_messages_of_aiconfigurator_are_counted_in_elements(

@@ -138,6 +138,15 @@ def test_equal_copies_are_replicas_of_their_own_and_serve_the_same() -> None:
     assert with_single_copies(PLANS["prefill and decode"]) == (PLANS["prefill and decode"], [])
 
 
+def test_replicas_with_room_for_shorter_requests_are_named() -> None:
+    few, many = replica(on("a/0"), kv_tokens=640), replica(on("b/0"), kv_tokens=6400)
+    assert exported(made_of(many, many), ExportTarget.VLLM).lost == ()
+    assert exported(made_of(many, few, few), ExportTarget.VLLM).lost == (
+        "replicas have room for requests of different lengths, which routers do not know: "
+        "r1, r2 up to 624 tokens, the others up to 4,096",
+    )
+
+
 def test_what_no_engine_runs_is_left_out_with_the_reason_and_what_it_costs() -> None:
     plan = made_of(*PLANS["unlike replicas"].replicas, UNEQUAL_COPIES)
     made = exported(plan, ExportTarget.VLLM)

@@ -166,7 +166,13 @@ async def test_a_bug_tells_callers_an_incident_and_the_log_the_rest(
 ) -> None:
     caplog.set_level(logging.INFO, "hetis")
     async with served() as planner:
+        # An alert on its increase sees the first bug only if the counter was scraped before.
+        assert "hetis_planner_internal_errors_total 0.0" in planner.metrics.text().decode()
+        await failure_of(get(planner, "plans/missing"))
         error = await failure_of((watch if streaming else get)(planner, "plans/bug"))
+        async with asyncio.timeout(30):  # a caller may see the end of a stream before it is counted
+            while "hetis_planner_internal_errors_total 1.0" not in planner.metrics.text().decode():
+                await asyncio.sleep(0.01)
     assert (error.code(), reason_of(error)) == (grpc.StatusCode.INTERNAL, "INTERNAL")
     assert "secret" not in str(error)
     assert "Traceback" not in str(error)

@@ -137,6 +137,14 @@ def test_the_context_is_asked_for_where_no_metric_says_it() -> None:
     assert one.parts[0][1].attended_tokens == 7000.0
 
 
+def test_metrics_without_the_use_of_the_kv_cache_are_not_taken_for_empty_ones() -> None:
+    silent = [{name: x for name, x in one.items() if name != "kv_cache_usage_perc"} for one in (ZERO, counters())]
+    with pytest.raises(DocumentError, match="does not report KV cache usage"):
+        between(*silent)
+    found = between(ZERO | {"num_requests_running": 0.0}, counters(num_requests_running=0.0))
+    assert found.left_out == {"no request running at either end": 1}
+
+
 def test_every_engine_of_a_server_has_intervals_of_its_own() -> None:
     scrapes = [
         (float(i), engines_in(prom(values, cache=CACHE) + prom(values, engine="1", cache=CACHE), "x"))

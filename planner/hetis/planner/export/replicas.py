@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -250,6 +250,7 @@ def launchable(plan: Plan, model: ModelSpec, settings: ExportSettings) -> Launch
     untold = [one.name for one in replicas.values() if not kv_dtype_of(one.layout, one.serving)]
     if untold and any(TELL_KV in note for note in plan.notes):
         changes.append(f"KV in 16 bits ({', '.join(untold)}): {TELL_KV}")
+    changes.extend(_shorter_contexts(replicas.values(), model))
     found = Launchable(
         plan=plan,
         model=model,
@@ -260,6 +261,20 @@ def launchable(plan: Plan, model: ModelSpec, settings: ExportSettings) -> Launch
         changes=tuple(changes),
     )
     return found.without({})
+
+
+def _shorter_contexts(replicas: Iterable[LaunchableReplica], model: ModelSpec) -> Iterator[str]:
+    """Yield a sentence if some replicas have room for longer requests than others."""
+    names = dict[int, list[str]]()
+    for one in replicas:
+        names.setdefault(one.layout.context_tokens or model.max_position, []).append(one.name)
+    longest = max(names, default=0)
+    shorter = [f"{', '.join(names[tokens])} up to {tokens:,} tokens" for tokens in sorted(names) if tokens < longest]
+    if shorter:
+        yield (
+            "replicas have room for requests of different lengths, which routers do not know: "
+            f"{', '.join(shorter)}, the others up to {longest:,}"
+        )
 
 
 def weights_used(plan: Plan, model: ModelSpec) -> list[str]:

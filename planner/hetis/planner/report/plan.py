@@ -156,13 +156,22 @@ def _named_problem(model: str, fleet: str, workload: str) -> Text:
 
 
 def goal_line(objective: Objective) -> Text:
+    return Text(f"{goal_words(objective)}; {limits_words(objective)}", style="dim")
+
+
+def goal_words(objective: Objective) -> str:
+    """Return what is planned for, such as ``cost for 12 requests/s``."""
+    demand = "" if objective.demand_rps is None else f" for {digits(objective.demand_rps)} requests/s"
+    return f"{objective.kind.value}{demand}"
+
+
+def limits_words(objective: Objective) -> str:
     ttft, tpot = objective.ttft_limit_s, objective.tpot_limit_s
     limits = [
         f"TTFT p95 {'unlimited' if ttft is None else f'up to {ttft:g} s'}",
         f"TPOT {'unlimited' if tpot is None else f'up to {1e3 * tpot:g} ms'}",
     ]
-    demand = "" if objective.demand_rps is None else f" for {digits(objective.demand_rps)} requests/s"
-    return Text(f"{objective.kind.value}{demand}; {', '.join(limits)}", style="dim")
+    return ", ".join(limits)
 
 
 def problem_line(inputs: Inputs | PlacementProblem, objective: Objective) -> str:

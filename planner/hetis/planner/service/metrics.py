@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from functools import cache, partial
 from itertools import accumulate
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 LOOK_S = 0.25  # between two checks of the event loop
+LAG_WINDOW_S = 60.0  # Prometheus' default interval; several may scrape, so that a scrape must not reset what it reads
 _SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
 
@@ -40,6 +42,9 @@ class ServiceMetrics:
             registry=self.registry,
         )
         self._streams = counter("hetis_planner_streams_ended", "Streams that ended.", ["method", "code"])
+        self._internal_errors = counter(
+            "hetis_planner_internal_errors", "Calls and streams that ended with INTERNAL, because of a bug."
+        )
         self._quotas = counter(
             "hetis_planner_quota_exceeded",
             "Calls refused because their caller had used up a quota.",
@@ -54,7 +59,7 @@ class ServiceMetrics:
         self._queued = gauge("hetis_planner_searches_queued", "Searches waiting for a process.")
         self._searching = gauge("hetis_planner_searches_running", "Searches running in a process.")
         self._processes = gauge("hetis_planner_solver_processes", "Maximum number of concurrent searches.")
-        self._lag = gauge("hetis_planner_loop_lag_seconds", "Longest delay of the event loop since the last scrape.")
+        self._lag = gauge("hetis_planner_loop_lag_seconds", "Longest delay of the event loop in the last minute.")
         self._token_expiry = gauge(
             "hetis_planner_token_expiry_seconds", "Unix time at which the next token expires; 0 if none does."
         )
@@ -73,7 +78,8 @@ class ServiceMetrics:
         self._closed_connections: Callable[[], int] = lambda: 0
         self._told_closed = 0
         ProcessCollector(registry=self.registry)  # memory, descriptors, CPU
-        self._worst_lag_s = 0.0
+        # Times and delays, each longer than all after it: the first is the longest of the window.
+        self._lags_s = deque[tuple[float, float]]()
 
         # Finding the child for a set of labels takes as long as solving an admission, and there are only a few of them.
         self._running_of = cache(self._running.labels)
@@ -89,6 +95,9 @@ class ServiceMetrics:
             self._streams_of(method, code).inc()
         else:
             self._calls_of(method, code).observe(seconds)
+        # Series with labels begin at 1, which rate() and increase() take for no change; this counter begins at 0.
+        if code == "INTERNAL":
+            self._internal_errors.inc()
 
     def quota_exceeded(self, caller: str, quota: str) -> None:
         """Count a refused call. ``caller`` is a name of verified credentials."""
@@ -114,8 +123,7 @@ class ServiceMetrics:
 
     def text(self) -> bytes:
         """Return all metrics in Prometheus' text format."""
-        self._lag.set(self._worst_lag_s)
-        self._worst_lag_s = 0.0
+        self._lag.set(self._lags_s[0][1] if self._lags_s else 0.0)
         closed = self._closed_connections()
         self._connections_closed.inc(closed - self._told_closed)
         self._told_closed = closed
@@ -147,7 +155,15 @@ class ServiceMetrics:
         while True:
             due_s = clock() + LOOK_S
             await sleep(LOOK_S)
-            self._worst_lag_s = max(self._worst_lag_s, clock() - due_s)
+            self._lagged(clock(), due_s)
+
+    def _lagged(self, now_s: float, due_s: float) -> None:
+        lags_s, lag_s = self._lags_s, max(0.0, now_s - due_s)
+        while lags_s and lags_s[-1][1] <= lag_s:
+            lags_s.pop()
+        lags_s.append((now_s, lag_s))
+        while lags_s[0][0] <= now_s - LAG_WINDOW_S:
+            lags_s.popleft()
 
 
 # By field of `FleetCounters`: the metric's name and help, and the label of a count by kind.

@@ -158,7 +158,10 @@ def _observation(url: str, before: EngineState, after: EngineState, context_toke
         return "idle"
     if grown("spec_decode_num_draft_tokens_total") > 0:
         return "speculative decoding"
-    context = _context(before, after) if context_tokens is None else context_tokens
+    running = before.values["num_requests_running"] + after.values["num_requests_running"]
+    if context_tokens is None and not running:
+        return "no request running at either end"
+    context = _context(before, after, running) if context_tokens is None else context_tokens
     if context is None:
         raise single_problem(url, "does not report KV cache usage: give the mean tokens of a request with --context")
     decoding = max(1.0, decoded / iterations)
@@ -178,16 +181,17 @@ def _observation(url: str, before: EngineState, after: EngineState, context_toke
     return Observation(kind=ObservedKind.INTERVAL, seconds=waited_s / decoded, parts=tuple(parts))
 
 
-def _context(before: EngineState, after: EngineState) -> float | None:
-    """Return the mean KV tokens of a running request at both ends, less the empty half of its last block."""
+def _context(before: EngineState, after: EngineState, running: float) -> float | None:
+    """Return the mean KV tokens of the requests ``running`` at both ends, less the empty half of their last blocks;
+    None if the server does not report them.
+    """
     try:
         block = int(after.cache.get("block_size", ""))
         capacity = float(after.cache.get("kv_cache_size_tokens") or int(after.cache["num_gpu_blocks"]) * block)
     except (KeyError, ValueError):
         return None
-    usage = "kv_cache_usage_perc" if "kv_cache_usage_perc" in after.values else "gpu_cache_usage_perc"
-    held = [one.values[usage] * capacity for one in (before, after)]
-    running = sum(one.values["num_requests_running"] for one in (before, after))
-    if usage not in after.values or not 0 < capacity < float("inf"):
+    usage = next((name for name in ("kv_cache_usage_perc", "gpu_cache_usage_perc") if name in after.values), None)
+    if usage is None or not 0 < capacity < float("inf"):
         return None
-    return max(1.0, sum(held) / running - (block - 1) / 2) if running else 1.0
+    held = (before.values[usage] + after.values[usage]) * capacity
+    return max(1.0, held / running - (block - 1) / 2)

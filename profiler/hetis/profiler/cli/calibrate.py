@@ -102,6 +102,7 @@ def calibrate(
         typer.Option(
             "--context",
             min=1.0,
+            max=1e9,
             metavar="TOKENS",
             show_default="by the use of its KV cache",
             help="Mean context of decoding requests.",

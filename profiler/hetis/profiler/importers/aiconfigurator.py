@@ -38,8 +38,6 @@ Found = tuple[MeasuredOp, str, dict[str, Value | None]]  # operator, kernel, col
 def read(sheet: Sheet, into: Collection) -> None:
     """Add every row of one table for which the cost model has an operator. Fused experts are left out."""
     form = sheet.require(_FORMS)
-    if form == "generation attention" and "generation" not in sheet.columns.get("op_name", ("generation",))[0]:
-        form = "context attention"  # its own prefill tables have a step column of zeros
     time = "latency" if sheet.has("latency") and not sheet.has("latency_ms") else "latency_ms"
     sheet.require({form: (time,)})
     device = "gpu" if sheet.has("gpu") and not sheet.has("device") else "device"
@@ -53,7 +51,8 @@ def read(sheet: Sheet, into: Collection) -> None:
         if form == "GEMMs":
             found = _gemm(row)
         elif "attention" in form:
-            found = _attention(row, decode="generation" in form)
+            # Its own tables of prefill have the same columns as those of decode.
+            found = _attention(row, decode="generation" in form and "generation" in row.text("op_name", "generation"))
         elif form == _EXPERTS:
             found = f"{Path(sheet.file).name}: fused experts have no operator of the cost model; left out"
         else:
@@ -88,9 +87,13 @@ def _attention(row: SheetRow, *, decode: bool) -> Found | str:
     }
     if values["kv_heads"] == 0:  # its own files have 0 for as many as query heads
         values["kv_heads"] = values["query_heads"]
+    query_heads, kv_heads = values["query_heads"], values["kv_heads"]
+    if isinstance(query_heads, int) and isinstance(kv_heads, int) and query_heads % kv_heads:
+        row.refuse("num_key_value_heads", f"is {kv_heads}, must divide the {query_heads} of num_heads")
     kernel = row.text("kernel_source", "")
     if not decode:
-        return MeasuredOp.PREFILL_ATTENTION, kernel, {**values, "tokens": row.count("isl"), "past_tokens": 0}
+        past = row.count("step", least=0) if row.sheet.has("step") else 0
+        return MeasuredOp.PREFILL_ATTENTION, kernel, {**values, "tokens": row.count("isl"), "past_tokens": past}
     if row.sheet.has("kv_len"):
         context = row.count("kv_len")
     else:

@@ -179,6 +179,8 @@ def _collective(row: SheetRow, into: Collection) -> None:
     if row.text("collective") == "send_recv":
         path = "peer" if workers == per_node else "network"
         into.add(gpu, by, MeasuredOp.TRANSFER, "send_recv", row, "median_ms", **sized, path=path)
+    elif row.text("collective") != "all_reduce":
+        into.note(gpu, by, f"{row.text('collective')} rows are left out: the cost model has no such operator")
     elif workers == per_node:
         into.add(gpu, by, MeasuredOp.ALL_REDUCE, "NCCL", row, "median_ms", **sized, num_gpus=workers, impl="NCCL")
     else:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
@@ -10,20 +9,17 @@ from itertools import islice
 
 from hetis.planner.report.changes import MAX_STEPS, change_cost_words, change_counts, lowest_words, step_rows
 from hetis.planner.report.comparison import (
-    SIMULATED_MEANS,
     change_lines,
     model_words,
     offer_row,
     side_rows,
     verdict_words,
 )
-from hetis.planner.report.figures import digits, percent, plural, seconds, tokens
+from hetis.planner.report.figures import digits, percent, plural
 from hetis.planner.report.page.blocks import (
     Block,
     Grid,
     Page,
-    Scale,
-    ScaleRow,
     Section,
     Sentences,
     Tile,
@@ -31,11 +27,12 @@ from hetis.planner.report.page.blocks import (
     render_page,
 )
 from hetis.planner.report.page.plan_section import plan_section
-from hetis.planner.report.plan import kept_cell, problem_line
+from hetis.planner.report.page.side_by_side import difference_words, differences, side_by_side
+from hetis.planner.report.plan import problem_line
 from hetis.planner.report.simulation import service_level_words
 from hetis.planner.report.simulation_pictures import Panel, panels_of, panels_of_sweep
 from hetis.planner.report.tables import SimulationRemarks
-from hetis.planner.use_cases.compare import Compared, best_of, figures_of, kept_of
+from hetis.planner.use_cases.compare import Compared, best_of
 from hetis.planner.use_cases.replan import PosedReplan
 from hetis.planner.use_cases.simulate import Simulated
 from hetis.planner.use_cases.sources import Inputs, engine_of_plan
@@ -45,8 +42,6 @@ from hetis.solver.plan import Objective, Plan
 from hetis.solver.problem import PlacementProblem
 from hetis.solver.replanning.change import ChangeCosts
 from hetis.solver.replanning.solve import Replanning
-
-ROOM = 1.02  # ratio of an axis to its longest bar
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,19 +63,23 @@ def plans_page(shown: Sequence[ShownPlan]) -> str:
         if one.market is not None:
             heading = "What to buy next" + (f": {one.name}" if len(shown) > 1 else "")
             sections.append(_market_section(one.market, anchor=f"market-{number}", heading=heading, known=one.plan))
-    first = shown[0]
+    first, title = shown[0], _title(shown[0].problem)
     if len(shown) > 1:
         rows = [(one.name, one.plan, one.problem) for one in shown]
-        blocks = tuple(_side_by_side(rows, first.plan.objective))
-        sections.insert(0, Section(anchor="beside", heading="Side by side", lead="", blocks=blocks))
-    return _page(_title(first.problem), sections)
+        differing = differences([(one.name, one.problem) for one in shown])
+        blocks = tuple(side_by_side(rows, first.plan.objective, differing))
+        lead = difference_words(differing) or problem_line(first.problem, first.plan.objective)
+        sections.insert(0, Section(anchor="beside", heading="Side by side", lead=lead, blocks=blocks))
+        if differing.keys() & {"model", "fleet"}:
+            title = f"{plural(len(shown), 'plan')} side by side"
+    return _page(title, sections)
 
 
 def comparison_page(compared: Sequence[Compared], inputs: Inputs, objective: Objective) -> str:
     """Return the page of several strategies side by side, followed by the best plan in full."""
     with_plan = [(one.name, one.plan) for one in compared if one.plan is not None]
     without = tuple((one.name, f"{one.status}: {'; '.join(one.reasons)}") for one in compared if one.plan is None)
-    blocks = list(_side_by_side([(name, plan, inputs) for name, plan in with_plan], objective))
+    blocks = list(side_by_side([(name, plan, inputs) for name, plan in with_plan], objective))
     if without:
         blocks.append(Sentences(title="Without a plan", terms=without))
     if failed := tuple((one.name, "; ".join(one.reasons)) for one in compared if one.plan is not None and one.reasons):
@@ -230,61 +229,6 @@ def _purchase(found: BuyNext) -> Iterator[Block]:
     else:
         text = "No GPU type on the market improves the plan."
     yield Sentences(title="In one sentence", lines=(text,))
-
-
-def _side_by_side(rows: Sequence[tuple[str, Plan, Inputs | PlacementProblem]], objective: Objective) -> Iterator[Block]:
-    """Yield the plans on one scale and in one table, with the best one in bold."""
-    if not rows:
-        return
-    best = best_of([plan for _, plan, _ in rows])
-    known = [plan.result.value for _, plan, _ in rows]
-    known += [plan.result.bound for _, plan, _ in rows if math.isfinite(plan.result.bound)]
-    axis = max(known) * ROOM or 1.0
-    are_simulated = any(kept_of(plan) is not None for _, plan, _ in rows)
-    yield Scale(
-        title=f"{objective.kind.value.capitalize()} by the model, {objective.unit}",
-        rows=tuple(
-            ScaleRow(
-                label=name,
-                text=digits(plan.result.value, 4),
-                share=plan.result.value / axis,
-                mark=plan.result.bound / axis if math.isfinite(plan.result.bound) else None,
-                strong=number == best,
-            )
-            for number, (name, plan, _) in enumerate(rows)
-        ),
-        note="The line is what no plan of the family can exceed." if objective.maximises else
-        "The line is what no plan of the family can go below.",
-    )  # fmt: skip
-    yield Grid(
-        title="In figures",
-        columns=(
-            "'", "requests/s", "kept", "output tokens/s", "bound", "gap", "USD/h", "USD per M tokens",
-            "TTFT p95", "TPOT mean", "KV tokens", "GPUs", "idle",
-        ),
-        rows=tuple((name, *_figures_row(plan, inputs)) for name, plan, inputs in rows),
-        strong=best,
-        note=SIMULATED_MEANS if are_simulated else "",
-    )  # fmt: skip
-
-
-def _figures_row(plan: Plan, inputs: Inputs | PlacementProblem) -> tuple[str, ...]:
-    figures, result = figures_of(plan, inputs), plan.result
-    dollars, per_million = figures.usd_per_hour, figures.usd_per_million_output_tokens
-    return (
-        digits(figures.rate_rps),
-        kept_cell(plan, unknown="–").plain,
-        digits(figures.output_tokens_per_s),
-        digits(result.bound),
-        percent(result.gap),
-        "–" if dollars is None else digits(dollars),
-        "–" if per_million is None else digits(per_million),
-        seconds(figures.ttft_s) if plan.replicas else "–",
-        seconds(figures.tpot_s) if plan.replicas else "–",
-        tokens(figures.kv_tokens),
-        f"{figures.gpus_used:,}",
-        f"{figures.gpus_idle:,}",
-    )
 
 
 def _title(problem: PlacementProblem) -> str:
