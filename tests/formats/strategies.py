@@ -100,6 +100,7 @@ def clusters(draw: st.DrawFn) -> Cluster:
                 nic=draw(st.none() | LINKS),
                 intra_link=draw(st.none() | LINKS),
                 indices=tuple(draw(st.permutations(range(num_gpus)))) if num_gpus < 20 and draw(st.booleans()) else (),
+                resource=draw(st.sampled_from(("", "nvidia.com/gpu.shared"))),
             )
         )
     zones = sorted({group.zone for group in groups})

@@ -157,8 +157,13 @@ def on_nodes(*nodes: str) -> dict[str, Any]:
     return {"nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": terms}}}
 
 
+def resource_of(process: Process) -> str:
+    """Return the resource by which a pod requests the GPUs of a process."""
+    return process.resource or _RESOURCES[process.vendor]
+
+
 def tolerations_of(process: Process) -> list[dict[str, str]]:
-    """Return the tolerations of the taint by which clusters keep other pods off GPU nodes: the name of the resource."""
+    """Return the tolerations of the taint by which clusters keep other pods off GPU nodes: the vendor's resource."""
     return [{"key": _RESOURCES[process.vendor], "operator": "Exists", "effect": "NoSchedule"}]
 
 
@@ -411,7 +416,7 @@ class ReplicaObjects:
 
     def _resources(self, process: Process) -> dict[str, Any]:
         if self._on_gpus:
-            return {"limits": {_RESOURCES[process.vendor]: len(process.gpus)}}
+            return {"limits": {resource_of(process): len(process.gpus)}}
         return {"requests": {"memory": str(process.kv_bytes * len(process.gpus))}}
 
     def _own_service(self, name: str, port: dict[str, Any]) -> dict[str, Any]:

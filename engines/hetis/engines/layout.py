@@ -12,7 +12,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any, NamedTuple
 
@@ -51,6 +51,7 @@ class Process:
     kv_bytes: int  # planned memory for KV on each GPU
     sharing: int = 1  # number of the replica's processes on these GPUs
     vendor: str = "NVIDIA"  # vendor of its GPUs
+    resource: str = ""  # by which a pod requests its GPUs; empty: that of the vendor's device plugin
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -237,10 +238,10 @@ def layout_of(
     """
     if not 0 <= number < len(plan.replicas):
         raise LayoutError(f"there is no replica {number}, the plan has {len(plan.replicas)}, counted from 0")
-    planned, replica = _planned(plan, "model"), plan.replicas[number]
-    if unknown := list(_unknown_gpus(replica, _planned(plan, "cluster"))):
+    planned, cluster, replica = _planned(plan, "model"), _planned(plan, "cluster"), plan.replicas[number]
+    if unknown := list(_unknown_gpus(replica, cluster)):
         raise LayoutError(*unknown)
-    return layout_of_replica(
+    layout = layout_of_replica(
         replica,
         model,
         planned=planned if isinstance(planned, Mapping) else None,
@@ -248,8 +249,24 @@ def layout_of(
         dtype=dtype,
         kv_tokens=kv_tokens,
         partners=kv_partners(plan)[number] if partners is None else partners,
-        own_types=kinds_in(_planned(plan, "cluster")),
+        own_types=kinds_in(cluster),
     )
+    return _with_resources(layout, cluster)
+
+
+def _with_resources(layout: Layout, cluster: Any) -> Layout:
+    """Return the layout with the resources by which the fleet's nodes offer their GPUs to pods, if it states any."""
+    used, named = {process.node for process in layout.processes}, dict[str, str]()
+    for names, node in _fleet(cluster):
+        if isinstance(resource := node.get("resource"), str):
+            named |= dict.fromkeys(used.intersection(names), resource)
+    if not named:
+        return layout
+
+    def told(processes: Iterable[Process]) -> tuple[Process, ...]:
+        return tuple(replace(process, resource=named.get(process.node, "")) for process in processes)
+
+    return replace(layout, servers=told(layout.servers), attention_workers=told(layout.attention_workers))
 
 
 def planned_model(plan: Plan) -> ModelSpec | None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, GetJsonSchemaHandler, model_validator
+from pydantic import AfterValidator, Field, GetJsonSchemaHandler, model_validator
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
@@ -113,6 +113,15 @@ class NetworkPart(LinkPart):
     nodes: NodeLinksPart | None = None
 
 
+_RESOURCE = re.compile(r"[a-z0-9]([-.a-z0-9]{0,251}[a-z0-9])?/[A-Za-z0-9]([-._A-Za-z0-9]{0,61}[A-Za-z0-9])?")
+
+
+def _resource(value: str) -> str:
+    if not _RESOURCE.fullmatch(value):
+        raise ValueError(f"{shown(value)} is not a resource of Kubernetes, such as nvidia.com/gpu.shared")
+    return value
+
+
 class GpusPart(DocumentPart):
     """``count`` GPUs of one type in a node. ``usd_per_hour`` is the price of one GPU and overrides the catalogue's."""
 
@@ -127,7 +136,8 @@ class NodePart(DocumentPart):
     ``nic`` overrides the network's bandwidth and latency, ``link`` connects the GPUs inside the node (default: NVLink
     or PCIe of the type), and ``usd_per_hour`` is the price of the whole node. ``indices`` are the driver's numbers of
     the GPUs in the order of ``gpus``, if they are not 0, 1, ...; names of GPUs have them: ``gpu-1/3`` is the GPU that
-    the driver of node ``gpu-1`` counts as 3.
+    the driver of node ``gpu-1`` counts as 3. ``resource`` is the one by which pods request the GPUs in Kubernetes, if
+    it is not the usual one of their vendor's device plugin: ``nvidia.com/gpu.shared``.
     """
 
     name: Name
@@ -138,6 +148,7 @@ class NodePart(DocumentPart):
     link: NodeLinkPart | None = None
     usd_per_hour: Usd | None = None
     indices: list[Annotated[int, Field(ge=0, lt=MAX_GPUS_PER_NODE)]] | None = None
+    resource: Annotated[str, AfterValidator(_resource)] | None = None
 
 
 class GpuTypePart(DocumentPart):
@@ -257,6 +268,7 @@ def _node_group(node: NodePart, network: NetworkPart) -> NodeGroup:
         nic=node.nic.link(network.latency) if node.nic else None,
         intra_link=node.link.link(0.0) if node.link else None,
         indices=tuple(node.indices or ()),
+        resource=node.resource or "",
     )
 
 
@@ -303,6 +315,7 @@ def _node_data(group: NodeGroup) -> dict[str, Any]:
             "zone": group.zone if group.zone != "default" else None,
             "gpus": [present({"type": s.gpu, "count": s.count, "usd_per_hour": s.usd_per_hour}) for s in group.gpus],
             "indices": list(group.indices) or None,
+            "resource": group.resource or None,
             "nic": group.nic and _link_data(group.nic),
             "link": group.intra_link and _link_data(group.intra_link),
         }

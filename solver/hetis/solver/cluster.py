@@ -80,6 +80,7 @@ class NodeGroup:
     nic: Link | None = None  # None: the cluster network's link
     intra_link: Link | None = None  # GPU to GPU inside the node; None: NVLink or PCIe of the GPU type
     indices: tuple[int, ...] = ()  # the driver's index of each GPU, in the order of ``gpus``; empty: from 0
+    resource: str = ""  # by which pods request the GPUs in Kubernetes; empty: that of their vendor's device plugin
 
     def __post_init__(self) -> None:
         num_gpus = sum(slots.count for slots in self.gpus)

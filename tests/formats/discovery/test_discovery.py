@@ -170,7 +170,11 @@ def test_shared_gpus_may_have_a_name_of_their_own(tmp_path: Path) -> None:
         (tmp_path / "nodes.json").write_text(json.dumps({"kind": "List", "items": items}))
         return discovered(read_inventory([str(tmp_path / "nodes.json")]), name="t", said={})
 
-    assert gpus(fleet(node)) == {"l4-1": {"L4": 4}}
+    alone = fleet(node)
+    assert gpus(alone) == {"l4-1": {"L4": 4}}
+    assert [group.resource for group in alone.cluster.node_groups] == ["nvidia.com/gpu.shared"]
+    assert "resource: nvidia.com/gpu.shared\n" in file_text(alone, sources=["nodes.json"])
+    assert [group.resource for group in fleet(other).cluster.node_groups] == [""]
     in_use = fleet(node, pod)
     assert gpus(in_use) == {"l4-1": {"L4": 3}}
     assert reason(in_use, "l4-1") == "1 GPU (NVIDIA-L4): in use by serving/chat"

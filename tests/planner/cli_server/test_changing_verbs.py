@@ -276,6 +276,23 @@ def test_a_plan_that_is_there_is_activated_or_only_looked_at(
     assert fleet.clusters["clusters/paper"].active_plan == "plans/day"
 
 
+def test_a_plan_that_is_there_is_saved(fleet: FakePlanner, hetis_plan: Run, capsys: Captured, tmp_path: Path) -> None:
+    fleet.documents["plans/day"] = b'{"kind": "Plan"}\n'
+    out, other = tmp_path / "plan.json", tmp_path / "other.json"
+    assert hetis_plan("apply", "plans/day", "--out", str(out)) == ExitCode.OK
+    assert out.read_text() == '{"kind": "Plan"}\n'
+    captured = capsys.readouterr()
+    assert f"saved {out}\ndry run: nothing was changed; plans/night is in force now" in captured.err
+    assert "start" in captured.out
+    assert hetis_plan("apply", "plans/day", "--dry-run", "--out", str(other)) == ExitCode.OK
+    assert not other.exists()
+    assert "dry run: nothing was changed or saved" in capsys.readouterr().err
+    for more in ([], ["--activate"]):
+        assert hetis_plan("apply", "plans/day", "--out", "-", *more) == ExitCode.OK
+        assert capsys.readouterr().out == '{"kind": "Plan"}\n'
+    assert fleet.clusters["clusters/paper"].active_plan == "plans/day"
+
+
 def test_a_dry_run_changes_nothing(planner: FakePlanner, hetis_plan: Run, capsys: Captured) -> None:
     assert hetis_plan("apply", PAPER, "--dry-run") == ExitCode.OK
     assert not planner.clusters

@@ -132,7 +132,9 @@ _ROLE_VALUES = of(
 VALUES = of(
     "modelArtifacts decode prefill",
     fullnameOverride=NAME,
-    accelerator=of("type", type=one_of("nvidia", "intel-i915", "intel-xe", "intel-gaudi", "amd", "google")),
+    accelerator=of(
+        "", type=one_of("nvidia", "intel-i915", "intel-xe", "intel-gaudi", "amd", "google"), resources=TEXTS
+    ),
     multinode={"type": "boolean"},
     modelArtifacts=of("name uri", name=TEXT, labels=TEXTS, uri={"type": "string", "pattern": "^(hf|pvc)://"}),
     routing=of("", servicePort=COUNT, proxy=of("", enabled={"type": "boolean"}, connector=TEXT)),

@@ -7,6 +7,7 @@ import re
 from dataclasses import replace
 
 import compose_spec
+import jsonschema
 import pytest
 import yaml
 
@@ -15,9 +16,9 @@ from hetis.formats.errors import DocumentError
 from hetis.planner.export import ExportTarget
 from hetis.planner.export.replicas import NotExportableError
 from hetis.planner.export.targets import export_wanted
-from hetis.solver.plan import KvRoute, Role
+from hetis.solver.plan import KvRoute, Plan, Role
 from tests.engines.plans import POOL, stage_of
-from tests.planner.export import reading
+from tests.planner.export import reading, schemas
 from tests.planner.export.plans import apart, made_of, on, replica
 from tests.planner.export.test_export import SETTINGS, exported
 from tests.planner.export.test_schemas import check_core
@@ -55,6 +56,44 @@ def test_pods_take_the_resource_and_the_image_of_their_vendor() -> None:
         ("rocm:1", {"amd.com/gpu": 2}),
         ("cuda:1", {"nvidia.com/gpu": 1}),
     ]
+
+
+def in_fleet(plan: Plan, **resources: str) -> Plan:
+    """Return the plan with a fleet whose nodes offer their GPUs to pods under these names."""
+    nodes = [{"name": node, "gpus": [{"type": "L4"}], "resource": name} for node, name in resources.items()]
+    documents = {**plan.inputs["documents"], "cluster": {"nodes": nodes}}
+    return replace(plan, inputs={"documents": documents})
+
+
+SHARED = "nvidia.com/gpu.shared"
+
+
+def test_pods_request_gpus_by_the_name_under_which_their_node_offers_them() -> None:
+    plan = in_fleet(
+        made_of(replica(on("a/0")), replica(on("b/1", "b/0", tp=2)), replica(on("c/0"))), a=SHARED, b=SHARED
+    )
+    made = exported(plan, ExportTarget.KUBERNETES)
+    pods = [one["spec"]["template"]["spec"] for one in reading.manifests(made.files) if one["kind"] == "StatefulSet"]
+    requested = [pod["containers"][0]["resources"]["limits"] for pod in pods]
+    assert requested == [{SHARED: 1}, {SHARED: 2}, {"nvidia.com/gpu": 1}]
+    assert {toleration["key"] for pod in pods for toleration in pod["tolerations"]} == {"nvidia.com/gpu"}
+    assert made.lost == (
+        f"replica 1: its pod on b requests 2 {SHARED}, which may be turns on one GPU, or refused"
+        " (failRequestsGreaterThanOne)",
+    )
+    unknown = "Pods request nvidia.com/gpu. Where `kubectl describe node` shows GPUs under another name"
+    assert unknown in made.files["README.md"]
+    known = exported(in_fleet(made_of(replica(on("a/0"))), a=SHARED), ExportTarget.KUBERNETES)
+    assert "Pods request" not in known.files["README.md"]
+
+
+def test_pods_of_one_template_request_the_same_resource() -> None:
+    stages = (on(f"{node}/0", first=i, layers=1 + (i == 0)) for i, node in ((0, "a"), (2, "b"), (3, "c")))
+    plan = made_of(replica(*stages, in_flight=3))
+    exported(in_fleet(plan, b=SHARED, c=SHARED), ExportTarget.LWS)
+    exported(in_fleet(plan, c=SHARED), ExportTarget.KUBERNETES)
+    with pytest.raises(NotExportableError, match=f"further stages request nvidia.com/gpu and {SHARED}: pods of one"):
+        exported(in_fleet(plan, c=SHARED), ExportTarget.LWS)
 
 
 def test_services_have_the_devices_of_their_vendor() -> None:
@@ -98,6 +137,14 @@ def test_the_chart_of_llm_d_is_told_the_vendor() -> None:
     made = exported(TWO_VENDORS, ExportTarget.LLM_D, engine=Engine.VLLM, image="")
     values = {path: yaml.safe_load(text) for path, text in made.files.items() if "values" in path}
     assert [one.get("accelerator") for _, one in sorted(values.items())] == [{"type": "amd"}, None]
+
+
+def test_the_chart_of_llm_d_adds_no_gpus_under_another_name() -> None:
+    made = exported(in_fleet(made_of(replica(on("a/0"))), a=SHARED), ExportTarget.LLM_D)
+    values = yaml.safe_load(made.files["values-r0.yaml"])
+    jsonschema.Draft202012Validator(schemas.VALUES).validate(values)
+    assert values["accelerator"] == {"resources": {"nvidia": SHARED}}
+    assert values["decode"]["containers"][0]["resources"]["limits"] == {SHARED: 1}
 
 
 def test_stages_and_routes_stay_with_one_vendor() -> None:

@@ -199,7 +199,7 @@ async def test_every_difference_has_both_sides(tmp_path: Path) -> None:
 async def test_the_indices_of_gpus_are_kept_where_the_document_lists_them_by_type(tmp_path: Path) -> None:
     """In the past they were lost: a plan's GPU 1 was the A100 of index 2, but its engine was started on the T4."""
     mixed = found("A100-SXM-80GB", "T4", "A100-SXM-80GB")
-    text = CLUSTER.replace("count: 3", "count: 1")
+    text = CLUSTER.replace("count: 3", "count: 1, resource: nvidia.com/gpu.shared")
     assert text != CLUSTER
 
     async with served(tmp_path) as planner:
@@ -209,6 +209,7 @@ async def test_the_indices_of_gpus_are_kept_where_the_document_lists_them_by_typ
         answer = await inventory(planner)
         nodes = {node["name"]: node for node in json.loads(answer.found.content)["nodes"]}
         assert nodes["l4-0"]["indices"] == [1]
+        assert nodes["l4-0"]["resource"] == "nvidia.com/gpu.shared"
         assert [gpus["type"] for gpus in nodes["spare"]["gpus"]] == ["A100-SXM-80GB", "T4"]
         assert nodes["spare"]["indices"] == [0, 2, 1]
 

@@ -6,12 +6,15 @@ import asyncio
 import os
 import signal
 import uuid
+from dataclasses import replace
 from pathlib import Path
 
 import grpc
 
 from hetis.planner.jobs.pool import PoolSettings
-from hetis.v1 import cluster_service_pb2, failure_pb2, plan_pb2, view_pb2
+from hetis.planner.resources.requests import MOST_PAGE_BYTES
+from hetis.planner.store import Transaction
+from hetis.v1 import cluster_service_pb2, document_pb2, failure_pb2, plan_pb2, view_pb2
 from hetis.v1 import plan_service_pb2 as pb2
 from tests.planner.resources.planned import (
     CRASH,
@@ -23,6 +26,7 @@ from tests.planner.resources.planned import (
     planner_in,
 )
 from tests.planner.resources.served import refused
+from tests.planner.store import samples
 
 QUEUED, SOLVING = plan_pb2.PLAN_STATE_QUEUED, plan_pb2.PLAN_STATE_SOLVING
 CANCELLED, FAILED = plan_pb2.PLAN_STATE_CANCELLED, plan_pb2.PLAN_STATE_FAILED
@@ -212,3 +216,33 @@ async def test_pages_begin_with_the_newest(tmp_path: Path) -> None:
         assert not second.next_page_token
         rest.cluster = "clusters/paper"
         assert (await refused(planner.call("ListPlans", rest))).reason == "INVALID_PAGE_TOKEN"
+
+
+async def test_pages_of_large_plans_fit_into_memory_and_into_an_answer(tmp_path: Path) -> None:
+    """Some plans have megabytes of documents, which lists leave out; others are large even without these."""
+    document = document_pb2.Document(content=b"x" * 2**20)
+    labels = {f"label-{number}": "x" * 255 for number in range(64)}
+    bodies = {
+        **{f"plans/a{n}": plan_pb2.Plan(spec=plan_pb2.PlanSpec(workload_document=document)) for n in range(5)},
+        **{f"plans/b{n:03}": plan_pb2.Plan(labels=labels) for n in range(400)},
+        "plans/c": plan_pb2.Plan(
+            spec=plan_pb2.PlanSpec(model_document=document_pb2.Document(content=b"x" * (4 << 20)))
+        ),
+    }
+
+    def fill(tx: Transaction) -> None:
+        for number, (name, body) in enumerate(bodies.items()):
+            record = samples.plan(name, cluster="clusters/paper", time_s=float(number))
+            tx.plans.insert(replace(record, body=body, state=plan_pb2.PLAN_STATE_READY))
+
+    async with planner_in(tmp_path, scripted=True) as planner:
+        await planner.store.write(fill)
+        pages, token = list[list[str]](), ""
+        while token or not pages:
+            page = await planner.call("ListPlans", pb2.ListPlansRequest(page_size=500, page_token=token))
+            pages.append([plan.name for plan in page.plans])
+            token = page.next_page_token
+    assert [name for page in pages for name in page] == list(reversed(bodies))
+    assert [page for page in pages if "plans/c" in page] == [["plans/c"]]
+    for page in pages[1:]:
+        assert sum(bodies[name].ByteSize() for name in page) <= MOST_PAGE_BYTES

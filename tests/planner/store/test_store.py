@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -134,6 +135,34 @@ async def test_records_come_by_name_in_byte_order_or_the_newest_first(url: str) 
     of_one = await store.read(lambda tx: tx.plans.all(cluster="clusters/1", state={1, 3}))
     assert [record.name for record in of_one] == ["plans/3", "plans/1"]
     assert await store.write(lambda tx: tx.plans.delete_all(cluster="clusters/1")) == 2
+    await store.close()
+
+
+async def test_a_bounded_page_ends_before_its_bodies_are_too_large(url: str) -> None:
+    sizes = {"a": 10, "b": 900, "c": 10, "d": 400, "e": 5000, "f": 10}
+
+    def fill(tx: Transaction) -> None:
+        for name, size in sizes.items():
+            tx.clusters.insert(samples.cluster(f"clusters/{name}", text=b"x" * size))
+
+    def page(after: str, limit: int, most_bytes: int) -> Callable[[Reader], tuple[str, bool]]:
+        def read(tx: Reader) -> tuple[str, bool]:
+            place = f"clusters/{after}" if after else None
+            found, is_more = tx.clusters.bounded_page(place, limit, most_bytes=most_bytes)
+            return "".join(record.name[-1] for record in found), is_more
+
+        return read
+
+    store = await leading(url)
+    assert await store.read(page("", 4, 1000)) == ("", False)
+    await store.write(fill)
+    assert await store.read(page("", 6, 10**6)) == ("abcdef", False)
+    assert await store.read(page("", 5, 10**6)) == ("abcde", True)
+    assert await store.read(page("", 6, 1000)) == ("abc", True)
+    assert await store.read(page("", 6, 500)) == ("a", True)
+    assert await store.read(page("d", 6, 1000)) == ("e", True)  # too large, but an empty page would be the last
+    assert await store.read(page("e", 6, 1)) == ("f", False)
+    assert await store.read(page("f", 6, 1)) == ("", False)
     await store.close()
 
 

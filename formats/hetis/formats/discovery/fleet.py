@@ -128,7 +128,16 @@ def discovered(inventory: Inventory, *, name: str, link: Link | None = None, sai
         if slots:
             intra, note = _inside(node, [catalogue.find_gpu(one.gpu).gpu for one in slots])
             notes += [note] if note else []
-            groups.append(NodeGroup(name=called, gpus=slots, zone=_name(node.zone), intra_link=intra, indices=indices))
+            groups.append(
+                NodeGroup(
+                    name=called,
+                    gpus=slots,
+                    zone=_name(node.zone),
+                    intra_link=intra,
+                    indices=indices,
+                    resource=next((one.resource for one in node.gpus if one.resource), ""),
+                )
+            )
     if problems:
         raise DocumentError(problems.values())
     if not groups:

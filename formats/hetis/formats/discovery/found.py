@@ -24,6 +24,7 @@ class FoundGpus:
     memory_bytes: int | None = None  # memory of each. None: the tool does not report it.
     # Other words about the node that may distinguish boards of one name, such as Slurm's features
     hints: tuple[str, ...] = ()
+    resource: str = ""  # by which pods request them in Kubernetes; empty: as any GPU of their vendor, or not reported
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

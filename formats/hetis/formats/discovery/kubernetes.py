@@ -357,7 +357,8 @@ def _of_resource(node: _Object, resource: str, use: _Use, problems: list[Problem
         left_out.append(f"{counted(busy)} ({product}): in use by {some_of(use.pods[resource])}")
     if usable == busy:
         return [], left_out
-    return [FoundGpus(product=product, count=usable - busy, memory_bytes=memory)], left_out
+    own_name = _SHARED if renamed else ""
+    return [FoundGpus(product=product, count=usable - busy, memory_bytes=memory, resource=own_name)], left_out
 
 
 def _label(node: _Object, name: str, problems: list[Problem]) -> int:

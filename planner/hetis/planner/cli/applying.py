@@ -255,7 +255,8 @@ class Applying:
             raise typer.BadParameter("more than one plan: give only one of --model, --plan, a Plan file, or plans/NAME")
         self._apply(values)
         if plans:
-            return self._put_in_force(fetched(self.client, "plans", full_name("plans", plans[0]), basic=True))
+            plan = fetched(self.client, "plans", full_name("plans", plans[0]), basic=True)
+            return self._put_in_force(plan, is_printed=self._save(plan))
         if imports:
             path, value = imports[0]
             imported = document(path, value, document_pb2.DOCUMENT_KIND_PLAN)
@@ -285,7 +286,7 @@ class Applying:
         request = plan_service_pb2.CreatePlanRequest(plan_id=asked.name, plan=wanted, validate_only=asked.dry_run)
         plan = self.client.plans.CreatePlan(request).plan
         if asked.dry_run:
-            terminal.say("the planner would accept this plan; nothing was changed")
+            terminal.say(f"the planner would accept this plan; {self._not_done}")
             return self._show(plan)
         terminal.say(f"{plan.name} made")
         if plan.state != plan_pb2.PLAN_STATE_READY:
@@ -297,18 +298,31 @@ class Applying:
         code, is_printed = outcome(terminal, plan), asked.out == STDOUT
         if code is not ExitCode.OK:
             return code if is_printed else self._show(plan, code=code)
-        if asked.out is not None:
-            self._save(asked.out, self.client.read_plan_document(plan.name).decode("utf-8"))
+        self._save(plan)
         if asked.activate:
             return self._put_in_force(plan, is_printed=is_printed)
         return ExitCode.OK if is_printed else self._show(plan)
 
-    def _save(self, out: Path, plan: str) -> None:
+    @property
+    def _not_done(self) -> str:
+        """What a check leaves undone, for messages."""
+        return "nothing was changed or saved" if self.asked.dry_run and self.asked.out else "nothing was changed"
+
+    def _save(self, plan: plan_pb2.Plan) -> bool:
+        """Save the plan's document if requested. Return whether stdout has it, and is to have nothing else.
+
+        Raises CallError: the plan has no document, or none yet.
+        """
+        out = self.asked.out
+        if out is None or self.asked.dry_run:
+            return False
+        document = self.client.read_plan_document(plan.name).decode("utf-8")
         if out == STDOUT:
-            self.terminal.write(plan)
-            return
-        write_atomically(out, plan)
+            self.terminal.write(document)
+            return True
+        write_atomically(out, document)
         self.terminal.say(f"saved {out}")
+        return False
 
     def _put_in_force(self, plan: plan_pb2.Plan, *, is_printed: bool = False) -> ExitCode:
         """Activate a plan, or show what that would do. ``is_printed``: stdout has the plan, and nothing else."""
@@ -321,8 +335,8 @@ class Applying:
         )
         plan = answer.plan
         if only_checks:
-            self.terminal.say(f"dry run: nothing was changed; {cluster.active_plan or 'no plan'} is in force now")
-            return self._show(plan, answer.steps)
+            self.terminal.say(f"dry run: {self._not_done}; {cluster.active_plan or 'no plan'} is in force now")
+            return ExitCode.OK if is_printed else self._show(plan, answer.steps)
         self.terminal.say(f"{plan.name} is being activated")
         if not self.asked.no_wait:
             plan = wait_for_plan(self.terminal, self.client, plan.name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +17,7 @@ from hetis.engines.kubernetes import (
     manifests_of,
     on_nodes,
     refuse_shared_cards,
+    resource_of,
 )
 from hetis.engines.layout import Process
 from hetis.formats.documents import yaml_text
@@ -93,6 +94,7 @@ def written_for_cluster(
     names = {number: launchable.name_of(one) for number, one in launchable.replicas.items()}
     # A pod requests a number of GPUs, and cannot choose among a node's GPU types.
     mixed = launchable.mixed_nodes("which of them a pod gets, the device plugin decides", everywhere=True)
+    usual = dict.fromkeys(resource_of(each) for each in _processes(launchable) if not each.resource)
     return Written(
         files={
             **files,
@@ -100,10 +102,30 @@ def written_for_cluster(
         },
         shown=tuple(files),
         endpoints=endpoints or {number: address(launchable, name, FRONT_PORT) for number, name in names.items()},
-        start=start,
+        start=f"{start}\n\n{_HOW_REQUESTED.format(resources=' or '.join(usual))}" if usual else start,
         carried=launchable,
-        not_carried=(*mixed, *not_carried),
+        not_carried=(*mixed, *_turns(launchable), *not_carried),
     )
+
+
+def _processes(launchable: Launchable) -> Iterator[Process]:
+    for one in launchable.replicas.values():
+        yield from one.layout.processes
+
+
+def _turns(launchable: Launchable) -> Iterator[str]:
+    """Yield a sentence for each pod that requests several shared GPUs: NVIDIA's device plugin counts turns on them."""
+    for number, one in launchable.replicas.items():
+        for process in one.layout.processes:
+            if process.resource.endswith(_SHARED) and (count := len(process.gpus)) > 1:
+                pod = f"replica {number}: its pod on {process.node} requests {count} {process.resource}"
+                yield f"{pod}, which may be turns on one GPU, or refused (failRequestsGreaterThanOne)"
+
+
+_SHARED = ".shared"  # what the plugin appends to the names of resources that pods share
+_HOW_REQUESTED = """\
+Pods request {resources}. Where `kubectl describe node` shows GPUs under another name (`nvidia.com/gpu.shared`, if pods
+share them), set `resource` of the node in the cluster file, as `hetis-plan cluster discover` does, and plan again."""
 
 
 def namespace(launchable: Launchable) -> dict[str, str]:
@@ -163,7 +185,7 @@ class PodGroup:
             f"several further stages are on {node}: pods of one template are told apart by their nodes, "
             "use --to kubernetes"
             for node in twice
-        )
+        ) + _unlike_resources(self._further)
 
     def leader(self, labels: dict[str, str] | None = None) -> dict[str, Any]:
         [first, *_] = self._layout.servers
@@ -208,6 +230,13 @@ class PodGroup:
         annotations = [annotations_of(process) for process in processes]
         said = {name: ",".join(each[name] for each in annotations) for name in annotations[0]}
         return {"metadata": {"labels": {**own, **(labels or {})}, "annotations": said}, "spec": pod}
+
+
+def _unlike_resources(processes: Iterable[Process]) -> tuple[str, ...]:
+    """Return why pods of one template cannot request the GPUs of all these processes; empty if they can."""
+    names = dict.fromkeys(map(resource_of, processes))
+    why = f"further stages request {' and '.join(names)}: pods of one template request the same, use --to kubernetes"
+    return (why,) if len(names) > 1 else ()
 
 
 _MARK = "HETIS-RANK-MARK"

@@ -17,7 +17,7 @@ from hetis.engines.kubernetes import (
     on_nodes,
     tolerations_of,
 )
-from hetis.engines.layout import Layout
+from hetis.engines.layout import Layout, Process
 from hetis.engines.serving import Meeting, arguments_of, is_of_http_server, option_groups
 from hetis.engines.versions import Engine
 from hetis.formats.documents import yaml_text
@@ -106,8 +106,7 @@ def values_of(launchable: Launchable, one: LaunchableReplica) -> dict[str, Any]:
             "uri": f"pvc://{settings.model_claim}{model}" if settings.model_claim else f"hf://{served}",
             "labels": {**MODEL_LABELS, _REPLICA_LABEL: launchable.name_of(one)},
         },
-        # Otherwise the chart adds NVIDIA's resource to the container's own.
-        **({"accelerator": {"type": "amd"}} if process.vendor == "AMD" else {}),
+        **_accelerator(process),
         "multinode": False,
         "routing": {"servicePort": FRONT_PORT, "proxy": {"enabled": is_decode_of_pair, "connector": "nixlv2"}},
         role: {
@@ -130,6 +129,15 @@ def values_of(launchable: Launchable, one: LaunchableReplica) -> dict[str, Any]:
         },
         other: {"create": False, "replicas": 0},
     }
+
+
+def _accelerator(process: Process) -> dict[str, Any]:
+    """Return the chart's field, without which it adds ``nvidia.com/gpu`` to the container's own resources."""
+    kind = process.vendor.lower()
+    told: dict[str, Any] = {} if kind == "nvidia" else {"type": kind}
+    if process.resource:
+        told["resources"] = {kind: process.resource}
+    return {"accelerator": told} if told else {}
 
 
 def _front(launchable: Launchable, one: LaunchableReplica) -> dict[str, Any]:

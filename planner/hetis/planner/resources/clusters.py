@@ -114,7 +114,7 @@ class Clusters:
 
         def delete(tx: Transaction) -> tuple[pb.DeleteClusterResponse, Tell]:
             _must_be_deletable(tx, request.name, request.etag)
-            plans = [plan.name for plan in tx.plans.all(cluster=request.name)]
+            plans = list(tx.plans.versions(cluster=request.name))
             for plan in plans:
                 tx.plan_documents.delete(plan)
             for table in (tx.plans, tx.redispatches, tx.replicas, tx.nodes):

@@ -342,6 +342,7 @@ def _found_node(name: str, node: ReportedNode, types: Mapping[str, GpuType], dec
         nic=declared.nic,
         intra_link=declared.intra_link,
         indices=indices_of(list(itertools.chain.from_iterable(places.values()))),
+        resource=declared.resource,
     )
 
 

@@ -138,6 +138,9 @@ def _shown(value: str) -> str:
 
 DEFAULT_SIZE = 50
 MAX_SIZE = 500
+# Limit on the stored bodies of a page, documents included, that are in memory at once. An answer has at most 4 MiB: the
+# rest is for the names, states and times of 500 resources, which are not in the bodies.
+MOST_PAGE_BYTES = 3 * 2**20
 R = TypeVar("R", bound=Record)
 Item = TypeVar("Item")
 Place = str | tuple[float, str]
@@ -174,9 +177,11 @@ class PageRequest:
             place_of: returns a resource's position in the list.
         """
         page = list(found[: self.size])
-        if len(found) <= self.size:
-            return page, ""
-        return page, _write_token(self.list_digest, place_of(page[-1]))
+        return page, self.token_behind(place_of(page[-1])) if len(found) > self.size else ""
+
+    def token_behind(self, place: Place) -> str:
+        """Return the token of the page that continues behind ``place``."""
+        return _write_token(self.list_digest, place)
 
 
 def read_page_request(request: Message, *, newest_first: bool = False) -> PageRequest:
@@ -200,17 +205,20 @@ async def read_page(
 ) -> tuple[list[R], str]:
     """Return the page of records for a validated List request, and the token of the next page.
 
+    The page is shorter than requested if larger records would make it exceed `MOST_PAGE_BYTES`.
+
     ``parent`` is a cluster, which must exist; empty ``filters`` are ignored. Raises INVALID_PAGE_TOKEN or NOT_FOUND.
     """
     page = read_page_request(request, newest_first=kind.newest_first)
     given = {column: value for column, value in filters.items() if value} | ({"cluster": parent} if parent else {})
 
-    def read(tx: Reader) -> list[R]:
+    def read(tx: Reader) -> tuple[list[R], bool]:
         if parent:
             tx.clusters.require(parent)
-        return kind.of(tx).page(page.after, page.num_read, **given)
+        return kind.of(tx).bounded_page(page.after, page.size, most_bytes=MOST_PAGE_BYTES, **given)
 
-    return page.cut(await store.read(read), kind.place_of)
+    records, is_more = await store.read(read)
+    return records, page.token_behind(kind.place_of(records[-1])) if is_more else ""
 
 
 def _list_digest(request: Message) -> str:

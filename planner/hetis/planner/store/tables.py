@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Collection, Sequence
 from typing import Any, Generic, TypeVar, get_type_hints, overload
 
@@ -106,10 +107,20 @@ class TableView(Generic[R]):
 
         Each filter is a column and its value, or the values that are allowed.
         """
-        query = self._filtered(filters).limit(limit)
-        if after:
-            query = query.where(self._behind(after))
+        query = self._behind(after, self._filtered(filters)).limit(limit)
         return [self._from_row(row) for row in self._connection.execute(query)]
+
+    def bounded_page(self, after: After, limit: int, *, most_bytes: int, **filters: Filter) -> tuple[list[R], bool]:
+        """Return a page as `page` does, and whether there are more records behind it.
+
+        It ends before its bodies exceed ``most_bytes``, but has at least one record, if there is any.
+        """
+        # The sizes first: databases know them without reading the bodies, of which one may have megabytes.
+        lengths = self._filtered(filters, sa.func.length(self._table.c.body))
+        sizes = self._connection.execute(self._behind(after, lengths).limit(limit + 1)).scalars().all()
+        num_within = sum(total <= most_bytes for total in itertools.accumulate(sizes[:limit]))
+        size = max(1, num_within)
+        return self.page(after, size, **filters), len(sizes) > size
 
     def all(self, **filters: Filter) -> list[R]:
         return [self._from_row(row) for row in self._connection.execute(self._filtered(filters))]
@@ -125,15 +136,18 @@ class TableView(Generic[R]):
         query = sa.select(state, sa.func.count().label("num")).group_by(state)
         return {row.state: row.num for row in self._connection.execute(query)}
 
-    def _behind(self, after: str | tuple[float, str]) -> sa.ColumnElement[bool]:
+    def _behind(self, after: After, query: sa.Select[Any]) -> sa.Select[Any]:
+        if not after:
+            return query
         if isinstance(after, str):
-            return self._table.c.name > after
+            return query.where(self._table.c.name > after)
         time_s, name = after
         made = self._table.c.create_time_s
-        return sa.or_(made < time_s, sa.and_(made == time_s, self._table.c.name < name))
+        return query.where(sa.or_(made < time_s, sa.and_(made == time_s, self._table.c.name < name)))
 
-    def _filtered(self, filters: dict[str, Filter]) -> sa.Select[Any]:
-        query = sa.select(*self._kind.columns).where(*_conditions(self._table, filters))
+    def _filtered(self, filters: dict[str, Filter], *columns: sa.ColumnElement[Any]) -> sa.Select[Any]:
+        """Return a query for ``columns``, or for all of the record, in the order of the kind."""
+        query = sa.select(*(columns or self._kind.columns)).where(*_conditions(self._table, filters))
         if self._kind.newest_first:
             return query.order_by(self._table.c.create_time_s.desc(), self._table.c.name.desc())
         return query.order_by(self._table.c.name)
