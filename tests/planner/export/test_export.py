@@ -551,6 +551,48 @@ def test_compose_says_who_must_own_the_key() -> None:
         assert f"USER {user}:{user}" in (DOCKER / f"{image}.Dockerfile").read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize("name", sorted(WITH_WORKERS))
+def test_every_key_and_file_of_compose_is_mounted_where_it_is_read(name: str) -> None:
+    files, num_keys = exported(PLANS[name], ExportTarget.COMPOSE).files, 0
+    for path in (path for path in files if path.endswith("/compose.yaml")):
+        whole = yaml.safe_load(files[path])
+        for service in whole["services"].values():
+            secrets = {f"/run/secrets/{name}": whole["secrets"][name]["file"] for name in service.get("secrets", ())}
+            assert set(secrets.values()) == {"./worker.key"}, "which the README tells users to put there"
+            mounted = {
+                inside: outside for outside, inside, _ in (each.split(":") for each in service.get("volumes", ()))
+            }
+            keys = [reading.option(service["command"], "--key-file")]
+            if place := service["environment"].get("HETIS_VLLM_CONFIG"):
+                config = yaml.safe_load(files[path.replace("compose.yaml", mounted[place].removeprefix("./"))])
+                keys = [worker["keyFile"] for worker in config["workers"]]
+            assert keys
+            assert set(keys) <= secrets.keys()
+            num_keys += len(keys)
+    assert num_keys > 1
+
+
+@pytest.mark.parametrize("target", [ExportTarget.VLLM, ExportTarget.SLURM])
+def test_the_key_of_scripts_is_the_file_beside_them(target: ExportTarget) -> None:
+    """Scripts change to their own folder, and jobs run in that of `submit.sh`."""
+    files = exported(PLANS["attention workers"], target).files
+    configs = [yaml.safe_load(text) for path, text in files.items() if path.endswith("workers.yaml")]
+    assert configs
+    assert {worker["keyFile"] for one in configs for worker in one["workers"]} == {"worker.key"}
+    assert "`worker.key`" in files["README.md"]
+
+
+@pytest.mark.parametrize("target", sorted(IN_CLUSTERS - {ExportTarget.DYNAMO}))
+def test_pods_write_their_key_to_the_file_that_the_plugin_reads(target: ExportTarget) -> None:
+    objects = reading.manifests(exported(PLANS["attention workers"], target).files)
+    [config] = [one for one in objects if one["kind"] == "ConfigMap"]
+    [engine] = [each for one in objects for each in containers_in(one) if each["name"] in ("vllm", "main")]
+    [text] = [word for word in engine["command"] if "HETIS_WORKER_KEY" in word]
+    for worker in yaml.safe_load(config["data"]["workers.yaml"])["workers"]:
+        assert f"> {worker['keyFile']} " in text
+    assert any(each["mountPath"] == "/tmp" and not each.get("readOnly") for each in engine["volumeMounts"])
+
+
 def test_compose_puts_no_variables_in_place_of_dollars() -> None:
     given = {"model": "/models/$HOME/tiny", "served_name": "ti$ny", "engine_options": ("--api-key", "pa$s1")}
     made = exported(PLANS["attention workers"], ExportTarget.COMPOSE, **given)

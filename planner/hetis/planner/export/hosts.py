@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from hetis.engines.commands import Command
@@ -173,12 +174,13 @@ def write_compose(launchable: Launchable) -> Written:
     for node, here in launchable.by_node().items():
         services, secret = dict[str, Any](), False
         for _, one in here:
-            for command in one.commands:
+            inside = replace(one, addresses=replace(one.addresses, config_file=_CONFIG, key_file=_KEY_FILE))
+            for command in inside.commands:
                 if command.process.node == node:
                     # Names of services must not contain slashes or dots.
                     name = re.sub(r"[/.+]", "-", f"{one.name}-{command.process.name}")
                     services[name] = _service(launchable, one, command)
-                    files |= {f"{node}/{path}": text for path, text in command.files.items()}
+                    files |= {f"{node}/{one.addresses.config_file}": text for text in command.files.values()}
                     secret = secret or bool(command.secrets)
         whole: dict[str, Any] = {"name": launchable.settings.name, "services": services}
         if secret:
@@ -189,20 +191,18 @@ def write_compose(launchable: Launchable) -> Written:
 
 
 def _service(launchable: Launchable, one: LaunchableReplica, command: Command) -> dict[str, Any]:
+    """Return the service of a process. ``command`` names files by their places in the container, ``one`` outside it."""
     process = command.process
     is_worker = process.kind is ProcessKind.ATTENTION_WORKER
-    places = {one.addresses.config_file: _CONFIG, one.addresses.key_file: _KEY_FILE}
-    shown = [places.get(word, word) for word in command.shown]
-    environment = {name: places.get(text, text) for name, text in command.environment.items()} | _seen_gpus(process)
-    volumes = [f"./{path}:{_CONFIG}:ro" for path in command.files]
+    volumes = [f"./{one.addresses.config_file}:{inside}:ro" for inside in command.files]
     if one.serving.model.startswith("/") and not is_worker:
         volumes.append(f"{one.serving.model}:{one.serving.model}:ro")
     service: dict[str, Any] = {
         "image": worker_image(launchable, one) if is_worker else engine_image(launchable, one),
         # Replaces the image's entry point: these words are the whole command.
-        "entrypoint": shown[:1],
-        "command": shown[1:],
-        "environment": environment,
+        "entrypoint": list(command.shown[:1]),
+        "command": list(command.shown[1:]),
+        "environment": {**command.environment, **_seen_gpus(process)},
         "network_mode": "host",
         "ipc": "host",
         "restart": "unless-stopped",
