@@ -247,7 +247,8 @@ def test_latent_attention_has_no_heads_to_place_and_kv_of_a_byte_no_worker() -> 
     mla = MlaShape(kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8)
     plan = plan_of(stage_of(), pools=(POOL,))
     latent = replace(MODEL, attention=AttentionKind.MLA, mla=mla)
-    assert refused(plan, latent) == ("tiny has latent attention (MLA), whose KV cannot be split into head groups",)
+    why = "attention is latent (MLA), and its KV cannot be split into head groups"
+    assert refused(plan, latent) == (f"it has attention workers, which tiny cannot have: {why}",)
     assert refused(plan, replace(MODEL, kv_bytes=1.0)) == (
         "the plan needs KV of 1 bytes per element, workers support 2 or 4: set --dtype",
     )

@@ -121,6 +121,27 @@ def test_workers_may_be_gpus_that_cannot_compute_in_the_format(folder: Path) -> 
     assert for_engine(loaded, None) == loaded
 
 
+def test_models_whose_heads_the_plugin_cannot_place_are_planned_without_workers(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "fleet.yaml").write_text(FLEET.replace("count: 1", "count: 8"))
+    for model, why in (
+        (
+            "Llama-4-Scout-17B-16E-Instruct",
+            "the model attends to chunks of its context, which the plugin does not support",
+        ),
+        ("DeepSeek-V3", "attention is latent (MLA), and its KV cannot be split into head groups"),
+    ):
+        loaded = load_inputs(cluster="fleet.yaml", model=model, workload="1024/256")
+        held = for_engine(in_precision(loaded, weights="bf16", kv="bf16"), engine_rules("vllm-hetis", "hetis"))
+        assert [str(each) for each in held.inputs.constraints][-1] == "--forbid workers"
+        assert f"no attention workers: {why}" in held.notes
+        assert for_engine(in_precision(loaded, weights="bf16", kv="bf16"), None).inputs.constraints == ()
+    inputs = ("-m", "Llama-4-Scout-17B-16E-Instruct", "--engine", "vllm-hetis", "--ttft", "none", "--tpot", "none")
+    plan = place(capsys, *inputs)
+    assert any(note.startswith("no attention workers: the model attends to chunks") for note in plan["notes"])
+
+
 def test_a_fleet_of_several_vendors_is_told_that_replicas_stay_apart(folder: Path) -> None:
     (folder / "fleet.yaml").write_text(FLEET.replace("A100-SXM-40GB", "MI300X"), encoding="utf-8")
     loaded = load_inputs(cluster="fleet.yaml", model="Meta-Llama-3-8B", workload="1024/256")

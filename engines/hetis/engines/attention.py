@@ -39,7 +39,7 @@ def common_backend(model: ModelSpec, kinds: Iterable[GpuKind], engine: str) -> s
     if model.mla is not None:
         # TRITON_MLA is the default everywhere except on Hopper and B200, whose own defaults run only there.
         return "TRITON_MLA" if majors & {9, _DATACENTER_BLACKWELL} else ""
-    if min(capabilities) < 8 or _has_sinks(model) or _sees_images_at_once(model):
+    if min(capabilities) < 8 or has_sinks(model) or _sees_images_at_once(model):
         return "TRITON_ATTN"
     if model.kv_bytes == 2 and model.head_dim <= 256:  # FLASH_ATTN is the default everywhere except on B200
         if _DATACENTER_BLACKWELL not in majors:
@@ -63,7 +63,7 @@ def _of_sglang(model: ModelSpec, capabilities: set[float]) -> str:
     return "triton" if no_flashinfer or (model.mla is not None and min(capabilities) < 9) else "flashinfer"
 
 
-def _has_sinks(model: ModelSpec) -> bool:
+def has_sinks(model: ModelSpec) -> bool:
     """Return whether the model is gpt-oss, which has attention sinks, by a window that is unique in the catalogue."""
     return model.sliding_window == 128
 

@@ -20,6 +20,7 @@ from hetis.engines.attention import common_backend
 from hetis.engines.errors import LayoutError
 from hetis.engines.gpus import VENDORS, GpuKind, common_dtype, kind_of, kinds_in
 from hetis.engines.versions import Engine
+from hetis.engines.workers import why_no_workers
 from hetis.formats.errors import did_you_mean
 from hetis.solver.cluster import node_of
 from hetis.solver.model import ModelSpec
@@ -551,8 +552,8 @@ def _impossible(
     yield from _unshared(replica, model)
     for number, stage in enumerate(replica.stages):
         yield from (f"stage {number}: {why}" for why in _impossible_stage(replica, number, stage, model, engine))
-    if replica.attention_workers and model.mla is not None:
-        yield f"{model.name} has latent attention (MLA), whose KV cannot be split into head groups"
+    if replica.attention_workers and (why_not := why_no_workers(model)):
+        yield f"it has attention workers, which {model.name} cannot have: {why_not}"
     if dtype == "auto" and model.kv_bytes < 1:
         yield f"the plan needs KV of {model.kv_bytes:g} bytes per element, {engine.program} supports 1 or 2"
     elif replica.attention_workers and dtype == "auto" and model.kv_bytes != DTYPE_BYTES["auto"]:

@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import cast
 
 import pytest
@@ -181,6 +182,22 @@ def test_connections_that_cannot_be_are_refused(
 ) -> None:
     assert hetis_plan("status", *arguments) in (ExitCode.INVALID, ExitCode.INTERNAL)
     assert said in " ".join(capsys.readouterr().err.replace("│", " ").split())
+
+
+@pytest.mark.parametrize("content", ["", "\n", "two words\n"], ids=["nothing", "a blank line", "no token"])
+def test_a_token_file_without_a_token_is_refused_before_any_call(
+    fleet: FakePlanner,
+    hetis_plan: Run,
+    capsys: Captured,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    content: str,
+) -> None:
+    (tmp_path / "token").write_text(content)
+    monkeypatch.chdir(tmp_path)
+    assert hetis_plan("get", "plans", "--token-file", "token") == ExitCode.INVALID
+    assert "Invalid value: token: holds no token" in capsys.readouterr().err
+    assert not fleet.calls
 
 
 def test_credentials_that_do_not_do_are_told(fleet: FakePlanner, hetis_plan: Run, capsys: Captured) -> None:

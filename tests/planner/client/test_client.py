@@ -526,7 +526,9 @@ def test_a_token_file_is_read_for_every_call(planner: FakePlanner, tmp_path: Pat
     assert [sent["authorization"] for sent in planner.metadata] == ["Bearer first", "Bearer second", "Bearer second"]
 
 
-@pytest.mark.parametrize("content", [b"half\xff\xfe", b"one\ntwo\n"], ids=["no text", "two lines"])
+@pytest.mark.parametrize(
+    "content", [b"half\xff\xfe", b"one\ntwo\n", b"", b" \n"], ids=["no text", "two lines", "nothing", "a blank"]
+)
 def test_a_token_file_that_holds_no_token_is_named(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "token").write_bytes(content)
     connection = Connection(address="127.0.0.1:1", token_file=tmp_path / "token")

@@ -14,7 +14,7 @@ import grpc
 import pytest
 
 from hetis.formats import catalogue
-from hetis.formats.documents import dump, from_data
+from hetis.formats.documents import dump, from_data, to_data
 from hetis.planner.convert.documents import document_of
 from hetis.planner.resources import plans
 from hetis.planner.store import ProfileRecord
@@ -216,6 +216,16 @@ async def test_a_plan_made_elsewhere_is_checked_and_ready_at_once(tmp_path: Path
         wrong = await refused(planner.call("CreatePlan", pb2.CreatePlanRequest(plan=imported)))
         assert (wrong.code, wrong.reason) == (grpc.StatusCode.FAILED_PRECONDITION, "PLAN_CHECK_FAILED")
         assert int(wrong.metadata["violations"]) >= 1
+
+        llama_4 = catalogue.find_model("Llama-4-Scout-17B-16E-Instruct").model
+        data = json.loads(document)
+        data["inputs"]["documents"]["model"] = to_data(llama_4)
+        pool = {"stage": 0, "gpu": "P100-PCIe-12GB", "devices": ["p100/0"], "kv_head_groups": 1}
+        data["replicas"][0]["attention_workers"] = [pool]
+        imported.imported.content = json.dumps(data).encode()
+        refusal = await refused(planner.call("CreatePlan", pb2.CreatePlanRequest(plan=imported)))
+        assert refusal.reason == "INVALID_DOCUMENT"
+        assert "cannot have with vllm-hetis: the model attends to chunks" in refusal.fields["plan.imported#replicas"]
 
         await make_cluster(
             planner.clusters, "small", PAPER.replace(b"A100-PCIe-80GB, count: 4", b"A100-PCIe-80GB, count: 2")

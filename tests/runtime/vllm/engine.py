@@ -349,6 +349,10 @@ def refused(engine: Engine, act: dict[str, Any]) -> dict[str, Any]:
         CpuHeadGroups.customize_spec(chunks)
     except UnsupportedModelError as error:
         message += f" {error}"
+    try:
+        CpuHeadGroups.get_impl_cls()(4, 16, 1.0, 2, None, None, "auto", sinks=torch.zeros(4))
+    except UnsupportedModelError as error:
+        message += f" {error}"
     mine = engine.core.vllm_config
     described = _of_virtual_sequences(mine, 4)
     layers = mine.compilation_config.static_forward_context.values()

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from hetis.engines.workers import CHUNKS, SINKS
 from tests.runtime.launch.vllm_python import needs_vllm
 from tests.runtime.vllm.checkpoints import make_checkpoint
 from tests.runtime.vllm.running import config_of, run_engine, workers
@@ -70,7 +71,8 @@ def test_tokens_are_those_of_stock_vllm_with_heads_on_workers(llama: Path, stock
         "--no-async-scheduling",
         "DBO",
         "speculative",
-        "chunks of its context",
+        CHUNKS,
+        SINKS,
     ):
         assert part in refused["message"]
     assert refused["variable"] == "0"

@@ -90,13 +90,13 @@ class PlannerOptions:
             )
         except ValueError as error:
             raise typer.BadParameter(str(error)) from None
-        for path in (place.ca, place.cert, place.key, place.token_file):
-            if path is None:
-                continue
-            try:
-                path.read_bytes()
-            except OSError as error:
-                raise typer.BadParameter(f"{path}: {error.strerror or error}") from None
+        try:
+            for path in (place.ca, place.cert, place.key):
+                if path is not None:
+                    path.read_bytes()
+            place.metadata()
+        except OSError as error:
+            raise typer.BadParameter(f"{error.filename}: {error.strerror or error}") from None
         return place
 
 

@@ -151,7 +151,7 @@ class Connection:
         token = self.token
         if self.token_file is not None:
             token = self.token_file.read_text(encoding="utf-8", errors="replace").strip()
-            if not is_sendable_token(token):
+            if not token or not is_sendable_token(token):
                 raise OSError(errno.EINVAL, "holds no token", str(self.token_file))
         return [("authorization", f"Bearer {token}")] if token else []
 

@@ -7,6 +7,7 @@ from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from hetis.engines.workers import why_no_workers
 from hetis.formats.documents import from_data
 from hetis.formats.errors import DocumentError, Problem
 from hetis.planner.convert import documents
@@ -137,11 +138,16 @@ def checked(plan: Plan, name: str) -> ImportedPlan:
     Slow for large plans, so not for an event loop.
 
     Raises:
-        DocumentError: the plan does not contain a problem.
+        DocumentError: the plan does not contain a problem, or has attention workers that its engine refuses.
         InvalidProblemError: the problem contradicts itself.
         ServiceError: PLAN_CHECK_FAILED.
     """
-    violations = check_plan(plan, problem_of_plan(plan, name).problem)
+    problem = problem_of_plan(plan, name).problem
+    rules, has_workers = problem.family.engine, any(replica.attention_workers for replica in plan.replicas)
+    if rules is not None and has_workers and (why := why_no_workers(problem.model)):
+        message = f"have attention workers, which {problem.model.name} cannot have with {rules.name}: {why}"
+        raise DocumentError([Problem(file=name, path="replicas", message=message)])
+    violations = check_plan(plan, problem)
     if violations:
         shown = [str(violation) for violation in violations[:MOST_VIOLATIONS]]
         if len(violations) > MOST_VIOLATIONS:

@@ -9,6 +9,7 @@ from hetis.engines.attention import common_backend
 from hetis.engines.gpus import VENDORS, kind_of_type
 from hetis.engines.precision import SUPPORT, remarks, why_not
 from hetis.engines.serving import TELL_KV
+from hetis.engines.workers import why_no_workers
 from hetis.formats import dtypes
 from hetis.formats.catalogue import UnknownNameError, resolve_gpu
 from hetis.formats.model import drafts
@@ -166,20 +167,14 @@ def gpu_types_of(cluster: Cluster) -> dict[str, GpuType]:
 
 
 def _has_workers(model: ModelSpec, cluster: Cluster, engine: str | None) -> bool:
-    """Return whether heads can move, and any GPU type holds KV in the precision of attention workers."""
+    """Return whether heads can move and the plugin places them, and any GPU type holds KV as attention workers do."""
     has_kv = any(model.on(gpu).kv_bytes == 2 for gpu in gpu_types_of(cluster))
-    return engine == WORKERS and model.heads_can_move and has_kv
+    return engine == WORKERS and model.heads_can_move and why_no_workers(model) is None and has_kv
 
 
 def _why_no_workers(model: ModelSpec) -> str:
-    if model.linear is not None:
-        return "layers keep states, which cannot be divided among workers"
-    if model.indexer is not None:
-        return "attention is sparse, and all heads share its choice of tokens"
-    if model.compressed is not None:
-        return "attention is compressed, and all heads share its entries and windows"
-    if model.draft is not None:
-        return "the plugin does not support draft tokens"
+    if why := why_no_workers(model):
+        return why
     if not model.heads_can_move:
         return "vLLM frees KV outside the sliding window, but workers keep it (windows_free_kv of a model file)"
     return "they keep KV in 16 bits (--kv bf16)"
