@@ -31,7 +31,7 @@ PAGE_TOKENS = 16  # the plugin's default
 DTYPE_BYTES: Mapping[str, int] = {"auto": 2, "bfloat16": 2, "float16": 2, "float32": 4}
 LONGEST_NAME = 63  # longest name of a worker
 _NODES_SHOWN = 5  # nodes that an error message lists
-_DEVICE = re.compile(r"(?P<node>.+)/(?P<index>\d{1,4})")
+_DEVICE = re.compile(r"(?P<node>.+)/(?P<index>[0-9]{1,4})")
 
 
 class ProcessKind(StrEnum):

@@ -54,7 +54,7 @@ class StagePart(DocumentPart):
     copies: Whole
     first_layer: Count
     num_layers: Count
-    devices: list[str]
+    devices: Annotated[list[str], Field(min_length=1)]
     kv_head_groups_kept: Count
 
 
@@ -66,7 +66,7 @@ class PoolPart(DocumentPart):
 
     stage: Count
     gpu: str
-    devices: list[str]
+    devices: Annotated[list[str], Field(min_length=1)]
     kv_head_groups: Count
     shared: bool = False
 
@@ -178,7 +178,11 @@ def _check_pools(replica: Mapping[str, Any], number: int) -> Found:
 
 def _check_inputs(data: Mapping[str, Any]) -> Found:
     """Yield problems with ``inputs``, which may hold anything but numbers that JSON cannot represent."""
-    stack: list[tuple[tuple[str | int, ...], Any]] = [(("inputs",), data.get("inputs"))]
+    inputs = data.get("inputs")
+    origins = inputs.get("origins") if isinstance(inputs, Mapping) else None
+    if origins is not None and not isinstance(origins, Mapping):
+        yield ("inputs", "origins"), f"is {shown(origins)}, must be a mapping"
+    stack: list[tuple[tuple[str | int, ...], Any]] = [(("inputs",), inputs)]
     while stack:
         path, value = stack.pop()
         if isinstance(value, float) and not math.isfinite(value):

@@ -14,10 +14,11 @@ import pytest
 import yaml
 
 from hetis.engines.versions import Engine
+from hetis.formats.errors import DocumentError
 from hetis.planner.export import ExportTarget
 from hetis.planner.export.ray_serve import engine_arguments
 from hetis.planner.export.replicas import ExportSettings, NotExportableError, launchable, with_single_copies
-from hetis.planner.export.targets import ENGINES, Export, export_plan
+from hetis.planner.export.targets import ENGINES, Export, export_plan, export_wanted
 from hetis.solver.model import DraftShape
 from hetis.solver.plan import Plan, Role
 from tests.engines.plans import MODEL
@@ -136,6 +137,43 @@ def test_equal_copies_are_replicas_of_their_own_and_serve_the_same() -> None:
     ]
     assert [(one.rate, one.in_flight, one.kv_tokens) for one in plan.replicas] == [(2.0, 2, 500)] * 2
     assert with_single_copies(PLANS["prefill and decode"]) == (PLANS["prefill and decode"], [])
+
+
+@pytest.mark.parametrize("name", ["--config=/tmp/evil.yaml", "--trust-remote-code", " x"])
+def test_a_plan_file_gives_engines_no_options_by_the_name_of_its_model(name: str) -> None:
+    plan = PLANS["one GPU"]
+    documents = plan.inputs["documents"]
+    hostile = replace(plan, inputs={"documents": {**documents, "model": {**documents["model"], "name": name}}})
+    with pytest.raises(DocumentError, match=f"plan.json: inputs.documents.model.name is '{name}', must be a name"):
+        export_wanted(hostile, ExportTarget.VLLM, ExportSettings(), file="plan.json")
+
+
+def test_only_the_engine_that_listens_is_asked_for_its_health() -> None:
+    made = exported(PLANS["three nodes twice"], ExportTarget.COMPOSE)
+    services = [one for path in made.files if path.endswith("compose.yaml") for one in
+                yaml.safe_load(made.files[path])["services"].values()]  # fmt: skip
+    headless = [one for one in services if "--headless" in one["command"]]
+    assert headless
+    assert all(one["healthcheck"] == {"disable": True} for one in headless)
+    assert all("test" in one["healthcheck"] for one in services if one not in headless)
+
+
+def test_services_of_kserve_have_labels_of_their_own() -> None:
+    made = exported(PLANS["prefill and decode"], ExportTarget.KSERVE)
+    services = [one for one in reading.manifests(made.files) if one["kind"] == "LLMInferenceService"]
+    assert services
+    assert all(one["metadata"]["labels"]["app.kubernetes.io/instance"] == one["metadata"]["name"] for one in services)
+
+
+def test_ray_gets_a_commit_as_text() -> None:
+    found, _ = engine_arguments(("--revision", "12345678", "--tokenizer-revision=1e5", "--max-num-seqs", "7"))
+    assert found == {"revision": "12345678", "tokenizer_revision": "1e5", "max_num_seqs": 7}
+
+
+@pytest.mark.parametrize("device", ["a..b/0", "a-/0", "-a/0", "a/٣"])
+def test_nodes_and_indices_that_cannot_be_are_refused(device: str) -> None:
+    with pytest.raises(NotExportableError):
+        exported(made_of(replica(on(device))), ExportTarget.VLLM)
 
 
 def test_replicas_with_room_for_shorter_requests_are_named() -> None:

@@ -217,6 +217,8 @@ def _service(launchable: Launchable, one: LaunchableReplica, command: Command) -
     if process.kind is ProcessKind.SERVER:
         test = ["CMD", "python3", "-c", _health_check(one)]
         service["healthcheck"] = {"test": test, "interval": "10s", "timeout": "5s", "start_period": "30m"}
+    elif process.kind is ProcessKind.SERVER_STAGE:  # it serves no port, which the image's own check would ask
+        service["healthcheck"] = {"disable": True}
     service = _without_variables(service)
     if process.kind is ProcessKind.SERVER and launchable.engine is not Engine.SGLANG:
         service["environment"]["VLLM_API_KEY"] = "${VLLM_API_KEY:-}"

@@ -28,6 +28,7 @@ HEAD = "ray-head"  # stands for the node of Ray Serve in --node-address
 _TYPES = ("H100", "H200", "H20", "B200", "B300", "A100", "L40S", "L4", "A10G", "T4", "V100", "P100")
 _TINY = 0.001
 _LONG_NAME = re.compile(r"--[a-z][a-z0-9_-]*")
+_TEXT = re.compile(r"(revision|name|model|tokenizer|path|dir|token|key)$")  # a commit may be all digits
 _SHORT_NUMBER = re.compile(r"\d+(\.\d+)?[kKmMgGtT]")  # which vLLM's command line alone spells out
 
 
@@ -72,7 +73,7 @@ def llm_config(launchable: Launchable, one: LaunchableReplica) -> dict[str, Any]
     options = shape_options(layout, executor="ray") | room_options(layout, one.serving)
     options.pop("--kv-transfer-config", None)
     options.pop("--distributed-executor-backend", None)  # Ray Serve LLM sets it
-    arguments = {name[2:].replace("-", "_"): _value(text) for name, text in options.items()}
+    arguments = {name[2:].replace("-", "_"): _value(name, text) for name, text in options.items()}
     arguments |= engine_arguments(settings.engine_options)[0]
     if connector := connector_of(layout):
         arguments["kv_transfer_config"] = connector
@@ -118,7 +119,7 @@ def engine_arguments(options: Sequence[str]) -> tuple[dict[str, Any], list[str]]
         elif field.startswith("no_") and not values:
             arguments[field[3:]] = False
         else:
-            arguments[field] = _value("".join(values))
+            arguments[field] = _value(name, "".join(values))
     return arguments, refused
 
 
@@ -167,10 +168,12 @@ def _type_of(gpu: str) -> str | None:
     return next((kind for kind in _TYPES if kind in words), None)
 
 
-def _value(text: str) -> Any:
+def _value(name: str, text: str) -> Any:
     """Return the value of a command-line option as a Python argument of the engine."""
     if not text:
         return True  # a flag without a value
+    if _TEXT.search(name):
+        return text
     try:
         return json.loads(text)  # a number, or the fields of a configuration
     except ValueError:

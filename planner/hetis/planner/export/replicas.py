@@ -35,9 +35,8 @@ from hetis.solver.model import ModelSpec
 from hetis.solver.plan import AttentionWorkerPool, KvRoute, Plan, ReplicaPlan, Role, StagePlan
 
 _TUNED = re.compile(r"(?i)instruct|chat|-it$")
-_NODE = re.compile(
-    r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,251}[A-Za-z0-9])?"
-)  # names go into scripts and file names as they are
+# Names go into scripts and file names as they are.
+_NODE = re.compile(r"(?=.{1,253}$)[A-Za-z0-9]([-A-Za-z0-9_]*[A-Za-z0-9])?(\.[A-Za-z0-9]([-A-Za-z0-9_]*[A-Za-z0-9])?)*")
 WEIGHTS = "{weights}"  # placeholder in the name of a model
 
 

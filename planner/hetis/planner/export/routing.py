@@ -137,9 +137,13 @@ def envoy_list(servers: Sequence[tuple[str, int]]) -> str:
 
 
 def litellm_list(servers: Sequence[tuple[str, int]], served: str) -> str:
-    """Return the settings of LiteLLM's proxy as YAML; ``served`` is the name that clients use for the model."""
+    """Return the settings of LiteLLM's proxy as YAML; ``served`` is the name that clients use for the model.
+
+    The engines' key is that of its environment, which may have none.
+    """
     models = []
     for endpoint, share in servers:
         parameters = {"model": f"hosted_vllm/{served}", "api_base": f"http://{endpoint}/v1", "weight": share}
+        parameters["api_key"] = "os.environ/VLLM_API_KEY"
         models.append({"model_name": served, "litellm_params": parameters})
     return yaml_text({"model_list": models, "router_settings": {"routing_strategy": "simple-shuffle"}})

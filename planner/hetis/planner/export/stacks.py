@@ -259,7 +259,9 @@ def _objects(launchable: Launchable, number: int, pairs: dict[int, int]) -> list
     group = PodGroup(launchable, main, container="main")
     workers = [made for process in main.layout.attention_workers for made in group.objects.worker(process)]
     config = [group.objects.config()] if main.layout.workers else []
-    whole = {"apiVersion": _API, "kind": "LLMInferenceService", "metadata": group.objects.metadata(name), "spec": spec}
+    metadata = group.objects.metadata(name)
+    metadata["labels"][_REPLICA_LABEL] = name  # of a pair, the group is that of its decode replica
+    whole = {"apiVersion": _API, "kind": "LLMInferenceService", "metadata": metadata, "spec": spec}
     return [*config, *workers, whole]
 
 

@@ -119,6 +119,8 @@ def export_wanted(
         served_name=settings.served_name or ("" if has_one else shape.name),  # clients do not know precisions
         engine=settings.engine or (allowed[0] if len(allowed) == 1 else None),
     )
+    if wrong := list(_wrong_model(settings.model, "inputs.documents.model.name")):  # the file may be anyone's
+        raise single_problem(file, wrong[0])
     return export_plan(plan, shape, target, settings)
 
 
@@ -136,11 +138,16 @@ def _wrong_images(text: str) -> Iterator[str]:
             yield f"{times} images for {vendor}"
 
 
+def _wrong_model(model: str, where: str) -> Iterator[str]:
+    """Yield an error if engines would not take a text as the name or folder of a model."""
+    if model != model.strip() or model.startswith("-") or not model.isprintable():
+        yield f"{where} is {model!r}, must be a name or a folder"
+
+
 def _wrong(
     given: ExportSettings, target: ExportTarget, allowed: tuple[Engine, ...], spelled: Callable[[str], str]
 ) -> Iterator[str]:
-    if given.model != given.model.strip() or given.model.startswith("-") or not given.model.isprintable():
-        yield f"{spelled('model')} is {given.model!r}, must be a name or a folder"
+    yield from _wrong_model(given.model, spelled("model"))
     for node, host in given.hosts.items() if target not in IN_KUBERNETES else ():
         if not (node and is_host(host)):
             text = f"{node}={host}" if node else host  # as on the command line
