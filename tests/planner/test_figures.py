@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hetis.planner.report.figures import bar, digits, percent, plural, seconds, tokens
+from hetis.planner.report.figures import bar, digits, percent, percent_at_least, plural, seconds, tokens
 
 
 @pytest.mark.parametrize(
@@ -36,6 +36,14 @@ def test_digits_round_by_less_than_one_in_a_hundred(value: float) -> None:
 )
 def test_small_shares_keep_decimals(ratio: float, text: str) -> None:
     assert percent(ratio) == text
+
+
+@pytest.mark.parametrize(
+    ("ratio", "text"),
+    [(0.9999, "99%"), (1, "100%"), (0.29, "29%"), (0.83, "83%"), (0.00999, "0.99%"), (0.0052, "0.52%")],
+)
+def test_what_is_at_least_a_share_is_not_rounded_up(ratio: float, text: str) -> None:
+    assert percent_at_least(ratio) == text
 
 
 @given(st.floats(min_value=-1, max_value=3), st.integers(min_value=1, max_value=60))

@@ -157,6 +157,11 @@ def test_a_saved_plan_is_the_same(plan: hetis.Plan, tmp_path: Path) -> None:
     for name in ("plan.json", "plan.yaml"):
         plan.save(tmp_path / name)
         assert hetis.load_plan(tmp_path / name).to_dict() == plan.to_dict()
+    altered = json.loads((tmp_path / "plan.json").read_text())
+    altered["inputs"]["documents"]["cluster"]["name"] = "another"
+    (tmp_path / "plan.json").write_text(json.dumps(altered))
+    with pytest.warns(UserWarning, match="plan.json: the inputs saved in the plan differ from those it was made from"):
+        hetis.load_plan(tmp_path / "plan.json")
 
 
 def test_an_export_has_the_options_of_the_command_line() -> None:

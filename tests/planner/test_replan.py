@@ -232,6 +232,15 @@ def test_diff_takes_a_plan_without_replicas(folder: Path, tmp_path: Path, is_bef
     assert invoke("report", *files, "--out", str(page)).exit_code == ExitCode.OK
 
 
+def test_diff_names_what_differs_in_models_of_one_name(folder: Path, tmp_path: Path) -> None:
+    other = json.loads((folder / "running.json").read_text())
+    other["inputs"]["documents"]["model"]["kv_bytes"] = 1.0
+    (tmp_path / "other.json").write_text(json.dumps(other))
+    result = invoke("diff", str(folder / "running.json"), str(tmp_path / "other.json"))
+    assert result.exit_code == ExitCode.OK, result.output
+    assert "with other kv_bytes; nothing is kept" in " ".join(result.output.split())
+
+
 def test_the_tables_fit_80_columns(folder: Path) -> None:
     replan = invoke("replan", "--from", str(folder / "running.json"), "-c", str(folder / "less.yaml"), "-q")
     replanned(folder, "less.yaml", "--out", str(folder / "next.json"))

@@ -308,6 +308,8 @@ def test_ctrl_c_gives_what_there_is(plan: Path) -> None:
         (("--fail", "a100/0"), "'a100/0' is not a device and a time such as a100/0@30s"),
         (("--fail", "a100/0@soon"), "'soon' is not a duration"),
         (("--fail", "a100/7@3s", "--join", "b/0@1s"), "no device 'a100/7' in the cluster"),
+        (("--join", "a100/0@40s"), "a100/0 joins at 40 s, it has not failed before"),
+        (("--fail", "a100/0@30s", "--join", "a100/0@20s"), "a100/0 joins at 20 s, it has not failed before"),
         (("--faults", "missing.csv"), "missing.csv: no such file"),
         (("--tolerance", "0"), "must be above 0"),
         (("--tolerance", "5%"), "--tolerance needs --sweep"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import pytest
 
 from hetis.planner.cli.app import run
 from hetis.planner.cli.exit_codes import ExitCode
+from hetis.planner.use_cases.surviving import LOSSES, losses_of
+from tests.engines.plans import plan_of, stage_of
 
 FLEET = """\
 apiVersion: hetis/v1
@@ -181,3 +184,10 @@ def test_zones_that_cannot_be_lost_are_refused_with_the_reason(
     assert "--pin replicas=2 applies to the whole fleet" in " ".join(capsys.readouterr().err.split())
     assert run([*inputs, *ONE_GPU, "--objective", "cost", "--rate", "12", "--survive", "zone"]) == ExitCode.INFEASIBLE
     assert "18 requests/s are needed to serve 12 without any one" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("row", [{"rate": "x", "whole": 1}, {"rate": 1, "whole": 0}, {"whole": 1}, {}, 3])
+def test_losses_in_another_form_are_left_out(row: object) -> None:
+    named = {"name": "zz", **row} if isinstance(row, dict) else row
+    plan = replace(plan_of(stage_of()), inputs={LOSSES: {"node": named, "zone": {"name": "z", "rate": 1, "whole": 2.0}}})
+    assert {kind: loss.share for kind, loss in losses_of(plan).items()} == {"zone": 0.5}

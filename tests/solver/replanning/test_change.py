@@ -101,6 +101,8 @@ def test_other_settings_on_the_same_gpus_drop_requests_and_load_nothing() -> Non
 
 def test_nothing_of_another_model_is_of_use() -> None:
     plan = solve_placement(PROBLEM)
-    change = plan_change(plan, plan, MODEL, MOMENTS, same_model=False)
+    wide = replace(MODEL, kv_bytes=2 * MODEL.kv_bytes)
+    change = plan_change(plan, plan, wide, MOMENTS, replaced=MODEL)
+    assert change.dropped_kv_bytes == plan_change(plan, replace(plan, replicas=()), MODEL, MOMENTS).dropped_kv_bytes
     assert change.count(Fate.NEW) == change.count(Fate.GONE) == len(plan.replicas)
     assert set(change.loads) == set(change.moved) == set(holdings(plan))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Annotated, TypeVar
@@ -212,8 +213,12 @@ def load_cluster(path: File) -> Cluster:
 def load_plan(path: File) -> Plan:
     """Read a plan that `Plan.save` or ``hetis-plan place --out`` wrote; it contains its inputs.
 
+    A plan whose inputs were altered since gives a UserWarning.
+
     Raises:
         HetisError: the plan, or a document in it, is not usable.
     """
     found = load_plan_and_problem(os.fspath(path))
+    for warning in found.warnings:
+        warnings.warn(f"{os.fspath(path)}: {warning}", stacklevel=3)
     return Plan(value=found.plan, problem=found.problem)

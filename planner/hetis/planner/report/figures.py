@@ -49,6 +49,12 @@ def percent(ratio: float) -> str:
     return f"{value:.2f}%" if abs(value) < 10 else f"{value:.0f}%"
 
 
+def percent_at_least(ratio: float) -> str:
+    """Return a ratio as `percent` does, but rounded down: 99.95% is not 100%."""
+    scale = 1e4 if abs(ratio) < 0.1 else 1e2
+    return percent(math.floor(ratio * scale * (1 + 1e-12)) / scale)
+
+
 def bar(ratio: float, width: int) -> str:
     """Return a bar of ``width`` characters, filled to ``ratio`` in eighths of a character."""
     eighths = round(min(max(ratio, 0.0), 1.0) * width * 8)

@@ -15,7 +15,7 @@ from rich.text import Text
 from hetis.engines.layout import planned_model
 from hetis.formats.dtypes import precision_of
 from hetis.formats.errors import DocumentError
-from hetis.planner.report.figures import bar, digits, percent, plural, seconds, tokens
+from hetis.planner.report.figures import bar, digits, percent, percent_at_least, plural, seconds, tokens
 from hetis.planner.report.tables import (
     Narrowing,
     SimulationRemarks,
@@ -285,7 +285,7 @@ def _cost(plan: Plan) -> str | None:
 def losses(plan: Plan) -> str:
     """Return the share that is still served without the worst node or zone; empty if not requested."""
     return "; ".join(
-        f"after losing any one {kind}: at least {percent(loss.share)} still served (worst: {loss.name})"
+        f"after losing any one {kind}: at least {percent_at_least(loss.share)} still served (worst: {loss.name})"
         if loss.rate
         else f"after losing {kind} {loss.name}: nothing still served"
         for kind, loss in losses_of(plan).items()

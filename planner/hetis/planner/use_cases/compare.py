@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 
 from hetis.planner.use_cases.errors import UncheckedPlanError
@@ -494,7 +494,9 @@ def diff_plans(before: str, after: str) -> PlanDiff:
         figures_after=figures_of(new.plan, new_inputs),
         same_model=same_model,
         warnings=(*old.warnings, *new.warnings, *_differences(old_inputs, new_inputs, old.plan, new.plan)),
-        change=plan_change(old.plan, new.plan, new_inputs.model, moments, same_model=same_model),
+        change=plan_change(
+            old.plan, new.plan, new_inputs.model, moments, replaced=None if same_model else old_inputs.model
+        ),
     )
 
 
@@ -505,7 +507,10 @@ def _inputs(plan: Plan, name: str) -> Inputs:
 def _differences(old: Inputs, new: Inputs, before: Plan, after: Plan) -> list[str]:
     """Return the reasons why the rates of the two plans cannot be compared."""
     found = []
-    if old.model != new.model:
+    if old.model.name == new.model.name and old.model != new.model:
+        others = [one.name for one in fields(old.model) if getattr(old.model, one.name) != getattr(new.model, one.name)]
+        found.append(f"the plans serve {old.model.name} with other {', '.join(others)}; nothing is kept")
+    elif old.model != new.model:
         found.append(f"the plans serve different models: {old.model.name} and {new.model.name}; nothing is kept")
     if old.workload != new.workload:
         found.append(f"the plans are for different traffic: {old.workload.name} and {new.workload.name}")

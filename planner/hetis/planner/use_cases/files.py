@@ -80,7 +80,7 @@ def _name(value: Value) -> str:
         case Profile():
             return value.gpu
         case Plan():
-            return f"{value.strategy}, {len(value.replicas)} replicas"
+            return f"{value.strategy}, {len(value.replicas)} replica{'s' * (len(value.replicas) != 1)}"
         case NewRequests():
             return f"{len(value.requests)} requests"
         case ShareInputs() | FleetTenants():

@@ -163,6 +163,12 @@ def faults_of(events: Iterable[Fault], plan: Plan, problem: PlacementProblem, *,
             problems.append(Problem(file=source, message=message))
         else:
             faults.append(replace(event, device=device))
+    down = set[str]()
+    for fault in [] if problems else sorted(faults, key=lambda one: one.at_s):
+        if fault.joins and fault.device not in down:
+            message = f"{fault.device} joins at {fault.at_s:g} s, it has not failed before"
+            problems.append(Problem(file=source, message=message))
+        (down.discard if fault.joins else down.add)(fault.device)
     if problems:
         raise DocumentError(problems)
     return tuple(faults)

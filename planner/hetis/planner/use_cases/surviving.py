@@ -31,12 +31,14 @@ def with_losses(plan: Plan, problem: PlacementProblem) -> Plan:
 
 
 def losses_of(plan: Plan) -> dict[str, Loss]:
-    """Return a plan's losses by kind of place; empty if they are in another version's form."""
+    """Return a plan's losses by kind of place, without those in another form than `with_losses` writes."""
     rows = plan.inputs.get(LOSSES)
-    try:
-        return {str(kind): Loss(**row) for kind, row in rows.items()} if isinstance(rows, Mapping) else {}
-    except TypeError:
-        return {}
+    found = dict[str, Loss]()
+    for kind, row in rows.items() if isinstance(rows, Mapping) else ():
+        match row:
+            case {"name": str(name), "rate": float() | int() as rate, "whole": float() | int() as whole} if whole > 0:
+                found[str(kind)] = Loss(name=name, rate=rate, whole=whole)
+    return found
 
 
 def surviving_plan(find: Find, probe: Find, problem: PlacementProblem, place: str) -> Plan:

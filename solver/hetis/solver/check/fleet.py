@@ -148,6 +148,7 @@ class Fleet:
         links = [network.node_link(a, b) for a in self.nodes_of(some) for b in there if a != b]
         return [link for link in links if link is not None]
 
+    @cached_property
     def slowest_link(self) -> Link:
         """Return the worst bandwidth and the worst latency between any nodes of the cluster."""
         network, zones = self.cluster.network, self.zones
@@ -192,7 +193,7 @@ def replica_shape(replica: ReplicaPlan, problem: PlacementProblem, fleet: Fleet)
         role=replica.role,
         attention_dp=replica.attention_dp,
         shared_by=_shared_by(replica),
-        slowest_link=fleet.slowest_link() if replica.role is not Role.DECODE else None,
+        slowest_link=fleet.slowest_link if replica.role is not Role.DECODE else None,
     )
 
 

@@ -224,18 +224,19 @@ class PlanChange:
 
 
 def plan_change(
-    before: Plan, after: Plan, model: ModelSpec, moments: WorkloadMoments, *, same_model: bool = True
+    before: Plan, after: Plan, model: ModelSpec, moments: WorkloadMoments, *, replaced: ModelSpec | None = None
 ) -> PlanChange:
-    """Return the change from one plan to another of the same model.
+    """Return the change from one plan to another.
 
     Args:
         before, after: the plans; devices of the same name are the same GPU.
         model: model of ``after``.
         moments: moments of the traffic on ``before``, for the KV that is dropped.
-        same_model: False if the weights of ``before`` cannot be used.
+        replaced: model of ``before`` if it is another one, whose weights cannot be used.
     """
-    held = holdings(before) if same_model else {}
-    partners = _partners(before, after) if same_model else {}
+    held = holdings(before) if replaced is None else {}
+    partners = _partners(before, after) if replaced is None else {}
+    was = replaced or model
     changes, loads, moved = [], dict[str, float](), list[str]()
     for number, replica in enumerate(after.replicas):
         change = _change_of(replica, number, partners.get(number), before, held, model)
@@ -261,11 +262,11 @@ def plan_change(
         dropped_kv_tokens=sum(tokens),
         dropped_kv_bytes=sum(
             in_flight(replica)
-            * model.cached_tokens(size / in_flight(replica))
-            * model.on(replica.stages[0].gpu).kv_bytes_per_token()
+            * was.cached_tokens(size / in_flight(replica))
+            * was.on(replica.stages[0].gpu).kv_bytes_per_token()
             for replica, size in zip(dropped, tokens, strict=True)
         )
-        + requests * model.num_layers * model.state_bytes(),
+        + requests * was.num_layers * was.state_bytes(),
     )
 
 
