@@ -33,6 +33,13 @@ def test_the_file_is_data_and_reasons_are_news(tmp_path: Path) -> None:
     assert out.read_text() == done.stdout
 
 
+def test_nodes_whose_names_no_file_may_have_are_news(tmp_path: Path) -> None:
+    (tmp_path / "nodes.csv").write_text("node,gpu,count\nrack 1/gpu 3,L4,2\n")
+    done = hetis_plan_here("cluster", "discover", str(tmp_path / "nodes.csv"))
+    assert "renamed: node 'rack 1/gpu 3' is 'rack-1-gpu-3'\n" in done.stderr
+    assert "# - node 'rack 1/gpu 3' is 'rack-1-gpu-3'\n" in done.stdout
+
+
 def test_the_next_command_is_whole(tmp_path: Path) -> None:
     done = hetis_plan_here("cluster", "discover", NODES, "--out", str(tmp_path / "cluster.yaml"))
     [words] = [line.split() for line in done.stderr.splitlines() if line.startswith("next: hetis-plan place")]

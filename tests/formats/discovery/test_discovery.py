@@ -15,7 +15,7 @@ from hetis.formats.cluster import parse_cluster
 from hetis.formats.discovery import FleetSource
 from hetis.formats.discovery.fleet import Discovered, UnclearBoardError, board_of, discovered, file_text, said_types
 from hetis.formats.discovery.found import FoundGpus, FoundNode, Inventory
-from hetis.formats.discovery.nvidia import parse_xml
+from hetis.formats.discovery.nvidia import parse_xml, read_nvidia_smi
 from hetis.formats.discovery.reading import read_inventory, read_slurm
 from hetis.formats.documents import load_cluster
 from hetis.formats.errors import DocumentError, Problem
@@ -489,12 +489,47 @@ def test_names_of_any_signs_make_a_file_that_reads(names: list[str], zone: str) 
     assert parse_cluster(*parse_text(file_text(fleet, sources=names), "file")) == fleet.cluster
 
 
-def test_two_nodes_of_one_name_are_refused() -> None:
-    nodes = tuple(
-        FoundNode(name=name, gpus=(FoundGpus(product="L4", count=1),), where=PROBLEM) for name in ("a:b", "a/b")
+def nodes_named(*names: tuple[str, str]) -> Inventory:
+    """Return nodes with a GPU each, of these names and zones."""
+    gpu = FoundGpus(product="L4", count=1)
+    return Inventory(nodes=tuple(FoundNode(name=a, zone=zone, gpus=(gpu,), where=PROBLEM) for a, zone in names))
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        ("a:b", "two nodes are named 'a-b', of here"),
+        ("a/b", "'a:b' of here and 'a/b' would both be named 'a-b': rename one of them"),
+    ],
+)
+def test_two_nodes_of_one_name_are_refused(other: str, said: str) -> None:
+    with pytest.raises(DocumentError, match=said):
+        discovered(nodes_named(("a:b", "z"), (other, "z")), name="test", said={})
+
+
+def test_nodes_and_zones_that_get_other_names_are_told() -> None:
+    fleet = discovered(
+        nodes_named(("gpu 1", "west 1"), ("gpu-2", "west 1"), ("_3", "west-1"), ("n-4", "é/1"), ("n-5", "default")),
+        name="test",
+        said={},
     )
-    with pytest.raises(DocumentError, match="two nodes are named 'a-b', of here"):
-        discovered(Inventory(nodes=nodes), name="test", said={})
+    assert fleet.renamed == (
+        "node 'gpu 1' is 'gpu-1'",
+        "node '_3' is 'n_3'",
+        "zones 'west 1' and 'west-1' are one, 'west-1'",
+        "zone 'é/1' is 'é-1'",
+    )
+    text = file_text(fleet, sources=["x"])
+    assert (
+        "# Renamed, because names have only letters, digits, '.', '_' and '-':\n# - node 'gpu 1' is 'gpu-1'\n" in text
+    )
+    assert "Renamed" not in file_text(found("kubectl_nodes.json"), sources=["x"])
+
+
+def test_a_host_on_standard_input_has_no_name() -> None:
+    said = "the host is named host, because standard input does not name it: give a file HOST.xml"
+    assert said in read_nvidia_smi([("stdin", (INPUTS / "sxm.xml").read_text())]).notes
+    assert said not in read_nvidia_smi([("host.xml", (INPUTS / "sxm.xml").read_text())]).notes
 
 
 @given(st.sets(st.integers(0, 5), min_size=1), st.integers(0, 5))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from hetis.formats import catalogue
@@ -104,24 +104,24 @@ class Discovered:
     cluster: Cluster  # the hardware that a plan may use
     left_out: tuple[str, ...]  # a sentence for everything that it may not use
     assumed: tuple[str, ...]  # what no tool reported, so the file states it
+    renamed: tuple[str, ...] = ()  # a sentence for each node and zone whose name a cluster file does not allow
 
 
 def discovered(inventory: Inventory, *, name: str, link: Link | None = None, said: Mapping[str, str]) -> Discovered:
     """Return the cluster of an inventory. Raises DocumentError if a product name matches no type or several, two nodes
-    share a name, or nothing is usable.
+    share a name, also after their names were changed to those that files allow, or nothing is usable.
 
     ``link`` is that between any two nodes of a zone; None: `DEFAULT_LINK`, which the file then states. ``said`` has the
     types of products that the user named (`said_types`).
     """
     groups, left_out, notes = list[NodeGroup](), list[str](), list[str]()
     problems: dict[str, Problem] = {}
-    seen: dict[str, str] = {}
+    seen: dict[str, FoundNode] = {}
     for node in inventory.nodes:
         called = _name(node.name)
         if called in seen:
-            told = f"two nodes are named {called!r}" + (f", of {seen[called]}" if seen[called] else "")
-            problems.setdefault(called, replace(node.where, message=told))
-        seen[called] = node.where.file
+            problems.setdefault(called, replace(node.where, message=_same_name(node, seen[called], called)))
+        seen[called] = node
         left_out += [f"{node.name}: {reason}" for reason in node.left_out]
         slots, indices, unwanted = _slots(node, said, problems)
         left_out += unwanted
@@ -153,11 +153,13 @@ def discovered(inventory: Inventory, *, name: str, link: Link | None = None, sai
         network=Network(default=link or DEFAULT_LINK, zone_default=ZONE_LINK if len(zones) > 1 else None),
     )
     assumed = (*inventory.notes, *dict.fromkeys(notes), *_assumed(groups, used, zones, link))
-    return Discovered(cluster=cluster, left_out=tuple(left_out), assumed=assumed)
+    usable = {group.name for group in groups}
+    renamed = _renamed(node for node in inventory.nodes if _name(node.name) in usable)
+    return Discovered(cluster=cluster, left_out=tuple(left_out), assumed=assumed, renamed=tuple(renamed))
 
 
 def file_text(found: Discovered, *, sources: Sequence[str]) -> str:
-    """Return the cluster file with comments on its sources, on what is left out and why, and on what is assumed."""
+    """Return the cluster file with comments on its sources, what is left out and why, is renamed, and is assumed."""
     cluster = found.cluster
     num_nodes = sum(group.count for group in cluster.node_groups)
     by_type = Counter[str]()
@@ -171,6 +173,11 @@ def file_text(found: Discovered, *, sources: Sequence[str]) -> str:
         lines += ["", "Left out:", *(f"- {one}" for one in found.left_out[:_MOST_LEFT_OUT])]
         if len(found.left_out) > _MOST_LEFT_OUT:
             lines.append(f"- and {len(found.left_out) - _MOST_LEFT_OUT} more")
+    if found.renamed:
+        lines += ["", "Renamed, because names have only letters, digits, '.', '_' and '-':"]
+        lines += (f"- {one}" for one in found.renamed[:_MOST_LEFT_OUT])
+        if len(found.renamed) > _MOST_LEFT_OUT:
+            lines.append(f"- and {len(found.renamed) - _MOST_LEFT_OUT} more")
     lines += ["", "Not reported and therefore assumed; correct what is wrong:", *(f"- {one}" for one in found.assumed)]
     # Nothing may end a comment, whatever names it contains.
     safe = ["".join(sign if sign.isprintable() else "?" for sign in line)[:1000] for line in lines]
@@ -214,6 +221,29 @@ def _name(text: str) -> str:
     """Return a node's or zone's name, part of device names, with ``-`` for what cluster files do not allow."""
     kept = "".join(sign if sign.isalnum() or sign in "._-" else "-" for sign in text)[:200]
     return kept if kept[:1].isalnum() else f"n{kept}"[:200]
+
+
+def _same_name(node: FoundNode, other: FoundNode, called: str) -> str:
+    """Return the sentence about two nodes with one name, which they may have only in a cluster file."""
+    if node.name != other.name:
+        where = f" of {other.where.file}" if other.where.file else ""
+        return f"{other.name!r}{where} and {node.name!r} would both be named {called!r}: rename one of them"
+    return f"two nodes are named {called!r}" + (f", of {other.where.file}" if other.where.file else "")
+
+
+def _renamed(nodes: Iterable[FoundNode]) -> Iterator[str]:
+    """Yield a sentence for each node and zone that has another name in the file, and for zones that become one."""
+    zones: dict[str, dict[str, None]] = {}  # the tool's names by that in the file
+    for node in nodes:
+        if (called := _name(node.name)) != node.name:
+            yield f"node {node.name[:80]!r} is {called!r}"
+        zones.setdefault(_name(node.zone), {})[node.zone] = None
+    for called, names in zones.items():
+        shown = " and ".join(repr(name[:80]) for name in names)
+        if len(names) > 1:
+            yield f"zones {shown} are one, {called!r}"
+        elif called not in names:
+            yield f"zone {shown} is {called!r}"
 
 
 def _inside(node: FoundNode, gpus: Sequence[GpuType]) -> tuple[Link | None, str]:

@@ -147,6 +147,8 @@ def read_nvidia_smi(files: Sequence[tuple[str, str]], *, with_busy: bool = False
         except DocumentError as error:
             problems += error.problems
     notes = ["nvidia-smi does not report the zone of a host"] if len(nodes) > 1 else []
+    if STDIN_HOST in names and "stdin" in hosts:
+        notes.append(f"the host is named {STDIN_HOST}, because standard input does not name it: give a file HOST.xml")
     return inventory(nodes, problems, notes)
 
 

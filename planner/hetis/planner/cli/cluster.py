@@ -151,15 +151,16 @@ def _of_agents(client: Client, parent: str, with_busy: bool) -> Inventory:
 
 
 def _write(terminal: Terminal, found: Discovered, sources: Sequence[str], out: str) -> ExitCode:
-    """Write the cluster file, and report what is left out of it and what is assumed."""
+    """Write the cluster file, and report what is left out of it, what is renamed and what is assumed."""
     from hetis.formats.discovery.fleet import file_text
     from hetis.formats.files import write_atomically
 
     text = file_text(found, sources=sources)
-    for line in found.left_out[:_MOST_SHOWN]:
-        terminal.say(f"left out: {line}")
-    if len(found.left_out) > _MOST_SHOWN:
-        terminal.say(f"left out: {len(found.left_out) - _MOST_SHOWN} more, listed in the file")
+    for what, lines in (("left out", found.left_out), ("renamed", found.renamed)):
+        for line in lines[:_MOST_SHOWN]:
+            terminal.say(f"{what}: {line}")
+        if len(lines) > _MOST_SHOWN:
+            terminal.say(f"{what}: {len(lines) - _MOST_SHOWN} more, listed in the file")
     for line in found.assumed:
         terminal.say(f"assumed: {line}")
     if out == "-":
