@@ -12,8 +12,11 @@ import pytest
 
 from hetis.planner.cli.app import run
 from hetis.planner.cli.exit_codes import ExitCode
-from hetis.planner.use_cases.surviving import LOSSES, losses_of
+from hetis.planner.use_cases.surviving import LOSSES, _equal_nodes, losses_of
+from hetis.solver.cluster import GpuSlots, NodeGroup
+from hetis.solver.constraints import Exclude, Selection, Unit
 from tests.engines.plans import plan_of, stage_of
+from tests.solver.instances import make_problem, make_profile
 
 FLEET = """\
 apiVersion: hetis/v1
@@ -189,5 +192,20 @@ def test_zones_that_cannot_be_lost_are_refused_with_the_reason(
 @pytest.mark.parametrize("row", [{"rate": "x", "whole": 1}, {"rate": 1, "whole": 0}, {"whole": 1}, {}, 3])
 def test_losses_in_another_form_are_left_out(row: object) -> None:
     named = {"name": "zz", **row} if isinstance(row, dict) else row
-    plan = replace(plan_of(stage_of()), inputs={LOSSES: {"node": named, "zone": {"name": "z", "rate": 1, "whole": 2.0}}})
+    plan = replace(
+        plan_of(stage_of()), inputs={LOSSES: {"node": named, "zone": {"name": "z", "rate": 1, "whole": 2.0}}}
+    )
     assert {kind: loss.share for kind, loss in losses_of(plan).items()} == {"zone": 0.5}
+
+
+def test_nodes_with_other_names_are_searched_once() -> None:
+    def grouped(*constraints: Exclude) -> list[list[str]]:
+        a, b = (NodeGroup(name=name, gpus=(GpuSlots(gpu="L4", count=1),), count=2, numbered=True) for name in "ab")
+        other = replace(a, name="c", count=1, numbered=False, zone="east")
+        problem = make_problem([a, b, other], profiles={"L4": make_profile("L4")})
+        return _equal_nodes(replace(problem, constraints=constraints))
+
+    assert grouped() == [["a-0", "a-1", "b-0", "b-1"], ["c"]]
+    assert grouped(Exclude(gpus=Selection(unit=Unit.ZONE, name="east"))) == grouped()
+    named = Exclude(gpus=Selection(unit=Unit.NODE, name="a-1"))
+    assert grouped(named) == [["a-0", "a-1"], ["b-0", "b-1"], ["c"]]

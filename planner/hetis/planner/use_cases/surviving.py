@@ -7,7 +7,8 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, replace
 
 from hetis.solver.advice import Loss, worst_node, worst_zone
-from hetis.solver.constraints import AtMost, Exclude, Replicas, Selection, Unit, Use
+from hetis.solver.cluster import NodeGroup
+from hetis.solver.constraints import AtMost, Exclude, Replicas, RestrictRole, Selection, Unit, Use
 from hetis.solver.errors import InfeasibleError, InvalidProblemError, NoPlanFoundError
 from hetis.solver.plan import KvRoute, ObjectiveKind, Plan, ReplicaPlan, SolveResult, Status
 from hetis.solver.problem import PlacementProblem
@@ -148,7 +149,7 @@ def _spread(probe: Find, problem: PlacementProblem) -> Plan | None:
 
     None if none was found.
 
-    Nodes of one group are equal, so one of them is searched for all.
+    One of equal nodes is searched for all.
     """
     demand, found, best = _demand(problem), dict[tuple[str, float], Plan | None](), None
     if any(isinstance(each, Use | Replicas | AtMost) for each in problem.constraints):
@@ -162,10 +163,10 @@ def _spread(probe: Find, problem: PlacementProblem) -> Plan | None:
                 found[node, rate] = None
         return found[node, rate]
 
-    groups = [[group.node_name(index) for index in range(group.count)] for group in problem.cluster.node_groups]
+    alike = _equal_nodes(problem)
     for number in FEW_NODES:
         rate = demand / (number - 1)
-        able = [(plan.result.value, node) for nodes in groups if (plan := plan_of(nodes[0], rate)) for node in nodes]
+        able = [(plan.result.value, node) for nodes in alike if (plan := plan_of(nodes[0], rate)) for node in nodes]
         chosen = sorted(able)[:number]
         if len(chosen) == number and (best is None or sum(value for value, _ in chosen) < best[0]):
             best = sum(value for value, _ in chosen), [node for _, node in chosen], rate
@@ -179,6 +180,19 @@ def _spread(probe: Find, problem: PlacementProblem) -> Plan | None:
     first = next(iter(parts.values()))
     plan = _united(parts, replace(first, objective=posed.objective), posed)
     return plan if _left_without_node(plan, problem) >= demand * ENOUGH else None
+
+
+def _equal_nodes(problem: PlacementProblem) -> list[list[str]]:
+    """Return the nodes of the cluster, together those for which the same plan of a single node is the best."""
+    named = (Unit.NODE, Unit.GPU)
+    are_named = any(
+        isinstance(each, Exclude | RestrictRole) and each.gpus.unit in named for each in problem.constraints
+    )
+    found = dict[NodeGroup, list[str]]()
+    for group in problem.cluster.node_groups:
+        kind = group if are_named else replace(group, name="node", count=1, numbered=False)
+        found.setdefault(kind, []).extend(map(group.node_name, range(group.count)))
+    return list(found.values())
 
 
 def _on_node(problem: PlacementProblem, node: str) -> PlacementProblem:

@@ -148,7 +148,7 @@ def verdict_of(level: ServiceLevel, limits: Objective, summary: Summary, latenci
             for latency, one in zip(limits_of(limits), found.limited, strict=True)
         ]
     carried = summary.steady
-    if carried is None and not math.isnan(summary.growth.value):
+    if carried is None and not math.isnan(summary.growth.value) and summary.throughput_rps.value > 0:
         carried = summary.growth.value <= MAX_GROWTH  # as `Summary.within` does
     return LevelVerdict(limits=tuple(verdicts), missed=found.missed, steady=summary.steady, carried=carried)
 
