@@ -18,7 +18,15 @@ from typing import Any
 
 import yaml
 
-from hetis.engines.commands import ANY, KEY_VARIABLE, WORKER, WORKER_PORT, config_of, worker_settings
+from hetis.engines.commands import (
+    ANY,
+    KEY_VARIABLE,
+    SERVER_STOPS_S,
+    WORKER,
+    WORKER_PORT,
+    config_of,
+    worker_settings,
+)
 from hetis.engines.errors import LayoutError
 from hetis.engines.layout import Layout, Process, ProcessKind
 from hetis.engines.serving import (
@@ -31,6 +39,7 @@ from hetis.engines.serving import (
     Meeting,
     Serving,
     arguments_of,
+    drain_s,
     partition_of,
 )
 from hetis.engines.versions import Engine
@@ -50,7 +59,9 @@ _OWN_MOUNTS = (_CONFIG_FOLDER, "/tmp", "/dev/shm")
 _WITH_KEY = f'umask 077 && printf %s "${KEY_VARIABLE}" > {_KEY_FILE} && unset {KEY_VARIABLE} && exec "$@"'
 _USER = 10001  # the same as in our images
 _RESOURCES = {"NVIDIA": "nvidia.com/gpu", "AMD": "amd.com/gpu"}  # resource names of the vendors' device plugins
-_GRACE_S = 45
+# From a request to stop until a pod is killed: an engine's own seconds, and a margin for what Kubernetes does in them.
+# The engine's time-out for running requests is added.
+_GRACE_S = round(SERVER_STOPS_S) + 15
 _LONGEST_NAME = 253  # maximum length of an object name in Kubernetes
 _OBJECT = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*")
 NAMESPACE = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
@@ -364,6 +375,7 @@ class ReplicaObjects:
     # --- inside
 
     def _pod(self, process: Process, container: dict[str, Any], volumes: list[dict[str, Any]]) -> dict[str, Any]:
+        is_worker = process.kind is ProcessKind.ATTENTION_WORKER
         container |= {
             "resources": self._resources(process),
             "securityContext": {
@@ -381,7 +393,7 @@ class ReplicaObjects:
         return {
             "automountServiceAccountToken": False,
             "enableServiceLinks": False,  # the variables of a Service named vllm are taken for settings of vLLM
-            "terminationGracePeriodSeconds": _GRACE_S,
+            "terminationGracePeriodSeconds": _GRACE_S + (0 if is_worker else round(drain_s(self._serving.options))),
             "securityContext": {
                 "runAsNonRoot": True,
                 "runAsUser": _USER,

@@ -691,6 +691,21 @@ def test_probes_speak_https_to_engines_that_do(target: ExportTarget) -> None:
     assert schemes("--ssl-certf", "/tls/tls.crt") == schemes(*certificate), "vLLM's parser takes abbreviations"
 
 
+@pytest.mark.parametrize("target", sorted(IN_CLUSTERS))
+def test_pods_are_not_killed_while_the_engine_drains_as_told(target: ExportTarget) -> None:
+    def grace(name: str, *options: str) -> set[int]:
+        made = exported(PLANS[name], target, engine_options=options)
+        found = [pod for one in reading.manifests(made.files) for pod in pods_in(one)]
+        return {pod["terminationGracePeriodSeconds"] for pod in found if "terminationGracePeriodSeconds" in pod}
+
+    by_operator = target is ExportTarget.DYNAMO  # whose own 60 seconds stay as they are
+    assert grace("one GPU") == grace("one GPU", "--shutdown-timeout", "0") == (set() if by_operator else {45})
+    assert grace("one GPU", "--shutdown-timeout=300") == {345}, "the 30 seconds of other targets, and a margin"
+    if not by_operator:
+        assert grace("stages of two nodes", "--shutdown-timeout", "300") == {345}
+        assert grace("attention workers", "--shutdown-timeout", "300") == {345, 45}, "workers drain nothing"
+
+
 def test_dynamo_says_which_options_its_own_front_end_and_workers_replace() -> None:
     server = ("--ssl-keyfile", "/tls/tls.key", "--allowed-origins=[]")
     kept = ("--max-num-seqs", "7", "--seed=-1")
@@ -752,6 +767,15 @@ def test_workers_get_no_token() -> None:
     made = exported(PLANS["attention workers"], ExportTarget.KUBERNETES, hf_token_secret="hub")
     found = [each for one in reading.manifests(made.files) for each in containers_in(one)]
     assert {(each["name"], "HF_TOKEN" in str(each["env"])) for each in found} == {("vllm", True), ("worker", False)}
+
+
+def pods_in(value: Any) -> list[dict[str, Any]]:
+    """Return the specs of all pods in an object, and in the values of llm-d's chart the part that is like one."""
+    if isinstance(value, list):
+        return [found for each in value for found in pods_in(each)]
+    if not isinstance(value, dict):
+        return []
+    return [*([value] if "containers" in value else []), *(found for each in value.values() for found in pods_in(each))]
 
 
 def containers_in(value: Any) -> list[dict[str, Any]]:

@@ -335,6 +335,7 @@ these files, those in `presets.yaml` do not."""
 
 
 VERSION = "1.6.1"  # version of Dynamo, whose images contain its front end and its workers
+_DYNAMO_GRACE_S = 60  # which the operator gives pods that say nothing
 _MOST_COMPONENTS = 25  # components in a graph, including the front end
 _PROGRAMS = {Engine.VLLM: ("python3", "-m", "dynamo.vllm"), Engine.SGLANG: ("python3", "-m", "dynamo.sglang")}
 _TYPES = {Role.UNIFIED: "worker", Role.PREFILL: "prefill", Role.DECODE: "decode"}
@@ -430,13 +431,15 @@ def _component(launchable: Launchable, one: LaunchableReplica) -> dict[str, Any]
     kept["env"] = [each for each in kept["env"] if each["name"] not in ("HOME", "NUMBA_CACHE_DIR", "USER")]
     kept["volumeMounts"] = [each for each in kept["volumeMounts"] if each["name"] != "shm"]
     main = {"name": "main", "command": words[:3], "args": words[3:], **kept}
-    template = {
+    template: dict[str, Any] = {
         "affinity": on_nodes(process.node),
         "tolerations": pod["tolerations"],
         "enableServiceLinks": pod["enableServiceLinks"],
         "containers": [main],
         "volumes": [each for each in pod["volumes"] if each["name"] != "shm"],
     }
+    if (grace_s := pod["terminationGracePeriodSeconds"]) > _DYNAMO_GRACE_S:
+        template["terminationGracePeriodSeconds"] = grace_s
     return {
         "name": one.name,
         "type": _TYPES[one.plan.role],
