@@ -132,6 +132,20 @@ def refused(
     return caught.value.messages
 
 
+@pytest.mark.parametrize("device", ["here", "a/x", "a/"])
+def test_devices_without_an_index_are_refused_whatever_the_fleet_says(device: str) -> None:
+    a = {"name": device.partition("/")[0], "indices": [1], "gpus": [{"type": "L4"}]}
+    plan = plan_of(stage_of(devices=(device,), kv_head_groups_kept=8))
+    for documents in ({}, {"cluster": {"nodes": [a]}}):
+        given = replace(plan, inputs={"documents": documents})
+        assert refused(given) == (f"stage 0: device {device!r} must be NODE/INDEX, such as gpu2/0",)
+
+
+def test_a_stage_without_gpus_is_refused() -> None:
+    """The reader of files refuses it, too; plans from elsewhere only come here."""
+    assert refused(plan_of(stage_of(devices=(), kv_head_groups_kept=8))) == ("stage 0: it has no GPUs",)
+
+
 def test_everything_that_vllm_cannot_do_is_said_at_once() -> None:
     plan = plan_of(
         stage_of(num_layers=2, copies=2, devices=("a/0", "a/1"), kv_head_groups_kept=2),

@@ -319,7 +319,8 @@ def _unknown_gpus(replica: ReplicaPlan, cluster: Any) -> Iterator[str]:
     holders: list[StagePlan | AttentionWorkerPool] = [*replica.stages, *replica.attention_workers]
     for device, gpu in ((device, holder.gpu) for holder in holders for device in holder.devices):
         known = gpus_of.get(node_of(device))
-        if known is not None and known.get(_index(device)) != gpu:
+        # Devices of no such form are refused with everything else that is wrong (`_impossible_stage`).
+        if known is not None and _DEVICE.fullmatch(device) and known.get(_index(device)) != gpu:
             there = ", ".join(f"{index} ({name})" for index, name in known.items())
             yield f"{device} is no {gpu} of the plan's fleet, where {node_of(device)} has {there}: plan again"
 
@@ -626,6 +627,8 @@ def _impossible_stage(
     pools = [pool for pool in replica.attention_workers if pool.stage == number]
     named = (*stage.devices, *(device for pool in pools for device in pool.devices))
     yield from (f"device {name!r} must be NODE/INDEX, such as gpu2/0" for name in named if not _DEVICE.fullmatch(name))
+    if not stage.devices:
+        yield "it has no GPUs"
     if stage.copies > 1 and not replica.expert_parallel:
         yield f"it has {stage.copies} copies, {engine.program} has one of each stage"
     if stage.tp != replica.stages[0].tp:

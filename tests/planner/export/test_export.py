@@ -763,6 +763,23 @@ def test_dynamos_operator_alone_gives_pods_shared_memory() -> None:
     assert [each["name"] for each in pod["volumes"]] == ["models", "tmp"]
 
 
+@pytest.mark.parametrize("target", sorted(set(ExportTarget) - {ExportTarget.DYNAMO}))
+def test_stages_that_are_not_restarted_together_are_told(target: ExportTarget) -> None:
+    """Groups of pods, jobs and Ray's applications end as a whole; scripts restart nothing."""
+
+    def told(name: str) -> list[str]:
+        return [line for line in exported(PLANS[name], target).lost if "only that one is started again" in line]
+
+    is_alone = target in (ExportTarget.KUBERNETES, ExportTarget.COMPOSE)
+    assert not told("one GPU")
+    assert not told("stages of a node")
+    assert [line.partition(":")[0] for line in told("three nodes twice")] == ["replica 0", "replica 1"] * is_alone
+    if is_alone:
+        [line] = told("stages of two nodes")
+        assert "one of its 2 stages" in line
+        assert line in exported(PLANS["stages of two nodes"], target).files["README.md"]
+
+
 def test_workers_get_no_token() -> None:
     made = exported(PLANS["attention workers"], ExportTarget.KUBERNETES, hf_token_secret="hub")
     found = [each for one in reading.manifests(made.files) for each in containers_in(one)]

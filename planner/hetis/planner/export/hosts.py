@@ -187,7 +187,7 @@ def write_compose(launchable: Launchable) -> Written:
             whole["secrets"] = {"worker-key": {"file": "./worker.key"}}
         files[f"{node}/compose.yaml"] = yaml_text(whole)
         shown.append(f"{node}/compose.yaml")
-    return _written(launchable, files, shown, _HOW_COMPOSE)
+    return _written(launchable, files, shown, _HOW_COMPOSE, launchable.restarted_alone())
 
 
 def _service(launchable: Launchable, one: LaunchableReplica, command: Command) -> dict[str, Any]:

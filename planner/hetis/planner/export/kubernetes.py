@@ -44,7 +44,8 @@ def write_kubernetes(launchable: Launchable) -> Written:
             left_out[number] = error.messages
     launchable = launchable.without(left_out)
     files = {f"{one.name}.yaml": yaml_text(*made[number]) for number, one in launchable.replicas.items()}
-    return written_for_cluster(launchable, files, _HOW_CORE)
+    alone = (f"{why}, or use --to lws" for why in launchable.restarted_alone())
+    return written_for_cluster(launchable, files, _HOW_CORE, not_carried=alone)
 
 
 def deployment_of(launchable: Launchable, one: LaunchableReplica) -> Deployment:

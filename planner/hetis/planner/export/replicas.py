@@ -171,6 +171,19 @@ class Launchable:
             f"node {node} has {' and '.join(sorted(types[node]))}: {says}" for node in nodes if len(types[node]) > 1
         ]
 
+    def restarted_alone(self) -> Iterator[str]:
+        """Yield a sentence for each replica whose target restarts its stages one by one.
+
+        An engine does not survive the loss of a stage, but those on other nodes do not notice it: vLLM only watches
+        processes of its own node (`MultiprocExecutor.start_worker_monitor`).
+        """
+        for number, one in self.replicas.items():
+            if (count := len(one.layout.servers)) > 1:
+                yield (
+                    f"replica {number}: if one of its {count} stages ends, only that one is started again, and the "
+                    "others may wait for it forever: restart all of them"
+                )
+
     def reasons(self) -> Iterator[str]:
         """Yield a sentence for each reason why a replica is left out."""
         for number, reasons in sorted(self.left_out.items()):

@@ -112,6 +112,8 @@ def export_wanted(
     shape = planned_model(plan)
     if shape is None:
         raise single_problem(file, "inputs.documents.model is missing: the layout depends on it")
+    if shape.name.startswith("-"):  # the file may be anyone's, and engines would read the name as one of their options
+        raise single_problem(file, f"inputs.documents.model.name is {shape.name!r}, must be a name or a folder")
     has_one = len(weights_used(plan, shape)) == 1
     settings = replace(
         settings,
