@@ -288,7 +288,7 @@ def profiles(draw: st.DrawFn) -> Profile:
     )
 
 
-DEVICES = st.lists(TEXTS, max_size=3).map(tuple)
+DEVICES = st.lists(TEXTS, min_size=1, max_size=3).map(tuple)
 COUNTS = st.integers(0, 1000)
 STAGES = st.builds(
     StagePlan,
