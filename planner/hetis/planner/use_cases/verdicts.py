@@ -148,8 +148,10 @@ def verdict_of(level: ServiceLevel, limits: Objective, summary: Summary, latenci
             for latency, one in zip(limits_of(limits), found.limited, strict=True)
         ]
     carried = summary.steady
-    if carried is None and not math.isnan(summary.growth.value) and summary.throughput_rps.value > 0:
-        carried = summary.growth.value <= MAX_GROWTH  # as `Summary.within` does
+    if carried is None and not math.isnan(summary.growth.value):
+        seems_carried = summary.growth.value <= MAX_GROWTH  # as for `Summary.within`
+        # A run in which nothing finished shows at most that the load is too high.
+        carried = seems_carried if not seems_carried or summary.throughput_rps.value > 0 else None
     return LevelVerdict(limits=tuple(verdicts), missed=found.missed, steady=summary.steady, carried=carried)
 
 
