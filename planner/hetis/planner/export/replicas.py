@@ -115,7 +115,7 @@ class Launchable:
     settings: ExportSettings
     replicas: Mapping[int, LaunchableReplica]  # the launchable replicas, by position in ``plan``
     left_out: Mapping[int, tuple[str, ...]]  # reasons why a replica cannot be launched, by position in ``plan``
-    changes: tuple[str, ...]  # descriptions of the changes that made replicas launchable
+    changes: tuple[str, ...]  # what was changed to make replicas launchable, and what engines or routers do not know
 
     def name_of(self, one: LaunchableReplica) -> str:
         """Return the name of a replica's objects, which is distinct from those of other plans."""

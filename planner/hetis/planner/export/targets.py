@@ -112,8 +112,11 @@ def export_wanted(
     shape = planned_model(plan)
     if shape is None:
         raise single_problem(file, "inputs.documents.model is missing: the layout depends on it")
-    if shape.name.startswith("-"):  # the file may be anyone's, and engines would read the name as one of their options
-        raise single_problem(file, f"inputs.documents.model.name is {shape.name!r}, must be a name or a folder")
+    # The file may be anyone's, and engines would read such a name as one of their options. They get it as that of the
+    # checkpoint, unless another is given, and of what they serve.
+    if not settings.model or shape.name.startswith("-"):
+        for wrong_name in _wrong_model(shape.name, "inputs.documents.model.name"):
+            raise single_problem(file, wrong_name)
     has_one = len(weights_used(plan, shape)) == 1
     settings = replace(
         settings,
@@ -121,8 +124,6 @@ def export_wanted(
         served_name=settings.served_name or ("" if has_one else shape.name),  # clients do not know precisions
         engine=settings.engine or (allowed[0] if len(allowed) == 1 else None),
     )
-    if wrong := list(_wrong_model(settings.model, "inputs.documents.model.name")):  # the file may be anyone's
-        raise single_problem(file, wrong[0])
     return export_plan(plan, shape, target, settings)
 
 

@@ -6,14 +6,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from hetis.planner.use_cases.errors import UncheckedPlanError
 from hetis.planner.use_cases.place import PlacementSettings, make_plan, simulated_plan
 from hetis.planner.use_cases.precision import for_engine
 from hetis.planner.use_cases.service_level import ServiceLevel
-from hetis.planner.use_cases.sources import Inputs, LoadedInputs, inputs_from_documents, load_plan_and_problem
+from hetis.planner.use_cases.sources import (
+    Inputs,
+    LoadedInputs,
+    differing_fields,
+    inputs_from_documents,
+    load_plan_and_problem,
+)
 from hetis.planner.use_cases.verify import verification_of
 from hetis.solver.budget import Budget, Progress, Report, one_of_several
 from hetis.solver.check import check_plan
@@ -507,8 +513,7 @@ def _inputs(plan: Plan, name: str) -> Inputs:
 def _differences(old: Inputs, new: Inputs, before: Plan, after: Plan) -> list[str]:
     """Return the reasons why the rates of the two plans cannot be compared."""
     found = []
-    if old.model.name == new.model.name and old.model != new.model:
-        others = [one.name for one in fields(old.model) if getattr(old.model, one.name) != getattr(new.model, one.name)]
+    if old.model.name == new.model.name and (others := differing_fields(old.model, new.model)):
         found.append(f"the plans serve {old.model.name} with other {', '.join(others)}; nothing is kept")
     elif old.model != new.model:
         found.append(f"the plans serve different models: {old.model.name} and {new.model.name}; nothing is kept")

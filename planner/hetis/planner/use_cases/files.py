@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hetis.formats.discovery.found import counted
 from hetis.formats.dispatch_state import NewRequests
 from hetis.formats.documents import Value, kind_of, load, load_model, load_workload
 from hetis.formats.errors import DocumentError, Problem, single_problem
@@ -80,7 +81,7 @@ def _name(value: Value) -> str:
         case Profile():
             return value.gpu
         case Plan():
-            return f"{value.strategy}, {len(value.replicas)} replica{'s' * (len(value.replicas) != 1)}"
+            return f"{value.strategy}, {counted(len(value.replicas), 'replica')}"
         case NewRequests():
             return f"{len(value.requests)} requests"
         case ShareInputs() | FleetTenants():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 from hetis.formats.documents import load_cluster, load_model, load_workload
 from hetis.formats.errors import DocumentError, Problem, single_problem
@@ -25,6 +25,7 @@ from hetis.planner.use_cases.sources import (
     Inputs,
     LoadedInputs,
     attempt,
+    differing_fields,
     inputs_from_documents,
     load_plan_and_problem,
     load_profiles,
@@ -61,8 +62,8 @@ def _of_another_model(planned: ModelSpec, asked: ModelSpec) -> str:
     """Return why a plan is not one of the model that was asked for, which may have the same name."""
     if planned.name != asked.name:
         return f"is a plan of {planned.name}, not of {asked.name} as --model says"
-    others = [field.name for field in fields(ModelSpec) if getattr(planned, field.name) != getattr(asked, field.name)]
-    return f"is a plan of {planned.name} with other {', '.join(others)} than --model says; without --model it is kept"
+    others = ", ".join(differing_fields(planned, asked))
+    return f"is a plan of {planned.name} with other {others} than --model says; without --model it is kept"
 
 
 def load_replanning(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -163,15 +163,22 @@ def faults_of(events: Iterable[Fault], plan: Plan, problem: PlacementProblem, *,
             problems.append(Problem(file=source, message=message))
         else:
             faults.append(replace(event, device=device))
-    down = set[str]()
-    for fault in [] if problems else sorted(faults, key=lambda one: one.at_s):
-        if fault.joins and fault.device not in down:
-            message = f"{fault.device} joins at {fault.at_s:g} s, it has not failed before"
-            problems.append(Problem(file=source, message=message))
-        (down.discard if fault.joins else down.add)(fault.device)
+    if not problems:
+        problems += (Problem(file=source, message=message) for message in _joins_without_failure(faults))
     if problems:
         raise DocumentError(problems)
     return tuple(faults)
+
+
+def _joins_without_failure(faults: Iterable[Fault]) -> Iterator[str]:
+    down = set[str]()
+    for fault in sorted(faults, key=lambda one: one.at_s):
+        if not fault.joins:
+            down.add(fault.device)
+        elif fault.device in down:
+            down.remove(fault.device)
+        else:
+            yield f"{fault.device} joins at {fault.at_s:g} s, it has not failed before"
 
 
 def answer(

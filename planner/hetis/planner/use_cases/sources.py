@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -322,6 +322,11 @@ def inputs_from_documents(documents: Any, path: str) -> Inputs:
         raise DocumentError(problems)
     known = {gpu: profile for gpu, profile in profiles.items() if profile is not None}
     return Inputs(cluster=cluster, model=model, workload=workload, profiles=known)
+
+
+def differing_fields(one: ModelSpec, other: ModelSpec) -> list[str]:
+    """Return the fields in which two models differ, which may have the same name."""
+    return [field.name for field in fields(ModelSpec) if getattr(one, field.name) != getattr(other, field.name)]
 
 
 def _known_strategy(plan: Plan, path: str) -> None:

@@ -149,9 +149,10 @@ def verdict_of(level: ServiceLevel, limits: Objective, summary: Summary, latenci
         ]
     carried = summary.steady
     if carried is None and not math.isnan(summary.growth.value):
-        seems_carried = summary.growth.value <= MAX_GROWTH  # as for `Summary.within`
-        # A run in which nothing finished shows at most that the load is too high.
-        carried = seems_carried if not seems_carried or summary.throughput_rps.value > 0 else None
+        if summary.growth.value > MAX_GROWTH:  # as for `Summary.within`
+            carried = False
+        elif summary.throughput_rps.value > 0:  # otherwise nothing finished, and the wait says nothing
+            carried = True
     return LevelVerdict(limits=tuple(verdicts), missed=found.missed, steady=summary.steady, carried=carried)
 
 
