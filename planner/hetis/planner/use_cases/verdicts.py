@@ -190,11 +190,14 @@ def as_swept(summary: Summary, verdict: LevelVerdict) -> Summary:
     """Return a summary for `hetis.simulator.running.sweep` with the level's estimates as p95 TTFT and mean TPOT.
 
     A sweep compares these two with limits and knows no others; with those of `swept_limits` it searches by the level.
+    A rate of which nothing can be told, because nothing finished while requests came, is not taken for carried.
     """
     names = {Latency.TTFT: "ttft_p95_s", Latency.TPOT: "mean_tpot_s", None: "ttft_p95_s"}
     estimates: dict[str, Any] = {
         names[one.latency]: _at_most(one.latency, one.limit, one.estimate)[0] for one in verdict.limits
     }
+    if verdict.carried is None:
+        estimates["growth"] = Estimate(value=math.nan, half_width=math.nan)
     return replace(summary, **estimates)
 
 
