@@ -224,7 +224,10 @@ def test_a_simulation_is_that_of_the_command_line(plan: hetis.Plan, tmp_path: Pa
     done = hetis_plan_here("simulate", "plan.json", "--requests", "100", "--threads", "1", "-o", "json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     found = plan.simulate(requests=100)
-    assert found.to_dict()["summary"] == json.loads(done.stdout)["summary"]
+    printed = json.loads(done.stdout)
+    assert {name: found.to_dict()[name] for name in ("load", "summary")} == {
+        name: printed[name] for name in ("load", "summary")
+    }
     assert "requests/s" in repr(found)
     assert found.goodput_rps is None
     assert repr(plan.simulate(requests=1)).startswith("<hetis.Simulation: too short for a rate, TTFT p95 ")

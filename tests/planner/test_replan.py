@@ -214,6 +214,20 @@ def test_diff_of_a_plan_with_itself_is_nothing(folder: Path) -> None:
     assert (change["moved_gpus"], change["loads"], change["dropped_requests"]) == ([], {}, 0)
 
 
+def test_diff_tells_in_what_the_problems_differ(folder: Path, tmp_path: Path) -> None:
+    other = json.loads((folder / "running.json").read_text())
+    other["inputs"]["constraints"] = ["--forbid type=L4"]
+    other["inputs"]["documents"]["cluster"]["name"] = "other"
+    (tmp_path / "other.json").write_text(json.dumps(other))
+    files = [str(folder / "running.json"), str(tmp_path / "other.json")]
+    assert "Problems" not in invoke("diff", files[0], files[0]).stdout
+    differences = json.loads(invoke("diff", *files, "-o", "json").stdout)["differences"]
+    assert set(differences) == {"fleet", "constraints"}
+    assert differences["constraints"]["after"] == "--forbid type=L4"
+    told = invoke("diff", *files).stdout
+    assert f"constraints  {differences['constraints']['before']} → --forbid type=L4" in told
+
+
 @pytest.mark.parametrize("is_before", [True, False])
 def test_diff_takes_a_plan_without_replicas(folder: Path, tmp_path: Path, is_before: bool) -> None:
     empty = json.loads((folder / "running.json").read_text())

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 
 from hetis.formats.documents import load_cluster, load_plan
+from hetis.planner.report.differences import differences, is_one_question
 from hetis.planner.report.figures import digits
 from hetis.planner.report.page.axes import chart_of
 from hetis.planner.report.page.blocks import COLORS, Waterfalls
 from hetis.planner.report.page.fleet_map import fleet_map, shape_letter
 from hetis.planner.report.page.pages import ShownPlan, plans_page
 from hetis.planner.report.page.plan_section import plan_section, reason_words, shape_words
-from hetis.planner.report.page.side_by_side import differences, is_one_question
 from hetis.planner.report.plan import simple_setups
 from hetis.planner.report.simulation_pictures import _COLORS, Line, Panel, _dash
 from hetis.planner.use_cases.compare import figures_of

@@ -36,7 +36,7 @@ from hetis.planner.use_cases.simulate import (
     default_requests,
     sample_spacing_s,
 )
-from hetis.planner.use_cases.sources import engine_settings
+from hetis.planner.use_cases.sources import engine_settings, inputs_from_documents
 from hetis.planner.use_cases.verdicts import level_to_hold, simulated_latencies
 from hetis.planner.use_cases.verify import rate_to_simulate
 from hetis.simulator.arrivals import Arrivals, Load
@@ -216,7 +216,7 @@ class Plan:
             attainment=None if attainment is None else float(attainment),
         )
         load = Load(
-            lengths=self.problem.workload,
+            lengths=inputs_from_documents(self.value.inputs.get("documents"), "the plan").workload,  # not clipped
             max_position=self.problem.model.max_position,
             arrivals=Arrivals.DRAWN,
             rate_rps=rate_to_simulate(self.value, self.problem) if rate is None else rate,

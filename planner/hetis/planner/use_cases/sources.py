@@ -22,6 +22,7 @@ from hetis.formats.documents import (
 from hetis.formats.errors import DocumentError, Problem, did_you_mean, shown, single_problem
 from hetis.formats.traces import PrefixHitRate
 from hetis.formats.workload import with_prefix_hits
+from hetis.planner.use_cases.service_level import SERVICE_LEVEL, read_service_level
 from hetis.profiler.defaults import default_profile
 from hetis.solver.cluster import Cluster, GpuType
 from hetis.solver.constraints import Constraints
@@ -286,12 +287,17 @@ def problem_of_plan(plan: Plan, name: str) -> PlanAndProblem:
     """
     inputs = inputs_from_documents(plan.inputs.get("documents"), name)
     _known_strategy(plan, name)
+    _readable_service_level(plan, name)
     warnings = []
     if plan.inputs.get("digests") != inputs.digests():
         warnings.append("the inputs saved in the plan differ from those it was made from: their digests do not match")
     constraints, settings = _constraints_of(plan, inputs.cluster, name), engine_settings_of_plan(plan, name)
     inputs = replace(inputs, constraints=constraints, engine_settings=settings)
-    problem = inputs.problem(plan.objective, plan.strategy, _roles_of(plan, name), engine_of_plan(plan, name))
+    roles, engine = _roles_of(plan, name), engine_of_plan(plan, name)
+    try:
+        problem = inputs.problem(plan.objective, plan.strategy, roles, engine)
+    except InvalidProblemError as error:
+        raise single_problem(name, str(error)) from None
     return PlanAndProblem(plan=plan, problem=problem, warnings=tuple(warnings))
 
 
@@ -335,6 +341,14 @@ def _known_strategy(plan: Plan, path: str) -> None:
     if plan.strategy not in STRATEGIES:
         message = f"unknown strategy {plan.strategy}, expected one of {', '.join(STRATEGIES)}"
         raise single_problem(path, message + did_you_mean(plan.strategy, STRATEGIES))
+
+
+def _readable_service_level(plan: Plan, path: str) -> None:
+    if SERVICE_LEVEL in plan.inputs:
+        try:
+            read_service_level(plan.inputs[SERVICE_LEVEL])
+        except InvalidProblemError as error:
+            raise single_problem(path, f"inputs.{SERVICE_LEVEL}: {error}") from None
 
 
 def constraint_options(plan: Plan) -> Any:

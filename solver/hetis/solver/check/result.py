@@ -267,8 +267,9 @@ def check_class_table(plan: Plan, fleet: Fleet) -> list[Violation]:
         for row in plan.prices
     )
     has = Counter(_rows(plan, fleet))
-    wrong = (("has no", has - says), ("has a wrong", says - has))
-    return at("class table", ((Rule.PRICES, f"{word} row {row}") for word, rows in wrong for row in rows.elements()))
+    said = [f"has no row {row}" for row in (has - says).elements()]
+    said += [f"has a {'second' if row in has else 'wrong'} row {row}" for row in (says - has).elements()]
+    return at("class table", ((Rule.PRICES, words) for words in said))
 
 
 def _rows(plan: Plan, fleet: Fleet) -> Iterator[Row]:

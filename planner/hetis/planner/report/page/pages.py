@@ -15,6 +15,7 @@ from hetis.planner.report.comparison import (
     side_rows,
     verdict_words,
 )
+from hetis.planner.report.differences import difference_words, differences
 from hetis.planner.report.figures import digits, percent, plural
 from hetis.planner.report.page.blocks import (
     Block,
@@ -27,7 +28,7 @@ from hetis.planner.report.page.blocks import (
     render_page,
 )
 from hetis.planner.report.page.plan_section import plan_section
-from hetis.planner.report.page.side_by_side import difference_words, differences, side_by_side
+from hetis.planner.report.page.side_by_side import side_by_side
 from hetis.planner.report.plan import problem_line
 from hetis.planner.report.simulation import service_level_words
 from hetis.planner.report.simulation_pictures import Panel, panels_of, panels_of_sweep
