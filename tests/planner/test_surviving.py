@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -110,9 +111,11 @@ def test_a_fleet_of_one_node_survives_no_loss(inputs: list[str], capsys: pytest.
 def test_every_plan_says_what_is_served_without_its_worst_node(
     inputs: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run([*inputs, "--engine", "vllm", "--max-gpus", "1"]) == ExitCode.OK
+    assert run([*inputs, "--engine", "vllm", "--max-gpus", "1", "--html", "plan.html"]) == ExitCode.OK
     text = " ".join(capsys.readouterr().out.split())
     assert "after losing any one node: at least 83% still served (worst: l4-" in text, text[:900]
+    page = " ".join(re.sub("<[^>]*>", " ", Path("plan.html").read_text()).split())
+    assert "After losing any one node 83% at least still served worst: l4-" in page
 
 
 def test_nothing_is_served_without_the_only_node(inputs: list[str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from hetis.planner.report.explanation import memory_shares, time_shares
-from hetis.planner.report.figures import digits, gigabytes, percent, plural, seconds, tokens
+from hetis.planner.report.figures import digits, gigabytes, percent, percent_at_least, plural, seconds, tokens
 from hetis.planner.report.page.axes import chart_of
 from hetis.planner.report.page.blocks import (
     PLAIN,
@@ -51,6 +51,7 @@ from hetis.planner.use_cases.engine_values import EQUAL_STAGES
 from hetis.planner.use_cases.grouping import ReplicaGroup, group_replicas
 from hetis.planner.use_cases.place import OUT_OF_TIME, stopped_simulation_of
 from hetis.planner.use_cases.robustness.profile_errors import used_fits
+from hetis.planner.use_cases.surviving import losses_of
 from hetis.planner.use_cases.verify import attained, limited_latencies, misses, verification_of
 from hetis.solver.placement.explanation import explain_plan
 from hetis.solver.plan import Explanation, MemoryBar, ObjectiveKind, Plan, Role, parallel_sizes
@@ -161,6 +162,13 @@ def _tiles(plan: Plan, problem: PlacementProblem) -> Iterator[Tile]:
     )
     yield from _against_today(plan)
     yield from _simulated(plan)
+    for kind, loss in losses_of(plan).items():
+        yield Tile(
+            label=f"After losing any one {kind}",
+            value=percent_at_least(loss.share) if loss.rate else "nothing",
+            unit="at least still served" if loss.rate else "still served",
+            note=f"worst: {loss.name}",
+        )
 
 
 def _against_today(plan: Plan) -> Iterator[Tile]:
