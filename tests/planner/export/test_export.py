@@ -701,6 +701,7 @@ def test_pods_are_not_killed_while_the_engine_drains_as_told(target: ExportTarge
     by_operator = target is ExportTarget.DYNAMO  # whose own 60 seconds stay as they are
     assert grace("one GPU") == grace("one GPU", "--shutdown-timeout", "0") == (set() if by_operator else {45})
     assert grace("one GPU", "--shutdown-timeout=300") == {345}, "the 30 seconds of other targets, and a margin"
+    assert grace("one GPU", "--shutdown_time", "60", "--shutdown-time=90") == {135}, "shortened, the last of two"
     if not by_operator:
         assert grace("stages of two nodes", "--shutdown-timeout", "300") == {345}
         assert grace("attention workers", "--shutdown-timeout", "300") == {345, 45}, "workers drain nothing"

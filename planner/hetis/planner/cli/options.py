@@ -402,7 +402,9 @@ verify_option = partial(
     True,
 )
 survive_option = partial(
-    _goal, "--survive: Still serve --rate after losing any one node or zone; needs --objective cost or gpus."
+    _goal,
+    "--survive: Still serve --rate after losing any one node or zone; needs --objective cost or gpus. Several searches "
+    "follow, each with the full time limit.",
 )
 
 
