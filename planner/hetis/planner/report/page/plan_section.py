@@ -162,9 +162,9 @@ def _tiles(plan: Plan, problem: PlacementProblem) -> Iterator[Tile]:
     )
     yield from _against_today(plan)
     yield from _simulated(plan)
-    for kind, loss in losses_of(plan).items():
+    for place, loss in losses_of(plan).items():
         yield Tile(
-            label=f"After losing any one {kind}",
+            label=f"After losing any one {place}",
             value=percent_at_least(loss.share) if loss.rate else "nothing",
             unit="at least still served" if loss.rate else "still served",
             note=f"worst: {loss.name}",
