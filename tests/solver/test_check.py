@@ -22,7 +22,7 @@ from hetis.solver.plan import (
     StagePlan,
     Status,
 )
-from hetis.solver.problem import PlacementProblem
+from hetis.solver.problem import EXPLICIT_LINKS, PlacementProblem
 from hetis.solver.profile import Fit, Op, Piece, Profile
 from tests.solver.claimed_plans import claimed, counted, derived_of, plan_of, rules, unclaimed
 from tests.solver.instances import (
@@ -454,6 +454,10 @@ def test_explicit_node_link_slows_only_the_stages_that_use_it() -> None:
     assert derived_of(slow, problem).rate < 0.5 * derived_of(fast, problem).rate
     moved = replace(claimed(fast, problem), stages=slow.stages)
     assert Rule.RATE in rules(plan_of(problem, moved), problem)
+    plan = plan_of(problem, claimed(fast, problem))
+    assert EXPLICIT_LINKS in plan.family
+    assert rules(plan, problem) == set()
+    assert rules(replace(plan, family=plan.family.replace(f"; {EXPLICIT_LINKS}", "")), problem) == set()  # older ones
 
 
 def test_broken_replica_does_not_hide_the_next() -> None:

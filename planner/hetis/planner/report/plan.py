@@ -58,7 +58,7 @@ from hetis.solver.plan import (
     Status,
 )
 from hetis.solver.planning import ConstraintPrice
-from hetis.solver.problem import Family, PlacementProblem
+from hetis.solver.problem import EXPLICIT_LINKS, Family, PlacementProblem
 
 MAX_SHAPES = 12  # replica shapes shown in full; the others are summarised in one line
 MAX_CLASSES = 40
@@ -113,6 +113,8 @@ def searched(plan: Plan) -> Iterator[str]:
     constraints = plan.inputs.get(CONSTRAINTS)
     if isinstance(constraints, list) and constraints:  # the family ends with them, in words
         yield f"Constraints: {'; '.join(plan.family.split('; ')[-len(constraints) :])}."
+    if EXPLICIT_LINKS in plan.family:
+        yield f"All are {EXPLICIT_LINKS}."
     yield "The bound holds for all these plans; `hetis-plan explain`, or -o wide, describes them exactly."
 
 
