@@ -166,7 +166,8 @@ def _check_question(plan: Plan, problem: PlacementProblem) -> Iterator[Broken]:
 
     Plans from before the introduction of roles do not mention them: all their replicas are unified. Likewise, older
     plans with several precisions, and those of tenants, do not mention that GPUs of several kinds stay apart, and none
-    that explicit links count for whole groups of nodes. A file does not tell which constraints come from the engine, so both of their wordings are the same.
+    that explicit links count for whole groups of nodes. A file does not tell which constraints come from the engine, so
+    both of their wordings are the same.
     """
     wanted, result = problem.objective, plan.result
     if plan.objective != wanted:
