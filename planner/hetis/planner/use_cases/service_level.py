@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass, fields
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from hetis.formats.errors import shown
 from hetis.solver.errors import InvalidProblemError
 
 if TYPE_CHECKING:
@@ -131,30 +130,15 @@ def service_level_of(plan: Plan) -> ServiceLevel:
 
 def service_level_from_data(found: object) -> ServiceLevel:
     """Return the level from which `ServiceLevel.data` made an entry; the default if the entry is unreadable."""
-    try:
-        return read_service_level(found)
-    except InvalidProblemError:
+    names = {field.name for field in fields(ServiceLevel)}
+    if not isinstance(found, Mapping) or set(found) != names:
         return DEFAULT
-
-
-def read_service_level(found: object) -> ServiceLevel:
-    """Return the level from which `ServiceLevel.data` made an entry.
-
-    Raises:
-        InvalidProblemError: the entry is no service level.
-    """
-    names = [field.name for field in fields(ServiceLevel)]
-    if not isinstance(found, Mapping) or set(found) != set(names):
-        raise InvalidProblemError(f"must have {', '.join(names)}, and nothing else")
-    share, known = found["attainment"], [one.value for one in Statistic]
-    for name in ("ttft", "tpot"):
-        if found[name] not in known:
-            raise InvalidProblemError(f"{name} is {shown(found[name])}, must be one of {', '.join(known)}")
-    if share is not None and not (type(share) in (int, float) and 0.0 < share <= 1.0):
-        raise InvalidProblemError(f"attainment is {shown(share)}, must be null, or above 0 and at most 1")
-    return ServiceLevel(
-        ttft=Statistic(found["ttft"]), tpot=Statistic(found["tpot"]), attainment=None if share is None else float(share)
-    )
+    try:
+        share = None if found["attainment"] is None else float(found["attainment"])
+        level = ServiceLevel(ttft=Statistic(found["ttft"]), tpot=Statistic(found["tpot"]), attainment=share)
+    except (OverflowError, TypeError, ValueError):
+        return DEFAULT
+    return level if share is None or 0.0 < share <= 1.0 else DEFAULT
 
 
 def limits_of(objective: Objective) -> dict[Latency, float]:

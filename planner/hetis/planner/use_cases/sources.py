@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from typing import Any, TypeVar
@@ -22,7 +22,7 @@ from hetis.formats.documents import (
 from hetis.formats.errors import DocumentError, Problem, did_you_mean, shown, single_problem
 from hetis.formats.traces import PrefixHitRate
 from hetis.formats.workload import with_prefix_hits
-from hetis.planner.use_cases.service_level import SERVICE_LEVEL, read_service_level
+from hetis.planner.use_cases.service_level import SERVICE_LEVEL, ServiceLevel, Statistic
 from hetis.profiler.defaults import default_profile
 from hetis.solver.cluster import Cluster, GpuType
 from hetis.solver.constraints import Constraints
@@ -287,7 +287,7 @@ def problem_of_plan(plan: Plan, name: str) -> PlanAndProblem:
     """
     inputs = inputs_from_documents(plan.inputs.get("documents"), name)
     _known_strategy(plan, name)
-    _readable_service_level(plan, name)
+    _check_service_level(plan, name)
     warnings = []
     if plan.inputs.get("digests") != inputs.digests():
         warnings.append("the inputs saved in the plan differ from those it was made from: their digests do not match")
@@ -343,12 +343,26 @@ def _known_strategy(plan: Plan, path: str) -> None:
         raise single_problem(path, message + did_you_mean(plan.strategy, STRATEGIES))
 
 
-def _readable_service_level(plan: Plan, path: str) -> None:
-    if SERVICE_LEVEL in plan.inputs:
-        try:
-            read_service_level(plan.inputs[SERVICE_LEVEL])
-        except InvalidProblemError as error:
-            raise single_problem(path, f"inputs.{SERVICE_LEVEL}: {error}") from None
+def _check_service_level(plan: Plan, path: str) -> None:
+    """Raise DocumentError for an unreadable service level, which would be taken for the default."""
+    if SERVICE_LEVEL not in plan.inputs:
+        return
+    wrong = list(_wrong_in_service_level(plan.inputs[SERVICE_LEVEL]))
+    if wrong:
+        raise DocumentError(Problem(file=path, path=f"inputs.{SERVICE_LEVEL}", message=one) for one in wrong)
+
+
+def _wrong_in_service_level(found: object) -> Iterator[str]:
+    names, known = [field.name for field in fields(ServiceLevel)], [one.value for one in Statistic]
+    if not isinstance(found, Mapping) or set(found) != set(names):
+        yield f"must have {', '.join(names)}, and nothing else"
+        return
+    for name in ("ttft", "tpot"):
+        if found[name] not in known:
+            yield f"{name} is {shown(found[name])}, must be one of {', '.join(known)}"
+    share = found["attainment"]
+    if share is not None and not (type(share) in (int, float) and 0.0 < share <= 1.0):
+        yield f"attainment is {shown(share)}, must be null, or above 0 and at most 1"
 
 
 def constraint_options(plan: Plan) -> Any:
