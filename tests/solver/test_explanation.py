@@ -161,14 +161,18 @@ def test_layers_of_several_kinds_add_up(kind: str) -> None:
     drafted = replace(KINDS_OF_LAYERS["states"], draft=DraftShape(tokens=2, acceptance=0.7))
     model = KINDS_OF_LAYERS.get(kind, drafted)
     problem = make_problem([make_node("a", "A", nodes=2, gpus=2)], model=model, family=SMALL_FAMILY)
-    assert_adds_up(solve_placement(problem), problem)
+    plan = solve_placement(problem)
+    assert_adds_up(plan, problem)
+    if kind == "drafted states":
+        why = "layers keep state other than the KV of single heads and layers verify drafts"
+        assert f"No head can be computed elsewhere: {why}." in explain_plan(plan, problem).attention_workers
 
 
 def test_layers_whose_heads_cannot_move_are_told_apart_from_ranks_that_share_them() -> None:
     windows = replace(make_model(), sliding_window=64, sliding_layers=3)
     problem = make_problem([make_node("a", "A", gpus=1)], model=windows, family=SMALL_FAMILY)
     said = explain_plan(solve_placement(problem), problem).attention_workers
-    assert "No head can be computed elsewhere: layers keep state other than the KV of single heads" in said
+    assert "No head can be computed elsewhere: windows free the KV of some layers only." in said
     assert "share head groups" not in said
 
 

@@ -15,6 +15,7 @@ from hetis.solver.cluster import Link, node_of
 from hetis.solver.constraints import Exclude
 from hetis.solver.cost import DeviceCost, rank_shape, state_bytes_per_copy
 from hetis.solver.errors import InvalidProblemError
+from hetis.solver.model import ModelSpec
 from hetis.solver.placement.explanation.replica_view import ReplicaView, main_view, replica_views
 from hetis.solver.placement.families import STRATEGIES
 from hetis.solver.placement.fleet import DeviceClass, device_classes
@@ -297,8 +298,8 @@ def attention_workers(plan: Plan, problem: PlacementProblem, views: tuple[Replic
     pools = [(view, i) for view in views for i, stage in enumerate(view.shape.stages) if stage.pool is not None]
     for view, i in pools[:MAX_POOLS]:
         yield _used_pool(view, i)
-    if len(pools) > MAX_POOLS:
-        yield f"{len(pools) - MAX_POOLS} more pools are like these."
+    if (rest := len(pools) - MAX_POOLS) > 0:
+        yield f"{rest} more {'pool is' if rest == 1 else 'pools are'} like these."
     if pools:
         return
     if not views:
@@ -342,6 +343,16 @@ def _exchange_s(view: ReplicaView, stage: StageShape, pool: PoolShape) -> float:
     return float(cost.attention_s(b, pool.head_groups, pool.cards)) - worker_s
 
 
+def _why_heads_stay(model: ModelSpec) -> Iterator[str]:
+    """Yield the reasons for `ModelSpec.heads_can_move`."""
+    if model.linear is not None or model.indexer is not None or model.compressed is not None:
+        yield "layers keep state other than the KV of single heads"
+    if model.windows_free_kv and 0.0 < model.sliding_share < 1.0:
+        yield "windows free the KV of some layers only"
+    if model.draft is not None:
+        yield "layers verify drafts"
+
+
 def _unused_pools(plan: Plan, view: ReplicaView) -> Iterator[str]:
     busiest = view.busiest()
     stage = view.shape.stages[busiest.stage]
@@ -354,9 +365,7 @@ def _unused_pools(plan: Plan, view: ReplicaView) -> Iterator[str]:
         f"KV room is {full:.0%} planned ({where})."
     )
     if not view.problem.model.heads_can_move:
-        yield (
-            "No head can be computed elsewhere: layers keep state other than the KV of single heads, or verify drafts."
-        )
+        yield f"No head can be computed elsewhere: {' and '.join(_why_heads_stay(view.problem.model))}."
         return
     if not view.stage_cost(stage).shape.splits_groups:
         yield "Its ranks share head groups, so none of them can move."
