@@ -7,7 +7,7 @@ import itertools
 import pytest
 
 from hetis.runtime.agent.outbox import Persist, Send
-from hetis.v1.agent_service_pb2 import ConnectNodeRequest, ConnectNodeResponse, Goodbye, StateRequest
+from hetis.v1.agent_service_pb2 import AgentCapability, ConnectNodeRequest, ConnectNodeResponse, Goodbye, StateRequest
 from hetis.v1.change_pb2 import ChangePhase, ChangeStatus
 from hetis.v1.executor_service_pb2 import (
     AbortMovesRequest,
@@ -34,6 +34,7 @@ from tests.runtime.agent.builders import (
     FLIPPED,
     REPLICA,
     SOURCE,
+    STEERED,
     TARGET,
     Bench,
     Planner,
@@ -338,6 +339,47 @@ def test_an_engine_that_cannot_be_steered_has_assignments_written_down_only() ->
     bench.tick(10)
     report = [message.report for message in bench.sent if message.HasField("report")][-1]
     assert report.replicas[0].assignment_state == AssignmentState.ASSIGNMENT_STATE_UNMANAGED
+
+
+def other_replica(delta: ConnectNodeResponse, number: int) -> ConnectNodeResponse:
+    """The same delta, of a replica of its own."""
+    delta.delta.replica = f"{REPLICA}-{number}"
+    if delta.delta.HasField("assignment"):
+        delta.delta.assignment.replica = delta.delta.replica
+    return delta
+
+
+@pytest.mark.parametrize("capabilities", [frozenset(), STEERED], ids=["engine that hetis does not run", "steered"])
+def test_only_the_last_removed_replicas_are_remembered(
+    capabilities: frozenset[AgentCapability.ValueType], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hetis.runtime.agent.core.MOST_REMOVED", 2)
+    bench = Bench(capabilities=capabilities)
+    bench.connect()
+    for number in range(5):
+        bench.hear(other_replica(PLANNER.assign(), number))
+        bench.hear(other_replica(PLANNER.remove(2), number))
+        while bench.calls:
+            bench.answer(LOADED)
+    bench.tick()
+    assert [held.replica for held in bench.core.held()] == [f"{REPLICA}-{number}" for number in (3, 4)]
+    assert set(bench.disk) == {"node", f"{REPLICA}-3", f"{REPLICA}-4"}
+    bench.boot()
+    bench.connect()
+    assert nack_reason(bench.hear(other_replica(PLANNER.assign(), 4))) == "GENERATION_MISMATCH"
+
+
+def test_replicas_first_heard_of_in_an_abort_are_not_remembered_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hetis.runtime.agent.core.MOST_REMOVED", 2)
+    bench = Bench()
+    bench.connect()
+    for number in range(5):
+        bench.hear(other_replica(PLANNER.abort(change()), number))
+        bench.answer(failure("ENGINE_UNREACHABLE"))
+        bench.tick(1)  # asked again, although no assignment waits for that
+        bench.answer(AbortMovesResponse(outcome=ABORTED))
+    bench.tick()
+    assert set(bench.disk) == {"node", f"{REPLICA}-3", f"{REPLICA}-4"}
 
 
 def test_every_wrong_field_is_named() -> None:

@@ -362,11 +362,7 @@ class AgentCore:
         return replica.report(next((report for report in said if report.replica == replica.held.replica), None))
 
     def _forget_removed(self) -> None:
-        removed = [
-            name
-            for name, replica in self._replicas.items()
-            if replica.held.assignment is None and replica.held.is_applied and replica.held.open_change is None
-        ]
+        removed = [name for name, replica in self._replicas.items() if replica.is_over]
         for name in removed[: max(len(removed) - MOST_REMOVED, 0)]:
             del self._replicas[name]
             self._outbox.persist(name, None)

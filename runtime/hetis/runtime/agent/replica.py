@@ -149,6 +149,17 @@ class ReplicaAgent:
     def waits_for(self, number: int) -> bool:
         return self._call is not None and self._call[0] == number
 
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing is left to do: the replica was removed, or never assigned, and no change is in progress."""
+        return self.held.assignment is None and not self._must_apply and self.held.open_change is None
+
+    @property
+    def _must_apply(self) -> bool:
+        """Whether the engine has yet to apply the assignment, or its removal: it can, and there was one."""
+        can = AgentCapability.AGENT_CAPABILITY_ASSIGN in self._can
+        return can and self.held.generation > 0 and not self.held.is_applied and self.held.failure is None
+
     def is_applying(self) -> bool:
         """Return whether the pending call applies the assignment."""
         return self._call is not None and isinstance(self._call[1], messages.ApplyAssignmentRequest)
@@ -173,13 +184,11 @@ class ReplicaAgent:
 
     def _next_request(self, now_s: float) -> tuple[EngineRequest, ChangeState | None] | None:
         """Return the next request to the engine and the change that it is about."""
-        held = self.held
+        held, epoch, must_apply = self.held, self._fence.newest, self._must_apply
         aborting = next((c for c in held.changes.values() if c.is_open and c.desired is DesiredPhase.ABORTED), None)
-        assigns, epoch = AgentCapability.AGENT_CAPABILITY_ASSIGN in self._can, self._fence.newest
-        must_apply = assigns and not held.is_applied and held.failure is None
         if aborting is not None and not (must_apply and aborting.is_abort_tried):
             return messages.AbortMovesRequest(epoch=epoch, change_id=aborting.id, failure=aborting.why), aborting
-        if must_apply and held.generation:
+        if must_apply:
             apply = messages.ApplyAssignmentRequest(epoch=epoch, generation=held.generation, assignment=held.assignment)
             if held.assignment is None:
                 apply.removed_replica = held.replica
@@ -240,7 +249,7 @@ class ReplicaAgent:
         if change is None:
             return
         if isinstance(request, messages.AbortMovesRequest):
-            if not change.is_abort_tried and not self.held.is_applied:
+            if not change.is_abort_tried and self._must_apply:
                 self._retry_s = now_s  # let the waiting assignment proceed
             change.abort_tried()
         elif isinstance(request, messages.FlipMovesRequest) and now_s >= change.deadline_s:
