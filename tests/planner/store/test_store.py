@@ -253,6 +253,31 @@ async def test_epochs_grow_for_ever(url: str) -> None:
     assert epochs == [1, 2, 3]
 
 
+@pytest.mark.usefixtures("epochs_of_clock")
+async def test_a_store_made_after_one_was_lost_has_later_epochs(sqlite_url: str, tmp_path: Path) -> None:
+    """Agents refuse a planner whose epoch is below one that they have followed."""
+    made_s, epochs = time.time(), list[int]()
+    for now_s in (made_s, made_s + 60):
+        for file in tmp_path.glob("hetis.db*"):
+            file.unlink()
+        for _ in range(3):
+            store = await Store.open(sqlite_url, clock=lambda now_s=now_s: now_s)
+            epochs.append(await store.lead("test"))
+            await store.close()
+    assert epochs[0] > 1
+    assert epochs == [epochs[0] + more for more in (0, 1, 2, 60, 61, 62)]
+
+
+@pytest.mark.usefixtures("epochs_of_clock")
+async def test_a_store_made_by_a_migration_has_epochs_of_the_clock_too(sqlite_url: str) -> None:
+    least = leadership.epoch_at(time.time())
+    migrate_to(sqlite_url, schema.revisions()[-1])
+    store = await leading(sqlite_url)
+    assert store.epoch is not None
+    assert store.epoch > least
+    await store.close()
+
+
 async def test_a_second_planner_does_not_lead_while_the_first_one_does(url: str) -> None:
     first, second = await Store.open(url), await Store.open(url)
     await first.lead("first")

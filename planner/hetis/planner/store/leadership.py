@@ -199,6 +199,23 @@ def look(connection: sa.Connection) -> tuple[GrantedLease, float, str]:
     return GrantedLease.from_row(row), float(row.left_s), row.version
 
 
+_FIRST_S = 1_767_225_600  # the start of 2026: counting epochs in seconds from here keeps them short
+
+
+def epoch_at(now_s: float) -> int:
+    """Return the least epoch of a store that was made or restored at this Unix time.
+
+    Agents obey the highest epoch that they have seen, and a store that is lost or restored has forgotten its last ones.
+    A planner begins fewer terms than one per second, so the clock is above all epochs of stores that were made before.
+    """
+    return max(int(now_s) - _FIRST_S, 0)
+
+
+def begin_at(connection: sa.Connection, epoch: int) -> None:
+    """Let the terms of a store that was just made follow ``epoch``."""
+    connection.execute(sa.update(records.leadership).where(_ROW).values(epoch=epoch))
+
+
 def end_terms(connection: sa.Connection) -> tuple[Holder, float]:
     """End all terms, and let no other one begin before the transaction ends.
 

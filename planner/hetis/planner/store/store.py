@@ -520,9 +520,12 @@ class Store:
                     schema.allow_pauses(connection)
                     schema.lock_out_others(connection)
                 if schema.needs_migration(connection, self._label):  # no other planner has migrated it in the meantime
-                    if schema.revision_of(connection) is not None:
+                    is_new = schema.revision_of(connection) is None
+                    if not is_new:
                         self._end_older_terms(connection)
                     schema.migrate(connection)
+                    if is_new:
+                        leadership.begin_at(connection, leadership.epoch_at(self._clock()))
         finally:
             self._is_migrating = False
             if self._lock is not None:
