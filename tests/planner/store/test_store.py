@@ -292,6 +292,51 @@ async def test_a_second_planner_does_not_lead_while_the_first_one_does(url: str)
     await second.close()
 
 
+async def test_a_lock_that_was_removed_is_taken_again_in_the_same_term(sqlite_url: str, tmp_path: Path) -> None:
+    first, second = await leading(sqlite_url), await Store.open(sqlite_url)
+    lock, epoch = tmp_path / "hetis.db.lock", first.epoch
+    lock.unlink()
+    async with asyncio.timeout(30):
+        while not lock.exists():
+            await asyncio.sleep(0.01)
+    await first.read(lambda reader: None)  # after what is at work in its thread
+    with pytest.raises(ServiceError, match="another planner is the leader"):
+        await second.lead("second")
+    await first.write(lambda tx: tx.clusters.insert(samples.cluster("clusters/a")))
+    assert first.epoch == epoch
+    await first.close()
+    await second.close()
+
+
+async def test_a_planner_whose_removed_lock_was_taken_by_another_one_ends_its_term(
+    sqlite_url: str, tmp_path: Path
+) -> None:
+    """In the past both led, until the first one wrote something."""
+    first, second = await leading(sqlite_url), await Store.open(sqlite_url)
+    (tmp_path / "hetis.db.lock").unlink()
+    await second.lead("second")
+    await second.announce()
+    async with asyncio.timeout(30):
+        await first.until_replaced()
+    assert not first.lease.is_held
+    assert first.not_leader().metadata == {"leader": "second"}
+    with pytest.raises(ServiceError, match=r"another planner is the leader of store .+: second"):
+        await first.lead("first")
+    await first.close()
+    await second.close()
+
+
+async def test_a_planner_that_was_replaced_on_a_file_finds_out_without_writing(sqlite_url: str) -> None:
+    store, engine = await leading(sqlite_url), sa.create_engine(sqlite_url)
+    with engine.begin() as other:  # on another machine, say, which does not see the lock
+        other.execute(sa.update(records.leadership).values(epoch=records.leadership.c.epoch + 1, holder="other"))
+    engine.dispose()
+    async with asyncio.timeout(30):
+        await store.until_replaced()
+    assert store.not_leader().metadata == {"leader": "other"}
+    await store.close()
+
+
 async def test_a_planner_that_was_replaced_can_change_nothing_whatever_its_clock_says(postgres_url: str) -> None:
     old = await Store.open(postgres_url, lease_s=0.3, machine=lambda: 0.0)
     await old.lead("old")

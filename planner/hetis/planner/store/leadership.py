@@ -33,16 +33,28 @@ class FileLock:
 
     @property
     def is_held(self) -> bool:
-        return self._descriptor is not None
+        """Whether this process has the lock, and any other process that tries to take it finds it taken.
+
+        Not so once its file was removed or replaced: others would lock another file of the same name.
+        """
+        descriptor = self._descriptor
+        if descriptor is None:
+            return False
+        try:
+            held, found = os.fstat(descriptor), self._path.stat()
+        except OSError:
+            return False
+        return os.path.samestat(held, found)
 
     def exists(self) -> bool:
         """Return whether any planner has ever had the lock."""
         return self._path.exists()
 
     def take(self) -> bool:
-        """Take the lock; return whether this process has it now. Raises StoreError if the file cannot be created."""
+        """Take the lock, also again; return whether this process has it now. Raises StoreError if it has no file."""
         if self.is_held:
             return True
+        self.release()  # of a file that was removed or replaced
         try:
             descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
