@@ -10,10 +10,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import grpc
+import sqlalchemy
 
 from hetis.planner.jobs.pool import PoolSettings
 from hetis.planner.resources.requests import MOST_PAGE_BYTES
-from hetis.planner.store import Transaction
+from hetis.planner.store import Transaction, records
 from hetis.v1 import cluster_service_pb2, document_pb2, failure_pb2, plan_pb2, view_pb2
 from hetis.v1 import plan_service_pb2 as pb2
 from tests.planner.resources.planned import (
@@ -156,6 +157,16 @@ async def test_a_plan_is_answered_again_when_what_its_problem_was_made_of_is_gon
             assert (await refused(planner.call("CreatePlan", another))).reason == "NOT_FOUND"
         other = create_request("other", request_id=request.request_id, seed=WAIT)
         assert (await refused(planner.call("CreatePlan", other))).reason == "REQUEST_ID_REUSED"
+
+
+async def test_a_deleted_cluster_leaves_nothing_of_its_searches_even_if_the_planner_dies_then(tmp_path: Path) -> None:
+    async with planner_in(tmp_path, scripted=True) as planner:
+        await planner.create("night", seed=WAIT)
+        await planner.solving("plans/night")
+        assert await planner.store.read(lambda reader: reader.plan_documents.get("plans/night/problem"))
+        await planner.clusters.delete(cluster_service_pb2.DeleteClusterRequest(name="clusters/paper"))
+        rows = sqlalchemy.select(records.plan_documents.c.name)  # the search has not ended
+        assert await planner.store.read(lambda reader: reader.connection.execute(rows).all()) == []
 
 
 async def test_what_was_not_ended_is_queued_again_by_the_next_planner_but_for_what_was_called_off(

@@ -60,11 +60,13 @@ _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 30.0  # between attempts to write to an 
 
 
 def problem_name(plan: str) -> str:
-    """Return the name of a plan's problem, which is stored among the plan documents during the search.
-
-    Cancelling removes it, so that the next planner does not restart a cancelled search.
-    """
+    """Return the name of a plan's problem, which is stored among the plan documents during the search."""
     return f"{plan}/problem"
+
+
+def forget_problem(tx: Transaction, plan: str) -> None:
+    """Delete what is stored for the search, so that the next planner does not restart it."""
+    tx.plan_documents.delete(problem_name(plan))
 
 
 @dataclass(slots=True, eq=False)
@@ -162,7 +164,7 @@ class PlanSearches:
                 outcome = Unsound(("its document differs from the one that was checked",))
 
         def change(record: PlanRecord, tx: Transaction) -> PlanRecord:
-            tx.plan_documents.delete(problem_name(plan))
+            forget_problem(tx, plan)
             record.body.solve_end_time.CopyFrom(timestamp(self._clock()))
             if (progress := self._progress.get(plan)) is not None:
                 record.body.progress.CopyFrom(progress)
@@ -188,7 +190,7 @@ class PlanSearches:
         def work(tx: Transaction) -> PlanRecord | None:
             record = tx.plans.get(plan)
             if record is None:  # its cluster was deleted
-                tx.plan_documents.delete(problem_name(plan))
+                forget_problem(tx, plan)
                 return None
             return tx.plans.update(change(record, tx))
 

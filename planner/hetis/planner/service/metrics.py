@@ -176,6 +176,7 @@ _OF_FLEET = {
     "streams": ("agent_streams", "Agent streams opened.", ""),
     "takeovers": ("agent_takeovers", "Streams that replaced an earlier stream of their node.", ""),
     "refusals": ("agent_refusals", "Streams refused because another agent was connected as the node.", ""),
+    "hellos_refused": ("agent_hellos_refused", "Streams refused at their first message.", "reason"),
     "replicas_ignored": (
         "replicas_ignored",
         "Ignored reports of foreign replicas from nodes that reported too many.",
