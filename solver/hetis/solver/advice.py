@@ -12,7 +12,8 @@ several, a replica's share of the links between them shrinks as the fleet grows 
 
 Losing any of its GPUs, including attention workers, means losing a replica. The remaining prefill and decode replicas
 serve what can flow between them: inside zones up to the rates of both sides, between zones no more than the plan's
-routes carried. The true rate is therefore at least as high.
+routes carried, and only between replicas of one build, since no other can read the KV. The true rate is therefore at
+least as high.
 """
 
 from __future__ import annotations
@@ -22,10 +23,12 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from typing import NamedTuple
 
 from hetis.solver.cluster import Cluster, GpuSlots, GpuType, Link, Network, NodeGroup, node_of
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.plan import Plan, Role
+from hetis.solver.problem import PlacementProblem
 
 EXACT = 1e-6  # width, as a ratio to the larger value, below which an interval counts as a number
 
@@ -258,29 +261,36 @@ class Loss:
         return self.rate / self.whole
 
 
+class _Site(NamedTuple):
+    """Replicas that can hand KV to one another without a link between zones: those of a zone and a build."""
+
+    zone: str
+    build: int
+
+
 @dataclass(slots=True)
 class _Rates:
-    """Saturated requests/s: of unified replicas, and by zone of local prefill, prefill for all zones, and decode."""
+    """Saturated requests/s: of unified replicas, and by site of local prefill, prefill for all zones, and decode."""
 
     unified: float
-    local: dict[str, float]
-    afar: dict[str, float]
-    decode: dict[str, float]
+    local: dict[_Site, float]
+    afar: dict[_Site, float]
+    decode: dict[_Site, float]
 
-    def served(self, routes: Mapping[tuple[str, str], float]) -> float:
-        """Return the rate that the replicas serve together, with flows between zones limited to ``routes``."""
+    def served(self, routes: Mapping[tuple[_Site, _Site], float]) -> float:
+        """Return the rate that the replicas serve together, with flows between sites limited to ``routes``."""
         return self.unified + max(self._flow(routes, afar_first=first) for first in (True, False))
 
-    def _flow(self, routes: Mapping[tuple[str, str], float], *, afar_first: bool) -> float:
+    def _flow(self, routes: Mapping[tuple[_Site, _Site], float], *, afar_first: bool) -> float:
         local, afar, decode, total = dict(self.local), dict(self.afar), dict(self.decode), 0.0
 
         def inside() -> float:
             flows = 0.0
-            for zone, rate in decode.items():
-                own = min(local.get(zone, 0.0), rate)
-                other = min(afar.get(zone, 0.0), rate - own)
-                decode[zone] = rate - own - other
-                afar[zone] = afar.get(zone, 0.0) - other
+            for site, rate in decode.items():
+                own = min(local.get(site, 0.0), rate)
+                other = min(afar.get(site, 0.0), rate - own)
+                decode[site] = rate - own - other
+                afar[site] = afar.get(site, 0.0) - other
                 flows += own + other
             return flows
 
@@ -293,26 +303,27 @@ class _Rates:
         return total + inside() if afar_first else total
 
 
-def worst_node(plan: Plan, cluster: Cluster) -> Loss | None:
+def worst_node(plan: Plan, problem: PlacementProblem) -> Loss | None:
     """Return the loss of the node whose loss costs most, or None if the plan serves nothing."""
-    return _worst(plan, cluster, lambda node, zone: node)
+    return _worst(plan, problem, lambda node, zone: node)
 
 
-def worst_zone(plan: Plan, cluster: Cluster) -> Loss | None:
+def worst_zone(plan: Plan, problem: PlacementProblem) -> Loss | None:
     """Return the loss of the zone whose loss costs most, or None if the fleet has one zone or nothing is served."""
-    return _worst(plan, cluster, lambda node, zone: zone) if len(cluster.zones()) > 1 else None
+    return _worst(plan, problem, lambda node, zone: zone) if len(problem.cluster.zones()) > 1 else None
 
 
-def _worst(plan: Plan, cluster: Cluster, place_of: Callable[[str, str], str]) -> Loss | None:
-    zones = {group.node_name(i): group.zone for group in cluster.node_groups for i in range(group.count)}
+def _worst(plan: Plan, problem: PlacementProblem, place_of: Callable[[str, str], str]) -> Loss | None:
+    zones = {group.node_name(i): group.zone for group in problem.cluster.node_groups for i in range(group.count)}
+    builds = _build_numbers(plan, problem)
     on = defaultdict[str, list[int]](list)
-    home = list[str]()
+    home = list[_Site]()
     for number, replica in enumerate(plan.replicas):
         nodes = dict.fromkeys(node_of(name) for name in replica.devices())
-        home.append(zones[next(iter(nodes))])
+        home.append(_Site(zones[next(iter(nodes))], builds[replica.stages[0].gpu]))
         for place in dict.fromkeys(place_of(node, zones[node]) for node in nodes):
             on[place].append(number)
-    routes = defaultdict[tuple[str, str], float](float)
+    routes = defaultdict[tuple[_Site, _Site], float](float)
     for route in plan.kv_routes:
         if home[route.prefill] != home[route.decode]:
             routes[home[route.prefill], home[route.decode]] += route.rate
@@ -325,24 +336,32 @@ def _worst(plan: Plan, cluster: Cluster, place_of: Callable[[str, str], str]) ->
     return Loss(name=name, rate=found[name], whole=whole)
 
 
-def _rates(plan: Plan, home: list[str], which: Iterable[int]) -> _Rates:
+def _build_numbers(plan: Plan, problem: PlacementProblem) -> dict[str, int]:
+    """Return a number for the build of each GPU type that computes layers; types of equal builds share it."""
+    gpus = dict.fromkeys(replica.stages[0].gpu for replica in plan.replicas)
+    builds = {gpu: problem.build_of(gpu) for gpu in gpus}
+    numbers = {build: number for number, build in enumerate(dict.fromkeys(builds.values()))}
+    return {gpu: numbers[build] for gpu, build in builds.items()}
+
+
+def _rates(plan: Plan, home: list[_Site], which: Iterable[int]) -> _Rates:
     rates = _Rates(0.0, {}, {}, {})
     for number in which:
-        replica, zone = plan.replicas[number], home[number]
+        replica, site = plan.replicas[number], home[number]
         if replica.role is Role.UNIFIED:
             rates.unified += replica.rate
             continue
-        sends_afar = any(there != zone for there in replica.kv_zones)
+        sends_afar = any(there != site.zone for there in replica.kv_zones)
         side = rates.decode if replica.role is Role.DECODE else rates.afar if sends_afar else rates.local
-        side[zone] = side.get(zone, 0.0) + replica.rate
+        side[site] = side.get(site, 0.0) + replica.rate
     return rates
 
 
-def _without(whole: _Rates, plan: Plan, home: list[str], lost: list[int]) -> _Rates:
+def _without(whole: _Rates, plan: Plan, home: list[_Site], lost: list[int]) -> _Rates:
     gone = _rates(plan, home, lost)
 
-    def rest(all_of: Mapping[str, float], less: Mapping[str, float]) -> dict[str, float]:
-        return {zone: max(0.0, rate - less.get(zone, 0.0)) for zone, rate in all_of.items()}
+    def rest(all_of: Mapping[_Site, float], less: Mapping[_Site, float]) -> dict[_Site, float]:
+        return {site: max(0.0, rate - less.get(site, 0.0)) for site, rate in all_of.items()}
 
     return _Rates(
         max(0.0, whole.unified - gone.unified),

@@ -26,7 +26,7 @@ Find = Callable[[PlacementProblem], Plan]  # raises InfeasibleError, NoPlanFound
 
 def with_losses(plan: Plan, problem: PlacementProblem) -> Plan:
     """Return the plan with its worst loss of any one node, and of any one zone."""
-    found = {"node": worst_node(plan, problem.cluster), "zone": worst_zone(plan, problem.cluster)}
+    found = {"node": worst_node(plan, problem), "zone": worst_zone(plan, problem)}
     rows = {kind: asdict(loss) for kind, loss in found.items() if loss is not None}
     return replace(plan, inputs={**plan.inputs, LOSSES: rows}) if rows else plan
 
@@ -115,7 +115,7 @@ def _grown(probe: Find, problem: PlacementProblem, plan: Plan, demand: float) ->
     """
     utilisation, asked, too_much = problem.assumptions.planned_utilisation, plan.objective.demand_rps or 0.0, math.inf
     for _ in range(MOST_TRIES):
-        lost = worst_node(plan, problem.cluster)
+        lost = worst_node(plan, problem)
         rate, whole = (0.0, asked) if lost is None else (utilisation * lost.rate, utilisation * lost.whole)
         if rate >= demand * ENOUGH:
             return plan
@@ -206,7 +206,7 @@ def _on_node(problem: PlacementProblem, node: str) -> PlacementProblem:
 
 
 def _left_without_node(plan: Plan, problem: PlacementProblem) -> float:
-    lost = worst_node(plan, problem.cluster)
+    lost = worst_node(plan, problem)
     return 0.0 if lost is None else problem.assumptions.planned_utilisation * lost.rate
 
 
@@ -375,7 +375,7 @@ def _value(parts: Mapping[str, Plan]) -> float:
 
 def _left(plan: Plan, problem: PlacementProblem) -> float:
     """Return the planned requests/s that remain without the worst zone."""
-    lost = worst_zone(plan, problem.cluster)
+    lost = worst_zone(plan, problem)
     return 0.0 if lost is None else problem.assumptions.planned_utilisation * lost.rate
 
 
