@@ -42,6 +42,11 @@ def losses_of(plan: Plan) -> dict[str, Loss]:
     return found
 
 
+def left_without(plan: Plan, problem: PlacementProblem, place: str) -> float:
+    """Return the planned requests/s that remain without the worst ``node`` or ``zone``."""
+    return (_left if place == "zone" else _left_without_node)(plan, problem)
+
+
 def surviving_plan(find: Find, probe: Find, problem: PlacementProblem, place: str) -> Plan:
     """Return a plan that serves the demand even if any one ``node`` or ``zone`` is lost.
 
