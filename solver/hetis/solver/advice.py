@@ -6,9 +6,10 @@ change minus the best value before therefore lies in
     [v_after - b_before, b_after - v_before]        if the objective is maximised
     [b_after - v_before, v_after - b_before]        if it is minimised
 
-If GPUs were only added, every earlier plan is still a plan; if they were only removed, every later plan was one
-before. Values and bounds then hold for both sides, which narrows the interval. This holds inside one zone only: with
-several, a replica's share of the links between them shrinks as the fleet grows (docs/cost-model.md).
+If GPUs were only added, every earlier plan is usually still a plan; if they were only removed, every later plan was one
+before. Values and bounds then hold for both sides, which narrows the interval. The caller must know that this holds
+(`Change`): with several zones, for example, a replica's share of the links between them shrinks as the fleet grows
+(docs/cost-model.md).
 
 Losing any of its GPUs, including attention workers, means losing a replica. The remaining prefill and decode replicas
 serve what can flow between them: inside zones up to the rates of both sides, between zones no more than the plan's
@@ -26,15 +27,18 @@ from enum import StrEnum
 from typing import NamedTuple
 
 from hetis.solver.cluster import Cluster, GpuSlots, GpuType, Link, Network, NodeGroup, node_of
-from hetis.solver.errors import InvalidProblemError
+from hetis.solver.errors import BrokenProofError, InvalidProblemError
 from hetis.solver.plan import Plan, Role
 from hetis.solver.problem import PlacementProblem
 
 EXACT = 1e-6  # width, as a ratio to the larger value, below which an interval counts as a number
+CROSSING = (
+    1e-5  # the same ratio, up to which an interval's ends may cross: values and bounds are rounded, on both sides
+)
 
 
 class Change(StrEnum):
-    """The relation between two fleets' sets of plans."""
+    """The relation between two fleets' sets of plans; a plan of both has the same value in both."""
 
     GROWN = "grown"  # every plan before is also one after
     SHRUNK = "shrunk"  # every plan after was also one before
@@ -70,7 +74,11 @@ class Difference:
 
 
 def difference(before: Proven, after: Proven, *, maximises: bool, change: Change) -> Difference:
-    """Return the interval that the two proofs imply; an unknown side gives an infinite end, never NaN."""
+    """Return the interval that the two proofs imply; an unknown side gives an infinite end, never NaN.
+
+    Raises:
+        BrokenProofError: the proofs and the change contradict each other, by more than rounding explains.
+    """
     (low0, high0), (low1, high1) = _span(before, maximises), _span(after, maximises)
     better_after = change is (Change.GROWN if maximises else Change.SHRUNK)  # the best value cannot fall
     better_before = change is (Change.SHRUNK if maximises else Change.GROWN)  # it cannot rise
@@ -85,6 +93,12 @@ def difference(before: Proven, after: Proven, *, maximises: bool, change: Change
         high = min(0.0, high)
     found = _less(after.value, before.value, 0.0)
     scale = max((abs(v) for v in (low0, high0, low1, high1) if math.isfinite(v)), default=0.0)
+    if low > high + CROSSING * scale:
+        raise BrokenProofError(
+            f"the difference of the best plans is at least {low:.9g} and at most {high:.9g}, which contradict each "
+            "other; please report this"
+        )
+    low, high = min(low, high), max(low, high)
     return Difference(low=low, high=high, found=found, verdict=_verdict(low, high, EXACT * scale, maximises=maximises))
 
 
