@@ -321,7 +321,7 @@ def planned(
         report(replace(progress, phase=f"{name}: {progress.phase}"))
 
     try:
-        plan = make_plan(loaded, problem, settings, budget=budget, report=told)
+        plan = make_plan(loaded, problem, settings, budget=budget, report=told, asked=objective)
     except InfeasibleError as error:
         status, reasons = Status.INFEASIBLE.value, error.reasons
     except NoPlanFoundError as error:

@@ -39,6 +39,8 @@ T = TypeVar("T")
 VALUE = "value"  # an input that was passed by a program
 CONSTRAINTS = "constraints"  # entry of `Plan.inputs`: the plan's constraints as options, if there are any
 OLD_CONSTRAINTS = "will"  # the earlier name of that entry, which is still read
+ASKED = "asked"  # entry of `Plan.inputs`: TPOT limit and demand as requested, where the plan's objective has others
+MAY_DIFFER = ("tpot_limit_s", "demand_rps")  # the names in that entry
 ENGINE_SETTINGS = "engine_settings"  # entry of `Plan.inputs`: the engine settings that the plan obeys, if there are any
 
 
@@ -429,6 +431,37 @@ def _check_engine_limits(data: dict[str, Any], path: str) -> None:
         if type(value) is not int and not (value is None and may_be_null):
             must = "a whole number or null" if may_be_null else "a whole number"
             raise single_problem(path, f"inputs.engine.{name} is {shown(value)}, must be {must}")
+
+
+def with_asked(plan: Plan, asked: Objective) -> Plan:
+    """Return the plan with what was requested of it and is not in its objective.
+
+    That is a limit on TPOT where requests have one output token, and the demand where a larger one was planned for, so
+    that it survives a loss.
+    """
+    own, wanted = ({name: getattr(one, name) for name in MAY_DIFFER} for one in (plan.objective, asked))
+    differing = {name: value for name, value in wanted.items() if value != own[name]}
+    return replace(plan, inputs={**plan.inputs, ASKED: differing}) if differing else plan
+
+
+def asked_objective(plan: Plan, path: str = "the plan") -> Objective:
+    """Return the objective that was requested, which `with_asked` stored.
+
+    Raises:
+        DocumentError: it is not usable; ``path`` is the plan's name in messages.
+    """
+    data = plan.inputs.get(ASKED, {})
+    if not isinstance(data, Mapping) or not data.keys() <= set(MAY_DIFFER) or not all(map(_is_number, data.values())):
+        must = f"must have numbers by {' or '.join(MAY_DIFFER)}"
+        raise single_problem(path, f"inputs.{ASKED} is {shown(data)}, {must}")
+    try:
+        return replace(plan.objective, **data)
+    except InvalidProblemError as error:
+        raise single_problem(path, f"inputs.{ASKED}: {error}") from None
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def engine_settings_of_plan(plan: Plan, path: str = "the plan") -> EngineSettings:

@@ -26,7 +26,7 @@ Find = Callable[[PlacementProblem], Plan]  # raises InfeasibleError, NoPlanFound
 
 def with_losses(plan: Plan, problem: PlacementProblem) -> Plan:
     """Return the plan with its worst loss of any one node, and of any one zone."""
-    found = {"node": worst_node(plan, problem.cluster), "zone": worst_zone(plan, problem.cluster)}
+    found = {"node": worst_node(plan, problem), "zone": worst_zone(plan, problem)}
     rows = {kind: asdict(loss) for kind, loss in found.items() if loss is not None}
     return replace(plan, inputs={**plan.inputs, LOSSES: rows}) if rows else plan
 
@@ -40,6 +40,11 @@ def losses_of(plan: Plan) -> dict[str, Loss]:
             case {"name": str(name), "rate": float() | int() as rate, "whole": float() | int() as whole} if whole > 0:
                 found[str(kind)] = Loss(name=name, rate=rate, whole=whole)
     return found
+
+
+def left_without(plan: Plan, problem: PlacementProblem, place: str) -> float:
+    """Return the planned requests/s that remain without the worst ``node`` or ``zone``."""
+    return (_left if place == "zone" else _left_without_node)(plan, problem)
 
 
 def surviving_plan(find: Find, probe: Find, problem: PlacementProblem, place: str) -> Plan:
@@ -115,7 +120,7 @@ def _grown(probe: Find, problem: PlacementProblem, plan: Plan, demand: float) ->
     """
     utilisation, asked, too_much = problem.assumptions.planned_utilisation, plan.objective.demand_rps or 0.0, math.inf
     for _ in range(MOST_TRIES):
-        lost = worst_node(plan, problem.cluster)
+        lost = worst_node(plan, problem)
         rate, whole = (0.0, asked) if lost is None else (utilisation * lost.rate, utilisation * lost.whole)
         if rate >= demand * ENOUGH:
             return plan
@@ -206,7 +211,7 @@ def _on_node(problem: PlacementProblem, node: str) -> PlacementProblem:
 
 
 def _left_without_node(plan: Plan, problem: PlacementProblem) -> float:
-    lost = worst_node(plan, problem.cluster)
+    lost = worst_node(plan, problem)
     return 0.0 if lost is None else problem.assumptions.planned_utilisation * lost.rate
 
 
@@ -375,7 +380,7 @@ def _value(parts: Mapping[str, Plan]) -> float:
 
 def _left(plan: Plan, problem: PlacementProblem) -> float:
     """Return the planned requests/s that remain without the worst zone."""
-    lost = worst_zone(plan, problem.cluster)
+    lost = worst_zone(plan, problem)
     return 0.0 if lost is None else problem.assumptions.planned_utilisation * lost.rate
 
 
