@@ -224,10 +224,20 @@ def prepare(commands: Sequence[Command], *, may_draw_key: bool) -> dict[str, str
 
 
 def write_file(name: str, text: str, *, mode: int) -> None:
-    """Write a file, creating its folder. Raises OSError."""
-    Path(name).parent.mkdir(parents=True, exist_ok=True)
-    with open(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "w", encoding="utf-8") as file:
-        file.write(text)
+    """Write a whole file or nothing, creating its folder. The mode is that of an existing file, too. Raises OSError."""
+    target = Path(os.path.realpath(name))  # follow a symbolic link, so that the link is kept
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # A name of its own: other processes may write the same file, on this node or on another one with the same folder.
+    beside = target.with_name(f".{target.name[:100]}.{secrets.token_hex(8)}.tmp")
+    try:
+        with open(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(target)
+    except BaseException:  # also on a signal
+        beside.unlink(missing_ok=True)
+        raise
 
 
 def run_here(commands: Sequence[Command]) -> int:
