@@ -142,7 +142,7 @@ def supervise(
 
     def gone(name: str, how: str, code: int) -> None:
         others = {one: running.pop(one) for one in supervision.together(name) if one in running}
-        _end_all(others, clock=clock, wait=wait)
+        _end_all(others, told=told, clock=clock, wait=wait)
         if (wait_s := supervision.ended(name, code, clock())) is not None:
             _log.warning("%s %s; restarting it in %g s", name, how, wait_s)
         elif code:
@@ -166,7 +166,7 @@ def supervise(
         codes = [_end(running.pop(name), by_name[name].stops_s, told=told, clock=clock, wait=wait) for name in fronts]
         return supervision.outcome if supervision.outcome is not None else max(codes, default=0)
     finally:
-        _end_all(running, clock=clock, wait=wait)
+        _end_all(running, told=told, clock=clock, wait=wait)
 
 
 def _end(
@@ -184,12 +184,15 @@ def _end(
     return FAILED if code < 0 else code
 
 
-def _end_all(running: dict[str, Running], *, clock: Callable[[], float], wait: Callable[[], None]) -> None:
+def _end_all(
+    running: dict[str, Running], *, told: Callable[[], int], clock: Callable[[], float], wait: Callable[[], None]
+) -> None:
+    """Let processes end. They are killed on another stop request, or when their time is over."""
     for process in running.values():
         process.terminate()
     deadline_s = clock() + STOPS_S
     while any(process.poll() is None for process in running.values()):
-        if clock() >= deadline_s:
+        if told() > 1 or clock() >= deadline_s:
             for process in running.values():
                 process.kill()
             return
