@@ -6,6 +6,8 @@ import asyncio
 import random
 from pathlib import Path
 
+import pytest
+
 from hetis.runtime.agent.core import AgentCore, AgentIdentity
 from hetis.runtime.agent.daemon import LEAST_REPORT_S, AgentDaemon
 from hetis.runtime.agent.devices import SimulatedDevices
@@ -20,7 +22,10 @@ from tests.runtime.agent.planner_double import WAIT_S, PlannerDouble
 from tests.runtime.agent.recording import RecordingExecutor
 
 
-async def test_gauges_of_kv_are_what_the_engine_says(tmp_path: Path) -> None:
+async def test_gauges_of_kv_are_what_the_engine_says_until_it_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hetis.runtime.agent.daemon.LOST_S", 0.2)
     devices = SimulatedDevices.parse("L4:2")
     identity = AgentIdentity(node=NODE + "p", agent_version="0", boot_id="b", capabilities=STEERED)
     core = AgentCore(identity, {}, devices.inventory(), seed=random.Random(0))
@@ -39,9 +44,15 @@ async def test_gauges_of_kv_are_what_the_engine_says(tmp_path: Path) -> None:
         async with asyncio.timeout(WAIT_S):
             while gauge("device_kv_blocks_used", "1") != 40:
                 await asyncio.sleep(0.05)
+        assert metrics.registry.get_sample_value("hetis_agent_engine_connected") == 1
         assert gauge("device_kv_blocks", "1") == 1000
         assert gauge("device_kv_blocks", "0") == 0
         assert gauge("device_healthy", "1") == 1
+        executor.reports.put_nowait(None)
+        async with asyncio.timeout(WAIT_S):
+            while gauge("device_kv_blocks", "1"):
+                await asyncio.sleep(0.05)
+        assert metrics.registry.get_sample_value("hetis_agent_engine_connected") == 0
         running.cancel()
         await asyncio.gather(running, return_exceptions=True)
     state.close()
