@@ -300,6 +300,57 @@ def test_an_engine_that_restarted_while_nobody_listened_is_told_of_after_the_nex
     assert states(bench.tick(2)) == ["SERVING"]
 
 
+def last_report(bench: Bench) -> ReplicaReport:
+    return [message.report.replicas[0] for message in bench.sent if message.report.replicas][-1]
+
+
+def test_a_replica_whose_engine_is_lost_has_failed_until_the_engine_reports_again(bench: Bench) -> None:
+    engine_run(bench, "one")
+    bench.tick(2)
+    assert last_report(bench).assignment_state == AssignmentState.ASSIGNMENT_STATE_SERVING
+    bench.do(bench.core.on_engine_lost(bench.now_s))
+    bench.tick(2)
+    lost = last_report(bench)
+    assert lost.assignment_state == AssignmentState.ASSIGNMENT_STATE_FAILED
+    assert lost.failure.reason == ErrorReason.ERROR_REASON_ENGINE_UNREACHABLE
+    assert (lost.engine_id, lost.generation, lost.num_steps) == ("one", 1, 0)
+    assert bench.core.devices()[0].total_blocks == 0  # the KV of an engine that is gone
+    (held,) = bench.connect().hello.replicas
+    assert held.assignment_state == AssignmentState.ASSIGNMENT_STATE_FAILED
+    bench.sent.clear()
+    assert states(engine_run(bench, "one") + bench.tick(2)) == ["SERVING"]  # it hung only: nothing is lost
+    bench.do(bench.core.on_engine_lost(bench.now_s))
+    bench.tick(2)
+    assert states(engine_run(bench, "two")) == ["LOADING"]
+    bench.answer(LOADED)
+    assert states(engine_run(bench, "two") + bench.tick(2)) == ["SERVING"]
+
+
+@pytest.mark.parametrize(
+    ("last", "then"),
+    [("LOADING", "LOADING"), ("LOADED", "LOADING"), ("DRAINING", "FAILED"), ("STOPPED", "STOPPED")],
+)
+def test_what_a_lost_engine_had_not_served_yet_has_not_failed(bench: Bench, last: str, then: str) -> None:
+    """A planner gives up a replica that fails before it has ever served."""
+    report = kv(100)
+    report.replicas[0].assignment_state = AssignmentState.Value(f"ASSIGNMENT_STATE_{last}")
+    bench.do(bench.core.on_engine_report(report, bench.now_s))
+    bench.do(bench.core.on_engine_lost(bench.now_s))
+    bench.tick(10)
+    lost = last_report(bench)
+    assert AssignmentState.Name(lost.assignment_state).removeprefix("ASSIGNMENT_STATE_") == then
+    assert lost.HasField("failure") == (then == "FAILED")
+
+
+def test_a_lost_engine_that_refused_the_assignment_keeps_its_reason(bench: Bench) -> None:
+    bench.hear(PLANNER.assign(generation=2))
+    bench.answer(failure("DEVICE_UNAVAILABLE", device="p/0"))
+    bench.do(bench.core.on_engine_lost(bench.now_s))
+    bench.tick(10)
+    assert last_report(bench).assignment_state == AssignmentState.ASSIGNMENT_STATE_FAILED
+    assert last_report(bench).failure.reason == ErrorReason.ERROR_REASON_DEVICE_UNAVAILABLE
+
+
 def test_a_node_that_serves_is_not_said_to_load_because_it_is_told_more(bench: Bench) -> None:
     """A planner would conclude that the engine has restarted and lost its KV."""
     engine_run(bench, "one")

@@ -70,7 +70,10 @@ def gauge(metrics: AgentMetrics, name: str, index: str) -> float | None:
     return metrics.registry.get_sample_value(f"hetis_agent_{name}", {"index": index, "gpu_type": "L4"})
 
 
-async def test_gauges_of_kv_are_what_the_engine_says(tmp_path: Path) -> None:
+async def test_gauges_of_kv_are_what_the_engine_says_until_it_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hetis.runtime.agent.daemon.LOST_S", 0.2)
     executor = RecordingExecutor()
     kv = DeviceReport(index=1, total_blocks=1000, used_blocks=40)
     executor.reports.put_nowait(WatchReportsResponse(engine_id="e", devices=[kv]))
@@ -81,9 +84,15 @@ async def test_gauges_of_kv_are_what_the_engine_says(tmp_path: Path) -> None:
         async with asyncio.timeout(WAIT_S):
             while gauge(metrics, "device_kv_blocks_used", "1") != 40:
                 await asyncio.sleep(0.05)
+        assert metrics.registry.get_sample_value("hetis_agent_engine_connected") == 1
         assert gauge(metrics, "device_kv_blocks", "1") == 1000
         assert gauge(metrics, "device_kv_blocks", "0") == 0
         assert gauge(metrics, "device_healthy", "1") == 1
+        executor.reports.put_nowait(None)
+        async with asyncio.timeout(WAIT_S):
+            while gauge(metrics, "device_kv_blocks", "1"):
+                await asyncio.sleep(0.05)
+        assert metrics.registry.get_sample_value("hetis_agent_engine_connected") == 0
 
 
 async def test_devices_whose_driver_hangs_are_unhealthy_until_it_answers(

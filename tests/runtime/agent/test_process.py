@@ -60,10 +60,10 @@ class Processes:
         options = ["--server", server, "--node", NODE + "p", "--state-dir", str(self.folder / "state")]
         return self.start(*options, "--simulated-devices", "L4:1", *more)
 
-    def engine(self) -> None:
+    def engine(self) -> subprocess.Popen[bytes]:
         control = self.folder / "control.json"
         control.write_text(json.dumps(BUSY), encoding="utf-8")
-        self.start(
+        return self.start(
             *("simulate", "--socket", str(self.folder / "e.sock"), "--node", NODE + "p"),
             *("--simulated-devices", "L4:1", "--control", str(control)),
         )
@@ -170,6 +170,33 @@ async def test_an_agent_that_is_killed_goes_on_where_it_was(
         await planner.phase(what.change_id, ChangePhase.CHANGE_PHASE_RELEASED)
         assert flipped is not None
         await executor.close()
+
+
+def is_lost(message: ConnectNodeRequest) -> bool:
+    return any(
+        replica.assignment_state == AssignmentState.ASSIGNMENT_STATE_FAILED
+        and replica.failure.reason == ErrorReason.ERROR_REASON_ENGINE_UNREACHABLE
+        for replica in message.report.replicas
+    )
+
+
+async def test_an_engine_that_hangs_or_is_gone_is_reported_as_failed(processes: Processes) -> None:
+    async with PlannerDouble() as planner:
+        engine = processes.engine()
+        processes.agent(planner.address, "--engine", f"unix://{processes.folder / 'e.sock'}")
+        await planner.connected(1)
+        planner.send(Planner().assign(assignment(model=stage_model(blocks=4000))))
+        await planner.until(serving)
+        engine.send_signal(signal.SIGSTOP)
+        since = len(planner.heard)
+        await planner.until(is_lost, since=since)
+        engine.send_signal(signal.SIGCONT)
+        since = len(planner.heard)
+        await planner.until(serving, since=since)
+        engine.kill()
+        engine.wait()
+        since = len(planner.heard)
+        await planner.until(is_lost, since=since)
 
 
 async def test_an_agent_whose_planner_is_gone_aborts_at_the_deadline(processes: Processes) -> None:

@@ -39,6 +39,7 @@ SCRAPE_S = 2.0
 SAMPLE_S = 1.0  # interval between two samples of the devices
 INVENTORY_S = 60.0
 DRIVER_SILENT_S = 10.0  # devices whose driver has not answered for this long count as unhealthy
+LOST_S = 5.0  # an engine that cannot be reached for this long is lost, and with it what it last reported
 FIRST_REPORT_S = 3.0  # wait at most this long for the engine's first report before connecting to the planner
 LEAST_TICK_S, MOST_TICK_S = 0.005, 1.0
 _ASSIGNS = frozenset({AgentCapability.AGENT_CAPABILITY_ASSIGN})
@@ -198,17 +199,24 @@ class AgentDaemon:
         await stream.run()
 
     async def _watch_engine(self) -> None:
-        told = ""
+        told, gone_s = "", float("inf")  # since when the engine has not been reached
         while True:
+            begun_s, is_answered = self._clock(), False
             try:
                 async for report in self._reports():
-                    told = ""
+                    told, gone_s, is_answered = "", float("inf"), True
+                    if self._executor is not None:
+                        self._metrics.engine_reached(True)
                     self._do(self._core.on_engine_report(report, self._clock()))
                     self._engine_spoke.set()
             except RefusedError as error:
                 if str(error) != told:
                     _log.warning("engine: %s", error)
                 told = str(error)
+                self._metrics.engine_reached(False)
+                gone_s = min(gone_s, self._clock() if is_answered else begun_s)
+            if self._clock() - gone_s >= LOST_S:
+                self._do(self._core.on_engine_lost(self._clock()))
             await asyncio.sleep(0.5)
 
     async def _watch_devices(self) -> None:
@@ -373,6 +381,7 @@ def _reports(parts: Parts, core: AgentCore, executor: Executor | None, metrics: 
             yield report_of(news, core.held(), [gpu.index for gpu in core.inventory.devices], engine_id=url)
 
     async def none() -> AsyncIterator[WatchReportsResponse]:
+        metrics.engine_reached(True)
         yield WatchReportsResponse()  # so that the agent does not wait for a first report
         await asyncio.Event().wait()
 

@@ -21,7 +21,7 @@ from hetis.runtime.agent.replica_state import (
     wrong_fields,
 )
 from hetis.runtime.moves.changes import ENDED, REMEMBERED_S
-from hetis.runtime.moves.refusals import failure_of
+from hetis.runtime.moves.refusals import failure_of, unreachable
 from hetis.v1 import executor_service_pb2 as messages
 from hetis.v1.agent_service_pb2 import AgentCapability, ConnectNodeRequest, Delta, DeltaAck, DeltaNack
 from hetis.v1.change_pb2 import Change, ChangeOutcome, ChangePhase, ChangeStatus
@@ -35,6 +35,12 @@ _UNREACHABLE = (ErrorReason.ERROR_REASON_ENGINE_UNREACHABLE, ErrorReason.ERROR_R
 _OUTCOME = {
     ChangeOutcome.CHANGE_OUTCOME_FLIPPED: ChangePhase.CHANGE_PHASE_FLIPPED,
     ChangeOutcome.CHANGE_OUTCOME_ABORTED: ChangePhase.CHANGE_PHASE_ABORTED,
+}
+# State of a replica whose engine cannot be reached, by the last one that it reported. Any other state stays.
+_WITHOUT_ENGINE = {
+    AssignmentState.ASSIGNMENT_STATE_LOADED: AssignmentState.ASSIGNMENT_STATE_LOADING,
+    AssignmentState.ASSIGNMENT_STATE_SERVING: AssignmentState.ASSIGNMENT_STATE_FAILED,
+    AssignmentState.ASSIGNMENT_STATE_DRAINING: AssignmentState.ASSIGNMENT_STATE_FAILED,
 }
 
 
@@ -369,6 +375,19 @@ class ReplicaAgent:
     def report_anew(self) -> ReplicaReport:
         """Return the report for an engine that has just started, without anything from its previous run."""
         return self._unsaid(self._first_state())
+
+    def report_lost(self, last: AssignmentState.ValueType) -> ReplicaReport:
+        """Return the report for an engine that cannot be reached. ``last``: the state in its last report.
+
+        A replica that was served has failed. One that was not served yet is loading: a planner gives up a replica that
+        fails before it has ever served, but one whose engine is started again is only late.
+        """
+        report = self._unsaid(_WITHOUT_ENGINE.get(last, last))
+        if self.held.failure is not None:
+            report.failure.CopyFrom(self.held.failure)
+        elif report.assignment_state != last and last != AssignmentState.ASSIGNMENT_STATE_LOADED:
+            report.failure.CopyFrom(unreachable("the engine cannot be reached"))
+        return report
 
     def _unsaid(self, state: AssignmentState.ValueType) -> ReplicaReport:
         held = self.held
