@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import ctypes
 import resource
 import signal
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from time import monotonic, sleep
 
 import pytest
 
 from hetis.engines.commands import Command
 from hetis.engines.errors import OptionError
 from hetis.engines.layout import Process, ProcessKind
-from hetis.runtime.launch.processes import prepare, write_file
+from hetis.runtime.launch.processes import prepare, start, write_file
+
+_PR_SET_CHILD_SUBREAPER = 36
 
 
 def command(*shown: str, secret: str = "") -> Command:
-    process = Process(name="w", kind=ProcessKind.ATTENTION_WORKER, stage=0, node="n", gpus=(), kv_bytes=1)
+    process = Process(name="vllm", kind=ProcessKind.SERVER, stage=0, node="n", gpus=(), kv_bytes=1)
     return Command(process=process, shown=shown, secrets=(secret,) if secret else ())
 
 
@@ -60,3 +64,40 @@ def test_a_file_that_is_written_again_is_whole_and_as_secret_as_it_must_be(tmp_p
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "link"]
     assert link.is_symlink()
+
+
+@contextmanager
+def process_one() -> Iterator[None]:
+    """Orphans among the descendants of this process become its children, as they do of process 1 in a container."""
+    set_flag = ctypes.CDLL(None).prctl
+    assert set_flag(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) == 0
+    try:
+        yield
+    finally:
+        set_flag(_PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
+
+
+def members(group: int) -> list[str]:
+    """Return the processes of a group, ended ones included, by their lines in /proc."""
+    found = []
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            line = file.read_text()
+            if line.rpartition(")")[2].split()[2] == str(group):
+                found.append(line)
+    return found
+
+
+def test_as_process_1_we_leave_no_zombies_and_every_process_its_exit_code() -> None:
+    with process_one():
+        others = start(command("sh", "-c", "exit 5"))
+        for code in range(3):
+            started = start(command("sh", "-c", f"sleep 600 & sleep 600 & (sleep 600 & sleep 600) & exit {code}"))
+            until_s = monotonic() + 60
+            while (found := started.poll()) is None and monotonic() < until_s:
+                sleep(0.01)
+            assert found == code
+            while members(started.pid) and monotonic() < until_s:
+                sleep(0.01)
+            assert members(started.pid) == []
+        assert others.poll() == 5

@@ -279,13 +279,18 @@ class Started:
 
     def __init__(self, process: subprocess.Popen[bytes]) -> None:
         self._process, self.pid = process, process.pid
+        self._has_ended = False
 
     def poll(self) -> int | None:
         code = self._process.poll()
-        if code is not None:
+        if code is not None and not self._has_ended:
+            self._has_ended = True
             # vLLM's engine and ranks are separate processes, which would keep their GPUs and the front end's port.
             with suppress(ProcessLookupError, PermissionError):
                 os.killpg(self.pid, signal.SIGKILL)
+            # They are now children of process 1, which is this one in a container without an init. They may take
+            # seconds to end.
+            threading.Thread(target=_reap, args=(self.pid,), name=f"reaper {self.pid}", daemon=True).start()
         return code
 
     def terminate(self) -> None:
@@ -295,6 +300,13 @@ class Started:
         self._process.kill()
         self._process.wait()
         self.poll()
+
+
+def _reap(group: int) -> None:
+    """Wait for all processes of a group that are children of this process; otherwise they would stay as zombies."""
+    with suppress(ChildProcessError):  # there are none, or no more
+        while True:
+            os.waitpid(-group, 0)
 
 
 def names_of_this_machine() -> tuple[str, ...]:
