@@ -219,7 +219,8 @@ def bounded_by(result: SolveResult, bound: float) -> SolveResult:
     """Return a result with the bound of a more general problem, and the gap and status that follow from it."""
     from hetis.solver.placement.solve import OPTIMAL_GAP
 
-    gap = abs(result.value - bound) / abs(result.value)
+    distance = abs(result.value - bound)
+    gap = distance / abs(result.value) if result.value else (math.inf if distance else 0.0)  # GPUs may cost nothing
     return replace(result, bound=bound, gap=gap, status=Status.OPTIMAL if gap <= OPTIMAL_GAP else Status.FEASIBLE)
 
 
@@ -398,10 +399,11 @@ def _with_cost(plan: Plan, alone: Plan, place: str, asked: float, rate: float, *
     if plan is alone:
         note = f"losing any one {place} costs nothing extra: {rate:.4g} of {demand:.4g} requests/s are served then"
     else:
-        more = plan.result.value / alone.result.value - 1.0
+        value, without = plan.result.value, alone.result.value
+        more = f"{value / without - 1.0:.1%}" if without else f"{value:.4g} {unit}"
         note = (
-            f"sized for {asked:.4g} requests/s, so that {rate:.4g} are served when any one {place} is lost: {more:.1%} "
-            f"more than {alone.result.value:.4g} {unit} of the plan for {demand:.4g} requests/s without that; no plan "
+            f"sized for {asked:.4g} requests/s, so that {rate:.4g} are served when any one {place} is lost: {more} "
+            f"more than {without:.4g} {unit} of the plan for {demand:.4g} requests/s without that; no plan "
             f"that keeps it takes less than {least:.4g} {unit}"
         )
     return replace(plan, notes=(*plan.notes, note))
