@@ -684,7 +684,22 @@ def test_reports_follow_change_thresholds_and_the_least_interval(bench: Bench) -
     assert hear(560, 0.5) == []  # too soon
     assert hear(560, 0.6) == [560]
     assert hear(899, 1.1) == [899]
-    assert hear(900, 0.01) == [900]  # crosses the threshold: reported at once
+    assert hear(900, 0.01) == [900]  # reaches the threshold: reported at once
+
+
+def test_a_share_that_hovers_at_a_threshold_is_reported_at_once_only_once(bench: Bench) -> None:
+    def hear(used: int, after_s: float = 0.2) -> list[int]:
+        bench.now_s += after_s
+        return reports(bench.do(bench.core.on_engine_report(kv(used), bench.now_s)))
+
+    bench.connect(heartbeat_interval=duration(600))
+    hear(850)
+    assert hear(901) == [901]
+    assert [hear(used) for used in [899, 901, 885, 900] * 50] == [[]] * 200
+    assert hear(875) == [875]  # the fall is reported once the least interval is over
+    assert hear(901) == [901]
+    assert hear(875) == []
+    assert hear(901) == []  # the planner has not heard that it fell
 
 
 def test_a_silent_node_sends_heartbeats_with_jitter(bench: Bench) -> None:
