@@ -226,6 +226,44 @@ async def test_sigterm_ends_an_agent_cleanly_and_metrics_and_token_work(processe
     assert "Traceback" not in processes.log()
 
 
+@pytest.mark.parametrize("hung", ["open", "inventory", "sample", "close"])
+def test_a_driver_that_hangs_does_not_keep_an_agent_from_ending(processes: Processes, hung: str) -> None:
+    """The calls of a driver that hangs cannot be interrupted: they block in C."""
+    program = f"""
+import sys, threading
+from hetis.runtime.agent import daemon
+from hetis.runtime.agent.devices import SimulatedDevices
+
+class Devices:
+    def close(self): pass
+    def inventory(self): return SimulatedDevices().inventory()
+    def sample(self): return []
+
+def hang(*_, **__):
+    print("it hangs", flush=True)
+    threading.Event().wait()
+
+setattr(Devices, {hung!r}, hang)
+daemon.open_devices = hang if {hung!r} == "open" else lambda *_, **__: Devices()
+sys.argv = ["hetis-agent", "--server", "127.0.0.1:1", "--node", {NODE + "p"!r}, "--state-dir", "s"]
+from hetis.runtime.agent.__main__ import main
+sys.exit(main())
+"""
+    with open(processes.folder / "log.txt", "ab") as log:
+        agent = subprocess.Popen([sys.executable, "-c", program], stdout=log, stderr=log, cwd=processes.folder)
+    try:
+        end_s = time.monotonic() + WAIT_S
+        while ("stream to" if hung == "close" else "it hangs") not in processes.log():
+            assert time.monotonic() < end_s, processes.log()
+            time.sleep(0.05)
+        agent.send_signal(signal.SIGTERM)
+        assert agent.wait(30) == 0, processes.log()
+    finally:
+        agent.kill()
+        agent.wait()
+    assert "Traceback" not in processes.log()
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [

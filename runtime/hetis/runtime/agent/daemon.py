@@ -11,10 +11,11 @@ import uuid
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from hetis.runtime.agent.core import AgentCore, AgentIdentity
-from hetis.runtime.agent.devices import Devices, discover, open_devices
+from hetis.runtime.agent.device_reader import DeviceReader
+from hetis.runtime.agent.devices import discover, open_devices
 from hetis.runtime.agent.disk import StateDirectory, StateError, machine_boot_id
 from hetis.runtime.agent.executor import Executor, SocketExecutor
 from hetis.runtime.agent.metrics import AgentMetrics
@@ -28,6 +29,7 @@ from hetis.v1.agent_service_pb2 import AgentCapability, ConnectNodeRequest, Conn
 from hetis.v1.change_pb2 import ChangePhase
 from hetis.v1.executor_service_pb2 import WatchReportsResponse
 from hetis.v1.failure_pb2 import ErrorReason, Failure
+from hetis.v1.report_pb2 import DeviceReport
 
 if TYPE_CHECKING:
     from hetis.runtime.agent.simulated.server import SimulatedServer
@@ -36,11 +38,13 @@ LEAST_REPORT_S = 0.2  # minimum time between two reports from an engine with `Ex
 SCRAPE_S = 2.0
 SAMPLE_S = 1.0  # interval between two samples of the devices
 INVENTORY_S = 60.0
+DRIVER_SILENT_S = 10.0  # devices whose driver has not answered for this long count as unhealthy
 FIRST_REPORT_S = 3.0  # wait at most this long for the engine's first report before connecting to the planner
 LEAST_TICK_S, MOST_TICK_S = 0.005, 1.0
 _ASSIGNS = frozenset({AgentCapability.AGENT_CAPABILITY_ASSIGN})
 _STEERED = _ASSIGNS | {AgentCapability.AGENT_CAPABILITY_MOVE, AgentCapability.AGENT_CAPABILITY_HEAD_MAP}
 _log = logging.getLogger(__name__)
+AnswerT = TypeVar("AnswerT")
 # A source of the engine's reports: its socket or its metrics. Raises RefusedError when the engine is gone.
 Reports = Callable[[], AsyncIterator[WatchReportsResponse]]
 
@@ -84,7 +88,7 @@ class AgentDaemon:
         state: StateDirectory,
         executor: Executor | None,
         reports: Reports,
-        devices: Devices,
+        devices: DeviceReader,
         metrics: AgentMetrics,
         *,
         clock: Callable[[], float] = time.monotonic,
@@ -210,15 +214,32 @@ class AgentDaemon:
     async def _watch_devices(self) -> None:
         looked_s = self._clock()
         while True:
-            self._do(self._core.on_devices(await asyncio.to_thread(self._devices.sample), self._clock()))
-            self._metrics.devices_sampled(self._core.devices())
+            self._sampled(await self._from_driver(self._devices.sample()))
             if self._clock() - looked_s >= INVENTORY_S:
                 looked_s = self._clock()
-                inventory = await asyncio.to_thread(self._devices.inventory)
+                inventory = await self._from_driver(self._devices.inventory())
                 if inventory.digest != self._core.inventory.digest:
                     self._metrics.inventory_found(inventory)
                 self._do(self._core.on_inventory(inventory, self._clock()))
             await asyncio.sleep(SAMPLE_S)
+
+    async def _from_driver(self, answer: asyncio.Future[AnswerT]) -> AnswerT:
+        """Return the driver's answer. From `DRIVER_SILENT_S` until it comes, the devices are reported as unhealthy."""
+        try:
+            done, _ = await asyncio.wait({answer}, timeout=DRIVER_SILENT_S)
+            if not done:
+                why = f"the driver has not answered for {DRIVER_SILENT_S:g} s: reboot the node if it does not recover"
+                _log.error("devices: %s", why)
+                self._sampled([DeviceReport(index=one.index, unhealthy=why) for one in self._core.inventory.devices])
+                await answer
+                _log.info("devices: the driver answers again")
+            return await answer
+        finally:
+            answer.cancel()
+
+    def _sampled(self, devices: list[DeviceReport]) -> None:
+        self._do(self._core.on_devices(devices, self._clock()))
+        self._metrics.devices_sampled(self._core.devices())
 
     async def _keep_time(self) -> None:
         while True:
@@ -255,9 +276,10 @@ async def run_agent(parts: Parts) -> None:
         state = StateDirectory(parts.state_dir)
         stack.callback(state.close)
         simulated = parts.devices.startswith("simulated:")  # several such nodes share a host
-        devices = open_devices(parts.devices, host_name=parts.node.rpartition("/")[2] if simulated else "")
-        stack.callback(devices.close)
-        inventory = devices.inventory()
+        host_name = parts.node.rpartition("/")[2] if simulated else ""
+        devices = DeviceReader(lambda: open_devices(parts.devices, host_name=host_name))
+        stack.push_async_callback(devices.close)
+        inventory = await devices.start()
         metrics = AgentMetrics(version=parts.agent_version)
         if parts.metrics is not None:
             host, port = parts.metrics
