@@ -1,4 +1,4 @@
-"""The process around the core: its counters, and what it makes of a driver that hangs."""
+"""The process around the core: its counters, and what it makes of a driver that hangs and of a full disk."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from hetis.runtime.agent.core import AgentCore, AgentIdentity
 from hetis.runtime.agent.daemon import LEAST_REPORT_S, AgentDaemon
 from hetis.runtime.agent.device_reader import DeviceReader
 from hetis.runtime.agent.devices import Devices, SimulatedDevices
-from hetis.runtime.agent.disk import StateDirectory
+from hetis.runtime.agent.disk import StateDirectory, StateError
 from hetis.runtime.agent.metrics import AgentMetrics
 from hetis.runtime.agent.options import PlannerAddress, ReconnectBackoff
 from hetis.runtime.agent.stream import PlannerStream
-from hetis.v1.executor_service_pb2 import WatchReportsResponse
+from hetis.v1.executor_service_pb2 import ApplyAssignmentRequest, WatchReportsResponse
 from hetis.v1.inventory_pb2 import NodeInventory
 from hetis.v1.report_pb2 import DeviceReport
-from tests.runtime.agent.builders import NODE, STEERED
+from tests.runtime.agent.builders import NODE, STEERED, Planner
 from tests.runtime.agent.planner_double import WAIT_S, PlannerDouble
 from tests.runtime.agent.recording import RecordingExecutor
 
@@ -115,3 +115,39 @@ async def test_devices_whose_driver_hangs_are_unhealthy_until_it_answers(
         )
         assert told.report.devices[1].unhealthy == ""
         assert gauge(metrics, "device_healthy", "1") == 1
+
+
+async def test_what_the_disk_refuses_is_neither_done_nor_told_until_it_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("hetis.runtime.agent.daemon.LEAST_REWRITE_S", 0.05)
+    monkeypatch.setattr("hetis.runtime.agent.daemon.MOST_REWRITE_S", 0.1)
+    write, refused, is_full = StateDirectory.write, asyncio.Queue[str](), False
+
+    def write_if_not_full(self: StateDirectory, name: str, body: bytes | None) -> None:
+        if is_full:
+            refused.put_nowait(name)
+            raise StateError(f"state file {name}: No space left on device")
+        write(self, name, body)
+
+    monkeypatch.setattr(StateDirectory, "write", write_if_not_full)
+    executor, say = RecordingExecutor(), Planner()
+    async with PlannerDouble() as planner, agent(planner, tmp_path, SimulatedDevices(), executor):
+        await planner.connected(1)
+        is_full = True
+        planner.send(assign := say.assign())
+        executor.reports.put_nowait(WatchReportsResponse(engine_id="e"))
+        for _ in range(10):
+            assert await refused.get() == assign.delta.replica
+        assert planner.hellos == 1
+        assert not executor.asked
+        assert not any(message.HasField("ack") for message in planner.heard)
+        is_full = False
+        await planner.connected(2)
+        (held,) = [message for message in planner.heard if message.HasField("hello")][1].hello.replicas
+        assert held.generation == 1
+        assert [type(request) for request in executor.asked] == [ApplyAssignmentRequest]
+        planner.send(assign)
+        await planner.until(lambda message: message.ack.nonce == assign.delta.nonce)
+    said = [record.getMessage() for record in caplog.records if record.name == "hetis.runtime.agent.daemon"]
+    assert len([line for line in said if "No space left on device: no planner is connected until" in line]) == 1

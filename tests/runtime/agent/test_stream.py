@@ -28,7 +28,7 @@ class Listener:
         self.ends: list[str] = []
         self._breaks = breaks
 
-    def hello(self) -> ConnectNodeRequest:
+    async def hello(self) -> ConnectNodeRequest:
         return ConnectNodeRequest(sequence=1, hello=Hello(node=NODE + "p"))
 
     def heard(self, message: ConnectNodeResponse) -> None:

@@ -42,6 +42,7 @@ DRIVER_SILENT_S = 10.0  # devices whose driver has not answered for this long co
 LOST_S = 5.0  # an engine that cannot be reached for this long is lost, and with it what it last reported
 FIRST_REPORT_S = 3.0  # wait at most this long for the engine's first report before connecting to the planner
 LEAST_TICK_S, MOST_TICK_S = 0.005, 1.0
+LEAST_REWRITE_S, MOST_REWRITE_S = 1.0, 30.0  # shortest and longest wait before a failed write is repeated
 _ASSIGNS = frozenset({AgentCapability.AGENT_CAPABILITY_ASSIGN})
 _STEERED = _ASSIGNS | {AgentCapability.AGENT_CAPABILITY_MOVE, AgentCapability.AGENT_CAPABILITY_HEAD_MAP}
 _log = logging.getLogger(__name__)
@@ -99,28 +100,31 @@ class AgentDaemon:
         self._calls: dict[int, asyncio.Task[None]] = {}
         self._stream: PlannerStream | None = None
         self._woken, self._engine_spoke = asyncio.Event(), asyncio.Event()
-        self._failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        # The write that failed, and all actions that must follow it in order. Empty: everything is on disk.
+        self._unwritten: list[Action] = []
+        self._write_failed, self._is_written = asyncio.Event(), asyncio.Event()
+        self._is_written.set()
 
     async def run(self, stream: PlannerStream) -> None:
-        """Run until cancelled. Raises StateError if the state cannot be written; nothing unwritten is acknowledged."""
+        """Run until cancelled. Nothing unwritten is acknowledged: there is no stream while a write fails."""
         self._stream = stream
         self._metrics.inventory_found(self._core.inventory)
-        loops = [self._watch_engine(), self._watch_devices(), self._keep_time(), self._connect(stream)]
-        tasks: list[asyncio.Task[None]] = [asyncio.create_task(loop) for loop in loops]
+        loops = [self._watch_engine(), self._watch_devices(), self._keep_time(), self._write_again()]
+        tasks: list[asyncio.Task[None]] = [asyncio.create_task(loop) for loop in (*loops, self._connect(stream))]
         try:
-            done, _ = await asyncio.wait({*tasks, self._failed}, return_when=asyncio.FIRST_COMPLETED)
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             for ended in done:
                 await ended
         finally:
             for task in [*tasks, *self._calls.values()]:
                 task.cancel()
             await asyncio.gather(*tasks, *self._calls.values(), return_exceptions=True)
-            if self._failed.done() and not self._failed.cancelled():
-                self._failed.exception()
 
     # --- the stream
 
-    def hello(self) -> ConnectNodeRequest:
+    async def hello(self) -> ConnectNodeRequest:
+        while self._unwritten:
+            await self._is_written.wait()
         self._metrics.sent(message := self._core.hello())
         return message
 
@@ -139,14 +143,17 @@ class AgentDaemon:
 
     def _do(self, actions: list[Action]) -> None:
         for action in actions:
+            if self._unwritten:
+                if not isinstance(action, Send | EndStream):  # the stream has ended
+                    self._unwritten.append(action)
+                continue
             match action:
                 case Persist():
                     try:
                         self._state.write(action.part, action.body)
                     except StateError as error:
-                        if not self._failed.done():
-                            self._failed.set_exception(error)
-                        return  # later actions build on this one
+                        self._unwritten.append(action)
+                        self._end_for_disk(error)
                 case Send():
                     self._count(action.message)
                     if self._stream is not None:
@@ -160,6 +167,20 @@ class AgentDaemon:
                     if self._stream is not None:
                         self._stream.end(action)
         self._woken.set()
+
+    def _end_for_disk(self, error: StateError) -> None:
+        """End the stream, because a write failed: what the core holds may be forgotten, so no planner may hear of it.
+
+        The node and its engines continue.
+        """
+        if self._write_failed.is_set():
+            return  # it fails again
+        _log.error("%s: no planner is connected until it can be written; the engines continue", error)
+        self._write_failed.set()
+        self._is_written.clear()
+        self._core.stream_ended()
+        if self._stream is not None:
+            self._stream.end(EndStream(failure_of(ErrorReason.ERROR_REASON_INTERNAL, str(error))))
 
     def _count(self, message: ConnectNodeRequest) -> None:
         self._metrics.sent(message)
@@ -249,6 +270,20 @@ class AgentDaemon:
         self._do(self._core.on_devices(devices, self._clock()))
         self._metrics.devices_sampled(self._core.devices())
 
+    async def _write_again(self) -> None:
+        """Repeat a write that failed until it succeeds, then do what had to wait for it."""
+        while True:
+            await self._write_failed.wait()
+            wait_s = LEAST_REWRITE_S
+            while self._unwritten:
+                await asyncio.sleep(wait_s)
+                wait_s = min(2 * wait_s, MOST_REWRITE_S)
+                actions, self._unwritten = self._unwritten, []
+                self._do(actions)
+            _log.info("the state is written again")
+            self._write_failed.clear()
+            self._is_written.set()
+
     async def _keep_time(self) -> None:
         while True:
             self._woken.clear()
@@ -279,7 +314,7 @@ class Parts:
 
 
 async def run_agent(parts: Parts) -> None:
-    """Run an agent until cancelled. Raises DevicesUnavailableError, StateError or OSError if it cannot go on."""
+    """Run an agent until cancelled. Raises DevicesUnavailableError, StateError or OSError if it cannot start."""
     async with contextlib.AsyncExitStack() as stack:
         state = StateDirectory(parts.state_dir)
         stack.callback(state.close)
