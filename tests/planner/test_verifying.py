@@ -531,13 +531,16 @@ def test_a_simulation_that_exceeds_its_time_limit_is_ended_and_decides_nothing(p
     loaded = load_inputs(cluster=cluster, model="Llama-2-7B", workload="500/100", profiles=())
     bare, looks = replace(plan, inputs={}), itertools.count()
 
-    def simulated(limit_s: float) -> Plan:
+    def simulated(limit_s: float, plan: Plan = bare) -> Plan:
         return simulated_plan(
-            bare, loaded, problem, PlacementSettings(), level=DEFAULT, cancelled=threading.Event(), report=unreported,
+            plan, loaded, problem, PlacementSettings(), level=DEFAULT, cancelled=threading.Event(), report=unreported,
             budget=lambda: Budget(time_limit_s=1.0, clock=lambda: float(next(looks))), limit_s=limit_s,
         )  # fmt: skip
 
     assert simulated(math.inf).inputs[VERIFICATION] == plan.inputs[VERIFICATION], "as ever, however long it takes"
+    demanded = replace(bare, objective=replace(bare.objective, demand_rps=0.01))
+    assert simulated(math.inf, demanded).inputs[VERIFICATION] == plan.inputs[VERIFICATION], "at the planned rate"
+    assert simulated(math.inf, demanded).objective == demanded.objective
     began = next(looks)
     stopped = simulated(500.0)
     assert next(looks) - began < 600, "within a run of 4,000 requests, before each of which the time is read"

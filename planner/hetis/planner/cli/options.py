@@ -123,7 +123,9 @@ prefix_hit_rate_option = partial(
     shown="the workload's, or 0",
 )
 rate_option = partial(
-    _goal, "--rate R: Demanded requests/s; required by the objectives cost and gpus.", parser=values.demand
+    _goal,
+    "--rate R: Demanded requests/s; required by the objectives cost and gpus. Others show and --strict tests it.",
+    parser=values.demand,
 )
 ttft_option = partial(_goal, "--ttft TIME|none: Limit of the p95 time to first token.", parser=values.ttft_limit)
 tpot_option = partial(_goal, "--tpot TIME|none: Limit of the mean time per output token.", parser=values.tpot_limit)

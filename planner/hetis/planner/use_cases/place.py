@@ -293,6 +293,8 @@ def simulated_plan(
 ) -> Plan:  # fmt: skip
     """Simulate a plan of `make_plan`; if it misses a limit, search again with a tighter one (`verified_plan`).
 
+    A plan that maximises its rate is simulated at that rate, whatever rate is demanded of it.
+
     There is no other search for a plan that survives a loss, or without ``again``. ``budget`` returns the budget of one
     search; all further ones together have the same time. ``losses``: add the effects of losses to another plan. Once
     cancelled, or after ``limit_s`` of simulations and further searches, the plan is returned as far as it was verified,
@@ -315,12 +317,15 @@ def simulated_plan(
             spent_s += rest.elapsed_s()
         return describe(other, loaded, problem, settings)
 
-    plan, again = held_to(level, plan), again and not settings.survive
+    plan, again, asked = held_to(level, plan), again and not settings.survive, plan.objective
+    if asked.maximises:
+        plan = replace(plan, objective=replace(asked, demand_rps=None))
     problem = replace(problem, objective=plan.objective)  # its demand is larger if a loss must be survived
     found = verified_plan(
         plan, problem, find if again else None, seed=settings.seed, cancelled=_Spent(whole),
         report=simulation_report(plan, report),
     )  # fmt: skip
+    found, problem = replace(found, objective=asked), replace(problem, objective=asked)
     found = noted_if_stopped(found, cancelled, whole)
     simulated = verification_of(found)
     if again and simulated is not None and not simulated.kept and whole.is_spent() and not cancelled.is_set():
