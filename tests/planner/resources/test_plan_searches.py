@@ -12,6 +12,7 @@ from pathlib import Path
 import grpc
 import sqlalchemy
 
+from hetis.planner import callers
 from hetis.planner.jobs.pool import PoolSettings
 from hetis.planner.resources.requests import MOST_PAGE_BYTES
 from hetis.planner.store import Transaction, records
@@ -194,6 +195,22 @@ async def test_what_was_not_ended_is_queued_again_by_the_next_planner_but_for_wh
         ]
         assert after[-1].plan.state == FAILED
         assert after[-1].sequence > before.sequence
+
+
+async def test_searches_still_count_as_their_callers_after_a_restart(tmp_path: Path) -> None:
+    settings = PoolSettings(num_processes=1, queued_per_caller=1)
+    async with planner_in(tmp_path, scripted=True, settings=settings) as planner:
+        for name in ("first", "second"):
+            await planner.create(name, seed=WAIT)
+    async with planner_in(tmp_path, scripted=True, settings=settings) as planner:
+        assert planner.pool.searches_of().keys() == {callers.ANYBODY.name}
+        another = await refused(planner.call("CreatePlan", create_request("third", seed=WAIT)))
+        assert another.reason == "QUOTA_EXCEEDED"
+        # An earlier version stored no callers.
+        await planner.store.write(lambda tx: tx.plan_documents.delete("plans/second/caller"))
+    async with planner_in(tmp_path, scripted=True, settings=settings) as planner:
+        assert planner.pool.searches_of().keys() == {callers.ANYBODY.name, callers.PLANNER.name}
+        await planner.create("third", seed=WAIT)
 
 
 async def test_a_watch_ends_with_the_planner(tmp_path: Path) -> None:

@@ -292,6 +292,44 @@ async def test_a_second_planner_does_not_lead_while_the_first_one_does(url: str)
     await second.close()
 
 
+async def test_a_store_that_only_answers_reads_is_unwritable_until_something_could_be_written(url: str) -> None:
+    store = await leading(url)
+    # As on a full disk. PostgreSQL has no such setting of a connection, but one for its later transactions.
+    off, on = (
+        ("PRAGMA query_only = 0", "PRAGMA query_only = 1")
+        if url.startswith("sqlite")
+        else (
+            "SET SESSION CHARACTERISTICS AS TRANSACTION READ WRITE",
+            "SET SESSION CHARACTERISTICS AS TRANSACTION READ ONLY",
+        )
+    )
+
+    async def switch(statement: str) -> None:
+        def work() -> None:
+            with opening.at_once(opening.reading(store._engine)).connect() as connection:
+                connection.exec_driver_sql(statement)
+
+        await store._run(work)
+
+    async def reach(errors: int) -> None:
+        while store.health.errors < errors:
+            await asyncio.sleep(0.01)
+
+    assert store.health.unwritable_s == 0
+    await switch(on)
+    with pytest.raises(ServiceError) as caught:
+        await store.write(lambda tx: tx.clusters.insert(samples.cluster("clusters/a")))
+    assert caught.value.metadata == {"changed": "no"}
+    async with asyncio.timeout(30):
+        await reach(3)  # it tries again by itself
+        assert await store.read(lambda tx: tx.clusters.all()) == []
+        assert 0 < store.health.answered_s_ago < store.health.unwritable_s
+        await switch(off)
+        while store.health.unwritable_s:
+            await asyncio.sleep(0.01)
+    await store.close()
+
+
 async def test_a_lock_that_was_removed_is_taken_again_in_the_same_term(sqlite_url: str, tmp_path: Path) -> None:
     first, second = await leading(sqlite_url), await Store.open(sqlite_url)
     lock, epoch = tmp_path / "hetis.db.lock", first.epoch

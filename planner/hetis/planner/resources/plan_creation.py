@@ -64,9 +64,18 @@ def problem_name(plan: str) -> str:
     return f"{plan}/problem"
 
 
+def caller_name(plan: str) -> str:
+    """Return the name under which a search's caller is stored beside its problem, for the quotas of the next planner.
+
+    Stores of earlier versions lack it.
+    """
+    return f"{plan}/caller"
+
+
 def forget_problem(tx: Transaction, plan: str) -> None:
     """Delete what is stored for the search, so that the next planner does not restart it."""
-    tx.plan_documents.delete(problem_name(plan))
+    for name in (problem_name(plan), caller_name(plan)):
+        tx.plan_documents.delete(name)
 
 
 @dataclass(slots=True, eq=False)
@@ -107,7 +116,7 @@ class PlanSearches:
         """Restart the searches that the previous planner did not finish, oldest first, however many there are."""
         left = await self._store.read(lambda reader: reader.plans.all(state=SEARCHING))
         for record in reversed(left):
-            posed_json = await self._posed_json(record.name)
+            posed_json, caller = await self._stored(record.name)
             if posed_json is None:
                 await self._end(record.name, None, CalledOff())
                 continue
@@ -118,10 +127,16 @@ class PlanSearches:
                 continue
             if record.state != plan_pb2.PLAN_STATE_QUEUED:
                 await self._change(record.name, _queued_again)
-            self.begin(record.name, self._pool.reserve(PLANNER.name, even_if_full=True), posed, posed_json)
+            self.begin(record.name, self._pool.reserve(caller, even_if_full=True), posed, posed_json)
 
-    async def _posed_json(self, plan: str) -> bytes | None:
-        return await self._store.read(lambda reader: reader.plan_documents.get(problem_name(plan)))
+    async def _stored(self, plan: str) -> tuple[bytes | None, str]:
+        """Return a plan's problem, if it is still wanted, and the name of the caller who asked for it."""
+
+        def read(reader: Reader) -> tuple[bytes | None, str]:
+            caller = reader.plan_documents.get(caller_name(plan))
+            return reader.plan_documents.get(problem_name(plan)), caller.decode() if caller else PLANNER.name
+
+        return await self._store.read(read)
 
     async def stop(self) -> None:
         """Stop following the searches; in the store they remain QUEUED or SOLVING."""
@@ -359,7 +374,9 @@ class PlanCreation:
             if isinstance(answer, ImportedPlan):
                 tx.plan_documents.put(made.name, answer.document)
             else:
+                assert place is not None
                 tx.plan_documents.put(problem_name(made.name), answer.json)
+                tx.plan_documents.put(caller_name(made.name), place.caller.encode())
             return pb2.CreatePlanResponse(plan=basic_view(made)), partial(begin, basic_view(made))
 
         async def begin(plan: plan_pb2.Plan) -> None:

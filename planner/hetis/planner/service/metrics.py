@@ -222,6 +222,11 @@ class StoreCollector(Collector):
             "hetis_planner_store_answered_seconds", "Seconds since the store last answered.", health.answered_s_ago
         )
         yield GaugeMetricFamily(
+            "hetis_planner_store_unwritable_seconds",
+            "Seconds since a write to the store failed, with none known to work since; 0 if writes work.",
+            health.unwritable_s,
+        )
+        yield GaugeMetricFamily(
             "hetis_planner_lease_age_seconds", "Seconds since the leader's lease was last renewed.", lease.age_s
         )
         yield GaugeMetricFamily(
