@@ -9,16 +9,21 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 
 from hetis.solver.advice import without
+from hetis.solver.budget import Budget, SearchSettings, silent
 from hetis.solver.check import check_plan
 from hetis.solver.cluster import Cluster, GpuSlots, NodeGroup
+from hetis.solver.constraints import Constraint, Duty, RestrictRole, Selection, Unit
 from hetis.solver.errors import InfeasibleError, InvalidProblemError
+from hetis.solver.placement.constrained_problem import apply_constraints
+from hetis.solver.placement.tabulation import build_cost_tables
 from hetis.solver.plan import Objective, ObjectiveKind, Plan, Role
 from hetis.solver.planning import solve_placement
 from hetis.solver.problem import PlacementProblem
 from hetis.solver.replanning import fresh as fresh_search
 from hetis.solver.replanning.change import HALF_DONE, ChangeCosts, Fate, ReplanningProblem, in_flight
 from hetis.solver.replanning.check import check_replanning
-from hetis.solver.replanning.solve import Replanning, solve_replanning
+from hetis.solver.replanning.running import Continuation
+from hetis.solver.replanning.solve import Replanning, Survivors, solve_replanning
 from hetis.solver.replanning.transition import Action
 from tests.solver.instances import SMALL_FAMILY, make_node, make_problem, make_profile, make_workload, problems
 from tests.solver.oracle import best_plan_value
@@ -253,6 +258,66 @@ def test_a_replica_whose_nodes_differ_now_still_runs_until_it_is_stopped() -> No
     posed = ReplanningProblem(running=running, problem=problem, costs=AT_ONCE)
     same = solve_replanning(posed)
     assert check_replanning(posed, replace(same, lost=(0,)))
+
+
+# --- what constraints and zones allow
+
+
+def barred(node: str, *duties: Duty) -> tuple[Constraint, ...]:
+    gpus = Selection(unit=Unit.NODE, name=node)
+    return tuple(RestrictRole(gpus=gpus, duty=duty, only=False) for duty in duties)
+
+
+def with_workers(nodes: list[NodeGroup], *constraints: Constraint) -> PlacementProblem:
+    """Return a problem with so much KV that A wants attention workers, with which it serves more."""
+    problem = make_problem(
+        nodes, profiles=TWO_TYPES, family=replace(UNIFIED, max_pool=2), workload=make_workload((60, 200))
+    )
+    return replace(problem, constraints=constraints)
+
+
+def served_with_workers() -> Plan:
+    """Return a plan whose attention workers are the GPUs of node b."""
+    nodes = [make_node("a", "A", zone="east"), make_node("b", "B", gpus=2, zone="east")]
+    running = solve_placement(with_workers(nodes, *barred("b", Duty.PRIMARY)))
+    [replica] = running.replicas
+    assert {name.partition("/")[0] for name in replica.worker_devices()} == {"b"}
+    return running
+
+
+def options_of(running: Plan, problem: PlacementProblem) -> list[Continuation]:
+    problem = apply_constraints(problem)
+    posed = ReplanningProblem(running=running, problem=problem, costs=AT_ONCE)
+    return Survivors(posed, build_cost_tables(problem)).options
+
+
+@pytest.mark.parametrize(("zone", "duty"), [("east", None), ("west", None), ("east", Duty.WORKER)])
+def test_lost_workers_are_replaced_by_gpus_that_may_be_workers_there(zone: str, duty: Duty | None) -> None:
+    running = served_with_workers()
+    nodes = [make_node("a", "A", zone="east"), make_node("c", "B", gpus=2, zone=zone)]
+    problem = with_workers(nodes, *(barred("c", duty) if duty is not None else ()))
+    pools = [stage.pool_class for option in options_of(running, problem) for stage in option.template.stages]
+    assert any(pool >= 0 for pool in pools) == (zone == "east" and duty is None)
+    replanned(running, problem)
+
+
+def test_a_lost_replica_is_not_replaced_by_gpus_that_may_not_have_its_role() -> None:
+    nodes = [make_node("a", "A", gpus=2), make_node("b", "A", gpus=2), make_node("c", "A", gpus=4)]
+    problem = make_problem(nodes, profiles=TWO_TYPES, family=replace(UNIFIED, roles=(Role.PREFILL, Role.DECODE)))
+    decoding = (*barred("a", Duty.PREFILL), *barred("c", Duty.PREFILL))
+    running = solve_placement(replace(problem, constraints=(*decoding, *barred("b", Duty.DECODE))))
+    left = replace(problem, cluster=without(problem.cluster, ["b"]), constraints=decoding)
+    assert options_of(running, left)
+    assert not [o for o in options_of(running, left) if running.replicas[o.old].role is Role.PREFILL]
+
+
+def test_replicas_for_the_remaining_gpus_keep_constraints_on_duties() -> None:
+    nodes = [make_node("a", "A", nodes=2), make_node("b", "B", gpus=2)]
+    settings = SearchSettings(strategy="hetis", budget=Budget(), gap_target=1e-3, seed=0, threads=1, report=silent)
+    for duties, has_pool in (((Duty.PRIMARY,), True), ((Duty.PRIMARY, Duty.WORKER), False)):
+        costs = build_cost_tables(apply_constraints(with_workers(nodes, *barred("b", *duties))))
+        [template] = fresh_search.search_left_over(costs, {"a-0/0"}, None, settings)
+        assert any(stage.pool_class >= 0 for stage in template.stages) == has_pool
 
 
 def test_a_plan_by_a_heuristic_has_no_replanning() -> None:

@@ -35,6 +35,7 @@ import numpy as np
 
 from hetis.solver.budget import SearchSettings
 from hetis.solver.cluster import Cluster, NodeGroup, node_of
+from hetis.solver.constraints import ConstraintIndex
 from hetis.solver.placement.enumeration import explore_enumerated
 from hetis.solver.placement.exact import TOLERANCES, ExactSearch, is_small
 from hetis.solver.placement.fleet import UNIFIED
@@ -49,7 +50,7 @@ from hetis.solver.placement.template import Template, interval_of, stages_in, us
 from hetis.solver.plan import LEAST_DEMAND_RPS, ObjectiveKind
 from hetis.solver.replanning.change import Fate
 from hetis.solver.replanning.net_master import Candidate, ColumnList, NetMaster, Row, least_start_s
-from hetis.solver.replanning.running import Continuation, is_allowed
+from hetis.solver.replanning.running import Continuation, has_stages, is_allowed
 
 FINEST = 1e-6  # ratio by which ceilings of the exact search may exceed the rates found
 
@@ -186,7 +187,8 @@ def search_left_over(
         assert demand_rps is not None, "the objective is minimised"
         # The remaining demand may be less than can be planned for; a replica for slightly more serves it, too.
         objective = replace(objective, demand_rps=max(demand_rps, LEAST_DEMAND_RPS))
-    part = build_cost_tables(replace(costs.problem, cluster=left, objective=objective))
+    index = _index_of(left, costs.problem.constraint_index)
+    part = build_cost_tables(replace(costs.problem, cluster=left, objective=objective, constraint_index=index))
     outcome = search(part, settings)
     if outcome is None:
         return ()
@@ -211,17 +213,33 @@ def _left_over(cluster: Cluster, taken: set[str]) -> Cluster | None:
     return replace(cluster, node_groups=tuple(groups)) if groups else None
 
 
+def _index_of(left: Cluster, index: ConstraintIndex | None) -> ConstraintIndex | None:
+    """Return the constraints on the GPUs of the whole fleet by the names of the groups that are left."""
+    if index is None:
+        return None
+    found = {
+        (group.name, slots.gpu): index.of(_origin_name(group), slots.gpu)
+        for group in left.node_groups
+        for slots in group.gpus
+    }
+    return replace(index, on=found)
+
+
+def _origin_name(group: NodeGroup) -> str:
+    """Return the name of the whole fleet's node group from which a group of `_left_over` comes."""
+    return group.name.partition("/")[0]
+
+
 def _translated(template: Template, part: CostTables, whole: CostTables) -> Template | None:
     """Translate a replica from the remaining fleet to the whole fleet; classes are matched by their node groups."""
     class_of = [_origin(part, g, whole) for g in range(len(part.classes))]
     stages = stages_in(whole, part, class_of, template)
     mix, zones = part.mixes[template.mix], part.scopes[template.scope].zones
     mixes = [x for x, other in enumerate(whole.mixes) if other == mix]
-    primaries = {whole.ranks[stage.rank][0] for stage in stages}
     scopes = [
         i
         for i, scope in enumerate(whole.scopes)
-        if scope.zones == zones and scope.serves(mix) and all(map(scope.computes_on, primaries))
+        if scope.zones == zones and scope.serves(mix) and has_stages(whole, scope, stages)
     ]
     if not stages or not mixes or not scopes:
         return None
@@ -231,7 +249,7 @@ def _translated(template: Template, part: CostTables, whole: CostTables) -> Temp
 
 def _origin(part: CostTables, g: int, whole: CostTables) -> int:
     """Return the class of the whole fleet from which a class of the remaining fleet comes."""
-    name, gpu = part.classes[g].groups[0].name.partition("/")[0], part.classes[g].gpu
+    name, gpu = _origin_name(part.classes[g].groups[0]), part.classes[g].gpu
     return next(
         i for i, c in enumerate(whole.classes) if c.gpu == gpu and any(group.name == name for group in c.groups)
     )

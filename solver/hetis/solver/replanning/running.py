@@ -14,9 +14,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from hetis.solver.cluster import Cluster
+from hetis.solver.constraints import DUTY_OF_ROLE, Duty
 from hetis.solver.placement.fleet import class_of_slots
 from hetis.solver.placement.pipelines import is_run_by_engine
-from hetis.solver.placement.tables import BOTH, FIRST, LAST, CostTables
+from hetis.solver.placement.tables import BOTH, FIRST, LAST, CostTables, Scope
 from hetis.solver.placement.template import Template, TemplateStage, interval_of, least_ttft_limit_s, roles, room_layers
 from hetis.solver.plan import AttentionWorkerPool, ReplicaPlan, Role, StagePlan
 from hetis.solver.replanning.change import ChangeCosts, Fate
@@ -138,18 +139,20 @@ class Continuations:
     def _template(self, layout: _Layout) -> Template | None:
         """Return the replica in terms of the cost tables; None if family or fleet cannot have such a replica."""
         stages, replica = list[TemplateStage](), layout.replica
-        dp, tables = replica.attention_dp, self.costs.scopes[0].tables
+        dp, tables, home = replica.attention_dp, self.costs.scopes[0].tables, self._home(layout)
         for index, (stage, groups, workers) in enumerate(
             zip(replica.stages, layout.groups, layout.workers, strict=True)
         ):
-            device_class = self._class_of(groups, stage.gpu)
-            rank = None if device_class is None else self.costs.rank_of(device_class, stage.tp * dp, dp)
-            if rank is None:
+            size = stage.tp * dp
+            able = [g for g in self._alike(stage.gpu, replica.role) if self.costs.rank_of(g, size, dp) is not None]
+            device_class = self._class_of(groups, [g for g in able if self._zone(g) in home] or able)
+            rank = None if device_class is None else self.costs.rank_of(device_class, size, dp)
+            if device_class is None or rank is None:
                 return None
             pool_class, cards, held = -1, 0, 0
             if workers:
                 pool = next(pool for pool in replica.attention_workers if pool.stage == index)
-                found = self._class_of(workers, pool.gpu)
+                found = self._class_of(workers, self._able_workers(pool.gpu, replica.role, self._zone(device_class)))
                 cards, rest = divmod(len(workers), stage.copies)
                 if found is None or rest or pool.shared or cards not in self.costs.pool_sizes:
                     return None
@@ -163,13 +166,37 @@ class Continuations:
         rough = Template(scope, mix, f, tuple(stages), np.inf)
         return replace(rough, interval_s=interval_of(self.costs, rough))
 
-    def _class_of(self, groups: Sequence[Group], gpu: str) -> int | None:
-        """Return the common class of all remaining groups; if there are none, the fleet's largest class of the type."""
+    def _class_of(self, groups: Sequence[Group], able: Sequence[int]) -> int | None:
+        """Return the common class of all remaining groups; if there are none, the largest class of ``able``."""
         found = {self.places[group[0]].device_class for group in groups if group is not None}
         if len(found) > 1:
             return None
-        alike = [g for g, c in enumerate(self.costs.classes) if c.gpu == gpu]
-        return found.pop() if found else max(alike, key=lambda g: self.costs.classes[g].available, default=None)
+        return found.pop() if found else max(able, key=lambda g: self.costs.classes[g].available, default=None)
+
+    def _alike(self, gpu: str, role: Role) -> list[int]:
+        """Return the classes of a type whose GPUs may be in replicas of this role."""
+        duty = DUTY_OF_ROLE[role]
+        return [g for g, c in enumerate(self.costs.classes) if c.gpu == gpu and duty not in c.constraints.barred]
+
+    def _able_workers(self, gpu: str, role: Role, zone: str) -> list[int]:
+        """Return the classes of a type whose GPUs may be attention workers in this zone, that of their stage."""
+        classes = self.costs.classes
+        return [
+            g
+            for g in self._alike(gpu, role)
+            if classes[g].zone == zone and Duty.WORKER not in classes[g].constraints.barred
+        ]
+
+    def _zone(self, device_class: int) -> str:
+        return self.costs.classes[device_class].zone
+
+    def _home(self, layout: _Layout) -> set[str]:
+        """Return the zones in which the replica still has GPUs, where those that replace others come from if possible.
+
+        An engine's replica lies in one zone, as do a stage and its attention workers.
+        """
+        parts = (group for part in (*layout.groups, *layout.workers) for group in part if group is not None)
+        return {self._zone(self.places[group[0]].device_class) for group in parts}
 
     def _settings(self, replica: ReplicaPlan, stages: Sequence[TemplateStage]) -> tuple[int, int, int] | None:
         """Return (scope, mix, in-flight index) of a replica on these stages."""
@@ -180,8 +207,7 @@ class Continuations:
         for x, mix in enumerate(self.costs.mixes):
             if (mix.micro_batch, mix.chunk_tokens, mix.role, mix.sends_afar, mix.attention_dp) == key:
                 for scope, part in enumerate(self.costs.scopes):
-                    is_own = all(part.computes_on(self.costs.ranks[stage.rank][0]) for stage in stages)
-                    if set(part.zones) == zones and part.serves(mix) and is_own:
+                    if set(part.zones) == zones and part.serves(mix) and has_stages(self.costs, part, stages):
                         in_flight = self.costs.problem.family.in_flight
                         wanted = replica.in_flight // replica.attention_dp
                         found = in_flight.index(wanted) if wanted in in_flight else None
@@ -261,6 +287,19 @@ class Continuations:
                 if (best is None or candidate.rate > best.rate) and is_allowed(costs, candidate):
                     best = candidate
         return best
+
+
+def has_stages(costs: CostTables, scope: Scope, stages: Sequence[TemplateStage]) -> bool:
+    """Return whether a scope has these stages: constraints and zones allow all of their GPUs to do their work in it."""
+    tables = scope.tables
+    for stage in stages:
+        device_class = costs.ranks[stage.rank][0]
+        if not scope.computes_on(device_class) or tables.available[device_class] == 0:
+            return False
+        pool_class = stage.pool_class
+        if pool_class >= 0 and (tables.available[pool_class] == 0 or tables.pool_start[stage.rank, pool_class] < 0):
+            return False
+    return True
 
 
 def is_allowed(costs: CostTables, template: Template) -> bool:
