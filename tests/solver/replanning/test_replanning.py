@@ -260,6 +260,17 @@ def test_a_replica_whose_nodes_differ_now_still_runs_until_it_is_stopped() -> No
     assert check_replanning(posed, replace(same, lost=(0,)))
 
 
+@pytest.mark.parametrize("joining", [[], [make_node("c", "B", zone="north")]], ids=["reordered", "joined"])
+def test_replicas_are_kept_if_zones_are_reordered_or_join(joining: list[NodeGroup]) -> None:
+    nodes = [make_node("a", "A", zone="east"), make_node("b", "A", zone="west")]
+    problem = make_problem(nodes, profiles=TWO_TYPES, family=replace(UNIFIED, roles=(Role.PREFILL, Role.DECODE)))
+    running = solve_placement(problem)
+    assert [r.role for r in running.replicas if r.sends_afar] == [Role.PREFILL]
+    now = make_problem([*joining, *reversed(nodes)]).cluster
+    found = replanned(running, replace(problem, cluster=now), max_moves=0)
+    assert found.change.count(Fate.KEPT) == len(running.replicas)
+
+
 # --- what constraints and zones allow
 
 

@@ -319,6 +319,12 @@ def _change_of(
 
 
 def is_same(one: ReplicaPlan, other: ReplicaPlan) -> bool:
-    """Return whether an engine that runs one replica also runs the other: equal GPUs, layers, head groups, settings."""
-    matters = attrgetter("stages", "attention_workers", "role", "micro_batch", "in_flight", "chunk_tokens", "kv_zones")
+    """Return whether an engine that runs one replica also runs the other: equal GPUs, layers, head groups, settings.
+
+    Of the zones that receive KV it only matters whether there are others than its own: a zone that joins the fleet, or
+    another order of zones, changes nothing in the engine.
+    """
+    matters = attrgetter(
+        "stages", "attention_workers", "role", "micro_batch", "in_flight", "chunk_tokens", "sends_afar"
+    )
     return bool(matters(one) == matters(other))

@@ -202,8 +202,7 @@ class Continuations:
         """Return (scope, mix, in-flight index) of a replica on these stages."""
         zones = {self.costs.classes[self.costs.ranks[stage.rank][0]].zone for stage in stages}
         zones |= {self.costs.classes[stage.pool_class].zone for stage in stages if stage.pool_class >= 0}
-        afar = replica.role is Role.PREFILL and len(replica.kv_zones) > 1
-        key = (replica.micro_batch, replica.chunk_tokens, replica.role, afar, replica.attention_dp)
+        key = (replica.micro_batch, replica.chunk_tokens, replica.role, replica.sends_afar, replica.attention_dp)
         for x, mix in enumerate(self.costs.mixes):
             if (mix.micro_batch, mix.chunk_tokens, mix.role, mix.sends_afar, mix.attention_dp) == key:
                 for scope, part in enumerate(self.costs.scopes):
