@@ -312,6 +312,44 @@ def test_lost_workers_are_replaced_by_gpus_that_may_be_workers_there(zone: str, 
     replanned(running, problem)
 
 
+@pytest.mark.parametrize("small", [True, False])
+def test_a_stage_that_lost_its_workers_takes_their_head_groups_back(
+    small: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It reads no weights and none of its GPUs moves."""
+    running = served_with_workers()
+    if not small:
+        monkeypatch.setattr(fresh_search, "is_small", lambda _: False)
+    slow = ChangeCosts(horizon_s=100.0, restart_s=20.0, load_bytes_per_s=1e6)
+    found = replanned(running, with_workers([make_node("a", "A", zone="east")]), costs=slow, max_moves=0)
+    assert [(c.fate, c.start_s) for c in found.continued] == [(Fate.CHANGED, 20.0)]
+    assert not found.change.moved
+
+
+@pytest.mark.parametrize("small", [True, False])
+def test_the_bound_counts_only_gpus_that_must_move(small: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two of a stage's three copies, as a replica of its own, do what they did before, and nothing counts as moved."""
+    if not small:
+        monkeypatch.setattr(fresh_search, "is_small", lambda _: False)
+    alone = solve_placement(fleet(1, 0))
+    [replica] = alone.replicas
+    [stage] = replica.stages
+    three = replace(stage, copies=3, devices=("a-0/0", "a-1/0", "a-2/0"))
+    running = replace(alone, replicas=(replace(replica, stages=(three,), in_flight=4, rate=3 * replica.rate),))
+    problem = fleet(3, 0)
+    free = replanned(running, problem)
+    assert free.plan.replicas
+    assert not free.change.moved
+    posed = ReplanningProblem(running=running, problem=problem, costs=AT_ONCE, max_moves=0)
+    costs = build_cost_tables(problem)
+    survivors = Survivors(posed, costs)
+    settings = SearchSettings(strategy="hetis", budget=Budget(), gap_target=1e-3, seed=0, threads=1, report=silent)
+    net, fresh = survivors.master(None), fresh_search.search_fresh(costs, settings)
+    bound = fresh_search.bound_of(net, survivors.candidates, fresh, survivors.busy, time_limit_s=10.0, seed=0)
+    gained = free.value / problem.assumptions.planned_utilisation + survivors.all_dropped(net)
+    assert bound >= gained * (1 - 1e-6)
+
+
 def test_a_lost_replica_is_not_replaced_by_gpus_that_may_not_have_its_role() -> None:
     nodes = [make_node("a", "A", gpus=2), make_node("b", "A", gpus=2), make_node("c", "A", gpus=4)]
     problem = make_problem(nodes, profiles=TWO_TYPES, family=replace(UNIFIED, roles=(Role.PREFILL, Role.DECODE)))

@@ -8,7 +8,7 @@ stay in place in all of these, so that only GPUs that join a replica read weight
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -91,6 +91,11 @@ class _Layout:
     def is_whole(self) -> bool:
         return all(group is not None for parts in (*self.groups, *self.workers) for group in parts)
 
+    def without_pools(self, which: Callable[[Iterable[bool]], bool]) -> _Layout:
+        """Return it with the head groups back on stages of which ``which`` (any or all) attention workers are lost."""
+        left = (() if cards and which(card is None for card in cards) else cards for cards in self.workers)
+        return replace(self, workers=tuple(left))
+
 
 class Continuations:
     """The options of running replicas; equal shapes are evaluated once."""
@@ -102,10 +107,14 @@ class Continuations:
     def options(self, number: int, replica: ReplicaPlan) -> tuple[Continuation, ...]:
         """Return every way in which replica ``number`` of the running plan may continue; empty if it cannot."""
         layout = self._layout(replica)
-        template = self._template(layout)
-        if template is None:
-            return ()
-        return tuple((self._of_whole if layout.is_whole else self._of_broken)(number, layout, template))
+        if layout.is_whole:
+            template = self._template(layout)
+            return () if template is None else tuple(self._of_whole(number, layout, template))
+        found = list[Continuation]()
+        for each in dict.fromkeys((layout, layout.without_pools(all), layout.without_pools(any))):
+            template = self._template(each)
+            found += [] if template is None else self._of_broken(number, each, template)
+        return tuple(found)
 
     def has_lost(self, replica: ReplicaPlan) -> bool:
         """Return whether it lost GPUs, so that it does not run any more."""
@@ -147,7 +156,7 @@ class Continuations:
             able = [g for g in self._alike(stage.gpu, replica.role) if self.costs.rank_of(g, size, dp) is not None]
             device_class = self._class_of(groups, [g for g in able if self._zone(g) in home] or able)
             rank = None if device_class is None else self.costs.rank_of(device_class, size, dp)
-            if device_class is None or rank is None:
+            if device_class is None or rank is None or stage.copies > self.costs.problem.family.max_copies * dp:
                 return None
             pool_class, cards, held = -1, 0, 0
             if workers:
@@ -247,7 +256,7 @@ class Continuations:
             there = [card for card in cards if card is not None]
             each = max((p for p in self.costs.pool_sizes if p * len(left) <= len(there)), default=0)
             if stage.pool_class >= 0 and each == 0:
-                return None  # its head groups would have to return to the stage, whose memory is too small for them
+                return None  # what becomes of the replica without these workers is an option of its own
             each = each if stage.pool_class >= 0 else 0
             stages.append(replace(stage, copies=len(left), pool_cards=each))
             pools.append(tuple(there[: each * len(left)]))

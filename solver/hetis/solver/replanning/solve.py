@@ -126,7 +126,8 @@ def solve_replanning(
     choice = _choose(net, candidates, running, fresh, settings)
     if choice is None:
         raise _none(given, fresh, net.is_settled, quiet)
-    bound = bound_of(net, running.candidates, fresh, time_limit_s=_seconds(settings.budget), seed=seed)
+    limit_s = _seconds(settings.budget)
+    bound = bound_of(net, running.candidates, fresh, running.busy, time_limit_s=limit_s, seed=seed)
     answer = _answer(given, running, net, fresh, choice, bound, settings)
     plan = restored(answer.plan, problem, whole) if whole.constraints else answer.plan
     return replace(answer, plan=replace(plan, family=whole.describe_family()))
@@ -283,6 +284,7 @@ class Survivors:
         stay_rates, stay_shares: requests/s over the horizon that are not lost if a replica stays; the same relative to
             its rate, of those that have a template.
         keepable: replicas that may continue unchanged.
+        busy: GPUs of each class that do something in the running plan.
     """
 
     def __init__(self, given: ReplanningProblem, costs: CostTables) -> None:
@@ -299,6 +301,8 @@ class Survivors:
         runs = (i for i in range(len(replicas)) if i not in self.lost)
         self.stay_rates = {i: HALF_DONE * in_flight(replicas[i]) / horizon_s for i in runs}
         self.stay_shares = {i: min(1.0, self.stay_rates[i] / template.rate) for i, template in whole.items()}
+        held = holdings(given.running)
+        self.busy = Counter(p.device_class for d, p in self.places.items() if d in held and held[d].gpu == p.gpu)
         self.keepable = {option.old for option in self.options if option.fate is Fate.KEPT}
 
     def master(self, demand: float | None) -> NetMaster:
