@@ -334,9 +334,10 @@ def _by_prices(
         worth = float(prices.rate_prices[costs.side_of(candidate.template.scope, candidate.template.mix)])
         rate = min(rate, prices.value) if maximises else rate  # no plan serves more
         use = net.inventory.of_template(candidate.template, count_moves=False)
-        use |= {("busy", row[1]): count for row, count in use.items() if row[0] == "gpus"} | {
-            ("replica", option.old): 1
-        }
+        for row, count in list(use.items()):
+            if row[0] == "gpus":
+                use["busy", row[1]] = count
+        use["replica", option.old] = 1
         listed.add(use, worth * rate + _stay(net, option), cost)
     # New replicas get all room for larger TP groups: its worth is a constant, as is that of the links.
     finite = np.isfinite(costs.routes.capacity)
