@@ -147,8 +147,8 @@ def holdings(plan: Plan) -> dict[str, Holding]:
 
 
 def holdings_of(replica: ReplicaPlan) -> Iterator[tuple[str, Holding]]:
-    """Yield the same for one replica, in the order of its stages, their attention workers last."""
-    dp = replica.attention_dp
+    """Yield the same for one replica, in the order of its stages, their attention workers last; every GPU once."""
+    dp, shared = replica.attention_dp, set[str]()
     for stage in replica.stages:
         end = stage.first_layer + stage.num_layers
         for i, device in enumerate(stage.devices):
@@ -159,6 +159,9 @@ def holdings_of(replica: ReplicaPlan) -> Iterator[tuple[str, Holding]]:
         stage = replica.stages[pool.stage]
         end = stage.first_layer + stage.num_layers
         for device in pool.devices:
+            if device in shared:
+                continue
+            shared.add(device)
             yield device, Holding(gpu=pool.gpu, first_layer=stage.first_layer, end_layer=end, tp=stage.tp, rank=-1)
 
 
