@@ -224,6 +224,21 @@ def test_a_demand_that_needs_more_moves_is_refused_with_the_reason() -> None:
         replanned(running, problem, max_moves=0)
 
 
+@pytest.mark.parametrize(
+    ("costs", "max_moves", "reason"),
+    [
+        (AT_ONCE, 0, "at most 0 GPUs may change their work"),
+        (replace(AT_ONCE, horizon_s=10.0), None, "nothing serves within 10 s: every start takes at least 20 s"),
+    ],
+)
+def test_a_fleet_with_nothing_in_common_is_refused_with_the_reason(
+    costs: ChangeCosts, max_moves: int | None, reason: str
+) -> None:
+    running, problem = solve_placement(fleet(1, 0)), fleet(0, 2)
+    with pytest.raises(InfeasibleError, match=reason):
+        replanned(running, problem, costs=costs, max_moves=max_moves)
+
+
 def test_new_traffic_resets_engines_and_leaves_weights_where_they_are() -> None:
     problem = fleet(2, 0)
     running = solve_placement(problem)
