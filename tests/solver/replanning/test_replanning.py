@@ -197,6 +197,9 @@ def test_the_least_cost_keeps_what_serves_the_demand(
     assert found.plan.served_rate() * problem.assumptions.planned_utilisation >= 0.6 * most * (1 - 1e-9)
     assert found.bound <= found.value * (1 + 1e-9)
     assert found.change.count(Fate.KEPT) == len(running.replicas) - 1
+    posed = ReplanningProblem(running=running, problem=left, costs=AT_ONCE)
+    for wrong in ({"value": 0.5 * found.value}, {"bound": 1.1 * found.value}, {"gap": found.gap + 0.1}):
+        assert check_replanning(posed, replace(found, **wrong))
 
 
 @given(problems(max_gpus=5, family=SMALL_FAMILY), problems(max_gpus=5, family=SMALL_FAMILY))
