@@ -154,6 +154,9 @@ def test_infeasible_result_without_replicas_is_sound() -> None:
     nothing = replace(sound(problem), replicas=(), prices=())
     infeasible = replace(nothing.result, status=Status.INFEASIBLE, value=0.0, bound=0.0, gap=0.0)
     assert check_plan(replace(nothing, result=infeasible), problem) == ()
+    for number in ({"value": 100.0}, {"bound": 3.0}, {"gap": 7.0}):
+        claiming = replace(nothing, result=replace(infeasible, **number))
+        assert [violation.rule for violation in check_plan(claiming, problem)] == [Rule.STATUS]
 
 
 # --- broken plans: each kind is detected, and by its own rule alone

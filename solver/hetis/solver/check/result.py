@@ -154,11 +154,20 @@ def check_result(plan: Plan, problem: PlacementProblem, fleet: Fleet) -> list[Vi
     not_finite = list(_check_finite(plan))
     violations = at("result", _check_question(plan, problem), not_finite)
     if plan.result.status is Status.INFEASIBLE:
-        message = f"status is infeasible, the plan has {len(plan.replicas)} replicas"
-        return violations + at("result", [(Rule.STATUS, message)] if plan.replicas else [])
+        return violations + at("result", _check_infeasible(plan))
     if not not_finite and math.isfinite(served_rate(plan)):
         violations += at("result", _check_value(plan, problem, fleet), _check_bound(plan, problem))
     return violations
+
+
+def _check_infeasible(plan: Plan) -> Iterator[Broken]:
+    """Check that a plan that says that none exists has no replicas, and is worth nothing."""
+    if plan.replicas:
+        yield Rule.STATUS, f"status is infeasible, the plan has {len(plan.replicas)} replicas"
+    result = plan.result
+    for name, value in (("value", result.value), ("bound", result.bound), ("gap", result.gap)):
+        if value:
+            yield Rule.STATUS, f"status is infeasible, {name} is {value:.9g}, must be 0"
 
 
 def _check_question(plan: Plan, problem: PlacementProblem) -> Iterator[Broken]:
