@@ -60,7 +60,8 @@ def test_a_plan_for_a_tighter_limit_is_compared_with_what_the_model_alone_promis
     first, then = replace(plan, inputs=inputs), replace(plan, inputs={**inputs, **tighter})
     assert beside_equal_stages(first) == "1.620 requests/s by replicas of equal stages; this plan 17% less"
     assert beside_equal_stages(then) == (
-        "1.620 requests/s by replicas of equal stages by the model, not simulated; this plan, simulated, 17% less"
+        "1.620 requests/s by the model, by replicas of equal stages (not simulated); "
+        "this plan, for a tighter limit, by the model 17% less"
     )
     assert (beside_engines(first), beside_engines(then)) == (["vllm: 20% more"], ["vllm: 20% more by the model"])
     assert [simple_setups(one)[0].endswith("20% more by the model") for one in (first, then)] == [False, True]

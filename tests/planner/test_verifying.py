@@ -487,11 +487,15 @@ def test_a_plan_that_misses_is_headed_and_simulated_by_the_rate_that_it_keeps(pa
     never = replace(plan, inputs={**plan.inputs, VERIFICATION: none})
     assert "Goodput none of the rates tried keeps the limits in simulation; by the model" in drawn(never)
     for one, more in (
-        (missing, "by the model; this plan, simulated, 40% more"),
-        (never, "by the model; this plan, simulated, keeps the limits at no rate tried"),
+        (missing, "by the model, by replicas of equal stages (not simulated); this plan by the model 100% more"),
+        (never, "by the model, by replicas of equal stages (not simulated); this plan by the model 100% more"),
         (plan, "stages; this plan 100% more"),
     ):
-        assert beside_equal_stages(replace(one, inputs={**one.inputs, **beside})).endswith(more)
+        shown = replace(one, inputs={**one.inputs, **beside})
+        assert beside_equal_stages(shown).endswith(more)
+        page = plans_page([ShownPlan(name="one", plan=shown, problem=problem)])
+        assert "+100%" in page
+        assert ("by the model; equal stages, not simulated" in page) is (one is not plan)
     [simple] = simple_setups(replace(missing, inputs={**missing.inputs, SIMPLE_SETUPS: {"2": 0.5 * plan.result.value}}))
     assert simple.endswith("50% less by the model")
     assert rate_to_simulate(missing, problem) == said["kept_rps"]

@@ -304,20 +304,20 @@ def precision(plan: Plan) -> str | None:
 
 
 def beside_equal_stages(plan: Plan) -> str | None:
-    """Return the value of equal stages, as in a set-up without a planner, or None if not requested."""
+    """Return the value of equal stages, as in a set-up without a planner, or None if not requested.
+
+    Equal stages are not simulated, so the plan is compared by its value by the model, even if it promises less.
+    """
     if EQUAL_STAGES not in plan.inputs:
         return None
     alone, result = plan.inputs[EQUAL_STAGES], plan.result
     if not isinstance(alone, int | float) or alone <= 0:
         return "replicas of equal stages: none keep the limits" if alone is None else None
-    words = f"{digits(alone, 4)} {result.unit} by replicas of equal stages"
-    kept, tighter = less_than_planned(plan), tightening_of(plan)
-    if kept is None and tighter is None:
-        return f"{words}; this plan {_beside(result.value, alone)}"
-    if kept is None:
-        return f"{words} by the model, not simulated; this plan, simulated, {_beside(result.value, alone)}"
-    this = _beside(kept.rate_rps, alone) if kept.rate_rps else "keeps the limits at no rate tried"
-    return f"{words} by the model; this plan, simulated, {this}"
+    value, beside = f"{digits(alone, 4)} {result.unit}", _beside(result.value, alone)
+    if not is_below_model(plan):
+        return f"{value} by replicas of equal stages; this plan {beside}"
+    this = "this plan by the model" if tightening_of(plan) is None else "this plan, for a tighter limit, by the model"
+    return f"{value} by the model, by replicas of equal stages (not simulated); {this} {beside}"
 
 
 def beside_engines(plan: Plan, *, hints: bool = True) -> list[str]:

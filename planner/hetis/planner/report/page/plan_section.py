@@ -172,15 +172,18 @@ def _tiles(plan: Plan, problem: PlacementProblem) -> Iterator[Tile]:
 
 
 def _against_today(plan: Plan) -> Iterator[Tile]:
-    alone, kept = plan.inputs.get(EQUAL_STAGES), less_than_planned(plan)
-    if isinstance(alone, int | float) and alone > 0 and (kept is None or kept.rate_rps):
-        ratio = (plan.result.value if kept is None else kept.rate_rps) / alone - 1.0
+    """Yield the plan beside equal stages, both by the model if simulated traffic made the plan promise less."""
+    alone = plan.inputs.get(EQUAL_STAGES)
+    if isinstance(alone, int | float) and alone > 0:
+        ratio = plan.result.value / alone - 1.0
         good = ratio > 0 if plan.objective.maximises else ratio < 0
         sign = "+" if ratio > 0 else "−" if ratio < 0 else ""
+        value = f"{digits(alone)} {plan.result.unit}"
+        below = is_below_model(plan)
         yield Tile(
             label="Compared with today's practice",
             value=f"{sign}{percent(abs(ratio))}" if ratio else "the same",
-            note=f"equal stages{', by the model' if is_below_model(plan) else ''}: {digits(alone)} {plan.result.unit}",
+            note=f"by the model; equal stages, not simulated: {value}" if below else f"equal stages: {value}",
             tone="good" if good else "",
         )
 
