@@ -13,6 +13,7 @@ from hetis.planner.report.plan import (
     MAX_SHAPES,
     beside_engines,
     beside_equal_stages,
+    misses_demand,
     render_plan,
     simple_setups,
     verdict,
@@ -65,6 +66,16 @@ def test_a_plan_for_a_tighter_limit_is_compared_with_what_the_model_alone_promis
     )
     assert (beside_engines(first), beside_engines(then)) == (["vllm: 20% more"], ["vllm: 20% more by the model"])
     assert [simple_setups(one)[0].endswith("20% more by the model") for one in (first, then)] == [False, True]
+
+
+def test_a_demand_above_the_promised_rate_is_marked_as_not_met() -> None:
+    """The plan promises 1.35 requests/s, for least cost what is demanded."""
+    plan, cheapest = PLANS["paper"], PLANS["cost"]
+    for one, demand_rps, is_met in ((plan, 1.35, True), (plan, 5.0, False), (cheapest, 4.0, True)):
+        asked = replace(one, objective=replace(one.objective, demand_rps=demand_rps))
+        demand = next(line for line in text_of(render_plan(asked)).splitlines() if "Demand" in line).rstrip()
+        assert demand.endswith("requests/s" if is_met else "requests/s  not met")
+        assert misses_demand(asked) is not is_met
 
 
 def test_what_other_engines_reach_is_said_with_what_keeps_them_apart() -> None:

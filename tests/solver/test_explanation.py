@@ -150,6 +150,18 @@ def test_idle_class_with_a_price_says_what_it_is_worth_at_the_margin() -> None:
     assert idle.reason.startswith("each is worth 0.25 requests/s at the margin, but ")
 
 
+@pytest.mark.parametrize("kind", [ObjectiveKind.GOODPUT, ObjectiveKind.THROUGHPUT, ObjectiveKind.COST])
+def test_idle_gpus_are_not_needed_for_a_demand_only_if_the_plan_meets_it(kind: ObjectiveKind) -> None:
+    problem = the_problem(objective=Objective(kind=kind, ttft_limit_s=None, tpot_limit_s=None, demand_rps=1.0))
+    price = ClassPrice(gpu="B", zone="east", gpus_per_node=2, available=4, used=0, as_attention_workers=0, dual=0.25)
+    plan = replace(plan_of(problem, claimed(unclaimed(A_ALONE), problem)), prices=(price,))
+    promised_rps = plan.result.value if plan.objective.maximises else 1.0
+    for demand_rps, is_met in ((promised_rps, True), (1.1 * promised_rps, kind is ObjectiveKind.COST)):
+        asked = replace(problem.objective, demand_rps=demand_rps)
+        (idle,) = explain_plan(replace(plan, objective=asked), replace(problem, objective=asked)).idle
+        assert (f"by the model, the demand of {demand_rps:g} requests/s is met without them" in idle.reason) is is_met
+
+
 def test_strategy_without_attention_workers_says_so() -> None:
     problem = the_problem(max_pool=0)
     plan = plan_of(problem, claimed(unclaimed(A_ALONE), problem))

@@ -63,6 +63,7 @@ from hetis.solver.problem import EXPLICIT_LINKS, Family, PlacementProblem
 MAX_SHAPES = 12  # replica shapes shown in full; the others are summarised in one line
 MAX_CLASSES = 40
 SMALLEST_PRICE = 1e-4  # prices of device classes below this are shown as smaller than it
+SAME_RATE = 1e-6  # relative difference of two rates that rounding may cause
 PROVED = 0.005  # relative difference of a bound from another engine's value up to which it is not mentioned
 BINDS_FROM = 0.99  # micro-batches are integers, so a limit binds if the next size would violate it
 
@@ -193,7 +194,7 @@ def _facts(plan: Plan) -> Iterator[tuple[str, RenderableType]]:
     if (kept := precision(plan)) is not None:
         yield "Precision", kept
     if plan.objective.demand_rps is not None:
-        yield "Demand", f"{digits(plan.objective.demand_rps, 4)} requests/s"
+        yield "Demand", _demand(plan, plan.objective.demand_rps)
     for name, reached, limit in limits(plan):
         yield name, _limit(reached, limit)
     if (simulated := simulated_words(plan)) is not None:
@@ -261,6 +262,22 @@ def _value(plan: Plan) -> Text:
         return Text.assemble(("none", "bold yellow"), f"  of the rates tried keeps the limits in simulation; {model}")
     promised = (f"{digits(kept.rate_rps, 4)} {result.unit}", "bold yellow")
     return Text.assemble(promised, f"  within the limits in simulation; {model}")
+
+
+def misses_demand(plan: Plan) -> bool:
+    """Return whether a plan of the highest rate promises less than the demanded one.
+
+    Plans of least cost are found for the demanded rate; `Simulated` says if traffic of this rate misses their limits.
+    """
+    demand_rps, kept = plan.objective.demand_rps, less_than_planned(plan)
+    if demand_rps is None or not plan.objective.maximises:
+        return False
+    return (plan.result.value if kept is None else kept.rate_rps) < demand_rps * (1.0 - SAME_RATE)
+
+
+def _demand(plan: Plan, demand_rps: float) -> Text:
+    demand = Text(f"{digits(demand_rps, 4)} requests/s")
+    return Text.assemble(demand, "  ", ("not met", "bold red")) if misses_demand(plan) else demand
 
 
 def _cost(plan: Plan) -> str | None:

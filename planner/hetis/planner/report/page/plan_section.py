@@ -37,6 +37,7 @@ from hetis.planner.report.plan import (
     less_than_planned,
     limits,
     misses_as_planned,
+    misses_demand,
     price_cells,
     problem_title,
     promised_figures,
@@ -141,6 +142,15 @@ def _tiles(plan: Plan, problem: PlacementProblem) -> Iterator[Tile]:
         unit="requests/s",
         note=by_model if kept is None else f"simulated; by the model {digits(plan.result.value)}",
     )
+    if (demand_rps := plan.objective.demand_rps) is not None:
+        missed = misses_demand(plan)
+        yield Tile(
+            label="Demand",
+            value=digits(demand_rps),
+            unit="requests/s",
+            note="not met" if missed else "",
+            tone="bad" if missed else "",
+        )
     yield Tile(
         label="Tokens",
         value=digits(figures.output_tokens_per_s),
