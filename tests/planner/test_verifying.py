@@ -15,11 +15,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+import hetis
 from hetis.formats.documents import load_plan
 from hetis.planner.cli import place as placing_verb
 from hetis.planner.cli import resource_views
 from hetis.planner.cli.exit_codes import ExitCode
-from hetis.planner.convert.plans import result_to_proto
+from hetis.planner.convert.plans import OBJECTIVE_KINDS, result_to_proto
 from hetis.planner.report.figures import digits, seconds
 from hetis.planner.report.page import plan_section
 from hetis.planner.report.page.pages import ShownPlan, plans_page
@@ -71,7 +72,7 @@ from hetis.simulator.steadiness import Estimate
 from hetis.solver.budget import Budget
 from hetis.solver.budget import silent as unreported
 from hetis.solver.errors import InvalidProblemError
-from hetis.solver.plan import Objective, Plan, ReplicaPlan
+from hetis.solver.plan import Objective, ObjectiveKind, Plan, ReplicaPlan
 from hetis.solver.problem import EngineSettings, PlacementProblem
 from hetis.v1 import plan_pb2
 from tests.planner.command_line import invoke
@@ -874,6 +875,43 @@ def test_every_output_says_which_part_was_simulated(pair: Placed, share: float, 
 
 def page_of(plan: Plan) -> str:
     return " ".join(f"{tile.value} {tile.note}" for tile in plan_section._simulated(plan))
+
+
+@pytest.mark.parametrize("kept_rps", [1.5, None, 9.0])
+@pytest.mark.parametrize("kind", [ObjectiveKind.GOODPUT, ObjectiveKind.THROUGHPUT, ObjectiveKind.COST])
+def test_every_view_of_a_plan_that_misses_its_limits_shows_the_rate_it_keeps(
+    pair: Placed, kind: ObjectiveKind, kept_rps: float | None
+) -> None:
+    """Plans of a planner have a spec, imported ones have none; 9 requests/s are more than the plan promises."""
+    plan, problem = pair
+    demand_rps = 2.0 if kind is ObjectiveKind.COST else None
+    objective = replace(plan.objective, kind=kind, demand_rps=demand_rps)
+    result = replace(plan.result, objective=kind, value=2.0, unit=objective.unit)
+    rate_rps = 2.0 if kind is not ObjectiveKind.THROUGHPUT else 1.8
+    found = {**plan.inputs[VERIFICATION], "kept": False, "rate_rps": rate_rps, "kept_rps": kept_rps}
+    missing = replace(plan, objective=objective, result=result, inputs={**plan.inputs, VERIFICATION: found})
+    spec = plan_pb2.PlanSpec(objective=plan_pb2.Objective(kind=OBJECTIVE_KINDS[kind]))
+    answer, value = result_to_proto(missing, b"{}"), f"2.000 {objective.unit}"
+    is_goodput, python = kind is ObjectiveKind.GOODPUT, repr(hetis.Plan(value=missing, problem=problem))
+    for message in (plan_pb2.Plan(spec=spec, result=answer), plan_pb2.Plan(result=answer)):
+        cell = resource_views.value_of(message).plain
+        viewed = " ".join(text_of(resource_views.plan_summary(message), width=200).split())
+        if not is_goodput:
+            assert cell == f"{value}, MISSED"
+            assert f"Value {value}" in viewed
+            assert "limits MISSED in simulation" in python
+        elif kept_rps is None:
+            assert cell == f"none of {value}, MISSED"
+            assert f"Value none of the rates tried keeps the limits in simulation; by the model {value}" in viewed
+            assert f"<hetis.Plan: no rate tried within the limits in simulation, MISSED at {value} by" in python
+        elif kept_rps < 2.0:
+            assert cell == f"1.500 of {value}, MISSED"
+            assert f"Value 1.500 requests/s within the limits in simulation; by the model {value}" in viewed
+            assert f"<hetis.Plan: 1.500 requests/s within the limits in simulation, MISSED at {value} by" in python
+        else:
+            assert cell == value
+            assert f"Value {value}" in viewed
+            assert "MISSED" not in python
 
 
 @pytest.mark.parametrize("share", [0.0, -0.5, 1.5, math.nan, "1/8"])
