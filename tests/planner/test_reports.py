@@ -8,7 +8,8 @@ from dataclasses import replace
 import pytest
 from rich.console import Console, RenderableType
 
-from hetis.planner.report.explanation import render_explanation
+from hetis.formats.command_line.terminal import _ASCII
+from hetis.planner.report.explanation import memory_shares, render_explanation, time_shares
 from hetis.planner.report.plan import (
     MAX_SHAPES,
     beside_engines,
@@ -76,6 +77,16 @@ def test_a_demand_above_the_promised_rate_is_marked_as_not_met() -> None:
         demand = next(line for line in text_of(render_plan(asked)).splitlines() if "Demand" in line).rstrip()
         assert demand.endswith("requests/s" if is_met else "requests/s  not met")
         assert misses_demand(asked) is not is_met
+
+
+def test_parts_of_a_chart_have_different_signs_in_ascii_too() -> None:
+    explained = plans.explanation(plans.split_plan())
+    for shares in (*map(memory_shares, explained.memory), *map(time_shares, explained.stage_times)):
+        signs = "".join([*(share.glyph for share in shares), "·"]).translate(
+            _ASCII
+        )  # a dot is free memory or idle time
+        assert signs.isascii()
+        assert len(set(signs)) == len(shares) + 1
 
 
 def test_what_other_engines_reach_is_said_with_what_keeps_them_apart() -> None:
