@@ -189,7 +189,8 @@ def _reasons(
     elif STRATEGIES[plan.strategy].is_published:
         yield f"{plan.strategy} left them idle: a published heuristic has no prices that explain why"
     elif price.dual <= NOTHING * abs(plan.result.value):
-        yield "their marginal price is 0: the plan would gain nothing from more of them"
+        # Of the relaxation alone, even if the bound is reached: one more GPU may make room for a larger replica.
+        yield "their marginal price is 0: they are not scarce if fractions of replicas are allowed"
     else:
         yield f"each is worth {price.dual:.3g} {unit} at the margin, but the plan's whole replicas leave them idle"
     if views:
