@@ -503,6 +503,16 @@ def test_a_plan_that_misses_is_headed_and_simulated_by_the_rate_that_it_keeps(pa
     assert rate_to_simulate(plan, problem) == default_rate(plan, problem)
 
 
+def test_a_single_limit_is_not_called_both(pair: Placed) -> None:
+    plan, _ = pair
+    kept = replace(plan, inputs={**plan.inputs, VERIFICATION: {**plan.inputs[VERIFICATION], "kept": True}})
+    alone = replace(kept, objective=replace(plan.objective, ttft_limit_s=None))
+    for output in (drawn, page_of):
+        assert "% within both" in output(kept)
+        assert "% within the limit" in output(alone)
+        assert "both" not in output(alone)
+
+
 def test_without_limits_or_when_nobody_waits_nothing_is_simulated(pair: Placed) -> None:
     plan, problem = pair
     bare = replace(plan, inputs={})
