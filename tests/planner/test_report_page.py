@@ -238,6 +238,16 @@ def test_a_missed_limit_is_said_first(folder: Path) -> None:
     assert "Kept, simulated" in text
 
 
+def test_a_page_says_that_a_demand_is_not_met(folder: Path) -> None:
+    found = load_plan_and_problem(str(folder / "plan.json"))
+    for ratio, is_met in ((0.5, True), (2.0, False)):
+        asked = replace(found.plan.objective, demand_rps=ratio * found.plan.result.value)
+        shown = ShownPlan(name="The plan", plan=replace(found.plan, objective=asked), problem=found.problem)
+        text = whole(plans_page([shown])).text
+        assert "Demand" in text
+        assert ("not met" in text[: text.index("How good it is")]) is not is_met
+
+
 def test_the_map_shows_every_gpu_with_what_it_does() -> None:
     cluster = load_cluster(str(EXAMPLES / "paper.yaml"))
     plan = plans.plan(plans.paper_replica())

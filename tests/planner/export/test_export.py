@@ -120,6 +120,14 @@ def test_the_readme_of_a_large_fleet_has_rates_without_an_exponent() -> None:
     assert "serves 21,433 requests/s saturated, what is exported 21,433." in readme
 
 
+def test_the_readme_lists_each_gpu_once_and_says_which_are_attention_workers() -> None:
+    """A worker's GPU serves both ranks of its stage, with a process for each."""
+    readme = exported(PLANS["workers of stages"], ExportTarget.VLLM).files["README.md"]
+    assert "| a/0,1; c/2,3; attention workers: b/0; c/4 |" in readme
+    readme = exported(PLANS["attention workers"], ExportTarget.VLLM).files["README.md"]
+    assert "| a/0; attention workers: b/0,1 |" in readme
+
+
 @pytest.mark.parametrize("name", PLANS)
 def test_hetis_launch_understands_what_it_is_told(name: str, tmp_path: Path) -> None:
     whole, _ = with_single_copies(PLANS[name])

@@ -155,7 +155,8 @@ def _facts(simulated: Simulated, plan: Plan) -> Iterator[tuple[str, RenderableTy
     if (doubt := _doubt(simulated)) is not None:
         yield "", Text(doubt, "yellow")
     if not math.isnan(summary.attainment) and question.load.arrivals is not Arrivals.SATURATED:
-        yield "Attainment", f"{percent(summary.attainment)} of the requests kept both limits"
+        limits = "both limits" if len(limits_of(question.limits)) == 2 else "the limit"
+        yield "Attainment", f"{percent(summary.attainment)} of the requests kept {limits}"
     if (words := service_level_words(simulated)) is not None:
         yield "Service level", words
     clipped = f"; {simulated.num_clipped:,} requests clipped to the model's context" if simulated.num_clipped else ""

@@ -20,7 +20,7 @@ from hetis.solver.placement.explanation.replica_view import ReplicaView, main_vi
 from hetis.solver.placement.families import STRATEGIES
 from hetis.solver.placement.fleet import DeviceClass, device_classes
 from hetis.solver.placement.wording import in_bytes, in_percent, in_time, in_time_above, num_layers, stage_name
-from hetis.solver.plan import ClassPrice, Explanation, IdleGpus, Plan, Role, StageTime
+from hetis.solver.plan import ClassPrice, Explanation, IdleGpus, ObjectiveKind, Plan, Role, StageTime
 from hetis.solver.problem import PlacementProblem
 
 __all__ = ["explain_plan"]
@@ -183,13 +183,14 @@ def idle_classes(plan: Plan, problem: PlacementProblem) -> list[tuple[ClassPrice
 def _reasons(
     plan: Plan, problem: PlacementProblem, views: tuple[ReplicaView, ...], price: ClassPrice, device_class: DeviceClass
 ) -> Iterator[str]:
-    unit = plan.objective.unit
-    if plan.objective.demand_rps is not None and views:
-        yield f"the demand of {plan.objective.demand_rps:g} requests/s is met without them"
+    unit, demand_rps = plan.objective.unit, plan.objective.demand_rps
+    if demand_rps is not None and _meets(demand_rps, plan, problem):
+        yield f"by the model, the demand of {demand_rps:g} requests/s is met without them"
     elif STRATEGIES[plan.strategy].is_published:
         yield f"{plan.strategy} left them idle: a published heuristic has no prices that explain why"
     elif price.dual <= NOTHING * abs(plan.result.value):
-        yield "their marginal price is 0: the plan would gain nothing from more of them"
+        # Of the relaxation alone, even if the bound is reached: one more GPU may make room for a larger replica.
+        yield "their marginal price is 0: they are not scarce if fractions of replicas are allowed"
     else:
         yield f"each is worth {price.dual:.3g} {unit} at the margin, but the plan's whole replicas leave them idle"
     if views:
@@ -206,6 +207,15 @@ def _reasons(
             yield from _joining(view, device_class, idle)
     if plan.result.gap > NOTHING:
         yield f"a gap of {in_percent(plan.result.gap)} remains, so that a use for them may exist"
+
+
+def _meets(demand_rps: float, plan: Plan, problem: PlacementProblem) -> bool:
+    """Return whether a plan reaches the demand; one of the highest rate may fall short of it."""
+    if not plan.objective.maximises:
+        return True
+    is_throughput = plan.objective.kind is ObjectiveKind.THROUGHPUT
+    rate = plan.served_rate() * (1.0 if is_throughput else problem.assumptions.planned_utilisation)
+    return rate >= demand_rps * (1 - NOTHING)
 
 
 def _costs(view: ReplicaView, device_class: DeviceClass, idle: int) -> list[DeviceCost]:
