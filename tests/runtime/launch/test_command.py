@@ -321,6 +321,16 @@ def test_a_model_that_is_not_here_has_the_shape_it_was_planned_with(run: Run, fo
     assert named[1] == here[1].replace("models/tiny", "org/tiny")
 
 
+def test_the_other_replicas_of_the_plan_are_named(run: Run, tmp_path: Path) -> None:
+    plan = plan_of(stage_of(kv_head_groups_kept=8))
+    one, elsewhere = plan.replicas[0], stage_of(devices=("c/0",), kv_head_groups_kept=8)
+    path = write_plan(tmp_path, replace(plan, replicas=(one, replace(one, stages=(elsewhere,)), one)))
+    code, printed, lines = run("show", "--plan", str(path), "-m", "models/tiny", "--replica", "1")
+    others = "others: --replica 0, --replica 2, or all by hetis-plan export --to hetis-launch"
+    assert (code, lines) == (0, [f"hetis-launch: this is replica 1 of the plan's 3, which count from 0; {others}"])
+    assert "# on c" in printed
+
+
 def test_kv_has_the_plans_precision_and_that_of_the_replicas_gpu(run: Run, tmp_path: Path) -> None:
     plan = json.loads(write_plan(tmp_path, plan_of(stage_of(kv_head_groups_kept=8))).read_text(encoding="utf-8"))
 
