@@ -14,6 +14,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -461,6 +462,12 @@ def test_what_runs_where_is_shown_without_torch_or_vllm(folder: Path) -> None:
         done = run_command([sys.executable, "-c", "\n".join(lines)], *asked, cwd=folder)
         assert done.returncode == 0, done.stderr
         assert "hetis-worker" in done.stdout
+
+
+@pytest.mark.parametrize("name", ["launch", "agent"])
+def test_commands_of_a_node_say_their_version(name: str) -> None:
+    done = run_command(command_of(f"hetis.runtime.{name}"), "--version")
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"hetis-{name} {version('hetis')}\n", "")
 
 
 def test_help_has_examples_and_exit_codes() -> None:

@@ -18,7 +18,7 @@ from typer import Argument, Option
 
 from hetis.engines.errors import LayoutError, OptionError
 from hetis.engines.versions import Engine
-from hetis.formats.command_line.verb import run_application, with_own_words
+from hetis.formats.command_line.verb import run_application, version_option, with_own_words
 from hetis.formats.endpoints import is_host
 
 if TYPE_CHECKING:
@@ -49,13 +49,19 @@ nodes are missing · 141 broken pipe
 
 app = typer.Typer(
     name="hetis-launch",
-    help="Start the processes of a plan's replica: vLLM with the plugin, and its attention workers.",
     epilog=_EXAMPLES,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+@app.callback()
+def hetis_launch(
+    _version: Annotated[bool, version_option("hetis-launch")] = False,
+) -> None:
+    """Start the processes of a plan's replica: vLLM with the plugin, and its attention workers."""
 
 
 @dataclass(frozen=True, kw_only=True)
