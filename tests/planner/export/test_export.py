@@ -578,15 +578,20 @@ def test_a_supervisor_of_a_whole_node_hears_of_the_replica_that_ends(
 
 
 def test_compose_refuses_what_it_has_no_image_for() -> None:
-    with pytest.raises(NotExportableError) as caught:
+    with pytest.raises(DocumentError) as caught:
         exported(PLANS["attention workers"], ExportTarget.COMPOSE, image="", worker_image="")
-    assert [reason.partition(":")[0] for reason in caught.value.reasons] == [
+    assert [problem.message.partition(":")[0] for problem in caught.value.problems] == [
         "--image is missing",
         "--worker-image is missing",
     ]
     made = exported(PLANS["one GPU"], ExportTarget.COMPOSE, image="")
     [service] = yaml.safe_load(made.files["a/compose.yaml"])["services"].values()
     assert service["image"] == "vllm/vllm-openai:v0.32.0"
+
+
+def test_a_plan_without_replicas_is_refused_with_the_reason() -> None:
+    with pytest.raises(NotExportableError, match=r"^the plan has no replicas$"):
+        exported(replace(PLANS["one GPU"], replicas=()), ExportTarget.VLLM)
 
 
 def test_compose_says_who_must_own_the_key() -> None:

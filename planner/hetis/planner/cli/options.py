@@ -187,7 +187,8 @@ class OptionalInputOptions:
     prefix_hit_rate: Any = prefix_hit_rate_option()  # a share or "trace", which typer's types cannot express
     weights: str | None = _input(
         "--weights P[,GPU=P...]: "
-        "Precision of the weights, in general and per GPU type: bf16, fp8, int8, awq-int4, gptq-int4, mxfp4, nvfp4.",
+        "Precision of the weights, in general and per GPU type: bf16, fp8, int8, int4, awq-int4, gptq-int4, "
+        "mxfp4, nvfp4.",
         parser=values.weights,
         autocompletion=values.weights_names,
         shown="the checkpoint's",

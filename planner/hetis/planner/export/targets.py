@@ -38,7 +38,7 @@ class Export:
     rate: float  # saturated requests/s of the exported replicas, out of ``planned``
 
 
-# Each raises NotExportableError if its target can launch no replica, or with every missing option.
+# Each raises NotExportableError if its target can launch no replica, and DocumentError with every missing option.
 _WRITERS: Mapping[ExportTarget, Callable[[Launchable], Written]] = {
     ExportTarget.VLLM: write_shell,
     ExportTarget.SGLANG: write_shell,
@@ -61,7 +61,9 @@ ENGINES: Mapping[ExportTarget, tuple[Engine, ...]] = {
 
 
 def export_plan(plan: Plan, model: ModelSpec, target: ExportTarget, settings: ExportSettings) -> Export:
-    """Return a plan as the files of a target. Raises NotExportableError if no replica can be launched there."""
+    """Return a plan as the files of a target. Raises NotExportableError if no replica can be launched there, and
+    DocumentError if the target needs options that are missing.
+    """
     found = launchable(plan, model, settings)
     written = _WRITERS[target](found)
     found = written.carried

@@ -25,7 +25,7 @@ from hetis.planner.use_cases.verify import verification_of
 from hetis.planner.use_cases.what_if import BuyNext, FleetChange, ListedOffer, Side, WhatIf
 from hetis.solver.advice import ChangeVerdict, Difference, NodeShape
 from hetis.solver.cluster import Link
-from hetis.solver.placement.families import STRATEGIES
+from hetis.solver.placement.families import ANY_ENGINE, STRATEGIES
 from hetis.solver.plan import Objective, ObjectiveKind, Plan
 
 PUBLISHED_MEANS = (
@@ -51,6 +51,8 @@ def simulated_means(plans: Iterable[Plan]) -> str:
 def render_comparison(compared: Sequence[Compared], inputs: Inputs, objective: Objective) -> Iterator[RenderableType]:
     yield problem_title(inputs)
     yield goal_line(inputs.held_to(objective))
+    if words := engine_words(compared):
+        yield Text(words, style="dim")
     yield Text()
     yield _table(compared, inputs, objective)
     plans = [outcome.plan for outcome in compared if outcome.plan is not None]
@@ -78,6 +80,16 @@ def render_comparison(compared: Sequence[Compared], inputs: Inputs, objective: O
         label = _labels(compared)
         yield Text("\nSimulation or another search failed", style="bold red")
         yield grid(False, True, rows=((f" {label(one)}", f"{one.status}: {_why(one)}") for one in failed))
+
+
+def engine_words(compared: Iterable[Compared]) -> str:
+    """Return which engine all plans are for; empty if each row names its own."""
+    match list({outcome.engine or ANY_ENGINE for outcome in compared}):
+        case [engine] if engine == ANY_ENGINE:
+            return "for any engine: perhaps none runs some of these plans; --engine NAME plans what one can run"
+        case [engine]:
+            return f"for engine {engine}"
+    return ""
 
 
 def _why(outcome: Compared) -> str:

@@ -10,6 +10,7 @@ from itertools import islice
 from hetis.planner.report.changes import MAX_STEPS, change_cost_words, change_counts, lowest_words, step_rows
 from hetis.planner.report.comparison import (
     change_lines,
+    engine_words,
     model_words,
     offer_row,
     side_rows,
@@ -85,7 +86,8 @@ def comparison_page(compared: Sequence[Compared], inputs: Inputs, objective: Obj
         blocks.append(Sentences(title="Without a plan", terms=without))
     if failed := tuple((one.name, "; ".join(one.reasons)) for one in compared if one.plan is not None and one.reasons):
         blocks.append(Sentences(title="Simulation or another search failed", terms=failed))
-    lead = problem_line(inputs, objective)
+    words = engine_words(compared)
+    lead = problem_line(inputs, objective) + (f"; {words}" if words else "")
     sections = [Section(anchor="beside", heading="Strategies side by side", lead=lead, blocks=tuple(blocks))]
     if with_plan:
         name, best = with_plan[best_of([plan for _, plan in with_plan])]
