@@ -162,6 +162,17 @@ def test_offline_commands_of_a_page_run(page: str, tmp_path: Path) -> None:
         session.run(f"{PAPER} --out plan.json")
     for line in lines:
         session.run(line.line, codes=codes_of(line))
+    if page == "tutorial.md":
+        assert_tutorial_starts_what_it_exported(tmp_path / "exported")
+
+
+def assert_tutorial_starts_what_it_exported(exported: Path) -> None:
+    """The tutorial runs the script of every node with a folder, and sends its request to a replica's address."""
+    started = [line.split()[1] for line in lines_like("tutorial.md", "bash exported/")]
+    assert sorted(started) == sorted(str(it.relative_to(exported.parent)) for it in exported.glob("*/start.sh"))
+    reached = re.findall(r"\| (\S+:\d+) \|", (exported / "README.md").read_text(encoding="utf-8"))
+    for line in lines_like("tutorial.md", r"curl http://10\."):
+        assert re.search(r"http://([^/]+)/", line)[1] in reached  # type: ignore[index]
 
 
 def soaked(line: CommandLine) -> object:

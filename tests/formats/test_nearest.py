@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hetis.formats.catalogue import UnknownNameError, find_gpu
 from hetis.formats.errors import all_nearest, did_you_mean
 
 GPUS = ("H100-SXM-80GB", "H100-PCIe-80GB", "A100-SXM-80GB", "L4", "T4")
@@ -17,6 +18,7 @@ WORKLOADS = ("azure_conv_2023", "azure_code_2023", "sharegpt")
     [
         ("H10O", GPUS, "H100-SXM-80GB"),
         ("h100-sxm-80", GPUS, "H100-SXM-80GB"),
+        ("L4O", ("RTX-3090", "T4", "L40S"), "L40S"),
         ("azure", WORKLOADS, "azure_conv_2023"),
         ("azure_conv_2032", WORKLOADS, "azure_conv_2023"),
         ("shargpt", WORKLOADS, "sharegpt"),
@@ -27,6 +29,11 @@ WORKLOADS = ("azure_conv_2023", "azure_code_2023", "sharegpt")
 def test_a_name_that_is_alike_or_begins_alike(name: str, known: tuple[str, ...], found: str | None) -> None:
 
     assert next(iter(all_nearest(name, known)), None) == found
+
+
+def test_the_words_of_a_vendor_do_not_hide_the_nearest_gpu() -> None:
+    with pytest.raises(UnknownNameError, match=r"^unknown GPU 'Tesla T44', did you mean T4\?$"):
+        find_gpu("Tesla T44")
 
 
 def test_names_that_are_equally_near_are_all_named_up_to_three() -> None:

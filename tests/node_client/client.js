@@ -118,7 +118,7 @@ async function main() {
       created: { name: created.plan.name, state: created.plan.state },
       again: again.plan.name,
       states: seen.map((response) => response.plan.state),
-      sequences: seen.map((response) => Number(response.sequence)),
+      sequences: seen.map((response) => response.sequence), // text: they exceed 2^53
       plan: {
         state: plan.state,
         value: plan.result && plan.result.value,

@@ -91,7 +91,7 @@ def test_a_node_client_makes_a_plan_watches_it_and_reads_it_back(client: Path, p
     assert {"hetis.v1.ClusterService", "hetis.v1.PlanService", "hetis.v1.AgentService"} <= set(found["services"])
     assert found["cluster"] == {"name": "clusters/node", "num_gpus": "4"}
     assert found["created"]["name"] == found["again"] == "plans/node"
-    assert found["sequences"] == sorted(set(found["sequences"]))
+    assert found["sequences"] == sorted(set(found["sequences"]), key=int)
     assert found["states"][-1] == found["plan"]["state"] == "PLAN_STATE_READY"
     plan = found["plan"]
     assert 0 < plan["value"] <= plan["bound"] * (1 + 1e-9)

@@ -146,6 +146,33 @@ def test_a_limit_of_an_engine_is_a_number(name: str, value: Any, words: str, tmp
         assert f"inputs.engine.{words}" in " ".join(err.split())
 
 
+@pytest.mark.parametrize(
+    ("level", "words"),
+    [
+        ({"ttft": "p42", "tpot": "mean", "attainment": None}, "ttft is 'p42', must be one of mean, p50, p90, p95, p99"),
+        ({"ttft": "p95", "tpot": ["mean"], "attainment": None}, "tpot is a list, must be one of"),
+        ({"ttft": "p95", "tpot": "mean", "attainment": 1.5}, "attainment is 1.5, must be null, or above 0"),
+        ({"ttft": "p95"}, "must have ttft, tpot, attainment, and nothing else"),
+    ],
+)
+def test_an_unreadable_service_level_is_refused(level: dict[str, Any], words: str, tmp_path: Path) -> None:
+    inputs = {**GOOD.inputs, "service_level": level}
+    (tmp_path / "plan.json").write_text(dump(replace(GOOD, inputs=inputs), "json"))
+    for verb in ("check", "explain"):
+        code, err = messages(verb, str(tmp_path / "plan.json"))
+        assert code == 2
+        assert f"inputs.service_level: {words}" in " ".join(err.split())
+
+
+def test_a_goal_without_its_demand_names_the_plan(tmp_path: Path) -> None:
+    document = json.loads(dump(GOOD, "json"))
+    document["objective"]["kind"] = "cost"
+    (tmp_path / "plan.json").write_text(json.dumps(document))
+    code, err = messages("check", str(tmp_path / "plan.json"))
+    assert code == 2
+    assert "plan.json: objective cost needs a demanded rate" in err
+
+
 def _paths(value: Any, prefix: tuple[str | int, ...] = ()) -> list[tuple[str | int, ...]]:
     """Yield every place in a document, except the document itself."""
     items: list[tuple[str | int, Any]] = []

@@ -365,7 +365,7 @@ def test_a_file_of_defaults_may_start_with_a_byte_order_mark(home: Path, capsys:
         ),
         ("[plaice]\nseed = 1", "no command 'plaice', did you mean place"),
         ("[place]\nsede = 1", "place has no option --sede, did you mean seed"),
-        ("model = ", "cannot be read"),
+        ("model = ", "is not valid TOML: "),
         ("[place]\ntpot = true", "--tpot takes one text or number, not true"),
         ("[place]\ntpot = ['50ms']", "--tpot takes one text or number, not a list"),
         ("cluster = ['a.yaml', 'b.yaml']", "error: 1 problem in the input"),
@@ -378,10 +378,21 @@ def test_a_wrong_file_of_defaults_is_named(
     home: Path, capsys: pytest.CaptureFixture[str], text: str, words: str
 ) -> None:
     (home / "project/hetis.toml").write_text(text)
-    assert run_verb(["version"]) == ExitCode.INVALID
+    assert run_verb(["catalog", "gpus", "L40S"]) == ExitCode.INVALID
     said = capsys.readouterr().err
     assert words in said
     assert "hetis.toml" in said
+
+
+@pytest.mark.parametrize("call", [("place", "--help"), ("-h",), ("--version",), ("version",), ("doctor",)])
+def test_a_wrong_file_of_defaults_does_not_stand_in_the_way_of_help(
+    home: Path, capsys: pytest.CaptureFixture[str], call: tuple[str, ...]
+) -> None:
+    (home / "project/hetis.toml").write_text("x = [")
+    assert run_verb([*call]) == ExitCode.OK
+    printed = capsys.readouterr()
+    assert "hetis" in printed.out
+    assert re.match(r"warning: \S+hetis.toml: is not valid TOML: .*; defaults from files are ignored\n$", printed.err)
 
 
 # --- what people read first

@@ -215,6 +215,21 @@ def test_a_strategy_without_a_plan_is_a_row_with_its_reason(solver: Solver, caps
     assert model_words(Objective(kind=ObjectiveKind.GOODPUT)) in " ".join(table.split())
 
 
+@pytest.mark.parametrize(
+    ("engines", "said"),
+    [((), "for any engine: "), (("--engine", "any"), "for any engine: "), (("--engine", "vllm"), "for engine vllm")],
+)
+def test_the_engine_of_all_plans_is_in_the_header(
+    solver: Solver, tmp_path: Path, capsys: pytest.CaptureFixture[str], engines: tuple[str, ...], said: str
+) -> None:
+    solver(dict.fromkeys(("hetis", "uniform"), InfeasibleError(("weights take 140 GB",))))
+    page = tmp_path / "page.html"
+    asked = ["--strategies", "hetis,uniform", *engines, "--html", str(page)]
+    assert run([*COMMAND, *asked]) == ExitCode.INFEASIBLE
+    assert capsys.readouterr().out.splitlines()[2].startswith(said)
+    assert f"; {said}" in page.read_text(encoding="utf-8")
+
+
 def test_the_table_fits_80_columns(
     solver: Solver, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -369,8 +384,10 @@ def test_compare_of_engines_has_a_row_and_a_file_for_each(
 ) -> None:
     solver({"hetis": (1.0, 1.0)})
     assert run([*COMMAND, "--engine", "vllm,any", "--max-gpus", "4", "--out", str(tmp_path)]) == ExitCode.OK
-    rows = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.strip()]
+    printed = capsys.readouterr().out
+    rows = [line.split()[0] for line in printed.splitlines() if line.strip()]
     assert {"engine", "vllm", "any"} <= set(rows)
+    assert "for any engine" not in printed
     assert {path.name for path in tmp_path.iterdir()} == {"hetis-vllm.json", "hetis-any.json"}
     run([*COMMAND, "--engine", "vllm", "--strategies", "hetis,hexgen-paper", "-o", "json"])
     entries = json.loads(capsys.readouterr().out)["strategies"]

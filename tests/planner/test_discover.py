@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,7 @@ def test_what_is_said_of_links_and_names_is_in_the_file(tmp_path: Path) -> None:
     [
         ((str(INPUTS / "ray_list.json"),), "could be A100-PCIe-80GB or A100-SXM-80GB; --gpu 'A100=TYPE' selects one"),
         ((NODES, "--gpu", "a=b"), "unknown GPU 'b'"),
+        ((NODES, "--gpu", "h10=none"), "--gpu: no GPU is called 'h10'; names found: 'NVIDIA-A100-SXM4-80GB', "),
         ((NODES, "--name", ""), "--name: '' is not a name"),
         ((NODES, "--from", "slurm"), "kubectl_nodes.json: has no list of nodes, but apiVersion, kind"),
         (("nowhere.json",), "nowhere.json: no such file"),
@@ -84,6 +86,20 @@ def test_the_planner_of_the_environment_or_of_defaults_is_no_mistake(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "hetis.toml").write_text('ca = "ca.pem"\n[cluster.discover]\ncluster = "night"\n')
     assert run_verb(["cluster", "discover", NODES]) == 0, capsys.readouterr().err
+
+
+def test_a_name_for_gpus_that_are_left_out_or_of_another_fleet_is_no_mistake(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    nodes = json.loads(Path(NODES).read_text(encoding="utf-8"))
+    nodes["items"] = [one for one in nodes["items"] if one["metadata"]["name"] in ("h100-1", "l4-1")]
+    (tmp_path / "nodes.json").write_text(json.dumps(nodes), encoding="utf-8")
+    given = ["--gpu", "NVIDIA-H100-80GB-HBM3=H100-SXM-80GB"]
+    assert run_verb(["cluster", "discover", "nodes.json", *given]) == 0, capsys.readouterr().err
+    (tmp_path / "hetis.toml").write_text('[cluster.discover]\ngpu = ["mi300=MI300X"]\n')
+    assert run_verb(["cluster", "discover", "nodes.json"]) == 0, capsys.readouterr().err
 
 
 def test_a_single_gpu_is_no_plural(tmp_path: Path) -> None:

@@ -161,6 +161,15 @@ def test_exact_is_never_worse() -> None:
     assert exact["result"]["bound_s"] >= fast["result"]["bound_s"] * (1 - 1e-9)
 
 
+def test_only_devices_that_got_head_groups_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    _, document = answer("dispatch", "--state", A100_L4, "--request", "100/10")
+    [request] = document["requests"]
+    used, there = len(request["groups"]), len(document["devices"])
+    assert used < there
+    assert run(["dispatch", "--state", A100_L4, "--request", "100/10"]) == ExitCode.OK
+    assert f"1 of 1 new request placed on {used} of {there} devices" in capsys.readouterr().out
+
+
 def test_no_requests_are_placed_at_once() -> None:
     code, document = answer("dispatch", "--state", A100_L4)
     assert code == ExitCode.OK

@@ -224,7 +224,10 @@ def test_a_simulation_is_that_of_the_command_line(plan: hetis.Plan, tmp_path: Pa
     done = hetis_plan_here("simulate", "plan.json", "--requests", "100", "--threads", "1", "-o", "json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     found = plan.simulate(requests=100)
-    assert found.to_dict()["summary"] == json.loads(done.stdout)["summary"]
+    printed = json.loads(done.stdout)
+    assert {name: found.to_dict()[name] for name in ("load", "summary")} == {
+        name: printed[name] for name in ("load", "summary")
+    }
     assert "requests/s" in repr(found)
     assert found.goodput_rps is None
     assert repr(plan.simulate(requests=1)).startswith("<hetis.Simulation: too short for a rate, TTFT p95 ")
@@ -267,6 +270,8 @@ def test_a_sweep_has_a_row_for_every_rate(plan: hetis.Plan) -> None:
         ({"seed": 1.5}, "seed: is 1.5, must be a whole number"),
         ({"threads": -1}, "threads: is -1, must be"),
         ({"simplest_within": 2}, "simplest_within: is 2, must be at least 0 and below 1"),
+        ({"ttft": "100"}, "ttft: a TTFT limit of 100 has no unit: 100ms or 100s?"),
+        ({"tpot": "50"}, "tpot: a TPOT limit of 50 has no unit: 50ms or 50s?"),
         ({"ttft": True}, "ttft: is True, must be a number or text such as '200ms'"),
         ({"ttft": [1]}, r"ttft: is \[1\], must be a number"),
         ({"pin": [3]}, r"pin\[0\]: is 3, must be text"),

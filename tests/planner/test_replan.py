@@ -199,6 +199,53 @@ def test_the_next_plan_is_simulated_as_the_running_one_was(folder: Path) -> None
     assert "Simulated" not in invoke(*asked, "--no-verify").stdout
 
 
+@pytest.mark.parametrize(("options", "limit_s"), [((), 0.1), (("--tpot", "50ms"), 0.05), (("--tpot", "none"), None)])
+def test_requests_of_more_tokens_get_back_the_limit_on_tpot(
+    folder: Path, options: tuple[str, ...], limit_s: float | None
+) -> None:
+    """Requests of one output token have no TPOT, so that the running plan has no limit on it."""
+    first, second, third = (str(folder / f"tokens-{number}.json") for number in range(3))
+    asked = ["-m", "Llama-2-7B", "-w", "256/1", "--strategy", "hexgen", *options, "--no-verify", "-q"]
+    assert run(["place", "-c", str(folder / "fleet.yaml"), *asked, "--out", first]) == ExitCode.OK
+    for before, after, workload, expected_s in ((first, second, "200/1", None), (second, third, "256/64", limit_s)):
+        again = ["--from", before, "-c", str(folder / "fleet.yaml"), "-w", workload, "--no-verify", "-q"]
+        assert run(["replan", *again, "--out", after]) == ExitCode.OK
+        assert json.loads(Path(after).read_text())["objective"]["tpot_limit_s"] == expected_s
+        assert run(["check", after, "-q"]) == ExitCode.OK
+
+
+def test_a_plan_that_survives_is_followed_by_one_for_its_demand(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second = str(folder / "survives.json"), str(folder / "after.json")
+    goal = ["--objective", "gpus", "--rate", "0.5", "--tpot", "none", "--ttft", "none", "--survive", "node"]
+    asked = [*PROBLEM, *goal, "--no-verify", "-q", "--out", first]
+    assert run(["place", "-c", str(folder / "more.yaml"), *asked]) == ExitCode.OK
+    assert json.loads(Path(first).read_text())["objective"]["demand_rps"] > 0.5
+    capsys.readouterr()
+    again = ["--from", first, "-c", str(folder / "fleet.yaml"), "--no-verify", "--out", second]
+    assert run(["replan", *again]) == ExitCode.OK
+    said = "re-planning does not support --survive node: the next plan serves 0.5 requests/s with all nodes"
+    assert said in " ".join(capsys.readouterr().err.split())
+    after = json.loads(Path(second).read_text())
+    left = 0.9 * after["inputs"]["losses"]["node"]["rate"]
+    assert after["objective"]["demand_rps"] == 0.5
+    assert "survive" not in after["inputs"]
+    assert said in after["notes"]
+    assert f"{min(left, 0.5):.4g} of 0.5 requests/s are served when any one node is lost" in after["notes"]
+
+
+@pytest.mark.parametrize("asked", [{"tpot_limit_s": True}, {"demand_rps": "10"}, {"kind": 1.0}, [], {"demand_rps": -1}])
+def test_what_was_asked_in_another_form_is_refused(
+    folder: Path, tmp_path: Path, asked: object, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = json.loads((folder / "running.json").read_text())
+    (tmp_path / "edited.json").write_text(json.dumps(plan | {"inputs": plan["inputs"] | {"asked": asked}}))
+    edited = ["replan", "--from", str(tmp_path / "edited.json"), "-c", str(folder / "fleet.yaml"), "--dry-run"]
+    assert run(edited) == ExitCode.INVALID
+    assert "edited.json: inputs.asked" in " ".join(capsys.readouterr().err.split())
+
+
 def test_diff_tells_what_replan_told(folder: Path) -> None:
     answer = replanned(folder, "more.yaml", "--out", str(folder / "grown.json"))
     result = invoke("diff", str(folder / "running.json"), str(folder / "grown.json"), "-o", "json")
@@ -212,6 +259,20 @@ def test_diff_of_a_plan_with_itself_is_nothing(folder: Path) -> None:
     plan = str(folder / "running.json")
     change = json.loads(invoke("diff", plan, plan, "-o", "json").stdout)["change"]
     assert (change["moved_gpus"], change["loads"], change["dropped_requests"]) == ([], {}, 0)
+
+
+def test_diff_tells_in_what_the_problems_differ(folder: Path, tmp_path: Path) -> None:
+    other = json.loads((folder / "running.json").read_text())
+    other["inputs"]["constraints"] = ["--forbid type=L4"]
+    other["inputs"]["documents"]["cluster"]["name"] = "other"
+    (tmp_path / "other.json").write_text(json.dumps(other))
+    files = [str(folder / "running.json"), str(tmp_path / "other.json")]
+    assert "Problems" not in invoke("diff", files[0], files[0]).stdout
+    differences = json.loads(invoke("diff", *files, "-o", "json").stdout)["differences"]
+    assert set(differences) == {"fleet", "constraints"}
+    assert differences["constraints"]["after"] == "--forbid type=L4"
+    told = invoke("diff", *files).stdout
+    assert f"constraints  {differences['constraints']['before']} → --forbid type=L4" in told
 
 
 @pytest.mark.parametrize("is_before", [True, False])

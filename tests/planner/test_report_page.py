@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 
 from hetis.formats.documents import load_cluster, load_plan
+from hetis.planner.report.differences import differences, is_one_question
 from hetis.planner.report.figures import digits
 from hetis.planner.report.page.axes import chart_of
 from hetis.planner.report.page.blocks import COLORS, Waterfalls
 from hetis.planner.report.page.fleet_map import fleet_map, shape_letter
 from hetis.planner.report.page.pages import ShownPlan, plans_page
 from hetis.planner.report.page.plan_section import plan_section, reason_words, shape_words
-from hetis.planner.report.page.side_by_side import differences, is_one_question
 from hetis.planner.report.plan import simple_setups
 from hetis.planner.report.simulation_pictures import _COLORS, Line, Panel, _dash
 from hetis.planner.use_cases.compare import figures_of
@@ -236,6 +236,16 @@ def test_a_missed_limit_is_said_first(folder: Path) -> None:
     assert "TTFT p95 9.5 s of 2 s" in text
     assert 'class="text bad"' in page
     assert "Kept, simulated" in text
+
+
+def test_a_page_says_that_a_demand_is_not_met(folder: Path) -> None:
+    found = load_plan_and_problem(str(folder / "plan.json"))
+    for ratio, is_met in ((0.5, True), (2.0, False)):
+        asked = replace(found.plan.objective, demand_rps=ratio * found.plan.result.value)
+        shown = ShownPlan(name="The plan", plan=replace(found.plan, objective=asked), problem=found.problem)
+        text = whole(plans_page([shown])).text
+        assert "Demand" in text
+        assert ("not met" in text[: text.index("How good it is")]) is not is_met
 
 
 def test_the_map_shows_every_gpu_with_what_it_does() -> None:

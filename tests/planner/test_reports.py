@@ -8,11 +8,13 @@ from dataclasses import replace
 import pytest
 from rich.console import Console, RenderableType
 
-from hetis.planner.report.explanation import render_explanation
+from hetis.formats.command_line.terminal import _ASCII
+from hetis.planner.report.explanation import memory_shares, render_explanation, time_shares
 from hetis.planner.report.plan import (
     MAX_SHAPES,
     beside_engines,
     beside_equal_stages,
+    misses_demand,
     render_plan,
     simple_setups,
     verdict,
@@ -60,10 +62,31 @@ def test_a_plan_for_a_tighter_limit_is_compared_with_what_the_model_alone_promis
     first, then = replace(plan, inputs=inputs), replace(plan, inputs={**inputs, **tighter})
     assert beside_equal_stages(first) == "1.620 requests/s by replicas of equal stages; this plan 17% less"
     assert beside_equal_stages(then) == (
-        "1.620 requests/s by replicas of equal stages by the model, not simulated; this plan, simulated, 17% less"
+        "1.620 requests/s by the model, by replicas of equal stages (not simulated); "
+        "this plan, for a tighter limit, by the model 17% less"
     )
     assert (beside_engines(first), beside_engines(then)) == (["vllm: 20% more"], ["vllm: 20% more by the model"])
     assert [simple_setups(one)[0].endswith("20% more by the model") for one in (first, then)] == [False, True]
+
+
+def test_a_demand_above_the_promised_rate_is_marked_as_not_met() -> None:
+    """The plan promises 1.35 requests/s, for least cost what is demanded."""
+    plan, cheapest = PLANS["paper"], PLANS["cost"]
+    for one, demand_rps, is_met in ((plan, 1.35, True), (plan, 5.0, False), (cheapest, 4.0, True)):
+        asked = replace(one, objective=replace(one.objective, demand_rps=demand_rps))
+        demand = next(line for line in text_of(render_plan(asked)).splitlines() if "Demand" in line).rstrip()
+        assert demand.endswith("requests/s" if is_met else "requests/s  not met")
+        assert misses_demand(asked) is not is_met
+
+
+def test_parts_of_a_chart_have_different_signs_in_ascii_too() -> None:
+    explained = plans.explanation(plans.split_plan())
+    for shares in (*map(memory_shares, explained.memory), *map(time_shares, explained.stage_times)):
+        signs = "".join([*(share.glyph for share in shares), "·"]).translate(
+            _ASCII
+        )  # a dot is free memory or idle time
+        assert signs.isascii()
+        assert len(set(signs)) == len(shares) + 1
 
 
 def test_what_other_engines_reach_is_said_with_what_keeps_them_apart() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -118,6 +119,13 @@ def test_a_saturated_fleet_says_what_it_serves(plan: Path) -> None:
     assert found["throughput_rps"] == found["summary"]["throughput_rps"]["value"]
     assert found["ratios"]["throughput"] == pytest.approx(found["throughput_rps"] / found["planned"]["rate_rps"])
     assert found["load"]["arrivals"] == "saturated"
+
+
+def test_a_rate_that_was_not_measured_is_unknown_without_a_unit(plan: Path) -> None:
+    result = invoke("simulate", str(plan), "--requests", "20", "--chunk-tokens", "99999999")
+    assert "nothing is served: no replica has room for any of the 20 requests" in result.stdout
+    assert re.search(r"^Throughput +unknown$", result.stdout, re.MULTILINE)
+    assert "unknown/s" not in result.stdout
 
 
 def test_the_table_fits_80_columns_and_sets_the_plan_beside_what_happened(plan: Path) -> None:

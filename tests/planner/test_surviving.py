@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -110,9 +111,11 @@ def test_a_fleet_of_one_node_survives_no_loss(inputs: list[str], capsys: pytest.
 def test_every_plan_says_what_is_served_without_its_worst_node(
     inputs: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run([*inputs, "--engine", "vllm", "--max-gpus", "1"]) == ExitCode.OK
+    assert run([*inputs, "--engine", "vllm", "--max-gpus", "1", "--html", "plan.html"]) == ExitCode.OK
     text = " ".join(capsys.readouterr().out.split())
     assert "after losing any one node: at least 83% still served (worst: l4-" in text, text[:900]
+    page = " ".join(re.sub("<[^>]*>", " ", Path("plan.html").read_text()).split())
+    assert "After losing any one node 83% at least still served worst: l4-" in page
 
 
 def test_nothing_is_served_without_the_only_node(inputs: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -138,6 +141,15 @@ nodes:
   - {name: a, zone: east, count: 4, gpus: [{type: L4, count: 1, usd_per_hour: 0.7}]}
   - {name: b, zone: west, count: 3, gpus: [{type: L4, count: 1, usd_per_hour: 0.8}]}
   - {name: c, zone: north, count: 3, gpus: [{type: A100-SXM-80GB, count: 1, usd_per_hour: 2.5}]}
+network: {bandwidth: 100Gbps, latency: 20us}
+"""
+FREE = """\
+apiVersion: hetis/v1
+kind: Cluster
+name: free
+nodes:
+  - {name: a, zone: east, count: 3, gpus: [{type: A100-SXM-80GB, count: 1, usd_per_hour: 0}]}
+  - {name: l, zone: west, count: 4, gpus: [{type: L4, count: 1, usd_per_hour: 0.7}]}
 network: {bandwidth: 100Gbps, latency: 20us}
 """
 ONE_GPU = ["--engine", "vllm", "--roles", "unified", "--max-gpus", "1", "--tpot", "none", "--ttft", "none"]
@@ -172,6 +184,22 @@ def test_the_demand_is_served_without_any_one_zone(
     best = cheapest(rates, demand)
     assert plan["result"]["bound"] <= best * (1 + 1e-9) <= plan["result"]["value"] * (1 + 1e-9)
     assert plan["result"]["value"] <= 1.35 * best
+    Path("plan.json").write_text(json.dumps(plan))
+    assert run(["check", "plan.json", "-q"]) == ExitCode.OK
+
+
+@pytest.mark.parametrize(("place", "rate"), [("zone", 0.5), ("node", 4)])
+def test_gpus_may_cost_nothing(inputs: list[str], capsys: pytest.CaptureFixture[str], place: str, rate: float) -> None:
+    """The plan for the demand alone is free; losing its zone takes GPUs that are not, losing a node does not."""
+    Path("fleet.yaml").write_text(FREE)
+    asked = [*inputs, *ONE_GPU, "--objective", "cost", "--rate", str(rate), "--survive", place]
+    plan = placed(capsys, asked)
+    result, notes = plan["result"], " ".join(plan["notes"])
+    if place == "node":
+        assert (result["value"], result["bound"], result["gap"], result["status"]) == (0.0, 0.0, 0.0, "optimal")
+    else:
+        assert result["value"] >= 0.7
+    assert f": {result['value']:.4g} USD/h more than 0 USD/h of the plan for {rate} requests/s" in notes
     Path("plan.json").write_text(json.dumps(plan))
     assert run(["check", "plan.json", "-q"]) == ExitCode.OK
 

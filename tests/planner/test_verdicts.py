@@ -433,6 +433,7 @@ def test_the_table_says_what_was_asked_and_what_was_simulated(saved: Path) -> No
     assert "Service level kept: 90% of the requests within all limits" in flat
     assert "Requests within all limits 90% 100.0 ± 0.15% kept" in flat  # no miss of 2,000: up to 3 / 2,000 by chance
     assert "TTFT within 200 ms 100.0% TPOT within 50.0 ms 100.0%" in flat
+    assert "of the requests kept both limits" in flat
     for words in ("Attainment", "Expected and simulated", "TTFT p95", "TPOT mean", "Latencies"):
         assert words in kept
     missed = " ".join(table(saved, "--requests", "2000", "--rate", "10", "--ttft", "10ms").split())
@@ -440,6 +441,7 @@ def test_the_table_says_what_was_asked_and_what_was_simulated(saved: Path) -> No
     assert "Requests within all limits 90% 0.0 ± " in missed
     piled = " ".join(table(saved, "--requests", "1000", "--rate", "90", "--tpot", "none").split())
     assert "MISSED: 90% of the requests within all limits; the load is not carried" in piled
+    assert "of the requests kept the limit " in piled
     doubtful = " ".join(table(saved, "--requests", "60", "--rate", "90", "--tpot", "none").split())
     assert "too short" in doubtful
     assert "the load is not carried" not in doubtful, "the run cannot tell"

@@ -15,11 +15,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+import hetis
 from hetis.formats.documents import load_plan
 from hetis.planner.cli import place as placing_verb
 from hetis.planner.cli import resource_views
 from hetis.planner.cli.exit_codes import ExitCode
-from hetis.planner.convert.plans import result_to_proto
+from hetis.planner.convert.plans import OBJECTIVE_KINDS, result_to_proto
 from hetis.planner.report.figures import digits, seconds
 from hetis.planner.report.page import plan_section
 from hetis.planner.report.page.pages import ShownPlan, plans_page
@@ -71,7 +72,7 @@ from hetis.simulator.steadiness import Estimate
 from hetis.solver.budget import Budget
 from hetis.solver.budget import silent as unreported
 from hetis.solver.errors import InvalidProblemError
-from hetis.solver.plan import Objective, Plan, ReplicaPlan
+from hetis.solver.plan import Objective, ObjectiveKind, Plan, ReplicaPlan
 from hetis.solver.problem import EngineSettings, PlacementProblem
 from hetis.v1 import plan_pb2
 from tests.planner.command_line import invoke
@@ -487,15 +488,29 @@ def test_a_plan_that_misses_is_headed_and_simulated_by_the_rate_that_it_keeps(pa
     never = replace(plan, inputs={**plan.inputs, VERIFICATION: none})
     assert "Goodput none of the rates tried keeps the limits in simulation; by the model" in drawn(never)
     for one, more in (
-        (missing, "by the model; this plan, simulated, 40% more"),
-        (never, "by the model; this plan, simulated, keeps the limits at no rate tried"),
+        (missing, "by the model, by replicas of equal stages (not simulated); this plan by the model 100% more"),
+        (never, "by the model, by replicas of equal stages (not simulated); this plan by the model 100% more"),
         (plan, "stages; this plan 100% more"),
     ):
-        assert beside_equal_stages(replace(one, inputs={**one.inputs, **beside})).endswith(more)
+        shown = replace(one, inputs={**one.inputs, **beside})
+        assert beside_equal_stages(shown).endswith(more)
+        page = plans_page([ShownPlan(name="one", plan=shown, problem=problem)])
+        assert "+100%" in page
+        assert ("by the model; equal stages, not simulated" in page) is (one is not plan)
     [simple] = simple_setups(replace(missing, inputs={**missing.inputs, SIMPLE_SETUPS: {"2": 0.5 * plan.result.value}}))
     assert simple.endswith("50% less by the model")
     assert rate_to_simulate(missing, problem) == said["kept_rps"]
     assert rate_to_simulate(plan, problem) == default_rate(plan, problem)
+
+
+def test_a_single_limit_is_not_called_both(pair: Placed) -> None:
+    plan, _ = pair
+    kept = replace(plan, inputs={**plan.inputs, VERIFICATION: {**plan.inputs[VERIFICATION], "kept": True}})
+    alone = replace(kept, objective=replace(plan.objective, ttft_limit_s=None))
+    for output in (drawn, page_of):
+        assert "% within both" in output(kept)
+        assert "% within the limit" in output(alone)
+        assert "both" not in output(alone)
 
 
 def test_without_limits_or_when_nobody_waits_nothing_is_simulated(pair: Placed) -> None:
@@ -531,13 +546,16 @@ def test_a_simulation_that_exceeds_its_time_limit_is_ended_and_decides_nothing(p
     loaded = load_inputs(cluster=cluster, model="Llama-2-7B", workload="500/100", profiles=())
     bare, looks = replace(plan, inputs={}), itertools.count()
 
-    def simulated(limit_s: float) -> Plan:
+    def simulated(limit_s: float, plan: Plan = bare) -> Plan:
         return simulated_plan(
-            bare, loaded, problem, PlacementSettings(), level=DEFAULT, cancelled=threading.Event(), report=unreported,
+            plan, loaded, problem, PlacementSettings(), level=DEFAULT, cancelled=threading.Event(), report=unreported,
             budget=lambda: Budget(time_limit_s=1.0, clock=lambda: float(next(looks))), limit_s=limit_s,
         )  # fmt: skip
 
     assert simulated(math.inf).inputs[VERIFICATION] == plan.inputs[VERIFICATION], "as ever, however long it takes"
+    demanded = replace(bare, objective=replace(bare.objective, demand_rps=0.01))
+    assert simulated(math.inf, demanded).inputs[VERIFICATION] == plan.inputs[VERIFICATION], "at the planned rate"
+    assert simulated(math.inf, demanded).objective == demanded.objective
     began = next(looks)
     stopped = simulated(500.0)
     assert next(looks) - began < 600, "within a run of 4,000 requests, before each of which the time is read"
@@ -870,6 +888,43 @@ def test_every_output_says_which_part_was_simulated(pair: Placed, share: float, 
 
 def page_of(plan: Plan) -> str:
     return " ".join(f"{tile.value} {tile.note}" for tile in plan_section._simulated(plan))
+
+
+@pytest.mark.parametrize("kept_rps", [1.5, None, 9.0])
+@pytest.mark.parametrize("kind", [ObjectiveKind.GOODPUT, ObjectiveKind.THROUGHPUT, ObjectiveKind.COST])
+def test_every_view_of_a_plan_that_misses_its_limits_shows_the_rate_it_keeps(
+    pair: Placed, kind: ObjectiveKind, kept_rps: float | None
+) -> None:
+    """Plans of a planner have a spec, imported ones have none; 9 requests/s are more than the plan promises."""
+    plan, problem = pair
+    demand_rps = 2.0 if kind is ObjectiveKind.COST else None
+    objective = replace(plan.objective, kind=kind, demand_rps=demand_rps)
+    result = replace(plan.result, objective=kind, value=2.0, unit=objective.unit)
+    rate_rps = 2.0 if kind is not ObjectiveKind.THROUGHPUT else 1.8
+    found = {**plan.inputs[VERIFICATION], "kept": False, "rate_rps": rate_rps, "kept_rps": kept_rps}
+    missing = replace(plan, objective=objective, result=result, inputs={**plan.inputs, VERIFICATION: found})
+    spec = plan_pb2.PlanSpec(objective=plan_pb2.Objective(kind=OBJECTIVE_KINDS[kind]))
+    answer, value = result_to_proto(missing, b"{}"), f"2.000 {objective.unit}"
+    is_goodput, python = kind is ObjectiveKind.GOODPUT, repr(hetis.Plan(value=missing, problem=problem))
+    for message in (plan_pb2.Plan(spec=spec, result=answer), plan_pb2.Plan(result=answer)):
+        cell = resource_views.value_of(message).plain
+        viewed = " ".join(text_of(resource_views.plan_summary(message), width=200).split())
+        if not is_goodput:
+            assert cell == f"{value}, MISSED"
+            assert f"Value {value}" in viewed
+            assert "limits MISSED in simulation" in python
+        elif kept_rps is None:
+            assert cell == f"none of {value}, MISSED"
+            assert f"Value none of the rates tried keeps the limits in simulation; by the model {value}" in viewed
+            assert f"<hetis.Plan: no rate tried within the limits in simulation, MISSED at {value} by" in python
+        elif kept_rps < 2.0:
+            assert cell == f"1.500 of {value}, MISSED"
+            assert f"Value 1.500 requests/s within the limits in simulation; by the model {value}" in viewed
+            assert f"<hetis.Plan: 1.500 requests/s within the limits in simulation, MISSED at {value} by" in python
+        else:
+            assert cell == value
+            assert f"Value {value}" in viewed
+            assert "MISSED" not in python
 
 
 @pytest.mark.parametrize("share", [0.0, -0.5, 1.5, math.nan, "1/8"])

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from hetis.formats.catalogue import find_gpu
 from hetis.formats.errors import DocumentError
 from hetis.planner.cli.app import run
 from hetis.planner.cli.exit_codes import ExitCode
+from hetis.planner.use_cases.place import PlacementSettings
+from hetis.planner.use_cases.sources import LoadedInputs, load_inputs
+from hetis.planner.use_cases.what_if import FleetChange, _kind_of_change, _posed, changed_inputs
+from hetis.solver.advice import Addition, Change, NodeShape
+from hetis.solver.plan import Objective
+from hetis.solver.problem import EngineRules
 from tests.planner.command_line import invoke
 
 FLEET = """apiVersion: hetis/v1
@@ -171,3 +179,55 @@ def test_a_market_may_be_a_file(fleet: str, tmp_path: Path) -> None:
     market.write_text("# what is on offer\nL4 = 0.4  # spot\nA10\n")
     answer = answer_to(fleet, "--buy-next", "--market", str(market))
     assert [offer["usd_per_hour"] for offer in answer["offers"] if offer["gpu"] == "L4"] == [0.4]  # type: ignore[attr-defined]
+
+
+def narrows(before: LoadedInputs, **change: Any) -> list[Change]:
+    """Return the kind of a change, and that of its reverse."""
+    shape = NodeShape(gpus_per_node=1, zone=before.inputs.cluster.zones()[0])
+    after = changed_inputs(before, FleetChange(shape=shape, **change))
+    settings = PlacementSettings(engine=EngineRules(name="vllm-hetis"))
+    old, new = (_posed(loaded, Objective(), settings) for loaded in (before, after))
+    return [_kind_of_change(old, new), _kind_of_change(new, old)]
+
+
+def inputs_on(folder: Path, nodes: str, network: str = "", model: str = "Llama-3.1-8B") -> LoadedInputs:
+    text = f"apiVersion: hetis/v1\nkind: Cluster\nname: small\nnodes:\n{nodes}"
+    (folder / "asked.yaml").write_text(f"{text}network: {{bandwidth: 100Gbps, latency: 20us{network}}}\n")
+    return load_inputs(cluster=str(folder / "asked.yaml"), model=model, workload="1024/256")
+
+
+A10 = Addition(gpu=find_gpu("A10").gpu, count=1)
+H100S = "  - {name: x, count: 3, gpus: [{type: H100-SXM-80GB, count: 1}]}\n"
+
+
+def test_more_nodes_keep_all_plans_and_fewer_keep_none_that_is_new(tmp_path: Path) -> None:
+    fleet = inputs_on(tmp_path, H100S)
+    assert narrows(fleet, add=(A10,)) == [Change.GROWN, Change.SHRUNK]
+    assert narrows(fleet, remove=("x-1",)) == [Change.SHRUNK, Change.GROWN]
+    assert narrows(fleet, add=(A10,), remove=("x-1",)) == [Change.OTHER, Change.OTHER]
+
+
+def test_types_on_which_the_engine_does_not_run_change_nothing(tmp_path: Path) -> None:
+    v100 = Addition(gpu=find_gpu("V100-SXM2-16GB").gpu, count=1)
+    assert narrows(inputs_on(tmp_path, H100S), add=(v100,)) == [Change.GROWN, Change.SHRUNK]
+
+
+def test_links_between_nodes_narrow_nothing(tmp_path: Path) -> None:
+    """Every node of a group has the group's worst link, so that fewer nodes may serve more."""
+    links = ", nodes: {links: [{between: [x-0, x-2], bandwidth: 100Mbps, latency: 20ms}]}"
+    assert narrows(inputs_on(tmp_path, H100S, links), remove=("x-2",)) == [Change.OTHER, Change.OTHER]
+    fleet = str(tmp_path / "asked.yaml")
+    question = ["what-if", "-c", fleet, "-m", "Llama-2-70B", "-w", "1024/256", "--remove", "x-2", "--ttft", "none"]
+    found = invoke(*question, "--tpot", "none", "-q", "-o", "json")
+    difference = json.loads(found.stdout)["difference"]
+    assert 0.0 < difference["low"] <= difference["found"] <= difference["high"]
+
+
+def test_a_kind_of_gpus_that_makes_pipelines_shorter_narrows_nothing(tmp_path: Path) -> None:
+    nodes = "".join(
+        f"  - {{name: n{i}, nic: {{bandwidth: {100 + i}Gbps, latency: 20us}}, gpus: [{{type: L4, count: 1}}]}}\n"
+        for i in range(13)
+    )
+    fleet = inputs_on(tmp_path, nodes, model="Llama-3.1-70B")
+    assert narrows(fleet, add=(A10,)) == [Change.OTHER, Change.OTHER], "8 stages before, 7 after"
+    assert narrows(fleet, remove=("n3",)) == [Change.SHRUNK, Change.GROWN], "8 stages in both"

@@ -11,12 +11,14 @@ from typing import Any
 
 from hetis.runtime.agent.core import AgentCore, AgentIdentity
 from hetis.runtime.agent.daemon import LEAST_REPORT_S, AgentDaemon
-from hetis.runtime.agent.devices import SimulatedDevices
+from hetis.runtime.agent.devices import Devices, SimulatedDevices
 from hetis.runtime.agent.disk import StateDirectory
 from hetis.runtime.agent.metrics import AgentMetrics
 from hetis.runtime.agent.options import ReconnectBackoff
 from hetis.runtime.agent.stream import PlannerStream
 from hetis.v1.agent_service_pb2 import AgentCapability
+from hetis.v1.inventory_pb2 import NodeInventory
+from hetis.v1.report_pb2 import DeviceReport
 from tests.planner.fleet.samples import CLUSTER
 from tests.protocol.engine_host import EngineHost
 from tests.protocol.transport import Address, Network, Way
@@ -50,6 +52,23 @@ class MortalState(StateDirectory):
             self.died()
             return
         super().write(name, body)
+
+
+class PromptReader:
+    """Reads the devices at once: in virtual time, a thread would answer after every time limit."""
+
+    def __init__(self, devices: Devices) -> None:
+        self._devices = devices
+
+    def sample(self) -> asyncio.Future[list[DeviceReport]]:
+        answer = asyncio.get_running_loop().create_future()
+        answer.set_result(self._devices.sample())
+        return answer
+
+    def inventory(self) -> asyncio.Future[NodeInventory]:
+        answer = asyncio.get_running_loop().create_future()
+        answer.set_result(self._devices.inventory())
+        return answer
 
 
 class AgentHost:
@@ -95,7 +114,7 @@ class AgentHost:
             self.state,
             executor,
             lambda: executor.watch_reports(LEAST_REPORT_S),
-            devices,
+            PromptReader(devices),  # type: ignore[arg-type]
             AgentMetrics(version="1.0"),
             clock=self._now,
         )

@@ -81,8 +81,9 @@ class MortalStore(Store):
 
     def lose_lock(self) -> None:
         """Always hold the lease: another planner may lead without this one knowing."""
-        assert self._lock is not None
-        self._lock.release()
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None  # otherwise it would be taken again
 
     def kill(self) -> None:
         self.is_dead = True

@@ -18,7 +18,7 @@ from hetis.solver.advice import (
     without,
 )
 from hetis.solver.cluster import Cluster, Link, Network
-from hetis.solver.errors import InvalidProblemError
+from hetis.solver.errors import BrokenProofError, InvalidProblemError
 from tests.solver.instances import make_gpu, make_node, make_problem
 
 numbers = st.floats(0.1, 100.0)
@@ -63,6 +63,15 @@ def test_a_side_without_a_bound_leaves_its_end_open() -> None:
 def test_two_fleets_without_a_plan_are_the_same() -> None:
     nothing = Proven(value=float("inf"), bound=float("inf"))
     assert difference(nothing, nothing, maximises=False, change=Change.OTHER).found == 0.0
+
+
+def test_proofs_that_contradict_each_other_are_refused() -> None:
+    before, after = Proven(value=0.35, bound=0.36), Proven(value=1.65, bound=1.65)
+    with pytest.raises(BrokenProofError, match=r"is at least 1\.29 and at most -1\.29, which contradict"):
+        difference(before, after, maximises=True, change=Change.SHRUNK)
+    rounded = Proven(value=0.36 * (1 + 1e-9), bound=0.36)
+    found = difference(before, rounded, maximises=True, change=Change.SHRUNK)
+    assert found.low <= found.high
 
 
 LINK = Link(bytes_per_s=1e9, latency_s=1e-5)

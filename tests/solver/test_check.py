@@ -22,7 +22,7 @@ from hetis.solver.plan import (
     StagePlan,
     Status,
 )
-from hetis.solver.problem import PlacementProblem
+from hetis.solver.problem import EXPLICIT_LINKS, PlacementProblem
 from hetis.solver.profile import Fit, Op, Piece, Profile
 from tests.solver.claimed_plans import claimed, counted, derived_of, plan_of, rules, unclaimed
 from tests.solver.instances import (
@@ -154,6 +154,9 @@ def test_infeasible_result_without_replicas_is_sound() -> None:
     nothing = replace(sound(problem), replicas=(), prices=())
     infeasible = replace(nothing.result, status=Status.INFEASIBLE, value=0.0, bound=0.0, gap=0.0)
     assert check_plan(replace(nothing, result=infeasible), problem) == ()
+    for number in ({"value": 100.0}, {"bound": 3.0}, {"gap": 7.0}):
+        claiming = replace(nothing, result=replace(infeasible, **number))
+        assert [violation.rule for violation in check_plan(claiming, problem)] == [Rule.STATUS]
 
 
 # --- broken plans: each kind is detected, and by its own rule alone
@@ -454,6 +457,10 @@ def test_explicit_node_link_slows_only_the_stages_that_use_it() -> None:
     assert derived_of(slow, problem).rate < 0.5 * derived_of(fast, problem).rate
     moved = replace(claimed(fast, problem), stages=slow.stages)
     assert Rule.RATE in rules(plan_of(problem, moved), problem)
+    older = plan_of(problem, claimed(fast, problem))
+    assert rules(older, problem) == set(), "plans that do not mention explicit links"
+    assert rules(replace(older, family=problem.describe_family()), problem) == set()
+    assert EXPLICIT_LINKS in problem.describe_family()
 
 
 def test_broken_replica_does_not_hide_the_next() -> None:

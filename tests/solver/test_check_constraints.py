@@ -90,6 +90,16 @@ def test_what_breaks_a_constraint_is_seen_and_nothing_else(kept: Constraint, bro
     assert found == {str(broken)}
 
 
+def test_copies_that_share_experts_on_as_many_gpus_break_a_constraint_on_a_tp_size() -> None:
+    problem = the_problem()
+    stage = replace(ALONE, copies=2, devices=("a-0/0", "a-0/1"))
+    apart = plan_of(problem, unclaimed(stage))
+    together = replace(apart, replicas=(replace(apart.replicas[0], expert_parallel=True),))
+    asked = replace(problem, constraints=(WithoutTp(tp=2), WithoutTp(tp=4)))
+    for plan, broken in ((apart, set[str]()), (together, {"--forbid tp=2"})):
+        assert {v.where for v in check_plan(plan, asked) if v.rule is Rule.CONSTRAINT} == broken
+
+
 def test_attention_workers_break_a_constraint_for_none() -> None:
     problem = the_problem()
     asked = replace(problem, constraints=(WithoutWorkers(),))

@@ -20,7 +20,7 @@ from hetis.solver.model import DraftShape
 from hetis.solver.placement.explanation import explain_plan
 from hetis.solver.placement.explanation.replica_view import replica_views
 from hetis.solver.placement.families import run_by
-from hetis.solver.plan import ClassPrice, Explanation, KvRoute, Objective, ObjectiveKind, Plan, Role
+from hetis.solver.plan import ClassPrice, Explanation, KvRoute, Objective, ObjectiveKind, Plan, Role, Status
 from hetis.solver.planning import solve_placement
 from hetis.solver.problem import EngineRules, PlacementProblem
 from tests.solver import test_check_roles
@@ -150,6 +150,33 @@ def test_idle_class_with_a_price_says_what_it_is_worth_at_the_margin() -> None:
     assert idle.reason.startswith("each is worth 0.25 requests/s at the margin, but ")
 
 
+@pytest.mark.parametrize("gap", [0.0, 0.15])
+def test_a_price_of_0_is_only_said_of_the_relaxation(gap: float) -> None:
+    """Whole replicas may well use more of such GPUs, whether the bound is reached or not."""
+    problem = the_problem()
+    price = ClassPrice(gpu="B", zone="east", gpus_per_node=2, available=4, used=0, as_attention_workers=0, dual=0.0)
+    plan = replace(plan_of(problem, claimed(unclaimed(A_ALONE), problem)), prices=(price,))
+    result = replace(plan.result, bound=plan.result.value * (1 + gap), gap=gap, status=Status.FEASIBLE)
+    (idle,) = explain_plan(replace(plan, result=result), problem).idle
+    assert idle.reason.startswith(
+        "their marginal price is 0: they are not scarce if fractions of replicas are allowed; "
+    )
+    assert "nothing" not in idle.reason
+    assert idle.reason.endswith("a gap of 15% remains, so that a use for them may exist") is (gap > 0)
+
+
+@pytest.mark.parametrize("kind", [ObjectiveKind.GOODPUT, ObjectiveKind.THROUGHPUT, ObjectiveKind.COST])
+def test_idle_gpus_are_not_needed_for_a_demand_only_if_the_plan_meets_it(kind: ObjectiveKind) -> None:
+    problem = the_problem(objective=Objective(kind=kind, ttft_limit_s=None, tpot_limit_s=None, demand_rps=1.0))
+    price = ClassPrice(gpu="B", zone="east", gpus_per_node=2, available=4, used=0, as_attention_workers=0, dual=0.25)
+    plan = replace(plan_of(problem, claimed(unclaimed(A_ALONE), problem)), prices=(price,))
+    promised_rps = plan.result.value if plan.objective.maximises else 1.0
+    for demand_rps, is_met in ((promised_rps, True), (1.1 * promised_rps, kind is ObjectiveKind.COST)):
+        asked = replace(problem.objective, demand_rps=demand_rps)
+        (idle,) = explain_plan(replace(plan, objective=asked), replace(problem, objective=asked)).idle
+        assert (f"by the model, the demand of {demand_rps:g} requests/s is met without them" in idle.reason) is is_met
+
+
 def test_strategy_without_attention_workers_says_so() -> None:
     problem = the_problem(max_pool=0)
     plan = plan_of(problem, claimed(unclaimed(A_ALONE), problem))
@@ -161,14 +188,18 @@ def test_layers_of_several_kinds_add_up(kind: str) -> None:
     drafted = replace(KINDS_OF_LAYERS["states"], draft=DraftShape(tokens=2, acceptance=0.7))
     model = KINDS_OF_LAYERS.get(kind, drafted)
     problem = make_problem([make_node("a", "A", nodes=2, gpus=2)], model=model, family=SMALL_FAMILY)
-    assert_adds_up(solve_placement(problem), problem)
+    plan = solve_placement(problem)
+    assert_adds_up(plan, problem)
+    if kind == "drafted states":
+        why = "layers keep state other than the KV of single heads and layers verify drafts"
+        assert f"No head can be computed elsewhere: {why}." in explain_plan(plan, problem).attention_workers
 
 
 def test_layers_whose_heads_cannot_move_are_told_apart_from_ranks_that_share_them() -> None:
     windows = replace(make_model(), sliding_window=64, sliding_layers=3)
     problem = make_problem([make_node("a", "A", gpus=1)], model=windows, family=SMALL_FAMILY)
     said = explain_plan(solve_placement(problem), problem).attention_workers
-    assert "No head can be computed elsewhere: layers keep state other than the KV of single heads" in said
+    assert "No head can be computed elsewhere: windows free the KV of some layers only." in said
     assert "share head groups" not in said
 
 

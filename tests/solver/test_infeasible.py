@@ -84,7 +84,7 @@ def suggested(sentence: str) -> float:
 
 
 def out_of_reach(sentence: str) -> float:
-    match = re.search(r": ([0-9.e+-]+)(ms|s) cannot be kept", sentence)
+    match = re.search(r": ([0-9.e+-]+) (ms|s) cannot be kept", sentence)
     assert match, sentence
     return float(match[1]) * (1e-3 if match[2] == "ms" else 1.0)
 

@@ -85,7 +85,7 @@ def test_too_little_memory_is_said_with_both_numbers(strategy: str, exact: bool)
     ("limits", "words"),
     [
         ({"tpot_limit_s": 1e-6}, "mean TPOT limit 0.001 ms"),
-        ({"ttft_limit_s": 1e-6}, "p95 TTFT limit 1e-06 s"),
+        ({"ttft_limit_s": 1e-6}, "p95 TTFT limit 0.001 ms"),
     ],
 )
 def test_impossible_limit_is_named(strategy: str, exact: bool, limits: dict[str, float], words: str) -> None:

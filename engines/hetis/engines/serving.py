@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -51,6 +51,7 @@ _OF_HTTP_SERVER = (
     *("--allowed-headers", "--root-path", "--middleware", "--disable-fastapi-docs", "--enable-offline-docs"),
 )
 _NUMBER = re.compile(r"-\d[\d.]*")
+_DRAIN = {"--shutdown-timeout"[:length] for length in range(len("--shu"), len("--shutdown-timeout") + 1)}
 _SHORT = "-dc"  # vLLM's ``--diffusion-config``, not an abbreviated ``-dcp``
 
 
@@ -201,14 +202,21 @@ def checkpoint_model(folder: Path, planned: ModelSpec | None) -> tuple[ModelSpec
 
 
 def drain_s(options: Sequence[str]) -> float:
-    """Return the seconds that vLLM lets running requests continue after a request to stop."""
-    return next((float(value) for value in _values_of("--shutdown-timeout", options) if value.isdecimal()), 0.0)
+    """Return the seconds that vLLM lets running requests continue after a request to stop.
+
+    Its parser accepts shorter names, and takes the last of several.
+    """
+    return next((float(value) for value in reversed(list(_given(_DRAIN, options))) if value.isdecimal()), 0.0)
 
 
 def _values_of(name: str, options: Sequence[str]) -> Iterator[str]:
+    return _given({name}, options)
+
+
+def _given(names: Set[str], options: Sequence[str]) -> Iterator[str]:
     words = [part for word in options for part in (word.split("=", 1) if word.startswith("--") else [word])]
     for word, value in itertools.pairwise((*words, "")):
-        if word.replace("_", "-") == name:
+        if word.replace("_", "-") in names:
             yield value
 
 

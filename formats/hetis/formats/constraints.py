@@ -47,17 +47,18 @@ def read_constraints(pins: Sequence[str], forbids: Sequence[str], cluster: Clust
     """Return the constraints given to ``--pin`` and ``--forbid``, forbidden things first, each constraint once. Raises
     DocumentError with every problem of all of them: their syntax, and names that the cluster does not have.
     """
-    found, problems = dict[Constraint, None](), list[Problem]()
+    found, problems = dict[Constraint, str](), list[Problem]()  # each constraint with the option that gives it
     for option, texts, parse in ((FORBID, forbids, parse_forbid), (PIN, pins, parse_pin)):
         for text in texts:
             try:
-                found |= dict.fromkeys(_with_node_of(cluster, each) for each in parse(text))
+                for constraint in parse(text):
+                    found.setdefault(_with_node_of(cluster, constraint), f"{option} {text}")
             except ValueError as error:
                 problems.append(Problem(file=f"{option} {text}", message=str(error)))
     constraints = tuple(found)
     for misfit in misfits(constraints, cluster, Family().tp_sizes):
         message = misfit.message + did_you_mean(misfit.name, misfit.known)
-        problems.append(Problem(file=str(misfit.constraint), message=message))
+        problems.append(Problem(file=found[misfit.constraint], message=message))
     if problems:
         raise DocumentError(problems)
     return constraints

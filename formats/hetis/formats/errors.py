@@ -59,11 +59,12 @@ def all_nearest(name: str, known: Iterable[str]) -> list[str]:
     """Return the known names most similar to ``name``, ignoring case: several if they share the nearest beginning.
 
     Names that are similar as a whole come first, then those with a similar beginning: ``H10O`` is near H100-SXM-80GB.
+    A letter O is as good as a zero.
     """
     by_lower: dict[str, str] = {}
     for candidate in islice(known, _MOST_COMPARED):
-        by_lower.setdefault(candidate.lower(), candidate)
-    wanted = name.lower()[:200]
+        by_lower.setdefault(_read_alike(candidate), candidate)
+    wanted = _read_alike(name[:200])
     found = difflib.get_close_matches(wanted, by_lower, n=1, cutoff=0.6)
     if found:
         return [by_lower[found[0]]]
@@ -74,6 +75,10 @@ def all_nearest(name: str, known: Iterable[str]) -> list[str]:
         beginnings.setdefault(lower[: len(wanted)], []).append(candidate)
     found = difflib.get_close_matches(wanted, beginnings, n=1, cutoff=0.7)
     return beginnings[found[0]][:_MOST_NAMED] if found else []
+
+
+def _read_alike(name: str) -> str:
+    return name.lower().replace("o", "0")
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

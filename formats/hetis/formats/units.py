@@ -66,6 +66,20 @@ def parse_duration(text: str, *, bare: bool = True) -> float:
     return _to_float(_parse(text, units, "a duration"), text)
 
 
+MOST_BARE_S = {"TTFT": 60.0, "TPOT": 2.0}
+"""A limit without a unit is in seconds; from this value on, milliseconds were probably meant."""
+
+
+def parse_limit(text: str, name: str) -> float:
+    """Return the seconds of a limit on TTFT or TPOT, its ``name``, such as ``50ms``. Raises ValueError as
+    `parse_duration` does, or if so long a limit has no unit.
+    """
+    limit_s = parse_duration(text)
+    if limit_s >= MOST_BARE_S[name] and not text.strip()[-1].isalpha():
+        raise ValueError(f"a {name} limit of {text} has no unit: {text}ms or {text}s?")
+    return limit_s
+
+
 def parse_flops(text: str) -> float:
     """Return the FLOP/s of ``312TFLOPS``. Raises ValueError if it is not a number of FLOPS, or is negative."""
     return _to_float(_parse(text, FLOPS_UNITS, "a compute rate"), text)

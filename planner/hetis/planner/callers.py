@@ -58,7 +58,7 @@ class Identity:
 ANYBODY = Identity(name="local", roles=frozenset(CallerRole))
 """The caller of every request to a planner that requires no credentials; such a planner listens on loopback only."""
 PLANNER = Identity(name="planner", roles=frozenset())
-"""The planner itself, as the caller of work that no client requested: proposals, and work resumed after a restart."""
+"""The planner itself, as the caller of work that no client requested, such as proposals."""
 
 _caller: ContextVar[Identity] = ContextVar("hetis_caller", default=PLANNER)
 

@@ -528,7 +528,9 @@ class Settings(_message.Message):
 
     @_builtins.property
     def kv_thresholds(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
-        """Report at once when that share crosses one of these. Empty: none."""
+        """Report at once when that share rises to one of these; again only after it was below it by more than
+        `kv_change_ratio`. Empty: none.
+        """
 
     @_builtins.property
     def min_report_interval(self) -> _duration_pb2.Duration:

@@ -6,13 +6,15 @@ change minus the best value before therefore lies in
     [v_after - b_before, b_after - v_before]        if the objective is maximised
     [b_after - v_before, v_after - b_before]        if it is minimised
 
-If GPUs were only added, every earlier plan is still a plan; if they were only removed, every later plan was one
-before. Values and bounds then hold for both sides, which narrows the interval. This holds inside one zone only: with
-several, a replica's share of the links between them shrinks as the fleet grows (docs/cost-model.md).
+If GPUs were only added, every earlier plan is usually still a plan; if they were only removed, every later plan was one
+before. Values and bounds then hold for both sides, which narrows the interval. The caller must know that this holds
+(`Change`): with several zones, for example, a replica's share of the links between them shrinks as the fleet grows
+(docs/cost-model.md).
 
 Losing any of its GPUs, including attention workers, means losing a replica. The remaining prefill and decode replicas
 serve what can flow between them: inside zones up to the rates of both sides, between zones no more than the plan's
-routes carried. The true rate is therefore at least as high.
+routes carried, and only between replicas of one build, since no other can read the KV. The true rate is therefore at
+least as high.
 """
 
 from __future__ import annotations
@@ -22,16 +24,21 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from typing import NamedTuple
 
 from hetis.solver.cluster import Cluster, GpuSlots, GpuType, Link, Network, NodeGroup, node_of
-from hetis.solver.errors import InvalidProblemError
+from hetis.solver.errors import BrokenProofError, InvalidProblemError
 from hetis.solver.plan import Plan, Role
+from hetis.solver.problem import PlacementProblem
 
 EXACT = 1e-6  # width, as a ratio to the larger value, below which an interval counts as a number
+CROSSING = (
+    1e-5  # the same ratio, up to which an interval's ends may cross: values and bounds are rounded, on both sides
+)
 
 
 class Change(StrEnum):
-    """The relation between two fleets' sets of plans."""
+    """The relation between two fleets' sets of plans; a plan of both has the same value in both."""
 
     GROWN = "grown"  # every plan before is also one after
     SHRUNK = "shrunk"  # every plan after was also one before
@@ -67,7 +74,11 @@ class Difference:
 
 
 def difference(before: Proven, after: Proven, *, maximises: bool, change: Change) -> Difference:
-    """Return the interval that the two proofs imply; an unknown side gives an infinite end, never NaN."""
+    """Return the interval that the two proofs imply; an unknown side gives an infinite end, never NaN.
+
+    Raises:
+        BrokenProofError: the proofs and the change contradict each other, by more than rounding explains.
+    """
     (low0, high0), (low1, high1) = _span(before, maximises), _span(after, maximises)
     better_after = change is (Change.GROWN if maximises else Change.SHRUNK)  # the best value cannot fall
     better_before = change is (Change.SHRUNK if maximises else Change.GROWN)  # it cannot rise
@@ -82,6 +93,12 @@ def difference(before: Proven, after: Proven, *, maximises: bool, change: Change
         high = min(0.0, high)
     found = _less(after.value, before.value, 0.0)
     scale = max((abs(v) for v in (low0, high0, low1, high1) if math.isfinite(v)), default=0.0)
+    if low > high + CROSSING * scale:
+        raise BrokenProofError(
+            f"the difference of the best plans is at least {low:.9g} and at most {high:.9g}, which contradict each "
+            "other; please report this"
+        )
+    low, high = min(low, high), max(low, high)
     return Difference(low=low, high=high, found=found, verdict=_verdict(low, high, EXACT * scale, maximises=maximises))
 
 
@@ -258,29 +275,36 @@ class Loss:
         return self.rate / self.whole
 
 
+class _Site(NamedTuple):
+    """Replicas that can hand KV to one another without a link between zones: those of a zone and a build."""
+
+    zone: str
+    build: int
+
+
 @dataclass(slots=True)
 class _Rates:
-    """Saturated requests/s: of unified replicas, and by zone of local prefill, prefill for all zones, and decode."""
+    """Saturated requests/s: of unified replicas, and by site of local prefill, prefill for all zones, and decode."""
 
     unified: float
-    local: dict[str, float]
-    afar: dict[str, float]
-    decode: dict[str, float]
+    local: dict[_Site, float]
+    afar: dict[_Site, float]
+    decode: dict[_Site, float]
 
-    def served(self, routes: Mapping[tuple[str, str], float]) -> float:
-        """Return the rate that the replicas serve together, with flows between zones limited to ``routes``."""
+    def served(self, routes: Mapping[tuple[_Site, _Site], float]) -> float:
+        """Return the rate that the replicas serve together, with flows between sites limited to ``routes``."""
         return self.unified + max(self._flow(routes, afar_first=first) for first in (True, False))
 
-    def _flow(self, routes: Mapping[tuple[str, str], float], *, afar_first: bool) -> float:
+    def _flow(self, routes: Mapping[tuple[_Site, _Site], float], *, afar_first: bool) -> float:
         local, afar, decode, total = dict(self.local), dict(self.afar), dict(self.decode), 0.0
 
         def inside() -> float:
             flows = 0.0
-            for zone, rate in decode.items():
-                own = min(local.get(zone, 0.0), rate)
-                other = min(afar.get(zone, 0.0), rate - own)
-                decode[zone] = rate - own - other
-                afar[zone] = afar.get(zone, 0.0) - other
+            for site, rate in decode.items():
+                own = min(local.get(site, 0.0), rate)
+                other = min(afar.get(site, 0.0), rate - own)
+                decode[site] = rate - own - other
+                afar[site] = afar.get(site, 0.0) - other
                 flows += own + other
             return flows
 
@@ -293,26 +317,27 @@ class _Rates:
         return total + inside() if afar_first else total
 
 
-def worst_node(plan: Plan, cluster: Cluster) -> Loss | None:
+def worst_node(plan: Plan, problem: PlacementProblem) -> Loss | None:
     """Return the loss of the node whose loss costs most, or None if the plan serves nothing."""
-    return _worst(plan, cluster, lambda node, zone: node)
+    return _worst(plan, problem, lambda node, zone: node)
 
 
-def worst_zone(plan: Plan, cluster: Cluster) -> Loss | None:
+def worst_zone(plan: Plan, problem: PlacementProblem) -> Loss | None:
     """Return the loss of the zone whose loss costs most, or None if the fleet has one zone or nothing is served."""
-    return _worst(plan, cluster, lambda node, zone: zone) if len(cluster.zones()) > 1 else None
+    return _worst(plan, problem, lambda node, zone: zone) if len(problem.cluster.zones()) > 1 else None
 
 
-def _worst(plan: Plan, cluster: Cluster, place_of: Callable[[str, str], str]) -> Loss | None:
-    zones = {group.node_name(i): group.zone for group in cluster.node_groups for i in range(group.count)}
+def _worst(plan: Plan, problem: PlacementProblem, place_of: Callable[[str, str], str]) -> Loss | None:
+    zones = {group.node_name(i): group.zone for group in problem.cluster.node_groups for i in range(group.count)}
+    builds = _build_numbers(plan, problem)
     on = defaultdict[str, list[int]](list)
-    home = list[str]()
+    home = list[_Site]()
     for number, replica in enumerate(plan.replicas):
         nodes = dict.fromkeys(node_of(name) for name in replica.devices())
-        home.append(zones[next(iter(nodes))])
+        home.append(_Site(zones[next(iter(nodes))], builds[replica.stages[0].gpu]))
         for place in dict.fromkeys(place_of(node, zones[node]) for node in nodes):
             on[place].append(number)
-    routes = defaultdict[tuple[str, str], float](float)
+    routes = defaultdict[tuple[_Site, _Site], float](float)
     for route in plan.kv_routes:
         if home[route.prefill] != home[route.decode]:
             routes[home[route.prefill], home[route.decode]] += route.rate
@@ -325,24 +350,32 @@ def _worst(plan: Plan, cluster: Cluster, place_of: Callable[[str, str], str]) ->
     return Loss(name=name, rate=found[name], whole=whole)
 
 
-def _rates(plan: Plan, home: list[str], which: Iterable[int]) -> _Rates:
+def _build_numbers(plan: Plan, problem: PlacementProblem) -> dict[str, int]:
+    """Return a number for the build of each GPU type that computes layers; types of equal builds share it."""
+    gpus = dict.fromkeys(replica.stages[0].gpu for replica in plan.replicas)
+    builds = {gpu: problem.build_of(gpu) for gpu in gpus}
+    numbers = {build: number for number, build in enumerate(dict.fromkeys(builds.values()))}
+    return {gpu: numbers[build] for gpu, build in builds.items()}
+
+
+def _rates(plan: Plan, home: list[_Site], which: Iterable[int]) -> _Rates:
     rates = _Rates(0.0, {}, {}, {})
     for number in which:
-        replica, zone = plan.replicas[number], home[number]
+        replica, site = plan.replicas[number], home[number]
         if replica.role is Role.UNIFIED:
             rates.unified += replica.rate
             continue
-        sends_afar = any(there != zone for there in replica.kv_zones)
+        sends_afar = any(there != site.zone for there in replica.kv_zones)
         side = rates.decode if replica.role is Role.DECODE else rates.afar if sends_afar else rates.local
-        side[zone] = side.get(zone, 0.0) + replica.rate
+        side[site] = side.get(site, 0.0) + replica.rate
     return rates
 
 
-def _without(whole: _Rates, plan: Plan, home: list[str], lost: list[int]) -> _Rates:
+def _without(whole: _Rates, plan: Plan, home: list[_Site], lost: list[int]) -> _Rates:
     gone = _rates(plan, home, lost)
 
-    def rest(all_of: Mapping[str, float], less: Mapping[str, float]) -> dict[str, float]:
-        return {zone: max(0.0, rate - less.get(zone, 0.0)) for zone, rate in all_of.items()}
+    def rest(all_of: Mapping[_Site, float], less: Mapping[_Site, float]) -> dict[_Site, float]:
+        return {site: max(0.0, rate - less.get(site, 0.0)) for site, rate in all_of.items()}
 
     return _Rates(
         max(0.0, whole.unified - gone.unified),

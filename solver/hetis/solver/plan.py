@@ -147,6 +147,11 @@ class ReplicaPlan:
         """Return the copies that share their experts and iterate together; 1 without expert parallelism."""
         return self.stages[0].copies if self.expert_parallel and self.stages else 1
 
+    @property
+    def sends_afar(self) -> bool:
+        """Return whether it may send KV to other zones than its own."""
+        return len(self.kv_zones) > 1
+
     def groups(self, stage: StagePlan) -> tuple[tuple[str, ...], ...]:
         """Return the GPUs of a stage that have to be on one node: of each copy, or of all that share their experts."""
         size = stage.tp * self.attention_dp

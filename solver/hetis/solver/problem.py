@@ -314,6 +314,8 @@ class Family:
 
 APART = "replicas, and the KV that they exchange inside a zone, with GPUs of one vendor and one precision"
 """Description of families whose GPUs have several builds."""
+EXPLICIT_LINKS = "computed with the slowest explicit link of any node of a group, whichever of them are used"
+"""Description of families of fleets with explicit links between nodes, see `hetis.solver.placement.fleet`."""
 
 
 class Build(NamedTuple):
@@ -344,6 +346,8 @@ class PlacementProblem:
     def describe_family(self) -> str:
         """Return the plans that are searched in one sentence: those of the family that meet the constraints."""
         parts = [self.family.describe(self.model), *([APART] if len(self.builds()) > 1 else ())]
+        if self.cluster.network.between_nodes:
+            parts.append(EXPLICIT_LINKS)
         return "; ".join([*parts, *map(described, self.constraints)])
 
     @property

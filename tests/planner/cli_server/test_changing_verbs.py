@@ -113,6 +113,18 @@ def test_every_violation_of_the_planner_is_told_with_its_line(
     )
 
 
+def test_a_name_that_the_planner_refuses_is_that_of_its_option(
+    planner: FakePlanner, hetis_plan: Run, capsys: Captured
+) -> None:
+    planner.fail = lambda method, context: (
+        refuse(context, code_pb2.INVALID_ARGUMENT, "INVALID_FIELD", "one", violations=(("plan_id", "is 'Night_1'"),))
+        if method == "CreatePlan"
+        else None
+    )
+    assert hetis_plan(*["apply", *PROBLEM, "--name", "Night_1"]) == ExitCode.INVALID
+    assert capsys.readouterr().err.endswith("1 problem in the request (INVALID_FIELD)\n  --name: is 'Night_1'\n")
+
+
 @pytest.mark.parametrize("workload", ["8000/300", "azure_conv_2023"])
 def test_a_workload_with_prefix_hits_is_sent_as_a_document(
     workload: str, planner: FakePlanner, hetis_plan: Run

@@ -120,6 +120,14 @@ def test_the_readme_of_a_large_fleet_has_rates_without_an_exponent() -> None:
     assert "serves 21,433 requests/s saturated, what is exported 21,433." in readme
 
 
+def test_the_readme_lists_each_gpu_once_and_says_which_are_attention_workers() -> None:
+    """A worker's GPU serves both ranks of its stage, with a process for each."""
+    readme = exported(PLANS["workers of stages"], ExportTarget.VLLM).files["README.md"]
+    assert "| a/0,1; c/2,3; attention workers: b/0; c/4 |" in readme
+    readme = exported(PLANS["attention workers"], ExportTarget.VLLM).files["README.md"]
+    assert "| a/0; attention workers: b/0,1 |" in readme
+
+
 @pytest.mark.parametrize("name", PLANS)
 def test_hetis_launch_understands_what_it_is_told(name: str, tmp_path: Path) -> None:
     whole, _ = with_single_copies(PLANS[name])
@@ -570,15 +578,20 @@ def test_a_supervisor_of_a_whole_node_hears_of_the_replica_that_ends(
 
 
 def test_compose_refuses_what_it_has_no_image_for() -> None:
-    with pytest.raises(NotExportableError) as caught:
+    with pytest.raises(DocumentError) as caught:
         exported(PLANS["attention workers"], ExportTarget.COMPOSE, image="", worker_image="")
-    assert [reason.partition(":")[0] for reason in caught.value.reasons] == [
+    assert [problem.message.partition(":")[0] for problem in caught.value.problems] == [
         "--image is missing",
         "--worker-image is missing",
     ]
     made = exported(PLANS["one GPU"], ExportTarget.COMPOSE, image="")
     [service] = yaml.safe_load(made.files["a/compose.yaml"])["services"].values()
     assert service["image"] == "vllm/vllm-openai:v0.32.0"
+
+
+def test_a_plan_without_replicas_is_refused_with_the_reason() -> None:
+    with pytest.raises(NotExportableError, match=r"^the plan has no replicas$"):
+        exported(replace(PLANS["one GPU"], replicas=()), ExportTarget.VLLM)
 
 
 def test_compose_says_who_must_own_the_key() -> None:
@@ -701,6 +714,7 @@ def test_pods_are_not_killed_while_the_engine_drains_as_told(target: ExportTarge
     by_operator = target is ExportTarget.DYNAMO  # whose own 60 seconds stay as they are
     assert grace("one GPU") == grace("one GPU", "--shutdown-timeout", "0") == (set() if by_operator else {45})
     assert grace("one GPU", "--shutdown-timeout=300") == {345}, "the 30 seconds of other targets, and a margin"
+    assert grace("one GPU", "--shutdown_time", "60", "--shutdown-time=90") == {135}, "shortened, the last of two"
     if not by_operator:
         assert grace("stages of two nodes", "--shutdown-timeout", "300") == {345}
         assert grace("attention workers", "--shutdown-timeout", "300") == {345, 45}, "workers drain nothing"

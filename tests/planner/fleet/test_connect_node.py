@@ -241,8 +241,8 @@ async def _read_to_the_end(call: grpc.aio.StreamStreamCall[pb.ConnectNodeRequest
         pass
 
 
-async def test_a_stream_that_must_not_begin_is_refused_with_its_reason() -> None:
-    async with planner() as (_, stub, _, _):
+async def test_a_stream_that_must_not_begin_is_refused_with_its_reason(caplog: pytest.LogCaptureFixture) -> None:
+    async with planner() as (fleet, stub, _, _):
         hello = ModelAgent("a", Engines()).hello()
         assert await _status_of(stub, pb.ConnectNodeRequest(heartbeat=pb.Heartbeat())) == "PROTOCOL_VIOLATION"
         old = pb.ConnectNodeRequest()
@@ -257,7 +257,15 @@ async def test_a_stream_that_must_not_begin_is_refused_with_its_reason() -> None
         elsewhere.CopyFrom(hello)
         elsewhere.hello.node = "clusters/other/nodes/a"
         assert await _status_of(stub, elsewhere) == "NOT_FOUND"
-        assert await _status_of(stub, hello, hello) == "PROTOCOL_VIOLATION"
+        assert await _status_of(stub, hello, hello) == "PROTOCOL_VIOLATION"  # in the middle of a stream
+        assert fleet.counters.hellos_refused == {
+            "PROTOCOL_VIOLATION": 1,
+            "PROTOCOL_VERSION": 1,
+            "STALE_EPOCH": 1,
+            "NOT_FOUND": 1,
+        }
+    (logged,) = caplog.records
+    assert "agents have followed a later planner" in logged.message
 
 
 async def test_an_agent_that_makes_up_nodes_leaves_nothing_behind() -> None:

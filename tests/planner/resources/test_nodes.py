@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from hetis.formats import documents
+from hetis.planner.resources import requests
 from hetis.planner.store import NodeRecord
 from hetis.v1 import cluster_pb2, inventory_pb2, report_pb2
 from hetis.v1 import cluster_service_pb2 as pb
@@ -291,6 +292,25 @@ async def test_one_node_and_one_cluster_are_answered_without_looking_at_all_node
         await planner.clusters.GetCluster(pb.GetClusterRequest(name=PARENT))
         await planner.clusters.ListClusters(pb.ListClustersRequest())
         assert set(planner.fleet.looked_up) == {name}
+
+
+async def test_a_page_of_nodes_with_large_reports_is_shorter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client refuses an answer of over 4 MiB."""
+    monkeypatch.setattr(requests, "MOST_PAGE_BYTES", 2000)
+
+    async with served(tmp_path) as planner:
+        await make(planner)
+        for node in ("l4-0", "l4-1"):
+            reports = [report_pb2.DeviceReport(index=index, used_blocks=index + 1) for index in range(200)]
+            see(planner, node, STATE.NODE_STATE_READY, devices=reports)
+        seen, token = list[str](), ""
+        for _ in range(9):
+            page = await planner.clusters.ListNodes(pb.ListNodesRequest(parent=PARENT, page_token=token))
+            assert len(page.nodes) == 1 or page.ByteSize() < 2000
+            seen += [node.name.rpartition("/")[2] for node in page.nodes]
+            if not (token := page.next_page_token):
+                break
+        assert seen == ["a100", "l4-0", "l4-1", "l4-2"]
 
 
 async def test_replicas_of_a_node_are_those_of_the_records(tmp_path: Path) -> None:

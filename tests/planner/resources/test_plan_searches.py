@@ -10,10 +10,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import grpc
+import sqlalchemy
 
+from hetis.planner import callers
 from hetis.planner.jobs.pool import PoolSettings
 from hetis.planner.resources.requests import MOST_PAGE_BYTES
-from hetis.planner.store import Transaction
+from hetis.planner.store import Transaction, records
 from hetis.v1 import cluster_service_pb2, document_pb2, failure_pb2, plan_pb2, view_pb2
 from hetis.v1 import plan_service_pb2 as pb2
 from tests.planner.resources.planned import (
@@ -158,6 +160,16 @@ async def test_a_plan_is_answered_again_when_what_its_problem_was_made_of_is_gon
         assert (await refused(planner.call("CreatePlan", other))).reason == "REQUEST_ID_REUSED"
 
 
+async def test_a_deleted_cluster_leaves_nothing_of_its_searches_even_if_the_planner_dies_then(tmp_path: Path) -> None:
+    async with planner_in(tmp_path, scripted=True) as planner:
+        await planner.create("night", seed=WAIT)
+        await planner.solving("plans/night")
+        assert await planner.store.read(lambda reader: reader.plan_documents.get("plans/night/problem"))
+        await planner.clusters.delete(cluster_service_pb2.DeleteClusterRequest(name="clusters/paper"))
+        rows = sqlalchemy.select(records.plan_documents.c.name)  # the search has not ended
+        assert await planner.store.read(lambda reader: reader.connection.execute(rows).all()) == []
+
+
 async def test_what_was_not_ended_is_queued_again_by_the_next_planner_but_for_what_was_called_off(
     tmp_path: Path,
 ) -> None:
@@ -183,6 +195,22 @@ async def test_what_was_not_ended_is_queued_again_by_the_next_planner_but_for_wh
         ]
         assert after[-1].plan.state == FAILED
         assert after[-1].sequence > before.sequence
+
+
+async def test_searches_still_count_as_their_callers_after_a_restart(tmp_path: Path) -> None:
+    settings = PoolSettings(num_processes=1, queued_per_caller=1)
+    async with planner_in(tmp_path, scripted=True, settings=settings) as planner:
+        for name in ("first", "second"):
+            await planner.create(name, seed=WAIT)
+    async with planner_in(tmp_path, scripted=True, settings=settings) as planner:
+        assert planner.pool.searches_of().keys() == {callers.ANYBODY.name}
+        another = await refused(planner.call("CreatePlan", create_request("third", seed=WAIT)))
+        assert another.reason == "QUOTA_EXCEEDED"
+        # An earlier version stored no callers.
+        await planner.store.write(lambda tx: tx.plan_documents.delete("plans/second/caller"))
+    async with planner_in(tmp_path, scripted=True, settings=settings) as planner:
+        assert planner.pool.searches_of().keys() == {callers.ANYBODY.name, callers.PLANNER.name}
+        await planner.create("third", seed=WAIT)
 
 
 async def test_a_watch_ends_with_the_planner(tmp_path: Path) -> None:

@@ -201,6 +201,29 @@ def test_a_standby_is_not_ready_where_nobody_leads_and_it_cannot_take_over() -> 
     assert not standby.is_ready
 
 
+async def test_a_leader_that_cannot_write_is_not_ready_though_its_store_answers() -> None:
+    class KeptStore(LostStore):
+        async def until_replaced(self) -> None:
+            await asyncio.Event().wait()
+
+    now_s, store = 100.0, KeptStore()
+    store.lease.grant(store.lease.clock() + 3600)
+    store.health = StoreHealth(lambda: now_s)
+    leader = succession_with(store, lambda _: ReleasedTerm())
+    await leader.start()
+    store.health.write_failed()
+    assert leader.is_ready
+    now_s += ANSWERED_S
+    with store.health.counted():
+        """A read."""
+    store.health.write_failed()  # it does not begin anew
+    assert not leader.is_ready
+    assert not leader.failures  # it is alive: a restart would not help
+    store.health.writes_work()
+    assert leader.is_ready
+    await leader.close()
+
+
 async def test_a_standby_ends_when_a_planner_of_another_version_has_migrated_the_tables() -> None:
     class MigratedStore(LostStore):
         async def stand_by(self, *_: object) -> int:

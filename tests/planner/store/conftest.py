@@ -8,9 +8,22 @@ from pathlib import Path
 
 import pytest
 
+import hetis.planner.store.leadership as leadership
 from tests.planner.store.postgres import find_binaries, new_database, running_server
 
 _numbers = itertools.count()
+
+
+@pytest.fixture(autouse=True)
+def epochs_from_one(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let new stores begin with epoch 1 instead of the clock, so that tests may count; not with ``epochs_of_clock``."""
+    if "epochs_of_clock" not in request.fixturenames:
+        monkeypatch.setattr(leadership, "begin_at", lambda *_: None)
+
+
+@pytest.fixture
+def epochs_of_clock() -> None:
+    """Let new stores begin with an epoch of the clock, as they do outside tests."""
 
 
 @pytest.fixture(scope="session")

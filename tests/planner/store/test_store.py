@@ -253,6 +253,31 @@ async def test_epochs_grow_for_ever(url: str) -> None:
     assert epochs == [1, 2, 3]
 
 
+@pytest.mark.usefixtures("epochs_of_clock")
+async def test_a_store_made_after_one_was_lost_has_later_epochs(sqlite_url: str, tmp_path: Path) -> None:
+    """Agents refuse a planner whose epoch is below one that they have followed."""
+    made_s, epochs = time.time(), list[int]()
+    for now_s in (made_s, made_s + 60):
+        for file in tmp_path.glob("hetis.db*"):
+            file.unlink()
+        for _ in range(3):
+            store = await Store.open(sqlite_url, clock=lambda now_s=now_s: now_s)
+            epochs.append(await store.lead("test"))
+            await store.close()
+    assert epochs[0] > 1
+    assert epochs == [epochs[0] + more for more in (0, 1, 2, 60, 61, 62)]
+
+
+@pytest.mark.usefixtures("epochs_of_clock")
+async def test_a_store_made_by_a_migration_has_epochs_of_the_clock_too(sqlite_url: str) -> None:
+    least = leadership.epoch_at(time.time())
+    migrate_to(sqlite_url, schema.revisions()[-1])
+    store = await leading(sqlite_url)
+    assert store.epoch is not None
+    assert store.epoch > least
+    await store.close()
+
+
 async def test_a_second_planner_does_not_lead_while_the_first_one_does(url: str) -> None:
     first, second = await Store.open(url), await Store.open(url)
     await first.lead("first")
@@ -265,6 +290,89 @@ async def test_a_second_planner_does_not_lead_while_the_first_one_does(url: str)
     await first.close()
     assert await second.lead("second") == 2
     await second.close()
+
+
+async def test_a_store_that_only_answers_reads_is_unwritable_until_something_could_be_written(url: str) -> None:
+    store = await leading(url)
+    # As on a full disk. PostgreSQL has no such setting of a connection, but one for its later transactions.
+    off, on = (
+        ("PRAGMA query_only = 0", "PRAGMA query_only = 1")
+        if url.startswith("sqlite")
+        else (
+            "SET SESSION CHARACTERISTICS AS TRANSACTION READ WRITE",
+            "SET SESSION CHARACTERISTICS AS TRANSACTION READ ONLY",
+        )
+    )
+
+    async def switch(statement: str) -> None:
+        def work() -> None:
+            with opening.at_once(opening.reading(store._engine)).connect() as connection:
+                connection.exec_driver_sql(statement)
+
+        await store._run(work)
+
+    async def reach(errors: int) -> None:
+        while store.health.errors < errors:
+            await asyncio.sleep(0.01)
+
+    assert store.health.unwritable_s == 0
+    await switch(on)
+    with pytest.raises(ServiceError) as caught:
+        await store.write(lambda tx: tx.clusters.insert(samples.cluster("clusters/a")))
+    assert caught.value.metadata == {"changed": "no"}
+    async with asyncio.timeout(30):
+        await reach(3)  # it tries again by itself
+        assert await store.read(lambda tx: tx.clusters.all()) == []
+        assert 0 < store.health.answered_s_ago < store.health.unwritable_s
+        await switch(off)
+        while store.health.unwritable_s:
+            await asyncio.sleep(0.01)
+    await store.close()
+
+
+async def test_a_lock_that_was_removed_is_taken_again_in_the_same_term(sqlite_url: str, tmp_path: Path) -> None:
+    first, second = await leading(sqlite_url), await Store.open(sqlite_url)
+    lock, epoch = tmp_path / "hetis.db.lock", first.epoch
+    lock.unlink()
+    async with asyncio.timeout(30):
+        while not lock.exists():
+            await asyncio.sleep(0.01)
+    await first.read(lambda reader: None)  # after what is at work in its thread
+    with pytest.raises(ServiceError, match="another planner is the leader"):
+        await second.lead("second")
+    await first.write(lambda tx: tx.clusters.insert(samples.cluster("clusters/a")))
+    assert first.epoch == epoch
+    await first.close()
+    await second.close()
+
+
+async def test_a_planner_whose_removed_lock_was_taken_by_another_one_ends_its_term(
+    sqlite_url: str, tmp_path: Path
+) -> None:
+    """In the past both led, until the first one wrote something."""
+    first, second = await leading(sqlite_url), await Store.open(sqlite_url)
+    (tmp_path / "hetis.db.lock").unlink()
+    await second.lead("second")
+    await second.announce()
+    async with asyncio.timeout(30):
+        await first.until_replaced()
+    assert not first.lease.is_held
+    assert first.not_leader().metadata == {"leader": "second"}
+    with pytest.raises(ServiceError, match=r"another planner is the leader of store .+: second"):
+        await first.lead("first")
+    await first.close()
+    await second.close()
+
+
+async def test_a_planner_that_was_replaced_on_a_file_finds_out_without_writing(sqlite_url: str) -> None:
+    store, engine = await leading(sqlite_url), sa.create_engine(sqlite_url)
+    with engine.begin() as other:  # on another machine, say, which does not see the lock
+        other.execute(sa.update(records.leadership).values(epoch=records.leadership.c.epoch + 1, holder="other"))
+    engine.dispose()
+    async with asyncio.timeout(30):
+        await store.until_replaced()
+    assert store.not_leader().metadata == {"leader": "other"}
+    await store.close()
 
 
 async def test_a_planner_that_was_replaced_can_change_nothing_whatever_its_clock_says(postgres_url: str) -> None:

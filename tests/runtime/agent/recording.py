@@ -9,7 +9,7 @@ from typing import TypeVar
 from google.protobuf.message import Message
 
 from hetis.runtime.agent.outbox import EngineRequest, EngineResponse
-from hetis.runtime.moves.refusals import RefusedError
+from hetis.runtime.moves.refusals import RefusedError, unreachable
 from hetis.v1.change_pb2 import ChangeOutcome
 from hetis.v1.executor_service_pb2 import (
     AbortMovesRequest,
@@ -40,12 +40,13 @@ class RecordingExecutor:
 
     Attributes:
         asked: all requests, in order.
-        reports: what `watch_reports` yields; put a report in to send it.
+        reports: what `watch_reports` yields; put a report in to send it, or None to let the engine die.
     """
 
     def __init__(self, answer: Callable[[EngineRequest], Answer] = lambda request: None) -> None:
         self.asked: list[EngineRequest] = []
-        self.reports: asyncio.Queue[WatchReportsResponse] = asyncio.Queue()
+        self.reports: asyncio.Queue[WatchReportsResponse | None] = asyncio.Queue()
+        self._is_dead = False
         self._answer = answer
 
     async def call(
@@ -73,8 +74,12 @@ class RecordingExecutor:
                 return [self._answered(request, ReadHeadMapsResponse())]
 
     async def watch_reports(self, min_interval_s: float) -> AsyncIterator[WatchReportsResponse]:
-        while True:
-            yield await self.reports.get()
+        while not self._is_dead:
+            report = await self.reports.get()
+            if report is not None:
+                yield report
+            self._is_dead = report is None
+        raise RefusedError(unreachable("the engine is gone"))
 
     async def close(self) -> None:
         """Do nothing, because nothing is open."""

@@ -7,7 +7,7 @@ import itertools
 import pytest
 
 from hetis.runtime.agent.outbox import Persist, Send
-from hetis.v1.agent_service_pb2 import ConnectNodeRequest, ConnectNodeResponse, Goodbye, StateRequest
+from hetis.v1.agent_service_pb2 import AgentCapability, ConnectNodeRequest, ConnectNodeResponse, Goodbye, StateRequest
 from hetis.v1.change_pb2 import ChangePhase, ChangeStatus
 from hetis.v1.executor_service_pb2 import (
     AbortMovesRequest,
@@ -34,6 +34,7 @@ from tests.runtime.agent.builders import (
     FLIPPED,
     REPLICA,
     SOURCE,
+    STEERED,
     TARGET,
     Bench,
     Planner,
@@ -299,6 +300,57 @@ def test_an_engine_that_restarted_while_nobody_listened_is_told_of_after_the_nex
     assert states(bench.tick(2)) == ["SERVING"]
 
 
+def last_report(bench: Bench) -> ReplicaReport:
+    return [message.report.replicas[0] for message in bench.sent if message.report.replicas][-1]
+
+
+def test_a_replica_whose_engine_is_lost_has_failed_until_the_engine_reports_again(bench: Bench) -> None:
+    engine_run(bench, "one")
+    bench.tick(2)
+    assert last_report(bench).assignment_state == AssignmentState.ASSIGNMENT_STATE_SERVING
+    bench.do(bench.core.on_engine_lost(bench.now_s))
+    bench.tick(2)
+    lost = last_report(bench)
+    assert lost.assignment_state == AssignmentState.ASSIGNMENT_STATE_FAILED
+    assert lost.failure.reason == ErrorReason.ERROR_REASON_ENGINE_UNREACHABLE
+    assert (lost.engine_id, lost.generation, lost.num_steps) == ("one", 1, 0)
+    assert bench.core.devices()[0].total_blocks == 0  # the KV of an engine that is gone
+    (held,) = bench.connect().hello.replicas
+    assert held.assignment_state == AssignmentState.ASSIGNMENT_STATE_FAILED
+    bench.sent.clear()
+    assert states(engine_run(bench, "one") + bench.tick(2)) == ["SERVING"]  # it hung only: nothing is lost
+    bench.do(bench.core.on_engine_lost(bench.now_s))
+    bench.tick(2)
+    assert states(engine_run(bench, "two")) == ["LOADING"]
+    bench.answer(LOADED)
+    assert states(engine_run(bench, "two") + bench.tick(2)) == ["SERVING"]
+
+
+@pytest.mark.parametrize(
+    ("last", "then"),
+    [("LOADING", "LOADING"), ("LOADED", "LOADING"), ("DRAINING", "FAILED"), ("STOPPED", "STOPPED")],
+)
+def test_what_a_lost_engine_had_not_served_yet_has_not_failed(bench: Bench, last: str, then: str) -> None:
+    """A planner gives up a replica that fails before it has ever served."""
+    report = kv(100)
+    report.replicas[0].assignment_state = AssignmentState.Value(f"ASSIGNMENT_STATE_{last}")
+    bench.do(bench.core.on_engine_report(report, bench.now_s))
+    bench.do(bench.core.on_engine_lost(bench.now_s))
+    bench.tick(10)
+    lost = last_report(bench)
+    assert AssignmentState.Name(lost.assignment_state).removeprefix("ASSIGNMENT_STATE_") == then
+    assert lost.HasField("failure") == (then == "FAILED")
+
+
+def test_a_lost_engine_that_refused_the_assignment_keeps_its_reason(bench: Bench) -> None:
+    bench.hear(PLANNER.assign(generation=2))
+    bench.answer(failure("DEVICE_UNAVAILABLE", device="p/0"))
+    bench.do(bench.core.on_engine_lost(bench.now_s))
+    bench.tick(10)
+    assert last_report(bench).assignment_state == AssignmentState.ASSIGNMENT_STATE_FAILED
+    assert last_report(bench).failure.reason == ErrorReason.ERROR_REASON_DEVICE_UNAVAILABLE
+
+
 def test_a_node_that_serves_is_not_said_to_load_because_it_is_told_more(bench: Bench) -> None:
     """A planner would conclude that the engine has restarted and lost its KV."""
     engine_run(bench, "one")
@@ -338,6 +390,47 @@ def test_an_engine_that_cannot_be_steered_has_assignments_written_down_only() ->
     bench.tick(10)
     report = [message.report for message in bench.sent if message.HasField("report")][-1]
     assert report.replicas[0].assignment_state == AssignmentState.ASSIGNMENT_STATE_UNMANAGED
+
+
+def other_replica(delta: ConnectNodeResponse, number: int) -> ConnectNodeResponse:
+    """The same delta, of a replica of its own."""
+    delta.delta.replica = f"{REPLICA}-{number}"
+    if delta.delta.HasField("assignment"):
+        delta.delta.assignment.replica = delta.delta.replica
+    return delta
+
+
+@pytest.mark.parametrize("capabilities", [frozenset(), STEERED], ids=["engine that hetis does not run", "steered"])
+def test_only_the_last_removed_replicas_are_remembered(
+    capabilities: frozenset[AgentCapability.ValueType], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hetis.runtime.agent.core.MOST_REMOVED", 2)
+    bench = Bench(capabilities=capabilities)
+    bench.connect()
+    for number in range(5):
+        bench.hear(other_replica(PLANNER.assign(), number))
+        bench.hear(other_replica(PLANNER.remove(2), number))
+        while bench.calls:
+            bench.answer(LOADED)
+    bench.tick()
+    assert [held.replica for held in bench.core.held()] == [f"{REPLICA}-{number}" for number in (3, 4)]
+    assert set(bench.disk) == {"node", f"{REPLICA}-3", f"{REPLICA}-4"}
+    bench.boot()
+    bench.connect()
+    assert nack_reason(bench.hear(other_replica(PLANNER.assign(), 4))) == "GENERATION_MISMATCH"
+
+
+def test_replicas_first_heard_of_in_an_abort_are_not_remembered_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hetis.runtime.agent.core.MOST_REMOVED", 2)
+    bench = Bench()
+    bench.connect()
+    for number in range(5):
+        bench.hear(other_replica(PLANNER.abort(change()), number))
+        bench.answer(failure("ENGINE_UNREACHABLE"))
+        bench.tick(1)  # asked again, although no assignment waits for that
+        bench.answer(AbortMovesResponse(outcome=ABORTED))
+    bench.tick()
+    assert set(bench.disk) == {"node", f"{REPLICA}-3", f"{REPLICA}-4"}
 
 
 def test_every_wrong_field_is_named() -> None:
@@ -591,7 +684,22 @@ def test_reports_follow_change_thresholds_and_the_least_interval(bench: Bench) -
     assert hear(560, 0.5) == []  # too soon
     assert hear(560, 0.6) == [560]
     assert hear(899, 1.1) == [899]
-    assert hear(900, 0.01) == [900]  # crosses the threshold: reported at once
+    assert hear(900, 0.01) == [900]  # reaches the threshold: reported at once
+
+
+def test_a_share_that_hovers_at_a_threshold_is_reported_at_once_only_once(bench: Bench) -> None:
+    def hear(used: int, after_s: float = 0.2) -> list[int]:
+        bench.now_s += after_s
+        return reports(bench.do(bench.core.on_engine_report(kv(used), bench.now_s)))
+
+    bench.connect(heartbeat_interval=duration(600))
+    hear(850)
+    assert hear(901) == [901]
+    assert [hear(used) for used in [899, 901, 885, 900] * 50] == [[]] * 200
+    assert hear(875) == [875]  # the fall is reported once the least interval is over
+    assert hear(901) == [901]
+    assert hear(875) == []
+    assert hear(901) == []  # the planner has not heard that it fell
 
 
 def test_a_silent_node_sends_heartbeats_with_jitter(bench: Bench) -> None:

@@ -127,6 +127,30 @@ async def test_an_engine_learns_the_outcome_from_the_engine_of_the_primary(tmp_p
     await worker.close()
 
 
+async def test_a_silent_engine_is_asked_again_and_one_that_hangs_is_unreachable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hetis.runtime.agent.executor.SILENCE_S", 0.1)
+    monkeypatch.setattr("hetis.runtime.agent.executor.CALL_S", 0.5)
+    server = SimulatedServer(SimulatedEngine("p", 1), tmp_path / "e.sock")
+    await server.start()
+    executor = SocketExecutor(tmp_path / "e.sock")
+    async with asyncio.timeout(60):
+        for _ in range(3):  # an idle engine, which has nothing new to report, answers each time
+            assert [report.engine_id async for report in executor.watch_reports(0.01)] == [server.engine.engine_id]
+
+        async def hang(work: object) -> None:
+            await asyncio.Event().wait()
+
+        monkeypatch.setattr(server, "do", hang)
+        with pytest.raises(RefusedError, match="the engine did not report within") as refused:
+            async for _ in executor.watch_reports(0.01):
+                pass
+    assert reason_name(refused.value.failure) == "ENGINE_UNREACHABLE"
+    await executor.close()
+    await server.close()
+
+
 @pytest.mark.parametrize("mode", [0o666, 0o722])
 def test_a_socket_that_others_may_write_to_is_not_used(tmp_path: Path, mode: int) -> None:
     path = tmp_path / "e.sock"

@@ -60,10 +60,10 @@ class Processes:
         options = ["--server", server, "--node", NODE + "p", "--state-dir", str(self.folder / "state")]
         return self.start(*options, "--simulated-devices", "L4:1", *more)
 
-    def engine(self) -> None:
+    def engine(self) -> subprocess.Popen[bytes]:
         control = self.folder / "control.json"
         control.write_text(json.dumps(BUSY), encoding="utf-8")
-        self.start(
+        return self.start(
             *("simulate", "--socket", str(self.folder / "e.sock"), "--node", NODE + "p"),
             *("--simulated-devices", "L4:1", "--control", str(control)),
         )
@@ -172,6 +172,33 @@ async def test_an_agent_that_is_killed_goes_on_where_it_was(
         await executor.close()
 
 
+def is_lost(message: ConnectNodeRequest) -> bool:
+    return any(
+        replica.assignment_state == AssignmentState.ASSIGNMENT_STATE_FAILED
+        and replica.failure.reason == ErrorReason.ERROR_REASON_ENGINE_UNREACHABLE
+        for replica in message.report.replicas
+    )
+
+
+async def test_an_engine_that_hangs_or_is_gone_is_reported_as_failed(processes: Processes) -> None:
+    async with PlannerDouble() as planner:
+        engine = processes.engine()
+        processes.agent(planner.address, "--engine", f"unix://{processes.folder / 'e.sock'}")
+        await planner.connected(1)
+        planner.send(Planner().assign(assignment(model=stage_model(blocks=4000))))
+        await planner.until(serving)
+        engine.send_signal(signal.SIGSTOP)
+        since = len(planner.heard)
+        await planner.until(is_lost, since=since)
+        engine.send_signal(signal.SIGCONT)
+        since = len(planner.heard)
+        await planner.until(serving, since=since)
+        engine.kill()
+        engine.wait()
+        since = len(planner.heard)
+        await planner.until(is_lost, since=since)
+
+
 async def test_an_agent_whose_planner_is_gone_aborts_at_the_deadline(processes: Processes) -> None:
     executor = SocketExecutor(processes.folder / "state" / "engine.sock")
     (processes.folder / "c.json").write_text(json.dumps(BUSY), encoding="utf-8")
@@ -223,6 +250,44 @@ async def test_sigterm_ends_an_agent_cleanly_and_metrics_and_token_work(processe
         await planner.until(lambda message: message.HasField("heartbeat"))
         agent.send_signal(signal.SIGTERM)
         assert await asyncio.to_thread(agent.wait, WAIT_S) == 0
+    assert "Traceback" not in processes.log()
+
+
+@pytest.mark.parametrize("hung", ["open", "inventory", "sample", "close"])
+def test_a_driver_that_hangs_does_not_keep_an_agent_from_ending(processes: Processes, hung: str) -> None:
+    """The calls of a driver that hangs cannot be interrupted: they block in C."""
+    program = f"""
+import sys, threading
+from hetis.runtime.agent import daemon
+from hetis.runtime.agent.devices import SimulatedDevices
+
+class Devices:
+    def close(self): pass
+    def inventory(self): return SimulatedDevices().inventory()
+    def sample(self): return []
+
+def hang(*_, **__):
+    print("it hangs", flush=True)
+    threading.Event().wait()
+
+setattr(Devices, {hung!r}, hang)
+daemon.open_devices = hang if {hung!r} == "open" else lambda *_, **__: Devices()
+sys.argv = ["hetis-agent", "--server", "127.0.0.1:1", "--node", {NODE + "p"!r}, "--state-dir", "s"]
+from hetis.runtime.agent.__main__ import main
+sys.exit(main())
+"""
+    with open(processes.folder / "log.txt", "ab") as log:
+        agent = subprocess.Popen([sys.executable, "-c", program], stdout=log, stderr=log, cwd=processes.folder)
+    try:
+        end_s = time.monotonic() + WAIT_S
+        while ("stream to" if hung == "close" else "it hangs") not in processes.log():
+            assert time.monotonic() < end_s, processes.log()
+            time.sleep(0.05)
+        agent.send_signal(signal.SIGTERM)
+        assert agent.wait(30) == 0, processes.log()
+    finally:
+        agent.kill()
+        agent.wait()
     assert "Traceback" not in processes.log()
 
 

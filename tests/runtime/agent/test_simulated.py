@@ -17,8 +17,9 @@ from hetis.runtime.agent.simulated.replica import (
     ProportionalAdmission,
     SolverAdmission,
 )
+from hetis.runtime.moves.changes import MOST_ABORTED, REMEMBERED_S
 from hetis.runtime.moves.refusals import RefusedError, reason_name
-from hetis.v1.change_pb2 import Change, ChangePhase
+from hetis.v1.change_pb2 import Change, ChangePhase, ChangeStatus
 from hetis.v1.executor_service_pb2 import (
     AbortMovesRequest,
     ApplyAssignmentRequest,
@@ -26,6 +27,7 @@ from hetis.v1.executor_service_pb2 import (
     FlipMovesRequest,
     ReleaseMovesRequest,
     ReserveMovesRequest,
+    WatchReportsResponse,
 )
 from hetis.v1.head_map_pb2 import Move, MoveReason
 from hetis.v1.replica_pb2 import Assignment, AssignmentGoal, DeviceCondition, ReplicaRole
@@ -309,6 +311,63 @@ def test_an_authority_that_hears_nothing_aborts_at_its_deadline() -> None:
     answer = engine.flip_answer(what.change_id)
     assert answer is not None
     assert answer.outcome == ABORTED
+
+
+def test_a_change_that_the_engine_aborts_itself_is_forgotten_like_any_other() -> None:
+    """The agent hears of it by a report or by the answer to the flip, and sends no AbortMoves then."""
+    engine = engine_with(control=Control())
+    what = change(timeout_s=3.0)
+    engine.abort_moves(AbortMovesRequest(epoch=1, change_id=what.change_id), 5.0)
+    engine.control = BUSY
+    engine.step(5.0)
+    expired = ready(engine, 5.0, timeout_s=3.0)
+    engine.step(8.1)
+    late = ready(engine, 8.2)
+    flip(engine, late, 8.21, timeout_s=0.0)
+    engine.step(8.5)
+    flipped = ready(engine, 8.5)
+    flip(engine, flipped, 8.6)
+    engine.step(9.0)
+    ended = [what.change_id, expired.change_id, late.change_id]
+    assert [status.change_id for status in engine.report(9.0).changes] == [*ended[1:], flipped.change_id, ended[0]]
+    engine.catch_up(8.0 + REMEMBERED_S)
+    engine.step(8.0 + REMEMBERED_S)
+    assert {status.change_id for status in engine.report(0.0).changes} >= {*ended[1:], flipped.change_id}
+    engine.step(10.0 + REMEMBERED_S)  # what was flipped is kept until it is released
+    assert [status.change_id for status in engine.report(0.0).changes] == [flipped.change_id]
+
+
+@pytest.mark.parametrize("phase", [ChangePhase.CHANGE_PHASE_FLIPPED, ChangePhase.CHANGE_PHASE_ABORTED])
+def test_a_change_whose_end_the_authority_tells_is_forgotten_like_any_other(phase: ChangePhase.ValueType) -> None:
+    worker = SimulatedEngine("w", 1, engine_id="e")
+    worker.apply_assignment(ApplyAssignmentRequest(epoch=1, generation=1, assignment=assignment("w")), 0.0)
+    what = change()
+    worker.reserve_moves(ReserveMovesRequest(epoch=1, change=what, parts=[TARGET]), 1.0)
+    said = ChangeStatus(change_id=what.change_id, replica=REPLICA, phase=phase, generation=2)
+    worker.hear(REPLICA, WatchReportsResponse(changes=[said]))
+    worker.step(2.0)
+    worker.step(1.0 + REMEMBERED_S)
+    assert len(worker.report(0.0).changes) == 1
+    worker.step(2.0 + REMEMBERED_S)
+    assert not worker.report(0.0).changes
+
+
+def test_only_the_last_of_many_aborted_changes_are_reported() -> None:
+    """A report is limited to 4 MiB. Open and flipped changes are always in it, however old they are."""
+    engine = engine_with()
+    engine.step(5.0)
+    flipped = ready(engine, 5.0)
+    flip(engine, flipped, 5.1)
+    engine.step(5.5)
+    for _ in range(MOST_ABORTED + 10):
+        what = change(moves=[allowed_move(engine)], base=2)
+        engine.reserve_moves(ReserveMovesRequest(epoch=1, change=what, parts=[AUTHORITY]), 5.5)
+        engine.abort_moves(AbortMovesRequest(epoch=1, change_id=what.change_id), 5.5)
+    last = change(moves=[allowed_move(engine)], base=2)
+    engine.reserve_moves(ReserveMovesRequest(epoch=1, change=last, parts=[AUTHORITY]), 5.5)
+    said = [status.change_id for status in engine.report(5.5).changes]
+    assert len(said) == MOST_ABORTED + 2
+    assert (said[0], *said[-2:]) == (flipped.change_id, what.change_id, last.change_id)
 
 
 def test_a_source_is_freed_after_the_flip_and_not_before() -> None:

@@ -28,7 +28,7 @@ class Listener:
         self.ends: list[str] = []
         self._breaks = breaks
 
-    def hello(self) -> ConnectNodeRequest:
+    async def hello(self) -> ConnectNodeRequest:
         return ConnectNodeRequest(sequence=1, hello=Hello(node=NODE + "p"))
 
     def heard(self, message: ConnectNodeResponse) -> None:
@@ -84,7 +84,7 @@ async def test_a_node_shows_its_certificate_and_its_token_over_tls(tmp_path: Pat
         await stop(running)
 
 
-@pytest.mark.parametrize("content", [b"half\xff\xfe", b"one\ntwo\n"], ids=["no text", "two lines"])
+@pytest.mark.parametrize("content", [b"half\xff\xfe", b"one\ntwo\n", b" \n"], ids=["no text", "two lines", "empty"])
 async def test_a_token_file_that_holds_no_token_costs_an_attempt_and_not_the_agent(
     content: bytes, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

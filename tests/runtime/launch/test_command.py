@@ -14,6 +14,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -321,6 +322,16 @@ def test_a_model_that_is_not_here_has_the_shape_it_was_planned_with(run: Run, fo
     assert named[1] == here[1].replace("models/tiny", "org/tiny")
 
 
+def test_the_other_replicas_of_the_plan_are_named(run: Run, tmp_path: Path) -> None:
+    plan = plan_of(stage_of(kv_head_groups_kept=8))
+    one, elsewhere = plan.replicas[0], stage_of(devices=("c/0",), kv_head_groups_kept=8)
+    path = write_plan(tmp_path, replace(plan, replicas=(one, replace(one, stages=(elsewhere,)), one)))
+    code, printed, lines = run("show", "--plan", str(path), "-m", "models/tiny", "--replica", "1")
+    others = "others: --replica 0, --replica 2, or all by hetis-plan export --to hetis-launch"
+    assert (code, lines) == (0, [f"hetis-launch: this is replica 1 of the plan's 3, which count from 0; {others}"])
+    assert "# on c" in printed
+
+
 def test_kv_has_the_plans_precision_and_that_of_the_replicas_gpu(run: Run, tmp_path: Path) -> None:
     plan = json.loads(write_plan(tmp_path, plan_of(stage_of(kv_head_groups_kept=8))).read_text(encoding="utf-8"))
 
@@ -451,6 +462,12 @@ def test_what_runs_where_is_shown_without_torch_or_vllm(folder: Path) -> None:
         done = run_command([sys.executable, "-c", "\n".join(lines)], *asked, cwd=folder)
         assert done.returncode == 0, done.stderr
         assert "hetis-worker" in done.stdout
+
+
+@pytest.mark.parametrize("name", ["launch", "agent"])
+def test_commands_of_a_node_say_their_version(name: str) -> None:
+    done = run_command(command_of(f"hetis.runtime.{name}"), "--version")
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"hetis-{name} {version('hetis')}\n", "")
 
 
 def test_help_has_examples_and_exit_codes() -> None:

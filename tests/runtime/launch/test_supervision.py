@@ -167,13 +167,22 @@ def test_what_dies_is_started_again_and_vllm_ends_before_its_workers_go() -> Non
     ]
 
 
-def test_told_twice_vllm_is_killed_and_a_worker_that_does_not_end_soon() -> None:
+def test_told_twice_vllm_is_killed_and_so_are_its_workers() -> None:
     log: list[str] = []
     lives = {"vllm": [Fake("vllm", log, stubborn=500)], "w": [Fake("w", log, stubborn=1000)]}
     world = World(lives, log, signals_s=[2.0, 4.0])
     assert world.run("vllm", "w") == 1
     assert log == ["vllm started", "w started", "vllm told", "vllm killed", "w told", "w killed"]
-    assert world.now_s < 4.0 + STOPS_S + 2
+    assert world.now_s <= 5.0
+
+
+def test_told_twice_workers_alone_are_killed_and_told_once_when_their_time_is_over() -> None:
+    for signals_s, ends_s in (([2.0, 4.0], 4.0), ([2.0], 2.0 + STOPS_S)):
+        log: list[str] = []
+        world = World({"w": [Fake("w", log, stubborn=1000)]}, log, signals_s=signals_s)
+        assert world.run("w") == 0
+        assert log == ["w started", "w told", "w killed"]
+        assert ends_s <= world.now_s <= ends_s + 1
 
 
 def test_a_vllm_that_does_not_end_in_its_time_is_killed() -> None:

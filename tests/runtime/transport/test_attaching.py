@@ -7,12 +7,13 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from pathlib import Path
+from time import monotonic, sleep
 
 import pytest
 import torch
 
 from hetis.runtime.transport import channel, pipes
-from hetis.runtime.transport.channel import Channel, ChannelKind, accept, connect
+from hetis.runtime.transport.channel import Channel, ChannelKind, Greeting, connect
 from hetis.runtime.transport.frames import ChannelError, Frame, FrameError, FrameKind
 from hetis.runtime.transport.pipes import SharedFile, TcpPipe, is_supported
 
@@ -35,9 +36,18 @@ def worker() -> Iterator[Callable[[], tuple[int, Accepted]]]:
         listener.settimeout(10)
 
         def serve() -> tuple[int, Accepted]:
-            return listener.getsockname()[1], threads.submit(lambda: accept(listener.accept()[0], stall_s=10))
+            return listener.getsockname()[1], threads.submit(lambda: accept(listener.accept()[0]))
 
         yield serve
+
+
+def accept(connection: socket.socket) -> tuple[Channel, Frame]:
+    """Return what a greeting gives once all of it has arrived."""
+    greeting, until_s = Greeting(connection, stall_s=10), monotonic() + 10
+    while (found := greeting.read()) is None:
+        assert monotonic() < until_s, "no greeting arrived"
+        sleep(0.001)
+    return found
 
 
 def refuse(path: Path) -> SharedFile:
@@ -123,3 +133,21 @@ def test_strangers_cannot_make_a_worker_take_memory(worker: Callable[[], tuple[i
         found = other.receive(10)
         assert found is not None
         assert found.body_bytes == 1 << 17
+
+
+def test_bytes_beside_the_memory_or_its_end_end_a_greeting_that_waits_for_it(
+    folder: Path, worker: Callable[[], tuple[int, Accepted]]
+) -> None:
+    """Only the socket shows that the other end is gone: memory does not."""
+    for ending in (lambda pipe: pipe.write([memoryview(b"x")], 1.0), TcpPipe.close):
+        shared, (port, accepted) = SharedFile.create(), worker()
+        with closing(TcpPipe.connect("127.0.0.1", port, timeout_s=10)) as pipe:
+            words = torch.frombuffer(bytearray(str(shared.path).encode()), dtype=torch.uint8)
+            Channel(pipe).send([Frame(kind=FrameKind.ATTACH, epoch=0, session=0, parts=(words,))])
+            answer = Channel(pipe).receive(10)
+            assert answer is not None
+            assert answer.kind is FrameKind.WELCOME
+            ending(pipe)
+            with pytest.raises(ChannelError, match=r"something was said beside|the other end is gone"):
+                accepted.result(10)
+    assert list(folder.iterdir()) == []

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from time import sleep
+from time import monotonic, sleep
 
 import pytest
 import torch
@@ -109,6 +109,25 @@ def test_connections_that_say_nothing_hold_up_nobody(worker: ListeningWorker) ->
             probes.enter_context(socket.create_connection((worker.host, worker.port), timeout=30))
         sleep(0.3)  # until the worker, which receives nothing, has checked them
         assert device.ping() == (device.num_pages, 0)
+        device.close()
+
+
+def test_strangers_without_the_key_hold_up_neither_a_served_engine_nor_one_that_joins(worker: ListeningWorker) -> None:
+    """Each of these used to hold a served engine up for 1 s, and one that joins for 10 s."""
+    with ExitStack() as strangers:
+
+        def begin_to_greet() -> None:
+            for _ in range(5):
+                address = worker.host, worker.port
+                strangers.enter_context(socket.create_connection(address, timeout=30)).sendall(b"HTIS")
+
+        begin_to_greet()
+        begun_s = monotonic()
+        device = worker.join(CASE.shape(), epoch=95)
+        begin_to_greet()
+        sleep(0.3)  # until the worker, which receives nothing, has checked them
+        assert device.ping() == (device.num_pages, 0)
+        assert monotonic() < begun_s + 5
         device.close()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -135,9 +136,9 @@ def test_nothing_at_all_is_an_error_of_three_lines() -> None:
     assert (done.returncode, done.stderr.splitlines()) == (
         2,
         [
-            "hetis worker: --name is missing, and so is HETIS_WORKER_NAME",
-            "hetis worker: --kv-memory is missing, and so is HETIS_WORKER_KV_MEMORY",
-            "hetis worker: --key-file is missing, and so is HETIS_WORKER_KEY",
+            "hetis-worker: --name is missing, and so is HETIS_WORKER_NAME",
+            "hetis-worker: --kv-memory is missing, and so is HETIS_WORKER_KV_MEMORY",
+            "hetis-worker: --key-file is missing, and so is HETIS_WORKER_KEY",
         ],
     )
 
@@ -146,4 +147,11 @@ def test_more_memory_than_is_free_is_refused_before_anybody_may_come(tmp_path: P
     asked = ["--name", "w1", "--kv-memory", "4PiB", "--key-file", str(secret_file(tmp_path))]
     done = run_command([*command_of("hetis.runtime.worker"), *asked])
     assert done.returncode == 2
-    assert re.fullmatch(r"hetis worker \S+: --kv-memory is 4PiB, cpu has \d+MiB free\n", done.stderr)
+    assert re.fullmatch(r"hetis-worker \S+: --kv-memory is 4PiB, cpu has \d+MiB free\n", done.stderr)
+
+
+def test_it_tells_its_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        read_options(["--version"], {})
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"hetis-worker {version('hetis')}\n"

@@ -1,4 +1,4 @@
-"""Silent connections delay no engine, and are closed in time."""
+"""Connections that have not greeted delay no engine, and are closed in time."""
 
 from __future__ import annotations
 
@@ -7,13 +7,19 @@ import socket
 import struct
 from collections.abc import Iterator
 from contextlib import ExitStack
+from time import monotonic
 from typing import Any
 
 import pytest
+import torch
 
-from hetis.runtime.transport.channel import accept
-from hetis.runtime.transport.frames import ChannelClosedError
+from hetis.runtime.transport.channel import Channel
+from hetis.runtime.transport.frames import Frame, FrameKind, bytes_of, header_of
+from hetis.runtime.transport.pipes import SharedFile, ShmPipe, TcpPipe, is_supported
 from hetis.runtime.worker.core import MOST, PendingConnections
+
+PING = Frame(kind=FrameKind.PING, epoch=1, session=1, parts=(torch.arange(5),))
+GREETING = header_of(PING) + b"".join(bytes(bytes_of(part)) for part in PING.parts)
 
 
 class Clock:
@@ -34,65 +40,129 @@ def connected(listener: socket.socket) -> socket.socket:
     return socket.create_connection(listener.getsockname(), timeout=10)
 
 
-def test_who_speaks_is_handed_out_before_those_that_came_earlier_and_are_silent(listener: socket.socket) -> None:
-    pending = PendingConnections(listener, silent_s=10)
+def one_of(pending: PendingConnections) -> tuple[Channel, Frame]:
+    """Return the next that has greeted."""
+    until_s = monotonic() + 10
+    while not (found := pending.greeted(0.1)):
+        assert monotonic() < until_s, "nobody has greeted"
+    [one] = found
+    return one
+
+
+def check_next(pending: PendingConnections, other: socket.socket) -> None:
+    """Check that the next that has greeted is ``other``."""
+    channel, frame = one_of(pending)
+    assert channel.name == "tcp:{}:{}".format(*other.getsockname())
+    assert (frame.kind, bytes(frame.raw)) == (PING.kind, bytes(bytes_of(PING.parts[0])))
+    channel.close()
+
+
+def check_closed(other: socket.socket) -> None:
+    other.settimeout(10)
+    assert other.recv(1) == b""
+
+
+def test_who_greets_is_handed_out_before_those_that_came_earlier_and_are_silent(listener: socket.socket) -> None:
+    pending = PendingConnections(listener, stall_s=10)
     with connected(listener) as silent, connected(listener) as speaking:
-        assert pending.speaking(0.0) is None
-        speaking.sendall(b"x")
-        found = pending.speaking(10.0)
-        assert found is not None
-        with found:
-            assert found.getpeername() == speaking.getsockname()
-        assert pending.speaking(0.0) is None
-        silent.sendall(b"y")
-        later = pending.speaking(10.0)
-        assert later is not None
-        with later:
-            assert later.getpeername() == silent.getsockname()
+        assert pending.greeted(0.0) == []
+        speaking.sendall(GREETING)
+        check_next(pending, speaking)
+        assert pending.greeted(0.0) == []
+        silent.sendall(GREETING)
+        check_next(pending, silent)
 
 
-def test_who_says_nothing_is_closed_in_time(listener: socket.socket) -> None:
+def test_a_greeting_is_read_as_it_arrives_and_nobody_waits_for_its_rest(listener: socket.socket) -> None:
+    """This used to hold a worker up for 10 s, or for 1 s while it served an engine."""
+    pending = PendingConnections(listener, stall_s=60)
+    with connected(listener) as slow, connected(listener) as quick:
+        for at in range(len(GREETING) - 1):
+            slow.sendall(GREETING[at : at + 1])
+            begun_s = monotonic()
+            assert pending.greeted(0.0) == []
+            assert monotonic() < begun_s + 1.0
+        quick.sendall(GREETING)
+        check_next(pending, quick)
+        slow.sendall(GREETING[-1:])
+        check_next(pending, slow)
+
+
+@pytest.mark.parametrize("says", [b"", GREETING[:4], GREETING[:-1]])
+def test_who_has_not_greeted_is_closed_in_time_whatever_it_has_said(listener: socket.socket, says: bytes) -> None:
     clock = Clock()
-    pending = PendingConnections(listener, silent_s=10, clock=clock)
+    pending = PendingConnections(listener, stall_s=10, clock=clock)
     with connected(listener) as silent:
-        assert pending.speaking(1.0) is None
+        assert pending.greeted(1.0) == []
         clock.now_s = 9.9
-        assert pending.speaking(0.0) is None
+        silent.sendall(says)
+        assert pending.greeted(0.1) == []
         silent.setblocking(False)
         with pytest.raises(BlockingIOError):
             silent.recv(1)
         clock.now_s = 10.0
-        assert pending.speaking(0.0) is None
-        silent.settimeout(10)
-        assert silent.recv(1) == b""
+        assert pending.greeted(0.0) == []
+        check_closed(silent)
 
 
 def test_the_oldest_of_too_many_makes_room(listener: socket.socket) -> None:
-    pending = PendingConnections(listener, silent_s=10)
+    pending = PendingConnections(listener, stall_s=10)
     with ExitStack() as opened:
         opened.callback(pending.close)
         first, *others = [opened.enter_context(connected(listener)) for _ in range(MOST + 1)]
-        while pending.speaking(0.1) is None and len(pending) < MOST:
+        for other in others:
+            other.sendall(GREETING[:4])
+        while pending.greeted(0.1) == [] and len(pending) < MOST:
             pass
-        first.settimeout(10)
-        assert first.recv(1) == b""
-        others[-1].sendall(b"x")
-        found = pending.speaking(10.0)
-        assert found is not None
-        with found:
-            assert found.getpeername() == others[-1].getsockname()
+        assert pending.greeted(0.1) == []
+        check_closed(first)
+        others[-1].sendall(GREETING[4:])
+        check_next(pending, others[-1])
 
 
-def test_a_connection_that_was_reset_is_told_as_closed(listener: socket.socket) -> None:
-    pending = PendingConnections(listener, silent_s=10)
+def test_who_has_greeted_makes_no_room_for_others(listener: socket.socket) -> None:
+    pending = PendingConnections(listener, stall_s=10)
+    with connected(listener) as engine, ExitStack() as opened:
+        opened.callback(pending.close)
+        assert pending.greeted(1.0) == []
+        engine.sendall(GREETING)
+        for _ in range(MOST):
+            opened.enter_context(connected(listener))
+        check_next(pending, engine)
+
+
+@pytest.mark.skipif(not is_supported(), reason="no shared memory here")
+def test_who_comes_through_shared_memory_is_heard_and_outlasts_strangers(listener: socket.socket) -> None:
+    pending, shared = PendingConnections(listener, stall_s=10), SharedFile.create()
+    with connected(listener) as engine, ExitStack() as opened:
+        opened.callback(pending.close)
+        opened.callback(shared.unlink)
+        path = torch.frombuffer(bytearray(str(shared.path).encode()), dtype=torch.uint8)
+        pipe = TcpPipe(engine, "worker")
+        Channel(pipe).send([Frame(kind=FrameKind.ATTACH, epoch=0, session=0, parts=(path,))])
+        while not (answer := Channel(pipe).receive(0.0)):
+            assert pending.greeted(0.1) == []
+        assert answer.kind is FrameKind.WELCOME
+        for _ in range(2 * MOST):
+            opened.enter_context(connected(listener))
+            assert pending.greeted(0.1) == []
+        Channel(ShmPipe(shared, pipe, first=True)).send([PING])
+        channel, frame = one_of(pending)
+        assert channel.name.startswith("shm over ")
+        assert frame.kind is PING.kind
+        channel.close()
+
+
+def test_a_connection_that_was_reset_is_forgotten(listener: socket.socket, caplog: pytest.LogCaptureFixture) -> None:
+    pending = PendingConnections(listener, stall_s=10)
     other = connected(listener)
-    assert pending.speaking(1.0) is None
+    assert pending.greeted(1.0) == []
+    assert len(pending) == 1
     other.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     other.close()  # a reset, not an orderly close
-    found = pending.speaking(10.0)
-    assert found is not None
-    with pytest.raises(ChannelClosedError):
-        accept(found, stall_s=1.0)
+    assert pending.greeted(10.0) == []
+    assert len(pending) == 0
+    assert "Connection reset by peer" in caplog.text
 
 
 def test_without_descriptors_newcomers_wait_and_the_log_says_so_once(
@@ -108,10 +178,10 @@ def test_without_descriptors_newcomers_wait_and_the_log_says_so_once(
             return super().accept()
 
     with Full(fileno=listener.detach()) as full, connected(full) as other:
-        pending = PendingConnections(full, silent_s=10)
-        other.sendall(b"x")
-        found = [pending.speaking(10.0) for _ in range(4)]
-        assert found[:3] == [None] * 3
-        assert found[3] is not None
-        found[3].close()
+        pending = PendingConnections(full, stall_s=10)
+        other.sendall(GREETING)
+        found = [pending.greeted(10.0) for _ in range(4)]
+        assert found[:3] == [[]] * 3
+        [(channel, _)] = found[3]
+        channel.close()
     assert caplog.text.count("no connection is taken: Too many open files") == 1

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from hetis.solver.model import DraftShape, LinearShape
-from hetis.solver.plan import Role
+from hetis.solver.plan import AttentionWorkerPool, Role
 from hetis.solver.planning import solve_placement
 from hetis.solver.replanning.change import Fate, Holding, holdings, in_flight, plan_change
 from tests.solver.instances import SMALL_FAMILY, make_model, make_node, make_problem
@@ -84,6 +84,20 @@ def test_replicas_are_matched_by_what_they_hold_whatever_their_order() -> None:
     change = plan_change(plan, turned, MODEL, MOMENTS)
     assert {c.fate for c in change.replicas} == {Fate.KEPT}
     assert (change.moved, change.dropped_requests) == ((), 0)
+
+
+def test_workers_that_several_stages_share_do_not_move_if_nothing_changes() -> None:
+    plan = solve_placement(PROBLEM)
+    replica = plan.replicas[0]
+    [stage] = replica.stages
+    stages = (replace(stage, num_layers=1), replace(stage, first_layer=1, num_layers=stage.num_layers - 1))
+    stages = (stages[0], replace(stages[1], devices=tuple(f"other/{i}" for i in range(len(stage.devices)))))
+    pools = [
+        AttentionWorkerPool(stage=i, gpu="B", devices=("w/0", "w/1"), kv_head_groups=1, shared=True) for i in (0, 1)
+    ]
+    sharing = replace(plan, replicas=(replace(replica, stages=stages, attention_workers=tuple(pools)),))
+    change = plan_change(sharing, sharing, MODEL, MOMENTS)
+    assert (change.replicas[0].fate, change.replicas[0].moved_gpus, change.moved) == (Fate.KEPT, 0, ())
 
 
 def test_other_settings_on_the_same_gpus_drop_requests_and_load_nothing() -> None:

@@ -9,16 +9,21 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 
 from hetis.solver.advice import without
+from hetis.solver.budget import Budget, SearchSettings, silent
 from hetis.solver.check import check_plan
 from hetis.solver.cluster import Cluster, GpuSlots, NodeGroup
+from hetis.solver.constraints import Constraint, Duty, RestrictRole, Selection, Unit
 from hetis.solver.errors import InfeasibleError, InvalidProblemError
+from hetis.solver.placement.constrained_problem import apply_constraints
+from hetis.solver.placement.tabulation import build_cost_tables
 from hetis.solver.plan import Objective, ObjectiveKind, Plan, Role
 from hetis.solver.planning import solve_placement
 from hetis.solver.problem import PlacementProblem
 from hetis.solver.replanning import fresh as fresh_search
 from hetis.solver.replanning.change import HALF_DONE, ChangeCosts, Fate, ReplanningProblem, in_flight
 from hetis.solver.replanning.check import check_replanning
-from hetis.solver.replanning.solve import Replanning, solve_replanning
+from hetis.solver.replanning.running import Continuation
+from hetis.solver.replanning.solve import Replanning, Survivors, solve_replanning
 from hetis.solver.replanning.transition import Action
 from tests.solver.instances import SMALL_FAMILY, make_node, make_problem, make_profile, make_workload, problems
 from tests.solver.oracle import best_plan_value
@@ -192,6 +197,9 @@ def test_the_least_cost_keeps_what_serves_the_demand(
     assert found.plan.served_rate() * problem.assumptions.planned_utilisation >= 0.6 * most * (1 - 1e-9)
     assert found.bound <= found.value * (1 + 1e-9)
     assert found.change.count(Fate.KEPT) == len(running.replicas) - 1
+    posed = ReplanningProblem(running=running, problem=left, costs=AT_ONCE)
+    for wrong in ({"value": 0.5 * found.value}, {"bound": 1.1 * found.value}, {"gap": found.gap + 0.1}):
+        assert check_replanning(posed, replace(found, **wrong))
 
 
 @given(problems(max_gpus=5, family=SMALL_FAMILY), problems(max_gpus=5, family=SMALL_FAMILY))
@@ -217,6 +225,21 @@ def test_a_demand_that_needs_more_moves_is_refused_with_the_reason() -> None:
     problem = replace(fleet(3, 0, objective=goal), cluster=without(fleet(4, 0).cluster, ["a-0"]))
     with pytest.raises(InfeasibleError, match="at most 0 GPUs may change their work"):
         replanned(running, problem, max_moves=0)
+
+
+@pytest.mark.parametrize(
+    ("costs", "max_moves", "reason"),
+    [
+        (AT_ONCE, 0, "at most 0 GPUs may change their work"),
+        (replace(AT_ONCE, horizon_s=10.0), None, "nothing serves within 10 s: every start takes at least 20 s"),
+    ],
+)
+def test_a_fleet_with_nothing_in_common_is_refused_with_the_reason(
+    costs: ChangeCosts, max_moves: int | None, reason: str
+) -> None:
+    running, problem = solve_placement(fleet(1, 0)), fleet(0, 2)
+    with pytest.raises(InfeasibleError, match=reason):
+        replanned(running, problem, costs=costs, max_moves=max_moves)
 
 
 def test_new_traffic_resets_engines_and_leaves_weights_where_they_are() -> None:
@@ -253,6 +276,115 @@ def test_a_replica_whose_nodes_differ_now_still_runs_until_it_is_stopped() -> No
     posed = ReplanningProblem(running=running, problem=problem, costs=AT_ONCE)
     same = solve_replanning(posed)
     assert check_replanning(posed, replace(same, lost=(0,)))
+
+
+@pytest.mark.parametrize("joining", [[], [make_node("c", "B", zone="north")]], ids=["reordered", "joined"])
+def test_replicas_are_kept_if_zones_are_reordered_or_join(joining: list[NodeGroup]) -> None:
+    nodes = [make_node("a", "A", zone="east"), make_node("b", "A", zone="west")]
+    problem = make_problem(nodes, profiles=TWO_TYPES, family=replace(UNIFIED, roles=(Role.PREFILL, Role.DECODE)))
+    running = solve_placement(problem)
+    assert [r.role for r in running.replicas if r.sends_afar] == [Role.PREFILL]
+    now = make_problem([*joining, *reversed(nodes)]).cluster
+    found = replanned(running, replace(problem, cluster=now), max_moves=0)
+    assert found.change.count(Fate.KEPT) == len(running.replicas)
+
+
+# --- what constraints and zones allow
+
+
+def barred(node: str, *duties: Duty) -> tuple[Constraint, ...]:
+    gpus = Selection(unit=Unit.NODE, name=node)
+    return tuple(RestrictRole(gpus=gpus, duty=duty, only=False) for duty in duties)
+
+
+def with_workers(nodes: list[NodeGroup], *constraints: Constraint) -> PlacementProblem:
+    """Return a problem with so much KV that A wants attention workers, with which it serves more."""
+    problem = make_problem(
+        nodes, profiles=TWO_TYPES, family=replace(UNIFIED, max_pool=2), workload=make_workload((60, 200))
+    )
+    return replace(problem, constraints=constraints)
+
+
+def served_with_workers() -> Plan:
+    """Return a plan whose attention workers are the GPUs of node b."""
+    nodes = [make_node("a", "A", zone="east"), make_node("b", "B", gpus=2, zone="east")]
+    running = solve_placement(with_workers(nodes, *barred("b", Duty.PRIMARY)))
+    [replica] = running.replicas
+    assert {name.partition("/")[0] for name in replica.worker_devices()} == {"b"}
+    return running
+
+
+def options_of(running: Plan, problem: PlacementProblem) -> list[Continuation]:
+    problem = apply_constraints(problem)
+    posed = ReplanningProblem(running=running, problem=problem, costs=AT_ONCE)
+    return Survivors(posed, build_cost_tables(problem)).options
+
+
+@pytest.mark.parametrize(("zone", "duty"), [("east", None), ("west", None), ("east", Duty.WORKER)])
+def test_lost_workers_are_replaced_by_gpus_that_may_be_workers_there(zone: str, duty: Duty | None) -> None:
+    running = served_with_workers()
+    nodes = [make_node("a", "A", zone="east"), make_node("c", "B", gpus=2, zone=zone)]
+    problem = with_workers(nodes, *(barred("c", duty) if duty is not None else ()))
+    pools = [stage.pool_class for option in options_of(running, problem) for stage in option.template.stages]
+    assert any(pool >= 0 for pool in pools) == (zone == "east" and duty is None)
+    replanned(running, problem)
+
+
+@pytest.mark.parametrize("small", [True, False])
+def test_a_stage_that_lost_its_workers_takes_their_head_groups_back(
+    small: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It reads no weights and none of its GPUs moves."""
+    running = served_with_workers()
+    if not small:
+        monkeypatch.setattr(fresh_search, "is_small", lambda _: False)
+    slow = ChangeCosts(horizon_s=100.0, restart_s=20.0, load_bytes_per_s=1e6)
+    found = replanned(running, with_workers([make_node("a", "A", zone="east")]), costs=slow, max_moves=0)
+    assert [(c.fate, c.start_s) for c in found.continued] == [(Fate.CHANGED, 20.0)]
+    assert not found.change.moved
+
+
+@pytest.mark.parametrize("small", [True, False])
+def test_the_bound_counts_only_gpus_that_must_move(small: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two of a stage's three copies, as a replica of its own, do what they did before, and nothing counts as moved."""
+    if not small:
+        monkeypatch.setattr(fresh_search, "is_small", lambda _: False)
+    alone = solve_placement(fleet(1, 0))
+    [replica] = alone.replicas
+    [stage] = replica.stages
+    three = replace(stage, copies=3, devices=("a-0/0", "a-1/0", "a-2/0"))
+    running = replace(alone, replicas=(replace(replica, stages=(three,), in_flight=4, rate=3 * replica.rate),))
+    problem = fleet(3, 0)
+    free = replanned(running, problem)
+    assert free.plan.replicas
+    assert not free.change.moved
+    posed = ReplanningProblem(running=running, problem=problem, costs=AT_ONCE, max_moves=0)
+    costs = build_cost_tables(problem)
+    survivors = Survivors(posed, costs)
+    settings = SearchSettings(strategy="hetis", budget=Budget(), gap_target=1e-3, seed=0, threads=1, report=silent)
+    net, fresh = survivors.master(None), fresh_search.search_fresh(costs, settings)
+    bound = fresh_search.bound_of(net, survivors.candidates, fresh, survivors.busy, time_limit_s=10.0, seed=0)
+    gained = free.value / problem.assumptions.planned_utilisation + survivors.all_dropped(net)
+    assert bound >= gained * (1 - 1e-6)
+
+
+def test_a_lost_replica_is_not_replaced_by_gpus_that_may_not_have_its_role() -> None:
+    nodes = [make_node("a", "A", gpus=2), make_node("b", "A", gpus=2), make_node("c", "A", gpus=4)]
+    problem = make_problem(nodes, profiles=TWO_TYPES, family=replace(UNIFIED, roles=(Role.PREFILL, Role.DECODE)))
+    decoding = (*barred("a", Duty.PREFILL), *barred("c", Duty.PREFILL))
+    running = solve_placement(replace(problem, constraints=(*decoding, *barred("b", Duty.DECODE))))
+    left = replace(problem, cluster=without(problem.cluster, ["b"]), constraints=decoding)
+    assert options_of(running, left)
+    assert not [o for o in options_of(running, left) if running.replicas[o.old].role is Role.PREFILL]
+
+
+def test_replicas_for_the_remaining_gpus_keep_constraints_on_duties() -> None:
+    nodes = [make_node("a", "A", nodes=2), make_node("b", "B", gpus=2)]
+    settings = SearchSettings(strategy="hetis", budget=Budget(), gap_target=1e-3, seed=0, threads=1, report=silent)
+    for duties, has_pool in (((Duty.PRIMARY,), True), ((Duty.PRIMARY, Duty.WORKER), False)):
+        costs = build_cost_tables(apply_constraints(with_workers(nodes, *barred("b", *duties))))
+        [template] = fresh_search.search_left_over(costs, {"a-0/0"}, None, settings)
+        assert any(stage.pool_class >= 0 for stage in template.stages) == has_pool
 
 
 def test_a_plan_by_a_heuristic_has_no_replanning() -> None:

@@ -230,7 +230,9 @@ def resolve_gpu(name: str, known: Collection[str], also: Collection[str] = ()) -
         return found[0]
     if found:
         raise UnknownNameError("GPU", name, found, ambiguous=True)
-    raise UnknownNameError("GPU", name, all_nearest(name, [*also, *known]))
+    names = [*also, *known]
+    # Without the vendor's words, too: they make a short name unlike every other.
+    raise UnknownNameError("GPU", name, all_nearest(name, names) or all_nearest("-".join(wanted), names))
 
 
 @functools.lru_cache(maxsize=1024)

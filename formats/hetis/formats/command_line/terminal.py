@@ -17,12 +17,13 @@ if TYPE_CHECKING:
 
 WIDE = 1000  # in characters: lines not meant for a screen are not folded
 
-# Replacements for streams that cannot encode the symbols of a table, so that a box does not become question marks.
+# Replacements for streams that cannot encode the symbols of a table, so that a box does not become question marks. Each
+# shade has its own, since charts tell their parts apart by them.
 _ASCII = str.maketrans(
     {
-        **dict.fromkeys("█▉▊▋▌▓▒", "#"), **dict.fromkeys("▍▎▏░", "."), **dict.fromkeys("━─╌–−", "-"),
-        **dict.fromkeys("┃│", "|"), **dict.fromkeys("└├╰╭╮╯┌┐┘", "+"), "×": "x", "·": ".", "•": "*", "…": "...",
-        "→": "->", "±": "+-", "≥": ">=", "≤": "<=",
+        **dict.fromkeys("█▉▊▋▌", "#"), **dict.fromkeys("▍▎▏", "."), "▓": "%", "▒": "o", "░": ":",
+        **dict.fromkeys("━─╌–−", "-"), **dict.fromkeys("┃│", "|"), **dict.fromkeys("└├╰╭╮╯┌┐┘", "+"),
+        "×": "x", "·": ".", "•": "*", "…": "...", "→": "->", "±": "+-", "≥": ">=", "≤": "<=",
     }
 )  # fmt: skip
 

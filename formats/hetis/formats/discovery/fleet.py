@@ -41,6 +41,19 @@ def said_types(pairs: Sequence[str]) -> tuple[dict[str, str], list[str]]:
     return said, wrong
 
 
+def unmatched(inventory: Inventory, said: Mapping[str, str]) -> list[str]:
+    """Return a sentence for each product that the user named and the inventory lacks, also among GPUs left out."""
+    names = dict.fromkeys(gpus.product for node in inventory.nodes for gpus in node.gpus)
+    known = {spelled.casefold() for name in names for spelled in (name, _SHARED.sub("", name))}
+    unusable = "\n".join(reason for node in inventory.nodes for reason in node.left_out).casefold()
+    there = f"names found: {some_of([repr(name) for name in names])}" if names else "no usable GPUs were found"
+
+    def is_unusable(name: str) -> bool:
+        return re.search(rf"(?<![\w-]){re.escape(name)}(?![\w-])", unusable) is not None
+
+    return [f"no GPU is called {name!r}; {there}" for name in said if name not in known and not is_unusable(name)]
+
+
 def board_of(gpus: FoundGpus, said: Mapping[str, str]) -> str:
     """Return the name in the catalogue, or `LEAVE_OUT` if the user has chosen that.
 

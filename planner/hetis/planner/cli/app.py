@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -11,6 +12,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from hetis.formats.command_line.verb import click_command, run_application, version_option
+from hetis.formats.errors import DocumentError
 from hetis.planner.cli import (
     changes,
     cluster,
@@ -97,7 +99,25 @@ def run(arguments: Sequence[str]) -> int:
         from hetis.planner.cli.completing import offer_completions
 
         offer_completions()
-    return run_application(app, "hetis-plan", arguments, _report_failure, defaults=_defaults)
+    return run_application(app, "hetis-plan", arguments, _report_failure, defaults=lambda: _defaults_for(arguments))
+
+
+_NEED_NO_DEFAULTS = ("doctor", "version", "completion")
+
+
+def _defaults_for(arguments: Sequence[str]) -> dict[str, dict[str, Any]] | None:
+    """Return the defaults for one command line. Where files of defaults are wrong, help and the verbs about the
+    installation ignore them with a warning: they are needed to find out what is wrong.
+    """
+    try:
+        return _defaults()
+    except DocumentError as error:
+        words = [*itertools.takewhile(lambda word: word != "--", arguments)]
+        if words and words[0] not in _NEED_NO_DEFAULTS and not {"-h", "--help", "--version"} & set(words):
+            raise
+        for problem in error.problems:
+            print(f"warning: {problem}; defaults from files are ignored", file=sys.stderr)
+        return None
 
 
 def _defaults() -> dict[str, dict[str, Any]] | None:

@@ -14,7 +14,7 @@ from hetis.formats.discovery import FleetSource
 from hetis.planner.cli import values
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.cli.files import EXAMPLE_LENGTHS, EXAMPLE_MODEL
-from hetis.planner.cli.options import group, option, refuse_without, verb
+from hetis.planner.cli.options import group, is_asked_for, option, refuse_without, verb
 from hetis.planner.cli.server_verb import PlannerOptions, chosen_cluster, cluster_name_option, fetched
 from hetis.planner.report.figures import plural
 
@@ -95,7 +95,7 @@ def discover(
 
     It lists what is left out, and why.
     """
-    from hetis.formats.discovery.fleet import discovered, said_types
+    from hetis.formats.discovery.fleet import discovered, said_types, unmatched
     from hetis.formats.discovery.nvidia import read_nvml
     from hetis.formats.discovery.reading import read_inventory
     from hetis.formats.files import file_label
@@ -117,6 +117,9 @@ def discover(
         refuse_overwriting(out, force=asked.force)
 
     def written(inventory: Inventory, sources: Sequence[str], otherwise_named: str = "discovered") -> ExitCode:
+        # Defaults may be about several fleets.
+        if is_asked_for("--gpu", said) and (wrong := unmatched(inventory, said)):
+            raise typer.BadParameter("; ".join(f"--gpu: {what}" for what in wrong))
         found = discovered(inventory, name=name or otherwise_named, link=asked.link(), said=said)
         return _write(terminal, found, sources, asked.out)
 

@@ -101,7 +101,9 @@ def _settings(file: Path, options: Options, problems: list[Problem]) -> Iterator
 
     try:
         said = tomllib.loads(file.read_text(encoding="utf-8-sig"))  # Windows editors write a BOM
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise single_problem(str(file), f"is not valid TOML: {error}") from None
+    except OSError as error:
         raise single_problem(str(file), f"cannot be read: {error}") from None
     every = {name for names in options.values() for name in names}
     tables = {key: value for key, value in said.items() if isinstance(value, dict)}

@@ -85,6 +85,7 @@ _CODES = {  # by the name of the gRPC status
     "ALREADY_EXISTS": ExitCode.CONFLICT,
     "FAILED_PRECONDITION": ExitCode.CONFLICT,
 }
+_OPTIONS = {"plan_id": "--name"}  # by the field of a request that holds the option's value as it is
 ADVICE = {
     "ACTIVATION_IN_PROGRESS": "wait for {plan}: hetis-plan watch {plan}",
     "ALREADY_EXISTS": "read the existing one: hetis-plan get {name}",
@@ -108,7 +109,7 @@ def report_call_failure(terminal: Terminal, error: CallError, address: str, *, i
     if not error.reason and error.is_unreachable:
         timed_out = error.code.name == "DEADLINE_EXCEEDED"
         message = f"the planner at {address} {'did not answer in time' if timed_out else 'is unreachable'}: {message}"
-    violations = [f"{violation.field}: {violation.description}" for violation in error.violations]
+    violations = [f"{_OPTIONS.get(one.field, one.field)}: {one.description}" for one in error.violations]
     if violations:  # the message only repeats them
         message = f"{len(violations)} problem{'s' if len(violations) > 1 else ''} in the request"
     reason = f" ({error.reason})" if error.reason else f" ({error.code.name})"

@@ -123,7 +123,9 @@ prefix_hit_rate_option = partial(
     shown="the workload's, or 0",
 )
 rate_option = partial(
-    _goal, "--rate R: Demanded requests/s; required by the objectives cost and gpus.", parser=values.demand
+    _goal,
+    "--rate R: Demanded requests/s; required by the objectives cost and gpus. Others show and --strict tests it.",
+    parser=values.demand,
 )
 ttft_option = partial(_goal, "--ttft TIME|none: Limit of the p95 time to first token.", parser=values.ttft_limit)
 tpot_option = partial(_goal, "--tpot TIME|none: Limit of the mean time per output token.", parser=values.tpot_limit)
@@ -185,7 +187,8 @@ class OptionalInputOptions:
     prefix_hit_rate: Any = prefix_hit_rate_option()  # a share or "trace", which typer's types cannot express
     weights: str | None = _input(
         "--weights P[,GPU=P...]: "
-        "Precision of the weights, in general and per GPU type: bf16, fp8, int8, awq-int4, gptq-int4, mxfp4, nvfp4.",
+        "Precision of the weights, in general and per GPU type: bf16, fp8, int8, int4, awq-int4, gptq-int4, "
+        "mxfp4, nvfp4.",
         parser=values.weights,
         autocompletion=values.weights_names,
         shown="the checkpoint's",
@@ -402,7 +405,9 @@ verify_option = partial(
     True,
 )
 survive_option = partial(
-    _goal, "--survive: Still serve --rate after losing any one node or zone; needs --objective cost or gpus."
+    _goal,
+    "--survive: Still serve --rate after losing any one node or zone; needs --objective cost or gpus. Several searches "
+    "follow, each with the full time limit.",
 )
 
 

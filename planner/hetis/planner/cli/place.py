@@ -278,6 +278,8 @@ def compare(
         )
         for name in engines
     }
+    if ANY_ENGINE in rules and len(rules) > 1 and replicas.limits.given:
+        terminal.warn(f"limits on replicas are not for engine {ANY_ENGINE}, whose replicas have none")
     plans = names if asked.engine is None else [f"{name}-{engine}" for name in names for engine in rules]
     refuse_unwritable_plans(results.out, plans)
     refuse_page(results.html)

@@ -13,14 +13,12 @@ import typer
 
 from hetis.formats.command_line.verb import one_of
 from hetis.formats.dtypes import KV_PRECISIONS, PRECISIONS, chosen_precision
-from hetis.formats.units import parse_bandwidth, parse_bytes, parse_duration, parse_ratio
+from hetis.formats.units import parse_bandwidth, parse_bytes, parse_duration, parse_limit, parse_ratio
 from hetis.solver.plan import LEAST_DEMAND_RPS, Role
 
 NO_LIMIT = float("inf")
 ALL = "all"
 MOST_SETTING = 10**9  # the limit of `EngineSettings`, whose module loads numpy: too slow for --help
-MOST_BARE_S = {"TTFT": 60.0, "TPOT": 2.0}
-"""A number without a unit is in seconds; from this value on, milliseconds were probably meant."""
 
 T = TypeVar("T")
 
@@ -40,10 +38,7 @@ def tpot_limit(text: str) -> float:
 def _limit(text: str, name: str) -> float:
     if text.strip().lower() == "none":
         return NO_LIMIT
-    seconds = positive_duration(text)
-    if seconds >= MOST_BARE_S[name] and not text.strip()[-1].isalpha():
-        raise typer.BadParameter(f"a {name} limit of {text} has no unit: {text}ms or {text}s?")
-    return seconds
+    return _positive(_parsed(lambda text: parse_limit(text, name), text), text)
 
 
 def positive_duration(text: str) -> float:

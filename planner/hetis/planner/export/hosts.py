@@ -13,10 +13,10 @@ from hetis.engines.layout import Process, ProcessKind
 from hetis.engines.versions import Engine
 from hetis.formats.documents import dump, yaml_text
 from hetis.formats.endpoints import is_ip
+from hetis.formats.errors import DocumentError, Problem
 from hetis.planner.export.replicas import (
     Launchable,
     LaunchableReplica,
-    NotExportableError,
     Written,
     engine_image,
     missing_images,
@@ -167,9 +167,11 @@ _CONFIG, _KEY_FILE = "/etc/hetis/workers.yaml", "/run/secrets/worker-key"
 
 
 def write_compose(launchable: Launchable) -> Written:
-    """Return a folder for each node with its compose.yaml and the plugin's files."""
-    if wrong := missing_images(launchable):
-        raise NotExportableError(tuple(wrong))
+    """Return a folder for each node with its compose.yaml and the plugin's files. Raises DocumentError with every
+    missing image.
+    """
+    if missing := missing_images(launchable):
+        raise DocumentError(Problem(file="export", message=message) for message in missing)
     files, shown = dict[str, str](), list[str]()
     for node, here in launchable.by_node().items():
         services, secret = dict[str, Any](), False

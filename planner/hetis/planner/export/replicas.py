@@ -204,6 +204,8 @@ class Written:
 
 def launchable(plan: Plan, model: ModelSpec, settings: ExportSettings) -> Launchable:
     """Return the part of a plan that an engine can launch. Raises NotExportableError with all reasons if it is none."""
+    if not plan.replicas:
+        raise NotExportableError(("the plan has no replicas",))
     plan, changes = with_single_copies(plan)
     has_workers = any(replica.attention_workers for replica in plan.replicas)
     engine = settings.engine or (Engine.VLLM_HETIS if has_workers else Engine.VLLM)

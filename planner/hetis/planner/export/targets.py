@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -38,7 +38,7 @@ class Export:
     rate: float  # saturated requests/s of the exported replicas, out of ``planned``
 
 
-# Each raises NotExportableError if its target can launch no replica, or with every missing option.
+# Each raises NotExportableError if its target can launch no replica, and DocumentError with every missing option.
 _WRITERS: Mapping[ExportTarget, Callable[[Launchable], Written]] = {
     ExportTarget.VLLM: write_shell,
     ExportTarget.SGLANG: write_shell,
@@ -61,7 +61,9 @@ ENGINES: Mapping[ExportTarget, tuple[Engine, ...]] = {
 
 
 def export_plan(plan: Plan, model: ModelSpec, target: ExportTarget, settings: ExportSettings) -> Export:
-    """Return a plan as the files of a target. Raises NotExportableError if no replica can be launched there."""
+    """Return a plan as the files of a target. Raises NotExportableError if no replica can be launched there, and
+    DocumentError if the target needs options that are missing.
+    """
     found = launchable(plan, model, settings)
     written = _WRITERS[target](found)
     found = written.carried
@@ -281,9 +283,8 @@ def readme_of(target: str, launchable: Launchable, written: Written) -> str:
     shares, rows = shares_of(launchable), []
     for number, one in launchable.replicas.items():
         layers = "+".join(map(str, one.layout.layers))
-        gpus = "; ".join(f"{p.node}/{','.join(map(str, p.gpus))}" for p in one.layout.processes)
         rows.append(
-            f"| {one.name} | {one.plan.role.value} | {layers} | {_ranks(one.layout)} | {gpus} "
+            f"| {one.name} | {one.plan.role.value} | {layers} | {_ranks(one.layout)} | {_gpus(one.layout)} "
             f"| {written.endpoints[number]} | {shares[number]:.1%} |"
         )
     lost = [*launchable.changes, *launchable.reasons(), *written.not_carried]
@@ -321,6 +322,20 @@ def readme_of(target: str, launchable: Launchable, written: Written) -> str:
             "",
         )
     )
+
+
+def _gpus(layout: Layout) -> str:
+    """Return the engine's GPUs by process, then those of attention workers by node; a GPU may serve several ranks."""
+    shown = [*dict.fromkeys(_on_node(process.node, process.gpus) for process in layout.servers)]
+    by_node = dict[str, set[int]]()
+    for worker in layout.attention_workers:
+        by_node.setdefault(worker.node, set()).update(worker.gpus)
+    workers = [_on_node(node, sorted(gpus)) for node, gpus in by_node.items()]
+    return "; ".join(shown) + (f"; attention workers: {'; '.join(workers)}" if workers else "")
+
+
+def _on_node(node: str, gpus: Iterable[int]) -> str:
+    return f"{node}/{','.join(map(str, gpus))}"
 
 
 def _precision(launchable: Launchable) -> str:

@@ -164,9 +164,13 @@ class LiveFleet:
     async def connect(self, identity: Identity, requests: AsyncIterator[Request]) -> AsyncGenerator[Response, None]:
         """Serve one stream until either side ends it. Raises ServiceError as ``AgentService.ConnectNode`` documents."""
         first = await _first_of(requests)
-        name = self._admit(identity, first)
-        cluster, node = self._clusters[cluster_of(name)], last_part(name)
-        stream = Stream(cluster.open(node, first, now_s=self._clock.monotonic(), time_s=self._clock.time()))
+        try:
+            name = self._admit(identity, first)
+            cluster, node = self._clusters[cluster_of(name)], last_part(name)
+            stream = Stream(cluster.open(node, first, now_s=self._clock.monotonic(), time_s=self._clock.time()))
+        except ServiceError as error:
+            self._note_refused(error)
+            raise
         if (before := self._streams.get(name)) is not None:
             gone = _taken_over(f"another stream of {name} was opened", name)
             before.end(gone)
@@ -336,6 +340,16 @@ class LiveFleet:
         if cluster_of(hello.node) not in self._clusters:
             raise not_found(cluster_of(hello.node))
         return hello.node
+
+    def _note_refused(self, error: ServiceError) -> None:
+        self.counters.hellos_refused[error.reason_name] += 1
+        if error.reason == Reason.ERROR_REASON_STALE_EPOCH:
+            # Without the node's name: one line, and not one per agent.
+            _log.error(
+                "agents have followed a later planner than this one, which they refuse until its epoch is higher."
+                " Either another planner leads, or the store was replaced by a new or an older one: see docs/store.md",
+                extra=dict(error.metadata),
+            )
 
     async def _read(self, cluster: ClusterFleet, node: str, stream: Stream, requests: AsyncIterator[Request]) -> None:
         try:

@@ -115,6 +115,7 @@ class FleetCounters:
     streams: int = 0  # streams opened; `takeovers` is how many of them replaced an earlier stream of their node
     takeovers: int = 0
     refusals: int = 0  # streams refused because another run of the node's agent was connected
+    hellos_refused: Counter[str] = field(default_factory=Counter)  # streams refused at their Hello, by reason
     redispatches: Counter[str] = field(default_factory=Counter)  # re-dispatches that ended, by state
     replicas_ignored: int = 0  # reports of unknown or other nodes' replicas that were ignored, being too many
     contradictions: int = 0  # reports of an authority that contradict its first one: a bug, here or in an agent

@@ -145,8 +145,9 @@ def solve(
     try:
         loaded, problem = posed.inputs_for_engine(), posed.problem()
         plan = make_plan(
-            loaded, problem, settings, budget=budget(), report=report, on_search=lambda: begin("searching")
-        )
+            loaded, problem, settings, budget=budget(), report=report, asked=posed.objective,
+            on_search=lambda: begin("searching"),
+        )  # fmt: skip
     except InfeasibleError as error:
         return Infeasible(error.reasons)
     except NoPlanFoundError as error:

@@ -19,7 +19,7 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, PlainVa
 from pydantic_core import ErrorDetails
 
 from hetis.formats.errors import DocumentError, Problem
-from hetis.formats.units import parse_duration, parse_ratio
+from hetis.formats.units import parse_duration, parse_limit, parse_ratio
 from hetis.planner.use_cases.service_level import Statistic
 from hetis.solver.cluster import Cluster
 from hetis.solver.errors import HetisError, InfeasibleError
@@ -204,6 +204,11 @@ def read_by(read: Callable[[str], object]) -> AfterValidator:
     return AfterValidator(check)
 
 
+def _limit_on(name: str) -> PlainValidator:
+    limit_s = _quantity(lambda text: parse_limit(text, name), "200ms", lambda seconds: seconds > 0, "> 0")
+    return PlainValidator(_word_or(("none", "default"), limit_s))
+
+
 _seconds = _quantity(parse_duration, "200ms", lambda seconds: seconds > 0, "> 0")
 _below_one = _quantity(parse_ratio, "40%", lambda share: 0 <= share < 1, "at least 0 and below 1 (100%)")
 _share = _quantity(parse_ratio, "90%", lambda share: 0 < share <= 1, "above 0 and at most 1 (100%)")
@@ -225,7 +230,8 @@ Rate = Annotated[float, BeforeValidator(_plain), Field(gt=0, allow_inf_nan=False
 Count = Annotated[int, BeforeValidator(_plain), Field(ge=1)]
 CountOrZero = Annotated[int, BeforeValidator(_plain), Field(ge=0)]
 Duration = Annotated[Quantity, PlainValidator(_seconds)]
-Limit = Annotated[Quantity, PlainValidator(_word_or(("none", "default"), _seconds))]
+TtftLimit = Annotated[Quantity, _limit_on("TTFT")]
+TpotLimit = Annotated[Quantity, _limit_on("TPOT")]
 BelowOne = Annotated[Quantity, PlainValidator(_below_one)]
 HitRate = Annotated[Quantity, PlainValidator(_word_or(("trace",), _below_one))]
 Share = Annotated[Quantity, PlainValidator(_share)]

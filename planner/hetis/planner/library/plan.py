@@ -25,6 +25,7 @@ from hetis.planner.library.arguments import (
     spelled_as_arguments,
 )
 from hetis.planner.report.figures import digits, percent, plural, seconds
+from hetis.planner.report.plan import less_than_planned, misses_as_planned
 from hetis.planner.report.simulation import level_words, simulation_document
 from hetis.planner.use_cases.compare import Figures, figures_of
 from hetis.planner.use_cases.service_level import DEFAULT, Statistic, share_within
@@ -36,16 +37,16 @@ from hetis.planner.use_cases.simulate import (
     default_requests,
     sample_spacing_s,
 )
-from hetis.planner.use_cases.sources import engine_settings
+from hetis.planner.use_cases.sources import engine_settings, inputs_from_documents
 from hetis.planner.use_cases.verdicts import level_to_hold, simulated_latencies
-from hetis.planner.use_cases.verify import rate_to_simulate
+from hetis.planner.use_cases.verify import rate_to_simulate, verification_of
 from hetis.simulator.arrivals import Arrivals, Load
 from hetis.simulator.metrics import Summary
 from hetis.simulator.running import silent
 from hetis.simulator.values import Settings
 from hetis.solver import plan as solved
 from hetis.solver.errors import InvalidProblemError
-from hetis.solver.plan import Explanation
+from hetis.solver.plan import Explanation, ObjectiveKind
 from hetis.solver.problem import PlacementProblem
 
 if TYPE_CHECKING:
@@ -129,7 +130,8 @@ class Simulation:
 class Plan:
     """Replicas on named GPUs with a proof of optimality: ``value`` has everything, ``problem`` is what it solves.
 
-    ``value`` is a `hetis.solver.plan.Plan`; both classes have the name because users know this one as ``hetis.Plan``.
+    ``value`` is a `hetis.solver.plan.Plan`, no number: that is ``result.value``, by the cost model. Both classes have
+    the name because users know this one as ``hetis.Plan``.
     """
 
     value: solved.Plan
@@ -137,7 +139,7 @@ class Plan:
 
     @property
     def result(self) -> solved.SolveResult:
-        """The quality of the plan: value, bound, gap, status, unit."""
+        """The quality of the plan by the cost model: value (a number), bound, gap, status, unit."""
         return self.value.result
 
     @property
@@ -146,7 +148,7 @@ class Plan:
 
     @property
     def figures(self) -> Figures:
-        """Requests/s, tokens/s, USD/h, USD per million tokens, latencies, GPUs in use."""
+        """Requests/s, tokens/s, USD/h, USD per million tokens, latencies by the cost model; GPUs in use."""
         return figures_of(self.value, self.problem)
 
     def explain(self) -> Explanation:
@@ -216,7 +218,7 @@ class Plan:
             attainment=None if attainment is None else float(attainment),
         )
         load = Load(
-            lengths=self.problem.workload,
+            lengths=inputs_from_documents(self.value.inputs.get("documents"), "the plan").workload,  # not clipped
             max_position=self.problem.model.max_position,
             arrivals=Arrivals.DRAWN,
             rate_rps=rate_to_simulate(self.value, self.problem) if rate is None else rate,
@@ -334,10 +336,20 @@ class Plan:
         return pandas.DataFrame([*_rows(self.value)], columns=list(_COLUMNS))
 
     def __repr__(self) -> str:
-        result, used = self.result, sum(len(replica.devices()) for replica in self.replicas)
-        value = f"{digits(result.value, 4)} {result.unit} ({result.status}, gap {percent(result.gap)})"
+        used = sum(len(replica.devices()) for replica in self.replicas)
         gpus = f"{used:,} of {plural(self.problem.cluster.num_gpus(), 'GPU')}"
-        return f"<hetis.Plan: {value}, {plural(len(self.replicas), 'replica')} on {gpus}>"
+        return f"<hetis.Plan: {self._worth()}, {plural(len(self.replicas), 'replica')} on {gpus}>"
+
+    def _worth(self) -> str:
+        """Return the promised value, which is the rate that simulated traffic kept if that is below the model's."""
+        result, kept, found = self.result, less_than_planned(self.value), verification_of(self.value)
+        value, proof = f"{digits(result.value, 4)} {result.unit}", f"{result.status}, gap {percent(result.gap)}"
+        if kept is not None:
+            rate = f"{digits(kept.rate_rps, 4)} {result.unit}" if kept.rate_rps else "no rate tried"
+            return f"{rate} within the limits in simulation, MISSED at {value} by the model ({proof})"
+        is_goodput = result.objective is ObjectiveKind.GOODPUT
+        missed = misses_as_planned(self.value) if is_goodput else found is not None and not found.kept
+        return f"{value} ({proof}){', limits MISSED in simulation' if missed else ''}"
 
     def _repr_html_(self) -> str:
         # A document of its own: the page's style must not affect the notebook, nor the notebook's style the page.

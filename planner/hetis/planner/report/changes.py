@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hetis.formats.documents import to_data
+from hetis.planner.report.differences import changed_values
 from hetis.planner.report.figures import digits, gigabytes, percent, plural, seconds
 from hetis.planner.report.plan import goal_line, kept_cell, problem_title, simulated_words
 from hetis.planner.report.tables import as_group, facts, section, table
@@ -33,6 +34,8 @@ def render_diff(diff: PlanDiff) -> Iterator[RenderableType]:
     yield _figures(diff)
     for warning in diff.warnings:
         yield Text(warning, style="yellow")
+    if changed := changed_values(diff.problem_before, diff.problem_after):
+        yield section("Problems", facts((f" {subject}", " → ".join(values)) for subject, values in changed.items()))
     yield from _change_sections(diff.change, diff.before, diff.after)
 
 
@@ -137,6 +140,10 @@ def diff_document(diff: PlanDiff) -> dict[str, Any]:
         after={"result": diff.after.result, "figures": diff.figures_after},
         same_model=diff.same_model,
         warnings=diff.warnings,
+        differences={
+            subject.replace(" ", "_"): {"before": before, "after": after}
+            for subject, (before, after) in changed_values(diff.problem_before, diff.problem_after).items()
+        },
         change=change_fields(diff.change),
     )
 

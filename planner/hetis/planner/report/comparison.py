@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from rich.console import RenderableType
@@ -19,36 +19,46 @@ from hetis.planner.report.tables import Narrowing, as_group, bullets, grid, sect
 from hetis.planner.use_cases.compare import Compared, Figures, best_of, figures_of, kept_of, why_outside
 from hetis.planner.use_cases.grouping import gpu_counts, used_counts
 from hetis.planner.use_cases.json_values import document, fields_of, json_value
+from hetis.planner.use_cases.service_level import DEFAULT, service_level_of
 from hetis.planner.use_cases.sources import Inputs
 from hetis.planner.use_cases.verify import verification_of
 from hetis.planner.use_cases.what_if import BuyNext, FleetChange, ListedOffer, Side, WhatIf
 from hetis.solver.advice import ChangeVerdict, Difference, NodeShape
 from hetis.solver.cluster import Link
-from hetis.solver.placement.families import STRATEGIES
+from hetis.solver.placement.families import ANY_ENGINE, STRATEGIES
 from hetis.solver.plan import Objective, ObjectiveKind, Plan
 
 PUBLISHED_MEANS = (
     "-paper: the search of a paper as published; its plan is evaluated by this cost model under these limits; "
     "bound and gap are those of the family to which its plans belong."
 )
-SIMULATED_MEANS = (
-    "kept: the highest rate tried, up to the plan's, at which simulated traffic kept the limits; `place` puts this "
-    "rate first. All other values are from the model."
-)
 _LINES_PER_REASON = 3
 _LEAST_FIRST = ("KV", "solved", "USD/M", "bound", "TPOT", "TTFT")  # columns that a narrow console can do without
 _WIDEST_GAP = 9.99  # larger gaps are shown as above it
+
+
+def simulated_means(plans: Iterable[Plan]) -> str:
+    """Return what the column of kept rates means, with the service levels of plans that are not held to the default."""
+    levels = {str(level): None for level in map(service_level_of, plans) if level != DEFAULT}
+    held_to = f", {'; or '.join(levels)}" if levels else ""
+    return (
+        f"kept: the highest rate tried, up to the plan's, at which simulated traffic kept the limits{held_to}; `place` "
+        "puts this rate first. All other values are from the model."
+    )
 
 
 @as_group
 def render_comparison(compared: Sequence[Compared], inputs: Inputs, objective: Objective) -> Iterator[RenderableType]:
     yield problem_title(inputs)
     yield goal_line(inputs.held_to(objective))
+    if words := engine_words(compared):
+        yield Text(words, style="dim")
     yield Text()
     yield _table(compared, inputs, objective)
+    plans = [outcome.plan for outcome in compared if outcome.plan is not None]
     if _are_simulated(compared):
-        yield Text(f"\n{SIMULATED_MEANS} Red: less than the plan's; none: no rate tried.", style="dim")
-    elif (found := [one.plan for one in compared if one.plan is not None]) and not any(map(verification_of, found)):
+        yield Text(f"\n{simulated_means(plans)} Red: less than the plan's; none: no rate tried.", style="dim")
+    elif plans and not any(map(verification_of, plans)):
         yield Text(f"\n{model_words(objective)}", style="dim")
     published = dict.fromkeys(o.strategy for o in compared if STRATEGIES[o.strategy].is_published)
     if published:
@@ -70,6 +80,16 @@ def render_comparison(compared: Sequence[Compared], inputs: Inputs, objective: O
         label = _labels(compared)
         yield Text("\nSimulation or another search failed", style="bold red")
         yield grid(False, True, rows=((f" {label(one)}", f"{one.status}: {_why(one)}") for one in failed))
+
+
+def engine_words(compared: Iterable[Compared]) -> str:
+    """Return which engine all plans are for; empty if each row names its own."""
+    match list({outcome.engine or ANY_ENGINE for outcome in compared}):
+        case [engine] if engine == ANY_ENGINE:
+            return "for any engine: perhaps none runs some of these plans; --engine NAME plans what one can run"
+        case [engine]:
+            return f"for engine {engine}"
+    return ""
 
 
 def _why(outcome: Compared) -> str:

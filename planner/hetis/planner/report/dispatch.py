@@ -203,9 +203,10 @@ BAR_WIDTH = 8
 def render_dispatch(found: Dispatched, explanation: tuple[str, ...] | None = None) -> Iterator[RenderableType]:
     plan, stage = found.plan, found.stage
     num, placed = len(found.requests.requests), len(found.requests.requests) - len(plan.unplaced)
+    used = np.count_nonzero(plan.groups.any(axis=0))
     yield Text.assemble(
         (stage.saved.name, "bold"),
-        f": {placed} of {plural(num, 'new request')} placed on {plural(len(stage.saved.devices), 'device')}",
+        f": {placed} of {plural(num, 'new request')} placed on {used} of {plural(len(stage.saved.devices), 'device')}",
     )
     yield facts(_facts(found))
     if num:

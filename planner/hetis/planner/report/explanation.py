@@ -167,7 +167,7 @@ def time_shares(part: StageTime) -> list[Share]:
         Share("prefill att.", part.prefill_attention_s, "▓", "yellow"),
         Share("decode att.", part.decode_attention_s, "░", "green"),
         Share("transfer", part.transfer_s, "=", "magenta"),
-        Share("head", part.head_s, "#", "blue"),
+        Share("head", part.head_s, "+", "blue"),
         Share("other", part.other_s, "-", "bright_black"),
         *([Share("wait", part.kv_wait_s, "~", "bright_red")] if part.kv_wire_s else []),
     ]

@@ -43,7 +43,15 @@ from hetis.planner.use_cases.sources import (
     inputs_from_documents,
 )
 from hetis.planner.use_cases.surviving import losses_of
-from hetis.planner.use_cases.verify import MISSES_AT, attained, misses, tightening_of, verification_of
+from hetis.planner.use_cases.verify import (
+    MISSES_AT,
+    Verification,
+    attained,
+    limited_latencies,
+    misses,
+    tightening_of,
+    verification_of,
+)
 from hetis.solver.constraints import Constraint, described
 from hetis.solver.placement.families import STRATEGIES
 from hetis.solver.plan import (
@@ -58,11 +66,12 @@ from hetis.solver.plan import (
     Status,
 )
 from hetis.solver.planning import ConstraintPrice
-from hetis.solver.problem import Family, PlacementProblem
+from hetis.solver.problem import EXPLICIT_LINKS, Family, PlacementProblem
 
 MAX_SHAPES = 12  # replica shapes shown in full; the others are summarised in one line
 MAX_CLASSES = 40
 SMALLEST_PRICE = 1e-4  # prices of device classes below this are shown as smaller than it
+SAME_RATE = 1e-6  # relative difference of two rates that rounding may cause
 PROVED = 0.005  # relative difference of a bound from another engine's value up to which it is not mentioned
 BINDS_FROM = 0.99  # micro-batches are integers, so a limit binds if the next size would violate it
 
@@ -113,6 +122,8 @@ def searched(plan: Plan) -> Iterator[str]:
     constraints = plan.inputs.get(CONSTRAINTS)
     if isinstance(constraints, list) and constraints:  # the family ends with them, in words
         yield f"Constraints: {'; '.join(plan.family.split('; ')[-len(constraints) :])}."
+    if EXPLICIT_LINKS in plan.family:
+        yield f"All are {EXPLICIT_LINKS}."
     yield "The bound holds for all these plans; `hetis-plan explain`, or -o wide, describes them exactly."
 
 
@@ -191,7 +202,7 @@ def _facts(plan: Plan) -> Iterator[tuple[str, RenderableType]]:
     if (kept := precision(plan)) is not None:
         yield "Precision", kept
     if plan.objective.demand_rps is not None:
-        yield "Demand", f"{digits(plan.objective.demand_rps, 4)} requests/s"
+        yield "Demand", _demand(plan, plan.objective.demand_rps)
     for name, reached, limit in limits(plan):
         yield name, _limit(reached, limit)
     if (simulated := simulated_words(plan)) is not None:
@@ -261,6 +272,22 @@ def _value(plan: Plan) -> Text:
     return Text.assemble(promised, f"  within the limits in simulation; {model}")
 
 
+def misses_demand(plan: Plan) -> bool:
+    """Return whether a plan of the highest rate promises less than the demanded one.
+
+    Plans of least cost are found for the demanded rate; `Simulated` says if traffic of this rate misses their limits.
+    """
+    demand_rps, kept = plan.objective.demand_rps, less_than_planned(plan)
+    if demand_rps is None or not plan.objective.maximises:
+        return False
+    return (plan.result.value if kept is None else kept.rate_rps) < demand_rps * (1.0 - SAME_RATE)
+
+
+def _demand(plan: Plan, demand_rps: float) -> Text:
+    demand = Text(f"{digits(demand_rps, 4)} requests/s")
+    return Text.assemble(demand, "  ", ("not met", "bold red")) if misses_demand(plan) else demand
+
+
 def _cost(plan: Plan) -> str | None:
     """Return the cost of the used GPUs, per hour and per token, or None if the plan does not contain its inputs."""
     documents = plan.inputs.get("documents")
@@ -302,20 +329,20 @@ def precision(plan: Plan) -> str | None:
 
 
 def beside_equal_stages(plan: Plan) -> str | None:
-    """Return the value of equal stages, as in a set-up without a planner, or None if not requested."""
+    """Return the value of equal stages, as in a set-up without a planner, or None if not requested.
+
+    Equal stages are not simulated, so the plan is compared by its value by the model, even if it promises less.
+    """
     if EQUAL_STAGES not in plan.inputs:
         return None
     alone, result = plan.inputs[EQUAL_STAGES], plan.result
     if not isinstance(alone, int | float) or alone <= 0:
         return "replicas of equal stages: none keep the limits" if alone is None else None
-    words = f"{digits(alone, 4)} {result.unit} by replicas of equal stages"
-    kept, tighter = less_than_planned(plan), tightening_of(plan)
-    if kept is None and tighter is None:
-        return f"{words}; this plan {_beside(result.value, alone)}"
-    if kept is None:
-        return f"{words} by the model, not simulated; this plan, simulated, {_beside(result.value, alone)}"
-    this = _beside(kept.rate_rps, alone) if kept.rate_rps else "keeps the limits at no rate tried"
-    return f"{words} by the model; this plan, simulated, {this}"
+    value, beside = f"{digits(alone, 4)} {result.unit}", _beside(result.value, alone)
+    if not is_below_model(plan):
+        return f"{value} by replicas of equal stages; this plan {beside}"
+    this = "this plan by the model" if tightening_of(plan) is None else "this plan, for a tighter limit, by the model"
+    return f"{value} by the model, by replicas of equal stages (not simulated); {this} {beside}"
 
 
 def beside_engines(plan: Plan, *, hints: bool = True) -> list[str]:
@@ -455,8 +482,15 @@ def simulated_words(plan: Plan) -> Text | None:
     if found.kept:
         shown = [one for one in Latency if one is Latency.TTFT or _has_tpot(plan)]
         latencies = ((f"{one} {level.statistic(one)}", found.seconds(one)) for one in shown)
-        return kept_words(found.rate_rps, latencies, attained(found, plan), found.kept_rps, remarks)
+        return kept_words(found.rate_rps, latencies, within_words(found, plan), found.kept_rps, remarks)
     return missed_words(found.rate_rps, misses(found, plan), found.kept_rps, remarks)
+
+
+def within_words(found: Verification, plan: Plan) -> str:
+    """Return the share of the simulated requests within the limits, as `attained` does, which presumes two of them."""
+    if service_level_of(plan).attainment is None and len(limited_latencies(found, plan)) == 1:
+        return f"{found.attainment:.0%} within the limit"
+    return attained(found, plan)
 
 
 def _fleet(plan: Plan) -> str:

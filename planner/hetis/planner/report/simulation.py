@@ -149,13 +149,17 @@ def _facts(simulated: Simulated, plan: Plan) -> Iterator[tuple[str, RenderableTy
     yield "Arrivals", _arrivals(simulated)
     if simulated.sweep is not None:
         yield "Goodput", _goodput(simulated)
-    tokens = f"{digits(summary.prompt_tokens_per_s)} prompt and {digits(summary.output_tokens_per_s)} output tokens/s"
-    throughput = f"{_with_interval(summary.throughput_rps)} requests/s"
-    yield "Throughput", Text.assemble((throughput, "bold green"), f"  {tokens}")
+    if math.isfinite(summary.throughput_rps.value):
+        tokens = digits(summary.prompt_tokens_per_s), digits(summary.output_tokens_per_s)
+        throughput = (f"{_with_interval(summary.throughput_rps)} requests/s", "bold green")
+        yield "Throughput", Text.assemble(throughput, f"  {tokens[0]} prompt and {tokens[1]} output tokens/s")
+    else:
+        yield "Throughput", Text("unknown", "yellow")
     if (doubt := _doubt(simulated)) is not None:
         yield "", Text(doubt, "yellow")
     if not math.isnan(summary.attainment) and question.load.arrivals is not Arrivals.SATURATED:
-        yield "Attainment", f"{percent(summary.attainment)} of the requests kept both limits"
+        limits = "both limits" if len(limits_of(question.limits)) == 2 else "the limit"
+        yield "Attainment", f"{percent(summary.attainment)} of the requests kept {limits}"
     if (words := service_level_words(simulated)) is not None:
         yield "Service level", words
     clipped = f"; {simulated.num_clipped:,} requests clipped to the model's context" if simulated.num_clipped else ""
@@ -322,7 +326,7 @@ def _comparison(simulated: Simulated, plan: Plan) -> RenderableType:
         made.add_row(
             _NAMES[name],
             f"{digits(planned, 4)}/s" if rate else seconds(planned),
-            f"{_with_interval(found)}/s" if rate else _seconds_with_interval(found),
+            _rate_with_interval(found) if rate else _seconds_with_interval(found),
             f"{ratio:.3f}" if math.isfinite(ratio) else "",
             judged,
         )
@@ -373,6 +377,11 @@ def _devices(simulated: Simulated, plan: Plan) -> Table:
     uses = grouped_use(plan, simulated.summary.devices)
     rows = ((use.device, percent(use.kv_mean), percent(use.kv_max), percent(use.busy_mean)) for use in uses)
     return table("'", "KV in use", "highest", "busy", rows=rows, fixed=True)
+
+
+def _rate_with_interval(estimate: Estimate) -> str:
+    text = _with_interval(estimate)
+    return f"{text}/s" if math.isfinite(estimate.value) else text
 
 
 def _with_interval(estimate: Estimate) -> str:

@@ -17,6 +17,7 @@ from hetis.planner.convert.names import seconds_of
 from hetis.planner.failures import Reason, ServiceError
 from hetis.planner.fleet.fleet import LiveFleet
 from hetis.planner.fleet.hubs import Hubs
+from hetis.planner.resources.plan_creation import forget_problem
 from hetis.planner.resources.requests import Checks, Tell, change_once, check, read_page, require_etag
 from hetis.planner.store import ClusterRecord, Reader, Store, Transaction
 from hetis.planner.threads import run_in_thread_gc_paused
@@ -117,6 +118,7 @@ class Clusters:
             plans = list(tx.plans.versions(cluster=request.name))
             for plan in plans:
                 tx.plan_documents.delete(plan)
+                forget_problem(tx, plan)  # here, since the planner may die before it has ended the search
             for table in (tx.plans, tx.redispatches, tx.replicas, tx.nodes):
                 table.delete_all(cluster=request.name)
             tx.clusters.delete(request.name)

@@ -60,11 +60,22 @@ _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 30.0  # between attempts to write to an 
 
 
 def problem_name(plan: str) -> str:
-    """Return the name of a plan's problem, which is stored among the plan documents during the search.
-
-    Cancelling removes it, so that the next planner does not restart a cancelled search.
-    """
+    """Return the name of a plan's problem, which is stored among the plan documents during the search."""
     return f"{plan}/problem"
+
+
+def caller_name(plan: str) -> str:
+    """Return the name under which a search's caller is stored beside its problem, for the quotas of the next planner.
+
+    Stores of earlier versions lack it.
+    """
+    return f"{plan}/caller"
+
+
+def forget_problem(tx: Transaction, plan: str) -> None:
+    """Delete what is stored for the search, so that the next planner does not restart it."""
+    for name in (problem_name(plan), caller_name(plan)):
+        tx.plan_documents.delete(name)
 
 
 @dataclass(slots=True, eq=False)
@@ -105,7 +116,7 @@ class PlanSearches:
         """Restart the searches that the previous planner did not finish, oldest first, however many there are."""
         left = await self._store.read(lambda reader: reader.plans.all(state=SEARCHING))
         for record in reversed(left):
-            posed_json = await self._posed_json(record.name)
+            posed_json, caller = await self._stored(record.name)
             if posed_json is None:
                 await self._end(record.name, None, CalledOff())
                 continue
@@ -116,10 +127,16 @@ class PlanSearches:
                 continue
             if record.state != plan_pb2.PLAN_STATE_QUEUED:
                 await self._change(record.name, _queued_again)
-            self.begin(record.name, self._pool.reserve(PLANNER.name, even_if_full=True), posed, posed_json)
+            self.begin(record.name, self._pool.reserve(caller, even_if_full=True), posed, posed_json)
 
-    async def _posed_json(self, plan: str) -> bytes | None:
-        return await self._store.read(lambda reader: reader.plan_documents.get(problem_name(plan)))
+    async def _stored(self, plan: str) -> tuple[bytes | None, str]:
+        """Return a plan's problem, if it is still wanted, and the name of the caller who asked for it."""
+
+        def read(reader: Reader) -> tuple[bytes | None, str]:
+            caller = reader.plan_documents.get(caller_name(plan))
+            return reader.plan_documents.get(problem_name(plan)), caller.decode() if caller else PLANNER.name
+
+        return await self._store.read(read)
 
     async def stop(self) -> None:
         """Stop following the searches; in the store they remain QUEUED or SOLVING."""
@@ -162,7 +179,7 @@ class PlanSearches:
                 outcome = Unsound(("its document differs from the one that was checked",))
 
         def change(record: PlanRecord, tx: Transaction) -> PlanRecord:
-            tx.plan_documents.delete(problem_name(plan))
+            forget_problem(tx, plan)
             record.body.solve_end_time.CopyFrom(timestamp(self._clock()))
             if (progress := self._progress.get(plan)) is not None:
                 record.body.progress.CopyFrom(progress)
@@ -188,7 +205,7 @@ class PlanSearches:
         def work(tx: Transaction) -> PlanRecord | None:
             record = tx.plans.get(plan)
             if record is None:  # its cluster was deleted
-                tx.plan_documents.delete(problem_name(plan))
+                forget_problem(tx, plan)
                 return None
             return tx.plans.update(change(record, tx))
 
@@ -357,7 +374,9 @@ class PlanCreation:
             if isinstance(answer, ImportedPlan):
                 tx.plan_documents.put(made.name, answer.document)
             else:
+                assert place is not None
                 tx.plan_documents.put(problem_name(made.name), answer.json)
+                tx.plan_documents.put(caller_name(made.name), place.caller.encode())
             return pb2.CreatePlanResponse(plan=basic_view(made)), partial(begin, basic_view(made))
 
         async def begin(plan: plan_pb2.Plan) -> None:

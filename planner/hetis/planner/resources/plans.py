@@ -13,7 +13,7 @@ from hetis.planner.convert.names import timestamp
 from hetis.planner.convert.plans import complete, explanation_to_proto, replica_to_proto
 from hetis.planner.failures import Reason, ServiceError, invalid_field, not_found
 from hetis.planner.fleet.hubs import Hubs
-from hetis.planner.resources.plan_creation import PlanSearches, problem_name
+from hetis.planner.resources.plan_creation import PlanSearches, forget_problem
 from hetis.planner.resources.plan_documents import (
     IN_FORCE,
     SEARCHING,
@@ -130,7 +130,7 @@ class Plans:
             record = tx.plans.require(request.name)
             require_etag(record, request.etag)
             if record.state in SEARCHING:
-                tx.plan_documents.delete(problem_name(record.name))
+                forget_problem(tx, record.name)
             return pb2.CancelPlanResponse(plan=self._basic(record)), tell
 
         return await change_once(self._store, request, pb2.CancelPlanResponse, cancel)

@@ -143,6 +143,7 @@ MAX_SIZE = 500
 MOST_PAGE_BYTES = 3 * 2**20
 R = TypeVar("R", bound=Record)
 Item = TypeVar("Item")
+M = TypeVar("M", bound=Message)
 Place = str | tuple[float, str]
 """The position of a resource in its list: its name or, in lists ordered newest first, its time and name."""
 
@@ -178,6 +179,16 @@ class PageRequest:
         """
         page = list(found[: self.size])
         return page, self.token_behind(place_of(page[-1])) if len(found) > self.size else ""
+
+    def fitting(self, messages: Iterable[M]) -> list[M]:
+        """Return the first of these messages, as many as have at most `MOST_PAGE_BYTES` together, but at least one."""
+        found, num_bytes = list[M](), 0
+        for message in messages:
+            num_bytes += message.ByteSize()
+            if found and num_bytes > MOST_PAGE_BYTES:
+                break
+            found.append(message)
+        return found
 
     def token_behind(self, place: Place) -> str:
         """Return the token of the page that continues behind ``place``."""

@@ -32,7 +32,7 @@ from hetis.planner.fleet.fleet import LiveFleet
 from hetis.planner.fleet.hubs import ClusterHub, Hubs
 from hetis.planner.fleet.views import show_live
 from hetis.planner.resources.nodes import NodeReader
-from hetis.planner.resources.requests import check, read_page
+from hetis.planner.resources.requests import check, read_page, read_page_request
 from hetis.planner.store import ClusterRecord, Reader, ReplicaRecord, Store
 from hetis.planner.watching import Event, LeftBehindError
 from hetis.v1 import cluster_pb2, redispatch_pb2, replica_pb2, view_pb2
@@ -66,7 +66,10 @@ class RunningResources:
         records, token = await read_page(
             self._store, request, Reader.replicas, parent=request.parent, plan=request.plan
         )
-        replicas = [replica_now(self._fleet, record, BASIC) for record in records]
+        page = read_page_request(request)
+        replicas = page.fitting(replica_now(self._fleet, record, BASIC) for record in records)
+        if len(replicas) < len(records):
+            token = page.token_behind(Reader.replicas.place_of(records[len(replicas) - 1]))
         return pb.ListReplicasResponse(replicas=replicas, next_page_token=token)
 
     async def get_redispatch(self, request: pb.GetRedispatchRequest) -> pb.GetRedispatchResponse:

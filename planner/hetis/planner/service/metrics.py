@@ -176,6 +176,7 @@ _OF_FLEET = {
     "streams": ("agent_streams", "Agent streams opened.", ""),
     "takeovers": ("agent_takeovers", "Streams that replaced an earlier stream of their node.", ""),
     "refusals": ("agent_refusals", "Streams refused because another agent was connected as the node.", ""),
+    "hellos_refused": ("agent_hellos_refused", "Streams refused at their first message.", "reason"),
     "replicas_ignored": (
         "replicas_ignored",
         "Ignored reports of foreign replicas from nodes that reported too many.",
@@ -219,6 +220,11 @@ class StoreCollector(Collector):
         yield CounterMetricFamily("hetis_planner_store_errors", "Failed store transactions.", value=health.errors)
         yield GaugeMetricFamily(
             "hetis_planner_store_answered_seconds", "Seconds since the store last answered.", health.answered_s_ago
+        )
+        yield GaugeMetricFamily(
+            "hetis_planner_store_unwritable_seconds",
+            "Seconds since a write to the store failed, with none known to work since; 0 if writes work.",
+            health.unwritable_s,
         )
         yield GaugeMetricFamily(
             "hetis_planner_lease_age_seconds", "Seconds since the leader's lease was last renewed.", lease.age_s

@@ -119,7 +119,10 @@ class Succession:
 
     @property
     def is_ready(self) -> bool:
-        """Whether the planner can work, as a leader with a lease or as a standby, and its store answers.
+        """Whether the planner can work, as a leader with a lease or as a standby, and its store does as it needs.
+
+        A store whose disk is full still answers, but a leader also needs to write. A restart would not help it: whether
+        the process is alive is another question.
 
         A standby cannot if no planner leads and it does not come to lead either: it may lack rights to the one row, or
         no planner can begin a term.
@@ -127,7 +130,7 @@ class Succession:
         if self._store.health.answered_s_ago >= ANSWERED_S:
             return False
         if self._leading is not None:
-            return self._store.lease.may_decide
+            return self._store.lease.may_decide and self._store.health.unwritable_s < ANSWERED_S
         return self._stands_by and self._store.led_s_ago < ANSWERED_S
 
     async def overview(self) -> Overview:

@@ -36,7 +36,6 @@ BEYOND = 2**20
 original store may have used some since, agents obey the highest epoch that they have seen, and no caller may see an
 etag twice.
 """
-_FIRST_S = 1_767_225_600  # the start of 2026: counting epochs in seconds from here keeps them short
 
 
 def back_up(url: str, file: Path) -> int:
@@ -125,7 +124,7 @@ def restore(url: str, file: Path, *, replace: bool, clock: Callable[[], float] =
                 epoch_before, version_before = _epoch(written), _highest_version(written)
                 num = _copy(connection, written)
                 now_s = clock()
-                epoch = max(epoch_before + 1, _epoch(written) + BEYOND, int(now_s) - _FIRST_S)
+                epoch = max(epoch_before + 1, _epoch(written) + BEYOND, leadership.epoch_at(now_s))
                 version = max(version_before, _highest_version(written) + BEYOND, int(now_s * 1e6))
                 _raise(written, epoch=epoch, version=version)
                 change = AuditedChange(caller=_operator(), role="operator", method="restore", resource=file.name)
@@ -144,6 +143,8 @@ def migrate_to(url: str, revision: str) -> str:
         schema.needs_migration(connection, label)  # raises StoreError for unknown versions
         before = schema.revision_of(connection) or "nothing"
         schema.migrate(connection, to=revision)
+        if before == "nothing":
+            leadership.begin_at(connection, leadership.epoch_at(time.time()))
         return before
 
 

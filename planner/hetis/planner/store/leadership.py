@@ -33,16 +33,28 @@ class FileLock:
 
     @property
     def is_held(self) -> bool:
-        return self._descriptor is not None
+        """Whether this process has the lock, and any other process that tries to take it finds it taken.
+
+        Not so once its file was removed or replaced: others would lock another file of the same name.
+        """
+        descriptor = self._descriptor
+        if descriptor is None:
+            return False
+        try:
+            held, found = os.fstat(descriptor), self._path.stat()
+        except OSError:
+            return False
+        return os.path.samestat(held, found)
 
     def exists(self) -> bool:
         """Return whether any planner has ever had the lock."""
         return self._path.exists()
 
     def take(self) -> bool:
-        """Take the lock; return whether this process has it now. Raises StoreError if the file cannot be created."""
+        """Take the lock, also again; return whether this process has it now. Raises StoreError if it has no file."""
         if self.is_held:
             return True
+        self.release()  # of a file that was removed or replaced
         try:
             descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
@@ -197,6 +209,23 @@ def look(connection: sa.Connection) -> tuple[GrantedLease, float, str]:
     columns = records.leadership, left_s, schema.applied.label("version")
     row = connection.execute(sa.select(*columns).where(_ROW)).one()
     return GrantedLease.from_row(row), float(row.left_s), row.version
+
+
+_FIRST_S = 1_767_225_600  # the start of 2026: counting epochs in seconds from here keeps them short
+
+
+def epoch_at(now_s: float) -> int:
+    """Return the least epoch of a store that was made or restored at this Unix time.
+
+    Agents obey the highest epoch that they have seen, and a store that is lost or restored has forgotten its last ones.
+    A planner begins fewer terms than one per second, so the clock is above all epochs of stores that were made before.
+    """
+    return max(int(now_s) - _FIRST_S, 0)
+
+
+def begin_at(connection: sa.Connection, epoch: int) -> None:
+    """Let the terms of a store that was just made follow ``epoch``."""
+    connection.execute(sa.update(records.leadership).where(_ROW).values(epoch=epoch))
 
 
 def end_terms(connection: sa.Connection) -> tuple[Holder, float]:

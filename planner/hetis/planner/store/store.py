@@ -34,6 +34,7 @@ class StoreHealth:
         self._answered_s = clock()  # when the last transaction succeeded
         self._began_s: float | None = None  # when the present transaction began
         self._is_failing = False  # whether the last finished transaction failed
+        self._unwritable_s: float | None = None  # when a write failed, with no write known to work since
         self.errors = 0  # number of failed transactions
         self.seconds = 0.0  # total duration of all transactions
         # Number of transactions by duration, up to that of each bucket in `BUCKETS_S`; the last is for longer ones
@@ -54,6 +55,25 @@ class StoreHealth:
     def failing_s(self) -> float:
         """How long no transaction has succeeded; 0 if the last finished one did."""
         return self.answered_s_ago if self._is_failing else 0.0
+
+    @property
+    def unwritable_s(self) -> float:
+        """How long ago a write failed, with no write known to work since; 0 if writes work."""
+        since_s = self._unwritable_s
+        return 0.0 if since_s is None else self._clock() - since_s
+
+    @property
+    def is_unwritable(self) -> bool:
+        return self._unwritable_s is not None
+
+    def write_failed(self) -> None:
+        """Note a write that failed because of the store."""
+        if self._unwritable_s is None:
+            self._unwritable_s = self._clock()
+
+    def writes_work(self) -> None:
+        """Note that something was written. A transaction that turned out to change nothing does not count."""
+        self._unwritable_s = None
 
     @contextlib.contextmanager
     def counted(self) -> Iterator[None]:
@@ -90,6 +110,7 @@ _RENEWALS = 6  # per lease; one attempt may take two such intervals
 _LOOK_S = 0.5  # interval at which a standby checks who leads
 _TRY_S = 1.0  # least time that a read waits, whatever the state of the store
 _PROBE_S = 2.0  # a store without a query for so long is probed
+_TRIAL = "trial"  # the name of what is written to learn whether writes work; no record has such a name
 _MIGRATION_S = 600.0  # time limit for one statement of a migration, and for waiting until another planner has migrated
 _log = logging.getLogger("hetis.planner.store")
 
@@ -380,6 +401,7 @@ class Store:
             self._led_s = self._machine_s()
         self._epoch, self._shown, self._has_begun = None, "", False
         self.lease.end()
+        self.health.writes_work()  # as far as is known: a standby writes nothing
         self._ended.set()
 
     def _note_leader(self, error: ServiceError) -> None:
@@ -458,15 +480,62 @@ class Store:
         return working.result()
 
     async def _watch_over(self) -> None:
-        """Break a connection that has gone silent, and probe a store that was not queried for a while."""
+        """Break a connection that has gone silent, probe a store that was not queried for a while, keep its lock."""
         probing: asyncio.Task[Any] | None = None
+        locking: asyncio.Task[Any] | None = None
+        trying: asyncio.Task[Any] | None = None
+        tried_s = 0.0
         while True:
             await asyncio.sleep(min(_PROBE_S, self._limit_s) / 4)
             if self._lease_s and min(self.health.running_s, self._breaker.silent_s) > self._limit_s:
                 self._breaker.break_connection()
             if self.health.answered_s_ago > _PROBE_S and (probing is None or probing.done()):
-                probing = asyncio.ensure_future(self._run(self._timed, self._look_by, self._readers))
+                probing = asyncio.create_task(self._probe())
                 probing.add_done_callback(_forget)
+            is_due = self._epoch is not None and self._machine_s() - tried_s > _PROBE_S
+            if is_due and self.health.is_unwritable and (trying is None or trying.done()):
+                tried_s = self._machine_s()
+                trying = asyncio.ensure_future(self._run(self._timed, self._try_to_write))
+                trying.add_done_callback(_forget)
+            if self._has_lost_lock and (locking is None or locking.done()):
+                locking = asyncio.create_task(self._lock_again())
+                locking.add_done_callback(_forget)
+
+    async def _probe(self) -> None:
+        epoch = self._epoch
+        lease, _, _ = await self._run(self._timed, self._look_by, self._readers)
+        if epoch is not None and epoch == self._epoch != lease.epoch:
+            self._replaced(leadership.not_leader(lease.holder))
+
+    @property
+    def _has_lost_lock(self) -> bool:
+        """Whether the lock's file was removed or replaced during the term, but not that of the store."""
+        lock = self._lock
+        return (
+            lock is not None
+            and self._epoch is not None
+            and not lock.is_held
+            and opening.identity_of(lock.store) == self._file
+        )
+
+    async def _lock_again(self) -> None:
+        """Take the lock again, or end the term if another planner has taken it first."""
+        if (epoch := self._epoch) is None:  # the term has ended since the check
+            return
+        try:
+            await self._run(self._timed, self._take_lock, epoch)
+        except StoreError as error:
+            _log.warning("the store's lock was removed: %s", error)
+        except ServiceError as error:
+            if error.reason == Reason.ERROR_REASON_NOT_LEADER and epoch == self._epoch:
+                self._replaced(error)
+        else:
+            _log.warning("the store's lock was removed or replaced, and was taken again", extra={"store": self._label})
+
+    def _replaced(self, error: ServiceError) -> None:
+        self._note_leader(error)
+        _log.error("another planner has taken over", extra=dict(error.metadata))
+        self._end_term()
 
     async def _open_after_older_ones(self) -> None:
         """Open the store; wait for the lease of an older planner, which may have been killed, to expire once."""
@@ -520,9 +589,12 @@ class Store:
                     schema.allow_pauses(connection)
                     schema.lock_out_others(connection)
                 if schema.needs_migration(connection, self._label):  # no other planner has migrated it in the meantime
-                    if schema.revision_of(connection) is not None:
+                    is_new = schema.revision_of(connection) is None
+                    if not is_new:
                         self._end_older_terms(connection)
                     schema.migrate(connection)
+                    if is_new:
+                        leadership.begin_at(connection, leadership.epoch_at(self._clock()))
         finally:
             self._is_migrating = False
             if self._lock is not None:
@@ -559,9 +631,7 @@ class Store:
 
     def _lead(self, abandoned: GrantedLease | None) -> tuple[float, int]:
         """Take the leadership; return when the lease begins to count, and the epoch."""
-        if self._lock is not None and not self._lock.take():
-            with self._readers.begin() as connection:
-                raise leadership.not_leader(leadership.holder_of(connection), store=self._label)
+        self._take_lock()
         try:
             with self._begun(self._lease_engine) as connection:
                 asked_s = self._machine_s()  # after connecting, which is not part of the lease
@@ -571,6 +641,22 @@ class Store:
             if self._lock is not None:
                 self._lock.release()  # another planner on the file would take this one for its leader
             raise
+
+    def _take_lock(self, epoch: int | None = None) -> None:
+        """Take the file's lock, for the term with this epoch if there is one.
+
+        Raises NOT_LEADER if another planner has it, or had it after the term began.
+        """
+        if self._lock is None:
+            return
+        is_taken = self._lock.take()
+        if is_taken and epoch is None:
+            return
+        with self._begun(self._readers) as connection:
+            lease, _, _ = leadership.look(connection)
+        if not is_taken or lease.epoch != epoch:
+            self._lock.release()
+            raise leadership.not_leader(lease.holder, store=self._label)
 
     def _renew(self, epoch: int) -> None:
         with self._begun(self._lease_statements) as connection:
@@ -585,9 +671,24 @@ class Store:
         epoch = self._epoch
         if epoch is None:  # the term has ended since the check
             raise self.not_leader()
-        with self._begun(self._engine) as connection:
-            leadership.check(connection, epoch)
-            return work(Transaction(connection, now_s=self._clock()))
+        try:
+            with self._begun(self._engine) as connection:
+                leadership.check(connection, epoch)
+                return work(Transaction(connection, now_s=self._clock()))
+        except ServiceError as error:
+            if error.reason == Reason.ERROR_REASON_STORE_UNAVAILABLE and epoch == self._epoch:
+                self.health.write_failed()
+            raise
+
+    def _try_to_write(self) -> None:
+        """Write something that leaves nothing, to learn whether writes work again."""
+
+        def work(tx: Transaction) -> None:  # an update to the same value would not do: SQLite skips it
+            tx.plan_documents.put(_TRIAL, b"")
+            tx.plan_documents.delete(_TRIAL)
+
+        self._write(work)
+        self.health.writes_work()
 
     @contextlib.contextmanager
     def _begun(self, engine: sa.Engine) -> Iterator[sa.Connection]:

@@ -321,7 +321,7 @@ def planned(
         report(replace(progress, phase=f"{name}: {progress.phase}"))
 
     try:
-        plan = make_plan(loaded, problem, settings, budget=budget, report=told)
+        plan = make_plan(loaded, problem, settings, budget=budget, report=told, asked=objective)
     except InfeasibleError as error:
         status, reasons = Status.INFEASIBLE.value, error.reasons
     except NoPlanFoundError as error:
@@ -476,6 +476,8 @@ class PlanDiff:
 
     before: Plan
     after: Plan
+    problem_before: PlacementProblem
+    problem_after: PlacementProblem
     figures_before: Figures
     figures_after: Figures
     same_model: bool
@@ -496,6 +498,8 @@ def diff_plans(before: str, after: str) -> PlanDiff:
     return PlanDiff(
         before=old.plan,
         after=new.plan,
+        problem_before=old.problem,
+        problem_after=new.problem,
         figures_before=figures_of(old.plan, old_inputs),
         figures_after=figures_of(new.plan, new_inputs),
         same_model=same_model,

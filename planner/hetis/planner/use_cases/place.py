@@ -36,6 +36,7 @@ from hetis.planner.use_cases.sources import (
     LoadedInputs,
     engine_settings_data,
     load_inputs,
+    with_asked,
 )
 from hetis.planner.use_cases.surviving import check_survival, surviving_plan, with_losses
 from hetis.planner.use_cases.verify import (
@@ -217,6 +218,7 @@ def place(
         market=catalogue_market,
         beside_equal_stages=True,
         beside_engines=request.other_engines,
+        asked=request.objective,
     )
     problem = replace(problem, objective=plan.objective)  # its demand is larger if a loss must be survived
     if request.verify:
@@ -246,13 +248,15 @@ def make_plan(
     market: Market | None = None,
     beside_equal_stages: bool = False,
     beside_engines: bool = False,
+    asked: Objective | None = None,
     on_search: Callable[[], None] = lambda: None,
 ) -> Plan:
     """Search for a plan, complete it with its inputs and notes, check it, and add the effects of its profiles' errors.
 
     If no plan exists, ``market`` contains the GPUs that could be added (None: do not look). ``beside_equal_stages``
     adds the value of equal stages, and ``beside_engines`` those of plans for other engines, which takes additional
-    time. If a loss must be survived, there are several searches, each with the time limit of the settings.
+    time. If a loss must be survived, there are several searches, each with the time limit of the settings. ``asked`` is
+    the objective as requested, with limits that do not apply to the problem's requests; None: the problem's.
     ``on_search`` is called before each search.
 
     Raises:
@@ -269,8 +273,8 @@ def make_plan(
         return search(posed, settings, budget=own, report=report, market=market)
 
     plan = surviving_plan(find, partial(find, explains=False), problem, survive) if survive else find(problem)
-    problem = replace(problem, objective=plan.objective)
-    plan = describe(plan, loaded, problem, settings)
+    asked, problem = asked or problem.objective, replace(problem, objective=plan.objective)
+    plan = with_asked(describe(plan, loaded, problem, settings), asked)
     is_compared = settings.strategy == DEFAULT_STRATEGY and plan.replicas and not survive  # they do not survive
     if beside_equal_stages and is_compared:
         plan = _with_equal_stages(plan, problem, settings, budget.cancelled)
@@ -288,6 +292,8 @@ def simulated_plan(
     limit_s: float = math.inf,
 ) -> Plan:  # fmt: skip
     """Simulate a plan of `make_plan`; if it misses a limit, search again with a tighter one (`verified_plan`).
+
+    A plan that maximises its rate is simulated at that rate, whatever rate is demanded of it.
 
     There is no other search for a plan that survives a loss, or without ``again``. ``budget`` returns the budget of one
     search; all further ones together have the same time. ``losses``: add the effects of losses to another plan. Once
@@ -311,12 +317,15 @@ def simulated_plan(
             spent_s += rest.elapsed_s()
         return describe(other, loaded, problem, settings)
 
-    plan, again = held_to(level, plan), again and not settings.survive
+    plan, again, asked = held_to(level, plan), again and not settings.survive, plan.objective
+    if asked.maximises:
+        plan = replace(plan, objective=replace(asked, demand_rps=None))
     problem = replace(problem, objective=plan.objective)  # its demand is larger if a loss must be survived
     found = verified_plan(
         plan, problem, find if again else None, seed=settings.seed, cancelled=_Spent(whole),
         report=simulation_report(plan, report),
     )  # fmt: skip
+    found, problem = replace(found, objective=asked), replace(problem, objective=asked)
     found = noted_if_stopped(found, cancelled, whole)
     simulated = verification_of(found)
     if again and simulated is not None and not simulated.kept and whole.is_spent() and not cancelled.is_set():

@@ -12,6 +12,7 @@ from hetis.formats.workload import with_prefix_hits
 from hetis.planner.use_cases.errors import UncheckedPlanError
 from hetis.planner.use_cases.place import (
     KV_IS_FOR_ENGINES,
+    PLACES,
     PlacementSettings,
     held_to,
     inputs_of_plan,
@@ -24,13 +25,16 @@ from hetis.planner.use_cases.service_level import service_level_of
 from hetis.planner.use_cases.sources import (
     Inputs,
     LoadedInputs,
+    asked_objective,
     attempt,
     differing_fields,
     inputs_from_documents,
     load_plan_and_problem,
     load_profiles,
     unused_profiles,
+    with_asked,
 )
+from hetis.planner.use_cases.surviving import left_without, with_losses
 from hetis.planner.use_cases.verify import verified
 from hetis.planner.use_cases.what_if import with_cluster
 from hetis.solver.budget import Budget, Report
@@ -38,7 +42,7 @@ from hetis.solver.check import check_plan
 from hetis.solver.cluster import Cluster
 from hetis.solver.constraints import Constraint, Constraints, misfits
 from hetis.solver.model import ModelSpec
-from hetis.solver.plan import Plan, Role
+from hetis.solver.plan import Objective, Plan, Role
 from hetis.solver.problem import PlacementProblem
 from hetis.solver.replanning.change import ChangeCosts, ReplanningProblem
 from hetis.solver.replanning.check import check_replanning
@@ -49,11 +53,17 @@ NOTE = "re-planned from a running plan; value and bound are those of the fleet, 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PosedReplan:
-    """A problem of re-planning. ``warnings`` point out oddities of the running plan."""
+    """A problem of re-planning. ``warnings`` point out oddities of the running plan.
+
+    ``asked`` is the objective as requested, of which limits that do not apply to the requests are not in the problem's.
+    ``survived`` is the kind of place without any one of which the running plan had to serve its demand; empty: none.
+    """
 
     running: Plan
     loaded: LoadedInputs
     problem: PlacementProblem
+    asked: Objective
+    survived: str
     settings: PlacementSettings
     warnings: tuple[str, ...]
 
@@ -115,7 +125,7 @@ def load_replanning(
     engine = None if family.engine is None else replace(family.engine, max_nodes=None)
     settings = replace(settings, strategy=found.plan.strategy, roles=family.roles, engine=engine)
     loaded = for_engine(loaded, engine)
-    objective = found.plan.objective
+    objective = asked_objective(found.plan, running)
     if rate_rps is not None:
         objective = replace(objective, demand_rps=rate_rps)
     warnings = [*found.warnings, *_nothing_in_common(found.plan, fleet)]
@@ -123,6 +133,12 @@ def load_replanning(
     kept, ignored, absent = _constraints(posed)
     dropped = [f"re-planning does not support {each}" for each in ignored]
     dropped += [f"{each} refers to something that the fleet lacks, and is not kept for later" for each in absent]
+    survived = next((place for place in PLACES if found.plan.inputs.get("survive") == place), "")
+    if survived:
+        dropped.append(
+            f"re-planning does not support --survive {survived}: the next plan serves {objective.demand_rps:.4g} "
+            f"requests/s with all {survived}s"
+        )
     inputs = replace(loaded.inputs, constraints=kept)
     loaded = replace(loaded, inputs=inputs, notes=(*loaded.notes, *dropped))
     deepest = max((len(replica.stages) for replica in found.plan.replicas), default=1)
@@ -130,7 +146,17 @@ def load_replanning(
     warnings += dropped
     if engine != family.engine:
         warnings.append("replicas may span any number of nodes: re-planning does not support --max-nodes-per-replica")
-    return PosedReplan(running=found.plan, loaded=loaded, problem=problem, settings=settings, warnings=tuple(warnings))
+    return PosedReplan(
+        running=found.plan, loaded=loaded, problem=problem, asked=objective, survived=survived, settings=settings,
+        warnings=tuple(warnings),
+    )  # fmt: skip
+
+
+def _with_survived(plan: Plan, posed: PosedReplan) -> Plan:
+    """Return the plan with its losses, and a note on what is served where the running plan had to serve all."""
+    left, demand = left_without(plan, posed.problem, posed.survived), posed.asked.demand_rps or 0.0
+    note = f"{min(left, demand):.4g} of {demand:.4g} requests/s are served when any one {posed.survived} is lost"
+    return replace(with_losses(plan, posed.problem), notes=(*plan.notes, note))
 
 
 def _constraints(problem: PlacementProblem) -> tuple[Constraints, Constraints, Constraints]:
@@ -195,7 +221,9 @@ def replan(
     notes = (*found.plan.notes, *posed.loaded.notes, NOTE, *((KV_IS_FOR_ENGINES,) if split else ()))
     notes += profile_notes(posed.problem)
     plan = replace(found.plan, inputs=inputs_of_plan(posed.loaded, settings, posed.problem), notes=notes)
-    plan = held_to(service_level_of(posed.running), plan)
+    plan = held_to(service_level_of(posed.running), with_asked(plan, posed.asked))
+    if posed.survived:
+        plan = _with_survived(plan, posed)
     found = replace(found, plan=plan)
     violations = [str(violation) for violation in check_plan(plan, posed.problem)]
     violations += check_replanning(question, found)

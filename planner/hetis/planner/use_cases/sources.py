@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from typing import Any, TypeVar
@@ -22,6 +22,7 @@ from hetis.formats.documents import (
 from hetis.formats.errors import DocumentError, Problem, did_you_mean, shown, single_problem
 from hetis.formats.traces import PrefixHitRate
 from hetis.formats.workload import with_prefix_hits
+from hetis.planner.use_cases.service_level import SERVICE_LEVEL, ServiceLevel, Statistic
 from hetis.profiler.defaults import default_profile
 from hetis.solver.cluster import Cluster, GpuType
 from hetis.solver.constraints import Constraints
@@ -38,6 +39,8 @@ T = TypeVar("T")
 VALUE = "value"  # an input that was passed by a program
 CONSTRAINTS = "constraints"  # entry of `Plan.inputs`: the plan's constraints as options, if there are any
 OLD_CONSTRAINTS = "will"  # the earlier name of that entry, which is still read
+ASKED = "asked"  # entry of `Plan.inputs`: TPOT limit and demand as requested, where the plan's objective has others
+MAY_DIFFER = ("tpot_limit_s", "demand_rps")  # the names in that entry
 ENGINE_SETTINGS = "engine_settings"  # entry of `Plan.inputs`: the engine settings that the plan obeys, if there are any
 
 
@@ -286,12 +289,17 @@ def problem_of_plan(plan: Plan, name: str) -> PlanAndProblem:
     """
     inputs = inputs_from_documents(plan.inputs.get("documents"), name)
     _known_strategy(plan, name)
+    _check_service_level(plan, name)
     warnings = []
     if plan.inputs.get("digests") != inputs.digests():
         warnings.append("the inputs saved in the plan differ from those it was made from: their digests do not match")
     constraints, settings = _constraints_of(plan, inputs.cluster, name), engine_settings_of_plan(plan, name)
     inputs = replace(inputs, constraints=constraints, engine_settings=settings)
-    problem = inputs.problem(plan.objective, plan.strategy, _roles_of(plan, name), engine_of_plan(plan, name))
+    roles, engine = _roles_of(plan, name), engine_of_plan(plan, name)
+    try:
+        problem = inputs.problem(plan.objective, plan.strategy, roles, engine)
+    except InvalidProblemError as error:
+        raise single_problem(name, str(error)) from None
     return PlanAndProblem(plan=plan, problem=problem, warnings=tuple(warnings))
 
 
@@ -335,6 +343,28 @@ def _known_strategy(plan: Plan, path: str) -> None:
     if plan.strategy not in STRATEGIES:
         message = f"unknown strategy {plan.strategy}, expected one of {', '.join(STRATEGIES)}"
         raise single_problem(path, message + did_you_mean(plan.strategy, STRATEGIES))
+
+
+def _check_service_level(plan: Plan, path: str) -> None:
+    """Raise DocumentError for an unreadable service level, which would be taken for the default."""
+    if SERVICE_LEVEL not in plan.inputs:
+        return
+    wrong = list(_wrong_in_service_level(plan.inputs[SERVICE_LEVEL]))
+    if wrong:
+        raise DocumentError(Problem(file=path, path=f"inputs.{SERVICE_LEVEL}", message=one) for one in wrong)
+
+
+def _wrong_in_service_level(found: object) -> Iterator[str]:
+    names, known = [field.name for field in fields(ServiceLevel)], [one.value for one in Statistic]
+    if not isinstance(found, Mapping) or set(found) != set(names):
+        yield f"must have {', '.join(names)}, and nothing else"
+        return
+    for name in ("ttft", "tpot"):
+        if found[name] not in known:
+            yield f"{name} is {shown(found[name])}, must be one of {', '.join(known)}"
+    share = found["attainment"]
+    if share is not None and not (type(share) in (int, float) and 0.0 < share <= 1.0):
+        yield f"attainment is {shown(share)}, must be null, or above 0 and at most 1"
 
 
 def constraint_options(plan: Plan) -> Any:
@@ -401,6 +431,37 @@ def _check_engine_limits(data: dict[str, Any], path: str) -> None:
         if type(value) is not int and not (value is None and may_be_null):
             must = "a whole number or null" if may_be_null else "a whole number"
             raise single_problem(path, f"inputs.engine.{name} is {shown(value)}, must be {must}")
+
+
+def with_asked(plan: Plan, asked: Objective) -> Plan:
+    """Return the plan with what was requested of it and is not in its objective.
+
+    That is a limit on TPOT where requests have one output token, and the demand where a larger one was planned for, so
+    that it survives a loss.
+    """
+    own, wanted = ({name: getattr(one, name) for name in MAY_DIFFER} for one in (plan.objective, asked))
+    differing = {name: value for name, value in wanted.items() if value != own[name]}
+    return replace(plan, inputs={**plan.inputs, ASKED: differing}) if differing else plan
+
+
+def asked_objective(plan: Plan, path: str = "the plan") -> Objective:
+    """Return the objective that was requested, which `with_asked` stored.
+
+    Raises:
+        DocumentError: it is not usable; ``path`` is the plan's name in messages.
+    """
+    data = plan.inputs.get(ASKED, {})
+    if not isinstance(data, Mapping) or not data.keys() <= set(MAY_DIFFER) or not all(map(_is_number, data.values())):
+        must = f"must have numbers by {' or '.join(MAY_DIFFER)}"
+        raise single_problem(path, f"inputs.{ASKED} is {shown(data)}, {must}")
+    try:
+        return replace(plan.objective, **data)
+    except InvalidProblemError as error:
+        raise single_problem(path, f"inputs.{ASKED}: {error}") from None
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def engine_settings_of_plan(plan: Plan, path: str = "the plan") -> EngineSettings:

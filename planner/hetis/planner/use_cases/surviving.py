@@ -26,7 +26,7 @@ Find = Callable[[PlacementProblem], Plan]  # raises InfeasibleError, NoPlanFound
 
 def with_losses(plan: Plan, problem: PlacementProblem) -> Plan:
     """Return the plan with its worst loss of any one node, and of any one zone."""
-    found = {"node": worst_node(plan, problem.cluster), "zone": worst_zone(plan, problem.cluster)}
+    found = {"node": worst_node(plan, problem), "zone": worst_zone(plan, problem)}
     rows = {kind: asdict(loss) for kind, loss in found.items() if loss is not None}
     return replace(plan, inputs={**plan.inputs, LOSSES: rows}) if rows else plan
 
@@ -40,6 +40,11 @@ def losses_of(plan: Plan) -> dict[str, Loss]:
             case {"name": str(name), "rate": float() | int() as rate, "whole": float() | int() as whole} if whole > 0:
                 found[str(kind)] = Loss(name=name, rate=rate, whole=whole)
     return found
+
+
+def left_without(plan: Plan, problem: PlacementProblem, place: str) -> float:
+    """Return the planned requests/s that remain without the worst ``node`` or ``zone``."""
+    return (_left if place == "zone" else _left_without_node)(plan, problem)
 
 
 def surviving_plan(find: Find, probe: Find, problem: PlacementProblem, place: str) -> Plan:
@@ -115,7 +120,7 @@ def _grown(probe: Find, problem: PlacementProblem, plan: Plan, demand: float) ->
     """
     utilisation, asked, too_much = problem.assumptions.planned_utilisation, plan.objective.demand_rps or 0.0, math.inf
     for _ in range(MOST_TRIES):
-        lost = worst_node(plan, problem.cluster)
+        lost = worst_node(plan, problem)
         rate, whole = (0.0, asked) if lost is None else (utilisation * lost.rate, utilisation * lost.whole)
         if rate >= demand * ENOUGH:
             return plan
@@ -206,7 +211,7 @@ def _on_node(problem: PlacementProblem, node: str) -> PlacementProblem:
 
 
 def _left_without_node(plan: Plan, problem: PlacementProblem) -> float:
-    lost = worst_node(plan, problem.cluster)
+    lost = worst_node(plan, problem)
     return 0.0 if lost is None else problem.assumptions.planned_utilisation * lost.rate
 
 
@@ -214,7 +219,8 @@ def bounded_by(result: SolveResult, bound: float) -> SolveResult:
     """Return a result with the bound of a more general problem, and the gap and status that follow from it."""
     from hetis.solver.placement.solve import OPTIMAL_GAP
 
-    gap = abs(result.value - bound) / abs(result.value)
+    distance = abs(result.value - bound)
+    gap = distance / abs(result.value) if result.value else (math.inf if distance else 0.0)  # GPUs may cost nothing
     return replace(result, bound=bound, gap=gap, status=Status.OPTIMAL if gap <= OPTIMAL_GAP else Status.FEASIBLE)
 
 
@@ -375,7 +381,7 @@ def _value(parts: Mapping[str, Plan]) -> float:
 
 def _left(plan: Plan, problem: PlacementProblem) -> float:
     """Return the planned requests/s that remain without the worst zone."""
-    lost = worst_zone(plan, problem.cluster)
+    lost = worst_zone(plan, problem)
     return 0.0 if lost is None else problem.assumptions.planned_utilisation * lost.rate
 
 
@@ -393,10 +399,11 @@ def _with_cost(plan: Plan, alone: Plan, place: str, asked: float, rate: float, *
     if plan is alone:
         note = f"losing any one {place} costs nothing extra: {rate:.4g} of {demand:.4g} requests/s are served then"
     else:
-        more = plan.result.value / alone.result.value - 1.0
+        value, without = plan.result.value, alone.result.value
+        more = f"{value / without - 1.0:.1%}" if without else f"{value:.4g} {unit}"
         note = (
-            f"sized for {asked:.4g} requests/s, so that {rate:.4g} are served when any one {place} is lost: {more:.1%} "
-            f"more than {alone.result.value:.4g} {unit} of the plan for {demand:.4g} requests/s without that; no plan "
+            f"sized for {asked:.4g} requests/s, so that {rate:.4g} are served when any one {place} is lost: {more} "
+            f"more than {without:.4g} {unit} of the plan for {demand:.4g} requests/s without that; no plan "
             f"that keeps it takes less than {least:.4g} {unit}"
         )
     return replace(plan, notes=(*plan.notes, note))

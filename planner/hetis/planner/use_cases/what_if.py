@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,7 @@ from hetis.formats.errors import DocumentError, Problem, did_you_mean, single_pr
 from hetis.planner.use_cases.compare import FAILED, NO_PLAN, Compared, planned
 from hetis.planner.use_cases.errors import UncheckedPlanError
 from hetis.planner.use_cases.place import PlacementSettings
+from hetis.planner.use_cases.precision import for_engine
 from hetis.planner.use_cases.sources import Inputs, LoadedInputs, PlanAndProblem, attempt
 from hetis.profiler.defaults import default_profile, profile_origin
 from hetis.solver.advice import (
@@ -36,8 +37,10 @@ from hetis.solver.advice import (
 )
 from hetis.solver.budget import Budget, Progress, Report, one_of_several
 from hetis.solver.cluster import Cluster, GpuType, Link, NodeGroup
+from hetis.solver.constraints import Constraint, Exclude, RestrictRole, Unit
+from hetis.solver.errors import InvalidProblemError
 from hetis.solver.plan import Objective, Status
-from hetis.solver.problem import Assumptions
+from hetis.solver.problem import Assumptions, PlacementProblem
 from hetis.solver.replanning.change import PlanChange, plan_change
 
 Solve = Callable[[LoadedInputs, str], Compared]  # arguments: inputs, and the name in progress reports
@@ -47,10 +50,12 @@ Solve = Callable[[LoadedInputs, str], Compared]  # arguments: inputs, and the na
 class Side:
     """One of the two fleets: its plan, and what the plan proves.
 
-    ``usd_per_hour`` is the price of the whole fleet; None: at least one GPU has no price.
+    ``problem`` is what was solved; None: the inputs pose none. ``usd_per_hour`` is the price of the whole fleet; None:
+    at least one GPU has no price.
     """
 
     loaded: LoadedInputs
+    problem: PlacementProblem | None
     outcome: Compared
     proven: Proven
     usd_per_hour: float | None
@@ -122,8 +127,8 @@ def what_if(
     """
     solve = _solver(objective, settings, budget, report, count=2)
     changed = changed_inputs(loaded, change)
-    before = _side(loaded, "before", solve, objective)
-    after = _side(changed, "after", solve, objective)
+    before = _side(loaded, "before", solve, objective, settings)
+    after = _side(changed, "after", solve, objective, settings)
     return WhatIf(
         objective=objective,
         change=change,
@@ -154,12 +159,12 @@ def buy_next(
     """
     solve = _solver(objective, settings, budget, report, count=1 + len(market))
     fleets = {a.gpu.name: changed_inputs(loaded, FleetChange(add=(a,), shape=shape)) for a in market}
-    before = _side(loaded, "before", solve, objective)
+    before = _side(loaded, "before", solve, objective, settings)
     duals = _duals(before)
     offers, left_out = [], []
     for addition in sorted(market, key=lambda a: -_per_dollar(duals.get(a.gpu.name, 0.0), _price(a))):
         name = addition.gpu.name
-        after = _side(fleets[name], f"with {addition.count} {name}", solve, objective)
+        after = _side(fleets[name], f"with {addition.count} {name}", solve, objective, settings)
         if after.outcome.plan is None and after.outcome.status == NO_PLAN:
             left_out.append(name)
             continue
@@ -240,7 +245,7 @@ def _solver(
     return solve
 
 
-def _side(loaded: LoadedInputs, name: str, solve: Solve, objective: Objective) -> Side:
+def _side(loaded: LoadedInputs, name: str, solve: Solve, objective: Objective, settings: PlacementSettings) -> Side:
     outcome = solve(loaded, name)
     nothing, anything = (0.0, math.inf) if objective.maximises else (math.inf, 0.0)
     if outcome.plan is not None:
@@ -249,22 +254,56 @@ def _side(loaded: LoadedInputs, name: str, solve: Solve, objective: Objective) -
         proved = outcome.status == Status.INFEASIBLE.value
         proven = Proven(value=nothing, bound=nothing if proved else anything)
     usd_per_hour = usd_per_hour_of(loaded.inputs.cluster)
-    return Side(loaded=loaded, outcome=outcome, proven=proven, usd_per_hour=usd_per_hour)
+    problem = _posed(loaded, objective, settings)
+    return Side(loaded=loaded, problem=problem, outcome=outcome, proven=proven, usd_per_hour=usd_per_hour)
+
+
+def _posed(loaded: LoadedInputs, objective: Objective, settings: PlacementSettings) -> PlacementProblem | None:
+    """Return the problem that `planned` solves; None: the inputs contradict each other."""
+    try:
+        return settings.problem(for_engine(loaded, settings.engine).inputs, objective)
+    except InvalidProblemError:
+        return None
 
 
 def _difference(before: Side, after: Side, objective: Objective) -> Difference:
-    change = _kind_of_change(before.loaded.inputs.cluster, after.loaded.inputs.cluster)
+    change = _kind_of_change(before.problem, after.problem)
     return difference(before.proven, after.proven, maximises=objective.maximises, change=change)
 
 
-def _kind_of_change(before: Cluster, after: Cluster) -> Change:
-    """Return grown or shrunk if one fleet contains the other; with several zones that implies nothing about plans."""
-    if len(set(before.zones()) | set(after.zones())) > 1:
+def _kind_of_change(before: PlacementProblem | None, after: PlacementProblem | None) -> Change:
+    """Return grown or shrunk if every plan of one problem is known to be one of the other, of the same value."""
+    if before is None or after is None:
         return Change.OTHER
-    old, new = (dict.fromkeys(d.name + d.gpu for d in cluster.devices()) for cluster in (before, after))
-    if old.keys() <= new.keys():
+    if _has_all_plans_of(before, after):
         return Change.GROWN
-    return Change.SHRUNK if new.keys() <= old.keys() else Change.OTHER
+    return Change.SHRUNK if _has_all_plans_of(after, before) else Change.OTHER
+
+
+def _has_all_plans_of(smaller: PlacementProblem, larger: PlacementProblem) -> bool:
+    """Return whether every plan of a problem is known to be one of the other, of the same value.
+
+    Not so with several zones, since a replica's share of the links between them shrinks as the fleet grows; nor with
+    links between nodes, since a group's worst link counts for all of its nodes, so that another node may slow them.
+    With more kinds of GPUs, the family may have fewer stages (`listing`), or constraints that the engine makes.
+    """
+    fleets = smaller.cluster, larger.cluster
+    if len({zone for fleet in fleets for zone in fleet.zones()}) > 1:
+        return False
+    if any(fleet.network.between_nodes for fleet in fleets) or smaller.family != larger.family:
+        return False
+    types = {slots.gpu for group in smaller.cluster.node_groups for slots in group.gpus}
+    if not all(_is_on_others(each, types) for each in set(larger.constraints).difference(smaller.constraints)):
+        return False
+    fewer, more = ({(device.name, device.gpu) for device in fleet.devices()} for fleet in fleets)
+    return fewer <= more
+
+
+def _is_on_others(constraint: Constraint, types: Collection[str]) -> bool:
+    """Return whether a constraint keeps only GPUs of types other than these from some duty."""
+    if not isinstance(constraint, Exclude | RestrictRole):
+        return False
+    return constraint.gpus.unit is Unit.TYPE and constraint.gpus.name not in types
 
 
 def _plan_change(before: Side, after: Side) -> PlanChange | None:

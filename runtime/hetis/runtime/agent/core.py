@@ -65,6 +65,7 @@ class AgentCore:
         self._reporter = NodeReporter(seed)
         self._devices: list[DeviceReport] = [DeviceReport(index=device.index) for device in inventory.devices]
         self._engine: WatchReportsResponse | None = None
+        self._engine_is_lost = False  # no report has come for so long that the last one no longer holds
         self._restart_is_untold = False  # the restart of the engine has not been reported yet
         self._is_welcome = False
         self._asked_maps: dict[int, tuple[str, str]] = {}  # call number -> (request id, replica), of the current stream
@@ -138,7 +139,7 @@ class AgentCore:
         """Handle a report of the engine about itself."""
         restarted = self._engine is not None and self._engine.engine_id != report.engine_id
         first = self._engine is None
-        self._engine = report
+        self._engine, self._engine_is_lost = report, False
         if report.newest_epoch > self._fence.newest:
             self._overtaken(report.newest_epoch)
         if restarted:
@@ -154,6 +155,13 @@ class AgentCore:
         for replica in self._replicas.values() if first or restarted else ():
             replica.advance(now_s)
         self._report(now_s, asked=restarted)
+        return self._outbox.take()
+
+    def on_engine_lost(self, now_s: float) -> list[Action]:
+        """Handle an engine that cannot be reached: a replica that it served has failed until it reports again."""
+        if not self._engine_is_lost:
+            self._engine_is_lost = True
+            self._report(now_s)
         return self._outbox.take()
 
     def on_devices(self, devices: Sequence[DeviceReport], now_s: float) -> list[Action]:
@@ -223,7 +231,7 @@ class AgentCore:
 
     def devices(self) -> list[DeviceReport]:
         """Return the node's devices as last sampled, with the KV figures from the engine."""
-        return with_kv(self._devices, self._engine.devices if self._engine else ())
+        return with_kv(self._devices, self._engine.devices if self._engine and not self._engine_is_lost else ())
 
     def held(self) -> list[ReplicaState]:
         """Return the state held for each replica, for metrics and tests."""
@@ -355,18 +363,15 @@ class AgentCore:
             self._restart_is_untold &= not message.HasField("report")
 
     def _report_of(self, replica: ReplicaAgent) -> ReplicaReport:
-        """Return the engine's report on a replica; right after a restart, one that it is loading, as its KV is gone."""
+        """Return the engine's report on a replica. Right after a restart it is loading, as its KV is gone."""
         if self._restart_is_untold:
             return replica.report_anew()
         said = self._engine.replicas if self._engine else ()
-        return replica.report(next((report for report in said if report.replica == replica.held.replica), None))
+        found = replica.report(next((report for report in said if report.replica == replica.held.replica), None))
+        return replica.report_lost(found.assignment_state) if self._engine_is_lost else found
 
     def _forget_removed(self) -> None:
-        removed = [
-            name
-            for name, replica in self._replicas.items()
-            if replica.held.assignment is None and replica.held.is_applied and replica.held.open_change is None
-        ]
+        removed = [name for name, replica in self._replicas.items() if replica.is_over]
         for name in removed[: max(len(removed) - MOST_REMOVED, 0)]:
             del self._replicas[name]
             self._outbox.persist(name, None)

@@ -11,10 +11,11 @@ import uuid
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from hetis.runtime.agent.core import AgentCore, AgentIdentity
-from hetis.runtime.agent.devices import Devices, discover, open_devices
+from hetis.runtime.agent.device_reader import DeviceReader
+from hetis.runtime.agent.devices import discover, open_devices
 from hetis.runtime.agent.disk import StateDirectory, StateError, machine_boot_id
 from hetis.runtime.agent.executor import Executor, SocketExecutor
 from hetis.runtime.agent.metrics import AgentMetrics
@@ -28,6 +29,7 @@ from hetis.v1.agent_service_pb2 import AgentCapability, ConnectNodeRequest, Conn
 from hetis.v1.change_pb2 import ChangePhase
 from hetis.v1.executor_service_pb2 import WatchReportsResponse
 from hetis.v1.failure_pb2 import ErrorReason, Failure
+from hetis.v1.report_pb2 import DeviceReport
 
 if TYPE_CHECKING:
     from hetis.runtime.agent.simulated.server import SimulatedServer
@@ -36,11 +38,15 @@ LEAST_REPORT_S = 0.2  # minimum time between two reports from an engine with `Ex
 SCRAPE_S = 2.0
 SAMPLE_S = 1.0  # interval between two samples of the devices
 INVENTORY_S = 60.0
+DRIVER_SILENT_S = 10.0  # devices whose driver has not answered for this long count as unhealthy
+LOST_S = 5.0  # an engine that cannot be reached for this long is lost, and with it what it last reported
 FIRST_REPORT_S = 3.0  # wait at most this long for the engine's first report before connecting to the planner
 LEAST_TICK_S, MOST_TICK_S = 0.005, 1.0
+LEAST_REWRITE_S, MOST_REWRITE_S = 1.0, 30.0  # shortest and longest wait before a failed write is repeated
 _ASSIGNS = frozenset({AgentCapability.AGENT_CAPABILITY_ASSIGN})
 _STEERED = _ASSIGNS | {AgentCapability.AGENT_CAPABILITY_MOVE, AgentCapability.AGENT_CAPABILITY_HEAD_MAP}
 _log = logging.getLogger(__name__)
+AnswerT = TypeVar("AnswerT")
 # A source of the engine's reports: its socket or its metrics. Raises RefusedError when the engine is gone.
 Reports = Callable[[], AsyncIterator[WatchReportsResponse]]
 
@@ -84,7 +90,7 @@ class AgentDaemon:
         state: StateDirectory,
         executor: Executor | None,
         reports: Reports,
-        devices: Devices,
+        devices: DeviceReader,
         metrics: AgentMetrics,
         *,
         clock: Callable[[], float] = time.monotonic,
@@ -94,28 +100,31 @@ class AgentDaemon:
         self._calls: dict[int, asyncio.Task[None]] = {}
         self._stream: PlannerStream | None = None
         self._woken, self._engine_spoke = asyncio.Event(), asyncio.Event()
-        self._failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        # The write that failed, and all actions that must follow it in order. Empty: everything is on disk.
+        self._unwritten: list[Action] = []
+        self._write_failed, self._is_written = asyncio.Event(), asyncio.Event()
+        self._is_written.set()
 
     async def run(self, stream: PlannerStream) -> None:
-        """Run until cancelled. Raises StateError if the state cannot be written; nothing unwritten is acknowledged."""
+        """Run until cancelled. Nothing unwritten is acknowledged: there is no stream while a write fails."""
         self._stream = stream
         self._metrics.inventory_found(self._core.inventory)
-        loops = [self._watch_engine(), self._watch_devices(), self._keep_time(), self._connect(stream)]
-        tasks: list[asyncio.Task[None]] = [asyncio.create_task(loop) for loop in loops]
+        loops = [self._watch_engine(), self._watch_devices(), self._keep_time(), self._write_again()]
+        tasks: list[asyncio.Task[None]] = [asyncio.create_task(loop) for loop in (*loops, self._connect(stream))]
         try:
-            done, _ = await asyncio.wait({*tasks, self._failed}, return_when=asyncio.FIRST_COMPLETED)
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             for ended in done:
                 await ended
         finally:
             for task in [*tasks, *self._calls.values()]:
                 task.cancel()
             await asyncio.gather(*tasks, *self._calls.values(), return_exceptions=True)
-            if self._failed.done() and not self._failed.cancelled():
-                self._failed.exception()
 
     # --- the stream
 
-    def hello(self) -> ConnectNodeRequest:
+    async def hello(self) -> ConnectNodeRequest:
+        while self._unwritten:
+            await self._is_written.wait()
         self._metrics.sent(message := self._core.hello())
         return message
 
@@ -134,14 +143,17 @@ class AgentDaemon:
 
     def _do(self, actions: list[Action]) -> None:
         for action in actions:
+            if self._unwritten:
+                if not isinstance(action, Send | EndStream):  # the stream has ended
+                    self._unwritten.append(action)
+                continue
             match action:
                 case Persist():
                     try:
                         self._state.write(action.part, action.body)
                     except StateError as error:
-                        if not self._failed.done():
-                            self._failed.set_exception(error)
-                        return  # later actions build on this one
+                        self._unwritten.append(action)
+                        self._end_for_disk(error)
                 case Send():
                     self._count(action.message)
                     if self._stream is not None:
@@ -155,6 +167,20 @@ class AgentDaemon:
                     if self._stream is not None:
                         self._stream.end(action)
         self._woken.set()
+
+    def _end_for_disk(self, error: StateError) -> None:
+        """End the stream, because a write failed: what the core holds may be forgotten, so no planner may hear of it.
+
+        The node and its engines continue.
+        """
+        if self._write_failed.is_set():
+            return  # it fails again
+        _log.error("%s: no planner is connected until it can be written; the engines continue", error)
+        self._write_failed.set()
+        self._is_written.clear()
+        self._core.stream_ended()
+        if self._stream is not None:
+            self._stream.end(EndStream(failure_of(ErrorReason.ERROR_REASON_INTERNAL, str(error))))
 
     def _count(self, message: ConnectNodeRequest) -> None:
         self._metrics.sent(message)
@@ -194,31 +220,69 @@ class AgentDaemon:
         await stream.run()
 
     async def _watch_engine(self) -> None:
-        told = ""
+        told, gone_s = "", float("inf")  # since when the engine has not been reached
         while True:
+            begun_s, is_answered = self._clock(), False
             try:
                 async for report in self._reports():
-                    told = ""
+                    told, gone_s, is_answered = "", float("inf"), True
+                    if self._executor is not None:
+                        self._metrics.engine_reached(True)
                     self._do(self._core.on_engine_report(report, self._clock()))
                     self._engine_spoke.set()
             except RefusedError as error:
                 if str(error) != told:
                     _log.warning("engine: %s", error)
                 told = str(error)
+                self._metrics.engine_reached(False)
+                gone_s = min(gone_s, self._clock() if is_answered else begun_s)
+            if self._clock() - gone_s >= LOST_S:
+                self._do(self._core.on_engine_lost(self._clock()))
             await asyncio.sleep(0.5)
 
     async def _watch_devices(self) -> None:
         looked_s = self._clock()
         while True:
-            self._do(self._core.on_devices(await asyncio.to_thread(self._devices.sample), self._clock()))
-            self._metrics.devices_sampled(self._core.devices())
+            self._sampled(await self._from_driver(self._devices.sample()))
             if self._clock() - looked_s >= INVENTORY_S:
                 looked_s = self._clock()
-                inventory = await asyncio.to_thread(self._devices.inventory)
+                inventory = await self._from_driver(self._devices.inventory())
                 if inventory.digest != self._core.inventory.digest:
                     self._metrics.inventory_found(inventory)
                 self._do(self._core.on_inventory(inventory, self._clock()))
             await asyncio.sleep(SAMPLE_S)
+
+    async def _from_driver(self, answer: asyncio.Future[AnswerT]) -> AnswerT:
+        """Return the driver's answer. From `DRIVER_SILENT_S` until it comes, the devices are reported as unhealthy."""
+        try:
+            done, _ = await asyncio.wait({answer}, timeout=DRIVER_SILENT_S)
+            if not done:
+                why = f"the driver has not answered for {DRIVER_SILENT_S:g} s: reboot the node if it does not recover"
+                _log.error("devices: %s", why)
+                self._sampled([DeviceReport(index=one.index, unhealthy=why) for one in self._core.inventory.devices])
+                await answer
+                _log.info("devices: the driver answers again")
+            return await answer
+        finally:
+            answer.cancel()
+
+    def _sampled(self, devices: list[DeviceReport]) -> None:
+        self._do(self._core.on_devices(devices, self._clock()))
+        self._metrics.devices_sampled(self._core.devices())
+
+    async def _write_again(self) -> None:
+        """Repeat a write that failed until it succeeds, then do what had to wait for it."""
+        while True:
+            await self._write_failed.wait()
+            wait_s = LEAST_REWRITE_S
+            while self._unwritten:
+                await asyncio.sleep(wait_s)
+                wait_s = min(2 * wait_s, MOST_REWRITE_S)
+                actions, self._unwritten = self._unwritten, []
+                self._do(actions)
+            _log.info("the state is written again")
+            self._write_failed.clear()
+            self._is_written.set()
 
     async def _keep_time(self) -> None:
         while True:
@@ -250,14 +314,15 @@ class Parts:
 
 
 async def run_agent(parts: Parts) -> None:
-    """Run an agent until cancelled. Raises DevicesUnavailableError, StateError or OSError if it cannot go on."""
+    """Run an agent until cancelled. Raises DevicesUnavailableError, StateError or OSError if it cannot start."""
     async with contextlib.AsyncExitStack() as stack:
         state = StateDirectory(parts.state_dir)
         stack.callback(state.close)
         simulated = parts.devices.startswith("simulated:")  # several such nodes share a host
-        devices = open_devices(parts.devices, host_name=parts.node.rpartition("/")[2] if simulated else "")
-        stack.callback(devices.close)
-        inventory = devices.inventory()
+        host_name = parts.node.rpartition("/")[2] if simulated else ""
+        devices = DeviceReader(lambda: open_devices(parts.devices, host_name=host_name))
+        stack.push_async_callback(devices.close)
+        inventory = await devices.start()
         metrics = AgentMetrics(version=parts.agent_version)
         if parts.metrics is not None:
             host, port = parts.metrics
@@ -351,6 +416,7 @@ def _reports(parts: Parts, core: AgentCore, executor: Executor | None, metrics: 
             yield report_of(news, core.held(), [gpu.index for gpu in core.inventory.devices], engine_id=url)
 
     async def none() -> AsyncIterator[WatchReportsResponse]:
+        metrics.engine_reached(True)
         yield WatchReportsResponse()  # so that the agent does not wait for a first report
         await asyncio.Event().wait()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import stat
 from collections.abc import AsyncIterator, Callable
@@ -12,6 +13,7 @@ import grpc
 from google.protobuf.duration_pb2 import Duration
 
 from hetis.runtime.agent.outbox import EngineRequest, EngineResponse
+from hetis.runtime.agent.replica import CALL_S
 from hetis.runtime.moves.refusals import RefusedError, failure_of_call, unreachable
 from hetis.v1.executor_service_pb2 import (
     CopyMovesRequest,
@@ -23,6 +25,9 @@ from hetis.v1.executor_service_pb2 import (
 from hetis.v1.executor_service_pb2_grpc import ExecutorServiceStub
 
 MOST_MESSAGE_BYTES = 4 << 20
+# After this long without a report the engine is asked for one: an engine with nothing new to say and one that hangs are
+# equally silent. Not by HTTP/2 pings, of which a server with gRPC's defaults permits one in five minutes.
+SILENCE_S = 5.0
 
 
 class Executor(Protocol):
@@ -37,7 +42,8 @@ class Executor(Protocol):
     ) -> EngineResponse:
         """Call the method that belongs to the request's type. ``progressed`` receives every response to CopyMoves."""
 
-    def watch_reports(self, min_interval_s: float) -> AsyncIterator[WatchReportsResponse]: ...
+    def watch_reports(self, min_interval_s: float) -> AsyncIterator[WatchReportsResponse]:
+        """Yield a report at once, and one after each change. Ends when it is time to ask the engine anew."""
 
     async def close(self) -> None: ...
 
@@ -78,11 +84,23 @@ class SocketExecutor:
         check_socket(self._socket)
         interval = Duration()
         interval.FromNanoseconds(int(min_interval_s * 1e9))
+        call: Any = self._stub.WatchReports(WatchReportsRequest(min_interval=interval))
+        has_reported = False
         try:
-            async for response in self._stub.WatchReports(WatchReportsRequest(min_interval=interval)):
+            while True:
+                async with asyncio.timeout(SILENCE_S if has_reported else CALL_S):
+                    response = await call.read()
+                if response is grpc.aio.EOF:
+                    return
+                has_reported = True
                 yield response
+        except TimeoutError:
+            if not has_reported:
+                raise RefusedError(unreachable(f"the engine did not report within {CALL_S:g} s")) from None
         except grpc.aio.AioRpcError as error:
             raise RefusedError(failure_of_call(error)) from error
+        finally:
+            call.cancel()
 
     async def close(self) -> None:
         await self._channel.close()

@@ -18,7 +18,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from hetis.formats.command_line.verb import run_application
+from hetis.formats.command_line.verb import run_application, version_option
 from hetis.runtime.agent.options import (
     AgentOptionError,
     Checking,
@@ -121,6 +121,7 @@ def run(
     seed: Seed = 0,
     peer_address: Peer = "127.0.0.1:0",
     log_level: Annotated[str, _option("LOG_LEVEL", "Log level: debug, info, warning or error.")] = "info",
+    _version: Annotated[bool, version_option("hetis-agent")] = False,
 ) -> None:
     """Run the agent of this node until SIGTERM."""
     if context.invoked_subcommand is not None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, start_http_server
 
+from hetis.runtime.agent.pressure import ScrapeState
 from hetis.v1 import agent_service_pb2, inventory_pb2, report_pb2
 
 LOOPBACK = "127.0.0.1"
@@ -41,6 +42,7 @@ class AgentMetrics:
         self._changes = self._counter("changes", "Changes that ended on this node, by outcome.", "outcome")
         self._scrapes = self._counter("engine_scrapes", "Scrapes of the engine's metrics, by outcome.", "state")
         self._age = self._gauge("engine_age_seconds", "Age of the engine's most recent metrics.")
+        self._engine = self._gauge("engine_connected", "1 if the engine answers, or there is none; else 0.")
         labels = ("index", "gpu_type")
         self._devices = {name: self._gauge(f"device_{name}", text, *labels) for name, text in _OF_DEVICES.items()}
 
@@ -88,9 +90,14 @@ class AgentMetrics:
 
     # --- the node
 
+    def engine_reached(self, is_reached: bool) -> None:
+        """Record whether the engine answers. An agent without an engine lacks nothing."""
+        self._engine.set(is_reached)
+
     def engine_scraped(self, state: str, age_s: float) -> None:
         """Count a scrape of the engine. ``state`` is a `ScrapeState`."""
         self._scrapes.labels(state).inc()
+        self.engine_reached(state == ScrapeState.READ)
         self._age.set(age_s)
 
     def inventory_found(self, inventory: inventory_pb2.NodeInventory) -> None:

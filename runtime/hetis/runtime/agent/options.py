@@ -237,6 +237,8 @@ class PlannerAddress:
         Raises OSError if the token's file cannot be read or holds no token, as while it is being written.
         """
         token = self._token()
+        if self.token_file is not None and not token:
+            raise OSError(f"{self.token_file} holds no token: it is empty")
         if not is_sendable_token(token):
             where = self.token_file if self.token_file is not None else _TOKEN_VARIABLE
             raise OSError(f"{where} holds no token: characters other than printable ones without blanks")

@@ -21,7 +21,7 @@ from hetis.runtime.agent.replica_state import (
     wrong_fields,
 )
 from hetis.runtime.moves.changes import ENDED, REMEMBERED_S
-from hetis.runtime.moves.refusals import failure_of
+from hetis.runtime.moves.refusals import failure_of, unreachable
 from hetis.v1 import executor_service_pb2 as messages
 from hetis.v1.agent_service_pb2 import AgentCapability, ConnectNodeRequest, Delta, DeltaAck, DeltaNack
 from hetis.v1.change_pb2 import Change, ChangeOutcome, ChangePhase, ChangeStatus
@@ -35,6 +35,12 @@ _UNREACHABLE = (ErrorReason.ERROR_REASON_ENGINE_UNREACHABLE, ErrorReason.ERROR_R
 _OUTCOME = {
     ChangeOutcome.CHANGE_OUTCOME_FLIPPED: ChangePhase.CHANGE_PHASE_FLIPPED,
     ChangeOutcome.CHANGE_OUTCOME_ABORTED: ChangePhase.CHANGE_PHASE_ABORTED,
+}
+# State of a replica whose engine cannot be reached, by the last one that it reported. Any other state stays.
+_WITHOUT_ENGINE = {
+    AssignmentState.ASSIGNMENT_STATE_LOADED: AssignmentState.ASSIGNMENT_STATE_LOADING,
+    AssignmentState.ASSIGNMENT_STATE_SERVING: AssignmentState.ASSIGNMENT_STATE_FAILED,
+    AssignmentState.ASSIGNMENT_STATE_DRAINING: AssignmentState.ASSIGNMENT_STATE_FAILED,
 }
 
 
@@ -149,6 +155,17 @@ class ReplicaAgent:
     def waits_for(self, number: int) -> bool:
         return self._call is not None and self._call[0] == number
 
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing is left to do: the replica was removed, or never assigned, and no change is in progress."""
+        return self.held.assignment is None and not self._must_apply and self.held.open_change is None
+
+    @property
+    def _must_apply(self) -> bool:
+        """Whether the engine has yet to apply the assignment, or its removal: it can, and there was one."""
+        can = AgentCapability.AGENT_CAPABILITY_ASSIGN in self._can
+        return can and self.held.generation > 0 and not self.held.is_applied and self.held.failure is None
+
     def is_applying(self) -> bool:
         """Return whether the pending call applies the assignment."""
         return self._call is not None and isinstance(self._call[1], messages.ApplyAssignmentRequest)
@@ -173,13 +190,11 @@ class ReplicaAgent:
 
     def _next_request(self, now_s: float) -> tuple[EngineRequest, ChangeState | None] | None:
         """Return the next request to the engine and the change that it is about."""
-        held = self.held
+        held, epoch, must_apply = self.held, self._fence.newest, self._must_apply
         aborting = next((c for c in held.changes.values() if c.is_open and c.desired is DesiredPhase.ABORTED), None)
-        assigns, epoch = AgentCapability.AGENT_CAPABILITY_ASSIGN in self._can, self._fence.newest
-        must_apply = assigns and not held.is_applied and held.failure is None
         if aborting is not None and not (must_apply and aborting.is_abort_tried):
             return messages.AbortMovesRequest(epoch=epoch, change_id=aborting.id, failure=aborting.why), aborting
-        if must_apply and held.generation:
+        if must_apply:
             apply = messages.ApplyAssignmentRequest(epoch=epoch, generation=held.generation, assignment=held.assignment)
             if held.assignment is None:
                 apply.removed_replica = held.replica
@@ -240,7 +255,7 @@ class ReplicaAgent:
         if change is None:
             return
         if isinstance(request, messages.AbortMovesRequest):
-            if not change.is_abort_tried and not self.held.is_applied:
+            if not change.is_abort_tried and self._must_apply:
                 self._retry_s = now_s  # let the waiting assignment proceed
             change.abort_tried()
         elif isinstance(request, messages.FlipMovesRequest) and now_s >= change.deadline_s:
@@ -360,6 +375,19 @@ class ReplicaAgent:
     def report_anew(self) -> ReplicaReport:
         """Return the report for an engine that has just started, without anything from its previous run."""
         return self._unsaid(self._first_state())
+
+    def report_lost(self, last: AssignmentState.ValueType) -> ReplicaReport:
+        """Return the report for an engine that cannot be reached. ``last``: the state in its last report.
+
+        A replica that was served has failed. One that was not served yet is loading: a planner gives up a replica that
+        fails before it has ever served, but one whose engine is started again is only late.
+        """
+        report = self._unsaid(_WITHOUT_ENGINE.get(last, last))
+        if self.held.failure is not None:
+            report.failure.CopyFrom(self.held.failure)
+        elif report.assignment_state != last and last != AssignmentState.ASSIGNMENT_STATE_LOADED:
+            report.failure.CopyFrom(unreachable("the engine cannot be reached"))
+        return report
 
     def _unsaid(self, state: AssignmentState.ValueType) -> ReplicaReport:
         held = self.held

@@ -1,4 +1,4 @@
-"""Timing of a node's reports: at once when KV use crosses a threshold, soon after a change, else a heartbeat."""
+"""Timing of a node's reports: at once when KV use rises to a threshold, soon after a change, else a heartbeat."""
 
 from __future__ import annotations
 
@@ -26,6 +26,9 @@ class NodeReporter:
         self._settings = Settings()
         self._sent = NodeReport()
         self._has_sent = False
+        self._above: set[tuple[object, float]] = (
+            set()
+        )  # devices with the thresholds that they have reached, see `_rises`
         self._sent_s = float("-inf")  # time of the last report
         self._spoke_s, self._beat_s = float("-inf"), 0.0  # time of the last message of any kind, which renews the lease
 
@@ -42,7 +45,8 @@ class NodeReporter:
     def due(self, report: NodeReport, now_s: float, *, asked: bool = False) -> ConnectNodeRequest | None:
         """Return the report or heartbeat to send now, or None."""
         rested = now_s - self._sent_s >= self._settings.min_report_interval.ToNanoseconds() / 1e9
-        if asked or not self._has_sent or self._crosses(report) or (rested and self._is_news(report)):
+        rises = self._rises(report)
+        if asked or not self._has_sent or rises or (rested and self._is_news(report)):
             return self._send(report, now_s)
         if now_s - self._spoke_s < self._beat_s:
             return None
@@ -67,10 +71,20 @@ class NodeReporter:
         interval_s = self._settings.heartbeat_interval.ToNanoseconds() / 1e9
         self._beat_s = interval_s * (1 + self._random.uniform(-JITTER_RATIO, JITTER_RATIO))
 
-    def _crosses(self, report: NodeReport) -> bool:
-        before, now = _shares(self._sent), _shares(report)
-        limits = self._settings.kv_thresholds
-        return any((before.get(key, 0.0) < limit) != (share < limit) for key, share in now.items() for limit in limits)
+    def _rises(self, report: NodeReport) -> bool:
+        """Return whether a share of used blocks that was last reported below a threshold has reached it.
+
+        Since the last time it must have fallen below the threshold by more than ``kv_change_ratio``: one that hovers
+        there is no reason to disregard the least interval again and again.
+        """
+        sent, before, band = _shares(self._sent), self._above, self._settings.kv_change_ratio
+        self._above = {
+            (key, limit)
+            for key, share in _shares(report).items()
+            for limit in self._settings.kv_thresholds
+            if share >= limit - (band if (key, limit) in before else 0.0)
+        }
+        return any(sent.get(key, 0.0) < limit for key, limit in self._above - before)
 
     def _is_news(self, report: NodeReport) -> bool:
         if _words(report) != _words(self._sent):

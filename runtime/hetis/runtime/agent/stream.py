@@ -26,9 +26,9 @@ _log = logging.getLogger(__name__)
 
 
 class Listener(Protocol):
-    """Makes the first message of each stream, and handles what arrives on it."""
+    """Makes the first message of each stream, once one may be opened, and handles what arrives on it."""
 
-    def hello(self) -> ConnectNodeRequest: ...
+    async def hello(self) -> ConnectNodeRequest: ...
 
     def heard(self, message: ConnectNodeResponse) -> None: ...
 
@@ -62,8 +62,8 @@ class PlannerStream:
         """Connect, and connect again whenever a stream ends."""
         told, tried = "", set[Endpoint]()
         while True:
-            endpoint = self._leaders.present
-            end, failure = await self._once(endpoint)
+            endpoint, hello = self._leaders.present, await self._listener.hello()
+            end, failure = await self._once(endpoint, hello)
             why = failure or (end.failure if end is not None else None)
             within_s = end.within_s if end is not None else None
             if self._welcome_s is not None and asyncio.get_running_loop().time() - self._welcome_s >= STOOD_S:
@@ -99,7 +99,7 @@ class PlannerStream:
         awaits_leader, self._awaits_leader = self._awaits_leader, False
         return self._waiting.next_s(MOST_WAIT_FOR_LEADER_S) if awaits_leader else self._waiting.next_s()
 
-    async def _once(self, endpoint: Endpoint) -> tuple[EndStream | None, Failure | None]:
+    async def _once(self, endpoint: Endpoint, hello: ConnectNodeRequest) -> tuple[EndStream | None, Failure | None]:
         """Run one stream from Hello to its end. Returns what ended it here, or how the planner ended it."""
         self._end = asyncio.get_running_loop().create_future()
         self._welcome_s = None
@@ -111,7 +111,7 @@ class PlannerStream:
             return None, Failure(reason=ErrorReason.ERROR_REASON_CREDENTIALS, message=str(error))
         async with channel:
             call: Any = AgentServiceStub(channel).ConnectNode(metadata=metadata)
-            works = (self._read(call), self._write(call))
+            works = (self._read(call), self._write(call, hello))
             tasks: set[asyncio.Future[Any]] = {asyncio.create_task(work) for work in works}
             try:
                 done, _ = await asyncio.wait({*tasks, self._end}, return_when=asyncio.FIRST_COMPLETED)
@@ -133,8 +133,8 @@ class PlannerStream:
             self._listener.heard(message)
             message = await call.read()
 
-    async def _write(self, call: Any) -> None:
-        await call.write(self._listener.hello())
+    async def _write(self, call: Any, hello: ConnectNodeRequest) -> None:
+        await call.write(hello)
         while True:
             await call.write(await self._outgoing.get())
 

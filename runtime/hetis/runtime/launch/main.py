@@ -18,7 +18,7 @@ from typer import Argument, Option
 
 from hetis.engines.errors import LayoutError, OptionError
 from hetis.engines.versions import Engine
-from hetis.formats.command_line.verb import run_application, with_own_words
+from hetis.formats.command_line.verb import run_application, version_option, with_own_words
 from hetis.formats.endpoints import is_host
 
 if TYPE_CHECKING:
@@ -49,13 +49,19 @@ nodes are missing · 141 broken pipe
 
 app = typer.Typer(
     name="hetis-launch",
-    help="Start the processes of a plan's replica: vLLM with the plugin, and its attention workers.",
     epilog=_EXAMPLES,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+@app.callback()
+def hetis_launch(
+    _version: Annotated[bool, version_option("hetis-launch")] = False,
+) -> None:
+    """Start the processes of a plan's replica: vLLM with the plugin, and its attention workers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -288,6 +294,8 @@ def _read(
 ) -> tuple[Layout, Serving]:  # fmt: skip
     """Return the layout of the replica that the options name, and the settings to serve it with.
 
+    If the plan has other replicas, a line on stderr says so.
+
     Args:
         executor: Unix socket of the node's agent.
         named: nodes for which an address was passed.
@@ -333,7 +341,20 @@ def _read(
     )
     if why := why_kv_is_untold(layout, serving, stated=stated_kv):
         raise LayoutError(why)
+    _note_other_replicas(planned, given.replica)
     return layout, serving
+
+
+def _note_other_replicas(plan: Plan, number: int) -> None:
+    """Say on stderr which replica this is if the plan has several: every command is about one of them."""
+    if (count := len(plan.replicas)) > 1:
+        others = ", ".join(f"--replica {other}" for other in range(count) if other != number)
+        others = others if count <= 4 else f"--replica 0 to {count - 1}"
+        print(
+            f"hetis-launch: this is replica {number} of the plan's {count}, which count from 0; others: {others}, "
+            "or all by hetis-plan export --to hetis-launch",
+            file=sys.stderr,
+        )
 
 
 def _wrong_options(options: Sequence[str], set_here: Collection[str]) -> list[str]:

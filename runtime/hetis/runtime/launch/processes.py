@@ -142,7 +142,7 @@ def supervise(
 
     def gone(name: str, how: str, code: int) -> None:
         others = {one: running.pop(one) for one in supervision.together(name) if one in running}
-        _end_all(others, clock=clock, wait=wait)
+        _end_all(others, told=told, clock=clock, wait=wait)
         if (wait_s := supervision.ended(name, code, clock())) is not None:
             _log.warning("%s %s; restarting it in %g s", name, how, wait_s)
         elif code:
@@ -166,7 +166,7 @@ def supervise(
         codes = [_end(running.pop(name), by_name[name].stops_s, told=told, clock=clock, wait=wait) for name in fronts]
         return supervision.outcome if supervision.outcome is not None else max(codes, default=0)
     finally:
-        _end_all(running, clock=clock, wait=wait)
+        _end_all(running, told=told, clock=clock, wait=wait)
 
 
 def _end(
@@ -184,12 +184,15 @@ def _end(
     return FAILED if code < 0 else code
 
 
-def _end_all(running: dict[str, Running], *, clock: Callable[[], float], wait: Callable[[], None]) -> None:
+def _end_all(
+    running: dict[str, Running], *, told: Callable[[], int], clock: Callable[[], float], wait: Callable[[], None]
+) -> None:
+    """Let processes end. They are killed on another stop request, or when their time is over."""
     for process in running.values():
         process.terminate()
     deadline_s = clock() + STOPS_S
     while any(process.poll() is None for process in running.values()):
-        if clock() >= deadline_s:
+        if told() > 1 or clock() >= deadline_s:
             for process in running.values():
                 process.kill()
             return
@@ -224,10 +227,20 @@ def prepare(commands: Sequence[Command], *, may_draw_key: bool) -> dict[str, str
 
 
 def write_file(name: str, text: str, *, mode: int) -> None:
-    """Write a file, creating its folder. Raises OSError."""
-    Path(name).parent.mkdir(parents=True, exist_ok=True)
-    with open(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "w", encoding="utf-8") as file:
-        file.write(text)
+    """Write a whole file or nothing, creating its folder. The mode is that of an existing file, too. Raises OSError."""
+    target = Path(os.path.realpath(name))  # follow a symbolic link, so that the link is kept
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # A name of its own: other processes may write the same file, on this node or on another one with the same folder.
+    beside = target.with_name(f".{target.name[:100]}.{secrets.token_hex(8)}.tmp")
+    try:
+        with open(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(target)
+    except BaseException:  # also on a signal
+        beside.unlink(missing_ok=True)
+        raise
 
 
 def run_here(commands: Sequence[Command]) -> int:
@@ -266,13 +279,18 @@ class Started:
 
     def __init__(self, process: subprocess.Popen[bytes]) -> None:
         self._process, self.pid = process, process.pid
+        self._has_ended = False
 
     def poll(self) -> int | None:
         code = self._process.poll()
-        if code is not None:
+        if code is not None and not self._has_ended:
+            self._has_ended = True
             # vLLM's engine and ranks are separate processes, which would keep their GPUs and the front end's port.
             with suppress(ProcessLookupError, PermissionError):
                 os.killpg(self.pid, signal.SIGKILL)
+            # They are now children of process 1, which is this one in a container without an init. They may take
+            # seconds to end.
+            threading.Thread(target=_reap, args=(self.pid,), name=f"reaper {self.pid}", daemon=True).start()
         return code
 
     def terminate(self) -> None:
@@ -282,6 +300,13 @@ class Started:
         self._process.kill()
         self._process.wait()
         self.poll()
+
+
+def _reap(group: int) -> None:
+    """Wait for all processes of a group that are children of this process; otherwise they would stay as zombies."""
+    with suppress(ChildProcessError):  # there are none, or no more
+        while True:
+            os.waitpid(-group, 0)
 
 
 def names_of_this_machine() -> tuple[str, ...]:

@@ -18,6 +18,7 @@ from hetis.v1.failure_pb2 import ErrorReason, Failure
 from hetis.v1.head_map_pb2 import Move
 
 REMEMBERED_S = 600.0
+MOST_ABORTED = 64  # aborted changes of a replica in a report, whose size is limited
 ENDED = (ChangePhase.CHANGE_PHASE_FLIPPED, ChangePhase.CHANGE_PHASE_ABORTED, ChangePhase.CHANGE_PHASE_RELEASED)
 
 
@@ -41,7 +42,7 @@ class EngineChange:
     step: int = 0  # decode step before which it was flipped
     generation: int = 0  # generation of the replica after the change ended
     why: Failure | None = None  # reason for the abort
-    forget_s: float | None = None  # when the change may be forgotten. None: neither released nor given up yet.
+    forget_s: float | None = None  # when the change may be forgotten. None: it is open, or flipped but not released.
 
     @property
     def is_authority(self) -> bool:
@@ -247,6 +248,16 @@ class EngineChanges:
         """Take the generation of the replica's state, which only grows."""
         self.generation = max(self.generation, generation)
 
+    def to_report(self) -> list[EngineChange]:
+        """Return the changes to report: all but the oldest of many that were aborted.
+
+        Only aborted ones may be left out, because an engine that has prepared its part of a change aborts it if the
+        authority's report does not contain it.
+        """
+        aborted = [id_ for id_, change in self.known.items() if change.phase == ChangePhase.CHANGE_PHASE_ABORTED]
+        left_out = set(aborted[: max(len(aborted) - MOST_ABORTED, 0)])
+        return [change for id_, change in self.known.items() if id_ not in left_out]
+
     # --- the five calls
 
     def reserve(self, change: Change, parts: Iterable[ChangePart.ValueType], now_s: float) -> EngineChange:
@@ -341,6 +352,8 @@ class EngineChanges:
                 change.phase = ChangePhase.CHANGE_PHASE_READY
             if change.is_open and change.is_authority and now_s >= change.deadline_s and change.flip_by_s is None:
                 self._end_aborted(change, expired(change.change.change_id))
+            if change.forget_s is None and not change.is_open and change.phase != ChangePhase.CHANGE_PHASE_FLIPPED:
+                change.forget_s = now_s + REMEMBERED_S  # it ended here, so nobody may ever ask for its end
             if change.forget_s is not None and now_s >= change.forget_s:
                 del self.known[change.change.change_id]
 

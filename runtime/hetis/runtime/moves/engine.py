@@ -226,12 +226,12 @@ class SteeredEngine(ABC, Generic[TakenT]):
         return changes
 
     def statuses(self) -> list[ChangeStatus]:
-        """Return the statuses of all changes that are remembered."""
+        """Return the statuses of the changes that are remembered."""
         return [
             change.status(name, held.changes.generation)
             for name, held in self._held.items()
-            for change in held.changes.known.values()
-        ] + [change.status("", 0) for change in self._given_up.known.values()]
+            for change in held.changes.to_report()
+        ] + [change.status("", 0) for change in self._given_up.to_report()]
 
     def _fence(self, epoch: int) -> None:
         if epoch < max(self.newest_epoch, 1):

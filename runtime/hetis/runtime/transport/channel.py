@@ -174,52 +174,96 @@ def _agreed(channel: Channel, pipe: TcpPipe, kind: ChannelKind, *, stall_s: floa
     return Channel(ShmPipe(shared, pipe, first=True), stall_s=stall_s)
 
 
-def accept(connection: socket.socket, *, stall_s: float = 10.0) -> tuple[Channel, Frame]:
-    """Return the worker's end, and the engine's first frame that does not concern the channel itself.
+class Greeting:
+    """The worker's end of a new connection, until the other end has sent its first frame that does not concern the
+    channel itself.
 
-    The channel takes only small frames until `Channel.trust` is called: the other end may be anybody.
-
-    Raises:
-        ChannelError: the other end sent nothing valid in time; the connection is closed.
+    Nothing here waits: the other end may be anybody, and a worker has an engine to serve.
     """
-    try:
-        host, port = connection.getpeername()[:2]
-        pipe = TcpPipe(connection, f"tcp:{host}:{port}")
-    except OSError as error:
-        connection.close()
-        raise ChannelClosedError("a connection was reset before it said anything") from error
-    channel = Channel(pipe, stall_s=stall_s, most_body_bytes=_GREETING_BYTES)
-    try:
-        frame = _first(channel, stall_s)
-        if frame.kind is FrameKind.ATTACH:
-            channel = _attached(channel, pipe, frame, stall_s=stall_s)
-            frame = _first(channel, stall_s)
-    except ChannelError:
-        channel.close()
-        raise
-    return channel, frame
+
+    def __init__(self, connection: socket.socket, *, stall_s: float = 10.0) -> None:
+        """Initialise. Raises ChannelError if the other end is gone; then the connection is closed."""
+        try:
+            host, port = connection.getpeername()[:2]
+            self._tcp = TcpPipe(connection, f"tcp:{host}:{port}")
+        except OSError as error:
+            connection.close()
+            raise ChannelClosedError("a connection was reset before it said anything") from error
+        self._pipe: Pipe = self._tcp
+        self._arriving = _Arriving(self._pipe)
+        self._stall_s = stall_s
+        self._has_answered = False  # the shared memory that the engine offers
+
+    @property
+    def name(self) -> str:
+        return self._pipe.name
+
+    @property
+    def is_attached(self) -> bool:
+        """Whether the rest comes through shared memory: the other end belongs to this user, on this host."""
+        return self._pipe is not self._tcp
+
+    def read(self) -> tuple[Channel, Frame] | None:
+        """Return the channel and its first frame, or None until all of it has arrived.
+
+        The channel takes only small frames until `Channel.trust` is called.
+
+        Raises:
+            ChannelError: what arrived is not valid, or the other end is gone; the connection is closed.
+        """
+        try:
+            frame = self._arriving.read()
+            if frame is not None and frame.kind is FrameKind.ATTACH and not self._has_answered:
+                self._has_answered = True
+                self._attach(frame)
+                frame = self._arriving.read()
+            if frame is None and self.is_attached and self._tcp.read_into(memoryview(bytearray(1)), 0.0):
+                raise FrameError(f"{self.name}: something was said beside the shared memory")
+        except ChannelError:
+            self.close()
+            raise
+        if frame is None:
+            return None
+        return Channel(self._pipe, stall_s=self._stall_s, most_body_bytes=_GREETING_BYTES), frame
+
+    def close(self) -> None:
+        self._pipe.close()
+
+    def _attach(self, frame: Frame) -> None:
+        """Go on over the memory that an engine offers, or over the socket if that cannot be opened."""
+        if not self._tcp.is_local:
+            raise FrameError(f"{self.name}: shared memory was offered from another host")
+        answers = Channel(self._tcp, stall_s=0.0)
+        try:
+            shared = SharedFile.open(Path(bytes(frame.raw).decode(errors="replace")))
+        except FrameError as error:
+            answers.send([error_answer(frame, ErrorCode.REFUSED, str(error))])
+        else:
+            self._pipe = ShmPipe(shared, self._tcp, first=False)
+            answers.send([Frame(kind=FrameKind.WELCOME, epoch=0, session=0)])
+        self._arriving = _Arriving(self._pipe)
 
 
-def _attached(channel: Channel, pipe: TcpPipe, frame: Frame, *, stall_s: float) -> Channel:
-    """Return the channel over the memory that an engine offers, or over the socket if that cannot be opened."""
-    if not pipe.is_local:
-        raise FrameError(f"{pipe.name}: shared memory was offered from another host")
-    try:
-        shared = SharedFile.open(Path(bytes(frame.raw).decode(errors="replace")))
-    except FrameError as error:
-        channel.send([error_answer(frame, ErrorCode.REFUSED, str(error))])
-        return channel
-    attached = Channel(ShmPipe(shared, pipe, first=False), stall_s=stall_s, most_body_bytes=_GREETING_BYTES)
-    try:
-        channel.send([Frame(kind=FrameKind.WELCOME, epoch=0, session=0)])
-    except ChannelError:
-        attached.close()
-        raise
-    return attached
+class _Arriving:
+    """A small frame of which any part may have arrived."""
 
+    def __init__(self, pipe: Pipe) -> None:
+        self._pipe = pipe
+        self._header = bytearray(HEADER_BYTES)
+        self._left = memoryview(self._header)  # of the header, and then of the body
+        self._frame: Frame | None = None  # once its header is known
 
-def _first(channel: Channel, timeout_s: float) -> Frame:
-    frame = channel.receive(timeout_s)
-    if frame is None:
-        raise ChannelClosedError(f"{channel.name}: nothing was said for {timeout_s:g} s")
-    return frame
+    def read(self) -> Frame | None:
+        """Return the frame if all of it has arrived. Raises ChannelError."""
+        if self._frame is None and self._has_filled():
+            self._frame, body = read_header(self._header, most_body_bytes=_GREETING_BYTES)
+            self._left = body.data
+        return self._frame if self._frame is not None and self._has_filled() else None
+
+    def _has_filled(self) -> bool:
+        while self._left:
+            came = self._pipe.read_into(self._left, 0.0)
+            if not came:
+                return False
+            self._left = self._left[came:]
+        return True

@@ -11,8 +11,8 @@ step other than the one begun, are refused. So is KV of a request's earlier inca
 The failure of a frame without an answer (BEGIN, ADOPT, DROP) is reported in the next answer, before which nothing
 counts anyway.
 
-The loop listens, and lets a newer engine take over. A connection that has not sent anything yet must not hold up the
-engine that is served.
+The loop listens, and lets a newer engine take over. Until it has shown the key, a connection may be anybody's: it must
+hold up neither the engine that is served nor one that greets. Its greeting is read as it arrives, without waiting.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ import math
 import select
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
 from hetis.runtime.attention.device import LocalDevice
 from hetis.runtime.attention.kv import KvShape, OutOfPagesError, UnknownSequenceError
-from hetis.runtime.transport.channel import Channel, accept
+from hetis.runtime.transport.channel import Channel, Greeting
 from hetis.runtime.transport.frames import (
     ChannelError,
     ErrorCode,
@@ -50,11 +50,11 @@ from hetis.runtime.transport.frames import (
 
 MakeDevice = Callable[[KvShape], LocalDevice]
 _ANSWERED = frozenset({FrameKind.HELLO, FrameKind.ATTEND, FrameKind.EXPORT, FrameKind.PING})
-MOST = 16  # maximum number of silent connections; the oldest makes room
+MOST = 64  # maximum number of connections that have not greeted; the oldest makes room
 AGAIN_S = 0.01  # wait after a connection that could not be accepted
 LOOK_S = 0.1  # interval between checks for another engine while this one is silent
 IDLE_S = 1.0  # interval between checks while there is none
-GREETING_S = 1.0  # time for the rest of a greeting that has begun, while an engine is served
+MEMORY_S = 0.005  # the same while a greeting comes through shared memory, which no poll shows
 _log = logging.getLogger(__name__)
 
 
@@ -196,70 +196,102 @@ class WorkerCore:
 
 
 class PendingConnections:
-    """Accepts connections, and returns those that have begun to send."""
+    """Accepts connections, and returns those that have greeted. It waits for none of them in particular."""
 
-    def __init__(
-        self, listener: socket.socket, *, silent_s: float, clock: Callable[[], float] = time.monotonic
-    ) -> None:
-        """Initialise. A connection that is silent for ``silent_s`` is closed."""
+    def __init__(self, listener: socket.socket, *, stall_s: float, clock: Callable[[], float] = time.monotonic) -> None:
+        """Initialise. A connection that has not greeted within ``stall_s``, in all, is closed."""
         listener.setblocking(False)
-        self._listener, self._silent_s, self._clock = listener, silent_s, clock
+        self._listener, self._stall_s, self._clock = listener, stall_s, clock
         self._poll = select.poll()
         self._poll.register(listener, select.POLLIN)
-        self._silent: dict[int, tuple[socket.socket, float]] = {}
+        self._pending: dict[int, tuple[Greeting, float]] = {}  # with its deadline, by file descriptor; oldest first
         self._said = ""  # last logged reason why no connection is accepted
 
     def __len__(self) -> int:
-        """Return the number of silent connections."""
-        return len(self._silent)
+        """Return the number of connections that have not greeted."""
+        return len(self._pending)
 
     def close(self) -> None:
-        """Close all silent connections."""
-        for number in list(self._silent):
+        """Close all of them."""
+        for number in list(self._pending):
             self._take(number).close()
 
-    def speaking(self, timeout_s: float) -> socket.socket | None:
-        """Return a connection with something to read, or whose other end has gone, within at most ``timeout_s``."""
+    def greeted(self, timeout_s: float) -> list[tuple[Channel, Frame]]:
+        """Return the channels that have greeted, oldest first, and their greetings. Wait at most ``timeout_s`` for
+        anything to arrive.
+        """
+        if any(greeting.is_attached for greeting, _ in self._pending.values()):
+            timeout_s = min(timeout_s, MEMORY_S)
         ready = {number for number, _ in self._poll.poll(timeout_s * 1000)}
+        # First, because one whose greeting has become complete must not make room for newcomers.
+        found = self._read(list(self._pending))
         if self._listener.fileno() in ready:
-            self._let_in()
-            ready |= {number for number, _ in self._poll.poll(0)}
+            found += self._let_in()
         now_s = self._clock()
-        for silent in [n for n, (_, until_s) in self._silent.items() if until_s <= now_s and n not in ready]:
-            self._take(silent).close()
-        number = next((number for number in self._silent if number in ready), None)
-        return None if number is None else self._take(number)
+        for late in [number for number, (_, until_s) in self._pending.items() if until_s <= now_s]:
+            greeting = self._take(late)
+            _log.warning("a connection came to nothing: %s: no greeting within %g s", greeting.name, self._stall_s)
+            greeting.close()
+        return found
 
-    def _let_in(self) -> None:
-        while True:
+    def _read(self, numbers: Sequence[int]) -> list[tuple[Channel, Frame]]:
+        found = []
+        for number in numbers:
+            greeting, _ = self._pending[number]
+            try:
+                came = greeting.read()
+            except ChannelError as error:
+                _log.warning("a connection came to nothing: %s", error)
+                self._take(number)
+                continue
+            if came is not None:
+                self._take(number)
+                found.append(came)
+        return found
+
+    def _let_in(self) -> list[tuple[Channel, Frame]]:
+        found = []
+        for _ in range(MOST):  # the others wait, and so do not hold up the engine that is served
             try:
                 connection, _ = self._listener.accept()
             except (BlockingIOError, ConnectionAbortedError):
-                return
+                break
             except OSError as error:  # no free file descriptor, for example: there may be one later
                 if str(error) != self._said:  # log once while the reason stays the same: the attempt is repeated often
                     self._said = str(error)
                     _log.warning("no connection is taken: %s", error.strerror or error)
                 time.sleep(AGAIN_S)
-                return
+                break
             self._said = ""
-            if len(self._silent) == MOST:
-                self._take(next(iter(self._silent))).close()
-            self._silent[connection.fileno()] = connection, self._clock() + self._silent_s
-            self._poll.register(connection, select.POLLIN)
+            try:
+                greeting = Greeting(connection, stall_s=self._stall_s)
+            except ChannelError as error:
+                _log.warning("a connection came to nothing: %s", error)
+                continue
+            if len(self._pending) == MOST:
+                self._make_room()
+            number = connection.fileno()
+            self._pending[number] = greeting, self._clock() + self._stall_s
+            self._poll.register(number, select.POLLIN)
+            found += self._read([number])
+        return found
 
-    def _take(self, number: int) -> socket.socket:
-        connection, _ = self._silent.pop(number)
+    def _make_room(self) -> None:
+        """Close the oldest connection, and those over shared memory last: only this user's processes have them."""
+        self._take(min(self._pending, key=lambda number: self._pending[number][0].is_attached)).close()
+
+    def _take(self, number: int) -> Greeting:
+        greeting, _ = self._pending.pop(number)
         self._poll.unregister(number)
-        return connection
+        return greeting
 
 
 class WorkerLoop:
     """Runs a core over the connections that arrive at ``listener``. Each begins with a HELLO."""
 
     def __init__(self, core: WorkerCore, listener: socket.socket, *, stall_s: float = 10.0) -> None:
-        self.core, self._stall_s = core, stall_s
-        self._pending = PendingConnections(listener, silent_s=stall_s)
+        self.core = core
+        self._pending = PendingConnections(listener, stall_s=stall_s)
         self._channel: Channel | None = None
 
     def run(self) -> None:
@@ -268,14 +300,14 @@ class WorkerLoop:
             self.turn()
 
     def turn(self) -> None:
-        """Handle one frame or one connection, or wait briefly."""
+        """Handle one frame or some connections, or wait briefly."""
         if self._channel is None:
-            self._take_newcomer(IDLE_S, self._stall_s)
+            self._take_newcomers(IDLE_S)
             return
         try:
             frame = self._channel.receive(LOOK_S)
             if frame is None:
-                self._take_newcomer(0.0, GREETING_S)
+                self._take_newcomers(0.0)
             elif frame.kind is FrameKind.BYE:
                 self._leave("it said goodbye")
             elif (answer := self.core.handle(frame)) is not None:
@@ -283,21 +315,19 @@ class WorkerLoop:
         except ChannelError as error:
             self._leave(str(error))
 
-    def _take_newcomer(self, wait_s: float, stall_s: float) -> None:
+    def _take_newcomers(self, wait_s: float) -> None:
         """Check for another engine while this one is silent. It is obeyed with the right key, unless it is outdated."""
-        connection = self._pending.speaking(wait_s)
-        if connection is None:
-            return
-        channel = None
+        for channel, hello in self._pending.greeted(wait_s):
+            self._take_newcomer(channel, hello)
+
+    def _take_newcomer(self, channel: Channel, hello: Frame) -> None:
         try:
-            channel, hello = accept(connection, stall_s=stall_s)
             answer = self.core.handle(hello) if hello.kind is FrameKind.HELLO else None
             if answer is not None:
                 channel.send([answer])
         except ChannelError as error:
             _log.warning("%s: a connection came to nothing: %s", self.core.name, error)
-            if channel is not None:
-                channel.close()
+            channel.close()
             return
         if answer is None or answer.kind is FrameKind.ERROR:
             if answer is not None:

@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
@@ -81,6 +82,14 @@ class WorkerOptions:
     port_file: Path | None  # file to which HOST:PORT is written
 
 
+class _Version(argparse.Action):
+    """Prints the version of hetis, which should be that of vLLM's plugin."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        print(f"{parser.prog} {version('hetis')}")
+        parser.exit()
+
+
 def make_parser() -> argparse.ArgumentParser:
     """Return the command line of `hetis-worker`. `read_options` checks the values."""
     parser = argparse.ArgumentParser(
@@ -93,6 +102,7 @@ def make_parser() -> argparse.ArgumentParser:
     for option, (metavar, meaning, default) in _OPTIONS.items():
         also = f"{VARIABLES[option]}; {default}" if default else VARIABLES[option]
         parser.add_argument(option, dest=option, metavar=metavar, help=f"{meaning} [{also}]")
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
     return parser
 
 
@@ -196,7 +206,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = read_options(arguments, os.environ)
     except WorkerOptionError as error:
         for message in error.messages:
-            print(f"hetis worker: {message}", file=sys.stderr)
+            print(f"hetis-worker: {message}", file=sys.stderr)
         return EXIT_INVALID
     logging.basicConfig(level=options.log_level, format="%(asctime)s %(levelname)s %(message)s")
     signal.signal(signal.SIGTERM, _stop)
@@ -293,7 +303,7 @@ def _compile_for_cpu() -> None:
 
 
 def _failed(options: WorkerOptions, why: str, code: int) -> int:
-    print(f"hetis worker {options.name}: {why}", file=sys.stderr)
+    print(f"hetis-worker {options.name}: {why}", file=sys.stderr)
     return code
 
 

@@ -55,6 +55,8 @@ def _broken(constraint: object, plan: Plan, fleet: Fleet) -> Iterator[str]:
             for number, replica in enumerate(plan.replicas):
                 if any(stage.tp == tp for stage in replica.stages):
                     yield f"replica {number} has a stage of TP size {tp}"
+                if replica.expert_parallel and any(stage.tp * stage.copies == tp for stage in replica.stages):
+                    yield f"replica {number} has copies that share their experts on {tp} GPUs"
         case WithoutWorkers():
             for number, replica in enumerate(plan.replicas):
                 if replica.attention_workers:

@@ -15,7 +15,7 @@ from hetis.solver.cluster import Link, NodeGroup
 from hetis.solver.constraints import Duty, RestrictRole, in_words
 from hetis.solver.model import ModelSpec
 from hetis.solver.plan import KvRoute, ObjectiveKind, Plan, Role, Status
-from hetis.solver.problem import APART, PlacementProblem
+from hetis.solver.problem import APART, EXPLICIT_LINKS, PlacementProblem
 
 _Kind = tuple[ModelSpec, str]  # the model in one precision, and a vendor
 OPTIMAL_GAP = 1e-6
@@ -154,19 +154,29 @@ def check_result(plan: Plan, problem: PlacementProblem, fleet: Fleet) -> list[Vi
     not_finite = list(_check_finite(plan))
     violations = at("result", _check_question(plan, problem), not_finite)
     if plan.result.status is Status.INFEASIBLE:
-        message = f"status is infeasible, the plan has {len(plan.replicas)} replicas"
-        return violations + at("result", [(Rule.STATUS, message)] if plan.replicas else [])
+        return violations + at("result", _check_infeasible(plan))
     if not not_finite and math.isfinite(served_rate(plan)):
         violations += at("result", _check_value(plan, problem, fleet), _check_bound(plan, problem))
     return violations
+
+
+def _check_infeasible(plan: Plan) -> Iterator[Broken]:
+    """Check that a plan that says that none exists has no replicas, and is worth nothing."""
+    if plan.replicas:
+        yield Rule.STATUS, f"status is infeasible, the plan has {len(plan.replicas)} replicas"
+    result = plan.result
+    for name, value in (("value", result.value), ("bound", result.bound), ("gap", result.gap)):
+        if value:
+            yield Rule.STATUS, f"status is infeasible, {name} is {value:.9g}, must be 0"
 
 
 def _check_question(plan: Plan, problem: PlacementProblem) -> Iterator[Broken]:
     """Check that the plan matches the problem: the objective, and the wording of the bound's family.
 
     Plans from before the introduction of roles do not mention them: all their replicas are unified. Likewise, older
-    plans with several precisions, and those of tenants, do not mention that GPUs of several kinds stay apart. A file
-    does not tell which constraints come from the engine, so both of their wordings are the same.
+    plans with several precisions, and those of tenants, do not mention that GPUs of several kinds stay apart, and none
+    that explicit links count for whole groups of nodes. A file does not tell which constraints come from the engine, so
+    both of their wordings are the same.
     """
     wanted, result = problem.objective, plan.result
     if plan.objective != wanted:
@@ -176,10 +186,12 @@ def _check_question(plan: Plan, problem: PlacementProblem) -> Iterator[Broken]:
     if result.unit != wanted.unit:
         yield Rule.OBJECTIVE, f"unit is {result.unit}, must be {wanted.unit}"
     family = _with_options(problem.describe_family(), problem)
+    earlier = family.replace(f"; {EXPLICIT_LINKS}", "")
     if _with_options(plan.family, problem) not in (
         family,
-        family.removesuffix(UNIFIED_ALONE),
-        family.replace(f"; {APART}", ""),
+        earlier,
+        earlier.removesuffix(UNIFIED_ALONE),
+        earlier.replace(f"; {APART}", ""),
     ):
         yield Rule.FAMILY, f'family is "{plan.family}", strategy {plan.strategy} searches "{family}"'
 
@@ -267,8 +279,9 @@ def check_class_table(plan: Plan, fleet: Fleet) -> list[Violation]:
         for row in plan.prices
     )
     has = Counter(_rows(plan, fleet))
-    wrong = (("has no", has - says), ("has a wrong", says - has))
-    return at("class table", ((Rule.PRICES, f"{word} row {row}") for word, rows in wrong for row in rows.elements()))
+    said = [f"has no row {row}" for row in (has - says).elements()]
+    said += [f"has a {'second' if row in has else 'wrong'} row {row}" for row in (says - has).elements()]
+    return at("class table", ((Rule.PRICES, words) for words in said))
 
 
 def _rows(plan: Plan, fleet: Fleet) -> Iterator[Row]:

@@ -147,8 +147,8 @@ def holdings(plan: Plan) -> dict[str, Holding]:
 
 
 def holdings_of(replica: ReplicaPlan) -> Iterator[tuple[str, Holding]]:
-    """Yield the same for one replica, in the order of its stages, their attention workers last."""
-    dp = replica.attention_dp
+    """Yield the same for one replica, in the order of its stages, their attention workers last; every GPU once."""
+    dp, shared = replica.attention_dp, set[str]()
     for stage in replica.stages:
         end = stage.first_layer + stage.num_layers
         for i, device in enumerate(stage.devices):
@@ -159,6 +159,9 @@ def holdings_of(replica: ReplicaPlan) -> Iterator[tuple[str, Holding]]:
         stage = replica.stages[pool.stage]
         end = stage.first_layer + stage.num_layers
         for device in pool.devices:
+            if device in shared:
+                continue
+            shared.add(device)
             yield device, Holding(gpu=pool.gpu, first_layer=stage.first_layer, end_layer=end, tp=stage.tp, rank=-1)
 
 
@@ -319,6 +322,12 @@ def _change_of(
 
 
 def is_same(one: ReplicaPlan, other: ReplicaPlan) -> bool:
-    """Return whether an engine that runs one replica also runs the other: equal GPUs, layers, head groups, settings."""
-    matters = attrgetter("stages", "attention_workers", "role", "micro_batch", "in_flight", "chunk_tokens", "kv_zones")
+    """Return whether an engine that runs one replica also runs the other: equal GPUs, layers, head groups, settings.
+
+    Of the zones that receive KV it only matters whether there are others than its own: a zone that joins the fleet, or
+    another order of zones, changes nothing in the engine.
+    """
+    matters = attrgetter(
+        "stages", "attention_workers", "role", "micro_batch", "in_flight", "chunk_tokens", "sends_afar"
+    )
     return bool(matters(one) == matters(other))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+from hetis.solver.check.fleet import Fleet
 from hetis.solver.plan import AttentionWorkerPool, ObjectiveKind, ReplicaPlan, Role, StagePlan
 from hetis.solver.replanning.change import HALF_DONE, Fate, ReplanningProblem, holdings, holdings_of, in_flight, is_same
 from hetis.solver.replanning.solve import Replanning
@@ -21,7 +22,9 @@ def check_replanning(given: ReplanningProblem, found: Replanning) -> list[str]:
         *_check_lost(given, found),
         *_check_continued(given, found),
         *_check_moves(given, found),
+        *_check_starts(given, found),
         *_check_value(given, found),
+        *_check_bound(given, found),
         *_check_steps(given, found),
     ]
 
@@ -63,29 +66,66 @@ def _check_moves(given: ReplanningProblem, found: Replanning) -> Iterator[str]:
         yield f"{len(moved)} GPUs do something else than before, at most {given.max_moves} may"
 
 
-def _check_value(given: ReplanningProblem, found: Replanning) -> Iterator[str]:
-    """Check the net value against the replicas' rates and starts; only for plans without routes and demand."""
-    problem = given.problem
-    if not problem.objective.maximises or any(r.role is not Role.UNIFIED for r in found.plan.replicas):
-        return
-    value = 0.0
+def _check_starts(given: ReplanningProblem, found: Replanning) -> Iterator[str]:
     for replica, continued in zip(found.plan.replicas, found.continued, strict=True):
-        start_s = continued.start_s
         if continued.fate is Fate.NEW:
             start_s = given.costs.start_s(_longest_load(given, replica))
             if not math.isclose(start_s, continued.start_s, rel_tol=RELATIVE):
                 yield f"a new replica starts in {start_s:.6g} s, not in {continued.start_s:.6g} s"
-        value += replica.rate * given.costs.served_share(start_s)
+
+
+def _check_value(given: ReplanningProblem, found: Replanning) -> Iterator[str]:
+    """Check the net value against the replicas' rates or costs and starts; only for plans without routes if maximised.
+
+    What is minimised lies in a range: how much of a replica's cost its dropped requests take is not stated.
+    """
+    if given.problem.objective.maximises:
+        if all(replica.role is Role.UNIFIED for replica in found.plan.replicas):
+            value = _net_rate(given, found)
+            if not math.isclose(value, found.value, rel_tol=RELATIVE, abs_tol=1e-12):
+                yield f"the net value is {value:.9g}, not {found.value:.9g}"
+        return
+    least, most = _net_costs(given, found)
+    if not least * (1.0 - RELATIVE) <= found.value <= most * (1.0 + RELATIVE):
+        yield f"the net value is between {least:.9g} and {most:.9g}, not {found.value:.9g}"
+
+
+def _net_rate(given: ReplanningProblem, found: Replanning) -> float:
+    pairs = zip(found.plan.replicas, found.continued, strict=True)
+    value = sum(replica.rate * given.costs.served_share(continued.start_s) for replica, continued in pairs)
+    for number in _stopped(given, found):
+        value -= HALF_DONE * in_flight(given.running.replicas[number]) / given.costs.horizon_s
+    throughput = given.problem.objective.kind is ObjectiveKind.THROUGHPUT
+    return value * (1.0 if throughput else given.problem.assumptions.planned_utilisation)
+
+
+def _net_costs(given: ReplanningProblem, found: Replanning) -> tuple[float, float]:
+    """Return the least and the most that a plan costs, if requests of stopped replicas take none or all of theirs."""
+    fleet, is_rent = Fleet.of(given.problem.cluster), given.problem.objective.kind is ObjectiveKind.COST
+
+    def cost_of(replica: ReplicaPlan) -> float:
+        names = dict.fromkeys(replica.devices())
+        return sum(map(fleet.usd_per_hour, names)) if is_rent else float(len(names))
+
+    pairs = zip(found.plan.replicas, found.continued, strict=True)
+    least = sum(cost_of(replica) * (1.0 + c.start_s / given.costs.horizon_s) for replica, c in pairs)
+    return least, least + sum(cost_of(given.running.replicas[number]) for number in _stopped(given, found))
+
+
+def _stopped(given: ReplanningProblem, found: Replanning) -> list[int]:
+    """Return the running replicas that do not stay, apart from those that lost GPUs."""
     kept = {c.old for c in found.continued if c.fate is Fate.KEPT}
-    for number, old in enumerate(given.running.replicas):
-        if number not in kept and number not in found.lost:
-            value -= HALF_DONE * in_flight(old) / given.costs.horizon_s
-    if problem.objective.kind is ObjectiveKind.GOODPUT:
-        value *= problem.assumptions.planned_utilisation
-    if not math.isclose(value, found.value, rel_tol=RELATIVE, abs_tol=1e-12):
-        yield f"the net value is {value:.9g}, not {found.value:.9g}"
-    if found.bound < found.value * (1.0 - RELATIVE):
-        yield f"the bound is {found.bound:.9g}, below the net value {found.value:.9g}"
+    return [i for i in range(len(given.running.replicas)) if i not in kept and i not in found.lost]
+
+
+def _check_bound(given: ReplanningProblem, found: Replanning) -> Iterator[str]:
+    over = found.value - found.bound if given.problem.objective.maximises else found.bound - found.value
+    if over > RELATIVE * abs(found.value):
+        side = "below" if given.problem.objective.maximises else "above"
+        yield f"the bound is {found.bound:.9g}, {side} the net value {found.value:.9g}"
+    gap = abs(found.bound - found.value) / abs(found.value) if found.value else 0.0
+    if not math.isclose(gap, found.gap, rel_tol=RELATIVE, abs_tol=1e-9):
+        yield f"the gap is {gap:.9g}, not {found.gap:.9g}"
 
 
 def _longest_load(given: ReplanningProblem, replica: ReplicaPlan) -> float:

@@ -14,7 +14,8 @@ prices of column generation, with ``a_s rate <= cost + w use`` for every replica
 plan's net rate is at most
 
     max   sum_o (a_s net_o + s_r) x_o  +  sum_g share w_g u_g  +  sum of links price capacity
-    s.t.  sum_o use_og x_o + u_g <= GPUs of g,   x_o of one replica <= 1,   sum of u and joining GPUs <= moves
+    s.t.  sum_o use_og x_o + u_g <= GPUs of g,   x_o of one replica <= 1,
+          sum_o use_og x_o + u_g - m_g <= GPUs of g that do something now,   sum of m_g <= moves
 
 over whole x and u: a small mixed program, whose bound by HiGHS is used. Where cost is minimised, new replicas cost at
 least ``(1 + d / horizon) (pi demand - sum_o a_s rate_o x_o - w u - links)``, and at least 0.
@@ -35,6 +36,7 @@ import numpy as np
 
 from hetis.solver.budget import SearchSettings
 from hetis.solver.cluster import Cluster, NodeGroup, node_of
+from hetis.solver.constraints import ConstraintIndex
 from hetis.solver.placement.enumeration import explore_enumerated
 from hetis.solver.placement.exact import TOLERANCES, ExactSearch, is_small
 from hetis.solver.placement.fleet import UNIFIED
@@ -49,7 +51,7 @@ from hetis.solver.placement.template import Template, interval_of, stages_in, us
 from hetis.solver.plan import LEAST_DEMAND_RPS, ObjectiveKind
 from hetis.solver.replanning.change import Fate
 from hetis.solver.replanning.net_master import Candidate, ColumnList, NetMaster, Row, least_start_s
-from hetis.solver.replanning.running import Continuation, is_allowed
+from hetis.solver.replanning.running import Continuation, has_stages, is_allowed
 
 FINEST = 1e-6  # ratio by which ceilings of the exact search may exceed the rates found
 
@@ -186,7 +188,8 @@ def search_left_over(
         assert demand_rps is not None, "the objective is minimised"
         # The remaining demand may be less than can be planned for; a replica for slightly more serves it, too.
         objective = replace(objective, demand_rps=max(demand_rps, LEAST_DEMAND_RPS))
-    part = build_cost_tables(replace(costs.problem, cluster=left, objective=objective))
+    index = _index_of(left, costs.problem.constraint_index)
+    part = build_cost_tables(replace(costs.problem, cluster=left, objective=objective, constraint_index=index))
     outcome = search(part, settings)
     if outcome is None:
         return ()
@@ -211,17 +214,33 @@ def _left_over(cluster: Cluster, taken: set[str]) -> Cluster | None:
     return replace(cluster, node_groups=tuple(groups)) if groups else None
 
 
+def _index_of(left: Cluster, index: ConstraintIndex | None) -> ConstraintIndex | None:
+    """Return the constraints on the GPUs of the whole fleet by the names of the groups that are left."""
+    if index is None:
+        return None
+    found = {
+        (group.name, slots.gpu): index.of(_origin_name(group), slots.gpu)
+        for group in left.node_groups
+        for slots in group.gpus
+    }
+    return replace(index, on=found)
+
+
+def _origin_name(group: NodeGroup) -> str:
+    """Return the name of the whole fleet's node group from which a group of `_left_over` comes."""
+    return group.name.partition("/")[0]
+
+
 def _translated(template: Template, part: CostTables, whole: CostTables) -> Template | None:
     """Translate a replica from the remaining fleet to the whole fleet; classes are matched by their node groups."""
     class_of = [_origin(part, g, whole) for g in range(len(part.classes))]
     stages = stages_in(whole, part, class_of, template)
     mix, zones = part.mixes[template.mix], part.scopes[template.scope].zones
     mixes = [x for x, other in enumerate(whole.mixes) if other == mix]
-    primaries = {whole.ranks[stage.rank][0] for stage in stages}
     scopes = [
         i
         for i, scope in enumerate(whole.scopes)
-        if scope.zones == zones and scope.serves(mix) and all(map(scope.computes_on, primaries))
+        if scope.zones == zones and scope.serves(mix) and has_stages(whole, scope, stages)
     ]
     if not stages or not mixes or not scopes:
         return None
@@ -231,7 +250,7 @@ def _translated(template: Template, part: CostTables, whole: CostTables) -> Temp
 
 def _origin(part: CostTables, g: int, whole: CostTables) -> int:
     """Return the class of the whole fleet from which a class of the remaining fleet comes."""
-    name, gpu = part.classes[g].groups[0].name.partition("/")[0], part.classes[g].gpu
+    name, gpu = _origin_name(part.classes[g].groups[0]), part.classes[g].gpu
     return next(
         i for i, c in enumerate(whole.classes) if c.gpu == gpu and any(group.name == name for group in c.groups)
     )
@@ -243,12 +262,19 @@ def _origin(part: CostTables, g: int, whole: CostTables) -> int:
 PARTS = 1 << 20  # units of the demand, in which the cost of what continuing replicas do not serve is counted
 
 
-def bound_of(net: NetMaster, options: Sequence[Candidate], fresh: Fresh, *, time_limit_s: float, seed: int) -> float:
-    """Return a bound: no re-planning is worth more (costs less), in the master's unit."""
+def bound_of(
+    net: NetMaster, options: Sequence[Candidate], fresh: Fresh, busy: Mapping[int, int], *, time_limit_s: float,
+    seed: int,
+) -> float:  # fmt: skip
+    """Return a bound: no re-planning is worth more (costs less), in the master's unit.
+
+    ``busy`` [classes]: GPUs that do something in the running plan. Only those can do the same as before, whatever
+    replica they are in, so a limit on moves bounds the use of every class: ``use_g - moved_g <= busy_g``.
+    """
     if fresh.enumerated is not None:
-        return _by_enumeration(net, options, fresh.enumerated, time_limit_s, seed)
+        return _by_enumeration(net, options, fresh.enumerated, busy, time_limit_s, seed)
     if fresh.prices is not None:
-        return _by_prices(net, options, fresh.prices, time_limit_s, seed)
+        return _by_prices(net, options, fresh.prices, busy, time_limit_s, seed)
     return fresh.bound + sum(net.stay_rates.values()) if net.master.maximises else 0.0
 
 
@@ -279,13 +305,27 @@ def _stay(net: NetMaster, option: Continuation) -> float:
     return net.stay_rates.get(option.old, 0.0) if net.master.maximises and option.fate is Fate.KEPT else 0.0
 
 
-def _by_prices(net: NetMaster, options: Sequence[Candidate], prices: Bound, time_limit_s: float, seed: int) -> float:
+def _busy_limits(net: NetMaster, busy: Mapping[int, int]) -> dict[Row, int]:
+    """Return a row per class for the GPUs that do the same as before, if moves are limited."""
+    classes = range(len(net.costs.classes)) if ("moves",) in net.inventory.rows else ()
+    return {("busy", g): busy.get(g, 0) for g in classes}
+
+
+def _add_moves(listed: ColumnList) -> None:
+    """Add the number of GPUs of each class that move."""
+    for row in [row for row in listed.rows if row[0] == "busy"]:
+        listed.add({row: -1, ("moves",): 1}, 0.0)
+
+
+def _by_prices(
+    net: NetMaster, options: Sequence[Candidate], prices: Bound, busy: Mapping[int, int], time_limit_s: float, seed: int
+) -> float:
     costs, maximises = net.costs, net.master.maximises
     start_s = least_start_s(net.change_costs, costs, sum(c.available for c in costs.classes))
     share, later = net.change_costs.served_share(start_s), 1.0 + start_s / net.change_costs.horizon_s
     if costs.routes.splits_roles or not maximises:
         share = 1.0
-    limits = _limits_of(net, "gpus", "replica", "moves")
+    limits = _limits_of(net, "gpus", "replica", "moves") | _busy_limits(net, busy)
     numbered = {row: number for number, row in enumerate(limits)}
     listed = ColumnList(numbered, replace(costs.routes, splits_roles=False))
     for candidate in options:
@@ -294,16 +334,20 @@ def _by_prices(net: NetMaster, options: Sequence[Candidate], prices: Bound, time
         worth = float(prices.rate_prices[costs.side_of(candidate.template.scope, candidate.template.mix)])
         rate = min(rate, prices.value) if maximises else rate  # no plan serves more
         use = net.inventory.of_template(candidate.template, count_moves=False)
-        use |= {("replica", option.old): 1, ("moves",): option.num_moved(costs)}
+        for row, count in list(use.items()):
+            if row[0] == "gpus":
+                use["busy", row[1]] = count
+        use["replica", option.old] = 1
         listed.add(use, worth * rate + _stay(net, option), cost)
     # New replicas get all room for larger TP groups: its worth is a constant, as is that of the links.
     finite = np.isfinite(costs.routes.capacity)
     fixed = float((prices.link_prices[finite] * costs.routes.capacity[finite]).sum())
     for (g, p), price, limit in zip(costs.resources.rows, prices.row_prices, costs.resources.limits, strict=True):
         if p == 1:
-            listed.add({("gpus", g): 1, ("moves",): 1}, share * float(price))
+            listed.add({("gpus", g): 1, ("busy", g): 1}, share * float(price))
         else:
             fixed += float(price * limit)
+    _add_moves(listed)
     if maximises:
         return (_bound(listed, limits, None, time_limit_s, seed) + fixed) * (1.0 + CROSSING)
     demand = float(prices.rate_prices[UNIFIED]) * (net.master.demand or 0.0) - fixed
@@ -315,19 +359,24 @@ def _by_prices(net: NetMaster, options: Sequence[Candidate], prices: Bound, time
 
 
 def _by_enumeration(
-    net: NetMaster, options: Sequence[Candidate], enumerated: Columns, time_limit_s: float, seed: int
+    net: NetMaster,
+    options: Sequence[Candidate],
+    enumerated: Columns,
+    busy: Mapping[int, int],
+    time_limit_s: float,
+    seed: int,
 ) -> float:
     """Return the bound of the same master, with ceilings in place of new replicas and all of its rows."""
     costs, maximises = net.costs, net.master.maximises
     rows: list[Row] = [("row", *row) for row in costs.resources.rows]
     limits = dict(zip(rows, map(int, costs.resources.limits), strict=True))
-    limits |= _limits_of(net, "replica", "stays", "moves")
+    limits |= _limits_of(net, "replica", "stays", "moves") | _busy_limits(net, busy)
     listed = ColumnList({row: number for number, row in enumerate(limits)}, costs.routes)
     for candidate in options:
         template, option = candidate.template, candidate.option
         assert option is not None
-        use: dict[Row, int] = dict(zip(rows, map(int, use_of(costs, template)), strict=True))
-        use |= {("replica", option.old): 1, ("moves",): option.num_moved(costs)}
+        use = _with_busy(dict(zip(rows, map(int, use_of(costs, template)), strict=True)))
+        use["replica", option.old] = 1
         rate, cost = net.net(candidate)
         if stay := _stay(net, option):
             listed.add({("stays", option.old): 1}, stay)
@@ -339,6 +388,12 @@ def _by_enumeration(
         start_s = least_start_s(net.change_costs, costs, num_gpus)
         share = net.change_costs.served_share(start_s) if maximises else 1.0
         cost = float(enumerated.costs[k]) * (1.0 + start_s / net.change_costs.horizon_s)
-        use = {**dict(zip(rows, map(int, taken), strict=True)), ("moves",): num_gpus}
+        use = _with_busy(dict(zip(rows, map(int, taken), strict=True)))
         listed.add(use, share * float(enumerated.rates[k]), cost, int(enumerated.sides[k]), enumerated.links[k])
+    _add_moves(listed)
     return _bound(listed, limits, net.master.demand, time_limit_s, seed)
+
+
+def _with_busy(use: dict[Row, int]) -> dict[Row, int]:
+    """Return the use of the rows ``("row", class, p)`` with that of the classes' GPUs, which are those of p = 1."""
+    return use | {("busy", row[1]): count for row, count in use.items() if row[2] == 1}

@@ -8,15 +8,16 @@ stay in place in all of these, so that only GPUs that join a replica read weight
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from hetis.solver.cluster import Cluster
+from hetis.solver.constraints import DUTY_OF_ROLE, Duty
 from hetis.solver.placement.fleet import class_of_slots
 from hetis.solver.placement.pipelines import is_run_by_engine
-from hetis.solver.placement.tables import BOTH, FIRST, LAST, CostTables
+from hetis.solver.placement.tables import BOTH, FIRST, LAST, CostTables, Scope
 from hetis.solver.placement.template import Template, TemplateStage, interval_of, least_ttft_limit_s, roles, room_layers
 from hetis.solver.plan import AttentionWorkerPool, ReplicaPlan, Role, StagePlan
 from hetis.solver.replanning.change import ChangeCosts, Fate
@@ -90,6 +91,11 @@ class _Layout:
     def is_whole(self) -> bool:
         return all(group is not None for parts in (*self.groups, *self.workers) for group in parts)
 
+    def without_pools(self, which: Callable[[Iterable[bool]], bool]) -> _Layout:
+        """Return it with the head groups back on stages of which ``which`` (any or all) attention workers are lost."""
+        left = (() if cards and which(card is None for card in cards) else cards for cards in self.workers)
+        return replace(self, workers=tuple(left))
+
 
 class Continuations:
     """The options of running replicas; equal shapes are evaluated once."""
@@ -101,10 +107,14 @@ class Continuations:
     def options(self, number: int, replica: ReplicaPlan) -> tuple[Continuation, ...]:
         """Return every way in which replica ``number`` of the running plan may continue; empty if it cannot."""
         layout = self._layout(replica)
-        template = self._template(layout)
-        if template is None:
-            return ()
-        return tuple((self._of_whole if layout.is_whole else self._of_broken)(number, layout, template))
+        if layout.is_whole:
+            template = self._template(layout)
+            return () if template is None else tuple(self._of_whole(number, layout, template))
+        found = list[Continuation]()
+        for each in dict.fromkeys((layout, layout.without_pools(all), layout.without_pools(any))):
+            template = self._template(each)
+            found += [] if template is None else self._of_broken(number, each, template)
+        return tuple(found)
 
     def has_lost(self, replica: ReplicaPlan) -> bool:
         """Return whether it lost GPUs, so that it does not run any more."""
@@ -138,18 +148,20 @@ class Continuations:
     def _template(self, layout: _Layout) -> Template | None:
         """Return the replica in terms of the cost tables; None if family or fleet cannot have such a replica."""
         stages, replica = list[TemplateStage](), layout.replica
-        dp, tables = replica.attention_dp, self.costs.scopes[0].tables
+        dp, tables, home = replica.attention_dp, self.costs.scopes[0].tables, self._home(layout)
         for index, (stage, groups, workers) in enumerate(
             zip(replica.stages, layout.groups, layout.workers, strict=True)
         ):
-            device_class = self._class_of(groups, stage.gpu)
-            rank = None if device_class is None else self.costs.rank_of(device_class, stage.tp * dp, dp)
-            if rank is None:
+            size = stage.tp * dp
+            able = [g for g in self._alike(stage.gpu, replica.role) if self.costs.rank_of(g, size, dp) is not None]
+            device_class = self._class_of(groups, [g for g in able if self._zone(g) in home] or able)
+            rank = None if device_class is None else self.costs.rank_of(device_class, size, dp)
+            if device_class is None or rank is None or stage.copies > self.costs.problem.family.max_copies * dp:
                 return None
             pool_class, cards, held = -1, 0, 0
             if workers:
                 pool = next(pool for pool in replica.attention_workers if pool.stage == index)
-                found = self._class_of(workers, pool.gpu)
+                found = self._class_of(workers, self._able_workers(pool.gpu, replica.role, self._zone(device_class)))
                 cards, rest = divmod(len(workers), stage.copies)
                 if found is None or rest or pool.shared or cards not in self.costs.pool_sizes:
                     return None
@@ -163,25 +175,47 @@ class Continuations:
         rough = Template(scope, mix, f, tuple(stages), np.inf)
         return replace(rough, interval_s=interval_of(self.costs, rough))
 
-    def _class_of(self, groups: Sequence[Group], gpu: str) -> int | None:
-        """Return the common class of all remaining groups; if there are none, the fleet's largest class of the type."""
+    def _class_of(self, groups: Sequence[Group], able: Sequence[int]) -> int | None:
+        """Return the common class of all remaining groups; if there are none, the largest class of ``able``."""
         found = {self.places[group[0]].device_class for group in groups if group is not None}
         if len(found) > 1:
             return None
-        alike = [g for g, c in enumerate(self.costs.classes) if c.gpu == gpu]
-        return found.pop() if found else max(alike, key=lambda g: self.costs.classes[g].available, default=None)
+        return found.pop() if found else max(able, key=lambda g: self.costs.classes[g].available, default=None)
+
+    def _alike(self, gpu: str, role: Role) -> list[int]:
+        """Return the classes of a type whose GPUs may be in replicas of this role."""
+        duty = DUTY_OF_ROLE[role]
+        return [g for g, c in enumerate(self.costs.classes) if c.gpu == gpu and duty not in c.constraints.barred]
+
+    def _able_workers(self, gpu: str, role: Role, zone: str) -> list[int]:
+        """Return the classes of a type whose GPUs may be attention workers in this zone, that of their stage."""
+        classes = self.costs.classes
+        return [
+            g
+            for g in self._alike(gpu, role)
+            if classes[g].zone == zone and Duty.WORKER not in classes[g].constraints.barred
+        ]
+
+    def _zone(self, device_class: int) -> str:
+        return self.costs.classes[device_class].zone
+
+    def _home(self, layout: _Layout) -> set[str]:
+        """Return the zones in which the replica still has GPUs, where those that replace others come from if possible.
+
+        An engine's replica lies in one zone, as do a stage and its attention workers.
+        """
+        parts = (group for part in (*layout.groups, *layout.workers) for group in part if group is not None)
+        return {self._zone(self.places[group[0]].device_class) for group in parts}
 
     def _settings(self, replica: ReplicaPlan, stages: Sequence[TemplateStage]) -> tuple[int, int, int] | None:
         """Return (scope, mix, in-flight index) of a replica on these stages."""
         zones = {self.costs.classes[self.costs.ranks[stage.rank][0]].zone for stage in stages}
         zones |= {self.costs.classes[stage.pool_class].zone for stage in stages if stage.pool_class >= 0}
-        afar = replica.role is Role.PREFILL and len(replica.kv_zones) > 1
-        key = (replica.micro_batch, replica.chunk_tokens, replica.role, afar, replica.attention_dp)
+        key = (replica.micro_batch, replica.chunk_tokens, replica.role, replica.sends_afar, replica.attention_dp)
         for x, mix in enumerate(self.costs.mixes):
             if (mix.micro_batch, mix.chunk_tokens, mix.role, mix.sends_afar, mix.attention_dp) == key:
                 for scope, part in enumerate(self.costs.scopes):
-                    is_own = all(part.computes_on(self.costs.ranks[stage.rank][0]) for stage in stages)
-                    if set(part.zones) == zones and part.serves(mix) and is_own:
+                    if set(part.zones) == zones and part.serves(mix) and has_stages(self.costs, part, stages):
                         in_flight = self.costs.problem.family.in_flight
                         wanted = replica.in_flight // replica.attention_dp
                         found = in_flight.index(wanted) if wanted in in_flight else None
@@ -222,7 +256,7 @@ class Continuations:
             there = [card for card in cards if card is not None]
             each = max((p for p in self.costs.pool_sizes if p * len(left) <= len(there)), default=0)
             if stage.pool_class >= 0 and each == 0:
-                return None  # its head groups would have to return to the stage, whose memory is too small for them
+                return None  # what becomes of the replica without these workers is an option of its own
             each = each if stage.pool_class >= 0 else 0
             stages.append(replace(stage, copies=len(left), pool_cards=each))
             pools.append(tuple(there[: each * len(left)]))
@@ -261,6 +295,19 @@ class Continuations:
                 if (best is None or candidate.rate > best.rate) and is_allowed(costs, candidate):
                     best = candidate
         return best
+
+
+def has_stages(costs: CostTables, scope: Scope, stages: Sequence[TemplateStage]) -> bool:
+    """Return whether a scope has these stages: constraints and zones allow all of their GPUs to do their work in it."""
+    tables = scope.tables
+    for stage in stages:
+        device_class = costs.ranks[stage.rank][0]
+        if not scope.computes_on(device_class) or tables.available[device_class] == 0:
+            return False
+        pool_class = stage.pool_class
+        if pool_class >= 0 and (tables.available[pool_class] == 0 or tables.pool_start[stage.rank, pool_class] < 0):
+            return False
+    return True
 
 
 def is_allowed(costs: CostTables, template: Template) -> bool:

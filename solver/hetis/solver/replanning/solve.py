@@ -40,7 +40,7 @@ from hetis.solver.replanning.change import (
     plan_change,
 )
 from hetis.solver.replanning.fresh import Fresh, bound_of, search_fresh, search_left_over
-from hetis.solver.replanning.net_master import Candidate, ColumnChoice, NetMaster, Slot, inventory_of
+from hetis.solver.replanning.net_master import Candidate, ColumnChoice, NetMaster, Slot, inventory_of, least_start_s
 from hetis.solver.replanning.running import Continuations, Group, Place, places_of
 from hetis.solver.replanning.transition import Start, Transition, plan_transition
 
@@ -125,8 +125,9 @@ def solve_replanning(
     settings.tell("which replicas to keep")
     choice = _choose(net, candidates, running, fresh, settings)
     if choice is None:
-        raise _none(given, fresh, net.is_settled, quiet)
-    bound = bound_of(net, running.candidates, fresh, time_limit_s=_seconds(settings.budget), seed=seed)
+        raise _none(given, fresh, net, candidates, quiet)
+    limit_s = _seconds(settings.budget)
+    bound = bound_of(net, running.candidates, fresh, running.busy, time_limit_s=limit_s, seed=seed)
     answer = _answer(given, running, net, fresh, choice, bound, settings)
     plan = restored(answer.plan, problem, whole) if whole.constraints else answer.plan
     return replace(answer, plan=replace(plan, family=whole.describe_family()))
@@ -169,9 +170,16 @@ def _choose(
 
 
 def _none(
-    given: ReplanningProblem, fresh: Fresh, is_settled: bool, settings: SearchSettings
+    given: ReplanningProblem, fresh: Fresh, net: NetMaster, candidates: Sequence[Candidate], settings: SearchSettings
 ) -> InfeasibleError | NoPlanFoundError:
     """Return the error that explains why there is nothing to choose."""
+    if fresh.value is not None and _starts_too_late(net, candidates):
+        least_s = least_start_s(net.change_costs, net.costs, sum(c.available for c in net.costs.classes))
+        return InfeasibleError(
+            (f"nothing serves within {given.costs.horizon_s:.4g} s: every start takes at least {least_s:.4g} s",)
+        )
+    # Without candidates there was nothing to settle: every replica moves a GPU, or every shape of the family was seen.
+    is_settled = net.is_settled or (not candidates and (given.max_moves == 0 or fresh.enumerated is not None))
     is_proved = fresh.is_empty if fresh.value is None else given.max_moves is not None and is_settled
     if settings.budget.is_spent() or not is_proved:
         return settings.stopped()
@@ -181,6 +189,16 @@ def _none(
     asked = "" if demand is None or given.problem.objective.maximises else f" that serves {demand:.4g} requests/s"
     reason = f"at most {given.max_moves} GPUs may change their work, and no plan{asked} needs so few"
     return InfeasibleError((reason,))
+
+
+def _starts_too_late(net: NetMaster, candidates: Sequence[Candidate]) -> bool:
+    """Return whether it is proved that nothing serves within the horizon: all replicas would have to start first."""
+    horizon_s, num_gpus = net.change_costs.horizon_s, sum(c.available for c in net.costs.classes)
+    return (
+        net.master.maximises
+        and all(candidate.start_s >= horizon_s for candidate in candidates)
+        and least_start_s(net.change_costs, net.costs, num_gpus) >= horizon_s
+    )
 
 
 def _answer(
@@ -283,6 +301,7 @@ class Survivors:
         stay_rates, stay_shares: requests/s over the horizon that are not lost if a replica stays; the same relative to
             its rate, of those that have a template.
         keepable: replicas that may continue unchanged.
+        busy: GPUs of each class that do something in the running plan.
     """
 
     def __init__(self, given: ReplanningProblem, costs: CostTables) -> None:
@@ -299,6 +318,8 @@ class Survivors:
         runs = (i for i in range(len(replicas)) if i not in self.lost)
         self.stay_rates = {i: HALF_DONE * in_flight(replicas[i]) / horizon_s for i in runs}
         self.stay_shares = {i: min(1.0, self.stay_rates[i] / template.rate) for i, template in whole.items()}
+        held = holdings(given.running)
+        self.busy = Counter(p.device_class for d, p in self.places.items() if d in held and held[d].gpu == p.gpu)
         self.keepable = {option.old for option in self.options if option.fate is Fate.KEPT}
 
     def master(self, demand: float | None) -> NetMaster:

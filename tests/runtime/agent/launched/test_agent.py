@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import resource
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -84,6 +85,30 @@ async def test_engines_end_with_their_agent_and_start_with_the_next(tmp_path: Pa
         assert leaders(tmp_path) == []
         assert told_once(lives(tmp_path)) == ["started", "told 0", "started", "told 0"]
     assert "Traceback" not in processes.log()
+
+
+async def test_an_engine_outlives_a_full_disk_of_its_agent(tmp_path: Path, processes: Processes) -> None:
+    options = write_settings(tmp_path)
+    async with PlannerDouble() as planner:
+        agent = processes.start("--server", planner.address, *options)
+        await planner.connected(1)
+        planner.send(delta(assigned()))
+        await planner.until(lambda message: is_in(message, AssignmentState.ASSIGNMENT_STATE_SERVING))
+        _, most = resource.prlimit(agent.pid, resource.RLIMIT_FSIZE)
+        resource.prlimit(agent.pid, resource.RLIMIT_FSIZE, (0, most))
+        planner.epoch = 2
+        newer = delta(assigned(), 2)
+        newer.epoch = 2  # which the agent has to write down first
+        planner.send(newer)
+        await asyncio.sleep(3)
+        assert agent.poll() is None
+        assert planner.hellos == 1
+        resource.prlimit(agent.pid, resource.RLIMIT_FSIZE, (most, most))
+        await planner.connected(2)
+        hello = [message for message in planner.heard if message.HasField("hello")][-1].hello
+        assert hello.newest_epoch == 2
+        assert [held.generation for held in hello.replicas] == [2]
+    assert lives(tmp_path) == ["started"]
 
 
 async def test_what_cannot_be_run_is_told_to_the_planner_as_a_failure(tmp_path: Path, processes: Processes) -> None:

@@ -10,11 +10,13 @@ from itertools import islice
 from hetis.planner.report.changes import MAX_STEPS, change_cost_words, change_counts, lowest_words, step_rows
 from hetis.planner.report.comparison import (
     change_lines,
+    engine_words,
     model_words,
     offer_row,
     side_rows,
     verdict_words,
 )
+from hetis.planner.report.differences import difference_words, differences
 from hetis.planner.report.figures import digits, percent, plural
 from hetis.planner.report.page.blocks import (
     Block,
@@ -27,7 +29,7 @@ from hetis.planner.report.page.blocks import (
     render_page,
 )
 from hetis.planner.report.page.plan_section import plan_section
-from hetis.planner.report.page.side_by_side import difference_words, differences, side_by_side
+from hetis.planner.report.page.side_by_side import side_by_side
 from hetis.planner.report.plan import problem_line
 from hetis.planner.report.simulation import service_level_words
 from hetis.planner.report.simulation_pictures import Panel, panels_of, panels_of_sweep
@@ -84,7 +86,8 @@ def comparison_page(compared: Sequence[Compared], inputs: Inputs, objective: Obj
         blocks.append(Sentences(title="Without a plan", terms=without))
     if failed := tuple((one.name, "; ".join(one.reasons)) for one in compared if one.plan is not None and one.reasons):
         blocks.append(Sentences(title="Simulation or another search failed", terms=failed))
-    lead = problem_line(inputs, objective)
+    words = engine_words(compared)
+    lead = problem_line(inputs, objective) + (f"; {words}" if words else "")
     sections = [Section(anchor="beside", heading="Strategies side by side", lead=lead, blocks=tuple(blocks))]
     if with_plan:
         name, best = with_plan[best_of([plan for _, plan in with_plan])]

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from hetis.planner.report.explanation import memory_shares, time_shares
-from hetis.planner.report.figures import digits, gigabytes, percent, plural, seconds, tokens
+from hetis.planner.report.figures import digits, gigabytes, percent, percent_at_least, plural, seconds, tokens
 from hetis.planner.report.page.axes import chart_of
 from hetis.planner.report.page.blocks import (
     PLAIN,
@@ -37,6 +37,7 @@ from hetis.planner.report.plan import (
     less_than_planned,
     limits,
     misses_as_planned,
+    misses_demand,
     price_cells,
     problem_title,
     promised_figures,
@@ -44,6 +45,7 @@ from hetis.planner.report.plan import (
     simple_setups,
     stage_rows,
     verdict,
+    within_words,
 )
 from hetis.planner.report.simulation_pictures import Panel
 from hetis.planner.report.tables import SimulationRemarks, kept_beyond
@@ -51,7 +53,8 @@ from hetis.planner.use_cases.engine_values import EQUAL_STAGES
 from hetis.planner.use_cases.grouping import ReplicaGroup, group_replicas
 from hetis.planner.use_cases.place import OUT_OF_TIME, stopped_simulation_of
 from hetis.planner.use_cases.robustness.profile_errors import used_fits
-from hetis.planner.use_cases.verify import attained, limited_latencies, misses, verification_of
+from hetis.planner.use_cases.surviving import losses_of
+from hetis.planner.use_cases.verify import limited_latencies, misses, verification_of
 from hetis.solver.placement.explanation import explain_plan
 from hetis.solver.plan import Explanation, MemoryBar, ObjectiveKind, Plan, Role, parallel_sizes
 from hetis.solver.problem import PlacementProblem
@@ -140,6 +143,15 @@ def _tiles(plan: Plan, problem: PlacementProblem) -> Iterator[Tile]:
         unit="requests/s",
         note=by_model if kept is None else f"simulated; by the model {digits(plan.result.value)}",
     )
+    if (demand_rps := plan.objective.demand_rps) is not None:
+        missed = misses_demand(plan)
+        yield Tile(
+            label="Demand",
+            value=digits(demand_rps),
+            unit="requests/s",
+            note="not met" if missed else "",
+            tone="bad" if missed else "",
+        )
     yield Tile(
         label="Tokens",
         value=digits(figures.output_tokens_per_s),
@@ -161,18 +173,28 @@ def _tiles(plan: Plan, problem: PlacementProblem) -> Iterator[Tile]:
     )
     yield from _against_today(plan)
     yield from _simulated(plan)
+    for place, loss in losses_of(plan).items():
+        yield Tile(
+            label=f"After losing any one {place}",
+            value=percent_at_least(loss.share) if loss.rate else "nothing",
+            unit="at least still served" if loss.rate else "still served",
+            note=f"worst: {loss.name}",
+        )
 
 
 def _against_today(plan: Plan) -> Iterator[Tile]:
-    alone, kept = plan.inputs.get(EQUAL_STAGES), less_than_planned(plan)
-    if isinstance(alone, int | float) and alone > 0 and (kept is None or kept.rate_rps):
-        ratio = (plan.result.value if kept is None else kept.rate_rps) / alone - 1.0
+    """Yield the plan beside equal stages, both by the model if simulated traffic made the plan promise less."""
+    alone = plan.inputs.get(EQUAL_STAGES)
+    if isinstance(alone, int | float) and alone > 0:
+        ratio = plan.result.value / alone - 1.0
         good = ratio > 0 if plan.objective.maximises else ratio < 0
         sign = "+" if ratio > 0 else "−" if ratio < 0 else ""
+        value = f"{digits(alone)} {plan.result.unit}"
+        below = is_below_model(plan)
         yield Tile(
             label="Compared with today's practice",
             value=f"{sign}{percent(abs(ratio))}" if ratio else "the same",
-            note=f"equal stages{', by the model' if is_below_model(plan) else ''}: {digits(alone)} {plan.result.unit}",
+            note=f"by the model; equal stages, not simulated: {value}" if below else f"equal stages: {value}",
             tone="good" if good else "",
         )
 
@@ -190,7 +212,7 @@ def _simulated(plan: Plan) -> Iterator[Tile]:
     said = "".join(f"; {line}" for line in SimulationRemarks.of(found).lines())
     if found.kept:
         beyond = kept_beyond(found.rate_rps, found.kept_rps)
-        note = f"at {digits(found.rate_rps)} requests/s; {attained(found, plan)}{beyond}{said}"
+        note = f"at {digits(found.rate_rps)} requests/s; {within_words(found, plan)}{beyond}{said}"
         yield Tile(label="Simulated", value="limits kept", note=note, tone="" if found.too_short else "good")
     else:
         until = "no rate tried keeps them" if found.kept_rps is None else f"kept up to {digits(found.kept_rps)}/s"

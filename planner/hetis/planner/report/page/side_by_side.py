@@ -1,88 +1,22 @@
-"""Several plans on one page: on one scale, in one table, and how the problems that they solve differ."""
+"""Several plans on one page: on one scale and in one table."""
 
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 
-from hetis.formats.documents import digest
-from hetis.planner.report.comparison import SIMULATED_MEANS
-from hetis.planner.report.figures import digits, percent, plural, seconds, tokens
+from hetis.planner.report.comparison import simulated_means
+from hetis.planner.report.differences import LIMITS, is_one_question
+from hetis.planner.report.figures import digits, percent, seconds, tokens
 from hetis.planner.report.page.blocks import Block, Grid, Scale, ScaleRow, Sentences
-from hetis.planner.report.plan import goal_words, kept_cell, limits_words
+from hetis.planner.report.plan import kept_cell
 from hetis.planner.use_cases.compare import best_of, figures_of, kept_of
 from hetis.planner.use_cases.sources import Inputs
-from hetis.solver.constraints import described
 from hetis.solver.plan import Objective, Plan
 from hetis.solver.problem import PlacementProblem
 
 ROOM = 1.02  # ratio of an axis to its longest bar
-LIMITS = "latency limits"
-
-
-# The subjects in which problems may differ, each with a function that returns a value to compare and words for it.
-_SUBJECTS: Mapping[str, Callable[[PlacementProblem], tuple[Hashable, str]]] = {
-    "objective": lambda it: ((it.objective.kind, it.objective.demand_rps), goal_words(it.objective)),
-    LIMITS: lambda it: ((it.objective.ttft_limit_s, it.objective.tpot_limit_s), limits_words(it.objective)),
-    "model": lambda it: (digest(it.model), it.model.name),
-    "workload": lambda it: (digest(it.workload), it.workload.name),
-    "fleet": lambda it: (digest(it.cluster), f"{it.cluster.name} ({plural(it.cluster.num_gpus(), 'GPU')})"),
-    "engine": lambda it: (it.family.engine, "any" if it.family.engine is None else it.family.engine.name),
-    "engine settings": lambda it: (it.family.engine_settings, it.family.engine_settings.describe() or "none"),
-    "constraints": lambda it: _constraints(it),
-}
-# Where one of these differs, a higher value is not a better plan.
-_QUESTIONS = ("objective", LIMITS, "model", "workload")
-
-
-def differences(problems: Sequence[tuple[str, PlacementProblem]]) -> dict[str, str]:
-    """Return the subjects in which the problems of several plans differ: each value with the names of its plans."""
-    found = dict[str, str]()
-    for subject, read in _SUBJECTS.items():
-        plans_of = defaultdict[tuple[Hashable, str], list[str]](list)
-        for name, problem in problems:
-            plans_of[read(problem)].append(name)
-        if len(plans_of) > 1:
-            found[subject] = "; ".join(_of_plans([words for _, words in plans_of], list(plans_of.values())))
-    if changed := _changed_profiles([problem for _, problem in problems]):
-        found["profiles"] = f"those of {', '.join(changed)}"
-    return found
-
-
-def difference_words(differing: Mapping[str, str]) -> str:
-    """Return in a sentence in what the problems differ; nothing if they are the same."""
-    if not differing:
-        return ""
-    *others, last = differing
-    words = f"The plans differ in {', '.join(others)}{' and ' if others else ''}{last}"
-    return f"{words}{'' if is_one_question(differing) else ', so none is marked as the best'}."
-
-
-def is_one_question(differing: Mapping[str, str]) -> bool:
-    """Return whether the better of two values belongs to the better plan, although the problems may differ."""
-    return not differing.keys() & set(_QUESTIONS)
-
-
-def _of_plans(values: Sequence[str], names: Sequence[Sequence[str]]) -> Iterator[str]:
-    for number, (value, of_value) in enumerate(zip(values, names, strict=True)):
-        again = ", different in detail" if value in values[:number] else ""
-        yield f"{value}{again}: {', '.join(of_value)}"
-
-
-def _constraints(problem: PlacementProblem) -> tuple[Hashable, str]:
-    words = tuple(sorted(described(constraint) for constraint in problem.constraints))
-    return words, ", ".join(words) or "none"
-
-
-def _changed_profiles(problems: Sequence[PlacementProblem]) -> list[str]:
-    """Return the GPU types whose profiles are not the same in all problems that have them."""
-    digests = defaultdict[str, set[str]](set)
-    for problem in problems:
-        for gpu, profile in problem.profiles.items():
-            digests[gpu].add(digest(profile))
-    return sorted(gpu for gpu, known in digests.items() if len(known) > 1)
 
 
 def side_by_side(
@@ -92,8 +26,8 @@ def side_by_side(
 ) -> Iterator[Block]:
     """Yield the plans on one scale and in one table, with the best one in bold, and in what their problems differ.
 
-    ``differing`` is made by `differences`. Plans that answer different questions have no best one, and those with
-    different objectives no scale.
+    ``differing`` is made by `hetis.planner.report.differences`. Plans that answer different questions have no best
+    one, and those with different objectives no scale.
     """
     if not rows:
         return
@@ -113,7 +47,7 @@ def side_by_side(
             for name, plan, inputs in rows
         ),
         strong=best,
-        note=SIMULATED_MEANS if are_simulated else "",
+        note=simulated_means(plan for _, plan, _ in rows) if are_simulated else "",
     )
     if differing:
         terms = tuple((f"{subject[0].upper()}{subject[1:]}", words) for subject, words in differing.items())

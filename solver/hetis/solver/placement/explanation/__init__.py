@@ -15,11 +15,12 @@ from hetis.solver.cluster import Link, node_of
 from hetis.solver.constraints import Exclude
 from hetis.solver.cost import DeviceCost, rank_shape, state_bytes_per_copy
 from hetis.solver.errors import InvalidProblemError
+from hetis.solver.model import ModelSpec
 from hetis.solver.placement.explanation.replica_view import ReplicaView, main_view, replica_views
 from hetis.solver.placement.families import STRATEGIES
 from hetis.solver.placement.fleet import DeviceClass, device_classes
 from hetis.solver.placement.wording import in_bytes, in_percent, in_time, in_time_above, num_layers, stage_name
-from hetis.solver.plan import ClassPrice, Explanation, IdleGpus, Plan, Role, StageTime
+from hetis.solver.plan import ClassPrice, Explanation, IdleGpus, ObjectiveKind, Plan, Role, StageTime
 from hetis.solver.problem import PlacementProblem
 
 __all__ = ["explain_plan"]
@@ -182,13 +183,14 @@ def idle_classes(plan: Plan, problem: PlacementProblem) -> list[tuple[ClassPrice
 def _reasons(
     plan: Plan, problem: PlacementProblem, views: tuple[ReplicaView, ...], price: ClassPrice, device_class: DeviceClass
 ) -> Iterator[str]:
-    unit = plan.objective.unit
-    if plan.objective.demand_rps is not None and views:
-        yield f"the demand of {plan.objective.demand_rps:g} requests/s is met without them"
+    unit, demand_rps = plan.objective.unit, plan.objective.demand_rps
+    if demand_rps is not None and _meets(demand_rps, plan, problem):
+        yield f"by the model, the demand of {demand_rps:g} requests/s is met without them"
     elif STRATEGIES[plan.strategy].is_published:
         yield f"{plan.strategy} left them idle: a published heuristic has no prices that explain why"
     elif price.dual <= NOTHING * abs(plan.result.value):
-        yield "their marginal price is 0: the plan would gain nothing from more of them"
+        # Of the relaxation alone, even if the bound is reached: one more GPU may make room for a larger replica.
+        yield "their marginal price is 0: they are not scarce if fractions of replicas are allowed"
     else:
         yield f"each is worth {price.dual:.3g} {unit} at the margin, but the plan's whole replicas leave them idle"
     if views:
@@ -205,6 +207,15 @@ def _reasons(
             yield from _joining(view, device_class, idle)
     if plan.result.gap > NOTHING:
         yield f"a gap of {in_percent(plan.result.gap)} remains, so that a use for them may exist"
+
+
+def _meets(demand_rps: float, plan: Plan, problem: PlacementProblem) -> bool:
+    """Return whether a plan reaches the demand; one of the highest rate may fall short of it."""
+    if not plan.objective.maximises:
+        return True
+    is_throughput = plan.objective.kind is ObjectiveKind.THROUGHPUT
+    rate = plan.served_rate() * (1.0 if is_throughput else problem.assumptions.planned_utilisation)
+    return rate >= demand_rps * (1 - NOTHING)
 
 
 def _costs(view: ReplicaView, device_class: DeviceClass, idle: int) -> list[DeviceCost]:
@@ -297,8 +308,8 @@ def attention_workers(plan: Plan, problem: PlacementProblem, views: tuple[Replic
     pools = [(view, i) for view in views for i, stage in enumerate(view.shape.stages) if stage.pool is not None]
     for view, i in pools[:MAX_POOLS]:
         yield _used_pool(view, i)
-    if len(pools) > MAX_POOLS:
-        yield f"{len(pools) - MAX_POOLS} more pools are like these."
+    if (rest := len(pools) - MAX_POOLS) > 0:
+        yield f"{rest} more {'pool is' if rest == 1 else 'pools are'} like these."
     if pools:
         return
     if not views:
@@ -342,6 +353,16 @@ def _exchange_s(view: ReplicaView, stage: StageShape, pool: PoolShape) -> float:
     return float(cost.attention_s(b, pool.head_groups, pool.cards)) - worker_s
 
 
+def _why_heads_stay(model: ModelSpec) -> Iterator[str]:
+    """Yield the reasons for `ModelSpec.heads_can_move`."""
+    if model.linear is not None or model.indexer is not None or model.compressed is not None:
+        yield "layers keep state other than the KV of single heads"
+    if model.windows_free_kv and 0.0 < model.sliding_share < 1.0:
+        yield "windows free the KV of some layers only"
+    if model.draft is not None:
+        yield "layers verify drafts"
+
+
 def _unused_pools(plan: Plan, view: ReplicaView) -> Iterator[str]:
     busiest = view.busiest()
     stage = view.shape.stages[busiest.stage]
@@ -354,9 +375,7 @@ def _unused_pools(plan: Plan, view: ReplicaView) -> Iterator[str]:
         f"KV room is {full:.0%} planned ({where})."
     )
     if not view.problem.model.heads_can_move:
-        yield (
-            "No head can be computed elsewhere: layers keep state other than the KV of single heads, or verify drafts."
-        )
+        yield f"No head can be computed elsewhere: {' and '.join(_why_heads_stay(view.problem.model))}."
         return
     if not view.stage_cost(stage).shape.splits_groups:
         yield "Its ranks share head groups, so none of them can move."

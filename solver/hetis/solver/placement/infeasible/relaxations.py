@@ -6,6 +6,7 @@ Another way out is to add GPUs: for every offered type the fewest with which a p
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -124,8 +125,14 @@ def _best_latency(trials: Trials, member: Requirement, others: Collection[Requir
             low = middle
     impossible, possible = option_down(low), option_up(high)
     option = f"{name} {possible}"
-    sentence = f"{member} is out of reach{keeping_}: {impossible} cannot be kept, {possible} can ({option})"
+    found = f"{_in_words(impossible)} cannot be kept, {_in_words(possible)} can ({option})"
+    sentence = f"{member} is out of reach{keeping_}: {found}"
     return Relaxation(about=member, sentence=sentence, change=f"{member.subject} {possible}", option=option)
+
+
+def _in_words(option: str) -> str:
+    """Return a time as limits are written in sentences: ``119 ms`` for the option's ``119ms``."""
+    return re.sub(r"(?=m?s$)", " ", option, count=1)
 
 
 def _faster_links(trials: Trials, member: Requirement, others: Collection[Requirement]) -> Relaxation:

@@ -52,10 +52,10 @@ class Requirement:
         match self.subject:
             case Subject.DEMAND:
                 return f"{self.subject} {self.value:g} requests/s"
-            case Subject.TPOT:
-                return f"{self.subject} {self.value * 1e3:.4g} ms"
-            case Subject.TTFT:
+            case Subject.TTFT if self.value >= 1:
                 return f"{self.subject} {self.value:.4g} s"
+            case Subject.TPOT | Subject.TTFT:
+                return f"{self.subject} {self.value * 1e3:.4g} ms"
             case Subject.CONSTRAINT:
                 return described(self.constraint) if self.constraint is not None else ""
             case Subject.SETTINGS:
