@@ -63,8 +63,10 @@ class PlannerProcess:
             environment[PROFILE] = str(self._profile.absolute())
         module = "hetis.planner.service.main" if self._profile is None else __name__
         options = ("--listen", "127.0.0.1:0", "--status-page", "127.0.0.1:0", "--store", store, "--ready-json")
+        # Writes are timed, not limited: on a fast disk there are more of them per second than one caller may make.
+        settings = ("--set", "solver.processes=1", "--set", "writes.per_second=1e6")
         self._process = subprocess.Popen(
-            [sys.executable, "-m", module, *options, "--set", "solver.processes=1", *self._arguments],
+            [sys.executable, "-m", module, *options, *settings, *self._arguments],
             stdout=subprocess.PIPE,
             stderr=self._log,
             text=True,
