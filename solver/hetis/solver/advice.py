@@ -32,9 +32,7 @@ from hetis.solver.plan import Plan, Role
 from hetis.solver.problem import PlacementProblem
 
 EXACT = 1e-6  # width, as a ratio to the larger value, below which an interval counts as a number
-CROSSING = (
-    1e-5  # the same ratio, up to which an interval's ends may cross: values and bounds are rounded, on both sides
-)
+CROSSING = 1e-5  # the same ratio, up to which an interval's ends may cross, since values and bounds are rounded
 
 
 class Change(StrEnum):

@@ -372,9 +372,7 @@ class Nodes:
         start = bisect_right(ids, page.after) if isinstance(page.after, str) else 0
         matching = (node for node in itertools.islice(ids, start, None) if not wanted or views.state(node) in wanted)
         found, token = page.cut(list(itertools.islice(matching, page.num_read)), lambda node: node)
-        nodes = page.fitting(views.node(node, BASIC) for node in found)
-        if len(nodes) < len(found):
-            token = page.token_behind(found[len(nodes) - 1])
+        nodes, token = page.fitting(found, token, lambda node: views.node(node, BASIC), lambda node: node)
         return pb.ListNodesResponse(nodes=nodes, next_page_token=token)
 
     async def inventory(self, request: pb.GetInventoryRequest) -> pb.GetInventoryResponse:

@@ -180,15 +180,26 @@ class PageRequest:
         page = list(found[: self.size])
         return page, self.token_behind(place_of(page[-1])) if len(found) > self.size else ""
 
-    def fitting(self, messages: Iterable[M]) -> list[M]:
-        """Return the first of these messages, as many as have at most `MOST_PAGE_BYTES` together, but at least one."""
-        found, num_bytes = list[M](), 0
-        for message in messages:
+    def fitting(
+        self, found: Sequence[Item], token: str, message_of: Callable[[Item], M], place_of: Callable[[Item], Place]
+    ) -> tuple[list[M], str]:
+        """Return the messages of a page's resources, and the token of the next page, which may begin earlier.
+
+        They are as many of the first ones as have at most `MOST_PAGE_BYTES` together, but at least one.
+
+        Args:
+            found, token: the page, and the token of the next one if all of it fits.
+            message_of: returns a resource's message.
+            place_of: returns a resource's position in the list.
+        """
+        messages, num_bytes = list[M](), 0
+        for item in found:
+            message = message_of(item)
             num_bytes += message.ByteSize()
-            if found and num_bytes > MOST_PAGE_BYTES:
-                break
-            found.append(message)
-        return found
+            if messages and num_bytes > MOST_PAGE_BYTES:
+                return messages, self.token_behind(place_of(found[len(messages) - 1]))
+            messages.append(message)
+        return messages, token
 
     def token_behind(self, place: Place) -> str:
         """Return the token of the page that continues behind ``place``."""

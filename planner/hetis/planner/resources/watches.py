@@ -66,10 +66,9 @@ class RunningResources:
         records, token = await read_page(
             self._store, request, Reader.replicas, parent=request.parent, plan=request.plan
         )
-        page = read_page_request(request)
-        replicas = page.fitting(replica_now(self._fleet, record, BASIC) for record in records)
-        if len(replicas) < len(records):
-            token = page.token_behind(Reader.replicas.place_of(records[len(replicas) - 1]))
+        replicas, token = read_page_request(request).fitting(
+            records, token, lambda record: replica_now(self._fleet, record, BASIC), Reader.replicas.place_of
+        )
         return pb.ListReplicasResponse(replicas=replicas, next_page_token=token)
 
     async def get_redispatch(self, request: pb.GetRedispatchRequest) -> pb.GetRedispatchResponse:

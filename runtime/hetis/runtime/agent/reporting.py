@@ -26,9 +26,7 @@ class NodeReporter:
         self._settings = Settings()
         self._sent = NodeReport()
         self._has_sent = False
-        self._above: set[tuple[object, float]] = (
-            set()
-        )  # devices with the thresholds that they have reached, see `_rises`
+        self._above = set[tuple[object, float]]()  # devices with the thresholds that they have reached, see `_rises`
         self._sent_s = float("-inf")  # time of the last report
         self._spoke_s, self._beat_s = float("-inf"), 0.0  # time of the last message of any kind, which renews the lease
 
