@@ -32,6 +32,7 @@ from hetis.solver.budget import Budget, SearchSettings
 from hetis.solver.cluster import Cluster, Link, Network
 from hetis.solver.cost import DeviceCost, PoolCost, intra_link, rank_shape
 from hetis.solver.placement.families import STRATEGIES
+from hetis.solver.placement.fleet import Part
 from hetis.solver.placement.search import search
 from hetis.solver.placement.stage_cost import pool_entry
 from hetis.solver.placement.tables import CostTables, FloatArray, Tables
@@ -181,8 +182,8 @@ def _pool(costs: CostTables, s: int, q: int) -> PoolCost:
     """Return the costs of a pool of class q beside ranks of type s, in the one zone that these fleets have."""
     place, tp = costs.ranks[s]
     own, other = costs.classes[place], costs.classes[q]
-    link = own.link_in(costs.problem.cluster, (own.zone,))
-    link = link.slower_of(other.link_in(costs.problem.cluster, (other.zone,)))
+    link = own.link_in(costs.problem.cluster, Part((own.zone,)))
+    link = link.slower_of(other.link_in(costs.problem.cluster, Part((other.zone,))))
 
     def device(gpu: str, size: int) -> DeviceCost:
         shape = rank_shape(costs.problem.model, size)

@@ -4,8 +4,8 @@ Every role, every sequence of stages that the fleet could hold, every split of t
 set of replicas that packs into the nodes, with the KV flows between its zones as a separate linear program. Rates and
 bytes are those of `arithmetic.py`, so that the oracle shares nothing with search or checker.
 
-Not covered, and refused: explicit links between nodes; zone links so slow that the activations of replicas over several
-zones bind. KV may bind.
+Not covered, and refused: explicit links between nodes with prefill and decode apart; zone links so slow that the
+activations of replicas over several zones bind. KV may bind.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ class DeviceClass:
     nic: Link
     intra_link: Link
     usd_per_hour: float
+    node: str = ""  # only if the node has explicit links
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,7 +64,8 @@ def best_plan_value(
 
     Stages, replicas and plans that the predicates refuse are left out.
     """
-    assert not problem.cluster.network.between_nodes, "the oracle does not know explicit node links"
+    roles = set(problem.family.roles)
+    assert not problem.cluster.network.between_nodes or roles == {Role.UNIFIED}, "the oracle does not know such links"
     nodes = device_classes(problem.cluster)
     replicas = {w: r for w, r in best_replica_of_need(problem, nodes, may_be).items() if may_serve(w)}
     best, best_set = 0.0 if problem.objective.maximises else math.inf, list[Wanted]()
@@ -158,7 +160,9 @@ def value_of(problem: PlacementProblem, nodes: Mapping[DeviceClass, int], needs:
 def device_classes(cluster: Cluster) -> dict[DeviceClass, int]:
     """Return the classes of the cluster with the number of nodes that hold each."""
     nodes: dict[DeviceClass, int] = {}
+    linked = {node for pair in cluster.network.between_nodes for node in pair}
     for group in cluster.node_groups:
+        apart = [node for node in map(group.node_name, range(group.count)) if node in linked]
         for gpu in dict.fromkeys(slots.gpu for slots in group.gpus):
             mine = [slots for slots in group.gpus if slots.gpu == gpu]
             board = cluster.gpu_types[gpu]
@@ -171,8 +175,16 @@ def device_classes(cluster: Cluster) -> dict[DeviceClass, int]:
                 intra_link=group.intra_link or board_link,
                 usd_per_hour=cluster.price_of(mine[0]) or 0.0,
             )
-            nodes[device_class] = nodes.get(device_class, 0) + group.count
+            if len(apart) < group.count:
+                nodes[device_class] = nodes.get(device_class, 0) + group.count - len(apart)
+            nodes |= {replace(device_class, node=node): 1 for node in apart}
     return nodes
+
+
+def explicit_links(problem: PlacementProblem, own: DeviceClass, others: Iterable[str]) -> list[Link]:
+    """Return the explicit links between a class's node and some others."""
+    links = [problem.cluster.network.node_link(own.node, other) for other in others if other != own.node]
+    return [link for link in links if link is not None]
 
 
 Precision = tuple[str, float, float]  # name of the weights' precision, bytes of a weight, bytes of an element of KV
@@ -231,17 +243,19 @@ def best_replica_of_build(
     """The same for replicas of these stages, which have the problem's model in one precision."""
     replicas = dict[Wanted, BestReplica]()
     zones = {device_class.zone for device_class in nodes}
+    of_nodes = [(), *subsets({device_class.node for device_class in nodes if device_class.node})]
     for role, b, M, C, d in iterations(problem):
         setting = Numbers(problem, role=role, b=b, M=M, C=C, d=d)
         engine = problem.family.engine
         of_kind = [option for option in options if option.sharing == d]
         groups = [of_kind] if d > 1 else alike_for_engine(problem, of_kind, role, M)
-        for span, alike in itertools.product(subsets(zones), groups):
+        for span, some, of_group in itertools.product(subsets(zones), of_nodes, groups):
+            alike = [option for option in of_group if {c.node for c, _ in option.groups} <= {"", *some}]
             if len(span) > 1 and (role is not Role.UNIFIED or engine is not None):
                 continue
             for kv_zones in {span, tuple(sorted(zones))} if role is Role.PREFILL else {()}:
                 for need, replica in itertools.chain.from_iterable(
-                    ReplicaSearch(problem, setting, nodes, alike, span, kv_zones, most_copies).all_replicas()
+                    ReplicaSearch(problem, setting, nodes, alike, span, some, kv_zones, most_copies).all_replicas()
                     for most_copies in ((d,) if d > 1 else fillings(problem, M))
                 ):
                     gpus = frozenset(c.gpu for c, sizes in zip(nodes, need, strict=True) if sizes)
@@ -330,7 +344,8 @@ def stage_options(problem: PlacementProblem, nodes: Mapping[DeviceClass, int]) -
                     or p * c > other.per_node * nodes[other]
                 ):
                     continue
-                link = slowest([own.nic, other.nic, problem.cluster.network.zone_link(own.zone, own.zone)])
+                inside = problem.cluster.network.zone_link(own.zone, own.zone)
+                link = slowest([own.nic, other.nic, inside, *explicit_links(problem, own, [other.node])])
                 for k in range(1, groups_of_rank(model, n) + 1):
                     pool = Pool(gpu=other.gpu, cards=p, head_groups=k, link=link)
                     taken = groups + ((other, 1),) * (p * c)
@@ -356,6 +371,8 @@ Times = tuple[float, float, float]
 class ReplicaSearch:
     """All replicas of one (b, M, C) that span exactly these zones, with at most ``most_copies`` stage copies.
 
+    Of nodes with explicit links they use only ``linked``, and pay for the links among these.
+
     Of two beginnings that are equal except for their times, the one that is slower in all of them is dropped: whatever
     follows, it stays slower.
     """
@@ -367,6 +384,7 @@ class ReplicaSearch:
         nodes: Mapping[DeviceClass, int],
         options: list[StageOption],
         zones: tuple[str, ...],
+        linked: tuple[str, ...],
         kv_zones: tuple[str, ...],
         most_copies: float,
     ) -> None:
@@ -379,7 +397,8 @@ class ReplicaSearch:
         self.options = []
         for option in options:
             if option.device_class.zone in zones and may_have_pool(problem, setting.role, option.shape):
-                hop_link = slowest([option.device_class.nic, *zone_links])
+                own = option.device_class
+                hop_link = slowest([own.nic, *zone_links, *explicit_links(problem, own, linked)])
                 kv_link = slowest([hop_link, *kv_links]) if kv_links else None
                 shape = replace(option.shape, hop_link=hop_link, kv_link=kv_link)
                 self.options.append(replace(option, shape=shape))

@@ -22,7 +22,7 @@ from hetis.solver.constraints import (
     WithoutTp,
     WithoutWorkers,
 )
-from hetis.solver.plan import AttentionWorkerPool, Plan, Role, StagePlan
+from hetis.solver.plan import AttentionWorkerPool, KvRoute, Plan, Role, StagePlan
 from hetis.solver.problem import PlacementProblem
 from tests.solver.claimed_plans import plan_of, unclaimed
 from tests.solver.instances import make_node, make_problem
@@ -44,7 +44,7 @@ def the_plan(problem: PlacementProblem) -> Plan:
     one = unclaimed(replace(STAGE, kv_head_groups_kept=0), pools=(POOL,))
     prefill = unclaimed(ALONE, role=Role.PREFILL, kv_zones=("east",))
     decode = unclaimed(replace(ALONE, gpu="B", devices=("w/0",)), role=Role.DECODE)
-    return plan_of(problem, one, prefill, decode)
+    return replace(plan_of(problem, one, prefill, decode), kv_routes=(KvRoute(prefill=1, decode=2, rate=1.0),))
 
 
 def of(unit: Unit, name: str) -> Selection:
@@ -88,6 +88,14 @@ def test_what_breaks_a_constraint_is_seen_and_nothing_else(kept: Constraint, bro
     asked = replace(problem, constraints=(kept, broken))
     found = {violation.where for violation in check_plan(plan, asked) if violation.rule is Rule.CONSTRAINT}
     assert found == {str(broken)}
+
+
+@pytest.mark.parametrize("broken", [Use(gpus=of(Unit.TYPE, "B"), least=1), Replicas(least=3, most=3)], ids=str)
+def test_replicas_that_no_kv_leaves_or_reaches_keep_no_pin(broken: Constraint) -> None:
+    problem = the_problem()
+    idle = replace(the_plan(problem), kv_routes=())
+    asked = replace(problem, constraints=(broken,))
+    assert {v.where for v in check_plan(idle, asked) if v.rule is Rule.CONSTRAINT} == {str(broken)}
 
 
 def test_copies_that_share_experts_on_as_many_gpus_break_a_constraint_on_a_tp_size() -> None:

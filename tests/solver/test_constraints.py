@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from hetis.solver.budget import Budget, SearchSettings
 from hetis.solver.check import Rule, check_plan
-from hetis.solver.cluster import Cluster
+from hetis.solver.cluster import Cluster, Link, Network
 from hetis.solver.constraints import (
     DUTY_OF_ROLE,
     PARTS,
@@ -279,6 +279,38 @@ def test_a_node_kept_for_prompts_holds_prefill_replicas_alone() -> None:
     there = [replica for replica in plan.replicas if any(name.startswith("a-1/") for name in replica.devices())]
     assert there
     assert {replica.role for replica in there} == {Role.PREFILL}
+
+
+def idle_replicas(plan: Plan) -> list[int]:
+    """Return the prefill and decode replicas that no KV leaves or reaches."""
+    routed = {end for route in plan.kv_routes for end in (route.prefill, route.decode)}
+    return [i for i, replica in enumerate(plan.replicas) if replica.role is not Role.UNIFIED and i not in routed]
+
+
+def with_slow_cards(zone: str, network: Network | None, limit_s: float | None, *pins: Constraint) -> PlacementProblem:
+    """Two quick cards, and four in a zone that are too slow to prefill within a TTFT limit of 3 ms."""
+    nodes = [make_node("a", "A", gpus=2), make_node("b", "B", gpus=4, zone=zone)]
+    slow = make_profile("B", flops=3e11, bytes_per_s=3e9, usable_bytes=12_000_000)
+    profiles = {"A": make_profile("A", flops=4e12, bytes_per_s=4e10), "B": slow}
+    objective = replace(NO_LIMITS, ttft_limit_s=limit_s)
+    return replace(make_problem(nodes, profiles=profiles, network=network, objective=objective), constraints=pins)
+
+
+def test_a_constraint_keeps_no_idle_replica() -> None:
+    only = RestrictRole(gpus=of("type=B"), duty=Duty.DECODE, only=True)
+    plan = solved(with_slow_cards("default", None, None, only))
+    assert idle_replicas(plan) == []
+    without = solved(with_slow_cards("default", None, None, Exclude(gpus=of("type=B"))))
+    assert plan.result.value == pytest.approx(without.result.value)
+
+
+def test_gpus_that_must_be_used_serve_requests() -> None:
+    """Decode replicas behind a link that carries no prompt's KV keep no pin."""
+    network = Network(default=Link(bytes_per_s=5e8, latency_s=1e-5), zone_default=Link(bytes_per_s=1e-3, latency_s=1.0))
+    use = Use(gpus=of("type=B"), least=2)
+    assert idle_replicas(solved(with_slow_cards("west", network, None, use))) == []
+    with pytest.raises(NoPlanFoundError, match="keeps the pins with replicas that all serve requests"):
+        solve_placement(with_slow_cards("west", network, 0.003, use))
 
 
 def test_replicas_are_counted() -> None:

@@ -81,7 +81,7 @@ def _by_published_heuristic(problem: PlacementProblem, settings: SearchSettings)
         raise InvalidProblemError(f"{constraint}: strategy {strategy} can only leave out GPUs and TP sizes")
     report = in_objective_units(settings.report, problem)
     plan = PUBLISHED[strategy].solve(searched, budget=settings.budget, seed=settings.seed, report=report)
-    return restored(plan, searched, problem) if problem.constraints else plan
+    return plan if searched is problem else restored(plan, searched, problem)
 
 
 # --- prices of constraints

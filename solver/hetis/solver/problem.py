@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import NamedTuple
 
 from hetis.solver.cluster import Cluster, NodeGroup
-from hetis.solver.constraints import ConstraintIndex, Constraints, Duty, Exclude, RestrictRole, Unit, described
+from hetis.solver.constraints import (
+    ConstraintIndex,
+    Constraints,
+    Duty,
+    Exclude,
+    RestrictRole,
+    Selection,
+    Unit,
+    described,
+)
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.model import ModelSpec
+from hetis.solver.node_links import NodeLinks, node_links_of
 from hetis.solver.plan import Objective, ObjectiveKind, ReplicaPlan, Role
 from hetis.solver.profile import Profile
 from hetis.solver.workload import Workload
@@ -314,8 +323,9 @@ class Family:
 
 APART = "replicas, and the KV that they exchange inside a zone, with GPUs of one vendor and one precision"
 """Description of families whose GPUs have several builds."""
+OWN_LINKS = "with each hop charged at most the slowest explicit link between nodes of its replica"
 EXPLICIT_LINKS = "computed with the slowest explicit link of any node of a group, whichever of them are used"
-"""Description of families of fleets with explicit links between nodes, see `hetis.solver.placement.fleet`."""
+"""Descriptions of families of fleets with explicit links between nodes: few of them, and many (`node_links_of`)."""
 
 
 class Build(NamedTuple):
@@ -330,7 +340,7 @@ class PlacementProblem:
     """Everything that a placement depends on; profiles are keyed by GPU type name.
 
     ``constraints`` are further conditions on the plan; the search moves them into cluster, family and
-    ``constraint_index`` (`placement/constrained_problem.py`).
+    ``constraint_index`` (`placement/constrained_problem.py`), and explicit links between nodes into ``node_links``.
     """
 
     cluster: Cluster
@@ -342,12 +352,14 @@ class PlacementProblem:
     family: Family = field(default_factory=Family)
     constraints: Constraints = ()
     constraint_index: ConstraintIndex | None = None
+    node_links: NodeLinks | None = None
 
     def describe_family(self) -> str:
         """Return the plans that are searched in one sentence: those of the family that meet the constraints."""
         parts = [self.family.describe(self.model), *([APART] if len(self.builds()) > 1 else ())]
         if self.cluster.network.between_nodes:
-            parts.append(EXPLICIT_LINKS)
+            links = node_links_of(self.cluster, self.nodes_left_out())
+            parts += [EXPLICIT_LINKS] if links is None else [OWN_LINKS] if links.between else []
         return "; ".join([*parts, *map(described, self.constraints)])
 
     @property
@@ -387,14 +399,15 @@ class PlacementProblem:
         barring += [c.gpus for c in self.constraints if isinstance(c, RestrictRole) and Duty.PRIMARY in c.barred]
         if not barring:
             return True
-
-        def is_free(node: str, index: int, name: str) -> bool:
-            place = {"device": f"{node}/{index}", "node": node, "gpu": gpu, "zone": group.zone}
-            return name == gpu and not any(each.takes(**place) for each in barring)
-
         nodes_differ = any(each.unit in (Unit.NODE, Unit.GPU) for each in barring)
         nodes = map(group.node_name, range(group.count if nodes_differ else 1))
-        return any(group.keeping(partial(is_free, node)).gpus for node in nodes)
+        return any(slots.gpu == gpu for node in nodes for slots in _without(barring, group, node).gpus)
+
+    def nodes_left_out(self) -> frozenset[str]:
+        """Return the nodes of which constraints exclude all GPUs."""
+        out = [each.gpus for each in self.constraints if isinstance(each, Exclude)]
+        nodes = ((group, group.node_name(i)) for group in self.cluster.node_groups for i in range(group.count))
+        return frozenset(node for group, node in nodes if not _without(out, group, node).gpus) if out else frozenset()
 
     def in_precision_of(self, gpu: str) -> PlacementProblem:
         """Return the problem of replicas whose stages are on this GPU type: the model in that type's precision."""
@@ -426,3 +439,12 @@ class PlacementProblem:
             raise InvalidProblemError(
                 f"objective cost needs the price of every GPU type: set usd_per_hour in the cluster for {types}"
             )
+
+
+def _without(out: Sequence[Selection], group: NodeGroup, node: str) -> NodeGroup:
+    """Return the nodes of a group with the GPUs of this one that are in no selection."""
+    return group.keeping(
+        lambda index, gpu: (
+            not any(each.takes(device=f"{node}/{index}", node=node, gpu=gpu, zone=group.zone) for each in out)
+        )
+    )

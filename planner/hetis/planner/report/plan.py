@@ -66,7 +66,7 @@ from hetis.solver.plan import (
     Status,
 )
 from hetis.solver.planning import ConstraintPrice
-from hetis.solver.problem import EXPLICIT_LINKS, Family, PlacementProblem
+from hetis.solver.problem import EXPLICIT_LINKS, OWN_LINKS, Family, PlacementProblem
 
 MAX_SHAPES = 12  # replica shapes shown in full; the others are summarised in one line
 MAX_CLASSES = 40
@@ -124,6 +124,8 @@ def searched(plan: Plan) -> Iterator[str]:
         yield f"Constraints: {'; '.join(plan.family.split('; ')[-len(constraints) :])}."
     if EXPLICIT_LINKS in plan.family:
         yield f"All are {EXPLICIT_LINKS}."
+    if OWN_LINKS in plan.family:
+        yield f"All are {OWN_LINKS}."
     yield "The bound holds for all these plans; `hetis-plan explain`, or -o wide, describes them exactly."
 
 

@@ -94,7 +94,7 @@ def _choices(problem: PlacementProblem) -> Iterator[_Choice]:
     family, engine = problem.family, problem.family.engine
     assert engine is not None, "the engine's rules remain"
     classes = [
-        c for c in device_classes(problem.cluster, problem.constraint_index)
+        c for c in device_classes(problem.cluster, problem.constraint_index, problem.node_links)
         if Duty.PRIMARY not in c.constraints.barred
     ]  # fmt: skip
     # Roles that different GPUs may have are searched one after another.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from hetis.solver.check.fleet import Fleet, is_in
 from hetis.solver.check.violation import Rule, Violation
@@ -48,7 +49,8 @@ def _broken(constraint: object, plan: Plan, fleet: Fleet) -> Iterator[str]:
                 if having:
                     yield f"{_some(having)} in the duty {duty}"
         case Use(gpus=gpus, least=least):
-            count = len({name for name, _ in _duties(plan) if _is_of(gpus, name, fleet)})
+            serving = replace(plan, replicas=tuple(plan.replicas[number] for number in _serving(plan)))
+            count = len({name for name, _ in _duties(serving) if _is_of(gpus, name, fleet)})
             if count < least:
                 yield f"{count} of them are used, must be at least {least}"
         case WithoutTp(tp=tp):
@@ -72,6 +74,14 @@ def _broken(constraint: object, plan: Plan, fleet: Fleet) -> Iterator[str]:
                 yield f"the plan takes {total:.9g}, must be at most {most:.9g}"
         case Replicas() if not constraint.allows(len(plan.replicas)):
             yield f"the plan has {len(plan.replicas)} replicas"
+        case Replicas() if not constraint.allows(count := len(_serving(plan))):
+            yield f"{count} of the plan's {len(plan.replicas)} replicas serve: KV leaves or reaches no other"
+
+
+def _serving(plan: Plan) -> list[int]:
+    """Return the replicas that serve requests: unified ones, and those that KV leaves or reaches."""
+    ends = {end for route in plan.kv_routes for end in (route.prefill, route.decode)}
+    return [i for i, replica in enumerate(plan.replicas) if i in ends or replica.role is Role.UNIFIED]
 
 
 def _duties(plan: Plan) -> Iterator[tuple[str, frozenset[Duty]]]:

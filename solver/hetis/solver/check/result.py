@@ -15,7 +15,7 @@ from hetis.solver.cluster import Link, NodeGroup
 from hetis.solver.constraints import Duty, RestrictRole, in_words
 from hetis.solver.model import ModelSpec
 from hetis.solver.plan import KvRoute, ObjectiveKind, Plan, Role, Status
-from hetis.solver.problem import APART, EXPLICIT_LINKS, PlacementProblem
+from hetis.solver.problem import APART, EXPLICIT_LINKS, OWN_LINKS, PlacementProblem
 
 _Kind = tuple[ModelSpec, str]  # the model in one precision, and a vendor
 OPTIMAL_GAP = 1e-6
@@ -174,8 +174,8 @@ def _check_question(plan: Plan, problem: PlacementProblem) -> Iterator[Broken]:
     """Check that the plan matches the problem: the objective, and the wording of the bound's family.
 
     Plans from before the introduction of roles do not mention them: all their replicas are unified. Likewise, older
-    plans with several precisions, and those of tenants, do not mention that GPUs of several kinds stay apart, and none
-    that explicit links count for whole groups of nodes. A file does not tell which constraints come from the engine, so
+    plans with several precisions, and those of tenants, do not mention that GPUs of several kinds stay apart, and how
+    explicit links count was another or not mentioned. A file does not tell which constraints come from the engine, so
     both of their wordings are the same.
     """
     wanted, result = problem.objective, plan.result
@@ -186,14 +186,15 @@ def _check_question(plan: Plan, problem: PlacementProblem) -> Iterator[Broken]:
     if result.unit != wanted.unit:
         yield Rule.OBJECTIVE, f"unit is {result.unit}, must be {wanted.unit}"
     family = _with_options(problem.describe_family(), problem)
-    earlier = family.replace(f"; {EXPLICIT_LINKS}", "")
-    if _with_options(plan.family, problem) not in (
-        family,
-        earlier,
-        earlier.removesuffix(UNIFIED_ALONE),
-        earlier.replace(f"; {APART}", ""),
-    ):
+    earlier = _without_links(family)
+    said = _without_links(_with_options(plan.family, problem))
+    if said not in (earlier, earlier.removesuffix(UNIFIED_ALONE), earlier.replace(f"; {APART}", "")):
         yield Rule.FAMILY, f'family is "{plan.family}", strategy {plan.strategy} searches "{family}"'
+
+
+def _without_links(family: str) -> str:
+    """Return the description of a family without that of explicit links, which earlier plans had otherwise or not."""
+    return family.replace(f"; {EXPLICIT_LINKS}", "").replace(f"; {OWN_LINKS}", "")
 
 
 def _with_options(family: str, problem: PlacementProblem) -> str:

@@ -249,11 +249,11 @@ def _place_in_zone(costs: CostTables, device_class: int) -> int:
 def _kind_of_scope(costs: CostTables, scope: int) -> Hashable:
     """Return a key, equal for scopes in which replicas of equal classes, in order, take equal times and memory."""
     here, t, cluster = costs.scopes[scope], costs.scopes[scope].tables, costs.problem.cluster
-    ranks = [s for s, (g, _) in enumerate(costs.ranks) if costs.classes[g].zone in here.zones]
+    inside = [g for g, c in enumerate(costs.classes) if here.part.has(c)]
+    ranks = [s for s, (g, _) in enumerate(costs.ranks) if g in inside]
     gpus = [
-        (c.gpu, c.gpus_per_node, c.intra, c.link_in(cluster, here.zones), c.constraints, here.computes_on(g))
-        for g, c in enumerate(costs.classes)
-        if c.zone in here.zones
+        (c.gpu, c.gpus_per_node, c.intra, c.link_in(cluster, here.part), c.constraints, here.computes_on(g))
+        for g, c in ((g, costs.classes[g]) for g in inside)
     ]
-    arrays = (t.t_cap, t.trip_cap, t.wire_s[:, ranks], t.hop_s[:, ranks])
+    arrays = (t.t_cap, t.trip_cap, t.wire_s[:, ranks], t.hop_s[:, ranks], t.pool_start[np.ix_(ranks, inside)])
     return here.roles, here.gpu, tuple(gpus), t.t_floor, *(values.tobytes() for values in arrays)

@@ -1,13 +1,13 @@
 """Constraints applied before the search: GPUs removed from the fleet, sizes from the family, an index of the rest.
 
-Removed GPUs are treated as absent, so bounds hold for the fleet without them. A node that a constraint names becomes a
-group of its own.
+Removed GPUs are treated as absent, so bounds hold for the fleet without them. A node that a constraint names, or that
+has an explicit link to another, becomes a group of its own.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 
 from hetis.solver.cluster import Cluster, NodeGroup
@@ -29,23 +29,27 @@ from hetis.solver.constraints import (
     misfits,
 )
 from hetis.solver.errors import InvalidProblemError
+from hetis.solver.node_links import node_links_of
 from hetis.solver.placement.fleet import class_of_slots, class_prices, device_classes
 from hetis.solver.plan import ClassPrice, Plan
 from hetis.solver.problem import Family, PlacementProblem
 
 
 def apply_constraints(problem: PlacementProblem) -> PlacementProblem:
-    """Return the problem as the search sees it: constraints are in its cluster, family and index.
+    """Return the problem as the search sees it: constraints are in its cluster, family and index, links in classes.
 
     Raises:
         InvalidProblemError: a constraint names something that the cluster does not have.
     """
-    if not problem.constraints:
+    network = problem.cluster.network
+    links = node_links_of(problem.cluster, problem.nodes_left_out()) if network.between_nodes else None
+    if not problem.constraints and links is None:
         return problem
     found = list(misfits(problem.constraints, problem.cluster, problem.family.tp_sizes))
     if found:
         raise InvalidProblemError("; ".join(map(str, found)))
-    pieces = (piece for group in problem.cluster.node_groups for piece in _pieces(group, problem.constraints))
+    linked = links.block_of if links is not None else {}
+    pieces = (piece for group in problem.cluster.node_groups for piece in _pieces(group, problem.constraints, linked))
     groups = tuple(group for group in pieces if group.gpus)
     index = ConstraintIndex(
         on=dict(_gpu_constraints(groups, problem.constraints)),
@@ -55,7 +59,7 @@ def apply_constraints(problem: PlacementProblem) -> PlacementProblem:
     )
     cluster = replace(problem.cluster, node_groups=groups)
     family = _family(problem.family, problem.constraints)
-    return replace(problem, cluster=cluster, family=family, constraints=(), constraint_index=index)
+    return replace(problem, cluster=cluster, family=family, constraints=(), constraint_index=index, node_links=links)
 
 
 def is_nothing_left(searched: PlacementProblem) -> bool:
@@ -63,12 +67,13 @@ def is_nothing_left(searched: PlacementProblem) -> bool:
     return not searched.cluster.node_groups or not searched.family.tp_sizes
 
 
-def _pieces(group: NodeGroup, constraints: Constraints) -> Iterator[NodeGroup]:
-    """Yield a group without excluded GPUs and with named nodes separated."""
+def _pieces(group: NodeGroup, constraints: Constraints, linked: Collection[str]) -> Iterator[NodeGroup]:
+    """Yield a group without excluded GPUs and with named and ``linked`` nodes separated."""
     of_some = [each.gpus for each in constraints if isinstance(each, Exclude | RestrictRole | Use)]
     named, names_nodes = {gpus.name for gpus in of_some}, any(gpus.unit in (Unit.NODE, Unit.GPU) for gpus in of_some)
-    nodes = [group.node_name(i) for i in range(group.count)] if names_nodes else []
-    apart = [i for i, node in enumerate(nodes) if node in named or any(n.startswith(f"{node}/") for n in named)]
+    nodes = [group.node_name(i) for i in range(group.count)] if names_nodes or linked else []
+    named |= {name.partition("/")[0] for name in named}
+    apart = [i for i, node in enumerate(nodes) if node in named or node in linked]
     if not apart:
         yield _without(group, group.node_name(0), constraints)
         return
@@ -132,7 +137,7 @@ def _prices(plan: Plan, searched: PlacementProblem, cluster: Cluster) -> tuple[C
     class_of = {device.name: class_at[device.group.name, device.gpu] for device in cluster.devices()}
     node_of = {device.node: device.group for device in cluster.devices()}
     duals = [0.0] * len(classes)
-    parts = device_classes(searched.cluster, searched.constraint_index)
+    parts = device_classes(searched.cluster, searched.constraint_index, searched.node_links)
     for part, price in zip(parts, plan.prices, strict=True):
         for group in part.groups:
             whole = class_at[node_of[group.node_name(0)].name, part.gpu]

@@ -8,15 +8,15 @@ A side has a *rate price*, the value of serving one more request/s there, which 
 maximised. A route is worth ``weight(z, y)``, which is 1 minus the price of its link, and the rate prices of its two
 ends must sum to at least that: ``alpha(z) + beta(y) >= weight(z, y)``. That is the dual of the flow rows, from which
 `Routes.highest_rate` and `Routes.least_cost` derive bounds.
-`Routes.least_cost` derive bounds.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +25,7 @@ from hetis.solver.cluster import Cluster, Link, Network, NodeGroup
 from hetis.solver.constraints import UNCONSTRAINED, ConstraintIndex, GpuConstraints
 from hetis.solver.cost import intra_link
 from hetis.solver.model import ModelSpec
+from hetis.solver.node_links import OTHERS, NodeLinks
 from hetis.solver.plan import ClassPrice, Role
 from hetis.solver.problem import PlacementProblem
 from hetis.solver.workload import WorkloadMoments
@@ -42,7 +43,8 @@ class DeviceClass:
     nic: Link
     intra: Link
     usd_per_hour: float | None
-    node_links: Link | None  # worst explicit link of its nodes, if the cluster has any
+    block: int  # of its nodes, see `NodeLinks`; 0 if the links of a class are those of any of its nodes
+    node_links: tuple[tuple[int, Link], ...]  # the worst explicit link of its nodes to each block
     constraints: GpuConstraints
     groups: tuple[NodeGroup, ...]  # the node groups of which the class consists
 
@@ -54,20 +56,58 @@ class DeviceClass:
     def available(self) -> int:
         return self.num_nodes * self.gpus_per_node
 
-    def link_in(self, cluster: Cluster, zones: tuple[str, ...]) -> Link:
-        """Return the slowest link that a device of this class may use in a replica that spans ``zones``."""
+    def link_in(self, cluster: Cluster, part: Part) -> Link:
+        """Return the slowest link that a device of this class may use in a replica that may be anywhere in a part."""
         link = self.nic
-        for a, b in itertools.combinations_with_replacement(zones, 2):
+        for a, b in itertools.combinations_with_replacement(part.zones, 2):
             link = link.slower_of(cluster.network.zone_link(a, b))
-        return link if self.node_links is None else link.slower_of(self.node_links)
+        return reduce(Link.slower_of, (to for block, to in self.node_links if part.has_block(block)), link)
 
 
-def device_classes(cluster: Cluster, index: ConstraintIndex | None = None) -> tuple[DeviceClass, ...]:
-    """Return the classes of a fleet in order of appearance; ``index`` has the constraints that distinguish GPUs."""
-    worst = _worst_node_links(cluster)
+class Part(NamedTuple):
+    """A part of the fleet: nodes in some zones, all of them or those in some blocks (`NodeLinks`)."""
+
+    zones: tuple[str, ...]
+    blocks: frozenset[int] | None = None
+
+    def has_block(self, block: int) -> bool:
+        return self.blocks is None or block in self.blocks
+
+    def has(self, c: DeviceClass) -> bool:
+        """Return whether the GPUs of a class are in this part."""
+        return c.zone in self.zones and self.has_block(c.block)
+
+
+def parts_of(
+    cluster: Cluster, zones: tuple[str, ...], classes: Sequence[DeviceClass], links: NodeLinks | None
+) -> Iterator[Part]:
+    """Yield the parts of these zones in which a replica is searched, each with other links between its nodes."""
+    if links is None:
+        yield Part(zones)
+        return
+    here = [c for c in classes if c.zone in zones]
+    blocks = frozenset(c.block for c in here)
+    found = dict.fromkeys(some & blocks for some in links.sets)
+
+    def is_covered(some: frozenset[int], by: frozenset[int]) -> bool:
+        part, other = Part(zones, some), Part(zones, by)
+        return by > some and all(c.link_in(cluster, other) == c.link_in(cluster, part) for c in here if part.has(c))
+
+    yield from (Part(zones, some) for some in found if not any(is_covered(some, other) for other in found))
+
+
+def device_classes(
+    cluster: Cluster, index: ConstraintIndex | None = None, links: NodeLinks | None = None
+) -> tuple[DeviceClass, ...]:
+    """Return the classes of a fleet in order of appearance; ``index`` has the constraints that distinguish GPUs.
+
+    So do explicit ``links`` whose blocks hold whole node groups. Without these, the worst link of a group counts.
+    """
+    worst = {} if links is not None else _worst_node_links(cluster)
     merged: dict[tuple[object, ...], list[NodeGroup]] = {}
     for group in cluster.node_groups:
-        explicit = _worst_of_group(group, worst)
+        block = OTHERS if links is None else links.block_of.get(group.node_name(0), OTHERS)
+        explicit = _worst_of_group(group, worst) if links is None else links.links_to(block)
         for gpu in dict.fromkeys(slots.gpu for slots in group.gpus):
             slots = [s for s in group.gpus if s.gpu == gpu]
             prices = {cluster.price_of(s) for s in slots}
@@ -75,7 +115,7 @@ def device_classes(cluster: Cluster, index: ConstraintIndex | None = None) -> tu
             nic = group.nic if group.nic is not None else cluster.network.default
             intra = intra_link(cluster.gpu_types[gpu], group.intra_link)
             constraints = index.of(group.name, gpu) if index is not None else UNCONSTRAINED
-            key = (gpu, sum(s.count for s in slots), group.zone, nic, intra, price, explicit, constraints)
+            key = (gpu, sum(s.count for s in slots), group.zone, nic, intra, price, block, explicit, constraints)
             merged.setdefault(key, []).append(group)
     return tuple(DeviceClass(*key, tuple(groups)) for key, groups in merged.items())  # type: ignore[call-arg,arg-type]
 
@@ -95,9 +135,9 @@ def _worst_node_links(cluster: Cluster) -> dict[str, Link]:
     return worst
 
 
-def _worst_of_group(group: NodeGroup, worst: dict[str, Link]) -> Link | None:
+def _worst_of_group(group: NodeGroup, worst: dict[str, Link]) -> tuple[tuple[int, Link], ...]:
     links = [worst[name] for name in map(group.node_name, range(group.count)) if name in worst] if worst else []
-    return reduce(Link.slower_of, links) if links else None
+    return ((OTHERS, reduce(Link.slower_of, links)),) if links else ()
 
 
 def class_of_slots(classes: Sequence[DeviceClass]) -> dict[tuple[str, str], int]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import NamedTuple
@@ -29,6 +29,7 @@ from hetis.solver.plan import Role
 
 NUM_ROLES = 4
 MOST_COMPOSITIONS = 400_000  # limit per TP size and depth
+MOST_EQUAL = 2_000  # choices of the nodes of equal stages with different explicit links
 EXACT = 1e-12  # ratio by which rounding may affect a bound on an interval
 
 
@@ -578,19 +579,21 @@ def _equal_stages(costs: CostTables, scope: int, mixes: IntArray) -> Iterator[Te
     degrees = np.array([mix.attention_dp for mix in costs.mixes])[mixes]
     family = costs.problem.family
     most_stages = min(t.num_layers, max(family.in_flight))
-    for s, (device_class, tp) in enumerate(costs.ranks):
-        if not costs.scopes[scope].computes_on(device_class):
-            continue
-        own = mixes[degrees == costs.rank_dp[s]]
+    for ranks in _equal_ranks(costs, scope):
+        own = mixes[degrees == costs.rank_dp[ranks[0]]]
         together = costs.regime_together(own[0])
-        for num_stages in range(1, min(most_stages, int(t.available[device_class]) // tp) + 1):
-            _, x, f = best_equal_split(t, own, s, num_stages, *regimes, together, family.engine is not None)
+        for counts in _counts_of_stages(
+            [int(t.available[t.rank_class[s]] // t.rank_tp[s]) for s in ranks], most_stages
+        ):
+            placed = [s for s, count in zip(ranks, counts, strict=True) for _ in range(count)]
+            slowest, num_stages = max(placed, key=lambda s: float(t.hop_s[:, s].sum())), len(placed)
+            _, x, f = best_equal_split(t, own, slowest, num_stages, *regimes, together, family.engine is not None)
             if x < 0:
                 continue
             each, spare = divmod(t.num_layers, num_stages)
             takers = [*range(1, num_stages - 1), 0, num_stages - 1][:spare] if num_stages > 1 else []
             stages = tuple(
-                TemplateStage(rank=s, copies=1, layers=each + (1 if i in takers else 0)) for i in range(num_stages)
+                TemplateStage(rank=s, copies=1, layers=each + (1 if i in takers else 0)) for i, s in enumerate(placed)
             )
             cuts = np.cumsum([stage.layers for stage in stages])[:-1]
             if np.any(t.cut_floor[cuts] != cuts):
@@ -598,3 +601,26 @@ def _equal_stages(costs: CostTables, scope: int, mixes: IntArray) -> Iterator[Te
             template = Template(scope, x, f, stages, np.inf)
             if is_run_by_engine(costs, template):
                 yield replace(template, interval_s=interval_of(costs, template))
+
+
+def _equal_ranks(costs: CostTables, scope: int) -> list[list[int]]:
+    """Return the rank types of a scope, together those of classes that differ only in their links to single nodes."""
+    found = dict[Hashable, list[int]]()
+    for s, (device_class, size) in enumerate(costs.ranks):
+        if costs.scopes[scope].computes_on(device_class):
+            c = costs.classes[device_class]
+            alike = replace(c, block=0, node_links=(), groups=())
+            found.setdefault((alike, size, costs.rank_dp[s]), []).append(s)
+    return list(found.values())
+
+
+def _counts_of_stages(most: Sequence[int], most_stages: int) -> Iterator[tuple[int, ...]]:
+    """Yield how many equal stages are of each rank type: all choices, or with too many, those of a single type."""
+    used = [i for i, count in enumerate(most) if count]
+    several = math.prod(1 + min(most[i], most_stages) for i in used) <= MOST_EQUAL
+    for counts in itertools.product(*(range(1 + (min(count, most_stages))) for count in most)) if several else ():
+        if 0 < sum(counts) <= most_stages:
+            yield counts
+    for i in () if several else used:
+        for count in range(1, 1 + min(most[i], most_stages)):
+            yield tuple(count if i == j else 0 for j in range(len(most)))

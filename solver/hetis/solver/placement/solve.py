@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -11,12 +11,13 @@ import numpy as np
 from hetis.solver import cost
 from hetis.solver.budget import Budget, Progress, Report, SearchSettings
 from hetis.solver.cluster import node_of
+from hetis.solver.errors import NoPlanFoundError
 from hetis.solver.placement.binding import BoundStage, bind
 from hetis.solver.placement.constrained_problem import apply_constraints, is_nothing_left, restored
 from hetis.solver.placement.families import STRATEGIES
 from hetis.solver.placement.fleet import UNIFIED, FloatArray, class_prices
 from hetis.solver.placement.infeasible import Market, infeasible
-from hetis.solver.placement.master import demanded_rate, row_costs_of
+from hetis.solver.placement.master import demanded_rate, pins_of, row_costs_of
 from hetis.solver.placement.outcome import Outcome, is_out_of_reach
 from hetis.solver.placement.search import equal_stages, search
 from hetis.solver.placement.stage_cost import state_on_rank
@@ -72,26 +73,51 @@ def solve_family(
         raise settings.stopped() if settings.budget.is_spent() else infeasible(problem, settings, market)
 
     def bound(outcome: Outcome) -> Plan:
-        if not problem.constraints:  # constraints may require idle GPUs to be in use
-            outcome = without_idle(costs, outcome)
-        chosen = [(with_fewest_in_flight(costs, template), count) for template, count in outcome.chosen]
+        tables, serving, spreads = _serving(costs, outcome, settings)
+        chosen = [(with_fewest_in_flight(tables, template), count) for template, count in serving.chosen]
         templates = [template for template, count in chosen for _ in range(count)]
-        bound_stages = bind(costs, templates, seed=settings.seed, budget=settings.budget)
-        return plan_of(costs, settings.strategy, outcome, templates, bound_stages, settings.budget)
+        bound_stages = bind(tables, templates, seed=settings.seed, budget=settings.budget)
+        return plan_of(tables, settings.strategy, serving, templates, bound_stages, settings.budget, spreads=spreads)
 
     plan = bound(outcome)
     if outcome.best is not None:
         plan = _simpler_or_best(plan, bound(outcome.best), simplest_within)
-    return restored(plan, searched, problem) if problem.constraints else plan
+    return plan if searched is problem else restored(plan, searched, problem)
 
 
-def without_idle(costs: CostTables, outcome: Outcome) -> Outcome:
+def _serving(costs: CostTables, outcome: Outcome, settings: SearchSettings) -> tuple[CostTables, Outcome, bool]:
+    """Return the outcome with replicas that serve only, its tables, and whether KV must spread over all of these.
+
+    A search does not distinguish replicas that serve from idle ones, which may be all that keeps a pin. If no flow of
+    KV can change that, the best unified replicas that keep the pins are searched. The bound holds all the same.
+
+    Raises:
+        NoPlanFoundError: the pins are kept by no plan found whose replicas all serve.
+    """
+    pins = pins_of(costs.problem.constraint_index, costs.classes, costs.resources)
+    for spreads in (False, True):
+        serving = without_idle(costs, outcome, spreads=spreads)
+        uses = np.array([use_of(costs, template) for template, _ in serving.chosen]).reshape(
+            -1, len(costs.resources.rows)
+        )
+        if pins is None or pins.are_kept(uses, np.array([count for _, count in serving.chosen])):
+            return costs, serving, spreads
+    family = replace(costs.problem.family, roles=(Role.UNIFIED,))
+    tables = build_cost_tables(replace(costs.problem, family=family))
+    unified = search(tables, settings) if Role.UNIFIED in costs.problem.family.roles else None
+    if unified is None:
+        raise NoPlanFoundError("no plan was found that keeps the pins with replicas that all serve requests")
+    return tables, replace(unified, bound=outcome.bound), False
+
+
+def without_idle(costs: CostTables, outcome: Outcome, *, spreads: bool = False) -> Outcome:
     """Return the outcome without prefill and decode replicas that no KV leaves or reaches.
 
     Where GPUs cost nothing a search may choose such replicas, because they neither help nor hurt.
     """
     templates = [template for template, count in outcome.chosen for _ in range(count)]
-    ends = {end for route in kv_routes(costs, templates, outcome.flows) for end in (route.prefill, route.decode)}
+    routes = kv_routes(costs, templates, outcome.flows, spreads=spreads)
+    ends = {end for route in routes for end in (route.prefill, route.decode)}
     unified = [costs.mixes[template.mix].role is Role.UNIFIED for template in templates]
     kept = Counter(template for number, template in enumerate(templates) if number in ends or unified[number])
     return replace(outcome, chosen=tuple(kept.items()))
@@ -150,9 +176,12 @@ def objective_scale(problem: PlacementProblem) -> float:
 
 def plan_of(
     costs: CostTables, strategy: str, outcome: Outcome, templates: list[Template], bound_stages: list[list[BoundStage]],
-    budget: Budget,
+    budget: Budget, *, spreads: bool = False,
 ) -> Plan:  # fmt: skip
-    """Return the outcome of a search as a plan on named GPUs; ``templates`` lists its replicas in plan order."""
+    """Return the outcome of a search as a plan on named GPUs; ``templates`` lists its replicas in plan order.
+
+    Its KV ``spreads`` over the replicas, or fills them in turn (`kv_routes`).
+    """
     problem, kind, scale = costs.problem, costs.problem.objective.kind, objective_scale(costs.problem)
     value, bound = float(scale * outcome.value), float(scale * outcome.bound)
     if kind is ObjectiveKind.GPUS:
@@ -181,7 +210,7 @@ def plan_of(
         ),
         objective=problem.objective,
         replicas=tuple(replicas),
-        kv_routes=kv_routes(costs, templates, outcome.flows),
+        kv_routes=kv_routes(costs, templates, outcome.flows, spreads=spreads),
         prices=_prices(costs, outcome, scale),
         runners_up=_runners_up(costs, outcome),
         notes=_notes(problem),
@@ -314,12 +343,15 @@ def _notes(problem: PlacementProblem) -> tuple[str, ...]:
 DUST = 1e-12  # share of a flow that rounding may leave
 
 
-def kv_routes(costs: CostTables, templates: Sequence[Template], flows: FloatArray) -> tuple[KvRoute, ...]:
+def kv_routes(
+    costs: CostTables, templates: Sequence[Template], flows: FloatArray, *, spreads: bool = False
+) -> tuple[KvRoute, ...]:
     """Split ``flows`` [Z, Z] over the replicas of their zones so that none sends or receives more than its rate.
 
     ``templates`` are the plan's replicas in order. Flows between zones come first and use replicas that may send to
     all zones; the remaining capacity of these joins that of replicas that send to their own zone only. Replicas are
-    filled in turn, which gives few routes: fewer than there are replicas, for every pair of zones.
+    filled in turn, which gives few routes: fewer than there are replicas, for every pair of zones. If it ``spreads``,
+    each replica takes its share instead, and none is idle if any on its side is not.
     """
     left = [template.rate for template in templates]
     on_side: dict[int, list[int]] = {}
@@ -332,14 +364,38 @@ def kv_routes(costs: CostTables, templates: Sequence[Template], flows: FloatArra
         if z == y:
             senders = on_side.get(costs.routes.side(Role.PREFILL, z), []) + senders
         receivers = on_side.get(costs.routes.side(Role.DECODE, y), [])
-        flow, dust = float(flows[z, y]), DUST * float(flows[z, y])
-        send, receive = iter(senders), iter(receivers)
-        i, j = next(send, -1), next(receive, -1)
-        while flow > dust and i >= 0 and j >= 0:
-            rate = min(flow, left[i], left[j])
-            if rate > dust:
-                rates[i, j] = rates.get((i, j), 0.0) + rate
-            flow, left[i], left[j] = flow - rate, left[i] - rate, left[j] - rate
-            i = next(send, -1) if left[i] <= dust else i
-            j = next(receive, -1) if left[j] <= dust else j
+        flow = float(flows[z, y])
+        parts = _in_shares(flow, senders, receivers, left) if spreads else _in_turn(flow, senders, receivers, left)
+        for pair, rate in parts:
+            rates[pair] = rates.get(pair, 0.0) + rate
     return tuple(KvRoute(prefill=i, decode=j, rate=rate) for (i, j), rate in sorted(rates.items()))
+
+
+def _in_turn(
+    flow: float, senders: Sequence[int], receivers: Sequence[int], left: list[float]
+) -> Iterator[tuple[tuple[int, int], float]]:
+    """Yield pairs of replicas with their part of a flow, and take it from the rates that they have left."""
+    dust, send, receive = DUST * flow, iter(senders), iter(receivers)
+    i, j = next(send, -1), next(receive, -1)
+    while flow > dust and i >= 0 and j >= 0:
+        rate = min(flow, left[i], left[j])
+        if rate > dust:
+            yield (i, j), rate
+        flow, left[i], left[j] = flow - rate, left[i] - rate, left[j] - rate
+        i = next(send, -1) if left[i] <= dust else i
+        j = next(receive, -1) if left[j] <= dust else j
+
+
+def _in_shares(
+    flow: float, senders: Sequence[int], receivers: Sequence[int], left: list[float]
+) -> Iterator[tuple[tuple[int, int], float]]:
+    """Yield all pairs of replicas with parts of a flow in proportion to what they have left, and take it from that."""
+    sending, receiving = sum(left[i] for i in senders), sum(left[j] for j in receivers)
+    if not flow > 0.0 or not sending > 0.0 or not receiving > 0.0:
+        return
+    flow = min(flow, sending, receiving)
+    parts = {(i, j): flow * (left[i] / sending) * (left[j] / receiving) for i in senders for j in receivers}
+    for (i, j), rate in parts.items():
+        if rate > DUST * flow:
+            yield (i, j), rate
+        left[i], left[j] = left[i] - rate, left[j] - rate

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hetis.solver.cost import Mix, Regime, chunk_spread, regime_together, regimes
-from hetis.solver.placement.fleet import DeviceClass, IntArray, Resources, Routes
+from hetis.solver.placement.fleet import DeviceClass, IntArray, Part, Resources, Routes
 from hetis.solver.plan import Role
 from hetis.solver.problem import PlacementProblem
 from hetis.solver.workload import WorkloadMoments
@@ -117,22 +117,26 @@ def cover_tables(t: Tables) -> CoverTables:
 
 
 class Scope:
-    """GPUs that one replica of some roles may use: those in its zones, and only those of type ``gpu`` if that is given.
+    """GPUs that one replica of some roles may use: those in its part of the fleet, of type ``gpu`` if that is given.
 
     ``primaries`` are the device classes whose GPUs may compute layers, those of a build (numbered from 0); None: all of
-    them. Tables for the links among these zones are made on first use.
+    them. Tables for the links in this part are made on first use.
     """
 
     def __init__(
-        self, zones: tuple[str, ...], roles: tuple[Role, ...], tabulate: Callable[[tuple[str, ...]], Tables],
-        gpu: str | None = None, primaries: frozenset[int] | None = None, build: int = 0,
+        self, part: Part, roles: tuple[Role, ...], tabulate: Callable[[], Tables], gpu: str | None = None,
+        primaries: frozenset[int] | None = None, build: int = 0,
     ) -> None:  # fmt: skip
-        self.zones, self.roles, self.gpu, self.primaries, self.build = zones, roles, gpu, primaries, build
+        self.part, self.roles, self.gpu, self.primaries, self.build = part, roles, gpu, primaries, build
         self._tabulate = tabulate
 
     @cached_property
     def tables(self) -> Tables:
-        return self._tabulate(self.zones)
+        return self._tabulate()
+
+    @property
+    def zones(self) -> tuple[str, ...]:
+        return self.part.zones
 
     def serves(self, mix: Mix) -> bool:
         """Return whether replicas of this mix are searched for in this scope."""
@@ -144,12 +148,12 @@ class Scope:
 
     def changed(self, change: Callable[[Tables], Tables]) -> Scope:
         """Return the scope with ``change`` applied to its tables when they are made."""
-        return Scope(self.zones, self.roles, lambda _: change(self.tables), self.gpu, self.primaries, self.build)
+        return Scope(self.part, self.roles, lambda: change(self.tables), self.gpu, self.primaries, self.build)
 
     def of_type(self, gpu: str, classes: tuple[DeviceClass, ...], roles: tuple[Role, ...]) -> Scope:
         """Return the same zones without GPUs of other types."""
         others = np.array([c.gpu != gpu for c in classes])
-        return Scope(self.zones, roles, self.without(others)._tabulate, gpu, self.primaries, self.build)
+        return Scope(self.part, roles, self.without(others)._tabulate, gpu, self.primaries, self.build)
 
     def without(self, out: BoolArray) -> Scope:
         """Return the scope without the GPUs of the classes marked in ``out`` [N]."""

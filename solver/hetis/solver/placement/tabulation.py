@@ -18,8 +18,10 @@ from hetis.solver.model import ModelSpec
 from hetis.solver.placement.fleet import (
     DeviceClass,
     IntArray,
+    Part,
     device_classes,
     most_spanning,
+    parts_of,
     resources_of,
     routes_of,
     slowest_between,
@@ -41,7 +43,7 @@ def build_cost_tables(problem: PlacementProblem, *, is_relaxation: bool = False)
     """
     family, model = problem.family, problem.model
     moments = problem.workload.clipped_to(model.max_position).moments(block_tokens=problem.assumptions.block_tokens)
-    classes = device_classes(problem.cluster, problem.constraint_index)
+    classes = device_classes(problem.cluster, problem.constraint_index, problem.node_links)
     zones, builds = problem.cluster.zones(), _builds(problem, classes)
     # If there are several builds, KV is only handed over inside a zone.
     mixes = tuple(_mixes(family, model, moments, len(zones) if len(builds) == 1 else 1))
@@ -107,16 +109,18 @@ def _scopes(
     tabulation: _Tabulation,
 ) -> Iterator[Scope]:  # fmt: skip
     """Yield a scope per set of classes and build: one zone for any role, several for unified replicas only."""
-    for span in _spans(zones) if family.engine is None else [(zone,) for zone in zones]:
+    problem = tabulation.problem
+    spans = _spans(zones) if family.engine is None else [(zone,) for zone in zones]
+    for part in (part for span in spans for part in parts_of(problem.cluster, span, classes, problem.node_links)):
         alike: dict[tuple[bool, ...], list[Role]] = {}
         for role in family.roles:
-            if len(span) == 1 or role is Role.UNIFIED:
+            if len(part.zones) == 1 or role is Role.UNIFIED:
                 may = tuple(DUTY_OF_ROLE[role] not in c.constraints.barred for c in classes)
                 alike.setdefault(may, []).append(role)
         for may, roles in alike.items():
             for number, build in enumerate(builds):
-                tables = partial(tabulation.tables, build)
-                whole = Scope(span, tuple(roles), tables, primaries=build.primaries, build=number)
+                tables = partial(tabulation.tables, build, part)
+                whole = Scope(part, tuple(roles), tables, primaries=build.primaries, build=number)
                 yield whole if all(may) else whole.without(np.array([not each for each in may]))
 
 
@@ -209,13 +213,13 @@ class _Tabulation:
             self._costs[key] = DeviceCost(model, self.problem.profiles[c.gpu], self.moments, shape, c.intra)
         return self._costs[key]
 
-    def tables(self, build: _OfBuild, zones: tuple[str, ...]) -> Tables:
-        """Return the tables of replicas of one build in these zones."""
-        family, (model, primaries) = self.problem.family, build
+    def tables(self, build: _OfBuild, part: Part) -> Tables:
+        """Return the tables of replicas of one build in this part of the fleet."""
+        family, (model, primaries), zones = self.problem.family, build, part.zones
         rows = [self._rank_rows(self.devices[s], self.classes[i]) for s, (i, _) in enumerate(self.ranks)]
         stack = {name: np.array([row[name] for row in rows]).T.copy() for name in (rows[0] if rows else {})}
         hops = np.array(
-            [self._hops(self.devices[s], self.classes[i], zones) for s, (i, _) in enumerate(self.ranks)]
+            [self._hops(self.devices[s], self.classes[i], part) for s, (i, _) in enumerate(self.ranks)]
         ).reshape(len(self.ranks), len(self.mixes), 2)  # fmt: skip
         wire_s, landing_s = self._kv_tables(zones)
         slowest_s = self._slowest_landing_s(zones, primaries, landing_s)
@@ -223,7 +227,7 @@ class _Tabulation:
         start = self.pool_start.copy()
         for s, (i, _) in enumerate(self.ranks):
             own = self.classes[i].zone if self.classes[i].zone in zones else None
-            may = [q.zone == own and Duty.WORKER not in q.constraints.barred for q in self.classes]
+            may = [q.zone == own and part.has(q) and Duty.WORKER not in q.constraints.barred for q in self.classes]
             start[s] = np.where(may, start[s], -1)
         kv_tokens, index = self._allowed_kv_tokens(), self.problem.constraint_index
         num_gpus = sum(c.available for c in self.classes)
@@ -279,7 +283,7 @@ class _Tabulation:
             ),
             wire_s=wire_s,
             landing_s=landing_s,
-            available=np.array([c.available if c.zone in zones else 0 for c in self.classes], dtype=np.int64),
+            available=np.array([c.available if part.has(c) else 0 for c in self.classes], dtype=np.int64),
             worker_room_bytes=np.array([w.room_bytes() for w in self.workers]),
             pool_sizes=np.array(self.pool_sizes, dtype=np.int64),
             pool_start=start,
@@ -345,9 +349,9 @@ class _Tabulation:
         }
         return self._rows[key]
 
-    def _hops(self, d: DeviceCost, c: DeviceClass, zones: tuple[str, ...]) -> FloatArray:
+    def _hops(self, d: DeviceCost, c: DeviceClass, part: Part) -> FloatArray:
         """Return seconds on the link to the next stage, of a request and of one iteration with a chunk; [X, 2]."""
-        link = c.link_in(self.problem.cluster, zones)
+        link = c.link_in(self.problem.cluster, part)
         key = (c.gpu, c.intra, d.shape, link)
         if key not in self._hops_over:
             m = self._numbers
@@ -359,7 +363,8 @@ class _Tabulation:
     def _kv_tables(self, zones: tuple[str, ...]) -> tuple[FloatArray, FloatArray]:
         """Return (wire, landing) of a layer without a pool: KV leaving a prefill or reaching a decode replica; [X, S].
 
-        Such replicas lie in one zone. Those that send to other zones use the slowest link to any of them.
+        Such replicas lie in one zone. Those that send to other zones use the slowest link to any of them, and all the
+        slowest explicit link to any node.
         """
         wire_s, landing_s = np.zeros((2, len(self.mixes), len(self.ranks)))
         if len(zones) > 1:
@@ -367,7 +372,7 @@ class _Tabulation:
         cluster = self.problem.cluster
         done: dict[tuple[int, Link], tuple[FloatArray, FloatArray]] = {}
         for s, (i, _) in enumerate(self.ranks):
-            d, link = self.devices[s], self.classes[i].link_in(cluster, zones)
+            d, link = self.devices[s], self.classes[i].link_in(cluster, Part(zones))
             if (id(d), link) not in done:
                 afar = link
                 for zone in cluster.zones():
@@ -474,8 +479,10 @@ class _Tabulation:
                 if worker_class.zone != self.classes[i].zone:
                     continue
                 zone = (worker_class.zone,)
-                own_link = self.classes[i].link_in(self.problem.cluster, zone)
-                link = own_link.slower_of(worker_class.link_in(self.problem.cluster, zone))
+                own_class, cluster = self.classes[i], self.problem.cluster
+                own_link = own_class.link_in(cluster, Part(zone))  # KV may come from any node
+                link = own_class.link_in(cluster, Part(zone, frozenset({worker_class.block})))
+                link = link.slower_of(worker_class.link_in(cluster, Part(zone, frozenset({own_class.block}))))
                 worker = self.workers[q]
                 if worker.model != primary.model:
                     worker = self._device(worker_class, 1, primary.model)

@@ -129,7 +129,7 @@ def solve_replanning(
     limit_s = _seconds(settings.budget)
     bound = bound_of(net, running.candidates, fresh, running.busy, time_limit_s=limit_s, seed=seed)
     answer = _answer(given, running, net, fresh, choice, bound, settings)
-    plan = restored(answer.plan, problem, whole) if whole.constraints else answer.plan
+    plan = answer.plan if problem is whole else restored(answer.plan, problem, whole)
     return replace(answer, plan=replace(plan, family=whole.describe_family()))
 
 

@@ -18,7 +18,7 @@ from hetis.solver.errors import InvalidProblemError
 from hetis.solver.model import ModelSpec
 from hetis.solver.placement.explanation.replica_view import ReplicaView, main_view, replica_views
 from hetis.solver.placement.families import STRATEGIES
-from hetis.solver.placement.fleet import DeviceClass, device_classes
+from hetis.solver.placement.fleet import DeviceClass, Part, device_classes
 from hetis.solver.placement.wording import in_bytes, in_percent, in_time, in_time_above, num_layers, stage_name
 from hetis.solver.plan import ClassPrice, Explanation, IdleGpus, ObjectiveKind, Plan, Role, StageTime
 from hetis.solver.problem import PlacementProblem
@@ -253,7 +253,7 @@ def _joining(view: ReplicaView, device_class: DeviceClass, idle: int) -> Iterato
     """Yield what moving layers onto these GPUs would do to the plan's main replica."""
     model, limit_s, mix = view.problem.model, view.problem.objective.tpot_limit_s, view.mix
     zones = tuple(dict.fromkeys((*view.fleet.zones_of(view.replica.devices()), device_class.zone)))
-    link = device_class.link_in(view.problem.cluster, zones)
+    link = device_class.link_in(view.problem.cluster, Part(zones))
     busiest = view.busiest()
     stage = view.shape.stages[busiest.stage]
     there_s = _layer_s(view, view.stage_cost(stage))
@@ -389,7 +389,7 @@ def _unused_pools(plan: Plan, view: ReplicaView) -> Iterator[str]:
     elif not near:
         yield f"The idle GPUs are in other zones than the stage ({zone})."
     for count, device_class in near:
-        link = slowest([*view.fleet.nic_links(devices), device_class.link_in(view.problem.cluster, (zone,))])
+        link = slowest([*view.fleet.nic_links(devices), device_class.link_in(view.problem.cluster, Part((zone,)))])
         yield _unused_pool(view, busiest.stage, device_class.gpu, count, link)
 
 

@@ -1,0 +1,120 @@
+"""The explicit links between nodes as the search sees them: which nodes a replica may use together, and how it pays.
+
+A search knows nodes by classes, so it charges a stage for all links that its class may use. Nodes with equal explicit
+links form a *block*, and a replica is searched in several *sets* of blocks: in each it pays for the links between the
+blocks of the set only. For every link that may be the slowest of a replica, the sets are the largest ones without a
+slower link between any two blocks. So every replica lies in a set whose slowest link is that of its own nodes, and a
+slow link costs nothing to replicas that do not use it.
+
+Explicit links that are no slower than that between the zones of their nodes are left out, since every replica on both
+nodes is charged that anyway.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import reduce
+
+from hetis.solver.cluster import Cluster, Link
+
+MOST_BLOCKS = 12  # of nodes with explicit links; with more, a class pays for the slowest link of its nodes
+MOST_SETS, MOST_TRIED = 16, 200  # the same for sets of blocks, each of which is searched, and for sets before that
+OTHERS = 0  # the block of nodes without slow explicit links
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeLinks:
+    """Blocks of nodes, the explicit links between them, and the sets of blocks that a replica may use together.
+
+    No two nodes of a block have a slow link to each other.
+    """
+
+    block_of: Mapping[str, int]  # by node; those not listed are in ``OTHERS``
+    between: Mapping[tuple[int, int], Link]  # in both orders
+    sets: tuple[frozenset[int], ...]
+
+    def links_to(self, block: int) -> tuple[tuple[int, Link], ...]:
+        """Return every block to which the nodes of a block have a slow link, with the link."""
+        return tuple((other, link) for (own, other), link in self.between.items() if own == block)
+
+
+def node_links_of(cluster: Cluster, without: Collection[str] = ()) -> NodeLinks | None:
+    """Return the explicit links of a cluster except some nodes, or None if there are too many to search."""
+    slow = _slow_links(cluster, without)
+    blocks = _blocks(slow)
+    if len(blocks) > MOST_BLOCKS:
+        return None
+    block_of = {node: number for number, nodes in enumerate(blocks, start=OTHERS + 1) for node in nodes}
+    between = {(block_of[a], block_of[b]): link for (a, b), link in slow.items()}
+    between |= {(b, a): link for (a, b), link in between.items()}
+    sets = _sets(range(len(blocks) + 1), between)
+    return None if sets is None else NodeLinks(block_of=block_of, between=between, sets=sets)
+
+
+def _slow_links(cluster: Cluster, without: Collection[str]) -> dict[tuple[str, str], Link]:
+    """Return the explicit links between nodes of the cluster that are slower than the link between their zones."""
+    network = cluster.network
+    nodes = ((group.node_name(i), group.zone) for group in cluster.node_groups for i in range(group.count))
+    zone_of = {node: zone for node, zone in nodes if node not in without}
+    return {
+        (a, b): link
+        for (a, b), link in network.between_nodes.items()
+        if a != b and a in zone_of and b in zone_of
+        if network.zone_link(zone_of[a], zone_of[b]).slower_of(link) != network.zone_link(zone_of[a], zone_of[b])
+    }
+
+
+def _blocks(slow: Mapping[tuple[str, str], Link]) -> list[list[str]]:
+    """Return nodes with the same slow links to all others, and none to each other, in order of appearance."""
+    of_node: dict[str, dict[str, Link]] = {}
+    for (a, b), link in slow.items():
+        of_node.setdefault(a, {})[b] = link
+        of_node.setdefault(b, {})[a] = link
+    alike: dict[frozenset[tuple[str, Link]], list[str]] = {}
+    for node, links in of_node.items():
+        alike.setdefault(frozenset(links.items()), []).append(node)
+    return list(alike.values())
+
+
+def _sets(blocks: Sequence[int], between: Mapping[tuple[int, int], Link]) -> tuple[frozenset[int], ...] | None:
+    """Return the largest sets of blocks without a link slower than each threshold, or None if there are too many."""
+    import networkx as nx
+
+    found = dict[frozenset[int], None]()
+    for threshold in _thresholds(between):
+        graph = nx.Graph()
+        graph.add_nodes_from(blocks)
+        graph.add_edges_from(
+            pair for pair in itertools.combinations(blocks, 2) if _is_no_slower(between.get(pair), threshold)
+        )
+        found |= dict.fromkeys(map(frozenset, sorted(map(sorted, nx.find_cliques(graph)))))
+        if len(found) > MOST_TRIED:
+            return None
+    sets = tuple(one for one in found if not any(_is_at_least(other, one, between) for other in found))
+    return sets if len(sets) <= MOST_SETS else None
+
+
+def _thresholds(between: Mapping[tuple[int, int], Link]) -> Iterator[Link | None]:
+    """Yield None, for no slow link at all, then every worst bandwidth with every worst latency."""
+    yield None
+    bandwidths = sorted({link.bytes_per_s for link in between.values()}, reverse=True)
+    latencies = sorted({link.latency_s for link in between.values()})
+    for bytes_per_s, latency_s in itertools.product(bandwidths, latencies):
+        yield Link(bytes_per_s=bytes_per_s, latency_s=latency_s)
+
+
+def _is_no_slower(link: Link | None, threshold: Link | None) -> bool:
+    return link is None or (threshold is not None and link.slower_of(threshold) == threshold)
+
+
+def _is_at_least(other: frozenset[int], one: frozenset[int], between: Mapping[tuple[int, int], Link]) -> bool:
+    """Return whether another set has all blocks of this one, and they pay for no slower links there."""
+    return other > one and all(_slowest(block, one, between) == _slowest(block, other, between) for block in one)
+
+
+def _slowest(block: int, blocks: frozenset[int], between: Mapping[tuple[int, int], Link]) -> Link | None:
+    """Return the worst bandwidth and latency of the links from a block to any of several."""
+    links = [between[block, other] for other in blocks if (block, other) in between]
+    return reduce(Link.slower_of, links) if links else None

@@ -1,0 +1,124 @@
+"""Explicit links between nodes: a replica pays for those among its own nodes only, and the search knows it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hetis.solver import node_links
+from hetis.solver.check import check_plan
+from hetis.solver.cluster import Link, Network
+from hetis.solver.constraints import Exclude, Selection, Unit
+from hetis.solver.errors import InfeasibleError
+from hetis.solver.node_links import NodeLinks, node_links_of
+from hetis.solver.plan import ObjectiveKind, Plan, Role, Status
+from hetis.solver.planning import solve_placement
+from hetis.solver.problem import EXPLICIT_LINKS, OWN_LINKS, PlacementProblem
+from tests.solver.instances import SMALL_FAMILY, make_node, make_problem, make_profile, problems
+from tests.solver.oracle import best_plan_value
+
+FAST, SLOW, SLOWER = (Link(bytes_per_s=b, latency_s=s) for b, s in ((5e8, 1e-5), (1e7, 1e-4), (1e6, 1e-2)))
+UNIFIED = replace(SMALL_FAMILY, roles=(Role.UNIFIED,))
+EXAMPLES = settings().max_examples
+
+
+def problem_of(num_nodes: int, links: dict[tuple[str, str], Link], gpus: int = 1) -> PlacementProblem:
+    """Nodes of A, of which two cards hold the model."""
+    profiles = {"A": make_profile("A", usable_bytes=6_000_000)}
+    network = Network(default=FAST, between_nodes=links)
+    nodes = [make_node("a", "A", nodes=num_nodes, gpus=gpus)]
+    return make_problem(nodes, profiles=profiles, network=network, family=UNIFIED)
+
+
+def value_of(problem: PlacementProblem) -> float:
+    return plan_of(problem).result.value
+
+
+def plan_of(problem: PlacementProblem) -> Plan:
+    plan = solve_placement(problem, strategy="hetis")
+    assert check_plan(plan, problem) == ()
+    assert plan.result.status is Status.OPTIMAL
+    return plan
+
+
+def nodes_of(plan: Plan) -> list[set[str]]:
+    return [{name.partition("/")[0] for name in replica.devices()} for replica in plan.replicas]
+
+
+def test_a_replica_avoids_the_one_slow_pair() -> None:
+    slow = problem_of(3, {("a-0", "a-1"): SLOWER})
+    assert value_of(slow) == pytest.approx(value_of(problem_of(2, {})))
+    assert {"a-0", "a-1"} not in nodes_of(plan_of(slow))
+    assert value_of(problem_of(2, {("a-0", "a-1"): SLOWER})) < 0.5 * value_of(slow)
+
+
+def test_links_of_excluded_nodes_do_not_count() -> None:
+    links = {(f"a-{i}", "a-3"): SLOWER for i in range(3)}
+    out = Exclude(gpus=Selection(unit=Unit.NODE, name="a-3"))
+    problem = replace(problem_of(4, links), constraints=(out,))
+    assert value_of(problem) == pytest.approx(value_of(problem_of(3, {})))
+    assert OWN_LINKS not in problem.describe_family()
+    assert OWN_LINKS in problem_of(4, links).describe_family()
+
+
+def test_links_as_fast_as_the_network_change_nothing() -> None:
+    problem = problem_of(3, {("a-0", "a-1"): FAST})
+    assert node_links_of(problem.cluster) == NodeLinks(block_of={}, between={}, sets=(frozenset({0}),))
+    assert plan_of(problem).replicas == plan_of(problem_of(3, {})).replicas
+    assert problem.describe_family() == problem_of(3, {}).describe_family()
+
+
+def test_racks_are_blocks() -> None:
+    """Nodes with the same links to all others form one block, so two racks make three sets."""
+    pairs = {(f"a-{i}", f"a-{j}"): SLOW for i in range(3) for j in range(3, 6)}
+    links = node_links_of(problem_of(7, pairs).cluster)
+    assert links is not None
+    assert links.block_of == {"a-0": 1, "a-1": 1, "a-2": 1, "a-3": 2, "a-4": 2, "a-5": 2}
+    assert links.between == {(1, 2): SLOW, (2, 1): SLOW}
+    assert links.sets == (frozenset({0, 1}), frozenset({0, 2}), frozenset({0, 1, 2}))
+
+
+def test_nodes_with_a_slow_link_to_each_other_are_in_no_common_block() -> None:
+    links = node_links_of(problem_of(3, {("a-0", "a-1"): SLOW}).cluster)
+    assert links is not None
+    assert links.block_of == {"a-0": 1, "a-1": 2}
+
+
+def test_of_many_different_links_the_slowest_counts_for_its_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = problem_of(3, {("a-0", "a-1"): SLOWER})
+    best = value_of(problem)
+    monkeypatch.setattr(node_links, "MOST_BLOCKS", 1)
+    assert EXPLICIT_LINKS in problem.describe_family()
+    assert value_of(problem) < 0.5 * best
+
+
+@st.composite
+def linked_problems(draw: st.DrawFn, max_gpus: int) -> PlacementProblem:
+    """Draw tiny problems with explicit links of any speed among up to three nodes."""
+    problem = draw(problems(max_gpus=max_gpus, kinds=tuple(ObjectiveKind), family=UNIFIED))
+    groups = problem.cluster.node_groups
+    names = [group.node_name(i) for group in groups for i in range(group.count)][:3]
+    pairs = [(a, b) for i, a in enumerate(names) for b in names[i + 1 :]]
+    bandwidths, latencies = st.sampled_from((1e6, 2e7, 1e8, 1e9)), st.sampled_from((1e-5, 1e-4, 1e-3))
+    links = st.none() | st.builds(Link, bytes_per_s=bandwidths, latency_s=latencies)
+    between = {pair: link for pair in pairs if (link := draw(links)) is not None}
+    wide = Link(bytes_per_s=1e12, latency_s=1e-4)  # the oracle knows no shares of links between zones
+    network = replace(problem.cluster.network, zone_default=wide, between_nodes=between)
+    return replace(problem, cluster=replace(problem.cluster, network=network))
+
+
+@settings(max_examples=EXAMPLES)
+@given(linked_problems(4))
+def test_the_optimum_is_that_of_brute_force(problem: PlacementProblem) -> None:
+    best = best_plan_value(problem)
+    try:
+        plan = solve_placement(problem, strategy="hetis")
+    except InfeasibleError:
+        assert best in (0.0, float("inf"))
+        return
+    # A stage may be charged less than the search charges it, since that charges its whole part of the fleet.
+    assert list(check_plan(plan, problem)) == []
+    assert plan.result.value == pytest.approx(best, rel=1e-6)
