@@ -97,9 +97,9 @@ def _serving(costs: CostTables, outcome: Outcome, settings: SearchSettings) -> t
     pins = pins_of(costs.problem.constraint_index, costs.classes, costs.resources)
     for spreads in (False, True):
         serving = without_idle(costs, outcome, spreads=spreads)
-        uses = np.array([use_of(costs, template) for template, _ in serving.chosen]).reshape(
-            -1, len(costs.resources.rows)
-        )
+        uses = np.zeros((len(serving.chosen), len(costs.resources.rows)), dtype=np.int64)
+        for k, (template, _) in enumerate(serving.chosen):
+            uses[k] = use_of(costs, template)
         if pins is None or pins.are_kept(uses, np.array([count for _, count in serving.chosen])):
             return costs, serving, spreads
     family = replace(costs.problem.family, roles=(Role.UNIFIED,))
@@ -120,7 +120,9 @@ def without_idle(costs: CostTables, outcome: Outcome, *, spreads: bool = False) 
     ends = {end for route in routes for end in (route.prefill, route.decode)}
     unified = [costs.mixes[template.mix].role is Role.UNIFIED for template in templates]
     kept = Counter(template for number, template in enumerate(templates) if number in ends or unified[number])
-    return replace(outcome, chosen=tuple(kept.items()))
+    row_costs = row_costs_of(costs)
+    saved = sum(float(row_costs @ use_of(costs, t)) * n for t, n in (Counter(templates) - kept).items())
+    return replace(outcome, chosen=tuple(kept.items()), value=outcome.value - saved)
 
 
 def _simpler_or_best(simpler: Plan, best: Plan, within: float) -> Plan:
