@@ -501,6 +501,13 @@ def test_a_plan_that_misses_is_headed_and_simulated_by_the_rate_that_it_keeps(pa
     assert simple.endswith("50% less by the model")
     assert rate_to_simulate(missing, problem) == said["kept_rps"]
     assert rate_to_simulate(plan, problem) == default_rate(plan, problem)
+    for one in (missing, plan):
+        demanded = replace(one, objective=replace(plan.objective, demand_rps=0.01))
+        assert rate_to_simulate(demanded, problem) == rate_to_simulate(one, problem), "a plan promises its own rate"
+        dearest = replace(demanded, objective=replace(demanded.objective, kind=ObjectiveKind.COST))
+        assert rate_to_simulate(dearest, problem) == 0.01
+    [clause] = misses(replace(verification_of(missing), ttft_p95_s=3451.0, steady=None), missing)
+    assert clause == "TTFT p95 3,451 s of 2 s"
 
 
 def test_a_single_limit_is_not_called_both(pair: Placed) -> None:

@@ -44,6 +44,7 @@ from hetis.planner.use_cases.verify import (
     RunReport,
     misses,
     needs_verifying,
+    promising,
     tightening_of,
     verification_of,
     verified_plan,
@@ -318,8 +319,7 @@ def simulated_plan(
         return describe(other, loaded, problem, settings)
 
     plan, again, asked = held_to(level, plan), again and not settings.survive, plan.objective
-    if asked.maximises:
-        plan = replace(plan, objective=replace(asked, demand_rps=None))
+    plan = promising(plan)
     problem = replace(problem, objective=plan.objective)  # its demand is larger if a loss must be survived
     found = verified_plan(
         plan, problem, find if again else None, seed=settings.seed, cancelled=_Spent(whole),

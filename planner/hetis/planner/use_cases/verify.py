@@ -164,8 +164,14 @@ def kept_rate(plan: Plan) -> float | None:
     return None if found is None or found.kept else found.kept_rps
 
 
+def promising(plan: Plan) -> Plan:
+    """Return the plan without a demand if it maximises its rate: it promises its own, whatever is demanded of it."""
+    return replace(plan, objective=replace(plan.objective, demand_rps=None)) if plan.objective.maximises else plan
+
+
 def rate_to_simulate(plan: Plan, problem: PlacementProblem) -> float:
-    """Return the default rate to simulate: the demanded one, or else the rate known to keep the plan's limits."""
+    """Return the default rate to simulate: the promised demand, or else the rate known to keep the plan's limits."""
+    plan = promising(plan)
     return plan.objective.demand_rps or kept_rate(plan) or default_rate(plan, problem)
 
 
@@ -195,7 +201,8 @@ def attained(verification: Verification, plan: Plan) -> str:
     """Return the share of the requests within all limits, beside the requested share if there is one."""
     asked = service_level_of(plan).attainment
     if asked is None:
-        return f"{verification.attainment:.0%} within both"
+        limits = "both" if len(limits_of(plan.objective)) == 2 else "the limit"
+        return f"{verification.attainment:.0%} within {limits}"
     return (
         f"{share_within(verification.attainment, asked)} of the requests within all limits, {100 * asked:g}% asked for"
     )
@@ -210,9 +217,15 @@ def misses(verification: Verification, plan: Plan) -> list[str]:
     else:
         limited = limited_latencies(verification, plan)
         over = [
-            f"{one.name} {one.value_s:.3g} s of {one.limit_s:.3g} s" for one in limited if one.value_s > one.limit_s
+            f"{one.name} {_seconds(one.value_s)} of {_seconds(one.limit_s)}"
+            for one in limited
+            if one.value_s > one.limit_s
         ]
     return [*(["requests queue up without end"] if verification.steady is False else []), *over]
+
+
+def _seconds(value_s: float) -> str:
+    return f"{value_s:,.0f} s" if 1000 <= value_s < math.inf else f"{value_s:.3g} s"  # not 3.45e+03 s
 
 
 class _Most(NamedTuple):
@@ -548,7 +561,7 @@ def latency_curve(
         return None
     limits, most_requests = plan.objective, min(MOST_OF_CURVE, _most_of(plan).to_fill)
     part = _simulated_part(plan, problem, most_requests)
-    planned_rps, num_requests = default_rate(plan, problem), min(MOST_OF_CURVE, num_requests_of(part.plan))
+    planned_rps, num_requests = default_rate(promising(plan), problem), min(MOST_OF_CURVE, num_requests_of(part.plan))
     verification, found = verification_of(plan), dict[float, TriedRate]()
     settings = AS_PLANNED if verification is None else verification.settings
     for number, share in enumerate(SHARES):
@@ -732,12 +745,12 @@ def _bounded(result: SolveResult, first: SolveResult, *, maximises: bool) -> Sol
 
 
 def _sentence(first: _AtPlannedRate, tried: Tightening, below_rps: float | None) -> str:
-    result = first.plan.result
+    result, asked = first.plan.result, _seconds(tried.asked_s)
     this = "misses the limits" if below_rps is None else f"keeps the limits at less than {below_rps:.4g} requests/s"
     return (
-        f"planned for a {tried.name} of {tried.planned_s:.3g} s where {tried.asked_s:.3g} s are asked for: simulated, "
-        f"the best plan for {tried.asked_s:.3g} s by the model ({result.value:.4g} {result.unit}) {this}; the bound is "
-        f"that for {tried.asked_s:.3g} s"
+        f"planned for a {tried.name} of {_seconds(tried.planned_s)} where {asked} are asked for: simulated, "
+        f"the best plan for {asked} by the model ({result.value:.4g} {result.unit}) {this}; the bound is "
+        f"that for {asked}"
     )
 
 
