@@ -68,6 +68,7 @@ DEFAULT_TTFT_S = 2.0
 DEFAULT_TPOT_S = 0.1
 LEAST_TO_SIMULATE_S = 30.0  # however short the time limit; most plans of small fleets need seconds
 TO_SEARCH = 0.5  # share of the time left for another search: the rest is for the simulation of its plan
+SHORT_TIME = 20.0  # times what the first plan's simulation took, about as long as a search for a lower rate may take
 PLACES = ("node", "zone")  # kinds of places whose loss a plan may have to survive
 SIMPLE_SETUPS = "simple_setups"  # entry of `Plan.inputs`: the value of equal stages by TP size of all replicas
 CONSTRAINT_PRICES = "constraint_prices"  # entry of `Plan.inputs`: the cost of every constraint, if requested
@@ -324,6 +325,7 @@ def simulated_plan(
     found = verified_plan(
         plan, problem, find if again else None, seed=settings.seed, cancelled=_Spent(whole),
         report=simulation_report(plan, report),
+        is_short=lambda: whole.remaining_s() < SHORT_TIME * whole.elapsed_s(),
     )  # fmt: skip
     found, problem = replace(found, objective=asked), replace(problem, objective=asked)
     found = noted_if_stopped(found, cancelled, whole)

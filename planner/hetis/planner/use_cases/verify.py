@@ -313,6 +313,16 @@ class _AtPlannedRate(NamedTuple):
     # None: none of those tried. Raises `_CancelledError`.
     kept_below: Callable[[float], float | None]
 
+    def with_lower_rates(self) -> _AtPlannedRate:
+        """Return the same with lower rates searched now, if the plan misses a limit and this is not cancelled."""
+        if self.found.kept:
+            return self
+        try:
+            kept_rps = self.kept_below(0.0)
+        except _CancelledError:
+            return self
+        return self._replace(kept_below=lambda least: kept_rps if kept_rps is not None and kept_rps >= least else None)
+
     def decided(self, at_least_rps: float = 0.0) -> Plan:
         """Return the plan as `verified` does; lower rates are searched from ``at_least_rps`` on."""
         found = self.found
@@ -629,9 +639,13 @@ class Tightening:
         return replace(objective, tpot_limit_s=self.planned_s)
 
 
+def _never() -> bool:
+    return False
+
+
 def verified_plan(
     plan: Plan, problem: PlacementProblem, find: Find | None, *, seed: int, cancelled: threading.Event,
-    report: RunReport,
+    report: RunReport, is_short: Callable[[], bool] = _never,
 ) -> Plan:  # fmt: skip
     """Return the plan as `verified` does or, if it misses a limit at its planned rate, a better one.
 
@@ -645,6 +659,8 @@ def verified_plan(
     Its bound is that of the problem, since a tighter limit can only exclude plans.
 
     Lower rates of plans that miss a limit are simulated last, and only those at which such a plan would be the result.
+    Those of the first plan are simulated first if ``is_short`` says then that little time is left: another search may
+    use it up, and no rate would be known to keep the limits.
     """
     simulated = partial(_at_planned_rate, problem=problem, seed=seed, cancelled=cancelled, report=report)
     first = simulated(plan)
@@ -653,6 +669,7 @@ def verified_plan(
     limit = None if find is None else _missed(first.found, plan)
     if find is None or limit is None:
         return first.decided()
+    first = first.with_lower_rates() if is_short() else first
     tried, step = [first], limit.planned_s / limit.asked_s
     share, planned_s = step, _planned_s(plan, limit)
     for _ in range(SEARCHES):
