@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -555,6 +556,80 @@ def test_modules_are_matched_as_checkpoints_name_them(tmp_path: Path, left: dict
     (tmp_path / "config.json").write_text(json.dumps(config))
     model = load_model(tmp_path)
     assert model.weight_bytes == pytest.approx(0.5625 + 1.4375 * params / 64 / model.layer_params(), rel=1e-12)
+
+
+def experts_of(layers: Iterable[int]) -> list[str]:
+    """Return the names of the matrices of two experts in these layers."""
+    names = ("gate_proj", "up_proj", "down_proj")
+    return [f"model.layers.{layer}.mlp.experts.{i}.{name}" for layer in layers for i in range(2) for name in names]
+
+
+# Parameters of the routed experts and of attention of one of the 94 layers of Qwen3-235B.
+QWEN, QWEN_EXPERTS, QWEN_ATTENTION = "Qwen__Qwen3-235B-A22B", 128 * 3 * 4096 * 1536, 4096 * 128 * 2 * (64 + 4)
+FIRST_AND_LAST = (*range(5), *range(89, 94))
+AWQ = {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True}
+GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True}
+
+
+@pytest.mark.parametrize(
+    ("published", "quantisation", "usual", "params"),
+    [
+        # Experts of ten layers of Qwen3-235B; patterns of whole layers have attention, too.
+        (QWEN, {"quant_method": "fp8", "modules_to_not_convert": experts_of(range(84, 94))}, 1.0, 10 * QWEN_EXPERTS),
+        (
+            QWEN,
+            {"quant_method": "fp8", "ignored_layers": [f"model.layers.{i}.mlp.experts" for i in range(84, 94)]},
+            1.0,
+            10 * QWEN_EXPERTS,
+        ),
+        (
+            QWEN,
+            MODELOPT | {"ignore": [f"model.layers.{i}.*" for i in FIRST_AND_LAST]},
+            0.5625,
+            10 * (QWEN_EXPERTS + QWEN_ATTENTION),
+        ),
+        (
+            QWEN,
+            GPTQ | {"dynamic": {rf"-:model\.layers\.({'|'.join(map(str, FIRST_AND_LAST))})\..*": {}}},
+            0.53125,
+            10 * (QWEN_EXPERTS + QWEN_ATTENTION),
+        ),
+        # Routers are named like a part of an expert.
+        (QWEN, GPTQ | {"dynamic": {"-:.*gate.*": {}}}, 0.53125, 0),
+        (QWEN, {"quant_method": "fp8", "modules_to_not_convert": ["gate", "lm_head"]}, 1.0, 0),
+        # The first three of DeepSeek-V3's 61 layers have no experts; the mean goes over the others.
+        (DEEPSEEK, MODELOPT | {"ignore": experts_of((0, 1, 2, 60))}, 0.5625, 61 / 58 * ROUTED),
+        (DEEPSEEK, MODELOPT | {"ignore": experts_of(range(61))}, 0.5625, 61 * ROUTED),
+    ],
+)
+def test_routed_experts_that_are_left_in_16_bits_count_as_such(
+    tmp_path: Path, published: str, quantisation: dict[str, object], usual: float, params: float
+) -> None:
+    model = load(tmp_path, config_of(published) | {"quantization_config": quantisation})
+    expected = usual + (2.0 - usual) * params / model.num_layers / model.layer_params()
+    assert model.weight_bytes == pytest.approx(expected, rel=1e-12)
+
+
+def test_experts_that_quark_leaves_out_of_mxfp4_have_16_bits_as_all_else(tmp_path: Path) -> None:
+    mxfp4 = {"dtype": "fp4", "group_size": 32}
+    quantisation = {"quant_method": "quark", "global_quant_config": {"weight": mxfp4, "input_tensors": mxfp4}}
+    quantisation["exclude"] = [f"re:model.layers.{layer}.block_sparse_moe.*" for layer in range(8)]
+    model = load(tmp_path, config_of("mistralai__Mixtral-8x7B-v0.1") | {"quantization_config": quantisation})
+    quantised = 24 / 32 * 8 * model.expert_params() / model.layer_params()
+    assert model.weight_bytes == pytest.approx(2.0 - (2.0 - 0.53125) * quantised, rel=1e-12)
+    quantisation["exclude"] = ["re:.*self_attn.*"]
+    model = load(tmp_path, config_of(LLAMA) | {"quantization_config": quantisation})
+    assert model.weight_bytes == pytest.approx(0.53125 + 1.46875 * ATTENTION / LAYER, rel=1e-12)
+
+
+def test_experts_that_a_list_of_formats_leaves_out_have_16_bits(tmp_path: Path) -> None:
+    """An expert in the list stands for all of its layer, as in vLLM."""
+    listed = {name: {"quant_algo": "NVFP4"} for name in experts_of(range(10, 94)) if ".experts.1." in name}
+    listed |= {f"model.layers.{i}.self_attn.{x}_proj": {"quant_algo": "FP8"} for i in range(94) for x in "qkvo"}
+    mixed = {"quant_algo": "MIXED_PRECISION", "quantized_layers": listed}
+    model = load(tmp_path, config_of(QWEN) | {"quantization_config": MODELOPT | mixed})
+    others = 0.4375 * QWEN_ATTENTION + 10 / 94 * 1.4375 * QWEN_EXPERTS
+    assert model.weight_bytes == pytest.approx(0.5625 + others / model.layer_params(), rel=1e-12)
 
 
 SCHEME = {"type": "float", "num_bits": 8, "dynamic": False, "strategy": "tensor", "symmetric": True}

@@ -17,7 +17,7 @@ from hetis.formats import dtypes
 from hetis.formats.errors import shown
 from hetis.formats.fields import listed, mapping
 from hetis.formats.linear_attention import LinearLayers
-from hetis.solver.model import CompressedShape, ModelSpec
+from hetis.solver.model import CompressedShape, ModelSpec, MoeShape
 
 # Keys under which formats list the modules that they leave in 16 bits.
 _UNQUANTISED_KEYS = ("ignore", "exclude", "exclude_modules", "modules_to_not_convert", "ignored_layers")
@@ -55,7 +55,8 @@ class _Module(NamedTuple):
     """A matrix of every layer of its kind: its possible names in the layer, its parameters, the numbers of the layers
     that may have it, and how many of these do.
 
-    All matrices of shared experts are one module, as they are quantised alike; so is a matrix of all routed experts.
+    All matrices of shared experts are one module, as they are quantised alike; so is a matrix of all routed experts, or
+    all of their matrices.
     """
 
     names: tuple[str, ...]
@@ -63,6 +64,7 @@ class _Module(NamedTuple):
     layers: Sequence[int]
     num_layers: int
     is_routed: bool = False
+    repeated: float | None = None  # layers over whose parameters the model's mean goes; None: all
     size: float | None = None  # bytes per parameter, whatever the checkpoint states; None: it decides
 
 
@@ -193,21 +195,28 @@ def layer_weight_bytes(data: Mapping[str, Any], model: ModelSpec, dtype: str, li
     usual, base = sizes[dtypes.split_dtype(dtype)[1]], dtypes.base_bytes(dtype)
     stated, otherwise = _in_order(data, usual, base, sizes)
     beside_experts = sizes["fp8"] if "expert_dtype" in data else otherwise  # of DeepSeek-V4
-    exceptions, are_all_plain = list[tuple[float, float]](), True
-    for module in (*_modules(model, linear), *(_routed_experts(model) if _has_groups(data) else ())):
+    exceptions, routed, are_all_plain = list[tuple[float, float]](), list[tuple[float, float]](), True
+    of_experts = otherwise if _has_groups(data) or _lists_experts(data) else usual
+    experts = _routed_experts(model) if _has_groups(data) else _whole_experts(model)
+    for module in (*_modules(model, linear), *experts):
+        share = 1 / (module.repeated or model.num_layers)
         if module.size is not None:
-            exceptions.append((module.params * module.num_layers / model.num_layers, module.size))
+            exceptions.append((module.params * module.num_layers * share, module.size))
             continue
         found = [size for layer in module.layers if (size := _first(stated, layer, module)) is not None]
-        default = otherwise if module.is_routed else beside_experts
+        default = of_experts if module.is_routed else beside_experts
         found = found[: module.num_layers] + [default] * (module.num_layers - len(found))
-        exceptions += [(module.params / model.num_layers, size) for size in found if size != usual]
+        of_module = [(module.params * share, size) for size in found if size != usual]
+        exceptions += of_module
+        routed += of_module if module.is_routed else []
         are_all_plain &= set(found) == {usual if module.is_routed else base}
     if are_all_plain and model.moe is not None:
         return dtypes.experts_weight_bytes(dtype, model, sizes)
-    if "expert_dtype" in data or _has_groups(data):  # all that is not routed has a format of its own
-        return dtypes.mean_weight_bytes(usual, model, exceptions)
-    return dtypes.layer_weight_bytes(dtype, model, exceptions, sizes)
+    has_own_formats = "expert_dtype" in data or _has_groups(data)  # of all that is not routed
+    if dtypes.split_dtype(dtype)[1] == "mxfp4" and model.moe is not None and not has_own_formats:
+        others = sum(params * (size - usual) for params, size in routed) / model.layer_params()
+        return dtypes.experts_weight_bytes(dtype, model, sizes) + others
+    return dtypes.mean_weight_bytes(usual, model, exceptions)
 
 
 def _bytes_of_formats(data: Mapping[str, Any]) -> dict[str, float]:
@@ -269,9 +278,17 @@ def _modules(model: ModelSpec, linear: LinearLayers) -> Iterator[_Module]:
         for name in ("gate_proj", "up_proj", "down_proj") if model.gated_mlp else ("up_proj", "down_proj"):
             yield _Module((f"mlp.{name}",), matrix, every, len(every))
     elif model.moe.shared_experts:
-        shared = model.expert_share * model.moe.shared_experts * model.expert_params()
+        shared = float(model.moe.shared_experts * model.expert_params())
         parents = ("mlp.shared_expert", "mlp.shared_experts", "block_sparse_moe.shared_experts")
-        yield _Module(tuple(f"{parent}.up_proj" for parent in parents), shared, every, len(every))
+        layers, repeated = _layers_with_experts(model, model.moe)
+        names = tuple(f"{parent}.up_proj" for parent in parents)
+        yield _Module(names, shared, layers, len(layers), repeated=repeated)
+
+
+def _layers_with_experts(model: ModelSpec, moe: MoeShape) -> tuple[range, int]:
+    """Return the numbers of the layers with experts, and how many repeated layers there are for these."""
+    layers = range(moe.first_dense_layers + moe.every - 1, model.num_layers, moe.every)
+    return layers, len(layers) * moe.every
 
 
 def _compressed_modules(model: ModelSpec, shape: CompressedShape, every: range) -> Iterator[_Module]:
@@ -299,17 +316,31 @@ def _compressed_modules(model: ModelSpec, shape: CompressedShape, every: range) 
     yield _Module(("attn_hc",), model.mixing_params(), every, len(every), size=4.0)
 
 
+_EXPERTS = ("mlp.experts", "feed_forward.experts", "block_sparse_moe.experts")
+_OF_MIXTRAL = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
+
+
 def _routed_experts(model: ModelSpec) -> Iterator[_Module]:
     """Yield the matrices of routed experts, named as the first expert's; families differ in the names."""
     if model.moe is None:
         return
-    every, num_layers = range(model.num_layers), round(model.expert_share * model.num_layers)
+    layers, repeated = _layers_with_experts(model, model.moe)
     matrix = float(model.moe.num_experts * model.hidden * model.moe.expert_intermediate)
-    names = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
-    for name in names if model.gated_mlp else ("up_proj", "down_proj"):
-        places = ("mlp.experts.0", "feed_forward.experts.0")
-        of_mixtral = f"block_sparse_moe.experts.0.{names[name]}"
-        yield _Module((*(f"{place}.{name}" for place in places), of_mixtral), matrix, every, num_layers, is_routed=True)
+    for name in _OF_MIXTRAL if model.gated_mlp else ("up_proj", "down_proj"):
+        names = tuple(f"{place}.0.{own}" for place in _EXPERTS for own in (name, _OF_MIXTRAL[name]))
+        yield _Module(names, matrix, layers, len(layers), is_routed=True, repeated=repeated)
+
+
+def _whole_experts(model: ModelSpec) -> Iterator[_Module]:
+    """Yield all matrices of routed experts as one module, which engines quantise alike or not at all (RoutedExperts in
+    vLLM 0.32).
+
+    It has the names of its parent and of one matrix, which no expression for a router matches (``gate``).
+    """
+    for module in _routed_experts(model):
+        if module.names[0].endswith("up_proj"):
+            num_matrices = 3 if model.gated_mlp else 2
+            yield module._replace(names=(*_EXPERTS, *module.names), params=num_matrices * module.params)
 
 
 def _attention_modules(model: ModelSpec) -> Iterator[tuple[str, int]]:
@@ -334,6 +365,11 @@ def _attention_modules(model: ModelSpec) -> Iterator[tuple[str, int]]:
 
 def _mixed(data: Mapping[str, Any]) -> Mapping[str, Any]:
     return mapping(data.get("quantized_layers"))
+
+
+def _lists_experts(data: Mapping[str, Any]) -> bool:
+    """Return whether a checkpoint lists the formats of modules, routed experts among them."""
+    return any(".experts" in name for name in _mixed(data))
 
 
 def _algorithm(entry: Any) -> str:
@@ -366,6 +402,10 @@ def _group_precisions(groups: Sequence[QuantisedGroup]) -> tuple[Stated[str], st
 def _stated_format(data: Mapping[str, Any]) -> Stated[float]:
     """Return what a checkpoint states about a module if it lists the format of each."""
     formats = {name: MODELOPT.get(_algorithm(entry)) for name, entry in _mixed(data).items()}
+    for name, found in [*formats.items()]:
+        parent, is_of_expert, _ = name.partition(".experts.")
+        if is_of_expert:  # any of a layer's experts stands for all, as in vLLM 0.32 (`_resolve_quant_algo`)
+            formats.setdefault(f"{parent}.experts", found)
     return {name: dtypes.BYTES_PER_PARAMETER[found] for name, found in formats.items() if found is not None}.get
 
 
