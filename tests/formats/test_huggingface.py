@@ -597,6 +597,16 @@ GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True}
         # Routers are named like a part of an expert.
         (QWEN, GPTQ | {"dynamic": {"-:.*gate.*": {}}}, 0.53125, 0),
         (QWEN, {"quant_method": "fp8", "modules_to_not_convert": ["gate", "lm_head"]}, 1.0, 0),
+        # AWQ matches parts of names.
+        (
+            QWEN,
+            AWQ | {"modules_to_not_convert": ["mlp.gate.", "indexer", "model.layers.1.", "model.layers.93."]},
+            0.53125,
+            2 * (QWEN_EXPERTS + QWEN_ATTENTION),
+        ),
+        (QWEN, AWQ | {"modules_to_not_convert": ["layers.9", "gate"]}, 0.53125, 5 * (QWEN_EXPERTS + QWEN_ATTENTION)),
+        (QWEN, AWQ | {"modules_to_not_convert": ["n.k_", "q" * 4096]}, 0.53125, 94 * 4096 * 128 * 4),
+        (LLAMA, AWQ | {"modules_to_not_convert": [f"model.layers.{i}." for i in range(10)]}, 0.53125, 10 * LAYER),
         # The first three of DeepSeek-V3's 61 layers have no experts; the mean goes over the others.
         (DEEPSEEK, MODELOPT | {"ignore": experts_of((0, 1, 2, 60))}, 0.5625, 61 / 58 * ROUTED),
         (DEEPSEEK, MODELOPT | {"ignore": experts_of(range(61))}, 0.5625, 61 * ROUTED),

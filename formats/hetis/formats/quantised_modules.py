@@ -1,8 +1,8 @@
 """Which modules of a quantised Hugging Face checkpoint keep 16 bits, or have a format of their own.
 
 Checkpoints name modules as PyTorch does, ``model.layers.3.self_attn.q_proj``, below a prefix that differs by
-architecture: one by one, by a parent, by a glob (ModelOpt), or by a regular expression (compressed-tensors after
-``re:``, GPTQ after ``-:``). Groups of compressed-tensors name their modules' class, too.
+architecture: one by one, by a parent, by a part of the name (AWQ), by a glob (ModelOpt), or by a regular expression
+(compressed-tensors after ``re:``, GPTQ after ``-:``). Groups of compressed-tensors name their modules' class, too.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import fnmatch
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from typing import Any, NamedTuple, TypeVar
 
 from hetis.formats import dtypes
@@ -422,13 +422,37 @@ def _ignored(data: Mapping[str, Any], base: T) -> Stated[T]:
     if globs:
         expressions.append(re.compile("|".join(map(fnmatch.translate, globs))))
 
+    is_part = _is_any_part(exact) if str(data.get("quant_method")).lower() == "awq" else _has_any_parent(exact)
+
     def stated(name: str) -> T | None:
-        parts = name.split(".")
-        parents = {".".join(parts[begin:end]) for end in range(1, len(parts) + 1) for begin in range(end)}
-        is_ignored = not exact.isdisjoint(parents) or any(one.match(name) for one in expressions)
-        return base if is_ignored else None
+        return base if is_part(name) or any(one.match(name) for one in expressions) else None
 
     return stated
+
+
+def _has_any_parent(entries: Set[str]) -> Callable[[str], bool]:
+    """Return whether a name, or any run of its components, is among the entries."""
+
+    def has(name: str) -> bool:
+        parts = name.split(".")
+        parents = {".".join(parts[begin:end]) for end in range(1, len(parts) + 1) for begin in range(end)}
+        return not entries.isdisjoint(parents)
+
+    return has
+
+
+def _is_any_part(entries: Set[str]) -> Callable[[str], bool]:
+    """Return whether any of the entries is within a name, wherever it begins or ends, as AWQ and vLLM 0.32 match them
+    (`is_layer_skipped` with substrings).
+
+    A name is cut into parts as long as entries, since there may be far more of these than parts.
+    """
+    sizes = sorted({len(entry) for entry in entries})
+
+    def has(name: str) -> bool:
+        return any(name[i : i + size] in entries for size in sizes for i in range(len(name) - size + 1))
+
+    return has
 
 
 def _expression(pattern: str) -> re.Pattern[str] | None:
