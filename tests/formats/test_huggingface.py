@@ -620,6 +620,31 @@ def test_routed_experts_that_are_left_in_16_bits_count_as_such(
     assert model.weight_bytes == pytest.approx(expected, rel=1e-12)
 
 
+@pytest.mark.parametrize("left", ["self_attn", "shared_expert", "feed_forward", "experts"])
+def test_modules_of_llama_4_are_matched_by_its_names(tmp_path: Path, left: str) -> None:
+    """Maverick has experts in layers 1, 3 and so on, and a wide dense MLP in the others."""
+    mlp = [(layer, "feed_forward") for layer in range(0, 48, 2)]
+    shared = [(layer, "feed_forward.shared_expert") for layer in range(1, 48, 2)]
+    three = ("gate_proj", "up_proj", "down_proj")
+    names = {
+        "self_attn": [f"{layer}.self_attn.{x}_proj" for layer in range(48) for x in "qkvo"],
+        "shared_expert": [f"{layer}.{parent}.{name}" for layer, parent in shared for name in three],
+        "feed_forward": [f"{layer}.{parent}.{name}" for layer, parent in mlp for name in three],
+        "experts": [f"{layer}.feed_forward.experts" for layer in range(1, 48, 2)],
+    }
+    expert = 3 * 5120 * 8192
+    params = {
+        "self_attn": 48 * 5120 * 128 * 2 * (40 + 8),
+        "shared_expert": 24 * expert,
+        "feed_forward": 24 * 3 * 5120 * 16_384,
+        "experts": 24 * 128 * expert,
+    }
+    ignored = [f"language_model.model.layers.{name}" for name in (*names[left], "1.feed_forward.router")]
+    config = config_of("meta-llama__Llama-4-Maverick-17B-128E-Instruct")
+    model = load(tmp_path, config | {"quantization_config": {"quant_method": "fp8", "ignored_layers": ignored}})
+    assert model.weight_bytes == pytest.approx(1.0 + params[left] / 48 / model.layer_params(), rel=1e-12)
+
+
 def test_experts_that_quark_leaves_out_of_mxfp4_have_16_bits_as_all_else(tmp_path: Path) -> None:
     mxfp4 = {"dtype": "fp4", "group_size": 32}
     quantisation = {"quant_method": "quark", "global_quant_config": {"weight": mxfp4, "input_tensors": mxfp4}}

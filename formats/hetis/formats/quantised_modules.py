@@ -40,6 +40,10 @@ _JOINED = {
     "linear_attn.in_proj_a": "linear_attn.in_proj_ba",
     "linear_attn.in_proj_b": "linear_attn.in_proj_ba",
 }
+# Parents of shared experts, of routed ones, and the names of a routed expert's matrices, in all families.
+_SHARED = ("mlp.shared_expert", "mlp.shared_experts", "feed_forward.shared_expert", "block_sparse_moe.shared_experts")
+_EXPERTS = ("mlp.experts", "feed_forward.experts", "block_sparse_moe.experts")
+_OF_MIXTRAL = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
 _LEAST_GROUP = 16  # weights that share a scale; engines have kernels for 32 and more
 _NO_GROUPS = 2**20  # a scale for so many takes no memory; no matrix has such rows
 _MOST_PATTERNS = 1000  # patterns of modules left in 16 bits, each tried on every module; with more, all modules do
@@ -274,15 +278,23 @@ def _modules(model: ModelSpec, linear: LinearLayers) -> Iterator[_Module]:
         for name, params in _attention_modules(model):
             yield _Module((f"self_attn.{name}",), params, full, len(full))
     if model.moe is None:
-        matrix = float(model.hidden * model.intermediate)
-        for name in ("gate_proj", "up_proj", "down_proj") if model.gated_mlp else ("up_proj", "down_proj"):
-            yield _Module((f"mlp.{name}",), matrix, every, len(every))
-    elif model.moe.shared_experts:
+        yield from _dense_modules(model, every, len(every))
+        return
+    layers, repeated = _layers_with_experts(model, model.moe)
+    if model.moe.every > 1:
+        dense = [layer for layer in every[model.moe.first_dense_layers :] if layer not in layers]
+        yield from _dense_modules(model, dense, len(dense) * model.moe.every / (model.moe.every - 1))
+    if model.moe.shared_experts:
         shared = float(model.moe.shared_experts * model.expert_params())
-        parents = ("mlp.shared_expert", "mlp.shared_experts", "block_sparse_moe.shared_experts")
-        layers, repeated = _layers_with_experts(model, model.moe)
-        names = tuple(f"{parent}.up_proj" for parent in parents)
+        names = tuple(f"{parent}.up_proj" for parent in _SHARED)
         yield _Module(names, shared, layers, len(layers), repeated=repeated)
+
+
+def _dense_modules(model: ModelSpec, layers: Sequence[int], repeated: float) -> Iterator[_Module]:
+    """Yield the matrices of a dense MLP in these layers."""
+    for name in ("gate_proj", "up_proj", "down_proj") if model.gated_mlp else ("up_proj", "down_proj"):
+        names = (f"mlp.{name}", f"feed_forward.{name}")
+        yield _Module(names, float(model.hidden * model.intermediate), layers, len(layers), repeated=repeated)
 
 
 def _layers_with_experts(model: ModelSpec, moe: MoeShape) -> tuple[range, int]:
@@ -314,10 +326,6 @@ def _compressed_modules(model: ModelSpec, shape: CompressedShape, every: range) 
     yield _Module(compressor, sparse, every, shape.sparse_layers, size=2.0)
     yield _Module(compressor, 2 * hidden * model.head_dim, every, shape.heavy_layers, size=2.0)
     yield _Module(("attn_hc",), model.mixing_params(), every, len(every), size=4.0)
-
-
-_EXPERTS = ("mlp.experts", "feed_forward.experts", "block_sparse_moe.experts")
-_OF_MIXTRAL = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
 
 
 def _routed_experts(model: ModelSpec) -> Iterator[_Module]:
