@@ -569,6 +569,7 @@ QWEN, QWEN_EXPERTS, QWEN_ATTENTION = "Qwen__Qwen3-235B-A22B", 128 * 3 * 4096 * 1
 FIRST_AND_LAST = (*range(5), *range(89, 94))
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True}
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True}
+BITSANDBYTES = {"quant_method": "bitsandbytes", "load_in_4bit": True}
 
 
 @pytest.mark.parametrize(
@@ -665,6 +666,76 @@ def test_experts_that_a_list_of_formats_leaves_out_have_16_bits(tmp_path: Path) 
     model = load(tmp_path, config_of(QWEN) | {"quantization_config": MODELOPT | mixed})
     others = 0.4375 * QWEN_ATTENTION + 10 / 94 * 1.4375 * QWEN_EXPERTS
     assert model.weight_bytes == pytest.approx(0.5625 + others / model.layer_params(), rel=1e-12)
+
+
+def auto_round(**entries: object) -> dict[str, object]:
+    """Return a config of AutoRound in 4 bits, with entries for modules; names have ``__`` for a dot."""
+    own = {name.replace("__", "."): entry for name, entry in entries.items()}
+    return {"quant_method": "auto-round", "bits": 4, "group_size": 128, "sym": True, "extra_config": own}
+
+
+def in_blocks(*names: object) -> dict[str, object]:
+    """Return a config of GPTQ that lists the quantised modules of each layer."""
+    return GPTQ | {"modules_in_block_to_quantize": list(names)}
+
+
+IN_16 = {"bits": 16, "data_type": "float"}
+OPT, OPT_MATRIX = "facebook__opt-6.7b", 4096 * 4096
+
+
+@pytest.mark.parametrize(
+    ("published", "quantisation", "params"),
+    [
+        # AutoRound: names, the ends of names, expressions, of which a name takes precedence.
+        (LLAMA, auto_round(model__layers__7__mlp__down_proj=IN_16, lm_head={"bits": 8}), MATRIX),
+        (LLAMA, auto_round(down_proj=IN_16, model__layers__7__mlp=IN_16), 80 * MATRIX),
+        (LLAMA, auto_round(**{r"layers\.[0-9]\..*(up|gate)_proj": IN_16}), 20 * MATRIX),
+        (
+            LLAMA,
+            auto_round(**{".*mlp.*": IN_16, "model__layers__7__mlp__down_proj": {"bits": 4}}),
+            239 * MATRIX,
+        ),
+        (LLAMA, auto_round(down_proj=None, up_proj={}, gate_proj={"bits": 4, "group_size": 32}), 0),
+        (QWEN, auto_round(**{name.replace(".", "__"): IN_16 for name in experts_of(range(3))}), 3 * QWEN_EXPERTS),
+        (LLAMA, {"quant_method": "auto-round", "bits": 4, "extra_config": None}, 0),
+        # GPTQ lists what is quantised, sometimes in groups.
+        (LLAMA, in_blocks(["mlp.gate_proj", "mlp.up_proj"], ["self_attn."]), 80 * MATRIX),
+        (LLAMA, in_blocks("self_attn", "model.layers.3.mlp.up_proj"), 239 * MATRIX),
+        (LLAMA, in_blocks("_proj") | {"dynamic": {"-:.*down_proj": {}}}, 80 * MATRIX),
+        (LLAMA, in_blocks(), 0),
+        (LLAMA, in_blocks("self_attn") | AWQ, 0),
+        (QWEN, in_blocks(["self_attn"], ["mlp.experts.0.up_proj"]), 0),
+        (QWEN, in_blocks("q_proj", "k_proj", "v_proj", "o_proj"), 94 * QWEN_EXPERTS),
+        (OPT, in_blocks(["self_attn.q_proj", "out_proj"], ["fc1"], ["fc2"]), 64 * OPT_MATRIX),
+        # bitsandbytes
+        (LLAMA, BITSANDBYTES | {"llm_int8_skip_modules": ["lm_head", "model.layers.7.mlp"]}, 3 * MATRIX),
+    ],
+)
+def test_methods_name_what_they_leave_in_16_bits_under_keys_of_their_own(
+    tmp_path: Path, published: str, quantisation: dict[str, object], params: float
+) -> None:
+    model = load(tmp_path, config_of(published) | {"quantization_config": quantisation})
+    expected = 0.53125 + 1.46875 * params / model.num_layers / model.layer_params()
+    assert model.weight_bytes == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("entries", "refused"),
+    [
+        ({"model__layers__7__mlp__down_proj": {"bits": 8}}, "'model.layers.7.mlp.down_proj' states 8 bits, all else"),
+        ({"o_proj": {"bits": 2}, "up_proj": IN_16}, "'o_proj' states 2 bits, all else has 4: modules of different"),
+        ({".*attn.*": {"bits": 8}}, "'.*attn.*' states 8 bits"),
+        ({".*attn.*": {"bits": None}}, "'.*attn.*' states null bits"),
+        ({"((a+)+)+": IN_16}, "'((a+)+)+' states 16 bits, all else has 4: the expression cannot be read"),
+        ({f"visual.{i}.*": {"bits": 8} for i in range(1001)}, "'visual.0.*' states 8 bits"),
+    ],
+)
+def test_other_bits_of_auto_round_are_refused_by_name(tmp_path: Path, entries: dict[str, object], refused: str) -> None:
+    with pytest.raises(DocumentError) as caught:
+        load(tmp_path, config_of(LLAMA) | {"quantization_config": auto_round(**entries)})
+    [problem] = caught.value.problems
+    assert problem.path == "quantization_config.extra_config"
+    assert refused in problem.message
 
 
 SCHEME = {"type": "float", "num_bits": 8, "dynamic": False, "strategy": "tensor", "symmetric": True}

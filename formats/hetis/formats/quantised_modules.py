@@ -20,7 +20,14 @@ from hetis.formats.linear_attention import LinearLayers
 from hetis.solver.model import CompressedShape, ModelSpec, MoeShape
 
 # Keys under which formats list the modules that they leave in 16 bits.
-_UNQUANTISED_KEYS = ("ignore", "exclude", "exclude_modules", "modules_to_not_convert", "ignored_layers")
+_UNQUANTISED_KEYS = (
+    "ignore",
+    "exclude",
+    "exclude_modules",
+    "modules_to_not_convert",
+    "ignored_layers",
+    "llm_int8_skip_modules",  # of bitsandbytes, for weights of 4 bits, too
+)
 _PREFIXES = ("model.", "model.language_model.", "language_model.model.")
 MODELOPT = {"FP8": "fp8", "FP8_PER_CHANNEL_PER_TOKEN": "fp8", "FP8_PB_WO": "fp8", "MXFP8": "fp8"}
 MODELOPT |= {"NVFP4": "nvfp4", "W4A16_NVFP4": "nvfp4"}  # quantisation algorithms that vLLM 0.32 supports
@@ -40,6 +47,16 @@ _JOINED = {
     "linear_attn.in_proj_a": "linear_attn.in_proj_ba",
     "linear_attn.in_proj_b": "linear_attn.in_proj_ba",
 }
+# What OPT, Phi and Qwen 1 call matrices, by their usual names.
+_OTHER_NAMES = {
+    "q_proj": ("attn.c_attn",),
+    "k_proj": ("attn.c_attn",),
+    "v_proj": ("attn.c_attn",),
+    "o_proj": ("self_attn.out_proj", "self_attn.dense", "attn.c_proj"),
+    "gate_proj": ("mlp.w2",),
+    "up_proj": ("fc1", "mlp.fc1", "mlp.w1"),
+    "down_proj": ("fc2", "mlp.fc2", "mlp.c_proj"),
+}
 # Parents of shared experts, of routed ones, and the names of a routed expert's matrices, in all families.
 _SHARED = ("mlp.shared_expert", "mlp.shared_experts", "feed_forward.shared_expert", "block_sparse_moe.shared_experts")
 _EXPERTS = ("mlp.experts", "feed_forward.experts", "block_sparse_moe.experts")
@@ -48,6 +65,7 @@ _LEAST_GROUP = 16  # weights that share a scale; engines have kernels for 32 and
 _NO_GROUPS = 2**20  # a scale for so many takes no memory; no matrix has such rows
 _MOST_PATTERNS = 1000  # patterns of modules left in 16 bits, each tried on every module; with more, all modules do
 _MOST_WILDCARDS = 4  # limit per regular expression; more could take very long to match
+_SPECIAL = frozenset("*+?^$()[]{}|\\")  # names of modules with one of these are expressions in AutoRound
 _NESTED = re.compile(r"[*+}]\)?[*+{]")
 
 
@@ -169,21 +187,41 @@ def compressed_precision(data: Mapping[str, Any], model: ModelSpec, linear: Line
     return next((max(found, key=found.__getitem__) for found in params.values() if found), None)
 
 
-def override_of_bits(data: Mapping[str, Any], bits: int, model: ModelSpec, linear: LinearLayers) -> str | None:
-    """Return the first pattern by which GPTQModel gives modules of the layers other bits than ``bits``, if any does.
+def override_of_bits(
+    data: Mapping[str, Any], bits: int, model: ModelSpec, linear: LinearLayers
+) -> tuple[str, str] | None:  # fmt: skip
+    """Return the first entry by which GPTQModel or AutoRound gives modules of the layers other bits than ``bits``, but
+    not 16, if any does: the key that it is in, and its name.
 
     Patterns of ``dynamic`` are such overrides unless they begin with ``-:`` (vLLM 0.32, `get_dynamic_override`).
     """
+    modules = [(layer, one) for one in (*_modules(model, linear), *_routed_experts(model)) for layer in one.layers]
+    if _is_by_auto_round(data):
+        name = _override_of_auto_round(data, bits, modules)
+        return None if name is None else ("extra_config", name)
     positive = {name: mapping(of) for name, of in mapping(data.get("dynamic")).items() if not name.startswith("-:")}
     others = [name for name, stated in positive.items() if stated.get("bits", bits) != bits]
     if len(others) > _MOST_PATTERNS:
-        return others[0]
-    modules = [(layer, one) for one in (*_modules(model, linear), *_routed_experts(model)) for layer in one.layers]
+        return "dynamic", others[0]
     for name in others:
         pattern = _expression(name.removeprefix("+:"))
         if pattern is None or any(_first((pattern.match,), layer, module) for layer, module in modules):
-            return name
+            return "dynamic", name
     return None
+
+
+def _override_of_auto_round(data: Mapping[str, Any], bits: int, modules: Sequence[tuple[int, _Module]]) -> str | None:
+    """Return an entry that gives one of the modules other bits, but not 16, or an expression for any other bits that
+    cannot be read.
+    """
+    others = {name for name, of in mapping(data.get("extra_config")).items() if mapping(of).get("bits", bits) != bits}
+    patterns = [name for name in others if _is_expression(name)]
+    unreadable = sorted(name for name in patterns if _expression(name) is None)
+    if unreadable or len(patterns) > _MOST_PATTERNS:
+        return (unreadable or sorted(patterns))[0]
+    entry_of = _entry_of_auto_round(data)
+    found = (_first((entry_of,), layer, module) for layer, module in modules)
+    return next((name for name in found if name in others and not _has_16_bits(data["extra_config"][name])), None)
 
 
 def layer_weight_bytes(data: Mapping[str, Any], model: ModelSpec, dtype: str, linear: LinearLayers) -> float:
@@ -200,7 +238,7 @@ def layer_weight_bytes(data: Mapping[str, Any], model: ModelSpec, dtype: str, li
     stated, otherwise = _in_order(data, usual, base, sizes)
     beside_experts = sizes["fp8"] if "expert_dtype" in data else otherwise  # of DeepSeek-V4
     exceptions, routed, are_all_plain = list[tuple[float, float]](), list[tuple[float, float]](), True
-    of_experts = otherwise if _has_groups(data) or _lists_experts(data) else usual
+    of_experts = usual if _mixed(data) and not _lists_experts(data) else otherwise
     experts = _routed_experts(model) if _has_groups(data) else _whole_experts(model)
     for module in (*_modules(model, linear), *experts):
         share = 1 / (module.repeated or model.num_layers)
@@ -254,10 +292,66 @@ def _in_order(
     """
     if _mixed(data):
         return (_stated_format(data),), base
+    method = str(data.get("quant_method")).lower()
+    if method == "gptq" and (quantised := _quantised_parts(data)):
+        is_part = _is_any_part(quantised)
+        return (_ignored(data, base), lambda name: usual if is_part(name) else None), base
+    if _is_by_auto_round(data):
+        return (_stated_by_auto_round(data, usual, base), _ignored(data, base)), usual
     if not _has_groups(data):
         return (_ignored(data, base),), usual
     named, of_class = _group_precisions(compressed_groups(data))
     return (_ignored(data, base), lambda name: sizes.get(named(name) or "")), sizes.get(of_class or "", base)
+
+
+def _quantised_parts(data: Mapping[str, Any]) -> frozenset[str]:
+    """Return the parts of names of which each quantised module of GPTQ has one (`is_layer_gptq_quantized` in vLLM
+    0.32), or none if all modules are quantised. Some versions group them.
+    """
+    groups = listed(data.get("modules_in_block_to_quantize"))
+    names = (name for group in groups for name in (group if isinstance(group, list) else [group]))
+    return frozenset(name for name in names if isinstance(name, str))
+
+
+def _is_by_auto_round(data: Mapping[str, Any]) -> bool:
+    return str(data.get("quant_method")).lower() == "auto-round"
+
+
+def _stated_by_auto_round(data: Mapping[str, Any], usual: T, base: T) -> Stated[T]:
+    """Return what AutoRound states about a module: ``base`` if it has 16 bits, ``usual`` if another number."""
+    entry_of, own = _entry_of_auto_round(data), mapping(data.get("extra_config"))
+
+    def stated(name: str) -> T | None:
+        entry = entry_of(name)
+        return None if entry is None else base if _has_16_bits(own[entry]) else usual
+
+    return stated
+
+
+def _entry_of_auto_round(data: Mapping[str, Any]) -> Stated[str]:
+    """Return the entry of ``extra_config`` that applies to a module, as in vLLM 0.32 (`INCConfigParser`): its name or
+    the end of it, or else the first expression that occurs in it.
+    """
+    own = mapping(data.get("extra_config"))
+    expressions = {name: found for name in own if _is_expression(name) and (found := _expression(name)) is not None}
+
+    def stated(name: str) -> str | None:
+        parts = name.split(".")
+        ends = (".".join(parts[begin:]) for begin in range(len(parts)))
+        if (end := next((end for end in ends if end in own), None)) is not None:
+            return end
+        return next((entry for entry, expression in expressions.items() if expression.search(name)), None)
+
+    return stated
+
+
+def _is_expression(name: str) -> bool:
+    return not _SPECIAL.isdisjoint(name)
+
+
+def _has_16_bits(entry: Any) -> bool:
+    bits = mapping(entry).get("bits")
+    return isinstance(bits, int) and bits >= 16
 
 
 def _first(stated: Sequence[Stated[T]], layer: int, module: _Module) -> T | None:
@@ -276,7 +370,7 @@ def _modules(model: ModelSpec, linear: LinearLayers) -> Iterator[_Module]:
         yield from _compressed_modules(model, model.compressed, every)
     else:
         for name, params in _attention_modules(model):
-            yield _Module((f"self_attn.{name}",), params, full, len(full))
+            yield _Module((f"self_attn.{name}", *_OTHER_NAMES.get(name, ())), params, full, len(full))
     if model.moe is None:
         yield from _dense_modules(model, every, len(every))
         return
@@ -293,7 +387,7 @@ def _modules(model: ModelSpec, linear: LinearLayers) -> Iterator[_Module]:
 def _dense_modules(model: ModelSpec, layers: Sequence[int], repeated: float) -> Iterator[_Module]:
     """Yield the matrices of a dense MLP in these layers."""
     for name in ("gate_proj", "up_proj", "down_proj") if model.gated_mlp else ("up_proj", "down_proj"):
-        names = (f"mlp.{name}", f"feed_forward.{name}")
+        names = (f"mlp.{name}", f"feed_forward.{name}", *_OTHER_NAMES[name])
         yield _Module(names, float(model.hidden * model.intermediate), layers, len(layers), repeated=repeated)
 
 
