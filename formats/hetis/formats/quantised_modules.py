@@ -234,7 +234,8 @@ def layer_weight_bytes(data: Mapping[str, Any], model: ModelSpec, dtype: str, li
         linear: its layers of linear attention.
     """
     sizes = _bytes_of_formats(data)
-    usual, base = sizes[dtypes.split_dtype(dtype)[1]], dtypes.base_bytes(dtype)
+    weights = dtypes.split_dtype(dtype)[1]
+    usual, base = sizes[weights], dtypes.base_bytes(dtype)
     stated, otherwise = _in_order(data, usual, base, sizes)
     beside_experts = sizes["fp8"] if "expert_dtype" in data else otherwise  # of DeepSeek-V4
     exceptions, routed, are_all_plain = list[tuple[float, float]](), list[tuple[float, float]](), True
@@ -255,7 +256,7 @@ def layer_weight_bytes(data: Mapping[str, Any], model: ModelSpec, dtype: str, li
     if are_all_plain and model.moe is not None:
         return dtypes.experts_weight_bytes(dtype, model, sizes)
     has_own_formats = "expert_dtype" in data or _has_groups(data)  # of all that is not routed
-    if dtypes.split_dtype(dtype)[1] == "mxfp4" and model.moe is not None and not has_own_formats:
+    if weights == "mxfp4" and model.moe is not None and not has_own_formats:  # quantises only routed experts
         others = sum(params * (size - usual) for params, size in routed) / model.layer_params()
         return dtypes.experts_weight_bytes(dtype, model, sizes) + others
     return dtypes.mean_weight_bytes(usual, model, exceptions)
