@@ -126,7 +126,7 @@ class _Room:
     It has ``pages`` for every head group, each of ``page_bytes`` per layer, and ``state_bytes`` per layer for the
     states of all requests, which ranks hold in parts or, unless ``divides_states``, whole. The last of the
     ``num_layers`` layers is followed by ``draft_layers`` more. At least ``fitting_pages`` are in every stage, whichever
-    of its layers have an indexer.
+    of its layers have an indexer, and beside ``taken_bytes``.
     """
 
     pages: int
@@ -145,17 +145,22 @@ class _Room:
         # Decoding requests, and one prompt for each micro-batch.
         requests = (replica.micro_batch + 1) * replica.in_flight // replica.attention_dp
         pages = -(-kv_tokens // PAGE_TOKENS)
+        # A mean of layers may be no whole number of bytes; up, but not by a rounding error.
+        page_bytes = math.ceil(PAGE_TOKENS * numbers * (1 - 1e-12)) * each
+        taken_bytes, left = _beside_shared_experts(replica, model), pages
+        if taken_bytes:
+            layers = model.num_layers + model.draft_layers  # copies that share experts have one stage (`_unshared`)
+            left -= -(-taken_bytes // (max(replica.stages[0].kv_head_groups_kept, 1) * layers * page_bytes))
         return cls(
             pages=pages,
-            fitting_pages=_fitting_pages(pages, replica, model),
-            # A mean of layers may be no whole number of bytes; up, but not by a rounding error.
-            page_bytes=math.ceil(PAGE_TOKENS * numbers * (1 - 1e-12)) * each,
+            fitting_pages=_fitting_pages(max(left, 0), replica, model),
+            page_bytes=page_bytes,
             state_bytes=requests * model.kept_states * model.state_bytes()
             + replica.in_flight // replica.attention_dp * replica.chunk_tokens * model.chunk_state_bytes(),
             divides_states=model.compressed is None,
             num_layers=model.num_layers,
             draft_layers=model.draft_layers,
-            taken_bytes=_beside_shared_experts(replica, model),
+            taken_bytes=taken_bytes,
         )
 
     @property
@@ -393,6 +398,7 @@ def layout_of_replica(
         *_other_model(planned, replica, model),
         *_impossible(replica, partners, model, engine, dtype),
         *_uneven(cards),
+        *_no_room(replica, room),
     ]
     if wrong:
         raise LayoutError(*wrong)
@@ -579,6 +585,15 @@ def _unshared(replica: ReplicaPlan, model: ModelSpec) -> Iterator[str]:
         yield f"its copies share experts: {counts}, must be equal and at least 2"
     if len(stage.devices) != ranks:
         yield f"it has {len(stage.devices)} GPUs for {stage.copies} copies of {stage.tp} ranks"
+
+
+def _no_room(replica: ReplicaPlan, room: _Room) -> Iterator[str]:
+    """Yield why a rank of copies that share experts has no KV; engines keep one page for themselves."""
+    if replica.expert_parallel and room.fitting_pages < 2:
+        yield (
+            f"its copies share experts: vLLM needs {room.taken_bytes} bytes of a rank's planned KV for shared experts "
+            "and the workspace of all, which leaves no room for a request"
+        )
 
 
 def _handed_over(
