@@ -47,6 +47,7 @@ SLIDING = layout_of(plan_of(stage_of(), pools=(POOL,)), 0, replace(MODEL, slidin
 DRAFTING = layout_of(
     plan_of(stage_of(kv_head_groups_kept=8)), 0, replace(MODEL, draft=DraftShape(tokens=2, acceptance=0.5))
 )  # fmt: skip
+FBGEMM = layout_of(plan_of(stage_of(kv_head_groups_kept=8)), 0, replace(MODEL, weights="fbgemm-fp8"))
 SHARED = sharing_experts()
 SERVING = Serving(model="/models/tiny", options=("--port", "8080"))
 
@@ -232,6 +233,16 @@ def test_a_replica_without_workers_needs_no_plugin() -> None:
     assert (vllm.files, vllm.secrets, set(vllm.environment)) == ({}, (), {"CUDA_DEVICE_ORDER", "CUDA_VISIBLE_DEVICES"})
 
 
+def test_a_method_that_vllm_has_deprecated_is_allowed() -> None:
+    flag = "--allow-deprecated-quantization"
+    assert flag in commands_of(FBGEMM, SERVING, Addresses())[0].shown
+    assert flag not in commands_of(ALONE, SERVING, Addresses())[0].shown
+    [given] = commands_of(FBGEMM, replace(SERVING, options=(flag,)), Addresses())
+    assert given.shown.count(flag) == 1
+    [sglang] = commands_of(replace(FBGEMM, engine=Engine.SGLANG), SERVING, Addresses())
+    assert flag not in sglang.shown
+
+
 def test_copies_that_share_experts_are_one_engine() -> None:
     """vLLM's limits apply to each copy, SGLang's to all together."""
     layout = layout_of(SHARED, 0, WITH_EXPERTS)
@@ -330,7 +341,7 @@ def lines_of_layouts() -> tuple[list[tuple[str, ...]], list[dict[str, Any]]]:
     """Return command lines with what vLLM's own parser must read from them; see test_vllm.py of exports."""
     serving = replace(SERVING, limits_kv=True, dtype="float32")
     lines, expected = list[tuple[str, ...]](), list[dict[str, Any]]()
-    for layout in (ONE, STAGED, SHARING, ALONE, SLIDING, DRAFTING, layout_of(SHARED, 0, WITH_EXPERTS)):
+    for layout in (ONE, STAGED, SHARING, ALONE, SLIDING, DRAFTING, FBGEMM, layout_of(SHARED, 0, WITH_EXPERTS)):
         for number, command in enumerate(commands_of(layout, serving, Addresses())[: len(layout.servers)]):
             lines.append(command.shown[1:])
             ranks = layout.tensor_parallel * len(layout.layers)
@@ -353,6 +364,7 @@ def lines_of_layouts() -> tuple[list[tuple[str, ...]], list[dict[str, Any]]]:
                     "kv_dtype": "auto",
                     "hybrid_off": True if layout is SLIDING else None,
                     "sharing": [layout.data_parallel, layout.data_parallel > 1],
+                    "deprecated": layout is FBGEMM,
                     "drafts": ["mtp", 2] if layout is DRAFTING else None,
                 }
             )

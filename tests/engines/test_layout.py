@@ -221,6 +221,14 @@ def test_a_replica_that_is_not_there_is_told() -> None:
     assert refused(plan, replica=1) == ("there is no replica 1, the plan has 1, counted from 0",)
 
 
+def test_vllm_gets_no_replica_whose_weights_it_does_not_load() -> None:
+    plan, model = plan_of(stage_of(kv_head_groups_kept=8)), replace(MODEL, weights="bnb-int4")
+    for engine in (Engine.VLLM, Engine.VLLM_HETIS):
+        [why] = refused(plan, model, engine=engine)
+        assert "does not load bnb-int4 weights" in why
+    assert layout_of(plan, 0, model, engine=Engine.SGLANG).servers
+
+
 def test_copies_that_cannot_share_experts_are_refused() -> None:
     four = stage_of(tp=2, copies=2, devices=("a/0", "a/1", "a/2", "a/3"), kv_head_groups_kept=4)
 

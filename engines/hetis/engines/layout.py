@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 from hetis.engines.attention import common_backend
 from hetis.engines.errors import LayoutError
 from hetis.engines.gpus import VENDORS, GpuKind, common_dtype, kind_of, kinds_in
+from hetis.engines.precision import DEPRECATED, why_not_loaded
 from hetis.engines.versions import Engine
 from hetis.engines.workers import why_no_workers
 from hetis.formats.errors import did_you_mean
@@ -87,6 +88,7 @@ class Layout:
     attention_backend: str = ""
     # Copies that share their experts, each with its own requests; 1 without expert parallelism.
     data_parallel: int = 1
+    is_deprecated: bool = False  # vLLM loads weights of this method only if it is allowed to
 
     @property
     def processes(self) -> tuple[Process, ...]:
@@ -431,6 +433,7 @@ def layout_of_replica(
         dtype=common_dtype(gpus.values()),
         attention_backend=backend or "",
         data_parallel=copies,
+        is_deprecated=model.weights in DEPRECATED,
     )
 
 
@@ -549,6 +552,8 @@ def _impossible(
             f"the replica is to {'prefill' if replica.role is Role.PREFILL else 'decode'} only: the plugin "
             "occupies the vLLM connector that would carry prompts between replicas"
         )
+    if reason := why_not_loaded(model, engine.value):
+        yield reason
     if engine is not Engine.SGLANG and shares_indexers(model) and len(replica.stages) > 1:
         yield (
             f"it has {len(replica.stages)} stages, and layers share indexers: vLLM's stages do not pass on which "

@@ -255,6 +255,8 @@ def room_options(layout: Layout, serving: Serving) -> dict[str, str]:
         room["--dtype"] = dtype
     if kv_dtype := kv_dtype_of(layout, serving):
         room[KV_DTYPE] = kv_dtype
+    if layout.is_deprecated and not serving.gives("--allow-deprecated-quantization"):
+        room["--allow-deprecated-quantization"] = ""
     if serving.limits_kv:
         room["--kv-cache-memory-bytes"] = str(layout.rank_kv_bytes)
         # vLLM does not start unless a request with the model's full context fits.
