@@ -17,6 +17,7 @@ from tests.runtime.launch.vllm_python import ENVIRONMENT, PYTHON
 _PROGRAM = """
 import json, sys, types
 sys.modules["vllm._C_stable_libtorch"] = types.ModuleType("kernels of CUDA, which nothing here calls")
+from transformers import Gemma3Config
 from vllm.entrypoints.cli.serve import ServeSubcommand
 from vllm.model_executor.layers.quantization import (
     DEPRECATED_QUANTIZATION_METHODS, QUANTIZATION_METHODS, get_quantization_config
@@ -47,6 +48,7 @@ for words in asked["lines"]:
         and [args.speculative_config["method"], args.speculative_config["num_speculative_tokens"]],
     })
 said["kv"] = [get_kv_cache_quant_algo_string(one) for one in asked["configs"]]
+said["image"] = Gemma3Config().mm_tokens_per_image
 said |= {"methods": QUANTIZATION_METHODS, "deprecated": DEPRECATED_QUANTIZATION_METHODS}
 for name in ("fp8", "mxfp4", "modelopt_fp4", "awq", "gptq", "fbgemm_fp8"):
     try:

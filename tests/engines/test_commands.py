@@ -233,6 +233,18 @@ def test_a_replica_without_workers_needs_no_plugin() -> None:
     assert (vllm.files, vllm.secrets, set(vllm.environment)) == ({}, (), {"CUDA_DEVICE_ORDER", "CUDA_VISIBLE_DEVICES"})
 
 
+@pytest.mark.parametrize(("role", "chunk", "tokens"), [("decode", 0, 264), ("unified", 32, 264), ("unified", 512, 516)])
+def test_an_iteration_has_room_for_an_image_that_vllm_does_not_divide(role: str, chunk: int, tokens: int) -> None:
+    """Gemma 3's images have 260 tokens; each of the four seats has one more."""
+    gemma = replace(MODEL, vision_params=1_000_000, sliding_window=64, sliding_layers=2)
+    plan = plan_of(stage_of(kv_head_groups_kept=8), role=Role(role), chunk_tokens=chunk)
+    [command] = commands_of(layout_of(plan, 0, gemma, engine=Engine.VLLM), SERVING, Addresses())
+    assert command.shown[command.shown.index("--max-num-batched-tokens") + 1] == str(tokens)
+    text = layout_of(plan, 0, replace(gemma, vision_params=0), engine=Engine.VLLM)
+    [command] = commands_of(text, SERVING, Addresses())
+    assert command.shown[command.shown.index("--max-num-batched-tokens") + 1] == str(chunk + 4)
+
+
 def test_a_method_that_vllm_has_deprecated_is_allowed() -> None:
     flag = "--allow-deprecated-quantization"
     assert flag in commands_of(FBGEMM, SERVING, Addresses())[0].shown

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any, NamedTuple
 
-from hetis.engines.attention import common_backend
+from hetis.engines.attention import common_backend, image_tokens
 from hetis.engines.errors import LayoutError
 from hetis.engines.gpus import VENDORS, GpuKind, common_dtype, kind_of, kinds_in
 from hetis.engines.precision import DEPRECATED, why_not_loaded
@@ -88,6 +88,7 @@ class Layout:
     attention_backend: str = ""
     # Copies that share their experts, each with its own requests; 1 without expert parallelism.
     data_parallel: int = 1
+    image_tokens: int = 0  # prompt tokens that vLLM does not divide among iterations; 0: it divides all
     is_deprecated: bool = False  # vLLM loads weights of this method only if it is allowed to
 
     @property
@@ -433,6 +434,7 @@ def layout_of_replica(
         dtype=common_dtype(gpus.values()),
         attention_backend=backend or "",
         data_parallel=copies,
+        image_tokens=image_tokens(model),
         is_deprecated=model.weights in DEPRECATED,
     )
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from hetis.engines.attention import common_backend
+from hetis.engines.attention import common_backend, image_tokens
 from hetis.engines.gpus import GpuKind
 from hetis.engines.precision import DEPRECATED, SUPPORT, Least, why_not_loaded
 from hetis.engines.serving import DECIDED, decided_in
@@ -134,6 +134,9 @@ def test_the_tables_and_the_kv_of_checkpoints_are_what_the_installed_vllm_says(s
     assert [(one or "auto").removesuffix("_e4m3") for one in kv] == [dtype for _, dtype in CONFIGS]
     names = {"fp8": "fp8", "mxfp4": "mxfp4", "modelopt_fp4": "nvfp4", "awq": "awq-int4", "gptq": "gptq-int4"}
     names["fbgemm_fp8"] = "fbgemm-fp8"
+    assert image_tokens(catalogue.find_model("gemma-3-27b").model) == said["image"] + 4, (
+        "whose config does not state it"
+    )
     assert capabilities
     rows: dict[str, Least] = dict(SUPPORT["vllm"].weights)
     for method, capability in capabilities.items():
