@@ -22,6 +22,8 @@ BYTES_PER_PARAMETER = {
 # Common names of weight precisions, and the formats that they mean; `ModelSpec.weights` holds such a name.
 PRECISIONS = {"bf16": "bfloat16", "fp8": "fp8", "int8": "int8", "int4": "int4", "awq-int4": "int4", "gptq-int4": "int4"}
 PRECISIONS |= {"mxfp4": "mxfp4", "nvfp4": "nvfp4"}
+# Methods that not all engines load, or only on request: bitsandbytes, and FBGEMM's fp8 with scales per row.
+PRECISIONS |= {"bnb-int4": "int4", "bnb-int8": "int8", "fbgemm-fp8": "fp8"}
 LONGEST_CHOICE = 4096  # characters of a choice of precisions
 KV_PRECISIONS = {"bf16": 2.0, "fp8": 1.0}  # bytes per element of the KV cache
 

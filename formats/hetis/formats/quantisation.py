@@ -87,7 +87,7 @@ def weights_precision(config: Config, model: ModelSpec | None, linear: LinearLay
     quantisation = config.quantisation.data
     method = str(quantisation.get("quant_method", "")).lower()
     bits = quantisation.get("bits", quantisation.get("w_bit", 4))
-    by_method = {"fp8": "fp8", "mxfp4": "mxfp4", "mxfp8": "fp8", "fbgemm_fp8": "fp8"}
+    by_method = {"fp8": "fp8", "mxfp4": "mxfp4", "mxfp8": "fp8", "fbgemm_fp8": "fbgemm-fp8"}
     if "expert_dtype" in quantisation:
         return _of_experts(config.quantisation)
     if method in by_method:
@@ -119,7 +119,7 @@ def weights_precision(config: Config, model: ModelSpec | None, linear: LinearLay
             )
         return precision
     if method == "bitsandbytes":
-        return "int4" if quantisation.get("load_in_4bit") or quantisation.get("_load_in_4bit") else "int8"
+        return "bnb-int4" if quantisation.get("load_in_4bit") or quantisation.get("_load_in_4bit") else "bnb-int8"
     what = f"{method} with {shown(bits)} bits" if method in ("awq", "gptq") else shown(method)
     config.quantisation.refuse_all(f"{what} is not supported; supported: {_SUPPORTED}")
     return None
