@@ -95,6 +95,12 @@ def test_of_many_different_links_the_slowest_counts_for_its_group(monkeypatch: p
     assert value_of(problem) < 0.5 * best
 
 
+@pytest.mark.parametrize("strategy", ["hetis-paper", "hexgen-paper"])
+def test_published_heuristics_pay_for_the_slowest_link_of_their_nodes(strategy: str) -> None:
+    problem = problem_of(4, {("a-0", "a-1"): SLOWER, ("a-2", "a-3"): SLOW})
+    assert check_plan(solve_placement(problem, strategy=strategy), problem) == ()
+
+
 @st.composite
 def linked_problems(draw: st.DrawFn, max_gpus: int) -> PlacementProblem:
     """Draw tiny problems with explicit links of any speed among up to three nodes."""
