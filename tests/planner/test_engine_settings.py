@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from hetis.formats.documents import load_plan
@@ -19,12 +20,14 @@ from hetis.planner.library.placing import place as place_in_python
 from hetis.planner.use_cases.robustness.fixed_plan import FixedPlan
 from hetis.planner.use_cases.simulate import at_settings
 from hetis.planner.use_cases.sources import load_plan_and_problem, problem_of_plan
+from hetis.simulator.simulate import simulate
 from hetis.solver.check import check_plan
 from hetis.solver.errors import InvalidProblemError
+from hetis.solver.placement.families import run_by
 from hetis.solver.plan import Role
-from hetis.solver.problem import MOST_SETTING, EngineSettings
+from hetis.solver.problem import MOST_SETTING, EngineRules, EngineSettings
 from tests.planner.command_line import invoke
-from tests.simulator.small_plans import plan_of
+from tests.simulator.small_plans import equal_requests, pipeline, plan_of, small_problem
 from tests.simulator.test_lockstep import problem_of, sharing
 
 CLUSTER = """\
@@ -235,6 +238,27 @@ def test_settings_of_copies_that_share_experts_are_those_of_each() -> None:
     half = at_settings(plan, problem, EngineSettings(max_num_seqs=2))
     assert (half.plan.replicas[0].micro_batch, half.plan.replicas[0].in_flight) == (2, 4)
     assert half.changes == ("2 requests at once (planned: 4)",)
+
+
+def test_a_pipeline_of_an_engine_may_run_fewer_requests_than_it_has_stages() -> None:
+    problem = small_problem()
+    problem = replace(problem, family=run_by(problem.family, EngineRules(name="vllm", min_layers=1)))
+    plan = plan_of(pipeline(problem, 2, 2, 2, in_flight=3))
+    served_rps = []
+    for most in (1, 2, 3, 6):
+        few = at_settings(plan, problem, EngineSettings(max_num_seqs=most))
+        run = simulate(few.plan, few.problem, equal_requests(20, prompt=9, output=9))
+        assert not np.isnan(run.finished_s).any()
+        served_rps.append(20 / run.end_s)
+    assert served_rps == sorted(set(served_rps))
+    with pytest.raises(InvalidProblemError, match="has 2 micro-batches in flight, must have one for each of its 3"):
+        simulate(plan_of(pipeline(problem, 2, 2, 2, in_flight=2)), problem, equal_requests(1, prompt=9, output=9))
+
+
+def test_blocks_without_room_for_a_mean_request_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    said = refusal(capsys, "simulate", "free.json", "--kv-blocks", "79", "--requests", "10")
+    assert "KV has room for 1264 tokens, not for a single mean request of 1280 tokens" in said
+    assert simulated("free.json", "--kv-blocks", "81")["planned"]["rate_rps"] > 0
 
 
 def test_prefill_and_decode_replicas_are_started_with_them_too() -> None:

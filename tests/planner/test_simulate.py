@@ -122,7 +122,7 @@ def test_a_saturated_fleet_says_what_it_serves(plan: Path) -> None:
 
 
 def test_a_rate_that_was_not_measured_is_unknown_without_a_unit(plan: Path) -> None:
-    result = invoke("simulate", str(plan), "--requests", "20", "--chunk-tokens", "99999999")
+    result = invoke("simulate", str(plan), "--requests", "20", "--kv-blocks", "60", "--trace", "3000/100")
     assert "nothing is served: no replica has room for any of the 20 requests" in result.stdout
     assert re.search(r"^Throughput +unknown$", result.stdout, re.MULTILINE)
     assert "unknown/s" not in result.stdout

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 import hetis
-from hetis.planner.report.figures import seconds
+from hetis.planner.report.figures import digits, seconds
+from hetis.planner.report.simulation import _goodput
 from hetis.planner.report.simulation_pictures import panels_of
 from hetis.planner.use_cases import simulate as simulating
 from hetis.planner.use_cases.service_level import (
@@ -383,6 +384,25 @@ def test_a_sweep_is_shown_in_the_statistics_of_the_level(saved: Path) -> None:
         assert f" {seconds(ttft)} " in row
         assert f" {seconds(tpot)} " in row
         assert point["summary"]["ttft_p95_s"]["value"] < ttft
+
+
+def test_a_sweep_says_up_to_which_rate_its_goodput_is_sure(pair: Placed) -> None:
+    found = answered(pair, asked(pair, DEFAULT, limits=UNLIMITED, num_requests=300, sweeps=True, tolerance=0.2))
+    assert found.sweep is not None
+    assert found.sweep.beyond_rps is not None
+
+    def shown(*sure: bool) -> str:
+        rates = [found.sweep.goodput_rps * (n + 1) / len(sure) for n in range(len(sure))]
+        point = found.sweep.points[0]
+        points = [replace(point, rate_rps=rate, within=True, sure=one) for rate, one in zip(rates, sure, strict=True)]
+        return _goodput(replace(found, sweep=replace(found.sweep, points=(*points, found.sweep.points[-1]))))
+
+    beyond, goodput_rps = f"; {digits(found.sweep.beyond_rps, 4)} is not", found.sweep.goodput_rps
+    assert shown(False, True) == f"{digits(goodput_rps, 4)} requests/s carried{beyond}"
+    assert shown(True, False) == (
+        f"{digits(goodput_rps, 4)} requests/s carried (unsure above {digits(goodput_rps / 2, 4)}){beyond}"
+    )
+    assert shown(False, False) == f"{digits(goodput_rps, 4)} requests/s carried (unsure){beyond}"
 
 
 def test_the_picture_of_a_sweep_has_the_limits_of_the_level(pair: Placed) -> None:

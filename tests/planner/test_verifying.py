@@ -501,6 +501,13 @@ def test_a_plan_that_misses_is_headed_and_simulated_by_the_rate_that_it_keeps(pa
     assert simple.endswith("50% less by the model")
     assert rate_to_simulate(missing, problem) == said["kept_rps"]
     assert rate_to_simulate(plan, problem) == default_rate(plan, problem)
+    for one in (missing, plan):
+        demanded = replace(one, objective=replace(plan.objective, demand_rps=0.01))
+        assert rate_to_simulate(demanded, problem) == rate_to_simulate(one, problem), "a plan promises its own rate"
+        dearest = replace(demanded, objective=replace(demanded.objective, kind=ObjectiveKind.COST))
+        assert rate_to_simulate(dearest, problem) == 0.01
+    [clause] = misses(replace(verification_of(missing), ttft_p95_s=3451.0, steady=None), missing)
+    assert clause == "TTFT p95 3,451 s of 2 s"
 
 
 def test_a_single_limit_is_not_called_both(pair: Placed) -> None:
@@ -597,6 +604,48 @@ def test_a_verdict_needs_only_the_runs_at_the_planned_rate(
     page = plans_page([ShownPlan(name="late", plan=late, problem=problem)])
     assert "MISSED" in page
     assert "by the model; simulated traffic misses them" in page
+
+
+@pytest.mark.parametrize("first_s", [1.0, 10.0])
+def test_in_a_short_time_lower_rates_come_before_another_search(
+    placed: Path, pair: Placed, monkeypatch: pytest.MonkeyPatch, first_s: float
+) -> None:
+    """Of 90 seconds, 89 are enough for everything in the usual order; 80 of simulations as long as 10 are not."""
+    cluster, (plan, problem) = str(placed.with_name("cluster.yaml")), pair
+    loaded = load_inputs(cluster=cluster, model="Llama-2-7B", workload="500/100", profiles=())
+    now, steps = [0.0], list[str]()
+    known = verification_of(plan)
+    assert known is not None
+
+    def lower(least_rps: float) -> float | None:
+        steps.append("lower rates")
+        now[0] += first_s
+        if now[0] > 90.0:
+            raise verify._CancelledError
+        return max(least_rps, 0.7 * known.rate_rps)
+
+    def simulated(of: Plan, *, cancelled: threading.Event, **_: object) -> verify._AtPlannedRate | None:
+        steps.append("simulation")
+        now[0] += first_s if len(steps) == 1 else 8 * first_s
+        found = replace(known, kept=False, kept_rps=None)
+        return None if cancelled.is_set() else verify._AtPlannedRate(of, found, kept_below=lower)
+
+    def searched(*_: object, **__: object) -> Plan:
+        steps.append("search")
+        return replace(plan, inputs={})
+
+    monkeypatch.setattr(verify, "_at_planned_rate", simulated)
+    monkeypatch.setattr(placing_steps, "search", searched)
+    monkeypatch.setattr(placing_steps, "_checked", lambda found, *_, **__: found)
+    found = verification_of(
+        simulated_plan(
+            replace(plan, inputs={}), loaded, problem, PlacementSettings(), level=DEFAULT, report=unreported,
+            cancelled=threading.Event(), budget=lambda: Budget(time_limit_s=60.0, clock=lambda: now[0]), limit_s=90.0,
+        )
+    )  # fmt: skip
+    assert found is not None, "a rate is known to keep the limits"
+    assert found.kept_rps == pytest.approx(0.7 * known.rate_rps)
+    assert steps[1] == ("lower rates" if first_s == 10.0 else "search")
 
 
 def test_a_part_that_misses_is_called_a_part(pair: Placed, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,13 @@ from hetis.formats.catalogue import find_gpu
 from hetis.formats.errors import DocumentError
 from hetis.planner.cli.app import run
 from hetis.planner.cli.exit_codes import ExitCode
+from hetis.planner.report.comparison import verdict_words
+from hetis.planner.use_cases.compare import Compared
 from hetis.planner.use_cases.place import PlacementSettings
 from hetis.planner.use_cases.sources import LoadedInputs, load_inputs
-from hetis.planner.use_cases.what_if import FleetChange, _kind_of_change, _posed, changed_inputs
-from hetis.solver.advice import Addition, Change, NodeShape
-from hetis.solver.plan import Objective
+from hetis.planner.use_cases.what_if import FleetChange, Side, WhatIf, _kind_of_change, _posed, changed_inputs
+from hetis.solver.advice import Addition, Change, NodeShape, Proven, difference
+from hetis.solver.plan import Objective, ObjectiveKind
 from hetis.solver.problem import EngineRules
 from tests.planner.command_line import invoke
 
@@ -122,6 +125,62 @@ def test_a_fleet_that_loses_all_room_loses_all_its_rate(fleet: str) -> None:
     assert answer["after"]["status"] == "infeasible"  # type: ignore[index]
     before = answer["before"]["result"]["value"]  # type: ignore[index]
     assert answer["difference"]["high"] == pytest.approx(-before)  # type: ignore[index]
+
+
+COST = ("--objective", "cost", "--rate")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "verdict", "words"),
+    [
+        (["5", "--remove", "l4"], 0, "worse", "proven: worse, no plan exists after"),
+        (["1000", "--add", "1xL4"], ExitCode.INFEASIBLE, "same", "proven: no plan exists either way"),
+    ],
+)
+def test_a_cost_without_a_plan_is_no_number(
+    fleet: str, arguments: list[str], code: int, verdict: str, words: str
+) -> None:
+    shown = invoke(*asked(fleet, *COST, *arguments), "-q")
+    assert (shown.exit_code, words in shown.output) == (code, True), shown.output
+    found = json.loads(invoke(*asked(fleet, *COST, *arguments), "-q", "-o", "json").stdout)["difference"]
+    assert (found["found"], found["verdict"], found["no_plan_after"]) == (None, verdict, True)
+
+
+NEITHER = Proven(value=math.inf, bound=math.inf)  # proven to have no plan
+UNKNOWN = Proven(value=math.inf, bound=0.0)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "words"),
+    [
+        (NEITHER, UNKNOWN, "no plan exists before, and no plan was found after"),
+        (UNKNOWN, UNKNOWN, "no plan was found either way"),
+    ],
+)
+def test_what_was_not_found_is_not_said_to_be_impossible(
+    tmp_path: Path, before: Proven, after: Proven, words: str
+) -> None:
+    loaded, objective = inputs_on(tmp_path, H100S), Objective(kind=ObjectiveKind.COST, demand_rps=1.0)
+    outcome = Compared(strategy="hexgen", status="unknown", solve_s=0.0)
+    one, other = (
+        Side(loaded=loaded, problem=None, outcome=outcome, proven=proven, usd_per_hour=None)
+        for proven in (before, after)
+    )
+    found = WhatIf(
+        objective=objective, change=FleetChange(shape=NodeShape(zone="default")), before=one, after=other,
+        difference=difference(before, after, maximises=False, change=Change.OTHER), plan_change=None,
+    )  # fmt: skip
+    assert verdict_words(found) == f"undecided: {words}; a longer --time-limit may find a plan"
+
+
+def test_where_no_plan_exists_the_cheapest_first_plan_is_the_best_to_buy(fleet: str) -> None:
+    market = "T4,H100-SXM-80GB=4,A100-PCIe-80GB=2"
+    answer = answer_to(fleet, *COST, "30", "--buy-next", "--market", market, "--node-like", "l4")
+    offers = {offer["gpu"]: offer for offer in answer["offers"]}  # type: ignore[attr-defined]
+    assert list(offers) == ["A100-PCIe-80GB", "H100-SXM-80GB", "T4"]
+    assert [offer["gain"] for offer in offers.values()] == [None, None, 0.0], "no cost is a gain over an infinite one"
+    assert [offer["difference"]["verdict"] for offer in offers.values()] == ["better", "better", "same"]
+    assert all(offer["difference"]["no_plan_before"] for offer in offers.values())
 
 
 def test_all_that_is_wrong_is_told_at_once(fleet: str) -> None:

@@ -158,8 +158,10 @@ def test_traffic_ends_when_told_to() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"rate_rps": 0.0}, "arrival rate is 0.0 requests/s, must be finite and > 0"),
-        ({"rate_rps": float("nan")}, "arrival rate is nan requests/s, must be finite and > 0"),
+        ({"rate_rps": 0.0}, "arrival rate is 0 requests/s, must be 1e-06 to 1e+09"),
+        ({"rate_rps": 1e-300}, "arrival rate is 1e-300 requests/s, must be 1e-06 to 1e+09"),
+        ({"rate_rps": 1e170}, "arrival rate is 1e+170 requests/s, must be 1e-06 to 1e+09"),
+        ({"rate_rps": float("nan")}, "arrival rate is nan requests/s, must be 1e-06 to 1e+09"),
         ({"gap_cv": -1.0, "rate_rps": 1.0}, "gap_cv is -1.0, must be 0 to 100"),
         ({}, "arrivals that are drawn need a rate"),
         (

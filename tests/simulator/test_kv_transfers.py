@@ -190,4 +190,5 @@ def test_a_failure_on_either_side_costs_no_request(device: str, prompt: int) -> 
     run = simulate(split_plan(problem), problem, requests, Settings(faults=faults))
     assert run.num_preemptions > 0
     assert not np.isnan(run.finished_s).any()
+    assert np.all(run.first_token_s < run.finished_s)
     assert run.generated_tokens == 60 * 30

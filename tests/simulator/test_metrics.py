@@ -10,6 +10,7 @@ import pytest
 
 from hetis.simulator.arrivals import Arrivals, Load, Saturation, draw_traffic, requests_of
 from hetis.simulator.metrics import Prediction, measure, prediction_of, summarise
+from hetis.simulator.steadiness import Estimate
 from hetis.simulator.values import Request, Run, Settings
 from hetis.solver.plan import Objective
 from hetis.solver.workload import LengthBin, Workload
@@ -224,6 +225,20 @@ def test_runs_of_hardly_any_request_have_metrics(count: int, saturated: bool) ->
     found = measure(run_of(rows, end_s=1.0 * count), LIMITS, saturated=saturated)
     assert found.counts.arrived == count
     assert summarise([found, found]).num_runs == 2
+
+
+@pytest.mark.parametrize(
+    ("growth", "throughput_rps", "carried"),
+    [(0.0, 5.0, True), (0.2, 5.0, False), (0.0, math.nan, None), (0.0, 0.0, None), (math.nan, 5.0, None)],
+)
+def test_a_load_of_which_nothing_can_be_told_is_not_taken_for_carried(
+    growth: float, throughput_rps: float, carried: bool | None
+) -> None:
+    found = summarise([measure(run_of([(request(0, 0.0), 0.2, 0.5, 0.9)], end_s=1.0), LIMITS, saturated=False)])
+    short = replace(found, steady=None, growth=Estimate(value=growth), throughput_rps=Estimate(value=throughput_rps))
+    assert short.carried is carried
+    assert short.within(Objective(ttft_limit_s=None, tpot_limit_s=None)) is (carried is True)
+    assert replace(short, steady=True).carried is True
 
 
 def test_a_run_of_which_nothing_finished_has_metrics() -> None:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hetis.simulator.arrivals import Load, draw_traffic, requests_of
+from hetis.simulator.arrivals import LEAST_RPS, MOST_RPS, Load, draw_traffic, requests_of
 from hetis.simulator.metrics import Summary, measure, summarise
 from hetis.simulator.running import IDLE, sweep
 from hetis.simulator.steadiness import Estimate
@@ -104,3 +104,9 @@ def test_limits_that_are_kept_at_every_rate_end_the_search() -> None:
     )
     assert found.beyond_rps is None
     assert np.isfinite(found.goodput_rps)
+    assert [point.rate_rps for point in found.points].count(MOST_RPS) == 1
+
+
+def test_the_rates_of_a_search_are_those_that_a_load_may_have() -> None:
+    found = sweep(Server(1e-9), LIMITS, start_rps=1e-5)
+    assert found.points[0].rate_rps == found.beyond_rps == LEAST_RPS

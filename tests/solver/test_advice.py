@@ -23,6 +23,7 @@ from tests.solver.instances import make_gpu, make_node, make_problem
 
 numbers = st.floats(0.1, 100.0)
 gaps = st.floats(0.0, 0.2)
+INFINITE = float("inf")
 
 
 @given(numbers, numbers, gaps, gaps, gaps, gaps, st.booleans(), st.sampled_from(Change))
@@ -60,9 +61,34 @@ def test_a_side_without_a_bound_leaves_its_end_open() -> None:
     assert (found.low, found.high, found.verdict) == (-1.0, float("inf"), ChangeVerdict.UNDECIDED)
 
 
-def test_two_fleets_without_a_plan_are_the_same() -> None:
-    nothing = Proven(value=float("inf"), bound=float("inf"))
-    assert difference(nothing, nothing, maximises=False, change=Change.OTHER).found == 0.0
+@pytest.mark.parametrize("maximises", [True, False])
+@pytest.mark.parametrize("change", Change)
+def test_two_fleets_proven_to_have_no_plan_are_the_same(maximises: bool, change: Change) -> None:
+    nothing = 0.0 if maximises else INFINITE
+    found = difference(*2 * [Proven(value=nothing, bound=nothing)], maximises=maximises, change=change)
+    assert (found.low, found.high, found.found, found.verdict) == (0.0, 0.0, None, ChangeVerdict.SAME)
+    assert found.no_plan_before
+    assert found.no_plan_after
+
+
+def test_a_cost_is_better_than_proof_that_there_is_no_plan() -> None:
+    none, some = Proven(value=INFINITE, bound=INFINITE), Proven(value=5.0, bound=4.0)
+    lost = difference(some, none, maximises=False, change=Change.OTHER)
+    assert (lost.low, lost.found, lost.verdict) == (INFINITE, None, ChangeVerdict.WORSE)
+    assert (lost.no_plan_before, lost.no_plan_after) == (False, True)
+    won = difference(none, some, maximises=False, change=Change.OTHER)
+    assert (won.high, won.found, won.verdict) == (-INFINITE, None, ChangeVerdict.BETTER)
+    assert (won.no_plan_before, won.no_plan_after) == (True, False)
+
+
+def test_a_side_without_a_known_plan_is_not_one_that_has_none() -> None:
+    none, unknown = Proven(value=INFINITE, bound=INFINITE), Proven(value=INFINITE, bound=0.0)
+    found = difference(unknown, none, maximises=False, change=Change.OTHER)
+    assert (found.low, found.high, found.verdict) == (-INFINITE, INFINITE, ChangeVerdict.UNDECIDED)
+    assert (found.no_plan_before, found.no_plan_after) == (False, True)
+    grown = difference(unknown, none, maximises=False, change=Change.GROWN)
+    assert grown.verdict is ChangeVerdict.SAME, "the smaller fleet has no plan either"
+    assert grown.no_plan_before
 
 
 def test_proofs_that_contradict_each_other_are_refused() -> None:

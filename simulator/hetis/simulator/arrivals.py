@@ -14,6 +14,7 @@ from hetis.solver.errors import InvalidProblemError
 from hetis.solver.workload import Workload
 
 MAX_CV = 100.0
+LEAST_RPS, MOST_RPS = 1e-6, 1e9  # arrival rates at which seconds of latency and of arrivals are told apart
 EVEN = 1e-3  # gaps with a smaller coefficient of variation are drawn evenly spaced
 
 
@@ -37,8 +38,10 @@ class Load:
     gap_cv: float = 1.0  # coefficient of variation of drawn gaps: 0 evenly spaced, 1 Poisson, above 1 in bursts
 
     def __post_init__(self) -> None:
-        if self.rate_rps is not None and not 0 < self.rate_rps < float("inf"):
-            raise InvalidProblemError(f"arrival rate is {self.rate_rps} requests/s, must be finite and > 0")
+        if self.rate_rps is not None and not LEAST_RPS <= self.rate_rps <= MOST_RPS:
+            raise InvalidProblemError(
+                f"arrival rate is {self.rate_rps:g} requests/s, must be {LEAST_RPS:g} to {MOST_RPS:g}"
+            )
         if not 0 <= self.gap_cv <= MAX_CV:
             raise InvalidProblemError(f"gap_cv is {self.gap_cv}, must be 0 to {MAX_CV:g}")
         if self.arrivals is Arrivals.DRAWN and self.rate_rps is None:

@@ -285,11 +285,19 @@ class Summary:
     counts: RunCounts
     devices: tuple[DeviceUse, ...]
 
+    @property
+    def carried(self) -> bool | None:
+        """Return whether the load was carried, as far as can be told if ``steady`` is None; None: it cannot be told."""
+        if self.steady is not None or math.isnan(self.growth.value):
+            return self.steady
+        if self.growth.value > MAX_GROWTH:
+            return False
+        return True if self.throughput_rps.value > 0 else None  # otherwise nothing finished, and the wait says nothing
+
     def within(self, limits: Objective) -> bool:
         """Return whether the load is known to be carried, and both latencies are known to be within their limits."""
-        carried = self.growth.value <= MAX_GROWTH if self.steady is None else self.steady
         pairs = ((self.ttft_p95_s, limits.ttft_limit_s), (self.mean_tpot_s, limits.tpot_limit_s))
-        return carried and all(limit is None or estimate.value <= limit for estimate, limit in pairs)
+        return self.carried is True and all(limit is None or estimate.value <= limit for estimate, limit in pairs)
 
     def precision(self) -> float:
         """Return the widest of the three intervals relative to its value; infinite if one is unknown."""

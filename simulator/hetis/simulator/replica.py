@@ -218,7 +218,8 @@ class ReplicaRun:
         return None
 
     def land(self, now_s: float, batch: MicroBatch, request: int) -> None:
-        """Receive the KV of an expected request."""
+        """Receive the KV of an expected request; the user gets the token that its prompt has produced."""
+        self.log.show_first_token(request, now_s)
         batch.reserved.discard(request)
         batch.ready.append(request)
         self._take(request)
@@ -296,14 +297,15 @@ class ReplicaRun:
         """Complete a prompt, which produces one token; return whether that finishes the request."""
         log = self.log
         log.produced[request] += 1
-        if log.produced[request] == 1:
-            log.first_token_s[request] = now_s
-        if log.produced[request] == log.output[request]:
+        is_finished = log.produced[request] == log.output[request]
+        if not is_finished and self.outside.take_prompt(now_s, self, batch, request):
+            return False  # the user gets the token from the decode replica, see `land`
+        log.show_first_token(request, now_s)
+        if is_finished:
             self._finish(now_s, batch, request, log.target[request])
-            return True
-        if not self.outside.take_prompt(now_s, self, batch, request):
+        else:
             batch.ready.append(request)
-        return False
+        return is_finished
 
     def _finish(self, now_s: float, batch: MicroBatch, request: int, context: int) -> None:
         self.log.finished_s[request] = now_s

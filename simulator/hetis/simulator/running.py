@@ -16,7 +16,16 @@ from dataclasses import dataclass, field
 from multiprocessing.sharedctypes import Synchronized
 from multiprocessing.synchronize import Event
 
-from hetis.simulator.arrivals import Arrivals, KeepGoing, Load, Saturation, draw_traffic, requests_of
+from hetis.simulator.arrivals import (
+    LEAST_RPS,
+    MOST_RPS,
+    Arrivals,
+    KeepGoing,
+    Load,
+    Saturation,
+    draw_traffic,
+    requests_of,
+)
 from hetis.simulator.metrics import Metrics, Summary, measure
 from hetis.simulator.simulate import simulate
 from hetis.simulator.values import Run, Settings
@@ -233,13 +242,14 @@ def sweep(
     """
     tried: dict[float, Point] = {}
     low, high = 0.0, None
+    idle_rps = max(IDLE * start_rps, LEAST_RPS)
     for _ in range(MAX_ROUNDS):
-        rates = _next_rates(low, high, start_rps=start_rps, tried=len(tried), at_once=at_once)
+        rates = _next_rates(low, high, start_rps=start_rps, idle_rps=idle_rps, tried=len(tried), at_once=at_once)
         answers = evaluate(rates)
         for rate, summary in zip(rates, answers, strict=False):
             tried[rate] = _judged(rate, summary, limits)
         low, high = _bracket(tried)
-        done = high is not None and (high - low <= tolerance * high or high <= IDLE * start_rps)
+        done = low >= MOST_RPS if high is None else high - low <= tolerance * high or high <= idle_rps
         if done or len(answers) < len(rates):
             break
     return RateSweep(points=tuple(tried[rate] for rate in sorted(tried)), goodput_rps=low, beyond_rps=high)
@@ -252,12 +262,15 @@ def judged_rates(summaries: Mapping[float, Summary], limits: Objective) -> RateS
     return RateSweep(points=tuple(tried[rate] for rate in sorted(tried)), goodput_rps=low, beyond_rps=high)
 
 
-def _next_rates(low: float, high: float | None, *, start_rps: float, tried: int, at_once: int) -> list[float]:
+def _next_rates(
+    low: float, high: float | None, *, start_rps: float, idle_rps: float, tried: int, at_once: int
+) -> list[float]:
     if high is None:
-        # Capped where a float would overflow; by then, limits that are kept at any rate have long been found.
-        return [start_rps * STEP ** min(2**n - 1, MOST_STEPS) for n in range(tried, tried + at_once)]
+        # Capped where a float would overflow, and at the highest rate of a load.
+        steps = (min(2**n - 1, MOST_STEPS) for n in range(tried, tried + at_once))
+        return [min(start_rps * STEP**number, MOST_RPS) for number in steps]
     if low == 0:
-        return [IDLE * start_rps, *(high * part / at_once for part in range(1, at_once))]
+        return [idle_rps, *(high * part / at_once for part in range(1, at_once))]
     return [low + (high - low) * part / (at_once + 1) for part in range(1, at_once + 1)]
 
 

@@ -237,7 +237,11 @@ def check_simulable(one: ReplicaPlan, number: int, problem: PlacementProblem, fl
     Raises:
         InvalidProblemError: the replica cannot be simulated; gives the first reason.
     """
-    for violation in check_replica_structure(one, f"replica {number}", problem, fleet):
+    most, checked = problem.family.engine_settings.max_num_seqs, one
+    if one.in_flight == most and not one.expert_parallel:
+        # An engine has a micro-batch for every stage, of which only as many hold a request as it may run at once.
+        checked = replace(one, in_flight=max(most, len(one.stages)))
+    for violation in check_replica_structure(checked, f"replica {number}", problem, fleet):
         if violation.rule not in _OF_THE_SEARCH:
             raise InvalidProblemError(f"plan cannot be simulated: {violation}")
     _check_batching(one, number)

@@ -128,6 +128,8 @@ def growth(arrival_s: FloatArray, wait_s: FloatArray) -> Estimate:
     times, waits = (np.array([part.mean() for part in np.array_split(x, GROUPS)]) for x in (arrival_s, wait_s))
     times -= times.mean()
     spread = float(times @ times)
+    if not spread:  # smaller than a float
+        return Estimate(value=math.nan)
     slope = float(times @ waits) / spread
     rest = waits - waits.mean() - slope * times
     error = math.sqrt(float(rest @ rest) / (GROUPS - 2) / spread)

@@ -138,7 +138,8 @@ class Run:
     # arrival_s, admitted_s: ``admitted_s`` is when the request's first prefill chunk was first scheduled.
     arrival_s: FloatArray
     admitted_s: FloatArray
-    # first_token_s, finished_s: when the request's first and last output token left the last stage.
+    # first_token_s, finished_s: when the request's first and last output token left the last stage. The first token of
+    # a prompt that is handed over comes from its decode replica, once the KV has arrived there.
     first_token_s: FloatArray
     finished_s: FloatArray
     prompt_tokens: IntArray
@@ -221,6 +222,11 @@ class RequestLog:
         """Reject a request that no replica has room for, even on its own."""
         self.rejected += 1
         self.replica[request] = -1
+
+    def show_first_token(self, request: int, now_s: float) -> None:
+        """Record that the user gets the first output token, unless that was before an eviction."""
+        if math.isnan(self.first_token_s[request]):
+            self.first_token_s[request] = now_s
 
     def evict(self, request: int) -> None:
         """Record the loss of a request's KV: all its tokens have to be prefilled again."""

@@ -62,13 +62,16 @@ class Proven:
 class Difference:
     """Difference of the best plans, after minus before, in the objective's unit: between ``low`` and ``high``.
 
-    ``found`` is the difference of the two plans that were found.
+    ``found`` is the difference of the two plans that were found; None: a side has none. ``no_plan_before`` and
+    ``no_plan_after`` are true if it is proven that the side has no plan; if both are, the difference is 0.
     """
 
     low: float
     high: float
-    found: float
+    found: float | None
     verdict: ChangeVerdict
+    no_plan_before: bool
+    no_plan_after: bool
 
 
 def difference(before: Proven, after: Proven, *, maximises: bool, change: Change) -> Difference:
@@ -84,12 +87,17 @@ def difference(before: Proven, after: Proven, *, maximises: bool, change: Change
         low1, high0 = max(low1, low0), min(high0, high1)
     if better_before:
         low0, high1 = max(low0, low1), min(high1, high0)
-    low, high = _less(low1, high0, -math.inf), _less(high1, low0, math.inf)
+    nothing = 0.0 if maximises else math.inf
+    no_plan_before, no_plan_after = low0 == high0 == nothing, low1 == high1 == nothing
+    if no_plan_before and no_plan_after:
+        low = high = 0.0
+    else:
+        low, high = _less(low1, high0, -math.inf), _less(high1, low0, math.inf)
     if better_after:
         low = max(0.0, low)
     if better_before:
         high = min(0.0, high)
-    found = _less(after.value, before.value, 0.0)
+    found = None if nothing in (before.value, after.value) else after.value - before.value
     scale = max((abs(v) for v in (low0, high0, low1, high1) if math.isfinite(v)), default=0.0)
     if low > high + CROSSING * scale:
         raise BrokenProofError(
@@ -97,7 +105,10 @@ def difference(before: Proven, after: Proven, *, maximises: bool, change: Change
             "other; please report this"
         )
     low, high = min(low, high), max(low, high)
-    return Difference(low=low, high=high, found=found, verdict=_verdict(low, high, EXACT * scale, maximises=maximises))
+    return Difference(
+        low=low, high=high, found=found, verdict=_verdict(low, high, EXACT * scale, maximises=maximises),
+        no_plan_before=no_plan_before, no_plan_after=no_plan_after,
+    )  # fmt: skip
 
 
 def _span(side: Proven, maximises: bool) -> tuple[float, float]:

@@ -218,7 +218,7 @@ def render_what_if(found: WhatIf) -> Iterator[RenderableType]:
     yield Text()
     yield _sides(found)
     yield Padding(Text(model_words(found.objective), style="dim"), (0, 0, 0, 1))
-    yield section("Difference of the best plans", Text(verdict_words(found.difference, found.objective)))
+    yield section("Difference of the best plans", Text(verdict_words(found)))
     for name, side in (("before", found.before), ("after", found.after)):
         if side.outcome.plan is None:
             yield section(f"No plan {name}: {side.outcome.status}", bullets(side.outcome.reasons[:3]))
@@ -265,11 +265,12 @@ def side_rows(found: WhatIf) -> Iterator[tuple[str, str, str]]:
     plans = [side.outcome.plan for side in sides]
     results = [plan.result if plan is not None else None for plan in plans]
     figures = [_figures(side) for side in sides]
+    nothing = None if found.objective.maximises else math.inf  # the bound that proves that there is no plan
     rows = (
         ("GPUs", [f"{side.loaded.inputs.cluster.num_gpus():,}" for side in sides]),
         ("fleet USD/h", [_money(side.usd_per_hour) for side in sides]),
         (_value_name(found.objective), ["-" if one is None else digits(one.value, 4) for one in results]),
-        ("bound", [digits(side.proven.bound, 4) for side in sides]),
+        ("bound", ["-" if side.proven.bound == nothing else digits(side.proven.bound, 4) for side in sides]),
         ("gap", ["-" if one is None else percent(one.gap) for one in results]),
         ("GPUs in use", ["-" if one is None else f"{one.gpus_used:,}" for one in figures]),
         ("used USD/h", ["-" if one is None else _money(one.usd_per_hour) for one in figures]),
@@ -287,22 +288,45 @@ def _money(usd: float | None) -> str:
     return "-" if usd is None else f"{usd:,.2f}"
 
 
-def verdict_words(difference: Difference, objective: Objective) -> str:
+def verdict_words(found: WhatIf) -> str:
     """Return in words what is proven; a difference smaller than the gaps is not claimed."""
-    unit = objective.unit
-    span = f"between {_signed(difference.low)} and {_signed(difference.high)} {unit}"
-    found = f"the plans found differ by {_signed(difference.found)} {unit}"
+    difference, unit = found.difference, found.objective.unit
+    no_plan = _no_plan_words(found)
+    if difference.no_plan_before and difference.no_plan_after:
+        return f"proven: {no_plan}"
+    span = ""
+    if any(map(math.isfinite, (difference.low, difference.high))):
+        span = f"between {_signed(difference.low)} and {_signed(difference.high)} {unit}"
+    plans = no_plan or f"the plans found differ by {_signed(difference.found)} {unit}"
     match difference.verdict:
         case ChangeVerdict.SAME:
             return "proven: none"
         case ChangeVerdict.BETTER | ChangeVerdict.WORSE:
-            return f"proven: {difference.verdict.value}, {span}; {found}"
+            return f"proven: {difference.verdict.value}, {'; '.join(filter(None, (span, plans)))}"
+    if no_plan:
+        return f"undecided: {f'{span}, because ' if span else ''}{no_plan}; a longer --time-limit may find a plan"
     advice = "" if difference.low == difference.high else "; a smaller --gap or a longer --time-limit narrows that"
-    return f"undecided: {span}, because of the gaps ({found}){advice}"
+    return f"undecided: {span}, because of the gaps ({plans}){advice}"
 
 
-def _signed(value: float) -> str:
-    if not math.isfinite(value):
+def _no_plan_words(found: WhatIf) -> str:
+    """Return which sides are proven to have no plan, and on which none was found; empty if both have plans."""
+    sides = (
+        ("before", found.before.outcome.plan, found.difference.no_plan_before),
+        ("after", found.after.outcome.plan, found.difference.no_plan_after),
+    )
+    proven = [name for name, _, no_plan in sides if no_plan]
+    unknown = [name for name, plan, no_plan in sides if plan is None and not no_plan]
+    words = []
+    if proven:
+        words.append(f"no plan exists {'either way' if len(proven) == len(sides) else proven[0]}")
+    if unknown:
+        words.append(f"no plan was found {'either way' if len(unknown) == len(sides) else unknown[0]}")
+    return ", and ".join(words)
+
+
+def _signed(value: float | None) -> str:
+    if value is None or not math.isfinite(value):
         return "unknown"
     return f"{'+' if value > 0 else '-' if value < 0 else ''}{digits(abs(value))}"
 
@@ -389,17 +413,16 @@ def _market_table(found: BuyNext) -> Table:
 
 
 def offer_row(offer: ListedOffer) -> list[str]:
-    plan, found = offer.after.outcome.plan, offer.difference.found
-    per_gpu = found / offer.addition.count
-    price = offer.usd_per_hour
+    plan, price = offer.after.outcome.plan, offer.usd_per_hour
+    per_gpu = offer.gain / offer.addition.count
     return [
         offer.addition.gpu.name,
         _money(price),
         _price(offer.dual),
         "-" if plan is None else digits(plan.result.value, 4),
-        _signed(found),
-        _signed(per_gpu),
-        "-" if not price else _signed(per_gpu / price),
+        _gain(offer.gain),
+        _gain(per_gpu),
+        "-" if not price else _gain(per_gpu / price),
         _proven(offer.difference),
         "?" if offer.difference.verdict is ChangeVerdict.UNDECIDED else "",
     ]
@@ -411,7 +434,15 @@ def _price(dual: float | None) -> str:
     return digits(dual) if dual == 0.0 or dual >= SMALLEST_PRICE else f"< {SMALLEST_PRICE}"
 
 
+def _gain(value: float) -> str:
+    return _signed(value) if math.isfinite(value) else "-"
+
+
 def _proven(difference: Difference) -> str:
+    if difference.no_plan_after:
+        return "no plan"
+    if difference.verdict is ChangeVerdict.BETTER and math.isinf(difference.high):
+        return "a plan"  # where none existed
     if difference.verdict is ChangeVerdict.SAME:
         return "0"
     low, high = _signed(difference.low), _signed(difference.high)
@@ -432,7 +463,7 @@ def buy_next_document(found: BuyNext) -> dict[str, Any]:
 
 
 def _offer_fields(offer: ListedOffer, objective: Objective) -> dict[str, Any]:
-    price, count, gain = offer.usd_per_hour, offer.addition.count, offer.difference.found
+    price, count, gain = offer.usd_per_hour, offer.addition.count, offer.gain
     return {
         "gpu": offer.addition.gpu.name,
         "usd_per_hour": price,

@@ -45,9 +45,7 @@ from hetis.planner.use_cases.sources import (
 from hetis.planner.use_cases.surviving import losses_of
 from hetis.planner.use_cases.verify import (
     MISSES_AT,
-    Verification,
     attained,
-    limited_latencies,
     misses,
     tightening_of,
     verification_of,
@@ -484,15 +482,8 @@ def simulated_words(plan: Plan) -> Text | None:
     if found.kept:
         shown = [one for one in Latency if one is Latency.TTFT or _has_tpot(plan)]
         latencies = ((f"{one} {level.statistic(one)}", found.seconds(one)) for one in shown)
-        return kept_words(found.rate_rps, latencies, within_words(found, plan), found.kept_rps, remarks)
+        return kept_words(found.rate_rps, latencies, attained(found, plan), found.kept_rps, remarks)
     return missed_words(found.rate_rps, misses(found, plan), found.kept_rps, remarks)
-
-
-def within_words(found: Verification, plan: Plan) -> str:
-    """Return the share of the simulated requests within the limits, as `attained` does, which presumes two of them."""
-    if service_level_of(plan).attainment is None and len(limited_latencies(found, plan)) == 1:
-        return f"{found.attainment:.0%} within the limit"
-    return attained(found, plan)
 
 
 def _fleet(plan: Plan) -> str:

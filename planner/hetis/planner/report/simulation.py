@@ -20,7 +20,7 @@ from hetis.planner.use_cases.sources import engine_settings_data
 from hetis.planner.use_cases.verdicts import LevelVerdict, LimitVerdict, simulated_latencies
 from hetis.simulator.arrivals import Arrivals
 from hetis.simulator.metrics import Distribution
-from hetis.simulator.running import Point
+from hetis.simulator.running import Point, RateSweep
 from hetis.simulator.steadiness import MAX_GROWTH, Estimate
 from hetis.solver.plan import Objective, Plan
 
@@ -238,7 +238,16 @@ def _goodput(simulated: Simulated) -> str:
     if not found.goodput_rps:
         return f"none: even {digits(found.points[0].rate_rps)} requests/s is not {within}"
     beyond = f"; {digits(found.beyond_rps, 4)} is not" if found.beyond_rps is not None else "; no higher rate was tried"
-    return f"{digits(found.goodput_rps, 4)} requests/s {within}{beyond}"
+    return f"{digits(found.goodput_rps, 4)} requests/s {within}{_unsure(found)}{beyond}"
+
+
+def _unsure(found: RateSweep) -> str:
+    """Return a remark if the rate found is not surely within the limits, with the highest one that is."""
+    below = [point for point in found.points if point.rate_rps <= found.goodput_rps]
+    if below[-1].sure:
+        return ""
+    sure_rps = max((point.rate_rps for point in below if point.sure), default=None)
+    return " (unsure)" if sure_rps is None else f" (unsure above {digits(sure_rps, 4)})"
 
 
 def _points(simulated: Simulated) -> Table:

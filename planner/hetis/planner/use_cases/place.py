@@ -44,6 +44,7 @@ from hetis.planner.use_cases.verify import (
     RunReport,
     misses,
     needs_verifying,
+    promising,
     tightening_of,
     verification_of,
     verified_plan,
@@ -67,6 +68,7 @@ DEFAULT_TTFT_S = 2.0
 DEFAULT_TPOT_S = 0.1
 LEAST_TO_SIMULATE_S = 30.0  # however short the time limit; most plans of small fleets need seconds
 TO_SEARCH = 0.5  # share of the time left for another search: the rest is for the simulation of its plan
+SHORT_TIME = 20.0  # times what the first plan's simulation took, about as long as a search for a lower rate may take
 PLACES = ("node", "zone")  # kinds of places whose loss a plan may have to survive
 SIMPLE_SETUPS = "simple_setups"  # entry of `Plan.inputs`: the value of equal stages by TP size of all replicas
 CONSTRAINT_PRICES = "constraint_prices"  # entry of `Plan.inputs`: the cost of every constraint, if requested
@@ -318,12 +320,12 @@ def simulated_plan(
         return describe(other, loaded, problem, settings)
 
     plan, again, asked = held_to(level, plan), again and not settings.survive, plan.objective
-    if asked.maximises:
-        plan = replace(plan, objective=replace(asked, demand_rps=None))
+    plan = promising(plan)
     problem = replace(problem, objective=plan.objective)  # its demand is larger if a loss must be survived
     found = verified_plan(
         plan, problem, find if again else None, seed=settings.seed, cancelled=_Spent(whole),
         report=simulation_report(plan, report),
+        is_short=lambda: whole.remaining_s() < SHORT_TIME * whole.elapsed_s(),
     )  # fmt: skip
     found, problem = replace(found, objective=asked), replace(problem, objective=asked)
     found = noted_if_stopped(found, cancelled, whole)

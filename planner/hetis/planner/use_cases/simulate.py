@@ -365,7 +365,8 @@ def at_settings(plan: Plan, problem: PlacementProblem, settings: EngineSettings)
     settings nothing changes.
 
     Raises:
-        InvalidProblemError: there are several chunk sizes, whereas an engine has one; or the plan cannot be simulated.
+        InvalidProblemError: there are several chunk sizes, whereas an engine has one; KV has no room for a mean
+            request; or the plan cannot be simulated.
     """
     if not settings:
         return PlanAtSettings(plan=plan, problem=problem, changes=())
@@ -389,6 +390,7 @@ def at_settings(plan: Plan, problem: PlacementProblem, settings: EngineSettings)
         claimed = min(1.0, first.rate * old.of(shape).t_s)  # the search may have charged slower links
         for number in group.numbers:
             replicas[number] = _at(replicas[number], shape, settings, new, claimed)
+        _check_room(replicas[group.numbers[0]], group.numbers[0], at)
         changes |= dict.fromkeys(_changes(first, replicas[group.numbers[0]], settings))
     routes = tuple(_route(route, plan, replicas) for route in plan.kv_routes)
     set_plan = replace(plan, replicas=tuple(replicas), kv_routes=routes)
@@ -420,6 +422,18 @@ def _at(
         tpot_s=t_s * derived.tpot_per_t if derived.tpot_per_t else 0.0,
         kv_tokens=int(derivation.of(shape).kv_tokens),
     )
+
+
+def _check_room(one: ReplicaPlan, number: int, problem: PlacementProblem) -> None:
+    moments = problem.workload.clipped_to(problem.model.max_position).moments(
+        block_tokens=problem.assumptions.block_tokens
+    )
+    tokens = moments.mean_prompt + moments.mean_output
+    room = one.kv_tokens / min(stage.copies for stage in one.stages)  # a request is in one copy of each stage
+    if one.micro_batch and room < problem.model.cached_tokens(tokens):
+        raise InvalidProblemError(
+            f"replica {number}: KV has room for {room:.0f} tokens, not for a single mean request of {tokens:.0f} tokens"
+        )
 
 
 def _route(route: KvRoute, plan: Plan, replicas: list[ReplicaPlan]) -> KvRoute:

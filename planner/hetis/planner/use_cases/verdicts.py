@@ -21,7 +21,7 @@ from hetis.planner.use_cases.service_level import (
     service_level_of,
 )
 from hetis.simulator.metrics import Metrics, Summary
-from hetis.simulator.steadiness import MAX_GROWTH, Estimate
+from hetis.simulator.steadiness import Estimate
 from hetis.simulator.values import RequestLog, Run
 from hetis.solver.plan import Objective, Plan
 
@@ -49,7 +49,7 @@ class LevelVerdict:
     limits: tuple[LimitVerdict, ...]
     missed: Mapping[Latency, float]  # share of the requests over each limit; empty unless the level is a share
     steady: bool | None  # as in `Summary`
-    carried: bool | None  # as far as can be told if ``steady`` is None; None: nothing can be told
+    carried: bool | None  # as in `Summary`
 
     @property
     def kept(self) -> bool | None:
@@ -147,13 +147,7 @@ def verdict_of(level: ServiceLevel, limits: Objective, summary: Summary, latenci
             )
             for latency, one in zip(limits_of(limits), found.limited, strict=True)
         ]
-    carried = summary.steady
-    if carried is None and not math.isnan(summary.growth.value):
-        if summary.growth.value > MAX_GROWTH:  # as for `Summary.within`
-            carried = False
-        elif summary.throughput_rps.value > 0:  # otherwise nothing finished, and the wait says nothing
-            carried = True
-    return LevelVerdict(limits=tuple(verdicts), missed=found.missed, steady=summary.steady, carried=carried)
+    return LevelVerdict(limits=tuple(verdicts), missed=found.missed, steady=summary.steady, carried=summary.carried)
 
 
 def _estimate(level: ServiceLevel, latency: Latency, found: Limited, summary: Summary) -> Estimate:
@@ -190,14 +184,11 @@ def as_swept(summary: Summary, verdict: LevelVerdict) -> Summary:
     """Return a summary for `hetis.simulator.running.sweep` with the level's estimates as p95 TTFT and mean TPOT.
 
     A sweep compares these two with limits and knows no others; with those of `swept_limits` it searches by the level.
-    A rate of which nothing can be told, because nothing finished while requests came, is not taken for carried.
     """
     names = {Latency.TTFT: "ttft_p95_s", Latency.TPOT: "mean_tpot_s", None: "ttft_p95_s"}
     estimates: dict[str, Any] = {
         names[one.latency]: _at_most(one.latency, one.limit, one.estimate)[0] for one in verdict.limits
     }
-    if verdict.carried is None:
-        estimates["growth"] = Estimate(value=math.nan, half_width=math.nan)
     return replace(summary, **estimates)
 
 

@@ -164,8 +164,14 @@ def kept_rate(plan: Plan) -> float | None:
     return None if found is None or found.kept else found.kept_rps
 
 
+def promising(plan: Plan) -> Plan:
+    """Return the plan without a demand if it maximises its rate: it promises its own, whatever is demanded of it."""
+    return replace(plan, objective=replace(plan.objective, demand_rps=None)) if plan.objective.maximises else plan
+
+
 def rate_to_simulate(plan: Plan, problem: PlacementProblem) -> float:
-    """Return the default rate to simulate: the demanded one, or else the rate known to keep the plan's limits."""
+    """Return the default rate to simulate: the promised demand, or else the rate known to keep the plan's limits."""
+    plan = promising(plan)
     return plan.objective.demand_rps or kept_rate(plan) or default_rate(plan, problem)
 
 
@@ -195,7 +201,8 @@ def attained(verification: Verification, plan: Plan) -> str:
     """Return the share of the requests within all limits, beside the requested share if there is one."""
     asked = service_level_of(plan).attainment
     if asked is None:
-        return f"{verification.attainment:.0%} within both"
+        limits = "both" if len(limits_of(plan.objective)) == 2 else "the limit"
+        return f"{verification.attainment:.0%} within {limits}"
     return (
         f"{share_within(verification.attainment, asked)} of the requests within all limits, {100 * asked:g}% asked for"
     )
@@ -210,9 +217,15 @@ def misses(verification: Verification, plan: Plan) -> list[str]:
     else:
         limited = limited_latencies(verification, plan)
         over = [
-            f"{one.name} {one.value_s:.3g} s of {one.limit_s:.3g} s" for one in limited if one.value_s > one.limit_s
+            f"{one.name} {_seconds(one.value_s)} of {_seconds(one.limit_s)}"
+            for one in limited
+            if one.value_s > one.limit_s
         ]
     return [*(["requests queue up without end"] if verification.steady is False else []), *over]
+
+
+def _seconds(value_s: float) -> str:
+    return f"{value_s:,.0f} s" if 1000 <= value_s < math.inf else f"{value_s:.3g} s"  # not 3.45e+03 s
 
 
 class _Most(NamedTuple):
@@ -299,6 +312,16 @@ class _AtPlannedRate(NamedTuple):
     # Returns the highest rate found to keep the limits below the planned one, which misses them, and not below another;
     # None: none of those tried. Raises `_CancelledError`.
     kept_below: Callable[[float], float | None]
+
+    def with_lower_rates(self) -> _AtPlannedRate:
+        """Return the same with lower rates searched now, if the plan misses a limit and this is not cancelled."""
+        if self.found.kept:
+            return self
+        try:
+            kept_rps = self.kept_below(0.0)
+        except _CancelledError:
+            return self
+        return self._replace(kept_below=lambda least: kept_rps if kept_rps is not None and kept_rps >= least else None)
 
     def decided(self, at_least_rps: float = 0.0) -> Plan:
         """Return the plan as `verified` does; lower rates are searched from ``at_least_rps`` on."""
@@ -548,7 +571,7 @@ def latency_curve(
         return None
     limits, most_requests = plan.objective, min(MOST_OF_CURVE, _most_of(plan).to_fill)
     part = _simulated_part(plan, problem, most_requests)
-    planned_rps, num_requests = default_rate(plan, problem), min(MOST_OF_CURVE, num_requests_of(part.plan))
+    planned_rps, num_requests = default_rate(promising(plan), problem), min(MOST_OF_CURVE, num_requests_of(part.plan))
     verification, found = verification_of(plan), dict[float, TriedRate]()
     settings = AS_PLANNED if verification is None else verification.settings
     for number, share in enumerate(SHARES):
@@ -616,9 +639,13 @@ class Tightening:
         return replace(objective, tpot_limit_s=self.planned_s)
 
 
+def _never() -> bool:
+    return False
+
+
 def verified_plan(
     plan: Plan, problem: PlacementProblem, find: Find | None, *, seed: int, cancelled: threading.Event,
-    report: RunReport,
+    report: RunReport, is_short: Callable[[], bool] = _never,
 ) -> Plan:  # fmt: skip
     """Return the plan as `verified` does or, if it misses a limit at its planned rate, a better one.
 
@@ -632,6 +659,8 @@ def verified_plan(
     Its bound is that of the problem, since a tighter limit can only exclude plans.
 
     Lower rates of plans that miss a limit are simulated last, and only those at which such a plan would be the result.
+    Those of the first plan are simulated first if ``is_short`` says then that little time is left: another search may
+    use it up, and no rate would be known to keep the limits.
     """
     simulated = partial(_at_planned_rate, problem=problem, seed=seed, cancelled=cancelled, report=report)
     first = simulated(plan)
@@ -640,6 +669,7 @@ def verified_plan(
     limit = None if find is None else _missed(first.found, plan)
     if find is None or limit is None:
         return first.decided()
+    first = first.with_lower_rates() if is_short() else first
     tried, step = [first], limit.planned_s / limit.asked_s
     share, planned_s = step, _planned_s(plan, limit)
     for _ in range(SEARCHES):
@@ -732,12 +762,12 @@ def _bounded(result: SolveResult, first: SolveResult, *, maximises: bool) -> Sol
 
 
 def _sentence(first: _AtPlannedRate, tried: Tightening, below_rps: float | None) -> str:
-    result = first.plan.result
+    result, asked = first.plan.result, _seconds(tried.asked_s)
     this = "misses the limits" if below_rps is None else f"keeps the limits at less than {below_rps:.4g} requests/s"
     return (
-        f"planned for a {tried.name} of {tried.planned_s:.3g} s where {tried.asked_s:.3g} s are asked for: simulated, "
-        f"the best plan for {tried.asked_s:.3g} s by the model ({result.value:.4g} {result.unit}) {this}; the bound is "
-        f"that for {tried.asked_s:.3g} s"
+        f"planned for a {tried.name} of {_seconds(tried.planned_s)} where {asked} are asked for: simulated, "
+        f"the best plan for {asked} by the model ({result.value:.4g} {result.unit}) {this}; the bound is "
+        f"that for {asked}"
     )
 
 

@@ -91,6 +91,8 @@ class ListedOffer:
     dual: float | None
     after: Side
     difference: Difference  # the effect of all added GPUs together
+    # Value of the plan found, less that of the plan before: a fleet without one serves 0 requests/s at infinite cost
+    gain: float
 
     @property
     def usd_per_hour(self) -> float | None:
@@ -168,13 +170,15 @@ def buy_next(
         if after.outcome.plan is None and after.outcome.status == NO_PLAN:
             left_out.append(name)
             continue
-        gain = _difference(before, after, objective)
-        offers.append(ListedOffer(addition=addition, dual=duals.get(name), after=after, difference=gain))
+        gain = 0.0 if after.proven.value == before.proven.value else after.proven.value - before.proven.value
+        known = _difference(before, after, objective)
+        offers.append(ListedOffer(addition=addition, dual=duals.get(name), after=after, difference=known, gain=gain))
     sign = 1.0 if objective.maximises else -1.0
 
-    def worth(offer: ListedOffer) -> tuple[float, float]:
-        found = sign * offer.difference.found / offer.addition.count
-        return -_per_dollar(found, offer.usd_per_hour), -found
+    def worth(offer: ListedOffer) -> tuple[float, float, float]:
+        gain = sign * offer.gain / offer.addition.count
+        # The last is for first plans: all of them gain the same infinite cost.
+        return -_per_dollar(gain, offer.usd_per_hour), -gain, -sign * offer.after.proven.value
 
     return BuyNext(
         objective=objective,

@@ -105,7 +105,7 @@ def what_if_page(found: WhatIf) -> str:
             title="Before and after", columns=("'", "before", "after"), rows=tuple(side_rows(found)),
             note=model_words(found.objective),
         ),
-        Sentences(title="Difference of the best plans", lines=(verdict_words(found.difference, found.objective),)),
+        Sentences(title="Difference of the best plans", lines=(verdict_words(found),)),
     ]  # fmt: skip
     if found.plan_change is not None:
         blocks.append(Sentences(title="Replicas", lines=(change_counts(found.plan_change),)))
@@ -225,7 +225,7 @@ def _purchase(found: BuyNext) -> Iterator[Block]:
     if not found.offers:
         return
     best = found.offers[0]
-    gain = best.difference.found if found.objective.maximises else -best.difference.found
+    gain = best.gain if found.objective.maximises else -best.gain
     if gain > 0:
         price = "" if best.usd_per_hour is None else f" at {digits(best.usd_per_hour)} USD/h each"
         text = f"Buy {best.addition.count} × {best.addition.gpu.name}{price}."

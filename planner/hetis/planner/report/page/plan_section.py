@@ -45,7 +45,6 @@ from hetis.planner.report.plan import (
     simple_setups,
     stage_rows,
     verdict,
-    within_words,
 )
 from hetis.planner.report.simulation_pictures import Panel
 from hetis.planner.report.tables import SimulationRemarks, kept_beyond
@@ -54,7 +53,7 @@ from hetis.planner.use_cases.grouping import ReplicaGroup, group_replicas
 from hetis.planner.use_cases.place import OUT_OF_TIME, stopped_simulation_of
 from hetis.planner.use_cases.robustness.profile_errors import used_fits
 from hetis.planner.use_cases.surviving import losses_of
-from hetis.planner.use_cases.verify import limited_latencies, misses, verification_of
+from hetis.planner.use_cases.verify import attained, limited_latencies, misses, verification_of
 from hetis.solver.placement.explanation import explain_plan
 from hetis.solver.plan import Explanation, MemoryBar, ObjectiveKind, Plan, Role, parallel_sizes
 from hetis.solver.problem import PlacementProblem
@@ -212,7 +211,7 @@ def _simulated(plan: Plan) -> Iterator[Tile]:
     said = "".join(f"; {line}" for line in SimulationRemarks.of(found).lines())
     if found.kept:
         beyond = kept_beyond(found.rate_rps, found.kept_rps)
-        note = f"at {digits(found.rate_rps)} requests/s; {within_words(found, plan)}{beyond}{said}"
+        note = f"at {digits(found.rate_rps)} requests/s; {attained(found, plan)}{beyond}{said}"
         yield Tile(label="Simulated", value="limits kept", note=note, tone="" if found.too_short else "good")
     else:
         until = "no rate tried keeps them" if found.kept_rps is None else f"kept up to {digits(found.kept_rps)}/s"
