@@ -133,7 +133,7 @@ def calibrate(
         _replica(spec, base, tp or 1, cluster)  # a check before a minute is spent on it
         observed = _watched(terminal, source, context, watch_s or _USUAL_S)
     else:
-        observed = _logged(source, context)
+        observed = _logged(source, context, spec)
     if tp is not None and observed.tp is not None and tp != observed.tp:
         raise InvalidProblemError(f"--tp is {tp}, that of the server in the log is {observed.tp}")
     replica = _replica(spec, base, tp or observed.tp or 1, cluster)
@@ -190,12 +190,13 @@ def _replica(spec: ModelSpec, profile: Profile, tp: int, cluster: Path | None) -
     )
 
 
-def _logged(path: str, context: float | None) -> Observed:
+def _logged(path: str, context: float | None, spec: ModelSpec) -> Observed:
     from hetis.formats.files import file_label
     from hetis.formats.vllm_logs import load_iteration_log
     from hetis.profiler.calibrate.iterations import observed_in_log
 
-    return observed_in_log(file_label(path), load_iteration_log(path), context_tokens=context)
+    log = load_iteration_log(path)
+    return observed_in_log(file_label(path), log, context_tokens=context, max_tokens=spec.max_position)
 
 
 def _watched(terminal: Terminal, url: str, context: float | None, watch_s: float) -> Observed:
