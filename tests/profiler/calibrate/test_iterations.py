@@ -8,7 +8,8 @@ import pytest
 
 from hetis.formats.errors import DocumentError
 from hetis.formats.vllm_logs import load_iteration_log, read_iterations
-from hetis.profiler.calibrate.iterations import NO_GAP, between_iterations_s, observed_in_log
+from hetis.profiler.calibrate.between import between_iterations
+from hetis.profiler.calibrate.iterations import NO_GAP, observed_in_log
 from hetis.profiler.calibrate.observed import Observed, ObservedWork
 from tests.profiler.calibrate.logs import KV_TOKENS, SAMPLE, head, line, text_of
 
@@ -188,7 +189,7 @@ def test_engines_are_stretches_of_their_own() -> None:
             line(20 + i, 0.004, decoding=1, at_s=i * 0.01, engine=1),
         )
     ]
-    gap_s = between_iterations_s(read_iterations("x", both))
+    gap_s = between_iterations(read_iterations("x", both)).seconds
     assert gap_s == pytest.approx(0.004, rel=0.05)  # 2 ms in the first, 6 ms in the second
 
 
@@ -201,5 +202,22 @@ def test_a_clock_that_is_too_coarse_is_said() -> None:
 def test_a_clock_that_is_set_back_tells_nothing() -> None:
     lines = steady(2000, elapsed_s=0.008, period_s=0.010, at_s=1000.0)
     lines += steady(2000, elapsed_s=0.008, period_s=0.010, start=2020, at_s=0.0)
-    gap_s = between_iterations_s(read_iterations("x", lines))
+    gap_s = between_iterations(read_iterations("x", lines)).seconds
+    assert gap_s == pytest.approx(0.002, abs=0.0005)
+
+
+@pytest.mark.parametrize("pause_s", [0.9, 10.0, 3600.0])
+def test_a_pause_is_no_time_of_iterations(pause_s: float) -> None:
+    """The host stands still once, or its clock is set forward, in 40 seconds with 2 ms between iterations."""
+    lines = steady(2500, elapsed_s=0.008, period_s=0.010)
+    lines += steady(1500, elapsed_s=0.008, period_s=0.010, start=2520, at_s=25.0 + pause_s)
+    found = read(lines)
+    assert found.observations[0].seconds == pytest.approx(0.010, abs=0.0002)
+    assert [" 1 times while requests run" in note for note in found.notes] == ([True] if pause_s > 3 else [])
+
+
+def test_a_server_that_logs_late_tells_the_same() -> None:
+    """Its lines wait for 20 seconds, and then come at once."""
+    lines = [line(20 + i, 0.008, decoding=1, at_s=max(i * 0.01, 20.0 * (500 < i < 2500))) for i in range(6000)]
+    gap_s = between_iterations(read_iterations("x", lines)).seconds
     assert gap_s == pytest.approx(0.002, abs=0.0005)

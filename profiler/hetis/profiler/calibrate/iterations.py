@@ -1,9 +1,8 @@
 """Observations of the iterations in a vLLM log.
 
 A line states what an iteration computed and how long the engine *waited* for the result. Two things are added.
-Scheduling and the handling of the result lie between two waits, so their mean time follows from the clock of the lines
-over stretches in which the engine never was without work. And the tokens that requests attend to follow from the share
-of the KV cache in use.
+Scheduling and the handling of the result lie between two waits: `between` has their mean time. And the tokens that
+requests attend to follow from the share of the KV cache in use.
 """
 
 from __future__ import annotations
@@ -12,18 +11,15 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from math import sqrt
 
 from hetis.formats.errors import single_problem
 from hetis.formats.vllm_logs import IterationLog, LoggedIteration, LoggedServer
+from hetis.profiler.calibrate.between import between_iterations
 from hetis.profiler.calibrate.observed import Observation, Observed, ObservedWork
 
 FIRST = 10  # first iterations of an engine, in which it still loads and compiles kernels
 LEAST = 40
 BLOCK_TOKENS = 16  # vLLM's usual block size, if the log does not state it
-_LEAST_STRETCH_STEPS = 5.0  # in steps of the clock: a shorter stretch is dominated by rounding
-_ROUNDING = 0.29  # standard deviation of what is cut off a time, in steps of the clock
-_LEAST_GAP_CERTAINTY = 0.05  # largest standard error of the time between waits, as a share of the mean wait
 NO_GAP = (
     "the log's clock is too coarse for the time between two iterations, which elapsed times exclude: log some "
     "minutes of steady load, or let a log collector add times in milliseconds"
@@ -40,7 +36,7 @@ def observed_in_log(
     the limit of a request where the log states none.
     """
     tp = _degree(label, log.servers)
-    gap_s = between_iterations_s(log)
+    between = between_iterations(log)
     left_out, found = Counter[str](), list[Observation]()
     for server, state, iteration in _with_states(log, max_tokens):
         reason = _reason(iteration)
@@ -52,12 +48,17 @@ def observed_in_log(
             lacks = "KV cache size (a line of the server's start)" if state.held is not None else "KV cache usage"
             raise single_problem(label, f"has no {lacks}: --context gives the mean tokens of a decoding request")
         work = _work(iteration, state, server, context_tokens)
-        seconds = iteration.elapsed_s + (gap_s or 0.0)
+        seconds = iteration.elapsed_s + (between.seconds or 0.0)
         if seconds > 0:
             found.append(Observation(kind=work.kind, seconds=seconds, parts=((1.0, work),)))
         else:
             left_out["took no time"] += 1
-    notes = [NO_GAP] if gap_s is None else []
+    notes = [NO_GAP] if between.seconds is None else []
+    if between.num_pauses:
+        notes.append(
+            f"the clock of the log leaps or the host pauses {between.num_pauses:,} times while requests run, by "
+            f"{between.paused_s:,.3g} s in all, which is not counted as time of iterations"
+        )
     if log.is_cut:
         notes.append(f"only the first {sum(len(server.iterations) for server in log.servers):,} iterations were read")
     versions = dict.fromkeys(server.version for server in log.servers if server.version)
@@ -82,76 +83,6 @@ def _degree(label: str, servers: Sequence[LoggedServer]) -> int | None:
         several = " and ".join(map(str, degrees))
         raise single_problem(label, f"is of servers with TP degrees {several}, one after the other: split it")
     return degrees[0] if degrees else None
-
-
-def between_iterations_s(log: IterationLog) -> float | None:
-    """Return the mean seconds between the end of one wait and the start of the next, or None if the clock cannot tell.
-
-    An iteration with a request that is past its first token follows at once on the one before, which had it too. In
-    such a stretch, the clock less the time waited so far rises equally with every iteration: by the slope of a line
-    through all of them, which a clock of whole seconds blurs little.
-    """
-    every = [one for server in log.servers for one in _stretches(server.iterations)]
-    stretches = [one for one in every if one.waited_s >= _LEAST_STRETCH_STEPS * log.clock_step_s]
-    count = sum(one.count for one in stretches)
-    spread = sum(one.squares - one.numbers**2 / one.count for one in stretches)
-    if not spread:
-        return None
-    waited_s = sum(one.waited_s for one in stretches) / count
-    if _ROUNDING * log.clock_step_s / sqrt(spread) > _LEAST_GAP_CERTAINTY * waited_s:
-        return None
-    return max(0.0, sum(one.products - one.numbers * one.rests_s / one.count for one in stretches) / spread)
-
-
-@dataclass(slots=True)
-class _Stretch:
-    """Iterations without a pause between them, and the sums for a line through them; the first has number 0."""
-
-    begin_s: float
-    clock_s: float
-    waited_s: float = 0.0  # time waited, without the first one
-    count: int = 1
-    numbers: float = 0.0
-    squares: float = 0.0
-    rests_s: float = 0.0  # sum of the clock's rises since the beginning, less the waits
-    products: float = 0.0
-
-    def add(self, clock_s: float, elapsed_s: float) -> None:
-        number, self.count, self.clock_s = self.count, self.count + 1, clock_s
-        self.waited_s += elapsed_s
-        rest_s = clock_s - self.begin_s - self.waited_s
-        self.numbers += number
-        self.squares += number * number
-        self.rests_s += rest_s
-        self.products += number * rest_s
-
-
-def _stretches(iterations: Sequence[LoggedIteration]) -> Iterator[_Stretch]:
-    now: dict[int, tuple[_Stretch, int]] = {}  # keyed by engine, with the index of its last iteration
-    for one in iterations:
-        known = now.pop(one.engine, None)
-        if known is not None and not _goes_on(known, one):
-            yield known[0]
-            known = None
-        if one.clock_s is None or one.is_dummy:
-            continue
-        if known is None:
-            stretch = _Stretch(begin_s=one.clock_s, clock_s=one.clock_s)
-        else:
-            stretch = known[0]
-            stretch.add(one.clock_s, one.elapsed_s)
-        now[one.engine] = stretch, one.index
-    yield from (stretch for stretch, _ in now.values())
-
-
-def _goes_on(known: tuple[_Stretch, int], one: LoggedIteration) -> bool:
-    stretch, index = known
-    return (
-        one.clock_s is not None
-        and one.clock_s >= stretch.clock_s  # a clock that was set back tells nothing
-        and one.index == index + 1
-        and one.generation_requests > 0
-    )
 
 
 @dataclass(slots=True)
