@@ -10,9 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hetis.formats.catalogue import find_gpu
+from hetis.formats.model import load_model
 from hetis.profiler.calibrate.correction import STOOD_STILL, CalibrationResult, calibrate
 from hetis.profiler.calibrate.observed import Observation, ObservedKind, ObservedWork
 from hetis.profiler.calibrate.replica import CalibratedReplica
+from hetis.profiler.defaults import default_profile
 from hetis.profiler.linear import linear_fits
 from hetis.solver.cluster import Link
 from hetis.solver.errors import InvalidProblemError
@@ -154,6 +156,19 @@ def test_linear_attention_was_not_seen_where_another_model_ran() -> None:
     assert set(linear) <= set(after.fits)
     plain = [fit for fit in own.profile.fits if fit.op is Op.PREFILL_ATTENTION]
     assert not set(plain) & set(after.fits)
+
+
+def test_experts_were_not_seen_where_a_model_without_them_ran() -> None:
+    """An observation of a model with experts, on the other hand, corrects them."""
+    profile = default_profile(find_gpu(GPU).gpu)[1]
+    experts = [fit for fit in profile.fits if fit.op is Op.EXPERTS]
+    assert experts
+    seen = observed(list(works(400)), Truth(kernels=2.0))
+    for name, stays in (("Llama-3.1-8B", True), ("Qwen3-30B-A3B", False)):
+        served = CalibratedReplica(load_model(name), profile, tp=1, link=Link(bytes_per_s=450e9, latency_s=0.0))
+        after = calibrate(seen, served).profile
+        assert after is not None
+        assert (set(experts) <= set(after.fits)) == stays, name
 
 
 def test_where_numbers_are_from_and_how_wrong_they_are_is_kept() -> None:
