@@ -24,6 +24,7 @@ def test_a_log_of_the_real_server_is_read_whole() -> None:
     assert [one.index for one in log.iterations] == list(range(len(log.iterations)))
     assert (log.version, log.tp, log.pp, log.kv_tokens, log.block_tokens) == ("0.32.0", 1, 1, 131_072, 128)
     assert (log.max_tokens, log.budget_tokens) == (4096, None)
+    assert (log.model, log.quantization, log.kv_dtype) == ("model", "None", "auto")
     first = next(one for one in log.iterations if one.context_requests and one.index >= 10)
     assert (first.index, first.context_tokens, first.elapsed_s, first.kv_ratio) == (12, 309, 0.6695, 0.003)
     assert not any(one.is_dummy or one.has_encoder or one.after_compiling for one in log.iterations)

@@ -40,6 +40,11 @@ _CLOCK = re.compile(r"\b(\d\d)-(\d\d) (\d\d):(\d\d):(\d\d)\b")
 _COLLECTED = re.compile(r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d(?:[.,]\d{1,6})?")  # docker, Kubernetes and journals add it
 _COLOUR = re.compile(r"\x1b\[[\d;]*m")
 _START = re.compile(r"LLM engine \(v([\w.+-]{1,40})\)")  # a line that an engine logs when it starts
+_SERVED = {  # what such a line says of the model
+    "model": re.compile(r"\bmodel='([^']{1,400})'"),
+    "quantization": re.compile(r"\bquantization=([\w.-]{1,40})"),
+    "kv_dtype": re.compile(r"\bkv_cache_dtype=([\w.-]{1,40})"),
+}
 _SETTINGS = {
     "tp": re.compile(r"tensor_parallel_size=(\d{1,4})\b"),
     "pp": re.compile(r"pipeline_parallel_size=(\d{1,4})\b"),
@@ -82,6 +87,9 @@ class LoggedServer:
     block_tokens: int | None = None
     budget_tokens: int | None = None  # most tokens of an iteration
     max_tokens: int | None = None  # most tokens of a request
+    model: str = ""  # a name or a path
+    quantization: str = ""  # ``None`` if it has none
+    kv_dtype: str = ""  # ``auto``: as the checkpoint says, or like activations
 
 
 @dataclass(slots=True)
@@ -165,6 +173,9 @@ def _read_setting(server: LoggedServer, line: str) -> None:
     start = _START.search(line)
     if start is not None:
         server.version = start[1]
+        for name, form in _SERVED.items():
+            found = form.search(line)
+            setattr(server, name, found[1] if found is not None else "")
     for name, form in _SETTINGS.items():
         found = form.search(line)
         if found is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -16,6 +17,7 @@ from hetis.profiler.calibrate.observed import Observation, ObservedKind, Observe
 from hetis.profiler.calibrate.replica import CalibratedReplica
 from hetis.profiler.defaults import default_profile
 from hetis.profiler.linear import linear_fits
+from hetis.profiler.plausibility import impossible
 from hetis.solver.cluster import Link
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.profile import Op, Profile, Source
@@ -107,6 +109,35 @@ def test_a_profile_that_is_right_is_left_alone() -> None:
     assert all(one.margin is None for one in found.parameters)
 
 
+def test_kernels_of_another_model_are_no_correction() -> None:
+    """Under a constant load, seconds of the host would predict it as well."""
+    for factor, said in ((30.0, r"kernels take 30(\.\d)? times"), (0.01, r"kernels take 0(\.\d+)? times")):
+        steady = [ObservedWork(decoding=32.0, attended_tokens=32 * 1000.0)] * 400
+        price = replica().price(observed(steady[:1], Truth()).observations[0])
+        exact = Truth(kernels=factor, step_s=price.step_s, sequence_s=0.0)
+        found = calibrate(observed(steady, exact), replica())
+        assert found.profile is None
+        assert re.match(said, found.refusal), found.refusal
+
+
+def test_a_kind_that_is_still_predicted_badly_is_no_correction() -> None:
+    """Prompts take thirty times as long as the profile has it, and everything else as long: no parameter has that."""
+    seen = observed(list(works(400)), Truth(kernels=2.0))
+    slower = [replace(one, seconds=one.seconds * (30.0 if one.kind != "decode" else 1.0)) for one in seen.observations]
+    found = calibrate(replace(seen, observations=tuple(slower)), replica())
+    assert found.profile is None
+    assert re.match(r"the error of (mixed|prefill|decode) iterations would still be \d+%: check", found.refusal)
+
+
+def test_a_host_that_takes_almost_no_time_takes_none() -> None:
+    """A profile that states 0.1 us for a sequence would be taken for one in a wrong unit."""
+    some = list(works(800))
+    found = calibrate(observed(some, Truth(kernels=0.9, step_s=2e-3, sequence_s=1e-7, noise=0.0)), replica())
+    assert found.profile is not None
+    assert values(found)["sequence"] == 0.0
+    assert not list(impossible(found.profile, find_gpu(GPU).gpu))
+
+
 def test_noise_alone_is_no_reason_for_a_correction() -> None:
     some = observed(list(works(400)), Truth(kernels=1.0, step_s=5.8e-4, sequence_s=0.0, noise=1.0))
     found = calibrate(some, replica())
@@ -163,10 +194,11 @@ def test_experts_were_not_seen_where_a_model_without_them_ran() -> None:
     profile = default_profile(find_gpu(GPU).gpu)[1]
     experts = [fit for fit in profile.fits if fit.op is Op.EXPERTS]
     assert experts
-    seen = observed(list(works(400)), Truth(kernels=2.0))
+    seen = observed(list(works(400)), Truth())
     for name, stays in (("Llama-3.1-8B", True), ("Qwen3-30B-A3B", False)):
         served = CalibratedReplica(load_model(name), profile, tp=1, link=Link(bytes_per_s=450e9, latency_s=0.0))
-        after = calibrate(seen, served).profile
+        twice = tuple(replace(one, seconds=2.0 * served.price(one).seconds) for one in seen.observations)
+        after = calibrate(replace(seen, observations=twice), served).profile
         assert after is not None
         assert (set(experts) <= set(after.fits)) == stays, name
 

@@ -20,6 +20,12 @@ from hetis.profiler.calibrate.observed import Observation, Observed, ObservedWor
 FIRST = 10  # first iterations of an engine, in which it still loads and compiles kernels
 LEAST = 40
 BLOCK_TOKENS = 16  # vLLM's usual block size, if the log does not state it
+_ALIKE = {
+    "tp": "TP degrees",
+    "model": "models",
+    "quantization": "quantizations",
+    "kv_dtype": "types of KV caches",
+}
 NO_GAP = (
     "the log's clock is too coarse for the time between two iterations, which elapsed times exclude: log some "
     "minutes of steady load, or let a log collector add times in milliseconds"
@@ -29,13 +35,13 @@ NO_GAP = (
 def observed_in_log(
     label: str, log: IterationLog, *, context_tokens: float | None = None, max_tokens: int | None = None
 ) -> Observed:
-    """Return the observations in a log. Raises DocumentError if it is of a pipeline or of servers that differ in their
-    TP degree, or does not state the context of decoding requests.
+    """Return the observations in a log. Raises DocumentError if it is of a pipeline or of servers that differ in what
+    is calibrated, or does not state the context of decoding requests.
 
     ``context_tokens`` is what a decoding request attends to on average. None: derived from the log. ``max_tokens`` is
     the limit of a request where the log states none.
     """
-    tp = _degree(label, log.servers)
+    _require_alike(label, log.servers)
     between = between_iterations(log)
     left_out, found = Counter[str](), list[Observation]()
     for server, state, iteration in _with_states(log, max_tokens):
@@ -69,20 +75,19 @@ def observed_in_log(
         observations=tuple(found),
         left_out=left_out,
         notes=tuple(notes),
-        tp=tp,
+        tp=next((server.tp for server in log.servers if server.tp is not None), None),
     )
 
 
-def _degree(label: str, servers: Sequence[LoggedServer]) -> int | None:
-    """Return the TP degree of all servers, or None if none of them states it."""
+def _require_alike(label: str, servers: Sequence[LoggedServer]) -> None:
     stages = max((server.pp or 1 for server in servers), default=1)
     if stages > 1:
         raise single_problem(label, f"is of an engine with {stages} pipeline stages, whose iterations overlap")
-    degrees = sorted({server.tp for server in servers if server.tp is not None})
-    if len(degrees) > 1:
-        several = " and ".join(map(str, degrees))
-        raise single_problem(label, f"is of servers with TP degrees {several}, one after the other: split it")
-    return degrees[0] if degrees else None
+    for name, words in _ALIKE.items():
+        stated = dict.fromkeys(value for server in servers if (value := getattr(server, name)) not in (None, ""))
+        if len(stated) > 1:
+            several = " and ".join(map(str, stated))
+            raise single_problem(label, f"is of servers with {words} {several}, one after the other: split it")
 
 
 @dataclass(slots=True)
