@@ -101,6 +101,27 @@ def test_several_parameters_are_fitted_only_where_each_of_them_is_known() -> Non
         assert sum(one.margin is not None for one in found.parameters) <= 1, seed
 
 
+@pytest.mark.parametrize("batches", [(2, 4, 8, 16, 32, 64), (30, 31, 32), (1, 2, 3)])
+def test_means_tell_one_parameter_in_whose_interval_the_truth_is(batches: tuple[int, ...]) -> None:
+    """Scrapes of an engine whose host differs in both of its times from the profile, as do its kernels."""
+    served = CalibratedReplica(
+        load_model("Llama-3.1-8B"),
+        default_profile(find_gpu(GPU).gpu)[1],
+        tp=1,
+        link=Link(bytes_per_s=450e9, latency_s=0.0),
+    )
+    truth = {"kernels": 1.25, "step": 2e-3, "sequence": 0.0}
+    seen = []
+    for batch in np.random.default_rng(1).choice(batches, 24):
+        work = ObservedWork(decoding=float(batch), attended_tokens=1000.0 * batch)
+        one = Observation(kind=ObservedKind.INTERVAL, seconds=1.0, parts=((1.0, work),))
+        seen.append(replace(one, seconds=truth["kernels"] * served.price(one).kernels_s + truth["step"]))
+    found = calibrate(replace(observed([], Truth(), least=8), observations=tuple(seen)), served)
+    (fitted,) = [one for one in found.parameters if one.margin is not None]
+    assert fitted.margin is not None
+    assert abs(fitted.after - truth[fitted.name]) <= fitted.margin
+
+
 def test_a_profile_that_is_right_is_left_alone() -> None:
     before = replica().price(observed([ObservedWork(decoding=1.0, attended_tokens=1.0)], Truth()).observations[0])
     truth = Truth(kernels=1.0, step_s=before.step_s, sequence_s=0.0, noise=0.05)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, fields, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from hetis.profiler.calibrate.observed import Observed
+from hetis.profiler.calibrate.observed import Observed, ObservedKind
 from hetis.profiler.calibrate.replica import CalibratedReplica
 from hetis.profiler.fitting import FloatArray, non_negative_least_squares
 from hetis.profiler.plausibility import STEP_SECONDS
@@ -25,6 +25,8 @@ from hetis.solver.profile import Fit, FitScope, Op, Piece, Profile, Provenance, 
 PARAMETERS = ("kernels", "step", "sequence")
 STOOD_STILL = 5.0  # multiple of the usual time of such iterations: a compilation, a swapped-out process
 _CANDIDATES = (("kernels",), ("step",), ("kernels", "step"), ("kernels", "step", "sequence"))
+# Column of a parameter in `_Table`, and how wrong a profile's value may be, as a share of it.
+_DOUBTS = {"kernels": ("kernels", 0.25), "step": ("step", 1.0), "sequence": ("sample", 1.0)}
 _BLOCKS = 40
 _GROUPS = 10  # groups of blocks that are left out one after the other, to know how certain a fit is
 _CERTAIN = 0.1  # largest half-width of the interval of each of several parameters, as a share of an iteration
@@ -251,7 +253,9 @@ def _chosen(table: _Table, block: NDArray[np.intp]) -> tuple[tuple[str, ...], di
     least = float(np.abs(table.predicted({}) / table.seconds - 1).mean())
     group = block % _GROUPS
     groups = [g for g in np.unique(group) if (group != g).any()]
-    for names in _CANDIDATES:
+    # Means over intervals tell at most one parameter: the others shift several of them by more than the jackknife sees.
+    are_means = bool((table.kind == ObservedKind.INTERVAL.value).all())
+    for names in [names for names in _CANDIDATES if len(names) == 1 or not are_means]:
         values = _fit(table, names)
         without = np.array([_fit(table.rows(group != g), names) for g in groups])
         spread = np.sqrt((len(groups) - 1) / len(groups) * ((without - without.mean(axis=0)) ** 2).sum(axis=0))
@@ -270,8 +274,20 @@ def _chosen(table: _Table, block: NDArray[np.intp]) -> tuple[tuple[str, ...], di
         if told_apart and is_worth_it:
             least = error
             rounded = {name: _rounded(name, value) for name, value in zip(names, values, strict=True)}
+            if are_means:
+                margins = margins + _shifts(table, names, values)
             best = names, rounded, {name: float(m) for name, m in zip(names, margins, strict=True)}
     return best
+
+
+def _shifts(table: _Table, names: Sequence[str], values: FloatArray) -> FloatArray:
+    """Return how far the fitted values may move because other parameters are not what the profile has."""
+    shifts = np.zeros(len(names))
+    for name, (column, doubt) in _DOUBTS.items():
+        if name not in names:
+            others = [replace(table, **{column: getattr(table, column) * (1.0 + sign * doubt)}) for sign in (-1, 1)]
+            shifts += np.max([np.abs(_fit(other, names) - values) for other in others], axis=0)
+    return shifts
 
 
 def _rounded(name: str, value: float) -> float:

@@ -122,7 +122,7 @@ def calibrate(
     nothing is written and the exit code is 5.
 
     A log with --enable-logging-iteration-details says most. Of a URL, /metrics is read
-    every few seconds, which seldom tells more than one parameter.
+    every few seconds, which tells one parameter.
     """
     from hetis.profiler.calibrate.correction import calibrate as corrected
     from hetis.solver.errors import InvalidProblemError
