@@ -132,6 +132,8 @@ def test_servers_that_differ_in_what_is_calibrated_are_refused() -> None:
     one = [line(20, 0.01, decoding=1)]
     with pytest.raises(DocumentError, match="is of servers with TP degrees 4 and 8, one after the other: split it"):
         read([*one, head(tp=8), *one], tp=4)
+    with pytest.raises(DocumentError, match="is of servers with models m and n, one after the other: split it"):
+        read([*one, head().replace("model='m'", "model='n'"), *one])
     with pytest.raises(DocumentError, match="2 pipeline stages, whose iterations overlap"):
         read([*one, head(), *one], pp=2)
 
@@ -213,7 +215,7 @@ def test_a_pause_is_no_time_of_iterations(pause_s: float) -> None:
     lines += steady(1500, elapsed_s=0.008, period_s=0.010, start=2520, at_s=25.0 + pause_s)
     found = read(lines)
     assert found.observations[0].seconds == pytest.approx(0.010, abs=0.0002)
-    assert [" 1 times while requests run" in note for note in found.notes] == ([True] if pause_s > 3 else [])
+    assert ["while requests run: 1, of " in note for note in found.notes] == ([True] if pause_s > 3 else [])
 
 
 def test_a_server_that_logs_late_tells_the_same() -> None:

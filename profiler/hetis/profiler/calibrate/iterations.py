@@ -62,8 +62,8 @@ def observed_in_log(
     notes = [NO_GAP] if between.seconds is None else []
     if between.num_pauses:
         notes.append(
-            f"the clock of the log leaps or the host pauses {between.num_pauses:,} times while requests run, by "
-            f"{between.paused_s:,.3g} s in all, which is not counted as time of iterations"
+            f"pauses of the host or leaps of the log's clock while requests run: {between.num_pauses:,}, of "
+            f"{between.paused_s:,.1f} s in all, which are not counted as time of iterations"
         )
     if log.is_cut:
         notes.append(f"only the first {sum(len(server.iterations) for server in log.servers):,} iterations were read")
