@@ -240,6 +240,13 @@ def test_a_market_may_be_a_file(fleet: str, tmp_path: Path) -> None:
     assert [offer["usd_per_hour"] for offer in answer["offers"] if offer["gpu"] == "L4"] == [0.4]  # type: ignore[attr-defined]
 
 
+def test_a_market_may_be_given_in_parts(fleet: str) -> None:
+    answer = answer_to(fleet, "--buy-next", "--market", "L4,T4", "--market", "RTX-3090=0.1", "--market", "T4=0.2")
+    prices = {offer["gpu"]: offer["usd_per_hour"] for offer in answer["offers"]}  # type: ignore[attr-defined]
+    assert prices.keys() == {"L4", "T4", "RTX-3090"}
+    assert (prices["RTX-3090"], prices["T4"]) == (0.1, 0.2)
+
+
 def narrows(before: LoadedInputs, **change: Any) -> list[Change]:
     """Return the kind of a change, and that of its reverse."""
     shape = NodeShape(gpus_per_node=1, zone=before.inputs.cluster.zones()[0])
