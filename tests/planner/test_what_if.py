@@ -283,7 +283,7 @@ def test_links_between_nodes_narrow_nothing(tmp_path: Path) -> None:
     links = ", nodes: {links: [{between: [x-0, x-2], bandwidth: 100Mbps, latency: 20ms}]}"
     assert narrows(inputs_on(tmp_path, H100S, links), remove=("x-2",)) == [Change.OTHER, Change.OTHER]
     fleet = str(tmp_path / "asked.yaml")
-    question = ["what-if", "-c", fleet, "-m", "Llama-2-70B", "-w", "1024/256", "--remove", "x-2", "--ttft", "none"]
+    question = ["what-if", "-c", fleet, "-m", "Llama-3.1-8B", "-w", "1024/256", "--remove", "x-2", "--ttft", "none"]
     found = invoke(*question, "--tpot", "none", "--roles", "prefill,decode", "-q", "-o", "json")
     difference = json.loads(found.stdout)["difference"]
     assert 0.0 < difference["low"] <= difference["found"] <= difference["high"]
