@@ -23,7 +23,7 @@ from hetis.planner.use_cases.engine_values import ENGINE_VALUES, EQUAL_STAGES, N
 from hetis.planner.use_cases.grouping import group_replicas
 from hetis.planner.use_cases.place import SIMPLE_SETUPS
 from hetis.planner.use_cases.verify import TIGHTENED, TTFT
-from hetis.solver.plan import ObjectiveKind, Plan, Status
+from hetis.solver.plan import OTHER_TENANTS, ObjectiveKind, Plan, Status
 from tests.planner import plans
 
 PLANS = {
@@ -256,12 +256,22 @@ def test_the_explanation_shows_the_wire_of_replicas_that_have_one() -> None:
     ],
 )
 def test_the_verdict_claims_what_is_proven_and_no_more(name: str, words: str) -> None:
-    assert verdict(PLANS[name].result) == words
+    assert verdict(PLANS[name]) == words
+
+
+def test_the_bound_of_a_tenant_is_of_the_whole_fleet_to_itself() -> None:
+    shared = replace(PLANS["paper"], inputs={**PLANS["paper"].inputs, OTHER_TENANTS: {"chat": ["l4-0/0"]}})
+    words = "proven: even with the whole fleet to itself not over 0.52% better"
+    assert verdict(shared) == words
+    shown = " ".join(text_of(render_plan(shared)).split())
+    assert words in shown
+    assert "1 held by other tenants" in shown
+    assert "with the whole fleet to itself gap 0.52%" in shown
 
 
 def test_an_unproven_plan_is_called_that() -> None:
     result = replace(PLANS["paper"].result, bound=float("inf"), gap=float("inf"))
-    assert verdict(result) == "no bound: it is unknown how much better a plan could be"
+    assert verdict(replace(PLANS["paper"], result=result)) == "no bound: it is unknown how much better a plan could be"
 
 
 def test_equal_replicas_are_grouped_and_none_is_lost() -> None:

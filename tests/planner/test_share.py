@@ -54,6 +54,29 @@ def test_every_tenant_gets_a_plan_that_the_checker_passes(tmp_path: Path) -> Non
         assert any("shares the fleet with" in note for note in plan.notes)
         devices += [device for replica in plan.replicas for device in replica.devices()]
     assert len(devices) == len(set(devices))
+    assert_plans_know_of_each_other(tmp_path / "new")
+
+
+def assert_plans_know_of_each_other(folder: Path) -> None:
+    """Assert that no view of a tenant's plan calls the other's GPUs idle, or takes the bound alone for a gap."""
+    plans = {name: load_plan(str(folder / f"{name}.json")) for name in ("chat", "drafts")}
+    held = {name: tuple(d for one in plan.replicas for d in one.devices()) for name, plan in plans.items()}
+    for name, other in (("chat", "drafts"), ("drafts", "chat")):
+        plan, path = plans[name], str(folder / f"{name}.json")
+        assert plan.other_tenants() == {other: held[other]}
+        free = sum(price.available for price in plan.prices) - sum(map(len, held.values()))
+        shown = invoke("explain", path)
+        assert f"; {len(held[other])} held by other tenants, {free} idle" in " ".join(shown.stdout.split())
+        assert "no plan of the family is over" not in shown.stdout
+        assert "with the whole fleet to itself" in shown.stdout
+        explained = json.loads(invoke("explain", path, "-o", "json").stdout)
+        assert sum(idle["count"] for idle in explained["idle"]) == free
+    page = folder / "page.html"
+    result = invoke("report", *(str(folder / f"{name}.json") for name in plans), "--out", str(page))
+    assert result.exit_code == 0, result.output
+    assert f"{len(held['chat'])} held by other tenants" in page.read_text()
+    assert "of chat" in page.read_text()
+    assert page.read_text().count(" with the fleet to itself") == len(plans)
 
 
 def test_the_table_fits_80_columns_and_says_what_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

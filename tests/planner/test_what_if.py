@@ -240,6 +240,13 @@ def test_a_market_may_be_a_file(fleet: str, tmp_path: Path) -> None:
     assert [offer["usd_per_hour"] for offer in answer["offers"] if offer["gpu"] == "L4"] == [0.4]  # type: ignore[attr-defined]
 
 
+def test_a_market_may_be_given_in_parts(fleet: str) -> None:
+    answer = answer_to(fleet, "--buy-next", "--market", "L4,T4", "--market", "RTX-3090=0.1", "--market", "T4=0.2")
+    prices = {offer["gpu"]: offer["usd_per_hour"] for offer in answer["offers"]}  # type: ignore[attr-defined]
+    assert prices.keys() == {"L4", "T4", "RTX-3090"}
+    assert (prices["RTX-3090"], prices["T4"]) == (0.1, 0.2)
+
+
 def narrows(before: LoadedInputs, **change: Any) -> list[Change]:
     """Return the kind of a change, and that of its reverse."""
     shape = NodeShape(gpus_per_node=1, zone=before.inputs.cluster.zones()[0])
@@ -272,12 +279,12 @@ def test_types_on_which_the_engine_does_not_run_change_nothing(tmp_path: Path) -
 
 
 def test_links_between_nodes_narrow_nothing(tmp_path: Path) -> None:
-    """Every node of a group has the group's worst link, so that fewer nodes may serve more."""
+    """KV that is handed over pays for the slowest link of its node to any other, so that fewer nodes may serve more."""
     links = ", nodes: {links: [{between: [x-0, x-2], bandwidth: 100Mbps, latency: 20ms}]}"
     assert narrows(inputs_on(tmp_path, H100S, links), remove=("x-2",)) == [Change.OTHER, Change.OTHER]
     fleet = str(tmp_path / "asked.yaml")
-    question = ["what-if", "-c", fleet, "-m", "Llama-2-70B", "-w", "1024/256", "--remove", "x-2", "--ttft", "none"]
-    found = invoke(*question, "--tpot", "none", "-q", "-o", "json")
+    question = ["what-if", "-c", fleet, "-m", "Llama-3.1-8B", "-w", "1024/256", "--remove", "x-2", "--ttft", "none"]
+    found = invoke(*question, "--tpot", "none", "--roles", "prefill,decode", "-q", "-o", "json")
     difference = json.loads(found.stdout)["difference"]
     assert 0.0 < difference["low"] <= difference["found"] <= difference["high"]
 

@@ -89,6 +89,24 @@ def test_a_number_that_lost_its_end_is_noticed(tmp_path: Path) -> None:
     )
 
 
+def test_a_table_in_another_encoding_is_not_said_to_be_truncated(tmp_path: Path) -> None:
+    path = tmp_path / "table.csv"
+    path.write_text("gpu,batch_size,sampler_e2e_ms\nA100,8,0.588016\n", encoding="utf-16")
+    with pytest.raises(DocumentError, match="is not UTF-8 text"):
+        import_tables("vidur", [path])
+
+
+@pytest.mark.parametrize(
+    ("row", "said"), [("A100,8,abc", "row 5: sampler_e2e_ms: is 'abc'"), ("A100,8", "row 5: has 2")]
+)
+def test_rows_have_the_numbers_of_their_lines(row: str, said: str, tmp_path: Path) -> None:
+    path = tmp_path / "table.csv"
+    path.write_text(f"\ngpu,batch_size,sampler_e2e_ms\nA100,4,0.5\n\n{row}\n")
+    with pytest.raises(DocumentError) as caught:
+        import_tables("vidur", [path])
+    assert said in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("form", "name", "column", "value", "said"),
     [

@@ -130,6 +130,27 @@ def test_kv_for_an_engine_stays_with_one_vendor_and_in_one_zone_where_there_are_
     assert messages(workers_only)[1:] == [], "what computes no layers counts for nothing"
 
 
+@pytest.mark.parametrize(
+    ("nodes", "wrong"),
+    [
+        (("a-0", "w"), {"replica 0", "replica 2"}),
+        (("a-0", "b-1"), {"replica 0", "replica 1"}),
+        (("a-0", "c"), {"replica 0"}),  # attention workers receive their part directly
+        (("a-1", "b-0"), set()),  # not between replicas with a route
+    ],
+)
+def test_kv_pays_for_the_explicit_links_between_the_nodes_of_its_route(nodes: tuple[str, str], wrong: set[str]) -> None:
+    problem = the_problem()
+    slow = {nodes: Link(bytes_per_s=1e4, latency_s=0.01)}
+    network = replace(problem.cluster.network, between_nodes=slow)
+    linked = replace(problem, cluster=replace(problem.cluster, network=network))
+    plan = sound(problem)
+    assert check_plan(plan, problem) == ()
+    found = {(one.rule, one.where) for one in check_plan(plan, linked)}
+    assert {where for rule, where in found if rule is Rule.RATE} == wrong
+    assert check_plan(replace(plan, kv_routes=(), result=plan_of(problem, *plan.replicas).result), linked) == ()
+
+
 # --- broken plans: each kind is detected, and by its own rule alone
 
 Mutation = Callable[[Plan], Plan]

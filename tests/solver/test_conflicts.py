@@ -170,6 +170,24 @@ def test_roles_are_blamed_where_weights_fit_only_once() -> None:
     assert exists(replace(problem, family=SMALL_FAMILY))
 
 
+def test_only_members_whose_relaxation_is_enough_are_said_to_be() -> None:
+    network = Network(default=Link(bytes_per_s=1e5, latency_s=0.1))
+    problem = make_problem(
+        [make_node("a", "A", nodes=2)],
+        profiles={"A": make_profile("A", usable_bytes=12_000_000)},
+        network=network,
+        family=replace(SMALL_FAMILY, roles=(Role.PREFILL, Role.DECODE)),
+        objective=replace(NO_LIMITS, tpot_limit_s=0.01, ttft_limit_s=0.5),
+    )
+    found = why(problem)
+    (conflict,) = found.conflicts
+    assert {m.subject for m in conflict.members} == {Subject.TTFT, Subject.ROLES, Subject.LINKS}
+    assert not exists(replace(problem, objective=replace(problem.objective, ttft_limit_s=None)))
+    assert found.reasons[0].endswith("; relaxing roles prefill,decode or links between nodes is enough")
+    alone = why(replace(problem, objective=replace(problem.objective, tpot_limit_s=None)))
+    assert alone.reasons[0].endswith("; relaxing any one of them is enough")
+
+
 # --- constraints
 
 

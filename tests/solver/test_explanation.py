@@ -20,7 +20,17 @@ from hetis.solver.model import DraftShape
 from hetis.solver.placement.explanation import explain_plan
 from hetis.solver.placement.explanation.replica_view import replica_views
 from hetis.solver.placement.families import run_by
-from hetis.solver.plan import ClassPrice, Explanation, KvRoute, Objective, ObjectiveKind, Plan, Role, Status
+from hetis.solver.plan import (
+    OTHER_TENANTS,
+    ClassPrice,
+    Explanation,
+    KvRoute,
+    Objective,
+    ObjectiveKind,
+    Plan,
+    Role,
+    Status,
+)
 from hetis.solver.planning import solve_placement
 from hetis.solver.problem import EngineRules, PlacementProblem
 from tests.solver import test_check_roles
@@ -163,6 +173,25 @@ def test_a_price_of_0_is_only_said_of_the_relaxation(gap: float) -> None:
     )
     assert "nothing" not in idle.reason
     assert idle.reason.endswith("a gap of 15% remains, so that a use for them may exist") is (gap > 0)
+
+
+@pytest.mark.parametrize(("dual", "says"), [(0.0, "without prices"), (0.25, "each is worth 0.25 requests/s")])
+def test_gpus_of_other_tenants_are_not_idle(dual: float, says: str) -> None:
+    problem = the_problem()
+    price = ClassPrice(gpu="B", zone="east", gpus_per_node=2, available=4, used=0, as_attention_workers=0, dual=dual)
+    plan = replace(plan_of(problem, claimed(unclaimed(A_ALONE), problem)), prices=(price,))
+    plan = replace(plan, result=replace(plan.result, bound=plan.result.value * 2, gap=1.0, status=Status.FEASIBLE))
+    shared = replace(plan, inputs={OTHER_TENANTS: {"chat": ["b-0/0", "b-0/1"], "code": ["b-1/0"], "drafts": []}})
+    (idle,) = explain_plan(shared, problem).idle
+    assert idle.count == 1
+    assert says in idle.reason
+    assert "price is 0" not in idle.reason
+    assert "gap" not in idle.reason, "the bound is that of the whole fleet to itself"
+    full = replace(plan, inputs={OTHER_TENANTS: {"chat": ["b-0/0", "b-0/1", "b-1/0", "b-1/1"]}})
+    assert explain_plan(full, problem).idle == ()
+    for unreadable in (None, 5, {"chat": 5}):
+        (alone,) = explain_plan(replace(plan, inputs={OTHER_TENANTS: unreadable}), problem).idle
+        assert alone == explain_plan(plan, problem).idle[0]
 
 
 @pytest.mark.parametrize("kind", [ObjectiveKind.GOODPUT, ObjectiveKind.THROUGHPUT, ObjectiveKind.COST])

@@ -12,12 +12,12 @@ from hetis.solver import node_links
 from hetis.solver.check import check_plan
 from hetis.solver.cluster import Link, Network
 from hetis.solver.constraints import Exclude, Selection, Unit
-from hetis.solver.errors import InfeasibleError
+from hetis.solver.errors import InfeasibleError, InvalidProblemError, NoPlanFoundError
 from hetis.solver.node_links import NodeLinks, node_links_of
 from hetis.solver.placement.families import STRATEGIES
 from hetis.solver.plan import ObjectiveKind, Plan, Role, Status
 from hetis.solver.planning import solve_placement
-from hetis.solver.problem import EXPLICIT_LINKS, OWN_LINKS, PlacementProblem
+from hetis.solver.problem import EXPLICIT_LINKS, OWN_LINKS, Family, PlacementProblem
 from tests.solver.instances import SMALL_FAMILY, make_node, make_problem, make_profile, problems
 from tests.solver.oracle import best_plan_value
 
@@ -104,9 +104,9 @@ def test_published_heuristics_pay_for_the_slowest_link_of_their_nodes(strategy: 
 
 
 @st.composite
-def linked_problems(draw: st.DrawFn, max_gpus: int) -> PlacementProblem:
+def linked_problems(draw: st.DrawFn, max_gpus: int, family: Family = UNIFIED) -> PlacementProblem:
     """Draw tiny problems with explicit links of any speed among up to three nodes."""
-    problem = draw(problems(max_gpus=max_gpus, kinds=tuple(ObjectiveKind), family=UNIFIED))
+    problem = draw(problems(max_gpus=max_gpus, kinds=tuple(ObjectiveKind), family=family))
     groups = problem.cluster.node_groups
     names = [group.node_name(i) for group in groups for i in range(group.count)][:3]
     pairs = [(a, b) for i, a in enumerate(names) for b in names[i + 1 :]]
@@ -130,3 +130,17 @@ def test_the_optimum_is_that_of_brute_force(problem: PlacementProblem) -> None:
     # A stage may be charged less than the search charges it, since that charges its whole part of the fleet.
     assert list(check_plan(plan, problem)) == []
     assert plan.result.value == pytest.approx(best, rel=1e-6)
+
+
+@settings(max_examples=EXAMPLES)
+@given(
+    problem=linked_problems(6, replace(SMALL_FAMILY, roles=(Role.PREFILL, Role.DECODE))),
+    strategy=st.sampled_from(("hetis", "hexgen2", "splitwise", "splitwise-paper", "hexgen2-paper")),
+)
+def test_kv_of_plans_is_charged_no_faster_link_than_it_has(problem: PlacementProblem, strategy: str) -> None:
+    problem = replace(problem, family=STRATEGIES[strategy].restrict(problem.family))
+    try:
+        plan = solve_placement(problem, strategy=strategy)
+    except (InfeasibleError, InvalidProblemError, NoPlanFoundError):
+        return
+    assert list(check_plan(plan, problem)) == []

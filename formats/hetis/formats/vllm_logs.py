@@ -6,7 +6,8 @@ the ids of prompts at INFO). Requests without a response are left out: they fail
 
 A server started with ``--enable-logging-iteration-details`` logs a line for every iteration: its requests and tokens,
 and the time that the engine waited for its result (``vllm/v1/metrics/loggers.py`` of 0.32). Older versions logged
-the same words without the engine's number and the use of its KV cache. All other lines are skipped.
+the same words without the engine's number and the use of its KV cache. A server that was started again in the same log
+counts as another one, since it may have other settings. All other lines are skipped.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import gzip
 import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
 from functools import partial
 from typing import Any
@@ -38,11 +39,18 @@ _CAPACITY = re.compile(r"(\w{1,20}) KV cache size: ([\d,]{1,20}) tokens")
 _CLOCK = re.compile(r"\b(\d\d)-(\d\d) (\d\d):(\d\d):(\d\d)\b")
 _COLLECTED = re.compile(r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d(?:[.,]\d{1,6})?")  # docker, Kubernetes and journals add it
 _COLOUR = re.compile(r"\x1b\[[\d;]*m")
+_START = re.compile(r"LLM engine \(v([\w.+-]{1,40})\)")  # a line that an engine logs when it starts
+_SERVED = {  # what such a line says of the model
+    "model": re.compile(r"\bmodel='([^']{1,400})'"),
+    "quantization": re.compile(r"\bquantization=([\w.-]{1,40})"),
+    "kv_dtype": re.compile(r"\bkv_cache_dtype=([\w.-]{1,40})"),
+}
 _SETTINGS = {
-    "version": re.compile(r"LLM engine \(v([\w.+-]{1,40})\)"),
     "tp": re.compile(r"tensor_parallel_size=(\d{1,4})\b"),
     "pp": re.compile(r"pipeline_parallel_size=(\d{1,4})\b"),
     "block_tokens": re.compile(r"block_size['\"]?[=:] ?(\d{1,5})\b"),
+    "budget_tokens": re.compile(r"max_num_batched_tokens['\"]?[=:] ?(\d{1,9})\b"),
+    "max_tokens": re.compile(r"\bmax_seq_len=(\d{1,9})\b"),
 }
 _LEAP_YEAR = 2024  # lines have a month and a day but no year
 
@@ -66,8 +74,10 @@ class LoggedIteration:
 
 
 @dataclass(slots=True)
-class IterationLog:
-    """The facts in a log. None and empty: not stated; a log that begins later than its server lacks the settings."""
+class LoggedServer:
+    """A server from one start to the next. None and empty: not stated; a log that begins later than its server lacks
+    the settings.
+    """
 
     iterations: list[LoggedIteration] = field(default_factory=list)
     kv_tokens: int | None = None  # tokens that fit in the KV cache of one engine
@@ -75,6 +85,18 @@ class IterationLog:
     tp: int | None = None
     pp: int | None = None
     block_tokens: int | None = None
+    budget_tokens: int | None = None  # most tokens of an iteration
+    max_tokens: int | None = None  # most tokens of a request
+    model: str = ""  # a name or a path
+    quantization: str = ""  # ``None`` if it has none
+    kv_dtype: str = ""  # ``auto``: as the checkpoint says, or like activations
+
+
+@dataclass(slots=True)
+class IterationLog:
+    """The facts in a log: its servers, in the order in which they were started."""
+
+    servers: list[LoggedServer] = field(default_factory=list)
     clock_step_s: float = 1.0  # resolution of the lines' times
     is_cut: bool = False  # whether it was cut at `MAX_ITERATIONS`
 
@@ -98,22 +120,28 @@ def _lines(file: Any) -> Iterator[str]:
 
 def read_iterations(label: str, lines: Iterable[str]) -> IterationLog:
     """Return the facts in the lines of a log. Raises DocumentError if none of them is of an iteration."""
-    log, compiling = IterationLog(), False
+    log, count, compiling = IterationLog(), 0, False
+    news = LoggedServer()  # what was said since the last iteration, perhaps by a server that starts
     for whole_line in lines:
         line = _COLOUR.sub("", whole_line[:MAX_LINE])
         found = _ITERATION.search(line)
         if found is None:
             compiling = compiling or ("JIT compilation" in line and " during inference" in line)
-            _read_setting(log, line)
+            _read_setting(news, line)
             continue
-        if len(log.iterations) == MAX_ITERATIONS:
+        if count == MAX_ITERATIONS:
             log.is_cut = True
             break
+        if news.version or not log.servers:
+            log.servers.append(news)
+        else:
+            _update(log.servers[-1], news)
+        news = LoggedServer()
         clock_s, step_s = _clock(line)
         log.clock_step_s = step_s
-        log.iterations.append(_iteration(found, line, clock_s, compiling))
-        compiling = False
-    if not log.iterations:
+        log.servers[-1].iterations.append(_iteration(found, line, clock_s, compiling))
+        count, compiling = count + 1, False
+    if not count:
         raise single_problem(label, f"has no line about an iteration: {HOW}; or give the URL of the running server")
     return log
 
@@ -136,16 +164,28 @@ def _iteration(found: re.Match[str], line: str, clock_s: float | None, compiling
     )
 
 
-def _read_setting(log: IterationLog, line: str) -> None:
+def _read_setting(server: LoggedServer, line: str) -> None:
     capacity = _CAPACITY.search(line)
     if capacity is not None and (digits := capacity[2].replace(",", "")):
-        log.kv_tokens = int(digits) or log.kv_tokens
+        server.kv_tokens = int(digits) or server.kv_tokens
         if capacity[1] == "CPU":  # its blocks are larger, and their size is not in the log
-            log.block_tokens = log.block_tokens or CPU_BLOCK_TOKENS
+            server.block_tokens = server.block_tokens or CPU_BLOCK_TOKENS
+    start = _START.search(line)
+    if start is not None:
+        server.version = start[1]
+        for name, form in _SERVED.items():
+            found = form.search(line)
+            setattr(server, name, found[1] if found is not None else "")
     for name, form in _SETTINGS.items():
         found = form.search(line)
         if found is not None:
-            setattr(log, name, found[1] if name == "version" else int(found[1]))
+            setattr(server, name, int(found[1]))
+
+
+def _update(server: LoggedServer, news: LoggedServer) -> None:
+    for one in fields(LoggedServer):
+        if value := getattr(news, one.name):
+            setattr(server, one.name, value)
 
 
 def _clock(line: str) -> tuple[float | None, float]:

@@ -221,6 +221,9 @@ class RunnerUp:
     reason: str
 
 
+OTHER_TENANTS = "other_tenants"  # entry of `Plan.inputs`: the GPUs held by every other tenant, if the fleet is shared
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     """Replicas on named GPUs with a proof of how good they are.
@@ -244,6 +247,25 @@ class Plan:
         """Return saturated requests/s of the whole plan: those of its unified replicas, and those of its routes."""
         unified = sum(replica.rate for replica in self.replicas if replica.role is Role.UNIFIED)
         return unified + sum(route.rate for route in self.kv_routes)
+
+    def other_tenants(self) -> dict[str, tuple[str, ...]]:
+        """Return the GPUs of the fleet that every other tenant holds, by name; empty if the plan has it to itself.
+
+        The bound of a tenant's plan is that of the whole fleet to itself. Shares may be found without prices, in which
+        case the dual of every class is 0.
+        """
+        held = self.inputs.get(OTHER_TENANTS)
+        if not isinstance(held, Mapping):
+            return {}
+        return {str(name): tuple(map(str, own)) for name, own in held.items() if isinstance(own, list | tuple)}
+
+    def held_by_others(self) -> frozenset[str]:
+        """Return the GPUs that other tenants hold, which are neither used by this plan nor idle."""
+        return frozenset(device for own in self.other_tenants().values() for device in own)
+
+    def has_prices(self) -> bool:
+        """Return whether the duals of ``prices`` are known."""
+        return not self.other_tenants() or any(price.dual > 0 for price in self.prices)
 
     def joined_by_routes(self) -> list[list[int]]:
         """Return the numbers of replicas that exchange KV, directly or indirectly, in groups."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -10,10 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hetis.formats.catalogue import find_gpu
+from hetis.formats.model import load_model
 from hetis.profiler.calibrate.correction import STOOD_STILL, CalibrationResult, calibrate
 from hetis.profiler.calibrate.observed import Observation, ObservedKind, ObservedWork
 from hetis.profiler.calibrate.replica import CalibratedReplica
+from hetis.profiler.defaults import default_profile
 from hetis.profiler.linear import linear_fits
+from hetis.profiler.plausibility import impossible
 from hetis.solver.cluster import Link
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.profile import Op, Profile, Source
@@ -97,12 +101,62 @@ def test_several_parameters_are_fitted_only_where_each_of_them_is_known() -> Non
         assert sum(one.margin is not None for one in found.parameters) <= 1, seed
 
 
+@pytest.mark.parametrize("batches", [(2, 4, 8, 16, 32, 64), (30, 31, 32), (1, 2, 3)])
+def test_means_tell_one_parameter_in_whose_interval_the_truth_is(batches: tuple[int, ...]) -> None:
+    """Scrapes of an engine whose host differs in both of its times from the profile, as do its kernels."""
+    served = CalibratedReplica(
+        load_model("Llama-3.1-8B"),
+        default_profile(find_gpu(GPU).gpu)[1],
+        tp=1,
+        link=Link(bytes_per_s=450e9, latency_s=0.0),
+    )
+    truth = {"kernels": 1.25, "step": 2e-3, "sequence": 0.0}
+    seen = []
+    for batch in np.random.default_rng(1).choice(batches, 24):
+        work = ObservedWork(decoding=float(batch), attended_tokens=1000.0 * batch)
+        one = Observation(kind=ObservedKind.INTERVAL, seconds=1.0, parts=((1.0, work),))
+        seen.append(replace(one, seconds=truth["kernels"] * served.price(one).kernels_s + truth["step"]))
+    found = calibrate(replace(observed([], Truth(), least=8), observations=tuple(seen)), served)
+    (fitted,) = [one for one in found.parameters if one.margin is not None]
+    assert fitted.margin is not None
+    assert abs(fitted.after - truth[fitted.name]) <= fitted.margin
+
+
 def test_a_profile_that_is_right_is_left_alone() -> None:
     before = replica().price(observed([ObservedWork(decoding=1.0, attended_tokens=1.0)], Truth()).observations[0])
     truth = Truth(kernels=1.0, step_s=before.step_s, sequence_s=0.0, noise=0.05)
     found = calibrate(observed(list(works(400)), truth), replica())
     assert found.profile is None
     assert all(one.margin is None for one in found.parameters)
+
+
+def test_kernels_of_another_model_are_no_correction() -> None:
+    """Under a constant load, seconds of the host would predict it as well."""
+    for factor, said in ((30.0, r"kernels take 30(\.\d)? times"), (0.01, r"kernels take 0(\.\d+)? times")):
+        steady = [ObservedWork(decoding=32.0, attended_tokens=32 * 1000.0)] * 400
+        price = replica().price(observed(steady[:1], Truth()).observations[0])
+        exact = Truth(kernels=factor, step_s=price.step_s, sequence_s=0.0)
+        found = calibrate(observed(steady, exact), replica())
+        assert found.profile is None
+        assert re.match(said, found.refusal), found.refusal
+
+
+def test_a_kind_that_is_still_predicted_badly_is_no_correction() -> None:
+    """Prompts take thirty times as long as the profile has it, and everything else as long: no parameter has that."""
+    seen = observed(list(works(400)), Truth(kernels=2.0))
+    slower = [replace(one, seconds=one.seconds * (30.0 if one.kind != "decode" else 1.0)) for one in seen.observations]
+    found = calibrate(replace(seen, observations=tuple(slower)), replica())
+    assert found.profile is None
+    assert re.match(r"the error of (mixed|prefill|decode) iterations would still be \d+%: check", found.refusal)
+
+
+def test_a_host_that_takes_almost_no_time_takes_none() -> None:
+    """A profile that states 0.1 us for a sequence would be taken for one in a wrong unit."""
+    some = list(works(800))
+    found = calibrate(observed(some, Truth(kernels=0.9, step_s=2e-3, sequence_s=1e-7, noise=0.0)), replica())
+    assert found.profile is not None
+    assert values(found)["sequence"] == 0.0
+    assert not list(impossible(found.profile, find_gpu(GPU).gpu))
 
 
 def test_noise_alone_is_no_reason_for_a_correction() -> None:
@@ -154,6 +208,20 @@ def test_linear_attention_was_not_seen_where_another_model_ran() -> None:
     assert set(linear) <= set(after.fits)
     plain = [fit for fit in own.profile.fits if fit.op is Op.PREFILL_ATTENTION]
     assert not set(plain) & set(after.fits)
+
+
+def test_experts_were_not_seen_where_a_model_without_them_ran() -> None:
+    """An observation of a model with experts, on the other hand, corrects them."""
+    profile = default_profile(find_gpu(GPU).gpu)[1]
+    experts = [fit for fit in profile.fits if fit.op is Op.EXPERTS]
+    assert experts
+    seen = observed(list(works(400)), Truth())
+    for name, stays in (("Llama-3.1-8B", True), ("Qwen3-30B-A3B", False)):
+        served = CalibratedReplica(load_model(name), profile, tp=1, link=Link(bytes_per_s=450e9, latency_s=0.0))
+        twice = tuple(replace(one, seconds=2.0 * served.price(one).seconds) for one in seen.observations)
+        after = calibrate(replace(seen, observations=twice), served).profile
+        assert after is not None
+        assert (set(experts) <= set(after.fits)) == stays, name
 
 
 def test_where_numbers_are_from_and_how_wrong_they_are_is_kept() -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,7 +14,7 @@ from hetis.formats.profile import load_profile, profile_to_data
 from hetis.profiler.cli.exit_codes import ProfileExitCode
 from hetis.profiler.defaults import shipped_profile
 from hetis.profiler.engines import ENGINES
-from hetis.solver.profile import Op
+from hetis.solver.profile import Op, Piece
 from tests.planner.command_line import hetis_plan_here
 from tests.profiler.calibrate.logs import KV_TOKENS, SAMPLE, line, prom, text_of
 from tests.profiler.calibrate.test_scraping import CACHE, ZERO, counters, server
@@ -114,19 +116,34 @@ def test_the_table_has_80_columns(
         assert word in text
 
 
+def cpu() -> dict[str, Any]:
+    """Return a profile of kernels that take 30 times as long as those of an L40S, and for FLOPs another 30 times."""
+    shipped = shipped_profile("L40S")
+    assert shipped is not None
+
+    def slower(piece: Piece) -> Piece:
+        more = {name: 30 * value for name, value in asdict(piece).items()}
+        return Piece(**more | {"flop_s": 900 * piece.flop_s})
+
+    fits = tuple(replace(fit, pieces=tuple(map(slower, fit.pieces))) for fit in shipped.fits)
+    return profile_to_data(replace(shipped, gpu="CPU", fits=fits))
+
+
 def test_the_real_servers_log_is_calibrated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A CPU is not an L40S, so any correction helps. The model is the one that made the log."""
+    """A CPU is no L40S, which is said, and anything nearer is corrected. The model is the one that made the log."""
     spec = tmp_path / "model.yaml"
     spec.write_text(
         "{apiVersion: hetis/v1, kind: ModelSpec, name: tiny, num_layers: 8, hidden: 768, intermediate: 2048, "
         "q_heads: 12, kv_heads: 4, head_dim: 64, vocab: 4096}\n"
     )
-    arguments = ("--from-vllm", SAMPLE, "--model", spec, "--gpu", "L40S", "--out", tmp_path / "p.json")
-    assert invoke("calibrate", *arguments, "-o", "json") == ProfileExitCode.OK
+    arguments = ("--from-vllm", SAMPLE, "--model", spec, "--out", tmp_path / "p.json")
+    assert invoke("calibrate", *arguments, "--gpu", "L40S") == ProfileExitCode.MISSED
+    assert "times the profile's time, expected 0.05 to 20: check that the model" in capsys.readouterr().err
+    (tmp_path / "cpu.json").write_text(json.dumps(cpu()))
+    assert invoke("calibrate", *arguments, "--profile", tmp_path / "cpu.json", "-o", "json") == ProfileExitCode.OK
     report = json.loads(capsys.readouterr().out)
     assert report["left_out"]["first 10 of an engine"] == 10
-    assert report["errors"][-1]["before"]["mape"] > 0.9
-    assert report["errors"][-1]["after"]["mape"] < 0.5
+    assert report["errors"][-1]["after"]["mape"] < 0.5 < report["errors"][-1]["before"]["mape"]
 
 
 def test_a_servers_metrics_correct_what_they_tell(
@@ -175,6 +192,49 @@ def test_the_precision_served_is_that_of_the_weights(log: Path, tmp_path: Path) 
         for profile in (shipped, load_profile(tmp_path / "p.json"))
     ]
     assert dense[0] == dense[1]
+
+
+def test_a_correction_that_no_gpu_reaches_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:  # fmt: skip
+    """Kernels of a tenth of the profile's time would be beyond the peaks."""
+    fast = write_log(tmp_path / "fast.log", Truth(kernels=0.1, step_s=2e-3, sequence_s=12e-6, noise=0.02))
+    arguments = ("--from-vllm", fast, "--model", MODEL, "--gpu", GPU, "--out", tmp_path / "p.json")
+    assert invoke("calibrate", *arguments, "-o", "json") == ProfileExitCode.MISSED
+    report = json.loads(capsys.readouterr().out)
+    assert report["out"] is None
+    assert "no GPU is like the corrected profile (dense" in report["refusal"]
+    assert not (tmp_path / "p.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "arguments", "refused", "said"),
+    [
+        ("quantization=None, ", ("--weights", "fp8"), True, "Meta-Llama-3.1-8B are fp8, the server in the log has"),
+        ("quantization=None, kv_cache_dtype=auto, ", (), False, ""),
+        ("quantization=fp8, ", (), False, "has quantization=fp8, meta-llama/Meta-Llama-3.1-8B has none: see --weights"),
+        ("quantization=fp8, ", ("--weights", "fp8"), False, ""),
+        ("kv_cache_dtype=fp8_e4m3, ", (), True, "the server in the log has kv_cache_dtype=fp8_e4m3: give --kv fp8"),
+        ("kv_cache_dtype=fp8_e4m3, ", ("--kv", "fp8"), False, ""),
+        ("kv_cache_dtype=auto, ", ("--kv", "fp8"), False, "has kv_cache_dtype=auto, meta-llama/Meta-Llama-3.1-8B has"),
+        ("model='/models/Qwen3-8B/', ", (), False, "a server of /models/Qwen3-8B/, --model is meta-llama/Meta-Llama"),
+        ("model='meta-llama/Llama-3.1-8B', ", (), False, ""),
+    ],
+)
+def test_the_log_and_the_options_are_of_one_server(
+    settings: str, arguments: tuple[str, ...], refused: bool, said: str, log: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    path = tmp_path / "said.log"
+    path.write_text(log.read_text().replace("model='m', ", settings, 1))
+    options = ("--from-vllm", path, "--model", MODEL, "--gpu", GPU, "--out", tmp_path / "p.json", *arguments)
+    code = invoke("calibrate", *options)
+    err = " ".join(capsys.readouterr().err.split())
+    assert (code == ProfileExitCode.INVALID) == refused
+    if said:
+        assert said in err
+    else:
+        assert "server" not in err.partition("was not written")[0].partition("check that")[0]
 
 
 @pytest.mark.parametrize(

@@ -93,6 +93,27 @@ def test_a_gpu_type_that_nobody_defines_is_explained(folder: Path, capsys: pytes
     assert not (folder / "none.json").exists()
 
 
+def test_a_file_that_is_given_twice_is_not_another_source(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    raw = folder / "raw.json"
+    again = folder / ".." / folder.name / "raw.json"
+    code = invoke("fit", raw, again, "--out", folder / "none.json", "--cluster", folder / "cluster.yaml")
+    assert code == ProfileExitCode.INVALID
+    assert f"{again}: is given twice" in " ".join(capsys.readouterr().err.split())
+
+
+def test_measurements_of_one_gpu_on_different_hosts_are_told_apart(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = tmp_path / "table.csv"
+    rows = "llama2-70b,h100-80gb,512,1,128,200,55,2\nllama2-70b,h100-80gb-pcap,512,1,128,100,40,2\n"
+    table.write_text(
+        "model,hardware,prompt_size,batch_size,token_size,prompt_time_ms,token_time_ms,tensor_parallel\n" + rows
+    )
+    assert invoke("import", table, "--format", "splitwise", "--out", tmp_path / "r.json") == ProfileExitCode.OK
+    titles = [line for line in capsys.readouterr().out.splitlines() if "splitwise" in line.lower()]
+    assert [title.endswith(", power-capped") for title in titles] == [False, True]
+
+
 def test_all_broken_files_are_named_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "a.json").write_text("{")
     (tmp_path / "b.json").write_text('{"kind": "Plan"}')

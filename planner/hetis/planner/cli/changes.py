@@ -62,9 +62,10 @@ class FleetOptions:
         shown="the fleet's network",
     )
     buy_next: bool = _market("--buy-next: Try adding each GPU type on the market in turn and rank them by gain.", False)
-    market: str | None = _market(
+    market: list[str] | None = _market(
         "--market TYPE[=USD],...|FILE: "
-        "GPU types to try, each with its hourly price if it differs from the catalogue's; a file has one per line.",
+        "GPU types to try, each with its hourly price if it differs from the catalogue's; a file has one per line; "
+        "repeatable.",
         autocompletion=values.market_names,
         shown="types with a known price",
     )
@@ -74,7 +75,9 @@ class FleetOptions:
         changes = bool(self.add or self.remove)
         if self.buy_next and changes:
             raise typer.BadParameter("--buy-next starts from the unchanged fleet: leave out --add and --remove")
-        options.refuse_without("--buy-next", {"--market": self.market, "--count": self.count}, is_given=self.buy_next)
+        options.refuse_without(
+            "--buy-next", {"--market": self.market or None, "--count": self.count}, is_given=self.buy_next
+        )
         if not self.buy_next and not changes:
             raise typer.BadParameter("no change to study: give --add, --remove or --buy-next")
         shape = {"--node-like": self.node_like, "--gpus-per-node": self.gpus_per_node, "--zone": self.zone}

@@ -26,6 +26,7 @@ PRICES_MEAN = (
     "the class is not scarce then, not that its GPUs are useless. One more GPU may add more than that if it makes room "
     "for a larger replica, or nothing."
 )
+UNKNOWN_PRICES = "The tenants' shares were found without prices: what a GPU is worth to them is unknown."
 WIRE_MEANS = (
     "(wire): time to send or receive the KV of a request, which overlaps with computing and is not in the "
     "sum; wait: the part that exceeds the computing time."
@@ -51,7 +52,8 @@ def render_explanation(plan: Plan, explanation: Explanation, *, wide: bool = Fal
     if explanation.kv_routes:
         yield section("Prefill to decode", bullets(explanation.kv_routes))
     if plan.prices:
-        yield section("Value of a GPU of each class", Group(price_table(plan), Text(PRICES_MEAN, style="dim")))
+        mean = PRICES_MEAN if plan.has_prices() else UNKNOWN_PRICES
+        yield section("Value of a GPU of each class", Group(price_table(plan), Text(mean, style="dim")))
     if explanation.idle:
         yield section("Idle GPUs", _idle(explanation.idle))
     yield section("Attention workers", Text(explanation.attention_workers))

@@ -6,6 +6,7 @@ import itertools
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 
 from rich.console import Group, RenderableType
 from rich.padding import Padding
@@ -51,15 +52,14 @@ from hetis.planner.use_cases.verify import (
     verification_of,
 )
 from hetis.solver.constraints import Constraint, described
+from hetis.solver.errors import InvalidProblemError
 from hetis.solver.placement.families import STRATEGIES
 from hetis.solver.plan import (
-    ClassPrice,
     Objective,
     ObjectiveKind,
     Plan,
     ReplicaPlan,
     Role,
-    SolveResult,
     StagePlan,
     Status,
 )
@@ -136,10 +136,12 @@ def price_table(plan: Plan) -> Narrowing:
     """Return a table of the device classes: their counts, uses, and marginal prices."""
     zone = len({price.zone for price in plan.prices}) > 1
     shown = sorted(plan.prices, key=lambda price: -price.available)[:MAX_CLASSES]
-    heads = ("<GPU", *(["<zone"] if zone else []), "per node", "there", "used", "workers", "idle", "marginal price")
+    others = ["others'"] if plan.other_tenants() else []
+    counts = ("there", "used", "workers", *others, "idle")
+    heads = ("<GPU", *(["<zone"] if zone else []), "per node", *counts, "marginal price")
     rows = [
-        (price.gpu, *([price.zone] if zone else []), f"{price.gpus_per_node:,}", *price_cells(price, plan))
-        for price in plan.prices
+        (price.gpu, *([price.zone] if zone else []), f"{price.gpus_per_node:,}", *cells)
+        for price, cells in zip(plan.prices, price_cells(plan), strict=True)
         if price in shown
     ]
     return narrowing(*heads, rows=rows, least=("per node", "idle", "workers", "there"))
@@ -214,7 +216,8 @@ def _facts(plan: Plan) -> Iterator[tuple[str, RenderableType]]:
         yield "Roles", f"requests/s: {rates_by_role(plan)}"
     if (expected := range_of(plan)) is not None:
         yield "Range", _range(expected, plan)
-    yield "Bound", f"{digits(result.bound, 4)} {result.unit}  gap {percent(result.gap)}"
+    alone = " with the whole fleet to itself" if plan.other_tenants() else ""
+    yield "Bound", f"{digits(result.bound, 4)} {result.unit}{alone}  gap {percent(result.gap)}"
     engine = plan.inputs.get("engine")
     runs_on = f" for {engine['name']}" if isinstance(engine, Mapping) and "name" in engine else ""
     yield "Solved", f"{result.status} in {seconds(result.solve_s)}, strategy {plan.strategy}{runs_on}"
@@ -262,10 +265,10 @@ def _value(plan: Plan) -> Text:
     result, kept = plan.result, less_than_planned(plan)
     by_model = f"{digits(result.value, 4)} {result.unit}"
     if kept is None and misses_as_planned(plan):
-        return Text.assemble((by_model, "bold yellow"), f"  by the model, {verdict(result)}; MISSED in simulation")
+        return Text.assemble((by_model, "bold yellow"), f"  by the model, {verdict(plan)}; MISSED in simulation")
     if kept is None:
-        return Text.assemble((by_model, "bold green"), f"  {verdict(result)}")
-    model = f"by the model {by_model}, {verdict(result)}"
+        return Text.assemble((by_model, "bold green"), f"  {verdict(plan)}")
+    model = f"by the model {by_model}, {verdict(plan)}"
     if not kept.rate_rps:
         return Text.assemble(("none", "bold yellow"), f"  of the rates tried keeps the limits in simulation; {model}")
     promised = (f"{digits(kept.rate_rps, 4)} {result.unit}", "bold yellow")
@@ -430,13 +433,18 @@ def _range(expected: Predicted, plan: Plan) -> Text:
     return Text(f"{rate} {unit}, {', '.join(latencies)} by the profiles' errors")
 
 
-def verdict(result: SolveResult) -> str:
+def verdict(plan: Plan) -> str:
+    """Return what is proven of a plan; the bound of a tenant's plan is that of the whole fleet to itself."""
+    result = plan.result
     if result.status is Status.OPTIMAL:
         return "proven optimal: no plan of the family is better"
     if not math.isfinite(result.gap):
         return "no bound: it is unknown how much better a plan could be"
     better = {ObjectiveKind.COST: "cheaper", ObjectiveKind.GPUS: "smaller"}.get(result.objective, "better")
-    claim = f"proven: no plan of the family is over {percent(result.gap)} {better}"
+    if plan.other_tenants():
+        claim = f"proven: even with the whole fleet to itself not over {percent(result.gap)} {better}"
+    else:
+        claim = f"proven: no plan of the family is over {percent(result.gap)} {better}"
     return f"interrupted; {claim}" if result.status is Status.INTERRUPTED else claim
 
 
@@ -489,10 +497,12 @@ def simulated_words(plan: Plan) -> Text | None:
 def _fleet(plan: Plan) -> str:
     used = sum(price.used for price in plan.prices)
     workers = sum(price.as_attention_workers for price in plan.prices)
-    idle = sum(price.available for price in plan.prices) - used
+    held = len(plan.held_by_others())
+    idle = sum(price.available for price in plan.prices) - used - held
+    others = f"{held:,} held by other tenants, " if held else ""
     part = f", {workers:,} of them attention workers" if workers else ""
     roles = f" ({count_by_role(plan)})" if count_by_role(plan) else ""
-    return f"{plural(len(plan.replicas), 'replica')}{roles} on {plural(used, 'GPU')}{part}; {idle:,} idle"
+    return f"{plural(len(plan.replicas), 'replica')}{roles} on {plural(used, 'GPU')}{part}; {others}{idle:,} idle"
 
 
 def _replicas(groups: Sequence[ReplicaGroup], plan: Plan, *, wide: bool) -> Iterator[RenderableType]:
@@ -513,15 +523,32 @@ def _replicas(groups: Sequence[ReplicaGroup], plan: Plan, *, wide: bool) -> Iter
         )
 
 
-def price_cells(price: ClassPrice, plan: Plan) -> tuple[str, ...]:
-    """Return how many GPUs of a class exist, are used, are attention workers and are idle, and what one is worth."""
-    counts = (price.available, price.used, price.as_attention_workers, price.available - price.used)
-    return (*(f"{count:,}" for count in counts), worth(price.dual, plan))
+def price_cells(plan: Plan) -> list[tuple[str, ...]]:
+    """Return for every class how many of its GPUs exist, are used, are workers and are idle, and what one is worth.
+
+    In the plan of a tenant, how many the other tenants hold comes before how many are idle.
+    """
+    is_shared, found = bool(plan.other_tenants()), list[tuple[str, ...]]()
+    for price, held in zip(plan.prices, _held_by_others(plan), strict=True):
+        counts = [price.available, price.used, price.as_attention_workers, *([held] if is_shared else [])]
+        counts.append(price.available - price.used - held)
+        found.append((*(f"{count:,}" for count in counts), worth(price.dual, plan)))
+    return found
+
+
+def _held_by_others(plan: Plan) -> list[int]:
+    """Return how many GPUs of every class other tenants hold; 0 if the plan does not contain its cluster."""
+    if plan.other_tenants():
+        from hetis.solver.placement.explanation import held_by_class
+
+        with suppress(DocumentError, InvalidProblemError):
+            return held_by_class(plan, inputs_from_documents(plan.inputs.get("documents"), "plan").cluster)
+    return [0] * len(plan.prices)
 
 
 def worth(dual: float, plan: Plan) -> str:
     if dual <= 0:
-        return "0"
+        return "0" if plan.has_prices() else "unknown"
     unit = plan.result.unit.removeprefix("requests")
     number = digits(dual) if dual >= SMALLEST_PRICE else f"< {SMALLEST_PRICE}"  # never 0, since it is worth something
     return f"{number}{unit if unit.startswith('/') else f' {unit}'}"

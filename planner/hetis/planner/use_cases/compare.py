@@ -445,7 +445,7 @@ def figures_of(plan: Plan, inputs: Inputs | PlacementProblem, *, rate_rps: float
         tpot_s=max((replica.tpot_s for replica in plan.replicas), default=0.0),
         kv_tokens=sum(replica.kv_tokens for replica in plan.replicas if replica.role is not Role.PREFILL),
         gpus_used=used,
-        gpus_idle=inputs.cluster.num_gpus() - used,
+        gpus_idle=inputs.cluster.num_gpus() - used - len(plan.held_by_others()),
     )
 
 

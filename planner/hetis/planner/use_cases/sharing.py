@@ -23,7 +23,7 @@ from hetis.solver.budget import Budget, Progress, Report, one_of_several
 from hetis.solver.cluster import Cluster, GpuSlots, Link, Network, NodeGroup
 from hetis.solver.errors import InfeasibleError, InvalidProblemError, NoPlanFoundError
 from hetis.solver.model import ModelSpec
-from hetis.solver.plan import Objective, ObjectiveKind
+from hetis.solver.plan import OTHER_TENANTS, Objective, ObjectiveKind, Plan
 from hetis.solver.problem import PlacementProblem
 from hetis.solver.shares.problem import FairnessRule, GpuShare, ShareJob, ShareProblem, Shares, ShareTenant
 from hetis.solver.shares.properties import Claim, Properties, Round, best_claim, next_round, properties_of
@@ -135,6 +135,7 @@ def _finished(
 
     report(Progress(phase=f"rule {rule}", elapsed_s=search.budget.elapsed_s()))
     answer = search.share(rule)
+    held = {share.name: _devices(share.plan) for share in answer.shares}
     shares = []
     for share, tenant, inputs in zip(answer.shares, search.tenants, loaded.inputs, strict=True):
         plan = share.plan
@@ -146,13 +147,19 @@ def _finished(
             )  # fmt: skip
             routed = (KV_IS_FOR_ENGINES,) if plan.kv_routes else ()
             notes = tuple(chain(plan.notes, shared, routed, profile_notes(tenant.problem)))
-            plan = replace(plan, inputs=inputs_of_plan(inputs, settings, tenant.problem), notes=notes)
+            of_others = {name: own for name, own in held.items() if name != tenant.name}
+            own_inputs = inputs_of_plan(inputs, settings, tenant.problem)
+            plan = replace(plan, inputs=own_inputs | ({OTHER_TENANTS: of_others} if of_others else {}), notes=notes)
         shares.append(replace(share, plan=plan))
     answer = replace(answer, shares=tuple(shares))
     wrong = check_fleet_shares(search.tenancy, answer)
     if wrong:
         raise UncheckedPlanError(wrong)
     return answer
+
+
+def _devices(plan: Plan | None) -> list[str]:
+    return [] if plan is None else [device for replica in plan.replicas for device in replica.devices()]
 
 
 # --- GPU types: shares from a ShareProblem file; missing speed-ups are derived from our own placements

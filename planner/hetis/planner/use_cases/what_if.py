@@ -364,7 +364,7 @@ def read_wanted(
     *,
     add: Sequence[str],
     remove: Sequence[str],
-    market: tuple[str | None, int] | None,
+    market: tuple[Sequence[str] | None, int] | None,
     like: str | None,
     gpus_per_node: int | None,
     zone: str | None,
@@ -372,7 +372,7 @@ def read_wanted(
 ) -> WantedShape:
     """Parse all options for another fleet.
 
-    ``market`` is the option's text and the number of GPUs, or None if it was not requested.
+    ``market`` is the option's texts and the number of GPUs, or None if it was not requested.
 
     Raises:
         DocumentError: contains the problems of all options.
@@ -470,19 +470,21 @@ def _node(cluster: Cluster, name: str) -> NodeGroup:
     raise single_problem("--node-like", f"cluster {cluster.name} has no node {name}{did_you_mean(name, known)}")
 
 
-def market_of(text: str | None, cluster: Cluster, count: int) -> tuple[Addition, ...]:
-    """Return the types of a ``--market`` option with their prices, each of them once.
+def market_of(texts: Sequence[str] | None, cluster: Cluster, count: int) -> tuple[Addition, ...]:
+    """Return the types of all ``--market`` options with their prices, each of them once, at the last of its prices.
 
     The default is every type of the catalogue that has a price and can be planned with, and every type of the fleet.
 
     Raises:
         DocumentError: contains every entry that cannot be parsed.
     """
-    if text is None:
+    if not texts:
         return tuple(Addition(gpu=gpu, count=count) for gpu in _priced(cluster))
-    entries = _entries(text)
-    if not entries:
-        raise single_problem("--market", f"{text!r} does not name a GPU type")
+    entries = list[str]()
+    for text in texts:
+        if not (named := _entries(text)):
+            raise single_problem("--market", f"{text!r} does not name a GPU type")
+        entries += named
     return tuple({offer.gpu.name: offer for offer in _every(entries, lambda one: _offer(one, cluster, count))}.values())
 
 

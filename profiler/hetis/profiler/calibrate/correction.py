@@ -15,20 +15,26 @@ from dataclasses import dataclass, fields, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from hetis.profiler.calibrate.observed import Observed
+from hetis.profiler.calibrate.observed import Observed, ObservedKind
 from hetis.profiler.calibrate.replica import CalibratedReplica
 from hetis.profiler.fitting import FloatArray, non_negative_least_squares
+from hetis.profiler.plausibility import STEP_SECONDS
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.profile import Fit, FitScope, Op, Piece, Profile, Provenance, Source
 
 PARAMETERS = ("kernels", "step", "sequence")
 STOOD_STILL = 5.0  # multiple of the usual time of such iterations: a compilation, a swapped-out process
 _CANDIDATES = (("kernels",), ("step",), ("kernels", "step"), ("kernels", "step", "sequence"))
+# Column of a parameter in `_Table`, and how wrong a profile's value may be, as a share of it.
+_DOUBTS = {"kernels": ("kernels", 0.25), "step": ("step", 1.0), "sequence": ("sample", 1.0)}
 _BLOCKS = 40
 _GROUPS = 10  # groups of blocks that are left out one after the other, to know how certain a fit is
 _CERTAIN = 0.1  # largest half-width of the interval of each of several parameters, as a share of an iteration
 _WORTH = 0.97  # largest share of the error that may be left for another parameter to be worth it
 _LEAST_WORTH = 0.001  # least amount by which the error must fall as well
+CHECK = "check that the model, its precision, the TP degree and the GPU are the server's"
+_HUGE = 0.5  # held-out error above which a correction has not understood the observations
+_LEAST_JUDGED = 10  # observations of a kind that judge a correction
 _FACTORS = (0.05, 20.0)  # range of a factor on kernels; beyond it, it means another model, GPU or engine
 _REWEIGHTS = 6  # rounds of reweighting towards the least absolute relative error
 _TWO_SIDED = 1.96  # standard errors of a 95% interval
@@ -70,9 +76,10 @@ class Parameter:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CalibrationResult:
-    """The result of a calibration; ``profile`` is None if no correction makes the held-out error smaller."""
+    """The result of a calibration; if ``profile`` is None, ``refusal`` says why."""
 
     profile: Profile | None
+    refusal: str
     parameters: tuple[Parameter, ...]
     judged: tuple[HeldOutErrors, ...]  # by kind; the last one is over all kinds
     num_fitted: int
@@ -96,11 +103,12 @@ def calibrate(observed: Observed, replica: CalibratedReplica) -> CalibrationResu
     chosen, values, margins = _chosen(fitted, block[block % 2 == 0] // 2)
     before, after = judged.predicted({}), judged.predicted(values)
     judgements = list(_judgements(judged, before, after))
-    improves = bool(chosen) and judgements[-1].after.mape < judgements[-1].before.mape
+    refusal = _refusal(chosen, values, judgements)
     was = {"kernels": 1.0, "step": float(np.median(table.step))}
     was["sequence"] = float(np.median(table.sample / np.maximum(table.sequences, 1e-9)))
     return CalibrationResult(
-        profile=corrected(replica, observed, values, judgements[-1], len(fitted.seconds)) if improves else None,
+        profile=corrected(replica, observed, values, judgements[-1], len(fitted.seconds)) if not refusal else None,
+        refusal=refusal,
         parameters=tuple(
             Parameter(name=name, before=was[name], after=values.get(name, was[name]), margin=margins.get(name))
             for name in PARAMETERS
@@ -109,6 +117,21 @@ def calibrate(observed: Observed, replica: CalibratedReplica) -> CalibrationResu
         num_fitted=len(fitted.seconds),
         left_out=left_out,
     )
+
+
+def _refusal(chosen: Sequence[str], values: Mapping[str, float], judgements: Sequence[HeldOutErrors]) -> str:
+    """Return why a correction is of no use, or an empty string if it is."""
+    factor = values.get("kernels", 1.0)
+    if not _FACTORS[0] <= factor <= _FACTORS[1]:
+        least, most = _FACTORS
+        return f"kernels take {factor:.3g} times the profile's time, expected {least:g} to {most:g}: {CHECK}"
+    if not chosen or judgements[-1].after.mape >= judgements[-1].before.mape:
+        return "no correction reduces the error on held-out data"
+    worst = max(judgements, key=lambda one: one.after.mape if one.count >= _LEAST_JUDGED else 0.0)
+    if worst.count >= _LEAST_JUDGED and worst.after.mape > _HUGE:
+        what = f"of {worst.kind} iterations" if worst.kind else "on held-out data"
+        return f"the error {what} would still be {worst.after.mape:.0%}: {CHECK}"
+    return ""
 
 
 def corrected(
@@ -124,7 +147,8 @@ def corrected(
     )
     kinds = {work.kind for one in observed.observations for _, work in one.parts}
     decodes, prefills = any(kind != "prefill" for kind in kinds), any(kind != "decode" for kind in kinds)
-    took_part = {Op.DENSE, Op.EXPERTS}
+    took_part = {Op.DENSE}
+    took_part |= {Op.EXPERTS} if replica.model.moe is not None else set()
     took_part |= {Op.DECODE_ATTENTION} if decodes else set()
     took_part |= {Op.PREFILL_ATTENTION} if prefills else set()
     took_part |= {Op.ALL_REDUCE} if replica.tp > 1 else set()
@@ -229,13 +253,14 @@ def _chosen(table: _Table, block: NDArray[np.intp]) -> tuple[tuple[str, ...], di
     least = float(np.abs(table.predicted({}) / table.seconds - 1).mean())
     group = block % _GROUPS
     groups = [g for g in np.unique(group) if (group != g).any()]
-    for names in _CANDIDATES:
+    # Means over intervals tell at most one parameter: the others shift several of them by more than the jackknife sees.
+    are_means = bool((table.kind == ObservedKind.INTERVAL.value).all())
+    for names in [names for names in _CANDIDATES if len(names) == 1 or not are_means]:
         values = _fit(table, names)
         without = np.array([_fit(table.rows(group != g), names) for g in groups])
         spread = np.sqrt((len(groups) - 1) / len(groups) * ((without - without.mean(axis=0)) ** 2).sum(axis=0))
         margins = _TWO_SIDED * spread
         share = margins * np.abs(table.features(names)).mean(axis=0) / table.seconds.mean()
-        factor = dict(zip(names, values, strict=True)).get("kernels", 1.0)
         errors = []
         for g, found in zip(groups, without, strict=True):
             left = table.rows(group == g)
@@ -243,12 +268,34 @@ def _chosen(table: _Table, block: NDArray[np.intp]) -> tuple[tuple[str, ...], di
         error = float(np.concatenate(errors).mean())
         # Several parameters that the load does not tell apart move by much together, without predicting worse.
         told_apart = len(names) == 1 or bool((share <= _CERTAIN).all())
+        # Nor do they tell kernels apart if none of the time is left for them.
+        told_apart &= len(names) == 1 or dict(zip(names, values, strict=True)).get("kernels", 1.0) >= _FACTORS[0]
         is_worth_it = error < min(_WORTH * least, least - _LEAST_WORTH)
-        if told_apart and is_worth_it and _FACTORS[0] <= factor <= _FACTORS[1]:
+        if told_apart and is_worth_it:
             least = error
-            rounded = {name: float(f"{value:.4g}") for name, value in zip(names, values, strict=True)}
+            rounded = {name: _rounded(name, value) for name, value in zip(names, values, strict=True)}
+            if are_means:
+                margins = margins + _shifts(table, names, values)
             best = names, rounded, {name: float(m) for name, m in zip(names, margins, strict=True)}
     return best
+
+
+def _shifts(table: _Table, names: Sequence[str], values: FloatArray) -> FloatArray:
+    """Return how far the fitted values may move because other parameters are not what the profile has."""
+    shifts = np.zeros(len(names))
+    for name, (column, doubt) in _DOUBTS.items():
+        if name not in names:
+            others = [replace(table, **{column: getattr(table, column) * (1.0 + sign * doubt)}) for sign in (-1, 1)]
+            shifts += np.max([np.abs(_fit(other, names) - values) for other in others], axis=0)
+    return shifts
+
+
+def _rounded(name: str, value: float) -> float:
+    """Return a value to four digits; of the host, 0 for times that are too short for a profile to be plausible."""
+    number_of = {"step": 1.0, "sequence": 64.0}
+    if name in number_of and value * number_of[name] < STEP_SECONDS[0]:
+        return 0.0
+    return float(f"{value:.4g}")
 
 
 def _fit(table: _Table, names: Sequence[str]) -> FloatArray:

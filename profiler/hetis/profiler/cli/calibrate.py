@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -118,10 +118,11 @@ def calibrate(
 
     A factor on kernels, seconds per iteration and seconds per sequence are fitted, as far
     as the load tells them apart, to half of what was seen, and judged on the other half.
-    If that error gets no smaller, nothing is written and the exit code is 5.
+    If that error gets no smaller or stays huge, or no GPU of the type can be like that,
+    nothing is written and the exit code is 5.
 
     A log with --enable-logging-iteration-details says most. Of a URL, /metrics is read
-    every few seconds, which seldom tells more than one parameter.
+    every few seconds, which tells one parameter.
     """
     from hetis.profiler.calibrate.correction import calibrate as corrected
     from hetis.solver.errors import InvalidProblemError
@@ -133,18 +134,18 @@ def calibrate(
         _replica(spec, base, tp or 1, cluster)  # a check before a minute is spent on it
         observed = _watched(terminal, source, context, watch_s or _USUAL_S)
     else:
-        observed = _logged(source, context)
+        observed = _logged(source, context, spec)
     if tp is not None and observed.tp is not None and tp != observed.tp:
         raise InvalidProblemError(f"--tp is {tp}, that of the server in the log is {observed.tp}")
     replica = _replica(spec, base, tp or observed.tp or 1, cluster)
-    found = corrected(observed, replica)
+    found = _possible(corrected(observed, replica), base, cluster)
     for note in observed.notes:
         terminal.warn(note)
     if found.profile is not None:
         save_profile(out, found.profile)
     terminal.emit(lambda: _document(found, observed, replica, out), lambda: _table(found, observed, replica))
     if found.profile is None:
-        terminal.line(f"no correction reduces the error on held-out data: {out} was not written")
+        terminal.line(f"{found.refusal}: {out} was not written")
         return ProfileExitCode.MISSED
     terminal.say(f"written to {out}")
     return ProfileExitCode.OK
@@ -190,12 +191,33 @@ def _replica(spec: ModelSpec, profile: Profile, tp: int, cluster: Path | None) -
     )
 
 
-def _logged(path: str, context: float | None) -> Observed:
+def _possible(found: CalibrationResult, base: Profile, cluster: Path | None) -> CalibrationResult:
+    """Return the result, without its profile if the correction made that impossible for its GPU type."""
+    from hetis.profiler.calibrate.correction import CHECK
+    from hetis.profiler.plausibility import impossible
+    from hetis.solver.errors import HetisError
+
+    if found.profile is None:
+        return found
+    try:
+        gpu = gpu_type(base.gpu, cluster)
+    except HetisError:  # a GPU type that only the user's profile names: nothing is known of it
+        return found
+    broken = next(impossible(found.profile, gpu), "")
+    if not broken or any(impossible(base, gpu)):
+        return found
+    return replace(found, profile=None, refusal=f"no GPU is like the corrected profile ({broken}): {CHECK}")
+
+
+def _logged(path: str, context: float | None, spec: ModelSpec) -> Observed:
     from hetis.formats.files import file_label
     from hetis.formats.vllm_logs import load_iteration_log
     from hetis.profiler.calibrate.iterations import observed_in_log
+    from hetis.profiler.calibrate.served import contradictions
 
-    return observed_in_log(file_label(path), load_iteration_log(path), context_tokens=context)
+    log = load_iteration_log(path)
+    observed = observed_in_log(file_label(path), log, context_tokens=context, max_tokens=spec.max_position)
+    return replace(observed, notes=(*contradictions(log.servers, spec), *observed.notes))
 
 
 def _watched(terminal: Terminal, url: str, context: float | None, watch_s: float) -> Observed:
@@ -221,6 +243,7 @@ def _document(found: CalibrationResult, observed: Observed, replica: CalibratedR
         "left_out": dict(found.left_out),
         "errors": [asdict(one) | {"kind": one.kind or "all"} for one in found.judged],
         "parameters": [asdict(one) for one in found.parameters],
+        "refusal": found.refusal or None,
         "notes": list(observed.notes),
     }
 

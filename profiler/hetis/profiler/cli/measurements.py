@@ -238,7 +238,7 @@ def _import_document(found: Mapping[Path, Measurements]) -> list[dict[str, Any]]
         {
             "out": str(path),
             "gpu": value.gpu,
-            "origin": str(value.provenance),
+            "origin": _origin(value),
             "tables": _tables_document(value),
             "notes": list(value.notes),
         }
@@ -256,5 +256,10 @@ def _import_table(found: Mapping[Path, Measurements]) -> RenderableType:
         for one in value.tables:
             table.add_row(one.op.value, one.kernel, f"{len(one):,}")
         notes = Text("".join(f"note: {note}\n" for note in value.notes), end="")
-        parts += [Text(f"{value.gpu} -> {path}", style="bold"), Text(str(value.provenance)), table, notes]
+        parts += [Text(f"{value.gpu} -> {path}", style="bold"), Text(_origin(value)), table, notes]
     return Group(*parts)
+
+
+def _origin(value: Measurements) -> str:
+    """Return who measured, and on which host: measurements of one GPU type may differ in nothing else."""
+    return ", ".join(part for part in (str(value.provenance), value.provenance.host) if part)

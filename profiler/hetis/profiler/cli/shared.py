@@ -53,12 +53,15 @@ def require_outputs(*paths: Path | None) -> None:
 
 def load_all(paths: Sequence[Path], *, gpu: str = "") -> list[Measurements]:
     """Return the measurements in all files, which are of one GPU type: ``gpu``, the profile's, or that of the first.
-    Raises DocumentError with the problems of all files.
+    Raises DocumentError with the problems of all files; a file that is given twice is one.
     """
     from hetis.formats.errors import DocumentError, Problem
     from hetis.formats.measurements import load_measurements
 
     found, problems = list["Measurements"](), list[Problem]()
+    places = [path.resolve() for path in paths]
+    twice = [path for number, path in enumerate(paths) if places[number] in places[:number]]
+    problems += [Problem(file=str(path), message="is given twice") for path in dict.fromkeys(twice)]
     for path in paths:
         try:
             found.append(load_measurements(path))

@@ -49,12 +49,12 @@ Value = float | int | str
 class Sheet:
     """One table as text. It collects every problem of its rows before `finish` raises.
 
-    ``first_row`` is the number of the first row of data in the file (2 below a CSV header).
+    ``numbers`` are those of the rows in the file: the lines of a CSV, whose header is the first that is not empty.
     """
 
     file: str
     columns: Mapping[str, Sequence[str]]
-    first_row: int
+    numbers: Sequence[int]
     problems: list[Problem] = field(default_factory=list)
 
     def __iter__(self) -> Iterator[SheetRow]:
@@ -152,7 +152,7 @@ class SheetRow:
         return found
 
     def problem(self, column: str, message: str) -> Problem:
-        place = f"row {self.sheet.first_row + self.index}: {column}"
+        place = f"row {self.sheet.numbers[self.index]}: {column}"
         return Problem(file=self.sheet.file, path=place, message=message)
 
     def refuse(self, column: str, message: str) -> None:
@@ -256,32 +256,35 @@ def read_sheet(path: Path) -> Sheet:
 
 def _text(path: Path, raw: bytes) -> str:
     content = unpacked(raw, str(path), most=MAX_BYTES)
+    text = decoded(content, str(path))
     if content is raw and raw.strip() and not raw.endswith((b"\n", b"\r")):
         # A number that lost its last digits is still a number; gzip has an end mark instead.
         message = "ends in the middle of a line and may be truncated: if it is complete, add a newline"
         raise single_problem(str(path), message, line=1 + raw.count(b"\n"))
-    return decoded(content, str(path))
+    return text
 
 
 def _csv(path: Path, text: str) -> Sheet:
     if not text.strip():
         raise single_problem(str(path), "is empty")
     try:
-        lines = [line for line in csv.reader(io.StringIO(text), strict=True) if line]
+        reader = csv.reader(io.StringIO(text), strict=True)
+        lines = [(reader.line_num, line) for line in reader if line]
     except csv.Error as error:
         raise single_problem(str(path), f"is not CSV: {error}") from None
-    header, rows = [name.strip() for name in lines[0]], lines[1:]
+    header = [name.strip() for name in lines[0][1]]
+    numbers, rows = [number for number, _ in lines[1:]], [row for _, row in lines[1:]]
     _refuse_twice(path, header)
     if not rows:
         raise single_problem(str(path), "has a header and no rows")
     ragged = [
         Problem(file=str(path), path=f"row {number}", message=f"has {len(row)} values, the header {len(header)}")
-        for number, row in enumerate(rows, start=2)
+        for number, row in zip(numbers, rows, strict=True)
         if len(row) != len(header)
     ]
     if ragged:
         raise DocumentError(ragged)
-    return Sheet(str(path), dict(zip(header, zip(*rows, strict=True), strict=True)), first_row=2)
+    return Sheet(str(path), dict(zip(header, zip(*rows, strict=True), strict=True)), numbers)
 
 
 def _parquet(path: Path, raw: bytes) -> Sheet:
@@ -302,7 +305,7 @@ def _parquet(path: Path, raw: bytes) -> Sheet:
     if not names or not values[0]:
         raise single_problem(str(path), "has columns and no rows")
     texts = [["" if value is None else str(value) for value in column] for column in values]
-    return Sheet(str(path), dict(zip(names, texts, strict=True)), first_row=1)
+    return Sheet(str(path), dict(zip(names, texts, strict=True)), range(1, len(texts[0]) + 1))
 
 
 def _refuse_twice(path: Path, header: Sequence[str]) -> None:

@@ -12,7 +12,7 @@ be negative).
 from __future__ import annotations
 
 from hetis.solver.check.constraints import check_constraints
-from hetis.solver.check.fleet import Fleet, replica_shape
+from hetis.solver.check.fleet import Fleet, kv_partners, replica_shape
 from hetis.solver.check.rederive import Rederivation, check_replica_claims
 from hetis.solver.check.result import check_class_table, check_link_capacity, check_result, check_routes
 from hetis.solver.check.structure import check_devices_once, check_replica_structure, check_types_of_roles
@@ -34,12 +34,13 @@ def check_plan(plan: Plan, problem: PlacementProblem) -> tuple[Violation, ...]:
     rederivation = Rederivation(problem)
     violations = check_devices_once(plan)
     violations += check_constraints(plan, problem, whole)
+    partners = kv_partners(plan, fleet)
     for number, replica in enumerate(plan.replicas):
         where = f"replica {number}"
         broken = check_replica_structure(replica, where, problem, fleet)
         violations += broken
         if not broken:
-            shape = replica_shape(replica, problem, fleet)
+            shape = replica_shape(replica, problem, fleet, partners.get(number, ()))
             derived = rederivation.of(shape)
             violations += check_replica_claims(
                 replica, where, problem.objective, derived, may_claim_less=fleet.has_uneven_links

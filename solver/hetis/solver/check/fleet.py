@@ -6,13 +6,13 @@ A shape determines a replica's numbers, without device names: equal shapes have 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, reduce
 
 from hetis.solver.cluster import Cluster, Device, Link, NodeGroup
 from hetis.solver.constraints import Constraints, Exclude, Selection
-from hetis.solver.plan import AttentionWorkerPool, ReplicaPlan, Role, StagePlan
+from hetis.solver.plan import AttentionWorkerPool, Plan, ReplicaPlan, Role, StagePlan
 from hetis.solver.problem import PlacementProblem
 
 
@@ -38,6 +38,7 @@ class StageShape:
     hop_link: Link  # the link charged for every hop into the stage
     pool: PoolShape | None = None
     kv_link: Link | None = None  # the slowest link over which a prefill replica's KV may leave
+    arrival_link: Link | None = None  # the slowest link over which a decode replica's KV arrives; None: ``hop_link``
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,8 +163,28 @@ def slowest(links: list[Link]) -> Link:
     return reduce(Link.slower_of, links)
 
 
-def replica_shape(replica: ReplicaPlan, problem: PlacementProblem, fleet: Fleet) -> ReplicaShape:
-    """Return the shape of a replica of sound structure, with the actual links of its devices."""
+def kv_partners(plan: Plan, fleet: Fleet) -> Mapping[int, Collection[str]]:
+    """Return the devices with which every replica exchanges KV by the plan's routes, where explicit links matter.
+
+    Routes and devices that do not exist are left out: they have rules of their own.
+    """
+    found: defaultdict[int, dict[str, None]] = defaultdict(dict)
+    numbers = range(len(plan.replicas))
+    for route in plan.kv_routes if fleet.cluster.network.between_nodes else ():
+        if route.prefill in numbers and route.decode in numbers:
+            for own, other in ((route.prefill, route.decode), (route.decode, route.prefill)):
+                devices = plan.replicas[other].devices()
+                found[own] |= dict.fromkeys(name for name in devices if name in fleet.devices)
+    return found
+
+
+def replica_shape(
+    replica: ReplicaPlan, problem: PlacementProblem, fleet: Fleet, partners: Collection[str] = ()
+) -> ReplicaShape:
+    """Return the shape of a replica of sound structure, with the actual links of its devices.
+
+    KV is charged the explicit links to ``partners``, the devices with which the replica exchanges it.
+    """
     pools = {pool.stage: pool for pool in replica.attention_workers}
     zone_links = _zone_links(fleet, replica)
     stages = []
@@ -173,6 +194,7 @@ def replica_shape(replica: ReplicaPlan, problem: PlacementProblem, fleet: Fleet)
         explicit = fleet.node_links(stage.devices, others)
         hop_link = slowest([*fleet.nic_links(stage.devices), *zone_links, *explicit])
         pool = pools.get(position)
+        to_partners = slowest([hop_link, *fleet.node_links(stage.devices, partners)])
         stages.append(
             StageShape(
                 gpu=stage.gpu,
@@ -182,7 +204,8 @@ def replica_shape(replica: ReplicaPlan, problem: PlacementProblem, fleet: Fleet)
                 intra_link=fleet.intra_link(stage.devices, stage.gpu),
                 hop_link=hop_link,
                 pool=None if pool is None else _pool_shape(fleet, stage, pool),
-                kv_link=slowest([hop_link, *_kv_links(fleet, replica)]) if replica.role is Role.PREFILL else None,
+                kv_link=slowest([to_partners, *_kv_links(fleet, replica)]) if replica.role is Role.PREFILL else None,
+                arrival_link=to_partners if partners and replica.role is Role.DECODE else None,
             )
         )
     return ReplicaShape(

@@ -101,7 +101,7 @@ def wire_seconds(setting: Setting, stage: StageShape) -> float:
     if setting.role is Role.DECODE:
         given = stage.pool.head_groups * n if stage.pool is not None else 0
         kept_bytes = P * (model.head_groups - given) * per_group + model.state_bytes()
-        kept_s = _transfer(setting, stage.gpu, n, kept_bytes, stage.hop_link)
+        kept_s = _transfer(setting, stage.gpu, n, kept_bytes, stage.arrival_link or stage.hop_link)
         if stage.pool is None:
             return d * kept_s
         pool, card_bytes = stage.pool, P * given * per_group / stage.pool.cards

@@ -150,7 +150,7 @@ class Waterfalls(Block):
 class GpuCell:
     """A GPU of a node, or ``span`` neighbours with the same use."""
 
-    role: str  # ``stage``, ``worker`` or ``idle``
+    role: str  # ``stage``, ``worker`` or ``idle``, also of a GPU that another tenant holds
     color: int
     lines: tuple[str, ...]
     index: str = ""

@@ -24,7 +24,7 @@ def fleet_map(plan: Plan, cluster: Cluster, explanation: Explanation) -> FleetMa
     """Return the map of a plan on its cluster, with the reasons why GPUs are idle."""
     groups = group_replicas(plan.replicas)
     named, joined = len(plan.replicas) <= MAX_NAMED, cluster.num_gpus() > MAX_SINGLE
-    duties = dict(_duties(plan, groups, named=named))
+    duties = {**_held(plan), **dict(_duties(plan, groups, named=named))}
     zones = [
         _zone(zone, [group for group in cluster.node_groups if group.zone == zone], duties, joined=joined)
         for zone in cluster.zones()
@@ -49,6 +49,12 @@ def shape_letter(number: int) -> str:
 def replica_name(number: int, role: Role) -> str:
     """Return a replica's name as ``Replica 0``, ``Replica 3 (decode)``."""
     return f"Replica {number}" if role is Role.UNIFIED else f"Replica {number} ({role})"
+
+
+def _held(plan: Plan) -> dict[str, GpuCell]:
+    """Return the cells of the GPUs that other tenants hold."""
+    cells = {name: GpuCell(role="idle", color=PLAIN, lines=(f"of {name}",)) for name in plan.other_tenants()}
+    return {device: cells[name] for name, own in plan.other_tenants().items() for device in own}
 
 
 def _duties(plan: Plan, groups: tuple[ReplicaGroup, ...], *, named: bool) -> Iterator[tuple[str, GpuCell]]:

@@ -164,11 +164,14 @@ def _tiles(plan: Plan, problem: PlacementProblem) -> Iterator[Tile]:
         if figures.usd_per_million_output_tokens is not None:
             dollars = digits(figures.usd_per_million_output_tokens)
             yield Tile(label="Cost of tokens", value=dollars, unit="USD per million", note="output tokens")
+    held, idle = len(plan.held_by_others()), figures.gpus_idle
+    unused = [f"{held:,} held by other tenants"] if held else []
+    unused += [f"{idle:,} idle"] if idle else []
     yield Tile(
         label="GPUs in use",
         value=f"{figures.gpus_used:,}",
         unit=f"of {problem.cluster.num_gpus():,}",
-        note=plural(len(plan.replicas), "replica") + (f", {figures.gpus_idle:,} idle" if figures.gpus_idle else ""),
+        note=", ".join([plural(len(plan.replicas), "replica"), *unused]),
     )
     yield from _against_today(plan)
     yield from _simulated(plan)
@@ -244,7 +247,7 @@ def _worth(plan: Plan) -> Scale:
     if beside:
         rows.append(ScaleRow(label="Equal stages", text=f"{digits(beside, 4)} {result.unit}", share=beside / axis))
     bound = f"bound {digits(result.bound, 4)} {result.unit}" if math.isfinite(result.bound) else "no bound"
-    notes = [f"The line is the {bound}: {verdict(result)}."]
+    notes = [f"The line is the {bound}: {verdict(plan)}."]
     if band:
         notes.append("The band shows the effect of the errors of the profiles.")
     if (words := beside_equal_stages(plan)) is not None:
@@ -411,10 +414,14 @@ def _times(explanation: Explanation, plan: Plan) -> Stack:
 def _prices(plan: Plan) -> Grid:
     zones = len({price.zone for price in plan.prices}) > 1
     where = ["'zone"] if zones else []
+    others = ["other tenants'"] if plan.other_tenants() else []
     return Grid(
         title="Value of the GPUs",
-        columns=("'GPU", *where, "there", "used", "as workers", "idle", "marginal price"),
-        rows=tuple((price.gpu, *([price.zone] if zones else []), *price_cells(price, plan)) for price in plan.prices),
+        columns=("'GPU", *where, "there", "used", "as workers", *others, "idle", "marginal price"),
+        rows=tuple(
+            (price.gpu, *([price.zone] if zones else []), *cells)
+            for price, cells in zip(plan.prices, price_cells(plan), strict=True)
+        ),
         note="The marginal price is what one GPU of the class is worth where fractions of replicas are allowed. "
         "What to buy next is found by solving again for every type on the market: hetis-plan report --buy-next.",
     )

@@ -85,7 +85,7 @@ def _figures_row(plan: Plan, inputs: Inputs | PlacementProblem, *, has_limits: b
         kept_cell(plan, unknown="–").plain,
         digits(figures.output_tokens_per_s),
         f"{digits(result.bound)}{f' {objective.unit}' if has_unit else ''}",
-        percent(result.gap),
+        f"{percent(result.gap)}{' with the fleet to itself' if plan.other_tenants() else ''}",
         "–" if dollars is None else digits(dollars),
         "–" if per_million is None else digits(per_million),
         seconds(figures.ttft_s) if plan.replicas else "–",

@@ -6,12 +6,13 @@ Sentences that say "at least" or "at most" are proofs; the others compare number
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import NamedTuple
 
 from hetis.solver.check.fleet import PoolShape, StageShape, slowest
-from hetis.solver.cluster import Link, node_of
+from hetis.solver.cluster import Cluster, Link, node_of
 from hetis.solver.constraints import Exclude
 from hetis.solver.cost import DeviceCost, rank_shape, state_bytes_per_copy
 from hetis.solver.errors import InvalidProblemError
@@ -144,12 +145,11 @@ NOTHING = 1e-6  # share of the objective below which a dual counts as 0
 
 def why_idle(plan: Plan, problem: PlacementProblem, views: tuple[ReplicaView, ...]) -> Iterator[IdleGpus]:
     """Yield the idle GPUs of every class with the reasons."""
-    for price, device_class in idle_classes(plan, problem):
-        forbidden, idle = _forbidden(problem, device_class), price.available - price.used
+    for each in idle_classes(plan, problem.cluster):
+        forbidden, idle = _forbidden(problem, each.device_class), each.idle
         reasons = [f"{forbidden:,} of them are forbidden"] if 0 < forbidden < idle else []
-        reasons += _reasons(plan, problem, views, price, device_class) if forbidden < idle else ["they are forbidden"]
-        reason = "; ".join(reasons)
-        yield IdleGpus(gpu=price.gpu, zone=price.zone, count=price.available - price.used, reason=reason)
+        reasons += _reasons(plan, problem, views, each) if forbidden < idle else ["they are forbidden"]
+        yield IdleGpus(gpu=each.price.gpu, zone=each.price.zone, count=idle, reason="; ".join(reasons))
 
 
 def _forbidden(problem: PlacementProblem, device_class: DeviceClass) -> int:
@@ -165,9 +165,33 @@ def _forbidden(problem: PlacementProblem, device_class: DeviceClass) -> int:
     )
 
 
-def idle_classes(plan: Plan, problem: PlacementProblem) -> list[tuple[ClassPrice, DeviceClass]]:
-    """Return the prices of classes with idle GPUs; a plan's table lists the classes in order."""
-    classes = list(device_classes(problem.cluster))
+class IdleClass(NamedTuple):
+    """A class with idle GPUs, its price, and their number."""
+
+    price: ClassPrice
+    device_class: DeviceClass
+    idle: int
+
+
+def idle_classes(plan: Plan, cluster: Cluster) -> list[IdleClass]:
+    """Return the classes with GPUs that neither the plan nor another tenant uses."""
+    of_plan = zip(_classes_of(plan, cluster), held_by_class(plan, cluster), strict=True)
+    found = [IdleClass(price, own, price.available - price.used - held) for (price, own), held in of_plan]
+    return [each for each in found if each.idle > 0]
+
+
+def held_by_class(plan: Plan, cluster: Cluster) -> list[int]:
+    """Return how many GPUs of each of ``plan.prices`` other tenants hold."""
+    names, classes = plan.held_by_others(), _classes_of(plan, cluster)
+    if not names:
+        return [0] * len(classes)
+    held = Counter((device.group.name, device.gpu) for device in cluster.devices() if device.name in names)
+    return [sum(held[group.name, own.gpu] for group in own.groups) for _, own in classes]
+
+
+def _classes_of(plan: Plan, cluster: Cluster) -> list[tuple[ClassPrice, DeviceClass]]:
+    """Return the class of each of ``plan.prices``; a plan's table lists the classes in order."""
+    classes = list(device_classes(cluster))
     found = []
     for price in plan.prices:
         same = [c for c in classes if (c.gpu, c.zone, c.gpus_per_node) == (price.gpu, price.zone, price.gpus_per_node)]
@@ -175,19 +199,19 @@ def idle_classes(plan: Plan, problem: PlacementProblem) -> list[tuple[ClassPrice
             raise InvalidProblemError(f"plan has a price for {price.gpu} in {price.zone}, the cluster has no such GPUs")
         exact = [c for c in same if c.available == price.available] or same
         classes.remove(exact[0])
-        if price.used < price.available:
-            found.append((price, exact[0]))
+        found.append((price, exact[0]))
     return found
 
 
-def _reasons(
-    plan: Plan, problem: PlacementProblem, views: tuple[ReplicaView, ...], price: ClassPrice, device_class: DeviceClass
-) -> Iterator[str]:
+def _reasons(plan: Plan, problem: PlacementProblem, views: tuple[ReplicaView, ...], of: IdleClass) -> Iterator[str]:
+    price, device_class, idle = of
     unit, demand_rps = plan.objective.unit, plan.objective.demand_rps
     if demand_rps is not None and _meets(demand_rps, plan, problem):
         yield f"by the model, the demand of {demand_rps:g} requests/s is met without them"
     elif STRATEGIES[plan.strategy].is_published:
         yield f"{plan.strategy} left them idle: a published heuristic has no prices that explain why"
+    elif not plan.has_prices():
+        yield "no tenant's share has them: the shares were found without prices, so what one is worth is unknown"
     elif price.dual <= NOTHING * abs(plan.result.value):
         # Of the relaxation alone, even if the bound is reached: one more GPU may make room for a larger replica.
         yield "their marginal price is 0: they are not scarce if fractions of replicas are allowed"
@@ -195,7 +219,6 @@ def _reasons(
         yield f"each is worth {price.dual:.3g} {unit} at the margin, but the plan's whole replicas leave them idle"
     if views:
         view = main_view(views)
-        idle = price.available - price.used
         yield from _alone(replace(view, problem=problem.in_precision_of(device_class.gpu)), device_class, idle)
         main = view.shape.stages[0].gpu
         theirs, its = problem.build_of(device_class.gpu), problem.build_of(main)
@@ -205,7 +228,7 @@ def _reasons(
             yield f"they are {theirs.vendor}'s, and an engine's replica has GPUs of one vendor"
         else:
             yield from _joining(view, device_class, idle)
-    if plan.result.gap > NOTHING:
+    if plan.result.gap > NOTHING and not plan.other_tenants():  # a tenant's gap is to the whole fleet to itself
         yield f"a gap of {in_percent(plan.result.gap)} remains, so that a use for them may exist"
 
 
@@ -380,10 +403,10 @@ def _unused_pools(plan: Plan, view: ReplicaView) -> Iterator[str]:
     if not view.stage_cost(stage).shape.splits_groups:
         yield "Its ranks share head groups, so none of them can move."
         return
-    idle = idle_classes(plan, view.problem)
+    idle = idle_classes(plan, view.problem.cluster)
     devices = view.replica.stages[busiest.stage].devices
     (zone,) = view.fleet.zones_of(devices)
-    near = [(price.available - price.used, c) for price, c in idle if c.zone == zone]
+    near = [(each.idle, each.device_class) for each in idle if each.device_class.zone == zone]
     if not idle:
         yield "No GPU is left for this."
     elif not near:

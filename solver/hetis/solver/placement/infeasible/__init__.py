@@ -154,16 +154,22 @@ def _of_what_was_asked(
             others = [r for r in given if r != member and (r in rest or r in conflict.members)]
             told += relaxations_of(trials, member, others)
         if len(conflict.members) > 1:
-            ways = (
-                "relaxing any one of them is enough"
-                if any(each.is_tried for each in told)
-                else "more than one must be relaxed"
-            )
-            yield f"{_together(conflict.members)}; {ways}"
+            yield f"{_together(conflict.members)}; {_ways_out(conflict.members, told)}"
         if not conflict.is_minimal:
             yield "no time was left to determine whether all of these conflict"
         yield from _what_is_short(trials, given, rest, conflict)
         yield from told
+
+
+def _ways_out(members: Sequence[Requirement], told: Sequence[Relaxation]) -> str:
+    """Return which members of a conflict need to give way; a member may also be in conflicts that are not reported."""
+    enough = {each.about for each in told if each.is_tried}
+    one_each = [member for member in members if member in enough]
+    if len(one_each) == len(members):
+        return "relaxing any one of them is enough"
+    if one_each:
+        return f"relaxing {' or '.join(map(str, one_each))} is enough"
+    return "more than one must be relaxed"
 
 
 def _together(members: Sequence[Requirement]) -> str:
