@@ -17,8 +17,11 @@ from tests.runtime.launch.vllm_python import ENVIRONMENT, PYTHON
 _PROGRAM = """
 import json, sys, types
 sys.modules["vllm._C_stable_libtorch"] = types.ModuleType("kernels of CUDA, which nothing here calls")
+from transformers import Gemma3Config
 from vllm.entrypoints.cli.serve import ServeSubcommand
-from vllm.model_executor.layers.quantization import get_quantization_config
+from vllm.model_executor.layers.quantization import (
+    DEPRECATED_QUANTIZATION_METHODS, QUANTIZATION_METHODS, get_quantization_config
+)
 from vllm.platforms.cuda import _get_backend_priorities
 from vllm.platforms.interface import DeviceCapability
 from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -40,11 +43,14 @@ for words in asked["lines"]:
         "context": args.max_model_len, "kv_dtype": args.kv_cache_dtype,
         "hybrid_off": args.disable_hybrid_kv_cache_manager,
         "sharing": [args.data_parallel_size, args.enable_expert_parallel],
+        "deprecated": args.allow_deprecated_quantization,
         "drafts": args.speculative_config
         and [args.speculative_config["method"], args.speculative_config["num_speculative_tokens"]],
     })
 said["kv"] = [get_kv_cache_quant_algo_string(one) for one in asked["configs"]]
-for name in ("fp8", "mxfp4", "modelopt_fp4", "awq", "gptq"):
+said["image"] = Gemma3Config().mm_tokens_per_image
+said |= {"methods": QUANTIZATION_METHODS, "deprecated": DEPRECATED_QUANTIZATION_METHODS}
+for name in ("fp8", "mxfp4", "modelopt_fp4", "awq", "gptq", "fbgemm_fp8"):
     try:
         said["capabilities"][name] = get_quantization_config(name).get_min_capability()
     except Exception:

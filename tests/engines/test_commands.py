@@ -47,6 +47,7 @@ SLIDING = layout_of(plan_of(stage_of(), pools=(POOL,)), 0, replace(MODEL, slidin
 DRAFTING = layout_of(
     plan_of(stage_of(kv_head_groups_kept=8)), 0, replace(MODEL, draft=DraftShape(tokens=2, acceptance=0.5))
 )  # fmt: skip
+FBGEMM = layout_of(plan_of(stage_of(kv_head_groups_kept=8)), 0, replace(MODEL, weights="fbgemm-fp8"))
 SHARED = sharing_experts()
 SERVING = Serving(model="/models/tiny", options=("--port", "8080"))
 
@@ -232,6 +233,28 @@ def test_a_replica_without_workers_needs_no_plugin() -> None:
     assert (vllm.files, vllm.secrets, set(vllm.environment)) == ({}, (), {"CUDA_DEVICE_ORDER", "CUDA_VISIBLE_DEVICES"})
 
 
+@pytest.mark.parametrize(("role", "chunk", "tokens"), [("decode", 0, 264), ("unified", 32, 264), ("unified", 512, 516)])
+def test_an_iteration_has_room_for_an_image_that_vllm_does_not_divide(role: str, chunk: int, tokens: int) -> None:
+    """Gemma 3's images have 260 tokens; each of the four seats has one more."""
+    gemma = replace(MODEL, vision_params=1_000_000, sliding_window=64, sliding_layers=2)
+    plan = plan_of(stage_of(kv_head_groups_kept=8), role=Role(role), chunk_tokens=chunk)
+    [command] = commands_of(layout_of(plan, 0, gemma, engine=Engine.VLLM), SERVING, Addresses())
+    assert command.shown[command.shown.index("--max-num-batched-tokens") + 1] == str(tokens)
+    text = layout_of(plan, 0, replace(gemma, vision_params=0), engine=Engine.VLLM)
+    [command] = commands_of(text, SERVING, Addresses())
+    assert command.shown[command.shown.index("--max-num-batched-tokens") + 1] == str(chunk + 4)
+
+
+def test_a_method_that_vllm_has_deprecated_is_allowed() -> None:
+    flag = "--allow-deprecated-quantization"
+    assert flag in commands_of(FBGEMM, SERVING, Addresses())[0].shown
+    assert flag not in commands_of(ALONE, SERVING, Addresses())[0].shown
+    [given] = commands_of(FBGEMM, replace(SERVING, options=(flag,)), Addresses())
+    assert given.shown.count(flag) == 1
+    [sglang] = commands_of(replace(FBGEMM, engine=Engine.SGLANG), SERVING, Addresses())
+    assert flag not in sglang.shown
+
+
 def test_copies_that_share_experts_are_one_engine() -> None:
     """vLLM's limits apply to each copy, SGLang's to all together."""
     layout = layout_of(SHARED, 0, WITH_EXPERTS)
@@ -330,7 +353,7 @@ def lines_of_layouts() -> tuple[list[tuple[str, ...]], list[dict[str, Any]]]:
     """Return command lines with what vLLM's own parser must read from them; see test_vllm.py of exports."""
     serving = replace(SERVING, limits_kv=True, dtype="float32")
     lines, expected = list[tuple[str, ...]](), list[dict[str, Any]]()
-    for layout in (ONE, STAGED, SHARING, ALONE, SLIDING, DRAFTING, layout_of(SHARED, 0, WITH_EXPERTS)):
+    for layout in (ONE, STAGED, SHARING, ALONE, SLIDING, DRAFTING, FBGEMM, layout_of(SHARED, 0, WITH_EXPERTS)):
         for number, command in enumerate(commands_of(layout, serving, Addresses())[: len(layout.servers)]):
             lines.append(command.shown[1:])
             ranks = layout.tensor_parallel * len(layout.layers)
@@ -353,6 +376,7 @@ def lines_of_layouts() -> tuple[list[tuple[str, ...]], list[dict[str, Any]]]:
                     "kv_dtype": "auto",
                     "hybrid_off": True if layout is SLIDING else None,
                     "sharing": [layout.data_parallel, layout.data_parallel > 1],
+                    "deprecated": layout is FBGEMM,
                     "drafts": ["mtp", 2] if layout is DRAFTING else None,
                 }
             )

@@ -7,6 +7,8 @@ import re
 from dataclasses import replace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from hetis.engines.errors import LayoutError
 from hetis.engines.layout import PAGE_TOKENS, KvPartner, Layout, kv_partners, layout_of
@@ -219,6 +221,14 @@ def test_a_replica_that_is_not_there_is_told() -> None:
     assert refused(plan, replica=1) == ("there is no replica 1, the plan has 1, counted from 0",)
 
 
+def test_vllm_gets_no_replica_whose_weights_it_does_not_load() -> None:
+    plan, model = plan_of(stage_of(kv_head_groups_kept=8)), replace(MODEL, weights="bnb-int4")
+    for engine in (Engine.VLLM, Engine.VLLM_HETIS):
+        [why] = refused(plan, model, engine=engine)
+        assert "does not load bnb-int4 weights" in why
+    assert layout_of(plan, 0, model, engine=Engine.SGLANG).servers
+
+
 def test_copies_that_cannot_share_experts_are_refused() -> None:
     four = stage_of(tp=2, copies=2, devices=("a/0", "a/1", "a/2", "a/3"), kv_head_groups_kept=4)
 
@@ -249,6 +259,48 @@ def test_copies_that_share_experts_leave_kv_room_to_what_plans_do_not_count() ->
     workspace = 2 * (4 + 32) * 2 * (128 + 64) * 2  # for the tokens of both copies with two experts each
     of_tokens = -(-layout.kv_tokens // 16) * 4 * LAYER_BYTES // PAGES * 4
     assert layout.rank_kv_bytes == of_tokens - shared - workspace
+    assert layout.context_tokens is None, "the model's full context fits"
+    # All 4,096 tokens of the context fit into the pages of the plan, but not beside what it does not count.
+    layout = layout_of(plan_of(four, in_flight=2, expert_parallel=True, kv_tokens=4112), 0, WITH_EXPERTS)
+    left = layout.rank_kv_bytes // (4 * LAYER_BYTES // PAGES * 4)
+    assert layout.context_tokens == (left - 1) * PAGE_TOKENS < 4096
+    small = plan_of(four, in_flight=2, expert_parallel=True, kv_tokens=320)
+    assert refused(small, WITH_EXPERTS, engine=Engine.VLLM) == (
+        f"its copies share experts: vLLM needs {shared + workspace} bytes of a rank's planned KV for shared experts "
+        "and the workspace of all, which leaves no room for a request",
+    )
+
+
+@given(
+    kv_tokens=st.integers(1000, 6000),
+    tp=st.sampled_from((1, 2, 4)),
+    copies=st.integers(1, 2),
+    stages=st.integers(1, 2),
+    drafts=st.booleans(),
+)
+def test_the_longest_request_fits_into_the_kv_of_every_rank(
+    kv_tokens: int, tp: int, copies: int, stages: int, drafts: bool
+) -> None:
+    """Otherwise vLLM does not start (`_check_enough_kv_cache_memory`)."""
+    stages, shares = (1, {"in_flight": 2, "expert_parallel": True}) if copies > 1 else (stages, {"in_flight": stages})
+    shapes = [
+        stage_of(
+            tp=tp,
+            copies=copies,
+            first_layer=number * 4 // stages,
+            num_layers=4 // stages,
+            devices=tuple(f"n{number}/{i}" for i in range(tp * copies)),
+            kv_head_groups_kept=8 // tp,
+        )
+        for number in range(stages)
+    ]
+    model = replace(WITH_EXPERTS, draft=DraftShape(tokens=1, acceptance=0.5) if drafts else None)
+    plan = plan_of(*shapes, micro_batch=2, chunk_tokens=16, kv_tokens=kv_tokens * copies, **shares)
+    layout = layout_of(plan, 0, model, engine=Engine.VLLM)
+    longest = layout.context_tokens or model.max_position
+    for server, stage in zip(layout.servers, shapes, strict=True):
+        layers = stage.num_layers + (drafts and stage is shapes[-1])
+        assert longest * layers * stage.kv_head_groups_kept * 2 * 8 * 2 <= server.kv_bytes
 
 
 def test_a_plan_of_another_model_is_refused_with_the_differences() -> None:

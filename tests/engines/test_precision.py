@@ -73,6 +73,18 @@ def test_what_nobody_recorded_is_not_refused() -> None:
     assert why_not(with_precision(LLAMA, weights="fp8"), MI300X, "vllm") is None
 
 
+@pytest.mark.parametrize("weights", ["bnb-int4", "bnb-int8"])
+def test_vllm_does_not_load_bitsandbytes_whatever_the_gpu(weights: str) -> None:
+    model = with_precision(LLAMA, weights=weights)
+    for gpu in (H100, MI300X):
+        for engine in ("vllm", "vllm-hetis"):
+            assert why_not(model, gpu, engine) == (
+                f"{engine} 0.32.0 does not load {weights} weights: it has no quantisation method bitsandbytes "
+                "(vLLM's repository, vllm/model_executor/layers/quantization/__init__.py)"
+            )
+        assert why_not(model, gpu, "sglang") is None
+
+
 def test_gpus_that_only_keep_the_format_are_told() -> None:
     model = with_precision(LLAMA, weights="fp8")
     gpus = {"A100": A100, "H100": H100}

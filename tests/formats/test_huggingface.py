@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -157,7 +158,9 @@ def quark(*scales: object, **weight: object) -> dict[str, object]:
         (compressed(num_bits=4, type="int", group_size=32), 0.5625, "int4"),
         (compressed(num_bits=4, type="int", group_size=True), 0.53125, "int4"),
         ({"quant_method": "fp8"}, 1.0, "fp8"),
-        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, 0.53125, "int4"),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, 0.53125, "bnb-int4"),
+        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, 1.0, "bnb-int8"),
+        ({"quant_method": "fbgemm_fp8"}, 1.0, "fbgemm-fp8"),
         (compressed(num_bits=8), 1.0, "int8"),
         (compressed(num_bits=8, type="float"), 1.0, "fp8"),
         (compressed(num_bits=4, type="float"), 0.5625, "nvfp4"),
@@ -555,6 +558,186 @@ def test_modules_are_matched_as_checkpoints_name_them(tmp_path: Path, left: dict
     (tmp_path / "config.json").write_text(json.dumps(config))
     model = load_model(tmp_path)
     assert model.weight_bytes == pytest.approx(0.5625 + 1.4375 * params / 64 / model.layer_params(), rel=1e-12)
+
+
+def experts_of(layers: Iterable[int]) -> list[str]:
+    """Return the names of the matrices of two experts in these layers."""
+    names = ("gate_proj", "up_proj", "down_proj")
+    return [f"model.layers.{layer}.mlp.experts.{i}.{name}" for layer in layers for i in range(2) for name in names]
+
+
+# Parameters of the routed experts and of attention of one of the 94 layers of Qwen3-235B.
+QWEN, QWEN_EXPERTS, QWEN_ATTENTION = "Qwen__Qwen3-235B-A22B", 128 * 3 * 4096 * 1536, 4096 * 128 * 2 * (64 + 4)
+FIRST_AND_LAST = (*range(5), *range(89, 94))
+AWQ = {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True}
+GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True}
+BITSANDBYTES = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+
+
+@pytest.mark.parametrize(
+    ("published", "quantisation", "usual", "params"),
+    [
+        # Experts of ten layers of Qwen3-235B; patterns of whole layers have attention, too.
+        (QWEN, {"quant_method": "fp8", "modules_to_not_convert": experts_of(range(84, 94))}, 1.0, 10 * QWEN_EXPERTS),
+        (
+            QWEN,
+            {"quant_method": "fp8", "ignored_layers": [f"model.layers.{i}.mlp.experts" for i in range(84, 94)]},
+            1.0,
+            10 * QWEN_EXPERTS,
+        ),
+        (
+            QWEN,
+            MODELOPT | {"ignore": [f"model.layers.{i}.*" for i in FIRST_AND_LAST]},
+            0.5625,
+            10 * (QWEN_EXPERTS + QWEN_ATTENTION),
+        ),
+        (
+            QWEN,
+            GPTQ | {"dynamic": {rf"-:model\.layers\.({'|'.join(map(str, FIRST_AND_LAST))})\..*": {}}},
+            0.53125,
+            10 * (QWEN_EXPERTS + QWEN_ATTENTION),
+        ),
+        # Routers are named like a part of an expert.
+        (QWEN, GPTQ | {"dynamic": {"-:.*gate.*": {}}}, 0.53125, 0),
+        (QWEN, {"quant_method": "fp8", "modules_to_not_convert": ["gate", "lm_head"]}, 1.0, 0),
+        # AWQ matches parts of names.
+        (
+            QWEN,
+            AWQ | {"modules_to_not_convert": ["mlp.gate.", "indexer", "model.layers.1.", "model.layers.93."]},
+            0.53125,
+            2 * (QWEN_EXPERTS + QWEN_ATTENTION),
+        ),
+        (QWEN, AWQ | {"modules_to_not_convert": ["layers.9", "gate"]}, 0.53125, 5 * (QWEN_EXPERTS + QWEN_ATTENTION)),
+        (QWEN, AWQ | {"modules_to_not_convert": ["n.k_", "q" * 4096]}, 0.53125, 94 * 4096 * 128 * 4),
+        (LLAMA, AWQ | {"modules_to_not_convert": [f"model.layers.{i}." for i in range(10)]}, 0.53125, 10 * LAYER),
+        # The first three of DeepSeek-V3's 61 layers have no experts; the mean goes over the others.
+        (DEEPSEEK, MODELOPT | {"ignore": experts_of((0, 1, 2, 60))}, 0.5625, 61 / 58 * ROUTED),
+        (DEEPSEEK, MODELOPT | {"ignore": experts_of(range(61))}, 0.5625, 61 * ROUTED),
+    ],
+)
+def test_routed_experts_that_are_left_in_16_bits_count_as_such(
+    tmp_path: Path, published: str, quantisation: dict[str, object], usual: float, params: float
+) -> None:
+    model = load(tmp_path, config_of(published) | {"quantization_config": quantisation})
+    expected = usual + (2.0 - usual) * params / model.num_layers / model.layer_params()
+    assert model.weight_bytes == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("left", ["self_attn", "shared_expert", "feed_forward", "experts"])
+def test_modules_of_llama_4_are_matched_by_its_names(tmp_path: Path, left: str) -> None:
+    """Maverick has experts in layers 1, 3 and so on, and a wide dense MLP in the others."""
+    mlp = [(layer, "feed_forward") for layer in range(0, 48, 2)]
+    shared = [(layer, "feed_forward.shared_expert") for layer in range(1, 48, 2)]
+    three = ("gate_proj", "up_proj", "down_proj")
+    names = {
+        "self_attn": [f"{layer}.self_attn.{x}_proj" for layer in range(48) for x in "qkvo"],
+        "shared_expert": [f"{layer}.{parent}.{name}" for layer, parent in shared for name in three],
+        "feed_forward": [f"{layer}.{parent}.{name}" for layer, parent in mlp for name in three],
+        "experts": [f"{layer}.feed_forward.experts" for layer in range(1, 48, 2)],
+    }
+    expert = 3 * 5120 * 8192
+    params = {
+        "self_attn": 48 * 5120 * 128 * 2 * (40 + 8),
+        "shared_expert": 24 * expert,
+        "feed_forward": 24 * 3 * 5120 * 16_384,
+        "experts": 24 * 128 * expert,
+    }
+    ignored = [f"language_model.model.layers.{name}" for name in (*names[left], "1.feed_forward.router")]
+    config = config_of("meta-llama__Llama-4-Maverick-17B-128E-Instruct")
+    model = load(tmp_path, config | {"quantization_config": {"quant_method": "fp8", "ignored_layers": ignored}})
+    assert model.weight_bytes == pytest.approx(1.0 + params[left] / 48 / model.layer_params(), rel=1e-12)
+
+
+def test_experts_that_quark_leaves_out_of_mxfp4_have_16_bits_as_all_else(tmp_path: Path) -> None:
+    mxfp4 = {"dtype": "fp4", "group_size": 32}
+    quantisation = {"quant_method": "quark", "global_quant_config": {"weight": mxfp4, "input_tensors": mxfp4}}
+    quantisation["exclude"] = [f"re:model.layers.{layer}.block_sparse_moe.*" for layer in range(8)]
+    model = load(tmp_path, config_of("mistralai__Mixtral-8x7B-v0.1") | {"quantization_config": quantisation})
+    quantised = 24 / 32 * 8 * model.expert_params() / model.layer_params()
+    assert model.weight_bytes == pytest.approx(2.0 - (2.0 - 0.53125) * quantised, rel=1e-12)
+    quantisation["exclude"] = ["re:.*self_attn.*"]
+    model = load(tmp_path, config_of(LLAMA) | {"quantization_config": quantisation})
+    assert model.weight_bytes == pytest.approx(0.53125 + 1.46875 * ATTENTION / LAYER, rel=1e-12)
+
+
+def test_experts_that_a_list_of_formats_leaves_out_have_16_bits(tmp_path: Path) -> None:
+    """An expert in the list stands for all of its layer, as in vLLM."""
+    listed = {name: {"quant_algo": "NVFP4"} for name in experts_of(range(10, 94)) if ".experts.1." in name}
+    listed |= {f"model.layers.{i}.self_attn.{x}_proj": {"quant_algo": "FP8"} for i in range(94) for x in "qkvo"}
+    mixed = {"quant_algo": "MIXED_PRECISION", "quantized_layers": listed}
+    model = load(tmp_path, config_of(QWEN) | {"quantization_config": MODELOPT | mixed})
+    others = 0.4375 * QWEN_ATTENTION + 10 / 94 * 1.4375 * QWEN_EXPERTS
+    assert model.weight_bytes == pytest.approx(0.5625 + others / model.layer_params(), rel=1e-12)
+
+
+def auto_round(**entries: object) -> dict[str, object]:
+    """Return a config of AutoRound in 4 bits, with entries for modules; names have ``__`` for a dot."""
+    own = {name.replace("__", "."): entry for name, entry in entries.items()}
+    return {"quant_method": "auto-round", "bits": 4, "group_size": 128, "sym": True, "extra_config": own}
+
+
+def in_blocks(*names: object) -> dict[str, object]:
+    """Return a config of GPTQ that lists the quantised modules of each layer."""
+    return GPTQ | {"modules_in_block_to_quantize": list(names)}
+
+
+IN_16 = {"bits": 16, "data_type": "float"}
+OPT, OPT_MATRIX = "facebook__opt-6.7b", 4096 * 4096
+
+
+@pytest.mark.parametrize(
+    ("published", "quantisation", "params"),
+    [
+        # AutoRound: names, the ends of names, expressions, of which a name takes precedence.
+        (LLAMA, auto_round(model__layers__7__mlp__down_proj=IN_16, lm_head={"bits": 8}), MATRIX),
+        (LLAMA, auto_round(down_proj=IN_16, model__layers__7__mlp=IN_16), 80 * MATRIX),
+        (LLAMA, auto_round(**{r"layers\.[0-9]\..*(up|gate)_proj": IN_16}), 20 * MATRIX),
+        (
+            LLAMA,
+            auto_round(**{".*mlp.*": IN_16, "model__layers__7__mlp__down_proj": {"bits": 4}}),
+            239 * MATRIX,
+        ),
+        (LLAMA, auto_round(down_proj=None, up_proj={}, gate_proj={"bits": 4, "group_size": 32}), 0),
+        (QWEN, auto_round(**{name.replace(".", "__"): IN_16 for name in experts_of(range(3))}), 3 * QWEN_EXPERTS),
+        (LLAMA, {"quant_method": "auto-round", "bits": 4, "extra_config": None}, 0),
+        # GPTQ lists what is quantised, sometimes in groups.
+        (LLAMA, in_blocks(["mlp.gate_proj", "mlp.up_proj"], ["self_attn."]), 80 * MATRIX),
+        (LLAMA, in_blocks("self_attn", "model.layers.3.mlp.up_proj"), 239 * MATRIX),
+        (LLAMA, in_blocks("_proj") | {"dynamic": {"-:.*down_proj": {}}}, 80 * MATRIX),
+        (LLAMA, in_blocks(), 0),
+        (LLAMA, in_blocks("self_attn") | AWQ, 0),
+        (QWEN, in_blocks(["self_attn"], ["mlp.experts.0.up_proj"]), 0),
+        (QWEN, in_blocks("q_proj", "k_proj", "v_proj", "o_proj"), 94 * QWEN_EXPERTS),
+        (OPT, in_blocks(["self_attn.q_proj", "out_proj"], ["fc1"], ["fc2"]), 64 * OPT_MATRIX),
+        # bitsandbytes
+        (LLAMA, BITSANDBYTES | {"llm_int8_skip_modules": ["lm_head", "model.layers.7.mlp"]}, 3 * MATRIX),
+    ],
+)
+def test_methods_name_what_they_leave_in_16_bits_under_keys_of_their_own(
+    tmp_path: Path, published: str, quantisation: dict[str, object], params: float
+) -> None:
+    model = load(tmp_path, config_of(published) | {"quantization_config": quantisation})
+    expected = 0.53125 + 1.46875 * params / model.num_layers / model.layer_params()
+    assert model.weight_bytes == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("entries", "refused"),
+    [
+        ({"model__layers__7__mlp__down_proj": {"bits": 8}}, "'model.layers.7.mlp.down_proj' states 8 bits, all else"),
+        ({"o_proj": {"bits": 2}, "up_proj": IN_16}, "'o_proj' states 2 bits, all else has 4: modules of different"),
+        ({".*attn.*": {"bits": 8}}, "'.*attn.*' states 8 bits"),
+        ({".*attn.*": {"bits": None}}, "'.*attn.*' states null bits"),
+        ({"((a+)+)+": IN_16}, "'((a+)+)+' states 16 bits, all else has 4: the expression cannot be read"),
+        ({f"visual.{i}.*": {"bits": 8} for i in range(1001)}, "'visual.0.*' states 8 bits"),
+    ],
+)
+def test_other_bits_of_auto_round_are_refused_by_name(tmp_path: Path, entries: dict[str, object], refused: str) -> None:
+    with pytest.raises(DocumentError) as caught:
+        load(tmp_path, config_of(LLAMA) | {"quantization_config": auto_round(**entries)})
+    [problem] = caught.value.problems
+    assert problem.path == "quantization_config.extra_config"
+    assert refused in problem.message
 
 
 SCHEME = {"type": "float", "num_bits": 8, "dynamic": False, "strategy": "tensor", "symmetric": True}

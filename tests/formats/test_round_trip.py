@@ -26,6 +26,7 @@ from hetis.formats.documents import (
     load_plan,
     load_workload,
     to_data,
+    yaml_text,
 )
 from hetis.formats.errors import DocumentError
 from hetis.formats.positions import parse_text
@@ -220,6 +221,13 @@ def test_infinity_in_inputs_of_a_yaml_plan_is_refused_with_its_place(tmp_path: P
 )
 def test_text_that_looks_like_something_else_stays_text_in_yaml(text: str) -> None:
     assert parse_text(dump_data({"a": text}), "x")[0] == {"a": text}
+
+
+@pytest.mark.parametrize("text", ["y", "Y", "n", "N", "0o17", "-0o1_7", "1e5", "on"])
+def test_text_that_other_readers_of_yaml_take_for_a_boolean_or_number_is_quoted(text: str) -> None:
+    """PyYAML reads some of them as text, but go-yaml, which kubectl uses, does not."""
+    assert yaml_text({text: [text]}) == f"'{text}':\n- '{text}'\n"
+    assert yaml_text({"yes, no": ["nn", "0o8", "yy"]}) == "yes, no:\n- nn\n- 0o8\n- yy\n", "no quotes without need"
 
 
 def test_the_kind_of_a_document_is_found(tmp_path: Path) -> None:

@@ -217,6 +217,7 @@ def test_what_the_engine_needs_is_not_told_as_an_option(folder: Path, capsys: py
     [
         ("V100-SXM2-32GB", "vllm-hetis", "bf16", "; --engine any plans whatever the engine"),
         ("T4", "sglang", "fp8", "; vllm-hetis runs it here: --engine vllm-hetis; vllm runs it here: --engine vllm; "),
+        ("L4", "vllm", "bnb-int4", "; sglang runs it here: --engine sglang; "),
     ],
 )
 def test_where_an_engine_runs_on_no_gpu_others_are_offered(

@@ -14,6 +14,7 @@ from hetis.solver.cluster import Link, Network
 from hetis.solver.constraints import Exclude, Selection, Unit
 from hetis.solver.errors import InfeasibleError
 from hetis.solver.node_links import NodeLinks, node_links_of
+from hetis.solver.placement.families import STRATEGIES
 from hetis.solver.plan import ObjectiveKind, Plan, Role, Status
 from hetis.solver.planning import solve_placement
 from hetis.solver.problem import EXPLICIT_LINKS, OWN_LINKS, PlacementProblem
@@ -93,6 +94,13 @@ def test_of_many_different_links_the_slowest_counts_for_its_group(monkeypatch: p
     monkeypatch.setattr(node_links, "MOST_BLOCKS", 1)
     assert EXPLICIT_LINKS in problem.describe_family()
     assert value_of(problem) < 0.5 * best
+
+
+@pytest.mark.parametrize("strategy", ["hetis-paper", "hexgen-paper"])
+def test_published_heuristics_pay_for_the_slowest_link_of_their_nodes(strategy: str) -> None:
+    problem = problem_of(4, {("a-0", "a-1"): SLOWER, ("a-2", "a-3"): SLOW})
+    problem = replace(problem, family=STRATEGIES[strategy].restrict(problem.family))
+    assert check_plan(solve_placement(problem, strategy=strategy), problem) == ()
 
 
 @st.composite

@@ -15,6 +15,8 @@ from hetis.solver.model import ModelSpec
 
 _DATACENTER_BLACKWELL = 10  # major compute capability of B200 and B300
 _FLASHINFER_HEADS = (64, 128, 256)
+# Gemma 3's tokens of an image (``mm_tokens_per_image``, the same in all sizes), and its marks and line breaks around.
+_IMAGE_TOKENS = 256 + 4
 
 
 def common_backend(model: ModelSpec, kinds: Iterable[GpuKind], engine: str) -> str | None:
@@ -66,6 +68,15 @@ def _of_sglang(model: ModelSpec, capabilities: set[float]) -> str:
 def has_sinks(model: ModelSpec) -> bool:
     """Return whether the model is gpt-oss, which has attention sinks, by a window that is unique in the catalogue."""
     return model.sliding_window == 128
+
+
+def image_tokens(model: ModelSpec) -> int:
+    """Return how many prompt tokens vLLM does not divide among iterations: those of an image. 0: it divides all.
+
+    It divides none whose tokens attend to each other (``disable_chunked_mm_input``), and does not start unless an
+    iteration has room for them (`compute_mm_encoder_budget` in vllm/v1/core/encoder_cache_manager.py).
+    """
+    return _IMAGE_TOKENS if _sees_images_at_once(model) else 0
 
 
 def _sees_images_at_once(model: ModelSpec) -> bool:

@@ -16,9 +16,10 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any, NamedTuple
 
-from hetis.engines.attention import common_backend
+from hetis.engines.attention import common_backend, image_tokens
 from hetis.engines.errors import LayoutError
 from hetis.engines.gpus import VENDORS, GpuKind, common_dtype, kind_of, kinds_in
+from hetis.engines.precision import DEPRECATED, why_not_loaded
 from hetis.engines.versions import Engine
 from hetis.engines.workers import why_no_workers
 from hetis.formats.errors import did_you_mean
@@ -87,6 +88,8 @@ class Layout:
     attention_backend: str = ""
     # Copies that share their experts, each with its own requests; 1 without expert parallelism.
     data_parallel: int = 1
+    image_tokens: int = 0  # prompt tokens that vLLM does not divide among iterations; 0: it divides all
+    is_deprecated: bool = False  # vLLM loads weights of this method only if it is allowed to
 
     @property
     def processes(self) -> tuple[Process, ...]:
@@ -126,7 +129,7 @@ class _Room:
     It has ``pages`` for every head group, each of ``page_bytes`` per layer, and ``state_bytes`` per layer for the
     states of all requests, which ranks hold in parts or, unless ``divides_states``, whole. The last of the
     ``num_layers`` layers is followed by ``draft_layers`` more. At least ``fitting_pages`` are in every stage, whichever
-    of its layers have an indexer.
+    of its layers have an indexer, and beside ``taken_bytes``.
     """
 
     pages: int
@@ -145,17 +148,22 @@ class _Room:
         # Decoding requests, and one prompt for each micro-batch.
         requests = (replica.micro_batch + 1) * replica.in_flight // replica.attention_dp
         pages = -(-kv_tokens // PAGE_TOKENS)
+        # A mean of layers may be no whole number of bytes; up, but not by a rounding error.
+        page_bytes = math.ceil(PAGE_TOKENS * numbers * (1 - 1e-12)) * each
+        taken_bytes, left = _beside_shared_experts(replica, model), pages
+        if taken_bytes:
+            layers = model.num_layers + model.draft_layers  # copies that share experts have one stage (`_unshared`)
+            left -= -(-taken_bytes // (max(replica.stages[0].kv_head_groups_kept, 1) * layers * page_bytes))
         return cls(
             pages=pages,
-            fitting_pages=_fitting_pages(pages, replica, model),
-            # A mean of layers may be no whole number of bytes; up, but not by a rounding error.
-            page_bytes=math.ceil(PAGE_TOKENS * numbers * (1 - 1e-12)) * each,
+            fitting_pages=_fitting_pages(max(left, 0), replica, model),
+            page_bytes=page_bytes,
             state_bytes=requests * model.kept_states * model.state_bytes()
             + replica.in_flight // replica.attention_dp * replica.chunk_tokens * model.chunk_state_bytes(),
             divides_states=model.compressed is None,
             num_layers=model.num_layers,
             draft_layers=model.draft_layers,
-            taken_bytes=_beside_shared_experts(replica, model),
+            taken_bytes=taken_bytes,
         )
 
     @property
@@ -393,6 +401,7 @@ def layout_of_replica(
         *_other_model(planned, replica, model),
         *_impossible(replica, partners, model, engine, dtype),
         *_uneven(cards),
+        *_no_room(replica, room),
     ]
     if wrong:
         raise LayoutError(*wrong)
@@ -425,6 +434,8 @@ def layout_of_replica(
         dtype=common_dtype(gpus.values()),
         attention_backend=backend or "",
         data_parallel=copies,
+        image_tokens=image_tokens(model),
+        is_deprecated=model.weights in DEPRECATED,
     )
 
 
@@ -543,6 +554,8 @@ def _impossible(
             f"the replica is to {'prefill' if replica.role is Role.PREFILL else 'decode'} only: the plugin "
             "occupies the vLLM connector that would carry prompts between replicas"
         )
+    if reason := why_not_loaded(model, engine.value):
+        yield reason
     if engine is not Engine.SGLANG and shares_indexers(model) and len(replica.stages) > 1:
         yield (
             f"it has {len(replica.stages)} stages, and layers share indexers: vLLM's stages do not pass on which "
@@ -579,6 +592,15 @@ def _unshared(replica: ReplicaPlan, model: ModelSpec) -> Iterator[str]:
         yield f"its copies share experts: {counts}, must be equal and at least 2"
     if len(stage.devices) != ranks:
         yield f"it has {len(stage.devices)} GPUs for {stage.copies} copies of {stage.tp} ranks"
+
+
+def _no_room(replica: ReplicaPlan, room: _Room) -> Iterator[str]:
+    """Yield why a rank of copies that share experts has no KV; engines keep one page for themselves."""
+    if replica.expert_parallel and room.fitting_pages < 2:
+        yield (
+            f"its copies share experts: vLLM needs {room.taken_bytes} bytes of a rank's planned KV for shared experts "
+            "and the workspace of all, which leaves no room for a request"
+        )
 
 
 def _handed_over(

@@ -65,6 +65,9 @@ _VLLM = Support(
         "awq-int4": Least(capability=7.5, source=f"{_QUANTISATION}/auto_awq.py"),
         "gptq-int4": Least(capability=7.5, source=f"{_QUANTISATION}/auto_gptq.py has 6.0, vLLM itself 7.5"),
         "mxfp4": Least(capability=8.0, source=f"{_QUANTISATION}/mxfp4.py"),
+        "fbgemm-fp8": Least(
+            capability=8.0, source=f"{_QUANTISATION}/fbgemm_fp8.py", how="weights are fp8, products 16-bit (Marlin)"
+        ),
         "nvfp4": Least(
             capability=7.5,
             source=f"{_QUANTISATION}/modelopt.py",
@@ -86,12 +89,26 @@ _SGLANG = Support(
         "int8": Least(capability=7.5, source="python/sglang/srt/layers/quantization/w8a8_int8.py"),
         "gptq-int4": Least(capability=7.5, source="python/sglang/srt/layers/quantization/gptq.py has 6.0, SGLang 7.5"),
         "mxfp4": Least(capability=8.0, source="python/sglang/srt/layers/quantization/mxfp4.py"),
+        "fbgemm-fp8": Least(capability=8.0, source="python/sglang/srt/layers/quantization/fpgemm_fp8.py"),
     },
     fp8_kv={},
 )
 # FlashMLA is for Hopper and Blackwell, FlashInfer's kernels for RTX Blackwell.
 _COMPRESSED = Least(capability=9.0, source="vllm/models/deepseek_v4/nvidia/model.py, _select_dsv4_attn_cls")
 SUPPORT: Mapping[str, Support] = {"vllm-hetis": _VLLM, "vllm": _VLLM, "sglang": _SGLANG}
+
+_BITSANDBYTES = ("bnb-int4", "bnb-int8")
+DEPRECATED = ("fbgemm-fp8",)  # vLLM loads them only with ``--allow-deprecated-quantization``
+
+
+def why_not_loaded(model: ModelSpec, engine: str) -> str | None:
+    """Return why an engine cannot load weights quantised by the model's method, on whatever GPU; None: it can."""
+    if model.weights not in _BITSANDBYTES or SUPPORT[engine] is not _VLLM:
+        return None
+    return (
+        f"{engine} {_VLLM.version} does not load {model.weights} weights: it has no quantisation method bitsandbytes "
+        f"({_VLLM.project}'s repository, {_QUANTISATION}/__init__.py)"
+    )
 
 
 def why_not(model: ModelSpec, gpu: GpuType, engine: str) -> str | None:
@@ -105,7 +122,7 @@ def why_not(model: ModelSpec, gpu: GpuType, engine: str) -> str | None:
 def remarks(model: ModelSpec, gpus: Mapping[str, GpuType], engine: str) -> Iterator[str]:
     """Yield notes on GPUs that run the model but do not compute in its precision."""
     least = SUPPORT[engine].weights.get(model.weights)
-    natively = {"fp8": 8.9, "nvfp4": 10.0}.get(model.weights)
+    natively = {"fp8": 8.9, "fbgemm-fp8": 8.9, "nvfp4": 10.0}.get(model.weights)
     if least is None or not least.how or natively is None:
         return
     below = [name for name, gpu in gpus.items() if CAPABILITIES.get(gpu.architecture, natively) < natively]
@@ -115,6 +132,8 @@ def remarks(model: ModelSpec, gpus: Mapping[str, GpuType], engine: str) -> Itera
 
 def _reasons(model: ModelSpec, gpu: GpuType, engine: str) -> Iterator[str]:
     has, support = CAPABILITIES.get(gpu.architecture), SUPPORT[engine]
+    if reason := why_not_loaded(model, engine):
+        yield reason
     if model.weights == "mxfp4" and model.moe is None and gpu.architecture not in DENSE_MXFP4:
         yield (
             f"mxfp4 is a format of experts, which {model.name} has not "

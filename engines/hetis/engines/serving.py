@@ -246,15 +246,19 @@ def connector_of(layout: Layout) -> dict[str, str] | None:
 
 def room_options(layout: Layout, serving: Serving) -> dict[str, str]:
     """Return the options that limit vLLM to the plan's capacity, except the user's own; a switch has an empty value."""
+    # A decode replica must have room for an image, too, or vLLM does not start.
+    chunk_tokens = max(layout.chunk_tokens, layout.image_tokens)
     given = {
         "--max-num-seqs": str(layout.seats),
-        "--max-num-batched-tokens": str(layout.chunk_tokens + layout.seats * (1 + layout.draft_tokens)),
+        "--max-num-batched-tokens": str(chunk_tokens + layout.seats * (1 + layout.draft_tokens)),
     }
     room = {name: value for name, value in given.items() if not serving.gives(name)}
     if (dtype := serving.dtype_of(layout.dtype)) != "auto":
         room["--dtype"] = dtype
     if kv_dtype := kv_dtype_of(layout, serving):
         room[KV_DTYPE] = kv_dtype
+    if layout.is_deprecated and not serving.gives("--allow-deprecated-quantization"):
+        room["--allow-deprecated-quantization"] = ""
     if serving.limits_kv:
         room["--kv-cache-memory-bytes"] = str(layout.rank_kv_bytes)
         # vLLM does not start unless a request with the model's full context fits.

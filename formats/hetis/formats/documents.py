@@ -156,3 +156,6 @@ def _represent_text(dumper: _Dumper, text: str) -> yaml.Node:
 _Dumper.add_representer(str, _represent_text)
 # PyYAML only knows the numbers of YAML 1.1, so the text "1e5" would be written unquoted and read as a number.
 _Dumper.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(f"(?:{FLOAT.pattern})$"), list("-+0123456789."))
+# Nor does it know two forms that kubectl reads (go-yaml): the short booleans of YAML 1.1, and the octals of YAML 1.2.
+_Dumper.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("[yYnN]$"), list("yYnN"))
+_Dumper.add_implicit_resolver("tag:yaml.org,2002:int", re.compile("[-+]?0o[0-7_]+$"), list("-+0"))

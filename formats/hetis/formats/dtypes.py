@@ -22,6 +22,8 @@ BYTES_PER_PARAMETER = {
 # Common names of weight precisions, and the formats that they mean; `ModelSpec.weights` holds such a name.
 PRECISIONS = {"bf16": "bfloat16", "fp8": "fp8", "int8": "int8", "int4": "int4", "awq-int4": "int4", "gptq-int4": "int4"}
 PRECISIONS |= {"mxfp4": "mxfp4", "nvfp4": "nvfp4"}
+# Methods that not all engines load, or only on request: bitsandbytes, and FBGEMM's fp8 with scales per row.
+PRECISIONS |= {"bnb-int4": "int4", "bnb-int8": "int8", "fbgemm-fp8": "fp8"}
 LONGEST_CHOICE = 4096  # characters of a choice of precisions
 KV_PRECISIONS = {"bf16": 2.0, "fp8": 1.0}  # bytes per element of the KV cache
 
@@ -40,33 +42,25 @@ def split_dtype(dtype: str) -> tuple[str, str]:
     return formats[0], formats[1]
 
 
-def layer_weight_bytes(
-    dtype: str,
-    model: ModelSpec,
-    exceptions: Iterable[tuple[float, float]] = (),
-    sizes: Mapping[str, float] = BYTES_PER_PARAMETER,
-) -> float:
-    """Return the mean bytes per parameter of a repeated layer. ``mxfp4`` quantises only routed experts.
-
-    ``exceptions`` are parameters of the layer with a format of their own: their number, and the bytes of each.
-    ``sizes`` are the bytes per parameter of every format.
-    """
+def layer_weight_bytes(dtype: str, model: ModelSpec) -> float:
+    """Return the mean bytes per parameter of a repeated layer. ``mxfp4`` quantises only routed experts."""
     _, weights = split_dtype(dtype)
-    if weights == "mxfp4":
-        return experts_weight_bytes(dtype, model, sizes)
-    return mean_weight_bytes(sizes[weights], model, exceptions)
+    return experts_weight_bytes(dtype, model) if weights == "mxfp4" else BYTES_PER_PARAMETER[weights]
 
 
 def mean_weight_bytes(usual: float, model: ModelSpec, exceptions: Iterable[tuple[float, float]]) -> float:
-    """Return the mean bytes per parameter of a repeated layer whose parameters have ``usual`` bytes, with exceptions as
-    in `layer_weight_bytes`.
+    """Return the mean bytes per parameter of a repeated layer whose parameters have ``usual`` bytes but for
+    ``exceptions``: numbers of parameters with a format of their own, and the bytes of each.
     """
     params = model.layer_params()
     return usual + sum(of_part / params * (own - usual) for of_part, own in exceptions)
 
 
 def experts_weight_bytes(dtype: str, model: ModelSpec, sizes: Mapping[str, float] = BYTES_PER_PARAMETER) -> float:
-    """Return the mean bytes per parameter of a repeated layer of which only routed experts are quantised."""
+    """Return the mean bytes per parameter of a repeated layer of which only routed experts are quantised.
+
+    ``sizes`` are the bytes per parameter of every format.
+    """
     base, weights = split_dtype(dtype)
     if model.moe is None:
         return sizes[weights]

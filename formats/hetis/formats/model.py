@@ -121,10 +121,15 @@ class DraftPart(DocumentPart):
     acceptance: Annotated[float, Field(ge=0, le=1)]
 
 
+WeightsName = Literal[
+    "bf16", "fp8", "int8", "int4", "awq-int4", "gptq-int4", "mxfp4", "nvfp4", "bnb-int4", "bnb-int8", "fbgemm-fp8"
+]  # the names in `dtypes.PRECISIONS`
+
+
 class PrecisionPart(DocumentPart):
     """The precision in which one GPU type holds the model; a field left out is as on the other GPUs."""
 
-    weights: Literal["bf16", "fp8", "int8", "int4", "awq-int4", "gptq-int4", "mxfp4", "nvfp4"] | None = None
+    weights: WeightsName | None = None
     weight_bytes: ElementBytes | None = None
     kv_bytes: ElementBytes | None = None
 
@@ -154,7 +159,7 @@ class ModelSpecDocument(Document):
     vocab: Whole
     attention: Literal["mha", "gqa", "mla"] | None = None
     dtype: Annotated[str, AfterValidator(_dtype)] = "bfloat16"
-    weights: Literal["", "bf16", "fp8", "int8", "int4", "awq-int4", "gptq-int4", "mxfp4", "nvfp4"] = ""
+    weights: Literal["", WeightsName] = ""
     weight_bytes: ElementBytes | None = None
     kv_bytes: ElementBytes = 2.0
     activation_bytes: ElementBytes | None = None

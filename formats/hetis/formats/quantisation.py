@@ -87,12 +87,12 @@ def weights_precision(config: Config, model: ModelSpec | None, linear: LinearLay
     quantisation = config.quantisation.data
     method = str(quantisation.get("quant_method", "")).lower()
     bits = quantisation.get("bits", quantisation.get("w_bit", 4))
-    by_method = {"fp8": "fp8", "mxfp4": "mxfp4", "mxfp8": "fp8", "fbgemm_fp8": "fp8"}
+    by_method = {"fp8": "fp8", "mxfp4": "mxfp4", "mxfp8": "fp8", "fbgemm_fp8": "fbgemm-fp8"}
     if "expert_dtype" in quantisation:
         return _of_experts(config.quantisation)
     if method in by_method:
         return by_method[method]
-    if method == "gptq" and bits in (4, 8) and model is not None:
+    if method in ("gptq", "auto-round") and bits in (4, 8) and model is not None:
         _refuse_other_bits(config.quantisation, bits, model, linear)
     if method in ("awq", "gptq", "auto-round") and bits in (4, 8):
         return {"awq": "awq-int4"}.get(method, "gptq-int4") if bits == 4 else "int8"
@@ -119,19 +119,20 @@ def weights_precision(config: Config, model: ModelSpec | None, linear: LinearLay
             )
         return precision
     if method == "bitsandbytes":
-        return "int4" if quantisation.get("load_in_4bit") or quantisation.get("_load_in_4bit") else "int8"
+        return "bnb-int4" if quantisation.get("load_in_4bit") or quantisation.get("_load_in_4bit") else "bnb-int8"
     what = f"{method} with {shown(bits)} bits" if method in ("awq", "gptq") else shown(method)
     config.quantisation.refuse_all(f"{what} is not supported; supported: {_SUPPORTED}")
     return None
 
 
 def _refuse_other_bits(quantisation: Config, bits: int, model: ModelSpec, linear: LinearLayers) -> None:
-    """Refuse a checkpoint of GPTQModel whose modules have different numbers of bits."""
-    name = override_of_bits(quantisation.data, bits, model, linear)
-    if name is not None:
-        other = shown(quantisation.data["dynamic"][name]["bits"])
-        what = f"{shown(name)} states {other} bits, all else has {bits}: modules of different bits are not supported"
-        quantisation.refuse("dynamic", what)
+    """Refuse a checkpoint of GPTQModel or AutoRound whose modules have different numbers of bits."""
+    override = override_of_bits(quantisation.data, bits, model, linear)
+    if override is not None:
+        key, name = override
+        other = quantisation.data[key][name]["bits"]
+        why = "the expression cannot be read" if other == 16 else "modules of different bits are not supported"
+        quantisation.refuse(key, f"{shown(name)} states {shown(other)} bits, all else has {bits}: {why}")
 
 
 def _of_experts(quantisation: Config) -> str | None:

@@ -1,8 +1,8 @@
 """Which modules of a quantised Hugging Face checkpoint keep 16 bits, or have a format of their own.
 
 Checkpoints name modules as PyTorch does, ``model.layers.3.self_attn.q_proj``, below a prefix that differs by
-architecture: one by one, by a parent, by a glob (ModelOpt), or by a regular expression (compressed-tensors after
-``re:``, GPTQ after ``-:``). Groups of compressed-tensors name their modules' class, too.
+architecture: one by one, by a parent, by a part of the name (AWQ), by a glob (ModelOpt), or by a regular expression
+(compressed-tensors after ``re:``, GPTQ after ``-:``). Groups of compressed-tensors name their modules' class, too.
 """
 
 from __future__ import annotations
@@ -10,17 +10,24 @@ from __future__ import annotations
 import fnmatch
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from typing import Any, NamedTuple, TypeVar
 
 from hetis.formats import dtypes
 from hetis.formats.errors import shown
 from hetis.formats.fields import listed, mapping
 from hetis.formats.linear_attention import LinearLayers
-from hetis.solver.model import CompressedShape, ModelSpec
+from hetis.solver.model import CompressedShape, ModelSpec, MoeShape
 
 # Keys under which formats list the modules that they leave in 16 bits.
-_UNQUANTISED_KEYS = ("ignore", "exclude", "exclude_modules", "modules_to_not_convert", "ignored_layers")
+_UNQUANTISED_KEYS = (
+    "ignore",
+    "exclude",
+    "exclude_modules",
+    "modules_to_not_convert",
+    "ignored_layers",
+    "llm_int8_skip_modules",  # of bitsandbytes, for weights of 4 bits, too
+)
 _PREFIXES = ("model.", "model.language_model.", "language_model.model.")
 MODELOPT = {"FP8": "fp8", "FP8_PER_CHANNEL_PER_TOKEN": "fp8", "FP8_PB_WO": "fp8", "MXFP8": "fp8"}
 MODELOPT |= {"NVFP4": "nvfp4", "W4A16_NVFP4": "nvfp4"}  # quantisation algorithms that vLLM 0.32 supports
@@ -40,10 +47,25 @@ _JOINED = {
     "linear_attn.in_proj_a": "linear_attn.in_proj_ba",
     "linear_attn.in_proj_b": "linear_attn.in_proj_ba",
 }
+# What OPT, Phi and Qwen 1 call matrices, by their usual names.
+_OTHER_NAMES = {
+    "q_proj": ("attn.c_attn",),
+    "k_proj": ("attn.c_attn",),
+    "v_proj": ("attn.c_attn",),
+    "o_proj": ("self_attn.out_proj", "self_attn.dense", "attn.c_proj"),
+    "gate_proj": ("mlp.w2",),
+    "up_proj": ("fc1", "mlp.fc1", "mlp.w1"),
+    "down_proj": ("fc2", "mlp.fc2", "mlp.c_proj"),
+}
+# Parents of shared experts, of routed ones, and the names of a routed expert's matrices, in all families.
+_SHARED = ("mlp.shared_expert", "mlp.shared_experts", "feed_forward.shared_expert", "block_sparse_moe.shared_experts")
+_EXPERTS = ("mlp.experts", "feed_forward.experts", "block_sparse_moe.experts")
+_OF_MIXTRAL = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
 _LEAST_GROUP = 16  # weights that share a scale; engines have kernels for 32 and more
 _NO_GROUPS = 2**20  # a scale for so many takes no memory; no matrix has such rows
 _MOST_PATTERNS = 1000  # patterns of modules left in 16 bits, each tried on every module; with more, all modules do
 _MOST_WILDCARDS = 4  # limit per regular expression; more could take very long to match
+_SPECIAL = frozenset("*+?^$()[]{}|\\")  # names of modules with one of these are expressions in AutoRound
 _NESTED = re.compile(r"[*+}]\)?[*+{]")
 
 
@@ -55,7 +77,8 @@ class _Module(NamedTuple):
     """A matrix of every layer of its kind: its possible names in the layer, its parameters, the numbers of the layers
     that may have it, and how many of these do.
 
-    All matrices of shared experts are one module, as they are quantised alike; so is a matrix of all routed experts.
+    All matrices of shared experts are one module, as they are quantised alike; so is a matrix of all routed experts, or
+    all of their matrices.
     """
 
     names: tuple[str, ...]
@@ -63,6 +86,7 @@ class _Module(NamedTuple):
     layers: Sequence[int]
     num_layers: int
     is_routed: bool = False
+    repeated: float | None = None  # layers over whose parameters the model's mean goes; None: all
     size: float | None = None  # bytes per parameter, whatever the checkpoint states; None: it decides
 
 
@@ -163,21 +187,41 @@ def compressed_precision(data: Mapping[str, Any], model: ModelSpec, linear: Line
     return next((max(found, key=found.__getitem__) for found in params.values() if found), None)
 
 
-def override_of_bits(data: Mapping[str, Any], bits: int, model: ModelSpec, linear: LinearLayers) -> str | None:
-    """Return the first pattern by which GPTQModel gives modules of the layers other bits than ``bits``, if any does.
+def override_of_bits(
+    data: Mapping[str, Any], bits: int, model: ModelSpec, linear: LinearLayers
+) -> tuple[str, str] | None:  # fmt: skip
+    """Return the first entry by which GPTQModel or AutoRound gives modules of the layers other bits than ``bits``, but
+    not 16, if any does: the key that it is in, and its name.
 
     Patterns of ``dynamic`` are such overrides unless they begin with ``-:`` (vLLM 0.32, `get_dynamic_override`).
     """
+    modules = [(layer, one) for one in (*_modules(model, linear), *_routed_experts(model)) for layer in one.layers]
+    if _is_by_auto_round(data):
+        name = _override_of_auto_round(data, bits, modules)
+        return None if name is None else ("extra_config", name)
     positive = {name: mapping(of) for name, of in mapping(data.get("dynamic")).items() if not name.startswith("-:")}
     others = [name for name, stated in positive.items() if stated.get("bits", bits) != bits]
     if len(others) > _MOST_PATTERNS:
-        return others[0]
-    modules = [(layer, one) for one in (*_modules(model, linear), *_routed_experts(model)) for layer in one.layers]
+        return "dynamic", others[0]
     for name in others:
         pattern = _expression(name.removeprefix("+:"))
         if pattern is None or any(_first((pattern.match,), layer, module) for layer, module in modules):
-            return name
+            return "dynamic", name
     return None
+
+
+def _override_of_auto_round(data: Mapping[str, Any], bits: int, modules: Sequence[tuple[int, _Module]]) -> str | None:
+    """Return an entry that gives one of the modules other bits, but not 16, or an expression for any other bits that
+    cannot be read.
+    """
+    others = {name for name, of in mapping(data.get("extra_config")).items() if mapping(of).get("bits", bits) != bits}
+    patterns = [name for name in others if _is_expression(name)]
+    unreadable = sorted(name for name in patterns if _expression(name) is None)
+    if unreadable or len(patterns) > _MOST_PATTERNS:
+        return (unreadable or sorted(patterns))[0]
+    entry_of = _entry_of_auto_round(data)
+    found = (_first((entry_of,), layer, module) for layer, module in modules)
+    return next((name for name in found if name in others and not _has_16_bits(data["extra_config"][name])), None)
 
 
 def layer_weight_bytes(data: Mapping[str, Any], model: ModelSpec, dtype: str, linear: LinearLayers) -> float:
@@ -190,24 +234,32 @@ def layer_weight_bytes(data: Mapping[str, Any], model: ModelSpec, dtype: str, li
         linear: its layers of linear attention.
     """
     sizes = _bytes_of_formats(data)
-    usual, base = sizes[dtypes.split_dtype(dtype)[1]], dtypes.base_bytes(dtype)
+    weights = dtypes.split_dtype(dtype)[1]
+    usual, base = sizes[weights], dtypes.base_bytes(dtype)
     stated, otherwise = _in_order(data, usual, base, sizes)
     beside_experts = sizes["fp8"] if "expert_dtype" in data else otherwise  # of DeepSeek-V4
-    exceptions, are_all_plain = list[tuple[float, float]](), True
-    for module in (*_modules(model, linear), *(_routed_experts(model) if _has_groups(data) else ())):
+    exceptions, routed, are_all_plain = list[tuple[float, float]](), list[tuple[float, float]](), True
+    of_experts = usual if _mixed(data) and not _lists_experts(data) else otherwise
+    experts = _routed_experts(model) if _has_groups(data) else _whole_experts(model)
+    for module in (*_modules(model, linear), *experts):
+        share = 1 / (module.repeated or model.num_layers)
         if module.size is not None:
-            exceptions.append((module.params * module.num_layers / model.num_layers, module.size))
+            exceptions.append((module.params * module.num_layers * share, module.size))
             continue
         found = [size for layer in module.layers if (size := _first(stated, layer, module)) is not None]
-        default = otherwise if module.is_routed else beside_experts
+        default = of_experts if module.is_routed else beside_experts
         found = found[: module.num_layers] + [default] * (module.num_layers - len(found))
-        exceptions += [(module.params / model.num_layers, size) for size in found if size != usual]
+        of_module = [(module.params * share, size) for size in found if size != usual]
+        exceptions += of_module
+        routed += of_module if module.is_routed else []
         are_all_plain &= set(found) == {usual if module.is_routed else base}
     if are_all_plain and model.moe is not None:
         return dtypes.experts_weight_bytes(dtype, model, sizes)
-    if "expert_dtype" in data or _has_groups(data):  # all that is not routed has a format of its own
-        return dtypes.mean_weight_bytes(usual, model, exceptions)
-    return dtypes.layer_weight_bytes(dtype, model, exceptions, sizes)
+    has_own_formats = "expert_dtype" in data or _has_groups(data)  # of all that is not routed
+    if weights == "mxfp4" and model.moe is not None and not has_own_formats:  # quantises only routed experts
+        others = sum(params * (size - usual) for params, size in routed) / model.layer_params()
+        return dtypes.experts_weight_bytes(dtype, model, sizes) + others
+    return dtypes.mean_weight_bytes(usual, model, exceptions)
 
 
 def _bytes_of_formats(data: Mapping[str, Any]) -> dict[str, float]:
@@ -241,10 +293,66 @@ def _in_order(
     """
     if _mixed(data):
         return (_stated_format(data),), base
+    method = str(data.get("quant_method")).lower()
+    if method == "gptq" and (quantised := _quantised_parts(data)):
+        is_part = _is_any_part(quantised)
+        return (_ignored(data, base), lambda name: usual if is_part(name) else None), base
+    if _is_by_auto_round(data):
+        return (_stated_by_auto_round(data, usual, base), _ignored(data, base)), usual
     if not _has_groups(data):
         return (_ignored(data, base),), usual
     named, of_class = _group_precisions(compressed_groups(data))
     return (_ignored(data, base), lambda name: sizes.get(named(name) or "")), sizes.get(of_class or "", base)
+
+
+def _quantised_parts(data: Mapping[str, Any]) -> frozenset[str]:
+    """Return the parts of names of which each quantised module of GPTQ has one (`is_layer_gptq_quantized` in vLLM
+    0.32), or none if all modules are quantised. Some versions group them.
+    """
+    groups = listed(data.get("modules_in_block_to_quantize"))
+    names = (name for group in groups for name in (group if isinstance(group, list) else [group]))
+    return frozenset(name for name in names if isinstance(name, str))
+
+
+def _is_by_auto_round(data: Mapping[str, Any]) -> bool:
+    return str(data.get("quant_method")).lower() == "auto-round"
+
+
+def _stated_by_auto_round(data: Mapping[str, Any], usual: T, base: T) -> Stated[T]:
+    """Return what AutoRound states about a module: ``base`` if it has 16 bits, ``usual`` if another number."""
+    entry_of, own = _entry_of_auto_round(data), mapping(data.get("extra_config"))
+
+    def stated(name: str) -> T | None:
+        entry = entry_of(name)
+        return None if entry is None else base if _has_16_bits(own[entry]) else usual
+
+    return stated
+
+
+def _entry_of_auto_round(data: Mapping[str, Any]) -> Stated[str]:
+    """Return the entry of ``extra_config`` that applies to a module, as in vLLM 0.32 (`INCConfigParser`): its name or
+    the end of it, or else the first expression that occurs in it.
+    """
+    own = mapping(data.get("extra_config"))
+    expressions = {name: found for name in own if _is_expression(name) and (found := _expression(name)) is not None}
+
+    def stated(name: str) -> str | None:
+        parts = name.split(".")
+        ends = (".".join(parts[begin:]) for begin in range(len(parts)))
+        if (end := next((end for end in ends if end in own), None)) is not None:
+            return end
+        return next((entry for entry, expression in expressions.items() if expression.search(name)), None)
+
+    return stated
+
+
+def _is_expression(name: str) -> bool:
+    return not _SPECIAL.isdisjoint(name)
+
+
+def _has_16_bits(entry: Any) -> bool:
+    bits = mapping(entry).get("bits")
+    return isinstance(bits, int) and bits >= 16
 
 
 def _first(stated: Sequence[Stated[T]], layer: int, module: _Module) -> T | None:
@@ -263,15 +371,31 @@ def _modules(model: ModelSpec, linear: LinearLayers) -> Iterator[_Module]:
         yield from _compressed_modules(model, model.compressed, every)
     else:
         for name, params in _attention_modules(model):
-            yield _Module((f"self_attn.{name}",), params, full, len(full))
+            yield _Module((f"self_attn.{name}", *_OTHER_NAMES.get(name, ())), params, full, len(full))
     if model.moe is None:
-        matrix = float(model.hidden * model.intermediate)
-        for name in ("gate_proj", "up_proj", "down_proj") if model.gated_mlp else ("up_proj", "down_proj"):
-            yield _Module((f"mlp.{name}",), matrix, every, len(every))
-    elif model.moe.shared_experts:
-        shared = model.expert_share * model.moe.shared_experts * model.expert_params()
-        parents = ("mlp.shared_expert", "mlp.shared_experts", "block_sparse_moe.shared_experts")
-        yield _Module(tuple(f"{parent}.up_proj" for parent in parents), shared, every, len(every))
+        yield from _dense_modules(model, every, len(every))
+        return
+    layers, repeated = _layers_with_experts(model, model.moe)
+    if model.moe.every > 1:
+        dense = [layer for layer in every[model.moe.first_dense_layers :] if layer not in layers]
+        yield from _dense_modules(model, dense, len(dense) * model.moe.every / (model.moe.every - 1))
+    if model.moe.shared_experts:
+        shared = float(model.moe.shared_experts * model.expert_params())
+        names = tuple(f"{parent}.up_proj" for parent in _SHARED)
+        yield _Module(names, shared, layers, len(layers), repeated=repeated)
+
+
+def _dense_modules(model: ModelSpec, layers: Sequence[int], repeated: float) -> Iterator[_Module]:
+    """Yield the matrices of a dense MLP in these layers."""
+    for name in ("gate_proj", "up_proj", "down_proj") if model.gated_mlp else ("up_proj", "down_proj"):
+        names = (f"mlp.{name}", f"feed_forward.{name}", *_OTHER_NAMES[name])
+        yield _Module(names, float(model.hidden * model.intermediate), layers, len(layers), repeated=repeated)
+
+
+def _layers_with_experts(model: ModelSpec, moe: MoeShape) -> tuple[range, int]:
+    """Return the numbers of the layers with experts, and how many repeated layers there are for these."""
+    layers = range(moe.first_dense_layers + moe.every - 1, model.num_layers, moe.every)
+    return layers, len(layers) * moe.every
 
 
 def _compressed_modules(model: ModelSpec, shape: CompressedShape, every: range) -> Iterator[_Module]:
@@ -303,13 +427,23 @@ def _routed_experts(model: ModelSpec) -> Iterator[_Module]:
     """Yield the matrices of routed experts, named as the first expert's; families differ in the names."""
     if model.moe is None:
         return
-    every, num_layers = range(model.num_layers), round(model.expert_share * model.num_layers)
+    layers, repeated = _layers_with_experts(model, model.moe)
     matrix = float(model.moe.num_experts * model.hidden * model.moe.expert_intermediate)
-    names = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
-    for name in names if model.gated_mlp else ("up_proj", "down_proj"):
-        places = ("mlp.experts.0", "feed_forward.experts.0")
-        of_mixtral = f"block_sparse_moe.experts.0.{names[name]}"
-        yield _Module((*(f"{place}.{name}" for place in places), of_mixtral), matrix, every, num_layers, is_routed=True)
+    for name in _OF_MIXTRAL if model.gated_mlp else ("up_proj", "down_proj"):
+        names = tuple(f"{place}.0.{own}" for place in _EXPERTS for own in (name, _OF_MIXTRAL[name]))
+        yield _Module(names, matrix, layers, len(layers), is_routed=True, repeated=repeated)
+
+
+def _whole_experts(model: ModelSpec) -> Iterator[_Module]:
+    """Yield all matrices of routed experts as one module, which engines quantise alike or not at all (RoutedExperts in
+    vLLM 0.32).
+
+    It has the names of its parent and of one matrix, which no expression for a router matches (``gate``).
+    """
+    for module in _routed_experts(model):
+        if module.names[0].endswith("up_proj"):
+            num_matrices = 3 if model.gated_mlp else 2
+            yield module._replace(names=(*_EXPERTS, *module.names), params=num_matrices * module.params)
 
 
 def _attention_modules(model: ModelSpec) -> Iterator[tuple[str, int]]:
@@ -334,6 +468,11 @@ def _attention_modules(model: ModelSpec) -> Iterator[tuple[str, int]]:
 
 def _mixed(data: Mapping[str, Any]) -> Mapping[str, Any]:
     return mapping(data.get("quantized_layers"))
+
+
+def _lists_experts(data: Mapping[str, Any]) -> bool:
+    """Return whether a checkpoint lists the formats of modules, routed experts among them."""
+    return any(".experts" in name for name in _mixed(data))
 
 
 def _algorithm(entry: Any) -> str:
@@ -366,6 +505,10 @@ def _group_precisions(groups: Sequence[QuantisedGroup]) -> tuple[Stated[str], st
 def _stated_format(data: Mapping[str, Any]) -> Stated[float]:
     """Return what a checkpoint states about a module if it lists the format of each."""
     formats = {name: MODELOPT.get(_algorithm(entry)) for name, entry in _mixed(data).items()}
+    for name, found in [*formats.items()]:
+        parent, is_of_expert, _ = name.partition(".experts.")
+        if is_of_expert:  # any of a layer's experts stands for all, as in vLLM 0.32 (`_resolve_quant_algo`)
+            formats.setdefault(f"{parent}.experts", found)
     return {name: dtypes.BYTES_PER_PARAMETER[found] for name, found in formats.items() if found is not None}.get
 
 
@@ -382,13 +525,37 @@ def _ignored(data: Mapping[str, Any], base: T) -> Stated[T]:
     if globs:
         expressions.append(re.compile("|".join(map(fnmatch.translate, globs))))
 
+    is_part = _is_any_part(exact) if str(data.get("quant_method")).lower() == "awq" else _has_any_parent(exact)
+
     def stated(name: str) -> T | None:
-        parts = name.split(".")
-        parents = {".".join(parts[begin:end]) for end in range(1, len(parts) + 1) for begin in range(end)}
-        is_ignored = not exact.isdisjoint(parents) or any(one.match(name) for one in expressions)
-        return base if is_ignored else None
+        return base if is_part(name) or any(one.match(name) for one in expressions) else None
 
     return stated
+
+
+def _has_any_parent(entries: Set[str]) -> Callable[[str], bool]:
+    """Return whether a name, or any run of its components, is among the entries."""
+
+    def has(name: str) -> bool:
+        parts = name.split(".")
+        parents = {".".join(parts[begin:end]) for end in range(1, len(parts) + 1) for begin in range(end)}
+        return not entries.isdisjoint(parents)
+
+    return has
+
+
+def _is_any_part(entries: Set[str]) -> Callable[[str], bool]:
+    """Return whether any of the entries is within a name, wherever it begins or ends, as AWQ and vLLM 0.32 match them
+    (`is_layer_skipped` with substrings).
+
+    A name is cut into parts as long as entries, since there may be far more of these than parts.
+    """
+    sizes = sorted({len(entry) for entry in entries})
+
+    def has(name: str) -> bool:
+        return any(name[i : i + size] in entries for size in sizes for i in range(len(name) - size + 1))
+
+    return has
 
 
 def _expression(pattern: str) -> re.Pattern[str] | None:

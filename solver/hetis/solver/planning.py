@@ -80,8 +80,9 @@ def _by_published_heuristic(problem: PlacementProblem, settings: SearchSettings)
     for constraint in constraints_ignored(strategy, problem.constraints):
         raise InvalidProblemError(f"{constraint}: strategy {strategy} can only leave out GPUs and TP sizes")
     report = in_objective_units(settings.report, problem)
+    searched = replace(searched, node_links=None)  # they know one scope per zone: any node's slowest link counts
     plan = PUBLISHED[strategy].solve(searched, budget=settings.budget, seed=settings.seed, report=report)
-    return plan if searched is problem else restored(plan, searched, problem)
+    return restored(plan, searched, problem)
 
 
 # --- prices of constraints

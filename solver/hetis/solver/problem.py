@@ -323,7 +323,10 @@ class Family:
 
 APART = "replicas, and the KV that they exchange inside a zone, with GPUs of one vendor and one precision"
 """Description of families whose GPUs have several builds."""
-OWN_LINKS = "with each hop charged at most the slowest explicit link between nodes of its replica"
+OWN_LINKS = (
+    "with each hop charged at most the slowest explicit link between nodes of its replica, and KV that is handed over "
+    "the slowest of its node to any other"
+)
 EXPLICIT_LINKS = "computed with the slowest explicit link of any node of a group, whichever of them are used"
 """Descriptions of families of fleets with explicit links between nodes: few of them, and many (`node_links_of`)."""
 

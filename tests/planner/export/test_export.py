@@ -321,6 +321,13 @@ def test_a_decode_replica_listens_behind_kserves_sidecar_and_all_others_at_the_f
     assert alone["spec"]["template"]["automountServiceAccountToken"] is False
 
 
+@pytest.mark.parametrize("target", [ExportTarget.LLM_D, ExportTarget.KSERVE])
+def test_a_stack_finds_the_model_where_the_engine_does_whatever_clients_call_it(target: ExportTarget) -> None:
+    """The served name is for clients; nothing of that name is at Hugging Face."""
+    files = exported(PLANS["one GPU"], target, model="meta-llama/Llama-2-7b", served_name="chat").files
+    assert re.findall(r"uri: (\S+)", "".join(files.values())) == ["hf://meta-llama/Llama-2-7b"]
+
+
 def labels_of_pods(files: Mapping[str, str]) -> list[dict[str, str]]:
     """Return the labels of the pods that objects of Kubernetes and LeaderWorkerSets make, and those of the chart."""
     found = [yaml.safe_load(text)["modelArtifacts"]["labels"] for path, text in files.items() if "values-" in path]

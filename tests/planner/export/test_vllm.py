@@ -5,13 +5,14 @@ from __future__ import annotations
 import itertools
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from hetis.engines.attention import common_backend
+from hetis.engines.attention import common_backend, image_tokens
 from hetis.engines.gpus import GpuKind
-from hetis.engines.precision import SUPPORT, Least
+from hetis.engines.precision import DEPRECATED, SUPPORT, Least, why_not_loaded
 from hetis.engines.serving import DECIDED, decided_in
 from hetis.engines.versions import VERSIONS, Engine
 from hetis.formats import catalogue
@@ -20,7 +21,7 @@ from hetis.planner.export.replicas import LaunchableReplica, launchable
 from hetis.solver.plan import Role
 from tests.engines.installed_vllm import said_by_vllm
 from tests.engines.test_commands import lines_of_layouts
-from tests.formats.test_huggingface import STATED_KV
+from tests.formats.test_huggingface import STATED_KV, config_of, load
 from tests.planner.export.plans import PLANS, model_of
 from tests.planner.export.test_export import SETTINGS
 from tests.runtime.launch.vllm_python import PYTHON, needs_vllm
@@ -65,6 +66,7 @@ def meant(one: LaunchableReplica, number: int) -> dict[str, Any]:
         "model": "/models/tiny",
         "hybrid_off": None,
         "sharing": [layout.data_parallel, layout.data_parallel > 1],
+        "deprecated": False,
         "drafts": None,
         "tp": layout.tensor_parallel,
         "pp": len(layout.layers),
@@ -131,7 +133,24 @@ def test_the_tables_and_the_kv_of_checkpoints_are_what_the_installed_vllm_says(s
     kv, capabilities = said["kv"], said["capabilities"]
     assert [(one or "auto").removesuffix("_e4m3") for one in kv] == [dtype for _, dtype in CONFIGS]
     names = {"fp8": "fp8", "mxfp4": "mxfp4", "modelopt_fp4": "nvfp4", "awq": "awq-int4", "gptq": "gptq-int4"}
+    names["fbgemm_fp8"] = "fbgemm-fp8"
+    assert image_tokens(catalogue.find_model("gemma-3-27b").model) == said["image"] + 4, (
+        "whose config does not state it"
+    )
     assert capabilities
     rows: dict[str, Least] = dict(SUPPORT["vllm"].weights)
     for method, capability in capabilities.items():
         assert rows[names[method]].capability == max(capability / 10, SUPPORT["vllm"].engine.capability), method
+
+
+@needs_vllm
+def test_the_methods_that_the_installed_vllm_does_not_load_or_only_on_request(
+    said: dict[str, Any], tmp_path: Path
+) -> None:
+    """A method that vLLM lacks is refused, and one that it has deprecated is allowed in the command line."""
+    llama = config_of("meta-llama__Llama-2-70b-hf")
+    for method in ("fp8", "mxfp4", "mxfp8", "fbgemm_fp8", "awq", "gptq", "modelopt", "bitsandbytes"):
+        stated = {"quant_method": method, "quant_algo": "FP8", "load_in_4bit": True}
+        model = load(tmp_path, {**llama, "quantization_config": stated})
+        assert (why_not_loaded(model, "vllm") is None) == (method in said["methods"]), method
+        assert (model.weights in DEPRECATED) == (method in said["deprecated"]), method

@@ -188,7 +188,7 @@ class OptionalInputOptions:
     weights: str | None = _input(
         "--weights P[,GPU=P...]: "
         "Precision of the weights, in general and per GPU type: bf16, fp8, int8, int4, awq-int4, gptq-int4, "
-        "mxfp4, nvfp4.",
+        "mxfp4, nvfp4, bnb-int4, bnb-int8, fbgemm-fp8.",
         parser=values.weights,
         autocompletion=values.weights_names,
         shown="the checkpoint's",

@@ -103,7 +103,7 @@ def values_of(launchable: Launchable, one: LaunchableReplica) -> dict[str, Any]:
         "modelArtifacts": {
             "name": served,
             # The engine is passed the location of its model, so the chart has nothing to fetch.
-            "uri": f"pvc://{settings.model_claim}{model}" if settings.model_claim else f"hf://{served}",
+            "uri": f"pvc://{settings.model_claim}{model}" if settings.model_claim else f"hf://{model}",
             "labels": {**MODEL_LABELS, _REPLICA_LABEL: launchable.name_of(one)},
         },
         **_accelerator(process),
