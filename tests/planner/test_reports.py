@@ -316,6 +316,12 @@ def test_equal_stages_of_a_runner_up_are_told_once() -> None:
     assert "2 × L4 TP4 x1 L40 | V100" in text_of(render_plan(replace(PLANS["paper"], runners_up=(runner,))))
 
 
+def test_runners_up_that_differ_in_nodes_alone_are_told_once() -> None:
+    runner = replace(PLANS["paper"].runners_up[0], shape="L4 TP4 x1 L81")
+    others = (replace(runner, rate=runner.rate * (1 + 1e-9)), replace(runner, rate=runner.rate / 2))
+    assert text_of(render_plan(replace(PLANS["paper"], runners_up=(runner, *others)))).count("L4 TP4 x1 L81") == 2
+
+
 def test_the_explanation_shows_memory_time_prices_and_idle_gpus() -> None:
     text = text_of(render_explanation(PLANS["paper"], plans.explanation(PLANS["paper"])))
     for part in ("memory of one GPU", "34.0", "bottleneck", " 0.287/s", "1 × P100-PCIe-12GB", "1.42 without"):

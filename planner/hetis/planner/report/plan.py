@@ -60,6 +60,7 @@ from hetis.solver.plan import (
     Plan,
     ReplicaPlan,
     Role,
+    RunnerUp,
     StagePlan,
     Status,
 )
@@ -123,7 +124,8 @@ def searched(plan: Plan) -> Iterator[str]:
     if EXPLICIT_LINKS in plan.family:
         yield f"All are {EXPLICIT_LINKS}."
     if OWN_LINKS in plan.family:
-        yield f"All are {OWN_LINKS}."
+        yield "A hop is charged at most the slowest explicit link between nodes of its replica; KV that is handed over,"
+        yield "the slowest of its node to any other."
     yield "The bound holds for all these plans; `hetis-plan explain`, or -o wide, describes them exactly."
 
 
@@ -559,10 +561,15 @@ def _runners_up(plan: Plan) -> Table:
     made.add_column("shape", overflow="fold", ratio=3)
     made.add_column("rate /s", justify="right", no_wrap=True)
     made.add_column("why not", overflow="fold", ratio=3)
-    for runner in plan.runners_up:
+    for runner in distinct_runners_up(plan):
         stages = [Text(stage) for stage in folded(runner.shape).split(" | ")]
         made.add_row(Unbroken(stages, " | "), digits(runner.rate), runner.reason)
     return made
+
+
+def distinct_runners_up(plan: Plan) -> list[RunnerUp]:
+    """Return the runners-up, those once that differ only in their zones or nodes."""
+    return list({(one.shape, digits(one.rate), one.reason): one for one in plan.runners_up}.values())
 
 
 def folded(shape: str) -> str:

@@ -32,6 +32,7 @@ from hetis.planner.report.page.fleet_map import MAX_NAMED, fleet_map, replica_na
 from hetis.planner.report.plan import (
     beside_engines,
     beside_equal_stages,
+    distinct_runners_up,
     folded,
     is_below_model,
     less_than_planned,
@@ -433,7 +434,8 @@ def _runners_up(plan: Plan) -> Grid:
         intro="The closest alternatives, each with its saturated rate.",
         columns=("'a replica of", "requests/s", "'why not"),
         rows=tuple(
-            (shape_words(one.shape), digits(one.rate), reason_words(one.reason, one.rate)) for one in plan.runners_up
+            (shape_words(one.shape), digits(one.rate), reason_words(one.reason, one.rate))
+            for one in distinct_runners_up(plan)
         ),
     )
 
