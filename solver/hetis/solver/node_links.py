@@ -7,50 +7,72 @@ slower link between any two blocks. So every replica lies in a set whose slowest
 slow link costs nothing to replicas that do not use it.
 
 Explicit links that are no slower than that between the zones of their nodes are left out, since every replica on both
-nodes is charged that anyway.
+nodes is charged that anyway. If the others differ so much that there would be too many blocks or sets, as where every
+link was measured, the quickest of them count as the slowest of these: as few as it takes.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 
 from hetis.solver.cluster import Cluster, Link
 
-MOST_BLOCKS = 12  # of nodes with explicit links; with more, a class pays for the slowest link of its nodes
-MOST_SETS, MOST_TRIED = 16, 200  # the same for sets of blocks, each of which is searched, and for sets before that
+MOST_BLOCKS = 12  # blocks of nodes with explicit links
+MOST_SETS, MOST_TRIED = 16, 200  # sets of blocks, each of which is searched, and candidates for them
 OTHERS = 0  # the block of nodes without slow explicit links
+MESSAGE = 1e6  # bytes whose transfer tells which of two links is quicker, if one has more bandwidth and more latency
+
+Pairs = Mapping[tuple[str, str], Link]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NodeLinks:
     """Blocks of nodes, the explicit links between them, and the sets of blocks that a replica may use together.
 
-    No two nodes of a block have a slow link to each other.
+    The nodes of a block have no link to each other that is slower than ``quick``, the slowest of those that count as
+    equal; None: all links are told apart.
     """
 
     block_of: Mapping[str, int]  # by node; those not listed are in ``OTHERS``
-    between: Mapping[tuple[int, int], Link]  # in both orders
+    between: Mapping[tuple[int, int], Link]  # in both orders, and inside a block
     sets: tuple[frozenset[int], ...]
+    quick: Link | None = None
 
     def links_to(self, block: int) -> tuple[tuple[int, Link], ...]:
-        """Return every block to which the nodes of a block have a slow link, with the link."""
+        """Return every block to which the nodes of a block have an explicit link, with the link."""
         return tuple((other, link) for (own, other), link in self.between.items() if own == block)
 
 
-def node_links_of(cluster: Cluster, without: Collection[str] = ()) -> NodeLinks | None:
-    """Return the explicit links of a cluster except some nodes, or None if there are too many to search."""
+def node_links_of(cluster: Cluster, without: Collection[str] = ()) -> NodeLinks:
+    """Return the explicit links of a cluster except some nodes."""
     slow = _slow_links(cluster, without)
-    blocks = _blocks(slow)
+    for quick in (None, *_slowest_of_the_quickest(slow.values())):
+        if (found := _told_apart(slow, quick)) is not None:
+            return found
+    raise AssertionError("with all links alike there are two blocks")
+
+
+def _slowest_of_the_quickest(links: Iterable[Link]) -> Iterator[Link]:
+    """Yield the worst bandwidth and latency of the quickest link, of the two quickest, and so on to all of them."""
+    ordered = sorted(set(links), key=lambda link: link.latency_s + MESSAGE / link.bytes_per_s)
+    yield from itertools.accumulate(ordered, Link.slower_of)
+
+
+def _told_apart(slow: Pairs, quick: Link | None) -> NodeLinks | None:
+    """Return blocks and sets where links no slower than ``quick`` count as that; None if there are too many."""
+    links = {pair: quick if quick is not None and _is_no_slower(link, quick) else link for pair, link in slow.items()}
+    blocks = _blocks(links, quick)
     if len(blocks) > MOST_BLOCKS:
         return None
     block_of = {node: number for number, nodes in enumerate(blocks, start=OTHERS + 1) for node in nodes}
-    between = {(block_of[a], block_of[b]): link for (a, b), link in slow.items()}
-    between |= {(b, a): link for (a, b), link in between.items()}
-    sets = _sets(range(len(blocks) + 1), between)
-    return None if sets is None else NodeLinks(block_of=block_of, between=between, sets=sets)
+    between = dict[tuple[int, int], Link]()
+    for (a, b), link in links.items():
+        between[block_of[a], block_of[b]] = between[block_of[b], block_of[a]] = link
+    sets = _sets(range(len(blocks) + 1), between, quick)
+    return None if sets is None else NodeLinks(block_of=block_of, between=between, sets=sets, quick=quick)
 
 
 def _slow_links(cluster: Cluster, without: Collection[str]) -> dict[tuple[str, str], Link]:
@@ -66,24 +88,28 @@ def _slow_links(cluster: Cluster, without: Collection[str]) -> dict[tuple[str, s
     }
 
 
-def _blocks(slow: Mapping[tuple[str, str], Link]) -> list[list[str]]:
-    """Return nodes with the same slow links to all others, and none to each other, in order of appearance."""
-    of_node: dict[str, dict[str, Link]] = {}
-    for (a, b), link in slow.items():
-        of_node.setdefault(a, {})[b] = link
-        of_node.setdefault(b, {})[a] = link
+def _blocks(links: Pairs, quick: Link | None) -> list[list[str]]:
+    """Return nodes that have the same slower links to all others, and none to each other, in order of appearance."""
+    of_node: dict[str, dict[str, Link]] = {node: {} for pair in links for node in pair}
+    for (a, b), link in links.items():
+        if link != quick:
+            of_node[a][b] = of_node[b][a] = link
     alike: dict[frozenset[tuple[str, Link]], list[str]] = {}
-    for node, links in of_node.items():
-        alike.setdefault(frozenset(links.items()), []).append(node)
+    for node, slower in of_node.items():
+        alike.setdefault(frozenset(slower.items()), []).append(node)
     return list(alike.values())
 
 
-def _sets(blocks: Sequence[int], between: Mapping[tuple[int, int], Link]) -> tuple[frozenset[int], ...] | None:
+def _sets(
+    blocks: Sequence[int], between: Mapping[tuple[int, int], Link], quick: Link | None
+) -> tuple[frozenset[int], ...] | None:
     """Return the largest sets of blocks without a link slower than each threshold, or None if there are too many."""
     import networkx as nx
 
-    found = dict[frozenset[int], None]()
-    for threshold in _thresholds(between):
+    found, slower = dict[frozenset[int], None](), {link for link in between.values() if link != quick}
+    if len(slower) > MOST_SETS:
+        return None  # each is the slowest of a set of its own
+    for threshold in (quick, *(one if quick is None else one.slower_of(quick) for one in _thresholds(slower))):
         graph = nx.Graph()
         graph.add_nodes_from(blocks)
         graph.add_edges_from(
@@ -96,12 +122,10 @@ def _sets(blocks: Sequence[int], between: Mapping[tuple[int, int], Link]) -> tup
     return sets if len(sets) <= MOST_SETS else None
 
 
-def _thresholds(between: Mapping[tuple[int, int], Link]) -> Iterator[Link | None]:
-    """Yield None, for no slow link at all, then every worst bandwidth with every worst latency."""
-    yield None
-    bandwidths = sorted({link.bytes_per_s for link in between.values()}, reverse=True)
-    latencies = sorted({link.latency_s for link in between.values()})
-    for bytes_per_s, latency_s in itertools.product(bandwidths, latencies):
+def _thresholds(links: Collection[Link]) -> Iterator[Link]:
+    """Yield every worst bandwidth with every worst latency."""
+    bandwidths = sorted({link.bytes_per_s for link in links}, reverse=True)
+    for bytes_per_s, latency_s in itertools.product(bandwidths, sorted({link.latency_s for link in links})):
         yield Link(bytes_per_s=bytes_per_s, latency_s=latency_s)
 
 

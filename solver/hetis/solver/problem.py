@@ -327,8 +327,9 @@ OWN_LINKS = (
     "with each hop charged at most the slowest explicit link between nodes of its replica, and KV that is handed over "
     "the slowest of its node to any other"
 )
+QUICK_LINKS = "the quickest explicit links count as the slowest of these, because too many differ"
 EXPLICIT_LINKS = "computed with the slowest explicit link of any node of a group, whichever of them are used"
-"""Descriptions of families of fleets with explicit links between nodes: few of them, and many (`node_links_of`)."""
+"""Descriptions of families of fleets with explicit links between nodes (`node_links_of`); the last is of old plans."""
 
 
 class Build(NamedTuple):
@@ -362,7 +363,8 @@ class PlacementProblem:
         parts = [self.family.describe(self.model), *([APART] if len(self.builds()) > 1 else ())]
         if self.cluster.network.between_nodes:
             links = node_links_of(self.cluster, self.nodes_left_out())
-            parts += [EXPLICIT_LINKS] if links is None else [OWN_LINKS] if links.between else []
+            parts += [OWN_LINKS] if links.between else []
+            parts += [QUICK_LINKS] if links.quick is not None else []
         return "; ".join([*parts, *map(described, self.constraints)])
 
     @property

@@ -65,7 +65,7 @@ from hetis.solver.plan import (
     Status,
 )
 from hetis.solver.planning import ConstraintPrice
-from hetis.solver.problem import EXPLICIT_LINKS, OWN_LINKS, Family, PlacementProblem
+from hetis.solver.problem import EXPLICIT_LINKS, OWN_LINKS, QUICK_LINKS, Family, PlacementProblem
 
 MAX_SHAPES = 12  # replica shapes shown in full; the others are summarised in one line
 MAX_CLASSES = 40
@@ -126,6 +126,8 @@ def searched(plan: Plan) -> Iterator[str]:
     if OWN_LINKS in plan.family:
         yield "A hop is charged at most the slowest explicit link between nodes of its replica; KV that is handed over,"
         yield "the slowest of its node to any other."
+    if QUICK_LINKS in plan.family:
+        yield f"{QUICK_LINKS.capitalize()}."
     yield "The bound holds for all these plans; `hetis-plan explain`, or -o wide, describes them exactly."
 
 
