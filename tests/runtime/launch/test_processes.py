@@ -16,7 +16,7 @@ import pytest
 from hetis.engines.commands import Command
 from hetis.engines.errors import OptionError
 from hetis.engines.layout import Process, ProcessKind
-from hetis.runtime.launch.processes import prepare, start, write_file
+from hetis.runtime.launch.processes import Started, prepare, start, write_file
 
 _PR_SET_CHILD_SUBREAPER = 36
 
@@ -77,6 +77,14 @@ def process_one() -> Iterator[None]:
         set_flag(_PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
 
 
+def exit_code_of(started: Started) -> int | None:
+    """Return the exit code of a process that ends within a minute."""
+    until_s = monotonic() + 60
+    while (found := started.poll()) is None and monotonic() < until_s:
+        sleep(0.01)
+    return found
+
+
 def members(group: int) -> list[str]:
     """Return the processes of a group, ended ones included, by their lines in /proc."""
     found = []
@@ -93,11 +101,9 @@ def test_as_process_1_we_leave_no_zombies_and_every_process_its_exit_code() -> N
         others = start(command("sh", "-c", "exit 5"))
         for code in range(3):
             started = start(command("sh", "-c", f"sleep 600 & sleep 600 & (sleep 600 & sleep 600) & exit {code}"))
+            assert exit_code_of(started) == code
             until_s = monotonic() + 60
-            while (found := started.poll()) is None and monotonic() < until_s:
-                sleep(0.01)
-            assert found == code
             while members(started.pid) and monotonic() < until_s:
                 sleep(0.01)
             assert members(started.pid) == []
-        assert others.poll() == 5
+        assert exit_code_of(others) == 5
