@@ -16,7 +16,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import lru_cache, reduce
 
 from hetis.solver.cluster import Cluster, Link
 
@@ -48,7 +48,12 @@ class NodeLinks:
 
 def node_links_of(cluster: Cluster, without: Collection[str] = ()) -> NodeLinks:
     """Return the explicit links of a cluster except some nodes."""
-    slow = _slow_links(cluster, without)
+    return _of_slow_links(tuple(_slow_links(cluster, without).items()))
+
+
+@lru_cache(maxsize=8)  # a plan asks for those of one fleet several times: to search it, and to describe its family
+def _of_slow_links(links: tuple[tuple[tuple[str, str], Link], ...]) -> NodeLinks:
+    slow = dict(links)
     for quick in (None, *_slowest_of_the_quickest(slow.values())):
         if (found := _told_apart(slow, quick)) is not None:
             return found

@@ -82,7 +82,7 @@ def _by_published_heuristic(problem: PlacementProblem, settings: SearchSettings)
     report = in_objective_units(settings.report, problem)
     searched = replace(searched, node_links=None)  # they know one scope per zone: any node's slowest link counts
     plan = PUBLISHED[strategy].solve(searched, budget=settings.budget, seed=settings.seed, report=report)
-    return restored(plan, searched, problem)
+    return plan if searched.cluster is problem.cluster else restored(plan, searched, problem)
 
 
 # --- prices of constraints
