@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterable, Iterator
 
 from hetis.solver.check.fleet import Fleet, is_in
 from hetis.solver.check.violation import Rule, Violation
@@ -38,19 +37,18 @@ def check_constraints(plan: Plan, problem: PlacementProblem, fleet: Fleet) -> li
 def _broken(constraint: object, plan: Plan, fleet: Fleet) -> Iterator[str]:
     match constraint:
         case Exclude(gpus=gpus):
-            used = sorted({name for name, _ in _duties(plan) if _is_of(gpus, name, fleet)})
+            used = sorted({name for name, _ in _duties(plan.replicas) if _is_of(gpus, name, fleet)})
             if used:
                 yield f"{_some(used)} used"
         case RestrictRole(gpus=gpus, barred=barred):
             for duty in sorted(barred):
                 having = sorted(
-                    {name for name, duties in _duties(plan) if duty in duties and _is_of(gpus, name, fleet)}
+                    {name for name, duties in _duties(plan.replicas) if duty in duties and _is_of(gpus, name, fleet)}
                 )
                 if having:
                     yield f"{_some(having)} in the duty {duty}"
         case Use(gpus=gpus, least=least):
-            serving = replace(plan, replicas=tuple(plan.replicas[number] for number in _serving(plan)))
-            count = len({name for name, _ in _duties(serving) if _is_of(gpus, name, fleet)})
+            count = len({name for name, _ in _duties(_serving(plan)) if _is_of(gpus, name, fleet)})
             if count < least:
                 yield f"{count} of them are used, must be at least {least}"
         case WithoutTp(tp=tp):
@@ -68,7 +66,7 @@ def _broken(constraint: object, plan: Plan, fleet: Fleet) -> Iterator[str]:
                 if replica.expert_parallel:
                     yield f"replica {number} has copies that share their experts"
         case AtMost(of=of, most=most):
-            names = {name for name, _ in _duties(plan)} & fleet.devices.keys()
+            names = {name for name, _ in _duties(plan.replicas)} & fleet.devices.keys()
             total = float(len(names)) if of is Sum.GPUS else sum(map(fleet.usd_per_hour, names))
             if total > most * (1 + RELATIVE):
                 yield f"the plan takes {total:.9g}, must be at most {most:.9g}"
@@ -78,15 +76,15 @@ def _broken(constraint: object, plan: Plan, fleet: Fleet) -> Iterator[str]:
             yield f"{count} of the plan's {len(plan.replicas)} replicas serve: KV leaves or reaches no other"
 
 
-def _serving(plan: Plan) -> list[int]:
+def _serving(plan: Plan) -> list[ReplicaPlan]:
     """Return the replicas that serve requests: unified ones, and those that KV leaves or reaches."""
     ends = {end for route in plan.kv_routes for end in (route.prefill, route.decode)}
-    return [i for i, replica in enumerate(plan.replicas) if i in ends or replica.role is Role.UNIFIED]
+    return [replica for i, replica in enumerate(plan.replicas) if i in ends or replica.role is Role.UNIFIED]
 
 
-def _duties(plan: Plan) -> Iterator[tuple[str, frozenset[Duty]]]:
-    """Yield every device of the plan with its duties."""
-    for replica in plan.replicas:
+def _duties(replicas: Iterable[ReplicaPlan]) -> Iterator[tuple[str, frozenset[Duty]]]:
+    """Yield every device of these replicas with its duties."""
+    for replica in replicas:
         for stage in replica.stages:
             for name in stage.devices:
                 yield name, frozenset({Duty.PRIMARY, _of_role(replica)})
