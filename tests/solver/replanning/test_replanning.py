@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hetis.solver.advice import without
 from hetis.solver.budget import Budget, SearchSettings, silent
 from hetis.solver.check import check_plan
-from hetis.solver.cluster import Cluster, GpuSlots, NodeGroup
+from hetis.solver.cluster import Cluster, GpuSlots, Link, NodeGroup
 from hetis.solver.constraints import Constraint, Duty, RestrictRole, Selection, Unit
 from hetis.solver.errors import InfeasibleError, InvalidProblemError
 from hetis.solver.placement.constrained_problem import apply_constraints
@@ -412,3 +412,14 @@ def test_the_checker_finds_what_is_wrong() -> None:
     assert check_replanning(posed, replace(found, continued=()))
     started = [replace(c, fate=Fate.KEPT, old=0) for c in found.continued]
     assert check_replanning(posed, replace(found, continued=tuple(started)))
+
+
+def test_the_checker_derives_what_prefill_replicas_hand_over() -> None:
+    nodes = [make_node("a", "A", zone="east"), make_node("b", "A", zone="west")]
+    problem = make_problem(nodes, profiles=TWO_TYPES, family=replace(UNIFIED, roles=(Role.PREFILL, Role.DECODE)))
+    found = replanned(solve_placement(problem), problem)
+    posed = ReplanningProblem(running=solve_placement(problem), problem=problem, costs=AT_ONCE)
+    assert "the net value is" in check_replanning(posed, replace(found, value=1.01 * found.value))[0]
+    slow = replace(problem.cluster.network, between_zones={("east", "west"): Link(bytes_per_s=1.0, latency_s=0.0)})
+    apart = replace(posed, problem=replace(problem, cluster=replace(problem.cluster, network=slow)))
+    assert "the net value is" in check_replanning(apart, found)[0]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 
 from hetis.solver.check.fleet import Fleet
 from hetis.solver.plan import AttentionWorkerPool, ObjectiveKind, ReplicaPlan, Role, StagePlan
+from hetis.solver.problem import Build, PlacementProblem
 from hetis.solver.replanning.change import HALF_DONE, Fate, ReplanningProblem, holdings, holdings_of, in_flight, is_same
 from hetis.solver.replanning.solve import Replanning
 from hetis.solver.replanning.transition import Action
@@ -75,15 +77,14 @@ def _check_starts(given: ReplanningProblem, found: Replanning) -> Iterator[str]:
 
 
 def _check_value(given: ReplanningProblem, found: Replanning) -> Iterator[str]:
-    """Check the net value against the replicas' rates or costs and starts; only for plans without routes if maximised.
+    """Check the net value against the replicas' rates or costs and starts.
 
     What is minimised lies in a range: how much of a replica's cost its dropped requests take is not stated.
     """
     if given.problem.objective.maximises:
-        if all(replica.role is Role.UNIFIED for replica in found.plan.replicas):
-            value = _net_rate(given, found)
-            if not math.isclose(value, found.value, rel_tol=RELATIVE, abs_tol=1e-12):
-                yield f"the net value is {value:.9g}, not {found.value:.9g}"
+        value = _net_rate(given, found)
+        if not math.isclose(value, found.value, rel_tol=RELATIVE, abs_tol=1e-12):
+            yield f"the net value is {value:.9g}, not {found.value:.9g}"
         return
     least, most = _net_costs(given, found)
     if not least * (1.0 - RELATIVE) <= found.value <= most * (1.0 + RELATIVE):
@@ -91,12 +92,42 @@ def _check_value(given: ReplanningProblem, found: Replanning) -> Iterator[str]:
 
 
 def _net_rate(given: ReplanningProblem, found: Replanning) -> float:
-    pairs = zip(found.plan.replicas, found.continued, strict=True)
-    value = sum(replica.rate * given.costs.served_share(continued.start_s) for replica, continued in pairs)
+    pairs = list(zip(found.plan.replicas, found.continued, strict=True))
+    rates = [replica.rate * given.costs.served_share(continued.start_s) for replica, continued in pairs]
+    value = sum(rate for rate, (replica, _) in zip(rates, pairs, strict=True) if replica.role is Role.UNIFIED)
+    value += _most_handed_over(given.problem, found.plan.replicas, rates)
     for number in _stopped(given, found):
         value -= HALF_DONE * in_flight(given.running.replicas[number]) / given.costs.horizon_s
     throughput = given.problem.objective.kind is ObjectiveKind.THROUGHPUT
     return value * (1.0 if throughput else given.problem.assumptions.planned_utilisation)
+
+
+def _most_handed_over(problem: PlacementProblem, replicas: Sequence[ReplicaPlan], rates: Sequence[float]) -> float:
+    """Return the most requests/s that prefill replicas can hand over to decode replicas at these rates.
+
+    It is a largest flow: a prefill replica sends to decode replicas that hold the same model in its ``kv_zones``, and
+    the KV that leaves a zone is limited by the link. What replicas over several zones take of links is not counted.
+    """
+    import networkx as nx
+
+    fleet, model, graph = Fleet.of(problem.cluster), problem.model, nx.DiGraph()
+    graph.add_nodes_from(("source", "sink"))
+    moments = problem.workload.clipped_to(model.max_position).moments(block_tokens=problem.assumptions.block_tokens)
+    prompt_bytes = model.prompt_kv_bytes(moments.mean_prompt)
+    received = defaultdict[tuple[str, Build], float](float)  # by all decode replicas of a zone and build
+    for number, (replica, rate) in enumerate(zip(replicas, rates, strict=True)):
+        zone, build = fleet.zones_of(replica.devices())[0], problem.build_of(replica.stages[0].gpu)
+        if replica.role is Role.DECODE:
+            received[zone, build] += rate
+        elif replica.role is Role.PREFILL:
+            graph.add_edge("source", number, capacity=rate)
+            graph.add_edges_from((number, ("link", zone, to, build)) for to in replica.kv_zones)
+            for to in replica.kv_zones:
+                carried = math.inf if to == zone else problem.cluster.network.zone_link(zone, to).bytes_per_s
+                graph.add_edge(("link", zone, to, build), ("decode", to, build), capacity=carried / prompt_bytes)
+    for (zone, build), rate in received.items():
+        graph.add_edge(("decode", zone, build), "sink", capacity=rate)
+    return float(nx.maximum_flow_value(graph, "source", "sink"))
 
 
 def _net_costs(given: ReplanningProblem, found: Replanning) -> tuple[float, float]:
