@@ -72,7 +72,8 @@ def _could_gain(problem: ShareProblem, values: FloatArray) -> float:
     program = share_program(problem)
     served = values > 0.0
     cells = np.arange(count * types).reshape(count, types)
-    program.add_rows(cells[served], problem.speedups[served] / values[served, None], low=1.0 - 1e-9)
+    worth = problem.speedups * problem.equal_split
+    program.add_rows(cells[served], worth[served] / values[served, None], low=1.0 - 1e-9)
     found = program.solve()
     assert found is not None, "the shares themselves are a solution"
     total = float(values.sum())

@@ -41,8 +41,9 @@ from hetis.solver.shares.problem import BoolArray, FairnessRule, FloatArray, Int
 TIE_SECONDS = 2.0
 SHARE_OF_NOTHING = 1e-7  # share of a type's GPUs below which anything is rounding
 LOSS = 1e-9  # share of the total value within which shares count as equal
-LEAST_SPEED = 1e-2  # least speed relative to the slowest type on which a job runs
+LEAST_SPEED = 1e-2  # speed, relative to the slowest type on which a job runs, of a type on which it does not run
 LEVEL_LOSS = 1e-9  # share of the level that is given up so that the second program has room for rounding
+FEASIBILITY = 1e-10  # by how much HiGHS may break a row or bound: less than these losses
 
 
 def solve_shares(problem: ShareProblem, rule: FairnessRule) -> Shares:
@@ -62,7 +63,11 @@ def solve_shares(problem: ShareProblem, rule: FairnessRule) -> Shares:
 
 @dataclass(slots=True)
 class Program:
-    """``max gain x`` over shares x [claimants, types] and a few more columns >= 0, subject to rows added in groups."""
+    """``max gain x`` over shares x [claimants, types] in multiples of an equal split, and a few more columns >= 0.
+
+    Rows are added in groups. HiGHS receives them and the objective divided by their largest coefficients: its
+    tolerances are absolute, while GPUs, speed-ups and weights may differ by orders of magnitude.
+    """
 
     gain: FloatArray
     upper: FloatArray
@@ -92,35 +97,57 @@ class Program:
             BrokenProofError: HiGHS finds no optimum of a program without whole numbers.
         """
         is_whole = bool(self.whole.any())
+        largest, unit = np.zeros(len(self.rows)), float(np.abs(self.gain).max())
+        for rows, _, values in self.entries:
+            np.maximum.at(largest, *np.broadcast_arrays(rows, np.abs(values)))
         low, high = zip(*self.rows, strict=True)
-        columns = np.zeros(len(self.gain)), self.upper
         model = linear_program(
-            self.gain, columns, (low, high), self.entries, whole=self.whole if is_whole else None, maximise=True
+            self.gain / unit,
+            (np.zeros(len(self.gain)), self.upper),
+            (np.array(low) / largest, np.array(high) / largest),
+            [(rows, columns, values / largest[rows]) for rows, columns, values in self.entries],
+            whole=self.whole if is_whole else None,
+            maximise=True,
         )
-        highs = quiet_highs({"mip_rel_gap": 0.0, "mip_abs_gap": 1e-9}, time_limit_s=time_limit_s)
+        options = {"mip_rel_gap": 0.0, "mip_abs_gap": 1e-9, "primal_feasibility_tolerance": FEASIBILITY}
+        highs = quiet_highs(options, time_limit_s=time_limit_s)
         highs.passModel(model)
         if start is not None:
             given = highspy.HighsSolution()
             given.col_value = start.tolist()
             highs.setSolution(given)
         highs.run()
-        if not is_whole and highs.getModelStatus() != highspy.HighsModelStatus.kOptimal:
-            status = highs.modelStatusToString(highs.getModelStatus())
-            raise BrokenProofError(f"HiGHS ends a program of shares with {status}; please report this")
+        optimal = highspy.HighsModelStatus.kOptimal
+        if not is_whole and highs.getModelStatus() != optimal:  # presolve may lose a program of very unlike numbers
+            highs.setOptionValue("presolve", "off")
+            highs.clearSolver()
+            highs.run()
+        if not is_whole and highs.getModelStatus() != optimal:
+            status, worths = highs.modelStatusToString(highs.getModelStatus()), self.gain[self.gain > 0.0]
+            raise BrokenProofError(
+                f"HiGHS ends a program of shares with {status}: an equal split of a type is worth from "
+                f"{worths.min():.3g} to {worths.max():.3g}, perhaps too unlike: let speed-ups and weights differ less"
+            )
         if highs.getInfo().primal_solution_status != highspy.SolutionStatus.kSolutionStatusFeasible:
             return None
         solution = highs.getSolution()
-        return np.array(solution.col_value), np.array(solution.row_dual)
+        return np.array(solution.col_value), np.array(solution.row_dual) * unit / largest
 
 
 def share_program(problem: ShareProblem, extra_columns: int = 0) -> Program:
     """Return the program that all rules share: total value, and the fleet's limits as its first rows."""
     count, types = problem.speedups.shape
-    gain = np.append(problem.speedups.ravel(), np.zeros(extra_columns))
+    gain = np.append((problem.speedups * problem.equal_split).ravel(), np.zeros(extra_columns))
     program = Program(gain, np.full(len(gain), np.inf), np.zeros(len(gain), bool))
     for j in range(types):
-        program.add_rows((np.arange(count) * types + j)[None, :], 1.0, high=float(problem.counts[j]))
+        program.add_rows((np.arange(count) * types + j)[None, :], problem.equal_split[:, j], high=problem.counts[j])
     return program
+
+
+def amounts_of(problem: ShareProblem, columns: FloatArray) -> FloatArray:
+    """Return the GPUs in the first columns of a program, [V, K]."""
+    multiples = columns[: problem.speedups.size].reshape(problem.speedups.shape)
+    return np.asarray(np.maximum(0.0, multiples) * problem.equal_split)
 
 
 # --- OEF
@@ -135,8 +162,8 @@ def cooperative(problem: ShareProblem, *, tie_seconds: float = TIE_SECONDS) -> S
     count = len(problem.weights)
     apart = ~np.eye(count, dtype=bool)  # rows w_l x_l / pi_l - w_l x_i / pi_i >= 0 for l != i, by l and then i
     own, other = np.nonzero(apart)
-    worth, weights = problem.speedups[own], problem.weights
-    values = np.concatenate([worth / weights[own][:, None], -worth / weights[other][:, None]], axis=1)
+    worth = (problem.speedups * problem.counts)[own] / problem.weights.sum()
+    values = np.concatenate([worth, -worth], axis=1)
     program = share_program(problem)
     _add_comparisons(program, problem, own, other, values, high=np.inf)
     found = program.solve()
@@ -154,7 +181,7 @@ def non_cooperative(problem: ShareProblem, *, tie_seconds: float = TIE_SECONDS) 
     claimant may be worse off than with an equal split.
     """
     others = np.arange(1, len(problem.weights))  # rows w_l x_l / pi_l = w_0 x_0 / pi_0 for l > 0
-    per_part = problem.speedups / problem.weights[:, None]
+    per_part = problem.speedups * problem.counts / problem.weights.sum()
     values = np.concatenate([per_part[1:], -np.broadcast_to(per_part[0], per_part[1:].shape)], axis=1)
     program = share_program(problem)
     _add_comparisons(program, problem, others, 0 * others, values, high=0.0)
@@ -196,7 +223,7 @@ def _settled(
     multipliers: FloatArray, tie_seconds: float,
 ) -> Shares:  # fmt: skip
     """Return the shares of an optimum, or of an equally good one with fewer types."""
-    amounts = np.maximum(0.0, columns.reshape(problem.speedups.shape))
+    amounts = amounts_of(problem, columns)
     if tie_seconds > 0:
         amounts = fewest_types(problem, program, amounts, time_limit_s=tie_seconds)
     return _shares(problem, rule, amounts, bound, multipliers)
@@ -245,7 +272,7 @@ def fewest_types(problem: ShareProblem, program: Program, amounts: FloatArray, *
     above, below, between = cell + cells, cell + 2 * cells, cell + 3 * cells
     limits = np.broadcast_to(problem.counts[order], (count, types))
     for mark in (above, below):  # x_lj <= m_j mark
-        wider.add_rows(_table(cell, mark), _table(np.ones((count, types)), -limits), high=0.0)
+        wider.add_rows(_table(cell, mark), _table(problem.equal_split[:, order], -limits), high=0.0)
     ones = np.ones((count, types - 1))
     wider.add_rows(_table(above[:, :-1], above[:, 1:]), _table(ones, -ones), high=0.0)  # stays set towards fast
     wider.add_rows(_table(below[:, 1:], below[:, :-1]), _table(ones, -ones), high=0.0)  # and towards slow
@@ -253,11 +280,11 @@ def fewest_types(problem: ShareProblem, program: Program, amounts: FloatArray, *
         np.stack([between.ravel(), above.ravel(), below.ravel()], axis=1), np.array([1.0, -1.0, -1.0]), low=-1.0
     )
     value = float(problem.values(amounts).sum())
-    wider.add_rows(np.arange(cells)[None, :], problem.speedups.ravel()[None, :], low=value * (1.0 - LOSS))
+    wider.add_rows(np.arange(cells)[None, :], program.gain[None, :cells], low=value * (1.0 - LOSS))
     found = wider.solve(time_limit_s=time_limit_s, start=_marked(problem, amounts))
     if found is None:
         return amounts
-    better = np.maximum(0.0, found[0][:cells].reshape(count, types))
+    better = amounts_of(problem, found[0])
     return better if int(spans(problem, better).sum()) < int(spans(problem, amounts).sum()) else amounts
 
 
@@ -273,7 +300,7 @@ def _marked(problem: ShareProblem, amounts: FloatArray) -> FloatArray:
     above, below = np.logical_or.accumulate(used, axis=1), np.logical_or.accumulate(used[:, ::-1], axis=1)[:, ::-1]
     back = np.argsort(order)
     marks = (mark[:, back].ravel().astype(float) for mark in (above, below, above & below))
-    return np.concatenate([amounts.ravel(), *marks])
+    return np.concatenate([(amounts / problem.equal_split).ravel(), *marks])
 
 
 # --- other published rules
@@ -295,14 +322,14 @@ def max_min(problem: ShareProblem) -> Shares:
     columns = np.concatenate([np.arange(cells).reshape(count, types), np.full((count, 1), cells)], axis=1)
     levels = share_program(problem, extra_columns=1)
     levels.gain = np.concatenate([np.zeros(cells), [1.0]])
-    levels.add_rows(columns, np.concatenate([over_equal, -np.ones((count, 1))], axis=1), low=0.0)
+    levels.add_rows(columns, np.concatenate([over_equal * problem.equal_split, -np.ones((count, 1))], axis=1), low=0.0)
     found = levels.solve()
     assert found is not None, "nobody having anything is a solution"
     program = share_program(problem)
-    program.add_rows(columns[:, :-1], over_equal, low=float(found[0][cells]) * (1.0 - LEVEL_LOSS))
+    program.add_rows(columns[:, :-1], over_equal * problem.equal_split, low=float(found[0][cells]) * (1.0 - LEVEL_LOSS))
     best = program.solve()
     assert best is not None, "the level was reached"
-    amounts = np.maximum(0.0, best[0].reshape(count, types))
+    amounts = amounts_of(problem, best[0])
     # Weak duality: claimants that must reach a level pay for it, and each type goes to the claimant of highest worth.
     multipliers = np.maximum(0.0, -best[1][types:])
     paid = float(found[0][cells]) * float(multipliers.sum())
@@ -315,19 +342,21 @@ def trading(problem: ShareProblem) -> Shares:
 
     Trading starts from an equal split. The pair whose speed-ups between two types differ most trades first, at the mean
     of the two speed-ups as the price, until one of them has nothing to trade. Both gain by every trade, so no claimant
-    has less than an equal split at the end.
+    has less than an equal split at the end. A job sells GPUs on which it cannot run at any price, and is not paid in
+    such GPUs for those on which it runs.
     """
-    amounts = problem.equal_split.copy()
-    types = range(len(problem.counts))
-    # GPUs on which a job cannot run are worth next to nothing to it, so it sells them at any price.
+    amounts, nothing = problem.equal_split.copy(), 1e-12 * problem.counts
+    types, runs = range(len(problem.counts)), problem.speedups > 0.0
     speeds = np.maximum(problem.speedups, LEAST_SPEED)
     while True:
         best_gain, trade = 1e-9, None
         for slow in types:
             for fast in types:
                 ratio = speeds[:, fast] / speeds[:, slow]
-                sellers = np.where(amounts[:, fast] > 1e-9, ratio, np.inf)  # sellers gain little by fast GPUs
-                buyers = np.where(amounts[:, slow] > 1e-9, ratio, -np.inf)
+                sells = (amounts[:, fast] > nothing[fast]) & (runs[:, slow] | ~runs[:, fast])
+                buys = (amounts[:, slow] > nothing[slow]) & (runs[:, fast] | ~runs[:, slow])
+                sellers = np.where(sells, ratio, np.inf)  # sellers gain little by fast GPUs
+                buyers = np.where(buys, ratio, -np.inf)
                 gain = float(buyers.max() - sellers.min())
                 if np.isfinite(gain) and gain > best_gain * (1.0 + 1e-12):
                     best_gain, trade = gain, (slow, fast, int(sellers.argmin()), int(buyers.argmax()))
@@ -339,8 +368,9 @@ def trading(problem: ShareProblem) -> Shares:
 def _trade(speedups: FloatArray, amounts: FloatArray, slow: int, fast: int, seller: int, buyer: int) -> None:
     """Move as many fast GPUs to the buyer, and slow ones to the seller, as both can trade."""
     price = (speedups[seller, fast] / speedups[seller, slow] + speedups[buyer, fast] / speedups[buyer, slow]) / 2.0
-    moved = min(amounts[seller, fast], amounts[buyer, slow] / price)
-    for claimant, sign in ((seller, -1.0), (buyer, 1.0)):
-        amounts[claimant, fast] += sign * moved
-        amounts[claimant, slow] -= sign * moved * price
-    amounts[np.abs(amounts) < 1e-12] = 0.0
+    given, paid = amounts[seller, fast], amounts[seller, fast] * price
+    if paid > amounts[buyer, slow]:
+        given, paid = min(given, amounts[buyer, slow] / price), amounts[buyer, slow]
+    for claimant, sign in ((seller, -1.0), (buyer, 1.0)):  # the one with less to trade keeps exactly nothing
+        amounts[claimant, fast] += sign * given
+        amounts[claimant, slow] -= sign * paid
