@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import inspect
 import json
-import math
 import subprocess
 import sys
 from collections.abc import Callable
@@ -105,9 +104,9 @@ def test_a_plan_is_that_of_the_command_line(plan: hetis.Plan, folder: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("given", "search_s", "simulation_s"), [({}, 60.0, math.inf), ({"time_limit": "10s"}, 10.0, 30.0)]
+    ("given", "search_s", "simulation_s"), [({}, 60.0, 120.0), ({"time_limit": "10s"}, 10.0, 30.0)]
 )
-def test_only_a_time_limit_that_is_given_limits_the_simulation(
+def test_a_time_limit_that_is_given_limits_the_simulation_too(
     folder: Path, monkeypatch: pytest.MonkeyPatch, given: dict[str, Any], search_s: float, simulation_s: float
 ) -> None:
     asked = list[placing.PlacementRequest]()

@@ -701,9 +701,9 @@ def test_another_search_leaves_time_to_simulate_its_plan_and_a_note_says_if_time
 
 @pytest.mark.parametrize(
     ("options", "search_s", "simulation_s"),
-    [((), 60.0, math.inf), (("--time-limit", "10s"), 10.0, 30.0), (("--time-limit", "60s"), 60.0, 60.0)],
+    [((), 60.0, 120.0), (("--time-limit", "10s"), 10.0, 30.0), (("--time-limit", "60s"), 60.0, 60.0)],
 )
-def test_only_a_time_limit_that_is_given_limits_the_simulation(
+def test_a_time_limit_that_is_given_limits_the_simulation_too(
     placed: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...], search_s: float, simulation_s: float
 ) -> None:
     asked = list[PlacementRequest]()

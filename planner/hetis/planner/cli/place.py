@@ -84,7 +84,8 @@ def place(
 ) -> ExitCode:
     """Decide which GPUs form which replicas, with a proven bound on the optimum.
 
-    A given --time-limit also ends simulations and the searches that follow them, after as long again or 30 s.
+    Simulations and the searches that follow them may take two minutes more or, if a --time-limit is given, as long
+    again as that, but at least 30 s.
 
     Ctrl-C once prints and saves the best plan so far; Ctrl-C twice exits at once.
     """

@@ -67,6 +67,7 @@ if TYPE_CHECKING:
 DEFAULT_TTFT_S = 2.0
 DEFAULT_TPOT_S = 0.1
 LEAST_TO_SIMULATE_S = 30.0  # however short the time limit; most plans of small fleets need seconds
+TO_SIMULATE_S = 120.0  # if no time limit was requested: a plan with attention workers that misses a limit needs minutes
 TO_SEARCH = 0.5  # share of the time left for another search: the rest is for the simulation of its plan
 SHORT_TIME = 20.0  # times what the first plan's simulation took, about as long as a search for a lower rate may take
 PLACES = ("node", "zone")  # kinds of places whose loss a plan may have to survive
@@ -349,9 +350,9 @@ class _Spent(threading.Event):
 def time_to_simulate_s(time_limit_s: float | None) -> float:
     """Return the seconds for simulations, with the searches that follow them, after a search of this time limit.
 
-    None means that no limit was requested, and there is none: what plans promise does not depend on the machine then.
+    None means that no limit was requested.
     """
-    return math.inf if time_limit_s is None else max(LEAST_TO_SIMULATE_S, time_limit_s)
+    return TO_SIMULATE_S if time_limit_s is None else max(LEAST_TO_SIMULATE_S, time_limit_s)
 
 
 def noted_if_stopped(plan: Plan, cancelled: threading.Event, budget: Budget | None = None) -> Plan:
