@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -245,9 +246,10 @@ def test_a_fleet_with_nothing_in_common_is_refused_with_the_reason(
 def test_new_traffic_resets_engines_and_leaves_weights_where_they_are() -> None:
     problem = fleet(2, 0)
     running = solve_placement(problem)
-    other = replace(problem, workload=make_workload((20, 200)))
+    other = replace(problem, workload=make_workload((200, 5)))
     slow = ChangeCosts(horizon_s=1e5, restart_s=20.0, load_bytes_per_s=1e3)
     found = replanned(running, other, costs=slow)
+    assert [(c.fate, c.start_s) for c in found.continued] == [(Fate.RESET, 20.0)] * 2
     assert not found.change.moved
     assert found.value <= found.bound
 
@@ -412,6 +414,42 @@ def test_the_checker_finds_what_is_wrong() -> None:
     assert check_replanning(posed, replace(found, continued=()))
     started = [replace(c, fate=Fate.KEPT, old=0) for c in found.continued]
     assert check_replanning(posed, replace(found, continued=tuple(started)))
+
+
+def test_the_checker_derives_the_transition() -> None:
+    for before, after in (((2, 2), (1, 4)), ((1, 4), (2, 1)), ((2, 3), (3, 2))):
+        posed = ReplanningProblem(running=solve_placement(fleet(*before)), problem=fleet(*after), costs=AT_ONCE)
+        found = solve_replanning(posed)
+        change = found.transition
+        assert not check_replanning(posed, found)
+        again = tuple(step for step in change.steps if step.action is Action.START)
+        wrong: list[dict[str, Any]] = [
+            {"lowest": 2 * change.lowest + 1},
+            {"lowest": change.best_lowest + 5},
+            {"before": 1e9, "after": 1e9},
+            {"before": 0.5 * change.before},
+            {"lost": change.lost + 7.0},
+            {"seconds": change.seconds + 1.0},
+        ]
+        if change.steps:
+            wrong.append({"steps": tuple(replace(step, capacity_after=-3.0) for step in change.steps)})
+            wrong.append({"steps": tuple(replace(step, seconds=1e3) for step in change.steps)})
+            wrong.append({"steps": (*change.steps, *again)})
+        for values in wrong:
+            assert check_replanning(posed, replace(found, transition=replace(change, **values)))
+
+
+def test_the_checker_derives_the_starts_of_replicas_that_are_reset() -> None:
+    problem = fleet(2, 0)
+    slow = ChangeCosts(horizon_s=1e5, restart_s=20.0, load_bytes_per_s=1e3)
+    posed = ReplanningProblem(
+        running=solve_placement(problem), problem=replace(problem, workload=make_workload((200, 5))), costs=slow
+    )
+    found = solve_replanning(posed)
+    assert not check_replanning(posed, found)
+    assert any(c.fate is Fate.RESET for c in found.continued)
+    at_once = replace(found, continued=tuple(replace(c, start_s=0.0) for c in found.continued))
+    assert "(reset) starts in 20 s, not in 0 s" in check_replanning(posed, at_once)[0]
 
 
 def test_the_checker_derives_what_prefill_replicas_hand_over() -> None:

@@ -28,6 +28,7 @@ def check_replanning(given: ReplanningProblem, found: Replanning) -> list[str]:
         *_check_value(given, found),
         *_check_bound(given, found),
         *_check_steps(given, found),
+        *_check_capacities(given, found),
     ]
 
 
@@ -69,11 +70,18 @@ def _check_moves(given: ReplanningProblem, found: Replanning) -> Iterator[str]:
 
 
 def _check_starts(given: ReplanningProblem, found: Replanning) -> Iterator[str]:
-    for replica, continued in zip(found.plan.replicas, found.continued, strict=True):
-        if continued.fate is Fate.NEW:
-            start_s = given.costs.start_s(_longest_load(given, replica))
-            if not math.isclose(start_s, continued.start_s, rel_tol=RELATIVE):
-                yield f"a new replica starts in {start_s:.6g} s, not in {continued.start_s:.6g} s"
+    """Check the time until each replica serves: its GPUs that were not in the replica it continues load all they hold.
+
+    A replica that is kept serves at once.
+    """
+    for number, (replica, continued) in enumerate(zip(found.plan.replicas, found.continued, strict=True)):
+        old = None if continued.old is None else given.running.replicas[continued.old]
+        kept = frozenset[str]() if old is None else frozenset(old.devices())
+        model = given.problem.model
+        loads = [holding.weight_bytes(model) for device, holding in holdings_of(replica) if device not in kept]
+        start_s = 0.0 if continued.fate is Fate.KEPT else given.costs.start_s(max(loads, default=0.0))
+        if not _is_close(start_s, continued.start_s):
+            yield f"replica {number} ({continued.fate}) starts in {start_s:.6g} s, not in {continued.start_s:.6g} s"
 
 
 def _check_value(given: ReplanningProblem, found: Replanning) -> Iterator[str]:
@@ -92,14 +100,24 @@ def _check_value(given: ReplanningProblem, found: Replanning) -> Iterator[str]:
 
 
 def _net_rate(given: ReplanningProblem, found: Replanning) -> float:
-    pairs = list(zip(found.plan.replicas, found.continued, strict=True))
+    pairs = zip(found.plan.replicas, found.continued, strict=True)
     rates = [replica.rate * given.costs.served_share(continued.start_s) for replica, continued in pairs]
-    value = sum(rate for rate, (replica, _) in zip(rates, pairs, strict=True) if replica.role is Role.UNIFIED)
-    value += _most_handed_over(given.problem, found.plan.replicas, rates)
+    value = _served(given.problem, found.plan.replicas, rates)
     for number in _stopped(given, found):
         value -= HALF_DONE * in_flight(given.running.replicas[number]) / given.costs.horizon_s
-    throughput = given.problem.objective.kind is ObjectiveKind.THROUGHPUT
-    return value * (1.0 if throughput else given.problem.assumptions.planned_utilisation)
+    return value * _scale(given.problem)
+
+
+def _scale(problem: PlacementProblem) -> float:
+    """Return the rate that counts, per saturated request/s."""
+    return 1.0 if problem.objective.kind is ObjectiveKind.THROUGHPUT else problem.assumptions.planned_utilisation
+
+
+def _served(problem: PlacementProblem, replicas: Sequence[ReplicaPlan], rates: Sequence[float]) -> float:
+    """Return the requests/s that replicas serve together at these rates."""
+    unified = sum(rate for rate, one in zip(rates, replicas, strict=True) if one.role is Role.UNIFIED)
+    split = any(one.role is not Role.UNIFIED for one in replicas)
+    return unified + (_most_handed_over(problem, replicas, rates) if split else 0.0)
 
 
 def _most_handed_over(problem: PlacementProblem, replicas: Sequence[ReplicaPlan], rates: Sequence[float]) -> float:
@@ -159,12 +177,8 @@ def _check_bound(given: ReplanningProblem, found: Replanning) -> Iterator[str]:
         yield f"the gap is {gap:.9g}, not {found.gap:.9g}"
 
 
-def _longest_load(given: ReplanningProblem, replica: ReplicaPlan) -> float:
-    return max(holding.weight_bytes(given.problem.model) for _, holding in holdings_of(replica))
-
-
 def _check_steps(given: ReplanningProblem, found: Replanning) -> Iterator[str]:
-    """Check that nothing starts on busy GPUs, and that in the end the plan runs and nothing else."""
+    """Check that nothing starts on busy GPUs or twice, and that in the end the plan runs and nothing else."""
     lost = set(found.lost)
     runs = {i: set(r.devices()) for i, r in enumerate(given.running.replicas) if i not in lost}
     stays = {c.old for c in found.continued if c.fate is Fate.KEPT}
@@ -179,9 +193,60 @@ def _check_steps(given: ReplanningProblem, found: Replanning) -> Iterator[str]:
             busy = [i for i, others in runs.items() if others & devices]
             if busy:
                 yield f"replica {number} starts on GPUs of running replica {busy[0]}"
+            if number in started:
+                yield f"replica {number} starts twice"
             started.add(number)
     if set(runs) != stays:
         yield "replicas of before still run at the end"
     starting = {i for i, c in enumerate(found.continued) if c.fate is not Fate.KEPT}
     if started != starting:
         yield f"{len(started)} replicas start, {len(starting)} are to"
+
+
+def _check_capacities(given: ReplanningProblem, found: Replanning) -> Iterator[str]:
+    """Check the capacity of every step, and what the transition sums up.
+
+    Where a replica runs that the plan does not keep, whose rate is not stated for the problem as it is now, capacities
+    are only compared with each other.
+    """
+    change, problem = found.transition, given.problem
+    kept = {c.old: number for number, c in enumerate(found.continued) if c.fate is Fate.KEPT}
+    others = {i for i in range(len(given.running.replicas)) if i not in kept and i not in found.lost}
+    serving, capacity = set(kept.values()), change.before
+
+    def is_wrong(claimed: float) -> bool:
+        chosen = [found.plan.replicas[number] for number in sorted(serving)]
+        derived = _scale(problem) * _served(problem, chosen, [replica.rate for replica in chosen])
+        return claimed < derived * (1.0 - RELATIVE) if others else not _is_close(derived, claimed)
+
+    if is_wrong(change.before):
+        yield f"the running plan is said to serve {change.before:.9g} requests/s"
+    for number, step in enumerate(change.steps):
+        is_start = step.action is Action.START
+        longest_s = max((found.continued[i].start_s for i in step.replicas), default=0.0) if is_start else 0.0
+        if not _is_close(longest_s, step.seconds):
+            yield f"step {number} takes {longest_s:.6g} s, not {step.seconds:.6g} s"
+        if not _is_close(capacity, step.capacity):
+            yield f"during step {number} {capacity:.9g} requests/s can be served, not {step.capacity:.9g}"
+        capacity = step.capacity_after
+        serving |= set(step.replicas) if is_start else set()
+        others -= set() if is_start else set(step.replicas)
+        more, less = (capacity, step.capacity) if is_start else (step.capacity, capacity)
+        if is_wrong(capacity) or more < less * (1.0 - RELATIVE):
+            yield f"after step {number} {capacity:.9g} requests/s are said to be served"
+    claims = [change.before, change.after, *(step.capacity_after for step in change.steps)]
+    lost = sum(step.seconds * max(0.0, change.after - step.capacity) for step in change.steps)
+    for name, derived, claimed in (
+        ("capacity at the end", capacity, change.after),
+        ("lowest capacity", min(claims), change.lowest),
+        ("duration", sum(step.seconds for step in change.steps), change.seconds),
+        ("requests lost", lost, change.lost),
+    ):
+        if not _is_close(derived, claimed):
+            yield f"the {name} is {derived:.9g}, not {claimed:.9g}"
+    if change.lowest > change.best_lowest * (1.0 + RELATIVE):
+        yield f"the lowest capacity {change.lowest:.9g} is above the highest possible, {change.best_lowest:.9g}"
+
+
+def _is_close(derived: float, claimed: float) -> bool:
+    return math.isclose(derived, claimed, rel_tol=RELATIVE, abs_tol=1e-12)
