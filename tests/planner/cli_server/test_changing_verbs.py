@@ -17,7 +17,7 @@ from hetis.planner.cli.exit_codes import ExitCode
 from hetis.v1 import document_pb2, failure_pb2, plan_pb2, plan_service_pb2, replica_pb2
 from tests.command_line import environment, with_ctrl_c
 from tests.planner.cli_server.conftest import EXAMPLES, Run
-from tests.planner.client.fake_planner import FakePlanner, refuse, searching
+from tests.planner.client.fake_planner import FakePlanner, refuse, result, searching
 from tests.planner.command_line import COMMAND
 
 Captured = pytest.CaptureFixture[str]
@@ -366,6 +366,31 @@ def test_cancelling_keeps_the_best_so_far(planner: FakePlanner, hetis_plan: Run,
     assert "CANCELLED" in capsys.readouterr().out
     assert hetis_plan("cancel", "plans/b") == ExitCode.NO_PLAN
     assert "cancelled before a plan was found" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("more", "undone"),
+    [
+        ([], ""),
+        (["--activate"], ", and not activated"),
+        (["--activate", "--out", "plan.json"], ", and not activated or saved"),
+    ],
+)
+def test_what_an_operator_cancels_is_neither_activated_nor_saved(
+    planner: FakePlanner, hetis_plan: Run, capsys: Captured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    more: list[str], undone: str,
+) -> None:  # fmt: skip
+    """In the past `apply --activate` put the best plan so far in force, against the will of the one who cancelled."""
+    monkeypatch.chdir(tmp_path)
+    cancelled = plan_pb2.Plan(state=plan_pb2.PLAN_STATE_CANCELLED, result=result())
+    planner.searches = [(0.0, searching(1.2, 1.7)), (0.0, cancelled)]
+    assert hetis_plan("apply", *PROBLEM, "--name", "night", *more) == ExitCode.CONFLICT
+    captured = capsys.readouterr()
+    assert "CANCELLED" in captured.out
+    assert f"error: the search for plans/night was cancelled: its best plan so far was kept{undone}\n" in captured.err
+    assert "  activate it nevertheless: hetis-plan apply --activate plans/night\n" in captured.err
+    assert planner.calls["ActivatePlan"] == 0
+    assert not list(tmp_path.iterdir())
 
 
 def test_ctrl_c_leaves_the_plan_running_and_says_how_to_go_on(planner: FakePlanner) -> None:

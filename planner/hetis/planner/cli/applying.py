@@ -296,12 +296,27 @@ class Applying:
                 return self._show(plan)
             plan = wait_for_plan(terminal, self.client, plan.name)
         code, is_printed = outcome(terminal, plan), asked.out == STDOUT
+        if code is ExitCode.OK and plan.state == plan_pb2.PLAN_STATE_CANCELLED:
+            code = self._stopped_by_another(plan)
         if code is not ExitCode.OK:
             return code if is_printed else self._show(plan, code=code)
         self._save(plan)
         if asked.activate:
             return self._put_in_force(plan, is_printed=is_printed)
         return ExitCode.OK if is_printed else self._show(plan)
+
+    def _stopped_by_another(self, plan: plan_pb2.Plan) -> ExitCode:
+        """Tell that someone cancelled the search; whether its best plan is good enough is for a person to decide."""
+        undone = [what for what, asked in (("activated", self.asked.activate), ("saved", self.asked.out)) if asked]
+        self.terminal.error(
+            f"the search for {plan.name} was cancelled: its best plan so far was kept"
+            + (f", and not {' or '.join(undone)}" if undone else ""),
+            [
+                f"activate it nevertheless: hetis-plan apply --activate {plan.name}",
+                f"save it: hetis-plan apply {plan.name} --out FILE",
+            ],
+        )
+        return ExitCode.CONFLICT
 
     @property
     def _not_done(self) -> str:
