@@ -320,6 +320,8 @@ def test_a_dry_run_changes_nothing(planner: FakePlanner, hetis_plan: Run, capsys
         ([*PROBLEM, "--plan", "p.json"], "--plan imports a finished plan"),
         (["plans/a", "plans/b"], "more than one plan"),
         ([*PROBLEM, "plans/a"], "more than one plan"),
+        ([*PROBLEM, "--no-wait", "--activate"], "--activate needs the end of the search"),
+        ([*PROBLEM, "--no-wait", "--out", "-"], "--out needs the end of the search"),
     ],
 )
 def test_contradictions_are_refused_before_any_change(
