@@ -19,7 +19,7 @@ def placements_of(planner: Planner) -> StoredPlacements:
     searches = PlanSearches(planner.store, planner.hubs, planner.pool)
     return StoredPlacements(
         planner.store,
-        Plans(planner.store, planner.hubs, searches, documents),
+        Plans(planner.store, planner.hubs, planner.fleet, searches, documents),
         planner.creation,
         PlanActivation(planner.store, planner.hubs, planner.fleet, DeclaredFleets(), documents),
     )

@@ -19,6 +19,7 @@ from hetis.planner.fleet.fleet import LiveFleet
 from hetis.planner.fleet.hubs import Hubs
 from hetis.planner.resources.plan_creation import forget_problem
 from hetis.planner.resources.requests import Checks, Tell, change_once, check, read_page, require_etag
+from hetis.planner.resources.withdrawal import how_to_withdraw
 from hetis.planner.store import ClusterRecord, Reader, Store, Transaction
 from hetis.planner.threads import run_in_thread_gc_paused
 from hetis.solver.cluster import Cluster
@@ -205,7 +206,9 @@ def _must_be_deletable(tx: Reader, name: str, etag: str) -> None:
     record = tx.clusters.require(name)
     require_etag(record, etag)
     if record.active_plan:
-        raise _in_use(name, record.active_plan, "is in force")
+        plan = tx.plans.get(record.active_plan)
+        way_out = "" if plan is None else how_to_withdraw(tx, plan)
+        raise _in_use(name, record.active_plan, f"is in force{way_out}")
     if replicas := tx.replicas.page(None, 1, cluster=name):
         raise _in_use(name, replicas[0].name, "has not stopped yet")
 

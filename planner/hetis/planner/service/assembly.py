@@ -90,7 +90,7 @@ class Term:
         documents = PlanDocuments(store)
         limits = SearchLimits(threads=_threads(config), time_s=config.solver.max_search)
         creation = PlanCreation(store, hubs, fleet, declared, self._pool, searches, limits)
-        plans = Plans(store, hubs, searches, documents)
+        plans = Plans(store, hubs, fleet, searches, documents)
         activation = PlanActivation(store, hubs, fleet, declared, documents)
         self._proposals = PlacementProposals(fleet, StoredPlacements(store, plans, creation, activation), clock=clock)
         fleet.add_observer(self._proposals)
