@@ -92,7 +92,8 @@ class Term:
         creation = PlanCreation(store, hubs, fleet, declared, self._pool, searches, limits)
         plans = Plans(store, hubs, fleet, searches, documents)
         activation = PlanActivation(store, hubs, fleet, declared, documents)
-        self._proposals = PlacementProposals(fleet, StoredPlacements(store, plans, creation, activation), clock=clock)
+        placements = StoredPlacements(store, plans, creation, activation, documents)
+        self._proposals = PlacementProposals(fleet, placements, clock=clock)
         fleet.add_observer(self._proposals)
 
         def require_lease() -> None:
