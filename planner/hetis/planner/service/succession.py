@@ -150,8 +150,8 @@ class Succession:
             store_answered_s_ago=store.health.answered_s_ago,
         )
 
-    def clusters_now(self) -> Sequence[ClusterNow]:
-        return self.present.overviews.clusters_now()
+    def clusters_now(self, only: str = "") -> Sequence[ClusterNow]:
+        return self.present.overviews.clusters_now(only)
 
     async def cluster_details(self, name: str) -> Mapping[str, Any] | None:
         return await self.present.overviews.cluster_details(name)
