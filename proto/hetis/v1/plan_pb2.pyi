@@ -392,9 +392,9 @@ class PlanSpec(_message.Message):
     max_gpus: _builtins.int
     """GPUs that a replica may have, attention workers included; not with `any`. 0: any number."""
     weights: _builtins.str
-    """Precision of the model's weights: `bf16`, `fp8`, `int8`, `awq-int4`, `gptq-int4`, `mxfp4` or `nvfp4`, and of GPU types
-    that have their own: `fp8,V100-SXM2-32GB=bf16`; not with `any`. GPUs on which the engine does not run it are left out;
-    the plan's notes say why. Empty: that of the model.
+    """Precision of the model's weights: `bf16`, `fp8`, `int8`, `int4`, `awq-int4`, `gptq-int4`, `mxfp4`, `nvfp4`, `bnb-int4`,
+    `bnb-int8` or `fbgemm-fp8`, and of GPU types that have their own: `fp8,V100-SXM2-32GB=bf16`; not with `any`. GPUs on
+    which the engine does not run it are left out; the plan's notes say why. Empty: that of the model.
     """
     kv: _builtins.str
     """Precision of the KV cache, likewise: `bf16` or `fp8`. Empty: that of the model."""

@@ -13,7 +13,7 @@ from google.protobuf.duration_pb2 import Duration
 from hetis.planner.convert import names
 from hetis.planner.convert.clusters import BASIC, FULL, cluster_message, without
 from hetis.planner.convert.documents import MAX_NODES, DeclaredFleets, canonical_document
-from hetis.planner.convert.names import seconds_of
+from hetis.planner.convert.names import seconds_of, word_of
 from hetis.planner.failures import Reason, ServiceError
 from hetis.planner.fleet.fleet import LiveFleet
 from hetis.planner.fleet.hubs import Hubs
@@ -223,6 +223,10 @@ _LONGEST_S = 315_576_000_000  # the longest valid Duration
 
 def check_policy(checks: Checks, policy: cluster_pb2.ClusterPolicy, field: str) -> None:
     """Check the limits that ``cluster.proto`` states."""
+    modes = cluster_pb2.ReactionMode
+    for name, mode in (("redispatch", policy.redispatch), ("placement", policy.placement)):
+        known = ", ".join(word_of(modes, value) for value in modes.values() if value)
+        checks.require(mode in modes.values(), f"{field}.{name}", f"is {mode}, must be one of {known}")
     ratio = policy.deviation_ratio
     checks.require(0 <= ratio <= 100, f"{field}.deviation_ratio", f"is {ratio}, must be from 0 to 100")
     mark = policy.high_water
