@@ -17,6 +17,7 @@ import pytest
 import sqlalchemy as sa
 import yaml
 
+from hetis.formats.endpoints import STANDBY_ANSWER
 from hetis.planner.callers import CallerRole
 from hetis.planner.service.credentials import create_token
 from hetis.v1 import cluster_pb2, cluster_service_pb2, document_pb2
@@ -71,6 +72,12 @@ class Planner(Process):
         request = cluster_service_pb2.ListClustersRequest()
         return [one.name for one in ClusterServiceStub(self.channel).ListClusters(request, timeout=10).clusters]
 
+    def says_as_standby(self) -> str | None:
+        """Return the leader's address behind a standby's answer, None if the leader answers."""
+        request = cluster_service_pb2.ListClustersRequest()
+        _, call = ClusterServiceStub(self.channel).ListClusters.with_call(request, timeout=10)
+        return next((value for key, value in call.trailing_metadata() if key == STANDBY_ANSWER), None)
+
     def shown(self) -> Any:
         with urllib.request.urlopen(self.page, timeout=10) as answer:
             return json.loads(answer.read())
@@ -97,6 +104,8 @@ def test_a_standby_serves_reads_names_the_leader_and_takes_over_after_kill_9(url
     with Planner(url, tmp_path, "--standby") as first, Planner(url, tmp_path, "--standby") as second:
         first.create("a")
         assert second.clusters() == ["clusters/a"]
+        assert second.says_as_standby() == first.address
+        assert first.says_as_standby() is None
         assert second.status("readyz") == 200
         assert second.shown()["planner"]["role"] == "standby"
         with pytest.raises(grpc.RpcError) as caught:
@@ -112,6 +121,7 @@ def test_a_standby_serves_reads_names_the_leader_and_takes_over_after_kill_9(url
         first.signal(signal.SIGKILL)
         until(second.leads)  # 2 s on an idle machine
         second.create("b")
+        assert second.says_as_standby() is None
         assert second.clusters() == ["clusters/a", "clusters/b"]
         assert second.shown()["planner"]["epoch"] >= 2
 

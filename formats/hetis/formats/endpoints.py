@@ -17,6 +17,9 @@ from typing import Any
 Resolve = Callable[[str, int], Sequence[str]]
 # Metadata with which a planner begins an answer that may take long; an answer from a proxy itself lacks it.
 STREAM_OPEN = ("hetis-stream", "open")
+# Key of the metadata behind a standby's answer to a read, which lacks what only the leader knows. Its value has the
+# leader's addresses, separated by commas, and is empty if they are unknown.
+STANDBY_ANSWER = "hetis-standby"
 _TOKEN = re.compile(r"[!-~]*")
 _HOST = re.compile(r"[A-Za-z0-9][A-Za-z0-9.:_-]{0,252}")
 

@@ -56,7 +56,7 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     ERROR_REASON_PLAN_STATE: _ErrorReason.ValueType  # 40
     """[FAILED_PRECONDITION] The plan's state does not allow this. Keys: name, state."""
     ERROR_REASON_NO_EARLIER_PLAN: _ErrorReason.ValueType  # 41
-    """[FAILED_PRECONDITION] There is no plan to go back to. Keys: cluster."""
+    """[FAILED_PRECONDITION] There is no plan to go back to. Keys: cluster, plan."""
     ERROR_REASON_INVENTORY_MISMATCH: _ErrorReason.ValueType  # 42
     """[FAILED_PRECONDITION] The cluster lacks GPUs that the plan uses. Keys: cluster, missing_gpus."""
     ERROR_REASON_ACTIVATION_IN_PROGRESS: _ErrorReason.ValueType  # 43
@@ -186,7 +186,7 @@ ERROR_REASON_RESOURCE_IN_USE: ErrorReason.ValueType  # 24
 ERROR_REASON_PLAN_STATE: ErrorReason.ValueType  # 40
 """[FAILED_PRECONDITION] The plan's state does not allow this. Keys: name, state."""
 ERROR_REASON_NO_EARLIER_PLAN: ErrorReason.ValueType  # 41
-"""[FAILED_PRECONDITION] There is no plan to go back to. Keys: cluster."""
+"""[FAILED_PRECONDITION] There is no plan to go back to. Keys: cluster, plan."""
 ERROR_REASON_INVENTORY_MISMATCH: ErrorReason.ValueType  # 42
 """[FAILED_PRECONDITION] The cluster lacks GPUs that the plan uses. Keys: cluster, missing_gpus."""
 ERROR_REASON_ACTIVATION_IN_PROGRESS: ErrorReason.ValueType  # 43

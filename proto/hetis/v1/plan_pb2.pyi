@@ -392,9 +392,9 @@ class PlanSpec(_message.Message):
     max_gpus: _builtins.int
     """GPUs that a replica may have, attention workers included; not with `any`. 0: any number."""
     weights: _builtins.str
-    """Precision of the model's weights: `bf16`, `fp8`, `int8`, `awq-int4`, `gptq-int4`, `mxfp4` or `nvfp4`, and of GPU types
-    that have their own: `fp8,V100-SXM2-32GB=bf16`; not with `any`. GPUs on which the engine does not run it are left out;
-    the plan's notes say why. Empty: that of the model.
+    """Precision of the model's weights: `bf16`, `fp8`, `int8`, `int4`, `awq-int4`, `gptq-int4`, `mxfp4`, `nvfp4`, `bnb-int4`,
+    `bnb-int8` or `fbgemm-fp8`, and of GPU types that have their own: `fp8,V100-SXM2-32GB=bf16`; not with `any`. GPUs on
+    which the engine does not run it are left out; the plan's notes say why. Empty: that of the model.
     """
     kv: _builtins.str
     """Precision of the KV cache, likewise: `bf16` or `fp8`. Empty: that of the model."""
@@ -882,6 +882,8 @@ class ActivationProgress(_message.Message):
     NUM_FAILED_FIELD_NUMBER: _builtins.int
     NUM_DRAINING_FIELD_NUMBER: _builtins.int
     FAILURE_FIELD_NUMBER: _builtins.int
+    AWAITED_NODES_FIELD_NUMBER: _builtins.int
+    NUM_AWAITED_NODES_FIELD_NUMBER: _builtins.int
     num_serving: _builtins.int
     """Replicas of the plan that serve. 0: none yet."""
     num_starting: _builtins.int
@@ -890,9 +892,17 @@ class ActivationProgress(_message.Message):
     """Replicas of the plan that failed. 0: none."""
     num_draining: _builtins.int
     """Replicas of earlier plans that still drain. 0: none."""
+    num_awaited_nodes: _builtins.int
+    """How many such nodes there are. 0: none."""
     @_builtins.property
     def failure(self) -> _failure_pb2.Failure:
         """The first failure. Unset: none."""
+
+    @_builtins.property
+    def awaited_nodes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Ids of nodes that hold up starting replicas: those without a connected agent first, then those that have not loaded;
+        at most 3. Empty: none.
+        """
 
     def __init__(
         self,
@@ -902,10 +912,12 @@ class ActivationProgress(_message.Message):
         num_failed: _builtins.int = ...,
         num_draining: _builtins.int = ...,
         failure: _failure_pb2.Failure | None = ...,
+        awaited_nodes: _abc.Iterable[_builtins.str] | None = ...,
+        num_awaited_nodes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure", "num_draining", b"num_draining", "num_failed", b"num_failed", "num_serving", b"num_serving", "num_starting", b"num_starting"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["awaited_nodes", b"awaited_nodes", "failure", b"failure", "num_awaited_nodes", b"num_awaited_nodes", "num_draining", b"num_draining", "num_failed", b"num_failed", "num_serving", b"num_serving", "num_starting", b"num_starting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

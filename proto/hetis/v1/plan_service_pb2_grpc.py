@@ -140,9 +140,10 @@ class PlanServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def CancelPlan(self, request, context):
-        """Ends a search; the best plan so far is its answer. Returns when the search has been told, not when it has ended. A
-        plan whose search is over stays as it is. Role orchestrator. Fails with NOT_FOUND, ETAG_MISMATCH,
-        REQUEST_ID_REUSED.
+        """Ends a search; the best plan so far is its answer. Returns when the search has been told, not when it has ended.
+        Of a plan whose search is over, withdraws the activation (to INACTIVE) while it is ACTIVATING or FAILED, there is no
+        earlier plan, and no replica of the cluster serves or drains; otherwise the plan stays as it is. Role orchestrator.
+        Fails with NOT_FOUND, ETAG_MISMATCH, REQUEST_ID_REUSED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

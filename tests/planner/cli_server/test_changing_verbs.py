@@ -14,10 +14,11 @@ import pytest
 from google.rpc import code_pb2
 
 from hetis.planner.cli.exit_codes import ExitCode
+from hetis.planner.cli.resource_views import line_of
 from hetis.v1 import document_pb2, failure_pb2, plan_pb2, plan_service_pb2, replica_pb2
 from tests.command_line import environment, with_ctrl_c
 from tests.planner.cli_server.conftest import EXAMPLES, Run
-from tests.planner.client.fake_planner import FakePlanner, refuse, searching
+from tests.planner.client.fake_planner import FakePlanner, refuse, result, searching
 from tests.planner.command_line import COMMAND
 
 Captured = pytest.CaptureFixture[str]
@@ -320,6 +321,8 @@ def test_a_dry_run_changes_nothing(planner: FakePlanner, hetis_plan: Run, capsys
         ([*PROBLEM, "--plan", "p.json"], "--plan imports a finished plan"),
         (["plans/a", "plans/b"], "more than one plan"),
         ([*PROBLEM, "plans/a"], "more than one plan"),
+        ([*PROBLEM, "--no-wait", "--activate"], "--activate needs the end of the search"),
+        ([*PROBLEM, "--no-wait", "--out", "-"], "--out needs the end of the search"),
     ],
 )
 def test_contradictions_are_refused_before_any_change(
@@ -366,6 +369,83 @@ def test_cancelling_keeps_the_best_so_far(planner: FakePlanner, hetis_plan: Run,
     assert "CANCELLED" in capsys.readouterr().out
     assert hetis_plan("cancel", "plans/b") == ExitCode.NO_PLAN
     assert "cancelled before a plan was found" in capsys.readouterr().err
+
+
+def test_what_cannot_be_withdrawn_is_gone_back_from(fleet: FakePlanner, hetis_plan: Run, capsys: Captured) -> None:
+    fleet.plans["plans/night"].activation = plan_pb2.ACTIVATION_STATE_ACTIVATING
+    assert hetis_plan("cancel", "night") == ExitCode.CONFLICT  # and does not wait until it is up
+    assert "go back to it: hetis-plan rollback plans/night\n" in capsys.readouterr().err
+    assert fleet.calls["WatchPlan"] == 0
+
+
+def test_an_activation_that_someone_withdraws_is_a_conflict(
+    fleet: FakePlanner, hetis_plan: Run, capsys: Captured
+) -> None:
+    def withdraw(method: str, _context: Any) -> None:
+        if method == "WatchPlan":
+            fleet.plans["plans/day"].activation = plan_pb2.ACTIVATION_STATE_INACTIVE
+
+    fleet.fail = withdraw
+    assert hetis_plan("apply", "--activate", "plans/day") == ExitCode.CONFLICT
+    assert "error: plans/day is not in force: its activation was cancelled" in capsys.readouterr().err
+
+
+def test_a_way_out_of_an_activation_is_named(fleet: FakePlanner, hetis_plan: Run, capsys: Captured) -> None:
+    metadata = {"cluster": "clusters/paper", "plan": "plans/a"}
+    for reason in ("ACTIVATION_IN_PROGRESS", "NO_EARLIER_PLAN"):
+        fleet.fail = lambda method, context, reason=reason: (  # type: ignore[misc]
+            refuse(context, code_pb2.ABORTED, reason, "it is busy", metadata=metadata)
+            if method in ("ActivatePlan", "RollbackPlan")
+            else None
+        )
+        assert hetis_plan("rollback", "night") == ExitCode.CONFLICT
+        assert "hetis-plan cancel plans/a\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("awaited", "number", "said"),
+    [
+        ([], 0, "plans/a ACTIVATING: 8 start"),
+        (["n-0"], 1, "plans/a ACTIVATING: 8 start; waits for n-0"),
+        (["n-0", "n-1", "n-2"], 4, "plans/a ACTIVATING: 8 start; waits for n-0, n-1, n-2 and 1 more node"),
+        (["n-0", "n-1", "n-2"], 1003, "plans/a ACTIVATING: 8 start; waits for n-0, n-1, n-2 and 1,000 more nodes"),
+    ],
+)
+def test_the_progress_of_an_activation_names_the_nodes_that_hold_it_up(
+    awaited: list[str], number: int, said: str
+) -> None:
+    plan = plan_pb2.Plan(
+        name="plans/a", state=plan_pb2.PLAN_STATE_READY, activation=plan_pb2.ACTIVATION_STATE_ACTIVATING,
+        activation_progress=plan_pb2.ActivationProgress(
+            num_starting=8, awaited_nodes=awaited, num_awaited_nodes=number
+        ),
+    )  # fmt: skip
+    assert line_of(plan) == said
+
+
+@pytest.mark.parametrize(
+    ("more", "undone"),
+    [
+        ([], ""),
+        (["--activate"], ", and not activated"),
+        (["--activate", "--out", "plan.json"], ", and not activated or saved"),
+    ],
+)
+def test_what_an_operator_cancels_is_neither_activated_nor_saved(
+    planner: FakePlanner, hetis_plan: Run, capsys: Captured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    more: list[str], undone: str,
+) -> None:  # fmt: skip
+    """In the past `apply --activate` put the best plan so far in force, against the will of the one who cancelled."""
+    monkeypatch.chdir(tmp_path)
+    cancelled = plan_pb2.Plan(state=plan_pb2.PLAN_STATE_CANCELLED, result=result())
+    planner.searches = [(0.0, searching(1.2, 1.7)), (0.0, cancelled)]
+    assert hetis_plan("apply", *PROBLEM, "--name", "night", *more) == ExitCode.CONFLICT
+    captured = capsys.readouterr()
+    assert "CANCELLED" in captured.out
+    assert f"error: the search for plans/night was cancelled: its best plan so far was kept{undone}\n" in captured.err
+    assert "  activate it nevertheless: hetis-plan apply --activate plans/night\n" in captured.err
+    assert planner.calls["ActivatePlan"] == 0
+    assert not list(tmp_path.iterdir())
 
 
 def test_ctrl_c_leaves_the_plan_running_and_says_how_to_go_on(planner: FakePlanner) -> None:

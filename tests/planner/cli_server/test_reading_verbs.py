@@ -16,6 +16,7 @@ import yaml
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from hetis.formats.command_line.terminal import Terminal
+from hetis.formats.endpoints import STANDBY_ANSWER
 from hetis.planner.cli import planner_verbs
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.cli.planner_verbs import interrupts_that_arrive
@@ -117,6 +118,16 @@ def test_of_many_differences_the_first_are_told(fleet: FakePlanner, hetis_plan: 
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 21
     assert lines[-1] == "warning: ... and 480 more differences"
+
+
+def test_what_only_a_standby_answers_is_told_as_such(fleet: FakePlanner, hetis_plan: Run, capsys: Captured) -> None:
+    fleet.fail = lambda _method, context: context.set_trailing_metadata(((STANDBY_ANSWER, ""),))
+    for arguments in (["status"], ["get", "replicas"]):
+        assert hetis_plan(*arguments) == ExitCode.OK
+        assert "warning: no leader answered: this is what a standby has saved" in capsys.readouterr().err
+    fleet.fail = lambda _method, _context: None
+    assert hetis_plan("status") == ExitCode.OK
+    assert "standby" not in capsys.readouterr().err
 
 
 def test_status_shows_health_clusters_and_plans(fleet: FakePlanner, hetis_plan: Run, capsys: Captured) -> None:

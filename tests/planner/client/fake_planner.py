@@ -303,7 +303,7 @@ class FakePlanner(
                 code_pb2.FAILED_PRECONDITION,
                 "NO_EARLIER_PLAN",
                 f"{cluster.name} has no earlier plan",
-                metadata={"cluster": cluster.name},
+                metadata={"cluster": cluster.name, "plan": plan.name},
             )
         earlier = self.plans[cluster.earlier_plan]
         if not request.validate_only:

@@ -11,7 +11,7 @@ import pytest
 from google.rpc import code_pb2
 
 from examples.processes import free_ports
-from hetis.formats.endpoints import Endpoint, LeaderSearch, resolve_endpoints, split_endpoints
+from hetis.formats.endpoints import STANDBY_ANSWER, Endpoint, LeaderSearch, resolve_endpoints, split_endpoints
 from hetis.planner.client import AsyncClient, CallError, Client, Connection
 from hetis.planner.client.channels import Attempts, search_for
 from hetis.v1 import cluster_pb2, cluster_service_pb2, plan_pb2, plan_service_pb2
@@ -110,6 +110,65 @@ def test_a_standby_is_left_for_the_leader_that_it_names(pair: tuple[FakePlanner,
     both(standby.address, CREATE)
     assert leader.calls["CreateCluster"] == 1
     assert standby.calls["GetPlan"] <= 8  # gRPC itself retries with the fake planner; hetis-planner prevents that
+
+
+LIST = cluster_service_pb2.ListClustersRequest()
+
+
+def reading(leader: str) -> Callable[[str, grpc.ServicerContext], None]:
+    """Answer as a standby does."""
+    return lambda _method, context: context.set_trailing_metadata(((STANDBY_ANSWER, leader),))
+
+
+def num_connected(address: str, *, of_standby: bool) -> list[int]:
+    """Return what both clients read, sync and aio, and check what they say of it."""
+    with Client(address, sleep=lambda _: None) as client:
+        found = [client.clusters.ListClusters(LIST, timeout=20).clusters[0].num_connected_nodes]
+        assert client.has_standby_answered == of_standby
+
+    async def aio() -> int:
+        async with AsyncClient(address) as client:
+            answer = await client.clusters.ListClusters(LIST, timeout=20)
+            assert client.has_standby_answered == of_standby
+            return answer.clusters[0].num_connected_nodes
+
+    return [*found, asyncio.run(aio())]
+
+
+@pytest.mark.parametrize("is_named", [True, False])
+def test_what_only_the_leader_knows_is_not_read_from_a_standby(
+    pair: tuple[FakePlanner, FakePlanner], is_named: bool
+) -> None:
+    """In the past whoever named an old leader first saw a fleet without agents after each takeover."""
+    leader, standby = pair
+    name = "clusters/a"
+    leader.clusters[name] = cluster_pb2.Cluster(name=name, num_connected_nodes=12)
+    standby.clusters[name] = cluster_pb2.Cluster(name=name)
+    standby.fail = reading(leader.address if is_named else "")
+    assert num_connected(f"{standby.address},{leader.address}", of_standby=False) == [12, 12]
+    if is_named:
+        assert num_connected(standby.address, of_standby=False) == [12, 12]
+
+
+def test_a_standby_answers_reads_while_no_leader_does(pair: tuple[FakePlanner, FakePlanner]) -> None:
+    _, standby = pair
+    standby.clusters["clusters/a"] = cluster_pb2.Cluster(name="clusters/a")
+    nobody = f"127.0.0.1:{free_ports()}"
+    for leader in (nobody, ""):
+        standby.fail = reading(leader)
+        for addresses in (standby.address, f"{nobody},{standby.address}"):
+            assert num_connected(addresses, of_standby=True) == [0, 0]
+
+
+def test_a_refusal_of_the_leader_counts_more_than_the_answer_of_a_standby(
+    pair: tuple[FakePlanner, FakePlanner],
+) -> None:
+    leader, standby = pair
+    standby.fail = reading(leader.address)
+    del leader.plans["plans/night"]
+    with Client(standby.address) as client, pytest.raises(CallError) as caught:
+        client.plans.GetPlan(GET, timeout=20)
+    assert caught.value.reason == "NOT_FOUND"
 
 
 def test_addresses_are_tried_until_one_leads(pair: tuple[FakePlanner, FakePlanner]) -> None:

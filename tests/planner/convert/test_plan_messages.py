@@ -205,6 +205,12 @@ def test_limits_can_be_lifted_and_a_demand_is_asked_for_where_it_is_needed() -> 
     assert read(lifted) == (replace(found, demand_rps=2.0), {})
 
 
+def test_a_kind_that_does_not_exist_is_a_wrong_field() -> None:
+    """In the past it was goodput."""
+    _, wrong = read(plan_pb2.Objective(kind=88))  # type: ignore[arg-type]
+    assert wrong == {"o.kind": "is 88, must be one of GOODPUT, THROUGHPUT, COST, GPUS"}
+
+
 @pytest.mark.parametrize("rate", [-1.0, float("inf"), float("nan")])
 def test_a_demand_that_is_no_rate_is_a_wrong_field(rate: float) -> None:
     _, wrong = read(plan_pb2.Objective(kind=plan_pb2.OBJECTIVE_KIND_GPUS, demand_rps=rate))

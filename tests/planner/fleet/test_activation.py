@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from hetis.planner.failures import Reason
+from hetis.planner.resources.withdrawal import withdraw
 from hetis.v1 import agent_service_pb2, plan_pb2, replica_pb2, report_pb2
 from tests.planner.fleet.samples import PLAN, REPLICA, plan_record, replica_record, shape
 from tests.planner.fleet.world import World
@@ -212,6 +213,49 @@ def test_a_replica_that_a_rollback_takes_back_is_not_stopped_by_an_earlier_decis
     assert state(world, REPLICA) == SERVING
     assert BESIDE not in tables.replicas.rows
     assert tables.plans.require(PLAN).body.activation_progress.num_serving == 1
+
+
+def test_the_progress_names_the_nodes_that_hold_up_an_activation() -> None:
+    world = World()
+    world.settle()
+
+    def awaited() -> tuple[list[str], int]:
+        progress = world.planner.cluster.progress
+        return list(progress.awaited_nodes), progress.num_awaited_nodes
+
+    assert awaited() == (["a", "b", "c"], 3)
+    world.connect("a")
+    assert awaited() == (["b", "c"], 2)
+    for node in ("b", "c"):
+        world.connect(node)
+    world.flow()
+    assert awaited() == (["a", "b", "c"], 3)  # no weights are loaded yet
+    world.agents["b"].load()
+    world.flow()
+    world.disconnect("c")
+    assert awaited() == (["c", "a"], 2)  # those without an agent first
+    world.connect("c")
+    work(world)
+    work(world)
+    assert world.store.tables.plans.require(PLAN).activation == plan_pb2.ACTIVATION_STATE_ACTIVE
+    assert awaited() == ([], 0)
+
+
+def test_replicas_of_an_activation_that_was_withdrawn_are_removed_from_their_nodes() -> None:
+    world = World()
+    world.connect("a")
+    world.connect("b")
+    world.connect("c")
+    world.flow()
+    assert REPLICA in world.agents["b"].held
+    tables = world.store.tables
+    cluster, plan = withdraw(tables, tables.plans.require(PLAN))  # type: ignore[arg-type]
+    assert (cluster.active_plan, plan.activation) == ("", plan_pb2.ACTIVATION_STATE_INACTIVE)
+    world.planner.reread(world.now_s)
+    world.settle()
+    world.flow()
+    assert not any(agent.held for agent in world.agents.values())
+    assert REPLICA not in tables.replicas.rows
 
 
 def test_a_node_that_drains_is_told_as_a_condition(world: World) -> None:

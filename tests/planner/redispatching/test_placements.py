@@ -19,9 +19,10 @@ def placements_of(planner: Planner) -> StoredPlacements:
     searches = PlanSearches(planner.store, planner.hubs, planner.pool)
     return StoredPlacements(
         planner.store,
-        Plans(planner.store, planner.hubs, searches, documents),
+        Plans(planner.store, planner.hubs, planner.fleet, searches, documents),
         planner.creation,
         PlanActivation(planner.store, planner.hubs, planner.fleet, DeclaredFleets(), documents),
+        documents,
     )
 
 
@@ -44,7 +45,11 @@ async def test_a_proposal_is_made_read_with_its_replicas_put_in_force_and_withdr
         assert in_force is not None
         assert (in_force.name, in_force.activation) == (name, plan_pb2.ACTIVATION_STATE_ACTIVATING)
         other = await placements.propose("clusters/paper", spec, "For 300 s c is gone.")
+        assert await placements.capacity_of(other) == frozenset()
         await planner.solved(other)
+        assert await placements.open_proposals("clusters/paper") == [other]  # and not the one in force
+        assert await placements.open_proposals("clusters/none") == []
+        assert await placements.capacity_of(other) == {"a100", "p100", "r3090-0", "r3090-1"}
         await placements.withdraw(other)
         assert await placements.plan(other) is None
         await placements.withdraw(other)

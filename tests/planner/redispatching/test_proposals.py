@@ -14,6 +14,7 @@ from hetis.v1 import cluster_pb2, plan_pb2, replica_pb2
 
 CLUSTER = "clusters/c"
 READY, LOST = cluster_pb2.NODE_STATE_READY, cluster_pb2.NODE_STATE_LOST
+SUSPECT = cluster_pb2.NODE_STATE_SUSPECT
 
 
 @dataclass
@@ -52,6 +53,7 @@ class World:
         self.nodes = {f"{CLUSTER}/nodes/{name}": Node() for name in "abc"}
         self.plans = {"plans/first": plan_on("a", "b", "c")}
         self.in_force = "plans/first"
+        self.capacity: dict[str, frozenset[str]] = {}
         self.proposals = PlacementProposals(self, self, clock=self)
         self.proposals.capacity_changed(CLUSTER)
 
@@ -70,6 +72,12 @@ class World:
     async def plan_in_force(self, cluster: str) -> plan_pb2.Plan | None:
         return self.plans.get(self.in_force)
 
+    async def open_proposals(self, cluster: str) -> list[str]:
+        return sorted((name for name in self.plans if name.startswith("plans/p")), reverse=True)
+
+    async def capacity_of(self, plan: str) -> frozenset[str]:
+        return self.capacity[plan]
+
     async def plan(self, name: str) -> plan_pb2.Plan | None:
         return self.plans.get(name)
 
@@ -80,6 +88,7 @@ class World:
         name = f"plans/p{len(self.proposed)}"
         usable = [key[-1] for key, node in self.nodes.items() if node.state == READY and not node.is_draining]
         made = plan_on(*usable, name=name)
+        self.capacity[name] = frozenset(usable)
         made.state, made.activation = plan_pb2.PLAN_STATE_SOLVING, plan_pb2.ACTIVATION_STATE_INACTIVE
         self.plans[name] = made
         return name
@@ -92,6 +101,12 @@ class World:
         self.plans[self.in_force].activation = plan_pb2.ACTIVATION_STATE_INACTIVE
         self.plans[plan].activation = plan_pb2.ACTIVATION_STATE_ACTIVE
         self.in_force = plan
+
+    def take_over(self) -> None:
+        """Begin another term, in which only the store is known, and nodes that do not report are SUSPECT at first."""
+        self.nodes |= {name: Node(SUSPECT) for name, node in self.nodes.items() if node.state == LOST}
+        self.proposals = PlacementProposals(self, self, clock=self)
+        self.proposals.capacity_changed(CLUSTER)
 
     def set(self, node: str, state: cluster_pb2.NodeState.ValueType = READY, *, draining: bool = False) -> None:
         self.nodes[f"{CLUSTER}/nodes/{node}"] = Node(state, draining)
@@ -191,6 +206,58 @@ def test_a_proposal_for_what_is_no_more_is_withdrawn_for_the_next_one() -> None:
     world.pass_s(310)
     assert world.withdrawn == ["plans/p1"]
     assert [reason for _, reason in world.proposed][1:] == ["For 300 s b, c are gone."]
+
+
+@pytest.mark.parametrize("is_solved", [True, False])
+def test_a_takeover_goes_on_with_the_proposal_that_is_stored(is_solved: bool) -> None:
+    """In the past every takeover made another one for the same node, and the earlier ones stayed for ever."""
+    world = World()
+    world.pass_s(1)
+    world.set("b", LOST)
+    world.pass_s(310)
+    if is_solved:
+        world.plans["plans/p1"].state = plan_pb2.PLAN_STATE_READY
+    for _ in range(2):
+        world.take_over()
+        world.pass_s(20)
+        world.plans["plans/p1"].state = plan_pb2.PLAN_STATE_READY
+        world.set("b", LOST)
+        world.pass_s(1000)
+    assert (len(world.proposed), world.withdrawn) == (1, [])
+    world.set("b")
+    world.pass_s(1000)
+    assert (len(world.proposed), world.withdrawn) == (1, ["plans/p1"])
+
+
+def test_a_takeover_withdraws_what_is_outdated_and_all_proposals_but_the_newest() -> None:
+    world = World()
+    world.pass_s(1)
+    world.set("b", LOST)
+    world.pass_s(310)
+    world.plans["plans/p0"] = plan_on("a", name="plans/p0")
+    world.plans["plans/p1"].state = plan_pb2.PLAN_STATE_READY
+    world.take_over()
+    world.pass_s(5)
+    assert world.withdrawn == ["plans/p0"]
+    world.set("b")  # it comes back under the new leader
+    world.pass_s(5)
+    assert world.withdrawn == ["plans/p0", "plans/p1"]
+    assert len(world.proposed) == 1
+
+
+def test_a_takeover_activates_a_proposal_of_the_term_before() -> None:
+    world = World(mode=cluster_pb2.REACTION_MODE_AUTOMATIC)
+    world.pass_s(1)
+    world.set("b", LOST)
+    world.pass_s(310)
+    world.take_over()
+    world.set("b", LOST)
+    world.plans["plans/p1"].state = plan_pb2.PLAN_STATE_READY
+    world.plans["plans/p1"].result.replicas[0].rate_rps = 1.5
+    world.pass_s(5)
+    assert world.in_force == "plans/p1"
+    world.pass_s(1000)
+    assert len(world.proposed) == 1
 
 
 def test_a_cluster_that_forbids_it_gets_no_proposal() -> None:

@@ -104,7 +104,7 @@ async def planner_in(
     documents = PlanDocuments(store)
     creation = PlanCreation(store, hubs, fleet, fleets, pool, searches)
     clusters = Clusters(store, hubs, fleet, fleets)
-    plans = Plans(store, hubs, searches, documents)
+    plans = Plans(store, hubs, fleet, searches, documents)
     methods = plan_methods(creation, plans, PlanActivation(store, hubs, fleet, fleets, documents))
     server = PlannerServer([servicing("PlanService", methods)], Calls(NoCredentials(), Telemetry(ServiceMetrics("0"))))
     address = server.listen("127.0.0.1:0")

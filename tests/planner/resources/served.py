@@ -186,6 +186,7 @@ class Refusal:
     reason: str
     metadata: dict[str, str]
     fields: dict[str, str]
+    message: str
 
 
 async def refused(call: Any) -> Refusal:
@@ -199,4 +200,10 @@ async def refused(call: Any) -> Refusal:
         detail.Unpack(info)
         detail.Unpack(wrong)
     fields = {violation.field: violation.description for violation in wrong.field_violations}
-    return Refusal(code=caught.value.code(), reason=info.reason, metadata=dict(info.metadata), fields=fields)
+    return Refusal(
+        code=caught.value.code(),
+        reason=info.reason,
+        metadata=dict(info.metadata),
+        fields=fields,
+        message=status.message,
+    )

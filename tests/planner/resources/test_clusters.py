@@ -56,6 +56,8 @@ async def test_every_wrong_field_is_reported_at_once(tmp_path: Path) -> None:
     async with served(tmp_path) as planner:
         request = new("Night-", CLUSTER.replace("L4", "L44"), request_id="7")
         request.cluster.policy.high_water = 1.5
+        request.cluster.policy.placement = 99
+        request.cluster.policy.redispatch = -1
         request.cluster.policy.deviation_ratio = float("nan")
         request.cluster.policy.prepare_timeout.seconds = 601
         request.cluster.policy.redispatch_interval.seconds = -1
@@ -66,12 +68,15 @@ async def test_every_wrong_field_is_reported_at_once(tmp_path: Path) -> None:
             "cluster_id",
             "request_id",
             "cluster.policy.high_water",
+            "cluster.policy.placement",
+            "cluster.policy.redispatch",
             "cluster.policy.deviation_ratio",
             "cluster.policy.prepare_timeout",
             "cluster.policy.redispatch_interval",
             "cluster.policy.placement_patience",
             "cluster.document#nodes[1].gpus[0].type",
         }
+        assert refusal.fields["cluster.policy.placement"] == "is 99, must be one of OFF, ADVISORY, AUTOMATIC"
         assert refusal.fields["cluster.policy.prepare_timeout"] == "is 601 s, must be 100 ms to 10 minutes"
 
 

@@ -130,7 +130,10 @@ async def test_what_the_next_plan_contains_goes_on_and_rolling_back_finds_it_aga
         twice = await refused(roll_back(planner, "b"))
         assert twice.reason == "PLAN_STATE"
         nowhere = await refused(roll_back(planner, "same"))
-        assert (nowhere.reason, nowhere.metadata) == ("NO_EARLIER_PLAN", {"cluster": "clusters/paper"})
+        assert (nowhere.reason, nowhere.metadata) == (
+            "NO_EARLIER_PLAN",
+            {"cluster": "clusters/paper", "plan": "plans/same"},
+        )
         await planner.call("DeletePlan", pb2.DeletePlanRequest(name="plans/b"))
         assert await activate(planner, "b", request_id=moved_id) == moved
 
@@ -152,6 +155,63 @@ async def test_a_plan_that_failed_to_come_up_is_tried_again_and_never_gone_back_
         assert (cluster.active_plan, cluster.earlier_plan) == ("plans/c", "plans/a")
         await planner.call("DeletePlan", pb2.DeletePlanRequest(name="plans/a"))
         assert (await refused(roll_back(planner, "c"))).reason == "NO_EARLIER_PLAN"
+
+
+async def test_a_first_plan_of_which_nothing_serves_is_withdrawn(tmp_path: Path, plans: dict[str, Plan]) -> None:
+    """In the past neither the cluster nor another plan could be used until the activation had failed."""
+    async with planner_in(tmp_path, scripted=True) as planner:
+        await import_plan(planner, "a", plans["large"])
+        await import_plan(planner, "b", plans["small"])
+        for activation in (ACTIVATING, FAILED):
+            await activate(planner, "a")
+            await set_activation(planner, "a", activation)
+            if activation == ACTIVATING:
+                busy = await refused(activate(planner, "b"))
+                assert busy.message == (
+                    "plans/a is being activated in clusters/paper: CancelPlan withdraws its activation, since nothing"
+                    " serves"
+                )
+            for call in (
+                roll_back(planner, "a"),
+                planner.call("DeletePlan", pb2.DeletePlanRequest(name="plans/a")),
+            ):
+                assert "CancelPlan withdraws its activation" in (await refused(call)).message
+            request = pb2.CancelPlanRequest(name="plans/a", request_id=str(uuid.uuid4()))
+            done = await planner.call("CancelPlan", request)
+            assert (done.plan.state, done.plan.activation) == (plan_pb2.PLAN_STATE_READY, INACTIVE)
+            assert done.plan.activation_progress == plan_pb2.ActivationProgress()
+            assert await planner.call("CancelPlan", request) == done
+            cluster = await planner.store.read(lambda reader: reader.clusters.require("clusters/paper"))
+            assert cluster.active_plan == ""
+            assert set((await replicas(planner)).values()) == {""}  # no plan's, so that the fleet stops them
+            assert planner.fleet.changed[-1] == "clusters/paper"
+        assert (await activate(planner, "b")).plan.activation == ACTIVATING
+        await planner.call("DeletePlan", pb2.DeletePlanRequest(name="plans/a"))
+
+
+@pytest.mark.parametrize("state", ["SERVING", "DEGRADED", "DRAINING"])
+async def test_an_activation_of_which_something_serves_is_not_withdrawn(
+    tmp_path: Path, plans: dict[str, Plan], state: str
+) -> None:
+    async with planner_in(tmp_path, scripted=True) as planner:
+        await import_plan(planner, "a", plans["large"])
+        name = (await activate(planner, "a")).steps[0].replica
+        up = replica_pb2.ReplicaState.Value(f"REPLICA_STATE_{state}")
+        await planner.store.write(lambda tx: tx.replicas.update(replace(tx.replicas.require(name), state=up)))
+        before = await planner.get("plans/a")
+        assert (await planner.call("CancelPlan", pb2.CancelPlanRequest(name="plans/a"))).plan.etag == before.etag
+        assert (await planner.get("plans/a")).activation == ACTIVATING
+
+
+async def test_an_activation_with_an_earlier_plan_is_not_withdrawn(tmp_path: Path, plans: dict[str, Plan]) -> None:
+    async with planner_in(tmp_path, scripted=True) as planner:
+        await import_plan(planner, "a", plans["large"])
+        await import_plan(planner, "b", plans["small"])
+        await activate(planner, "a")
+        await set_activation(planner, "a", ACTIVE)
+        assert (await planner.call("CancelPlan", pb2.CancelPlanRequest(name="plans/a"))).plan.activation == ACTIVE
+        await activate(planner, "b")
+        assert (await planner.call("CancelPlan", pb2.CancelPlanRequest(name="plans/b"))).plan.activation == ACTIVATING
 
 
 async def test_only_what_was_looked_at_is_put_in_force(tmp_path: Path, plans: dict[str, Plan]) -> None:

@@ -301,6 +301,10 @@ async def test_every_wrong_field_of_a_spec_is_named(tmp_path: Path) -> None:
         assert precise.fields.keys() == {"plan.spec.weights", "plan.spec.kv", "plan.spec.mtp"}
         assert precise.fields["plan.spec.mtp"].startswith("'2' is not TOKENS:ACCEPTANCE, 1 to 16 tokens")
         assert precise.fields["plan.spec.weights"].endswith("did you mean fp8?")
+        for field, words in (("weights", "fp8,Z=bf16"), ("kv", "fp8,Z=bf16")):  # a type that the cluster lacks
+            strange_type = await refused(planner.call("CreatePlan", create_request(**{field: words})))
+            assert strange_type.fields.keys() == {f"plan.spec.{field}"}
+            assert "has no GPU type 'Z'" in strange_type.fields[f"plan.spec.{field}"]
         deep = await refused(planner.call("CreatePlan", create_request(max_stages=17)))
         assert deep.fields == {"plan.spec.max_stages": "is 17, must be 16 at most"}
         strange = await refused(planner.call("CreatePlan", create_request(max_num_seqs=2**31, chunk_tokens=[9, 9])))

@@ -134,6 +134,8 @@ class FakePlanner:
         self.failed = asyncio.Event()
         self.failures: list[str] = []
         self.clusters: list[ClusterNow] = []
+        self.leads = True
+        self.num_looks = self.num_overviews = 0
 
     @property
     def servicings(self) -> Sequence[Servicing]:
@@ -171,6 +173,7 @@ class FakePlanner:
         )
 
     async def overview(self) -> Overview:
+        self.num_overviews += 1
         return Overview(
             epoch=3,
             leader_since_s=1_800_000_000.0,
@@ -181,8 +184,9 @@ class FakePlanner:
             solver_processes=2,
         )
 
-    def clusters_now(self) -> Sequence[ClusterNow]:
-        return self.clusters
+    def clusters_now(self, only: str = "") -> Sequence[ClusterNow]:
+        self.num_looks += 1
+        return [one for one in self.clusters if only in ("", one.name)]
 
     async def cluster_details(self, name: str) -> Mapping[str, Any] | None:
         return {"cluster": {"name": name}} if name == "clusters/c" else None

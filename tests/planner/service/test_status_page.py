@@ -11,6 +11,7 @@ import resource
 import socket
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import pytest
 
@@ -18,6 +19,7 @@ from hetis.planner.fleet.views import LiveReplica
 from hetis.planner.service.limits import raise_descriptor_limit, reserved_for_page
 from hetis.planner.service.metrics import LOOK_S, ServiceMetrics
 from hetis.planner.service.overview import NUM_SAMPLES, ClusterNow, KvHistory, Overview
+from hetis.planner.service.recent import Recent
 from hetis.planner.service.server import AddressError
 from hetis.planner.service.status_html import status_html
 from hetis.planner.service.status_page import PageLimits, StatusPage, status_app
@@ -137,6 +139,72 @@ async def test_browsers_get_a_page_and_programs_json() -> None:
     read = ReadPage(one[2])
     assert "Cluster c" in read.text
     assert "This planner" not in read.text, "of the one cluster alone"
+
+
+@pytest.mark.parametrize("path", ["/", "/clusters/c", "/metrics"])
+async def test_many_who_ask_at_once_get_an_answer_that_is_made_once(path: str) -> None:
+    """In the past each connection, which needs no credentials, had its own, which stalled the planner for seconds."""
+    planner, is_ready = FakePlanner(), True
+    planner.clusters.append(running_cluster())
+    served = StatusPage()
+    address = served.listen("127.0.0.1:0")
+    app = status_app(planner, ServiceMetrics("1"), version="1", is_ready=lambda: is_ready, fresh_s=3600.0)
+    await served.start(app)
+    answers = await asyncio.gather(*(ask(address, path, accept=BROWSER) for _ in range(40)))
+    assert {answer[0] for answer in answers} == {200}
+    assert len({answer[2] for answer in answers}) == 1
+    assert planner.num_overviews == 1
+    planner.leads = False
+    await ask(address, path, accept=BROWSER)
+    is_ready = False
+    await ask(address, path, accept=BROWSER)
+    await served.stop()
+    assert planner.num_overviews == 3, "a change of role or readiness shows at once"
+
+
+async def test_answers_are_made_one_at_a_time_and_kept_for_a_second() -> None:
+    now_s, num_running, made = 0.0, 0, list[str]()
+    recent = Recent[str](clock=lambda: now_s)
+
+    async def make(name: str) -> str:
+        nonlocal num_running
+        num_running += 1
+        assert num_running == 1
+        await asyncio.sleep(0)
+        num_running -= 1
+        made.append(name)
+        return name
+
+    async def ask_for(*names: str) -> None:
+        answers = await asyncio.gather(*(recent.of(name, partial(make, name)) for name in names))
+        assert answers == list(names)
+
+    await ask_for("a", "b", "a", "b")
+    assert made == ["a", "b"]
+    now_s = 0.9
+    await ask_for("a")
+    assert made == ["a", "b"]
+    now_s = 1.0
+    await ask_for("a", "a", "b")
+    assert made == ["a", "b", "a", "b"]
+
+    async def fail() -> str:
+        raise ValueError("no answer")
+
+    for _ in range(2):  # an error is not kept
+        with pytest.raises(ValueError, match="no answer"):
+            await recent.of("c", fail)
+    await ask_for("c")
+
+
+def test_a_snapshot_of_the_kv_does_not_change_with_later_samples() -> None:
+    history = KvHistory()
+    history.add(1.0, [("a/0", 0.25)])
+    snapshot = history.snapshot()
+    history.add(2.0, [("a/0", 0.5), ("b/0", 0.75)])
+    assert snapshot.now() == {"a/0": 0.25}
+    assert [record.device for record in snapshot.records(9)] == ["a/0"]
+    assert history.now() == {"a/0": 0.5, "b/0": 0.75}
 
 
 def test_the_page_shows_what_runs_as_it_is_now() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import shutil
 import signal
@@ -108,6 +109,15 @@ def test_a_damaged_file_is_one_clear_error_and_left_alone(tmp_path: Path, sqlite
     with pytest.raises(StoreError, match=f"store {path} is damaged or not a store"):
         asyncio.run(_open_and_close(sqlite_url))
     assert path.read_bytes() == before
+
+
+def test_a_file_with_a_damaged_schema_says_what_to_do(tmp_path: Path, sqlite_url: str) -> None:
+    asyncio.run(_open_and_close(sqlite_url))
+    with contextlib.closing(sqlite3.connect(tmp_path / "hetis.db", isolation_level=None)) as connection:
+        connection.execute("PRAGMA writable_schema = ON")
+        connection.execute("UPDATE sqlite_schema SET sql = 'no table' WHERE name = 'audit'")
+    with pytest.raises(StoreError, match=r"is damaged or not a store \(malformed .*restore a backup"):
+        asyncio.run(_open_and_close(sqlite_url))
 
 
 @pytest.mark.parametrize("is_replaced", [False, True])

@@ -22,6 +22,7 @@ from hetis.planner.failures import Reason, ServiceError
 from hetis.planner.store import Reader, Store, StoreError, Transaction, etag_of, leadership, opening, records, schema
 from hetis.planner.store.copying import migrate_to
 from hetis.planner.store.records import Record
+from hetis.planner.store.store import QUIET_S, StoreHealth
 from hetis.planner.store.tables import KEPT_REDISPATCHES, KEPT_S
 from hetis.v1.redispatch_pb2 import REDISPATCH_STATE_PREPARING
 from tests.planner.store import samples
@@ -328,6 +329,28 @@ async def test_a_store_that_only_answers_reads_is_unwritable_until_something_cou
         while store.health.unwritable_s:
             await asyncio.sleep(0.01)
     await store.close()
+
+
+def test_changes_that_fail_count_though_a_trial_fits_on_the_disk() -> None:
+    """Of a disk that is almost full: in the past each trial that fitted hid that every larger change failed."""
+    now_s = 100.0
+    health = StoreHealth(lambda: now_s)
+    for _ in range(6):
+        health.write_failed()
+        now_s += 1.0
+        health.trial_worked()
+        now_s += 1.0
+    assert health.unwritable_s == 12.0
+    now_s += QUIET_S - 2.5  # 2 s have passed since the last one
+    health.trial_worked()
+    assert health.unwritable_s > 0.0
+    now_s += 0.5
+    health.trial_worked()
+    assert health.unwritable_s == 0.0
+    health.write_failed()  # one that failed by chance
+    now_s += QUIET_S
+    health.trial_worked()
+    assert health.unwritable_s == 0.0
 
 
 async def test_a_lock_that_was_removed_is_taken_again_in_the_same_term(sqlite_url: str, tmp_path: Path) -> None:

@@ -159,6 +159,26 @@ async def test_a_message_that_meets_a_bug_ends_the_stream_and_not_the_agent(capl
     assert "ZeroDivisionError: a bug" in caplog.text
 
 
+@pytest.mark.parametrize("has_stood", [True, False])
+async def test_options_are_advised_only_where_no_stream_came_up(
+    has_stood: bool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the past a planner that was killed after minutes was said to require TLS."""
+    closed = Failure(reason=ErrorReason.ERROR_REASON_ENGINE_UNREACHABLE, message="Socket closed")
+
+    async def once(stream: PlannerStream, *_: object) -> tuple[None, Failure]:
+        stream._welcome_s = 0.0 if has_stood else None
+        return None, closed
+
+    monkeypatch.setattr(PlannerStream, "_once", once)
+    listener = Listener()
+    running = connect(PlannerAddress(server="127.0.0.1:1", is_plain=True), listener)
+    await until_ends(listener, 1)
+    await stop(running)
+    assert "Socket closed" in caplog.text
+    assert ("--tls-ca" in caplog.text) != has_stood
+
+
 def test_a_stream_that_stood_makes_the_next_wait_short(monkeypatch: pytest.MonkeyPatch) -> None:
     async def story(stood_s: float) -> int:
         monkeypatch.setattr("hetis.runtime.agent.stream.STOOD_S", stood_s)

@@ -253,6 +253,8 @@ class Applying:
             imports.append((self.asked.plan, load_plan(self.asked.plan)))
         if len(imports) + len(plans) + problem.is_given > 1:
             raise typer.BadParameter("more than one plan: give only one of --model, --plan, a Plan file, or plans/NAME")
+        if problem.is_given:
+            self._refuse_what_needs_an_end()
         self._apply(values)
         if plans:
             plan = fetched(self.client, "plans", full_name("plans", plans[0]), basic=True)
@@ -268,6 +270,14 @@ class Applying:
         lines = "\n".join(f"{resource.name}  {what}" for resource, what in self._done)
         self.terminal.emit(lambda: list_data("Applied", [resource for resource, _ in self._done]), lambda: lines)
         return ExitCode.OK
+
+    def _refuse_what_needs_an_end(self) -> None:
+        """Refuse to activate or save, without waiting for its search, a plan that does not exist yet."""
+        if not self.asked.no_wait:
+            return
+        for option, is_given in (("--activate", self.asked.activate), ("--out", self.asked.out is not None)):
+            if is_given:
+                raise typer.BadParameter(f"{option} needs the end of the search, for which --no-wait does not wait")
 
     def _apply(self, values: list[tuple[str, Value]]) -> None:
         dry_run = self.asked.dry_run
@@ -291,17 +301,30 @@ class Applying:
         terminal.say(f"{plan.name} made")
         if plan.state != plan_pb2.PLAN_STATE_READY:
             if asked.no_wait:
-                if asked.activate or asked.out:
-                    terminal.warn("its search is still running: the plan was neither activated nor saved")
                 return self._show(plan)
             plan = wait_for_plan(terminal, self.client, plan.name)
         code, is_printed = outcome(terminal, plan), asked.out == STDOUT
+        if code is ExitCode.OK and plan.state == plan_pb2.PLAN_STATE_CANCELLED:
+            code = self._stopped_by_another(plan)
         if code is not ExitCode.OK:
             return code if is_printed else self._show(plan, code=code)
         self._save(plan)
         if asked.activate:
             return self._put_in_force(plan, is_printed=is_printed)
         return ExitCode.OK if is_printed else self._show(plan)
+
+    def _stopped_by_another(self, plan: plan_pb2.Plan) -> ExitCode:
+        """Tell that someone cancelled the search; whether its best plan is good enough is for a person to decide."""
+        undone = [what for what, asked in (("activated", self.asked.activate), ("saved", self.asked.out)) if asked]
+        self.terminal.error(
+            f"the search for {plan.name} was cancelled: its best plan so far was kept"
+            + (f", and not {' or '.join(undone)}" if undone else ""),
+            [
+                f"activate it nevertheless: hetis-plan apply --activate {plan.name}",
+                f"save it: hetis-plan apply {plan.name} --out FILE",
+            ],
+        )
+        return ExitCode.CONFLICT
 
     @property
     def _not_done(self) -> str:

@@ -87,14 +87,15 @@ _CODES = {  # by the name of the gRPC status
 }
 _OPTIONS = {"plan_id": "--name"}  # by the field of a request that holds the option's value as it is
 ADVICE = {
-    "ACTIVATION_IN_PROGRESS": "wait for {plan}: hetis-plan watch {plan}",
+    "ACTIVATION_IN_PROGRESS": "wait: hetis-plan watch {plan}; if none of it serves: hetis-plan cancel {plan}",
     "ALREADY_EXISTS": "read the existing one: hetis-plan get {name}",
     "CREDENTIALS": "give credentials: --token-file, or --cert and --key",
     "DRAINING": "the planner is shutting down: retry in a moment",
     "ETAG_MISMATCH": "see what changed (hetis-plan get {name}), then retry if you still want this",
     "INVENTORY_MISMATCH": "see what the agents found: hetis-plan agents --cluster {cluster}",
     "NOT_LEADER": "another planner is the leader: retry, or name the leader with --server",
-    "NO_EARLIER_PLAN": "activate another plan: hetis-plan get plans, hetis-plan apply --activate PLAN",
+    "NO_EARLIER_PLAN": "activate another plan: hetis-plan apply --activate PLAN; if none of {plan} serves, first"
+    " hetis-plan cancel {plan}",
     "PLAN_CHECK_FAILED": "list every violated rule: hetis-plan check FILE",
     "PLAN_STATE": "see its state: hetis-plan get {name}",
     "STORE_UNAVAILABLE": "the planner's disk or database is failing: retry once it is repaired",

@@ -381,14 +381,25 @@ def rollback(
 
 @server_verb()
 def cancel(
-    terminal: Terminal, client: Client, plan: Annotated[str, typer.Argument(help="The plan whose search to cancel.")]
+    terminal: Terminal,
+    client: Client,
+    plan: Annotated[str, typer.Argument(help="The plan whose search or activation to cancel.")],
 ) -> ExitCode:
-    """Cancel a plan's search; its best plan so far becomes the result. A finished search is not changed."""
+    """Cancel a plan's search; its best plan so far becomes the result. A finished search is not changed.
+
+    Also withdraws an activation, if there is no earlier plan to roll back to and nothing serves yet.
+    """
     from hetis.planner.cli.resource_views import outcome, plan_summary, resource_data, wait_for_plan
-    from hetis.v1 import plan_service_pb2
+    from hetis.v1 import plan_pb2, plan_service_pb2
 
     request = plan_service_pb2.CancelPlanRequest(name=full_name("plans", plan))
-    client.plans.CancelPlan(request)
+    ended = client.plans.CancelPlan(request).plan
+    if ended.activation == plan_pb2.ACTIVATION_STATE_ACTIVATING:
+        terminal.error(
+            f"{ended.name} is still being activated: replicas serve in {ended.cluster}, or there is an earlier plan",
+            [f"go back to it: hetis-plan rollback {ended.name}", f"wait: hetis-plan watch {ended.name}"],
+        )
+        return ExitCode.CONFLICT
     ended = wait_for_plan(terminal, client, request.name)
     terminal.emit(lambda: resource_data(ended), lambda: plan_summary(ended))
     return outcome(terminal, ended)

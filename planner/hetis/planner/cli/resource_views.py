@@ -502,8 +502,16 @@ def line_of(plan: plan_pb2.Plan) -> str:
         counts = (far.num_serving, far.num_starting, far.num_failed, far.num_draining)
         words = zip(counts, ("serve", "start", "failed", "drain"), strict=True)
         said = ", ".join(f"{count} {what}" for count, what in words if count)
-        return f"{plan.name} {word_of(plan_pb2.ActivationState, plan.activation)}: {said or 'no replica yet'}"
+        waits = f"; waits for {_awaited(far)}" if far.awaited_nodes else ""
+        return f"{plan.name} {word_of(plan_pb2.ActivationState, plan.activation)}: {said or 'no replica yet'}{waits}"
     return f"{plan.name} {word_of(plan_pb2.PlanState, plan.state)}"
+
+
+def _awaited(far: plan_pb2.ActivationProgress) -> str:
+    """Return the nodes without which replicas cannot start: the first by name, and the number of the others."""
+    named = list(far.awaited_nodes)
+    others = far.num_awaited_nodes - len(named)
+    return ", ".join(named) + (f" and {others:,} more node{'s' if others > 1 else ''}" if others > 0 else "")
 
 
 def _progress(said: plan_pb2.SolveProgress) -> Progress:
@@ -535,6 +543,9 @@ def outcome(terminal: Terminal, plan: plan_pb2.Plan, *, activated: bool = False)
             ["the plan that served before still serves", f"roll back: hetis-plan rollback {plan.name}"],
         )
         return ExitCode.INTERNAL
+    if activated and plan.activation == plan_pb2.ACTIVATION_STATE_INACTIVE:
+        terminal.error(f"{plan.name} is not in force: its activation was cancelled, or another plan was activated")
+        return ExitCode.CONFLICT
     return ExitCode.OK
 
 

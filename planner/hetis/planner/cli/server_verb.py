@@ -77,7 +77,13 @@ class PlannerOptions:
 
         try:
             with Client(place, patience=lambda: Patience(limit_s=limit_s, tell=tell)) as client:
-                return use(client)
+                code = use(client)
+                if client.has_standby_answered:
+                    terminal.warn(
+                        "no leader answered: this is what a standby has saved, without the state of agents and engines"
+                        " (0 or empty) and the progress of searches"
+                    )
+                return code
         except CallError as error:
             return report_call_failure(terminal, error, place.address, is_plain=place.is_plain)
 

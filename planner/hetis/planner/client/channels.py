@@ -14,7 +14,7 @@ from typing import Any
 import grpc
 from grpc import aio
 
-from hetis.formats.endpoints import STREAM_OPEN, Endpoint, LeaderSearch, is_loopback
+from hetis.formats.endpoints import STANDBY_ANSWER, STREAM_OPEN, Endpoint, LeaderSearch, is_loopback
 from hetis.formats.files import FileStamp
 from hetis.planner.client.connection import (
     CHANNEL_OPTIONS,
@@ -29,6 +29,7 @@ from hetis.planner.client.errors import CallError, call_error
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.1, 1.0
 ATTEMPT_S = 10.0  # the time one planner has for a call that others may answer
 NOT_LEADER = "NOT_LEADER"
+_READS = ("Get", "List")  # how the names of methods begin that a standby may answer
 _REFUSED_AT_ONCE = (NOT_LEADER, "DRAINING")
 _NO_ANSWER = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.RESOURCE_EXHAUSTED)
 
@@ -61,6 +62,8 @@ class Attempts:
     clock: Callable[[], float]
     may_change: bool = False
     tried: set[Endpoint] = field(default_factory=set)
+    answer: Any = None  # the last answer
+    is_of_standby: bool = False  # whether that is a standby's, so that it lacks what only the leader knows
     _num_waits: int = 0
     _is_in_doubt: bool = False  # an attempt without an answer may have been carried out
 
@@ -71,13 +74,29 @@ class Attempts:
         is_dispatch = self.method.startswith(f"/{DISPATCH_SERVICE}/")
         return min(left_s, ATTEMPT_S) if self.leaders.are_several and not is_dispatch else left_s
 
-    def next_wait_s(self, endpoint: Endpoint, error: CallError) -> float:
-        """Return how long to wait before the next attempt.
+    @property
+    def may_be_of_standby(self) -> bool:
+        return self.method.rpartition("/")[2].startswith(_READS)
+
+    def takes(self, endpoint: Endpoint, answer: Any, metadata: Any) -> bool:
+        """Take the answer of a planner with the metadata behind it; return whether the leader should be asked, too."""
+        leader_address = next((str(value) for key, value in metadata or () if key == STANDBY_ANSWER), None)
+        self.answer, self.is_of_standby = answer, leader_address is not None
+        return leader_address is not None and self._asks_another(endpoint, leader_address)
+
+    def _asks_another(self, endpoint: Endpoint, leader_address: str) -> bool:
+        """Return whether to ask another planner at once. With a standby's answer at hand, waiting does not pay."""
+        return self.clock() < self.end_s and self.leaders.failed(endpoint, leader_address, self.tried)
+
+    def next_wait_s(self, endpoint: Endpoint, error: CallError) -> float | None:
+        """Return how long to wait before the next attempt, or None if a standby's answer has to do.
 
         Raises:
             CallError: the error itself, if neither another planner nor waiting can help. Its ``changed`` is ``unknown``
                 if an earlier attempt may have been carried out, whatever the planner reports for the last one.
         """
+        if self.is_of_standby and error.is_unreachable:
+            return 0.0 if self._asks_another(endpoint, leader_of(error)) else None
         wait_s = self._wait_s(endpoint, error)
         if wait_s is None:
             raise self._of_all_attempts(error)
@@ -247,6 +266,7 @@ class _AnyLeaderChannel:
         self._opened: dict[Endpoint, _Opened] = {}
         self._replaced = list[_Opened]()  # opened with earlier files
         self._is_closed = False
+        self.has_standby_answered = False  # whether a read got only a standby's answer
         self.leaders = search_for(connection)
 
     @contextmanager
@@ -278,6 +298,11 @@ class _AnyLeaderChannel:
             self._credentials, self._stamps = credentials, stamps
             self._replaced += self._opened.values()
             self._opened.clear()
+
+    def _ended(self, attempts: Attempts) -> Any:
+        """Return the answer of a call."""
+        self.has_standby_answered |= attempts.is_of_standby
+        return attempts.answer
 
     def _close(self) -> list[Any]:
         """Allow no more calls, and return the channels to close. Without the lock, which calls take as they end."""
@@ -378,10 +403,14 @@ class LeaderChannel(_AnyLeaderChannel):
                 try:
                     with self._calling(endpoint) as opened:
                         one: Any = opened.channel.unary_unary(method, *arguments, **named)
-                        return one(request, timeout=attempts.timeout_s, metadata=self.metadata(metadata), **settings)
+                        answer, done = one.with_call(
+                            request, timeout=attempts.timeout_s, metadata=self.metadata(metadata), **settings
+                        )
+                        wait_s = 0.0 if attempts.takes(endpoint, answer, done.trailing_metadata()) else None
                 except grpc.RpcError as error:
-                    failed = call_error(error)
-                wait_s = attempts.next_wait_s(endpoint, failed)
+                    wait_s = attempts.next_wait_s(endpoint, call_error(error))
+                if wait_s is None:
+                    return self._ended(attempts)
                 self.leaders.refresh()
                 if wait_s:
                     self._sleep(wait_s)
@@ -420,10 +449,14 @@ class AsyncLeaderChannel(_AnyLeaderChannel):
                 try:
                     with self._calling(endpoint) as opened:
                         one: Any = opened.channel.unary_unary(method, *arguments, **named)
-                        return await one(request, timeout=timeout_s, metadata=self.metadata(metadata), **settings)
+                        done = one(request, timeout=timeout_s, metadata=self.metadata(metadata), **settings)
+                        answer = await done
+                        behind = await done.trailing_metadata() if attempts.may_be_of_standby else ()
+                        wait_s = 0.0 if attempts.takes(endpoint, answer, behind) else None
                 except grpc.RpcError as error:
-                    failed = call_error(error)
-                wait_s = attempts.next_wait_s(endpoint, failed)
+                    wait_s = attempts.next_wait_s(endpoint, call_error(error))
+                if wait_s is None:
+                    return self._ended(attempts)
                 if self.leaders.is_stale:
                     await asyncio.to_thread(self.leaders.refresh)
                 if wait_s:

@@ -97,6 +97,11 @@ class _AnyClient:
         self.audit = audit_grpc.AuditServiceStub(channel)
         self.dispatch = dispatch_grpc.DispatchServiceStub(channel)
 
+    @property
+    def has_standby_answered(self) -> bool:
+        """Whether a read was answered by a standby alone, without what only the leader knows of agents and searches."""
+        return bool(self._channel.has_standby_answered)
+
     def list_clusters(self, *, page_size: int = 0) -> Pages[cluster_pb2.Cluster]:
         return Pages(self.clusters.ListClusters, cluster_rpc.ListClustersRequest(page_size=page_size))
 

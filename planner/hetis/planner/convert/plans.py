@@ -201,6 +201,9 @@ def progress_to_proto(progress: Progress, unit: str) -> plan_pb2.SolveProgress:
 
 def objective_from_proto(message: plan_pb2.Objective, field: str, wrong: Wrong) -> Objective:
     """Return the objective; ``wrong`` is called for every wrong field, whose path begins with ``field``."""
+    if message.kind and message.kind not in _KIND_OF:
+        known = ", ".join(one.name for one in ObjectiveKind)
+        wrong(f"{field}.kind", f"is {message.kind}, must be one of {known}")
     kind = _KIND_OF.get(message.kind, ObjectiveKind.GOODPUT)
     demand_rps = message.demand_rps or None
     if demand_rps is not None and not (demand_rps > 0 and math.isfinite(demand_rps)):

@@ -180,6 +180,11 @@ def _failure_of(parts: Iterable[ReplicaOnNode]) -> failure_pb2.Failure | None:
     return None
 
 
+def has_reached(goal: Goal.ValueType, part: ReplicaOnNode, generation: int) -> bool:
+    """Return whether a node has done its part of starting a replica with this goal."""
+    return part.reached(_aim(goal), generation)
+
+
 def _aim(goal: Goal.ValueType | None) -> frozenset[AssignmentState.ValueType]:
     return SERVING if goal == Goal.ASSIGNMENT_GOAL_SERVE else LOADED
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from hetis.planner.failures import Reason, ServiceError
@@ -15,6 +15,7 @@ from hetis.planner.fleet.activation import (
     Standing,
     State,
     Surroundings,
+    has_reached,
     next_standing,
 )
 from hetis.planner.fleet.cluster import ClusterFleet
@@ -23,6 +24,7 @@ from hetis.planner.fleet.writes import PlanWrite, ReplicaWrite, Writes
 from hetis.v1 import agent_service_pb2, failure_pb2, plan_pb2, report_pb2
 
 Activation = plan_pb2.ActivationState
+MOST_AWAITED = 3  # nodes named in the progress of an activation
 _log = logging.getLogger("hetis.planner.fleet")
 
 
@@ -221,13 +223,17 @@ def _decide_plan(cluster: ClusterFleet, view: _ClusterView, writes: Iterable[Rep
         if write.is_gone:
             del states[write.name]
     progress = progress_of(states, view.wanted)
-    cluster.note_progress(progress)
     activation = plan.activation
     if activation == Activation.ACTIVATION_STATE_ACTIVATING:
         if progress.num_failed:
             activation = Activation.ACTIVATION_STATE_FAILED
         elif not progress.num_starting and len(states) == len(view.wanted & states.keys()):
             activation = Activation.ACTIVATION_STATE_ACTIVE
+        else:
+            awaited = _awaited_nodes(cluster, states, view.wanted)
+            progress.awaited_nodes.extend(awaited[:MOST_AWAITED])
+            progress.num_awaited_nodes = len(awaited)
+    cluster.note_progress(progress)
     is_settled = not progress.num_starting and not progress.num_draining
     if activation == plan.activation and not (is_settled and progress != plan.body.activation_progress):
         return None  # intermediate progress is published but not stored: it must not change the etag
@@ -253,6 +259,24 @@ def progress_of(states: dict[str, Standing], wanted: frozenset[str]) -> plan_pb2
     if first is not None:
         progress.failure.CopyFrom(first)
     return progress
+
+
+def _awaited_nodes(cluster: ClusterFleet, states: Mapping[str, Standing], wanted: Iterable[str]) -> list[str]:
+    """Return the ids of the nodes that hold up starting replicas: those without an agent first, each part by name."""
+    absent, loading = set[str](), set[str]()
+    for name in wanted:
+        standing = states.get(name)
+        if standing is None or standing.state != State.REPLICA_STATE_STARTING:
+            continue
+        replica = cluster.replicas[name]
+        for node in replica.nodes:
+            if cluster.leases.state(node) != NodeState.NODE_STATE_READY:
+                absent.add(node)
+            elif standing.goal is not None and not has_reached(
+                standing.goal, _part(cluster, replica, node), replica.assigned_generation
+            ):
+                loading.add(node)
+    return [*sorted(absent), *sorted(loading)]
 
 
 def _unreadable(replica: Replica) -> failure_pb2.Failure:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import deque
+from collections import Counter, deque
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator, Mapping
 from contextlib import suppress
 
@@ -202,6 +202,11 @@ class LiveFleet:
         if found is None:
             return {}
         return {node_name(cluster, node): self._live_node(found, node) for node in found.leases.nodes}
+
+    def num_by_state(self, cluster: str) -> Counter[cluster_pb2.NodeState.ValueType]:
+        """Return how many of the nodes of `nodes_of` are in each state, without their views."""
+        found = self._clusters.get(cluster)
+        return Counter() if found is None else Counter(map(found.leases.state, found.leases.nodes))
 
     def num_connected(self, cluster: str) -> int:
         """Return the number of nodes whose agents are connected.

@@ -13,12 +13,13 @@ from google.protobuf.duration_pb2 import Duration
 from hetis.planner.convert import names
 from hetis.planner.convert.clusters import BASIC, FULL, cluster_message, without
 from hetis.planner.convert.documents import MAX_NODES, DeclaredFleets, canonical_document
-from hetis.planner.convert.names import seconds_of
+from hetis.planner.convert.names import seconds_of, word_of
 from hetis.planner.failures import Reason, ServiceError
 from hetis.planner.fleet.fleet import LiveFleet
 from hetis.planner.fleet.hubs import Hubs
 from hetis.planner.resources.plan_creation import forget_problem
 from hetis.planner.resources.requests import Checks, Tell, change_once, check, read_page, require_etag
+from hetis.planner.resources.withdrawal import how_to_withdraw
 from hetis.planner.store import ClusterRecord, Reader, Store, Transaction
 from hetis.planner.threads import run_in_thread_gc_paused
 from hetis.solver.cluster import Cluster
@@ -205,7 +206,9 @@ def _must_be_deletable(tx: Reader, name: str, etag: str) -> None:
     record = tx.clusters.require(name)
     require_etag(record, etag)
     if record.active_plan:
-        raise _in_use(name, record.active_plan, "is in force")
+        plan = tx.plans.get(record.active_plan)
+        way_out = "" if plan is None else how_to_withdraw(tx, plan)
+        raise _in_use(name, record.active_plan, f"is in force{way_out}")
     if replicas := tx.replicas.page(None, 1, cluster=name):
         raise _in_use(name, replicas[0].name, "has not stopped yet")
 
@@ -220,6 +223,10 @@ _LONGEST_S = 315_576_000_000  # the longest valid Duration
 
 def check_policy(checks: Checks, policy: cluster_pb2.ClusterPolicy, field: str) -> None:
     """Check the limits that ``cluster.proto`` states."""
+    modes = cluster_pb2.ReactionMode
+    for name, mode in (("redispatch", policy.redispatch), ("placement", policy.placement)):
+        known = ", ".join(word_of(modes, value) for value in modes.values() if value)
+        checks.require(mode in modes.values(), f"{field}.{name}", f"is {mode}, must be one of {known}")
     ratio = policy.deviation_ratio
     checks.require(0 <= ratio <= 100, f"{field}.deviation_ratio", f"is {ratio}, must be from 0 to 100")
     mark = policy.high_water

@@ -21,6 +21,7 @@ from hetis.planner.fleet.replica import devices_of, nodes_of
 from hetis.planner.resources.plan_documents import IN_FORCE, PlanDocuments, plan_state, require_gpus
 from hetis.planner.resources.plans import MOST_BYTES, load_bytes_of
 from hetis.planner.resources.requests import Tell, answered_before, change_once, check, require_etag
+from hetis.planner.resources.withdrawal import how_to_withdraw, past
 from hetis.planner.store import ClusterRecord, PlanRecord, Reader, ReplicaRecord, Store, Transaction, etag_of
 from hetis.planner.threads import run_in_thread_gc_paused
 from hetis.v1 import plan_pb2, replica_pb2
@@ -74,7 +75,11 @@ class PlanActivation:
                 raise plan_state(plan, "is not in force")
             if not cluster.earlier_plan:
                 message = f"no plan was in force in {cluster.name} before {plan.name}, or it was deleted"
-                raise ServiceError(Reason.ERROR_REASON_NO_EARLIER_PLAN, message, metadata={"cluster": cluster.name})
+                raise ServiceError(
+                    Reason.ERROR_REASON_NO_EARLIER_PLAN,
+                    message + how_to_withdraw(reader, plan),
+                    metadata={"cluster": cluster.name, "plan": plan.name},
+                )
             return reader.plans.require(cluster.earlier_plan)
 
         try:
@@ -192,7 +197,7 @@ def _require_idle(reader: Reader, cluster: ClusterRecord) -> None:
     if active is not None and active.activation == plan_pb2.ACTIVATION_STATE_ACTIVATING:
         raise ServiceError(
             Reason.ERROR_REASON_ACTIVATION_IN_PROGRESS,
-            f"{active.name} is being activated in {cluster.name}",
+            f"{active.name} is being activated in {cluster.name}{how_to_withdraw(reader, active)}",
             metadata={"cluster": cluster.name, "plan": active.name},
         )
 
@@ -370,11 +375,6 @@ def coming(plan: PlanRecord, matching: Matching, now_s: float) -> PlanRecord:
         )
     )
     return replace(plan, activation=plan_pb2.ACTIVATION_STATE_ACTIVATING)
-
-
-def past(plan: PlanRecord) -> PlanRecord:
-    plan.body.activation_progress.CopyFrom(plan_pb2.ActivationProgress())
-    return replace(plan, activation=plan_pb2.ACTIVATION_STATE_INACTIVE)
 
 
 def earlier_after(cluster: ClusterRecord, plan: PlanRecord, before: PlanRecord | None) -> str:

@@ -16,6 +16,7 @@ from hetis.formats.model import drafts
 from hetis.formats.workload import named_workload
 from hetis.planner.convert import documents, names
 from hetis.planner.convert.plans import FROM_PROTO, objective_from_proto
+from hetis.planner.failures import invalid_field
 from hetis.planner.jobs.messages import PosedProblem
 from hetis.planner.resources.requests import Checks
 from hetis.planner.store import ClusterRecord, ProfileRecord, etag_of
@@ -138,6 +139,11 @@ def pose(
         origins={**read.origins(), "cluster": origin, "profiles": {gpu: where for gpu, (where, _) in by_gpu.items()}},
     )
     spec = read.spec
+    for field, asked in (("weights", spec.weights), ("kv", spec.kv)):  # each by itself, so that the error names it
+        try:
+            in_precision(loaded, **{"weights": None, "kv": None, field: asked or None})
+        except InvalidProblemError as error:
+            raise invalid_field(f"{SPEC}.{field}", str(error).removeprefix("precision: ")) from None
     posed = PosedProblem(
         loaded=in_precision(loaded, weights=spec.weights or None, kv=spec.kv or None, mtp=spec.mtp or None),
         objective=read.objective,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 from hetis.planner.convert import names
@@ -12,6 +13,7 @@ from hetis.planner.convert.clusters import basic_view, full_view
 from hetis.planner.convert.names import timestamp
 from hetis.planner.convert.plans import complete, explanation_to_proto, replica_to_proto
 from hetis.planner.failures import Reason, ServiceError, invalid_field, not_found
+from hetis.planner.fleet.fleet import LiveFleet
 from hetis.planner.fleet.hubs import Hubs
 from hetis.planner.resources.plan_creation import PlanSearches, forget_problem
 from hetis.planner.resources.plan_documents import (
@@ -23,7 +25,8 @@ from hetis.planner.resources.plan_documents import (
     require_answer,
 )
 from hetis.planner.resources.requests import Checks, Tell, change_once, check, read_page, require_etag
-from hetis.planner.store import PlanRecord, Reader, Store, Transaction
+from hetis.planner.resources.withdrawal import how_to_withdraw, is_withdrawable, withdraw
+from hetis.planner.store import ClusterRecord, PlanRecord, Reader, Store, Transaction
 from hetis.planner.threads import run_in_thread_gc_paused
 from hetis.planner.use_cases.service_level import SERVICE_LEVEL
 from hetis.planner.use_cases.sources import CONSTRAINTS, ENGINE_SETTINGS, PlanAndProblem, constraint_options
@@ -41,6 +44,7 @@ class Plans:
 
     _store: Store
     _hubs: Hubs
+    _fleet: LiveFleet
     _searches: PlanSearches
     _documents: PlanDocuments
     _clock: Callable[[], float] = time.time
@@ -121,6 +125,14 @@ class Plans:
         raise ServiceError(Reason.ERROR_REASON_DRAINING, "this planner is shutting down: retry")
 
     async def cancel(self, request: pb2.CancelPlanRequest) -> pb2.CancelPlanResponse:
+        """Cancel a plan's search, or withdraw its activation if nothing serves and there is no earlier plan."""
+        return await self._cancel(request, withdraws=True)
+
+    async def cancel_search(self, request: pb2.CancelPlanRequest) -> pb2.CancelPlanResponse:
+        """Cancel a plan's search. If it is over, nothing is changed."""
+        return await self._cancel(request, withdraws=False)
+
+    async def _cancel(self, request: pb2.CancelPlanRequest, *, withdraws: bool) -> pb2.CancelPlanResponse:
         check(request, name=names.PLAN)
 
         async def tell() -> None:
@@ -131,9 +143,19 @@ class Plans:
             require_etag(record, request.etag)
             if record.state in SEARCHING:
                 forget_problem(tx, record.name)
+            elif withdraws and is_withdrawable(tx, record):
+                cluster, record = withdraw(tx, record)
+                return pb2.CancelPlanResponse(plan=self._basic(record)), partial(self._withdrawn, cluster, record)
             return pb2.CancelPlanResponse(plan=self._basic(record)), tell
 
         return await change_once(self._store, request, pb2.CancelPlanResponse, cancel)
+
+    async def _withdrawn(self, cluster: ClusterRecord, plan: PlanRecord) -> None:
+        """Publish that a plan is not in force any more, and let the fleet stop its replicas."""
+        now_s = self._clock()
+        self._hubs.plans.publish(plan.name, self._basic(plan), now_s=now_s)
+        self._hubs.publish_cluster(cluster, num_connected=self._fleet.num_connected(cluster.name), now_s=now_s)
+        await self._fleet.cluster_changed(cluster.name)
 
     async def explain(self, request: pb2.ExplainPlanRequest) -> pb2.ExplainPlanResponse:
         from hetis.solver.placement.explanation import explain_plan
@@ -185,7 +207,7 @@ def _require_deletable(reader: Reader, request: pb2.DeletePlanRequest) -> PlanRe
     if record.activation in IN_FORCE or (cluster is not None and cluster.active_plan == record.name):
         raise ServiceError(
             Reason.ERROR_REASON_RESOURCE_IN_USE,
-            f"{record.name} is in force in {record.cluster}",
+            f"{record.name} is in force in {record.cluster}{how_to_withdraw(reader, record)}",
             metadata={"name": record.name, "user": record.cluster},
         )
     return record

@@ -6,6 +6,8 @@ lasted for ``placement_patience`` without another one; a node that flaps restart
 
 The planner knows the capacity for which the active plan was made only if that was in its own term. A plan that was
 active before counts as made for the nodes at the start of the term, including those that have not connected yet.
+Open proposals of earlier terms are in the store: the newest one is taken over, with the capacity in its document, and
+the others are withdrawn.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from hetis.planner.convert.clusters import basic_view
-from hetis.planner.convert.names import last_part
+from hetis.planner.convert.names import last_part, node_name
 from hetis.planner.convert.plans import role_of
 from hetis.planner.failures import Reason, ServiceError
 from hetis.planner.fleet.fleet import LiveFleet
@@ -25,7 +27,7 @@ from hetis.planner.fleet.settings import ProposalPolicy, proposal_policy
 from hetis.planner.fleet.views import Clock, FleetObserver
 from hetis.planner.resources.plan_activation import PlanActivation
 from hetis.planner.resources.plan_creation import PlanCreation
-from hetis.planner.resources.plan_documents import SEARCHING
+from hetis.planner.resources.plan_documents import SEARCHING, PlanDocuments
 from hetis.planner.resources.plans import Plans
 from hetis.planner.store import PlanRecord, Store, etag_of
 from hetis.solver.cluster import node_of
@@ -51,6 +53,7 @@ class StoredPlacements:
     _plans: Plans
     _creation: PlanCreation
     _activation: PlanActivation
+    _documents: PlanDocuments
     _kept: dict[str, plan_pb2.Plan] = field(default_factory=dict)
 
     async def plan_in_force(self, cluster: str) -> plan_pb2.Plan | None:
@@ -73,6 +76,26 @@ class StoredPlacements:
                 del self._kept[next(iter(self._kept))]
         return kept
 
+    async def open_proposals(self, cluster: str) -> list[str]:
+        """Return the names of the proposals that were never activated, the newest first."""
+        inactive = plan_pb2.ACTIVATION_STATE_INACTIVE
+        records = await self._store.read(lambda reader: reader.plans.all(cluster=cluster))
+        return [
+            record.name
+            for record in sorted(records, key=lambda record: record.create_time_s, reverse=True)
+            if record.body.origin == plan_pb2.PLAN_ORIGIN_PROPOSAL
+            and record.activation == inactive
+            and not record.body.HasField("activate_time")
+        ]
+
+    async def capacity_of(self, plan: str) -> frozenset[str]:
+        """Return the ids of the nodes for which a plan was made; none if it has no answer."""
+        record = await self._store.read(lambda reader: reader.plans.get(plan))
+        if record is None or not record.body.HasField("result"):
+            return frozenset()
+        groups = (await self._documents.of(record)).problem.cluster.node_groups
+        return frozenset(group.node_name(index) for group in groups for index in range(group.count))
+
     async def propose(self, cluster: str, spec: plan_pb2.PlanSpec, reason: str) -> str:
         """Create a plan for the available nodes and return its name. Raises ServiceError if that is impossible now."""
         return await self._creation.propose(cluster, spec, reason)
@@ -82,7 +105,7 @@ class StoredPlacements:
         try:
             record = await self._store.read(lambda reader: reader.plans.get(plan))
             if record is not None and record.state in SEARCHING:
-                await self._plans.cancel(pb2.CancelPlanRequest(name=plan))
+                await self._plans.cancel_search(pb2.CancelPlanRequest(name=plan))
             elif record is not None:
                 await self._plans.delete(pb2.DeletePlanRequest(name=plan))
         except ServiceError as error:
@@ -100,7 +123,8 @@ class _Cluster:
 
     Attributes:
         plan, planned: the active plan, and the capacity for which it was made.
-        proposal, proposed: the open proposal, and its capacity; empty if none.
+        proposal, proposed: the open proposal, and its capacity; empty if none. The capacity is None until it is known:
+            a search of an earlier term has to end first.
     """
 
     nodes: frozenset[str]  # the cluster's capacity, as of the last look
@@ -109,7 +133,8 @@ class _Cluster:
     plan: str = ""
     planned: frozenset[str] = frozenset()
     proposal: str = ""
-    proposed: frozenset[str] = frozenset()
+    proposed: frozenset[str] | None = frozenset()
+    has_adopted: bool = False  # whether the open proposals of earlier terms were looked for
     is_settled: bool = False  # whether there is nothing to do until a change
 
 
@@ -177,12 +202,14 @@ class PlacementProposals(FleetObserver):
         plan = await self._placements.plan_in_force(name)
         if plan is None:
             return None
+        if not known.has_adopted:
+            await self._adopt(name, known)
         if plan.name != known.plan:
-            is_ours = plan.name == known.proposal
-            known.planned = known.proposed if is_ours else nodes | _nodes_of(plan)
+            is_ours = plan.name == known.proposal and known.proposed is not None
+            known.planned = (known.proposed or frozenset()) if is_ours else nodes | _nodes_of(plan)
             known.plan = plan.name
         if known.proposal:
-            wait_s = await self._follow(known, plan, policy)
+            wait_s = await self._follow(name, known, plan, policy)
             if wait_s is not None or known.proposal:
                 return wait_s
         gone, came = _nodes_of(plan) - nodes, nodes - known.planned
@@ -200,13 +227,28 @@ class PlacementProposals(FleetObserver):
         known.proposed = nodes
         return POLL_S
 
-    async def _follow(self, known: _Cluster, plan: plan_pb2.Plan, policy: ProposalPolicy) -> float | None:
+    async def _adopt(self, name: str, known: _Cluster) -> None:
+        """Take over the newest open proposal of an earlier term, and withdraw the others."""
+        found = await self._placements.open_proposals(name)
+        for other in found[1:]:
+            await self._placements.withdraw(other)
+        if found:
+            known.proposal, known.proposed = found[0], None
+        known.has_adopted = True
+
+    async def _follow(self, name: str, known: _Cluster, plan: plan_pb2.Plan, policy: ProposalPolicy) -> float | None:
         """Follow up the open proposal; forget it if another one may be made."""
         proposal = await self._placements.plan(known.proposal)
         if proposal is None or proposal.name == plan.name:
             known.proposal = ""  # a caller deleted or activated it
             return None
+        if known.proposed is None:
+            if proposal.state in SEARCHING:
+                return POLL_S
+            known.proposed = await self._placements.capacity_of(known.proposal)
         if known.proposed != known.nodes:
+            if known.proposed < known.nodes and self._are_suspect(name, known.nodes - known.proposed):
+                return POLL_S  # after a takeover, nodes that were lost are SUSPECT for a lease
             await self._placements.withdraw(known.proposal)
             known.proposal = ""
             return None
@@ -231,6 +273,11 @@ class PlacementProposals(FleetObserver):
             if nodes != known.nodes:
                 known.nodes, known.since_s, known.is_settled = nodes, known.changed_s, False
             known.changed_s = None
+
+    def _are_suspect(self, cluster: str, nodes: Iterable[str]) -> bool:
+        found = self._fleet.nodes_of(cluster)
+        states = (found[node_name(cluster, node)].state for node in nodes if node_name(cluster, node) in found)
+        return all(state == cluster_pb2.NODE_STATE_SUSPECT for state in states)
 
     def _capacity(self, cluster: str) -> frozenset[str]:
         return frozenset(

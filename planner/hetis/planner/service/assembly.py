@@ -90,9 +90,10 @@ class Term:
         documents = PlanDocuments(store)
         limits = SearchLimits(threads=_threads(config), time_s=config.solver.max_search)
         creation = PlanCreation(store, hubs, fleet, declared, self._pool, searches, limits)
-        plans = Plans(store, hubs, searches, documents)
+        plans = Plans(store, hubs, fleet, searches, documents)
         activation = PlanActivation(store, hubs, fleet, declared, documents)
-        self._proposals = PlacementProposals(fleet, StoredPlacements(store, plans, creation, activation), clock=clock)
+        placements = StoredPlacements(store, plans, creation, activation, documents)
+        self._proposals = PlacementProposals(fleet, placements, clock=clock)
         fleet.add_observer(self._proposals)
 
         def require_lease() -> None:

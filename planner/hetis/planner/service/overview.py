@@ -7,7 +7,6 @@ import logging
 import math
 import re
 import time
-from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -86,6 +85,12 @@ class KvHistory:
             if device in self._columns:
                 self._rows[-1, self._columns[device]] = share
         self._times_s = [*self._times_s, time_s][-NUM_SAMPLES:]
+
+    def snapshot(self) -> KvHistory:
+        """Return the present state, which later samples do not change, so that a thread may read it."""
+        copy = KvHistory()
+        copy._columns, copy._times_s, copy._rows = dict(self._columns), self._times_s, self._rows
+        return copy
 
     def records(self, most: int) -> list[KvRecord]:
         """Return the ``most`` devices that are fullest now, or were fullest in the history, sorted by name."""
@@ -259,8 +264,10 @@ class Overviews:
             searches_of=self.pool.searches_of(),
         )
 
-    def clusters_now(self) -> Sequence[ClusterNow]:
-        return [self._cluster_now(name) for name in sorted(self.fleet.cluster_names)]
+    def clusters_now(self, only: str = "") -> Sequence[ClusterNow]:
+        """Return all clusters, or the one that is named ``only`` if it is led."""
+        names = [only] if only in self.fleet.cluster_names else [] if only else sorted(self.fleet.cluster_names)
+        return [self._cluster_now(name) for name in names]
 
     def _cluster_now(self, name: str) -> ClusterNow:
         moved = [event.value for event in self.hubs.cluster(name).newest()]
@@ -269,7 +276,7 @@ class Overviews:
             nodes=self.fleet.nodes_of(name),
             replicas=self.fleet.replicas_of(name),
             redispatches=[message for message in moved if isinstance(message, redispatch_pb2.Redispatch)],
-            kv=self.kv.of(name),
+            kv=self.kv.of(name).snapshot(),
             high_water=redispatch_policy(self.fleet.policy_of(name)).high_water,
             now_s=time.time(),
         )
@@ -326,7 +333,7 @@ class Overviews:
         self._counted_at_s = time.monotonic()
 
     def _num_nodes(self, cluster: str, num_declared: int) -> Mapping[str, int]:
-        states = Counter(node.state for node in self.fleet.nodes_of(cluster).values())
+        states = self.fleet.num_by_state(cluster)
         undeclared = states[cluster_pb2.NODE_STATE_UNDECLARED]
         never_seen = num_declared - (sum(states.values()) - undeclared)
         states[cluster_pb2.NODE_STATE_EXPECTED] += max(0, never_seen)

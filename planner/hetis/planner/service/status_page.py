@@ -7,9 +7,10 @@ import contextlib
 import ipaddress
 import socket
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import h11
@@ -26,6 +27,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from hetis.planner.failures import ServiceError
 from hetis.planner.report.page.blocks import live_script_policy
 from hetis.planner.service.metrics import CONTENT_TYPE, ServiceMetrics
+from hetis.planner.service.recent import FRESH_S, Recent
 from hetis.planner.service.server import AddressError
 from hetis.planner.service.settings import join_address, split_address
 
@@ -143,33 +145,34 @@ def status_app(
     is_ready: Callable[[], bool],
     failures: Callable[[], Sequence[str]] = tuple,
     hosts: Sequence[str] = (),
+    fresh_s: float = FRESH_S,
 ) -> Starlette:
     """Return the app with the page's routes. All are GET and change nothing.
 
     Args:
         failures: returns what has failed permanently, so that the process should be restarted.
         hosts: host names that requests may use besides addresses, `localhost` and this machine's own name.
+        fresh_s: for how long an answer may be repeated.
     """
+
+    recent = Recent[Response](fresh_s=fresh_s)  # its callers need no credentials, and must not stall the planner
 
     async def drawn(only: str = "") -> Response:
         from hetis.planner.service.status_html import status_html  # late: wrong settings are reported first
 
-        found = source.clusters_now()
-        if only and only not in {one.name for one in found}:
+        found = source.clusters_now(only)
+        if only and not found:
             return PlainTextResponse(f"this planner does not lead {only}\n", status_code=404)
-        page = status_html(await source.overview(), found, version=version, is_ready=is_ready(), only=only)
+        overview, ready = await source.overview(), is_ready()
+        # In a thread, so that the loop is not stalled; nothing that it reads is changed any more.
+        page = await asyncio.to_thread(status_html, overview, found, version=version, is_ready=ready, only=only)
         return HTMLResponse(page, headers=_PAGE_HEADERS)
 
-    async def planner(request: Request) -> Response:
-        if _wants_html(request):
-            return await drawn()
+    async def listed() -> Response:
         data = overview_data(await source.overview(), version=version, is_ready=is_ready())
         return JSONResponse(data, headers=_VARIES)
 
-    async def cluster(request: Request) -> Response:
-        name = f"clusters/{request.path_params['cluster']}"
-        if _wants_html(request):
-            return await drawn(name)
+    async def detailed(name: str) -> Response:
         try:
             details = await source.cluster_details(name)
         except ServiceError as error:
@@ -178,9 +181,27 @@ def status_app(
             return JSONResponse({"error": f"{name} does not exist"}, status_code=404)
         return JSONResponse(dict(details), headers=_VARIES)
 
-    async def show_metrics(_request: Request) -> Response:
+    async def measured() -> Response:
         metrics.show(await source.overview())
         return Response(metrics.text(), media_type=CONTENT_TYPE)
+
+    def key(kind: str, name: str = "") -> Hashable:
+        """Return the key of an answer. A change of the planner's role shows at once."""
+        return kind, name, source.leads, is_ready()
+
+    async def planner(request: Request) -> Response:
+        if _wants_html(request):
+            return await recent.of(key("page"), drawn)
+        return await recent.of(key("json"), listed)
+
+    async def cluster(request: Request) -> Response:
+        name = f"clusters/{request.path_params['cluster']}"
+        if _wants_html(request):
+            return await recent.of(key("page", name), partial(drawn, name))
+        return await recent.of(key("json", name), partial(detailed, name))
+
+    async def show_metrics(_request: Request) -> Response:
+        return await recent.of(key("metrics"), measured)
 
     async def alive(_request: Request) -> Response:
         if failed := failures():

@@ -16,9 +16,10 @@ from typing import Any
 
 from prometheus_client.registry import Collector
 
+from hetis.formats.endpoints import STANDBY_ANSWER
 from hetis.planner.failures import Reason, ServiceError
 from hetis.planner.fleet.settings import FleetCounters
-from hetis.planner.service.access import needs_leader
+from hetis.planner.service.access import LIVE_READS, needs_leader
 from hetis.planner.service.assembly import Term
 from hetis.planner.service.audit_refusals import AuditRefusals
 from hetis.planner.service.exit_codes import ServiceExitCode
@@ -93,6 +94,11 @@ class Succession:
     def leads(self) -> bool:
         return self._leading is not None and self._store.lease.is_held
 
+    @property
+    def leader_address(self) -> str:
+        """The addresses of another planner that leads, separated by commas; empty if they are unknown."""
+        return self._store.not_leader().metadata.get("leader_address", "")
+
     async def start(self) -> None:
         """Lead, or start to stand by. Raises NOT_LEADER if it should not stand by, or STORE_UNAVAILABLE."""
         try:
@@ -144,8 +150,8 @@ class Succession:
             store_answered_s_ago=store.health.answered_s_ago,
         )
 
-    def clusters_now(self) -> Sequence[ClusterNow]:
-        return self.present.overviews.clusters_now()
+    def clusters_now(self, only: str = "") -> Sequence[ClusterNow]:
+        return self.present.overviews.clusters_now(only)
 
     async def cluster_details(self, name: str) -> Mapping[str, Any] | None:
         return await self.present.overviews.cluster_details(name)
@@ -252,7 +258,12 @@ class _Present:
         self._position = position
 
     def __getattr__(self, method: str) -> Callable[[Any, Any], Awaitable[Any] | AsyncIterator[Any]]:
+        service = self._succession.present.servicings[self._position].service
+        is_live = f"/{service}/{method}" in LIVE_READS
+
         def answer(request: Any, context: Any) -> Awaitable[Any] | AsyncIterator[Any]:
+            if is_live and not self._succession.leads:
+                context.set_trailing_metadata(((STANDBY_ANSWER, self._succession.leader_address),))
             servicer = self._succession.present.servicings[self._position].servicer
             found: Awaitable[Any] | AsyncIterator[Any] = getattr(servicer, method)(request, context)
             return found

@@ -244,7 +244,8 @@ def cannot_open(error: sa.exc.DBAPIError, store: str) -> StoreError:
     reason = _reason(error)
     if not isinstance(error.orig, sqlite3.Error):
         return StoreError(f"store {store} cannot be reached: {reason}")
-    if reason in ("file is not a database", "database disk image is malformed"):
+    damages = "file is not a database", "database disk image is malformed", "malformed database schema"
+    if reason.startswith(damages):
         return _damaged(store, reason)
     if "readonly" in reason or "unable to open" in reason:
         folder = Path(store).parent

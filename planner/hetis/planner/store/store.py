@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import contextvars
 import logging
+import math
 import sqlite3
 import time
 from bisect import bisect_left
@@ -23,6 +24,7 @@ from hetis.planner.store.leadership import FileLock, GrantedLease, Holder, Lease
 from hetis.planner.store.opening import StoreError
 from hetis.planner.store.tables import Reader, Transaction
 
+QUIET_S = 5.0  # writes work again once a trial does, and no change has failed for so long
 BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 
 
@@ -35,6 +37,7 @@ class StoreHealth:
         self._began_s: float | None = None  # when the present transaction began
         self._is_failing = False  # whether the last finished transaction failed
         self._unwritable_s: float | None = None  # when a write failed, with no write known to work since
+        self._failed_s = -math.inf  # when a write last failed
         self.errors = 0  # number of failed transactions
         self.seconds = 0.0  # total duration of all transactions
         # Number of transactions by duration, up to that of each bucket in `BUCKETS_S`; the last is for longer ones
@@ -68,11 +71,17 @@ class StoreHealth:
 
     def write_failed(self) -> None:
         """Note a write that failed because of the store."""
+        self._failed_s = self._clock()
         if self._unwritable_s is None:
-            self._unwritable_s = self._clock()
+            self._unwritable_s = self._failed_s
+
+    def trial_worked(self) -> None:
+        """Note that a trial was written. On an almost full disk it fits where changes do not, so they have to end."""
+        if self._clock() - self._failed_s >= QUIET_S:
+            self.writes_work()
 
     def writes_work(self) -> None:
-        """Note that something was written. A transaction that turned out to change nothing does not count."""
+        """Note that writes work, as far as is known."""
         self._unwritable_s = None
 
     @contextlib.contextmanager
@@ -672,13 +681,16 @@ class Store:
         if epoch is None:  # the term has ended since the check
             raise self.not_leader()
         try:
-            with self._begun(self._engine) as connection:
-                leadership.check(connection, epoch)
-                return work(Transaction(connection, now_s=self._clock()))
+            return self._write_in(epoch, work)
         except ServiceError as error:
             if error.reason == Reason.ERROR_REASON_STORE_UNAVAILABLE and epoch == self._epoch:
                 self.health.write_failed()
             raise
+
+    def _write_in(self, epoch: int, work: Callable[[Transaction], T]) -> T:
+        with self._begun(self._engine) as connection:
+            leadership.check(connection, epoch)
+            return work(Transaction(connection, now_s=self._clock()))
 
     def _try_to_write(self) -> None:
         """Write something that leaves nothing, to learn whether writes work again."""
@@ -687,8 +699,9 @@ class Store:
             tx.plan_documents.put(_TRIAL, b"")
             tx.plan_documents.delete(_TRIAL)
 
-        self._write(work)
-        self.health.writes_work()
+        if (epoch := self._epoch) is not None:
+            self._write_in(epoch, work)  # if it fails, that is not news: only changes that fail count
+            self.health.trial_worked()
 
     @contextlib.contextmanager
     def _begun(self, engine: sa.Engine) -> Iterator[sa.Connection]:

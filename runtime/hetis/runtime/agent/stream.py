@@ -72,7 +72,8 @@ class PlannerStream:
             if why is not None:
                 # Log once: a persisting failure needs no line per attempt.
                 level = logging.DEBUG if why.message == told else logging.WARNING
-                message = self._address.explained(why.message)
+                is_new = self._welcome_s is None  # of a stream that worked, address and credentials are right
+                message = self._address.explained(why.message) if is_new else why.message
                 _log.log(level, "stream to %s: %s; retrying in %.1f s", endpoint.address, message, wait_s)
             told = why.message if why is not None and self._welcome_s is None else ""
             self._listener.ended(reason_name(why).lower() if why is not None else "goodbye")

@@ -1,0 +1,47 @@
+"""Withdrawal of an activation that nothing depends on: no replica of the cluster serves, and there is no way back."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from hetis.planner.store import ClusterRecord, PlanRecord, Reader, Transaction
+from hetis.v1 import plan_pb2, replica_pb2
+
+_WITHDRAWABLE = (plan_pb2.ACTIVATION_STATE_ACTIVATING, plan_pb2.ACTIVATION_STATE_FAILED)
+_IN_USE = (
+    replica_pb2.REPLICA_STATE_SERVING,
+    replica_pb2.REPLICA_STATE_DEGRADED,
+    replica_pb2.REPLICA_STATE_DRAINING,
+)
+
+
+def is_withdrawable(reader: Reader, plan: PlanRecord) -> bool:
+    """Return whether the plan's activation can be withdrawn.
+
+    It has not become active, there is no earlier plan to go back to, and no replica of the cluster serves or drains.
+    """
+    cluster = reader.clusters.get(plan.cluster)
+    if cluster is None or cluster.active_plan != plan.name or cluster.earlier_plan:
+        return False
+    return plan.activation in _WITHDRAWABLE and not reader.replicas.page(None, 1, cluster=cluster.name, state=_IN_USE)
+
+
+def how_to_withdraw(reader: Reader, plan: PlanRecord) -> str:
+    """Return the end of an error message that names the way out, empty if the activation cannot be withdrawn."""
+    return ": CancelPlan withdraws its activation, since nothing serves" if is_withdrawable(reader, plan) else ""
+
+
+def withdraw(tx: Transaction, plan: PlanRecord) -> tuple[ClusterRecord, PlanRecord]:
+    """Take a plan out of force, whose `is_withdrawable` holds; its replicas stop, since no plan contains them."""
+    cluster = tx.clusters.require(plan.cluster)
+    for record in tx.replicas.all(cluster=cluster.name):
+        if record.plan:
+            record.body.ClearField("plan")
+            tx.replicas.update(replace(record, plan=""))
+    return tx.clusters.update(replace(cluster, active_plan="")), tx.plans.update(past(plan))
+
+
+def past(plan: PlanRecord) -> PlanRecord:
+    """Return the record of a plan that is not in force any more."""
+    plan.body.activation_progress.CopyFrom(plan_pb2.ActivationProgress())
+    return replace(plan, activation=plan_pb2.ACTIVATION_STATE_INACTIVE)
