@@ -146,7 +146,8 @@ class _Room:
         numbers = model.kv_bytes_per_token_group() / model.kv_bytes
         each = 1 if _is_fp8(model, dtype) else DTYPE_BYTES[dtype]
         # Decoding requests, and one prompt for each micro-batch.
-        requests = (replica.micro_batch + 1) * replica.in_flight // replica.attention_dp
+        decoding = max(replica.micro_batch * replica.in_flight, replica.max_num_seqs)
+        requests = (decoding + replica.in_flight) // replica.attention_dp
         pages = -(-kv_tokens // PAGE_TOKENS)
         # A mean of layers may be no whole number of bytes; up, but not by a rounding error.
         page_bytes = math.ceil(PAGE_TOKENS * numbers * (1 - 1e-12)) * each
@@ -422,9 +423,8 @@ def layout_of_replica(
             )
             for place in range(len(cards[0]))
         ),
-        micro_batch=replica.micro_batch,
-        # A prefill replica processes one prompt per iteration.
-        seats=max(replica.micro_batch, 1) * replica.in_flight // copies,
+        micro_batch=-(-replica.seats // replica.in_flight) if replica.micro_batch else 0,
+        seats=replica.seats // copies,
         chunk_tokens=replica.chunk_tokens,
         kv_tokens=kv_tokens,
         kv_is_fp8=_is_fp8(model, dtype),

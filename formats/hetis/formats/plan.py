@@ -76,7 +76,8 @@ class ReplicaPart(DocumentPart):
 
     A prefill replica has no micro_batch and no tpot_s (both 0) and sends KV to decode replicas in kv_zones; a decode
     replica has no chunk_tokens and no ttft_s. With expert_parallel the copies of the one stage share their routed
-    experts and iterate together, each with micro_batch requests and chunk_tokens of its own.
+    experts and iterate together, each with micro_batch requests and chunk_tokens of its own. max_num_seqs is how many
+    requests its engine may run at once; 0: micro_batch × in_flight.
     """
 
     rate: Annotated[float, Field(ge=0)]
@@ -91,6 +92,7 @@ class ReplicaPart(DocumentPart):
     role: RoleName = "unified"
     expert_parallel: bool = False
     kv_zones: list[str] = Field(default_factory=list)
+    max_num_seqs: Count = 0
 
 
 class RoutePart(DocumentPart):

@@ -125,6 +125,9 @@ class ReplicaPlan:
     attention for its own ``micro_batch`` requests (attention data parallelism) and has its own chunks; there are as
     many micro-batches in flight as copies.
 
+    An engine may run ``max_num_seqs`` requests at once (0: as many as decode when it is saturated). More of them do not
+    wait for a seat at lower rates than the saturated one, at which TPOT would be longer than ``tpot_s``.
+
     A prefill replica decodes nothing: its ``micro_batch`` and ``tpot_s`` are 0, and it may send KV to decode replicas
     in ``kv_zones``. A decode replica prefills nothing: its ``chunk_tokens`` and ``ttft_s`` are 0.
     """
@@ -141,6 +144,17 @@ class ReplicaPlan:
     role: Role = Role.UNIFIED
     expert_parallel: bool = False
     kv_zones: tuple[str, ...] = ()
+    max_num_seqs: int = 0
+
+    @property
+    def planned_seats(self) -> int:
+        """Return how many requests it holds at once when it is saturated; a prefill replica has a prompt in each."""
+        return max(self.micro_batch, 1) * self.in_flight
+
+    @property
+    def seats(self) -> int:
+        """Return how many requests its engine may run at once."""
+        return max(self.max_num_seqs, self.planned_seats)
 
     @property
     def attention_dp(self) -> int:

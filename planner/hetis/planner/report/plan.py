@@ -699,6 +699,7 @@ def _in_flight(replica: ReplicaPlan) -> str:
     if replica.role is Role.PREFILL:
         return f"{plural(replica.in_flight, 'prompt')} in flight · {chunks}"
     size, count = replica.micro_batch, replica.in_flight
+    chunks = chunks if replica.seats == replica.planned_seats else f"up to {replica.seats} at once · {chunks}"
     decoding = f"{size * count} decoding = {size} × {count} in flight"
     return decoding if replica.role is Role.DECODE else f"{decoding} · {chunks}"
 

@@ -43,7 +43,7 @@ def _shape(replica: ReplicaPlan) -> tuple[object, ...]:
     pools = tuple((p.stage, p.gpu, len(p.devices), p.kv_head_groups, p.shared) for p in replica.attention_workers)
     # Four digits, since replicas of one template on different nodes may differ in the last digits.
     times = tuple(f"{value:.4g}" for value in (replica.rate, replica.ttft_s, replica.tpot_s))
-    sizes = (replica.micro_batch, replica.in_flight, replica.chunk_tokens, replica.kv_tokens)
+    sizes = (replica.micro_batch, replica.in_flight, replica.chunk_tokens, replica.kv_tokens, replica.max_num_seqs)
     return stages, pools, times, sizes, replica.role, replica.kv_zones, replica.expert_parallel
 
 

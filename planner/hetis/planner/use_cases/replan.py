@@ -44,7 +44,7 @@ from hetis.solver.constraints import Constraint, Constraints, misfits
 from hetis.solver.model import ModelSpec
 from hetis.solver.plan import Objective, Plan, Role
 from hetis.solver.problem import PlacementProblem
-from hetis.solver.replanning.change import ChangeCosts, ReplanningProblem
+from hetis.solver.replanning.change import ChangeCosts, Fate, ReplanningProblem
 from hetis.solver.replanning.check import check_replanning
 from hetis.solver.replanning.solve import Replanning, keeps, solve_replanning
 
@@ -159,6 +159,17 @@ def _with_survived(plan: Plan, posed: PosedReplan) -> Plan:
     return replace(with_losses(plan, posed.problem), notes=(*plan.notes, note))
 
 
+def _with_kept_settings(plan: Plan, found: Replanning, running: Plan) -> Plan:
+    """Return the plan in which replicas that do not stop may run as many requests at once as before."""
+    replicas = tuple(
+        replace(replica, max_num_seqs=running.replicas[continued.old].max_num_seqs)
+        if continued.fate is Fate.KEPT and continued.old is not None
+        else replica
+        for replica, continued in zip(plan.replicas, found.continued, strict=True)
+    )
+    return replace(plan, replicas=replicas)
+
+
 def _constraints(problem: PlacementProblem) -> tuple[Constraints, Constraints, Constraints]:
     """Return the constraints that re-planning keeps, those that it ignores, and those on what the fleet lacks."""
     kept, ignored, absent = list[Constraint](), list[Constraint](), list[Constraint]()
@@ -221,6 +232,7 @@ def replan(
     notes = (*found.plan.notes, *posed.loaded.notes, NOTE, *((KV_IS_FOR_ENGINES,) if split else ()))
     notes += profile_notes(posed.problem)
     plan = replace(found.plan, inputs=inputs_of_plan(posed.loaded, settings, posed.problem), notes=notes)
+    plan = _with_kept_settings(plan, found, posed.running)
     plan = held_to(service_level_of(posed.running), with_asked(plan, posed.asked))
     if posed.survived:
         plan = _with_survived(plan, posed)

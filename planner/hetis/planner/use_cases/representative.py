@@ -13,7 +13,6 @@ from functools import cached_property
 from itertools import product
 
 from hetis.planner.use_cases.grouping import group_replicas
-from hetis.planner.use_cases.simulate import seats_of_replica
 from hetis.solver.cluster import Device
 from hetis.solver.plan import KvRoute, Plan, ReplicaPlan, Role
 from hetis.solver.problem import PlacementProblem
@@ -177,7 +176,7 @@ def _pool(
     return _Pool(
         members=tuple(groups[group] for group in pool),
         roles=tuple(one.role for one in first),
-        seats=tuple(map(seats_of_replica, first)),
+        seats=tuple(replica.seats for replica in first),
         rates=tuple(rates),
         flows=within,
     )

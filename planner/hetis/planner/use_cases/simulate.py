@@ -123,11 +123,7 @@ def default_requests(plan: Plan, load: Load, level: ServiceLevel = DEFAULT) -> i
 
 def seats_of(plan: Plan) -> int:
     """Return how many requests a plan holds at once."""
-    return sum(map(seats_of_replica, plan.replicas))
-
-
-def seats_of_replica(replica: ReplicaPlan) -> int:
-    return max(replica.micro_batch, 1) * replica.in_flight
+    return sum(replica.seats for replica in plan.replicas)
 
 
 def sample_spacing_s(plan: Plan, load: Load, num_requests: int, faults: Collection[Fault] = ()) -> float | None:
@@ -199,6 +195,7 @@ def answer(
         NothingSimulatedError: the simulation was cancelled before any of it was done.
         InvalidProblemError: the plan cannot be simulated.
     """
+    plan = with_all_seats(plan, problem)
     with runner(plan, problem, processes=processes, cancelled=cancelled, report=report) as runs:
         if question.sweeps:
             return _swept(runs, question, begins)
@@ -421,7 +418,43 @@ def _at(
         ttft_s=derived.ttft_s(t_s),
         tpot_s=t_s * derived.tpot_per_t if derived.tpot_per_t else 0.0,
         kv_tokens=int(derivation.of(shape).kv_tokens),
+        max_num_seqs=one.max_num_seqs if most is None else 0,
     )
+
+
+def with_all_seats(plan: Plan, problem: PlacementProblem) -> Plan:
+    """Return the plan as its engines run it, with micro-batches of as many requests as each may run at once.
+
+    Rates and latencies are those of the cost model at these sizes.
+    """
+    if not any(one.max_num_seqs for one in plan.replicas):
+        return plan
+    fleet, derivation, replicas = Fleet.of(problem.cluster), Rederivation(problem), list(plan.replicas)
+    for number, one in enumerate(plan.replicas):
+        if one.max_num_seqs:
+            shape, most = replica_shape(one, problem, fleet), one.seats // one.attention_dp
+            claimed = min(1.0, one.rate * derivation.of(shape).t_s)  # the search may have charged slower links
+            replicas[number] = _at(one, shape, EngineSettings(max_num_seqs=most), derivation, claimed)
+    return replace(plan, replicas=tuple(replicas))
+
+
+def with_more_seats(plan: Plan, problem: PlacementProblem, factor: float) -> Plan:
+    """Return the plan with engines that may run ``factor`` times the planned requests at once, as KV has room.
+
+    Replicas that only prefill, or that have attention workers, are left as they are, and so are all if the engines'
+    number of requests is given.
+    """
+    if problem.family.engine_settings.max_num_seqs is not None:
+        return plan
+    fleet, derivation, replicas = Fleet.of(problem.cluster), Rederivation(problem), list(plan.replicas)
+    for number, one in enumerate(plan.replicas):
+        if one.role is Role.PREFILL or one.attention_workers:
+            continue
+        shape = replace(replica_shape(one, problem, fleet), micro_batch=int(factor * one.micro_batch))
+        size = batch_with_room(shape, derivation)
+        if size > one.micro_batch:
+            replicas[number] = replace(one, max_num_seqs=size * one.in_flight)
+    return replace(plan, replicas=tuple(replicas))
 
 
 def _check_room(one: ReplicaPlan, number: int, problem: PlacementProblem) -> None:

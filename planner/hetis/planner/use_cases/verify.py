@@ -27,7 +27,14 @@ from hetis.planner.use_cases.service_level import (
     service_level_of,
     share_within,
 )
-from hetis.planner.use_cases.simulate import NothingSimulatedError, Question, answer, default_rate, seats_of
+from hetis.planner.use_cases.simulate import (
+    NothingSimulatedError,
+    Question,
+    answer,
+    default_rate,
+    seats_of,
+    with_more_seats,
+)
 from hetis.planner.use_cases.surviving import bounded_by
 from hetis.simulator.arrivals import Arrivals, Load
 from hetis.simulator.metrics import Summary
@@ -53,6 +60,8 @@ PRECISE = 1 / 64  # the search ends when a rate that misses a limit is so little
 LESS = (0.97, 0.94, 0.91, 0.85, 0.7, 0.5)  # shares of a rate that kept in short runs but not in long ones
 COARSE = 0.07  # a larger step between two of these shares is searched for a rate in between; also the step above it
 MOST_HIGHER = 5  # such steps above a rate that kept in long runs at once
+MORE_SEATS = (1.5, 2.0, 3.0)  # times the planned seats, which are tried in turn if requests wait for them
+LESS_EXCESS = 0.98  # times what a latency is over its limit: at least so much better with more seats
 MORE = (1.1, 1.05)  # factors of the planned rate, which are tried if it is kept; 90% of saturation is planned
 CALM = 0.02  # seconds by which the wait may grow per second at these rates
 ENOUGH = 10_000  # requests of a run at these rates, unless that is more than `LONGER` times the ordinary number
@@ -424,6 +433,44 @@ def _at_planned_rate(
     return _AtPlannedRate(plan, found, kept_below)
 
 
+def _with_seats(
+    plan: Plan, problem: PlacementProblem, *, seed: int, cancelled: threading.Event, report: RunReport
+) -> _AtPlannedRate | None:
+    """Simulate a plan at its rate and, if TTFT is missed, with engines that may run more requests at once.
+
+    A plan has as many seats as keep the limit on TPOT when all are taken. At lower rates fewer are, so that more of
+    them spare requests the wait for a seat without TPOT being missed. None: as `_at_planned_rate`.
+    """
+    simulated = partial(_at_planned_rate, problem=problem, seed=seed, cancelled=cancelled, report=report)
+    best = simulated(plan)
+    for factor in MORE_SEATS:
+        if best is None or best.found.kept or not _waits(best.found, plan):
+            break
+        wider = with_more_seats(plan, problem, factor)
+        if seats_of(wider) == seats_of(best.plan):
+            break
+        other = simulated(wider)
+        if other is None or not (other.found.kept or _excess(other) < LESS_EXCESS * _excess(best)):
+            break
+        best = other
+    return best
+
+
+def _waits(found: Verification, plan: Plan) -> bool:
+    """Return whether TTFT, and not TPOT, is over its limit."""
+    limited = limited_latencies(found, plan)
+    return any(one.latency is Latency.TTFT and one.value_s > one.limit_s for one in limited) and not any(
+        one.latency is Latency.TPOT and one.value_s > one.limit_s for one in limited
+    )
+
+
+def _excess(tried: _AtPlannedRate) -> float:
+    """Return the worst latency of a plan over its limit, or the share of requests that miss a limit."""
+    if service_level_of(tried.plan).attainment is not None:
+        return 1.0 - tried.found.attainment
+    return max(one.value_s / one.limit_s for one in limited_latencies(tried.found, tried.plan))
+
+
 def _compile_dispatcher(on_start: Callable[[], None]) -> None:
     """Compile what dispatches head groups, if that has not been done on this machine."""
     from hetis.planner.use_cases.dispatch import is_compiled
@@ -652,6 +699,8 @@ def verified_plan(
     The cost model predicts TTFT by averages, which is too low if a few long iterations with a chunk take most of the
     time (`docs/cost-model.md`, "What is approximated"). The simulator takes that into account.
 
+    If requests wait for seats, engines that may run more of them at once are simulated first (`with_more_seats`).
+
     ``find`` then searches again with the missed limit tightened (None: there is no other search). The first step is the
     ratio of the planned to the simulated latency, but at most 20%. The next is another step of this size if a limit is
     still missed, and half of it in the other direction if none is missed or there is no such plan. The result is the
@@ -662,13 +711,13 @@ def verified_plan(
     Those of the first plan are simulated first if ``is_short`` says then that little time is left: another search may
     use it up, and no rate would be known to keep the limits.
     """
-    simulated = partial(_at_planned_rate, problem=problem, seed=seed, cancelled=cancelled, report=report)
+    simulated = partial(_with_seats, problem=problem, seed=seed, cancelled=cancelled, report=report)
     first = simulated(plan)
     if first is None:
         return plan
     limit = None if find is None else _missed(first.found, plan)
     if find is None or limit is None:
-        return first.decided()
+        return _with_seats_noted(first.decided())
     first = first.with_lower_rates() if is_short() else first
     tried, step = [first], limit.planned_s / limit.asked_s
     share, planned_s = step, _planned_s(plan, limit)
@@ -680,7 +729,20 @@ def verified_plan(
         tried += [] if other is None else [other]
         still_missed = other is not None and not other.found.kept
         share *= step if still_missed else step**-0.5
-    return _best(tried)
+    return _with_seats_noted(_best(tried))
+
+
+def _with_seats_noted(plan: Plan) -> Plan:
+    """Return the plan with a note if its engines may run more requests at once than decode in the saturated plan."""
+    planned, most = sum(one.planned_seats for one in plan.replicas), sum(one.seats for one in plan.replicas)
+    if planned == most:
+        return plan
+    note = (
+        f"engines may run {most:,} requests at once (--max-num-seqs), of which {planned:,} decode within the limit on "
+        "TPOT when all seats are taken: with more, fewer requests wait for a seat, but above the simulated rate TPOT "
+        "may exceed its limit"
+    )
+    return replace(plan, notes=(*plan.notes, note))
 
 
 def _best(tried: Sequence[_AtPlannedRate]) -> Plan:

@@ -191,13 +191,19 @@ def _check_setting(replica: ReplicaPlan, problem: PlacementProblem) -> Iterator[
             yield Rule.SETTING, f"{name} is {value}, must be one of {_listed(allowed)}"
     engines = replica.attention_dp  # copies that share their experts are engines of their own
     in_flight, most = replica.in_flight // max(1, engines), family.engine_settings.max_num_seqs
-    at_once = max(1, replica.micro_batch) * in_flight
+    at_once = replica.seats // max(1, engines)
     if most is not None and at_once > most:
         message = (
             f"runs {at_once} requests at once ({in_flight} micro-batches of {max(1, replica.micro_batch)}), "
             f"its engine runs at most {most}"
         )
         yield Rule.MAX_NUM_SEQS, message
+    if replica.max_num_seqs and (replica.role is Role.PREFILL or replica.max_num_seqs <= replica.planned_seats):
+        message = (
+            f"max_num_seqs is {replica.max_num_seqs}, must be 0 or more than the {replica.planned_seats} requests that "
+            f"a replica that decodes holds at once when it is saturated"
+        )
+        yield Rule.SETTING, message
     copies = sum(stage.copies for stage in replica.stages)
     if 1 < replica.in_flight < copies:
         message = f"has {replica.in_flight} micro-batches in flight, must have 1 or at least its {copies} stage copies"
