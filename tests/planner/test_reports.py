@@ -22,9 +22,11 @@ from hetis.planner.report.plan import (
 from hetis.planner.use_cases.engine_values import ENGINE_VALUES, EQUAL_STAGES, NOT_COMPILED
 from hetis.planner.use_cases.grouping import group_replicas
 from hetis.planner.use_cases.place import SIMPLE_SETUPS
+from hetis.planner.use_cases.sources import load_inputs
 from hetis.planner.use_cases.verify import TIGHTENED, TTFT
 from hetis.solver.plan import OTHER_TENANTS, ObjectiveKind, Plan, Status
 from tests.planner import plans
+from tests.planner.command_line import EXAMPLES
 
 PLANS = {
     "paper": plans.plan(plans.paper_replica()),
@@ -77,6 +79,20 @@ def test_a_demand_above_the_promised_rate_is_marked_as_not_met() -> None:
         demand = next(line for line in text_of(render_plan(asked)).splitlines() if "Demand" in line).rstrip()
         assert demand.endswith("requests/s" if is_met else "requests/s  not met")
         assert misses_demand(asked) is not is_met
+
+
+def test_the_price_of_tokens_names_the_demanded_rate_that_it_holds_for() -> None:
+    inputs = load_inputs(cluster=str(EXAMPLES / "paper.yaml"), model="Llama-2-70B", workload="1024/256").inputs
+    groups = tuple(
+        replace(group, gpus=tuple(replace(slots, usd_per_hour=2.0) for slots in group.gpus))
+        for group in inputs.cluster.node_groups
+    )
+    priced = replace(inputs, cluster=replace(inputs.cluster, node_groups=groups))
+    plan = plans.plan(plans.paper_replica(), kind=ObjectiveKind.COST)
+    cheap = replace(plan, inputs={"documents": priced.documents()})
+    assert "USD per million output tokens at 4.000 requests/s" in text_of(render_plan(cheap), width=120)
+    best = replace(cheap, objective=replace(plan.objective, kind=ObjectiveKind.GOODPUT, demand_rps=None))
+    assert "USD per million output tokens at" not in text_of(render_plan(best), width=120)
 
 
 def test_parts_of_a_chart_have_different_signs_in_ascii_too() -> None:

@@ -30,7 +30,7 @@ from hetis.planner.report.tables import (
     section,
     table,
 )
-from hetis.planner.use_cases.compare import Figures, KeptRate, figures_of, kept_of
+from hetis.planner.use_cases.compare import Figures, KeptRate, cost_rate, figures_of, kept_of
 from hetis.planner.use_cases.engine_values import EQUAL_STAGES, NOT_COMPILED, EngineValue, engine_values_of
 from hetis.planner.use_cases.grouping import ReplicaGroup, abbreviate, group_replicas, number_ranges
 from hetis.planner.use_cases.place import OUT_OF_TIME, SIMPLE_SETUPS, stopped_simulation_of
@@ -259,7 +259,11 @@ def kept_cell(plan: Plan, *, unknown: str) -> Text:
 
 
 def promised_figures(plan: Plan, inputs: Inputs | PlacementProblem) -> Figures:
-    """Return the figures of a plan at the rate it promises, which is the simulated rate if that is lower."""
+    """Return the figures of a plan at the rate it promises, which is the simulated rate if that is lower.
+
+    Raises:
+        DocumentError: the objective that was requested is not usable.
+    """
     kept = less_than_planned(plan)
     return figures_of(plan, inputs, rate_rps=None if kept is None else kept.rate_rps)
 
@@ -302,7 +306,7 @@ def _cost(plan: Plan) -> str | None:
         return None
     try:
         inputs = inputs_from_documents(documents, "plan")
-        figures = promised_figures(plan, inputs)
+        figures, cost_rps = promised_figures(plan, inputs), cost_rate(plan)
     except DocumentError:
         return None
     if figures.usd_per_hour is None:
@@ -313,7 +317,8 @@ def _cost(plan: Plan) -> str | None:
     if figures.usd_per_million_output_tokens is None:
         return f"{digits(figures.usd_per_hour)} USD/h"
     tokens = f"{digits(figures.usd_per_million_output_tokens)} USD per million output tokens"
-    return f"{digits(figures.usd_per_hour)} USD/h, {tokens}"
+    at = "" if cost_rps is None else f" at {digits(cost_rps, 4)} requests/s"
+    return f"{digits(figures.usd_per_hour)} USD/h, {tokens}{at}"
 
 
 def losses(plan: Plan) -> str:

@@ -49,6 +49,7 @@ from hetis.planner.report.plan import (
 )
 from hetis.planner.report.simulation_pictures import Panel
 from hetis.planner.report.tables import SimulationRemarks, kept_beyond
+from hetis.planner.use_cases.compare import cost_rate
 from hetis.planner.use_cases.engine_values import EQUAL_STAGES
 from hetis.planner.use_cases.grouping import ReplicaGroup, group_replicas
 from hetis.planner.use_cases.place import OUT_OF_TIME, stopped_simulation_of
@@ -164,7 +165,9 @@ def _tiles(plan: Plan, problem: PlacementProblem) -> Iterator[Tile]:
         yield Tile(label="Cost", value=digits(figures.usd_per_hour), unit="USD/h", note="of the GPUs in use")
         if figures.usd_per_million_output_tokens is not None:
             dollars = digits(figures.usd_per_million_output_tokens)
-            yield Tile(label="Cost of tokens", value=dollars, unit="USD per million", note="output tokens")
+            cost_rps = cost_rate(plan)
+            at = "" if cost_rps is None else f" at the demanded {digits(cost_rps)} requests/s"
+            yield Tile(label="Cost of tokens", value=dollars, unit="USD per million", note=f"output tokens{at}")
     held, idle = len(plan.held_by_others()), figures.gpus_idle
     unused = [f"{held:,} held by other tenants"] if held else []
     unused += [f"{idle:,} idle"] if idle else []
