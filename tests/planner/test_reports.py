@@ -105,6 +105,18 @@ def test_parts_of_a_chart_have_different_signs_in_ascii_too() -> None:
         assert len(set(signs)) == len(shares) + 1
 
 
+def test_equal_stages_beside_a_plan_without_unified_replicas_are_said_to_be_excluded() -> None:
+    plan = plans.split_plan()
+    split = {"roles": ["prefill", "decode"], EQUAL_STAGES: 1.62, SIMPLE_SETUPS: {"2": 1.62}}
+    for roles, excluded in ((split["roles"], True), (["unified", "prefill", "decode"], False)):
+        text = text_of(render_plan(replace(plan, inputs={**split, "roles": roles})), width=120)
+        assert (
+            "1.620 requests/s by unified replicas of equal stages, which --roles excludes; this plan" in text
+        ) is excluded
+        assert ("Simpler setups by unified replicas, which --roles excludes" in text) is excluded
+        assert ("1.620 requests/s by replicas of equal stages; this plan" in text) is not excluded
+
+
 def test_what_other_engines_reach_is_said_with_what_keeps_them_apart() -> None:
     """The plan's value is 1.35; for costs more and less are reversed."""
     rows = [

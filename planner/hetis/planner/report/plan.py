@@ -97,7 +97,7 @@ def render_plan(plan: Plan, *, wide: bool = False) -> Iterator[RenderableType]:
         if len(plan.prices) > MAX_CLASSES:
             yield Text(f" … and {len(plan.prices) - MAX_CLASSES:,} classes of fewer GPUs", style="dim")
     if simpler := simple_setups(plan):
-        yield section("Simpler setups", bullets(simpler))
+        yield section(f"Simpler setups{by_unified(plan)}", bullets(simpler))
     if plan.runners_up:
         yield section("Not chosen", _runners_up(plan))
     if plan.notes:
@@ -348,13 +348,27 @@ def beside_equal_stages(plan: Plan) -> str | None:
     if EQUAL_STAGES not in plan.inputs:
         return None
     alone, result = plan.inputs[EQUAL_STAGES], plan.result
+    equal = "replicas of equal stages"
+    if excludes_unified(plan):
+        equal = f"unified {equal}, which --roles excludes"
     if not isinstance(alone, int | float) or alone <= 0:
-        return "replicas of equal stages: none keep the limits" if alone is None else None
+        return f"{equal}: none keep the limits" if alone is None else None
     value, beside = f"{digits(alone, 4)} {result.unit}", _beside(result.value, alone)
     if not is_below_model(plan):
-        return f"{value} by replicas of equal stages; this plan {beside}"
+        return f"{value} by {equal}; this plan {beside}"
     this = "this plan by the model" if tightening_of(plan) is None else "this plan, for a tighter limit, by the model"
-    return f"{value} by the model, by replicas of equal stages (not simulated); {this} {beside}"
+    return f"{value} by the model, by {equal} (not simulated); {this} {beside}"
+
+
+def excludes_unified(plan: Plan) -> bool:
+    """Return whether equal stages, whose replicas are always unified, are no plans of the family that was searched."""
+    roles = plan.inputs.get("roles")
+    return isinstance(roles, list) and bool(roles) and Role.UNIFIED.value not in roles
+
+
+def by_unified(plan: Plan) -> str:
+    """Return what follows the name of setups with equal stages if the plan's family excludes them; empty if not."""
+    return " by unified replicas, which --roles excludes" if excludes_unified(plan) else ""
 
 
 def beside_engines(plan: Plan, *, hints: bool = True) -> list[str]:

@@ -32,7 +32,9 @@ from hetis.planner.report.page.fleet_map import MAX_NAMED, fleet_map, replica_na
 from hetis.planner.report.plan import (
     beside_engines,
     beside_equal_stages,
+    by_unified,
     distinct_runners_up,
+    excludes_unified,
     folded,
     is_below_model,
     less_than_planned,
@@ -122,7 +124,8 @@ def _blocks(plan: Plan, problem: PlacementProblem, panels: Sequence[Panel], traf
     yield Sentences(
         title="Simpler setups",
         lines=tuple(simple_setups(plan)),
-        intro="One GPU type per replica and equal layers per stage, the best of each under the same limits.",
+        intro=f"One GPU type per replica and equal layers per stage{by_unified(plan)}, "
+        "the best of each under the same limits.",
     )
     if plan.runners_up:
         yield _runners_up(plan)
@@ -195,7 +198,7 @@ def _against_today(plan: Plan) -> Iterator[Tile]:
         ratio = plan.result.value / alone - 1.0
         good = ratio > 0 if plan.objective.maximises else ratio < 0
         sign = "+" if ratio > 0 else "−" if ratio < 0 else ""
-        value = f"{digits(alone)} {plan.result.unit}"
+        value = f"{digits(alone)} {plan.result.unit}{by_unified(plan)}"
         below = is_below_model(plan)
         yield Tile(
             label="Compared with today's practice",
@@ -249,7 +252,8 @@ def _worth(plan: Plan) -> Scale:
         simulated = f"{digits(kept.rate_rps, 4)} {result.unit}" if kept.rate_rps else "none of the rates tried"
         rows.append(ScaleRow(label="Kept, simulated", text=simulated, share=kept.rate_rps / axis))
     if beside:
-        rows.append(ScaleRow(label="Equal stages", text=f"{digits(beside, 4)} {result.unit}", share=beside / axis))
+        label = "Equal stages (unified)" if excludes_unified(plan) else "Equal stages"
+        rows.append(ScaleRow(label=label, text=f"{digits(beside, 4)} {result.unit}", share=beside / axis))
     bound = f"bound {digits(result.bound, 4)} {result.unit}" if math.isfinite(result.bound) else "no bound"
     notes = [f"The line is the {bound}: {verdict(plan)}."]
     if band:
