@@ -24,7 +24,7 @@ from hetis.planner.use_cases.grouping import group_replicas
 from hetis.planner.use_cases.place import SIMPLE_SETUPS
 from hetis.planner.use_cases.sources import load_inputs
 from hetis.planner.use_cases.verify import TIGHTENED, TTFT
-from hetis.solver.plan import OTHER_TENANTS, ObjectiveKind, Plan, Status
+from hetis.solver.plan import OTHER_TENANTS, Objective, ObjectiveKind, Plan, Role, Status
 from tests.planner import plans
 from tests.planner.command_line import EXAMPLES
 
@@ -235,6 +235,22 @@ def test_a_plan_of_thousands_of_replicas_stays_short() -> None:
     text = text_of(render_plan(PLANS["large"]))
     assert len(text.splitlines()) < 250
     assert f"and {30 - MAX_SHAPES} more shapes" in text
+
+
+def test_a_latency_of_one_slow_replica_is_said_to_be_that() -> None:
+    """Simulated means are over all requests, most of which a faster replica may serve."""
+    fast, slow = (replace(plans.paper_replica(), tpot_s=tpot_s) for tpot_s in (0.04, 0.09))
+    limited = Objective(ttft_limit_s=2.0, tpot_limit_s=0.1)
+    for replicas, limit_s, words in (
+        ((fast, slow), 0.1, "TPOT mean  90.0 ms of 100 ms   ██████████████████   90%, slowest replica"),
+        ((fast, slow), None, "TPOT mean  90.0 ms, no limit, slowest replica"),
+        ((slow, replace(slow, tpot_s=0.088)), 0.1, "TPOT mean  90.0 ms of 100 ms   ██████████████████   90%"),
+        ((replace(fast, role=Role.PREFILL, tpot_s=0.0), replace(slow, role=Role.DECODE)), None,
+         "TPOT mean  90.0 ms, no limit"),
+    ):  # fmt: skip
+        plan = replace(plans.plan(*replicas), objective=replace(limited, tpot_limit_s=limit_s))
+        [line] = (line for line in text_of(render_plan(plan)).splitlines() if line.startswith("TPOT mean"))
+        assert line.rstrip() == words
 
 
 def test_the_table_view_names_value_bound_gap_and_limits() -> None:

@@ -7,6 +7,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
+from typing import NamedTuple
 
 from rich.console import Group, RenderableType
 from rich.padding import Padding
@@ -72,6 +73,7 @@ MAX_CLASSES = 40
 SMALLEST_PRICE = 1e-4  # prices of device classes below this are shown as smaller than it
 SAME_RATE = 1e-6  # relative difference of two rates that rounding may cause
 PROVED = 0.005  # relative difference of a bound from another engine's value up to which it is not mentioned
+NEARLY = 0.95  # share of the slowest replica's latency from which another replica counts as equally slow
 BINDS_FROM = 0.99  # micro-batches are integers, so a limit binds if the next size would violate it
 
 _VALUE_NAMES = {
@@ -209,8 +211,8 @@ def _facts(plan: Plan) -> Iterator[tuple[str, RenderableType]]:
         yield "Precision", kept
     if plan.objective.demand_rps is not None:
         yield "Demand", _demand(plan, plan.objective.demand_rps)
-    for name, reached, limit in limits(plan):
-        yield name, _limit(reached, limit)
+    for one in limits(plan):
+        yield one.name, _limit(one)
     if (simulated := simulated_words(plan)) is not None:
         yield "Simulated", simulated
     yield "Fleet", _fleet(plan)
@@ -471,12 +473,31 @@ def verdict(plan: Plan) -> str:
     return f"interrupted; {claim}" if result.status is Status.INTERRUPTED else claim
 
 
-def limits(plan: Plan) -> Iterator[tuple[str, float, float | None]]:
-    """Yield the name, the worst value over all replicas, and the limit of TTFT and of TPOT."""
+class Reached(NamedTuple):
+    """The planned value of TTFT or TPOT in the replica where it is highest, which every replica's limit is held to.
+
+    ``is_slowest``: another replica is notably faster, so that the value is not that of all requests together.
+    """
+
+    name: str
+    value_s: float
+    limit_s: float | None
+    is_slowest: bool
+
+
+def limits(plan: Plan) -> Iterator[Reached]:
+    """Yield the planned TTFT and TPOT with their limits; nothing for a plan without replicas."""
     if plan.replicas:
-        yield "TTFT p95", max(r.ttft_s for r in plan.replicas), plan.objective.ttft_limit_s
+        ttfts = [one.ttft_s for one in plan.replicas if one.role is not Role.DECODE]
+        yield _reached("TTFT p95", ttfts, plan.objective.ttft_limit_s)
         if _has_tpot(plan):
-            yield "TPOT mean", max(r.tpot_s for r in plan.replicas), plan.objective.tpot_limit_s
+            tpots = [one.tpot_s for one in plan.replicas if one.role is not Role.PREFILL]
+            yield _reached("TPOT mean", tpots, plan.objective.tpot_limit_s)
+
+
+def _reached(name: str, values_s: Sequence[float], limit_s: float | None) -> Reached:
+    value_s = max(values_s, default=0.0)
+    return Reached(name, value_s, limit_s, any(one < NEARLY * value_s for one in values_s))
 
 
 def _has_tpot(plan: Plan) -> bool:
@@ -485,13 +506,14 @@ def _has_tpot(plan: Plan) -> bool:
     return not lengths or any(one["output_tokens"] > 1.0 for one in lengths)
 
 
-def _limit(reached: float, limit: float | None) -> Text:
-    if limit is None:
-        return Text(f"{seconds(reached)}, no limit")
-    ratio = reached / limit
-    text = Text(f"{seconds(reached)} of {seconds(limit)}".ljust(20))
+def _limit(reached: Reached) -> Text:
+    slowest = ", slowest replica" if reached.is_slowest else ""
+    if reached.limit_s is None:
+        return Text(f"{seconds(reached.value_s)}, no limit{slowest}")
+    ratio = reached.value_s / reached.limit_s
+    text = Text(f"{seconds(reached.value_s)} of {seconds(reached.limit_s)}".ljust(20))
     text.append(bar(ratio, 20), style="yellow" if ratio >= BINDS_FROM else "green")
-    text.append(f" {percent(ratio)}{' binds' if ratio >= BINDS_FROM else ''}")
+    text.append(f" {percent(ratio)}{' binds' if ratio >= BINDS_FROM else ''}{slowest}")
     return text
 
 
