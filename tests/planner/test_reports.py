@@ -14,6 +14,7 @@ from hetis.planner.report.plan import (
     MAX_SHAPES,
     beside_engines,
     beside_equal_stages,
+    distinct_runners_up,
     misses_demand,
     render_plan,
     simple_setups,
@@ -358,6 +359,20 @@ def test_what_was_searched_is_said_in_plain_lines_and_exactly_by_explain() -> No
 def test_equal_stages_of_a_runner_up_are_told_once() -> None:
     runner = replace(PLANS["paper"].runners_up[0], shape="L4 TP4 x1 L40 | L4 TP4 x1 L40 | V100 TP8 x1 L1")
     assert "2 × L4 TP4 x1 L40 | V100" in text_of(render_plan(replace(PLANS["paper"], runners_up=(runner,))))
+
+
+def test_layers_of_a_runner_up_are_all_of_the_model() -> None:
+    """The search counts repeated layers alone, of which the model has three fewer; a plan file may have either."""
+    inputs = load_inputs(cluster=str(EXAMPLES / "paper.yaml"), model="zai-org/GLM-4.5", workload="1024/256").inputs
+    plan = replace(PLANS["paper"], inputs={"documents": inputs.documents()})
+    for shape, whole in (
+        ("decode: L4 TP8 x1 L89", "decode: L4 TP8 x1 L92"),
+        ("L4 TP2 x1 L11 | L4 TP2 x2 EP4 L39 (+2 L4 attention workers) | V100 TP1 x1 L39",
+         "L4 TP2 x1 L14 | L4 TP2 x2 EP4 L39 (+2 L4 attention workers) | V100 TP1 x1 L39"),
+        ("L4 TP8 x1 L92", "L4 TP8 x1 L92"),
+    ):  # fmt: skip
+        runner = replace(plan.runners_up[0], shape=shape)
+        assert [one.shape for one in distinct_runners_up(replace(plan, runners_up=(runner,)))] == [whole]
 
 
 def test_runners_up_that_differ_in_nodes_alone_are_told_once() -> None:

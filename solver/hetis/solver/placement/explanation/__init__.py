@@ -261,7 +261,9 @@ def _alone(view: ReplicaView, device_class: DeviceClass, idle: int) -> Iterator[
     held = math.floor(max(idle * layers / c.shape.tp for c, layers in fit.items()))
     repeated = model.num_layers - model.prefix_layers
     if held < repeated:
-        yield f"the {idle:,} idle hold at most {held} of {repeated} layers, without KV"
+        prefix = model.prefix_layers
+        layers = f"the {repeated} layers after the first {prefix}" if prefix else f"{repeated} layers"
+        yield f"the {idle:,} idle hold at most {held} of {layers}, without KV"
         return
     # TPOT is at least one plain iteration of one request divided by the tokens that it adds.
     fastest = min(costs, key=lambda c: c.dense_s(1) + 2 * c.reduce_s(1))
