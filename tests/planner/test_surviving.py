@@ -136,7 +136,7 @@ def test_nothing_is_served_without_the_only_node(inputs: list[str], capsys: pyte
     Path("fleet.yaml").write_text(FLEET.replace("count: 6", "count: 1"))
     assert run(inputs) == ExitCode.OK
     text = " ".join(capsys.readouterr().out.split())
-    assert "Losses after losing node l4-0: nothing still served" in text, text[:900]
+    assert "Losses after losing any one node: nothing still served (worst: l4-0)" in text, text[:900]
 
 
 def test_the_simplest_plan_is_asked_for_with_a_share(inputs: list[str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -332,7 +332,7 @@ def losses(plan: Plan) -> str:
     return "; ".join(
         f"after losing any one {kind}: at least {percent_at_least(loss.share)} still served (worst: {loss.name})"
         if loss.rate
-        else f"after losing {kind} {loss.name}: nothing still served"
+        else f"after losing any one {kind}: nothing still served (worst: {loss.name})"
         for kind, loss in losses_of(plan).items()
     )
 
