@@ -375,6 +375,16 @@ def test_layers_of_a_runner_up_are_all_of_the_model() -> None:
         assert [one.shape for one in distinct_runners_up(replace(plan, runners_up=(runner,)))] == [whole]
 
 
+@pytest.mark.parametrize(
+    ("model", "unit"), [("Llama-2-70B", "tokens"), ("google/gemma-2-27b", "tokens in every layer")]
+)
+def test_kv_room_of_a_model_with_windows_says_in_which_layers(model: str, unit: str) -> None:
+    inputs = load_inputs(cluster=str(EXAMPLES / "paper.yaml"), model=model, workload="1024/256").inputs
+    plan = replace(PLANS["paper"], inputs={"documents": inputs.documents()})
+    [line] = (line for line in text_of(render_plan(plan), width=120).splitlines() if " · room for " in line)
+    assert line.rstrip().endswith(f"room for 123k {unit}")
+
+
 def test_runners_up_that_differ_in_nodes_alone_are_told_once() -> None:
     runner = replace(PLANS["paper"].runners_up[0], shape="L4 TP4 x1 L81")
     others = (replace(runner, rate=runner.rate * (1 + 1e-9)), replace(runner, rate=runner.rate / 2))

@@ -556,9 +556,9 @@ def _fleet(plan: Plan) -> str:
 
 def _replicas(groups: Sequence[ReplicaGroup], plan: Plan, *, wide: bool) -> Iterator[RenderableType]:
     shown = len(groups) if wide else MAX_SHAPES
-    palette = palette_of(plan)
+    palette, room = palette_of(plan), unit_of_room(plan)
     for group in groups[:shown]:
-        yield _replica_headline(group)
+        yield _replica_headline(group, room)
         yield Padding(Group(_picture(group.first, palette), _stages(group, palette)), (0, 0, 0, 1))
         if wide and len(group.numbers) > 1:
             yield Padding(device_table(group, plan), (0, 0, 0, 1))
@@ -733,7 +733,16 @@ def device_table(group: ReplicaGroup, plan: Plan) -> Table:
     return table("'replica", "'devices", *made, rows=rows)
 
 
-def _replica_headline(group: ReplicaGroup) -> Text:
+def unit_of_room(plan: Plan) -> str:
+    """Return what KV room counts; where layers keep KV of windows alone, more tokens fit than it says."""
+    try:
+        model = planned_model(plan)
+    except DocumentError:
+        model = None
+    return "tokens" if model is None or model.cached_growth(math.inf) == 1.0 else "tokens in every layer"
+
+
+def _replica_headline(group: ReplicaGroup, unit: str) -> Text:
     """Return rate and settings in two lines and, if there are several zones, those to which KV may go in a third."""
     replica, count = group.first, len(group.numbers)
     name = f"Replica {group.numbers[0]}" if count == 1 else f"{count:,} equal replicas"
@@ -742,7 +751,7 @@ def _replica_headline(group: ReplicaGroup) -> Text:
     return Text.assemble(
         (f"\n{name}", "bold"),
         (role, "bold magenta"),
-        f"  {digits(replica.rate, 4)} requests/s saturated{each} · room for {tokens(replica.kv_tokens)} tokens\n",
+        f"  {digits(replica.rate, 4)} requests/s saturated{each} · room for {tokens(replica.kv_tokens)} {unit}\n",
         f" {_latencies(replica)} · {_in_flight(replica)}",
         f"\n sends KV to {', '.join(replica.kv_zones)}" if len(replica.kv_zones) > 1 else "",
     )

@@ -47,6 +47,7 @@ from hetis.planner.report.plan import (
     range_of,
     simple_setups,
     stage_rows,
+    unit_of_room,
     verdict,
 )
 from hetis.planner.report.simulation_pictures import Panel
@@ -105,7 +106,7 @@ def _blocks(plan: Plan, problem: PlacementProblem, panels: Sequence[Panel], traf
     yield fleet_map(plan, problem.cluster, explanation)
     groups = group_replicas(plan.replicas)
     if groups:
-        yield _replicas(groups, lettered=len(plan.replicas) > MAX_NAMED)
+        yield _replicas(groups, unit_of_room(plan), lettered=len(plan.replicas) > MAX_NAMED)
         yield _stages(groups)
     if panels:
         yield Charts(title="Under simulated traffic", intro=traffic, charts=tuple(chart_of(one) for one in panels))
@@ -297,8 +298,8 @@ def _limits(plan: Plan) -> Scale:
 # --- replicas
 
 
-def _replicas(groups: Sequence[ReplicaGroup], *, lettered: bool) -> Grid:
-    """Return the table of replicas; if ``lettered``, with the letters that they have on the map."""
+def _replicas(groups: Sequence[ReplicaGroup], unit: str, *, lettered: bool) -> Grid:
+    """Return the table of replicas, their KV room in ``unit``; if ``lettered``, with the letters of the map."""
 
     def row(number: int, group: ReplicaGroup) -> tuple[str, ...]:
         one = group.first
@@ -325,7 +326,7 @@ def _replicas(groups: Sequence[ReplicaGroup], *, lettered: bool) -> Grid:
             "TPOT mean",
             "seats × in flight",
             "chunk",
-            "KV tokens",
+            f"KV {unit}",
             "GPUs",
         ),
         rows=tuple(row(number, group) for number, group in enumerate(groups[:MAX_SHAPES])),
