@@ -22,7 +22,8 @@ from hetis.planner.report.plan import (
 )
 from hetis.planner.use_cases.engine_values import ENGINE_VALUES, EQUAL_STAGES, NOT_COMPILED
 from hetis.planner.use_cases.grouping import group_replicas
-from hetis.planner.use_cases.place import SIMPLE_SETUPS
+from hetis.planner.use_cases.place import SIMPLE_SETUPS, held_to
+from hetis.planner.use_cases.service_level import ServiceLevel, Statistic
 from hetis.planner.use_cases.sources import load_inputs
 from hetis.planner.use_cases.verify import TIGHTENED, TTFT
 from hetis.solver.plan import OTHER_TENANTS, Objective, ObjectiveKind, Plan, Role, Status
@@ -252,6 +253,23 @@ def test_a_latency_of_one_slow_replica_is_said_to_be_that() -> None:
         plan = replace(plans.plan(*replicas), objective=replace(limited, tpot_limit_s=limit_s))
         [line] = (line for line in text_of(render_plan(plan)).splitlines() if line.startswith("TPOT mean"))
         assert line.rstrip() == words
+
+
+@pytest.mark.parametrize(
+    ("level", "limit_of"),
+    [
+        (ServiceLevel(), ("", "")),
+        (ServiceLevel(tpot=Statistic.P90), ("", ", limit for p90")),
+        (ServiceLevel(ttft=Statistic.P90, tpot=Statistic.P90), (", limit for p90", ", limit for p90")),
+        (ServiceLevel(attainment=0.9), (", limit for 90% of the requests",) * 2),
+    ],
+)
+def test_a_bar_says_if_its_limit_is_for_another_statistic(level: ServiceLevel, limit_of: tuple[str, str]) -> None:
+    plan = replace(PLANS["paper"], objective=Objective(ttft_limit_s=20.0, tpot_limit_s=2.0))
+    lines = text_of(render_plan(held_to(level, plan)), width=120).splitlines()
+    for name, words in zip(("TTFT p95", "TPOT mean"), limit_of, strict=True):
+        [line] = (line.rstrip() for line in lines if line.startswith(name))
+        assert line.partition("%")[2] == words
 
 
 def test_the_table_view_names_value_bound_gap_and_limits() -> None:

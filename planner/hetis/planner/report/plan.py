@@ -38,7 +38,7 @@ from hetis.planner.use_cases.engine_values import EQUAL_STAGES, NOT_COMPILED, En
 from hetis.planner.use_cases.grouping import ReplicaGroup, abbreviate, group_replicas, number_ranges
 from hetis.planner.use_cases.place import OUT_OF_TIME, SIMPLE_SETUPS, stopped_simulation_of
 from hetis.planner.use_cases.robustness.profile_errors import Predicted, predicted_of
-from hetis.planner.use_cases.service_level import Latency, service_level_of
+from hetis.planner.use_cases.service_level import DEFAULT, Latency, service_level_of
 from hetis.planner.use_cases.sources import (
     CONSTRAINTS,
     ENGINE_SETTINGS,
@@ -481,27 +481,38 @@ class Reached(NamedTuple):
     """The planned value of TTFT or TPOT in the replica where it is highest, which every replica's limit is held to.
 
     ``is_slowest``: another replica is notably faster, so that the value is not that of all requests together.
+    ``limit_of``: what the limit was given for if that is another statistic than the value's; empty: it is the same.
     """
 
     name: str
     value_s: float
     limit_s: float | None
     is_slowest: bool
+    limit_of: str
+
+    def remarks(self) -> list[str]:
+        """Return what a reader must know to compare the value with its limit."""
+        remarks = ["slowest replica"] if self.is_slowest else []
+        return [*remarks, *([f"limit for {self.limit_of}"] if self.limit_of and self.limit_s is not None else [])]
 
 
 def limits(plan: Plan) -> Iterator[Reached]:
     """Yield the planned TTFT and TPOT with their limits; nothing for a plan without replicas."""
     if plan.replicas:
         ttfts = [one.ttft_s for one in plan.replicas if one.role is not Role.DECODE]
-        yield _reached("TTFT p95", ttfts, plan.objective.ttft_limit_s)
+        yield _reached(Latency.TTFT, ttfts, plan.objective.ttft_limit_s, plan)
         if _has_tpot(plan):
             tpots = [one.tpot_s for one in plan.replicas if one.role is not Role.PREFILL]
-            yield _reached("TPOT mean", tpots, plan.objective.tpot_limit_s)
+            yield _reached(Latency.TPOT, tpots, plan.objective.tpot_limit_s, plan)
 
 
-def _reached(name: str, values_s: Sequence[float], limit_s: float | None) -> Reached:
-    value_s = max(values_s, default=0.0)
-    return Reached(name, value_s, limit_s, any(one < NEARLY * value_s for one in values_s))
+def _reached(latency: Latency, values_s: Sequence[float], limit_s: float | None, plan: Plan) -> Reached:
+    value_s, level, planned = max(values_s, default=0.0), service_level_of(plan), DEFAULT.statistic(latency)
+    limit_of = "" if level.statistic(latency) is planned else str(level.statistic(latency))
+    if level.attainment is not None:
+        limit_of = f"{100 * level.attainment:g}% of the requests"
+    is_slowest = any(one < NEARLY * value_s for one in values_s)
+    return Reached(f"{latency} {planned}", value_s, limit_s, is_slowest, limit_of)
 
 
 def _has_tpot(plan: Plan) -> bool:
@@ -511,13 +522,13 @@ def _has_tpot(plan: Plan) -> bool:
 
 
 def _limit(reached: Reached) -> Text:
-    slowest = ", slowest replica" if reached.is_slowest else ""
+    remarks = "".join(f", {one}" for one in reached.remarks())
     if reached.limit_s is None:
-        return Text(f"{seconds(reached.value_s)}, no limit{slowest}")
+        return Text(f"{seconds(reached.value_s)}, no limit{remarks}")
     ratio = reached.value_s / reached.limit_s
     text = Text(f"{seconds(reached.value_s)} of {seconds(reached.limit_s)}".ljust(20))
     text.append(bar(ratio, 20), style="yellow" if ratio >= BINDS_FROM else "green")
-    text.append(f" {percent(ratio)}{' binds' if ratio >= BINDS_FROM else ''}{slowest}")
+    text.append(f" {percent(ratio)}{' binds' if ratio >= BINDS_FROM else ''}{remarks}")
     return text
 
 

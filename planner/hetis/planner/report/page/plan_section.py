@@ -269,12 +269,13 @@ def _worth(plan: Plan) -> Scale:
 def _limits(plan: Plan) -> Scale:
     simulated, rows, without = verification_of(plan), list[ScaleRow](), list[str]()
     found = [] if simulated is None else limited_latencies(simulated, plan)
-    for name, reached, limit, is_slowest in limits(plan):
-        slowest = " in the slowest replica" if is_slowest else ""
+    for each in limits(plan):
+        name, reached, limit = each.name, each.value_s, each.limit_s
+        remarks = f" ({', '.join(each.remarks())})" if each.remarks() else ""
         if limit is None:
-            without.append(f"{name} {seconds(reached)}{slowest}")
+            without.append(f"{name} {seconds(reached)}{remarks}")
             continue
-        values = [(f"{name}, planned{slowest}", reached)]
+        values = [(f"{name}, planned{remarks}", reached)]
         values += [(f"{one.name}, simulated", one.value_s) for one in found if name.startswith(one.latency)]
         axis = max(AXIS * limit, *(value * ROOM for _, value in values))
         for label, value in values:
