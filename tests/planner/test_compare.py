@@ -21,7 +21,7 @@ from hetis.planner.use_cases.compare import best_of, compare_strategies, figures
 from hetis.planner.use_cases.errors import UncheckedPlanError
 from hetis.planner.use_cases.place import STOPPED_EARLY, PlacementSettings
 from hetis.planner.use_cases.service_level import ServiceLevel
-from hetis.planner.use_cases.sources import engine_rules, load_inputs
+from hetis.planner.use_cases.sources import Inputs, engine_rules, load_inputs, with_asked
 from hetis.planner.use_cases.verify import VERIFICATION
 from hetis.solver.budget import Budget, silent
 from hetis.solver.errors import BrokenProofError, InfeasibleError, NoPlanFoundError
@@ -172,18 +172,35 @@ def test_once_cancelled_the_others_are_not_run(solver: Solver) -> None:
     assert found["hetis"].reasons == ("interrupted before it ran",)
 
 
-def test_figures_of_a_plan() -> None:
-    """Twelve GPUs at 2 USD/h and 1.5 requests/s, 90% of it planned, 256 output tokens each."""
+def at_two_dollars() -> Inputs:
+    """Return the inputs with every GPU at 2 USD/h."""
     groups = tuple(
         replace(group, gpus=tuple(replace(slots, usd_per_hour=2.0) for slots in group.gpus))
         for group in LOADED.inputs.cluster.node_groups
     )
-    inputs = replace(LOADED.inputs, cluster=replace(LOADED.inputs.cluster, node_groups=groups))
+    return replace(LOADED.inputs, cluster=replace(LOADED.inputs.cluster, node_groups=groups))
+
+
+def test_figures_of_a_plan() -> None:
+    """Twelve GPUs at 2 USD/h and 1.5 requests/s, 90% of it planned, 256 output tokens each."""
+    inputs = at_two_dollars()
     figures = figures_of(plans.plan(plans.paper_replica()), inputs)
     assert figures.rate_rps == pytest.approx(0.9 * 1.5)
     assert figures.usd_per_hour == pytest.approx(24.0)
     assert figures.usd_per_million_output_tokens == pytest.approx(1e6 * 24.0 / (0.9 * 1.5 * 256 * 3600))
     assert (figures.gpus_used, figures.gpus_idle, figures.kv_tokens) == (12, 0, 123_456)
+
+
+def test_tokens_of_a_plan_of_least_cost_cost_what_they_do_at_the_demanded_rate() -> None:
+    """A plan that survives a loss is sized for a larger demand, which is not what it is paid for."""
+    inputs = at_two_dollars()
+    plan = plans.plan(plans.paper_replica(), kind=ObjectiveKind.COST)
+    plan = replace(plan, objective=replace(plan.objective, demand_rps=0.9))
+    surviving = with_asked(plan, replace(plan.objective, demand_rps=0.6))
+    for one, rate_rps in ((plan, 0.9), (surviving, 0.6)):
+        figures = figures_of(one, inputs)
+        assert figures.rate_rps == pytest.approx(0.9 * 1.5)
+        assert figures.usd_per_million_output_tokens == pytest.approx(1e6 * 24.0 / (rate_rps * 256 * 3600))
 
 
 def test_a_gpu_without_a_price_makes_the_plan_s_price_unknown() -> None:

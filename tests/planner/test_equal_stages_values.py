@@ -12,6 +12,7 @@ from hetis.planner.use_cases.engine_values import EQUAL_STAGES, EngineValue, _by
 from hetis.solver.budget import Budget, SearchSettings
 from hetis.solver.model import AttentionKind, IndexerShape, MlaShape
 from hetis.solver.placement.families import run_by
+from hetis.solver.plan import Role
 from hetis.solver.problem import EngineRules
 from tests.planner import plans
 from tests.solver.instances import SMALL_FAMILY, make_model, make_node, make_problem
@@ -41,6 +42,13 @@ def test_equal_stages_say_nothing_of_an_engine_that_runs_fewer_stages() -> None:
     known = EngineValue(engine="vllm", value=1.0, bound=None)
     plan = replace(plans.plan(), inputs={EQUAL_STAGES: 1.5})
     assert _by_equal_stages(known, plan, problem, EngineRules(name="sglang"), 0, threading.Event()) == known
+
+
+def test_equal_stages_say_nothing_of_plans_without_unified_replicas() -> None:
+    problem = replace(make_problem([make_node("a", "A")]), family=replace(LIKE_VLLM, roles=(Role.PREFILL, Role.DECODE)))
+    known = EngineValue(engine="vllm", value=1.0, bound=None)
+    plan = replace(plans.plan(), inputs={EQUAL_STAGES: 1.5})
+    assert _by_equal_stages(known, plan, problem, EngineRules(name="vllm-hetis"), 0, threading.Event()) == known
 
 
 @pytest.mark.parametrize(("cut_short", "told"), [(0, True), (1, True), (2, False)])

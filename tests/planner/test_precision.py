@@ -61,6 +61,11 @@ def test_a_plan_in_fp8_leaves_out_what_cannot_run_it_and_says_why(
     assert any(note == "A100-SXM-40GB: weights are fp8, products 16-bit (Marlin)" for note in quantised["notes"])
     (folder / "plan.json").write_text(json.dumps(quantised))
     assert run(["check", "plan.json", "-q"]) == ExitCode.OK
+    capsys.readouterr()
+    assert run(["explain", "plan.json"]) == ExitCode.OK
+    text = " ".join(capsys.readouterr().out.split())
+    assert "× V100-SXM2-32GB: vllm does not run this model on them" in text
+    assert "they are forbidden" not in text, "nobody gave --forbid"
 
 
 def test_more_requests_fit_in_fp8(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,6 +14,7 @@ from hetis.planner.report.plan import (
     MAX_SHAPES,
     beside_engines,
     beside_equal_stages,
+    distinct_runners_up,
     misses_demand,
     render_plan,
     simple_setups,
@@ -21,10 +22,13 @@ from hetis.planner.report.plan import (
 )
 from hetis.planner.use_cases.engine_values import ENGINE_VALUES, EQUAL_STAGES, NOT_COMPILED
 from hetis.planner.use_cases.grouping import group_replicas
-from hetis.planner.use_cases.place import SIMPLE_SETUPS
+from hetis.planner.use_cases.place import SIMPLE_SETUPS, held_to
+from hetis.planner.use_cases.service_level import ServiceLevel, Statistic
+from hetis.planner.use_cases.sources import load_inputs
 from hetis.planner.use_cases.verify import TIGHTENED, TTFT
-from hetis.solver.plan import OTHER_TENANTS, ObjectiveKind, Plan, Status
+from hetis.solver.plan import OTHER_TENANTS, Objective, ObjectiveKind, Plan, Role, Status
 from tests.planner import plans
+from tests.planner.command_line import EXAMPLES
 
 PLANS = {
     "paper": plans.plan(plans.paper_replica()),
@@ -79,6 +83,20 @@ def test_a_demand_above_the_promised_rate_is_marked_as_not_met() -> None:
         assert misses_demand(asked) is not is_met
 
 
+def test_the_price_of_tokens_names_the_demanded_rate_that_it_holds_for() -> None:
+    inputs = load_inputs(cluster=str(EXAMPLES / "paper.yaml"), model="Llama-2-70B", workload="1024/256").inputs
+    groups = tuple(
+        replace(group, gpus=tuple(replace(slots, usd_per_hour=2.0) for slots in group.gpus))
+        for group in inputs.cluster.node_groups
+    )
+    priced = replace(inputs, cluster=replace(inputs.cluster, node_groups=groups))
+    plan = plans.plan(plans.paper_replica(), kind=ObjectiveKind.COST)
+    cheap = replace(plan, inputs={"documents": priced.documents()})
+    assert "USD per million output tokens at 4.000 requests/s" in text_of(render_plan(cheap), width=120)
+    best = replace(cheap, objective=replace(plan.objective, kind=ObjectiveKind.GOODPUT, demand_rps=None))
+    assert "USD per million output tokens at" not in text_of(render_plan(best), width=120)
+
+
 def test_parts_of_a_chart_have_different_signs_in_ascii_too() -> None:
     explained = plans.explanation(plans.split_plan())
     for shares in (*map(memory_shares, explained.memory), *map(time_shares, explained.stage_times)):
@@ -87,6 +105,18 @@ def test_parts_of_a_chart_have_different_signs_in_ascii_too() -> None:
         )  # a dot is free memory or idle time
         assert signs.isascii()
         assert len(set(signs)) == len(shares) + 1
+
+
+def test_equal_stages_beside_a_plan_without_unified_replicas_are_said_to_be_excluded() -> None:
+    plan = plans.split_plan()
+    split = {"roles": ["prefill", "decode"], EQUAL_STAGES: 1.62, SIMPLE_SETUPS: {"2": 1.62}}
+    for roles, excluded in ((split["roles"], True), (["unified", "prefill", "decode"], False)):
+        text = text_of(render_plan(replace(plan, inputs={**split, "roles": roles})), width=120)
+        assert (
+            "1.620 requests/s by unified replicas of equal stages, which --roles excludes; this plan" in text
+        ) is excluded
+        assert ("Simpler setups by unified replicas, which --roles excludes" in text) is excluded
+        assert ("1.620 requests/s by replicas of equal stages; this plan" in text) is not excluded
 
 
 def test_what_other_engines_reach_is_said_with_what_keeps_them_apart() -> None:
@@ -209,6 +239,39 @@ def test_a_plan_of_thousands_of_replicas_stays_short() -> None:
     assert f"and {30 - MAX_SHAPES} more shapes" in text
 
 
+def test_a_latency_of_one_slow_replica_is_said_to_be_that() -> None:
+    """Simulated means are over all requests, most of which a faster replica may serve."""
+    fast, slow = (replace(plans.paper_replica(), tpot_s=tpot_s) for tpot_s in (0.04, 0.09))
+    limited = Objective(ttft_limit_s=2.0, tpot_limit_s=0.1)
+    for replicas, limit_s, words in (
+        ((fast, slow), 0.1, "TPOT mean  90.0 ms of 100 ms   ██████████████████   90%, slowest replica"),
+        ((fast, slow), None, "TPOT mean  90.0 ms, no limit, slowest replica"),
+        ((slow, replace(slow, tpot_s=0.088)), 0.1, "TPOT mean  90.0 ms of 100 ms   ██████████████████   90%"),
+        ((replace(fast, role=Role.PREFILL, tpot_s=0.0), replace(slow, role=Role.DECODE)), None,
+         "TPOT mean  90.0 ms, no limit"),
+    ):  # fmt: skip
+        plan = replace(plans.plan(*replicas), objective=replace(limited, tpot_limit_s=limit_s))
+        [line] = (line for line in text_of(render_plan(plan)).splitlines() if line.startswith("TPOT mean"))
+        assert line.rstrip() == words
+
+
+@pytest.mark.parametrize(
+    ("level", "limit_of"),
+    [
+        (ServiceLevel(), ("", "")),
+        (ServiceLevel(tpot=Statistic.P90), ("", ", limit for p90")),
+        (ServiceLevel(ttft=Statistic.P90, tpot=Statistic.P90), (", limit for p90", ", limit for p90")),
+        (ServiceLevel(attainment=0.9), (", limit for 90% of the requests",) * 2),
+    ],
+)
+def test_a_bar_says_if_its_limit_is_for_another_statistic(level: ServiceLevel, limit_of: tuple[str, str]) -> None:
+    plan = replace(PLANS["paper"], objective=Objective(ttft_limit_s=20.0, tpot_limit_s=2.0))
+    lines = text_of(render_plan(held_to(level, plan)), width=120).splitlines()
+    for name, words in zip(("TTFT p95", "TPOT mean"), limit_of, strict=True):
+        [line] = (line.rstrip() for line in lines if line.startswith(name))
+        assert line.partition("%")[2] == words
+
+
 def test_the_table_view_names_value_bound_gap_and_limits() -> None:
     text = text_of(render_plan(PLANS["paper"]))
     for part in ("1.350 requests/s", "1.357 requests/s", "gap 0.52%", "99.8 ms of 100 ms", "100% binds"):
@@ -314,6 +377,30 @@ def test_what_was_searched_is_said_in_plain_lines_and_exactly_by_explain() -> No
 def test_equal_stages_of_a_runner_up_are_told_once() -> None:
     runner = replace(PLANS["paper"].runners_up[0], shape="L4 TP4 x1 L40 | L4 TP4 x1 L40 | V100 TP8 x1 L1")
     assert "2 × L4 TP4 x1 L40 | V100" in text_of(render_plan(replace(PLANS["paper"], runners_up=(runner,))))
+
+
+def test_layers_of_a_runner_up_are_all_of_the_model() -> None:
+    """The search counts repeated layers alone, of which the model has three fewer; a plan file may have either."""
+    inputs = load_inputs(cluster=str(EXAMPLES / "paper.yaml"), model="zai-org/GLM-4.5", workload="1024/256").inputs
+    plan = replace(PLANS["paper"], inputs={"documents": inputs.documents()})
+    for shape, whole in (
+        ("decode: L4 TP8 x1 L89", "decode: L4 TP8 x1 L92"),
+        ("L4 TP2 x1 L11 | L4 TP2 x2 EP4 L39 (+2 L4 attention workers) | V100 TP1 x1 L39",
+         "L4 TP2 x1 L14 | L4 TP2 x2 EP4 L39 (+2 L4 attention workers) | V100 TP1 x1 L39"),
+        ("L4 TP8 x1 L92", "L4 TP8 x1 L92"),
+    ):  # fmt: skip
+        runner = replace(plan.runners_up[0], shape=shape)
+        assert [one.shape for one in distinct_runners_up(replace(plan, runners_up=(runner,)))] == [whole]
+
+
+@pytest.mark.parametrize(
+    ("model", "unit"), [("Llama-2-70B", "tokens"), ("google/gemma-2-27b", "tokens in every layer")]
+)
+def test_kv_room_of_a_model_with_windows_says_in_which_layers(model: str, unit: str) -> None:
+    inputs = load_inputs(cluster=str(EXAMPLES / "paper.yaml"), model=model, workload="1024/256").inputs
+    plan = replace(PLANS["paper"], inputs={"documents": inputs.documents()})
+    [line] = (line for line in text_of(render_plan(plan), width=120).splitlines() if " · room for " in line)
+    assert line.rstrip().endswith(f"room for 123k {unit}")
 
 
 def test_runners_up_that_differ_in_nodes_alone_are_told_once() -> None:

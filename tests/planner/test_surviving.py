@@ -108,6 +108,20 @@ def test_a_fleet_of_one_node_survives_no_loss(inputs: list[str], capsys: pytest.
     assert "--survive node: the fleet has no other node" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("constraint", [[], ["--pin", "node=big:as=primary"]])
+def test_a_node_that_the_others_cannot_replace_is_named_with_what_they_lack(
+    inputs: list[str], capsys: pytest.CaptureFixture[str], constraint: list[str]
+) -> None:
+    big = "  - {name: big, gpus: [{type: H100-SXM-80GB, count: 4}]}\nnetwork"
+    Path("fleet.yaml").write_text(FLEET.replace("count: 6", "count: 2").replace("network", big))
+    goal = ["--objective", "gpus", "--rate", "8", "--survive", "node", *constraint]
+    assert run([*inputs, *goal]) == ExitCode.INFEASIBLE
+    said = " ".join(capsys.readouterr().err.split())
+    assert "--survive node: without node big, the others must serve 8 requests/s" in said
+    assert "demand 8 requests/s is above what this fleet serves" in said
+    assert "node=big" not in said
+
+
 def test_every_plan_says_what_is_served_without_its_worst_node(
     inputs: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -122,7 +136,7 @@ def test_nothing_is_served_without_the_only_node(inputs: list[str], capsys: pyte
     Path("fleet.yaml").write_text(FLEET.replace("count: 6", "count: 1"))
     assert run(inputs) == ExitCode.OK
     text = " ".join(capsys.readouterr().out.split())
-    assert "Losses after losing node l4-0: nothing still served" in text, text[:900]
+    assert "Losses after losing any one node: nothing still served (worst: l4-0)" in text, text[:900]
 
 
 def test_the_simplest_plan_is_asked_for_with_a_share(inputs: list[str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from hetis.solver.check.setting import Setting
 from hetis.solver.check.timing import stage_seconds, wire_seconds
 from hetis.solver.cluster import Link
 from hetis.solver.errors import InfeasibleError, InvalidProblemError
-from hetis.solver.model import DraftShape
+from hetis.solver.model import DraftShape, MoeShape
 from hetis.solver.placement.explanation import explain_plan
 from hetis.solver.placement.explanation.replica_view import replica_views
 from hetis.solver.placement.families import run_by
@@ -35,7 +36,7 @@ from hetis.solver.planning import solve_placement
 from hetis.solver.problem import EngineRules, PlacementProblem
 from tests.solver import test_check_roles
 from tests.solver.claimed_plans import claimed, plan_of, unclaimed
-from tests.solver.instances import SMALL_FAMILY, make_model, make_node, make_problem, problems
+from tests.solver.instances import SMALL_FAMILY, make_model, make_node, make_problem, make_profile, problems
 from tests.solver.test_check import (
     A_ALONE,
     A_STAGE,
@@ -149,6 +150,18 @@ def test_idle_gpus_of_another_vendor_cannot_join() -> None:
     says = "they are AMD's, and an engine's replica has GPUs of one vendor"
     assert says in apart.reason
     assert says not in alike.reason
+
+
+def test_idle_gpus_hold_few_of_the_layers_after_leading_ones() -> None:
+    moe = MoeShape(num_experts=4, active_experts=2, expert_intermediate=256, first_dense_layers=1)
+    nodes = [make_node("a", "A"), make_node("b", "B")]
+    for model, layers in ((make_model(moe=moe), "the 5 layers after the first 1"), (make_model(), "6 layers")):
+        size = int(model.params() * model.weight_bytes)
+        profiles = {"A": make_profile("A", usable_bytes=20 * size), "B": make_profile("B", usable_bytes=size // 2)}
+        problem = make_problem(nodes, profiles=profiles, model=model)
+        (idle,) = explain_plan(solve_placement(problem), problem).idle
+        assert idle.gpu == "B"
+        assert re.search(rf"the 1 idle hold at most \d of {layers}, without KV", idle.reason)
 
 
 def test_idle_class_with_a_price_says_what_it_is_worth_at_the_margin() -> None:

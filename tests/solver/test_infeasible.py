@@ -20,7 +20,7 @@ from hetis.solver.placement import search, solve
 from hetis.solver.placement.infeasible import trials, why_infeasible
 from hetis.solver.placement.infeasible.relaxations import PRECISION
 from hetis.solver.placement.infeasible.trials import MAX_TRIALS
-from hetis.solver.plan import Objective, ObjectiveKind
+from hetis.solver.plan import Objective, ObjectiveKind, Role
 from hetis.solver.planning import solve_placement
 from hetis.solver.problem import PlacementProblem
 from tests.solver.instances import NO_LIMITS, SMALL_FAMILY, make_model, make_node, make_problem, make_profile, problems
@@ -84,7 +84,7 @@ def suggested(sentence: str) -> float:
 
 
 def out_of_reach(sentence: str) -> float:
-    match = re.search(r": ([0-9.e+-]+) (ms|s) cannot be kept", sentence)
+    match = re.search(r": by the model, ([0-9.e+-]+) (ms|s) cannot be kept", sentence)
     assert match, sentence
     return float(match[1]) * (1e-3 if match[2] == "ms" else 1.0)
 
@@ -172,6 +172,19 @@ def test_demand_and_limit_that_exclude_one_another_are_both_named() -> None:
     assert limit.startswith("mean TPOT limit ")
     assert " given demand " in limit
     assert " and p95 TTFT limit 50 s: " in limit
+
+
+def test_ttft_of_prefill_replicas_is_out_of_reach_at_their_planned_rate_only() -> None:
+    roles = replace(SMALL_FAMILY, roles=(Role.PREFILL, Role.DECODE))
+    for family, condition in (
+        (roles, ", at 90% of a prefill replica's rate (lower rates may keep it)"),
+        (SMALL_FAMILY, ""),
+    ):
+        problem = replace(two_cards(ttft_limit_s=1e-4), family=family)
+        [limit] = (one for one in reasons(problem) if " cannot be kept, " in one)
+        assert limit.startswith("p95 TTFT limit 0.1 ms is out of reach")
+        assert f": by the model{condition}, " in limit
+        assert suggested(limit) > 1e-4
 
 
 def test_weights_and_kv_that_exceed_the_fleet_are_added_up() -> None:

@@ -140,6 +140,13 @@ def test_roles_on_one_gpu_type_each_are_planned_on_the_second_vendor() -> None:
     assert {stage.gpu for replica in plan.replicas for stage in replica.stages} == {"B"}
 
 
+def test_only_plans_whose_replicas_may_span_zones_tell_how_these_share_links() -> None:
+    nodes = [make_node("a", "A", nodes=2), make_node("b", "A", nodes=2, zone="west")]
+    for family, is_told in ((replace(PLAIN, engine=None), True), (PLAIN, False)):
+        plan = solve_placement(make_problem(nodes, family=family))
+        assert any(note.startswith("a replica over several zones ") for note in plan.notes) is is_told
+
+
 def test_a_vendor_that_computes_no_layers_keeps_no_kv_in_its_zone() -> None:
     nodes = [make_node("a", "A", zone="east"), make_node("w", "A", zone="west"), make_node("b", "B", zone="east")]
     apart = replace(PLAIN, roles=(Role.PREFILL, Role.DECODE))

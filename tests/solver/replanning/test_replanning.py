@@ -6,6 +6,7 @@ import itertools
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 
@@ -14,15 +15,17 @@ from hetis.solver.budget import Budget, SearchSettings, silent
 from hetis.solver.check import check_plan
 from hetis.solver.cluster import Cluster, GpuSlots, Link, NodeGroup
 from hetis.solver.constraints import Constraint, Duty, RestrictRole, Selection, Unit
-from hetis.solver.errors import InfeasibleError, InvalidProblemError
+from hetis.solver.errors import InfeasibleError, InvalidProblemError, NoPlanFoundError
 from hetis.solver.placement.constrained_problem import apply_constraints
 from hetis.solver.placement.tabulation import build_cost_tables
 from hetis.solver.plan import Objective, ObjectiveKind, Plan, Role
 from hetis.solver.planning import solve_placement
 from hetis.solver.problem import PlacementProblem
 from hetis.solver.replanning import fresh as fresh_search
+from hetis.solver.replanning import solve as replanning
 from hetis.solver.replanning.change import HALF_DONE, ChangeCosts, Fate, ReplanningProblem, in_flight
 from hetis.solver.replanning.check import check_replanning
+from hetis.solver.replanning.fresh import Fresh
 from hetis.solver.replanning.running import Continuation
 from hetis.solver.replanning.solve import Replanning, Survivors, solve_replanning
 from hetis.solver.replanning.transition import Action
@@ -241,6 +244,37 @@ def test_a_fleet_with_nothing_in_common_is_refused_with_the_reason(
     running, problem = solve_placement(fleet(1, 0)), fleet(0, 2)
     with pytest.raises(InfeasibleError, match=reason):
         replanned(running, problem, costs=costs, max_moves=max_moves)
+
+
+def test_limits_that_no_replica_of_a_large_fleet_keeps_are_refused_with_the_reasons_of_placement() -> None:
+    kinds = "BCD"
+    profiles = {name: make_profile(name, usable_bytes=6_000_000) for name in kinds} | {"A": TWO_TYPES["A"]}
+    running = solve_placement(make_problem([make_node("a", "A")], profiles=profiles, family=UNIFIED))
+    nodes = [replace(make_node(name.lower(), name, nodes=60), numbered=True) for name in kinds]
+    tight = Objective(ttft_limit_s=1e-5, tpot_limit_s=1e-6)
+    problem = make_problem(nodes, profiles=profiles, family=UNIFIED, objective=tight)
+    with pytest.raises(InfeasibleError) as placed:
+        solve_placement(problem)
+    with pytest.raises(InfeasibleError) as refused:
+        replanned(running, problem)
+    assert refused.value.reasons == placed.value.reasons
+
+
+@pytest.mark.parametrize(
+    ("budget", "words"),
+    [
+        (Budget(), "no plan was found, nor was it proved that there is none"),
+        (Budget(time_limit_s=60.0), "allow more time"),
+    ],
+)
+def test_more_time_is_only_asked_for_if_it_was_limited(
+    monkeypatch: pytest.MonkeyPatch, budget: Budget, words: str
+) -> None:
+    nothing = Fresh(templates=(), value=None, bound=1.0, row_prices=np.zeros(0))
+    monkeypatch.setattr(replanning, "search_fresh", lambda *_: nothing)
+    posed = ReplanningProblem(running=solve_placement(fleet(1, 0)), problem=fleet(0, 2), costs=AT_ONCE)
+    with pytest.raises(NoPlanFoundError, match=words):
+        solve_replanning(posed, budget=budget)
 
 
 def test_new_traffic_resets_engines_and_leaves_weights_where_they_are() -> None:

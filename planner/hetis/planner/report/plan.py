@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
+from typing import NamedTuple
 
 from rich.console import Group, RenderableType
 from rich.padding import Padding
@@ -30,12 +33,12 @@ from hetis.planner.report.tables import (
     section,
     table,
 )
-from hetis.planner.use_cases.compare import Figures, KeptRate, figures_of, kept_of
+from hetis.planner.use_cases.compare import Figures, KeptRate, cost_rate, figures_of, kept_of
 from hetis.planner.use_cases.engine_values import EQUAL_STAGES, NOT_COMPILED, EngineValue, engine_values_of
 from hetis.planner.use_cases.grouping import ReplicaGroup, abbreviate, group_replicas, number_ranges
 from hetis.planner.use_cases.place import OUT_OF_TIME, SIMPLE_SETUPS, stopped_simulation_of
 from hetis.planner.use_cases.robustness.profile_errors import Predicted, predicted_of
-from hetis.planner.use_cases.service_level import Latency, service_level_of
+from hetis.planner.use_cases.service_level import DEFAULT, Latency, service_level_of
 from hetis.planner.use_cases.sources import (
     CONSTRAINTS,
     ENGINE_SETTINGS,
@@ -53,6 +56,7 @@ from hetis.planner.use_cases.verify import (
 )
 from hetis.solver.constraints import Constraint, described
 from hetis.solver.errors import InvalidProblemError
+from hetis.solver.model import ModelSpec
 from hetis.solver.placement.families import STRATEGIES
 from hetis.solver.plan import (
     Objective,
@@ -72,6 +76,7 @@ MAX_CLASSES = 40
 SMALLEST_PRICE = 1e-4  # prices of device classes below this are shown as smaller than it
 SAME_RATE = 1e-6  # relative difference of two rates that rounding may cause
 PROVED = 0.005  # relative difference of a bound from another engine's value up to which it is not mentioned
+NEARLY = 0.95  # share of the slowest replica's latency from which another replica counts as equally slow
 BINDS_FROM = 0.99  # micro-batches are integers, so a limit binds if the next size would violate it
 
 _VALUE_NAMES = {
@@ -80,6 +85,7 @@ _VALUE_NAMES = {
     ObjectiveKind.COST: "Cost",
     ObjectiveKind.GPUS: "GPUs",
 }
+_LAYERS = re.compile(r"(?<= L)\d+(?=$| \| | \(\+)")  # the layers of a stage in the text of a shape
 MAX_NUMBERS = 24  # characters for the numbers of equal replicas
 MAX_ROUTES = 12  # pairs of replica shapes; the others are summarised in one line
 
@@ -97,7 +103,7 @@ def render_plan(plan: Plan, *, wide: bool = False) -> Iterator[RenderableType]:
         if len(plan.prices) > MAX_CLASSES:
             yield Text(f" … and {len(plan.prices) - MAX_CLASSES:,} classes of fewer GPUs", style="dim")
     if simpler := simple_setups(plan):
-        yield section("Simpler setups", bullets(simpler))
+        yield section(f"Simpler setups{by_unified(plan)}", bullets(simpler))
     if plan.runners_up:
         yield section("Not chosen", _runners_up(plan))
     if plan.notes:
@@ -209,8 +215,8 @@ def _facts(plan: Plan) -> Iterator[tuple[str, RenderableType]]:
         yield "Precision", kept
     if plan.objective.demand_rps is not None:
         yield "Demand", _demand(plan, plan.objective.demand_rps)
-    for name, reached, limit in limits(plan):
-        yield name, _limit(reached, limit)
+    for one in limits(plan):
+        yield one.name, _limit(one)
     if (simulated := simulated_words(plan)) is not None:
         yield "Simulated", simulated
     yield "Fleet", _fleet(plan)
@@ -259,7 +265,11 @@ def kept_cell(plan: Plan, *, unknown: str) -> Text:
 
 
 def promised_figures(plan: Plan, inputs: Inputs | PlacementProblem) -> Figures:
-    """Return the figures of a plan at the rate it promises, which is the simulated rate if that is lower."""
+    """Return the figures of a plan at the rate it promises, which is the simulated rate if that is lower.
+
+    Raises:
+        DocumentError: the objective that was requested is not usable.
+    """
     kept = less_than_planned(plan)
     return figures_of(plan, inputs, rate_rps=None if kept is None else kept.rate_rps)
 
@@ -302,7 +312,7 @@ def _cost(plan: Plan) -> str | None:
         return None
     try:
         inputs = inputs_from_documents(documents, "plan")
-        figures = promised_figures(plan, inputs)
+        figures, cost_rps = promised_figures(plan, inputs), cost_rate(plan)
     except DocumentError:
         return None
     if figures.usd_per_hour is None:
@@ -313,7 +323,8 @@ def _cost(plan: Plan) -> str | None:
     if figures.usd_per_million_output_tokens is None:
         return f"{digits(figures.usd_per_hour)} USD/h"
     tokens = f"{digits(figures.usd_per_million_output_tokens)} USD per million output tokens"
-    return f"{digits(figures.usd_per_hour)} USD/h, {tokens}"
+    at = "" if cost_rps is None else f" at {digits(cost_rps, 4)} requests/s"
+    return f"{digits(figures.usd_per_hour)} USD/h, {tokens}{at}"
 
 
 def losses(plan: Plan) -> str:
@@ -321,7 +332,7 @@ def losses(plan: Plan) -> str:
     return "; ".join(
         f"after losing any one {kind}: at least {percent_at_least(loss.share)} still served (worst: {loss.name})"
         if loss.rate
-        else f"after losing {kind} {loss.name}: nothing still served"
+        else f"after losing any one {kind}: nothing still served (worst: {loss.name})"
         for kind, loss in losses_of(plan).items()
     )
 
@@ -343,13 +354,27 @@ def beside_equal_stages(plan: Plan) -> str | None:
     if EQUAL_STAGES not in plan.inputs:
         return None
     alone, result = plan.inputs[EQUAL_STAGES], plan.result
+    equal = "replicas of equal stages"
+    if excludes_unified(plan):
+        equal = f"unified {equal}, which --roles excludes"
     if not isinstance(alone, int | float) or alone <= 0:
-        return "replicas of equal stages: none keep the limits" if alone is None else None
+        return f"{equal}: none keep the limits" if alone is None else None
     value, beside = f"{digits(alone, 4)} {result.unit}", _beside(result.value, alone)
     if not is_below_model(plan):
-        return f"{value} by replicas of equal stages; this plan {beside}"
+        return f"{value} by {equal}; this plan {beside}"
     this = "this plan by the model" if tightening_of(plan) is None else "this plan, for a tighter limit, by the model"
-    return f"{value} by the model, by replicas of equal stages (not simulated); {this} {beside}"
+    return f"{value} by the model, by {equal} (not simulated); {this} {beside}"
+
+
+def excludes_unified(plan: Plan) -> bool:
+    """Return whether equal stages, whose replicas are always unified, are no plans of the family that was searched."""
+    roles = plan.inputs.get("roles")
+    return isinstance(roles, list) and bool(roles) and Role.UNIFIED.value not in roles
+
+
+def by_unified(plan: Plan) -> str:
+    """Return what follows the name of setups with equal stages if the plan's family excludes them; empty if not."""
+    return " by unified replicas, which --roles excludes" if excludes_unified(plan) else ""
 
 
 def beside_engines(plan: Plan, *, hints: bool = True) -> list[str]:
@@ -452,12 +477,42 @@ def verdict(plan: Plan) -> str:
     return f"interrupted; {claim}" if result.status is Status.INTERRUPTED else claim
 
 
-def limits(plan: Plan) -> Iterator[tuple[str, float, float | None]]:
-    """Yield the name, the worst value over all replicas, and the limit of TTFT and of TPOT."""
+class Reached(NamedTuple):
+    """The planned value of TTFT or TPOT in the replica where it is highest, which every replica's limit is held to.
+
+    ``is_slowest``: another replica is notably faster, so that the value is not that of all requests together.
+    ``limit_of``: what the limit was given for if that is another statistic than the value's; empty: it is the same.
+    """
+
+    name: str
+    value_s: float
+    limit_s: float | None
+    is_slowest: bool
+    limit_of: str
+
+    def remarks(self) -> list[str]:
+        """Return what a reader must know to compare the value with its limit."""
+        remarks = ["slowest replica"] if self.is_slowest else []
+        return [*remarks, *([f"limit for {self.limit_of}"] if self.limit_of and self.limit_s is not None else [])]
+
+
+def limits(plan: Plan) -> Iterator[Reached]:
+    """Yield the planned TTFT and TPOT with their limits; nothing for a plan without replicas."""
     if plan.replicas:
-        yield "TTFT p95", max(r.ttft_s for r in plan.replicas), plan.objective.ttft_limit_s
+        ttfts = [one.ttft_s for one in plan.replicas if one.role is not Role.DECODE]
+        yield _reached(Latency.TTFT, ttfts, plan.objective.ttft_limit_s, plan)
         if _has_tpot(plan):
-            yield "TPOT mean", max(r.tpot_s for r in plan.replicas), plan.objective.tpot_limit_s
+            tpots = [one.tpot_s for one in plan.replicas if one.role is not Role.PREFILL]
+            yield _reached(Latency.TPOT, tpots, plan.objective.tpot_limit_s, plan)
+
+
+def _reached(latency: Latency, values_s: Sequence[float], limit_s: float | None, plan: Plan) -> Reached:
+    value_s, level, planned = max(values_s, default=0.0), service_level_of(plan), DEFAULT.statistic(latency)
+    limit_of = "" if level.statistic(latency) is planned else str(level.statistic(latency))
+    if level.attainment is not None:
+        limit_of = f"{100 * level.attainment:g}% of the requests"
+    is_slowest = any(one < NEARLY * value_s for one in values_s)
+    return Reached(f"{latency} {planned}", value_s, limit_s, is_slowest, limit_of)
 
 
 def _has_tpot(plan: Plan) -> bool:
@@ -466,13 +521,14 @@ def _has_tpot(plan: Plan) -> bool:
     return not lengths or any(one["output_tokens"] > 1.0 for one in lengths)
 
 
-def _limit(reached: float, limit: float | None) -> Text:
-    if limit is None:
-        return Text(f"{seconds(reached)}, no limit")
-    ratio = reached / limit
-    text = Text(f"{seconds(reached)} of {seconds(limit)}".ljust(20))
+def _limit(reached: Reached) -> Text:
+    remarks = "".join(f", {one}" for one in reached.remarks())
+    if reached.limit_s is None:
+        return Text(f"{seconds(reached.value_s)}, no limit{remarks}")
+    ratio = reached.value_s / reached.limit_s
+    text = Text(f"{seconds(reached.value_s)} of {seconds(reached.limit_s)}".ljust(20))
     text.append(bar(ratio, 20), style="yellow" if ratio >= BINDS_FROM else "green")
-    text.append(f" {percent(ratio)}{' binds' if ratio >= BINDS_FROM else ''}")
+    text.append(f" {percent(ratio)}{' binds' if ratio >= BINDS_FROM else ''}{remarks}")
     return text
 
 
@@ -511,9 +567,9 @@ def _fleet(plan: Plan) -> str:
 
 def _replicas(groups: Sequence[ReplicaGroup], plan: Plan, *, wide: bool) -> Iterator[RenderableType]:
     shown = len(groups) if wide else MAX_SHAPES
-    palette = palette_of(plan)
+    palette, room = palette_of(plan), unit_of_room(plan)
     for group in groups[:shown]:
-        yield _replica_headline(group)
+        yield _replica_headline(group, room)
         yield Padding(Group(_picture(group.first, palette), _stages(group, palette)), (0, 0, 0, 1))
         if wide and len(group.numbers) > 1:
             yield Padding(device_table(group, plan), (0, 0, 0, 1))
@@ -570,8 +626,24 @@ def _runners_up(plan: Plan) -> Table:
 
 
 def distinct_runners_up(plan: Plan) -> list[RunnerUp]:
-    """Return the runners-up, those once that differ only in their zones or nodes."""
-    return list({(one.shape, digits(one.rate), one.reason): one for one in plan.runners_up}.values())
+    """Return the runners-up, those once that differ only in their zones or nodes, with all of the model's layers."""
+    distinct = {(one.shape, digits(one.rate), one.reason): one for one in plan.runners_up}.values()
+    try:
+        model = planned_model(plan)
+    except DocumentError:
+        model = None
+    if model is None or not model.prefix_layers:
+        return list(distinct)
+    return [replace(one, shape=_with_prefix(one.shape, model)) for one in distinct]
+
+
+def _with_prefix(shape: str, model: ModelSpec) -> str:
+    """Return a shape whose first stage also counts the layers before the repeated ones, which the search leaves out."""
+    counts = list(_LAYERS.finditer(shape))
+    if sum(int(one.group()) for one in counts) != model.num_layers - model.prefix_layers:
+        return shape
+    first = counts[0]
+    return f"{shape[: first.start()]}{int(first.group()) + model.prefix_layers}{shape[first.end() :]}"
 
 
 def folded(shape: str) -> str:
@@ -672,7 +744,16 @@ def device_table(group: ReplicaGroup, plan: Plan) -> Table:
     return table("'replica", "'devices", *made, rows=rows)
 
 
-def _replica_headline(group: ReplicaGroup) -> Text:
+def unit_of_room(plan: Plan) -> str:
+    """Return what KV room counts; where layers keep KV of windows alone, more tokens fit than it says."""
+    try:
+        model = planned_model(plan)
+    except DocumentError:
+        model = None
+    return "tokens" if model is None or model.cached_growth(math.inf) == 1.0 else "tokens in every layer"
+
+
+def _replica_headline(group: ReplicaGroup, unit: str) -> Text:
     """Return rate and settings in two lines and, if there are several zones, those to which KV may go in a third."""
     replica, count = group.first, len(group.numbers)
     name = f"Replica {group.numbers[0]}" if count == 1 else f"{count:,} equal replicas"
@@ -681,7 +762,7 @@ def _replica_headline(group: ReplicaGroup) -> Text:
     return Text.assemble(
         (f"\n{name}", "bold"),
         (role, "bold magenta"),
-        f"  {digits(replica.rate, 4)} requests/s saturated{each} · room for {tokens(replica.kv_tokens)} tokens\n",
+        f"  {digits(replica.rate, 4)} requests/s saturated{each} · room for {tokens(replica.kv_tokens)} {unit}\n",
         f" {_latencies(replica)} · {_in_flight(replica)}",
         f"\n sends KV to {', '.join(replica.kv_zones)}" if len(replica.kv_zones) > 1 else "",
     )

@@ -16,6 +16,7 @@ from hetis.planner.use_cases.service_level import ServiceLevel
 from hetis.planner.use_cases.sources import (
     Inputs,
     LoadedInputs,
+    asked_objective,
     differing_fields,
     inputs_from_documents,
     load_plan_and_problem,
@@ -85,7 +86,7 @@ class Figures:
     prompt_tokens_per_s: float  # at ``rate_rps``
     output_tokens_per_s: float  # at ``rate_rps``
     usd_per_hour: float | None  # price of the used GPUs; None: at least one has no price
-    usd_per_million_output_tokens: float | None  # at ``rate_rps``
+    usd_per_million_output_tokens: float | None  # at `cost_rate`, or at ``rate_rps`` if that is None
     ttft_s: float  # TTFT of the slowest replica; 0 if there is none
     tpot_s: float  # TPOT of the slowest replica; 0 if there is none
     kv_tokens: int  # KV capacity of the replicas that decode
@@ -427,26 +428,42 @@ def _with_bound(result: SolveResult, bound: float, objective: Objective) -> Solv
 
 
 def figures_of(plan: Plan, inputs: Inputs | PlacementProblem, *, rate_rps: float | None = None) -> Figures:
-    """Return the figures of a plan at ``rate_rps``, or at the planned rate if that is None."""
+    """Return the figures of a plan at ``rate_rps``, or at the planned rate if that is None.
+
+    Raises:
+        DocumentError: the objective that was requested is not usable.
+    """
     goodput_share = Assumptions().planned_utilisation
     is_throughput = plan.objective.kind is ObjectiveKind.THROUGHPUT
     rate = plan.served_rate() * (1.0 if is_throughput else goodput_share) if rate_rps is None else rate_rps
     usd = _usd_per_hour(plan, inputs.cluster)
     moments = inputs.workload.clipped_to(inputs.model.max_position).moments()
-    output_per_s = rate * moments.mean_output
+    output_per_s, cost_rps = rate * moments.mean_output, cost_rate(plan)
+    paid_per_s = output_per_s if cost_rps is None else cost_rps * moments.mean_output
     used = len(_devices(plan))
     return Figures(
         rate_rps=rate,
         prompt_tokens_per_s=rate * moments.mean_prompt,
         output_tokens_per_s=output_per_s,
         usd_per_hour=usd,
-        usd_per_million_output_tokens=None if usd is None or not output_per_s else 1e6 * usd / (3600.0 * output_per_s),
+        usd_per_million_output_tokens=None if usd is None or not paid_per_s else 1e6 * usd / (3600.0 * paid_per_s),
         ttft_s=max((replica.ttft_s for replica in plan.replicas), default=0.0),
         tpot_s=max((replica.tpot_s for replica in plan.replicas), default=0.0),
         kv_tokens=sum(replica.kv_tokens for replica in plan.replicas if replica.role is not Role.PREFILL),
         gpus_used=used,
         gpus_idle=inputs.cluster.num_gpus() - used - len(plan.held_by_others()),
     )
+
+
+def cost_rate(plan: Plan) -> float | None:
+    """Return the demanded rate, at which a plan that minimises is paid for; None: the plan maximises its rate.
+
+    Such a plan could serve more, but that is not the traffic it is bought for.
+
+    Raises:
+        DocumentError: the objective that was requested is not usable.
+    """
+    return None if plan.objective.maximises else asked_objective(plan).demand_rps
 
 
 def _devices(plan: Plan) -> set[str]:

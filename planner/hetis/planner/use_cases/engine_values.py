@@ -218,8 +218,13 @@ def _by_equal_stages(
     known: EngineValue, plan: Plan, problem: PlacementProblem, own: EngineRules | None, seed: int,
     cancelled: threading.Event,
 ) -> EngineValue:  # fmt: skip
-    """Return the value of equal stages on an engine, or ``known`` if that is at least as good."""
+    """Return the value of equal stages on an engine, or ``known`` if that is at least as good.
+
+    Their replicas are unified, so they say nothing of plans without these.
+    """
     other = problem.family.engine
+    if Role.UNIFIED not in problem.family.roles:
+        return known
     if own is not None and EQUAL_STAGES in plan.inputs and (other is None or _as_deep(other, own, problem.model)):
         value = plan.inputs[EQUAL_STAGES]  # equal stages have no attention workers, and the other limits are the same
     elif known.value is not None:

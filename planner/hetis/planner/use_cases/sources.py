@@ -25,7 +25,7 @@ from hetis.formats.workload import with_prefix_hits
 from hetis.planner.use_cases.service_level import SERVICE_LEVEL, ServiceLevel, Statistic
 from hetis.profiler.defaults import default_profile
 from hetis.solver.cluster import Cluster, GpuType
-from hetis.solver.constraints import Constraints
+from hetis.solver.constraints import Constraint, Constraints, Exclude, RestrictRole, WithoutWorkers, in_words
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.model import ModelSpec
 from hetis.solver.plan import Objective, Plan, Role
@@ -380,12 +380,23 @@ def _constraints_of(plan: Plan, cluster: Cluster, path: str) -> Constraints:
             path, f"inputs.{CONSTRAINTS} must be a list of --pin and --forbid options: the plan is checked against them"
         )
     try:
-        return constraints_from_texts(texts, cluster)
+        return tuple(_as_described(each, plan) for each in constraints_from_texts(texts, cluster))
     except DocumentError as error:
         raise DocumentError(
             replace(problem, path=f"inputs.{CONSTRAINTS}", file=path, message=str(problem))
             for problem in error.problems
         ) from None
+
+
+def _as_described(constraint: Constraint, plan: Plan) -> Constraint:
+    """Return a constraint of a plan as one of its engine if the plan's family says that it is; options do not."""
+    engine = plan.inputs.get("engine")
+    name = engine.get("name") if isinstance(engine, Mapping) else None
+    if not isinstance(name, str) or not isinstance(constraint, Exclude | RestrictRole | WithoutWorkers):
+        return constraint
+    words = in_words(constraint, name)
+    is_its = words != str(constraint) and words in plan.family.split("; ")
+    return replace(constraint, by=name) if is_its else constraint
 
 
 def _roles_of(plan: Plan, path: str) -> tuple[Role, ...]:

@@ -6,9 +6,9 @@ import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, replace
 
-from hetis.solver.advice import Loss, worst_node, worst_zone
+from hetis.solver.advice import Loss, without_nodes, worst_node, worst_zone
 from hetis.solver.cluster import NodeGroup
-from hetis.solver.constraints import AtMost, Exclude, Replicas, RestrictRole, Selection, Unit, Use
+from hetis.solver.constraints import AtMost, Exclude, Replicas, RestrictRole, Selection, Unit, Use, misfits
 from hetis.solver.errors import InfeasibleError, InvalidProblemError, NoPlanFoundError
 from hetis.solver.plan import KvRoute, ObjectiveKind, Plan, ReplicaPlan, SolveResult, Status
 from hetis.solver.problem import PlacementProblem
@@ -56,7 +56,7 @@ def surviving_plan(find: Find, probe: Find, problem: PlacementProblem, place: st
     Raises:
         InvalidProblemError: the objective has no demand to keep, or its zones or constraints rule the question out.
         NoPlanFoundError: no such plan was found.
-        InfeasibleError: there is no plan for a demand that such a plan must serve.
+        InfeasibleError: there is no plan for a demand that such a plan must serve, or for the fleet without some node.
     """
     check_survival(problem, place)
     return (_without_a_zone if place == "zone" else _without_a_node)(find, probe, problem)
@@ -102,6 +102,7 @@ def _without_a_node(find: Find, probe: Find, problem: PlacementProblem) -> Plan:
         found += [_inside_nodes(probe, problem, demand), _spread(probe, problem)]
     plans = [replace(one, family=first.family) for one in found if one is not None]
     if not plans:
+        _refuse_needed_nodes(find, probe, problem)
         raise NoPlanFoundError(
             f"no plan was found that serves {demand:.4g} requests/s without its worst node, nor proved that there is "
             "none"
@@ -110,6 +111,32 @@ def _without_a_node(find: Find, probe: Find, problem: PlacementProblem) -> Plan:
     plan = replace(plan, result=bounded_by(plan.result, least))
     asked, rate = plan.objective.demand_rps or 0.0, _left_without_node(plan, problem)
     return _with_cost(plan, alone, "node", asked, rate, least=least)
+
+
+def _refuse_needed_nodes(find: Find, probe: Find, problem: PlacementProblem) -> None:
+    """Check that no node is known to be needed: what remains of a plan without a node is a plan of the other nodes.
+
+    A constraint that counts over the whole fleet need not hold for what remains, so nothing is known then.
+
+    Raises:
+        InfeasibleError: the other nodes have no plan for the demand; names the node, and why there is none.
+    """
+    if any(isinstance(each, Use | Replicas | AtMost) for each in problem.constraints):
+        return
+    for node, *_ in _equal_nodes(problem):
+        posed = _lacking(problem, node)
+        try:
+            probe(posed)
+        except NoPlanFoundError:
+            continue
+        except InfeasibleError as short:
+            why = f"--survive node: without node {node}, the others must serve {_demand(problem):.4g} requests/s"
+            try:
+                find(posed)  # once more, for the reasons
+            except InfeasibleError as error:
+                raise InfeasibleError((why, *error.reasons)) from None
+            except NoPlanFoundError:
+                raise InfeasibleError((why, *short.reasons)) from None
 
 
 def _grown(probe: Find, problem: PlacementProblem, plan: Plan, demand: float) -> Plan | None:
@@ -208,6 +235,13 @@ def _on_node(problem: PlacementProblem, node: str) -> PlacementProblem:
         if other != node
     )
     return replace(problem, constraints=(*problem.constraints, *left_out))
+
+
+def _lacking(problem: PlacementProblem, node: str) -> PlacementProblem:
+    """Return the problem of a fleet without the node, which reasons then treat as no requirement of the user's."""
+    cluster = without_nodes(problem.cluster, [node])
+    kept = (each for each in problem.constraints if not any(misfits((each,), cluster, problem.family.tp_sizes)))
+    return replace(problem, cluster=cluster, constraints=tuple(kept))
 
 
 def _left_without_node(plan: Plan, problem: PlacementProblem) -> float:

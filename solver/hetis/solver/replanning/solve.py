@@ -8,6 +8,7 @@ one that the replica uses, then the fullest, then the one with more idle GPUs: t
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -22,7 +23,7 @@ from hetis.solver.placement.constrained_problem import apply_constraints, is_not
 from hetis.solver.placement.families import STRATEGIES
 from hetis.solver.placement.infeasible import infeasible
 from hetis.solver.placement.master import demanded_rate
-from hetis.solver.placement.outcome import Outcome, sound_bound
+from hetis.solver.placement.outcome import Outcome, is_out_of_reach, sound_bound
 from hetis.solver.placement.solve import objective_scale, plan_of
 from hetis.solver.placement.tables import CostTables
 from hetis.solver.placement.tabulation import build_cost_tables
@@ -96,7 +97,7 @@ def solve_replanning(
     Raises:
         InvalidProblemError: the strategy has no re-planning, or it cannot respect a constraint (`keeps`).
         InfeasibleError: proved that the fleet has no plan, or none within ``max_moves``.
-        NoPlanFoundError: the budget was spent before a plan was found.
+        NoPlanFoundError: no plan was found, nor proved impossible, mostly because the budget was spent.
     """
     settings = SearchSettings(
         strategy=strategy, budget=budget or Budget(), gap_target=gap_target, seed=seed, threads=threads, report=report
@@ -113,7 +114,7 @@ def solve_replanning(
     given = replace(given, problem=problem)
     costs = build_cost_tables(problem)
     settings.tell("cost tables")
-    if not costs.ranks:
+    if not costs.ranks or is_out_of_reach(costs, demanded_rate(problem) or 0.0):
         raise infeasible(problem, quiet)
     running = Survivors(given, costs)
     settings.tell("the fleet as if it were idle")
@@ -181,8 +182,11 @@ def _none(
     # Without candidates there was nothing to settle: every replica moves a GPU, or every shape of the family was seen.
     is_settled = net.is_settled or (not candidates and (given.max_moves == 0 or fresh.enumerated is not None))
     is_proved = fresh.is_empty if fresh.value is None else given.max_moves is not None and is_settled
-    if settings.budget.is_spent() or not is_proved:
+    # A limited search gives its parts shares of its time, so one of them may have ended early.
+    if settings.budget.is_spent() or (not is_proved and math.isfinite(settings.budget.time_limit_s)):
         return settings.stopped()
+    if not is_proved:
+        return NoPlanFoundError("no plan was found, nor was it proved that there is none")
     if fresh.value is None:
         return infeasible(given.problem, settings)
     demand = given.problem.objective.demand_rps

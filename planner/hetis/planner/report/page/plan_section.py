@@ -32,7 +32,9 @@ from hetis.planner.report.page.fleet_map import MAX_NAMED, fleet_map, replica_na
 from hetis.planner.report.plan import (
     beside_engines,
     beside_equal_stages,
+    by_unified,
     distinct_runners_up,
+    excludes_unified,
     folded,
     is_below_model,
     less_than_planned,
@@ -45,10 +47,12 @@ from hetis.planner.report.plan import (
     range_of,
     simple_setups,
     stage_rows,
+    unit_of_room,
     verdict,
 )
 from hetis.planner.report.simulation_pictures import Panel
 from hetis.planner.report.tables import SimulationRemarks, kept_beyond
+from hetis.planner.use_cases.compare import cost_rate
 from hetis.planner.use_cases.engine_values import EQUAL_STAGES
 from hetis.planner.use_cases.grouping import ReplicaGroup, group_replicas
 from hetis.planner.use_cases.place import OUT_OF_TIME, stopped_simulation_of
@@ -102,7 +106,7 @@ def _blocks(plan: Plan, problem: PlacementProblem, panels: Sequence[Panel], traf
     yield fleet_map(plan, problem.cluster, explanation)
     groups = group_replicas(plan.replicas)
     if groups:
-        yield _replicas(groups, lettered=len(plan.replicas) > MAX_NAMED)
+        yield _replicas(groups, unit_of_room(plan), lettered=len(plan.replicas) > MAX_NAMED)
         yield _stages(groups)
     if panels:
         yield Charts(title="Under simulated traffic", intro=traffic, charts=tuple(chart_of(one) for one in panels))
@@ -121,7 +125,8 @@ def _blocks(plan: Plan, problem: PlacementProblem, panels: Sequence[Panel], traf
     yield Sentences(
         title="Simpler setups",
         lines=tuple(simple_setups(plan)),
-        intro="One GPU type per replica and equal layers per stage, the best of each under the same limits.",
+        intro=f"One GPU type per replica and equal layers per stage{by_unified(plan)}, "
+        "the best of each under the same limits.",
     )
     if plan.runners_up:
         yield _runners_up(plan)
@@ -164,7 +169,9 @@ def _tiles(plan: Plan, problem: PlacementProblem) -> Iterator[Tile]:
         yield Tile(label="Cost", value=digits(figures.usd_per_hour), unit="USD/h", note="of the GPUs in use")
         if figures.usd_per_million_output_tokens is not None:
             dollars = digits(figures.usd_per_million_output_tokens)
-            yield Tile(label="Cost of tokens", value=dollars, unit="USD per million", note="output tokens")
+            cost_rps = cost_rate(plan)
+            at = "" if cost_rps is None else f" at the demanded {digits(cost_rps)} requests/s"
+            yield Tile(label="Cost of tokens", value=dollars, unit="USD per million", note=f"output tokens{at}")
     held, idle = len(plan.held_by_others()), figures.gpus_idle
     unused = [f"{held:,} held by other tenants"] if held else []
     unused += [f"{idle:,} idle"] if idle else []
@@ -192,7 +199,7 @@ def _against_today(plan: Plan) -> Iterator[Tile]:
         ratio = plan.result.value / alone - 1.0
         good = ratio > 0 if plan.objective.maximises else ratio < 0
         sign = "+" if ratio > 0 else "−" if ratio < 0 else ""
-        value = f"{digits(alone)} {plan.result.unit}"
+        value = f"{digits(alone)} {plan.result.unit}{by_unified(plan)}"
         below = is_below_model(plan)
         yield Tile(
             label="Compared with today's practice",
@@ -246,7 +253,8 @@ def _worth(plan: Plan) -> Scale:
         simulated = f"{digits(kept.rate_rps, 4)} {result.unit}" if kept.rate_rps else "none of the rates tried"
         rows.append(ScaleRow(label="Kept, simulated", text=simulated, share=kept.rate_rps / axis))
     if beside:
-        rows.append(ScaleRow(label="Equal stages", text=f"{digits(beside, 4)} {result.unit}", share=beside / axis))
+        label = "Equal stages (unified)" if excludes_unified(plan) else "Equal stages"
+        rows.append(ScaleRow(label=label, text=f"{digits(beside, 4)} {result.unit}", share=beside / axis))
     bound = f"bound {digits(result.bound, 4)} {result.unit}" if math.isfinite(result.bound) else "no bound"
     notes = [f"The line is the {bound}: {verdict(plan)}."]
     if band:
@@ -261,11 +269,13 @@ def _worth(plan: Plan) -> Scale:
 def _limits(plan: Plan) -> Scale:
     simulated, rows, without = verification_of(plan), list[ScaleRow](), list[str]()
     found = [] if simulated is None else limited_latencies(simulated, plan)
-    for name, reached, limit in limits(plan):
+    for each in limits(plan):
+        name, reached, limit = each.name, each.value_s, each.limit_s
+        remarks = f" ({', '.join(each.remarks())})" if each.remarks() else ""
         if limit is None:
-            without.append(f"{name} {seconds(reached)}")
+            without.append(f"{name} {seconds(reached)}{remarks}")
             continue
-        values = [(f"{name}, planned", reached)]
+        values = [(f"{name}, planned{remarks}", reached)]
         values += [(f"{one.name}, simulated", one.value_s) for one in found if name.startswith(one.latency)]
         axis = max(AXIS * limit, *(value * ROOM for _, value in values))
         for label, value in values:
@@ -289,8 +299,8 @@ def _limits(plan: Plan) -> Scale:
 # --- replicas
 
 
-def _replicas(groups: Sequence[ReplicaGroup], *, lettered: bool) -> Grid:
-    """Return the table of replicas; if ``lettered``, with the letters that they have on the map."""
+def _replicas(groups: Sequence[ReplicaGroup], unit: str, *, lettered: bool) -> Grid:
+    """Return the table of replicas, their KV room in ``unit``; if ``lettered``, with the letters of the map."""
 
     def row(number: int, group: ReplicaGroup) -> tuple[str, ...]:
         one = group.first
@@ -317,7 +327,7 @@ def _replicas(groups: Sequence[ReplicaGroup], *, lettered: bool) -> Grid:
             "TPOT mean",
             "seats × in flight",
             "chunk",
-            "KV tokens",
+            f"KV {unit}",
             "GPUs",
         ),
         rows=tuple(row(number, group) for number, group in enumerate(groups[:MAX_SHAPES])),

@@ -148,7 +148,9 @@ def why_idle(plan: Plan, problem: PlacementProblem, views: tuple[ReplicaView, ..
     for each in idle_classes(plan, problem.cluster):
         forbidden, idle = _forbidden(problem, each.device_class), each.idle
         reasons = [f"{forbidden:,} of them are forbidden"] if 0 < forbidden < idle else []
-        reasons += _reasons(plan, problem, views, each) if forbidden < idle else ["they are forbidden"]
+        reasons += (
+            _reasons(plan, problem, views, each) if forbidden < idle else [_why_forbidden(problem, each.price.gpu)]
+        )
         yield IdleGpus(gpu=each.price.gpu, zone=each.price.zone, count=idle, reason="; ".join(reasons))
 
 
@@ -163,6 +165,14 @@ def _forbidden(problem: PlacementProblem, device_class: DeviceClass) -> int:
         for d in problem.cluster.devices()
         if d.group.name in groups and d.gpu == device_class.gpu
     )
+
+
+def _why_forbidden(problem: PlacementProblem, gpu: str) -> str:
+    """Return who excludes all GPUs of a class: an engine excludes whole types."""
+    by = next(
+        (one.by for one in problem.constraints if isinstance(one, Exclude) and one.by and one.gpus.name == gpu), ""
+    )
+    return f"{by} does not run this model on them" if by else "they are forbidden"
 
 
 class IdleClass(NamedTuple):
@@ -261,7 +271,9 @@ def _alone(view: ReplicaView, device_class: DeviceClass, idle: int) -> Iterator[
     held = math.floor(max(idle * layers / c.shape.tp for c, layers in fit.items()))
     repeated = model.num_layers - model.prefix_layers
     if held < repeated:
-        yield f"the {idle:,} idle hold at most {held} of {repeated} layers, without KV"
+        prefix = model.prefix_layers
+        layers = f"the {repeated} layers after the first {prefix}" if prefix else f"{repeated} layers"
+        yield f"the {idle:,} idle hold at most {held} of {layers}, without KV"
         return
     # TPOT is at least one plain iteration of one request divided by the tokens that it adds.
     fastest = min(costs, key=lambda c: c.dense_s(1) + 2 * c.reduce_s(1))

@@ -15,6 +15,7 @@ from hetis.solver.constraints import AtMost, Constraint, Replicas, Sum, Use
 from hetis.solver.placement.infeasible.requirements import Requirement, Subject, demand_of, keeping, with_faster_links
 from hetis.solver.placement.infeasible.trials import Trials
 from hetis.solver.placement.wording import in_bytes, listed, option_down, option_up, rounded_down
+from hetis.solver.plan import Role
 from hetis.solver.problem import PlacementProblem
 from hetis.solver.profile import Profile
 
@@ -126,8 +127,17 @@ def _best_latency(trials: Trials, member: Requirement, others: Collection[Requir
     impossible, possible = option_down(low), option_up(high)
     option = f"{name} {possible}"
     found = f"{_in_words(impossible)} cannot be kept, {_in_words(possible)} can ({option})"
-    sentence = f"{member} is out of reach{keeping_}: {found}"
+    sentence = f"{member} is out of reach{keeping_}: {_by_the_model(trials.problem, member, others)}, {found}"
     return Relaxation(about=member, sentence=sentence, change=f"{member.subject} {possible}", option=option)
+
+
+def _by_the_model(problem: PlacementProblem, member: Requirement, others: Collection[Requirement]) -> str:
+    """Return what latencies hold by: the model, whose prompts queue for prefill replicas that are used as planned."""
+    roles = keeping(problem, [member, *others]).family.roles
+    if member.subject is not Subject.TTFT or Role.UNIFIED in roles:
+        return "by the model"
+    share = problem.assumptions.planned_utilisation
+    return f"by the model, at {share:.0%} of a prefill replica's rate (lower rates may keep it)"
 
 
 def _in_words(option: str) -> str:
