@@ -101,6 +101,8 @@ def test_stages_on_one_node_are_one_vllm_with_room_for_the_largest() -> None:
     assert layout.layers == (3, 1)
     assert layout.seats == 8
     assert {layout.caller(p).name for p in layout.attention_workers} == {"vllm"}
+    more = replace(plan, replicas=(replace(plan.replicas[0], max_num_seqs=12),))
+    assert (layout_of(more, 0, MODEL).seats, layout_of(more, 0, MODEL).micro_batch) == (12, 6)
 
 
 def test_a_card_that_stages_share_has_a_process_for_each_with_memory_of_its_own() -> None:

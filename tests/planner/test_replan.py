@@ -60,6 +60,16 @@ def test_a_fleet_that_stays_keeps_its_plan(folder: Path) -> None:
     assert answer["transition"]["steps"] == []  # type: ignore[index]
 
 
+def test_replicas_that_stay_run_as_many_requests_at_once_as_before(folder: Path) -> None:
+    plan = json.loads((folder / "running.json").read_text())
+    for replica in plan["replicas"]:
+        replica["max_num_seqs"] = 2 * replica["micro_batch"] * replica["in_flight"]
+    (folder / "seats.json").write_text(json.dumps(plan))
+    asked = ["replan", "--from", str(folder / "seats.json"), "-c", str(folder / "fleet.yaml"), "--no-verify"]
+    answer = json.loads(invoke(*asked, "-q", "-o", "json").stdout)
+    assert answer["plan"]["replicas"] == plan["replicas"]
+
+
 def test_traffic_may_have_other_prefix_hits_than_before(folder: Path) -> None:
     running = json.loads((folder / "running.json").read_text())
     answer = replanned(folder, "fleet.yaml", "--prefix-hit-rate", "0.5")

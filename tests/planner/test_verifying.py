@@ -51,7 +51,16 @@ from hetis.planner.use_cases.service_level import (
     service_level_of,
     share_within,
 )
-from hetis.planner.use_cases.simulate import Question, Simulated, answer, at_settings, default_rate
+from hetis.planner.use_cases.simulate import (
+    Question,
+    Simulated,
+    answer,
+    at_settings,
+    default_rate,
+    seats_of,
+    with_all_seats,
+    with_more_seats,
+)
 from hetis.planner.use_cases.sources import load_inputs, load_plan_and_problem
 from hetis.planner.use_cases.verify import (
     LONGER,
@@ -69,10 +78,11 @@ from hetis.simulator.arrivals import Arrivals, Load
 from hetis.simulator.metrics import Summary
 from hetis.simulator.running import silent
 from hetis.simulator.steadiness import Estimate
+from hetis.simulator.values import Settings
 from hetis.solver.budget import Budget
 from hetis.solver.budget import silent as unreported
 from hetis.solver.errors import InvalidProblemError
-from hetis.solver.plan import Objective, ObjectiveKind, Plan, ReplicaPlan
+from hetis.solver.plan import Objective, ObjectiveKind, Plan, ReplicaPlan, Role
 from hetis.solver.problem import EngineSettings, PlacementProblem
 from hetis.v1 import plan_pb2
 from tests.planner.command_line import invoke
@@ -646,6 +656,87 @@ def test_in_a_short_time_lower_rates_come_before_another_search(
     assert found is not None, "a rate is known to keep the limits"
     assert found.kept_rps == pytest.approx(0.7 * known.rate_rps)
     assert steps[1] == ("lower rates" if first_s == 10.0 else "search")
+
+
+# --- engines that may run more requests at once than decode in the saturated plan
+
+
+def with_seats(plan: Plan, micro_batch: int) -> Plan:
+    return replace(plan, replicas=tuple(replace(one, micro_batch=micro_batch) for one in plan.replicas))
+
+
+def test_seats_are_as_many_as_kv_has_room_for(pair: Placed) -> None:
+    plan, problem = with_seats(pair[0], 16), pair[1]
+    [first, *_] = plan.replicas
+    twice, many = (with_more_seats(plan, problem, factor) for factor in (2.0, 1e4))
+    assert [one.seats for one in twice.replicas] == [2 * one.planned_seats for one in plan.replicas]
+    assert twice.replicas[0].planned_seats == first.planned_seats
+    mean = problem.workload.moments(block_tokens=1).mean_prompt
+    assert pair[0].replicas[0].seats <= many.replicas[0].seats <= first.kv_tokens / mean
+    assert seats_of(many) == sum(one.max_num_seqs for one in many.replicas)
+    assert with_all_seats(twice, problem).replicas[0].micro_batch == 2 * first.micro_batch
+    assert with_all_seats(plan, problem) is plan
+    prefilling = replace(first, role=Role.PREFILL, micro_batch=0)
+    of_prefill = replace(plan, replicas=(prefilling,))
+    assert with_more_seats(of_prefill, problem, 2.0) == of_prefill
+    given = replace(problem.family, engine_settings=EngineSettings(max_num_seqs=seats_of(plan)))
+    assert with_more_seats(plan, replace(problem, family=given), 2.0) == plan
+
+
+def test_engines_with_more_seats_are_simulated_with_them(pair: Placed) -> None:
+    """With one seat each, requests wait for it, and with as many as there were they do not."""
+    plan, problem = pair
+    few = with_seats(plan, 1)
+    seats = [one.seats for one in plan.replicas]
+    more = replace(
+        few, replicas=tuple(replace(one, max_num_seqs=most) for one, most in zip(few.replicas, seats, strict=True))
+    )
+    load = Load(lengths=problem.workload, max_position=4096, arrivals=Arrivals.DRAWN, rate_rps=default_rate(*pair))
+    question = Question(load=load, num_requests=400, seeds=(0,), settings=Settings(), limits=plan.objective)
+
+    def waited(of: Plan, asked: Question) -> float:
+        found = answer(of, problem, asked, processes=1, cancelled=threading.Event(), report=silent)
+        return found.summary.ttft_p95_s.value
+
+    assert waited(few, question) > 10 * waited(more, question)
+    assert waited(more, question) == waited(plan, question)
+    asked = at_settings(more, problem, EngineSettings(max_num_seqs=1))
+    assert [one.seats for one in asked.plan.replicas] == [1] * len(plan.replicas)
+
+
+@pytest.mark.parametrize(
+    ("ttft_s", "tpot_s", "factor", "kept"),
+    [
+        ({1.0: 5.0, 1.5: 4.0, 2.0: 1.5}, 0.05, 2.0, True),  # the first that keeps the limit of 2 s
+        ({1.0: 9.0, 1.5: 5.0, 2.0: 4.99}, 0.05, 1.5, False),  # more do not help any more
+        ({1.0: 3.0, 1.5: 1.0}, 0.2, 1.0, False),  # TPOT is missed by more
+        ({1.0: 1.0, 1.5: 0.5}, 0.05, 1.0, True),
+    ],
+)
+def test_more_seats_are_tried_where_requests_wait_for_them(
+    pair: Placed, monkeypatch: pytest.MonkeyPatch, ttft_s: dict[float, float], tpot_s: float, factor: float, kept: bool
+) -> None:
+    plan, problem = with_seats(pair[0], 16), pair[1]
+    plan = replace(plan, objective=Objective(ttft_limit_s=2.0, tpot_limit_s=0.1))
+    known = verification_of(plan)
+    assert known is not None
+
+    def simulated(of: Plan, **_: object) -> verify._AtPlannedRate:
+        seconds = ttft_s[seats_of(of) / seats_of(plan)]
+        found = replace(
+            known, kept=seconds <= 2.0 and tpot_s <= 0.1, kept_rps=1.0, ttft_p95_s=seconds, tpot_mean_s=tpot_s
+        )
+        return verify._AtPlannedRate(of, found, kept_below=lambda _least: 1.0)
+
+    monkeypatch.setattr(verify, "_at_planned_rate", simulated)
+    found = verify.verified_plan(plan, problem, None, seed=0, cancelled=threading.Event(), report=unheard)
+    assert seats_of(found) == factor * seats_of(plan)
+    result = verification_of(found)
+    assert result is not None
+    assert result.kept == kept
+    assert any("--max-num-seqs" in note for note in found.notes) == (factor > 1.0)
+    shown = text_of(render_plan(found), width=200)
+    assert (f"up to {found.replicas[0].seats} at once" in shown) == (factor > 1.0)
 
 
 def test_a_part_that_misses_is_called_a_part(pair: Placed, monkeypatch: pytest.MonkeyPatch) -> None:

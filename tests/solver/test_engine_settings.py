@@ -177,6 +177,17 @@ def the_plan(problem: PlacementProblem) -> Plan:
     return plan_of(problem, claimed(unclaimed(A_STAGE), problem))
 
 
+def test_engines_run_more_requests_than_decode_when_saturated_or_as_many() -> None:
+    problem = replace(ROOMY, family=SMALL_FAMILY)
+    plan = the_plan(problem)
+    for seats, broken in ((0, set[Rule]()), (16, {Rule.SETTING}), (17, set[Rule]())):
+        more = replace(plan, replicas=(replace(plan.replicas[0], max_num_seqs=seats),))
+        assert rules(more, problem) == broken
+    kept = at(problem, max_num_seqs=16)
+    more = replace(the_plan(kept), replicas=(replace(the_plan(kept).replicas[0], max_num_seqs=20),))
+    assert rules(more, kept) == {Rule.MAX_NUM_SEQS}
+
+
 def test_the_checker_counts_requests_and_blocks() -> None:
     problem = replace(ROOMY, family=SMALL_FAMILY)
     assert rules(the_plan(problem), problem) == set()

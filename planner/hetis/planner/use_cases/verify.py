@@ -457,11 +457,9 @@ def _with_seats(
 
 
 def _waits(found: Verification, plan: Plan) -> bool:
-    """Return whether TTFT, and not TPOT, is over its limit."""
-    limited = limited_latencies(found, plan)
-    return any(one.latency is Latency.TTFT and one.value_s > one.limit_s for one in limited) and not any(
-        one.latency is Latency.TPOT and one.value_s > one.limit_s for one in limited
-    )
+    """Return whether TTFT is over its limit, by more than TPOT."""
+    worst = max(limited_latencies(found, plan), key=lambda one: one.value_s / one.limit_s)
+    return worst.latency is Latency.TTFT and worst.value_s > worst.limit_s
 
 
 def _excess(tried: _AtPlannedRate) -> float:
