@@ -14,7 +14,8 @@ from rich.table import Table
 from rich.text import Text
 
 from hetis.planner.report.figures import percent, plural, seconds
-from hetis.planner.report.plan import device_table, headline, price_table
+from hetis.planner.report.plan import headline, price_table
+from hetis.planner.report.replica import device_table
 from hetis.planner.report.tables import Narrowing, Unbroken, as_group, bullets, grid, narrowing, section
 from hetis.planner.use_cases.grouping import ReplicaGroup, abbreviate, group_replicas
 from hetis.solver.plan import Explanation, IdleGpus, MemoryBar, Plan, ReplicaPlan, Role, StageTime, parallel_sizes

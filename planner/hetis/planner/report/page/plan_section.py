@@ -46,10 +46,9 @@ from hetis.planner.report.plan import (
     promised_figures,
     range_of,
     simple_setups,
-    stage_rows,
-    unit_of_room,
     verdict,
 )
+from hetis.planner.report.replica import stage_rows, unit_of_room
 from hetis.planner.report.simulation_pictures import Panel
 from hetis.planner.report.tables import SimulationRemarks, kept_beyond
 from hetis.planner.use_cases.compare import cost_rate
