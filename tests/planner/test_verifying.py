@@ -28,6 +28,7 @@ from hetis.planner.report.plan import beside_equal_stages, headline, render_plan
 from hetis.planner.use_cases import place as placing_steps
 from hetis.planner.use_cases import verify
 from hetis.planner.use_cases.engine_values import EQUAL_STAGES
+from hetis.planner.use_cases.grouping import group_replicas
 from hetis.planner.use_cases.place import (
     OUT_OF_TIME,
     SEARCH_OUT_OF_TIME,
@@ -737,6 +738,8 @@ def test_more_seats_are_tried_where_requests_wait_for_them(
     assert any("--max-num-seqs" in note for note in found.notes) == (factor > 1.0)
     shown = text_of(render_plan(found), width=200)
     assert (f"up to {found.replicas[0].seats} at once" in shown) == (factor > 1.0)
+    grid = plan_section._replicas(group_replicas(found.replicas), "tokens", lettered=False)
+    assert (f"16 × 1, up to {found.replicas[0].seats}" in grid.rows[0]) == (factor > 1.0)
 
 
 def test_a_part_that_misses_is_called_a_part(pair: Placed, monkeypatch: pytest.MonkeyPatch) -> None:

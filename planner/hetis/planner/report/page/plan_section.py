@@ -59,7 +59,7 @@ from hetis.planner.use_cases.robustness.profile_errors import used_fits
 from hetis.planner.use_cases.surviving import losses_of
 from hetis.planner.use_cases.verify import attained, limited_latencies, misses, verification_of
 from hetis.solver.placement.explanation import explain_plan
-from hetis.solver.plan import Explanation, MemoryBar, ObjectiveKind, Plan, Role, parallel_sizes
+from hetis.solver.plan import Explanation, MemoryBar, ObjectiveKind, Plan, ReplicaPlan, Role, parallel_sizes
 from hetis.solver.problem import PlacementProblem
 
 MAX_SHAPES = 12  # shapes of replicas that are described in full
@@ -310,7 +310,7 @@ def _replicas(groups: Sequence[ReplicaGroup], unit: str, *, lettered: bool) -> G
             f"{digits(one.rate, 4)}",
             "" if one.role is Role.DECODE else seconds(one.ttft_s),
             "" if one.role is Role.PREFILL else seconds(one.tpot_s),
-            "" if one.role is Role.PREFILL else f"{one.micro_batch} × {one.in_flight}",
+            "" if one.role is Role.PREFILL else _seats(one),
             "" if one.role is Role.DECODE else f"{one.chunk_tokens}",
             tokens(one.kv_tokens),
             f"{len(one.devices()):,}",
@@ -332,6 +332,12 @@ def _replicas(groups: Sequence[ReplicaGroup], unit: str, *, lettered: bool) -> G
         rows=tuple(row(number, group) for number, group in enumerate(groups[:MAX_SHAPES])),
         note=f"and {plural(len(rest), 'more shape')} of replicas" if rest else "",
     )
+
+
+def _seats(replica: ReplicaPlan) -> str:
+    """Return the requests that decode at once when the replica is saturated, and how many its engine may run."""
+    more = "" if replica.seats == replica.planned_seats else f", up to {replica.seats}"
+    return f"{replica.micro_batch} × {replica.in_flight}{more}"
 
 
 def _stages(groups: Sequence[ReplicaGroup]) -> Grid:
