@@ -56,6 +56,7 @@ class Fleet:
         self.limits_s, self._values, self._kept = list[float](), values, kept
         self.searched_from_rps = dict[float, float]()  # by the planned rate of plans whose lower rates were searched
         monkeypatch.setattr(verify, "_at_planned_rate", self.at_planned_rate)
+        monkeypatch.setattr(verify, "with_more_seats", lambda plan, *_: plan)  # KV has no room for more
 
     def find(self, searched: PlacementProblem) -> Plan:
         limit_s = searched.objective.ttft_limit_s or 0.0
