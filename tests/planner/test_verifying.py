@@ -677,6 +677,8 @@ def test_seats_are_as_many_as_kv_has_room_for(pair: Placed) -> None:
     assert seats_of(many) == sum(one.max_num_seqs for one in many.replicas)
     assert with_all_seats(twice, problem).replicas[0].micro_batch == 2 * first.micro_batch
     assert with_all_seats(plan, problem) is plan
+    alone = with_more_seats(with_seats(plan, 1), problem, 1.5)
+    assert {one.seats for one in alone.replicas} == {2 * first.in_flight}
     prefilling = replace(first, role=Role.PREFILL, micro_batch=0)
     of_prefill = replace(plan, replicas=(prefilling,))
     assert with_more_seats(of_prefill, problem, 2.0) == of_prefill
