@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -451,8 +450,8 @@ def with_more_seats(plan: Plan, problem: PlacementProblem, factor: float) -> Pla
     for number, one in enumerate(plan.replicas):
         if one.role is Role.PREFILL or one.attention_workers:
             continue
-        shape = replace(replica_shape(one, problem, fleet), micro_batch=math.ceil(factor * one.micro_batch))
-        size = batch_with_room(shape, derivation)
+        most = max(one.micro_batch + 1, int(factor * one.micro_batch))
+        size = batch_with_room(replace(replica_shape(one, problem, fleet), micro_batch=most), derivation)
         if size > one.micro_batch:
             replicas[number] = replace(one, max_num_seqs=size * one.in_flight)
     return replace(plan, replicas=tuple(replicas))
