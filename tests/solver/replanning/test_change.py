@@ -9,7 +9,7 @@ import pytest
 from hetis.solver.model import DraftShape, LinearShape
 from hetis.solver.plan import AttentionWorkerPool, Role
 from hetis.solver.planning import solve_placement
-from hetis.solver.replanning.change import Fate, Holding, holdings, in_flight, plan_change
+from hetis.solver.replanning.change import Fate, Holding, holdings, plan_change
 from tests.solver.instances import SMALL_FAMILY, make_model, make_node, make_problem
 
 MODEL = make_model(num_layers=6)
@@ -64,7 +64,7 @@ def test_dropped_requests_lose_their_states_and_the_kv_that_windows_have_left() 
     )
     plan = solve_placement(PROBLEM)
     change = plan_change(plan, replace(plan, replicas=()), model, MOMENTS)
-    kept = sum(in_flight(one) for one in plan.replicas) * model.cached_tokens(MOMENTS.resident_context)
+    kept = sum(one.planned_seats for one in plan.replicas) * model.cached_tokens(MOMENTS.resident_context)
     states = change.dropped_requests * 2 * 1000
     assert change.dropped_kv_bytes == pytest.approx(kept * model.kv_bytes_per_token() + states)
 
@@ -107,9 +107,9 @@ def test_other_settings_on_the_same_gpus_drop_requests_and_load_nothing() -> Non
     change = plan_change(plan, reset, MODEL, MOMENTS)
     assert change.replicas[0].fate is Fate.RESET
     assert not change.loads
-    assert change.dropped_requests == in_flight(first)
+    assert change.dropped_requests == first.planned_seats
     assert change.dropped_kv_bytes == pytest.approx(
-        in_flight(first) * MOMENTS.resident_context * MODEL.kv_bytes_per_token()
+        first.planned_seats * MOMENTS.resident_context * MODEL.kv_bytes_per_token()
     )
 
 

@@ -23,7 +23,7 @@ from hetis.solver.planning import solve_placement
 from hetis.solver.problem import PlacementProblem
 from hetis.solver.replanning import fresh as fresh_search
 from hetis.solver.replanning import solve as replanning
-from hetis.solver.replanning.change import HALF_DONE, ChangeCosts, Fate, ReplanningProblem, in_flight
+from hetis.solver.replanning.change import HALF_DONE, ChangeCosts, Fate, ReplanningProblem
 from hetis.solver.replanning.check import check_replanning
 from hetis.solver.replanning.fresh import Fresh
 from hetis.solver.replanning.running import Continuation
@@ -69,7 +69,7 @@ def best_by_enumeration(running: Plan, problem: PlacementProblem, costs: ChangeC
             if left is not None:
                 value += share * best_plan_value(replace(problem, cluster=left))
             stopped = (replica for replica in whole if replica not in kept)
-            value -= goodput * sum(HALF_DONE * in_flight(replica) for replica in stopped) / costs.horizon_s
+            value -= goodput * sum(HALF_DONE * replica.planned_seats for replica in stopped) / costs.horizon_s
             best = max(best, value)
     return best
 

@@ -16,12 +16,12 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from hetis.engines.layout import planned_model
 from hetis.formats.dtypes import precision_of
 from hetis.formats.errors import DocumentError
 from hetis.planner.report.figures import bar, digits, percent, percent_at_least, plural, seconds
 from hetis.planner.report.replica import (
     device_table,
+    known_model,
     palette_of,
     picture,
     replica_headline,
@@ -345,10 +345,7 @@ def losses(plan: Plan) -> str:
 
 def precision(plan: Plan) -> str | None:
     """Return the precision of the weights and KV, or None if the plan does not contain its model."""
-    try:
-        model = planned_model(plan)
-    except DocumentError:
-        return None
+    model = known_model(plan)
     return None if model is None else precision_of(model)
 
 
@@ -634,10 +631,7 @@ def _runners_up(plan: Plan) -> Table:
 def distinct_runners_up(plan: Plan) -> list[RunnerUp]:
     """Return the runners-up, those once that differ only in their zones or nodes, with all of the model's layers."""
     distinct = {(one.shape, digits(one.rate), one.reason): one for one in plan.runners_up}.values()
-    try:
-        model = planned_model(plan)
-    except DocumentError:
-        model = None
+    model = known_model(plan)
     if model is None or not model.prefix_layers:
         return list(distinct)
     return [replace(one, shape=_with_prefix(one.shape, model)) for one in distinct]

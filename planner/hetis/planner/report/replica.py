@@ -14,6 +14,7 @@ from hetis.formats.errors import DocumentError
 from hetis.planner.report.figures import digits, plural, seconds, tokens
 from hetis.planner.report.tables import table
 from hetis.planner.use_cases.grouping import ReplicaGroup, abbreviate
+from hetis.solver.model import ModelSpec
 from hetis.solver.plan import Plan, ReplicaPlan, Role, StagePlan
 
 PICTURE_WIDTH = 78
@@ -44,12 +45,17 @@ def device_table(group: ReplicaGroup, plan: Plan) -> Table:
     return table("'replica", "'devices", *made, rows=rows)
 
 
+def known_model(plan: Plan) -> ModelSpec | None:
+    """Return the model of a plan, or None if the plan does not contain it."""
+    try:
+        return planned_model(plan)
+    except DocumentError:
+        return None
+
+
 def unit_of_room(plan: Plan) -> str:
     """Return what KV room counts; where layers keep KV of windows alone, more tokens fit than it says."""
-    try:
-        model = planned_model(plan)
-    except DocumentError:
-        model = None
+    model = known_model(plan)
     return "tokens" if model is None or model.cached_growth(math.inf) == 1.0 else "tokens in every layer"
 
 

@@ -384,7 +384,7 @@ def at_settings(plan: Plan, problem: PlacementProblem, settings: EngineSettings)
     for group in group_replicas(plan.replicas):
         first = plan.replicas[group.numbers[0]]
         shape = replica_shape(first, problem, fleet)
-        claimed = min(1.0, first.rate * old.of(shape).t_s)  # the search may have charged slower links
+        claimed = _claimed(first, shape, old)
         for number in group.numbers:
             replicas[number] = _at(replicas[number], shape, settings, new, claimed)
         _check_room(replicas[group.numbers[0]], group.numbers[0], at)
@@ -392,6 +392,11 @@ def at_settings(plan: Plan, problem: PlacementProblem, settings: EngineSettings)
     routes = tuple(_route(route, plan, replicas) for route in plan.kv_routes)
     set_plan = replace(plan, replicas=tuple(replicas), kv_routes=routes)
     return PlanAtSettings(plan=set_plan, problem=at, changes=tuple(changes))
+
+
+def _claimed(one: ReplicaPlan, shape: ReplicaShape, derivation: Rederivation) -> float:
+    """Return the share of a replica's derived rate that the plan promises: the search may have charged slower links."""
+    return min(1.0, one.rate * derivation.of(shape).t_s)
 
 
 def _at(
@@ -433,7 +438,7 @@ def with_all_seats(plan: Plan, problem: PlacementProblem) -> Plan:
     for number, one in enumerate(plan.replicas):
         if one.max_num_seqs:
             shape, most = replica_shape(one, problem, fleet), one.seats // one.attention_dp
-            claimed = min(1.0, one.rate * derivation.of(shape).t_s)  # the search may have charged slower links
+            claimed = _claimed(one, shape, derivation)
             replicas[number] = _at(one, shape, EngineSettings(max_num_seqs=most), derivation, claimed)
     return replace(plan, replicas=tuple(replicas))
 
@@ -479,7 +484,7 @@ def _changes(old: ReplicaPlan, new: ReplicaPlan, settings: EngineSettings) -> li
     """Return the differences between a planned replica and the same one at the settings, in a few words each."""
     found, role = [], "" if old.role is Role.UNIFIED else f" of {old.role} replicas"
     if settings.max_num_seqs is not None:
-        seats = [max(1, one.micro_batch) * one.in_flight // one.attention_dp for one in (old, new)]
+        seats = [one.planned_seats // one.attention_dp for one in (old, new)]
         beside = "" if seats[1] == settings.max_num_seqs or not new.micro_batch else f" of {settings.max_num_seqs}"
         found.append(f"{seats[1]}{beside} requests at once{role} (planned: {seats[0]})")
     if settings.chunk_tokens and old.chunk_tokens:

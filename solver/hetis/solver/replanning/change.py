@@ -165,11 +165,6 @@ def holdings_of(replica: ReplicaPlan) -> Iterator[tuple[str, Holding]]:
             yield device, Holding(gpu=pool.gpu, first_layer=stage.first_layer, end_layer=end, tp=stage.tp, rank=-1)
 
 
-def in_flight(replica: ReplicaPlan) -> int:
-    """Return the requests whose KV a full replica holds: those that decode, or the prompts of a prefill replica."""
-    return max(1, replica.micro_batch) * replica.in_flight
-
-
 # --- changes
 
 
@@ -255,8 +250,8 @@ def plan_change(
         if number not in continued
     ]
     dropped = [before.replicas[c.before] for c in changes if c.before is not None and c.fate is not Fate.KEPT]
-    requests = sum(map(in_flight, dropped))
-    tokens = [in_flight(replica) * _context(replica, moments) for replica in dropped]
+    requests = sum(replica.planned_seats for replica in dropped)
+    tokens = [replica.planned_seats * _context(replica, moments) for replica in dropped]
     return PlanChange(
         replicas=tuple(changes),
         loads={device: size for device, size in loads.items() if size > 0},
@@ -264,8 +259,8 @@ def plan_change(
         dropped_requests=requests,
         dropped_kv_tokens=sum(tokens),
         dropped_kv_bytes=sum(
-            in_flight(replica)
-            * was.cached_tokens(size / in_flight(replica))
+            replica.planned_seats
+            * was.cached_tokens(size / replica.planned_seats)
             * was.on(replica.stages[0].gpu).kv_bytes_per_token()
             for replica, size in zip(dropped, tokens, strict=True)
         )

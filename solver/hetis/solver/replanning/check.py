@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from hetis.solver.check.fleet import Fleet
 from hetis.solver.plan import AttentionWorkerPool, ObjectiveKind, ReplicaPlan, Role, StagePlan
 from hetis.solver.problem import Build, PlacementProblem
-from hetis.solver.replanning.change import HALF_DONE, Fate, ReplanningProblem, holdings, holdings_of, in_flight, is_same
+from hetis.solver.replanning.change import HALF_DONE, Fate, ReplanningProblem, holdings, holdings_of, is_same
 from hetis.solver.replanning.solve import Replanning
 from hetis.solver.replanning.transition import Action
 
@@ -104,7 +104,7 @@ def _net_rate(given: ReplanningProblem, found: Replanning) -> float:
     rates = [replica.rate * given.costs.served_share(continued.start_s) for replica, continued in pairs]
     value = _served(given.problem, found.plan.replicas, rates)
     for number in _stopped(given, found):
-        value -= HALF_DONE * in_flight(given.running.replicas[number]) / given.costs.horizon_s
+        value -= HALF_DONE * given.running.replicas[number].planned_seats / given.costs.horizon_s
     return value * _scale(given.problem)
 
 

@@ -37,7 +37,6 @@ from hetis.solver.replanning.change import (
     PlanChange,
     ReplanningProblem,
     holdings,
-    in_flight,
     plan_change,
 )
 from hetis.solver.replanning.fresh import Fresh, bound_of, search_fresh, search_left_over
@@ -320,7 +319,7 @@ class Survivors:
         self.lost = tuple(i for i, replica in enumerate(replicas) if self.continuations.has_lost(replica))
         whole = {i: template for i, template in enumerate(self.templates) if template is not None}
         runs = (i for i in range(len(replicas)) if i not in self.lost)
-        self.stay_rates = {i: HALF_DONE * in_flight(replicas[i]) / horizon_s for i in runs}
+        self.stay_rates = {i: HALF_DONE * replicas[i].planned_seats / horizon_s for i in runs}
         self.stay_shares = {i: min(1.0, self.stay_rates[i] / template.rate) for i, template in whole.items()}
         held = holdings(given.running)
         self.busy = Counter(p.device_class for d, p in self.places.items() if d in held and held[d].gpu == p.gpu)
