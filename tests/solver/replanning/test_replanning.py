@@ -307,7 +307,7 @@ def test_a_replica_whose_nodes_differ_now_still_runs_until_it_is_stopped() -> No
     assert found.lost == ()
     assert found.transition.steps[0].action is Action.STOP
     assert found.transition.before > 0.0
-    dropped = problem.assumptions.planned_utilisation * HALF_DONE * in_flight(pair) / AT_ONCE.horizon_s
+    dropped = problem.assumptions.planned_utilisation * HALF_DONE * pair.planned_seats / AT_ONCE.horizon_s
     assert found.value < AT_ONCE.served_share(AT_ONCE.restart_s) * found.plan.result.value - 0.99 * dropped
     posed = ReplanningProblem(running=running, problem=problem, costs=AT_ONCE)
     same = solve_replanning(posed)
