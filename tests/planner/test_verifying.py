@@ -744,6 +744,25 @@ def test_more_seats_are_tried_where_requests_wait_for_them(
     assert (f"16 × 1, up to {found.replicas[0].seats}" in grid.rows[0]) == (factor > 1.0)
 
 
+def test_a_single_seat_becomes_all_that_kv_has_room_for(pair: Placed, monkeypatch: pytest.MonkeyPatch) -> None:
+    """1.5 and 2 times a seat are the same two seats, and not the last that are tried."""
+    plan, problem = with_seats(pair[0], 1), pair[1]
+    plan = replace(plan, objective=Objective(ttft_limit_s=1e-3, tpot_limit_s=0.1))
+    known = verification_of(plan)
+    assert known is not None
+    tried = []
+
+    def simulated(of: Plan, **_: object) -> verify._AtPlannedRate:
+        tried.append(seats_of(of) // seats_of(plan))
+        found = replace(known, kept=False, kept_rps=1.0, ttft_p95_s=1.0 / seats_of(of), tpot_mean_s=0.05)
+        return verify._AtPlannedRate(of, found, kept_below=lambda _least: 1.0)
+
+    monkeypatch.setattr(verify, "_at_planned_rate", simulated)
+    found = verify.verified_plan(plan, problem, None, seed=0, cancelled=threading.Event(), report=unheard)
+    assert seats_of(found) == seats_of(with_more_seats(plan, problem, math.inf)) > 3 * seats_of(plan)
+    assert tried == [1, 2, 3, seats_of(found) // seats_of(plan)]
+
+
 def test_a_part_that_misses_is_called_a_part(pair: Placed, monkeypatch: pytest.MonkeyPatch) -> None:
     """Large fleets, of which a part is simulated, are those that run out of time."""
     plan, problem = pair

@@ -30,6 +30,7 @@ MIN_REQUESTS = 2000
 TURNS = 20  # how many times, by default, a run replaces all the requests that a plan holds at once
 DOUBLINGS = 6  # most doublings of the number of requests until the intervals are narrow
 SAMPLES = 200  # per device and run
+MOST_SEATS = 1024  # of a micro-batch: more is beyond what engines are set to
 AGREES = 0.1  # tolerated difference of the ratio simulated / planned from 1
 MOST_FOR_A_SHARE = 40_000  # most requests, by default, that a run has only because of the share it has to measure
 WHOLE_AT_ONCE = 2_000_000  # requests of whole runs that are in memory at once, about 80 bytes each
@@ -455,7 +456,7 @@ def with_more_seats(plan: Plan, problem: PlacementProblem, factor: float) -> Pla
     for number, one in enumerate(plan.replicas):
         if one.role is Role.PREFILL or one.attention_workers:
             continue
-        most = max(one.micro_batch + 1, int(factor * one.micro_batch))
+        most = int(max(one.micro_batch + 1, min(factor * one.micro_batch, MOST_SEATS)))
         size = batch_with_room(replace(replica_shape(one, problem, fleet), micro_batch=most), derivation)
         if size > one.micro_batch:
             replicas[number] = replace(one, max_num_seqs=size * one.in_flight)

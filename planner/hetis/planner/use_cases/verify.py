@@ -60,7 +60,7 @@ PRECISE = 1 / 64  # the search ends when a rate that misses a limit is so little
 LESS = (0.97, 0.94, 0.91, 0.85, 0.7, 0.5)  # shares of a rate that kept in short runs but not in long ones
 COARSE = 0.07  # a larger step between two of these shares is searched for a rate in between; also the step above it
 MOST_HIGHER = 5  # such steps above a rate that kept in long runs at once
-MORE_SEATS = (1.5, 2.0, 3.0)  # times the planned seats, which are tried in turn if requests wait for them
+MORE_SEATS = (1.5, 2.0, 3.0, math.inf)  # times the planned seats, which are tried in turn if requests wait for them
 LESS_EXCESS = 0.98  # times what a latency is over its limit: at least so much better with more seats
 MORE = (1.1, 1.05)  # factors of the planned rate, which are tried if it is kept; 90% of saturation is planned
 CALM = 0.02  # seconds by which the wait may grow per second at these rates
@@ -448,7 +448,7 @@ def _with_seats(
             break
         wider = with_more_seats(plan, problem, factor)
         if seats_of(wider) == seats_of(best.plan):
-            break
+            continue
         other = simulated(wider)
         if other is None or not (other.found.kept or _excess(other) < LESS_EXCESS * _excess(best)):
             break
