@@ -102,7 +102,7 @@ PROMISED = {
     "ablations": {"name", "planned_rps", "throughput_rps", "over_full", "over_full_half_width", "ttft_p95_s", "tpot_s"}
     | {"half_width_rps", "carried", "requests", "preemptions", "migrations", "migrated_gib", "cpu_s", "note"},
     "simulation": {"name", "shape", "planned", "simulated", "ratio", "alternating", "requests", "preemptions"}
-    | {"ttft", "ttft_at_plan", "ttft_at_half"},
+    | {"ttft", "ttft_at_plan", "ttft_all_seats", "ttft_at_half"},
     "staging": {"name", "role", "copies", "M", "b", "C", "prompt", "kv_tokens", "counted", "served"},
     "goodput": {"name", "replicas", "prefill", "decode", "planned_rps", "kept", "ttft", "tpot", "best_rps"}
     | {"planned_over_best", "kept_over_best"},
