@@ -176,3 +176,38 @@ def test_kv_of_plans_is_charged_no_faster_link_than_it_has(problem: PlacementPro
     except (InfeasibleError, InvalidProblemError, NoPlanFoundError):
         return
     assert list(check_plan(plan, problem)) == []
+
+
+APART = replace(SMALL_FAMILY, roles=(Role.PREFILL, Role.DECODE))
+FEW = replace(APART, max_copies=1, max_pool=1, micro_batches=(1, 8), in_flight=(1, 2))
+
+
+def apart(num_nodes: int, links: dict[tuple[str, str], Link], gpus: int = 2) -> PlacementProblem:
+    return replace(problem_of(num_nodes, links, gpus), family=APART)
+
+
+def test_kv_is_not_charged_a_slow_link_that_it_does_not_use() -> None:
+    """Two nodes that are quickly connected hand over KV at their own link, whatever other nodes there are."""
+    alone, beside = value_of(apart(2, {})), plan_of(apart(3, {("a-0", "a-1"): SLOWER}))
+    assert beside.result.value == pytest.approx(alone)
+    assert all({"a-0", "a-1"} != set().union(*nodes) for nodes in exchanging(beside))
+    assert value_of(apart(2, {("a-0", "a-1"): SLOWER})) < 0.5 * alone
+
+
+def exchanging(plan: Plan) -> list[list[set[str]]]:
+    """Return the nodes of the two replicas of every route of KV."""
+    nodes = nodes_of(plan)
+    return [[nodes[route.prefill], nodes[route.decode]] for route in plan.kv_routes]
+
+
+@settings(max_examples=EXAMPLES)
+@given(linked_problems(4, FEW))
+def test_with_roles_apart_the_optimum_is_that_of_brute_force(problem: PlacementProblem) -> None:
+    best = best_plan_value(problem)
+    try:
+        plan = solve_placement(problem, strategy="hetis")
+    except InfeasibleError:
+        assert best in (0.0, float("inf"))
+        return
+    assert list(check_plan(plan, problem)) == []
+    assert plan.result.value == pytest.approx(best, rel=1e-6)

@@ -222,7 +222,7 @@ def plan_of(
 def replica_plan(costs: CostTables, template: Template, stages: list[BoundStage]) -> ReplicaPlan:
     """Return a template on named GPUs, with the numbers of the cost model."""
     mix, m = costs.mixes[template.mix], costs.problem.family.in_flight[template.in_flight_index]
-    zones = costs.routes.zones if mix.sends_afar else costs.scopes[template.scope].zones
+    zones = costs.routes.whole_zones if mix.sends_afar else costs.scopes[template.scope].zones
     tables = costs.scopes[template.scope].tables
     plans, pools, first_layer = [], [], 0
     for index, (stage, bound) in enumerate(zip(template.stages, stages, strict=True)):

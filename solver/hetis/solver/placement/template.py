@@ -377,9 +377,9 @@ def use_of(costs: CostTables, template: Template) -> IntArray:
 
 
 def zones_of(costs: CostTables, template: Template) -> list[int]:
-    """Return the zones of a template's GPUs, by their numbers in `Routes`."""
+    """Return the zones of a template's GPUs, by their numbers in `Routes`, where whole zones come first."""
     names = {costs.classes[device_class].zone for device_class in gpus_of(costs, template)}
-    return [z for z, name in enumerate(costs.routes.zones) if name in names]
+    return [z for z, name in enumerate(costs.routes.whole_zones) if name in names]
 
 
 def landing_s(costs: CostTables, template: Template) -> float:
