@@ -411,8 +411,8 @@ Times = tuple[float, float, float]
 class ReplicaSearch:
     """All replicas of one (b, M, C) that span exactly these zones, with at most ``most_copies`` stage copies.
 
-    Of nodes with explicit links they use only ``linked``, and pay for the links among these. KV that is handed over pays
-    for those to all of ``exchange``, where replicas may have the stages ``around``.
+    Of nodes with explicit links they use only ``linked``, and pay for the links among these. For KV that is handed
+    over they pay for those to all of ``exchange``, where replicas may have the stages ``around``.
 
     Of two beginnings that are equal except for their times, the one that is slower in all of them is dropped: whatever
     follows, it stays slower.
