@@ -323,13 +323,18 @@ class Family:
 
 APART = "replicas, and the KV that they exchange inside a zone, with GPUs of one vendor and one precision"
 """Description of families whose GPUs have several builds."""
-OWN_LINKS = (
+_HOPS = (
     "with each hop charged at most the slowest explicit link between nodes of its replica, and KV that is handed over "
-    "the slowest of its node to any other"
 )
+OWN_LINKS = (
+    f"{_HOPS}inside a zone at most the slowest between nodes of all replicas that exchange it, and to other zones the "
+    "slowest of its node to any other"
+)
+LINKS_TO_ANY = f"{_HOPS}the slowest of its node to any other"
 QUICK_LINKS = "the quickest explicit links count as the slowest of these, because too many differ"
 EXPLICIT_LINKS = "computed with the slowest explicit link of any node of a group, whichever of them are used"
-"""Descriptions of families of fleets with explicit links between nodes (`node_links_of`); the last is of old plans."""
+"""Descriptions of families of fleets with explicit links between nodes (`node_links_of`); old plans have `LINKS_TO_ANY`
+or `EXPLICIT_LINKS`."""
 
 
 class Build(NamedTuple):

@@ -75,7 +75,7 @@ from hetis.solver.plan import (
     Status,
 )
 from hetis.solver.planning import ConstraintPrice
-from hetis.solver.problem import EXPLICIT_LINKS, OWN_LINKS, QUICK_LINKS, Family, PlacementProblem
+from hetis.solver.problem import EXPLICIT_LINKS, LINKS_TO_ANY, OWN_LINKS, QUICK_LINKS, Family, PlacementProblem
 
 MAX_SHAPES = 12  # replica shapes shown in full; the others are summarised in one line
 MAX_CLASSES = 40
@@ -135,9 +135,12 @@ def searched(plan: Plan) -> Iterator[str]:
         yield f"Constraints: {'; '.join(plan.family.split('; ')[-len(constraints) :])}."
     if EXPLICIT_LINKS in plan.family:
         yield f"All are {EXPLICIT_LINKS}."
-    if OWN_LINKS in plan.family:
+    if LINKS_TO_ANY in plan.family:
         yield "A hop is charged at most the slowest explicit link between nodes of its replica; KV that is handed over,"
         yield "the slowest of its node to any other."
+    if OWN_LINKS in plan.family:
+        yield "A hop is charged at most the slowest explicit link between nodes of its replica; KV that is handed over"
+        yield "inside a zone, the slowest between nodes of the replicas that exchange it."
     if QUICK_LINKS in plan.family:
         yield f"{QUICK_LINKS.capitalize()}."
     yield "The bound holds for all these plans; `hetis-plan explain`, or -o wide, describes them exactly."

@@ -215,7 +215,7 @@ def plan_of(
         kv_routes=kv_routes(costs, templates, outcome.flows, spreads=spreads),
         prices=_prices(costs, outcome, scale),
         runners_up=_runners_up(costs, outcome),
-        notes=_notes(problem),
+        notes=_notes(problem, costs.routes.num_left_out),
     )
 
 
@@ -330,7 +330,7 @@ def _paid_per_request(costs: CostTables, outcome: Outcome) -> float:
     return outcome.value / (whole + float(outcome.flows.sum()))
 
 
-def _notes(problem: PlacementProblem) -> tuple[str, ...]:
+def _notes(problem: PlacementProblem, num_left_out: int) -> tuple[str, ...]:
     notes = []
     clipped = problem.workload.clipped_to(problem.model.max_position).clipped_ratio
     if clipped > 0:
@@ -339,6 +339,11 @@ def _notes(problem: PlacementProblem) -> tuple[str, ...]:
         )
     if len(problem.cluster.zones()) > 1 and Role.UNIFIED in problem.family.roles:
         notes.append("a replica over several zones keeps to an equal share of the links between them")
+    if num_left_out:
+        notes.append(
+            f"explicit links differ so much that {num_left_out} sets of nodes were not searched for replicas that "
+            "exchange KV: such replicas pay for the slowest links of a larger set, at most of their zone"
+        )
     return tuple(notes)
 
 
