@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hetis.solver.advice import without
 from hetis.solver.budget import Budget, SearchSettings, silent
 from hetis.solver.check import check_plan
-from hetis.solver.cluster import Cluster, GpuSlots, Link, NodeGroup
+from hetis.solver.cluster import Cluster, GpuSlots, Link, Network, NodeGroup
 from hetis.solver.constraints import Constraint, Duty, RestrictRole, Selection, Unit
 from hetis.solver.errors import InfeasibleError, InvalidProblemError, NoPlanFoundError
 from hetis.solver.placement.constrained_problem import apply_constraints
@@ -323,6 +323,22 @@ def test_replicas_are_kept_if_zones_are_reordered_or_join(joining: list[NodeGrou
     now = make_problem([*joining, *reversed(nodes)]).cluster
     found = replanned(running, replace(problem, cluster=now), max_moves=0)
     assert found.change.count(Fate.KEPT) == len(running.replicas)
+
+
+def test_replicas_that_avoid_a_slow_link_keep_what_they_serve() -> None:
+    """They hand over KV in a set of nodes without the slow link, and still do."""
+    network = Network(
+        default=Link(bytes_per_s=5e8, latency_s=1e-5),
+        between_nodes={("a-0", "a-1"): Link(bytes_per_s=1e6, latency_s=1e-2)},
+    )
+    apart = replace(UNIFIED, roles=(Role.PREFILL, Role.DECODE))
+    problem = make_problem([make_node("a", "A", nodes=3)], profiles=TWO_TYPES, family=apart, network=network)
+    running = solve_placement(problem)
+    found = replanned(running, problem)
+    assert found.change.count(Fate.KEPT) == len(running.replicas)
+    assert not found.change.moved
+    assert found.plan.result.value == pytest.approx(running.result.value)
+    assert found.value <= found.bound
 
 
 # --- what constraints and zones allow
