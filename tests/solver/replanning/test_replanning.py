@@ -20,7 +20,7 @@ from hetis.solver.placement.constrained_problem import apply_constraints
 from hetis.solver.placement.tabulation import build_cost_tables
 from hetis.solver.plan import Objective, ObjectiveKind, Plan, Role
 from hetis.solver.planning import solve_placement
-from hetis.solver.problem import PlacementProblem
+from hetis.solver.problem import EngineRules, PlacementProblem
 from hetis.solver.replanning import fresh as fresh_search
 from hetis.solver.replanning import solve as replanning
 from hetis.solver.replanning.change import HALF_DONE, ChangeCosts, Fate, ReplanningProblem
@@ -339,6 +339,13 @@ def test_replicas_that_avoid_a_slow_link_keep_what_they_serve() -> None:
     assert not found.change.moved
     assert found.plan.result.value == pytest.approx(running.result.value)
     assert found.value <= found.bound
+
+
+def test_an_engines_plan_does_not_mention_replicas_over_several_zones() -> None:
+    engine = replace(UNIFIED, max_pool=0, in_flight=(1, 2), engine=EngineRules(name="vllm", max_stages=2))
+    nodes = [make_node("a", "A", zone="east"), make_node("b", "A", zone="west")]
+    problem = make_problem(nodes, profiles=TWO_TYPES, family=engine)
+    assert replanned(solve_placement(problem), problem).plan.notes == ()
 
 
 # --- what constraints and zones allow
