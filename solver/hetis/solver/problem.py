@@ -411,13 +411,17 @@ class PlacementProblem:
             return True
         nodes_differ = any(each.unit in (Unit.NODE, Unit.GPU) for each in barring)
         nodes = map(group.node_name, range(group.count if nodes_differ else 1))
-        return any(slots.gpu == gpu for node in nodes for slots in _without(barring, group, node).gpus)
+        return any(slots.gpu == gpu for node in nodes for slots in without_selected(barring, group, node).gpus)
 
     def nodes_left_out(self) -> frozenset[str]:
         """Return the nodes of which constraints exclude all GPUs."""
         out = [each.gpus for each in self.constraints if isinstance(each, Exclude)]
         nodes = ((group, group.node_name(i)) for group in self.cluster.node_groups for i in range(group.count))
-        return frozenset(node for group, node in nodes if not _without(out, group, node).gpus) if out else frozenset()
+        return (
+            frozenset(node for group, node in nodes if not without_selected(out, group, node).gpus)
+            if out
+            else frozenset()
+        )
 
     def in_precision_of(self, gpu: str) -> PlacementProblem:
         """Return the problem of replicas whose stages are on this GPU type: the model in that type's precision."""
@@ -451,8 +455,8 @@ class PlacementProblem:
             )
 
 
-def _without(out: Sequence[Selection], group: NodeGroup, node: str) -> NodeGroup:
-    """Return the nodes of a group with the GPUs of this one that are in no selection."""
+def without_selected(out: Sequence[Selection], group: NodeGroup, node: str) -> NodeGroup:
+    """Return a group of nodes like ``node`` without the GPUs that are in a selection."""
     return group.keeping(
         lambda index, gpu: (
             not any(each.takes(device=f"{node}/{index}", node=node, gpu=gpu, zone=group.zone) for each in out)
