@@ -279,14 +279,14 @@ def test_types_on_which_the_engine_does_not_run_change_nothing(tmp_path: Path) -
 
 
 def test_links_between_nodes_narrow_nothing(tmp_path: Path) -> None:
-    """KV that is handed over pays for the slowest link of its node to any other, so that fewer nodes may serve more."""
+    """Sets of nodes inside which KV is charged a link depend on all nodes, though the slow one costs nothing here."""
     links = ", nodes: {links: [{between: [x-0, x-2], bandwidth: 100Mbps, latency: 20ms}]}"
     assert narrows(inputs_on(tmp_path, H100S, links), remove=("x-2",)) == [Change.OTHER, Change.OTHER]
     fleet = str(tmp_path / "asked.yaml")
     question = ["what-if", "-c", fleet, "-m", "Llama-3.1-8B", "-w", "1024/256", "--remove", "x-2", "--ttft", "none"]
     found = invoke(*question, "--tpot", "none", "--roles", "prefill,decode", "-q", "-o", "json")
     difference = json.loads(found.stdout)["difference"]
-    assert 0.0 < difference["low"] <= difference["found"] <= difference["high"]
+    assert difference["low"] <= difference["found"] <= 0.0 <= difference["high"]
 
 
 def test_a_kind_of_gpus_that_makes_pipelines_shorter_narrows_nothing(tmp_path: Path) -> None:

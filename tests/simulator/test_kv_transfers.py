@@ -168,6 +168,24 @@ def test_a_slow_card_limits_the_rate(prefill: tuple[int, ...], decodes: list[tup
     assert (finished[50] - finished[10]) / 40 == pytest.approx(1.1 * kv_bytes / link.bytes_per_s, rel=0.01)
 
 
+@pytest.mark.parametrize(
+    ("pair", "layers"), [(("big-0", "big-2"), 5.0), (("big-1", "big-3"), 3.0), (("big-2", "big-4"), 0)]
+)
+def test_a_slow_link_to_the_other_replica_limits_the_rate(pair: tuple[str, str], layers: float) -> None:
+    """The stages at its ends, on nodes 0 with 1 and 2 with 3, pay for an explicit link, and others do not."""
+    problem = small_problem()
+    link, slow = Link(bytes_per_s=1e9, latency_s=1e-6), Link(bytes_per_s=2e5, latency_s=1e-6)
+    network = Network(default=link, zone_default=link, between_nodes={pair: slow})
+    slower = replace(problem, cluster=replace(problem.cluster, network=network))
+    sender = with_role(pipeline(problem, 5, 1, in_flight=8), Role.PREFILL)
+    taker = with_role(pipeline(problem, 3, 3, first=2), Role.DECODE)
+    plan = plan_of(sender, taker, routes=(KvRoute(prefill=0, decode=1, rate=1.0),))
+    finished = np.sort(simulate(plan, slower, equal_requests(60, prompt=30, output=2)).finished_s)
+    kv_bytes = 30 * problem.model.kv_bytes_per_token() * layers / problem.model.num_layers
+    each_s = (finished[50] - finished[10]) / 40
+    assert each_s == pytest.approx(1.1 * kv_bytes / slow.bytes_per_s, rel=0.01) if layers else each_s < 1e-3
+
+
 @pytest.mark.parametrize("at_s", [0.02, 0.03, 0.05, 0.07])
 def test_a_worker_may_be_lost_while_kv_is_on_its_way_to_it(at_s: float) -> None:
     problem = small_problem(model=make_model(kv_heads=4))

@@ -31,7 +31,7 @@ class Pool:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stage:
-    """n ``tp``, c ``copies``, l ``layers``; ``kv_link`` of a prefill stage only."""
+    """n ``tp``, c ``copies``, l ``layers``; ``kv_link`` of a prefill or decode stage only."""
 
     gpu: str
     tp: int
@@ -305,7 +305,7 @@ class Numbers:
             return 0.0
         given = s.pool.head_groups * s.tp if s.pool else 0
         B = P * (m.head_groups - given) * kvb + self.whole_state()
-        kept_s = self.d * self.message(s.gpu, s.tp, B, s.hop_link)
+        kept_s = self.d * self.message(s.gpu, s.tp, B, s.kv_link or s.hop_link)
         return (
             max(kept_s, self.message(s.pool.gpu, 1, P * given * kvb / s.pool.cards, s.pool.link)) if s.pool else kept_s
         )

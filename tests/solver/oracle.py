@@ -4,8 +4,7 @@ Every role, every sequence of stages that the fleet could hold, every split of t
 set of replicas that packs into the nodes, with the KV flows between its zones as a separate linear program. Rates and
 bytes are those of `arithmetic.py`, so that the oracle shares nothing with search or checker.
 
-Not covered, and refused: explicit links between nodes with prefill and decode apart; zone links so slow that the
-activations of replicas over several zones bind. KV may bind.
+Not covered, and refused: zone links so slow that the activations of replicas over several zones bind. KV may bind.
 """
 
 from __future__ import annotations
@@ -64,8 +63,6 @@ def best_plan_value(
 
     Stages, replicas and plans that the predicates refuse are left out.
     """
-    roles = set(problem.family.roles)
-    assert not problem.cluster.network.between_nodes or roles == {Role.UNIFIED}, "the oracle does not know such links"
     nodes = device_classes(problem.cluster)
     replicas = {w: r for w, r in best_replica_of_need(problem, nodes, may_be).items() if may_serve(w)}
     best, best_set = 0.0 if problem.objective.maximises else math.inf, list[Wanted]()
@@ -92,14 +89,17 @@ def served_rate(problem: PlacementProblem, wanted: list[Wanted], replicas: Mappi
     if len(builds) > 1:  # replicas of different builds cannot exchange KV
         alike = ([w for w in wanted if w.build == build] for build in builds)
         return sum(served_rate(problem, some, replicas) for some in alike)
-    unified = sum(replicas[w].rate for w in wanted if w.role is Role.UNIFIED)
-    sending = [(w, replicas[w].rate) for w in wanted if w.role is Role.PREFILL]
-    receiving = [(w, replicas[w].rate) for w in wanted if w.role is Role.DECODE]
-    if not sending or not receiving:
-        return unified
-    if len({zone for w in wanted for zone in w.zones}) == 1:
-        return unified + min(sum(rate for _, rate in sending), sum(rate for _, rate in receiving))
-    return unified + greatest_flow(problem, wanted, sending, receiving)
+    total = sum(replicas[w].rate for w in wanted if w.role is Role.UNIFIED)
+    for exchange in dict.fromkeys(w.exchange for w in wanted):
+        sending = [(w, replicas[w].rate) for w in wanted if w.role is Role.PREFILL and w.exchange == exchange]
+        receiving = [(w, replicas[w].rate) for w in wanted if w.role is Role.DECODE and w.exchange == exchange]
+        if not sending or not receiving:
+            continue
+        if len({zone for w in wanted for zone in w.zones}) == 1:
+            total += min(sum(rate for _, rate in sending), sum(rate for _, rate in receiving))
+        else:
+            total += greatest_flow(problem, wanted, sending, receiving)
+    return total
 
 
 def greatest_flow(
@@ -205,7 +205,10 @@ def builds_of(problem: PlacementProblem) -> dict[Build, set[str]]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wanted:
-    """A replica's role, its build, the zones to which its KV may go, and its share of the fleet."""
+    """A replica's role, its build, the zones to which its KV may go, and its share of the fleet.
+
+    Of nodes with explicit links it exchanges KV with those in ``exchange``, where all of its own are.
+    """
 
     role: Role
     build: Build
@@ -213,6 +216,7 @@ class Wanted:
     kv_zones: tuple[str, ...]
     gpus: frozenset[str]
     need: Need
+    exchange: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, order=True)
@@ -253,17 +257,53 @@ def best_replica_of_build(
             alike = [option for option in of_group if {c.node for c, _ in option.groups} <= {"", *some}]
             if len(span) > 1 and (role is not Role.UNIFIED or engine is not None):
                 continue
-            for kv_zones in {span, tuple(sorted(zones))} if role is Role.PREFILL else {()}:
+            for kv_zones, exchange in exchanges(problem, role, span):
+                if not set(some) <= set(exchange) and role is not Role.UNIFIED:
+                    continue
+                around = [option for option in of_group if {c.node for c, _ in option.groups} <= {"", *exchange}]
                 for need, replica in itertools.chain.from_iterable(
-                    ReplicaSearch(problem, setting, nodes, alike, span, some, kv_zones, most_copies).all_replicas()
+                    ReplicaSearch(
+                        problem, setting, nodes, alike, span, some, kv_zones, most_copies, exchange, around
+                    ).all_replicas()
                     for most_copies in ((d,) if d > 1 else fillings(problem, M))
                 ):
                     gpus = frozenset(c.gpu for c, sizes in zip(nodes, need, strict=True) if sizes)
                     wanted = Wanted(
-                        role=role, build=build, zones=span, kv_zones=kv_zones, gpus=gpus, need=need
+                        role=role, build=build, zones=span, kv_zones=kv_zones, gpus=gpus, need=need, exchange=exchange
                     )  # fmt: skip
                     replicas[wanted] = max(replicas.get(wanted, replica), replica)
     return replicas
+
+
+def exchanges(
+    problem: PlacementProblem, role: Role, span: tuple[str, ...]
+) -> Iterator[tuple[tuple[str, ...], tuple[str, ...]]]:
+    """Yield where a replica's KV may go: the zones, and the nodes with explicit links.
+
+    Those are all of them, or a set inside a zone in which nobody pays for a link to the rest, or would pay for another
+    link if the set were larger.
+    """
+    if role is Role.UNIFIED:
+        yield (), ()
+        return
+    classes, zones = list(device_classes(problem.cluster)), tuple(sorted(problem.cluster.zones()))
+    everyone = tuple(sorted({c.node for c in classes if c.node}))
+    for kv_zones in {span, zones} if role is Role.PREFILL else {()}:
+        yield kv_zones, everyone
+
+    def pays(node: str, inside: Iterable[str]) -> tuple[Link, ...]:
+        zone = next(c.zone for c in classes if c.node == node)
+        own = [c.nic for c in classes if c.node == node] + [problem.cluster.network.zone_link(zone, zone)]
+        explicit = explicit_links(problem, next(c for c in classes if c.node == node), inside)
+        return tuple(slowest([link, own[-1], *explicit]) for link in own)
+
+    here = sorted({c.node for c in classes if c.node and c.zone == span[0]})
+    for size in range(len(here) + 1):
+        for inside in itertools.combinations(here, size):
+            larger = ((*inside, node) for node in here if node not in inside)
+            grows = any(all(pays(n, inside) == pays(n, more) for n in inside) for more in larger)
+            if inside != everyone and not grows:
+                yield span if role is Role.PREFILL else (), inside
 
 
 def may_have_pool(problem: PlacementProblem, role: Role, stage: Stage) -> bool:
@@ -371,7 +411,8 @@ Times = tuple[float, float, float]
 class ReplicaSearch:
     """All replicas of one (b, M, C) that span exactly these zones, with at most ``most_copies`` stage copies.
 
-    Of nodes with explicit links they use only ``linked``, and pay for the links among these.
+    Of nodes with explicit links they use only ``linked``, and pay for the links among these. For KV that is handed
+    over they pay for those to all of ``exchange``, where replicas may have the stages ``around``.
 
     Of two beginnings that are equal except for their times, the one that is slower in all of them is dropped: whatever
     follows, it stays slower.
@@ -387,6 +428,8 @@ class ReplicaSearch:
         linked: tuple[str, ...],
         kv_zones: tuple[str, ...],
         most_copies: float,
+        exchange: tuple[str, ...],
+        around: list[StageOption],
     ) -> None:
         network = problem.cluster.network
         zone_links = [network.zone_link(a, b) for a in zones for b in zones]
@@ -394,17 +437,19 @@ class ReplicaSearch:
         self.problem, self.setting, self.nodes, self.zones = problem, setting, nodes, zones
         self.most_copies = most_copies
         self.layers = problem.model.num_layers - problem.model.prefix_layers  # repeated layers
-        self.options = []
-        for option in options:
+        self.options, kept = [], []
+        for option in dict.fromkeys([*options, *around]):
             if option.device_class.zone in zones and may_have_pool(problem, setting.role, option.shape):
                 own = option.device_class
                 hop_link = slowest([own.nic, *zone_links, *explicit_links(problem, own, linked)])
-                kv_link = slowest([hop_link, *kv_links]) if kv_links else None
+                kv_link = slowest([own.nic, *zone_links, *kv_links, *explicit_links(problem, own, exchange)])
                 shape = replace(option.shape, hop_link=hop_link, kv_link=kv_link)
-                self.options.append(replace(option, shape=shape))
-        shapes = [option.shape for option in self.options if option.shape.kv_link is not None]
+                kept.append(shape)
+                if option in options:
+                    self.options.append(replace(option, shape=shape))
         # Over all ranks in the zone, whichever a replica uses: the part of the TTFT limit reserved for the last KV.
-        self.landing_s = max((setting.landing_seconds(s, s.kv_link) for s in shapes if s.kv_link), default=0.0)
+        sends = setting.role is Role.PREFILL
+        self.landing_s = max((setting.landing_seconds(s, s.kv_link) for s in kept if s.kv_link and sends), default=0.0)
         self.seconds: dict[tuple[int, int, bool, bool], tuple[float, float] | None] = {}
         self.possible: dict[Need, list[tuple[int, Need]]] = {}
 

@@ -22,7 +22,7 @@ from hetis.solver.plan import (
     StagePlan,
     Status,
 )
-from hetis.solver.problem import EXPLICIT_LINKS, OWN_LINKS, PlacementProblem
+from hetis.solver.problem import EXPLICIT_LINKS, LINKS_TO_ANY, OWN_LINKS, PlacementProblem
 from hetis.solver.profile import Fit, Op, Piece, Profile
 from tests.solver.claimed_plans import claimed, counted, derived_of, plan_of, rules, unclaimed
 from tests.solver.instances import (
@@ -461,8 +461,9 @@ def test_explicit_node_link_slows_only_the_stages_that_use_it() -> None:
     assert rules(older, problem) == set(), "plans that do not mention explicit links"
     assert OWN_LINKS in problem.describe_family()
     assert rules(replace(older, family=problem.describe_family()), problem) == set()
-    of_groups = problem.describe_family().replace(OWN_LINKS, EXPLICIT_LINKS)
-    assert rules(replace(older, family=of_groups), problem) == set(), "plans by the worst link of a group"
+    for earlier in (EXPLICIT_LINKS, LINKS_TO_ANY):
+        in_words = problem.describe_family().replace(OWN_LINKS, earlier)
+        assert rules(replace(older, family=in_words), problem) == set(), "plans by the worst link of a group or node"
 
 
 def test_broken_replica_does_not_hide_the_next() -> None:

@@ -11,7 +11,7 @@ from hypothesis import given
 
 from hetis.formats.documents import load_cluster, load_model, load_workload
 from hetis.profiler.roofline import modelled_profile
-from hetis.solver.check.fleet import Fleet, replica_shape
+from hetis.solver.check.fleet import Fleet, kv_partners, replica_shape
 from hetis.solver.check.rederive import Rederivation
 from hetis.solver.check.setting import Setting
 from hetis.solver.check.timing import stage_seconds, wire_seconds
@@ -59,7 +59,7 @@ def assert_adds_up(plan: Plan, problem: PlacementProblem) -> Explanation:
     numbers = list(dict.fromkeys(part.replica for part in explanation.stage_times))
     assert len(explanation.bottlenecks) == len(numbers)
     for number in numbers:
-        shape = replica_shape(plan.replicas[number], problem, fleet)
+        shape = replica_shape(plan.replicas[number], problem, fleet, kv_partners(plan, fleet).get(number, ()))
         setting = Setting.of(problem, moments, shape)
         times = [part for part in explanation.stage_times if part.replica == number]
         last = len(shape.stages) - 1
@@ -324,6 +324,16 @@ def test_replica_that_waits_for_its_wire_says_so_and_adds_up() -> None:
     assert "% of which is waiting for it" in explanation.bottlenecks[0]
     assert explanation.stage_times[0].kv_wait_s > 0.5 * explanation.stage_times[0].total_s
     assert explanation.stage_times[3].kv_wire_s == 0.0
+
+
+def test_kv_over_an_explicit_link_between_replicas_adds_up() -> None:
+    problem = test_check_roles.the_problem()
+    slow = {("a-0", "b-1"): Link(bytes_per_s=1e6, latency_s=0.1)}
+    network = replace(problem.cluster.network, between_nodes=slow)
+    linked = replace(problem, cluster=replace(problem.cluster, network=network))
+    explanation = assert_adds_up(test_check_roles.sound(problem), linked)
+    for stage in explanation.stage_times[:2]:
+        assert stage.kv_wait_s > 0.5 * stage.total_s
 
 
 def test_next_size_of_a_prefill_replica_is_its_chunk() -> None:

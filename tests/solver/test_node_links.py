@@ -6,7 +6,7 @@ import random
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from hetis.solver import node_links
@@ -15,10 +15,13 @@ from hetis.solver.cluster import Link, Network
 from hetis.solver.constraints import Exclude, Selection, Unit
 from hetis.solver.errors import InfeasibleError, InvalidProblemError, NoPlanFoundError
 from hetis.solver.node_links import NodeLinks, node_links_of
+from hetis.solver.placement.constrained_problem import apply_constraints
 from hetis.solver.placement.families import STRATEGIES
+from hetis.solver.placement.fleet import MOST_PARTS
+from hetis.solver.placement.tabulation import build_cost_tables
 from hetis.solver.plan import ObjectiveKind, Plan, Role, Status
 from hetis.solver.planning import solve_placement
-from hetis.solver.problem import OWN_LINKS, QUICK_LINKS, Family, PlacementProblem
+from hetis.solver.problem import OWN_LINKS, QUICK_LINKS, EngineRules, Family, PlacementProblem
 from tests.solver.instances import SMALL_FAMILY, make_node, make_problem, make_profile, problems
 from tests.solver.oracle import best_plan_value
 
@@ -176,3 +179,113 @@ def test_kv_of_plans_is_charged_no_faster_link_than_it_has(problem: PlacementPro
     except (InfeasibleError, InvalidProblemError, NoPlanFoundError):
         return
     assert list(check_plan(plan, problem)) == []
+
+
+APART = replace(SMALL_FAMILY, roles=(Role.PREFILL, Role.DECODE))
+FEW = replace(APART, max_copies=1, max_pool=1, micro_batches=(1, 8), in_flight=(1, 2))
+
+
+def apart(num_nodes: int, links: dict[tuple[str, str], Link], gpus: int = 2) -> PlacementProblem:
+    return replace(problem_of(num_nodes, links, gpus), family=APART)
+
+
+def test_kv_is_not_charged_a_slow_link_that_it_does_not_use() -> None:
+    """Two nodes that are quickly connected hand over KV at their own link, whatever other nodes there are."""
+    alone, beside = value_of(apart(2, {})), plan_of(apart(3, {("a-0", "a-1"): SLOWER}))
+    assert beside.result.value == pytest.approx(alone)
+    assert all({"a-0", "a-1"} != set().union(*nodes) for nodes in exchanging(beside))
+    assert value_of(apart(2, {("a-0", "a-1"): SLOWER})) < 0.5 * alone
+
+
+def exchanging(plan: Plan) -> list[list[set[str]]]:
+    """Return the nodes of the two replicas of every route of KV."""
+    nodes = nodes_of(plan)
+    return [[nodes[route.prefill], nodes[route.decode]] for route in plan.kv_routes]
+
+
+@settings(max_examples=EXAMPLES)
+@given(linked_problems(4, FEW))
+def test_with_roles_apart_the_optimum_is_that_of_brute_force(problem: PlacementProblem) -> None:
+    best = best_plan_value(problem)
+    try:
+        plan = solve_placement(problem, strategy="hetis")
+    except InfeasibleError:
+        assert best in (0.0, float("inf"))
+        return
+    assert list(check_plan(plan, problem)) == []
+    assert plan.result.value == pytest.approx(best, rel=1e-6)
+
+
+@settings(max_examples=EXAMPLES)
+@given(problem=linked_problems(4, FEW), of=st.sampled_from("AB"))
+def test_a_node_behind_slow_links_takes_nothing_from_others(problem: PlacementProblem, of: str) -> None:
+    """It is slower connected than all other nodes, so what these exchange inside their zone does not depend on it."""
+    groups = tuple(replace(group, zone="default") for group in problem.cluster.node_groups)
+    cluster = replace(problem.cluster, node_groups=groups)
+    problem = replace(problem, cluster=cluster)
+    gpu = of if of in cluster.gpu_types else next(iter(cluster.gpu_types))
+    slowest = Link(bytes_per_s=1e5, latency_s=1e-2)
+    nodes = [group.node_name(i) for group in cluster.node_groups for i in range(group.count)]
+    added = make_node("slow", gpu)
+    network = replace(
+        cluster.network, between_nodes={**cluster.network.between_nodes, **{(node, "slow"): slowest for node in nodes}}
+    )
+    more = replace(problem, cluster=replace(cluster, node_groups=(*cluster.node_groups, added), network=network))
+    try:
+        before = solve_placement(problem, strategy="hetis").result.value
+    except InfeasibleError:
+        return
+    after = solve_placement(more, strategy="hetis").result.value
+    sign = 1.0 if problem.objective.maximises else -1.0
+    assert sign * after >= sign * before - 1e-6 * before
+
+
+def tiers(num_nodes: int) -> dict[tuple[str, str], Link]:
+    """Return links of which each node has slower ones than the one before."""
+    bandwidths = {j: Link(bytes_per_s=4e8 / 2**j, latency_s=1e-4) for j in range(num_nodes)}
+    return {(f"a-{i}", f"a-{j}"): bandwidths[j] for j in range(num_nodes) for i in range(j)}
+
+
+def test_sets_that_are_too_many_are_left_out_and_counted() -> None:
+    problem = apart(7, tiers(7), gpus=1)
+    costs = build_cost_tables(apply_constraints(problem))
+    parts = [scope.part for scope in costs.scopes if scope.place.blocks is not None]
+    assert 0 < len(parts) <= MOST_PARTS
+    assert costs.routes.num_left_out > 0
+    assert f"{costs.routes.num_left_out} sets of nodes were not searched" in plan_of(problem).notes[-1]
+    few = build_cost_tables(apply_constraints(apart(3, {("a-0", "a-1"): SLOWER})))
+    assert (few.routes.num_left_out, len(few.routes.beside)) == (0, 2)
+
+
+def test_without_slow_links_or_with_unified_replicas_there_are_only_whole_zones() -> None:
+    for problem in (apart(3, {}), apart(3, {("a-0", "a-1"): FAST}), problem_of(3, {("a-0", "a-1"): SLOWER})):
+        costs = build_cost_tables(apply_constraints(problem))
+        assert costs.routes.beside == ()
+        assert all(scope.place.blocks is None for scope in costs.scopes)
+
+
+LINKED_ENGINE = replace(
+    FEW, max_pool=0, attention_dp=(), in_flight=(1, 2), engine=EngineRules(name="vllm", max_stages=2)
+)
+
+
+@settings(max_examples=EXAMPLES)
+@given(problem=linked_problems(4, LINKED_ENGINE), has_vendors=st.booleans())
+def test_an_engines_optimum_with_roles_apart_is_that_of_brute_force(
+    problem: PlacementProblem, has_vendors: bool
+) -> None:
+    assume(not problem.model.forbidden_cuts)
+    if has_vendors:  # of which each has places of its own
+        types = {
+            name: replace(gpu, vendor="AMD" if name == "A" else "") for name, gpu in problem.cluster.gpu_types.items()
+        }
+        problem = replace(problem, cluster=replace(problem.cluster, gpu_types=types))
+    best = best_plan_value(problem)
+    try:
+        plan = solve_placement(problem, strategy="hetis", gap_target=0.0)
+    except InfeasibleError:
+        assert best in (0.0, float("inf"))
+        return
+    assert list(check_plan(plan, problem)) == []
+    assert plan.result.status is Status.OPTIMAL
+    assert plan.result.value == pytest.approx(best, rel=1e-6)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -413,3 +414,13 @@ def test_a_search_that_is_cut_short_is_no_worse_than_equal_stages(kind: Objectiv
     equal, best = solve_placement(problem, strategy="uniform"), solve_placement(problem)
     assert plan.result.value == pytest.approx(equal.result.value)
     assert plan.result.bound == pytest.approx(best.result.bound)
+
+
+def test_runners_up_have_all_layers_of_the_model() -> None:
+    moe = MoeShape(num_experts=4, active_experts=2, expert_intermediate=256, first_dense_layers=2)
+    family = replace(SMALL_FAMILY, micro_batches=(1, 4), in_flight=(1, 2), max_pool=0)
+    problem = make_problem([make_node("a", "A", gpus=2)], model=make_model(moe=moe), family=family)
+    shapes = [one.shape for one in solve_placement(problem, strategy="hetis").runners_up]
+    assert shapes
+    for shape in shapes:
+        assert sum(map(int, re.findall(r" L(\d+)", shape))) == problem.model.num_layers

@@ -20,6 +20,8 @@ from hetis.simulator.micro_batch import MicroBatch, SimulatedStageCopy
 from hetis.simulator.replica import Outside, ReplicaRun
 from hetis.simulator.values import Request, RequestLog, SaturatingSource, Settings
 from hetis.solver.check.fleet import Fleet as Devices
+from hetis.solver.check.fleet import slowest
+from hetis.solver.cluster import Link
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.model import ModelSpec
 from hetis.solver.plan import Plan
@@ -160,6 +162,8 @@ class KvTransfers:
         self._models = [problem.of_replica(one).model for one in plan.replicas]  # each in its replica's precision
         self._network = problem.cluster.network
         self._zones = [devices.zones_of(one.devices())[0] for one in plan.replicas]
+        self._devices, self._of_replica = devices, [one.devices() for one in plan.replicas]
+        self._kv_links: dict[tuple[str, int], Link] = {}
         self._links = links
         self._routes: dict[int, list[_Route]] = {}
         self.senders: dict[int, list[ReplicaRun]] = {}
@@ -200,7 +204,7 @@ class KvTransfers:
             return False
         batch.sending.add(request)
         landed_s = max(
-            now_s + self._landing_s(replica, batch, request), self._sent_s(replica, batch, request, expected)
+            now_s + self._landing_s(replica, batch, request, expected), self._sent_s(replica, batch, request, expected)
         )
         self._events.at(landed_s, self._land, replica, batch, request)
         return True
@@ -232,16 +236,21 @@ class KvTransfers:
 
     # --- time
 
-    def _landing_s(self, replica: ReplicaRun, batch: MicroBatch, request: int) -> float:
+    def _kv_link(self, copy: SimulatedStageCopy, other: ReplicaRun) -> Link:
+        """Return the link of a stage copy, or a slower one that it has to a node of the replica at the other end."""
+        key = copy.devices[0], other.number
+        if key not in self._kv_links:
+            explicit = self._devices.node_links(copy.devices, self._of_replica[other.number])
+            self._kv_links[key] = slowest([copy.timing.shape.hop_link, *explicit])
+        return self._kv_links[key]
+
+    def _landing_s(self, replica: ReplicaRun, batch: MicroBatch, request: int, expected: _Expected) -> float:
         """Return the time for the last layer of the last chunk, on the slowest stage."""
         target = self._log.target[request]
         model = self._models[replica.number]
         num_bytes = _layer_bytes(model, target, min(1.0, replica.batching.chunk_tokens / target))
-        return max(
-            float(copy.timing.cost.transfer_s(num_bytes, copy.timing.shape.hop_link))
-            + copy.timing.shape.hop_link.latency_s
-            for copy in batch.copies
-        )
+        links = [(copy, self._kv_link(copy, expected.replica)) for copy in batch.copies]
+        return max(float(copy.timing.cost.transfer_s(num_bytes, link)) + link.latency_s for copy, link in links)
 
     def _sent_s(self, replica: ReplicaRun, batch: MicroBatch, request: int, expected: _Expected) -> float:
         """Return when the KV has passed all its links."""
@@ -250,25 +259,29 @@ class KvTransfers:
         ends = list[float]()
         for copy in batch.copies:
             timing = copy.timing
-            part_s = float(timing.cost.transfer_s(_layer_bytes(model, tokens, 1.0 / chunks), timing.shape.hop_link))
+            link = self._kv_link(copy, expected.replica)
+            part_s = float(timing.cost.transfer_s(_layer_bytes(model, tokens, 1.0 / chunks), link))
             leaving = self._links.leaving(copy.devices[0])
             ends.append(transfer(begun_s, timing.layers * chunks * part_s, leaving))
         for copy in expected.batch.copies:
-            ends.extend(self._received(begun_s, copy, model, tokens))
+            ends.extend(self._received(begun_s, copy, model, tokens, replica))
         zones = self._zones[replica.number], self._zones[expected.replica.number]
         if zones[0] != zones[1]:
             seconds = model.prompt_kv_bytes(tokens) / self._network.zone_link(*zones).bytes_per_s
             ends.append(transfer(begun_s, seconds, self._links.between(*zones)))
         return max(ends)
 
-    def _received(self, begun_s: float, copy: SimulatedStageCopy, model: ModelSpec, tokens: int) -> Iterator[float]:
+    def _received(
+        self, begun_s: float, copy: SimulatedStageCopy, model: ModelSpec, tokens: int, sender: ReplicaRun
+    ) -> Iterator[float]:
         """Yield when a prompt's KV is in one copy: kept groups go to its ranks, the others directly to its cards."""
         timing = copy.timing
         pool, group_bytes = timing.shape.pool, tokens * model.kv_bytes_per_token_group()
         away = 0 if pool is None else pool.head_groups * timing.shape.tp
         kept = model.head_groups - away
         if kept:  # otherwise no KV is sent to the ranks, and their links are not used
-            layer_s = float(timing.cost.transfer_s(kept * group_bytes + model.state_bytes(), timing.shape.hop_link))
+            num_bytes = kept * group_bytes + model.state_bytes()
+            layer_s = float(timing.cost.transfer_s(num_bytes, self._kv_link(copy, sender)))
             yield transfer(begun_s, timing.layers * layer_s, self._links.coming(copy.devices[0]))
         if pool is not None:
             layer_s = float(timing.cost.transfer_s(away * group_bytes / pool.cards, pool.link))

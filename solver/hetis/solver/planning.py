@@ -27,8 +27,6 @@ from hetis.solver.placement.tabulation import build_cost_tables
 from hetis.solver.plan import Plan
 from hetis.solver.problem import PlacementProblem
 
-_OF_SEVERAL_ZONES = "a replica over several zones "  # start of a note of the search
-
 
 def solve_placement(
     problem: PlacementProblem, *, strategy: str = "hetis", budget: Budget | None = None, gap_target: float = 0.001,
@@ -65,10 +63,7 @@ def solve_placement(
         plan = _by_published_heuristic(problem, settings)
     else:
         plan = solve_family(problem, settings, market, simplest_within)
-    notes = plan.notes
-    if family.engine is not None:  # its replicas stay in one zone each
-        notes = tuple(note for note in notes if not note.startswith(_OF_SEVERAL_ZONES))
-    return replace(plan, family=problem.describe_family(), notes=notes)
+    return replace(plan, family=problem.describe_family())
 
 
 def is_compiled(problem: PlacementProblem) -> bool:

@@ -323,13 +323,18 @@ class Family:
 
 APART = "replicas, and the KV that they exchange inside a zone, with GPUs of one vendor and one precision"
 """Description of families whose GPUs have several builds."""
-OWN_LINKS = (
+_HOPS = (
     "with each hop charged at most the slowest explicit link between nodes of its replica, and KV that is handed over "
-    "the slowest of its node to any other"
 )
+OWN_LINKS = (
+    f"{_HOPS}inside a zone at most the slowest between nodes of all replicas that exchange it, and to other zones the "
+    "slowest of its node to any other"
+)
+LINKS_TO_ANY = f"{_HOPS}the slowest of its node to any other"
 QUICK_LINKS = "the quickest explicit links count as the slowest of these, because too many differ"
 EXPLICIT_LINKS = "computed with the slowest explicit link of any node of a group, whichever of them are used"
-"""Descriptions of families of fleets with explicit links between nodes (`node_links_of`); the last is of old plans."""
+"""Descriptions of families of fleets with explicit links between nodes (`node_links_of`); old plans have `LINKS_TO_ANY`
+or `EXPLICIT_LINKS`."""
 
 
 class Build(NamedTuple):
@@ -406,13 +411,17 @@ class PlacementProblem:
             return True
         nodes_differ = any(each.unit in (Unit.NODE, Unit.GPU) for each in barring)
         nodes = map(group.node_name, range(group.count if nodes_differ else 1))
-        return any(slots.gpu == gpu for node in nodes for slots in _without(barring, group, node).gpus)
+        return any(slots.gpu == gpu for node in nodes for slots in without_selected(barring, group, node).gpus)
 
     def nodes_left_out(self) -> frozenset[str]:
         """Return the nodes of which constraints exclude all GPUs."""
         out = [each.gpus for each in self.constraints if isinstance(each, Exclude)]
         nodes = ((group, group.node_name(i)) for group in self.cluster.node_groups for i in range(group.count))
-        return frozenset(node for group, node in nodes if not _without(out, group, node).gpus) if out else frozenset()
+        return (
+            frozenset(node for group, node in nodes if not without_selected(out, group, node).gpus)
+            if out
+            else frozenset()
+        )
 
     def in_precision_of(self, gpu: str) -> PlacementProblem:
         """Return the problem of replicas whose stages are on this GPU type: the model in that type's precision."""
@@ -446,8 +455,8 @@ class PlacementProblem:
             )
 
 
-def _without(out: Sequence[Selection], group: NodeGroup, node: str) -> NodeGroup:
-    """Return the nodes of a group with the GPUs of this one that are in no selection."""
+def without_selected(out: Sequence[Selection], group: NodeGroup, node: str) -> NodeGroup:
+    """Return a group of nodes like ``node`` without the GPUs that are in a selection."""
     return group.keeping(
         lambda index, gpu: (
             not any(each.takes(device=f"{node}/{index}", node=node, gpu=gpu, zone=group.zone) for each in out)

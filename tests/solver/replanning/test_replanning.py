@@ -13,14 +13,14 @@ from hypothesis import HealthCheck, given, settings
 from hetis.solver.advice import without
 from hetis.solver.budget import Budget, SearchSettings, silent
 from hetis.solver.check import check_plan
-from hetis.solver.cluster import Cluster, GpuSlots, Link, NodeGroup
+from hetis.solver.cluster import Cluster, GpuSlots, Link, Network, NodeGroup
 from hetis.solver.constraints import Constraint, Duty, RestrictRole, Selection, Unit
 from hetis.solver.errors import InfeasibleError, InvalidProblemError, NoPlanFoundError
 from hetis.solver.placement.constrained_problem import apply_constraints
 from hetis.solver.placement.tabulation import build_cost_tables
 from hetis.solver.plan import Objective, ObjectiveKind, Plan, Role
 from hetis.solver.planning import solve_placement
-from hetis.solver.problem import PlacementProblem
+from hetis.solver.problem import EngineRules, PlacementProblem
 from hetis.solver.replanning import fresh as fresh_search
 from hetis.solver.replanning import solve as replanning
 from hetis.solver.replanning.change import HALF_DONE, ChangeCosts, Fate, ReplanningProblem
@@ -323,6 +323,29 @@ def test_replicas_are_kept_if_zones_are_reordered_or_join(joining: list[NodeGrou
     now = make_problem([*joining, *reversed(nodes)]).cluster
     found = replanned(running, replace(problem, cluster=now), max_moves=0)
     assert found.change.count(Fate.KEPT) == len(running.replicas)
+
+
+def test_replicas_that_avoid_a_slow_link_keep_what_they_serve() -> None:
+    """They hand over KV in a set of nodes without the slow link, and still do."""
+    network = Network(
+        default=Link(bytes_per_s=5e8, latency_s=1e-5),
+        between_nodes={("a-0", "a-1"): Link(bytes_per_s=1e6, latency_s=1e-2)},
+    )
+    apart = replace(UNIFIED, roles=(Role.PREFILL, Role.DECODE))
+    problem = make_problem([make_node("a", "A", nodes=3)], profiles=TWO_TYPES, family=apart, network=network)
+    running = solve_placement(problem)
+    found = replanned(running, problem)
+    assert found.change.count(Fate.KEPT) == len(running.replicas)
+    assert not found.change.moved
+    assert found.plan.result.value == pytest.approx(running.result.value)
+    assert found.value <= found.bound
+
+
+def test_an_engines_plan_does_not_mention_replicas_over_several_zones() -> None:
+    engine = replace(UNIFIED, max_pool=0, in_flight=(1, 2), engine=EngineRules(name="vllm", max_stages=2))
+    nodes = [make_node("a", "A", zone="east"), make_node("b", "A", zone="west")]
+    problem = make_problem(nodes, profiles=TWO_TYPES, family=engine)
+    assert replanned(solve_placement(problem), problem).plan.notes == ()
 
 
 # --- what constraints and zones allow

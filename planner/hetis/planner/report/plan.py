@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
-import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from typing import NamedTuple
 
 from rich.console import Group, RenderableType
@@ -64,7 +62,6 @@ from hetis.planner.use_cases.verify import (
 )
 from hetis.solver.constraints import Constraint, described
 from hetis.solver.errors import InvalidProblemError
-from hetis.solver.model import ModelSpec
 from hetis.solver.placement.families import STRATEGIES
 from hetis.solver.plan import (
     Objective,
@@ -75,7 +72,7 @@ from hetis.solver.plan import (
     Status,
 )
 from hetis.solver.planning import ConstraintPrice
-from hetis.solver.problem import EXPLICIT_LINKS, OWN_LINKS, QUICK_LINKS, Family, PlacementProblem
+from hetis.solver.problem import EXPLICIT_LINKS, LINKS_TO_ANY, OWN_LINKS, QUICK_LINKS, Family, PlacementProblem
 
 MAX_SHAPES = 12  # replica shapes shown in full; the others are summarised in one line
 MAX_CLASSES = 40
@@ -91,7 +88,6 @@ _VALUE_NAMES = {
     ObjectiveKind.COST: "Cost",
     ObjectiveKind.GPUS: "GPUs",
 }
-_LAYERS = re.compile(r"(?<= L)\d+(?=$| \| | \(\+)")  # the layers of a stage in the text of a shape
 MAX_NUMBERS = 24  # characters for the numbers of equal replicas
 MAX_ROUTES = 12  # pairs of replica shapes; the others are summarised in one line
 
@@ -135,9 +131,12 @@ def searched(plan: Plan) -> Iterator[str]:
         yield f"Constraints: {'; '.join(plan.family.split('; ')[-len(constraints) :])}."
     if EXPLICIT_LINKS in plan.family:
         yield f"All are {EXPLICIT_LINKS}."
-    if OWN_LINKS in plan.family:
+    if LINKS_TO_ANY in plan.family:
         yield "A hop is charged at most the slowest explicit link between nodes of its replica; KV that is handed over,"
         yield "the slowest of its node to any other."
+    if OWN_LINKS in plan.family:
+        yield "A hop is charged at most the slowest explicit link between nodes of its replica; KV that is handed over"
+        yield "inside a zone, the slowest between nodes of the replicas that exchange it."
     if QUICK_LINKS in plan.family:
         yield f"{QUICK_LINKS.capitalize()}."
     yield "The bound holds for all these plans; `hetis-plan explain`, or -o wide, describes them exactly."
@@ -629,21 +628,8 @@ def _runners_up(plan: Plan) -> Table:
 
 
 def distinct_runners_up(plan: Plan) -> list[RunnerUp]:
-    """Return the runners-up, those once that differ only in their zones or nodes, with all of the model's layers."""
-    distinct = {(one.shape, digits(one.rate), one.reason): one for one in plan.runners_up}.values()
-    model = known_model(plan)
-    if model is None or not model.prefix_layers:
-        return list(distinct)
-    return [replace(one, shape=_with_prefix(one.shape, model)) for one in distinct]
-
-
-def _with_prefix(shape: str, model: ModelSpec) -> str:
-    """Return a shape whose first stage also counts the layers before the repeated ones, which the search leaves out."""
-    counts = list(_LAYERS.finditer(shape))
-    if sum(int(one.group()) for one in counts) != model.num_layers - model.prefix_layers:
-        return shape
-    first = counts[0]
-    return f"{shape[: first.start()]}{int(first.group()) + model.prefix_layers}{shape[first.end() :]}"
+    """Return the runners-up, those once that differ only in their zones or nodes."""
+    return list({(one.shape, digits(one.rate), one.reason): one for one in plan.runners_up}.values())
 
 
 def folded(shape: str) -> str:

@@ -288,7 +288,7 @@ def _has_all_plans_of(smaller: PlacementProblem, larger: PlacementProblem) -> bo
     """Return whether every plan of a problem is known to be one of the other, of the same value.
 
     Not so with several zones, since a replica's share of the links between them shrinks as the fleet grows; nor with
-    links between nodes, since KV that is handed over pays for the slowest link of its node, to another node, too.
+    explicit links between nodes, since the sets of nodes inside which they are charged depend on all nodes.
     With more kinds of GPUs, the family may have fewer stages (`listing`), or constraints that the engine makes.
     """
     fleets = smaller.cluster, larger.cluster

@@ -15,7 +15,7 @@ from hetis.solver.cluster import Link, NodeGroup
 from hetis.solver.constraints import Duty, RestrictRole, in_words
 from hetis.solver.model import ModelSpec
 from hetis.solver.plan import KvRoute, ObjectiveKind, Plan, Role, Status
-from hetis.solver.problem import APART, EXPLICIT_LINKS, OWN_LINKS, QUICK_LINKS, PlacementProblem
+from hetis.solver.problem import APART, EXPLICIT_LINKS, LINKS_TO_ANY, OWN_LINKS, QUICK_LINKS, PlacementProblem
 
 _Kind = tuple[ModelSpec, str]  # the model in one precision, and a vendor
 OPTIMAL_GAP = 1e-6
@@ -194,7 +194,7 @@ def _check_question(plan: Plan, problem: PlacementProblem) -> Iterator[Broken]:
 
 def _without_links(family: str) -> str:
     """Return the description of a family without that of explicit links, which earlier plans had otherwise or not."""
-    for links in (EXPLICIT_LINKS, OWN_LINKS, QUICK_LINKS):
+    for links in (EXPLICIT_LINKS, LINKS_TO_ANY, OWN_LINKS, QUICK_LINKS):
         family = family.replace(f"; {links}", "")
     return family
 

@@ -32,7 +32,7 @@ from hetis.solver.errors import InvalidProblemError
 from hetis.solver.node_links import node_links_of
 from hetis.solver.placement.fleet import class_of_slots, class_prices, device_classes
 from hetis.solver.plan import ClassPrice, Plan
-from hetis.solver.problem import Family, PlacementProblem
+from hetis.solver.problem import Family, PlacementProblem, without_selected
 
 
 def apply_constraints(problem: PlacementProblem) -> PlacementProblem:
@@ -69,24 +69,19 @@ def is_nothing_left(searched: PlacementProblem) -> bool:
 
 def _pieces(group: NodeGroup, constraints: Constraints, linked: Collection[str]) -> Iterator[NodeGroup]:
     """Yield a group without excluded GPUs and with named and ``linked`` nodes separated."""
+    out = [each.gpus for each in constraints if isinstance(each, Exclude)]
     of_some = [each.gpus for each in constraints if isinstance(each, Exclude | RestrictRole | Use)]
     named, names_nodes = {gpus.name for gpus in of_some}, any(gpus.unit in (Unit.NODE, Unit.GPU) for gpus in of_some)
     nodes = [group.node_name(i) for i in range(group.count)] if names_nodes or linked else []
     named |= {name.partition("/")[0] for name in named}
     apart = [i for i, node in enumerate(nodes) if node in named or node in linked]
     if not apart:
-        yield _without(group, group.node_name(0), constraints)
+        yield without_selected(out, group, group.node_name(0))
         return
     if apart[0] > 0:
-        yield _without(replace(group, count=apart[0]), group.node_name(0), constraints)
+        yield without_selected(out, replace(group, count=apart[0]), group.node_name(0))
     for i in range(apart[0], group.count):
-        yield _without(group.node(i), nodes[i], constraints)
-
-
-def _without(group: NodeGroup, node: str, constraints: Constraints) -> NodeGroup:
-    """Return a group of nodes like ``node`` without the excluded GPUs."""
-    out = [each.gpus for each in constraints if isinstance(each, Exclude)]
-    return group.keeping(lambda index, gpu: not any(_takes(gpus, f"{node}/{index}", node, gpu, group) for gpus in out))
+        yield without_selected(out, group.node(i), nodes[i])
 
 
 def _takes(gpus: Selection, device: str, node: str, gpu: str, group: NodeGroup) -> bool:

@@ -6,7 +6,8 @@ short of its price by more than the distance between the two cannot be part of a
 not look for it (`needed_rates`).
 
 Prefill and decode replicas have frontiers of their own over the same sub-fleets: the best rate of each role on each.
-They lie in one zone, as device classes do, so a sub-fleet determines the zone. The master joins them by their flows.
+They lie in one zone, as device classes do, so a sub-fleet determines the zone. Places beside whole zones (`fleet.py`)
+have frontiers of their own. The master joins them by their flows.
 
 The first pass over the whole family takes longest, because no bound is known and there are many ways to build a stage.
 If a pass has not ended after a share of the time (`MAIN`), the smaller families inside are searched, which is cheap in
@@ -23,6 +24,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
+from typing import NamedTuple
 
 import numpy as np
 
@@ -72,6 +74,17 @@ class FrontierKind(IntEnum):
     LOCAL_PREFILL = 1  # sends KV only to its own zone
     PREFILL = 2  # may send KV to all zones
     DECODE = 3
+
+
+class Kind(NamedTuple):
+    """What has a frontier of its own: replicas of a kind in whole zones (-1), or in a place beside them, by number."""
+
+    of: FrontierKind
+    beside: int = -1
+
+    @property
+    def role(self) -> Role:
+        return ROLES[self.of]
 
 
 ROLES = {
@@ -125,7 +138,7 @@ class Frontier:
         return np.maximum(self.bound, self.rate * (1.0 + tolerance))
 
 
-Rates = Mapping[FrontierKind, FloatArray]  # [V] each
+Rates = Mapping[Kind, FloatArray]  # [V] each
 
 
 @dataclass(slots=True)
@@ -154,7 +167,7 @@ class ExactSearch:
         self.whole = whole(costs.problem.family)
         self._free = np.zeros(len(costs.ranks)), np.zeros(len(costs.classes))
         self.configurations = configurations(costs)
-        self.kinds = [frontier_kind(costs.mixes[c.mix]) for c in self.configurations]
+        self.kinds = [self._kind(c.scope, c.mix) for c in self.configurations]
         self.speed_bound, self.sequential_bound = speed_bounds(costs, self.lattice)
         self.zones = self._zones()
         self._options: dict[tuple[object, ...], tuple[Options, Entries]] = {}
@@ -163,7 +176,13 @@ class ExactSearch:
             kind: Frontier(np.zeros(count), np.full(count, -1), np.zeros(count), np.zeros(count))
             for kind in sorted(set(self.kinds))
         }
-        self._roomy: dict[tuple[FrontierKind, FamilyPart], BoolArray] = {}
+        self._roomy: dict[tuple[Kind, FamilyPart], BoolArray] = {}
+
+    def _kind(self, scope: int, mix: int) -> Kind:
+        routes, here, kind = self.costs.routes, self.costs.scopes[scope], frontier_kind(self.costs.mixes[mix])
+        if here.place.blocks is None:
+            return Kind(kind)
+        return Kind(kind, routes.place(here.place, here.build) - len(routes.whole_zones))
 
     def _zones(self) -> IntArray:
         """Return the zone of every sub-fleet, numbered as in `Routes`, or -1 if it has several or none; [V]."""
@@ -175,15 +194,20 @@ class ExactSearch:
                 zones[v] = found.pop()
         return zones
 
-    def _sides(self, kind: FrontierKind) -> IntArray:
+    def _sides(self, kind: Kind) -> IntArray:
         """Return the master's side for replicas of a kind, or -1 if they cannot be on that sub-fleet; [V]."""
-        if kind is FrontierKind.UNIFIED:
+        if kind.of is FrontierKind.UNIFIED:
             return np.full(len(self.zones), UNIFIED)
-        role = Role.DECODE if kind is FrontierKind.DECODE else Role.PREFILL
-        first = self.costs.routes.side(role, sends_afar=kind is FrontierKind.PREFILL)
-        return np.where(self.zones >= 0, first + self.zones, -1)
+        routes = self.costs.routes
+        first = routes.side(kind.role, sends_afar=kind.of is FrontierKind.PREFILL)
+        if kind.beside < 0:
+            return np.where(self.zones >= 0, first + self.zones, -1)
+        place, _ = routes.beside[kind.beside]
+        inside = np.array([place.has(self.costs.classes[g]) for g, _ in self.costs.resources.rows])
+        is_there = (self.zones >= 0) & ~np.any(self.lattice.digits[:, ~inside], axis=1)
+        return np.where(is_there, first + len(routes.whole_zones) + kind.beside, -1)
 
-    def roomy(self, kind: FrontierKind, part: FamilyPart) -> BoolArray:
+    def roomy(self, kind: Kind, part: FamilyPart) -> BoolArray:
         """Return which sub-fleets have memory for a replica of some configuration of a part; [V].
 
         A replica with fewer requests takes less memory. Chunks have no such order: a longer one takes memory itself
@@ -193,11 +217,13 @@ class ExactSearch:
             return self._roomy[kind, part]
         roomy = np.zeros(len(self.lattice.digits), dtype=bool)
         family, mixes = self.costs.problem.family, self.costs.mixes
-        of_kind = [x for x, mix in enumerate(mixes) if frontier_kind(mix) is kind]
+        of_kind = [x for x, mix in enumerate(mixes) if frontier_kind(mix) is kind.of]
         batch, in_flight = min(mixes[x].micro_batch for x in of_kind), min(family.in_flight)
         f = family.in_flight.index(in_flight)
         for number, scope in enumerate(self.costs.scopes):
             for x in (x for x in of_kind if mixes[x].micro_batch == batch and scope.serves(mixes[x])):
+                if self._kind(number, x) != kind:
+                    continue
                 side = self.costs.side_of(number, x)
                 any_pipeline = Configuration(number, x, f, in_flight, 0, Regime(0.0, 0.0), side)
                 options, entries = self.options_of(any_pipeline, part)
@@ -236,7 +262,7 @@ class ExactSearch:
             frontier.bound = sweep.bounds[kind]
         for tag in self._order():
             c, kind = self.configurations[tag], self.kinds[tag]
-            if tag in sweep.swept or ROLES[kind] not in part.roles:
+            if tag in sweep.swept or kind.role not in part.roles:
                 continue
             if budget.is_spent():
                 return False
@@ -279,11 +305,11 @@ class ExactSearch:
         """Return rates that replicas of the part swept with this tolerance cannot exceed (`Frontier.ceiling`)."""
         return {kind: f.ceiling(tolerance) for kind, f in self._of(part)}
 
-    def _of(self, part: FamilyPart | None) -> list[tuple[FrontierKind, Frontier]]:
+    def _of(self, part: FamilyPart | None) -> list[tuple[Kind, Frontier]]:
         roles = (part or self.whole).roles
-        return [(kind, f) for kind, f in self.frontiers.items() if ROLES[kind] in roles]
+        return [(kind, f) for kind, f in self.frontiers.items() if kind.role in roles]
 
-    def columns(self, rates: Rates, *, every: bool = False) -> tuple[list[tuple[FrontierKind, int]], Columns]:
+    def columns(self, rates: Rates, *, every: bool = False) -> tuple[list[tuple[Kind, int]], Columns]:
         """Return, per kind, sub-fleets whose rate no smaller one reaches, as the master's columns; all if ``every``."""
         chosen = [(kind, int(v)) for kind in rates for v in self._worth_having(kind, rates[kind], every)]
         vs = np.array([v for _, v in chosen], dtype=np.int64)
@@ -296,7 +322,7 @@ class ExactSearch:
         )
         return chosen, columns
 
-    def _worth_having(self, kind: FrontierKind, rates: FloatArray, every: bool) -> IntArray:
+    def _worth_having(self, kind: Kind, rates: FloatArray, every: bool) -> IntArray:
         candidates = (rates > 0) & (self._sides(kind) >= 0)
         if every or self.counts_gpus:  # a smaller vector may have the same rate but use too few GPUs for the pins
             return np.flatnonzero(candidates)
@@ -316,7 +342,7 @@ class ExactSearch:
         classes = {rows[row][0] for row in np.flatnonzero(self.lattice.digits[v])}
         return routes.link_use([routes.zones.index(self.costs.classes[g].zone) for g in classes])
 
-    def pack(self, rates: Rates, time_limit_s: float, seed: int) -> tuple[list[tuple[FrontierKind, int]], Verdict]:
+    def pack(self, rates: Rates, time_limit_s: float, seed: int) -> tuple[list[tuple[Kind, int]], Verdict]:
         """Return the best packing of sub-fleets at these rates."""
         chosen, columns = self.columns(rates)
         return chosen, self.master.decide(columns, time_limit_s=time_limit_s, seed=seed)
@@ -356,7 +382,7 @@ class ExactSearch:
         distance = abs(proof.value - incumbent) * (1.0 + 1e-12)
         return {kind: self._least_rates(kind, proof.scale * price - distance, proof.rate_prices) for kind in ceilings}
 
-    def _least_rates(self, kind: FrontierKind, worth: FloatArray, rate_prices: FloatArray) -> FloatArray:
+    def _least_rates(self, kind: Kind, worth: FloatArray, rate_prices: FloatArray) -> FloatArray:
         """Return the rates whose value is ``worth`` on each sub-fleet's side, inf where no replica can be; [V]."""
         sides = self._sides(kind)
         with np.errstate(divide="ignore", invalid="ignore"):
@@ -377,7 +403,7 @@ class ExactSearch:
         distance = abs(found.value - incumbent) + PIN_ROUNDING * abs(found.value)
         return {kind: self._least_rates(kind, price - distance, found.rate_prices) for kind in ceilings}
 
-    def template(self, kind: FrontierKind, v: int) -> Template:
+    def template(self, kind: Kind, v: int) -> Template:
         """Return the replica behind a frontier's rate of a sub-fleet, at its exact interval."""
         f = self.frontiers[kind]
         if v not in f.templates:
@@ -433,7 +459,7 @@ class Passes:
         self.search = ExactSearch(costs, master)
         self.whole = whole(costs.problem.family)
         self.settings, self.budget, self.seed = settings, settings.budget, settings.seed
-        self.best: tuple[list[tuple[FrontierKind, int]], MilpSolution] | None = None  # sub-fleets and their packing
+        self.best: tuple[list[tuple[Kind, int]], MilpSolution] | None = None  # sub-fleets and their packing
         self.is_empty = False  # proven: the whole family holds no plan
         self._begun: dict[FamilyPart, Sweep | None] = {}  # the pass under way over each part; None: all are finished
         self._is_packed = True  # all rates found so far have been packed

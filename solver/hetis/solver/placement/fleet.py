@@ -4,6 +4,10 @@ Replicas are on *sides* of the master: unified ones on one side, and per zone z 
 replicas of z only, the prefill replicas that may send to every zone, and the decode replicas. A *route* leads from the
 prefill replicas of a zone to the decode replicas of a zone; F(z, y) is its flow in requests/s.
 
+Where the explicit links of a zone's nodes differ, sets of its nodes are *places* of their own beside the whole zone
+(`places_of`): replicas of such a place exchange KV only with each other, and pay only for links between its nodes. It
+has sides like a zone, and a route from itself to itself.
+
 A side has a *rate price*, the value of serving one more request/s there, which is 1 on the unified side if the rate is
 maximised. A route is worth ``weight(z, y)``, which is 1 minus the price of its link, and the rate prices of its two
 ends must sum to at least that: ``alpha(z) + beta(y) >= weight(z, y)``. That is the dual of the flow rows, from which
@@ -94,6 +98,31 @@ def parts_of(
         return by > some and all(c.link_in(cluster, other) == c.link_in(cluster, part) for c in here if part.has(c))
 
     yield from (Part(zones, some) for some in found if not any(is_covered(some, other) for other in found))
+
+
+MOST_PARTS = 32  # of the places of a zone beside the whole of it: each is searched for replicas of both roles
+
+
+def places_of(
+    cluster: Cluster, zone: str, classes: Sequence[DeviceClass], links: NodeLinks | None
+) -> list[tuple[Part, list[Part]]]:
+    """Return the places of a zone beside the whole of it, each with the parts in which its replicas are searched.
+
+    Places are the sets of nodes in which KV is not charged the slowest link of the whole zone. Those with the most GPUs
+    come first, and may have too many parts together (`without_most`).
+    """
+    here, whole, found = [c for c in classes if c.zone == zone], Part((zone,)), list[tuple[Part, list[Part]]]()
+    for place in parts_of(cluster, (zone,), here, links) if links is not None else ():
+        inside = [c for c in here if place.has(c)]
+        if any(c.link_in(cluster, place) != c.link_in(cluster, whole) for c in inside):
+            found.append((place, list(parts_of(cluster, (zone,), inside, links))))
+    return sorted(found, key=lambda one: -sum(c.available for c in here if one[0].has(c)))
+
+
+def without_most(places: Sequence[tuple[Part, list[Part]]]) -> list[tuple[Part, list[Part]]]:
+    """Return the first places of a zone that have `MOST_PARTS` together at most."""
+    so_far = itertools.accumulate(len(parts) for _, parts in places)
+    return [place for place, total in zip(places, so_far, strict=True) if total <= MOST_PARTS]
 
 
 def device_classes(
@@ -241,23 +270,35 @@ class Valuation:
 class Routes:
     """The sides of a problem's master and the routes between them; Z zones.
 
-    If a fleet has several builds, each zone counts once for each, and no link carries KV from one to another.
+    If a fleet has several builds, each zone counts once for each, and no link carries KV from one to another. The
+    places beside whole zones follow as further zones of the same name, and no link carries KV from or to them.
 
     Attributes:
         zones: names, in the cluster's order.
         splits_roles: whether the family has prefill and decode replicas; otherwise there is one side and no route.
         capacity: requests/s whose KV the link from zone to zone carries, shape [Z, Z]; inf inside a zone.
         most_spanning: the number of unified replicas over several zones that share a link equally.
+        beside: the places beside whole zones with their build, which are the last in ``zones``.
+        num_left_out: how many further places are not searched (`MOST_PARTS`).
     """
 
     zones: tuple[str, ...]
     splits_roles: bool
     capacity: FloatArray
     most_spanning: int
+    beside: tuple[tuple[Part, int], ...] = ()
+    num_left_out: int = 0
 
-    def place(self, zone: str, build: int) -> int:
-        """Return the number in ``zones`` of a zone and build."""
-        return self.zones.index(zone) + build
+    @property
+    def whole_zones(self) -> tuple[str, ...]:
+        """Return the first of ``zones``: whole ones, each once for each build."""
+        return self.zones[: len(self.zones) - len(self.beside)]
+
+    def place(self, part: Part, build: int) -> int:
+        """Return the number in ``zones`` of a place and build; a part without blocks is a whole zone."""
+        if part.blocks is None:
+            return self.zones.index(part.zones[0]) + build
+        return len(self.whole_zones) + self.beside.index((part, build))
 
     @property
     def num_sides(self) -> int:
@@ -380,14 +421,20 @@ class Routes:
         return prices
 
 
-def routes_of(problem: PlacementProblem, moments: WorkloadMoments, most_spanning: int, num_builds: int) -> Routes:
-    """Return the routes of a problem, which do not depend on its replicas."""
+def routes_of(
+    problem: PlacementProblem, moments: WorkloadMoments, most_spanning: int, num_builds: int,
+    places: Sequence[Part] = (), num_left_out: int = 0,
+) -> Routes:  # fmt: skip
+    """Return the routes of a problem, which do not depend on its replicas; ``places`` are those beside whole zones."""
     network, zones, model = problem.cluster.network, problem.cluster.zones(), problem.model
     if num_builds > 1:
-        places = tuple(zone for zone in zones for _ in range(num_builds))
-        alone = np.diag(np.full(len(places), np.inf))
-        return Routes(places, problem.family.splits_roles, alone, most_spanning)
-    num_bytes = model.prompt_kv_bytes(moments.mean_prompt)
-    capacity = np.array([[network.zone_link(a, b).bytes_per_s / num_bytes for b in zones] for a in zones])
+        wholes = tuple(zone for zone in zones for _ in range(num_builds))
+        capacity = np.zeros((len(wholes), len(wholes)))
+    else:
+        wholes, num_bytes = zones, model.prompt_kv_bytes(moments.mean_prompt)
+        capacity = np.array([[network.zone_link(a, b).bytes_per_s / num_bytes for b in zones] for a in zones])
+    beside = tuple((place, build) for place in places for build in range(num_builds))
+    capacity = np.pad(capacity, (0, len(beside)))
     np.fill_diagonal(capacity, np.inf)
-    return Routes(zones, problem.family.splits_roles, capacity, most_spanning)
+    named = (*wholes, *(place.zones[0] for place, _ in beside))
+    return Routes(named, problem.family.splits_roles, capacity, most_spanning, beside, num_left_out)

@@ -402,7 +402,7 @@ def _in_scopes_of(costs: CostTables, pair: CostTables, template: Template) -> Te
     here = (
         i
         for i, scope in enumerate(costs.scopes)
-        if (scope.part, scope.build) == (of_pair.part, of_pair.build) and scope.serves(mix)
+        if (scope.part, scope.place, scope.build) == (of_pair.part, of_pair.place, of_pair.build) and scope.serves(mix)
     )
     return replace(template, scope=next(here))
 

@@ -215,14 +215,14 @@ def plan_of(
         kv_routes=kv_routes(costs, templates, outcome.flows, spreads=spreads),
         prices=_prices(costs, outcome, scale),
         runners_up=_runners_up(costs, outcome),
-        notes=_notes(problem),
+        notes=_notes(problem, costs.routes.num_left_out),
     )
 
 
 def replica_plan(costs: CostTables, template: Template, stages: list[BoundStage]) -> ReplicaPlan:
     """Return a template on named GPUs, with the numbers of the cost model."""
     mix, m = costs.mixes[template.mix], costs.problem.family.in_flight[template.in_flight_index]
-    zones = costs.routes.zones if mix.sends_afar else costs.scopes[template.scope].zones
+    zones = costs.routes.whole_zones if mix.sends_afar else costs.scopes[template.scope].zones
     tables = costs.scopes[template.scope].tables
     plans, pools, first_layer = [], [], 0
     for index, (stage, bound) in enumerate(zip(template.stages, stages, strict=True)):
@@ -330,15 +330,21 @@ def _paid_per_request(costs: CostTables, outcome: Outcome) -> float:
     return outcome.value / (whole + float(outcome.flows.sum()))
 
 
-def _notes(problem: PlacementProblem) -> tuple[str, ...]:
+def _notes(problem: PlacementProblem, num_left_out: int) -> tuple[str, ...]:
     notes = []
     clipped = problem.workload.clipped_to(problem.model.max_position).clipped_ratio
     if clipped > 0:
         notes.append(
             f"{clipped:.1%} of the requests were cut to the model's context of {problem.model.max_position} tokens"
         )
-    if len(problem.cluster.zones()) > 1 and Role.UNIFIED in problem.family.roles:
+    spans = problem.family.engine is None and Role.UNIFIED in problem.family.roles
+    if spans and len(problem.cluster.zones()) > 1:
         notes.append("a replica over several zones keeps to an equal share of the links between them")
+    if num_left_out:
+        notes.append(
+            f"explicit links differ so much that {num_left_out} sets of nodes were not searched for replicas that "
+            "exchange KV: such replicas pay for the slowest links of a larger set, at most of their zone"
+        )
     return tuple(notes)
 
 

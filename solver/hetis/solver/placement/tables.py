@@ -120,14 +120,16 @@ class Scope:
     """GPUs that one replica of some roles may use: those in its part of the fleet, of type ``gpu`` if that is given.
 
     ``primaries`` are the device classes whose GPUs may compute layers, those of a build (numbered from 0); None: all of
-    them. Tables for the links in this part are made on first use.
+    them. Tables for the links in this part are made on first use. Prefill and decode replicas exchange KV in ``place``,
+    by default the whole zone, of which the part is a part.
     """
 
     def __init__(
         self, part: Part, roles: tuple[Role, ...], tabulate: Callable[[], Tables], gpu: str | None = None,
-        primaries: frozenset[int] | None = None, build: int = 0,
+        primaries: frozenset[int] | None = None, build: int = 0, place: Part | None = None,
     ) -> None:  # fmt: skip
         self.part, self.roles, self.gpu, self.primaries, self.build = part, roles, gpu, primaries, build
+        self.place = place or Part(part.zones)
         self._tabulate = tabulate
 
     @cached_property
@@ -140,7 +142,7 @@ class Scope:
 
     def serves(self, mix: Mix) -> bool:
         """Return whether replicas of this mix are searched for in this scope."""
-        return mix.role in self.roles
+        return mix.role in self.roles and not (mix.sends_afar and self.place.blocks is not None)
 
     def computes_on(self, device_class: int) -> bool:
         """Return whether GPUs of a class may compute layers in this scope's build."""
@@ -148,12 +150,14 @@ class Scope:
 
     def changed(self, change: Callable[[Tables], Tables]) -> Scope:
         """Return the scope with ``change`` applied to its tables when they are made."""
-        return Scope(self.part, self.roles, lambda: change(self.tables), self.gpu, self.primaries, self.build)
+        tabulate, rest = (lambda: change(self.tables)), (self.primaries, self.build, self.place)
+        return Scope(self.part, self.roles, tabulate, self.gpu, *rest)
 
     def of_type(self, gpu: str, classes: tuple[DeviceClass, ...], roles: tuple[Role, ...]) -> Scope:
         """Return the same zones without GPUs of other types."""
         others = np.array([c.gpu != gpu for c in classes])
-        return Scope(self.part, roles, self.without(others)._tabulate, gpu, self.primaries, self.build)
+        tabulate, rest = self.without(others)._tabulate, (self.primaries, self.build, self.place)
+        return Scope(self.part, roles, tabulate, gpu, *rest)
 
     def without(self, out: BoolArray) -> Scope:
         """Return the scope without the GPUs of the classes marked in ``out`` [N]."""
@@ -205,5 +209,5 @@ class CostTables:
     def side_of(self, scope: int, mix: int) -> int:
         """Return the master's side of replicas of a scope and mix."""
         x, here = self.mixes[mix], self.scopes[scope]
-        place = 0 if x.role is Role.UNIFIED else self.routes.place(here.zones[0], here.build)
+        place = 0 if x.role is Role.UNIFIED else self.routes.place(here.place, here.build)
         return self.routes.side(x.role, place, sends_afar=x.sends_afar)

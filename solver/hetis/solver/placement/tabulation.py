@@ -22,10 +22,12 @@ from hetis.solver.placement.fleet import (
     device_classes,
     most_spanning,
     parts_of,
+    places_of,
     resources_of,
     routes_of,
     slowest_between,
     spanning_bytes,
+    without_most,
 )
 from hetis.solver.placement.tables import NO_ROOM, BoolArray, ChunkTables, CostTables, FloatArray, Scope, Tables
 from hetis.solver.plan import Role
@@ -67,6 +69,9 @@ def build_cost_tables(problem: PlacementProblem, *, is_relaxation: bool = False)
     resources, biggest = resources_of(classes, family.tp_sizes), max((c.available for c in classes), default=0)
     pool_sizes = tuple(p for p in family.pool_sizes(1) if p <= biggest)
     tabulation = _Tabulation(problem, moments, classes, mixes, ranks, rank_dp, pool_sizes, is_relaxation=is_relaxation)
+    beside = [places_of(problem.cluster, zone, classes, problem.node_links) for zone in zones]
+    places = [place for some in beside for place in without_most(some)] if family.splits_roles else []
+    num_left_out = sum(map(len, beside)) - len(places) if family.splits_roles else 0
     return CostTables(
         problem=problem,
         moments=moments,
@@ -80,8 +85,10 @@ def build_cost_tables(problem: PlacementProblem, *, is_relaxation: bool = False)
         ),
         card_use=np.array([resources.of_group(i, 1) for i in range(len(classes))], dtype=np.int64),
         pool_sizes=pool_sizes,
-        scopes=tuple(_scopes(family, zones, classes, builds, tabulation)),
-        routes=routes_of(problem, moments, most_spanning(problem), len(builds)),
+        scopes=(*_scopes(family, zones, classes, builds, tabulation), *_scopes_of_places(places, builds, tabulation)),
+        routes=routes_of(
+            problem, moments, most_spanning(problem), len(builds), [place for place, _ in places], num_left_out
+        ),
     )
 
 
@@ -112,16 +119,32 @@ def _scopes(
     problem = tabulation.problem
     spans = _spans(zones) if family.engine is None else [(zone,) for zone in zones]
     for part in (part for span in spans for part in parts_of(problem.cluster, span, classes, problem.node_links)):
-        alike: dict[tuple[bool, ...], list[Role]] = {}
-        for role in family.roles:
-            if len(part.zones) == 1 or role is Role.UNIFIED:
-                may = tuple(DUTY_OF_ROLE[role] not in c.constraints.barred for c in classes)
-                alike.setdefault(may, []).append(role)
-        for may, roles in alike.items():
-            for number, build in enumerate(builds):
-                tables = partial(tabulation.tables, build, part)
-                whole = Scope(part, tuple(roles), tables, primaries=build.primaries, build=number)
-                yield whole if all(may) else whole.without(np.array([not each for each in may]))
+        roles = [role for role in family.roles if len(part.zones) == 1 or role is Role.UNIFIED]
+        yield from _scopes_of_part(part, None, roles, builds, tabulation)
+
+
+def _scopes_of_places(
+    places: Sequence[tuple[Part, list[Part]]], builds: Sequence[_OfBuild], tabulation: _Tabulation
+) -> Iterator[Scope]:
+    """Yield the scopes of prefill and decode replicas in the places beside whole zones."""
+    for place, parts in places:
+        for part in parts:
+            yield from _scopes_of_part(part, place, [Role.PREFILL, Role.DECODE], builds, tabulation)
+
+
+def _scopes_of_part(
+    part: Part, place: Part | None, roles: Sequence[Role], builds: Sequence[_OfBuild], tabulation: _Tabulation
+) -> Iterator[Scope]:
+    """Yield the scopes of a part of the fleet, one for all roles that the same GPUs may have."""
+    alike: dict[tuple[bool, ...], list[Role]] = {}
+    for role in roles:
+        may = tuple(DUTY_OF_ROLE[role] not in c.constraints.barred for c in tabulation.classes)
+        alike.setdefault(may, []).append(role)
+    for may, some in alike.items():
+        for number, build in enumerate(builds):
+            tables = partial(tabulation.tables, build, part, place)
+            whole = Scope(part, tuple(some), tables, primaries=build.primaries, build=number, place=place)
+            yield whole if all(may) else whole.without(np.array([not each for each in may]))
 
 
 class _OfBuild(NamedTuple):
@@ -177,6 +200,19 @@ def _numbers_of(mixes: Sequence[Mix]) -> _MixNumbers:
     return _MixNumbers(b, bq, c, bq + c, together, nc, nd, unified)
 
 
+class _PoolTables(NamedTuple):
+    """The tables of stages with attention workers, as in `Tables`; KV arrives over the links of a place."""
+
+    start: IntArray
+    whole_s: FloatArray
+    chunk_s: FloatArray
+    wire_s: FloatArray
+    least_start: IntArray
+    least_whole_s: FloatArray
+    chunk_least_s: FloatArray
+    least_wire_s: FloatArray
+
+
 class _Tabulation:
     """Fills `Tables`; whatever does not depend on a replica's zones is computed once."""
 
@@ -200,9 +236,7 @@ class _Tabulation:
         ]
         self.workers = [self._device(c, 1, model) for c, model in zip(classes, models, strict=True)]
         self.own_s = self._own_table()
-        self.least_pool_start = np.full((len(ranks), len(classes)), -1, dtype=np.int64)
-        self.pool_start, self.pool_s, self.chunk_pool_s, self.pool_wire_s = self._pool_table()
-        self.least_pool_s, self.chunk_least_pool_s, self.least_pool_wire_s = self._least_of_splits()
+        self._pools: dict[Part | None, _PoolTables] = {}
 
     def _device(self, c: DeviceClass, tp: int, model: ModelSpec, attention_dp: int = 1) -> DeviceCost:
         """Return the costs of a device; an attention worker's are with the model as its primary holds it."""
@@ -213,18 +247,20 @@ class _Tabulation:
             self._costs[key] = DeviceCost(model, self.problem.profiles[c.gpu], self.moments, shape, c.intra)
         return self._costs[key]
 
-    def tables(self, build: _OfBuild, part: Part) -> Tables:
-        """Return the tables of replicas of one build in this part of the fleet."""
+    def tables(self, build: _OfBuild, part: Part, place: Part | None = None) -> Tables:
+        """Return the tables of replicas of one build in this part of the fleet, with KV exchanged in ``place``."""
         family, (model, primaries), zones = self.problem.family, build, part.zones
         rows = [self._rank_rows(self.devices[s], self.classes[i]) for s, (i, _) in enumerate(self.ranks)]
         stack = {name: np.array([row[name] for row in rows]).T.copy() for name in (rows[0] if rows else {})}
         hops = np.array(
             [self._hops(self.devices[s], self.classes[i], part) for s, (i, _) in enumerate(self.ranks)]
         ).reshape(len(self.ranks), len(self.mixes), 2)  # fmt: skip
-        wire_s, landing_s = self._kv_tables(zones)
-        slowest_s = self._slowest_landing_s(zones, primaries, landing_s)
+        place = place or Part(zones)
+        wire_s, landing_s = self._kv_tables(place)
+        slowest_s = self._slowest_landing_s(place, primaries, landing_s)
+        pools = self._pools_in(place if place.blocks is not None else None)
         drafting_s, chunk_drafting_s = self._drafting(model, stack, wire_s)
-        start = self.pool_start.copy()
+        start = pools.start.copy()
         for s, (i, _) in enumerate(self.ranks):
             own = self.classes[i].zone if self.classes[i].zone in zones else None
             may = [q.zone == own and part.has(q) and Duty.WORKER not in q.constraints.barred for q in self.classes]
@@ -278,8 +314,8 @@ class _Tabulation:
                 step_s=stack["chunk_step_s"],
                 last_s=stack["chunk_last_s"] + chunk_drafting_s,
                 prefix_delta_s=stack["chunk_prefix_delta_s"],
-                pool_s=self.chunk_pool_s,
-                least_pool_s=self.chunk_least_pool_s,
+                pool_s=pools.chunk_s,
+                least_pool_s=pools.chunk_least_s,
             ),
             wire_s=wire_s,
             landing_s=landing_s,
@@ -287,13 +323,13 @@ class _Tabulation:
             worker_room_bytes=np.array([w.room_bytes() for w in self.workers]),
             pool_sizes=np.array(self.pool_sizes, dtype=np.int64),
             pool_start=start,
-            pool_s=self.pool_s,
+            pool_s=pools.whole_s,
             receives=np.array([m.role is Role.DECODE for m in self.mixes]),
-            pool_wire_s=self.pool_wire_s,
+            pool_wire_s=pools.wire_s,
             gives_all=np.array([m.role is Role.DECODE and not family.decode_keeps_heads for m in self.mixes]),
-            least_pool_start=self.least_pool_start,
-            least_pool_s=self.least_pool_s,
-            least_pool_wire_s=self.least_pool_wire_s,
+            least_pool_start=pools.least_start,
+            least_pool_s=pools.least_whole_s,
+            least_pool_wire_s=pools.least_wire_s,
             keeps_idle_cards=index is not None and bool(index.least) and num_gpus <= FEW_GPUS,
         )  # fmt: skip
 
@@ -360,19 +396,20 @@ class _Tabulation:
             self._hops_over[key] = np.stack([hop_s, m.unified * with_chunk], axis=1)
         return self._hops_over[key]
 
-    def _kv_tables(self, zones: tuple[str, ...]) -> tuple[FloatArray, FloatArray]:
+    def _kv_tables(self, place: Part) -> tuple[FloatArray, FloatArray]:
         """Return (wire, landing) of a layer without a pool: KV leaving a prefill or reaching a decode replica; [X, S].
 
         Such replicas lie in one zone. Those that send to other zones use the slowest link to any of them, and all the
-        slowest explicit link to any node.
+        slowest explicit link to any node of their place.
         """
+        zones = place.zones
         wire_s, landing_s = np.zeros((2, len(self.mixes), len(self.ranks)))
         if len(zones) > 1:
             return wire_s, landing_s
         cluster = self.problem.cluster
         done: dict[tuple[int, Link], tuple[FloatArray, FloatArray]] = {}
         for s, (i, _) in enumerate(self.ranks):
-            d, link = self.devices[s], self.classes[i].link_in(cluster, Part(zones))
+            d, link = self.devices[s], self.classes[i].link_in(cluster, place)
             if (id(d), link) not in done:
                 afar = link
                 for zone in cluster.zones():
@@ -392,13 +429,13 @@ class _Tabulation:
         return wire_s, landing_s
 
     def _slowest_landing_s(
-        self, zones: tuple[str, ...], primaries: frozenset[int] | None, landing_s: FloatArray
+        self, place: Part, primaries: frozenset[int] | None, landing_s: FloatArray
     ) -> FloatArray:  # fmt: skip
-        """Return the landing time that a TTFT limit sets aside: that of the scope's slowest rank, used or not; [X].
+        """Return the landing time that a TTFT limit sets aside: that of the place's slowest rank, used or not; [X].
 
         If a fleet represents several zones, return the fastest rank's instead, which no rank of any zone undercuts.
         """
-        inside = [s for s, (i, _) in enumerate(self.ranks) if self.classes[i].zone in zones]
+        inside = [s for s, (i, _) in enumerate(self.ranks) if place.has(self.classes[i])]
         here = [s for s in inside if primaries is None or self.ranks[s][0] in primaries]
         if not here:
             return np.zeros(len(self.mixes))
@@ -463,7 +500,14 @@ class _Tabulation:
         held = [[math.ceil(m / (copies + 1)) for copies in range(family.max_copies)] for m in family.in_flight]
         return np.array([[[amount_of(mix, n) for n in of_copies] for of_copies in held] for mix in self.mixes])
 
-    def _pool_table(self) -> tuple[IntArray, FloatArray, FloatArray, FloatArray]:
+    def _pools_in(self, place: Part | None) -> _PoolTables:
+        """Return the tables of a place beside whole zones, or those of all whole zones (None)."""
+        if place not in self._pools:
+            table = self._pool_table(place)
+            self._pools[place] = _PoolTables(*table, *self._least_of_splits(*table))
+        return self._pools[place]
+
+    def _pool_table(self, place: Part | None) -> tuple[IntArray, FloatArray, FloatArray, FloatArray]:
         """Return (start, attention, the same with a chunk, wire) of a layer by (rank type, pool class, k, p)."""
         start = np.full((len(self.ranks), len(self.classes)), -1, dtype=np.int64)
         parts: list[tuple[FloatArray, FloatArray]] = []
@@ -476,11 +520,11 @@ class _Tabulation:
             if not self.pool_sizes or not primary.shape.splits_groups or is_refused:
                 continue
             for q, worker_class in enumerate(self.classes):
-                if worker_class.zone != self.classes[i].zone:
+                own_class, cluster, zone = self.classes[i], self.problem.cluster, (worker_class.zone,)
+                here = place or Part(zone)
+                if worker_class.zone != own_class.zone or not (here.has(own_class) and here.has(worker_class)):
                     continue
-                zone = (worker_class.zone,)
-                own_class, cluster = self.classes[i], self.problem.cluster
-                own_link = own_class.link_in(cluster, Part(zone))  # KV may come from any node
+                own_link = own_class.link_in(cluster, here)  # KV may come from any node of the place
                 link = own_class.link_in(cluster, Part(zone, frozenset({worker_class.block})))
                 link = link.slower_of(worker_class.link_in(cluster, Part(zone, frozenset({own_class.block}))))
                 worker = self.workers[q]
@@ -500,12 +544,15 @@ class _Tabulation:
         whole, chunk = (np.concatenate(tables, axis=1) for tables in zip(*parts, strict=True))
         return start, whole, chunk, np.concatenate(wires)
 
-    def _least_of_splits(self) -> tuple[FloatArray, FloatArray, FloatArray]:
-        """Return the least over k of attention, of attention with a chunk, and of wire; fill the starts of these."""
+    def _least_of_splits(
+        self, starts: IntArray, pool_s: FloatArray, chunk_pool_s: FloatArray, pool_wire_s: FloatArray
+    ) -> tuple[IntArray, FloatArray, FloatArray, FloatArray]:
+        """Return the starts of the least over k of attention, of attention with a chunk, and of wire, and these."""
+        least_start = np.full_like(starts, -1)
         count, parts = len(self.pool_sizes), list[tuple[FloatArray, FloatArray, FloatArray]]()
         done: dict[int, int] = {}
         for s, device in enumerate(self.devices):
-            for q, start in enumerate(self.pool_start[s].tolist()):
+            for q, start in enumerate(starts[s].tolist()):
                 if start < 0:
                     continue
                 if start not in done:
@@ -513,14 +560,14 @@ class _Tabulation:
                     here = slice(start, start + device.shape.groups * count)
                     whole, chunk, wire = (
                         table[..., here].reshape(*table.shape[:-1], device.shape.groups, count).min(axis=-2)
-                        for table in (self.pool_s, self.chunk_pool_s, self.pool_wire_s)
+                        for table in (pool_s, chunk_pool_s, pool_wire_s)
                     )
                     parts.append((whole, chunk, wire))
-                self.least_pool_start[s, q] = done[start]
+                least_start[s, q] = done[start]
         if not parts:
-            return self.pool_s, self.chunk_pool_s, self.pool_wire_s
+            return least_start, pool_s, chunk_pool_s, pool_wire_s
         whole, chunk, wire = (np.concatenate(tables, axis=-1) for tables in zip(*parts, strict=True))
-        return whole, chunk, wire
+        return least_start, whole, chunk, wire
 
     def _pool_wires(self, pool: PoolCost, own_link: Link) -> FloatArray:
         """Return seconds for a prompt's KV to reach a decode replica's layer, kept groups by its link; [Gr * sizes]."""

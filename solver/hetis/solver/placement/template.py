@@ -377,9 +377,9 @@ def use_of(costs: CostTables, template: Template) -> IntArray:
 
 
 def zones_of(costs: CostTables, template: Template) -> list[int]:
-    """Return the zones of a template's GPUs, by their numbers in `Routes`."""
+    """Return the zones of a template's GPUs, by their numbers in `Routes`, where whole zones come first."""
     names = {costs.classes[device_class].zone for device_class in gpus_of(costs, template)}
-    return [z for z, name in enumerate(costs.routes.zones) if name in names]
+    return [z for z, name in enumerate(costs.routes.whole_zones) if name in names]
 
 
 def landing_s(costs: CostTables, template: Template) -> float:
@@ -400,12 +400,16 @@ def gpus_of(costs: CostTables, template: Template) -> Counter[int]:
 
 
 def describe(costs: CostTables, stages: Sequence[TemplateStage]) -> str:
-    """Return text like ``A100-PCIe-80GB TP2 x1 L40 | P100-PCIe-12GB TP1 x4 L40 (+2 L4 attention workers)``."""
+    """Return text like ``A100-PCIe-80GB TP2 x1 L40 | P100-PCIe-12GB TP1 x4 L40 (+2 L4 attention workers)``.
+
+    The first stage also counts the layers before the repeated ones.
+    """
     parts = []
-    for stage in stages:
+    for index, stage in enumerate(stages):
+        layers = stage.layers + (costs.problem.model.prefix_layers if index == 0 else 0)
         (device_class, size), dp = costs.ranks[stage.rank], costs.rank_dp[stage.rank]
         shared = f" EP{size}" if dp > 1 else ""
-        text = f"{costs.classes[device_class].gpu} TP{size // dp} x{stage.copies * dp}{shared} L{stage.layers}"
+        text = f"{costs.classes[device_class].gpu} TP{size // dp} x{stage.copies * dp}{shared} L{layers}"
         if stage.pool_class >= 0:
             text += f" (+{stage.pool_cards} {costs.classes[stage.pool_class].gpu} attention workers)"
         parts.append(text)

@@ -48,7 +48,7 @@ from hetis.solver.placement.search import search
 from hetis.solver.placement.tables import CostTables, FloatArray
 from hetis.solver.placement.tabulation import build_cost_tables
 from hetis.solver.placement.template import Template, interval_of, stages_in, use_of
-from hetis.solver.plan import LEAST_DEMAND_RPS, ObjectiveKind
+from hetis.solver.plan import LEAST_DEMAND_RPS, ObjectiveKind, Role
 from hetis.solver.replanning.change import Fate
 from hetis.solver.replanning.net_master import Candidate, ColumnList, NetMaster, Row, least_start_s
 from hetis.solver.replanning.running import Continuation, has_stages, is_allowed
@@ -235,13 +235,17 @@ def _translated(template: Template, part: CostTables, whole: CostTables) -> Temp
     """Translate a replica from the remaining fleet to the whole fleet; classes are matched by their node groups."""
     class_of = [_origin(part, g, whole) for g in range(len(part.classes))]
     stages = stages_in(whole, part, class_of, template)
-    mix, zones = part.mixes[template.mix], part.scopes[template.scope].zones
+    mix, before = part.mixes[template.mix], part.scopes[template.scope]
     mixes = [x for x, other in enumerate(whole.mixes) if other == mix]
     scopes = [
         i
         for i, scope in enumerate(whole.scopes)
-        if scope.zones == zones and scope.serves(mix) and has_stages(whole, scope, stages)
+        if scope.zones == before.zones and scope.serves(mix) and has_stages(whole, scope, stages)
     ]
+    if mix.role is not Role.UNIFIED and whole.routes.beside:
+        inside = [whole.classes[class_of[g]] for g, c in enumerate(part.classes) if before.place.has(c)]
+        scopes = [i for i in scopes if all(map(whole.scopes[i].place.has, inside))]
+        scopes.sort(key=lambda i: len(whole.scopes[i].place.blocks or range(len(whole.scopes))))
     if not stages or not mixes or not scopes:
         return None
     found = replace(template, scope=scopes[0], mix=mixes[0], stages=stages)

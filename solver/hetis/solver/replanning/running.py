@@ -15,11 +15,12 @@ import numpy as np
 
 from hetis.solver.cluster import Cluster
 from hetis.solver.constraints import DUTY_OF_ROLE, Duty
+from hetis.solver.cost import Mix
 from hetis.solver.placement.fleet import class_of_slots
 from hetis.solver.placement.pipelines import is_run_by_engine
 from hetis.solver.placement.tables import BOTH, FIRST, LAST, CostTables, Scope
 from hetis.solver.placement.template import Template, TemplateStage, interval_of, least_ttft_limit_s, roles, room_layers
-from hetis.solver.plan import AttentionWorkerPool, ReplicaPlan, Role, StagePlan
+from hetis.solver.plan import AttentionWorkerPool, Plan, ReplicaPlan, Role, StagePlan
 from hetis.solver.replanning.change import ChangeCosts, Fate
 
 WITHIN = 1.0 + 1e-9  # factor within which a limit is met, apart from rounding
@@ -100,19 +101,22 @@ class _Layout:
 class Continuations:
     """The options of running replicas; equal shapes are evaluated once."""
 
-    def __init__(self, costs: CostTables, places: Mapping[str, Place], change_costs: ChangeCosts) -> None:
+    def __init__(
+        self, costs: CostTables, places: Mapping[str, Place], change_costs: ChangeCosts, running: Plan
+    ) -> None:  # fmt: skip
         self.costs, self.places, self.change_costs = costs, places, change_costs
+        self._exchanging = _exchanging(running, places) if costs.routes.beside else {}
         self._best: dict[object, Template | None] = {}
 
     def options(self, number: int, replica: ReplicaPlan) -> tuple[Continuation, ...]:
         """Return every way in which replica ``number`` of the running plan may continue; empty if it cannot."""
         layout = self._layout(replica)
         if layout.is_whole:
-            template = self._template(layout)
+            template = self._template(layout, number)
             return () if template is None else tuple(self._of_whole(number, layout, template))
         found = list[Continuation]()
         for each in dict.fromkeys((layout, layout.without_pools(all), layout.without_pools(any))):
-            template = self._template(each)
+            template = self._template(each, number)
             found += [] if template is None else self._of_broken(number, each, template)
         return tuple(found)
 
@@ -125,10 +129,10 @@ class Continuations:
             for device in part.devices
         )
 
-    def template_now(self, replica: ReplicaPlan) -> Template | None:
+    def template_now(self, number: int, replica: ReplicaPlan) -> Template | None:
         """Return the replica as a template, if it still runs and the tables can express it."""
         layout = self._layout(replica)
-        return self._template(layout) if layout.is_whole else None
+        return self._template(layout, number) if layout.is_whole else None
 
     def _layout(self, replica: ReplicaPlan) -> _Layout:
         workers: list[list[Group]] = [[] for _ in replica.stages]
@@ -145,7 +149,7 @@ class Continuations:
         whole = all(place is not None and place.gpu == gpu for place in found)
         return devices if whole and len({(p.node, p.device_class) for p in found if p is not None}) == 1 else None
 
-    def _template(self, layout: _Layout) -> Template | None:
+    def _template(self, layout: _Layout, number: int) -> Template | None:
         """Return the replica in terms of the cost tables; None if family or fleet cannot have such a replica."""
         stages, replica = list[TemplateStage](), layout.replica
         dp, tables, home = replica.attention_dp, self.costs.scopes[0].tables, self._home(layout)
@@ -168,7 +172,7 @@ class Continuations:
                 pool_class, held = found, pool.kv_head_groups
             layers = stage.num_layers - (tables.prefix_layers if index == 0 else 0)
             stages.append(TemplateStage(rank, stage.copies // dp, layers, pool_class, cards, held))
-        settings = self._settings(replica, stages)
+        settings = self._settings(replica, stages, number)
         if settings is None:
             return None
         scope, mix, f = settings
@@ -207,20 +211,38 @@ class Continuations:
         parts = (group for part in (*layout.groups, *layout.workers) for group in part if group is not None)
         return {self._zone(self.places[group[0]].device_class) for group in parts}
 
-    def _settings(self, replica: ReplicaPlan, stages: Sequence[TemplateStage]) -> tuple[int, int, int] | None:
+    def _settings(
+        self, replica: ReplicaPlan, stages: Sequence[TemplateStage], number: int
+    ) -> tuple[int, int, int] | None:
         """Return (scope, mix, in-flight index) of a replica on these stages."""
         zones = {self.costs.classes[self.costs.ranks[stage.rank][0]].zone for stage in stages}
         zones |= {self.costs.classes[stage.pool_class].zone for stage in stages if stage.pool_class >= 0}
         key = (replica.micro_batch, replica.chunk_tokens, replica.role, replica.sends_afar, replica.attention_dp)
         for x, mix in enumerate(self.costs.mixes):
             if (mix.micro_batch, mix.chunk_tokens, mix.role, mix.sends_afar, mix.attention_dp) == key:
-                for scope, part in enumerate(self.costs.scopes):
+                for scope in self._scopes_by_place(number):
+                    part = self.costs.scopes[scope]
                     if set(part.zones) == zones and part.serves(mix) and has_stages(self.costs, part, stages):
                         in_flight = self.costs.problem.family.in_flight
                         wanted = replica.in_flight // replica.attention_dp
                         found = in_flight.index(wanted) if wanted in in_flight else None
                         return None if found is None else (scope, x, found)
         return None
+
+    def _scopes_by_place(self, number: int) -> list[int]:
+        """Return the scopes in which replica ``number`` may be, first those of the place where it exchanges KV now.
+
+        That is the smallest one with all replicas that the plan's routes join to it, or the whole zone.
+        """
+        scopes, classes = self.costs.scopes, self.costs.classes
+        together = [classes[g] for g in self._exchanging.get(number, ())]
+
+        def rank(scope: int) -> int:
+            blocks = scopes[scope].place.blocks
+            return len(scopes) if blocks is None else len(blocks)
+
+        found = [i for i, one in enumerate(scopes) if one.place.blocks is None or all(map(one.place.has, together))]
+        return sorted(found, key=rank) if together else [i for i in found if scopes[i].place.blocks is None]
 
     def _of_whole(self, number: int, layout: _Layout, template: Template) -> Iterator[Continuation]:
         kept = template if is_allowed(self.costs, template) else None
@@ -285,16 +307,42 @@ class Continuations:
         if role is Role.PREFILL and any(stage.pool_class >= 0 for stage in template.stages):
             return None  # a prefill replica does not decode, so a pool would be of no use
         for x, mix in enumerate(costs.mixes):
-            if (mix.role, mix.sends_afar) != (role, afar) or not costs.scopes[template.scope].serves(mix):
+            scope = self._scope_serving(template, mix) if (mix.role, mix.sends_afar) == (role, afar) else None
+            if scope is None:
                 continue
             if any(costs.rank_dp[stage.rank] != mix.attention_dp for stage in template.stages):
                 continue
             for f in range(len(costs.problem.family.in_flight)):
-                candidate = replace(template, mix=x, in_flight_index=f)
+                candidate = replace(template, scope=scope, mix=x, in_flight_index=f)
                 candidate = replace(candidate, interval_s=interval_of(costs, candidate))
                 if (best is None or candidate.rate > best.rate) and is_allowed(costs, candidate):
                     best = candidate
         return best
+
+    def _scope_serving(self, template: Template, mix: Mix) -> int | None:
+        """Return the replica's scope if it serves a mix, or one in the whole zone if its place does not."""
+        scopes, own = self.costs.scopes, self.costs.scopes[template.scope]
+        if own.serves(mix):
+            return template.scope
+        if own.place.blocks is None:
+            return None
+        others = (i for i, one in enumerate(scopes) if one.zones == own.zones and one.place.blocks is None)
+        able = (i for i in others if scopes[i].serves(mix) and has_stages(self.costs, scopes[i], template.stages))
+        return next(able, None)
+
+
+def _exchanging(plan: Plan, places: Mapping[str, Place]) -> dict[int, set[int]]:
+    """Return, for every replica of a plan's KV routes, the classes of all GPUs that routes join, directly or not."""
+    import networkx as nx
+
+    graph = nx.Graph((("prefill", route.prefill), ("decode", route.decode)) for route in plan.kv_routes)
+    found: dict[int, set[int]] = {}
+    for joined in nx.connected_components(graph):
+        numbers = [number for _, number in joined]
+        devices = (name for number in numbers for name in plan.replicas[number].devices() if name in places)
+        classes = {places[name].device_class for name in devices}
+        found |= {number: set(classes) for number in numbers}
+    return found
 
 
 def has_stages(costs: CostTables, scope: Scope, stages: Sequence[TemplateStage]) -> bool:

@@ -310,9 +310,9 @@ class Survivors:
     def __init__(self, given: ReplanningProblem, costs: CostTables) -> None:
         self.given, self.costs = given, costs
         self.places = places_of(given.problem.cluster, costs)
-        self.continuations = Continuations(costs, self.places, given.costs)
+        self.continuations = Continuations(costs, self.places, given.costs, given.running)
         replicas = given.running.replicas
-        self.templates = [self.continuations.template_now(replica) for replica in replicas]
+        self.templates = [self.continuations.template_now(i, replica) for i, replica in enumerate(replicas)]
         self.options = [o for i, replica in enumerate(replicas) for o in self.continuations.options(i, replica)]
         self.candidates = [Candidate(template=o.template, option=o, start_s=o.start_s) for o in self.options]
         horizon_s = given.costs.horizon_s

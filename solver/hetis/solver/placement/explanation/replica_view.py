@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from hetis.solver.check.fleet import Fleet, PoolShape, ReplicaShape, StageShape, left_out_by, replica_shape
+from hetis.solver.check.fleet import Fleet, PoolShape, ReplicaShape, StageShape, kv_partners, left_out_by, replica_shape
 from hetis.solver.check.setting import Setting
 from hetis.solver.check.structure import check_replica_structure
 from hetis.solver.check.timing import busy_seconds, chunk_seconds, least_slack, slack, tpot_per_t, ttft_round_trips
@@ -34,7 +34,8 @@ def layer_wire_s(cost: DeviceCost, pool: PoolCost | None, stage: StageShape, mix
         chunk_s = float(cost.kv_transfer_s(mix.chunk_tokens, cost.shape.groups, stage.kv_link))
         return cost.moments.mean_prompt / mix.chunk_tokens * chunk_s
     moved = 0 if stage.pool is None else stage.pool.head_groups
-    kept_s = float(cost.kv_transfer_s(cost.moments.mean_prompt, cost.shape.groups - moved, stage.hop_link))
+    link = stage.arrival_link or stage.hop_link
+    kept_s = float(cost.kv_transfer_s(cost.moments.mean_prompt, cost.shape.groups - moved, link))
     if stage.pool is None or pool is None:
         return kept_s
     return max(kept_s, float(pool.receive_s(moved, stage.pool.cards)))
@@ -314,7 +315,10 @@ def replica_views(plan: Plan, problem: PlacementProblem) -> tuple[ReplicaView, .
         key = _nameless(one)
         first.setdefault(key, number)
         count[key] = count.get(key, 0) + 1
-    fleet = _fleet_of(problem, {name for n in first.values() for name in plan.replicas[n].devices()})
+    # Explicit links to the replicas at the other end of routes count, too.
+    shown = range(len(plan.replicas)) if problem.cluster.network.between_nodes else first.values()
+    fleet = _fleet_of(problem, {name for n in shown for name in plan.replicas[n].devices()})
+    partners = kv_partners(plan, fleet)
     workload = problem.workload.clipped_to(problem.model.max_position)
     moments = workload.moments(block_tokens=problem.assumptions.block_tokens)
     views = []
@@ -323,7 +327,7 @@ def replica_views(plan: Plan, problem: PlacementProblem) -> tuple[ReplicaView, .
         for violation in check_replica_structure(one, f"replica {number}", problem, fleet):
             raise InvalidProblemError(f"plan cannot be explained: {violation}")
         mix = _mix_of_a_copy(problem.model, moments, one.micro_batch, one.chunk_tokens, one.attention_dp)
-        own, shape = problem.of_replica(one), replica_shape(one, problem, fleet)
+        own, shape = problem.of_replica(one), replica_shape(one, problem, fleet, partners.get(number, ()))
         views.append(ReplicaView(own, moments, fleet, number, count[key], one, shape, mix))
     return tuple(views)
 
