@@ -154,7 +154,7 @@ def test_four_bit_products_have_their_own_rate_where_the_architecture_multiplies
 def test_integer_weights_are_multiplied_in_16_bits_though_they_take_as_many_bytes(gpu: str) -> None:
     profile = modelled_profile(next(entry.gpu for entry in gpus() if entry.gpu.name == gpu))
     plain = profile.fit(Op.DENSE, LLAMA, 1)
-    for name in ("int4", "awq-int4", "gptq-int4", "bnb-int4"):
+    for name in ("int4", "awq-int4", "gptq-int4"):
         for weight_bytes in (0.53125, 0.5625):
             assert profile.fit(Op.DENSE, replace(LLAMA, weights=name, weight_bytes=weight_bytes), 1) == plain
     mxfp4 = replace(LLAMA, weights="mxfp4", weight_bytes=0.53125)
