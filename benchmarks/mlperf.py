@@ -52,7 +52,7 @@ from tools import tables
 POINTS = FOLDER / "mlperf_v5_1.csv.gz"
 DOCUMENT = rows.DOCUMENT.with_name("accuracy.md")
 CHUNKS = (256, 512, 1024, 2048, 4096, 8192)  # submitters set the tokens of an iteration to 256 to 65,536
-TIME_LIMIT_S = 60.0
+TIME_LIMIT_S = 60.0  # CPU seconds, so that other work on the machine does not cut searches short
 QUICK_STRIDE = 12
 
 
@@ -153,7 +153,7 @@ def plan_of(submissions: Sequence[Submission]) -> Plan:
     Raises:
         HetisError: no plan exists.
     """
-    budget = Budget(time_limit_s=TIME_LIMIT_S, clock=time.monotonic)
+    budget = Budget(time_limit_s=TIME_LIMIT_S, clock=time.process_time)
     return solve_placement(problem_of(submissions[0].system, output_tokens(submissions)), budget=budget)
 
 

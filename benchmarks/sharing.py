@@ -180,7 +180,7 @@ def linear_problem(search: FleetSearch) -> ShareProblem:
 
 def _alone(search: FleetSearch, tenant: Tenant, limits: IntArray) -> float:
     solver = next(c for c in search.solvers if c.tenant is tenant)
-    found = solver.alone(limits, Budget(time_limit_s=PART_SECONDS, clock=time.monotonic), silent)
+    found = solver.alone(limits, Budget(time_limit_s=PART_SECONDS, clock=time.process_time), silent)
     return found.rate if found is not None else 0.0
 
 
