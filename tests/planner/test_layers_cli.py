@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -45,6 +46,22 @@ def test_every_layer_is_held_and_every_node_has_its_flow() -> None:
     assert tokens == pytest.approx(document["result"]["rate_rps"] * 1150)
     assert document["result"]["rate_rps"] < document["result"]["bound_rps"]
     assert document["max_flow"] is None
+
+
+def test_compiling_is_no_part_of_the_time_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    now_s = 0.0
+
+    def compile_slowly() -> None:
+        nonlocal now_s
+        now_s += 1000.0
+
+    monkeypatch.setattr("hetis.planner.cli.place.time", SimpleNamespace(monotonic=lambda: now_s))
+    monkeypatch.setattr("hetis.planner.use_cases.layers.is_compiled", lambda: False)
+    monkeypatch.setattr("hetis.planner.use_cases.layers.compile_layers", compile_slowly)
+    result = invoke("layers", FLEET, "--no-compare", "--time-limit", "60s", "-o", "json")
+    assert "compiling the solver" in result.stderr
+    found = json.loads(result.stdout)["result"]
+    assert (now_s, found["stopped"], found["solver_s"]) == (1000.0, False, 0.0)
 
 
 def test_the_numbers_are_those_of_the_solver() -> None:
