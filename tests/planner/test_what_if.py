@@ -131,6 +131,11 @@ def test_the_tables_fit_80_columns_and_say_what_is_proven(fleet: str) -> None:
     assert all(len(line) <= 80 for line in (changed.output + bought.output).splitlines())
 
 
+def test_a_difference_that_is_proven_to_be_none_is_said_to_be_proven(fleet: str) -> None:
+    answer = invoke(*asked(fleet, "--objective", "gpus", "--rate", "0.1", "--add", "1xL4"), "-q")
+    assert "proven: there is none" in answer.output
+
+
 def test_two_fleets_without_a_plan_say_why(fleet: str) -> None:
     result = invoke(*asked(fleet, "--remove", "l4", "--ttft", "1ms"), "-q", "-o", "json")
     assert result.exit_code == ExitCode.INFEASIBLE
