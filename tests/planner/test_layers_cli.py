@@ -90,6 +90,17 @@ def test_every_node_is_in_one_stage() -> None:
     assert sum(stage.round_trip_s for stage in stages(plan)) == pytest.approx(plan.judgement.round_trip_s)
 
 
+@pytest.mark.parametrize(("share", "fits"), [(0.99, False), (1.01, True)])
+def test_kv_room_for_no_whole_request_is_told(share: float, fits: bool, tmp_path: Path) -> None:
+    data = yaml.safe_load(Path(FLEET).read_text())
+    data |= {"num_layers": 2, "mean_prompt_tokens": 900, "mean_output_tokens": 100}
+    data["node_types"] = {"T4": {"count": 1, "tokens_per_s": [100, 100], "kv_token_layers": [2000, 2000 * share]}}
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(data))
+    result = invoke("layers", str(tmp_path / "small.yaml"), "--no-compare")
+    assert result.exit_code == ExitCode.OK
+    assert ("has none for a whole mean request" in " ".join(result.stdout.split())) is not fits
+
+
 def test_too_few_nodes_are_told_with_exit_code_3(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = yaml.safe_load(Path(FLEET).read_text())
     data["node_types"] = {"T4": data["node_types"]["T4"] | {"count": 2}}
