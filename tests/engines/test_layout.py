@@ -142,12 +142,12 @@ def test_devices_without_an_index_are_refused_whatever_the_fleet_says(device: st
     plan = plan_of(stage_of(devices=(device,), kv_head_groups_kept=8))
     for documents in ({}, {"cluster": {"nodes": [a]}}):
         given = replace(plan, inputs={"documents": documents})
-        assert refused(given) == (f"stage 0: device {device!r} must be NODE/INDEX, such as gpu2/0",)
+        assert refused(given) == (f"stage 1: device {device!r} must be NODE/INDEX, such as gpu2/0",)
 
 
 def test_a_stage_without_gpus_is_refused() -> None:
     """The reader of files refuses it, too; plans from elsewhere only come here."""
-    assert refused(plan_of(stage_of(devices=(), kv_head_groups_kept=8))) == ("stage 0: it has no GPUs",)
+    assert refused(plan_of(stage_of(devices=(), kv_head_groups_kept=8))) == ("stage 1: it has no GPUs",)
 
 
 def test_everything_that_vllm_cannot_do_is_said_at_once() -> None:
@@ -163,14 +163,14 @@ def test_everything_that_vllm_cannot_do_is_said_at_once() -> None:
         "the replica is to decode only: the plugin occupies the vLLM connector that would carry prompts "
         "between replicas",
         "it decodes in 3 stages: vLLM's NIXL connector only supports decode replicas with one",
-        "stage 0: it has 2 copies, vLLM has one of each stage",
-        "stage 0: the plan places 7 KV heads, the model has 8",
-        "stage 1: it has 2 ranks and stage 0 has 1, vLLM needs the same number in every stage",
-        "stage 1: it is on several nodes, must be on one: c/2, d/0",
-        "stage 2: device 'here' must be NODE/INDEX, such as gpu2/0",
-        "stage 2: it has 3 ranks and stage 0 has 1, vLLM needs the same number in every stage",
-        "stage 2: it is on several nodes, must be on one: e/0, e/1, here",
-        "stage 2: 3 ranks do not divide 16 query heads and 8 KV heads",
+        "stage 1: it has 2 copies, vLLM has one of each stage",
+        "stage 1: the plan places 7 KV heads, the model has 8",
+        "stage 2: it has TP2 and stage 1 TP1, vLLM needs the same in every stage",
+        "stage 2: it is on several nodes, must be on one: c/2, d/0",
+        "stage 3: device 'here' must be NODE/INDEX, such as gpu2/0",
+        "stage 3: it has TP3 and stage 1 TP1, vLLM needs the same in every stage",
+        "stage 3: it is on several nodes, must be on one: e/0, e/1, here",
+        "stage 3: 3 ranks do not divide 16 query heads and 8 KV heads",
         "stages have 2, 0, 0 attention workers: the plugin needs the same number in every stage, since a "
         "request's heads go to the same worker in all of them",
     )
@@ -340,8 +340,9 @@ SPLIT = (
 
 def test_only_our_plugin_has_attention_workers() -> None:
     for engine, program in ((Engine.VLLM, "vLLM"), (Engine.SGLANG, "SGLang")):
+        unsupported = "SGLang does not support; " if engine is Engine.SGLANG else ""
         assert refused(plan_of(stage_of(), pools=(POOL,)), engine=engine) == (
-            f"it has attention workers, which {program} only supports with hetis' plugin (engine vllm-hetis)",
+            f"it has attention workers, which {unsupported}vLLM only supports with hetis' plugin (engine vllm-hetis)",
         )
         layout = layout_of(ALONE, 0, MODEL, engine=engine)
         assert [(p.name, p.kind.value) for p in layout.processes] == [(program.lower(), "server")]
@@ -436,7 +437,7 @@ def test_windows_and_inputs_of_compressors_are_whole_on_every_rank() -> None:
     drafting = layout_of(ranks, 0, replace(model, draft=DraftShape(tokens=2, acceptance=0.5))).rank_kv_bytes
     assert drafting == pytest.approx(7 / 6 * found, abs=1), "a layer more, but no state for each draft"
     eight = plan_of(stage_of(tp=8, kv_head_groups_kept=1, num_layers=6, devices=tuple(f"a/{i}" for i in range(8))))
-    assert refused(eight, model) == ("stage 0: 8 ranks do not divide the 4 groups of heads in its output projection",)
+    assert refused(eight, model) == ("stage 1: 8 ranks do not divide the 4 groups of heads in its output projection",)
     halves = (
         stage_of(num_layers=3, kv_head_groups_kept=1),
         stage_of(first_layer=3, num_layers=3, kv_head_groups_kept=1, devices=("a/1",)),

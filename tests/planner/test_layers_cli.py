@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -47,6 +48,22 @@ def test_every_layer_is_held_and_every_node_has_its_flow() -> None:
     assert document["max_flow"] is None
 
 
+def test_compiling_is_no_part_of_the_time_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    now_s = 0.0
+
+    def compile_slowly() -> None:
+        nonlocal now_s
+        now_s += 1000.0
+
+    monkeypatch.setattr("hetis.planner.cli.place.time", SimpleNamespace(monotonic=lambda: now_s))
+    monkeypatch.setattr("hetis.planner.use_cases.layers.is_compiled", lambda: False)
+    monkeypatch.setattr("hetis.planner.use_cases.layers.compile_layers", compile_slowly)
+    result = invoke("layers", FLEET, "--no-compare", "--time-limit", "60s", "-o", "json")
+    assert "compiling the solver" in result.stderr
+    found = json.loads(result.stdout)["result"]
+    assert (now_s, found["stopped"], found["solver_s"]) == (1000.0, False, 0.0)
+
+
 def test_the_numbers_are_those_of_the_solver() -> None:
     document = json.loads(invoke("layers", FLEET, "--seed", "2", "-o", "json").stdout)
     found = layers_document(place_layers(load_layers_problem(FLEET), seed=2))
@@ -71,6 +88,17 @@ def test_every_node_is_in_one_stage() -> None:
         node.name for node in plan.nodes
     )
     assert sum(stage.round_trip_s for stage in stages(plan)) == pytest.approx(plan.judgement.round_trip_s)
+
+
+@pytest.mark.parametrize(("share", "fits"), [(0.99, False), (1.01, True)])
+def test_kv_room_for_no_whole_request_is_told(share: float, fits: bool, tmp_path: Path) -> None:
+    data = yaml.safe_load(Path(FLEET).read_text())
+    data |= {"num_layers": 2, "mean_prompt_tokens": 900, "mean_output_tokens": 100}
+    data["node_types"] = {"T4": {"count": 1, "tokens_per_s": [100, 100], "kv_token_layers": [2000, 2000 * share]}}
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(data))
+    result = invoke("layers", str(tmp_path / "small.yaml"), "--no-compare")
+    assert result.exit_code == ExitCode.OK
+    assert ("has none for a whole mean request" in " ".join(result.stdout.split())) is not fits
 
 
 def test_too_few_nodes_are_told_with_exit_code_3(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

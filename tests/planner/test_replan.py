@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -13,6 +14,7 @@ from hetis.formats.dtypes import with_precision
 from hetis.planner.cli.app import run
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.profiler.roofline import modelled_profile
+from hetis.solver.budget import Report
 from tests.planner.command_line import invoke
 
 FLEET = """apiVersion: hetis/v1
@@ -58,6 +60,23 @@ def test_a_fleet_that_stays_keeps_its_plan(folder: Path) -> None:
     assert answer["plan"]["replicas"] == running["replicas"]  # type: ignore[index]
     assert answer["change"]["moved_gpus"] == []  # type: ignore[index]
     assert answer["transition"]["steps"] == []  # type: ignore[index]
+
+
+def test_what_the_present_fleet_needs_is_compiled_before_the_time_runs(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now_s = 0.0
+
+    def compile_slowly(num_gpus: int, strategies: tuple[str, ...], *, for_engine: bool, report: Report) -> None:
+        nonlocal now_s
+        assert (num_gpus, strategies, for_engine) == (6, ("hexgen",), True)
+        now_s += 1000.0
+
+    monkeypatch.setattr("hetis.planner.cli.changes.time", SimpleNamespace(monotonic=lambda: now_s))
+    monkeypatch.setattr("hetis.planner.jobs.kernels.compile_kernels", compile_slowly)
+    answer = replanned(folder, "more.yaml", "--time-limit", "60s")
+    assert answer["plan"]["result"]["solve_s"] == 0.0  # type: ignore[index]
+    assert now_s == 1000.0
 
 
 def test_replicas_that_stay_run_as_many_requests_at_once_as_before(folder: Path) -> None:

@@ -15,6 +15,7 @@ from hetis.planner.report.plan import (
     beside_engines,
     beside_equal_stages,
     distinct_runners_up,
+    limits_words,
     misses_demand,
     render_plan,
     simple_setups,
@@ -335,6 +336,12 @@ def test_the_bound_of_a_tenant_is_of_the_whole_fleet_to_itself() -> None:
 def test_an_unproven_plan_is_called_that() -> None:
     result = replace(PLANS["paper"].result, bound=float("inf"), gap=float("inf"))
     assert verdict(replace(PLANS["paper"], result=result)) == "no bound: it is unknown how much better a plan could be"
+
+
+def test_a_short_limit_is_in_milliseconds() -> None:
+    objective = replace(PLANS["paper"].objective, ttft_limit_s=0.001, tpot_limit_s=0.0005)
+    assert limits_words(objective) == "TTFT p95 up to 1 ms, TPOT up to 0.5 ms"
+    assert limits_words(replace(objective, ttft_limit_s=0.7)) == "TTFT p95 up to 0.7 s, TPOT up to 0.5 ms"
 
 
 def test_equal_replicas_are_grouped_and_none_is_lost() -> None:

@@ -275,6 +275,33 @@ def test_expected_values_say_which_workload_they_are_for(plan: Path) -> None:
     assert "for which the plan was made" not in " ".join(same.stdout.split())
 
 
+def test_expected_values_say_which_prefix_hits_they_are_for(plan: Path, tmp_path: Path) -> None:
+    document = json.loads(plan.read_text())
+    document["inputs"]["documents"]["workload"]["prefix_hit_rate"] = 0.4
+    with_hits = tmp_path / "plan.json"
+    with_hits.write_text(json.dumps(document))
+    said = "They are those for 500/100 with 40% prefix cache hits, for which the plan was made, not for 500/100."
+    for rate, is_other in (("0", True), ("0.4", False)):
+        base = ("simulate", str(with_hits), "--requests", "100", "--rate", "5", "--threads", "1")
+        found = invoke(*base, "--prefix-hit-rate", rate)
+        assert (said in " ".join(found.stdout.split())) is is_other
+
+
+def test_expected_values_of_engines_that_run_more_than_was_planned_say_so(plan: Path, tmp_path: Path) -> None:
+    document = json.loads(plan.read_text())
+    for replica in document["replicas"]:
+        replica["max_num_seqs"] = 2 * replica["micro_batch"] * replica["in_flight"]
+    more = tmp_path / "plan.json"
+    more.write_text(json.dumps(document))
+    said = f"all requests that engines may run at once (up to {document['replicas'][0]['max_num_seqs']})"
+    for path in (plan, more):
+        found = invoke("simulate", str(path), "--requests", "100", "--rate", "5", "--threads", "1")
+        assert (said in " ".join(found.stdout.split())) is (path is more)
+    # A run with a setting of its own says what that changes.
+    given = invoke("simulate", str(more), "--requests", "100", "--rate", "5", "--threads", "1", "--max-num-seqs", "8")
+    assert "may run at once" not in given.stdout
+
+
 def test_ctrl_c_gives_what_there_is(plan: Path) -> None:
     command = [*COMMAND, "simulate", str(plan), "--requests", "5000000", "--rate", "1", "--threads", "1", "-o", "json"]
     with subprocess.Popen(

@@ -19,6 +19,7 @@ from hetis.planner.use_cases.place import PlacementSettings
 from hetis.planner.use_cases.sources import LoadedInputs, load_inputs
 from hetis.planner.use_cases.what_if import FleetChange, Side, WhatIf, _kind_of_change, _posed, changed_inputs
 from hetis.solver.advice import Addition, Change, NodeShape, Proven, difference
+from hetis.solver.budget import Report
 from hetis.solver.plan import Objective, ObjectiveKind
 from hetis.solver.problem import EngineRules
 from tests.planner.command_line import invoke
@@ -67,6 +68,24 @@ def test_those_who_wait_hear_which_of_how_many_is_solved(fleet: str, monkeypatch
     assert "3 of 3, with 1 " in told
 
 
+@pytest.mark.parametrize(
+    ("arguments", "sizes"),
+    [(("--add", "2xL4"), {3, 5}), (("--remove", "t4"), {3, 2}), (("--buy-next", "--market", "L4,T4"), {3, 4})],
+)
+def test_what_both_fleets_need_is_compiled_before_their_time_runs(
+    fleet: str, arguments: tuple[str, ...], sizes: set[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled = set[int]()
+
+    def compile_for(num_gpus: int, strategies: tuple[str, ...], *, for_engine: bool, report: Report) -> None:
+        assert (strategies, for_engine) == (("hexgen",), True)
+        compiled.add(num_gpus)
+
+    monkeypatch.setattr("hetis.planner.jobs.kernels.compile_kernels", compile_for)
+    assert invoke(*asked(fleet, *arguments)).exit_code == ExitCode.OK
+    assert compiled == sizes
+
+
 def test_the_difference_is_that_of_two_solves(fleet: str, tmp_path: Path) -> None:
     answer = answer_to(fleet, "--add", "2xL4", "--remove", "t4", "--gpus-per-node", "1")
     after = tmp_path / "after.yaml"
@@ -110,6 +129,11 @@ def test_the_tables_fit_80_columns_and_say_what_is_proven(fleet: str) -> None:
         assert "these plans are not simulated. `place` shows the rate that simulated traffic" in " ".join(shown.split())
     assert " requests/s by the model, gap " in bought.output
     assert all(len(line) <= 80 for line in (changed.output + bought.output).splitlines())
+
+
+def test_a_difference_that_is_proven_to_be_none_is_said_to_be_proven(fleet: str) -> None:
+    answer = invoke(*asked(fleet, "--objective", "gpus", "--rate", "0.1", "--add", "1xL4"), "-q")
+    assert "proven: there is none" in answer.output
 
 
 def test_two_fleets_without_a_plan_say_why(fleet: str) -> None:

@@ -150,6 +150,13 @@ def test_added_nodes_take_no_name_that_is_there() -> None:
     assert len(names(twice)) == twice.num_gpus()
 
 
+@pytest.mark.parametrize("counts", [(7,), (6, 2), (6, 6), (5, 5)])
+def test_the_node_with_the_rest_has_no_name_of_a_full_one(counts: tuple[int, ...]) -> None:
+    additions = [Addition(gpu=make_gpu("C"), count=count) for count in counts]
+    grown = with_added(FLEET, additions, NodeShape(gpus_per_node=2, zone="east"))
+    assert len(names(grown)) == grown.num_gpus() == FLEET.num_gpus() + sum(counts)
+
+
 def test_a_type_of_the_same_name_and_other_numbers_is_refused() -> None:
     from dataclasses import replace
 

@@ -397,7 +397,7 @@ def test_memory_is_checked_on_ranks_and_attention_workers(gpu: str, rule: Rule) 
 
 
 def gpu_of(where: str) -> str:
-    return {"stage 0": "A", "stage 1": "B", "attention workers of stage 1": "C"}[where]
+    return {"stage 1": "A", "stage 2": "B", "attention workers of stage 2": "C"}[where]
 
 
 def test_memory_violation_names_bytes_and_limit() -> None:
@@ -405,7 +405,7 @@ def test_memory_violation_names_bytes_and_limit() -> None:
     replica = claimed(unclaimed(A_ALONE), the_problem())
     violation = check_plan(plan_of(problem, replace(replica, kv_tokens=0)), problem)[0]
     needed = derived_of(replica, problem).memory[0].num_bytes
-    assert violation.where == "replica 0 stage 0"
+    assert violation.where == "replica 0 stage 1"
     assert violation.message == f"a device must hold {needed:.0f} bytes, 2000000 bytes are usable"
 
 

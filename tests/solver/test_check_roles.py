@@ -579,7 +579,7 @@ def test_shared_card_holds_the_kv_of_every_stage_it_serves() -> None:
     (replica,) = plan.replicas
     derived = derived_of(replica, problem)
     first, last, both = [use for use in derived.memory if use.rule is Rule.WORKER_MEMORY]
-    assert both.where == "attention workers of stages 0, 1"
+    assert both.where == "attention workers of stages 1, 2"
     assert both.num_bytes - 1e6 == pytest.approx(first.num_bytes - 1e6 + last.num_bytes - 1e6)
     for usable_bytes, expected in (
         (math.ceil(both.num_bytes), set()),

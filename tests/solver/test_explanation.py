@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -232,6 +232,8 @@ def test_layers_of_several_kinds_add_up(kind: str) -> None:
     problem = make_problem([make_node("a", "A", nodes=2, gpus=2)], model=model, family=SMALL_FAMILY)
     plan = solve_placement(problem)
     assert_adds_up(plan, problem)
+    for part in explain_plan(plan, problem).stage_times:
+        assert {type(value) for value in asdict(part).values()} == {int, str, float, bool}  # none of numpy, for JSON
     if kind == "drafted states":
         why = "layers keep state other than the KV of single heads and layers verify drafts"
         assert f"No head can be computed elsewhere: {why}." in explain_plan(plan, problem).attention_workers

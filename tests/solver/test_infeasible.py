@@ -197,6 +197,19 @@ def test_weights_and_kv_that_exceed_the_fleet_are_added_up() -> None:
         assert words in reason
 
 
+def test_replicas_that_prefill_and_that_decode_each_need_the_weights() -> None:
+    model = replace(make_model(), weight_bytes=20_000.0)
+    weights = model.params() * model.weight_bytes
+    profile = make_profile("A", usable_bytes=int(1_000_000 + 0.75 * weights))
+    problem = make_problem([make_node("a", "A", nodes=2)], profiles={"A": profile}, model=model)
+    with pytest.raises(InfeasibleError) as caught:
+        solve_placement(problem, strategy="hexgen2")
+    copies, room = (f"{share * weights / 2**30:.1f} GiB" for share in (2.0, 1.5))
+    assert f"tiny needs {copies} for two copies of the weights, to prefill and to decode; this fleet has {room}" in str(
+        caught.value
+    )
+
+
 def test_states_are_among_what_requests_keep() -> None:
     linear = LinearShape(layers=1, params=1, state_bytes=3e8)
     model = replace(make_model(), linear=linear)

@@ -548,7 +548,8 @@ def _impossible(
 ) -> Iterator[str]:
     """Yield what the replica requires that the engine, or the plugin in it, does not support."""
     if replica.attention_workers and engine is not Engine.VLLM_HETIS:
-        yield f"it has attention workers, which {engine.program} only supports with hetis' plugin (engine vllm-hetis)"
+        unsupported = "" if engine is Engine.VLLM else f"{engine.program} does not support; "
+        yield f"it has attention workers, which {unsupported}vLLM only supports with hetis' plugin (engine vllm-hetis)"
     elif replica.attention_workers and replica.role is not Role.UNIFIED:
         yield (
             f"the replica is to {'prefill' if replica.role is Role.PREFILL else 'decode'} only: the plugin "
@@ -565,7 +566,7 @@ def _impossible(
     yield from _held_twice(replica, partners, model, engine)
     yield from _unshared(replica, model)
     for number, stage in enumerate(replica.stages):
-        yield from (f"stage {number}: {why}" for why in _impossible_stage(replica, number, stage, model, engine))
+        yield from (f"stage {number + 1}: {why}" for why in _impossible_stage(replica, number, stage, model, engine))
     if replica.attention_workers and (why_not := why_no_workers(model)):
         yield f"it has attention workers, which {model.name} cannot have: {why_not}"
     if dtype == "auto" and model.kv_bytes < 1:
@@ -654,8 +655,8 @@ def _impossible_stage(
     if stage.copies > 1 and not replica.expert_parallel:
         yield f"it has {stage.copies} copies, {engine.program} has one of each stage"
     if stage.tp != replica.stages[0].tp:
-        ranks = f"it has {stage.tp} ranks and stage 0 has {replica.stages[0].tp}"
-        yield f"{ranks}, {engine.program} needs the same number in every stage"
+        ranks = f"it has TP{stage.tp} and stage 1 TP{replica.stages[0].tp}"
+        yield f"{ranks}, {engine.program} needs the same in every stage"
     first = replica.groups(stage)[0] if stage.devices else ()
     nodes = dict.fromkeys(map(node_of, first))
     if len(nodes) > 1:

@@ -174,33 +174,43 @@ def with_added(cluster: Cluster, additions: Sequence[Addition], shape: NodeShape
             raise InvalidProblemError(
                 f"{known.name} of cluster {cluster.name} differs in its numbers from the one to add"
             )
-        groups += _groups_of(addition, shape, {group.name for group in groups})
+        for count, size in _sizes(addition.count, shape.gpus_per_node):
+            name = _free_name(f"added-{addition.gpu.name.lower()}", groups)
+            slots = GpuSlots(gpu=addition.gpu.name, count=size, usd_per_hour=addition.usd_per_hour)
+            groups.append(
+                NodeGroup(
+                    name=name,
+                    gpus=(slots,),
+                    count=count,
+                    numbered=count > 1,
+                    zone=shape.zone,
+                    nic=shape.nic,
+                    intra_link=shape.intra_link,
+                )
+            )
     return replace(cluster, node_groups=tuple(groups), gpu_types=types)
 
 
-def _groups_of(addition: Addition, shape: NodeShape, taken: set[str]) -> Iterator[NodeGroup]:
-    full, rest = divmod(addition.count, shape.gpus_per_node)
-    for count, size in ((full, shape.gpus_per_node), (1, rest)):
-        if count and size:
-            name = _free_name(f"added-{addition.gpu.name.lower()}", taken)
-            taken.add(name)
-            yield NodeGroup(
-                name=name,
-                gpus=(GpuSlots(gpu=addition.gpu.name, count=size, usd_per_hour=addition.usd_per_hour),),
-                count=count,
-                numbered=count > 1,
-                zone=shape.zone,
-                nic=shape.nic,
-                intra_link=shape.intra_link,
-            )
+def _sizes(num_gpus: int, gpus_per_node: int) -> Iterator[tuple[int, int]]:
+    """Yield how many nodes there are of which size: those that are full, and the one with the rest."""
+    full, rest = divmod(num_gpus, gpus_per_node)
+    yield from ((count, size) for count, size in ((full, gpus_per_node), (1, rest)) if count and size)
 
 
-def _free_name(wanted: str, taken: set[str]) -> str:
+def _free_name(wanted: str, groups: Sequence[NodeGroup]) -> str:
     number = 2
     name = wanted
-    while any(other == name or other.startswith(f"{name}-") for other in taken):
+    while any(_has_name(group, name) for group in groups):
         name, number = f"{wanted}-{number}", number + 1
     return name
+
+
+def _has_name(group: NodeGroup, name: str) -> bool:
+    """Return whether the group or one of its nodes has this name, or could be a node of a group of this name."""
+    if group.name == name or group.name.startswith(f"{name}-"):
+        return True
+    head, _, index = name.rpartition("-")
+    return group.numbered and head == group.name and index.isdecimal() and int(index) < group.count
 
 
 def without(cluster: Cluster, names: Iterable[str]) -> Cluster:

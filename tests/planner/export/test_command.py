@@ -62,11 +62,11 @@ def test_strict_writes_nothing_when_something_is_lost(tmp_path: Path, capsys: py
     path = saved(tmp_path, made_of(*PLANS["one GPU"].replicas, UNEQUAL_COPIES))
     words = ["export", str(path), "--to", "vllm", "--out", str(tmp_path / "out")]
     assert run([*words, "--strict"]) == ExitCode.MISSED
-    assert "- replica 1: stage 1: it has 2 copies, vLLM has one of each stage" in capsys.readouterr().err
+    assert "- replica 1: stage 2: it has 2 copies, vLLM has one of each stage" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     assert run(words) == 0
     said = capsys.readouterr().err
-    assert "warning: replica 1: stage 1: it has 2 copies" in said
+    assert "warning: replica 1: stage 2: it has 2 copies" in said
     assert "warning: what is exported serves 1 of 6 requests/s" in said
 
 
@@ -74,7 +74,7 @@ def test_a_plan_of_which_nothing_can_run_is_infeasible(tmp_path: Path, capsys: p
     path = saved(tmp_path, made_of(UNEQUAL_COPIES))
     assert run(["export", str(path), "--to", "vllm"]) == ExitCode.INFEASIBLE
     assert capsys.readouterr().err == (
-        "error: the plan cannot be exported with these options\n  - replica 0: stage 1: it has 2 copies, vLLM "
+        "error: the plan cannot be exported with these options\n  - replica 0: stage 2: it has 2 copies, vLLM "
         "has one of each stage\n"
     )
 

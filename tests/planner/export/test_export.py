@@ -67,9 +67,7 @@ def exported(plan: Plan, target: ExportTarget, **changes: Any) -> Export:
 
 # The parts of these plans that targets cannot carry: an excerpt of the reason, and the replicas.
 LOST: Mapping[tuple[ExportTarget, str], tuple[str, tuple[str, ...]]] = {
-    **{
-        (ExportTarget.SGLANG, name): ("which SGLang only supports with hetis' plugin", ("r0",)) for name in WITH_WORKERS
-    },
+    **{(ExportTarget.SGLANG, name): ("which SGLang does not support", ("r0",)) for name in WITH_WORKERS},
     **{(ExportTarget.RAY, name): ("Ray Serve cannot start attention workers", ("r0",)) for name in WITH_WORKERS},
     (ExportTarget.RAY, "copies that share experts"): ("deploys copies that share experts differently", ("r0",)),
     **{(ExportTarget.DYNAMO, name): ("Dynamo's images lack the hetis plugin", ("r0",)) for name in WITH_WORKERS},
@@ -196,13 +194,13 @@ def test_replicas_with_room_for_shorter_requests_are_named() -> None:
 def test_what_no_engine_runs_is_left_out_with_the_reason_and_what_it_costs() -> None:
     plan = made_of(*PLANS["unlike replicas"].replicas, UNEQUAL_COPIES)
     made = exported(plan, ExportTarget.VLLM)
-    assert made.lost == ("replica 3: stage 1: it has 2 copies, vLLM has one of each stage",)
+    assert made.lost == ("replica 3: stage 2: it has 2 copies, vLLM has one of each stage",)
     assert (made.planned, made.rate) == (15.0, 10.0)
     assert sorted(reading.read_shell(made.files)) == ["r0", "r1", "r2"]
     assert "it has 2 copies" in made.files["README.md"]
     with pytest.raises(NotExportableError) as caught:
         exported(made_of(UNEQUAL_COPIES), ExportTarget.VLLM)
-    assert caught.value.reasons == ("replica 0: stage 1: it has 2 copies, vLLM has one of each stage",)
+    assert caught.value.reasons == ("replica 0: stage 2: it has 2 copies, vLLM has one of each stage",)
 
 
 @pytest.mark.parametrize("node", ["a b", "$(reboot)", "a\nreboot", "*", "-x", "a;b", "n" * 254])
@@ -438,7 +436,7 @@ def test_a_draft_is_a_mapping_for_ray() -> None:
 
 
 # No target carries these with the same engine.
-NOWHERE = ("which SGLang only supports with hetis' plugin", "no partner is left")
+NOWHERE = ("which SGLang does not support", "no partner is left")
 
 
 @pytest.mark.parametrize(

@@ -416,7 +416,7 @@ def test_what_the_plan_asks_and_vllm_cannot_is_told(run: Run, tmp_path: Path) ->
     stage = stage_of(kv_head_groups_kept=8)
     path = write_plan(tmp_path, plan_of(replace(stage, copies=2, devices=("a/0", "b/0"))))
     code, _, lines = run("show", "--plan", str(path), "-m", "models/tiny")
-    assert (code, lines) == (3, ["hetis-launch: stage 0: it has 2 copies, vLLM has one of each stage"])
+    assert (code, lines) == (3, ["hetis-launch: stage 1: it has 2 copies, vLLM has one of each stage"])
     path = write_plan(tmp_path, two_stages(2, 6))
     code, _, lines = run("show", "--plan", str(path), "-m", "models/tiny", "--vllm", "python -m front")
     why = "hetis-launch: --vllm is 'python -m front': only `vllm serve` starts stages on several nodes"

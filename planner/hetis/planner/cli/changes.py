@@ -16,7 +16,7 @@ from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.cli.options import group, panel, verb
 from hetis.planner.cli.place import judge
 from hetis.planner.cli.searching import search_interruptibly
-from hetis.solver.budget import Budget
+from hetis.solver.budget import Budget, Report
 
 WHAT_IF_EXAMPLES = """Examples:\n
   hetis-plan what-if -c examples/paper.yaml -m Llama-2-70B -w azure_conv_2023 --add 4xL4 --remove r3090-0\n
@@ -110,6 +110,7 @@ def what_if(
     Ctrl-C once shows the results so far, Ctrl-C twice exits at once.
     """
     from hetis.planner.cli.outputs import refuse_page, save_page, say_what_would_be_solved, warn_of_cut_requests
+    from hetis.planner.jobs.kernels import compile_kernels
     from hetis.planner.report import comparison as report
     from hetis.planner.use_cases import what_if as asking
     from hetis.planner.use_cases.place import load
@@ -128,8 +129,8 @@ def what_if(
         market=(fleet.market, fleet.count or DEFAULT_COUNT) if fleet.buy_next else None,
         like=fleet.node_like, gpus_per_node=fleet.gpus_per_node, zone=fleet.zone, nic=nic,
     )  # fmt: skip
+    changed = asking.changed_inputs(loaded, wanted.change)
     if answer.dry_run:
-        asking.changed_inputs(loaded, wanted.change)
         return say_what_would_be_solved(
             terminal, [(loaded.inputs, objective)], strategies=[family.strategy],
             solves=1 + (len(wanted.market) if fleet.buy_next else 1), time_limit_s=search.time_limit_s,
@@ -138,11 +139,19 @@ def what_if(
     cancelled = threading.Event()
     budget = partial(Budget, time_limit_s=search.time_limit_s, clock=time.monotonic, cancelled=cancelled)
     searching = partial(search_interruptibly, terminal, unit=objective.unit, cancelled=cancelled, so_far="the plans")
+
+    def compile_for(sizes: set[int], news: Report) -> None:
+        for num_gpus in sizes:
+            compile_kernels(num_gpus, (settings.strategy,), for_engine=settings.engine is not None, report=news)
+
     if fleet.buy_next:
-        market, shape = wanted.market, wanted.change.shape
-        bought = searching(
-            lambda news: asking.buy_next(loaded, objective, settings, market, shape, budget=budget, report=news)
-        )
+
+        def buy(news: Report) -> asking.BuyNext:
+            market, shape = wanted.market, wanted.change.shape
+            compile_for({cluster.num_gpus(), *(cluster.num_gpus() + offer.count for offer in market)}, news)
+            return asking.buy_next(loaded, objective, settings, market, shape, budget=budget, report=news)
+
+        bought = searching(buy)
         if answer.html is not None:
             from hetis.planner.report.page.pages import buy_next_page
 
@@ -150,9 +159,12 @@ def what_if(
         terminal.emit(lambda: report.buy_next_document(bought), lambda: report.render_buy_next(bought))
         sides = [bought.before, *(offer.after for offer in bought.offers)]
     else:
-        found = searching(
-            lambda news: asking.what_if(loaded, objective, settings, wanted.change, budget=budget, report=news)
-        )
+
+        def solve(news: Report) -> asking.WhatIf:
+            compile_for({cluster.num_gpus(), changed.inputs.cluster.num_gpus()}, news)
+            return asking.what_if(loaded, objective, settings, wanted.change, budget=budget, report=news)
+
+        found = searching(solve)
         if answer.html is not None:
             from hetis.planner.report.page.pages import what_if_page
 
@@ -214,9 +226,11 @@ def replan(
     twice exits at once.
     """
     from hetis.planner.cli.outputs import STDOUT, refuse_page, refuse_unwritable, save_or_tell, say_what_would_be_solved
+    from hetis.planner.jobs.kernels import compile_kernels
     from hetis.planner.report.changes import render_replan, replan_document
     from hetis.planner.use_cases import replan as replanning
     from hetis.solver.replanning.change import ChangeCosts
+    from hetis.solver.replanning.solve import Replanning
 
     refuse_unwritable(answer.out)
     refuse_page(answer.html, beside=answer.out)
@@ -233,15 +247,16 @@ def replan(
             time_limit_s=search.time_limit_s, engine=posed.problem.family.engine,
         )  # fmt: skip
     costs = ChangeCosts(horizon_s=asked.horizon, restart_s=asked.restart, load_bytes_per_s=asked.load)
-    budget = Budget(time_limit_s=search.time_limit_s, clock=time.monotonic)
+    cancelled = threading.Event()
+
+    def work(report: Report) -> Replanning:
+        num_gpus, for_engine = posed.problem.cluster.num_gpus(), posed.problem.family.engine is not None
+        compile_kernels(num_gpus, (posed.settings.strategy,), for_engine=for_engine, report=report)
+        budget = Budget(time_limit_s=search.time_limit_s, clock=time.monotonic, cancelled=cancelled)
+        return replanning.replan(posed, costs, asked.max_moves, verify=answer.verify, budget=budget, report=report)
+
     found = search_interruptibly(
-        terminal,
-        lambda report: replanning.replan(
-            posed, costs, asked.max_moves, verify=answer.verify, budget=budget, report=report
-        ),
-        unit=posed.problem.objective.unit,
-        cancelled=budget.cancelled,
-        so_far="the best answer",
+        terminal, work, unit=posed.problem.objective.unit, cancelled=cancelled, so_far="the best answer"
     )
 
     def page() -> str:
@@ -254,7 +269,7 @@ def replan(
         terminal.emit(lambda: replan_document(found, posed, costs), lambda: render_replan(found, posed, costs))
     if not saved:
         return ExitCode.INTERNAL
-    return ExitCode.INTERRUPTED if budget.cancelled.is_set() else ExitCode.OK
+    return ExitCode.INTERRUPTED if cancelled.is_set() else ExitCode.OK
 
 
 # --- diff

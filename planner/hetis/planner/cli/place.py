@@ -362,18 +362,18 @@ def layers(
     """
     from hetis.formats.layers_problem import load_layers_problem
     from hetis.planner.report.layers import layers_document, render_layers
-    from hetis.planner.use_cases.layers import is_compiled, place_layers
+    from hetis.planner.use_cases.layers import Layered, compile_layers, is_compiled, place_layers
 
-    problem = load_layers_problem(file)
-    if not is_compiled():
+    problem, cancelled, compiles = load_layers_problem(file), threading.Event(), not is_compiled()
+    if compiles:
         terminal.say("compiling the solver (only once on this machine; takes half a minute)")
-    budget = Budget(time_limit_s=search.time_limit, clock=time.monotonic)
-    found = search_interruptibly(
-        terminal,
-        lambda report: place_layers(problem, budget=budget, seed=search.seed, compare=search.compare, report=report),
-        unit="requests/s",
-        cancelled=budget.cancelled,
-        so_far="the best placement",
-    )
+
+    def work(report: Report) -> Layered:
+        if compiles:
+            compile_layers()
+        budget = Budget(time_limit_s=search.time_limit, clock=time.monotonic, cancelled=cancelled)
+        return place_layers(problem, budget=budget, seed=search.seed, compare=search.compare, report=report)
+
+    found = search_interruptibly(terminal, work, unit="requests/s", cancelled=cancelled, so_far="the best placement")
     terminal.emit(lambda: layers_document(found), lambda: render_layers(found))
-    return ExitCode.INTERRUPTED if budget.cancelled.is_set() else ExitCode.OK
+    return ExitCode.INTERRUPTED if cancelled.is_set() else ExitCode.OK

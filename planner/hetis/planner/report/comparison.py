@@ -300,7 +300,7 @@ def verdict_words(found: WhatIf) -> str:
     plans = no_plan or f"the plans found differ by {_signed(difference.found)} {unit}"
     match difference.verdict:
         case ChangeVerdict.SAME:
-            return "proven: none"
+            return "proven: there is none"
         case ChangeVerdict.BETTER | ChangeVerdict.WORSE:
             return f"proven: {difference.verdict.value}, {'; '.join(filter(None, (span, plans)))}"
     if no_plan:

@@ -37,6 +37,11 @@ def render_layers(found: Layered) -> Iterator[RenderableType]:
 def limit_sentence(found: Layered) -> str:
     judgement = found.plan.judgement
     match judgement.limit:
+        case Limit.ROUND_TRIP if not found.has_room_for_a_request:
+            return (
+                f"KV room: {judgement.limit_node} has none for a whole mean request. The rate is that of "
+                f"{digits(judgement.in_flight)} requests in flight, because the model counts parts of them"
+            )
         case Limit.ROUND_TRIP:
             return (
                 f"KV room and round trip: {judgement.limit_node} is full, and each of "

@@ -195,11 +195,8 @@ def goal_words(objective: Objective) -> str:
 
 def limits_words(objective: Objective) -> str:
     ttft, tpot = objective.ttft_limit_s, objective.tpot_limit_s
-    limits = [
-        f"TTFT p95 {'unlimited' if ttft is None else f'up to {ttft:g} s'}",
-        f"TPOT {'unlimited' if tpot is None else f'up to {1e3 * tpot:g} ms'}",
-    ]
-    return ", ".join(limits)
+    ttft_words = "unlimited" if ttft is None else f"up to {ttft:g} s" if ttft >= 0.1 else f"up to {1e3 * ttft:g} ms"
+    return f"TTFT p95 {ttft_words}, TPOT {'unlimited' if tpot is None else f'up to {1e3 * tpot:g} ms'}"
 
 
 def problem_line(inputs: Inputs | PlacementProblem, objective: Objective) -> str:

@@ -140,8 +140,7 @@ def _title(simulated: Simulated, plan: Plan) -> Text:
     names = [str(documents.get(kind, {}).get("name", kind)) for kind in ("model", "cluster")]
     lengths = simulated.question.load.lengths
     title = Text.assemble((names[0], "bold"), " on ", (names[1], "bold"), " under ", (lengths.name, "bold"))
-    hits = lengths.prefix_hit_rate
-    return title.append(f" with {percent(hits)} prefix cache hits") if hits else title
+    return title.append(_traffic("", lengths.prefix_hit_rate))
 
 
 def _facts(simulated: Simulated, plan: Plan) -> Iterator[tuple[str, RenderableType]]:
@@ -163,7 +162,7 @@ def _facts(simulated: Simulated, plan: Plan) -> Iterator[tuple[str, RenderableTy
     if (words := service_level_words(simulated)) is not None:
         yield "Service level", words
     clipped = f"; {simulated.num_clipped:,} requests clipped to the model's context" if simulated.num_clipped else ""
-    measured = f"{summary.counts.measured:,} requests over {seconds(summary.window_s)} per run"
+    measured = f"{plural(summary.counts.measured, 'request')} over {seconds(summary.window_s)} per run"
     yield "Measured", f"{measured}, after {seconds(summary.warm_up_s)} of warm-up{clipped}"
     settings = question.settings
     lockstep = sum(one.expert_parallel for one in plan.replicas)
@@ -348,12 +347,23 @@ def _comparison(simulated: Simulated, plan: Plan) -> RenderableType:
         note += "The expected TPOT is that of the saturated fleet, the expected TTFT that at the planned utilisation."
     else:
         note += "The expected TTFT is that at the planned utilisation."
-    made_for = plan.inputs.get("documents", {}).get("workload", {}).get("name")
-    if made_for not in (None, lengths := simulated.question.load.lengths.name):
-        note += f" They are those for {made_for}, for which the plan was made, not for {lengths}."
+    planned_for, lengths = plan.inputs.get("documents", {}).get("workload", {}), simulated.question.load.lengths
+    if (name := planned_for.get("name")) is not None:
+        made_for = _traffic(name, planned_for.get("prefix_hit_rate") or 0.0)
+        if made_for != (simulated_for := _traffic(lengths.name, lengths.prefix_hit_rate)):
+            note += f" They are those for {made_for}, for which the plan was made, not for {simulated_for}."
     if simulated.question.engine_settings:
         note += " These values are those of the cost model for these GPUs and layers with these engine settings."
+    elif more := dict.fromkeys(one.seats for one in plan.replicas if one.seats > one.planned_seats):
+        note += (
+            f" They are those with all requests that engines may run at once (up to {' or '.join(map(str, more))}), "
+            "more than the plan's seats, to which the plan's own figures refer."
+        )
     return Group(made, Text(note, style="dim"))
+
+
+def _traffic(name: str, hits: float) -> str:
+    return f"{name} with {percent(hits)} prefix cache hits" if hits else name
 
 
 def _latencies(simulated: Simulated) -> Table:

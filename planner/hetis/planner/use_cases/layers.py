@@ -24,6 +24,11 @@ class Layered:
     def output_tokens_per_s(self) -> float:
         return self.plan.rate_rps * self.problem.mean_output_tokens
 
+    @property
+    def has_room_for_a_request(self) -> bool:
+        """Return whether KV has room for a mean request; the model, for many in flight, has parts of requests, too."""
+        return self.plan.judgement.in_flight * self.problem.tokens_in_flight >= self.problem.tokens_per_request
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerStage:

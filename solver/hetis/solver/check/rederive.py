@@ -146,16 +146,17 @@ def derive(setting: Setting, shape: ReplicaShape) -> Derived:
             slowest_chunk_s += chunk_seconds(setting, slowed, is_first=is_first, is_last=is_last)
         room = min(room, stage.copies * kv_room_of_a_copy(setting, stage, is_first=is_first, is_last=is_last))
         num_bytes = rank_bytes(setting, stage, is_first=is_first, is_last=is_last)
-        must_hold(f"stage {i}", Rule.RANK_MEMORY, stage.gpu, num_bytes)
+        must_hold(f"stage {i + 1}", Rule.RANK_MEMORY, stage.gpu, num_bytes)
         if (pool := stage.pool) is not None:
             num_bytes = worker_bytes(setting, stage, pool, is_first=is_first)
-            must_hold(f"attention workers of stage {i}", Rule.WORKER_MEMORY, pool.gpu, num_bytes)
+            must_hold(f"attention workers of stage {i + 1}", Rule.WORKER_MEMORY, pool.gpu, num_bytes)
     card_s = []
     for positions in shape.shared_by:
         card_s.append(busy_seconds(setting, shape, positions))
         room = min(room, kv_room_of_shared_card(setting, shape, positions))
-        where, gpu = f"attention workers of stages {', '.join(map(str, positions))}", shape.pool_of(positions[0]).gpu
-        must_hold(where, Rule.WORKER_MEMORY, gpu, shared_card_bytes(setting, shape, positions))
+        where = f"attention workers of stages {', '.join(str(i + 1) for i in positions)}"
+        num_bytes = shared_card_bytes(setting, shape, positions)
+        must_hold(where, Rule.WORKER_MEMORY, shape.pool_of(positions[0]).gpu, num_bytes)
     return Derived(
         t_s=seconds_between_completions(setting, shape.stages, stage_s, card_s),
         tpot_per_t=tpot_per_t(setting),

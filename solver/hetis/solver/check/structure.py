@@ -169,7 +169,7 @@ def check_replica_structure(
         violations += at(f"{where} attention workers {number}", _check_pool(pool, replica, pools, problem, fleet))
     first = 0
     for position, stage in enumerate(replica.stages):
-        there, pooled = f"{where} stage {position}", pools.get(position)
+        there, pooled = f"{where} stage {position + 1}", pools.get(position)
         least = 1 + (0 if position else problem.model.prefix_layers)
         violations += at(there, _check_stage_layers(stage, first, least, problem.model))
         violations += at(there, _check_stage(stage, problem, fleet, shares_experts=replica.expert_parallel))
@@ -312,10 +312,10 @@ def _check_pool(
         yield Rule.POOL_STAGE, "belong to a prefill replica, which has no decode attention to give away"
         return
     if not 0 <= pool.stage < len(replica.stages):
-        yield Rule.POOL_STAGE, f"serve stage {pool.stage}, the replica has {len(replica.stages)} stages"
+        yield Rule.POOL_STAGE, f"serve stage {pool.stage + 1}, the replica has {len(replica.stages)} stages"
         return
     if pool.stage in pools:
-        yield Rule.POOL_STAGE, f"are the second pool of stage {pool.stage}, it may have 1"
+        yield Rule.POOL_STAGE, f"are the second pool of stage {pool.stage + 1}, it may have 1"
         return
     pools[pool.stage], stage = pool, replica.stages[pool.stage]
     num_devices, copies, most = len(pool.devices), max(1, stage.copies), problem.family.max_pool

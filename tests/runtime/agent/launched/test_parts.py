@@ -193,7 +193,7 @@ def two_nodes() -> Plan:
 def refusals() -> Iterator[tuple[object, dict[str, object], str]]:
     yield plan_of(stage_of(), pools=(POOL,)).replicas[0], {}, "it has attention workers, which vLLM only supports"
     copies = stage_of(copies=2, devices=("a/0", "a/1"), kv_head_groups_kept=8)
-    yield plan_of(copies).replicas[0], {}, "stage 0: it has 2 copies, vLLM has one of each stage"
+    yield plan_of(copies).replicas[0], {}, "stage 1: it has 2 copies, vLLM has one of each stage"
     yield replica_on("a/0"), {"model": "/no/such/folder"}, "tiny: there is no folder /no/such/folder on this node"
     yield two_nodes().replicas[0], {"program": "python -m vllm"}, "only `vllm serve` and `sglang serve` start stages"
 

@@ -138,7 +138,7 @@ class ReplicaView:
             transfer_s += self.per_request(cost.hop_s(b + C, stage.hop_link), cost.hop_s(b, stage.hop_link))
         is_last = i == len(self.shape.stages) - 1
         head_s = self.per_request(cost.head_s(b + 1), cost.head_s(b)) if is_last else 0.0
-        head_s += mix.iterations * cost.drafting_s(mix.micro_batch) if is_last else 0.0
+        head_s += float(mix.iterations * cost.drafting_s(mix.micro_batch)) if is_last else 0.0
         parts = {
             "dense_s": repeated * (dense_s - exchange_s) + prefix * prefix_dense_s,
             "all_reduce_s": self.layers(i) * reduce_s + repeated * exchange_s,

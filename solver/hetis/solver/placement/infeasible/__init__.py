@@ -223,9 +223,8 @@ def _shortages(costs: CostTables) -> Iterator[str]:
     apart, fleet_room = Role.UNIFIED not in problem.family.roles, sum(_rooms(costs))
     if apart and weights <= room and 2.0 * weights > fleet_room:
         yield (
-            f"{model.name} needs {in_bytes(weights)} for two copies of the weights, to prefill and to decode; "
-            "this fleet has "
-            f"{in_bytes(fleet_room)} usable"
+            f"{model.name} needs {in_bytes(2.0 * weights)} for two copies of the weights, to prefill and to decode; "
+            f"this fleet has {in_bytes(fleet_room)} usable"
         )
     if weights + kv > room:
         yield (
