@@ -220,7 +220,7 @@ def _facts(plan: Plan) -> Iterator[tuple[str, RenderableType]]:
     if (kept := precision(plan)) is not None:
         yield "Precision", kept
     if plan.objective.demand_rps is not None:
-        yield "Demand", _demand(plan, plan.objective.demand_rps)
+        yield "Demand", demand_words(plan, plan.objective.demand_rps)
     for one in limits(plan):
         yield one.name, _limit(one)
     if (simulated := simulated_words(plan)) is not None:
@@ -306,7 +306,8 @@ def misses_demand(plan: Plan) -> bool:
     return (plan.result.value if kept is None else kept.rate_rps) < demand_rps * (1.0 - SAME_RATE)
 
 
-def _demand(plan: Plan, demand_rps: float) -> Text:
+def demand_words(plan: Plan, demand_rps: float) -> Text:
+    """Return the demanded rate, and whether the plan misses it."""
     demand = Text(f"{digits(demand_rps, 4)} requests/s")
     return Text.assemble(demand, "  ", ("not met", "bold red")) if misses_demand(plan) else demand
 
