@@ -371,10 +371,17 @@ def test_cancelling_keeps_the_best_so_far(planner: FakePlanner, hetis_plan: Run,
     assert "cancelled before a plan was found" in capsys.readouterr().err
 
 
-def test_what_cannot_be_withdrawn_is_gone_back_from(fleet: FakePlanner, hetis_plan: Run, capsys: Captured) -> None:
-    fleet.plans["plans/night"].activation = plan_pb2.ACTIVATION_STATE_ACTIVATING
+@pytest.mark.parametrize(
+    ("activation", "said"), [("ACTIVATING", "plans/night is still being activated"), ("ACTIVE", "plans/night stays in")]
+)
+def test_what_cannot_be_withdrawn_is_gone_back_from(
+    fleet: FakePlanner, hetis_plan: Run, capsys: Captured, activation: str, said: str
+) -> None:
+    fleet.plans["plans/night"].activation = plan_pb2.ActivationState.Value(f"ACTIVATION_STATE_{activation}")
     assert hetis_plan("cancel", "night") == ExitCode.CONFLICT  # and does not wait until it is up
-    assert "go back to it: hetis-plan rollback plans/night\n" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert said in told
+    assert "go back to it: hetis-plan rollback plans/night\n" in told
     assert fleet.calls["WatchPlan"] == 0
 
 
