@@ -323,6 +323,11 @@ def test_a_dry_run_changes_nothing(planner: FakePlanner, hetis_plan: Run, capsys
         ([*PROBLEM, "plans/a"], "more than one plan"),
         ([*PROBLEM, "--no-wait", "--activate"], "--activate needs the end of the search"),
         ([*PROBLEM, "--no-wait", "--out", "-"], "--out needs the end of the search"),
+        (["-c", PAPER, "--activate"], "--activate needs --model and --workload, or --plan, or plans/NAME"),
+        ([PAPER, "--out", "plan.json"], "--out needs --model and --workload, or --plan, or plans/NAME"),
+        (["-c", PAPER, "--no-wait"], "--no-wait needs --model and --workload, or --plan, or plans/NAME"),
+        (["-c", PAPER, "--name", "night"], "--name needs --model and --workload, or --plan"),
+        (["plans/day", "--name", "night"], "--name needs --model and --workload, or --plan"),
     ],
 )
 def test_contradictions_are_refused_before_any_change(
