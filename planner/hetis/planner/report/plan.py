@@ -18,7 +18,7 @@ from rich.text import Text
 
 from hetis.formats.dtypes import precision_of
 from hetis.formats.errors import DocumentError
-from hetis.planner.report.figures import bar, digits, percent, percent_at_least, plural, seconds
+from hetis.planner.report.figures import bar, digits, percent, percent_at_least, percent_of_gap, plural, seconds
 from hetis.planner.report.replica import (
     device_table,
     known_model,
@@ -475,9 +475,9 @@ def verdict(plan: Plan) -> str:
         return "no bound: it is unknown how much better a plan could be"
     better = {ObjectiveKind.COST: "cheaper", ObjectiveKind.GPUS: "smaller"}.get(result.objective, "better")
     if plan.other_tenants():
-        claim = f"proven: even with the whole fleet to itself not over {percent(result.gap)} {better}"
+        claim = f"proven: even with the whole fleet to itself not over {percent_of_gap(result.gap)} {better}"
     else:
-        claim = f"proven: no plan of the family is over {percent(result.gap)} {better}"
+        claim = f"proven: no plan of the family is over {percent_of_gap(result.gap)} {better}"
     return f"interrupted; {claim}" if result.status is Status.INTERRUPTED else claim
 
 
