@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hetis.planner.report.figures import bar, digits, percent, percent_at_least, plural, seconds, tokens
+from hetis.planner.report.figures import bar, digits, percent, percent_at_least, percent_of_gap, plural, seconds, tokens
+from hetis.planner.report.plan import verdict
+from hetis.solver.plan import Status
+from tests.planner import plans
 
 
 @pytest.mark.parametrize(
@@ -44,6 +49,15 @@ def test_small_shares_keep_decimals(ratio: float, text: str) -> None:
 )
 def test_what_is_at_least_a_share_is_not_rounded_up(ratio: float, text: str) -> None:
     assert percent_at_least(ratio) == text
+
+
+@pytest.mark.parametrize(("gap", "text"), [(2e-6, "0.01%"), (1e-4, "0.01%"), (0.00042, "0.04%"), (0.3, "30%")])
+def test_no_plan_is_over_nothing_better(gap: float, text: str) -> None:
+    assert percent_of_gap(gap) == text
+    result = replace(plans.plan(plans.paper_replica()).result, status=Status.FEASIBLE, gap=gap)
+    assert f"no plan of the family is over {text} better" in verdict(
+        replace(plans.plan(plans.paper_replica()), result=result)
+    )
 
 
 @given(st.floats(min_value=-1, max_value=3), st.integers(min_value=1, max_value=60))

@@ -97,6 +97,13 @@ def test_traffic_may_have_other_prefix_hits_than_before(folder: Path) -> None:
     assert plan["result"]["value"] > running["result"]["value"]  # type: ignore[index]
 
 
+@pytest.mark.parametrize(("rate", "said"), [("0.1", "0.1000 requests/s"), ("1000", "1,000 requests/s  not met")])
+def test_a_demanded_rate_is_shown_with_whether_it_is_met(folder: Path, rate: str, said: str) -> None:
+    asked = ["replan", "--from", str(folder / "running.json"), "-c", str(folder / "fleet.yaml"), "--no-verify"]
+    lines = invoke(*asked, "-q", "--rate", rate).stdout.splitlines()
+    assert [line.removeprefix("Demand").strip() for line in lines if line.startswith("Demand")] == [said]
+
+
 def test_the_new_plan_is_one_that_every_other_verb_takes(folder: Path) -> None:
     replanned(folder, "less.yaml", "--out", str(folder / "next.json"))
     assert run(["check", str(folder / "next.json"), "-q"]) == ExitCode.OK

@@ -15,7 +15,7 @@ from hetis.solver.check.fleet import Fleet, kv_partners, replica_shape
 from hetis.solver.check.rederive import Rederivation
 from hetis.solver.check.setting import Setting
 from hetis.solver.check.timing import stage_seconds, wire_seconds
-from hetis.solver.cluster import Link
+from hetis.solver.cluster import Cluster, Link
 from hetis.solver.errors import InfeasibleError, InvalidProblemError
 from hetis.solver.model import DraftShape, MoeShape
 from hetis.solver.placement.explanation import explain_plan
@@ -251,6 +251,26 @@ def test_plan_without_replicas_is_explained() -> None:
     problem = the_problem()
     explanation = explain_plan(replace(sound(problem), replicas=()), problem)
     assert (explanation.memory, explanation.stage_times, explanation.bottlenecks) == ((), (), ())
+
+
+def test_a_replica_is_explained_without_listing_the_fleet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A planner looks at one replica after another: thousands of replicas times thousands of GPUs took minutes."""
+    problem = test_check_roles.the_problem()
+    plan = test_check_roles.sound(problem)
+    expected = replica_views(plan, problem)
+    monkeypatch.setattr(Cluster, "devices", lambda _: pytest.fail("all GPUs are listed"))
+    assert [(view.shape, view.fleet.zones) for view in replica_views(plan, problem)] == [
+        (view.shape, view.fleet.zones) for view in expected
+    ]
+
+
+@pytest.mark.parametrize("node", ["l4", "l4-", "l4-3", "l4-00", "l4-+1", "l4-²", "l4-" + "9" * 5000, "other-1", ""])
+def test_a_node_of_another_name_is_in_no_group(node: str) -> None:
+    group = make_node("l4", "L4", nodes=3)
+    assert [group.index_of(group.node_name(index)) for index in range(3)] == [0, 1, 2]
+    assert group.index_of(node) is None
+    assert make_node("l4", "L4").index_of("l4") == 0
+    assert make_node("l4", "L4").index_of("l4-0") is None
 
 
 def test_plan_with_an_unknown_device_is_refused() -> None:

@@ -141,9 +141,9 @@ class PlanServiceServicer:
 
     def CancelPlan(self, request, context):
         """Ends a search; the best plan so far is its answer. Returns when the search has been told, not when it has ended.
-        Of a plan whose search is over, withdraws the activation (to INACTIVE) while it is ACTIVATING or FAILED, there is no
-        earlier plan, and no replica of the cluster serves or drains; otherwise the plan stays as it is. Role orchestrator.
-        Fails with NOT_FOUND, ETAG_MISMATCH, REQUEST_ID_REUSED.
+        Of a plan in force, withdraws the activation (to INACTIVE) while there is no earlier plan and no replica of the
+        cluster serves or drains: it has not come up, or all its nodes are gone. Otherwise the plan stays as it is. Role
+        orchestrator. Fails with NOT_FOUND, ETAG_MISMATCH, REQUEST_ID_REUSED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

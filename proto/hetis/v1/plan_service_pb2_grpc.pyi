@@ -56,9 +56,9 @@ class PlanServiceStub:
     """
     CancelPlan: _grpc.UnaryUnaryMultiCallable[_plan_service_pb2.CancelPlanRequest, _plan_service_pb2.CancelPlanResponse]
     """Ends a search; the best plan so far is its answer. Returns when the search has been told, not when it has ended.
-    Of a plan whose search is over, withdraws the activation (to INACTIVE) while it is ACTIVATING or FAILED, there is no
-    earlier plan, and no replica of the cluster serves or drains; otherwise the plan stays as it is. Role orchestrator.
-    Fails with NOT_FOUND, ETAG_MISMATCH, REQUEST_ID_REUSED.
+    Of a plan in force, withdraws the activation (to INACTIVE) while there is no earlier plan and no replica of the
+    cluster serves or drains: it has not come up, or all its nodes are gone. Otherwise the plan stays as it is. Role
+    orchestrator. Fails with NOT_FOUND, ETAG_MISMATCH, REQUEST_ID_REUSED.
     """
     ExplainPlan: _grpc.UnaryUnaryMultiCallable[_plan_service_pb2.ExplainPlanRequest, _plan_service_pb2.ExplainPlanResponse]
     """Why a plan is as it is. Role viewer. Fails with NOT_FOUND, PLAN_STATE (no answer)."""
@@ -108,9 +108,9 @@ class PlanServiceAsyncStub(PlanServiceStub):
     """
     CancelPlan: _aio.UnaryUnaryMultiCallable[_plan_service_pb2.CancelPlanRequest, _plan_service_pb2.CancelPlanResponse]  # type: ignore[assignment]
     """Ends a search; the best plan so far is its answer. Returns when the search has been told, not when it has ended.
-    Of a plan whose search is over, withdraws the activation (to INACTIVE) while it is ACTIVATING or FAILED, there is no
-    earlier plan, and no replica of the cluster serves or drains; otherwise the plan stays as it is. Role orchestrator.
-    Fails with NOT_FOUND, ETAG_MISMATCH, REQUEST_ID_REUSED.
+    Of a plan in force, withdraws the activation (to INACTIVE) while there is no earlier plan and no replica of the
+    cluster serves or drains: it has not come up, or all its nodes are gone. Otherwise the plan stays as it is. Role
+    orchestrator. Fails with NOT_FOUND, ETAG_MISMATCH, REQUEST_ID_REUSED.
     """
     ExplainPlan: _aio.UnaryUnaryMultiCallable[_plan_service_pb2.ExplainPlanRequest, _plan_service_pb2.ExplainPlanResponse]  # type: ignore[assignment]
     """Why a plan is as it is. Role viewer. Fails with NOT_FOUND, PLAN_STATE (no answer)."""
@@ -193,9 +193,9 @@ class PlanServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_plan_service_pb2.CancelPlanResponse, _abc.Awaitable[_plan_service_pb2.CancelPlanResponse]]:
         """Ends a search; the best plan so far is its answer. Returns when the search has been told, not when it has ended.
-        Of a plan whose search is over, withdraws the activation (to INACTIVE) while it is ACTIVATING or FAILED, there is no
-        earlier plan, and no replica of the cluster serves or drains; otherwise the plan stays as it is. Role orchestrator.
-        Fails with NOT_FOUND, ETAG_MISMATCH, REQUEST_ID_REUSED.
+        Of a plan in force, withdraws the activation (to INACTIVE) while there is no earlier plan and no replica of the
+        cluster serves or drains: it has not come up, or all its nodes are gone. Otherwise the plan stays as it is. Role
+        orchestrator. Fails with NOT_FOUND, ETAG_MISMATCH, REQUEST_ID_REUSED.
         """
 
     @_abc_1.abstractmethod

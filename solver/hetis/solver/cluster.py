@@ -90,6 +90,17 @@ class NodeGroup:
     def node_name(self, index: int) -> str:
         return f"{self.name}-{index}" if self.numbered else self.name
 
+    def index_of(self, node: str) -> int | None:
+        """Return the index of the node of this name, or None if the group has no such node."""
+        number = node.removeprefix(f"{self.name}-") if self.numbered else "0"
+        index = int(number) if number.isascii() and number.isdigit() and len(number) < 20 else -1
+        return index if 0 <= index < self.count and node == self.node_name(index) else None
+
+    def devices(self, index: int) -> Iterator[Device]:
+        """Yield the GPUs of one of its nodes."""
+        name = self.node_name(index)
+        return (Device(node=name, index=number, gpu=gpu, group=self) for number, gpu in self.gpus_of_node().items())
+
     def node(self, index: int) -> NodeGroup:
         """Return one of its nodes as a group of its own with the node's name."""
         return replace(self, name=self.node_name(index), count=1, numbered=False)
@@ -194,9 +205,7 @@ class Cluster:
         """Yield every GPU with its name, in time linear in the fleet; only binding and checking need this."""
         for group in self.node_groups:
             for node in range(group.count):
-                node_name = group.node_name(node)
-                for index, gpu in group.gpus_of_node().items():
-                    yield Device(node=node_name, index=index, gpu=gpu, group=group)
+                yield from group.devices(node)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -287,9 +287,10 @@ class Plan:
         for route in self.kv_routes:
             one, other = (group_of.setdefault(end, [end]) for end in (route.prefill, route.decode))
             if one is not other:
-                one += other
-                group_of |= dict.fromkeys(other, one)
-        return list({id(group): sorted(group) for group in group_of.values()}.values())
+                larger, smaller = (one, other) if len(one) >= len(other) else (other, one)
+                larger += smaller
+                group_of |= dict.fromkeys(smaller, larger)
+        return [sorted(group) for group in {id(group): group for group in group_of.values()}.values()]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -323,6 +323,11 @@ def test_a_dry_run_changes_nothing(planner: FakePlanner, hetis_plan: Run, capsys
         ([*PROBLEM, "plans/a"], "more than one plan"),
         ([*PROBLEM, "--no-wait", "--activate"], "--activate needs the end of the search"),
         ([*PROBLEM, "--no-wait", "--out", "-"], "--out needs the end of the search"),
+        (["-c", PAPER, "--activate"], "--activate needs --model and --workload, or --plan, or plans/NAME"),
+        ([PAPER, "--out", "plan.json"], "--out needs --model and --workload, or --plan, or plans/NAME"),
+        (["-c", PAPER, "--no-wait"], "--no-wait needs --model and --workload, or --plan, or plans/NAME"),
+        (["-c", PAPER, "--name", "night"], "--name needs --model and --workload, or --plan"),
+        (["plans/day", "--name", "night"], "--name needs --model and --workload, or --plan"),
     ],
 )
 def test_contradictions_are_refused_before_any_change(
@@ -371,10 +376,17 @@ def test_cancelling_keeps_the_best_so_far(planner: FakePlanner, hetis_plan: Run,
     assert "cancelled before a plan was found" in capsys.readouterr().err
 
 
-def test_what_cannot_be_withdrawn_is_gone_back_from(fleet: FakePlanner, hetis_plan: Run, capsys: Captured) -> None:
-    fleet.plans["plans/night"].activation = plan_pb2.ACTIVATION_STATE_ACTIVATING
+@pytest.mark.parametrize(
+    ("activation", "said"), [("ACTIVATING", "plans/night is still being activated"), ("ACTIVE", "plans/night stays in")]
+)
+def test_what_cannot_be_withdrawn_is_gone_back_from(
+    fleet: FakePlanner, hetis_plan: Run, capsys: Captured, activation: str, said: str
+) -> None:
+    fleet.plans["plans/night"].activation = plan_pb2.ActivationState.Value(f"ACTIVATION_STATE_{activation}")
     assert hetis_plan("cancel", "night") == ExitCode.CONFLICT  # and does not wait until it is up
-    assert "go back to it: hetis-plan rollback plans/night\n" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert said in told
+    assert "go back to it: hetis-plan rollback plans/night\n" in told
     assert fleet.calls["WatchPlan"] == 0
 
 

@@ -516,6 +516,12 @@ def test_only_this_machine_is_spoken_to_in_the_clear_unless_that_is_asked_for() 
     assert not Connection(address="localhost:8470", ca=Path("ca.pem")).is_plain
 
 
+def test_files_may_be_named_by_texts(tmp_path: Path) -> None:
+    token: Any = str(tmp_path / "token")
+    (tmp_path / "token").write_text("secret")
+    assert Connection(address="127.0.0.1:1", token_file=token).metadata() == [("authorization", "Bearer secret")]
+
+
 def test_a_token_file_is_read_for_every_call(planner: FakePlanner, tmp_path: Path) -> None:
     token = tmp_path / "token"
     with Client(planner.address, token_file=token) as client:

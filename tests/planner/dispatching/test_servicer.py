@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
@@ -11,7 +13,7 @@ import grpc
 import pytest
 
 from hetis.planner.callers import CallerRole, Identity, set_present_caller
-from hetis.planner.client import AsyncClient, AsyncDispatchStream, CallError, Client
+from hetis.planner.client import AsyncClient, AsyncDispatchStream, CallError, Client, DispatchStream
 from hetis.planner.failures import Reason, ServiceError
 from hetis.planner.fleet.dispatching.states import DispatchStates
 from hetis.planner.service.calls import Calls
@@ -259,6 +261,29 @@ def test_a_stream_for_code_without_an_event_loop() -> None:
                 stream.step(new=[new("c")])
 
     asyncio.run(session())
+
+
+def test_a_thread_waits_for_the_steps_of_others_no_longer_than_its_timeout_and_sends_nothing_then() -> None:
+    sent, is_sent, may_answer = list[str](), threading.Event(), threading.Event()
+
+    def held(messages: Iterator[pb2.DispatchRequestsRequest]) -> Iterator[pb2.DispatchRequestsResponse]:
+        for message in messages:
+            sent.extend(one.id for one in message.new_requests)
+            is_sent.set()
+            may_answer.wait()
+            yield pb2.DispatchRequestsResponse(sequence=message.sequence)
+
+    stream = DispatchStream(held, REPLICA, "state")
+    with ThreadPoolExecutor() as threads:
+        first = threads.submit(stream.step, new=[new("a")])
+        is_sent.wait()
+        with pytest.raises(CallError, match=r"no answer within 0.01 s") as caught:
+            threads.submit(stream.step, new=[new("b")], timeout=0.01).result(timeout=5)
+        assert caught.value.code == grpc.StatusCode.DEADLINE_EXCEEDED
+        may_answer.set()
+        first.result()
+        stream.step(new=[new("c")])
+    assert sent == ["a", "c"]
 
 
 def answers_to(service: Servicing, identity: Identity) -> pb2.DispatchRequestsResponse:

@@ -253,6 +253,7 @@ class Applying:
             imports.append((self.asked.plan, load_plan(self.asked.plan)))
         if len(imports) + len(plans) + problem.is_given > 1:
             raise typer.BadParameter("more than one plan: give only one of --model, --plan, a Plan file, or plans/NAME")
+        self._refuse_what_needs_a_plan(is_new=bool(imports) or problem.is_given, is_any=bool(plans))
         if problem.is_given:
             self._refuse_what_needs_an_end()
         self._apply(values)
@@ -270,6 +271,13 @@ class Applying:
         lines = "\n".join(f"{resource.name}  {what}" for resource, what in self._done)
         self.terminal.emit(lambda: list_data("Applied", [resource for resource, _ in self._done]), lambda: lines)
         return ExitCode.OK
+
+    def _refuse_what_needs_a_plan(self, *, is_new: bool, is_any: bool) -> None:
+        """Refuse options about a plan if there is none, or none that is new: they would be ignored."""
+        asked, new = self.asked, "--model and --workload, or --plan"
+        options.refuse_without(new, {"--name": asked.name or None}, is_given=is_new)
+        about_any = {"--activate": asked.activate or None, "--no-wait": asked.no_wait or None, "--out": asked.out}
+        options.refuse_without(f"{new}, or plans/NAME", about_any, is_given=is_new or is_any)
 
     def _refuse_what_needs_an_end(self) -> None:
         """Refuse to activate or save, without waiting for its search, a plan that does not exist yet."""

@@ -124,7 +124,7 @@ prefix_hit_rate_option = partial(
 )
 rate_option = partial(
     _goal,
-    "--rate R: Demanded requests/s; required by the objectives cost and gpus. Others show and --strict tests it.",
+    "--rate R: Demanded requests/s; required by the objectives cost and gpus. Others show whether it is met.",
     parser=values.demand,
 )
 ttft_option = partial(_goal, "--ttft TIME|none: Limit of the p95 time to first token.", parser=values.ttft_limit)

@@ -387,17 +387,20 @@ def cancel(
 ) -> ExitCode:
     """Cancel a plan's search; its best plan so far becomes the result. A finished search is not changed.
 
-    Also withdraws an activation, if there is no earlier plan to roll back to and nothing serves yet.
+    Also withdraws a plan in force, if there is no earlier plan to roll back to and nothing serves.
     """
     from hetis.planner.cli.resource_views import outcome, plan_summary, resource_data, wait_for_plan
     from hetis.v1 import plan_pb2, plan_service_pb2
 
     request = plan_service_pb2.CancelPlanRequest(name=full_name("plans", plan))
     ended = client.plans.CancelPlan(request).plan
-    if ended.activation == plan_pb2.ACTIVATION_STATE_ACTIVATING:
+    is_coming = ended.activation == plan_pb2.ACTIVATION_STATE_ACTIVATING
+    if is_coming or ended.activation == plan_pb2.ACTIVATION_STATE_ACTIVE:
+        is_what = "is still being activated" if is_coming else "stays in force"
+        otherwise = f"wait: hetis-plan watch {ended.name}" if is_coming else "or stop the agents first"
         terminal.error(
-            f"{ended.name} is still being activated: replicas serve in {ended.cluster}, or there is an earlier plan",
-            [f"go back to it: hetis-plan rollback {ended.name}", f"wait: hetis-plan watch {ended.name}"],
+            f"{ended.name} {is_what}: replicas serve in {ended.cluster}, or there is an earlier plan",
+            [f"go back to it: hetis-plan rollback {ended.name}", otherwise],
         )
         return ExitCode.CONFLICT
     ended = wait_for_plan(terminal, client, request.name)

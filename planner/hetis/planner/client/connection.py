@@ -87,6 +87,9 @@ class Connection:
     plaintext: bool | None = None
 
     def __post_init__(self) -> None:
+        for name in ("ca", "cert", "key", "token_file"):
+            if (path := getattr(self, name)) is not None:
+                object.__setattr__(self, name, Path(path))  # settings of a client may be texts
         try:
             split_endpoints(self.address)
         except ValueError:

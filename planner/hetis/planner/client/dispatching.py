@@ -174,25 +174,20 @@ class DispatchStream:
 
         Raises:
             CallError: nothing was done, or the stream broke and it may have been; DEADLINE_EXCEEDED after ``timeout``,
-                in which case the stream continues.
+                in which case the stream continues, and a step that was still waiting for others is not sent.
         """
         message = pb.DispatchRequestsRequest(
             parent=self._replica, state_id=self._state_id, finished=finished, grown=grown, new_requests=new
         )
         end_s = time.monotonic() + timeout
-        with self._lock:
-            self._sequence = message.sequence = self._sequence + 1
-            self._messages.put(message)
-            while True:
-                try:
-                    answer = self._answers.get(timeout=max(0.0, end_s - time.monotonic()))
-                except queue.Empty:
-                    raise _is_late(timeout) from None
-                if isinstance(answer, CallError):
-                    self._answers.put(answer)  # for the next step too
-                    raise answer
-                if answer.sequence == self._sequence:  # otherwise the answer belongs to a step that timed out
-                    break
+        if not self._lock.acquire(timeout=max(0.0, timeout)):
+            raise _is_late(timeout)
+        try:
+            answer = self._exchange(message, end_s)
+        except queue.Empty:
+            raise _is_late(timeout) from None
+        finally:
+            self._lock.release()
         if answer.HasField("failure"):
             raise _error_of(answer.failure)
         return answer
@@ -201,6 +196,18 @@ class DispatchStream:
         """End the stream; a pending step fails."""
         self._messages.put(None)
         self._call.cancel()
+
+    def _exchange(self, message: pb.DispatchRequestsRequest, end_s: float) -> pb.DispatchRequestsResponse:
+        """Send a message and return its answer. Raises CallError, or ``queue.Empty`` at ``end_s``."""
+        self._sequence = message.sequence = self._sequence + 1
+        self._messages.put(message)
+        while True:
+            answer = self._answers.get(timeout=max(0.0, end_s - time.monotonic()))
+            if isinstance(answer, CallError):
+                self._answers.put(answer)  # for the next step too
+                raise answer
+            if answer.sequence == self._sequence:  # otherwise the answer belongs to a step that timed out
+                return answer
 
     def _requests(self) -> Iterator[pb.DispatchRequestsRequest]:
         while (message := self._messages.get()) is not None:

@@ -12,8 +12,8 @@ from rich.text import Text
 
 from hetis.formats.documents import to_data
 from hetis.planner.report.differences import changed_values
-from hetis.planner.report.figures import digits, gigabytes, percent, plural, seconds
-from hetis.planner.report.plan import goal_line, kept_cell, problem_title, simulated_words
+from hetis.planner.report.figures import digits, gigabytes, percent, percent_of_gap, plural, seconds
+from hetis.planner.report.plan import demand_words, goal_line, kept_cell, problem_title, simulated_words
 from hetis.planner.report.tables import as_group, facts, section, table
 from hetis.planner.use_cases.compare import PlanDiff, kept_of
 from hetis.planner.use_cases.json_values import document, fields_of
@@ -179,10 +179,12 @@ def _facts(found: Replanning, posed: PosedReplan, costs: ChangeCosts) -> Iterato
     yield "Now", f"{digits(transition.before, 4)} {_unit(posed)}{lost}"
     yield "Then", Text.assemble((f"{digits(result.value, 4)} {unit}", "bold green"), "  the plan itself")
     yield "Net", f"{digits(found.value, 4)} {unit}  change counted, over {seconds_or_hours(costs.horizon_s)}"
-    proof = "proven best" if found.gap <= 1e-6 else f"proven: no plan is over {percent(found.gap)} better"
+    proof = "proven best" if found.gap <= 1e-6 else f"proven: no plan is over {percent_of_gap(found.gap)} better"
     yield "Bound", f"{digits(found.bound, 4)} {unit}  gap {percent(found.gap)}, {proof}"
     if found.fresh_value is not None:
         yield "From scratch", f"{digits(found.fresh_value, 4)} {unit}, if nothing had been running"
+    if (demand_rps := posed.asked.demand_rps) is not None:
+        yield "Demand", demand_words(found.plan, demand_rps)
     if (simulated := simulated_words(found.plan)) is not None:
         yield "Simulated", simulated
     yield "Costs", change_cost_words(costs)

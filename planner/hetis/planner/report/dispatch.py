@@ -9,7 +9,7 @@ import numpy as np
 from rich.console import RenderableType
 from rich.text import Text
 
-from hetis.planner.report.figures import bar, digits, percent, plural, seconds
+from hetis.planner.report.figures import bar, digits, percent, percent_of_gap, plural, seconds
 from hetis.planner.report.tables import as_group, bullets, facts, first_rows, section, table
 from hetis.planner.use_cases.dispatch import CostedStage, Dispatched, Redispatched, StepTimes, expected_blocks
 from hetis.planner.use_cases.json_values import document, fields_of
@@ -65,7 +65,7 @@ def explain_dispatch(found: Dispatched) -> Iterator[str]:
     if plan.gap <= 1e-9:
         yield "No placement of these requests is faster: the plan reaches the bound."
     else:
-        yield f"No placement of these requests is over {percent(plan.gap)} faster, proved by weak duality."
+        yield f"No placement of these requests is over {percent_of_gap(plan.gap)} faster, proved by weak duality."
     weights = {device.name: float(plan.prices.piece[i].sum()) for i, device in enumerate(devices)}
     used = {name: weight for name, weight in weights.items() if weight > 0.005 and _is_used(found, name)}
     if plan.prices.nic > 0.005:
@@ -270,7 +270,7 @@ def _facts(found: Dispatched) -> Iterator[tuple[str, Text | str]]:
     plan = found.plan
     yield "Makespan", Text(per_layer(plan.makespan_s, found.stage), style="bold green")
     yield "Before", per_layer(found.before.makespan_s, found.stage)
-    proof = "nothing is faster" if plan.gap <= 1e-9 else f"proven: nothing is over {percent(plan.gap)} faster"
+    proof = "nothing is faster" if plan.gap <= 1e-9 else f"proven: nothing is over {percent_of_gap(plan.gap)} faster"
     yield "Bound", f"{seconds(plan.bound_s)}  gap {percent(plan.gap)}, {proof}"
     yield "Path", f"{plan.path.value}: {PATHS[plan.path]}"
 

@@ -49,6 +49,11 @@ def percent(ratio: float) -> str:
     return f"{value:.2f}%" if abs(value) < 10 else f"{value:.0f}%"
 
 
+def percent_of_gap(gap: float) -> str:
+    """Return a gap above 0 as `percent` does, but never as nothing: no plan is over 0.01% better, not over 0.00%."""
+    return percent(max(gap, 1e-4))
+
+
 def percent_at_least(ratio: float) -> str:
     """Return a ratio as `percent` does, but rounded down: 99.95% is not 100%."""
     scale = 1e4 if abs(ratio) < 0.1 else 1e2

@@ -16,7 +16,7 @@ from rich.text import Text
 
 from hetis.formats.dtypes import precision_of
 from hetis.formats.errors import DocumentError
-from hetis.planner.report.figures import bar, digits, percent, percent_at_least, plural, seconds
+from hetis.planner.report.figures import bar, digits, percent, percent_at_least, percent_of_gap, plural, seconds
 from hetis.planner.report.replica import (
     device_table,
     known_model,
@@ -216,7 +216,7 @@ def _facts(plan: Plan) -> Iterator[tuple[str, RenderableType]]:
     if (kept := precision(plan)) is not None:
         yield "Precision", kept
     if plan.objective.demand_rps is not None:
-        yield "Demand", _demand(plan, plan.objective.demand_rps)
+        yield "Demand", demand_words(plan, plan.objective.demand_rps)
     for one in limits(plan):
         yield one.name, _limit(one)
     if (simulated := simulated_words(plan)) is not None:
@@ -302,7 +302,8 @@ def misses_demand(plan: Plan) -> bool:
     return (plan.result.value if kept is None else kept.rate_rps) < demand_rps * (1.0 - SAME_RATE)
 
 
-def _demand(plan: Plan, demand_rps: float) -> Text:
+def demand_words(plan: Plan, demand_rps: float) -> Text:
+    """Return the demanded rate, and whether the plan misses it."""
     demand = Text(f"{digits(demand_rps, 4)} requests/s")
     return Text.assemble(demand, "  ", ("not met", "bold red")) if misses_demand(plan) else demand
 
@@ -470,9 +471,9 @@ def verdict(plan: Plan) -> str:
         return "no bound: it is unknown how much better a plan could be"
     better = {ObjectiveKind.COST: "cheaper", ObjectiveKind.GPUS: "smaller"}.get(result.objective, "better")
     if plan.other_tenants():
-        claim = f"proven: even with the whole fleet to itself not over {percent(result.gap)} {better}"
+        claim = f"proven: even with the whole fleet to itself not over {percent_of_gap(result.gap)} {better}"
     else:
-        claim = f"proven: no plan of the family is over {percent(result.gap)} {better}"
+        claim = f"proven: no plan of the family is over {percent_of_gap(result.gap)} {better}"
     return f"interrupted; {claim}" if result.status is Status.INTERRUPTED else claim
 
 

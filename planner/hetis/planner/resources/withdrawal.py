@@ -1,4 +1,4 @@
-"""Withdrawal of an activation that nothing depends on: no replica of the cluster serves, and there is no way back."""
+"""Withdrawal of a plan in force that nothing depends on: no replica of the cluster serves, and there is no way back."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from dataclasses import replace
 from hetis.planner.store import ClusterRecord, PlanRecord, Reader, Transaction
 from hetis.v1 import plan_pb2, replica_pb2
 
-_WITHDRAWABLE = (plan_pb2.ACTIVATION_STATE_ACTIVATING, plan_pb2.ACTIVATION_STATE_FAILED)
 _IN_USE = (
     replica_pb2.REPLICA_STATE_SERVING,
     replica_pb2.REPLICA_STATE_DEGRADED,
@@ -18,12 +17,13 @@ _IN_USE = (
 def is_withdrawable(reader: Reader, plan: PlanRecord) -> bool:
     """Return whether the plan's activation can be withdrawn.
 
-    It has not become active, there is no earlier plan to go back to, and no replica of the cluster serves or drains.
+    There is no earlier plan to go back to, and no replica of the cluster serves or drains: the plan has not come up, or
+    all its nodes are gone.
     """
     cluster = reader.clusters.get(plan.cluster)
     if cluster is None or cluster.active_plan != plan.name or cluster.earlier_plan:
         return False
-    return plan.activation in _WITHDRAWABLE and not reader.replicas.page(None, 1, cluster=cluster.name, state=_IN_USE)
+    return not reader.replicas.page(None, 1, cluster=cluster.name, state=_IN_USE)
 
 
 def how_to_withdraw(reader: Reader, plan: PlanRecord) -> str:

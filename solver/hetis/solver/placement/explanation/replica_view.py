@@ -9,7 +9,7 @@ from hetis.solver.check.fleet import Fleet, PoolShape, ReplicaShape, StageShape,
 from hetis.solver.check.setting import Setting
 from hetis.solver.check.structure import check_replica_structure
 from hetis.solver.check.timing import busy_seconds, chunk_seconds, least_slack, slack, tpot_per_t, ttft_round_trips
-from hetis.solver.cluster import Device, Link
+from hetis.solver.cluster import Link, node_of
 from hetis.solver.cost import (
     DeviceCost,
     Mix,
@@ -357,9 +357,15 @@ def _nameless(one: ReplicaPlan) -> ReplicaPlan:
 
 def _fleet_of(problem: PlacementProblem, names: set[str]) -> Fleet:
     """Return the devices of these names and one of every zone, so that all zones are known, without the rest."""
-    is_out, devices, zones = left_out_by(problem.constraints), dict[str, Device](), set[str]()
-    for device in problem.cluster.devices() if names else ():
-        if device.name in names or (device.group.zone not in zones and not is_out(device)):
-            devices[device.name] = device
-            zones.add(device.group.zone)
-    return Fleet(cluster=problem.cluster, devices=devices)
+    is_out, groups = left_out_by(problem.constraints), problem.cluster.node_groups
+    nodes = sorted(set(map(node_of, names)))
+    found = [(group, index) for group in groups for node in nodes if (index := group.index_of(node)) is not None]
+    used = [device for group, index in found for device in group.devices(index) if device.name in names]
+    zones = {device.group.zone for device in used}
+    for group in groups if names else ():
+        if group.zone not in zones:
+            every = (device for index in range(group.count) for device in group.devices(index))
+            if (first := next((device for device in every if not is_out(device)), None)) is not None:
+                used.append(first)
+                zones.add(group.zone)
+    return Fleet(cluster=problem.cluster, devices={device.name: device for device in used})
