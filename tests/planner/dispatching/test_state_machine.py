@@ -136,7 +136,7 @@ class Machine(RuleBasedStateMachine):
         expected = []
         for name, tokens, remaining in growths:
             known = self.known.get(name)
-            if known is None or tokens <= known.context:
+            if known is None or tokens < known.context:
                 continue
             before = (known.context, known.remaining)
             known.context = tokens

@@ -137,6 +137,10 @@ def test_growth_is_absolute_so_that_old_and_repeated_messages_change_nothing() -
     service.grow(pb2.Growth(id="a", context_tokens=15, remaining_tokens=100), pb2.Growth(id="?", context_tokens=9))
     (request,) = service.state().head_maps[0].requests
     assert (request.context_tokens, request.remaining_tokens) == (15, 100)
+    service.grow(pb2.Growth(id="a", context_tokens=15, remaining_tokens=7))
+    service.grow(pb2.Growth(id="a", context_tokens=14, remaining_tokens=50))
+    (request,) = service.state().head_maps[0].requests
+    assert (request.context_tokens, request.remaining_tokens) == (15, 7), "of the same length, but told later"
 
 
 def test_a_request_without_room_on_one_stage_stalls_on_all_and_earlier_ones_go_first() -> None:

@@ -84,7 +84,7 @@ def _contents(found: PlanAndProblem, plan: str, indices: Sequence[int]) -> list[
 
 
 _ENDS_AT_ONCE = 1000  # changes that one read looks up in the store
-_LOOKED_UP_AT_ONCE = 64  # replicas whose plans are evaluated in one round
+_LOOKED_UP_AT_ONCE = 256  # replicas whose plans are evaluated in one round; each round decides about all replicas
 _PAUSE = 3.0  # between two rounds, in multiples of the last one's duration, so that later input is decided in one round
 _MOST_PAUSE_S = 1.0
 _ROUNDS = 100  # consecutive rounds before the event loop's other tasks have their turn
@@ -128,9 +128,12 @@ class Reconciler:
             self.task = asyncio.create_task(self._reconcile_soon(), name=f"reconciling {self.cluster.name}")
 
     async def reconcile(self) -> None:
-        """Decide, write and send until nothing remains to be decided."""
-        async with self.lock:
-            for _ in range(_ROUNDS):
+        """Decide, write and send until nothing remains to be decided.
+
+        Between two rounds others may have the lock: thousands of replicas take many rounds, and calls wait for it.
+        """
+        for _ in range(_ROUNDS):
+            async with self.lock:
                 if not self.has_work:
                     return
                 await self._prepare()

@@ -305,18 +305,20 @@ class ReplicaDispatch:
                     copy.finish(request)
 
     def grow(self, growths: Iterable[pb2.Growth]) -> tuple[str, ...]:
-        """Lengthen requests, on all stages or on none; those that do not run, or would not become longer, are ignored.
+        """Lengthen requests, on all stages or on none; those that do not run, or would become shorter, are ignored.
 
         Return the requests that were not lengthened for lack of blocks; earlier requests take precedence.
         """
         self.version += 1
-        growing = list[tuple[pb2.Growth, int]]()
+        growing, expected = list[tuple[pb2.Growth, int]](), list[pb2.Growth]()
         for growth in growths:
             running = self.running.get(growth.id)
             if running is not None:
                 more = growth.context_tokens - running.copies[0].state.context_tokens(growth.id)
                 if more > 0:
                     growing.append((growth, more))
+                if more >= 0 and growth.HasField("remaining_tokens"):
+                    expected.append(growth)
         stalled = self._without_room(growing)
         for copy in self.copies:
             by_tokens: dict[int, list[str]] = {}
@@ -326,8 +328,8 @@ class ReplicaDispatch:
             for more, names in by_tokens.items():
                 left = copy.state.grow(names, more)
                 assert not left, "room was counted for all of them"
-        for growth, _ in growing:
-            if growth.HasField("remaining_tokens") and growth.id not in stalled:
+        for growth in expected:
+            if growth.id not in stalled:
                 for copy in self.running[growth.id].copies:
                     if copy.state.remaining_tokens(growth.id) != growth.remaining_tokens:
                         copy.state.expect(growth.id, growth.remaining_tokens)

@@ -125,7 +125,7 @@ class DispatchStates:
         answer = pb2.DispatchState(name=request.name, generation=replica.generation)
         if state is None:
             return pb2.GetDispatchStateResponse(dispatch_state=answer)
-        answer.state_id, answer.generation = state.state_id, state.generation
+        answer.state_id, answer.generation = state.state_id, max(state.generation, replica.generation)
         names = list(islice(state.running, first, first + size))
         answer.head_maps.extend(state.head_maps(names))
         token = _token(state, first + size) if first + size < len(state.running) else ""
@@ -155,11 +155,12 @@ class DispatchStates:
 
     def head_maps(self, replica: str) -> HeadMaps | None:
         """Return the head maps of a replica, or None if no state was declared."""
-        state = self._states.get(replica)
-        if state is None:
+        state, view = self._states.get(replica), self._replicas.replica_view(replica)
+        if state is None or view is None:
             return None
-        maps = tuple(state.head_maps())
-        return HeadMaps(replica=replica, generation=state.generation, step=0, maps=maps)
+        # The primary may have taken over an assignment since the state last followed the replica.
+        generation = max(state.generation, view.generation)
+        return HeadMaps(replica=replica, generation=generation, step=0, maps=tuple(state.head_maps()))
 
     def replica_changed(self, name: str) -> None:
         """Take over changes of a replica.
