@@ -20,6 +20,7 @@ from hetis.planner.cli.app import run
 from hetis.planner.report.simulation import _doubt
 from hetis.planner.use_cases.simulate import SAMPLES, sample_spacing_s
 from hetis.simulator.arrivals import Arrivals, Load
+from hetis.simulator.metrics import prediction_of
 from hetis.simulator.values import Fault
 from tests.command_line import environment
 from tests.planner.command_line import COMMAND, hetis_plan, invoke
@@ -265,6 +266,14 @@ def test_a_run_until_a_late_failure_has_no_more_samples_than_any(plan: Path) -> 
     early, late = (Fault(at_s=at_s, device="a100/0") for at_s in (1.0, 1e9))
     assert sample_spacing_s(found.value, load, 100, (early,)) == 100 / 5.0 / SAMPLES
     assert sample_spacing_s(found.value, load, 100, (late, early)) == 1e9 / SAMPLES
+
+
+def test_a_run_of_few_requests_is_sampled_as_long_as_one_takes(plan: Path) -> None:
+    found = hetis.load_plan(plan)
+    load = Load(lengths=found.problem.workload, max_position=4096, arrivals=Arrivals.DRAWN, rate_rps=1e6)
+    request_s = 100 * prediction_of(found.value).tpot_s  # of 100 output tokens
+    assert 1 / prediction_of(found.value).rate_rps < request_s / 10
+    assert sample_spacing_s(found.value, load, 1) == pytest.approx(request_s / SAMPLES)
 
 
 def test_expected_values_say_which_workload_they_are_for(plan: Path) -> None:

@@ -130,14 +130,18 @@ def seats_of(plan: Plan) -> int:
 def sample_spacing_s(plan: Plan, load: Load, num_requests: int, faults: Collection[Fault] = ()) -> float | None:
     """Return the spacing for about `SAMPLES` samples over a run, or None if the run's length cannot be predicted.
 
-    A run lasts until the last of its ``faults``, even if no request is left by then.
+    A run lasts until the last of its ``faults``, even if no request is left by then, and at least as long as a mean
+    request, which in a run of few requests is long compared to the time in which a fleet serves as many.
     """
-    recorded = load.lengths.rate_rps if load.arrivals is Arrivals.RECORDED else None
-    served_rps = prediction_of(plan).rate_rps
+    lengths, predicted = load.lengths, prediction_of(plan)
+    recorded = lengths.rate_rps if load.arrivals is Arrivals.RECORDED else None
+    served_rps = predicted.rate_rps
+    outputs = float(lengths.output_tokens.mean()) if isinstance(lengths, Trace) else lengths.moments().mean_output
+    request_s = min(outputs, load.max_position) * predicted.tpot_s
     # However fast requests arrive, they leave no faster than they are served.
     rate_rps = min(load.rate_rps or recorded or served_rps, served_rps)
     last_s = max((fault.at_s for fault in faults), default=0.0)
-    return max(num_requests / rate_rps, last_s) / SAMPLES if rate_rps > 0 else None
+    return max(num_requests / rate_rps, last_s, request_s) / SAMPLES if rate_rps > 0 else None
 
 
 def faults_of(events: Iterable[Fault], plan: Plan, problem: PlacementProblem, *, source: str) -> tuple[Fault, ...]:
