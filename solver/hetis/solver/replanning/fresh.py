@@ -29,7 +29,7 @@ Prefill and decode replicas may be larger than any plan needs, and then serve al
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -284,7 +284,7 @@ def bound_of(
 
 def _bound(
     listed: ColumnList, limits: Mapping[Row, int], demand: float | None, time_limit_s: float, seed: int,
-    gap: float = 1e-6,
+    gap: float = 1e-6, stop: Callable[[], bool] | None = None,
 ) -> float:  # fmt: skip
     """Return HiGHS's bound over whole counts, or the relaxation's if it has none in time; if neither, 0 or inf."""
     nothing = 0.0 if demand is None else np.inf
@@ -294,7 +294,7 @@ def _bound(
     relaxed = master.solve_lp(columns)
     if relaxed is None:
         return nothing
-    found, _ = master.solve_milp(columns, time_limit_s=time_limit_s, gap=gap, seed=seed)
+    found, _ = master.solve_milp(columns, time_limit_s=time_limit_s, gap=gap, seed=seed, stop=stop)
     if found is None or not np.isfinite(found.bound):
         return relaxed.value
     return float((min if master.maximises else max)(found.bound, relaxed.value))
@@ -365,7 +365,7 @@ def _by_prices(
 
 def by_enumeration(
     net: NetMaster, options: Sequence[Candidate], columns: Columns, busy: Mapping[int, int], time_limit_s: float,
-    seed: int, *, gap: float = 1e-6,
+    seed: int, *, gap: float = 1e-6, stop: Callable[[], bool] | None = None,
 ) -> float:  # fmt: skip
     """Return the bound of the same master, with `net_columns` in place of new replicas and all of its rows."""
     costs = net.costs
@@ -387,7 +387,7 @@ def by_enumeration(
         use = _with_busy(dict(zip(rows, map(int, taken), strict=True)))
         listed.add(use, float(columns.rates[k]), float(columns.costs[k]), int(columns.sides[k]), columns.links[k])
     _add_moves(listed)
-    return _bound(listed, limits, net.master.demand, time_limit_s, seed, gap)
+    return _bound(listed, limits, net.master.demand, time_limit_s, seed, gap, stop)
 
 
 def net_columns(net: NetMaster, columns: Columns) -> Columns:

@@ -26,7 +26,7 @@ from functools import cached_property
 
 import numpy as np
 
-from hetis.solver.budget import SearchSettings
+from hetis.solver.budget import Budget, SearchSettings
 from hetis.solver.placement.enumeration import FEW, MOST_PROVED, EnumeratedColumns
 from hetis.solver.placement.fleet import UNIFIED
 from hetis.solver.placement.generation import Bound
@@ -38,7 +38,7 @@ from hetis.solver.replanning.fresh import by_enumeration, net_columns, stay_of
 from hetis.solver.replanning.net_master import Candidate, NetMaster, least_start_s
 
 AT_ONCE = 5000  # compositions that are evaluated before the budget is checked again
-LEAST_S, PROOF_S = 0.5, 10.0  # least and greatest limit on the mixed program
+PROOFS_S = 10.0  # limit for all proofs together, with the listing of replicas
 UNITS = 1e9  # costs are rounded down to this share of the largest
 
 
@@ -47,6 +47,8 @@ class WholeCounts:
 
     def __init__(self, costs: CostTables, prices: Bound, row_costs: FloatArray, settings: SearchSettings) -> None:
         self.costs, self.prices, self.row_costs, self.settings = costs, prices, row_costs, settings
+        whole = settings.budget
+        self.budget = Budget(time_limit_s=min(PROOFS_S, whole.remaining_s()), clock=whole.clock, callers=whole)
 
     @cached_property
     def _enumerated(self) -> EnumeratedColumns:
@@ -59,17 +61,17 @@ class WholeCounts:
 
         ``busy`` is as in `fresh.bound_of`.
         """
-        budget, scale = self.settings.budget, self._scale(net)
+        scale = self._scale(net)
         distance = self._distance(net, options, value, scale)
         is_close = abs(known - value) <= self.settings.gap_target * abs(value)
-        if is_close or scale == 0.0 or budget.is_spent() or not self._list(distance / scale):
+        if is_close or scale == 0.0 or self.budget.is_spent() or not self._list(distance / scale):
             return known
         columns = self._columns(net, distance, scale)
-        if columns is None or budget.is_spent():
+        if columns is None or self.budget.is_spent():
             return known
-        limit_s = max(LEAST_S, min(PROOF_S, budget.remaining_s()))
+        limit_s, stop = self.budget.remaining_s(), self.budget.is_spent
         gap, seed = self.settings.gap_target / 2, self.settings.seed
-        found = by_enumeration(net, options, columns, busy, limit_s, seed, gap=gap)
+        found = by_enumeration(net, options, columns, busy, limit_s, seed, gap=gap, stop=stop)
         if net.master.maximises:
             return min(known, found) if found > 0.0 else known  # there is a re-planning, so 0 is a failure of HiGHS
         return max(known, found) if np.isfinite(found) else known
@@ -109,14 +111,14 @@ class WholeCounts:
         if enumerated.num_compositions > FEW:
             return False
         for each in enumerated.candidates:
-            if self.settings.budget.is_spent():
+            if self.budget.is_spent():
                 return False
             least = each.worth(prices.row_prices + self.row_costs) - loss
             with np.errstate(divide="ignore", invalid="ignore"):
                 needed_s = np.where(least > 0.0, prices.rate_prices[each.side] / least, np.inf)
             which = each.worth_evaluating(needed_s)
             for some in np.array_split(which, len(which) // AT_ONCE + 1):
-                if self.settings.budget.is_spent():
+                if self.budget.is_spent():
                     return False
                 enumerated.add(each, each.found_among(some, needed_s[some]))
         return True
