@@ -348,6 +348,19 @@ def test_an_engines_plan_does_not_mention_replicas_over_several_zones() -> None:
     assert replanned(solve_placement(problem), problem).plan.notes == ()
 
 
+def test_an_engines_replica_just_within_the_ttft_limit_is_kept() -> None:
+    engine = replace(UNIFIED, max_pool=0, in_flight=(1, 2), engine=EngineRules(name="vllm", max_stages=2))
+    problem = make_problem([make_node("a", "A")], profiles=TWO_TYPES, family=engine)
+    problem = replace(problem, objective=Objective(ttft_limit_s=None, tpot_limit_s=None))
+    [replica] = solve_placement(problem).replicas
+    problem = replace(problem, objective=Objective(ttft_limit_s=1.001 * replica.ttft_s, tpot_limit_s=None))
+    running = solve_placement(problem)
+    assert running.replicas == (replica,)
+    found = replanned(running, problem)
+    assert [continued.fate for continued in found.continued] == [Fate.KEPT]
+    assert found.plan.replicas == running.replicas
+
+
 # --- what constraints and zones allow
 
 

@@ -29,7 +29,7 @@ Prefill and decode replicas may be larger than any plan needs, and then serve al
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -276,15 +276,16 @@ def bound_of(
     replica they are in, so a limit on moves bounds the use of every class: ``use_g - moved_g <= busy_g``.
     """
     if fresh.enumerated is not None:
-        return _by_enumeration(net, options, fresh.enumerated, busy, time_limit_s, seed)
+        return by_enumeration(net, options, net_columns(net, fresh.enumerated), busy, time_limit_s, seed)
     if fresh.prices is not None:
         return _by_prices(net, options, fresh.prices, busy, time_limit_s, seed)
     return fresh.bound + sum(net.stay_rates.values()) if net.master.maximises else 0.0
 
 
 def _bound(
-    listed: ColumnList, limits: Mapping[Row, int], demand: float | None, time_limit_s: float, seed: int
-) -> float:
+    listed: ColumnList, limits: Mapping[Row, int], demand: float | None, time_limit_s: float, seed: int,
+    gap: float = 1e-6, stop: Callable[[], bool] | None = None,
+) -> float:  # fmt: skip
     """Return HiGHS's bound over whole counts, or the relaxation's if it has none in time; if neither, 0 or inf."""
     nothing = 0.0 if demand is None else np.inf
     if not listed.uses:
@@ -293,7 +294,7 @@ def _bound(
     relaxed = master.solve_lp(columns)
     if relaxed is None:
         return nothing
-    found, _ = master.solve_milp(columns, time_limit_s=time_limit_s, gap=1e-6, seed=seed)
+    found, _ = master.solve_milp(columns, time_limit_s=time_limit_s, gap=gap, seed=seed, stop=stop)
     if found is None or not np.isfinite(found.bound):
         return relaxed.value
     return float((min if master.maximises else max)(found.bound, relaxed.value))
@@ -304,7 +305,7 @@ def _limits_of(net: NetMaster, *kinds: str) -> dict[Row, int]:
     return {row: int(net.inventory.limits[i]) for row, i in net.inventory.rows.items() if row[0] in kinds}
 
 
-def _stay(net: NetMaster, option: Continuation) -> float:
+def stay_of(net: NetMaster, option: Continuation) -> float:
     """Return what staying is worth in addition to the rate."""
     return net.stay_rates.get(option.old, 0.0) if net.master.maximises and option.fate is Fate.KEPT else 0.0
 
@@ -342,7 +343,7 @@ def _by_prices(
             if row[0] == "gpus":
                 use["busy", row[1]] = count
         use["replica", option.old] = 1
-        listed.add(use, worth * rate + _stay(net, option), cost)
+        listed.add(use, worth * rate + stay_of(net, option), cost)
     # New replicas get all room for larger TP groups: its worth is a constant, as is that of the links.
     finite = np.isfinite(costs.routes.capacity)
     fixed = float((prices.link_prices[finite] * costs.routes.capacity[finite]).sum())
@@ -362,16 +363,12 @@ def _by_prices(
     return max(0.0, _bound(listed, limits, demand, time_limit_s, seed) - part) * (1.0 - CROSSING)
 
 
-def _by_enumeration(
-    net: NetMaster,
-    options: Sequence[Candidate],
-    enumerated: Columns,
-    busy: Mapping[int, int],
-    time_limit_s: float,
-    seed: int,
-) -> float:
-    """Return the bound of the same master, with ceilings in place of new replicas and all of its rows."""
-    costs, maximises = net.costs, net.master.maximises
+def by_enumeration(
+    net: NetMaster, options: Sequence[Candidate], columns: Columns, busy: Mapping[int, int], time_limit_s: float,
+    seed: int, *, gap: float = 1e-6, stop: Callable[[], bool] | None = None,
+) -> float:  # fmt: skip
+    """Return the bound of the same master, with `net_columns` in place of new replicas and all of its rows."""
+    costs = net.costs
     rows: list[Row] = [("row", *row) for row in costs.resources.rows]
     limits = dict(zip(rows, map(int, costs.resources.limits), strict=True))
     limits |= _limits_of(net, "replica", "stays", "moves") | _busy_limits(net, busy)
@@ -382,20 +379,26 @@ def _by_enumeration(
         use = _with_busy(dict(zip(rows, map(int, use_of(costs, template)), strict=True)))
         use["replica", option.old] = 1
         rate, cost = net.net(candidate)
-        if stay := _stay(net, option):
+        if stay := stay_of(net, option):
             listed.add({("stays", option.old): 1}, stay)
             use["stays", option.old] = -1
         listed.add(use, rate, cost, costs.side_of(template.scope, template.mix), net.links(template))
-    of_gpus = [p == 1 for _, p in costs.resources.rows]
-    for k, taken in enumerate(enumerated.uses):
-        num_gpus = int(taken[of_gpus].sum())
-        start_s = least_start_s(net.change_costs, costs, num_gpus)
-        share = net.change_costs.served_share(start_s) if maximises else 1.0
-        cost = float(enumerated.costs[k]) * (1.0 + start_s / net.change_costs.horizon_s)
+    for k, taken in enumerate(columns.uses):
         use = _with_busy(dict(zip(rows, map(int, taken), strict=True)))
-        listed.add(use, share * float(enumerated.rates[k]), cost, int(enumerated.sides[k]), enumerated.links[k])
+        listed.add(use, float(columns.rates[k]), float(columns.costs[k]), int(columns.sides[k]), columns.links[k])
     _add_moves(listed)
-    return _bound(listed, limits, net.master.demand, time_limit_s, seed)
+    return _bound(listed, limits, net.master.demand, time_limit_s, seed, gap, stop)
+
+
+def net_columns(net: NetMaster, columns: Columns) -> Columns:
+    """Return new replicas with ceilings on their net rates, or the least that they cost, whatever they start with."""
+    costs, horizon_s = net.costs, net.change_costs.horizon_s
+    of_gpus = [p == 1 for _, p in costs.resources.rows]
+    numbers, of_columns = np.unique(columns.uses[:, of_gpus].sum(axis=1), return_inverse=True)
+    starts_s = [least_start_s(net.change_costs, costs, int(number)) for number in numbers]
+    shares = np.array([net.change_costs.served_share(s) if net.master.maximises else 1.0 for s in starts_s])
+    later = np.array([1.0 + s / horizon_s for s in starts_s])
+    return replace(columns, rates=columns.rates * shares[of_columns], costs=columns.costs * later[of_columns])
 
 
 def _with_busy(use: dict[Row, int]) -> dict[Row, int]:

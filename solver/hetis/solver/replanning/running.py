@@ -15,11 +15,20 @@ import numpy as np
 
 from hetis.solver.cluster import Cluster
 from hetis.solver.constraints import DUTY_OF_ROLE, Duty
-from hetis.solver.cost import Mix
+from hetis.solver.cost import Mix, ttft_round_trips
 from hetis.solver.placement.fleet import class_of_slots
 from hetis.solver.placement.pipelines import is_run_by_engine
 from hetis.solver.placement.tables import BOTH, FIRST, LAST, CostTables, Scope
-from hetis.solver.placement.template import Template, TemplateStage, interval_of, least_ttft_limit_s, roles, room_layers
+from hetis.solver.placement.template import (
+    Template,
+    TemplateStage,
+    interval_of,
+    least_ttft_limit_s,
+    roles,
+    room_layers,
+    stage_seconds,
+    times_of,
+)
 from hetis.solver.plan import AttentionWorkerPool, Plan, ReplicaPlan, Role, StagePlan
 from hetis.solver.replanning.change import ChangeCosts, Fate
 
@@ -369,9 +378,22 @@ def is_allowed(costs: CostTables, template: Template) -> bool:
     if template.interval_s > float(tables.t_cap[template.mix, template.in_flight_index]) * WITHIN:
         return False
     limit_s = costs.problem.objective.ttft_limit_s
-    if limit_s is not None and least_ttft_limit_s(costs, template) > limit_s * WITHIN:
+    if limit_s is not None and _least_ttft_limit_s(costs, template) > limit_s * WITHIN:
         return False
     return all(room_layers(costs, template, i) >= stage.layers for i, stage in enumerate(template.stages))
+
+
+def _least_ttft_limit_s(costs: CostTables, template: Template) -> float:
+    """Return the least TTFT limit under which the family has this replica.
+
+    An engine's family limits the round trip with a chunk itself, not its ratio to one without, in steps.
+    """
+    mix, m = costs.mixes[template.mix], costs.problem.family.in_flight[template.in_flight_index]
+    if costs.problem.family.engine is None or mix.role is not Role.UNIFIED or m > 1:
+        return least_ttft_limit_s(costs, template)
+    chunk_s = sum(times_of(template, stage_seconds(costs, template, with_chunk=True)))
+    trip_s = max(template.interval_s / mix.iterations, chunk_s)
+    return ttft_round_trips(costs.moments, costs.problem.assumptions, mix, m) * trip_s
 
 
 def stage_bytes(costs: CostTables, template: Template) -> list[float]:

@@ -43,9 +43,11 @@ from hetis.solver.replanning.fresh import Fresh, bound_of, search_fresh, search_
 from hetis.solver.replanning.net_master import Candidate, ColumnChoice, NetMaster, Slot, inventory_of, least_start_s
 from hetis.solver.replanning.running import Continuations, Group, Place, places_of
 from hetis.solver.replanning.transition import Start, Transition, plan_transition
+from hetis.solver.replanning.whole_counts import WholeCounts
 
 FRESH_SHARE = 0.75  # share of the time for the fleet as if nothing ran on it; then of the rest, for the remaining GPUs
 CHOICE_SECONDS = 10.0  # limit for each mixed program
+ENDLESS_S = 1e15  # horizon over which no start is worth anything
 MOVE_PENALTY = 1e-7  # share of the value per GPU of the fleet: a tie-break between equally good plans
 
 
@@ -63,7 +65,7 @@ class Replanning:
     """The new plan, its value including the change, and the steps to it.
 
     Attributes:
-        plan: the new plan; its value is that once it runs, its bound that of the fleet as if nothing ran on it.
+        plan: the new plan; its value is that once it runs, its bound that of all plans if no change cost anything.
         value: value net of the change, spread over the horizon, in the objective's unit.
         bound: no re-planning is better; ``gap`` is the distance from ``value``.
         fresh_value: value of the best plan found for the fleet as if nothing ran on it; None if none was found.
@@ -128,6 +130,11 @@ def solve_replanning(
         raise _none(given, fresh, net, candidates, quiet)
     limit_s = _seconds(settings.budget)
     bound = bound_of(net, running.candidates, fresh, running.busy, time_limit_s=limit_s, seed=seed)
+    if problem.family.engine is not None and fresh.prices is not None:
+        settings.tell("bound over whole counts")
+        proofs = WholeCounts(costs, fresh.prices, net.row_costs, quiet)
+        bound, of_plan = _over_whole_counts(proofs, net, running, fresh, choice, bound, quiet)
+        fresh = replace(fresh, bound=of_plan)
     answer = _answer(given, running, net, fresh, choice, bound, settings)
     plan = answer.plan if problem is whole else restored(answer.plan, problem, whole)
     return replace(answer, plan=replace(plan, family=whole.describe_family()))
@@ -167,6 +174,23 @@ def _choose(
     if kept and (found is None or net.value_of(found.chosen) <= net.value_of(kept)):
         return ColumnChoice(chosen=kept, value=net.value_of(kept), bound=np.inf)
     return found if found is not None and net.rate_of(found.chosen) > 0.0 else None
+
+
+def _over_whole_counts(
+    proofs: WholeCounts, net: NetMaster, running: Survivors, fresh: Fresh, choice: ColumnChoice, bound: float,
+    settings: SearchSettings,
+) -> tuple[float, float]:  # fmt: skip
+    """Return better bounds on every re-planning, and on every plan if no change cost anything, in the master's unit.
+
+    The second, which is often proved sooner, is also one on re-plannings: the costs of a change only take away.
+    """
+    options, busy, limit_s = running.candidates, running.busy, _seconds(settings.budget)
+    then = running.master(net.master.demand, changes_cost=False)
+    of_plan = bound_of(then, options, fresh, busy, time_limit_s=limit_s, seed=settings.seed)
+    of_plan = proofs.bound(then, options, busy, then.value_of(choice.chosen), of_plan)
+    dropped = running.all_dropped(net)
+    bound = min(bound, of_plan + dropped) if net.master.maximises else max(bound, of_plan - dropped)
+    return proofs.bound(net, options, busy, net.value_of(choice.chosen), bound), of_plan
 
 
 def _none(
@@ -240,7 +264,7 @@ def _answer(
 
 
 def _outcome(net: NetMaster, fresh: Fresh, choice: ColumnChoice, *, interrupted: bool) -> Outcome:
-    """Return the choice as an outcome of a placement search: its worth once it runs, the bound of the empty fleet."""
+    """Return the choice as an outcome of a placement search: its worth once it runs, and the bound on all plans."""
     maximises, prices = net.master.maximises, fresh.prices
     by_template = Counter[Template]()
     for candidate, count in choice.chosen:
@@ -325,7 +349,11 @@ class Survivors:
         self.busy = Counter(p.device_class for d, p in self.places.items() if d in held and held[d].gpu == p.gpu)
         self.keepable = {option.old for option in self.options if option.fate is Fate.KEPT}
 
-    def master(self, demand: float | None) -> NetMaster:
+    def master(self, demand: float | None, *, changes_cost: bool = True) -> NetMaster:
+        """Return the master of the re-planning; without costs of change, that of what runs once it is done."""
+        if not changes_cost:
+            costs = replace(self.given.costs, horizon_s=ENDLESS_S)
+            return NetMaster(inventory_of(self.costs, self.places, self.options, (), None), costs, demand, {}, {})
         stays = {old: self.stay_rates[old] for old in self.keepable} if demand is None else {}
         inventory = inventory_of(self.costs, self.places, self.options, stays, self.given.max_moves)
         return NetMaster(inventory, self.given.costs, demand, stays, self.stay_shares)
