@@ -324,14 +324,20 @@ async def test_head_maps_that_cannot_be_read_are_asked_for_an_interval_later() -
     assert fleet.sent
 
 
-@in_loop
-async def test_a_replica_that_the_planner_dispatches_for_is_balanced_by_its_own_state() -> None:
+async def planner_dispatches() -> LiveFleet:
+    """Return a fleet in which the planner is the authority on dispatch, with a declared state."""
     fleet = LiveFleet()
     fleet.replica.authority = PLANNER
     for request in fleet.map.requests:
         request.incarnation = 0
     state = pb2.DispatchState(name=STATE, generation=5, head_maps=[fleet.map])
     await fleet.dispatch.update(pb2.UpdateDispatchStateRequest(dispatch_state=state))
+    return fleet
+
+
+@in_loop
+async def test_a_replica_that_the_planner_dispatches_for_is_balanced_by_its_own_state() -> None:
+    fleet = await planner_dispatches()
     await fleet.seconds(30)
     assert fleet.sent
     assert fleet.num_reads == 0
@@ -343,12 +349,7 @@ async def test_a_replica_that_the_planner_dispatches_for_is_balanced_by_its_own_
 
 @in_loop
 async def test_a_generation_that_only_the_primary_told_of_is_that_of_the_planners_own_state() -> None:
-    fleet = LiveFleet()
-    fleet.replica.authority = PLANNER
-    for request in fleet.map.requests:
-        request.incarnation = 0
-    state = pb2.DispatchState(name=STATE, generation=5, head_maps=[fleet.map])
-    await fleet.dispatch.update(pb2.UpdateDispatchStateRequest(dispatch_state=state))
+    fleet = await planner_dispatches()
     fleet.replica.generation = 6  # an acknowledged assignment: no decision follows, so no observer is called
     assert fleet.dispatch.get(pb2.GetDispatchStateRequest(name=STATE)).dispatch_state.generation == 6
     await fleet.seconds(30)
