@@ -15,7 +15,7 @@ import numpy as np
 
 from hetis.solver.cluster import Cluster
 from hetis.solver.constraints import DUTY_OF_ROLE, Duty
-from hetis.solver.cost import Mix, ttft_round_trips
+from hetis.solver.cost import Mix
 from hetis.solver.placement.fleet import class_of_slots
 from hetis.solver.placement.pipelines import is_run_by_engine
 from hetis.solver.placement.tables import BOTH, FIRST, LAST, CostTables, Scope
@@ -26,8 +26,7 @@ from hetis.solver.placement.template import (
     least_ttft_limit_s,
     roles,
     room_layers,
-    stage_seconds,
-    times_of,
+    ttft_s,
 )
 from hetis.solver.plan import AttentionWorkerPool, Plan, ReplicaPlan, Role, StagePlan
 from hetis.solver.replanning.change import ChangeCosts, Fate
@@ -391,9 +390,7 @@ def _least_ttft_limit_s(costs: CostTables, template: Template) -> float:
     mix, m = costs.mixes[template.mix], costs.problem.family.in_flight[template.in_flight_index]
     if costs.problem.family.engine is None or mix.role is not Role.UNIFIED or m > 1:
         return least_ttft_limit_s(costs, template)
-    chunk_s = sum(times_of(template, stage_seconds(costs, template, with_chunk=True)))
-    trip_s = max(template.interval_s / mix.iterations, chunk_s)
-    return ttft_round_trips(costs.moments, costs.problem.assumptions, mix, m) * trip_s
+    return ttft_s(costs, template)
 
 
 def stage_bytes(costs: CostTables, template: Template) -> list[float]:
