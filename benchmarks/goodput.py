@@ -25,15 +25,9 @@ from benchmarks.measuring import rows
 from benchmarks.measuring.instances import NODE_SIZES, fleet, problem
 from benchmarks.measuring.rows import Row
 from hetis.planner.use_cases.simulate import Question, answer
-from hetis.planner.use_cases.verify import (
-    enough_of,
-    longest_of,
-    simulated_at,
-    tightening_of,
-    unheard,
-    verification_of,
-    verified_plan,
-)
+from hetis.planner.use_cases.tightening import tightening_of, verified_plan
+from hetis.planner.use_cases.verification import verification_of
+from hetis.planner.use_cases.verify import enough_of, longest_of, simulated_at, unheard
 from hetis.simulator.arrivals import Arrivals, Load
 from hetis.simulator.running import silent
 from hetis.simulator.values import Settings

@@ -88,7 +88,10 @@ SOURCES: dict[str, tuple[str, ...]] = {
     "simulation speed": ("benchmarks/simulation.py", *_SIMULATOR, *_REDISPATCH),
     "goodput": (
         "benchmarks/goodput.py",
-        *(f"planner/hetis/planner/use_cases/{name}.py" for name in ("verify", "representative", "service_level")),
+        *(
+            f"planner/hetis/planner/use_cases/{name}.py"
+            for name in ("verify", "verification", "lower_rates", "tightening", "representative", "service_level")
+        ),
         *(*_SEARCH, *_SIMULATOR, *_REDISPATCH),
     ),
     "whole_engine": ("benchmarks/whole_engine.py", *_SIMULATOR, "tools/whole_engine.py"),

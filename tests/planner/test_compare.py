@@ -22,7 +22,7 @@ from hetis.planner.use_cases.errors import UncheckedPlanError
 from hetis.planner.use_cases.place import STOPPED_EARLY, PlacementSettings
 from hetis.planner.use_cases.service_level import ServiceLevel
 from hetis.planner.use_cases.sources import Inputs, engine_rules, load_inputs, with_asked
-from hetis.planner.use_cases.verify import VERIFICATION
+from hetis.planner.use_cases.verification import VERIFICATION
 from hetis.solver.budget import Budget, silent
 from hetis.solver.errors import BrokenProofError, InfeasibleError, NoPlanFoundError
 from hetis.solver.placement.families import STRATEGIES

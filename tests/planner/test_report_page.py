@@ -26,7 +26,7 @@ from hetis.planner.use_cases.engine_values import EQUAL_STAGES
 from hetis.planner.use_cases.place import SIMPLE_SETUPS
 from hetis.planner.use_cases.robustness.profile_errors import PROFILE_ERRORS
 from hetis.planner.use_cases.sources import inputs_from_documents, load_plan_and_problem
-from hetis.planner.use_cases.verify import VERIFICATION
+from hetis.planner.use_cases.verification import VERIFICATION
 from hetis.solver.cluster import Link
 from hetis.solver.constraints import Exclude, Selection, Unit
 from hetis.solver.plan import Explanation, IdleGpus, Objective, ObjectiveKind

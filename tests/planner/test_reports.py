@@ -26,7 +26,7 @@ from hetis.planner.use_cases.grouping import group_replicas
 from hetis.planner.use_cases.place import SIMPLE_SETUPS, held_to
 from hetis.planner.use_cases.service_level import ServiceLevel, Statistic
 from hetis.planner.use_cases.sources import load_inputs
-from hetis.planner.use_cases.verify import TIGHTENED, TTFT
+from hetis.planner.use_cases.tightening import TIGHTENED, TTFT
 from hetis.solver.plan import OTHER_TENANTS, Objective, ObjectiveKind, Plan, Role, Status
 from tests.planner import plans
 from tests.planner.command_line import EXAMPLES

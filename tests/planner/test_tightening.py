@@ -9,16 +9,11 @@ from dataclasses import replace
 import pytest
 
 from benchmarks.measuring.instances import fleet, problem
-from hetis.planner.use_cases import verify
-from hetis.planner.use_cases.verify import (
-    TTFT,
-    Tightening,
-    Verification,
-    tightening_of,
-    unheard,
-    verification_of,
-    verified_plan,
-)
+from hetis.planner.use_cases import tightening, verify
+from hetis.planner.use_cases.lower_rates import CancelledError, KeptRate
+from hetis.planner.use_cases.tightening import TTFT, Tightening, tightening_of, verified_plan
+from hetis.planner.use_cases.verification import Verification, verification_of
+from hetis.planner.use_cases.verify import unheard
 from hetis.solver.budget import Budget
 from hetis.solver.errors import InfeasibleError
 from hetis.solver.plan import Objective, ObjectiveKind, Plan, ReplicaPlan, SolveResult, StagePlan, Status
@@ -55,8 +50,8 @@ class Fleet:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, values: Mapping[float, float], kept: Mapping[float, float]):
         self.limits_s, self._values, self._kept = list[float](), values, kept
         self.searched_from_rps = dict[float, float]()  # by the planned rate of plans whose lower rates were searched
-        monkeypatch.setattr(verify, "_at_planned_rate", self.at_planned_rate)
-        monkeypatch.setattr(verify, "with_more_seats", lambda plan, *_: plan)  # KV has no room for more
+        monkeypatch.setattr(tightening, "at_planned_rate", self.at_planned_rate)
+        monkeypatch.setattr(tightening, "with_more_seats", lambda plan, *_: plan)  # KV has no room for more
 
     def find(self, searched: PlacementProblem) -> Plan:
         limit_s = searched.objective.ttft_limit_s or 0.0
@@ -66,7 +61,7 @@ class Fleet:
                 return plan_of(value, ttft_s=limit_s, objective=searched.objective)
         raise InfeasibleError(("none",))
 
-    def at_planned_rate(self, plan: Plan, *, problem: PlacementProblem, **_: object) -> verify._AtPlannedRate:
+    def at_planned_rate(self, plan: Plan, *, problem: PlacementProblem, **_: object) -> verify.AtPlannedRate:
         assert plan.objective == problem.objective, "simulated against the limits that were asked for"
         rate_rps = plan.result.value
         is_kept = self._kept[rate_rps] == rate_rps
@@ -75,11 +70,12 @@ class Fleet:
             tpot_mean_s=0.05, attainment=0.9, kept_rps=rate_rps if is_kept else None,
         )  # fmt: skip
 
-        def kept_below(at_least_rps: float) -> float | None:
+        def kept_below(at_least_rps: float) -> KeptRate | None:
             self.searched_from_rps[rate_rps] = at_least_rps
-            return self._kept[rate_rps] if self._kept[rate_rps] >= at_least_rps else None
+            kept_rps = self._kept[rate_rps]
+            return KeptRate(kept_rps, 4_000, is_confirmed=True) if kept_rps >= at_least_rps else None
 
-        return verify._AtPlannedRate(plan, found, kept_below)
+        return verify.AtPlannedRate(plan, found, kept_below)
 
     def settled(self, objective: Objective | None = None) -> Plan:
         given = posed(objective)
@@ -129,13 +125,13 @@ def test_a_plan_below_whose_rate_nothing_is_known_is_said_to_miss(monkeypatch: p
     """Cancelled, while lower rates of the first plan are simulated."""
     fake = Fleet(monkeypatch, {0.3: 8.0}, {FIRST_RPS: 5.0, 8.0: 8.0})
 
-    def cancelled(plan: Plan, *, problem: PlacementProblem, **_: object) -> verify._AtPlannedRate:
-        def kept_below(_: float) -> float | None:
-            raise verify._CancelledError
+    def cancelled(plan: Plan, *, problem: PlacementProblem, **_: object) -> verify.AtPlannedRate:
+        def kept_below(_: float) -> KeptRate | None:
+            raise CancelledError
 
         return fake.at_planned_rate(plan, problem=problem)._replace(kept_below=kept_below)
 
-    monkeypatch.setattr(verify, "_at_planned_rate", cancelled)
+    monkeypatch.setattr(tightening, "at_planned_rate", cancelled)
     found = fake.settled()
     assert found.result.value == 8.0
     assert "(10 requests/s) misses the limits; the bound" in found.notes[0]

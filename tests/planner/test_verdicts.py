@@ -29,7 +29,8 @@ from hetis.planner.use_cases.service_level import (
 from hetis.planner.use_cases.simulate import Question, Simulated, answer, default_requests
 from hetis.planner.use_cases.sources import load_plan_and_problem
 from hetis.planner.use_cases.verdicts import LevelVerdict, LimitVerdict, latencies_of, level_to_hold, verdict_of
-from hetis.planner.use_cases.verify import AS_PLANNED, simulated_at
+from hetis.planner.use_cases.verification import AS_PLANNED
+from hetis.planner.use_cases.verify import simulated_at
 from hetis.simulator.arrivals import Arrivals, Load
 from hetis.simulator.metrics import measure, summarise
 from hetis.simulator.running import silent

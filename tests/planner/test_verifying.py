@@ -25,10 +25,11 @@ from hetis.planner.report.figures import digits, seconds
 from hetis.planner.report.page import plan_section
 from hetis.planner.report.page.pages import ShownPlan, plans_page
 from hetis.planner.report.plan import beside_equal_stages, headline, render_plan, simple_setups
+from hetis.planner.use_cases import latency_curve, tightening, verify
 from hetis.planner.use_cases import place as placing_steps
-from hetis.planner.use_cases import verify
 from hetis.planner.use_cases.engine_values import EQUAL_STAGES
 from hetis.planner.use_cases.grouping import group_replicas
+from hetis.planner.use_cases.lower_rates import CancelledError, KeptRate
 from hetis.planner.use_cases.place import (
     OUT_OF_TIME,
     SEARCH_OUT_OF_TIME,
@@ -63,18 +64,8 @@ from hetis.planner.use_cases.simulate import (
     with_more_seats,
 )
 from hetis.planner.use_cases.sources import load_inputs, load_plan_and_problem
-from hetis.planner.use_cases.verify import (
-    LONGER,
-    VERIFICATION,
-    TriedRate,
-    misses,
-    num_requests_of,
-    rate_to_simulate,
-    simulated_at,
-    unheard,
-    verification_of,
-    verified,
-)
+from hetis.planner.use_cases.verification import AS_PLANNED, VERIFICATION, misses, rate_to_simulate, verification_of
+from hetis.planner.use_cases.verify import LONGER, TriedRate, num_requests_of, simulated_at, unheard, verified
 from hetis.simulator.arrivals import Arrivals, Load
 from hetis.simulator.metrics import Summary
 from hetis.simulator.running import silent
@@ -181,76 +172,6 @@ def test_a_plan_that_keeps_its_limits_says_up_to_which_rate(pair: Placed) -> Non
 
 
 @pytest.mark.parametrize(
-    ("short_rps", "long_rps", "at_least_rps", "found"),
-    [
-        (97.5, 97.5, 0.0, 97.0),
-        (70.0, 70.0, 0.0, 69.5),  # tries 97, 94, 88, 76, 50, then halves 50 to 76
-        (70.0, 66.0, 0.0, 65.39),  # the longer run misses its limits at 69.5, and at 97% of that
-        (98.0, 85.0, 0.0, 82.45),  # tries 97, and 85% of that
-        (98.0, 75.0, 0.0, 71.54),  # keeps 70% of 97 and misses 85%, so it tries 77.5% and 73.75%
-        (98.0, 77.0, 70.0, 76.23),  # keeps 70, so it tries halfway to 85% of 97
-        (70.0, 90.0, 0.0, 85.14),  # longer runs keep more, in steps of 7%
-        (20.0, 90.0, 0.0, 27.94),  # up to five of them
-        (98.0, 200.0, 0.0, 97.0),  # but nothing is tried at or above the rate that misses
-        (70.0, 30.0, 0.0, None),  # short runs mislead too much
-        (10.0, 10.0, 0.0, None),
-        (20.0, 20.0, 0.0, 19.92),
-        (70.0, 70.0, 60.0, 70.0),  # searches only from 60 on
-        (70.0, 70.0, 80.0, None),
-        (70.0, 70.0, 100.0, None),
-    ],
-)
-def test_the_highest_rate_below_a_missed_one_is_found_by_short_runs_and_decided_by_long_ones(
-    short_rps: float, long_rps: float, at_least_rps: float, found: float | None
-) -> None:
-    tried = list[float]()
-
-    def seems_sure(rate_rps: float) -> bool:
-        tried.append(rate_rps)
-        return rate_rps <= short_rps
-
-    def is_sure(rate_rps: float) -> bool:
-        tried.append(rate_rps)
-        return rate_rps <= long_rps
-
-    kept_rps = verify._kept_below(100.0, at_least_rps=at_least_rps, seems_sure=seems_sure, is_sure=is_sure)
-    assert kept_rps == (None if found is None else pytest.approx(found, rel=1e-3))
-    assert all(at_least_rps <= rate_rps < 100.0 for rate_rps in tried)
-
-
-@pytest.mark.parametrize(
-    ("long_rps", "runs", "found"),
-    [
-        (90.0, 1, 69.5),  # long runs before it is cancelled: at 69.5, then at 74.4
-        (90.0, 2, 74.37),
-        (50.0, 6, 48.65),  # at 69.5, and at 97, 94, 91, 85 and 70% of that
-        (50.0, 5, None),
-    ],
-)
-def test_a_rate_that_was_found_is_kept_when_the_search_for_a_higher_one_is_cancelled(
-    long_rps: float, runs: int, found: float | None
-) -> None:
-    tried = list[float]()
-
-    def is_sure(rate_rps: float) -> bool:
-        if len(tried) == runs:
-            raise verify._CancelledError
-        tried.append(rate_rps)
-        return rate_rps <= long_rps
-
-    def search() -> float | None:
-        return verify._kept_below(
-            100.0, at_least_rps=0.0, seems_sure=lambda rate_rps: rate_rps <= 70.0, is_sure=is_sure
-        )
-
-    if found is None:
-        with pytest.raises(verify._CancelledError):
-            search()
-    else:
-        assert search() == pytest.approx(found, rel=1e-3)
-
-
-@pytest.mark.parametrize(
     ("short_s", "long_s", "asked", "kept", "sure"),
     [
         ((0.6, 0.05), None, 1, True, True),  # p95 TTFT and its half width in seconds, for a limit of 1 s
@@ -337,7 +258,7 @@ def whole_run(pair: Placed) -> Simulated:
         rate_rps=default_rate(plan, problem),
     )  # fmt: skip
     question = Question(
-        load=load, num_requests=2000, seeds=(0,), settings=verify.AS_PLANNED, limits=plan.objective, keep_run=True
+        load=load, num_requests=2000, seeds=(0,), settings=AS_PLANNED, limits=plan.objective, keep_run=True
     )
     return answer(plan, problem, question, processes=1, cancelled=threading.Event(), report=silent)
 
@@ -407,10 +328,10 @@ def test_the_limit_that_most_requests_miss_is_tightened(pair: Placed, ttft: floa
     held = replace(plan, inputs={VERIFICATION: {**plan.inputs[VERIFICATION], **said}, SERVICE_LEVEL: level})
     found = verification_of(held)
     assert found is not None
-    tightening = verify._missed(found, held)
-    assert tightening is not None
-    assert tightening.name == name
-    assert tightening.planned_s == pytest.approx(0.8 * tightening.asked_s)
+    missed_limit = tightening._missed(found, held)
+    assert missed_limit is not None
+    assert missed_limit.name == name
+    assert missed_limit.planned_s == pytest.approx(0.8 * missed_limit.asked_s)
 
 
 @pytest.mark.parametrize("level", [ServiceLevel(attainment=1.0), ServiceLevel(ttft=Statistic.P99, tpot=Statistic.P50)])
@@ -617,6 +538,35 @@ def test_a_verdict_needs_only_the_runs_at_the_planned_rate(
     assert "by the model; simulated traffic misses them" in page
 
 
+@pytest.mark.parametrize("in_time", [True, False])
+def test_a_rate_that_only_short_runs_kept_in_time_is_shown_with_a_note(
+    pair: Placed, monkeypatch: pytest.MonkeyPatch, in_time: bool
+) -> None:
+    plan, problem = pair
+    cancelled, planned_rps = threading.Event(), default_rate(plan, problem)
+    run = simulated_at(plan, problem, planned_rps, plan.objective, seed=0, cancelled=cancelled, report=silent)
+    assert run is not None
+
+    def tried(*args: Any, **options: Any) -> TriedRate | None:
+        rate_rps, lengths = args[2], options["lengths"]
+        if max(lengths, default=0) > num_requests_of(plan) and not in_time:
+            cancelled.set()
+        kept = rate_rps < 0.8 * planned_rps
+        return None if cancelled.is_set() else replace(run, kept=kept, sure=kept, close=False)
+
+    monkeypatch.setattr(verify, "simulated_at", tried)
+    found = verified(replace(plan, inputs={}, notes=()), problem, seed=0, cancelled=cancelled, report=unheard)
+    verification = verification_of(found)
+    assert verification is not None
+    assert not verification.kept
+    assert verification.kept_rps == pytest.approx(0.79 * planned_rps, rel=0.02)
+    assert f"kept up to {verification.kept_rps:.4g}" in drawn(found)
+    note = (
+        f"{verification.kept_rps:.4g} requests/s kept the limits in a run of 4,000 requests, which longer runs have not"
+    )
+    assert [note in one for one in found.notes] == [True] * (not in_time)
+
+
 @pytest.mark.parametrize("first_s", [1.0, 10.0])
 def test_in_a_short_time_lower_rates_come_before_another_search(
     placed: Path, pair: Placed, monkeypatch: pytest.MonkeyPatch, first_s: float
@@ -628,24 +578,24 @@ def test_in_a_short_time_lower_rates_come_before_another_search(
     known = verification_of(plan)
     assert known is not None
 
-    def lower(least_rps: float) -> float | None:
+    def lower(least_rps: float) -> KeptRate | None:
         steps.append("lower rates")
         now[0] += first_s
         if now[0] > 90.0:
-            raise verify._CancelledError
-        return max(least_rps, 0.7 * known.rate_rps)
+            raise CancelledError
+        return KeptRate(max(least_rps, 0.7 * known.rate_rps), 4_000, is_confirmed=True)
 
-    def simulated(of: Plan, *, cancelled: threading.Event, **_: object) -> verify._AtPlannedRate | None:
+    def simulated(of: Plan, *, cancelled: threading.Event, **_: object) -> verify.AtPlannedRate | None:
         steps.append("simulation")
         now[0] += first_s if len(steps) == 1 else 8 * first_s
         found = replace(known, kept=False, kept_rps=None)
-        return None if cancelled.is_set() else verify._AtPlannedRate(of, found, kept_below=lower)
+        return None if cancelled.is_set() else verify.AtPlannedRate(of, found, kept_below=lower)
 
     def searched(*_: object, **__: object) -> Plan:
         steps.append("search")
         return replace(plan, inputs={})
 
-    monkeypatch.setattr(verify, "_at_planned_rate", simulated)
+    monkeypatch.setattr(tightening, "at_planned_rate", simulated)
     monkeypatch.setattr(placing_steps, "search", searched)
     monkeypatch.setattr(placing_steps, "_checked", lambda found, *_, **__: found)
     found = verification_of(
@@ -724,15 +674,15 @@ def test_more_seats_are_tried_where_requests_wait_for_them(
     known = verification_of(plan)
     assert known is not None
 
-    def simulated(of: Plan, **_: object) -> verify._AtPlannedRate:
+    def simulated(of: Plan, **_: object) -> verify.AtPlannedRate:
         seconds = ttft_s[seats_of(of) / seats_of(plan)]
         found = replace(
             known, kept=seconds <= 2.0 and tpot_s <= 0.1, kept_rps=1.0, ttft_p95_s=seconds, tpot_mean_s=tpot_s
         )
-        return verify._AtPlannedRate(of, found, kept_below=lambda _least: 1.0)
+        return verify.AtPlannedRate(of, found, kept_below=lambda _least: KeptRate(1.0, 4_000, is_confirmed=True))
 
-    monkeypatch.setattr(verify, "_at_planned_rate", simulated)
-    found = verify.verified_plan(plan, problem, None, seed=0, cancelled=threading.Event(), report=unheard)
+    monkeypatch.setattr(tightening, "at_planned_rate", simulated)
+    found = tightening.verified_plan(plan, problem, None, seed=0, cancelled=threading.Event(), report=unheard)
     assert seats_of(found) == factor * seats_of(plan)
     result = verification_of(found)
     assert result is not None
@@ -752,13 +702,13 @@ def test_a_single_seat_becomes_all_that_kv_has_room_for(pair: Placed, monkeypatc
     assert known is not None
     tried = []
 
-    def simulated(of: Plan, **_: object) -> verify._AtPlannedRate:
+    def simulated(of: Plan, **_: object) -> verify.AtPlannedRate:
         tried.append(seats_of(of) // seats_of(plan))
         found = replace(known, kept=False, kept_rps=1.0, ttft_p95_s=1.0 / seats_of(of), tpot_mean_s=0.05)
-        return verify._AtPlannedRate(of, found, kept_below=lambda _least: 1.0)
+        return verify.AtPlannedRate(of, found, kept_below=lambda _least: KeptRate(1.0, 4_000, is_confirmed=True))
 
-    monkeypatch.setattr(verify, "_at_planned_rate", simulated)
-    found = verify.verified_plan(plan, problem, None, seed=0, cancelled=threading.Event(), report=unheard)
+    monkeypatch.setattr(tightening, "at_planned_rate", simulated)
+    found = tightening.verified_plan(plan, problem, None, seed=0, cancelled=threading.Event(), report=unheard)
     assert seats_of(found) == seats_of(with_more_seats(plan, problem, math.inf)) > 3 * seats_of(plan)
     assert tried == [1, 2, 3, seats_of(found) // seats_of(plan)]
 
@@ -769,14 +719,14 @@ def test_a_part_that_misses_is_called_a_part(pair: Placed, monkeypatch: pytest.M
     known = verification_of(plan)
     assert known is not None
 
-    def cancelled(_: float) -> float | None:
-        raise verify._CancelledError
+    def cancelled(_: float) -> KeptRate | None:
+        raise CancelledError
 
-    def ended(of: Plan, *_: Any, **__: Any) -> verify._AtPlannedRate:
+    def ended(of: Plan, *_: Any, **__: Any) -> verify.AtPlannedRate:
         found = replace(known, kept=False, ttft_p95_s=9.5, share=0.125)
-        return verify._AtPlannedRate(of, found, kept_below=cancelled)
+        return verify.AtPlannedRate(of, found, kept_below=cancelled)
 
-    monkeypatch.setattr(verify, "_at_planned_rate", ended)
+    monkeypatch.setattr(verify, "at_planned_rate", ended)
     [note] = again(replace(plan, notes=()), problem).notes
     assert note.endswith("TTFT p95 9.5 s of 2 s (a part of its replicas at 0.125 of the rate)")
 
@@ -792,17 +742,17 @@ def test_another_search_leaves_time_to_simulate_its_plan_and_a_note_says_if_time
     known = verification_of(plan)
     assert known is not None
 
-    def simulated(of: Plan, *, cancelled: threading.Event, **_: object) -> verify._AtPlannedRate | None:
+    def simulated(of: Plan, *, cancelled: threading.Event, **_: object) -> verify.AtPlannedRate | None:
         now[0] += 10.0 if next(simulations) == 0 else 20.0
         found = replace(known, kept=False, kept_rps=None)
-        return None if cancelled.is_set() else verify._AtPlannedRate(of, found, kept_below=lambda _: None)
+        return None if cancelled.is_set() else verify.AtPlannedRate(of, found, kept_below=lambda _: None)
 
     def searched(*_: object, budget: Budget, **__: object) -> Plan:
         given.append(budget.time_limit_s)
         now[0] += min(budget.time_limit_s, 10.0)
         return replace(plan, inputs={})
 
-    monkeypatch.setattr(verify, "_at_planned_rate", simulated)
+    monkeypatch.setattr(tightening, "at_planned_rate", simulated)
     monkeypatch.setattr(placing_steps, "search", searched)
     monkeypatch.setattr(placing_steps, "_checked", lambda found, *_, **__: found)
     found = simulated_plan(
@@ -1104,19 +1054,19 @@ def test_curves_are_of_the_part_whose_seats_their_runs_fill(
 ) -> None:
     plan, problem = fleet
     runs_of_at_most(monkeypatch, ordinary=8 * 6 * 16, to_fill=24 * 16)
-    curve = verify.latency_curve(plan, problem, cancelled=threading.Event(), report=silent)
+    curve = latency_curve.latency_curve(plan, problem, cancelled=threading.Event(), report=silent)
     assert curve is not None
-    rate_rps = default_rate(plan, problem)
-    assert [point.rate_rps for point in curve.sweep.points] == pytest.approx([x * rate_rps for x in verify.SHARES])
+    rates_rps = [share * default_rate(plan, problem) for share in latency_curve.SHARES]
+    assert [point.rate_rps for point in curve.sweep.points] == pytest.approx(rates_rps)
     assert (curve.share, curve.too_short) == (pytest.approx(6 / 24), False)
     assert [question.load.rate_rps for _, question in asked] == pytest.approx(
-        [x * rate_rps * 6 / 24 for x in verify.SHARES]
+        [rate_rps * 6 / 24 for rate_rps in rates_rps]
     )
     page = plans_page([ShownPlan(name="The plan", plan=plan, problem=problem, curve=curve)])
     assert "1/4 of its replicas at 1/4 of the rate" in page
     asked.clear()
     runs_of_at_most(monkeypatch, ordinary=8 * 6 * 16, to_fill=2 * 24 * 16)
-    whole = verify.latency_curve(plan, problem, cancelled=threading.Event(), report=silent)
+    whole = latency_curve.latency_curve(plan, problem, cancelled=threading.Event(), report=silent)
     assert whole is not None
     assert whole.share is None
     assert all(simulated is plan for simulated, _ in asked)

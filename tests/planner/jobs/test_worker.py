@@ -18,7 +18,7 @@ from hetis.planner.jobs.searching import solve
 from hetis.planner.use_cases.place import PlacementSettings
 from hetis.planner.use_cases.service_level import ServiceLevel, Statistic
 from hetis.planner.use_cases.sources import load_inputs, problem_of_plan
-from hetis.planner.use_cases.verify import verification_of
+from hetis.planner.use_cases.verification import verification_of
 from hetis.solver.budget import Progress
 from hetis.solver.check import check_plan
 from hetis.solver.plan import Objective, Plan, Role

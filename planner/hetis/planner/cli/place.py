@@ -96,7 +96,7 @@ def place(
         warn_of_cut_requests,
     )
     from hetis.planner.use_cases.place import load, pose, time_to_simulate_s
-    from hetis.planner.use_cases.verify import SEARCHES
+    from hetis.planner.use_cases.tightening import SEARCHES
 
     refuse_unwritable(results.out)
     refuse_page(results.html, beside=results.out)
@@ -265,7 +265,7 @@ def compare(
     from hetis.planner.use_cases.compare import compare_engines, simulate_plans
     from hetis.planner.use_cases.place import load
     from hetis.planner.use_cases.sources import ReplicaLimits
-    from hetis.planner.use_cases.verify import SEARCHES
+    from hetis.planner.use_cases.tightening import SEARCHES
     from hetis.solver.placement.families import ANY_ENGINE, STRATEGIES
 
     engines = (ANY_ENGINE,) if asked.engine is None else asked.engine.names

@@ -21,8 +21,8 @@ from hetis.solver.budget import Budget
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from hetis.planner.use_cases.latency_curve import Curve
     from hetis.planner.use_cases.sources import PlanAndProblem
-    from hetis.planner.use_cases.verify import Curve
     from hetis.planner.use_cases.what_if import BuyNext
 
 REPORT_EXAMPLES = """Examples:\n
@@ -163,7 +163,7 @@ def report(
 
 
 def _curve(terminal: Terminal, found: PlanAndProblem, cancelled: threading.Event) -> Curve | None:
-    from hetis.planner.use_cases.verify import latency_curve
+    from hetis.planner.use_cases.latency_curve import latency_curve
 
     return simulate_interruptibly(
         terminal,

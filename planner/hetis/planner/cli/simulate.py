@@ -193,7 +193,7 @@ def simulate(terminal: Terminal, plan: PlanArgument, *, asked: SimulateOptions) 
     from hetis.planner.use_cases.simulate import at_settings
     from hetis.planner.use_cases.sources import engine_settings, load_plan_and_problem
     from hetis.planner.use_cases.verdicts import level_to_hold
-    from hetis.planner.use_cases.verify import rate_to_simulate
+    from hetis.planner.use_cases.verification import rate_to_simulate
     from hetis.simulator.arrivals import Arrivals, Load
     from hetis.simulator.values import Settings
 

@@ -14,7 +14,7 @@ from hetis.engines.gpus import kind_of_type
 from hetis.engines.layout import kv_partners
 from hetis.formats.files import content_digest
 from hetis.planner.use_cases import place as placing
-from hetis.planner.use_cases.verify import misses, verification_of
+from hetis.planner.use_cases.verification import misses, verification_of
 from hetis.solver.budget import Progress
 from hetis.solver.cluster import GpuType
 from hetis.solver.plan import (

@@ -39,7 +39,7 @@ from hetis.planner.use_cases.simulate import (
 )
 from hetis.planner.use_cases.sources import engine_settings, inputs_from_documents
 from hetis.planner.use_cases.verdicts import level_to_hold, simulated_latencies
-from hetis.planner.use_cases.verify import rate_to_simulate, verification_of
+from hetis.planner.use_cases.verification import rate_to_simulate, verification_of
 from hetis.simulator.arrivals import Arrivals, Load
 from hetis.simulator.metrics import Summary
 from hetis.simulator.running import silent
@@ -164,7 +164,7 @@ class Plan:
         ``simulate`` adds its simulated latencies at rates up to and above the planned one.
         """
         from hetis.planner.report.page.pages import ShownPlan, plans_page
-        from hetis.planner.use_cases.verify import latency_curve
+        from hetis.planner.use_cases.latency_curve import latency_curve
 
         curve = None
         if simulate:

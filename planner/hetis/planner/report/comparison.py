@@ -21,7 +21,7 @@ from hetis.planner.use_cases.grouping import gpu_counts, used_counts
 from hetis.planner.use_cases.json_values import document, fields_of, json_value
 from hetis.planner.use_cases.service_level import DEFAULT, service_level_of
 from hetis.planner.use_cases.sources import Inputs
-from hetis.planner.use_cases.verify import verification_of
+from hetis.planner.use_cases.verification import verification_of
 from hetis.planner.use_cases.what_if import BuyNext, FleetChange, ListedOffer, Side, WhatIf
 from hetis.solver.advice import ChangeVerdict, Difference, NodeShape
 from hetis.solver.cluster import Link

@@ -53,13 +53,9 @@ from hetis.planner.use_cases.sources import (
     inputs_from_documents,
 )
 from hetis.planner.use_cases.surviving import losses_of
-from hetis.planner.use_cases.verify import (
-    MISSES_AT,
-    attained,
-    misses,
-    tightening_of,
-    verification_of,
-)
+from hetis.planner.use_cases.tightening import tightening_of
+from hetis.planner.use_cases.verification import attained, misses, verification_of
+from hetis.planner.use_cases.verify import MISSES_AT
 from hetis.solver.constraints import Constraint, described
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.placement.families import STRATEGIES

@@ -15,7 +15,7 @@ from rich.text import Text
 from hetis.planner.report.figures import digits, percent, seconds
 
 if TYPE_CHECKING:
-    from hetis.planner.use_cases.verify import Verification
+    from hetis.planner.use_cases.verification import Verification
 
 P = ParamSpec("P")
 _ENDLESS = 10_000  # columns, more than any table has

@@ -21,7 +21,7 @@ from hetis.planner.use_cases.sources import (
     inputs_from_documents,
     load_plan_and_problem,
 )
-from hetis.planner.use_cases.verify import verification_of
+from hetis.planner.use_cases.verification import verification_of
 from hetis.solver.budget import Budget, Progress, Report, one_of_several
 from hetis.solver.check import check_plan
 from hetis.solver.cluster import Cluster

@@ -39,16 +39,9 @@ from hetis.planner.use_cases.sources import (
     with_asked,
 )
 from hetis.planner.use_cases.surviving import check_survival, surviving_plan, with_losses
-from hetis.planner.use_cases.verify import (
-    MISSES_AT,
-    RunReport,
-    misses,
-    needs_verifying,
-    promising,
-    tightening_of,
-    verification_of,
-    verified_plan,
-)
+from hetis.planner.use_cases.tightening import tightening_of, verified_plan
+from hetis.planner.use_cases.verification import misses, promising, verification_of
+from hetis.planner.use_cases.verify import MISSES_AT, RunReport, needs_verifying
 from hetis.planner.use_cases.versions import installed_versions
 from hetis.profiler.defaults import default_profile
 from hetis.solver.budget import Budget, Progress, Report, SearchSettings

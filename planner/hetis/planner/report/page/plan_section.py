@@ -57,7 +57,7 @@ from hetis.planner.use_cases.grouping import ReplicaGroup, group_replicas
 from hetis.planner.use_cases.place import OUT_OF_TIME, stopped_simulation_of
 from hetis.planner.use_cases.robustness.profile_errors import used_fits
 from hetis.planner.use_cases.surviving import losses_of
-from hetis.planner.use_cases.verify import attained, limited_latencies, misses, verification_of
+from hetis.planner.use_cases.verification import attained, limited_latencies, misses, verification_of
 from hetis.solver.placement.explanation import explain_plan
 from hetis.solver.plan import Explanation, MemoryBar, ObjectiveKind, Plan, ReplicaPlan, Role, parallel_sizes
 from hetis.solver.problem import PlacementProblem

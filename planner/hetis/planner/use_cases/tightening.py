@@ -1,0 +1,240 @@
+"""A better plan where simulated traffic misses a limit: engines with more seats, or a search with a tighter limit."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+
+from hetis.planner.use_cases.service_level import Latency, service_level_of
+from hetis.planner.use_cases.simulate import seats_of, with_more_seats
+from hetis.planner.use_cases.surviving import bounded_by
+from hetis.planner.use_cases.verification import Verification, in_seconds, limited_latencies, verification_of
+from hetis.planner.use_cases.verify import AtPlannedRate, RunReport, at_planned_rate
+from hetis.solver.errors import InfeasibleError, NoPlanFoundError
+from hetis.solver.plan import Objective, Plan, SolveResult, Status
+from hetis.solver.problem import PlacementProblem
+
+TIGHTENED = "tightened"  # entry of `Plan.inputs`
+TTFT, TPOT = "TTFT p95", "TPOT mean"  # as shown in plans
+MORE_SEATS = (1.5, 2.0, 3.0, math.inf)  # times the planned seats, which are tried in turn if requests wait for them
+LESS_EXCESS = 0.98  # times what a latency is over its limit: at least so much better with more seats
+SEARCHES = 2  # in addition to the first one
+LEAST_STEP = 0.8  # share of a limit: near saturation latencies are so steep that their ratio is too large a step
+LITTLE = 0.05  # share of a rate given up for a plan that keeps its limits at its own rate, not at a lower one
+
+Find = Callable[[PlacementProblem], Plan]  # raises InfeasibleError, NoPlanFoundError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tightening:
+    """A limit under the name that plans show, and the tighter limit that was planned for."""
+
+    name: str
+    asked_s: float
+    planned_s: float
+
+    def of(self, objective: Objective) -> Objective:
+        """Return the objective with the tighter limit."""
+        if self.name == TTFT:
+            return replace(objective, ttft_limit_s=self.planned_s)
+        return replace(objective, tpot_limit_s=self.planned_s)
+
+
+def tightening_of(plan: Plan) -> Tightening | None:
+    """Return the limit that was tightened for a plan, or None if there is none or it is unreadable."""
+    found = plan.inputs.get(TIGHTENED)
+    try:
+        return Tightening(**found) if isinstance(found, Mapping) else None
+    except TypeError:
+        return None
+
+
+def _never() -> bool:
+    return False
+
+
+def verified_plan(
+    plan: Plan, problem: PlacementProblem, find: Find | None, *, seed: int, cancelled: threading.Event,
+    report: RunReport, is_short: Callable[[], bool] = _never,
+) -> Plan:  # fmt: skip
+    """Return the plan as `verified` does or, if it misses a limit at its planned rate, a better one.
+
+    The cost model predicts TTFT by averages, which is too low if a few long iterations with a chunk take most of the
+    time (`docs/cost-model.md`, "What is approximated"). The simulator takes that into account.
+
+    If requests wait for seats, engines that may run more of them at once are simulated first (`with_more_seats`).
+
+    ``find`` then searches again with the missed limit tightened (None: there is no other search). The first step is the
+    ratio of the planned to the simulated latency, but at most 20%. The next is another step of this size if a limit is
+    still missed, and half of it in the other direction if none is missed or there is no such plan. The result is the
+    plan that serves most within the limits of the problem; one that keeps them at its own rate may serve a little less.
+    Its bound is that of the problem, since a tighter limit can only exclude plans.
+
+    Lower rates of plans that miss a limit are simulated last, and only those at which such a plan would be the result.
+    Those of the first plan are simulated first if ``is_short`` says then that little time is left: another search may
+    use it up, and no rate would be known to keep the limits.
+    """
+    simulated = partial(_with_seats, problem=problem, seed=seed, cancelled=cancelled, report=report)
+    first = simulated(plan)
+    if first is None:
+        return plan
+    limit = None if find is None else _missed(first.found, plan)
+    if find is None or limit is None:
+        return _with_seats_noted(first.decided())
+    first = first.with_lower_rates() if is_short() else first
+    tried, step = [first], limit.planned_s / limit.asked_s
+    share, planned_s = step, _planned_s(plan, limit)
+    for _ in range(SEARCHES):
+        tightened = replace(limit, planned_s=share * planned_s)
+        posed = replace(problem, objective=tightened.of(problem.objective))
+        again = None if cancelled.is_set() else _found(find, posed)
+        other = None if again is None else simulated(_answering(plan, problem, again, tightened))
+        tried += [] if other is None else [other]
+        still_missed = other is not None and not other.found.kept
+        share *= step if still_missed else step**-0.5
+    return _with_seats_noted(_best(tried))
+
+
+def _with_seats(
+    plan: Plan, problem: PlacementProblem, *, seed: int, cancelled: threading.Event, report: RunReport
+) -> AtPlannedRate | None:
+    """Simulate a plan at its rate and, if TTFT is missed, with engines that may run more requests at once.
+
+    A plan has as many seats as keep the limit on TPOT when all are taken. At lower rates fewer are, so that more of
+    them spare requests the wait for a seat without TPOT being missed. None: as `at_planned_rate`.
+    """
+    simulated = partial(at_planned_rate, problem=problem, seed=seed, cancelled=cancelled, report=report)
+    best = simulated(plan)
+    for factor in MORE_SEATS:
+        if best is None or best.found.kept or not _waits(best.found, plan):
+            break
+        wider = with_more_seats(plan, problem, factor)
+        if seats_of(wider) == seats_of(best.plan):
+            continue
+        other = simulated(wider)
+        if other is None or not (other.found.kept or _excess(other) < LESS_EXCESS * _excess(best)):
+            break
+        best = other
+    return best
+
+
+def _waits(found: Verification, plan: Plan) -> bool:
+    """Return whether TTFT is over its limit, by more than TPOT."""
+    worst = max(limited_latencies(found, plan), key=lambda one: one.value_s / one.limit_s)
+    return worst.latency is Latency.TTFT and worst.value_s > worst.limit_s
+
+
+def _excess(tried: AtPlannedRate) -> float:
+    """Return the worst latency of a plan over its limit, or the share of requests that miss a limit."""
+    if service_level_of(tried.plan).attainment is not None:
+        return 1.0 - tried.found.attainment
+    return max(one.value_s / one.limit_s for one in limited_latencies(tried.found, tried.plan))
+
+
+def _with_seats_noted(plan: Plan) -> Plan:
+    """Return the plan with a note if its engines may run more requests at once than decode in the saturated plan."""
+    planned, most = sum(one.planned_seats for one in plan.replicas), sum(one.seats for one in plan.replicas)
+    if planned == most:
+        return plan
+    note = (
+        f"engines may run {most:,} requests at once (--max-num-seqs), of which {planned:,} decode within the limit on "
+        "TPOT when all seats are taken: with more, fewer requests wait for a seat, but above the simulated rate TPOT "
+        "may exceed its limit"
+    )
+    return replace(plan, notes=(*plan.notes, note))
+
+
+def _best(tried: Sequence[AtPlannedRate]) -> Plan:
+    """Return the plan that serves most within the limits, with a note if that is not the first one, which misses them.
+
+    If several serve as much, it is the first of them.
+    """
+    best = max((one.decided() for one in tried if one.found.kept), key=_worth, default=None)
+    missed = () if best is not None and not best.objective.maximises else [one for one in tried if not one.found.kept]
+    below_rps = None  # rate at and above which the first plan misses the limits, if that is known
+    for one in reversed(missed):
+        least_rps = 0.0 if best is None else _worth(best)[1]
+        decided = one.decided(least_rps)
+        best = decided if best is None else max(decided, best, key=_worth)
+        below_rps = None if verification_of(decided) is None else min(least_rps, one.found.rate_rps)
+    assert best is not None, "each plan keeps or misses the limits"
+    other = tightening_of(best)
+    return best if other is None else replace(best, notes=(*best.notes, _sentence(tried[0], other, below_rps)))
+
+
+def _missed(found: Verification, plan: Plan) -> Tightening | None:
+    """Return the limit that a simulated plan misses most, and the first step from this limit.
+
+    None if it misses none.
+    """
+    if found.kept:
+        return None
+    limited = limited_latencies(found, plan)  # a plan without limits is not verified
+    if service_level_of(plan).attainment is None:
+        worst = max(limited, key=lambda one: one.value_s / one.limit_s)
+        ratio = worst.value_s / worst.limit_s
+    else:  # the excess over a limit does not show how many requests exceed it
+        missed = {Latency.TTFT: found.ttft_missed or 0.0, Latency.TPOT: found.tpot_missed or 0.0}
+        worst, ratio = max(limited, key=lambda one: missed[one.latency]), 1.0 / LEAST_STEP
+    if found.steady is False or not math.isfinite(ratio):  # however long requests wait in the end
+        worst, ratio = limited[0], math.inf
+    planned_s = worst.limit_s * min(1.0, max(LEAST_STEP, 1.0 / ratio))
+    name = TTFT if worst.latency is Latency.TTFT else TPOT
+    return Tightening(name=name, asked_s=worst.limit_s, planned_s=planned_s)
+
+
+def _planned_s(plan: Plan, limit: Tightening) -> float:
+    """Return the latency that the model predicts for the replica closest to the limit."""
+    of_replicas = [replica.ttft_s if limit.name == TTFT else replica.tpot_s for replica in plan.replicas]
+    return min(limit.asked_s, max(of_replicas))
+
+
+def _found(find: Find, problem: PlacementProblem) -> Plan | None:
+    try:
+        plan = find(problem)
+    except (InfeasibleError, NoPlanFoundError):
+        return None
+    return plan if plan.replicas else None
+
+
+def _answering(first: Plan, problem: PlacementProblem, again: Plan, tried: Tightening) -> Plan:
+    """Return the plan for a tightened limit as one for the problem, with the first plan's bound and inputs."""
+    return replace(
+        again,
+        objective=problem.objective,
+        result=_bounded(again.result, first.result, maximises=problem.objective.maximises),
+        inputs={**first.inputs, TIGHTENED: asdict(tried)},
+    )
+
+
+def _bounded(result: SolveResult, first: SolveResult, *, maximises: bool) -> SolveResult:
+    found = bounded_by(result, max(first.bound, result.value) if maximises else min(first.bound, result.value))
+    status = Status.INTERRUPTED if Status.INTERRUPTED in (result.status, first.status) else found.status
+    return replace(found, status=status, solve_s=first.solve_s + result.solve_s)
+
+
+def _sentence(first: AtPlannedRate, tried: Tightening, below_rps: float | None) -> str:
+    result, asked = first.plan.result, in_seconds(tried.asked_s)
+    this = "misses the limits" if below_rps is None else f"keeps the limits at less than {below_rps:.4g} requests/s"
+    return (
+        f"planned for a {tried.name} of {in_seconds(tried.planned_s)} where {asked} are asked for: simulated, "
+        f"the best plan for {asked} by the model ({result.value:.4g} {result.unit}) {this}; the bound is "
+        f"that for {asked}"
+    )
+
+
+def _worth(plan: Plan) -> tuple[bool, float]:
+    """Return the key by which plans are compared: the rate within the limits or, if a rate is demanded, the cost."""
+    found = verification_of(plan)
+    kept = found is not None and found.kept
+    if plan.objective.maximises:
+        return True, _kept_rps(plan) * (1.0 + LITTLE if kept else 1.0)
+    return kept, -plan.result.value if kept else _kept_rps(plan)
+
+
+def _kept_rps(plan: Plan) -> float:
+    found = verification_of(plan)
+    return 0.0 if found is None or found.kept_rps is None else found.kept_rps

@@ -1,0 +1,105 @@
+"""The search for the highest rate that keeps the limits below one that misses them."""
+
+from __future__ import annotations
+
+import pytest
+
+from hetis.planner.use_cases.lower_rates import CancelledError, LowerRates
+
+
+@pytest.mark.parametrize(
+    ("short_rps", "long_rps", "at_least_rps", "found"),
+    [
+        (97.5, 97.5, 0.0, 97.0),
+        (70.0, 70.0, 0.0, 69.5),  # tries 97, 94, 88, 76, 50, then halves 50 to 76
+        (70.0, 66.0, 0.0, 65.39),  # the longer run misses its limits at 69.5, and at 97% of that
+        (98.0, 85.0, 0.0, 82.45),  # tries 97, and 85% of that
+        (98.0, 75.0, 0.0, 71.54),  # keeps 70% of 97 and misses 85%, so it tries 77.5% and 73.75%
+        (98.0, 77.0, 70.0, 76.23),  # keeps 70, so it tries halfway to 85% of 97
+        (70.0, 90.0, 0.0, 85.14),  # longer runs keep more, in steps of 7%
+        (20.0, 90.0, 0.0, 27.94),  # up to five of them
+        (98.0, 200.0, 0.0, 97.0),  # but nothing is tried at or above the rate that misses
+        (70.0, 30.0, 0.0, None),  # short runs mislead too much
+        (10.0, 10.0, 0.0, None),
+        (20.0, 20.0, 0.0, 19.92),
+        (70.0, 70.0, 60.0, 70.0),  # searches only from 60 on
+        (70.0, 70.0, 80.0, None),
+        (70.0, 70.0, 100.0, None),
+    ],
+)
+def test_the_highest_rate_below_a_missed_one_is_found_by_short_runs_and_decided_by_long_ones(
+    short_rps: float, long_rps: float, at_least_rps: float, found: float | None
+) -> None:
+    tried = list[float]()
+
+    def seems_sure(rate_rps: float) -> bool:
+        tried.append(rate_rps)
+        return rate_rps <= short_rps
+
+    def is_sure(rate_rps: float) -> bool:
+        tried.append(rate_rps)
+        return rate_rps <= long_rps
+
+    kept_rps = LowerRates(seems_sure, is_sure).highest(100.0, at_least_rps)
+    assert kept_rps == (None if found is None else pytest.approx(found, rel=1e-3))
+    assert all(at_least_rps <= rate_rps < 100.0 for rate_rps in tried)
+
+
+@pytest.mark.parametrize(
+    ("long_rps", "runs", "found"),
+    [
+        (90.0, 1, 69.5),  # long runs before it is cancelled: at 69.5, then at 74.4
+        (90.0, 2, 74.37),
+        (50.0, 6, 48.65),  # at 69.5, and at 97, 94, 91, 85 and 70% of that
+        (50.0, 5, None),
+    ],
+)
+def test_a_rate_that_was_found_is_kept_when_the_search_for_a_higher_one_is_cancelled(
+    long_rps: float, runs: int, found: float | None
+) -> None:
+    tried = list[float]()
+
+    def is_sure(rate_rps: float) -> bool:
+        if len(tried) == runs:
+            raise CancelledError
+        tried.append(rate_rps)
+        return rate_rps <= long_rps
+
+    search = LowerRates(lambda rate_rps: rate_rps <= 70.0, is_sure)
+    if found is None:
+        with pytest.raises(CancelledError):
+            search.highest(100.0, 0.0)
+    else:
+        assert search.highest(100.0, 0.0) == pytest.approx(found, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("short_runs", "long_rps", "long_runs", "likely"),
+    [
+        (4, 90.0, 0, None),  # at 97, 94, 88 and 76
+        (5, 90.0, 0, 50.0),
+        (6, 90.0, 0, 63.0),
+        (99, 90.0, 0, 69.5),
+        (99, 55.0, 1, 63.0),  # long runs miss at 69.5
+        (99, 55.0, 3, 63.0),  # and at 97 and 94% of that
+        (99, 55.0, 5, 50.0),  # and at 91 and 85%
+    ],
+)
+def test_a_search_that_is_cancelled_tells_which_rate_short_runs_keep_and_long_ones_do_not_refute(
+    short_runs: int, long_rps: float, long_runs: int, likely: float | None
+) -> None:
+    short, long = list[float](), list[float]()
+
+    def tried(rates: list[float], most: int, rate_rps: float, highest_rps: float) -> bool:
+        if len(rates) == most:
+            raise CancelledError
+        rates.append(rate_rps)
+        return rate_rps <= highest_rps
+
+    search = LowerRates(
+        lambda rate_rps: tried(short, short_runs, rate_rps, 70.0),
+        lambda rate_rps: tried(long, long_runs, rate_rps, long_rps),
+    )
+    with pytest.raises(CancelledError):
+        search.highest(100.0, 0.0)
+    assert search.likely_rps == (None if likely is None else pytest.approx(likely, rel=1e-3))
