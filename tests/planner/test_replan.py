@@ -219,6 +219,22 @@ def test_a_fleet_without_any_gpu_of_the_plan_is_warned_of(folder: Path) -> None:
     assert "of the running plan" not in invoke(*asked, str(folder / "less.yaml")).stderr
 
 
+def test_a_running_plan_that_fails_its_check_is_warned_of_once_and_replanned(folder: Path) -> None:
+    """Here its model has a smaller KV cache than the one that it was made for."""
+    plan = json.loads((folder / "running.json").read_text())
+    plan["inputs"]["documents"]["model"]["kv_bytes"] = 1.0
+    (folder / "unchecked.json").write_text(json.dumps(plan))
+    asked = ["replan", "--from", str(folder / "unchecked.json"), "-c", str(folder / "fleet.yaml"), "--no-verify"]
+    found = invoke(*asked, "-o", "json")
+    assert found.exit_code == ExitCode.OK, found.output
+    violations = json.loads(invoke("check", str(folder / "unchecked.json"), "-o", "json").stdout)["violations"]
+    assert len(violations) > 1
+    first = f"{violations[0]['where']}: {violations[0]['message']} (rate)"
+    said = f"unchecked.json does not pass `hetis-plan check`: {first}, and {len(violations) - 1} more"
+    assert " ".join(found.stderr.split()).count(said) == 1
+    assert "does not pass" not in invoke(*asked[:2], str(folder / "running.json"), *asked[3:]).stderr
+
+
 def test_the_next_plan_is_simulated_as_the_running_one_was(folder: Path) -> None:
     running = json.loads((folder / "running.json").read_text())
     running["inputs"]["service_level"] = {"ttft": "p99", "tpot": "mean", "attainment": None}

@@ -106,11 +106,10 @@ def _load_and_check(terminal: Terminal, paths: list[str]) -> list[PlanAndProblem
 
 def warn_if_wrong(terminal: Terminal, path: str, found: PlanAndProblem) -> None:
     """Warn of a plan that the checker does not confirm."""
-    from hetis.solver.check import check_plan
+    from hetis.planner.use_cases.sources import unconfirmed
 
-    if violations := check_plan(found.plan, found.problem):
-        rest = f", and {len(violations) - 1} more" if len(violations) > 1 else ""
-        terminal.warn(f"{path} does not pass `hetis-plan check`: {violations[0]}{rest}")
+    for warning in unconfirmed(found, path):
+        terminal.warn(warning)
 
 
 # --- report

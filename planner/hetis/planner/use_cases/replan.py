@@ -31,6 +31,7 @@ from hetis.planner.use_cases.sources import (
     inputs_from_documents,
     load_plan_and_problem,
     load_profiles,
+    unconfirmed,
     unused_profiles,
     with_asked,
 )
@@ -128,7 +129,7 @@ def load_replanning(
     objective = asked_objective(found.plan, running)
     if rate_rps is not None:
         objective = replace(objective, demand_rps=rate_rps)
-    warnings = [*found.warnings, *_nothing_in_common(found.plan, fleet)]
+    warnings = [*found.warnings, *unconfirmed(found, running), *_nothing_in_common(found.plan, fleet)]
     posed = loaded.inputs.problem(objective, settings.strategy, settings.roles, settings.engine)
     kept, ignored, absent = _constraints(posed)
     dropped = [f"re-planning does not support {each}" for each in ignored]
