@@ -9,9 +9,10 @@ from typing import Any, get_args
 
 import pytest
 
-from hetis.formats.documents import load_plan
+from hetis.formats.documents import load_cluster, load_plan
 from hetis.planner.cli.sharing import ShareRule
 from hetis.planner.report.sharing import holds
+from hetis.solver.budget import Report
 from hetis.solver.tenants.problem import TenantRule
 from tests.planner.command_line import EXAMPLES, hetis_plan_here, invoke
 
@@ -112,6 +113,25 @@ def test_only_what_is_asked_for_is_computed(tmp_path: Path) -> None:
     answer = json.loads(result.stdout)
     assert [rule["rule"] for rule in answer["rules"]] == ["max-min"]
     assert "envy" not in answer
+
+
+def test_what_the_shares_need_is_compiled_before_their_time_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now_s, sizes = 0.0, list[int]()
+
+    def compile_slowly(num_gpus: int, strategies: tuple[str, ...], *, for_engine: bool = False, report: Report) -> None:
+        nonlocal now_s
+        assert (strategies, for_engine) == (("hetis",), False)
+        sizes.append(num_gpus)
+        now_s += 1000.0
+
+    monkeypatch.setattr("hetis.planner.cli.sharing.time", SimpleNamespace(monotonic=lambda: now_s))
+    monkeypatch.setattr("hetis.planner.jobs.kernels.compile_kernels", compile_slowly)
+    asked = ["--no-others", "--no-envy", "--time-limit", "60s", "--out", str(tmp_path / "new")]
+    assert invoke("share", written(tmp_path), "-c", FLEET, *asked).exit_code == 0
+    assert sizes == [1, load_cluster(FLEET).num_gpus()]
+    assert load_plan(str(tmp_path / "new" / "chat.json")).result.solve_s == 0.0
 
 
 def test_the_rules_of_the_command_line_are_those_of_the_solver() -> None:
