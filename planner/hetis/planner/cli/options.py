@@ -407,7 +407,7 @@ verify_option = partial(
 survive_option = partial(
     _goal,
     "--survive: Still serve --rate after losing any one node or zone; needs --objective cost or gpus. Several searches "
-    "follow, each with the full time limit.",
+    "share the time limit.",
 )
 
 
