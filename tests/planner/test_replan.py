@@ -287,6 +287,27 @@ def test_a_plan_that_survives_is_followed_by_one_for_its_demand(
     assert f"{min(left, 0.5):.4g} of 0.5 requests/s are served when any one node is lost" in after["notes"]
 
 
+@pytest.mark.parametrize(("rate", "survives"), [("0.5", True), ("20", False)])
+def test_whether_the_next_plan_survives_is_told_and_warned_of(folder: Path, rate: str, survives: bool) -> None:
+    running = json.loads((folder / "running.json").read_text())
+    running["inputs"]["survive"] = "node"
+    (folder / "sized.json").write_text(json.dumps(running))
+    asked = ["replan", "--from", str(folder / "sized.json"), "-c", str(folder / "fleet.yaml"), "--no-verify"]
+    found = invoke(*asked, "--rate", rate, "-o", "json")
+    answer = json.loads(found.stdout)
+    left = 0.9 * answer["plan"]["inputs"]["losses"]["node"]["rate"]
+    assert survives == (left >= float(rate))
+    assert answer["survival"] == {
+        "place": "node", "demand_rps": float(rate), "left_rps": pytest.approx(left), "survives": survives
+    }  # fmt: skip
+    words = f"{min(left, float(rate)):.4g} of {float(rate):.4g} requests/s are served when any one node is lost"
+    warning = f"warning: the next plan does not survive the loss of any one node: {words}"
+    assert (warning in found.stderr) != survives
+    told = " ".join(invoke(*asked, "--rate", rate, "-q").stdout.split())
+    assert f"Survives {'yes' if survives else 'NO'}: {words}" in told
+    assert replanned(folder, "fleet.yaml")["survival"] is None
+
+
 @pytest.mark.parametrize("asked", [{"tpot_limit_s": True}, {"demand_rps": "10"}, {"kind": 1.0}, [], {"demand_rps": -1}])
 def test_what_was_asked_in_another_form_is_refused(
     folder: Path, tmp_path: Path, asked: object, capsys: pytest.CaptureFixture[str]
