@@ -449,6 +449,19 @@ def test_a_whole_call_can_be_checked_without_solving(
     assert not Path("p.json").exists()
 
 
+def test_lines_of_a_dry_run_that_do_not_fit_are_indented(
+    home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run_verb(["init", "-q"]) == ExitCode.OK
+    monkeypatch.setenv("COLUMNS", "80")
+    capsys.readouterr()
+    assert run_verb(["place", *SAMPLE, "--rate", "3", "--dry-run"]) == ExitCode.OK
+    first, *others = capsys.readouterr().out.splitlines()
+    assert first.startswith("ok  meta-llama")
+    assert len(others) > 3
+    assert all(line.startswith("    ") and line[4] != " " and len(line) <= 80 for line in others)
+
+
 def test_what_is_wrong_with_a_call_is_found_without_solving(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Every file, name and option, and where the results would go."""
     assert run_verb(["init", "-q"]) == ExitCode.OK

@@ -292,6 +292,6 @@ def test_ctrl_c_saves_and_prints_the_incumbent(tmp_path: Path) -> None:
     result = json.loads(out)["result"]
     assert result["status"] == "interrupted"
     assert result["value"] > 0
-    assert result["bound"] is None or result["bound"] >= result["value"]  # null: stopped before a bound was found
+    assert result["bound"] >= result["value"]  # however early it was stopped
     assert "stopping with the best plan so far" in err
     assert hetis_plan("check", str(tmp_path / "plan.json")).returncode == 0

@@ -219,6 +219,22 @@ def test_a_fleet_without_any_gpu_of_the_plan_is_warned_of(folder: Path) -> None:
     assert "of the running plan" not in invoke(*asked, str(folder / "less.yaml")).stderr
 
 
+def test_a_running_plan_that_fails_its_check_is_warned_of_once_and_replanned(folder: Path) -> None:
+    """Here its model has a smaller KV cache than the one that it was made for."""
+    plan = json.loads((folder / "running.json").read_text())
+    plan["inputs"]["documents"]["model"]["kv_bytes"] = 1.0
+    (folder / "unchecked.json").write_text(json.dumps(plan))
+    asked = ["replan", "--from", str(folder / "unchecked.json"), "-c", str(folder / "fleet.yaml"), "--no-verify"]
+    found = invoke(*asked, "-o", "json")
+    assert found.exit_code == ExitCode.OK, found.output
+    violations = json.loads(invoke("check", str(folder / "unchecked.json"), "-o", "json").stdout)["violations"]
+    assert len(violations) > 1
+    first = f"{violations[0]['where']}: {violations[0]['message']} (rate)"
+    said = f"unchecked.json does not pass `hetis-plan check`: {first}, and {len(violations) - 1} more"
+    assert " ".join(found.stderr.split()).count(said) == 1
+    assert "does not pass" not in invoke(*asked[:2], str(folder / "running.json"), *asked[3:]).stderr
+
+
 def test_the_next_plan_is_simulated_as_the_running_one_was(folder: Path) -> None:
     running = json.loads((folder / "running.json").read_text())
     running["inputs"]["service_level"] = {"ttft": "p99", "tpot": "mean", "attainment": None}
@@ -269,6 +285,27 @@ def test_a_plan_that_survives_is_followed_by_one_for_its_demand(
     assert "survive" not in after["inputs"]
     assert said in after["notes"]
     assert f"{min(left, 0.5):.4g} of 0.5 requests/s are served when any one node is lost" in after["notes"]
+
+
+@pytest.mark.parametrize(("rate", "survives"), [("0.5", True), ("20", False)])
+def test_whether_the_next_plan_survives_is_told_and_warned_of(folder: Path, rate: str, survives: bool) -> None:
+    running = json.loads((folder / "running.json").read_text())
+    running["inputs"]["survive"] = "node"
+    (folder / "sized.json").write_text(json.dumps(running))
+    asked = ["replan", "--from", str(folder / "sized.json"), "-c", str(folder / "fleet.yaml"), "--no-verify"]
+    found = invoke(*asked, "--rate", rate, "-o", "json")
+    answer = json.loads(found.stdout)
+    left = 0.9 * answer["plan"]["inputs"]["losses"]["node"]["rate"]
+    assert survives == (left >= float(rate))
+    assert answer["survival"] == {
+        "place": "node", "demand_rps": float(rate), "left_rps": pytest.approx(left), "survives": survives
+    }  # fmt: skip
+    words = f"{min(left, float(rate)):.4g} of {float(rate):.4g} requests/s are served when any one node is lost"
+    warning = f"warning: the next plan does not survive the loss of any one node: {words}"
+    assert (warning in found.stderr) != survives
+    told = " ".join(invoke(*asked, "--rate", rate, "-q").stdout.split())
+    assert f"Survives {'yes' if survives else 'NO'}: {words}" in told
+    assert replanned(folder, "fleet.yaml")["survival"] is None
 
 
 @pytest.mark.parametrize("asked", [{"tpot_limit_s": True}, {"demand_rps": "10"}, {"kind": 1.0}, [], {"demand_rps": -1}])

@@ -27,6 +27,7 @@ from hetis.planner.use_cases.place import SIMPLE_SETUPS
 from hetis.planner.use_cases.robustness.profile_errors import PROFILE_ERRORS
 from hetis.planner.use_cases.sources import inputs_from_documents, load_plan_and_problem
 from hetis.planner.use_cases.verification import VERIFICATION
+from hetis.solver.budget import Report
 from hetis.solver.cluster import Link
 from hetis.solver.constraints import Exclude, Selection, Unit
 from hetis.solver.plan import Explanation, IdleGpus, Objective, ObjectiveKind
@@ -316,6 +317,19 @@ def test_what_to_buy_next_is_found_by_solving_again(folder: Path) -> None:
     assert "What to buy next" in text
     assert "2 GPUs of one type added, and everything solved again." in text
     assert "H100-SXM-80GB" in text[text.index("The market, best purchase per dollar first") :]
+
+
+def test_what_the_market_needs_is_compiled_before_its_time_runs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    num_gpus, compiled = load_plan_and_problem(str(folder / "plan.json")).problem.cluster.num_gpus(), set[int]()
+
+    def compile_for(size: int, strategies: tuple[str, ...], *, for_engine: bool, report: Report) -> None:
+        assert (strategies, for_engine) == (("hetis",), True)
+        compiled.add(size)
+
+    monkeypatch.setattr("hetis.planner.jobs.kernels.compile_kernels", compile_for)
+    asked = ("--buy-next", "--count", "2", "--time-limit", "100ms", "-q", "--out", str(folder / "compiled.html"))
+    assert invoke("report", str(folder / "plan.json"), *asked).exit_code == 0
+    assert compiled == {num_gpus, num_gpus + 2}
 
 
 def test_shapes_and_reasons_are_said_in_words() -> None:

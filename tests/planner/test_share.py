@@ -9,9 +9,12 @@ from typing import Any, get_args
 
 import pytest
 
-from hetis.formats.documents import load_plan
+from hetis.formats.documents import load_cluster, load_plan
 from hetis.planner.cli.sharing import ShareRule
 from hetis.planner.report.sharing import holds
+from hetis.planner.use_cases.place import ONE_TOKEN
+from hetis.planner.use_cases.sources import ASKED, asked_objective
+from hetis.solver.budget import Report
 from hetis.solver.tenants.problem import TenantRule
 from tests.planner.command_line import EXAMPLES, hetis_plan_here, invoke
 
@@ -112,6 +115,39 @@ def test_only_what_is_asked_for_is_computed(tmp_path: Path) -> None:
     answer = json.loads(result.stdout)
     assert [rule["rule"] for rule in answer["rules"]] == ["max-min"]
     assert "envy" not in answer
+
+
+def test_plans_of_tenants_keep_what_was_asked_of_them(tmp_path: Path) -> None:
+    """Requests of one output token have no TPOT: its limit is not in the plan's objective, but it was asked for."""
+    text = TWO.replace("2000/200", "2000/1")
+    asked = ["--no-others", "--no-envy", "-q", "--out", str(tmp_path / "new")]
+    assert invoke("share", written(tmp_path, text), "-c", FLEET, *asked).exit_code == 0
+    chat, drafts = (load_plan(str(tmp_path / "new" / f"{name}.json")) for name in ("chat", "drafts"))
+    assert ASKED not in chat.inputs
+    assert drafts.objective.tpot_limit_s is None
+    assert drafts.inputs[ASKED] == {"tpot_limit_s": 0.05}
+    assert asked_objective(drafts).tpot_limit_s == 0.05
+    assert ONE_TOKEN in drafts.notes
+    assert invoke("check", str(tmp_path / "new" / "drafts.json")).exit_code == 0
+
+
+def test_what_the_shares_need_is_compiled_before_their_time_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now_s, sizes = 0.0, list[int]()
+
+    def compile_slowly(num_gpus: int, strategies: tuple[str, ...], *, for_engine: bool = False, report: Report) -> None:
+        nonlocal now_s
+        assert (strategies, for_engine) == (("hetis",), False)
+        sizes.append(num_gpus)
+        now_s += 1000.0
+
+    monkeypatch.setattr("hetis.planner.cli.sharing.time", SimpleNamespace(monotonic=lambda: now_s))
+    monkeypatch.setattr("hetis.planner.jobs.kernels.compile_kernels", compile_slowly)
+    asked = ["--no-others", "--no-envy", "--time-limit", "60s", "--out", str(tmp_path / "new")]
+    assert invoke("share", written(tmp_path), "-c", FLEET, *asked).exit_code == 0
+    assert sizes == [1, load_cluster(FLEET).num_gpus()]
+    assert load_plan(str(tmp_path / "new" / "chat.json")).result.solve_s == 0.0
 
 
 def test_the_rules_of_the_command_line_are_those_of_the_solver() -> None:

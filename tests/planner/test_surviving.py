@@ -13,9 +13,15 @@ import pytest
 
 from hetis.planner.cli.app import run
 from hetis.planner.cli.exit_codes import ExitCode
+from hetis.planner.use_cases import place as placing
+from hetis.planner.use_cases.place import PlacementRequest, PlacementSettings
 from hetis.planner.use_cases.surviving import LOSSES, _equal_nodes, losses_of
+from hetis.solver.budget import Budget, silent
 from hetis.solver.cluster import GpuSlots, NodeGroup
 from hetis.solver.constraints import Exclude, Selection, Unit
+from hetis.solver.errors import NoPlanFoundError
+from hetis.solver.plan import Objective, ObjectiveKind, Plan
+from hetis.solver.problem import PlacementProblem
 from tests.engines.plans import plan_of, stage_of
 from tests.solver.instances import make_problem, make_profile
 
@@ -229,6 +235,39 @@ def test_zones_that_cannot_be_lost_are_refused_with_the_reason(
     assert "--pin replicas=2 applies to the whole fleet" in " ".join(capsys.readouterr().err.split())
     assert run([*inputs, *ONE_GPU, "--objective", "cost", "--rate", "12", "--survive", "zone"]) == ExitCode.INFEASIBLE
     assert "18 requests/s are needed to serve 12 without any one" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("is_found", [True, False])
+def test_all_searches_together_keep_the_time_limit(
+    inputs: list[str], monkeypatch: pytest.MonkeyPatch, is_found: bool
+) -> None:
+    """Every search takes all of its time here; those of nodes on their own find nothing unless ``is_found``."""
+    now_s, limits_s, solve = 0.0, list[float](), placing.search
+
+    def slow(problem: PlacementProblem, settings: PlacementSettings, *, budget: Budget, **more: Any) -> Plan:
+        nonlocal now_s
+        limits_s.append(budget.time_limit_s)
+        now_s += budget.time_limit_s
+        if len(limits_s) > 2 and not is_found:
+            raise NoPlanFoundError("no plan found within this time")
+        return solve(problem, settings, budget=Budget(), **more)
+
+    monkeypatch.setattr(placing, "search", slow)
+    goal = Objective(kind=ObjectiveKind.GPUS, demand_rps=0.5, ttft_limit_s=None, tpot_limit_s=None)
+    request = PlacementRequest(
+        cluster="fleet.yaml", model="Llama-2-7B", workload="1024/256", objective=goal,
+        settings=PlacementSettings(survive="node", time_limit_s=60.0),
+    )  # fmt: skip
+    loaded = placing.load(request)
+    problem, budget = placing.pose(request, loaded), Budget(time_limit_s=60.0, clock=lambda: now_s)
+    if is_found:
+        placing.make_plan(loaded, problem, request.settings, budget=budget, report=silent)
+    else:
+        with pytest.raises(NoPlanFoundError, match=r"all searches for --survive share 60 s$"):
+            placing.make_plan(loaded, problem, request.settings, budget=budget, report=silent)
+    assert len(limits_s) > 2
+    assert limits_s[:3] == [30.0, 15.0, 7.5]
+    assert now_s < 60.0
 
 
 @pytest.mark.parametrize("row", [{"rate": "x", "whole": 1}, {"rate": 1, "whole": 0}, {"whole": 1}, {}, 3])

@@ -264,6 +264,25 @@ def test_a_market_may_be_a_file(fleet: str, tmp_path: Path) -> None:
     assert [offer["usd_per_hour"] for offer in answer["offers"] if offer["gpu"] == "L4"] == [0.4]  # type: ignore[attr-defined]
 
 
+def test_all_that_is_wrong_in_a_market_is_told_at_once_with_its_line(fleet: str, tmp_path: Path) -> None:
+    market, empty, raw = (tmp_path / name for name in ("market.txt", "empty.txt", "raw.txt"))
+    market.write_text("# what is on offer\nL4 = 0  # free\nA10\n\nL5, T4=much\n")
+    empty.write_text("# nothing\n")
+    raw.write_bytes(b"L4\xff")
+    files = [option for path in (market, empty, raw) for option in ("--market", str(path))]
+    with pytest.raises(DocumentError) as failure:
+        raise_from(asked(fleet, "--buy-next", *files, "--market", "L4=-1,A10", "--zone", "mars"))
+    told = [str(problem) for problem in failure.value.problems]
+    assert f"{market}:5: unknown GPU 'L5'" in told
+    assert f"{market}:2: L4: the price is 0, must be above 0 and finite" in told
+    assert f"{market}:5: T4: 'much' is not a price in USD per hour" in told
+    assert f"{empty}: does not name a GPU type" in told
+    assert any(line.startswith(f"{raw}: ") for line in told)
+    assert "--market: L4: the price is -1, must be above 0 and finite" in told
+    assert len(told) == 7
+    assert "no zone mars" in told[0]
+
+
 def test_a_market_may_be_given_in_parts(fleet: str) -> None:
     answer = answer_to(fleet, "--buy-next", "--market", "L4,T4", "--market", "RTX-3090=0.1", "--market", "T4=0.2")
     prices = {offer["gpu"]: offer["usd_per_hour"] for offer in answer["offers"]}  # type: ignore[attr-defined]

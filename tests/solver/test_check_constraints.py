@@ -146,6 +146,18 @@ def test_a_broken_constraint_names_the_first_devices(constraint: Constraint, mes
     assert found.message == message
 
 
+def test_a_device_that_is_left_out_is_not_called_unknown() -> None:
+    problem = replace(the_problem(), constraints=(Exclude(gpus=of(Unit.TYPE, "C")),))
+    plan = the_plan(the_problem())
+    said = [v.message for v in check_plan(plan, problem) if v.rule is Rule.KNOWN_DEVICE]
+    assert said == ["device c/0 is left out by a constraint"]
+    moved = replace(plan.replicas[0], stages=(replace(plan.replicas[0].stages[0], devices=("x/0", "x/1")),))
+    said = [v.message for v in check_plan(replace(plan, replicas=(moved,)), problem) if v.rule is Rule.KNOWN_DEVICE]
+    size = problem.cluster.num_gpus()
+    unknown = [f"device x/{index} is not among the {size} devices of the cluster" for index in range(2)]
+    assert [one for one in said if "x/" in one] == unknown
+
+
 def test_what_any_constraint_leaves_out_is_not_in_the_fleet() -> None:
     problem = the_problem()
     out = (Exclude(gpus=of(Unit.GPU, "c/1")), Exclude(gpus=of(Unit.NODE, "a-1")), WithoutTp(tp=4))

@@ -11,6 +11,7 @@ from hypothesis import given
 
 from hetis.formats.documents import load_cluster, load_model, load_workload
 from hetis.profiler.roofline import modelled_profile
+from hetis.solver.check import check_plan
 from hetis.solver.check.fleet import Fleet, kv_partners, replica_shape
 from hetis.solver.check.rederive import Rederivation
 from hetis.solver.check.setting import Setting
@@ -277,8 +278,11 @@ def test_plan_with_an_unknown_device_is_refused() -> None:
     problem = the_problem()
     replica = claimed(unclaimed(A_ALONE), problem)
     broken = replace(replica, stages=(replace(A_ALONE, devices=("nowhere/0",)),))
-    with pytest.raises(InvalidProblemError, match="nowhere/0"):
+    size = problem.cluster.num_gpus()
+    message = f"replica 0 stage 1: device nowhere/0 is not among the {size} devices of the cluster (known_device)"
+    with pytest.raises(InvalidProblemError, match=f"^{re.escape(f'plan cannot be explained: {message}')}$"):
         explain_plan(plan_of(problem, broken), problem)
+    assert message in map(str, check_plan(plan_of(problem, broken), problem))
 
 
 def example_problem(cluster: str, model: str, workload: str, objective: Objective) -> PlacementProblem:

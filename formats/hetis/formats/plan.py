@@ -1,8 +1,8 @@
 """Plan files: the result of a placement, with its proof and its inputs.
 
-JSON has no infinity, so ``null`` is written for missing numbers. A plan without replicas has ``value: null`` (not a
-number); without a proof it has ``bound: null`` (infinity, or minus infinity for a minimised objective) and
-``gap: null`` (infinity).
+JSON has no infinity, so ``null`` is written for missing numbers: for a value that is not a number, a bound that is
+infinite (minus infinity for a minimised objective) and an infinite gap. Searches have a finite bound from the start, so
+their plans have none of these, and the checker refuses them.
 """
 
 from __future__ import annotations

@@ -404,7 +404,7 @@ class PlanSpec(_message.Message):
     """Nodes that a replica may lie on, attention workers included; not with `any`. 0: any number."""
     survive: _builtins.str
     """What may be lost, any one of it, without less than the demand being served: `node` or `zone`; with COST and GPUS. There
-    are several searches then, each of which may take the time limit. Empty: nothing.
+    are several searches then, which share the time limit. Empty: nothing.
     """
     max_num_seqs: _builtins.int
     """Requests that a replica runs at once, as its engine is started; at most 1000000000. 0: as many as is best."""

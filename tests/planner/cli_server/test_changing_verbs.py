@@ -328,6 +328,13 @@ def test_a_dry_run_changes_nothing(planner: FakePlanner, hetis_plan: Run, capsys
         (["-c", PAPER, "--no-wait"], "--no-wait needs --model and --workload, or --plan, or plans/NAME"),
         (["-c", PAPER, "--name", "night"], "--name needs --model and --workload, or --plan"),
         (["plans/day", "--name", "night"], "--name needs --model and --workload, or --plan"),
+        (["plans/day", "--time-limit", "60s"], "--time-limit needs --model and --workload, without which nothing"),
+        (
+            ["plans/day", "--rate", "3", "--ttft", "1s", "--strategy", "hetis", "--no-verify", "--kv", "fp8"],
+            "--kv, --rate, --ttft, --verify/--no-verify and --strategy need --model and --workload",
+        ),
+        (["--plan", "p.json", "--objective", "goodput", "--seed", "0"], "--objective and --seed need --model and"),
+        ([PAPER, "--max-gpus", "4", "--survive", "node"], "--survive and --max-gpus need --model and --workload"),
     ],
 )
 def test_contradictions_are_refused_before_any_change(

@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import pytest
 import yaml
@@ -128,6 +128,39 @@ def test_what_only_a_standby_answers_is_told_as_such(fleet: FakePlanner, hetis_p
     fleet.fail = lambda _method, _context: None
     assert hetis_plan("status") == ExitCode.OK
     assert "standby" not in capsys.readouterr().err
+
+
+def test_what_a_standby_does_not_know_is_not_shown_as_zero(
+    fleet: FakePlanner, hetis_plan: Run, capsys: Captured
+) -> None:
+    def rows(*arguments: str) -> list[list[str]]:
+        assert hetis_plan(*arguments) == ExitCode.OK
+        return [line.split() for line in capsys.readouterr().out.splitlines()]
+
+    def data(*arguments: str) -> dict[str, Any]:
+        assert hetis_plan(*arguments, "-o", "json") == ExitCode.OK
+        return json.loads(capsys.readouterr().out)  # type: ignore[no-any-return]
+
+    fleet.plans["plans/later"] = plan_pb2.Plan(
+        name="plans/later", cluster="clusters/paper", state=plan_pb2.PLAN_STATE_SOLVING
+    )
+    fleet.fail = lambda _method, context: context.set_trailing_metadata(((STANDBY_ANSWER, ""),))
+    fleet.clusters["clusters/paper"].num_connected_nodes = 0
+    fleet.replicas["clusters/paper/replicas/r-1"].ClearField("report")
+    assert rows("get", "clusters")[1][:3] == ["paper", "-/6", "12"]
+    assert ["paper", "-/6", "12"] in [row[:3] for row in rows("status")]
+    assert rows("get", "replicas")[1][-2:] == ["-", "-"]
+    assert next(row for row in rows("get", "plans") if row[0] == "later")[3:5] == ["-", "-"]
+    assert data("get", "clusters")["items"][0]["num_connected_nodes"] is None
+    assert data("status")["clusters"][0]["num_connected_nodes"] is None
+    replica = data("get", "replicas", "r-1")
+    assert (replica["report"], replica["report_time"]) == (None, None)
+    assert {plan["name"]: plan.get("progress", 0) for plan in data("get", "plans")["items"]} == {
+        "plans/day": 0, "plans/later": None, "plans/night": 0
+    }  # fmt: skip
+    fleet.fail = lambda _method, _context: None
+    assert rows("get", "clusters")[1][:2] == ["paper", "0/6"]
+    assert "num_connected_nodes" not in data("get", "clusters")["items"][0]
 
 
 def test_status_shows_health_clusters_and_plans(fleet: FakePlanner, hetis_plan: Run, capsys: Captured) -> None:

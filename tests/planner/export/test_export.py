@@ -20,12 +20,14 @@ from hetis.planner.export.ray_serve import engine_arguments
 from hetis.planner.export.replicas import ExportSettings, NotExportableError, launchable, with_single_copies
 from hetis.planner.export.targets import ENGINES, Export, export_plan, export_wanted
 from hetis.solver.model import DraftShape
-from hetis.solver.plan import Plan, Role
+from hetis.solver.plan import KvRoute, Plan, Role
 from tests.engines.plans import MODEL
 from tests.planner.export import reading
 from tests.planner.export.plans import (
     CARDS_SHARED,
+    DECODES,
     PLANS,
+    PREFILL,
     UNEQUAL_COPIES,
     WITH_WORKERS,
     apart,
@@ -770,6 +772,51 @@ def test_releases_of_llm_d_are_installed_where_their_services_are() -> None:
     )
     assert releases == [(f"hetis-r{i}", f"values-r{i}.yaml") for i in range(3)]
     assert {values for _, values in releases} <= made.files.keys()
+
+
+ZONES = {"a": "east", "b": "west", "c": "east", "d": "west"}
+NODES = [{"name": name, "zone": zone, "gpus": [{"type": "L4"}]} for name, zone in ZONES.items()]
+SLOW = {"between": ["a", "d"], "bandwidth": "1Gbps", "latency": "20us"}
+
+
+def two_pairs(
+    nodes: list[dict[str, Any]], network: Mapping[str, Any], *, gpu: str = "L4", keeps_zones: bool = False
+) -> Plan:
+    """Return a plan of two prefill replicas, on a and b, that each send to one decode replica, on c and d."""
+    zones = {node: (ZONES[node],) if keeps_zones else () for node in "ab"}
+    stage = {node: on(f"{node}/0", gpu=gpu if node in "bd" else "L4") for node in "abcd"}
+    senders = [replace(PREFILL, stages=(stage[node],), in_flight=1, kv_zones=zones[node]) for node in "ab"]
+    receivers = [replace(DECODES[0], stages=(stage[node],)) for node in "cd"]
+    routes = tuple(KvRoute(prefill=i, decode=2 + i, rate=2.0) for i in range(2))
+    plan = made_of(*senders, *receivers, routes=routes)
+    fleet = {"apiVersion": "hetis/v1", "kind": "Cluster", "name": "four", "nodes": nodes}
+    network = {"bandwidth": "100Gbps", "latency": "20us", **network}
+    return replace(plan, inputs={"documents": {**plan.inputs["documents"], "cluster": {**fleet, "network": network}}})
+
+
+@pytest.mark.parametrize("target", [ExportTarget.LLM_D, ExportTarget.DYNAMO])
+def test_pairs_that_routers_make_and_the_plan_rules_out_are_told(target: ExportTarget) -> None:
+    """Their routers choose the two replicas of a request separately; KServe's and Ray's take the plan's pairs."""
+
+    def told(plan: Plan, target: ExportTarget = target) -> list[str]:
+        lost = exported(plan, target).lost
+        return [line.partition("separately, also ")[2] for line in lost if line.startswith("pairs of prefill and")]
+
+    alike = [{**node, "zone": "east"} for node in NODES]
+    advice = ": a router of its own for each of r0+r2, r1+r3 keeps to the plan"
+    slow = f"which exchange KV over slower links than planned{advice}"
+    assert not told(two_pairs(alike, {}))
+    assert told(two_pairs(alike, {"nodes": {"links": [SLOW]}})) == [f"r0 → r3, {slow}"]
+    assert not told(two_pairs(alike, {"nodes": {"links": [{**SLOW, "between": ["a", "c"]}]}}))
+    zones = {"zones": {"links": [{"between": ["east", "west"], "bandwidth": "100Gbps", "latency": "1ms"}]}}
+    assert told(two_pairs(NODES, zones, keeps_zones=True)) == [f"r0 → r3, r1 → r2, {slow}"]
+    assert told(replace(two_pairs(alike, {}), inputs=made_of(PREFILL).inputs)) == []
+    others = [{**node, "gpus": [{"type": "MI300X"}]} if node["name"] in "bd" else node for node in alike]
+    unlike = two_pairs(others, {}, gpu="MI300X")
+    if target is ExportTarget.LLM_D:  # Dynamo leaves out GPUs of AMD
+        assert told(unlike) == [f"r0 → r3, r1 → r2, which cannot exchange KV{advice}"]
+    for paired in (ExportTarget.KSERVE, ExportTarget.RAY):
+        assert not told(two_pairs(alike, {"nodes": {"links": [SLOW]}}), paired)
 
 
 def test_dynamos_operator_alone_gives_pods_shared_memory() -> None:

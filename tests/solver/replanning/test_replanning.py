@@ -14,7 +14,7 @@ from hetis.solver.advice import without
 from hetis.solver.budget import Budget, SearchSettings, silent
 from hetis.solver.check import check_plan
 from hetis.solver.cluster import Cluster, GpuSlots, Link, Network, NodeGroup
-from hetis.solver.constraints import Constraint, Duty, RestrictRole, Selection, Unit
+from hetis.solver.constraints import Constraint, Duty, Exclude, RestrictRole, Selection, Unit
 from hetis.solver.errors import InfeasibleError, InvalidProblemError, NoPlanFoundError
 from hetis.solver.placement.constrained_problem import apply_constraints
 from hetis.solver.placement.tabulation import build_cost_tables
@@ -323,6 +323,17 @@ def test_replicas_are_kept_if_zones_are_reordered_or_join(joining: list[NodeGrou
     now = make_problem([*joining, *reversed(nodes)]).cluster
     found = replanned(running, replace(problem, cluster=now), max_moves=0)
     assert found.change.count(Fate.KEPT) == len(running.replicas)
+
+
+def test_a_replica_on_gpus_that_may_no_longer_be_used_runs_until_it_is_stopped() -> None:
+    """Its engine may have come to refuse a type, for example. The GPUs are there all the same: nothing was lost."""
+    running = solve_placement(fleet(2, 2))
+    on_b = [i for i, replica in enumerate(running.replicas) if replica.stages[0].gpu == "B"]
+    forbidden = Exclude(gpus=Selection(unit=Unit.TYPE, name="B"))
+    found = replanned(running, replace(fleet(2, 2), constraints=(forbidden,)))
+    stopped = [number for step in found.transition.steps if step.action is Action.STOP for number in step.replicas]
+    assert (found.lost, stopped) == ((), on_b)
+    assert on_b
 
 
 def test_replicas_that_avoid_a_slow_link_keep_what_they_serve() -> None:

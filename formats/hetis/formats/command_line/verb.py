@@ -115,6 +115,8 @@ def _take_one_value_each(application: typer.Typer) -> None:
 # Names of the parameters of the verb that runs whose values are those of `run_application`'s ``defaults``, or of the
 # environment, rather than of the command line.
 defaulted: ContextVar[frozenset[str]] = ContextVar("defaulted", default=frozenset())
+# Names of those whose values are from the command line.
+given: ContextVar[frozenset[str]] = ContextVar("given", default=frozenset())
 
 
 class _Command(TyperCommand):
@@ -126,6 +128,7 @@ class _Command(TyperCommand):
         sources = {name: ctx.get_parameter_source(name) for name in ctx.params}
         elsewhere = ("DEFAULT_MAP", "ENVIRONMENT")
         defaulted.set(frozenset(name for name, source in sources.items() if source and source.name in elsewhere))
+        given.set(frozenset(name for name, source in sources.items() if source and source.name == "COMMANDLINE"))
         return super().invoke(ctx)
 
 

@@ -126,6 +126,7 @@ class FileProblem:
     def refuse_contradictions(self, plan_file: str | None) -> None:
         """Refuse missing and contradictory options before any call."""
         if not self.is_given:
+            self._refuse_what_needs_a_search()
             return
         if plan_file is not None:
             raise typer.BadParameter("--plan imports a finished plan: leave out --model and --workload")
@@ -133,6 +134,13 @@ class FileProblem:
             raise typer.BadParameter(f"to solve, {' and '.join(missing)} must be given too")
         if self.goal.objective in _NEEDS_DEMAND and self.goal.rate is None:
             raise typer.BadParameter(f"--objective {self.goal.objective.value} needs --rate")
+
+    def _refuse_what_needs_a_search(self) -> None:
+        """Refuse options of a search if there is none: they would be ignored."""
+        applied = ("cluster", "profile")  # files to apply, or the cluster of an imported plan
+        groups = (self.goal, self.held_to, self.promise, self.family, self.replicas, self.search)
+        ignored = options.given_in(self.inputs, *groups, but=applied)
+        options.refuse_ignored("--model and --workload, without which nothing is solved", ignored)
 
     def documents(self) -> Iterator[tuple[str, Value]]:
         """Yield path and value of the cluster file and of each profile. Raises DocumentError if one is not usable."""

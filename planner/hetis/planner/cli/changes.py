@@ -259,6 +259,10 @@ def replan(
         terminal, work, unit=posed.problem.objective.unit, cancelled=cancelled, so_far="the best answer"
     )
 
+    survival = replanning.survival_of(found.plan, posed)
+    if survival is not None and not survival.survives:
+        terminal.warn(f"the next plan does not survive the loss of any one {survival.place}: {survival}")
+
     def page() -> str:
         from hetis.planner.report.page.pages import replan_page
 

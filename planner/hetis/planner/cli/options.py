@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from functools import partial
 from pathlib import Path
@@ -407,7 +407,7 @@ verify_option = partial(
 survive_option = partial(
     _goal,
     "--survive: Still serve --rate after losing any one node or zone; needs --objective cost or gpus. Several searches "
-    "follow, each with the full time limit.",
+    "share the time limit.",
 )
 
 
@@ -428,6 +428,20 @@ def refuse_without(needed: str, options: Mapping[str, object], *, is_given: bool
     for name, value in options.items():
         if is_asked_for(name, value) and not is_given:
             raise typer.BadParameter(f"{name} needs {needed}")
+
+
+def refuse_ignored(needed: str, names: Sequence[str]) -> None:
+    """Refuse all of these options, which would be ignored without another one. Raises typer.BadParameter."""
+    if names:
+        first, last = ", ".join(names[:-1]), names[-1]
+        raise typer.BadParameter(f"{first} and {last} need {needed}" if first else f"{last} needs {needed}")
+
+
+def given_in(*groups: Any, but: Collection[str] = ()) -> list[str]:
+    """Return the options of groups, without the fields ``but``, that have values from the command line."""
+    given = command_line.given.get().difference(but)
+    options = [one for kind in groups for one in fields(kind) if one.name in given]
+    return [one.metadata["option"].default for one in options]  # typer takes the first name for the default
 
 
 def is_asked_for(name: str, value: object) -> bool:

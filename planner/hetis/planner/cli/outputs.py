@@ -22,6 +22,8 @@ from hetis.planner.report.figures import seconds
 from hetis.solver.plan import Objective, Plan
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
+
     from hetis.planner.use_cases.sources import Inputs
     from hetis.solver.problem import EngineRules
 
@@ -178,18 +180,17 @@ def say_what_would_be_solved(
     from rich.text import Text
 
     from hetis.planner.report.plan import problem_line
+    from hetis.planner.report.tables import grid
     from hetis.planner.use_cases.json_values import fields_of
 
-    def table() -> Text:
+    def table() -> RenderableType:
         solved_by = f"{', '.join(strategies)}{f' for {engine.name}' if engine else ''}"
-        lines = [
-            Text.assemble(("ok", "green"), f"  {problem_line(inputs, objective)}") for inputs, objective in problems
-        ]
+        rows = [(Text("ok", style="green"), problem_line(inputs, objective)) for inputs, objective in problems]
         times = "1 search" if solves == 1 else f"{solves:,} searches"
         words = f"{times} by {solved_by}, up to {seconds(time_limit_s)} each"
         if again:
             words += f"; for each plan that misses a limit in simulation up to {again} more in the same time"
-        return Text("\n").join([*lines, Text(f"    dry run, nothing was solved: {words}")])
+        return grid(False, True, rows=[*rows, (Text(), f"dry run, nothing was solved: {words}")])
 
     document = {
         "kind": "DryRun",

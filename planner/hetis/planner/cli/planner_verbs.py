@@ -71,11 +71,13 @@ def get(
     else:
         found = listed(client, what, parent or (full_name("clusters", shown.cluster) if shown.cluster else ""))
     output = OutputFormat(form) if form in ("json", "yaml") else OutputFormat.TABLE
-    _show(replace(terminal, output=output), what, found, form, wanted)
+    _show(replace(terminal, output=output), what, found, form, wanted, of_standby=client.has_standby_answered)
     return ExitCode.OK
 
 
-def _show(terminal: Terminal, what: str, found: list[Any], form: GetFormat, wanted: str | None) -> None:
+def _show(
+    terminal: Terminal, what: str, found: list[Any], form: GetFormat, wanted: str | None, *, of_standby: bool
+) -> None:
     from hetis.planner.cli.resource_views import list_data, resource_data, resource_table
 
     if form == "name":
@@ -83,8 +85,12 @@ def _show(terminal: Terminal, what: str, found: list[Any], form: GetFormat, want
             terminal.emit(list, lambda: "\n".join(one.name for one in found), width=WIDE)
         return
     terminal.emit(
-        lambda: resource_data(found[0]) if wanted else list_data(f"{KINDS[what]}List", found),
-        lambda: resource_table(what, found, wide=form == "wide"),
+        lambda: (
+            resource_data(found[0], of_standby=of_standby)
+            if wanted
+            else list_data(f"{KINDS[what]}List", found, of_standby=of_standby)
+        ),
+        lambda: resource_table(what, found, wide=form == "wide", of_standby=of_standby),
         width=WIDE if form == "wide" else None,
     )
 
@@ -216,24 +222,24 @@ def status(terminal: Terminal, client: Client) -> ExitCode:
         and not plan.HasField("activate_time")
     ]
 
+    of_standby = client.has_standby_answered
+
     def document() -> dict[str, Any]:
+        parts = {"clusters": clusters, "active_plans": active, "working_plans": working, "proposals": proposals}
         return {
             "apiVersion": "hetis/v1",
             "kind": "PlannerStatus",
             "serving": serving,
-            "clusters": [resource_data(cluster) for cluster in clusters],
-            "active_plans": [resource_data(plan) for plan in active],
-            "working_plans": [resource_data(plan) for plan in working],
-            "proposals": [resource_data(plan) for plan in proposals],
+            **{name: [resource_data(one, of_standby=of_standby) for one in found] for name, found in parts.items()},
         }
 
-    terminal.emit(document, lambda: _page(clusters, [*active, *working, *proposals]))
+    terminal.emit(document, lambda: _page(clusters, [*active, *working, *proposals], of_standby=of_standby))
     for plan in proposals:
         terminal.say(f"proposed: {plan.proposal_reason}; hetis-plan apply --activate {plan.name}")
     return ExitCode.OK
 
 
-def _page(clusters: list[Any], plans: list[Any]) -> RenderableType:
+def _page(clusters: list[Any], plans: list[Any], *, of_standby: bool) -> RenderableType:
     from rich.console import Group
     from rich.text import Text
 
@@ -242,10 +248,10 @@ def _page(clusters: list[Any], plans: list[Any]) -> RenderableType:
     parts: list[RenderableType] = [
         Text.assemble("The planner ", ("serves", "bold green"), "."),
         Text(),
-        resource_table("clusters", clusters, wide=False),
+        resource_table("clusters", clusters, wide=False, of_standby=of_standby),
     ]
     if plans:
-        parts += [Text(), resource_table("plans", plans, wide=False)]
+        parts += [Text(), resource_table("plans", plans, wide=False, of_standby=of_standby)]
     return Group(*parts)
 
 

@@ -16,7 +16,7 @@ from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.cli.options import PlanArgument, group, option, verb
 from hetis.planner.cli.searching import search_interruptibly, simulate_interruptibly
 from hetis.planner.report.figures import plural
-from hetis.solver.budget import Budget
+from hetis.solver.budget import Budget, Report
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -106,11 +106,10 @@ def _load_and_check(terminal: Terminal, paths: list[str]) -> list[PlanAndProblem
 
 def warn_if_wrong(terminal: Terminal, path: str, found: PlanAndProblem) -> None:
     """Warn of a plan that the checker does not confirm."""
-    from hetis.solver.check import check_plan
+    from hetis.planner.use_cases.sources import unconfirmed
 
-    if violations := check_plan(found.plan, found.problem):
-        rest = f", and {len(violations) - 1} more" if len(violations) > 1 else ""
-        terminal.warn(f"{path} does not pass `hetis-plan check`: {violations[0]}{rest}")
+    for warning in unconfirmed(found, path):
+        terminal.warn(warning)
 
 
 # --- report
@@ -176,6 +175,7 @@ def _market(
     terminal: Terminal, found: PlanAndProblem, cancelled: threading.Event, asked: ReportOptions
 ) -> BuyNext | None:
     """Return what to buy next, or None after Ctrl-C."""
+    from hetis.planner.jobs.kernels import compile_kernels
     from hetis.planner.use_cases.what_if import buy_next_to_plan, market_of, node_shape
 
     if cancelled.is_set():
@@ -183,14 +183,18 @@ def _market(
     cluster, time_limit_s = found.problem.cluster, asked.time_limit or BUY_NEXT_S
     market = market_of(None, cluster, asked.count or DEFAULT_COUNT)
     shape = node_shape(cluster, like=None, gpus_per_node=None, zone=None, nic=None)
-    return search_interruptibly(
-        terminal,
-        lambda news: buy_next_to_plan(
+    engine, num_gpus = found.problem.family.engine, cluster.num_gpus()
+
+    def buy(news: Report) -> BuyNext:
+        for size in {num_gpus, *(num_gpus + offer.count for offer in market)}:
+            compile_kernels(size, (found.plan.strategy,), for_engine=engine is not None, report=news)
+        return buy_next_to_plan(
             found, market, shape, time_limit_s=time_limit_s, report=news,
             budget=lambda: Budget(time_limit_s=time_limit_s, clock=time.monotonic, cancelled=cancelled),
-        ),
-        unit=found.plan.result.unit, cancelled=cancelled, so_far="the plans",
-    )  # fmt: skip
+        )  # fmt: skip
+
+    unit = found.plan.result.unit
+    return search_interruptibly(terminal, buy, unit=unit, cancelled=cancelled, so_far="the plans")
 
 
 def _names(paths: list[str]) -> list[str]:

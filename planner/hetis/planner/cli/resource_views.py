@@ -40,15 +40,37 @@ from hetis.v1 import (
 # --- data
 
 
-def resource_data(message: Message) -> dict[str, Any]:
-    """Return a message as JSON values, as protobuf does: enums are names, times RFC 3339, and 64-bit numbers text."""
+UNKNOWN = "-"  # in tables
+
+
+def resource_data(message: Message, *, of_standby: bool = False) -> dict[str, Any]:
+    """Return a message as JSON values, as protobuf does: enums are names, times RFC 3339, and 64-bit numbers text.
+
+    ``of_standby``: a standby answered, so that fields that only the leader knows are null.
+    """
     found: dict[str, Any] = _readable(MessageToDict(message, preserving_proto_field_name=True))
-    return found
+    return {**dict.fromkeys(_only_leader_knows(message)), **found} if of_standby else found
 
 
-def list_data(kind: str, messages: Iterable[Message]) -> dict[str, Any]:
+def list_data(kind: str, messages: Iterable[Message], *, of_standby: bool = False) -> dict[str, Any]:
     """Return several resources as one value: ``items``, and a header with their kind."""
-    return {"apiVersion": "hetis/v1", "kind": kind, "items": [resource_data(message) for message in messages]}
+    items = [resource_data(message, of_standby=of_standby) for message in messages]
+    return {"apiVersion": "hetis/v1", "kind": kind, "items": items}
+
+
+def _only_leader_knows(message: Message) -> tuple[str, ...]:
+    match message:
+        case cluster_pb2.Cluster():
+            return ("num_connected_nodes",)
+        case replica_pb2.Replica():
+            return ("report", "report_time")
+        case plan_pb2.Plan() if _is_searched(message):
+            return ("progress",)
+    return ()
+
+
+def _is_searched(plan: plan_pb2.Plan) -> bool:
+    return plan.state in (plan_pb2.PLAN_STATE_QUEUED, plan_pb2.PLAN_STATE_SOLVING)
 
 
 def _readable(value: Any) -> Any:
@@ -82,18 +104,23 @@ _BAR_WIDTH = 14
 
 
 class ResourceColumn(NamedTuple):
-    """A column: its header, its cell for a resource, and whether only the wide form includes it."""
+    """A column: its header, its cell for a resource, and whether only the wide form includes it.
+
+    ``saved`` is the cell if a standby answered, which does not know all that the leader does; None: the same.
+    """
 
     head: str
     cell: Callable[[Any], RenderableType]
     wide: bool = False
+    saved: Callable[[Any], RenderableType] | None = None
 
 
-def resource_table(kind: str, resources: Sequence[Message], *, wide: bool) -> RenderableType:
+def resource_table(kind: str, resources: Sequence[Message], *, wide: bool, of_standby: bool = False) -> RenderableType:
     if not resources:
         return Text(f"no {kind}", style="dim")
     columns = [column for column in COLUMNS[kind] if wide or not column.wide]
-    rows = ((column.cell(resource) for column in columns) for resource in resources)
+    cells = [(column.saved if of_standby else None) or column.cell for column in columns]
+    rows = ((cell(resource) for cell in cells) for resource in resources)
     return table(*(column.head for column in columns), rows=rows)
 
 
@@ -193,7 +220,11 @@ def _trigger(trigger: redispatch_pb2.RedispatchTrigger) -> str:
 COLUMNS: dict[str, tuple[ResourceColumn, ...]] = {
     "clusters": (
         ResourceColumn("'cluster", lambda c: last_part(c.name)),
-        ResourceColumn("nodes", lambda c: f"{c.num_connected_nodes:,}/{c.num_nodes:,}"),
+        ResourceColumn(
+            "nodes",
+            lambda c: f"{c.num_connected_nodes:,}/{c.num_nodes:,}",
+            saved=lambda c: f"{UNKNOWN}/{c.num_nodes:,}",
+        ),
         ResourceColumn("GPUs", lambda c: f"{c.num_gpus:,}"),
         ResourceColumn("'active plan", lambda c: last_part(c.active_plan)),
         ResourceColumn("'earlier", lambda c: last_part(c.earlier_plan)),
@@ -217,8 +248,8 @@ COLUMNS: dict[str, tuple[ResourceColumn, ...]] = {
         ResourceColumn("'plan", lambda p: last_part(p.name)),
         ResourceColumn("'cluster", lambda p: last_part(p.cluster)),
         ResourceColumn("'state", lambda p: state(word_of(plan_pb2.PlanState, p.state))),
-        ResourceColumn("value", value_of),
-        ResourceColumn("gap", gap_of),
+        ResourceColumn("value", value_of, saved=lambda p: UNKNOWN if _is_searched(p) else value_of(p)),
+        ResourceColumn("gap", gap_of, saved=lambda p: UNKNOWN if _is_searched(p) else gap_of(p)),
         ResourceColumn("'activation", lambda p: state(word_of(plan_pb2.ActivationState, p.activation))),
         ResourceColumn("made", lambda p: ago(p.create_time)),
         ResourceColumn("GPUs", lambda p: f"{p.result.num_gpus:,}" if p.HasField("result") else "", wide=True),
@@ -232,8 +263,8 @@ COLUMNS: dict[str, tuple[ResourceColumn, ...]] = {
         ResourceColumn("'role", lambda r: word_of(replica_pb2.ReplicaRole, r.role).lower() if r.role else "unified"),
         ResourceColumn("'plan", lambda r: last_part(r.plan)),
         ResourceColumn("generation", lambda r: str(r.generation)),
-        ResourceColumn("running", lambda r: str(r.report.num_running)),
-        ResourceColumn("waiting", lambda r: str(r.report.num_waiting)),
+        ResourceColumn("running", lambda r: str(r.report.num_running) if r.HasField("report") else UNKNOWN),
+        ResourceColumn("waiting", lambda r: str(r.report.num_waiting) if r.HasField("report") else UNKNOWN),
         ResourceColumn("'re-dispatch", lambda r: "under way" if r.redispatch else ""),
         ResourceColumn("'nodes", lambda r: ", ".join(r.nodes), wide=True),
         ResourceColumn("'primary", lambda r: r.primary_node, wide=True),
@@ -470,8 +501,7 @@ class _Restarts:
     def notice(self, plan: plan_pb2.Plan) -> bool:
         """Return whether the search that was seen before is not this one; its progress starts from nothing."""
         before, self._began_ns = self._began_ns, plan.solve_start_time.ToNanoseconds()
-        is_searched = plan.state in (plan_pb2.PLAN_STATE_QUEUED, plan_pb2.PLAN_STATE_SOLVING)
-        return is_searched and before not in (0, self._began_ns)
+        return _is_searched(plan) and before not in (0, self._began_ns)
 
 
 class _PlainLines:

@@ -81,7 +81,7 @@ class PlannerOptions:
                 if client.has_standby_answered:
                     terminal.warn(
                         "no leader answered: this is what a standby has saved, without the state of agents and engines"
-                        " (0 or empty) and the progress of searches"
+                        " and the progress of searches"
                     )
                 return code
         except CallError as error:

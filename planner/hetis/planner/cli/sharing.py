@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from pathlib import Path
 from typing import Annotated, Literal
@@ -13,7 +14,7 @@ from hetis.planner.cli import options
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.cli.options import group, option, verb
 from hetis.planner.cli.searching import search_interruptibly, work_interruptibly
-from hetis.solver.budget import Budget
+from hetis.solver.budget import Budget, Report
 from hetis.solver.errors import NoPlanFoundError
 
 SHARE_EXAMPLES = """Examples:\n
@@ -62,9 +63,10 @@ def share(
     """
     from hetis.planner.cli.failures import report_failure
     from hetis.planner.cli.outputs import refuse_unwritable_plans, save_plans, say_what_would_be_solved
+    from hetis.planner.jobs.kernels import compile_kernels
     from hetis.planner.report.sharing import render_tenants, tenants_document
     from hetis.planner.use_cases.place import PlacementSettings
-    from hetis.planner.use_cases.sharing import load_tenancy, share_out_fleet
+    from hetis.planner.use_cases.sharing import SharedFleet, load_tenancy, share_out_fleet
     from hetis.solver.tenants.problem import TenantRule
 
     out = asked.out
@@ -82,17 +84,18 @@ def share(
         strategy=asked.strategy, time_limit_s=asked.time_limit, gap_target=asked.gap, seed=asked.seed,
         threads=asked.threads,
     )  # fmt: skip
-    budget = Budget(time_limit_s=asked.time_limit, clock=time.monotonic)
+    cancelled = threading.Event()
+
+    def work(report: Report) -> SharedFleet:
+        for num_gpus in (1, loaded.inputs[0].inputs.cluster.num_gpus()):  # parts of a large fleet may be small
+            compile_kernels(num_gpus, (asked.strategy,), report=report)
+        budget = Budget(time_limit_s=asked.time_limit, clock=time.monotonic, cancelled=cancelled)
+        return share_out_fleet(loaded, rules, settings, with_envy=asked.envy, budget=budget, report=report)
+
     try:
-        found = search_interruptibly(
-            terminal,
-            lambda report: share_out_fleet(loaded, rules, settings, with_envy=asked.envy, budget=budget, report=report),
-            unit="of value",
-            cancelled=budget.cancelled,
-            so_far="the best shares",
-        )
+        found = search_interruptibly(terminal, work, unit="of value", cancelled=cancelled, so_far="the best shares")
     except NoPlanFoundError as error:
-        return ExitCode.INTERRUPTED if budget.cancelled.is_set() else report_failure(error, terminal)
+        return ExitCode.INTERRUPTED if cancelled.is_set() else report_failure(error, terminal)
     if out is not None:
         shares = found.answers[0].shares
         save_plans(terminal, out, {one.name: one.plan for one in shares if one.plan is not None})
@@ -100,7 +103,7 @@ def share(
             if one.plan is None:
                 terminal.say(f"{one.name} has no replica under this rule: no plan was saved for it")
     terminal.emit(lambda: tenants_document(found), lambda: render_tenants(found))
-    return ExitCode.INTERRUPTED if budget.cancelled.is_set() else ExitCode.OK
+    return ExitCode.INTERRUPTED if cancelled.is_set() else ExitCode.OK
 
 
 # --- fair

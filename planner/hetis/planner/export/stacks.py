@@ -31,6 +31,7 @@ from hetis.planner.export.kubernetes import (
     replica_objects,
     written_for_cluster,
 )
+from hetis.planner.export.pairs import pairs_beyond_the_plan
 from hetis.planner.export.replicas import Launchable, LaunchableReplica, NotExportableError, Written, image_in, paired
 from hetis.planner.export.routing import shares_of, weight
 from hetis.solver.plan import Role
@@ -57,7 +58,8 @@ def write_llm_d(launchable: Launchable) -> Written:
             labels = {**MODEL_LABELS, "llm-d.ai/role": _ROLES[one.plan.role]}
             manifests[f"{one.name}.yaml"] = yaml_text(*replica_objects(launchable, one, labels))
     start = _HOW_LLM_D.format(helm=_helm(launchable, values) or "# none")
-    written = written_for_cluster(launchable, manifests, start, not_carried=_behind_sidecar(launchable))
+    lost = (*_behind_sidecar(launchable), *pairs_beyond_the_plan(launchable, "llm-d's endpoint picker"))
+    written = written_for_cluster(launchable, manifests, start, not_carried=lost)
     files = {**values, **written.files, "router/llm-d.yaml": yaml_text(picker_config(launchable))}
     return replace(written, files=files, shown=(*values, *manifests))
 
@@ -360,6 +362,7 @@ def write_dynamo(launchable: Launchable) -> Written:
     files = {f"graph-{i}.yaml": yaml_text(_graph(launchable, i, graph)) for i, graph in enumerate(graphs)}
     shares = "shares of replicas: Dynamo's front end balances by load and does not support weights"
     lost = [shares] if len(launchable.replicas) > 1 else []
+    lost += pairs_beyond_the_plan(launchable, "Dynamo's front end")
     if secret := launchable.settings.api_key_secret:
         lost.append(f"--api-key-secret {secret}: clients reach Dynamo's front end, which asks for no key")
     if program := launchable.settings.program:

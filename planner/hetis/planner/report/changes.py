@@ -17,7 +17,7 @@ from hetis.planner.report.plan import demand_words, goal_line, kept_cell, proble
 from hetis.planner.report.tables import as_group, facts, section, table
 from hetis.planner.use_cases.compare import PlanDiff, kept_of
 from hetis.planner.use_cases.json_values import document, fields_of
-from hetis.planner.use_cases.replan import PosedReplan
+from hetis.planner.use_cases.replan import PosedReplan, survival_of
 from hetis.solver.plan import ObjectiveKind, Plan, ReplicaPlan, Role
 from hetis.solver.replanning.change import ChangeCosts, Fate, PlanChange, ReplicaChange
 from hetis.solver.replanning.solve import Replanning
@@ -185,6 +185,8 @@ def _facts(found: Replanning, posed: PosedReplan, costs: ChangeCosts) -> Iterato
         yield "From scratch", f"{digits(found.fresh_value, 4)} {unit}, if nothing had been running"
     if (demand_rps := posed.asked.demand_rps) is not None:
         yield "Demand", demand_words(found.plan, demand_rps)
+    if (survival := survival_of(found.plan, posed)) is not None:
+        yield "Survives", Text.assemble(("yes", "green") if survival.survives else ("NO", "bold red"), f": {survival}")
     if (simulated := simulated_words(found.plan)) is not None:
         yield "Simulated", simulated
     yield "Costs", change_cost_words(costs)
@@ -244,11 +246,13 @@ def lowest_words(found: Replanning, posed: PosedReplan) -> str:
 
 def replan_document(found: Replanning, posed: PosedReplan, costs: ChangeCosts) -> dict[str, Any]:
     """Return the answer as plain data, including the whole plan."""
+    survival = survival_of(found.plan, posed)
     return document(
         "Replanning",
         result={**fields_of(found, "value", "bound", "gap"), "unit": found.plan.result.unit},
         fresh_value=found.fresh_value,
         change_costs=costs,
+        survival=survival and fields_of(survival, "place", "demand_rps", "left_rps", "survives"),
         lost_replicas=found.lost,
         replicas=found.continued,
         change=change_fields(found.change),

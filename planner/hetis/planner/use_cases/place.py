@@ -47,7 +47,7 @@ from hetis.profiler.defaults import default_profile
 from hetis.solver.budget import Budget, Progress, Report, SearchSettings
 from hetis.solver.cluster import Cluster
 from hetis.solver.constraints import WithoutTp
-from hetis.solver.errors import InvalidProblemError
+from hetis.solver.errors import InvalidProblemError, NoPlanFoundError
 from hetis.solver.model import ModelSpec
 from hetis.solver.plan import DEFAULT_STRATEGY, DEFAULT_TIME_LIMIT_S, Objective, ObjectiveKind, Plan, Role
 from hetis.solver.problem import NOTHING_SET, EngineRules, EngineSettings, PlacementProblem
@@ -62,6 +62,7 @@ DEFAULT_TPOT_S = 0.1
 LEAST_TO_SIMULATE_S = 30.0  # however short the time limit; most plans of small fleets need seconds
 TO_SIMULATE_S = 120.0  # if no time limit was requested: a plan with attention workers that misses a limit needs minutes
 TO_SEARCH = 0.5  # share of the time left for another search: the rest is for the simulation of its plan
+TO_SURVIVE = 0.5  # share of the time left for each search for a plan that survives a loss: others may follow
 SHORT_TIME = 20.0  # times what the first plan's simulation took, about as long as a search for a lower rate may take
 PLACES = ("node", "zone")  # kinds of places whose loss a plan may have to survive
 SIMPLE_SETUPS = "simple_setups"  # entry of `Plan.inputs`: the value of equal stages by TP size of all replicas
@@ -251,9 +252,9 @@ def make_plan(
 
     If no plan exists, ``market`` contains the GPUs that could be added (None: do not look). ``beside_equal_stages``
     adds the value of equal stages, and ``beside_engines`` those of plans for other engines, which takes additional
-    time. If a loss must be survived, there are several searches, each with the time limit of the settings. ``asked`` is
-    the objective as requested, with limits that do not apply to the problem's requests; None: the problem's.
-    ``on_search`` is called before each search.
+    time. If a loss must be survived, several searches share the budget: each may take half of what is left of it.
+    ``asked`` is the objective as requested, with limits that do not apply to the problem's requests; None: the
+    problem's. ``on_search`` is called before each search.
 
     Raises:
         InfeasibleError: no plan of the family exists.
@@ -265,10 +266,15 @@ def make_plan(
 
     def find(posed: PlacementProblem, *, explains: bool = True) -> Plan:
         on_search()
-        own = replace(budget, time_limit_s=settings.time_limit_s, explains=explains) if survive else budget
+        own = _part_of(budget, explains=explains) if survive else budget
         return search(posed, settings, budget=own, report=report, market=market)
 
-    plan = surviving_plan(find, partial(find, explains=False), problem, survive) if survive else find(problem)
+    try:
+        plan = surviving_plan(find, partial(find, explains=False), problem, survive) if survive else find(problem)
+    except NoPlanFoundError as error:
+        if not survive or budget.cancelled.is_set() or math.isinf(budget.time_limit_s):
+            raise
+        raise NoPlanFoundError(f"{error}; all searches for --survive share {budget.time_limit_s:.4g} s") from None
     asked, problem = asked or problem.objective, replace(problem, objective=plan.objective)
     plan = with_asked(describe(plan, loaded, problem, settings), asked)
     is_compared = settings.strategy == DEFAULT_STRATEGY and plan.replicas and not survive  # they do not survive
@@ -280,6 +286,18 @@ def make_plan(
             report=report,
         )  # fmt: skip
     return _checked(plan, problem, losses=beside_equal_stages)
+
+
+def _part_of(budget: Budget, *, explains: bool) -> Budget:
+    """Return the budget of the next of several searches, however many may follow.
+
+    Raises:
+        NoPlanFoundError: no time is left.
+    """
+    left_s = budget.remaining_s()
+    if left_s <= 0.0:
+        raise NoPlanFoundError("the time limit ended before the search for a plan that survives a loss")
+    return replace(budget, time_limit_s=TO_SURVIVE * left_s, explains=explains)
 
 
 def simulated_plan(

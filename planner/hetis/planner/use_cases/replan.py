@@ -31,10 +31,11 @@ from hetis.planner.use_cases.sources import (
     inputs_from_documents,
     load_plan_and_problem,
     load_profiles,
+    unconfirmed,
     unused_profiles,
     with_asked,
 )
-from hetis.planner.use_cases.surviving import left_without, with_losses
+from hetis.planner.use_cases.surviving import ENOUGH, left_without, with_losses
 from hetis.planner.use_cases.verify import verified
 from hetis.planner.use_cases.what_if import with_cluster
 from hetis.solver.budget import Budget, Report
@@ -128,7 +129,7 @@ def load_replanning(
     objective = asked_objective(found.plan, running)
     if rate_rps is not None:
         objective = replace(objective, demand_rps=rate_rps)
-    warnings = [*found.warnings, *_nothing_in_common(found.plan, fleet)]
+    warnings = [*found.warnings, *unconfirmed(found, running), *_nothing_in_common(found.plan, fleet)]
     posed = loaded.inputs.problem(objective, settings.strategy, settings.roles, settings.engine)
     kept, ignored, absent = _constraints(posed)
     dropped = [f"re-planning does not support {each}" for each in ignored]
@@ -152,11 +153,34 @@ def load_replanning(
     )  # fmt: skip
 
 
-def _with_survived(plan: Plan, posed: PosedReplan) -> Plan:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Survival:
+    """The loss that the running plan had to survive, and what the next plan serves then."""
+
+    place: str  # ``node`` or ``zone``, any one of which may be lost
+    demand_rps: float
+    left_rps: float  # planned requests/s that remain without the worst one
+
+    @property
+    def survives(self) -> bool:
+        return self.left_rps >= self.demand_rps * ENOUGH
+
+    def __str__(self) -> str:
+        served = f"{min(self.left_rps, self.demand_rps):.4g} of {self.demand_rps:.4g} requests/s"
+        return f"{served} are served when any one {self.place} is lost"
+
+
+def survival_of(plan: Plan, posed: PosedReplan) -> Survival | None:
+    """Return whether a plan survives what the running plan had to survive; None if that was nothing."""
+    if not posed.survived:
+        return None
+    left_rps = left_without(plan, posed.problem, posed.survived)
+    return Survival(place=posed.survived, demand_rps=posed.asked.demand_rps or 0.0, left_rps=left_rps)
+
+
+def _with_survival(plan: Plan, posed: PosedReplan, survival: Survival) -> Plan:
     """Return the plan with its losses, and a note on what is served where the running plan had to serve all."""
-    left, demand = left_without(plan, posed.problem, posed.survived), posed.asked.demand_rps or 0.0
-    note = f"{min(left, demand):.4g} of {demand:.4g} requests/s are served when any one {posed.survived} is lost"
-    return replace(with_losses(plan, posed.problem), notes=(*plan.notes, note))
+    return replace(with_losses(plan, posed.problem), notes=(*plan.notes, str(survival)))
 
 
 def _with_kept_settings(plan: Plan, found: Replanning, running: Plan) -> Plan:
@@ -234,8 +258,8 @@ def replan(
     plan = replace(found.plan, inputs=inputs_of_plan(posed.loaded, settings, posed.problem), notes=notes)
     plan = _with_kept_settings(plan, found, posed.running)
     plan = held_to(service_level_of(posed.running), with_asked(plan, posed.asked))
-    if posed.survived:
-        plan = _with_survived(plan, posed)
+    if (survival := survival_of(plan, posed)) is not None:
+        plan = _with_survival(plan, posed, survival)
     found = replace(found, plan=plan)
     violations = [str(violation) for violation in check_plan(plan, posed.problem)]
     violations += check_replanning(question, found)

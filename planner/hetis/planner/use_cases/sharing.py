@@ -15,9 +15,15 @@ from hetis.formats.fields import read_data
 from hetis.formats.positions import Text
 from hetis.formats.tenants import FleetTenant, ShareInputs, parse_tenants
 from hetis.planner.use_cases.errors import UncheckedPlanError
-from hetis.planner.use_cases.place import KV_IS_FOR_ENGINES, PlacementSettings, inputs_of_plan, objective
+from hetis.planner.use_cases.place import (
+    KV_IS_FOR_ENGINES,
+    ONE_TOKEN,
+    PlacementSettings,
+    inputs_of_plan,
+    objective,
+)
 from hetis.planner.use_cases.robustness.profile_errors import profile_notes
-from hetis.planner.use_cases.sources import LoadedInputs, attempt, load_inputs
+from hetis.planner.use_cases.sources import LoadedInputs, attempt, load_inputs, with_asked
 from hetis.profiler.defaults import default_profile
 from hetis.solver.budget import Budget, Progress, Report, one_of_several
 from hetis.solver.cluster import Cluster, GpuSlots, Link, Network, NodeGroup
@@ -37,10 +43,15 @@ from hetis.solver.workload import Workload
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadedTenants:
-    """The tenants in a file with their cluster, and the inputs of each tenant in the file's order."""
+    """The tenants in a file with their cluster, and the inputs of each tenant in the file's order.
+
+    ``asked``: each tenant's objective as requested, of which limits that do not apply to its requests are not in its
+    problem's.
+    """
 
     tenancy: Tenancy
     inputs: tuple[LoadedInputs, ...]
+    asked: tuple[Objective, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,8 +84,9 @@ def load_tenancy(file: str, *, cluster: str, profiles: Sequence[str] = (), strat
             problems += [_in_file(problem, index, tenant, source) for problem in error.problems]
     if problems:
         raise DocumentError(list(dict.fromkeys(problems)))
-    tenancy = Tenancy(tenants=tuple(_tenant(tenant, one, strategy) for tenant, one in zip(given, found, strict=True)))
-    return LoadedTenants(tenancy=tenancy, inputs=tuple(found))
+    asked = tuple(map(_asked, given))
+    tenants = tuple(_tenant(*each, strategy) for each in zip(given, found, asked, strict=True))
+    return LoadedTenants(tenancy=Tenancy(tenants=tenants), inputs=tuple(found), asked=asked)
 
 
 def _in_file(problem: Problem, index: int, tenant: FleetTenant, source: Text) -> Problem:
@@ -86,9 +98,12 @@ def _in_file(problem: Problem, index: int, tenant: FleetTenant, source: Text) ->
     return problem
 
 
-def _tenant(tenant: FleetTenant, loaded: LoadedInputs, strategy: str) -> Tenant:
-    goal = objective(ObjectiveKind(tenant.objective), ttft_s=tenant.ttft_s, tpot_s=tenant.tpot_s, demand_rps=None)
-    problem = loaded.inputs.problem(goal, strategy)
+def _asked(tenant: FleetTenant) -> Objective:
+    return objective(ObjectiveKind(tenant.objective), ttft_s=tenant.ttft_s, tpot_s=tenant.tpot_s, demand_rps=None)
+
+
+def _tenant(tenant: FleetTenant, loaded: LoadedInputs, asked: Objective, strategy: str) -> Tenant:
+    problem = loaded.inputs.problem(asked, strategy)
     return Tenant(name=tenant.name, problem=problem, weight=tenant.weight, worth=tenant.worth)
 
 
@@ -137,7 +152,7 @@ def _finished(
     answer = search.share(rule)
     held = {share.name: _devices(share.plan) for share in answer.shares}
     shares = []
-    for share, tenant, inputs in zip(answer.shares, search.tenants, loaded.inputs, strict=True):
+    for share, tenant, inputs, asked in zip(answer.shares, search.tenants, loaded.inputs, loaded.asked, strict=True):
         plan = share.plan
         if plan is not None:
             others = " and ".join(other.name for other in search.tenants if other.name != tenant.name)
@@ -146,10 +161,12 @@ def _finished(
                 "serve with the whole fleet to itself",
             )  # fmt: skip
             routed = (KV_IS_FOR_ENGINES,) if plan.kv_routes else ()
-            notes = tuple(chain(plan.notes, shared, routed, profile_notes(tenant.problem)))
+            lengths = () if inputs.inputs.has_tpot else (ONE_TOKEN,)
+            notes = tuple(chain(plan.notes, shared, lengths, routed, profile_notes(tenant.problem)))
             of_others = {name: own for name, own in held.items() if name != tenant.name}
             own_inputs = inputs_of_plan(inputs, settings, tenant.problem)
             plan = replace(plan, inputs=own_inputs | ({OTHER_TENANTS: of_others} if of_others else {}), notes=notes)
+            plan = with_asked(plan, asked)
         shares.append(replace(share, plan=plan))
     answer = replace(answer, shares=tuple(shares))
     wrong = check_fleet_shares(search.tenancy, answer)

@@ -303,6 +303,15 @@ def problem_of_plan(plan: Plan, name: str) -> PlanAndProblem:
     return PlanAndProblem(plan=plan, problem=problem, warnings=tuple(warnings))
 
 
+def unconfirmed(found: PlanAndProblem, name: str) -> Iterator[str]:
+    """Yield a warning if the checker does not confirm a plan: it names the first violation, and how many others."""
+    from hetis.solver.check import check_plan
+
+    if violations := check_plan(found.plan, found.problem):
+        rest = f", and {len(violations) - 1} more" if len(violations) > 1 else ""
+        yield f"{name} does not pass `hetis-plan check`: {violations[0]}{rest}"
+
+
 def inputs_from_documents(documents: Any, path: str) -> Inputs:
     """Return the inputs from which `Inputs.documents` made documents; ``path`` is the plan's name in messages.
 

@@ -13,10 +13,11 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from hetis.formats import catalogue
 from hetis.formats.errors import DocumentError, Problem, did_you_mean, single_problem
+from hetis.formats.files import read_text
 from hetis.planner.use_cases.compare import FAILED, NO_PLAN, Compared, planned
 from hetis.planner.use_cases.errors import UncheckedPlanError
 from hetis.planner.use_cases.place import PlacementSettings
@@ -43,6 +44,7 @@ from hetis.solver.plan import Objective, Status
 from hetis.solver.problem import Assumptions, PlacementProblem
 from hetis.solver.replanning.change import PlanChange, plan_change
 
+T = TypeVar("T")
 Solve = Callable[[LoadedInputs, str], Compared]  # arguments: inputs, and the name in progress reports
 
 
@@ -387,7 +389,7 @@ def read_wanted(
     return WantedShape(change=FleetChange(add=added or (), remove=removed or (), shape=shape), market=offers or ())
 
 
-def _every(texts: Sequence[str], read: Callable[[str], Addition]) -> tuple[Addition, ...]:
+def _every(texts: Sequence[T], read: Callable[[T], Addition]) -> tuple[Addition, ...]:
     """Read all texts, and report the problems of all of them together."""
     problems: list[Problem] = []
     found = [attempt(partial(read, text), problems) for text in texts]
@@ -407,17 +409,20 @@ def _addition(text: str, cluster: Cluster) -> Addition:
     return Addition(gpu=_gpu(parts[2], cluster, "--add"), count=count)
 
 
-def _gpu(name: str, cluster: Cluster, option: str) -> GpuType:
-    """Return a type of the fleet, or of the catalogue if it can be planned with."""
+def _gpu(name: str, cluster: Cluster, option: str, line: int | None = None) -> GpuType:
+    """Return a type of the fleet, or of the catalogue if it can be planned with.
+
+    ``option``: the option that names it, or the file, which does in a ``line``.
+    """
     if name in cluster.gpu_types:
         return cluster.gpu_types[name]
     try:
         gpu = catalogue.find_gpu(name, also=tuple(cluster.gpu_types)).gpu
     except catalogue.UnknownNameError as error:
-        raise single_problem(option, str(error)) from None
+        raise single_problem(option, str(error), line=line) from None
     gpu = cluster.gpu_types.get(gpu.name, gpu)
     if profile_origin(gpu) is None:
-        raise single_problem(option, f"{gpu.name} has no profile, and none can be modelled")
+        raise single_problem(option, f"{gpu.name} has no profile, and none can be modelled", line=line)
     return gpu
 
 
@@ -480,12 +485,12 @@ def market_of(texts: Sequence[str] | None, cluster: Cluster, count: int) -> tupl
     """
     if not texts:
         return tuple(Addition(gpu=gpu, count=count) for gpu in _priced(cluster))
-    entries = list[str]()
-    for text in texts:
-        if not (named := _entries(text)):
-            raise single_problem("--market", f"{text!r} does not name a GPU type")
-        entries += named
-    return tuple({offer.gpu.name: offer for offer in _every(entries, lambda one: _offer(one, cluster, count))}.values())
+    problems: list[Problem] = []
+    entries = [entry for text in texts for entry in attempt(partial(_entries, text), problems) or ()]
+    offers = attempt(lambda: _every(entries, lambda one: _offer(one, cluster, count)), problems) or ()
+    if problems:
+        raise DocumentError(problems)
+    return tuple({offer.gpu.name: offer for offer in offers}.values())
 
 
 def _priced(cluster: Cluster) -> Iterator[GpuType]:
@@ -497,29 +502,52 @@ def _priced(cluster: Cluster) -> Iterator[GpuType]:
     yield from (gpu for gpu in own.values() if gpu.usd_per_hour is not None)
 
 
-def _entries(text: str) -> list[str]:
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """A GPU type on the market, with its price if that is not the catalogue's, and where it stands."""
+
+    text: str
+    file: str = "--market"
+    line: int | None = None
+
+
+def _entries(text: str) -> list[_Entry]:
     """Return the entries between commas or line ends.
 
     If there is a file of that name, these are its entries without comments.
+
+    Raises:
+        DocumentError: there are none, or the file is not a readable text.
     """
-    path = Path(text)
-    try:
-        content = path.read_text(encoding="utf-8") if path.is_file() else text
-    except (OSError, UnicodeDecodeError) as error:
-        raise single_problem(text, f"cannot be read as text: {error}") from None
-    lines = (line.partition("#")[0] for line in content.splitlines())
-    return [entry.strip() for line in lines for entry in line.split(",") if entry.strip()]
+    if Path(text).is_file():
+        lines = enumerate(read_text(text).splitlines(), start=1)
+        found = [_Entry(part, text, number) for number, line in lines for part in _parts_of(line.partition("#")[0])]
+        if not found:
+            raise single_problem(text, "does not name a GPU type")
+        return found
+    found = [_Entry(part) for part in _parts_of(text)]
+    if not found:
+        raise single_problem("--market", f"{text!r} does not name a GPU type")
+    return found
 
 
-def _offer(entry: str, cluster: Cluster, count: int) -> Addition:
-    name, equals, price = (part.strip() for part in entry.partition("="))
-    gpu = _gpu(name, cluster, "--market")
+def _parts_of(text: str) -> list[str]:
+    return [part for line in text.splitlines() for each in line.split(",") if (part := each.strip())]
+
+
+def _offer(entry: _Entry, cluster: Cluster, count: int) -> Addition:
+    name, equals, price = (part.strip() for part in entry.text.partition("="))
+    gpu = _gpu(name, cluster, entry.file, entry.line)
     if not equals:
         return Addition(gpu=gpu, count=count)
+
+    def wrong(message: str) -> DocumentError:
+        return DocumentError([Problem(file=entry.file, line=entry.line, path=name, message=message)])
+
     try:
         usd = float(price)
     except ValueError:
-        raise single_problem("--market", f"{entry!r}: {price!r} is not a price in USD per hour") from None
+        raise wrong(f"{price!r} is not a price in USD per hour") from None
     if not 0 < usd < float("inf"):
-        raise single_problem("--market", f"{entry!r}: the price is {price}, must be above 0 and finite")
+        raise wrong(f"the price is {price}, must be above 0 and finite")
     return Addition(gpu=gpu, count=count, usd_per_hour=usd)

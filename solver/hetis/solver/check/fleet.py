@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, reduce
 
-from hetis.solver.cluster import Cluster, Device, Link, NodeGroup
+from hetis.solver.cluster import Cluster, Device, Link, NodeGroup, node_of
 from hetis.solver.constraints import Constraints, Exclude, Selection
 from hetis.solver.plan import AttentionWorkerPool, Plan, ReplicaPlan, Role, StagePlan
 from hetis.solver.problem import PlacementProblem
@@ -91,6 +91,13 @@ class Fleet:
         """Return the fleet without forbidden GPUs."""
         is_out = left_out_by(constraints)
         return replace(self, devices={name: device for name, device in self.devices.items() if not is_out(device)})
+
+    def leaves_out(self, name: str) -> bool:
+        """Return whether the cluster has a device of this name that is not among ``devices``."""
+        groups, node = self.cluster.node_groups, node_of(name)
+        found = ((group, index) for group in groups if (index := group.index_of(node)) is not None)
+        there = any(device.name == name for group, index in found for device in group.devices(index))
+        return there and name not in self.devices
 
     @cached_property
     def zones(self) -> tuple[str, ...]:

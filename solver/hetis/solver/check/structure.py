@@ -295,8 +295,10 @@ def _check_stage(
 def _check_device_types(names: tuple[str, ...], gpu: str, fleet: Fleet) -> Iterator[Broken]:
     for name in names:
         device = fleet.devices.get(name)
-        if device is None:
-            yield Rule.KNOWN_DEVICE, f"device {name} is not among the {len(fleet.devices)} devices of the cluster"
+        if device is None and fleet.leaves_out(name):
+            yield Rule.KNOWN_DEVICE, f"device {name} is left out by a constraint"
+        elif device is None:
+            yield Rule.KNOWN_DEVICE, f"device {name} is not among the {fleet.cluster.num_gpus()} devices of the cluster"
         elif device.gpu != gpu:
             yield Rule.GPU_TYPE, f"device {name} is a {device.gpu}, must be a {gpu}"
 

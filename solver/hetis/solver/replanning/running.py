@@ -128,15 +128,6 @@ class Continuations:
             found += [] if template is None else self._of_broken(number, each, template)
         return tuple(found)
 
-    def has_lost(self, replica: ReplicaPlan) -> bool:
-        """Return whether it lost GPUs, so that it does not run any more."""
-        parts: list[StagePlan | AttentionWorkerPool] = [*replica.stages, *replica.attention_workers]
-        return any(
-            device not in self.places or self.places[device].gpu != part.gpu
-            for part in parts
-            for device in part.devices
-        )
-
     def template_now(self, number: int, replica: ReplicaPlan) -> Template | None:
         """Return the replica as a template, if it still runs and the tables can express it."""
         layout = self._layout(replica)
@@ -337,6 +328,12 @@ class Continuations:
         others = (i for i, one in enumerate(scopes) if one.zones == own.zones and one.place.blocks is None)
         able = (i for i in others if scopes[i].serves(mix) and has_stages(self.costs, scopes[i], template.stages))
         return next(able, None)
+
+
+def has_lost(replica: ReplicaPlan, there: Mapping[str, str]) -> bool:
+    """Return whether a replica lost GPUs, so that it does not run any more; ``there``: type of every GPU by name."""
+    parts: list[StagePlan | AttentionWorkerPool] = [*replica.stages, *replica.attention_workers]
+    return any(there.get(device) != part.gpu for part in parts for device in part.devices)
 
 
 def _exchanging(plan: Plan, places: Mapping[str, Place]) -> dict[int, set[int]]:

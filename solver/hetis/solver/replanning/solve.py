@@ -17,6 +17,7 @@ from functools import cache
 import numpy as np
 
 from hetis.solver.budget import Budget, Report, SearchSettings, silent
+from hetis.solver.cluster import Cluster
 from hetis.solver.errors import InfeasibleError, InvalidProblemError, NoPlanFoundError, UnboundPlanError
 from hetis.solver.placement.binding import BoundStage
 from hetis.solver.placement.constrained_problem import apply_constraints, is_nothing_left, restored
@@ -41,7 +42,7 @@ from hetis.solver.replanning.change import (
 )
 from hetis.solver.replanning.fresh import Fresh, bound_of, search_fresh, search_left_over
 from hetis.solver.replanning.net_master import Candidate, ColumnChoice, NetMaster, Slot, inventory_of, least_start_s
-from hetis.solver.replanning.running import Continuations, Group, Place, places_of
+from hetis.solver.replanning.running import Continuations, Group, Place, has_lost, places_of
 from hetis.solver.replanning.transition import Start, Transition, plan_transition
 from hetis.solver.replanning.whole_counts import WholeCounts
 
@@ -117,7 +118,7 @@ def solve_replanning(
     settings.tell("cost tables")
     if not costs.ranks or is_out_of_reach(costs, demanded_rate(problem) or 0.0):
         raise infeasible(problem, quiet)
-    running = Survivors(given, costs)
+    running = Survivors(given, costs, whole.cluster)
     settings.tell("the fleet as if it were idle")
     fresh = search_fresh(costs, quiet.within(FRESH_SHARE))
     net = running.master(demanded_rate(problem))
@@ -320,7 +321,7 @@ class Survivors:
     """The replicas of a running plan.
 
     Attributes:
-        places: the place of every GPU that exists now.
+        places: the place of every GPU that exists now and may be used.
         lost: replicas that lost GPUs. All others run.
         templates: each running replica as a template; None: it lost GPUs, or the family and fleet have none like it,
             for example because a stage is on nodes that differ now. It cannot continue then.
@@ -331,7 +332,8 @@ class Survivors:
         busy: GPUs of each class that do something in the running plan.
     """
 
-    def __init__(self, given: ReplanningProblem, costs: CostTables) -> None:
+    def __init__(self, given: ReplanningProblem, costs: CostTables, fleet: Cluster | None = None) -> None:
+        """``fleet``: the GPUs that exist, if constraints exclude some of those of the problem as it is searched."""
         self.given, self.costs = given, costs
         self.places = places_of(given.problem.cluster, costs)
         self.continuations = Continuations(costs, self.places, given.costs, given.running)
@@ -340,7 +342,8 @@ class Survivors:
         self.options = [o for i, replica in enumerate(replicas) for o in self.continuations.options(i, replica)]
         self.candidates = [Candidate(template=o.template, option=o, start_s=o.start_s) for o in self.options]
         horizon_s = given.costs.horizon_s
-        self.lost = tuple(i for i, replica in enumerate(replicas) if self.continuations.has_lost(replica))
+        there = {device.name: device.gpu for device in (fleet or given.problem.cluster).devices()}
+        self.lost = tuple(i for i, replica in enumerate(replicas) if has_lost(replica, there))
         whole = {i: template for i, template in enumerate(self.templates) if template is not None}
         runs = (i for i in range(len(replicas)) if i not in self.lost)
         self.stay_rates = {i: HALF_DONE * replicas[i].planned_seats / horizon_s for i in runs}
