@@ -61,13 +61,17 @@ def file_of(url: sa.URL) -> Path | None:
     return Path(os.path.realpath(url.database))
 
 
-def keep_private(file: Path) -> None:
-    """Create the file with mode 0600 before SQLite does; take away other users' access if it exists.
-
-    The files that SQLite puts beside it (the write-ahead log) get the same mode.
-    """
+def make_private(file: Path) -> None:
+    """Create the file with mode 0600 before SQLite does, unless there is something of that name."""
     with contextlib.suppress(OSError):  # SQLite reports errors of the folder
-        os.close(os.open(file, os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, 0o600))
+        os.close(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+
+
+def keep_private(file: Path) -> None:
+    """Take away other users' access to a store, and to the files that SQLite puts beside it (the write-ahead log).
+
+    Only for what is known to be a store: a URL may name a folder or a file of others by mistake.
+    """
     for found in (file, *(file.with_name(file.name + ending) for ending in ("-wal", "-shm"))):
         try:
             if found.exists() and found.stat().st_mode & 0o077:

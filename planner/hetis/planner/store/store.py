@@ -570,13 +570,14 @@ class Store:
 
     def _open(self) -> None:
         if self._lock is not None:
-            opening.keep_private(self._lock.store)
+            opening.make_private(self._lock.store)
         try:
             with self._readers.begin() as connection:
                 if self._lock is not None:
                     opening.check_file(connection, self._label)
                 old = schema.needs_migration(connection, self._label)
             if self._lock is not None:
+                opening.keep_private(self._lock.store)
                 opening.use_write_ahead_log(self._engine)
                 self._file = opening.identity_of(self._lock.store)
             if old:
