@@ -40,13 +40,22 @@ def parse_url(text: str) -> sa.URL:
     """
     try:
         url = sa.make_url(text)
-    except sa.exc.ArgumentError:
+    except (sa.exc.ArgumentError, ValueError):  # ValueError: its port is no number
         raise StoreError("the store's URL cannot be read; expected sqlite:///FILE or postgresql://...") from None
     if url.drivername in ("postgresql", "postgres"):
         url = url.set(drivername="postgresql+psycopg")
     if url.drivername not in ("sqlite", "postgresql+psycopg"):
         raise StoreError(
             f"store {_without_passwords(url)}: {url.drivername} is not supported, expected sqlite or postgresql"
+        )
+    if url.drivername == "sqlite" and file_of(url) is None:
+        raise StoreError(
+            f"store {_without_passwords(url)}: the URL names no file, and what is only in memory is lost when the"
+            " planner ends; expected sqlite:///FILE"
+        )
+    if url.drivername == "sqlite" and url.query:
+        raise StoreError(
+            f"store {_without_passwords(url)}: SQLite stores take no parameters; expected sqlite:///FILE without '?'"
         )
     return url
 
