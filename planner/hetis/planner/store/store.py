@@ -359,6 +359,7 @@ class Store:
         await _end(self._renewal)
         self._guard = self._renewal = None
         epoch, self._epoch = self._epoch, None
+        self.lease.end()  # nobody renews it any more, and the server may take longer to hear of that than it lasts
         try:
             with contextlib.suppress(ServiceError):
                 await self._limited(self._close_lease, epoch)
