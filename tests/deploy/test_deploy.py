@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import re
+import shlex
 import shutil
 import subprocess
+import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import fields
@@ -168,6 +171,18 @@ def test_units_use_options_that_exist() -> None:
                 assert set(re.findall(r"--[a-z-]+", match[2])) <= known, line
             else:
                 assert line == "/usr/bin/hetis-agent", line
+
+
+def test_old_backups_and_what_killed_ones_have_left_are_deleted(tmp_path: Path) -> None:
+    day_s, now_s = 86_400, time.time()
+    kept = {"planner-1.db": 29, ".planner-2.db.7.tmp": 0, "other.db": 99}
+    gone = {"planner-3.db": 32, ".planner-4.db.7.tmp": 2, ".planner-4.db.7.tmp-journal": 2}
+    for name, days in (kept | gone).items():
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, (now_s - (days + 0.5) * day_s,) * 2)
+    (line,) = settings_of(DEPLOY / "systemd" / "hetis-backup.service")["ExecStartPost"]
+    subprocess.run([word.replace("${STATE_DIRECTORY}", str(tmp_path)) for word in shlex.split(line)], check=True)
+    assert {file.name for file in tmp_path.iterdir()} == set(kept)
 
 
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="NOT CHECKED: systemd-analyze is not installed")

@@ -71,3 +71,9 @@ def test_endless_nesting_is_refused_at_once(text: str) -> None:
 def test_a_long_number_does_not_hang() -> None:
     with pytest.raises(DocumentError):
         parse_text('{"a": ' + "9" * 100_000 + "", "x")
+
+
+@pytest.mark.parametrize("text", ["a: \udcff", "\n\udcff", "{\udcff}", "a: " + "x" * 300_000 + "\udcff"])
+def test_bytes_of_the_environment_that_are_no_text_are_refused(text: str) -> None:
+    with pytest.raises(DocumentError, match=r"is not text: character U\+DCFF is not allowed"):
+        parse_text(text, "HETIS_RELOAD")

@@ -5,9 +5,12 @@ Nor is a kernel compiled again for each constant that another kernel passes to i
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 from hetis.solver.dispatch.solve import compile_dispatch
 from hetis.solver.redispatch.solve import compile_redispatch
@@ -84,6 +87,49 @@ def test_a_kernel_is_compiled_by_one_process_and_loaded_by_the_others(tmp_path: 
             process.kill()
             process.wait()
     assert sorted(counts) == [(0, 1, 0), (0, 1, 0), (1, 0, 1)]  # one `inner` for all three constants
+
+
+SIMPLE = """
+from pathlib import Path
+from hetis.solver.compiled import kernel_of
+
+@kernel_of(Path(__file__).parent)
+def twice(value):
+    return value + value
+
+assert twice(1.5) == 3.0
+print(sum(twice.stats.cache_misses.values()), sum(twice.stats.cache_hits.values()))
+"""
+
+
+def _run(file: Path, *, most_kib: int | str = "unlimited") -> tuple[int, ...]:
+    """Return how often `twice` was compiled and loaded in a process that may write files of at most ``most_kib``."""
+    limited = ["bash", "-c", f'ulimit -f {most_kib}; exec "$@"', "bash", sys.executable, str(file)]
+    run = subprocess.run(limited, capture_output=True, text=True, check=False, timeout=300)
+    assert (run.returncode, run.stderr) == (0, "")
+    return tuple(map(int, run.stdout.split()))
+
+
+def test_a_kernel_is_used_although_it_cannot_be_saved(tmp_path: Path) -> None:
+    file = tmp_path / "simple.py"
+    file.write_text(SIMPLE, encoding="utf-8")
+    assert _run(file, most_kib=0) == (1, 0)
+    assert _run(file, most_kib=2) == (1, 0)  # room for the index, but not for the code
+    assert [found.suffix for found in tmp_path.rglob("*.nb?")] == [".nbi"]
+    assert _run(file) == (1, 0)
+    assert _run(file) == (0, 1)
+
+
+@pytest.mark.parametrize("ending", ["nbi", "nbc"])
+def test_cached_code_that_was_cut_off_is_compiled_anew(ending: str, tmp_path: Path) -> None:
+    file = tmp_path / "simple.py"
+    file.write_text(SIMPLE, encoding="utf-8")
+    assert _run(file) == (1, 0)
+    for share in (0.0, 0.5):
+        (cached,) = tmp_path.rglob(f"*.{ending}")
+        os.truncate(cached, int(share * cached.stat().st_size))
+        assert _run(file) == (1, 0)
+        assert _run(file) == (0, 1)
 
 
 def test_cached_code_of_a_type_that_has_another_name_now_is_compiled_anew(tmp_path: Path) -> None:

@@ -323,3 +323,7 @@ def _events(text: str, file: str) -> Iterator[Any]:
         line = text.count("\n", 0, error.position) + 1
         character = error.character if isinstance(error.character, int) else ord(error.character[:1] or "?")
         raise single_problem(file, f"is not text: character U+{character:04X} is not allowed", line=line) from None
+    except UnicodeEncodeError as error:  # of the fast parser: bytes of an environment that were no text
+        line = text.count("\n", 0, error.start) + 1
+        character = ord(text[error.start])
+        raise single_problem(file, f"is not text: character U+{character:04X} is not allowed", line=line) from None

@@ -5,9 +5,10 @@ from __future__ import annotations
 import fcntl
 import importlib
 import importlib.util
+import pickle
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import cache, partial
 from pathlib import Path
 from typing import IO, Any, TypeVar, cast
@@ -74,6 +75,8 @@ def kernel_of(*folders: Path, fastmath: bool | set[str] = False) -> Callable[[Fu
         cache_file = dispatcher._cache._cache_file
         cache_file._source_stamp = _stamp(folders)
         cache_file._load_index = partial(_index_of, cache_file._load_index)
+        cache_file._load_data = partial(_data_of, cache_file._load_data)
+        dispatcher._cache.save_overload = partial(_save_if_possible, dispatcher._cache.save_overload)
         load_or_compile = dispatcher.compile
 
         def compile_once(signature: Any) -> Any:
@@ -86,15 +89,36 @@ def kernel_of(*folders: Path, fastmath: bool | set[str] = False) -> Callable[[Fu
     return kernel
 
 
+# Raised while pickled data are read that name what was removed or renamed, or that a crash of the machine cut off.
+_UNREADABLE = (
+    *(AttributeError, EOFError, ImportError, IndexError, KeyError, TypeError, ValueError),
+    pickle.UnpicklingError,
+)
+
+
 def _index_of(load: Callable[[], dict[Any, Any]]) -> dict[Any, Any]:
-    """Return the index of cached code from ``load``, or an empty one if it names a type that was removed or renamed.
+    """Return the index of cached code from ``load``, or an empty one if it cannot be read.
 
     numba reads the types of an index before it compares its stamp.
     """
     try:
         return load()
-    except (AttributeError, ImportError):
+    except (OSError, *_UNREADABLE):
         return {}
+
+
+def _data_of(load: Callable[[str], Any], name: str) -> Any:
+    """Return cached code from ``load``. Raises OSError if it cannot be read: numba then compiles anew."""
+    try:
+        return load(name)
+    except _UNREADABLE as error:
+        raise OSError(f"cached code {name} cannot be read: {error}") from error
+
+
+def _save_if_possible(save: Callable[[Any, Any], None], signature: Any, code: Any) -> None:
+    """Save compiled code; on a full disk it is used without, and the next process compiles again."""
+    with suppress(OSError):
+        save(signature, code)
 
 
 def _is_plain() -> bool:

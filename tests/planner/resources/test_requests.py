@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import sqlite3
 import uuid
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from hetis.planner.convert.documents import DeclaredFleets
+from hetis.planner.failures import Reason, ServiceError
 from hetis.planner.fleet.hubs import Hubs
 from hetis.planner.resources.clusters import Clusters
 from hetis.planner.resources.requests import fingerprint, to_the_end
@@ -63,6 +65,31 @@ async def test_work_goes_on_when_its_caller_is_cancelled() -> None:
     await asyncio.sleep(0.01)
     assert caller.cancelled()
     assert done == ["done"]
+
+
+@pytest.mark.parametrize(
+    ("error", "is_logged"),
+    [(ServiceError(Reason.ERROR_REASON_STORE_UNAVAILABLE, "the disk is full"), False), (ZeroDivisionError(), True)],
+)
+async def test_work_that_fails_after_its_caller_gave_up_is_logged_if_it_is_a_bug(
+    error: Exception, is_logged: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    go = asyncio.Event()
+
+    async def work() -> None:
+        await go.wait()
+        raise error
+
+    caller = asyncio.create_task(to_the_end(work()))
+    await asyncio.sleep(0)
+    caller.cancel()
+    await asyncio.wait([caller])
+    go.set()
+    await asyncio.sleep(0.01)
+    del caller
+    gc.collect()  # asyncio itself logs an error that nobody has retrieved when its task is freed
+    logged = [(found.name, found.exc_info and found.exc_info[1]) for found in caplog.records]
+    assert logged == ([("hetis.planner.resources", error)] if is_logged else [])
 
 
 def test_a_repeated_request_survives_a_restart_of_the_planner(postgres_url: str) -> None:

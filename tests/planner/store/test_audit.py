@@ -87,7 +87,7 @@ def test_a_line_that_is_taken_out_or_moved_is_found(connection: sa.Connection) -
 
 @given(st.lists(CHANGES, max_size=6))
 def test_any_changes_make_a_whole_chain(changes: list[AuditedChange]) -> None:
-    engine = opening.make_engine(opening.parse_url("sqlite://"), lease_s=10.0)
+    engine = opening.make_engine(sa.make_url("sqlite://"), lease_s=10.0)
     with engine.begin() as connection:
         schema.migrate(connection)
         log = AuditLog(connection)

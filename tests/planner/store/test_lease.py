@@ -94,6 +94,22 @@ async def test_a_leader_behind_a_frozen_network_ends_its_term_by_its_own_clock(p
     await new.close()
 
 
+async def test_a_leader_that_closes_while_its_server_is_frozen_has_no_lease_that_could_be_overdue(
+    postgres_url: str, proxy: Proxy
+) -> None:
+    """A defect in the past: SIGTERM ended a planner with 1, as if its event loop had hung."""
+    store = await Store.open(through(proxy, postgres_url), lease_s=LEASE_S)
+    await store.lead("leader")
+    proxy.freeze()
+    closing = asyncio.create_task(store.close())
+    began_s = time.monotonic()
+    while not closing.done():
+        assert not store.lease.is_overdue
+        await asyncio.sleep(0.05)
+    assert time.monotonic() - began_s > LEASE_S
+    await closing
+
+
 async def test_after_two_thirds_of_the_lease_nothing_is_decided_and_a_renewal_mends_that(postgres_url: str) -> None:
     now_s = 0.0
     store = await Store.open(postgres_url, lease_s=30.0, machine=lambda: now_s)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import os
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -671,6 +673,37 @@ def test_the_files_of_a_store_are_for_its_owner_alone(tmp_path: Path) -> None:
             asyncio.run(scenario(file))
     finally:
         os.umask(before)
+
+
+def test_what_is_no_store_keeps_its_mode(tmp_path: Path) -> None:
+    folder, foreign, text = tmp_path / "folder", tmp_path / "foreign.db", tmp_path / "text"
+    folder.mkdir()
+    with contextlib.closing(sqlite3.connect(foreign)) as connection:
+        connection.execute("CREATE TABLE recipes (name TEXT)")
+    text.write_text("not a database\n" * 1000)
+    for mode, found in ((0o755, folder), (0o644, foreign), (0o644, text)):
+        found.chmod(mode)
+        with pytest.raises(StoreError):
+            asyncio.run(_open_and_close(f"sqlite:///{found}"))
+        with pytest.raises(StoreError):
+            migrate_to(f"sqlite:///{found}", schema.revisions()[-1])
+        assert found.stat().st_mode & 0o777 == mode
+
+
+@pytest.mark.parametrize(
+    ("url", "says"),
+    [
+        ("postgresql://hetis:secret@host:port/hetis", "the store's URL cannot be read"),
+        ("sqlite://", "names no file"),
+        ("sqlite:///", "names no file"),
+        ("sqlite:///:memory:", "names no file"),
+        ("sqlite:///hetis.db?mode=ro", "SQLite stores take no parameters"),
+    ],
+)
+def test_a_url_that_no_store_can_have_is_one_clear_error(url: str, says: str) -> None:
+    with pytest.raises(StoreError, match=says) as caught:
+        opening.parse_url(url)
+    assert "secret" not in str(caught.value)
 
 
 async def test_a_record_never_has_an_etag_that_another_of_its_name_had(url: str) -> None:

@@ -38,6 +38,23 @@ def test_parts_are_read_back_and_only_this_user_may(tmp_path: Path) -> None:
     assert all(stat.S_IMODE(file.stat().st_mode) == 0o600 for file in (tmp_path / "state").iterdir())
 
 
+@pytest.mark.parametrize(("other", "mode"), [("of-others", 0o755), ("node.state", 0o700), ("lost+found", 0o700)])
+def test_a_directory_keeps_its_mode_if_it_is_not_the_agents_alone(
+    other: str, mode: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "state"
+    path.mkdir()
+    path.chmod(0o755)
+    (path / other).mkdir()
+    for _ in range(2):  # the second time with the files of the first
+        directory = StateDirectory(path)
+        directory.write(REPLICA, b"one")
+        directory.close()
+        assert stat.S_IMODE(path.stat().st_mode) == mode
+    warned = f"state directory {path} keeps its mode, since it also holds other files: {other}"
+    assert [found.message for found in caplog.records] == ([warned] * 2 if mode == 0o755 else [])
+
+
 @given(st.data())
 def test_a_damaged_part_is_set_aside_and_the_others_are_used(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject

@@ -298,6 +298,8 @@ sys.exit(main())
         (["--node", NODE + "p", "--engine", "ollama"], "--engine is 'ollama', must be"),
         (["--node", NODE + "p", "--server", "nowhere"], "--server is 'nowhere', must be host:port"),
         (["--node", NODE + "p", "--engine", "simulated"], "needs --simulated-devices"),
+        (["--node", NODE + "p", "--engine", "vllm:http://here:http"], "--engine has the address 'http://here:http'"),
+        (["--node", NODE + "p", "--engine", "vllm:http://me:secret@here:1"], "--engine has a user or password in its"),
         (["--node", NODE + "p", "--tls-cert", "/dev/null"], "--tls-cert and --tls-key must be given together"),
     ],
 )
@@ -306,6 +308,15 @@ def test_bad_options_are_one_clear_line(arguments: list[str], says: str) -> None
     assert ended.returncode == 2
     assert says in ended.stderr
     assert len(ended.stderr.splitlines()) == 1
+
+
+def test_a_token_in_the_environment_that_cannot_be_sent_is_an_invalid_option() -> None:
+    environment = {**os.environ, "HETIS_AGENT_TOKEN": "two words"}
+    command = [*COMMAND, "--node", NODE + "p", "--engine", "none"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env=environment)
+    assert ended.returncode == 2
+    assert ended.stderr.startswith("hetis-agent: HETIS_AGENT_TOKEN holds no token")
+    assert "two words" not in ended.stderr
 
 
 def test_everything_that_is_wrong_with_the_options_is_said_at_once() -> None:

@@ -7,6 +7,7 @@ import base64
 import binascii
 import hashlib
 import json
+import logging
 import math
 import uuid
 from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterable, Iterator, Sequence
@@ -286,6 +287,7 @@ Tell = Callable[[], Awaitable[object]]
 RESOURCES = ("cluster", "profile", "plan", "node")
 MOST_KEPT_BYTES = 4096  # largest document in a stored answer; larger ones are in the resource itself
 _LEFT_OUT = b"\0"  # marks an omitted document; no document has this content
+_log = logging.getLogger("hetis.planner.resources")
 _under_way = set[asyncio.Task[Any]]()  # the event loop itself holds only weak references to tasks
 
 
@@ -393,7 +395,17 @@ async def to_the_end(work: Coroutine[Any, Any, T]) -> T:
     task = asyncio.ensure_future(work)
     _under_way.add(task)
     task.add_done_callback(_under_way.discard)
-    return await asyncio.shield(task)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        task.add_done_callback(_report_bug)
+        raise
+
+
+def _report_bug(task: asyncio.Task[Any]) -> None:
+    """Log the error of work whose caller no longer waits if it is a bug; a refusal concerned that caller alone."""
+    if not task.cancelled() and (error := task.exception()) is not None and not isinstance(error, HetisError):
+        _log.error("a change whose caller no longer waits failed", exc_info=error)
 
 
 def without_documents(answer: A) -> A:

@@ -49,7 +49,7 @@ def back_up(url: str, file: Path) -> int:
     made = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     try:
         with _stored(url) as connection, _errors_of(str(file)):
-            opening.keep_private(made)
+            opening.make_private(made)
             target, _, _ = _engine(_url_of(made))
             with target.begin() as written:
                 schema.migrate(written)
@@ -164,6 +164,9 @@ def unused(url: str) -> Iterator[tuple[sa.Connection, str]]:
                 raise StoreError(f"store {label} cannot be opened: the folder does not exist")
             if not lock.take():
                 raise StoreError(f"store {label} is in use by a planner: stop it first")
+            opening.make_private(file)
+            with _reading(engine) as connection:
+                schema.needs_migration(connection, label)  # raises StoreError if it is not a store
             opening.keep_private(file)
             with _errors_of(label):
                 opening.use_write_ahead_log(engine)

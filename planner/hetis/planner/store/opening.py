@@ -40,13 +40,22 @@ def parse_url(text: str) -> sa.URL:
     """
     try:
         url = sa.make_url(text)
-    except sa.exc.ArgumentError:
+    except (sa.exc.ArgumentError, ValueError):  # ValueError: its port is no number
         raise StoreError("the store's URL cannot be read; expected sqlite:///FILE or postgresql://...") from None
     if url.drivername in ("postgresql", "postgres"):
         url = url.set(drivername="postgresql+psycopg")
     if url.drivername not in ("sqlite", "postgresql+psycopg"):
         raise StoreError(
             f"store {_without_passwords(url)}: {url.drivername} is not supported, expected sqlite or postgresql"
+        )
+    if url.drivername == "sqlite" and file_of(url) is None:
+        raise StoreError(
+            f"store {_without_passwords(url)}: the URL names no file, and what is only in memory is lost when the"
+            " planner ends; expected sqlite:///FILE"
+        )
+    if url.drivername == "sqlite" and url.query:
+        raise StoreError(
+            f"store {_without_passwords(url)}: SQLite stores take no parameters; expected sqlite:///FILE without '?'"
         )
     return url
 
@@ -61,13 +70,17 @@ def file_of(url: sa.URL) -> Path | None:
     return Path(os.path.realpath(url.database))
 
 
-def keep_private(file: Path) -> None:
-    """Create the file with mode 0600 before SQLite does; take away other users' access if it exists.
-
-    The files that SQLite puts beside it (the write-ahead log) get the same mode.
-    """
+def make_private(file: Path) -> None:
+    """Create the file with mode 0600 before SQLite does, unless there is something of that name."""
     with contextlib.suppress(OSError):  # SQLite reports errors of the folder
-        os.close(os.open(file, os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, 0o600))
+        os.close(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+
+
+def keep_private(file: Path) -> None:
+    """Take away other users' access to a store, and to the files that SQLite puts beside it (the write-ahead log).
+
+    Only for what is known to be a store: a URL may name a folder or a file of others by mistake.
+    """
     for found in (file, *(file.with_name(file.name + ending) for ending in ("-wal", "-shm"))):
         try:
             if found.exists() and found.stat().st_mode & 0o077:

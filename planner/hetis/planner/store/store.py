@@ -359,6 +359,7 @@ class Store:
         await _end(self._renewal)
         self._guard = self._renewal = None
         epoch, self._epoch = self._epoch, None
+        self.lease.end()  # nobody renews it any more, and the server may take longer to hear of that than it lasts
         try:
             with contextlib.suppress(ServiceError):
                 await self._limited(self._close_lease, epoch)
@@ -570,13 +571,14 @@ class Store:
 
     def _open(self) -> None:
         if self._lock is not None:
-            opening.keep_private(self._lock.store)
+            opening.make_private(self._lock.store)
         try:
             with self._readers.begin() as connection:
                 if self._lock is not None:
                     opening.check_file(connection, self._label)
                 old = schema.needs_migration(connection, self._label)
             if self._lock is not None:
+                opening.keep_private(self._lock.store)
                 opening.use_write_ahead_log(self._engine)
                 self._file = opening.identity_of(self._lock.store)
             if old:

@@ -7,11 +7,15 @@ import hashlib
 import json
 import logging
 import os
+import re
+import stat
 from pathlib import Path
 from urllib.parse import quote, unquote
 
 FORM = 1  # version of the files
 _SUFFIX = ".state"
+_MODE = 0o700
+_OURS = re.compile(r"lock|engines|engine\.sock|lost\+found|.+\.state(\.new|\.damaged-\d+)?")
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _log = logging.getLogger(__name__)
 
@@ -39,8 +43,8 @@ class StateDirectory:
     def __init__(self, path: Path) -> None:
         self._path = path
         try:
-            path.mkdir(parents=True, exist_ok=True, mode=0o700)
-            path.chmod(0o700)
+            path.mkdir(parents=True, exist_ok=True, mode=_MODE)
+            _keep_private(path)
             self._lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             try:
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -111,6 +115,17 @@ class StateDirectory:
             os.fsync(directory)
         finally:
             os.close(directory)
+
+
+def _keep_private(path: Path) -> None:
+    """Take away other users' access, unless the directory also holds what is not an agent's: it may be /tmp."""
+    if stat.S_IMODE(path.stat().st_mode) == _MODE:
+        return
+    if others := sorted(file.name for file in path.iterdir() if not _OURS.fullmatch(file.name)):
+        shown = ", ".join(others[:3])
+        _log.warning("state directory %s keeps its mode, since it also holds other files: %s", path, shown)
+    else:
+        path.chmod(_MODE)
 
 
 def _checked(content: bytes) -> tuple[str, bytes]:

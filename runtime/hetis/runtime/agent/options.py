@@ -124,8 +124,14 @@ def _engine_settings(path: str) -> EngineSettingsDocument:
 
 
 def _metrics_url(text: str) -> str:
-    parts = urlsplit(text)
-    if parts.scheme not in ("http", "https") or not parts.netloc:
+    try:
+        parts = urlsplit(text)
+        is_right = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is no number up to 65535, or brackets without an address
+        is_right = False
+    if is_right and "@" in parts.netloc:  # it would be shown wherever the engine is, and no engine asks for it
+        raise AgentOptionError("--engine has a user or password in its address, must be http://host:port")
+    if not is_right:
         raise AgentOptionError(f"--engine has the address {text!r}, must be http://host:port")
     return text if parts.path.strip("/") else f"{parts.scheme}://{parts.netloc}/metrics"
 
@@ -210,6 +216,8 @@ class PlannerAddress:
         files = {"--tls-ca": self.ca, "--tls-cert": self.cert, "--tls-key": self.key, "--token-file": self.token_file}
         unreadable = {name: path for name, path in files.items() if path is not None and not os.access(path, os.R_OK)}
         yield from (f"{name}: {path} cannot be read" for name, path in unreadable.items())
+        if self.token_file is None and not is_sendable_token(self._token()):  # a file may yet be written
+            yield _not_sendable(_TOKEN_VARIABLE)
         if self.is_plain and "--token-file" not in unreadable and elsewhere and self._token():
             yield f"a token is not sent to {elsewhere[0]} without TLS; give --tls-ca instead of --insecure"
 
@@ -241,7 +249,7 @@ class PlannerAddress:
             raise OSError(f"{self.token_file} holds no token: it is empty")
         if not is_sendable_token(token):
             where = self.token_file if self.token_file is not None else _TOKEN_VARIABLE
-            raise OSError(f"{where} holds no token: characters other than printable ones without blanks")
+            raise OSError(_not_sendable(where))
         return (("authorization", f"Bearer {token}"),) if token else ()
 
     def explained(self, message: str) -> str:
@@ -285,6 +293,10 @@ class ReconnectBackoff:
     def within_s(self, seconds: float) -> float:
         """Return a random delay of at most ``seconds``, the time that the planner has set."""
         return self._random.uniform(0, seconds)
+
+
+def _not_sendable(where: object) -> str:
+    return f"{where} holds no token: characters other than printable ones without blanks"
 
 
 def _read(path: Path | None) -> bytes | None:
