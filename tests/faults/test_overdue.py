@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 from hetis.planner.service.exit_codes import ServiceExitCode
@@ -53,3 +55,22 @@ def test_a_leader_whose_loop_hangs_ends_soon_after_its_lease(postgres_url: str, 
         code, said = planner.end(timeout_s=40)  # the hang lasts longer
     assert code == ServiceExitCode.INTERNAL
     assert "the event loop hangs" in said
+
+
+def test_a_leader_that_hangs_because_nothing_reads_its_log_ends_as_well() -> None:
+    ending = """
+import os
+from contextlib import suppress
+from hetis.planner.service.succession import _end_process
+os.set_blocking(2, False)
+with suppress(BlockingIOError):
+    while os.write(2, bytes(1000)):
+        pass
+os.set_blocking(2, True)
+_end_process()
+"""
+    with subprocess.Popen([sys.executable, "-c", ending], stderr=subprocess.PIPE) as planner:
+        try:
+            assert planner.wait(60) == ServiceExitCode.INTERNAL
+        finally:
+            planner.kill()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import time
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,18 @@ async def test_every_watcher_of_health_hears_of_the_drain_also_when_another_left
         for watcher in watchers[1:]:
             assert (await watcher.read()).status == NOT_SERVING
         await draining
+
+
+async def test_no_call_of_a_burst_is_cancelled() -> None:
+    async with served() as planner, AsyncExitStack() as stack:
+        calls = list[Any]()
+        for _ in range(3):
+            apart = [("grpc.use_local_subchannel_pool", 1)]  # otherwise all would share a connection
+            stub = PlanServiceStub(stack.enter_context(grpc.insecure_channel(planner.address, apart)))
+            calls += [stub.GetPlan.future(plans.GetPlanRequest(name="plans/p"), timeout=60) for _ in range(700)]
+        time.sleep(1)  # the planner is busy while they arrive
+        codes = await asyncio.to_thread(lambda: {call.code() for call in calls})
+    assert codes == {grpc.StatusCode.OK}
 
 
 @pytest.mark.parametrize("version", ["v1", "v1alpha"])

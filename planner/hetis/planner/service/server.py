@@ -89,6 +89,9 @@ OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_connection_idle_ms", 300_000),
     # Per connection: an agent has one connection with one stream; watchers and engines make a handful of calls.
     ("grpc.max_concurrent_streams", 1_000),
+    # Calls that wait to be accepted: beyond 1,000, by default, gRPC cancels calls by chance, and beyond 3,000 all.
+    ("grpc.server.max_pending_requests", MAX_CALLS),
+    ("grpc.server.max_pending_requests_hard_limit", MAX_CALLS),
     # Otherwise two planners on one port would each receive half of the calls.
     ("grpc.so_reuseport", 0),
 )

@@ -10,6 +10,7 @@ import socket
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -328,7 +329,11 @@ class OverdueTerm:
 
 def _end_process() -> None:
     """Dump the stacks of all threads and exit without cleanup, since any other way to end needs the event loop."""
-    os.write(2, b"the lease is over and the event loop hangs: this planner ends, so that its agents find the leader\n")
+    with suppress(OSError):
+        os.set_blocking(2, False)  # the event loop may hang because nothing reads the log
+        os.write(
+            2, b"the lease is over and the event loop hangs: this planner ends, so that its agents find the leader\n"
+        )
     faulthandler.dump_traceback(2)
     os._exit(ServiceExitCode.INTERNAL)
 
