@@ -378,7 +378,11 @@ def _put(data: Any, given: Given, layers: _Layers) -> None:
             holder[part] = {}
         holder = holder[part]
     if isinstance(holder, dict):
-        holder[leaf[-1]] = _value(given, leaves[leaf])
+        try:
+            holder[leaf[-1]] = _value(given, leaves[leaf])
+        except DocumentError as error:
+            layers.problems += error.problems
+            return
         layers.given[leaf] = given.by
 
 
