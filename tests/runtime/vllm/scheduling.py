@@ -192,7 +192,11 @@ class World:
         socket: Path | None = None,
     ) -> None:
         workers = [
-            {"name": NAMES[1 + i], "addresses": [f"127.0.0.1:{7000 + rank}" for rank in range(ranks)], "keyFile": "key"}
+            {
+                "name": NAMES[1 + i],
+                "addresses": [f"127.0.0.1:{7000 + i * ranks + rank}" for rank in range(ranks)],
+                "keyFile": "key",
+            }
             for i in range(len(blocks))
         ]
         document = {
