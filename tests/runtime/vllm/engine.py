@@ -7,6 +7,7 @@ its exit code is printed. An engine is made once for a scenario; every act uses 
 
 from __future__ import annotations
 
+import copy
 import gc
 import json
 import multiprocessing
@@ -15,6 +16,8 @@ import random
 import signal
 import sys
 import traceback
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -322,8 +325,9 @@ def refused(engine: Engine, act: dict[str, Any]) -> dict[str, Any]:
     from types import SimpleNamespace
 
     import torch
-    from vllm.v1.kv_cache_interface import ChunkedLocalAttentionSpec
+    from vllm.v1.kv_cache_interface import ChunkedLocalAttentionSpec, UniformTypeKVCacheSpecs
 
+    from hetis.runtime.vllm.assembly import only_group
     from hetis.runtime.vllm.backend import CpuHeadGroups, UnsupportedModelError, _of_virtual_sequences
     from hetis.runtime.vllm.connector import _check
     from hetis.runtime.vllm.settings import SettingsError
@@ -342,6 +346,10 @@ def refused(engine: Engine, act: dict[str, Any]) -> dict[str, Any]:
         message = ""
     except SettingsError as error:
         message = str(error)
+
+    def cache_of(*specs: Any) -> Any:
+        return SimpleNamespace(kv_cache_groups=[SimpleNamespace(kv_cache_spec=one) for one in specs])
+
     chunks = ChunkedLocalAttentionSpec(
         block_size=16, num_kv_heads=4, head_size=16, dtype=torch.float32, attention_chunk_size=64
     )
@@ -354,6 +362,19 @@ def refused(engine: Engine, act: dict[str, Any]) -> dict[str, Any]:
     except UnsupportedModelError as error:
         message += f" {error}"
     mine = engine.core.vllm_config
+    spec = engine.side._manager.kv_cache_spec
+    without = copy.copy(mine)
+    without.kv_transfer_config = None
+    refusals: list[Callable[[], Any]] = [
+        lambda: CpuHeadGroups.get_builder_cls()(spec, [], without, torch.device("cpu")),
+        lambda: only_group(cache_of(spec, chunks)),
+        lambda: only_group(cache_of(UniformTypeKVCacheSpecs(16, {"a": spec, "b": replace(spec, head_groups=2)}))),
+    ]
+    for refusing in refusals:
+        try:
+            refusing()
+        except (SettingsError, UnsupportedModelError) as error:
+            message += f" {error}"
     described = _of_virtual_sequences(mine, 4)
     layers = mine.compilation_config.static_forward_context.values()
     [impl] = {type(layer.impl): layer.impl for layer in layers if hasattr(layer, "impl")}.values()

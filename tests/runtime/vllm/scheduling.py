@@ -46,7 +46,7 @@ class CountedBlocks:
 
     def __init__(self, num_blocks: int) -> None:
         self.homes: Any = None
-        self.relieve: Callable[[int], None] | None = None
+        self.relieve: Callable[[int, str, int], None] | None = None
         self.events: list[Event] = []
         self.free = num_blocks
         self.anchors: dict[str, int] = {}
@@ -67,7 +67,7 @@ class CountedBlocks:
         if not self.homes.has_room(request_id, tokens):
             return False
         if self._missing(request_id, needed) > self.free and self.relieve is not None and request_id in self.tables:
-            self.relieve(self._missing(request_id, needed) - self.free)
+            self.relieve(self._missing(request_id, needed) - self.free, request_id, tokens)
         if self._missing(request_id, needed) > self.free:
             return False
         if request_id not in self.tables:
@@ -192,7 +192,11 @@ class World:
         socket: Path | None = None,
     ) -> None:
         workers = [
-            {"name": NAMES[1 + i], "addresses": [f"127.0.0.1:{7000 + rank}" for rank in range(ranks)], "keyFile": "key"}
+            {
+                "name": NAMES[1 + i],
+                "addresses": [f"127.0.0.1:{7000 + i * ranks + rank}" for rank in range(ranks)],
+                "keyFile": "key",
+            }
             for i in range(len(blocks))
         ]
         document = {

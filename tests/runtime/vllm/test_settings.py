@@ -46,13 +46,16 @@ def test_what_is_no_such_document_is_refused(tmp_path: Path, text: str) -> None:
         load_settings(path)
 
 
-def test_two_workers_of_one_name_or_of_other_numbers_of_ranks_are_refused(tmp_path: Path) -> None:
+def test_two_workers_of_one_name_or_address_or_of_other_numbers_of_ranks_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "workers.yaml"
     worker = VALID[VALID.index("  - name") :]
     path.write_text(VALID + worker)
-    with pytest.raises(SettingsError, match="not unique"):
+    with pytest.raises(SettingsError, match="names are not unique"):
         load_settings(path)
-    path.write_text(VALID + worker.replace("p100-0", "p100-1").replace('["10', '["10.0.0.8:1", "10'))
+    path.write_text(VALID + worker.replace("p100-0", "p100-1"))
+    with pytest.raises(SettingsError, match=r"not unique: 10\.0\.0\.7:7070, 10\.0\.0\.7:7070"):
+        load_settings(path)
+    path.write_text(VALID + worker.replace("p100-0", "p100-1").replace('"10.0.0.7:7070"', '"10.0.0.8:1", "10.0.0.8:2"'))
     with pytest.raises(SettingsError, match="one for each rank"):
         load_settings(path)
 

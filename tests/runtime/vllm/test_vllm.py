@@ -73,6 +73,9 @@ def test_tokens_are_those_of_stock_vllm_with_heads_on_workers(llama: Path, stock
         "speculative",
         CHUNKS,
         SINKS,
+        "must be HetisConnector",
+        "something else than KV of heads (ChunkedLocalAttentionSpec)",
+        "layers have different heads",
     ):
         assert part in refused["message"]
     assert refused["variable"] == "0"

@@ -125,13 +125,8 @@ class HeadAllocator:
         return (LOCAL,) * self.heads.head_groups if placed is None else placed.devices
 
     def has_room(self, request_id: str, tokens: int) -> bool:
-        """Return whether the groups of a request on workers could grow to this many tokens."""
-        placed = self._placed.get(request_id)
-        if placed is None or not any(placed.devices):
-            return True
-        blocks = self._blocks(tokens) - (0 if placed.anchor is None else self._blocks(placed.tokens))
-        needed = self._counts(placed.devices)[1:] * max(blocks, 0)
-        return bool((needed <= self.state.free_blocks()[1:]).all())
+        """Return whether the groups of a request on workers, or on their way there, could grow to this many tokens."""
+        return bool((self._growth(request_id, tokens)[1:] <= self.state.free_blocks()[1:]).all())
 
     def grow(self, request_id: str, tokens: int) -> None:
         """Grow a request to this many tokens."""
@@ -302,6 +297,17 @@ class HeadAllocator:
     def _blocks(self, tokens: int) -> int:
         return -(-tokens // self.heads.block_tokens)
 
+    def _growth(self, request_id: str, tokens: int) -> IntArray:
+        """Return the blocks, shape [D], that a request takes more of where its groups are, and where they are going."""
+        placed = self._placed.get(request_id)
+        if placed is None:
+            return np.zeros(self.state.stage.num_devices, np.int64)
+        more = self._blocks(tokens) - (0 if placed.anchor is None else self._blocks(placed.tokens))
+        taken = self._counts(placed.devices)
+        for name, move in self._moves.values():
+            taken[move.target] += len(move.groups) if name == request_id else 0
+        return taken * max(more, 0)
+
     def room(self, device: int) -> int:
         """Return the number of blocks that a move may take on a device."""
         return self._free_here() if device == LOCAL else int(self._free_blocks()[device])
@@ -321,9 +327,13 @@ class HeadAllocator:
         here = replace(snapshot.devices[LOCAL], total_blocks=used + self._free_here())
         return replace(snapshot, devices=(here, *snapshot.devices[1:]))
 
-    def relief(self, blocks: int) -> list[tuple[str, tuple[int, ...], int]]:
-        """Return moves that free this many blocks here, fewer if workers lack room, from requests with most here."""
-        free = self._free_blocks()
+    def relief(self, blocks: int, request_id: str, tokens: int) -> list[tuple[str, tuple[int, ...], int]]:
+        """Return moves that free this many blocks here, fewer if workers lack room, from requests with most here.
+
+        Workers keep the room for a running request to grow to ``tokens``, wherever its groups then are.
+        """
+        free = self._free_blocks() - self._growth(request_id, tokens)
+        more = self._blocks(tokens) - self.blocks(request_id)
         under_way = {name for name, _ in self._moves.values()}
         here: dict[str, list[int]] = {}
         sizes: dict[str, int] = {}
@@ -336,12 +346,13 @@ class HeadAllocator:
         while blocks > 0 and here:
             name = max(here, key=lambda one: len(here[one]) * sizes[one])
             target = 1 + int(np.argmax(free[1:])) if len(free) > 1 else LOCAL
-            if target == LOCAL or not here[name] or free[target] < sizes[name]:
+            size = sizes[name] + (more if name == request_id else 0)
+            if target == LOCAL or not here[name] or free[target] < size:
                 del here[name]
                 continue
             leaving.setdefault((name, target), []).append(here[name].pop())
-            free[target] -= sizes[name]
-            blocks -= sizes[name]
+            free[target] -= size
+            blocks -= size
         return [(name, tuple(sorted(groups)), target) for (name, target), groups in leaving.items()]
 
     def check_invariants(self) -> None:

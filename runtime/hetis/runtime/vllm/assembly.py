@@ -18,24 +18,25 @@ from hetis.runtime.attention.kv import DeviceError, KvShape
 from hetis.runtime.transport.channel import ChannelKind
 from hetis.runtime.transport.frames import uptime_s
 from hetis.runtime.vllm.backend import HeadGroupImpl, UnsupportedModelError
+from hetis.runtime.vllm.blocks import HeadGroupSpec
 from hetis.runtime.vllm.costs import CONTEXTS, Calibration, Coefficients, TimedCall, calibrate, fit_calls, head_shape
 from hetis.runtime.vllm.head_map import StepRequests, part_of, slots_of
 from hetis.runtime.vllm.moving import BlockStore
 from hetis.runtime.vllm.rank import Rank
 from hetis.runtime.vllm.scheduler import EngineShape
-from hetis.runtime.vllm.settings import PluginSettings, require_whole_pages
+from hetis.runtime.vllm.settings import VARIABLE, PluginSettings, require_whole_pages
 from hetis.runtime.vllm.steps import LOCAL
 from hetis.runtime.vllm.workers import ConnectedWorkers
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
-    from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
 
-    from hetis.runtime.vllm.blocks import HeadGroupSpec
     from hetis.solver.dispatch.problem import HeadShape
 
 
 _ROUNDS, _LAYERS = 3, 4  # calls per point: rounds over layers
+_DIFFERENT_HEADS = "hetis cannot place head groups of a model whose layers have different heads"
 _HEADS = ("num_heads", "head_size", "scale", "logits_soft_cap")  # properties that all layers must share
 
 
@@ -139,7 +140,7 @@ def rank_number() -> int:
 
 def make_rank(vllm_config: VllmConfig, cache: KVCacheConfig, settings: PluginSettings, number: int) -> Rank:
     """Return the rank of this process, connected to its workers."""
-    [group] = cache.kv_cache_groups
+    group = only_group(cache)
     spec = group.kv_cache_spec
     layers = [vllm_config.compilation_config.static_forward_context[name] for name in group.layer_names]
     shape = shape_of(spec, [layer.impl for layer in layers], settings.page_tokens)
@@ -190,6 +191,19 @@ def make_rank(vllm_config: VllmConfig, cache: KVCacheConfig, settings: PluginSet
     )
 
 
+def only_group(cache: KVCacheConfig) -> KVCacheGroupSpec:
+    """Return the group of all layers. Raises UnsupportedModelError if some keep states, or differ in their heads."""
+    specs: list[Any] = []
+    for group in cache.kv_cache_groups:
+        specs += getattr(group.kv_cache_spec, "kv_cache_specs", {"all": group.kv_cache_spec}).values()
+    if others := sorted({type(spec).__name__ for spec in specs if not isinstance(spec, HeadGroupSpec)}):
+        why = f"some of whose layers keep something else than KV of heads ({', '.join(others)})"
+        raise UnsupportedModelError(f"hetis cannot place head groups of a model {why}; unset {VARIABLE}")
+    if any(spec != specs[0] for spec in specs):
+        raise UnsupportedModelError(f"{_DIFFERENT_HEADS}; unset {VARIABLE}")
+    return cache.kv_cache_groups[0]
+
+
 def heads_of(spec: HeadGroupSpec, queries_per_group: int) -> HeadShape:
     """Return the heads of a layer on one rank."""
     return head_shape(
@@ -220,7 +234,7 @@ def shape_of(spec: HeadGroupSpec, impls: Sequence[Any], page_tokens: int) -> KvS
         if not isinstance(impl, HeadGroupImpl):
             raise UnsupportedModelError(f"hetis cannot place head groups of layers of {type(impl).__name__}")
         if any(getattr(impl, name) != getattr(first, name) for name in _HEADS):
-            raise UnsupportedModelError("hetis cannot place head groups of a model whose layers have different heads")
+            raise UnsupportedModelError(f"{_DIFFERENT_HEADS}; unset {VARIABLE}")
     return KvShape(
         layers=len(impls),
         head_dim=first.head_size,

@@ -20,8 +20,9 @@ from vllm.v1.kv_cache_interface import ChunkedLocalAttentionSpec
 
 from hetis.runtime.vllm.blocks import HeadGroupSpec
 from hetis.runtime.vllm.head_map import VirtualBatch
-from hetis.runtime.vllm.plugin import vllm_version
+from hetis.runtime.vllm.plugin import CONNECTOR, vllm_version
 from hetis.runtime.vllm.rank import current_rank
+from hetis.runtime.vllm.settings import VARIABLE, SettingsError
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -52,6 +53,7 @@ class HeadGroupBuilder(AttentionMetadataBuilder):  # type: ignore[misc]
         self, kv_cache_spec: HeadGroupSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        require_connector(vllm_config)
         described = _of_virtual_sequences(vllm_config, kv_cache_spec.head_groups)
         self._base = self.base_backend.get_builder_cls()(kv_cache_spec, layer_names, described, device)
 
@@ -175,6 +177,15 @@ class HeadGroupImpl(AttentionImpl):  # type: ignore[misc]
     def store(self, layer: Any, k: torch.Tensor, v: torch.Tensor, kv_cache: torch.Tensor, slots: torch.Tensor) -> None:
         """Write k and v [V, 1, d] to slots of the cache, in the base backend's layout."""
         self.base.do_kv_cache_update(layer, k, v, kv_cache, slots)
+
+
+def require_connector(vllm_config: VllmConfig) -> None:
+    """Raise SettingsError unless hetis' connector is the only one: others would find no KV in requests' blocks."""
+    transfer = vllm_config.kv_transfer_config
+    found = None if transfer is None else transfer.kv_connector
+    if found != CONNECTOR:
+        how = f"start vLLM with it, as docs/vllm.md says, or unset {VARIABLE}"
+        raise SettingsError(f"hetis: kv_connector in --kv-transfer-config is {found}, must be {CONNECTOR}: {how}")
 
 
 def _of_virtual_sequences(vllm_config: VllmConfig, head_groups: int) -> VllmConfig:

@@ -75,8 +75,9 @@ class HeadGroupManager(SingleTypeKVCacheManager):  # type: ignore[misc]
     """Block tables of every head group of every request."""
 
     homes: HeadAllocator  # set by the connector before the first request
-    # Also set by the connector; called with the number of blocks that the pool lacks for a running request
-    relieve: Callable[[int], None] | None = None
+    # Also set by the connector; called with the number of blocks that the pool lacks for a running request, that
+    # request, and the tokens that it grows to
+    relieve: Callable[[int, str, int], None] | None = None
 
     def __init__(self, kv_cache_spec: HeadGroupSpec, **arguments: Any) -> None:
         super().__init__(kv_cache_spec, **arguments)
@@ -110,7 +111,7 @@ class HeadGroupManager(SingleTypeKVCacheManager):  # type: ignore[misc]
             missing = self._missing(request_id, needed)
             lacking = missing - int(self.block_pool.get_num_free_blocks())
             if lacking > 0 and self.relieve is not None:
-                self.relieve(lacking)
+                self.relieve(lacking, request_id, num_tokens)
                 missing = self._missing(request_id, needed)
             return missing
         hits = len(new_computed_blocks) // self.head_groups

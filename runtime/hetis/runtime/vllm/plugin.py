@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from hetis.runtime.vllm.settings import VARIABLE, SettingsError
 
 _log = logging.getLogger(__name__)
+CONNECTOR = "HetisConnector"  # what --kv-transfer-config calls it
 MODEL_RUNNER = "VLLM_USE_V2_MODEL_RUNNER"  # vLLM's variable: its choice of a model runner
 VERSIONS = ("0.30", "0.31", "0.32")  # tested; the extension points used are young and change
 
@@ -42,8 +43,8 @@ def register() -> None:
         register_backend(AttentionBackendEnum.CPU_ATTN, "hetis.runtime.vllm.backend.CpuHeadGroups")
     else:
         register_backend(AttentionBackendEnum.CUSTOM, "hetis.runtime.vllm.gpu_backend.GpuHeadGroups")
-    if "HetisConnector" not in KVConnectorFactory._registry:
-        KVConnectorFactory.register_connector("HetisConnector", "hetis.runtime.vllm.connector", "HetisConnector")
+    if CONNECTOR not in KVConnectorFactory._registry:
+        KVConnectorFactory.register_connector(CONNECTOR, "hetis.runtime.vllm.connector", "HetisConnector")
 
 
 def vllm_version() -> str:

@@ -316,16 +316,16 @@ class SchedulerSide:
             for group in move.groups:
                 self._manager.free_group(request_id, group)
 
-    def relieve(self, blocks: int) -> None:
-        """Move groups at once to workers with room, because the pool lacks blocks and a request would otherwise be
-        preempted.
+    def relieve(self, blocks: int, request_id: str, tokens: int) -> None:
+        """Move groups at once to workers with room, because the pool lacks blocks for a running request that grows to
+        ``tokens``, and one would otherwise be preempted.
 
         The freed blocks are written by this step at the earliest, after the ranks have copied them.
         """
-        for request_id, groups, target in self.allocator.relief(blocks):
-            move = self._prepare(request_id, groups, target, "relief")
+        for name, groups, target in self.allocator.relief(blocks, request_id, tokens):
+            move = self._prepare(name, groups, target, "relief")
             if move is not None:
-                self.allocator.stats.relieved_blocks += len(groups) * self._manager.blocks_of(request_id)
+                self.allocator.stats.relieved_blocks += len(groups) * self._manager.blocks_of(name)
                 self.commit([move.number])
 
     def follow_plan(self, limits: Mapping[int, int], drained: frozenset[int]) -> None:

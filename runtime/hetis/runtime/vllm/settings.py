@@ -105,6 +105,9 @@ class PluginSettings(_Document):
         names = [worker.name for worker in self.workers]
         if len(set(names)) < len(names):
             raise ValueError(f"worker names are not unique: {', '.join(names)}")
+        addresses = [address for worker in self.workers for address in worker.addresses]
+        if len(set(addresses)) < len(addresses):  # a worker process serves one connection: each would end the other
+            raise ValueError(f"addresses of workers are not unique: {', '.join(addresses)}")
         ranks = {len(worker.addresses) for worker in self.workers}
         if len(ranks) > 1:
             raise ValueError(f"workers have {sorted(ranks)} addresses, all must have one for each rank")
