@@ -137,6 +137,11 @@ def test_a_problem_of_a_flag_names_the_flag(tmp_path: Path) -> None:
     ]
 
 
+def test_a_value_that_is_not_yaml_hides_no_other_problem(tmp_path: Path) -> None:
+    found = problems_of(tmp_path, None, HETIS_RELOAD="[", HETIS_LISTEN="x", HETIS_SOLVER__QUEUE="0")
+    assert sorted(one.partition(":")[0] for one in found) == ["HETIS_LISTEN", "HETIS_RELOAD", "HETIS_SOLVER__QUEUE"]
+
+
 def test_variables_of_others_are_left_alone_and_typing_errors_are_hinted_at() -> None:
     environment = {"HETIS_DEBUG": "1", "HETIS_AGENT_THING": "x", "HETIS_TOKEN": "t", "HETIS_LISTN": "x", "PATH": "y"}
     assert mistaken_variables(environment) == ["HETIS_LISTN is not a setting, did you mean HETIS_LISTEN?"]
