@@ -8,16 +8,20 @@ import random
 import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from hetis.runtime.agent import daemon
 from hetis.runtime.agent.core import AgentCore, AgentIdentity
 from hetis.runtime.agent.daemon import LEAST_REPORT_S, AgentDaemon
 from hetis.runtime.agent.device_reader import DeviceReader
 from hetis.runtime.agent.devices import Devices, SimulatedDevices
 from hetis.runtime.agent.disk import StateDirectory, StateError
 from hetis.runtime.agent.metrics import AgentMetrics
-from hetis.runtime.agent.options import PlannerAddress, ReconnectBackoff
+from hetis.runtime.agent.options import EngineChoice, EngineKind, PlannerAddress, ReconnectBackoff
+from hetis.runtime.agent.pressure import EngineNews, Scrape, ScrapeState
 from hetis.runtime.agent.stream import PlannerStream
 from hetis.v1.executor_service_pb2 import ApplyAssignmentRequest, WatchReportsResponse
 from hetis.v1.inventory_pb2 import NodeInventory
@@ -54,9 +58,10 @@ async def agent(
     reader, metrics, state = DeviceReader(lambda: devices), AgentMetrics(version="0"), StateDirectory(folder)
     identity = AgentIdentity(node=NODE + "p", agent_version="0", boot_id="b", capabilities=STEERED)
     core = AgentCore(identity, state.read(), await reader.start(), seed=random.Random(0))
-    daemon = AgentDaemon(core, state, executor, lambda: executor.watch_reports(LEAST_REPORT_S), reader, metrics)
+    process = AgentDaemon(core, state, executor, lambda: executor.watch_reports(LEAST_REPORT_S), reader, metrics)
     address = PlannerAddress(server=planner.address, is_plain=True)
-    running = asyncio.create_task(daemon.run(PlannerStream(address, daemon, ReconnectBackoff(random.Random(0)))))
+    stream = PlannerStream(address, process, ReconnectBackoff(random.Random(0)))
+    running = asyncio.create_task(process.run(stream))
     try:
         yield metrics
     finally:
@@ -151,3 +156,26 @@ async def test_what_the_disk_refuses_is_neither_done_nor_told_until_it_is_writte
         await planner.until(lambda message: message.ack.nonce == assign.delta.nonce)
     said = [record.getMessage() for record in caplog.records if record.name == "hetis.runtime.agent.daemon"]
     assert len([line for line in said if "No space left on device: no planner is connected until" in line]) == 1
+
+
+async def test_an_engine_whose_metrics_cannot_be_read_is_logged_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    read, failed = Scrape(state=ScrapeState.READ), Scrape(state=ScrapeState.UNREACHABLE, message="nobody listens")
+
+    async def watched(*_: object, **__: object) -> AsyncIterator[EngineNews]:
+        for taken in (failed, failed, read, read, failed):
+            yield EngineNews().after(taken, 1.0)
+
+    monkeypatch.setattr(daemon, "watch_engine", watched)
+    choice = EngineChoice(kind=EngineKind.VLLM, where="http://localhost:1/metrics")
+    core = AgentCore(
+        AgentIdentity(node=NODE + "p", agent_version="0", boot_id="b", capabilities=STEERED),
+        {}, SimulatedDevices.parse("L4:1").inventory(), seed=random.Random(0),
+    )  # fmt: skip
+    parts: Any = SimpleNamespace(choice=choice)
+    with caplog.at_level("INFO"):
+        reports = [one async for one in daemon._reports(parts, core, None, AgentMetrics(version="0"))()]
+    assert len(reports) == 5
+    said = "engine: nobody listens"
+    assert caplog.messages == [said, "engine: its metrics can be read again", said]

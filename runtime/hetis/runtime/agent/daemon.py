@@ -410,9 +410,14 @@ def _reports(parts: Parts, core: AgentCore, executor: Executor | None, metrics: 
         return lambda: executor.watch_reports(LEAST_REPORT_S)
 
     async def scraped() -> AsyncIterator[WatchReportsResponse]:
-        url = parts.choice.where
+        url, fails = parts.choice.where, False
         async for news in watch_engine(url, interval_s=SCRAPE_S):
             metrics.engine_scraped(news.state.value, news.age_s(time.monotonic()))
+            if news.message and not fails:
+                _log.warning("engine: %s", news.message)
+            elif fails and not news.message:
+                _log.info("engine: its metrics can be read again")
+            fails = bool(news.message)
             yield report_of(news, core.held(), [gpu.index for gpu in core.inventory.devices], engine_id=url)
 
     async def none() -> AsyncIterator[WatchReportsResponse]:
