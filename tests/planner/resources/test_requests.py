@@ -6,8 +6,9 @@ import asyncio
 import gc
 import sqlite3
 import uuid
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -50,6 +51,17 @@ async def test_a_change_whose_caller_gave_up_is_still_told(tmp_path: Path) -> No
     await store.close()
 
 
+async def given_up(work: Coroutine[Any, Any, None], go: asyncio.Event) -> asyncio.Task[None]:
+    """Return the caller of work that waits for ``go``, which is set after the caller was cancelled."""
+    caller = asyncio.create_task(to_the_end(work))
+    await asyncio.sleep(0)
+    caller.cancel()
+    await asyncio.wait([caller])
+    go.set()
+    await asyncio.sleep(0.01)
+    return caller
+
+
 async def test_work_goes_on_when_its_caller_is_cancelled() -> None:
     done, go = list[str](), asyncio.Event()
 
@@ -57,12 +69,7 @@ async def test_work_goes_on_when_its_caller_is_cancelled() -> None:
         await go.wait()
         done.append("done")
 
-    caller = asyncio.create_task(to_the_end(work()))
-    await asyncio.sleep(0)
-    caller.cancel()
-    await asyncio.wait([caller])
-    go.set()
-    await asyncio.sleep(0.01)
+    caller = await given_up(work(), go)
     assert caller.cancelled()
     assert done == ["done"]
 
@@ -80,13 +87,7 @@ async def test_work_that_fails_after_its_caller_gave_up_is_logged_if_it_is_a_bug
         await go.wait()
         raise error
 
-    caller = asyncio.create_task(to_the_end(work()))
-    await asyncio.sleep(0)
-    caller.cancel()
-    await asyncio.wait([caller])
-    go.set()
-    await asyncio.sleep(0.01)
-    del caller
+    await given_up(work(), go)
     gc.collect()  # asyncio itself logs an error that nobody has retrieved when its task is freed
     logged = [(found.name, found.exc_info and found.exc_info[1]) for found in caplog.records]
     assert logged == ([("hetis.planner.resources", error)] if is_logged else [])

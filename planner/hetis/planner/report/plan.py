@@ -39,7 +39,7 @@ from hetis.planner.report.tables import (
     section,
     table,
 )
-from hetis.planner.use_cases.compare import Figures, KeptRate, cost_rate, figures_of, kept_of
+from hetis.planner.use_cases.compare import Figures, KeptPromise, cost_rate, figures_of, kept_of
 from hetis.planner.use_cases.engine_values import EQUAL_STAGES, NOT_COMPILED, EngineValue, engine_values_of
 from hetis.planner.use_cases.grouping import ReplicaGroup, group_replicas, number_ranges
 from hetis.planner.use_cases.place import OUT_OF_TIME, SIMPLE_SETUPS, stopped_simulation_of
@@ -233,7 +233,7 @@ def _facts(plan: Plan) -> Iterator[tuple[str, RenderableType]]:
         yield "Engines", f"started with {engine_settings_of_plan(plan).describe()}"
 
 
-def less_than_planned(plan: Plan) -> KeptRate | None:
+def less_than_planned(plan: Plan) -> KeptPromise | None:
     """Return the rate that simulated traffic kept, or None if it kept all of the goodput, or was not requested."""
     kept = kept_of(plan) if plan.objective.kind is ObjectiveKind.GOODPUT else None
     return None if kept is None or kept.is_all else kept

@@ -239,14 +239,14 @@ def _simulated(
     )
 
 
-class KeptRate(NamedTuple):
+class KeptPromise(NamedTuple):
     """The part of a plan's promise that simulated traffic kept."""
 
     rate_rps: float  # the highest rate up to the planned one that kept the limits; 0: none of those simulated
     is_all: bool  # whether that is the planned rate, or a smaller demanded one, since only that is simulated
 
 
-def kept_of(plan: Plan) -> KeptRate | None:
+def kept_of(plan: Plan) -> KeptPromise | None:
     """Return what simulated traffic kept of a plan's promise.
 
     None if the plan was not simulated, or promises throughput.
@@ -258,7 +258,7 @@ def kept_of(plan: Plan) -> KeptRate | None:
         return None
     planned_rps = plan.result.value if plan.objective.maximises else found.rate_rps
     rate_rps = min(found.kept_rps or 0.0, planned_rps)
-    return KeptRate(rate_rps, found.kept or rate_rps >= planned_rps)
+    return KeptPromise(rate_rps, found.kept or rate_rps >= planned_rps)
 
 
 def best_of(plans: Sequence[Plan]) -> int:
