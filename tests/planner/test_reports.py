@@ -21,9 +21,10 @@ from hetis.planner.report.plan import (
     simple_setups,
     verdict,
 )
-from hetis.planner.use_cases.engine_values import ENGINE_VALUES, EQUAL_STAGES, NOT_COMPILED
+from hetis.planner.use_cases.engine_values import ENGINE_VALUES, NOT_COMPILED
+from hetis.planner.use_cases.equal_stages import EQUAL_STAGES, SIMPLE_SETUPS
 from hetis.planner.use_cases.grouping import group_replicas
-from hetis.planner.use_cases.place import SIMPLE_SETUPS, held_to
+from hetis.planner.use_cases.place import held_to
 from hetis.planner.use_cases.service_level import ServiceLevel, Statistic
 from hetis.planner.use_cases.sources import load_inputs
 from hetis.planner.use_cases.tightening import TIGHTENED, TTFT
