@@ -43,7 +43,7 @@ from hetis.planner.use_cases.compare import Figures, KeptPromise, cost_rate, fig
 from hetis.planner.use_cases.engine_values import NOT_COMPILED, EngineValue, engine_values_of
 from hetis.planner.use_cases.equal_stages import EQUAL_STAGES, SIMPLE_SETUPS, kept_by_equal_stages
 from hetis.planner.use_cases.grouping import ReplicaGroup, group_replicas, number_ranges
-from hetis.planner.use_cases.place import OUT_OF_TIME, stopped_simulation_of
+from hetis.planner.use_cases.place import MODEL_VALUE, OUT_OF_TIME, stopped_simulation_of
 from hetis.planner.use_cases.robustness.profile_errors import Predicted, predicted_of
 from hetis.planner.use_cases.service_level import DEFAULT, Latency, service_level_of
 from hetis.planner.use_cases.sources import (
@@ -255,6 +255,12 @@ def is_below_model(plan: Plan) -> bool:
     return less_than_planned(plan) is not None or tightening_of(plan) is not None
 
 
+def value_by_model(plan: Plan) -> float:
+    """Return the value of the best plan by the model: the plan's own, unless that was planned for a tighter limit."""
+    found = plan.inputs.get(MODEL_VALUE)
+    return float(found) if isinstance(found, int | float) else plan.result.value
+
+
 def kept_cell(plan: Plan, *, unknown: str) -> Text:
     """Return the rate at which simulated traffic kept the limits, or ``unknown`` without a simulation."""
     kept = kept_of(plan)
@@ -356,7 +362,7 @@ def beside_by_rates(plan: Plan) -> BesideEqualStages:
         kept = less_than_planned(plan)
         return BesideEqualStages(plan.result.value if kept is None else kept.rate_rps, kept_rps)
     alone = plan.inputs.get(EQUAL_STAGES)
-    return BesideEqualStages(plan.result.value, float(alone) if isinstance(alone, int | float) else None)
+    return BesideEqualStages(value_by_model(plan), float(alone) if isinstance(alone, int | float) else None)
 
 
 def beside_equal_stages(plan: Plan) -> str | None:
@@ -381,8 +387,8 @@ def beside_equal_stages(plan: Plan) -> str | None:
         return f"{digits(theirs, 4)} {unit} within the limits in simulation, by {equal}; this plan {beside}"
     if not is_below_model(plan):
         return f"{by_model} by {equal}; this plan {beside}"
-    this = "this plan by the model" if tightening_of(plan) is None else "this plan, for a tighter limit, by the model"
-    return f"{by_model} by the model, by {equal} (not simulated); {this} {beside}"
+    this = "this plan" if tightening_of(plan) is None else "the best plan"
+    return f"{by_model} by the model, by {equal} (not simulated); {this} by the model {beside}"
 
 
 def excludes_unified(plan: Plan) -> bool:
@@ -410,7 +416,7 @@ def beside_engines(plan: Plan, *, hints: bool = True) -> list[str]:
 
 
 def _engine_words(other: EngineValue, plan: Plan) -> str:
-    lacks, ours = " and ".join(filter(None, [", ".join(other.lacks[:-1]), *other.lacks[-1:]])), plan.result.value
+    lacks, ours = " and ".join(filter(None, [", ".join(other.lacks[:-1]), *other.lacks[-1:]])), value_by_model(plan)
     by_model = " by the model" if is_below_model(plan) else ""
     why_not, again = other.why_not, f"plan with --engine {other.engine} (the first time takes up to a minute longer)"
     if why_not == NOT_COMPILED:
@@ -445,7 +451,7 @@ def simple_setups(plan: Plan) -> list[str]:
         name = "one GPU per stage" if tp == "1" else f"TP{tp} in every replica"
         if isinstance(value, int | float) and value > 0:
             lines.append(
-                f"{name}: {digits(value, 4)} {plan.result.unit}, {_beside(value, plan.result.value)}{by_model}"
+                f"{name}: {digits(value, 4)} {plan.result.unit}, {_beside(value, value_by_model(plan))}{by_model}"
             )
         else:
             lines.append(f"{name}: none that keeps the limits")

@@ -59,6 +59,7 @@ TO_SEARCH = 0.5  # share of the time left for another search: the rest is for th
 TO_SURVIVE = 0.5  # share of the time left for each search for a plan that survives a loss: others may follow
 SHORT_TIME = 20.0  # times what the first plan's simulation took, about as long as a search for a lower rate may take
 PLACES = ("node", "zone")  # kinds of places whose loss a plan may have to survive
+MODEL_VALUE = "model_value"  # entry of `Plan.inputs`: the best plan's by the model, if a limit was tightened for this
 CONSTRAINT_PRICES = "constraint_prices"  # entry of `Plan.inputs`: the cost of every constraint, if requested
 ONE_TOKEN = "requests have one output token, so that a limit on TPOT does not apply"
 STOPPED_EARLY = "stopped before its simulation ended: it is not known at which rate traffic keeps the limits"
@@ -341,7 +342,10 @@ def simulated_plan(
     simulated = verification_of(found)
     if again and simulated is not None and not simulated.kept and whole.is_spent() and not cancelled.is_set():
         found = replace(found, notes=(*found.notes, SEARCH_OUT_OF_TIME))
-    return found if tightening_of(found) is None else _checked(found, problem, losses=losses)
+    if tightening_of(found) is None:
+        return found
+    found = replace(found, inputs={**found.inputs, MODEL_VALUE: plan.result.value})
+    return _checked(found, problem, losses=losses)
 
 
 class _Spent(threading.Event):
