@@ -219,6 +219,16 @@ def over_best(scenario: str, gpu: str, model: str = "") -> Callable[[Table], Seq
     ]
 
 
+def in_range(model: str = "", profile: str = "") -> Callable[[Table], Sequence[float]]:
+    """Return the number of groups in the plan's range, and of all, of such models and profiles."""
+
+    def counts(t: Table) -> Sequence[float]:
+        rows = [r for r in t.where("") if r["model"].startswith(model) and r["profile"].startswith(profile)]
+        return [sum(row["in range"] == "yes" for row in rows), len(rows)]
+
+    return counts
+
+
 def batches(gpu: str, engine: str, column: str) -> Callable[[Table], Sequence[float]]:
     """Return the magnitude of a column over all models of an engine on a GPU."""
     return lambda t: [
@@ -776,6 +786,8 @@ FIGURES = [
             ],
         ),
     ),
+    *_of("robustness.md", "mlperf", ("best results in # of # groups", in_range())),
+    *_of("robustness.md", "silicon", (r"models are within #%", held_out("dense", "tpot p90"))),
     *_of(
         "accuracy.md",
         "mlperf",
@@ -787,6 +799,11 @@ FIGURES = [
             ],
         ),
         (r"too fast: # on B200, and", over_best("Offline", "B200", "llama3.1-8b")),
+        (r"in\s# of # groups: dense", in_range()),
+        (r"relatives in # of # groups", in_range("llama", profile="relatives")),
+        (r"timed\sin # of #, on", in_range("llama", profile="timed")),
+        (r"measured GPUs in # of #", in_range(profile="measured")),
+        (r"DeepSeek-R1 in # of #", in_range("deepseek")),
         (r"MI355X is at # since its MXFP4 weights", over_best("Offline", "MI355X")),
         (r"Arc Pro B60, int4 \| #, # \|", over_best("Offline", "Arc")),
         ("on this card it is at #", over_best("Offline", "RTX", "llama2")),
