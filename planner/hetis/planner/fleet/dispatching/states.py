@@ -68,7 +68,8 @@ class DispatchStates:
             await self.warm_up()
         state = self._state(request.parent, request.state_id)
         check_batch(len(request.requests), request_violations("requests", request.requests, "growth_tokens"))
-        admitted = await self._admitted(request.parent, state, request.requests, keep=not request.validate_only)
+        admitted = await state.admit(_newcomers(request.requests), keep=not request.validate_only)
+        self._require_present(request.parent, state)
         return pb2.AdmitRequestsResponse(
             placements=_placements(state, request.requests, admitted),
             unplaced=admitted.refused.values(),
@@ -76,32 +77,30 @@ class DispatchStates:
         )
 
     async def step(self, request: pb2.DispatchRequestsRequest) -> pb2.DispatchRequestsResponse:
-        """Answer a message of `DispatchRequests`. All of it is checked before anything is done."""
+        """Answer a message of `DispatchRequests`. All of it is checked, in its turn, before anything is done."""
         if self._warming is None or not self._warming.done():
             await self.warm_up()
         state = self._state(request.parent, request.state_id)
         check_step(request)
         answer = pb2.DispatchRequestsResponse(sequence=request.sequence)
         if request.new_requests:
-            state.not_running(_newcomers(request.new_requests), finished=frozenset(request.finished))
+            newcomers = _newcomers(request.new_requests)
+            admitted = await state.admit(newcomers, finished=request.finished, grown=request.grown)
+            self._require_present(request.parent, state)
+            answer.stalled.extend(admitted.stalled)
+            answer.placements.extend(_placements(state, request.new_requests, admitted))
+            answer.unplaced.extend(admitted.refused.values())
+            answer.stages.extend(admitted.qualities)
+            return answer
         if request.finished:
             state.finish(request.finished)
         if request.grown:
             answer.stalled.extend(state.grow(request.grown))
-        if request.new_requests:
-            admitted = await self._admitted(request.parent, state, request.new_requests)
-            answer.placements.extend(_placements(state, request.new_requests, admitted))
-            answer.unplaced.extend(admitted.refused.values())
-            answer.stages.extend(admitted.qualities)
         return answer
 
-    async def _admitted(
-        self, name: str, state: ReplicaDispatch, requests: Iterable[pb2.NewRequest], *, keep: bool = True
-    ) -> BatchAdmission:
-        admitted = await state.admit(_newcomers(requests), keep=keep)
+    def _require_present(self, name: str, state: ReplicaDispatch) -> None:
         if self._states.get(name) is not state:
             raise self._lost(name, state.state_id)  # the engine has declared another state in the meantime
-        return admitted
 
     def finish(self, request: pb2.FinishRequestsRequest) -> pb2.FinishRequestsResponse:
         state = self._state(request.parent, request.state_id)
