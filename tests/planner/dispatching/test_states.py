@@ -413,7 +413,21 @@ def test_moves_take_room_at_once_and_owners_change_when_the_authority_has_flippe
     state = service.state()
     assert list(state.head_maps[0].requests[0].owners) == [1, 0, 0, 0]
     assert not state.head_maps[0].moves
-    assert state.generation == 2
+
+
+def test_the_generation_is_what_the_primary_reports_whatever_was_decided_about_the_replica() -> None:
+    service = Service(Replica([stage_model(2)]))
+    service.states.redispatch_ended(
+        redispatch_pb2.Redispatch(
+            replica=REPLICA,
+            change=change_pb2.Change(change_id="x", generation=2),
+            state=redispatch_pb2.REDISPATCH_STATE_DONE,
+        )
+    )
+    assert service.state().generation == 1
+    service.declare([empty_map(stage_model(2))], generation=service.state().generation)
+    service.replica.generation = 2
+    assert service.state().generation == 2
 
 
 def test_an_aborted_redispatch_leaves_everything_where_it_is() -> None:

@@ -63,7 +63,7 @@ def declared(state: pb2.DispatchState, terms: dict[Place, StageTerms], state_id:
         running[name] = RunningRequest(
             admitted=newcomer, copies=tuple(by_stage[s] for s in range(num_stages) if s in by_stage)
         )
-    replica = ReplicaDispatch(state_id, state.generation, stages, running)
+    replica = ReplicaDispatch(state_id, stages, running)
     # A request that lost its KV on one stage has to be prefilled again on all stages.
     replica.finish([name for name, by_stage in on.items() if len(by_stage) < num_stages])
     return replica

@@ -178,12 +178,11 @@ class ReplicaDispatch:
     def __init__(
         self,
         state_id: str,
-        generation: int,
         stages: Sequence[Sequence[StageCopy]],
         running: Mapping[str, RunningRequest],
     ) -> None:
         """Build the state from ``stages`` that hold the ``running`` requests, as read by `declared`."""
-        self.state_id, self.generation = state_id, generation
+        self.state_id = state_id
         self.stages = tuple(tuple(copies) for copies in stages)
         self.running = dict(running)  # in order of admission
         self.version = 0  # grows with every change
@@ -397,12 +396,11 @@ class ReplicaDispatch:
 
     # --- devices and moves
 
-    def follow(self, conditions: Conditions, generation: int) -> None:
-        """Take over the replica's own generation and the status of its GPUs.
+    def follow(self, conditions: Conditions) -> None:
+        """Take over the status of the replica's GPUs.
 
         Requests that lost KV are forgotten: the engine prefills and admits them again.
         """
-        self.generation = max(self.generation, generation)
         self.version += 1
         gone = set[str]()
         for copy in self.copies:
@@ -421,7 +419,6 @@ class ReplicaDispatch:
         """Commit a change that the engine has flipped; ``left_out`` are the numbers of moves that it did not make."""
         self.version += 1
         self.copy_of(change.stage, change.copy).commit(change.change_id, left_out)
-        self.generation = max(self.generation, change.generation)
 
     def abort(self, change: change_pb2.Change) -> None:
         """Abort a change, of which nothing has moved."""

@@ -124,7 +124,7 @@ class DispatchStates:
         answer = pb2.DispatchState(name=request.name, generation=replica.generation)
         if state is None:
             return pb2.GetDispatchStateResponse(dispatch_state=answer)
-        answer.state_id, answer.generation = state.state_id, max(state.generation, replica.generation)
+        answer.state_id = state.state_id
         names = list(islice(state.running, first, first + size))
         answer.head_maps.extend(state.head_maps(names))
         token = _token(state, first + size) if first + size < len(state.running) else ""
@@ -146,7 +146,7 @@ class DispatchStates:
             made = await asyncio.to_thread(declared, state, terms, str(uuid.uuid4()))
             replica = self._replica(replica.name)
             _require_generation(state, replica)
-        made.follow(replica.conditions, replica.generation)
+        made.follow(replica.conditions)
         self._states[replica.name] = made
         return pb2.UpdateDispatchStateResponse(state_id=made.state_id)
 
@@ -157,9 +157,7 @@ class DispatchStates:
         state, view = self._states.get(replica), self._replicas.replica_view(replica)
         if state is None or view is None:
             return None
-        # The primary may have taken over an assignment since the state last followed the replica.
-        generation = max(state.generation, view.generation)
-        return HeadMaps(replica=replica, generation=generation, step=0, maps=tuple(state.head_maps()))
+        return HeadMaps(replica=replica, generation=view.generation, step=0, maps=tuple(state.head_maps()))
 
     def replica_changed(self, name: str) -> None:
         """Take over changes of a replica.
@@ -173,7 +171,7 @@ class DispatchStates:
         if replica is None or replica.authority != replica_pb2.HEAD_MAP_AUTHORITY_PLANNER:
             del self._states[name]
             return
-        state.follow(replica.conditions, replica.generation)
+        state.follow(replica.conditions)
 
     def redispatch_begun(self, redispatch: redispatch_pb2.Redispatch) -> None:
         """Reserve room for the moves of a re-dispatch."""
