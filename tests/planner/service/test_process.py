@@ -157,6 +157,18 @@ def test_check_finds_bad_certificates_and_tokens_without_starting(tmp_path: Path
     assert f"other.key: does not match the certificate {certificate}" in stderr
 
 
+def test_check_refuses_an_advertised_address_that_clients_would_refuse(tmp_path: Path) -> None:
+    certificate, key = write(tmp_path, Authority().server_for("*.hetis.example"))
+    options = ["--check"]
+    for setting in (f"tls.certificate={certificate}", f"tls.key={key}"):
+        options += ["--set", setting]
+    right, wrong = (f"leadership.advertise=a.{domain}:8470" for domain in ("hetis.example", "example"))
+    assert finished_here((*options, "--set", right), folder=tmp_path)[0] == ServiceExitCode.OK
+    code, _, stderr = finished_here((*options, "--set", wrong), folder=tmp_path)
+    assert code == ServiceExitCode.INVALID
+    assert stderr.startswith(f"error: {certificate}: is not for a.example, which leadership.advertise names")
+
+
 def test_everything_wrong_is_said_at_once_also_of_files(tmp_path: Path) -> None:
     settings = ("x=1", "tls.certificate=c.pem", "tls.key=k.pem", "tokens=t.yaml", "listen=0.0.0.0:1", "agents.lease=1s")
     options = tuple(part for text in settings for part in ("--set", text))

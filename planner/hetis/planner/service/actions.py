@@ -53,10 +53,13 @@ def serve_with(open_planner: OpenPlanner, path: str | None, flags: Sequence[Give
 
 
 def check_config(path: str | None, flags: Sequence[Given]) -> None:
-    """Report whether the planner could start with this configuration; opens neither the store nor a port."""
-    from hetis.planner.service.running import Access, problems_of_access
+    """Report whether the planner could start and be reached with this configuration; opens no store and no port."""
+    from hetis.planner.service.running import Access, problems_of_access, problems_of_names
 
-    config = load_config(path, environment=os.environ, flags=flags, look_further=problems_of_access)
+    def look_further(config: PlannerConfig) -> Sequence[Problem]:
+        return [*problems_of_access(config), *problems_of_names(config)]
+
+    config = load_config(path, environment=os.environ, flags=flags, look_further=look_further)
     access = Access(config)
     for hint in (*mistaken_variables(os.environ), *access.warnings):
         print(f"warning: {hint}", file=sys.stderr)
