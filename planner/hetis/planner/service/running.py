@@ -33,7 +33,6 @@ from hetis.planner.service.limits import (
     ConnectionWatch,
     WriteRates,
     ports_of,
-    raise_descriptor_limit,
     reserved_for_page,
 )
 from hetis.planner.service.loops import Loops
@@ -127,8 +126,10 @@ def problems_of_names(config: PlannerConfig) -> Sequence[Problem]:
     ]
 
 
-async def run_planner(config: PlannerConfig, open_planner: OpenPlanner, *, version: str, ready_json: bool) -> None:
-    """Serve until a signal requests the end.
+async def run_planner(
+    config: PlannerConfig, open_planner: OpenPlanner, *, version: str, descriptors: int, ready_json: bool
+) -> None:
+    """Serve until a signal requests the end. ``descriptors``: the limit on open files.
 
     Raises:
         DocumentError: a certificate or the token file cannot be used.
@@ -137,7 +138,6 @@ async def run_planner(config: PlannerConfig, open_planner: OpenPlanner, *, versi
         ServiceError: the store cannot be opened, or another planner leads.
     """
     signals = StopSignals()
-    descriptors = raise_descriptor_limit()
     page_limits = PageLimits(of_all=reserved_for_page(descriptors))
     limits = ConnectionLimits.of_descriptors(descriptors, of_a_host=config.connections.per_host)
     access = Access(config)
