@@ -200,6 +200,47 @@ def test_a_large_batch_is_planned_beside_the_loop_and_again_when_something_chang
     assert len(service.state().head_maps[0].requests) == 25
 
 
+def step(service: Service, *finished: str, new: pb2.NewRequest) -> pb2.DispatchRequestsRequest:
+    return pb2.DispatchRequestsRequest(parent=REPLICA, state_id=service.state_id, finished=finished, new_requests=[new])
+
+
+@pytest.mark.parametrize("others", [0, 25])  # the first call is planned in the event loop, or in a thread
+def test_a_step_that_admits_what_another_call_admits_first_finishes_nothing(others: int) -> None:
+    service = Service(Replica([stage_model(2)]))
+    service.admit(new("old"))
+    first = pb2.AdmitRequestsRequest(
+        parent=REPLICA, state_id=service.state_id, requests=[new("a"), *(new(f"r{n}", 4) for n in range(others))]
+    )
+
+    async def call() -> list[object]:
+        steps = [step(service, "old", new=new("a", 11)), step(service, new=new("a"))]
+        calls = [service.states.admit(first), *(service.states.step(one) for one in steps)]
+        return await asyncio.gather(*calls, return_exceptions=True)
+
+    admitted, contradicting, repeating = asyncio.run(call())
+    assert isinstance(contradicting, ServiceError)
+    assert contradicting.reason == Reason.ERROR_REASON_REQUEST_RUNNING
+    assert {request.id for request in service.state().head_maps[0].requests} >= {"old", "a"}
+    assert isinstance(admitted, pb2.AdmitRequestsResponse)
+    assert isinstance(repeating, pb2.DispatchRequestsResponse)
+    assert list(repeating.placements) == list(admitted.placements[:1])
+
+
+def test_two_steps_that_start_a_request_anew_are_each_told_their_own_placement() -> None:
+    service = Service(Replica([stage_model(2)]), [empty_map(stage_model(2), [4, 12])])
+
+    async def call() -> list[pb2.DispatchRequestsResponse]:
+        steps = [step(service, "a", new=new("a", 4)), step(service, "a", new=new("a", 12, incarnation=1))]
+        return await asyncio.gather(*(service.states.step(one) for one in steps))
+
+    first, second = asyncio.run(call())
+    alone = Service(service.replica, [empty_map(stage_model(2), [4, 12])])
+    assert list(first.placements) == list(alone.admit(new("a", 4)).placements)
+    assert first.placements != second.placements
+    (request,) = service.state().head_maps[0].requests
+    assert (request.incarnation, request.context_tokens) == (1, 12)
+
+
 def test_a_state_that_is_declared_anew_while_a_batch_is_planned_is_lost() -> None:
     service = Service(Replica([stage_model(2)]))
 
@@ -372,7 +413,21 @@ def test_moves_take_room_at_once_and_owners_change_when_the_authority_has_flippe
     state = service.state()
     assert list(state.head_maps[0].requests[0].owners) == [1, 0, 0, 0]
     assert not state.head_maps[0].moves
-    assert state.generation == 2
+
+
+def test_the_generation_is_what_the_primary_reports_whatever_was_decided_about_the_replica() -> None:
+    service = Service(Replica([stage_model(2)]))
+    service.states.redispatch_ended(
+        redispatch_pb2.Redispatch(
+            replica=REPLICA,
+            change=change_pb2.Change(change_id="x", generation=2),
+            state=redispatch_pb2.REDISPATCH_STATE_DONE,
+        )
+    )
+    assert service.state().generation == 1
+    service.declare([empty_map(stage_model(2))], generation=service.state().generation)
+    service.replica.generation = 2
+    assert service.state().generation == 2
 
 
 def test_an_aborted_redispatch_leaves_everything_where_it_is() -> None:

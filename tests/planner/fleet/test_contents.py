@@ -10,10 +10,13 @@ import numpy as np
 import pytest
 
 from hetis.planner.convert.stages import stage_from_proto
+from hetis.planner.fleet import reconciler
 from hetis.planner.fleet.reconciler import PlanContents
 from hetis.planner.fleet.replica import Contents
 from hetis.planner.use_cases.dispatch import load_stage_of_plan
 from hetis.planner.use_cases.sources import load_plan_and_problem
+from hetis.solver.plan import Plan
+from hetis.v1.replica_pb2 import KvPartner
 from tests.planner.command_line import invoke
 from tests.planner.fleet.memory_store import MemoryStore
 from tests.planner.fleet.samples import PLAN, plan_record
@@ -51,6 +54,25 @@ def test_stages_are_those_that_dispatch_starts_from(plan_file: str) -> None:
         np.testing.assert_array_equal((one * heads).max(axis=1), (other * heads).max(axis=1))
     np.testing.assert_array_equal(first.stage.transfer_byte_s, stage.transfer_byte_s)
     np.testing.assert_array_equal(first.link_byte_s, expected.saved.move_byte_s())
+
+
+async def test_what_all_replicas_of_a_plan_share_is_derived_once(
+    plan_file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    derived, derive = list[Plan](), reconciler.kv_partners_to_proto
+
+    def counted(plan: Plan) -> list[list[KvPartner]]:
+        derived.append(plan)
+        return derive(plan)
+
+    monkeypatch.setattr(reconciler, "kv_partners_to_proto", counted)
+    store = MemoryStore()
+    store.tables.plans.rows[PLAN] = plan_record()
+    store.tables.plan_documents[PLAN] = Path(plan_file).read_bytes()
+    contents = PlanContents(store)  # type: ignore[arg-type]
+    first, again = [await contents.of(PLAN, [0]) for _ in range(2)]
+    assert first == again
+    assert len(derived) == 1
 
 
 async def test_a_plan_that_is_deleted_and_made_again_under_its_name_has_its_own_contents(plan_file: str) -> None:

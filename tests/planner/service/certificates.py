@@ -43,6 +43,10 @@ class Authority:
     def client(self, *uris: str, until: datetime | None = None) -> Signed:
         return self._sign("client", [x509.UniformResourceIdentifier(uri) for uri in uris], until=until)
 
+    def server_for(self, *names: str, common_name: str = "planner") -> Signed:
+        """``names``: DNS names and IP addresses; without any, the certificate has only its common name."""
+        return self._sign(common_name, [_alternative(name) for name in names])
+
     def client_with_dns(self, name: str) -> Signed:
         return self._sign("client", [x509.DNSName(name)])
 
@@ -73,6 +77,15 @@ def write(folder: Path, signed: Signed, *, name: str = "planner") -> tuple[str, 
     key.write_bytes(signed.key)
     key.chmod(0o600)
     return str(certificate), str(key)
+
+
+def _alternative(name: str) -> x509.GeneralName:
+    if name.startswith("spiffe:"):
+        return x509.UniformResourceIdentifier(name)
+    try:
+        return x509.IPAddress(ipaddress.ip_address(name))
+    except ValueError:
+        return x509.DNSName(name)
 
 
 def _name(common: str) -> x509.Name:

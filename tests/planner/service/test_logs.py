@@ -52,6 +52,34 @@ def test_ordinary_lines_and_those_of_calls_are_all_told(repeats: CountRepeats) -
         assert repeats.filter(call)
 
 
+def stranger(host: str, port: int, *, caller: str = "") -> logging.LogRecord:
+    found = record("call", level=logging.INFO, reason="CREDENTIALS", caller=caller, peer=f"{host}:{port}")
+    found.name = "hetis.planner.calls"
+    return found
+
+
+def test_calls_without_valid_credentials_are_counted_per_host(repeats: CountRepeats) -> None:
+    global now_s
+    told = []
+    for number in range(350):  # ten a second
+        now_s = number / 10
+        line = stranger("ipv4:10.0.0.7", 30_000 + number)
+        if repeats.filter(line):
+            told.append(getattr(line, "repeated", 0))
+    assert told == [0, REPEAT_S * 10 - 1]
+    assert repeats.filter(stranger("ipv6:%5Bfd00::7%5D", 1))
+    assert all(repeats.filter(stranger("ipv4:10.0.0.7", 1, caller="agent of a revoked token")) for _ in range(3))
+
+
+def test_strangers_from_many_hosts_take_neither_the_disk_nor_the_memory(repeats: CountRepeats) -> None:
+    global now_s
+    told = sum(repeats.filter(stranger(f"ipv6:%5Bfd00::{number:x}%5D", 1)) for number in range(20_000))
+    assert told == 10_001  # each of as many as are remembered, and one for all others
+    assert not repeats.filter(stranger("ipv6:%5Bfd00::fffff%5D", 1))
+    now_s = REPEAT_S
+    assert repeats.filter(stranger("ipv6:%5Bfd00::fffff%5D", 1))
+
+
 @pytest.mark.parametrize("form", [JsonLines(), TextLines()])
 def test_what_callers_write_gives_a_terminal_no_orders_and_makes_no_second_line(form: logging.Formatter) -> None:
     evil = "a\x1b[2J\x9b31m\r\nlevel=info\u202eb\u2028c\x7f"

@@ -131,6 +131,23 @@ def test_a_bad_configuration_is_exit_2_and_lists_everything(tmp_path: Path) -> N
     ]
 
 
+@pytest.mark.parametrize(("limit", "processes", "least"), [(6, 1, 256), (64, 1, 256), (256, 3, 320), (1000, 200, 1024)])
+def test_a_planner_with_too_few_descriptors_says_how_many_it_needs(
+    limit: int, processes: int, least: int, tmp_path: Path
+) -> None:
+    """In the past it aborted or segfaulted, or served until connections had taken them all."""
+    within = ("bash", "-c", f'ulimit -n {limit}; exec "$@"', "bash")
+    options = (*LOCAL, "--set", f"solver.processes={processes}")
+    with Process(options, folder=tmp_path, module=REAL, within=within) as planner:
+        code, stderr = planner.end()
+    assert code == ServiceExitCode.INVALID
+    assert stderr.startswith(
+        f"error: ulimit -n: hetis-planner may have at most {limit} files and connections open, and"
+    )
+    assert f"needs at least {least}: raise the hard limit" in stderr
+    assert len(stderr.splitlines()) == 1
+
+
 def test_check_finds_bad_certificates_and_tokens_without_starting(tmp_path: Path) -> None:
     certificate, key = write(tmp_path, Authority().server())
     options = (
@@ -155,6 +172,18 @@ def test_check_finds_bad_certificates_and_tokens_without_starting(tmp_path: Path
     code, _, stderr = finished_here((*options[:3], "--set", f"tls.key={tmp_path}/other.key"), folder=tmp_path)
     assert code == ServiceExitCode.INVALID
     assert f"other.key: does not match the certificate {certificate}" in stderr
+
+
+def test_check_refuses_an_advertised_address_that_clients_would_refuse(tmp_path: Path) -> None:
+    certificate, key = write(tmp_path, Authority().server_for("*.hetis.example"))
+    options = ["--check"]
+    for setting in (f"tls.certificate={certificate}", f"tls.key={key}"):
+        options += ["--set", setting]
+    right, wrong = (f"leadership.advertise=a.{domain}:8470" for domain in ("hetis.example", "example"))
+    assert finished_here((*options, "--set", right), folder=tmp_path)[0] == ServiceExitCode.OK
+    code, _, stderr = finished_here((*options, "--set", wrong), folder=tmp_path)
+    assert code == ServiceExitCode.INVALID
+    assert stderr.startswith(f"error: {certificate}: is not for a.example, which leadership.advertise names")
 
 
 def test_everything_wrong_is_said_at_once_also_of_files(tmp_path: Path) -> None:
@@ -334,7 +363,7 @@ def test_what_was_made_before_it_was_ready_is_never_collected(tmp_path: Path) ->
     gc.unfreeze()  # undo the tests' own freeze, see conftest.py
 
     async def scenario() -> None:
-        serving = asyncio.create_task(run_planner(config, open_fake, version="0", ready_json=False))
+        serving = asyncio.create_task(run_planner(config, open_fake, version="0", descriptors=1024, ready_json=False))
         while not gc.get_freeze_count():
             await asyncio.sleep(0.01)
         assert gc.get_threshold()[2] > before[2]
@@ -365,7 +394,7 @@ async def test_a_signal_ends_a_planner_whose_store_does_not_open(tmp_path: Path)
             ended.append("opening")
         raise AssertionError
 
-    serving = asyncio.create_task(run_planner(config, open_for_ever, version="0", ready_json=False))
+    serving = asyncio.create_task(run_planner(config, open_for_ever, version="0", descriptors=1024, ready_json=False))
     await opening.wait()
     os.kill(os.getpid(), signal.SIGTERM)
     await serving

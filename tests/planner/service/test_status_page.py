@@ -16,7 +16,7 @@ from functools import partial
 import pytest
 
 from hetis.planner.fleet.views import LiveReplica
-from hetis.planner.service.limits import raise_descriptor_limit, reserved_for_page
+from hetis.planner.service.limits import raise_descriptors, reserved_for_page
 from hetis.planner.service.metrics import LOOK_S, ServiceMetrics
 from hetis.planner.service.overview import NUM_SAMPLES, ClusterNow, KvHistory, Overview
 from hetis.planner.service.recent import Recent
@@ -432,7 +432,7 @@ def test_the_page_takes_a_part_of_all_descriptors_and_all_are_asked_for() -> Non
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (min(256, before[1]), before[1]))
-        assert raise_descriptor_limit() == before[1] == resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        assert raise_descriptors(1) == before[1] == resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
     assert reserved_for_page(1024) == 128

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import time
 from datetime import UTC, datetime, timedelta
@@ -13,11 +14,17 @@ from cryptography import x509
 
 from hetis.formats.errors import DocumentError
 from hetis.planner.service.calls import Calls
-from hetis.planner.service.certificates import Certificates, ends_of_certificates
+from hetis.planner.service.certificates import (
+    Certificates,
+    ends_of_certificates,
+    is_for_host,
+    names_of_certificate,
+)
 from hetis.planner.service.credentials import Credentials, NoCredentials, Tokens
 from hetis.planner.service.metrics import ServiceMetrics
+from hetis.planner.service.running import problems_of_names
 from hetis.planner.service.server import PlannerServer
-from hetis.planner.service.settings import TlsPart
+from hetis.planner.service.settings import LeadershipPart, PlannerConfig, TlsPart
 from hetis.planner.service.telemetry import Telemetry
 from hetis.v1 import agent_service_pb2 as agents
 from hetis.v1 import plan_service_pb2 as plans
@@ -293,6 +300,60 @@ def test_unusable_files_are_refused_with_every_problem(tmp_path: Path) -> None:
         "a.key: contains no private key in PEM format",
     ]
     assert lines[2].startswith("ca.pem: contains no certificate authority in PEM format")
+
+
+HOSTS = ("planner-1.example", "PLANNER-2.example", "a.hetis.example", "a.b.hetis.example", "hetis.example", "a.example")
+ADDRESSES = ("10.0.0.7", "10.0.0.8", "fd00::7", "fd00::8")
+
+
+@pytest.mark.parametrize(
+    ("names", "common_name"),
+    [
+        (("planner-1.example", "planner-2.example", "10.0.0.7"), "a.example"),
+        (("*.hetis.example", "fd00::7"), "planner"),
+        (("*.example", "10.0.0.8"), "hetis.example"),
+        (("spiffe://hetis/planner",), "planner-1.example"),
+        ((), "planner-1.example"),
+        ((), "10.0.0.7"),
+    ],
+)
+async def test_a_certificate_is_for_the_hosts_for_which_clients_accept_it(
+    names: tuple[str, ...], common_name: str, tmp_path: Path
+) -> None:
+    authority = Authority()
+    signed = authority.server_for(*names, common_name=common_name)
+    certificate, key = write(tmp_path, signed)
+    credentials = Certificates(TlsPart(certificate=certificate, key=key)).credentials()
+    found = names_of_certificate((signed.certificate + authority.pem).decode())
+    async with served(server_credentials=credentials) as planner:
+        for host in (*HOSTS, *ADDRESSES):
+            options = [("grpc.ssl_target_name_override", host), ("grpc.use_local_subchannel_pool", 1)]
+            async with grpc.aio.secure_channel(planner.address, of_client(authority), options) as channel:
+                called = await asyncio.gather(name_of_caller(channel), return_exceptions=True)
+            if called != ["local"]:
+                assert "Hostname Verification Check failed" in str(called)
+            assert is_for_host(found, host) is (called == ["local"]), host
+
+
+def test_an_advertised_address_for_which_the_certificate_is_not_is_found(tmp_path: Path) -> None:
+    certificate, key = write(tmp_path, Authority().server_for("planner-1.example", "10.0.0.7", "fd00::7"))
+    tls = TlsPart(certificate=certificate, key=key)
+
+    def problems(*addresses: str, tls: TlsPart | None = tls) -> list[str]:
+        leadership = LeadershipPart(advertise=list(addresses))
+        config = PlannerConfig(apiVersion="hetis/v1", kind="PlannerConfig", tls=tls, leadership=leadership)
+        return list(map(str, problems_of_names(config)))
+
+    assert problems("planner-1.example:8470", "10.0.0.7:8470", "[fd00::7]:8470", "unix:/run/hetis.sock") == []
+    assert problems("planner-2.example:8470", "planner-2.example:8480", "planner-1.example:8470") == [
+        f"{certificate}: is not for planner-2.example, which leadership.advertise names: clients that are sent there"
+        " would refuse it; it is for planner-1.example, 10.0.0.7, fd00::7"
+    ]
+    assert problems("planner-2.example:8470", tls=None) == []
+    Path(certificate).write_text("no certificate")
+    assert problems("planner-2.example:8470") == []  # reported as such
+    Path(certificate).unlink()
+    assert problems("planner-2.example:8470") == []
 
 
 async def test_a_certificate_that_expires_ends_its_streams_while_its_connection_stands(tmp_path: Path) -> None:

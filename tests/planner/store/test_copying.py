@@ -66,6 +66,7 @@ def rows(url: str, tables: tuple[str, ...]) -> dict[str, list[tuple[Any, ...]]]:
 
 def test_a_filled_store_goes_up_down_and_up(url: str) -> None:
     versions = revisions()
+    with_store(url)
     migrate_to(url, versions[0])
     engine = opening.make_engine(opening.parse_url(url), lease_s=10.0)
     with engine.begin() as connection:  # as the planner of that version wrote it
@@ -180,6 +181,7 @@ def test_a_temporary_copy_without_room_is_not_blamed_on_the_backup(
     url, backup, scratch = f"sqlite:///{tmp_path}/new.db", tmp_path / "backup.db", tmp_path / "scratch"
     scratch.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(scratch))
+    with_store(f"sqlite:///{backup}")
     migrate_to(f"sqlite:///{backup}", revisions()[0])
     monkeypatch.setattr("hetis.planner.store.schema.migrate", migrate_without_room)
     room = backup.stat().st_size - (fails == "the copy")
@@ -332,6 +334,23 @@ def test_a_backup_may_have_any_name(name: str, tmp_path: Path) -> None:
     restore(f"sqlite:///{tmp_path}/new.db", tmp_path / name, replace=False)
     assert with_store(f"sqlite:///{tmp_path}/new.db", lambda tx: tx.plan_documents.get("plans/p"))[1] == b"{}"
     assert not list(tmp_path.glob(".*")), "nothing is left of the writing"
+
+
+def test_only_a_planner_and_a_restoration_make_a_store(tmp_path: Path) -> None:
+    url, backup, made = f"sqlite:///{tmp_path}/typo.db", tmp_path / "backup.db", tmp_path / "made.db"
+    for work in (
+        lambda: migrate_to(url, revisions()[-1]),
+        lambda: migrate_to(url, revisions()[0]),
+        lambda: back_up(url, backup),
+        lambda: read_store(url, lambda reader: None),
+    ):
+        with pytest.raises(StoreError, match=r"store .*/typo.db does not exist, and was not created: check the path"):
+            work()
+        assert list(tmp_path.iterdir()) == []
+    with_store(url, fill)
+    back_up(url, backup)
+    restore(f"sqlite:///{made}", backup, replace=False)
+    assert made.exists()
 
 
 async def test_a_store_has_one_lock_by_whatever_name(tmp_path: Path) -> None:

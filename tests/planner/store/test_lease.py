@@ -279,6 +279,47 @@ async def test_a_standby_knows_who_leads_and_where_and_leads_when_that_one_goes(
     await second.close()
 
 
+async def test_nobody_is_named_as_leader_once_the_lease_has_ended(postgres_url: str, proxy: Proxy) -> None:
+    """In the past a standby that could not take over named the last leader for ever."""
+    now_s = 0.0
+    first = await Store.open(postgres_url, lease_s=30.0)
+    await first.lead("first")
+    await first.announce()
+    cut_off = await Store.open(through(proxy, postgres_url), lease_s=30.0, machine=lambda: now_s)
+    standing_by = asyncio.create_task(cut_off.stand_by("second"))
+    async with asyncio.timeout(60):
+        while cut_off.leader is None:
+            await asyncio.sleep(0.01)
+    assert cut_off.not_leader().metadata == {"leader": "first"}
+    proxy.freeze()
+    now_s = 31.0
+    assert cut_off.leader is None
+    error = cut_off.not_leader()
+    assert str(error) == "this planner is not the leader, and no planner leads now as far as it knows"
+    assert error.metadata == {}
+    proxy.thaw()
+    async with asyncio.timeout(60):
+        while cut_off.leader is None:  # it still leads, and renews the lease
+            await asyncio.sleep(0.01)
+    standing_by.cancel()
+    await first.close()
+    await cut_off.close()
+
+
+async def test_nobody_is_named_as_leader_when_the_lease_was_seen_to_have_ended(postgres_url: str) -> None:
+    first, second = [await Store.open(postgres_url, lease_s=30.0) for _ in range(2)]
+    await first.lead("first")
+    await first.announce()
+    with pytest.raises(ServiceError, match=r"another planner is the leader of store .*: first"):
+        await second.lead("second")
+    assert second.leader is not None
+    await first.close()
+    await second._probe()
+    assert second.leader is None
+    assert "no planner leads now" in str(second.not_leader())
+    await second.close()
+
+
 async def test_a_planner_that_cannot_use_its_term_ends_it_and_stands_by(url: str) -> None:
     """In the past it renewed the lease of its term and waited for its end: nobody led any more."""
     store = await Store.open(url)

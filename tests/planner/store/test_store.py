@@ -274,6 +274,7 @@ async def test_a_store_made_after_one_was_lost_has_later_epochs(sqlite_url: str,
 @pytest.mark.usefixtures("epochs_of_clock")
 async def test_a_store_made_by_a_migration_has_epochs_of_the_clock_too(sqlite_url: str) -> None:
     least = leadership.epoch_at(time.time())
+    Path(sqlite_url.removeprefix("sqlite:///")).touch()  # a file without tables
     migrate_to(sqlite_url, schema.revisions()[-1])
     store = await leading(sqlite_url)
     assert store.epoch is not None

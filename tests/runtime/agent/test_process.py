@@ -310,6 +310,25 @@ def test_bad_options_are_one_clear_line(arguments: list[str], says: str) -> None
     assert len(ended.stderr.splitlines()) == 1
 
 
+def test_an_agent_with_too_few_descriptors_says_how_many_it_needs(tmp_path: Path) -> None:
+    options = [
+        "--node",
+        NODE + "p",
+        "--engine",
+        "simulated",
+        "--simulated-devices",
+        "L4:1",
+        "--state-dir",
+        str(tmp_path),
+    ]
+    limited = ["bash", "-c", 'ulimit -n 12; exec "$@"', "bash", *COMMAND, *options]
+    ended = subprocess.run(limited, capture_output=True, text=True, timeout=60, check=False)
+    assert ended.returncode == 2
+    assert ended.stderr.startswith("hetis-agent: ulimit -n: hetis-agent may have at most 12 files and connections open")
+    assert "needs at least 64: raise the hard limit" in ended.stderr
+    assert len(ended.stderr.splitlines()) == 1
+
+
 def test_a_token_in_the_environment_that_cannot_be_sent_is_an_invalid_option() -> None:
     environment = {**os.environ, "HETIS_AGENT_TOKEN": "two words"}
     command = [*COMMAND, "--node", NODE + "p", "--engine", "none"]

@@ -93,7 +93,7 @@ ADVICE = {
     "DRAINING": "the planner is shutting down: retry in a moment",
     "ETAG_MISMATCH": "see what changed (hetis-plan get {name}), then retry if you still want this",
     "INVENTORY_MISMATCH": "see what the agents found: hetis-plan agents --cluster {cluster}",
-    "NOT_LEADER": "another planner is the leader: retry, or name the leader with --server",
+    "NOT_LEADER": "retry in a moment, or name the leader with --server",
     "NO_EARLIER_PLAN": "activate another plan: hetis-plan apply --activate PLAN; if none of {plan} serves, first"
     " hetis-plan cancel {plan}",
     "PLAN_CHECK_FAILED": "list every violated rule: hetis-plan check FILE",

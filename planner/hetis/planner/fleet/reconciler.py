@@ -26,10 +26,20 @@ from hetis.planner.store import Store
 from hetis.planner.use_cases.sources import PlanAndProblem, problem_of_plan
 from hetis.solver.errors import HetisError
 from hetis.solver.plan import Plan
+from hetis.v1.document_pb2 import Document
 from hetis.v1.replica_pb2 import KvPartner
 
 _log = logging.getLogger("hetis.planner.fleet")
 _KEPT = 2  # parsed plans: the active one and its predecessor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _ReadPlan:
+    """A plan's document as values, and what all its replicas share."""
+
+    plan: PlanAndProblem
+    model: Document
+    kv_partners: Sequence[Sequence[KvPartner]]  # by replica
 
 
 class PlanContents:
@@ -37,7 +47,7 @@ class PlanContents:
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._parsed: OrderedDict[str, PlanAndProblem] = OrderedDict()  # by digest: plan names can be reused
+        self._parsed: OrderedDict[str, _ReadPlan] = OrderedDict()  # by digest: plan names can be reused
 
     async def of(self, plan: str, indices: Sequence[int]) -> list[Contents | None]:
         """Return the contents of these replicas. Parsed plans are kept, since a plan's document never changes."""
@@ -55,26 +65,28 @@ class PlanContents:
         return await asyncio.to_thread(_contents, found, plan, indices)
 
 
-def _parse(plan: str, document: bytes) -> PlanAndProblem | None:
+def _parse(plan: str, document: bytes) -> _ReadPlan | None:
     try:
         value = from_data(json.loads(document), name=plan)
-        return problem_of_plan(value, plan) if isinstance(value, Plan) else None
-    except (DocumentError, HetisError, ValueError):
+        if not isinstance(value, Plan):
+            return None
+        found = problem_of_plan(value, plan)
+        model, partners = document_of(found.problem.model), kv_partners_to_proto(found.plan)
+        return _ReadPlan(plan=found, model=model, kv_partners=partners)
+    except (DocumentError, HetisError, ValueError, LookupError):
         _log.exception("a plan's document cannot be read", extra={"plan": plan})
         return None
 
 
-def _contents(found: PlanAndProblem, plan: str, indices: Sequence[int]) -> list[Contents | None]:
+def _contents(read: _ReadPlan, plan: str, indices: Sequence[int]) -> list[Contents | None]:
     """Return the contents of these replicas of a plan, None for each one that cannot be derived."""
-    model, types = document_of(found.problem.model), found.problem.cluster.gpu_types
-    partners: list[list[KvPartner]] = []
+    replicas, types = read.plan.plan.replicas, read.plan.problem.cluster.gpu_types
     contents: list[Contents | None] = []
     for index in indices:
         try:
-            partners = partners or kv_partners_to_proto(found.plan)
-            stages = tuple(stages_of_replica(found, index))
-            kinds = gpu_kinds_to_proto(found.plan.replicas[index], partners[index], types)
-            contents.append(Contents(model=model, stages=stages, kv_partners=partners[index], gpu_kinds=kinds))
+            stages, partners = tuple(stages_of_replica(read.plan, index)), read.kv_partners[index]
+            kinds = gpu_kinds_to_proto(replicas[index], partners, types)
+            contents.append(Contents(model=read.model, stages=stages, kv_partners=partners, gpu_kinds=kinds))
         except (HetisError, LookupError):
             _log.exception(
                 "the contents of a replica cannot be derived from its plan", extra={"plan": plan, "replica": index}

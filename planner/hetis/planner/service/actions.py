@@ -42,6 +42,7 @@ def serve(path: str | None, flags: Sequence[Given], *, ready_json: bool) -> None
 
 
 def serve_with(open_planner: OpenPlanner, path: str | None, flags: Sequence[Given], *, ready_json: bool) -> None:
+    from hetis.planner.service.limits import raise_descriptors
     from hetis.planner.service.running import problems_of_access, run_planner
     from hetis.planner.service.telemetry import set_up_logs
 
@@ -49,14 +50,21 @@ def serve_with(open_planner: OpenPlanner, path: str | None, flags: Sequence[Give
     set_up_logs(level=config.log.level, form=config.log.format)
     for hint in mistaken_variables(os.environ):
         _log.warning(hint)
-    asyncio.run(run_planner(config, open_planner, version=version("hetis"), ready_json=ready_json))
+    descriptors = raise_descriptors(config.solver.processes)  # before the event loop, which takes some
+    running = run_planner(
+        config, open_planner, version=version("hetis"), descriptors=descriptors, ready_json=ready_json
+    )
+    asyncio.run(running)
 
 
 def check_config(path: str | None, flags: Sequence[Given]) -> None:
-    """Report whether the planner could start with this configuration; opens neither the store nor a port."""
-    from hetis.planner.service.running import Access, problems_of_access
+    """Report whether the planner could start and be reached with this configuration; opens no store and no port."""
+    from hetis.planner.service.running import Access, problems_of_access, problems_of_names
 
-    config = load_config(path, environment=os.environ, flags=flags, look_further=problems_of_access)
+    def look_further(config: PlannerConfig) -> Sequence[Problem]:
+        return [*problems_of_access(config), *problems_of_names(config)]
+
+    config = load_config(path, environment=os.environ, flags=flags, look_further=look_further)
     access = Access(config)
     for hint in (*mistaken_variables(os.environ), *access.warnings):
         print(f"warning: {hint}", file=sys.stderr)

@@ -12,7 +12,7 @@ class ServiceExitCode(ExitCodes):
     INTERNAL = 1, "internal error, or the machine failed (a full disk)"
     INVALID = 2, "invalid configuration, certificate or token file; every problem is listed"
     ADDRESS = 8, "cannot listen on an address, because it is in use or not of this machine"
-    STORE = 9, "the store cannot be used, because another planner holds it or its version is newer"
+    STORE = 9, "the store cannot be used, because another planner holds it, its version is newer, or it does not exist"
     INTERRUPTED = 130, "stopped at once, by a second SIGINT"
     BROKEN_PIPE = 141, "broken pipe, because the reader of the output exited"
     TERMINATED = 143, "stopped at once, by a second SIGTERM"

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
+from hetis.formats.descriptors import raise_descriptor_limit
 from hetis.planner.callers import CallerRole
 from hetis.planner.failures import Reason, ServiceError, quota_exceeded
 from hetis.planner.service.access import CONNECT, NEEDED, STANDBY_READS, is_open
@@ -244,15 +245,24 @@ def _opened(descriptor: int) -> socket.socket:
 _ENOUGH = 16_384  # for 10,000 agents, watchers, solver processes, and the status page
 
 
-def raise_descriptor_limit() -> int:
-    """Raise the limit as far as this process may, and return it; log a warning if it is low."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        try:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-            soft = hard
-        except (OSError, ValueError) as error:  # some systems report no limit, but reject that value
-            _log.warning("the limit on open files remains %d: %s", soft, error)
+_OWN, _OF_A_PROCESS = 28, 4  # descriptors of the planner itself, and those that it has for each solver process
+_MOST_NEEDED = 1024  # a common limit, which must not keep a machine of many cores from planning
+
+
+def least_descriptors(processes: int) -> int:
+    """Return the limit of which the eighth that neither connections nor the status page may use is enough for all else.
+
+    Below it, connections could take the last ones: then nothing could be counted, closed or started any more.
+    """
+    return min(_MOST_NEEDED, 8 * (_OWN + _OF_A_PROCESS * processes))
+
+
+def raise_descriptors(processes: int) -> int:
+    """Raise the limit as far as this process may, and return it; log a warning if it is low.
+
+    Raises DocumentError if it is too low for the number of solver ``processes``.
+    """
+    soft = raise_descriptor_limit("hetis-planner", least=least_descriptors(processes))
     if soft != resource.RLIM_INFINITY and soft < _ENOUGH:
         _log.warning(
             "at most %d files and connections can be open; %d are enough for 10,000 agents (LimitNOFILE, ulimit -n)",

@@ -15,9 +15,17 @@ from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from hetis.formats.errors import DocumentError, Problem
+from hetis.formats.files import read_text
 from hetis.planner.failures import Reason, ServiceError
 from hetis.planner.service.calls import Calls
-from hetis.planner.service.certificates import Certificates, Reloaded, keep_fresh
+from hetis.planner.service.certificates import (
+    Certificates,
+    Reloaded,
+    ends_of_certificates,
+    is_for_host,
+    keep_fresh,
+    names_of_certificate,
+)
 from hetis.planner.service.credentials import Authenticator, Credentials, NoCredentials, Tokens
 from hetis.planner.service.exit_codes import ServiceExitCode
 from hetis.planner.service.limits import (
@@ -25,13 +33,12 @@ from hetis.planner.service.limits import (
     ConnectionWatch,
     WriteRates,
     ports_of,
-    raise_descriptor_limit,
     reserved_for_page,
 )
 from hetis.planner.service.loops import Loops
 from hetis.planner.service.metrics import ServiceMetrics
 from hetis.planner.service.server import PlannerServer
-from hetis.planner.service.settings import OFF, PlannerConfig, is_socket_path, without_password
+from hetis.planner.service.settings import OFF, PlannerConfig, is_socket_path, split_address, without_password
 from hetis.planner.service.status_page import PageLimits, StatusPage, status_app
 from hetis.planner.service.telemetry import Telemetry, open_traces
 
@@ -92,8 +99,37 @@ def problems_of_access(config: PlannerConfig) -> Sequence[Problem]:
     return ()
 
 
-async def run_planner(config: PlannerConfig, open_planner: OpenPlanner, *, version: str, ready_json: bool) -> None:
-    """Serve until a signal requests the end.
+def problems_of_names(config: PlannerConfig) -> Sequence[Problem]:
+    """Return the advertised addresses for which the certificate is not: clients that are sent there would refuse it.
+
+    A planner starts in spite of them, since clients that have a better address never need the advertised one.
+    """
+    tls = config.tls
+    if tls is None:
+        return ()
+    try:
+        pem = read_text(tls.certificate)
+    except DocumentError:
+        pem = ""
+    if not ends_of_certificates(pem):
+        return ()  # reported by `problems_of_access`
+    names = names_of_certificate(pem)
+    hosts = [split_address(one)[0] for one in config.leadership.advertise if not is_socket_path(one)]
+    return [
+        Problem(
+            file=tls.certificate,
+            message=f"is not for {host}, which leadership.advertise names: clients that are sent there would refuse it;"
+            f" it is for {', '.join(names) or 'no host'}",
+        )
+        for host in dict.fromkeys(hosts)
+        if not is_for_host(names, host)
+    ]
+
+
+async def run_planner(
+    config: PlannerConfig, open_planner: OpenPlanner, *, version: str, descriptors: int, ready_json: bool
+) -> None:
+    """Serve until a signal requests the end. ``descriptors``: the limit on open files.
 
     Raises:
         DocumentError: a certificate or the token file cannot be used.
@@ -102,11 +138,10 @@ async def run_planner(config: PlannerConfig, open_planner: OpenPlanner, *, versi
         ServiceError: the store cannot be opened, or another planner leads.
     """
     signals = StopSignals()
-    descriptors = raise_descriptor_limit()
     page_limits = PageLimits(of_all=reserved_for_page(descriptors))
     limits = ConnectionLimits.of_descriptors(descriptors, of_a_host=config.connections.per_host)
     access = Access(config)
-    for warning in access.warnings:
+    for warning in (*access.warnings, *map(str, problems_of_names(config))):
         _log.warning(warning)
     traces = open_traces(config.telemetry.otlp_endpoint, version)
     metrics = ServiceMetrics(version)

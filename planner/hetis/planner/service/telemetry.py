@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import re
 import sys
 import time
@@ -47,7 +48,8 @@ class CountRepeats(logging.Filter):
     """Passes a warning once per `REPEAT_S`, with ``repeated``, the number of times that it was suppressed before.
 
     Warnings about different subjects (``cluster``, ``reason``) count as different; a count or a time makes no
-    difference. Lines about calls always pass, since each is about another call.
+    difference. Lines about calls always pass, since each is about another call, except those of callers without valid
+    credentials: anyone who reaches the port could fill the disk. They are limited alike, per host.
 
     Args:
         clock: monotonic seconds.
@@ -57,24 +59,39 @@ class CountRepeats(logging.Filter):
         super().__init__()
         self._clock = clock
         self._held: dict[tuple[object, ...], tuple[float, int]] = {}
+        self._full_until_s = -math.inf  # when there may be room for another subject if there is none now
 
     def filter(self, record: logging.LogRecord) -> bool:
-        if record.levelno < logging.WARNING or record.name == _CALLS:
+        key = _subject(record)
+        if key is None:
             return True
-        error = record.exc_info[0] if record.exc_info else None
-        about = tuple(str(getattr(record, name, "")) for name in _ABOUT)
-        key = (record.name, record.levelno, str(record.msg), about, error)
         now_s = self._clock()
+        if key not in self._held and len(self._held) >= _MOST_HELD:
+            if now_s >= self._full_until_s:
+                self._held = {key: held for key, held in self._held.items() if held[0] > now_s}
+                self._full_until_s = min((until_s for until_s, _ in self._held.values()), default=now_s)
+            if len(self._held) >= _MOST_HELD:
+                key = (record.name,)  # one subject for all that are too many
         until_s, num_held = self._held.get(key, (now_s, 0))
         if now_s < until_s:
             self._held[key] = until_s, num_held + 1
             return False
-        if len(self._held) >= _MOST_HELD:
-            self._held = {key: held for key, held in self._held.items() if held[0] > now_s}
         self._held[key] = now_s + REPEAT_S, 0
         if num_held:
             record.repeated = num_held
         return True
+
+
+def _subject(record: logging.LogRecord) -> tuple[object, ...] | None:
+    """Return what tells a line from others that are not its repetitions; None: it always passes."""
+    if record.name == _CALLS:
+        is_strangers = getattr(record, "reason", "") == "CREDENTIALS" and not getattr(record, "caller", "")
+        return (record.name, str(getattr(record, "peer", "")).rpartition(":")[0]) if is_strangers else None
+    if record.levelno < logging.WARNING:
+        return None
+    error = record.exc_info[0] if record.exc_info else None
+    about = tuple(str(getattr(record, name, "")) for name in _ABOUT)
+    return record.name, record.levelno, str(record.msg), about, error
 
 
 class JsonLines(logging.Formatter):

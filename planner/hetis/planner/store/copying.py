@@ -75,9 +75,8 @@ def read_store(url: str, work: Callable[[Reader], T]) -> T:
 @contextlib.contextmanager
 def _stored(url: str) -> Iterator[sa.Connection]:
     """Read one consistent state of a store of this version, which may be in use."""
-    engine, label, file = _engine(url)
-    if file is not None and not file.is_file():
-        raise StoreError(f"{label}: no such store")
+    engine, label, _ = _engine(url)
+    _require_store(url)
     try:
         with _reading(engine) as connection:
             if schema.needs_migration(connection, label):
@@ -137,8 +136,9 @@ def restore(url: str, file: Path, *, replace: bool, clock: Callable[[], float] =
 def migrate_to(url: str, revision: str) -> str:
     """Migrate a store that no planner uses up or down to ``revision``, and return its revision before.
 
-    Raises StoreError if there is no such version, or the store cannot be used or is in use.
+    Raises StoreError if there is no such version, or the store does not exist, cannot be used or is in use.
     """
+    _require_store(url)
     with unused(url) as (connection, label):
         schema.needs_migration(connection, label)  # raises StoreError for unknown versions
         before = schema.revision_of(connection) or "nothing"
@@ -246,6 +246,16 @@ def _no_copy(file: Path, folder: Path, reason: str) -> StoreError:
         f"a temporary copy of {file} cannot be written to {folder}: {reason}. Nothing was changed; let TMPDIR name a"
         " folder with more room"
     )
+
+
+def _require_store(url: str) -> None:
+    """Raise StoreError if there is no file of this name: only a planner that serves and `restore` make a store."""
+    file = opening.file_of(opening.parse_url(url))
+    if file is not None and not file.exists():
+        raise StoreError(
+            f"store {file} does not exist, and was not created: check the path given by --store, --config or"
+            " HETIS_STORE; a planner that starts makes a new store"
+        )
 
 
 def _url_of(file: Path) -> sa.URL:

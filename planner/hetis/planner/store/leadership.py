@@ -319,6 +319,12 @@ def not_leader(leader: str, *, store: str = "", retry_after_s: float | None = No
     )
 
 
+def nobody_leads() -> ServiceError:
+    """Return the error for a planner that does not lead while no other one is known to."""
+    message = "this planner is not the leader, and no planner leads now as far as it knows"
+    return ServiceError(Reason.ERROR_REASON_NOT_LEADER, message)
+
+
 def _now(connection: sa.Connection) -> sa.ColumnElement[float]:
     """Return Unix time by the server's clock, which all planners share, as an expression within a statement.
 

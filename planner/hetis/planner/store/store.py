@@ -166,8 +166,8 @@ class Store:
         self._ended = asyncio.Event()  # set when the present term is over
         self.health = StoreHealth(machine)  # when and how quickly the store has answered
         self.lease = Lease(self._lease_s, machine)  # the lease of the present term
-        # The last leader seen, or the one that refused to be replaced. None if unknown or if it is this planner.
-        self.leader: Holder | None = None
+        self._leader: Holder | None = None  # the last leader seen, or the one that refused to be replaced
+        self._leads_until_s = 0.0  # when the lease ends that another planner was last seen to hold, named or not
         self._name = ""  # this planner's text as a leader
         self._shown = ""  # what renewals write as the leader's text: that of this planner once its term has begun
         self._has_begun = False  # whether this planner leads, and not only holds a term
@@ -205,6 +205,15 @@ class Store:
         return store
 
     @property
+    def leader(self) -> Holder | None:
+        """The other planner that leads, until its lease ends without having been seen renewed. None if unknown."""
+        return self._leader if self._is_led else None
+
+    @property
+    def _is_led(self) -> bool:
+        return self._machine_s() < self._leads_until_s
+
+    @property
     def led_s_ago(self) -> float:
         """Seconds since any planner was last seen to lead, in a term that it had begun.
 
@@ -236,7 +245,8 @@ class Store:
         except ServiceError as error:
             self._note_leader(error)
             raise
-        self._epoch, self.leader = epoch, None
+        self._epoch = epoch
+        self._note_lease("", 0.0)
         self._ended = asyncio.Event()
         self.lease.grant(asked_s)
         if self._lease_s:
@@ -341,7 +351,9 @@ class Store:
 
     def not_leader(self) -> ServiceError:
         """Return the error for callers that have reached a planner that does not lead."""
-        return leadership.not_leader(self.leader.to_text() if self.leader is not None else "")
+        if not self._is_led:
+            return leadership.nobody_leads()
+        return leadership.not_leader(self._leader.to_text() if self._leader is not None else "")
 
     def undecided(self) -> ServiceError:
         """Return the error for callers in the last third of the lease."""
@@ -417,12 +429,18 @@ class Store:
     def _note_leader(self, error: ServiceError) -> None:
         if error.reason != Reason.ERROR_REASON_NOT_LEADER:
             return
+        # A renewed lease lasts no longer than one that was just taken; a file's lock has no end that could be seen.
+        left_s = (self._lease_s if error.retry_after_s is None else error.retry_after_s) if self._lease_s else math.inf
         if "leader" not in error.metadata:  # unknown, or it has not begun its term
-            self.leader = None
+            self._note_lease("", left_s)
             return
         self._led_s = self._machine_s()
-        addresses = error.metadata.get("leader_address", "")
-        self.leader = Holder.from_text(f"{error.metadata['leader']} {addresses}")
+        self._note_lease(f"{error.metadata['leader']} {error.metadata.get('leader_address', '')}", left_s)
+
+    def _note_lease(self, holder: str, left_s: float) -> None:
+        """Note that another planner with this text, if it has begun its term, holds the lease for ``left_s``."""
+        self._leader = Holder.from_text(holder) if holder else None
+        self._leads_until_s = self._machine_s() + left_s
 
     async def _renew_for_ever(self, epoch: int) -> None:
         """Renew the lease until the term ends. Every exit ends the term, except a cancellation by the task's owner."""
@@ -636,8 +654,8 @@ class Store:
     def _look_by(self, engine: sa.Engine) -> tuple[GrantedLease, float, str]:
         with self._begun(engine) as connection:
             lease, left_s, version = leadership.look(connection)
-        if self._epoch is None and left_s > 0:
-            self.leader = Holder.from_text(lease.holder) if lease.holder else None
+        if self._epoch is None and self._lease_s:
+            self._note_lease(lease.holder, left_s)
         return lease, left_s, version
 
     def _lead(self, abandoned: GrantedLease | None) -> tuple[float, int]:

@@ -19,6 +19,8 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from hetis.formats.command_line.verb import run_application, version_option
+from hetis.formats.descriptors import raise_descriptor_limit
+from hetis.formats.errors import DocumentError
 from hetis.runtime.agent.options import (
     AgentOptionError,
     Checking,
@@ -31,6 +33,7 @@ from hetis.runtime.agent.options import (
     loopback_server,
 )
 
+_LEAST_FILES, _ENOUGH_FILES = 64, 4096  # open files of an agent, which its engines inherit
 EXIT_FAILED, EXIT_INVALID, EXIT_STATE = 1, 2, 4
 _EXAMPLES = """Examples:
 
@@ -147,6 +150,7 @@ def run(
         check(lambda: checked_address("--peer-address", peer_address))
     assert address is not None
     assert choice is not None
+    _raise_descriptors()
     from hetis.runtime.agent.daemon import Parts, run_agent
 
     parts = Parts(
@@ -195,6 +199,7 @@ def simulate(
         check(lambda: checked_node(node))
         check(lambda: checked_devices(source, engine=None))
         check(lambda: checked_address("--peer-address", peer_address))
+    _raise_descriptors()
     from hetis.runtime.agent.daemon import run_engine
 
     _run_until_told(run_engine(node, source, socket, control, seed, peer_address))
@@ -223,6 +228,13 @@ def checking() -> Iterator[Checking]:
         print(f"hetis-agent: {message}", file=sys.stderr)
     if check.wrong:
         _fail(check.wrong[-1], EXIT_INVALID)
+
+
+def _raise_descriptors() -> None:
+    try:
+        raise_descriptor_limit("hetis-agent", least=_LEAST_FILES, enough=_ENOUGH_FILES)
+    except DocumentError as error:
+        _fail(str(error), EXIT_INVALID)
 
 
 def _run_until_told(work: Coroutine[Any, Any, None]) -> None:

@@ -63,7 +63,7 @@ def declared(state: pb2.DispatchState, terms: dict[Place, StageTerms], state_id:
         running[name] = RunningRequest(
             admitted=newcomer, copies=tuple(by_stage[s] for s in range(num_stages) if s in by_stage)
         )
-    replica = ReplicaDispatch(state_id, state.generation, stages, running)
+    replica = ReplicaDispatch(state_id, stages, running)
     # A request that lost its KV on one stage has to be prefilled again on all stages.
     replica.finish([name for name, by_stage in on.items() if len(by_stage) < num_stages])
     return replica
@@ -234,11 +234,11 @@ def request_violations(path: str, requests: Iterable[pb2.NewRequest | pb2.Growth
 
 
 def placement_to_proto(request: str, running: RunningRequest | None, homes: Sequence[Home] | None) -> pb2.Placement:
-    """Return the placement of a request: where it runs, or where it would be placed."""
-    if running is not None:
-        owners = [(copy, copy.owners[request]) for copy in running.copies]
+    """Return the placement of a request: where its call placed it, or else where it was already running."""
+    if homes is not None:  # another call may have finished it since, and admitted it elsewhere
+        owners = [(home.copy, owners_of(home.copy.terms.stage, home.groups)) for home in homes]
     else:
-        owners = [(home.copy, owners_of(home.copy.terms.stage, home.groups)) for home in homes or ()]
+        owners = [(copy, copy.owners[request]) for copy in running.copies] if running else []
     return pb2.Placement(request=request, stages=[_stage_placement(copy, positions) for copy, positions in owners])
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -39,9 +39,10 @@ class BatchAdmission:
     homes: dict[str, tuple[Home, ...]]  # by placed request, one per stage
     refused: dict[str, pb2.Unplaced]  # by request that has to wait, in order
     qualities: tuple[pb2.StageQuality, ...]  # one per copy of a stage that receives requests
+    stalled: tuple[str, ...] = ()  # requests that the same call could not lengthen for lack of blocks
 
-    def part(self, requests: Iterable[str]) -> BatchAdmission:
-        """Return the part of the result that concerns ``requests``."""
+    def part(self, requests: Iterable[str], stalled: tuple[str, ...]) -> BatchAdmission:
+        """Return the part of the result that concerns a call with these ``requests``."""
         names = list(requests)
         homes = {name: self.homes[name] for name in names if name in self.homes}
         used = {(home.copy.stage, home.copy.copy) for found in homes.values() for home in found}
@@ -49,6 +50,7 @@ class BatchAdmission:
             homes=homes,
             refused={name: self.refused[name] for name in names if name in self.refused},
             qualities=tuple(one for one in self.qualities if (one.stage, one.copy) in used),
+            stalled=stalled,
         )
 
 
@@ -160,8 +162,14 @@ class RunningRequest:
 class _Coming:
     """A call that waits for the next iteration of the event loop."""
 
+    finished: Sequence[str]
+    grown: Sequence[pb2.Growth]
     newcomers: Sequence[Newcomer]
     answer: asyncio.Future[BatchAdmission]
+
+    @property
+    def requests(self) -> set[str]:
+        return {*self.finished, *(one.id for one in self.grown), *(one.id for one in self.newcomers)}
 
 
 class ReplicaDispatch:
@@ -170,12 +178,11 @@ class ReplicaDispatch:
     def __init__(
         self,
         state_id: str,
-        generation: int,
         stages: Sequence[Sequence[StageCopy]],
         running: Mapping[str, RunningRequest],
     ) -> None:
         """Build the state from ``stages`` that hold the ``running`` requests, as read by `declared`."""
-        self.state_id, self.generation = state_id, generation
+        self.state_id = state_id
         self.stages = tuple(tuple(copies) for copies in stages)
         self.running = dict(running)  # in order of admission
         self.version = 0  # grows with every change
@@ -187,32 +194,52 @@ class ReplicaDispatch:
     def copies(self) -> Iterable[StageCopy]:
         return (copy for copies in self.stages for copy in copies)
 
-    async def admit(self, newcomers: Sequence[Newcomer], *, keep: bool = True) -> BatchAdmission:
+    async def admit(
+        self,
+        newcomers: Sequence[Newcomer],
+        *,
+        finished: Sequence[str] = (),
+        grown: Sequence[pb2.Growth] = (),
+        keep: bool = True,
+    ) -> BatchAdmission:
         """Place requests in order and add those that fit; requests that already run with the same values are ignored.
 
         Small batches that arrive in one iteration of the event loop are planned together: if many engines call at once,
         one solve answers them all.
 
         Args:
+            finished, grown: requests to remove and to lengthen before, in the same turn: no other call comes between.
             keep: if False, nothing is added.
 
         Raises:
-            ServiceError: REQUEST_RUNNING if a request runs with other values; then none is added.
+            ServiceError: REQUEST_RUNNING if a request runs with other values; then nothing is done.
         """
         if keep and len(newcomers) <= MOST_IN_LOOP:
-            coming = _Coming(newcomers, asyncio.get_running_loop().create_future())
+            coming = _Coming(finished, grown, newcomers, asyncio.get_running_loop().create_future())
             self._coming.append(coming)
             if len(self._coming) == 1:
                 asyncio.get_running_loop().call_soon(self._take_coming)
             return await coming.answer
         async with self._planning:
-            fresh = self.not_running(newcomers)
+            fresh, stalled = self._begin(newcomers, finished, grown)
             admission = await self._plan(fresh)
             if keep:
                 self._add(fresh, admission)
-        return admission
+        return replace(admission, stalled=stalled)
 
-    def not_running(self, newcomers: Sequence[Newcomer], *, finished: frozenset[str] = frozenset()) -> list[Newcomer]:
+    def _begin(
+        self, newcomers: Sequence[Newcomer], finished: Sequence[str], grown: Sequence[pb2.Growth]
+    ) -> tuple[list[Newcomer], tuple[str, ...]]:
+        """Do all of a call but its admissions; return its requests that do not run, and those that are stalled.
+
+        Raises REQUEST_RUNNING, before anything is done, if a request runs with other values.
+        """
+        fresh = self._not_running(newcomers, frozenset(finished))
+        if finished:
+            self.finish(finished)
+        return fresh, self.grow(grown) if grown else ()
+
+    def _not_running(self, newcomers: Sequence[Newcomer], finished: frozenset[str]) -> list[Newcomer]:
         """Return requests not running or ``finished``. Raises REQUEST_RUNNING if one runs with other values."""
         fresh = list[Newcomer]()
         for one in newcomers:
@@ -230,16 +257,17 @@ class ReplicaDispatch:
             task.add_done_callback(self._later.discard)
             return
         coming, self._coming = self._coming, []
-        batch, names = list[_Coming](), set[str]()
+        batch, names, num_new = list[_Coming](), set[str](), 0
         for one in coming:
             if one.answer.done():
                 continue  # the caller no longer waits
-            its_names = {newcomer.id for newcomer in one.newcomers}
-            if batch and (len(names) + len(its_names) > MOST_IN_LOOP or not names.isdisjoint(its_names)):
+            its_names = one.requests
+            if batch and (num_new + len(one.newcomers) > MOST_IN_LOOP or not names.isdisjoint(its_names)):
                 self._admit_together(batch)
-                batch, names = [], set()
+                batch, names, num_new = [], set(), 0
             batch.append(one)
             names |= its_names
+            num_new += len(one.newcomers)
         if batch:
             self._admit_together(batch)
 
@@ -250,24 +278,24 @@ class ReplicaDispatch:
 
     def _admit_together(self, batch: Sequence[_Coming]) -> None:
         """Admit several calls together, whose requests have distinct names."""
-        fresh, parts = list[Newcomer](), list[tuple[_Coming, list[Newcomer]]]()
+        fresh, parts = list[Newcomer](), list[tuple[_Coming, list[Newcomer], tuple[str, ...]]]()
         for one in batch:
             try:
-                found = self.not_running(one.newcomers)
+                found, stalled = self._begin(one.newcomers, one.finished, one.grown)
             except ServiceError as error:
                 one.answer.set_exception(error)
                 continue
-            parts.append((one, found))
+            parts.append((one, found, stalled))
             fresh += found
         try:
             admission = admit(self.stages, self._loads(), fresh)
             self._add(fresh, admission)
         except Exception as error:
-            for one, _ in parts:
+            for one, _, _ in parts:
                 one.answer.set_exception(error)
             return
-        for one, found in parts:
-            one.answer.set_result(admission.part(newcomer.id for newcomer in found))
+        for one, found, stalled in parts:
+            one.answer.set_result(admission.part((newcomer.id for newcomer in found), stalled))
 
     async def _plan(self, newcomers: Sequence[Newcomer]) -> BatchAdmission:
         """Plan where a batch would be placed, without changing anything; call `_add` before awaiting anything else.
@@ -368,12 +396,11 @@ class ReplicaDispatch:
 
     # --- devices and moves
 
-    def follow(self, conditions: Conditions, generation: int) -> None:
-        """Take over the replica's own generation and the status of its GPUs.
+    def follow(self, conditions: Conditions) -> None:
+        """Take over the status of the replica's GPUs.
 
         Requests that lost KV are forgotten: the engine prefills and admits them again.
         """
-        self.generation = max(self.generation, generation)
         self.version += 1
         gone = set[str]()
         for copy in self.copies:
@@ -392,7 +419,6 @@ class ReplicaDispatch:
         """Commit a change that the engine has flipped; ``left_out`` are the numbers of moves that it did not make."""
         self.version += 1
         self.copy_of(change.stage, change.copy).commit(change.change_id, left_out)
-        self.generation = max(self.generation, change.generation)
 
     def abort(self, change: change_pb2.Change) -> None:
         """Abort a change, of which nothing has moved."""

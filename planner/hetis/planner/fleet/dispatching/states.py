@@ -68,7 +68,8 @@ class DispatchStates:
             await self.warm_up()
         state = self._state(request.parent, request.state_id)
         check_batch(len(request.requests), request_violations("requests", request.requests, "growth_tokens"))
-        admitted = await self._admitted(request.parent, state, request.requests, keep=not request.validate_only)
+        admitted = await state.admit(_newcomers(request.requests), keep=not request.validate_only)
+        self._require_present(request.parent, state)
         return pb2.AdmitRequestsResponse(
             placements=_placements(state, request.requests, admitted),
             unplaced=admitted.refused.values(),
@@ -76,32 +77,30 @@ class DispatchStates:
         )
 
     async def step(self, request: pb2.DispatchRequestsRequest) -> pb2.DispatchRequestsResponse:
-        """Answer a message of `DispatchRequests`. All of it is checked before anything is done."""
+        """Answer a message of `DispatchRequests`. All of it is checked, in its turn, before anything is done."""
         if self._warming is None or not self._warming.done():
             await self.warm_up()
         state = self._state(request.parent, request.state_id)
         check_step(request)
         answer = pb2.DispatchRequestsResponse(sequence=request.sequence)
         if request.new_requests:
-            state.not_running(_newcomers(request.new_requests), finished=frozenset(request.finished))
+            newcomers = _newcomers(request.new_requests)
+            admitted = await state.admit(newcomers, finished=request.finished, grown=request.grown)
+            self._require_present(request.parent, state)
+            answer.stalled.extend(admitted.stalled)
+            answer.placements.extend(_placements(state, request.new_requests, admitted))
+            answer.unplaced.extend(admitted.refused.values())
+            answer.stages.extend(admitted.qualities)
+            return answer
         if request.finished:
             state.finish(request.finished)
         if request.grown:
             answer.stalled.extend(state.grow(request.grown))
-        if request.new_requests:
-            admitted = await self._admitted(request.parent, state, request.new_requests)
-            answer.placements.extend(_placements(state, request.new_requests, admitted))
-            answer.unplaced.extend(admitted.refused.values())
-            answer.stages.extend(admitted.qualities)
         return answer
 
-    async def _admitted(
-        self, name: str, state: ReplicaDispatch, requests: Iterable[pb2.NewRequest], *, keep: bool = True
-    ) -> BatchAdmission:
-        admitted = await state.admit(_newcomers(requests), keep=keep)
+    def _require_present(self, name: str, state: ReplicaDispatch) -> None:
         if self._states.get(name) is not state:
             raise self._lost(name, state.state_id)  # the engine has declared another state in the meantime
-        return admitted
 
     def finish(self, request: pb2.FinishRequestsRequest) -> pb2.FinishRequestsResponse:
         state = self._state(request.parent, request.state_id)
@@ -125,7 +124,7 @@ class DispatchStates:
         answer = pb2.DispatchState(name=request.name, generation=replica.generation)
         if state is None:
             return pb2.GetDispatchStateResponse(dispatch_state=answer)
-        answer.state_id, answer.generation = state.state_id, max(state.generation, replica.generation)
+        answer.state_id = state.state_id
         names = list(islice(state.running, first, first + size))
         answer.head_maps.extend(state.head_maps(names))
         token = _token(state, first + size) if first + size < len(state.running) else ""
@@ -147,7 +146,7 @@ class DispatchStates:
             made = await asyncio.to_thread(declared, state, terms, str(uuid.uuid4()))
             replica = self._replica(replica.name)
             _require_generation(state, replica)
-        made.follow(replica.conditions, replica.generation)
+        made.follow(replica.conditions)
         self._states[replica.name] = made
         return pb2.UpdateDispatchStateResponse(state_id=made.state_id)
 
@@ -158,9 +157,7 @@ class DispatchStates:
         state, view = self._states.get(replica), self._replicas.replica_view(replica)
         if state is None or view is None:
             return None
-        # The primary may have taken over an assignment since the state last followed the replica.
-        generation = max(state.generation, view.generation)
-        return HeadMaps(replica=replica, generation=generation, step=0, maps=tuple(state.head_maps()))
+        return HeadMaps(replica=replica, generation=view.generation, step=0, maps=tuple(state.head_maps()))
 
     def replica_changed(self, name: str) -> None:
         """Take over changes of a replica.
@@ -174,7 +171,7 @@ class DispatchStates:
         if replica is None or replica.authority != replica_pb2.HEAD_MAP_AUTHORITY_PLANNER:
             del self._states[name]
             return
-        state.follow(replica.conditions, replica.generation)
+        state.follow(replica.conditions)
 
     def redispatch_begun(self, redispatch: redispatch_pb2.Redispatch) -> None:
         """Reserve room for the moves of a re-dispatch."""
