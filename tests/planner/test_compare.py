@@ -294,6 +294,20 @@ def test_json_holds_every_plan_and_its_figures(solver: Solver, capsys: pytest.Ca
     assert (uniform["status"], uniform["plan"], uniform["reasons"]) == ("infeasible", None, ["weights take 140 GB"])
 
 
+def test_an_internal_error_in_one_strategy_costs_no_other_its_plan(
+    solver: Solver, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    solver({"hetis": (1.35, 1.36), "uniform": IndexError("index 1 is out of bounds")})
+    run([*COMMAND, "--strategies", "hetis,uniform", "-o", "json"])
+    hetis, uniform = json.loads(capsys.readouterr().out)["strategies"]
+    assert hetis["plan"]["strategy"] == "hetis"
+    assert uniform["status"] == "failed"
+    assert uniform["reasons"][0].startswith("internal error: IndexError: index 1 is out of bounds (")
+    monkeypatch.setenv("HETIS_DEBUG", "1")
+    with pytest.raises(IndexError):
+        run([*COMMAND, "--strategies", "hetis,uniform"])
+
+
 @pytest.mark.parametrize(
     ("outcomes", "code"),
     [

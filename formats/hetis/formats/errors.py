@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import difflib
 import math
+import traceback
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
 from hetis.solver.errors import HetisError
 
+REPORT_IT = "This is a bug in hetis. HETIS_DEBUG=1 shows the traceback; please report it with the input files."
 MAX_SHOWN = 100  # problems per document that are collected and printed
 _MOST_COMPARED = 1000  # names that a wrong one is compared with: 0.1 s
 _MOST_NAMED = 3  # names shown if several are equally near
@@ -103,3 +105,10 @@ def shown(value: object) -> str:
         return "a mapping" if isinstance(value, dict) else "a list"
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def internal_error(error: Exception) -> tuple[str, list[str]]:
+    """Return the headline, with the line of code that raised the error, and the lines below it."""
+    frames = traceback.extract_tb(error.__traceback__)
+    where = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
+    return f"internal error: {type(error).__name__}: {error}{where}", [REPORT_IT]

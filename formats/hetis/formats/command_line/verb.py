@@ -13,7 +13,6 @@ import io
 import os
 import select
 import sys
-import traceback
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
@@ -31,7 +30,6 @@ E = TypeVar("E", bound=StrEnum)
 
 OK = 0
 BROKEN_PIPE = 141
-REPORT_IT = "This is a bug in hetis. HETIS_DEBUG=1 shows the traceback; please report it with the input files."
 
 
 def run_application(
@@ -192,13 +190,6 @@ def _leave_broken_pipe() -> int:
     # Python flushes stdout once more at exit and would complain: redirect it to /dev/null.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno() if sys.__stdout__ else 1)
     return BROKEN_PIPE
-
-
-def internal_error(error: Exception) -> tuple[str, list[str]]:
-    """Return the headline, with the line of code that raised the error, and the lines below it."""
-    frames = traceback.extract_tb(error.__traceback__)
-    where = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
-    return f"internal error: {type(error).__name__}: {error}{where}", [REPORT_IT]
 
 
 OutputOption = Annotated[OutputFormat, typer.Option("--output", "-o", help="Output format on stdout.")]

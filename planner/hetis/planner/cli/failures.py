@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 
 from hetis.formats.catalogue import UnknownNameError
 from hetis.formats.command_line.terminal import Terminal, in_use
-from hetis.formats.command_line.verb import internal_error
-from hetis.formats.errors import DocumentError
+from hetis.formats.errors import DocumentError, internal_error
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.export.replicas import NotExportableError
 from hetis.planner.report.figures import plural

@@ -5,10 +5,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+from hetis.formats.errors import internal_error
 from hetis.planner.use_cases.errors import UncheckedPlanError
 from hetis.planner.use_cases.place import PlacementSettings, make_plan, simulated_plan
 from hetis.planner.use_cases.precision import for_engine
@@ -333,6 +335,11 @@ def planned(
         raise
     except HetisError as error:
         status, reasons = FAILED, (str(error),)
+    except Exception as error:
+        if os.environ.get("HETIS_DEBUG") == "1":
+            raise
+        headline, lines = internal_error(error)  # in one strategy, which must not cost the plans of the others
+        status, reasons = FAILED, (headline, *lines)
     else:
         return Compared(strategy=name, status=plan.result.status.value, plan=plan, solve_s=budget.elapsed_s())
     return Compared(strategy=name, status=status, reasons=reasons, solve_s=budget.elapsed_s())

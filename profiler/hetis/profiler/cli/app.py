@@ -9,7 +9,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from hetis.formats.command_line.terminal import Terminal
-from hetis.formats.command_line.verb import internal_error, run_application, version_option
+from hetis.formats.command_line.verb import run_application, version_option
 from hetis.profiler.cli import profiles
 from hetis.profiler.cli.calibrate import CALIBRATE_EXAMPLES, calibrate
 from hetis.profiler.cli.exit_codes import ProfileExitCode
@@ -66,7 +66,7 @@ def _report_failure(error: Exception) -> int:
 def _described(error: Exception) -> tuple[ProfileExitCode, str, list[str]]:
     """Return exit code, headline, and the lines below it."""
     from hetis.formats.catalogue import UnknownNameError
-    from hetis.formats.errors import DocumentError
+    from hetis.formats.errors import DocumentError, internal_error
     from hetis.profiler.calibrate.scraping import UnreachableError
     from hetis.solver.errors import HetisError, InvalidProblemError
 
