@@ -24,6 +24,7 @@ from hetis.formats.traces import PrefixHitRate
 from hetis.formats.workload import with_prefix_hits
 from hetis.planner.use_cases.service_level import SERVICE_LEVEL, ServiceLevel, Statistic
 from hetis.profiler.defaults import default_profile
+from hetis.profiler.plausibility import impossible
 from hetis.solver.cluster import Cluster, GpuType
 from hetis.solver.constraints import Constraint, Constraints, Exclude, RestrictRole, WithoutWorkers, in_words
 from hetis.solver.errors import InvalidProblemError
@@ -230,6 +231,7 @@ def load_inputs(
     measured = load_profiles(profiles, problems)
     if fleet is not None:
         problems += unused_profiles(measured, fleet)
+        problems += impossible_profiles(measured, fleet.gpu_types)
     if problems or fleet is None or spec is None or traffic is None:
         raise DocumentError(problems)
     by_gpu = {gpu: measured.get(gpu) or profile_without_file(fleet.gpu_types[gpu]) for gpu in _gpus(fleet)}
@@ -549,6 +551,19 @@ def unused_profiles(given: Mapping[str, tuple[str, Profile]], cluster: Cluster) 
         Problem(file=path, path="gpu", message=f"{gpu} is not in cluster {cluster.name}{did_you_mean(gpu, used)}")
         for gpu, (path, _) in given.items()
         if gpu not in used
+    ]
+
+
+def impossible_profiles(given: Mapping[str, tuple[str, Profile]], gpu_types: Mapping[str, GpuType]) -> list[Problem]:
+    """Return a problem for every number in a file that no GPU of its type can reach, as `hetis-profile check` would.
+
+    ``gpu_types`` are those of the cluster, whose peaks may differ from the catalogue's.
+    """
+    return [
+        Problem(file=path, message=sentence)
+        for gpu, (path, profile) in given.items()
+        if gpu in gpu_types
+        for sentence in impossible(profile, gpu_types[gpu])
     ]
 
 
