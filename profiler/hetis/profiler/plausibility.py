@@ -31,7 +31,12 @@ _LEAST_WORK_S = 2e-6  # time at the peaks; below it the launch dominates the mea
 _LINKS = (MeasuredOp.ALL_REDUCE, MeasuredOp.TRANSFER)
 _UNIT = "check the unit"
 _TOLERANCE = 1.15  # boost clocks and rounding go slightly above nominal peaks
-_CACHED = 4.0  # attention and small products may read from a cache faster than from memory
+# The same for types without an architecture: their peaks are often the best rates of one short run (`host_cluster`).
+_TOLERANCE_OF_MEASURED_PEAKS = 1.5
+_NO_ARCHITECTURE = "unknown"
+# Prefill attention reads KV that was just written from the cache, and its bytes are few beside its FLOPs.
+_CACHED = 4.0
+_LARGEST_CACHE = 256e6  # assumed for GPUs whose cache is not known: that of an MI300X
 # Work of Llama-3-8B on one GPU, large enough that neither launches nor caches matter. For decode attention, many short
 # requests, so that its time per query head shows next to its bytes.
 _LAYER = {"flops": 2 * 218e6 * 8192, "num_bytes": 2 * 218e6, "tokens": 8192}
@@ -48,6 +53,17 @@ _MUCH: Mapping[Op, tuple[str, Mapping[str, float]]] = {
     ),
     Op.ALL_REDUCE: ("a message of 256 MiB", {"num_bytes": 2.0**28, "tokens": 2.0**15}),
     Op.TRANSFER: ("a message of 256 MiB", {"num_bytes": 2.0**28}),
+}
+
+
+# The most bytes that an operator reads for few FLOPs, many times what fits into any cache: so nearly all come from
+# memory. Weights are those of a layer of Llama-3-70B, and KV is again Llama-3-8B's.
+_READING: Mapping[Op, tuple[str, Mapping[str, float]]] = {
+    Op.DENSE: ("1.7 GB of weights on 1 token", {"flops": 2 * 855e6, "num_bytes": 2 * 855e6, "tokens": 1}),
+    Op.DECODE_ATTENTION: (
+        "64 requests of 8,192 tokens",
+        {"flops": 4.0 * 32 * 128 * 64 * 8192, "num_bytes": 4096.0 * 64 * 8192, "tokens": 64, "heads": 32 * 64},
+    ),
 }
 
 
@@ -164,17 +180,24 @@ def impossible(profile: Profile, gpu: GpuType) -> Iterator[str]:
         )
     if profile.reserve_bytes >= profile.usable_bytes:
         yield f"reserve_bytes is {format_bytes(profile.reserve_bytes)}, which leaves nothing of usable_bytes"
+    tolerance = _TOLERANCE_OF_MEASURED_PEAKS if gpu.architecture == _NO_ARCHITECTURE else _TOLERANCE
     for fit in profile.fits:
         if fit.op not in (Op.DENSE, Op.PREFILL_ATTENTION, Op.DECODE_ATTENTION):
             continue
         # The rates for large work: those of the piece with the largest slope.
         flop_s, byte_s = (max(getattr(piece, name) for piece in fit.pieces) for name in ("flop_s", "byte_s"))
         flops = matrix_flops(gpu, fit.scope.weight_bytes)
-        if flop_s > 0 and fit.op is not Op.DECODE_ATTENTION and 1 / flop_s > flops * _TOLERANCE:
+        if flop_s > 0 and fit.op is not Op.DECODE_ATTENTION and 1 / flop_s > flops * tolerance:
             yield f"{_name(fit)} reaches {1 / flop_s / 1e12:.4g} TFLOP/s, {gpu.name} at most {flops / 1e12:.4g}"
-        if byte_s > 0 and 1 / byte_s > gpu.mem_bytes_per_s * _CACHED:
-            most = f"{gpu.name} at most {gpu.mem_bytes_per_s / 1e9:.4g} from memory"
-            yield f"{_name(fit)} reads {1 / byte_s / 1e9:.4g} GB/s, {most}"
+        if fit.op is Op.PREFILL_ATTENTION:
+            if byte_s > 0 and 1 / byte_s > gpu.mem_bytes_per_s * _CACHED:
+                most = f"{gpu.name} at most {gpu.mem_bytes_per_s / 1e9:,.0f} from memory"
+                yield f"{_name(fit)} reads {1 / byte_s / 1e9:,.0f} GB/s, {most}"
+            continue
+        what, bytes_per_s, most_per_s = _reading(fit, gpu)
+        if bytes_per_s > most_per_s * tolerance:
+            most = f"{gpu.name} at most {most_per_s / 1e9:,.0f}, its cache included"
+            yield f"{_name(fit)} reads {bytes_per_s / 1e9:,.0f} GB/s for {what}, {most}"
     for fit, doubt in implausible_fits(profile, gpu):
         yield f"{_name(fit)}: {doubt}"
 
@@ -209,6 +232,16 @@ def scope_words(scope: FitScope) -> Iterator[str]:
         yield f"{scope.weight_bytes:g} B/weight"
     if scope.state_flops is not None:
         yield f"linear attention, {scope.state_flops:g} FLOP/token/head"
+
+
+def _reading(fit: Fit, gpu: GpuType) -> tuple[str, float, float]:
+    """Return much reading, the rate of ``fit`` in it in bytes per second, and the GPU's with a full cache."""
+    from hetis.profiler.fit.points import CACHE_BYTES  # here, because the package of fits imports this module
+
+    what, work = _READING[fit.op]
+    most = gpu.mem_bytes_per_s / (1.0 - CACHE_BYTES.get(gpu.name, _LARGEST_CACHE) / work["num_bytes"])
+    seconds = fit.seconds(**work)
+    return what, work["num_bytes"] / seconds if seconds > 0 else 0.0, most
 
 
 def _name(fit: Fit) -> str:
