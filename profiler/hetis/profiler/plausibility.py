@@ -16,6 +16,7 @@ import numpy as np
 from hetis.formats.measurements import MeasuredOp, Measurements, Table
 from hetis.formats.units import format_bytes
 from hetis.profiler.fitting import FloatArray
+from hetis.profiler.ranges import stated_error
 from hetis.profiler.roofline import matrix_flops
 from hetis.solver.cluster import GpuType
 from hetis.solver.profile import Fit, FitScope, Op, Profile
@@ -36,6 +37,7 @@ _TOLERANCE_OF_MEASURED_PEAKS = 1.5
 _NO_ARCHITECTURE = "unknown"
 # Prefill attention reads KV that was just written from the cache, and its bytes are few beside its FLOPs.
 _CACHED = 4.0
+_MOST_QUERIES = 63  # queries per KV head of models with grouped queries; models with latents have more
 _LARGEST_CACHE = 256e6  # assumed for GPUs whose cache is not known: that of an MI300X
 # Work of Llama-3-8B on one GPU, large enough that neither launches nor caches matter. For decode attention, many short
 # requests, so that its time per query head shows next to its bytes.
@@ -60,6 +62,7 @@ _MUCH: Mapping[Op, tuple[str, Mapping[str, float]]] = {
 # memory. Weights are those of a layer of Llama-3-70B, and KV is again Llama-3-8B's.
 _READING: Mapping[Op, tuple[str, Mapping[str, float]]] = {
     Op.DENSE: ("1.7 GB of weights on 1 token", {"flops": 2 * 855e6, "num_bytes": 2 * 855e6, "tokens": 1}),
+    Op.EXPERTS: ("1.7 GB of weights on 1 token", {"flops": 2 * 855e6, "num_bytes": 2 * 855e6, "tokens": 1}),
     Op.DECODE_ATTENTION: (
         "64 requests of 8,192 tokens",
         {"flops": 4.0 * 32 * 128 * 64 * 8192, "num_bytes": 4096.0 * 64 * 8192, "tokens": 64, "heads": 32 * 64},
@@ -180,7 +183,7 @@ def impossible(profile: Profile, gpu: GpuType) -> Iterator[str]:
         )
     if profile.reserve_bytes >= profile.usable_bytes:
         yield f"reserve_bytes is {format_bytes(profile.reserve_bytes)}, which leaves nothing of usable_bytes"
-    tolerance = _TOLERANCE_OF_MEASURED_PEAKS if gpu.architecture == _NO_ARCHITECTURE else _TOLERANCE
+    tolerance = _tolerance(gpu)
     for fit in profile.fits:
         if fit.op not in (Op.DENSE, Op.PREFILL_ATTENTION, Op.DECODE_ATTENTION):
             continue
@@ -202,18 +205,57 @@ def impossible(profile: Profile, gpu: GpuType) -> Iterator[str]:
         yield f"{_name(fit)}: {doubt}"
 
 
-def doubts_of(profile: Profile) -> Iterator[str]:
-    """Yield a sentence for everything that makes a plan with this profile less certain than it may look."""
+def above_peaks(profile: Profile, gpu: GpuType) -> Iterator[str]:
+    """Yield a sentence per operator that is faster than the peaks of ``gpu`` where `impossible` does not look.
+
+    These are the experts and latent attention of engines, whose fits of other GPUs are scaled by the peaks: a GPU with
+    much bandwidth for its FLOPs (H20) or with few FLOPs at all is then modelled as too fast.
+    """
+    worst = dict[tuple[Op, int | None], tuple[float, str]]()
+    tolerance = _tolerance(gpu)
     for fit in profile.fits:
-        error = fit.provenance.held_out_mape
-        if error is None and fit.op not in (Op.STEP, Op.SAMPLE):
-            yield f"{_name(fit)}: its error on held-out points is unknown"
-        elif error is not None and error > WANTED_ERROR:
-            yield f"{_name(fit)}: its error on held-out points is {error:.1%}, the target is {WANTED_ERROR:.1%}"
-        if fit.op is not Op.STEP and all(
-            piece.flop_s == piece.byte_s == piece.token_s == piece.wire == 0 for piece in fit.pieces
-        ):
-            yield f"{_name(fit)}: takes the same time for any amount of work"
+        if fit.op is Op.EXPERTS:
+            what, bytes_per_s, most_per_s = _reading(fit, gpu)
+            rates = [(bytes_per_s / most_per_s, f"the bandwidth of {gpu.name}", what)]
+            what, work = _MUCH[Op.EXPERTS]
+            flops_s = work["flops"] / matrix_flops(gpu, fit.scope.weight_bytes)
+            rates += [(flops_s / fit.seconds(**work), f"the FLOP/s of {gpu.name}", what)]
+        elif fit.op is Op.DECODE_ATTENTION and (queries := fit.scope.queries_per_group or 0) > _MOST_QUERIES:
+            what, work = _latent_work(queries)
+            rates = [(work["flops"] / gpu.fp16_flops / fit.seconds(**work), f"the FLOP/s of {gpu.name}", what)]
+        else:
+            continue
+        for ratio, peak, what in rates:
+            if ratio > tolerance and ratio > worst.get((fit.op, fit.scope.queries_per_group), (0.0, ""))[0]:
+                sentence = f"{_name(fit)}: {what} at {ratio:.2g} times {peak}: times may be longer than in plans"
+                worst[fit.op, fit.scope.queries_per_group] = ratio, sentence
+    yield from (sentence for _, sentence in worst.values())
+
+
+def doubts_of(profile: Profile) -> Iterator[str]:
+    """Yield a sentence for everything that makes a plan with this profile less certain than it may look.
+
+    Fits of one operator with the same doubt share a sentence.
+    """
+    found = dict[tuple[Op, str], list[Fit]]()
+    for fit in profile.fits:
+        for doubt in _doubts(fit):
+            found.setdefault((fit.op, doubt), []).append(fit)
+    for (op, doubt), fits in found.items():
+        yield f"{_name(fits[0]) if len(fits) == 1 else f'{op} ({len(fits)} fits)'}: {doubt}"
+
+
+def _doubts(fit: Fit) -> Iterator[str]:
+    error, assumed = fit.provenance.held_out_mape, f"plans assume {stated_error(fit):.0%}"
+    if error is None and fit.op not in (Op.STEP, Op.SAMPLE):
+        yield f"its error on held-out points is unknown, {assumed}"
+    elif error is not None and error > WANTED_ERROR:
+        wider = f", {assumed}" if fit.provenance.range_error is not None else ""
+        yield f"its error on held-out points is {error:.1%}, the target is {WANTED_ERROR:.1%}{wider}"
+    if fit.op is not Op.STEP and all(
+        piece.flop_s == piece.byte_s == piece.token_s == piece.wire == 0 for piece in fit.pieces
+    ):
+        yield "takes the same time for any amount of work"
 
 
 def scope_words(scope: FitScope) -> Iterator[str]:
@@ -232,6 +274,17 @@ def scope_words(scope: FitScope) -> Iterator[str]:
         yield f"{scope.weight_bytes:g} B/weight"
     if scope.state_flops is not None:
         yield f"linear attention, {scope.state_flops:g} FLOP/token/head"
+
+
+def _tolerance(gpu: GpuType) -> float:
+    return _TOLERANCE_OF_MEASURED_PEAKS if gpu.architecture == _NO_ARCHITECTURE else _TOLERANCE
+
+
+def _latent_work(queries: int) -> tuple[str, Mapping[str, float]]:
+    """Return decode attention over DeepSeek-V3's latents (512 dimensions, 64 more for keys) with this many queries."""
+    tokens = 64 * 8192
+    work = {"flops": 2.0 * (576 + 512) * queries * tokens, "num_bytes": KV_BYTES * 576 * tokens, "heads": 64 * queries}
+    return "64 requests of 8,192 tokens", work
 
 
 def _reading(fit: Fit, gpu: GpuType) -> tuple[str, float, float]:

@@ -6,14 +6,19 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
 import pytest
 
-from hetis.formats.profile import load_profile
+from hetis.formats.catalogue import find_gpu, find_model
+from hetis.formats.profile import load_profile, profile_to_data
 from hetis.profiler.cli.exit_codes import ProfileExitCode
 from hetis.profiler.cli.measurements import Format
+from hetis.profiler.defaults import default_profile
+from hetis.profiler.pictures import typical_times
+from hetis.solver.profile import Op
 from tests.command_line import environment
 from tests.profiler.cli.measured_files import GPU, write_files
 from tests.profiler.command_line import COMMAND, hetis_profile, invoke
@@ -143,13 +148,57 @@ def test_show_is_readable_in_80_columns_and_complete_as_json(
     assert json.loads(capsys.readouterr().out) == json.loads((folder / "profile.json").read_text())
 
 
+def test_a_gpu_has_the_profile_that_plans_use(capsys: pytest.CaptureFixture[str]) -> None:
+    """Its experts, latent attention and host are those of vLLM."""
+    assert invoke("show", "H20", "-o", "json") == ProfileExitCode.OK
+    assert json.loads(capsys.readouterr().out) == profile_to_data(default_profile(find_gpu("H20").gpu)[1])
+
+
+@pytest.mark.parametrize("gpu", ["H20", "H100-SXM-80GB"])
+def test_show_names_the_errors_that_plans_assume(
+    gpu: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert invoke("show", gpu) == ProfileExitCode.OK
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    dense, below = lines[3:5]
+    assert dense.split()[0] == "dense"
+    assert ("14.2%" in dense, "±60%" in below) == (gpu == "H20", gpu == "H20")
+    assert any("±25%" in line for line in lines)  # experts state no error
+
+
+def test_compare_uses_the_fits_of_plans(capsys: pytest.CaptureFixture[str]) -> None:
+    model, ours = find_model("DeepSeek-V3").model, default_profile(find_gpu("H20").gpu)[1]
+    assert invoke("compare", "H20", "H100-SXM-80GB", "-m", "DeepSeek-V3", "-o", "json") == ProfileExitCode.OK
+    times = {(p["op"], p["point"]): p["a_s"] for p in json.loads(capsys.readouterr().out)["points"]}
+    attention = ours.fit(Op.DECODE_ATTENTION, model, 1)
+    assert attention is not None
+    assert attention.scope.queries_per_group == 128
+    tokens = 128 * 2048
+    features = {"flops": model.decode_attention_flops(2048.0, 128.0) * 128, "num_bytes": 1152.0 * tokens}
+    assert times["decode_attention", "batch 128, context 2048"] == attention.seconds(**features, heads=128.0 * 128)
+    without = replace(ours, fits=tuple(fit for fit in ours.fits if fit.op is not Op.EXPERTS))
+    (in_dense,) = (s for op, point, s in typical_times(without, model, 1) if (op, point) == (Op.DENSE, "4096 tokens"))
+    assert times["dense", "4096 tokens"] != pytest.approx(in_dense, rel=0.01)
+
+
+def test_check_warns_of_what_plans_take_above_the_peaks(capsys: pytest.CaptureFixture[str]) -> None:
+    """Latent attention is scaled from a GPU with more FLOPs for its bandwidth; no shipped profile is refused for it."""
+    assert invoke("check", "H20", "-o", "json") == ProfileExitCode.OK
+    doubts = json.loads(capsys.readouterr().out)["doubts"]
+    assert any("(128 q/group): 64 requests of 8,192 tokens at 1.7 times the FLOP/s of H20" in one for one in doubts)
+    assert "dense: its error on held-out points is 14.2%, the target is 10.0%, plans assume 60%" in doubts
+    assert sum(one.startswith("experts (16 fits): ") for one in doubts) == 1
+
+
 def test_model_writes_a_profile_that_can_be_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "t4.yaml"
     assert invoke("model", "T4", "--out", out, "-o", "json") == ProfileExitCode.OK
     data = json.loads(capsys.readouterr().out)
     assert {fit["provenance"]["source"] for fit in data["fits"]} == {"modelled"}
     assert next(fit for fit in data["fits"] if fit["op"] == "dense")["provenance"]["held_out_mape"] > 0
-    assert load_profile(out).gpu == "T4"
+    assert load_profile(out) == default_profile(find_gpu("T4").gpu)[1]
 
 
 def test_compare_gives_times_and_ratios(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

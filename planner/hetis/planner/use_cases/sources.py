@@ -270,8 +270,14 @@ def _traffic(given: str | Workload, prefix_hit_rate: PrefixHitRate | None) -> Wo
 
 
 def _has_measured_host(profile: Profile) -> bool:
-    """Return whether the host's time of an iteration was measured, rather than assumed to be as short as possible."""
-    return any(fit.op is Op.STEP and fit.provenance.source is not Source.MODELLED for fit in profile.fits)
+    """Return whether the host's time of an iteration is an engine's, rather than assumed to be as short as possible.
+
+    Only profiles with the times of an engine have one per sequence.
+    """
+    return any(
+        fit.op is Op.SAMPLE or (fit.op is Op.STEP and fit.provenance.source is not Source.MODELLED)
+        for fit in profile.fits
+    )
 
 
 def load_plan_and_problem(path: str) -> PlanAndProblem:

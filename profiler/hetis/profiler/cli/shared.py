@@ -32,7 +32,7 @@ ClusterOption = Annotated[
     ),
 ]
 GpuOrFileArgument = Annotated[
-    str, typer.Argument(metavar="PROFILE|GPU", help="A profile file, or a GPU type: the profile hetis ships for it.")
+    str, typer.Argument(metavar="PROFILE|GPU", help="A profile file, or a GPU type: its profile in plans without one.")
 ]
 
 
@@ -81,9 +81,10 @@ def load_all(paths: Sequence[Path], *, gpu: str = "") -> list[Measurements]:
 
 
 def profile_of(name: str) -> Profile:
-    """Return the profile in a file, or the one that plans would use for a GPU type of the catalogue. Raises
-    DocumentError if the name is neither a file nor a GPU type, or the file is not a profile, and InvalidProblemError if
-    nothing is known about the GPU type.
+    """Return the profile in a file, or the one of a GPU type of the catalogue that plans use without a file.
+
+    It has the times of vLLM, as in plans for any engine. Raises DocumentError if the name is neither a file nor a GPU
+    type, or the file is not a profile, and InvalidProblemError if nothing is known about the GPU type.
     """
     from hetis.formats.catalogue import UnknownNameError, find_gpu
     from hetis.formats.errors import single_problem
@@ -97,10 +98,9 @@ def profile_of(name: str) -> Profile:
         if Path(name).suffix or "/" in name:
             return load_profile(name)  # explains why it cannot be read
         raise single_problem(name, f"is neither a file nor a GPU type: {error}") from None
-    from hetis.profiler.defaults import shipped_profile
-    from hetis.profiler.roofline import modelled_profile
+    from hetis.profiler.defaults import default_profile
 
-    return shipped_profile(gpu.name) or modelled_profile(gpu)
+    return default_profile(gpu)[1]
 
 
 def gpu_type(name: str, cluster: Path | None) -> GpuType:
