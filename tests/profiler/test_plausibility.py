@@ -17,7 +17,8 @@ from hetis.profiler.defaults import shipped_gpus, shipped_profile
 from hetis.profiler.engines import for_engine
 from hetis.profiler.fit import fit_profile
 from hetis.profiler.importers import import_tables
-from hetis.profiler.plausibility import STEP_SECONDS, implausible_fits, impossible, roofline_seconds, unit_doubt
+from hetis.profiler.plausibility import STEP_SECONDS, roofline_seconds, unit_doubt
+from hetis.profiler.possible import implausible_fits, impossible
 from hetis.profiler.roofline import modelled_profile
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.profile import Fit, Op, Piece, Profile

@@ -24,7 +24,7 @@ from hetis.formats.traces import PrefixHitRate
 from hetis.formats.workload import with_prefix_hits
 from hetis.planner.use_cases.service_level import SERVICE_LEVEL, ServiceLevel, Statistic
 from hetis.profiler.defaults import default_profile
-from hetis.profiler.plausibility import impossible
+from hetis.profiler.possible import impossible
 from hetis.solver.cluster import Cluster, GpuType
 from hetis.solver.constraints import Constraint, Constraints, Exclude, RestrictRole, WithoutWorkers, in_words
 from hetis.solver.errors import InvalidProblemError

@@ -194,7 +194,7 @@ def _replica(spec: ModelSpec, profile: Profile, tp: int, cluster: Path | None) -
 def _possible(found: CalibrationResult, base: Profile, cluster: Path | None) -> CalibrationResult:
     """Return the result, without its profile if the correction made that impossible for its GPU type."""
     from hetis.profiler.calibrate.correction import CHECK
-    from hetis.profiler.plausibility import impossible
+    from hetis.profiler.possible import impossible
     from hetis.solver.errors import HetisError
 
     if found.profile is None:

@@ -67,7 +67,7 @@ def model(
 def show(terminal: Terminal, profile: GpuOrFileArgument) -> ProfileExitCode:
     """Show a profile: its pieces with their sources, errors and measured regions."""
     from hetis.formats.profile import profile_to_data
-    from hetis.profiler.plausibility import scope_words
+    from hetis.profiler.possible import scope_words
 
     found = profile_of(profile)
     terminal.emit(lambda: profile_to_data(found), lambda: _table(found, found.gpu))
@@ -162,7 +162,7 @@ def check(terminal: Terminal, profile: GpuOrFileArgument, cluster: ClusterOption
     """
     from rich.text import Text
 
-    from hetis.profiler.plausibility import above_peaks, doubts_of, impossible
+    from hetis.profiler.possible import above_peaks, doubts_of, impossible
     from hetis.solver.errors import HetisError
 
     found = profile_of(profile)
@@ -194,7 +194,7 @@ def _table(profile: Profile, title: str) -> RenderableType:
     from rich.table import Table
     from rich.text import Text
 
-    from hetis.profiler.plausibility import scope_words
+    from hetis.profiler.possible import scope_words
 
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     table.add_column("op", no_wrap=True)
