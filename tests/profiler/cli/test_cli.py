@@ -338,6 +338,38 @@ def test_a_closed_pipe_is_no_error() -> None:
     assert done.returncode in (0, ProfileExitCode.BROKEN_PIPE)
 
 
+def test_errors_that_nobody_reads_to_their_end_have_the_code_of_a_closed_pipe(tmp_path: Path) -> None:
+    table = tmp_path / "table.csv"
+    table.write_text("device,gemm_dtype,m,n,k,latency_ms\n" + 3000 * "NVIDIA L40S,bfloat16,1,32,32,nan\n")
+    arguments = "import table.csv --format aiconfigurator --out raw.json"
+    # The reader ends before the first of a hundred lines is written.
+    done = subprocess.run(
+        ["bash", "-c", f"(sleep 0.01; {' '.join(COMMAND)} {arguments}; echo $? >code) 2>&1 | true"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env=environment(),
+        check=True,
+    )
+    assert not done.stderr
+    assert int((tmp_path / "code").read_text()) == ProfileExitCode.BROKEN_PIPE
+
+
+def test_more_problems_than_are_shown_are_mentioned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table = tmp_path / "table.csv"
+    header, row = "device,gemm_dtype,m,n,k,latency_ms\n", "NVIDIA L40S,bfloat16,1,32,32,nan\n"
+    for count, headline in (
+        (100, "error: 100 problems in the input"),
+        (101, "error: more than 100 problems in the input"),
+    ):
+        table.write_text(header + count * row)
+        asked = ("import", table, "--format", "aiconfigurator", "--out", tmp_path / "raw.json")
+        assert invoke(*asked) == ProfileExitCode.INVALID
+        first, *others = capsys.readouterr().err.splitlines()
+        assert first == headline
+        assert len(others) == 100
+
+
 @pytest.mark.skipif(not DATA.is_dir(), reason="the shared data are not here")
 def test_published_tables_are_imported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "a100.json.gz"
