@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import subprocess
 import sys
@@ -127,6 +128,17 @@ def test_all_broken_files_are_named_at_once(tmp_path: Path, capsys: pytest.Captu
     said = capsys.readouterr().err
     assert all(f"{name}.json" in said for name in "abc")
     assert not (tmp_path / "p.json").exists()
+
+
+@pytest.mark.parametrize("name", ["table.csv", "table.csv.gz", "table.parquet"])
+def test_tables_of_other_tools_are_told_from_measurements(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = tmp_path / name
+    table.write_bytes(gzip.compress(b"a,b\n1,2\n") if name.endswith(".gz") else b"a,b\n1,2\n")
+    assert invoke("fit", table, "--out", tmp_path / "p.json") == ProfileExitCode.INVALID
+    said = f"{table}: is a table, expected measurements: convert it with `hetis-profile import`"
+    assert said in capsys.readouterr().err
 
 
 def test_measurements_of_two_gpus_are_not_one_profile(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from hetis.solver.cluster import GpuType
     from hetis.solver.profile import Profile
 
+_TABLES = (".csv", ".parquet", ".tsv")  # ends of the names of other tools' tables
 RawOutOption = Annotated[
     Path, typer.Option("--out", metavar="RAW", help="Measurements file to write; compressed if its name ends in .gz.")
 ]
@@ -66,7 +67,9 @@ def load_all(paths: Sequence[Path], *, gpu: str = "") -> list[Measurements]:
         try:
             found.append(load_measurements(path))
         except DocumentError as error:
-            problems += error.problems
+            is_table = path.is_file() and path.name.removesuffix(".gz").endswith(_TABLES)
+            hint = "is a table, expected measurements: convert it with `hetis-profile import`"
+            problems += [Problem(file=str(path), message=hint)] if is_table else error.problems
     if not problems:
         wanted = gpu or found[0].gpu
         why = f"the profile is of {gpu}" if gpu else f"that of {paths[0]} is {wanted}: a profile is for one GPU type"
