@@ -213,6 +213,18 @@ def test_model_writes_a_profile_that_can_be_shown(tmp_path: Path, capsys: pytest
     assert load_profile(out) == default_profile(find_gpu("T4").gpu)[1]
 
 
+def test_model_names_the_nearest_architecture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cluster = tmp_path / "own.yaml"
+    gpu = "{memory: 64GiB, memory_bandwidth: 1.6TB/s, fp16: 320TFLOPS, architecture: Hoper}"
+    cluster.write_text(
+        f"{{apiVersion: hetis/v1, kind: Cluster, name: own, gpu_types: {{Own: {gpu}}}, nodes: [{{name: a, gpus: "
+        "[{type: Own}]}], network: {bandwidth: 100Gbps, latency: 20us}}"
+    )
+    asked = ("model", "Own", "--cluster", cluster, "--out", tmp_path / "p.json")
+    assert invoke(*asked) == ProfileExitCode.INVALID
+    assert ", did you mean Hopper?" in capsys.readouterr().err
+
+
 def test_compare_gives_times_and_ratios(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     mine = folder / "profile.json"
     assert invoke("compare", mine, mine, "-o", "json") == ProfileExitCode.OK

@@ -49,13 +49,19 @@ def model(
     As in plans, engine times are those of vLLM. The error of an operator is what leaving out one measured GPU at a time
     costs: docs/profiles-modelled.md.
     """
+    from hetis.formats.errors import did_you_mean
     from hetis.formats.profile import profile_to_data
     from hetis.profiler.defaults import HOST
     from hetis.profiler.engines import for_engine
-    from hetis.profiler.roofline import modelled_profile
+    from hetis.profiler.roofline import modelled_profile, shipped_efficiencies
+    from hetis.solver.errors import InvalidProblemError
 
     kind = gpu_type(gpu, cluster)
-    profile = for_engine(modelled_profile(kind), kind, HOST)
+    try:
+        profile = for_engine(modelled_profile(kind), kind, HOST)
+    except InvalidProblemError as error:
+        near = did_you_mean(kind.architecture, shipped_efficiencies().architectures)
+        raise InvalidProblemError(f"{error}{near}") from None
     save_profile(out, profile)
     terminal.emit(
         lambda: {"out": str(out)} | profile_to_data(profile), lambda: _table(profile, f"{profile.gpu} -> {out}")
