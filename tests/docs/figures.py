@@ -592,7 +592,7 @@ FIGURES = [
         ),
         (
             "make it # times with 70B on ShareGPT",
-            cells(("Llama-2-70B, ShareGPT: HexGen runs 256 requests at most", "over hexgen")),
+            cells(("Llama-2-70B, ShareGPT: HexGen runs 128 requests at most", "over hexgen")),
         ),
         (
             "whose rate rises by up to #% in a few rows that restrict it",

@@ -108,9 +108,16 @@ def test_a_gpu_type_has_the_vendor_of_its_architecture_unless_it_says_another(
 
 @pytest.mark.parametrize(
     ("name", "architecture", "meant"),
-    [("RTX-5080", "Blackwell", "RTX Blackwell"), ("B100", "Blackwell", "Blackwell"), ("RTX-5080", "Ada", "Ada")],
+    [
+        ("RTX-5080", "Blackwell", "RTX Blackwell"),
+        ("B100", "Blackwell", "Blackwell"),
+        ("RTX-5080", "Ada", "Ada"),
+        ("X1", "hopper", "Hopper"),
+        ("X1", "ADA GEFORCE", "Ada GeForce"),
+        ("X1", "Rubin", "Rubin"),
+    ],
 )
-def test_a_board_that_nvidia_calls_blackwell_is_no_b200(
+def test_an_architecture_is_that_of_the_catalogue_and_rtx_blackwell_is_not_that_of_b200(
     tmp_path: Path, name: str, architecture: str, meant: str
 ) -> None:
     peaks = "memory: 16GiB, memory_bandwidth: 1TB/s, fp16: 100TFLOPS"

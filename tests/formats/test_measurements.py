@@ -124,6 +124,10 @@ COLUMNS = "tables[0].columns"
             f"m: {COLUMNS}.num_byte: unknown column, did you mean num_bytes?",
         ),
         (changed("tables", 0, "cold", to="yes"), "m: tables[0].cold: 'yes' is not true or false"),
+        (
+            changed("tables", 0, "columns", "num_bytes", to=[1, 10**400]),
+            f"m: {COLUMNS}.num_bytes: row 2: is 10000000... (401 digits), too large to compute with",
+        ),
     ],
 )
 def test_each_problem_is_named_with_its_place(data: Any, message: str) -> None:
@@ -145,6 +149,30 @@ def test_all_problems_are_told_at_once() -> None:
     ]
 
 
+def test_another_kind_does_not_hide_other_problems_of_a_document_with_all_fields() -> None:
+    data = changed("kind", to="Measurement")
+    data["tables"][0]["op"] = "transfers"
+    with pytest.raises(DocumentError) as caught:
+        parse_measurements(data, "m")
+    assert [problem.path for problem in caught.value.problems] == ["kind", "tables[0].op"]
+    with pytest.raises(DocumentError) as caught:
+        parse_measurements(data | {"fits": []}, "m")
+    assert [problem.path for problem in caught.value.problems] == ["kind"]
+
+
+@pytest.mark.parametrize(
+    ("number", "shown"), [("NaN", ".nan"), ("-Infinity", "-.inf"), ("9" * 5000, ".inf"), ("1e999", ".inf")]
+)
+def test_numbers_that_are_none_are_named_with_column_and_row(number: str, shown: str, tmp_path: Path) -> None:
+    text = json.dumps(changed("tables", 0, "columns", "seconds", to=[1e-5, 12345.5])).replace("12345.5", number)
+    (tmp_path / "m.json").write_text(text)
+    with pytest.raises(DocumentError) as caught:
+        load_measurements(tmp_path / "m.json")
+    (problem,) = caught.value.problems
+    assert problem.path == f"{COLUMNS}.seconds"
+    assert problem.message == f"row 2: is {shown}, must be finite"
+
+
 def test_files_that_are_not_whole(tmp_path: Path) -> None:
     whole = gzip.compress(json.dumps(DATA).encode(), mtime=0)
     cut = len(whole) - 20
@@ -152,7 +180,7 @@ def test_files_that_are_not_whole(tmp_path: Path) -> None:
         "cut.json.gz": (whole[:-20], f"is truncated: its gzip stream ends after {cut} bytes without an end mark"),
         "plain.json.gz": (b"{}", "is not gzip-compressed, though its name ends in .gz"),
         "empty.json": (b"", "is empty"),
-        "nan.json": (b'{"gpu": NaN}', "is not JSON: NaN is not a JSON number"),
+        "deep.json": (b"[" * 10_000, "is nested more than 64 levels deep"),
     }
     for name, (raw, expected) in cases.items():
         (tmp_path / name).write_bytes(raw)

@@ -11,6 +11,7 @@ import pytest
 from hetis.formats import catalogue
 from hetis.planner.use_cases.place import objective
 from hetis.planner.use_cases.sources import LoadedInputs, engine_rules, load_inputs
+from hetis.profiler.cli.app import run as profile_run
 from hetis.profiler.defaults import FITTED, MODELLED, default_profile, profile_text
 from hetis.profiler.engines import ENGINES
 from hetis.profiler.ranges import ENGINE_ERROR, range_factors
@@ -53,6 +54,15 @@ def test_a_profile_of_a_file_is_taken_as_it_is_and_a_note_says_what_it_lacks(a_f
     assert host_s(loaded, "P100-PCIe-12GB", 64) < ENGINES["vllm"].step_s < host_s(loaded, "H100-SXM-80GB", 64)
     (note,) = loaded.notes
     assert "P100-PCIe-12GB has no host time of an engine" in note
+
+
+def test_a_modelled_profile_of_a_file_is_the_default_one(tmp_path: Path) -> None:
+    """`hetis-profile model` writes what plans use, so no note misses the host in it."""
+    path = tmp_path / "p100.json"
+    assert profile_run(["model", "P100-PCIe-12GB", "--out", str(path), "-q"]) == 0
+    loaded = inputs(str(path))
+    assert loaded.notes == ()
+    assert loaded.inputs.profiles == inputs().inputs.profiles
 
 
 def test_a_plan_promises_less_where_the_host_takes_time(a_file: str) -> None:

@@ -133,6 +133,9 @@ def test_validate_warns_of_gpus_that_no_plan_can_use_yet(tmp_path: Path) -> None
     fleet.write_text(fleet.read_text().replace("80GiB,", "80GiB, architecture: Hopper,"))
     result = invoke("validate", str(fleet))
     assert (result.exit_code, "warning" in result.stderr) == (0, False)
+    fleet.write_text(fleet.read_text().replace("Hopper,", "CDNA3, vendor: NVIDIA,"))
+    result = invoke("validate", str(fleet))
+    assert f"warning: {fleet}: Own is said to be of NVIDIA, its architecture CDNA3 is AMD's" in result.stderr
 
 
 @pytest.mark.parametrize("kind", FILE_KINDS)

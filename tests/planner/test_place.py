@@ -18,6 +18,7 @@ from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.use_cases import place as placing
 from hetis.planner.use_cases.errors import UncheckedPlanError
 from hetis.planner.use_cases.place import PlacementRequest, objective
+from hetis.planner.use_cases.sources import load_inputs
 from hetis.solver.errors import InfeasibleError, NoPlanFoundError
 from hetis.solver.plan import Objective, ObjectiveKind, Plan
 from tests.planner import plans
@@ -193,6 +194,36 @@ def test_a_gpu_that_cannot_be_modelled_is_refused_with_what_helps(
     said = capsys.readouterr().err
     assert "Own: no efficiencies for architecture 'unknown'; known: Ada" in said
     assert "name the most similar of them as its architecture in the cluster file, or measure it" in said
+
+
+def test_an_architecture_that_is_not_known_is_named_with_its_line_and_the_nearest_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gpu = "memory: 64GiB, memory_bandwidth: 1.6TB/s, fp16: 320TFLOPS"
+    (tmp_path / "own.yaml").write_text(
+        f"apiVersion: hetis/v1\nkind: Cluster\nname: own\ngpu_types:\n  One: {{{gpu}, architecture: Hoper}}\n"
+        f"  Two:\n    {{{gpu}}}\nnodes: [{{name: a, gpus: [{{type: One}}, {{type: Two}}]}}]\n"
+        "network: {bandwidth: 100Gbps, latency: 20us}\n"
+    )
+    assert run(["place", "-c", str(tmp_path / "own.yaml"), "-m", "Llama-2-7B", "-w", "500/100"]) == ExitCode.INVALID
+    headline, first, second = capsys.readouterr().err.splitlines()
+    assert headline == "error: 2 problems in the input"
+    assert first.startswith(
+        f"  {tmp_path}/own.yaml:5: gpu_types.One.architecture: One: no efficiencies for architecture"
+    )
+    assert ", did you mean Hopper?; name the most similar" in first
+    assert second.startswith(f"  {tmp_path}/own.yaml:6: gpu_types.Two.architecture: Two: no efficiencies")
+
+
+@pytest.mark.parametrize(("vendor", "noted"), [("NVIDIA", True), ("AMD", False), ("Huawei", False)])
+def test_an_architecture_of_another_vendor_is_noted(tmp_path: Path, vendor: str, noted: bool) -> None:
+    gpu = f"{{memory: 64GiB, memory_bandwidth: 1.6TB/s, fp16: 320TFLOPS, architecture: CDNA3, vendor: {vendor}}}"
+    nodes, network = "[{name: a, gpus: [{type: Own}]}]", "{bandwidth: 100Gbps, latency: 20us}"
+    head = "{apiVersion: hetis/v1, kind: Cluster, name: own"
+    (tmp_path / "own.yaml").write_text(f"{head}, gpu_types: {{Own: {gpu}}}, nodes: {nodes}, network: {network}}}")
+    notes = load_inputs(cluster=str(tmp_path / "own.yaml"), model="Llama-2-7B", workload="500/100").notes
+    said = "Own is said to be of NVIDIA, its architecture CDNA3 is AMD's"
+    assert [note.startswith(said) for note in notes] == [True] * noted
 
 
 def test_a_profile_of_a_gpu_the_cluster_lacks_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

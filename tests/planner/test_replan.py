@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -148,6 +149,16 @@ def test_profiles_that_would_be_ignored_are_refused(
     asked = ["replan", "--from", str(folder / "running.json"), "-c", str(folder / "fleet.yaml"), *options]
     assert run([*asked, "--dry-run"]) == ExitCode.INVALID
     assert said in capsys.readouterr().err
+
+
+def test_a_profile_that_no_gpu_can_have_is_refused(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "l4.yaml"
+    path.write_text(dump(replace(modelled_profile(find_gpu("L4").gpu), usable_bytes=10**15)))
+    asked = ["replan", "--from", str(folder / "running.json"), "-c", str(folder / "fleet.yaml")]
+    assert run([*asked, "--profile", str(path), "--dry-run"]) == ExitCode.INVALID
+    assert f"{path}: usable_bytes is 1PB, more than the 24GiB of a L4" in capsys.readouterr().err
 
 
 def test_types_that_join_are_taken_as_the_engine_takes_them(folder: Path) -> None:

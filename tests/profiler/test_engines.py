@@ -14,7 +14,7 @@ from hetis.formats.documents import dump
 from hetis.formats.positions import parse_text
 from hetis.formats.profile import parse_profile
 from hetis.profiler.engines import ENGINES, for_engine
-from hetis.profiler.plausibility import doubts_of, implausible_fits
+from hetis.profiler.possible import doubts_of, implausible_fits
 from hetis.profiler.roofline import modelled_profile
 from hetis.solver.cost import DeviceCost, intra_link, rank_shape
 from hetis.solver.errors import InvalidProblemError

@@ -13,7 +13,7 @@ from hetis.formats import catalogue
 from hetis.formats.dtypes import with_weight_bytes
 from hetis.profiler import experts
 from hetis.profiler.engines import ENGINES, for_engine
-from hetis.profiler.plausibility import implausible_fits
+from hetis.profiler.possible import implausible_fits
 from hetis.profiler.roofline import matrix_flops, modelled_profile
 from hetis.solver.cluster import GpuType
 from hetis.solver.cost import DeviceCost, intra_link, rank_shape

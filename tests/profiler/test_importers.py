@@ -10,7 +10,7 @@ import pytest
 
 from hetis.formats.errors import DocumentError
 from hetis.formats.measurements import MeasuredOp
-from hetis.profiler.importers import import_tables
+from hetis.profiler.importers import import_tables, reading
 
 GEMM = "device,gemm_dtype,m,n,k,latency_ms\n"
 DECODE = "device,kernel_source,head_dim,num_heads,num_key_value_heads,batch_size,kv_len,latency_ms\n"
@@ -176,6 +176,44 @@ def test_every_wrong_value_is_named_with_file_row_and_column(tmp_path: Path) -> 
 def test_tables_of_the_wrong_shape_are_refused(tmp_path: Path, text: str, expected: str) -> None:
     path = written(tmp_path, text)
     assert message("aiconfigurator", path) == f"{path}: {expected}"
+
+
+def test_rows_of_another_length_do_not_hide_other_problems(tmp_path: Path) -> None:
+    text = GEMM + "NVIDIA L40S,bfloat16,1\nNVIDIA L40S,bfloat16,1,32,x,0.002\nNVIDIA L40S,bfloat16,1,32,32,1,1\n"
+    path = written(tmp_path, text)
+    assert message("aiconfigurator", path).split("\n") == [
+        f"{path}: row 2: has 3 values, the header 6",
+        f"{path}: row 4: has 7 values, the header 6",
+        f"{path}: row 3: k: is 'x', expected a number",
+    ]
+
+
+def test_a_header_is_refused_before_the_rows_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few hundred kilobytes may unpack to hundreds of megabytes."""
+    path = written(tmp_path, "a,b\n" * 1_000_000, "bomb.csv.gz")
+    unpacked = 0
+    read_line = gzip.GzipFile.readline
+
+    def counted(self: gzip.GzipFile, size: int | None = -1) -> bytes:
+        nonlocal unpacked
+        line: bytes = read_line(self, size)
+        unpacked += len(line)
+        return line
+
+    monkeypatch.setattr(gzip.GzipFile, "readline", counted)
+    assert message("aiconfigurator", path).startswith(f"{path}: header: has no column ")
+    assert unpacked == len("a,b\n")
+
+
+def test_rows_and_the_length_of_lines_are_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reading, "MAX_ROWS", 3)
+    row = "NVIDIA L40S,bfloat16,1,32,32,0.002\n"
+    path = written(tmp_path, GEMM + 4 * row)
+    assert message("aiconfigurator", path) == f"{path}: has more than 3 rows: split it"
+    path = written(tmp_path, f"{GEMM}{'x' * 2**21}")
+    assert message("aiconfigurator", path) == f"{path}:2: has a line of more than 1 MiB"
+    path = written(tmp_path, GEMM + 200 * "x\n")
+    assert message("aiconfigurator", path).endswith("... and more problems; only the first 100 are reported")
 
 
 def test_truncated_and_damaged_files(tmp_path: Path) -> None:

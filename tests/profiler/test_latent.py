@@ -12,7 +12,7 @@ import pytest
 from hetis.formats import catalogue
 from hetis.profiler import latent
 from hetis.profiler.engines import ENGINES, for_engine
-from hetis.profiler.plausibility import implausible_fits
+from hetis.profiler.possible import implausible_fits
 from hetis.profiler.roofline import matrix_flops, modelled_profile
 from hetis.solver.model import ModelSpec
 from hetis.solver.profile import Op

@@ -15,7 +15,7 @@ from hetis.formats.positions import parse_text
 from hetis.formats.profile import parse_profile
 from hetis.profiler import linear
 from hetis.profiler.engines import ENGINES, for_engine
-from hetis.profiler.plausibility import implausible_fits, scope_words
+from hetis.profiler.possible import implausible_fits, scope_words
 from hetis.profiler.roofline import modelled_profile
 from hetis.solver.cluster import GpuType
 from hetis.solver.profile import Fit, FitRegion, FitScope, Op, Profile

@@ -17,10 +17,11 @@ from hetis.profiler.defaults import shipped_gpus, shipped_profile
 from hetis.profiler.engines import for_engine
 from hetis.profiler.fit import fit_profile
 from hetis.profiler.importers import import_tables
-from hetis.profiler.plausibility import STEP_SECONDS, implausible_fits, impossible, roofline_seconds, unit_doubt
+from hetis.profiler.plausibility import STEP_SECONDS, roofline_seconds, unit_doubt
+from hetis.profiler.possible import implausible_fits, impossible
 from hetis.profiler.roofline import modelled_profile
 from hetis.solver.errors import InvalidProblemError
-from hetis.solver.profile import Fit, Op, Piece
+from hetis.solver.profile import Fit, Op, Piece, Profile
 from tests.profiler.small_tables import SMALL_TABLES
 
 A100 = catalogue.find_gpu("A100-SXM-80GB").gpu
@@ -167,6 +168,52 @@ def test_decode_attention_that_takes_a_thousand_times_as_long_per_query_head_is_
     ((fit, sentence),) = implausible_fits(replace(profile, fits=fits), A100)
     assert fit.op is Op.DECODE_ATTENTION
     assert sentence.startswith("512 requests of 256 tokens imply ")
+
+
+def reading_faster(profile: Profile, op: Op, factor: float) -> Profile:
+    """Return the profile with ``factor`` times the bytes per second of ``op``."""
+    fits = tuple(
+        replace(fit, pieces=tuple(replace(piece, byte_s=piece.byte_s / factor) for piece in fit.pieces))
+        if fit.op is op
+        else fit
+        for fit in profile.fits
+    )
+    return replace(profile, fits=fits)
+
+
+@pytest.mark.parametrize(
+    ("op", "sentence"),
+    [
+        (Op.DENSE, "dense reads 4,292 GB/s for 1.7 GB of weights on 1 token, A100-SXM-80GB at most 2,088"),
+        (Op.DECODE_ATTENTION, "decode_attention reads 4,472 GB/s for 64 requests of 8,192 tokens, A100-SXM-80GB"),
+    ],
+)
+def test_what_no_cache_holds_is_not_read_faster_than_from_memory(op: Op, sentence: str) -> None:
+    """KV at three times the bandwidth of an H200 was once accepted, because a little KV may come from its cache."""
+    (broken,) = impossible(reading_faster(modelled_profile(A100), op, 3.0), A100)
+    assert broken.startswith(sentence)
+
+
+def test_the_part_that_fits_into_the_cache_is_read_as_fast_as_may_be() -> None:
+    """Of 2.1 GB of KV, an A100 holds 40 MB, and as much as an MI300X is assumed of a GPU that is not known: 256 MB."""
+    faster = reading_faster(modelled_profile(A100), Op.DECODE_ATTENTION, 1.65)
+    assert list(impossible(faster, A100)) != []
+    assert list(impossible(faster, replace(A100, name="Own"))) == []
+
+
+def test_prompts_may_read_kv_from_the_cache() -> None:
+    assert list(impossible(reading_faster(modelled_profile(A100), Op.PREFILL_ATTENTION, 3.0), A100)) == []
+    (broken,) = impossible(reading_faster(modelled_profile(A100), Op.PREFILL_ATTENTION, 6.0), A100)
+    assert broken.startswith("prefill_attention reads ")
+
+
+def test_peaks_of_a_type_without_architecture_may_be_measured_ones() -> None:
+    profile = modelled_profile(A100)
+    measured = replace(A100, fp16_flops=A100.fp16_flops / 1.6)
+    assert list(impossible(profile, replace(measured, architecture="unknown"))) == []
+    assert list(impossible(profile, measured)) != []
+    broken = impossible(profile, replace(measured, architecture="unknown", fp16_flops=A100.fp16_flops / 3.0))
+    assert next(broken).startswith("dense reaches ")
 
 
 def test_an_engine_without_a_step_is_no_doubt() -> None:

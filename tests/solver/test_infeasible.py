@@ -20,6 +20,7 @@ from hetis.solver.placement import search, solve
 from hetis.solver.placement.infeasible import trials, why_infeasible
 from hetis.solver.placement.infeasible.relaxations import PRECISION
 from hetis.solver.placement.infeasible.trials import MAX_TRIALS
+from hetis.solver.placement.wording import in_bytes
 from hetis.solver.plan import Objective, ObjectiveKind, Role
 from hetis.solver.planning import solve_placement
 from hetis.solver.problem import PlacementProblem
@@ -195,6 +196,22 @@ def test_weights_and_kv_that_exceed_the_fleet_are_added_up() -> None:
         problem = make_problem([make_node("a", "A")], profiles={"A": profile})
         reason, *_ = reasons(problem)  # the others suggest remedies
         assert words in reason
+
+
+def test_gpus_with_less_memory_than_an_engine_reserves_are_named() -> None:
+    profiles = {gpu: make_profile(gpu, usable_bytes=500_000) for gpu in "AB"}
+    reason, *_ = reasons(make_problem([make_node("a", "A"), make_node("b", "B")], profiles=profiles))
+    assert reason == (
+        "the memory of every GPU is smaller than what an engine reserves: A has 0.5 MiB, the engine's reserve is 1.0 "
+        "MiB and B has 0.5 MiB, the engine's reserve is 1.0 MiB"
+    )
+
+
+def test_gpus_with_less_memory_than_an_engine_reserves_take_nothing_from_the_others() -> None:
+    weights = int(make_model().params() * make_model().weight_bytes)
+    profiles = {"A": make_profile("A", usable_bytes=1), "B": make_profile("B", usable_bytes=1_000_000 + weights // 4)}
+    reason, *_ = reasons(make_problem([make_node("a", "A"), make_node("b", "B", nodes=2)], profiles=profiles))
+    assert reason.endswith(f"for weights alone; this fleet has {in_bytes(weights / 2)} usable")
 
 
 def test_replicas_that_prefill_and_that_decode_each_need_the_weights() -> None:

@@ -40,16 +40,22 @@ class Problem:
 
 
 class DocumentError(HetisError):
-    """A document cannot be used."""
+    """A document cannot be used. ``has_more``: there are more than these problems, as another such error says."""
 
-    def __init__(self, problems: Iterable[Problem]) -> None:
+    def __init__(self, problems: Iterable[Problem], *, has_more: bool = False) -> None:
         found = tuple(islice(problems, MAX_SHOWN + 1))
         self.problems = found[:MAX_SHOWN]  # the first 100 problems found, in the order of the file
-        self.has_more = len(found) > MAX_SHOWN  # whether there are more, which were not counted
+        self.has_more = has_more or len(found) > MAX_SHOWN  # whether there are more, which were not counted
         lines = [str(problem) for problem in self.problems]
         if self.has_more:
             lines.append(f"... and more problems; only the first {MAX_SHOWN} are reported")
         super().__init__("\n".join(lines))
+
+    @property
+    def headline(self) -> str:
+        """Return how many problems there are: ``more than 100 problems in the input``."""
+        count = len(self.problems)
+        return f"{'more than ' if self.has_more else ''}{count} problem{'' if count == 1 else 's'} in the input"
 
 
 def single_problem(file: str, message: str, *, line: int | None = None, column: int | None = None) -> DocumentError:

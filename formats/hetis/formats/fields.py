@@ -368,15 +368,18 @@ def validated(
     """Return the value of ``data``, a document of that class. Raises DocumentError with its problems, up to 100."""
     refuse_other_than_mapping(data, source)
     kind = kind_of_document(document)
-    if "kind" in data and data["kind"] != kind:
-        raise DocumentError([*source.problems, source.problem(("kind",), f"is {shown(data['kind'])}, expected {kind}")])
     problems = source.problems[: MAX_SHOWN + 1]
+    if has_other_kind := "kind" in data and data["kind"] != kind:
+        problems.append(source.problem(("kind",), f"is {shown(data['kind'])}, expected {kind}"))
+        if not _has_fields_of(document, data):  # it may be right as a document of the kind that it names
+            raise DocumentError(problems)
     parsed: DocumentT | None = None
     limit = ErrorLimit(most_errors=MAX_SHOWN, look_up=source.bounds.look_up)
     try:
         parsed = document.model_validate(data, context={**(context or {}), ERROR_LIMIT: limit})
     except ValidationError as error:
         details = error.errors(include_url=False)[: MAX_SHOWN + 1]
+        details = [detail for detail in details if not (has_other_kind and detail["loc"] == ("kind",))]
         problems += [_problem(detail, document, data, source) for detail in details]
     found = check(data) if check is not None and len(problems) <= MAX_SHOWN else ()
     problems += [source.problem(path, message) for path, message in islice(found, MAX_SHOWN + 1)]
@@ -387,6 +390,13 @@ def validated(
             problems.append(Problem(file=source.file, message=str(error)))
     unique = dict.fromkeys(problems)
     raise DocumentError(sorted(unique, key=lambda problem: (problem.line or 0, problem.column or 0)))
+
+
+def _has_fields_of(document: type[BaseModel], data: Mapping[str, Any]) -> bool:
+    """Return whether ``data`` has all fields that a document needs, and none that it cannot have."""
+    fields = {field.alias or name: field for name, field in document.model_fields.items()}
+    needed = {name for name, field in fields.items() if field.is_required()}
+    return needed <= data.keys() <= fields.keys()
 
 
 def _problem(detail: ErrorDetails, document: type[BaseModel], data: Any, source: Text) -> Problem:

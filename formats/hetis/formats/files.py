@@ -68,21 +68,35 @@ def unpacked(raw: bytes, label: str, *, most: int) -> bytes:
     """Return bytes as they are unless they are gzip-compressed. Raises DocumentError if they are damaged, more than
     ``most`` when unpacked, or not compressed though the name ends in ``.gz``.
     """
-    if raw[:2] != b"\x1f\x8b":
-        if label.endswith(".gz"):
-            raise single_problem(label, "is not gzip-compressed, though its name ends in .gz")
+    if not is_packed(raw, label):
         return raw
+    with unpacking(raw, label) as stream:
+        content = stream.read(most + 1)
+    if len(content) > most:
+        raise single_problem(label, f"is larger than {most // 2**20} MiB when unpacked")
+    return content
+
+
+def is_packed(raw: bytes, label: str) -> bool:
+    """Return whether bytes are gzip-compressed. Raises DocumentError if they are not and the name ends in ``.gz``."""
+    if raw[:2] == b"\x1f\x8b":
+        return True
+    if label.endswith(".gz"):
+        raise single_problem(label, "is not gzip-compressed, though its name ends in .gz")
+    return False
+
+
+@contextmanager
+def unpacking(raw: bytes, label: str) -> Iterator[gzip.GzipFile]:
+    """Yield a stream that unpacks gzip-compressed bytes. Reading it raises DocumentError if they are damaged."""
     try:
         with gzip.GzipFile(fileobj=io.BytesIO(raw)) as stream:
-            content = stream.read(most + 1)
+            yield stream
     except EOFError:
         what = f"is truncated: its gzip stream ends after {len(raw)} bytes without an end mark"
         raise single_problem(label, what) from None
     except (OSError, zlib.error) as error:
         raise single_problem(label, f"is damaged: {error}") from None
-    if len(content) > most:
-        raise single_problem(label, f"is larger than {most // 2**20} MiB when unpacked")
-    return content
 
 
 def decoded(raw: bytes, label: str) -> str:

@@ -10,6 +10,7 @@ import gzip
 import json
 import math
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -22,7 +23,7 @@ from pydantic import Field
 from hetis.formats.errors import did_you_mean, shown, single_problem
 from hetis.formats.fields import Document, DocumentPart, Found, Title, entries, kind_of, mapping
 from hetis.formats.files import MAX_BYTES, decoded, file_label, read_bytes, unpacked, write_atomically
-from hetis.formats.positions import Text
+from hetis.formats.positions import MAX_DEPTH, Text
 from hetis.solver.errors import InvalidProblemError
 
 MAX_ROWS = 2_000_000  # limit per table
@@ -222,16 +223,17 @@ def _plain(value: float | str) -> float | int | str:
 
 def _json(text: str, label: str) -> Any:
     try:
-        return json.loads(text, parse_constant=_no_constant)
+        try:
+            return json.loads(text)  # with NaN and Infinity, which are no JSON, to be refused with column and row
+        except json.JSONDecodeError:
+            raise
+        except ValueError:  # a whole number of thousands of digits
+            return json.loads(text, parse_int=float)
     except json.JSONDecodeError as error:
         what = "is empty" if not text.strip() else f"is not JSON: {error.msg}"
         raise single_problem(label, what, line=error.lineno, column=error.colno) from None
-    except (ValueError, RecursionError) as error:
-        raise single_problem(label, f"is not JSON: {error}") from None
-
-
-def _no_constant(name: str) -> float:
-    raise ValueError(f"{name} is not a JSON number")
+    except RecursionError:
+        raise single_problem(label, f"is nested more than {MAX_DEPTH} levels deep") from None
 
 
 def _check(data: Mapping[str, Any]) -> Found:
@@ -257,14 +259,19 @@ def _column_problems(op: MeasuredOp, columns: Mapping[str, list[Any]]) -> Iterat
                 kind = "text" if expected is str else "a number"
                 yield (name,), f"row {row}: is {shown(value)}, expected {kind}"
                 break
+            if isinstance(value, int) and abs(value) > sys.float_info.max:
+                wrong = True
+                yield (name,), f"row {row}: is {_shown_digits(value)}, too large to compute with"
+                break
     if not wrong:
-        try:
-            arrays = _arrays(columns)
-        except OverflowError:
-            yield (), "holds a number too large to compute with"
-            return
-        for name, message in _table_problems(op, arrays):
+        for name, message in _table_problems(op, _arrays(columns)):
             yield (name,), message
+
+
+def _shown_digits(value: int) -> str:
+    """Return a number of hundreds of digits, shortened."""
+    digits = str(value)
+    return f"{digits[:8]}... ({len(digits.lstrip('-'))} digits)"
 
 
 def _arrays(columns: Mapping[str, list[Any]]) -> dict[str, Column]:

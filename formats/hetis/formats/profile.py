@@ -23,6 +23,7 @@ from hetis.formats.fields import (
 from hetis.solver.profile import Fit, Profile
 
 Coefficient = Annotated[float, Field(ge=0)]
+RelativeError = Annotated[float, Field(ge=0, le=100)]
 _REQUIRED = ("dense", "prefill_attention", "decode_attention", "all_reduce", "transfer")
 
 
@@ -30,13 +31,14 @@ class ProvenancePart(DocumentPart):
     """The origin of a fit. ``held_out_mape`` is its mean error on held-out points; 0.1 is 10%.
 
     With a ``range_error`` of 0.5, nine in ten true times lie within 1/1.5 and 1.5 times those of the fit. Fits that are
-    modelled for a GPU without measurements have one.
+    modelled for a GPU without measurements have one. No error is above 100: a fit that is a hundred times too fast or
+    too slow says nothing.
     """
 
     source: Literal["measured", "imported", "fitted", "modelled"]
     origin: str
-    held_out_mape: Annotated[float, Field(ge=0)] | None = None
-    range_error: Annotated[float, Field(ge=0)] | None = None
+    held_out_mape: RelativeError | None = None
+    range_error: RelativeError | None = None
 
 
 class PiecePart(DocumentPart):

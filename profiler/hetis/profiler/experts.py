@@ -125,7 +125,7 @@ def _fit(kernel: ExpertKernel, gpu: GpuType, profile: Profile) -> Fit:
     if kernel.weights == "mxfp4":
         # Timed alone, these kernels take longer for few tokens (40 us on H100 under vLLM) than the layers of gpt-oss's
         # published runs have room for. So they read like dense products, and the start of a layer's dense products
-        # covers theirs (docs/accuracy.md, "How a row is posed").
+        # covers theirs (docs/accuracy.md, "How a row becomes a problem").
         dense = next(fit for fit in profile.fits if fit.op is Op.DENSE and fit.scope == FitScope())
         piece = replace(piece, fixed_s=0.0, byte_s=max(each.byte_s for each in dense.pieces))
     if kernel.weights in _IN_16_BITS:  # their bytes per parameter depend on groups and on what is not quantised

@@ -13,9 +13,12 @@ from hetis.formats.measurements import Measurements
 from hetis.profiler.fit import selected_points
 from hetis.profiler.fit.points import FEATURES, Points
 from hetis.profiler.fitting import FloatArray, predict
-from hetis.solver.cluster import GpuType
+from hetis.solver.cluster import GpuType, Link
+from hetis.solver.cost import DeviceCost, rank_shape
+from hetis.solver.errors import InvalidProblemError
 from hetis.solver.model import ModelSpec
 from hetis.solver.profile import Fit, FitScope, Op, Profile
+from hetis.solver.workload import LengthBin, Workload
 
 # The rows and columns of a picture of residuals; "" for none.
 _AXES = {
@@ -29,6 +32,7 @@ _AXES = {
 _NEAR = 1.25  # an axis is divided by powers of two: a value this close to one counts as it
 _LIMIT = 50.0  # percent at the ends of the colour scale
 _HEIGHT = 330  # height per row of pictures in HTML, in pixels
+_ANY_LENGTHS = Workload(name="any", bins=(LengthBin(prompt_tokens=1, output_tokens=1, weight=1),)).moments()
 _LINK_BYTES_PER_S = 25e9  # for typical messages: a wire factor is multiplied with this
 
 
@@ -234,8 +238,16 @@ def png(pairs: Sequence[Pairs], title: str) -> bytes:
 def typical_times(profile: Profile, model: ModelSpec, tp: int) -> Iterator[tuple[Op, str, float]]:
     """Yield (operator, point, seconds) at the same points in the same order; 0 s if the profile has no fit for it.
 
-    The features are those of docs/cost-model.md.
+    The features are those of docs/cost-model.md. Times of dense layers include routed experts, by the experts' own fit
+    if the profile has one, as in plans. Raises InvalidProblemError if the model cannot be split ``tp`` ways.
     """
+    rank = rank_shape(model, tp)
+    if rank is None:
+        raise InvalidProblemError(
+            f"--tp is {tp}, must divide the {model.q_heads} query heads of {model.name} and divide its "
+            f"{model.head_groups} KV heads or be a multiple of them"
+        )
+    cost = DeviceCost(model, profile, _ANY_LENGTHS, rank, Link(bytes_per_s=_LINK_BYTES_PER_S, latency_s=0.0))
     heads, groups = model.q_heads / tp, max(1.0, model.head_groups / tp)
     kv_bytes = model.kv_bytes_per_token_group()
 
@@ -244,14 +256,7 @@ def typical_times(profile: Profile, model: ModelSpec, tp: int) -> Iterator[tuple
         return op, point, 0.0 if fit is None else fit.seconds(**features)
 
     for tokens in (1, 16, 64, 256, 1024, 4096):
-        activations = 4.0 * (model.hidden + model.residual_width) * model.activation_bytes * tokens
-        yield at(
-            Op.DENSE,
-            f"{tokens} tokens",
-            flops=2.0 * tokens * model.active_layer_params() / tp,
-            num_bytes=model.touched_layer_params(tokens) * model.weight_bytes / tp + activations,
-            tokens=tokens,
-        )
+        yield Op.DENSE, f"{tokens} tokens", float(cost.dense_s(float(tokens)))
     for tokens, past in ((512, 0), (2048, 0), (2048, 8192)):
         context = past + tokens / 2
         yield at(
@@ -278,3 +283,4 @@ def typical_times(profile: Profile, model: ModelSpec, tp: int) -> Iterator[tuple
             wire_s = num_bytes / _LINK_BYTES_PER_S
             yield at(op, f"{words} at 25 GB/s", num_bytes=num_bytes, wire_s=wire_s)
     yield at(Op.STEP, "64 tokens", tokens=64.0)
+    yield at(Op.SAMPLE, "64 sequences", tokens=64.0)

@@ -1,4 +1,4 @@
-"""The work of measured rows, and times and profiles that no GPU can reach.
+"""The work of measured rows, and times that no GPU can reach.
 
 Times in a wrong unit are off by a factor of a thousand, which a comparison with the GPU's peaks shows. For every table,
 the median over the quarter of its rows with the most work counts, because launches are negligible there, and a few
@@ -8,17 +8,14 @@ times the peaks; a host whose GPUs communicate over a slow network reaches a hun
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from hetis.formats.measurements import MeasuredOp, Measurements, Table
-from hetis.formats.units import format_bytes
 from hetis.profiler.fitting import FloatArray
-from hetis.profiler.roofline import matrix_flops
 from hetis.solver.cluster import GpuType
-from hetis.solver.profile import Fit, FitScope, Op, Profile
 
 KV_BYTES = 2.0  # bytes per element of the KV cache and of activations in every table: bf16 or fp16
 MOST_PEAKS = 20.0  # multiple of the peak; upper limit for a table's median, whatever cache it is read from
@@ -26,29 +23,9 @@ LEAST_PEAKS = 0.02  # share of the peaks of compute and memory
 LEAST_LINK = 2e-3  # share of the nominal link between GPUs; hosts that copy through their memory reach a thirtieth
 STEP_SECONDS = (2e-5, 0.1)  # time of the host per iteration
 PHASE_SECONDS = {"prompt": (2e-3, 100.0), "token": (2e-4, 2.0)}  # times of whole engines
-WANTED_ERROR = 0.10
 _LEAST_WORK_S = 2e-6  # time at the peaks; below it the launch dominates the measurement
 _LINKS = (MeasuredOp.ALL_REDUCE, MeasuredOp.TRANSFER)
 _UNIT = "check the unit"
-_TOLERANCE = 1.15  # boost clocks and rounding go slightly above nominal peaks
-_CACHED = 4.0  # attention and small products may read from a cache faster than from memory
-# Work of Llama-3-8B on one GPU, large enough that neither launches nor caches matter. For decode attention, many short
-# requests, so that its time per query head shows next to its bytes.
-_LAYER = {"flops": 2 * 218e6 * 8192, "num_bytes": 2 * 218e6, "tokens": 8192}
-_MUCH: Mapping[Op, tuple[str, Mapping[str, float]]] = {
-    Op.DENSE: ("a layer on 8,192 tokens", _LAYER),
-    Op.EXPERTS: ("experts on 8,192 tokens", _LAYER),
-    Op.PREFILL_ATTENTION: (
-        "a prompt of 8,192 tokens",
-        {"flops": 4.0 * 32 * 128 * 8192 * 4096, "num_bytes": 4096.0 * 8192, "tokens": 8192, "heads": 32 * 8192},
-    ),
-    Op.DECODE_ATTENTION: (
-        "512 requests of 256 tokens",
-        {"flops": 4.0 * 32 * 128 * 512 * 256, "num_bytes": 4096.0 * 512 * 256, "tokens": 512, "heads": 32 * 512},
-    ),
-    Op.ALL_REDUCE: ("a message of 256 MiB", {"num_bytes": 2.0**28, "tokens": 2.0**15}),
-    Op.TRANSFER: ("a message of 256 MiB", {"num_bytes": 2.0**28}),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,11 +91,11 @@ def doubts_of_units(measurements: Sequence[Measurements], gpu: GpuType) -> Itera
 def unit_doubt(table: Table, gpu: GpuType) -> str:
     """Return why the times of ``table`` look as if in another unit, or an empty string if they may be right."""
     if table.op is MeasuredOp.STEP:
-        return _outside(table.seconds, STEP_SECONDS, "steps of an engine")
+        return outside(table.seconds, STEP_SECONDS, "steps of an engine")
     if table.op is MeasuredOp.E2E:
         phases = np.array(table.text("phase"))
         found = (
-            _outside(table.seconds[phases == phase], limits, f"{phase} times")
+            outside(table.seconds[phases == phase], limits, f"{phase} times")
             for phase, limits in PHASE_SECONDS.items()
             if (phases == phase).any()
         )
@@ -130,100 +107,19 @@ def unit_doubt(table: Table, gpu: GpuType) -> str:
         return ""
     large &= least_s >= np.quantile(least_s[large], 0.75)
     peaks = float(np.median(least_s[large] / table.seconds[large]))
-    return _beyond(
-        peaks, LEAST_LINK if table.op in _LINKS else LEAST_PEAKS, f"the {int(large.sum())} largest rows", gpu
-    )
+    return beyond(peaks, LEAST_LINK if table.op in _LINKS else LEAST_PEAKS, f"the {int(large.sum())} largest rows", gpu)
 
 
-def implausible_fits(profile: Profile, gpu: GpuType) -> Iterator[tuple[Fit, str]]:
-    """Yield fits whose time for much work is impossible on ``gpu`` by a factor like that of a wrong unit, and why."""
-    link = gpu.nvlink_bytes_per_s or gpu.pcie_bytes_per_s
-    for fit in profile.fits:
-        if fit.op in (Op.STEP, Op.SAMPLE):
-            seconds = np.array([fit.seconds(tokens=64.0)])
-            if seconds[0] > 0 and (doubt := _outside(seconds, STEP_SECONDS, f"a {fit.op} of 64 tokens")):
-                yield fit, doubt
-            continue
-        name, work = _MUCH[fit.op]
-        if fit.op in (Op.ALL_REDUCE, Op.TRANSFER):
-            least, least_s = LEAST_LINK, work["num_bytes"] / link
-        else:
-            flops_s = work["flops"] / matrix_flops(gpu, fit.scope.weight_bytes)
-            least, least_s = LEAST_PEAKS, max(flops_s, work["num_bytes"] / gpu.mem_bytes_per_s)
-        seconds_s = fit.seconds(**work, wire_s=least_s)
-        if doubt := _beyond(least_s / seconds_s if seconds_s > 0 else float("inf"), least, name, gpu):
-            yield fit, doubt
-
-
-def impossible(profile: Profile, gpu: GpuType) -> Iterator[str]:
-    """Yield a sentence per number of a profile that no ``gpu`` can reach."""
-    if profile.usable_bytes > gpu.memory_bytes:
-        yield (
-            f"usable_bytes is {format_bytes(profile.usable_bytes)}, more than the {format_bytes(gpu.memory_bytes)} of "
-            f"a {gpu.name}"
-        )
-    if profile.reserve_bytes >= profile.usable_bytes:
-        yield f"reserve_bytes is {format_bytes(profile.reserve_bytes)}, which leaves nothing of usable_bytes"
-    for fit in profile.fits:
-        if fit.op not in (Op.DENSE, Op.PREFILL_ATTENTION, Op.DECODE_ATTENTION):
-            continue
-        # The rates for large work: those of the piece with the largest slope.
-        flop_s, byte_s = (max(getattr(piece, name) for piece in fit.pieces) for name in ("flop_s", "byte_s"))
-        flops = matrix_flops(gpu, fit.scope.weight_bytes)
-        if flop_s > 0 and fit.op is not Op.DECODE_ATTENTION and 1 / flop_s > flops * _TOLERANCE:
-            yield f"{_name(fit)} reaches {1 / flop_s / 1e12:.4g} TFLOP/s, {gpu.name} at most {flops / 1e12:.4g}"
-        if byte_s > 0 and 1 / byte_s > gpu.mem_bytes_per_s * _CACHED:
-            most = f"{gpu.name} at most {gpu.mem_bytes_per_s / 1e9:.4g} from memory"
-            yield f"{_name(fit)} reads {1 / byte_s / 1e9:.4g} GB/s, {most}"
-    for fit, doubt in implausible_fits(profile, gpu):
-        yield f"{_name(fit)}: {doubt}"
-
-
-def doubts_of(profile: Profile) -> Iterator[str]:
-    """Yield a sentence for everything that makes a plan with this profile less certain than it may look."""
-    for fit in profile.fits:
-        error = fit.provenance.held_out_mape
-        if error is None and fit.op not in (Op.STEP, Op.SAMPLE):
-            yield f"{_name(fit)}: its error on held-out points is unknown"
-        elif error is not None and error > WANTED_ERROR:
-            yield f"{_name(fit)}: its error on held-out points is {error:.1%}, the target is {WANTED_ERROR:.1%}"
-        if fit.op is not Op.STEP and all(
-            piece.flop_s == piece.byte_s == piece.token_s == piece.wire == 0 for piece in fit.pieces
-        ):
-            yield f"{_name(fit)}: takes the same time for any amount of work"
-
-
-def scope_words(scope: FitScope) -> Iterator[str]:
-    """Yield the conditions of a fit's scope."""
-    if scope.model is not None:
-        yield scope.model.rpartition("/")[2]
-    if scope.tp is not None:
-        yield f"TP {scope.tp}"
-    if scope.head_dim is not None:
-        yield f"head {scope.head_dim}"
-    if scope.queries_per_group is not None:
-        yield f"{scope.queries_per_group} q/group"
-    if scope.weights is not None:
-        yield scope.weights
-    if scope.weight_bytes is not None:
-        yield f"{scope.weight_bytes:g} B/weight"
-    if scope.state_flops is not None:
-        yield f"linear attention, {scope.state_flops:g} FLOP/token/head"
-
-
-def _name(fit: Fit) -> str:
-    scope = ", ".join(scope_words(fit.scope))
-    return f"{fit.op.value} ({scope})" if scope else fit.op.value
-
-
-def _outside(seconds: FloatArray, limits: tuple[float, float], what: str) -> str:
+def outside(seconds: FloatArray, limits: tuple[float, float], what: str) -> str:
+    """Return why the median of ``seconds`` looks as if in another unit, or an empty string."""
     median = float(np.median(seconds))
     if limits[0] <= median <= limits[1]:
         return ""
     return f"{what} take {median:.3g} s (median), expected {limits[0]:g} to {limits[1]:g} s: {_UNIT}"
 
 
-def _beyond(peaks: float, least: float, what: str, gpu: GpuType) -> str:
+def beyond(peaks: float, least: float, what: str, gpu: GpuType) -> str:
+    """Return why a multiple of the peaks looks like that of another unit, or an empty string."""
     if least <= peaks <= MOST_PEAKS:
         return ""
     times = f"{peaks:,.0f} times" if peaks > 1 else f"{peaks:.2g} of"

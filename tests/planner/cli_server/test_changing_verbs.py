@@ -7,14 +7,18 @@ import os
 import signal
 import subprocess
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from google.rpc import code_pb2
 
+from hetis.formats.catalogue import find_gpu
+from hetis.formats.documents import dump
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.cli.resource_views import line_of
+from hetis.profiler.roofline import modelled_profile
 from hetis.v1 import document_pb2, failure_pb2, plan_pb2, plan_service_pb2, replica_pb2
 from tests.command_line import environment, with_ctrl_c
 from tests.planner.cli_server.conftest import EXAMPLES, Run
@@ -40,6 +44,16 @@ def test_a_cluster_file_is_created_then_updated(planner: FakePlanner, hetis_plan
     assert capsys.readouterr().out == f"{name}  updated\n"
     assert planner.calls["UpdateCluster"] == 1
     planner.clusters[name].document.digest = "sha256:1"  # as the real planner, which sees that nothing changed
+
+
+def test_a_profile_that_no_gpu_of_the_cluster_can_have_is_refused_before_any_call(
+    planner: FakePlanner, hetis_plan: Run, capsys: Captured, tmp_path: Path
+) -> None:
+    path = tmp_path / "p.yaml"
+    path.write_text(dump(replace(modelled_profile(find_gpu("RTX-3090").gpu), usable_bytes=10**15)))
+    assert hetis_plan("apply", *PROBLEM, "--profile", str(path)) == ExitCode.INVALID
+    assert f"{path}: usable_bytes is 1PB, more than the 24GiB of a RTX-3090" in capsys.readouterr().err
+    assert planner.clusters == {}
 
 
 def test_a_cluster_of_another_name_with_the_same_id_is_not_replaced_by_accident(

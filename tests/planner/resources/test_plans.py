@@ -343,6 +343,22 @@ async def test_every_wrong_field_of_a_spec_is_named(tmp_path: Path) -> None:
         assert contradiction.reason == "INVALID_PROBLEM"
 
 
+async def test_a_stored_profile_that_no_gpu_of_the_cluster_can_have_is_refused(tmp_path: Path) -> None:
+    async with planner_in(tmp_path) as planner:
+        profile = replace(modelled_profile(catalogue.find_gpu("RTX-3090").gpu), usable_bytes=10**15)
+        record = ProfileRecord(
+            name="profiles/large",
+            gpu_type=profile.gpu,
+            body=profile_pb2.Profile(document=document_of(profile)),
+            create_time_s=1.0,
+            update_time_s=1.0,
+        )
+        await planner.store.write(lambda tx: tx.profiles.insert(record))
+        refusal = await refused(planner.call("CreatePlan", create_request()))
+        assert refusal.reason == "INVALID_PROBLEM"
+        assert refusal.message == "profiles/large: usable_bytes is 1PB, more than the 24GiB of a RTX-3090"
+
+
 async def test_stored_profiles_are_used_the_newest_first_unless_they_are_named(tmp_path: Path) -> None:
     async with planner_in(tmp_path) as planner:
         gpu = catalogue.find_gpu("RTX-3090").gpu

@@ -17,7 +17,7 @@ from hetis.profiler.calibrate.observed import Observation, ObservedKind, Observe
 from hetis.profiler.calibrate.replica import CalibratedReplica
 from hetis.profiler.defaults import default_profile
 from hetis.profiler.linear import linear_fits
-from hetis.profiler.plausibility import impossible
+from hetis.profiler.possible import impossible
 from hetis.solver.cluster import Link
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.profile import Op, Profile, Source

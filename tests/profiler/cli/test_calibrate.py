@@ -237,6 +237,22 @@ def test_the_log_and_the_options_are_of_one_server(
         assert "server" not in err.partition("was not written")[0].partition("check that")[0]
 
 
+def test_all_wrong_options_are_named_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    wrong = ("-m", "Lama-9", "--gpu", "L40X", "--weights", "fp9", "--kv", "fp3", "--out", tmp_path / "no/p.json")
+    assert invoke("calibrate", "--from-vllm", tmp_path / "none.log", *wrong) == 2
+    headline, *lines = capsys.readouterr().err.splitlines()
+    assert headline == "error: 6 problems in the input"
+    parts = (
+        "L40X: unknown GPU 'L40X', did you mean L40",
+        "unknown model 'Lama-9'",
+        "none.log: no such file",
+        "--weights: precision: 'fp9' is not one of ",
+        "--kv: precision: 'fp3' is not one of ",
+        "no/p.json: cannot be written: no folder ",
+    )
+    assert [part in found for found, part in zip(lines, parts, strict=True)] == [True] * 6
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [

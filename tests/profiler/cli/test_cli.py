@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
 import pytest
 
-from hetis.formats.profile import load_profile
+from hetis.formats.catalogue import find_gpu, find_model
+from hetis.formats.profile import load_profile, profile_to_data
 from hetis.profiler.cli.exit_codes import ProfileExitCode
 from hetis.profiler.cli.measurements import Format
+from hetis.profiler.defaults import default_profile
+from hetis.profiler.pictures import typical_times
+from hetis.solver.profile import Op
 from tests.command_line import environment
 from tests.profiler.cli.measured_files import GPU, write_files
 from tests.profiler.command_line import COMMAND, hetis_profile, invoke
@@ -124,6 +130,17 @@ def test_all_broken_files_are_named_at_once(tmp_path: Path, capsys: pytest.Captu
     assert not (tmp_path / "p.json").exists()
 
 
+@pytest.mark.parametrize("name", ["table.csv", "table.csv.gz", "table.parquet"])
+def test_tables_of_other_tools_are_told_from_measurements(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = tmp_path / name
+    table.write_bytes(gzip.compress(b"a,b\n1,2\n") if name.endswith(".gz") else b"a,b\n1,2\n")
+    assert invoke("fit", table, "--out", tmp_path / "p.json") == ProfileExitCode.INVALID
+    said = f"{table}: is a table, expected measurements: convert it with `hetis-profile import`"
+    assert said in capsys.readouterr().err
+
+
 def test_measurements_of_two_gpus_are_not_one_profile(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     other = folder / "other.json"
     other.write_text((folder / "raw.json").read_text().replace(GPU, "L4"))
@@ -143,13 +160,69 @@ def test_show_is_readable_in_80_columns_and_complete_as_json(
     assert json.loads(capsys.readouterr().out) == json.loads((folder / "profile.json").read_text())
 
 
+def test_a_gpu_has_the_profile_that_plans_use(capsys: pytest.CaptureFixture[str]) -> None:
+    """Its experts, latent attention and host are those of vLLM."""
+    assert invoke("show", "H20", "-o", "json") == ProfileExitCode.OK
+    assert json.loads(capsys.readouterr().out) == profile_to_data(default_profile(find_gpu("H20").gpu)[1])
+
+
+@pytest.mark.parametrize("gpu", ["H20", "H100-SXM-80GB"])
+def test_show_names_the_errors_that_plans_assume(
+    gpu: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert invoke("show", gpu) == ProfileExitCode.OK
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    dense, below = lines[3:5]
+    assert dense.split()[0] == "dense"
+    assert ("14.2%" in dense, "±60%" in below) == (gpu == "H20", gpu == "H20")
+    assert any("±25%" in line for line in lines)  # experts state no error
+
+
+def test_compare_uses_the_fits_of_plans(capsys: pytest.CaptureFixture[str]) -> None:
+    model, ours = find_model("DeepSeek-V3").model, default_profile(find_gpu("H20").gpu)[1]
+    assert invoke("compare", "H20", "H100-SXM-80GB", "-m", "DeepSeek-V3", "-o", "json") == ProfileExitCode.OK
+    times = {(p["op"], p["point"]): p["a_s"] for p in json.loads(capsys.readouterr().out)["points"]}
+    attention = ours.fit(Op.DECODE_ATTENTION, model, 1)
+    assert attention is not None
+    assert attention.scope.queries_per_group == 128
+    tokens = 128 * 2048
+    features = {"flops": model.decode_attention_flops(2048.0, 128.0) * 128, "num_bytes": 1152.0 * tokens}
+    assert times["decode_attention", "batch 128, context 2048"] == attention.seconds(**features, heads=128.0 * 128)
+    without = replace(ours, fits=tuple(fit for fit in ours.fits if fit.op is not Op.EXPERTS))
+    (in_dense,) = (s for op, point, s in typical_times(without, model, 1) if (op, point) == (Op.DENSE, "4096 tokens"))
+    assert times["dense", "4096 tokens"] != pytest.approx(in_dense, rel=0.01)
+
+
+def test_check_warns_of_what_plans_take_above_the_peaks(capsys: pytest.CaptureFixture[str]) -> None:
+    """Latent attention is scaled from a GPU with more FLOPs for its bandwidth; no shipped profile is refused for it."""
+    assert invoke("check", "H20", "-o", "json") == ProfileExitCode.OK
+    doubts = json.loads(capsys.readouterr().out)["doubts"]
+    assert any("(128 q/group): 64 requests of 8,192 tokens at 1.7 times the FLOP/s of H20" in one for one in doubts)
+    assert "dense: its error on held-out points is 14.2%, the target is 10.0%, plans assume 60%" in doubts
+    assert sum(one.startswith("experts (16 fits): ") for one in doubts) == 1
+
+
 def test_model_writes_a_profile_that_can_be_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "t4.yaml"
     assert invoke("model", "T4", "--out", out, "-o", "json") == ProfileExitCode.OK
     data = json.loads(capsys.readouterr().out)
     assert {fit["provenance"]["source"] for fit in data["fits"]} == {"modelled"}
     assert next(fit for fit in data["fits"] if fit["op"] == "dense")["provenance"]["held_out_mape"] > 0
-    assert load_profile(out).gpu == "T4"
+    assert load_profile(out) == default_profile(find_gpu("T4").gpu)[1]
+
+
+def test_model_names_the_nearest_architecture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cluster = tmp_path / "own.yaml"
+    gpu = "{memory: 64GiB, memory_bandwidth: 1.6TB/s, fp16: 320TFLOPS, architecture: Hoper}"
+    cluster.write_text(
+        f"{{apiVersion: hetis/v1, kind: Cluster, name: own, gpu_types: {{Own: {gpu}}}, nodes: [{{name: a, gpus: "
+        "[{type: Own}]}], network: {bandwidth: 100Gbps, latency: 20us}}"
+    )
+    asked = ("model", "Own", "--cluster", cluster, "--out", tmp_path / "p.json")
+    assert invoke(*asked) == ProfileExitCode.INVALID
+    assert ", did you mean Hopper?" in capsys.readouterr().err
 
 
 def test_compare_gives_times_and_ratios(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -287,6 +360,38 @@ def test_a_closed_pipe_is_no_error() -> None:
     )
     assert "Traceback" not in done.stderr
     assert done.returncode in (0, ProfileExitCode.BROKEN_PIPE)
+
+
+def test_errors_that_nobody_reads_to_their_end_have_the_code_of_a_closed_pipe(tmp_path: Path) -> None:
+    table = tmp_path / "table.csv"
+    table.write_text("device,gemm_dtype,m,n,k,latency_ms\n" + 3000 * "NVIDIA L40S,bfloat16,1,32,32,nan\n")
+    arguments = "import table.csv --format aiconfigurator --out raw.json"
+    # The reader ends before the first of a hundred lines is written.
+    done = subprocess.run(
+        ["bash", "-c", f"(sleep 0.01; {' '.join(COMMAND)} {arguments}; echo $? >code) 2>&1 | true"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env=environment(),
+        check=True,
+    )
+    assert not done.stderr
+    assert int((tmp_path / "code").read_text()) == ProfileExitCode.BROKEN_PIPE
+
+
+def test_more_problems_than_are_shown_are_mentioned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table = tmp_path / "table.csv"
+    header, row = "device,gemm_dtype,m,n,k,latency_ms\n", "NVIDIA L40S,bfloat16,1,32,32,nan\n"
+    for count, headline in (
+        (100, "error: 100 problems in the input"),
+        (101, "error: more than 100 problems in the input"),
+    ):
+        table.write_text(header + count * row)
+        asked = ("import", table, "--format", "aiconfigurator", "--out", tmp_path / "raw.json")
+        assert invoke(*asked) == ProfileExitCode.INVALID
+        first, *others = capsys.readouterr().err.splitlines()
+        assert first == headline
+        assert len(others) == 100
 
 
 @pytest.mark.skipif(not DATA.is_dir(), reason="the shared data are not here")

@@ -107,10 +107,16 @@ def find_gpu(name: str, *, also: Collection[str] = ()) -> GpuEntry:
 
 
 def architecture_of(gpu: str, architecture: str) -> str:
-    """Return the catalogue's name of a GPU's architecture: that of RTX boards, which NVIDIA calls Blackwell as it does
-    B200's, is ``RTX Blackwell``, with kernels and a compute capability of its own.
+    """Return the catalogue's name of a GPU's architecture, or one that it lacks unchanged. Case does not matter.
+
+    That of RTX boards, which NVIDIA calls Blackwell as it does B200's, is ``RTX Blackwell``, with kernels and a compute
+    capability of its own.
     """
-    return "RTX Blackwell" if architecture.casefold() == "blackwell" and "RTX" in gpu.upper() else architecture
+    name = architecture.casefold()
+    if name == "blackwell" and "RTX" in gpu.upper():
+        return "RTX Blackwell"
+    known = (entry.gpu.architecture for entry in gpus())
+    return next((one for one in known if one.casefold() == name), architecture)
 
 
 @functools.cache
@@ -118,6 +124,16 @@ def vendor_of(architecture: str) -> str:
     """Return the vendor of GPUs of an architecture; NVIDIA if the architecture is not known."""
     name = architecture.casefold()
     return next((entry.gpu.vendor for entry in gpus() if entry.gpu.architecture.casefold() == name), "NVIDIA")
+
+
+def other_vendor(gpu: GpuType) -> str | None:
+    """Return the vendor of a GPU's architecture if the GPU is said to be of another one that the catalogue has.
+
+    GPUs of a vendor that the catalogue lacks have the architecture that is most like theirs.
+    """
+    vendors = {entry.gpu.vendor for entry in gpus()}
+    its = next((entry.gpu.vendor for entry in gpus() if entry.gpu.architecture == gpu.architecture), None)
+    return its if its != gpu.vendor and gpu.vendor in vendors else None
 
 
 def vendor_named(name: str) -> str:

@@ -63,7 +63,13 @@ def run_application(
                 return _leave_broken_pipe()
             if os.environ.get("HETIS_DEBUG") == "1":
                 raise
-            return report_failure(error)
+            try:
+                return report_failure(error)
+            except (OSError, SystemExit) as again:  # rich exits if stderr is a broken pipe, and has that as the context
+                cause = again.__context__ if isinstance(again, SystemExit) else again
+                if cause is not None and _is_broken_pipe(cause) and has_lost_reader():
+                    return _leave_broken_pipe()
+                raise
         return code
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import typer
 from hetis.formats.catalogue import UnknownNameError, find_model, find_workload
 from hetis.formats.command_line.terminal import Terminal
 from hetis.formats.documents import Value, dump, load, load_cluster, load_model, load_plan, load_profile, load_workload
+from hetis.formats.errors import DocumentError
 from hetis.formats.files import write_atomically
 from hetis.formats.positions import parse_text
 from hetis.planner.cli import options
@@ -26,7 +27,8 @@ from hetis.planner.client import CallError, Client, document_of_file
 from hetis.planner.convert.names import duration
 from hetis.planner.convert.plans import OBJECTIVE_KINDS, TO_PROTO
 from hetis.planner.use_cases.json_values import fields_of
-from hetis.solver.cluster import Cluster
+from hetis.planner.use_cases.sources import impossible_profiles
+from hetis.solver.cluster import Cluster, GpuType
 from hetis.solver.plan import ObjectiveKind, Plan, Role
 from hetis.solver.profile import Profile
 from hetis.v1 import (
@@ -143,12 +145,21 @@ class FileProblem:
         options.refuse_ignored("--model and --workload, without which nothing is solved", ignored)
 
     def documents(self) -> Iterator[tuple[str, Value]]:
-        """Yield path and value of the cluster file and of each profile. Raises DocumentError if one is not usable."""
+        """Yield path and value of the cluster file and of each profile. Raises DocumentError if one is not usable.
+
+        The planner checks a profile against a cluster that is not in a file, once it plans with both.
+        """
+        types: Mapping[str, GpuType] = {}
         if self.inputs.cluster is not None and _is_file(self.inputs.cluster):
-            yield self.inputs.cluster, load_cluster(self.inputs.cluster)
-        for profile in self.inputs.profile or ():
-            if _is_file(profile):
-                yield profile, load_profile(profile)
+            cluster = load_cluster(self.inputs.cluster)
+            types = cluster.gpu_types
+            yield self.inputs.cluster, cluster
+        for path in self.inputs.profile or ():
+            if _is_file(path):
+                profile = load_profile(path)
+                if problems := impossible_profiles({profile.gpu: (path, profile)}, types):
+                    raise DocumentError(problems)
+                yield path, profile
 
     def plan(self) -> plan_pb2.Plan:
         assert self.inputs.cluster is not None

@@ -11,7 +11,6 @@ from hetis.formats.command_line.terminal import Terminal, in_use
 from hetis.formats.errors import DocumentError, internal_error
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.export.replicas import NotExportableError
-from hetis.planner.report.figures import plural
 from hetis.planner.use_cases.errors import UncheckedPlanError
 from hetis.planner.use_cases.versions import LIBRARIES
 from hetis.solver.errors import HetisError, InfeasibleError, InvalidProblemError, NoPlanFoundError
@@ -46,8 +45,7 @@ def describe(error: Exception) -> tuple[ExitCode, str, list[str]]:
     """Return the exit code, the headline and the lines to print below it."""
     match error:
         case DocumentError():
-            count = plural(len(error.problems), "problem")
-            return ExitCode.INVALID, f"{count} in the input", [str(problem) for problem in error.problems]
+            return ExitCode.INVALID, error.headline, [str(problem) for problem in error.problems]
         case InvalidProblemError() | UnknownNameError():
             return ExitCode.INVALID, str(error), []
         case InfeasibleError():

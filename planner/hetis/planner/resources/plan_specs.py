@@ -24,7 +24,15 @@ from hetis.planner.use_cases import service_level
 from hetis.planner.use_cases.place import PLACES, PlacementSettings
 from hetis.planner.use_cases.precision import gpu_types_of, in_precision
 from hetis.planner.use_cases.service_level import ServiceLevel, Statistic
-from hetis.planner.use_cases.sources import Inputs, LoadedInputs, ReplicaLimits, engine_rules, family_of, ordered
+from hetis.planner.use_cases.sources import (
+    Inputs,
+    LoadedInputs,
+    ReplicaLimits,
+    engine_rules,
+    family_of,
+    impossible_profiles,
+    ordered,
+)
 from hetis.profiler.defaults import default_profile
 from hetis.solver.advice import without_nodes
 from hetis.solver.cluster import Cluster
@@ -125,6 +133,9 @@ def pose(
         else default_profile(gpu_type)
         for gpu, gpu_type in gpu_types_of(cluster).items()
     }
+    stored = {gpu: by_gpu[gpu] for gpu in by_gpu if gpu in profiles}
+    if problems := impossible_profiles(stored, gpu_types_of(cluster)):
+        raise InvalidProblemError("; ".join(map(str, problems)))
     origin = f"{record.name} {etag_of(record)}"
     if left_out:
         origin += f" without {', '.join(sorted(left_out))}"

@@ -22,7 +22,13 @@ from hetis.formats.saved_state import (
     blocks_in,
 )
 from hetis.planner.use_cases.grouping import abbreviate
-from hetis.planner.use_cases.sources import PlanAndProblem, attempt, load_plan_and_problem, load_profiles
+from hetis.planner.use_cases.sources import (
+    PlanAndProblem,
+    attempt,
+    impossible_profiles,
+    load_plan_and_problem,
+    load_profiles,
+)
 from hetis.profiler.defaults import default_profile
 from hetis.solver.budget import Budget
 from hetis.solver.cluster import Link
@@ -158,6 +164,7 @@ def load_stage(path: str, *, profiles: Sequence[str] = ()) -> CostedStage:
             for gpu, (file, _) in measured.items()
             if gpu not in used
         ]
+        problems += impossible_profiles(measured, {entry.gpu.name: entry.gpu for entry in catalogue.gpus()})
     if problems or saved is None:
         raise DocumentError(problems)
     return with_costs(saved, path, measured)

@@ -19,7 +19,7 @@ from hetis.formats.saved_state import SavedState
 from hetis.formats.tenants import FleetTenants, ShareInputs
 from hetis.formats.trace_forms import CSV_ENDINGS, JSONL_ENDINGS, CountTokens, characters_counter
 from hetis.formats.traces import ENDINGS, Trace, read_trace, spaced, trace_text
-from hetis.planner.use_cases.sources import profile_without_file
+from hetis.planner.use_cases.sources import notes_on_vendors, profile_without_file
 from hetis.solver.cluster import Cluster
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.layers.problem import LayersProblem
@@ -51,7 +51,7 @@ def validate_file(path: str) -> Validation:
         value = _load_any(path)
     except DocumentError as error:
         return Validation(file=path, problems=error.problems)
-    warnings = tuple(_without_profile(value)) if isinstance(value, Cluster) else ()
+    warnings = (*_without_profile(value), *notes_on_vendors(value)) if isinstance(value, Cluster) else ()
     return Validation(file=path, kind=kind_of(value), name=_name(value), warnings=warnings)
 
 

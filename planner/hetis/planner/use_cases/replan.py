@@ -28,6 +28,7 @@ from hetis.planner.use_cases.sources import (
     asked_objective,
     attempt,
     differing_fields,
+    impossible_profiles,
     inputs_from_documents,
     load_plan_and_problem,
     load_profiles,
@@ -101,6 +102,7 @@ def load_replanning(
     given = load_profiles(profiles, problems)
     if fleet is not None:
         problems += unused_profiles(given, fleet)
+        problems += impossible_profiles(given, fleet.gpu_types)
     if problems or found is None or fleet is None:
         raise DocumentError(problems)
     inputs = inputs_from_documents(found.plan.inputs.get("documents"), running)

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from typing import Any, TypeVar
 
+from hetis.formats.catalogue import other_vendor
 from hetis.formats.constraints import constraints_from_texts, read_constraints
 from hetis.formats.documents import (
     Value,
@@ -20,10 +21,14 @@ from hetis.formats.documents import (
     to_data,
 )
 from hetis.formats.errors import DocumentError, Problem, did_you_mean, shown, single_problem
+from hetis.formats.files import read_text
+from hetis.formats.positions import parse_text
 from hetis.formats.traces import PrefixHitRate
 from hetis.formats.workload import with_prefix_hits
 from hetis.planner.use_cases.service_level import SERVICE_LEVEL, ServiceLevel, Statistic
 from hetis.profiler.defaults import default_profile
+from hetis.profiler.possible import impossible
+from hetis.profiler.roofline import shipped_efficiencies
 from hetis.solver.cluster import Cluster, GpuType
 from hetis.solver.constraints import Constraint, Constraints, Exclude, RestrictRole, WithoutWorkers, in_words
 from hetis.solver.errors import InvalidProblemError
@@ -220,8 +225,9 @@ def load_inputs(
     ``prefix_hit_rate`` replaces the workload's own.
 
     Raises:
-        DocumentError: contains the problems of all inputs.
-        InvalidProblemError: a GPU type has no profile and none can be modelled.
+        DocumentError: contains the problems of all inputs; or those of GPU types in a cluster file that have no profile
+            and cannot be modelled.
+        InvalidProblemError: a GPU type of a cluster without a file has no profile and none can be modelled.
     """
     problems: list[Problem] = []
     fleet = attempt(lambda: load_cluster(cluster) if isinstance(cluster, str) else cluster, problems)
@@ -230,15 +236,17 @@ def load_inputs(
     measured = load_profiles(profiles, problems)
     if fleet is not None:
         problems += unused_profiles(measured, fleet)
+        problems += impossible_profiles(measured, fleet.gpu_types)
     if problems or fleet is None or spec is None or traffic is None:
         raise DocumentError(problems)
-    by_gpu = {gpu: measured.get(gpu) or profile_without_file(fleet.gpu_types[gpu]) for gpu in _gpus(fleet)}
+    by_gpu = _profiles_of(fleet, measured, cluster)
     hostless = [gpu for gpu in by_gpu if gpu in measured and not _has_measured_host(measured[gpu][1])]
     mixes = bool(hostless) and len(by_gpu) > len(measured)
     return LoadedInputs(
-        notes=(f"profiles from files are used unchanged: {', '.join(hostless)} has no host time of an engine",)
-        if mixes
-        else (),
+        notes=(
+            *([f"profiles from files are used unchanged: {', '.join(hostless)} has no host time of an engine"] * mixes),
+            *notes_on_vendors(fleet),
+        ),
         inputs=Inputs(
             cluster=fleet, model=spec, workload=traffic, profiles={gpu: profile for gpu, (_, profile) in by_gpu.items()}
         ),
@@ -257,8 +265,38 @@ def profile_without_file(gpu: GpuType) -> tuple[str, Profile]:
     try:
         return default_profile(gpu)
     except InvalidProblemError as error:
+        near = did_you_mean(gpu.architecture, shipped_efficiencies().architectures)
         helps = "name the most similar of them as its architecture in the cluster file, or measure it (--profile FILE)"
-        raise InvalidProblemError(f"{error}; {helps}") from None
+        raise InvalidProblemError(f"{error}{near}; {helps}") from None
+
+
+def _profiles_of(
+    fleet: Cluster, measured: Mapping[str, tuple[str, Profile]], source: str | Cluster
+) -> dict[str, tuple[str, Profile]]:
+    """Return origin and profile by GPU type. Errors name the line of types in a cluster file."""
+    found, problems, text = dict[str, tuple[str, Profile]](), list[Problem](), None
+    for gpu in _gpus(fleet):
+        try:
+            found[gpu] = measured.get(gpu) or profile_without_file(fleet.gpu_types[gpu])
+        except InvalidProblemError as error:
+            if not isinstance(source, str) or source == "-":
+                raise
+            text = text or parse_text(read_text(source), source)[1]
+            problems.append(text.problem(("gpu_types", gpu, "architecture"), str(error)))
+    if problems:
+        raise DocumentError(problems)
+    return found
+
+
+def notes_on_vendors(fleet: Cluster) -> list[str]:
+    """Return a note for each GPU type of a vendor that makes no GPUs of its architecture."""
+    types = (fleet.gpu_types[gpu] for gpu in _gpus(fleet))
+    return [
+        f"{gpu.name} is said to be of {gpu.vendor}, its architecture {gpu.architecture} is {other}'s: its times are of "
+        "the architecture, its engines of the vendor"
+        for gpu in types
+        if (other := other_vendor(gpu)) is not None
+    ]
 
 
 def _traffic(given: str | Workload, prefix_hit_rate: PrefixHitRate | None) -> Workload:
@@ -268,8 +306,14 @@ def _traffic(given: str | Workload, prefix_hit_rate: PrefixHitRate | None) -> Wo
 
 
 def _has_measured_host(profile: Profile) -> bool:
-    """Return whether the host's time of an iteration was measured, rather than assumed to be as short as possible."""
-    return any(fit.op is Op.STEP and fit.provenance.source is not Source.MODELLED for fit in profile.fits)
+    """Return whether the host's time of an iteration is an engine's, rather than assumed to be as short as possible.
+
+    Only profiles with the times of an engine have one per sequence.
+    """
+    return any(
+        fit.op is Op.SAMPLE or (fit.op is Op.STEP and fit.provenance.source is not Source.MODELLED)
+        for fit in profile.fits
+    )
 
 
 def load_plan_and_problem(path: str) -> PlanAndProblem:
@@ -549,6 +593,19 @@ def unused_profiles(given: Mapping[str, tuple[str, Profile]], cluster: Cluster) 
         Problem(file=path, path="gpu", message=f"{gpu} is not in cluster {cluster.name}{did_you_mean(gpu, used)}")
         for gpu, (path, _) in given.items()
         if gpu not in used
+    ]
+
+
+def impossible_profiles(given: Mapping[str, tuple[str, Profile]], gpu_types: Mapping[str, GpuType]) -> list[Problem]:
+    """Return a problem for every number in a file that no GPU of its type can reach, as `hetis-profile check` would.
+
+    ``gpu_types`` are those of the cluster, whose peaks may differ from the catalogue's.
+    """
+    return [
+        Problem(file=path, message=sentence)
+        for gpu, (path, profile) in given.items()
+        if gpu in gpu_types
+        for sentence in impossible(profile, gpu_types[gpu])
     ]
 
 

@@ -72,9 +72,7 @@ def _described(error: Exception) -> tuple[ProfileExitCode, str, list[str]]:
 
     match error:
         case DocumentError():
-            count = len(error.problems)
-            headline = f"{count} problem{'' if count == 1 else 's'} in the input"
-            return ProfileExitCode.INVALID, headline, [str(problem) for problem in error.problems]
+            return ProfileExitCode.INVALID, error.headline, [str(problem) for problem in error.problems]
         case InvalidProblemError() | UnknownNameError():
             return ProfileExitCode.INVALID, str(error), []
         case UnreachableError():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,11 +13,20 @@ from hetis.formats.command_line.terminal import Terminal
 from hetis.formats.command_line.verb import verb
 from hetis.profiler.cli.exit_codes import ProfileExitCode
 from hetis.profiler.cli.fit import waiting
-from hetis.profiler.cli.shared import ClusterOption, gpu_type, require_outputs, save_profile, seconds_text, table_of
+from hetis.profiler.cli.shared import (
+    ClusterOption,
+    all_of,
+    gpu_type,
+    require_outputs,
+    save_profile,
+    seconds_text,
+    table_of,
+)
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from hetis.formats.vllm_logs import IterationLog
     from hetis.profiler.calibrate.correction import CalibrationResult, Parameter
     from hetis.profiler.calibrate.observed import Observed
     from hetis.profiler.calibrate.replica import CalibratedReplica
@@ -124,17 +134,28 @@ def calibrate(
     A log with --enable-logging-iteration-details says most. Of a URL, /metrics is read
     every few seconds, which tells one parameter.
     """
+    from hetis.formats.dtypes import KV_PRECISIONS, PRECISIONS, with_precision
+    from hetis.formats.model import load_model
+    from hetis.formats.vllm_logs import load_iteration_log
     from hetis.profiler.calibrate.correction import calibrate as corrected
     from hetis.solver.errors import InvalidProblemError
 
-    require_outputs(out)
-    base = _profile(gpu, profile, cluster)
-    spec = _model(model, weights, kv, base.gpu)
+    if not gpu and profile is None:
+        raise typer.BadParameter("give --gpu, the type that the server runs on, or --profile")
+    base, named, log, *_ = all_of(
+        lambda: _profile(gpu, profile, cluster),
+        lambda: load_model(model),
+        lambda: None if "://" in source else load_iteration_log(source),
+        lambda: _precision("--weights", weights, PRECISIONS),
+        lambda: _precision("--kv", kv, KV_PRECISIONS),
+        lambda: require_outputs(out),
+    )
+    spec = with_precision(named, weights=weights, kv=kv).on(base.gpu)
     if "://" in source:
         _replica(spec, base, tp or 1, cluster)  # a check before a minute is spent on it
         observed = _watched(terminal, source, context, watch_s or _USUAL_S)
     else:
-        observed = _logged(source, context, spec)
+        observed = _logged(source, log, context, spec)
     if tp is not None and observed.tp is not None and tp != observed.tp:
         raise InvalidProblemError(f"--tp is {tp}, that of the server in the log is {observed.tp}")
     replica = _replica(spec, base, tp or observed.tp or 1, cluster)
@@ -163,20 +184,19 @@ def _profile(gpu: str, path: Path | None, cluster: Path | None) -> Profile:
         if kind is not None and found.gpu != kind.name:
             raise single_problem(str(path), f"is the profile of {found.gpu}, --gpu is {kind.name}")
         return found
-    if kind is None:
-        raise typer.BadParameter("give --gpu, the type that the server runs on, or --profile")
+    assert kind is not None, "one of both is given"
     return default_profile(kind)[1]
 
 
-def _model(name: str, weights: str | None, kv: str | None, gpu: str) -> ModelSpec:
-    from hetis.formats.dtypes import with_precision
-    from hetis.formats.model import load_model
-    from hetis.solver.errors import InvalidProblemError
+def _precision(option: str, given: str | None, known: Collection[str]) -> None:
+    """Refuse a choice of precisions that are not known."""
+    from hetis.formats.dtypes import chosen_precision
+    from hetis.formats.errors import single_problem
 
     try:
-        return with_precision(load_model(name), weights=weights, kv=kv).on(gpu)
+        chosen_precision(given, known) if given is not None else None
     except ValueError as error:
-        raise InvalidProblemError(f"precision: {error}") from None
+        raise single_problem(option, f"precision: {error}") from None
 
 
 def _replica(spec: ModelSpec, profile: Profile, tp: int, cluster: Path | None) -> CalibratedReplica:
@@ -194,7 +214,7 @@ def _replica(spec: ModelSpec, profile: Profile, tp: int, cluster: Path | None) -
 def _possible(found: CalibrationResult, base: Profile, cluster: Path | None) -> CalibrationResult:
     """Return the result, without its profile if the correction made that impossible for its GPU type."""
     from hetis.profiler.calibrate.correction import CHECK
-    from hetis.profiler.plausibility import impossible
+    from hetis.profiler.possible import impossible
     from hetis.solver.errors import HetisError
 
     if found.profile is None:
@@ -209,13 +229,11 @@ def _possible(found: CalibrationResult, base: Profile, cluster: Path | None) -> 
     return replace(found, profile=None, refusal=f"no GPU is like the corrected profile ({broken}): {CHECK}")
 
 
-def _logged(path: str, context: float | None, spec: ModelSpec) -> Observed:
+def _logged(path: str, log: IterationLog, context: float | None, spec: ModelSpec) -> Observed:
     from hetis.formats.files import file_label
-    from hetis.formats.vllm_logs import load_iteration_log
     from hetis.profiler.calibrate.iterations import observed_in_log
     from hetis.profiler.calibrate.served import contradictions
 
-    log = load_iteration_log(path)
     observed = observed_in_log(file_label(path), log, context_tokens=context, max_tokens=spec.max_position)
     return replace(observed, notes=(*contradictions(log.servers, spec), *observed.notes))
 

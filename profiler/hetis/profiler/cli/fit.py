@@ -80,7 +80,7 @@ def _table(fitted: FittedProfile, out: Path) -> RenderableType:
     from rich.console import Group
     from rich.text import Text
 
-    from hetis.profiler.plausibility import scope_words
+    from hetis.profiler.possible import scope_words
 
     report = fitted.report
     numbers = ("points", "held out", "pieces", "MAPE", "p95", "bias", "1 piece")

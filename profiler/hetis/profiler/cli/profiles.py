@@ -31,8 +31,9 @@ if TYPE_CHECKING:
     from hetis.solver.profile import Fit, Piece, Profile
 
 _LEGEND = (
-    "Seconds are the largest piece of: F FLOPs, B bytes, T tokens, H query heads, W seconds of wire.\n"
-    "Error: mean on held-out points. Region: the measured range. -v: origins."
+    "Seconds are the largest piece of: F FLOPs, B bytes, T tokens, H query heads,\n"
+    "W seconds of wire. Error: mean on held-out points; ±: what plans assume instead.\n"
+    "Region: the measured range. -v: origins."
 )
 
 
@@ -45,12 +46,22 @@ def model(
 ) -> ProfileExitCode:
     """Model an unmeasured GPU from the most similar measured one, scaled by the ratios of their peak rates.
 
-    The error of an operator is what leaving out one measured GPU at a time costs: docs/profiles-modelled.md.
+    As in plans, engine times are those of vLLM. The error of an operator is what leaving out one measured GPU at a time
+    costs: docs/profiles-modelled.md.
     """
+    from hetis.formats.errors import did_you_mean
     from hetis.formats.profile import profile_to_data
-    from hetis.profiler.roofline import modelled_profile
+    from hetis.profiler.defaults import HOST
+    from hetis.profiler.engines import for_engine
+    from hetis.profiler.roofline import modelled_profile, shipped_efficiencies
+    from hetis.solver.errors import InvalidProblemError
 
-    profile = modelled_profile(gpu_type(gpu, cluster))
+    kind = gpu_type(gpu, cluster)
+    try:
+        profile = for_engine(modelled_profile(kind), kind, HOST)
+    except InvalidProblemError as error:
+        near = did_you_mean(kind.architecture, shipped_efficiencies().architectures)
+        raise InvalidProblemError(f"{error}{near}") from None
     save_profile(out, profile)
     terminal.emit(
         lambda: {"out": str(out)} | profile_to_data(profile), lambda: _table(profile, f"{profile.gpu} -> {out}")
@@ -62,7 +73,7 @@ def model(
 def show(terminal: Terminal, profile: GpuOrFileArgument) -> ProfileExitCode:
     """Show a profile: its pieces with their sources, errors and measured regions."""
     from hetis.formats.profile import profile_to_data
-    from hetis.profiler.plausibility import scope_words
+    from hetis.profiler.possible import scope_words
 
     found = profile_of(profile)
     terminal.emit(lambda: profile_to_data(found), lambda: _table(found, found.gpu))
@@ -88,11 +99,8 @@ def compare(
 
     from hetis.formats.model import load_model
     from hetis.profiler.pictures import typical_times
-    from hetis.solver.errors import InvalidProblemError
 
     spec, first, second = load_model(model), profile_of(a), profile_of(b)
-    if spec.q_heads % tp:
-        raise InvalidProblemError(f"--tp is {tp}, must divide the {spec.q_heads} query heads of {spec.name}")
     both = zip(typical_times(first, spec, tp), typical_times(second, spec, tp), strict=True)
     rows = [(op.value, point, a_s, b_s) for (op, point, a_s), (_, _, b_s) in both if a_s and b_s]  # 0: no fit for it
 
@@ -160,14 +168,16 @@ def check(terminal: Terminal, profile: GpuOrFileArgument, cluster: ClusterOption
     """
     from rich.text import Text
 
-    from hetis.profiler.plausibility import doubts_of, impossible
+    from hetis.profiler.possible import above_peaks, doubts_of, impossible
     from hetis.solver.errors import HetisError
 
     found = profile_of(profile)
     doubts = list(doubts_of(found))
     broken: list[str] = []
     try:
-        broken = list(impossible(found, gpu_type(found.gpu, cluster)))
+        gpu = gpu_type(found.gpu, cluster)
+        broken = list(impossible(found, gpu))
+        doubts += above_peaks(found, gpu)
     except HetisError:
         if cluster is not None:
             raise
@@ -190,7 +200,7 @@ def _table(profile: Profile, title: str) -> RenderableType:
     from rich.table import Table
     from rich.text import Text
 
-    from hetis.profiler.plausibility import scope_words
+    from hetis.profiler.possible import scope_words
 
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     table.add_column("op", no_wrap=True)
@@ -198,14 +208,14 @@ def _table(profile: Profile, title: str) -> RenderableType:
     table.add_column("pieces", overflow="fold", min_width=22)
     table.add_column("source", no_wrap=True)
     table.add_column("error", justify="right", no_wrap=True)
-    table.add_column("region", overflow="fold")
+    table.add_column("region", overflow="fold", min_width=6)
     for fit in profile.fits:
         table.add_row(
             fit.op.value.replace("_attention", ""),
             "\n".join(scope_words(fit.scope)) or "any",
             "\n".join(map(_piece_words, fit.pieces)),
             fit.provenance.source.value,
-            percent_text(fit.provenance.held_out_mape),
+            "\n".join(_error_words(fit)),
             "\n".join(_region_words(fit)) or "-",
         )
     usable, reserved = (f"{num_bytes / 2**30:.4g} GiB" for num_bytes in (profile.usable_bytes, profile.reserve_bytes))
@@ -224,6 +234,16 @@ def _piece_words(piece: Piece) -> str:
         (piece.wire, lambda value: f"{value:.3g} W"),
     )
     return " + ".join(words(value) for value, words in terms if value) or "0"
+
+
+def _error_words(fit: Fit) -> Iterator[str]:
+    """Yield the mean error, and if plans assume another one, that."""
+    from hetis.profiler.ranges import stated_error
+
+    error = fit.provenance.held_out_mape
+    yield percent_text(error)
+    if (assumed := stated_error(fit)) != error:
+        yield f"±{assumed:.0%}"
 
 
 def _region_words(fit: Fit) -> Iterator[str]:

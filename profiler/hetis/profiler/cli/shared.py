@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from hetis.solver.cluster import GpuType
     from hetis.solver.profile import Profile
 
+_TABLES = (".csv", ".parquet", ".tsv")  # ends of the names of other tools' tables
 RawOutOption = Annotated[
     Path, typer.Option("--out", metavar="RAW", help="Measurements file to write; compressed if its name ends in .gz.")
 ]
@@ -32,7 +33,7 @@ ClusterOption = Annotated[
     ),
 ]
 GpuOrFileArgument = Annotated[
-    str, typer.Argument(metavar="PROFILE|GPU", help="A profile file, or a GPU type: the profile hetis ships for it.")
+    str, typer.Argument(metavar="PROFILE|GPU", help="A profile file, or a GPU type: its profile in plans without one.")
 ]
 
 
@@ -51,6 +52,21 @@ def require_outputs(*paths: Path | None) -> None:
         raise DocumentError(problems)
 
 
+def all_of(*reads: Callable[[], Any]) -> list[Any]:
+    """Return the results of all. Raises DocumentError with the problems of each, after all have run."""
+    from hetis.formats.errors import DocumentError, Problem
+
+    found, problems = list[Any](), list[Problem]()
+    for read in reads:
+        try:
+            found.append(read())
+        except DocumentError as error:
+            problems += error.problems
+    if problems:
+        raise DocumentError(problems)
+    return found
+
+
 def load_all(paths: Sequence[Path], *, gpu: str = "") -> list[Measurements]:
     """Return the measurements in all files, which are of one GPU type: ``gpu``, the profile's, or that of the first.
     Raises DocumentError with the problems of all files; a file that is given twice is one.
@@ -66,7 +82,9 @@ def load_all(paths: Sequence[Path], *, gpu: str = "") -> list[Measurements]:
         try:
             found.append(load_measurements(path))
         except DocumentError as error:
-            problems += error.problems
+            is_table = path.is_file() and path.name.removesuffix(".gz").endswith(_TABLES)
+            hint = "is a table, expected measurements: convert it with `hetis-profile import`"
+            problems += [Problem(file=str(path), message=hint)] if is_table else error.problems
     if not problems:
         wanted = gpu or found[0].gpu
         why = f"the profile is of {gpu}" if gpu else f"that of {paths[0]} is {wanted}: a profile is for one GPU type"
@@ -81,9 +99,10 @@ def load_all(paths: Sequence[Path], *, gpu: str = "") -> list[Measurements]:
 
 
 def profile_of(name: str) -> Profile:
-    """Return the profile in a file, or the one that plans would use for a GPU type of the catalogue. Raises
-    DocumentError if the name is neither a file nor a GPU type, or the file is not a profile, and InvalidProblemError if
-    nothing is known about the GPU type.
+    """Return the profile in a file, or the one of a GPU type of the catalogue that plans use without a file.
+
+    It has the times of vLLM, as in plans for any engine. Raises DocumentError if the name is neither a file nor a GPU
+    type, or the file is not a profile, and InvalidProblemError if nothing is known about the GPU type.
     """
     from hetis.formats.catalogue import UnknownNameError, find_gpu
     from hetis.formats.errors import single_problem
@@ -97,10 +116,9 @@ def profile_of(name: str) -> Profile:
         if Path(name).suffix or "/" in name:
             return load_profile(name)  # explains why it cannot be read
         raise single_problem(name, f"is neither a file nor a GPU type: {error}") from None
-    from hetis.profiler.defaults import shipped_profile
-    from hetis.profiler.roofline import modelled_profile
+    from hetis.profiler.defaults import default_profile
 
-    return shipped_profile(gpu.name) or modelled_profile(gpu)
+    return default_profile(gpu)[1]
 
 
 def gpu_type(name: str, cluster: Path | None) -> GpuType:

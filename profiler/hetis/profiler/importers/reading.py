@@ -1,31 +1,33 @@
 """Reads other tools' tables, CSV, CSV.gz and parquet, and collects their rows to measurements.
 
-Every problem gets a clear error, and nothing is read in part: a sheet is rectangular, complete and not empty.
+Every problem gets a clear error, and nothing is read in part: a sheet is complete and not empty.
 """
 
 from __future__ import annotations
 
 import csv
+import gzip
 import importlib
 import io
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from hetis.formats import catalogue
-from hetis.formats.errors import DocumentError, Problem, single_problem
-from hetis.formats.files import decoded, read_bytes, unpacked
-from hetis.formats.measurements import MAX_COUNT, MAX_SECONDS, MeasuredBy, MeasuredOp, Measurements, Table
+from hetis.formats.errors import MAX_SHOWN, DocumentError, Problem, single_problem
+from hetis.formats.files import is_packed, read_bytes, unpacking
+from hetis.formats.measurements import MAX_COUNT, MAX_ROWS, MAX_SECONDS, MeasuredBy, MeasuredOp, Measurements, Table
 from hetis.profiler.plausibility import roofline_seconds, unit_doubt
 from hetis.solver.cluster import GpuType
 
 MAX_BYTES = 2**30  # limit per table when unpacked
-MAX_PROBLEMS = 100  # limit per table; a wrong column is wrong in every row
+MAX_LINE_BYTES = 2**20
+MAX_PROBLEMS = MAX_SHOWN + 1  # limit per table, one more than are shown: a wrong column is wrong in every row
 ROW_PEAKS = 1000.0  # limit for any single row
 _FLAGS = {"true": True, "1": True, "false": False, "0": False}
 # Names that the catalogue refuses because they are ambiguous; the READMEs of the tables resolve them.
@@ -246,48 +248,77 @@ def _implausible(table: Table, gpu: GpuType, places: Sequence[tuple[SheetRow, st
     return []
 
 
-def read_sheet(path: Path) -> Sheet:
-    """Return a table, read according to its file name: ``.parquet``, otherwise CSV, gzip-compressed or not. Raises
-    DocumentError if the file is unreadable, truncated, empty, ragged, or parquet without a library to read it.
+def read_sheet(path: Path, *, check: Callable[[Sheet], None] = lambda _sheet: None) -> Sheet:
+    """Return a table, read according to its file name: ``.parquet``, otherwise CSV, gzip-compressed or not.
+
+    The sheet has the problems of rows with too many or too few values, and is without these rows. ``check`` is called
+    with a sheet of the same columns without rows, before any are read. Raises DocumentError if that does, or if the
+    file is unreadable, truncated, empty, too large, or parquet without a library to read it.
     """
     raw = read_bytes(path, most=MAX_BYTES)
-    return _parquet(path, raw) if path.suffix == ".parquet" else _csv(path, _text(path, raw))
+    return _parquet(path, raw, check) if path.suffix == ".parquet" else _csv(path, _lines(path, raw), check)
 
 
-def _text(path: Path, raw: bytes) -> str:
-    content = unpacked(raw, str(path), most=MAX_BYTES)
-    text = decoded(content, str(path))
-    if content is raw and raw.strip() and not raw.endswith((b"\n", b"\r")):
+def _lines(path: Path, raw: bytes) -> Iterator[str]:
+    """Yield the lines of a table, which is unpacked no further than it is read."""
+    label = str(path)
+    if is_packed(raw, label):
+        with unpacking(raw, label) as stream:
+            yield from _decoded(stream, label)
+        return
+    yield from _decoded(io.BytesIO(raw), label)
+    if raw.strip() and not raw.endswith((b"\n", b"\r")):
         # A number that lost its last digits is still a number; gzip has an end mark instead.
         message = "ends in the middle of a line and may be truncated: if it is complete, add a newline"
-        raise single_problem(str(path), message, line=1 + raw.count(b"\n"))
-    return text
+        raise single_problem(label, message, line=1 + raw.count(b"\n"))
 
 
-def _csv(path: Path, text: str) -> Sheet:
-    if not text.strip():
-        raise single_problem(str(path), "is empty")
+def _decoded(stream: BinaryIO | gzip.GzipFile, label: str) -> Iterator[str]:
+    number = offset = 0
+    while line := stream.readline(MAX_LINE_BYTES + 1):
+        number += 1
+        if len(line) > MAX_LINE_BYTES:
+            raise single_problem(label, f"has a line of more than {MAX_LINE_BYTES // 2**20} MiB", line=number)
+        try:
+            text = line.decode("utf-8" if offset else "utf-8-sig")
+        except UnicodeDecodeError as error:
+            where = f"byte {line[error.start]:#04x} at offset {offset + error.start}"
+            raise single_problem(label, f"is not UTF-8 text ({where})") from None
+        offset += len(line)
+        if offset > MAX_BYTES:
+            raise single_problem(label, f"is larger than {MAX_BYTES // 2**20} MiB when unpacked")
+        yield text
+
+
+def _csv(path: Path, lines: Iterator[str], check: Callable[[Sheet], None]) -> Sheet:
+    reader = csv.reader(lines, strict=True)
+    numbers, rows, ragged = list[int](), list[list[str]](), list[Problem]()
     try:
-        reader = csv.reader(io.StringIO(text), strict=True)
-        lines = [(reader.line_num, line) for line in reader if line]
+        header = [name.strip() for name in next((line for line in reader if any(map(str.strip, line))), [])]
+        if not header:
+            raise single_problem(str(path), "is empty")
+        _refuse_twice(path, header)
+        check(Sheet(str(path), dict.fromkeys(header, ()), ()))
+        for row in reader:
+            if len(row) == len(header):
+                numbers.append(reader.line_num)
+                rows.append(row)
+            elif row:
+                message = f"has {len(row)} values, the header {len(header)}"
+                ragged.append(Problem(file=str(path), path=f"row {reader.line_num}", message=message))
+            if len(rows) > MAX_ROWS:
+                raise single_problem(str(path), f"has more than {MAX_ROWS:,} rows: split it")
+            if len(ragged) >= MAX_PROBLEMS:
+                raise DocumentError(ragged)
     except csv.Error as error:
         raise single_problem(str(path), f"is not CSV: {error}") from None
-    header = [name.strip() for name in lines[0][1]]
-    numbers, rows = [number for number, _ in lines[1:]], [row for _, row in lines[1:]]
-    _refuse_twice(path, header)
-    if not rows:
+    if not rows and not ragged:
         raise single_problem(str(path), "has a header and no rows")
-    ragged = [
-        Problem(file=str(path), path=f"row {number}", message=f"has {len(row)} values, the header {len(header)}")
-        for number, row in zip(numbers, rows, strict=True)
-        if len(row) != len(header)
-    ]
-    if ragged:
-        raise DocumentError(ragged)
-    return Sheet(str(path), dict(zip(header, zip(*rows, strict=True), strict=True)), numbers)
+    columns = zip(*rows, strict=True) if rows else [()] * len(header)
+    return Sheet(str(path), dict(zip(header, columns, strict=True)), numbers, ragged)
 
 
-def _parquet(path: Path, raw: bytes) -> Sheet:
+def _parquet(path: Path, raw: bytes, check: Callable[[Sheet], None]) -> Sheet:
     try:
         reader: Any = importlib.import_module("pyarrow.parquet")
     except ImportError:
@@ -295,17 +326,27 @@ def _parquet(path: Path, raw: bytes) -> Sheet:
             str(path), "is a parquet table; reading it needs pyarrow (pip install 'hetis[profiler]')"
         ) from None
     try:
-        table = reader.ParquetFile(io.BytesIO(raw)).read()
-        names: list[str] = table.column_names
-        values = [column.to_pylist() for column in table.columns]
+        file = reader.ParquetFile(io.BytesIO(raw))
+        names: list[str] = file.schema_arrow.names
+        num_rows: int = file.metadata.num_rows
     except Exception as error:  # pyarrow's exceptions for damaged files have no common base class
-        what = " ".join(str(error).split())
-        raise single_problem(str(path), f"is not a readable parquet table: {what}") from None
+        raise _not_parquet(path, error) from None
     _refuse_twice(path, names)
-    if not names or not values[0]:
+    if not names or not num_rows:
         raise single_problem(str(path), "has columns and no rows")
+    check(Sheet(str(path), dict.fromkeys(names, ()), ()))
+    if num_rows > MAX_ROWS:
+        raise single_problem(str(path), f"has {num_rows:,} rows, more than {MAX_ROWS:,}: split it")
+    try:
+        values = [column.to_pylist() for column in file.read().columns]
+    except Exception as error:
+        raise _not_parquet(path, error) from None
     texts = [["" if value is None else str(value) for value in column] for column in values]
     return Sheet(str(path), dict(zip(names, texts, strict=True)), range(1, len(texts[0]) + 1))
+
+
+def _not_parquet(path: Path, error: Exception) -> DocumentError:
+    return single_problem(str(path), f"is not a readable parquet table: {' '.join(str(error).split())}")
 
 
 def _refuse_twice(path: Path, header: Sequence[str]) -> None:

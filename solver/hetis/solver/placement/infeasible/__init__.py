@@ -209,6 +209,12 @@ def why_nothing_fits(costs: CostTables) -> str:
 
 def _shortages(costs: CostTables) -> Iterator[str]:
     """Yield shortages, from the plainest to the one that remains when all others are excluded."""
+    profiles = {c.gpu: costs.problem.profiles[c.gpu] for c in costs.classes}
+    if all(profile.room_bytes <= 0 for profile in profiles.values()):
+        yield "the memory of every GPU is smaller than what an engine reserves: " + listed(
+            f"{gpu} has {in_bytes(profile.usable_bytes)}, the engine's reserve is {in_bytes(profile.reserve_bytes)}"
+            for gpu, profile in profiles.items()
+        )
     problem, model = costs.problem, min(costs.problem.models(), key=lambda model: model.weight_bytes)
     room, whose = _usable_by_a_replica(costs)
     weights = model.params() * model.weight_bytes
@@ -262,9 +268,9 @@ def _whole_replica(problem: PlacementProblem, model: ModelSpec) -> str:
 
 
 def _rooms(costs: CostTables) -> list[float]:
-    """Return the bytes besides the engine's own on all GPUs of every class."""
+    """Return the bytes besides the engine's own on all GPUs of every class; 0 if it reserves more than they have."""
     rooms = costs.scopes[-1].tables.worker_room_bytes
-    return [float(room) * c.available for room, c in zip(rooms, costs.classes, strict=True)]
+    return [max(0.0, float(room)) * c.available for room, c in zip(rooms, costs.classes, strict=True)]
 
 
 def _usable_by_a_replica(costs: CostTables) -> tuple[float, str]:
