@@ -6,7 +6,6 @@ import gzip
 import json
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import get_args
@@ -44,19 +43,13 @@ def test_every_verb_explains_itself_in_80_columns(verb: str) -> None:
     assert max(map(len, done.stdout.splitlines())) <= 80
 
 
-def test_help_answers_at_once_and_without_numpy_or_torch() -> None:
+def test_help_answers_without_numpy_or_torch() -> None:
     program = (
         "import sys; from hetis.profiler.cli.app import run; run(['--help']);"
         "print(sorted({'torch', 'numpy', 'pydantic', 'plotly', 'yaml'} & set(sys.modules)), file=sys.stderr)"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stderr.strip() == "[]"
-    started = []
-    for _ in range(5):
-        begin = time.perf_counter()
-        hetis_profile("--version")
-        started.append(time.perf_counter() - begin)
-    assert min(started) < 1.5  # 0.2 s on an idle core, which tests do not have
 
 
 def test_the_help_lists_every_exit_code() -> None:

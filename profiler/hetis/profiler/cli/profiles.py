@@ -238,11 +238,12 @@ def _piece_words(piece: Piece) -> str:
 
 def _error_words(fit: Fit) -> Iterator[str]:
     """Yield the mean error, and if plans assume another one, that."""
-    from hetis.profiler.ranges import stated_error
+    from hetis.profiler.ranges import range_factors
 
     error = fit.provenance.held_out_mape
     yield percent_text(error)
-    if (assumed := stated_error(fit)) != error:
+    assumed = 1.0 / range_factors(fit)[0] - 1.0
+    if error is None or assumed > error:
         yield f"±{assumed:.0%}"
 
 
