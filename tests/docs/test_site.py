@@ -25,6 +25,18 @@ def test_the_reference_is_what_the_code_says(capsys: pytest.CaptureFixture[str])
     assert reference.main(["--check"]) == 0, capsys.readouterr().err
 
 
+def test_the_pictures_of_the_report_are_of_the_plan_as_it_is_now() -> None:
+    """If this fails, take them again (docs/report.md, at its end) and change the sentence below the first of them.
+
+    The other page has the output of the same command, which `test_commands_run` compares with the command's.
+    """
+    pictured = re.search(r"examples/h100-l4\.yaml.*promises ([\d.]+) requests/s", (ROOT / "docs/report.md").read_text())
+    planned = re.search(r"^Goodput +([\d.]+) requests/s", (ROOT / "docs/robustness.md").read_text(), re.MULTILINE)
+    assert pictured is not None
+    assert planned is not None
+    assert pictured[1] == planned[1]
+
+
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Build the whole site with warnings as errors. Proxies lead nowhere, so that nothing can be fetched."""
