@@ -9,9 +9,10 @@ are the shipped ones or, for GPUs without measurements, modelled ones, with the 
 to these rows.
 
 A row is one group, with rates in output tokens/s per GPU: ``predicted`` by the plan, ``best`` and ``median`` of its
-``n`` submissions, and the prediction over each. ``plan`` describes its replicas. The last rows are totals: the mean
-absolute error (``mape``) and the mean (``bias``, negative: predicted too slow) of predicted / best - 1, and how many
-rows were posed and skipped. ``--markdown`` writes docs/accuracy.md.
+``n`` submissions, and the prediction over each. ``plan`` describes its replicas, ``in_range`` says whether the best
+submission lies in the range that the plan states by the errors of its profiles. The last rows are totals: the mean
+absolute error (``mape``) and the mean (``bias``, negative: predicted too slow) of predicted / best - 1, how many
+groups are in range, and how many rows were posed and skipped. ``--markdown`` writes docs/accuracy.md.
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ from benchmarks.measuring.published_points import FOLDER, NotPosedError
 from benchmarks.measuring.rows import Cell, Row
 from hetis.formats import catalogue, dtypes
 from hetis.formats.documents import load_model
+from hetis.planner.use_cases.robustness import profile_errors
+from hetis.planner.use_cases.robustness.profile_errors import Range
 from hetis.planner.use_cases.sources import family_of
 from hetis.profiler.defaults import shipped_profile
 from hetis.profiler.engines import for_engine
@@ -47,6 +50,7 @@ from hetis.solver.errors import HetisError
 from hetis.solver.plan import Plan, ReplicaPlan, Role
 from hetis.solver.planning import solve_placement
 from hetis.solver.problem import EngineRules, EngineSettings, PlacementProblem
+from hetis.solver.profile import Op
 from tools import tables
 
 POINTS = FOLDER / "mlperf_v5_1.csv.gz"
@@ -54,6 +58,8 @@ DOCUMENT = rows.DOCUMENT.with_name("accuracy.md")
 CHUNKS = (256, 512, 1024, 2048, 4096, 8192)  # submitters set the tokens of an iteration to 256 to 65,536
 TIME_LIMIT_S = 60.0  # CPU seconds, so that other work on the machine does not cut searches short
 QUICK_STRIDE = 12
+# The GPU has a shipped profile, or a modelled one: with coefficients from kernels timed on it, or on other GPUs.
+PROFILES = ("measured", "timed", "relatives")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +68,7 @@ class Outcome:
 
     submissions: tuple[Submission, ...]
     plan: Plan
+    rates: Range  # the plan's, in requests/s, by the errors of its profiles
 
     @property
     def system(self) -> System:
@@ -70,16 +77,30 @@ class Outcome:
     @property
     def predicted(self) -> float:
         """Return the output tokens/s per GPU that the plan promises."""
-        return self.plan.result.value * output_tokens(self.submissions) / self.system.gpus
+        return self.plan.result.value * self._tokens_of_gpu
+
+    @property
+    def in_range(self) -> bool:
+        """Return whether the best submission lies in the range that the plan states."""
+        return self.rates.low * self._tokens_of_gpu <= self.best <= self.rates.high * self._tokens_of_gpu
+
+    @property
+    def _tokens_of_gpu(self) -> float:
+        """Return the output tokens per GPU of a request to the node."""
+        return output_tokens(self.submissions) / self.system.gpus
 
     @property
     def best(self) -> float:
         return max(one.tokens_per_s for one in self.submissions)
 
     @property
-    def is_measured(self) -> bool:
-        """Return whether the GPU has a shipped profile rather than one modelled from relatives."""
-        return shipped_profile(self.system.gpu) is not None
+    def profile(self) -> str:
+        """Return where the times of the GPU's layers come from, one of `PROFILES`."""
+        if shipped_profile(self.system.gpu) is not None:
+            return "measured"
+        modelled = modelled_profile(catalogue.find_gpu(self.system.gpu).gpu)
+        errors = [fit.provenance for fit in modelled.fits if fit.op is Op.DECODE_ATTENTION]
+        return "relatives" if all(each.range_error is not None for each in errors) else "timed"
 
 
 def main() -> None:
@@ -111,7 +132,8 @@ def predicted(
     found = list[Outcome]()
     for members in chosen[:: QUICK_STRIDE if quick else 1]:
         try:
-            found.append(Outcome(submissions=members, plan=plan_of(members)))
+            plan, rates = plan_of(members)
+            found.append(Outcome(submissions=members, plan=plan, rates=rates))
         except HetisError as error:
             skipped[f"no plan: {error}"] += len(members)
     return found, skipped
@@ -147,14 +169,17 @@ def output_tokens(submissions: Sequence[Submission]) -> float:
     return fmean(one.output_tokens for one in submissions)
 
 
-def plan_of(submissions: Sequence[Submission]) -> Plan:
-    """Return the plan for one node of a group.
+def plan_of(submissions: Sequence[Submission]) -> tuple[Plan, Range]:
+    """Return the plan for one node of a group, and the range of its rate by the errors of its profiles.
 
     Raises:
         HetisError: no plan exists.
     """
-    budget = Budget(time_limit_s=TIME_LIMIT_S, clock=time.process_time)
-    return solve_placement(problem_of(submissions[0].system, output_tokens(submissions)), budget=budget)
+    problem = problem_of(submissions[0].system, output_tokens(submissions))
+    plan = solve_placement(problem, budget=Budget(time_limit_s=TIME_LIMIT_S, clock=time.process_time))
+    stated = profile_errors.predicted(plan, problem)
+    assert stated is not None, "all profiles state errors"
+    return plan, stated.rate
 
 
 def problem_of(system: System, tokens: float) -> PlacementProblem:
@@ -188,10 +213,11 @@ def group_rows(outcomes: Sequence[Outcome]) -> Iterator[Row]:
         yield {
             "scenario": system.scenario, "gpu": system.gpu, "gpus": system.gpus, "model": system.benchmark,
             "weights": system.weights, "engine": system.engine,
-            "profile": "measured" if outcome.is_measured else "modelled", "n": len(rates),
+            "profile": outcome.profile, "n": len(rates),
             "predicted": _rate(outcome.predicted), "best": _rate(outcome.best), "median": _rate(median(rates)),
             "over_best": _round(outcome.predicted / outcome.best, 3),
-            "over_median": _round(outcome.predicted / median(rates), 3), "plan": shape_of(outcome.plan),
+            "over_median": _round(outcome.predicted / median(rates), 3),
+            "in_range": "yes" if outcome.in_range else "no", "plan": shape_of(outcome.plan),
         }  # fmt: skip
 
 
@@ -212,13 +238,15 @@ def total_rows(outcomes: Sequence[Outcome]) -> Iterator[Row]:
     """Yield the errors against the best submission of each group, by scenario and profile, and over all."""
     for scenario in SCENARIOS:
         of_scenario = [one for one in outcomes if one.system.scenario == scenario]
-        for profile, is_measured in (("measured", (True,)), ("modelled", (False,)), ("all", (True, False))):
-            errors = [one.predicted / one.best - 1.0 for one in of_scenario if one.is_measured in is_measured]
+        for profile in (*PROFILES, "all"):
+            chosen = [one for one in of_scenario if profile in (one.profile, "all")]
+            errors = [one.predicted / one.best - 1.0 for one in chosen]
             if errors:
                 yield {
                     "scenario": scenario, "profile": profile, "groups": len(errors),
                     "mape": _round(fmean(map(abs, errors)), 3), "bias": _round(fmean(errors), 3),
                     "within_30_percent": sum(abs(error) <= 0.3 for error in errors),
+                    "in_range": sum(one.in_range for one in chosen),
                 }  # fmt: skip
 
 

@@ -103,6 +103,7 @@ SOURCES: dict[str, tuple[str, ...]] = {
     ),
     "mlperf": (
         *("benchmarks/mlperf.py", "benchmarks/measuring/mlperf_rows.py", "benchmarks/measuring/published_points.py"),
+        *("planner/hetis/planner/use_cases/robustness/profile_errors.py", "profiler/hetis/profiler/ranges.py"),
         *_ENGINE_PROFILES,
         *_SEARCH,
     ),

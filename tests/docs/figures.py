@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import nan
-from statistics import fmean, median, quantiles
+from statistics import correlation, fmean, median, quantiles
 
 from tests.docs.pages import ROOT
 from tools import tables
@@ -217,6 +217,52 @@ def over_best(scenario: str, gpu: str, model: str = "") -> Callable[[Table], Seq
         for row in t.where(f"^{scenario}$")
         if re.match(gpu, row["gpu"]) and row["model"].startswith(model)
     ]
+
+
+def in_range(model: str = "", profile: str = "") -> Callable[[Table], Sequence[float]]:
+    """Return the number of groups in the plan's range, and of all, of such models and profiles."""
+
+    def counts(t: Table) -> Sequence[float]:
+        rows = [r for r in t.where("") if r["model"].startswith(model) and r["profile"].startswith(profile)]
+        return [sum(row["in range"] == "yes" for row in rows), len(rows)]
+
+    return counts
+
+
+FLEETS_OF_LAYERS = ("layers-24", "layers-42", "unseen, 16 of 3 types", "unseen, 16 A10")
+
+
+def placements(t: Table, fleet: str) -> list[tuple[float, float]]:
+    """Return (rate, queued) of the placements of a fleet of `benchmarks.layers`, the plan first."""
+    rows = [row for row in t.where(f"^{fleet}, ") if row["queued"] != "-"]
+    return [(number(row["rate"]), number(row["queued"])) for row in rows]
+
+
+def near_the_plan(fleet: str) -> Callable[[Table], Sequence[float]]:
+    """Return the rank correlation of rate and queue among placements whose rate is within 30% of the plan's."""
+
+    def ranks(values: Sequence[float]) -> list[float]:
+        return [sum(other < one for other in values) + values.count(one) / 2 for one in values]
+
+    def values(t: Table) -> Sequence[float]:
+        found = placements(t, fleet)
+        rates, queued = zip(*(one for one in found if one[0] >= 0.7 * found[0][0]), strict=True)
+        return [correlation(ranks(rates), ranks(queued))]
+
+    return values
+
+
+def queued_over_the_plan(t: Table) -> Sequence[float]:
+    found = [placements(t, fleet) for fleet in FLEETS_OF_LAYERS]
+    return [100 * (max(max(queued for _, queued in one) / one[0][1] for one in found) - 1)]
+
+
+def queued_over_the_bound(t: Table) -> Sequence[float]:
+    """Return the number of placements of the examples that the queue serves at more than the bound, and of one's."""
+    found = [placements(t, fleet) for fleet in FLEETS_OF_LAYERS[:2]]
+    bounds = [t[f"{fleet}, plan", "bound"] for fleet in FLEETS_OF_LAYERS[:2]]
+    above = [sum(queued > bound for _, queued in one) for one, bound in zip(found, bounds, strict=True)]
+    return [max(above), len(found[0])] if min(above) == max(above) else [nan]
 
 
 def batches(gpu: str, engine: str, column: str) -> Callable[[Table], Sequence[float]]:
@@ -776,6 +822,8 @@ FIGURES = [
             ],
         ),
     ),
+    *_of("robustness.md", "mlperf", ("best results in # of # groups", in_range())),
+    *_of("robustness.md", "silicon", (r"models are within #%", held_out("dense", "tpot p90"))),
     *_of(
         "accuracy.md",
         "mlperf",
@@ -787,6 +835,11 @@ FIGURES = [
             ],
         ),
         (r"too fast: # on B200, and", over_best("Offline", "B200", "llama3.1-8b")),
+        (r"in\s# of # groups: dense", in_range()),
+        (r"relatives in # of # groups", in_range("llama", profile="relatives")),
+        (r"timed\sin # of #, on", in_range("llama", profile="timed")),
+        (r"measured GPUs in # of #", in_range(profile="measured")),
+        (r"DeepSeek-R1 in # of #", in_range("deepseek")),
         (r"MI355X is at # since its MXFP4 weights", over_best("Offline", "MI355X")),
         (r"Arc Pro B60, int4 \| #, # \|", over_best("Offline", "Arc")),
         ("on this card it is at #", over_best("Offline", "RTX", "llama2")),
@@ -870,6 +923,11 @@ FIGURES = [
         ("rank correlation # and # on the examples", lambda t: t.column("rate", "^layers.*correlation")),
         ("the examples, # on the fleets", lambda t: [min(t.column("rate", "^unseen.*correlation"))]),
         (r"flow does not \(# to #\)", lambda t: span(t.column("flow", "correlation"))),
+        ("less sure: # on 24 nodes", near_the_plan("layers-24")),
+        ("24 nodes, # on 42", near_the_plan("layers-42")),
+        ("# on the 16 of 3 types", near_the_plan("unseen, 16 of 3 types")),
+        ("queue serves up to #% faster", queued_over_the_plan),
+        ("the queue serves # of # placements at more than the bound", queued_over_the_bound),
         (
             "serve only a third to two thirds of the plan",
             lambda t: [0.3 < share < 0.7 for share in served_by_most_flow(t)],
@@ -878,7 +936,7 @@ FIGURES = [
     *_of(
         "profiles-modelled.md",
         "profiles used errors",
-        ("#% for all operators of the device", cells(("A40", "prefill_attention"))),
+        ("#% for dense layers and attention, and", cells(("A40", "prefill_attention"))),
         ("and #% for all-reduces over PCIe", cells(("RTX-A6000", "all_reduce"))),
     ),
     *_of(

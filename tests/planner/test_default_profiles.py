@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import csv
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from hetis.formats import catalogue
 from hetis.planner.use_cases.place import objective
 from hetis.planner.use_cases.sources import LoadedInputs, engine_rules, load_inputs
-from hetis.profiler.defaults import profile_text
+from hetis.profiler.defaults import FITTED, MODELLED, default_profile, profile_text
 from hetis.profiler.engines import ENGINES
+from hetis.profiler.ranges import ENGINE_ERROR, range_factors
 from hetis.profiler.roofline import modelled_profile
 from hetis.solver.plan import ObjectiveKind
 from hetis.solver.planning import solve_placement
-from hetis.solver.profile import Op
+from hetis.solver.profile import Fit, Op, Piece, Provenance, Source
 
 SMALL = "Qwen/Qwen3-0.6B"  # a model with iterations so short that the host's time shows
+
+SILICON = Path(__file__).parents[2] / "docs" / "data" / "silicon.csv"
 
 
 def inputs(*profiles: str) -> LoadedInputs:
@@ -58,3 +64,26 @@ def test_a_plan_promises_less_where_the_host_takes_time(a_file: str) -> None:
         for loaded in (inputs(), inputs(a_file))
     ]
     assert values[0] < 0.99 * values[1]
+
+
+def test_a_type_under_a_catalogue_name_with_other_peaks_has_the_errors_of_a_card_that_nobody_measured() -> None:
+    """With less memory alone, its kernels take the same times."""
+    listed = catalogue.find_gpu("H100-SXM-80GB").gpu
+    smaller, slower = replace(listed, memory_bytes=40 << 30), replace(listed, mem_bytes_per_s=1e12)
+    assert default_profile(listed)[0] == FITTED
+    for gpu, is_measured in ((smaller, True), (slower, False)):
+        origin, profile = default_profile(gpu)
+        assert (origin, profile.gpu) == (MODELLED, "H100-SXM-80GB")
+        decode = next(fit for fit in profile.fits if fit.op is Op.DECODE_ATTENTION)
+        assert (decode.provenance.range_error is None) is is_measured
+
+
+def test_the_least_range_is_what_nine_in_ten_points_of_measured_engines_keep() -> None:
+    with open(SILICON, encoding="utf-8", newline="") as file:
+        [whole] = [row for row in csv.DictReader(file) if (row["gpu"], row["kind"]) == ("all", "dense")]
+    assert pytest.approx(float(whole["tpot p90"].rstrip("%")) / 100, abs=0.01) == ENGINE_ERROR
+    provenance = Provenance(source=Source.FITTED, origin="a table", held_out_mape=0.02)
+    fit = Fit(op=Op.DENSE, pieces=(Piece(fixed_s=1.0),), provenance=provenance)
+    assert range_factors(fit) == pytest.approx((1 / 1.15, 1 / 0.85))
+    rough = replace(fit, provenance=replace(fit.provenance, held_out_mape=0.3))
+    assert range_factors(rough) == pytest.approx((1 / 1.3, 1 / 0.7))

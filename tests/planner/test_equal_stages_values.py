@@ -7,8 +7,9 @@ from dataclasses import replace
 
 import pytest
 
-from hetis.planner.use_cases import place
-from hetis.planner.use_cases.engine_values import EQUAL_STAGES, EngineValue, _by_equal_stages
+from hetis.planner.use_cases import equal_stages
+from hetis.planner.use_cases.engine_values import EngineValue, _by_equal_stages
+from hetis.planner.use_cases.equal_stages import EQUAL_STAGES
 from hetis.solver.budget import Budget, SearchSettings
 from hetis.solver.model import AttentionKind, IndexerShape, MlaShape
 from hetis.solver.placement.families import run_by
@@ -64,8 +65,6 @@ def test_a_search_that_is_cut_short_twice_says_nothing(
 
     monkeypatch.setattr("hetis.solver.placement.solve.equal_stages_value", equal_stages_value)
     monkeypatch.setattr(Budget, "is_spent", lambda self: any(self is one for one in spent))
-    found = place._with_equal_stages(
-        plans.plan(), make_problem([make_node("a", "A")]), place.PlacementSettings(), threading.Event()
-    )
+    found = equal_stages.with_values(plans.plan(), make_problem([make_node("a", "A")]), 0, threading.Event())
     assert found.inputs.get(EQUAL_STAGES) == (1.0 if told else None)
-    assert found.inputs[place.SIMPLE_SETUPS]
+    assert found.inputs[equal_stages.SIMPLE_SETUPS]

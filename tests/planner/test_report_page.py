@@ -22,8 +22,7 @@ from hetis.planner.report.page.plan_section import plan_section, reason_words, s
 from hetis.planner.report.plan import simple_setups
 from hetis.planner.report.simulation_pictures import _COLORS, Line, Panel, _dash
 from hetis.planner.use_cases.compare import figures_of
-from hetis.planner.use_cases.engine_values import EQUAL_STAGES
-from hetis.planner.use_cases.place import SIMPLE_SETUPS
+from hetis.planner.use_cases.equal_stages import EQUAL_STAGES, SIMPLE_SETUPS
 from hetis.planner.use_cases.robustness.profile_errors import PROFILE_ERRORS
 from hetis.planner.use_cases.sources import inputs_from_documents, load_plan_and_problem
 from hetis.planner.use_cases.verification import VERIFICATION

@@ -21,9 +21,10 @@ from hetis.planner.report.plan import (
     simple_setups,
     verdict,
 )
-from hetis.planner.use_cases.engine_values import ENGINE_VALUES, EQUAL_STAGES, NOT_COMPILED
+from hetis.planner.use_cases.engine_values import ENGINE_VALUES, NOT_COMPILED
+from hetis.planner.use_cases.equal_stages import EQUAL_STAGES, SIMPLE_SETUPS
 from hetis.planner.use_cases.grouping import group_replicas
-from hetis.planner.use_cases.place import SIMPLE_SETUPS, held_to
+from hetis.planner.use_cases.place import MODEL_VALUE, held_to
 from hetis.planner.use_cases.service_level import ServiceLevel, Statistic
 from hetis.planner.use_cases.sources import load_inputs
 from hetis.planner.use_cases.tightening import TIGHTENED, TTFT
@@ -63,15 +64,15 @@ def test_a_plan_for_a_tighter_limit_is_compared_with_what_the_model_alone_promis
     plan = plans.plan(plans.paper_replica())
     row = {"engine": "vllm", "value": 1.62, "bound": 1.62, "lacks": [], "why_not": ""}
     inputs = {EQUAL_STAGES: 1.62, SIMPLE_SETUPS: {"2": 1.62}, ENGINE_VALUES: [row]}
-    tighter = {TIGHTENED: {"name": TTFT, "asked_s": 2.0, "planned_s": 1.6}}
+    tighter = {TIGHTENED: {"name": TTFT, "asked_s": 2.0, "planned_s": 1.6}, MODEL_VALUE: 1.8}
     first, then = replace(plan, inputs=inputs), replace(plan, inputs={**inputs, **tighter})
     assert beside_equal_stages(first) == "1.620 requests/s by replicas of equal stages; this plan 17% less"
     assert beside_equal_stages(then) == (
         "1.620 requests/s by the model, by replicas of equal stages (not simulated); "
-        "this plan, for a tighter limit, by the model 17% less"
+        "the best plan by the model 11% more"
     )
-    assert (beside_engines(first), beside_engines(then)) == (["vllm: 20% more"], ["vllm: 20% more by the model"])
-    assert [simple_setups(one)[0].endswith("20% more by the model") for one in (first, then)] == [False, True]
+    assert (beside_engines(first), beside_engines(then)) == (["vllm: 20% more"], ["vllm: 10.00% less by the model"])
+    assert [simple_setups(one)[0].endswith("10.00% less by the model") for one in (first, then)] == [False, True]
 
 
 def test_a_demand_above_the_promised_rate_is_marked_as_not_met() -> None:

@@ -25,15 +25,14 @@ from hetis.planner.report.figures import digits, seconds
 from hetis.planner.report.page import plan_section
 from hetis.planner.report.page.pages import ShownPlan, plans_page
 from hetis.planner.report.plan import beside_equal_stages, headline, render_plan, simple_setups
-from hetis.planner.use_cases import latency_curve, tightening, verify
+from hetis.planner.use_cases import equal_stages, latency_curve, tightening, verify
 from hetis.planner.use_cases import place as placing_steps
-from hetis.planner.use_cases.engine_values import EQUAL_STAGES
+from hetis.planner.use_cases.equal_stages import EQUAL_STAGES, EQUAL_STAGES_KEPT, SIMPLE_SETUPS
 from hetis.planner.use_cases.grouping import group_replicas
 from hetis.planner.use_cases.lower_rates import CancelledError, KeptRate
 from hetis.planner.use_cases.place import (
     OUT_OF_TIME,
     SEARCH_OUT_OF_TIME,
-    SIMPLE_SETUPS,
     STOPPED_EARLY,
     PlacementRequest,
     PlacementSettings,
@@ -440,6 +439,44 @@ def test_a_plan_that_misses_is_headed_and_simulated_by_the_rate_that_it_keeps(pa
         assert rate_to_simulate(dearest, problem) == 0.01
     [clause] = misses(replace(verification_of(missing), ttft_p95_s=3451.0, steady=None), missing)
     assert clause == "TTFT p95 3,451 s of 2 s"
+
+
+def test_a_plan_that_promises_less_than_the_model_is_compared_with_what_equal_stages_keep(pair: Placed) -> None:
+    """The best plan of two A100 is one of equal stages, which keeps its limits."""
+    plan, problem = pair
+    keeps = plan.result.value
+
+    def with_kept_rate(plan: Plan, *, cancelled: bool = False) -> Plan:
+        ends = threading.Event()
+        if cancelled:
+            ends.set()
+        return equal_stages.with_kept_rate(plan, problem, seed=0, cancelled=ends, report=unheard)
+
+    assert with_kept_rate(plan) is plan, "it keeps what the model promises"
+    said = {**plan.inputs[VERIFICATION], "kept": False, "ttft_p95_s": 9.5, "kept_rps": 0.7 * keeps}
+    missing = replace(plan, inputs={**plan.inputs, EQUAL_STAGES: keeps, VERIFICATION: said})
+    assert with_kept_rate(missing).inputs[EQUAL_STAGES_KEPT] == 0.7 * keeps, "the same replicas keep the same"
+    wide = replace(missing, replicas=tuple(replace(one, max_num_seqs=512) for one in plan.replicas))
+    assert with_kept_rate(wide).inputs[EQUAL_STAGES_KEPT] == 0.7 * keeps
+    other = replace(missing, replicas=plan.replicas[:1])
+    assert with_kept_rate(other, cancelled=True) is other
+    cheapest = replace(other, objective=replace(plan.objective, kind=ObjectiveKind.COST, demand_rps=1.0))
+    assert with_kept_rate(cheapest) is cheapest
+    found = with_kept_rate(other)
+    assert found.inputs[EQUAL_STAGES_KEPT] == pytest.approx(keeps), "what the same replicas keep, simulated again"
+    assert beside_equal_stages(found) == (
+        f"{digits(keeps, 4)} requests/s within the limits in simulation, by replicas of equal stages; "
+        "this plan 30% less"
+    )
+    page = plans_page([ShownPlan(name="one", plan=found, problem=problem)])
+    for words in ("−30%", "in simulation; equal stages: ", "Equal stages, simulated"):
+        assert words in page
+    none = replace(found, inputs={**found.inputs, EQUAL_STAGES_KEPT: 0.0})
+    assert beside_equal_stages(none) == (
+        "replicas of equal stages: none of the rates tried keeps the limits in simulation; "
+        f"by the model {digits(keeps, 4)} requests/s"
+    )
+    assert "today's practice" not in plans_page([ShownPlan(name="one", plan=none, problem=problem)])
 
 
 def test_a_single_limit_is_not_called_both(pair: Placed) -> None:

@@ -33,7 +33,10 @@ def default_profile(gpu: GpuType) -> tuple[str, Profile]:
     the time of its host per iteration, and its kernels of experts, latent and linear attention (docs/accuracy.md).
 
     A type that a cluster declares under a catalogue name but with other peaks or memory is modelled: the shipped
-    profile is for another card. Raises InvalidProblemError if none is shipped and none can be modelled.
+    profile is for another card. With other peaks it is modelled as a card of which nothing was measured.
+
+    Raises:
+        InvalidProblemError: no profile is shipped, and none can be modelled.
     """
     origin, kernels = _kernels_of(gpu)
     return origin, for_engine(kernels, gpu, HOST)
@@ -55,7 +58,14 @@ def _kernels_of(gpu: GpuType) -> tuple[str, Profile]:
         listed = None
     if listed == gpu and (shipped := shipped_profile(gpu.name)) is not None:
         return FITTED, shipped
-    return MODELLED, modelled_profile(gpu)
+    if listed is None or _peaks_of(listed) == _peaks_of(gpu):
+        return MODELLED, modelled_profile(gpu)
+    unmeasured = modelled_profile(replace(gpu, name=f"{gpu.name} of the cluster"))
+    return MODELLED, replace(unmeasured, gpu=gpu.name)
+
+
+def _peaks_of(gpu: GpuType) -> tuple[str, float, float, float | None]:
+    return gpu.architecture, gpu.mem_bytes_per_s, gpu.fp16_flops, gpu.fp8_flops
 
 
 @functools.cache

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -45,9 +46,11 @@ def test_mutations_keep_all_gpus_and_the_memory_of_every_group(rooms: list[int],
         assert len(one) == 1 or all(gpus.room_bytes[list(group)].sum() >= least for group in one)
 
 
-def test_mutations_reach_every_partition() -> None:
-    """Four cards have 15 partitions."""
-    mutations = Mutations(fleet([1.0] * 4), 1.0, random.Random(0))
+@pytest.mark.parametrize("of_node", [1, 2])
+def test_mutations_reach_every_partition(of_node: int) -> None:
+    """Four cards have 15 partitions, also if no two of them are in one node."""
+    nodes = tuple(f"node{i // of_node}" for i in range(4))
+    mutations = Mutations(replace(fleet([1.0] * 4), nodes=nodes), 1.0, random.Random(0))
     one: Individual = ((0, 1, 2, 3),)
     seen = set[Individual]()
     for _ in range(1000):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import replace
 from unittest.mock import patch
@@ -18,7 +19,7 @@ from hetis.solver.placement.tabulation import build_cost_tables
 from hetis.solver.plan import Objective, ObjectiveKind, Plan, Role, Status
 from hetis.solver.planning import solve_placement
 from hetis.solver.problem import PlacementProblem
-from hetis.solver.published import PUBLISHED, hetis_paper
+from hetis.solver.published import PUBLISHED, hetis_paper, heuristic
 from hetis.solver.published.hetis_paper import dense_path
 from hetis.solver.published.replicas import duty_of
 from tests.solver.instances import (
@@ -160,6 +161,16 @@ def test_a_type_leaves_the_dense_path_that_takes_five_percent_off_it_at_most(flo
         assert gain > 0.0  # it would help, but only a little
 
 
+def test_cards_that_leave_the_dense_path_stay_idle_where_heads_cannot_be_split() -> None:
+    """Windows that free KV in some layers leave nothing to attention workers: the family has no pools."""
+    problem = strong_and_weak()
+    model = replace(problem.model, sliding_window=64, sliding_layers=3)
+    plan = planned(replace(problem, model=model), "hetis-paper")
+    assert plan is not None
+    assert {stage.gpu for replica in plan.replicas for stage in replica.stages} == {"A"}
+    assert not any(replica.attention_workers for replica in plan.replicas)
+
+
 def test_types_of_equal_strength_stay_in_the_dense_path() -> None:
     nodes = [make_node("a", "A", gpus=2), make_node("b", "B", gpus=2)]
     plan = planned(make_problem(nodes), "hetis-paper")
@@ -209,6 +220,19 @@ def test_out_of_time_is_told_from_not_found(strategy: str) -> None:
         solve_placement(strong_and_weak(objective=tight), strategy=strategy, budget=budget)
     with pytest.raises(NoPlanFoundError, match=rf"^{strategy} found no "):
         solve_placement(strong_and_weak(objective=tight), strategy=strategy)
+
+
+@pytest.mark.parametrize("strategy", ["hexgen-paper", "hexgen2-paper"])
+def test_a_search_ends_soon_after_its_time_and_its_plan_says_so(strategy: str) -> None:
+    """The clock advances whenever it is read, which is before each shape of each group."""
+    reads = itertools.count()
+    budget = Budget(time_limit_s=8.5, clock=lambda: float(next(reads)))
+    plan = solve_placement(strong_and_weak(), strategy=strategy, budget=budget)
+    assert heuristic.OUT_OF_TIME in plan.notes
+    assert next(reads) < 200
+    whole = planned(strong_and_weak(), strategy)
+    assert whole is not None
+    assert heuristic.OUT_OF_TIME not in whole.notes
 
 
 def test_one_gpu_cannot_prefill_and_decode_apart() -> None:

@@ -62,7 +62,7 @@ def _facts(found: Layered) -> Iterator[tuple[str, Text | str]]:
         "no placement serves more" if plan.gap < 1e-4 else f"proven: the best serves at most {percent(plan.gap)} more"
     )
     stopped = ", search stopped early" if plan.stopped else ""
-    yield "Bound", f"{digits(plan.bound_rps)} requests/s  gap {percent(plan.gap)}, {proof}{stopped}"
+    yield "Bound", f"{digits(plan.bound_rps)} requests/s  gap {percent(plan.gap)}, {proof} in the model{stopped}"
     yield "Limit", limit_sentence(found)
     if found.max_flow is not None:
         other = found.max_flow

@@ -40,9 +40,10 @@ from hetis.planner.report.tables import (
     table,
 )
 from hetis.planner.use_cases.compare import Figures, KeptPromise, cost_rate, figures_of, kept_of
-from hetis.planner.use_cases.engine_values import EQUAL_STAGES, NOT_COMPILED, EngineValue, engine_values_of
+from hetis.planner.use_cases.engine_values import NOT_COMPILED, EngineValue, engine_values_of
+from hetis.planner.use_cases.equal_stages import EQUAL_STAGES, SIMPLE_SETUPS, kept_by_equal_stages
 from hetis.planner.use_cases.grouping import ReplicaGroup, group_replicas, number_ranges
-from hetis.planner.use_cases.place import OUT_OF_TIME, SIMPLE_SETUPS, stopped_simulation_of
+from hetis.planner.use_cases.place import MODEL_VALUE, OUT_OF_TIME, stopped_simulation_of
 from hetis.planner.use_cases.robustness.profile_errors import Predicted, predicted_of
 from hetis.planner.use_cases.service_level import DEFAULT, Latency, service_level_of
 from hetis.planner.use_cases.sources import (
@@ -254,6 +255,12 @@ def is_below_model(plan: Plan) -> bool:
     return less_than_planned(plan) is not None or tightening_of(plan) is not None
 
 
+def value_by_model(plan: Plan) -> float:
+    """Return the value of the best plan by the model: the plan's own, unless that was planned for a tighter limit."""
+    found = plan.inputs.get(MODEL_VALUE)
+    return float(found) if isinstance(found, int | float) else plan.result.value
+
+
 def kept_cell(plan: Plan, *, unknown: str) -> Text:
     """Return the rate at which simulated traffic kept the limits, or ``unknown`` without a simulation."""
     kept = kept_of(plan)
@@ -342,24 +349,46 @@ def precision(plan: Plan) -> str | None:
     return None if model is None else precision_of(model)
 
 
+class BesideEqualStages(NamedTuple):
+    """The values of a plan and of equal stages that compare."""
+
+    ours: float
+    theirs: float | None  # None: unknown, or no such plan
+
+
+def beside_by_rates(plan: Plan) -> BesideEqualStages:
+    """Return the values of a plan and of equal stages: both as simulated, if that is known, or else by the model."""
+    if (kept_rps := kept_by_equal_stages(plan)) is not None:
+        kept = less_than_planned(plan)
+        return BesideEqualStages(plan.result.value if kept is None else kept.rate_rps, kept_rps)
+    alone = plan.inputs.get(EQUAL_STAGES)
+    return BesideEqualStages(value_by_model(plan), float(alone) if isinstance(alone, int | float) else None)
+
+
 def beside_equal_stages(plan: Plan) -> str | None:
     """Return the value of equal stages, as in a set-up without a planner, or None if not requested.
 
-    Equal stages are not simulated, so the plan is compared by its value by the model, even if it promises less.
+    If simulated traffic made the plan promise less than the best by the model, both are compared by the rates that they
+    keep in simulation, or by the model if the simulation was stopped before that of equal stages was known.
     """
     if EQUAL_STAGES not in plan.inputs:
         return None
-    alone, result = plan.inputs[EQUAL_STAGES], plan.result
+    alone, unit = plan.inputs[EQUAL_STAGES], plan.result.unit
     equal = "replicas of equal stages"
     if excludes_unified(plan):
         equal = f"unified {equal}, which --roles excludes"
     if not isinstance(alone, int | float) or alone <= 0:
         return f"{equal}: none keep the limits" if alone is None else None
-    value, beside = f"{digits(alone, 4)} {result.unit}", _beside(result.value, alone)
+    by_model, (ours, theirs) = f"{digits(alone, 4)} {unit}", beside_by_rates(plan)
+    if not theirs:
+        return f"{equal}: none of the rates tried keeps the limits in simulation; by the model {by_model}"
+    beside = _beside(ours, theirs)
+    if kept_by_equal_stages(plan) is not None:
+        return f"{digits(theirs, 4)} {unit} within the limits in simulation, by {equal}; this plan {beside}"
     if not is_below_model(plan):
-        return f"{value} by {equal}; this plan {beside}"
-    this = "this plan by the model" if tightening_of(plan) is None else "this plan, for a tighter limit, by the model"
-    return f"{value} by the model, by {equal} (not simulated); {this} {beside}"
+        return f"{by_model} by {equal}; this plan {beside}"
+    this = "this plan" if tightening_of(plan) is None else "the best plan"
+    return f"{by_model} by the model, by {equal} (not simulated); {this} by the model {beside}"
 
 
 def excludes_unified(plan: Plan) -> bool:
@@ -387,7 +416,7 @@ def beside_engines(plan: Plan, *, hints: bool = True) -> list[str]:
 
 
 def _engine_words(other: EngineValue, plan: Plan) -> str:
-    lacks, ours = " and ".join(filter(None, [", ".join(other.lacks[:-1]), *other.lacks[-1:]])), plan.result.value
+    lacks, ours = " and ".join(filter(None, [", ".join(other.lacks[:-1]), *other.lacks[-1:]])), value_by_model(plan)
     by_model = " by the model" if is_below_model(plan) else ""
     why_not, again = other.why_not, f"plan with --engine {other.engine} (the first time takes up to a minute longer)"
     if why_not == NOT_COMPILED:
@@ -422,7 +451,7 @@ def simple_setups(plan: Plan) -> list[str]:
         name = "one GPU per stage" if tp == "1" else f"TP{tp} in every replica"
         if isinstance(value, int | float) and value > 0:
             lines.append(
-                f"{name}: {digits(value, 4)} {plan.result.unit}, {_beside(value, plan.result.value)}{by_model}"
+                f"{name}: {digits(value, 4)} {plan.result.unit}, {_beside(value, value_by_model(plan))}{by_model}"
             )
         else:
             lines.append(f"{name}: none that keeps the limits")

@@ -11,10 +11,11 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
+from hetis.planner.use_cases.equal_stages import EQUAL_STAGES, budget_of_one, value_within
 from hetis.planner.use_cases.listing import stages_to_list
 from hetis.planner.use_cases.precision import constraints_of, refused_by
 from hetis.planner.use_cases.sources import family_of
-from hetis.solver.budget import Budget, Progress, Report, SearchSettings
+from hetis.solver.budget import Budget, Progress, Report
 from hetis.solver.constraints import Constraints
 from hetis.solver.errors import InfeasibleError, InvalidProblemError, NoPlanFoundError
 from hetis.solver.model import ModelSpec
@@ -22,8 +23,6 @@ from hetis.solver.plan import Plan, Role
 from hetis.solver.problem import EngineRules, Family, PlacementProblem
 
 ENGINE_VALUES = "engine_values"  # entry of `Plan.inputs`: an `EngineValue` for every other engine
-EQUAL_STAGES = "equal_stages_value"  # entry of `Plan.inputs`: the value of `uniform`, null if it has no plan
-EQUAL_STAGES_S = 5.0  # time limit of each search for replicas of equal stages
 SHARE = 0.1  # share of the time limit that all these searches may take
 ANY_ENGINE_S = 2.0  # time limit of the search for any engine, if the plan's own search did not take longer
 NOT_COMPILED = "its search is not compiled on this machine yet"
@@ -230,28 +229,10 @@ def _by_equal_stages(
     elif known.value is not None:
         return known  # a separate search is made only for engines without any plan
     else:
-        found = equal_stages_within(equal_stages_budget(cancelled), problem, seed)
+        found = value_within(budget_of_one(cancelled), problem, seed)
         value = None if found is None else found[0]
     better = value is not None and _is_better(value, known.value, plan)
     return replace(known, value=value, equal_stages=True) if better else known
-
-
-def equal_stages_budget(cancelled: threading.Event) -> Budget:
-    """Return a budget, starting now, for searches for replicas of equal stages."""
-    return Budget(time_limit_s=EQUAL_STAGES_S, clock=time.monotonic, cancelled=cancelled)
-
-
-def equal_stages_within(budget: Budget, problem: PlacementProblem, seed: int) -> tuple[float | None] | None:
-    """Return the value of equal stages in a tuple, which contains None if they have no plan; None: the budget ran out.
-
-    A search that is cut short shows nothing of what equal stages can reach.
-    """
-    from hetis.solver.placement.solve import equal_stages_value
-
-    if budget.is_spent():
-        return None
-    value = equal_stages_value(problem, SearchSettings(budget=budget, seed=seed))
-    return None if budget.is_spent() else (value,)
 
 
 def _is_better(value: float, known: float | None, plan: Plan) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hetis.simulator.metrics import DeviceUse
 from hetis.solver.cluster import Cluster
@@ -36,6 +36,11 @@ def group_replicas(replicas: Sequence[ReplicaPlan]) -> tuple[ReplicaGroup, ...]:
         for numbers in groups.values()
     )
     return tuple(sorted(found, key=lambda group: -group.rate))
+
+
+def shapes_of(plan: Plan) -> Counter[tuple[object, ...]]:
+    """Return the shapes of a plan's replicas, whatever number of requests their engines may run at once."""
+    return Counter(_shape(replace(replica, max_num_seqs=0)) for replica in plan.replicas)
 
 
 def _shape(replica: ReplicaPlan) -> tuple[object, ...]:

@@ -16,13 +16,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hetis.formats import catalogue
 from hetis.formats.traces import PrefixHitRate
-from hetis.planner.use_cases import service_level
-from hetis.planner.use_cases.engine_values import (
-    EQUAL_STAGES,
-    equal_stages_budget,
-    equal_stages_within,
-    with_engine_values,
-)
+from hetis.planner.use_cases import equal_stages, service_level
+from hetis.planner.use_cases.engine_values import with_engine_values
 from hetis.planner.use_cases.errors import UncheckedPlanError
 from hetis.planner.use_cases.listing import kinds_in_a_zone, refuse_unlisted, stages_to_list
 from hetis.planner.use_cases.precision import for_engine, in_precision, notes_on_exchange
@@ -46,7 +41,6 @@ from hetis.planner.use_cases.versions import installed_versions
 from hetis.profiler.defaults import default_profile
 from hetis.solver.budget import Budget, Progress, Report, SearchSettings
 from hetis.solver.cluster import Cluster
-from hetis.solver.constraints import WithoutTp
 from hetis.solver.errors import InvalidProblemError, NoPlanFoundError
 from hetis.solver.model import ModelSpec
 from hetis.solver.plan import DEFAULT_STRATEGY, DEFAULT_TIME_LIMIT_S, Objective, ObjectiveKind, Plan, Role
@@ -65,7 +59,7 @@ TO_SEARCH = 0.5  # share of the time left for another search: the rest is for th
 TO_SURVIVE = 0.5  # share of the time left for each search for a plan that survives a loss: others may follow
 SHORT_TIME = 20.0  # times what the first plan's simulation took, about as long as a search for a lower rate may take
 PLACES = ("node", "zone")  # kinds of places whose loss a plan may have to survive
-SIMPLE_SETUPS = "simple_setups"  # entry of `Plan.inputs`: the value of equal stages by TP size of all replicas
+MODEL_VALUE = "model_value"  # entry of `Plan.inputs`: the best plan's by the model, if a limit was tightened for this
 CONSTRAINT_PRICES = "constraint_prices"  # entry of `Plan.inputs`: the cost of every constraint, if requested
 ONE_TOKEN = "requests have one output token, so that a limit on TPOT does not apply"
 STOPPED_EARLY = "stopped before its simulation ended: it is not known at which rate traffic keeps the limits"
@@ -219,10 +213,14 @@ def place(
     )
     problem = replace(problem, objective=plan.objective)  # its demand is larger if a loss must be survived
     if request.verify:
+        whole = replace(budget(), time_limit_s=request.simulation_limit_s)
         plan = simulated_plan(
             plan, loaded, problem, settings, level=request.service_level, budget=budget, cancelled=cancelled,
             report=report, limit_s=request.simulation_limit_s,
         )  # fmt: skip
+        plan = equal_stages.with_kept_rate(
+            plan, problem, seed=settings.seed, cancelled=_Spent(whole), report=simulation_report(plan, report)
+        )
     prices = _constraint_prices(plan, problem, settings, budget(), report) if request.price_pins else ()
     if prices:
         plan = replace(plan, inputs={**plan.inputs, CONSTRAINT_PRICES: _price_rows(prices)})
@@ -279,7 +277,7 @@ def make_plan(
     plan = with_asked(describe(plan, loaded, problem, settings), asked)
     is_compared = settings.strategy == DEFAULT_STRATEGY and plan.replicas and not survive  # they do not survive
     if beside_equal_stages and is_compared:
-        plan = _with_equal_stages(plan, problem, settings, budget.cancelled)
+        plan = equal_stages.with_values(plan, problem, settings.seed, budget.cancelled)
     if beside_engines and is_compared:
         plan = with_engine_values(
             plan, problem, seed=settings.seed, time_limit_s=settings.time_limit_s, cancelled=budget.cancelled,
@@ -344,7 +342,10 @@ def simulated_plan(
     simulated = verification_of(found)
     if again and simulated is not None and not simulated.kept and whole.is_spent() and not cancelled.is_set():
         found = replace(found, notes=(*found.notes, SEARCH_OUT_OF_TIME))
-    return found if tightening_of(found) is None else _checked(found, problem, losses=losses)
+    if tightening_of(found) is None:
+        return found
+    found = replace(found, inputs={**found.inputs, MODEL_VALUE: plan.result.value})
+    return _checked(found, problem, losses=losses)
 
 
 class _Spent(threading.Event):
@@ -527,42 +528,6 @@ def inputs_of_plan(loaded: LoadedInputs, settings: PlacementSettings, problem: P
         "digests": loaded.inputs.digests(),
         "documents": loaded.inputs.documents(),
     }
-
-
-def _with_equal_stages(
-    plan: Plan, problem: PlacementProblem, settings: PlacementSettings, cancelled: threading.Event
-) -> Plan:
-    """Return the plan with the value of equal stages, which is what engines run without a planner.
-
-    It also gets the values with one TP size in all replicas, by size. Values whose search was cut short are left out.
-    The first search may be cut short only because it compiles, and is then repeated.
-
-    Raises:
-        BrokenProofError: equal stages, which the plan's family contains, are better than its bound.
-    """
-
-    from hetis.solver.placement.outcome import sound_bound
-
-    def value(of: PlacementProblem, budget: Budget) -> tuple[float | None] | None:
-        return equal_stages_within(budget, of, settings.seed)
-
-    best = value(problem, equal_stages_budget(cancelled)) or value(problem, equal_stages_budget(cancelled))
-    if best and best[0] is not None and Role.UNIFIED in problem.family.roles:
-        sound_bound(plan.result.bound, best[0], maximises=problem.objective.maximises)
-    most = max(slots.count for group in problem.cluster.node_groups for slots in group.gpus)
-    forbidden = {each.tp for each in problem.constraints if isinstance(each, WithoutTp)}
-    freely = replace(
-        problem,
-        constraints=tuple(each for each in problem.constraints if not isinstance(each, WithoutTp)),
-    )
-    of_sizes = equal_stages_budget(cancelled)
-    by_size = {
-        str(tp): value(replace(freely, family=replace(problem.family, tp_sizes=(tp,))), of_sizes)
-        for tp in problem.family.tp_sizes
-        if tp <= most and tp not in forbidden
-    }
-    found: dict[str, Any] = {SIMPLE_SETUPS: {size: one[0] for size, one in by_size.items() if one}}
-    return replace(plan, inputs={**plan.inputs, **({EQUAL_STAGES: best[0]} if best else {}), **found})
 
 
 def simulation_report(plan: Plan, report: Report) -> RunReport:

@@ -69,9 +69,8 @@ class _LayersSearch:
     def __init__(self, problem: LayersProblem, budget: Budget, report: Report, *, flow_only: bool) -> None:
         held = sum(kind.count * problem.most_layers(kind) for kind in problem.node_types)
         if held < problem.num_layers:
-            raise InfeasibleError(
-                (f"the {problem.num_nodes} nodes can hold {held} layers, the model has {problem.num_layers}",)
-            )
+            nodes = "the only node" if problem.num_nodes == 1 else f"the {problem.num_nodes} nodes"
+            raise InfeasibleError((f"{nodes} can hold {held} layers, the model has {problem.num_layers}",))
         self.problem, self.budget, self.report, self.flow_only = problem, budget, report, flow_only
         self.tables = tabulate(problem)
         self.sweep = new_sweep(problem.num_nodes, problem.num_layers)
@@ -97,14 +96,15 @@ class _LayersSearch:
         for start, placement in enumerate(self._starts(seed)):
             if found and self.budget.is_spent():
                 break
-            found.append(self._anneal(placement, MOVES_PER_NODE, HOT, start >= STARTS, seed + 101 * start))
+            share_s = self.budget.remaining_s() / (STARTS + SPARSE_STARTS + FINALISTS - start)
+            found.append(self._anneal(placement, MOVES_PER_NODE, HOT, start >= STARTS, seed + 101 * start, share_s))
             self._tell(f"start {start + 1} of {STARTS + SPARSE_STARTS}", max(rate for rate, *_ in found))
         found.sort(key=lambda entry: -entry[0])
         for finalist, (_, placement, wild) in enumerate(found[:FINALISTS]):
             if self.budget.is_spent():
                 break
-            seed_again = seed + 101 * finalist + 1
-            found.append(self._anneal(copy_of(placement), FINAL_MOVES_PER_NODE, FINAL_HOT, wild, seed_again))
+            seed_again, share_s = seed + 101 * finalist + 1, self.budget.remaining_s() / (FINALISTS - finalist)
+            found.append(self._anneal(copy_of(placement), FINAL_MOVES_PER_NODE, FINAL_HOT, wild, seed_again, share_s))
             self._tell(f"finalist {finalist + 1} of {FINALISTS}", max(rate for rate, *_ in found))
         rate, best, _ = max(found, key=lambda entry: entry[0])
         if rate <= 0:
@@ -115,15 +115,22 @@ class _LayersSearch:
         self.report(Progress(phase=phase, elapsed_s=self.budget.elapsed_s(), incumbent=rate))
 
     def _anneal(
-        self, placement: LayerPlacement, moves_per_node: int, hottest: float, wild: bool, seed: int
+        self, placement: LayerPlacement, moves_per_node: int, hottest: float, wild: bool, seed: int, share_s: float
     ) -> tuple[float, LayerPlacement, bool]:
-        """Return (rate, best placement, ``wild``), annealing in slices so that the budget is checked."""
+        """Return (rate, best placement, ``wild``), annealing in slices so that the budget is checked.
+
+        It cools by the share of its moves or, if that is larger, by the share of its time ``share_s``: a search that is
+        cut short while it is hot ends with little more than its start.
+        """
         num_moves = min(moves_per_node * self.problem.num_nodes, MOST_MOVES)
         slices = max(1, num_moves * self.problem.num_nodes // SLICE)
         cooling = (COLD / hottest) ** (1 / slices)
-        best, rate = copy_of(placement), 0.0
+        best, rate, started_s = copy_of(placement), 0.0, self.budget.elapsed_s()
         for number in range(slices):
-            hot = hottest * cooling**number
+            past = (self.budget.elapsed_s() - started_s) / share_s if share_s > 0.0 else 0.0
+            if past >= 1.0:
+                break
+            hot = hottest * cooling ** max(number, past * slices)
             rate = anneal(
                 placement, best, self.tables, self.flow_only, self.sweep, math.ceil(num_moves / slices), hot,
                 hot * cooling, wild, (seed + 7919 * number) % 2**32,

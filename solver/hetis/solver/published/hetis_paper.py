@@ -246,7 +246,7 @@ def best_with_pool(costs: CostTables, duty: ReplicaDuty, ranks: Ranks, pool: Sha
     if pool is None:
         return without
     found = [without]
-    for given in _shares(costs, ranks):
+    for given in _shares(costs, duty, ranks, pool):
         stages = [
             TemplateStage(rank, 1, 0, pool.device_class, pool.cards, k) if k else TemplateStage(rank, 1, 0)
             for rank, k in zip(ranks, given.tolist(), strict=True)
@@ -255,11 +255,15 @@ def best_with_pool(costs: CostTables, duty: ReplicaDuty, ranks: Ranks, pool: Sha
     return fastest(found)
 
 
-def _shares(costs: CostTables, ranks: Ranks) -> Iterator[IntArray]:
-    """Yield the head groups that every stage gives away, for ever larger shares; unsplittable stages keep all."""
+def _shares(costs: CostTables, duty: ReplicaDuty, ranks: Ranks, pool: SharedPool) -> Iterator[IntArray]:
+    """Yield the head groups that every stage gives away, for ever larger shares; stages that cannot give any keep all.
+
+    A stage cannot if its ranks share head groups, or if the family has no such attention workers for it.
+    """
     model = costs.problem.model
     tps = np.array([costs.ranks[rank][1] for rank in ranks], dtype=np.int64)
-    groups = np.where(tps <= model.head_groups, np.maximum(1, model.head_groups // tps), 0)
+    has_pool = costs.scopes[duty.scope].tables.pool_start[np.array(ranks), pool.device_class] >= 0
+    groups = np.where((tps <= model.head_groups) & has_pool, np.maximum(1, model.head_groups // tps), 0)
     finest = int(groups.max(initial=0))
     for step in range(1, finest + 1):
         yield (groups * step + finest // 2) // finest

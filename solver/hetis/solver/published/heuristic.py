@@ -23,6 +23,7 @@ from hetis.solver.plan import KvRoute, ObjectiveKind, Plan, ReplicaPlan, Role, S
 from hetis.solver.problem import PlacementProblem
 from hetis.solver.published.replicas import FleetGpus, ReplicaDuty, ReplicaSearch, duty_of
 
+OUT_OF_TIME = "the time limit ended its search: the plan is the best that it had found by then"
 WITHOUT_PROOF = "a heuristic as published, without a proof of its own: alone it has the bound of the fleet's dense work"
 
 
@@ -116,12 +117,14 @@ class Published:
             raise NoPlanFoundError(f"{self.name} needs two GPUs at least, one to prefill and one to decode")
         rooms = [problem.profiles[c.gpu].room_bytes for c in costs.classes]
         gpus = FleetGpus.of(problem.cluster, costs.classes, rooms)
-        found = self.search(Search(costs, gpus, ReplicaSearch(costs), budget, report, seed))
+        found = self.search(Search(costs, gpus, ReplicaSearch(costs, budget), budget, report, seed))
         if not found.replicas:
             if budget.is_spent():
                 raise NoPlanFoundError(f"no plan found within {budget.elapsed_s():.1f} s; allow more time")
             raise NoPlanFoundError(f"{self.name} found no {self.finds}")
-        return plan_of(costs, self.name, found._replace(notes=(WITHOUT_PROOF, self.notes, *found.notes)), budget)
+        cut = (OUT_OF_TIME,) if budget.remaining_s() <= 0.0 else ()
+        notes = (WITHOUT_PROOF, self.notes, *found.notes, *cut)
+        return plan_of(costs, self.name, found._replace(notes=notes), budget)
 
 
 def plan_of(costs: CostTables, strategy: str, found: Decisions, budget: Budget) -> Plan:

@@ -2,8 +2,9 @@
 
 `docs/strategies.md` lists what is reconstructed. Offspring come from mutations alone, as in HexGen's published code. A
 moved GPU comes from the machine that holds most of the receiving group, if the giving group has one there; a split
-takes a random share of every machine. HexGen ranks individuals first by their number of groups and later by simulated
-attainment of a deadline; here the rate within the limits ranks them, with the number of groups breaking ties.
+takes a random share of every machine, rounded up or down at random, so that machines of one GPU can part. HexGen ranks
+individuals first by their number of groups and later by simulated attainment of a deadline; here the rate within the
+limits ranks them, with the number of groups breaking ties.
 """
 
 from __future__ import annotations
@@ -99,12 +100,13 @@ class Mutations:
         return (*groups, tuple(sorted((*one[taker], gpu))))
 
     def _split(self, one: Individual) -> Individual:
-        """Form a new group from the same share of the GPUs on every machine of a group."""
+        """Form a new group from the same share of the GPUs on every machine of a group, on average."""
         chosen = self.order.randrange(len(one))
         share = self.order.uniform(LEAST_SHARE, MOST_SHARE)
         leaving: set[int] = set()
         for kind, count in Counter(self.gpus.kind(gpu) for gpu in one[chosen]).items():
-            leaving.update([gpu for gpu in one[chosen] if self.gpus.kind(gpu) == kind][: round(share * count)])
+            of_kind = [gpu for gpu in one[chosen] if self.gpus.kind(gpu) == kind]
+            leaving.update(of_kind[: int(share * count + self.order.random())])
         staying = tuple(gpu for gpu in one[chosen] if gpu not in leaving)
         return (*(group for i, group in enumerate(one) if i != chosen), staying, tuple(sorted(leaving)))
 

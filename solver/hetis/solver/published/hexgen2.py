@@ -410,7 +410,7 @@ class FlowNetwork:
 
     def improved_from_without_limits(self, start: Arrangement) -> Evaluated:
         """Improve without the latency limits, then with them, since no swap can improve an arrangement without flow."""
-        free = ReplicaSearch(self.search.costs, keeps_limits=False)
+        free = ReplicaSearch(self.search.costs, self.search.budget, keeps_limits=False)
         relaxed = FlowNetwork(replace(self.search, report=silent), self._sends_afar, free)
         return self.improved(self.evaluated(relaxed.improved(relaxed.evaluated(start)).arrangement))
 

@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from hetis.solver.budget import Budget
 from hetis.solver.cluster import Cluster
 from hetis.solver.compiled import kernel_of
 from hetis.solver.cost import Regime
@@ -97,9 +98,13 @@ def duty_of(costs: CostTables, role: Role, zone: str, *, sends_afar: bool = Fals
 
 @dataclass(slots=True)
 class ReplicaSearch:
-    """A search for the best replica of groups, equal groups once; without ``keeps_limits``, latency is ignored."""
+    """A search for the best replica of groups, equal groups once; without ``keeps_limits``, latency is ignored.
+
+    Once the budget is spent, it knows the replicas found so far, and no others.
+    """
 
     costs: CostTables
+    budget: Budget = field(default_factory=Budget)
     keeps_limits: bool = True
     _found: dict[tuple[Composition, ReplicaDuty], Template | None] = field(default_factory=dict)
 
@@ -119,9 +124,10 @@ class ReplicaSearch:
         """Return the replica of a group that uses all its types."""
         shapes = list(self.shapes(group))
         if duty.role is not Role.PREFILL:
-            return fastest(self.at_best_setting(shape, duty) for shape in shapes)
+            return fastest(self.at_best_setting(shape, duty) for shape in shapes if not self.budget.is_spent())
         # By latency: the first shape within the limits is taken, whatever the rates of the others.
-        timed = sorted((self._latency_s(shape, duty), i) for i, shape in enumerate(shapes))
+        in_time = (i for i in range(len(shapes)) if not self.budget.is_spent())
+        timed = sorted((self._latency_s(shapes[i], duty), i) for i in in_time)
         found = (self.at_best_setting(shapes[i], duty) for latency_s, i in timed if latency_s < np.inf)
         return next((template for template in found if template is not None), None)
 

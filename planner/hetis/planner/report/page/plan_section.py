@@ -30,6 +30,7 @@ from hetis.planner.report.page.blocks import (
 )
 from hetis.planner.report.page.fleet_map import MAX_NAMED, fleet_map, replica_name, shape_letter
 from hetis.planner.report.plan import (
+    beside_by_rates,
     beside_engines,
     beside_equal_stages,
     by_unified,
@@ -52,7 +53,7 @@ from hetis.planner.report.replica import stage_rows, unit_of_room
 from hetis.planner.report.simulation_pictures import Panel
 from hetis.planner.report.tables import SimulationRemarks, kept_beyond
 from hetis.planner.use_cases.compare import cost_rate
-from hetis.planner.use_cases.engine_values import EQUAL_STAGES
+from hetis.planner.use_cases.equal_stages import kept_by_equal_stages
 from hetis.planner.use_cases.grouping import ReplicaGroup, group_replicas
 from hetis.planner.use_cases.place import OUT_OF_TIME, stopped_simulation_of
 from hetis.planner.use_cases.robustness.profile_errors import used_fits
@@ -192,18 +193,20 @@ def _tiles(plan: Plan, problem: PlacementProblem) -> Iterator[Tile]:
 
 
 def _against_today(plan: Plan) -> Iterator[Tile]:
-    """Yield the plan beside equal stages, both by the model if simulated traffic made the plan promise less."""
-    alone = plan.inputs.get(EQUAL_STAGES)
-    if isinstance(alone, int | float) and alone > 0:
-        ratio = plan.result.value / alone - 1.0
+    """Yield the plan beside equal stages, alike: both as simulated, or both by the model."""
+    ours, theirs = beside_by_rates(plan)
+    if theirs is not None and theirs > 0:
+        ratio = ours / theirs - 1.0
         good = ratio > 0 if plan.objective.maximises else ratio < 0
         sign = "+" if ratio > 0 else "−" if ratio < 0 else ""
-        value = f"{digits(alone)} {plan.result.unit}{by_unified(plan)}"
-        below = is_below_model(plan)
+        value = f"{digits(theirs)} {plan.result.unit}{by_unified(plan)}"
+        by = "by the model; equal stages, not simulated: " if is_below_model(plan) else "equal stages: "
+        if kept_by_equal_stages(plan) is not None:
+            by = "in simulation; equal stages: "
         yield Tile(
             label="Compared with today's practice",
             value=f"{sign}{percent(abs(ratio))}" if ratio else "the same",
-            note=f"by the model; equal stages, not simulated: {value}" if below else f"equal stages: {value}",
+            note=f"{by}{value}",
             tone="good" if good else "",
         )
 
@@ -225,7 +228,9 @@ def _simulated(plan: Plan) -> Iterator[Tile]:
         yield Tile(label="Simulated", value="limits kept", note=note, tone="" if found.too_short else "good")
     else:
         until = "no rate tried keeps them" if found.kept_rps is None else f"kept up to {digits(found.kept_rps)}/s"
-        yield Tile(label="Simulated", value="MISSED", note=f"{misses(found, plan)[0]}; {until}{said}", tone="bad")
+        yield Tile(
+            label="Simulated", value="MISSED", note="; ".join([*misses(found, plan)[:1], until]) + said, tone="bad"
+        )
 
 
 # --- quality and limits
@@ -233,8 +238,7 @@ def _simulated(plan: Plan) -> Iterator[Tile]:
 
 def _worth(plan: Plan) -> Scale:
     """Return the value next to its bound and to equal stages, today's practice."""
-    result, alone, expected = plan.result, plan.inputs.get(EQUAL_STAGES), range_of(plan)
-    beside = float(alone) if isinstance(alone, int | float) and alone > 0 else 0.0
+    result, expected, beside = plan.result, range_of(plan), beside_by_rates(plan).theirs or 0.0
     band = (expected.rate.low, expected.rate.high) if expected is not None and plan.objective.maximises else None
     known = [result.value, beside, *(band or ()), *([result.bound] if math.isfinite(result.bound) else [])]
     axis = max(known) * ROOM or 1.0
@@ -253,6 +257,7 @@ def _worth(plan: Plan) -> Scale:
         rows.append(ScaleRow(label="Kept, simulated", text=simulated, share=kept.rate_rps / axis))
     if beside:
         label = "Equal stages (unified)" if excludes_unified(plan) else "Equal stages"
+        label += "" if kept_by_equal_stages(plan) is None else ", simulated"
         rows.append(ScaleRow(label=label, text=f"{digits(beside, 4)} {result.unit}", share=beside / axis))
     bound = f"bound {digits(result.bound, 4)} {result.unit}" if math.isfinite(result.bound) else "no bound"
     notes = [f"The line is the {bound}: {verdict(plan)}."]
