@@ -127,7 +127,7 @@ class _LayersSearch:
         cooling = (COLD / hottest) ** (1 / slices)
         best, rate, started_s = copy_of(placement), 0.0, self.budget.elapsed_s()
         for number in range(slices):
-            past = (self.budget.elapsed_s() - started_s) / share_s if share_s > 0.0 else 0.0
+            past = (self.budget.elapsed_s() - started_s) / share_s if number and share_s > 0.0 else 0.0
             if past >= 1.0:
                 break
             hot = hottest * cooling ** max(number, past * slices)
