@@ -10,11 +10,14 @@ from __future__ import annotations
 import difflib
 import math
 import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import TypeVar
 
 from hetis.solver.errors import HetisError
+
+T = TypeVar("T")
 
 REPORT_IT = "This is a bug in hetis. HETIS_DEBUG=1 shows the traceback; please report it with the input files."
 MAX_SHOWN = 100  # problems per document that are collected and printed
@@ -56,6 +59,15 @@ class DocumentError(HetisError):
         """Return how many problems there are: ``more than 100 problems in the input``."""
         count = len(self.problems)
         return f"{'more than ' if self.has_more else ''}{count} problem{'' if count == 1 else 's'} in the input"
+
+
+def attempt(read: Callable[[], T], problems: list[Problem]) -> T | None:
+    """Return the result of ``read``, or None after adding its problems to those of all inputs, ``problems``."""
+    try:
+        return read()
+    except DocumentError as error:
+        problems += error.problems
+        return None
 
 
 def single_problem(file: str, message: str, *, line: int | None = None, column: int | None = None) -> DocumentError:

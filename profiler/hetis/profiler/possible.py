@@ -45,9 +45,10 @@ _MUCH: Mapping[Op, tuple[str, Mapping[str, float]]] = {
 }
 # The most bytes that an operator reads for few FLOPs, many times what fits into any cache: so nearly all come from
 # memory. Weights are those of a layer of Llama-3-70B, and KV is again Llama-3-8B's.
+_WEIGHTS = {"flops": 2 * 855e6, "num_bytes": 2 * 855e6, "tokens": 1}
 _READING: Mapping[Op, tuple[str, Mapping[str, float]]] = {
-    Op.DENSE: ("1.7 GB of weights on 1 token", {"flops": 2 * 855e6, "num_bytes": 2 * 855e6, "tokens": 1}),
-    Op.EXPERTS: ("1.7 GB of weights on 1 token", {"flops": 2 * 855e6, "num_bytes": 2 * 855e6, "tokens": 1}),
+    Op.DENSE: ("1.7 GB of weights on 1 token", _WEIGHTS),
+    Op.EXPERTS: ("1.7 GB of weights on 1 token", _WEIGHTS),
     Op.DECODE_ATTENTION: (
         "64 requests of 8,192 tokens",
         {"flops": 4.0 * 32 * 128 * 64 * 8192, "num_bytes": 4096.0 * 64 * 8192, "tokens": 64, "heads": 32 * 64},

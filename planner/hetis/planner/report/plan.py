@@ -261,6 +261,12 @@ def value_by_model(plan: Plan) -> float:
     return float(found) if isinstance(found, int | float) else plan.result.value
 
 
+def promised_value(plan: Plan) -> float:
+    """Return the plan's value, or the rate that simulated traffic kept if it did not keep all of the goodput."""
+    kept = less_than_planned(plan)
+    return plan.result.value if kept is None else kept.rate_rps
+
+
 def kept_cell(plan: Plan, *, unknown: str) -> Text:
     """Return the rate at which simulated traffic kept the limits, or ``unknown`` without a simulation."""
     kept = kept_of(plan)
@@ -299,10 +305,10 @@ def misses_demand(plan: Plan) -> bool:
 
     Plans of least cost are found for the demanded rate; `Simulated` says if traffic of this rate misses their limits.
     """
-    demand_rps, kept = plan.objective.demand_rps, less_than_planned(plan)
+    demand_rps = plan.objective.demand_rps
     if demand_rps is None or not plan.objective.maximises:
         return False
-    return (plan.result.value if kept is None else kept.rate_rps) < demand_rps * (1.0 - SAME_RATE)
+    return promised_value(plan) < demand_rps * (1.0 - SAME_RATE)
 
 
 def demand_words(plan: Plan, demand_rps: float) -> Text:
@@ -354,15 +360,16 @@ class BesideEqualStages(NamedTuple):
 
     ours: float
     theirs: float | None  # None: unknown, or no such plan
+    are_simulated: bool  # whether both are what simulated traffic kept, rather than the model's
 
 
 def beside_by_rates(plan: Plan) -> BesideEqualStages:
     """Return the values of a plan and of equal stages: both as simulated, if that is known, or else by the model."""
     if (kept_rps := kept_by_equal_stages(plan)) is not None:
-        kept = less_than_planned(plan)
-        return BesideEqualStages(plan.result.value if kept is None else kept.rate_rps, kept_rps)
+        return BesideEqualStages(promised_value(plan), kept_rps, are_simulated=True)
     alone = plan.inputs.get(EQUAL_STAGES)
-    return BesideEqualStages(value_by_model(plan), float(alone) if isinstance(alone, int | float) else None)
+    theirs = float(alone) if isinstance(alone, int | float) else None
+    return BesideEqualStages(value_by_model(plan), theirs, are_simulated=False)
 
 
 def beside_equal_stages(plan: Plan) -> str | None:
@@ -379,11 +386,11 @@ def beside_equal_stages(plan: Plan) -> str | None:
         equal = f"unified {equal}, which --roles excludes"
     if not isinstance(alone, int | float) or alone <= 0:
         return f"{equal}: none keep the limits" if alone is None else None
-    by_model, (ours, theirs) = f"{digits(alone, 4)} {unit}", beside_by_rates(plan)
+    by_model, (ours, theirs, are_simulated) = f"{digits(alone, 4)} {unit}", beside_by_rates(plan)
     if not theirs:
         return f"{equal}: none of the rates tried keeps the limits in simulation; by the model {by_model}"
     beside = _beside(ours, theirs)
-    if kept_by_equal_stages(plan) is not None:
+    if are_simulated:
         return f"{digits(theirs, 4)} {unit} within the limits in simulation, by {equal}; this plan {beside}"
     if not is_below_model(plan):
         return f"{by_model} by {equal}; this plan {beside}"

@@ -133,8 +133,8 @@ def pose(
         else default_profile(gpu_type)
         for gpu, gpu_type in gpu_types_of(cluster).items()
     }
-    stored = {gpu: by_gpu[gpu] for gpu in by_gpu if gpu in profiles}
-    if problems := impossible_profiles(stored, gpu_types_of(cluster)):
+    stored = {gpu: one for gpu, one in by_gpu.items() if gpu in profiles}
+    if problems := impossible_profiles(stored, cluster.gpu_types):
         raise InvalidProblemError("; ".join(map(str, problems)))
     origin = f"{record.name} {etag_of(record)}"
     if left_out:

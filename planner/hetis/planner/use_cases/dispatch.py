@@ -12,7 +12,7 @@ import numpy as np
 
 from hetis.formats import catalogue
 from hetis.formats.dispatch_state import NewRequest, NewRequests, load_requests, load_state, requests_from_words
-from hetis.formats.errors import DocumentError, Problem, did_you_mean, single_problem
+from hetis.formats.errors import DocumentError, Problem, attempt, did_you_mean, single_problem
 from hetis.formats.saved_state import (
     AttentionPiece,
     InlineHeads,
@@ -24,7 +24,6 @@ from hetis.formats.saved_state import (
 from hetis.planner.use_cases.grouping import abbreviate
 from hetis.planner.use_cases.sources import (
     PlanAndProblem,
-    attempt,
     impossible_profiles,
     load_plan_and_problem,
     load_profiles,

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from hetis.formats.documents import load_cluster, load_model, load_workload
-from hetis.formats.errors import DocumentError, Problem, single_problem
+from hetis.formats.errors import DocumentError, Problem, attempt, single_problem
 from hetis.formats.traces import PrefixHitRate
 from hetis.formats.workload import with_prefix_hits
 from hetis.planner.use_cases.errors import UncheckedPlanError
@@ -26,7 +26,6 @@ from hetis.planner.use_cases.sources import (
     Inputs,
     LoadedInputs,
     asked_objective,
-    attempt,
     differing_fields,
     impossible_profiles,
     inputs_from_documents,

@@ -10,7 +10,7 @@ import numpy as np
 
 from hetis.formats import catalogue
 from hetis.formats.documents import load_model, load_workload
-from hetis.formats.errors import DocumentError, Problem, single_problem
+from hetis.formats.errors import DocumentError, Problem, attempt, single_problem
 from hetis.formats.fields import read_data
 from hetis.formats.positions import Text
 from hetis.formats.tenants import FleetTenant, ShareInputs, parse_tenants
@@ -23,7 +23,7 @@ from hetis.planner.use_cases.place import (
     objective,
 )
 from hetis.planner.use_cases.robustness.profile_errors import profile_notes
-from hetis.planner.use_cases.sources import LoadedInputs, attempt, load_inputs, with_asked
+from hetis.planner.use_cases.sources import LoadedInputs, load_inputs, with_asked
 from hetis.profiler.defaults import default_profile
 from hetis.solver.budget import Budget, Progress, Report, one_of_several
 from hetis.solver.cluster import Cluster, GpuSlots, Link, Network, NodeGroup

@@ -20,7 +20,7 @@ from hetis.formats.documents import (
     load_workload,
     to_data,
 )
-from hetis.formats.errors import DocumentError, Problem, did_you_mean, shown, single_problem
+from hetis.formats.errors import DocumentError, Problem, attempt, did_you_mean, shown, single_problem
 from hetis.formats.files import read_text
 from hetis.formats.positions import parse_text
 from hetis.formats.traces import PrefixHitRate
@@ -611,12 +611,3 @@ def impossible_profiles(given: Mapping[str, tuple[str, Profile]], gpu_types: Map
 
 def _gpus(cluster: Cluster) -> list[str]:
     return list(dict.fromkeys(slots.gpu for group in cluster.node_groups for slots in group.gpus))
-
-
-def attempt(read: Callable[[], T], problems: list[Problem]) -> T | None:
-    """Return the result of ``read``, or None after adding its problems to those of all inputs, ``problems``."""
-    try:
-        return read()
-    except DocumentError as error:
-        problems += error.problems
-        return None

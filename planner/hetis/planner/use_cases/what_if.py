@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from hetis.formats import catalogue
-from hetis.formats.errors import DocumentError, Problem, did_you_mean, single_problem
+from hetis.formats.errors import DocumentError, Problem, attempt, did_you_mean, single_problem
 from hetis.formats.files import read_text
 from hetis.planner.use_cases.compare import FAILED, NO_PLAN, Compared, planned
 from hetis.planner.use_cases.errors import UncheckedPlanError
 from hetis.planner.use_cases.place import PlacementSettings
 from hetis.planner.use_cases.precision import for_engine
-from hetis.planner.use_cases.sources import Inputs, LoadedInputs, PlanAndProblem, attempt
+from hetis.planner.use_cases.sources import Inputs, LoadedInputs, PlanAndProblem
 from hetis.profiler.defaults import default_profile, profile_origin
 from hetis.solver.advice import (
     Addition,

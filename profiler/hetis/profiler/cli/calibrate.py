@@ -15,7 +15,6 @@ from hetis.profiler.cli.exit_codes import ProfileExitCode
 from hetis.profiler.cli.fit import waiting
 from hetis.profiler.cli.shared import (
     ClusterOption,
-    all_of,
     gpu_type,
     require_outputs,
     save_profile,
@@ -135,6 +134,7 @@ def calibrate(
     every few seconds, which tells one parameter.
     """
     from hetis.formats.dtypes import KV_PRECISIONS, PRECISIONS, with_precision
+    from hetis.formats.errors import DocumentError, Problem, attempt
     from hetis.formats.model import load_model
     from hetis.formats.vllm_logs import load_iteration_log
     from hetis.profiler.calibrate.correction import calibrate as corrected
@@ -142,16 +142,17 @@ def calibrate(
 
     if not gpu and profile is None:
         raise typer.BadParameter("give --gpu, the type that the server runs on, or --profile")
-    base, named, log, *_ = all_of(
-        lambda: _profile(gpu, profile, cluster),
-        lambda: load_model(model),
-        lambda: None if "://" in source else load_iteration_log(source),
-        lambda: _precision("--weights", weights, PRECISIONS),
-        lambda: _precision("--kv", kv, KV_PRECISIONS),
-        lambda: require_outputs(out),
-    )
+    problems: list[Problem] = []
+    base = attempt(lambda: _profile(gpu, profile, cluster), problems)
+    named = attempt(lambda: load_model(model), problems)
+    log = None if "://" in source else attempt(lambda: load_iteration_log(source), problems)
+    attempt(lambda: _precision("--weights", weights, PRECISIONS), problems)
+    attempt(lambda: _precision("--kv", kv, KV_PRECISIONS), problems)
+    attempt(lambda: require_outputs(out), problems)
+    if problems or base is None or named is None:
+        raise DocumentError(problems)
     spec = with_precision(named, weights=weights, kv=kv).on(base.gpu)
-    if "://" in source:
+    if log is None:
         _replica(spec, base, tp or 1, cluster)  # a check before a minute is spent on it
         observed = _watched(terminal, source, context, watch_s or _USUAL_S)
     else:

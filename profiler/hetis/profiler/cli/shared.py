@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -50,21 +50,6 @@ def require_outputs(*paths: Path | None) -> None:
             problems.append(Problem(file=str(path), message=f"cannot be written: {reason}"))
     if problems:
         raise DocumentError(problems)
-
-
-def all_of(*reads: Callable[[], Any]) -> list[Any]:
-    """Return the results of all. Raises DocumentError with the problems of each, after all have run."""
-    from hetis.formats.errors import DocumentError, Problem
-
-    found, problems = list[Any](), list[Problem]()
-    for read in reads:
-        try:
-            found.append(read())
-        except DocumentError as error:
-            problems += error.problems
-    if problems:
-        raise DocumentError(problems)
-    return found
 
 
 def load_all(paths: Sequence[Path], *, gpu: str = "") -> list[Measurements]:

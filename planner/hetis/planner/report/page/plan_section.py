@@ -53,7 +53,6 @@ from hetis.planner.report.replica import stage_rows, unit_of_room
 from hetis.planner.report.simulation_pictures import Panel
 from hetis.planner.report.tables import SimulationRemarks, kept_beyond
 from hetis.planner.use_cases.compare import cost_rate
-from hetis.planner.use_cases.equal_stages import kept_by_equal_stages
 from hetis.planner.use_cases.grouping import ReplicaGroup, group_replicas
 from hetis.planner.use_cases.place import OUT_OF_TIME, stopped_simulation_of
 from hetis.planner.use_cases.robustness.profile_errors import used_fits
@@ -194,15 +193,14 @@ def _tiles(plan: Plan, problem: PlacementProblem) -> Iterator[Tile]:
 
 def _against_today(plan: Plan) -> Iterator[Tile]:
     """Yield the plan beside equal stages, alike: both as simulated, or both by the model."""
-    ours, theirs = beside_by_rates(plan)
+    ours, theirs, are_simulated = beside_by_rates(plan)
     if theirs is not None and theirs > 0:
         ratio = ours / theirs - 1.0
         good = ratio > 0 if plan.objective.maximises else ratio < 0
         sign = "+" if ratio > 0 else "−" if ratio < 0 else ""
         value = f"{digits(theirs)} {plan.result.unit}{by_unified(plan)}"
         by = "by the model; equal stages, not simulated: " if is_below_model(plan) else "equal stages: "
-        if kept_by_equal_stages(plan) is not None:
-            by = "in simulation; equal stages: "
+        by = "in simulation; equal stages: " if are_simulated else by
         yield Tile(
             label="Compared with today's practice",
             value=f"{sign}{percent(abs(ratio))}" if ratio else "the same",
@@ -238,7 +236,8 @@ def _simulated(plan: Plan) -> Iterator[Tile]:
 
 def _worth(plan: Plan) -> Scale:
     """Return the value next to its bound and to equal stages, today's practice."""
-    result, expected, beside = plan.result, range_of(plan), beside_by_rates(plan).theirs or 0.0
+    result, expected, (_, theirs, are_simulated) = plan.result, range_of(plan), beside_by_rates(plan)
+    beside = theirs or 0.0
     band = (expected.rate.low, expected.rate.high) if expected is not None and plan.objective.maximises else None
     known = [result.value, beside, *(band or ()), *([result.bound] if math.isfinite(result.bound) else [])]
     axis = max(known) * ROOM or 1.0
@@ -257,7 +256,7 @@ def _worth(plan: Plan) -> Scale:
         rows.append(ScaleRow(label="Kept, simulated", text=simulated, share=kept.rate_rps / axis))
     if beside:
         label = "Equal stages (unified)" if excludes_unified(plan) else "Equal stages"
-        label += "" if kept_by_equal_stages(plan) is None else ", simulated"
+        label += ", simulated" if are_simulated else ""
         rows.append(ScaleRow(label=label, text=f"{digits(beside, 4)} {result.unit}", share=beside / axis))
     bound = f"bound {digits(result.bound, 4)} {result.unit}" if math.isfinite(result.bound) else "no bound"
     notes = [f"The line is the {bound}: {verdict(plan)}."]
