@@ -107,6 +107,19 @@ def test_what_was_not_measured_is_scaled_from_hopper_and_says_so() -> None:
     assert all(fit.provenance.origin.endswith("scaled from Hopper") for fit in fits)
 
 
+def test_only_the_gpu_of_the_table_has_the_errors_of_a_measured_one() -> None:
+    """Others of its architecture have the range of GPUs never seen, as their dense products have."""
+    unseen = {
+        name: {fit.provenance.range_error for fit in latent.latent_fits(gpu, modelled_profile(gpu), "vllm")}
+        for name, gpu in (
+            (name, catalogue.find_gpu(name).gpu) for name in ("H100-SXM-80GB", "H200-SXM-141GB", "A100-SXM-80GB")
+        )
+    }
+    dense = modelled_profile(catalogue.find_gpu("T4").gpu).fits[0].provenance.range_error
+    assert dense is not None
+    assert unseen == {"H100-SXM-80GB": {None}, "H200-SXM-141GB": {dense}, "A100-SXM-80GB": {dense}}
+
+
 def rows_of(op: Op, gpu_name: str, model: ModelSpec) -> list[dict[str, object]]:
     gpu, true, rows = catalogue.find_gpu(gpu_name).gpu, TRUE[op], []
     lengths = (64, 512, 2048, 16384)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,12 +14,12 @@ import pytest
 from hetis.formats import catalogue
 from hetis.formats.errors import DocumentError
 from hetis.formats.measurements import MeasuredBy, MeasuredOp, Measurements, Table
-from hetis.profiler.defaults import shipped_gpus, shipped_profile
-from hetis.profiler.engines import for_engine
+from hetis.profiler.defaults import default_profile, shipped_gpus, shipped_profile
+from hetis.profiler.engines import ENGINES, for_engine
 from hetis.profiler.fit import fit_profile
 from hetis.profiler.importers import import_tables
 from hetis.profiler.plausibility import STEP_SECONDS, roofline_seconds, unit_doubt
-from hetis.profiler.possible import implausible_fits, impossible
+from hetis.profiler.possible import above_peaks, implausible_fits, impossible
 from hetis.profiler.roofline import modelled_profile
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.profile import Fit, Op, Piece, Profile
@@ -145,6 +146,15 @@ def test_no_shipped_profile_is_doubted(gpu: str) -> None:
     profile = shipped_profile(gpu)
     assert profile is not None
     assert list(impossible(profile, catalogue.find_gpu(gpu).gpu)) == []
+
+
+@pytest.mark.parametrize("gpu", [entry.gpu.name for entry in catalogue.gpus()])
+def test_no_kernel_of_an_engine_has_more_flops_than_the_peak(gpu: str) -> None:
+    """Latent attention and NVFP4 experts, whose tables are bound by memory, would reach 2.3 times that of a P100."""
+    found = catalogue.find_gpu(gpu).gpu
+    for engine, whole in itertools.product(ENGINES, (False, True)):
+        hosted = for_engine(default_profile(found)[1], found, engine, whole_experts=whole)
+        assert [one for one in above_peaks(hosted, found) if "FLOP/s" in one] == []
 
 
 @pytest.mark.parametrize("op", list(Op), ids=str)

@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from hetis.formats.files import write_atomically
+from hetis.profiler.fitting import rounded
+from hetis.profiler.roofline import shipped_efficiencies
 from hetis.solver.cluster import GpuType
-from hetis.solver.profile import Provenance, Source
+from hetis.solver.profile import Piece, Provenance, Source
 
 PUBLISHER = "aiconfigurator-core 0.12.0 (Apache-2.0)"
 SYSTEMS = {  # their names, and ours for their GPUs
@@ -53,10 +55,26 @@ def kernels_in(file: str, kind: Callable[..., K]) -> tuple[K, ...]:
     return tuple(kind(**fields) for fields in json.loads(text)["kernels"])
 
 
+def below_peak(piece: Piece, flops: float) -> tuple[Piece, ...]:
+    """Return the pieces of a kernel that its ``piece`` describes and that reaches at most ``flops`` per second.
+
+    Where memory bounds every row of a table, its fit leaves FLOPs next to nothing. On a GPU with much bandwidth for its
+    FLOPs (H20), and for more work than the table has, these bound the kernel.
+    """
+    roof = Piece(fixed_s=piece.fixed_s, flop_s=rounded(1.0 / flops))
+    return (piece,) if piece.flop_s >= roof.flop_s else (piece, roof)
+
+
 def provenance_of(kernel: Kernel, gpu: GpuType) -> Provenance:
-    """Return the provenance of a kernel's fit; no error is stated, because plans use it beside other fits."""
+    """Return the provenance of a kernel's fit on ``gpu``.
+
+    On the GPU of its table no error is stated, because plans use it beside other fits. Other GPUs have the range that
+    dense products of GPUs never seen have.
+    """
     relative = "" if kernel.architecture == gpu.architecture else f"; scaled from {kernel.architecture}"
-    return Provenance(source=Source.MODELLED, origin=f"{kernel.origin}{relative}")
+    is_measured = f" on {gpu.name}," in kernel.origin
+    unseen = None if is_measured else shipped_efficiencies().architectures[NEAREST].ops["dense"].range_error
+    return Provenance(source=Source.MODELLED, origin=f"{kernel.origin}{relative}", range_error=unseen)
 
 
 def make_file(

@@ -22,7 +22,16 @@ import numpy as np
 
 from hetis.formats import catalogue
 from hetis.formats.dtypes import BYTES_PER_PARAMETER
-from hetis.profiler.engine_tables import NEAREST, PUBLISHER, SYSTEMS, kernels_in, make_file, provenance_of, rows_in
+from hetis.profiler.engine_tables import (
+    NEAREST,
+    PUBLISHER,
+    SYSTEMS,
+    below_peak,
+    kernels_in,
+    make_file,
+    provenance_of,
+    rows_in,
+)
 from hetis.profiler.fit.layers import COLD_RATIO
 from hetis.profiler.fit.points import CACHE_BYTES
 from hetis.profiler.fitting import fit_pieces, rounded
@@ -132,7 +141,8 @@ def _fit(kernel: ExpertKernel, gpu: GpuType, profile: Profile) -> Fit:
         scope = FitScope(weights=kernel.weights, tp=kernel.ranks)
     else:
         scope = FitScope(weight_bytes=BYTES_PER_PARAMETER[kernel.weights], tp=kernel.ranks)
-    return Fit(op=Op.EXPERTS, pieces=(piece,), provenance=provenance_of(kernel, gpu), scope=scope)
+    pieces = below_peak(piece, _peak_flops(gpu, kernel.weights))
+    return Fit(op=Op.EXPERTS, pieces=pieces, provenance=provenance_of(kernel, gpu), scope=scope)
 
 
 def _peak_flops(gpu: GpuType, weights: str) -> float:

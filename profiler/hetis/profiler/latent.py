@@ -23,7 +23,16 @@ import numpy as np
 
 from hetis.formats import catalogue
 from hetis.formats.dtypes import BYTES_PER_PARAMETER
-from hetis.profiler.engine_tables import NEAREST, PUBLISHER, SYSTEMS, kernels_in, make_file, provenance_of, rows_in
+from hetis.profiler.engine_tables import (
+    NEAREST,
+    PUBLISHER,
+    SYSTEMS,
+    below_peak,
+    kernels_in,
+    make_file,
+    provenance_of,
+    rows_in,
+)
 from hetis.profiler.fitting import fit_pieces, rounded
 from hetis.profiler.roofline import matrix_flops
 from hetis.solver.cluster import GpuType
@@ -97,7 +106,7 @@ def _fit(kernel: LatentKernel, gpu: GpuType, profile: Profile, heads: int) -> Fi
     )
     return Fit(
         op=Op(kernel.op),
-        pieces=(piece,),
+        pieces=below_peak(piece, gpu.fp16_flops),
         provenance=provenance_of(kernel, gpu),
         scope=FitScope(queries_per_group=heads),
     )
