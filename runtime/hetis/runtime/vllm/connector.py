@@ -106,7 +106,7 @@ class Reports(KVConnectorWorkerMetadata):  # type: ignore[misc]
 
 
 @dataclass
-class Greeting(KVConnectorHandshakeMetadata):  # type: ignore[misc]
+class RankHandshake(KVConnectorHandshakeMetadata):  # type: ignore[misc]
     """A rank's findings, by device: the blocks of a head group that each worker holds (0 if it is absent), and the cost
     of attention on the workers and on the rank itself.
     """
@@ -141,10 +141,10 @@ class HetisConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         self._rank = make_rank(self._vllm_config, self._kv_cache_config, self._settings, self._rank_number)
         set_current_rank(self._rank)
 
-    def get_handshake_metadata(self) -> Greeting | None:
+    def get_handshake_metadata(self) -> RankHandshake | None:
         rank = self._here
         blocks = tuple(rank.blocks(number) for number in range(1, len(rank.workers.names) + 1))
-        return Greeting(blocks, rank.calibrations)
+        return RankHandshake(blocks, rank.calibrations)
 
     def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
         assert isinstance(kv_connector_metadata, StepMetadata)
@@ -193,7 +193,7 @@ class HetisConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     def set_xfer_handshake_metadata_pp_aware(
         self, metadata: dict[tuple[int, int], KVConnectorHandshakeMetadata]
     ) -> None:
-        found = {where: one for where, one in metadata.items() if isinstance(one, Greeting)}
+        found = {where: one for where, one in metadata.items() if isinstance(one, RankHandshake)}
         self._decider.greet(
             {where: one.blocks for where, one in found.items()},
             {where: one.calibrations for where, one in found.items()},

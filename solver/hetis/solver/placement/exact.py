@@ -76,7 +76,7 @@ class FrontierKind(IntEnum):
     DECODE = 3
 
 
-class Kind(NamedTuple):
+class FrontierKey(NamedTuple):
     """What has a frontier of its own: replicas of a kind in whole zones (-1), or in a place beside them, by number."""
 
     of: FrontierKind
@@ -138,7 +138,7 @@ class Frontier:
         return np.maximum(self.bound, self.rate * (1.0 + tolerance))
 
 
-Rates = Mapping[Kind, FloatArray]  # [V] each
+Rates = Mapping[FrontierKey, FloatArray]  # [V] each
 
 
 @dataclass(slots=True)
@@ -176,13 +176,13 @@ class ExactSearch:
             kind: Frontier(np.zeros(count), np.full(count, -1), np.zeros(count), np.zeros(count))
             for kind in sorted(set(self.kinds))
         }
-        self._roomy: dict[tuple[Kind, FamilyPart], BoolArray] = {}
+        self._roomy: dict[tuple[FrontierKey, FamilyPart], BoolArray] = {}
 
-    def _kind(self, scope: int, mix: int) -> Kind:
+    def _kind(self, scope: int, mix: int) -> FrontierKey:
         routes, here, kind = self.costs.routes, self.costs.scopes[scope], frontier_kind(self.costs.mixes[mix])
         if here.place.blocks is None:
-            return Kind(kind)
-        return Kind(kind, routes.place(here.place, here.build) - len(routes.whole_zones))
+            return FrontierKey(kind)
+        return FrontierKey(kind, routes.place(here.place, here.build) - len(routes.whole_zones))
 
     def _zones(self) -> IntArray:
         """Return the zone of every sub-fleet, numbered as in `Routes`, or -1 if it has several or none; [V]."""
@@ -194,7 +194,7 @@ class ExactSearch:
                 zones[v] = found.pop()
         return zones
 
-    def _sides(self, kind: Kind) -> IntArray:
+    def _sides(self, kind: FrontierKey) -> IntArray:
         """Return the master's side for replicas of a kind, or -1 if they cannot be on that sub-fleet; [V]."""
         if kind.of is FrontierKind.UNIFIED:
             return np.full(len(self.zones), UNIFIED)
@@ -207,7 +207,7 @@ class ExactSearch:
         is_there = (self.zones >= 0) & ~np.any(self.lattice.digits[:, ~inside], axis=1)
         return np.where(is_there, first + len(routes.whole_zones) + kind.beside, -1)
 
-    def roomy(self, kind: Kind, part: FamilyPart) -> BoolArray:
+    def roomy(self, kind: FrontierKey, part: FamilyPart) -> BoolArray:
         """Return which sub-fleets have memory for a replica of some configuration of a part; [V].
 
         A replica with fewer requests takes less memory. Chunks have no such order: a longer one takes memory itself
@@ -305,11 +305,11 @@ class ExactSearch:
         """Return rates that replicas of the part swept with this tolerance cannot exceed (`Frontier.ceiling`)."""
         return {kind: f.ceiling(tolerance) for kind, f in self._of(part)}
 
-    def _of(self, part: FamilyPart | None) -> list[tuple[Kind, Frontier]]:
+    def _of(self, part: FamilyPart | None) -> list[tuple[FrontierKey, Frontier]]:
         roles = (part or self.whole).roles
         return [(kind, f) for kind, f in self.frontiers.items() if kind.role in roles]
 
-    def columns(self, rates: Rates, *, every: bool = False) -> tuple[list[tuple[Kind, int]], Columns]:
+    def columns(self, rates: Rates, *, every: bool = False) -> tuple[list[tuple[FrontierKey, int]], Columns]:
         """Return, per kind, sub-fleets whose rate no smaller one reaches, as the master's columns; all if ``every``."""
         chosen = [(kind, int(v)) for kind in rates for v in self._worth_having(kind, rates[kind], every)]
         vs = np.array([v for _, v in chosen], dtype=np.int64)
@@ -322,7 +322,7 @@ class ExactSearch:
         )
         return chosen, columns
 
-    def _worth_having(self, kind: Kind, rates: FloatArray, every: bool) -> IntArray:
+    def _worth_having(self, kind: FrontierKey, rates: FloatArray, every: bool) -> IntArray:
         candidates = (rates > 0) & (self._sides(kind) >= 0)
         if every or self.counts_gpus:  # a smaller vector may have the same rate but use too few GPUs for the pins
             return np.flatnonzero(candidates)
@@ -342,7 +342,7 @@ class ExactSearch:
         classes = {rows[row][0] for row in np.flatnonzero(self.lattice.digits[v])}
         return routes.link_use([routes.zones.index(self.costs.classes[g].zone) for g in classes])
 
-    def pack(self, rates: Rates, time_limit_s: float, seed: int) -> tuple[list[tuple[Kind, int]], Verdict]:
+    def pack(self, rates: Rates, time_limit_s: float, seed: int) -> tuple[list[tuple[FrontierKey, int]], Verdict]:
         """Return the best packing of sub-fleets at these rates."""
         chosen, columns = self.columns(rates)
         return chosen, self.master.decide(columns, time_limit_s=time_limit_s, seed=seed)
@@ -382,7 +382,7 @@ class ExactSearch:
         distance = abs(proof.value - incumbent) * (1.0 + 1e-12)
         return {kind: self._least_rates(kind, proof.scale * price - distance, proof.rate_prices) for kind in ceilings}
 
-    def _least_rates(self, kind: Kind, worth: FloatArray, rate_prices: FloatArray) -> FloatArray:
+    def _least_rates(self, kind: FrontierKey, worth: FloatArray, rate_prices: FloatArray) -> FloatArray:
         """Return the rates whose value is ``worth`` on each sub-fleet's side, inf where no replica can be; [V]."""
         sides = self._sides(kind)
         with np.errstate(divide="ignore", invalid="ignore"):
@@ -403,7 +403,7 @@ class ExactSearch:
         distance = abs(found.value - incumbent) + PIN_ROUNDING * abs(found.value)
         return {kind: self._least_rates(kind, price - distance, found.rate_prices) for kind in ceilings}
 
-    def template(self, kind: Kind, v: int) -> Template:
+    def template(self, kind: FrontierKey, v: int) -> Template:
         """Return the replica behind a frontier's rate of a sub-fleet, at its exact interval."""
         f = self.frontiers[kind]
         if v not in f.templates:
@@ -459,7 +459,7 @@ class Passes:
         self.search = ExactSearch(costs, master)
         self.whole = whole(costs.problem.family)
         self.settings, self.budget, self.seed = settings, settings.budget, settings.seed
-        self.best: tuple[list[tuple[Kind, int]], MilpSolution] | None = None  # sub-fleets and their packing
+        self.best: tuple[list[tuple[FrontierKey, int]], MilpSolution] | None = None  # sub-fleets and their packing
         self.is_empty = False  # proven: the whole family holds no plan
         self._begun: dict[FamilyPart, Sweep | None] = {}  # the pass under way over each part; None: all are finished
         self._is_packed = True  # all rates found so far have been packed
