@@ -16,7 +16,7 @@ from hetis.planner.jobs.messages import FoundPlan, Infeasible, PosedProblem, pos
 from hetis.planner.jobs.pool import Begun, News, PoolSettings, SolverPool, SolverProcess
 from hetis.planner.jobs.searching import solve
 from hetis.planner.use_cases.place import PlacementSettings
-from hetis.planner.use_cases.service_level import ServiceLevel, Statistic
+from hetis.planner.use_cases.service_level import ServiceLevel, Statistic, Statistic
 from hetis.planner.use_cases.sources import load_inputs, problem_of_plan
 from hetis.planner.use_cases.verification import verification_of
 from hetis.solver.budget import Progress
@@ -73,8 +73,9 @@ def test_a_problem_that_was_posed_before_there_were_roles_and_levels_can_be_read
 
 def test_a_search_reports_what_it_does_and_finds_a_plan_that_holds(capfd: pytest.CaptureFixture[str]) -> None:
     loaded = load_inputs(cluster=PAPER, model="Llama-2-70B", workload="humaneval_lengths")  # simulated quickly
-    objective = Objective(ttft_limit_s=0.3)  # a limit that simulated traffic misses
-    posed = PosedProblem(loaded=loaded, objective=objective, settings=PlacementSettings())
+    level = ServiceLevel(ttft=Statistic.P99)  # with this limit, one that simulated traffic misses
+    goal, settings = Objective(ttft_limit_s=0.3), PlacementSettings()
+    posed = PosedProblem(loaded=loaded, objective=goal, settings=settings, service_level=level)
     begun, *progress, found = search_for(posed)
     assert begun is Begun.BEGUN
     assert progress
