@@ -274,6 +274,8 @@ class Client(_AnyClient):
             except grpc.RpcError as error:
                 newer = stream.has_newer_credentials()
                 wait_s = patience.next_wait_s(call_error(error), has_newer_credentials=newer)
+            finally:
+                stream.cancel()  # the caller may have stopped reading, and the planner allows few open streams
             self._sleep(wait_s)
 
 
@@ -378,6 +380,8 @@ class AsyncClient(_AnyClient):
             except grpc.RpcError as error:
                 newer = stream.has_newer_credentials()
                 wait_s = patience.next_wait_s(call_error(error), has_newer_credentials=newer)
+            finally:
+                stream.cancel()  # gRPC leaves a call open that nobody reads any more
             await self._sleep(wait_s)
 
 
