@@ -206,6 +206,18 @@ def test_lists_go_on_to_the_last_page(planner: FakePlanner) -> None:
     assert planner.calls["ListClusters"] == 6
 
 
+def test_lists_take_few_calls_unless_asked_for_small_pages(planner: FakePlanner) -> None:
+    for number in range(1200):
+        name = f"clusters/c{number}"
+        planner.clusters[name] = cluster_pb2.Cluster(name=name, etag="v1")
+
+    async def aio(client: AsyncClient) -> int:
+        return len([cluster async for cluster in client.list_clusters()])
+
+    assert with_both(planner, lambda client: len(list(client.list_clusters())), aio) == [1200, 1200]
+    assert planner.calls["ListClusters"] == 6
+
+
 def test_a_watch_goes_on_after_what_it_has_seen(planner: FakePlanner) -> None:
     async def aio(client: AsyncClient) -> list[int]:
         return [response.sequence async for response in client.watch_plan("plans/night")]

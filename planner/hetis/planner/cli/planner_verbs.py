@@ -292,7 +292,7 @@ def audit(terminal: Terminal, client: Client, *, filters: FilterOptions) -> Exit
     from hetis.v1 import audit_service_pb2
 
     request = audit_service_pb2.ListAuditedChangesRequest(
-        page_size=500, caller=filters.caller, method=filters.method, resource=filters.resource, outcome=filters.outcome
+        caller=filters.caller, method=filters.method, resource=filters.resource, outcome=filters.outcome
     )
     for field, moment in ((request.since_time, filters.since), (request.until_time, filters.until)):
         if moment is not None:
