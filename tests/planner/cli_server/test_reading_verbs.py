@@ -20,7 +20,7 @@ from hetis.formats.endpoints import STANDBY_ANSWER
 from hetis.planner.cli import planner_verbs
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.cli.planner_verbs import interrupts_that_arrive
-from hetis.planner.cli.resource_views import COLUMNS, ago, wait_for_plan
+from hetis.planner.cli.resource_views import COLUMNS, ago, lines_of_event, wait_for_plan
 from hetis.planner.client import Client
 from hetis.v1 import cluster_pb2, cluster_service_pb2, plan_pb2, redispatch_pb2, replica_pb2
 from tests.planner.cli_server.conftest import Run
@@ -320,6 +320,17 @@ def cluster_events() -> list[cluster_service_pb2.WatchClusterResponse]:
         event.event_time.CopyFrom(at)
         event.resume_token = f"t{number}"
     return events
+
+
+def test_the_state_that_a_reset_begins_with_is_shown() -> None:
+    cluster = cluster_pb2.Cluster(name="clusters/paper", num_nodes=6, num_connected_nodes=2, active_plan="plans/night")
+    event = cluster_service_pb2.WatchClusterResponse(reset=True, cluster=cluster)
+    event.event_time.FromSeconds(3600)
+    assert lines_of_event(event) == [
+        "--- full list again, because the resume token was too old",
+        "01:00:00 cluster paper: 2 of 6 nodes connected, active night",
+    ]
+    assert lines_of_event(cluster_service_pb2.WatchClusterResponse(resume_token="t")) == []
 
 
 def test_a_cluster_is_watched_line_by_line(fleet: FakePlanner, hetis_plan: Run, capsys: Captured) -> None:

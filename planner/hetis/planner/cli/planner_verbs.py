@@ -140,7 +140,7 @@ def watch(
 def _watch_cluster(terminal: Terminal, client: Client, name: str) -> ExitCode:
     import json
 
-    from hetis.planner.cli.resource_views import line_of_event, resource_data
+    from hetis.planner.cli.resource_views import lines_of_event, resource_data
 
     with interrupts_that_arrive():
         for event in client.watch_cluster(name):
@@ -149,8 +149,9 @@ def _watch_cluster(terminal: Terminal, client: Client, name: str) -> ExitCode:
             elif terminal.output is OutputFormat.YAML:
                 print("---", flush=True)
                 terminal.emit(lambda event=event: resource_data(event), lambda: "")  # type: ignore[misc]
-            elif said := line_of_event(event):
-                terminal.emit(dict, lambda said=said: said, width=WIDE)  # type: ignore[misc]
+            else:
+                for said in lines_of_event(event):
+                    terminal.emit(dict, lambda said=said: said, width=WIDE)  # type: ignore[misc]
     return ExitCode.OK  # the watch of a cluster ends with Ctrl-C or an error
 
 
