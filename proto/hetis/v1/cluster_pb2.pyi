@@ -370,7 +370,7 @@ class Inventory(_message.Message):
 
     @_builtins.property
     def differences(self) -> _containers.RepeatedCompositeFieldContainer[Global___InventoryDifference]:
-        """Where the two differ; the first 10,000 differences. Output only. Empty: nowhere."""
+        """Where the two differ; the first differences, at most 10,000, fewer if they are large. Output only. Empty: nowhere."""
 
     def __init__(
         self,

@@ -20,7 +20,7 @@ from hetis.formats.endpoints import STANDBY_ANSWER
 from hetis.planner.cli import planner_verbs
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.cli.planner_verbs import interrupts_that_arrive
-from hetis.planner.cli.resource_views import COLUMNS, ago, wait_for_plan
+from hetis.planner.cli.resource_views import COLUMNS, ago, lines_of_event, wait_for_plan
 from hetis.planner.client import Client
 from hetis.v1 import cluster_pb2, cluster_service_pb2, plan_pb2, redispatch_pb2, replica_pb2
 from tests.planner.cli_server.conftest import Run
@@ -77,6 +77,32 @@ def test_what_is_not_there_says_how_to_see_what_is(hetis_plan: Run, capsys: Capt
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err == ("error: plans/none does not exist (NOT_FOUND)\n  list what exists: hetis-plan get plans\n")
+
+
+@pytest.mark.parametrize("verb", ["get", "watch", "cancel"])
+def test_a_refused_call_is_data_where_data_is_asked_for(hetis_plan: Run, capsys: Captured, verb: str) -> None:
+    for form, read in (("json", json.loads), ("yaml", yaml.safe_load)):
+        assert hetis_plan(verb, "plans/none", "-o", form) == ExitCode.INVALID
+        captured = capsys.readouterr()
+        assert read(captured.out) == {
+            "apiVersion": "hetis/v1",
+            "kind": "Error",
+            "exit_code": 2,
+            "reason": "NOT_FOUND",
+            "message": "plans/none does not exist",
+            "details": ["list what exists: hetis-plan get plans"],
+        }
+        assert captured.err.startswith("error: plans/none does not exist (NOT_FOUND)\n")
+
+
+def test_a_verb_that_refuses_by_itself_says_so_in_data_too(
+    fleet: FakePlanner, hetis_plan: Run, capsys: Captured
+) -> None:
+    fleet.clusters["clusters/paper"].active_plan = ""
+    assert hetis_plan("rollback", "-o", "json") == ExitCode.CONFLICT
+    found = json.loads(capsys.readouterr().out)
+    assert (found["kind"], found["exit_code"]) == ("Error", ExitCode.CONFLICT)
+    assert found["message"] == "clusters/paper has no plan in force"
 
 
 def test_a_document_is_shown_as_what_it_holds(fleet: FakePlanner, hetis_plan: Run, capsys: Captured) -> None:
@@ -207,7 +233,7 @@ def test_a_watch_says_that_nobody_is_there_and_ends(
     monkeypatch.setattr("hetis.planner.client.channels.CHANNEL_OPTIONS", (("grpc.enable_retries", 0),))
     assert hetis_plan("watch", what, "-o", "json") == ExitCode.UNREACHABLE
     captured = capsys.readouterr()
-    assert captured.out == ""
+    assert json.loads(captured.out)["reason"] == "UNAVAILABLE"  # the only document
     warning, error, _advice = captured.err.splitlines()
     assert warning == "warning: the planner at 127.0.0.1:1 is unreachable; retrying for up to 1 s"
     assert error.startswith("error: the planner at 127.0.0.1:1 is unreachable: ")
@@ -296,6 +322,17 @@ def cluster_events() -> list[cluster_service_pb2.WatchClusterResponse]:
     return events
 
 
+def test_the_state_that_a_reset_begins_with_is_shown() -> None:
+    cluster = cluster_pb2.Cluster(name="clusters/paper", num_nodes=6, num_connected_nodes=2, active_plan="plans/night")
+    event = cluster_service_pb2.WatchClusterResponse(reset=True, cluster=cluster)
+    event.event_time.FromSeconds(3600)
+    assert lines_of_event(event) == [
+        "--- full list again, because the resume token was too old",
+        "01:00:00 cluster paper: 2 of 6 nodes connected, active night",
+    ]
+    assert lines_of_event(cluster_service_pb2.WatchClusterResponse(resume_token="t")) == []
+
+
 def test_a_cluster_is_watched_line_by_line(fleet: FakePlanner, hetis_plan: Run, capsys: Captured) -> None:
     fleet.events = cluster_events()
 
@@ -317,8 +354,14 @@ def test_a_cluster_is_watched_line_by_line(fleet: FakePlanner, hetis_plan: Run, 
     ]
     fleet.calls.clear()
     assert hetis_plan("watch", "clusters/paper", "-o", "json") == ExitCode.INVALID
-    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    *lines, last = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [line["resume_token"] for line in lines] == [f"t{number}" for number in range(8)]
+    assert (last["kind"], last["reason"]) == ("Error", "NOT_FOUND")
+    fleet.calls.clear()
+    assert hetis_plan("watch", "clusters/paper", "-o", "yaml") == ExitCode.INVALID
+    *lines, last = yaml.safe_load_all(capsys.readouterr().out)
+    assert [line["resume_token"] for line in lines] == [f"t{number}" for number in range(8)]
+    assert (last["kind"], last["reason"]) == ("Error", "NOT_FOUND")
 
 
 @pytest.mark.parametrize(

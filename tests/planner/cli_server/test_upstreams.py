@@ -116,6 +116,32 @@ def test_the_list_is_written_again_when_what_serves_changes_and_only_then(
     assert "wrote 1 servers" in capsys.readouterr().err
 
 
+def test_a_new_leader_that_has_no_reports_yet_changes_no_list(
+    served: FakePlanner, hetis_plan: Run, capsys: Captured
+) -> None:
+    """In the past the list was empty until the agents had found the new leader, although every engine served."""
+    served.events = [
+        cluster_service_pb2.WatchClusterResponse(resume_token="t0", reset=True),
+        cluster_service_pb2.WatchClusterResponse(resume_token="t1", caught_up=True),
+        cluster_service_pb2.WatchClusterResponse(resume_token="t2", replica=replica(2, 2.0, DOWN)),
+    ]
+
+    def called(method: str, context: object) -> None:
+        if method == "ListReplicas" and served.calls[method] == 2:
+            for one in served.replicas.values():
+                one.ClearField("report")
+        if method == "ListReplicas" and served.calls[method] == 3:
+            served.replicas[NAME.format(2)].state = DOWN
+        if method == "WatchCluster" and served.calls[method] > 1:  # ends the watch in place of Ctrl-C
+            refuse(context, 5, "NOT_FOUND", "clusters/paper is gone")  # type: ignore[arg-type]
+
+    served.fail = called
+    assert hetis_plan("upstreams", "--follow") == ExitCode.INVALID
+    alone = "upstream hetis {\n    server 10.0.0.1:8000 weight=1000;\n}\n"
+    assert capsys.readouterr().out == NGINX + alone
+    assert served.calls["ListReplicas"] == 3
+
+
 def test_a_list_is_followed_however_long_the_planner_hangs(
     served: FakePlanner, hetis_plan: Run, capsys: Captured, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import queue
 import re
 import subprocess
 import sys
@@ -205,6 +206,18 @@ def test_lists_go_on_to_the_last_page(planner: FakePlanner) -> None:
     assert planner.calls["ListClusters"] == 6
 
 
+def test_lists_take_few_calls_unless_asked_for_small_pages(planner: FakePlanner) -> None:
+    for number in range(1200):
+        name = f"clusters/c{number}"
+        planner.clusters[name] = cluster_pb2.Cluster(name=name, etag="v1")
+
+    async def aio(client: AsyncClient) -> int:
+        return len([cluster async for cluster in client.list_clusters()])
+
+    assert with_both(planner, lambda client: len(list(client.list_clusters())), aio) == [1200, 1200]
+    assert planner.calls["ListClusters"] == 6
+
+
 def test_a_watch_goes_on_after_what_it_has_seen(planner: FakePlanner) -> None:
     async def aio(client: AsyncClient) -> list[int]:
         return [response.sequence async for response in client.watch_plan("plans/night")]
@@ -258,6 +271,28 @@ def test_a_watch_of_nothing_is_an_error_at_once(planner: FakePlanner) -> None:
 
     assert with_both(planner, sync, aio) == ["NOT_FOUND", "NOT_FOUND"]
     assert planner.calls["WatchPlan"] == 2
+
+
+def test_a_watch_that_the_caller_stops_reading_ends_at_the_planner(planner: FakePlanner) -> None:
+    planner.searches = [(0.0, searching(1.2, 1.7)), (30.0, ready())]
+    ended = queue.Queue[str]()
+
+    def note_end(method: str, context: grpc.ServicerContext) -> None:
+        if method == "WatchPlan":
+            context.add_callback(lambda: ended.put(method))
+
+    def sync(client: Client) -> str:
+        for _ in client.watch_plan("plans/night"):
+            break
+        return ended.get(timeout=5)
+
+    async def aio(client: AsyncClient) -> str:
+        async for _ in client.watch_plan("plans/night"):
+            break
+        return await asyncio.to_thread(ended.get, timeout=5)
+
+    planner.fail = note_end
+    assert with_both(planner, sync, aio) == ["WatchPlan", "WatchPlan"]
 
 
 def test_a_cluster_is_watched_across_connections_by_its_token(planner: FakePlanner) -> None:

@@ -252,6 +252,14 @@ async def test_without_agents_everything_is_missing(tmp_path: Path) -> None:
         assert json.loads(answer.found.content)["nodes"] == []
 
 
+async def test_differences_of_long_names_are_as_many_as_fit_into_the_answer(tmp_path: Path) -> None:
+    async with served(tmp_path) as planner:
+        await make(planner, CLUSTER.replace("name: l4, count: 3", f"name: {'n' * 190}, count: 9999"))
+        answer = await inventory(planner)
+        assert 8_000 < len(answer.differences) < 10_000
+        assert (4 << 20) - (32 << 10) < answer.ByteSize() < 4 << 20
+
+
 @pytest.mark.parametrize("text", [CLUSTER.replace("count: 3", "count: 10001")])
 async def test_a_fleet_that_is_too_large_is_refused(tmp_path: Path, text: str) -> None:
     async with served(tmp_path) as planner:

@@ -230,8 +230,8 @@ def _list_of(to: RouterFormat, found: _Upstreams, model: str) -> str:
 
 def _changes(client: Client, cluster: str, *, follow: bool) -> Iterator[_Upstreams]:
     """Yield what serves: now and, with ``follow``, after every change of a replica."""
-    rates = dict[tuple[str, str], float]()
-    yield _servers(client, cluster, rates)
+    rates, endpoints = dict[tuple[str, str], float](), dict[str, str]()
+    yield _servers(client, cluster, rates, endpoints)
     if not follow:
         return
     seen = dict[str, tuple[int, str]]()
@@ -246,7 +246,7 @@ def _changes(client: Client, cluster: str, *, follow: bool) -> Iterator[_Upstrea
         elif event.WhichOneof("event") == "removed_replica":
             is_news = seen.pop(event.removed_replica, None) is not None or is_news
         if is_live and is_news:
-            yield _in_the_end(client, lambda: _servers(client, cluster, rates))
+            yield _in_the_end(client, lambda: _servers(client, cluster, rates, endpoints))
 
 
 def _in_the_end(client: Client, read: Callable[[], T]) -> T:
@@ -269,10 +269,17 @@ def _in_the_end(client: Client, read: Callable[[], T]) -> T:
             return found
 
 
-def _servers(client: Client, cluster: str, rates: dict[tuple[str, str], float]) -> _Upstreams:
+def _servers(
+    client: Client, cluster: str, rates: dict[tuple[str, str], float], endpoints: dict[str, str]
+) -> _Upstreams:
     """Return the serving replicas, with weights for those that both prefill and decode and have an endpoint.
 
-    ``rates`` holds the known planned rates by replica and plan; missing ones are fetched and added.
+    Args:
+        client: of the planner.
+        cluster: its name.
+        rates: the known planned rates by replica and plan; missing ones are fetched and added.
+        endpoints: the known endpoints by replica, to which new ones are added. A planner that has just taken the lead,
+            or that stands by, knows which replicas serve, but not where until their agents have reported.
     """
     from hetis.planner.export.routing import weighted
     from hetis.v1 import replica_pb2
@@ -284,15 +291,18 @@ def _servers(client: Client, cluster: str, rates: dict[tuple[str, str], float]) 
         name = basic.name.rpartition("/")[2]
         if basic.state not in up:
             continue
+        has_report = basic.HasField("report")
+        endpoint = basic.report.endpoint if has_report else endpoints.get(basic.name, "")
         if basic.role in apart:
             halves.append(name)
-        elif not basic.report.endpoint:
+        elif not endpoint:
             silent.append(name)
         else:
             one = basic.name, basic.plan
             if one not in rates:
                 rates[one] = fetched(client, "replicas", basic.name).shape.rate_rps  # lists leave out the shape
-            serving[basic.report.endpoint] = rates[one]
+            endpoints[basic.name] = endpoint
+            serving[endpoint] = rates[one]
     return _Upstreams(weighted(dict(sorted(serving.items()))), silent, halves)
 
 

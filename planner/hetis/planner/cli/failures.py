@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hetis.formats.catalogue import UnknownNameError
-from hetis.formats.command_line.terminal import Terminal, in_use
+from hetis.formats.command_line.terminal import OutputFormat, Terminal, in_use
 from hetis.formats.errors import DocumentError, internal_error
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.export.replicas import NotExportableError
@@ -25,19 +26,32 @@ def report_failure(error: Exception, terminal: Terminal | None = None) -> ExitCo
     If stdout is read by a program, also print the error there: a document of ``kind: Error`` on one line of JSON.
     """
     terminal = terminal or in_use.get() or Terminal()
-    if not terminal.prints_tables:
-        code, message, details = describe(error)
-        document = {"apiVersion": "hetis/v1", "kind": "Error", "exit_code": int(code), "message": message}
-        document["details"] = [detail.removeprefix("- ") for detail in details]
-        with suppress(OSError):  # writing to stdout may be what failed
-            terminal.write(f"{json.dumps(document, ensure_ascii=False)}\n")  # one line of JSON is valid YAML, too
-    return say_failure(error, terminal)
+    return refuse(terminal, *describe(error))
 
 
 def say_failure(error: Exception, terminal: Terminal) -> ExitCode:
     """Print only the message, on stderr, for a verb that has printed a document of its own."""
     code, message, details = describe(error)
     terminal.error(message, details)
+    return code
+
+
+def refuse(
+    terminal: Terminal, code: ExitCode, message: str, details: Sequence[str] = (), *, reason: str = ""
+) -> ExitCode:
+    """Print an error on stderr, and on stdout if that is read by a program, and return the exit code.
+
+    ``reason``: what programs act on if a planner refused a call; it follows the message in parentheses.
+    """
+    if not terminal.prints_tables:
+        document: dict[str, Any] = {"apiVersion": "hetis/v1", "kind": "Error", "exit_code": int(code)}
+        document |= {"reason": reason} if reason else {}
+        document |= {"message": message, "details": [detail.removeprefix("- ") for detail in details]}
+        # One line of JSON is valid YAML, too, in a document of its own if others have been printed.
+        begin = "---\n" if terminal.output is OutputFormat.YAML else ""
+        with suppress(OSError):  # writing to stdout may be what failed
+            terminal.write(f"{begin}{json.dumps(document, ensure_ascii=False)}\n")
+    terminal.error(f"{message} ({reason})" if reason else message, details)
     return code
 
 
@@ -102,7 +116,7 @@ ADVICE = {
 
 
 def report_call_failure(terminal: Terminal, error: CallError, address: str, *, is_plain: bool = False) -> ExitCode:
-    """Print a failed call on stderr and return its exit code. ``is_plain``: the call was made without TLS."""
+    """Print a failed call as `refuse` does and return its exit code. ``is_plain``: the call was made without TLS."""
     message = str(error)
     if not error.reason and error.is_unreachable:
         timed_out = error.code.name == "DEADLINE_EXCEEDED"
@@ -110,12 +124,10 @@ def report_call_failure(terminal: Terminal, error: CallError, address: str, *, i
     violations = [f"{_OPTIONS.get(one.field, one.field)}: {one.description}" for one in error.violations]
     if violations:  # the message only repeats them
         message = f"{len(violations)} problem{'s' if len(violations) > 1 else ''} in the request"
-    reason = f" ({error.reason})" if error.reason else f" ({error.code.name})"
-    terminal.error(f"{message}{reason}", violations)
     advice = _advice(error, is_plain=is_plain)
-    if advice:
-        terminal.line(f"  {advice}")
-    return _CODES.get(error.code.name, ExitCode.INTERNAL)
+    details = [*violations, advice] if advice else violations
+    code = _CODES.get(error.code.name, ExitCode.INTERNAL)
+    return refuse(terminal, code, message, details, reason=error.reason or error.code.name)
 
 
 def _advice(error: CallError, *, is_plain: bool) -> str:

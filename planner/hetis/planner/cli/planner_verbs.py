@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from hetis.formats.command_line.terminal import WIDE, OutputFormat, Terminal
+from hetis.formats.command_line.terminal import WIDE, OutputFormat, Terminal, in_use
 from hetis.planner.cli import options
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.cli.options import group, option, panel
@@ -62,6 +62,8 @@ def get(
     A full name contains both kind and name: `get plans/night`, `get clusters/paper/nodes/a100-0`.
     """
     what, form = collection(kind), shown.output_format
+    terminal = replace(terminal, output=OutputFormat(form) if form in ("json", "yaml") else OutputFormat.TABLE)
+    in_use.set(terminal)  # for failures
     wanted = kind if "/" in kind else name
     parent = None
     if what in IN_CLUSTER and not (wanted or "").startswith("clusters/"):
@@ -70,8 +72,7 @@ def get(
         found = [fetched(client, what, full_name(what, wanted, parent))]
     else:
         found = listed(client, what, parent or (full_name("clusters", shown.cluster) if shown.cluster else ""))
-    output = OutputFormat(form) if form in ("json", "yaml") else OutputFormat.TABLE
-    _show(replace(terminal, output=output), what, found, form, wanted, of_standby=client.has_standby_answered)
+    _show(terminal, what, found, form, wanted, of_standby=client.has_standby_answered)
     return ExitCode.OK
 
 
@@ -139,7 +140,7 @@ def watch(
 def _watch_cluster(terminal: Terminal, client: Client, name: str) -> ExitCode:
     import json
 
-    from hetis.planner.cli.resource_views import line_of_event, resource_data
+    from hetis.planner.cli.resource_views import lines_of_event, resource_data
 
     with interrupts_that_arrive():
         for event in client.watch_cluster(name):
@@ -148,8 +149,9 @@ def _watch_cluster(terminal: Terminal, client: Client, name: str) -> ExitCode:
             elif terminal.output is OutputFormat.YAML:
                 print("---", flush=True)
                 terminal.emit(lambda event=event: resource_data(event), lambda: "")  # type: ignore[misc]
-            elif said := line_of_event(event):
-                terminal.emit(dict, lambda said=said: said, width=WIDE)  # type: ignore[misc]
+            else:
+                for said in lines_of_event(event):
+                    terminal.emit(dict, lambda said=said: said, width=WIDE)  # type: ignore[misc]
     return ExitCode.OK  # the watch of a cluster ends with Ctrl-C or an error
 
 
@@ -204,13 +206,13 @@ def status(terminal: Terminal, client: Client) -> ExitCode:
 
     Exits 6 if the planner is unreachable or not serving.
     """
+    from hetis.planner.cli.failures import refuse
     from hetis.planner.cli.resource_views import resource_data
     from hetis.v1 import plan_pb2
 
     serving = client.is_serving()
     if not serving:
-        terminal.error("the planner is not serving: it is starting or draining")
-        return ExitCode.UNREACHABLE
+        return refuse(terminal, ExitCode.UNREACHABLE, "the planner is not serving: it is starting or draining")
     clusters = list(client.list_clusters())
     working = list(client.list_plans(states=[plan_pb2.PLAN_STATE_QUEUED, plan_pb2.PLAN_STATE_SOLVING]))
     active = [fetched(client, "plans", name, basic=True) for one in clusters if (name := one.active_plan)]
@@ -291,7 +293,7 @@ def audit(terminal: Terminal, client: Client, *, filters: FilterOptions) -> Exit
     from hetis.v1 import audit_service_pb2
 
     request = audit_service_pb2.ListAuditedChangesRequest(
-        page_size=500, caller=filters.caller, method=filters.method, resource=filters.resource, outcome=filters.outcome
+        caller=filters.caller, method=filters.method, resource=filters.resource, outcome=filters.outcome
     )
     for field, moment in ((request.since_time, filters.since), (request.until_time, filters.until)):
         if moment is not None:
@@ -366,6 +368,7 @@ def rollback(
 
     The request names the plan to roll back, so that repeating it does not roll back twice.
     """
+    from hetis.planner.cli.failures import refuse
     from hetis.planner.cli.resource_views import outcome, plan_summary, resource_data, wait_for_plan
     from hetis.v1 import plan_service_pb2
 
@@ -373,8 +376,7 @@ def rollback(
         name = chosen_cluster(client, how.cluster)
         plan = fetched(client, "clusters", name).active_plan
         if not plan:
-            terminal.error(f"{name} has no plan in force")
-            return ExitCode.CONFLICT
+            return refuse(terminal, ExitCode.CONFLICT, f"{name} has no plan in force")
     request = plan_service_pb2.RollbackPlanRequest(name=full_name("plans", plan), validate_only=how.dry_run)
     answer = client.plans.RollbackPlan(request)
     earlier, waits = answer.plan, not (how.dry_run or how.no_wait)
@@ -395,6 +397,7 @@ def cancel(
 
     Also withdraws a plan in force, if there is no earlier plan to roll back to and nothing serves.
     """
+    from hetis.planner.cli.failures import refuse
     from hetis.planner.cli.resource_views import outcome, plan_summary, resource_data, wait_for_plan
     from hetis.v1 import plan_pb2, plan_service_pb2
 
@@ -404,11 +407,12 @@ def cancel(
     if is_coming or ended.activation == plan_pb2.ACTIVATION_STATE_ACTIVE:
         is_what = "is still being activated" if is_coming else "stays in force"
         otherwise = f"wait: hetis-plan watch {ended.name}" if is_coming else "or stop the agents first"
-        terminal.error(
+        return refuse(
+            terminal,
+            ExitCode.CONFLICT,
             f"{ended.name} {is_what}: replicas serve in {ended.cluster}, or there is an earlier plan",
             [f"go back to it: hetis-plan rollback {ended.name}", otherwise],
         )
-        return ExitCode.CONFLICT
     ended = wait_for_plan(terminal, client, request.name)
     terminal.emit(lambda: resource_data(ended), lambda: plan_summary(ended))
     return outcome(terminal, ended)

@@ -412,10 +412,13 @@ def audit_table(lines: Sequence[audit_service_pb2.AuditedChange]) -> RenderableT
     return made
 
 
-def line_of_event(event: cluster_service_pb2.WatchClusterResponse) -> str:
-    """Return an event in one line, or an empty string if nothing happened."""
-    if event.reset:
-        return "--- full list again, because the resume token was too old"
+def lines_of_event(event: cluster_service_pb2.WatchClusterResponse) -> list[str]:
+    """Return the line of an event, if anything happened; a reset, which may carry a state, takes one more."""
+    again = ["--- full list again, because the resume token was too old"] if event.reset else []
+    return [*again, *filter(None, [_what_happened(event)])]
+
+
+def _what_happened(event: cluster_service_pb2.WatchClusterResponse) -> str:
     at = event.event_time.ToDatetime().strftime("%H:%M:%S")
     match event.WhichOneof("event"):
         case "cluster":

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from hetis.formats.command_line.terminal import Terminal
+from hetis.formats.command_line.terminal import Terminal, in_use
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.cli.options import group, option, panel, refuse_without, verb
 
@@ -85,7 +85,8 @@ class PlannerOptions:
                     )
                 return code
         except CallError as error:
-            return report_call_failure(terminal, error, place.address, is_plain=place.is_plain)
+            # A verb with output formats of its own has chosen one by now.
+            return report_call_failure(in_use.get() or terminal, error, place.address, is_plain=place.is_plain)
 
     def _connection(self) -> Connection:
         from hetis.planner.client import Connection

@@ -28,17 +28,21 @@ from hetis.v1 import profile_service_pb2_grpc as profile_grpc
 
 R = TypeVar("R")
 Q = TypeVar("Q")
+MOST_PER_PAGE = 500  # the planner's limit
 
 
 class Pages(Generic[R]):
     """An iterator over the items of a list, which fetches each page when it is needed; usable once.
+
+    Unless the request has a ``page_size``, pages are as large as the planner allows: each takes it a read of its store.
 
     Pages of a `Client` support ``for`` and `next`, those of an `AsyncClient` support ``async for`` and `anext`.
     """
 
     def __init__(self, call: Callable[[Any], Any], request: Message) -> None:
         self._call = call
-        self._request: Any = deepcopy(request)
+        self._request = cast(Any, deepcopy(request))
+        self._request.page_size = self._request.page_size or MOST_PER_PAGE
         self._items: Iterator[Any] = iter(())
         self._is_last = False
 
@@ -274,6 +278,8 @@ class Client(_AnyClient):
             except grpc.RpcError as error:
                 newer = stream.has_newer_credentials()
                 wait_s = patience.next_wait_s(call_error(error), has_newer_credentials=newer)
+            finally:
+                stream.cancel()  # the caller may have stopped reading, and the planner allows few open streams
             self._sleep(wait_s)
 
 
@@ -378,6 +384,8 @@ class AsyncClient(_AnyClient):
             except grpc.RpcError as error:
                 newer = stream.has_newer_credentials()
                 wait_s = patience.next_wait_s(call_error(error), has_newer_credentials=newer)
+            finally:
+                stream.cancel()  # gRPC leaves a call open that nobody reads any more
             await self._sleep(wait_s)
 
 

@@ -195,7 +195,9 @@ class _Places:
         self._versions = present
 
 
-MAX_DIFFERENCES = 10_000  # more would not fit into one message
+MAX_DIFFERENCES = 10_000
+_MOST_BYTES = (4 << 20) - (16 << 10)  # in an answer
+_FRAME_BYTES = 3  # tag and length of one difference, which is far shorter than 16 KiB
 # Drivers reserve some memory, and cards are sold in rounded sizes: an L4 of 24 GiB shows 22.5, a T4 of 16 GiB 14.8.
 _LEAST_MEMORY_RATIO = 0.9
 
@@ -213,7 +215,7 @@ class ReportedNode:
 def inventory_message(
     cluster: str, declared: Cluster, found: Mapping[str, ReportedNode], *, cluster_etag: str
 ) -> cluster_pb2.Inventory:
-    """Return the found inventory and its differences from the declared one, of which at most 10,000.
+    """Return the found inventory and its differences from the declared one: at most 10,000, and as many as fit.
 
     Args:
         cluster: ``clusters/{cluster}``.
@@ -221,12 +223,16 @@ def inventory_message(
         found: the connected nodes, by id.
         cluster_etag: the etag of the cluster with this document.
     """
-    return cluster_pb2.Inventory(
-        name=f"{cluster}/inventory",
-        found=_found_document(declared, found),
-        differences=itertools.islice(differences(declared, found), MAX_DIFFERENCES),
-        cluster_etag=cluster_etag,
+    message = cluster_pb2.Inventory(
+        name=f"{cluster}/inventory", found=_found_document(declared, found), cluster_etag=cluster_etag
     )
+    free_bytes = _MOST_BYTES - message.ByteSize()
+    for difference in itertools.islice(differences(declared, found), MAX_DIFFERENCES):
+        free_bytes -= difference.ByteSize() + _FRAME_BYTES
+        if free_bytes < 0:  # names have up to 200 characters, and each is there two or three times
+            break
+        message.differences.append(difference)
+    return message
 
 
 def differences(declared: Cluster, found: Mapping[str, ReportedNode]) -> Iterator[cluster_pb2.InventoryDifference]:
