@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -843,6 +843,20 @@ def test_a_folder_with_a_config_is_named_after_the_folder(tmp_path: Path) -> Non
 def test_a_folder_without_a_config_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DocumentError, match=r"is a folder without config\.json, so it is not a Hugging Face model"):
         load_model(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("adapter", "base"),
+    [({"base_model_name_or_path": "meta-llama/Llama-3.1-8B"}, ", 'meta-llama/Llama-3.1-8B'"), ({}, "")],
+)
+def test_a_folder_with_an_adapter_is_refused_with_the_model_that_it_adapts(
+    tmp_path: Path, adapter: Mapping[str, str], base: str
+) -> None:
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", **adapter}))
+    with pytest.raises(DocumentError) as caught:
+        load_model(tmp_path)
+    hint = f"; it has an adapter (adapter_config.json): pass the model that it adapts{base}"
+    assert str(caught.value).endswith("so it is not a Hugging Face model" + hint)
 
 
 def test_a_config_without_an_architecture_is_told_what_it_lacks(tmp_path: Path) -> None:
