@@ -507,6 +507,15 @@ def test_two_nodes_of_one_name_are_refused(other: str, said: str) -> None:
         discovered(nodes_named(("a:b", "z"), (other, "z")), name="test", said={})
 
 
+def test_nodes_without_a_zone_are_told_where_others_have_one() -> None:
+    """They count as a zone of their own, which few plans may span."""
+    some = discovered(nodes_named(("a", "west"), ("b", "default"), ("c", "default")), name="f", said={})
+    assert "zones: none is reported for b, c: taken to be apart from all others; set `zone` there" in some.assumed
+    for zones in (("west", "east"), ("default", "default")):
+        fleet = discovered(nodes_named(*zip("ab", zones, strict=True)), name="f", said={})
+        assert not any("none is reported" in assumed for assumed in fleet.assumed)
+
+
 def test_nodes_and_zones_that_get_other_names_are_told() -> None:
     fleet = discovered(
         nodes_named(("gpu 1", "west 1"), ("gpu-2", "west 1"), ("_3", "west-1"), ("n-4", "é/1"), ("n-5", "default")),
