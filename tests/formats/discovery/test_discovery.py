@@ -15,7 +15,7 @@ from hetis.formats.cluster import parse_cluster
 from hetis.formats.discovery import FleetSource
 from hetis.formats.discovery.fleet import Discovered, UnclearBoardError, board_of, discovered, file_text, said_types
 from hetis.formats.discovery.found import FoundGpus, FoundNode, Inventory
-from hetis.formats.discovery.nvidia import parse_xml, read_nvidia_smi
+from hetis.formats.discovery.nvidia import DriverGpu, parse_xml, read_nvidia_smi
 from hetis.formats.discovery.reading import read_inventory, read_slurm
 from hetis.formats.documents import load_cluster
 from hetis.formats.errors import DocumentError, Problem
@@ -278,6 +278,11 @@ def test_a_fleet_without_a_usable_gpu_is_refused_with_the_reasons(tmp_path: Path
 
 
 # --- nvidia-smi
+
+
+@pytest.mark.parametrize(("parts", "said"), [(0, "MIG is on"), (1, "MIG is on (1 part)"), (7, "MIG is on (7 parts)")])
+def test_parts_of_a_gpu_are_counted(parts: int, said: str) -> None:
+    assert DriverGpu(product="NVIDIA H100 80GB HBM3", num_parts=parts).reason(with_busy=False) == said
 
 
 def test_hosts_of_nvidia_smi_are_called_as_their_files() -> None:
