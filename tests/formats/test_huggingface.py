@@ -872,6 +872,7 @@ def test_an_unsupported_architecture_lists_the_supported_ones(tmp_path: Path) ->
         load_model(tmp_path)
     assert "architecture 'BertModel' is not supported" in str(caught.value)
     assert "MixtralForCausalLM" in str(caught.value)
+    assert str(caught.value).endswith("can be described in a file of its own: hetis-plan schema ModelSpec")
 
 
 @pytest.mark.parametrize("name", ["Phi3ForCausalLM", "MiMoForCausalLM", "Step3p7FlashForCausalLM"])
