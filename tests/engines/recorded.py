@@ -55,7 +55,7 @@ _VLLM = Recorded(
         "VLLM_HOST_IP": "own address where stages are on several nodes",
         "VLLM_API_KEY": "what clients must say",
         "VLLM_NIXL_SIDE_CHANNEL_HOST": "where prefill replicas are asked for KV",
-        "VLLM_NIXL_SIDE_CHANNEL_PORT": "where prefill replicas are asked for KV",
+        "VLLM_NIXL_SIDE_CHANNEL_PORT": "where prefill replicas are asked for KV; decode replicas bind it, too",
         "HETIS_VLLM_CONFIG": "our plugin's file",
     },
 )

@@ -57,6 +57,14 @@ def test_fp8_kv_of_latent_attention_takes_newer_gpus() -> None:
     assert why_not(replace(model, kv_bytes=2.0), A100, "vllm") is None
 
 
+def test_sparse_attention_takes_hopper_under_vllm() -> None:
+    model = catalogue.find_model("DeepSeek-V3.2").model
+    assert [why_not(model, gpu, "vllm") for gpu in (H100, B200)] == [None, None]
+    assert "needs compute capability 9 or higher for sparse attention, L4" in str(why_not(model, L4, "vllm"))
+    assert why_not(model, L4, "sglang") is None
+    assert why_not(replace(model, indexer=None), L4, "vllm") is None
+
+
 def test_compressed_attention_takes_hopper_and_kv_in_8_bits() -> None:
     model = replace(make_compressed(), kv_bytes=1.0)
     assert why_not(model, H100, "vllm") is None

@@ -99,6 +99,7 @@ def test_prefill_and_decode_are_paired_by_nixl() -> None:
         [decode] = commands(PLANS["decode"], engine)
         assert told(decode)["--kv-transfer-config"] == '{"kv_connector": "NixlConnector", "kv_role": "kv_consumer"}'
         assert told(decode)["--max-num-batched-tokens"] == "4"
+        assert "VLLM_NIXL_SIDE_CHANNEL_HOST" not in decode.environment
     prefill, _ = commands(PLANS["prefill"], Engine.SGLANG)
     assert (told(prefill)["--disaggregation-mode"], told(prefill)["--disaggregation-bootstrap-port"]) == (
         "prefill",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -845,6 +845,20 @@ def test_a_folder_without_a_config_is_refused(tmp_path: Path) -> None:
         load_model(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("adapter", "base"),
+    [({"base_model_name_or_path": "meta-llama/Llama-3.1-8B"}, ", 'meta-llama/Llama-3.1-8B'"), ({}, "")],
+)
+def test_a_folder_with_an_adapter_is_refused_with_the_model_that_it_adapts(
+    tmp_path: Path, adapter: Mapping[str, str], base: str
+) -> None:
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", **adapter}))
+    with pytest.raises(DocumentError) as caught:
+        load_model(tmp_path)
+    hint = f"; it has an adapter (adapter_config.json): pass the model that it adapts{base}"
+    assert str(caught.value).endswith("so it is not a Hugging Face model" + hint)
+
+
 def test_a_config_without_an_architecture_is_told_what_it_lacks(tmp_path: Path) -> None:
     data = config_of(LLAMA)
     del data["architectures"], data["model_type"]
@@ -858,6 +872,7 @@ def test_an_unsupported_architecture_lists_the_supported_ones(tmp_path: Path) ->
         load_model(tmp_path)
     assert "architecture 'BertModel' is not supported" in str(caught.value)
     assert "MixtralForCausalLM" in str(caught.value)
+    assert str(caught.value).endswith("can be described in a file of its own: hetis-plan schema ModelSpec")
 
 
 @pytest.mark.parametrize("name", ["Phi3ForCausalLM", "MiMoForCausalLM", "Step3p7FlashForCausalLM"])

@@ -45,7 +45,7 @@ class Addresses:
     hosts: Mapping[str, str] = field(default_factory=dict)
     worker_port: int = WORKER_PORT  # port of the first worker process on a node; further ones use the ports after it
     master_port: int = MASTER_PORT  # port where the engine's processes on several nodes connect
-    kv_port: int = KV_PORT  # port where decode replicas request KV from a prefill replica
+    kv_port: int = KV_PORT  # port where decode replicas request KV from a prefill replica; vLLM's decode binds it, too
     all_here: bool = False  # every process runs on this machine, whichever node the plan assigns
     config_file: str = "hetis-launch/workers.yaml"  # path of the plugin's file
     key_file: str = "hetis-launch/worker.key"  # path of the key of vLLM and the workers, on every node
@@ -89,8 +89,10 @@ def commands_of(layout: Layout, serving: Serving, addresses: Addresses) -> tuple
             environment[HOST_VARIABLE] = own
         if layout.workers:
             environment[CONFIG_VARIABLE] = addresses.config_file
-        if is_vllm and not number and layout.role is Role.PREFILL:  # SGLang has an option for this
-            environment[KV_HOST_VARIABLE] = addresses.host(process.node)
+        if is_vllm and not number and layout.role is not Role.UNIFIED:  # SGLang has an option for this
+            if layout.role is Role.PREFILL:
+                environment[KV_HOST_VARIABLE] = addresses.host(process.node)
+            # A decode replica listens too, though nobody asks it; vLLM never starts if its port is taken.
             environment[KV_PORT_VARIABLE] = str(addresses.kv_port)
         meeting = Meeting(host=master, port=addresses.master_port, kv_port=addresses.kv_port)
         commands.append(

@@ -95,6 +95,8 @@ _SGLANG = Support(
 )
 # FlashMLA is for Hopper and Blackwell, FlashInfer's kernels for RTX Blackwell.
 _COMPRESSED = Least(capability=9.0, source="vllm/models/deepseek_v4/nvidia/model.py, _select_dsv4_attn_cls")
+# FlashMLA is for Hopper and Blackwell, FlashAttention for Hopper, FlashInfer's kernels for Hopper and later.
+_SPARSE = Least(capability=9.0, source="vllm/platforms/cuda.py, _get_backend_priorities")
 SUPPORT: Mapping[str, Support] = {"vllm-hetis": _VLLM, "vllm": _VLLM, "sglang": _SGLANG}
 
 _BITSANDBYTES = ("bnb-int4", "bnb-int8")
@@ -158,6 +160,8 @@ def _reasons(model: ModelSpec, gpu: GpuType, engine: str) -> Iterator[str]:
         wanted.append(("compressed attention", _COMPRESSED))
         if model.kv_bytes != 1:
             yield f"the kernels that {engine} chooses for compressed attention keep KV in 8 bits: --kv fp8"
+    if model.indexer is not None and support is _VLLM:
+        wanted.append(("sparse attention", _SPARSE))
     for what, least in wanted:
         if least is not None and has < least.capability:
             yield (

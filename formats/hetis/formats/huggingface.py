@@ -101,7 +101,8 @@ def _architecture(data: dict[str, Any], source: Text) -> str:
     is_other = data.get("model_type") is not None and str(data["model_type"]) not in MODEL_TYPES
     hint = did_you_mean(name, FAMILIES) if isinstance(name, str) and not is_other else ""
     what = f"architecture {shown(name)} is not supported{hint}; supported: {', '.join(FAMILIES)}"
-    raise DocumentError([source.problem(path, what)])
+    own = "a decoder built like one of these can be described in a file of its own: hetis-plan schema ModelSpec"
+    raise DocumentError([source.problem(path, f"{what}; {own}")])
 
 
 def _dtype(config: Config, quantised: str | None) -> str:

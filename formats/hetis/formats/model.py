@@ -31,6 +31,7 @@ from hetis.formats.positions import Text
 from hetis.solver.model import DraftShape, ModelSpec
 
 _CONFIG = "config.json"
+_ADAPTER = "adapter_config.json"
 Whole = Annotated[int, Field(ge=1, le=10**9)]
 WholeOrZero = Annotated[int, Field(ge=0, le=10**9)]
 ElementBytes = Annotated[float, Field(gt=0, le=16)]
@@ -214,7 +215,7 @@ def load_model(ref: str | os.PathLike[str]) -> ModelSpec:
             raise DocumentError([Problem(file="model", message=f"{error} (and no such file exists)")]) from None
     if os.path.isdir(text):
         if not (Path(text) / _CONFIG).exists():
-            raise single_problem(text, f"is a folder without {_CONFIG}, so it is not a Hugging Face model")
+            raise single_problem(text, f"is a folder without {_CONFIG}, so it is not a Hugging Face model{_base(text)}")
         text = str(Path(text) / _CONFIG)
     if text.lower().endswith(".gguf"):
         from hetis.formats.gguf import load_gguf
@@ -229,6 +230,17 @@ def load_model(ref: str | os.PathLike[str]) -> ModelSpec:
         model = model_from_config(data, source, name=name, folder=folder)
         return _as_saved(model, Text(file=source.file, text=None))
     return parse_model(data, source)
+
+
+def _base(folder: str) -> str:
+    """Return what to pass instead of a folder that holds an adapter (LoRA) of another model, or nothing."""
+    adapter = Path(folder) / _ADAPTER
+    if not adapter.exists():
+        return ""
+    data, _ = read_data(os.fspath(adapter))
+    base = data.get("base_model_name_or_path") if isinstance(data, dict) else None
+    known = f", {shown(base)}" if isinstance(base, str) and base else ""
+    return f"; it has an adapter ({_ADAPTER}): pass the model that it adapts{known}"
 
 
 def is_config(path: str, data: Any) -> bool:

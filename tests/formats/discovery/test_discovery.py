@@ -15,7 +15,7 @@ from hetis.formats.cluster import parse_cluster
 from hetis.formats.discovery import FleetSource
 from hetis.formats.discovery.fleet import Discovered, UnclearBoardError, board_of, discovered, file_text, said_types
 from hetis.formats.discovery.found import FoundGpus, FoundNode, Inventory
-from hetis.formats.discovery.nvidia import parse_xml, read_nvidia_smi
+from hetis.formats.discovery.nvidia import DriverGpu, parse_xml, read_nvidia_smi
 from hetis.formats.discovery.reading import read_inventory, read_slurm
 from hetis.formats.documents import load_cluster
 from hetis.formats.errors import DocumentError, Problem
@@ -280,6 +280,11 @@ def test_a_fleet_without_a_usable_gpu_is_refused_with_the_reasons(tmp_path: Path
 # --- nvidia-smi
 
 
+@pytest.mark.parametrize(("parts", "said"), [(0, "MIG is on"), (1, "MIG is on (1 part)"), (7, "MIG is on (7 parts)")])
+def test_parts_of_a_gpu_are_counted(parts: int, said: str) -> None:
+    assert DriverGpu(product="NVIDIA H100 80GB HBM3", num_parts=parts).reason(with_busy=False) == said
+
+
 def test_hosts_of_nvidia_smi_are_called_as_their_files() -> None:
     fleet = found("sxm.xml", "mixed.xml", "bridge.xml", "bridge.topo.txt")
     assert gpus(fleet) == {
@@ -505,6 +510,15 @@ def nodes_named(*names: tuple[str, str]) -> Inventory:
 def test_two_nodes_of_one_name_are_refused(other: str, said: str) -> None:
     with pytest.raises(DocumentError, match=said):
         discovered(nodes_named(("a:b", "z"), (other, "z")), name="test", said={})
+
+
+def test_nodes_without_a_zone_are_told_where_others_have_one() -> None:
+    """They count as a zone of their own, which few plans may span."""
+    some = discovered(nodes_named(("a", "west"), ("b", "default"), ("c", "default")), name="f", said={})
+    assert "zones: none is reported for b, c: taken to be apart from all others; set `zone` there" in some.assumed
+    for zones in (("west", "east"), ("default", "default")):
+        fleet = discovered(nodes_named(*zip("ab", zones, strict=True)), name="f", said={})
+        assert not any("none is reported" in assumed for assumed in fleet.assumed)
 
 
 def test_nodes_and_zones_that_get_other_names_are_told() -> None:

@@ -493,6 +493,15 @@ def test_only_serve_starts_stages_on_several_nodes() -> None:
         exported(PLANS["stages of two nodes"], ExportTarget.VLLM, program="python -m front")
 
 
+def test_decode_replicas_of_a_node_listen_at_nixl_ports_of_their_own() -> None:
+    """NIXL of a decode replica listens, too, at 5600 unless told, and vLLM hangs at its start if the port is taken."""
+    plan = PLANS["prefill and decode"]
+    _, *decodes = launchable(plan, model_of(plan), SETTINGS).replicas.values()
+    ports = [one.commands[0].environment.get("VLLM_NIXL_SIDE_CHANNEL_PORT", "5600") for one in decodes]
+    assert {one.front_node for one in decodes} == {"d"}
+    assert ports == ["5600", "5601"]
+
+
 def test_the_readme_says_how_much_the_lists_of_routers_leave_out() -> None:
     plan = PLANS["prefill and decode"]
     alone = sum(one.rate for one in plan.replicas if one.role is Role.UNIFIED)

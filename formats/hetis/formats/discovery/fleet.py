@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from hetis.formats import catalogue
 from hetis.formats.catalogue import UnknownNameError
-from hetis.formats.discovery.found import FoundGpus, FoundNode, Inventory, counted, some_of
+from hetis.formats.discovery.found import DEFAULT_ZONE, FoundGpus, FoundNode, Inventory, counted, some_of
 from hetis.formats.documents import dump
 from hetis.formats.errors import DocumentError, Problem, single_problem
 from hetis.solver.cluster import Cluster, GpuSlots, GpuType, Link, Network, NodeGroup, indices_of
@@ -314,6 +314,8 @@ def _assumed(
         yield "network: 100 Gbps and 20 us between nodes; change it with --bandwidth and --latency, or `nic` of a node"
     if len(zones) > 1:
         yield "zones: 10 Gbps and 1 ms between nodes of different zones"
+    if len(zones) > 1 and (unzoned := [group.name for group in groups if group.zone == DEFAULT_ZONE]):
+        yield f"zones: none is reported for {some_of(unzoned)}: taken to be apart from all others; set `zone` there"
     priced = [name for name, gpu in used.items() if gpu.usd_per_hour is not None]
     unpriced = [name for name in used if name not in priced]
     if priced:

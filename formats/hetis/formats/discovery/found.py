@@ -12,6 +12,7 @@ from hetis.formats.positions import Path, Text
 
 MAX_GPUS_SAID = 1024  # limit per node; a larger number is a mistake
 PARTS = "parts of GPUs (MIG), not whole GPUs"
+DEFAULT_ZONE = "default"  # that of nodes for which the tool reports none
 _MOST_NAMED = 3
 
 
@@ -33,7 +34,7 @@ class FoundNode:
 
     # name, zone: as the tool reports them
     name: str
-    zone: str = "default"
+    zone: str = DEFAULT_ZONE
     gpus: tuple[FoundGpus, ...] = ()  # usable GPUs, in the order of their indices
     left_out: tuple[str, ...] = ()  # a sentence for each group of unusable GPUs
     nvlinks: int | None = None  # NVLinks between every pair of GPUs; 0 if there are none; None if unknown
@@ -65,7 +66,7 @@ def inventory(
 
 def zone_of(labels: Mapping[str, Any], names: Iterable[str]) -> str:
     """Return the zone in the first of these labels that has one."""
-    return next((zone for name in names if (zone := text(labels.get(name)))), "default")
+    return next((zone for name in names if (zone := text(labels.get(name)))), DEFAULT_ZONE)
 
 
 def grouped(gpus: Iterable[tuple[str, int | None]]) -> tuple[FoundGpus, ...]:

@@ -44,7 +44,7 @@ class DriverGpu:
         if not self.product:
             return "the driver cannot read it"
         if self.num_parts is not None:
-            return f"MIG is on ({self.num_parts} parts)" if self.num_parts else "MIG is on"
+            return f"MIG is on ({counted(self.num_parts, 'part')})" if self.num_parts else "MIG is on"
         if self.recovery:
             return f"the driver asks for {self.recovery}"
         if self.is_prohibited:

@@ -17,6 +17,7 @@ from typing import Any
 
 from hetis.formats.discovery import FleetSource, kubernetes, nvidia
 from hetis.formats.discovery.found import (
+    DEFAULT_ZONE,
     MAX_GPUS_SAID,
     FoundGpus,
     FoundNode,
@@ -182,7 +183,7 @@ def _add(nodes: dict[str, FoundNode], cells: dict[str, str], where: Problem, pro
     if count and not (count.isdecimal() and len(count) < 10 and 1 <= int(count) <= MAX_GPUS_SAID):
         wrong.append(replace(where, path="count", message=f"is {count[:40]!r}, must be 1 to {MAX_GPUS_SAID}"))
     node = nodes.get(cells["node"])
-    zone = cells.get("zone") or (node.zone if node else "default")
+    zone = cells.get("zone") or (node.zone if node else DEFAULT_ZONE)
     if node is not None and zone != node.zone:
         message = f"is {zone[:40]!r}, but {node.name} is in {node.zone!r} above"
         wrong.append(replace(where, path="zone", message=message))

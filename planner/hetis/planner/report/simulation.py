@@ -341,7 +341,8 @@ def _comparison(simulated: Simulated, plan: Plan) -> RenderableType:
     note, planned_rps = "", simulated.prediction.rate_rps
     if compared[0][1] < planned_rps:
         note = (
-            f"Expected throughput is the rate of the arrivals; saturated, the plan serves {digits(planned_rps, 4)}/s. "
+            "Expected throughput is the rate at which the measured requests arrived; saturated, the plan serves "
+            f"{digits(planned_rps, 4)}/s. "
         )
     if any(name == "tpot_mean" for name, *_ in compared):
         note += "The expected TPOT is that of the saturated fleet, the expected TTFT that at the planned utilisation."

@@ -114,7 +114,7 @@ class PlacedReplica(LaunchReplica):
         int, Option(min=1, max=65_535, help="Port for the rendezvous of vLLM processes on several nodes.")
     ] = 29501
     kv_port: Annotated[
-        int, Option(min=1, max=65_535, help="Port where decode replicas fetch KV from a prefill replica.")
+        int, Option(min=1, max=65_535, help="NIXL port of a prefill or decode replica; each needs its own.")
     ] = 5600
     folder: Annotated[Path, Option(help="Folder for the plugin's file and a generated key.")] = Path("hetis-launch")
     key_file: Annotated[

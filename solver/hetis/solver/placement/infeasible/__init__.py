@@ -195,8 +195,15 @@ def _what_is_short(
         kept = [r for r in given if r in rest or r in conflict.members]
         asked = [r for r in kept if r.subject not in (Subject.DEMAND, Subject.TPOT, Subject.TTFT)]
         found = apply_constraints(keeping(trials.problem, asked))
-        if not is_nothing_left(found):
-            yield why_nothing_fits(build_cost_tables(found))
+        if is_nothing_left(found):
+            return
+        costs = build_cost_tables(found)
+        if conflict.is_minimal:
+            yield why_nothing_fits(costs)
+        elif costs.ranks:
+            # The last shortage is only inferred: memory that is in a conflict for lack of time may not be the cause.
+            *certain, _ = _shortages(costs)
+            yield from certain[:1]
 
 
 def why_nothing_fits(costs: CostTables) -> str:

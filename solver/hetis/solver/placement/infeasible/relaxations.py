@@ -153,7 +153,8 @@ def _faster_links(trials: Trials, member: Requirement, others: Collection[Requir
 
     found = _smallest(exists, LINK_PRECISION, FASTEST_LINKS)
     if found is None:
-        return _unknown(member, f"are too slow{_beside(others)}; no time was left to find how fast they must be")
+        slow = "are too slow" if trials.of(others).exists else "may be too slow"
+        return _unknown(member, f"{slow}{_beside(others)}; no time was left to find how fast they must be")
     text = f"{math.ceil(found * 10.0) / 10.0:g} times as fast"
     sentence = f"{member} are too slow{_beside(others)}: {text}, in bandwidth and latency alike, they would suffice"
     return Relaxation(about=member, sentence=sentence, change=f"links {text}")
