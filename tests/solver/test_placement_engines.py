@@ -182,32 +182,6 @@ def test_an_engine_never_serves_more_than_any_engine(data: st.DataObject) -> Non
 
 
 @settings(max_examples=EXAMPLES)
-@given(data=st.data())
-def test_a_family_that_has_what_an_engine_runs_is_never_worse_than_either(data: st.DataObject) -> None:
-    problem = data.draw(problems(max_gpus=5, family=WITH_WORKERS))
-    assume(not problem.model.forbidden_cuts)
-    alone = replace(WITH_WORKERS, engine=None, in_flight=(1, 2, 3))
-    united = replace(problem, family=replace(alone, also=WITH_WORKERS.engine))
-    sign = 1.0 if problem.objective.maximises else -1.0
-    parts = []
-    for family in (alone, WITH_WORKERS):
-        try:
-            parts.append(solve_placement(replace(problem, family=family), gap_target=0.0).result)
-        except InfeasibleError:
-            continue
-    try:
-        plan = solve_placement(united, gap_target=0.0)
-    except InfeasibleError:
-        assert parts == []
-        return
-    assert check_plan(plan, united) == ()
-    assert sign * plan.result.value == pytest.approx(max(sign * part.value for part in parts), rel=REL)
-    assert sign * plan.result.bound == pytest.approx(max(sign * part.bound for part in parts), rel=REL)
-    earlier = replace(plan, family=replace(united, family=alone).describe_family())
-    assert check_plan(earlier, united) == (), "a plan from before engines added to the family"
-
-
-@settings(max_examples=EXAMPLES)
 @given(problem=problems(max_gpus=6, family=WITH_WORKERS), depth=st.integers(1, 3))
 def test_stages_take_what_the_options_of_other_families_take(problem: PlacementProblem, depth: int) -> None:
     costs = build_cost_tables(problem)

@@ -68,8 +68,8 @@ def below_peak(piece: Piece, flops: float) -> tuple[Piece, ...]:
 def provenance_of(kernel: Kernel, gpu: GpuType) -> Provenance:
     """Return the provenance of a kernel's fit on ``gpu``.
 
-    On the GPU of its table no error is stated, because plans use it beside other fits. Other GPUs have the range that
-    dense products of GPUs never seen have.
+    On the GPU of its table, which the origin names, no error is stated, because plans use it beside other fits. Other
+    GPUs, of the same architecture, too, have the range that dense products of GPUs never seen have.
     """
     relative = "" if kernel.architecture == gpu.architecture else f"; scaled from {kernel.architecture}"
     is_measured = f" on {gpu.name}," in kernel.origin

@@ -110,8 +110,8 @@ def impossible(profile: Profile, gpu: GpuType) -> Iterator[str]:
 def above_peaks(profile: Profile, gpu: GpuType) -> Iterator[str]:
     """Yield a sentence per operator that is faster than the peaks of ``gpu`` where `impossible` does not look.
 
-    These are experts, whose routing decides how much of the weights they read, and latent attention, which no kernel
-    that is not made for it computes at a GPU's peaks.
+    These are experts, whose routing decides how much of the weights they read, and latent attention, for which many
+    GPUs have no kernel of their own.
     """
     worst = dict[tuple[Op, int | None], tuple[float, str]]()
     tolerance = _tolerance(gpu)

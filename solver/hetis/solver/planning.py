@@ -9,24 +9,23 @@ Importing this module loads compiled kernels and HiGHS.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from hetis.solver.budget import Budget, Report, SearchSettings, silent
 from hetis.solver.compiled import is_cached
 from hetis.solver.constraints import Constraints
-from hetis.solver.errors import HetisError, InfeasibleError, InvalidProblemError, NoPlanFoundError
+from hetis.solver.errors import HetisError, InvalidProblemError
 from hetis.solver.placement.constrained_problem import apply_constraints, restored
 from hetis.solver.placement.cover import best_column
-from hetis.solver.placement.families import STRATEGIES, constraints_ignored, run_by
+from hetis.solver.placement.families import STRATEGIES, constraints_ignored
 from hetis.solver.placement.frontier import explore
 from hetis.solver.placement.infeasible import Market
 from hetis.solver.placement.outcome import rate_bound, sound_bound
 from hetis.solver.placement.pipelines import best_splits
-from hetis.solver.placement.solve import OPTIMAL_GAP, in_objective_units, objective_scale, solve_family
+from hetis.solver.placement.solve import in_objective_units, objective_scale, solve_family
 from hetis.solver.placement.tabulation import build_cost_tables
-from hetis.solver.plan import Plan, SolveResult, Status
-from hetis.solver.problem import EngineRules, PlacementProblem
+from hetis.solver.plan import Plan
+from hetis.solver.problem import PlacementProblem
 
 
 def solve_placement(
@@ -62,8 +61,6 @@ def solve_placement(
         )
     if STRATEGIES[strategy].is_published:
         plan = _by_published_heuristic(problem, settings)
-    elif family.also is not None:
-        plan = _for_any_engine(problem, family.also, settings, market)
     else:
         plan = solve_family(problem, settings, market, simplest_within)
     return replace(plan, family=problem.describe_family())
@@ -71,72 +68,9 @@ def solve_placement(
 
 def is_compiled(problem: PlacementProblem) -> bool:
     """Return whether kernels for the family's search are cached on disk; compiling them takes up to a minute."""
-    family = problem.family
-    of_any = family.engine is not None or (is_cached(explore) and is_cached(best_column))
-    return of_any and (is_cached(best_splits) or (family.engine is None and family.also is None))
-
-
-# --- any engine
-
-ALSO = 0.5  # share of the time for the replicas that an engine adds; most searches for an engine take a second
-
-
-def _for_any_engine(
-    problem: PlacementProblem, also: EngineRules, settings: SearchSettings, market: Market | None
-) -> Plan:  # fmt: skip
-    """Return the better of two plans: of the family's own replicas, and of those that an engine runs (`Family.also`).
-
-    The bound is that of both. A search that stopped before it had one has that from dense work.
-
-    Raises:
-        InfeasibleError: neither family holds a plan.
-        NoPlanFoundError: the budget was spent before a plan was found.
-    """
-    own = replace(problem.family, also=None)
-    share = settings.budget.share(ALSO)
-    share.explains = False
-    plans, bounds = list[Plan](), list[float]()
-    for family, each in (
-        (run_by(own, also), replace(settings, budget=share, report=_for_part(settings.report, also.name))),
-        (own, settings),
-    ):
-        posed = replace(problem, family=family)
-        try:
-            plan = solve_family(posed, each, market if family is own and not plans else None)
-        except InfeasibleError:
-            if family is own and not plans:
-                raise
-        except (NoPlanFoundError, InvalidProblemError):  # invalid: an engine's pipelines are too many to list
-            if family is own and not plans:
-                raise
-            bounds.append(_bound_of_dense_work(posed))
-        else:
-            plans.append(plan)
-            bounds.append(plan.result.bound)
-    best, widest = (max, max) if problem.objective.maximises else (min, min)
-    plan = best(reversed(plans), key=lambda one: one.result.value)
-    return replace(plan, result=_bounded(plan, widest(bounds), plans, settings.budget))
-
-
-def _for_part(report: Report, engine: str) -> Report:
-    """Return a report of the search of a part of the family, whose bound is not that of the whole."""
-    return lambda progress: report(replace(progress, phase=f"{engine}: {progress.phase}", bound=None, gap=None))
-
-
-def _bounded(plan: Plan, bound: float, plans: Sequence[Plan], budget: Budget) -> SolveResult:
-    result = plan.result
-    bound = sound_bound(bound, result.value, maximises=plan.objective.maximises)
-    gap = abs(bound - result.value) / abs(result.value) if result.value else 0.0
-    is_interrupted = any(one.result.status is Status.INTERRUPTED for one in plans)
-    status = Status.OPTIMAL if gap <= OPTIMAL_GAP else Status.INTERRUPTED if is_interrupted else Status.FEASIBLE
-    return replace(result, bound=bound, gap=gap, status=status, solve_s=budget.elapsed_s())
-
-
-def _bound_of_dense_work(problem: PlacementProblem) -> float:
-    """Return what dense work allows: the highest rate, or no cost at all."""
-    if not problem.objective.maximises:
-        return 0.0
-    return objective_scale(problem) * rate_bound(build_cost_tables(apply_constraints(problem)))
+    if problem.family.engine is not None:
+        return is_cached(best_splits)
+    return is_cached(explore) and is_cached(best_column)
 
 
 def _by_published_heuristic(problem: PlacementProblem, settings: SearchSettings) -> Plan:
@@ -207,5 +141,6 @@ def _at_once(freed: PlacementProblem, plan: Plan, part: Constraints) -> Constrai
     most = plan.result.value
     if plan.objective.maximises:
         family = STRATEGIES[plan.strategy].restrict(freed.family)
-        most = _bound_of_dense_work(replace(freed, family=family)) - plan.result.value
+        costs = build_cost_tables(apply_constraints(replace(freed, family=family)))
+        most = objective_scale(freed) * rate_bound(costs) - plan.result.value
     return ConstraintPrice(constraints=part, least=0.0, most=max(0.0, most), is_solved=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -219,8 +218,6 @@ class Family:
         decode_keeps_heads: stages of decode replicas may keep head groups; otherwise attention workers have them all.
         one_type_per_role: all prefill replicas have one GPU type, and all decode replicas have one.
         engine: the rules of an engine, which determine ``in_flight``; None: any engine that can do all of this.
-        also: the rules of an engine whose replicas belong to the family for any engine, too, though its own rules under
-            a limit on TTFT may exclude them; None: none.
         engine_settings: settings that every replica respects, see `at`.
 
     A replica with K stage copies has 1 micro-batch in flight (which walks through the stages) or at least K. Under a
@@ -241,15 +238,9 @@ class Family:
     decode_keeps_heads: bool = True
     one_type_per_role: bool = False
     engine: EngineRules | None = None
-    also: EngineRules | None = None
     engine_settings: EngineSettings = NOTHING_SET
 
     def __post_init__(self) -> None:
-        if self.also is not None and (self.engine is not None or self.also.max_stages > self.most_stages_in_flight()):
-            raise InvalidProblemError(
-                f"{self.also.name} may only add replicas to a family for any engine, of at most "
-                f"{self.most_stages_in_flight()} stages, since there is one micro-batch in flight for each"
-            )
         if self.engine is not None:
             depths = tuple(range(1, self.engine.max_stages + 1))
             if self.max_copies != 1 or self.in_flight != depths:
@@ -276,10 +267,6 @@ class Family:
         return replace(
             self, micro_batches=sizes, chunk_tokens=settings.chunk_tokens or self.chunk_tokens, engine_settings=settings
         )
-
-    def most_stages_in_flight(self) -> int:
-        """Return up to how many stages the family has one micro-batch in flight for each."""
-        return next(depth for depth in itertools.count(0) if depth + 1 not in self.in_flight)
 
     @property
     def splits_roles(self) -> bool:
@@ -309,8 +296,6 @@ class Family:
             parts.append(self.engine.describe())
         else:
             parts.append(f"{', '.join(map(str, self.in_flight))} of them in flight, 1 or no fewer than stage copies")
-        if self.also is not None:
-            parts.append(f"or as {self.also.name} runs them")
         parts.append(f"prefill chunks of {' or '.join(map(str, self.chunk_tokens))} tokens")
         parts.append("under a TTFT limit, stages that take their share of a round trip with a chunk")
         parts.append(self._describe_roles())

@@ -38,14 +38,13 @@ def are_cached() -> bool:
 def load_kernels(num_gpus: int, *, for_engine: bool = False, report: Report) -> None:
     """Compile what the search of ``num_gpus`` needs.
 
-    ``for_engine``: for plans that must suit an engine, where the size of the fleet does not matter. Plans for any
-    engine may be what one runs, so they need the same and more.
+    ``for_engine``: for plans that must suit an engine, where the size of the fleet does not matter.
     """
-    if not (is_cached(best_splits) and is_cached(best_equal_split)):
-        report(Progress(phase=COMPILING, elapsed_s=0.0))
-        solve_placement(_smallest_of_engine())
-        solve_placement(_smallest_of_engine(), strategy="uniform")  # to which plans are compared
     if for_engine:
+        if not (is_cached(best_splits) and is_cached(best_equal_split)):
+            report(Progress(phase=COMPILING, elapsed_s=0.0))
+            solve_placement(_smallest_of_engine())
+            solve_placement(_smallest_of_engine(), strategy="uniform")  # to which plans are compared
         return
     is_small = num_gpus <= MAX_GPUS
     if not all(is_cached(kernel) for kernel in ((explore,) if is_small else KERNELS)):

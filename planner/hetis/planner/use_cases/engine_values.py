@@ -110,7 +110,6 @@ def _values(
         rules = None if name == ANY_ENGINE else replace(own or EngineRules(name=name), name=name)
         constraints: Constraints = tuple(dict.fromkeys((*of_engine(name), *asked)))
         family = family_of(plan.strategy, problem.family.roles, rules, problem.family.engine_settings)
-        family = replace(family, also=None)  # what engines run is known when any engine's turn comes
         if own is None and rules is not None:
             stages = stages_to_list(replace(problem, family=family, constraints=constraints))
             rules = replace(rules, max_stages=stages)

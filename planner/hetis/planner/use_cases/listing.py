@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from hetis.solver.constraints import DUTY_OF_ROLE, Duty
@@ -49,17 +49,6 @@ def stages_to_list(problem: PlacementProblem) -> int:
         if stages > 1 and (_longest_list(choices, stages) > MOST_LISTED or counts > MOST_COUNTS):
             return stages - 1
     return engine.max_stages
-
-
-def also_listed(problem: PlacementProblem) -> PlacementProblem:
-    """Return the problem with pipelines that can be listed quickly among those that an engine adds to its family."""
-    from hetis.solver.placement.families import run_by
-
-    family, also = problem.family, problem.family.also
-    if also is None:
-        return problem
-    stages = stages_to_list(replace(problem, family=run_by(replace(family, also=None), also)))
-    return replace(problem, family=replace(family, also=replace(also, max_stages=stages)))
 
 
 def refuse_unlisted(problem: PlacementProblem) -> None:

@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from hetis.formats import catalogue
 from hetis.formats.traces import PrefixHitRate
 from hetis.planner.use_cases import equal_stages, service_level
+from hetis.planner.use_cases.any_engine import search_again
 from hetis.planner.use_cases.engine_values import with_engine_values
 from hetis.planner.use_cases.errors import UncheckedPlanError
-from hetis.planner.use_cases.listing import also_listed, kinds_in_a_zone, refuse_unlisted, stages_to_list
+from hetis.planner.use_cases.listing import kinds_in_a_zone, refuse_unlisted, stages_to_list
 from hetis.planner.use_cases.precision import for_engine, in_precision, notes_on_exchange
 from hetis.planner.use_cases.robustness.profile_errors import profile_notes, with_profile_errors
 from hetis.planner.use_cases.robustness.study import Robustness, study, with_robustness
@@ -101,7 +102,7 @@ class PlacementSettings:
         """
         problem = inputs.problem(objective, self.strategy, self.roles, self.engine)
         if self.engine is None:
-            return also_listed(problem)
+            return problem
         if self.keep_stages:
             refuse_unlisted(problem)
             return problem
@@ -318,13 +319,16 @@ def simulated_plan(
 
     spent_s, whole = 0.0, replace(budget(), time_limit_s=limit_s)
 
+    def searched(posed: PlacementProblem, within: Budget) -> Plan:
+        return search(posed, settings, budget=within, report=report)
+
     def find(posed: PlacementProblem) -> Plan:
         nonlocal spent_s
         rest = budget()
         left_s = min(rest.time_limit_s - spent_s, TO_SEARCH * whole.remaining_s())
         rest = replace(rest, time_limit_s=left_s, explains=False)
         try:
-            other = search(posed, settings, budget=rest, report=report)
+            other = search_again(posed, settings.strategy, searched, rest)
         finally:
             spent_s += rest.elapsed_s()
         return describe(other, loaded, problem, settings)

@@ -120,17 +120,15 @@ def family_of(
 ) -> Family:
     """Return the family of a strategy, restricted to ``roles`` if there are any, and to the engine's rules.
 
-    Its replicas obey the settings with which engines are started. That for any engine has what the default engine runs.
+    Its replicas obey the settings with which engines are started.
 
     Raises:
         InvalidProblemError: the strategy lacks one of these roles, or they need others; or it supports no engine's
             rules, like published heuristics and `hexgen3`.
     """
-    from hetis.solver.placement.families import DEFAULT_ENGINE, STRATEGIES, run_by
+    from hetis.solver.placement.families import STRATEGIES, run_by
 
     family = STRATEGIES[strategy].restrict(Family())
-    if engine is None and STRATEGIES[strategy].has_engines:
-        family = replace(family, also=EngineRules(name=DEFAULT_ENGINE, max_stages=family.most_stages_in_flight()))
     extra = [role for role in roles if role not in family.roles]
     if extra:
         has = ", ".join(family.roles)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from functools import cache, partial
 from itertools import pairwise
 from typing import NamedTuple
@@ -187,12 +186,9 @@ def _check_question(plan: Plan, problem: PlacementProblem) -> Iterator[Broken]:
     if result.unit != wanted.unit:
         yield Rule.OBJECTIVE, f"unit is {result.unit}, must be {wanted.unit}"
     family = _with_options(problem.describe_family(), problem)
-    alone = replace(problem, family=replace(problem.family, also=None))  # of plans from before engines added to it
-    said, earlier = _without_links(_with_options(plan.family, problem)), set[str]()
-    for posed in (problem, alone):
-        text = _without_links(_with_options(posed.describe_family(), posed))
-        earlier |= {text, text.removesuffix(UNIFIED_ALONE), text.replace(f"; {APART}", "")}
-    if said not in earlier:
+    earlier = _without_links(family)
+    said = _without_links(_with_options(plan.family, problem))
+    if said not in (earlier, earlier.removesuffix(UNIFIED_ALONE), earlier.replace(f"; {APART}", "")):
         yield Rule.FAMILY, f'family is "{plan.family}", strategy {plan.strategy} searches "{family}"'
 
 

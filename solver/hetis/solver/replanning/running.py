@@ -385,8 +385,7 @@ def _least_ttft_limit_s(costs: CostTables, template: Template) -> float:
     An engine's family limits the round trip with a chunk itself, not its ratio to one without, in steps.
     """
     mix, m = costs.mixes[template.mix], costs.problem.family.in_flight[template.in_flight_index]
-    family = costs.problem.family
-    if (family.engine is None and family.also is None) or mix.role is not Role.UNIFIED or m > 1:
+    if costs.problem.family.engine is None or mix.role is not Role.UNIFIED or m > 1:
         return least_ttft_limit_s(costs, template)
     return ttft_s(costs, template)
 
