@@ -83,7 +83,8 @@ def main() -> None:
     arguments = parser.parse_args()
     sys.path.append(str(arguments.helix))  # Helix is not installed as a package, as that would need Gurobi
     seconds = arguments.seconds or (SECONDS_QUICK if arguments.quick else SECONDS)
-    rows.show(all_rows(arguments.helix, seconds=seconds, only=arguments.only), arguments, name="helix", document=DOCUMENT)
+    found = all_rows(arguments.helix, seconds=seconds, only=arguments.only)
+    rows.show(found, arguments, name="helix", document=DOCUMENT)
 
 
 def all_rows(helix: Path, *, seconds: float, only: str = "") -> Iterator[Row]:
