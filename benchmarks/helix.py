@@ -1,7 +1,7 @@
 """Placements of `layers` and of Helix (ASPLOS'25) on Helix's clusters, judged by Helix's own simulator.
 
     git clone https://github.com/Thesys-lab/Helix-ASPLOS25
-    python -m benchmarks.helix --helix Helix-ASPLOS25 [--seconds 660] [--quick] [--only TEXT] [--json]
+    python -m benchmarks.helix --helix Helix-ASPLOS25 [--seconds 660] [--quick] [--only TEXT] [--json | --markdown]
 
 Clusters, machine profiles, traces and Helix's placements (MILP) come from its artifact evaluation; nothing of it is
 copied here. Each cluster is posed to `layers` with Helix's tokens per second, KV room and times per batch. Its
@@ -34,6 +34,7 @@ from hetis.solver.layers.plan import LayersPlan
 from hetis.solver.layers.problem import LayersProblem, Links, NodeType, TimeTable
 from hetis.solver.layers.solve import solve_layers
 
+DOCUMENT = Path(__file__).parents[1] / "docs" / "layers.md"
 PROMPT, OUTPUT = 763.1, 232.4  # mean tokens of the trace, as Helix states them
 WARM_UP_S, SECONDS, SECONDS_QUICK = 60.0, 660.0, 120.0
 UNITS = {"kbps": 1e3, "mbps": 1e6, "gbps": 1e9, "MB": 1e6, "GB": 1e9, "MilliSec": 1e-3, "Sec": 1.0}
@@ -64,12 +65,12 @@ CASES = (
     Case(name="42 nodes, 70B", cluster=MANY + "config/cluster42.ini", layout=MANY + "layout_llama70b/ilp", model="70B"),
     *(
         Case(
-            name=f"{kind.upper()} nodes, 30B",
+            name=name,
             cluster=f"{SINGLE}config/{kind}.ini",
             layout=f"{SINGLE}layout_llama30b/ilp/{kind}",
             model="30B",
         )
-        for kind in ("a100", "l4", "t4")
+        for name, kind in (("4 A100, 30B", "a100"), ("8 L4, 30B", "l4"), ("12 T4, 30B", "t4"))
     ),
 )
 
@@ -82,7 +83,8 @@ def main() -> None:
     arguments = parser.parse_args()
     sys.path.append(str(arguments.helix))  # Helix is not installed as a package, as that would need Gurobi
     seconds = arguments.seconds or (SECONDS_QUICK if arguments.quick else SECONDS)
-    rows.show(all_rows(arguments.helix, seconds=seconds, only=arguments.only), arguments, name="helix")
+    found = all_rows(arguments.helix, seconds=seconds, only=arguments.only)
+    rows.show(found, arguments, name="helix", document=DOCUMENT)
 
 
 def all_rows(helix: Path, *, seconds: float, only: str = "") -> Iterator[Row]:

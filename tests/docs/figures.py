@@ -199,6 +199,11 @@ def others(fleet: str) -> Callable[[Table], Sequence[float]]:
     return lambda t: [sum(t.column(column, fleet)) for column in ("other replicas", "plans")]
 
 
+def over_helix(clusters: str, routing: str, *, more: int = 1) -> Callable[[Table], Sequence[float]]:
+    """Return how many percent more ``layers`` decodes than Helix's placement, or less if ``more`` is -1."""
+    return lambda t: [100 * more * (share - 1) for share in t.column("vs helix", f"({clusters}).*{routing}")]
+
+
 def over_planned(row: str) -> Callable[[Table], Sequence[float]]:
     """Return by how much percent the simulated rate exceeds the planned one."""
     return lambda t: [100 * (t[row, "throughput rps"] / t[row, "planned rps"] - 1)]
@@ -931,6 +936,30 @@ FIGURES = [
         (
             "serve only a third to two thirds of the plan",
             lambda t: [0.3 < share < 0.7 for share in served_by_most_flow(t)],
+        ),
+    ),
+    *_of(
+        "layers.md",
+        "helix",
+        ("decodes #% more tokens per second than Helix's", over_helix("24 nodes", "shares")),
+        (r"on 24 nodes, #% more on 42 and #% more on\sthe L4", over_helix("42 nodes|8 L4", "shares")),
+        (r"serves #% less than Helix's\s+placement on 24", over_helix("24 nodes", "max-flow", more=-1)),
+        ("on 24 nodes and #% less on 42", over_helix("42 nodes", "max-flow", more=-1)),
+        (
+            "on the A100 and the T4 both have the same placement",
+            lambda t: [share == 1.0 for share in t.column("vs helix", "A100|T4")],
+        ),
+    ),
+    *_of(
+        "comparison.md",
+        "helix",
+        (
+            "serve a fifth more than Helix's in Helix's simulator on a",
+            lambda t: [1.18 < share < 1.22 for share in t.column("vs helix", "24 nodes.*shares")],
+        ),
+        (
+            "and a sixth more on one of 42",
+            lambda t: [1.15 < share < 1.18 for share in t.column("vs helix", "42 nodes.*shares")],
         ),
     ),
     *_of(
