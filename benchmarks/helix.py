@@ -286,6 +286,7 @@ class Simulation:
         try:
             feeder.auto_simulate(simulator=self._simulator)
         finally:
+            gc.freeze()  # every later collection would traverse them, too
             gc.enable()
         warm, end = self._start_s + WARM_UP_S, self._start_s + seconds
         late = (warm + end) / 2
