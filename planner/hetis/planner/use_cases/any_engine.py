@@ -11,8 +11,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 
-from hetis.planner.use_cases.listing import stages_to_list
-from hetis.planner.use_cases.sources import family_of
+from hetis.planner.use_cases.listing import run_by_engine
 from hetis.solver.budget import Budget
 from hetis.solver.errors import InfeasibleError, InvalidProblemError, NoPlanFoundError
 from hetis.solver.plan import Plan
@@ -57,9 +56,5 @@ def _run_by_an_engine(problem: PlacementProblem, strategy: str) -> PlacementProb
     if family.engine is not None or not STRATEGIES[strategy].has_engines or problem.model.precisions:
         return None  # the family for any engine has only one precision
 
-    def in_stages(most: int) -> PlacementProblem:
-        rules = EngineRules(name=DEFAULT_ENGINE, max_stages=most)
-        return replace(problem, family=family_of(strategy, family.roles, rules, family.engine_settings))
-
     deepest = next(depth for depth in itertools.count(1) if depth + 1 not in family.in_flight)
-    return in_stages(stages_to_list(in_stages(deepest)))
+    return run_by_engine(problem, strategy, EngineRules(name=DEFAULT_ENGINE, max_stages=deepest))

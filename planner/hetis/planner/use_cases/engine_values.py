@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 from hetis.planner.use_cases.equal_stages import EQUAL_STAGES, budget_of_one, value_within
-from hetis.planner.use_cases.listing import stages_to_list
+from hetis.planner.use_cases.listing import run_by_engine
 from hetis.planner.use_cases.precision import constraints_of, refused_by
 from hetis.planner.use_cases.sources import family_of
 from hetis.solver.budget import Budget, Progress, Report
@@ -109,10 +109,10 @@ def _values(
             continue  # its family has only one precision
         rules = None if name == ANY_ENGINE else replace(own or EngineRules(name=name), name=name)
         constraints: Constraints = tuple(dict.fromkeys((*of_engine(name), *asked)))
-        family = family_of(plan.strategy, problem.family.roles, rules, problem.family.engine_settings)
         if own is None and rules is not None:
-            stages = stages_to_list(replace(problem, family=family, constraints=constraints))
-            rules = replace(rules, max_stages=stages)
+            family = run_by_engine(replace(problem, constraints=constraints), plan.strategy, rules).family
+            rules = family.engine
+        else:
             family = family_of(plan.strategy, problem.family.roles, rules, problem.family.engine_settings)
         alike = _but_for_its_name(family, problem.model), constraints
         if alike not in known:
