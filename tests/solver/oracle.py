@@ -534,6 +534,8 @@ class ReplicaSearch:
         if self.problem.family.engine is not None:
             return chunk * M <= trip_s * (1 + 1e-9)
         if setting.d == M:
+            if copies == 1:
+                return chunk * t_s * M <= trip_s * setting.n_it * (1 + 1e-9)
             level = 1.0
             while level < chunk * (1 - 1e-9):
                 level *= 1.25

@@ -105,7 +105,7 @@ class TimeLimits(NamedTuple):
     """Limits on a stage's seconds, and the slack that lengthens these seconds (see `stretch`).
 
     A stage with c copies takes at most ``c chunk_cap_s`` in an iteration with a chunk, and at most ``unevenness`` times
-    what it takes in a mean one.
+    what it takes in a mean one, unless it is the only one of its replica: its iteration is then the whole round trip.
     """
 
     least_slack: float
@@ -134,6 +134,7 @@ def list_options(
     gives_all, counts, num_sizes = t.gives_all[x], t.keeps_idle_cards, t.pool_sizes.shape[0]
     has_chunk_limits = limits.chunk_cap_s < np.inf or limits.unevenness < np.inf
     least, unevenness = 1.0 + limits.least_slack, limits.unevenness * (1.0 + ROUNDING)
+    alone_s = t.trip_cap[x, f] if unevenness < np.inf else np.inf
     shapes = stage_shapes(t.rank_class, t.rank_tp, t.rank_dp, t.available, t.in_flight[f], max_copies)
     pools = np.empty((1 + t.available.shape[0] * num_sizes, 3), np.int64)
     for j in range(shapes.shape[0]):
@@ -162,9 +163,9 @@ def list_options(
                 layer_s = max(layer.compute_s, layer.wire_s)
                 if has_chunk_limits:
                     fill_fixed(chunk_fixed_s, ranks.prefix_layers, layer.chunk_s, 0.0, ranks.chunk_fixed)
-                    longest_s, n_it = c * limits.chunk_cap_s, ranks.mix.number
+                    most_s, n_it = c * limits.chunk_cap_s, ranks.mix.number
                     if not _limit_layers(
-                        floors, caps, layer_s, fixed_s, layer.chunk_s, chunk_fixed_s, longest_s, n_it, unevenness
+                        floors, caps, layer_s, fixed_s, layer.chunk_s, chunk_fixed_s, most_s, alone_s, n_it, unevenness
                     ):
                         continue
                 longer = stretch(ranks.mix, layer_s, layer.chunk_s, limits.least_slack, limits.slack_unevenness)
@@ -242,19 +243,20 @@ def _fill_pools(
 @kernel
 def _limit_layers(
     floors: IntArray, caps: IntArray, layer_s: float, fixed_s: FloatArray, chunk_layer_s: float,
-    chunk_fixed_s: FloatArray, longest_s: float, iterations: float, unevenness: float,
+    chunk_fixed_s: FloatArray, longest_s: float, alone_s: float, iterations: float, unevenness: float,
 ) -> bool:  # fmt: skip
     """Narrow ``caps`` and ``floors`` [4] to stages within both time limits, and return whether any role has layers.
 
     A stage may take at most ``longest_s`` seconds in an iteration with a chunk, and at most ``unevenness`` times a mean
-    iteration.
+    iteration. Instead of the latter, the only stage of a sequential replica may take at most ``alone_s``.
     """
     for role in range(4):
         floors[role] = 1
-        if longest_s < np.inf:
-            layers = (longest_s - chunk_fixed_s[role]) / chunk_layer_s + ROUNDING
+        most_s = min(longest_s, alone_s) if role == BOTH else longest_s
+        if most_s < np.inf:
+            layers = (most_s - chunk_fixed_s[role]) / chunk_layer_s + ROUNDING
             caps[role] = int(max(0.0, min(float(caps[role]), layers)))
-        if unevenness < np.inf:
+        if unevenness < np.inf and role != BOTH:
             # layers * slope >= rise
             slope = unevenness * layer_s - iterations * chunk_layer_s
             rise = iterations * chunk_fixed_s[role] - unevenness * fixed_s[role]

@@ -549,7 +549,7 @@ def best_equal_split(
                 )
             interval = max(interval, t.t_floor)
             if t.trip_cap[x, f] < np.inf:
-                if m == 1 and not depth_in_flight:
+                if m == 1 and num_stages > 1:
                     limit = UNEVENNESS_STEP ** np.ceil(np.log(uneven) / np.log(UNEVENNESS_STEP) - ROUNDING)
                     in_time = interval <= t.trip_cap[x, f] * t.iterations[x] / limit
                 else:

@@ -121,8 +121,9 @@ def _least_unevenness(t: Tables, x: int) -> float:
 def _unevenness_limits(costs: CostTables, scope: int, x: int, f: int) -> Iterator[float]:
     """Yield the limits on unevenness under which sequential replicas are searched for, or inf if TTFT has no limit.
 
-    This omits limits that no stage can meet, that leave no time for the layers, or that a wider one dominates because
-    it does not shorten the interval more.
+    The first leaves the interval as long as possible, for replicas of a single stage, which none of them concerns. Of
+    the others, this omits limits that no stage can meet, that leave no time for the layers, or that a wider one
+    dominates because it does not shorten the interval more.
     """
     t = costs.scopes[scope].tables
     if not np.isfinite(t.trip_cap[x, f]):
@@ -135,7 +136,8 @@ def _unevenness_limits(costs: CostTables, scope: int, x: int, f: int) -> Iterato
     mean_cap = float(t.trip_cap[x, f] * t.iterations[x])
     at_most = cost.unevenness_level(t.iterations[x] / costs.mixes[x].chunk_iterations)  # all time in chunks
     first = cost.unevenness_level(max(1.0, _least_unevenness(t, x) * (1.0 - 1e-9)))
-    levels = [k for k in range(first, at_most + 1) if mean_cap / cost.UNEVENNESS_STEP**k >= fastest_s]
+    each = sorted({0, *range(first, at_most + 1)})
+    levels = [k for k in each if mean_cap / cost.UNEVENNESS_STEP**k >= fastest_s]
     other_cap = float(t.t_cap[x, f])
     for i, k in enumerate(levels):
         if i + 1 < len(levels) and mean_cap / cost.UNEVENNESS_STEP ** levels[i + 1] >= other_cap:
@@ -436,7 +438,9 @@ def least_ttft_limit_s(costs: CostTables, template: Template) -> float:
     trip_s = m * template.interval_s / mix.iterations
     if mix.role is Role.UNIFIED:
         chunks_s = times_of(template, stage_seconds(costs, template, with_chunk=True))
-        if m == 1:
+        if m == 1 and len(chunks_s) == 1:
+            trip_s = max(trip_s, chunks_s[0])
+        elif m == 1:
             uneven = max(
                 mix.iterations * chunk_s / u
                 for chunk_s, u in zip(chunks_s, times_of(template, stage_seconds(costs, template)), strict=True)
