@@ -352,6 +352,19 @@ def test_a_fleet_that_only_holds_long_chunks_has_a_plan() -> None:
         assert value_of(problem) >= value_of(long_only) * (1 - REL), usable_bytes
 
 
+def test_a_replica_of_one_stage_and_one_micro_batch_may_use_all_of_a_ttft_limit() -> None:
+    """Its round trip is its iteration, so the rule for several stages, in steps of 1.25, does not concern it."""
+    problem = make_problem(
+        [make_node("a", "A")],
+        profiles={"A": make_profile("A")},
+        family=replace(SMALL_FAMILY, in_flight=(1,)),
+        objective=Objective(ttft_limit_s=None, tpot_limit_s=None),
+    )
+    ttft_s = solve_placement(problem).replicas[0].ttft_s
+    limited = replace(problem, objective=replace(problem.objective, ttft_limit_s=ttft_s * (1 + REL)))
+    assert value_of(limited) == pytest.approx(value_of(problem), rel=REL)
+
+
 def test_more_micro_batches_than_stages_are_tried_under_a_ttft_limit() -> None:
     """Prompts wait less for one another if more are prefilled at a time; with heavy tails that is worth its memory."""
     objective = Objective(ttft_limit_s=0.04, tpot_limit_s=None)
