@@ -5,6 +5,7 @@ Bars are readable with and without colours.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -13,14 +14,16 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from hetis.planner.report.figures import percent, plural, seconds
+from hetis.planner.report.figures import digits, percent, plural, seconds
 from hetis.planner.report.plan import headline, price_table
 from hetis.planner.report.replica import device_table
 from hetis.planner.report.tables import Narrowing, Unbroken, as_group, bullets, grid, narrowing, section
 from hetis.planner.use_cases.grouping import ReplicaGroup, abbreviate, group_replicas
+from hetis.planner.use_cases.seat_wait import SeatWait
 from hetis.solver.plan import Explanation, IdleGpus, MemoryBar, Plan, ReplicaPlan, Role, StageTime, parallel_sizes
 
 MAX_SHAPES = 6
+SELDOM = 1e-4  # share of requests below which nobody waits for a seat
 MAX_EQUAL = 12  # equal replicas whose devices are named
 PRICES_MEAN = (
     "The marginal price is what one GPU of the class adds if fractions of replicas are allowed. 0 means that "
@@ -36,10 +39,13 @@ BAR_WIDTH = 30
 
 
 @as_group
-def render_explanation(plan: Plan, explanation: Explanation, *, wide: bool = False) -> Iterator[RenderableType]:
+def render_explanation(
+    plan: Plan, explanation: Explanation, wait: SeatWait | None = None, *, wide: bool = False
+) -> Iterator[RenderableType]:
     """Yield the view of ``hetis-plan explain``, at most 80 columns wide.
 
-    ``wide`` shows every shape of replica, and the devices of every replica.
+    ``wait`` is that for a seat (None: not known). ``wide`` shows every shape of replica, and the devices of every
+    replica.
     """
     yield headline(plan)
     groups = group_replicas(plan.replicas)
@@ -50,6 +56,8 @@ def render_explanation(plan: Plan, explanation: Explanation, *, wide: bool = Fal
             yield section("Their devices", Group(*_equal_devices(group, plan, wide=wide)))
     if len(groups) > shown:
         yield Text(f"\n… and {plural(len(groups) - shown, 'more shape')} (-o wide has all)", style="dim")
+    if wait is not None:
+        yield section("Seats", Text(_seats(wait)))
     if explanation.kv_routes:
         yield section("Prefill to decode", bullets(explanation.kv_routes))
     if plan.prices:
@@ -61,6 +69,17 @@ def render_explanation(plan: Plan, explanation: Explanation, *, wide: bool = Fal
     if plan.notes:
         yield section("Notes", bullets(plan.notes))
     yield section("Family: the plans for which the bound holds", Text(plan.family))
+
+
+def _seats(wait: SeatWait) -> str:
+    """Return the wait for a seat, which the planned TTFT leaves out, in a sentence."""
+    seats, rate = plural(wait.seats, "seat"), f"{digits(wait.rate_rps, 4)} requests/s"
+    if not math.isfinite(wait.p95_s):
+        return f"{seats}; by a queue model all are taken at {rate}, and requests queue up without end."
+    if wait.must_wait < SELDOM:
+        return f"{seats}; by a queue model a request finds one free at {rate}."
+    longest = f", p95 {seconds(wait.p95_s)} more than the planned TTFT" if wait.p95_s else ""
+    return f"{seats}; by a queue model {percent(wait.must_wait)} of the requests wait for one at {rate}{longest}."
 
 
 def _equal_devices(group: ReplicaGroup, plan: Plan, *, wide: bool) -> Iterator[RenderableType]:
