@@ -235,7 +235,7 @@ def test_a_default_gives_way_to_an_option_that_contradicts_it(
 # Options whose help differs from that in `place`, or in the first verb, although they mean the same.
 SAME_IN_OTHER_WORDS = {
     "buy-next": {"what-if"},
-    "dry-run": {"apply", "rollback"},
+    "dry-run": {"apply", "delete", "rollback"},
     "engine": {"compare"},
     "force": {"init", "cluster.discover"},
     "kv-blocks": {"simulate"},

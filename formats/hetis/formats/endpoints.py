@@ -140,6 +140,14 @@ class LeaderSearch:
         return self._present
 
     @property
+    def in_turn(self) -> tuple[Endpoint, ...]:
+        """The endpoint to call next and, behind it, the others in the order in which they are tried."""
+        with self._lock:
+            begin = self._given.index(self._present) if self._present in self._given else 0
+            turned = (*self._given[begin:], *self._given[:begin])
+            return tuple(dict.fromkeys((self._present, *turned)))
+
+    @property
     def are_several(self) -> bool:
         """Return whether another endpoint may answer if one does not."""
         return len(self._given) > 1 or self._present not in self._given

@@ -132,5 +132,6 @@ def hetis_plan(planner: FakePlanner, monkeypatch: pytest.MonkeyPatch) -> Run:
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setenv("NO_COLOR", "1")
     monkeypatch.setenv("HETIS_SERVER", planner.address)
+    monkeypatch.setattr("hetis.planner.client.channels.SLOW_AFTER_S", 60.0)  # not because the machine is busy
     monkeypatch.delenv("HETIS_DEBUG", raising=False)
     return lambda *arguments: run(list(arguments))

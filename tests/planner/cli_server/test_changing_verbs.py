@@ -398,7 +398,12 @@ def test_cancelling_keeps_the_best_so_far(planner: FakePlanner, hetis_plan: Run,
 
 
 @pytest.mark.parametrize(
-    ("activation", "said"), [("ACTIVATING", "plans/night is still being activated"), ("ACTIVE", "plans/night stays in")]
+    ("activation", "said"),
+    [
+        ("ACTIVATING", "plans/night is still being activated"),
+        ("ACTIVE", "plans/night stays in"),
+        ("FAILED", "plans/night stays in"),
+    ],
 )
 def test_what_cannot_be_withdrawn_is_gone_back_from(
     fleet: FakePlanner, hetis_plan: Run, capsys: Captured, activation: str, said: str
@@ -408,7 +413,45 @@ def test_what_cannot_be_withdrawn_is_gone_back_from(
     told = capsys.readouterr().err
     assert said in told
     assert "go back to it: hetis-plan rollback plans/night\n" in told
+    fleet.clusters["clusters/paper"].earlier_plan = ""
+    assert hetis_plan("cancel", "night") == ExitCode.CONFLICT
+    told = capsys.readouterr().err
+    assert said in told
+    assert "rollback" not in told, "there is nothing to go back to"
+    assert "activate another plan: hetis-plan apply --activate PLAN\n" in told
     assert fleet.calls["WatchPlan"] == 0
+
+
+@pytest.mark.parametrize(
+    ("earlier", "num_serving", "ways_out"),
+    [
+        ("plans/day", 1, ["the plan that served before still serves", "roll back: hetis-plan rollback plans/night"]),
+        ("", 1, ["activate another plan, or this one once the cause is gone: hetis-plan apply --activate plans/night"]),
+        (
+            "",
+            0,
+            [
+                "activate another plan, or this one once the cause is gone: hetis-plan apply --activate plans/night",
+                "withdraw it while nothing serves: hetis-plan cancel plans/night",
+            ],
+        ),
+    ],
+)
+def test_the_ways_out_of_a_failed_activation_are_those_that_exist(
+    fleet: FakePlanner, hetis_plan: Run, capsys: Captured, earlier: str, num_serving: int, ways_out: list[str]
+) -> None:
+    """In the past a rollback was advised although no plan had been in force before."""
+    failure = failure_pb2.Failure(reason=failure_pb2.ERROR_REASON_ENGINE_CANNOT, message="no engine")
+    fleet.clusters["clusters/paper"].earlier_plan = earlier
+    fleet.plans["plans/night"].activation = plan_pb2.ACTIVATION_STATE_FAILED
+    fleet.plans["plans/night"].activation_progress.CopyFrom(
+        plan_pb2.ActivationProgress(num_serving=num_serving, num_failed=1, failure=failure)
+    )
+    assert hetis_plan("watch", "night") == ExitCode.INTERNAL
+    error = "error: plans/night could not be activated: no engine (ENGINE_CANNOT)\n"
+    _, found, after = capsys.readouterr().err.partition(error)
+    assert found
+    assert after == "".join(f"  {line}\n" for line in ways_out)
 
 
 def test_an_activation_that_someone_withdraws_is_a_conflict(

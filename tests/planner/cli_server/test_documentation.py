@@ -14,7 +14,19 @@ from hetis.v1 import failure_pb2
 
 DOCS = (Path(__file__).parents[3] / "docs" / "cli.md").read_text(encoding="utf-8")
 GROUP: Any = typer.main.get_command(app)
-SERVER_VERBS = ["agents", "apply", "audit", "cancel", "disconnect", "get", "rollback", "status", "upstreams", "watch"]
+SERVER_VERBS = [
+    "agents",
+    "apply",
+    "audit",
+    "cancel",
+    "delete",
+    "disconnect",
+    "get",
+    "rollback",
+    "status",
+    "upstreams",
+    "watch",
+]
 
 
 def test_every_verb_is_documented() -> None:

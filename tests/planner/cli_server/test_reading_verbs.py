@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable
@@ -221,6 +222,26 @@ def test_nobody_there_exits_6_and_says_what_to_do(
         "  is hetis-planner running? Give its address with --server or HETIS_SERVER, and --ca if its "
         "certificate is from a private CA\n"
     )
+
+
+def test_a_planner_that_does_not_answer_is_named_and_the_next_one_asked(
+    fleet: FakePlanner, hetis_plan: Run, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the past nothing was said until all attempts were over, which took up to 30 s."""
+    monkeypatch.setattr("hetis.planner.client.channels.SLOW_AFTER_S", 0.1)
+    options = (("grpc.enable_retries", 0), ("grpc.min_reconnect_backoff_ms", 1000))
+    monkeypatch.setattr("hetis.planner.client.channels.SEVERAL_OPTIONS", options)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"127.0.0.1:{silent.getsockname()[1]}"
+        assert hetis_plan("status", "--server", f"{address},{fleet.address}") == ExitCode.OK
+        told = capsys.readouterr()
+        assert told.err.splitlines()[0] == f"waiting for an answer of the planner at {address}; then {fleet.address}"
+        assert told.out.startswith("The planner serves.")
+        monkeypatch.setattr("hetis.planner.client.connection.DEFAULT_DEADLINE_S", 1.0)
+        assert hetis_plan("status", "--server", address) == ExitCode.UNREACHABLE
+        assert capsys.readouterr().err.startswith(f"waiting for an answer of the planner at {address}\nerror: ")
+        assert hetis_plan("status", "--server", address, "-q") == ExitCode.UNREACHABLE
+        assert capsys.readouterr().err.startswith("error: ")
 
 
 @pytest.mark.parametrize("what", ["plans/night", "clusters/paper"])

@@ -74,6 +74,18 @@ def test_a_fleet_is_applied_a_plan_solved_saved_imported_and_looked_at(
     assert hetis_plan("disconnect", "a100") == ExitCode.INVALID
     assert "no agent is connected" in capsys.readouterr().err
 
+    assert said(ExitCode.OK, "apply", "--activate", "plans/night", "--no-wait")
+    assert hetis_plan("delete", "plans", "night", "offline") == ExitCode.CONFLICT
+    captured = capsys.readouterr()
+    assert captured.out == "plans/offline  deleted\n"
+    assert "error: plans/night is in force in clusters/paper" in captured.err
+    assert hetis_plan("delete", "clusters/paper") == ExitCode.CONFLICT
+    assert "hetis-plan cancel plans/night\n" in capsys.readouterr().err
+    assert said(ExitCode.OK, "cancel", "night")
+    assert said(ExitCode.OK, "delete", "plans/night") == "plans/night  deleted\n"
+    assert hetis_plan("delete", "plans", "night") == ExitCode.INVALID
+    assert "list what exists: hetis-plan get plans\n" in capsys.readouterr().err
+
 
 def test_what_cannot_be_is_infeasible_there_too(
     hetis_plan: Callable[..., int], capsys: Captured, tmp_path: Path

@@ -142,6 +142,67 @@ def test_a_new_leader_that_has_no_reports_yet_changes_no_list(
     assert served.calls["ListReplicas"] == 3
 
 
+@pytest.mark.parametrize("more", [(), ("--follow",)])
+def test_a_leader_that_has_no_reports_yet_is_waited_for(
+    served: FakePlanner, hetis_plan: Run, capsys: Captured, monkeypatch: pytest.MonkeyPatch, more: tuple[str, ...]
+) -> None:
+    """In the past a list that was begun seconds after a takeover was empty, although every engine served."""
+    monkeypatch.setattr("hetis.planner.cli.export.LISTED_AGAIN_S", 0.01)
+    for number in (1, 2, 6):
+        served.replicas[NAME.format(number)].ClearField("report")
+
+    def called(method: str, context: object) -> None:
+        if method == "ListReplicas" and served.calls[method] in (2, 3):
+            name = NAME.format(served.calls[method] - 1)
+            served.replicas[name].report.CopyFrom(replica(served.calls[method] - 1, 1.0).report)
+        if method == "WatchCluster":  # ends the watch in place of Ctrl-C
+            refuse(context, 5, "NOT_FOUND", "clusters/paper is gone")  # type: ignore[arg-type]
+
+    served.fail = called
+    assert hetis_plan("upstreams", *more) == (ExitCode.INVALID if more else ExitCode.OK)
+    captured = capsys.readouterr()
+    assert captured.out == NGINX, "and no list of one"
+    waiting, *left_out = captured.err.splitlines()
+    says = "waiting up to 30 s for agents to report to the planner where engines listen: r-1, r-2"
+    assert waiting == says
+    assert "not reported" not in "".join(left_out)
+
+
+def test_a_list_is_kept_if_no_agent_reports_in_time(
+    served: FakePlanner, hetis_plan: Run, capsys: Captured, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("hetis.planner.cli.export.LISTED_AGAIN_S", 0.01)
+    monkeypatch.setattr("hetis.planner.cli.export.HEARD_WITHIN_S", 0.1)
+    out, ran = tmp_path / "hetis.conf", tmp_path / "ran"
+    out.write_text(NGINX)
+    for one in served.replicas.values():
+        one.ClearField("report")
+    command = ("upstreams", "--out", str(out), "--run", f"touch {ran}")
+    assert hetis_plan(*command) == ExitCode.UNREACHABLE
+    told = capsys.readouterr().err
+    assert f"error: {out} was not written: the planner does not know yet where anything serves\n" in told
+    assert "warning: left out, because their agents have not reported to the planner: r-1, r-2, r-7\n" in told
+    served.events = [
+        cluster_service_pb2.WatchClusterResponse(resume_token="t0", caught_up=True),
+        cluster_service_pb2.WatchClusterResponse(resume_token="t1", replica=replica(2, 2.0)),
+    ]
+
+    def called(method: str, context: object) -> None:
+        if method == "WatchCluster" and served.calls[method] > 1:  # ends the watch in place of Ctrl-C
+            refuse(context, 5, "NOT_FOUND", "clusters/paper is gone")  # type: ignore[arg-type]
+
+    served.fail = called
+    assert hetis_plan(*command, "--follow") == ExitCode.INVALID
+    assert f"warning: {out} was not written" in capsys.readouterr().err
+    assert out.read_text() == NGINX
+    assert not ran.exists()
+    served.replicas[NAME.format(2)].report.endpoint = "10.0.0.2:8000"
+    served.fail = lambda _method, _context: None
+    assert hetis_plan(*command) == ExitCode.OK
+    assert out.read_text() == "upstream hetis {\n    server 10.0.0.2:8000 weight=1000;\n}\n"
+    assert "have not reported to the planner: r-1, r-7\n" in capsys.readouterr().err
+
+
 def test_a_list_is_followed_however_long_the_planner_hangs(
     served: FakePlanner, hetis_plan: Run, capsys: Captured, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -113,6 +113,11 @@ class FakePlanner(
                 metadata={"name": name, "etag": present},
             )
 
+    def _unused(self, name: str, user: str, context: grpc.ServicerContext) -> None:
+        if user:
+            metadata = {"name": name, "user": user}
+            refuse(context, code_pb2.FAILED_PRECONDITION, "RESOURCE_IN_USE", f"{name} is in use", metadata=metadata)
+
     # --- clusters
 
     def CreateCluster(self, request: Any, context: Any) -> Any:
@@ -135,6 +140,14 @@ class FakePlanner(
         new.etag = f"v{int(old.etag[1:]) + 1}"
         self.clusters[new.name] = new
         return cluster_service_pb2.UpdateClusterResponse(cluster=new)
+
+    def DeleteCluster(self, request: Any, context: Any) -> Any:
+        self._called("DeleteCluster", request, context)
+        found = self._required(self.clusters, request.name, context)
+        self._unused(found.name, found.active_plan, context)
+        if not request.validate_only:
+            del self.clusters[request.name]
+        return cluster_service_pb2.DeleteClusterResponse()
 
     def GetCluster(self, request: Any, context: Any) -> Any:
         self._called("GetCluster", request, context)
@@ -195,6 +208,13 @@ class FakePlanner(
         made = profile_pb2.Profile(name=name, etag="v1", gpu_type="L4", document=request.profile.document)
         self.profiles[name] = made
         return profile_service_pb2.CreateProfileResponse(profile=made)
+
+    def DeleteProfile(self, request: Any, context: Any) -> Any:
+        self._called("DeleteProfile", request, context)
+        self._required(self.profiles, request.name, context)
+        if not request.validate_only:
+            del self.profiles[request.name]
+        return profile_service_pb2.DeleteProfileResponse()
 
     def GetProfile(self, request: Any, context: Any) -> Any:
         self._called("GetProfile", request, context)
@@ -268,6 +288,15 @@ class FakePlanner(
                 return False
             time.sleep(0.01)
         return bool(context.is_active())
+
+    def DeletePlan(self, request: Any, context: Any) -> Any:
+        self._called("DeletePlan", request, context)
+        found = self._required(self.plans, request.name, context)
+        is_inactive = found.activation == plan_pb2.ACTIVATION_STATE_INACTIVE
+        self._unused(found.name, "" if is_inactive else found.cluster, context)
+        if not request.validate_only:
+            del self.plans[request.name]
+        return plan_service_pb2.DeletePlanResponse()
 
     def CancelPlan(self, request: Any, context: Any) -> Any:
         self._called("CancelPlan", request, context)

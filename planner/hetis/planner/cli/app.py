@@ -16,6 +16,7 @@ from hetis.formats.errors import DocumentError
 from hetis.planner.cli import (
     changes,
     cluster,
+    deleting,
     dispatch,
     export,
     files,
@@ -69,6 +70,7 @@ VERBS: dict[str, tuple[Any, ...]] = {
         (export.upstreams, export.UPSTREAMS_EXAMPLES),
         planner_verbs.rollback,
         planner_verbs.cancel,
+        (deleting.delete, deleting.DELETE_EXAMPLES),
         planner_verbs.disconnect,
         planner_verbs.audit,
     ),

@@ -330,7 +330,7 @@ class Applying:
             if asked.no_wait:
                 return self._show(plan)
             plan = wait_for_plan(terminal, self.client, plan.name)
-        code, is_printed = outcome(terminal, plan), asked.out == STDOUT
+        code, is_printed = outcome(terminal, self.client, plan), asked.out == STDOUT
         if code is ExitCode.OK and plan.state == plan_pb2.PLAN_STATE_CANCELLED:
             code = self._stopped_by_another(plan)
         if code is not ExitCode.OK:
@@ -392,7 +392,7 @@ class Applying:
             plan = wait_for_plan(self.terminal, self.client, plan.name)
         if not is_printed:
             self._show(plan, answer.steps)
-        return outcome(self.terminal, plan, activated=not self.asked.no_wait)
+        return outcome(self.terminal, self.client, plan, activated=not self.asked.no_wait)
 
     def _show(self, plan: plan_pb2.Plan, steps: Any = (), *, code: ExitCode = ExitCode.OK) -> ExitCode:
         self.terminal.emit(lambda: resource_data(plan), lambda: plan_summary(plan, steps))

@@ -27,6 +27,9 @@ hetis-plan export plan.json --to vllm --model /models/llama --node-address gpu1=
 hetis-plan export plan.json --to kubernetes --insecure --out - | kubectl apply -f -\n
 hetis-plan export plan.json --to sglang --strict -- --context-length 8192"""
 
+HEARD_WITHIN_S = 30.0  # agents find a new leader in half the time, and it counts others as lost after 20 s
+LISTED_AGAIN_S = 1.0
+
 CHECKED_AGAINST = {"cluster", "model", "workload", "profiles"}  # documents in a plan
 _cluster = panel("In a cluster")
 
@@ -168,11 +171,14 @@ class _Upstreams(NamedTuple):
     servers: list[tuple[str, int]]
     without_address: list[str]
     with_half_a_role: list[str]  # they only prefill, or only decode
+    unheard: list[str]  # the planner knows that they serve, but their agents have not reported to it yet
 
     def left_out(self) -> Iterator[str]:
         """Yield a sentence for each reason why a serving replica is left out."""
         if self.without_address:
             yield f"only agents with --engine launch:FILE report an address: {', '.join(self.without_address)}"
+        if self.unheard:
+            yield f"their agents have not reported to the planner: {', '.join(self.unheard)}"
         if self.with_half_a_role:
             yield f"a router sends each request to one replica, and these do half: {', '.join(self.with_half_a_role)}"
 
@@ -191,6 +197,9 @@ def upstreams(terminal: Terminal, client: Client, *, asked: UpstreamOptions) -> 
 
     Agents that start engines themselves say where these listen. Replicas that only prefill or decode are left out: a
     router would have to send a request to both.
+
+    A planner that has just taken the lead does not know yet where engines listen: the verb waits up to 30 s for the
+    agents. If none has reported by then, the list is not written, and the exit code is 6.
     """
     from hetis.formats.files import write_atomically
 
@@ -200,12 +209,15 @@ def upstreams(terminal: Terminal, client: Client, *, asked: UpstreamOptions) -> 
         command = shlex.split(asked.run)
     except ValueError as error:
         raise typer.BadParameter(f"--run is {asked.run!r}: {error}") from None
-    before, said = None, list[str]()
-    for found in _changes(client, chosen_cluster(client, asked.cluster), follow=asked.follow):
+    before, said, code = None, list[str](), ExitCode.OK
+    for found in _changes(terminal, client, chosen_cluster(client, asked.cluster), follow=asked.follow):
         for why in (left_out := list(found.left_out())):
             if why not in said:
                 terminal.warn(f"left out, because {why}")
         said = left_out
+        if found.unheard and not found.servers:
+            code = _keep(terminal, asked)
+            continue
         text = _list_of(asked.to, found, asked.model)
         if text == before:
             continue
@@ -217,7 +229,17 @@ def upstreams(terminal: Terminal, client: Client, *, asked: UpstreamOptions) -> 
             terminal.say(f"wrote {len(found.servers)} servers to {asked.out}")
         if command:
             _run(terminal, command)
-    return ExitCode.OK
+    return code
+
+
+def _keep(terminal: Terminal, asked: UpstreamOptions) -> ExitCode:
+    """Say that no list is written, because the planner does not know yet where anything serves."""
+    kept = "nothing was written" if asked.out == "-" else f"{asked.out} was not written"
+    if asked.follow:
+        terminal.warn(f"{kept}: the planner does not know yet where anything serves")
+        return ExitCode.OK
+    terminal.error(f"{kept}: the planner does not know yet where anything serves", ["retry in a moment"])
+    return ExitCode.UNREACHABLE
 
 
 def _list_of(to: RouterFormat, found: _Upstreams, model: str) -> str:
@@ -228,10 +250,10 @@ def _list_of(to: RouterFormat, found: _Upstreams, model: str) -> str:
     return nginx_list(found.servers, found.why_none()) if to == "nginx" else envoy_list(found.servers)
 
 
-def _changes(client: Client, cluster: str, *, follow: bool) -> Iterator[_Upstreams]:
+def _changes(terminal: Terminal, client: Client, cluster: str, *, follow: bool) -> Iterator[_Upstreams]:
     """Yield what serves: now and, with ``follow``, after every change of a replica."""
     rates, endpoints = dict[tuple[str, str], float](), dict[str, str]()
-    yield _servers(client, cluster, rates, endpoints)
+    yield _once_heard(terminal, lambda: _servers(client, cluster, rates, endpoints))
     if not follow:
         return
     seen = dict[str, tuple[int, str]]()
@@ -247,6 +269,21 @@ def _changes(client: Client, cluster: str, *, follow: bool) -> Iterator[_Upstrea
             is_news = seen.pop(event.removed_replica, None) is not None or is_news
         if is_live and is_news:
             yield _in_the_end(client, lambda: _servers(client, cluster, rates, endpoints))
+
+
+def _once_heard(terminal: Terminal, read: Callable[[], _Upstreams]) -> _Upstreams:
+    """Return what serves once all agents have reported, or what is known after `HEARD_WITHIN_S`."""
+    end_s = time.monotonic() + HEARD_WITHIN_S
+    found = read()
+    if found.unheard:
+        terminal.say(
+            f"waiting up to {HEARD_WITHIN_S:g} s for agents to report to the planner where engines listen: "
+            + ", ".join(found.unheard)
+        )
+    while found.unheard and time.monotonic() < end_s:
+        time.sleep(LISTED_AGAIN_S)
+        found = read()
+    return found
 
 
 def _in_the_end(client: Client, read: Callable[[], T]) -> T:
@@ -286,7 +323,7 @@ def _servers(
 
     up = (replica_pb2.REPLICA_STATE_SERVING, replica_pb2.REPLICA_STATE_DEGRADED)
     apart = (replica_pb2.REPLICA_ROLE_PREFILL, replica_pb2.REPLICA_ROLE_DECODE)
-    serving, silent, halves = dict[str, float](), list[str](), list[str]()
+    serving, silent, halves, unheard = dict[str, float](), list[str](), list[str](), list[str]()
     for basic in client.list_replicas(cluster):
         name = basic.name.rpartition("/")[2]
         if basic.state not in up:
@@ -296,14 +333,14 @@ def _servers(
         if basic.role in apart:
             halves.append(name)
         elif not endpoint:
-            silent.append(name)
+            (silent if has_report else unheard).append(name)
         else:
             one = basic.name, basic.plan
             if one not in rates:
                 rates[one] = fetched(client, "replicas", basic.name).shape.rate_rps  # lists leave out the shape
             endpoints[basic.name] = endpoint
             serving[endpoint] = rates[one]
-    return _Upstreams(weighted(dict(sorted(serving.items()))), silent, halves)
+    return _Upstreams(weighted(dict(sorted(serving.items()))), silent, halves, unheard)
 
 
 def _run(terminal: Terminal, command: list[str]) -> None:

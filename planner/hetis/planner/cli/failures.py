@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -110,13 +110,16 @@ ADVICE = {
     "PLAN_CHECK_FAILED": "list every violated rule: hetis-plan check FILE",
     "PLAN_STATE": "see its state: hetis-plan get {name}",
     "STORE_UNAVAILABLE": "the planner's disk or database is failing: retry once it is repaired",
-    "RESOURCE_IN_USE": "stop its user first: {user}",
+    "RESOURCE_IN_USE": "wait until it has stopped: hetis-plan get {user}",
     "ROLE": "the call needs role {needed}, these credentials have role {role}",
 }
 
 
-def report_call_failure(terminal: Terminal, error: CallError, address: str, *, is_plain: bool = False) -> ExitCode:
-    """Print a failed call as `refuse` does and return its exit code. ``is_plain``: the call was made without TLS."""
+def report_call_failure(terminal: Terminal, error: CallError, address: str = "", *, is_plain: bool = False) -> ExitCode:
+    """Print a failed call as `refuse` does and return its exit code.
+
+    ``address`` and ``is_plain``, for a call made without TLS, are for planners that cannot be reached.
+    """
     message = str(error)
     if not error.reason and error.is_unreachable:
         timed_out = error.code.name == "DEADLINE_EXCEEDED"
@@ -138,10 +141,23 @@ def _advice(error: CallError, *, is_plain: bool) -> str:
         return f"list what exists: hetis-plan get {collection}" if collection else ""
     if not error.reason and error.is_unreachable:
         return _how_to_reach(str(error), is_plain=is_plain)
+    if error.reason == "RESOURCE_IN_USE" and (advice := _how_to_free(error.metadata)):
+        return advice
     try:
         return ADVICE.get(error.reason, "").format_map(error.metadata)
     except KeyError:  # the planner sends less metadata than the contract requires
         return ""
+
+
+def _how_to_free(metadata: Mapping[str, str]) -> str:
+    """Return how to end the use of a plan or a cluster by a plan in force, an empty string for other users."""
+    name, user = metadata.get("name", ""), metadata.get("user", "")
+    if name.startswith("plans/"):
+        otherwise = f"if nothing serves: hetis-plan cancel {name}"
+        return f"activate another plan first: hetis-plan apply --activate PLAN; {otherwise}"
+    if user.startswith("plans/"):
+        return f"once nothing serves, take its plan out of force: hetis-plan cancel {user}"
+    return ""
 
 
 # What gRPC reports if something answers, but only one side uses TLS, or the sides trust different authorities.

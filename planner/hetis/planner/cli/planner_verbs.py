@@ -134,7 +134,7 @@ def watch(
         return _watch_cluster(terminal, client, what)
     plan = wait_for_plan(terminal, client, full_name("plans", what), exists=False)
     terminal.emit(lambda: resource_data(plan), lambda: plan_summary(plan))
-    return outcome(terminal, plan, activated=plan.activation != plan_pb2.ACTIVATION_STATE_INACTIVE)
+    return outcome(terminal, client, plan, activated=plan.activation != plan_pb2.ACTIVATION_STATE_INACTIVE)
 
 
 def _watch_cluster(terminal: Terminal, client: Client, name: str) -> ExitCode:
@@ -384,7 +384,7 @@ def rollback(
     if waits:
         earlier = wait_for_plan(terminal, client, earlier.name)
     terminal.emit(lambda: resource_data(earlier), lambda: plan_summary(earlier, answer.steps))
-    return outcome(terminal, earlier, activated=waits)
+    return outcome(terminal, client, earlier, activated=waits)
 
 
 @server_verb()
@@ -403,19 +403,19 @@ def cancel(
 
     request = plan_service_pb2.CancelPlanRequest(name=full_name("plans", plan))
     ended = client.plans.CancelPlan(request).plan
-    is_coming = ended.activation == plan_pb2.ACTIVATION_STATE_ACTIVATING
-    if is_coming or ended.activation == plan_pb2.ACTIVATION_STATE_ACTIVE:
+    if ended.activation not in (plan_pb2.ACTIVATION_STATE_INACTIVE, plan_pb2.ACTIVATION_STATE_UNSPECIFIED):
+        is_coming = ended.activation == plan_pb2.ACTIVATION_STATE_ACTIVATING
         is_what = "is still being activated" if is_coming else "stays in force"
+        if earlier := fetched(client, "clusters", ended.cluster, basic=True).earlier_plan:
+            why, way_out = f"{earlier} is an earlier plan", f"go back to it: hetis-plan rollback {ended.name}"
+        else:
+            why = f"replicas serve in {ended.cluster}, and there is no earlier plan"
+            way_out = "activate another plan: hetis-plan apply --activate PLAN"
         otherwise = f"wait: hetis-plan watch {ended.name}" if is_coming else "or stop the agents first"
-        return refuse(
-            terminal,
-            ExitCode.CONFLICT,
-            f"{ended.name} {is_what}: replicas serve in {ended.cluster}, or there is an earlier plan",
-            [f"go back to it: hetis-plan rollback {ended.name}", otherwise],
-        )
+        return refuse(terminal, ExitCode.CONFLICT, f"{ended.name} {is_what}: {why}", [way_out, otherwise])
     ended = wait_for_plan(terminal, client, request.name)
     terminal.emit(lambda: resource_data(ended), lambda: plan_summary(ended))
-    return outcome(terminal, ended)
+    return outcome(terminal, client, ended)
 
 
 @server_verb()

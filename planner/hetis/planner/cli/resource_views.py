@@ -19,6 +19,7 @@ from rich.text import Text
 from hetis.formats.command_line.terminal import Terminal
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.cli.searching import PLAIN_INTERVAL_S, describe
+from hetis.planner.cli.server_verb import fetched
 from hetis.planner.client import CallError, Client
 from hetis.planner.convert.names import last_part, word_of
 from hetis.planner.report.figures import bar, digits, gigabytes, percent, plural, seconds
@@ -557,7 +558,7 @@ def _progress(said: plan_pb2.SolveProgress) -> Progress:
     )
 
 
-def outcome(terminal: Terminal, plan: plan_pb2.Plan, *, activated: bool = False) -> ExitCode:
+def outcome(terminal: Terminal, client: Client, plan: plan_pb2.Plan, *, activated: bool = False) -> ExitCode:
     """Print the reason of a plan's outcome and return its exit code; ``activated``: activation was requested."""
     if plan.state == plan_pb2.PLAN_STATE_INFEASIBLE:
         terminal.error(f"no feasible plan exists ({plan.name})", [f"- {reason}" for reason in plan.infeasible_reasons])
@@ -573,13 +574,28 @@ def outcome(terminal: Terminal, plan: plan_pb2.Plan, *, activated: bool = False)
         failure = plan.activation_progress.failure
         terminal.error(
             f"{plan.name} could not be activated: {failure.message} ({_reason(failure)})",
-            ["the plan that served before still serves", f"roll back: hetis-plan rollback {plan.name}"],
+            _ways_out(client, plan),
         )
         return ExitCode.INTERNAL
     if activated and plan.activation == plan_pb2.ACTIVATION_STATE_INACTIVE:
         terminal.error(f"{plan.name} is not in force: its activation was cancelled, or another plan was activated")
         return ExitCode.CONFLICT
     return ExitCode.OK
+
+
+def _ways_out(client: Client, plan: plan_pb2.Plan) -> list[str]:
+    """Return what to do about a plan whose activation failed."""
+    try:
+        earlier = fetched(client, "clusters", plan.cluster, basic=True).earlier_plan
+    except CallError:  # the failure of the activation is what matters
+        return ["see what is in force: hetis-plan status"]
+    if earlier:
+        return ["the plan that served before still serves", f"roll back: hetis-plan rollback {plan.name}"]
+    again = f"activate another plan, or this one once the cause is gone: hetis-plan apply --activate {plan.name}"
+    far = plan.activation_progress
+    if far.num_serving or far.num_draining:
+        return [again]
+    return [again, f"withdraw it while nothing serves: hetis-plan cancel {plan.name}"]
 
 
 def _reason(failure: failure_pb2.Failure) -> str:

@@ -75,8 +75,14 @@ class PlannerOptions:
             else:
                 terminal.warn(f"the planner at {place.address} is unreachable; retrying {trying}")
 
+        def tell_slow(addresses: list[str]) -> None:
+            tried, *others = addresses
+            then = f"; then {', '.join(others)}" if others else ""
+            terminal.say(f"waiting for an answer of the planner at {tried}{then}")
+
         try:
-            with Client(place, patience=lambda: Patience(limit_s=limit_s, tell=tell)) as client:
+            patience = partial(Patience, limit_s=limit_s, tell=tell)
+            with Client(place, patience=patience, on_slow=tell_slow) as client:
                 code = use(client)
                 if client.has_standby_answered:
                     terminal.warn(

@@ -28,6 +28,8 @@ from hetis.planner.client.errors import CallError, call_error
 
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.1, 1.0
 ATTEMPT_S = 10.0  # the time one planner has for a call that others may answer
+SLOW_AFTER_S = 1.0  # a call without an answer is reported after so long,
+SLOW_AGAIN_S = 5.0  # and again after so long
 NOT_LEADER = "NOT_LEADER"
 _READS = ("Get", "List")  # how the names of methods begin that a standby may answer
 _REFUSED_AT_ONCE = (NOT_LEADER, "DRAINING")
@@ -381,8 +383,13 @@ class LeaderChannel(_AnyLeaderChannel):
     library = grpc
     stream = _Stream
 
-    def __init__(self, connection: Connection, sleep: Callable[[float], None] = time.sleep) -> None:
-        self._sleep = sleep
+    def __init__(
+        self,
+        connection: Connection,
+        sleep: Callable[[float], None] = time.sleep,
+        on_slow: Callable[[list[str]], object] | None = None,
+    ) -> None:
+        self._sleep, self._on_slow = sleep, on_slow
         super().__init__(connection)
 
     def close(self) -> None:
@@ -398,24 +405,45 @@ class LeaderChannel(_AnyLeaderChannel):
         def call(request: Any, timeout: float | None = None, *, metadata: Any = None, **settings: Any) -> Any:
             request = prepared_request(request)
             attempts = attempts_of(self.leaders, method, request, timeout)
-            while True:
-                endpoint = self.leaders.present
-                try:
-                    with self._calling(endpoint) as opened:
-                        one: Any = opened.channel.unary_unary(method, *arguments, **named)
-                        answer, done = one.with_call(
-                            request, timeout=attempts.timeout_s, metadata=self.metadata(metadata), **settings
-                        )
-                        wait_s = 0.0 if attempts.takes(endpoint, answer, done.trailing_metadata()) else None
-                except grpc.RpcError as error:
-                    wait_s = attempts.next_wait_s(endpoint, call_error(error))
-                if wait_s is None:
-                    return self._ended(attempts)
-                self.leaders.refresh()
-                if wait_s:
-                    self._sleep(wait_s)
+            with self._reported_if_slow():
+                while True:
+                    endpoint = self.leaders.present
+                    try:
+                        with self._calling(endpoint) as opened:
+                            one: Any = opened.channel.unary_unary(method, *arguments, **named)
+                            answer, done = one.with_call(
+                                request, timeout=attempts.timeout_s, metadata=self.metadata(metadata), **settings
+                            )
+                            wait_s = 0.0 if attempts.takes(endpoint, answer, done.trailing_metadata()) else None
+                    except grpc.RpcError as error:
+                        wait_s = attempts.next_wait_s(endpoint, call_error(error))
+                    if wait_s is None:
+                        return self._ended(attempts)
+                    self.leaders.refresh()
+                    if wait_s:
+                        self._sleep(wait_s)
 
         return call
+
+    @contextmanager
+    def _reported_if_slow(self) -> Iterator[None]:
+        """Report from another thread, while the context lasts, which planner the call waits for."""
+        if (on_slow := self._on_slow) is None:
+            yield
+            return
+        ended = threading.Event()
+
+        def report() -> None:
+            wait_s = SLOW_AFTER_S
+            while not ended.wait(wait_s):
+                on_slow([endpoint.address for endpoint in self.leaders.in_turn])
+                wait_s = SLOW_AGAIN_S
+
+        threading.Thread(target=report, daemon=True).start()
+        try:
+            yield
+        finally:
+            ended.set()
 
 
 class AsyncLeaderChannel(_AnyLeaderChannel):

@@ -155,6 +155,7 @@ class Client(_AnyClient):
         *,
         sleep: Callable[[float], None] = time.sleep,
         patience: Callable[[], Patience] = Patience,
+        on_slow: Callable[[list[str]], object] | None = None,
         **settings: Any,
     ) -> None:
         """Prepare a connection.
@@ -163,6 +164,8 @@ class Client(_AnyClient):
             connection: the connection to a planner; an address alone becomes a `Connection` with ``settings``.
             sleep: how watches wait before they retry.
             patience: creates the `Patience` of a watch that was not passed one.
+            on_slow: called from another thread while a call other than a watch has had no answer for a second or more,
+                with the address of the planner that is tried and, behind it, those that are tried next.
             **settings: settings of the `Connection`, if an address is passed.
 
         Raises:
@@ -171,7 +174,7 @@ class Client(_AnyClient):
         """
         if isinstance(connection, str):
             connection = Connection(address=connection, **settings)
-        super().__init__(LeaderChannel(connection, sleep), patience)
+        super().__init__(LeaderChannel(connection, sleep, on_slow), patience)
         self._sleep = sleep
 
     def __enter__(self) -> Self:

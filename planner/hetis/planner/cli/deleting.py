@@ -1,0 +1,129 @@
+"""The verb ``delete``: several resources of the planner, each by a call of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from hetis.formats.command_line.terminal import WIDE, Terminal
+from hetis.planner.cli import options
+from hetis.planner.cli.exit_codes import ExitCode
+from hetis.planner.cli.options import group, option
+from hetis.planner.cli.server_verb import collection, full_name, server_verb
+
+if TYPE_CHECKING:
+    from hetis.planner.client import Client
+
+DELETE_EXAMPLES = """Examples:\n
+  hetis-plan delete plans night day\n
+  hetis-plan delete plans/night clusters/paper profiles/l4\n
+  hetis-plan delete cluster paper --dry-run"""
+
+DELETABLE = ("clusters", "plans", "profiles")  # agents and plans in force decide what else there is
+# Statuses of refusals that concern one resource. After any other, the next call would fail, too.
+_OF_ONE = ("NOT_FOUND", "FAILED_PRECONDITION", "ABORTED", "PERMISSION_DENIED", "INVALID_ARGUMENT")
+
+
+def _deletable_kinds(incomplete: str) -> list[str]:
+    return [kind for kind in DELETABLE if kind.startswith(incomplete.lower())]
+
+
+@group
+class DeleteOptions:
+    ignore_not_found: bool = option("--ignore-not-found: A resource that does not exist is no error.", False)
+    dry_run: bool = options.check_only_option()
+
+
+@server_verb()
+def delete(
+    terminal: Terminal,
+    client: Client,
+    what: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="KIND NAME",
+            autocompletion=_deletable_kinds,
+            help=f"A kind ({', '.join(DELETABLE)}) and names, or full names.",
+        ),
+    ],
+    *,
+    how: DeleteOptions,
+) -> ExitCode:
+    """Delete resources: clusters with all their plans, plans that are not in force, profiles.
+
+    Plans need role orchestrator, clusters and profiles role admin. A resource that is refused does not keep the others
+    from being deleted; the exit code is that of the first refusal. 2: it does not exist, or the role is missing. 7: it
+    is in use. 6: the planner is unreachable, and nothing more was tried.
+    """
+    from hetis.planner.cli.failures import report_call_failure
+    from hetis.planner.client import CallError
+
+    left = _names(what)
+    deleted, refused = list[str](), list[CallError]()
+    try:
+        while left:
+            try:
+                _delete(client, left[0], dry_run=how.dry_run)
+            except CallError as error:
+                if error.code.name not in _OF_ONE:
+                    raise
+                if error.reason != "NOT_FOUND" or not how.ignore_not_found:
+                    refused.append(error)
+            else:
+                deleted.append(left[0])
+            left.pop(0)
+    finally:  # also after an error or Ctrl-C: what is gone must be known
+        if deleted or not (refused or left):
+            _show(terminal, deleted)
+        if how.dry_run:
+            terminal.say("dry run: nothing was changed")
+        codes = [report_call_failure(terminal, error) for error in refused]
+        if left[1:]:
+            terminal.warn(f"not tried: {', '.join(left[1:])}")
+    return codes[0] if codes else ExitCode.OK
+
+
+def _names(words: Sequence[str]) -> list[str]:
+    """Return the full names, each once: words after a kind are of this kind. Raises typer.BadParameter."""
+    kind = None if "/" in words[0] else _deletable(words[0])
+    named = words if kind is None else words[1:]
+    if not named:
+        raise typer.BadParameter(f"names of {kind} are missing, such as {kind}/NAME")
+    found = list[str]()
+    for word in named:
+        if "/" not in word and kind is None:
+            raise typer.BadParameter(f"{word!r} has no kind: write plans/{word}, or the kind before all names")
+        own = _deletable(word) if "/" in word else kind
+        if own is None or kind not in (None, own):
+            raise typer.BadParameter(f"{word!r} is none of the {kind}")
+        found.append(full_name(own, word))
+    return list(dict.fromkeys(found))
+
+
+def _deletable(text: str) -> str:
+    kind = collection(text)
+    if kind not in DELETABLE:
+        raise typer.BadParameter(f"{kind} cannot be deleted, only {', '.join(DELETABLE)}")
+    return kind
+
+
+def _delete(client: Client, name: str, *, dry_run: bool) -> None:
+    from hetis.v1 import cluster_service_pb2, plan_service_pb2, profile_service_pb2
+
+    match collection(name):
+        case "clusters":
+            client.clusters.DeleteCluster(cluster_service_pb2.DeleteClusterRequest(name=name, validate_only=dry_run))
+        case "plans":
+            client.plans.DeletePlan(plan_service_pb2.DeletePlanRequest(name=name, validate_only=dry_run))
+        case _:
+            client.profiles.DeleteProfile(profile_service_pb2.DeleteProfileRequest(name=name, validate_only=dry_run))
+
+
+def _show(terminal: Terminal, deleted: Sequence[str]) -> None:
+    terminal.emit(
+        lambda: {"apiVersion": "hetis/v1", "kind": "Deleted", "items": [{"name": name} for name in deleted]},
+        lambda: "\n".join(f"{name}  deleted" for name in deleted) or "nothing to delete",
+        width=WIDE,
+    )

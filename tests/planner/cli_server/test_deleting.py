@@ -1,0 +1,161 @@
+"""delete: each resource by a call of its own, whatever is refused for the others."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import yaml
+from google.rpc import code_pb2
+
+from hetis.planner.cli.exit_codes import ExitCode
+from tests.planner.cli_server.conftest import Run
+from tests.planner.client.fake_planner import FakePlanner, refuse
+
+Captured = pytest.CaptureFixture[str]
+
+
+@pytest.mark.parametrize(
+    ("words", "deleted"),
+    [
+        (["plans", "day"], ["plans/day"]),
+        (["plan", "day"], ["plans/day"]),
+        (["plan/day"], ["plans/day"]),
+        (["plans", "plans/day", "day"], ["plans/day"]),
+        (["profiles/l4", "plans/day"], ["profiles/l4", "plans/day"]),
+    ],
+)
+def test_resources_are_named_as_in_get(
+    fleet: FakePlanner, hetis_plan: Run, capsys: Captured, words: list[str], deleted: list[str]
+) -> None:
+    assert hetis_plan("delete", *words) == ExitCode.OK
+    assert capsys.readouterr() == ("".join(f"{name}  deleted\n" for name in deleted), "")
+    assert not {*fleet.plans, *fleet.profiles} & {*deleted}
+    assert all(request.request_id for request in fleet.requests), "a retry deletes nothing twice"
+
+
+def test_a_cluster_is_deleted_once_no_plan_is_in_force(fleet: FakePlanner, hetis_plan: Run, capsys: Captured) -> None:
+    assert hetis_plan("delete", "clusters", "paper") == ExitCode.CONFLICT
+    assert capsys.readouterr() == (
+        "",
+        "error: clusters/paper is in use (RESOURCE_IN_USE)\n"
+        "  once nothing serves, take its plan out of force: hetis-plan cancel plans/night\n",
+    )
+    fleet.clusters["clusters/paper"].active_plan = ""
+    assert hetis_plan("delete", "cluster", "paper") == ExitCode.OK
+    assert not fleet.clusters
+
+
+def test_what_is_refused_is_one_error_each_and_the_others_are_deleted(
+    fleet: FakePlanner, hetis_plan: Run, capsys: Captured
+) -> None:
+    words = ("delete", "plans/night", "plans/none", "plans/day", "profiles/l4")
+    assert hetis_plan(*words) == ExitCode.CONFLICT, "the code of the first refusal"
+    assert capsys.readouterr() == (
+        "plans/day  deleted\nprofiles/l4  deleted\n",
+        "error: plans/night is in use (RESOURCE_IN_USE)\n"
+        "  activate another plan first: hetis-plan apply --activate PLAN; if nothing serves: "
+        "hetis-plan cancel plans/night\n"
+        "error: plans/none does not exist (NOT_FOUND)\n"
+        "  list what exists: hetis-plan get plans\n",
+    )
+    assert list(fleet.plans) == ["plans/night"]
+
+
+def test_what_is_not_there_may_be_ignored(fleet: FakePlanner, hetis_plan: Run, capsys: Captured) -> None:
+    assert hetis_plan("delete", "plans", "none") == ExitCode.INVALID
+    assert "plans/none does not exist (NOT_FOUND)" in capsys.readouterr().err
+    assert hetis_plan("delete", "plans", "none", "--ignore-not-found") == ExitCode.OK
+    assert capsys.readouterr() == ("nothing to delete\n", "")
+    assert hetis_plan("delete", "plans", "none", "night", "day", "--ignore-not-found") == ExitCode.CONFLICT
+    assert capsys.readouterr().out == "plans/day  deleted\n"
+
+
+@pytest.mark.parametrize(
+    ("form", "read"), [("json", lambda text: _json_documents(text)), ("yaml", lambda text: [*yaml.safe_load_all(text)])]
+)
+def test_what_is_deleted_and_each_refusal_are_documents(
+    fleet: FakePlanner, hetis_plan: Run, capsys: Captured, form: str, read: Any
+) -> None:
+    assert hetis_plan("delete", "plans", "night", "day", "-o", form) == ExitCode.CONFLICT
+    done, error = read(capsys.readouterr().out)
+    assert done == {"apiVersion": "hetis/v1", "kind": "Deleted", "items": [{"name": "plans/day"}]}
+    assert (error["kind"], error["reason"], error["exit_code"]) == ("Error", "RESOURCE_IN_USE", 7)
+    assert hetis_plan("delete", "plans", "none", "-o", form, "--ignore-not-found") == ExitCode.OK
+    (done,) = read(capsys.readouterr().out)
+    assert done["items"] == []
+    assert hetis_plan("delete", "plans", "none", "-o", form) == ExitCode.INVALID
+    (error,) = read(capsys.readouterr().out)
+    assert error["reason"] == "NOT_FOUND"
+
+
+def _json_documents(text: str) -> list[Any]:
+    found, rest = list[Any](), text.lstrip()
+    while rest:
+        one, end = json.JSONDecoder().raw_decode(rest)
+        found.append(one)
+        rest = rest[end:].lstrip()
+    return found
+
+
+def test_a_dry_run_deletes_nothing(fleet: FakePlanner, hetis_plan: Run, capsys: Captured) -> None:
+    assert hetis_plan("delete", "plans", "day", "night", "--dry-run") == ExitCode.CONFLICT
+    captured = capsys.readouterr()
+    assert captured.out == "plans/day  deleted\n"
+    assert captured.err.startswith("dry run: nothing was changed\nerror: plans/night is in use")
+    assert len(fleet.plans) == 2
+
+
+def test_a_missing_role_keeps_nothing_else_from_being_deleted(
+    fleet: FakePlanner, hetis_plan: Run, capsys: Captured
+) -> None:
+    """Orchestrators may delete plans, but not profiles; that is the API's decision."""
+    metadata = {"needed": "admin", "role": "orchestrator"}
+
+    def fail(method: str, context: Any) -> None:
+        if method == "DeleteProfile":
+            refuse(context, code_pb2.PERMISSION_DENIED, "ROLE", "not with this role", metadata=metadata)
+
+    fleet.fail = fail
+    assert hetis_plan("delete", "profiles/l4", "plans/day") == ExitCode.INVALID
+    assert capsys.readouterr() == (
+        "plans/day  deleted\n",
+        "error: not with this role (ROLE)\n  the call needs role admin, these credentials have role orchestrator\n",
+    )
+
+
+def test_after_a_failure_of_the_planner_nothing_more_is_tried(
+    fleet: FakePlanner, hetis_plan: Run, capsys: Captured
+) -> None:
+    def fail(method: str, context: Any) -> None:
+        if method == "DeleteProfile":
+            refuse(context, code_pb2.RESOURCE_EXHAUSTED, "RATE", "too many calls", retry_after_s=2)
+
+    fleet.fail = fail
+    words = ("delete", "plans/day", "profiles/l4", "profiles/b", "plans/night")
+    assert hetis_plan(*words) == ExitCode.UNREACHABLE
+    assert capsys.readouterr() == (
+        "plans/day  deleted\n",
+        "warning: not tried: profiles/b, plans/night\nerror: too many calls (RATE)\n  retry in 2 s\n",
+    )
+    assert fleet.calls["DeleteProfile"] == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["plans"], "names of plans are missing, such as plans/NAME"),
+        (["nodes", "a100-0"], "nodes cannot be deleted, only clusters, plans, profiles"),
+        (["plans/day", "clusters/paper/replicas/r-1"], "replicas cannot be deleted, only clusters, plans, profiles"),
+        (["plans/day", "night"], "'night' has no kind: write plans/night, or the kind before all names"),
+        (["plans", "day", "profiles/l4"], "'profiles/l4' is none of the plans"),
+        (["gadgets", "a"], "'gadgets' is not a kind of resource"),
+    ],
+)
+def test_wrong_usage_deletes_nothing(
+    fleet: FakePlanner, hetis_plan: Run, capsys: Captured, words: list[str], said: str
+) -> None:
+    assert hetis_plan("delete", *words) == ExitCode.INVALID
+    assert said in " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert not fleet.calls
