@@ -31,6 +31,13 @@ PUBLISHED_B: dict[str, tuple[float, float | None]] = {  # billions, from the mod
     "deepseek-ai/DeepSeek-V4-Pro": (1573, None),  # the card rounds to 1.6T; see test_compressed_attention.py
     "deepseek-ai/DeepSeek-V4-Flash": (284, None),
     "moonshotai/Kimi-Linear-48B-A3B-Instruct": (49.12, None),  # counted by transformers 5.19; its card leaves some out
+    "microsoft/Phi-3-mini-4k-instruct": (3.82, 3.82),
+    "microsoft/Phi-3.5-MoE-instruct": (41.9, 6.6),
+    "microsoft/phi-4": (14.7, 14.7),
+    "microsoft/Phi-4-mini-instruct": (3.84, 3.84),
+    "Qwen/Qwen2-VL-7B-Instruct": (8.29, None),
+    "Qwen/Qwen2.5-VL-7B-Instruct": (8.29, None),
+    "Qwen/Qwen2.5-VL-72B-Instruct": (73.4, None),
 }
 
 
@@ -92,6 +99,38 @@ def test_a_language_model_inside_of_another_is_read_where_it_stands(tmp_path: Pa
     with pytest.raises(DocumentError, match="text_config: is 7, must be a mapping") as only:
         load_model(tmp_path / "config.json")
     assert "missing" not in str(only.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "omitted"),
+    [
+        ("Qwen__Qwen2-VL-7B-Instruct", ("depth", "embed_dim", "mlp_ratio", "hidden_size", "temporal_patch_size")),
+        ("Qwen__Qwen2.5-VL-7B-Instruct", ("depth", "intermediate_size", "out_hidden_size", "patch_size")),
+    ],
+)
+def test_qwen_vl_is_read_from_a_text_config_and_without_the_defaults_of_its_library(
+    tmp_path: Path, name: str, omitted: tuple[str, ...]
+) -> None:
+    """Newer transformers write the text model apart, and no field that equals the default of its class."""
+    data = config_of(name)
+    flat = load(tmp_path, data)
+    outside = ("architectures", "model_type", "tie_word_embeddings", "vision_config")
+    text = {field: value for field, value in data.items() if field not in (*outside, "vocab_size")}
+    nested = {field: data[field] for field in outside} | {"text_config": text}
+    for field in omitted:
+        del nested["vision_config"][field]
+    assert load(tmp_path, nested) == flat
+
+
+@pytest.mark.parametrize("name", ["Qwen__Qwen2-VL-7B-Instruct", "Qwen__Qwen2.5-VL-7B-Instruct"])
+def test_sliding_windows_of_qwen_vl_and_impossible_towers_are_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(DocumentError, match="use_sliding_window: is true, only models without sliding windows are"):
+        load(tmp_path, config_of(name) | {"use_sliding_window": True, "max_window_layers": 0})
+    data = config_of(name)
+    data["vision_config"]["hidden_size"] = 0
+    with pytest.raises(DocumentError, match="hidden_size: is 0, must be a whole number from 1") as caught:
+        load(tmp_path, data)
+    assert len(caught.value.problems) == 1
 
 
 @pytest.mark.parametrize(("architecture", "what"), NOT_MODELLED.items())
@@ -246,6 +285,22 @@ def test_modules_that_are_left_in_16_bits_count_as_such(
     config = json.loads((FOLDER / f"{published}.json").read_text()) | {"quantization_config": MODELOPT | left}
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert load_model(tmp_path).weight_bytes == pytest.approx(weight_bytes, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("left", "share"),
+    [
+        (["model.layers.*.self_attn.qkv_proj"], 5120 * (5120 + 2 * 1280)),
+        (["model.layers.*.mlp.gate_up_proj"], 2 * 5120 * 17920),
+        (["model.layers.*.self_attn*", "re:.*down_proj"], 5120 * (2 * 5120 + 2 * 1280 + 17920)),
+    ],
+)
+def test_matrices_that_phi_joins_count_where_they_are_left_in_16_bits(
+    tmp_path: Path, left: list[str], share: int
+) -> None:
+    layer = 5120 * (2 * 5120 + 2 * 1280 + 3 * 17920)
+    model = load(tmp_path, config_of("microsoft__phi-4") | {"quantization_config": MODELOPT | {"ignore": left}})
+    assert model.weight_bytes == pytest.approx(0.5625 + 1.4375 * share / layer, rel=1e-12)
 
 
 def test_a_checkpoint_of_quark_leaves_out_what_it_excludes_and_has_one_format(tmp_path: Path) -> None:
@@ -875,9 +930,9 @@ def test_an_unsupported_architecture_lists_the_supported_ones(tmp_path: Path) ->
     assert str(caught.value).endswith("can be described in a file of its own: hetis-plan schema ModelSpec")
 
 
-@pytest.mark.parametrize("name", ["Phi3ForCausalLM", "MiMoForCausalLM", "Step3p7FlashForCausalLM"])
+@pytest.mark.parametrize("name", ["Phi5ForCausalLM", "MiMoForCausalLM", "Step3p7FlashForCausalLM"])
 def test_another_library_s_model_is_not_taken_for_one_of_a_like_name(tmp_path: Path, name: str) -> None:
-    """Phi-3 has three matrices in its MLP, Phi two: that hint would lead to a quarter fewer weights."""
+    """Phi-3 has three matrices in its MLP, Phi two: a hint like that would have led to a quarter fewer weights."""
     config = {"architectures": [name], "model_type": name.removesuffix("ForCausalLM").lower()}
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(DocumentError) as caught:

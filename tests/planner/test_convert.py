@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from hetis.formats.traces import read_trace
-from tests.formats.test_trace_forms import AIPERF, SHAREGPT, VLLM_LOG
+from tests.formats.test_trace_forms import AIPERF, BENCH, BURSTGPT, LITELLM, SHAREGPT, VLLM_LOG
 from tests.planner.command_line import hetis_plan_here
 
 ANSWERS = [(10, 20), (10, 1), (4, 3), (8, 4)]  # tokens of SHAREGPT, at four characters each
@@ -35,6 +35,32 @@ def test_a_trace_is_written_as_its_requests_are(folder: Path, name: str, out: st
     assert trace.arrival_s.tolist() == pytest.approx([0, 3, 4])
     if out.endswith(".gz"):
         assert gzip.decompress((folder / out).read_bytes()).startswith(b"arrival_s,prompt_tokens,output_tokens\n")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "form", "left_out"),
+    [
+        ("burst.csv", BURSTGPT, "BurstGPT", "1 row of failed requests, which have no output"),
+        ("spend.csv", LITELLM, "LiteLLM", "1 row of failed requests, which have no output"),
+        ("profile_export.jsonl", AIPERF, "aiperf", "2 rows of failed and cancelled requests, and warm-up"),
+        ("server.log", VLLM_LOG, "vLLM log", "1 row of requests without a response, which failed or had not ended"),
+        ("bench.json", BENCH, "vllm bench", "1 row of failed requests, which have an error or no output"),
+    ],
+)
+def test_rows_that_are_left_out_are_counted_with_what_they_are(
+    folder: Path, name: str, text: str, form: str, left_out: str
+) -> None:
+    (folder / name).write_text(text)
+    done = hetis_plan_here("convert", name, "--out", "t.csv", cwd=folder)
+    assert f"{name}: 3 requests, " in done.stderr
+    assert f"(form: {form}); left out: {left_out}\n" in done.stderr
+    assert "left out" not in hetis_plan_here("convert", "t.csv", "--out", "again.csv", cwd=folder).stderr
+
+
+def test_a_trace_of_failed_requests_alone_is_refused_with_what_they_are(folder: Path) -> None:
+    (folder / "burst.csv").write_text("Timestamp,Request tokens,Response tokens\n5,472,0\n")
+    done = hetis_plan_here("convert", "burst.csv", cwd=folder)
+    assert "burst.csv: has no requests but failed requests, which have no output" in done.stderr
 
 
 def test_texts_are_counted_by_a_ratio_that_is_said(folder: Path) -> None:

@@ -171,6 +171,17 @@ def test_where_no_gpu_runs_it_the_reasons_are_the_answer(folder: Path, capsys: p
     assert "did you mean fp8?" in " ".join(capsys.readouterr().err.replace("│", " ").split())
 
 
+def test_gpu_types_that_lack_the_same_share_its_reason(folder: Path) -> None:
+    (folder / "fleet.yaml").write_text(FLEET.replace("A100-SXM-40GB", "P100-PCIe-16GB"), encoding="utf-8")
+    loaded = load_inputs(cluster="fleet.yaml", model="Meta-Llama-3-8B", workload="1024/256")
+    with pytest.raises(InvalidProblemError) as caught:
+        for_engine(in_precision(loaded, weights="fp8", kv=None), engine_rules("vllm", "hetis"))
+    reasons = str(caught.value).split("; ")
+    needs = "vllm 0.32.0 needs compute capability 7.5 or higher for fp8 weights"
+    assert reasons[0].startswith(f"{needs}, P100-PCIe-16GB (Pascal) has 6, V100-SXM2-32GB (Volta) has 7 (vLLM's repos")
+    assert not any("compute capability" in reason for reason in reasons[1:])
+
+
 def test_a_fleet_that_is_changed_is_held_to_the_table_again(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Added GPUs are left out as well if they do not support the precision: nothing is gained."""
     inputs = ("-c", "fleet.yaml", "-m", "Meta-Llama-3-8B", "-w", "1024/256", "--engine", "vllm", "--weights", "fp8")

@@ -316,6 +316,14 @@ def test_what_to_buy_next_is_found_by_solving_again(folder: Path) -> None:
     assert "What to buy next" in text
     assert "2 GPUs of one type added, and everything solved again." in text
     assert "H100-SXM-80GB" in text[text.index("The market, best purchase per dollar first") :]
+    assert "what one GPU of the class is worth" in text
+    assert "--buy-next" not in text
+
+
+def test_a_page_without_the_market_says_how_to_find_what_to_buy_next(folder: Path) -> None:
+    found = load_plan_and_problem(str(folder / "plan.json"))
+    page = plans_page([ShownPlan(name="The plan", plan=found.plan, problem=found.problem)])
+    assert "for every type on the market: hetis-plan report --buy-next." in whole(page).text
 
 
 def test_what_the_market_needs_is_compiled_before_its_time_runs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -193,6 +193,7 @@ def _plain(**options: Any) -> Family:
 
 
 def _mistral(config: Config, name: str) -> ModelSpec | None:
+    """Read Mistral, and Phi-3 to Phi-4, whose checkpoints join matrices that other families keep apart."""
     return _spec(config, **_common(config, name), sliding_window=config.optional("sliding_window"))
 
 
@@ -255,6 +256,33 @@ def _qwen_experts(config: Config) -> MoeShape:
         expert_intermediate=width,
         shared_experts=shared // width,
     )
+
+
+# Fields that configs of Qwen2-VL and 2.5-VL may omit, with the defaults of their library.
+_QWEN2_VL = {"intermediate_size": 29_568, "num_attention_heads": 64, "num_key_value_heads": 8, "vocab_size": 152_064}
+_QWEN2_VL["max_position_embeddings"] = 32_768
+_QWEN2_VL_TOWER = {"depth": 32, "temporal_patch_size": 2}
+_QWEN25_VL_TOWER = _QWEN2_VL_TOWER | {"hidden_size": 3584, "intermediate_size": 3420, "out_hidden_size": 3584}
+
+
+def _qwen2_vl(config: Config, name: str, *, gated: bool) -> ModelSpec | None:
+    """Read Qwen2-VL, and 2.5-VL, whose tower has gated MLPs: Qwen2 with a vision tower.
+
+    In Qwen2-VL ``hidden_size`` is the width of the tower's output, and ``embed_dim`` its own.
+    """
+    common = _common(config, name, defaults=_QWEN2_VL)
+    if _qwen_window(config, common["num_layers"]):
+        config.refuse("use_sliding_window", "is true, only models without sliding windows are supported")
+    vision = config.part("vision_config")
+    if vision is not None and gated:
+        vision.data = _QWEN25_VL_TOWER | vision.data
+    elif vision is not None:
+        width = vision.whole("embed_dim", 1280)
+        tower = {"hidden_size": width, "intermediate_size": width * vision.whole("mlp_ratio", 4)}
+        tower["out_hidden_size"] = vision.whole("hidden_size", 3584)
+        vision.data = _QWEN2_VL_TOWER | vision.data | tower
+    towers = 0 if vision is None else _tower_params(vision, projection=0, gated=gated)
+    return _spec(config, **common, vision_params=towers)
 
 
 def _qwen3_vl(config: Config, name: str) -> ModelSpec | None:
@@ -338,10 +366,10 @@ def _experts(config: Config, width: int, num: int | None = None, active: int | N
     )
 
 
-def _mixtral(config: Config, name: str) -> ModelSpec | None:
-    """Read Mixtral and MiniMax M2: experts of the stated width in every layer."""
+def _mixtral(config: Config, name: str, num_experts: int = 8) -> ModelSpec | None:
+    """Read Mixtral, MiniMax M2 and Phi-3.5-MoE: experts of the stated width in every layer, by default so many."""
     common = _common(config, name)
-    moe = _experts(config, common["intermediate"], 8, 2)
+    moe = _experts(config, common["intermediate"], num_experts, 2)
     return _spec(config, **common, sliding_window=config.optional("sliding_window"), moe=moe)
 
 
@@ -393,16 +421,22 @@ def _gemma3(config: Config, name: str) -> ModelSpec | None:
 
 
 def _vision_params(config: Config, *, projection: int, gated: bool = False) -> int:
+    """Return the parameters of the vision tower that a ``vision_config`` describes; without one there are none.
+
+    The other arguments are those of `_tower_params`.
+    """
+    vision = config.part("vision_config")
+    return 0 if vision is None else _tower_params(vision, projection=projection, gated=gated)
+
+
+def _tower_params(vision: Config, *, projection: int, gated: bool) -> int:
     """Return the parameters of a vision tower: patches, transformer layers, and the projection to the text model.
 
     Args:
-        config: has a ``vision_config`` that describes the tower; without one there are no parameters.
+        vision: describes the tower.
         projection: parameters of a linear projection per unit of the tower's width, if the config states no other.
         gated: the tower's MLP has three matrices.
     """
-    vision = config.part("vision_config")
-    if vision is None:
-        return 0
     hidden = vision.whole("hidden_size")
     layers = vision.whole("depth" if "depth" in vision.data else "num_hidden_layers")
     layer = 4 * hidden * hidden + (3 if gated else 2) * hidden * vision.whole("intermediate_size")
@@ -573,6 +607,8 @@ _TABLE: tuple[tuple[str, str, Family], ...] = (
     ("Gemma3ForCausalLM", "gemma3_text", _gemma3),
     ("Gemma3ForConditionalGeneration", "gemma3", _gemma3),
     ("PhiForCausalLM", "phi", _phi),
+    ("Phi3ForCausalLM", "phi3", _mistral),
+    ("PhiMoEForCausalLM", "phimoe", partial(_mixtral, num_experts=16)),
     ("DeepseekV2ForCausalLM", "deepseek_v2", _deepseek),
     ("DeepseekV3ForCausalLM", "deepseek_v3", _deepseek),
     ("KimiK2ForCausalLM", "kimi_k2", _deepseek),
@@ -580,6 +616,8 @@ _TABLE: tuple[tuple[str, str, Family], ...] = (
     ("KimiLinearForCausalLM", "kimi_linear", _kimi_linear),
     ("Glm4MoeForCausalLM", "glm4_moe", _glm4_moe),
     ("GptOssForCausalLM", "gpt_oss", _gpt_oss),
+    ("Qwen2VLForConditionalGeneration", "qwen2_vl", partial(_qwen2_vl, gated=False)),
+    ("Qwen2_5_VLForConditionalGeneration", "qwen2_5_vl", partial(_qwen2_vl, gated=True)),
     ("Qwen3VLForConditionalGeneration", "qwen3_vl", _qwen3_vl),
     ("Qwen3VLMoeForConditionalGeneration", "qwen3_vl_moe", _qwen3_vl),
     ("Qwen3NextForCausalLM", "qwen3_next", _qwen3_next),
@@ -614,4 +652,8 @@ NOT_MODELLED: dict[str, str] = {
     "MiniMaxM3SparseForConditionalGeneration": _SPARSE,
     "Gemma4ForConditionalGeneration": _UNLIKE,
     "MiMoV2FlashForCausalLM": _UNLIKE,
+    "Phi3SmallForCausalLM": "block-sparse attention, where every head attends to blocks of its own",
+    "Phi3VForCausalLM": "a vision tower that its config names but does not describe",
+    "Phi4FlashForCausalLM": "layers that have a state space (Mamba), and layers that share the KV of another",
+    "Phi4MMForCausalLM": "towers for images and sound, with an adapter for each",
 }

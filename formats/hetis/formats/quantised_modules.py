@@ -47,14 +47,14 @@ _JOINED = {
     "linear_attn.in_proj_a": "linear_attn.in_proj_ba",
     "linear_attn.in_proj_b": "linear_attn.in_proj_ba",
 }
-# What OPT, Phi and Qwen 1 call matrices, by their usual names.
+# What OPT, Phi and Qwen 1 call matrices, by their usual names; Phi-3 and Qwen 1 join some into one.
 _OTHER_NAMES = {
-    "q_proj": ("attn.c_attn",),
-    "k_proj": ("attn.c_attn",),
-    "v_proj": ("attn.c_attn",),
+    "q_proj": ("attn.c_attn", "self_attn.qkv_proj"),
+    "k_proj": ("attn.c_attn", "self_attn.qkv_proj"),
+    "v_proj": ("attn.c_attn", "self_attn.qkv_proj"),
     "o_proj": ("self_attn.out_proj", "self_attn.dense", "attn.c_proj"),
-    "gate_proj": ("mlp.w2",),
-    "up_proj": ("fc1", "mlp.fc1", "mlp.w1"),
+    "gate_proj": ("mlp.w2", "mlp.gate_up_proj"),
+    "up_proj": ("fc1", "mlp.fc1", "mlp.w1", "mlp.gate_up_proj"),
     "down_proj": ("fc2", "mlp.fc2", "mlp.c_proj"),
 }
 # Parents of shared experts, of routed ones, and the names of a routed expert's matrices, in all families.

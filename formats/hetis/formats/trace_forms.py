@@ -35,6 +35,7 @@ class TraceForm:
     _: KW_ONLY
     is_absolute: bool = False  # arrivals are points in time, and are counted from the first one
     failed_without_output: bool = False  # rows without output are failed requests, and are left out
+    left_out: str = "failed requests, which have no output"  # what the rows are that are left out
     has_times: bool = True  # whether it contains arrival times
     # Whether a row, judging by all its fields, is a failed request or a warm-up
     leaves_out: Callable[[Mapping[str, object]], bool] | None = None
@@ -98,16 +99,18 @@ FORMS = (
         "aiperf",
         ("metadata.request_start_ns", *(f"metrics.{what}_sequence_length.value" for what in ("input", "output"))),
         lambda text: float(text) / 1e9, is_absolute=True, leaves_out=_failed_in_aiperf,
+        left_out="failed and cancelled requests, and warm-up",
         source="github.com/ai-dynamo/aiperf, profile_export.jsonl",
     ),
 )  # fmt: skip
 VLLM_BENCH = TraceForm(
     "vllm bench", ("start_times", "input_lens", "output_lens"), float, is_absolute=True, failed_without_output=True,
+    left_out="failed requests, which have an error or no output",
     source="vllm bench serve --save-result --save-detailed",
 )  # fmt: skip
 VLLM_LOG = TraceForm(
     "vLLM log", ("time", "prompt_token_ids", "output_token_ids"), float, is_absolute=True,
-    source="vLLM's request logger",
+    left_out="requests without a response, which failed or had not ended", source="vLLM's request logger",
 )  # fmt: skip
 CONVERSATIONS = TraceForm(
     "conversations", ("time", "prompt", "answer"), float, has_times=False,
@@ -115,18 +118,20 @@ CONVERSATIONS = TraceForm(
 )  # fmt: skip
 
 Row = tuple[int | str, TraceForm, list[str]]
-"""The line of a request, or its place in an array; its form; arrival, prompt and output as text."""
+"""The line of a request, or its place in an array; its form; arrival, prompt and output as text, or nothing if the form
+leaves it out.
+"""
 
 _MOST_SHOWN = 12  # fields shown of a file in no known form
 _MOST_NESTED = 4  # levels of nested objects that are searched
 
 
 def values_of(place: int | str, form: TraceForm, fields: Mapping[str, object]) -> Iterator[Row]:
-    """Yield the row that fields make, or nothing if the form leaves it out."""
-    if form.leaves_out is None or not form.leaves_out(fields):
-        values = [fields.get(name) for name in form.fields]
-        # As in a CSV file: empty for a missing field.
-        yield place, form, ["" if value is None else str(value) for value in values]
+    """Yield the row that fields make."""
+    is_left_out = form.leaves_out is not None and form.leaves_out(fields)
+    values = [] if is_left_out else [fields.get(name) for name in form.fields]
+    # As in a CSV file: empty for a missing field.
+    yield place, form, ["" if value is None else str(value) for value in values]
 
 
 def unknown_form(label: str, place: int | str, one: str, many: str, found: Sequence[str]) -> DocumentError:
@@ -274,8 +279,8 @@ def _bench_rows(label: str, begin: str, file: IO[str]) -> Iterator[Row]:
         raise single_problem(label, f"has lists of different lengths: {lengths}")
     errors = lists.get("errors", [])
     for index, row in enumerate(zip(*columns, strict=True)):
-        if not (index < len(errors) and errors[index]):
-            yield f"[{index}]", VLLM_BENCH, [str(value) for value in row]
+        has_failed = index < len(errors) and errors[index]
+        yield f"[{index}]", VLLM_BENCH, [] if has_failed else [str(value) for value in row]
 
 
 def characters_counter(characters_per_token: float) -> CountTokens:

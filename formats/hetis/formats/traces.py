@@ -56,7 +56,8 @@ class Trace:
     ``arrival_s`` counts from the source's own start, or from the first request if the source has absolute times.
     Lengths are in tokens, as in the file (not clipped). ``form`` is the form it was read from, and ``has_times``
     whether that contains arrival times; if not, all requests arrive together. ``prefix_share`` is the share of each
-    prompt that is in the prefix cache when the request arrives; None: none is.
+    prompt that is in the prefix cache when the request arrives; None: none is. ``num_left_out`` rows of the file are no
+    requests but ``left_out``.
     """
 
     name: str
@@ -66,6 +67,8 @@ class Trace:
     form: str = "hetis"
     has_times: bool = True
     prefix_share: npt.NDArray[np.float64] | None = None
+    num_left_out: int = 0
+    left_out: str = ""
 
     @property
     def prefix_hit_rate(self) -> float:
@@ -103,9 +106,10 @@ def read_trace(
     problems: list[Problem] = []
     num_problems = 0
     arrivals, prompts, outputs = array("d"), array("q"), array("q")
-    form = OURS
+    form, num_left_out = OURS, 0
     for place, form, row in rows_of(label, count):
-        if form.failed_without_output and row[2].strip() in ("0", ""):
+        if not row or (form.failed_without_output and row[2].strip() in ("0", "")):
+            num_left_out += 1
             continue
         request = _request(row, form)
         if isinstance(request, list):
@@ -123,7 +127,7 @@ def read_trace(
     if problems:
         raise DocumentError(problems)
     if not prompts:
-        raise single_problem(label, "has no requests")
+        raise single_problem(label, "has no requests" + (f" but {form.left_out}" if num_left_out else ""))
     arrival_s = np.array(arrivals)
     order = np.argsort(arrival_s, kind="stable")
     prompt_tokens = np.array(prompts, dtype=np.int64)
@@ -142,6 +146,8 @@ def read_trace(
         form=form.name,
         has_times=form.has_times,
         prefix_share=shares,
+        num_left_out=num_left_out,
+        left_out=form.left_out,
     )
 
 

@@ -234,7 +234,8 @@ class _Unfinished:
 
 
 def request_rows(label: str, lines: Iterable[str]) -> Iterator[tuple[int, list[str]]]:
-    """Yield line and values (arrival, prompt, output) of every request with a response, in the order of the responses.
+    """Yield line and values (arrival, prompt, output) of every request with a response, in the order of the responses,
+    and at the end the lines of those without a response, with no values.
     Raises DocumentError if the file is not a vLLM log, or has no token ids.
     """
     waiting: dict[str, _Unfinished] = {}
@@ -268,6 +269,7 @@ def request_rows(label: str, lines: Iterable[str]) -> Iterator[tuple[int, list[s
         why = "has no token ids of requests and their answers" if seen else "has no request in vLLM's form"
         how = "vLLM logs them with --enable-log-requests --enable-log-outputs and VLLM_LOGGING_LEVEL=DEBUG"
         raise single_problem(label, f"{why}: {how}")
+    yield from ((one.line, []) for one in waiting.values() if one.prompt_tokens and not one.delta_tokens)
 
 
 def _ids_of(line: str) -> int:

@@ -110,6 +110,7 @@ def convert(
 ) -> ExitCode:
     """Convert a trace of an engine, benchmark, gateway or data set to hetis' format."""
     from hetis.formats.files import write_atomically
+    from hetis.planner.report.figures import plural
     from hetis.planner.use_cases.files import convert as converted
     from hetis.planner.use_cases.files import trace_file
 
@@ -125,8 +126,10 @@ def convert(
     requests = found.trace
     per_second = f"{requests.rate_rps:.4g} requests/s" if requests.rate_rps is not None else "all at once"
     means = f"{requests.prompt_tokens.mean():.0f}/{requests.output_tokens.mean():.0f}"
+    left_out = f"; left out: {plural(requests.num_left_out, 'row')} of {requests.left_out}"
     terminal.say(
         f"{trace}: {len(requests.arrival_s)} requests, {per_second}, {means} tokens on average (form: {requests.form})"
+        f"{left_out if requests.num_left_out else ''}"
     )
     if out == "-":
         terminal.write(content.decode("ascii"))

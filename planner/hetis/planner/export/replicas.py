@@ -29,6 +29,7 @@ from hetis.formats import catalogue
 from hetis.formats.dtypes import weights_of
 from hetis.formats.endpoints import joined
 from hetis.planner.export import ExportDevice
+from hetis.planner.use_cases.grouping import number_ranges
 from hetis.solver.cluster import node_of
 from hetis.solver.errors import HetisError
 from hetis.solver.model import ModelSpec
@@ -185,9 +186,14 @@ class Launchable:
                 )
 
     def reasons(self) -> Iterator[str]:
-        """Yield a sentence for each reason why a replica is left out."""
+        """Yield a sentence for each reason why replicas are left out; those with the same reason share it."""
+        numbers = dict[str, list[int]]()
         for number, reasons in sorted(self.left_out.items()):
-            yield from (f"replica {number}: {reason}" for reason in reasons)
+            for reason in reasons:
+                numbers.setdefault(reason, []).append(number)
+        for reason, those in numbers.items():
+            which = number_ranges(those).strip("[]")
+            yield f"{'replica' if len(those) == 1 else 'each of replicas'} {which}: {reason}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

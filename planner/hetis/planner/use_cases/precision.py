@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 
 from hetis.engines.attention import common_backend
 from hetis.engines.gpus import VENDORS, kind_of_type
-from hetis.engines.precision import SUPPORT, remarks, why_not
+from hetis.engines.precision import CAPABILITIES, SUPPORT, remarks, why_not
 from hetis.engines.serving import TELL_KV
 from hetis.engines.workers import why_no_workers
 from hetis.formats import dtypes
@@ -91,7 +91,7 @@ def for_engine(loaded: LoadedInputs, engine: EngineRules | None) -> LoadedInputs
     refused = refused_by(inputs.model, inputs.cluster, name)
     gpus = gpu_types_of(inputs.cluster)
     if len(refused) == len(gpus):
-        raise InvalidProblemError("; ".join((*dict.fromkeys(refused.values()), *_instead(inputs, name))))
+        raise InvalidProblemError("; ".join((*_shared(refused, gpus), *_instead(inputs, name))))
     has_workers = _has_workers(inputs.model, inputs.cluster, name)
     notes = [f"{gpu} {'only as attention workers' if has_workers else 'left out'}: {refused[gpu]}" for gpu in refused]
     if name == WORKERS and not has_workers:
@@ -115,6 +115,18 @@ def for_engine(loaded: LoadedInputs, engine: EngineRules | None) -> LoadedInputs
     return replace(
         loaded, inputs=replace(inputs, constraints=constraints), notes=tuple(dict.fromkeys((*loaded.notes, *notes)))
     )
+
+
+def _shared(reasons: Mapping[str, str], gpus: Mapping[str, GpuType]) -> Iterator[str]:
+    """Yield the reasons of GPU types. Those that differ only in what a GPU has are one, with what all of them have."""
+    had = dict[tuple[str, str], list[str]]()
+    for name, reason in reasons.items():
+        gpu = gpus[name]
+        own = f"{gpu.name} ({gpu.architecture}) has {CAPABILITIES.get(gpu.architecture, 0):g}"
+        before, has, after = reason.partition(own)
+        had.setdefault((before, after), []).append(has)
+    for (before, after), each in had.items():
+        yield f"{before}{', '.join(dict.fromkeys(each))}{after}"
 
 
 def _instead(inputs: Inputs, engine: str) -> Iterator[str]:

@@ -121,7 +121,7 @@ def buy_next_page(found: BuyNext) -> str:
     """Return the page of the market, the best purchase first, followed by the present plan."""
     inputs = found.before.loaded.inputs
     sections = [_market_section(found, anchor="market", heading="What to buy next")]
-    sections += _side("The fleet as it is", found.before, 1)
+    sections += _side("The fleet as it is", found.before, 1, found)
     return _page(f"What to buy next: {inputs.model.name} on {inputs.cluster.name}", sections)
 
 
@@ -180,7 +180,15 @@ def _section(shown: ShownPlan, number: int) -> Section:
             f"Poisson arrivals of {shown.problem.workload.name}, {shown.curve.num_requests:,} requests at every rate; "
             f"bands are 95% intervals. {until}{_remarks(shown.plan, shown.curve)}"
         )
-    return plan_section(shown.name, shown.plan, shown.problem, anchor=f"plan-{number}", panels=panels, traffic=traffic)
+    return plan_section(
+        shown.name,
+        shown.plan,
+        shown.problem,
+        anchor=f"plan-{number}",
+        panels=panels,
+        traffic=traffic,
+        has_market=shown.market is not None,
+    )
 
 
 def _remarks(plan: Plan, curve: Curve) -> str:
@@ -190,14 +198,14 @@ def _remarks(plan: Plan, curve: Curve) -> str:
     return "".join(f" {line.capitalize()}." for line in remarks.lines())
 
 
-def _side(name: str, side: Side, number: int) -> list[Section]:
+def _side(name: str, side: Side, number: int, market: BuyNext | None = None) -> list[Section]:
     plan = side.outcome.plan
     if plan is None:
         lines = side.outcome.reasons or (side.outcome.status,)
         blocks = (Sentences(title=f"No plan: {side.outcome.status}", lines=lines),)
         return [Section(anchor=f"plan-{number}", heading=name, lead="", blocks=blocks)]
     problem = side.loaded.inputs.problem(plan.objective, plan.strategy, engine=engine_of_plan(plan))
-    return [_section(ShownPlan(name=name, plan=plan, problem=problem), number)]
+    return [_section(ShownPlan(name=name, plan=plan, problem=problem, market=market), number)]
 
 
 def _market_section(found: BuyNext, *, anchor: str, heading: str, known: Plan | None = None) -> Section:

@@ -80,9 +80,18 @@ _WORTH = re.compile(
 
 
 def plan_section(
-    name: str, plan: Plan, problem: PlacementProblem, *, anchor: str, panels: Sequence[Panel] = (), traffic: str = ""
+    name: str,
+    plan: Plan,
+    problem: PlacementProblem,
+    *,
+    anchor: str,
+    panels: Sequence[Panel] = (),
+    traffic: str = "",
+    has_market: bool = False,
 ) -> Section:
-    """Return everything known about a plan. ``panels`` are the curves of a simulation of ``traffic``.
+    """Return everything known about a plan.
+
+    ``panels`` are the curves of a simulation of ``traffic``; ``has_market``: the page also shows what to buy next.
 
     Raises:
         InvalidProblemError: the plan contains devices, layers or settings that its problem lacks.
@@ -91,11 +100,13 @@ def plan_section(
         anchor=anchor,
         heading=name,
         lead=problem_title(problem).plain,
-        blocks=tuple(_blocks(plan, problem, panels, traffic)),
+        blocks=tuple(_blocks(plan, problem, panels, traffic, has_market=has_market)),
     )
 
 
-def _blocks(plan: Plan, problem: PlacementProblem, panels: Sequence[Panel], traffic: str) -> Iterator[Block]:
+def _blocks(
+    plan: Plan, problem: PlacementProblem, panels: Sequence[Panel], traffic: str, *, has_market: bool
+) -> Iterator[Block]:
     explanation = explain_plan(plan, problem)
     if plan.replicas:
         yield Tiles(tiles=tuple(_tiles(plan, problem)))
@@ -120,7 +131,7 @@ def _blocks(plan: Plan, problem: PlacementProblem, panels: Sequence[Panel], traf
     routes = tuple(("Prefill to decode", route) for route in explanation.kv_routes)
     yield Sentences(title="What limits it", terms=(*terms, *routes, *workers))
     if plan.prices:
-        yield _prices(plan)
+        yield _prices(plan, has_market=has_market)
     yield Sentences(
         title="Simpler setups",
         lines=tuple(simple_setups(plan)),
@@ -431,7 +442,8 @@ def _times(explanation: Explanation, plan: Plan) -> Stack:
 # --- the rest
 
 
-def _prices(plan: Plan) -> Grid:
+def _prices(plan: Plan, *, has_market: bool) -> Grid:
+    advice = "What to buy next is found by solving again for every type on the market: hetis-plan report --buy-next."
     zones = len({price.zone for price in plan.prices}) > 1
     where = ["'zone"] if zones else []
     others = ["other tenants'"] if plan.other_tenants() else []
@@ -442,8 +454,8 @@ def _prices(plan: Plan) -> Grid:
             (price.gpu, *([price.zone] if zones else []), *cells)
             for price, cells in zip(plan.prices, price_cells(plan), strict=True)
         ),
-        note="The marginal price is what one GPU of the class is worth where fractions of replicas are allowed. "
-        "What to buy next is found by solving again for every type on the market: hetis-plan report --buy-next.",
+        note="The marginal price is what one GPU of the class is worth where fractions of replicas are allowed."
+        + ("" if has_market else f" {advice}"),
     )
 
 
