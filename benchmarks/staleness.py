@@ -94,6 +94,10 @@ SOURCES: dict[str, tuple[str, ...]] = {
         ),
         *(*_SEARCH, *_SIMULATOR, *_REDISPATCH),
     ),
+    "queueing": (
+        *("benchmarks/queueing.py", "planner/hetis/planner/use_cases/queueing.py"),
+        *(*_SEARCH, *_SIMULATOR),
+    ),
     "whole_engine": ("benchmarks/whole_engine.py", *_SIMULATOR, "tools/whole_engine.py"),
     "silicon": (
         *("benchmarks/silicon.py", "benchmarks/measuring/serving_points.py", "benchmarks/measuring/closed_loop.py"),

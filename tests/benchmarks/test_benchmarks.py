@@ -42,6 +42,8 @@ PROMISED = {
     "attention": {"name", "device", "ours_us", "torch_us", "ratio", "gb_s", "tflop_s"},
     "token_ranges": {"name", "context", "micro_batch", "share", "alone_us", "heads_us", "tokens_us", "ratio", "faster"}
     | {"card_heads", "card_tokens", "exchange_us"},
+    "queueing": {"name", "share", "must_wait", "seat_s", "lane_s", "queueing_s", "simulated_s", "low", "high"}
+    | {f"{kind}_{what}" for kind in ("planned", "model") for what in ("over_simulated", "within_2")},
     "engines": {"name", "gpus", "status"}
     | {f"{name}{mark}" for name in ("vllm", "vllm-hetis", "any") for mark in ("", "_gap", "_s")}
     | {"vllm_over_any", "vllm-hetis_over_any"},

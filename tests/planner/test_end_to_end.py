@@ -99,6 +99,7 @@ def test_check_and_explain_work_from_the_plan_alone(folder: Path, tmp_path: Path
     assert document["memory"]
     assert document["stage_times"]
     assert document["attention_workers"]
+    assert document["queueing"]["ttft_p95_s"] > 0
 
 
 @pytest.fixture(scope="module")

@@ -42,16 +42,16 @@ def explain(terminal: Terminal, plan: PlanArgument) -> ExitCode:
     """Show where memory and time go, what limits each replica, what GPUs are worth, and why some are idle."""
     from hetis.planner.report.explanation import render_explanation
     from hetis.planner.use_cases.json_values import document, fields_of, json_value
-    from hetis.planner.use_cases.seat_wait import seat_wait
+    from hetis.planner.use_cases.queueing import queueing
     from hetis.solver.placement.explanation import explain_plan
 
     (found,) = _load_and_check(terminal, [plan])
-    explanation, wait = explain_plan(found.plan, found.problem), seat_wait(found.plan, found.problem)
+    explanation, waits = explain_plan(found.plan, found.problem), queueing(found.plan, found.problem)
     of_plan = fields_of(found.plan, "strategy", "result", "prices", "runners_up", "notes")
     wide = terminal.output is OutputFormat.WIDE
     terminal.emit(
-        lambda: document("Explanation", **of_plan, **json_value(explanation), seat_wait=json_value(wait)),
-        lambda: render_explanation(found.plan, explanation, wait, wide=wide),
+        lambda: document("Explanation", **of_plan, **json_value(explanation), queueing=waits),
+        lambda: render_explanation(found.plan, explanation, waits, wide=wide),
     )
     return ExitCode.OK
 

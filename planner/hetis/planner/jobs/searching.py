@@ -27,7 +27,7 @@ from hetis.planner.jobs.messages import (
 )
 from hetis.planner.use_cases.errors import UncheckedPlanError
 from hetis.planner.use_cases.place import make_plan, simulated_plan
-from hetis.planner.use_cases.seat_wait import with_seat_wait
+from hetis.planner.use_cases.queueing import with_queueing
 from hetis.solver.budget import Budget, Progress, Report
 from hetis.solver.compiled import compilations_told_to
 from hetis.solver.errors import InfeasibleError, InvalidProblemError, NoPlanFoundError
@@ -167,7 +167,7 @@ def solve(
         except (InvalidProblemError, UncheckedPlanError) as error:  # the plan that was found is checked nevertheless
             plan = replace(plan, notes=(*plan.notes, f"could not be simulated: {error}"))
     else:
-        plan = with_seat_wait(plan, problem)
+        plan = with_queueing(plan, problem)
     document = document_bytes(plan)
     if document_bytes(from_data(json.loads(document))) != document:
         return Unsound(("its document describes a different plan",))

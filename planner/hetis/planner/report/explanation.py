@@ -19,7 +19,7 @@ from hetis.planner.report.plan import headline, price_table
 from hetis.planner.report.replica import device_table
 from hetis.planner.report.tables import Narrowing, Unbroken, as_group, bullets, grid, narrowing, section
 from hetis.planner.use_cases.grouping import ReplicaGroup, abbreviate, group_replicas
-from hetis.planner.use_cases.seat_wait import SeatWait
+from hetis.planner.use_cases.queueing import Queueing
 from hetis.solver.plan import Explanation, IdleGpus, MemoryBar, Plan, ReplicaPlan, Role, StageTime, parallel_sizes
 
 MAX_SHAPES = 6
@@ -40,11 +40,11 @@ BAR_WIDTH = 30
 
 @as_group
 def render_explanation(
-    plan: Plan, explanation: Explanation, wait: SeatWait | None = None, *, wide: bool = False
+    plan: Plan, explanation: Explanation, waits: Queueing | None = None, *, wide: bool = False
 ) -> Iterator[RenderableType]:
     """Yield the view of ``hetis-plan explain``, at most 80 columns wide.
 
-    ``wait`` is that for a seat (None: not known). ``wide`` shows every shape of replica, and the devices of every
+    ``waits`` are those of requests (None: not known). ``wide`` shows every shape of replica, and the devices of every
     replica.
     """
     yield headline(plan)
@@ -56,8 +56,8 @@ def render_explanation(
             yield section("Their devices", Group(*_equal_devices(group, plan, wide=wide)))
     if len(groups) > shown:
         yield Text(f"\n… and {plural(len(groups) - shown, 'more shape')} (-o wide has all)", style="dim")
-    if wait is not None:
-        yield section("Seats", Text(_seats(wait)))
+    if waits is not None:
+        yield section("Queueing", Text(_queueing(waits)))
     if explanation.kv_routes:
         yield section("Prefill to decode", bullets(explanation.kv_routes))
     if plan.prices:
@@ -71,15 +71,16 @@ def render_explanation(
     yield section("Family: the plans for which the bound holds", Text(plan.family))
 
 
-def _seats(wait: SeatWait) -> str:
-    """Return the wait for a seat, which the planned TTFT leaves out, in a sentence."""
-    seats, rate = plural(wait.seats, "seat"), f"{digits(wait.rate_rps, 4)} requests/s"
-    if not math.isfinite(wait.p95_s):
-        return f"{seats}; by a queue model all are taken at {rate}, and requests queue up without end."
-    if wait.must_wait < SELDOM:
-        return f"{seats}; by a queue model a request finds one free at {rate}."
-    longest = f", p95 {seconds(wait.p95_s)} more than the planned TTFT" if wait.p95_s else ""
-    return f"{seats}; by a queue model {percent(wait.must_wait)} of the requests wait for one at {rate}{longest}."
+def _queueing(waits: Queueing) -> str:
+    """Return the waits by the queue model in a sentence."""
+    at = f"By a queue model, at {digits(waits.rate_rps, 4)} requests/s"
+    if not math.isfinite(waits.ttft_p95_s):
+        return f"{at} requests queue up without end."
+    seats = f"{percent(waits.must_wait)} of the requests find none of {plural(waits.seats, 'seat')} free"
+    if waits.must_wait < SELDOM:
+        seats = f"a request finds one of {plural(waits.seats, 'seat')} free"
+    longest = f"seats {seconds(waits.seat_p95_s)}, for other prompts {seconds(waits.lane_p95_s)}"
+    return f"{at} {seats}; the p95 wait for {longest}; p95 TTFT {seconds(waits.ttft_p95_s)}."
 
 
 def _equal_devices(group: ReplicaGroup, plan: Plan, *, wide: bool) -> Iterator[RenderableType]:

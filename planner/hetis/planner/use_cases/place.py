@@ -22,9 +22,9 @@ from hetis.planner.use_cases.engine_values import with_engine_values
 from hetis.planner.use_cases.errors import UncheckedPlanError
 from hetis.planner.use_cases.listing import kinds_in_a_zone, refuse_unlisted, stages_to_list
 from hetis.planner.use_cases.precision import for_engine, in_precision, notes_on_exchange
+from hetis.planner.use_cases.queueing import with_queueing
 from hetis.planner.use_cases.robustness.profile_errors import profile_notes, with_profile_errors
 from hetis.planner.use_cases.robustness.study import Robustness, study, with_robustness
-from hetis.planner.use_cases.seat_wait import with_seat_wait
 from hetis.planner.use_cases.service_level import ServiceLevel
 from hetis.planner.use_cases.sources import (
     CONSTRAINTS,
@@ -224,7 +224,7 @@ def place(
             plan, problem, seed=settings.seed, cancelled=_Spent(whole), report=simulation_report(plan, report)
         )
     else:
-        plan = with_seat_wait(plan, problem)
+        plan = with_queueing(plan, problem)
     prices = _constraint_prices(plan, problem, settings, budget(), report) if request.price_pins else ()
     if prices:
         plan = replace(plan, inputs={**plan.inputs, CONSTRAINT_PRICES: _price_rows(prices)})
