@@ -39,7 +39,7 @@ from hetis.solver.plan import Objective, Plan
 from hetis.solver.planning import solve_placement
 from hetis.solver.problem import EngineRules, PlacementProblem
 
-PLANS, QUICK_PLANS = 40, 2
+PLANS, QUICK_PLANS = 24, 2
 MODELS = ("Llama-2-70B", "Qwen3-32B", "Llama-3.1-8B", "Mixtral-8x7B-v0.1", "Qwen3-30B-A3B")
 LENGTHS = (
     *("azure_conv_2023", "sharegpt_8k_lengths", "sharegpt_first_turn_lengths", "longbench_lengths"),

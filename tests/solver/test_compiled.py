@@ -189,7 +189,7 @@ def test_numba_imports_scipy_only_for_those_who_multiply_matrices() -> None:
 WARM = """
 import traceback
 import numpy as np
-from hetis.solver.compiled import compilations_told_to
+from hetis.solver.search_clock import compilations_told_to
 from hetis.solver.dispatch.problem import Path
 from hetis.solver.dispatch.solve import compile_dispatch, solve_dispatch
 from hetis.solver.redispatch.solve import compile_redispatch, solve_redispatch

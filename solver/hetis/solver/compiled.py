@@ -18,6 +18,8 @@ from numba.core.compiler_lock import global_compiler_lock
 from numba.core.types import unliteral
 from numba.np import linalg as numba_linalg
 
+from hetis.solver.search_clock import compiling
+
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
@@ -80,7 +82,7 @@ def kernel_of(*folders: Path, fastmath: bool | set[str] = False) -> Callable[[Fu
         load_or_compile = dispatcher.compile
 
         def compile_once(signature: Any) -> Any:
-            with _told(), _one_process(Path(dispatcher._cache.cache_path) / "kernels.lock"):
+            with compiling(), _one_process(Path(dispatcher._cache.cache_path) / "kernels.lock"):
                 return load_or_compile(tuple(_type_of(argument) for argument in signature))
 
         dispatcher.compile = compile_once
@@ -142,36 +144,6 @@ def compile_alike(function: Callable[..., Any], other: Callable[..., Any]) -> No
     kernel, called = cast(Any, function), cast(Any, other)
     for signature in () if _is_plain() else called.signatures:
         kernel.compile(signature)
-
-
-Watcher = Callable[[bool], None]
-_watchers: list[Watcher] = []
-
-
-@contextmanager
-def compilations_told_to(watcher: Watcher) -> Iterator[None]:
-    """Call ``watcher`` with True before a kernel is loaded, compiled or waited for, and with False afterwards.
-
-    The calls come from the thread that does so, of which there may be several. Calls nest, because kernels that a
-    kernel calls are compiled within its compilation.
-    """
-    _watchers.append(watcher)
-    try:
-        yield
-    finally:
-        _watchers.remove(watcher)
-
-
-@contextmanager
-def _told() -> Iterator[None]:
-    told = list(_watchers)
-    for watcher in told:
-        watcher(True)
-    try:
-        yield
-    finally:
-        for watcher in told:
-            watcher(False)
 
 
 _held: set[Path] = set()  # locks held by this process, since compiling a kernel compiles those that it calls

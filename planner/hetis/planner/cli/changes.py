@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,6 +16,7 @@ from hetis.planner.cli.options import group, panel, verb
 from hetis.planner.cli.place import judge
 from hetis.planner.cli.searching import search_interruptibly
 from hetis.solver.budget import Budget, Report
+from hetis.solver.search_clock import search_seconds
 
 WHAT_IF_EXAMPLES = """Examples:\n
   hetis-plan what-if -c examples/paper.yaml -m Llama-2-70B -w azure_conv_2023 --add 4xL4 --remove r3090-0\n
@@ -137,7 +137,7 @@ def what_if(
             engine=settings.engine,
         )  # fmt: skip
     cancelled = threading.Event()
-    budget = partial(Budget, time_limit_s=search.time_limit_s, clock=time.monotonic, cancelled=cancelled)
+    budget = partial(Budget, time_limit_s=search.time_limit_s, clock=search_seconds, cancelled=cancelled)
     searching = partial(search_interruptibly, terminal, unit=objective.unit, cancelled=cancelled, so_far="the plans")
 
     def compile_for(sizes: set[int], news: Report) -> None:
@@ -252,7 +252,7 @@ def replan(
     def work(report: Report) -> Replanning:
         num_gpus, for_engine = posed.problem.cluster.num_gpus(), posed.problem.family.engine is not None
         compile_kernels(num_gpus, (posed.settings.strategy,), for_engine=for_engine, report=report)
-        budget = Budget(time_limit_s=search.time_limit_s, clock=time.monotonic, cancelled=cancelled)
+        budget = Budget(time_limit_s=search.time_limit_s, clock=search_seconds, cancelled=cancelled)
         return replanning.replan(posed, costs, asked.max_moves, verify=answer.verify, budget=budget, report=report)
 
     found = search_interruptibly(

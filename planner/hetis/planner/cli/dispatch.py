@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +14,7 @@ from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.cli.options import group, panel, verb
 from hetis.planner.cli.searching import work_interruptibly
 from hetis.solver.budget import Budget
+from hetis.solver.search_clock import search_seconds
 
 if TYPE_CHECKING:
     from hetis.planner.use_cases.dispatch import CostedStage
@@ -88,7 +88,7 @@ def dispatch(terminal: Terminal, *, asked: RequestOptions, answer: StateOptions)
     loaded = asked.load()
     arrivals = load_new_requests(loaded, file=asked.requests, words=asked.request or ())
     announce_compilation(terminal)
-    budget = Budget(time_limit_s=asked.time_limit, clock=time.monotonic)
+    budget = Budget(time_limit_s=asked.time_limit, clock=search_seconds)
     found = work_interruptibly(
         terminal,
         lambda: dispatching.dispatch_requests(loaded, arrivals, exact=asked.exact, budget=budget, seed=asked.seed),

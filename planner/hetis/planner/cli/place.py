@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -20,6 +19,7 @@ from hetis.planner.cli.searching import search_interruptibly
 from hetis.solver.budget import Budget, Report
 from hetis.solver.errors import InfeasibleError, NoPlanFoundError
 from hetis.solver.plan import DEFAULT_STRATEGY
+from hetis.solver.search_clock import search_seconds
 
 if TYPE_CHECKING:
     from hetis.planner.use_cases.compare import Compared
@@ -298,7 +298,7 @@ def compare(
             again=SEARCHES if is_repeated else 0, time_limit_s=search.time_limit_s,
         )  # fmt: skip
     cancelled = threading.Event()
-    budget = partial(Budget, time_limit_s=search.time_limit_s, clock=time.monotonic, cancelled=cancelled)
+    budget = partial(Budget, time_limit_s=search.time_limit_s, clock=search_seconds, cancelled=cancelled)
 
     def work(report: Report) -> tuple[Compared, ...]:
         for for_engine in {one is not None for one in rules.values()}:
@@ -371,7 +371,7 @@ def layers(
     def work(report: Report) -> Layered:
         if compiles:
             compile_layers()
-        budget = Budget(time_limit_s=search.time_limit, clock=time.monotonic, cancelled=cancelled)
+        budget = Budget(time_limit_s=search.time_limit, clock=search_seconds, cancelled=cancelled)
         return place_layers(problem, budget=budget, seed=search.seed, compare=search.compare, report=report)
 
     found = search_interruptibly(terminal, work, unit="requests/s", cancelled=cancelled, so_far="the best placement")

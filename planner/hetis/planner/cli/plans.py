@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,6 +16,7 @@ from hetis.planner.cli.options import PlanArgument, group, option, verb
 from hetis.planner.cli.searching import search_interruptibly, simulate_interruptibly
 from hetis.planner.report.figures import plural
 from hetis.solver.budget import Budget, Report
+from hetis.solver.search_clock import search_seconds
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -191,7 +191,7 @@ def _market(
             compile_kernels(size, (found.plan.strategy,), for_engine=engine is not None, report=news)
         return buy_next_to_plan(
             found, market, shape, time_limit_s=time_limit_s, report=news,
-            budget=lambda: Budget(time_limit_s=time_limit_s, clock=time.monotonic, cancelled=cancelled),
+            budget=lambda: Budget(time_limit_s=time_limit_s, clock=search_seconds, cancelled=cancelled),
         )  # fmt: skip
 
     unit = found.plan.result.unit

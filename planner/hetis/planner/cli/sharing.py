@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -16,6 +15,7 @@ from hetis.planner.cli.options import group, option, verb
 from hetis.planner.cli.searching import search_interruptibly, work_interruptibly
 from hetis.solver.budget import Budget, Report
 from hetis.solver.errors import NoPlanFoundError
+from hetis.solver.search_clock import search_seconds
 
 SHARE_EXAMPLES = """Examples:\n
   hetis-plan share examples/three-models.yaml -c examples/fleet-160.yaml\n
@@ -89,7 +89,7 @@ def share(
     def work(report: Report) -> SharedFleet:
         for num_gpus in (1, loaded.inputs[0].inputs.cluster.num_gpus()):  # parts of a large fleet may be small
             compile_kernels(num_gpus, (asked.strategy,), report=report)
-        budget = Budget(time_limit_s=asked.time_limit, clock=time.monotonic, cancelled=cancelled)
+        budget = Budget(time_limit_s=asked.time_limit, clock=search_seconds, cancelled=cancelled)
         return share_out_fleet(loaded, rules, settings, with_envy=asked.envy, budget=budget, report=report)
 
     try:
@@ -140,7 +140,7 @@ def fair(
     inputs = load_share_problem(file)
     first = FairnessRule(asked.rule)
     rules = (first, *(other for other in FairnessRule if other is not first))
-    budget = Budget(clock=time.monotonic)
+    budget = Budget(clock=search_seconds)
     try:
         found = work_interruptibly(
             terminal,

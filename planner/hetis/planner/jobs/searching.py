@@ -29,8 +29,8 @@ from hetis.planner.use_cases.errors import UncheckedPlanError
 from hetis.planner.use_cases.place import make_plan, simulated_plan
 from hetis.planner.use_cases.queueing import with_queueing
 from hetis.solver.budget import Budget, Progress, Report
-from hetis.solver.compiled import compilations_told_to
 from hetis.solver.errors import InfeasibleError, InvalidProblemError, NoPlanFoundError
+from hetis.solver.search_clock import SearchClock, compilations_told_to
 
 
 class Searcher:
@@ -90,39 +90,6 @@ class Searcher:
     def cancel(self) -> None:
         """Make the search return its incumbent, if there is one."""
         self._cancelled.set()
-
-
-class SearchClock:
-    """A clock that stops while a thread of this process compiles, or waits for another process to compile.
-
-    Args:
-        clock: monotonic seconds.
-        on_change: called in that thread, with True when compiling begins and with False when all compiling has ended.
-    """
-
-    def __init__(
-        self, *, clock: Callable[[], float] = time.monotonic, on_change: Callable[[bool], None] = lambda _: None
-    ) -> None:
-        self._clock, self._on_change = clock, on_change
-        self._lock = threading.Lock()
-        self._num_compiling = 0
-        self._since_s = self._compiled_s = 0.0
-
-    def __call__(self) -> float:
-        with self._lock:
-            return (self._since_s if self._num_compiling else self._clock()) - self._compiled_s
-
-    def note(self, begins: bool) -> None:
-        """Record that a compilation begins or ends; nested or concurrent ones are not counted twice."""
-        with self._lock:
-            self._num_compiling += 1 if begins else -1
-            changes = self._num_compiling == (1 if begins else 0)
-            if changes and begins:
-                self._since_s = self._clock()
-            elif changes:
-                self._compiled_s += self._clock() - self._since_s
-        if changes:
-            self._on_change(begins)
 
 
 def solve(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import sys
 import threading
-import time
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -21,6 +20,7 @@ from hetis.solver.errors import InfeasibleError, InvalidProblemError, NoPlanFoun
 from hetis.solver.model import ModelSpec
 from hetis.solver.plan import Plan, Role
 from hetis.solver.problem import EngineRules, Family, PlacementProblem
+from hetis.solver.search_clock import search_seconds
 
 ENGINE_VALUES = "engine_values"  # entry of `Plan.inputs`: an `EngineValue` for every other engine
 SHARE = 0.1  # share of the time limit that all these searches may take
@@ -54,7 +54,7 @@ def with_engine_values(
     most a share of ``time_limit_s``, the limit of the plan's own search. The search for any engine, whose plans nothing
     runs yet and whose family is the largest, takes no longer than the plan's own, or `ANY_ENGINE_S`.
     """
-    budget = Budget(time_limit_s=SHARE * time_limit_s, clock=time.monotonic, cancelled=cancelled)
+    budget = Budget(time_limit_s=SHARE * time_limit_s, clock=search_seconds, cancelled=cancelled)
 
     def told(engine: str) -> None:
         spent_s = plan.result.solve_s + budget.elapsed_s()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -18,6 +17,7 @@ from hetis.solver.constraints import WithoutTp
 from hetis.solver.errors import HetisError
 from hetis.solver.plan import ObjectiveKind, Plan, Role
 from hetis.solver.problem import PlacementProblem
+from hetis.solver.search_clock import search_seconds
 
 EQUAL_STAGES = "equal_stages_value"  # entry of `Plan.inputs`: the value of `uniform`, null if it has no plan
 EQUAL_STAGES_KEPT = "equal_stages_kept_rps"  # entry of `Plan.inputs`: the rate that its plan keeps in simulation
@@ -28,7 +28,7 @@ SEARCH_S = 5.0  # time limit of each search
 
 def budget_of_one(cancelled: threading.Event) -> Budget:
     """Return a budget, starting now, for a search."""
-    return Budget(time_limit_s=SEARCH_S, clock=time.monotonic, cancelled=cancelled)
+    return Budget(time_limit_s=SEARCH_S, clock=search_seconds, cancelled=cancelled)
 
 
 def value_within(budget: Budget, problem: PlacementProblem, seed: int) -> tuple[float | None] | None:

@@ -47,6 +47,7 @@ from hetis.solver.errors import InvalidProblemError, NoPlanFoundError
 from hetis.solver.model import ModelSpec
 from hetis.solver.plan import DEFAULT_STRATEGY, DEFAULT_TIME_LIMIT_S, Objective, ObjectiveKind, Plan, Role
 from hetis.solver.problem import NOTHING_SET, EngineRules, EngineSettings, PlacementProblem
+from hetis.solver.search_clock import search_seconds
 from hetis.solver.workload import Workload
 
 if TYPE_CHECKING:
@@ -200,7 +201,7 @@ def place(
     settings = request.settings
 
     def budget() -> Budget:
-        return Budget(time_limit_s=settings.time_limit_s, clock=time.monotonic, cancelled=cancelled)
+        return Budget(time_limit_s=settings.time_limit_s, clock=search_seconds, cancelled=cancelled)
 
     plan = make_plan(
         loaded,

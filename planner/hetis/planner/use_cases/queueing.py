@@ -35,7 +35,7 @@ FloatArray = npt.NDArray[np.float64]
 FILLS = (0.05, 0.1, 0.25, 0.5, 0.75, 1.0)  # shares of a replica's seats at which its rate is derived
 # Requests leave their seats faster than by the cost model, by this factor: that for which the median error is 0, over
 # plans that `benchmarks.queueing --calibrate` draws. Close to saturation the wait is very sensitive to it.
-FASTER = 1.03
+FASTER = 1.013
 MOST_STATES = 20_000  # numbers of requests in flight that are told apart
 P95_TAIL = 20.0  # 1 / (1 - 0.95)
 TOLERANCE = 1e-3  # of the highest rate within a limit

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 import threading
+import time
 from pathlib import Path
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hetis.planner.jobs.searching import SearchClock
 from hetis.solver.budget import Budget
-from hetis.solver.compiled import compilations_told_to, kernel_of
+from hetis.solver.compiled import kernel_of
+from hetis.solver.search_clock import SearchClock, compilations_told_to, compiling, search_seconds
 
 
 @given(st.lists(st.tuples(st.sampled_from(["search", "begin", "end"]), st.floats(0.0, 100.0))))
@@ -47,3 +48,15 @@ def test_kernels_tell_when_they_are_compiled_and_only_then(tmp_path: Path) -> No
     assert twice(1.5) == 3.0
     name = threading.current_thread().name
     assert told == [(True, name), (False, name)]
+
+
+def test_the_clock_of_commands_stops_while_a_kernel_is_compiled() -> None:
+    """Otherwise the first plan on a machine would be what a search without the time for it has found."""
+    budget = Budget(time_limit_s=1000.0, clock=search_seconds)
+    with compiling():
+        began_s = budget.elapsed_s()
+        time.sleep(0.01)
+        assert budget.elapsed_s() == began_s
+    assert budget.elapsed_s() >= began_s
+    time.sleep(0.01)
+    assert budget.elapsed_s() > began_s
