@@ -330,6 +330,11 @@ def served_by_most_flow(t: Table) -> list[float]:
     return [one / best for one, best in zip(flow, plan, strict=True)]
 
 
+def of_all(column: str, share: str) -> Callable[[Table], Sequence[float]]:
+    """Return both numbers of a cell like ``7 of 24``, of all runs at this share of the planned rate."""
+    return lambda t: [float(word) for word in t.where(f"^all, {share}")[0][column].split(" of ")]
+
+
 def _of(page: str, table: str, *sentences: tuple[str, Callable[[Table], Sequence[float]]]) -> list[Figure]:
     """Return the figures of a table on a page; ``#`` in a pattern is a number, and ``@`` one that may be a word."""
     return [
@@ -493,6 +498,17 @@ FIGURES = [
     ),
     *_of(
         "dispatch.md", "dispatch ties", ("costs #% to #% later", lambda t: span(t.column("over ours", ", any$"), 100))
+    ),
+    *_benchmarks(
+        "queueing",
+        (
+            "planned p95 TTFT is within a factor of 2 of the simulated one for # of # plans, that of the model for #",
+            lambda t: [*of_all("planned within 2", "100%")(t), of_all("model within 2", "100%")(t)[0]],
+        ),
+        (
+            "At 60% of it these are # and # plans",
+            lambda t: [of_all(column, "60%")(t)[0] for column in ("planned within 2", "model within 2")],
+        ),
     ),
     *_benchmarks(
         "goodput",
