@@ -79,6 +79,22 @@ def image_tokens(model: ModelSpec) -> int:
     return _IMAGE_TOKENS if _sees_images_at_once(model) else 0
 
 
+def attends_to_chunks(model: ModelSpec) -> bool:
+    """Return whether the model is a Llama 4, whose chunks a `ModelSpec` has as windows of their size.
+
+    Told from windows by what no other family has: engines keep the KV behind them although other layers have none, and
+    a token activates a single expert beside a shared one.
+    """
+    keeps_all = not model.windows_free_kv and 0.0 < model.sliding_share < 1.0
+    experts = None if model.moe is None else (model.moe.active_experts, model.moe.shared_experts)
+    return keeps_all and experts == (1, 1)
+
+
 def _sees_images_at_once(model: ModelSpec) -> bool:
-    """Return whether an image's tokens attend to each other, as in Gemma-3: a vision tower and sliding windows."""
-    return model.vision_params > 0 and model.sliding_window is not None
+    """Return whether an image's tokens attend to each other (``is_mm_prefix_lm`` in vLLM), which is so of Gemma 3.
+
+    Told by a vision tower beside windows in some layers. A Llama 4 has a tower beside chunks, and a Mistral 3 may have
+    one beside windows in all layers; the tokens of their images attend to those before them.
+    """
+    has_windows_in_some = 0.0 < model.sliding_share < 1.0 and not attends_to_chunks(model)
+    return model.vision_params > 0 and has_windows_in_some

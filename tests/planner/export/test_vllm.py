@@ -20,6 +20,7 @@ from hetis.formats.dtypes import with_precision
 from hetis.planner.export.replicas import LaunchableReplica, launchable
 from hetis.solver.plan import Role
 from tests.engines.installed_vllm import said_by_vllm
+from tests.engines.test_attention import GEMMA_3, LLAMA_4, MISTRAL_3
 from tests.engines.test_commands import lines_of_layouts
 from tests.formats.test_huggingface import STATED_KV, config_of, load
 from tests.planner.export.plans import PLANS, model_of
@@ -141,6 +142,13 @@ def test_the_tables_and_the_kv_of_checkpoints_are_what_the_installed_vllm_says(s
     rows: dict[str, Least] = dict(SUPPORT["vllm"].weights)
     for method, capability in capabilities.items():
         assert rows[names[method]].capability == max(capability / 10, SUPPORT["vllm"].engine.capability), method
+
+
+@needs_vllm
+def test_the_models_whose_images_are_not_divided_are_those_of_the_installed_vllm(said: dict[str, Any]) -> None:
+    of_type = {"gemma3": GEMMA_3, "gemma3_text": replace(GEMMA_3, vision_params=0), "llama4": LLAMA_4}
+    of_type |= {"mistral3": MISTRAL_3, "qwen3_vl": catalogue.find_model("Qwen3-VL-30B-A3B-Instruct").model}
+    assert {name: image_tokens(model) > 0 for name, model in of_type.items()} == said["undivided"]
 
 
 @needs_vllm
