@@ -24,7 +24,7 @@ from hetis.engines.serving import (
     Serving,
     arguments_of,
     drain_s,
-    partition_of,
+    variables_of,
 )
 from hetis.engines.versions import Engine
 from hetis.formats.endpoints import is_ip, joined
@@ -99,7 +99,7 @@ def commands_of(layout: Layout, serving: Serving, addresses: Addresses) -> tuple
             Command(
                 process=process,
                 shown=arguments_of(layout, serving, number, meeting),
-                environment=environment | partition_of(layout),
+                environment=environment | variables_of(layout),
                 files={addresses.config_file: yaml.safe_dump(config, sort_keys=False)} if layout.workers else {},
                 secrets=(addresses.key_file,) if layout.workers else (),
                 stops_s=SERVER_STOPS_S + drain_s(serving.options),

@@ -40,7 +40,7 @@ from hetis.engines.serving import (
     Serving,
     arguments_of,
     drain_s,
-    partition_of,
+    variables_of,
 )
 from hetis.engines.versions import Engine
 from hetis.solver.plan import Role
@@ -316,7 +316,7 @@ class ReplicaObjects:
         """Return the pod of an engine process, without its node."""
         process, layout = self._layout.servers[number], self._layout
         env: list[dict[str, Any]] = [
-            {"name": variable, "value": text} for variable, text in partition_of(layout).items()
+            {"name": variable, "value": text} for variable, text in variables_of(layout).items()
         ]
         env += self._of.hf_token_variable()
         command = list(arguments)

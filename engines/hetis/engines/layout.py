@@ -78,6 +78,7 @@ class Layout:
     chunk_tokens: int  # prompt tokens per iteration and data-parallel copy; 0 for a decode replica
     kv_tokens: int  # KV capacity in tokens per data-parallel copy
     kv_is_fp8: bool = False  # KV has one byte per number; otherwise as many as the model's own numbers
+    has_states: bool = False  # some layers keep a state for each request instead of KV
     has_windows_in_some: bool = False  # some layers have a sliding window and others do not, so that their KV differs
     draft_tokens: int = 0  # tokens that multi-token prediction drafts per request and iteration
     # The longest request that fits into the KV capacity. None: the model's full context fits.
@@ -429,6 +430,7 @@ def layout_of_replica(
         kv_tokens=kv_tokens,
         kv_is_fp8=_is_fp8(model, dtype),
         draft_tokens=model.step_tokens - 1,
+        has_states=model.linear is not None,
         has_windows_in_some=0.0 < model.sliding_share < 1.0,
         context_tokens=room.context_tokens if room.context_tokens < model.max_position else None,
         dtype=common_dtype(gpus.values()),

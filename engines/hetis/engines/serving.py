@@ -371,7 +371,16 @@ def arguments_of(layout: Layout, serving: Serving, number: int, meeting: Meeting
     return command_line(layout, serving, number, meeting)
 
 
-def partition_of(layout: Layout) -> dict[str, str]:
-    """Return the environment variable that assigns layers to the engine's stages."""
-    variable = "SGLANG_PP_LAYER_PARTITION" if layout.engine is Engine.SGLANG else "VLLM_PP_LAYER_PARTITION"
-    return {variable: ",".join(map(str, layout.layers))} if len(layout.layers) > 1 else {}
+def variables_of(layout: Layout) -> dict[str, str]:
+    """Return the environment variables of every process of the engine.
+
+    They assign layers to the engine's stages and, where vLLM's NIXL connector transfers states, lay those out as it
+    requires (`is_conv_state_dim_first` in nixl/base_worker.py).
+    """
+    is_sglang, found = layout.engine is Engine.SGLANG, dict[str, str]()
+    if len(layout.layers) > 1:
+        variable = "SGLANG_PP_LAYER_PARTITION" if is_sglang else "VLLM_PP_LAYER_PARTITION"
+        found[variable] = ",".join(map(str, layout.layers))
+    if layout.has_states and layout.role is not Role.UNIFIED and not is_sglang:
+        found["VLLM_SSM_CONV_STATE_LAYOUT"] = "DS"
+    return found

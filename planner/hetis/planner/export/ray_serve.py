@@ -11,9 +11,9 @@ from hetis.engines.serving import (
     connector_of,
     is_of_http_server,
     option_groups,
-    partition_of,
     room_options,
     shape_options,
+    variables_of,
     without_kv_dtype,
 )
 from hetis.engines.versions import Engine
@@ -90,7 +90,7 @@ def llm_config(launchable: Launchable, one: LaunchableReplica) -> dict[str, Any]
         "deployment_config": {"num_replicas": 1, "max_ongoing_requests": layout.seats},
         "runtime_env": {
             "env_vars": {
-                **partition_of(layout),
+                **variables_of(layout),
                 "VLLM_RAY_BUNDLE_INDICES": ",".join(map(str, range(len(devices)))),
                 "HETIS_DEVICES": ",".join(devices),
             }
