@@ -94,7 +94,11 @@ def test_sglang_is_told_of_shape_room_and_meeting() -> None:
 def test_prefill_and_decode_are_paired_by_nixl() -> None:
     for engine in (Engine.VLLM, Engine.VLLM_HETIS):
         prefill, further = commands(PLANS["prefill"], engine)
-        assert told(prefill)["--kv-transfer-config"] == '{"kv_connector": "NixlConnector", "kv_role": "kv_producer"}'
+        assert (
+            told(prefill)["--kv-transfer-config"] == '{"kv_connector": "NixlPushConnector", "kv_role": "kv_producer"}'
+        )
+        [whole] = commands(plan_of(WHOLE, role=Role.PREFILL, micro_batch=0), engine)
+        assert told(whole)["--kv-transfer-config"] == '{"kv_connector": "NixlConnector", "kv_role": "kv_producer"}'
         assert prefill.environment["VLLM_NIXL_SIDE_CHANNEL_HOST"] == "10.0.0.1"
         assert prefill.environment["VLLM_NIXL_SIDE_CHANNEL_PORT"] == "5600"
         assert "VLLM_NIXL_SIDE_CHANNEL_HOST" not in further.environment
@@ -102,6 +106,10 @@ def test_prefill_and_decode_are_paired_by_nixl() -> None:
         assert told(decode)["--kv-transfer-config"] == '{"kv_connector": "NixlConnector", "kv_role": "kv_consumer"}'
         assert told(decode)["--max-num-batched-tokens"] == "4"
         assert "VLLM_NIXL_SIDE_CHANNEL_HOST" not in decode.environment
+        both = replace(PLANS["decode"], replicas=(*PLANS["decode"].replicas, *PLANS["prefill"].replicas))
+        [decode] = commands(both, engine)
+        assert told(decode)["--kv-transfer-config"] == '{"kv_connector": "NixlPushConnector", "kv_role": "kv_consumer"}'
+        assert decode.environment["VLLM_NIXL_SIDE_CHANNEL_HOST"] == "10.0.0.1", "it is asked where to write"
     prefill, _ = commands(PLANS["prefill"], Engine.SGLANG)
     assert (told(prefill)["--disaggregation-mode"], told(prefill)["--disaggregation-bootstrap-port"]) == (
         "prefill",

@@ -24,6 +24,7 @@ from hetis.engines.serving import (
     Serving,
     arguments_of,
     drain_s,
+    is_asked_for_kv,
     variables_of,
 )
 from hetis.engines.versions import Engine
@@ -90,9 +91,9 @@ def commands_of(layout: Layout, serving: Serving, addresses: Addresses) -> tuple
         if layout.workers:
             environment[CONFIG_VARIABLE] = addresses.config_file
         if is_vllm and not number and layout.role is not Role.UNIFIED:  # SGLang has an option for this
-            if layout.role is Role.PREFILL:
+            if is_asked_for_kv(layout):
                 environment[KV_HOST_VARIABLE] = addresses.host(process.node)
-            # A decode replica listens too, though nobody asks it; vLLM never starts if its port is taken.
+            # Other decode replicas listen too, though nobody asks them; vLLM never starts if its port is taken.
             environment[KV_PORT_VARIABLE] = str(addresses.kv_port)
         meeting = Meeting(host=master, port=addresses.master_port, kv_port=addresses.kv_port)
         commands.append(

@@ -91,6 +91,8 @@ class Layout:
     data_parallel: int = 1
     image_tokens: int = 0  # prompt tokens that vLLM does not divide among iterations; 0: it divides all
     is_deprecated: bool = False  # vLLM loads weights of this method only if it is allowed to
+    # vLLM's prefill replicas write KV to decode replicas, which otherwise read it.
+    pushes_kv: bool = False
 
     @property
     def processes(self) -> tuple[Process, ...]:
@@ -438,7 +440,19 @@ def layout_of_replica(
         data_parallel=copies,
         image_tokens=image_tokens(model),
         is_deprecated=model.weights in DEPRECATED,
+        pushes_kv=engine is not Engine.SGLANG and _pushes_kv(replica, partners),
     )
+
+
+def _pushes_kv(replica: ReplicaPlan, partners: Sequence[KvPartner]) -> bool:
+    """Return whether the KV of prompts comes from several stages, which vLLM's decode replicas cannot read.
+
+    `NixlConnector` reads it, and expects all layers from each rank (`_validate_remote_agent_handshake` in
+    nixl/base_worker.py). `NixlPushConnector` writes the layers of each stage. Replicas that exchange KV have the same.
+    """
+    if replica.role is Role.PREFILL and len(replica.stages) > 1:
+        return True
+    return any(one.role is Role.PREFILL and len(one.gpus) > 1 for one in partners)
 
 
 def _is_fp8(model: ModelSpec, dtype: str) -> bool:
@@ -623,6 +637,8 @@ def _handed_over(
         return
     if replica.role is Role.DECODE:
         yield f"it decodes in {stages} stages: vLLM's NIXL connector only supports decode replicas with one"
+    if replica.role is Role.PREFILL and model.draft is not None:
+        yield "it prefills in several stages: vLLM's NIXL connector does not support this with a layer that drafts"
     if replica.role is Role.PREFILL and model.sliding_window is not None:
         yield "it prefills in several stages: vLLM's NIXL connector does not support this with sliding-window layers"
     if replica.role is Role.PREFILL and (model.linear is not None or model.compressed is not None):
@@ -632,7 +648,8 @@ def _handed_over(
 def _held_twice(replica: ReplicaPlan, partners: Sequence[KvPartner], model: ModelSpec, engine: Engine) -> Iterator[str]:
     """Yield why the KV of prompts cannot come from more ranks than there are KV heads, where ranks hold duplicates.
 
-    See `_validate_remote_agent_handshake` in vLLM's nixl/base_worker.py. SGLang, latent attention and states allow it.
+    Nor can it be written to more (`_pushes_kv`). See `_validate_remote_agent_handshake` in vLLM's nixl/base_worker.py.
+    SGLang, latent attention and states allow it.
     """
     is_latent = model.mla is not None or model.compressed is not None
     if replica.role is not Role.DECODE or engine is Engine.SGLANG or is_latent or model.linear is not None:
@@ -643,6 +660,13 @@ def _held_twice(replica: ReplicaPlan, partners: Sequence[KvPartner], model: Mode
         yield (
             f"it decodes in TP{ranks}, and prompts come from TP{' and TP'.join(wider)}, where ranks share "
             f"{model.kv_heads} KV heads: vLLM's NIXL connector then needs the same number of ranks on both sides"
+        )
+    fewer = [str(tp) for tp in sorted(senders) if ranks > max(tp, model.kv_heads)]
+    if fewer and _pushes_kv(replica, partners):
+        yield (
+            f"it decodes in TP{ranks}, where ranks share {model.kv_heads} KV heads, and prompts come from "
+            f"TP{' and TP'.join(fewer)}, from several stages: vLLM's NIXL connector then needs the same number of "
+            "ranks on both sides"
         )
 
 

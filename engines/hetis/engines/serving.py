@@ -236,12 +236,21 @@ _NIXL_ROLES: Mapping[Role, str] = {Role.PREFILL: "kv_producer", Role.DECODE: "kv
 
 
 def connector_of(layout: Layout) -> dict[str, str] | None:
-    """Return the KV connector that a replica needs: ours for attention workers, NIXL between prefill and decode."""
+    """Return the KV connector that a replica needs: ours for attention workers, NIXL between prefill and decode.
+
+    Clients of both of NIXL's pass the same parameters from the prefill replica's answer to the decode replica.
+    """
     if layout.workers:
         return CONNECTOR
     if layout.role in _NIXL_ROLES:
-        return {"kv_connector": "NixlConnector", "kv_role": _NIXL_ROLES[layout.role]}
+        connector = "NixlPushConnector" if layout.pushes_kv else "NixlConnector"
+        return {"kv_connector": connector, "kv_role": _NIXL_ROLES[layout.role]}
     return None
+
+
+def is_asked_for_kv(layout: Layout) -> bool:
+    """Return whether other replicas ask vLLM where its KV is, to read it or, from decode replicas, to write it."""
+    return layout.role is Role.PREFILL or (layout.role is Role.DECODE and layout.pushes_kv)
 
 
 def room_options(layout: Layout, serving: Serving) -> dict[str, str]:

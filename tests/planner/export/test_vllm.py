@@ -45,12 +45,13 @@ def lines_and_meanings() -> tuple[list[tuple[str, ...]], list[dict[str, Any]]]:
         for plan in PLANS.values():
             if kv_bytes == 1.0 and any(one.attention_workers for one in plan.replicas):
                 continue
+            is_pushed = any(one.role is Role.PREFILL and len(one.stages) > 1 for one in plan.replicas)
             model = replace(model_of(plan), kv_bytes=kv_bytes)
             plan = replace(plan, inputs={})
             for one in launchable(plan, model, SETTINGS).replicas.values():
                 for number, command in enumerate(one.commands[: len(one.layout.servers)]):
                     lines.append(command.shown[1:])
-                    expected.append(meant(one, number))
+                    expected.append(meant(one, number, is_pushed=is_pushed))
     return lines, expected
 
 
@@ -59,9 +60,10 @@ def test_vllm_understands_every_process_of_every_plan(said: dict[str, Any]) -> N
     assert said["parsed"] == lines_and_meanings()[1]
 
 
-def meant(one: LaunchableReplica, number: int) -> dict[str, Any]:
+def meant(one: LaunchableReplica, number: int, *, is_pushed: bool) -> dict[str, Any]:
     """Return what vLLM must have read from a process's options, for the fields that `said_by_vllm` returns."""
-    layout, of_role = one.layout, {Role.UNIFIED: None, Role.PREFILL: "NixlConnector", Role.DECODE: "NixlConnector"}
+    layout, nixl = one.layout, "NixlPushConnector" if is_pushed else "NixlConnector"
+    of_role = {Role.UNIFIED: None, Role.PREFILL: nixl, Role.DECODE: nixl}
     ranks = layout.tensor_parallel * len(layout.layers)
     return {
         "model": "/models/tiny",
