@@ -40,7 +40,12 @@ def kinds_at(capabilities: set[float]) -> list[GpuKind]:
         (FP8, {H100, L40S}, "FLASHINFER"),
         (FP8, {H100, B200}, "FLASHINFER"),
         (replace(FP8, head_dim=80), {H100, L40S}, "TRITON_ATTN"),
+        (replace(FP8, head_dim=80), {H100, A100}, None),
         (GPT_OSS, {H100, B200}, "TRITON_ATTN"),
+        (with_precision(GPT_OSS, kv="fp8"), {H100, L40S}, "TRITON_ATTN"),
+        *(
+            (with_precision(model, kv="fp8"), {H100, A100}, None) for model in (GPT_OSS, GEMMA_3)
+        ),  # Triton alone has all
         (with_precision(GPT_OSS, weights="bf16"), {H100, A100}, "TRITON_ATTN"),
         (GEMMA_3, {H100, A100}, "TRITON_ATTN"),
         *((model, {H100, A100}, "") for model in (LLAMA_4, MISTRAL_3)),  # images are as causal as text
