@@ -197,6 +197,29 @@ def test_kv_that_several_ranks_hold_goes_to_as_many(decodes_on: int, *, is_refus
     layout_of(plan, 1, few, engine=Engine.VLLM)
 
 
+@pytest.mark.parametrize(("sends_from", "decodes_on", "is_refused"), [(1, 2, False), (2, 4, True), (4, 1, True)])
+def test_states_go_to_ranks_with_blocks_of_as_many_tokens(
+    sends_from: int, decodes_on: int, *, is_refused: bool
+) -> None:
+    few = replace(MODEL, kv_heads=2, linear=LinearShape(layers=2, params=1, state_bytes=1000.0))
+
+    def on(node: str, tp: int, role: Role) -> Plan:
+        devices = tuple(f"{node}/{i}" for i in range(tp))
+        return plan_of(stage_of(tp=tp, devices=devices, kv_head_groups_kept=max(1, 2 // tp)), role=role, micro_batch=0)
+
+    decode, prefill = on("b", decodes_on, Role.DECODE), on("a", sends_from, Role.PREFILL)
+    plan = replace(decode, replicas=(*decode.replicas, *prefill.replicas))
+    if is_refused:
+        assert refused(plan, few, engine=Engine.VLLM) == (
+            f"it decodes in TP{decodes_on}, and prompts come from TP{sends_from}, where ranks share 2 KV heads but "
+            "divide states: vLLM's blocks then differ, which its NIXL connector does not support",
+        )
+    else:
+        assert layout_of(plan, 0, few, engine=Engine.VLLM).has_states
+    assert layout_of(plan, 0, few, engine=Engine.SGLANG).has_states
+    assert layout_of(plan, 1, few, engine=Engine.VLLM).has_states
+
+
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_kv_of_several_stages_is_not_written_to_more_ranks_than_heads(ranks: int) -> None:
     few = replace(MODEL, kv_heads=2)

@@ -580,6 +580,7 @@ def _impossible(
         )
     yield from _handed_over(replica, partners, model, engine)
     yield from _held_twice(replica, partners, model, engine)
+    yield from _unlike_blocks(replica, partners, model, engine)
     yield from _unshared(replica, model)
     for number, stage in enumerate(replica.stages):
         yield from (f"stage {number + 1}: {why}" for why in _impossible_stage(replica, number, stage, model, engine))
@@ -667,6 +668,28 @@ def _held_twice(replica: ReplicaPlan, partners: Sequence[KvPartner], model: Mode
             f"it decodes in TP{ranks}, where ranks share {model.kv_heads} KV heads, and prompts come from "
             f"TP{' and TP'.join(fewer)}, from several stages: vLLM's NIXL connector then needs the same number of "
             "ranks on both sides"
+        )
+
+
+def _unlike_blocks(
+    replica: ReplicaPlan, partners: Sequence[KvPartner], model: ModelSpec, engine: Engine
+) -> Iterator[str]:
+    """Yield why states cannot come from ranks whose blocks have other numbers of tokens.
+
+    vLLM makes a block as large as a state (`_align_hybrid_block_size` in platforms/interface.py). Ranks divide a state,
+    but share KV heads if there are fewer, and latent KV. Its NIXL connector then refuses blocks that are no multiple of
+    those sent (`block_size_ratio` in kv_connector/utils.py) or, with prefix caching, have another number of the
+    kernel's (`_validate_remote_agent_handshake` in nixl/base_worker.py); its documents support no others with states.
+    """
+    if replica.role is not Role.DECODE or engine is Engine.SGLANG or model.linear is None:
+        return
+    heads, ranks = 1 if model.mla is not None else model.kv_heads, replica.stages[0].tp
+    senders = sorted({one.tp for one in partners if one.role is Role.PREFILL})
+    if unlike := [f"TP{tp}" for tp in senders if max(tp, heads) != max(ranks, heads)]:
+        kv = "latent KV" if model.mla is not None else f"{heads} KV heads"
+        yield (
+            f"it decodes in TP{ranks}, and prompts come from {' and '.join(unlike)}, where ranks share {kv} but divide "
+            "states: vLLM's blocks then differ, which its NIXL connector does not support"
         )
 
 
