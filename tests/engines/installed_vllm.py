@@ -24,6 +24,9 @@ from vllm.model_executor.layers.quantization import (
 )
 from vllm.platforms.cuda import _get_backend_priorities
 from vllm.platforms.interface import DeviceCapability
+from vllm.transformers_utils.model_arch_config_convertor import (
+    MODEL_ARCH_CONFIG_CONVERTORS, ModelArchConfigConvertorBase
+)
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.utils.torch_utils import get_kv_cache_quant_algo_string
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
@@ -49,6 +52,10 @@ for words in asked["lines"]:
     })
 said["kv"] = [get_kv_cache_quant_algo_string(one) for one in asked["configs"]]
 said["image"] = Gemma3Config().mm_tokens_per_image
+for kind in ("gemma3", "gemma3_text", "llama4", "mistral3", "qwen3_vl"):
+    config = types.SimpleNamespace(model_type=kind)
+    convertor = MODEL_ARCH_CONFIG_CONVERTORS.get(kind, ModelArchConfigConvertorBase)(config, config)
+    said.setdefault("undivided", {})[kind] = convertor.is_mm_prefix_lm()
 said |= {"methods": QUANTIZATION_METHODS, "deprecated": DEPRECATED_QUANTIZATION_METHODS}
 for name in ("fp8", "mxfp4", "modelopt_fp4", "awq", "gptq", "fbgemm_fp8"):
     try:

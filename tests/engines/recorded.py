@@ -52,6 +52,7 @@ _VLLM = Recorded(
     },
     variables={
         "VLLM_PP_LAYER_PARTITION": "layers of each stage",
+        "VLLM_SSM_CONV_STATE_LAYOUT": "DS, where NIXL transfers the states of layers",
         "VLLM_HOST_IP": "own address where stages are on several nodes",
         "VLLM_API_KEY": "what clients must say",
         "VLLM_NIXL_SIDE_CHANNEL_HOST": "where prefill replicas are asked for KV",

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from hetis.engines.attention import common_backend
+from hetis.engines.attention import common_backend, image_tokens
 from hetis.engines.gpus import GpuKind, kind_of, kinds_in
 from hetis.formats import catalogue
 from hetis.formats.dtypes import with_precision
@@ -18,7 +18,9 @@ LLAMA, DEEPSEEK, SPARSE, GPT_OSS = (
 )
 QWEN = catalogue.find_model("Qwen3.5-397B-A17B").model
 FP8 = with_precision(LLAMA, kv="fp8")
-GEMMA_3 = replace(LLAMA, sliding_window=1024, vision_params=400_000_000)
+GEMMA_3 = catalogue.find_model("gemma-3-27b-it").model
+LLAMA_4 = replace(catalogue.find_model("Llama-4-Scout-17B-16E-Instruct").model, vision_params=800_000_000)
+MISTRAL_3 = replace(catalogue.find_model("Mistral-7B-v0.1").model, vision_params=400_000_000)
 COMPRESSED = make_compressed()
 T4, A100, L40S, H100, B200, RTX5090 = 7.5, 8.0, 8.9, 9.0, 10.0, 12.0
 
@@ -38,9 +40,15 @@ def kinds_at(capabilities: set[float]) -> list[GpuKind]:
         (FP8, {H100, L40S}, "FLASHINFER"),
         (FP8, {H100, B200}, "FLASHINFER"),
         (replace(FP8, head_dim=80), {H100, L40S}, "TRITON_ATTN"),
+        (replace(FP8, head_dim=80), {H100, A100}, None),
         (GPT_OSS, {H100, B200}, "TRITON_ATTN"),
+        (with_precision(GPT_OSS, kv="fp8"), {H100, L40S}, "TRITON_ATTN"),
+        *(
+            (with_precision(model, kv="fp8"), {H100, A100}, None) for model in (GPT_OSS, GEMMA_3)
+        ),  # Triton alone has all
         (with_precision(GPT_OSS, weights="bf16"), {H100, A100}, "TRITON_ATTN"),
         (GEMMA_3, {H100, A100}, "TRITON_ATTN"),
+        *((model, {H100, A100}, "") for model in (LLAMA_4, MISTRAL_3)),  # images are as causal as text
         (DEEPSEEK, {H100, B200}, "TRITON_MLA"),
         (DEEPSEEK, {A100, RTX5090}, ""),
         (SPARSE, {H100, B200}, "FLASHMLA_SPARSE"),
@@ -58,6 +66,11 @@ def kinds_at(capabilities: set[float]) -> list[GpuKind]:
 )
 def test_vllm_is_told_a_backend_that_runs_on_all(model: ModelSpec, capabilities: set[float], told: str | None) -> None:
     assert common_backend(model, kinds_at(capabilities), "vllm") == told
+
+
+def test_only_the_images_of_gemma_3_are_not_divided() -> None:
+    assert image_tokens(GEMMA_3) == 260
+    assert not any(map(image_tokens, (LLAMA_4, MISTRAL_3, catalogue.find_model("gemma-3-1b-it").model)))
 
 
 @pytest.mark.parametrize(

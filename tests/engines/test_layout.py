@@ -197,6 +197,53 @@ def test_kv_that_several_ranks_hold_goes_to_as_many(decodes_on: int, *, is_refus
     layout_of(plan, 1, few, engine=Engine.VLLM)
 
 
+@pytest.mark.parametrize(("sends_from", "decodes_on", "is_refused"), [(1, 2, False), (2, 4, True), (4, 1, True)])
+def test_states_go_to_ranks_with_blocks_of_as_many_tokens(
+    sends_from: int, decodes_on: int, *, is_refused: bool
+) -> None:
+    few = replace(MODEL, kv_heads=2, linear=LinearShape(layers=2, params=1, state_bytes=1000.0))
+
+    def on(node: str, tp: int, role: Role) -> Plan:
+        devices = tuple(f"{node}/{i}" for i in range(tp))
+        return plan_of(stage_of(tp=tp, devices=devices, kv_head_groups_kept=max(1, 2 // tp)), role=role, micro_batch=0)
+
+    decode, prefill = on("b", decodes_on, Role.DECODE), on("a", sends_from, Role.PREFILL)
+    plan = replace(decode, replicas=(*decode.replicas, *prefill.replicas))
+    if is_refused:
+        assert refused(plan, few, engine=Engine.VLLM) == (
+            f"it decodes in TP{decodes_on}, and prompts come from TP{sends_from}, where ranks share 2 KV heads but "
+            "divide states: vLLM's blocks then differ, which its NIXL connector does not support",
+        )
+    else:
+        assert layout_of(plan, 0, few, engine=Engine.VLLM).has_states
+    assert layout_of(plan, 0, few, engine=Engine.SGLANG).has_states
+    assert layout_of(plan, 1, few, engine=Engine.VLLM).has_states
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_kv_of_several_stages_is_not_written_to_more_ranks_than_heads(ranks: int) -> None:
+    few = replace(MODEL, kv_heads=2)
+    halves = tuple(
+        stage_of(first_layer=2 * i, num_layers=2, kv_head_groups_kept=2, devices=(f"a/{i}",)) for i in range(2)
+    )
+    sender = plan_of(*halves, role=Role.PREFILL, micro_batch=0, in_flight=2).replicas[0]
+    whole = stage_of(kv_head_groups_kept=2, devices=("a/0",))
+    receiver = stage_of(tp=ranks, devices=tuple(f"b/{i}" for i in range(ranks)), kv_head_groups_kept=1)
+    plan = plan_of(receiver, role=Role.DECODE, chunk_tokens=0)
+    staged, read = (
+        replace(plan, replicas=(plan.replicas[0], one)) for one in (sender, replace(sender, stages=(whole,)))
+    )
+    assert not layout_of(read, 0, few, engine=Engine.VLLM).pushes_kv
+    if ranks > 2:
+        assert refused(staged, few, engine=Engine.VLLM) == (
+            "it decodes in TP4, where ranks share 2 KV heads, and prompts come from TP1, from several stages: vLLM's "
+            "NIXL connector then needs the same number of ranks on both sides",
+        )
+    else:
+        assert layout_of(staged, 0, few, engine=Engine.VLLM).pushes_kv
+    assert not layout_of(staged, 0, few, engine=Engine.SGLANG).pushes_kv
+
+
 def test_replicas_exchange_kv_with_all_that_routes_join_over_others() -> None:
     """Routes 0 -> 1 <- 2 -> 3 and 4 -> 5, a replica without a route, and one with both roles."""
     gpus = ("T4", "L4", "T4", "A100", "L4", "L4", "H100", "V100")
@@ -363,6 +410,10 @@ def test_prefill_and_decode_apart_take_what_the_connectors_take() -> None:
     sliding = replace(MODEL, sliding_window=64)
     assert refused(plan_of(*SPLIT, role=Role.PREFILL), sliding, engine=Engine.VLLM) == (
         "it prefills in several stages: vLLM's NIXL connector does not support this with sliding-window layers",
+    )
+    drafting = replace(MODEL, draft=DraftShape(tokens=1, acceptance=0.5))
+    assert refused(plan_of(*SPLIT, role=Role.PREFILL), drafting, engine=Engine.VLLM) == (
+        "it prefills in several stages: vLLM's NIXL connector does not support this with a layer that drafts",
     )
 
 

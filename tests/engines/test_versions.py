@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import replace
 from itertools import pairwise
 
@@ -12,6 +13,7 @@ from hetis.engines.commands import Addresses, Command, commands_of
 from hetis.engines.layout import layout_of
 from hetis.engines.serving import Serving, program_of
 from hetis.engines.versions import VERSIONS, Engine
+from hetis.solver.model import LinearShape, ModelSpec
 from hetis.solver.plan import Plan, Role
 from tests.engines.plans import MODEL, POOL, WITH_EXPERTS, plan_of, sharing_experts, stage_of, staged
 from tests.engines.recorded import RECORDED
@@ -92,7 +94,11 @@ def test_sglang_is_told_of_shape_room_and_meeting() -> None:
 def test_prefill_and_decode_are_paired_by_nixl() -> None:
     for engine in (Engine.VLLM, Engine.VLLM_HETIS):
         prefill, further = commands(PLANS["prefill"], engine)
-        assert told(prefill)["--kv-transfer-config"] == '{"kv_connector": "NixlConnector", "kv_role": "kv_producer"}'
+        assert (
+            told(prefill)["--kv-transfer-config"] == '{"kv_connector": "NixlPushConnector", "kv_role": "kv_producer"}'
+        )
+        [whole] = commands(plan_of(WHOLE, role=Role.PREFILL, micro_batch=0), engine)
+        assert told(whole)["--kv-transfer-config"] == '{"kv_connector": "NixlConnector", "kv_role": "kv_producer"}'
         assert prefill.environment["VLLM_NIXL_SIDE_CHANNEL_HOST"] == "10.0.0.1"
         assert prefill.environment["VLLM_NIXL_SIDE_CHANNEL_PORT"] == "5600"
         assert "VLLM_NIXL_SIDE_CHANNEL_HOST" not in further.environment
@@ -100,6 +106,10 @@ def test_prefill_and_decode_are_paired_by_nixl() -> None:
         assert told(decode)["--kv-transfer-config"] == '{"kv_connector": "NixlConnector", "kv_role": "kv_consumer"}'
         assert told(decode)["--max-num-batched-tokens"] == "4"
         assert "VLLM_NIXL_SIDE_CHANNEL_HOST" not in decode.environment
+        both = replace(PLANS["decode"], replicas=(*PLANS["decode"].replicas, *PLANS["prefill"].replicas))
+        [decode] = commands(both, engine)
+        assert told(decode)["--kv-transfer-config"] == '{"kv_connector": "NixlPushConnector", "kv_role": "kv_consumer"}'
+        assert decode.environment["VLLM_NIXL_SIDE_CHANNEL_HOST"] == "10.0.0.1", "it is asked where to write"
     prefill, _ = commands(PLANS["prefill"], Engine.SGLANG)
     assert (told(prefill)["--disaggregation-mode"], told(prefill)["--disaggregation-bootstrap-port"]) == (
         "prefill",
@@ -108,3 +118,23 @@ def test_prefill_and_decode_are_paired_by_nixl() -> None:
     [decode] = commands(PLANS["decode"], Engine.SGLANG)
     assert told(decode)["--disaggregation-mode"] == "decode"
     assert not {"--disaggregation-bootstrap-port", "--chunked-prefill-size"} & told(decode).keys()
+
+
+def test_states_are_laid_out_as_nixl_transfers_them() -> None:
+    """Its workers do not start otherwise (`is_conv_state_dim_first` in vLLM's nixl/base_worker.py)."""
+    with_states = replace(MODEL, linear=LinearShape(layers=2, params=1, state_bytes=1000.0))
+    prefill = plan_of(WHOLE, role=Role.PREFILL, micro_batch=0)
+
+    def variables(plan: Plan, model: ModelSpec, engine: Engine) -> Mapping[str, str]:
+        [one] = commands_of(layout_of(plan, 0, model, engine=engine), Serving(model="/models/tiny"), Addresses())
+        return one.environment
+
+    for plan in (prefill, PLANS["decode"]):
+        assert variables(plan, with_states, Engine.VLLM)["VLLM_SSM_CONV_STATE_LAYOUT"] == "DS"
+        assert "VLLM_SSM_CONV_STATE_LAYOUT" in RECORDED[Engine.VLLM].variables
+    for plan, model, engine in (
+        (prefill, MODEL, Engine.VLLM),
+        (PLANS["whole"], with_states, Engine.VLLM),
+        (prefill, with_states, Engine.SGLANG),
+    ):
+        assert "VLLM_SSM_CONV_STATE_LAYOUT" not in variables(plan, model, engine)

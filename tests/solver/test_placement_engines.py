@@ -17,7 +17,7 @@ from hetis.solver.check.structure import check_engine
 from hetis.solver.cluster import Link, Network
 from hetis.solver.constraints import Duty, Exclude, RestrictRole, Selection, Unit
 from hetis.solver.errors import InfeasibleError, InvalidProblemError, NoPlanFoundError
-from hetis.solver.model import GpuPrecision
+from hetis.solver.model import DraftShape, GpuPrecision
 from hetis.solver.placement.candidates import Evaluator, candidates_of
 from hetis.solver.placement.families import ENGINES, STRATEGIES, beyond, run_by
 from hetis.solver.placement.master import Columns, Master
@@ -416,6 +416,15 @@ def test_every_engine_says_its_rules_and_where_they_come_from(name: str) -> None
     assert family.max_copies == 1
     assert ENGINES[name].source
     assert ENGINES[name].version
+
+
+def test_vllm_hands_no_kv_over_from_several_stages_if_a_layer_drafts() -> None:
+    drafting = replace(make_model(), draft=DraftShape(tokens=1, acceptance=0.5))
+    for name, most in (("vllm", 1), ("sglang", 3)):
+        rules = EngineRules(name=name, max_stages=3)
+        assert rules.stages_of(Role.PREFILL, drafting) == most
+        assert rules.stages_of(Role.PREFILL, make_model()) == 3
+    assert EngineRules(name="vllm", max_stages=3).stages_of(Role.UNIFIED, drafting) == 3
 
 
 def test_what_no_engine_runs_is_refused() -> None:

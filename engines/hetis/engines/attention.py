@@ -14,6 +14,7 @@ from hetis.engines.gpus import GpuKind
 from hetis.solver.model import ModelSpec
 
 _DATACENTER_BLACKWELL = 10  # major compute capability of B200 and B300
+_TRITON_FP8 = 8.9  # lowest compute capability with Triton's FP8
 _FLASHINFER_HEADS = (64, 128, 256)
 # Gemma 3's tokens of an image (``mm_tokens_per_image``, the same in all sizes), and its marks and line breaks around.
 _IMAGE_TOKENS = 256 + 4
@@ -42,14 +43,19 @@ def common_backend(model: ModelSpec, kinds: Iterable[GpuKind], engine: str) -> s
         # TRITON_MLA is the default everywhere except on Hopper and B200, whose own defaults run only there.
         return "TRITON_MLA" if majors & {9, _DATACENTER_BLACKWELL} else ""
     if min(capabilities) < 8 or has_sinks(model) or _sees_images_at_once(model):
-        return "TRITON_ATTN"
+        return _triton(model, capabilities)
     if model.kv_bytes == 2 and model.head_dim <= 256:  # FLASH_ATTN is the default everywhere except on B200
         if _DATACENTER_BLACKWELL not in majors:
             return ""
         # On B200 its pages hold 128 tokens for a head dimension of 256; on other GPUs they hold 16.
         return "FLASH_ATTN" if model.head_dim < 256 else "TRITON_ATTN"
     # FlashAttention reads FP8 KV with head dimensions of up to 128 on Blackwell, and not at all below Hopper.
-    return "FLASHINFER" if model.head_dim in _FLASHINFER_HEADS else "TRITON_ATTN"
+    return "FLASHINFER" if model.head_dim in _FLASHINFER_HEADS else _triton(model, capabilities)
+
+
+def _triton(model: ModelSpec, capabilities: set[float]) -> str | None:
+    """Return TRITON_ATTN, or None if GPUs below Ada are to read FP8 KV by it (`TritonAttentionImpl` refuses them)."""
+    return "TRITON_ATTN" if model.kv_bytes == 2 or min(capabilities) >= _TRITON_FP8 else None
 
 
 def _of_sglang(model: ModelSpec, capabilities: set[float]) -> str:
@@ -79,6 +85,22 @@ def image_tokens(model: ModelSpec) -> int:
     return _IMAGE_TOKENS if _sees_images_at_once(model) else 0
 
 
+def attends_to_chunks(model: ModelSpec) -> bool:
+    """Return whether the model is a Llama 4, whose chunks a `ModelSpec` has as windows of their size.
+
+    Told from windows by what no other family has: engines keep the KV behind them although other layers have none, and
+    a token activates a single expert beside a shared one.
+    """
+    keeps_all = not model.windows_free_kv and 0.0 < model.sliding_share < 1.0
+    experts = None if model.moe is None else (model.moe.active_experts, model.moe.shared_experts)
+    return keeps_all and experts == (1, 1)
+
+
 def _sees_images_at_once(model: ModelSpec) -> bool:
-    """Return whether an image's tokens attend to each other, as in Gemma-3: a vision tower and sliding windows."""
-    return model.vision_params > 0 and model.sliding_window is not None
+    """Return whether an image's tokens attend to each other (``is_mm_prefix_lm`` in vLLM), which is so of Gemma 3.
+
+    Told by a vision tower beside windows in some layers. A Llama 4 has a tower beside chunks, and a Mistral 3 may have
+    one beside windows in all layers; the tokens of their images attend to those before them.
+    """
+    has_windows_in_some = 0.0 < model.sliding_share < 1.0 and not attends_to_chunks(model)
+    return model.vision_params > 0 and has_windows_in_some

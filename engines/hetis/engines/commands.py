@@ -24,7 +24,8 @@ from hetis.engines.serving import (
     Serving,
     arguments_of,
     drain_s,
-    partition_of,
+    is_asked_for_kv,
+    variables_of,
 )
 from hetis.engines.versions import Engine
 from hetis.formats.endpoints import is_ip, joined
@@ -90,16 +91,16 @@ def commands_of(layout: Layout, serving: Serving, addresses: Addresses) -> tuple
         if layout.workers:
             environment[CONFIG_VARIABLE] = addresses.config_file
         if is_vllm and not number and layout.role is not Role.UNIFIED:  # SGLang has an option for this
-            if layout.role is Role.PREFILL:
+            if is_asked_for_kv(layout):
                 environment[KV_HOST_VARIABLE] = addresses.host(process.node)
-            # A decode replica listens too, though nobody asks it; vLLM never starts if its port is taken.
+            # Other decode replicas listen too, though nobody asks them; vLLM never starts if its port is taken.
             environment[KV_PORT_VARIABLE] = str(addresses.kv_port)
         meeting = Meeting(host=master, port=addresses.master_port, kv_port=addresses.kv_port)
         commands.append(
             Command(
                 process=process,
                 shown=arguments_of(layout, serving, number, meeting),
-                environment=environment | partition_of(layout),
+                environment=environment | variables_of(layout),
                 files={addresses.config_file: yaml.safe_dump(config, sort_keys=False)} if layout.workers else {},
                 secrets=(addresses.key_file,) if layout.workers else (),
                 stops_s=SERVER_STOPS_S + drain_s(serving.options),

@@ -40,7 +40,8 @@ from hetis.engines.serving import (
     Serving,
     arguments_of,
     drain_s,
-    partition_of,
+    is_asked_for_kv,
+    variables_of,
 )
 from hetis.engines.versions import Engine
 from hetis.solver.plan import Role
@@ -316,7 +317,7 @@ class ReplicaObjects:
         """Return the pod of an engine process, without its node."""
         process, layout = self._layout.servers[number], self._layout
         env: list[dict[str, Any]] = [
-            {"name": variable, "value": text} for variable, text in partition_of(layout).items()
+            {"name": variable, "value": text} for variable, text in variables_of(layout).items()
         ]
         env += self._of.hf_token_variable()
         command = list(arguments)
@@ -328,7 +329,7 @@ class ReplicaObjects:
             env += secret_variable("VLLM_API_KEY", self._of.key_secret, "api-key")
             own = {"valueFrom": {"fieldRef": {"fieldPath": "status.podIP"}}}
             env.append({"name": HOST_VARIABLE, **own})
-            if number == 0 and layout.role is Role.PREFILL:
+            if number == 0 and is_asked_for_kv(layout):
                 env += [{"name": KV_HOST_VARIABLE, **own}, {"name": KV_PORT_VARIABLE, "value": str(KV_PORT)}]
         container: dict[str, Any] = {
             "name": self.engine,

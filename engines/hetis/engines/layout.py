@@ -78,6 +78,7 @@ class Layout:
     chunk_tokens: int  # prompt tokens per iteration and data-parallel copy; 0 for a decode replica
     kv_tokens: int  # KV capacity in tokens per data-parallel copy
     kv_is_fp8: bool = False  # KV has one byte per number; otherwise as many as the model's own numbers
+    has_states: bool = False  # some layers keep a state for each request instead of KV
     has_windows_in_some: bool = False  # some layers have a sliding window and others do not, so that their KV differs
     draft_tokens: int = 0  # tokens that multi-token prediction drafts per request and iteration
     # The longest request that fits into the KV capacity. None: the model's full context fits.
@@ -90,6 +91,8 @@ class Layout:
     data_parallel: int = 1
     image_tokens: int = 0  # prompt tokens that vLLM does not divide among iterations; 0: it divides all
     is_deprecated: bool = False  # vLLM loads weights of this method only if it is allowed to
+    # vLLM's prefill replicas write KV to decode replicas, which otherwise read it.
+    pushes_kv: bool = False
 
     @property
     def processes(self) -> tuple[Process, ...]:
@@ -429,6 +432,7 @@ def layout_of_replica(
         kv_tokens=kv_tokens,
         kv_is_fp8=_is_fp8(model, dtype),
         draft_tokens=model.step_tokens - 1,
+        has_states=model.linear is not None,
         has_windows_in_some=0.0 < model.sliding_share < 1.0,
         context_tokens=room.context_tokens if room.context_tokens < model.max_position else None,
         dtype=common_dtype(gpus.values()),
@@ -436,7 +440,19 @@ def layout_of_replica(
         data_parallel=copies,
         image_tokens=image_tokens(model),
         is_deprecated=model.weights in DEPRECATED,
+        pushes_kv=engine is not Engine.SGLANG and _pushes_kv(replica, partners),
     )
+
+
+def _pushes_kv(replica: ReplicaPlan, partners: Sequence[KvPartner]) -> bool:
+    """Return whether the KV of prompts comes from several stages, which vLLM's decode replicas cannot read.
+
+    `NixlConnector` reads it, and expects all layers from each rank (`_validate_remote_agent_handshake` in
+    nixl/base_worker.py). `NixlPushConnector` writes the layers of each stage. Replicas that exchange KV have the same.
+    """
+    if replica.role is Role.PREFILL and len(replica.stages) > 1:
+        return True
+    return any(one.role is Role.PREFILL and len(one.gpus) > 1 for one in partners)
 
 
 def _is_fp8(model: ModelSpec, dtype: str) -> bool:
@@ -564,6 +580,7 @@ def _impossible(
         )
     yield from _handed_over(replica, partners, model, engine)
     yield from _held_twice(replica, partners, model, engine)
+    yield from _unlike_blocks(replica, partners, model, engine)
     yield from _unshared(replica, model)
     for number, stage in enumerate(replica.stages):
         yield from (f"stage {number + 1}: {why}" for why in _impossible_stage(replica, number, stage, model, engine))
@@ -621,6 +638,8 @@ def _handed_over(
         return
     if replica.role is Role.DECODE:
         yield f"it decodes in {stages} stages: vLLM's NIXL connector only supports decode replicas with one"
+    if replica.role is Role.PREFILL and model.draft is not None:
+        yield "it prefills in several stages: vLLM's NIXL connector does not support this with a layer that drafts"
     if replica.role is Role.PREFILL and model.sliding_window is not None:
         yield "it prefills in several stages: vLLM's NIXL connector does not support this with sliding-window layers"
     if replica.role is Role.PREFILL and (model.linear is not None or model.compressed is not None):
@@ -630,7 +649,8 @@ def _handed_over(
 def _held_twice(replica: ReplicaPlan, partners: Sequence[KvPartner], model: ModelSpec, engine: Engine) -> Iterator[str]:
     """Yield why the KV of prompts cannot come from more ranks than there are KV heads, where ranks hold duplicates.
 
-    See `_validate_remote_agent_handshake` in vLLM's nixl/base_worker.py. SGLang, latent attention and states allow it.
+    Nor can it be written to more (`_pushes_kv`). See `_validate_remote_agent_handshake` in vLLM's nixl/base_worker.py.
+    SGLang, latent attention and states allow it.
     """
     is_latent = model.mla is not None or model.compressed is not None
     if replica.role is not Role.DECODE or engine is Engine.SGLANG or is_latent or model.linear is not None:
@@ -641,6 +661,35 @@ def _held_twice(replica: ReplicaPlan, partners: Sequence[KvPartner], model: Mode
         yield (
             f"it decodes in TP{ranks}, and prompts come from TP{' and TP'.join(wider)}, where ranks share "
             f"{model.kv_heads} KV heads: vLLM's NIXL connector then needs the same number of ranks on both sides"
+        )
+    fewer = [str(tp) for tp in sorted(senders) if ranks > max(tp, model.kv_heads)]
+    if fewer and _pushes_kv(replica, partners):
+        yield (
+            f"it decodes in TP{ranks}, where ranks share {model.kv_heads} KV heads, and prompts come from "
+            f"TP{' and TP'.join(fewer)}, from several stages: vLLM's NIXL connector then needs the same number of "
+            "ranks on both sides"
+        )
+
+
+def _unlike_blocks(
+    replica: ReplicaPlan, partners: Sequence[KvPartner], model: ModelSpec, engine: Engine
+) -> Iterator[str]:
+    """Yield why states cannot come from ranks whose blocks have other numbers of tokens.
+
+    vLLM makes a block as large as a state (`_align_hybrid_block_size` in platforms/interface.py). Ranks divide a state,
+    but share KV heads if there are fewer, and latent KV. Its NIXL connector then refuses blocks that are no multiple of
+    those sent (`block_size_ratio` in kv_connector/utils.py) or, with prefix caching, have another number of the
+    kernel's (`_validate_remote_agent_handshake` in nixl/base_worker.py); its documents support no others with states.
+    """
+    if replica.role is not Role.DECODE or engine is Engine.SGLANG or model.linear is None:
+        return
+    heads, ranks = 1 if model.mla is not None else model.kv_heads, replica.stages[0].tp
+    senders = sorted({one.tp for one in partners if one.role is Role.PREFILL})
+    if unlike := [f"TP{tp}" for tp in senders if max(tp, heads) != max(ranks, heads)]:
+        kv = "latent KV" if model.mla is not None else f"{heads} KV heads"
+        yield (
+            f"it decodes in TP{ranks}, and prompts come from {' and '.join(unlike)}, where ranks share {kv} but divide "
+            "states: vLLM's blocks then differ, which its NIXL connector does not support"
         )
 
 

@@ -236,12 +236,21 @@ _NIXL_ROLES: Mapping[Role, str] = {Role.PREFILL: "kv_producer", Role.DECODE: "kv
 
 
 def connector_of(layout: Layout) -> dict[str, str] | None:
-    """Return the KV connector that a replica needs: ours for attention workers, NIXL between prefill and decode."""
+    """Return the KV connector that a replica needs: ours for attention workers, NIXL between prefill and decode.
+
+    Clients of both of NIXL's pass the same parameters from the prefill replica's answer to the decode replica.
+    """
     if layout.workers:
         return CONNECTOR
     if layout.role in _NIXL_ROLES:
-        return {"kv_connector": "NixlConnector", "kv_role": _NIXL_ROLES[layout.role]}
+        connector = "NixlPushConnector" if layout.pushes_kv else "NixlConnector"
+        return {"kv_connector": connector, "kv_role": _NIXL_ROLES[layout.role]}
     return None
+
+
+def is_asked_for_kv(layout: Layout) -> bool:
+    """Return whether other replicas ask vLLM where its KV is, to read it or, from decode replicas, to write it."""
+    return layout.role is Role.PREFILL or (layout.role is Role.DECODE and layout.pushes_kv)
 
 
 def room_options(layout: Layout, serving: Serving) -> dict[str, str]:
@@ -371,7 +380,16 @@ def arguments_of(layout: Layout, serving: Serving, number: int, meeting: Meeting
     return command_line(layout, serving, number, meeting)
 
 
-def partition_of(layout: Layout) -> dict[str, str]:
-    """Return the environment variable that assigns layers to the engine's stages."""
-    variable = "SGLANG_PP_LAYER_PARTITION" if layout.engine is Engine.SGLANG else "VLLM_PP_LAYER_PARTITION"
-    return {variable: ",".join(map(str, layout.layers))} if len(layout.layers) > 1 else {}
+def variables_of(layout: Layout) -> dict[str, str]:
+    """Return the environment variables of every process of the engine.
+
+    They assign layers to the engine's stages and, where vLLM's NIXL connector transfers states, lay those out as it
+    requires (`is_conv_state_dim_first` in nixl/base_worker.py).
+    """
+    is_sglang, found = layout.engine is Engine.SGLANG, dict[str, str]()
+    if len(layout.layers) > 1:
+        variable = "SGLANG_PP_LAYER_PARTITION" if is_sglang else "VLLM_PP_LAYER_PARTITION"
+        found[variable] = ",".join(map(str, layout.layers))
+    if layout.has_states and layout.role is not Role.UNIFIED and not is_sglang:
+        found["VLLM_SSM_CONV_STATE_LAYOUT"] = "DS"
+    return found

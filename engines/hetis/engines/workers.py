@@ -6,7 +6,7 @@ Plans, exports and launches ask here, so that none of them has workers that the 
 
 from __future__ import annotations
 
-from hetis.engines.attention import has_sinks
+from hetis.engines.attention import attends_to_chunks, has_sinks
 from hetis.solver.model import ModelSpec
 
 # As in the plugin's own messages, which a test compares.
@@ -28,19 +28,8 @@ def why_no_workers(model: ModelSpec) -> str | None:
         return "attention is latent (MLA), and its KV cannot be split into head groups"
     if model.draft is not None:
         return "the plugin does not support draft tokens"
-    if _attends_to_chunks(model):
+    if attends_to_chunks(model):
         return f"the model {CHUNKS}, which the plugin does not support"
     if has_sinks(model):
         return f"the model has {SINKS}, which the plugin does not support"
     return None
-
-
-def _attends_to_chunks(model: ModelSpec) -> bool:
-    """Return whether the model is a Llama 4, whose chunks a `ModelSpec` has as windows of their size.
-
-    Told from windows by what no other family has: engines keep the KV behind them although other layers have none, and
-    a token activates a single expert beside a shared one.
-    """
-    keeps_all = not model.windows_free_kv and 0.0 < model.sliding_share < 1.0
-    experts = None if model.moe is None else (model.moe.active_experts, model.moe.shared_experts)
-    return keeps_all and experts == (1, 1)

@@ -118,7 +118,9 @@ class EngineRules:
         KV can only be handed over to decode replicas of one stage: vLLM's NIXL connector rejects others (0.32,
         ``nixl/base_worker.py``), and SGLang accepts them only if prompts come from equally many stages
         (``disaggregation/common/conn.py``). vLLM's connector also accepts no KV from several stages if layers slide or
-        keep states. SGLang drafts in a pipeline only where it prefills (0.5.23, ``arg_groups/validation_hook.py``).
+        keep states, or if one drafts, because it takes the KV of each stage to have equally many parts per layer
+        (``register_kv_caches``). SGLang drafts in a pipeline only where it prefills (0.5.23,
+        ``arg_groups/validation_hook.py``).
         All have one stage if layers that share indexers must stay together (`keeps_indexers_together`).
         """
         if role is Role.UNIFIED and model.draft is not None and self.name == "sglang":
@@ -126,7 +128,7 @@ class EngineRules:
         if self.keeps_indexers_together(model):
             return 1
         keeps = model.sliding_window is not None or model.linear is not None or model.compressed is not None
-        is_mixed = keeps and self.name != "sglang"
+        is_mixed = (keeps or model.draft is not None) and self.name != "sglang"
         return 1 if role is Role.DECODE or (role is Role.PREFILL and is_mixed) else self.max_stages
 
     def keeps_indexers_together(self, model: ModelSpec) -> bool:

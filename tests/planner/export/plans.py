@@ -56,6 +56,11 @@ PLANS: Mapping[str, Plan] = {
     "prefill and decode": made_of(
         PREFILL, *DECODES, routes=(KvRoute(prefill=0, decode=1, rate=2.0), KvRoute(prefill=0, decode=2, rate=1.0))
     ),
+    "prefill in one stage": made_of(
+        replace(PREFILL, stages=(on("a/0", "a/1", tp=2),), in_flight=1),
+        *DECODES,
+        routes=(KvRoute(prefill=0, decode=1, rate=2.0), KvRoute(prefill=0, decode=2, rate=1.0)),
+    ),
     "three nodes twice": made_of(
         replica(*THREE, in_flight=3),
         replica(*(replace(s, devices=(s.devices[0].replace("/0", "/1"),)) for s in THREE), in_flight=3),

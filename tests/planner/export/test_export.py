@@ -85,7 +85,9 @@ LOST: Mapping[tuple[ExportTarget, str], tuple[str, tuple[str, ...]]] = {
         ("r0", "r1", "r2"),
     ),  # without it no replica prefills
     (ExportTarget.KSERVE, "prefill and decode"): ("no partner is left", ("r2",)),
-    (ExportTarget.RAY, "prefill and decode"): ("no partner is left", ("r2",)),
+    (ExportTarget.KSERVE, "prefill in one stage"): ("no partner is left", ("r2",)),
+    (ExportTarget.RAY, "prefill in one stage"): ("no partner is left", ("r2",)),
+    (ExportTarget.RAY, "prefill and decode"): ("needs vLLM's NixlPushConnector", ("r0", "r1", "r2")),
 }
 IN_CLUSTERS = {ExportTarget.KUBERNETES, ExportTarget.LWS, ExportTarget.LLM_D, ExportTarget.KSERVE, ExportTarget.DYNAMO}
 
@@ -102,7 +104,7 @@ def test_layers_and_gpus_are_read_back_as_planned(target: ExportTarget, name: st
         return
     made = exported(PLANS[name], target)
     kept = {key: one for key, one in expected.items() if key not in lost}
-    if target in (ExportTarget.KSERVE, ExportTarget.RAY) and name == "prefill and decode":
+    if target in (ExportTarget.KSERVE, ExportTarget.RAY) and "prefill" in name:
         kept["r0's decode"] = kept.pop("r1")
     assert READERS[target](made.files) == kept
     assert {"README.md", "router/weights.json", *made.shown} <= made.files.keys()
@@ -510,8 +512,21 @@ def test_the_readme_says_how_much_the_lists_of_routers_leave_out() -> None:
 
 
 def test_nixl_without_an_address_is_told() -> None:
-    made = exported(PLANS["prefill and decode"], ExportTarget.VLLM, hosts={})
+    made = exported(PLANS["prefill in one stage"], ExportTarget.VLLM, hosts={})
     assert made.lost == ("r0: NIXL needs an address to listen on, but a has none: give --node-address",)
+    pushed = exported(PLANS["prefill and decode"], ExportTarget.VLLM, hosts={})
+    assert [line.partition(":")[0] for line in pushed.lost] == ["r0", "r1", "r2"], "decode replicas are asked, too"
+
+
+def test_only_targets_that_know_the_push_connector_get_prompts_of_several_stages() -> None:
+    sender = replace(PREFILL, stages=(on("a/0", layers=3), on("a/1", first=3, layers=1)))
+    plan = made_of(sender, DECODES[0], routes=(KvRoute(prefill=0, decode=1, rate=2.0),))
+    for target in (ExportTarget.DYNAMO, ExportTarget.RAY):
+        with pytest.raises(NotExportableError, match="from several stages, which needs vLLM's NixlPushConnector"):
+            exported(plan, target)
+    text = "".join(exported(plan, ExportTarget.KUBERNETES).files.values())
+    assert (text.count('"NixlPushConnector"'), text.count('"NixlConnector"')) == (2, 0)
+    assert text.count("VLLM_NIXL_SIDE_CHANNEL_HOST") == 2
 
 
 @pytest.mark.parametrize("target", [ExportTarget.VLLM, ExportTarget.COMPOSE, ExportTarget.SLURM])

@@ -172,7 +172,9 @@ def test_the_chart_and_the_router_of_llm_d_take_values_and_weights(name: str) ->
     assert all(sum(of_side.values()) == pytest.approx(1.0, abs=1e-5) for of_side in weights)
 
 
-@pytest.mark.parametrize("name", sorted(set(PLANS) - WITH_WORKERS - {"copies that share experts"}))
+@pytest.mark.parametrize(
+    "name", sorted(set(PLANS) - WITH_WORKERS - {"copies that share experts", "prefill and decode"})
+)
 def test_ray_serve_takes_every_application(name: str) -> None:
     serve = yaml.safe_load(exported(PLANS[name], ExportTarget.RAY).files["serve.yaml"])
     jsonschema.Draft202012Validator(schemas.SERVE).validate(serve)

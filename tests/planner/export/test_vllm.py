@@ -20,6 +20,7 @@ from hetis.formats.dtypes import with_precision
 from hetis.planner.export.replicas import LaunchableReplica, launchable
 from hetis.solver.plan import Role
 from tests.engines.installed_vllm import said_by_vllm
+from tests.engines.test_attention import GEMMA_3, LLAMA_4, MISTRAL_3
 from tests.engines.test_commands import lines_of_layouts
 from tests.formats.test_huggingface import STATED_KV, config_of, load
 from tests.planner.export.plans import PLANS, model_of
@@ -44,12 +45,13 @@ def lines_and_meanings() -> tuple[list[tuple[str, ...]], list[dict[str, Any]]]:
         for plan in PLANS.values():
             if kv_bytes == 1.0 and any(one.attention_workers for one in plan.replicas):
                 continue
+            is_pushed = any(one.role is Role.PREFILL and len(one.stages) > 1 for one in plan.replicas)
             model = replace(model_of(plan), kv_bytes=kv_bytes)
             plan = replace(plan, inputs={})
             for one in launchable(plan, model, SETTINGS).replicas.values():
                 for number, command in enumerate(one.commands[: len(one.layout.servers)]):
                     lines.append(command.shown[1:])
-                    expected.append(meant(one, number))
+                    expected.append(meant(one, number, is_pushed=is_pushed))
     return lines, expected
 
 
@@ -58,9 +60,10 @@ def test_vllm_understands_every_process_of_every_plan(said: dict[str, Any]) -> N
     assert said["parsed"] == lines_and_meanings()[1]
 
 
-def meant(one: LaunchableReplica, number: int) -> dict[str, Any]:
+def meant(one: LaunchableReplica, number: int, *, is_pushed: bool) -> dict[str, Any]:
     """Return what vLLM must have read from a process's options, for the fields that `said_by_vllm` returns."""
-    layout, of_role = one.layout, {Role.UNIFIED: None, Role.PREFILL: "NixlConnector", Role.DECODE: "NixlConnector"}
+    layout, nixl = one.layout, "NixlPushConnector" if is_pushed else "NixlConnector"
+    of_role = {Role.UNIFIED: None, Role.PREFILL: nixl, Role.DECODE: nixl}
     ranks = layout.tensor_parallel * len(layout.layers)
     return {
         "model": "/models/tiny",
@@ -141,6 +144,13 @@ def test_the_tables_and_the_kv_of_checkpoints_are_what_the_installed_vllm_says(s
     rows: dict[str, Least] = dict(SUPPORT["vllm"].weights)
     for method, capability in capabilities.items():
         assert rows[names[method]].capability == max(capability / 10, SUPPORT["vllm"].engine.capability), method
+
+
+@needs_vllm
+def test_the_models_whose_images_are_not_divided_are_those_of_the_installed_vllm(said: dict[str, Any]) -> None:
+    of_type = {"gemma3": GEMMA_3, "gemma3_text": replace(GEMMA_3, vision_params=0), "llama4": LLAMA_4}
+    of_type |= {"mistral3": MISTRAL_3, "qwen3_vl": catalogue.find_model("Qwen3-VL-30B-A3B-Instruct").model}
+    assert {name: image_tokens(model) > 0 for name, model in of_type.items()} == said["undivided"]
 
 
 @needs_vllm

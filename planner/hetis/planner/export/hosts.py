@@ -22,7 +22,6 @@ from hetis.planner.export.replicas import (
     missing_images,
     worker_image,
 )
-from hetis.solver.plan import Role
 
 
 def _written(
@@ -43,7 +42,7 @@ def _not_reached(launchable: Launchable) -> Iterator[str]:
     """Yield the features that the commands lack because a node is known only by name and has no address."""
     for one in launchable.replicas.values():
         address = one.commands[0].environment.get("VLLM_NIXL_SIDE_CHANNEL_HOST")
-        if one.plan.role is Role.PREFILL and address is not None and not is_ip(address):
+        if address is not None and not is_ip(address):
             yield f"{one.name}: NIXL needs an address to listen on, but {one.front_node} has none: give --node-address"
 
 

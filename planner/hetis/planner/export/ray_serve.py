@@ -11,15 +11,15 @@ from hetis.engines.serving import (
     connector_of,
     is_of_http_server,
     option_groups,
-    partition_of,
     room_options,
     shape_options,
+    variables_of,
     without_kv_dtype,
 )
 from hetis.engines.versions import Engine
 from hetis.formats.documents import yaml_text
 from hetis.formats.endpoints import joined
-from hetis.planner.export.replicas import Launchable, LaunchableReplica, NotExportableError, Written, paired
+from hetis.planner.export.replicas import PUSHED, Launchable, LaunchableReplica, NotExportableError, Written, paired
 from hetis.solver.cluster import node_of
 from hetis.solver.plan import Role
 
@@ -90,7 +90,7 @@ def llm_config(launchable: Launchable, one: LaunchableReplica) -> dict[str, Any]
         "deployment_config": {"num_replicas": 1, "max_ongoing_requests": layout.seats},
         "runtime_env": {
             "env_vars": {
-                **partition_of(layout),
+                **variables_of(layout),
                 "VLLM_RAY_BUNDLE_INDICES": ",".join(map(str, range(len(devices)))),
                 "HETIS_DEVICES": ",".join(devices),
             }
@@ -144,6 +144,8 @@ def _why_not(launchable: Launchable, one: LaunchableReplica) -> tuple[str, ...]:
         return ("Ray Serve cannot start attention workers: use --to hetis-launch",)
     if one.layout.data_parallel > 1:
         return ("Ray Serve LLM deploys copies that share experts differently: use --to vllm or kubernetes",)
+    if one.layout.pushes_kv:
+        return (f"{PUSHED}, and Ray Serve LLM only sets up the one by which decode replicas read it: use --to vllm",)
     nodes = [node_of(device) for stage in one.plan.stages for device in stage.devices]
     first, *further = dict.fromkeys(nodes)
     if nodes != [node for each in (first, *further) for node in nodes if node == each]:

@@ -39,6 +39,7 @@ _TUNED = re.compile(r"(?i)instruct|chat|-it$")
 # Names go into scripts and file names as they are.
 _NODE = re.compile(r"(?=.{1,253}$)[A-Za-z0-9]([-A-Za-z0-9_]*[A-Za-z0-9])?(\.[A-Za-z0-9]([-A-Za-z0-9_]*[A-Za-z0-9])?)*")
 WEIGHTS = "{weights}"  # placeholder in the name of a model
+PUSHED = "prompts come from several stages, which needs vLLM's NixlPushConnector"  # how refusals of targets begin
 
 
 class NotExportableError(HetisError):

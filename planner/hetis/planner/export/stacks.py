@@ -32,7 +32,15 @@ from hetis.planner.export.kubernetes import (
     written_for_cluster,
 )
 from hetis.planner.export.pairs import pairs_beyond_the_plan
-from hetis.planner.export.replicas import Launchable, LaunchableReplica, NotExportableError, Written, image_in, paired
+from hetis.planner.export.replicas import (
+    PUSHED,
+    Launchable,
+    LaunchableReplica,
+    NotExportableError,
+    Written,
+    image_in,
+    paired,
+)
 from hetis.planner.export.routing import shares_of, weight
 from hetis.solver.plan import Role
 
@@ -388,6 +396,8 @@ def _not_of_dynamo(layout: Layout) -> Iterator[str]:
     if len(layout.servers) > 1:
         pods = f"it is {len(layout.servers)} pods"
         yield f"{pods}: Dynamo makes those of a component from one template, use --to lws or kubernetes"
+    if layout.pushes_kv:
+        yield f"{PUSHED}, which Dynamo's workers do not know: use --to lws or kubernetes"
     if layout.vendor != "NVIDIA":
         yield f"it has GPUs of {layout.vendor}: Dynamo's images are for NVIDIA's, use --to kubernetes"
 
