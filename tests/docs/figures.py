@@ -506,7 +506,7 @@ FIGURES = [
             lambda t: [*of_all("planned within 2", "100%")(t), of_all("model within 2", "100%")(t)[0]],
         ),
         (
-            "At 60% of it these are # and # plans",
+            "At the lowest rate these are # and # plans",
             lambda t: [of_all(column, "60%")(t)[0] for column in ("planned within 2", "model within 2")],
         ),
     ),

@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from hetis.engines.precision import CAPABILITIES, SUPPORT, remarks, why_not
+from hetis.engines.gpus import CAPABILITIES
+from hetis.engines.precision import SUPPORT, remarks, why_not
 from hetis.formats import catalogue
 from hetis.formats.dtypes import PRECISIONS, with_precision
 from hetis.solver.model import AttentionKind
@@ -27,6 +28,7 @@ V100, T4, A100, L4, H100, B200, MI300X, MI355X = (
         ("mxfp4", None, (MI355X,), (V100, A100, H100, B200, MI300X)),  # no experts, and CDNA4 alone has such products
         ("awq-int4", None, (T4, A100), (V100,)),
         ("nvfp4", None, (A100, B200), (V100,)),
+        ("int8", None, (T4, A100, H100), (V100, B200)),  # Blackwell has no such kernel
     ],
 )
 def test_what_vllm_runs(weights: str, kv: str | None, runs_on: tuple[object, ...], not_on: tuple[object, ...]) -> None:
@@ -42,6 +44,9 @@ def test_refusals_say_what_is_missing_and_where_that_was_read() -> None:
         "vllm 0.32.0 needs compute capability 7.5 or higher for fp8 weights, V100-SXM2-32GB (Volta) has 7 "
         "(vLLM's repository, vllm/model_executor/layers/quantization/fp8.py)"
     )
+    assert str(why_not(with_precision(LLAMA, weights="int8"), B200, "vllm")).startswith(
+        "vllm 0.32.0 needs compute capability below 10 for int8 weights, B200-SXM-180GB (Blackwell) has 10 (vLLM's repository, "
+    )
     assert "mxfp4 is a format of experts" in str(why_not(with_precision(LLAMA, weights="mxfp4"), H100, "sglang"))
     assert "for fp8 KV (in 16 bits: --kv bf16), T4" in str(why_not(with_precision(LLAMA, kv="fp8"), T4, "vllm"))
     for gpu in (B200, MI300X):
@@ -55,6 +60,16 @@ def test_fp8_kv_of_latent_attention_takes_newer_gpus() -> None:
     assert why_not(model, A100, "vllm") is not None
     assert why_not(model, L4, "vllm") is None
     assert why_not(replace(model, kv_bytes=2.0), A100, "vllm") is None
+
+
+@pytest.mark.parametrize("name", ["gpt-oss-120b", "gemma-3-27b"])
+def test_fp8_kv_takes_newer_gpus_where_triton_reads_it(name: str) -> None:
+    """FlashInfer, which reads it on Ampere, has neither sinks nor images that are seen at once."""
+    model = with_precision(catalogue.find_model(name).model, kv="fp8")
+    assert "8.9 or higher for fp8 KV" in str(why_not(model, A100, "vllm"))
+    assert why_not(model, L4, "vllm") is None
+    assert why_not(with_precision(LLAMA, kv="fp8"), A100, "vllm") is None
+    assert "8.9 or higher" in str(why_not(replace(with_precision(LLAMA, kv="fp8"), head_dim=96), A100, "vllm"))
 
 
 def test_sparse_attention_takes_hopper_under_vllm() -> None:

@@ -42,7 +42,7 @@ def common_backend(model: ModelSpec, kinds: Iterable[GpuKind], engine: str) -> s
     if model.mla is not None:
         # TRITON_MLA is the default everywhere except on Hopper and B200, whose own defaults run only there.
         return "TRITON_MLA" if majors & {9, _DATACENTER_BLACKWELL} else ""
-    if min(capabilities) < 8 or has_sinks(model) or _sees_images_at_once(model):
+    if min(capabilities) < 8 or _only_triton(model):
         return _triton(model, capabilities)
     if model.kv_bytes == 2 and model.head_dim <= 256:  # FLASH_ATTN is the default everywhere except on B200
         if _DATACENTER_BLACKWELL not in majors:
@@ -51,6 +51,16 @@ def common_backend(model: ModelSpec, kinds: Iterable[GpuKind], engine: str) -> s
         return "FLASH_ATTN" if model.head_dim < 256 else "TRITON_ATTN"
     # FlashAttention reads FP8 KV with head dimensions of up to 128 on Blackwell, and not at all below Hopper.
     return "FLASHINFER" if model.head_dim in _FLASHINFER_HEADS else _triton(model, capabilities)
+
+
+def reads_fp8_by_triton(model: ModelSpec) -> bool:
+    """Return whether vLLM reads FP8 KV of grouped-query attention on Ampere by Triton, as FlashInfer has no kernel."""
+    return _only_triton(model) or model.head_dim not in _FLASHINFER_HEADS
+
+
+def _only_triton(model: ModelSpec) -> bool:
+    """Return whether no other backend runs on GPUs before Hopper."""
+    return has_sinks(model) or _sees_images_at_once(model)
 
 
 def _triton(model: ModelSpec, capabilities: set[float]) -> str | None:

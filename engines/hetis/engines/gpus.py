@@ -5,11 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-from hetis.engines.precision import BFLOAT16, CAPABILITIES
 from hetis.formats import catalogue
 from hetis.solver.cluster import GpuType
 
 VENDORS = ("NVIDIA", "AMD")  # vendors supported for starting processes: CUDA_VISIBLE_DEVICES selects the GPUs of both
+# CUDA compute capability of the architectures in the catalogue; the lowest, where an architecture has several.
+CAPABILITIES: Mapping[str, float] = {
+    "Pascal": 6.0,
+    "Volta": 7.0,
+    "Turing": 7.5,
+    "Ampere": 8.0,
+    "Ada": 8.9,
+    "Ada GeForce": 8.9,
+    "Hopper": 9.0,
+    "Blackwell": 10.0,
+    "RTX Blackwell": 12.0,
+}
+BFLOAT16 = 8.0  # lowest compute capability with bfloat16
 _BY_ARCHITECTURE = {architecture.casefold(): capability for architecture, capability in CAPABILITIES.items()}
 
 

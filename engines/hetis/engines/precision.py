@@ -5,25 +5,16 @@ GPUs that are not recorded (other vendors, unlisted architectures) are not refus
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from hetis.engines.attention import reads_fp8_by_triton
+from hetis.engines.gpus import BFLOAT16, CAPABILITIES
 from hetis.formats.dtypes import kv_of, weights_of
 from hetis.solver.cluster import GpuType
 from hetis.solver.model import AttentionKind, ModelSpec
 
-# CUDA compute capability of the architectures in the catalogue; the lowest, where an architecture has several.
-CAPABILITIES: Mapping[str, float] = {
-    "Pascal": 6.0,
-    "Volta": 7.0,
-    "Turing": 7.5,
-    "Ampere": 8.0,
-    "Ada": 8.9,
-    "Ada GeForce": 8.9,
-    "Hopper": 9.0,
-    "Blackwell": 10.0,
-    "RTX Blackwell": 12.0,
-}
 # Architectures that multiply MXFP4 in all layers, not in experts alone, as checkpoints of AMD's Quark have it.
 # Elsewhere vLLM expands weights in every step and multiplies in 16 bits (quark/schemes/quark_ocp_mx.py: emulate).
 DENSE_MXFP4 = ("CDNA4",)
@@ -31,11 +22,12 @@ DENSE_MXFP4 = ("CDNA4",)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Least:
-    """The minimum compute capability for a feature."""
+    """The compute capabilities of a feature."""
 
     capability: float  # CUDA compute capability; infinite: no GPU has it
     source: str  # where this is documented
     how: str = ""  # how it works on GPUs that do not compute in the format; empty: nothing worth noting
+    below: float = math.inf  # the compute capability from which on there is no such feature
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,7 +42,6 @@ class Support:
 
 
 _QUANTISATION = "vllm/model_executor/layers/quantization"
-BFLOAT16 = 8.0  # lowest compute capability with bfloat16
 _NO_FLOAT16 = "vLLM's repository, _FLOAT16_NOT_SUPPORTED_MODELS in vllm/config/model.py"
 _VLLM = Support(
     version="0.32.0",
@@ -60,7 +51,9 @@ _VLLM = Support(
         "fp8": Least(
             capability=7.5, source=f"{_QUANTISATION}/fp8.py", how="weights are fp8, products 16-bit (Marlin)"
         ),
-        "int8": Least(capability=7.5, source=f"{_QUANTISATION}/compressed_tensors, scheme w8a8_int8"),
+        "int8": Least(
+            capability=7.5, source="docs/features/quantization/llm_compressor/int8_w8a8.md", below=10.0
+        ),
         "int4": Least(capability=7.5, source=f"{_QUANTISATION}/auto_awq.py; compressed-tensors by the same kernels"),
         "awq-int4": Least(capability=7.5, source=f"{_QUANTISATION}/auto_awq.py"),
         "gptq-int4": Least(capability=7.5, source=f"{_QUANTISATION}/auto_gptq.py has 6.0, vLLM itself 7.5"),
@@ -80,6 +73,7 @@ _VLLM = Support(
         AttentionKind.MLA: Least(capability=8.9, source="vllm/v1/attention/backends/mla/triton_mla.py: Triton's fp8"),
     },
 )  # fmt: skip
+_FP8_KV_BY_TRITON = Least(capability=8.9, source="vllm/v1/attention/backends/triton_attn.py: Triton's fp8")
 _SGLANG = Support(
     version="0.5",
     project="SGLang",
@@ -151,6 +145,8 @@ def _reasons(model: ModelSpec, gpu: GpuType, engine: str) -> Iterator[str]:
             f"{gpu.name} ({gpu.architecture}) has {has:g}"
         )
     fp8_kv = support.fp8_kv.get(model.attention) if model.kv_bytes == 1 else None
+    if fp8_kv is _FP8_KV and reads_fp8_by_triton(model):
+        fp8_kv = _FP8_KV_BY_TRITON
     wanted = [
         (f"{weights_of(model)} weights", support.weights.get(model.weights)),
         ("fp8 KV (in 16 bits: --kv bf16)", fp8_kv),
@@ -163,8 +159,9 @@ def _reasons(model: ModelSpec, gpu: GpuType, engine: str) -> Iterator[str]:
     if model.indexer is not None and support is _VLLM:
         wanted.append(("sparse attention", _SPARSE))
     for what, least in wanted:
-        if least is not None and has < least.capability:
+        if least is not None and not least.capability <= has < least.below:
+            bound = f"{least.capability:g} or higher" if has < least.capability else f"below {least.below:g}"
             yield (
-                f"{engine} {support.version} needs compute capability {least.capability:g} or higher for {what}, "
+                f"{engine} {support.version} needs compute capability {bound} for {what}, "
                 f"{gpu.name} ({gpu.architecture}) has {has:g} ({support.project}'s repository, {least.source})"
             )

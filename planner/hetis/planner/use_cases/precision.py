@@ -6,8 +6,8 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 
 from hetis.engines.attention import common_backend
-from hetis.engines.gpus import VENDORS, kind_of_type
-from hetis.engines.precision import CAPABILITIES, SUPPORT, remarks, why_not
+from hetis.engines.gpus import CAPABILITIES, VENDORS, kind_of_type
+from hetis.engines.precision import SUPPORT, remarks, why_not
 from hetis.engines.serving import TELL_KV
 from hetis.engines.workers import why_no_workers
 from hetis.formats import dtypes
