@@ -232,6 +232,23 @@ async def test_a_watch_ends_with_the_planner(tmp_path: Path) -> None:
         assert wrong.reason == "INVALID_FIELD"
 
 
+async def test_a_watch_ends_with_the_term_as_one_that_another_planner_continues(tmp_path: Path) -> None:
+    """In the past it was told that the planner shuts down, although that stood by from then on."""
+    async with planner_in(tmp_path, scripted=True) as planner:
+        await planner.create("night", seed=WAIT)
+        watch = planner.stub.WatchPlan(pb2.WatchPlanRequest(name="plans/night"))
+        await watch.read()
+        planner.store.lease.end()
+        planner.hubs.close()
+
+        async def rest() -> None:
+            while await watch.read() is not grpc.aio.EOF:
+                pass
+
+        ended = await refused(rest())
+        assert (ended.code, ended.reason) == (grpc.StatusCode.UNAVAILABLE, "NOT_LEADER")
+
+
 async def test_pages_begin_with_the_newest(tmp_path: Path) -> None:
     async with planner_in(tmp_path, scripted=True) as planner:
         for number in range(3):

@@ -91,7 +91,8 @@ class Plans:
     async def watch(self, request: pb2.WatchPlanRequest) -> AsyncIterator[pb2.WatchPlanResponse]:
         """Yield the plan's states until it can no longer change without a call.
 
-        Raises NOT_FOUND, even if the plan is deleted during the watch; DRAINING if the planner shuts down.
+        Raises NOT_FOUND, even if the plan is deleted during the watch; DRAINING if the planner shuts down; NOT_LEADER
+        once its term is over.
         """
         check(request, name=names.PLAN)
         after = 0 if self._hubs.plans.is_too_old(request.after_sequence) else request.after_sequence
@@ -122,6 +123,7 @@ class Plans:
                 yield pb2.WatchPlanResponse(sequence=event.sequence, plan=event.value, event_time=time)
             if is_settled(event.value):
                 return
+        self._store.require_term()  # the hub closes with the term, too
         raise ServiceError(Reason.ERROR_REASON_DRAINING, "this planner is shutting down: retry")
 
     async def cancel(self, request: pb2.CancelPlanRequest) -> pb2.CancelPlanResponse:
