@@ -10,6 +10,7 @@ import yaml
 from google.rpc import code_pb2
 
 from hetis.planner.cli.exit_codes import ExitCode
+from hetis.v1 import cluster_pb2
 from tests.planner.cli_server.conftest import Run
 from tests.planner.client.fake_planner import FakePlanner, refuse
 
@@ -24,14 +25,16 @@ Captured = pytest.CaptureFixture[str]
         (["plan/day"], ["plans/day"]),
         (["plans", "plans/day", "day"], ["plans/day"]),
         (["profiles/l4", "plans/day"], ["profiles/l4", "plans/day"]),
+        (["clusters/old", "plans/day"], ["plans/day", "clusters/old"]),  # a cluster takes its plans with it
     ],
 )
 def test_resources_are_named_as_in_get(
     fleet: FakePlanner, hetis_plan: Run, capsys: Captured, words: list[str], deleted: list[str]
 ) -> None:
+    fleet.clusters["clusters/old"] = cluster_pb2.Cluster(name="clusters/old")
     assert hetis_plan("delete", *words) == ExitCode.OK
     assert capsys.readouterr() == ("".join(f"{name}  deleted\n" for name in deleted), "")
-    assert not {*fleet.plans, *fleet.profiles} & {*deleted}
+    assert not {*fleet.plans, *fleet.profiles, *fleet.clusters} & {*deleted}
     assert all(request.request_id for request in fleet.requests), "a retry deletes nothing twice"
 
 

@@ -86,7 +86,10 @@ def delete(
 
 
 def _names(words: Sequence[str]) -> list[str]:
-    """Return the full names, each once: words after a kind are of this kind. Raises typer.BadParameter."""
+    """Return the full names, each once: words after a kind are of this kind. Raises typer.BadParameter.
+
+    Clusters are last: each takes its plans with it, which would then no longer exist.
+    """
     kind = None if "/" in words[0] else _deletable(words[0])
     named = words if kind is None else words[1:]
     if not named:
@@ -99,7 +102,7 @@ def _names(words: Sequence[str]) -> list[str]:
         if own is None or kind not in (None, own):
             raise typer.BadParameter(f"{word!r} is none of the {kind}")
         found.append(full_name(own, word))
-    return list(dict.fromkeys(found))
+    return sorted(dict.fromkeys(found), key=lambda name: name.startswith("clusters/"))
 
 
 def _deletable(text: str) -> str:
