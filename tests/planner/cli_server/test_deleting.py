@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from typing import Any
 
 import pytest
@@ -143,6 +144,37 @@ def test_after_a_failure_of_the_planner_nothing_more_is_tried(
         "warning: not tried: profiles/b, plans/night\nerror: too many calls (RATE)\n  retry in 2 s\n",
     )
     assert fleet.calls["DeleteProfile"] == 1
+
+
+def test_what_may_have_been_deleted_without_an_answer_is_named(
+    fleet: FakePlanner, hetis_plan: Run, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the past nothing was said of it, only of those that were not tried."""
+
+    def fail(method: str, context: Any) -> None:
+        if method == "DeleteProfile":
+            time.sleep(1.0)
+
+    fleet.fail = fail
+    monkeypatch.setattr("hetis.planner.client.connection.DEFAULT_DEADLINE_S", 0.3)
+    assert hetis_plan("delete", "plans/day", "profiles/l4", "plans/night") == ExitCode.UNREACHABLE
+    told = capsys.readouterr()
+    assert told.out == "plans/day  deleted\n"
+    assert "warning: no answer came: profiles/l4 may have been deleted\nwarning: not tried: plans/night\n" in told.err
+    assert hetis_plan("delete", "profiles/l4", "--dry-run") == ExitCode.UNREACHABLE
+    assert "may have been" not in capsys.readouterr().err
+
+
+def test_ctrl_c_names_what_may_have_been_deleted(
+    fleet: FakePlanner, hetis_plan: Run, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hetis.planner.cli.deleting._delete", interrupted)
+    assert hetis_plan("delete", "plans", "day", "night") == ExitCode.INTERRUPTED
+    said = "warning: no answer came: plans/day may have been deleted\nwarning: not tried: plans/night\n"
+    assert capsys.readouterr() == ("", said)
 
 
 @pytest.mark.parametrize(

@@ -62,12 +62,15 @@ def delete(
 
     left = _names(what)
     deleted, refused = list[str](), list[CallError]()
+    is_in_doubt = True  # if Ctrl-C ends a call
     try:
         while left:
             try:
                 _delete(client, left[0], dry_run=how.dry_run)
             except CallError as error:
                 if error.code.name not in _OF_ONE:
+                    timed_out = error.code.name == "DEADLINE_EXCEEDED"
+                    is_in_doubt = timed_out or error.metadata.get("changed") == "unknown"
                     raise
                 if error.reason != "NOT_FOUND" or not how.ignore_not_found:
                     refused.append(error)
@@ -80,6 +83,8 @@ def delete(
         if how.dry_run:
             terminal.say("dry run: nothing was changed")
         codes = [report_call_failure(terminal, error) for error in refused]
+        if left and is_in_doubt and not how.dry_run:
+            terminal.warn(f"no answer came: {left[0]} may have been deleted")
         if left[1:]:
             terminal.warn(f"not tried: {', '.join(left[1:])}")
     return codes[0] if codes else ExitCode.OK
