@@ -185,7 +185,9 @@ def test_ctrl_c_names_what_may_have_been_deleted(
         (["plans/day", "clusters/paper/replicas/r-1"], "replicas cannot be deleted, only clusters, plans, profiles"),
         (["plans/day", "night"], "'night' has no kind: write plans/night, or the kind before all names"),
         (["plans", "day", "profiles/l4"], "'profiles/l4' is none of the plans"),
-        (["gadgets", "a"], "'gadgets' is not a kind of resource"),
+        (["day"], "'day' is neither a kind (clusters, plans, profiles) nor a full name such as plans/day"),
+        (["gadgets", "a"], "'gadgets' is neither a kind (clusters, plans, profiles) nor a full name such as plans/"),
+        (["plans/"], "'plans/' is neither a kind (clusters, plans, profiles) nor a full name such as plans/NAME"),
     ],
 )
 def test_wrong_usage_deletes_nothing(

@@ -111,7 +111,14 @@ def _names(words: Sequence[str]) -> list[str]:
 
 
 def _deletable(text: str) -> str:
-    kind = collection(text)
+    """Return the kind of a kind or full name. Raises typer.BadParameter."""
+    try:
+        kind = collection(text)
+    except typer.BadParameter:
+        such = (
+            f"neither a kind ({', '.join(DELETABLE)}) nor a full name such as plans/{'NAME' if '/' in text else text}"
+        )
+        raise typer.BadParameter(f"{text!r} is {such}") from None
     if kind not in DELETABLE:
         raise typer.BadParameter(f"{kind} cannot be deleted, only {', '.join(DELETABLE)}")
     return kind
