@@ -106,7 +106,7 @@ def _json_documents(text: str) -> list[Any]:
 def test_a_dry_run_deletes_nothing(fleet: FakePlanner, hetis_plan: Run, capsys: Captured) -> None:
     assert hetis_plan("delete", "plans", "day", "night", "--dry-run") == ExitCode.CONFLICT
     captured = capsys.readouterr()
-    assert captured.out == "plans/day  deleted\n"
+    assert captured.out == "plans/day  would be deleted\n"
     assert captured.err.startswith("dry run: nothing was changed\nerror: plans/night is in use")
     assert len(fleet.plans) == 2
 

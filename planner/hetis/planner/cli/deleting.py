@@ -26,8 +26,9 @@ DELETABLE = ("clusters", "plans", "profiles")  # agents and plans in force decid
 _OF_ONE = ("NOT_FOUND", "FAILED_PRECONDITION", "ABORTED", "PERMISSION_DENIED", "INVALID_ARGUMENT")
 
 
-def _deletable_kinds(incomplete: str) -> list[str]:
-    return [kind for kind in DELETABLE if kind.startswith(incomplete.lower())]
+def _deletable_kinds(ctx: typer.Context, incomplete: str) -> list[str]:
+    """Return the kinds that complete the first word; those after it are names."""
+    return [] if ctx.params.get("what") else [kind for kind in DELETABLE if kind.startswith(incomplete.lower())]
 
 
 @group
@@ -79,7 +80,7 @@ def delete(
             left.pop(0)
     finally:  # also after an error or Ctrl-C: what is gone must be known
         if deleted or not (refused or left):
-            _show(terminal, deleted)
+            _show(terminal, deleted, dry_run=how.dry_run)
         if how.dry_run:
             terminal.say("dry run: nothing was changed")
         codes = [report_call_failure(terminal, error) for error in refused]
@@ -136,9 +137,10 @@ def _delete(client: Client, name: str, *, dry_run: bool) -> None:
             client.profiles.DeleteProfile(profile_service_pb2.DeleteProfileRequest(name=name, validate_only=dry_run))
 
 
-def _show(terminal: Terminal, deleted: Sequence[str]) -> None:
+def _show(terminal: Terminal, deleted: Sequence[str], *, dry_run: bool) -> None:
+    done = "would be deleted" if dry_run else "deleted"
     terminal.emit(
         lambda: {"apiVersion": "hetis/v1", "kind": "Deleted", "items": [{"name": name} for name in deleted]},
-        lambda: "\n".join(f"{name}  deleted" for name in deleted) or "nothing to delete",
+        lambda: "\n".join(f"{name}  {done}" for name in deleted) or "nothing to delete",
         width=WIDE,
     )
