@@ -539,6 +539,29 @@ def test_what_an_operator_cancels_is_neither_activated_nor_saved(
     assert not list(tmp_path.iterdir())
 
 
+def test_what_is_left_to_do_after_a_search_is_told_if_the_planner_cannot_be_reached(
+    planner: FakePlanner, hetis_plan: Run, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the past only how to follow it, which does not activate it."""
+
+    def fail(method: str, context: Any) -> None:
+        if method == "WatchPlan":
+            refuse(context, code_pb2.UNAVAILABLE, "STORE_UNAVAILABLE", "no store")
+
+    planner.searches = [(60.0, searching(1.2, 1.7))]
+    planner.fail = fail
+    monkeypatch.setattr("hetis.planner.cli.server_verb.LONGEST_SILENCE_S", 0.0)
+    follow = "plans/night continues on the planner\n  follow it: hetis-plan watch plans/night\n"
+    activate = "  activate it once it is solved: hetis-plan apply --activate plans/night\n"
+    save = "  save it once it is solved: hetis-plan apply plans/night --out FILE\n"
+    cancel = "  cancel it: hetis-plan cancel plans/night\n"
+    assert hetis_plan("apply", *PROBLEM, "--name", "night", "--activate", "--out", "p.json") == ExitCode.UNREACHABLE
+    assert follow + activate + save + cancel in capsys.readouterr().err
+    planner.plans.clear()
+    assert hetis_plan("apply", *PROBLEM, "--name", "night") == ExitCode.UNREACHABLE
+    assert follow + cancel in capsys.readouterr().err
+
+
 def test_ctrl_c_leaves_the_plan_running_and_says_how_to_go_on(planner: FakePlanner) -> None:
     planner.searches = [(0.0, searching(1.2, 1.7)), (60.0, searching(1.3, 1.6))]
     process = subprocess.Popen(

@@ -454,8 +454,17 @@ def _what_happened(event: cluster_service_pb2.WatchClusterResponse) -> str:
 # --- waiting
 
 
-def wait_for_plan(terminal: Terminal, client: Client, name: str, *, exists: bool = True) -> plan_pb2.Plan:
-    """Wait until the plan can no longer change by itself. ``exists``: the planner has reported the plan before.
+def wait_for_plan(
+    terminal: Terminal, client: Client, name: str, *, exists: bool = True, left: Sequence[str] = ()
+) -> plan_pb2.Plan:
+    """Wait until the plan can no longer change by itself.
+
+    Args:
+        terminal: for news.
+        client: of the planner.
+        name: the plan's.
+        exists: whether the planner has reported the plan before.
+        left: how to do what was asked for after the wait, for a user whom an error or Ctrl-C keeps from it.
 
     Raises:
         KeyboardInterrupt: after Ctrl-C; the plan continues, and the user was shown how to return to it.
@@ -479,7 +488,8 @@ def wait_for_plan(terminal: Terminal, client: Client, name: str, *, exists: bool
         if was_seen and (isinstance(error, KeyboardInterrupt) or error.is_unreachable):
             terminal.say(f"{name} continues on the planner")
             terminal.say(f"  follow it: hetis-plan watch {name}")
-            terminal.say(f"  cancel it: hetis-plan cancel {name}")
+            for how in (*left, f"cancel it: hetis-plan cancel {name}"):
+                terminal.say(f"  {how}")
         raise
     if search.has_found and _has_no_plan(ended):
         terminal.say(f"the best plan so far of {name} is lost: its planner or solver ended before it was saved")
