@@ -136,6 +136,7 @@ async def test_a_name_is_taken_once(tmp_path: Path) -> None:
         assert dry.reason == "ALREADY_EXISTS"
         still = await refused(planner.call("DeletePlan", pb2.DeletePlanRequest(name="plans/night")))
         assert still.reason == "PLAN_STATE"
+        assert still.message.endswith(" and cannot be deleted before its search has ended: cancel it first")
 
 
 async def test_validate_only_answers_what_would_be_and_keeps_nothing(tmp_path: Path) -> None:

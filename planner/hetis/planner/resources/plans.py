@@ -204,7 +204,7 @@ def _require_deletable(reader: Reader, request: pb2.DeletePlanRequest) -> PlanRe
     record = reader.plans.require(request.name)
     require_etag(record, request.etag)
     if record.state in SEARCHING:
-        raise plan_state(record, "is still being solved: cancel it first")
+        raise plan_state(record, "cannot be deleted before its search has ended: cancel it first")
     cluster = reader.clusters.get(record.cluster)
     if record.activation in IN_FORCE or (cluster is not None and cluster.active_plan == record.name):
         raise ServiceError(
