@@ -226,6 +226,8 @@ def test_the_completion_script_gets_its_words(
         (["place", "--engine", "=", "sg"], ["sglang"]),
         (["cluster", "discover", "--gpu", "h200", "=", "H200-N"], ["H200-NVL-141GB"]),
         (["place", "--forbid", "type", "=", "L4", "--strategy", "uni"], ["uniform"]),
+        (["delete", "p"], ["plans", "profiles"]),
+        (["delete", "plans", "p"], []),  # a name
     ],
 )
 def test_words_that_bash_breaks_are_completed(

@@ -243,6 +243,21 @@ def test_a_search_that_a_new_leader_begins_again_is_announced_once(
     assert said.count("the search for plans/night begins again: the planner that ran it is gone\n") == 1
 
 
+@pytest.mark.parametrize("has_found", [True, False])
+def test_a_plan_that_was_found_and_is_lost_in_a_takeover_is_told(
+    planner: FakePlanner, hetis_plan: Run, capsys: Captured, has_found: bool
+) -> None:
+    """In the past it was said that none was found, below the lines that showed one."""
+    before = searching(10.0, 12.0) if has_found else plan_pb2.Plan(state=plan_pb2.PLAN_STATE_SOLVING)
+    before.solve_start_time.FromSeconds(100)
+    planner.searches = [(0.0, before), (0.0, plan_pb2.Plan(state=plan_pb2.PLAN_STATE_CANCELLED))]
+    assert hetis_plan("apply", *PROBLEM, "--name", "night") == ExitCode.NO_PLAN
+    said = capsys.readouterr().err
+    lost = "the best plan so far of plans/night is lost: its planner or solver ended before it was saved\n"
+    assert said.count(lost) == has_found
+    assert said.endswith("error: plans/night was cancelled and has no plan\n")
+
+
 def test_an_infeasible_problem_exits_3_with_its_reasons(
     planner: FakePlanner, hetis_plan: Run, capsys: Captured
 ) -> None:
@@ -394,7 +409,7 @@ def test_cancelling_keeps_the_best_so_far(planner: FakePlanner, hetis_plan: Run,
     assert hetis_plan("cancel", "a") == ExitCode.OK
     assert "CANCELLED" in capsys.readouterr().out
     assert hetis_plan("cancel", "plans/b") == ExitCode.NO_PLAN
-    assert "cancelled before a plan was found" in capsys.readouterr().err
+    assert "was cancelled and has no plan" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -522,6 +537,29 @@ def test_what_an_operator_cancels_is_neither_activated_nor_saved(
     assert "  activate it nevertheless: hetis-plan apply --activate plans/night\n" in captured.err
     assert planner.calls["ActivatePlan"] == 0
     assert not list(tmp_path.iterdir())
+
+
+def test_what_is_left_to_do_after_a_search_is_told_if_the_planner_cannot_be_reached(
+    planner: FakePlanner, hetis_plan: Run, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the past only how to follow it, which does not activate it."""
+
+    def fail(method: str, context: Any) -> None:
+        if method == "WatchPlan":
+            refuse(context, code_pb2.UNAVAILABLE, "STORE_UNAVAILABLE", "no store")
+
+    planner.searches = [(60.0, searching(1.2, 1.7))]
+    planner.fail = fail
+    monkeypatch.setattr("hetis.planner.cli.server_verb.LONGEST_SILENCE_S", 0.0)
+    follow = "plans/night continues on the planner\n  follow it: hetis-plan watch plans/night\n"
+    activate = "  activate it once it is solved: hetis-plan apply --activate plans/night\n"
+    save = "  save it once it is solved: hetis-plan apply plans/night --out FILE\n"
+    cancel = "  cancel it: hetis-plan cancel plans/night\n"
+    assert hetis_plan("apply", *PROBLEM, "--name", "night", "--activate", "--out", "p.json") == ExitCode.UNREACHABLE
+    assert follow + activate + save + cancel in capsys.readouterr().err
+    planner.plans.clear()
+    assert hetis_plan("apply", *PROBLEM, "--name", "night") == ExitCode.UNREACHABLE
+    assert follow + cancel in capsys.readouterr().err
 
 
 def test_ctrl_c_leaves_the_plan_running_and_says_how_to_go_on(planner: FakePlanner) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import yaml
 from google.rpc import code_pb2
 
 from hetis.planner.cli.exit_codes import ExitCode
+from hetis.v1 import cluster_pb2
 from tests.planner.cli_server.conftest import Run
 from tests.planner.client.fake_planner import FakePlanner, refuse
 
@@ -24,14 +26,16 @@ Captured = pytest.CaptureFixture[str]
         (["plan/day"], ["plans/day"]),
         (["plans", "plans/day", "day"], ["plans/day"]),
         (["profiles/l4", "plans/day"], ["profiles/l4", "plans/day"]),
+        (["clusters/old", "plans/day"], ["plans/day", "clusters/old"]),  # a cluster takes its plans with it
     ],
 )
 def test_resources_are_named_as_in_get(
     fleet: FakePlanner, hetis_plan: Run, capsys: Captured, words: list[str], deleted: list[str]
 ) -> None:
+    fleet.clusters["clusters/old"] = cluster_pb2.Cluster(name="clusters/old")
     assert hetis_plan("delete", *words) == ExitCode.OK
     assert capsys.readouterr() == ("".join(f"{name}  deleted\n" for name in deleted), "")
-    assert not {*fleet.plans, *fleet.profiles} & {*deleted}
+    assert not {*fleet.plans, *fleet.profiles, *fleet.clusters} & {*deleted}
     assert all(request.request_id for request in fleet.requests), "a retry deletes nothing twice"
 
 
@@ -102,7 +106,7 @@ def _json_documents(text: str) -> list[Any]:
 def test_a_dry_run_deletes_nothing(fleet: FakePlanner, hetis_plan: Run, capsys: Captured) -> None:
     assert hetis_plan("delete", "plans", "day", "night", "--dry-run") == ExitCode.CONFLICT
     captured = capsys.readouterr()
-    assert captured.out == "plans/day  deleted\n"
+    assert captured.out == "plans/day  would be deleted\n"
     assert captured.err.startswith("dry run: nothing was changed\nerror: plans/night is in use")
     assert len(fleet.plans) == 2
 
@@ -142,6 +146,37 @@ def test_after_a_failure_of_the_planner_nothing_more_is_tried(
     assert fleet.calls["DeleteProfile"] == 1
 
 
+def test_what_may_have_been_deleted_without_an_answer_is_named(
+    fleet: FakePlanner, hetis_plan: Run, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the past nothing was said of it, only of those that were not tried."""
+
+    def fail(method: str, context: Any) -> None:
+        if method == "DeleteProfile":
+            time.sleep(1.0)
+
+    fleet.fail = fail
+    monkeypatch.setattr("hetis.planner.client.connection.DEFAULT_DEADLINE_S", 0.3)
+    assert hetis_plan("delete", "plans/day", "profiles/l4", "plans/night") == ExitCode.UNREACHABLE
+    told = capsys.readouterr()
+    assert told.out == "plans/day  deleted\n"
+    assert "warning: no answer came: profiles/l4 may have been deleted\nwarning: not tried: plans/night\n" in told.err
+    assert hetis_plan("delete", "profiles/l4", "--dry-run") == ExitCode.UNREACHABLE
+    assert "may have been" not in capsys.readouterr().err
+
+
+def test_ctrl_c_names_what_may_have_been_deleted(
+    fleet: FakePlanner, hetis_plan: Run, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hetis.planner.cli.deleting._delete", interrupted)
+    assert hetis_plan("delete", "plans", "day", "night") == ExitCode.INTERRUPTED
+    said = "warning: no answer came: plans/day may have been deleted\nwarning: not tried: plans/night\n"
+    assert capsys.readouterr() == ("", said)
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -150,7 +185,9 @@ def test_after_a_failure_of_the_planner_nothing_more_is_tried(
         (["plans/day", "clusters/paper/replicas/r-1"], "replicas cannot be deleted, only clusters, plans, profiles"),
         (["plans/day", "night"], "'night' has no kind: write plans/night, or the kind before all names"),
         (["plans", "day", "profiles/l4"], "'profiles/l4' is none of the plans"),
-        (["gadgets", "a"], "'gadgets' is not a kind of resource"),
+        (["day"], "'day' is neither a kind (clusters, plans, profiles) nor a full name such as plans/day"),
+        (["gadgets", "a"], "'gadgets' is neither a kind (clusters, plans, profiles) nor a full name such as plans/"),
+        (["plans/"], "'plans/' is neither a kind (clusters, plans, profiles) nor a full name such as plans/NAME"),
     ],
 )
 def test_wrong_usage_deletes_nothing(

@@ -246,3 +246,12 @@ def test_wrong_options_are_refused_before_the_planner_is_asked(hetis_plan: Run, 
     assert "--to litellm needs --model" in capsys.readouterr().err
     assert hetis_plan("upstreams", "--run", "sh -c 'x") == ExitCode.INVALID
     assert "No closing quotation" in capsys.readouterr().err
+
+
+def test_a_list_that_cannot_be_written_is_refused_before_the_planner_is_asked(
+    served: FakePlanner, hetis_plan: Run, capsys: Captured, tmp_path: Path
+) -> None:
+    """In the past after the wait for agents."""
+    assert hetis_plan("upstreams", "--out", str(tmp_path / "none" / "list")) == ExitCode.INVALID
+    assert f"cannot be written: no folder {tmp_path / 'none'}" in capsys.readouterr().err
+    assert not served.calls

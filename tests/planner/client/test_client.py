@@ -30,7 +30,6 @@ from hetis.v1 import (
     document_pb2,
     plan_pb2,
     plan_service_pb2,
-    profile_service_pb2,
 )
 from tests.planner.client.fake_planner import FakePlanner, ready, refuse, searching, serving
 
@@ -183,7 +182,7 @@ def test_errors_bring_their_details(planner: FakePlanner) -> None:
 
 def test_an_error_that_grpc_raises_itself_has_no_reason(planner: FakePlanner) -> None:
     with Client(planner.address) as client, pytest.raises(CallError) as caught:
-        client.profiles.DeleteProfile(profile_service_pb2.DeleteProfileRequest(name="profiles/x"))
+        client.plans.ExplainPlan(plan_service_pb2.ExplainPlanRequest(name="plans/x"))  # the fake planner has none
     assert caught.value.reason == ""
     assert caught.value.code is grpc.StatusCode.UNIMPLEMENTED
 

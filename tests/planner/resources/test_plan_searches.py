@@ -136,6 +136,7 @@ async def test_a_name_is_taken_once(tmp_path: Path) -> None:
         assert dry.reason == "ALREADY_EXISTS"
         still = await refused(planner.call("DeletePlan", pb2.DeletePlanRequest(name="plans/night")))
         assert still.reason == "PLAN_STATE"
+        assert still.message.endswith(" and cannot be deleted before its search has ended: cancel it first")
 
 
 async def test_validate_only_answers_what_would_be_and_keeps_nothing(tmp_path: Path) -> None:
@@ -230,6 +231,23 @@ async def test_a_watch_ends_with_the_planner(tmp_path: Path) -> None:
         assert unknown.reason == "NOT_FOUND"
         wrong = await refused(planner.call("GetPlan", pb2.GetPlanRequest(name="night", view=view_pb2.VIEW_BASIC)))
         assert wrong.reason == "INVALID_FIELD"
+
+
+async def test_a_watch_ends_with_the_term_as_one_that_another_planner_continues(tmp_path: Path) -> None:
+    """In the past it was told that the planner shuts down, although that stood by from then on."""
+    async with planner_in(tmp_path, scripted=True) as planner:
+        await planner.create("night", seed=WAIT)
+        watch = planner.stub.WatchPlan(pb2.WatchPlanRequest(name="plans/night"))
+        await watch.read()
+        planner.store.lease.end()
+        planner.hubs.close()
+
+        async def rest() -> None:
+            while await watch.read() is not grpc.aio.EOF:
+                pass
+
+        ended = await refused(rest())
+        assert (ended.code, ended.reason) == (grpc.StatusCode.UNAVAILABLE, "NOT_LEADER")
 
 
 async def test_pages_begin_with_the_newest(tmp_path: Path) -> None:

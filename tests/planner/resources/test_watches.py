@@ -244,6 +244,17 @@ async def test_watches_end_when_the_planner_goes_so_that_callers_resume(tmp_path
         assert (refusal.code, refusal.reason) == (grpc.StatusCode.UNAVAILABLE, "DRAINING")
 
 
+async def test_watches_end_with_the_term_as_those_that_another_planner_continues(tmp_path: Path) -> None:
+    async with served(tmp_path) as planner:
+        await make(planner)
+        watcher = Watcher(planner)
+        await watcher.catch_up()
+        planner.store.lease.end()
+        planner.hubs.close()
+        refusal = await refused(watcher.next())
+        assert (refusal.code, refusal.reason) == (grpc.StatusCode.UNAVAILABLE, "NOT_LEADER")
+
+
 async def test_a_watch_of_nothing_leaves_nothing_behind(tmp_path: Path) -> None:
     async with served(tmp_path) as planner:
         assert (await refused(Watcher(planner).next())).reason == "NOT_FOUND"

@@ -48,14 +48,24 @@ def test_a_ping_is_waited_for_as_long_as_is_said_everywhere() -> None:
         assert found["grpc.http2.ping_timeout_ms"] == found["grpc.keepalive_timeout_ms"] <= 20_000
 
 
-async def test_a_planner_that_stands_still_is_left() -> None:
+def test_a_leader_that_stands_still_is_left_by_watches_as_soon_as_by_agents() -> None:
+    """In the past a watch showed for 40 s what was last seen of a search that another planner did again meanwhile."""
+    until_left_ms = [
+        sum(int(found[f"grpc.keepalive_{limit}_ms"]) for limit in ("time", "timeout"))
+        for found in (dict(SEVERAL_OPTIONS), dict(OPTIONS_OF_AGENTS))
+    ]
+    assert until_left_ms == [15_000, 15_000]
+
+
+@pytest.mark.parametrize("prescribed", [CHANNEL_OPTIONS, SEVERAL_OPTIONS], ids=["one planner", "several planners"])
+async def test_a_planner_that_stands_still_is_left(prescribed: tuple[tuple[str, int | str], ...]) -> None:
     """The peer's machine acknowledges every byte, so that no timeout of TCP ends the connection."""
     async with served() as planner:
         host, port = planner.address.split(":")
         with Proxy((host, int(port))) as proxy:
             options = [
                 (name, value // FASTER if isinstance(value, int) and name.endswith("_ms") else value)
-                for name, value in CHANNEL_OPTIONS
+                for name, value in prescribed
             ]
             options.append(("grpc.use_local_subchannel_pool", 1))
             async with grpc.aio.insecure_channel(":".join(map(str, proxy.address)), options) as channel:

@@ -329,7 +329,7 @@ class Applying:
         if plan.state != plan_pb2.PLAN_STATE_READY:
             if asked.no_wait:
                 return self._show(plan)
-            plan = wait_for_plan(terminal, self.client, plan.name)
+            plan = wait_for_plan(terminal, self.client, plan.name, left=list(self._left(plan.name)))
         code, is_printed = outcome(terminal, self.client, plan), asked.out == STDOUT
         if code is ExitCode.OK and plan.state == plan_pb2.PLAN_STATE_CANCELLED:
             code = self._stopped_by_another(plan)
@@ -339,6 +339,13 @@ class Applying:
         if asked.activate:
             return self._put_in_force(plan, is_printed=is_printed)
         return ExitCode.OK if is_printed else self._show(plan)
+
+    def _left(self, plan: str) -> Iterator[str]:
+        """Yield how to do what was asked for after the search, which the planner does not do by itself."""
+        if self.asked.activate:
+            yield f"activate it once it is solved: hetis-plan apply --activate {plan}"
+        if self.asked.out is not None:
+            yield f"save it once it is solved: hetis-plan apply {plan} --out FILE"
 
     def _stopped_by_another(self, plan: plan_pb2.Plan) -> ExitCode:
         """Tell that someone cancelled the search; whether its best plan is good enough is for a person to decide."""

@@ -26,8 +26,9 @@ DELETABLE = ("clusters", "plans", "profiles")  # agents and plans in force decid
 _OF_ONE = ("NOT_FOUND", "FAILED_PRECONDITION", "ABORTED", "PERMISSION_DENIED", "INVALID_ARGUMENT")
 
 
-def _deletable_kinds(incomplete: str) -> list[str]:
-    return [kind for kind in DELETABLE if kind.startswith(incomplete.lower())]
+def _deletable_kinds(ctx: typer.Context, incomplete: str) -> list[str]:
+    """Return the kinds that complete the first word; those after it are names."""
+    return [] if ctx.params.get("what") else [kind for kind in DELETABLE if kind.startswith(incomplete.lower())]
 
 
 @group
@@ -62,12 +63,15 @@ def delete(
 
     left = _names(what)
     deleted, refused = list[str](), list[CallError]()
+    is_in_doubt = True  # if Ctrl-C ends a call
     try:
         while left:
             try:
                 _delete(client, left[0], dry_run=how.dry_run)
             except CallError as error:
                 if error.code.name not in _OF_ONE:
+                    timed_out = error.code.name == "DEADLINE_EXCEEDED"
+                    is_in_doubt = timed_out or error.metadata.get("changed") == "unknown"
                     raise
                 if error.reason != "NOT_FOUND" or not how.ignore_not_found:
                     refused.append(error)
@@ -76,17 +80,22 @@ def delete(
             left.pop(0)
     finally:  # also after an error or Ctrl-C: what is gone must be known
         if deleted or not (refused or left):
-            _show(terminal, deleted)
+            _show(terminal, deleted, dry_run=how.dry_run)
         if how.dry_run:
             terminal.say("dry run: nothing was changed")
         codes = [report_call_failure(terminal, error) for error in refused]
+        if left and is_in_doubt and not how.dry_run:
+            terminal.warn(f"no answer came: {left[0]} may have been deleted")
         if left[1:]:
             terminal.warn(f"not tried: {', '.join(left[1:])}")
     return codes[0] if codes else ExitCode.OK
 
 
 def _names(words: Sequence[str]) -> list[str]:
-    """Return the full names, each once: words after a kind are of this kind. Raises typer.BadParameter."""
+    """Return the full names, each once: words after a kind are of this kind. Raises typer.BadParameter.
+
+    Clusters are last: each takes its plans with it, which would then no longer exist.
+    """
     kind = None if "/" in words[0] else _deletable(words[0])
     named = words if kind is None else words[1:]
     if not named:
@@ -99,11 +108,18 @@ def _names(words: Sequence[str]) -> list[str]:
         if own is None or kind not in (None, own):
             raise typer.BadParameter(f"{word!r} is none of the {kind}")
         found.append(full_name(own, word))
-    return list(dict.fromkeys(found))
+    return sorted(dict.fromkeys(found), key=lambda name: name.startswith("clusters/"))
 
 
 def _deletable(text: str) -> str:
-    kind = collection(text)
+    """Return the kind of a kind or full name. Raises typer.BadParameter."""
+    try:
+        kind = collection(text)
+    except typer.BadParameter:
+        such = (
+            f"neither a kind ({', '.join(DELETABLE)}) nor a full name such as plans/{'NAME' if '/' in text else text}"
+        )
+        raise typer.BadParameter(f"{text!r} is {such}") from None
     if kind not in DELETABLE:
         raise typer.BadParameter(f"{kind} cannot be deleted, only {', '.join(DELETABLE)}")
     return kind
@@ -121,9 +137,10 @@ def _delete(client: Client, name: str, *, dry_run: bool) -> None:
             client.profiles.DeleteProfile(profile_service_pb2.DeleteProfileRequest(name=name, validate_only=dry_run))
 
 
-def _show(terminal: Terminal, deleted: Sequence[str]) -> None:
+def _show(terminal: Terminal, deleted: Sequence[str], *, dry_run: bool) -> None:
+    done = "would be deleted" if dry_run else "deleted"
     terminal.emit(
         lambda: {"apiVersion": "hetis/v1", "kind": "Deleted", "items": [{"name": name} for name in deleted]},
-        lambda: "\n".join(f"{name}  deleted" for name in deleted) or "nothing to delete",
+        lambda: "\n".join(f"{name}  {done}" for name in deleted) or "nothing to delete",
         width=WIDE,
     )

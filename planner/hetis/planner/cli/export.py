@@ -202,6 +202,7 @@ def upstreams(terminal: Terminal, client: Client, *, asked: UpstreamOptions) -> 
     agents. If none has reported by then, the list is not written, and the exit code is 6.
     """
     from hetis.formats.files import write_atomically
+    from hetis.planner.cli.outputs import refuse_unwritable
 
     if asked.to == "litellm" and not asked.model:
         raise typer.BadParameter("--to litellm needs --model, the name that clients use")
@@ -209,6 +210,7 @@ def upstreams(terminal: Terminal, client: Client, *, asked: UpstreamOptions) -> 
         command = shlex.split(asked.run)
     except ValueError as error:
         raise typer.BadParameter(f"--run is {asked.run!r}: {error}") from None
+    refuse_unwritable(Path(asked.out))
     before, said, code = None, list[str](), ExitCode.OK
     for found in _changes(terminal, client, chosen_cluster(client, asked.cluster), follow=asked.follow):
         for why in (left_out := list(found.left_out())):

@@ -337,7 +337,8 @@ def apply(
 ) -> ExitCode:
     """Create or update clusters and profiles, solve on the planner, import plans, activate plans.
 
-    Ctrl-C while waiting stops nothing: the plan continues, and a command to follow it again is printed.
+    Ctrl-C while waiting stops no search and no activation, and prints how to follow the plan. A plan that is still
+    being solved is then neither activated nor saved; how to do that once it is solved is printed, too.
     """
     from hetis.planner.cli.applying import Applying, FileProblem
 

@@ -454,8 +454,17 @@ def _what_happened(event: cluster_service_pb2.WatchClusterResponse) -> str:
 # --- waiting
 
 
-def wait_for_plan(terminal: Terminal, client: Client, name: str, *, exists: bool = True) -> plan_pb2.Plan:
-    """Wait until the plan can no longer change by itself. ``exists``: the planner has reported the plan before.
+def wait_for_plan(
+    terminal: Terminal, client: Client, name: str, *, exists: bool = True, left: Sequence[str] = ()
+) -> plan_pb2.Plan:
+    """Wait until the plan can no longer change by itself.
+
+    Args:
+        terminal: for news.
+        client: of the planner.
+        name: the plan's.
+        exists: whether the planner has reported the plan before.
+        left: how to do what was asked for after the wait, for a user whom an error or Ctrl-C keeps from it.
 
     Raises:
         KeyboardInterrupt: after Ctrl-C; the plan continues, and the user was shown how to return to it.
@@ -465,22 +474,26 @@ def wait_for_plan(terminal: Terminal, client: Client, name: str, *, exists: bool
     was_seen = exists
     try:
         with news_on_stderr(terminal) as news:
-            restarts = _Restarts()
+            search = _FollowedSearch()
 
             def tell(plan: plan_pb2.Plan) -> None:
                 nonlocal was_seen
                 was_seen = True
-                if restarts.notice(plan):
+                if search.begins_again(plan):
                     terminal.say(f"the search for {name} begins again: the planner that ran it is gone")
                 news(plan)
 
-            return client.wait(name, news=tell)
+            ended = client.wait(name, news=tell)
     except (KeyboardInterrupt, CallError) as error:
         if was_seen and (isinstance(error, KeyboardInterrupt) or error.is_unreachable):
             terminal.say(f"{name} continues on the planner")
             terminal.say(f"  follow it: hetis-plan watch {name}")
-            terminal.say(f"  cancel it: hetis-plan cancel {name}")
+            for how in (*left, f"cancel it: hetis-plan cancel {name}"):
+                terminal.say(f"  {how}")
         raise
+    if search.has_found and _has_no_plan(ended):
+        terminal.say(f"the best plan so far of {name} is lost: its planner or solver ended before it was saved")
+    return ended
 
 
 @contextmanager
@@ -496,16 +509,22 @@ def news_on_stderr(terminal: Terminal) -> Iterator[Callable[[plan_pb2.Plan], Non
         yield _PlainLines(terminal.say)
 
 
-class _Restarts:
-    """Notices that a search begins again. A planner that takes over has its problem, but not what it had found."""
+class _FollowedSearch:
+    """A search whose planner may end. The next planner has its problem, but not what it had found."""
 
     def __init__(self) -> None:
         self._began_ns = 0  # when the search last seen began; 0 if it has not
+        self.has_found = False  # whether a plan was found, by this planner or an earlier one
 
-    def notice(self, plan: plan_pb2.Plan) -> bool:
+    def begins_again(self, plan: plan_pb2.Plan) -> bool:
         """Return whether the search that was seen before is not this one; its progress starts from nothing."""
         before, self._began_ns = self._began_ns, plan.solve_start_time.ToNanoseconds()
+        self.has_found |= plan.progress.HasField("incumbent")
         return _is_searched(plan) and before not in (0, self._began_ns)
+
+
+def _has_no_plan(plan: plan_pb2.Plan) -> bool:
+    return plan.state == plan_pb2.PLAN_STATE_CANCELLED and not plan.HasField("result")
 
 
 class _PlainLines:
@@ -567,8 +586,8 @@ def outcome(terminal: Terminal, client: Client, plan: plan_pb2.Plan, *, activate
         terminal.error(f"{plan.name} failed: {plan.failure.message} ({_reason(plan.failure)})")
         no_plan = plan.failure.reason == failure_pb2.ERROR_REASON_NO_PLAN_FOUND
         return ExitCode.NO_PLAN if no_plan else ExitCode.INTERNAL
-    if plan.state == plan_pb2.PLAN_STATE_CANCELLED and not plan.HasField("result"):
-        terminal.error(f"{plan.name} was cancelled before a plan was found")
+    if _has_no_plan(plan):
+        terminal.error(f"{plan.name} was cancelled and has no plan")
         return ExitCode.NO_PLAN
     if activated and plan.activation == plan_pb2.ACTIVATION_STATE_FAILED:
         failure = plan.activation_progress.failure

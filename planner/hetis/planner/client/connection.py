@@ -53,8 +53,13 @@ CHANNEL_OPTIONS: tuple[tuple[str, str | int], ...] = (
 )
 # With several planners, the client itself retries at another one, and must detect a dead one soon.
 SEVERAL_OPTIONS: tuple[tuple[str, str | int], ...] = (
-    *((name, value) for name, value in CHANNEL_OPTIONS if name not in ("grpc.service_config", "grpc.enable_retries")),
     ("grpc.enable_retries", 0),
+    # As agents do: a planner that hangs, or whose machine is gone, closes no connection and so ends no watch.
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.http2.ping_timeout_ms", 5_000),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.primary_user_agent", "hetis-client"),
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.min_reconnect_backoff_ms", 3000),
     ("grpc.max_reconnect_backoff_ms", 1000),

@@ -91,7 +91,8 @@ class Plans:
     async def watch(self, request: pb2.WatchPlanRequest) -> AsyncIterator[pb2.WatchPlanResponse]:
         """Yield the plan's states until it can no longer change without a call.
 
-        Raises NOT_FOUND, even if the plan is deleted during the watch; DRAINING if the planner shuts down.
+        Raises NOT_FOUND, even if the plan is deleted during the watch; DRAINING if the planner shuts down; NOT_LEADER
+        once its term is over.
         """
         check(request, name=names.PLAN)
         after = 0 if self._hubs.plans.is_too_old(request.after_sequence) else request.after_sequence
@@ -122,6 +123,7 @@ class Plans:
                 yield pb2.WatchPlanResponse(sequence=event.sequence, plan=event.value, event_time=time)
             if is_settled(event.value):
                 return
+        self._store.require_term()  # the hub closes with the term, too
         raise ServiceError(Reason.ERROR_REASON_DRAINING, "this planner is shutting down: retry")
 
     async def cancel(self, request: pb2.CancelPlanRequest) -> pb2.CancelPlanResponse:
@@ -202,7 +204,7 @@ def _require_deletable(reader: Reader, request: pb2.DeletePlanRequest) -> PlanRe
     record = reader.plans.require(request.name)
     require_etag(record, request.etag)
     if record.state in SEARCHING:
-        raise plan_state(record, "is still being solved: cancel it first")
+        raise plan_state(record, "cannot be deleted before its search has ended: cancel it first")
     cluster = reader.clusters.get(record.cluster)
     if record.activation in IN_FORCE or (cluster is not None and cluster.active_plan == record.name):
         raise ServiceError(

@@ -128,7 +128,9 @@ class ClusterWatches:
         self._shown = ShownNodes(self._reader)
 
     async def watch(self, request: pb.WatchClusterRequest) -> AsyncIterator[Response]:
-        """Yield changes until the cluster is deleted (NOT_FOUND) or the planner shuts down (DRAINING)."""
+        """Yield changes until the cluster is deleted (NOT_FOUND), or the planner shuts down (DRAINING) or its term is
+        over (NOT_LEADER).
+        """
         check(request, name=names.CLUSTER)
         record = await self._read(request.name)  # first, so that no hub is created for a cluster that does not exist
         token = ResumeToken.from_text(request.resume_token)
@@ -145,6 +147,7 @@ class ClusterWatches:
             if (await self._read(request.name)).create_time_s != record.create_time_s:
                 raise not_found(request.name)
             if self._hubs.cluster(request.name) is hub:
+                self._store.require_term()  # the hub closes with the term, too
                 raise ServiceError(Reason.ERROR_REASON_DRAINING, "this planner is shutting down: resume")
             token, is_new = None, False  # so much has changed that the present state is sent again
 
