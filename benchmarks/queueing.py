@@ -72,6 +72,8 @@ def main() -> None:
     parser.add_argument("--calibrate", action="store_true", help="print the factor FASTER from the plans of seed 0")
     arguments = parser.parse_args()
     number = QUICK_PLANS if arguments.quick else arguments.plans
+    if arguments.calibrate and (arguments.quick or arguments.only):
+        parser.error("--calibrate takes all plans, without --quick and --only")
     if arguments.calibrate:
         print(f"FASTER = {calibrated([run for case in cases(number, seed=0) for run in runs_of(case)]):.3f}")
         return
@@ -183,6 +185,8 @@ def summarised(found: Iterator[Row]) -> Iterator[Row]:
         yield row
     for share in SHARES:
         alike = [row for row in shown if row["share"] == share]
+        if not alike:
+            continue
         planned, modelled = _sorted(alike, "planned_over_simulated"), _sorted(alike, "model_over_simulated")
         yield {
             **dict.fromkeys(shown[0]),

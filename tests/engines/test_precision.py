@@ -28,7 +28,6 @@ V100, T4, A100, L4, H100, B200, MI300X, MI355X = (
         ("mxfp4", None, (MI355X,), (V100, A100, H100, B200, MI300X)),  # no experts, and CDNA4 alone has such products
         ("awq-int4", None, (T4, A100), (V100,)),
         ("nvfp4", None, (A100, B200), (V100,)),
-        ("int8", None, (T4, A100, H100), (V100, B200)),  # Blackwell has no such kernel
     ],
 )
 def test_what_vllm_runs(weights: str, kv: str | None, runs_on: tuple[object, ...], not_on: tuple[object, ...]) -> None:
@@ -43,9 +42,6 @@ def test_refusals_say_what_is_missing_and_where_that_was_read() -> None:
     assert why_not(with_precision(LLAMA, weights="fp8"), V100, "vllm") == (
         "vllm 0.32.0 needs compute capability 7.5 or higher for fp8 weights, V100-SXM2-32GB (Volta) has 7 "
         "(vLLM's repository, vllm/model_executor/layers/quantization/fp8.py)"
-    )
-    assert str(why_not(with_precision(LLAMA, weights="int8"), B200, "vllm")).startswith(
-        "vllm 0.32.0 needs compute capability below 10 for int8 weights, B200-SXM-180GB (Blackwell) has 10 (vLLM's repository, "
     )
     assert "mxfp4 is a format of experts" in str(why_not(with_precision(LLAMA, weights="mxfp4"), H100, "sglang"))
     assert "for fp8 KV (in 16 bits: --kv bf16), T4" in str(why_not(with_precision(LLAMA, kv="fp8"), T4, "vllm"))

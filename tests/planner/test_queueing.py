@@ -122,6 +122,15 @@ def test_the_highest_rate_is_the_one_that_just_keeps_the_limit(ttft_s: float) ->
     assert queue_of(replace(servers(4, 1.0), prefill_s=1.0)).highest_rate(3.9, 0.9) == 0.0
 
 
+def test_a_slow_replica_with_many_lanes_is_no_help_to_a_fast_one_with_few() -> None:
+    """The lanes of all replicas compute so many prompts per second, whatever their number."""
+    fast = replace(servers(1000, 1.0), prompt_s=0.01)
+    slow = replace(servers(8, 80.0), lanes=8, prompt_s=0.8)
+    assert queue_of(fast).at(99.0).lane_p95_s > 0.2
+    assert queue_of(fast, slow).at(109.5).lane_p95_s > 0.2, "saturated at 110 prompts/s"
+    assert queue_of(fast, slow).at(110.0).lane_p95_s == math.inf
+
+
 def test_prompts_wait_for_a_lane_as_for_a_server() -> None:
     """With one lane, Sakasegawa's probability of waiting is its utilisation, as in M/M/1."""
     queue = queue_of(replace(servers(1000, 1.0), prompt_s=0.5, prefill_s=2.0))

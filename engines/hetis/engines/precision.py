@@ -5,7 +5,6 @@ GPUs that are not recorded (other vendors, unlisted architectures) are not refus
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -22,12 +21,11 @@ DENSE_MXFP4 = ("CDNA4",)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Least:
-    """The compute capabilities of a feature."""
+    """The minimum compute capability for a feature."""
 
     capability: float  # CUDA compute capability; infinite: no GPU has it
     source: str  # where this is documented
     how: str = ""  # how it works on GPUs that do not compute in the format; empty: nothing worth noting
-    below: float = math.inf  # the compute capability from which on there is no such feature
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,9 +49,7 @@ _VLLM = Support(
         "fp8": Least(
             capability=7.5, source=f"{_QUANTISATION}/fp8.py", how="weights are fp8, products 16-bit (Marlin)"
         ),
-        "int8": Least(
-            capability=7.5, source="docs/features/quantization/llm_compressor/int8_w8a8.md", below=10.0
-        ),
+        "int8": Least(capability=7.5, source=f"{_QUANTISATION}/compressed_tensors, scheme w8a8_int8"),
         "int4": Least(capability=7.5, source=f"{_QUANTISATION}/auto_awq.py; compressed-tensors by the same kernels"),
         "awq-int4": Least(capability=7.5, source=f"{_QUANTISATION}/auto_awq.py"),
         "gptq-int4": Least(capability=7.5, source=f"{_QUANTISATION}/auto_gptq.py has 6.0, vLLM itself 7.5"),
@@ -159,9 +155,8 @@ def _reasons(model: ModelSpec, gpu: GpuType, engine: str) -> Iterator[str]:
     if model.indexer is not None and support is _VLLM:
         wanted.append(("sparse attention", _SPARSE))
     for what, least in wanted:
-        if least is not None and not least.capability <= has < least.below:
-            bound = f"{least.capability:g} or higher" if has < least.capability else f"below {least.below:g}"
+        if least is not None and has < least.capability:
             yield (
-                f"{engine} {support.version} needs compute capability {bound} for {what}, "
+                f"{engine} {support.version} needs compute capability {least.capability:g} or higher for {what}, "
                 f"{gpu.name} ({gpu.architecture}) has {has:g} ({support.project}'s repository, {least.source})"
             )

@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 Watcher = Callable[[bool], None]
 _watchers: list[Watcher] = []
@@ -31,14 +31,11 @@ def compilations_told_to(watcher: Watcher) -> Iterator[None]:
 @contextmanager
 def compiling() -> Iterator[None]:
     """Tell all watchers that a kernel is loaded, compiled or waited for in this context."""
-    told = list(_watchers)
-    for watcher in told:
-        watcher(True)
-    try:
+    with ExitStack() as told:  # whoever is told of the beginning is told of the end, even if another one raises
+        for watcher in list(_watchers):
+            told.callback(watcher, False)
+            watcher(True)
         yield
-    finally:
-        for watcher in told:
-            watcher(False)
 
 
 class SearchClock:

@@ -132,7 +132,7 @@ def solve(
                 report=report, losses=False,
             )  # fmt: skip
         except (InvalidProblemError, UncheckedPlanError) as error:  # the plan that was found is checked nevertheless
-            plan = replace(plan, notes=(*plan.notes, f"could not be simulated: {error}"))
+            plan = with_queueing(replace(plan, notes=(*plan.notes, f"could not be simulated: {error}")), problem)
     else:
         plan = with_queueing(plan, problem)
     document = document_bytes(plan)

@@ -1,4 +1,4 @@
-"""How long requests wait for a seat or for a prefill lane, by a queue model: p95 TTFT in milliseconds of computing.
+"""How long requests wait for a seat or for a prefill lane, by a queue model, which takes milliseconds to compute.
 
 The search plans with a wait for the prefill lanes of one replica, and with none for its seats. Here all replicas of a
 plan share one queue, because a router sends a request to one that is free, and a request waits for whichever is longer.
@@ -22,7 +22,6 @@ import numpy as np
 import numpy.typing as npt
 
 from hetis.planner.use_cases.grouping import group_replicas
-from hetis.planner.use_cases.service_level import DEFAULT, service_level_of
 from hetis.planner.use_cases.simulate import default_rate, with_all_seats
 from hetis.planner.use_cases.verification import in_seconds
 from hetis.solver.check.fleet import Fleet, replica_shape
@@ -43,7 +42,7 @@ TOLERANCE = 1e-3  # of the highest rate within a limit
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Queueing:
-    """The waits of requests at a rate, in seconds: inf from the saturated rate on."""
+    """The waits of requests at a rate, in seconds: inf where they queue up without end."""
 
     seats: int  # requests that the plan's engines run at once
     rate_rps: float  # rate of the arrivals
@@ -85,8 +84,9 @@ class RequestQueue:
         self._rates = self._served(np.minimum(1.0, states / self.seats))
         saturated = [one.count * one.rates[-1] for one in replicas]
         self._holding_cv2 = float(np.average([one.holding_cv2 for one in replicas], weights=saturated))
-        self._prompt_s = float(np.average([one.prompt_s for one in replicas], weights=saturated))
         self._lanes = sum(one.count * one.lanes for one in replicas)
+        # Prompts/s that all lanes compute; of prompts that take no time, any number.
+        self._prompts_rps = sum(one.count * one.lanes / one.prompt_s if one.prompt_s else math.inf for one in replicas)
         self._prefill_s = max(one.prefill_s for one in replicas)
 
     def _served(self, fills: FloatArray) -> FloatArray:
@@ -126,11 +126,11 @@ class RequestQueue:
 
     def _for_lanes(self, rate_rps: float) -> float:
         """Return the p95 wait for a lane."""
-        utilisation = rate_rps * self._prompt_s / self._lanes
+        utilisation = rate_rps / self._prompts_rps
         if utilisation >= 1.0:
             return math.inf
         must_wait = utilisation ** (math.sqrt(2.0 * (self._lanes + 1)) - 1.0)
-        mean_s = (1.0 + self._computed_cv2) / 2.0 * self._prompt_s / (self._lanes * (1.0 - utilisation))
+        mean_s = (1.0 + self._computed_cv2) / 2.0 / (self._prompts_rps - rate_rps)
         return mean_s * math.log(max(1.0, P95_TAIL * must_wait))
 
     def highest_rate(self, most_rps: float, ttft_s: float) -> float:
@@ -170,18 +170,19 @@ def _equal_replicas(plan: Plan, problem: PlacementProblem) -> Iterator[EqualRepl
         derived = derivation.of(shape)
         sizes = sorted({1, *(max(1, round(fill * b)) for fill in FILLS)})
         claimed = min(1.0, one.rate * derived.t_s)  # the search may have charged slower links
-        chunk_s = max(derived.chunk_s, derived.round_trip_per_t * derived.t_s if one.in_flight > 1 else 0.0)
-        chunks, iterations = moments.mean_computed / one.chunk_tokens, moments.mean_output / b
+        round_trip_s = max(derived.chunk_s, derived.round_trip_per_t * derived.t_s)  # with a chunk
+        chunks = moments.mean_computed / one.chunk_tokens
+        iterations = one.in_flight / derived.round_trip_per_t  # of a request, in the saturated replica
         yield EqualReplicas(
             count=len(group.numbers),
             seats=one.planned_seats,
-            beside=math.ceil(max(1.0, chunks) / max(iterations, chunks)) * one.in_flight,
+            beside=math.ceil(max(1.0, chunks) / iterations) * one.in_flight,
             in_flight=np.array([float(size * one.in_flight) for size in sizes]),
             rates=np.array([claimed * derivation.of(replace(shape, micro_batch=size)).rate for size in sizes]),
             holding_cv2=_holding_cv2(one, problem),
             lanes=one.in_flight,
-            prompt_s=chunks * chunk_s,
-            prefill_s=math.ceil(moments.p95_computed / one.chunk_tokens) * chunk_s,
+            prompt_s=chunks * round_trip_s,
+            prefill_s=math.ceil(moments.p95_computed / one.chunk_tokens) * round_trip_s,
         )
 
 
@@ -196,23 +197,24 @@ def _holding_cv2(one: ReplicaPlan, problem: PlacementProblem) -> float:
 
 
 def with_queueing(plan: Plan, problem: PlacementProblem) -> Plan:
-    """Return a plan that was not simulated with a note if its requests wait too long by the queue model."""
-    limit_s, level = plan.objective.ttft_limit_s, service_level_of(plan)
-    if limit_s is None or level != DEFAULT or (queue := request_queue(plan, problem)) is None:
+    """Return a plan that was not simulated with a note if its requests wait too long by the queue model.
+
+    The plan's own p95 TTFT keeps its limit, so nothing is said where its requests need not wait.
+    """
+    limit_s = plan.objective.ttft_limit_s
+    if limit_s is None or (queue := request_queue(plan, problem)) is None:
         return plan
     rate_rps = default_rate(plan, problem)
     found = queue.at(rate_rps)
-    if found.ttft_p95_s <= limit_s:
+    wait_s = max(found.seat_p95_s, found.lane_p95_s)
+    if found.ttft_p95_s <= limit_s or not wait_s:
         return plan
     kept_rps = queue.highest_rate(rate_rps, limit_s)
     kept = f"; up to {kept_rps:.4g} requests/s keep it" if kept_rps else ""
-    longest = "a seat" if found.seat_p95_s >= found.lane_p95_s else "other prompts"
-    long = "requests queue up without end"
-    if math.isfinite(found.ttft_p95_s):
-        wait_s = max(found.seat_p95_s, found.lane_p95_s)
-        long = f"requests wait up to {in_seconds(wait_s)} (p95) for {longest}"
+    what = "a seat" if found.seat_p95_s >= found.lane_p95_s else "other prompts"
+    queue_up = f"wait up to {in_seconds(wait_s)} (p95) for {what}" if math.isfinite(wait_s) else "queue up without end"
     note = (
-        f"not simulated: by a queue model of {queue.seats:,} seats, {long} at {rate_rps:.4g} requests/s, so that p95 "
-        f"TTFT is over its limit of {in_seconds(limit_s)}{kept}"
+        f"not simulated: by a queue model of {queue.seats:,} seats, requests {queue_up} at {rate_rps:.4g} requests/s, "
+        f"so that p95 TTFT is over its limit of {in_seconds(limit_s)}{kept}"
     )
     return replace(plan, notes=(*plan.notes, note))

@@ -167,7 +167,10 @@ def pool_entry(t: Tables, s: int, q: int, k: int, size: int) -> int:
 
 
 def interval_cap(t: Tables, x: int, f: int, unevenness: float) -> float:
-    """Return the longest interval of a configuration that keeps ``sum chunk_s <= unevenness t / n_it`` in the cap."""
+    """Return the longest interval of a configuration that keeps ``sum chunk_s <= unevenness t / n_it`` in the cap.
+
+    A single stage keeps its own limit, and then this one, too, where ``unevenness`` is 1.
+    """
     cap = float(t.t_cap[x, f])
     if unevenness < np.inf:
         cap = min(cap, float(t.trip_cap[x, f] * t.iterations[x]) / unevenness)

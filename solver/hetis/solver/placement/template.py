@@ -2,7 +2,7 @@
 
 All round trips of a prompt carry a chunk, so a limit on TTFT is a limit on ``RTc = max(M t / n_it, sum_s chunk_s)``
 (`docs/cost-model.md`, "Latency"). The first term is a cap on t. The second would couple the stages, so the family
-enforces it by a rule for each stage.
+enforces it by a rule for each stage of a replica with several.
 """
 
 from __future__ import annotations
@@ -35,8 +35,9 @@ class Configuration:
     """A part of the family that is searched on its own: a scope, a mix, M, and how full or uneven the pipeline is.
 
     ``side`` is the master's side of its replicas. ``max_copies`` bounds the stage copies K of a replica: M = 1 is
-    sequential (any K, copies take no turns), M >= 2 K uses the first regime of its role, and M >= K the second. No
-    stage of a sequential replica takes more than ``unevenness`` times the mean in an iteration with a chunk.
+    sequential (any K, copies take no turns), M >= 2 K uses the first regime of its role, and M >= K the second. Of a
+    sequential replica with several stages, none takes more than ``unevenness`` times the mean in an iteration with a
+    chunk.
     """
 
     scope: int

@@ -26,7 +26,6 @@ from hetis.solver.placement.template import (
     least_ttft_limit_s,
     roles,
     room_layers,
-    ttft_s,
 )
 from hetis.solver.plan import AttentionWorkerPool, Plan, ReplicaPlan, Role, StagePlan
 from hetis.solver.replanning.change import ChangeCosts, Fate
@@ -374,20 +373,9 @@ def is_allowed(costs: CostTables, template: Template) -> bool:
     if template.interval_s > float(tables.t_cap[template.mix, template.in_flight_index]) * WITHIN:
         return False
     limit_s = costs.problem.objective.ttft_limit_s
-    if limit_s is not None and _least_ttft_limit_s(costs, template) > limit_s * WITHIN:
+    if limit_s is not None and least_ttft_limit_s(costs, template) > limit_s * WITHIN:
         return False
     return all(room_layers(costs, template, i) >= stage.layers for i, stage in enumerate(template.stages))
-
-
-def _least_ttft_limit_s(costs: CostTables, template: Template) -> float:
-    """Return the least TTFT limit under which the family has this replica.
-
-    An engine's family limits the round trip with a chunk itself, not its ratio to one without, in steps.
-    """
-    mix, m = costs.mixes[template.mix], costs.problem.family.in_flight[template.in_flight_index]
-    if costs.problem.family.engine is None or mix.role is not Role.UNIFIED or m > 1:
-        return least_ttft_limit_s(costs, template)
-    return ttft_s(costs, template)
 
 
 def stage_bytes(costs: CostTables, template: Template) -> list[float]:
