@@ -721,11 +721,11 @@ FIGURES = [
         "robustness",
         ("On the paper's cluster @ of # wrong profiles", others("^paper, 12 GPUs")),
         ("on 24 GPUs @ of #", others("24 GPUs")),
-        (r"On 2 H100 \+ 8 L4 others are chosen in # of #", others("^h100-l4")),
-        (r"On 2 H100 \+ 8 P100 others are chosen in # of #", others("^h100-p100")),
+        (r"On 2 H100 \+ 8 P100 others are chosen in @ of #", others("^h100-p100")),
+        (r"on 2 H100 \+ 8 L4 others are chosen in # of #", others("^h100-l4")),
         (
             "others are chosen in [^,]*, for #% at worst",
-            lambda t: [100 * max(t.column("worst goodput loss", "^h100-p100"))],
+            lambda t: [100 * max(t.column("worst goodput loss", "^h100-l4"))],
         ),
         (
             "Of the # wrong profiles of fleet-160 # choose other replicas",
