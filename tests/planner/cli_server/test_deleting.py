@@ -144,6 +144,8 @@ def test_after_a_failure_of_the_planner_nothing_more_is_tried(
         "warning: not tried: profiles/b, plans/night\nerror: too many calls (RATE)\n  retry in 2 s\n",
     )
     assert fleet.calls["DeleteProfile"] == 1
+    assert hetis_plan("delete", "plans/night", "profiles/l4") == ExitCode.UNREACHABLE, "also after a refusal"
+    assert "plans/night is in use" in capsys.readouterr().err
 
 
 def test_what_may_have_been_deleted_without_an_answer_is_named(

@@ -59,7 +59,8 @@ def delete(
 
     Plans need role orchestrator, clusters and profiles role admin. A resource that is refused does not keep the others
     from being deleted; the exit code is that of the first refusal. 2: it does not exist, or the role is missing. 7: it
-    is in use. 6: the planner is unreachable, and nothing more was tried.
+    is in use. 6, also after refusals: the planner is unreachable or busy, and nothing more was tried; what may have
+    been deleted without an answer is named.
     """
     from hetis.planner.cli.failures import report_call_failure
     from hetis.planner.client import CallError
