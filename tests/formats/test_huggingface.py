@@ -122,6 +122,26 @@ def test_qwen_vl_is_read_from_a_text_config_and_without_the_defaults_of_its_libr
     assert load(tmp_path, nested) == flat
 
 
+def test_the_ratio_of_a_tower_may_be_written_with_a_point(tmp_path: Path) -> None:
+    """A ratio is no count."""
+    data = config_of("Qwen__Qwen2-VL-7B-Instruct")
+    flat = load(tmp_path, data)
+    assert load(tmp_path, data | {"vision_config": data["vision_config"] | {"mlp_ratio": 4.0}}) == flat
+    for ratio in (3.7, "4", True, 0.0, 1e300):
+        with pytest.raises(DocumentError, match=r"mlp_ratio: is .*, must be a whole number from 1"):
+            load(tmp_path, data | {"vision_config": data["vision_config"] | {"mlp_ratio": ratio}})
+    with pytest.raises(DocumentError, match=r"embed_dim: is 1280\.0, must be a whole number"):
+        load(tmp_path, data | {"vision_config": data["vision_config"] | {"embed_dim": 1280.0}})
+
+
+@pytest.mark.parametrize("channels", ["in_chans", "in_channels"])
+def test_channels_of_qwen_vl_count_by_either_name(tmp_path: Path, channels: str) -> None:
+    """Its configs say ``in_chans``; transformers writes ``in_channels``, which precedes."""
+    data = config_of("Qwen__Qwen2-VL-7B-Instruct")
+    more = load(tmp_path, data | {"vision_config": data["vision_config"] | {channels: 4}})
+    assert more.vision_params - load(tmp_path, data).vision_params == 1280 * 14**2 * 2
+
+
 @pytest.mark.parametrize("name", ["Qwen__Qwen2-VL-7B-Instruct", "Qwen__Qwen2.5-VL-7B-Instruct"])
 def test_sliding_windows_of_qwen_vl_and_impossible_towers_are_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(DocumentError, match="use_sliding_window: is true, only models without sliding windows are"):

@@ -74,6 +74,13 @@ class Config:
             return default or least
         return int(value)
 
+    def whole_ratio(self, name: str, default: int) -> int:
+        """Return a whole number that may be written with a point, such as 4.0, since it is no count."""
+        value = self.data.get(name)
+        if isinstance(value, float) and value.is_integer() and 1 <= value <= MAX_NUMBER:
+            return int(value)
+        return self.whole(name, default)
+
     def flag(self, name: str, default: bool) -> bool:
         value = self.data.get(name)
         if value is None:

@@ -278,7 +278,7 @@ def _qwen2_vl(config: Config, name: str, *, gated: bool) -> ModelSpec | None:
         vision.data = _QWEN25_VL_TOWER | vision.data
     elif vision is not None:
         width = vision.whole("embed_dim", 1280)
-        tower = {"hidden_size": width, "intermediate_size": width * vision.whole("mlp_ratio", 4)}
+        tower = {"hidden_size": width, "intermediate_size": width * vision.whole_ratio("mlp_ratio", 4)}
         tower["out_hidden_size"] = vision.whole("hidden_size", 3584)
         vision.data = _QWEN2_VL_TOWER | vision.data | tower
     towers = 0 if vision is None else _tower_params(vision, projection=0, gated=gated)
@@ -440,7 +440,8 @@ def _tower_params(vision: Config, *, projection: int, gated: bool) -> int:
     hidden = vision.whole("hidden_size")
     layers = vision.whole("depth" if "depth" in vision.data else "num_hidden_layers")
     layer = 4 * hidden * hidden + (3 if gated else 2) * hidden * vision.whole("intermediate_size")
-    pixels = vision.whole("in_channels", vision.whole("num_channels", 3)) * vision.whole("patch_size", 14) ** 2
+    channels = vision.whole("in_channels", vision.whole("in_chans", vision.whole("num_channels", 3)))
+    pixels = channels * vision.whole("patch_size", 14) ** 2
     patches = pixels * vision.whole("temporal_patch_size", 1) * hidden
     if "out_hidden_size" in vision.data:  # Qwen: patches are merged, with an MLP of their joint width
         merged = hidden * vision.whole("spatial_merge_size", 2) ** 2

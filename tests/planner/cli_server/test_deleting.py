@@ -144,6 +144,8 @@ def test_after_a_failure_of_the_planner_nothing_more_is_tried(
         "warning: not tried: profiles/b, plans/night\nerror: too many calls (RATE)\n  retry in 2 s\n",
     )
     assert fleet.calls["DeleteProfile"] == 1
+    assert hetis_plan("delete", "plans/night", "profiles/l4") == ExitCode.UNREACHABLE, "also after a refusal"
+    assert "plans/night is in use" in capsys.readouterr().err
 
 
 def test_what_may_have_been_deleted_without_an_answer_is_named(
@@ -163,6 +165,47 @@ def test_what_may_have_been_deleted_without_an_answer_is_named(
     assert "warning: no answer came: profiles/l4 may have been deleted\nwarning: not tried: plans/night\n" in told.err
     assert hetis_plan("delete", "profiles/l4", "--dry-run") == ExitCode.UNREACHABLE
     assert "may have been" not in capsys.readouterr().err
+
+
+def test_what_a_planner_that_ends_during_the_call_may_have_deleted_is_named(
+    fleet: FakePlanner, hetis_plan: Run, capsys: Captured
+) -> None:
+    """In the past only that the planner is unreachable. gRPC retries: a refused connection is the last attempt's."""
+
+    def fail(method: str, context: Any) -> None:
+        if method == "DeletePlan" and fleet.calls[method] == 1:
+            fleet.plans.pop("plans/day")
+        refuse(context, code_pb2.UNAVAILABLE, "", "Socket closed")
+
+    fleet.fail = fail
+    assert hetis_plan("delete", "plans/day", "plans/night") == ExitCode.UNREACHABLE
+    told = capsys.readouterr()
+    said = "warning: no answer came: plans/day may have been deleted\nwarning: not tried: plans/night\n"
+    assert (told.out, told.err.startswith(said)) == ("", True), told.err
+
+
+@pytest.mark.parametrize(
+    ("reason", "metadata", "is_in_doubt"),
+    [
+        ("DRAINING", {}, False),
+        ("STORE_UNAVAILABLE", {"changed": "no"}, False),
+        ("STORE_UNAVAILABLE", {"changed": "unknown"}, True),
+        ("NOT_LEADER", {"changed": "unknown"}, True),
+    ],
+)
+def test_a_planner_that_says_whether_it_changed_something_is_believed(
+    fleet: FakePlanner,
+    hetis_plan: Run,
+    capsys: Captured,
+    monkeypatch: pytest.MonkeyPatch,
+    reason: str,
+    metadata: dict[str, str],
+    is_in_doubt: bool,
+) -> None:
+    monkeypatch.setattr("hetis.planner.client.channels.CHANNEL_OPTIONS", (("grpc.enable_retries", 0),))
+    fleet.fail = lambda _method, context: refuse(context, code_pb2.UNAVAILABLE, reason, "not now", metadata=metadata)
+    assert hetis_plan("delete", "plans/day") == ExitCode.UNREACHABLE
+    assert ("plans/day may have been deleted" in capsys.readouterr().err) == is_in_doubt
 
 
 def test_ctrl_c_names_what_may_have_been_deleted(

@@ -196,11 +196,80 @@ def test_a_list_is_kept_if_no_agent_reports_in_time(
     assert f"warning: {out} was not written" in capsys.readouterr().err
     assert out.read_text() == NGINX
     assert not ran.exists()
-    served.replicas[NAME.format(2)].report.endpoint = "10.0.0.2:8000"
-    served.fail = lambda _method, _context: None
-    assert hetis_plan(*command) == ExitCode.OK
-    assert out.read_text() == "upstream hetis {\n    server 10.0.0.2:8000 weight=1000;\n}\n"
-    assert "have not reported to the planner: r-1, r-7\n" in capsys.readouterr().err
+
+
+@pytest.fixture
+def partly_heard(served: FakePlanner, monkeypatch: pytest.MonkeyPatch) -> FakePlanner:
+    """Return the planner when it has just taken the lead: of two agents it has not heard yet."""
+    monkeypatch.setattr("hetis.planner.cli.export.LISTED_AGAIN_S", 0.01)
+    monkeypatch.setattr("hetis.planner.cli.export.HEARD_WITHIN_S", 0.1)
+    for number in (1, 7):
+        served.replicas[NAME.format(number)].ClearField("report")
+    return served
+
+
+EARLIER = "upstream hetis {\n    server 10.0.0.1:8000 weight=800;\n    server 10.0.0.2:8000 weight=200;\n}\n"
+
+
+def test_a_list_is_not_replaced_by_one_of_a_part(
+    partly_heard: FakePlanner, hetis_plan: Run, capsys: Captured, tmp_path: Path
+) -> None:
+    """In the past the first agent that reported to a new leader got all requests, although every engine served."""
+    out, ran = tmp_path / "hetis.conf", tmp_path / "ran"
+    command = ("upstreams", "--out", str(out), "--run", f"touch {ran}")
+    left_out = "warning: left out, because their agents have not reported to the planner: r-1, r-7\n"
+    out.write_text(EARLIER)
+    assert hetis_plan(*command) == ExitCode.UNREACHABLE
+    told = capsys.readouterr().err
+    assert f"error: {out} was not written: the planner does not know yet where these serve: r-1, r-7\n" in told
+    assert left_out in told
+    assert out.read_text() == EARLIER
+    assert not ran.exists()
+    for prepare in (lambda: out.write_text(""), out.unlink):  # there is nothing to keep
+        prepare()
+        assert hetis_plan(*command) == ExitCode.OK
+        assert out.read_text() == "upstream hetis {\n    server 10.0.0.2:8000 weight=1000;\n}\n"
+        assert left_out in capsys.readouterr().err
+    assert ran.exists()
+
+
+def test_a_list_is_followed_once_all_agents_have_reported(
+    partly_heard: FakePlanner, hetis_plan: Run, capsys: Captured, tmp_path: Path
+) -> None:
+    out, seen = tmp_path / "hetis.conf", tmp_path / "seen"
+    out.write_text(EARLIER)
+    first, new = replica(1, 6.0), replica(8, 6.0)
+    silent = replica(7, 9.0, report=report_pb2.ReplicaReport())
+    partly_heard.events = [
+        cluster_service_pb2.WatchClusterResponse(resume_token="t0", caught_up=True),
+        cluster_service_pb2.WatchClusterResponse(resume_token="t1", replica=silent),
+        cluster_service_pb2.WatchClusterResponse(resume_token="t2", replica=first),
+        cluster_service_pb2.WatchClusterResponse(resume_token="t3", replica=new),
+    ]
+    contents = list[str]()  # at each listing after the watch began
+
+    def called(method: str, context: object) -> None:
+        if method == "WatchCluster" and partly_heard.calls[method] > 1:  # ends the watch in place of Ctrl-C
+            refuse(context, 5, "NOT_FOUND", "clusters/paper is gone")  # type: ignore[arg-type]
+        if method != "ListReplicas" or not partly_heard.calls["WatchCluster"]:
+            return
+        contents.append(out.read_text())
+        if len(contents) == 2:
+            partly_heard.replicas[silent.name] = silent
+        elif len(contents) == 3:
+            partly_heard.replicas[first.name] = first
+        elif len(contents) == 4:  # a new one keeps the list, which is this command's by now, from nothing
+            partly_heard.replicas[new.name] = replica(8, 6.0)
+            partly_heard.replicas[new.name].ClearField("report")
+            partly_heard.replicas[NAME.format(2)].state = DOWN
+
+    partly_heard.fail = called
+    command = ("upstreams", "--out", str(out), "--follow", "--run", f"sh -c 'cat {out} >> {seen}'")
+    assert hetis_plan(*command) == ExitCode.INVALID
+    assert contents == [EARLIER, EARLIER, EARLIER, NGINX]
+    assert seen.read_text() == NGINX + "upstream hetis {\n    server 10.0.0.1:8000 weight=1000;\n}\n"
+    told = capsys.readouterr().err
+    assert f"warning: {out} was not written: the planner does not know yet where these serve: r-1\n" in told
 
 
 def test_a_list_is_followed_however_long_the_planner_hangs(

@@ -837,8 +837,13 @@ def test_pairs_that_routers_make_and_the_plan_rules_out_are_told(target: ExportT
     assert told(replace(two_pairs(alike, {}), inputs=made_of(PREFILL).inputs)) == []
     others = [{**node, "gpus": [{"type": "MI300X"}]} if node["name"] in "bd" else node for node in alike]
     unlike = two_pairs(others, {}, gpu="MI300X")
-    if target is ExportTarget.LLM_D:  # Dynamo leaves out GPUs of AMD
-        assert told(unlike) == [f"r0 → r3, r1 → r2, which cannot exchange KV{advice}"]
+    # From several stages vLLM writes the KV, by another connector than that which reads it from one.
+    pairs = two_pairs([{**node, "gpus": [{"type": "L4", "count": 2}]} for node in alike], {})
+    staged = replace(pairs.replicas[1], stages=(on("b/0", layers=2), on("b/1", first=2, layers=2)), in_flight=2)
+    pushed = replace(pairs, replicas=(pairs.replicas[0], staged, *pairs.replicas[2:]))
+    if target is ExportTarget.LLM_D:  # Dynamo leaves out both, GPUs of AMD and KV that is written
+        for plan in (unlike, pushed):
+            assert told(plan) == [f"r0 → r3, r1 → r2, which cannot exchange KV{advice}"]
     for paired in (ExportTarget.KSERVE, ExportTarget.RAY):
         assert not told(two_pairs(alike, {"nodes": {"links": [SLOW]}}), paired)
 

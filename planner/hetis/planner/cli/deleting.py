@@ -24,6 +24,9 @@ DELETE_EXAMPLES = """Examples:\n
 DELETABLE = ("clusters", "plans", "profiles")  # agents and plans in force decide what else there is
 # Statuses of refusals that concern one resource. After any other, the next call would fail, too.
 _OF_ONE = ("NOT_FOUND", "FAILED_PRECONDITION", "ABORTED", "PERMISSION_DENIED", "INVALID_ARGUMENT")
+# Reasons that do not say that nothing was changed. None: gRPC retries, and even if the connection was refused at last,
+# an earlier attempt may have been carried out.
+_MAY_BE_DONE = ("", "INTERNAL")
 
 
 def _deletable_kinds(ctx: typer.Context, incomplete: str) -> list[str]:
@@ -56,7 +59,8 @@ def delete(
 
     Plans need role orchestrator, clusters and profiles role admin. A resource that is refused does not keep the others
     from being deleted; the exit code is that of the first refusal. 2: it does not exist, or the role is missing. 7: it
-    is in use. 6: the planner is unreachable, and nothing more was tried.
+    is in use. 6, also after refusals: the planner is unreachable or busy, and nothing more was tried; what may have
+    been deleted without an answer is named.
     """
     from hetis.planner.cli.failures import report_call_failure
     from hetis.planner.client import CallError
@@ -70,8 +74,7 @@ def delete(
                 _delete(client, left[0], dry_run=how.dry_run)
             except CallError as error:
                 if error.code.name not in _OF_ONE:
-                    timed_out = error.code.name == "DEADLINE_EXCEEDED"
-                    is_in_doubt = timed_out or error.metadata.get("changed") == "unknown"
+                    is_in_doubt = error.reason in _MAY_BE_DONE or error.metadata.get("changed") == "unknown"
                     raise
                 if error.reason != "NOT_FOUND" or not how.ignore_not_found:
                     refused.append(error)

@@ -199,7 +199,8 @@ def upstreams(terminal: Terminal, client: Client, *, asked: UpstreamOptions) -> 
     router would have to send a request to both.
 
     A planner that has just taken the lead does not know yet where engines listen: the verb waits up to 30 s for the
-    agents. If none has reported by then, the list is not written, and the exit code is 6.
+    agents. If none has reported by then, no list is written, and the exit code is 6. If some have, those are listed,
+    unless --out has a list already: it is kept, and the exit code is 6. With --follow it is kept until all have.
     """
     from hetis.formats.files import write_atomically
     from hetis.planner.cli.outputs import refuse_unwritable
@@ -217,8 +218,8 @@ def upstreams(terminal: Terminal, client: Client, *, asked: UpstreamOptions) -> 
             if why not in said:
                 terminal.warn(f"left out, because {why}")
         said = left_out
-        if found.unheard and not found.servers:
-            code = _keep(terminal, asked)
+        if found.unheard and (not found.servers or (before is None and _has_list(asked))):
+            code = _keep(terminal, asked, found)
             continue
         text = _list_of(asked.to, found, asked.model)
         if text == before:
@@ -234,13 +235,19 @@ def upstreams(terminal: Terminal, client: Client, *, asked: UpstreamOptions) -> 
     return code
 
 
-def _keep(terminal: Terminal, asked: UpstreamOptions) -> ExitCode:
-    """Say that no list is written, because the planner does not know yet where anything serves."""
+def _has_list(asked: UpstreamOptions) -> bool:
+    """Return whether there is a list already, which one of a part of the replicas must not replace."""
+    return asked.out != "-" and Path(asked.out).is_file() and Path(asked.out).stat().st_size > 0
+
+
+def _keep(terminal: Terminal, asked: UpstreamOptions, found: _Upstreams) -> ExitCode:
+    """Say that no list is written, because the planner does not know yet where all replicas serve, or any."""
     kept = "nothing was written" if asked.out == "-" else f"{asked.out} was not written"
+    where = f"these serve: {', '.join(found.unheard)}" if found.servers else "anything serves"
     if asked.follow:
-        terminal.warn(f"{kept}: the planner does not know yet where anything serves")
+        terminal.warn(f"{kept}: the planner does not know yet where {where}")
         return ExitCode.OK
-    terminal.error(f"{kept}: the planner does not know yet where anything serves", ["retry in a moment"])
+    terminal.error(f"{kept}: the planner does not know yet where {where}", ["retry in a moment"])
     return ExitCode.UNREACHABLE
 
 

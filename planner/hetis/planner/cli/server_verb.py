@@ -78,7 +78,7 @@ class PlannerOptions:
         def tell_slow(addresses: list[str]) -> None:
             tried, *others = addresses
             then = f"; then {', '.join(others)}" if others else ""
-            terminal.say(f"waiting for an answer of the planner at {tried}{then}")
+            terminal.say(f"waiting for an answer from the planner at {tried}{then}")
 
         try:
             patience = partial(Patience, limit_s=limit_s, tell=tell)

@@ -3,7 +3,7 @@
 A plan's routes say which replicas exchange KV. Some routers choose the two replicas of a request separately. That is
 harmless where the KV of every pair takes the same links. If nodes have explicit links, replicas were planned for those
 to their partners, in sets of nodes; a prefill replica sends to other zones only if the plan says so; and engines of
-different vendors or precisions cannot read each other's KV.
+different vendors or precisions, or with different connectors, cannot read each other's KV.
 """
 
 from __future__ import annotations
@@ -41,10 +41,12 @@ def pairs_beyond_the_plan(launchable: Launchable, router: str) -> Iterator[str]:
 
 
 def _are_unlike(launchable: Launchable, pair: Pair) -> bool:
-    """Return whether engines cannot exchange KV, since their GPUs have other vendors or precisions."""
+    """Return whether engines cannot exchange KV, since their GPUs have other vendors or precisions, or one writes KV
+    (`NixlPushConnector`) and the other reads it, which replicas that the plan's routes join have in common.
+    """
 
     def kind(one: LaunchableReplica) -> tuple[object, ...]:
-        return launchable.model.on(one.plan.stages[0].gpu), one.layout.vendor
+        return launchable.model.on(one.plan.stages[0].gpu), one.layout.vendor, one.layout.pushes_kv
 
     prefill, decode = (launchable.replicas[number] for number in pair)
     return kind(prefill) != kind(decode)
