@@ -71,8 +71,8 @@ def test_every_engine_s_plan_says_what_the_others_own_plans_reach(loaded: Loaded
     assert of_plain.lacks == of_hetis.lacks == ("attention workers",)
 
 
-def test_a_plan_for_any_engine_says_what_one_of_them_reaches_by_wider_rules(tmp_path: Path) -> None:
-    """Under a limit on TTFT its family lacks some replicas that engines run; in the past they all were "the same"."""
+def test_a_plan_for_any_engine_reaches_under_a_ttft_limit_what_one_of_them_does(tmp_path: Path) -> None:
+    """Its family once lacked some of the replicas of one stage that engines run."""
     path = tmp_path / "fleet.yaml"
     path.write_text(re.sub(r"  - {name: p100.*\n", "", FLEET).replace("H100-SXM-80GB", "RTX-4090"))
     loaded = load_inputs(cluster=str(path), model="Llama-3.1-8B", workload="2000/200")
@@ -80,7 +80,7 @@ def test_a_plan_for_any_engine_says_what_one_of_them_reaches_by_wider_rules(tmp_
     own, _ = placed(loaded, "vllm", ttft_s=2.0)
     (plain,) = (other for other in others if other.engine == "vllm")
     assert plain.value == pytest.approx(own.result.value, rel=RELATIVE)
-    assert plain.value > plan.result.value * 1.01
+    assert plain.value <= plan.result.value * (1 + RELATIVE)
 
 
 def test_any_engine_reaches_what_one_of_them_does(loaded: LoadedInputs, monkeypatch: pytest.MonkeyPatch) -> None:

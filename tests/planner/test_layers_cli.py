@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -55,7 +54,7 @@ def test_compiling_is_no_part_of_the_time_limit(monkeypatch: pytest.MonkeyPatch)
         nonlocal now_s
         now_s += 1000.0
 
-    monkeypatch.setattr("hetis.planner.cli.place.time", SimpleNamespace(monotonic=lambda: now_s))
+    monkeypatch.setattr("hetis.planner.cli.place.search_seconds", lambda: now_s)
     monkeypatch.setattr("hetis.planner.use_cases.layers.is_compiled", lambda: False)
     monkeypatch.setattr("hetis.planner.use_cases.layers.compile_layers", compile_slowly)
     result = invoke("layers", FLEET, "--no-compare", "--time-limit", "60s", "-o", "json")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -73,7 +72,7 @@ def test_what_the_present_fleet_needs_is_compiled_before_the_time_runs(
         assert (num_gpus, strategies, for_engine) == (6, ("hexgen",), True)
         now_s += 1000.0
 
-    monkeypatch.setattr("hetis.planner.cli.changes.time", SimpleNamespace(monotonic=lambda: now_s))
+    monkeypatch.setattr("hetis.planner.cli.changes.search_seconds", lambda: now_s)
     monkeypatch.setattr("hetis.planner.jobs.kernels.compile_kernels", compile_slowly)
     answer = replanned(folder, "more.yaml", "--time-limit", "60s")
     assert answer["plan"]["result"]["solve_s"] == 0.0  # type: ignore[index]

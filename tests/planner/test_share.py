@@ -142,7 +142,7 @@ def test_what_the_shares_need_is_compiled_before_their_time_runs(
         sizes.append(num_gpus)
         now_s += 1000.0
 
-    monkeypatch.setattr("hetis.planner.cli.sharing.time", SimpleNamespace(monotonic=lambda: now_s))
+    monkeypatch.setattr("hetis.planner.cli.sharing.search_seconds", lambda: now_s)
     monkeypatch.setattr("hetis.planner.jobs.kernels.compile_kernels", compile_slowly)
     asked = ["--no-others", "--no-envy", "--time-limit", "60s", "--out", str(tmp_path / "new")]
     assert invoke("share", written(tmp_path), "-c", FLEET, *asked).exit_code == 0
