@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,7 @@ def solver(monkeypatch: pytest.MonkeyPatch) -> Solver:
                 raise outcome
             return outcome
 
+        import_module("hetis.planner.use_cases.compare")  # imported later, it would keep the replacement
         monkeypatch.setattr(placing, "make_plan", make_plan)
 
     monkeypatch.delenv("HETIS_DEBUG", raising=False)
