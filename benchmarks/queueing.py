@@ -48,7 +48,7 @@ LENGTHS = (
 TTFT_S, TPOT_S = (0.3, 1.0, 3.0, None), (0.03, 0.1, None)
 SHARES = (0.6, 0.8, 0.9, 1.0)  # of the planned rate, which is 90% of the saturated one
 MOST_SEATS = 300
-REQUESTS = 8_000
+REQUESTS, QUICK_REQUESTS = 8_000, 500
 TIME_LIMIT_S = 8.0
 NO_DISPATCH = Settings(dispatch=False, redispatch=False)
 NO_LIMIT = Objective(ttft_limit_s=None, tpot_limit_s=None)
@@ -71,14 +71,16 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1, metavar="S", help="of what is drawn (default 1)")
     parser.add_argument("--calibrate", action="store_true", help="print the factor FASTER from the plans of seed 0")
     arguments = parser.parse_args()
-    number = QUICK_PLANS if arguments.quick else arguments.plans
+    number, num_requests = (QUICK_PLANS, QUICK_REQUESTS) if arguments.quick else (arguments.plans, REQUESTS)
     if arguments.calibrate and (arguments.quick or arguments.only):
         parser.error("--calibrate takes all plans, without --quick and --only")
     if arguments.calibrate:
         print(f"FASTER = {calibrated([run for case in cases(number, seed=0) for run in runs_of(case)]):.3f}")
         return
     chosen = (case for case in cases(number, arguments.seed) if arguments.only in case.name)
-    rows.show(summarised(row_of(run) for case in chosen for run in runs_of(case)), arguments, name="queueing")
+    rows.show(
+        summarised(row_of(run) for case in chosen for run in runs_of(case, num_requests)), arguments, name="queueing"
+    )
 
 
 def cases(number: int, seed: int) -> Iterator[Case]:
@@ -122,13 +124,13 @@ class Run:
         return queue.at(self.share * default_rate(self.case.plan, self.case.problem))
 
 
-def runs_of(case: Case) -> Iterator[Run]:
+def runs_of(case: Case, num_requests: int = REQUESTS) -> Iterator[Run]:
     """Simulate a plan at each share of its rate."""
     lengths, most = case.problem.workload, case.problem.model.max_position
     for share in SHARES:
         rate_rps = share * default_rate(case.plan, case.problem)
         load = Load(lengths=lengths, max_position=most, arrivals=Arrivals.DRAWN, rate_rps=rate_rps)
-        question = Question(load=load, num_requests=REQUESTS, seeds=(0,), settings=NO_DISPATCH, limits=NO_LIMIT)
+        question = Question(load=load, num_requests=num_requests, seeds=(0,), settings=NO_DISPATCH, limits=NO_LIMIT)
         found = answer(case.plan, case.problem, question, processes=1, cancelled=threading.Event(), report=silent)
         metrics = found.runs[0]
         yield Run(case=case, share=share, simulated_s=metrics.ttft_s.p95, queueing_s=metrics.queueing_s.p95)

@@ -7,10 +7,11 @@ from dataclasses import replace
 import pytest
 
 from hetis.engines.gpus import CAPABILITIES
-from hetis.engines.precision import SUPPORT, remarks, why_not
+from hetis.engines.precision import SUPPORT, refusal_of, remarks
 from hetis.formats import catalogue
 from hetis.formats.dtypes import PRECISIONS, with_precision
-from hetis.solver.model import AttentionKind
+from hetis.solver.cluster import GpuType
+from hetis.solver.model import AttentionKind, ModelSpec
 from tests.solver.instances import make_compressed
 
 LLAMA, DEEPSEEK = catalogue.find_model("Llama-3.1-70B").model, catalogue.find_model("DeepSeek-V3").model
@@ -18,6 +19,11 @@ V100, T4, A100, L4, H100, B200, MI300X, MI355X = (
     catalogue.find_gpu(name).gpu
     for name in ("V100-SXM2-32GB", "T4", "A100-SXM-80GB", "L4", "H100-SXM-80GB", "B200", "MI300X", "MI355X")
 )
+
+
+def why_not(model: ModelSpec, gpu: GpuType, engine: str) -> str | None:
+    refusal = refusal_of(model, gpu, engine)
+    return None if refusal is None else str(refusal)
 
 
 @pytest.mark.parametrize(

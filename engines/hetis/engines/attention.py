@@ -13,8 +13,8 @@ from collections.abc import Iterable
 from hetis.engines.gpus import GpuKind
 from hetis.solver.model import ModelSpec
 
+TRITON_FP8 = 8.9  # lowest compute capability with Triton's FP8
 _DATACENTER_BLACKWELL = 10  # major compute capability of B200 and B300
-_TRITON_FP8 = 8.9  # lowest compute capability with Triton's FP8
 _FLASHINFER_HEADS = (64, 128, 256)
 # Gemma 3's tokens of an image (``mm_tokens_per_image``, the same in all sizes), and its marks and line breaks around.
 _IMAGE_TOKENS = 256 + 4
@@ -65,7 +65,7 @@ def _only_triton(model: ModelSpec) -> bool:
 
 def _triton(model: ModelSpec, capabilities: set[float]) -> str | None:
     """Return TRITON_ATTN, or None if GPUs below Ada are to read FP8 KV by it (`TritonAttentionImpl` refuses them)."""
-    return "TRITON_ATTN" if model.kv_bytes == 2 or min(capabilities) >= _TRITON_FP8 else None
+    return "TRITON_ATTN" if model.kv_bytes == 2 or min(capabilities) >= TRITON_FP8 else None
 
 
 def _of_sglang(model: ModelSpec, capabilities: set[float]) -> str:

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from hetis.engines.attention import reads_fp8_by_triton
+from hetis.engines.attention import TRITON_FP8, reads_fp8_by_triton
 from hetis.engines.gpus import BFLOAT16, CAPABILITIES
 from hetis.formats.dtypes import kv_of, weights_of
 from hetis.solver.cluster import GpuType
@@ -66,10 +67,12 @@ _VLLM = Support(
     fp8_kv={
         AttentionKind.MHA: (_FP8_KV := Least(capability=8.0, source="vllm/v1/attention/backends/flashinfer.py")),
         AttentionKind.GQA: _FP8_KV,
-        AttentionKind.MLA: Least(capability=8.9, source="vllm/v1/attention/backends/mla/triton_mla.py: Triton's fp8"),
+        AttentionKind.MLA: Least(
+            capability=TRITON_FP8, source="vllm/v1/attention/backends/mla/triton_mla.py: Triton's fp8"
+        ),
     },
 )  # fmt: skip
-_FP8_KV_BY_TRITON = Least(capability=8.9, source="vllm/v1/attention/backends/triton_attn.py: Triton's fp8")
+_FP8_KV_BY_TRITON = Least(capability=TRITON_FP8, source="vllm/v1/attention/backends/triton_attn.py: Triton's fp8")
 _SGLANG = Support(
     version="0.5",
     project="SGLang",
@@ -103,7 +106,18 @@ def why_not_loaded(model: ModelSpec, engine: str) -> str | None:
     )
 
 
-def why_not(model: ModelSpec, gpu: GpuType, engine: str) -> str | None:
+class Refusal(NamedTuple):
+    """Why an engine cannot run a model on a GPU. What the GPU has is apart, because others may lack the same."""
+
+    needs: str
+    has: str = ""  # empty: it does not depend on the GPU's compute capability
+    source: str = ""  # where ``needs`` is documented, unless that says so
+
+    def __str__(self) -> str:
+        return self.needs + (f", {self.has}" if self.has else "") + (f" ({self.source})" if self.source else "")
+
+
+def refusal_of(model: ModelSpec, gpu: GpuType, engine: str) -> Refusal | None:
     """Return why an engine cannot run a model on a GPU in the precision of its weights and KV.
 
     Return None if it can, or if nothing is recorded about it.
@@ -122,23 +136,23 @@ def remarks(model: ModelSpec, gpus: Mapping[str, GpuType], engine: str) -> Itera
         yield f"{', '.join(below)}: {least.how}"
 
 
-def _reasons(model: ModelSpec, gpu: GpuType, engine: str) -> Iterator[str]:
+def _reasons(model: ModelSpec, gpu: GpuType, engine: str) -> Iterator[Refusal]:
     has, support = CAPABILITIES.get(gpu.architecture), SUPPORT[engine]
     if reason := why_not_loaded(model, engine):
-        yield reason
+        yield Refusal(reason)
     if model.weights == "mxfp4" and model.moe is None and gpu.architecture not in DENSE_MXFP4:
-        yield (
-            f"mxfp4 is a format of experts, which {model.name} has not "
-            f"({support.project}'s repository, {support.weights['mxfp4'].source})"
-        )
+        source = f"{support.project}'s repository, {support.weights['mxfp4'].source}"
+        yield Refusal(f"mxfp4 is a format of experts, which {model.name} has not", source=source)
     if model.kv_bytes < 1:
-        yield f"KV in {kv_of(model)} is not modelled for {engine}, KV in 8 or 16 bits is: --kv fp8 or --kv bf16"
+        yield Refusal(
+            f"KV in {kv_of(model)} is not modelled for {engine}, KV in 8 or 16 bits is: --kv fp8 or --kv bf16"
+        )
     if has is None:
         return
+    what_it_has = f"{gpu.name} ({gpu.architecture}) has {has:g}"
     if not model.float16 and has < BFLOAT16:
-        yield (
-            f"{model.name} needs bfloat16 ({_NO_FLOAT16}): compute capability {BFLOAT16:g} or higher, "
-            f"{gpu.name} ({gpu.architecture}) has {has:g}"
+        yield Refusal(
+            f"{model.name} needs bfloat16 ({_NO_FLOAT16}): compute capability {BFLOAT16:g} or higher", what_it_has
         )
     fp8_kv = support.fp8_kv.get(model.attention) if model.kv_bytes == 1 else None
     if fp8_kv is _FP8_KV and reads_fp8_by_triton(model):
@@ -151,12 +165,13 @@ def _reasons(model: ModelSpec, gpu: GpuType, engine: str) -> Iterator[str]:
     if model.compressed is not None and support is _VLLM:
         wanted.append(("compressed attention", _COMPRESSED))
         if model.kv_bytes != 1:
-            yield f"the kernels that {engine} chooses for compressed attention keep KV in 8 bits: --kv fp8"
+            yield Refusal(f"the kernels that {engine} chooses for compressed attention keep KV in 8 bits: --kv fp8")
     if model.indexer is not None and support is _VLLM:
         wanted.append(("sparse attention", _SPARSE))
     for what, least in wanted:
         if least is not None and has < least.capability:
-            yield (
-                f"{engine} {support.version} needs compute capability {least.capability:g} or higher for {what}, "
-                f"{gpu.name} ({gpu.architecture}) has {has:g} ({support.project}'s repository, {least.source})"
+            yield Refusal(
+                f"{engine} {support.version} needs compute capability {least.capability:g} or higher for {what}",
+                what_it_has,
+                f"{support.project}'s repository, {least.source}",
             )

@@ -42,24 +42,32 @@ SERVICE_CONFIG = {
         }
     ]
 }
+
+
+def _kept_alive(every_ms: int, within_ms: int) -> tuple[tuple[str, str | int], ...]:
+    """Return the options of a channel that pings its planner so often, and leaves it without an answer within a time.
+
+    gRPC's default for the second of the two timeouts is a minute, and the longer one applies.
+    """
+    return (
+        ("grpc.keepalive_time_ms", every_ms),
+        ("grpc.keepalive_timeout_ms", within_ms),
+        ("grpc.http2.ping_timeout_ms", within_ms),
+        ("grpc.http2.max_pings_without_data", 0),
+        ("grpc.primary_user_agent", "hetis-client"),
+    )
+
+
 CHANNEL_OPTIONS: tuple[tuple[str, str | int], ...] = (
     ("grpc.service_config", json.dumps(SERVICE_CONFIG)),
     ("grpc.enable_retries", 1),
-    ("grpc.keepalive_time_ms", 30_000),
-    ("grpc.keepalive_timeout_ms", 10_000),
-    ("grpc.http2.ping_timeout_ms", 10_000),  # gRPC's default is a minute, and the longer of the two timeouts applies
-    ("grpc.http2.max_pings_without_data", 0),
-    ("grpc.primary_user_agent", "hetis-client"),
+    *_kept_alive(30_000, 10_000),
 )
 # With several planners, the client itself retries at another one, and must detect a dead one soon.
 SEVERAL_OPTIONS: tuple[tuple[str, str | int], ...] = (
     ("grpc.enable_retries", 0),
     # As agents do: a planner that hangs, or whose machine is gone, closes no connection and so ends no watch.
-    ("grpc.keepalive_time_ms", 10_000),
-    ("grpc.keepalive_timeout_ms", 5_000),
-    ("grpc.http2.ping_timeout_ms", 5_000),
-    ("grpc.http2.max_pings_without_data", 0),
-    ("grpc.primary_user_agent", "hetis-client"),
+    *_kept_alive(10_000, 5_000),
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.min_reconnect_backoff_ms", 3000),
     ("grpc.max_reconnect_backoff_ms", 1000),

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import replace
 
 from hetis.engines.attention import common_backend
-from hetis.engines.gpus import CAPABILITIES, VENDORS, kind_of_type
-from hetis.engines.precision import SUPPORT, remarks, why_not
+from hetis.engines.gpus import VENDORS, kind_of_type
+from hetis.engines.precision import SUPPORT, Refusal, refusal_of, remarks
 from hetis.engines.serving import TELL_KV
 from hetis.engines.workers import why_no_workers
 from hetis.formats import dtypes
@@ -91,7 +91,7 @@ def for_engine(loaded: LoadedInputs, engine: EngineRules | None) -> LoadedInputs
     refused = refused_by(inputs.model, inputs.cluster, name)
     gpus = gpu_types_of(inputs.cluster)
     if len(refused) == len(gpus):
-        raise InvalidProblemError("; ".join((*_shared(refused, gpus), *_instead(inputs, name))))
+        raise InvalidProblemError("; ".join((*_shared(refused.values()), *_instead(inputs, name))))
     has_workers = _has_workers(inputs.model, inputs.cluster, name)
     notes = [f"{gpu} {'only as attention workers' if has_workers else 'left out'}: {refused[gpu]}" for gpu in refused]
     if name == WORKERS and not has_workers:
@@ -117,16 +117,13 @@ def for_engine(loaded: LoadedInputs, engine: EngineRules | None) -> LoadedInputs
     )
 
 
-def _shared(reasons: Mapping[str, str], gpus: Mapping[str, GpuType]) -> Iterator[str]:
-    """Yield the reasons of GPU types. Those that differ only in what a GPU has are one, with what all of them have."""
-    had = dict[tuple[str, str], list[str]]()
-    for name, reason in reasons.items():
-        gpu = gpus[name]
-        own = f"{gpu.name} ({gpu.architecture}) has {CAPABILITIES.get(gpu.architecture, 0):g}"
-        before, has, after = reason.partition(own)
-        had.setdefault((before, after), []).append(has)
-    for (before, after), each in had.items():
-        yield f"{before}{', '.join(dict.fromkeys(each))}{after}"
+def _shared(refusals: Iterable[Refusal]) -> Iterator[str]:
+    """Yield the reasons. Those that differ only in what a GPU has are one, with what all of them have."""
+    had = dict[Refusal, list[str]]()
+    for refusal in refusals:
+        had.setdefault(refusal._replace(has=""), []).append(refusal.has)
+    for refusal, each in had.items():
+        yield str(refusal._replace(has=", ".join(dict.fromkeys(each))))
 
 
 def _instead(inputs: Inputs, engine: str) -> Iterator[str]:
@@ -155,15 +152,15 @@ def notes_on_exchange(plan: Plan, problem: PlacementProblem) -> list[str]:
     return list(notes)
 
 
-def refused_by(model: ModelSpec, cluster: Cluster, engine: str | None) -> dict[str, str]:
+def refused_by(model: ModelSpec, cluster: Cluster, engine: str | None) -> dict[str, Refusal]:
     """Return the GPU types on which an engine cannot run the model in its precision, with the reason for each.
 
     Empty for None and for ``any``, whose support is unknown.
     """
     if engine is None or engine not in SUPPORT:
         return {}
-    whys = ((name, why_not(model.on(name), gpu, engine)) for name, gpu in gpu_types_of(cluster).items())
-    return {name: why for name, why in whys if why is not None}
+    refusals = ((name, refusal_of(model.on(name), gpu, engine)) for name, gpu in gpu_types_of(cluster).items())
+    return {name: refusal for name, refusal in refusals if refusal is not None}
 
 
 def constraints_of(model: ModelSpec, cluster: Cluster, engine: str | None) -> tuple[Constraint, ...]:

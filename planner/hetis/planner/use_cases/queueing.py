@@ -26,8 +26,10 @@ from hetis.planner.use_cases.simulate import default_rate, with_all_seats
 from hetis.planner.use_cases.verification import in_seconds
 from hetis.solver.check.fleet import Fleet, replica_shape
 from hetis.solver.check.rederive import Rederivation
+from hetis.solver.model import ModelSpec
 from hetis.solver.plan import Plan, ReplicaPlan, Role
 from hetis.solver.problem import PlacementProblem
+from hetis.solver.workload import Workload
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -151,8 +153,9 @@ def request_queue(plan: Plan, problem: PlacementProblem, *, faster: float = FAST
     """
     if not plan.replicas or any(one.role is not Role.UNIFIED for one in plan.replicas):
         return None
-    moments = problem.workload.clipped_to(problem.model.max_position).moments()
-    return RequestQueue(tuple(_equal_replicas(with_all_seats(plan, problem), problem)), moments.computed_cv2, faster)
+    workload = problem.workload.clipped_to(problem.model.max_position)
+    replicas = tuple(_equal_replicas(with_all_seats(plan, problem), problem, workload))
+    return RequestQueue(replicas, workload.moments().computed_cv2, faster)
 
 
 def queueing(plan: Plan, problem: PlacementProblem) -> Queueing | None:
@@ -161,9 +164,8 @@ def queueing(plan: Plan, problem: PlacementProblem) -> Queueing | None:
     return None if queue is None else queue.at(default_rate(plan, problem))
 
 
-def _equal_replicas(plan: Plan, problem: PlacementProblem) -> Iterator[EqualReplicas]:
-    fleet, derivation = Fleet.of(problem.cluster), Rederivation(problem)
-    moments = problem.workload.clipped_to(problem.model.max_position).moments()
+def _equal_replicas(plan: Plan, problem: PlacementProblem, workload: Workload) -> Iterator[EqualReplicas]:
+    fleet, derivation, moments = Fleet.of(problem.cluster), Rederivation(problem), workload.moments()
     for group in group_replicas(plan.replicas):
         one = plan.replicas[group.numbers[0]]
         shape, b = replica_shape(one, problem, fleet), one.micro_batch
@@ -179,16 +181,15 @@ def _equal_replicas(plan: Plan, problem: PlacementProblem) -> Iterator[EqualRepl
             beside=math.ceil(max(1.0, chunks) / iterations) * one.in_flight,
             in_flight=np.array([float(size * one.in_flight) for size in sizes]),
             rates=np.array([claimed * derivation.of(replace(shape, micro_batch=size)).rate for size in sizes]),
-            holding_cv2=_holding_cv2(one, problem),
+            holding_cv2=_holding_cv2(one, problem.model, workload),
             lanes=one.in_flight,
             prompt_s=chunks * round_trip_s,
             prefill_s=math.ceil(moments.p95_computed / one.chunk_tokens) * round_trip_s,
         )
 
 
-def _holding_cv2(one: ReplicaPlan, problem: PlacementProblem) -> float:
+def _holding_cv2(one: ReplicaPlan, model: ModelSpec, workload: Workload) -> float:
     """Return the squared coefficient of variation of the iterations for which a request holds its seat."""
-    workload, model = problem.workload.clipped_to(problem.model.max_position), problem.model
     computed = (1.0 - workload.prefix_hit_rate) / one.chunk_tokens
     held = [each.output_tokens / model.emitted_tokens + computed * each.prompt_tokens for each in workload.bins]
     shares = [each.weight for each in workload.bins]
