@@ -13,7 +13,6 @@ from hetis.formats.command_line.verb import run_application, version_option
 from hetis.profiler.cli import profiles
 from hetis.profiler.cli.calibrate import CALIBRATE_EXAMPLES, calibrate
 from hetis.profiler.cli.exit_codes import ProfileExitCode
-from hetis.profiler.cli.fit import FIT_EXAMPLES, fit
 from hetis.profiler.cli.measurements import RUN_EXAMPLES, import_tables
 from hetis.profiler.cli.measurements import run as run_verb
 
@@ -32,7 +31,7 @@ app = typer.Typer(
 )
 app.command("run", rich_help_panel="Measurements", epilog=RUN_EXAMPLES)(run_verb)
 app.command("import", rich_help_panel="Measurements")(import_tables)
-app.command(rich_help_panel="Profiles", epilog=FIT_EXAMPLES)(fit)
+app.command(rich_help_panel="Profiles", epilog=profiles.FIT_EXAMPLES)(profiles.fit)
 app.command(rich_help_panel="Profiles")(profiles.model)
 app.command(rich_help_panel="Profiles", epilog=CALIBRATE_EXAMPLES)(calibrate)
 for look in (profiles.show, profiles.compare, profiles.plot, profiles.check):

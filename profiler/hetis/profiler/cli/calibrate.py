@@ -12,7 +12,6 @@ import typer
 from hetis.formats.command_line.terminal import Terminal
 from hetis.formats.command_line.verb import verb
 from hetis.profiler.cli.exit_codes import ProfileExitCode
-from hetis.profiler.cli.fit import waiting
 from hetis.profiler.cli.shared import (
     ClusterOption,
     gpu_type,
@@ -20,6 +19,7 @@ from hetis.profiler.cli.shared import (
     save_profile,
     seconds_text,
     table_of,
+    waiting,
 )
 
 if TYPE_CHECKING:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,6 +12,7 @@ import typer
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from hetis.formats.command_line.terminal import Terminal
     from hetis.formats.measurements import Measurements
     from hetis.solver.cluster import GpuType
     from hetis.solver.profile import Profile
@@ -130,6 +132,17 @@ def save_profile(path: Path, profile: Profile) -> None:
     from hetis.formats.files import write_atomically
 
     write_atomically(path, dump(profile, "yaml" if path.suffix in (".yaml", ".yml") else "json"))
+
+
+@contextmanager
+def waiting(terminal: Terminal, what: str) -> Iterator[None]:
+    """Show ``what`` while the block runs."""
+    console = terminal.stderr_console()
+    if terminal.verbosity < 0 or not console.is_terminal or console.is_dumb_terminal:
+        yield
+        return
+    with console.status(what):
+        yield
 
 
 def table_of(texts: Iterable[str], numbers: Iterable[str], **settings: Any) -> Table:
