@@ -8,7 +8,7 @@ from dataclasses import replace
 from hypothesis import strategies as st
 
 from hetis.formats import catalogue
-from hetis.formats.dispatch_state import NewRequest, NewRequests
+from hetis.formats.dispatch_state import NewRequestPart, NewRequests
 from hetis.formats.dtypes import PRECISIONS
 from hetis.formats.saved_state import AttentionPiece, InlineHeads, SavedDevice, SavedRequest, SavedState
 from hetis.formats.tenants import FleetTenant, FleetTenants
@@ -384,7 +384,7 @@ def plans(draw: st.DrawFn) -> Plan:
 
 
 REQUESTS = st.lists(
-    st.builds(NewRequest, id=TITLES, context_tokens=st.integers(1, 10**9), output_tokens=st.integers(0, 10**9)),
+    st.builds(NewRequestPart, id=TITLES, context_tokens=st.integers(1, 10**9), output_tokens=st.integers(0, 10**9)),
     max_size=4,
     unique_by=lambda request: request.id,
 ).map(lambda requests: NewRequests(requests=tuple(requests)))

@@ -188,11 +188,11 @@ def cluster_to_data(cluster: Cluster, *, embed_gpu_types: bool = False) -> dict[
     """Return a cluster's document as plain data. Reading it again gives an equal cluster.
     With ``embed_gpu_types`` it contains every GPU type, and so means the same under another catalogue.
     """
-    used = {slots.gpu for group in cluster.node_groups for slots in group.gpus}
+    used, known = {slots.gpu for group in cluster.node_groups for slots in group.gpus}, catalogue.gpu_types()
     inline = {
         name: _gpu_type_data(gpu)
         for name, gpu in cluster.gpu_types.items()
-        if embed_gpu_types or name not in used or gpu != _catalogue_gpus().get(name)
+        if embed_gpu_types or name not in used or gpu != known.get(name)
     }
     return present(
         {
@@ -210,14 +210,10 @@ CLUSTER = Kind(document=ClusterDocument, value=Cluster, parse=parse_cluster, to_
 load_cluster = CLUSTER.load
 
 
-def _catalogue_gpus() -> dict[str, GpuType]:
-    return {entry.gpu.name: entry.gpu for entry in catalogue.gpus()}
-
-
 def _to_cluster(document: ClusterDocument) -> Cluster:
     inline = {name: _gpu_type(name, part) for name, part in document.gpu_types.items()}
     used = dict.fromkeys(gpus.type for node in document.nodes for gpus in node.gpus)
-    known = _catalogue_gpus()
+    known = catalogue.gpu_types()
     cluster = Cluster(
         name=document.name,
         node_groups=tuple(_node_group(node, document.network) for node in document.nodes),
@@ -406,7 +402,7 @@ def _check_gpus(nodes: list[tuple[int, dict[str, Any]]]) -> Found:
         for j, slots in enumerate(listed(node.get("gpus"))):
             kind = slots.get("type") if isinstance(slots, dict) else None
             if isinstance(kind, str):
-                name = _canonical(kind)
+                name = catalogue.gpu_name(kind)  # so that two aliases of one type are recognised
                 if name in seen:
                     yield ("nodes", i, "gpus", j, "type"), f"{kind!r} is listed twice in one node, add up the counts"
                 seen.add(name)
@@ -415,14 +411,6 @@ def _check_gpus(nodes: list[tuple[int, dict[str, Any]]]) -> Found:
                 yield ("nodes", i, "gpus", j, "usd_per_hour"), twice
     if total > MAX_GPUS:
         yield ("nodes",), f"has {total} GPUs, at most {MAX_GPUS} are supported"
-
-
-def _canonical(gpu: str) -> str:
-    """Return the catalogue's name of a GPU, so that two aliases of one type are recognised."""
-    try:
-        return catalogue.find_gpu(gpu).gpu.name
-    except catalogue.UnknownNameError:
-        return gpu
 
 
 def _check_links(

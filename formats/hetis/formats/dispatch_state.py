@@ -443,20 +443,19 @@ load_state, parse_state, state_to_data = DISPATCH_STATE.load, DISPATCH_STATE.par
 # --- new requests
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NewRequest:
-    """A request waiting to be placed: its context after prefill, and the output tokens expected of it."""
+class NewRequestPart(DocumentPart):
+    """A new request: tokens of context after its prefill, and expected output tokens, for which memory is reserved."""
 
-    id: str
-    context_tokens: int
-    output_tokens: int
+    id: Title
+    context_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)]
+    output_tokens: Annotated[int, Field(ge=0, le=MAX_TOKENS)] = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NewRequests:
     """New requests in their order of admission."""
 
-    requests: tuple[NewRequest, ...]
+    requests: tuple[NewRequestPart, ...]
 
     def to_solver(self) -> Requests:
         """Return the same as arrays."""
@@ -465,14 +464,6 @@ class NewRequests:
             context_tokens=np.array([request.context_tokens for request in self.requests], np.int64),
             growth_tokens=np.array([request.output_tokens for request in self.requests], np.int64),
         )
-
-
-class NewRequestPart(DocumentPart):
-    """A new request: tokens of context after its prefill, and expected output tokens, for which memory is reserved."""
-
-    id: Title
-    context_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)]
-    output_tokens: Annotated[int, Field(ge=0, le=MAX_TOKENS)] = 0
 
 
 class DispatchRequestsDocument(Document):
@@ -485,7 +476,7 @@ class DispatchRequestsDocument(Document):
 DISPATCH_REQUESTS = kind_of(
     DispatchRequestsDocument,
     NewRequests,
-    to_value=lambda document: value_of(NewRequests, document),
+    to_value=lambda document: NewRequests(requests=tuple(document.requests)),
     to_data=plain,
     check=lambda data: duplicates(("requests",), entries(data.get("requests")), "id", "request"),
 )
@@ -503,13 +494,13 @@ def requests_from_words(words: Iterable[str], taken: Collection[str] = ()) -> Ne
     """Return requests written as ``CONTEXT/OUTPUT``, named ``new-0``, ``new-1``, ... avoiding the names in ``taken``.
     Raises DocumentError with every word that is not a pair of this form.
     """
-    found, problems = list[NewRequest](), list[Problem]()
+    found, problems = list[NewRequestPart](), list[Problem]()
     names = (name for n in range(2**31) if (name := f"new-{n}") not in taken)
     for word in words:
         match = re.fullmatch(r"(\d{1,10})/(\d{1,10})", word)
         context, output = (int(match[1]), int(match[2])) if match else (0, 0)
         if 1 <= context <= MAX_TOKENS >= output:
-            found.append(NewRequest(id=next(names), context_tokens=context, output_tokens=output))
+            found.append(NewRequestPart(id=next(names), context_tokens=context, output_tokens=output))
         else:
             message = f"{word[:80]!r} is not a pair of context and expected output tokens such as 8000/300"
             problems.append(Problem(file="request", message=message))

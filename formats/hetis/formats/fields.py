@@ -237,7 +237,7 @@ def value_of(value: type[ValueT], data: BaseModel | Mapping[str, Any], **changes
 
 
 def plain(value: Any) -> Any:
-    """Return a value as plain data: dataclasses as their fields, tuples as lists, members of enums as their values."""
+    """Return a value as plain data: dataclasses and parts as their fields, tuples as lists, enums as their values."""
     names = _field_names(cast(Any, type(value)))
     if names is not None:
         return {name: one if type(one := getattr(value, name)) in _SCALARS else plain(one) for name in names}
@@ -245,6 +245,8 @@ def plain(value: Any) -> Any:
         return [plain(item) for item in value]
     if isinstance(value, Mapping):
         return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, DocumentPart):
+        return value.model_dump()
     return value.value if isinstance(value, Enum) else value
 
 

@@ -132,33 +132,6 @@ load_tenants, parse_tenants = TENANTS.load, TENANTS.parse
 # --- ShareProblem
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SharedJob:
-    """A tenant's job: throughput per GPU by type name, or the model and workload to derive it from."""
-
-    name: str
-    speedups: Mapping[str, float] | None
-    model: str | None
-    workload: str | None
-    min_gpus: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SharingTenant:
-    name: str
-    weight: float
-    jobs: tuple[SharedJob, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ShareInputs:
-    """The content of a ShareProblem file: GPUs by type name, GPUs per node, and the tenants."""
-
-    gpus: Mapping[str, int]
-    gpus_per_node: int
-    tenants: tuple[SharingTenant, ...]
-
-
 Speedup = Annotated[float, Field(ge=0, le=1e8)]  # beyond this, linear programs for shares lose precision
 Weight = Annotated[float, Field(ge=1e-4, le=1e4)]
 MinGpus = Annotated[int, Field(ge=1, le=MAX_GPUS)]
@@ -172,6 +145,22 @@ class SharedJobPart(DocumentPart):
     model: str | None = None
     workload: str | None = None
     min_gpus: MinGpus = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SharingTenant:
+    name: str
+    weight: float
+    jobs: tuple[SharedJobPart, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShareInputs:
+    """The content of a ShareProblem file: GPUs by type name, GPUs per node, and the tenants."""
+
+    gpus: Mapping[str, int]
+    gpus_per_node: int
+    tenants: tuple[SharingTenant, ...]
 
 
 class SharingTenantPart(DocumentPart):
@@ -196,18 +185,20 @@ class ShareProblemDocument(Document):
 
 
 def _to_inputs(document: ShareProblemDocument) -> ShareInputs:
-    def jobs(tenant: SharingTenantPart) -> tuple[SharedJob, ...]:
-        return tuple(value_of(SharedJob, part) for part in (tenant.jobs if tenant.jobs is not None else [tenant]))
+    def tenant(part: SharingTenantPart) -> SharingTenant:
+        jobs = part.jobs or [SharedJobPart(**part.model_dump(include=set(SharedJobPart.model_fields)))]
+        return SharingTenant(name=part.name, weight=part.weight, jobs=tuple(jobs))
 
-    tenants = tuple(value_of(SharingTenant, part, jobs=jobs(part)) for part in document.tenants)
-    return value_of(ShareInputs, document, tenants=tenants)
+    return value_of(ShareInputs, document, tenants=tuple(map(tenant, document.tenants)))
 
 
 def _inputs_data(inputs: ShareInputs) -> dict[str, Any]:
-    order = ("name", "min_gpus", "speedups", "model", "workload")
-
-    def job(one: SharedJob) -> dict[str, Any]:
-        return present({name: plain(getattr(one, name)) for name in order})
+    def job(one: SharedJobPart) -> dict[str, Any]:
+        return {
+            "name": one.name,
+            "min_gpus": one.min_gpus,
+            **one.model_dump(exclude={"name", "min_gpus"}, exclude_none=True),
+        }
 
     tenants = [plain(tenant) | {"jobs": [job(one) for one in tenant.jobs]} for tenant in inputs.tenants]
     return {**plain(inputs), "tenants": tenants}

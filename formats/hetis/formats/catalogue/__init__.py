@@ -69,6 +69,11 @@ def _gpus_by_name() -> dict[str, GpuEntry]:
     return {entry.gpu.name: entry for entry in gpus()}
 
 
+def gpu_types() -> dict[str, GpuType]:
+    """Return every GPU type of the catalogue by its name."""
+    return {entry.gpu.name: entry.gpu for entry in gpus()}
+
+
 @functools.lru_cache(maxsize=1024)  # a cluster file may spell a few types a million times
 def _gpu_name(name: str) -> str:
     return resolve_gpu(name, _gpus_by_name())
@@ -104,6 +109,19 @@ def find_gpu(name: str, *, also: Collection[str] = ()) -> GpuEntry:
         return by_name[_gpu_name(name)]
     except UnknownNameError:
         return by_name[resolve_gpu(name, by_name, also)]  # resolved once more, for better suggestions
+
+
+def known_gpu(name: str) -> GpuType | None:
+    """Return the GPU type that ``name`` means, or None if it means none, or could mean several."""
+    try:
+        return find_gpu(name).gpu
+    except UnknownNameError:
+        return None
+
+
+def gpu_name(name: str) -> str:
+    """Return the catalogue's name of a GPU type, or the text itself if it means none, or could mean several."""
+    return name if (gpu := known_gpu(name)) is None else gpu.name
 
 
 def architecture_of(gpu: str, architecture: str) -> str:
@@ -147,6 +165,15 @@ def find_model(name: str) -> ModelEntry:
     """
     by_name = {entry.model.name: entry for entry in models()}
     return by_name[resolve_model(name, by_name)]
+
+
+@functools.lru_cache(maxsize=1024)  # a table may have a name in every row
+def known_model(name: str) -> ModelSpec | None:
+    """Return the model that ``name`` means, or None if it means none, or could mean several."""
+    try:
+        return find_model(name).model
+    except UnknownNameError:
+        return None
 
 
 def find_workload(name: str) -> WorkloadEntry:

@@ -306,9 +306,7 @@ def weights_used(plan: Plan, model: ModelSpec) -> list[str]:
 
 def _other_checkpoint(used: Sequence[str], asked: str, settings: ExportSettings) -> Iterator[str]:
     """Yield a sentence if a checkpoint that the catalogue knows differs from the plan in its weights or tuning."""
-    try:
-        found = catalogue.find_model(settings.model).model
-    except catalogue.UnknownNameError:
+    if (found := catalogue.known_model(settings.model)) is None:
         return
     if used != [kept := weights_of(found)]:
         yield (

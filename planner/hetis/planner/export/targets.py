@@ -236,11 +236,8 @@ def _unknown_nodes(
 def _checkpoint(plan: Plan, shape: ModelSpec) -> str:
     """Return the checkpoint that engines load: the Hugging Face id that the plan was made for, or the model's name."""
     asked = str((plan.inputs.get("origins") or {}).get("model", ""))
-    try:
-        known = catalogue.find_model(asked).model.name
-    except catalogue.UnknownNameError:
-        return shape.name
-    return asked if _HF_ID.fullmatch(asked) and known == shape.name else shape.name
+    known = catalogue.known_model(asked)
+    return asked if known is not None and _HF_ID.fullmatch(asked) and known.name == shape.name else shape.name
 
 
 def _rate(rate_rps: float) -> str:

@@ -292,7 +292,7 @@ def _nodes(cluster: Cluster) -> Iterator[tuple[NodeGroup, str]]:
 
 
 def _found_document(declared: Cluster, found: Mapping[str, ReportedNode]) -> document_pb2.Document:
-    types = {entry.gpu.name: entry.gpu for entry in catalogue.gpus()} | dict(declared.gpu_types)
+    types = catalogue.gpu_types() | dict(declared.gpu_types)
     groups = list(_found_groups(declared, found, types))
     value = Cluster(
         name=declared.name,

@@ -52,7 +52,7 @@ class Profiles:
         checks.request(request)
         checks.require(request.gpu_type.isprintable(), "gpu_type", "holds characters that cannot be printed")
         checks.raise_if_wrong()
-        gpu_type = gpu_type_name(request.gpu_type) if request.gpu_type else ""
+        gpu_type = catalogue.gpu_name(request.gpu_type) if request.gpu_type else ""
         records, token = await read_page(self._store, request, Reader.profiles, gpu_type=gpu_type)
         profiles = [profile_message(record, view=BASIC) for record in records]
         return pb.ListProfilesResponse(profiles=profiles, next_page_token=token)
@@ -118,7 +118,7 @@ async def _read_body(checks: Checks, name: str, profile: profile_pb2.Profile) ->
     return profile_pb2.Profile(
         name=name,
         document=document,
-        gpu_type=gpu_type_name(value.gpu),
+        gpu_type=catalogue.gpu_name(value.gpu),
         usable_bytes=value.usable_bytes,
         sources=[number for source, number in _SOURCES.items() if source in used],
         held_out_mape=max(errors) if errors else None,
@@ -126,11 +126,3 @@ async def _read_body(checks: Checks, name: str, profile: profile_pb2.Profile) ->
 
 
 _SOURCES = {source: profile_pb2.ProfileSource.Value(f"PROFILE_SOURCE_{source.name}") for source in Source}
-
-
-def gpu_type_name(text: str) -> str:
-    """Return the catalogue's name for a GPU type that it knows under this or another name, or else the text itself."""
-    try:
-        return catalogue.find_gpu(text).gpu.name
-    except catalogue.UnknownNameError:
-        return text

@@ -11,7 +11,7 @@ from itertools import groupby
 import numpy as np
 
 from hetis.formats import catalogue
-from hetis.formats.dispatch_state import NewRequest, NewRequests, load_requests, load_state, requests_from_words
+from hetis.formats.dispatch_state import NewRequestPart, NewRequests, load_requests, load_state, requests_from_words
 from hetis.formats.errors import DocumentError, Problem, attempt, did_you_mean, single_problem
 from hetis.formats.saved_state import (
     AttentionPiece,
@@ -163,7 +163,7 @@ def load_stage(path: str, *, profiles: Sequence[str] = ()) -> CostedStage:
             for gpu, (file, _) in measured.items()
             if gpu not in used
         ]
-        problems += impossible_profiles(measured, {entry.gpu.name: entry.gpu for entry in catalogue.gpus()})
+        problems += impossible_profiles(measured, catalogue.gpu_types())
     if problems or saved is None:
         raise DocumentError(problems)
     return with_costs(saved, path, measured)
@@ -227,7 +227,7 @@ def load_new_requests(stage: CostedStage, *, file: str | None, words: Sequence[s
     return NewRequests(requests=(*first, *spoken.requests))
 
 
-def _longer_than_the_context(stage: CostedStage, requests: Sequence[NewRequest], file: str) -> Iterator[Problem]:
+def _longer_than_the_context(stage: CostedStage, requests: Sequence[NewRequestPart], file: str) -> Iterator[Problem]:
     """Yield a problem for every request that no engine of the stage's model would accept."""
     model = stage.model
     for request in requests:
@@ -342,11 +342,8 @@ def state_of_stage(found: PlanAndProblem, number: int, position: int) -> SavedSt
 def _empty_stage(name: str, model: ModelSpec, num_layers: int) -> SavedState:
     """Return a state without devices, with the model's name if the catalogue has the same one, else its sizes."""
     nobody = (SavedDevice(name="none", role="worker", attention=(AttentionPiece(),), total_blocks=0),)
-    try:
-        if catalogue.find_model(model.name).model == model:
-            return SavedState(name=name[:200], model=model.name, num_layers=num_layers, devices=nobody)
-    except catalogue.UnknownNameError:
-        pass
+    if catalogue.known_model(model.name) == model:
+        return SavedState(name=name[:200], model=model.name, num_layers=num_layers, devices=nobody)
     inline = InlineHeads(
         groups=model.head_groups,
         queries_per_group=model.queries_per_group,
@@ -376,7 +373,8 @@ def _with_given_costs(saved: SavedState, profiles: Mapping[str, Profile], model:
             return one
         assert fit is not None, "Profile guarantees a fit for decode attention"
         pieces = attention_pieces(fit, saved.heads, group_flops=flops, tp=one.tp)
-        return replace(one, gpu=_known(one.gpu), attention=pieces)
+        known = catalogue.known_gpu(one.gpu)  # a state file must not contain other names
+        return replace(one, gpu=None if known is None else known.name, attention=pieces)
 
     return replace(saved, devices=tuple(map(device, saved.devices)))
 
@@ -385,14 +383,6 @@ def _default_fit(gpu: str, model: ModelSpec, tp: int) -> Fit | None:
     try:
         return default_profile(catalogue.find_gpu(gpu).gpu)[1].fit(Op.DECODE_ATTENTION, model, tp)
     except (catalogue.UnknownNameError, InvalidProblemError):
-        return None
-
-
-def _known(gpu: str) -> str | None:
-    """Return the name if it is in the catalogue: a state file must not contain other names."""
-    try:
-        return catalogue.find_gpu(gpu).gpu.name
-    except catalogue.UnknownNameError:
         return None
 
 

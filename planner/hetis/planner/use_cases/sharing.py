@@ -266,7 +266,7 @@ def share_problem(
     for tenant in inputs.tenants:
         jobs = []
         for job in tenant.jobs:
-            speedups = job.speedups
+            speedups: Mapping[str, float] | None = job.speedups
             if job.model is not None and job.workload is not None:
                 name = f"{tenant.name}/{job.name}"
                 pair = (job.model, job.workload)

@@ -166,10 +166,8 @@ class SheetRow:
 @cache
 def catalogue_name(text: str) -> str | None:
     """Return the catalogue's name of a GPU as tables call it, or None if it is ambiguous or unknown."""
-    try:
-        return catalogue.find_gpu(_MEANT.get(text, text)).gpu.name
-    except catalogue.UnknownNameError:
-        return None
+    gpu = catalogue.known_gpu(_MEANT.get(text, text))
+    return None if gpu is None else gpu.name
 
 
 @cache

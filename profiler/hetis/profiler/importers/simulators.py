@@ -4,8 +4,6 @@ Mutinifni/splitwise-sim; MIT).
 
 from __future__ import annotations
 
-from functools import cache
-
 from hetis.formats import catalogue
 from hetis.formats.measurements import MeasuredBy, MeasuredOp
 from hetis.profiler.importers.reading import Collection, Sheet, SheetRow
@@ -196,7 +194,7 @@ def _step(row: SheetRow, into: Collection) -> None:
 
 def _catalogued_layer(row: SheetRow, gpu: str, into: Collection) -> None:
     """Add an operator of LLMServingSim's, whose sizes the catalogue has."""
-    model, op, tp = _model(row.text("model")), row.text("layer"), row.count("tp")
+    model, op, tp = catalogue.known_model(row.text("model")), row.text("layer"), row.count("tp")
     if model is None:
         row.refuse("model", f"is {row.text('model')!r}, which is not a model of the catalogue")
         return
@@ -222,11 +220,3 @@ def _params(model: ModelSpec, op: str) -> int | None:
     if op in heads:
         return heads[op] * model.head_dim * model.hidden
     return model.intermediate * model.hidden if op in ("gate_proj", "up_proj", "down_proj") else None
-
-
-@cache
-def _model(name: str) -> ModelSpec | None:
-    try:
-        return catalogue.find_model(name).model
-    except catalogue.UnknownNameError:
-        return None

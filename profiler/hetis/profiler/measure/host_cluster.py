@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from hetis.formats.catalogue import gpus
+from hetis.formats.catalogue import gpu_types
 from hetis.formats.measurements import MeasuredOp, Measurements
+from hetis.profiler.fitting import rounded
 from hetis.profiler.measure.session import RunResult
 from hetis.solver.cluster import Cluster, GpuSlots, GpuType, Link, Network, NodeGroup
 
@@ -15,12 +16,12 @@ _NETWORK = Link(bytes_per_s=1.25e9, latency_s=50e-6)  # if nothing was measured:
 def host_cluster(result: RunResult) -> Cluster:
     """Return a cluster of one node with the device. Peaks that the catalogue lacks are the best rates measured."""
     value, link = result.measurements, _link(result.measurements)
-    gpu = next((entry.gpu for entry in gpus() if entry.gpu.name == value.gpu), None) or GpuType(
+    gpu = gpu_types().get(value.gpu) or GpuType(
         name=value.gpu,
         architecture=result.architecture,
         memory_bytes=result.memory_bytes,
-        mem_bytes_per_s=_digits(peak_bytes_per_s(value)),
-        fp16_flops=_digits(peak_flops(value)),
+        mem_bytes_per_s=rounded(peak_bytes_per_s(value)),
+        fp16_flops=rounded(peak_flops(value)),
         pcie_bytes_per_s=link.bytes_per_s,
     )
     return Cluster(
@@ -59,10 +60,6 @@ def _link(value: Measurements) -> Link:
     for t in value.tables:
         if t.op is MeasuredOp.TRANSFER and set(t.text("path")) <= {"loopback", "peer"}:
             num_bytes, times = t.numbers("num_bytes"), t.seconds
-            latency_s = _digits(float(times[int(np.argmin(num_bytes))]))
-            return Link(bytes_per_s=_digits(float((num_bytes / times).max())), latency_s=latency_s)
+            latency_s = rounded(float(times[int(np.argmin(num_bytes))]))
+            return Link(bytes_per_s=rounded(float((num_bytes / times).max())), latency_s=latency_s)
     return _NETWORK
-
-
-def _digits(value: float) -> float:
-    return float(f"{value:.2e}")

@@ -9,22 +9,12 @@ from importlib.metadata import version
 
 import torch
 
-from hetis.formats.catalogue import UnknownNameError, find_gpu
 from hetis.formats.measurements import MeasuredBy
 from hetis.formats.units import format_bytes
 from hetis.profiler.measure import host
 from hetis.profiler.measure.adaptive import RunRequest
 from hetis.profiler.measure.device import CudaDevice, Device
 from hetis.profiler.measure.host import TIMES
-
-
-def gpu_name(wanted: str, device: Device) -> str:
-    """Return the GPU type of the result: as requested, or the catalogue's name for the driver's name of the device."""
-    name = wanted or device.name
-    try:
-        return find_gpu(name).gpu.name
-    except UnknownNameError:
-        return name
 
 
 def settings_of(request: RunRequest, gpu: str, device: Device, driver: str) -> dict[str, str]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from hetis.formats.catalogue import gpu_name
 from hetis.formats.measurements import Column, MeasuredBy, MeasuredOp, Measurements, Table
 from hetis.profiler.measure.adaptive import QUICK_RULES, Campaign, RunRequest, SamplingRule, StoppingRule, sample
 from hetis.profiler.measure.host import HostWatch
@@ -64,11 +65,11 @@ def measure(request: RunRequest, report: Callable[[RunProgress], None]) -> RunRe
     from hetis.profiler.measure.device import CpuDevice, open_device
     from hetis.profiler.measure.kernels import Kernels
     from hetis.profiler.measure.peers import PeerProcesses
-    from hetis.profiler.measure.provenance import cache_note, gpu_name, measured_by, settings_of
+    from hetis.profiler.measure.provenance import cache_note, measured_by, settings_of
 
     begin_s = time.monotonic()
     device = open_device(request.device)
-    gpu = gpu_name(request.gpu, device)
+    gpu = gpu_name(request.gpu or device.name)  # the catalogue's name for the driver's
     peer_devices, backend, path = _peers_of(request.device, device)
     extent = extent_of(on_cuda=device.on_cuda, quick=request.quick)
     extent = replace(extent, kv_limit_bytes=min(extent.kv_limit_bytes, device.memory_bytes // 4))
