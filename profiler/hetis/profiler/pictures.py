@@ -10,15 +10,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hetis.formats.measurements import Measurements
+from hetis.profiler.calibrate.replica import ANY_LENGTHS, rank_of
 from hetis.profiler.fit import selected_points
 from hetis.profiler.fit.points import FEATURES, Points
 from hetis.profiler.fitting import FloatArray, predict
 from hetis.solver.cluster import GpuType, Link
-from hetis.solver.cost import DeviceCost, rank_shape
-from hetis.solver.errors import InvalidProblemError
+from hetis.solver.cost import DeviceCost
 from hetis.solver.model import ModelSpec
 from hetis.solver.profile import Fit, FitScope, Op, Profile
-from hetis.solver.workload import LengthBin, Workload
 
 # The rows and columns of a picture of residuals; "" for none.
 _AXES = {
@@ -32,7 +31,6 @@ _AXES = {
 _NEAR = 1.25  # an axis is divided by powers of two: a value this close to one counts as it
 _LIMIT = 50.0  # percent at the ends of the colour scale
 _HEIGHT = 330  # height per row of pictures in HTML, in pixels
-_ANY_LENGTHS = Workload(name="any", bins=(LengthBin(prompt_tokens=1, output_tokens=1, weight=1),)).moments()
 _LINK_BYTES_PER_S = 25e9  # for typical messages: a wire factor is multiplied with this
 
 
@@ -241,13 +239,8 @@ def typical_times(profile: Profile, model: ModelSpec, tp: int) -> Iterator[tuple
     The features are those of docs/cost-model.md. Times of dense layers include routed experts, by the experts' own fit
     if the profile has one, as in plans. Raises InvalidProblemError if the model cannot be split ``tp`` ways.
     """
-    rank = rank_shape(model, tp)
-    if rank is None:
-        raise InvalidProblemError(
-            f"--tp is {tp}, must divide the {model.q_heads} query heads of {model.name} and divide its "
-            f"{model.head_groups} KV heads or be a multiple of them"
-        )
-    cost = DeviceCost(model, profile, _ANY_LENGTHS, rank, Link(bytes_per_s=_LINK_BYTES_PER_S, latency_s=0.0))
+    link = Link(bytes_per_s=_LINK_BYTES_PER_S, latency_s=0.0)
+    cost = DeviceCost(model, profile, ANY_LENGTHS, rank_of(model, tp), link)
     heads, groups = model.q_heads / tp, max(1.0, model.head_groups / tp)
     kv_bytes = model.kv_bytes_per_token_group()
 

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hetis.profiler.calibrate.observed import Observed, ObservedKind
-from hetis.profiler.calibrate.replica import CalibratedReplica
+from hetis.profiler.calibrate.replica import CalibratedReplica, Price
 from hetis.profiler.fitting import FloatArray, non_negative_least_squares
 from hetis.profiler.plausibility import STEP_SECONDS
 from hetis.solver.errors import InvalidProblemError
@@ -26,7 +26,7 @@ PARAMETERS = ("kernels", "step", "sequence")
 STOOD_STILL = 5.0  # multiple of the usual time of such iterations: a compilation, a swapped-out process
 _CANDIDATES = (("kernels",), ("step",), ("kernels", "step"), ("kernels", "step", "sequence"))
 # Column of a parameter in `_Table`, and how wrong a profile's value may be, as a share of it.
-_DOUBTS = {"kernels": ("kernels", 0.25), "step": ("step", 1.0), "sequence": ("sample", 1.0)}
+_DOUBTS = {"kernels": ("kernels_s", 0.25), "step": ("step_s", 1.0), "sequence": ("sample_s", 1.0)}
 _BLOCKS = 40
 _GROUPS = 10  # groups of blocks that are left out one after the other, to know how certain a fit is
 _CERTAIN = 0.1  # largest half-width of the interval of each of several parameters, as a share of an iteration
@@ -38,7 +38,6 @@ _LEAST_JUDGED = 10  # observations of a kind that judge a correction
 _FACTORS = (0.05, 20.0)  # range of a factor on kernels; beyond it, it means another model, GPU or engine
 _REWEIGHTS = 6  # rounds of reweighting towards the least absolute relative error
 _TWO_SIDED = 1.96  # standard errors of a 95% interval
-_KERNELS = (Op.DENSE, Op.EXPERTS, Op.PREFILL_ATTENTION, Op.DECODE_ATTENTION, Op.ALL_REDUCE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,8 +103,8 @@ def calibrate(observed: Observed, replica: CalibratedReplica) -> CalibrationResu
     before, after = judged.predicted({}), judged.predicted(values)
     judgements = list(_judgements(judged, before, after))
     refusal = _refusal(chosen, values, judgements)
-    was = {"kernels": 1.0, "step": float(np.median(table.step))}
-    was["sequence"] = float(np.median(table.sample / np.maximum(table.sequences, 1e-9)))
+    was = {"kernels": 1.0, "step": float(np.median(table.step_s))}
+    was["sequence"] = float(np.median(table.sample_s / np.maximum(table.sequences, 1e-9)))
     return CalibrationResult(
         profile=corrected(replica, observed, values, judgements[-1], len(fitted.seconds)) if not refusal else None,
         refusal=refusal,
@@ -190,9 +189,10 @@ class _Table:
     """Observations as columns, shape [observations]."""
 
     seconds: FloatArray
-    kernels: FloatArray
-    step: FloatArray
-    sample: FloatArray
+    # As in `Price`
+    kernels_s: FloatArray
+    step_s: FloatArray
+    sample_s: FloatArray
     sequences: FloatArray
     kind: NDArray[np.str_]
 
@@ -201,30 +201,24 @@ class _Table:
 
     def features(self, names: Sequence[str]) -> FloatArray:
         """Return the multipliers of the parameters, shape [observations, names]."""
-        columns = {"kernels": self.kernels, "step": np.ones(len(self.seconds)), "sequence": self.sequences}
+        columns = {"kernels": self.kernels_s, "step": np.ones(len(self.seconds)), "sequence": self.sequences}
         return np.stack([columns[name] for name in names], axis=1)
 
     def own(self, names: Sequence[str]) -> FloatArray:
         """Return the profile's seconds for everything except these parameters."""
-        columns = {"kernels": self.kernels, "step": self.step, "sequence": self.sample}
-        return sum((c for name, c in columns.items() if name not in names), np.zeros(len(self.seconds)))
+        columns = (getattr(self, column) for name, (column, _) in _DOUBTS.items() if name not in names)
+        return sum(columns, np.zeros(len(self.seconds)))
 
     def predicted(self, values: Mapping[str, float]) -> FloatArray:
-        names = tuple(values)
-        if not names:
-            return self.own(())
-        predicted: FloatArray = self.own(names) + self.features(names) @ np.array([values[name] for name in names])
-        return predicted
+        own = self.own(tuple(values))
+        return own + self.features(tuple(values)) @ np.array([*values.values()]) if values else own
 
 
 def _table(observed: Observed, replica: CalibratedReplica) -> _Table:
     prices = [replica.price(one) for one in observed.observations]
     return _Table(
         seconds=np.array([one.seconds for one in observed.observations]),
-        kernels=np.array([price.kernels_s for price in prices]),
-        step=np.array([price.step_s for price in prices]),
-        sample=np.array([price.sample_s for price in prices]),
-        sequences=np.array([price.sequences for price in prices]),
+        **{one.name: np.array([getattr(price, one.name) for price in prices]) for one in fields(Price)},
         kind=np.array([one.kind.value for one in observed.observations], dtype=np.str_),
     )
 

@@ -12,10 +12,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+from hetis.formats.catalogue import known_model
 from hetis.formats.errors import single_problem
 from hetis.formats.vllm_logs import IterationLog, LoggedIteration, LoggedServer
 from hetis.profiler.calibrate.between import between_iterations
 from hetis.profiler.calibrate.observed import Observation, Observed, ObservedWork
+from hetis.solver.errors import InvalidProblemError
+from hetis.solver.model import ModelSpec
 
 FIRST = 10  # first iterations of an engine, in which it still loads and compiles kernels
 LEAST = 40
@@ -26,6 +29,7 @@ _ALIKE = {
     "quantization": "quantizations",
     "kv_dtype": "types of KV caches",
 }
+_UNQUANTISED_BYTES = 2.0  # per parameter, and per element of the KV cache
 NO_GAP = (
     "the log's clock is too coarse for the time between two iterations, which elapsed times exclude: log some "
     "minutes of steady load, or let a log collector add times in milliseconds"
@@ -88,6 +92,35 @@ def _require_alike(label: str, servers: Sequence[LoggedServer]) -> None:
         if len(stated) > 1:
             several = " and ".join(map(str, stated))
             raise single_problem(label, f"is of servers with {words} {several}, one after the other: split it")
+
+
+def contradictions(servers: Sequence[LoggedServer], model: ModelSpec) -> list[str]:
+    """Return a sentence for everything in which a server seems to differ from ``model``. Raises InvalidProblemError if
+    it certainly has another precision, whose kernels would be taken for those of ``model``.
+    """
+    return list(dict.fromkeys(sentence for server in servers for sentence in _contradictions(server, model)))
+
+
+def _contradictions(server: LoggedServer, model: ModelSpec) -> Iterator[str]:
+    known = known_model(server.model.rstrip("/").rpartition("/")[2])  # of a name or path
+    if known is not None and _shape(known) != _shape(model):
+        yield f"the log is of a server of {server.model}, --model is {model.name}"
+    quantised = model.weight_bytes < _UNQUANTISED_BYTES
+    if server.quantization == "None" and quantised:
+        name = model.weights or f"{model.weight_bytes:g} bytes each"
+        raise InvalidProblemError(
+            f"the weights of {model.name} are {name}, the server in the log has quantization=None"
+        )
+    if server.quantization not in ("", "None") and not quantised:
+        yield f"the server in the log has quantization={server.quantization}, {model.name} has none: see --weights"
+    if server.kv_dtype.startswith("fp8") and model.kv_bytes >= _UNQUANTISED_BYTES:
+        raise InvalidProblemError(f"the server in the log has kv_cache_dtype={server.kv_dtype}: give --kv fp8")
+    if server.kv_dtype in ("auto", "bfloat16", "float16") and model.kv_bytes < _UNQUANTISED_BYTES:
+        yield f"the server in the log has kv_cache_dtype={server.kv_dtype}, {model.name} has KV of 8 bits: see --kv"
+
+
+def _shape(model: ModelSpec) -> tuple[int, ...]:
+    return model.num_layers, model.hidden, model.q_heads, model.kv_heads, model.head_dim
 
 
 @dataclass(slots=True)

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 from hetis.profiler.calibrate.observed import Observation, ObservedWork
 from hetis.solver.cluster import Link
-from hetis.solver.cost import DeviceCost, rank_shape
+from hetis.solver.cost import DeviceCost, RankShape, rank_shape
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.model import ModelSpec
 from hetis.solver.profile import Fit, Op, Profile
 from hetis.solver.workload import LengthBin, Workload
 
 _HOST = (Op.STEP, Op.SAMPLE)
-_ANY_LENGTHS = Workload(name="any", bins=(LengthBin(prompt_tokens=1, output_tokens=1, weight=1),)).moments()
+ANY_LENGTHS = Workload(name="any", bins=(LengthBin(prompt_tokens=1, output_tokens=1, weight=1),)).moments()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +30,17 @@ class Price:
         return self.kernels_s + self.step_s + self.sample_s
 
 
+def rank_of(model: ModelSpec, tp: int) -> RankShape:
+    """Return the part of a layer that each rank has. Raises InvalidProblemError if the model cannot be split so."""
+    rank = rank_shape(model, tp)
+    if rank is None:
+        raise InvalidProblemError(
+            f"--tp is {tp}, must divide the {model.q_heads} query heads of {model.name} and divide its "
+            f"{model.head_groups} KV heads or be a multiple of them"
+        )
+    return rank
+
+
 class CalibratedReplica:
     """A model on one tensor-parallel group, priced with the formulas of docs/cost-model.md."""
 
@@ -37,12 +48,7 @@ class CalibratedReplica:
         """Check that the replica is possible. Raises InvalidProblemError if the model cannot be split like that, or its
         weights do not fit.
         """
-        rank = rank_shape(model, tp)
-        if rank is None:
-            raise InvalidProblemError(
-                f"--tp is {tp}, must divide the {model.q_heads} query heads of {model.name} and divide its "
-                f"{model.head_groups} KV heads or be a multiple of them"
-            )
+        rank = rank_of(model, tp)
         if model.draft is not None:
             raise InvalidProblemError(
                 f"{model.name} drafts tokens: calibrate with a server without speculative decoding"
@@ -51,7 +57,7 @@ class CalibratedReplica:
         self._fits = {op: profile.fit(op, model, tp) for op in Op}
         self._repeated = model.num_layers - model.prefix_layers
         kernels = replace(profile, fits=tuple(fit for fit in profile.fits if fit.op not in _HOST))
-        self._cost = DeviceCost(model, kernels, _ANY_LENGTHS, rank, link)
+        self._cost = DeviceCost(model, kernels, ANY_LENGTHS, rank, link)
         self._by_tokens: dict[float, float] = {}
         self._by_sequences: dict[float, float] = {}
         weights = self._repeated * self._cost.layer_bytes() + self._cost.prefix_bytes()
@@ -69,12 +75,8 @@ class CalibratedReplica:
     def price(self, observation: Observation) -> Price:
         """Return the mean price of the observation's parts."""
         prices = [(share, self._price(work)) for share, work in observation.parts]
-        return Price(
-            kernels_s=sum(share * price.kernels_s for share, price in prices),
-            step_s=sum(share * price.step_s for share, price in prices),
-            sample_s=sum(share * price.sample_s for share, price in prices),
-            sequences=sum(share * price.sequences for share, price in prices),
-        )
+        names = (field.name for field in fields(Price))
+        return Price(**{name: sum(share * getattr(price, name) for share, price in prices) for name in names})
 
     def _price(self, work: ObservedWork) -> Price:
         tokens, sequences = work.decoding + work.chunk_tokens, work.decoding + work.prompts

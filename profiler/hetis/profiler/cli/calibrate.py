@@ -232,8 +232,7 @@ def _possible(found: CalibrationResult, base: Profile, cluster: Path | None) -> 
 
 def _logged(path: str, log: IterationLog, context: float | None, spec: ModelSpec) -> Observed:
     from hetis.formats.files import file_label
-    from hetis.profiler.calibrate.iterations import observed_in_log
-    from hetis.profiler.calibrate.served import contradictions
+    from hetis.profiler.calibrate.iterations import contradictions, observed_in_log
 
     observed = observed_in_log(file_label(path), log, context_tokens=context, max_tokens=spec.max_position)
     return replace(observed, notes=(*contradictions(log.servers, spec), *observed.notes))
