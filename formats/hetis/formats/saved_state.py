@@ -6,9 +6,9 @@ profile; `SavedState.snapshot` takes them as an argument, so that this package n
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -83,6 +83,19 @@ class AttentionPiece:
 
 
 Pieces = tuple[AttentionPiece, ...]
+
+
+def piece_costs(devices: Sequence[Sequence[Any]]) -> dict[str, FloatArray]:
+    """Return the pieces of every device, at least one each, as `Stage` has them: shape [D, pieces], by their fields.
+
+    A device with fewer than the others has its last one several times, which makes no difference.
+    """
+    most = max(map(len, devices), default=1)
+    rows = [[*own, *[own[-1]] * (most - len(own))] for own in devices]
+    return {
+        name: np.array([[getattr(piece, name) for piece in row] for row in rows])
+        for name in ("head_s", "kv_byte_s", "call_s")
+    }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -192,8 +205,6 @@ class SavedState:
                 raise InvalidProblemError(
                     f"{device.name}: the attention costs of {device.gpu} have to be looked up first"
                 )
-        most = max((len(own) for own in pieces), default=1)
-        table = [[*own, *[own[-1]] * (most - len(own))] for own in pieces]
         links = np.array([(d.link_byte_s, d.link_s) if d.role == "worker" else (0.0, 0.0) for d in self.devices])
         primaries = (
             Primary(device=i, tp=d.tp, nic_byte_s=d.link_byte_s, nic_s=d.link_s)
@@ -204,9 +215,7 @@ class SavedState:
         return Stage(
             heads=self.heads,
             devices=tuple(device.name for device in self.devices),
-            head_s=np.array([[piece.head_s for piece in row] for row in table]),
-            kv_byte_s=np.array([[piece.kv_byte_s for piece in row] for row in table]),
-            call_s=np.array([[piece.call_s for piece in row] for row in table]),
+            **piece_costs(pieces),
             transfer_byte_s=links[:, 0].copy() if len(links) else links,
             transfer_s=links[:, 1].copy() if len(links) else links,
             primary=primary,

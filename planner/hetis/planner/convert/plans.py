@@ -66,13 +66,13 @@ M = TypeVar("M", bound=Message)
 V = TypeVar("V")
 
 
-def _message(kind: type[M], value: Any, **others: Any) -> M:
+def message_of(kind: type[M], value: Any, /, **others: Any) -> M:
     """Return a message of ``kind`` with the fields that it shares with ``value``, a dataclass, and with ``others``."""
     given = {_RENAMED.get(field.name, field.name): getattr(value, field.name) for field in fields(value)} | others
     return kind(**{name: given[name] for name in kind.DESCRIPTOR.fields_by_name if name in given})
 
 
-def _value(kind: type[V], message: Message, **others: Any) -> V:
+def value_from(kind: type[V], message: Message, /, **others: Any) -> V:
     """Return a dataclass of ``kind`` with the fields of a message, and with ``others``, which the message lacks."""
     names = [field.name for field in fields(kind) if field.name not in others]  # type: ignore[arg-type]
     given = {name: getattr(message, _RENAMED.get(name, name)) for name in names}
@@ -82,7 +82,7 @@ def _value(kind: type[V], message: Message, **others: Any) -> V:
 
 
 def _messages(kind: type[M], values: Iterable[Any]) -> list[M]:
-    return [_message(kind, value) for value in values]
+    return [message_of(kind, value) for value in values]
 
 
 MOST_IN_A_MESSAGE = 1000  # replicas in a PlanResult, as plan.proto documents
@@ -101,7 +101,7 @@ def replicas_to_proto(replicas: Iterable[ReplicaPlan], *, most_bytes: int) -> li
 
 
 def replica_to_proto(replica: ReplicaPlan) -> replica_pb2.ReplicaPlan:
-    return _message(
+    return message_of(
         replica_pb2.ReplicaPlan,
         replica,
         stages=_messages(replica_pb2.StagePlan, replica.stages),
@@ -111,11 +111,11 @@ def replica_to_proto(replica: ReplicaPlan) -> replica_pb2.ReplicaPlan:
 
 
 def replica_from_proto(message: replica_pb2.ReplicaPlan) -> ReplicaPlan:
-    return _value(
+    return value_from(
         ReplicaPlan,
         message,
-        stages=tuple(_value(StagePlan, stage) for stage in message.stages),
-        attention_workers=tuple(_value(AttentionWorkerPool, pool) for pool in message.attention_workers),
+        stages=tuple(value_from(StagePlan, stage) for stage in message.stages),
+        attention_workers=tuple(value_from(AttentionWorkerPool, pool) for pool in message.attention_workers),
         role=role_of(message),
     )
 
@@ -157,7 +157,7 @@ def result_to_proto(plan: Plan, document: bytes) -> plan_pb2.PlanResult:
 def _verification(plan: Plan) -> plan_pb2.Verification | None:
     found = verification_of(plan)
     try:
-        return None if found is None else _message(plan_pb2.Verification, found, misses=misses(found, plan))
+        return None if found is None else message_of(plan_pb2.Verification, found, misses=misses(found, plan))
     except (TypeError, ValueError, ArithmeticError):  # an imported plan may contain any values
         return None
 
@@ -196,7 +196,7 @@ def without_contents(message: plan_pb2.Plan) -> plan_pb2.Plan:
 
 
 def progress_to_proto(progress: Progress, unit: str) -> plan_pb2.SolveProgress:
-    return _message(plan_pb2.SolveProgress, progress, unit=unit)
+    return message_of(plan_pb2.SolveProgress, progress, unit=unit)
 
 
 def objective_from_proto(message: plan_pb2.Objective, field: str, wrong: Wrong) -> Objective:
@@ -239,20 +239,19 @@ def _limit_s(message: plan_pb2.Objective, name: str, field: str, wrong: Wrong) -
 
 
 def explanation_to_proto(plan: Plan, explanation: Explanation) -> plan_service_pb2.ExplainPlanResponse:
-    return plan_service_pb2.ExplainPlanResponse(
+    return message_of(
+        plan_service_pb2.ExplainPlanResponse,
+        explanation,
         memory=map(_memory, explanation.memory),
         stage_times=_messages(plan_service_pb2.StageTime, explanation.stage_times),
-        bottlenecks=explanation.bottlenecks,
         idle=_messages(plan_service_pb2.IdleGpus, explanation.idle),
-        attention_workers=explanation.attention_workers,
         prices=_messages(plan_pb2.ClassPrice, plan.prices),
         runners_up=_messages(plan_service_pb2.RunnerUp, plan.runners_up),
         notes=plan.notes,
-        kv_routes=explanation.kv_routes,
     )
 
 
 def _memory(bar: MemoryBar) -> plan_service_pb2.MemoryBar:
     free_bytes = max(0, bar.free_bytes)  # parts are rounded: a full card may exceed its size by some bytes
     is_attention_worker = bar.role != "primary"
-    return _message(plan_service_pb2.MemoryBar, bar, is_attention_worker=is_attention_worker, free_bytes=free_bytes)
+    return message_of(plan_service_pb2.MemoryBar, bar, is_attention_worker=is_attention_worker, free_bytes=free_bytes)

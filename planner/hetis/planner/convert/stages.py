@@ -8,6 +8,8 @@ from types import MappingProxyType
 
 import numpy as np
 
+from hetis.formats.saved_state import piece_costs
+from hetis.planner.convert.plans import message_of, value_from
 from hetis.planner.use_cases.dispatch import CostedStage, state_of_stage, with_costs
 from hetis.planner.use_cases.sources import PlanAndProblem
 from hetis.solver.dispatch.problem import FloatArray, HeadShape, IntArray, Primary, Stage
@@ -63,16 +65,13 @@ def stage_from_proto(message: stage_pb2.StageModel, *, slowness: Mapping[str, fl
     if len(primaries) > 1:
         raise InvalidProblemError(f"{len(primaries)} devices are marked as primary, at most one is allowed")
     factor = np.array([slowness.get(device.name, 1.0) for device in message.devices])
-    most = max(len(device.pieces) for device in message.devices)
-    rows = [[*device.pieces, *[device.pieces[-1]] * (most - len(device.pieces))] for device in message.devices]
+    costs = piece_costs([device.pieces for device in message.devices])
     names = tuple(device.name for device in message.devices)
     return StageTerms(
         stage=Stage(
             heads=HeadShape(**{name: getattr(message.heads, name) for name in _HEADS}),
             devices=names,
-            head_s=np.array([[piece.head_s for piece in row] for row in rows]) * factor[:, None],
-            kv_byte_s=np.array([[piece.kv_byte_s for piece in row] for row in rows]) * factor[:, None],
-            call_s=np.array([[piece.call_s for piece in row] for row in rows]) * factor[:, None],
+            **{name: times * factor[:, None] for name, times in costs.items()},
             transfer_byte_s=np.array([device.transfer_byte_s for device in message.devices]) * factor,
             transfer_s=np.array([device.transfer_s for device in message.devices]) * factor,
             primary=None
@@ -137,13 +136,8 @@ def _stage(
             high_water=saved.devices[i].high_water,
             total_blocks=saved.devices[i].total_blocks * micro_batches,
         )
-        pieces = list(
-            dict.fromkeys(
-                (float(a), float(b), float(c))
-                for a, b, c in zip(costs.head_s[i], costs.kv_byte_s[i], costs.call_s[i], strict=True)
-            )
-        )
-        for head_s, kv_byte_s, call_s in pieces:
+        pieces = zip(costs.head_s[i].tolist(), costs.kv_byte_s[i].tolist(), costs.call_s[i].tolist(), strict=True)
+        for head_s, kv_byte_s, call_s in dict.fromkeys(pieces):
             device.pieces.add(head_s=head_s, kv_byte_s=kv_byte_s, call_s=call_s)
     return message
 
@@ -330,18 +324,17 @@ def moves_to_proto(moves: Sequence[Move], head_map: head_map_pb2.HeadMap, terms:
         for group in head_groups:
             after[move.request][group] = move.target
         messages.append(
-            head_map_pb2.Move(
+            message_of(
+                head_map_pb2.Move,
+                move,
                 number=number,
-                request=move.request,
                 incarnation=request.incarnation,
                 head_groups=head_groups,
                 source=terms.stage.devices[move.source],
                 target=terms.stage.devices[move.target],
                 kv_bytes=move.num_bytes,
                 reason=_REASONS[move.reason],
-                together=move.together,
                 copy_s=move.seconds,
-                payback_steps=move.payback_steps,
             )
         )
     return messages
@@ -349,16 +342,12 @@ def moves_to_proto(moves: Sequence[Move], head_map: head_map_pb2.HeadMap, terms:
 
 def triggers_to_proto(fired: Iterable[Trigger]) -> list[redispatch_pb2.RedispatchTrigger]:
     return [
-        redispatch_pb2.RedispatchTrigger(
-            kind=_TRIGGERS[trigger.kind], device=trigger.device or "", value=trigger.value, limit=trigger.limit
-        )
-        for trigger in fired
+        message_of(redispatch_pb2.RedispatchTrigger, one, kind=_TRIGGERS[one.kind], device=one.device or "")
+        for one in fired
     ]
 
 
 def trigger_from_proto(message: redispatch_pb2.RedispatchTrigger) -> Trigger | None:
     """Return the same trigger, or None for a kind that a newer planner sends."""
     kind = next((ours for ours, theirs in _TRIGGERS.items() if theirs == message.kind), None)
-    if kind is None:
-        return None
-    return Trigger(kind=kind, device=message.device or None, value=message.value, limit=message.limit)
+    return None if kind is None else value_from(Trigger, message, kind=kind, device=message.device or None)
