@@ -182,15 +182,12 @@ def file_text(found: Discovered, *, sources: Sequence[str]) -> str:
     lines = [
         f"Found by `hetis-plan cluster discover` in {some_of(sources)}: {counted(num_nodes, 'node')} with {types}."
     ]
-    if found.left_out:
-        lines += ["", "Left out:", *(f"- {one}" for one in found.left_out[:_MOST_LEFT_OUT])]
-        if len(found.left_out) > _MOST_LEFT_OUT:
-            lines.append(f"- and {len(found.left_out) - _MOST_LEFT_OUT} more")
-    if found.renamed:
-        lines += ["", "Renamed, because names have only letters, digits, '.', '_' and '-':"]
-        lines += (f"- {one}" for one in found.renamed[:_MOST_LEFT_OUT])
-        if len(found.renamed) > _MOST_LEFT_OUT:
-            lines.append(f"- and {len(found.renamed) - _MOST_LEFT_OUT} more")
+    renamed = "Renamed, because names have only letters, digits, '.', '_' and '-':"
+    for title, sentences in (("Left out:", found.left_out), (renamed, found.renamed)):
+        if sentences:
+            lines += ["", title, *(f"- {one}" for one in sentences[:_MOST_LEFT_OUT])]
+        if len(sentences) > _MOST_LEFT_OUT:
+            lines.append(f"- and {len(sentences) - _MOST_LEFT_OUT} more")
     lines += ["", "Not reported and therefore assumed; correct what is wrong:", *(f"- {one}" for one in found.assumed)]
     # Nothing may end a comment, whatever names it contains.
     safe = ["".join(sign if sign.isprintable() else "?" for sign in line)[:1000] for line in lines]

@@ -12,6 +12,7 @@ import re
 import socket
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import PurePath
 from types import ModuleType
 from typing import Any
@@ -19,7 +20,7 @@ from xml.etree.ElementTree import Element, TreeBuilder
 from xml.parsers import expat
 
 from hetis.formats.discovery.found import FoundNode, Inventory, counted, grouped, inventory, some_of
-from hetis.formats.errors import DocumentError, Problem, single_problem
+from hetis.formats.errors import DocumentError, Problem, attempt, single_problem
 
 # Memory in use above this without a visible process belongs to another user or container. An idle driver keeps less.
 _IDLE_BYTES = 2**30
@@ -140,12 +141,8 @@ def read_nvidia_smi(files: Sequence[tuple[str, str]], *, with_busy: bool = False
                 told = f"is a topology of the host {name!r}, but the files are of {some_of(sorted(names))}"
                 problems.append(Problem(file=label, message=told))
             links[name] = _nvlinks(content)
-    nodes = []
-    for label, content in hosts.items():
-        try:
-            nodes.append(_node(label, content, links.get(_host(label), []), with_busy))
-        except DocumentError as error:
-            problems += error.problems
+    read = (partial(_node, *host, links.get(_host(host[0]), []), with_busy) for host in hosts.items())
+    nodes = [node for one in read if (node := attempt(one, problems)) is not None]
     notes = ["nvidia-smi does not report the zone of a host"] if len(nodes) > 1 else []
     if STDIN_HOST in names and "stdin" in hosts:
         notes.append(f"the host is named {STDIN_HOST}, because standard input does not name it: give a file HOST.xml")

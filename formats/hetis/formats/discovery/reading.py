@@ -12,7 +12,7 @@ import io
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 from hetis.formats.discovery import FleetSource, kubernetes, nvidia
@@ -30,7 +30,7 @@ from hetis.formats.discovery.found import (
     whole_number,
     zone_of,
 )
-from hetis.formats.errors import DocumentError, Problem, single_problem
+from hetis.formats.errors import DocumentError, Problem, attempt, single_problem
 from hetis.formats.fields import API_VERSION, entries, listed, mapping
 from hetis.formats.files import file_label, read_text
 from hetis.formats.positions import Bounds, NotYamlError, Text, parse_text
@@ -57,14 +57,11 @@ def read_inventory(
     if len(paths) > MAX_FILES or len(set(paths)) != len(paths):
         twice = next((path for path in paths if paths.count(path) > 1), None) if len(paths) <= MAX_FILES else None
         raise single_problem(twice or paths[0], "is given twice" if twice else f"and more than {MAX_FILES} files")
-    texts, problems = list[tuple[str, str]](), list[Problem]()
-    for path in paths:
-        try:
-            texts.append((file_label(path), read_text(path)))
-        except DocumentError as error:
-            problems += error.problems
+    problems: list[Problem] = []
+    read = [(file_label(path), attempt(partial(read_text, path), problems)) for path in paths]
     if problems:
         raise DocumentError(problems)
+    texts = [(label, content) for label, content in read if content is not None]
     files = [_File(label, text, source) for label, text in texts]
     first = files[0].tool
     for one in files:

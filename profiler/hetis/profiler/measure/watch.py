@@ -133,12 +133,8 @@ class GpuWatch:
 
     def _read_counters(self) -> Mapping[str, float]:
         """Return the seconds of violations since the driver started, by policy, of those that the GPU counts."""
-        found = {}
-        for policy, name in _POLICIES.items():
-            status = self._ask("nvmlDeviceGetViolationStatus", policy)
-            if status is not None:
-                found[name] = int(status.violationTime) * 1e-9
-        return found
+        found = {name: self._ask("nvmlDeviceGetViolationStatus", policy) for policy, name in _POLICIES.items()}
+        return {name: int(status.violationTime) * 1e-9 for name, status in found.items() if status is not None}
 
     def _ask(self, function: str, *arguments: object) -> Any:
         """Return the answer, or None: not every GPU, driver or permission supports every query."""
