@@ -53,7 +53,8 @@ def model_from_config(data: dict[str, Any], source: Text, *, name: str, folder: 
     model, linear = read(config, name if name.isprintable() and name.strip() else "model"), NO_LINEAR_LAYERS
     if read in _LINEAR_LAYERS:
         linear = _LINEAR_LAYERS[read](config, config.num_layers())
-        model = _with_linear(config, model, linear)
+        if model is not None:
+            model = None if config.problems else _made(config, partial(replace, model, linear=linear.shape))
     quantised = weights_precision(config, model, linear)
     dtype = _dtype(config, quantised)
     kv_bytes = stated_kv_bytes(config.quantisation, is_latent=model is not None and _is_latent(model))
@@ -122,6 +123,8 @@ def _dtype(config: Config, quantised: str | None) -> str:
 
 
 Family = Callable[[Config, str], ModelSpec | None]
+Part = Callable[[Config, dict[str, Any]], dict[str, Any]]
+"""Reads some fields of a model. Gets those read before, and returns what is added to them or in place of them."""
 
 
 def _spec(config: Config, **fields: Any) -> ModelSpec | None:
@@ -134,17 +137,14 @@ def _spec(config: Config, **fields: Any) -> ModelSpec | None:
     if fields.get("sliding_layers") == 0:  # all layers attend to everything
         fields |= {"sliding_window": None, "sliding_layers": None}
     kind = AttentionKind.MHA if fields["q_heads"] == fields["kv_heads"] else AttentionKind.GQA
-    try:
-        return ModelSpec(**({"attention": AttentionKind.MLA if fields.get("mla") else kind} | fields))
-    except InvalidProblemError as error:
-        config.problems.append(Problem(file=config.source.file, message=str(error)))
-        return None
+    fields = {"attention": AttentionKind.MLA if fields.get("mla") else kind} | fields
+    return _made(config, partial(ModelSpec, **fields))
 
 
-def _with_linear(config: Config, model: ModelSpec | None, linear: LinearLayers) -> ModelSpec | None:
-    """Return the model with its layers of linear attention, or None if fields were wrong."""
+def _made(config: Config, make: Callable[[], ModelSpec]) -> ModelSpec | None:
+    """Return the model that ``make`` returns, or None after noting what it raises."""
     try:
-        return None if model is None or config.problems else replace(model, linear=linear.shape)
+        return make()
     except InvalidProblemError as error:
         config.problems.append(Problem(file=config.source.file, message=str(error)))
         return None
@@ -187,28 +187,35 @@ def _common(
     }
 
 
-def _plain(**options: Any) -> Family:
-    """Return the reader of a family that names its fields like most; ``options`` are those of `_common`."""
-    return lambda config, name: _spec(config, **_common(config, name, **options))
+def _family(*parts: Part, fixed: Mapping[str, Any] | None = None, **options: Any) -> Family:
+    """Return the reader of a family: `_common` with these ``options``, ``fixed`` values, and what each part reads."""
+
+    def read(config: Config, name: str) -> ModelSpec | None:
+        fields = _common(config, name, **options) | dict(fixed or {})
+        for part in parts:
+            fields |= part(config, fields)
+        return _spec(config, **fields)
+
+    return read
 
 
-def _mistral(config: Config, name: str) -> ModelSpec | None:
-    """Read Mistral, and Phi-3 to Phi-4, whose checkpoints join matrices that other families keep apart."""
-    return _spec(config, **_common(config, name), sliding_window=config.optional("sliding_window"))
+def _window(config: Config, _fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {"sliding_window": config.optional("sliding_window")}
 
 
-def _qwen(config: Config, name: str, head_dim: int | None = None) -> ModelSpec | None:
-    """Read Qwen2, 2.5 and 3; ``head_dim``: the default, None: that of the hidden size."""
-    common = _common(config, name, head_dim=head_dim)
-    return _spec(config, **common, **_qwen_window(config, common["num_layers"]))
+def _every_second(config: Config, fields: Mapping[str, Any], default: int | None = None) -> dict[str, Any]:
+    """Return the sliding window of every second layer."""
+    window = config.optional("sliding_window") if default is None else config.whole("sliding_window", default)
+    return {"sliding_window": window, "sliding_layers": -(-fields["num_layers"] // 2)}
 
 
-def _qwen_window(config: Config, num_layers: int) -> dict[str, int | None]:
+def _qwen_window(config: Config, fields: Mapping[str, Any]) -> dict[str, Any]:
     """Return the sliding window, which ``use_sliding_window`` switches on, and how many layers have it.
 
     These are the layers that ``layer_types`` names, by default all from ``max_window_layers`` on, as in transformers.
     vLLM (0.32) runs models with the window in all layers or in none.
     """
+    num_layers = fields["num_layers"]
     window = config.optional("sliding_window") if config.flag("use_sliding_window", False) else None
     kinds = config.kinds_of_layers(num_layers, ("full_attention", "sliding_attention"))
     layers = num_layers - min(num_layers, config.whole("max_window_layers", 28, least=0))
@@ -218,15 +225,13 @@ def _qwen_window(config: Config, num_layers: int) -> dict[str, int | None]:
     return {"sliding_window": window, "sliding_layers": None if layers == num_layers else layers}
 
 
-def _qwen1(config: Config, name: str) -> ModelSpec | None:
+def _qwen1(config: Config, fields: Mapping[str, Any]) -> dict[str, Any]:
     """Read Qwen 1: MHA, whose ``intermediate_size`` counts gate and up together; each MLP matrix is half as wide."""
-    common = _common(config, name)
-    own = {
-        "intermediate": common["intermediate"] // 2,
-        "head_dim": config.whole("kv_channels", common["head_dim"]),
+    return {
+        "intermediate": fields["intermediate"] // 2,
+        "head_dim": config.whole("kv_channels", fields["head_dim"]),
         "max_position": config.whole("seq_length", config.whole("max_position_embeddings", 8192)),
     }
-    return _spec(config, **common | own)
 
 
 def _qwen_moe(config: Config, name: str) -> ModelSpec | None:
@@ -234,7 +239,7 @@ def _qwen_moe(config: Config, name: str) -> ModelSpec | None:
     moe = _qwen_experts(config)
     head_dim = None if moe.shared_experts else 128
     common = _common(config, name, head_dim=head_dim, defaults=_dense_width(moe))
-    return _spec(config, **common, **_qwen_window(config, common["num_layers"]), moe=moe)
+    return _spec(config, **common, **_qwen_window(config, common), moe=moe)
 
 
 def _dense_width(moe: MoeShape | None) -> dict[str, int]:
@@ -271,7 +276,7 @@ def _qwen2_vl(config: Config, name: str, *, gated: bool) -> ModelSpec | None:
     In Qwen2-VL ``hidden_size`` is the width of the tower's output, and ``embed_dim`` its own.
     """
     common = _common(config, name, defaults=_QWEN2_VL)
-    if _qwen_window(config, common["num_layers"]):
+    if _qwen_window(config, common):
         config.refuse("use_sliding_window", "is true, only models without sliding windows are supported")
     vision = config.part("vision_config")
     if vision is not None and gated:
@@ -352,72 +357,47 @@ def _minimax(config: Config, name: str) -> ModelSpec | None:
     if config.data.get("shared_intermediate_size"):
         what = f"is {shown(config.data['shared_intermediate_size'])}, only models without a shared expert are supported"
         config.refuse("shared_intermediate_size", what)
-    common = _common(config, name)
-    moe = _experts(config, common["intermediate"], 8, 2)
-    return _spec(config, **common, sliding_window=config.optional("sliding_window"), moe=moe)
+    return _mixtral(config, name)
 
 
-def _experts(config: Config, width: int, num: int | None = None, active: int | None = None, **more: int) -> MoeShape:
-    """Return the experts of Mixtral and those that name them alike; the last two numbers are defaults."""
-    return MoeShape(
-        **config.experts("num_local_experts", "num_experts_per_tok", (num, active)),
-        expert_intermediate=width,
-        **more,
-    )
+def _experts(
+    config: Config, fields: Mapping[str, Any], num: int | None = None, active: int | None = None, **more: int
+) -> dict[str, Any]:  # fmt: skip
+    """Return the experts of Mixtral and those that name them alike, of the stated width in every layer; the last two
+    numbers are defaults.
+    """
+    numbers = config.experts("num_local_experts", "num_experts_per_tok", (num, active))
+    return {"moe": MoeShape(**numbers, expert_intermediate=fields["intermediate"], **more)}
 
 
-def _mixtral(config: Config, name: str, num_experts: int = 8) -> ModelSpec | None:
-    """Read Mixtral, MiniMax M2 and Phi-3.5-MoE: experts of the stated width in every layer, by default so many."""
-    common = _common(config, name)
-    moe = _experts(config, common["intermediate"], num_experts, 2)
-    return _spec(config, **common, sliding_window=config.optional("sliding_window"), moe=moe)
+_mixtral = _family(partial(_experts, num=8, active=2), _window)
 
 
-def _gpt_oss(config: Config, name: str) -> ModelSpec | None:
-    """Read gpt-oss, where every second layer has a sliding window."""
-    common = _common(config, name, head_dim=64)
-    window, layers = config.optional("sliding_window"), -(-common["num_layers"] // 2)
-    moe = _experts(config, common["intermediate"])
-    return _spec(config, **common, sliding_window=window, sliding_layers=layers, moe=moe)
-
-
-def _opt(config: Config, name: str) -> ModelSpec | None:
-    """Read OPT: two MLP matrices. Embeddings narrower than the hidden size (OPT-350m) are refused."""
-    common = _common(config, name, tie_embeddings=True, width="ffn_dim")
-    hidden = common["hidden"]
+def _opt(config: Config, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Refuse embeddings narrower than the hidden size (OPT-350m)."""
+    hidden = fields["hidden"]
     if config.whole("word_embed_proj_dim", hidden) != hidden:
         config.refuse("word_embed_proj_dim", f"must equal hidden_size ({hidden})")
-    return _spec(config, **common, gated_mlp=False)
-
-
-def _gemma2(config: Config, name: str) -> ModelSpec | None:
-    """Read Gemma 2, where every second layer has a sliding window."""
-    common = _common(config, name, tie_embeddings=True, head_dim=256)
-    window, layers = config.whole("sliding_window", 4096), -(-common["num_layers"] // 2)
-    return _spec(config, **common, sliding_window=window, sliding_layers=layers, float16=False)
+    return {}
 
 
 _GEMMA3 = {"num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 262_208}
 _GEMMA3["max_position_embeddings"] = 131_072
 
 
-def _gemma3(config: Config, name: str) -> ModelSpec | None:
+def _gemma3(config: Config, fields: Mapping[str, Any]) -> dict[str, Any]:
     """Read Gemma 3: five of six layers slide, and a SigLIP tower beside all sizes but the smallest.
 
     Configs of the larger sizes omit what equals the library's defaults (Gemma3TextConfig).
     """
-    common = _common(config, name, tie_embeddings=True, head_dim=256, defaults=_GEMMA3)
     every = config.whole("sliding_window_pattern", 6)
-    kinds = config.kinds_of_layers(common["num_layers"], ("sliding_attention", "full_attention"))
-    full = common["num_layers"] // every if kinds is None else kinds.count("full_attention")
-    return _spec(
-        config,
-        **common,
-        sliding_window=config.whole("sliding_window", 1024),
-        sliding_layers=common["num_layers"] - full,
-        float16=False,
-        vision_params=_vision_params(config, projection=common["hidden"]),
-    )
+    kinds = config.kinds_of_layers(fields["num_layers"], ("sliding_attention", "full_attention"))
+    full = fields["num_layers"] // every if kinds is None else kinds.count("full_attention")
+    return {
+        "sliding_window": config.whole("sliding_window", 1024),
+        "sliding_layers": fields["num_layers"] - full,
+        "vision_params": _vision_params(config, projection=fields["hidden"]),
+    }
 
 
 def _vision_params(config: Config, *, projection: int, gated: bool = False) -> int:
@@ -451,10 +431,6 @@ def _tower_params(vision: Config, *, projection: int, gated: bool) -> int:
     return layers * layer + patches + hidden * projection
 
 
-def _phi(config: Config, name: str) -> ModelSpec | None:
-    return _spec(config, **_common(config, name), gated_mlp=False)
-
-
 def _routed(config: Config, first_dense_layers: int = 0) -> MoeShape:
     """Return the experts of DeepSeek and GLM: routed and shared ones, after some dense layers."""
     return MoeShape(
@@ -466,13 +442,8 @@ def _routed(config: Config, first_dense_layers: int = 0) -> MoeShape:
 
 
 def _mla(config: Config) -> MlaShape:
-    return MlaShape(
-        kv_lora_rank=config.whole("kv_lora_rank"),
-        qk_rope_head_dim=config.whole("qk_rope_head_dim"),
-        qk_nope_head_dim=config.whole("qk_nope_head_dim"),
-        v_head_dim=config.whole("v_head_dim"),
-        q_lora_rank=config.optional("q_lora_rank"),
-    )
+    sizes = ("kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")
+    return MlaShape(**{name: config.whole(name) for name in sizes}, q_lora_rank=config.optional("q_lora_rank"))
 
 
 def _deepseek(config: Config, name: str) -> ModelSpec | None:
@@ -548,75 +519,74 @@ def _indexer_layers(config: Config, num_layers: int) -> int | None:
     return layers if 0 < layers < num_layers else None
 
 
-def _llama4(config: Config, name: str) -> ModelSpec | None:
+def _llama4(config: Config, fields: Mapping[str, Any]) -> dict[str, Any]:
     """Read Llama 4: chunked attention in three of four layers, and experts in all layers or every second one.
 
     A query attends to the tokens of its own chunk, which are at most a window, and are counted as one. vLLM (0.32)
     keeps the KV of all tokens, because chunks switch its hybrid KV cache manager off.
     """
-    common = _common(config, name, head_dim=128)
-    every, num_layers = config.whole("interleave_moe_layer_step", 1), common["num_layers"]
-    moe = _experts(config, common["intermediate"], 16, 1, shared_experts=1, every=every)
+    every, num_layers = config.whole("interleave_moe_layer_step", 1), fields["num_layers"]
+    experts = _experts(config, fields, 16, 1, shared_experts=1, every=every)
     if config.data.get("moe_layers") not in (None, list(range(every - 1, num_layers, every))):
         config.refuse("moe_layers", f"only models with experts in every layer number {every} are supported")
     # 0: no rope, and full attention. An empty list is like none.
     without_rope = config.for_layers("no_rope_layers", num_layers) if config.data.get("no_rope_layers") else None
     full = num_layers // config.whole("no_rope_layer_interval", 4) if not without_rope else without_rope.count(0)
     window = config.optional("attention_chunk_size")
-    return _spec(
-        config,
-        **common | {"intermediate": config.whole("intermediate_size_mlp", 16_384)},
-        moe=moe,
-        sliding_window=window,
-        sliding_layers=None if window is None else num_layers - full,
-        windows_free_kv=False,
-        vision_params=_vision_params(config, projection=common["hidden"]),
-    )
+    return experts | {
+        "intermediate": config.whole("intermediate_size_mlp", 16_384),
+        "sliding_window": window,
+        "sliding_layers": None if window is None else num_layers - full,
+        "vision_params": _vision_params(config, projection=fields["hidden"]),
+    }
 
 
 def _mistral3(config: Config, name: str) -> ModelSpec | None:
     """Read Mistral 3: Mistral's text model, or DeepSeek's for Mistral Large 3, with a Pixtral tower."""
-    text = _deepseek(config, name) if config.data.get("kv_lora_rank") else _mistral(config, name)
+    text = (_deepseek if config.data.get("kv_lora_rank") else _family(_window))(config, name)
     towers = _vision_params(config, projection=config.whole("hidden_size"), gated=True)
     return None if text is None else replace(text, vision_params=towers)
 
 
-def _glm4_moe(config: Config, name: str) -> ModelSpec | None:
+def _glm4_moe(config: Config, fields: Mapping[str, Any]) -> dict[str, Any]:
     """Read GLM 4.5 and 4.6: grouped queries; dense layers first, then experts in every layer."""
-    common = _common(config, name, head_dim=128)
-    return _spec(config, **common, moe=_routed(config, _leading_dense_layers(config, common["num_layers"], 0)))
+    return {"moe": _routed(config, _leading_dense_layers(config, fields["num_layers"], 0))}
 
 
+# Options of Gemma, and of its later generations, whose values exceed the range of float16.
+_GEMMA: dict[str, Any] = {"tie_embeddings": True, "head_dim": 256}
+_LATER_GEMMA: dict[str, Any] = _GEMMA | {"fixed": {"float16": False}}
+_TWO_MATRICES = {"gated_mlp": False}  # of the MLP
 # Architecture, its ``model_type`` if configs without ``architectures`` are known, and its reader.
 _TABLE: tuple[tuple[str, str, Family], ...] = (
-    ("LlamaForCausalLM", "llama", _plain()),
-    ("LLaMAForCausalLM", "", _plain()),
-    ("MistralForCausalLM", "mistral", _mistral),
+    ("LlamaForCausalLM", "llama", _family()),
+    ("LLaMAForCausalLM", "", _family()),
+    ("MistralForCausalLM", "mistral", _family(_window)),
     ("MixtralForCausalLM", "mixtral", _mixtral),
     ("MiniMaxM2ForCausalLM", "minimax_m2", _mixtral),
     ("MiniMaxText01ForCausalLM", "minimax_text_01", _minimax),
     ("MiniMaxM1ForCausalLM", "minimax_m1", _minimax),
     ("MiniMaxForCausalLM", "minimax", _minimax),
-    ("QWenLMHeadModel", "qwen", _qwen1),
-    ("Qwen2ForCausalLM", "qwen2", _qwen),
+    ("QWenLMHeadModel", "qwen", _family(_qwen1)),
+    ("Qwen2ForCausalLM", "qwen2", _family(_qwen_window)),
     ("Qwen2MoeForCausalLM", "qwen2_moe", _qwen_moe),
-    ("Qwen3ForCausalLM", "qwen3", partial(_qwen, head_dim=128)),
+    ("Qwen3ForCausalLM", "qwen3", _family(_qwen_window, head_dim=128)),
     ("Qwen3MoeForCausalLM", "qwen3_moe", _qwen_moe),
-    ("OPTForCausalLM", "opt", _opt),
-    ("GemmaForCausalLM", "gemma", _plain(tie_embeddings=True, head_dim=256)),
-    ("Gemma2ForCausalLM", "gemma2", _gemma2),
-    ("Gemma3ForCausalLM", "gemma3_text", _gemma3),
-    ("Gemma3ForConditionalGeneration", "gemma3", _gemma3),
-    ("PhiForCausalLM", "phi", _phi),
-    ("Phi3ForCausalLM", "phi3", _mistral),
-    ("PhiMoEForCausalLM", "phimoe", partial(_mixtral, num_experts=16)),
+    ("OPTForCausalLM", "opt", _family(_opt, fixed=_TWO_MATRICES, tie_embeddings=True, width="ffn_dim")),
+    ("GemmaForCausalLM", "gemma", _family(**_GEMMA)),
+    ("Gemma2ForCausalLM", "gemma2", _family(partial(_every_second, default=4096), **_LATER_GEMMA)),
+    ("Gemma3ForCausalLM", "gemma3_text", _family(_gemma3, **_LATER_GEMMA, defaults=_GEMMA3)),
+    ("Gemma3ForConditionalGeneration", "gemma3", _family(_gemma3, **_LATER_GEMMA, defaults=_GEMMA3)),
+    ("PhiForCausalLM", "phi", _family(fixed=_TWO_MATRICES)),
+    ("Phi3ForCausalLM", "phi3", _family(_window)),
+    ("PhiMoEForCausalLM", "phimoe", _family(partial(_experts, num=16, active=2), _window)),
     ("DeepseekV2ForCausalLM", "deepseek_v2", _deepseek),
     ("DeepseekV3ForCausalLM", "deepseek_v3", _deepseek),
     ("KimiK2ForCausalLM", "kimi_k2", _deepseek),
     ("KimiK25ForConditionalGeneration", "kimi_k25", _deepseek),
     ("KimiLinearForCausalLM", "kimi_linear", _kimi_linear),
-    ("Glm4MoeForCausalLM", "glm4_moe", _glm4_moe),
-    ("GptOssForCausalLM", "gpt_oss", _gpt_oss),
+    ("Glm4MoeForCausalLM", "glm4_moe", _family(_glm4_moe, head_dim=128)),
+    ("GptOssForCausalLM", "gpt_oss", _family(_every_second, _experts, head_dim=64)),
     ("Qwen2VLForConditionalGeneration", "qwen2_vl", partial(_qwen2_vl, gated=False)),
     ("Qwen2_5_VLForConditionalGeneration", "qwen2_5_vl", partial(_qwen2_vl, gated=True)),
     ("Qwen3VLForConditionalGeneration", "qwen3_vl", _qwen3_vl),
@@ -627,7 +597,7 @@ _TABLE: tuple[tuple[str, str, Family], ...] = (
     ("DeepseekV32ForCausalLM", "deepseek_v32", _deepseek_sparse),
     ("GlmMoeDsaForCausalLM", "glm_moe_dsa", _deepseek_sparse),
     ("DeepseekV4ForCausalLM", "deepseek_v4", _deepseek_v4),
-    ("Llama4ForConditionalGeneration", "llama4", _llama4),
+    ("Llama4ForConditionalGeneration", "llama4", _family(_llama4, fixed={"windows_free_kv": False}, head_dim=128)),
     ("Mistral3ForConditionalGeneration", "mistral3", _mistral3),
     ("MistralLarge3ForCausalLM", "", _mistral3),
 )
