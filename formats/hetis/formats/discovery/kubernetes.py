@@ -8,8 +8,9 @@ Labels describe one type per node, so a node with two types needs ResourceSlices
 from __future__ import annotations
 
 import re
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from hetis.formats.discovery.found import (
@@ -98,12 +99,8 @@ class _Object:
         return mapping(self.data.get(name))
 
 
-@dataclass(slots=True, kw_only=True)
-class _Use:
-    """The use of a node's GPUs by pods: counts and names by resource."""
-
-    counts: dict[str, int] = field(default_factory=dict)
-    pods: dict[str, list[str]] = field(default_factory=dict)
+_Use = Mapping[str, Counter[str]]
+"""The GPUs of a node in use, by resource and by the pod that has them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,13 +130,13 @@ def read_kubernetes(files: Sequence[tuple[Any, Text]], *, with_busy: bool = Fals
     claimed = set() if with_busy else set(_claimed(by_kind.get("ResourceClaim", [])))
     devices = _devices_by_node(slices, claimed)
     known = {node.name for node in nodes}
-    found = [_found(node, devices.get(node.name, []), use.get(node.name, _Use()), problems) for node in nodes]
+    found = [_found(node, devices.get(node.name, []), use.get(node.name, {}), problems) for node in nodes]
     for one in slices:  # nodes known only from their slices
         name = text(one.part("spec").get("nodeName"))
         if name and name not in known:
             known.add(name)
             node = _Object(data={"metadata": {"name": name}}, source=one.source, path=one.path)
-            found.append(_found(node, devices[name], use.get(name, _Use()), problems))
+            found.append(_found(node, devices[name], use.get(name, {}), problems))
     notes = [] if "Pod" in by_kind or with_busy else ["no pods were given, so GPUs used by pods count as free"]
     return inventory(found, problems, notes)
 
@@ -161,28 +158,26 @@ def _objects(data: Any, source: Text) -> Iterator[_Object]:
         yield _Object(data=data, source=source, path=())
 
 
-def _use_by_node(pods: Iterable[_Object], problems: list[Problem]) -> dict[str, _Use]:
-    found: dict[str, _Use] = {}
+def _use_by_node(pods: Iterable[_Object], problems: list[Problem]) -> Mapping[str, _Use]:
+    found = defaultdict[str, dict[str, Counter[str]]](lambda: defaultdict(Counter))
     for pod in pods:
-        spec, node = pod.part("spec"), text(pod.part("spec").get("nodeName"))
+        node = text(pod.part("spec").get("nodeName"))
         if not node or pod.part("status").get("phase") in ("Succeeded", "Failed"):
             continue
         name = f"{text(mapping(pod.data.get('metadata')).get('namespace')) or 'default'}/{pod.name}"
-        for resource, count in _asked(pod, spec, problems).items():
-            use = found.setdefault(node, _Use())
-            use.counts[resource] = use.counts.get(resource, 0) + count
-            use.pods.setdefault(resource, []).append(name)
+        for resource, count in _asked(pod, problems).items():
+            found[node][resource][name] += count
     return found
 
 
-def _asked(pod: _Object, spec: Mapping[str, Any], problems: list[Problem]) -> dict[str, int]:
+def _asked(pod: _Object, problems: list[Problem]) -> dict[str, int]:
     """Return the GPUs of a pod: the sum over its containers, or the maximum over its init containers if larger.
 
     Shared GPUs count as `_NVIDIA`.
     """
 
     def each(group: str, resource: str) -> Iterator[int]:
-        for i, container in enumerate(listed(spec.get(group))):
+        for i, container in enumerate(listed(pod.part("spec").get(group))):
             if resources := mapping(mapping(container).get("resources")):
                 value = mapping(resources.get("limits")).get(resource, mapping(resources.get("requests")).get(resource))
                 path = (*pod.path, "spec", group, i, "resources", "limits", resource)
@@ -301,10 +296,10 @@ def _of_devices(devices: Sequence[_Device], use: _Use) -> tuple[list[FoundGpus],
         what = counted(len(alike), "device" if reason == PARTS else "GPU")
         left_out.append(f"{what} ({some_of(device.product for device in alike)}): {reason}")
     free = [device for device in devices if not device.reason]
-    for resource, count in use.counts.items():
-        taken = [i for i, device in enumerate(free) if device.resource == resource][:count]
+    for resource, pods in use.items():
+        taken = [i for i, device in enumerate(free) if device.resource == resource][: pods.total()]
         if taken:
-            left_out.append(f"{counted(len(taken))}: in use by {some_of(use.pods[resource])}")
+            left_out.append(f"{counted(len(taken))}: in use by {some_of(pods)}")
             free = [device for i, device in enumerate(free) if i not in taken]
     return list(grouped((device.product, device.memory_bytes) for device in free)), left_out
 
@@ -352,9 +347,10 @@ def _of_resource(node: _Object, resource: str, use: _Use, problems: list[Problem
         return [], [f"{counted(capacity)} ({product}): {why}"]
     if usable < capacity:
         left_out.append(f"{counted(capacity - usable)} ({product}): not allocatable, which unhealthy ones are")
-    busy = min(usable, use.counts.get(resource, 0))
+    pods = use.get(resource, Counter[str]())
+    busy = min(usable, pods.total())
     if busy:
-        left_out.append(f"{counted(busy)} ({product}): in use by {some_of(use.pods[resource])}")
+        left_out.append(f"{counted(busy)} ({product}): in use by {some_of(pods)}")
     if usable == busy:
         return [], left_out
     own_name = _SHARED if renamed else ""

@@ -49,20 +49,20 @@ Scrape = tuple[float, dict[str, EngineState]]  # time, and the engines by their 
 
 
 def watch(
-    url: str, *, for_s: float, every_s: float, fetch: Callable[[str], str] | None = None,
-    clock: Callable[[], float] = time.monotonic, sleep: Callable[[float], None] = time.sleep,
+    url: str, *, for_s: float, every_s: float, clock: Callable[[], float] = time.monotonic,
+    sleep: Callable[[float], None] = time.sleep,
 ) -> list[Scrape]:  # fmt: skip
     """Return scrapes of ``url`` over ``for_s`` seconds, one every ``every_s``. Only the first one must succeed.
 
     Raises UnreachableError if the first call has no answer, and DocumentError if that is not a URL, or no vLLM answers
-    there. ``fetch``, ``clock`` and ``sleep`` are replaced by tests.
+    there. ``clock`` and ``sleep`` are replaced by tests.
     """
-    address, fetch = metrics_address(url), fetch or fetch_text
-    found = [(clock(), engines_in(fetch(address), address))]
+    address = metrics_address(url)
+    found = [(clock(), engines_in(fetch_text(address), address))]
     for number in range(1, max(1, round(for_s / every_s)) + 1):
         sleep(max(0.0, found[0][0] + number * every_s - clock()))
         try:
-            found.append((clock(), engines_in(fetch(address), address)))
+            found.append((clock(), engines_in(fetch_text(address), address)))
         except HetisError:  # a restart, or a moment without an answer, only lengthens an interval
             continue
     return found
