@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 from hypothesis import strategies as st
 
 from hetis.formats import catalogue
 from hetis.formats.dispatch_state import NewRequestPart, NewRequests
 from hetis.formats.dtypes import PRECISIONS
-from hetis.formats.saved_state import AttentionPiece, InlineHeads, SavedDevice, SavedRequest, SavedState
+from hetis.formats.saved_state import AttentionPiece, HeadsPart, RunningPart, SavedDevice, SavedState
 from hetis.formats.tenants import FleetTenant, FleetTenants
 from hetis.solver.cluster import Cluster, GpuSlots, GpuType, Link, Network, NodeGroup
 from hetis.solver.dispatch.snapshot import DeviceStatus, PreparedMove
@@ -394,10 +393,10 @@ SECONDS = st.just(0.0) | st.floats(min_value=1e-15, max_value=10.0)
 @st.composite
 def states(draw: st.DrawFn) -> SavedState:
     groups = draw(st.sampled_from([1, 4, 8]))
-    own = InlineHeads(groups=groups, queries_per_group=draw(SMALL), head_dim=draw(st.none() | SMALL))
+    own = HeadsPart(groups=groups, queries_per_group=draw(SMALL), head_dim=draw(st.none() | SMALL))
     if own.head_dim is None:
         bytes_ = st.floats(min_value=0, max_value=1e9)
-        own = replace(own, kv_bytes_per_token=draw(bytes_), exchange_bytes_per_head=draw(bytes_))
+        own = own.model_copy(update={"kv_bytes_per_token": draw(bytes_), "exchange_bytes_per_head": draw(bytes_)})
     from_catalogue = groups == 8 and draw(st.booleans())
     has_primary, tp = draw(st.booleans()), draw(st.sampled_from([1, 2, 4, 8]))
     names = sorted(draw(st.sets(TITLES, min_size=1, max_size=4)))
@@ -428,7 +427,7 @@ def states(draw: st.DrawFn) -> SavedState:
     holding = [device.name for device in devices if device.status is not DeviceStatus.LOST]
     ids = sorted(draw(st.sets(TITLES, max_size=3))) if holding else []
     requests = tuple(
-        SavedRequest(
+        RunningPart(
             id=name,
             context_tokens=draw(st.integers(1, 10**4)),
             remaining_tokens=draw(st.integers(0, 10**9)),

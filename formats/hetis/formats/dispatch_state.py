@@ -43,10 +43,11 @@ from hetis.formats.fields import (
 )
 from hetis.formats.positions import Path, Text
 from hetis.formats.saved_state import (
+    MAX_TOKENS,
     AttentionPiece,
-    InlineHeads,
+    HeadsPart,
+    RunningPart,
     SavedDevice,
-    SavedRequest,
     SavedState,
     blocks_in,
     heads_of,
@@ -58,30 +59,12 @@ from hetis.solver.errors import InvalidProblemError
 
 Entries = list[tuple[int, dict[str, Any]]]
 count_of = partial(whole, least=0)
-MAX_TOKENS = 10**9
 MAX_BLOCKS = 2**40
-
-Tokens = Annotated[int, Field(ge=1, le=MAX_TOKENS)]
-Groups = Annotated[int, Field(ge=0, le=100_000)]
-Heads = Annotated[int, Field(ge=1, le=100_000)]
-Bytes = Annotated[float, Field(ge=0, le=1e12)]
 
 
 def _dtype(value: str) -> str:
     kv_element_bytes(value)
     return value
-
-
-class HeadsPart(DocumentPart):
-    """Attention heads of one layer. ``head_dim`` determines the bytes of MHA and GQA; the two byte counts cover any
-    attention.
-    """
-
-    groups: Heads
-    queries_per_group: Heads
-    head_dim: Annotated[int, Field(ge=1, le=100_000)] | None = None
-    kv_bytes_per_token: Bytes | None = None
-    exchange_bytes_per_head: Bytes | None = None
 
 
 class AttentionPart(DocumentPart):
@@ -120,15 +103,6 @@ class DevicePart(DocumentPart):
     changed: bool = False
 
 
-class RunningPart(DocumentPart):
-    """A running request: context tokens, output tokens still expected, and head groups by device."""
-
-    id: Title
-    context_tokens: Tokens
-    remaining_tokens: Annotated[int, Field(ge=0, le=MAX_TOKENS)]
-    groups: dict[str, Groups]
-
-
 class MovePart(DocumentPart):
     """Head groups in transit. ``from`` owns them until they have arrived; both ends hold blocks for them."""
 
@@ -158,10 +132,7 @@ class DispatchStateDocument(Document):
 
 
 def _to_state(document: DispatchStateDocument) -> SavedState:
-    inline = None
-    if document.heads is not None:
-        inline = value_of(InlineHeads, present(document.heads.model_dump()))
-    heads = heads_of(document.model, inline, document.kv_dtype, document.block_tokens)
+    heads = heads_of(document.model, document.heads, document.kv_dtype, document.block_tokens)
 
     def device(part: DevicePart) -> SavedDevice:
         blocks = part.blocks
@@ -181,13 +152,13 @@ def _to_state(document: DispatchStateDocument) -> SavedState:
 
     index = {part.name: i for i, part in enumerate(document.devices)}
 
-    def request(part: RunningPart) -> SavedRequest:
-        return value_of(SavedRequest, part, groups={name: count for name, count in part.groups.items() if count})
+    def request(part: RunningPart) -> RunningPart:
+        return part.model_copy(update={"groups": {name: count for name, count in part.groups.items() if count}})
 
     return value_of(
         SavedState,
         document,
-        inline=inline,
+        inline=document.heads,
         devices=tuple(map(device, document.devices)),
         requests=tuple(map(request, document.requests)),
         moves=tuple(value_of(PreparedMove, m, source=index[m.source], target=index[m.target]) for m in document.moves),
@@ -204,7 +175,7 @@ def _state_data(state: SavedState) -> dict[str, Any]:
         {
             "name": state.name,
             "model": state.model,
-            "heads": state.inline and _heads_data(state.inline),
+            "heads": state.inline and state.inline.model_dump(exclude_none=True),
             "kv_dtype": state.kv_dtype,
             "block_tokens": state.block_tokens,
             "num_layers": state.num_layers,
@@ -213,11 +184,6 @@ def _state_data(state: SavedState) -> dict[str, Any]:
             "moves": moves or None,
         }
     )
-
-
-def _heads_data(heads: InlineHeads) -> dict[str, Any]:
-    left_out = ("head_dim",) if heads.head_dim is None else ("kv_bytes_per_token", "exchange_bytes_per_head")
-    return {name: value for name, value in plain(heads).items() if name not in left_out}
 
 
 def _device_data(device: SavedDevice) -> dict[str, Any]:
@@ -422,7 +388,7 @@ def _heads(data: Mapping[str, Any]) -> HeadShape | None:
         if not groups or not queries:
             return None
         kv_bytes = heads.get("kv_bytes_per_token")
-        inline = InlineHeads(
+        inline = HeadsPart.model_construct(
             groups=groups,
             queries_per_group=queries,
             head_dim=dim or None,

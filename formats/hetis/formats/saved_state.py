@@ -8,31 +8,47 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
+from pydantic import Field
 
 from hetis.formats import catalogue, dtypes
+from hetis.formats.fields import DocumentPart, Title
 from hetis.solver.dispatch.problem import FloatArray, HeadShape, Primary, Stage
 from hetis.solver.dispatch.snapshot import DeviceSnapshot, DeviceStatus, PreparedMove, StateSnapshot
 from hetis.solver.errors import InvalidProblemError
 
+MAX_TOKENS = 10**9
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class InlineHeads:
-    """Attention heads of a model that the catalogue lacks.
+Tokens = Annotated[int, Field(ge=1, le=MAX_TOKENS)]
+Groups = Annotated[int, Field(ge=0, le=100_000)]
+Heads = Annotated[int, Field(ge=1, le=100_000)]
+Bytes = Annotated[float, Field(ge=0, le=1e12)]
 
-    Either ``head_dim`` is given, from which keys, values and exchanged activations follow, or both byte counts are.
+
+class HeadsPart(DocumentPart):
+    """Attention heads of one layer. ``head_dim`` determines the bytes of MHA and GQA; the two byte counts cover any
+    attention.
     """
 
-    groups: int
-    queries_per_group: int
-    head_dim: int | None = None
-    kv_bytes_per_token: float = 0.0  # bytes of one head group in one layer
-    exchange_bytes_per_head: float = 0.0
+    groups: Heads
+    queries_per_group: Heads
+    head_dim: Annotated[int, Field(ge=1, le=100_000)] | None = None
+    kv_bytes_per_token: Bytes | None = None
+    exchange_bytes_per_head: Bytes | None = None
 
 
-def heads_of(model: str | None, inline: InlineHeads | None, kv_dtype: str | None, block_tokens: int) -> HeadShape:
+class RunningPart(DocumentPart):
+    """A running request: context tokens, output tokens still expected, and head groups by device."""
+
+    id: Title
+    context_tokens: Tokens
+    remaining_tokens: Annotated[int, Field(ge=0, le=MAX_TOKENS)]
+    groups: dict[str, Groups]
+
+
+def heads_of(model: str | None, inline: HeadsPart | None, kv_dtype: str | None, block_tokens: int) -> HeadShape:
     """Return the heads that a file describes. Raises InvalidProblemError if it does not, or does so twice."""
     if (model is None) == (inline is None):
         raise InvalidProblemError("a stage has the heads of a model, or heads of its own")
@@ -45,7 +61,7 @@ def heads_of(model: str | None, inline: InlineHeads | None, kv_dtype: str | None
             spec = replace(spec, kv_bytes=kv_element_bytes(kv_dtype))
         return HeadShape.of_model(spec, block_tokens=block_tokens)
     assert inline is not None
-    kv_bytes, exchange_bytes = inline.kv_bytes_per_token, inline.exchange_bytes_per_head
+    kv_bytes, exchange_bytes = inline.kv_bytes_per_token or 0.0, inline.exchange_bytes_per_head or 0.0
     if inline.head_dim is not None:
         kv_bytes = 2 * inline.head_dim * (2.0 if kv_dtype is None else kv_element_bytes(kv_dtype))
         exchange_bytes = (2.0 + 2.0 / inline.queries_per_group) * inline.head_dim * 2.0
@@ -118,27 +134,17 @@ class SavedDevice:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SavedRequest:
-    """A running request: its context, the output tokens still expected, and its head groups by device name."""
-
-    id: str
-    context_tokens: int
-    remaining_tokens: int
-    groups: Mapping[str, int]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class SavedState:
     """One replica stage and its requests. Heads are those of a catalogue ``model`` or the ``inline`` ones."""
 
     name: str
     model: str | None = None
-    inline: InlineHeads | None = None
+    inline: HeadsPart | None = None
     kv_dtype: str | None = None  # None: the model's, or 2 bytes per element
     block_tokens: int = 16
     num_layers: int
     devices: tuple[SavedDevice, ...]
-    requests: tuple[SavedRequest, ...] = ()
+    requests: tuple[RunningPart, ...] = ()
     moves: tuple[PreparedMove, ...] = ()  # moves between positions in ``devices``
     heads: HeadShape = field(init=False, compare=False)
 
@@ -222,10 +228,10 @@ class SavedState:
         )
 
 
-def _requests_of(snapshot: StateSnapshot) -> tuple[SavedRequest, ...]:
+def _requests_of(snapshot: StateSnapshot) -> tuple[RunningPart, ...]:
     names = snapshot.stage.devices
     return tuple(
-        SavedRequest(
+        RunningPart(
             id=request,
             context_tokens=int(snapshot.context_tokens[j]),
             remaining_tokens=int(snapshot.remaining_tokens[j]),

@@ -15,7 +15,7 @@ from hetis.formats.dispatch_state import NewRequestPart, NewRequests, load_reque
 from hetis.formats.errors import DocumentError, Problem, attempt, did_you_mean, single_problem
 from hetis.formats.saved_state import (
     AttentionPiece,
-    InlineHeads,
+    HeadsPart,
     Pieces,
     SavedDevice,
     SavedState,
@@ -344,7 +344,7 @@ def _empty_stage(name: str, model: ModelSpec, num_layers: int) -> SavedState:
     nobody = (SavedDevice(name="none", role="worker", attention=(AttentionPiece(),), total_blocks=0),)
     if catalogue.known_model(model.name) == model:
         return SavedState(name=name[:200], model=model.name, num_layers=num_layers, devices=nobody)
-    inline = InlineHeads(
+    inline = HeadsPart(
         groups=model.head_groups,
         queries_per_group=model.queries_per_group,
         kv_bytes_per_token=model.kv_bytes_per_token_group(),
