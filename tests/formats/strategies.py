@@ -10,7 +10,7 @@ from hetis.formats import catalogue
 from hetis.formats.dispatch_state import NewRequestPart, NewRequests
 from hetis.formats.dtypes import PRECISIONS
 from hetis.formats.saved_state import AttentionPiece, HeadsPart, RunningPart, SavedDevice, SavedState
-from hetis.formats.tenants import FleetTenant, FleetTenants
+from hetis.formats.tenants import FleetTenantPart, FleetTenants
 from hetis.solver.cluster import Cluster, GpuSlots, GpuType, Link, Network, NodeGroup
 from hetis.solver.dispatch.snapshot import DeviceStatus, PreparedMove
 from hetis.solver.layers.problem import LayersProblem, Links, NodeType, TimeTable
@@ -497,20 +497,20 @@ LAYERS = st.builds(
         activation_bytes=st.integers(0, 2**40),
     ),
 )
-LIMITS = st.none() | st.just(float("inf")) | st.floats(1e-6, 1e4)
+LIMITS = st.none() | st.just("none") | st.floats(1e-6, 1e4).map("{!r}s".format)
 TENANTS = st.builds(
     FleetTenants,
     tenants=st.lists(
         st.builds(
-            FleetTenant,
+            FleetTenantPart,
             name=st.from_regex(r"[a-z][a-z0-9-]{0,8}", fullmatch=True).filter(lambda name: not name.endswith("-")),
             model=TITLES,
             workload=TITLES,
             weight=st.floats(1e-3, 1e3),
             worth=st.just(2.5),
             objective=st.sampled_from(["goodput", "throughput"]),
-            ttft_s=LIMITS,
-            tpot_s=LIMITS,
+            ttft=LIMITS,
+            tpot=LIMITS,
         ),
         min_size=1,
         max_size=3,

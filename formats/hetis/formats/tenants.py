@@ -34,30 +34,6 @@ MAX_GPUS = 1_000_000
 MAX_CLAIMANTS = 400  # jobs of all tenants: the number of envy constraints grows with their square
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FleetTenant:
-    """One tenant: names or paths of its model and workload, its claim, and the objective of its plan.
-
-    Limits are in seconds; None: the objective's default, infinity: lifted. ``worth`` is that of a request/s.
-    """
-
-    name: str
-    model: str
-    workload: str
-    weight: float
-    worth: float | None
-    objective: str
-    ttft_s: float | None
-    tpot_s: float | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FleetTenants:
-    """The content of a Tenants file."""
-
-    tenants: tuple[FleetTenant, ...]
-
-
 def _seconds(value: object) -> object:
     if value == NO_LIMIT:
         return math.inf
@@ -87,8 +63,16 @@ class FleetTenantPart(DocumentPart):
     weight: Annotated[float, Field(ge=1e-3, le=1e3)] = 1.0
     worth: Annotated[float, Field(gt=0, le=1e12)] | None = None
     objective: Literal["goodput", "throughput"] = "goodput"
+    # Seconds. None: the objective's default; infinity: lifted.
     ttft: Limit | None = None
     tpot: Limit | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FleetTenants:
+    """The content of a Tenants file."""
+
+    tenants: tuple[FleetTenantPart, ...]
 
 
 class TenantsDocument(Document):
@@ -99,17 +83,16 @@ class TenantsDocument(Document):
 
 
 def _to_tenants(document: TenantsDocument) -> FleetTenants:
-    parts = (value_of(FleetTenant, part, ttft_s=part.ttft, tpot_s=part.tpot) for part in document.tenants)
-    return FleetTenants(tenants=tuple(parts))
+    return FleetTenants(tenants=tuple(document.tenants))
 
 
 def _tenants_data(value: FleetTenants) -> dict[str, Any]:
     def limit(limit_s: float | None) -> str | None:
         return None if limit_s is None else NO_LIMIT if limit_s == math.inf else f"{limit_s!r}s"
 
-    def data(one: FleetTenant) -> dict[str, Any]:
+    def data(one: FleetTenantPart) -> dict[str, Any]:
         order = ("name", "model", "workload", "weight", "objective", "worth")
-        limits = {"ttft": limit(one.ttft_s), "tpot": limit(one.tpot_s)}
+        limits = {"ttft": limit(one.ttft), "tpot": limit(one.tpot)}
         return present({name: getattr(one, name) for name in order} | limits)
 
     return {"tenants": [data(one) for one in value.tenants]}

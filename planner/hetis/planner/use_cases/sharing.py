@@ -13,7 +13,7 @@ from hetis.formats.documents import load_model, load_workload
 from hetis.formats.errors import DocumentError, Problem, attempt, single_problem
 from hetis.formats.fields import read_data
 from hetis.formats.positions import Text
-from hetis.formats.tenants import FleetTenant, ShareInputs, parse_tenants
+from hetis.formats.tenants import FleetTenantPart, ShareInputs, parse_tenants
 from hetis.planner.use_cases.errors import UncheckedPlanError
 from hetis.planner.use_cases.place import (
     KV_IS_FOR_ENGINES,
@@ -89,7 +89,7 @@ def load_tenancy(file: str, *, cluster: str, profiles: Sequence[str] = (), strat
     return LoadedTenants(tenancy=Tenancy(tenants=tenants), inputs=tuple(found), asked=asked)
 
 
-def _in_file(problem: Problem, index: int, tenant: FleetTenant, source: Text) -> Problem:
+def _in_file(problem: Problem, index: int, tenant: FleetTenantPart, source: Text) -> Problem:
     """Return a problem with a tenant's name or path at the line that contains it, and any other problem unchanged."""
     for field, given in (("model", tenant.model), ("workload", tenant.workload)):
         if problem.line is None and problem.file in (field, given):  # an unknown name, or a missing file
@@ -98,11 +98,11 @@ def _in_file(problem: Problem, index: int, tenant: FleetTenant, source: Text) ->
     return problem
 
 
-def _asked(tenant: FleetTenant) -> Objective:
-    return objective(ObjectiveKind(tenant.objective), ttft_s=tenant.ttft_s, tpot_s=tenant.tpot_s, demand_rps=None)
+def _asked(tenant: FleetTenantPart) -> Objective:
+    return objective(ObjectiveKind(tenant.objective), ttft_s=tenant.ttft, tpot_s=tenant.tpot, demand_rps=None)
 
 
-def _tenant(tenant: FleetTenant, loaded: LoadedInputs, asked: Objective, strategy: str) -> Tenant:
+def _tenant(tenant: FleetTenantPart, loaded: LoadedInputs, asked: Objective, strategy: str) -> Tenant:
     problem = loaded.inputs.problem(asked, strategy)
     return Tenant(name=tenant.name, problem=problem, weight=tenant.weight, worth=tenant.worth)
 
