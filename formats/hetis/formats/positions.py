@@ -207,14 +207,13 @@ class _Composer:
         for number, event in enumerate(_events(self._text, self._source.file)):
             if not number % _EVENTS_PER_LOOK:
                 self._bounds.look_up()
-            kind = type(event)
+            kind, mark = type(event), event.start_mark
+            line, column = mark.line + 1, mark.column + 1
             if kind is scalar:
-                mark = event.start_mark
-                node = _Node(mark.line + 1, mark.column + 1, self._scalar(event))
+                node = _Node(line, column, self._scalar(event, line, column))
                 if event.anchor is not None:
                     self._anchors[event.anchor] = node
             elif kind is mapping_start or kind is sequence_start:
-                line, column = event.start_mark.line + 1, event.start_mark.column + 1
                 self._check_tag(event.tag, line, column)
                 stack.append((_Node(line, column, None, [], [] if kind is mapping_start else None), event.anchor))
                 if len(stack) > MAX_DEPTH:
@@ -227,12 +226,10 @@ class _Composer:
                     self._anchors[anchor] = node
             elif kind is yaml.AliasEvent:
                 if event.anchor not in self._anchors:
-                    message = f"alias *{event.anchor} has no finished anchor before it"
-                    raise self._error(event.start_mark.line + 1, event.start_mark.column + 1, message)
+                    raise self._error(line, column, f"alias *{event.anchor} has no finished anchor before it")
                 node = self._anchors[event.anchor]
             elif kind is yaml.DocumentStartEvent and root is not None:
-                message = "holds several YAML documents, expected one"
-                raise self._error(event.start_mark.line + 1, event.start_mark.column + 1, message)
+                raise self._error(line, column, "holds several YAML documents, expected one")
             else:
                 continue
             if stack:
@@ -271,10 +268,8 @@ class _Composer:
                 self._problems.append(self._problem(key.line, key.column, message))
             first_line.setdefault(key.scalar, key.line)
 
-    def _scalar(self, event: yaml.ScalarEvent) -> Any:
-        if event.tag is not None:
-            mark: Any = event.start_mark
-            self._check_tag(event.tag, mark.line + 1, mark.column + 1)
+    def _scalar(self, event: yaml.ScalarEvent, line: int, column: int) -> Any:
+        self._check_tag(event.tag, line, column)
         text: str = event.value
         if not event.implicit[0] or (event.tag or "").endswith(":str"):
             return text
@@ -320,10 +315,12 @@ def _events(text: str, file: str) -> Iterator[Any]:
         message = f"is not valid YAML: {', '.join(words)}"
         raise NotYamlError([Problem(file=file, message=message, line=line, column=column)]) from None
     except yaml.reader.ReaderError as error:
-        line = text.count("\n", 0, error.position) + 1
         character = error.character if isinstance(error.character, int) else ord(error.character[:1] or "?")
-        raise single_problem(file, f"is not text: character U+{character:04X} is not allowed", line=line) from None
+        raise _not_text(file, text, error.position, character) from None
     except UnicodeEncodeError as error:  # of the fast parser: bytes of an environment that were no text
-        line = text.count("\n", 0, error.start) + 1
-        character = ord(text[error.start])
-        raise single_problem(file, f"is not text: character U+{character:04X} is not allowed", line=line) from None
+        raise _not_text(file, text, error.start, ord(text[error.start])) from None
+
+
+def _not_text(file: str, text: str, place: int, character: int) -> DocumentError:
+    line = text.count("\n", 0, place) + 1
+    return single_problem(file, f"is not text: character U+{character:04X} is not allowed", line=line)
