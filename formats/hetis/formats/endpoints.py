@@ -87,10 +87,7 @@ def is_loopback(address: str) -> bool:
     host = host_of(address)
     if address.startswith("unix:") or host == "localhost":
         return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
+    return is_ip(host) and ipaddress.ip_address(host).is_loopback
 
 
 def records_of(host: str, port: int) -> Sequence[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 
 from hetis.formats.errors import DocumentError, Problem
@@ -25,11 +24,11 @@ def import_tables(form: str, files: Sequence[str | Path]) -> list[Measurements]:
     Raises DocumentError with every problem of every file (file, row, column, value and limit); nothing is returned in
     part. ``form`` is one of `FORMATS`.
     """
-    collection, problems, has_more = Collection(), list[Problem](), False
+    collection, problems, has_more, read = Collection(), list[Problem](), False, _IMPORTERS[form]
     for file in files:
         try:
-            sheet = read_sheet(Path(file), check=partial(_check_header, form))
-            _IMPORTERS[form](sheet, collection)
+            sheet = read_sheet(Path(file), check=lambda without_rows: read(without_rows, Collection()))
+            read(sheet, collection)
             sheet.finish()
         except DocumentError as error:
             problems += error.problems
@@ -40,8 +39,3 @@ def import_tables(form: str, files: Sequence[str | Path]) -> list[Measurements]:
     if not measurements:
         raise DocumentError([Problem(file=str(file), message="has no row that hetis can use") for file in files])
     return measurements
-
-
-def _check_header(form: str, without_rows: Sheet) -> None:
-    """Raise DocumentError if a table's columns are those of no table of ``form``."""
-    _IMPORTERS[form](without_rows, Collection())
