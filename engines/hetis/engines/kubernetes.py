@@ -76,12 +76,12 @@ class Deployment:
     name: str  # name of the replica, and prefix of the names of its objects
     image: str  # image of the engine; has the plugin if there are attention workers
     worker_image: str  # an image with `hetis[worker]`
-    worker_secret: str  # a Secret whose ``worker-key`` vLLM and its workers share
+    worker_key_secret: str  # a Secret whose ``worker-key`` vLLM and its workers share
     # A PersistentVolumeClaim with the models, mounted read-only at the parent of the model's path. Empty: the image has
     # the model, or the engine locates it.
     model_claim: str = ""
-    key_secret: str = ""  # a Secret whose ``api-key`` clients must present
-    is_open: bool = False  # no key is required; exactly one of this and ``key_secret`` must be set
+    api_key_secret: str = ""  # a Secret whose ``api-key`` clients must present
+    insecure: bool = False  # no key is required; exactly one of this and ``api_key_secret`` must be set
     # A Secret with the token by which the engine downloads models, as ``NAME`` or ``NAME:KEY``; its key is HF_TOKEN
     hf_token_secret: str = ""
     namespace: str = ""
@@ -104,25 +104,21 @@ class Deployment:
             wrong.append(f"--image is missing: {IMAGE if has_workers else 'of the engine'}")
         if has_workers and not self.worker_image:
             wrong.append(f"--worker-image is missing: {WORKER_IMAGE}")
-        if has_workers and not self.worker_secret:
+        if has_workers and not self.worker_key_secret:
             wrong.append("--worker-key-secret is missing: the key of vLLM and its workers")
         path = PurePosixPath(model)
         if self.model_claim and (not path.is_absolute() or len(path.parts) < 3):
             wrong.append(f"{model_option} is {model!r}, must be like /models/NAME")
         elif self.model_claim and str(path.parent) in _OWN_MOUNTS:
             wrong.append(f"{model_option} is {model!r}: {path.parent} is mounted by pods for their own files")
-        objects = {"--api-key-secret": self.key_secret, "--worker-key-secret": self.worker_secret}
+        objects = {"--api-key-secret": self.api_key_secret, "--worker-key-secret": self.worker_key_secret}
         wrong += wrong_objects({**objects, "--model-claim": self.model_claim})
         wrong += wrong_token("--hf-token-secret", self.hf_token_secret)
-        if self.key_secret and self.is_open:
+        if self.api_key_secret and self.insecure:
             wrong.append("--api-key-secret and --insecure contradict each other: give one of them")
-        elif not self.key_secret and not self.is_open:
+        elif not self.api_key_secret and not self.insecure:
             wrong.append("give --api-key-secret, or --insecure to serve without a key")
         return wrong
-
-    def hf_token_variable(self) -> list[dict[str, Any]]:
-        """Return the variable with the token for downloads, or none if there is no Secret for it."""
-        return hf_token_variable(self.hf_token_secret)
 
 
 def wrong_objects(names: Mapping[str, str]) -> Iterator[str]:
@@ -319,14 +315,14 @@ class ReplicaObjects:
         env: list[dict[str, Any]] = [
             {"name": variable, "value": text} for variable, text in variables_of(layout).items()
         ]
-        env += self._of.hf_token_variable()
+        env += hf_token_variable(self._of.hf_token_secret)
         command = list(arguments)
         if layout.engine is Engine.SGLANG:
-            if self._of.key_secret and number == 0:
-                env += secret_variable(_SGLANG_KEY, self._of.key_secret, "api-key")
+            if self._of.api_key_secret and number == 0:
+                env += secret_variable(_SGLANG_KEY, self._of.api_key_secret, "api-key")
                 command += ["--api-key", f"$({_SGLANG_KEY})"]
         else:
-            env += secret_variable("VLLM_API_KEY", self._of.key_secret, "api-key")
+            env += secret_variable("VLLM_API_KEY", self._of.api_key_secret, "api-key")
             own = {"valueFrom": {"fieldRef": {"fieldPath": "status.podIP"}}}
             env.append({"name": HOST_VARIABLE, **own})
             if number == 0 and is_asked_for_kv(layout):
@@ -346,7 +342,7 @@ class ReplicaObjects:
         volumes: list[dict[str, Any]] = [{"name": "shm", "emptyDir": {"medium": "Memory"}}]
         if layout.workers:
             container["command"] = ["sh", "-c", _WITH_KEY, "hetis", *command]
-            env += secret_variable(KEY_VARIABLE, self._of.worker_secret, "worker-key")
+            env += secret_variable(KEY_VARIABLE, self._of.worker_key_secret, "worker-key")
             env.append({"name": CONFIG_VARIABLE, "value": f"{_CONFIG_FOLDER}/{_CONFIG_FILE}"})
             container["volumeMounts"].append({"name": "workers", "mountPath": _CONFIG_FOLDER, "readOnly": True})
             volumes.append({"name": "workers", "configMap": {"name": f"{self._of.name}-workers"}})
@@ -364,7 +360,7 @@ class ReplicaObjects:
             "name": "worker",
             "image": self._of.worker_image,
             "command": [*WORKER, *(word for setting in told.items() for word in setting)],
-            "env": secret_variable(KEY_VARIABLE, self._of.worker_secret, "worker-key"),
+            "env": secret_variable(KEY_VARIABLE, self._of.worker_key_secret, "worker-key"),
             "ports": [{"name": "frames", "containerPort": WORKER_PORT}],
             "volumeMounts": [],
         }

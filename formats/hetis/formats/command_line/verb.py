@@ -243,15 +243,21 @@ def verb(
         ]
         # A blank line ends a paragraph of the help; other ends of lines are those of the source.
         command.__doc__ = "\n\n".join(" ".join(part.split()) for part in (function.__doc__ or "").split("\n\n"))
-        parameters = [with_own_words(parameter) for parameter in (*own, *shared)]
-        command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-        command.__annotations__ = {p.name: p.annotation for p in parameters}
-        return command
+        command.__signature__ = inspect.Signature([*own, *shared])  # type: ignore[attr-defined]
+        return in_own_words(command)
 
     return decorate
 
 
-def with_own_words(parameter: inspect.Parameter) -> inspect.Parameter:
+def in_own_words(command: Callable[P, None]) -> Callable[P, None]:
+    """Let a command refuse invalid values with our messages, and return it."""
+    parameters = [_with_own_words(parameter) for parameter in inspect.signature(command).parameters.values()]
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {p.name: p.annotation for p in parameters}
+    return command
+
+
+def _with_own_words(parameter: inspect.Parameter) -> inspect.Parameter:
     """Return a command's parameter whose invalid values are refused with our messages.
 
     This concerns a choice (an enumeration, a `Literal`) or a number without a parser. typer has pydantic refuse these,

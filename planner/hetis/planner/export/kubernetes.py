@@ -57,11 +57,11 @@ def deployment_of(launchable: Launchable, one: LaunchableReplica) -> Deployment:
         name=launchable.name_of(one),
         image=engine_image(launchable, one),
         worker_image=worker_image(launchable, one),
-        worker_secret=settings.worker_key_secret,
+        worker_key_secret=settings.worker_key_secret,
         model_claim=settings.model_claim,
-        key_secret=settings.api_key_secret,
+        api_key_secret=settings.api_key_secret,
         hf_token_secret=settings.hf_token_secret,
-        is_open=settings.insecure,
+        insecure=settings.insecure,
         namespace=settings.namespace,
         kv_partners=tuple(partners),
     )
@@ -75,7 +75,7 @@ def check_cluster_options(launchable: Launchable, *, has_own_front: bool = False
     one = next(iter(launchable.replicas.values()))
     deployment = replace(deployment_of(launchable, one), image="-", worker_image="-")  # checked for each vendor
     if has_own_front:
-        deployment = replace(deployment, is_open=deployment.is_open or not deployment.key_secret)
+        deployment = replace(deployment, insecure=deployment.insecure or not deployment.api_key_secret)
     wrong = deployment.wrong(one.serving.model, has_workers=launchable.has_workers, model_option="--model")
     missing = [] if has_own_front else missing_images(launchable)
     if wrong := [*missing, *wrong]:
