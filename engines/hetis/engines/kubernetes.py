@@ -124,7 +124,7 @@ class Deployment:
 def wrong_objects(names: Mapping[str, str]) -> Iterator[str]:
     """Yield an error for every name, by option, that no object in Kubernetes can have; an empty one is not given."""
     for option, name in names.items():
-        if name and not _is_object(name):
+        if name and not (len(name) <= _LONGEST_NAME and _OBJECT.fullmatch(name)):
             yield f"{option} is {name!r}, must be the name of an object: lower-case letters, digits, - and ."
 
 
@@ -149,10 +149,6 @@ def hf_token_variable(given: str) -> list[dict[str, Any]]:
 def secret_variable(variable: str, name: str, key: str) -> list[dict[str, Any]]:
     """Return the variable of a container that has the value of a key in a Secret, or none without a Secret."""
     return [{"name": variable, "valueFrom": {"secretKeyRef": {"name": name, "key": key}}}] if name else []
-
-
-def _is_object(name: str) -> bool:
-    return len(name) <= _LONGEST_NAME and _OBJECT.fullmatch(name) is not None
 
 
 def on_nodes(*nodes: str) -> dict[str, Any]:
@@ -251,12 +247,7 @@ class ReplicaObjects:
         """Return the ConfigMap of the plugin's file, in which workers are addressed by the names of their Services."""
         places = {p.name: (self._names[p.name], WORKER_PORT) for p in self._layout.attention_workers}
         text = yaml.safe_dump(config_of(self._layout, places, key_file=_KEY_FILE), sort_keys=False)
-        return {
-            "apiVersion": "v1",
-            "kind": "ConfigMap",
-            "metadata": self.metadata(f"{self._of.name}-workers"),
-            "data": {_CONFIG_FILE: text},
-        }
+        return self.object("v1", "ConfigMap", f"{self._of.name}-workers", data={_CONFIG_FILE: text})
 
     def front(self) -> dict[str, Any]:
         """Return the Service for clients, which routes to the engine once it is ready."""
@@ -270,9 +261,8 @@ class ReplicaObjects:
 
     def towards_front(self) -> dict[str, Any]:
         """Return the policy for the front end, whose port is open to all clients."""
-        return self._policy(
-            f"{self._of.name}-front", self.front_labels, {"ports": [{"port": FRONT_PORT, "protocol": "TCP"}]}
-        )
+        ports = [{"port": FRONT_PORT, "protocol": "TCP"}]
+        return self._policy(f"{self._of.name}-front", self.front_labels, {"ports": ports})
 
     def towards_kv(self) -> dict[str, Any]:
         """Return the policy that lets replicas fetch each other's KV.
@@ -289,7 +279,7 @@ class ReplicaObjects:
     @property
     def front_labels(self) -> dict[str, str]:
         """The labels of the pod to which clients connect."""
-        return self.labels(self._names[self._layout.servers[0].name])
+        return self.labels(self.front_name)
 
     @property
     def front_name(self) -> str:
@@ -407,17 +397,13 @@ class ReplicaObjects:
         """Return a StatefulSet of one pod on the plan's node."""
         labels = self.labels(name)
         metadata = {"labels": labels, "annotations": annotations_of(process)}
-        return {
-            "apiVersion": "apps/v1",
-            "kind": "StatefulSet",
-            "metadata": self.metadata(name),
-            "spec": {
-                "replicas": 1,
-                "serviceName": name,
-                "selector": {"matchLabels": dict(labels)},
-                "template": {"metadata": metadata, "spec": {"affinity": on_nodes(process.node), **pod}},
-            },
+        spec = {
+            "replicas": 1,
+            "serviceName": name,
+            "selector": {"matchLabels": dict(labels)},
+            "template": {"metadata": metadata, "spec": {"affinity": on_nodes(process.node), **pod}},
         }
+        return self.object("apps/v1", "StatefulSet", name, spec=spec)
 
     @property
     def _on_gpus(self) -> bool:
@@ -434,16 +420,15 @@ class ReplicaObjects:
         return self._service(name, self.labels(name), spec)
 
     def _service(self, name: str, selected: dict[str, str], spec: dict[str, Any]) -> dict[str, Any]:
-        whole = spec | {"selector": selected}
-        return {"apiVersion": "v1", "kind": "Service", "metadata": self.metadata(name), "spec": whole}
+        return self.object("v1", "Service", name, spec=spec | {"selector": selected})
 
     def _policy(self, name: str, selected: dict[str, str], ingress: dict[str, Any]) -> dict[str, Any]:
-        return {
-            "apiVersion": "networking.k8s.io/v1",
-            "kind": "NetworkPolicy",
-            "metadata": self.metadata(name),
-            "spec": {"podSelector": {"matchLabels": selected}, "policyTypes": ["Ingress"], "ingress": [ingress]},
-        }
+        spec = {"podSelector": {"matchLabels": selected}, "policyTypes": ["Ingress"], "ingress": [ingress]}
+        return self.object("networking.k8s.io/v1", "NetworkPolicy", name, spec=spec)
+
+    def object(self, api: str, kind: str, name: str, **content: Any) -> dict[str, Any]:
+        """Return an object of the replica; ``content`` is what it has besides its metadata."""
+        return {"apiVersion": api, "kind": kind, "metadata": self.metadata(name), **content}
 
     def metadata(self, name: str) -> dict[str, Any]:
         where = {"namespace": self._of.namespace} if self._of.namespace else {}

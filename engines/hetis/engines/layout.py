@@ -461,28 +461,18 @@ def _is_fp8(model: ModelSpec, dtype: str) -> bool:
 
 
 def _servers(replica: ReplicaPlan, room: _Room, name: str, vendors: Mapping[str, str]) -> Iterator[Process]:
-    vendor = vendors[replica.stages[0].devices[0]]
     nodes = {node_of(device) for stage in replica.stages for device in stage.devices}
-    if len(nodes) == 1:
-        yield Process(
-            name=name,
-            kind=ProcessKind.SERVER,
-            stage=0,
-            node=nodes.pop(),
-            gpus=tuple(_index(device) for stage in replica.stages for device in stage.devices),
-            kv_bytes=max(room.of_ranks(stage) for stage in replica.stages),
-            vendor=vendor,
-        )
-        return
-    for number, stage in enumerate(replica.stages):
+    parts = [replica.stages] if len(nodes) == 1 else [(stage,) for stage in replica.stages]
+    for number, stages in enumerate(parts):
+        devices = [device for stage in stages for device in stage.devices]
         yield Process(
             name=f"{name}-{number}" if number else name,
             kind=ProcessKind.SERVER_STAGE if number else ProcessKind.SERVER,
             stage=number,
-            node=node_of(stage.devices[0]),
-            gpus=tuple(_index(device) for device in stage.devices),
-            kv_bytes=room.of_ranks(stage),
-            vendor=vendor,
+            node=node_of(devices[0]),
+            gpus=tuple(map(_index, devices)),
+            kv_bytes=max(map(room.of_ranks, stages)),
+            vendor=vendors[replica.stages[0].devices[0]],
         )
 
 
@@ -638,12 +628,14 @@ def _handed_over(
         return
     if replica.role is Role.DECODE:
         yield f"it decodes in {stages} stages: vLLM's NIXL connector only supports decode replicas with one"
-    if replica.role is Role.PREFILL and model.draft is not None:
-        yield "it prefills in several stages: vLLM's NIXL connector does not support this with a layer that drafts"
-    if replica.role is Role.PREFILL and model.sliding_window is not None:
-        yield "it prefills in several stages: vLLM's NIXL connector does not support this with sliding-window layers"
-    if replica.role is Role.PREFILL and (model.linear is not None or model.compressed is not None):
-        yield "it prefills in several stages: vLLM's NIXL connector does not support this with layers that keep states"
+    unsupported = {
+        "a layer that drafts": model.draft is not None,
+        "sliding-window layers": model.sliding_window is not None,
+        "layers that keep states": model.linear is not None or model.compressed is not None,
+    }
+    for what, is_there in unsupported.items() if replica.role is Role.PREFILL else ():
+        if is_there:
+            yield f"it prefills in several stages: vLLM's NIXL connector does not support this with {what}"
 
 
 def _held_twice(replica: ReplicaPlan, partners: Sequence[KvPartner], model: ModelSpec, engine: Engine) -> Iterator[str]:

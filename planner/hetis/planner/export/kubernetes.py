@@ -283,12 +283,8 @@ def replica_objects(
     """Return all objects of one replica, in an order in which they can be applied."""
     group = PodGroup(launchable, one)
     workers = [made for process in one.layout.attention_workers for made in group.objects.worker(process)]
-    whole = {
-        "apiVersion": "leaderworkerset.x-k8s.io/v1",
-        "kind": "LeaderWorkerSet",
-        "metadata": group.objects.metadata(launchable.name_of(one)),
-        "spec": _spec(group, labels),
-    }
+    name, spec = launchable.name_of(one), _spec(group, labels)
+    whole = group.objects.object("leaderworkerset.x-k8s.io/v1", "LeaderWorkerSet", name, spec=spec)
     return [*group.objects.around(), *workers, whole]
 
 

@@ -155,7 +155,7 @@ def _front(launchable: Launchable, one: LaunchableReplica) -> dict[str, Any]:
     name = launchable.name_of(one)
     made = ReplicaObjects(one.layout, one.serving, deployment_of(launchable, one))
     spec = {"ports": [{"name": "http", "port": FRONT_PORT}], "selector": {_REPLICA_LABEL: name}}
-    return {"apiVersion": "v1", "kind": "Service", "metadata": made.metadata(name), "spec": spec}
+    return made.object("v1", "Service", name, spec=spec)
 
 
 def picker_config(launchable: Launchable) -> dict[str, Any]:
@@ -269,9 +269,8 @@ def _objects(launchable: Launchable, number: int, pairs: dict[int, int]) -> list
     group = PodGroup(launchable, main, container="main")
     workers = [made for process in main.layout.attention_workers for made in group.objects.worker(process)]
     config = [group.objects.config()] if main.layout.workers else []
-    metadata = group.objects.metadata(name)
-    metadata["labels"][_REPLICA_LABEL] = name  # of a pair, the group is that of its decode replica
-    whole = {"apiVersion": _API, "kind": "LLMInferenceService", "metadata": metadata, "spec": spec}
+    whole = group.objects.object(_API, "LLMInferenceService", name, spec=spec)
+    whole["metadata"]["labels"][_REPLICA_LABEL] = name  # of a pair, the group is that of its decode replica
     return [*config, *workers, whole]
 
 
