@@ -10,7 +10,7 @@ import logging
 import random
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -289,18 +289,12 @@ def solver_stage(model: StageModel, slowness: Sequence[float]) -> Stage:
             for device, slow in zip(model.devices, slowness, strict=True)
         ]
 
-    heads, slow = model.heads, np.array(slowness)
+    slow = np.array(slowness)
     primary = next((i for i, device in enumerate(model.devices) if device.is_primary), None)
     cards = 1 if primary is None else max(len(model.devices[primary].gpus), 1)
     nic_byte_s, nic_s = model.nic_byte_s, model.nic_s
     return Stage(
-        heads=HeadShape(
-            head_groups=heads.head_groups,
-            queries_per_group=heads.queries_per_group,
-            kv_bytes_per_token=heads.kv_bytes_per_token,
-            exchange_bytes_per_head=heads.exchange_bytes_per_head,
-            block_tokens=heads.block_tokens,
-        ),
+        heads=HeadShape(**{field.name: getattr(model.heads, field.name) for field in fields(HeadShape)}),
         devices=tuple(device.name for device in model.devices),
         head_s=np.array(pieces("head_s")),
         kv_byte_s=np.array(pieces("kv_byte_s")),
