@@ -18,11 +18,11 @@ from typing import Annotated, Any
 
 import typer
 
+from hetis.engines.errors import OptionError
 from hetis.formats.command_line.verb import run_application, version_option
 from hetis.formats.descriptors import raise_descriptor_limit
 from hetis.formats.errors import DocumentError
 from hetis.runtime.agent.options import (
-    AgentOptionError,
     Checking,
     EngineChoice,
     PlannerAddress,
@@ -214,7 +214,7 @@ def _report_failure(error: Exception) -> int:
 
     messages, code = [str(error)], EXIT_FAILED
     match error:
-        case AgentOptionError():
+        case OptionError():
             messages, code = list(error.messages), EXIT_INVALID
         case DocumentError() | DevicesUnavailableError():
             code = EXIT_INVALID
@@ -234,11 +234,11 @@ def _report_failure(error: Exception) -> int:
 
 @contextmanager
 def checking() -> Iterator[Checking]:
-    """Check all options within the context, then raise AgentOptionError with all problems if there is any."""
+    """Check all options within the context, then raise OptionError with all problems if there is any."""
     check = Checking()
     yield check
     if check.wrong:
-        raise AgentOptionError(*check.wrong)
+        raise OptionError(*check.wrong)
 
 
 def _run_until_told(work: Coroutine[Any, Any, None]) -> None:
@@ -270,7 +270,7 @@ def _run_until_told(work: Coroutine[Any, Any, None]) -> None:
 def _set_up_logs(level: str) -> None:
     known = logging.getLevelNamesMapping()
     if level.upper() not in known:
-        raise AgentOptionError(f"--log-level is {level!r}, must be debug, info, warning or error")
+        raise OptionError(f"--log-level is {level!r}, must be debug, info, warning or error")
     if level.upper() != "DEBUG":  # gRPC logs every failed handshake itself, which our own messages already report
         os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     form = "%(asctime)s %(levelname)s %(name)s: %(message)s"
