@@ -195,12 +195,10 @@ def manifests_of(layout: Layout, serving: Serving, deployment: Deployment) -> li
     """Return the objects of a replica, in an order in which they can be applied.
 
     Raises:
-        LayoutError: no Node object can have a node's name (`impossible_nodes`), or worker processes share GPUs.
+        LayoutError: no pods can run the replica (`impossible_pods`).
     """
-    if impossible := list(impossible_nodes(layout)):
+    if impossible := list(impossible_pods(layout, device=serving.device)):
         raise LayoutError(*impossible)
-    if serving.device == "cuda":
-        refuse_shared_cards(layout)
     objects = ReplicaObjects(layout, serving, deployment)
     return [
         *objects.around(),
@@ -209,20 +207,16 @@ def manifests_of(layout: Layout, serving: Serving, deployment: Deployment) -> li
     ]
 
 
-def impossible_nodes(layout: Layout) -> Iterator[str]:
-    """Yield one message per node of the plan whose name no Node object can have, so that no pod could run there."""
+def impossible_pods(layout: Layout, *, device: str = "cuda") -> Iterator[str]:
+    """Yield why no pods can run a replica: no Node object can have a node's name, or worker processes share GPUs."""
     for node in dict.fromkeys(process.node for process in layout.processes):
         if len(node) > _LONGEST_NAME:
             yield f"node {node} has a name of {len(node)} characters, Kubernetes allows at most {_LONGEST_NAME}"
         elif not _OBJECT.fullmatch(node):
             yield f"node {node}: the name of a node in Kubernetes has only lower-case letters, digits, - and ."
-
-
-def refuse_shared_cards(layout: Layout) -> None:
-    """Raise LayoutError if worker processes share GPUs, because pods cannot."""
     shared = dict.fromkeys(f"{p.node}/{gpu}" for p in layout.attention_workers if p.sharing > 1 for gpu in p.gpus)
-    if shared:
-        raise LayoutError(
+    if shared and device == "cuda":
+        yield (
             f"several ranks of vLLM have KV on {', '.join(shared)}, each in its own process, and pods cannot "
             "share a GPU: run them with `hetis-launch processes` (`hetis-plan export --to hetis-launch`)"
         )
@@ -231,8 +225,7 @@ def refuse_shared_cards(layout: Layout) -> None:
 class ReplicaObjects:
     def __init__(self, layout: Layout, serving: Serving, deployment: Deployment) -> None:
         self._layout, self._of = layout, deployment
-        told = ("--host", ANY, "--port", str(FRONT_PORT))
-        self._serving = replace(serving, options=(*told, *serving.options))
+        self._serving = serving.at(ANY, FRONT_PORT)
         self.engine = layout.engine.program.lower()
         self._names = {p.name: f"{deployment.name}-{self.engine}-{i}" for i, p in enumerate(layout.servers)}
         self._names |= {p.name: f"{deployment.name}-worker-{i}" for i, p in enumerate(layout.attention_workers)}

@@ -7,16 +7,14 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from hetis.engines.errors import LayoutError
 from hetis.engines.kubernetes import (
     FRONT_PORT,
     Deployment,
     ReplicaObjects,
     annotations_of,
-    impossible_nodes,
+    impossible_pods,
     manifests_of,
     on_nodes,
-    refuse_shared_cards,
     resource_of,
 )
 from hetis.engines.layout import Process
@@ -36,14 +34,11 @@ from hetis.solver.plan import Role
 def write_kubernetes(launchable: Launchable) -> Written:
     """Return a file for each replica, and a kustomization of all of them."""
     check_cluster_options(launchable)
-    made, left_out = dict[int, list[dict[str, Any]]](), dict[int, tuple[str, ...]]()
-    for number, one in launchable.replicas.items():
-        try:
-            made[number] = manifests_of(one.layout, one.serving, deployment_of(launchable, one))
-        except LayoutError as error:
-            left_out[number] = error.messages
-    launchable = launchable.without(left_out)
-    files = {f"{one.name}.yaml": yaml_text(*made[number]) for number, one in launchable.replicas.items()}
+    launchable = launchable.without_impossible(lambda one: impossible_pods(one.layout))
+    files = {
+        f"{one.name}.yaml": yaml_text(*manifests_of(one.layout, one.serving, deployment_of(launchable, one)))
+        for one in launchable.replicas.values()
+    }
     alone = (f"{why}, or use --to lws" for why in launchable.restarted_alone())
     return written_for_cluster(launchable, files, _HOW_CORE, not_carried=alone)
 
@@ -265,16 +260,9 @@ def write_lws(launchable: Launchable) -> Written:
 
 def groupable(launchable: Launchable) -> Launchable:
     """Return the replicas whose pods can be made from two templates. Raises NotExportableError if there are none."""
-    left_out = dict[int, tuple[str, ...]]()
-    for number, one in launchable.replicas.items():
-        if why := (*impossible_nodes(one.layout), *PodGroup(launchable, one).why_not()):
-            left_out[number] = why
-            continue
-        try:
-            refuse_shared_cards(one.layout)
-        except LayoutError as error:
-            left_out[number] = error.messages
-    return launchable.without(left_out)
+    return launchable.without_impossible(
+        lambda one: (*impossible_pods(one.layout), *PodGroup(launchable, one).why_not())
+    )
 
 
 def replica_objects(

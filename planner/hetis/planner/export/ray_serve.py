@@ -36,8 +36,8 @@ def write_ray(launchable: Launchable) -> Written:
     """Return a config file of Ray Serve."""
     if launchable.engine is Engine.SGLANG:
         raise NotExportableError(("Ray Serve LLM only runs vLLM: --engine is sglang",))
-    left_out = {number: why for number, one in launchable.replicas.items() if (why := _why_not(launchable, one))}
-    launchable, pairs = paired(launchable.without(left_out), "Ray Serve LLM")
+    possible = launchable.without_impossible(lambda one: _why_not(launchable, one))
+    launchable, pairs = paired(possible, "Ray Serve LLM")
     applications = [
         _application(launchable, number, pairs)
         for number, one in launchable.replicas.items()

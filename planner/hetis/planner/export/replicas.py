@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -92,9 +92,7 @@ class LaunchableReplica:
     @cached_property
     def commands(self) -> tuple[Command, ...]:
         """The command lines of all processes, the front end first."""
-        host = self.addresses.host(self.front_node)
-        front = ("--host", host, "--port", str(self.port))
-        served = replace(self.serving, options=(*front, *self.serving.options))
+        served = self.serving.at(self.addresses.host(self.front_node), self.port)
         return commands_of(self.layout, served, self.addresses)
 
     @property
@@ -159,6 +157,11 @@ class Launchable:
         if not kept or less.rate() <= 0:
             raise NotExportableError(tuple(less.reasons()))
         return less
+
+    def without_impossible(self, why_not: Callable[[LaunchableReplica], Iterable[str]]) -> Launchable:
+        """Return the plan `without` the replicas that have reasons why the target cannot run them."""
+        reasons = {number: tuple(why_not(one)) for number, one in self.replicas.items()}
+        return self.without({number: why for number, why in reasons.items() if why})
 
     def mixed_nodes(self, says: str, *, everywhere: bool = False) -> list[str]:
         """Return a sentence per node with several GPU types; ``everywhere`` includes nodes of replicas left out."""

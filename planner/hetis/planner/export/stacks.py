@@ -12,7 +12,7 @@ from hetis.engines.kubernetes import (
     ReplicaObjects,
     annotations_of,
     hf_token_variable,
-    impossible_nodes,
+    impossible_pods,
     literal,
     on_nodes,
     tolerations_of,
@@ -356,10 +356,7 @@ def write_dynamo(launchable: Launchable) -> Written:
         raise NotExportableError(
             ("Dynamo's images lack the hetis plugin: use --to kubernetes, lws or hetis-launch, or --engine vllm",)
         )
-    left_out = {
-        number: reasons for number, one in launchable.replicas.items() if (reasons := tuple(_not_of_dynamo(one.layout)))
-    }
-    launchable = launchable.without(left_out)
+    launchable = launchable.without_impossible(lambda one: _not_of_dynamo(one.layout))
     check_cluster_options(launchable, has_own_front=True)
     components = [_component(launchable, one) for one in launchable.replicas.values()]
     most = _MOST_COMPONENTS - 1
@@ -391,7 +388,7 @@ def _options(launchable: Launchable) -> tuple[tuple[str, ...], list[list[str]]]:
 
 
 def _not_of_dynamo(layout: Layout) -> Iterator[str]:
-    yield from impossible_nodes(layout)
+    yield from impossible_pods(layout)
     if len(layout.servers) > 1:
         pods = f"it is {len(layout.servers)} pods"
         yield f"{pods}: Dynamo makes those of a component from one template, use --to lws or kubernetes"

@@ -21,7 +21,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Protocol
 
 from hetis.engines.commands import STOPS_S, Command
@@ -317,18 +316,15 @@ class StopRequests:
     @contextmanager
     def by_signals(self) -> Iterator[None]:
         """Count SIGTERM and SIGINT while the context is entered."""
-        before = {number: signal.signal(number, self.hear) for number in (signal.SIGTERM, signal.SIGINT)}
+        before = {number: signal.signal(number, self.tell) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
             yield
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def hear(self, number: int, frame: FrameType | None) -> None:
-        self.tell()
-
-    def tell(self) -> None:
-        """Count one more request; safe from any thread."""
+    def tell(self, *_: object) -> None:
+        """Count one more request; safe from any thread, and as a handler of signals."""
         self.times += 1
         self._came.set()
 
