@@ -300,15 +300,10 @@ def _planned(plan: Plan, name: str) -> Any:
     return documents.get(name) if isinstance(documents, Mapping) else None
 
 
-def planned_nodes(plan: Plan) -> set[str]:
-    """Return the nodes of the plan's replicas, and those of the fleet it was made for if the plan includes that."""
-    used = {node_of(device) for replica in plan.replicas for device in replica.devices()}
-    return used.union(*(names for names, _ in _fleet(_planned(plan, "cluster"))))
-
-
 def unknown_nodes(named: Iterable[str], plan: Plan, further: Iterable[str] = ()) -> Iterator[str]:
     """Yield an error for each name that is a node neither of the plan nor of its fleet, nor one of ``further``."""
-    known = sorted(planned_nodes(plan).union(further))
+    used = {node_of(device) for replica in plan.replicas for device in replica.devices()}
+    known = sorted(used.union(further, *(names for names, _ in _fleet(_planned(plan, "cluster")))))
     for node in named:
         if node not in known:
             some = ", ".join(known[:_NODES_SHOWN]) + (", ..." if len(known) > _NODES_SHOWN else "")

@@ -209,19 +209,16 @@ def _only_in_kubernetes(given: ExportSettings, target: ExportTarget, spelled: Ca
         key = "give the engine --api-key after --"
     elif target is ExportTarget.RAY:
         key = "it asks for no key"
-    for option, name, instead in (
-        ("api_key_secret", given.api_key_secret, key),
-        ("hf_token_secret", given.hf_token_secret, token),
-        ("worker_key_secret", given.worker_key_secret, worker_key),
-    ):
-        if name:
+    instead_of = {"api_key_secret": key, "hf_token_secret": token, "worker_key_secret": worker_key}
+    for option, instead in instead_of.items():
+        if getattr(given, option):
             yield f"{spelled(option)}: {spelled('to')} {target.value} reads no Secrets of Kubernetes, {instead}"
-    of_pods = {name: getattr(given, name) for name in ("namespace", "model_claim")}
-    of_containers = {name: getattr(given, name) for name in ("image", "worker_image")}
-    for options, what in ((of_pods, "pods"), ({} if target is ExportTarget.COMPOSE else of_containers, "containers")):
-        for option, value in options.items():
-            if value:
-                yield f"{spelled(option)} is {value}: {spelled('to')} {target.value} has no {what}"
+    lacks = {"namespace": "pods", "model_claim": "pods"}
+    if target is not ExportTarget.COMPOSE:
+        lacks |= {"image": "containers", "worker_image": "containers"}
+    for option, what in lacks.items():
+        if value := getattr(given, option):
+            yield f"{spelled(option)} is {value}: {spelled('to')} {target.value} has no {what}"
 
 
 def _unknown_nodes(
