@@ -70,21 +70,27 @@ _NAME = re.compile(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?")  # pod names are longer t
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Deployment:
-    """Settings of the deployment that are not in the plan."""
+class ClusterSettings:
+    """The user's settings of objects in a cluster, under the names of their options."""
 
-    name: str  # name of the replica, and prefix of the names of its objects
-    image: str  # image of the engine; has the plugin if there are attention workers
-    worker_image: str  # an image with `hetis[worker]`
-    worker_key_secret: str  # a Secret whose ``worker-key`` vLLM and its workers share
+    namespace: str = ""
     # A PersistentVolumeClaim with the models, mounted read-only at the parent of the model's path. Empty: the image has
     # the model, or the engine locates it.
     model_claim: str = ""
     api_key_secret: str = ""  # a Secret whose ``api-key`` clients must present
-    insecure: bool = False  # no key is required; exactly one of this and ``api_key_secret`` must be set
     # A Secret with the token by which the engine downloads models, as ``NAME`` or ``NAME:KEY``; its key is HF_TOKEN
     hf_token_secret: str = ""
-    namespace: str = ""
+    worker_key_secret: str = ""  # a Secret whose ``worker-key`` vLLM and its attention workers share
+    insecure: bool = False  # no key is required; exactly one of this and ``api_key_secret`` must be set
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Deployment(ClusterSettings):
+    """Settings of the deployment of a replica that are not in the plan."""
+
+    name: str  # name of the replica, and prefix of the names of its objects
+    image: str  # image of the engine; has the plugin if there are attention workers
+    worker_image: str  # an image with `hetis[worker]`
     # Names of the replicas that exchange KV with this one. Empty: unknown; any hetis replica in the namespace may.
     kv_partners: tuple[str, ...] = ()
 

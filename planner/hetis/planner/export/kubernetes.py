@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 from hetis.engines.kubernetes import (
     FRONT_PORT,
+    ClusterSettings,
     Deployment,
     ReplicaObjects,
     annotations_of,
@@ -44,7 +45,6 @@ def write_kubernetes(launchable: Launchable) -> Written:
 
 
 def deployment_of(launchable: Launchable, one: LaunchableReplica) -> Deployment:
-    settings = launchable.settings
     # Not only the partners in the plan's routes: routers choose the two replicas of a request one after the other.
     partner = {Role.PREFILL: Role.DECODE, Role.DECODE: Role.PREFILL}.get(one.plan.role)
     partners = (launchable.name_of(each) for each in launchable.replicas.values() if each.plan.role is partner)
@@ -52,13 +52,8 @@ def deployment_of(launchable: Launchable, one: LaunchableReplica) -> Deployment:
         name=launchable.name_of(one),
         image=engine_image(launchable, one),
         worker_image=worker_image(launchable, one),
-        worker_key_secret=settings.worker_key_secret,
-        model_claim=settings.model_claim,
-        api_key_secret=settings.api_key_secret,
-        hf_token_secret=settings.hf_token_secret,
-        insecure=settings.insecure,
-        namespace=settings.namespace,
         kv_partners=tuple(partners),
+        **{field.name: getattr(launchable.settings, field.name) for field in fields(ClusterSettings)},
     )
 
 

@@ -12,7 +12,7 @@ from functools import cached_property
 from hetis.engines.commands import WORKER_PORT, Addresses, Command, commands_of
 from hetis.engines.errors import LayoutError
 from hetis.engines.gpus import VENDORS
-from hetis.engines.kubernetes import IMAGE, WORKER_IMAGE
+from hetis.engines.kubernetes import IMAGE, WORKER_IMAGE, ClusterSettings
 from hetis.engines.layout import Layout, kv_partners, layout_of
 from hetis.engines.serving import (
     KV_PORT,
@@ -51,7 +51,7 @@ class NotExportableError(HetisError):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ExportSettings:
+class ExportSettings(ClusterSettings):
     """The settings of an export apart from the plan, under the names of their options."""
 
     # The model in the engine's form: a name, or a folder that is the same on every node; ``{weights}`` stands for the
@@ -67,15 +67,9 @@ class ExportSettings:
     hosts: Mapping[str, str] = field(default_factory=dict)
     port: int = 8000  # port of the first replica's front end on a node; the others have the following ports
     name: str = "hetis"  # prefix of the names of objects and jobs
-    namespace: str = ""
     # The engine's image, or one per vendor: ``IMAGE,AMD=IMAGE`` (`images_in`). Empty: the image its makers publish
     image: str = ""
     worker_image: str = ""  # image of attention workers, in the same form; empty: none
-    model_claim: str = ""  # name of a PersistentVolumeClaim that contains the models
-    api_key_secret: str = ""  # name of a Secret that contains the clients' ``api-key``
-    hf_token_secret: str = ""  # ``NAME`` or ``NAME:KEY`` of a Secret with the token for downloads from Hugging Face
-    worker_key_secret: str = ""  # name of a Secret that contains the attention workers' ``worker-key``
-    insecure: bool = False  # whether the cluster may run without keys
 
 
 @dataclass(frozen=True)
