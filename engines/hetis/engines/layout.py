@@ -564,8 +564,10 @@ def _impossible(
             "tokens an indexer chose"
         )
     yield from _handed_over(replica, partners, model, engine)
-    yield from _held_twice(replica, partners, model, engine)
-    yield from _unlike_blocks(replica, partners, model, engine)
+    if replica.role is Role.DECODE and engine is not Engine.SGLANG:
+        ranks, senders = replica.stages[0].tp, sorted({one.tp for one in partners if one.role is Role.PREFILL})
+        yield from _held_twice(ranks, senders, model, pushes=_pushes_kv(replica, partners))
+        yield from _unlike_blocks(ranks, senders, model)
     yield from _unshared(replica, model)
     for number, stage in enumerate(replica.stages):
         yield from (f"stage {number + 1}: {why}" for why in _impossible_stage(replica, number, stage, model, engine))
@@ -633,24 +635,21 @@ def _handed_over(
             yield f"it prefills in several stages: vLLM's NIXL connector does not support this with {what}"
 
 
-def _held_twice(replica: ReplicaPlan, partners: Sequence[KvPartner], model: ModelSpec, engine: Engine) -> Iterator[str]:
+def _held_twice(ranks: int, senders: Sequence[int], model: ModelSpec, *, pushes: bool) -> Iterator[str]:
     """Yield why the KV of prompts cannot come from more ranks than there are KV heads, where ranks hold duplicates.
 
     Nor can it be written to more (`_pushes_kv`). See `_validate_remote_agent_handshake` in vLLM's nixl/base_worker.py.
-    SGLang, latent attention and states allow it.
+    Latent attention and states allow it. ``senders``: the numbers of ranks in prefill replicas.
     """
-    is_latent = model.mla is not None or model.compressed is not None
-    if replica.role is not Role.DECODE or engine is Engine.SGLANG or is_latent or model.linear is not None:
+    if model.mla is not None or model.compressed is not None or model.linear is not None:
         return
-    ranks = replica.stages[0].tp
-    senders = {one.tp for one in partners if one.role is Role.PREFILL}
-    if wider := [str(tp) for tp in sorted(senders) if tp > max(ranks, model.kv_heads)]:
+    if wider := [str(tp) for tp in senders if tp > max(ranks, model.kv_heads)]:
         yield (
             f"it decodes in TP{ranks}, and prompts come from TP{' and TP'.join(wider)}, where ranks share "
             f"{model.kv_heads} KV heads: vLLM's NIXL connector then needs the same number of ranks on both sides"
         )
-    fewer = [str(tp) for tp in sorted(senders) if ranks > max(tp, model.kv_heads)]
-    if fewer and _pushes_kv(replica, partners):
+    fewer = [str(tp) for tp in senders if ranks > max(tp, model.kv_heads)]
+    if fewer and pushes:
         yield (
             f"it decodes in TP{ranks}, where ranks share {model.kv_heads} KV heads, and prompts come from "
             f"TP{' and TP'.join(fewer)}, from several stages: vLLM's NIXL connector then needs the same number of "
@@ -658,9 +657,7 @@ def _held_twice(replica: ReplicaPlan, partners: Sequence[KvPartner], model: Mode
         )
 
 
-def _unlike_blocks(
-    replica: ReplicaPlan, partners: Sequence[KvPartner], model: ModelSpec, engine: Engine
-) -> Iterator[str]:
+def _unlike_blocks(ranks: int, senders: Sequence[int], model: ModelSpec) -> Iterator[str]:
     """Yield why states cannot come from ranks whose blocks have other numbers of tokens.
 
     vLLM makes a block as large as a state (`_align_hybrid_block_size` in platforms/interface.py). Ranks divide a state,
@@ -668,10 +665,9 @@ def _unlike_blocks(
     those sent (`block_size_ratio` in kv_connector/utils.py) or, with prefix caching, have another number of the
     kernel's (`_validate_remote_agent_handshake` in nixl/base_worker.py); its documents support no others with states.
     """
-    if replica.role is not Role.DECODE or engine is Engine.SGLANG or model.linear is None:
+    if model.linear is None:
         return
-    heads, ranks = 1 if model.mla is not None else model.kv_heads, replica.stages[0].tp
-    senders = sorted({one.tp for one in partners if one.role is Role.PREFILL})
+    heads = 1 if model.mla is not None else model.kv_heads
     if unlike := [f"TP{tp}" for tp in senders if max(tp, heads) != max(ranks, heads)]:
         kv = "latent KV" if model.mla is not None else f"{heads} KV heads"
         yield (
