@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -14,8 +14,7 @@ from hetis.formats.command_line import verb as command_line
 from hetis.formats.command_line.groups import group as group
 from hetis.formats.command_line.groups import option as option
 from hetis.formats.command_line.groups import panel as panel
-from hetis.formats.command_line.groups import ungrouped
-from hetis.formats.command_line.terminal import OutputFormat
+from hetis.formats.command_line.verb import verb as verb
 from hetis.planner.cli import values
 from hetis.planner.use_cases.service_level import DEFAULT, ServiceLevel, Statistic, asked_level
 from hetis.solver.plan import DEFAULT_STRATEGY, DEFAULT_TIME_LIMIT_S, ObjectiveKind, Role
@@ -27,12 +26,6 @@ if TYPE_CHECKING:
     from hetis.solver.problem import EngineRules, EngineSettings
 
 PlanArgument = Annotated[str, typer.Argument(metavar="PLAN", help="A plan file, or - for standard input.")]
-
-
-def verb(*, prints_data: bool = True, output: OutputFormat = OutputFormat.TABLE) -> Callable[..., Callable[..., None]]:
-    """Turn ``f(terminal, ...) -> exit code`` into a typer command, and each of its groups into options."""
-    command = command_line.verb(prints_data=prints_data, output=output)
-    return lambda function: command(ungrouped(function))
 
 
 # --- options of several verbs, each of which has its own group
