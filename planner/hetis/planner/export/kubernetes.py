@@ -288,17 +288,16 @@ def _spec(group: PodGroup, labels: dict[str, str] | None = None) -> dict[str, An
 
 def _disaggregated(launchable: Launchable) -> list[dict[str, Any]]:
     around, roles = list[dict[str, Any]](), list[dict[str, Any]]()
-    metadata: dict[str, Any] = {}
     for one in launchable.replicas.values():
         group = PodGroup(launchable, one)
         around += group.objects.around()
         roles.append({"name": f"{one.plan.role.value}-{one.name}", "spec": _spec(group)})
-        metadata = group.objects.metadata(launchable.settings.name)
-    metadata["labels"] = {"app.kubernetes.io/name": "hetis", "app.kubernetes.io/instance": launchable.settings.name}
+    name = launchable.settings.name
+    labels = {"app.kubernetes.io/name": "hetis", "app.kubernetes.io/instance": name}
     whole = {
         "apiVersion": "disaggregatedset.x-k8s.io/v1",
         "kind": "DisaggregatedSet",
-        "metadata": metadata,
+        "metadata": {"name": name, **namespace(launchable), "labels": labels},
         "spec": {"roles": roles},
     }
     return [*around, whole]

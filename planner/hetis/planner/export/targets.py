@@ -277,13 +277,12 @@ def folder_refusals(folder: Path, *, force: bool) -> list[str]:
 
 def readme_of(target: str, launchable: Launchable, written: Written) -> str:
     """Return a README: what was exported, how to start it, and which features are missing."""
-    shares, rows = shares_of(launchable), []
-    for number, one in launchable.replicas.items():
-        layers = "+".join(map(str, one.layout.layers))
-        rows.append(
-            f"| {one.name} | {one.plan.role.value} | {layers} | {_ranks(one.layout)} | {_gpus(one.layout)} "
-            f"| {written.endpoints[number]} | {shares[number]:.1%} |"
-        )
+    shares = shares_of(launchable)
+    rows = "\n".join(
+        f"| {one.name} | {one.plan.role.value} | {'+'.join(map(str, one.layout.layers))} | {_ranks(one.layout)} "
+        f"| {_gpus(one.layout)} | {written.endpoints[number]} | {shares[number]:.1%} |"
+        for number, one in launchable.replicas.items()
+    )
     lost = [*launchable.changes, *launchable.reasons(), *written.not_carried]
     planned, left = launchable.plan.served_rate(), launchable.rate()
     lists = "; nginx, Envoy and LiteLLM take the lists beside it."
@@ -293,32 +292,30 @@ def readme_of(target: str, launchable: Launchable, written: Written) -> str:
             ", and the pairs that a request prefills and decodes in. Lists of nginx, Envoy and LiteLLM cannot name "
             f"pairs: they hold only the replicas that do both, {_rate(alone)} of the {_rate(left)} requests/s."
         )
-    return "\n".join(
-        (
-            f"# A plan of hetis for {target}",
-            "",
-            f"{launchable.model.name} by {launchable.engine.value}, whose options are those of version "
-            f"{VERSIONS[launchable.engine]}. The plan serves {_rate(planned)} requests/s saturated, what is exported "
-            f"{_rate(left)}.{_precision(launchable)}",
-            "",
-            "| replica | role | layers by stage | tensor parallel | GPUs | reached at | share |",
-            "| --- | --- | --- | --- | --- | --- | --- |",
-            *rows,
-            "",
-            "## Start",
-            "",
-            written.start,
-            "",
-            "## Not carried",
-            "",
-            *([f"- {line}" for line in lost] or ["The export contains everything in the plan."]),
-            "",
-            "## Routing",
-            "",
-            f"`router/weights.json` has the share of the requests that each replica should get{lists}",
-            "",
-        )
-    )
+    missing = "\n".join(f"- {line}" for line in lost) or "The export contains everything in the plan."
+    return f"""\
+# A plan of hetis for {target}
+
+{launchable.model.name} by {launchable.engine.value}, whose options are those of version \
+{VERSIONS[launchable.engine]}. The plan serves {_rate(planned)} requests/s saturated, what is exported \
+{_rate(left)}.{_precision(launchable)}
+
+| replica | role | layers by stage | tensor parallel | GPUs | reached at | share |
+| --- | --- | --- | --- | --- | --- | --- |
+{rows}
+
+## Start
+
+{written.start}
+
+## Not carried
+
+{missing}
+
+## Routing
+
+`router/weights.json` has the share of the requests that each replica should get{lists}
+"""
 
 
 def _gpus(layout: Layout) -> str:
