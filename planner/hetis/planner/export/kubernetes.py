@@ -85,7 +85,8 @@ def written_for_cluster(
     names = {number: launchable.name_of(one) for number, one in launchable.replicas.items()}
     # A pod requests a number of GPUs, and cannot choose among a node's GPU types.
     mixed = launchable.mixed_nodes("which of them a pod gets, the device plugin decides", everywhere=True)
-    usual = dict.fromkeys(resource_of(each) for each in _processes(launchable) if not each.resource)
+    processes = [process for one in launchable.replicas.values() for process in one.layout.processes]
+    usual = dict.fromkeys(resource_of(process) for process in processes if not process.resource)
     return Written(
         files={
             **files,
@@ -97,11 +98,6 @@ def written_for_cluster(
         carried=launchable,
         not_carried=(*mixed, *_turns(launchable), *not_carried),
     )
-
-
-def _processes(launchable: Launchable) -> Iterator[Process]:
-    for one in launchable.replicas.values():
-        yield from one.layout.processes
 
 
 def _turns(launchable: Launchable) -> Iterator[str]:
