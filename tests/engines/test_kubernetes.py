@@ -38,9 +38,9 @@ DEPLOYMENT = Deployment(
     name="chat",
     image="registry.example/hetis-vllm:1",
     worker_image="registry.example/hetis-worker:1",
-    worker_secret="worker",
+    worker_key_secret="worker",
     model_claim="models",
-    key_secret="key",
+    api_key_secret="key",
 )
 
 
@@ -133,7 +133,7 @@ def test_vllm_is_told_of_its_model_key_and_workers() -> None:
     ports = {port["name"]: port["containerPort"] for port in container["ports"]}
     (port,) = found["Service", "chat"]["spec"]["ports"]
     assert (port["port"], port["targetPort"]) == (ports["http"], "http")
-    opened = objects(deployment=replace(DEPLOYMENT, key_secret="", is_open=True))["StatefulSet", "chat-vllm-0"]
+    opened = objects(deployment=replace(DEPLOYMENT, api_key_secret="", insecure=True))["StatefulSet", "chat-vllm-0"]
     assert "VLLM_API_KEY" not in environment_of(opened)
 
 

@@ -70,21 +70,27 @@ _NAME = re.compile(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?")  # pod names are longer t
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Deployment:
-    """Settings of the deployment that are not in the plan."""
+class ClusterSettings:
+    """The user's settings of objects in a cluster, under the names of their options."""
+
+    namespace: str = ""
+    # A PersistentVolumeClaim with the models, mounted read-only at the parent of the model's path. Empty: the image has
+    # the model, or the engine locates it.
+    model_claim: str = ""
+    api_key_secret: str = ""  # a Secret whose ``api-key`` clients must present
+    # A Secret with the token by which the engine downloads models, as ``NAME`` or ``NAME:KEY``; its key is HF_TOKEN
+    hf_token_secret: str = ""
+    worker_key_secret: str = ""  # a Secret whose ``worker-key`` vLLM and its attention workers share
+    insecure: bool = False  # no key is required; exactly one of this and ``api_key_secret`` must be set
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Deployment(ClusterSettings):
+    """Settings of the deployment of a replica that are not in the plan."""
 
     name: str  # name of the replica, and prefix of the names of its objects
     image: str  # image of the engine; has the plugin if there are attention workers
     worker_image: str  # an image with `hetis[worker]`
-    worker_secret: str  # a Secret whose ``worker-key`` vLLM and its workers share
-    # A PersistentVolumeClaim with the models, mounted read-only at the parent of the model's path. Empty: the image has
-    # the model, or the engine locates it.
-    model_claim: str = ""
-    key_secret: str = ""  # a Secret whose ``api-key`` clients must present
-    is_open: bool = False  # no key is required; exactly one of this and ``key_secret`` must be set
-    # A Secret with the token by which the engine downloads models, as ``NAME`` or ``NAME:KEY``; its key is HF_TOKEN
-    hf_token_secret: str = ""
-    namespace: str = ""
     # Names of the replicas that exchange KV with this one. Empty: unknown; any hetis replica in the namespace may.
     kv_partners: tuple[str, ...] = ()
 
@@ -104,31 +110,27 @@ class Deployment:
             wrong.append(f"--image is missing: {IMAGE if has_workers else 'of the engine'}")
         if has_workers and not self.worker_image:
             wrong.append(f"--worker-image is missing: {WORKER_IMAGE}")
-        if has_workers and not self.worker_secret:
+        if has_workers and not self.worker_key_secret:
             wrong.append("--worker-key-secret is missing: the key of vLLM and its workers")
         path = PurePosixPath(model)
         if self.model_claim and (not path.is_absolute() or len(path.parts) < 3):
             wrong.append(f"{model_option} is {model!r}, must be like /models/NAME")
         elif self.model_claim and str(path.parent) in _OWN_MOUNTS:
             wrong.append(f"{model_option} is {model!r}: {path.parent} is mounted by pods for their own files")
-        objects = {"--api-key-secret": self.key_secret, "--worker-key-secret": self.worker_secret}
+        objects = {"--api-key-secret": self.api_key_secret, "--worker-key-secret": self.worker_key_secret}
         wrong += wrong_objects({**objects, "--model-claim": self.model_claim})
         wrong += wrong_token("--hf-token-secret", self.hf_token_secret)
-        if self.key_secret and self.is_open:
+        if self.api_key_secret and self.insecure:
             wrong.append("--api-key-secret and --insecure contradict each other: give one of them")
-        elif not self.key_secret and not self.is_open:
+        elif not self.api_key_secret and not self.insecure:
             wrong.append("give --api-key-secret, or --insecure to serve without a key")
         return wrong
-
-    def hf_token_variable(self) -> list[dict[str, Any]]:
-        """Return the variable with the token for downloads, or none if there is no Secret for it."""
-        return hf_token_variable(self.hf_token_secret)
 
 
 def wrong_objects(names: Mapping[str, str]) -> Iterator[str]:
     """Yield an error for every name, by option, that no object in Kubernetes can have; an empty one is not given."""
     for option, name in names.items():
-        if name and not _is_object(name):
+        if name and not (len(name) <= _LONGEST_NAME and _OBJECT.fullmatch(name)):
             yield f"{option} is {name!r}, must be the name of an object: lower-case letters, digits, - and ."
 
 
@@ -153,10 +155,6 @@ def hf_token_variable(given: str) -> list[dict[str, Any]]:
 def secret_variable(variable: str, name: str, key: str) -> list[dict[str, Any]]:
     """Return the variable of a container that has the value of a key in a Secret, or none without a Secret."""
     return [{"name": variable, "valueFrom": {"secretKeyRef": {"name": name, "key": key}}}] if name else []
-
-
-def _is_object(name: str) -> bool:
-    return len(name) <= _LONGEST_NAME and _OBJECT.fullmatch(name) is not None
 
 
 def on_nodes(*nodes: str) -> dict[str, Any]:
@@ -203,12 +201,10 @@ def manifests_of(layout: Layout, serving: Serving, deployment: Deployment) -> li
     """Return the objects of a replica, in an order in which they can be applied.
 
     Raises:
-        LayoutError: no Node object can have a node's name (`impossible_nodes`), or worker processes share GPUs.
+        LayoutError: no pods can run the replica (`impossible_pods`).
     """
-    if impossible := list(impossible_nodes(layout)):
+    if impossible := list(impossible_pods(layout, device=serving.device)):
         raise LayoutError(*impossible)
-    if serving.device == "cuda":
-        refuse_shared_cards(layout)
     objects = ReplicaObjects(layout, serving, deployment)
     return [
         *objects.around(),
@@ -217,20 +213,16 @@ def manifests_of(layout: Layout, serving: Serving, deployment: Deployment) -> li
     ]
 
 
-def impossible_nodes(layout: Layout) -> Iterator[str]:
-    """Yield one message per node of the plan whose name no Node object can have, so that no pod could run there."""
+def impossible_pods(layout: Layout, *, device: str = "cuda") -> Iterator[str]:
+    """Yield why no pods can run a replica: no Node object can have a node's name, or worker processes share GPUs."""
     for node in dict.fromkeys(process.node for process in layout.processes):
         if len(node) > _LONGEST_NAME:
             yield f"node {node} has a name of {len(node)} characters, Kubernetes allows at most {_LONGEST_NAME}"
         elif not _OBJECT.fullmatch(node):
             yield f"node {node}: the name of a node in Kubernetes has only lower-case letters, digits, - and ."
-
-
-def refuse_shared_cards(layout: Layout) -> None:
-    """Raise LayoutError if worker processes share GPUs, because pods cannot."""
     shared = dict.fromkeys(f"{p.node}/{gpu}" for p in layout.attention_workers if p.sharing > 1 for gpu in p.gpus)
-    if shared:
-        raise LayoutError(
+    if shared and device == "cuda":
+        yield (
             f"several ranks of vLLM have KV on {', '.join(shared)}, each in its own process, and pods cannot "
             "share a GPU: run them with `hetis-launch processes` (`hetis-plan export --to hetis-launch`)"
         )
@@ -239,8 +231,7 @@ def refuse_shared_cards(layout: Layout) -> None:
 class ReplicaObjects:
     def __init__(self, layout: Layout, serving: Serving, deployment: Deployment) -> None:
         self._layout, self._of = layout, deployment
-        told = ("--host", ANY, "--port", str(FRONT_PORT))
-        self._serving = replace(serving, options=(*told, *serving.options))
+        self._serving = serving.at(ANY, FRONT_PORT)
         self.engine = layout.engine.program.lower()
         self._names = {p.name: f"{deployment.name}-{self.engine}-{i}" for i, p in enumerate(layout.servers)}
         self._names |= {p.name: f"{deployment.name}-worker-{i}" for i, p in enumerate(layout.attention_workers)}
@@ -255,12 +246,7 @@ class ReplicaObjects:
         """Return the ConfigMap of the plugin's file, in which workers are addressed by the names of their Services."""
         places = {p.name: (self._names[p.name], WORKER_PORT) for p in self._layout.attention_workers}
         text = yaml.safe_dump(config_of(self._layout, places, key_file=_KEY_FILE), sort_keys=False)
-        return {
-            "apiVersion": "v1",
-            "kind": "ConfigMap",
-            "metadata": self.metadata(f"{self._of.name}-workers"),
-            "data": {_CONFIG_FILE: text},
-        }
+        return self.object("v1", "ConfigMap", f"{self._of.name}-workers", data={_CONFIG_FILE: text})
 
     def front(self) -> dict[str, Any]:
         """Return the Service for clients, which routes to the engine once it is ready."""
@@ -274,9 +260,8 @@ class ReplicaObjects:
 
     def towards_front(self) -> dict[str, Any]:
         """Return the policy for the front end, whose port is open to all clients."""
-        return self._policy(
-            f"{self._of.name}-front", self.front_labels, {"ports": [{"port": FRONT_PORT, "protocol": "TCP"}]}
-        )
+        ports = [{"port": FRONT_PORT, "protocol": "TCP"}]
+        return self._policy(f"{self._of.name}-front", self.front_labels, {"ports": ports})
 
     def towards_kv(self) -> dict[str, Any]:
         """Return the policy that lets replicas fetch each other's KV.
@@ -293,7 +278,7 @@ class ReplicaObjects:
     @property
     def front_labels(self) -> dict[str, str]:
         """The labels of the pod to which clients connect."""
-        return self.labels(self._names[self._layout.servers[0].name])
+        return self.labels(self.front_name)
 
     @property
     def front_name(self) -> str:
@@ -319,14 +304,14 @@ class ReplicaObjects:
         env: list[dict[str, Any]] = [
             {"name": variable, "value": text} for variable, text in variables_of(layout).items()
         ]
-        env += self._of.hf_token_variable()
+        env += hf_token_variable(self._of.hf_token_secret)
         command = list(arguments)
         if layout.engine is Engine.SGLANG:
-            if self._of.key_secret and number == 0:
-                env += secret_variable(_SGLANG_KEY, self._of.key_secret, "api-key")
+            if self._of.api_key_secret and number == 0:
+                env += secret_variable(_SGLANG_KEY, self._of.api_key_secret, "api-key")
                 command += ["--api-key", f"$({_SGLANG_KEY})"]
         else:
-            env += secret_variable("VLLM_API_KEY", self._of.key_secret, "api-key")
+            env += secret_variable("VLLM_API_KEY", self._of.api_key_secret, "api-key")
             own = {"valueFrom": {"fieldRef": {"fieldPath": "status.podIP"}}}
             env.append({"name": HOST_VARIABLE, **own})
             if number == 0 and is_asked_for_kv(layout):
@@ -346,7 +331,7 @@ class ReplicaObjects:
         volumes: list[dict[str, Any]] = [{"name": "shm", "emptyDir": {"medium": "Memory"}}]
         if layout.workers:
             container["command"] = ["sh", "-c", _WITH_KEY, "hetis", *command]
-            env += secret_variable(KEY_VARIABLE, self._of.worker_secret, "worker-key")
+            env += secret_variable(KEY_VARIABLE, self._of.worker_key_secret, "worker-key")
             env.append({"name": CONFIG_VARIABLE, "value": f"{_CONFIG_FOLDER}/{_CONFIG_FILE}"})
             container["volumeMounts"].append({"name": "workers", "mountPath": _CONFIG_FOLDER, "readOnly": True})
             volumes.append({"name": "workers", "configMap": {"name": f"{self._of.name}-workers"}})
@@ -364,7 +349,7 @@ class ReplicaObjects:
             "name": "worker",
             "image": self._of.worker_image,
             "command": [*WORKER, *(word for setting in told.items() for word in setting)],
-            "env": secret_variable(KEY_VARIABLE, self._of.worker_secret, "worker-key"),
+            "env": secret_variable(KEY_VARIABLE, self._of.worker_key_secret, "worker-key"),
             "ports": [{"name": "frames", "containerPort": WORKER_PORT}],
             "volumeMounts": [],
         }
@@ -411,17 +396,13 @@ class ReplicaObjects:
         """Return a StatefulSet of one pod on the plan's node."""
         labels = self.labels(name)
         metadata = {"labels": labels, "annotations": annotations_of(process)}
-        return {
-            "apiVersion": "apps/v1",
-            "kind": "StatefulSet",
-            "metadata": self.metadata(name),
-            "spec": {
-                "replicas": 1,
-                "serviceName": name,
-                "selector": {"matchLabels": dict(labels)},
-                "template": {"metadata": metadata, "spec": {"affinity": on_nodes(process.node), **pod}},
-            },
+        spec = {
+            "replicas": 1,
+            "serviceName": name,
+            "selector": {"matchLabels": dict(labels)},
+            "template": {"metadata": metadata, "spec": {"affinity": on_nodes(process.node), **pod}},
         }
+        return self.object("apps/v1", "StatefulSet", name, spec=spec)
 
     @property
     def _on_gpus(self) -> bool:
@@ -438,16 +419,15 @@ class ReplicaObjects:
         return self._service(name, self.labels(name), spec)
 
     def _service(self, name: str, selected: dict[str, str], spec: dict[str, Any]) -> dict[str, Any]:
-        whole = spec | {"selector": selected}
-        return {"apiVersion": "v1", "kind": "Service", "metadata": self.metadata(name), "spec": whole}
+        return self.object("v1", "Service", name, spec=spec | {"selector": selected})
 
     def _policy(self, name: str, selected: dict[str, str], ingress: dict[str, Any]) -> dict[str, Any]:
-        return {
-            "apiVersion": "networking.k8s.io/v1",
-            "kind": "NetworkPolicy",
-            "metadata": self.metadata(name),
-            "spec": {"podSelector": {"matchLabels": selected}, "policyTypes": ["Ingress"], "ingress": [ingress]},
-        }
+        spec = {"podSelector": {"matchLabels": selected}, "policyTypes": ["Ingress"], "ingress": [ingress]}
+        return self.object("networking.k8s.io/v1", "NetworkPolicy", name, spec=spec)
+
+    def object(self, api: str, kind: str, name: str, **content: Any) -> dict[str, Any]:
+        """Return an object of the replica; ``content`` is what it has besides its metadata."""
+        return {"apiVersion": api, "kind": kind, "metadata": self.metadata(name), **content}
 
     def metadata(self, name: str) -> dict[str, Any]:
         where = {"namespace": self._of.namespace} if self._of.namespace else {}

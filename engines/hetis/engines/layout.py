@@ -300,15 +300,10 @@ def _planned(plan: Plan, name: str) -> Any:
     return documents.get(name) if isinstance(documents, Mapping) else None
 
 
-def planned_nodes(plan: Plan) -> set[str]:
-    """Return the nodes of the plan's replicas, and those of the fleet it was made for if the plan includes that."""
-    used = {node_of(device) for replica in plan.replicas for device in replica.devices()}
-    return used.union(*(names for names, _ in _fleet(_planned(plan, "cluster"))))
-
-
 def unknown_nodes(named: Iterable[str], plan: Plan, further: Iterable[str] = ()) -> Iterator[str]:
     """Yield an error for each name that is a node neither of the plan nor of its fleet, nor one of ``further``."""
-    known = sorted(planned_nodes(plan).union(further))
+    used = {node_of(device) for replica in plan.replicas for device in replica.devices()}
+    known = sorted(used.union(further, *(names for names, _ in _fleet(_planned(plan, "cluster")))))
     for node in named:
         if node not in known:
             some = ", ".join(known[:_NODES_SHOWN]) + (", ..." if len(known) > _NODES_SHOWN else "")
@@ -461,28 +456,18 @@ def _is_fp8(model: ModelSpec, dtype: str) -> bool:
 
 
 def _servers(replica: ReplicaPlan, room: _Room, name: str, vendors: Mapping[str, str]) -> Iterator[Process]:
-    vendor = vendors[replica.stages[0].devices[0]]
     nodes = {node_of(device) for stage in replica.stages for device in stage.devices}
-    if len(nodes) == 1:
-        yield Process(
-            name=name,
-            kind=ProcessKind.SERVER,
-            stage=0,
-            node=nodes.pop(),
-            gpus=tuple(_index(device) for stage in replica.stages for device in stage.devices),
-            kv_bytes=max(room.of_ranks(stage) for stage in replica.stages),
-            vendor=vendor,
-        )
-        return
-    for number, stage in enumerate(replica.stages):
+    parts = [replica.stages] if len(nodes) == 1 else [(stage,) for stage in replica.stages]
+    for number, stages in enumerate(parts):
+        devices = [device for stage in stages for device in stage.devices]
         yield Process(
             name=f"{name}-{number}" if number else name,
             kind=ProcessKind.SERVER_STAGE if number else ProcessKind.SERVER,
             stage=number,
-            node=node_of(stage.devices[0]),
-            gpus=tuple(_index(device) for device in stage.devices),
-            kv_bytes=room.of_ranks(stage),
-            vendor=vendor,
+            node=node_of(devices[0]),
+            gpus=tuple(map(_index, devices)),
+            kv_bytes=max(map(room.of_ranks, stages)),
+            vendor=vendors[replica.stages[0].devices[0]],
         )
 
 
@@ -579,8 +564,10 @@ def _impossible(
             "tokens an indexer chose"
         )
     yield from _handed_over(replica, partners, model, engine)
-    yield from _held_twice(replica, partners, model, engine)
-    yield from _unlike_blocks(replica, partners, model, engine)
+    if replica.role is Role.DECODE and engine is not Engine.SGLANG:
+        ranks, senders = replica.stages[0].tp, sorted({one.tp for one in partners if one.role is Role.PREFILL})
+        yield from _held_twice(ranks, senders, model, pushes=_pushes_kv(replica, partners))
+        yield from _unlike_blocks(ranks, senders, model)
     yield from _unshared(replica, model)
     for number, stage in enumerate(replica.stages):
         yield from (f"stage {number + 1}: {why}" for why in _impossible_stage(replica, number, stage, model, engine))
@@ -638,32 +625,31 @@ def _handed_over(
         return
     if replica.role is Role.DECODE:
         yield f"it decodes in {stages} stages: vLLM's NIXL connector only supports decode replicas with one"
-    if replica.role is Role.PREFILL and model.draft is not None:
-        yield "it prefills in several stages: vLLM's NIXL connector does not support this with a layer that drafts"
-    if replica.role is Role.PREFILL and model.sliding_window is not None:
-        yield "it prefills in several stages: vLLM's NIXL connector does not support this with sliding-window layers"
-    if replica.role is Role.PREFILL and (model.linear is not None or model.compressed is not None):
-        yield "it prefills in several stages: vLLM's NIXL connector does not support this with layers that keep states"
+    unsupported = {
+        "a layer that drafts": model.draft is not None,
+        "sliding-window layers": model.sliding_window is not None,
+        "layers that keep states": model.linear is not None or model.compressed is not None,
+    }
+    for what, is_there in unsupported.items() if replica.role is Role.PREFILL else ():
+        if is_there:
+            yield f"it prefills in several stages: vLLM's NIXL connector does not support this with {what}"
 
 
-def _held_twice(replica: ReplicaPlan, partners: Sequence[KvPartner], model: ModelSpec, engine: Engine) -> Iterator[str]:
+def _held_twice(ranks: int, senders: Sequence[int], model: ModelSpec, *, pushes: bool) -> Iterator[str]:
     """Yield why the KV of prompts cannot come from more ranks than there are KV heads, where ranks hold duplicates.
 
     Nor can it be written to more (`_pushes_kv`). See `_validate_remote_agent_handshake` in vLLM's nixl/base_worker.py.
-    SGLang, latent attention and states allow it.
+    Latent attention and states allow it. ``senders``: the numbers of ranks in prefill replicas.
     """
-    is_latent = model.mla is not None or model.compressed is not None
-    if replica.role is not Role.DECODE or engine is Engine.SGLANG or is_latent or model.linear is not None:
+    if model.mla is not None or model.compressed is not None or model.linear is not None:
         return
-    ranks = replica.stages[0].tp
-    senders = {one.tp for one in partners if one.role is Role.PREFILL}
-    if wider := [str(tp) for tp in sorted(senders) if tp > max(ranks, model.kv_heads)]:
+    if wider := [str(tp) for tp in senders if tp > max(ranks, model.kv_heads)]:
         yield (
             f"it decodes in TP{ranks}, and prompts come from TP{' and TP'.join(wider)}, where ranks share "
             f"{model.kv_heads} KV heads: vLLM's NIXL connector then needs the same number of ranks on both sides"
         )
-    fewer = [str(tp) for tp in sorted(senders) if ranks > max(tp, model.kv_heads)]
-    if fewer and _pushes_kv(replica, partners):
+    fewer = [str(tp) for tp in senders if ranks > max(tp, model.kv_heads)]
+    if fewer and pushes:
         yield (
             f"it decodes in TP{ranks}, where ranks share {model.kv_heads} KV heads, and prompts come from "
             f"TP{' and TP'.join(fewer)}, from several stages: vLLM's NIXL connector then needs the same number of "
@@ -671,9 +657,7 @@ def _held_twice(replica: ReplicaPlan, partners: Sequence[KvPartner], model: Mode
         )
 
 
-def _unlike_blocks(
-    replica: ReplicaPlan, partners: Sequence[KvPartner], model: ModelSpec, engine: Engine
-) -> Iterator[str]:
+def _unlike_blocks(ranks: int, senders: Sequence[int], model: ModelSpec) -> Iterator[str]:
     """Yield why states cannot come from ranks whose blocks have other numbers of tokens.
 
     vLLM makes a block as large as a state (`_align_hybrid_block_size` in platforms/interface.py). Ranks divide a state,
@@ -681,10 +665,9 @@ def _unlike_blocks(
     those sent (`block_size_ratio` in kv_connector/utils.py) or, with prefix caching, have another number of the
     kernel's (`_validate_remote_agent_handshake` in nixl/base_worker.py); its documents support no others with states.
     """
-    if replica.role is not Role.DECODE or engine is Engine.SGLANG or model.linear is None:
+    if model.linear is None:
         return
-    heads, ranks = 1 if model.mla is not None else model.kv_heads, replica.stages[0].tp
-    senders = sorted({one.tp for one in partners if one.role is Role.PREFILL})
+    heads = 1 if model.mla is not None else model.kv_heads
     if unlike := [f"TP{tp}" for tp in senders if max(tp, heads) != max(ranks, heads)]:
         kv = "latent KV" if model.mla is not None else f"{heads} KV heads"
         yield (

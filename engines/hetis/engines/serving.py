@@ -69,6 +69,10 @@ class Serving:
     executor: str = ""  # Unix socket of the node's agent; empty: no agent controls the engine
     served_name: str = ""  # the model's name for clients; empty: ``model``
 
+    def at(self, host: str, port: int) -> Serving:
+        """Return the settings of an engine whose front end listens there."""
+        return replace(self, options=("--host", host, "--port", str(port), *self.options))
+
     def gives(self, *names: str) -> bool:
         """Return whether any of these options is among the verbatim ones."""
         return bool(names_of(self.options) & set(names))

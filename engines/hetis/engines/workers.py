@@ -18,18 +18,13 @@ def why_no_workers(model: ModelSpec) -> str | None:
 
     Windows are not a reason, because exports tell vLLM to keep all KV; plans for engines that free it have no workers.
     """
-    if model.linear is not None:
-        return "layers keep states, which cannot be divided among workers"
-    if model.indexer is not None:
-        return "attention is sparse, and all heads share its choice of tokens"
-    if model.compressed is not None:
-        return "attention is compressed, and all heads share its entries and windows"
-    if model.mla is not None:
-        return "attention is latent (MLA), and its KV cannot be split into head groups"
-    if model.draft is not None:
-        return "the plugin does not support draft tokens"
-    if attends_to_chunks(model):
-        return f"the model {CHUNKS}, which the plugin does not support"
-    if has_sinks(model):
-        return f"the model has {SINKS}, which the plugin does not support"
-    return None
+    reasons = {
+        "layers keep states, which cannot be divided among workers": model.linear is not None,
+        "attention is sparse, and all heads share its choice of tokens": model.indexer is not None,
+        "attention is compressed, and all heads share its entries and windows": model.compressed is not None,
+        "attention is latent (MLA), and its KV cannot be split into head groups": model.mla is not None,
+        "the plugin does not support draft tokens": model.draft is not None,
+        f"the model {CHUNKS}, which the plugin does not support": attends_to_chunks(model),
+        f"the model has {SINKS}, which the plugin does not support": has_sinks(model),
+    }
+    return next((reason for reason, applies in reasons.items() if applies), None)

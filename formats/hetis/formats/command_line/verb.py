@@ -23,6 +23,7 @@ from typing import Annotated, Any, Concatenate, Literal, ParamSpec, TypeVar, get
 import typer
 from typer.core import TyperCommand, TyperGroup, TyperOption
 
+from hetis.formats.command_line.groups import ungrouped
 from hetis.formats.command_line.process import INTERRUPTED, ctrl_c_raises, open_closed_streams
 from hetis.formats.command_line.terminal import OutputFormat, Terminal, in_use, plain_streams
 
@@ -210,14 +211,15 @@ P = ParamSpec("P")
 def verb(
     *, prints_data: bool = True, output: OutputFormat = OutputFormat.TABLE
 ) -> Callable[[Callable[Concatenate[Terminal, P], int]], Callable[P, None]]:
-    """Turn ``f(terminal, ...) -> exit code`` into a typer command with the shared options.
+    """Turn ``f(terminal, ...) -> exit code`` into a typer command with the shared options and those of its groups.
 
     The shared options become parameters of the signature that typer reads, and reach the verb as one `Terminal`.
     A verb that ``prints_data`` has an ``-o`` option, whose default is ``output``.
     """
 
     def decorate(function: Callable[Concatenate[Terminal, P], int]) -> Callable[P, None]:
-        own = list(inspect.signature(function, eval_str=True).parameters.values())[1:]
+        run = ungrouped(function)
+        own = list(inspect.signature(run).parameters.values())[1:]
         names = {parameter.name for parameter in own}
 
         @functools.wraps(function)
@@ -231,7 +233,7 @@ def verb(
             in_use.set(terminal)
             mine: dict[str, Any] = {name: value for name, value in kwargs.items() if name in names}
             _refuse_stdin_twice(own, mine)
-            code = function(terminal, *args, **mine)
+            code = run(terminal, *args, **mine)
             if code != OK:
                 raise typer.Exit(int(code))
 
@@ -243,15 +245,21 @@ def verb(
         ]
         # A blank line ends a paragraph of the help; other ends of lines are those of the source.
         command.__doc__ = "\n\n".join(" ".join(part.split()) for part in (function.__doc__ or "").split("\n\n"))
-        parameters = [with_own_words(parameter) for parameter in (*own, *shared)]
-        command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-        command.__annotations__ = {p.name: p.annotation for p in parameters}
-        return command
+        command.__signature__ = inspect.Signature([*own, *shared])  # type: ignore[attr-defined]
+        return in_own_words(command)
 
     return decorate
 
 
-def with_own_words(parameter: inspect.Parameter) -> inspect.Parameter:
+def in_own_words(command: Callable[P, None]) -> Callable[P, None]:
+    """Let a command refuse invalid values with our messages, and return it."""
+    parameters = [_with_own_words(parameter) for parameter in inspect.signature(command).parameters.values()]
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {p.name: p.annotation for p in parameters}
+    return command
+
+
+def _with_own_words(parameter: inspect.Parameter) -> inspect.Parameter:
     """Return a command's parameter whose invalid values are refused with our messages.
 
     This concerns a choice (an enumeration, a `Literal`) or a number without a parser. typer has pydantic refuse these,

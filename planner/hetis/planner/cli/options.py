@@ -1,23 +1,20 @@
-"""Options of `hetis-plan`: how they are declared, and the ones that several verbs share.
-
-Options are declared in groups: dataclasses with one option per field. A verb with a parameter of such a type has the
-group's options on its command line, and receives their values as one object (`verb`).
-"""
+"""Options of `hetis-plan`: how they are declared, and the ones that several verbs share."""
 
 from __future__ import annotations
 
-import functools
-import inspect
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, dataclass_transform, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from hetis.formats.command_line import verb as command_line
-from hetis.formats.command_line.terminal import OutputFormat
+from hetis.formats.command_line.groups import group as group
+from hetis.formats.command_line.groups import option as option
+from hetis.formats.command_line.groups import panel as panel
+from hetis.formats.command_line.verb import verb as verb
 from hetis.planner.cli import values
 from hetis.planner.use_cases.service_level import DEFAULT, ServiceLevel, Statistic, asked_level
 from hetis.solver.plan import DEFAULT_STRATEGY, DEFAULT_TIME_LIMIT_S, ObjectiveKind, Role
@@ -28,81 +25,7 @@ if TYPE_CHECKING:
     from hetis.solver.plan import Objective
     from hetis.solver.problem import EngineRules, EngineSettings
 
-T = TypeVar("T")
-
 PlanArgument = Annotated[str, typer.Argument(metavar="PLAN", help="A plan file, or - for standard input.")]
-
-
-@dataclass_transform(kw_only_default=True, frozen_default=True)
-def group(kind: type[T]) -> type[T]:
-    """Make a class a group of options."""
-    return dataclass(frozen=True, kw_only=True, eq=False, repr=False)(kind)  # no eq and repr: --help makes all groups
-
-
-def option(usage: str, default: Any = None, *, shown: str | Literal[True] = True, panel: str = "", **more: Any) -> Any:
-    """Declare a field of a group as an option.
-
-    Args:
-        usage: its names, the form of its value, and its help text: ``--model -m NAME|FILE: The model.``
-        default: its value if it is not specified, passed through the parser, too; ``...`` if it must be specified.
-        shown: the default as displayed in the help; True displays it as it is, and None not at all.
-        panel: the panel of the help to which it belongs.
-        **more: further arguments of `typer.Option`.
-    """
-    usage, _, says = usage.partition(": ")
-    names = [word for word in usage.split() if word.startswith("-")]
-    form = usage.split()[len(names) :]
-    info = typer.Option(
-        *names,
-        metavar=form[0] if form else None,
-        help=says or None,
-        show_default=shown,
-        rich_help_panel=panel or None,
-        **more,
-    )
-    return field(default=MISSING if default is ... else default, metadata={"option": info})
-
-
-def panel(name: str) -> Callable[..., Any]:
-    """Return `option` for one panel of the help."""
-    return partial(option, panel=name)
-
-
-def verb(*, prints_data: bool = True, output: OutputFormat = OutputFormat.TABLE) -> Callable[..., Callable[..., None]]:
-    """Turn ``f(terminal, ...) -> exit code`` into a typer command, and each of its groups into options."""
-    command = command_line.verb(prints_data=prints_data, output=output)
-    return lambda function: command(_ungrouped(function))
-
-
-def _ungrouped(function: Callable[..., int]) -> Callable[..., int]:
-    """Return a verb whose parameters are the options of its groups instead of the groups."""
-    parameters, groups = list[inspect.Parameter](), dict[str, Any]()
-    names = inspect.unwrap(function).__globals__
-    annotated: Any = Annotated  # Any, because the annotated types are known only at run time
-    for parameter in inspect.signature(function).parameters.values():
-        kind = parameter.annotation
-        if parameters and isinstance(kind, str):  # modules postpone evaluation; the terminal's annotation is not needed
-            kind = eval(kind, names)
-        if not is_dataclass(kind):
-            parameters.append(parameter.replace(annotation=kind))
-            continue
-        groups[parameter.name] = kind
-        types = _types_of(groups[parameter.name])
-        for one in fields(kind):
-            default = parameter.empty if one.default is MISSING else one.default
-            annotation = annotated[types[one.name], one.metadata["option"]]
-            parameters.append(parameter.replace(name=one.name, default=default, annotation=annotation))
-
-    @functools.wraps(function)
-    def ungrouped(*args: Any, **given: Any) -> int:
-        made = {name: kind(**{one.name: given.pop(one.name) for one in fields(kind)}) for name, kind in groups.items()}
-        return function(*args, **given, **made)
-
-    ungrouped.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    return ungrouped
-
-
-_types_of = functools.cache(get_type_hints)
 
 
 # --- options of several verbs, each of which has its own group

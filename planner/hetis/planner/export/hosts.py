@@ -277,23 +277,22 @@ the images run as, 10001 in ours (`sudo chown 10001 worker.key`)."""
 
 def write_slurm(launchable: Launchable) -> Written:
     """Return a script for `sbatch` for each replica, and a script that submits them all."""
-    files, left_out = dict[str, str](), dict[int, tuple[str, ...]]()
-    for number, one in launchable.replicas.items():
-        shared = sorted({p.name.partition(".")[0] for p in one.layout.attention_workers if p.sharing > 1})
-        if shared:
-            left_out[number] = (
-                f"several ranks have KV on {', '.join(shared)}: steps of a job do not share GPUs, use --to vllm",
-            )
-            continue
+    launchable = launchable.without_impossible(_why_no_job)
+    files = dict[str, str]()
+    for one in launchable.replicas.values():
         files |= {path: text for command in one.commands for path, text in command.files.items()}
         files[f"{one.name}.sbatch"] = _batch_script(launchable, one)
-    launchable = launchable.without(left_out)
     shown = tuple(f"{one.name}.sbatch" for one in launchable.replicas.values())
     submitted = (f"sbatch {path}" for path in shown)
     head = ("#!/usr/bin/env bash", "set -euo pipefail", 'cd "$(dirname "${BASH_SOURCE[0]}")"')
     files["submit.sh"] = "\n".join((*head, *submitted, ""))
     chosen = launchable.mixed_nodes("which of them a step gets, Slurm decides")
     return _written(launchable, files, shown, _HOW_SLURM, chosen)
+
+
+def _why_no_job(one: LaunchableReplica) -> Iterator[str]:
+    if shared := sorted({p.name.partition(".")[0] for p in one.layout.attention_workers if p.sharing > 1}):
+        yield f"several ranks have KV on {', '.join(shared)}: steps of a job do not share GPUs, use --to vllm"
 
 
 def _batch_script(launchable: Launchable, one: LaunchableReplica) -> str:

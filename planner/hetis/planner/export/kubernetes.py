@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
-from hetis.engines.errors import LayoutError
 from hetis.engines.kubernetes import (
     FRONT_PORT,
+    ClusterSettings,
     Deployment,
     ReplicaObjects,
     annotations_of,
-    impossible_nodes,
+    impossible_pods,
     manifests_of,
     on_nodes,
-    refuse_shared_cards,
     resource_of,
 )
 from hetis.engines.layout import Process
@@ -36,20 +35,16 @@ from hetis.solver.plan import Role
 def write_kubernetes(launchable: Launchable) -> Written:
     """Return a file for each replica, and a kustomization of all of them."""
     check_cluster_options(launchable)
-    made, left_out = dict[int, list[dict[str, Any]]](), dict[int, tuple[str, ...]]()
-    for number, one in launchable.replicas.items():
-        try:
-            made[number] = manifests_of(one.layout, one.serving, deployment_of(launchable, one))
-        except LayoutError as error:
-            left_out[number] = error.messages
-    launchable = launchable.without(left_out)
-    files = {f"{one.name}.yaml": yaml_text(*made[number]) for number, one in launchable.replicas.items()}
+    launchable = launchable.without_impossible(lambda one: impossible_pods(one.layout))
+    files = {
+        f"{one.name}.yaml": yaml_text(*manifests_of(one.layout, one.serving, deployment_of(launchable, one)))
+        for one in launchable.replicas.values()
+    }
     alone = (f"{why}, or use --to lws" for why in launchable.restarted_alone())
     return written_for_cluster(launchable, files, _HOW_CORE, not_carried=alone)
 
 
 def deployment_of(launchable: Launchable, one: LaunchableReplica) -> Deployment:
-    settings = launchable.settings
     # Not only the partners in the plan's routes: routers choose the two replicas of a request one after the other.
     partner = {Role.PREFILL: Role.DECODE, Role.DECODE: Role.PREFILL}.get(one.plan.role)
     partners = (launchable.name_of(each) for each in launchable.replicas.values() if each.plan.role is partner)
@@ -57,13 +52,8 @@ def deployment_of(launchable: Launchable, one: LaunchableReplica) -> Deployment:
         name=launchable.name_of(one),
         image=engine_image(launchable, one),
         worker_image=worker_image(launchable, one),
-        worker_secret=settings.worker_key_secret,
-        model_claim=settings.model_claim,
-        key_secret=settings.api_key_secret,
-        hf_token_secret=settings.hf_token_secret,
-        is_open=settings.insecure,
-        namespace=settings.namespace,
         kv_partners=tuple(partners),
+        **{field.name: getattr(launchable.settings, field.name) for field in fields(ClusterSettings)},
     )
 
 
@@ -75,7 +65,7 @@ def check_cluster_options(launchable: Launchable, *, has_own_front: bool = False
     one = next(iter(launchable.replicas.values()))
     deployment = replace(deployment_of(launchable, one), image="-", worker_image="-")  # checked for each vendor
     if has_own_front:
-        deployment = replace(deployment, is_open=deployment.is_open or not deployment.key_secret)
+        deployment = replace(deployment, insecure=deployment.insecure or not deployment.api_key_secret)
     wrong = deployment.wrong(one.serving.model, has_workers=launchable.has_workers, model_option="--model")
     missing = [] if has_own_front else missing_images(launchable)
     if wrong := [*missing, *wrong]:
@@ -95,7 +85,8 @@ def written_for_cluster(
     names = {number: launchable.name_of(one) for number, one in launchable.replicas.items()}
     # A pod requests a number of GPUs, and cannot choose among a node's GPU types.
     mixed = launchable.mixed_nodes("which of them a pod gets, the device plugin decides", everywhere=True)
-    usual = dict.fromkeys(resource_of(each) for each in _processes(launchable) if not each.resource)
+    processes = [process for one in launchable.replicas.values() for process in one.layout.processes]
+    usual = dict.fromkeys(resource_of(process) for process in processes if not process.resource)
     return Written(
         files={
             **files,
@@ -107,11 +98,6 @@ def written_for_cluster(
         carried=launchable,
         not_carried=(*mixed, *_turns(launchable), *not_carried),
     )
-
-
-def _processes(launchable: Launchable) -> Iterator[Process]:
-    for one in launchable.replicas.values():
-        yield from one.layout.processes
 
 
 def _turns(launchable: Launchable) -> Iterator[str]:
@@ -265,16 +251,9 @@ def write_lws(launchable: Launchable) -> Written:
 
 def groupable(launchable: Launchable) -> Launchable:
     """Return the replicas whose pods can be made from two templates. Raises NotExportableError if there are none."""
-    left_out = dict[int, tuple[str, ...]]()
-    for number, one in launchable.replicas.items():
-        if why := (*impossible_nodes(one.layout), *PodGroup(launchable, one).why_not()):
-            left_out[number] = why
-            continue
-        try:
-            refuse_shared_cards(one.layout)
-        except LayoutError as error:
-            left_out[number] = error.messages
-    return launchable.without(left_out)
+    return launchable.without_impossible(
+        lambda one: (*impossible_pods(one.layout), *PodGroup(launchable, one).why_not())
+    )
 
 
 def replica_objects(
@@ -283,12 +262,8 @@ def replica_objects(
     """Return all objects of one replica, in an order in which they can be applied."""
     group = PodGroup(launchable, one)
     workers = [made for process in one.layout.attention_workers for made in group.objects.worker(process)]
-    whole = {
-        "apiVersion": "leaderworkerset.x-k8s.io/v1",
-        "kind": "LeaderWorkerSet",
-        "metadata": group.objects.metadata(launchable.name_of(one)),
-        "spec": _spec(group, labels),
-    }
+    name, spec = launchable.name_of(one), _spec(group, labels)
+    whole = group.objects.object("leaderworkerset.x-k8s.io/v1", "LeaderWorkerSet", name, spec=spec)
     return [*group.objects.around(), *workers, whole]
 
 
@@ -309,17 +284,16 @@ def _spec(group: PodGroup, labels: dict[str, str] | None = None) -> dict[str, An
 
 def _disaggregated(launchable: Launchable) -> list[dict[str, Any]]:
     around, roles = list[dict[str, Any]](), list[dict[str, Any]]()
-    metadata: dict[str, Any] = {}
     for one in launchable.replicas.values():
         group = PodGroup(launchable, one)
         around += group.objects.around()
         roles.append({"name": f"{one.plan.role.value}-{one.name}", "spec": _spec(group)})
-        metadata = group.objects.metadata(launchable.settings.name)
-    metadata["labels"] = {"app.kubernetes.io/name": "hetis", "app.kubernetes.io/instance": launchable.settings.name}
+    name = launchable.settings.name
+    labels = {"app.kubernetes.io/name": "hetis", "app.kubernetes.io/instance": name}
     whole = {
         "apiVersion": "disaggregatedset.x-k8s.io/v1",
         "kind": "DisaggregatedSet",
-        "metadata": metadata,
+        "metadata": {"name": name, **namespace(launchable), "labels": labels},
         "spec": {"roles": roles},
     }
     return [*around, whole]

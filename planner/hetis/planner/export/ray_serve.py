@@ -36,8 +36,8 @@ def write_ray(launchable: Launchable) -> Written:
     """Return a config file of Ray Serve."""
     if launchable.engine is Engine.SGLANG:
         raise NotExportableError(("Ray Serve LLM only runs vLLM: --engine is sglang",))
-    left_out = {number: why for number, one in launchable.replicas.items() if (why := _why_not(launchable, one))}
-    launchable, pairs = paired(launchable.without(left_out), "Ray Serve LLM")
+    possible = launchable.without_impossible(lambda one: _why_not(launchable, one))
+    launchable, pairs = paired(possible, "Ray Serve LLM")
     applications = [
         _application(launchable, number, pairs)
         for number, one in launchable.replicas.items()
@@ -78,7 +78,7 @@ def llm_config(launchable: Launchable, one: LaunchableReplica) -> dict[str, Any]
     if connector := connector_of(layout):
         arguments["kv_transfer_config"] = connector
     devices = [device for stage in one.plan.stages for device in stage.devices]
-    types = {kind for stage in one.plan.stages if (kind := _type_of(stage.gpu))}
+    types = {_type_of(stage.gpu) for stage in one.plan.stages}
     bundles = [{"GPU": 1, "CPU": 1, _resource(node_of(device)): _TINY} for device in devices]
     config: dict[str, Any] = {
         "model_loading_config": {
@@ -96,7 +96,7 @@ def llm_config(launchable: Launchable, one: LaunchableReplica) -> dict[str, Any]
             }
         },
     }
-    if len(types) == 1 and all(_type_of(stage.gpu) for stage in one.plan.stages):
+    if len(types) == 1 and None not in types:
         config["accelerator_type"] = types.pop()
     return config
 

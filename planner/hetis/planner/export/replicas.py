@@ -5,14 +5,14 @@ from __future__ import annotations
 import re
 import shlex
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from hetis.engines.commands import WORKER_PORT, Addresses, Command, commands_of
 from hetis.engines.errors import LayoutError
 from hetis.engines.gpus import VENDORS
-from hetis.engines.kubernetes import IMAGE, WORKER_IMAGE
+from hetis.engines.kubernetes import IMAGE, WORKER_IMAGE, ClusterSettings
 from hetis.engines.layout import Layout, kv_partners, layout_of
 from hetis.engines.serving import (
     KV_PORT,
@@ -51,7 +51,7 @@ class NotExportableError(HetisError):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ExportSettings:
+class ExportSettings(ClusterSettings):
     """The settings of an export apart from the plan, under the names of their options."""
 
     # The model in the engine's form: a name, or a folder that is the same on every node; ``{weights}`` stands for the
@@ -67,15 +67,9 @@ class ExportSettings:
     hosts: Mapping[str, str] = field(default_factory=dict)
     port: int = 8000  # port of the first replica's front end on a node; the others have the following ports
     name: str = "hetis"  # prefix of the names of objects and jobs
-    namespace: str = ""
     # The engine's image, or one per vendor: ``IMAGE,AMD=IMAGE`` (`images_in`). Empty: the image its makers publish
     image: str = ""
     worker_image: str = ""  # image of attention workers, in the same form; empty: none
-    model_claim: str = ""  # name of a PersistentVolumeClaim that contains the models
-    api_key_secret: str = ""  # name of a Secret that contains the clients' ``api-key``
-    hf_token_secret: str = ""  # ``NAME`` or ``NAME:KEY`` of a Secret with the token for downloads from Hugging Face
-    worker_key_secret: str = ""  # name of a Secret that contains the attention workers' ``worker-key``
-    insecure: bool = False  # whether the cluster may run without keys
 
 
 @dataclass(frozen=True)
@@ -92,9 +86,7 @@ class LaunchableReplica:
     @cached_property
     def commands(self) -> tuple[Command, ...]:
         """The command lines of all processes, the front end first."""
-        host = self.addresses.host(self.front_node)
-        front = ("--host", host, "--port", str(self.port))
-        served = replace(self.serving, options=(*front, *self.serving.options))
+        served = self.serving.at(self.addresses.host(self.front_node), self.port)
         return commands_of(self.layout, served, self.addresses)
 
     @property
@@ -159,6 +151,11 @@ class Launchable:
         if not kept or less.rate() <= 0:
             raise NotExportableError(tuple(less.reasons()))
         return less
+
+    def without_impossible(self, why_not: Callable[[LaunchableReplica], Iterable[str]]) -> Launchable:
+        """Return the plan `without` the replicas that have reasons why the target cannot run them."""
+        reasons = {number: tuple(why_not(one)) for number, one in self.replicas.items()}
+        return self.without({number: why for number, why in reasons.items() if why})
 
     def mixed_nodes(self, says: str, *, everywhere: bool = False) -> list[str]:
         """Return a sentence per node with several GPU types; ``everywhere`` includes nodes of replicas left out."""

@@ -12,7 +12,7 @@ from hetis.engines.kubernetes import (
     ReplicaObjects,
     annotations_of,
     hf_token_variable,
-    impossible_nodes,
+    impossible_pods,
     literal,
     on_nodes,
     tolerations_of,
@@ -155,7 +155,7 @@ def _front(launchable: Launchable, one: LaunchableReplica) -> dict[str, Any]:
     name = launchable.name_of(one)
     made = ReplicaObjects(one.layout, one.serving, deployment_of(launchable, one))
     spec = {"ports": [{"name": "http", "port": FRONT_PORT}], "selector": {_REPLICA_LABEL: name}}
-    return {"apiVersion": "v1", "kind": "Service", "metadata": made.metadata(name), "spec": spec}
+    return made.object("v1", "Service", name, spec=spec)
 
 
 def picker_config(launchable: Launchable) -> dict[str, Any]:
@@ -269,9 +269,8 @@ def _objects(launchable: Launchable, number: int, pairs: dict[int, int]) -> list
     group = PodGroup(launchable, main, container="main")
     workers = [made for process in main.layout.attention_workers for made in group.objects.worker(process)]
     config = [group.objects.config()] if main.layout.workers else []
-    metadata = group.objects.metadata(name)
-    metadata["labels"][_REPLICA_LABEL] = name  # of a pair, the group is that of its decode replica
-    whole = {"apiVersion": _API, "kind": "LLMInferenceService", "metadata": metadata, "spec": spec}
+    whole = group.objects.object(_API, "LLMInferenceService", name, spec=spec)
+    whole["metadata"]["labels"][_REPLICA_LABEL] = name  # of a pair, the group is that of its decode replica
     return [*config, *workers, whole]
 
 
@@ -357,10 +356,7 @@ def write_dynamo(launchable: Launchable) -> Written:
         raise NotExportableError(
             ("Dynamo's images lack the hetis plugin: use --to kubernetes, lws or hetis-launch, or --engine vllm",)
         )
-    left_out = {
-        number: reasons for number, one in launchable.replicas.items() if (reasons := tuple(_not_of_dynamo(one.layout)))
-    }
-    launchable = launchable.without(left_out)
+    launchable = launchable.without_impossible(lambda one: _not_of_dynamo(one.layout))
     check_cluster_options(launchable, has_own_front=True)
     components = [_component(launchable, one) for one in launchable.replicas.values()]
     most = _MOST_COMPONENTS - 1
@@ -392,7 +388,7 @@ def _options(launchable: Launchable) -> tuple[tuple[str, ...], list[list[str]]]:
 
 
 def _not_of_dynamo(layout: Layout) -> Iterator[str]:
-    yield from impossible_nodes(layout)
+    yield from impossible_pods(layout)
     if len(layout.servers) > 1:
         pods = f"it is {len(layout.servers)} pods"
         yield f"{pods}: Dynamo makes those of a component from one template, use --to lws or kubernetes"

@@ -209,19 +209,16 @@ def _only_in_kubernetes(given: ExportSettings, target: ExportTarget, spelled: Ca
         key = "give the engine --api-key after --"
     elif target is ExportTarget.RAY:
         key = "it asks for no key"
-    for option, name, instead in (
-        ("api_key_secret", given.api_key_secret, key),
-        ("hf_token_secret", given.hf_token_secret, token),
-        ("worker_key_secret", given.worker_key_secret, worker_key),
-    ):
-        if name:
+    instead_of = {"api_key_secret": key, "hf_token_secret": token, "worker_key_secret": worker_key}
+    for option, instead in instead_of.items():
+        if getattr(given, option):
             yield f"{spelled(option)}: {spelled('to')} {target.value} reads no Secrets of Kubernetes, {instead}"
-    of_pods = {name: getattr(given, name) for name in ("namespace", "model_claim")}
-    of_containers = {name: getattr(given, name) for name in ("image", "worker_image")}
-    for options, what in ((of_pods, "pods"), ({} if target is ExportTarget.COMPOSE else of_containers, "containers")):
-        for option, value in options.items():
-            if value:
-                yield f"{spelled(option)} is {value}: {spelled('to')} {target.value} has no {what}"
+    lacks = {"namespace": "pods", "model_claim": "pods"}
+    if target is not ExportTarget.COMPOSE:
+        lacks |= {"image": "containers", "worker_image": "containers"}
+    for option, what in lacks.items():
+        if value := getattr(given, option):
+            yield f"{spelled(option)} is {value}: {spelled('to')} {target.value} has no {what}"
 
 
 def _unknown_nodes(
@@ -277,13 +274,12 @@ def folder_refusals(folder: Path, *, force: bool) -> list[str]:
 
 def readme_of(target: str, launchable: Launchable, written: Written) -> str:
     """Return a README: what was exported, how to start it, and which features are missing."""
-    shares, rows = shares_of(launchable), []
-    for number, one in launchable.replicas.items():
-        layers = "+".join(map(str, one.layout.layers))
-        rows.append(
-            f"| {one.name} | {one.plan.role.value} | {layers} | {_ranks(one.layout)} | {_gpus(one.layout)} "
-            f"| {written.endpoints[number]} | {shares[number]:.1%} |"
-        )
+    shares = shares_of(launchable)
+    rows = "\n".join(
+        f"| {one.name} | {one.plan.role.value} | {'+'.join(map(str, one.layout.layers))} | {_ranks(one.layout)} "
+        f"| {_gpus(one.layout)} | {written.endpoints[number]} | {shares[number]:.1%} |"
+        for number, one in launchable.replicas.items()
+    )
     lost = [*launchable.changes, *launchable.reasons(), *written.not_carried]
     planned, left = launchable.plan.served_rate(), launchable.rate()
     lists = "; nginx, Envoy and LiteLLM take the lists beside it."
@@ -293,32 +289,30 @@ def readme_of(target: str, launchable: Launchable, written: Written) -> str:
             ", and the pairs that a request prefills and decodes in. Lists of nginx, Envoy and LiteLLM cannot name "
             f"pairs: they hold only the replicas that do both, {_rate(alone)} of the {_rate(left)} requests/s."
         )
-    return "\n".join(
-        (
-            f"# A plan of hetis for {target}",
-            "",
-            f"{launchable.model.name} by {launchable.engine.value}, whose options are those of version "
-            f"{VERSIONS[launchable.engine]}. The plan serves {_rate(planned)} requests/s saturated, what is exported "
-            f"{_rate(left)}.{_precision(launchable)}",
-            "",
-            "| replica | role | layers by stage | tensor parallel | GPUs | reached at | share |",
-            "| --- | --- | --- | --- | --- | --- | --- |",
-            *rows,
-            "",
-            "## Start",
-            "",
-            written.start,
-            "",
-            "## Not carried",
-            "",
-            *([f"- {line}" for line in lost] or ["The export contains everything in the plan."]),
-            "",
-            "## Routing",
-            "",
-            f"`router/weights.json` has the share of the requests that each replica should get{lists}",
-            "",
-        )
-    )
+    missing = "\n".join(f"- {line}" for line in lost) or "The export contains everything in the plan."
+    return f"""\
+# A plan of hetis for {target}
+
+{launchable.model.name} by {launchable.engine.value}, whose options are those of version \
+{VERSIONS[launchable.engine]}. The plan serves {_rate(planned)} requests/s saturated, what is exported \
+{_rate(left)}.{_precision(launchable)}
+
+| replica | role | layers by stage | tensor parallel | GPUs | reached at | share |
+| --- | --- | --- | --- | --- | --- | --- |
+{rows}
+
+## Start
+
+{written.start}
+
+## Not carried
+
+{missing}
+
+## Routing
+
+`router/weights.json` has the share of the requests that each replica should get{lists}
+"""
 
 
 def _gpus(layout: Layout) -> str:

@@ -180,9 +180,8 @@ class AgentCore:
 
     def progressed(self, number: int, response: CopyMovesResponse, now_s: float) -> list[Action]:
         """Handle the progress of a CopyMoves call."""
-        for replica in self._replicas.values():
-            if replica.waits_for(number):
-                replica.progressed(response, now_s)
+        for replica in self._waiting_for(number):
+            replica.progressed(response, now_s)
         return self._outbox.take()
 
     def answered(self, number: int, answer: EngineResponse | Failure, now_s: float) -> list[Action]:
@@ -190,16 +189,14 @@ class AgentCore:
         if number in self._asked_maps:
             self._send_head_maps(*self._asked_maps.pop(number), answer)
             return self._outbox.take()
-        for replica in self._replicas.values():
-            if replica.waits_for(number):
-                if isinstance(answer, Failure) and answer.reason == ErrorReason.ERROR_REASON_STALE_EPOCH:
-                    newest = answer.metadata.get("newest_epoch", "")
-                    if newest.isdigit() and int(newest) > self._fence.newest:
-                        self._overtaken(int(newest))
-                        if replica.is_applying():
-                            replica.forget_assignment()
-                replica.answered(answer, now_s)
-                break
+        for replica in self._waiting_for(number):
+            if isinstance(answer, Failure) and answer.reason == ErrorReason.ERROR_REASON_STALE_EPOCH:
+                newest = answer.metadata.get("newest_epoch", "")
+                if newest.isdigit() and int(newest) > self._fence.newest:
+                    self._overtaken(int(newest))
+                    if replica.is_applying():
+                        replica.forget_assignment()
+            replica.answered(answer, now_s)
         self._report(now_s)
         return self._outbox.take()
 
@@ -236,6 +233,10 @@ class AgentCore:
     def held(self) -> list[ReplicaState]:
         """Return the state held for each replica, for metrics and tests."""
         return [replica.held for replica in self._replicas.values()]
+
+    def _waiting_for(self, number: int) -> list[ReplicaAgent]:
+        """Return the replica that waits for the answer to a call, or nothing if none does any more."""
+        return [replica for replica in self._replicas.values() if replica.waits_for(number)]
 
     def _read(self, saved: Mapping[str, bytes]) -> list[ReplicaState]:
         held = []

@@ -14,15 +14,15 @@ from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
 
+from hetis.engines.errors import OptionError
 from hetis.formats.command_line.verb import run_application, version_option
 from hetis.formats.descriptors import raise_descriptor_limit
 from hetis.formats.errors import DocumentError
 from hetis.runtime.agent.options import (
-    AgentOptionError,
     Checking,
     EngineChoice,
     PlannerAddress,
@@ -150,7 +150,7 @@ def run(
         check(lambda: checked_address("--peer-address", peer_address))
     assert address is not None
     assert choice is not None
-    _raise_descriptors()
+    raise_descriptor_limit("hetis-agent", least=_LEAST_FILES, enough=_ENOUGH_FILES)
     from hetis.runtime.agent.daemon import Parts, run_agent
 
     parts = Parts(
@@ -174,12 +174,9 @@ def devices(devices: Devices = "auto", simulated_devices: SimulatedDevices = "")
     """Print the devices that the agent finds here, as JSON."""
     from google.protobuf import json_format
 
-    from hetis.runtime.agent.devices import DevicesUnavailableError, discover
+    from hetis.runtime.agent.devices import discover
 
-    try:
-        found = discover(f"simulated:{simulated_devices}" if simulated_devices else devices)
-    except DevicesUnavailableError as error:
-        _fail(str(error), EXIT_INVALID)
+    found = discover(f"simulated:{simulated_devices}" if simulated_devices else devices)
     print(json.dumps(json_format.MessageToDict(found, preserving_proto_field_name=True), indent=2))
 
 
@@ -199,7 +196,7 @@ def simulate(
         check(lambda: checked_node(node))
         check(lambda: checked_devices(source, engine=None))
         check(lambda: checked_address("--peer-address", peer_address))
-    _raise_descriptors()
+    raise_descriptor_limit("hetis-agent", least=_LEAST_FILES, enough=_ENOUGH_FILES)
     from hetis.runtime.agent.daemon import run_engine
 
     _run_until_told(run_engine(node, source, socket, control, seed, peer_address))
@@ -212,35 +209,40 @@ def main() -> int:
 
 def _report_failure(error: Exception) -> int:
     """Print an error, an unexpected one with its traceback, and return the exit code."""
-    if isinstance(error, ModuleNotFoundError) and error.name == "prometheus_client":  # hetis[vllm] has the rest
-        print("hetis-agent: prometheus_client is not installed: pip install 'hetis[agent]'", file=sys.stderr)
-    else:
-        traceback.print_exception(error)
-    return EXIT_FAILED
+    from hetis.runtime.agent.devices import DevicesUnavailableError
+    from hetis.runtime.agent.disk import StateError
+
+    messages, code = [str(error)], EXIT_FAILED
+    match error:
+        case OptionError():
+            messages, code = list(error.messages), EXIT_INVALID
+        case DocumentError() | DevicesUnavailableError():
+            code = EXIT_INVALID
+        case StateError():
+            code = EXIT_STATE
+        case ModuleNotFoundError(name="prometheus_client"):  # hetis[vllm] has the rest
+            messages = ["prometheus_client is not installed: pip install 'hetis[agent]'"]
+        case OSError():
+            pass
+        case _:
+            traceback.print_exception(error)
+            return EXIT_FAILED
+    for message in messages:
+        print(f"hetis-agent: {message}", file=sys.stderr)
+    return code
 
 
 @contextmanager
 def checking() -> Iterator[Checking]:
-    """Check all options within the context, then print one line for each problem and exit if there is any."""
+    """Check all options within the context, then raise OptionError with all problems if there is any."""
     check = Checking()
     yield check
-    for message in check.wrong[:-1]:
-        print(f"hetis-agent: {message}", file=sys.stderr)
     if check.wrong:
-        _fail(check.wrong[-1], EXIT_INVALID)
-
-
-def _raise_descriptors() -> None:
-    try:
-        raise_descriptor_limit("hetis-agent", least=_LEAST_FILES, enough=_ENOUGH_FILES)
-    except DocumentError as error:
-        _fail(str(error), EXIT_INVALID)
+        raise OptionError(*check.wrong)
 
 
 def _run_until_told(work: Coroutine[Any, Any, None]) -> None:
-    """Run ``work`` until it ends or a signal arrives. Errors become one line and an exit code."""
-    from hetis.runtime.agent.devices import DevicesUnavailableError
-    from hetis.runtime.agent.disk import StateError
+    """Run ``work`` until it ends or a signal arrives."""
 
     async def until_told() -> None:
         task = asyncio.ensure_future(work)
@@ -260,30 +262,16 @@ def _run_until_told(work: Coroutine[Any, Any, None]) -> None:
             if not told:
                 raise
 
-    begun_s, failure, code = time.monotonic(), "", 0
-    try:
-        asyncio.run(until_told())
-    except DevicesUnavailableError as error:
-        failure, code = str(error), EXIT_INVALID
-    except StateError as error:
-        failure, code = str(error), EXIT_STATE
-    except OSError as error:
-        failure, code = str(error), EXIT_FAILED
-    if code:
-        _fail(failure, code)
+    begun_s = time.monotonic()
+    asyncio.run(until_told())
     logging.getLogger(__name__).info("stopped after %.0f s", time.monotonic() - begun_s)
 
 
 def _set_up_logs(level: str) -> None:
     known = logging.getLevelNamesMapping()
     if level.upper() not in known:
-        raise AgentOptionError(f"--log-level is {level!r}, must be debug, info, warning or error")
+        raise OptionError(f"--log-level is {level!r}, must be debug, info, warning or error")
     if level.upper() != "DEBUG":  # gRPC logs every failed handshake itself, which our own messages already report
         os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     form = "%(asctime)s %(levelname)s %(name)s: %(message)s"
     logging.basicConfig(level=known[level.upper()], stream=sys.stderr, format=form)
-
-
-def _fail(message: str, code: int) -> NoReturn:
-    print(f"hetis-agent: {message}", file=sys.stderr)
-    raise SystemExit(code)

@@ -5,7 +5,7 @@ Names begin with ``hetis_agent_``. Devices are labelled with their index and typ
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, start_http_server
@@ -14,14 +14,18 @@ from hetis.runtime.agent.pressure import ScrapeState
 from hetis.v1 import agent_service_pb2, inventory_pb2, report_pb2
 
 LOOPBACK = "127.0.0.1"
-_OF_DEVICES = {
-    "kv_blocks": "Total KV blocks, in the engine's unit.",
-    "kv_blocks_used": "KV blocks in use, which cannot be evicted.",
-    "memory_used_bytes": "GPU memory used by all processes.",
-    "busy_ratio": "Fraction of time in which a kernel ran.",
-    "clock_hertz": "Clock frequency of the multiprocessors (SMs).",
-    "throttled": "1 if the clock is reduced for a reason other than idleness, else 0.",
-    "healthy": "1 if the device is usable, else 0.",
+# The text of each metric of a device, and its value in a report.
+_OF_DEVICES: dict[str, tuple[str, Callable[[report_pb2.DeviceReport], float]]] = {
+    "kv_blocks": ("Total KV blocks, in the engine's unit.", lambda report: report.total_blocks),
+    "kv_blocks_used": ("KV blocks in use, which cannot be evicted.", lambda report: report.used_blocks),
+    "memory_used_bytes": ("GPU memory used by all processes.", lambda report: report.memory_used_bytes),
+    "busy_ratio": ("Fraction of time in which a kernel ran.", lambda report: report.busy_ratio),
+    "clock_hertz": ("Clock frequency of the multiprocessors (SMs).", lambda report: report.clock_hz),
+    "throttled": (
+        "1 if the clock is reduced for a reason other than idleness, else 0.",
+        lambda report: bool(set(report.throttle_reasons) - {report_pb2.THROTTLE_REASON_IDLE}),
+    ),
+    "healthy": ("1 if the device is usable, else 0.", lambda report: not report.unhealthy),
 }
 
 
@@ -44,7 +48,7 @@ class AgentMetrics:
         self._age = self._gauge("engine_age_seconds", "Age of the engine's most recent metrics.")
         self._engine = self._gauge("engine_connected", "1 if the engine answers, or there is none; else 0.")
         labels = ("index", "gpu_type")
-        self._devices = {name: self._gauge(f"device_{name}", text, *labels) for name, text in _OF_DEVICES.items()}
+        self._devices = {name: self._gauge(f"device_{name}", text, *labels) for name, (text, _) in _OF_DEVICES.items()}
 
     def serve(self, port: int, *, host: str = LOOPBACK) -> int:
         """Serve ``/metrics`` in a thread, and return the port (0: any). Raises OSError if the address is taken."""
@@ -108,17 +112,9 @@ class AgentMetrics:
 
     def devices_sampled(self, reports: Iterable[report_pb2.DeviceReport]) -> None:
         for report in reports:
-            values = {
-                "kv_blocks": report.total_blocks,
-                "kv_blocks_used": report.used_blocks,
-                "memory_used_bytes": report.memory_used_bytes,
-                "busy_ratio": report.busy_ratio,
-                "clock_hertz": report.clock_hz,
-                "throttled": bool(set(report.throttle_reasons) - {report_pb2.THROTTLE_REASON_IDLE}),
-                "healthy": not report.unhealthy,
-            }
-            for name, value in values.items():
-                self._devices[name].labels(str(report.index), self._types.get(report.index, "")).set(value)
+            for name, (_, value_in) in _OF_DEVICES.items():
+                gauge = self._devices[name].labels(str(report.index), self._types.get(report.index, ""))
+                gauge.set(value_in(report))
 
     def _gauge(self, name: str, meaning: str, *labels: str) -> Gauge:
         return Gauge(f"hetis_agent_{name}", meaning, labels, registry=self.registry)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import urlsplit
 
+from hetis.engines.errors import OptionError
 from hetis.formats.endpoints import (
     Endpoint,
     LeaderSearch,
@@ -50,14 +51,6 @@ OPTIONS = (
 )
 
 
-class AgentOptionError(Exception):
-    """Options that cannot be used, with one message for each problem, written for the user."""
-
-    def __init__(self, *messages: str) -> None:
-        super().__init__("\n".join(messages))
-        self.messages = messages
-
-
 class Checking:
     """Checks all options, so that all problems are reported at once."""
 
@@ -68,7 +61,7 @@ class Checking:
         """Return the result of the check, or None if it finds a problem."""
         try:
             return check()
-        except AgentOptionError as error:
+        except OptionError as error:
             self.wrong += error.messages
             return None
 
@@ -93,7 +86,7 @@ class EngineChoice:
     @classmethod
     def parse(cls, text: str) -> EngineChoice:
         """Parse ``unix:///path``, ``vllm:http://host:port``, ``sglang:http://host:port``, ``launch:/path``,
-        ``simulated`` or ``none``. Raises AgentOptionError if the text is none of these, or with all problems of the
+        ``simulated`` or ``none``. Raises OptionError if the text is none of these, or with all problems of the
         settings file.
         """
         head, _, rest = re.sub(r"^(vllm|sglang)\s+", r"\1:", text.strip()).partition(":")
@@ -110,7 +103,7 @@ class EngineChoice:
                 return cls(EngineKind.LAUNCH, rest, _engine_settings(rest))
             case "simulated" | "none" if not rest:
                 return cls(EngineKind(head))
-        raise AgentOptionError(f"--engine is {text!r}, must be {expected}")
+        raise OptionError(f"--engine is {text!r}, must be {expected}")
 
 
 def _engine_settings(path: str) -> EngineSettingsDocument:
@@ -120,7 +113,7 @@ def _engine_settings(path: str) -> EngineSettingsDocument:
     try:
         return load_settings(Path(path))
     except DocumentError as error:
-        raise AgentOptionError(*(f"--engine: {problem}" for problem in error.problems)) from None
+        raise OptionError(*(f"--engine: {problem}" for problem in error.problems)) from None
 
 
 def _metrics_url(text: str) -> str:
@@ -130,29 +123,29 @@ def _metrics_url(text: str) -> str:
     except ValueError:  # a port that is no number up to 65535, or brackets without an address
         is_right = False
     if is_right and "@" in parts.netloc:  # it would be shown wherever the engine is, and no engine asks for it
-        raise AgentOptionError("--engine has a user or password in its address, must be http://host:port")
+        raise OptionError("--engine has a user or password in its address, must be http://host:port")
     if not is_right:
-        raise AgentOptionError(f"--engine has the address {text!r}, must be http://host:port")
+        raise OptionError(f"--engine has the address {text!r}, must be http://host:port")
     return text if parts.path.strip("/") else f"{parts.scheme}://{parts.netloc}/metrics"
 
 
 def checked_node(text: str) -> str:
     if not _NODE.fullmatch(text):
-        raise AgentOptionError(f"--node is {f'{text!r}, must be' if text else 'missing:'} clusters/CLUSTER/nodes/NODE")
+        raise OptionError(f"--node is {f'{text!r}, must be' if text else 'missing:'} clusters/CLUSTER/nodes/NODE")
     return text
 
 
 def checked_address(option: str, text: str) -> tuple[str, int]:
-    """Return the host and port to listen on. Raises AgentOptionError if the text is not ``host:port``."""
+    """Return the host and port to listen on. Raises OptionError if the text is not ``host:port``."""
     try:
         return split_address(text, least_port=0)
     except ValueError:
-        raise AgentOptionError(f"{option} is {text!r}, must be host:port such as 127.0.0.1:9470") from None
+        raise OptionError(f"{option} is {text!r}, must be host:port such as 127.0.0.1:9470") from None
 
 
 def checked_devices(source: str, *, engine: EngineChoice | None) -> str:
     """Check the source of devices. ``engine`` is the engine next to them, or None if it is unknown. Raises
-    AgentOptionError if there is no such source, or a simulated engine has no simulated devices.
+    OptionError if there is no such source, or a simulated engine has no simulated devices.
     """
     from hetis.runtime.agent.devices import SOURCES, DevicesUnavailableError, SimulatedDevices
 
@@ -161,11 +154,11 @@ def checked_devices(source: str, *, engine: EngineChoice | None) -> str:
         try:
             SimulatedDevices.parse(rest)
         except DevicesUnavailableError as error:
-            raise AgentOptionError(str(error)) from None
+            raise OptionError(str(error)) from None
     elif kind not in ("auto", "nvml", "none") or rest:
-        raise AgentOptionError(f"--devices is {source!r}, must be {SOURCES.replace('`', '')}")
+        raise OptionError(f"--devices is {source!r}, must be {SOURCES.replace('`', '')}")
     elif engine is not None and engine.kind is EngineKind.SIMULATED:
-        raise AgentOptionError("--engine simulated needs --simulated-devices, such as A100-SXM-80GB:4")
+        raise OptionError("--engine simulated needs --simulated-devices, such as A100-SXM-80GB:4")
     return source
 
 
@@ -201,7 +194,7 @@ class PlannerAddress:
 
     def __post_init__(self) -> None:
         if wrong := list(self._problems()):
-            raise AgentOptionError(*wrong)
+            raise OptionError(*wrong)
 
     def _problems(self) -> Iterator[str]:
         try:

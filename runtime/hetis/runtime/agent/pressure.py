@@ -25,12 +25,15 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iter
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from http.client import HTTPMessage
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 from hetis.formats.endpoints import metrics_body, reason_of
 from hetis.runtime.moves.refusals import unreachable
 from hetis.solver.errors import HetisError
 from hetis.v1 import report_pb2
+
+if TYPE_CHECKING:
+    from prometheus_client.samples import Sample
 
 VLLM, SGLANG = "vllm:", "sglang:"  # prefixes of their metrics
 _WITHOUT_COLON = re.compile(r"^(# (?:TYPE|HELP) )?(vllm|sglang)_", re.MULTILINE)
@@ -97,12 +100,13 @@ def read_metrics(text: str) -> list[EngineReading]:
     UnreadableMetricsError if the text is malformed somewhere, so nothing in it can be trusted.
     """
     samples = list(_finite_samples(text))
-    ours, theirs = ([one for one in samples if one.name.startswith(prefix)] for prefix in (VLLM, SGLANG))
+    ours, theirs = (_by_model(one for one in samples if one.name.startswith(prefix)) for prefix in (VLLM, SGLANG))
     # In some versions vLLM's configuration has no model name, and there is only one model.
-    nameless = _Samples(one for one in ours if not one.model)
-    readings = [_read_vllm(model, _Samples(_of(model, ours)), nameless) for model in _models(ours)]
+    nameless = _Samples(ours.pop("", ()))
+    theirs.pop("", None)
+    readings = [_read_vllm(model, _Samples(of_model), nameless) for model, of_model in ours.items()]
     same = _SAME_REQUESTS
-    return readings + [_read_sglang(model, _Samples(_of(model, theirs), same=same)) for model in _models(theirs)]
+    return readings + [_read_sglang(model, _Samples(own, same=same)) for model, own in theirs.items()]
 
 
 def _read_vllm(model: str, samples: _Samples, nameless: _Samples) -> EngineReading:
@@ -162,28 +166,16 @@ def _read_sglang(model: str, samples: _Samples) -> EngineReading:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _Sample:
-    """One line: counters end in ``_total``, means come as _sum and _count. Its value is finite."""
-
-    name: str
-    labels: Mapping[str, str]
-    value: float
-
-    @property
-    def model(self) -> str:
-        return self.labels.get("model_name", "")
-
-
 class _Samples:
     """The samples of one model. Ranks that differ only in labels of ``same`` report the same requests."""
 
-    def __init__(self, samples: Iterator[_Sample], *, same: Collection[str] = ()) -> None:
-        self._same, self._by_name = same, dict[str, list[_Sample]]()
+    def __init__(self, samples: Iterable[Sample], *, same: Collection[str] = ()) -> None:
+        self._same = same
+        self._by_name: dict[str, list[Sample]] = {}
         for sample in samples:
             self._by_name.setdefault(sample.name, []).append(sample)
 
-    def of(self, *names: str) -> list[_Sample]:
+    def of(self, *names: str) -> list[Sample]:
         """Return the samples of the first of these names that has any, or nothing. Newer names come first."""
         return next((self._by_name[name] for name in names if name in self._by_name), [])
 
@@ -200,7 +192,7 @@ class _Samples:
                 return Total(sum=self._summed(sums), count=self._summed(counts))
         return None
 
-    def _summed(self, samples: list[_Sample]) -> float:
+    def _summed(self, samples: list[Sample]) -> float:
         per_rank: dict[frozenset[tuple[str, str]], float] = {}
         for sample in samples:
             own = frozenset((name, text) for name, text in sample.labels.items() if name not in self._same)
@@ -208,12 +200,12 @@ class _Samples:
         return sum(per_rank.values())
 
 
-def _models(samples: list[_Sample]) -> list[str]:
-    return sorted({sample.model for sample in samples} - {""})
-
-
-def _of(model: str, samples: list[_Sample]) -> Iterator[_Sample]:
-    return (sample for sample in samples if sample.model == model)
+def _by_model(samples: Iterable[Sample]) -> dict[str, list[Sample]]:
+    """Return the samples of each model, in the order of the names; those without a model are under an empty one."""
+    found: dict[str, list[Sample]] = {}
+    for sample in sorted(samples, key=lambda sample: sample.labels.get("model_name", "")):
+        found.setdefault(sample.labels.get("model_name", ""), []).append(sample)
+    return found
 
 
 def _share(value: float) -> float:
@@ -225,14 +217,13 @@ def _whole(text: str) -> int:
     return int(text) if text.isdecimal() and len(text) < 19 else 0
 
 
-def _finite_samples(text: str) -> Iterator[_Sample]:
+def _finite_samples(text: str) -> Iterator[Sample]:
+    """Yield one sample per line: counters end in ``_total``, means come as _sum and _count."""
     from prometheus_client.parser import text_string_to_metric_families
 
     try:
         for family in text_string_to_metric_families(text):
-            for sample in family.samples:
-                if math.isfinite(sample.value):
-                    yield _Sample(sample.name, sample.labels, float(sample.value))
+            yield from (sample for sample in family.samples if math.isfinite(sample.value))
     except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:  # raised by the parser on bad text
         raise UnreadableMetricsError(f"not Prometheus text: {error}"[:300]) from None
 

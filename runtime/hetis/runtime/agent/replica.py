@@ -20,7 +20,7 @@ from hetis.runtime.agent.replica_state import (
     refusal_of,
     wrong_fields,
 )
-from hetis.runtime.moves.changes import ENDED, REMEMBERED_S
+from hetis.runtime.moves.changes import ENDED, REMEMBERED_S, expired
 from hetis.runtime.moves.refusals import failure_of, unreachable
 from hetis.v1 import executor_service_pb2 as messages
 from hetis.v1.agent_service_pb2 import AgentCapability, ConnectNodeRequest, Delta, DeltaAck, DeltaNack
@@ -435,8 +435,7 @@ class ReplicaAgent:
         """Abort changes that took too long to prepare, and forget those that ended long ago."""
         for change in list(self.held.changes.values()):
             if change.is_being_prepared and now_s >= change.deadline_s:
-                late = f"change {change.id}: its time limit for preparation passed"
-                change.want_abort(failure_of(ErrorReason.ERROR_REASON_PREPARE_EXPIRED, late))
+                change.want_abort(expired(change.id))
                 self._persist()
             change.note_end(now_s)
             if change.is_resolved and change.ended_s is not None and now_s - change.ended_s >= REMEMBERED_S:

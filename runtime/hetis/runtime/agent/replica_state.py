@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
+from typing import Any, TypeVar
 
 from google.protobuf.message import DecodeError, Message
 
@@ -25,6 +25,7 @@ from hetis.v1.failure_pb2 import ErrorReason, Failure, FieldViolation
 from hetis.v1.replica_pb2 import Assignment
 from hetis.v1.report_pb2 import AssignmentState
 
+MessageT = TypeVar("MessageT", bound=Message)
 NODE_PART = "node"  # part on disk for what concerns no single replica; names of replicas contain slashes
 _RANK = {
     ChangePhase.CHANGE_PHASE_UNSPECIFIED: 0,
@@ -275,18 +276,11 @@ class ReplicaState:
 
     def to_bytes(self, *, clock: str) -> bytes:
         """Return the bytes kept on disk. ``clock`` identifies the clock of deadlines, which a reboot changes."""
-        data = {
-            "replica": self.replica,
-            "generation": self.generation,
-            "epoch": self.epoch,
-            "assignment": _text(self.assignment),
-            "is_anew": self.is_anew,
-            "nonce": self.nonce,
-            "answer": _text(self.answer),
-            "clock": clock,
-            "changes": [_change_data(change) for change in self.changes.values()],
-        }
-        return json.dumps(data, sort_keys=True).encode()
+        data = {name: getattr(self, name) for name in _SAVED}
+        changes = [
+            {key: getattr(change, name) for key, name in _SAVED_OF_CHANGE.items()} for change in self.changes.values()
+        ]
+        return json.dumps({**data, "clock": clock, "changes": changes}, sort_keys=True, default=_text).encode()
 
     @classmethod
     def from_bytes(cls, body: bytes, *, clock: str) -> ReplicaState:
@@ -299,10 +293,10 @@ class ReplicaState:
                 replica=data["replica"],
                 generation=int(data["generation"]),
                 epoch=int(data["epoch"]),
-                assignment=None if data["assignment"] is None else Assignment.FromString(_bytes(data["assignment"])),
+                assignment=_message(Assignment, data["assignment"]),
                 is_anew=bool(data.get("is_anew", False)),
                 nonce=data["nonce"],
-                answer=None if data["answer"] is None else ConnectNodeRequest.FromString(_bytes(data["answer"])),
+                answer=_message(ConnectNodeRequest, data["answer"]),
                 changes={change.id: change for change in changes},
             )
         except (ValueError, KeyError, TypeError, DecodeError) as error:
@@ -321,18 +315,12 @@ def epoch_from_bytes(body: bytes) -> int:
         raise DamagedStateError(f"{type(error).__name__}: {error}") from None
 
 
-def _change_data(change: ChangeState) -> dict[str, Any]:
-    return {
-        "change": _text(change.change),
-        "parts": [int(part) for part in change.parts],
-        "epoch": change.epoch,
-        "deadline_s": change.deadline_s,
-        "status": _text(change.status),
-        "wanted": change.desired.value,
-        "why": _text(change.why),
-        "is_resolved": change.is_resolved,
-        "ended_s": change.ended_s,
-    }
+# Fields as they are saved, and those of a change by their keys.
+_SAVED = ("replica", "generation", "epoch", "assignment", "is_anew", "nonce", "answer")
+_SAVED_OF_CHANGE = {
+    **{name: name for name in ("change", "parts", "epoch", "deadline_s", "status", "why", "is_resolved", "ended_s")},
+    "wanted": "desired",
+}
 
 
 def _change_of(data: dict[str, Any], *, same_clock: bool) -> ChangeState:
@@ -343,18 +331,23 @@ def _change_of(data: dict[str, Any], *, same_clock: bool) -> ChangeState:
         deadline_s=float(data["deadline_s"]) if same_clock else float("-inf"),
         status=ChangeStatus.FromString(_bytes(data["status"])),
         desired=DesiredPhase(data["wanted"]),
-        why=None if data["why"] is None else Failure.FromString(_bytes(data["why"])),
+        why=_message(Failure, data["why"]),
         is_resolved=bool(data["is_resolved"]),
         ended_s=None if data["ended_s"] is None or not same_clock else float(data["ended_s"]),
     )
 
 
-def _text(message: Message | None) -> str | None:
-    return None if message is None else base64.b64encode(message.SerializeToString()).decode()
+def _text(message: Message) -> str:
+    """Return a message as it is saved in JSON."""
+    return base64.b64encode(message.SerializeToString()).decode()
 
 
 def _bytes(text: str) -> bytes:
     return base64.b64decode(text, validate=True)
+
+
+def _message(kind: type[MessageT], text: str | None) -> MessageT | None:
+    return None if text is None else kind.FromString(_bytes(text))
 
 
 class Fence:

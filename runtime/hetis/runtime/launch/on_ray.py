@@ -91,32 +91,22 @@ def _run(layout: Layout, serving: Serving, addresses: Addresses, told: StopReque
     secrets = prepare(commands, may_draw_key=True)
     gpus = serving.device == "cuda"
     group = _reserve(layout.processes, nodes, gpus=gpus, start_s=start_s)
+
+    def start_in_bundle(command: Command) -> _OnNode:
+        strategy = PlacementGroupSchedulingStrategy(
+            placement_group=group, placement_group_bundle_index=commands.index(command)
+        )
+        num_gpus = bundle_of(command.process, gpus=gpus).get("GPU", 0)
+        actor = ray.remote(ProcessActor).options(num_cpus=1, num_gpus=num_gpus, scheduling_strategy=strategy).remote()
+        # Ray chooses among the node's GPUs and passes them to the actor: the plan's numbers must not override them.
+        environment = {name: text for name, text in command.environment.items() if not name.startswith("CUDA_")}
+        own_secrets = {name: text for name, text in secrets.items() if name in command.secrets}
+        return _OnNode(actor, replace(command, environment=environment), own_secrets)
+
     try:
-        starter = _Starter(group, commands, secrets, gpus=gpus)
-        return supervise(commands, starter.start, told=lambda: told.times, clock=time.monotonic, wait=told.wait)
+        return supervise(commands, start_in_bundle, told=lambda: told.times, clock=time.monotonic, wait=told.wait)
     finally:
         remove_placement_group(group)
-
-
-class _Starter:
-    """Starts commands in the bundles of a group."""
-
-    def __init__(
-        self, group: PlacementGroup, commands: Sequence[Command], secrets: Mapping[str, str], *, gpus: bool
-    ) -> None:
-        self._group, self._secrets, self._gpus = group, secrets, gpus
-        self._bundles = {command.process.name: number for number, command in enumerate(commands)}
-
-    def start(self, command: Command) -> _OnNode:
-        strategy = PlacementGroupSchedulingStrategy(
-            placement_group=self._group, placement_group_bundle_index=self._bundles[command.process.name]
-        )
-        gpus = bundle_of(command.process, gpus=self._gpus).get("GPU", 0)
-        actor = ray.remote(ProcessActor).options(num_cpus=1, num_gpus=gpus, scheduling_strategy=strategy).remote()
-        # Ray chooses among the node's GPUs and passes them to the actor: the plan's numbers must not override them.
-        told = {name: text for name, text in command.environment.items() if not name.startswith("CUDA_")}
-        secrets = {name: text for name, text in self._secrets.items() if name in command.secrets}
-        return _OnNode(actor, replace(command, environment=told), secrets)
 
 
 class _OnNode:

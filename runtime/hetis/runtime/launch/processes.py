@@ -21,7 +21,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Protocol
 
 from hetis.engines.commands import STOPS_S, Command
@@ -140,9 +139,31 @@ def supervise(
     supervision = Supervision(kinds, now_s=clock(), until_told=until_told)
     running: dict[str, Running] = {}
 
+    def end(names: Sequence[str], *, within_s: float = STOPS_S) -> int:
+        """Let processes end, and return the worst of their exit codes.
+
+        They are killed on another stop request, or when their time is over.
+        """
+        ending = {name: running.pop(name) for name in names if name in running}
+        codes = dict[str, int]()
+        for process in ending.values():
+            process.terminate()
+        deadline_s = clock() + within_s
+        while True:
+            left = {name: process for name, process in ending.items() if name not in codes}
+            codes |= {name: code for name, process in left.items() if (code := process.poll()) is not None}
+            if len(codes) == len(ending):
+                return max((FAILED if code < 0 else code for code in codes.values()), default=0)
+            if told() > 1 or clock() >= deadline_s:
+                break
+            wait()
+        for name in ending.keys() - codes.keys():
+            _log.warning("%s has not stopped and is being killed", name)
+            ending[name].kill()
+        return FAILED
+
     def gone(name: str, how: str, code: int) -> None:
-        others = {one: running.pop(one) for one in supervision.together(name) if one in running}
-        _end_all(others, told=told, clock=clock, wait=wait)
+        end(supervision.together(name))
         if (wait_s := supervision.ended(name, code, clock())) is not None:
             _log.warning("%s %s; restarting it in %g s", name, how, wait_s)
         elif code:
@@ -162,41 +183,11 @@ def supervise(
                     del running[name]
                     gone(name, f"was ended by signal {-code}" if code < 0 else f"ended with {code}", code)
             wait()
-        fronts = [name for name in running if by_name[name].process.kind is ProcessKind.SERVER]
-        codes = [_end(running.pop(name), by_name[name].stops_s, told=told, clock=clock, wait=wait) for name in fronts]
+        fronts = [name for name, kind in kinds.items() if kind is ProcessKind.SERVER]
+        codes = [end([name], within_s=by_name[name].stops_s) for name in fronts]
         return supervision.outcome if supervision.outcome is not None else max(codes, default=0)
     finally:
-        _end_all(running, told=told, clock=clock, wait=wait)
-
-
-def _end(
-    front: Running, stops_s: float, *, told: Callable[[], int], clock: Callable[[], float], wait: Callable[[], None]
-) -> int:
-    """Let vLLM end. It is killed on another stop request, or when its time is over."""
-    front.terminate()
-    deadline_s = clock() + stops_s
-    while (code := front.poll()) is None:
-        if told() > 1 or clock() >= deadline_s:
-            _log.warning("vllm has not stopped and is being killed")
-            front.kill()
-            return FAILED
-        wait()
-    return FAILED if code < 0 else code
-
-
-def _end_all(
-    running: dict[str, Running], *, told: Callable[[], int], clock: Callable[[], float], wait: Callable[[], None]
-) -> None:
-    """Let processes end. They are killed on another stop request, or when their time is over."""
-    for process in running.values():
-        process.terminate()
-    deadline_s = clock() + STOPS_S
-    while any(process.poll() is None for process in running.values()):
-        if told() > 1 or clock() >= deadline_s:
-            for process in running.values():
-                process.kill()
-            return
-        wait()
+        end(list(running))
 
 
 def prepare(commands: Sequence[Command], *, may_draw_key: bool) -> dict[str, str]:
@@ -325,18 +316,15 @@ class StopRequests:
     @contextmanager
     def by_signals(self) -> Iterator[None]:
         """Count SIGTERM and SIGINT while the context is entered."""
-        before = {number: signal.signal(number, self.hear) for number in (signal.SIGTERM, signal.SIGINT)}
+        before = {number: signal.signal(number, self.tell) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
             yield
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def hear(self, number: int, frame: FrameType | None) -> None:
-        self.tell()
-
-    def tell(self) -> None:
-        """Count one more request; safe from any thread."""
+    def tell(self, *_: object) -> None:
+        """Count one more request; safe from any thread, and as a handler of signals."""
         self.times += 1
         self._came.set()
 

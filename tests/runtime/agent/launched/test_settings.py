@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from hetis.engines.errors import OptionError
 from hetis.engines.versions import Engine
 from hetis.formats.errors import DocumentError
 from hetis.runtime.agent.launched.parts import EngineSettingsDocument, load_settings
-from hetis.runtime.agent.options import AgentOptionError, EngineChoice, EngineKind
+from hetis.runtime.agent.options import EngineChoice, EngineKind
 
 GOOD = """\
 apiVersion: hetis/v1
@@ -97,5 +98,5 @@ def test_the_agents_option_reads_the_file(tmp_path: Path) -> None:
     settings = read(tmp_path, GOOD)
     choice = EngineChoice.parse(f"launch:{tmp_path}/engine.yaml")
     assert (choice.kind, choice.settings) == (EngineKind.LAUNCH, settings)
-    with pytest.raises(AgentOptionError, match=r"no-such\.yaml"):
+    with pytest.raises(OptionError, match=r"no-such\.yaml"):
         EngineChoice.parse(f"launch:{tmp_path}/no-such.yaml")

@@ -224,8 +224,8 @@ def part_of(assignment: Assignment, settings: EngineSettingsDocument, *, node: s
         key_file=settings.key_file or str(own / "worker.key"),
     )
     front = layout.servers[0].node
-    endpoint = joined(addresses.host(front), settings.port + first)
-    commands = commands_of(layout, _at(endpoint, serving), addresses)
+    host, port = addresses.host(front), settings.port + first
+    commands = commands_of(layout, serving.at(host, port), addresses)
     ours, own_variables = [one for one in commands if one.process.node == node], settings.environment
     here = tuple(replace(one, environment={**own_variables, **one.environment}) for one in ours)
     servers = [one.process for one in here if one.process.kind is not ProcessKind.ATTENTION_WORKER]
@@ -233,7 +233,7 @@ def part_of(assignment: Assignment, settings: EngineSettingsDocument, *, node: s
         commands=here,
         gpus=frozenset(gpu for one in here for gpu in one.process.gpus),
         ranks=tuple(gpu for process in servers for gpu in process.gpus),
-        endpoint=endpoint if front == node else "",
+        endpoint=joined(host, port) if front == node else "",
         is_whole=len(here) == len(commands),
         folder=own,
     )
@@ -258,11 +258,6 @@ def _model_of(
     elif found.is_absolute():
         raise LayoutError(f"{own.name}: there is no folder {found} on this node")
     return own, checkpoint, stated_kv
-
-
-def _at(endpoint: str, serving: Serving) -> Serving:
-    host, _, port = endpoint.rpartition(":")
-    return replace(serving, options=("--host", host.strip("[]"), "--port", port, *serving.options))
 
 
 def _serving(settings: EngineSettingsDocument, name: str, checkpoint: str) -> Serving:

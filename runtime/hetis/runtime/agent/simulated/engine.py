@@ -246,8 +246,8 @@ class SimulatedEngine(SteeredEngine[_Held]):
         for held in self._held.values():
             primary = held.primary
             if primary is not None:
-                while primary.next_boundary_s() <= now_s:
-                    at_s = primary.next_boundary_s()
+                while primary.next_step_s <= now_s:
+                    at_s = primary.next_step_s
                     held.changes.advance(at_s)
                     held.changes.flip_due(at_s)
                     primary.step(self.control, serves=self.is_warm and at_s >= held.loaded_s)
@@ -263,7 +263,7 @@ class SimulatedEngine(SteeredEngine[_Held]):
 
     def next_s(self) -> float:
         """Return when the next decode step begins, or infinity if no primary is here."""
-        times = [held.primary.next_boundary_s() for held in self._held.values() if held.primary is not None]
+        times = [held.primary.next_step_s for held in self._held.values() if held.primary is not None]
         return min(times, default=float("inf"))
 
     # --- reports

@@ -10,7 +10,7 @@ import logging
 import random
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -289,18 +289,12 @@ def solver_stage(model: StageModel, slowness: Sequence[float]) -> Stage:
             for device, slow in zip(model.devices, slowness, strict=True)
         ]
 
-    heads, slow = model.heads, np.array(slowness)
+    slow = np.array(slowness)
     primary = next((i for i, device in enumerate(model.devices) if device.is_primary), None)
     cards = 1 if primary is None else max(len(model.devices[primary].gpus), 1)
     nic_byte_s, nic_s = model.nic_byte_s, model.nic_s
     return Stage(
-        heads=HeadShape(
-            head_groups=heads.head_groups,
-            queries_per_group=heads.queries_per_group,
-            kv_bytes_per_token=heads.kv_bytes_per_token,
-            exchange_bytes_per_head=heads.exchange_bytes_per_head,
-            block_tokens=heads.block_tokens,
-        ),
+        heads=HeadShape(**{field.name: getattr(model.heads, field.name) for field in fields(HeadShape)}),
         devices=tuple(device.name for device in model.devices),
         head_s=np.array(pieces("head_s")),
         kv_byte_s=np.array(pieces("kv_byte_s")),
@@ -375,7 +369,8 @@ class PrimaryRun:
         self.running: dict[str, SimulatedRequest] = {}
         self.num_steps = self.num_finished = self.num_preempted = 0
         self._num_waiting_for_kv = self._names = self._turn = 0
-        self._random, self._admission, self._next_step_s = random.Random(seed), admission, now_s
+        self._random, self._admission = random.Random(seed), admission
+        self.next_step_s = now_s  # when the next decode step begins: owners change before it or not at all
         self._next_arrival_s: float | None = None
         self._first_tokens: deque[float] = deque(maxlen=REMEMBERED)
         self._outputs: deque[float] = deque(maxlen=REMEMBERED)
@@ -396,37 +391,29 @@ class PrimaryRun:
             for name in [name for name, owners in stage.owners.items() if gone.intersection(owners)]:
                 self._prefill_again(self.running[name])
 
-    @property
-    def goal(self) -> AssignmentGoal.ValueType:
-        return self.assignment.goal
-
     # --- time
-
-    def next_boundary_s(self) -> float:
-        """Return when the next decode step begins: owners change before it or not at all."""
-        return self._next_step_s
 
     def step(self, control: Control, *, serves: bool) -> None:
         """Make the decode step that is due."""
-        now_s = self._next_step_s
+        now_s = self.next_step_s
         for stage in self.stages.values():
             stage.slowness = slow_of(stage, control.slow)
-        if serves and self.goal == AssignmentGoal.ASSIGNMENT_GOAL_SERVE:
+        if serves and self.assignment.goal == AssignmentGoal.ASSIGNMENT_GOAL_SERVE:
             self._arrive(now_s, control)
             self._admit_waiting(now_s)
         else:
             self._next_arrival_s = None
         if not self.running or control.pause:
-            self._next_step_s = now_s + IDLE_S
+            self.next_step_s = now_s + IDLE_S
             return
         self._grow(now_s)
         self.num_steps += 1
-        self._next_step_s = now_s + self.step_s(control.dense_step_s)
+        self.next_step_s = now_s + self.step_s(control.dense_step_s)
 
     def catch_up(self, now_s: float) -> None:
         """Skip lost time, so that a process that was suspended does not race to make up for it."""
-        if now_s - self._next_step_s > MOST_CATCH_UP_S:
-            self._next_step_s = now_s
+        if now_s - self.next_step_s > MOST_CATCH_UP_S:
+            self.next_step_s = now_s
 
     def step_s(self, dense_s: float | None) -> float:
         """Return the seconds of a step: in a layer the slowest device counts, and copies of a stage run in parallel."""
