@@ -25,11 +25,10 @@ from hetis.planner.jobs.messages import (
     answer_to_frame,
     posed_from_json,
 )
-from hetis.planner.use_cases.errors import UncheckedPlanError
 from hetis.planner.use_cases.place import make_plan, simulated_plan
 from hetis.planner.use_cases.queueing import with_queueing
 from hetis.solver.budget import Budget, Progress, Report
-from hetis.solver.errors import InfeasibleError, InvalidProblemError, NoPlanFoundError
+from hetis.solver.errors import InfeasibleError, InvalidProblemError, NoPlanFoundError, UncheckedPlanError
 from hetis.solver.search_clock import SearchClock, compilations_told_to
 
 
