@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -85,7 +84,6 @@ class PlanSearches:
     _store: Store
     _hubs: Hubs
     _pool: SolverPool
-    _clock: Callable[[], float] = time.time
     _searches: dict[str, PooledSearch] = field(default_factory=dict)
     _progress: dict[str, plan_pb2.SolveProgress] = field(default_factory=dict)
     _tasks: set[asyncio.Task[None]] = field(default_factory=set)
@@ -163,10 +161,10 @@ class PlanSearches:
 
     def _publish(self, record: PlanRecord) -> None:
         progress = self._progress.get(record.name) if record.state in SEARCHING else None
-        self._hubs.plans.publish(record.name, basic_view(record, progress), now_s=self._clock())
+        self._hubs.plans.publish(record.name, basic_view(record, progress), now_s=self._store.clock())
 
     def _solving(self, record: PlanRecord, _tx: Transaction) -> PlanRecord:
-        record.body.solve_start_time.CopyFrom(timestamp(self._clock()))
+        record.body.solve_start_time.CopyFrom(timestamp(self._store.clock()))
         return replace(record, state=plan_pb2.PLAN_STATE_SOLVING)
 
     async def _end(
@@ -180,7 +178,7 @@ class PlanSearches:
 
         def change(record: PlanRecord, tx: Transaction) -> PlanRecord:
             forget_problem(tx, plan)
-            record.body.solve_end_time.CopyFrom(timestamp(self._clock()))
+            record.body.solve_end_time.CopyFrom(timestamp(self._store.clock()))
             if (progress := self._progress.get(plan)) is not None:
                 record.body.progress.CopyFrom(progress)
             if result is not None and isinstance(outcome, FoundPlan):
@@ -273,7 +271,6 @@ class PlanCreation:
     _pool: SolverPool
     _searches: PlanSearches
     _limits: SearchLimits = field(default_factory=SearchLimits)
-    _clock: Callable[[], float] = time.time
 
     async def create(self, request: pb2.CreatePlanRequest) -> pb2.CreatePlanResponse:
         try:
@@ -381,7 +378,7 @@ class PlanCreation:
 
         async def begin(plan: plan_pb2.Plan) -> None:
             nonlocal is_begun
-            self._hubs.plans.publish(record.name, plan, now_s=self._clock())
+            self._hubs.plans.publish(record.name, plan, now_s=self._store.clock())
             if isinstance(answer, SearchableProblem) and isinstance(place, PooledSearch):
                 self._searches.begin(record.name, place, answer.problem, answer.json)
                 is_begun = True
@@ -432,5 +429,5 @@ class PlanCreation:
             body=body,
             state=state,
             activation=plan_pb2.ACTIVATION_STATE_INACTIVE,
-            create_time_s=self._clock(),
+            create_time_s=self._store.clock(),
         )
