@@ -18,13 +18,12 @@ from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.report.comparison import model_words
 from hetis.planner.use_cases import compare as comparing
 from hetis.planner.use_cases.compare import best_of, compare_strategies, figures_of, kept_of, why_outside
-from hetis.planner.use_cases.errors import UncheckedPlanError
 from hetis.planner.use_cases.place import STOPPED_EARLY, PlacementSettings
 from hetis.planner.use_cases.service_level import ServiceLevel
 from hetis.planner.use_cases.sources import Inputs, engine_rules, load_inputs, with_asked
 from hetis.planner.use_cases.verification import VERIFICATION
 from hetis.solver.budget import Budget, silent
-from hetis.solver.errors import BrokenProofError, InfeasibleError, NoPlanFoundError
+from hetis.solver.errors import BrokenProofError, InfeasibleError, NoPlanFoundError, UncheckedPlanError
 from hetis.solver.placement.families import STRATEGIES
 from hetis.solver.plan import KvRoute, Objective, ObjectiveKind, Plan, Role
 from hetis.solver.problem import PlacementProblem

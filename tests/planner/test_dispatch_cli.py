@@ -16,7 +16,6 @@ from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.report.dispatch import explain_redispatch
 from hetis.planner.use_cases.dispatch import (
     GIVEN,
-    RedispatchSettings,
     bundles,
     dispatch_requests,
     load_new_requests,
@@ -84,7 +83,7 @@ def test_times_of_devices_agree_with_the_makespan_of_the_plan() -> None:
     found = dispatch_requests(stage, load_new_requests(stage, file=REQUESTS, words=["9000/100"]))
     assert found.after.makespan_s == pytest.approx(found.plan.makespan_s, rel=1e-12)
     assert times_of(found.reached) == found.after
-    moved = redispatch_stage(stage, RedispatchSettings())
+    moved = redispatch_stage(stage)
     assert moved.before.makespan_s == pytest.approx(moved.plan.makespan_before_s, rel=1e-12)
     assert moved.after.makespan_s == pytest.approx(moved.plan.makespan_after_s, rel=1e-12)
 
@@ -342,20 +341,20 @@ def test_strict_misses_while_requests_with_groups_under_way_hold_kv_on_a_drainin
 
 
 def test_a_gap_above_100_percent_is_told_as_what_the_best_plan_could_save() -> None:
-    found = redispatch_stage(load_stage(DRIFTED), RedispatchSettings())
+    found = redispatch_stage(load_stage(DRIFTED))
     far = replace(found, plan=replace(found.plan, bound_s=found.plan.objective_s / 8))
     [sentence] = [one for one in explain_redispatch(far) if "weak duality" in one]
     assert "at most 88% lower" in sentence
 
 
 def test_a_budget_is_spent_on_two_devices_that_are_equally_slow() -> None:
-    plan = redispatch_stage(load_stage(DRIFTED), RedispatchSettings(budget_bytes=4 * 2**30)).plan
+    plan = redispatch_stage(load_stage(DRIFTED), budget_bytes=4 * 2**30).plan
     assert plan.num_bytes <= 4 * 2**30
     assert plan.objective_s == pytest.approx(563e-6, rel=0.005)  # improving one device after the other ends at 614 us
 
 
 def test_moves_of_a_bundle_are_of_one_request() -> None:
-    found = redispatch_stage(load_stage(DRIFTED), RedispatchSettings())
+    found = redispatch_stage(load_stage(DRIFTED))
     for moves in bundles(found.plan):
         assert len({move.request for move in moves}) == 1
 

@@ -17,10 +17,9 @@ from hetis.planner.cli import outputs
 from hetis.planner.cli.app import run
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.use_cases import place as placing
-from hetis.planner.use_cases.errors import UncheckedPlanError
 from hetis.planner.use_cases.place import PlacementRequest, objective
 from hetis.planner.use_cases.sources import load_inputs
-from hetis.solver.errors import InfeasibleError, NoPlanFoundError
+from hetis.solver.errors import InfeasibleError, NoPlanFoundError, UncheckedPlanError
 from hetis.solver.plan import Objective, ObjectiveKind, Plan
 from tests.planner import plans
 from tests.planner.command_line import EXAMPLES

@@ -220,11 +220,10 @@ def without(cluster: Cluster, names: Iterable[str]) -> Cluster:
         InvalidProblemError: some nodes do not exist (one message names all), or no node is left.
     """
     given = set(names)
-    known = {group.name for group in cluster.node_groups} | set(node_names(cluster))
+    known = {group.name for group in cluster.node_groups} | {node for node, _ in cluster.nodes()}
     if unknown := sorted(given - known):
         raise InvalidProblemError(f"cluster {cluster.name} has no node {', '.join(unknown)}")
-    whole = [group for group in cluster.node_groups if group.name in given]
-    left = without_nodes(cluster, given.union(group.node_name(i) for group in whole for i in range(group.count)))
+    left = without_nodes(cluster, given.union(node for node, group in cluster.nodes() if group.name in given))
     if not left.node_groups:
         raise InvalidProblemError(f"cluster {cluster.name} has no node left")
     return left
@@ -236,12 +235,6 @@ def without_nodes(cluster: Cluster, nodes: Collection[str]) -> Cluster:
         return cluster
     groups = tuple(left for group in cluster.node_groups for left in _left_of(group, nodes))
     return replace(cluster, node_groups=groups, network=network_between(cluster.network, groups))
-
-
-def node_names(cluster: Cluster) -> Iterator[str]:
-    """Yield the name of every node of the fleet."""
-    for group in cluster.node_groups:
-        yield from (group.node_name(i) for i in range(group.count))
 
 
 def _left_of(group: NodeGroup, gone: Collection[str]) -> Iterator[NodeGroup]:
@@ -267,14 +260,10 @@ def network_between(network: Network, groups: Sequence[NodeGroup]) -> Network:
 
 def usd_per_hour_of(cluster: Cluster) -> float | None:
     """Return the price of the whole fleet, used or not, or None if a GPU has no price."""
-    total = 0.0
-    for group in cluster.node_groups:
-        for slots in group.gpus:
-            price = cluster.price_of(slots)
-            if price is None:
-                return None
-            total += group.count * slots.count * price
-    return total
+    if cluster.without_price():
+        return None
+    slots_of = ((group.count, slots) for group in cluster.node_groups for slots in group.gpus)
+    return sum((count * slots.count * (cluster.price_of(slots) or 0.0) for count, slots in slots_of), start=0.0)
 
 
 # --- the rate that a plan still serves after the loss of a node or a zone
@@ -347,7 +336,7 @@ def worst_zone(plan: Plan, problem: PlacementProblem) -> Loss | None:
 
 
 def _worst(plan: Plan, problem: PlacementProblem, place_of: Callable[[str, str], str]) -> Loss | None:
-    zones = {group.node_name(i): group.zone for group in problem.cluster.node_groups for i in range(group.count)}
+    zones = {node: group.zone for node, group in problem.cluster.nodes()}
     builds = _build_numbers(plan, problem)
     on = defaultdict[str, list[int]](list)
     home = list[_Site]()

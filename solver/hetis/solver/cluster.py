@@ -165,6 +165,18 @@ class Cluster:
                 if slots.gpu not in self.gpu_types:
                     raise InvalidProblemError(f"node {group.name}: unknown GPU type {slots.gpu}")
 
+    def nodes(self) -> Iterator[tuple[str, NodeGroup]]:
+        """Yield the name of every node with its group."""
+        for group in self.node_groups:
+            yield from ((group.node_name(index), group) for index in range(group.count))
+
+    def num_nodes(self) -> int:
+        return sum(group.count for group in self.node_groups)
+
+    def types_used(self) -> tuple[str, ...]:
+        """Return the GPU types of its nodes in order of appearance."""
+        return tuple(dict.fromkeys(slots.gpu for group in self.node_groups for slots in group.gpus))
+
     def num_gpus(self) -> int:
         return sum(group.count * slots.count for group in self.node_groups for slots in group.gpus)
 
@@ -175,8 +187,7 @@ class Cluster:
         """
         for group in self.node_groups:
             if group.name == name and group.numbered and group.count == 1:
-                taken = any(name == other.node_name(i) for other in self.node_groups for i in range(other.count))
-                return name if taken else group.node_name(0)
+                return name if any(name == node for node, _ in self.nodes()) else group.node_name(0)
         return name
 
     def device_named(self, name: str) -> str:

@@ -8,6 +8,7 @@ them.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -274,12 +275,10 @@ def _of_another_unit(name: str, known: Mapping[Unit, Iterable[str]]) -> Selectio
     return next((Selection(unit=unit, name=own) for unit, own in found), None)
 
 
-def _names(cluster: Cluster) -> dict[Unit, dict[str, int]]:
+def _names(cluster: Cluster) -> dict[Unit, Counter[str]]:
     """Return every name of a unit with the number of its GPUs."""
-    found: dict[Unit, dict[str, int]] = {unit: {} for unit in Unit}
+    found = {unit: Counter[str]() for unit in Unit}
     for device in cluster.devices():
-        for unit, name in (
-            (Unit.GPU, device.name), (Unit.NODE, device.node), (Unit.TYPE, device.gpu), (Unit.ZONE, device.group.zone)
-        ):  # fmt: skip
-            found[unit][name] = found[unit].get(name, 0) + 1
+        for unit, name in zip(Unit, (device.name, device.node, device.gpu, device.group.zone), strict=True):
+            found[unit][name] += 1
     return found

@@ -6,6 +6,7 @@ HetisError
 +-- NoPlanFoundError      stopped (time limit, Ctrl-C) before any plan was found; proves nothing
 +-- BrokenProofError      a plan is better than its bound; a bug, please report it
 +-- UnboundPlanError      a placement could not be turned into named GPUs; a bug, please report it
++-- UncheckedPlanError    a plan fails the independent checker; a bug, please report it
 """
 
 from __future__ import annotations
@@ -41,3 +42,14 @@ class BrokenProofError(HetisError):
 
 class UnboundPlanError(HetisError):
     """The chosen replicas could not be placed on named GPUs although the master's packing rows held."""
+
+
+class UncheckedPlanError(HetisError):
+    """A plan that a search returned violates its own problem, so nothing is printed or saved.
+
+    ``violations`` are the checker's findings, one sentence each.
+    """
+
+    def __init__(self, violations: tuple[str, ...]) -> None:
+        super().__init__(f"the plan violates {len(violations)} of its checks; this is a bug in hetis, please report it")
+        self.violations = violations

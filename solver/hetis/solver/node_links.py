@@ -83,8 +83,7 @@ def _told_apart(slow: Pairs, quick: Link | None) -> NodeLinks | None:
 def _slow_links(cluster: Cluster, without: Collection[str]) -> dict[tuple[str, str], Link]:
     """Return the explicit links between nodes of the cluster that are slower than the link between their zones."""
     network = cluster.network
-    nodes = ((group.node_name(i), group.zone) for group in cluster.node_groups for i in range(group.count))
-    zone_of = {node: zone for node, zone in nodes if node not in without}
+    zone_of = {node: group.zone for node, group in cluster.nodes() if node not in without}
     return {
         (a, b): link
         for (a, b), link in network.between_nodes.items()

@@ -175,6 +175,10 @@ class ReplicaPlan:
         """Return ``TP2``, ``TP2 ×3`` of a stage with copies, or ``TP2 ×4 EP8`` if they share their experts."""
         return parallel_sizes(stage.tp, stage.copies, shares_experts=self.expert_parallel)
 
+    def parts(self) -> tuple[StagePlan | AttentionWorkerPool, ...]:
+        """Return its stages, and then its attention workers."""
+        return (*self.stages, *self.attention_workers)
+
     def devices(self) -> tuple[str, ...]:
         """Return every GPU of the replica, stages first; shared attention workers once."""
         primaries = tuple(d for stage in self.stages for d in stage.devices)
@@ -256,6 +260,10 @@ class Plan:
     runners_up: tuple[RunnerUp, ...] = ()
     notes: tuple[str, ...] = ()
     inputs: Mapping[str, Any] = field(default_factory=dict)
+
+    def devices(self) -> tuple[str, ...]:
+        """Return every GPU that the plan uses."""
+        return tuple(dict.fromkeys(device for replica in self.replicas for device in replica.devices()))
 
     def served_rate(self) -> float:
         """Return saturated requests/s of the whole plan: those of its unified replicas, and those of its routes."""

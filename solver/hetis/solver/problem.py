@@ -23,7 +23,7 @@ from hetis.solver.model import ModelSpec
 from hetis.solver.node_links import NodeLinks, node_links_of
 from hetis.solver.plan import Objective, ObjectiveKind, ReplicaPlan, Role
 from hetis.solver.profile import Profile
-from hetis.solver.workload import Workload
+from hetis.solver.workload import Workload, WorkloadMoments
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -285,25 +285,24 @@ class Family:
 
     def describe(self, model: ModelSpec | None = None) -> str:
         """Return the family in one sentence, including how it treats the experts of a model."""
-        parts = ["stages of any GPU types" if self.mixed_types else "one device class and TP size per replica"]
-        parts.append("any number of layers per stage" if self.uneven_layers else "equal layers per stage")
         each = " of all stages" if self.engine is not None else ""
-        parts.append(f"TP {'/'.join(map(str, self.tp_sizes))}{each} inside a node")
-        parts.append(f"up to {self.max_copies} copies per stage" if self.max_copies > 1 else "no stage copies")
-        if model is not None and (degrees := self.attention_dp_of(model)):
-            parts.append(f"or one stage of {'/'.join(map(str, degrees))} copies in a node that share its experts")
-        parts.append(self._describe_workers())
-        parts.append(f"micro-batches of {self.micro_batches[0]} to {self.micro_batches[-1]} requests")
-        if self.engine is not None:
-            parts.append(self.engine.describe())
-        else:
-            parts.append(f"{', '.join(map(str, self.in_flight))} of them in flight, 1 or no fewer than stage copies")
-        parts.append(f"prefill chunks of {' or '.join(map(str, self.chunk_tokens))} tokens")
-        parts.append("under a TTFT limit, stages that take their share of a round trip with a chunk")
-        parts.append(self._describe_roles())
-        if self.engine_settings:
-            parts.append(f"engines started with {self.engine_settings.describe()}")
-        return "; ".join(parts)
+        shared = "/".join(map(str, () if model is None else self.attention_dp_of(model)))
+        in_flight = f"{', '.join(map(str, self.in_flight))} of them in flight, 1 or no fewer than stage copies"
+        parts = (
+            "stages of any GPU types" if self.mixed_types else "one device class and TP size per replica",
+            "any number of layers per stage" if self.uneven_layers else "equal layers per stage",
+            f"TP {'/'.join(map(str, self.tp_sizes))}{each} inside a node",
+            f"up to {self.max_copies} copies per stage" if self.max_copies > 1 else "no stage copies",
+            f"or one stage of {shared} copies in a node that share its experts" if shared else "",
+            self._describe_workers(),
+            f"micro-batches of {self.micro_batches[0]} to {self.micro_batches[-1]} requests",
+            in_flight if self.engine is None else self.engine.describe(),
+            f"prefill chunks of {' or '.join(map(str, self.chunk_tokens))} tokens",
+            "under a TTFT limit, stages that take their share of a round trip with a chunk",
+            self._describe_roles(),
+            f"engines started with {self.engine_settings.describe()}" if self.engine_settings else "",
+        )
+        return "; ".join(filter(None, parts))
 
     def _describe_workers(self) -> str:
         if not self.max_pool:
@@ -380,10 +379,13 @@ class PlacementProblem:
         blocks = self.family.engine_settings.kv_blocks
         return math.inf if blocks is None else float(blocks * self.assumptions.block_tokens)
 
+    def moments(self) -> WorkloadMoments:
+        """Return the moments of the workload, whose prompts are clipped to the model's context."""
+        return self.workload.clipped_to(self.model.max_position).moments(block_tokens=self.assumptions.block_tokens)
+
     def models(self) -> tuple[ModelSpec, ...]:
         """Return the model in each precision of the fleet."""
-        gpus = dict.fromkeys(slots.gpu for group in self.cluster.node_groups for slots in group.gpus)
-        return tuple(dict.fromkeys(map(self.model.on, gpus)))
+        return tuple(dict.fromkeys(map(self.model.on, self.cluster.types_used())))
 
     def build_of(self, gpu: str) -> Build:
         """Return the build on GPUs of this type: the model as an engine loads it there, and the vendor.
@@ -418,12 +420,8 @@ class PlacementProblem:
     def nodes_left_out(self) -> frozenset[str]:
         """Return the nodes of which constraints exclude all GPUs."""
         out = [each.gpus for each in self.constraints if isinstance(each, Exclude)]
-        nodes = ((group, group.node_name(i)) for group in self.cluster.node_groups for i in range(group.count))
-        return (
-            frozenset(node for group, node in nodes if not without_selected(out, group, node).gpus)
-            if out
-            else frozenset()
-        )
+        nodes = self.cluster.nodes() if out else ()
+        return frozenset(node for node, group in nodes if not without_selected(out, group, node).gpus)
 
     def in_precision_of(self, gpu: str) -> PlacementProblem:
         """Return the problem of replicas whose stages are on this GPU type: the model in that type's precision."""

@@ -11,13 +11,10 @@ from hetis.planner.jobs.frames import JobFrame, read_frame, receive_frame, to_by
 from hetis.planner.jobs.messages import (
     Answer,
     FoundPlan,
-    Infeasible,
-    Invalid,
-    NothingFound,
-    Unsound,
     answer_from_frame,
     answer_to_frame,
 )
+from hetis.solver.errors import InfeasibleError, InvalidProblemError, NoPlanFoundError, UncheckedPlanError
 
 FIELDS = st.dictionaries(st.text().filter(lambda name: name != "kind"), st.integers() | st.text() | st.booleans())
 FRAMES = st.builds(JobFrame, kind=st.text(), fields=FIELDS, payload=st.binary())
@@ -47,13 +44,20 @@ def test_a_frame_that_is_cut_off_is_none(frame: JobFrame, data: st.DataObject) -
 
 ANSWERS: list[Answer] = [
     FoundPlan(os.urandom(8), os.urandom(8)),
-    Infeasible(("a", "b")),
-    NothingFound("no time"),
-    Unsound(("c",)),
-    Invalid("d"),
+    InfeasibleError(("a", "b")),
+    NoPlanFoundError("no time"),
+    UncheckedPlanError(("c",)),
+    InvalidProblemError("d"),
 ]
 
 
 def test_every_answer_survives_the_way() -> None:
-    assert [answer_from_frame(answer_to_frame(answer)) for answer in ANSWERS] == ANSWERS
+    returned = [answer_from_frame(answer_to_frame(answer)) for answer in ANSWERS]
+    assert returned[0] == ANSWERS[0]
+    assert [(type(one), str(one), vars(one)) for one in returned[1:]] == [
+        (InfeasibleError, "a; b", {"reasons": ("a", "b")}),
+        (NoPlanFoundError, "no time", {}),
+        (UncheckedPlanError, str(ANSWERS[3]), {"violations": ("c",)}),
+        (InvalidProblemError, "d", {}),
+    ]
     assert answer_from_frame(JobFrame(kind="ready", fields={})) is None

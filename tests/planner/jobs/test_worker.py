@@ -12,7 +12,7 @@ import pytest
 
 from hetis.formats.documents import from_data
 from hetis.planner.jobs.frames import JobFrame
-from hetis.planner.jobs.messages import FoundPlan, Infeasible, PosedProblem, posed_from_json
+from hetis.planner.jobs.messages import FoundPlan, PosedProblem, posed_from_json
 from hetis.planner.jobs.pool import Begun, News, PoolSettings, SolverPool, SolverProcess
 from hetis.planner.jobs.searching import solve
 from hetis.planner.use_cases.place import PlacementSettings
@@ -21,6 +21,7 @@ from hetis.planner.use_cases.sources import load_inputs, problem_of_plan
 from hetis.planner.use_cases.verification import verification_of
 from hetis.solver.budget import Progress
 from hetis.solver.check import check_plan
+from hetis.solver.errors import InfeasibleError
 from hetis.solver.plan import Objective, Plan, Role
 from hetis.solver.problem import EngineSettings
 from hetis.v1 import plan_pb2
@@ -133,7 +134,7 @@ def test_a_plan_whose_simulation_is_cancelled_is_answered_as_it_was_found(posed:
 def test_what_cannot_be_is_proved_with_reasons(posed: PosedProblem) -> None:
     tight = replace(posed, objective=Objective(tpot_limit_s=1e-6))
     outcome = search_for(tight)[-1]
-    assert isinstance(outcome, Infeasible)
+    assert isinstance(outcome, InfeasibleError)
     assert outcome.reasons
 
 

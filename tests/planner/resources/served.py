@@ -135,19 +135,19 @@ class Served:
 
 @asynccontextmanager
 async def served(folder: Path) -> AsyncIterator[Served]:
-    store = await Store.open(f"sqlite:///{folder}/hetis.db")
-    hubs, fleet, fleets, now_s = Hubs(await store.lead("test")), FakeFleet(), DeclaredFleets(), [1000.0]
-    clock = lambda: now_s[0]  # noqa: E731
+    now_s = [1000.0]
+    store = await Store.open(f"sqlite:///{folder}/hetis.db", clock=lambda: now_s[0])
+    hubs, fleet, fleets = Hubs(await store.lead("test")), FakeFleet(), DeclaredFleets()
     reader = NodeReader(store, fleet, fleets)
     methods = cluster_methods(
-        Clusters(store, hubs, fleet, fleets, clock),
-        Nodes(store, hubs, fleet, reader, clock),
+        Clusters(store, hubs, fleet, fleets, store.clock),
+        Nodes(store, hubs, fleet, reader),
         RunningResources(store, fleet),
-        ClusterWatches(store, hubs, fleet, reader, clock),
+        ClusterWatches(store, hubs, fleet, reader),
     )
     servicings = [
         servicing("ClusterService", methods),
-        servicing("ProfileService", profile_methods(Profiles(store, clock))),
+        servicing("ProfileService", profile_methods(Profiles(store))),
     ]
     server = PlannerServer(servicings, Calls(NoCredentials(), Telemetry(ServiceMetrics("0"))))
     address = server.listen("127.0.0.1:0")

@@ -162,12 +162,13 @@ def redispatch(terminal: Terminal, *, asked: RedispatchOptions, answer: MoveOpti
     """
     from hetis.planner.cli.outputs import STDOUT, refuse_unwritable, save
     from hetis.planner.report.dispatch import explain_redispatch, redispatch_document, render_redispatch
-    from hetis.planner.use_cases.dispatch import RedispatchSettings, load_stage, redispatch_stage
+    from hetis.planner.use_cases.dispatch import load_stage, redispatch_stage
 
     refuse_unwritable(answer.out)
     loaded = load_stage(asked.state, profiles=asked.profile or ())
     announce_compilation(terminal)
-    settings = RedispatchSettings(
+    found = redispatch_stage(
+        loaded,
         theta=asked.theta,
         budget_bytes=math.inf if asked.budget is None else asked.budget,
         least_gain=asked.least_gain,
@@ -175,7 +176,6 @@ def redispatch(terminal: Terminal, *, asked: RedispatchOptions, answer: MoveOpti
         ahead_steps=asked.ahead,
         refill_token_s=asked.refill,
     )
-    found = redispatch_stage(loaded, settings)
     sentences = tuple(explain_redispatch(found)) if answer.explain else None
     if answer.out is not None:
         save(terminal, found.saved, answer.out)

@@ -12,9 +12,8 @@ from hetis.formats.command_line.terminal import OutputFormat, Terminal, in_use
 from hetis.formats.errors import DocumentError, internal_error
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.export.replicas import NotExportableError
-from hetis.planner.use_cases.errors import UncheckedPlanError
 from hetis.planner.use_cases.versions import LIBRARIES
-from hetis.solver.errors import HetisError, InfeasibleError, InvalidProblemError, NoPlanFoundError
+from hetis.solver.errors import HetisError, InfeasibleError, InvalidProblemError, NoPlanFoundError, UncheckedPlanError
 
 if TYPE_CHECKING:
     from hetis.planner.client import CallError

@@ -215,7 +215,7 @@ def simulate(terminal: Terminal, plan: PlanArgument, *, asked: SimulateOptions) 
         )
     drawn = not asked.recorded and not asked.saturate
     load = Load(
-        lengths=_lengths(terminal, found, plan, asked),
+        lengths=_lengths(terminal, found, asked),
         max_position=found.problem.model.max_position,
         arrivals=Arrivals.RECORDED if asked.recorded else Arrivals.SATURATED if asked.saturate else Arrivals.DRAWN,
         rate_rps=rate_to_simulate(found.plan, found.problem) if drawn and asked.rate is None else asked.rate,
@@ -258,15 +258,13 @@ def simulate(terminal: Terminal, plan: PlanArgument, *, asked: SimulateOptions) 
     return _finish(terminal, found, question, asked)
 
 
-def _lengths(terminal: Terminal, found: PlanAndProblem, path: str, asked: SimulateOptions) -> Trace | Workload:
+def _lengths(terminal: Terminal, found: PlanAndProblem, asked: SimulateOptions) -> Trace | Workload:
     """Return the requests of a trace if one is specified, or else those that the plan was made for."""
     from hetis.formats.workload import with_prefix_hits
     from hetis.planner.use_cases.simulate import load_lengths
-    from hetis.planner.use_cases.sources import inputs_from_documents
 
     if asked.trace is None:
-        planned_for = inputs_from_documents(found.plan.inputs.get("documents"), path).workload  # not clipped
-        return with_prefix_hits(planned_for, asked.prefix_hit_rate)
+        return with_prefix_hits(found.inputs.workload, asked.prefix_hit_rate)  # not clipped
     lengths, planned = load_lengths(asked.trace, asked.prefix_hit_rate), found.problem.workload.prefix_hit_rate
     if planned and not lengths.prefix_hit_rate and asked.prefix_hit_rate is None:
         terminal.warn(

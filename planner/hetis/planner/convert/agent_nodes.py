@@ -32,7 +32,7 @@ def agents_inventory(
         declared: the cluster's document, which has the zones. Agents do not know them.
         with_busy: whether GPUs that are in use count as free.
     """
-    zones = {group.node_name(i): group.zone for group in declared.node_groups for i in range(group.count)}
+    zones = {node: group.zone for node, group in declared.nodes()}
     where = Problem(file=cluster, message="")
     found = [_node(node, zones.get(last_part(node.name), "default"), with_busy, where) for node in nodes]
     return inventory(found, [], _notes(cluster, nodes, found, with_busy=with_busy), file=cluster)

@@ -22,6 +22,7 @@ from hetis.planner.use_cases.sources import (
     inputs_from_documents,
 )
 from hetis.solver.budget import Progress
+from hetis.solver.errors import InfeasibleError, InvalidProblemError, NoPlanFoundError, UncheckedPlanError
 from hetis.solver.plan import Objective, ObjectiveKind, Role
 from hetis.solver.problem import EngineRules, PlacementProblem
 
@@ -39,34 +40,6 @@ class FoundPlan:
 
 
 @dataclass(frozen=True, slots=True)
-class Infeasible:
-    """A proof that the family contains no plan. One sentence per cause, the most informative first."""
-
-    reasons: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class NothingFound:
-    """The time ran out, or the caller cancelled, before a plan was found."""
-
-    message: str
-
-
-@dataclass(frozen=True, slots=True)
-class Unsound:
-    """The solver's plan violates its own problem: a bug. One sentence per violation."""
-
-    violations: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Invalid:
-    """The inputs contradict each other in a way that only the search detected."""
-
-    message: str
-
-
-@dataclass(frozen=True, slots=True)
 class Crashed:
     """The process ended or had to be killed. ``exit_code`` is negative for a signal, as in POSIX."""
 
@@ -79,24 +52,30 @@ class CalledOff:
     """There was no search: it was cancelled in the queue, or its process did not react and had to be killed."""
 
 
-# All of them are answers of the process; only `Crashed` is an outcome of the process itself.
-Answer = FoundPlan | Infeasible | NothingFound | Unsound | Invalid
+# The answer of a process is a plan, or the error that ended the search; others are outcomes of the process itself.
+SearchError = InfeasibleError | NoPlanFoundError | UncheckedPlanError | InvalidProblemError
+Answer = FoundPlan | SearchError
 Outcome = Answer | Crashed | CalledOff
 
 
-_KINDS: Mapping[str, Callable[..., Answer]] = {
-    "infeasible": Infeasible,
-    "nothing_found": NothingFound,
-    "unsound": Unsound,
-    "invalid": Invalid,
+_KINDS: Mapping[str, Callable[..., SearchError]] = {
+    "infeasible": InfeasibleError,
+    "nothing_found": NoPlanFoundError,
+    "unsound": UncheckedPlanError,
+    "invalid": InvalidProblemError,
 }
 
 
 def answer_to_frame(answer: Answer) -> JobFrame:
-    if isinstance(answer, FoundPlan):
-        fields = {"result": base64.b64encode(answer.result).decode()}
-        return JobFrame(kind="found", fields=fields, payload=answer.document)
-    return JobFrame(kind=next(kind for kind, one in _KINDS.items() if one is type(answer)), fields=asdict(answer))
+    match answer:
+        case FoundPlan(document, result):
+            return JobFrame(kind="found", fields={"result": base64.b64encode(result).decode()}, payload=document)
+        case InfeasibleError(reasons=reasons):
+            return JobFrame(kind="infeasible", fields={"reasons": reasons})
+        case UncheckedPlanError(violations=violations):
+            return JobFrame(kind="unsound", fields={"violations": violations})
+    kind = "nothing_found" if isinstance(answer, NoPlanFoundError) else "invalid"
+    return JobFrame(kind=kind, fields={"message": str(answer)})
 
 
 def answer_from_frame(frame: JobFrame) -> Answer | None:
@@ -175,19 +154,13 @@ def posed_from_json(text: bytes) -> PosedProblem:
     data: dict[str, Any] = json.loads(text)
     objective: dict[str, Any] = data["objective"]
     settings: dict[str, Any] = data["settings"]
+    engine, roles = settings.get("engine"), tuple(map(Role, settings.get("roles", ())))
     return PosedProblem(
         loaded=LoadedInputs(
             inputs=inputs_from_documents(data["documents"], "the posed problem"), origins=data["origins"]
         ).at(engine_settings_from_data(data.get(ENGINE_SETTINGS, {}))),
         objective=Objective(**(objective | {"kind": ObjectiveKind(objective["kind"])})),
-        settings=PlacementSettings(
-            **(settings | {"roles": tuple(map(Role, settings.get("roles", ()))), "engine": _engine(settings)})
-        ),
+        settings=PlacementSettings(**(settings | {"roles": roles, "engine": engine and EngineRules(**engine)})),
         verify=data.get("verify", True),
         service_level=service_level_from_data(data.get(SERVICE_LEVEL)),
     )
-
-
-def _engine(settings: dict[str, Any]) -> EngineRules | None:
-    engine = settings.get("engine")
-    return None if engine is None else EngineRules(**engine)

@@ -16,20 +16,15 @@ from hetis.planner.jobs.kernels import load_kernels
 from hetis.planner.jobs.messages import (
     Answer,
     FoundPlan,
-    Infeasible,
-    Invalid,
-    NothingFound,
     PosedProblem,
     ProgressReporter,
-    Unsound,
     answer_to_frame,
     posed_from_json,
 )
-from hetis.planner.use_cases.errors import UncheckedPlanError
 from hetis.planner.use_cases.place import make_plan, simulated_plan
 from hetis.planner.use_cases.queueing import with_queueing
 from hetis.solver.budget import Budget, Progress, Report
-from hetis.solver.errors import InfeasibleError, InvalidProblemError, NoPlanFoundError
+from hetis.solver.errors import InfeasibleError, InvalidProblemError, NoPlanFoundError, UncheckedPlanError
 from hetis.solver.search_clock import SearchClock, compilations_told_to
 
 
@@ -116,14 +111,8 @@ def solve(
             loaded, problem, settings, budget=budget(), report=report, asked=posed.objective,
             on_search=lambda: begin("searching"),
         )  # fmt: skip
-    except InfeasibleError as error:
-        return Infeasible(error.reasons)
-    except NoPlanFoundError as error:
-        return NothingFound(str(error))
-    except UncheckedPlanError as error:
-        return Unsound(error.violations)
-    except InvalidProblemError as error:
-        return Invalid(str(error))
+    except (InfeasibleError, NoPlanFoundError, UncheckedPlanError, InvalidProblemError) as error:
+        return error
     if posed.verify:
         begin("verifying")
         try:
@@ -137,7 +126,7 @@ def solve(
         plan = with_queueing(plan, problem)
     document = document_bytes(plan)
     if document_bytes(from_data(json.loads(document))) != document:
-        return Unsound(("its document describes a different plan",))
+        return UncheckedPlanError(("its document describes a different plan",))
     return FoundPlan(document, result_to_proto(plan, document).SerializeToString())
 
 

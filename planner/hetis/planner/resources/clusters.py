@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from google.protobuf.duration_pb2 import Duration
+from google.protobuf.field_mask_pb2 import FieldMask
 
 from hetis.planner.convert import names
 from hetis.planner.convert.clusters import BASIC, FULL, cluster_message, without
@@ -135,7 +136,7 @@ class Clusters:
             return None
         parsed = await checks.document("cluster.document", cluster.document, partial(canonical_document, kind=Cluster))
         if parsed is not None:
-            num_nodes = sum(group.count for group in parsed[1].node_groups)
+            num_nodes = parsed[1].num_nodes()
             message = f"has {num_nodes} nodes, a cluster of the service has at most {MAX_NODES}"
             checks.require(num_nodes <= MAX_NODES, "cluster.document#nodes", message)
         return parsed
@@ -158,9 +159,6 @@ class Clusters:
         await self._fleet.cluster_changed(name)
 
 
-_POLICY = cluster_pb2.ClusterPolicy.DESCRIPTOR.fields_by_name
-
-
 def _paths(checks: Checks, request: pb.UpdateClusterRequest) -> frozenset[str]:
     """Return the paths to change: those in the mask or, without a mask, the fields that are set."""
     cluster, given = request.cluster, list(request.update_mask.paths)
@@ -168,11 +166,8 @@ def _paths(checks: Checks, request: pb.UpdateClusterRequest) -> frozenset[str]:
         fields = (("document", cluster.HasField("document")), ("policy", cluster.HasField("policy")))
         return frozenset(name for name, is_set in fields if is_set)
 
-    def is_known(path: str) -> bool:
-        field, _, inside = path.partition(".")
-        return path in ("document", "policy") or (field == "policy" and inside in _POLICY)
-
-    return checks.update_mask(given, is_known, "document, policy or policy.FIELD")
+    known = ("document", "policy", *(f"policy.{name}" for name in cluster_pb2.ClusterPolicy.DESCRIPTOR.fields_by_name))
+    return checks.update_mask(given, known, "document, policy or policy.FIELD")
 
 
 def _with_changes(
@@ -180,18 +175,9 @@ def _with_changes(
 ) -> ClusterRecord:
     """Return the changed record, or the same object if nothing changes."""
     policy = deepcopy(wanted.policy if "policy" in paths else record.body.policy)
-    for name in (path.partition(".")[2] for path in paths if path.startswith("policy.")):
-        policy.ClearField(name)  # type: ignore[arg-type]
-        part = deepcopy(wanted.policy)
-        for other in _POLICY:
-            if other != name:
-                part.ClearField(other)
-        policy.MergeFrom(part)
-    body = cluster_pb2.Cluster()
-    if parsed is not None:
-        body = _body(record.name, *parsed, None)
-    else:
-        body.CopyFrom(record.body)
+    fields = FieldMask(paths=[path.removeprefix("policy.") for path in paths if path.startswith("policy.")])
+    fields.MergeMessage(wanted.policy, policy, replace_message_field=True)
+    body = deepcopy(record.body) if parsed is None else _body(record.name, *parsed, None)
     body.ClearField("policy")
     if policy.ByteSize():
         body.policy.CopyFrom(policy)
@@ -256,6 +242,6 @@ def _body(
         name=name,
         document=document,
         policy=policy,
-        num_nodes=sum(group.count for group in value.node_groups),
+        num_nodes=value.num_nodes(),
         num_gpus=value.num_gpus(),
     )

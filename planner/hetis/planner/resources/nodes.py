@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import itertools
-import time
 from bisect import bisect_right
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
@@ -238,7 +237,7 @@ def inventory_message(
 def differences(declared: Cluster, found: Mapping[str, ReportedNode]) -> Iterator[cluster_pb2.InventoryDifference]:
     """Yield every difference in the order of the document; nodes that the document does not name come last."""
     known = set[str]()
-    for group, node in _nodes(declared):
+    for node, group in declared.nodes():
         if node not in found:
             message = "is declared, but its agent is not connected"
             yield _difference(Kind.INVENTORY_DIFFERENCE_KIND_NODE_MISSING, node, message)
@@ -283,12 +282,6 @@ def _difference(
 
 def _title(device: inventory_pb2.GpuDevice) -> str:
     return device.gpu_type or device.product_name or "an unknown device"
-
-
-def _nodes(cluster: Cluster) -> Iterator[tuple[NodeGroup, str]]:
-    for group in cluster.node_groups:
-        for index in range(group.count):
-            yield group, group.node_name(index)
 
 
 def _found_document(declared: Cluster, found: Mapping[str, ReportedNode]) -> document_pb2.Document:
@@ -360,7 +353,6 @@ class Nodes:
     _hubs: Hubs
     _fleet: LiveFleet
     _reader: NodeReader
-    _clock: Callable[[], float] = time.time
 
     async def get(self, request: pb.GetNodeRequest) -> pb.GetNodeResponse:
         check(request, name=names.NODE)
@@ -431,7 +423,7 @@ class Nodes:
         node = last_part(request.name)
 
         async def tell() -> None:
-            self._hubs.publish_nodes(views.cluster.name, [node], now_s=self._clock())
+            self._hubs.publish_nodes(views.cluster.name, [node], now_s=self._store.clock())
             await self._fleet.cluster_changed(views.cluster.name)
 
         def change(tx: Transaction) -> tuple[R, Tell | None]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -39,14 +38,9 @@ class PlanActivation:
     _fleet: LiveFleet
     _fleets: DeclaredFleets
     _documents: PlanDocuments
-    _clock: Callable[[], float] = time.time
 
     async def activate(self, request: pb2.ActivatePlanRequest) -> pb2.ActivatePlanResponse:
         check(request, name=names.PLAN)
-        try:
-            target = await self._target(request.name)
-        except ServiceError as error:
-            return await answered_before(self._store, request, pb2.ActivatePlanResponse, error)
 
         def decide(reader: Reader) -> PlanRecord:
             plan = reader.plans.require(request.name)
@@ -57,12 +51,7 @@ class PlanActivation:
                 _require_idle(reader, cluster)
             return plan
 
-        if request.validate_only:
-            planned = await self._store.read(lambda reader: self._planned(reader, decide(reader), target))
-            return _answer(pb2.ActivatePlanResponse, planned)
-        return await self._change(
-            request, pb2.ActivatePlanResponse, lambda tx: self._put_in_force(tx, decide(tx), target)
-        )
+        return await self._change(request, pb2.ActivatePlanResponse, decide, is_rollback=False)
 
     async def rollback(self, request: pb2.RollbackPlanRequest) -> pb2.RollbackPlanResponse:
         check(request, name=names.PLAN)
@@ -82,18 +71,7 @@ class PlanActivation:
                 )
             return reader.plans.require(cluster.earlier_plan)
 
-        try:
-            target = await self._target((await self._store.read(earlier)).name)
-        except ServiceError as error:  # if the request is a repetition, another plan is active now
-            return await answered_before(self._store, request, pb2.RollbackPlanResponse, error)
-        if request.validate_only:
-            planned = await self._store.read(lambda reader: self._planned(reader, earlier(reader), target))
-            return _answer(pb2.RollbackPlanResponse, planned)
-
-        def go_back(tx: Transaction) -> ChangedPlans:
-            return self._put_in_force(tx, earlier(tx), target, is_rollback=True)
-
-        return await self._change(request, pb2.RollbackPlanResponse, go_back)
+        return await self._change(request, pb2.RollbackPlanResponse, earlier, is_rollback=True)
 
     async def _target(self, name: str) -> Target:
         """Return the plan with everything that is slow to compute. Raises NOT_FOUND, PLAN_STATE, INVENTORY_MISMATCH."""
@@ -118,19 +96,32 @@ class PlanActivation:
         self,
         request: pb2.ActivatePlanRequest | pb2.RollbackPlanRequest,
         response: type[R],
-        put_in_force: Callable[[Transaction], ChangedPlans],
+        decide: Callable[[Reader], PlanRecord],
+        *,
+        is_rollback: bool,
     ) -> R:
-        """Make the change in one durable transaction, then publish it to watchers and pass it to the fleet."""
+        """Make the change in one durable transaction, then publish it to watchers and pass it to the fleet.
+
+        ``decide`` returns the plan to put in force, or raises an error if that is not allowed.
+        """
+        try:
+            name = (await self._store.read(decide)).name if is_rollback else request.name
+            target = await self._target(name)
+        except ServiceError as error:  # if a rollback is a repetition, another plan is active now
+            return await answered_before(self._store, request, response, error)
+        if request.validate_only:
+            planned = await self._store.read(lambda reader: self._planned(reader, decide(reader), target))
+            return _answer(response, planned)
 
         def work(tx: Transaction) -> tuple[R, Tell | None]:
-            done = put_in_force(tx)
+            done = self._put_in_force(tx, decide(tx), target, is_rollback=is_rollback)
             tell = None if done.cluster is None else partial(self._tell, done.cluster, done.plans)
             return _answer(response, done), tell
 
         return await change_once(self._store, request, response, work)
 
     async def _tell(self, cluster: ClusterRecord, plans: Sequence[PlanRecord]) -> None:
-        now_s = self._clock()
+        now_s = self._store.clock()
         for plan in plans:
             self._hubs.plans.publish(plan.name, basic_view(plan), now_s=now_s)
         num_connected = self._fleet.num_connected(cluster.name)
@@ -145,9 +136,7 @@ class PlanActivation:
         steps, _ = transition_to(reader.replicas.all(cluster=cluster.name), cluster, target)
         return ChangedPlans(cluster=None, plans=(plan,), steps=tuple(steps))
 
-    def _put_in_force(
-        self, tx: Transaction, plan: PlanRecord, target: Target, *, is_rollback: bool = False
-    ) -> ChangedPlans:
+    def _put_in_force(self, tx: Transaction, plan: PlanRecord, target: Target, *, is_rollback: bool) -> ChangedPlans:
         if plan.activation in IN_FORCE:
             return ChangedPlans(cluster=None, plans=(plan,), steps=())
         cluster = tx.clusters.require(plan.cluster)
@@ -161,7 +150,7 @@ class PlanActivation:
         steps, matching = transition_to(records, cluster, target)
         self._keep_replicas(tx, plan, target, matching, {record.name: record for record in records})
         before = tx.plans.get(cluster.active_plan) if cluster.active_plan not in ("", plan.name) else None
-        plans = [tx.plans.update(coming(plan, matching, self._clock()))]
+        plans = [tx.plans.update(coming(plan, matching, self._store.clock()))]
         if before is not None:
             plans.append(tx.plans.update(past(before)))
         earlier = "" if is_rollback else earlier_after(cluster, plan, before)
@@ -184,7 +173,7 @@ class PlanActivation:
                 record.body.shape.CopyFrom(shape)  # its predictions may have changed
                 tx.replicas.update(replace(record, plan=plan.name))
             else:
-                tx.replicas.insert(new_replica(name, plan, index, shape, target.model_digest, self._clock()))
+                tx.replicas.insert(new_replica(name, plan, index, shape, target.model_digest, self._store.clock()))
         for name, record in records.items():
             if name not in matching.kept and record.plan:
                 record.body.ClearField("plan")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -25,12 +24,8 @@ from hetis.planner.jobs.messages import (
     CalledOff,
     Crashed,
     FoundPlan,
-    Infeasible,
-    Invalid,
-    NothingFound,
     Outcome,
     PosedProblem,
-    Unsound,
     posed_from_json,
 )
 from hetis.planner.jobs.pool import Begun, PooledSearch, SolverPool
@@ -49,7 +44,13 @@ from hetis.planner.store import ClusterRecord, PlanRecord, ProfileRecord, Reader
 from hetis.planner.threads import run_in_thread_gc_paused
 from hetis.planner.use_cases.precision import gpu_types_of
 from hetis.solver.budget import Progress
-from hetis.solver.errors import HetisError
+from hetis.solver.errors import (
+    HetisError,
+    InfeasibleError,
+    InvalidProblemError,
+    NoPlanFoundError,
+    UncheckedPlanError,
+)
 from hetis.solver.plan import Plan
 from hetis.v1 import cluster_pb2, failure_pb2, plan_pb2
 from hetis.v1 import plan_service_pb2 as pb2
@@ -85,7 +86,6 @@ class PlanSearches:
     _store: Store
     _hubs: Hubs
     _pool: SolverPool
-    _clock: Callable[[], float] = time.time
     _searches: dict[str, PooledSearch] = field(default_factory=dict)
     _progress: dict[str, plan_pb2.SolveProgress] = field(default_factory=dict)
     _tasks: set[asyncio.Task[None]] = field(default_factory=set)
@@ -123,7 +123,9 @@ class PlanSearches:
             try:
                 posed = await run_in_thread_gc_paused(posed_from_json, posed_json)
             except DocumentError as error:
-                await self._end(record.name, None, Invalid(f"the problem was created by another version: {error}"))
+                await self._end(
+                    record.name, None, InvalidProblemError(f"the problem was created by another version: {error}")
+                )
                 continue
             if record.state != plan_pb2.PLAN_STATE_QUEUED:
                 await self._change(record.name, _queued_again)
@@ -163,10 +165,10 @@ class PlanSearches:
 
     def _publish(self, record: PlanRecord) -> None:
         progress = self._progress.get(record.name) if record.state in SEARCHING else None
-        self._hubs.plans.publish(record.name, basic_view(record, progress), now_s=self._clock())
+        self._hubs.plans.publish(record.name, basic_view(record, progress), now_s=self._store.clock())
 
     def _solving(self, record: PlanRecord, _tx: Transaction) -> PlanRecord:
-        record.body.solve_start_time.CopyFrom(timestamp(self._clock()))
+        record.body.solve_start_time.CopyFrom(timestamp(self._store.clock()))
         return replace(record, state=plan_pb2.PLAN_STATE_SOLVING)
 
     async def _end(
@@ -176,11 +178,11 @@ class PlanSearches:
         if isinstance(outcome, FoundPlan):
             result = plan_pb2.PlanResult.FromString(outcome.result)
             if await run_in_thread_gc_paused(content_digest, outcome.document) != result.document.digest:
-                outcome = Unsound(("its document differs from the one that was checked",))
+                outcome = UncheckedPlanError(("its document differs from the one that was checked",))
 
         def change(record: PlanRecord, tx: Transaction) -> PlanRecord:
             forget_problem(tx, plan)
-            record.body.solve_end_time.CopyFrom(timestamp(self._clock()))
+            record.body.solve_end_time.CopyFrom(timestamp(self._store.clock()))
             if (progress := self._progress.get(plan)) is not None:
                 record.body.progress.CopyFrom(progress)
             if result is not None and isinstance(outcome, FoundPlan):
@@ -189,9 +191,9 @@ class PlanSearches:
                 interrupted = is_called_off or result.status == plan_pb2.SOLVE_STATUS_INTERRUPTED
                 state = plan_pb2.PLAN_STATE_CANCELLED if interrupted else plan_pb2.PLAN_STATE_READY
                 return replace(record, state=state)
-            if isinstance(outcome, CalledOff) or (isinstance(outcome, NothingFound) and is_called_off):
+            if isinstance(outcome, CalledOff) or (isinstance(outcome, NoPlanFoundError) and is_called_off):
                 return replace(record, state=plan_pb2.PLAN_STATE_CANCELLED)
-            if isinstance(outcome, Infeasible):
+            if isinstance(outcome, InfeasibleError):
                 record.body.infeasible_reasons.extend(outcome.reasons)
                 return replace(record, state=plan_pb2.PLAN_STATE_INFEASIBLE)
             record.body.failure.CopyFrom(_failure(outcome, posed))
@@ -232,18 +234,19 @@ def _queued_again(record: PlanRecord, _tx: Transaction) -> PlanRecord:
 
 def _failure(outcome: Outcome, posed: PosedProblem | None) -> failure_pb2.Failure:
     match outcome:
-        case NothingFound(message):
+        case NoPlanFoundError():
             limit_s = posed.settings.time_limit_s if posed is not None else 0.0
-            error = ServiceError(Reason.ERROR_REASON_NO_PLAN_FOUND, message, metadata={"time_limit_s": f"{limit_s:g}"})
-        case Unsound(violations):
+            metadata = {"time_limit_s": f"{limit_s:g}"}
+            error = ServiceError(Reason.ERROR_REASON_NO_PLAN_FOUND, str(outcome), metadata=metadata)
+        case UncheckedPlanError(violations=violations):
             error = ServiceError(
                 Reason.ERROR_REASON_PLAN_CHECK_FAILED,
                 f"the plan violates {len(violations)} of its checks, which is a bug in hetis: "
                 f"{'; '.join(violations[:5])}",
                 metadata={"violations": len(violations)},
             )
-        case Invalid(message):
-            error = ServiceError(Reason.ERROR_REASON_INVALID_PROBLEM, message)
+        case InvalidProblemError():
+            error = ServiceError(Reason.ERROR_REASON_INVALID_PROBLEM, str(outcome))
         case Crashed(exit_code, message):
             error = ServiceError(Reason.ERROR_REASON_SOLVER_CRASHED, message, metadata={"exit_code": exit_code})
         case _:
@@ -273,7 +276,6 @@ class PlanCreation:
     _pool: SolverPool
     _searches: PlanSearches
     _limits: SearchLimits = field(default_factory=SearchLimits)
-    _clock: Callable[[], float] = time.time
 
     async def create(self, request: pb2.CreatePlanRequest) -> pb2.CreatePlanResponse:
         try:
@@ -381,7 +383,7 @@ class PlanCreation:
 
         async def begin(plan: plan_pb2.Plan) -> None:
             nonlocal is_begun
-            self._hubs.plans.publish(record.name, plan, now_s=self._clock())
+            self._hubs.plans.publish(record.name, plan, now_s=self._store.clock())
             if isinstance(answer, SearchableProblem) and isinstance(place, PooledSearch):
                 self._searches.begin(record.name, place, answer.problem, answer.json)
                 is_begun = True
@@ -432,5 +434,5 @@ class PlanCreation:
             body=body,
             state=state,
             activation=plan_pb2.ACTIVATION_STATE_INACTIVE,
-            create_time_s=self._clock(),
+            create_time_s=self._store.clock(),
         )

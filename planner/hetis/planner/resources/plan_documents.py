@@ -166,10 +166,11 @@ def require_gpus(name: str, cluster: Cluster, replicas: Iterable[ReplicaPlan]) -
     """
     there = {device.name: device.gpu for device in cluster.devices()}
     missing = [
-        failure_pb2.FieldViolation(field=device, description=_what_is_wrong(device, gpu, there.get(device)))
+        failure_pb2.FieldViolation(field=device, description=_what_is_wrong(device, part.gpu, there.get(device)))
         for replica in replicas
-        for device, gpu in _uses(replica)
-        if there.get(device) != gpu
+        for part in replica.parts()
+        for device in part.devices
+        if there.get(device) != part.gpu
     ]
     if missing:
         first = missing[0]
@@ -179,13 +180,6 @@ def require_gpus(name: str, cluster: Cluster, replicas: Iterable[ReplicaPlan]) -
             metadata={"cluster": name, "missing_gpus": len(missing)},
             violations=missing,
         )
-
-
-def _uses(replica: ReplicaPlan) -> Iterable[tuple[str, str]]:
-    for stage in replica.stages:
-        yield from ((device, stage.gpu) for device in stage.devices)
-    for pool in replica.attention_workers:
-        yield from ((device, pool.gpu) for device in pool.devices)
 
 
 def _what_is_wrong(device: str, planned: str, found: str | None) -> str:

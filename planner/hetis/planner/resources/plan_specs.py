@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 from hetis.formats import catalogue
 from hetis.formats.dtypes import KV_PRECISIONS, PRECISIONS, chosen_precision
@@ -44,6 +44,7 @@ from hetis.solver.profile import Profile
 from hetis.solver.workload import Workload
 from hetis.v1 import plan_pb2, replica_pb2
 
+V = TypeVar("V", ModelSpec, Workload)
 SPEC = "plan.spec"
 LEAST_TIME_S = 0.01
 LONGEST_TIME_S = 24 * 3600.0
@@ -188,7 +189,8 @@ class _SpecReader:
 
     async def read(self) -> ReadSpec | None:
         checks, spec = self.checks, self.spec
-        model, workload = await self._model(), await self._workload()
+        model = await self._given("model", lambda name: catalogue.find_model(name).model, ModelSpec)
+        workload = await self._given("workload", named_workload, Workload)
         objective = objective_from_proto(
             spec.objective, f"{SPEC}.objective", lambda path, text: checks.require(False, path, text)
         )
@@ -221,35 +223,21 @@ class _SpecReader:
             service_level=level,
         )
 
-    async def _model(self) -> ModelSpec | None:
-        spec = self.spec
-        match spec.WhichOneof("model"):
-            case "model_name":
-                try:
-                    return catalogue.find_model(spec.model_name).model
-                except catalogue.UnknownNameError as error:
-                    self.require(False, "model_name", str(error))
-            case "model_document":
-                read = partial(documents.read_document, kind=ModelSpec)
-                return await self.checks.document(f"{SPEC}.model_document", spec.model_document, read)
-            case None:
-                self.require(False, "model_name", "is missing: name a model, or send model_document")
-        return None
-
-    async def _workload(self) -> Workload | None:
-        spec = self.spec
-        match spec.WhichOneof("workload"):
-            case "workload_name":
-                try:
-                    return await asyncio.to_thread(named_workload, spec.workload_name)
-                except DocumentError as error:
-                    self.require(False, "workload_name", error.problems[0].message)
-            case "workload_document":
-                read = partial(documents.read_document, kind=Workload)
-                return await self.checks.document(f"{SPEC}.workload_document", spec.workload_document, read)
-            case None:
-                self.require(False, "workload_name", "is missing: name a workload, or send workload_document")
-        return None
+    async def _given(self, what: Literal["model", "workload"], find: Callable[[str], V], kind: type[V]) -> V | None:
+        """Return the model or the workload, which the spec names or contains."""
+        field = self.spec.WhichOneof(what)
+        if field is None:
+            self.require(False, f"{what}_name", f"is missing: name a {what}, or send {what}_document")
+            return None
+        given = getattr(self.spec, field)
+        if field == f"{what}_document":
+            return await self.checks.document(f"{SPEC}.{field}", given, partial(documents.read_document, kind=kind))
+        try:
+            return await asyncio.to_thread(find, given)
+        except (catalogue.UnknownNameError, DocumentError) as error:
+            problem = error.problems[0].message if isinstance(error, DocumentError) else str(error)
+            self.require(False, field, problem)
+            return None
 
     def _settings(self) -> PlacementSettings:
         from hetis.solver.placement.families import STRATEGIES
@@ -309,12 +297,7 @@ class _SpecReader:
         message = f"is {spec.max_stages}, must be {MOST_STAGES} at most"
         if not self.require(spec.max_stages <= MOST_STAGES, "max_stages", message):
             return None
-        limits = ReplicaLimits(
-            max_stages=spec.max_stages or None,
-            max_gpus=spec.max_gpus or None,
-            min_layers=spec.min_layers or None,
-            max_nodes=spec.max_nodes or None,
-        )
+        limits = ReplicaLimits(**{limit.name: getattr(spec, limit.name) or None for limit in fields(ReplicaLimits)})
         try:
             rules = engine_rules(spec.engine or None, strategy, limits)
             family_of(strategy, engine=rules)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -47,7 +46,6 @@ class Plans:
     _fleet: LiveFleet
     _searches: PlanSearches
     _documents: PlanDocuments
-    _clock: Callable[[], float] = time.time
 
     async def get(self, request: pb2.GetPlanRequest) -> pb2.GetPlanResponse:
         check(request, name=names.PLAN)
@@ -75,7 +73,7 @@ class Plans:
             return pb2.DeletePlanResponse()
 
         async def tell() -> None:
-            self._hubs.plans.publish(request.name, None, now_s=self._clock())
+            self._hubs.plans.publish(request.name, None, now_s=self._store.clock())
 
         def delete(tx: Transaction) -> tuple[pb2.DeletePlanResponse, Tell]:
             record = _require_deletable(tx, request)
@@ -112,7 +110,7 @@ class Plans:
             event = next((event for event in events if event.key == record.name), None)
             if event is None and is_first:
                 # The plan has not changed in this term, so its state is the stored one.
-                hub.publish(record.name, self._basic(record), now_s=self._clock())
+                hub.publish(record.name, self._basic(record), now_s=self._store.clock())
             is_first = False
             if event is None:
                 continue
@@ -126,15 +124,11 @@ class Plans:
         self._store.require_term()  # the hub closes with the term, too
         raise ServiceError(Reason.ERROR_REASON_DRAINING, "this planner is shutting down: retry")
 
-    async def cancel(self, request: pb2.CancelPlanRequest) -> pb2.CancelPlanResponse:
-        """Cancel a plan's search, or withdraw its activation if nothing serves and there is no earlier plan."""
-        return await self._cancel(request, withdraws=True)
+    async def cancel(self, request: pb2.CancelPlanRequest, *, withdraws: bool = True) -> pb2.CancelPlanResponse:
+        """Cancel a plan's search. If it is over, nothing is changed, unless the call also ``withdraws`` plans.
 
-    async def cancel_search(self, request: pb2.CancelPlanRequest) -> pb2.CancelPlanResponse:
-        """Cancel a plan's search. If it is over, nothing is changed."""
-        return await self._cancel(request, withdraws=False)
-
-    async def _cancel(self, request: pb2.CancelPlanRequest, *, withdraws: bool) -> pb2.CancelPlanResponse:
+        It then withdraws the plan's activation if nothing serves and there is no earlier plan.
+        """
         check(request, name=names.PLAN)
 
         async def tell() -> None:
@@ -154,7 +148,7 @@ class Plans:
 
     async def _withdrawn(self, cluster: ClusterRecord, plan: PlanRecord) -> None:
         """Publish that a plan is not in force any more, and let the fleet stop its replicas."""
-        now_s = self._clock()
+        now_s = self._store.clock()
         self._hubs.plans.publish(plan.name, self._basic(plan), now_s=now_s)
         self._hubs.publish_cluster(cluster, num_connected=self._fleet.num_connected(cluster.name), now_s=now_s)
         await self._fleet.cluster_changed(cluster.name)
@@ -228,8 +222,8 @@ def compare(one: PlanAndProblem, other: PlanAndProblem) -> pb2.DiffPlansResponse
     """
     response = pb2.DiffPlansResponse(
         replicas=_differences(one, other),
-        freed_devices=sorted(_devices(one.plan) - _devices(other.plan)),
-        taken_devices=sorted(_devices(other.plan) - _devices(one.plan)),
+        freed_devices=sorted(set(one.plan.devices()).difference(other.plan.devices())),
+        taken_devices=sorted(set(other.plan.devices()).difference(one.plan.devices())),
         value=one.plan.result.value,
         other_value=other.plan.result.value,
         unit=one.plan.result.unit,
@@ -308,10 +302,6 @@ def _zones(replica: ReplicaPlan) -> str:
 def _workers(replica: ReplicaPlan, stage: int) -> str:
     pools = [f"{p.gpu} {', '.join(p.devices)}" for p in replica.attention_workers if p.stage == stage]
     return f"attention workers {'; '.join(pools)}" if pools else "no attention workers"
-
-
-def _devices(plan: Plan) -> set[str]:
-    return {device for replica in plan.replicas for device in replica.devices()}
 
 
 def _changed_inputs(one: Plan, other: Plan) -> Iterator[str]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -22,7 +20,6 @@ class Profiles:
     """The resource ``profiles/{profile}``."""
 
     _store: Store
-    _clock: Callable[[], float] = time.time
 
     async def create(self, request: pb.CreateProfileRequest) -> pb.CreateProfileResponse:
         checks = Checks()
@@ -30,7 +27,7 @@ class Profiles:
         checks.request(request)
         name = f"profiles/{request.profile_id}"
         body = await _read_body(checks, name, request.profile)
-        now_s = self._clock()
+        now_s = self._store.clock()
         record = ProfileRecord(name=name, gpu_type=body.gpu_type, body=body, create_time_s=now_s, update_time_s=now_s)
         if request.validate_only:
             await self._store.read(lambda tx: tx.profiles.require_free(name))
@@ -62,9 +59,9 @@ class Profiles:
         name = request.profile.name
         checks.name("profile.name", name, names.PROFILE)
         checks.request(request)
-        checks.update_mask(request.update_mask.paths, lambda path: path == "document", "document")
+        checks.update_mask(request.update_mask.paths, ("document",), "document")
         body = await _read_body(checks, name, request.profile)
-        now_s = self._clock()
+        now_s = self._store.clock()
 
         def changed(record: ProfileRecord) -> ProfileRecord:
             """Return the changed record, or the same object if nothing changes."""

@@ -105,7 +105,7 @@ class StoredPlacements:
         try:
             record = await self._store.read(lambda reader: reader.plans.get(plan))
             if record is not None and record.state in SEARCHING:
-                await self._plans.cancel_search(pb2.CancelPlanRequest(name=plan))
+                await self._plans.cancel(pb2.CancelPlanRequest(name=plan), withdraws=False)
             elif record is not None:
                 await self._plans.delete(pb2.DeletePlanRequest(name=plan))
         except ServiceError as error:

@@ -72,13 +72,13 @@ class Checks:
         """Check a required resource name."""
         self.require(form.matches(value), field, f"is {_shown(value)}, must be {form.text}")
 
-    def update_mask(self, paths: Sequence[str], is_known: Callable[[str], bool], rule: str) -> frozenset[str]:
+    def update_mask(self, paths: Sequence[str], known: Collection[str], rule: str) -> frozenset[str]:
         """Check the paths of a request's mask, each of which must be ``rule``, and return each of them once."""
         field = "update_mask.paths"
         if not self.require(len(paths) <= _MOST_PATHS, field, f"has {len(paths)}, at most {_MOST_PATHS} are allowed"):
             return frozenset()
         for number, path in enumerate(paths):
-            self.require(is_known(path), f"{field}[{number}]", f"is {_shown(path)}, must be {rule}")
+            self.require(path in known, f"{field}[{number}]", f"is {_shown(path)}, must be {rule}")
         return frozenset(paths)
 
     def states(self, field: str, given: Iterable[State], enum: object) -> frozenset[State]:
@@ -204,7 +204,8 @@ class PageRequest:
 
     def token_behind(self, place: Place) -> str:
         """Return the token of the page that continues behind ``place``."""
-        return _write_token(self.list_digest, place)
+        time_s, name = (None, place) if isinstance(place, str) else place
+        return base64.urlsafe_b64encode(json.dumps([self.list_digest, time_s, name]).encode()).decode()
 
 
 def read_page_request(request: Message, *, newest_first: bool = False) -> PageRequest:
@@ -250,11 +251,6 @@ def _list_digest(request: Message) -> str:
     return hashlib.sha256(text).hexdigest()[:16]
 
 
-def _write_token(digest: str, place: Place) -> str:
-    time_s, name = (None, place) if isinstance(place, str) else place
-    return base64.urlsafe_b64encode(json.dumps([digest, time_s, name]).encode()).decode()
-
-
 def _read_token(token: str, digest: str, *, newest_first: bool) -> Place:
     try:
         parts = json.loads(base64.b64decode(token.encode("ascii"), altchars=b"-_", validate=True))
@@ -266,9 +262,7 @@ def _read_token(token: str, digest: str, *, newest_first: bool) -> Place:
         case [str(given), float(time_s), str(name)] if given == digest and newest_first and _is_text(name):
             if math.isfinite(time_s):
                 return time_s, name
-            raise _invalid(token)
-        case _:
-            raise _invalid(token)
+    raise _invalid(token)
 
 
 def _is_text(name: str) -> bool:

@@ -8,9 +8,8 @@ a state is read once per change.
 from __future__ import annotations
 
 import asyncio
-import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from weakref import WeakKeyDictionary
@@ -121,7 +120,6 @@ class ClusterWatches:
     _hubs: Hubs
     _fleet: LiveFleet
     _reader: NodeReader
-    _clock: Callable[[], float] = time.time
     _shown: ShownNodes = field(init=False)
 
     def __post_init__(self) -> None:
@@ -180,7 +178,7 @@ class ClusterWatches:
         replicas, redispatches = await self._store.read(
             lambda tx: (tx.replicas.all(cluster=name), tx.redispatches.all(cluster=name))
         )
-        token, now = here.to_text(), timestamp(self._clock())
+        token, now = here.to_text(), timestamp(self._store.clock())
         cluster = cluster_message(views.cluster, view=BASIC, num_connected=self._fleet.num_connected(name))
         yield Response(resume_token=token, event_time=now, reset=reset, cluster=cluster)
         for node in views.ids():
@@ -191,7 +189,7 @@ class ClusterWatches:
             yield Response(resume_token=token, event_time=now, redispatch=redispatch)
 
     def _caught_up(self, at: ResumeToken) -> Response:
-        return Response(resume_token=at.to_text(), event_time=timestamp(self._clock()), caught_up=True)
+        return Response(resume_token=at.to_text(), event_time=timestamp(self._store.clock()), caught_up=True)
 
     async def _changes(
         self, hub: ClusterHub, here: ResumeToken, name: str, after: int, *, is_resumed: bool

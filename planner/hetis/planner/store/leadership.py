@@ -205,8 +205,7 @@ def look(connection: sa.Connection) -> tuple[GrantedLease, float, str]:
 
     Takes no lock.
     """
-    left_s = (records.leadership.c.lease_end_s - _now(connection)).label("left_s")
-    columns = records.leadership, left_s, schema.applied.label("version")
+    columns = records.leadership, _left_s(connection), schema.applied.label("version")
     row = connection.execute(sa.select(*columns).where(_ROW)).one()
     return GrantedLease.from_row(row), float(row.left_s), row.version
 
@@ -234,8 +233,7 @@ def end_terms(connection: sa.Connection) -> tuple[Holder, float]:
     Whoever changes tables from outside a term calls this first. Returns the last leader and the seconds left of its
     lease; if they are positive, it still leads, and the caller rolls back.
     """
-    left_s = (records.leadership.c.lease_end_s - _now(connection)).label("left_s")
-    columns = records.leadership.c.holder, left_s
+    columns = records.leadership.c.holder, _left_s(connection)
     row = connection.execute(sa.select(*columns).where(_ROW).with_for_update()).one()
     connection.execute(sa.update(records.leadership).where(_ROW).values(epoch=records.leadership.c.epoch + 1))
     return Holder.from_text(row.holder), float(row.left_s)
@@ -254,8 +252,8 @@ def take(connection: sa.Connection, *, store: str, lease_s: float, abandoned: Gr
         ServiceError: NOT_LEADER, with the leader and the time of the next attempt.
         StoreError: the tables were migrated to another version while this planner stood by.
     """
-    left_s = (records.leadership.c.lease_end_s - _now(connection)).label("left_s")
-    row = connection.execute(sa.select(records.leadership, left_s).where(_ROW).with_for_update()).one()
+    columns = records.leadership, _left_s(connection)
+    row = connection.execute(sa.select(*columns).where(_ROW).with_for_update()).one()
     if row.left_s > 0 and GrantedLease.from_row(row) != abandoned:
         raise not_leader(row.holder, store=store, retry_after_s=float(row.left_s))
     epoch: int = row.epoch + 1
@@ -323,6 +321,11 @@ def nobody_leads() -> ServiceError:
     """Return the error for a planner that does not lead while no other one is known to."""
     message = "this planner is not the leader, and no planner leads now as far as it knows"
     return ServiceError(Reason.ERROR_REASON_NOT_LEADER, message)
+
+
+def _left_s(connection: sa.Connection) -> sa.Label[float]:
+    """Return the seconds left of the lease, as a column."""
+    return (records.leadership.c.lease_end_s - _now(connection)).label("left_s")
 
 
 def _now(connection: sa.Connection) -> sa.ColumnElement[float]:

@@ -44,20 +44,19 @@ def parse_url(text: str) -> sa.URL:
         raise StoreError("the store's URL cannot be read; expected sqlite:///FILE or postgresql://...") from None
     if url.drivername in ("postgresql", "postgres"):
         url = url.set(drivername="postgresql+psycopg")
-    if url.drivername not in ("sqlite", "postgresql+psycopg"):
-        raise StoreError(
-            f"store {_without_passwords(url)}: {url.drivername} is not supported, expected sqlite or postgresql"
+    if url.drivername == "postgresql+psycopg":
+        return url
+    if url.drivername != "sqlite":
+        wrong = f"{url.drivername} is not supported, expected sqlite or postgresql"
+    elif file_of(url) is None:
+        wrong = (
+            "the URL names no file, and what is only in memory is lost when the planner ends; expected sqlite:///FILE"
         )
-    if url.drivername == "sqlite" and file_of(url) is None:
-        raise StoreError(
-            f"store {_without_passwords(url)}: the URL names no file, and what is only in memory is lost when the"
-            " planner ends; expected sqlite:///FILE"
-        )
-    if url.drivername == "sqlite" and url.query:
-        raise StoreError(
-            f"store {_without_passwords(url)}: SQLite stores take no parameters; expected sqlite:///FILE without '?'"
-        )
-    return url
+    elif url.query:
+        wrong = "SQLite stores take no parameters; expected sqlite:///FILE without '?'"
+    else:
+        return url
+    raise StoreError(f"store {_without_passwords(url)}: {wrong}")
 
 
 def file_of(url: sa.URL) -> Path | None:

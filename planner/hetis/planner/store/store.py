@@ -147,7 +147,7 @@ class Store:
         is_served = url.drivername != "sqlite"
         self._lease_s = lease_s if is_served else 0.0
         self._limit_s = max(lease_s, 5.0)  # limit on a server's answer to one statement
-        self._clock = clock
+        self.clock = clock  # Unix time of what is stored
         self._machine_s = machine
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="hetis-store")
         # A file has one connection for everything: a second one would wait for the locks of the first.
@@ -623,7 +623,7 @@ class Store:
                         self._end_older_terms(connection)
                     schema.migrate(connection)
                     if is_new:
-                        leadership.begin_at(connection, leadership.epoch_at(self._clock()))
+                        leadership.begin_at(connection, leadership.epoch_at(self.clock()))
         finally:
             self._is_migrating = False
             if self._lock is not None:
@@ -710,7 +710,7 @@ class Store:
     def _write_in(self, epoch: int, work: Callable[[Transaction], T]) -> T:
         with self._begun(self._engine) as connection:
             leadership.check(connection, epoch)
-            return work(Transaction(connection, now_s=self._clock()))
+            return work(Transaction(connection, now_s=self.clock()))
 
     def _try_to_write(self) -> None:
         """Write something that leaves nothing, to learn whether writes work again."""

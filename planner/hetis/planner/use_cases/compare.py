@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from hetis.formats.errors import internal_error
-from hetis.planner.use_cases.errors import UncheckedPlanError
 from hetis.planner.use_cases.place import PlacementSettings, make_plan, simulated_plan
 from hetis.planner.use_cases.precision import for_engine
 from hetis.planner.use_cases.service_level import ServiceLevel
@@ -20,15 +19,14 @@ from hetis.planner.use_cases.sources import (
     LoadedInputs,
     asked_objective,
     differing_fields,
-    inputs_from_documents,
     load_plan_and_problem,
 )
 from hetis.planner.use_cases.verification import verification_of
-from hetis.solver.budget import Budget, Progress, Report, one_of_several
+from hetis.solver.budget import Budget, Report, one_of_several
 from hetis.solver.check import check_plan
 from hetis.solver.cluster import Cluster
 from hetis.solver.constraints import described
-from hetis.solver.errors import HetisError, InfeasibleError, InvalidProblemError, NoPlanFoundError
+from hetis.solver.errors import HetisError, InfeasibleError, InvalidProblemError, NoPlanFoundError, UncheckedPlanError
 from hetis.solver.placement.families import STRATEGIES, constraints_ignored
 from hetis.solver.placement.outcome import sound_bound
 from hetis.solver.plan import Objective, ObjectiveKind, Plan, Role, SolveResult, Status
@@ -120,7 +118,7 @@ def compare_strategies(
             objective,
             replace(settings, strategy=strategy),
             budget(),
-            one_of_several(report, number, len(ordered)),
+            one_of_several(report, number, len(ordered), f"{strategy}: "),
         )
     for strategy in _contained_first(strategies):
         container = CONTAINERS.get(strategy)
@@ -320,11 +318,8 @@ def planned(
         reasons = tuple(f"it cannot keep {described(each)}" for each in ignored)
         return Compared(strategy=name, status=NO_PLAN, reasons=reasons, solve_s=0.0)
 
-    def told(progress: Progress) -> None:
-        report(replace(progress, phase=f"{name}: {progress.phase}"))
-
     try:
-        plan = make_plan(loaded, problem, settings, budget=budget, report=told, asked=objective)
+        plan = make_plan(loaded, problem, settings, budget=budget, report=report, asked=objective)
     except InfeasibleError as error:
         status, reasons = Status.INFEASIBLE.value, error.reasons
     except NoPlanFoundError as error:
@@ -447,7 +442,7 @@ def figures_of(plan: Plan, inputs: Inputs | PlacementProblem, *, rate_rps: float
     moments = inputs.workload.clipped_to(inputs.model.max_position).moments()
     output_per_s, cost_rps = rate * moments.mean_output, cost_rate(plan)
     paid_per_s = output_per_s if cost_rps is None else cost_rps * moments.mean_output
-    used = len(_devices(plan))
+    used = len(plan.devices())
     return Figures(
         rate_rps=rate,
         prompt_tokens_per_s=rate * moments.mean_prompt,
@@ -473,21 +468,16 @@ def cost_rate(plan: Plan) -> float | None:
     return None if plan.objective.maximises else asked_objective(plan).demand_rps
 
 
-def _devices(plan: Plan) -> set[str]:
-    return {name for replica in plan.replicas for name in replica.devices()}
-
-
 def _usd_per_hour(plan: Plan, cluster: Cluster) -> float | None:
     """Return the cost of the used GPUs in USD per hour, or None if one of them has no price."""
-    used, total = _devices(plan), 0.0
-    for group in cluster.node_groups:
+    used, total = set(plan.devices()), 0.0
+    for node, group in cluster.nodes():
         prices = [cluster.price_of(slots) for slots in group.gpus for _ in range(slots.count)]
-        for node in map(group.node_name, range(group.count)):
-            for index, price in zip(group.gpus_of_node(), prices, strict=True):
-                if f"{node}/{index}" in used:
-                    if price is None:
-                        return None
-                    total += price
+        for index, price in zip(group.gpus_of_node(), prices, strict=True):
+            if f"{node}/{index}" in used:
+                if price is None:
+                    return None
+                total += price
     return total
 
 
@@ -516,26 +506,18 @@ def diff_plans(before: str, after: str) -> PlanDiff:
         DocumentError: a plan, or a document in it, is not usable.
     """
     old, new = load_plan_and_problem(before), load_plan_and_problem(after)
-    old_inputs, new_inputs = _inputs(old.plan, before), _inputs(new.plan, after)
-    same_model = old_inputs.model == new_inputs.model
-    moments = old.problem.workload.moments(block_tokens=old.problem.assumptions.block_tokens)
+    replaced = None if old.inputs.model == new.inputs.model else old.inputs.model
     return PlanDiff(
         before=old.plan,
         after=new.plan,
         problem_before=old.problem,
         problem_after=new.problem,
-        figures_before=figures_of(old.plan, old_inputs),
-        figures_after=figures_of(new.plan, new_inputs),
-        same_model=same_model,
-        warnings=(*old.warnings, *new.warnings, *_differences(old_inputs, new_inputs, old.plan, new.plan)),
-        change=plan_change(
-            old.plan, new.plan, new_inputs.model, moments, replaced=None if same_model else old_inputs.model
-        ),
+        figures_before=figures_of(old.plan, old.inputs),
+        figures_after=figures_of(new.plan, new.inputs),
+        same_model=replaced is None,
+        warnings=(*old.warnings, *new.warnings, *_differences(old.inputs, new.inputs, old.plan, new.plan)),
+        change=plan_change(old.plan, new.plan, new.inputs.model, old.problem.moments(), replaced=replaced),
     )
-
-
-def _inputs(plan: Plan, name: str) -> Inputs:
-    return inputs_from_documents(plan.inputs.get("documents"), name)
 
 
 def _differences(old: Inputs, new: Inputs, before: Plan, after: Plan) -> list[str]:

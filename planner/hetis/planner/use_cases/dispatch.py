@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
+from typing import Literal
 
 import numpy as np
 
@@ -305,37 +306,21 @@ def state_of_stage(found: PlanAndProblem, number: int, position: int) -> SavedSt
     }
     empty = _empty_stage(f"{model.name}, replica {number}, stage {position + 1}", model, num_layers)
 
-    def blocks(role: str, tp: int) -> int:
-        return blocks_in(tp * room[role], heads=empty.heads, num_layers=num_layers, tp=tp)
+    def device(name: str, role: Literal["primary", "worker"], gpu: str, tp: int = 1) -> SavedDevice:
+        byte_s, seconds = 0.0, 0.0
+        if shape.pool is not None:
+            byte_s, seconds = _exchange(problem.profiles[gpu], model, tp, shape.pool.link)
+        own = room["primary" if role == "primary" else "attention worker"]
+        blocks = blocks_in(tp * own, heads=empty.heads, num_layers=num_layers, tp=tp)
+        return SavedDevice(
+            name=name, role=role, tp=tp, gpu=gpu, link_byte_s=byte_s, link_s=seconds, total_blocks=blocks
+        )  # fmt: skip
 
-    link = (0.0, 0.0)
-    if shape.pool is not None:
-        link = _exchange(problem.profiles[stage.gpu], model, stage.tp, shape.pool.link)
-    devices = [
-        SavedDevice(
-            name=abbreviate(stage.devices[: stage.tp]),
-            role="primary",
-            tp=stage.tp,
-            gpu=stage.gpu,
-            link_byte_s=link[0],
-            link_s=link[1],
-            total_blocks=blocks("primary", stage.tp),
-        )
-    ]
+    devices = [device(abbreviate(stage.devices[: stage.tp]), "primary", stage.gpu, stage.tp)]
     for pool in one.attention_workers:
-        if pool.stage == position and shape.pool is not None:
-            byte_s, seconds = _exchange(problem.profiles[pool.gpu], model, 1, shape.pool.link)
-            devices += [
-                SavedDevice(
-                    name=name,
-                    role="worker",
-                    gpu=pool.gpu,
-                    link_byte_s=byte_s,
-                    link_s=seconds,
-                    total_blocks=blocks("attention worker", 1),
-                )
-                for name in pool.devices[: len(pool.devices) // stage.copies]
-            ]
+        if pool.stage == position:
+            own = pool.devices[: len(pool.devices) // stage.copies]
+            devices += [device(name, "worker", pool.gpu) for name in own]
     return _with_given_costs(replace(empty, devices=tuple(devices)), problem.profiles, model)
 
 
@@ -421,18 +406,6 @@ class Redispatched(_Changed):
     plan: RedispatchPlan
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RedispatchSettings:
-    """Settings as in `RedispatchProblem`, None for the default; ``theta`` as in `hetis.solver.redispatch.triggers`."""
-
-    theta: float = 0.5
-    budget_bytes: float = math.inf
-    least_gain: float = 0.01
-    patience: float = 0.25
-    ahead_steps: int = 100
-    refill_token_s: float | None = None
-
-
 def is_compiled() -> bool:
     """Return whether the kernels are already compiled on this machine; if not, the first run takes a minute longer."""
     from hetis.solver.compiled import is_cached
@@ -467,8 +440,14 @@ def dispatch_requests(
     )
 
 
-def redispatch_stage(stage: CostedStage, settings: RedispatchSettings) -> Redispatched:
-    """Find the moves that pay off, whether or not a trigger has fired."""
+def redispatch_stage(
+    stage: CostedStage, *, theta: float = 0.5, budget_bytes: float = math.inf, least_gain: float = 0.01,
+    patience: float = 0.25, ahead_steps: int = 100, refill_token_s: float | None = None,
+) -> Redispatched:  # fmt: skip
+    """Find the moves that pay off, whether or not a trigger has fired.
+
+    Settings are as in `RedispatchProblem`, None for its default; ``theta`` as in `hetis.solver.redispatch.triggers`.
+    """
     from hetis.solver.dispatch.solve import Dispatcher
     from hetis.solver.redispatch.solve import Redispatcher
     from hetis.solver.redispatch.triggers import triggers
@@ -477,15 +456,15 @@ def redispatch_stage(stage: CostedStage, settings: RedispatchSettings) -> Redisp
         snapshot=stage.snapshot,
         num_layers=stage.saved.num_layers,
         link_byte_s=stage.saved.move_byte_s(),
-        budget_bytes=settings.budget_bytes,
-        least_gain=settings.least_gain,
-        patience=settings.patience,
-        ahead_steps=settings.ahead_steps,
+        budget_bytes=budget_bytes,
+        least_gain=least_gain,
+        patience=patience,
+        ahead_steps=ahead_steps,
     )
-    if settings.refill_token_s is not None:
-        problem = replace(problem, refill_token_s=settings.refill_token_s)
+    if refill_token_s is not None:
+        problem = replace(problem, refill_token_s=refill_token_s)
     dispatcher = Dispatcher(stage.snapshot.stage)
-    fired = triggers(stage.snapshot, dispatcher, theta=settings.theta)
+    fired = triggers(stage.snapshot, dispatcher, theta=theta)
     plan = Redispatcher(dispatcher).solve(problem)
     reached = _after_moves(stage.snapshot, plan)
     return Redispatched(

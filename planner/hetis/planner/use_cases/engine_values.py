@@ -160,12 +160,9 @@ def _lacking(plan: Plan, problem: PlacementProblem, rules: EngineRules | None) -
 
 
 def _but_for_its_name(family: Family, model: ModelSpec) -> tuple[Family, tuple[int, ...]]:
-    alike = family if family.engine is None else replace(family, engine=replace(family.engine, name=""))
-    return alike, _stages_of(family, model)
-
-
-def _stages_of(family: Family, model: ModelSpec) -> tuple[int, ...]:
-    return tuple(family.engine.stages_of(role, model) for role in Role) if family.engine is not None else ()
+    if (engine := family.engine) is None:
+        return family, ()
+    return replace(family, engine=replace(engine, name="")), tuple(engine.stages_of(role, model) for role in Role)
 
 
 def _has_all_of(family: Family, poorer: Family, model: ModelSpec) -> bool:

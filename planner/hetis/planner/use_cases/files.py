@@ -57,7 +57,7 @@ def validate_file(path: str) -> Validation:
 
 def _without_profile(cluster: Cluster) -> Iterator[str]:
     """Yield a warning for each GPU type in use that has no profile and for which none can be modelled."""
-    for gpu in dict.fromkeys(slots.gpu for group in cluster.node_groups for slots in group.gpus):
+    for gpu in cluster.types_used():
         try:
             profile_without_file(cluster.gpu_types[gpu])
         except InvalidProblemError as error:
@@ -112,10 +112,16 @@ def convert(
         DocumentError: the file is not usable, or a rate is specified for requests that have times.
     """
     ratio = characters_per_token or CHARACTERS_PER_TOKEN
-    asked = _Asked(tokenizer_counter(tokenizer) if tokenizer else characters_counter(ratio))
+    count, is_asked = tokenizer_counter(tokenizer) if tokenizer else characters_counter(ratio), False
+
+    def asked(text: str) -> int:
+        nonlocal is_asked
+        is_asked = True
+        return count(text)
+
     trace = read_trace(path, count=asked)
     warnings = []
-    if asked.any and not tokenizer:
+    if is_asked and not tokenizer:
         warnings.append(
             f"lengths are estimates at {ratio:g} characters per token; --tokenizer counts tokens exactly, and"
             " --characters-per-token sets another ratio"
@@ -139,18 +145,6 @@ def trace_file(trace: Trace, name: str) -> bytes:
         raise single_problem(name, f"the name of a trace must end in {', '.join(CSV_ENDINGS + JSONL_ENDINGS)}")
     raw = "".join(trace_text(trace, as_jsonl=name.endswith(JSONL_ENDINGS))).encode("ascii")
     return gzip.compress(raw, mtime=0) if name.endswith(".gz") else raw
-
-
-class _Asked:
-    """Counts tokens, and remembers whether it was used."""
-
-    def __init__(self, count: CountTokens) -> None:
-        self._count = count
-        self.any = False
-
-    def __call__(self, text: str) -> int:
-        self.any = True
-        return self._count(text)
 
 
 def tokenizer_counter(path: str) -> CountTokens:

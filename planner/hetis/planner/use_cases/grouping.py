@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from hetis.simulator.metrics import DeviceUse
 from hetis.solver.cluster import Cluster
-from hetis.solver.plan import Plan, ReplicaPlan, Role
+from hetis.solver.plan import Plan, ReplicaPlan, Role, StagePlan
 
 _NUMBERED = re.compile(r"^(?P<stem>.*-)(?P<number>\d+)$")
 
@@ -74,10 +74,9 @@ def device_groups(plan: Plan) -> dict[str, str]:
     groups: dict[str, str] = {}
     for replica in plan.replicas:
         role = "" if replica.role is Role.UNIFIED else f", {replica.role}"
-        groups |= {device: f"{stage.gpu}{role}" for stage in replica.stages for device in stage.devices}
-        groups |= {
-            device: f"{pool.gpu}, attention worker" for pool in replica.attention_workers for device in pool.devices
-        }
+        for part in replica.parts():
+            duty = role if isinstance(part, StagePlan) else ", attention worker"
+            groups |= dict.fromkeys(part.devices, f"{part.gpu}{duty}")
     return groups
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from operator import attrgetter
 
-from hetis.planner.use_cases.errors import UncheckedPlanError
 from hetis.solver.budget import Budget, Report, silent
+from hetis.solver.errors import UncheckedPlanError
 from hetis.solver.layers.plan import LayersPlan, NodeLoad
 from hetis.solver.layers.problem import LayersProblem, Links, NodeType
 
@@ -96,10 +97,6 @@ def place_layers(
 
 def stages(plan: LayersPlan) -> Iterator[LayerStage]:
     """Yield the plan's stages ordered by first layer, shorter ones first."""
-    key = _range_of
+    key = attrgetter("node.first_layer", "node.num_layers")
     for (first, held), loads in itertools.groupby(sorted(plan.judgement.loads, key=key), key):
         yield LayerStage(first_layer=first, num_layers=held, loads=tuple(loads))
-
-
-def _range_of(load: NodeLoad) -> tuple[int, int]:
-    return load.node.first_layer, load.node.num_layers

@@ -19,7 +19,6 @@ from hetis.formats.traces import PrefixHitRate
 from hetis.planner.use_cases import equal_stages, service_level
 from hetis.planner.use_cases.any_engine import search_again
 from hetis.planner.use_cases.engine_values import with_engine_values
-from hetis.planner.use_cases.errors import UncheckedPlanError
 from hetis.planner.use_cases.listing import kinds_in_a_zone, refuse_unlisted, stages_to_list
 from hetis.planner.use_cases.precision import for_engine, in_precision, notes_on_exchange
 from hetis.planner.use_cases.queueing import with_queueing
@@ -43,7 +42,7 @@ from hetis.planner.use_cases.versions import installed_versions
 from hetis.profiler.defaults import default_profile
 from hetis.solver.budget import Budget, Progress, Report, SearchSettings
 from hetis.solver.cluster import Cluster
-from hetis.solver.errors import InvalidProblemError, NoPlanFoundError
+from hetis.solver.errors import InvalidProblemError, NoPlanFoundError, UncheckedPlanError
 from hetis.solver.model import ModelSpec
 from hetis.solver.plan import DEFAULT_STRATEGY, DEFAULT_TIME_LIMIT_S, Objective, ObjectiveKind, Plan, Role
 from hetis.solver.problem import NOTHING_SET, EngineRules, EngineSettings, PlacementProblem

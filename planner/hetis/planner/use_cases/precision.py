@@ -172,7 +172,7 @@ def constraints_of(model: ModelSpec, cluster: Cluster, engine: str | None) -> tu
 
 def gpu_types_of(cluster: Cluster) -> dict[str, GpuType]:
     """Return the GPU types of a cluster by name."""
-    return {slots.gpu: cluster.gpu_types[slots.gpu] for group in cluster.node_groups for slots in group.gpus}
+    return {gpu: cluster.gpu_types[gpu] for gpu in cluster.types_used()}
 
 
 def _has_workers(model: ModelSpec, cluster: Cluster, engine: str | None) -> bool:

@@ -9,7 +9,6 @@ from hetis.formats.documents import load_cluster, load_model, load_workload
 from hetis.formats.errors import DocumentError, Problem, attempt, single_problem
 from hetis.formats.traces import PrefixHitRate
 from hetis.formats.workload import with_prefix_hits
-from hetis.planner.use_cases.errors import UncheckedPlanError
 from hetis.planner.use_cases.place import (
     KV_IS_FOR_ENGINES,
     PLACES,
@@ -23,12 +22,10 @@ from hetis.planner.use_cases.precision import for_engine
 from hetis.planner.use_cases.robustness.profile_errors import profile_notes, with_profile_errors
 from hetis.planner.use_cases.service_level import service_level_of
 from hetis.planner.use_cases.sources import (
-    Inputs,
     LoadedInputs,
     asked_objective,
     differing_fields,
     impossible_profiles,
-    inputs_from_documents,
     load_plan_and_problem,
     load_profiles,
     unconfirmed,
@@ -41,7 +38,8 @@ from hetis.planner.use_cases.what_if import with_cluster
 from hetis.solver.budget import Budget, Report
 from hetis.solver.check import check_plan
 from hetis.solver.cluster import Cluster
-from hetis.solver.constraints import Constraint, Constraints, misfits
+from hetis.solver.constraints import Constraints, misfits
+from hetis.solver.errors import UncheckedPlanError
 from hetis.solver.model import ModelSpec
 from hetis.solver.plan import Objective, Plan, Role
 from hetis.solver.problem import PlacementProblem
@@ -104,19 +102,16 @@ def load_replanning(
         problems += impossible_profiles(given, fleet.gpu_types)
     if problems or found is None or fleet is None:
         raise DocumentError(problems)
-    inputs = inputs_from_documents(found.plan.inputs.get("documents"), running)
+    inputs = found.inputs
     if spec is not None and spec != inputs.model:
         raise single_problem(running, _of_another_model(inputs.model, spec))
     origins = dict(found.plan.inputs.get("origins") or {})
     loaded = with_cluster(
         LoadedInputs(
-            inputs=Inputs(
-                cluster=inputs.cluster,
-                model=inputs.model,
+            inputs=replace(
+                inputs,
                 workload=traffic if traffic is not None else with_prefix_hits(inputs.workload, prefix_hit_rate),
                 profiles={**inputs.profiles, **{gpu: profile for gpu, (_, profile) in given.items()}},
-                constraints=found.problem.constraints,
-                engine_settings=found.problem.family.engine_settings,
             ),
             origins=_origins(origins, workload, {gpu: path for gpu, (path, _) in given.items()}),
         ),
@@ -179,11 +174,6 @@ def survival_of(plan: Plan, posed: PosedReplan) -> Survival | None:
     return Survival(place=posed.survived, demand_rps=posed.asked.demand_rps or 0.0, left_rps=left_rps)
 
 
-def _with_survival(plan: Plan, posed: PosedReplan, survival: Survival) -> Plan:
-    """Return the plan with its losses, and a note on what is served where the running plan had to serve all."""
-    return replace(with_losses(plan, posed.problem), notes=(*plan.notes, str(survival)))
-
-
 def _with_kept_settings(plan: Plan, found: Replanning, running: Plan) -> Plan:
     """Return the plan in which replicas that do not stop may run as many requests at once as before."""
     replicas = tuple(
@@ -197,20 +187,16 @@ def _with_kept_settings(plan: Plan, found: Replanning, running: Plan) -> Plan:
 
 def _constraints(problem: PlacementProblem) -> tuple[Constraints, Constraints, Constraints]:
     """Return the constraints that re-planning keeps, those that it ignores, and those on what the fleet lacks."""
-    kept, ignored, absent = list[Constraint](), list[Constraint](), list[Constraint]()
-    for constraint in problem.constraints:
-        if any(misfits((constraint,), problem.cluster, problem.family.tp_sizes)):
-            absent.append(constraint)
-        else:
-            (kept if keeps(replace(problem, constraints=(constraint,))) else ignored).append(constraint)
-    return tuple(kept), tuple(ignored), tuple(absent)
+    cluster, tp_sizes = problem.cluster, problem.family.tp_sizes
+    absent = tuple(each for each in problem.constraints if any(misfits((each,), cluster, tp_sizes)))
+    others = [each for each in problem.constraints if each not in absent]
+    kept = tuple(each for each in others if keeps(replace(problem, constraints=(each,))))
+    return kept, tuple(each for each in others if each not in kept), absent
 
 
 def _nothing_in_common(running: Plan, fleet: Cluster) -> Iterator[str]:
     """Yield a warning if no GPU of the running plan is left, most likely because nodes were renamed."""
-    replicas = running.replicas
-    used = {(device, part.gpu) for one in replicas for part in one.stages for device in part.devices}
-    used |= {(device, part.gpu) for one in replicas for part in one.attention_workers for device in part.devices}
+    used = {(device, part.gpu) for one in running.replicas for part in one.parts() for device in part.devices}
     if used and not any((device.name, device.gpu) in used for device in fleet.devices()):
         yield (
             f"none of the {len(used)} GPUs of the running plan, such as {min(used)[0]}, is in cluster {fleet.name}:"
@@ -260,7 +246,7 @@ def replan(
     plan = _with_kept_settings(plan, found, posed.running)
     plan = held_to(service_level_of(posed.running), with_asked(plan, posed.asked))
     if (survival := survival_of(plan, posed)) is not None:
-        plan = _with_survival(plan, posed, survival)
+        plan = replace(with_losses(plan, posed.problem), notes=(*plan.notes, str(survival)))
     found = replace(found, plan=plan)
     violations = [str(violation) for violation in check_plan(plan, posed.problem)]
     violations += check_replanning(question, found)

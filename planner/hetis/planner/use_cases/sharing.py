@@ -14,7 +14,6 @@ from hetis.formats.errors import DocumentError, Problem, attempt, single_problem
 from hetis.formats.fields import read_data
 from hetis.formats.positions import Text
 from hetis.formats.tenants import FleetTenantPart, ShareInputs, parse_tenants
-from hetis.planner.use_cases.errors import UncheckedPlanError
 from hetis.planner.use_cases.place import (
     KV_IS_FOR_ENGINES,
     ONE_TOKEN,
@@ -27,9 +26,9 @@ from hetis.planner.use_cases.sources import LoadedInputs, load_inputs, with_aske
 from hetis.profiler.defaults import default_profile
 from hetis.solver.budget import Budget, Progress, Report, one_of_several
 from hetis.solver.cluster import Cluster, GpuSlots, Link, Network, NodeGroup
-from hetis.solver.errors import InfeasibleError, InvalidProblemError, NoPlanFoundError
+from hetis.solver.errors import InfeasibleError, InvalidProblemError, NoPlanFoundError, UncheckedPlanError
 from hetis.solver.model import ModelSpec
-from hetis.solver.plan import OTHER_TENANTS, Objective, ObjectiveKind, Plan
+from hetis.solver.plan import OTHER_TENANTS, Objective, ObjectiveKind
 from hetis.solver.problem import PlacementProblem
 from hetis.solver.shares.problem import FairnessRule, GpuShare, ShareJob, ShareProblem, Shares, ShareTenant
 from hetis.solver.shares.properties import Claim, Properties, Round, best_claim, next_round, properties_of
@@ -84,8 +83,14 @@ def load_tenancy(file: str, *, cluster: str, profiles: Sequence[str] = (), strat
             problems += [_in_file(problem, index, tenant, source) for problem in error.problems]
     if problems:
         raise DocumentError(list(dict.fromkeys(problems)))
-    asked = tuple(map(_asked, given))
-    tenants = tuple(_tenant(*each, strategy) for each in zip(given, found, asked, strict=True))
+    asked = tuple(
+        objective(ObjectiveKind(one.objective), ttft_s=one.ttft, tpot_s=one.tpot, demand_rps=None) for one in given
+    )
+    problems_of = (loaded.inputs.problem(goal, strategy) for loaded, goal in zip(found, asked, strict=True))
+    tenants = tuple(
+        Tenant(name=one.name, problem=problem, weight=one.weight, worth=one.worth)
+        for one, problem in zip(given, problems_of, strict=True)
+    )
     return LoadedTenants(tenancy=Tenancy(tenants=tenants), inputs=tuple(found), asked=asked)
 
 
@@ -96,15 +101,6 @@ def _in_file(problem: Problem, index: int, tenant: FleetTenantPart, source: Text
             message = problem.message if problem.file == field else str(problem)
             return source.problem(("tenants", index, field), f"tenant {tenant.name}: {message}")
     return problem
-
-
-def _asked(tenant: FleetTenantPart) -> Objective:
-    return objective(ObjectiveKind(tenant.objective), ttft_s=tenant.ttft, tpot_s=tenant.tpot, demand_rps=None)
-
-
-def _tenant(tenant: FleetTenantPart, loaded: LoadedInputs, asked: Objective, strategy: str) -> Tenant:
-    problem = loaded.inputs.problem(asked, strategy)
-    return Tenant(name=tenant.name, problem=problem, weight=tenant.weight, worth=tenant.worth)
 
 
 def share_out_fleet(
@@ -150,7 +146,7 @@ def _finished(
 
     report(Progress(phase=f"rule {rule}", elapsed_s=search.budget.elapsed_s()))
     answer = search.share(rule)
-    held = {share.name: _devices(share.plan) for share in answer.shares}
+    held = {share.name: list(share.plan.devices()) if share.plan else [] for share in answer.shares}
     shares = []
     for share, tenant, inputs, asked in zip(answer.shares, search.tenants, loaded.inputs, loaded.asked, strict=True):
         plan = share.plan
@@ -169,14 +165,9 @@ def _finished(
             plan = with_asked(plan, asked)
         shares.append(replace(share, plan=plan))
     answer = replace(answer, shares=tuple(shares))
-    wrong = check_fleet_shares(search.tenancy, answer)
-    if wrong:
+    if wrong := check_fleet_shares(search.tenancy, answer):
         raise UncheckedPlanError(wrong)
     return answer
-
-
-def _devices(plan: Plan | None) -> list[str]:
-    return [] if plan is None else [device for replica in plan.replicas for device in replica.devices()]
 
 
 # --- GPU types: shares from a ShareProblem file; missing speed-ups are derived from our own placements

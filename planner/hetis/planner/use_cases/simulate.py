@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import NamedTuple
 
 from hetis.formats.errors import DocumentError, Problem, did_you_mean
@@ -72,12 +72,12 @@ class Simulated:
     prediction: Prediction
     # Over all runs; for a sweep, at the highest rate within the limits, or at the lowest one tried if there is none
     summary: Summary
-    runs: tuple[Metrics, ...]  # metrics of each run, in the order of the seeds; empty for a sweep
+    runs: tuple[Metrics, ...] = ()  # metrics of each run, in the order of the seeds; empty for a sweep
     num_clipped: int  # requests in all runs that were shortened to the model's context
-    run: Run | None  # the first run, if it was requested
-    sweep: RateSweep | None
+    run: Run | None = None  # the first run, if it was requested
+    sweep: RateSweep | None = None
     complete: bool
-    precise: bool  # whether the intervals are as narrow as requested; True if that was not requested
+    precise: bool = True  # whether the intervals are as narrow as requested; True if that was not requested
     verdict: LevelVerdict | None  # None: the fleet was saturated, so that its latencies mean nothing
     verdicts: tuple[LevelVerdict, ...] = ()  # one for each point of the sweep
 
@@ -151,7 +151,7 @@ def faults_of(events: Iterable[Fault], plan: Plan, problem: PlacementProblem, *,
         DocumentError: devices are not in the cluster or not in the plan; contains all of them, as problems of
             ``source``.
     """
-    used = {device for replica in plan.replicas for device in replica.devices()}
+    used = set(plan.devices())
     known = {device.name for device in problem.cluster.devices()}
     problems, faults = [], []
     for event in events:
@@ -228,9 +228,7 @@ def _run(runs: SimulationRunner, question: Question, begins: Callable[[str], Non
         runs=metrics,
         num_clipped=sum(one.num_clipped for one in answers),
         run=answers[0].run,
-        sweep=None,
         complete=not runs.cancelled.is_set(),
-        precise=True,
         verdict=None if saturated else _verdict(question, summary, answers),
     )
     return replace(found, precise=question.precision is None or found.precision <= question.precision)
@@ -272,12 +270,9 @@ def _swept(runs: SimulationRunner, question: Question, begins: Callable[[str], N
         question=question,
         prediction=prediction_of(runs.plan),
         summary=at.summary,
-        runs=(),
         num_clipped=clipped[0],
-        run=None,
         sweep=found,
         complete=not runs.cancelled.is_set(),
-        precise=True,
         verdict=verdicts[at.rate_rps],
         verdicts=tuple(verdicts[point.rate_rps] for point in found.points),
     )
@@ -375,11 +370,7 @@ def at_settings(plan: Plan, problem: PlacementProblem, settings: EngineSettings)
     if len(settings.chunk_tokens) > 1:
         raise InvalidProblemError(f"chunk_tokens has {len(settings.chunk_tokens)} sizes, an engine accepts only one")
     before = problem.family.engine_settings
-    merged = EngineSettings(
-        max_num_seqs=settings.max_num_seqs or before.max_num_seqs,
-        chunk_tokens=settings.chunk_tokens or before.chunk_tokens,
-        kv_blocks=settings.kv_blocks or before.kv_blocks,
-    )
+    merged = replace(before, **{name: value for name, value in asdict(settings).items() if value})
     at = replace(problem, family=replace(problem.family, engine_settings=merged))
     fleet = Fleet.of(problem.cluster)
     for number, one in enumerate(plan.replicas):
@@ -468,9 +459,7 @@ def with_more_seats(plan: Plan, problem: PlacementProblem, factor: float) -> Pla
 
 
 def _check_room(one: ReplicaPlan, number: int, problem: PlacementProblem) -> None:
-    moments = problem.workload.clipped_to(problem.model.max_position).moments(
-        block_tokens=problem.assumptions.block_tokens
-    )
+    moments = problem.moments()
     tokens = moments.mean_prompt + moments.mean_output
     room = one.kv_tokens / min(stage.copies for stage in one.stages)  # a request is in one copy of each stage
     if one.micro_batch and room < problem.model.cached_tokens(tokens):

@@ -212,6 +212,7 @@ class PlanAndProblem:
     """A plan read from a file, and the problem that it claims to solve; ``warnings`` point out oddities."""
 
     plan: Plan
+    inputs: Inputs  # those of the problem
     problem: PlacementProblem
     warnings: tuple[str, ...]
 
@@ -275,7 +276,7 @@ def _profiles_of(
 ) -> dict[str, tuple[str, Profile]]:
     """Return origin and profile by GPU type. Errors name the line of types in a cluster file."""
     found, problems, text = dict[str, tuple[str, Profile]](), list[Problem](), None
-    for gpu in _gpus(fleet):
+    for gpu in fleet.types_used():
         try:
             found[gpu] = measured.get(gpu) or profile_without_file(fleet.gpu_types[gpu])
         except InvalidProblemError as error:
@@ -290,7 +291,7 @@ def _profiles_of(
 
 def notes_on_vendors(fleet: Cluster) -> list[str]:
     """Return a note for each GPU type of a vendor that makes no GPUs of its architecture."""
-    types = (fleet.gpu_types[gpu] for gpu in _gpus(fleet))
+    types = (fleet.gpu_types[gpu] for gpu in fleet.types_used())
     return [
         f"{gpu.name} is said to be of {gpu.vendor}, its architecture {gpu.architecture} is {other}'s: its times are of "
         "the architecture, its engines of the vendor"
@@ -344,7 +345,7 @@ def problem_of_plan(plan: Plan, name: str) -> PlanAndProblem:
         problem = inputs.problem(plan.objective, plan.strategy, roles, engine)
     except InvalidProblemError as error:
         raise single_problem(name, str(error)) from None
-    return PlanAndProblem(plan=plan, problem=problem, warnings=tuple(warnings))
+    return PlanAndProblem(plan=plan, inputs=inputs, problem=problem, warnings=tuple(warnings))
 
 
 def unconfirmed(found: PlanAndProblem, name: str) -> Iterator[str]:
@@ -400,10 +401,7 @@ def _known_strategy(plan: Plan, path: str) -> None:
 
 def _check_service_level(plan: Plan, path: str) -> None:
     """Raise DocumentError for an unreadable service level, which would be taken for the default."""
-    if SERVICE_LEVEL not in plan.inputs:
-        return
-    wrong = list(_wrong_in_service_level(plan.inputs[SERVICE_LEVEL]))
-    if wrong:
+    if SERVICE_LEVEL in plan.inputs and (wrong := list(_wrong_in_service_level(plan.inputs[SERVICE_LEVEL]))):
         raise DocumentError(Problem(file=path, path=f"inputs.{SERVICE_LEVEL}", message=one) for one in wrong)
 
 
@@ -588,7 +586,7 @@ def load_profiles(paths: Iterable[str], problems: list[Problem]) -> dict[str, tu
 
 def unused_profiles(given: Mapping[str, tuple[str, Profile]], cluster: Cluster) -> list[Problem]:
     """Return a problem for every profile of a GPU type that the cluster lacks."""
-    used = _gpus(cluster)
+    used = cluster.types_used()
     return [
         Problem(file=path, path="gpu", message=f"{gpu} is not in cluster {cluster.name}{did_you_mean(gpu, used)}")
         for gpu, (path, _) in given.items()
@@ -607,7 +605,3 @@ def impossible_profiles(given: Mapping[str, tuple[str, Profile]], gpu_types: Map
         if gpu in gpu_types
         for sentence in impossible(profile, gpu_types[gpu])
     ]
-
-
-def _gpus(cluster: Cluster) -> list[str]:
-    return list(dict.fromkeys(slots.gpu for group in cluster.node_groups for slots in group.gpus))

@@ -44,7 +44,8 @@ def losses_of(plan: Plan) -> dict[str, Loss]:
 
 def left_without(plan: Plan, problem: PlacementProblem, place: str) -> float:
     """Return the planned requests/s that remain without the worst ``node`` or ``zone``."""
-    return (_left if place == "zone" else _left_without_node)(plan, problem)
+    lost = (worst_zone if place == "zone" else worst_node)(plan, problem)
+    return 0.0 if lost is None else problem.assumptions.planned_utilisation * lost.rate
 
 
 def surviving_plan(find: Find, probe: Find, problem: PlacementProblem, place: str) -> Plan:
@@ -53,13 +54,33 @@ def surviving_plan(find: Find, probe: Find, problem: PlacementProblem, place: st
     It is the plan for a larger demand, which is in its objective. ``probe`` searches as ``find`` does, but does not
     explain why there is no plan, which would take longer than the search.
 
+    In a plan for N nodes (zones) that survives, each of the N sets of N - 1 of them serves at least the demand D.
+    Divide the sum of what these sets serve by N - 1: no replica is used more than fully, so the whole plan serves at
+    least D N / (N - 1). The best plan for that rate is therefore a bound on all plans that survive; if there is none,
+    none survives, and if it survives itself, it is the answer.
+
     Raises:
         InvalidProblemError: the objective has no demand to keep, or its zones or constraints rule the question out.
         NoPlanFoundError: no such plan was found.
         InfeasibleError: there is no plan for a demand that such a plan must serve, or for the fleet without some node.
     """
     check_survival(problem, place)
-    return (_without_a_zone if place == "zone" else _without_a_node)(find, probe, problem)
+    demand, alone = _demand(problem), find(problem)
+    if (left := left_without(alone, problem, place)) >= demand * ENOUGH:
+        return _with_cost(alone, alone, place, demand, left, least=alone.result.bound)
+    num = len(problem.cluster.zones()) if place == "zone" else problem.cluster.num_nodes()
+    if num < 2:
+        raise InfeasibleError((f"--survive {place}: the fleet has no other {place}",))
+    posed = _for(problem, demand * num / (num - 1))
+    first = _larger(find, posed, demand, place)
+    if place == "node":
+        plan = _without_a_node(find, probe, problem, first)
+    elif left_without(first, problem, place) < demand * ENOUGH:
+        plan = _united(_Zones(probe, problem).cheapest(), first, posed)
+    else:
+        plan = first
+    asked, left = plan.objective.demand_rps or 0.0, left_without(plan, problem, place)
+    return _with_cost(plan, alone, place, asked, left, least=first.result.bound)
 
 
 def check_survival(problem: PlacementProblem, place: str) -> None:
@@ -80,23 +101,12 @@ def check_survival(problem: PlacementProblem, place: str) -> None:
             )
 
 
-def _without_a_node(find: Find, probe: Find, problem: PlacementProblem) -> Plan:
-    """Return the cheapest of several plans that survive the loss of a node.
+def _without_a_node(find: Find, probe: Find, problem: PlacementProblem, first: Plan) -> Plan:
+    """Return the cheapest of several plans that survive the loss of a node, with the bound of ``first``.
 
-    One is for a demand that grows until enough remains, others are plans of few nodes.
-
-    A plan on N nodes that serves the demand D without any one of them serves D N / (N - 1) with all, as with zones
-    (`_without_a_zone`). So the best plan for that rate is a bound on all plans that survive, and if there is none, none
-    survives; if it survives itself, it is the answer.
+    One is for a demand that grows from that of ``first`` until enough remains, others are plans of few nodes.
     """
-    demand, num_nodes = _demand(problem), sum(group.count for group in problem.cluster.node_groups)
-    alone = find(problem)
-    if (left := _left_without_node(alone, problem)) >= demand * ENOUGH:
-        return _with_cost(alone, alone, "node", demand, left, least=alone.result.bound)
-    if num_nodes < 2:
-        raise InfeasibleError(("--survive node: the fleet has no other node",))
-    first = _larger(find, _for(problem, demand * num_nodes / (num_nodes - 1)), demand, "node")
-    least = first.result.bound
+    demand = _demand(problem)
     found = [_grown(probe, problem, first, demand)]
     if found[0] is not first:
         found += [_inside_nodes(probe, problem, demand), _spread(probe, problem)]
@@ -108,9 +118,7 @@ def _without_a_node(find: Find, probe: Find, problem: PlacementProblem) -> Plan:
             "none"
         )
     plan = min(plans, key=lambda one: one.result.value)
-    plan = replace(plan, result=bounded_by(plan.result, least))
-    asked, rate = plan.objective.demand_rps or 0.0, _left_without_node(plan, problem)
-    return _with_cost(plan, alone, "node", asked, rate, least=least)
+    return replace(plan, result=bounded_by(plan.result, first.result.bound))
 
 
 def _refuse_needed_nodes(find: Find, probe: Find, problem: PlacementProblem) -> None:
@@ -161,7 +169,7 @@ def _grown(probe: Find, problem: PlacementProblem, plan: Plan, demand: float) ->
             return None
         else:
             asked = wanted
-    return plan if _left_without_node(plan, problem) >= demand * ENOUGH else None
+    return plan if left_without(plan, problem, "node") >= demand * ENOUGH else None
 
 
 def _inside_nodes(probe: Find, problem: PlacementProblem, demand: float) -> Plan | None:
@@ -170,8 +178,14 @@ def _inside_nodes(probe: Find, problem: PlacementProblem, demand: float) -> Plan
     if engine is None or engine.max_nodes == 1:
         return None
     posed = replace(problem, family=replace(problem.family, engine=replace(engine, max_nodes=1)))
+    plan = _if_any(probe, posed)
+    return None if plan is None else _grown(probe, posed, plan, demand)
+
+
+def _if_any(probe: Find, problem: PlacementProblem) -> Plan | None:
+    """Return the plan that a search finds, or None."""
     try:
-        return _grown(probe, posed, probe(posed), demand)
+        return probe(problem)
     except (InfeasibleError, NoPlanFoundError):
         return None
 
@@ -189,10 +203,7 @@ def _spread(probe: Find, problem: PlacementProblem) -> Plan | None:
 
     def plan_of(node: str, rate: float) -> Plan | None:
         if (node, rate) not in found:
-            try:
-                found[node, rate] = probe(_on_node(_for(problem, rate), node))
-            except (InfeasibleError, NoPlanFoundError):
-                found[node, rate] = None
+            found[node, rate] = _if_any(probe, _only_in(Unit.NODE, node, _for(problem, rate)))
         return found[node, rate]
 
     alike = _equal_nodes(problem)
@@ -211,7 +222,7 @@ def _spread(probe: Find, problem: PlacementProblem) -> Plan | None:
     posed = _for(problem, rate * len(nodes))
     first = next(iter(parts.values()))
     plan = _united(parts, replace(first, objective=posed.objective), posed)
-    return plan if _left_without_node(plan, problem) >= demand * ENOUGH else None
+    return plan if left_without(plan, problem, "node") >= demand * ENOUGH else None
 
 
 def _equal_nodes(problem: PlacementProblem) -> list[list[str]]:
@@ -221,19 +232,17 @@ def _equal_nodes(problem: PlacementProblem) -> list[list[str]]:
         isinstance(each, Exclude | RestrictRole) and each.gpus.unit in named for each in problem.constraints
     )
     found = dict[NodeGroup, list[str]]()
-    for group in problem.cluster.node_groups:
+    for node, group in problem.cluster.nodes():
         kind = group if are_named else replace(group, name="node", count=1, numbered=False)
-        found.setdefault(kind, []).extend(map(group.node_name, range(group.count)))
+        found.setdefault(kind, []).append(node)
     return list(found.values())
 
 
-def _on_node(problem: PlacementProblem, node: str) -> PlacementProblem:
-    left_out = (
-        Exclude(gpus=Selection(unit=Unit.NODE, name=other))
-        for group in problem.cluster.node_groups
-        for other in map(group.node_name, range(group.count))
-        if other != node
-    )
+def _only_in(unit: Unit, name: str, problem: PlacementProblem) -> PlacementProblem:
+    """Return the problem with all nodes, or zones, but this one left out."""
+    nodes = (node for node, _ in problem.cluster.nodes())
+    others = (other for other in (nodes if unit is Unit.NODE else problem.cluster.zones()) if other != name)
+    left_out = (Exclude(gpus=Selection(unit=unit, name=other)) for other in others)
     return replace(problem, constraints=(*problem.constraints, *left_out))
 
 
@@ -244,11 +253,6 @@ def _lacking(problem: PlacementProblem, node: str) -> PlacementProblem:
     return replace(problem, cluster=cluster, constraints=tuple(kept))
 
 
-def _left_without_node(plan: Plan, problem: PlacementProblem) -> float:
-    lost = worst_node(plan, problem)
-    return 0.0 if lost is None else problem.assumptions.planned_utilisation * lost.rate
-
-
 def bounded_by(result: SolveResult, bound: float) -> SolveResult:
     """Return a result with the bound of a more general problem, and the gap and status that follow from it."""
     from hetis.solver.placement.solve import OPTIMAL_GAP
@@ -256,26 +260,6 @@ def bounded_by(result: SolveResult, bound: float) -> SolveResult:
     distance = abs(result.value - bound)
     gap = distance / abs(result.value) if result.value else (math.inf if distance else 0.0)  # GPUs may cost nothing
     return replace(result, bound=bound, gap=gap, status=Status.OPTIMAL if gap <= OPTIMAL_GAP else Status.FEASIBLE)
-
-
-def _without_a_zone(find: Find, probe: Find, problem: PlacementProblem) -> Plan:
-    """Plan each zone by itself, so that the others serve the demand without it.
-
-    In a plan for Z zones that survives, each of the Z sets of Z - 1 zones serves at least the demand D. Divide the sum
-    of what these sets serve by Z - 1: no replica is used more than fully, so the whole plan serves at least D Z / (Z -
-    1). The best plan for that rate is therefore a bound on all plans that survive, and if it survives itself, it is the
-    answer.
-    """
-    demand, zones = _demand(problem), problem.cluster.zones()
-    alone = find(problem)
-    if _left(alone, problem) >= demand * ENOUGH:
-        return _with_cost(alone, alone, "zone", demand, _left(alone, problem), least=alone.result.bound)
-    posed = _for(problem, demand * len(zones) / (len(zones) - 1))
-    plan = _larger(find, posed, demand, "zone")
-    least = plan.result.bound
-    if _left(plan, problem) < demand * ENOUGH:
-        plan = _united(_Zones(probe, problem).cheapest(), plan, posed)
-    return _with_cost(plan, alone, "zone", _demand(posed), _left(plan, problem), least=least)
 
 
 def _larger(find: Find, posed: PlacementProblem, demand: float, place: str) -> Plan:
@@ -352,7 +336,7 @@ class _Zones:
     def _plan(self, zone: str, rate: float) -> Plan | None:
         if (zone, rate) not in self._found:
             try:
-                self._found[zone, rate] = self._probe(_inside(_for(self._problem, rate), zone))
+                self._found[zone, rate] = self._probe(_only_in(Unit.ZONE, zone, _for(self._problem, rate)))
             except InfeasibleError:
                 self._found[zone, rate] = None
         return self._found[zone, rate]
@@ -361,7 +345,8 @@ class _Zones:
         """Return the planned rate that a zone can serve, or 0 if it cannot run the model."""
         goal = replace(self._problem.objective, kind=ObjectiveKind.GOODPUT, demand_rps=None)
         try:
-            return self._probe(_inside(replace(self._problem, objective=goal), zone)).result.value * (1.0 - 1e-6)
+            posed = _only_in(Unit.ZONE, zone, replace(self._problem, objective=goal))
+            return self._probe(posed).result.value * (1.0 - 1e-6)
         except InfeasibleError:
             return 0.0
 
@@ -382,12 +367,6 @@ def _equal_rate(demand: float, most: Mapping[str, float]) -> float | None:
             return max(rate, 0.0)
         full += waiting.pop(0)
     return None
-
-
-def _inside(problem: PlacementProblem, zone: str) -> PlacementProblem:
-    others = (other for other in problem.cluster.zones() if other != zone)
-    left_out = (Exclude(gpus=Selection(unit=Unit.ZONE, name=other)) for other in others)
-    return replace(problem, constraints=(*problem.constraints, *left_out))
 
 
 def _united(parts: Mapping[str, Plan], whole: Plan, problem: PlacementProblem) -> Plan:
@@ -411,12 +390,6 @@ def _united(parts: Mapping[str, Plan], whole: Plan, problem: PlacementProblem) -
 
 def _value(parts: Mapping[str, Plan]) -> float:
     return sum(part.result.value for part in parts.values())
-
-
-def _left(plan: Plan, problem: PlacementProblem) -> float:
-    """Return the planned requests/s that remain without the worst zone."""
-    lost = worst_zone(plan, problem)
-    return 0.0 if lost is None else problem.assumptions.planned_utilisation * lost.rate
 
 
 def _for(problem: PlacementProblem, demand_rps: float) -> PlacementProblem:

@@ -19,10 +19,9 @@ from hetis.formats import catalogue
 from hetis.formats.errors import DocumentError, Problem, attempt, did_you_mean, single_problem
 from hetis.formats.files import read_text
 from hetis.planner.use_cases.compare import FAILED, NO_PLAN, Compared, planned
-from hetis.planner.use_cases.errors import UncheckedPlanError
 from hetis.planner.use_cases.place import PlacementSettings
 from hetis.planner.use_cases.precision import for_engine
-from hetis.planner.use_cases.sources import Inputs, LoadedInputs, PlanAndProblem
+from hetis.planner.use_cases.sources import LoadedInputs, PlanAndProblem
 from hetis.profiler.defaults import default_profile, profile_origin
 from hetis.solver.advice import (
     Addition,
@@ -31,17 +30,16 @@ from hetis.solver.advice import (
     NodeShape,
     Proven,
     difference,
-    node_names,
     usd_per_hour_of,
     with_added,
     without,
 )
-from hetis.solver.budget import Budget, Progress, Report, one_of_several
+from hetis.solver.budget import Budget, Report, one_of_several
 from hetis.solver.cluster import Cluster, GpuType, Link, NodeGroup
 from hetis.solver.constraints import Constraint, Exclude, RestrictRole, Unit
-from hetis.solver.errors import InvalidProblemError
+from hetis.solver.errors import InvalidProblemError, UncheckedPlanError
 from hetis.solver.plan import Objective, Status
-from hetis.solver.problem import Assumptions, PlacementProblem
+from hetis.solver.problem import PlacementProblem
 from hetis.solver.replanning.change import PlanChange, plan_change
 
 T = TypeVar("T")
@@ -201,15 +199,10 @@ def buy_next_to_plan(
     Raises:
         InvalidProblemError, UncheckedPlanError: as raised by `buy_next`.
     """
-    plan, problem = found.plan, found.problem
-    inputs = Inputs(
-        cluster=problem.cluster, model=problem.model, workload=problem.workload, profiles=problem.profiles,
-        constraints=problem.constraints, engine_settings=problem.family.engine_settings,
-    )  # fmt: skip
-    origins = plan.inputs.get("origins")
-    loaded = LoadedInputs(inputs=inputs, origins=origins if isinstance(origins, Mapping) else {})
+    plan, family, origins = found.plan, found.problem.family, found.plan.inputs.get("origins")
+    loaded = LoadedInputs(inputs=found.inputs, origins=origins if isinstance(origins, Mapping) else {})
     settings = PlacementSettings(
-        strategy=plan.strategy, roles=problem.family.roles, engine=problem.family.engine, time_limit_s=time_limit_s
+        strategy=plan.strategy, roles=family.roles, engine=family.engine, time_limit_s=time_limit_s
     )
     return buy_next(loaded, plan.objective, settings, market, shape, budget=budget, report=report)
 
@@ -237,12 +230,7 @@ def _solver(
     numbers = itertools.count(1)
 
     def solve(loaded: LoadedInputs, name: str) -> Compared:
-        numbered = one_of_several(report, next(numbers), count)
-
-        def told(progress: Progress) -> None:
-            phase = progress.phase.removeprefix(f"{settings.strategy}: ")
-            numbered(replace(progress, phase=f"{name}: {phase}"))
-
+        told = one_of_several(report, next(numbers), count, f"{name}: ")
         outcome = planned(loaded, objective, settings, budget(), told)
         if outcome.status == FAILED:
             raise UncheckedPlanError(outcome.reasons)
@@ -298,7 +286,7 @@ def _has_all_plans_of(smaller: PlacementProblem, larger: PlacementProblem) -> bo
         return False
     if any(fleet.network.between_nodes for fleet in fleets) or smaller.family != larger.family:
         return False
-    types = {slots.gpu for group in smaller.cluster.node_groups for slots in group.gpus}
+    types = smaller.cluster.types_used()
     if not all(_is_on_others(each, types) for each in set(larger.constraints).difference(smaller.constraints)):
         return False
     fewer, more = ({(device.name, device.gpu) for device in fleet.devices()} for fleet in fleets)
@@ -314,12 +302,9 @@ def _is_on_others(constraint: Constraint, types: Collection[str]) -> bool:
 
 def _plan_change(before: Side, after: Side) -> PlanChange | None:
     old, new = before.outcome.plan, after.outcome.plan
-    if old is None or new is None:
+    if old is None or new is None or before.problem is None:
         return None
-    inputs = before.loaded.inputs
-    workload = inputs.workload.clipped_to(inputs.model.max_position)
-    moments = workload.moments(block_tokens=Assumptions().block_tokens)
-    return plan_change(old, new, inputs.model, moments)
+    return plan_change(old, new, before.problem.model, before.problem.moments())
 
 
 def changed_inputs(loaded: LoadedInputs, change: FleetChange) -> LoadedInputs:
@@ -332,7 +317,7 @@ def changed_inputs(loaded: LoadedInputs, change: FleetChange) -> LoadedInputs:
 
 def with_cluster(loaded: LoadedInputs, cluster: Cluster, origin: str | None = None) -> LoadedInputs:
     """Return the model, workload and profiles on another fleet; types without a profile get `default_profile`."""
-    used = dict.fromkeys(slots.gpu for group in cluster.node_groups for slots in group.gpus)
+    used = cluster.types_used()
     profiles, origins = dict(loaded.inputs.profiles), dict(loaded.origins.get("profiles", {}))
     for gpu in used:
         if gpu not in profiles:
@@ -432,7 +417,7 @@ def removals(names: Sequence[str], cluster: Cluster) -> tuple[str, ...]:
     Raises:
         DocumentError: contains every name that the cluster does not have.
     """
-    known = {group.name for group in cluster.node_groups} | set(node_names(cluster))
+    known = {name for node, group in cluster.nodes() for name in (group.name, node)}
     unknown = [name for name in dict.fromkeys(names) if name not in known]
     if unknown:
         raise DocumentError(
@@ -468,10 +453,10 @@ def node_shape(
 
 
 def _node(cluster: Cluster, name: str) -> NodeGroup:
-    for group in cluster.node_groups:
-        if name == group.name or any(name == group.node_name(i) for i in range(group.count)):
+    for node, group in cluster.nodes():
+        if name in (group.name, node):
             return group
-    known = [group.name for group in cluster.node_groups] + list(node_names(cluster))
+    known = [group.name for group in cluster.node_groups] + [node for node, _ in cluster.nodes()]
     raise single_problem("--node-like", f"cluster {cluster.name} has no node {name}{did_you_mean(name, known)}")
 
 

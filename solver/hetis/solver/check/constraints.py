@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 
 from hetis.solver.check.fleet import Fleet, is_in
 from hetis.solver.check.violation import Rule, Violation
 from hetis.solver.constraints import (
+    DUTY_OF_ROLE,
     AtMost,
     Duty,
     Exclude,
@@ -19,7 +21,7 @@ from hetis.solver.constraints import (
     WithoutTp,
     WithoutWorkers,
 )
-from hetis.solver.plan import Plan, ReplicaPlan, Role
+from hetis.solver.plan import Plan, ReplicaPlan, Role, StagePlan
 from hetis.solver.problem import PlacementProblem
 
 RELATIVE = 1e-6  # tolerance for the rounding of sums
@@ -35,38 +37,33 @@ def check_constraints(plan: Plan, problem: PlacementProblem, fleet: Fleet) -> li
 
 
 def _broken(constraint: object, plan: Plan, fleet: Fleet) -> Iterator[str]:
+    replicas = tuple(enumerate(plan.replicas))
     match constraint:
         case Exclude(gpus=gpus):
-            used = sorted({name for name, _ in _duties(plan.replicas) if _is_of(gpus, name, fleet)})
-            if used:
+            if used := _duties(gpus, plan.replicas, fleet):
                 yield f"{_some(used)} used"
         case RestrictRole(gpus=gpus, barred=barred):
+            duties_of = _duties(gpus, plan.replicas, fleet)
             for duty in sorted(barred):
-                having = sorted(
-                    {name for name, duties in _duties(plan.replicas) if duty in duties and _is_of(gpus, name, fleet)}
-                )
-                if having:
+                if having := [name for name, duties in duties_of.items() if duty in duties]:
                     yield f"{_some(having)} in the duty {duty}"
         case Use(gpus=gpus, least=least):
-            count = len({name for name, _ in _duties(_serving(plan)) if _is_of(gpus, name, fleet)})
-            if count < least:
+            if (count := len(_duties(gpus, _serving(plan), fleet))) < least:
                 yield f"{count} of them are used, must be at least {least}"
         case WithoutTp(tp=tp):
-            for number, replica in enumerate(plan.replicas):
+            for number, replica in replicas:
                 if any(stage.tp == tp for stage in replica.stages):
                     yield f"replica {number} has a stage of TP size {tp}"
                 if replica.expert_parallel and any(stage.tp * stage.copies == tp for stage in replica.stages):
                     yield f"replica {number} has copies that share their experts on {tp} GPUs"
         case WithoutWorkers():
-            for number, replica in enumerate(plan.replicas):
-                if replica.attention_workers:
-                    yield f"replica {number} has attention workers"
+            yield from (f"replica {i} has attention workers" for i, one in replicas if one.attention_workers)
         case WithoutSharedExperts():
-            for number, replica in enumerate(plan.replicas):
-                if replica.expert_parallel:
-                    yield f"replica {number} has copies that share their experts"
+            yield from (
+                f"replica {i} has copies that share their experts" for i, one in replicas if one.expert_parallel
+            )
         case AtMost(of=of, most=most):
-            names = {name for name, _ in _duties(plan.replicas)} & fleet.devices.keys()
+            names = fleet.devices.keys() & plan.devices()
             total = float(len(names)) if of is Sum.GPUS else sum(map(fleet.usd_per_hour, names))
             if total > most * (1 + RELATIVE):
                 yield f"the plan takes {total:.9g}, must be at most {most:.9g}"
@@ -82,26 +79,19 @@ def _serving(plan: Plan) -> list[ReplicaPlan]:
     return [replica for i, replica in enumerate(plan.replicas) if i in ends or replica.role is Role.UNIFIED]
 
 
-def _duties(replicas: Iterable[ReplicaPlan]) -> Iterator[tuple[str, frozenset[Duty]]]:
-    """Yield every device of these replicas with its duties."""
+def _duties(gpus: Selection, replicas: Iterable[ReplicaPlan], fleet: Fleet) -> dict[str, set[Duty]]:
+    """Return the duties of every selected device of these replicas, ordered by name."""
+    found = defaultdict[str, set[Duty]](set)
     for replica in replicas:
-        for stage in replica.stages:
-            for name in stage.devices:
-                yield name, frozenset({Duty.PRIMARY, _of_role(replica)})
-        for pool in replica.attention_workers:
-            for name in pool.devices:
-                yield name, frozenset({Duty.WORKER, _of_role(replica)})
+        for part in replica.parts():
+            duty = Duty.PRIMARY if isinstance(part, StagePlan) else Duty.WORKER
+            for name in part.devices:
+                if name in fleet.devices and is_in(gpus, fleet.devices[name]):
+                    found[name] |= {duty, DUTY_OF_ROLE[replica.role]}
+    return dict(sorted(found.items()))
 
 
-def _of_role(replica: ReplicaPlan) -> Duty:
-    return {Role.UNIFIED: Duty.UNIFIED, Role.PREFILL: Duty.PREFILL, Role.DECODE: Duty.DECODE}[replica.role]
-
-
-def _is_of(gpus: Selection, name: str, fleet: Fleet) -> bool:
-    device = fleet.devices.get(name)
-    return device is not None and is_in(gpus, device)
-
-
-def _some(names: list[str]) -> str:
+def _some(devices: Iterable[str]) -> str:
+    names = list(devices)
     shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
     return f"{shown} {'is' if len(names) == 1 else 'are'}"

@@ -6,7 +6,7 @@ A shape determines a replica's numbers, without device names: equal shapes have 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, reduce
 
@@ -156,13 +156,16 @@ class Fleet:
         links = [network.node_link(a, b) for a in self.nodes_of(some) for b in there if a != b]
         return [link for link in links if link is not None]
 
+    def zone_links(self, zones: Sequence[str]) -> list[Link]:
+        """Return the links inside and between some zones."""
+        return [self.cluster.network.zone_link(a, b) for i, a in enumerate(zones) for b in zones[i:]]
+
     @cached_property
     def slowest_link(self) -> Link:
         """Return the worst bandwidth and the worst latency between any nodes of the cluster."""
-        network, zones = self.cluster.network, self.zones
-        links = [network.zone_link(a, b) for i, a in enumerate(zones) for b in zones[i:]]
-        links += [group.nic or network.default for group in self.cluster.node_groups]
-        return slowest([*links, *network.between_nodes.values()])
+        network = self.cluster.network
+        links = [group.nic or network.default for group in self.cluster.node_groups]
+        return slowest([*self.zone_links(self.zones), *links, *network.between_nodes.values()])
 
 
 def slowest(links: list[Link]) -> Link:
@@ -193,13 +196,14 @@ def replica_shape(
     KV is charged the explicit links to ``partners``, the devices with which the replica exchanges it.
     """
     pools = {pool.stage: pool for pool in replica.attention_workers}
-    zone_links = _zone_links(fleet, replica)
+    zones = fleet.zones_of(replica.devices())
+    kv_links = [fleet.cluster.network.zone_link(zones[0], other) for other in replica.kv_zones]
     stages = []
     for position, stage in enumerate(replica.stages):
         prefix = problem.model.prefix_layers if position == 0 else 0
         others = [name for other in replica.stages if other is not stage for name in other.devices]
         explicit = fleet.node_links(stage.devices, others)
-        hop_link = slowest([*fleet.nic_links(stage.devices), *zone_links, *explicit])
+        hop_link = slowest([*fleet.nic_links(stage.devices), *fleet.zone_links(zones), *explicit])
         pool = pools.get(position)
         to_partners = slowest([hop_link, *fleet.node_links(stage.devices, partners)])
         stages.append(
@@ -211,7 +215,7 @@ def replica_shape(
                 intra_link=fleet.intra_link(stage.devices, stage.gpu),
                 hop_link=hop_link,
                 pool=None if pool is None else _pool_shape(fleet, stage, pool),
-                kv_link=slowest([to_partners, *_kv_links(fleet, replica)]) if replica.role is Role.PREFILL else None,
+                kv_link=slowest([to_partners, *kv_links]) if replica.role is Role.PREFILL else None,
                 arrival_link=to_partners if partners and replica.role is Role.DECODE else None,
             )
         )
@@ -225,19 +229,6 @@ def replica_shape(
         shared_by=_shared_by(replica),
         slowest_link=fleet.slowest_link if replica.role is not Role.DECODE else None,
     )
-
-
-def _zone_links(fleet: Fleet, replica: ReplicaPlan) -> list[Link]:
-    """Return the links inside and between all zones of a replica."""
-    zones = fleet.zones_of(replica.devices())
-    network = fleet.cluster.network
-    return [network.zone_link(a, b) for i, a in enumerate(zones) for b in zones[i:]]
-
-
-def _kv_links(fleet: Fleet, replica: ReplicaPlan) -> list[Link]:
-    """Return the links from the zone of a prefill replica to those to which it may send KV."""
-    (zone,) = fleet.zones_of(replica.devices())
-    return [fleet.cluster.network.zone_link(zone, other) for other in replica.kv_zones]
 
 
 def _shared_by(replica: ReplicaPlan) -> tuple[tuple[int, ...], ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from hetis.solver.check.fleet import ReplicaShape, StageShape
@@ -101,8 +101,7 @@ class Rederivation:
 
     def __init__(self, problem: PlacementProblem) -> None:
         self._problem = problem
-        workload = problem.workload.clipped_to(problem.model.max_position)
-        self._moments = workload.moments(block_tokens=problem.assumptions.block_tokens)
+        self._moments = problem.moments()
         self._derived: dict[ReplicaShape, Derived] = {}
 
     def setting(
@@ -128,7 +127,7 @@ def derive(setting: Setting, shape: ReplicaShape) -> Derived:
     """Apply the cost model to one replica."""
     last = len(shape.stages) - 1
     stage_s, room, memory = [], math.inf, list[MemoryUse]()
-    landing_s, slowest_landing_s, chunk_s, slowest_chunk_s = 0.0, 0.0, 0.0, 0.0
+    slowest = shape.stages if shape.slowest_link is None else [_with_link(s, shape.slowest_link) for s in shape.stages]
 
     def must_hold(where: str, rule: Rule, gpu: str, num_bytes: float) -> None:
         usable_bytes = setting.problem.profiles[gpu].usable_bytes
@@ -136,14 +135,7 @@ def derive(setting: Setting, shape: ReplicaShape) -> Derived:
 
     for i, stage in enumerate(shape.stages):
         is_first, is_last = i == 0, i == last
-        if stage.kv_link is not None and shape.slowest_link is not None:
-            landing_s = max(landing_s, landing_seconds(setting, stage, stage.kv_link))
-            slowest_landing_s = max(slowest_landing_s, landing_seconds(setting, stage, shape.slowest_link))
         stage_s.append(stage_seconds(setting, stage, is_first=is_first, is_last=is_last))
-        chunk_s += chunk_seconds(setting, stage, is_first=is_first, is_last=is_last)
-        if shape.slowest_link is not None:
-            slowed = _with_link(stage, shape.slowest_link)
-            slowest_chunk_s += chunk_seconds(setting, slowed, is_first=is_first, is_last=is_last)
         room = min(room, stage.copies * kv_room_of_a_copy(setting, stage, is_first=is_first, is_last=is_last))
         num_bytes = rank_bytes(setting, stage, is_first=is_first, is_last=is_last)
         must_hold(f"stage {i + 1}", Rule.RANK_MEMORY, stage.gpu, num_bytes)
@@ -162,15 +154,24 @@ def derive(setting: Setting, shape: ReplicaShape) -> Derived:
         tpot_per_t=tpot_per_t(setting),
         ttft_round_trips=ttft_round_trips(setting),
         round_trip_per_t=setting.in_flight / setting.iterations,
-        chunk_s=chunk_s,
-        slowest_chunk_s=slowest_chunk_s,
+        chunk_s=_chunk_s(setting, shape.stages),
+        slowest_chunk_s=_chunk_s(setting, slowest),
         kv_tokens=room,
         memory=tuple(memory),
-        landing_s=landing_s,
-        slowest_landing_s=slowest_landing_s,
+        landing_s=_landing_s(setting, shape.stages),
+        slowest_landing_s=_landing_s(setting, slowest),
         kv_held=max(kv_tokens_of_a_copy(setting, stage.copies) for stage in shape.stages),
         kv_block_tokens=kv_block_tokens(setting),
     )
+
+
+def _chunk_s(setting: Setting, stages: Sequence[StageShape]) -> float:
+    ends = ((i == 0, i == len(stages) - 1) for i in range(len(stages)))
+    return sum(chunk_seconds(setting, s, is_first=a, is_last=z) for s, (a, z) in zip(stages, ends, strict=True))
+
+
+def _landing_s(setting: Setting, stages: Sequence[StageShape]) -> float:
+    return max((landing_seconds(setting, s, s.kv_link) for s in stages if s.kv_link is not None), default=0.0)
 
 
 def _with_link(stage: StageShape, link: Link) -> StageShape:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from functools import cache, partial
 from itertools import pairwise
 from typing import NamedTuple
@@ -14,7 +15,7 @@ from hetis.solver.check.violation import Broken, Rule, Violation, at
 from hetis.solver.cluster import Link, NodeGroup
 from hetis.solver.constraints import Duty, RestrictRole, in_words
 from hetis.solver.model import ModelSpec
-from hetis.solver.plan import KvRoute, ObjectiveKind, Plan, Role, Status
+from hetis.solver.plan import ClassPrice, KvRoute, ObjectiveKind, Plan, Role, Status
 from hetis.solver.problem import APART, EXPLICIT_LINKS, LINKS_TO_ANY, OWN_LINKS, QUICK_LINKS, PlacementProblem
 
 _Kind = tuple[ModelSpec, str]  # the model in one precision, and a vendor
@@ -97,16 +98,15 @@ def _check_route(
 def _computing_kinds(problem: PlacementProblem, fleet: Fleet) -> set[_Kind]:
     """Return the precisions and vendors of the GPUs that may compute layers."""
 
-    def kinds_of(names: set[str]) -> set[_Kind]:
+    def kinds_of(names: Iterable[str]) -> set[_Kind]:
         return {(problem.model.on(gpu), problem.cluster.gpu_types[gpu].vendor) for gpu in names}
 
-    everywhere = kinds_of({slots.gpu for group in problem.cluster.node_groups for slots in group.gpus})
+    everywhere = kinds_of(problem.cluster.types_used())
     if len(everywhere) < 2:
         return everywhere
     barring = [c.gpus for c in problem.constraints if isinstance(c, RestrictRole) and Duty.PRIMARY in c.barred]
-    return kinds_of(
-        {device.gpu for device in fleet.devices.values() if not any(is_in(gpus, device) for gpus in barring)}
-    )
+    able = (device for device in fleet.devices.values() if not any(is_in(gpus, device) for gpus in barring))
+    return kinds_of({device.gpu for device in able})
 
 
 def check_link_capacity(plan: Plan, problem: PlacementProblem, fleet: Fleet) -> list[Violation]:
@@ -114,9 +114,7 @@ def check_link_capacity(plan: Plan, problem: PlacementProblem, fleet: Fleet) -> 
 
     A unified replica's hop from one zone to another carries ``rate (Q + O) H s`` bytes/s, a route ``rate P L G kvb``.
     """
-    model = problem.model  # in any precision: hops carry activations
-    workload = problem.workload.clipped_to(model.max_position)
-    moments = workload.moments(block_tokens=problem.assumptions.block_tokens)
+    model, moments = problem.model, problem.moments()  # in any precision: hops carry activations
     numbers = model.residual_streams * model.hidden
     hop_bytes = (moments.mean_computed + moments.mean_output) * numbers * model.activation_bytes
     load: defaultdict[tuple[str | None, str | None], float] = defaultdict(float)
@@ -222,7 +220,7 @@ def _check_value(plan: Plan, problem: PlacementProblem, fleet: Fleet) -> Iterato
     objective, claimed = problem.objective, plan.result.value
     rate = served_rate(plan)
     goodput = problem.assumptions.planned_utilisation * rate
-    names = dict.fromkeys(name for replica in plan.replicas for name in replica.devices())
+    names = plan.devices()
     value = {
         ObjectiveKind.GOODPUT: goodput,
         ObjectiveKind.THROUGHPUT: rate,
@@ -256,41 +254,28 @@ def _check_bound(plan: Plan, problem: PlacementProblem) -> Iterator[Broken]:
 # --- the class table: a row for every device class, which counts its GPUs and those that the plan uses
 
 
-class Row(NamedTuple):
-    """The contents of a row; device classes that differ only in links or price have equal rows."""
-
-    gpu: str
-    zone: str
-    gpus_per_node: int
-    available: int
-    used: int  # GPUs used by the plan, in any role
-    as_attention_workers: int
-
-    def __str__(self) -> str:
-        return (
-            f"{self.gpu} x{self.gpus_per_node} in {self.zone}, {self.available} available, {self.used} used, "
-            f"{self.as_attention_workers} attention workers"
-        )
-
-
 def check_class_table(plan: Plan, fleet: Fleet) -> list[Violation]:
     """Check that the table has one row for every device class, with the cluster's GPUs and those in use."""
     if plan.result.status is Status.INFEASIBLE and not plan.prices:
         return []
-    says = Counter(
-        Row(row.gpu, row.zone, row.gpus_per_node, row.available, row.used, row.as_attention_workers)
-        for row in plan.prices
-    )
+    says = Counter(replace(row, dual=0.0) for row in plan.prices)
     has = Counter(_rows(plan, fleet))
-    said = [f"has no row {row}" for row in (has - says).elements()]
-    said += [f"has a {'second' if row in has else 'wrong'} row {row}" for row in (says - has).elements()]
+    said = [f"has no row {_described(row)}" for row in (has - says).elements()]
+    said += [f"has a {'second' if row in has else 'wrong'} row {_described(row)}" for row in (says - has).elements()]
     return at("class table", ((Rule.PRICES, words) for words in said))
 
 
-def _rows(plan: Plan, fleet: Fleet) -> Iterator[Row]:
-    """Yield the rows that the table must have."""
-    workers = {name for r in plan.replicas for pool in r.attention_workers for name in pool.devices}
-    used = workers | {name for r in plan.replicas for stage in r.stages for name in stage.devices}
+def _described(row: ClassPrice) -> str:
+    return (
+        f"{row.gpu} x{row.gpus_per_node} in {row.zone}, {row.available} available, {row.used} used, "
+        f"{row.as_attention_workers} attention workers"
+    )
+
+
+def _rows(plan: Plan, fleet: Fleet) -> Iterator[ClassPrice]:
+    """Yield the rows that the table must have, without prices: classes that differ only in links have equal rows."""
+    workers = {name for replica in plan.replicas for name in replica.worker_devices()}
+    used = set(plan.devices())
     classes: defaultdict[EqualDevices, list[str]] = defaultdict(list)
     class_of: dict[tuple[str, str], EqualDevices] = {}
     explicit = _worst_node_links(fleet)
@@ -300,14 +285,11 @@ def _rows(plan: Plan, fleet: Fleet) -> Iterator[Row]:
             class_of[kind] = _class_of(device.group, device.gpu, fleet, explicit)
         classes[class_of[kind]].append(name)
     for device_class, names in classes.items():
-        yield Row(
-            device_class.gpu,
-            device_class.zone,
-            device_class.gpus_per_node,
-            len(names),
-            len(used.intersection(names)),
-            len(workers.intersection(names)),
-        )
+        yield ClassPrice(
+            gpu=device_class.gpu, zone=device_class.zone, gpus_per_node=device_class.gpus_per_node,
+            available=len(names), used=len(used.intersection(names)),
+            as_attention_workers=len(workers.intersection(names)), dual=0.0,
+        )  # fmt: skip
 
 
 class EqualDevices(NamedTuple):

@@ -39,8 +39,7 @@ def check_types_of_roles(plan: Plan, problem: PlacementProblem) -> list[Violatio
         return []
     types: defaultdict[Role, set[str]] = defaultdict(set)
     for replica in plan.replicas:
-        types[replica.role] |= {stage.gpu for stage in replica.stages}
-        types[replica.role] |= {pool.gpu for pool in replica.attention_workers}
+        types[replica.role] |= {part.gpu for part in replica.parts()}
     wrong = (
         (Rule.ROLE_TYPE, f"{role} replicas use {len(gpus)} GPU types ({_listed(sorted(gpus))}), the family allows 1")
         for role, gpus in types.items()
@@ -231,7 +230,7 @@ def _check_stage_layers(stage: StagePlan, first: int, least: int, model: ModelSp
 
 
 def _check_one_type(replica: ReplicaPlan, problem: PlacementProblem) -> Iterator[Broken]:
-    types = {stage.gpu for stage in replica.stages} | {pool.gpu for pool in replica.attention_workers}
+    types = {part.gpu for part in replica.parts()}
     if len(types) > 1 and not problem.family.mixed_types:
         yield Rule.ONE_TYPE, f"uses {len(types)} GPU types ({_listed(sorted(types))}), the family allows 1"
 

@@ -254,7 +254,8 @@ def _parallel_experts(setting: Setting, stage: StageShape, T: int, all_T: float)
     busiest = all_T / r * r**EXPERT_IMBALANCE
     F, B = 2 * busiest * chosen, read * model.weight_bytes / r
     own_F, own_B = 2 * T * fixed / n, fixed * model.weight_bytes / n + _layer_rows(model) * model.activation_bytes * T
-    exchange_s = 2 / every * _half_reduce(setting, stage, all_T, r)
+    # An all-gather and a reduce-scatter, each taken as an all-reduce of half as many tokens.
+    exchange_s = 2 / every * _reduce_among(setting, stage, all_T / 2, r)
     if setting.has_fit(stage.gpu, Op.EXPERTS, n):
         moved = B + _moved_bytes(model, busiest, 1)
         routed_s = setting.seconds(stage.gpu, Op.EXPERTS, n, flops=F, num_bytes=moved, tokens=all_T)
@@ -286,21 +287,14 @@ def _layer_rows(model: ModelSpec) -> int:
     return 4 * model.hidden * (1 + model.residual_streams)
 
 
-def _half_reduce(setting: Setting, stage: StageShape, T: float, ranks: int) -> float:
-    """Return the seconds of an all-gather or reduce-scatter of T tokens, taken as an all-reduce of half as many."""
-    num_bytes = T / 2 * setting.model.hidden * setting.model.activation_bytes
+def _all_reduce(setting: Setting, stage: StageShape, T: float) -> float:
+    return 0.0 if stage.tp == 1 else _reduce_among(setting, stage, T, stage.tp)
+
+
+def _reduce_among(setting: Setting, stage: StageShape, T: float, ranks: int) -> float:
+    num_bytes = T * setting.model.hidden * setting.model.activation_bytes
     wire_s = 2 * (ranks - 1) / ranks * num_bytes / stage.intra_link.bytes_per_s
-    half_s = setting.seconds(stage.gpu, Op.ALL_REDUCE, ranks, num_bytes=num_bytes, wire_s=wire_s, tokens=T / 2)
-    return half_s + stage.intra_link.latency_s
-
-
-def _all_reduce(setting: Setting, stage: StageShape, T: int) -> float:
-    model, n = setting.model, stage.tp
-    if n == 1:
-        return 0.0
-    num_bytes = T * model.hidden * model.activation_bytes
-    wire_s = 2 * (n - 1) / n * num_bytes / stage.intra_link.bytes_per_s
-    reduce_s = setting.seconds(stage.gpu, Op.ALL_REDUCE, n, num_bytes=num_bytes, wire_s=wire_s, tokens=T)
+    reduce_s = setting.seconds(stage.gpu, Op.ALL_REDUCE, ranks, num_bytes=num_bytes, wire_s=wire_s, tokens=T)
     return reduce_s + stage.intra_link.latency_s
 
 

@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
 from hetis.solver.check.fleet import Fleet
-from hetis.solver.plan import AttentionWorkerPool, ObjectiveKind, ReplicaPlan, Role, StagePlan
+from hetis.solver.plan import ObjectiveKind, ReplicaPlan, Role
 from hetis.solver.problem import Build, PlacementProblem
 from hetis.solver.replanning.change import HALF_DONE, Fate, ReplanningProblem, holdings, holdings_of, is_same
 from hetis.solver.replanning.solve import Replanning
@@ -37,8 +37,7 @@ def _check_lost(given: ReplanningProblem, found: Replanning) -> Iterator[str]:
     there = {device.name: device.gpu for device in given.problem.cluster.devices()}
 
     def is_lost(replica: ReplicaPlan) -> bool:
-        parts: list[StagePlan | AttentionWorkerPool] = [*replica.stages, *replica.attention_workers]
-        return any(there.get(device) != part.gpu for part in parts for device in part.devices)
+        return any(there.get(device) != part.gpu for part in replica.parts() for device in part.devices)
 
     lost = tuple(number for number, replica in enumerate(given.running.replicas) if is_lost(replica))
     if lost != found.lost:
@@ -130,8 +129,7 @@ def _most_handed_over(problem: PlacementProblem, replicas: Sequence[ReplicaPlan]
 
     fleet, model, graph = Fleet.of(problem.cluster), problem.model, nx.DiGraph()
     graph.add_nodes_from(("source", "sink"))
-    moments = problem.workload.clipped_to(model.max_position).moments(block_tokens=problem.assumptions.block_tokens)
-    prompt_bytes = model.prompt_kv_bytes(moments.mean_prompt)
+    prompt_bytes = model.prompt_kv_bytes(problem.moments().mean_prompt)
     received = defaultdict[tuple[str, Build], float](float)  # by all decode replicas of a zone and build
     for number, (replica, rate) in enumerate(zip(replicas, rates, strict=True)):
         zone, build = fleet.zones_of(replica.devices())[0], problem.build_of(replica.stages[0].gpu)

@@ -50,7 +50,7 @@ from hetis.solver.placement.tabulation import build_cost_tables
 from hetis.solver.placement.template import Template, interval_of, stages_in, use_of
 from hetis.solver.plan import LEAST_DEMAND_RPS, ObjectiveKind, Role
 from hetis.solver.replanning.change import Fate
-from hetis.solver.replanning.net_master import Candidate, ColumnList, NetMaster, Row, least_start_s
+from hetis.solver.replanning.net_master import Candidate, ColumnList, NetMaster, Row
 from hetis.solver.replanning.running import Continuation, has_stages, is_allowed
 
 FINEST = 1e-6  # ratio by which ceilings of the exact search may exceed the rates found
@@ -326,7 +326,7 @@ def _by_prices(
     net: NetMaster, options: Sequence[Candidate], prices: Bound, busy: Mapping[int, int], time_limit_s: float, seed: int
 ) -> float:
     costs, maximises = net.costs, net.master.maximises
-    start_s = least_start_s(net.change_costs, costs, sum(c.available for c in costs.classes))
+    start_s = net.least_start_s()
     share, later = net.change_costs.served_share(start_s), 1.0 + start_s / net.change_costs.horizon_s
     if costs.routes.splits_roles or not maximises:
         share = 1.0
@@ -395,7 +395,7 @@ def net_columns(net: NetMaster, columns: Columns) -> Columns:
     costs, horizon_s = net.costs, net.change_costs.horizon_s
     of_gpus = [p == 1 for _, p in costs.resources.rows]
     numbers, of_columns = np.unique(columns.uses[:, of_gpus].sum(axis=1), return_inverse=True)
-    starts_s = [least_start_s(net.change_costs, costs, int(number)) for number in numbers]
+    starts_s = [net.least_start_s(int(number)) for number in numbers]
     shares = np.array([net.change_costs.served_share(s) if net.master.maximises else 1.0 for s in starts_s])
     later = np.array([1.0 + s / horizon_s for s in starts_s])
     return replace(columns, rates=columns.rates * shares[of_columns], costs=columns.costs * later[of_columns])

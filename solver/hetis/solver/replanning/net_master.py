@@ -204,6 +204,15 @@ class NetMaster:
         """Return the time that a new replica takes to start, in which all its GPUs read their weights."""
         return self.change_costs.start_s(max(stage_bytes(self.costs, template)))
 
+    def least_start_s(self, num_gpus: int | None = None) -> float:
+        """Return the least time until a new replica serves, its layers being spread over so many GPUs, or all."""
+        num_gpus = sum(c.available for c in self.costs.classes) if num_gpus is None else num_gpus
+        model = self.costs.problem.model
+        params = (model.num_layers - model.prefix_layers) * model.layer_params()
+        params += model.prefix_layers * model.dense_layer_params()
+        each = min(variant.weight_bytes for variant in self.costs.problem.models())
+        return self.change_costs.start_s(params * each / max(1, num_gpus))
+
     def net(self, candidate: Candidate) -> tuple[float, float]:
         """Return (rate, cost) as the master counts them."""
         template, cost = candidate.template, float(self.row_costs @ use_of(self.costs, candidate.template))
@@ -289,12 +298,3 @@ class NetMaster:
             links=np.array([self.links(c.template) for c, _ in chosen]),
         )
         return columns, np.array([n for _, n in chosen], dtype=np.int64)
-
-
-def least_start_s(change_costs: ChangeCosts, costs: CostTables, num_gpus: int) -> float:
-    """Return the least time until a new replica serves, its layers being spread over at most ``num_gpus`` GPUs."""
-    model = costs.problem.model
-    params = (model.num_layers - model.prefix_layers) * model.layer_params()
-    params += model.prefix_layers * model.dense_layer_params()
-    each = min(variant.weight_bytes for variant in costs.problem.models())
-    return change_costs.start_s(params * each / max(1, num_gpus))

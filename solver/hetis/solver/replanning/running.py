@@ -27,7 +27,7 @@ from hetis.solver.placement.template import (
     roles,
     room_layers,
 )
-from hetis.solver.plan import AttentionWorkerPool, Plan, ReplicaPlan, Role, StagePlan
+from hetis.solver.plan import Plan, ReplicaPlan, Role
 from hetis.solver.replanning.change import ChangeCosts, Fate
 
 WITHIN = 1.0 + 1e-9  # factor within which a limit is met, apart from rounding
@@ -216,15 +216,15 @@ class Continuations:
         zones = {self.costs.classes[self.costs.ranks[stage.rank][0]].zone for stage in stages}
         zones |= {self.costs.classes[stage.pool_class].zone for stage in stages if stage.pool_class >= 0}
         key = (replica.micro_batch, replica.chunk_tokens, replica.role, replica.sends_afar, replica.attention_dp)
+        in_flight, wanted = self.costs.problem.family.in_flight, replica.in_flight // replica.attention_dp
+        if wanted not in in_flight:
+            return None
         for x, mix in enumerate(self.costs.mixes):
             if (mix.micro_batch, mix.chunk_tokens, mix.role, mix.sends_afar, mix.attention_dp) == key:
                 for scope in self._scopes_by_place(number):
                     part = self.costs.scopes[scope]
                     if set(part.zones) == zones and part.serves(mix) and has_stages(self.costs, part, stages):
-                        in_flight = self.costs.problem.family.in_flight
-                        wanted = replica.in_flight // replica.attention_dp
-                        found = in_flight.index(wanted) if wanted in in_flight else None
-                        return None if found is None else (scope, x, found)
+                        return scope, x, in_flight.index(wanted)
         return None
 
     def _scopes_by_place(self, number: int) -> list[int]:
@@ -331,21 +331,15 @@ class Continuations:
 
 def has_lost(replica: ReplicaPlan, there: Mapping[str, str]) -> bool:
     """Return whether a replica lost GPUs, so that it does not run any more; ``there``: type of every GPU by name."""
-    parts: list[StagePlan | AttentionWorkerPool] = [*replica.stages, *replica.attention_workers]
-    return any(there.get(device) != part.gpu for part in parts for device in part.devices)
+    return any(there.get(device) != part.gpu for part in replica.parts() for device in part.devices)
 
 
-def _exchanging(plan: Plan, places: Mapping[str, Place]) -> dict[int, set[int]]:
+def _exchanging(plan: Plan, places: Mapping[str, Place]) -> dict[int, frozenset[int]]:
     """Return, for every replica of a plan's KV routes, the classes of all GPUs that routes join, directly or not."""
-    import networkx as nx
-
-    graph = nx.Graph((("prefill", route.prefill), ("decode", route.decode)) for route in plan.kv_routes)
-    found: dict[int, set[int]] = {}
-    for joined in nx.connected_components(graph):
-        numbers = [number for _, number in joined]
+    found: dict[int, frozenset[int]] = {}
+    for numbers in plan.joined_by_routes():
         devices = (name for number in numbers for name in plan.replicas[number].devices() if name in places)
-        classes = {places[name].device_class for name in devices}
-        found |= {number: set(classes) for number in numbers}
+        found |= dict.fromkeys(numbers, frozenset(places[name].device_class for name in devices))
     return found
 
 

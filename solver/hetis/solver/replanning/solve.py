@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -41,7 +41,7 @@ from hetis.solver.replanning.change import (
     plan_change,
 )
 from hetis.solver.replanning.fresh import Fresh, bound_of, search_fresh, search_left_over
-from hetis.solver.replanning.net_master import Candidate, ColumnChoice, NetMaster, Slot, inventory_of, least_start_s
+from hetis.solver.replanning.net_master import Candidate, ColumnChoice, NetMaster, Slot, inventory_of
 from hetis.solver.replanning.running import Continuations, Group, Place, has_lost, places_of
 from hetis.solver.replanning.transition import Start, Transition, plan_transition
 from hetis.solver.replanning.whole_counts import WholeCounts
@@ -199,10 +199,8 @@ def _none(
 ) -> InfeasibleError | NoPlanFoundError:
     """Return the error that explains why there is nothing to choose."""
     if fresh.value is not None and _starts_too_late(net, candidates):
-        least_s = least_start_s(net.change_costs, net.costs, sum(c.available for c in net.costs.classes))
-        return InfeasibleError(
-            (f"nothing serves within {given.costs.horizon_s:.4g} s: every start takes at least {least_s:.4g} s",)
-        )
+        least = f"every start takes at least {net.least_start_s():.4g} s"
+        return InfeasibleError((f"nothing serves within {given.costs.horizon_s:.4g} s: {least}",))
     # Without candidates there was nothing to settle: every replica moves a GPU, or every shape of the family was seen.
     is_settled = net.is_settled or (not candidates and (given.max_moves == 0 or fresh.enumerated is not None))
     is_proved = fresh.is_empty if fresh.value is None else given.max_moves is not None and is_settled
@@ -221,12 +219,8 @@ def _none(
 
 def _starts_too_late(net: NetMaster, candidates: Sequence[Candidate]) -> bool:
     """Return whether it is proved that nothing serves within the horizon: all replicas would have to start first."""
-    horizon_s, num_gpus = net.change_costs.horizon_s, sum(c.available for c in net.costs.classes)
-    return (
-        net.master.maximises
-        and all(candidate.start_s >= horizon_s for candidate in candidates)
-        and least_start_s(net.change_costs, net.costs, num_gpus) >= horizon_s
-    )
+    horizon_s, starts_s = net.change_costs.horizon_s, [candidate.start_s for candidate in candidates]
+    return net.master.maximises and min([net.least_start_s(), *starts_s]) >= horizon_s
 
 
 def _answer(
@@ -243,9 +237,7 @@ def _answer(
     outcome = _outcome(net, fresh, choice, interrupted=settings.budget.cancelled.is_set())
     templates = [c.template for c in chosen]
     plan = plan_of(costs, settings.strategy, outcome, templates, bound_stages, settings.budget)
-    workload = problem.workload.clipped_to(problem.model.max_position)
-    moments = workload.moments(block_tokens=problem.assumptions.block_tokens)
-    change = plan_change(given.running, plan, problem.model, moments)
+    change = plan_change(given.running, plan, problem.model, problem.moments())
     return Replanning(
         plan=plan,
         value=scale * value,
@@ -415,8 +407,8 @@ def name_gpus(
     Raises:
         UnboundPlanError: the candidates do not fit.
     """
-    groups = [_groups_of(candidate) for candidate in chosen]
-    workers = [_workers_of(candidate) for candidate in chosen]
+    both = [_groups_and_workers_of(candidate) for candidate in chosen]
+    groups, workers = [of_stages for of_stages, _ in both], [of_pools for _, of_pools in both]
     taken = {name for parts in (*groups, *workers) for stage in parts for group in stage for name in group or ()}
     free: dict[Slot, list[str]] = {}
     for name, place in places.items():
@@ -438,49 +430,39 @@ def _flat(groups: Sequence[Group]) -> list[str]:
     return [name for group in groups for name in group or ()]
 
 
-def _groups_of(candidate: Candidate) -> list[list[Group]]:
-    if candidate.option is not None:
-        return [list(stage) for stage in candidate.option.groups]
-    return [[None] * stage.copies for stage in candidate.template.stages]
-
-
-def _workers_of(candidate: Candidate) -> list[list[Group]]:
-    if candidate.option is not None:
-        return [list(stage) for stage in candidate.option.workers]
-    return [[None] * (stage.copies * stage.pool_cards) for stage in candidate.template.stages]
+def _groups_and_workers_of(candidate: Candidate) -> tuple[list[list[Group]], list[list[Group]]]:
+    """Return the TP groups, and the attention workers, of every stage."""
+    if (option := candidate.option) is not None:
+        return list(map(list, option.groups)), list(map(list, option.workers))
+    stages = candidate.template.stages
+    return [[None] * s.copies for s in stages], [[None] * (s.copies * s.pool_cards) for s in stages]
 
 
 def _parts(
-    costs: CostTables, chosen: Sequence[Candidate], groups: list[list[list[Group]]], workers: list[list[list[Group]]]
-) -> list[_Part]:
-    parts = []
+    costs: CostTables, chosen: Sequence[Candidate], groups: Sequence[list[list[Group]]],
+    workers: Sequence[list[list[Group]]],
+) -> Iterator[_Part]:  # fmt: skip
+    """Yield the parts of all candidates that need GPUs."""
     for replica, candidate in enumerate(chosen):
-        first = 0
-        prefix = costs.scopes[candidate.template.scope].tables.prefix_layers
+        first, prefix = 0, costs.scopes[candidate.template.scope].tables.prefix_layers
         for index, stage in enumerate(candidate.template.stages):
             end = first + stage.layers + (prefix if index == 0 else 0)
-            device_class, size = costs.ranks[stage.rank]
-            dp = costs.rank_dp[stage.rank]
-            tp = size // dp
-            gpu = costs.classes[device_class].gpu
-            shards = tuple(
-                Holding(gpu=gpu, first_layer=first, end_layer=end, tp=tp, rank=rank, attention_dp=dp)
-                for rank in range(size)
-            )
-            card_gpu = costs.classes[stage.pool_class].gpu if stage.pool_class >= 0 else gpu
-            card = (Holding(gpu=card_gpu, first_layer=first, end_layer=end, tp=tp, rank=-1),)
-            parts += [
-                _Part(replica, index, i, False, device_class, shards)
-                for i, group in enumerate(groups[replica][index])
-                if group is None
-            ]
-            parts += [
-                _Part(replica, index, i, True, stage.pool_class, card)
-                for i, group in enumerate(workers[replica][index])
-                if group is None
-            ]
+            (device_class, size), dp = costs.ranks[stage.rank], costs.rank_dp[stage.rank]
+            shard = Holding(
+                gpu=costs.classes[device_class].gpu, first_layer=first, end_layer=end, tp=size // dp, rank=0,
+                attention_dp=dp,
+            )  # fmt: skip
+            shards = tuple(replace(shard, rank=rank) for rank in range(size))
+            pool_gpu = costs.classes[stage.pool_class].gpu if stage.pool_class >= 0 else shard.gpu
+            card = replace(shard, gpu=pool_gpu, rank=-1, attention_dp=1)
+            for is_worker, parts, of_class, wanted in (
+                (False, groups, device_class, shards),
+                (True, workers, stage.pool_class, (card,)),
+            ):
+                for i, group in enumerate(parts[replica][index]):
+                    if group is None:
+                        yield _Part(replica, index, i, is_worker, of_class, wanted)
             first = end
-    return parts
 
 
 def _best_slot(

@@ -89,11 +89,18 @@ def plan_transition(
     runs, started = frozenset(running), frozenset[int]()
     before = capacity(runs, started)
     steps: list[Step] = []
+
+    def take(action: Action, replicas: frozenset[int], seconds: float = 0.0) -> None:
+        nonlocal runs, started
+        now, names = capacity(runs, started), tuple(sorted(replicas))
+        runs, started = (runs, started | replicas) if action is Action.START else (runs - replicas, started)
+        then = capacity(runs, started)
+        steps.append(Step(action=action, replicas=names, seconds=seconds, capacity=now, capacity_after=then))
+
     free = [start for start in starts if not start.needs & runs]
     blocked = [start for start in starts if start.needs & runs]
     if free:
-        now, started = capacity(runs, started), frozenset(start.replica for start in free)
-        steps.append(_step(Action.START, started, max(s.start_s for s in free), now, capacity(runs, started)))
+        take(Action.START, frozenset(start.replica for start in free), max(start.start_s for start in free))
     if len(blocked) <= MAX_EXACT:
         whole = capacity(frozenset(stays), frozenset(start.replica for start in starts))
         order, best_lowest = _exact(blocked, runs, started, capacity, whole)
@@ -101,13 +108,10 @@ def plan_transition(
         order, best_lowest = _greedy(blocked, runs, started, capacity)
     for start in order:
         if stopping := start.needs & runs:
-            now, runs = capacity(runs, started), runs - stopping
-            steps.append(_step(Action.STOP, stopping, 0.0, now, capacity(runs, started)))
-        now, started = capacity(runs, started), started | {start.replica}
-        steps.append(_step(Action.START, {start.replica}, start.start_s, now, capacity(runs, started)))
+            take(Action.STOP, stopping)
+        take(Action.START, frozenset({start.replica}), start.start_s)
     if left := runs - frozenset(stays):
-        now, runs = capacity(runs, started), runs - left
-        steps.append(_step(Action.STOP, left, 0.0, now, capacity(runs, started)))
+        take(Action.STOP, left)
     after = capacity(runs, started)
     return Transition(
         steps=tuple(steps),
@@ -118,11 +122,6 @@ def plan_transition(
         seconds=sum(step.seconds for step in steps),
         lost=sum(step.seconds * max(0.0, after - step.capacity) for step in steps),
     )
-
-
-def _step(action: Action, replicas: frozenset[int] | set[int], seconds: float, now: float, then: float) -> Step:
-    names = tuple(sorted(replicas))
-    return Step(action=action, replicas=names, seconds=seconds, capacity=now, capacity_after=then)
 
 
 def _exact(
@@ -144,20 +143,14 @@ def _exact(
     lowest = [math.inf]
     for done in every:
         lowest.append(max(min(lowest[done ^ (1 << j)], now) for j, now in during[done]))
-    lost, last = [0.0], [-1]
+    lost = [(0.0, -1)]  # of each set, and its last start
     for done in every:
-        least = min(
-            (lost[done ^ (1 << j)] + blocked[j].start_s * max(0.0, after - now), j)
-            if now >= lowest[-1]
-            else (math.inf, j)
-            for j, now in during[done]
-        )
-        lost.append(least[0])
-        last.append(least[1])
+        kept = ((j, now, lost[done ^ (1 << j)][0] if now >= lowest[-1] else math.inf) for j, now in during[done])
+        lost.append(min((least + blocked[j].start_s * max(0.0, after - now), j) for j, now, least in kept))
     order, done = list[Start](), (1 << len(blocked)) - 1
     while done:
-        order.append(blocked[last[done]])
-        done ^= 1 << last[done]
+        order.append(blocked[lost[done][1]])
+        done ^= 1 << lost[done][1]
     return order[::-1], lowest[-1]
 
 

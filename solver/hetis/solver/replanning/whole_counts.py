@@ -35,7 +35,7 @@ from hetis.solver.placement.outcome import CROSSING
 from hetis.solver.placement.tables import CostTables, FloatArray
 from hetis.solver.placement.template import use_of
 from hetis.solver.replanning.fresh import by_enumeration, net_columns, stay_of
-from hetis.solver.replanning.net_master import Candidate, NetMaster, least_start_s
+from hetis.solver.replanning.net_master import Candidate, NetMaster
 
 AT_ONCE = 5000  # compositions that are evaluated before the budget is checked again
 PROOFS_S = 10.0  # limit for all proofs together, with the listing of replicas
@@ -78,7 +78,7 @@ class WholeCounts:
 
     def _scale(self, net: NetMaster) -> float:
         """Return the largest share that a new replica can serve, or the least factor on its cost."""
-        start_s = least_start_s(net.change_costs, self.costs, sum(c.available for c in self.costs.classes))
+        start_s = net.least_start_s()
         if not net.master.maximises:
             return 1.0 + start_s / net.change_costs.horizon_s
         # Prefill and decode replicas may be larger than needed and serve all even during their start.
