@@ -29,6 +29,7 @@ from hetis.planner.cli import (
 )
 from hetis.planner.cli.defaults import OptionForm, default_files, default_map
 from hetis.planner.cli.exit_codes import ExitCode
+from hetis.planner.cli.failures import report_failure
 
 app = typer.Typer(
     name="hetis-plan",
@@ -101,7 +102,7 @@ def run(arguments: Sequence[str]) -> int:
         from hetis.planner.cli.completing import offer_completions
 
         offer_completions()
-    return run_application(app, "hetis-plan", arguments, _report_failure, defaults=lambda: _defaults_for(arguments))
+    return run_application(app, "hetis-plan", arguments, report_failure, defaults=lambda: _defaults_for(arguments))
 
 
 _NEED_NO_DEFAULTS = ("doctor", "version", "completion")
@@ -153,9 +154,3 @@ def _commands(group: Any) -> Iterator[tuple[str, Any]]:
             yield from ((f"{name}.{inner}", one) for inner, one in _commands(command))
         else:
             yield name, command
-
-
-def _report_failure(error: Exception) -> int:
-    from hetis.planner.cli.failures import report_failure  # only once something has failed
-
-    return report_failure(error)

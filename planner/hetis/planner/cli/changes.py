@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from hetis.formats.command_line.terminal import Terminal
-from hetis.planner.cli import options, values
+from hetis.planner.cli import options, outputs, values
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.cli.options import group, panel, verb
 from hetis.planner.cli.place import judge
@@ -109,7 +109,6 @@ def what_if(
     With --buy-next every GPU type on the market is added in turn and solved. Every solve has the full time limit;
     Ctrl-C once shows the results so far, Ctrl-C twice exits at once.
     """
-    from hetis.planner.cli.outputs import refuse_page, save_page, say_what_would_be_solved, warn_of_cut_requests
     from hetis.planner.jobs.kernels import compile_kernels
     from hetis.planner.report import comparison as report
     from hetis.planner.use_cases import what_if as asking
@@ -117,10 +116,10 @@ def what_if(
     from hetis.solver.cluster import Link
 
     fleet.refuse_half_a_question()
-    refuse_page(answer.html)
+    outputs.refuse_page(answer.html)
     request, settings = inputs.request(goal, replicas), search.settings(family, replicas)
     loaded, objective = load(request), request.objective
-    warn_of_cut_requests(terminal, loaded.inputs)
+    outputs.warn_of_cut_requests(terminal, loaded.inputs)
     cluster, nic = loaded.inputs.cluster, None
     if fleet.nic is not None:
         nic = Link(bytes_per_s=fleet.nic, latency_s=cluster.network.default.latency_s)
@@ -131,7 +130,7 @@ def what_if(
     )  # fmt: skip
     changed = asking.changed_inputs(loaded, wanted.change)
     if answer.dry_run:
-        return say_what_would_be_solved(
+        return outputs.say_what_would_be_solved(
             terminal, [(loaded.inputs, objective)], strategies=[family.strategy],
             solves=1 + (len(wanted.market) if fleet.buy_next else 1), time_limit_s=search.time_limit_s,
             engine=settings.engine,
@@ -155,7 +154,7 @@ def what_if(
         if answer.html is not None:
             from hetis.planner.report.page.pages import buy_next_page
 
-            save_page(terminal, buy_next_page(bought), answer.html)
+            outputs.save_page(terminal, buy_next_page(bought), answer.html)
         terminal.emit(lambda: report.buy_next_document(bought), lambda: report.render_buy_next(bought))
         sides = [bought.before, *(offer.after for offer in bought.offers)]
     else:
@@ -168,7 +167,7 @@ def what_if(
         if answer.html is not None:
             from hetis.planner.report.page.pages import what_if_page
 
-            save_page(terminal, what_if_page(found), answer.html)
+            outputs.save_page(terminal, what_if_page(found), answer.html)
         terminal.emit(lambda: report.what_if_document(found), lambda: report.render_what_if(found))
         sides = [found.before, found.after]
     return ExitCode.INTERRUPTED if cancelled.is_set() else judge([side.outcome for side in sides])
@@ -225,15 +224,14 @@ def replan(
     present one: nodes that it lacks have left, new ones have joined. Ctrl-C once takes the best answer so far; Ctrl-C
     twice exits at once.
     """
-    from hetis.planner.cli.outputs import STDOUT, refuse_page, refuse_unwritable, save_or_tell, say_what_would_be_solved
     from hetis.planner.jobs.kernels import compile_kernels
     from hetis.planner.report.changes import render_replan, replan_document
     from hetis.planner.use_cases import replan as replanning
     from hetis.solver.replanning.change import ChangeCosts
     from hetis.solver.replanning.solve import Replanning
 
-    refuse_unwritable(answer.out)
-    refuse_page(answer.html, beside=answer.out)
+    outputs.refuse_unwritable(answer.out)
+    outputs.refuse_page(answer.html, beside=answer.out)
     posed = replanning.load_replanning(
         running=asked.running, cluster=asked.cluster, workload=asked.workload, model=asked.model,
         profiles=asked.profile or (), rate_rps=asked.rate, settings=search.settings_of(),
@@ -242,7 +240,7 @@ def replan(
     for warning in posed.warnings:
         terminal.warn(warning)
     if answer.dry_run:
-        return say_what_would_be_solved(
+        return outputs.say_what_would_be_solved(
             terminal, [(posed.loaded.inputs, posed.problem.objective)], strategies=[posed.settings.strategy],
             time_limit_s=search.time_limit_s, engine=posed.problem.family.engine,
         )  # fmt: skip
@@ -268,8 +266,8 @@ def replan(
 
         return replan_page(found, posed, costs)
 
-    saved = save_or_tell(terminal, found.plan, answer.out, html=answer.html, page=page)
-    if answer.out != STDOUT:
+    saved = outputs.save_or_tell(terminal, found.plan, answer.out, html=answer.html, page=page)
+    if answer.out != outputs.STDOUT:
         terminal.emit(lambda: replan_document(found, posed, costs), lambda: render_replan(found, posed, costs))
     if not saved:
         return ExitCode.INTERNAL

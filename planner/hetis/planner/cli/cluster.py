@@ -11,10 +11,12 @@ import typer
 
 from hetis.formats.command_line.terminal import Terminal
 from hetis.formats.discovery import FleetSource
+from hetis.formats.files import file_label, write_atomically
 from hetis.planner.cli import values
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.cli.files import EXAMPLE_LENGTHS, EXAMPLE_MODEL
 from hetis.planner.cli.options import group, is_asked_for, option, refuse_without, verb
+from hetis.planner.cli.outputs import STDOUT, refuse_overwriting
 from hetis.planner.cli.server_verb import PlannerOptions, chosen_cluster, cluster_name_option, fetched
 from hetis.planner.report.figures import plural
 
@@ -98,8 +100,6 @@ def discover(
     from hetis.formats.discovery.fleet import discovered, said_types, unmatched
     from hetis.formats.discovery.nvidia import read_nvml
     from hetis.formats.discovery.reading import read_inventory
-    from hetis.formats.files import file_label
-    from hetis.planner.cli.outputs import STDOUT, refuse_overwriting
 
     name, source, with_busy = asked.name, asked.source, asked.with_busy
     said, wrong = said_types(asked.gpu or ())
@@ -156,7 +156,6 @@ def _of_agents(client: Client, parent: str, with_busy: bool) -> Inventory:
 def _write(terminal: Terminal, found: Discovered, sources: Sequence[str], out: str) -> ExitCode:
     """Write the cluster file, and report what is left out of it, what is renamed and what is assumed."""
     from hetis.formats.discovery.fleet import file_text
-    from hetis.formats.files import write_atomically
 
     text = file_text(found, sources=sources)
     for what, lines in (("left out", found.left_out), ("renamed", found.renamed)):

@@ -10,6 +10,7 @@ import typer
 from hetis.formats.command_line.terminal import WIDE, Terminal
 from hetis.planner.cli import options
 from hetis.planner.cli.exit_codes import ExitCode
+from hetis.planner.cli.failures import report_call_failure
 from hetis.planner.cli.options import group, option
 from hetis.planner.cli.server_verb import collection, full_name, server_verb
 
@@ -62,7 +63,6 @@ def delete(
     is in use. 6, also after refusals: the planner is unreachable or busy, and nothing more was tried; what may have
     been deleted without an answer is named.
     """
-    from hetis.planner.cli.failures import report_call_failure
     from hetis.planner.client import CallError
 
     left = _names(what)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from hetis.formats.command_line.terminal import Terminal
-from hetis.planner.cli import options, values
+from hetis.planner.cli import options, outputs, values
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.cli.options import group, panel, verb
 from hetis.planner.cli.searching import work_interruptibly
@@ -79,12 +79,11 @@ def dispatch(terminal: Terminal, *, asked: RequestOptions, answer: StateOptions)
 
     Requests that find no room are listed with what they lack and the others placed; the exit code is 3 then.
     """
-    from hetis.planner.cli.outputs import STDOUT, refuse_unwritable, save, saves
     from hetis.planner.report.dispatch import dispatch_document, explain_dispatch, render_dispatch
     from hetis.planner.use_cases import dispatch as dispatching
     from hetis.planner.use_cases.dispatch import load_new_requests
 
-    refuse_unwritable(answer.out)
+    outputs.refuse_unwritable(answer.out)
     loaded = asked.load()
     arrivals = load_new_requests(loaded, file=asked.requests, words=asked.request or ())
     announce_compilation(terminal)
@@ -98,8 +97,8 @@ def dispatch(terminal: Terminal, *, asked: RequestOptions, answer: StateOptions)
     sentences = tuple(explain_dispatch(found)) if answer.explain else None
     # Print the answer even if saving fails: then the machine is to blame, not the input.
     out = answer.out
-    saved = out is None or saves(terminal, "state", lambda: save(terminal, found.saved, out))
-    if out != STDOUT:
+    saved = out is None or outputs.saves(terminal, "state", lambda: outputs.save(terminal, found.saved, out))
+    if out != outputs.STDOUT:
         terminal.emit(lambda: dispatch_document(found, sentences), lambda: render_dispatch(found, sentences))
     if not saved:
         return ExitCode.INTERNAL
@@ -160,11 +159,10 @@ def redispatch(terminal: Terminal, *, asked: RedispatchOptions, answer: MoveOpti
 
     Moves are found whether or not a trigger has fired; the report lists the triggers that have fired.
     """
-    from hetis.planner.cli.outputs import STDOUT, refuse_unwritable, save
     from hetis.planner.report.dispatch import explain_redispatch, redispatch_document, render_redispatch
     from hetis.planner.use_cases.dispatch import RedispatchSettings, load_stage, redispatch_stage
 
-    refuse_unwritable(answer.out)
+    outputs.refuse_unwritable(answer.out)
     loaded = load_stage(asked.state, profiles=asked.profile or ())
     announce_compilation(terminal)
     settings = RedispatchSettings(
@@ -178,8 +176,8 @@ def redispatch(terminal: Terminal, *, asked: RedispatchOptions, answer: MoveOpti
     found = redispatch_stage(loaded, settings)
     sentences = tuple(explain_redispatch(found)) if answer.explain else None
     if answer.out is not None:
-        save(terminal, found.saved, answer.out)
-    if answer.out != STDOUT:
+        outputs.save(terminal, found.saved, answer.out)
+    if answer.out != outputs.STDOUT:
         terminal.emit(lambda: redispatch_document(found, sentences), lambda: render_redispatch(found, sentences))
     if answer.strict and found.plan.short_after >= 1:
         terminal.error(f"{found.plan.short_after:,.0f} KV blocks remain short or on draining devices")

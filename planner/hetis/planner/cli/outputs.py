@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Literal
 import typer
 
 from hetis.formats.command_line.terminal import Terminal
-from hetis.formats.documents import Value, dump
 from hetis.formats.errors import DocumentError, Problem, single_problem
 from hetis.formats.files import write_atomically
 from hetis.planner.cli.exit_codes import ExitCode
@@ -24,6 +23,7 @@ from hetis.solver.plan import Objective, Plan
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from hetis.formats.documents import Value
     from hetis.planner.use_cases.sources import Inputs
     from hetis.solver.problem import EngineRules
 
@@ -100,6 +100,8 @@ def save(terminal: Terminal, value: Value, path: Path) -> None:
 
     ``-`` stands for standard output.
     """
+    from hetis.formats.documents import dump
+
     if path == STDOUT:
         terminal.write(dump(value, "json"))
         return

@@ -13,6 +13,7 @@ from hetis.planner.cli import options
 from hetis.planner.cli.changes import DEFAULT_COUNT, count_option
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.cli.options import PlanArgument, group, option, verb
+from hetis.planner.cli.outputs import refuse_unwritable_page, save_page
 from hetis.planner.cli.searching import search_interruptibly, simulate_interruptibly
 from hetis.planner.report.figures import plural
 from hetis.solver.budget import Budget, Report
@@ -145,7 +146,6 @@ def report(
     The page is self-contained, has light and dark modes, and can be printed. Several plans are compared before each is
     shown. With --buy-next every plan is solved again for each GPU type on the market, each within --time-limit.
     """
-    from hetis.planner.cli.outputs import refuse_unwritable_page, save_page
     from hetis.planner.report.page.pages import ShownPlan, plans_page
 
     asked.refuse_what_would_be_ignored()

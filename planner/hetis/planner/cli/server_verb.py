@@ -15,6 +15,7 @@ import typer
 
 from hetis.formats.command_line.terminal import Terminal, in_use
 from hetis.planner.cli.exit_codes import ExitCode
+from hetis.planner.cli.failures import report_call_failure
 from hetis.planner.cli.options import group, option, panel, refuse_without, verb
 
 if TYPE_CHECKING:
@@ -62,7 +63,6 @@ class PlannerOptions:
 
         ``is_endless``: a watch waits indefinitely for a planner that does not answer.
         """
-        from hetis.planner.cli.failures import report_call_failure
         from hetis.planner.client import CallError, Client, Patience
 
         place = self._connection()

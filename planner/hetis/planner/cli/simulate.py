@@ -12,7 +12,8 @@ import typer
 
 from hetis.formats.command_line.terminal import Terminal
 from hetis.formats.errors import DocumentError
-from hetis.planner.cli import options, values
+from hetis.formats.files import write_atomically
+from hetis.planner.cli import options, outputs, values
 from hetis.planner.cli.dispatch import announce_compilation
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.cli.options import PlanArgument, group, panel, verb
@@ -163,17 +164,16 @@ class SimulateOptions:
         return bool(getattr(self, name) != getattr(SimulateOptions, name))
 
     def refuse_unwritable(self) -> None:
-        from hetis.planner.cli.outputs import refuse_missing_library, refuse_page, refuse_stdout, refuse_unwritable
 
         for name in ("perfetto", "requests_csv", "plot"):
-            refuse_stdout(_spelled(name), getattr(self, name))
-            refuse_unwritable(getattr(self, name))
+            outputs.refuse_stdout(_spelled(name), getattr(self, name))
+            outputs.refuse_unwritable(getattr(self, name))
         if (plot := self.plot) is not None:
             if plot.suffix not in PICTURES:
                 known = " or ".join(PICTURES)
                 raise typer.BadParameter(f"{plot} is not a picture: --plot needs a file name that ends in {known}")
-            refuse_missing_library(PICTURES[plot.suffix], extra="plots", wanted_by=f"--plot {plot}")
-        refuse_page(self.html, beside=self.plot)
+            outputs.refuse_missing_library(PICTURES[plot.suffix], extra="plots", wanted_by=f"--plot {plot}")
+        outputs.refuse_page(self.html, beside=self.plot)
 
 
 def _spelled(name: str) -> str:
@@ -327,8 +327,6 @@ def _finish(terminal: Terminal, found: PlanAndProblem, question: Question, asked
 
 def _save(terminal: Terminal, simulated: Simulated, found: PlanAndProblem, asked: SimulateOptions) -> bool:
     """Save before printing, so that the files are saved even if the reader of stdout goes away."""
-    from hetis.formats.files import write_atomically
-    from hetis.planner.cli.outputs import save_page
     from hetis.simulator.records import perfetto_json, requests_csv
 
     def write(path: Path, content: str | bytes) -> None:
@@ -348,7 +346,7 @@ def _save(terminal: Terminal, simulated: Simulated, found: PlanAndProblem, asked
         if asked.html is not None:
             from hetis.planner.report.page.pages import simulation_page
 
-            save_page(terminal, simulation_page(simulated, found.plan, found.problem), asked.html)
+            outputs.save_page(terminal, simulation_page(simulated, found.plan, found.problem), asked.html)
     except DocumentError as error:
         terminal.error("some files were not saved", [str(problem) for problem in error.problems])
         return False
