@@ -32,7 +32,6 @@ DIFF_EXAMPLES = """Examples:\n
   hetis-plan diff running.json next.json -o json | jq .change.counts"""
 
 _input, _fleet, _market, _change = map(panel, ("Inputs", "Another fleet", "What to buy", "What a change costs"))
-_time = partial(_change, parser=values.positive_duration)
 DEFAULT_COUNT = 1
 count_option = partial(
     _market, "--count N: GPUs of each type to add.", min=1, max=4096, shown=f"{DEFAULT_COUNT}"
@@ -57,9 +56,7 @@ class FleetOptions:
     )
     zone: str | None = _fleet("--zone ZONE: Zone of the added nodes.", shown="the fleet's first")
     nic: float | None = _fleet(
-        "--nic BANDWIDTH: Network card of the added nodes, such as 100Gbps.",
-        parser=values.bandwidth,
-        shown="the fleet's network",
+        "--nic BANDWIDTH: Network card of the added nodes, such as 100Gbps.", shown="the fleet's network"
     )
     buy_next: bool = _market("--buy-next: Try adding each GPU type on the market in turn and rank them by gain.", False)
     market: list[str] | None = _market(
@@ -197,13 +194,11 @@ class ReplanOptions:
     max_moves: int | None = _change(
         "--max-moves N: Maximum number of GPUs whose work may change.", min=0, shown="any number"
     )
-    horizon: float = _time(
+    horizon: float = _change(
         "--horizon TIME: Expected lifetime of the new plan, over which the cost of the change is spread.", "1h"
     )
-    restart: float = _time("--restart TIME: Time to restart an engine, excluding loading weights.", "30s")
-    load: float = _change(
-        "--load BANDWIDTH: Rate at which each GPU loads its weights.", "2GB/s", parser=values.bandwidth
-    )
+    restart: float = _change("--restart TIME: Time to restart an engine, excluding loading weights.", "30s")
+    load: float = _change("--load BANDWIDTH: Rate at which each GPU loads its weights.", "2GB/s")
 
 
 @group

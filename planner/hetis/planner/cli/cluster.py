@@ -63,9 +63,7 @@ class DiscoveryOptions:
     bandwidth: float | None = option(
         "--bandwidth RATE: Bandwidth between nodes.", parser=values.bandwidth, shown="100Gbps"
     )
-    latency: float | None = option(
-        "--latency TIME: Latency between nodes.", parser=values.positive_duration, shown="20us"
-    )
+    latency: float | None = option("--latency TIME: Latency between nodes.", shown="20us")
     cluster: str | None = cluster_name_option()
 
     def link(self) -> Link | None:

@@ -49,7 +49,7 @@ class RequestOptions:
     )
     profile: list[str] | None = options.profile_option()
     exact: bool = _search("--exact: Solve for the best whole head groups (MILP).", False)
-    time_limit: float = _search("--time-limit TIME: Time limit of --exact.", "10s", parser=values.positive_duration)
+    time_limit: float = _search("--time-limit TIME: Time limit of --exact.", "10s")
     seed: int = options.seed_option()
 
     def load(self) -> CostedStage:
@@ -129,9 +129,7 @@ class RedispatchOptions:
         "--budget SIZE: Maximum KV to move, such as 10GiB.", parser=values.size, shown="no limit"
     )
     patience: float = _search(
-        "--patience SHARE: A move must pay within this share of its request's remaining steps.",
-        "25%",
-        parser=values.share,
+        "--patience SHARE: A move must pay within this share of its request's remaining steps.", "25%"
     )
     least_gain: float = _search(
         "--least-gain SHARE: Minimum gain, as a share of the makespan; below it nothing moves unless memory is short.",
@@ -140,9 +138,7 @@ class RedispatchOptions:
     )
     ahead: int = _search("--ahead: Decode steps to look ahead for KV growth.", 100, min=0, max=10**6)
     refill: float | None = _search(
-        "--refill TIME: Time to prefill one token of an evicted request again.",
-        parser=values.positive_duration,
-        shown="400us",
+        "--refill TIME: Time to prefill one token of an evicted request again.", shown="400us"
     )
 
 

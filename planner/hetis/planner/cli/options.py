@@ -30,6 +30,14 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+# Parsers by the form of a value.
+_PARSERS: Mapping[str | None, Callable[[str], Any]] = {
+    "BANDWIDTH": values.bandwidth,
+    "SHARE": values.share,
+    "SHARE|trace": values.prefix_hit_rate,
+    "TIME": values.positive_duration,
+}
+
 PlanArgument = Annotated[str, typer.Argument(metavar="PLAN", help="A plan file, or - for standard input.")]
 
 
@@ -47,14 +55,15 @@ def option(usage: str, default: Any = None, *, shown: str | Literal[True] = True
         default: its value if it is not specified, passed through the parser, too; ``...`` if it must be specified.
         shown: the default as displayed in the help; True displays it as it is, and None not at all.
         panel: the panel of the help to which it belongs.
-        **more: further arguments of `typer.Option`.
+        **more: further arguments of `typer.Option`, such as a parser for other values than those of `_PARSERS`.
     """
     usage, _, says = usage.partition(": ")
     names = [word for word in usage.split() if word.startswith("-")]
-    form = usage.split()[len(names) :]
+    form = next(iter(usage.split()[len(names) :]), None)
+    more.setdefault("parser", _PARSERS.get(form))
     info = typer.Option(
         *names,
-        metavar=form[0] if form else None,
+        metavar=form,
         help=says or None,
         show_default=shown,
         rich_help_panel=panel or None,
@@ -119,7 +128,6 @@ prefix_hit_rate_option = partial(
     _input,
     "--prefix-hit-rate SHARE|trace: "
     "Share of prompt tokens that prefix caches hold: 0.4, 40%, or trace to count it by a Mooncake trace's hash ids.",
-    parser=values.prefix_hit_rate,
     shown="the workload's, or 0",
 )
 rate_option = partial(
@@ -139,7 +147,6 @@ attainment_option = partial(
     _goal,
     "--attainment SHARE: "
     "Share of simulated requests that must keep all limits (SLO attainment), instead of statistics; such as 90%.",
-    parser=values.share,
 )
 strategy_option = partial(
     _search,
@@ -148,9 +155,7 @@ strategy_option = partial(
     parser=values.strategy,
     autocompletion=values.strategy_names,
 )
-time_limit_option = partial(
-    _search, "--time-limit TIME: Return the best plan found by then.", parser=values.positive_duration
-)
+time_limit_option = partial(_search, "--time-limit TIME: Return the best plan found by then.")
 gap_option = partial(
     _search, "--gap GAP: Stop when the plan is proven this close to the best; 0.5% or 0.005.", parser=values.gap
 )

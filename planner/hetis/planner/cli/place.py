@@ -325,9 +325,7 @@ def judge(compared: Sequence[Compared]) -> ExitCode:
 
 @group
 class LayersOptions:
-    time_limit: float = option(
-        "--time-limit TIME: Return the best placement found by then.", "60s", parser=values.positive_duration
-    )
+    time_limit: float = option("--time-limit TIME: Return the best placement found by then.", "60s")
     seed: int = options.seed_option()
     compare: bool = option("--compare/--no-compare: Also evaluate the placement with the highest flow.", True)
 

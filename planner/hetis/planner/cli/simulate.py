@@ -61,7 +61,6 @@ class SimulateOptions:
     prefix_hit_rate: Any = _traffic(  # a share or "trace", which typer's types cannot express
         "--prefix-hit-rate SHARE|trace: "
         "Share of prompt tokens that prefix caches hold: 0.4, 40%, or trace to count it per request by hash ids.",
-        parser=values.prefix_hit_rate,
         shown="that of the requests' source, or 0",
     )
     rate: float | None = _traffic(
@@ -79,9 +78,7 @@ class SimulateOptions:
     )
     sweep: bool = _goal("--sweep: Find the highest rate within the latency limits.", False)
     tolerance: float | None = _goal(
-        "--tolerance SHARE: Relative width to which --sweep brackets that rate.",
-        parser=values.share,
-        shown=f"{DEFAULT_TOLERANCE:.0%}",
+        "--tolerance SHARE: Relative width to which --sweep brackets that rate.", shown=f"{DEFAULT_TOLERANCE:.0%}"
     )
     ttft: float | None = options.ttft_option(shown="the plan's")
     tpot: float | None = options.tpot_option(shown="the plan's")
@@ -101,7 +98,6 @@ class SimulateOptions:
     )
     precision: float | None = _runs(
         "--precision SHARE: Half width of the 95% intervals, relative to the value, that --until-stable requires.",
-        parser=values.share,
         shown=f"{DEFAULT_PRECISION:.0%}",
     )
     threads: int = _runs("--threads: Runs to simulate in parallel, as processes; 0 means one per core.", 0, min=0)
