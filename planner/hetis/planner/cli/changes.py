@@ -72,15 +72,12 @@ class FleetOptions:
         changes = bool(self.add or self.remove)
         if self.buy_next and changes:
             raise typer.BadParameter("--buy-next starts from the unchanged fleet: leave out --add and --remove")
-        options.refuse_without(
-            "--buy-next", {"--market": self.market or None, "--count": self.count}, is_given=self.buy_next
-        )
+        options.refuse_without("--buy-next", self, "market", "count", is_given=self.buy_next)
         if not self.buy_next and not changes:
             raise typer.BadParameter("no change to study: give --add, --remove or --buy-next")
-        shape = {"--node-like": self.node_like, "--gpus-per-node": self.gpus_per_node, "--zone": self.zone}
-        for name, value in {**shape, "--nic": self.nic}.items():
-            if options.is_asked_for(name, value) and not self.add and not self.buy_next:
-                raise typer.BadParameter(f"{name} is of added nodes: it needs --add or --buy-next")
+        for name, shape in options.given_in(self).items():
+            if name in ("node_like", "gpus_per_node", "zone", "nic") and not self.add and not self.buy_next:
+                raise typer.BadParameter(f"{shape} is of added nodes: it needs --add or --buy-next")
 
 
 @group
@@ -108,6 +105,7 @@ def what_if(
     """
     from hetis.planner.jobs.kernels import compile_kernels
     from hetis.planner.report import comparison as report
+    from hetis.planner.report.page.pages import buy_next_page, what_if_page
     from hetis.planner.use_cases import what_if as asking
     from hetis.planner.use_cases.place import load
     from hetis.solver.cluster import Link
@@ -148,10 +146,7 @@ def what_if(
             return asking.buy_next(loaded, objective, settings, market, shape, budget=budget, report=news)
 
         bought = searching(buy)
-        if answer.html is not None:
-            from hetis.planner.report.page.pages import buy_next_page
-
-            outputs.save_page(terminal, buy_next_page(bought), answer.html)
+        outputs.save_page(terminal, lambda: buy_next_page(bought), answer.html)
         terminal.emit(lambda: report.buy_next_document(bought), lambda: report.render_buy_next(bought))
         sides = [bought.before, *(offer.after for offer in bought.offers)]
     else:
@@ -161,10 +156,7 @@ def what_if(
             return asking.what_if(loaded, objective, settings, wanted.change, budget=budget, report=news)
 
         found = searching(solve)
-        if answer.html is not None:
-            from hetis.planner.report.page.pages import what_if_page
-
-            outputs.save_page(terminal, what_if_page(found), answer.html)
+        outputs.save_page(terminal, lambda: what_if_page(found), answer.html)
         terminal.emit(lambda: report.what_if_document(found), lambda: report.render_what_if(found))
         sides = [found.before, found.after]
     return ExitCode.INTERRUPTED if cancelled.is_set() else judge([side.outcome for side in sides])
@@ -221,6 +213,7 @@ def replan(
     """
     from hetis.planner.jobs.kernels import compile_kernels
     from hetis.planner.report.changes import render_replan, replan_document
+    from hetis.planner.report.page.pages import replan_page
     from hetis.planner.use_cases import replan as replanning
     from hetis.solver.replanning.change import ChangeCosts
     from hetis.solver.replanning.solve import Replanning
@@ -255,13 +248,9 @@ def replan(
     survival = replanning.survival_of(found.plan, posed)
     if survival is not None and not survival.survives:
         terminal.warn(f"the next plan does not survive the loss of any one {survival.place}: {survival}")
-
-    def page() -> str:
-        from hetis.planner.report.page.pages import replan_page
-
-        return replan_page(found, posed, costs)
-
-    saved = outputs.save_or_tell(terminal, found.plan, answer.out, html=answer.html, page=page)
+    saved = outputs.save_or_tell(
+        terminal, found.plan, answer.out, html=answer.html, page=lambda: replan_page(found, posed, costs)
+    )
     if answer.out != outputs.STDOUT:
         terminal.emit(lambda: replan_document(found, posed, costs), lambda: render_replan(found, posed, costs))
     if not saved:

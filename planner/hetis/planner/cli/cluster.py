@@ -15,7 +15,7 @@ from hetis.formats.files import file_label, write_atomically
 from hetis.planner.cli import values
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.cli.files import EXAMPLE_LENGTHS, EXAMPLE_MODEL
-from hetis.planner.cli.options import group, is_asked_for, option, refuse_without, verb
+from hetis.planner.cli.options import given_in, group, option, refuse_without, verb
 from hetis.planner.cli.outputs import STDOUT, refuse_overwriting
 from hetis.planner.cli.server_verb import PlannerOptions, chosen_cluster, cluster_name_option, fetched
 from hetis.planner.report.figures import plural
@@ -106,8 +106,8 @@ def discover(
     if name is not None and not (name.strip() and name.isprintable() and len(name) <= 200):
         raise typer.BadParameter(f"--name: {name[:40]!r} is not a name: 1 to 200 printable characters")
     of_agents = source is FleetSource.AGENTS
-    refuse_without("--from agents", {"--cluster": asked.cluster}, is_given=of_agents)
-    planner.refuse_without("--from agents", is_given=of_agents)
+    refuse_without("--from agents", asked, "cluster", is_given=of_agents)
+    refuse_without("--from agents", planner, is_given=of_agents)
     if files and source in (FleetSource.NVML, FleetSource.AGENTS):
         raise typer.BadParameter(f"--from {source.value} reads no files: leave out {files[0]}")
 
@@ -116,7 +116,7 @@ def discover(
 
     def written(inventory: Inventory, sources: Sequence[str], otherwise_named: str = "discovered") -> ExitCode:
         # Defaults may be about several fleets.
-        if is_asked_for("--gpu", said) and (wrong := unmatched(inventory, said)):
+        if "gpu" in given_in(asked) and (wrong := unmatched(inventory, said)):
             raise typer.BadParameter("; ".join(f"--gpu: {what}" for what in wrong))
         found = discovered(inventory, name=name or otherwise_named, link=asked.link(), said=said)
         return _write(terminal, found, sources, asked.out)

@@ -66,8 +66,7 @@ class RequestOptions:
         if self.state is not None:
             return load_stage(self.state, profiles=self.profile or ())
         assert self.plan is not None
-        needed = "--state: a plan already contains its profiles"
-        options.refuse_without(needed, {"--profile": self.profile or None}, is_given=False)
+        options.refuse_without("--state: a plan already contains its profiles", self, "profile", is_given=False)
         return load_stage_of_plan(self.plan, replica=self.replica, stage=self.stage)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from functools import partial
 from pathlib import Path
@@ -424,34 +424,22 @@ class VerificationOptions:
     verify: bool = verify_option()
 
 
-def refuse_without(needed: str, options: Mapping[str, object], *, is_given: bool) -> None:
-    """Refuse options (None: not given) that would be ignored without another one, unless a file of defaults or the
-    environment sets them.
+def refuse_without(needed: str, kind: Any, *names: str, is_given: bool) -> None:
+    """Refuse options of a group, the fields of these names or all, that would be ignored without another one.
 
-    Raises typer.BadParameter.
+    Those with their defaults are not refused, nor those that a file of defaults or the environment sets. Raises
+    typer.BadParameter.
     """
-    for name, value in options.items():
-        if is_asked_for(name, value) and not is_given:
-            raise typer.BadParameter(f"{name} needs {needed}")
+    for name, option in given_in(kind).items():
+        is_default = getattr(kind, name) == getattr(type(kind), name)
+        if not (is_given or is_default) and (name in names or not names):
+            raise typer.BadParameter(f"{option} needs {needed}")
 
 
-def refuse_ignored(needed: str, names: Sequence[str]) -> None:
-    """Refuse all of these options, which would be ignored without another one. Raises typer.BadParameter."""
-    if names:
-        first, last = ", ".join(names[:-1]), names[-1]
-        raise typer.BadParameter(f"{first} and {last} need {needed}" if first else f"{last} needs {needed}")
-
-
-def given_in(*groups: Any, but: Collection[str] = ()) -> list[str]:
-    """Return the options of groups, without the fields ``but``, that have values from the command line."""
-    given = command_line.given.get().difference(but)
-    options = [one for kind in groups for one in fields(kind) if one.name in given]
-    return [one.metadata["option"].default for one in options]  # typer takes the first name for the default
-
-
-def is_asked_for(name: str, value: object) -> bool:
-    """Return whether an option, such as ``--time-limit``, has a value (None: it has none) from the command line."""
-    return value is not None and name.removeprefix("--").replace("-", "_") not in command_line.defaulted.get()
+def given_in(*groups: Any) -> dict[str, str]:
+    """Return the options of groups that have values from the command line, by their fields."""
+    named = (one for kind in groups for one in fields(kind) if one.name in command_line.given.get())
+    return {one.name: one.metadata["option"].default for one in named}  # typer takes the first name for the default
 
 
 def engine_rules(name: str | None, strategy: str, limits: ReplicaLimits) -> EngineRules | None:

@@ -120,13 +120,14 @@ def save_plans(terminal: Terminal, folder: Path, plans: Mapping[str, Plan]) -> N
         save(terminal, plan, folder / f"{name}.json")
 
 
-def save_page(terminal: Terminal, page: str, path: Path) -> None:
-    """Write the page to the file, or to standard output if the path is ``-``."""
+def save_page(terminal: Terminal, page: Callable[[], str], path: Path | None) -> None:
+    """Write the page to the file, or to standard output if the path is ``-``; without a path there is no page."""
     if path == STDOUT:
-        terminal.write(page)
-        return
-    write_atomically(path, page)
-    terminal.say(f"saved {path} ({len(page.encode()) / 1000:,.0f} kB)")
+        terminal.write(page())
+    elif path is not None:
+        text = page()
+        write_atomically(path, text)
+        terminal.say(f"saved {path} ({len(text.encode()) / 1000:,.0f} kB)")
 
 
 def save_or_tell(
@@ -140,9 +141,7 @@ def save_or_tell(
     saved = True
     if path is not None:
         saved = saves(terminal, "plan", lambda: save(terminal, plan, path))
-    if html is not None:
-        saved = saves(terminal, "page", lambda: save_page(terminal, page(), html)) and saved
-    return saved
+    return saves(terminal, "page", lambda: save_page(terminal, page, html)) and saved
 
 
 def saves(terminal: Terminal, what: str, write: Callable[[], None]) -> bool:

@@ -130,6 +130,7 @@ def finish(
 ) -> ExitCode:
     """Solve with progress and Ctrl-C, save, print, and return the exit code, whatever the outcome."""
     from hetis.planner.jobs.kernels import compile_kernels
+    from hetis.planner.report.page.pages import ShownPlan, plans_page
     from hetis.planner.use_cases.place import missed
     from hetis.planner.use_cases.place import place as placed
 
@@ -141,8 +142,6 @@ def finish(
         return placed(request, loaded, problem, cancelled=cancelled, report=report)
 
     def page() -> str:
-        from hetis.planner.report.page.pages import ShownPlan, plans_page
-
         return plans_page([ShownPlan(name="The plan", plan=answer.plan, problem=problem)])
 
     try:
@@ -247,6 +246,7 @@ def compare(
     """
     from hetis.planner.jobs.kernels import compile_kernels
     from hetis.planner.report.comparison import comparison_document, render_comparison
+    from hetis.planner.report.page.pages import comparison_page
     from hetis.planner.use_cases.compare import compare_engines, simulate_plans
     from hetis.planner.use_cases.place import load
     from hetis.planner.use_cases.sources import ReplicaLimits
@@ -296,10 +296,7 @@ def compare(
     compared = search_interruptibly(terminal, work, unit=objective.unit, cancelled=cancelled, so_far="the plans")
     if results.out is not None:
         outputs.save_plans(terminal, results.out, {one.name: one.plan for one in compared if one.plan is not None})
-    if results.html is not None:
-        from hetis.planner.report.page.pages import comparison_page
-
-        outputs.save_page(terminal, comparison_page(compared, loaded.inputs, objective), results.html)
+    outputs.save_page(terminal, lambda: comparison_page(compared, loaded.inputs, objective), results.html)
     terminal.emit(
         lambda: comparison_document(compared, loaded.inputs, objective),
         lambda: render_comparison(compared, loaded.inputs, objective),

@@ -129,10 +129,6 @@ class ReportOptions:
     time_limit: float | None = options.time_limit_option(shown=f"{BUY_NEXT_S:g}s")
     out: Path = option("--out FILE: HTML file to write; - writes to standard output.", Path("report.html"))
 
-    def refuse_what_would_be_ignored(self) -> None:
-        ignored = {"--count": self.count, "--time-limit": self.time_limit}
-        options.refuse_without("--buy-next", ignored, is_given=self.buy_next)
-
 
 @verb(prints_data=False)
 def report(
@@ -148,7 +144,7 @@ def report(
     """
     from hetis.planner.report.page.pages import ShownPlan, plans_page
 
-    asked.refuse_what_would_be_ignored()
+    options.refuse_without("--buy-next", asked, "count", "time_limit", is_given=asked.buy_next)
     refuse_unwritable_page(asked.out)
     found = _load_and_check(terminal, plans)
     cancelled = threading.Event()
@@ -158,7 +154,7 @@ def report(
         ShownPlan(name=name, plan=one.plan, problem=one.problem, curve=curve, market=market)
         for name, one, curve, market in zip(_names(plans), found, curves, bought, strict=True)
     ]
-    save_page(terminal, plans_page(shown), asked.out)
+    save_page(terminal, lambda: plans_page(shown), asked.out)
     return ExitCode.INTERRUPTED if cancelled.is_set() else ExitCode.OK
 
 

@@ -145,15 +145,15 @@ class SimulateOptions:
             given = [name for name in (one, other) if name not in unset and self._has(name)]
             if len(given) < 2:
                 continue
-            defaults = [name for name in given if not options.is_asked_for(_spelled(name), getattr(self, name))]
+            defaults = [name for name in given if name not in options.given_in(self)]
             if len(defaults) != 1:
                 raise typer.BadParameter(message.format(_spelled(one), _spelled(other)))
             unset |= {name: getattr(SimulateOptions, name) for name in defaults}
         found = replace(self, **unset)
         if found.recorded and found.trace is None:
             raise typer.BadParameter("--recorded needs --trace: the plan has only request lengths")
-        options.refuse_without("--sweep", {"--tolerance": found.tolerance}, is_given=found.sweep)
-        options.refuse_without("--until-stable", {"--precision": found.precision}, is_given=found.until_stable)
+        options.refuse_without("--sweep", found, "tolerance", is_given=found.sweep)
+        options.refuse_without("--until-stable", found, "precision", is_given=found.until_stable)
         return found
 
     def _has(self, name: str) -> bool:
@@ -323,6 +323,7 @@ def _finish(terminal: Terminal, found: PlanAndProblem, question: Question, asked
 
 def _save(terminal: Terminal, simulated: Simulated, found: PlanAndProblem, asked: SimulateOptions) -> bool:
     """Save before printing, so that the files are saved even if the reader of stdout goes away."""
+    from hetis.planner.report.page.pages import simulation_page
     from hetis.simulator.records import perfetto_json, requests_csv
 
     def write(path: Path, content: str | bytes) -> None:
@@ -339,10 +340,7 @@ def _save(terminal: Terminal, simulated: Simulated, found: PlanAndProblem, asked
             from hetis.planner.report.simulation_pictures import picture
 
             write(asked.plot, picture(simulated, found.plan, form=asked.plot.suffix))
-        if asked.html is not None:
-            from hetis.planner.report.page.pages import simulation_page
-
-            outputs.save_page(terminal, simulation_page(simulated, found.plan, found.problem), asked.html)
+        outputs.save_page(terminal, lambda: simulation_page(simulated, found.plan, found.problem), asked.html)
     except DocumentError as error:
         terminal.error("some files were not saved", [str(problem) for problem in error.problems])
         return False
