@@ -13,17 +13,8 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from hetis.formats.documents import dump, to_data
 from hetis.formats.files import write_atomically
 from hetis.planner.export.targets import Export
-from hetis.planner.library.arguments import (
-    Count,
-    CountOrZero,
-    File,
-    Rate,
-    Share,
-    StatisticName,
-    Texts,
-    checked,
-    spelled_as_arguments,
-)
+from hetis.planner.library import arguments
+from hetis.planner.library.arguments import checked, spelled_as_arguments
 from hetis.planner.report.figures import digits, percent, plural, seconds
 from hetis.planner.report.plan import less_than_planned, misses_as_planned
 from hetis.planner.report.simulation import level_words, simulation_document
@@ -158,7 +149,7 @@ class Plan:
         return explain_plan(self.value, self.problem)
 
     @checked
-    def report(self, path: File | None = None, *, simulate: bool = False) -> str:
+    def report(self, path: arguments.File | None = None, *, simulate: bool = False) -> str:
         """Return the plan as one page of HTML that needs no network, and save it at ``path`` if given.
 
         ``simulate`` adds its simulated latencies at rates up to and above the planned one.
@@ -179,18 +170,18 @@ class Plan:
     def simulate(
         self,
         *,
-        rate: Rate | None = None,
-        requests: Count | None = None,
-        seeds: Count = 1,
-        seed: CountOrZero = 0,
+        rate: arguments.Rate | None = None,
+        requests: arguments.Count | None = None,
+        seeds: arguments.Count = 1,
+        seed: arguments.CountOrZero = 0,
         sweep: bool = False,
-        tolerance: Share = 0.02,
-        max_num_seqs: Count | None = None,
-        chunk_tokens: Count | None = None,
-        kv_blocks: Count | None = None,
-        ttft_statistic: StatisticName | None = None,
-        tpot_statistic: StatisticName | None = None,
-        attainment: Share | None = None,
+        tolerance: arguments.Share = 0.02,
+        max_num_seqs: arguments.Count | None = None,
+        chunk_tokens: arguments.Count | None = None,
+        kv_blocks: arguments.Count | None = None,
+        ttft_statistic: arguments.StatisticName | None = None,
+        tpot_statistic: arguments.StatisticName | None = None,
+        attainment: arguments.Share | None = None,
     ) -> Simulation:
         """Run the plan under Poisson arrivals of its workload in virtual time, in this process.
 
@@ -245,11 +236,11 @@ class Plan:
     def export(
         self,
         target: str,
-        folder: File | None = None,
+        folder: arguments.File | None = None,
         *,
         force: bool = False,
         engine: str | None = None,
-        engine_options: Texts = (),
+        engine_options: arguments.Texts = (),
         model: str = "",
         served_name: str = "",
         dtype: str = "auto",
@@ -315,7 +306,7 @@ class Plan:
         return made
 
     @checked
-    def save(self, path: File) -> None:
+    def save(self, path: arguments.File) -> None:
         """Write the plan with its inputs, as YAML for ``.yaml`` and ``.yml``, else as JSON; `hetis.load_plan` reads it.
 
         Raises:
