@@ -89,9 +89,9 @@ def bullets(lines: Iterable[RenderableType]) -> Table:
     return made
 
 
-def section(title: str, body: RenderableType) -> RenderableType:
+def section(title: str, body: RenderableType, *, style: str = "bold") -> RenderableType:
     """Return a body below a bold title."""
-    return Group(Text(f"\n{title}", style="bold"), Padding(body, (0, 0, 0, 1)))
+    return Group(Text(f"\n{title}", style=style), Padding(body, (0, 0, 0, 1)))
 
 
 class SimulationRemarks(NamedTuple):

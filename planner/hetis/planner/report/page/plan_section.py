@@ -27,6 +27,7 @@ from hetis.planner.report.page.blocks import (
     Tiles,
     Waterfall,
     Waterfalls,
+    grid_of,
 )
 from hetis.planner.report.page.fleet_map import MAX_NAMED, fleet_map, replica_name, shape_letter
 from hetis.planner.report.plan import (
@@ -316,35 +317,23 @@ def _limits(plan: Plan) -> Scale:
 def _replicas(groups: Sequence[ReplicaGroup], unit: str, *, lettered: bool) -> Grid:
     """Return the table of replicas, their KV room in ``unit``; if ``lettered``, with the letters of the map."""
 
-    def row(number: int, group: ReplicaGroup) -> tuple[str, ...]:
-        one = group.first
+    def name(number: int, group: ReplicaGroup) -> str:
         letter = f"{shape_letter(number)}: " if lettered else ""
         equal = f" and {len(group.numbers) - 1:,} equal" if len(group.numbers) > 1 else ""
-        return (
-            f"{letter}{replica_name(group.numbers[0], one.role)}{equal}",
-            f"{digits(one.rate, 4)}",
-            "" if one.role is Role.DECODE else seconds(one.ttft_s),
-            "" if one.role is Role.PREFILL else seconds(one.tpot_s),
-            "" if one.role is Role.PREFILL else _seats(one),
-            "" if one.role is Role.DECODE else f"{one.chunk_tokens}",
-            tokens(one.kv_tokens),
-            f"{len(one.devices()):,}",
-        )
+        return f"{letter}{replica_name(group.numbers[0], group.first.role)}{equal}"
 
     rest = groups[MAX_SHAPES:]
-    return Grid(
+    return grid_of(
+        [(name(number, group), group.first) for number, group in enumerate(groups[:MAX_SHAPES])],
+        ("'replica", lambda one: one[0]),
+        ("requests/s saturated", lambda one: digits(one[1].rate, 4)),
+        ("TTFT p95", lambda one: "" if one[1].role is Role.DECODE else seconds(one[1].ttft_s)),
+        ("TPOT mean", lambda one: "" if one[1].role is Role.PREFILL else seconds(one[1].tpot_s)),
+        ("seats × in flight", lambda one: "" if one[1].role is Role.PREFILL else _seats(one[1])),
+        ("chunk", lambda one: "" if one[1].role is Role.DECODE else f"{one[1].chunk_tokens}"),
+        (f"KV {unit}", lambda one: tokens(one[1].kv_tokens)),
+        ("GPUs", lambda one: f"{len(one[1].devices()):,}"),
         title="Replicas",
-        columns=(
-            "'replica",
-            "requests/s saturated",
-            "TTFT p95",
-            "TPOT mean",
-            "seats × in flight",
-            "chunk",
-            f"KV {unit}",
-            "GPUs",
-        ),
-        rows=tuple(row(number, group) for number, group in enumerate(groups[:MAX_SHAPES])),
         note=f"and {plural(len(rest), 'more shape')} of replicas" if rest else "",
     )
 
@@ -460,14 +449,13 @@ def _prices(plan: Plan, *, has_market: bool) -> Grid:
 
 
 def _runners_up(plan: Plan) -> Grid:
-    return Grid(
+    return grid_of(
+        distinct_runners_up(plan),
+        ("'a replica of", lambda one: shape_words(one.shape)),
+        ("requests/s", lambda one: digits(one.rate)),
+        ("'why not", lambda one: reason_words(one.reason, one.rate)),
         title="Not chosen",
         intro="The closest alternatives, each with its saturated rate.",
-        columns=("'a replica of", "requests/s", "'why not"),
-        rows=tuple(
-            (shape_words(one.shape), digits(one.rate), reason_words(one.reason, one.rate))
-            for one in distinct_runners_up(plan)
-        ),
     )
 
 
