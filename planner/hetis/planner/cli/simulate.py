@@ -160,7 +160,6 @@ class SimulateOptions:
         return bool(getattr(self, name) != getattr(SimulateOptions, name))
 
     def refuse_unwritable(self) -> None:
-
         for name in ("perfetto", "requests_csv", "plot"):
             outputs.refuse_stdout(_spelled(name), getattr(self, name))
             outputs.refuse_unwritable(getattr(self, name))
