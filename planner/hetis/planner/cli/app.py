@@ -27,7 +27,7 @@ from hetis.planner.cli import (
     sharing,
     simulate,
 )
-from hetis.planner.cli.defaults import OptionForm, default_files, default_map
+from hetis.planner.cli.defaults import default_files, default_map
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.cli.failures import report_failure
 
@@ -133,11 +133,7 @@ def _defaults() -> dict[str, dict[str, Any]] | None:
         return None
     options = {
         verb: {
-            option.removeprefix("--"): OptionForm(
-                parameter=parameter.name,
-                is_flag=getattr(parameter, "is_flag", False),
-                is_repeatable=parameter.multiple,
-            )
+            option.removeprefix("--"): parameter
             for parameter in command.params
             for option in parameter.opts
             if option.startswith("--") and option != "--help"

@@ -11,22 +11,16 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
+
+from typer.core import TyperOption
 
 from hetis.formats.errors import DocumentError, Problem, did_you_mean, single_problem
 
 NAME = "hetis.toml"
 
 
-class OptionForm(NamedTuple):
-    """An option of a verb: the name of its parameter, and what it takes."""
-
-    parameter: str
-    is_flag: bool
-    is_repeatable: bool
-
-
-Options = Mapping[str, Mapping[str, OptionForm]]  # by verb and option name
+Options = Mapping[str, Mapping[str, TyperOption]]  # by verb and option name
 
 # Options by name, with the verbs in which they mean something else than in `place`, or than in any other verb if
 # `place` lacks them. Settings for all verbs do not reach them there; the table of the verb does.
@@ -109,7 +103,7 @@ def _settings(file: Path, options: Options, problems: list[Problem]) -> Iterator
     def wrong(message: str) -> None:
         problems.append(Problem(file=str(file), message=message))
 
-    def taken(key: str, value: Any, form: OptionForm) -> bool:
+    def taken(key: str, value: Any, form: TyperOption) -> bool:
         if what := _what_it_takes_instead(value, form):
             wrong(f"--{key} takes {what}, not {_shown(value)}")
         return not what
@@ -128,7 +122,7 @@ def _settings(file: Path, options: Options, problems: list[Problem]) -> Iterator
             wrong(f"--{key} means something else in each command: set it in the table of one of them: {only}")
         for verb, form in reached.items():
             if taken(key, value, form):
-                yield verb, form.parameter, _as_given(value, form)
+                yield verb, form.name, _as_given(value, form)
     groups = {verb.partition(".")[0] for verb in options if "." in verb}
     inner = {f"{name}.{verb}": table for name in groups & set(tables) for verb, table in tables[name].items()}
     for verb, table in ({name: table for name, table in tables.items() if name not in groups} | inner).items():
@@ -142,17 +136,17 @@ def _settings(file: Path, options: Options, problems: list[Problem]) -> Iterator
                 if (found := options[verb].get(key)) is None:
                     wrong(f"{verb} has no option --{key}{did_you_mean(key, options[verb])}")
                 elif taken(key, value, found):
-                    yield verb, found.parameter, _as_given(value, found)
+                    yield verb, found.name, _as_given(value, found)
 
 
-def _what_it_takes_instead(value: Any, option: OptionForm) -> str:
+def _what_it_takes_instead(value: Any, option: TyperOption) -> str:
     """Return what an option takes if it takes no value of this type; otherwise empty."""
     if option.is_flag:
         return "" if isinstance(value, bool) else "true or false"
-    values = value if option.is_repeatable and isinstance(value, list) else [value]
+    values = value if option.multiple and isinstance(value, list) else [value]
     if not any(isinstance(one, bool | list | dict) for one in values):
         return ""
-    return "text, a number, or a list of them" if option.is_repeatable else "one text or number"
+    return "text, a number, or a list of them" if option.multiple else "one text or number"
 
 
 def _shown(value: Any) -> str:
@@ -162,10 +156,10 @@ def _shown(value: Any) -> str:
     return "a list" if isinstance(value, list) else "a table" if isinstance(value, dict) else repr(value)
 
 
-def _as_given(value: Any, option: OptionForm) -> Any:
+def _as_given(value: Any, option: TyperOption) -> Any:
     """Return a value as the command line would pass it: text, a list of texts, or a bool for a flag."""
     if option.is_flag:
         return value
-    if option.is_repeatable:
+    if option.multiple:
         return [str(one) for one in (value if isinstance(value, list) else [value])]
     return str(value)
