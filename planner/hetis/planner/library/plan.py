@@ -18,16 +18,9 @@ from hetis.planner.library.arguments import checked, spelled_as_arguments
 from hetis.planner.report.figures import digits, percent, plural, seconds
 from hetis.planner.report.plan import less_than_planned, misses_as_planned
 from hetis.planner.report.simulation import level_words, simulation_document
+from hetis.planner.use_cases import simulate as simulating
 from hetis.planner.use_cases.compare import Figures, figures_of
 from hetis.planner.use_cases.service_level import DEFAULT, Statistic, share_within
-from hetis.planner.use_cases.simulate import (
-    Question,
-    Simulated,
-    answer,
-    at_settings,
-    default_requests,
-    sample_spacing_s,
-)
 from hetis.planner.use_cases.sources import engine_settings, inputs_from_documents
 from hetis.planner.use_cases.verdicts import level_to_hold, simulated_latencies
 from hetis.planner.use_cases.verification import rate_to_simulate, verification_of
@@ -55,7 +48,7 @@ Name = TypeVar("Name", bound=StrEnum)
 class Simulation:
     """The result of a plan under traffic; ``simulated`` contains all of it."""
 
-    simulated: Simulated
+    simulated: simulating.Simulated
     plan: solved.Plan
 
     @property
@@ -215,13 +208,13 @@ class Plan:
             rate_rps=rate_to_simulate(self.value, self.problem) if rate is None else rate,
         )
         given = engine_settings(max_num_seqs=max_num_seqs, chunk_tokens=(chunk_tokens,), kv_blocks=kv_blocks)
-        started = at_settings(self.value, self.problem, given)
-        plan, num_requests = started.plan, requests or default_requests(started.plan, load, level)
-        question = Question(
+        started = simulating.at_settings(self.value, self.problem, given)
+        plan, num_requests = started.plan, requests or simulating.default_requests(started.plan, load, level)
+        question = simulating.Question(
             load=load,
             num_requests=num_requests,
             seeds=tuple(range(seed, seed + seeds)),
-            settings=Settings(sample_every_s=None if sweep else sample_spacing_s(plan, load, num_requests)),
+            settings=Settings(sample_every_s=None if sweep else simulating.sample_spacing_s(plan, load, num_requests)),
             limits=plan.objective,
             service_level=level,
             sweeps=sweep,
@@ -229,7 +222,9 @@ class Plan:
             engine_settings=given,
             changes=started.changes,
         )
-        found = answer(plan, started.problem, question, processes=1, cancelled=threading.Event(), report=silent)
+        found = simulating.answer(
+            plan, started.problem, question, processes=1, cancelled=threading.Event(), report=silent
+        )
         return Simulation(simulated=found, plan=plan)
 
     @checked
