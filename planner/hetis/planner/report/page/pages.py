@@ -9,17 +9,8 @@ from importlib import metadata
 from itertools import islice
 from types import MappingProxyType
 
+from hetis.planner.report import comparison
 from hetis.planner.report.changes import MAX_STEPS, change_cost_words, change_counts, lowest_words, step_rows
-from hetis.planner.report.comparison import (
-    change_lines,
-    engine_words,
-    model_words,
-    offer_headings,
-    offer_row,
-    side_rows,
-    simulated_means,
-    verdict_words,
-)
 from hetis.planner.report.differences import LIMITS, difference_words, differences, is_one_question
 from hetis.planner.report.figures import digits, percent, plural, seconds, tokens
 from hetis.planner.report.page.blocks import (
@@ -94,7 +85,7 @@ def comparison_page(compared: Sequence[Compared], inputs: Inputs, objective: Obj
         blocks.append(Sentences(title="Without a plan", terms=without))
     if failed := tuple((one.name, "; ".join(one.reasons)) for one in compared if one.plan is not None and one.reasons):
         blocks.append(Sentences(title="Simulation or another search failed", terms=failed))
-    words = engine_words(compared)
+    words = comparison.engine_words(compared)
     lead = problem_line(inputs, objective) + (f"; {words}" if words else "")
     sections = [Section(anchor="beside", heading="Strategies side by side", lead=lead, blocks=tuple(blocks))]
     if with_plan:
@@ -107,13 +98,14 @@ def comparison_page(compared: Sequence[Compared], inputs: Inputs, objective: Obj
 def what_if_page(found: WhatIf) -> str:
     """Return the page of two fleets: their figures, what is proven about the difference, and both plans."""
     inputs = found.before.loaded.inputs
+    change = tuple(" ".join(line) for line in comparison.change_lines(found.change, found.before))
     blocks: list[Block] = [
-        Sentences(title="The change", lines=tuple(" ".join(line) for line in change_lines(found.change, found.before))),
+        Sentences(title="The change", lines=change),
         Grid(
-            title="Before and after", columns=("'", "before", "after"), rows=tuple(side_rows(found)),
-            note=model_words(found.objective),
+            title="Before and after", columns=("'", "before", "after"), rows=tuple(comparison.side_rows(found)),
+            note=comparison.model_words(found.objective),
         ),
-        Sentences(title="Difference of the best plans", lines=(verdict_words(found),)),
+        Sentences(title="Difference of the best plans", lines=(comparison.verdict_words(found),)),
     ]  # fmt: skip
     if found.plan_change is not None:
         blocks.append(Sentences(title="Replicas", lines=(change_counts(found.plan_change),)))
@@ -222,10 +214,10 @@ def _market_section(found: BuyNext, *, anchor: str, heading: str, known: Plan | 
         Grid(
             title="The market, best purchase per dollar first",
             intro=f"{plural(found.count, 'GPU')} of one type added, and everything solved again.",
-            columns=("'GPU", *(heading.replace("\n", " ") for heading in offer_headings(found)[1:-1]), "'"),
-            rows=tuple(tuple(offer_row(offer)) for offer in found.offers),
+            columns=("'GPU", *(heading.replace("\n", " ") for heading in comparison.offer_headings(found)[1:-1]), "'"),
+            rows=tuple(tuple(comparison.offer_row(offer)) for offer in found.offers),
             note="Gain: between the plans found, for all added GPUs. Proven: the range that both bounds allow. "
-            + model_words(found.objective, known),
+            + comparison.model_words(found.objective, known),
         )
     )  # fmt: skip
     if found.left_out:
@@ -288,7 +280,7 @@ def side_by_side(
             for name, plan, inputs in rows
         ),
         strong=best,
-        note=simulated_means(plan for _, plan, _ in rows) if are_simulated else "",
+        note=comparison.simulated_means(plan for _, plan, _ in rows) if are_simulated else "",
     )
     if differing:
         terms = tuple((f"{subject[0].upper()}{subject[1:]}", words) for subject, words in differing.items())

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from hetis.planner.report import plan as plan_report
 from hetis.planner.report.explanation import memory_shares, time_shares
 from hetis.planner.report.figures import digits, gigabytes, percent, percent_at_least, plural, seconds, tokens
 from hetis.planner.report.page.axes import chart_of
@@ -30,26 +31,6 @@ from hetis.planner.report.page.blocks import (
     grid_of,
 )
 from hetis.planner.report.page.fleet_map import MAX_NAMED, fleet_map, replica_name, shape_letter
-from hetis.planner.report.plan import (
-    beside_by_rates,
-    beside_engines,
-    beside_equal_stages,
-    by_unified,
-    distinct_runners_up,
-    excludes_unified,
-    folded,
-    is_below_model,
-    less_than_planned,
-    limits,
-    misses_as_planned,
-    misses_demand,
-    price_cells,
-    problem_title,
-    promised_figures,
-    range_of,
-    simple_setups,
-    verdict,
-)
 from hetis.planner.report.replica import stage_rows, unit_of_room
 from hetis.planner.report.simulation_pictures import Panel
 from hetis.planner.report.tables import SimulationRemarks, kept_beyond
@@ -100,7 +81,7 @@ def plan_section(
     return Section(
         anchor=anchor,
         heading=name,
-        lead=problem_title(problem).plain,
+        lead=plan_report.problem_title(problem).plain,
         blocks=tuple(_blocks(plan, problem, panels, traffic, has_market=has_market)),
     )
 
@@ -135,8 +116,8 @@ def _blocks(
         yield _prices(plan, has_market=has_market)
     yield Sentences(
         title="Simpler setups",
-        lines=tuple(simple_setups(plan)),
-        intro=f"One GPU type per replica and equal layers per stage{by_unified(plan)}, "
+        lines=tuple(plan_report.simple_setups(plan)),
+        intro=f"One GPU type per replica and equal layers per stage{plan_report.by_unified(plan)}, "
         "the best of each under the same limits.",
     )
     if plan.runners_up:
@@ -149,10 +130,10 @@ def _blocks(
 
 
 def _tiles(plan: Plan, problem: PlacementProblem) -> Iterator[Tile]:
-    kept, kind, figures = less_than_planned(plan), plan.objective.kind, promised_figures(plan, problem)
-    expected = range_of(plan)
+    kept, expected = plan_report.less_than_planned(plan), plan_report.range_of(plan)
+    kind, figures = plan.objective.kind, plan_report.promised_figures(plan, problem)
     span = "" if expected is None else f"{digits(expected.rate.low)} to {digits(expected.rate.high)} by profile errors"
-    by_model = "by the model; simulated traffic misses them" if misses_as_planned(plan) else span
+    by_model = "by the model; simulated traffic misses them" if plan_report.misses_as_planned(plan) else span
     yield Tile(
         label="Throughput" if kind is ObjectiveKind.THROUGHPUT else "Served within the limits",
         value=digits(figures.rate_rps),
@@ -160,7 +141,7 @@ def _tiles(plan: Plan, problem: PlacementProblem) -> Iterator[Tile]:
         note=by_model if kept is None else f"simulated; by the model {digits(plan.result.value)}",
     )
     if (demand_rps := plan.objective.demand_rps) is not None:
-        missed = misses_demand(plan)
+        missed = plan_report.misses_demand(plan)
         yield Tile(
             label="Demand",
             value=digits(demand_rps),
@@ -205,13 +186,13 @@ def _tiles(plan: Plan, problem: PlacementProblem) -> Iterator[Tile]:
 
 def _against_today(plan: Plan) -> Iterator[Tile]:
     """Yield the plan beside equal stages, alike: both as simulated, or both by the model."""
-    ours, theirs, are_simulated = beside_by_rates(plan)
+    ours, theirs, are_simulated = plan_report.beside_by_rates(plan)
     if theirs is not None and theirs > 0:
         ratio = ours / theirs - 1.0
         good = ratio > 0 if plan.objective.maximises else ratio < 0
         sign = "+" if ratio > 0 else "−" if ratio < 0 else ""
-        value = f"{digits(theirs)} {plan.result.unit}{by_unified(plan)}"
-        by = "by the model; equal stages, not simulated: " if is_below_model(plan) else "equal stages: "
+        value = f"{digits(theirs)} {plan.result.unit}{plan_report.by_unified(plan)}"
+        by = "by the model; equal stages, not simulated: " if plan_report.is_below_model(plan) else "equal stages: "
         by = "in simulation; equal stages: " if are_simulated else by
         yield Tile(
             label="Compared with today's practice",
@@ -248,7 +229,8 @@ def _simulated(plan: Plan) -> Iterator[Tile]:
 
 def _worth(plan: Plan) -> Scale:
     """Return the value next to its bound and to equal stages, today's practice."""
-    result, expected, (_, theirs, are_simulated) = plan.result, range_of(plan), beside_by_rates(plan)
+    result, expected = plan.result, plan_report.range_of(plan)
+    _, theirs, are_simulated = plan_report.beside_by_rates(plan)
     beside = theirs or 0.0
     band = (expected.rate.low, expected.rate.high) if expected is not None and plan.objective.maximises else None
     known = [result.value, beside, *(band or ()), *([result.bound] if math.isfinite(result.bound) else [])]
@@ -263,20 +245,20 @@ def _worth(plan: Plan) -> Scale:
             strong=True,
         )
     ]
-    if (kept := less_than_planned(plan)) is not None:
+    if (kept := plan_report.less_than_planned(plan)) is not None:
         simulated = f"{digits(kept.rate_rps, 4)} {result.unit}" if kept.rate_rps else "none of the rates tried"
         rows.append(ScaleRow(label="Kept, simulated", text=simulated, share=kept.rate_rps / axis))
     if beside:
-        label = "Equal stages (unified)" if excludes_unified(plan) else "Equal stages"
+        label = "Equal stages (unified)" if plan_report.excludes_unified(plan) else "Equal stages"
         label += ", simulated" if are_simulated else ""
         rows.append(ScaleRow(label=label, text=f"{digits(beside, 4)} {result.unit}", share=beside / axis))
     bound = f"bound {digits(result.bound, 4)} {result.unit}" if math.isfinite(result.bound) else "no bound"
-    notes = [f"The line is the {bound}: {verdict(plan)}."]
+    notes = [f"The line is the {bound}: {plan_report.verdict(plan)}."]
     if band:
         notes.append("The band shows the effect of the errors of the profiles.")
-    if (words := beside_equal_stages(plan)) is not None:
+    if (words := plan_report.beside_equal_stages(plan)) is not None:
         notes.append(f"Equal stages are the usual setup of engines without a planner: {words}.")
-    if engines := beside_engines(plan, hints=False):
+    if engines := plan_report.beside_engines(plan, hints=False):
         notes.append(f"What other engines would serve: {'; '.join(engines)}.")
     return Scale(title=f"How good it is: {result.objective.value}", rows=tuple(rows), note=" ".join(notes))
 
@@ -284,7 +266,7 @@ def _worth(plan: Plan) -> Scale:
 def _limits(plan: Plan) -> Scale:
     simulated, rows, without = verification_of(plan), list[ScaleRow](), list[str]()
     found = [] if simulated is None else limited_latencies(simulated, plan)
-    for each in limits(plan):
+    for each in plan_report.limits(plan):
         name, reached, limit = each.name, each.value_s, each.limit_s
         remarks = f" ({', '.join(each.remarks())})" if each.remarks() else ""
         if limit is None:
@@ -441,7 +423,7 @@ def _prices(plan: Plan, *, has_market: bool) -> Grid:
         columns=("'GPU", *where, "there", "used", "as workers", *others, "idle", "marginal price"),
         rows=tuple(
             (price.gpu, *([price.zone] if zones else []), *cells)
-            for price, cells in zip(plan.prices, price_cells(plan), strict=True)
+            for price, cells in zip(plan.prices, plan_report.price_cells(plan), strict=True)
         ),
         note="The marginal price is what one GPU of the class is worth where fractions of replicas are allowed."
         + ("" if has_market else f" {advice}"),
@@ -450,7 +432,7 @@ def _prices(plan: Plan, *, has_market: bool) -> Grid:
 
 def _runners_up(plan: Plan) -> Grid:
     return grid_of(
-        distinct_runners_up(plan),
+        plan_report.distinct_runners_up(plan),
         ("'a replica of", lambda one: shape_words(one.shape)),
         ("requests/s", lambda one: digits(one.rate)),
         ("'why not", lambda one: reason_words(one.reason, one.rate)),
@@ -464,7 +446,7 @@ def shape_words(shape: str) -> str:
     role, colon, stages = shape.rpartition(": ")
     found = [_STAGE.fullmatch(stage) for stage in stages.split(" | ")]
     if not all(found):
-        return folded(shape)
+        return plan_report.folded(shape)
     words = ", then ".join(_stage_words(match) for match in found if match is not None)
     return f"{role} only: {words}" if colon else words
 
@@ -496,7 +478,7 @@ def _profiles(plan: Plan, problem: PlacementProblem) -> Grid:
     """Return the origins of the profiles and their known errors."""
     used = {gpu for price in plan.prices if price.used for gpu in [price.gpu]} or set(problem.profiles)
     origins = _mapping(_mapping(plan.inputs.get("origins")).get("profiles"))
-    expected = range_of(plan)
+    expected = plan_report.range_of(plan)
     errors = {} if expected is None else expected.errors
     rows = list[tuple[str, ...]]()
     fits = used_fits({gpu: problem.profiles[gpu] for gpu in sorted(used)}, problem.model, problem.family.tp_sizes)
