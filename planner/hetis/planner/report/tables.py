@@ -73,11 +73,8 @@ def grid(*wraps: bool, rows: Iterable[Iterable[RenderableType]], gap: int = 2) -
 
 def facts(rows: Iterable[tuple[str, RenderableType]]) -> Table:
     """Return one fact per line, each after its name."""
-    made = Table.grid(padding=(0, 2))
-    made.add_column(style="dim", no_wrap=True)
-    made.add_column(overflow="fold")
-    for name, value in rows:
-        made.add_row(name, value)
+    made = grid(False, True, rows=rows)
+    made.columns[0].style = "dim"
     return made
 
 
