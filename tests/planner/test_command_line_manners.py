@@ -20,7 +20,7 @@ import yaml
 
 from hetis.planner.cli.app import app
 from hetis.planner.cli.app import run as run_verb
-from hetis.planner.cli.defaults import OWN_MEANING, OptionForm, default_map
+from hetis.planner.cli.defaults import OWN_MEANING, default_map
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.report.comparison import PUBLISHED_MEANS
 from hetis.planner.service.main import main as serve
@@ -307,8 +307,8 @@ def test_a_setting_for_all_verbs_leaves_options_of_another_meaning_alone(
 
 def test_a_cluster_for_all_verbs_is_no_name_of_a_cluster_on_a_planner(home: Path) -> None:
     """`agents` would ask for clusters/fleet.yaml; its own table reaches it."""
-    form = OptionForm(parameter="cluster", is_flag=False, is_repeatable=False)
-    options = {verb: {"cluster": form} for verb in ("place", "agents", "apply")}
+    (option,) = (one for one in GROUP.commands["place"].params if "--cluster" in one.opts)
+    options = {verb: {"cluster": option} for verb in ("place", "agents", "apply")}
     (home / "project/hetis.toml").write_text('cluster = "fleet.yaml"\n[agents]\ncluster = "night"\n')
     assert default_map(options, Path.cwd()) == {"place": {"cluster": "fleet.yaml"}, "agents": {"cluster": "night"}}
 

@@ -214,7 +214,7 @@ def test_ctrl_c_names_what_may_have_been_deleted(
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("hetis.planner.cli.deleting._delete", interrupted)
+    monkeypatch.setattr("hetis.planner.cli.deleting.called", interrupted)
     assert hetis_plan("delete", "plans", "day", "night") == ExitCode.INTERRUPTED
     said = "warning: no answer came: plans/day may have been deleted\nwarning: not tried: plans/night\n"
     assert capsys.readouterr() == ("", said)

@@ -10,7 +10,6 @@ import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
-from functools import partial
 from typing import Annotated, Any, Literal, TypeVar, dataclass_transform, get_type_hints
 
 import typer
@@ -34,12 +33,10 @@ def option(usage: str, default: Any = None, *, shown: str | Literal[True] = True
         panel: the panel of the help to which it belongs.
         **more: further arguments of `typer.Option`.
     """
-    usage, _, says = usage.partition(": ")
-    names = [word for word in usage.split() if word.startswith("-")]
-    form = usage.split()[len(names) :]
+    declared, _, says = usage.partition(": ")
     info = typer.Option(
-        *names,
-        metavar=form[0] if form else None,
+        *(word for word in declared.split() if word.startswith("-")),
+        metavar=form_of(usage),
         help=says or None,
         show_default=shown,
         rich_help_panel=panel or None,
@@ -48,9 +45,9 @@ def option(usage: str, default: Any = None, *, shown: str | Literal[True] = True
     return field(default=MISSING if default is ... else default, metadata={"option": info})
 
 
-def panel(name: str) -> Callable[..., Any]:
-    """Return `option` for one panel of the help."""
-    return partial(option, panel=name)
+def form_of(usage: str) -> str | None:
+    """Return the form of the value of an option that is declared so, if it has one."""
+    return next((word for word in usage.partition(": ")[0].split() if not word.startswith("-")), None)
 
 
 def ungrouped(function: Callable[..., T]) -> Callable[..., T]:

@@ -117,10 +117,8 @@ def _take_one_value_each(application: typer.Typer) -> None:
             _take_one_value_each(group.typer_instance)
 
 
-# Names of the parameters of the verb that runs whose values are those of `run_application`'s ``defaults``, or of the
-# environment, rather than of the command line.
-defaulted: ContextVar[frozenset[str]] = ContextVar("defaulted", default=frozenset())
-# Names of those whose values are from the command line.
+# Names of the parameters of the verb that runs whose values are from the command line, not from `run_application`'s
+# ``defaults`` or the environment.
 given: ContextVar[frozenset[str]] = ContextVar("given", default=frozenset())
 
 
@@ -131,8 +129,6 @@ class _Command(TyperCommand):
 
     def invoke(self, ctx: Any) -> Any:
         sources = {name: ctx.get_parameter_source(name) for name in ctx.params}
-        elsewhere = ("DEFAULT_MAP", "ENVIRONMENT")
-        defaulted.set(frozenset(name for name, source in sources.items() if source and source.name in elsewhere))
         given.set(frozenset(name for name, source in sources.items() if source and source.name == "COMMANDLINE"))
         return super().invoke(ctx)
 

@@ -27,8 +27,9 @@ from hetis.planner.cli import (
     sharing,
     simulate,
 )
-from hetis.planner.cli.defaults import OptionForm, default_files, default_map
+from hetis.planner.cli.defaults import default_files, default_map
 from hetis.planner.cli.exit_codes import ExitCode
+from hetis.planner.cli.failures import report_failure
 
 app = typer.Typer(
     name="hetis-plan",
@@ -101,7 +102,7 @@ def run(arguments: Sequence[str]) -> int:
         from hetis.planner.cli.completing import offer_completions
 
         offer_completions()
-    return run_application(app, "hetis-plan", arguments, _report_failure, defaults=lambda: _defaults_for(arguments))
+    return run_application(app, "hetis-plan", arguments, report_failure, defaults=lambda: _defaults_for(arguments))
 
 
 _NEED_NO_DEFAULTS = ("doctor", "version", "completion")
@@ -132,11 +133,7 @@ def _defaults() -> dict[str, dict[str, Any]] | None:
         return None
     options = {
         verb: {
-            option.removeprefix("--"): OptionForm(
-                parameter=parameter.name,
-                is_flag=getattr(parameter, "is_flag", False),
-                is_repeatable=parameter.multiple,
-            )
+            option.removeprefix("--"): parameter
             for parameter in command.params
             for option in parameter.opts
             if option.startswith("--") and option != "--help"
@@ -153,9 +150,3 @@ def _commands(group: Any) -> Iterator[tuple[str, Any]]:
             yield from ((f"{name}.{inner}", one) for inner, one in _commands(command))
         else:
             yield name, command
-
-
-def _report_failure(error: Exception) -> int:
-    from hetis.planner.cli.failures import report_failure  # only once something has failed
-
-    return report_failure(error)

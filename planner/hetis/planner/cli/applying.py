@@ -21,7 +21,7 @@ from hetis.planner.cli import options
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.cli.outputs import STDOUT, refuse_unwritable
 from hetis.planner.cli.resource_views import list_data, outcome, plan_summary, resource_data, wait_for_plan
-from hetis.planner.cli.server_verb import fetched, full_name, id_of
+from hetis.planner.cli.server_verb import called, fetched, full_name, id_of
 from hetis.planner.cli.values import NO_LIMIT
 from hetis.planner.client import CallError, Client, document_of_file
 from hetis.planner.convert.names import duration
@@ -31,15 +31,7 @@ from hetis.planner.use_cases.sources import impossible_profiles
 from hetis.solver.cluster import Cluster, GpuType
 from hetis.solver.plan import ObjectiveKind, Plan, Role
 from hetis.solver.profile import Profile
-from hetis.v1 import (
-    cluster_pb2,
-    cluster_service_pb2,
-    document_pb2,
-    plan_pb2,
-    plan_service_pb2,
-    profile_pb2,
-    profile_service_pb2,
-)
+from hetis.v1 import cluster_pb2, document_pb2, plan_pb2, plan_service_pb2, profile_pb2
 
 _MEAN_LENGTHS = re.compile(r"[\d.]+/[\d.]+")
 _NEEDS_DEMAND = (ObjectiveKind.COST, ObjectiveKind.GPUS)
@@ -64,29 +56,27 @@ def apply_resource(
     Raises:
         CallError: the planner refused something, or the cluster with this id has another name and not ``may_rename``.
     """
-    kind, messages, requests, calls, own = (
-        ("Cluster", cluster_pb2, cluster_service_pb2, client.clusters, id_of(value.name))
+    field, message, form, own = (
+        ("cluster", cluster_pb2.Cluster, document_pb2.DOCUMENT_KIND_CLUSTER, id_of(value.name))
         if isinstance(value, Cluster)
-        else ("Profile", profile_pb2, profile_service_pb2, client.profiles, id_of(value.gpu))
+        else ("profile", profile_pb2.Profile, document_pb2.DOCUMENT_KIND_PROFILE, id_of(value.gpu))
     )
-    field = kind.lower()
 
     def call(verb: str, **fields: Any) -> Any:
-        request = getattr(requests, f"{verb}{kind}Request")(**fields)
-        return getattr(getattr(calls, f"{verb}{kind}")(request), field)
+        fields |= {field: wanted, "validate_only": dry_run}
+        return getattr(called(client, verb, f"{field}s", **fields), field)
 
-    form = document_pb2.DocumentKind.Value(f"DOCUMENT_KIND_{kind.upper()}")
-    wanted = getattr(messages, kind)(name=f"{field}s/{own}", document=document(path, value, form))
+    wanted = message(name=f"{field}s/{own}", document=document(path, value, form))
     try:
         present = fetched(client, f"{field}s", wanted.name, basic=not isinstance(value, Cluster))
     except CallError as error:
         if error.reason != "NOT_FOUND":
             raise
-        return call("Create", **{f"{field}_id": own, field: wanted}, validate_only=dry_run), "created"
+        return call("Create", **{f"{field}_id": own}), "created"
     if isinstance(value, Cluster) and not may_rename:
         _refuse_other_name(wanted.name, value.name, _name_in(present.document))
     wanted.etag = present.etag
-    changed = call("Update", **{field: wanted}, validate_only=dry_run)
+    changed = call("Update")
     same = present.document.digest and present.document.digest == changed.document.digest
     return changed, "unchanged" if same else "updated"
 
@@ -139,10 +129,13 @@ class FileProblem:
 
     def _refuse_what_needs_a_search(self) -> None:
         """Refuse options of a search if there is none: they would be ignored."""
-        applied = ("cluster", "profile")  # files to apply, or the cluster of an imported plan
         groups = (self.goal, self.held_to, self.promise, self.family, self.replicas, self.search)
-        ignored = options.given_in(self.inputs, *groups, but=applied)
-        options.refuse_ignored("--model and --workload, without which nothing is solved", ignored)
+        applied = ("cluster", "profile")  # files to apply, or the cluster of an imported plan
+        ignored = [option for name, option in options.given_in(self.inputs, *groups).items() if name not in applied]
+        if ignored:
+            need = "need" if ignored[1:] else "needs"
+            what = " and ".join(filter(None, (", ".join(ignored[:-1]), ignored[-1])))
+            raise typer.BadParameter(f"{what} {need} --model and --workload, without which nothing is solved")
 
     def documents(self) -> Iterator[tuple[str, Value]]:
         """Yield path and value of the cluster file and of each profile. Raises DocumentError if one is not usable.
@@ -294,9 +287,8 @@ class Applying:
     def _refuse_what_needs_a_plan(self, *, is_new: bool, is_any: bool) -> None:
         """Refuse options about a plan if there is none, or none that is new: they would be ignored."""
         asked, new = self.asked, "--model and --workload, or --plan"
-        options.refuse_without(new, {"--name": asked.name or None}, is_given=is_new)
-        about_any = {"--activate": asked.activate or None, "--no-wait": asked.no_wait or None, "--out": asked.out}
-        options.refuse_without(f"{new}, or plans/NAME", about_any, is_given=is_new or is_any)
+        options.refuse_without(new, asked, "name", is_given=is_new)
+        options.refuse_without(f"{new}, or plans/NAME", asked, "activate", "no_wait", "out", is_given=is_new or is_any)
 
     def _refuse_what_needs_an_end(self) -> None:
         """Refuse to activate or save, without waiting for its search, a plan that does not exist yet."""

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from hetis.formats.command_line.terminal import Terminal
-from hetis.planner.cli import options, values
+from hetis.planner.cli import options, outputs, values
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.cli.options import group, panel, verb
 from hetis.planner.cli.place import judge
@@ -32,7 +32,6 @@ DIFF_EXAMPLES = """Examples:\n
   hetis-plan diff running.json next.json -o json | jq .change.counts"""
 
 _input, _fleet, _market, _change = map(panel, ("Inputs", "Another fleet", "What to buy", "What a change costs"))
-_time = partial(_change, parser=values.positive_duration)
 DEFAULT_COUNT = 1
 count_option = partial(
     _market, "--count N: GPUs of each type to add.", min=1, max=4096, shown=f"{DEFAULT_COUNT}"
@@ -57,9 +56,7 @@ class FleetOptions:
     )
     zone: str | None = _fleet("--zone ZONE: Zone of the added nodes.", shown="the fleet's first")
     nic: float | None = _fleet(
-        "--nic BANDWIDTH: Network card of the added nodes, such as 100Gbps.",
-        parser=values.bandwidth,
-        shown="the fleet's network",
+        "--nic BANDWIDTH: Network card of the added nodes, such as 100Gbps.", shown="the fleet's network"
     )
     buy_next: bool = _market("--buy-next: Try adding each GPU type on the market in turn and rank them by gain.", False)
     market: list[str] | None = _market(
@@ -75,15 +72,12 @@ class FleetOptions:
         changes = bool(self.add or self.remove)
         if self.buy_next and changes:
             raise typer.BadParameter("--buy-next starts from the unchanged fleet: leave out --add and --remove")
-        options.refuse_without(
-            "--buy-next", {"--market": self.market or None, "--count": self.count}, is_given=self.buy_next
-        )
+        options.refuse_without("--buy-next", self, "market", "count", is_given=self.buy_next)
         if not self.buy_next and not changes:
             raise typer.BadParameter("no change to study: give --add, --remove or --buy-next")
-        shape = {"--node-like": self.node_like, "--gpus-per-node": self.gpus_per_node, "--zone": self.zone}
-        for name, value in {**shape, "--nic": self.nic}.items():
-            if options.is_asked_for(name, value) and not self.add and not self.buy_next:
-                raise typer.BadParameter(f"{name} is of added nodes: it needs --add or --buy-next")
+        for name, shape in options.given_in(self).items():
+            if name in ("node_like", "gpus_per_node", "zone", "nic") and not self.add and not self.buy_next:
+                raise typer.BadParameter(f"{shape} is of added nodes: it needs --add or --buy-next")
 
 
 @group
@@ -109,18 +103,18 @@ def what_if(
     With --buy-next every GPU type on the market is added in turn and solved. Every solve has the full time limit;
     Ctrl-C once shows the results so far, Ctrl-C twice exits at once.
     """
-    from hetis.planner.cli.outputs import refuse_page, save_page, say_what_would_be_solved, warn_of_cut_requests
     from hetis.planner.jobs.kernels import compile_kernels
     from hetis.planner.report import comparison as report
+    from hetis.planner.report.page.pages import buy_next_page, what_if_page
     from hetis.planner.use_cases import what_if as asking
     from hetis.planner.use_cases.place import load
     from hetis.solver.cluster import Link
 
     fleet.refuse_half_a_question()
-    refuse_page(answer.html)
+    outputs.refuse_page(answer.html)
     request, settings = inputs.request(goal, replicas), search.settings(family, replicas)
     loaded, objective = load(request), request.objective
-    warn_of_cut_requests(terminal, loaded.inputs)
+    outputs.warn_of_cut_requests(terminal, loaded.inputs)
     cluster, nic = loaded.inputs.cluster, None
     if fleet.nic is not None:
         nic = Link(bytes_per_s=fleet.nic, latency_s=cluster.network.default.latency_s)
@@ -131,7 +125,7 @@ def what_if(
     )  # fmt: skip
     changed = asking.changed_inputs(loaded, wanted.change)
     if answer.dry_run:
-        return say_what_would_be_solved(
+        return outputs.say_what_would_be_solved(
             terminal, [(loaded.inputs, objective)], strategies=[family.strategy],
             solves=1 + (len(wanted.market) if fleet.buy_next else 1), time_limit_s=search.time_limit_s,
             engine=settings.engine,
@@ -152,10 +146,7 @@ def what_if(
             return asking.buy_next(loaded, objective, settings, market, shape, budget=budget, report=news)
 
         bought = searching(buy)
-        if answer.html is not None:
-            from hetis.planner.report.page.pages import buy_next_page
-
-            save_page(terminal, buy_next_page(bought), answer.html)
+        outputs.save_page(terminal, lambda: buy_next_page(bought), answer.html)
         terminal.emit(lambda: report.buy_next_document(bought), lambda: report.render_buy_next(bought))
         sides = [bought.before, *(offer.after for offer in bought.offers)]
     else:
@@ -165,10 +156,7 @@ def what_if(
             return asking.what_if(loaded, objective, settings, wanted.change, budget=budget, report=news)
 
         found = searching(solve)
-        if answer.html is not None:
-            from hetis.planner.report.page.pages import what_if_page
-
-            save_page(terminal, what_if_page(found), answer.html)
+        outputs.save_page(terminal, lambda: what_if_page(found), answer.html)
         terminal.emit(lambda: report.what_if_document(found), lambda: report.render_what_if(found))
         sides = [found.before, found.after]
     return ExitCode.INTERRUPTED if cancelled.is_set() else judge([side.outcome for side in sides])
@@ -198,13 +186,11 @@ class ReplanOptions:
     max_moves: int | None = _change(
         "--max-moves N: Maximum number of GPUs whose work may change.", min=0, shown="any number"
     )
-    horizon: float = _time(
+    horizon: float = _change(
         "--horizon TIME: Expected lifetime of the new plan, over which the cost of the change is spread.", "1h"
     )
-    restart: float = _time("--restart TIME: Time to restart an engine, excluding loading weights.", "30s")
-    load: float = _change(
-        "--load BANDWIDTH: Rate at which each GPU loads its weights.", "2GB/s", parser=values.bandwidth
-    )
+    restart: float = _change("--restart TIME: Time to restart an engine, excluding loading weights.", "30s")
+    load: float = _change("--load BANDWIDTH: Rate at which each GPU loads its weights.", "2GB/s")
 
 
 @group
@@ -225,15 +211,15 @@ def replan(
     present one: nodes that it lacks have left, new ones have joined. Ctrl-C once takes the best answer so far; Ctrl-C
     twice exits at once.
     """
-    from hetis.planner.cli.outputs import STDOUT, refuse_page, refuse_unwritable, save_or_tell, say_what_would_be_solved
     from hetis.planner.jobs.kernels import compile_kernels
     from hetis.planner.report.changes import render_replan, replan_document
+    from hetis.planner.report.page.pages import replan_page
     from hetis.planner.use_cases import replan as replanning
     from hetis.solver.replanning.change import ChangeCosts
     from hetis.solver.replanning.solve import Replanning
 
-    refuse_unwritable(answer.out)
-    refuse_page(answer.html, beside=answer.out)
+    outputs.refuse_unwritable(answer.out)
+    outputs.refuse_page(answer.html, beside=answer.out)
     posed = replanning.load_replanning(
         running=asked.running, cluster=asked.cluster, workload=asked.workload, model=asked.model,
         profiles=asked.profile or (), rate_rps=asked.rate, settings=search.settings_of(),
@@ -242,7 +228,7 @@ def replan(
     for warning in posed.warnings:
         terminal.warn(warning)
     if answer.dry_run:
-        return say_what_would_be_solved(
+        return outputs.say_what_would_be_solved(
             terminal, [(posed.loaded.inputs, posed.problem.objective)], strategies=[posed.settings.strategy],
             time_limit_s=search.time_limit_s, engine=posed.problem.family.engine,
         )  # fmt: skip
@@ -262,14 +248,10 @@ def replan(
     survival = replanning.survival_of(found.plan, posed)
     if survival is not None and not survival.survives:
         terminal.warn(f"the next plan does not survive the loss of any one {survival.place}: {survival}")
-
-    def page() -> str:
-        from hetis.planner.report.page.pages import replan_page
-
-        return replan_page(found, posed, costs)
-
-    saved = save_or_tell(terminal, found.plan, answer.out, html=answer.html, page=page)
-    if answer.out != STDOUT:
+    saved = outputs.save_or_tell(
+        terminal, found.plan, answer.out, html=answer.html, page=lambda: replan_page(found, posed, costs)
+    )
+    if answer.out != outputs.STDOUT:
         terminal.emit(lambda: replan_document(found, posed, costs), lambda: render_replan(found, posed, costs))
     if not saved:
         return ExitCode.INTERNAL

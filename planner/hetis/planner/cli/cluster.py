@@ -11,10 +11,12 @@ import typer
 
 from hetis.formats.command_line.terminal import Terminal
 from hetis.formats.discovery import FleetSource
+from hetis.formats.files import file_label, write_atomically
 from hetis.planner.cli import values
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.cli.files import EXAMPLE_LENGTHS, EXAMPLE_MODEL
-from hetis.planner.cli.options import group, is_asked_for, option, refuse_without, verb
+from hetis.planner.cli.options import given_in, group, option, refuse_without, verb
+from hetis.planner.cli.outputs import STDOUT, refuse_overwriting
 from hetis.planner.cli.server_verb import PlannerOptions, chosen_cluster, cluster_name_option, fetched
 from hetis.planner.report.figures import plural
 
@@ -61,9 +63,7 @@ class DiscoveryOptions:
     bandwidth: float | None = option(
         "--bandwidth RATE: Bandwidth between nodes.", parser=values.bandwidth, shown="100Gbps"
     )
-    latency: float | None = option(
-        "--latency TIME: Latency between nodes.", parser=values.positive_duration, shown="20us"
-    )
+    latency: float | None = option("--latency TIME: Latency between nodes.", shown="20us")
     cluster: str | None = cluster_name_option()
 
     def link(self) -> Link | None:
@@ -98,8 +98,6 @@ def discover(
     from hetis.formats.discovery.fleet import discovered, said_types, unmatched
     from hetis.formats.discovery.nvidia import read_nvml
     from hetis.formats.discovery.reading import read_inventory
-    from hetis.formats.files import file_label
-    from hetis.planner.cli.outputs import STDOUT, refuse_overwriting
 
     name, source, with_busy = asked.name, asked.source, asked.with_busy
     said, wrong = said_types(asked.gpu or ())
@@ -108,8 +106,8 @@ def discover(
     if name is not None and not (name.strip() and name.isprintable() and len(name) <= 200):
         raise typer.BadParameter(f"--name: {name[:40]!r} is not a name: 1 to 200 printable characters")
     of_agents = source is FleetSource.AGENTS
-    refuse_without("--from agents", {"--cluster": asked.cluster}, is_given=of_agents)
-    planner.refuse_without("--from agents", is_given=of_agents)
+    refuse_without("--from agents", asked, "cluster", is_given=of_agents)
+    refuse_without("--from agents", planner, is_given=of_agents)
     if files and source in (FleetSource.NVML, FleetSource.AGENTS):
         raise typer.BadParameter(f"--from {source.value} reads no files: leave out {files[0]}")
 
@@ -118,7 +116,7 @@ def discover(
 
     def written(inventory: Inventory, sources: Sequence[str], otherwise_named: str = "discovered") -> ExitCode:
         # Defaults may be about several fleets.
-        if is_asked_for("--gpu", said) and (wrong := unmatched(inventory, said)):
+        if "gpu" in given_in(asked) and (wrong := unmatched(inventory, said)):
             raise typer.BadParameter("; ".join(f"--gpu: {what}" for what in wrong))
         found = discovered(inventory, name=name or otherwise_named, link=asked.link(), said=said)
         return _write(terminal, found, sources, asked.out)
@@ -156,7 +154,6 @@ def _of_agents(client: Client, parent: str, with_busy: bool) -> Inventory:
 def _write(terminal: Terminal, found: Discovered, sources: Sequence[str], out: str) -> ExitCode:
     """Write the cluster file, and report what is left out of it, what is renamed and what is assumed."""
     from hetis.formats.discovery.fleet import file_text
-    from hetis.formats.files import write_atomically
 
     text = file_text(found, sources=sources)
     for what, lines in (("left out", found.left_out), ("renamed", found.renamed)):

@@ -11,22 +11,16 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
+
+from typer.core import TyperOption
 
 from hetis.formats.errors import DocumentError, Problem, did_you_mean, single_problem
 
 NAME = "hetis.toml"
 
 
-class OptionForm(NamedTuple):
-    """An option of a verb: the name of its parameter, and what it takes."""
-
-    parameter: str
-    is_flag: bool
-    is_repeatable: bool
-
-
-Options = Mapping[str, Mapping[str, OptionForm]]  # by verb and option name
+Options = Mapping[str, Mapping[str, TyperOption]]  # by verb and option name
 
 # Options by name, with the verbs in which they mean something else than in `place`, or than in any other verb if
 # `place` lacks them. Settings for all verbs do not reach them there; the table of the verb does.
@@ -105,6 +99,15 @@ def _settings(file: Path, options: Options, problems: list[Problem]) -> Iterator
         raise single_problem(str(file), f"is not valid TOML: {error}") from None
     except OSError as error:
         raise single_problem(str(file), f"cannot be read: {error}") from None
+
+    def wrong(message: str) -> None:
+        problems.append(Problem(file=str(file), message=message))
+
+    def taken(key: str, value: Any, form: TyperOption) -> bool:
+        if what := _what_it_takes_instead(value, form):
+            wrong(f"--{key} takes {what}, not {_shown(value)}")
+        return not what
+
     every = {name for names in options.values() for name in names}
     tables = {key: value for key, value in said.items() if isinstance(value, dict)}
     for key, value in said.items():
@@ -113,48 +116,37 @@ def _settings(file: Path, options: Options, problems: list[Problem]) -> Iterator
         having = {verb: names[key] for verb, names in options.items() if key in names}
         reached = {verb: form for verb, form in having.items() if verb not in OWN_MEANING.get(key, ())}
         if not having:
-            problems.append(
-                Problem(file=str(file), message=f"no command has an option --{key}{did_you_mean(key, every)}")
-            )
+            wrong(f"no command has an option --{key}{did_you_mean(key, every)}")
         elif not reached:
             only = ", ".join(f"[{verb}]" for verb in having)
-            message = f"--{key} means something else in each command: set it in the table of one of them: {only}"
-            problems.append(Problem(file=str(file), message=message))
+            wrong(f"--{key} means something else in each command: set it in the table of one of them: {only}")
         for verb, form in reached.items():
-            if _is_taken(key, value, form, file, problems):
-                yield verb, form.parameter, _as_given(value, form)
+            if taken(key, value, form):
+                yield verb, form.name, _as_given(value, form)
     groups = {verb.partition(".")[0] for verb in options if "." in verb}
     inner = {f"{name}.{verb}": table for name in groups & set(tables) for verb, table in tables[name].items()}
     for verb, table in ({name: table for name, table in tables.items() if name not in groups} | inner).items():
         if not isinstance(table, dict):
             group, _, key = verb.partition(".")
-            message = (
-                f"{group} has no option --{key}: set it in the table of one of its commands, such as [{group}.VERB]"
-            )
-            problems.append(Problem(file=str(file), message=message))
-            continue
-        if verb not in options:
-            problems.append(Problem(file=str(file), message=f"no command {verb!r}{did_you_mean(verb, options)}"))
-            continue
-        for key, value in table.items():
-            if key not in options[verb]:
-                hint = did_you_mean(key, options[verb])
-                problems.append(Problem(file=str(file), message=f"{verb} has no option --{key}{hint}"))
-            elif _is_taken(key, value, options[verb][key], file, problems):
-                yield verb, options[verb][key].parameter, _as_given(value, options[verb][key])
+            wrong(f"{group} has no option --{key}: set it in the table of one of its commands, such as [{group}.VERB]")
+        elif verb not in options:
+            wrong(f"no command {verb!r}{did_you_mean(verb, options)}")
+        else:
+            for key, value in table.items():
+                if (found := options[verb].get(key)) is None:
+                    wrong(f"{verb} has no option --{key}{did_you_mean(key, options[verb])}")
+                elif taken(key, value, found):
+                    yield verb, found.name, _as_given(value, found)
 
 
-def _is_taken(key: str, value: Any, option: OptionForm, file: Path, problems: list[Problem]) -> bool:
-    """Return whether an option takes a value of this type; otherwise add a problem."""
-    values = value if option.is_repeatable and isinstance(value, list) else [value]
+def _what_it_takes_instead(value: Any, option: TyperOption) -> str:
+    """Return what an option takes if it takes no value of this type; otherwise empty."""
     if option.is_flag:
-        wrong, takes = not isinstance(value, bool), "true or false"
-    else:
-        wrong = any(isinstance(one, bool | list | dict) for one in values)
-        takes = "text, a number, or a list of them" if option.is_repeatable else "one text or number"
-    if wrong:
-        problems.append(Problem(file=str(file), message=f"--{key} takes {takes}, not {_shown(value)}"))
-    return not wrong
+        return "" if isinstance(value, bool) else "true or false"
+    values = value if option.multiple and isinstance(value, list) else [value]
+    if not any(isinstance(one, bool | list | dict) for one in values):
+        return ""
+    return "text, a number, or a list of them" if option.multiple else "one text or number"
 
 
 def _shown(value: Any) -> str:
@@ -164,10 +156,10 @@ def _shown(value: Any) -> str:
     return "a list" if isinstance(value, list) else "a table" if isinstance(value, dict) else repr(value)
 
 
-def _as_given(value: Any, option: OptionForm) -> Any:
+def _as_given(value: Any, option: TyperOption) -> Any:
     """Return a value as the command line would pass it: text, a list of texts, or a bool for a flag."""
     if option.is_flag:
         return value
-    if option.is_repeatable:
+    if option.multiple:
         return [str(one) for one in (value if isinstance(value, list) else [value])]
     return str(value)

@@ -10,8 +10,9 @@ import typer
 from hetis.formats.command_line.terminal import WIDE, Terminal
 from hetis.planner.cli import options
 from hetis.planner.cli.exit_codes import ExitCode
+from hetis.planner.cli.failures import report_call_failure
 from hetis.planner.cli.options import group, option
-from hetis.planner.cli.server_verb import collection, full_name, server_verb
+from hetis.planner.cli.server_verb import called, collection, full_name, server_verb
 
 if TYPE_CHECKING:
     from hetis.planner.client import Client
@@ -62,7 +63,6 @@ def delete(
     is in use. 6, also after refusals: the planner is unreachable or busy, and nothing more was tried; what may have
     been deleted without an answer is named.
     """
-    from hetis.planner.cli.failures import report_call_failure
     from hetis.planner.client import CallError
 
     left = _names(what)
@@ -71,7 +71,7 @@ def delete(
     try:
         while left:
             try:
-                _delete(client, left[0], dry_run=how.dry_run)
+                called(client, "Delete", collection(left[0]), name=left[0], validate_only=how.dry_run)
             except CallError as error:
                 if error.code.name not in _OF_ONE:
                     is_in_doubt = error.reason in _MAY_BE_DONE or error.metadata.get("changed") == "unknown"
@@ -126,18 +126,6 @@ def _deletable(text: str) -> str:
     if kind not in DELETABLE:
         raise typer.BadParameter(f"{kind} cannot be deleted, only {', '.join(DELETABLE)}")
     return kind
-
-
-def _delete(client: Client, name: str, *, dry_run: bool) -> None:
-    from hetis.v1 import cluster_service_pb2, plan_service_pb2, profile_service_pb2
-
-    match collection(name):
-        case "clusters":
-            client.clusters.DeleteCluster(cluster_service_pb2.DeleteClusterRequest(name=name, validate_only=dry_run))
-        case "plans":
-            client.plans.DeletePlan(plan_service_pb2.DeletePlanRequest(name=name, validate_only=dry_run))
-        case _:
-            client.profiles.DeleteProfile(profile_service_pb2.DeleteProfileRequest(name=name, validate_only=dry_run))
 
 
 def _show(terminal: Terminal, deleted: Sequence[str], *, dry_run: bool) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from hetis.formats.command_line.terminal import Terminal
-from hetis.planner.cli import options, values
+from hetis.planner.cli import options, outputs, values
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.cli.options import group, panel, verb
 from hetis.planner.cli.searching import work_interruptibly
@@ -49,7 +49,7 @@ class RequestOptions:
     )
     profile: list[str] | None = options.profile_option()
     exact: bool = _search("--exact: Solve for the best whole head groups (MILP).", False)
-    time_limit: float = _search("--time-limit TIME: Time limit of --exact.", "10s", parser=values.positive_duration)
+    time_limit: float = _search("--time-limit TIME: Time limit of --exact.", "10s")
     seed: int = options.seed_option()
 
     def load(self) -> CostedStage:
@@ -66,8 +66,7 @@ class RequestOptions:
         if self.state is not None:
             return load_stage(self.state, profiles=self.profile or ())
         assert self.plan is not None
-        needed = "--state: a plan already contains its profiles"
-        options.refuse_without(needed, {"--profile": self.profile or None}, is_given=False)
+        options.refuse_without("--state: a plan already contains its profiles", self, "profile", is_given=False)
         return load_stage_of_plan(self.plan, replica=self.replica, stage=self.stage)
 
 
@@ -79,12 +78,11 @@ def dispatch(terminal: Terminal, *, asked: RequestOptions, answer: StateOptions)
 
     Requests that find no room are listed with what they lack and the others placed; the exit code is 3 then.
     """
-    from hetis.planner.cli.outputs import STDOUT, refuse_unwritable, save, saves
     from hetis.planner.report.dispatch import dispatch_document, explain_dispatch, render_dispatch
     from hetis.planner.use_cases import dispatch as dispatching
     from hetis.planner.use_cases.dispatch import load_new_requests
 
-    refuse_unwritable(answer.out)
+    outputs.refuse_unwritable(answer.out)
     loaded = asked.load()
     arrivals = load_new_requests(loaded, file=asked.requests, words=asked.request or ())
     announce_compilation(terminal)
@@ -98,8 +96,8 @@ def dispatch(terminal: Terminal, *, asked: RequestOptions, answer: StateOptions)
     sentences = tuple(explain_dispatch(found)) if answer.explain else None
     # Print the answer even if saving fails: then the machine is to blame, not the input.
     out = answer.out
-    saved = out is None or saves(terminal, "state", lambda: save(terminal, found.saved, out))
-    if out != STDOUT:
+    saved = out is None or outputs.saves(terminal, "state", lambda: outputs.save(terminal, found.saved, out))
+    if out != outputs.STDOUT:
         terminal.emit(lambda: dispatch_document(found, sentences), lambda: render_dispatch(found, sentences))
     if not saved:
         return ExitCode.INTERNAL
@@ -130,9 +128,7 @@ class RedispatchOptions:
         "--budget SIZE: Maximum KV to move, such as 10GiB.", parser=values.size, shown="no limit"
     )
     patience: float = _search(
-        "--patience SHARE: A move must pay within this share of its request's remaining steps.",
-        "25%",
-        parser=values.share,
+        "--patience SHARE: A move must pay within this share of its request's remaining steps.", "25%"
     )
     least_gain: float = _search(
         "--least-gain SHARE: Minimum gain, as a share of the makespan; below it nothing moves unless memory is short.",
@@ -141,9 +137,7 @@ class RedispatchOptions:
     )
     ahead: int = _search("--ahead: Decode steps to look ahead for KV growth.", 100, min=0, max=10**6)
     refill: float | None = _search(
-        "--refill TIME: Time to prefill one token of an evicted request again.",
-        parser=values.positive_duration,
-        shown="400us",
+        "--refill TIME: Time to prefill one token of an evicted request again.", shown="400us"
     )
 
 
@@ -160,11 +154,10 @@ def redispatch(terminal: Terminal, *, asked: RedispatchOptions, answer: MoveOpti
 
     Moves are found whether or not a trigger has fired; the report lists the triggers that have fired.
     """
-    from hetis.planner.cli.outputs import STDOUT, refuse_unwritable, save
     from hetis.planner.report.dispatch import explain_redispatch, redispatch_document, render_redispatch
     from hetis.planner.use_cases.dispatch import load_stage, redispatch_stage
 
-    refuse_unwritable(answer.out)
+    outputs.refuse_unwritable(answer.out)
     loaded = load_stage(asked.state, profiles=asked.profile or ())
     announce_compilation(terminal)
     found = redispatch_stage(
@@ -178,8 +171,8 @@ def redispatch(terminal: Terminal, *, asked: RedispatchOptions, answer: MoveOpti
     )
     sentences = tuple(explain_redispatch(found)) if answer.explain else None
     if answer.out is not None:
-        save(terminal, found.saved, answer.out)
-    if answer.out != STDOUT:
+        outputs.save(terminal, found.saved, answer.out)
+    if answer.out != outputs.STDOUT:
         terminal.emit(lambda: redispatch_document(found, sentences), lambda: render_redispatch(found, sentences))
     if answer.strict and found.plan.short_after >= 1:
         terminal.error(f"{found.plan.short_after:,.0f} KV blocks remain short or on draining devices")

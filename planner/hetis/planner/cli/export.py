@@ -12,8 +12,10 @@ import typer
 
 from hetis.engines.versions import Engine
 from hetis.formats.command_line.terminal import Terminal
+from hetis.formats.files import write_atomically
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.cli.options import PlanArgument, group, option, panel, verb
+from hetis.planner.cli.outputs import refuse_unwritable
 from hetis.planner.cli.server_verb import chosen_cluster, cluster_name_option, fetched, server_verb
 from hetis.planner.export import ExportDevice, ExportTarget
 
@@ -202,8 +204,6 @@ def upstreams(terminal: Terminal, client: Client, *, asked: UpstreamOptions) -> 
     agents. If none has reported by then, no list is written, and the exit code is 6. If some have, those are listed,
     unless --out has a list already: it is kept, and the exit code is 6. With --follow it is kept until all have.
     """
-    from hetis.formats.files import write_atomically
-    from hetis.planner.cli.outputs import refuse_unwritable
 
     if asked.to == "litellm" and not asked.model:
         raise typer.BadParameter("--to litellm needs --model, the name that clients use")

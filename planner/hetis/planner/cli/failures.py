@@ -1,4 +1,4 @@
-"""Conversion of errors into messages and exit codes. Imported only once something has failed."""
+"""Conversion of errors into messages and exit codes."""
 
 from __future__ import annotations
 
@@ -7,12 +7,9 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from hetis.formats.catalogue import UnknownNameError
 from hetis.formats.command_line.terminal import OutputFormat, Terminal, in_use
 from hetis.formats.errors import DocumentError, internal_error
 from hetis.planner.cli.exit_codes import ExitCode
-from hetis.planner.export.replicas import NotExportableError
-from hetis.planner.use_cases.versions import LIBRARIES
 from hetis.solver.errors import HetisError, InfeasibleError, InvalidProblemError, NoPlanFoundError, UncheckedPlanError
 
 if TYPE_CHECKING:
@@ -56,6 +53,10 @@ def refuse(
 
 def describe(error: Exception) -> tuple[ExitCode, str, list[str]]:
     """Return the exit code, the headline and the lines to print below it."""
+    from hetis.formats.catalogue import UnknownNameError
+    from hetis.planner.export.replicas import NotExportableError
+    from hetis.planner.use_cases.versions import LIBRARIES
+
     match error:
         case DocumentError():
             return ExitCode.INVALID, error.headline, [str(problem) for problem in error.problems]

@@ -11,9 +11,11 @@ import typer
 from hetis.formats.command_line.terminal import OutputFormat, Terminal
 from hetis.formats.command_line.verb import one_of
 from hetis.formats.errors import did_you_mean, single_problem
+from hetis.formats.files import write_atomically
 from hetis.planner.cli import values
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.cli.options import group, option, verb
+from hetis.planner.cli.outputs import refuse_overwriting
 from hetis.planner.report.figures import plural
 
 if TYPE_CHECKING:
@@ -54,8 +56,6 @@ def init(
     force: Annotated[bool, typer.Option("--force", help="Overwrite existing files.")] = False,
 ) -> ExitCode:
     """Write a sample cluster and workload file."""
-    from hetis.formats.files import write_atomically
-    from hetis.planner.cli.outputs import refuse_overwriting
 
     targets = {directory / name: text for name, text in SAMPLES.items()}
     refuse_overwriting(*targets, force=force)
@@ -109,7 +109,6 @@ def convert(
     asked: ConvertOptions,
 ) -> ExitCode:
     """Convert a trace of an engine, benchmark, gateway or data set to hetis' format."""
-    from hetis.formats.files import write_atomically
     from hetis.planner.report.figures import plural
     from hetis.planner.use_cases.files import convert as converted
     from hetis.planner.use_cases.files import trace_file

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from hetis.formats.command_line import groups
 from hetis.formats.command_line import verb as command_line
 from hetis.formats.command_line.groups import group as group
-from hetis.formats.command_line.groups import option as option
-from hetis.formats.command_line.groups import panel as panel
 from hetis.formats.command_line.verb import verb as verb
 from hetis.planner.cli import values
 from hetis.planner.use_cases.service_level import DEFAULT, ServiceLevel, Statistic, asked_level
@@ -25,7 +24,25 @@ if TYPE_CHECKING:
     from hetis.solver.plan import Objective
     from hetis.solver.problem import EngineRules, EngineSettings
 
+# Parsers by the form of a value.
+_PARSERS: Mapping[str | None, Callable[[str], Any]] = {
+    "BANDWIDTH": values.bandwidth,
+    "SHARE": values.share,
+    "SHARE|trace": values.prefix_hit_rate,
+    "TIME": values.positive_duration,
+}
+
 PlanArgument = Annotated[str, typer.Argument(metavar="PLAN", help="A plan file, or - for standard input.")]
+
+
+def option(usage: str, default: Any = None, **more: Any) -> Any:
+    """Declare a field of a group as an option, as `groups.option`; the form of its value says how it is read."""
+    return groups.option(usage, default, **({"parser": _PARSERS.get(groups.form_of(usage))} | more))
+
+
+def panel(name: str) -> Callable[..., Any]:
+    """Return `option` for one panel of the help."""
+    return partial(option, panel=name)
 
 
 # --- options of several verbs, each of which has its own group
@@ -42,7 +59,6 @@ prefix_hit_rate_option = partial(
     _input,
     "--prefix-hit-rate SHARE|trace: "
     "Share of prompt tokens that prefix caches hold: 0.4, 40%, or trace to count it by a Mooncake trace's hash ids.",
-    parser=values.prefix_hit_rate,
     shown="the workload's, or 0",
 )
 rate_option = partial(
@@ -62,7 +78,6 @@ attainment_option = partial(
     _goal,
     "--attainment SHARE: "
     "Share of simulated requests that must keep all limits (SLO attainment), instead of statistics; such as 90%.",
-    parser=values.share,
 )
 strategy_option = partial(
     _search,
@@ -71,9 +86,7 @@ strategy_option = partial(
     parser=values.strategy,
     autocompletion=values.strategy_names,
 )
-time_limit_option = partial(
-    _search, "--time-limit TIME: Return the best plan found by then.", parser=values.positive_duration
-)
+time_limit_option = partial(_search, "--time-limit TIME: Return the best plan found by then.")
 gap_option = partial(
     _search, "--gap GAP: Stop when the plan is proven this close to the best; 0.5% or 0.005.", parser=values.gap
 )
@@ -342,34 +355,22 @@ class VerificationOptions:
     verify: bool = verify_option()
 
 
-def refuse_without(needed: str, options: Mapping[str, object], *, is_given: bool) -> None:
-    """Refuse options (None: not given) that would be ignored without another one, unless a file of defaults or the
-    environment sets them.
+def refuse_without(needed: str, kind: Any, *names: str, is_given: bool) -> None:
+    """Refuse options of a group, the fields of these names or all, that would be ignored without another one.
 
-    Raises typer.BadParameter.
+    Those with their defaults are not refused, nor those that a file of defaults or the environment sets. Raises
+    typer.BadParameter.
     """
-    for name, value in options.items():
-        if is_asked_for(name, value) and not is_given:
-            raise typer.BadParameter(f"{name} needs {needed}")
+    for name, option in given_in(kind).items():
+        is_default = getattr(kind, name) == getattr(type(kind), name)
+        if not (is_given or is_default) and (name in names or not names):
+            raise typer.BadParameter(f"{option} needs {needed}")
 
 
-def refuse_ignored(needed: str, names: Sequence[str]) -> None:
-    """Refuse all of these options, which would be ignored without another one. Raises typer.BadParameter."""
-    if names:
-        first, last = ", ".join(names[:-1]), names[-1]
-        raise typer.BadParameter(f"{first} and {last} need {needed}" if first else f"{last} needs {needed}")
-
-
-def given_in(*groups: Any, but: Collection[str] = ()) -> list[str]:
-    """Return the options of groups, without the fields ``but``, that have values from the command line."""
-    given = command_line.given.get().difference(but)
-    options = [one for kind in groups for one in fields(kind) if one.name in given]
-    return [one.metadata["option"].default for one in options]  # typer takes the first name for the default
-
-
-def is_asked_for(name: str, value: object) -> bool:
-    """Return whether an option, such as ``--time-limit``, has a value (None: it has none) from the command line."""
-    return value is not None and name.removeprefix("--").replace("-", "_") not in command_line.defaulted.get()
+def given_in(*groups: Any) -> dict[str, str]:
+    """Return the options of groups that have values from the command line, by their fields."""
+    named = (one for kind in groups for one in fields(kind) if one.name in command_line.given.get())
+    return {one.name: one.metadata["option"].default for one in named}  # typer takes the first name for the default
 
 
 def engine_rules(name: str | None, strategy: str, limits: ReplicaLimits) -> EngineRules | None:

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Literal
 import typer
 
 from hetis.formats.command_line.terminal import Terminal
-from hetis.formats.documents import Value, dump
 from hetis.formats.errors import DocumentError, Problem, single_problem
 from hetis.formats.files import write_atomically
 from hetis.planner.cli.exit_codes import ExitCode
@@ -24,6 +23,7 @@ from hetis.solver.plan import Objective, Plan
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from hetis.formats.documents import Value
     from hetis.planner.use_cases.sources import Inputs
     from hetis.solver.problem import EngineRules
 
@@ -100,6 +100,8 @@ def save(terminal: Terminal, value: Value, path: Path) -> None:
 
     ``-`` stands for standard output.
     """
+    from hetis.formats.documents import dump
+
     if path == STDOUT:
         terminal.write(dump(value, "json"))
         return
@@ -118,13 +120,14 @@ def save_plans(terminal: Terminal, folder: Path, plans: Mapping[str, Plan]) -> N
         save(terminal, plan, folder / f"{name}.json")
 
 
-def save_page(terminal: Terminal, page: str, path: Path) -> None:
-    """Write the page to the file, or to standard output if the path is ``-``."""
+def save_page(terminal: Terminal, page: Callable[[], str], path: Path | None) -> None:
+    """Write the page to the file, or to standard output if the path is ``-``; without a path there is no page."""
     if path == STDOUT:
-        terminal.write(page)
-        return
-    write_atomically(path, page)
-    terminal.say(f"saved {path} ({len(page.encode()) / 1000:,.0f} kB)")
+        terminal.write(page())
+    elif path is not None:
+        text = page()
+        write_atomically(path, text)
+        terminal.say(f"saved {path} ({len(text.encode()) / 1000:,.0f} kB)")
 
 
 def save_or_tell(
@@ -138,9 +141,7 @@ def save_or_tell(
     saved = True
     if path is not None:
         saved = saves(terminal, "plan", lambda: save(terminal, plan, path))
-    if html is not None:
-        saved = saves(terminal, "page", lambda: save_page(terminal, page(), html)) and saved
-    return saved
+    return saves(terminal, "page", lambda: save_page(terminal, page, html)) and saved
 
 
 def saves(terminal: Terminal, what: str, write: Callable[[], None]) -> bool:

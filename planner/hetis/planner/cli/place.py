@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hetis.formats.command_line.terminal import OutputFormat, Terminal
-from hetis.planner.cli import options, values
+from hetis.planner.cli import options, outputs, values
 from hetis.planner.cli.exit_codes import ExitCode
+from hetis.planner.cli.failures import report_failure, say_failure
 from hetis.planner.cli.options import group, option, panel, verb
 from hetis.planner.cli.searching import search_interruptibly
 from hetis.solver.budget import Budget, Report
@@ -89,17 +90,11 @@ def place(
 
     Ctrl-C once prints and saves the best plan so far; Ctrl-C twice exits at once.
     """
-    from hetis.planner.cli.outputs import (
-        refuse_page,
-        refuse_unwritable,
-        say_what_would_be_solved,
-        warn_of_cut_requests,
-    )
     from hetis.planner.use_cases.place import load, pose, time_to_simulate_s
     from hetis.planner.use_cases.tightening import SEARCHES
 
-    refuse_unwritable(results.out)
-    refuse_page(results.html, beside=results.out)
+    outputs.refuse_unwritable(results.out)
+    outputs.refuse_page(results.html, beside=results.out)
     request = inputs.request(
         goal,
         replicas,
@@ -116,9 +111,9 @@ def place(
     request = replace(request, service_level=held_to.level(request.objective, verify=request.verify))
     loaded = load(request)
     problem = pose(request, loaded)
-    warn_of_cut_requests(terminal, loaded.inputs)
+    outputs.warn_of_cut_requests(terminal, loaded.inputs)
     if results.dry_run:
-        return say_what_would_be_solved(
+        return outputs.say_what_would_be_solved(
             terminal, [(loaded.inputs, problem.objective)], strategies=[family.strategy],
             time_limit_s=search.time_limit_s, again=SEARCHES if results.verify and not preferences.survive else 0,
             engine=problem.family.engine,
@@ -134,9 +129,8 @@ def finish(
     results: ResultOptions,
 ) -> ExitCode:
     """Solve with progress and Ctrl-C, save, print, and return the exit code, whatever the outcome."""
-    from hetis.planner.cli.failures import report_failure, say_failure
-    from hetis.planner.cli.outputs import STDOUT, save_or_tell
     from hetis.planner.jobs.kernels import compile_kernels
+    from hetis.planner.report.page.pages import ShownPlan, plans_page
     from hetis.planner.use_cases.place import missed
     from hetis.planner.use_cases.place import place as placed
 
@@ -148,8 +142,6 @@ def finish(
         return placed(request, loaded, problem, cancelled=cancelled, report=report)
 
     def page() -> str:
-        from hetis.planner.report.page.pages import ShownPlan, plans_page
-
         return plans_page([ShownPlan(name="The plan", plan=answer.plan, problem=problem)])
 
     try:
@@ -163,8 +155,8 @@ def finish(
         return say_failure(error, terminal)
     except NoPlanFoundError as error:
         return ExitCode.INTERRUPTED if cancelled.is_set() else report_failure(error, terminal)
-    saved = save_or_tell(terminal, answer.plan, results.out, html=results.html, page=page)
-    if results.out != STDOUT:
+    saved = outputs.save_or_tell(terminal, answer.plan, results.out, html=results.html, page=page)
+    if results.out != outputs.STDOUT:
         _print(terminal, answer)
     if not saved:
         return ExitCode.INTERNAL
@@ -252,16 +244,9 @@ def compare(
 
     Ctrl-C once stops the running strategy and shows the results so far; Ctrl-C twice exits at once.
     """
-    from hetis.planner.cli.outputs import (
-        refuse_page,
-        refuse_unwritable_plans,
-        save_page,
-        save_plans,
-        say_what_would_be_solved,
-        warn_of_cut_requests,
-    )
     from hetis.planner.jobs.kernels import compile_kernels
     from hetis.planner.report.comparison import comparison_document, render_comparison
+    from hetis.planner.report.page.pages import comparison_page
     from hetis.planner.use_cases.compare import compare_engines, simulate_plans
     from hetis.planner.use_cases.place import load
     from hetis.planner.use_cases.sources import ReplicaLimits
@@ -282,18 +267,18 @@ def compare(
     if ANY_ENGINE in rules and len(rules) > 1 and replicas.limits.given:
         terminal.warn(f"limits on replicas are not for engine {ANY_ENGINE}, whose replicas have none")
     plans = names if asked.engine is None else [f"{name}-{engine}" for name in names for engine in rules]
-    refuse_unwritable_plans(results.out, plans)
-    refuse_page(results.html)
+    outputs.refuse_unwritable_plans(results.out, plans)
+    outputs.refuse_page(results.html)
     request, settings = (
         inputs.request(goal, replicas, constraints),
         search.settings_of(keep_stages=replicas.max_stages is not None),
     )
     level = held_to.level(request.objective, verify=results.verify)
     loaded, objective = load(request), request.objective
-    warn_of_cut_requests(terminal, loaded.inputs)
+    outputs.warn_of_cut_requests(terminal, loaded.inputs)
     is_repeated = results.verify and not all(STRATEGIES[name].is_published for name in names)
     if results.dry_run:
-        return say_what_would_be_solved(
+        return outputs.say_what_would_be_solved(
             terminal, [(loaded.inputs, objective)], strategies=names, solves=len(names) * len(rules),
             again=SEARCHES if is_repeated else 0, time_limit_s=search.time_limit_s,
         )  # fmt: skip
@@ -310,11 +295,8 @@ def compare(
 
     compared = search_interruptibly(terminal, work, unit=objective.unit, cancelled=cancelled, so_far="the plans")
     if results.out is not None:
-        save_plans(terminal, results.out, {one.name: one.plan for one in compared if one.plan is not None})
-    if results.html is not None:
-        from hetis.planner.report.page.pages import comparison_page
-
-        save_page(terminal, comparison_page(compared, loaded.inputs, objective), results.html)
+        outputs.save_plans(terminal, results.out, {one.name: one.plan for one in compared if one.plan is not None})
+    outputs.save_page(terminal, lambda: comparison_page(compared, loaded.inputs, objective), results.html)
     terminal.emit(
         lambda: comparison_document(compared, loaded.inputs, objective),
         lambda: render_comparison(compared, loaded.inputs, objective),
@@ -340,9 +322,7 @@ def judge(compared: Sequence[Compared]) -> ExitCode:
 
 @group
 class LayersOptions:
-    time_limit: float = option(
-        "--time-limit TIME: Return the best placement found by then.", "60s", parser=values.positive_duration
-    )
+    time_limit: float = option("--time-limit TIME: Return the best placement found by then.", "60s")
     seed: int = options.seed_option()
     compare: bool = option("--compare/--no-compare: Also evaluate the placement with the highest flow.", True)
 

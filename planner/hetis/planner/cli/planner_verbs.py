@@ -17,6 +17,7 @@ import typer
 from hetis.formats.command_line.terminal import WIDE, OutputFormat, Terminal, in_use
 from hetis.planner.cli import options
 from hetis.planner.cli.exit_codes import ExitCode
+from hetis.planner.cli.failures import refuse
 from hetis.planner.cli.options import group, option, panel
 from hetis.planner.cli.server_verb import (
     IN_CLUSTER,
@@ -206,7 +207,6 @@ def status(terminal: Terminal, client: Client) -> ExitCode:
 
     Exits 6 if the planner is unreachable or not serving.
     """
-    from hetis.planner.cli.failures import refuse
     from hetis.planner.cli.resource_views import resource_data
     from hetis.v1 import plan_pb2
 
@@ -369,7 +369,6 @@ def rollback(
 
     The request names the plan to roll back, so that repeating it does not roll back twice.
     """
-    from hetis.planner.cli.failures import refuse
     from hetis.planner.cli.resource_views import outcome, plan_summary, resource_data, wait_for_plan
     from hetis.v1 import plan_service_pb2
 
@@ -398,7 +397,6 @@ def cancel(
 
     Also withdraws a plan in force, if there is no earlier plan to roll back to and nothing serves.
     """
-    from hetis.planner.cli.failures import refuse
     from hetis.planner.cli.resource_views import outcome, plan_summary, resource_data, wait_for_plan
     from hetis.v1 import plan_pb2, plan_service_pb2
 

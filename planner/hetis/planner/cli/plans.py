@@ -13,6 +13,7 @@ from hetis.planner.cli import options
 from hetis.planner.cli.changes import DEFAULT_COUNT, count_option
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.cli.options import PlanArgument, group, option, verb
+from hetis.planner.cli.outputs import refuse_unwritable_page, save_page
 from hetis.planner.cli.searching import search_interruptibly, simulate_interruptibly
 from hetis.planner.report.figures import plural
 from hetis.solver.budget import Budget, Report
@@ -128,10 +129,6 @@ class ReportOptions:
     time_limit: float | None = options.time_limit_option(shown=f"{BUY_NEXT_S:g}s")
     out: Path = option("--out FILE: HTML file to write; - writes to standard output.", Path("report.html"))
 
-    def refuse_what_would_be_ignored(self) -> None:
-        ignored = {"--count": self.count, "--time-limit": self.time_limit}
-        options.refuse_without("--buy-next", ignored, is_given=self.buy_next)
-
 
 @verb(prints_data=False)
 def report(
@@ -145,10 +142,9 @@ def report(
     The page is self-contained, has light and dark modes, and can be printed. Several plans are compared before each is
     shown. With --buy-next every plan is solved again for each GPU type on the market, each within --time-limit.
     """
-    from hetis.planner.cli.outputs import refuse_unwritable_page, save_page
     from hetis.planner.report.page.pages import ShownPlan, plans_page
 
-    asked.refuse_what_would_be_ignored()
+    options.refuse_without("--buy-next", asked, "count", "time_limit", is_given=asked.buy_next)
     refuse_unwritable_page(asked.out)
     found = _load_and_check(terminal, plans)
     cancelled = threading.Event()
@@ -158,7 +154,7 @@ def report(
         ShownPlan(name=name, plan=one.plan, problem=one.problem, curve=curve, market=market)
         for name, one, curve, market in zip(_names(plans), found, curves, bought, strict=True)
     ]
-    save_page(terminal, plans_page(shown), asked.out)
+    save_page(terminal, lambda: plans_page(shown), asked.out)
     return ExitCode.INTERRUPTED if cancelled.is_set() else ExitCode.OK
 
 

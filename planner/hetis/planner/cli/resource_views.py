@@ -23,7 +23,7 @@ from hetis.planner.cli.server_verb import fetched
 from hetis.planner.client import CallError, Client
 from hetis.planner.convert.names import last_part, word_of
 from hetis.planner.report.figures import bar, digits, gigabytes, percent, plural, seconds
-from hetis.planner.report.tables import SimulationRemarks, facts, kept_words, missed_words, table
+from hetis.planner.report.tables import SimulationRemarks, facts, kept_words, missed_words, table, table_of
 from hetis.solver.budget import Progress
 from hetis.v1 import (
     audit_service_pb2,
@@ -301,17 +301,15 @@ def plan_summary(plan: plan_pb2.Plan, steps: Sequence[plan_service_pb2.Transitio
     made = facts(_summary(plan))
     if not steps:
         return made
-    rows = (
-        (
-            str(step.wave),
-            word_of(plan_service_pb2.TransitionKind, step.kind).lower(),
-            last_part(step.replica),
-            ", ".join(step.devices),
-            f"{step.load_bytes / 2**30:,.0f} GiB" if step.load_bytes else "",
-        )
-        for step in steps
+    listed = table_of(
+        steps,
+        ("wave", lambda step: str(step.wave)),
+        ("'step", lambda step: word_of(plan_service_pb2.TransitionKind, step.kind).lower()),
+        ("'replica", lambda step: last_part(step.replica)),
+        ("'GPUs", lambda step: ", ".join(step.devices)),
+        ("loads", lambda step: f"{step.load_bytes / 2**30:,.0f} GiB" if step.load_bytes else ""),
     )
-    return Group(made, table("wave", "'step", "'replica", "'GPUs", "loads", rows=rows))
+    return Group(made, listed)
 
 
 def _summary(plan: plan_pb2.Plan) -> Iterator[tuple[str, RenderableType]]:

@@ -15,7 +15,8 @@ import typer
 
 from hetis.formats.command_line.terminal import Terminal, in_use
 from hetis.planner.cli.exit_codes import ExitCode
-from hetis.planner.cli.options import group, option, panel, refuse_without, verb
+from hetis.planner.cli.failures import report_call_failure
+from hetis.planner.cli.options import group, option, panel, verb
 
 if TYPE_CHECKING:
     from hetis.planner.client import Client, Connection
@@ -46,23 +47,11 @@ class PlannerOptions:
     key: Path | None = _planner("--key FILE: Key of the client certificate.", envvar="HETIS_KEY")
     token_file: Path | None = _planner("--token-file FILE: File with the bearer token.", envvar="HETIS_TOKEN_FILE")
 
-    def refuse_without(self, needed: str, *, is_given: bool) -> None:
-        """Refuse options that would be ignored without another one. Raises typer.BadParameter."""
-        given = {
-            "--server": None if self.server == DEFAULT_SERVER else self.server,
-            "--ca": self.ca,
-            "--cert": self.cert,
-            "--key": self.key,
-            "--token-file": self.token_file,
-        }
-        refuse_without(needed, given, is_given=is_given)
-
     def use(self, terminal: Terminal, use: Callable[[Client], ExitCode], *, is_endless: bool = False) -> ExitCode:
         """Call ``use`` with a client and return its exit code, or report a failed call and return its exit code.
 
         ``is_endless``: a watch waits indefinitely for a planner that does not answer.
         """
-        from hetis.planner.cli.failures import report_call_failure
         from hetis.planner.client import CallError, Client, Patience
 
         place = self._connection()
@@ -198,13 +187,20 @@ def id_of(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", text.lower())[:_MAX_ID].strip("-")
 
 
-def fetched(client: Client, what: str, name: str, *, basic: bool = False) -> Any:
-    """Read one resource of a collection; ``basic`` leaves out documents."""
-    from hetis.v1 import cluster_service_pb2, plan_service_pb2, profile_service_pb2, view_pb2
+def called(client: Client, verb: str, what: str, **fields: Any) -> Any:
+    """Call the method of a collection, such as ``GetPlan`` for ``Get`` and ``plans``, and return its response."""
+    from hetis.v1 import cluster_service_pb2, plan_service_pb2, profile_service_pb2
 
     plans, profiles = (client.plans, plan_service_pb2), (client.profiles, profile_service_pb2)
     own: dict[str, Any] = {"plans": plans, "profiles": profiles}
     service, requests = own.get(what, (client.clusters, cluster_service_pb2))
-    kind, view = KINDS[what], {"view": view_pb2.VIEW_BASIC} if basic else {}
-    answer = getattr(service, f"Get{kind}")(getattr(requests, f"Get{kind}Request")(name=name, **view))
-    return getattr(answer, kind.lower())
+    method = f"{verb}{KINDS[what]}"
+    return getattr(service, method)(getattr(requests, f"{method}Request")(**fields))
+
+
+def fetched(client: Client, what: str, name: str, *, basic: bool = False) -> Any:
+    """Read one resource of a collection; ``basic`` leaves out documents."""
+    from hetis.v1 import view_pb2
+
+    view = {"view": view_pb2.VIEW_BASIC} if basic else {}
+    return getattr(called(client, "Get", what, name=name, **view), KINDS[what].lower())

@@ -9,8 +9,9 @@ from typing import Annotated, Literal
 import typer
 
 from hetis.formats.command_line.terminal import Terminal
-from hetis.planner.cli import options
+from hetis.planner.cli import options, outputs
 from hetis.planner.cli.exit_codes import ExitCode
+from hetis.planner.cli.failures import report_failure
 from hetis.planner.cli.options import group, option, verb
 from hetis.planner.cli.searching import search_interruptibly, work_interruptibly
 from hetis.solver.budget import Budget, Report
@@ -61,8 +62,6 @@ def share(
     A tenant's value is the rate that its replicas reach, divided by the rate it would reach alone. Ctrl-C once shows
     and saves the best shares so far; Ctrl-C twice exits at once.
     """
-    from hetis.planner.cli.failures import report_failure
-    from hetis.planner.cli.outputs import refuse_unwritable_plans, save_plans, say_what_would_be_solved
     from hetis.planner.jobs.kernels import compile_kernels
     from hetis.planner.report.sharing import render_tenants, tenants_document
     from hetis.planner.use_cases.place import PlacementSettings
@@ -71,10 +70,10 @@ def share(
 
     out = asked.out
     loaded = load_tenancy(file, cluster=asked.cluster, profiles=asked.profile or (), strategy=asked.strategy)
-    refuse_unwritable_plans(out, [tenant.name for tenant in loaded.tenancy.tenants])
+    outputs.refuse_unwritable_plans(out, [tenant.name for tenant in loaded.tenancy.tenants])
     if asked.dry_run:
         given = zip(loaded.inputs, loaded.tenancy.tenants, strict=True)
-        return say_what_would_be_solved(
+        return outputs.say_what_would_be_solved(
             terminal, [(one.inputs, tenant.problem.objective) for one, tenant in given], strategies=[asked.strategy],
             time_limit_s=asked.time_limit,
         )  # fmt: skip
@@ -98,7 +97,7 @@ def share(
         return ExitCode.INTERRUPTED if cancelled.is_set() else report_failure(error, terminal)
     if out is not None:
         shares = found.answers[0].shares
-        save_plans(terminal, out, {one.name: one.plan for one in shares if one.plan is not None})
+        outputs.save_plans(terminal, out, {one.name: one.plan for one in shares if one.plan is not None})
         for one in shares:
             if one.plan is None:
                 terminal.say(f"{one.name} has no replica under this rule: no plan was saved for it")

@@ -12,7 +12,8 @@ import typer
 
 from hetis.formats.command_line.terminal import Terminal
 from hetis.formats.errors import DocumentError
-from hetis.planner.cli import options, values
+from hetis.formats.files import write_atomically
+from hetis.planner.cli import options, outputs, values
 from hetis.planner.cli.dispatch import announce_compilation
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.cli.options import PlanArgument, group, panel, verb
@@ -60,7 +61,6 @@ class SimulateOptions:
     prefix_hit_rate: Any = _traffic(  # a share or "trace", which typer's types cannot express
         "--prefix-hit-rate SHARE|trace: "
         "Share of prompt tokens that prefix caches hold: 0.4, 40%, or trace to count it per request by hash ids.",
-        parser=values.prefix_hit_rate,
         shown="that of the requests' source, or 0",
     )
     rate: float | None = _traffic(
@@ -78,9 +78,7 @@ class SimulateOptions:
     )
     sweep: bool = _goal("--sweep: Find the highest rate within the latency limits.", False)
     tolerance: float | None = _goal(
-        "--tolerance SHARE: Relative width to which --sweep brackets that rate.",
-        parser=values.share,
-        shown=f"{DEFAULT_TOLERANCE:.0%}",
+        "--tolerance SHARE: Relative width to which --sweep brackets that rate.", shown=f"{DEFAULT_TOLERANCE:.0%}"
     )
     ttft: float | None = options.ttft_option(shown="the plan's")
     tpot: float | None = options.tpot_option(shown="the plan's")
@@ -100,7 +98,6 @@ class SimulateOptions:
     )
     precision: float | None = _runs(
         "--precision SHARE: Half width of the 95% intervals, relative to the value, that --until-stable requires.",
-        parser=values.share,
         shown=f"{DEFAULT_PRECISION:.0%}",
     )
     threads: int = _runs("--threads: Runs to simulate in parallel, as processes; 0 means one per core.", 0, min=0)
@@ -148,32 +145,30 @@ class SimulateOptions:
             given = [name for name in (one, other) if name not in unset and self._has(name)]
             if len(given) < 2:
                 continue
-            defaults = [name for name in given if not options.is_asked_for(_spelled(name), getattr(self, name))]
+            defaults = [name for name in given if name not in options.given_in(self)]
             if len(defaults) != 1:
                 raise typer.BadParameter(message.format(_spelled(one), _spelled(other)))
             unset |= {name: getattr(SimulateOptions, name) for name in defaults}
         found = replace(self, **unset)
         if found.recorded and found.trace is None:
             raise typer.BadParameter("--recorded needs --trace: the plan has only request lengths")
-        options.refuse_without("--sweep", {"--tolerance": found.tolerance}, is_given=found.sweep)
-        options.refuse_without("--until-stable", {"--precision": found.precision}, is_given=found.until_stable)
+        options.refuse_without("--sweep", found, "tolerance", is_given=found.sweep)
+        options.refuse_without("--until-stable", found, "precision", is_given=found.until_stable)
         return found
 
     def _has(self, name: str) -> bool:
         return bool(getattr(self, name) != getattr(SimulateOptions, name))
 
     def refuse_unwritable(self) -> None:
-        from hetis.planner.cli.outputs import refuse_missing_library, refuse_page, refuse_stdout, refuse_unwritable
-
         for name in ("perfetto", "requests_csv", "plot"):
-            refuse_stdout(_spelled(name), getattr(self, name))
-            refuse_unwritable(getattr(self, name))
+            outputs.refuse_stdout(_spelled(name), getattr(self, name))
+            outputs.refuse_unwritable(getattr(self, name))
         if (plot := self.plot) is not None:
             if plot.suffix not in PICTURES:
                 known = " or ".join(PICTURES)
                 raise typer.BadParameter(f"{plot} is not a picture: --plot needs a file name that ends in {known}")
-            refuse_missing_library(PICTURES[plot.suffix], extra="plots", wanted_by=f"--plot {plot}")
-        refuse_page(self.html, beside=self.plot)
+            outputs.refuse_missing_library(PICTURES[plot.suffix], extra="plots", wanted_by=f"--plot {plot}")
+        outputs.refuse_page(self.html, beside=self.plot)
 
 
 def _spelled(name: str) -> str:
@@ -325,8 +320,7 @@ def _finish(terminal: Terminal, found: PlanAndProblem, question: Question, asked
 
 def _save(terminal: Terminal, simulated: Simulated, found: PlanAndProblem, asked: SimulateOptions) -> bool:
     """Save before printing, so that the files are saved even if the reader of stdout goes away."""
-    from hetis.formats.files import write_atomically
-    from hetis.planner.cli.outputs import save_page
+    from hetis.planner.report.page.pages import simulation_page
     from hetis.simulator.records import perfetto_json, requests_csv
 
     def write(path: Path, content: str | bytes) -> None:
@@ -343,10 +337,7 @@ def _save(terminal: Terminal, simulated: Simulated, found: PlanAndProblem, asked
             from hetis.planner.report.simulation_pictures import picture
 
             write(asked.plot, picture(simulated, found.plan, form=asked.plot.suffix))
-        if asked.html is not None:
-            from hetis.planner.report.page.pages import simulation_page
-
-            save_page(terminal, simulation_page(simulated, found.plan, found.problem), asked.html)
+        outputs.save_page(terminal, lambda: simulation_page(simulated, found.plan, found.problem), asked.html)
     except DocumentError as error:
         terminal.error("some files were not saved", [str(problem) for problem in error.problems])
         return False

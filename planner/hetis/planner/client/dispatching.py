@@ -18,7 +18,7 @@ from typing import Any, Self
 import grpc
 
 from hetis.planner.client.connection import DISPATCH_DEADLINE_S
-from hetis.planner.client.errors import CallError, FieldViolation, call_error
+from hetis.planner.client.errors import CallError, call_error
 from hetis.planner.failures import code_of_reason
 from hetis.v1 import dispatch_service_pb2 as pb
 from hetis.v1 import failure_pb2
@@ -261,7 +261,7 @@ def _error_of(failure: failure_pb2.Failure) -> CallError:
         code=code_of_reason(failure.reason),
         reason=name,
         metadata=failure.metadata,
-        violations=[FieldViolation(field=one.field, description=one.description) for one in failure.field_violations],
+        violations=failure.field_violations,
     )
 
 

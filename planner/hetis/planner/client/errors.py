@@ -17,17 +17,10 @@ from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2, status_pb2
 
 from hetis.solver.errors import HetisError
+from hetis.v1.failure_pb2 import FieldViolation
 
 _DETAILS_KEY = "grpc-status-details-bin"
 DOMAIN = "hetis"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FieldViolation:
-    """One wrong field of a request; ``field`` is its path, followed after ``#`` by a path inside a document."""
-
-    field: str
-    description: str
 
 
 class CallError(HetisError):
@@ -36,7 +29,8 @@ class CallError(HetisError):
     Attributes:
         reason: an ErrorReason without its prefix, such as ``ETAG_MISMATCH``; empty if gRPC itself raised it.
         metadata: the keys that ``failure.proto`` lists for the reason.
-        violations: every wrong field of the request, and every missing GPU.
+        violations: every wrong field of the request, and every missing GPU: its ``field`` is a path, followed after
+            ``#`` by a path inside a document, and has a ``description``.
         retry_after_s: when to try again; None if unknown.
     """
 

@@ -13,31 +13,8 @@ from hetis.formats import documents
 from hetis.formats.model import drafts
 from hetis.formats.traces import PrefixHitRate
 from hetis.planner.jobs.kernels import compile_kernels
-from hetis.planner.library.arguments import (
-    LISTED,
-    BelowOne,
-    ClusterOrFile,
-    Count,
-    CountOrZero,
-    Demand,
-    Duration,
-    File,
-    Files,
-    HitRate,
-    ModelOrName,
-    Path,
-    Quantity,
-    Share,
-    StatisticName,
-    Texts,
-    TpotLimit,
-    TtftLimit,
-    WorkloadOrName,
-    checked,
-    one_of,
-    read_by,
-    spelled_as_arguments,
-)
+from hetis.planner.library import arguments
+from hetis.planner.library.arguments import Path, Quantity, checked, one_of, read_by, spelled_as_arguments
 from hetis.planner.library.plan import Plan
 from hetis.planner.use_cases import place as placing
 from hetis.planner.use_cases.service_level import Statistic, asked_level
@@ -58,48 +35,48 @@ def _strategies() -> Iterable[str]:
 Drafts = Annotated[str, read_by(drafts)]
 Objective = Annotated[str, one_of(lambda: ObjectiveKind, "objective")]
 Strategy = Annotated[str, one_of(_strategies, "strategy")]
-Roles = Annotated[Sequence[Annotated[str, one_of(lambda: Role, "role")]], LISTED]
+Roles = Annotated[Sequence[Annotated[str, one_of(lambda: Role, "role")]], arguments.LISTED]
 Loss = Annotated[str, one_of(lambda: ("", *placing.PLACES), "loss")]
 
 
 @checked
 @spelled_as_arguments
 def place(
-    cluster: ClusterOrFile,
-    model: ModelOrName,
-    workload: WorkloadOrName,
+    cluster: arguments.ClusterOrFile,
+    model: arguments.ModelOrName,
+    workload: arguments.WorkloadOrName,
     *,
-    prefix_hit_rate: HitRate | None = None,
+    prefix_hit_rate: arguments.HitRate | None = None,
     objective: Objective = "goodput",
-    rate: Demand | None = None,
-    ttft: TtftLimit | None = "default",
-    tpot: TpotLimit | None = "default",
+    rate: arguments.Demand | None = None,
+    ttft: arguments.TtftLimit | None = "default",
+    tpot: arguments.TpotLimit | None = "default",
     weights: str | None = None,
     kv: str | None = None,
     mtp: Drafts | None = None,
-    pin: Texts = (),
-    forbid: Texts = (),
+    pin: arguments.Texts = (),
+    forbid: arguments.Texts = (),
     strategy: Strategy = DEFAULT_STRATEGY,
     roles: Roles = (),
     engine: str | None = None,
-    max_stages: Count | None = None,
-    max_gpus: Count | None = None,
-    min_layers: Count | None = None,
-    max_nodes: Count | None = None,
-    max_num_seqs: Count | None = None,
-    chunk_tokens: Sequence[Count] = (),
-    kv_blocks: Count | None = None,
-    profiles: Files = (),
-    simplest_within: BelowOne = 0.0,
+    max_stages: arguments.Count | None = None,
+    max_gpus: arguments.Count | None = None,
+    min_layers: arguments.Count | None = None,
+    max_nodes: arguments.Count | None = None,
+    max_num_seqs: arguments.Count | None = None,
+    chunk_tokens: Sequence[arguments.Count] = (),
+    kv_blocks: arguments.Count | None = None,
+    profiles: arguments.Files = (),
+    simplest_within: arguments.BelowOne = 0.0,
     survive: Loss = "",
-    time_limit: Duration | None = None,
-    gap: BelowOne = 0.001,
-    seed: CountOrZero = 0,
-    threads: CountOrZero = 1,
+    time_limit: arguments.Duration | None = None,
+    gap: arguments.BelowOne = 0.001,
+    seed: arguments.CountOrZero = 0,
+    threads: arguments.CountOrZero = 1,
     verify: bool = True,
-    ttft_statistic: StatisticName | None = None,
-    tpot_statistic: StatisticName | None = None,
-    attainment: Share | None = None,
+    ttft_statistic: arguments.StatisticName | None = None,
+    tpot_statistic: arguments.StatisticName | None = None,
+    attainment: arguments.Share | None = None,
     other_engines: bool = True,
     progress: Callable[[Progress], None] = silent,
 ) -> Plan:
@@ -201,7 +178,7 @@ def _limit(given: Quantity | None) -> float | None:
 
 
 @checked
-def load_cluster(path: File) -> Cluster:
+def load_cluster(path: arguments.File) -> Cluster:
     """Read a Cluster file.
 
     Raises:
@@ -211,7 +188,7 @@ def load_cluster(path: File) -> Cluster:
 
 
 @checked
-def load_plan(path: File) -> Plan:
+def load_plan(path: arguments.File) -> Plan:
     """Read a plan that `Plan.save` or ``hetis-plan place --out`` wrote; it contains its inputs.
 
     A plan whose inputs were altered since gives a UserWarning.

@@ -13,30 +13,14 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from hetis.formats.documents import dump, to_data
 from hetis.formats.files import write_atomically
 from hetis.planner.export.targets import Export
-from hetis.planner.library.arguments import (
-    Count,
-    CountOrZero,
-    File,
-    Rate,
-    Share,
-    StatisticName,
-    Texts,
-    checked,
-    spelled_as_arguments,
-)
+from hetis.planner.library import arguments
+from hetis.planner.library.arguments import checked, spelled_as_arguments
 from hetis.planner.report.figures import digits, percent, plural, seconds
 from hetis.planner.report.plan import less_than_planned, misses_as_planned
 from hetis.planner.report.simulation import level_words, simulation_document
+from hetis.planner.use_cases import simulate as simulating
 from hetis.planner.use_cases.compare import Figures, figures_of
 from hetis.planner.use_cases.service_level import DEFAULT, Statistic, share_within
-from hetis.planner.use_cases.simulate import (
-    Question,
-    Simulated,
-    answer,
-    at_settings,
-    default_requests,
-    sample_spacing_s,
-)
 from hetis.planner.use_cases.sources import engine_settings, inputs_from_documents
 from hetis.planner.use_cases.verdicts import level_to_hold, simulated_latencies
 from hetis.planner.use_cases.verification import rate_to_simulate, verification_of
@@ -64,7 +48,7 @@ Name = TypeVar("Name", bound=StrEnum)
 class Simulation:
     """The result of a plan under traffic; ``simulated`` contains all of it."""
 
-    simulated: Simulated
+    simulated: simulating.Simulated
     plan: solved.Plan
 
     @property
@@ -158,7 +142,7 @@ class Plan:
         return explain_plan(self.value, self.problem)
 
     @checked
-    def report(self, path: File | None = None, *, simulate: bool = False) -> str:
+    def report(self, path: arguments.File | None = None, *, simulate: bool = False) -> str:
         """Return the plan as one page of HTML that needs no network, and save it at ``path`` if given.
 
         ``simulate`` adds its simulated latencies at rates up to and above the planned one.
@@ -179,18 +163,18 @@ class Plan:
     def simulate(
         self,
         *,
-        rate: Rate | None = None,
-        requests: Count | None = None,
-        seeds: Count = 1,
-        seed: CountOrZero = 0,
+        rate: arguments.Rate | None = None,
+        requests: arguments.Count | None = None,
+        seeds: arguments.Count = 1,
+        seed: arguments.CountOrZero = 0,
         sweep: bool = False,
-        tolerance: Share = 0.02,
-        max_num_seqs: Count | None = None,
-        chunk_tokens: Count | None = None,
-        kv_blocks: Count | None = None,
-        ttft_statistic: StatisticName | None = None,
-        tpot_statistic: StatisticName | None = None,
-        attainment: Share | None = None,
+        tolerance: arguments.Share = 0.02,
+        max_num_seqs: arguments.Count | None = None,
+        chunk_tokens: arguments.Count | None = None,
+        kv_blocks: arguments.Count | None = None,
+        ttft_statistic: arguments.StatisticName | None = None,
+        tpot_statistic: arguments.StatisticName | None = None,
+        attainment: arguments.Share | None = None,
     ) -> Simulation:
         """Run the plan under Poisson arrivals of its workload in virtual time, in this process.
 
@@ -224,13 +208,13 @@ class Plan:
             rate_rps=rate_to_simulate(self.value, self.problem) if rate is None else rate,
         )
         given = engine_settings(max_num_seqs=max_num_seqs, chunk_tokens=(chunk_tokens,), kv_blocks=kv_blocks)
-        started = at_settings(self.value, self.problem, given)
-        plan, num_requests = started.plan, requests or default_requests(started.plan, load, level)
-        question = Question(
+        started = simulating.at_settings(self.value, self.problem, given)
+        plan, num_requests = started.plan, requests or simulating.default_requests(started.plan, load, level)
+        question = simulating.Question(
             load=load,
             num_requests=num_requests,
             seeds=tuple(range(seed, seed + seeds)),
-            settings=Settings(sample_every_s=None if sweep else sample_spacing_s(plan, load, num_requests)),
+            settings=Settings(sample_every_s=None if sweep else simulating.sample_spacing_s(plan, load, num_requests)),
             limits=plan.objective,
             service_level=level,
             sweeps=sweep,
@@ -238,18 +222,20 @@ class Plan:
             engine_settings=given,
             changes=started.changes,
         )
-        found = answer(plan, started.problem, question, processes=1, cancelled=threading.Event(), report=silent)
+        found = simulating.answer(
+            plan, started.problem, question, processes=1, cancelled=threading.Event(), report=silent
+        )
         return Simulation(simulated=found, plan=plan)
 
     @checked
     def export(
         self,
         target: str,
-        folder: File | None = None,
+        folder: arguments.File | None = None,
         *,
         force: bool = False,
         engine: str | None = None,
-        engine_options: Texts = (),
+        engine_options: arguments.Texts = (),
         model: str = "",
         served_name: str = "",
         dtype: str = "auto",
@@ -315,7 +301,7 @@ class Plan:
         return made
 
     @checked
-    def save(self, path: File) -> None:
+    def save(self, path: arguments.File) -> None:
         """Write the plan with its inputs, as YAML for ``.yaml`` and ``.yml``, else as JSON; `hetis.load_plan` reads it.
 
         Raises:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from rich.table import Table
 
 from hetis.formats.catalogue import GpuEntry, ModelEntry, WorkloadEntry
 from hetis.planner.report.figures import digits, tokens
-from hetis.planner.report.tables import Narrowing, narrowing, table
+from hetis.planner.report.tables import Column, Narrowing, narrowing_of, table, table_of
 
 
 def gpu_table(entries: Sequence[GpuEntry], profiles: Mapping[str, str | None], *, wide: bool = False) -> Narrowing:
@@ -17,63 +17,56 @@ def gpu_table(entries: Sequence[GpuEntry], profiles: Mapping[str, str | None], *
     ``wide`` adds the other peaks and the board power.
     """
 
-    def per_second(rate: float | None) -> str:
-        return "" if rate is None else f"{rate / 1e9:,.0f} GB/s"
+    def shown(value: float | None, form: Callable[[float], str]) -> str:
+        return "" if value is None else form(value)
 
-    more = ("FP8 TFLOPS", "PCIe", "TDP") if wide else ()
-    rows = (
-        (
-            gpu.name,
-            gpu.architecture,
-            f"{gpu.memory_bytes / 2**30:.0f} GiB",
-            f"{gpu.mem_bytes_per_s / 1e9:,.0f}",
-            digits(gpu.fp16_flops / 1e12),
-            per_second(gpu.nvlink_bytes_per_s),
-            "" if gpu.usd_per_hour is None else f"{gpu.usd_per_hour:.2f}",
-            *(
-                "" if gpu.fp8_flops is None else digits(gpu.fp8_flops / 1e12),
-                per_second(gpu.pcie_bytes_per_s),
-                "" if entry.tdp_w is None else f"{entry.tdp_w:.0f} W",
-            )[: len(more)],
-            profiles[gpu.name] or "none",
-        )
-        for entry in entries
-        for gpu in (entry.gpu,)
+    def per_second(rate: float) -> str:
+        return f"{rate / 1e9:,.0f} GB/s"
+
+    more: list[Column[GpuEntry]] = [
+        ("FP8 TFLOPS", lambda one: shown(one.gpu.fp8_flops, lambda flops: digits(flops / 1e12))),
+        ("PCIe", lambda one: shown(one.gpu.pcie_bytes_per_s, per_second)),
+        ("TDP", lambda one: shown(one.tdp_w, lambda watts: f"{watts:.0f} W")),
+    ]
+    return narrowing_of(
+        entries,
+        ("'name", lambda one: one.gpu.name),
+        ("'architecture", lambda one: one.gpu.architecture),
+        ("memory", lambda one: f"{one.gpu.memory_bytes / 2**30:.0f} GiB"),
+        ("GB/s", lambda one: f"{one.gpu.mem_bytes_per_s / 1e9:,.0f}"),
+        ("TFLOPS", lambda one: digits(one.gpu.fp16_flops / 1e12)),
+        ("NVLink", lambda one: shown(one.gpu.nvlink_bytes_per_s, per_second)),
+        ("USD/h", lambda one: shown(one.gpu.usd_per_hour, "{:.2f}".format)),
+        *(more if wide else ()),
+        ("'profile", lambda one: profiles[one.gpu.name] or "none"),
+        least=("NVLink", "PCIe", "TDP", "architecture"),
     )
-    columns = ("'name", "'architecture", "memory", "GB/s", "TFLOPS", "NVLink", "USD/h", *more, "'profile")
-    return narrowing(*columns, rows=list(rows), least=("NVLink", "PCIe", "TDP", "architecture"))
 
 
 def model_table(entries: Sequence[ModelEntry]) -> Narrowing:
-    rows = (
-        (
-            entry.model.name,
-            f"{digits(entry.params_b)}B",
-            f"{digits(entry.active_params_b)}B" if entry.model.moe is not None else "",
-            str(entry.model.num_layers),
-            f"{entry.model.q_heads}/{entry.model.kv_heads}",
-            entry.model.attention.value + (" MoE" if entry.model.moe is not None else ""),
-            tokens(entry.model.max_position),
-        )
-        for entry in entries
+    return narrowing_of(
+        entries,
+        ("'name", lambda one: one.model.name),
+        ("params", lambda one: f"{digits(one.params_b)}B"),
+        ("active", lambda one: f"{digits(one.active_params_b)}B" if one.model.moe is not None else ""),
+        ("layers", lambda one: str(one.model.num_layers)),
+        ("q/kv", lambda one: f"{one.model.q_heads}/{one.model.kv_heads}"),
+        ("'att.", lambda one: one.model.attention.value + (" MoE" if one.model.moe is not None else "")),
+        ("context", lambda one: tokens(one.model.max_position)),
+        least=("q/kv", "layers", "active"),
     )
-    columns = ("'name", "params", "active", "layers", "q/kv", "'att.", "context")
-    return narrowing(*columns, rows=list(rows), least=("q/kv", "layers", "active"))
 
 
 def workload_table(entries: Sequence[WorkloadEntry]) -> Table:
-    rows = (
-        (
-            entry.workload.name,
-            f"{entry.num_requests:,}",
-            "" if entry.workload.rate_rps is None else f"{digits(entry.workload.rate_rps)}/s",
-            f"{moments.mean_prompt:,.0f}",
-            f"{moments.p95_prompt:,.0f}",
-            f"{moments.mean_output:,.0f}",
-        )
-        for entry, moments in ((entry, entry.workload.moments()) for entry in entries)
+    return table_of(
+        entries,
+        ("'name", lambda one: one.workload.name),
+        ("requests", lambda one: f"{one.num_requests:,}"),
+        ("rate", lambda one: "" if one.workload.rate_rps is None else f"{digits(one.workload.rate_rps)}/s"),
+        ("mean prompt", lambda one: f"{one.workload.moments().mean_prompt:,.0f}"),
+        ("p95", lambda one: f"{one.workload.moments().p95_prompt:,.0f}"),
+        ("mean output", lambda one: f"{one.workload.moments().mean_output:,.0f}"),
     )
-    return table("'name", "requests", "rate", "mean prompt", "p95", "mean output", rows=rows)
 
 
 def strategy_table(entries: Sequence[tuple[str, str]]) -> Table:

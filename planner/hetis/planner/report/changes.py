@@ -14,7 +14,7 @@ from hetis.formats.documents import to_data
 from hetis.planner.report.differences import changed_values
 from hetis.planner.report.figures import digits, gigabytes, percent, percent_of_gap, plural, seconds
 from hetis.planner.report.plan import demand_words, goal_line, kept_cell, problem_title, simulated_words
-from hetis.planner.report.tables import as_group, facts, section, table
+from hetis.planner.report.tables import as_group, facts, section, table, table_of
 from hetis.planner.use_cases.compare import PlanDiff, kept_of
 from hetis.planner.use_cases.json_values import document, fields_of
 from hetis.planner.use_cases.replan import PosedReplan, survival_of
@@ -87,24 +87,22 @@ def changed_replicas(change: PlanChange, before: Plan, after: Plan) -> Iterator[
     changed = [c for c in change.replicas if c.fate is not Fate.KEPT]
     if not changed:
         return
-    rows = (_row(one, before, after) for one in changed[:MAX_ROWS])
-    yield table("'before", "'after", "'", "'shape", "rate /s", "load", rows=rows)
+
+    def sides(change: ReplicaChange) -> list[ReplicaPlan]:
+        given = ((before, change.before), (after, change.after))
+        return [plan.replicas[number] for plan, number in given if number is not None]
+
+    yield table_of(
+        changed[:MAX_ROWS],
+        ("'before", lambda one: "-" if one.before is None else f"#{one.before}"),
+        ("'after", lambda one: "-" if one.after is None else f"#{one.after}"),
+        ("'", lambda one: _WORDS[one.fate]),
+        ("'shape", lambda one: shape_of(sides(one)[-1])),
+        ("rate /s", lambda one: " → ".join(digits(side.rate) for side in sides(one))),
+        ("load", lambda one: gigabytes(one.load_bytes) if one.load_bytes else "-"),
+    )
     if len(changed) > MAX_ROWS:
         yield Text(f" … and {len(changed) - MAX_ROWS:,} more (-o json lists all)", style="dim")
-
-
-def _row(change: ReplicaChange, before: Plan, after: Plan) -> list[str]:
-    replica = after.replicas[change.after] if change.after is not None else before.replicas[change.before or 0]
-    sides = ((before, change.before), (after, change.after))
-    rates = (digits(plan.replicas[number].rate) for plan, number in sides if number is not None)
-    return [
-        "-" if change.before is None else f"#{change.before}",
-        "-" if change.after is None else f"#{change.after}",
-        _WORDS[change.fate],
-        shape_of(replica),
-        " → ".join(rates),
-        "-" if not change.load_bytes else gigabytes(change.load_bytes),
-    ]
 
 
 def shape_of(replica: ReplicaPlan) -> str:

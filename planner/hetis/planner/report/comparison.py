@@ -65,21 +65,15 @@ def render_comparison(compared: Sequence[Compared], inputs: Inputs, objective: O
         yield Text(f"\n{PUBLISHED_MEANS}", style="dim")
         rows = ((Text(f" {name}", "dim"), Text(STRATEGIES[name].summary, "dim")) for name in published)
         yield grid(False, True, rows=rows)
-    outside = [(one, why) for one in compared if one.plan is not None and (why := why_outside(one.plan)) is not None]
+    label = _labels(compared)
+    outside = [(label(one), why) for one in compared if one.plan is not None and (why := why_outside(one.plan))]
     if outside:
-        label = _labels(compared)
-        yield Text("\nBeyond a bound", style="bold")
-        yield grid(False, True, rows=((f" {label(one)}", why) for one, why in outside))
-    without = [outcome for outcome in compared if outcome.plan is None]
-    if without:
-        label = _labels(compared)
-        yield Text("\nWithout a plan", style="bold")
-        yield grid(False, True, rows=((f" {label(one)}", f"{one.status}: {_why(one)}") for one in without))
-    failed = [outcome for outcome in compared if outcome.plan is not None and outcome.reasons]
-    if failed:
-        label = _labels(compared)
-        yield Text("\nSimulation or another search failed", style="bold red")
-        yield grid(False, True, rows=((f" {label(one)}", f"{one.status}: {_why(one)}") for one in failed))
+        yield section("Beyond a bound", grid(False, True, rows=outside))
+    if without := [(label(one), _why(one)) for one in compared if one.plan is None]:
+        yield section("Without a plan", grid(False, True, rows=without))
+    if failed := [(label(one), _why(one)) for one in compared if one.plan is not None and one.reasons]:
+        title = "Simulation or another search failed"
+        yield section(title, grid(False, True, rows=failed), style="bold red")
 
 
 def engine_words(compared: Iterable[Compared]) -> str:
@@ -93,7 +87,8 @@ def engine_words(compared: Iterable[Compared]) -> str:
 
 
 def _why(outcome: Compared) -> str:
-    return "\n".join(outcome.reasons[:_LINES_PER_REASON])
+    lines = "\n".join(outcome.reasons[:_LINES_PER_REASON])
+    return f"{outcome.status}: {lines}"
 
 
 def comparison_document(compared: Sequence[Compared], inputs: Inputs, objective: Objective) -> dict[str, Any]:
@@ -317,12 +312,8 @@ def _no_plan_words(found: WhatIf) -> str:
     )
     proven = [name for name, _, no_plan in sides if no_plan]
     unknown = [name for name, plan, no_plan in sides if plan is None and not no_plan]
-    words = []
-    if proven:
-        words.append(f"no plan exists {'either way' if len(proven) == len(sides) else proven[0]}")
-    if unknown:
-        words.append(f"no plan was found {'either way' if len(unknown) == len(sides) else unknown[0]}")
-    return ", and ".join(words)
+    known = (("no plan exists", proven), ("no plan was found", unknown))
+    return ", and ".join(f"{what} {'either way' if names[1:] else names[0]}" for what, names in known if names)
 
 
 def _signed(value: float | None) -> str:
@@ -403,13 +394,19 @@ def render_buy_next(found: BuyNext) -> Iterator[RenderableType]:
 
 def _market_table(found: BuyNext) -> Table:
     table = Table(box=None, padding=(0, 1, 0, 0), header_style="dim", pad_edge=False)
-    table.add_column("GPU", vertical="bottom", overflow="fold")
-    headings = ["USD/h\neach", "marginal\nprice", f"{found.objective.unit}\nthen", "gain", "per GPU", "per\nUSD/h"]
-    for name in (*headings, "proven", ""):
+    first, *others = offer_headings(found)
+    table.add_column(first, vertical="bottom", overflow="fold")
+    for name in others:
         table.add_column(name, justify="right", no_wrap=True)
     for offer in found.offers:
         table.add_row(*offer_row(offer))
     return table
+
+
+def offer_headings(found: BuyNext) -> list[str]:
+    """Return the headings of `offer_row`, with the line breaks of a narrow table."""
+    unit_then = f"{found.objective.unit}\nthen"
+    return ["GPU", "USD/h\neach", "marginal\nprice", unit_then, "gain", "per GPU", "per\nUSD/h", "proven", ""]
 
 
 def offer_row(offer: ListedOffer) -> list[str]:

@@ -10,7 +10,7 @@ from rich.console import RenderableType
 from rich.text import Text
 
 from hetis.planner.report.figures import bar, digits, percent, percent_of_gap, plural, seconds
-from hetis.planner.report.tables import as_group, bullets, facts, first_rows, section, table
+from hetis.planner.report.tables import as_group, bullets, facts, first_rows, section, table, table_of
 from hetis.planner.use_cases.dispatch import CostedStage, Dispatched, Redispatched, StepTimes, expected_blocks
 from hetis.planner.use_cases.json_values import document, fields_of
 from hetis.profiler.defaults import MODELLED
@@ -332,20 +332,17 @@ def _redispatch_facts(found: Redispatched) -> Iterator[tuple[str, Text | str]]:
 
 def _moves(found: Redispatched) -> RenderableType:
     names, moves = found.stage.snapshot.stage.devices, found.plan.moves
-    rows = (
-        (
-            str(move.wave + 1),
-            Text(move.request),
-            str(move.groups),
-            Text(f"{names[move.source]} → {names[move.target]}"),
-            _size(move.num_bytes),
-            seconds(move.seconds),
-            "" if move.payback_steps is None else f"{digits(move.payback_steps, 2)} steps",
-            move.reason.value,
-        )
-        for move in moves[:MAX_ROWS]
+    made = table_of(
+        moves[:MAX_ROWS],
+        ("wave", lambda move: str(move.wave + 1)),
+        ("'request", lambda move: Text(move.request)),
+        ("groups", lambda move: str(move.groups)),
+        ("'from → to", lambda move: Text(f"{names[move.source]} → {names[move.target]}")),
+        ("size", lambda move: _size(move.num_bytes)),
+        ("copy", lambda move: seconds(move.seconds)),
+        ("pays after", lambda move: "" if (steps := move.payback_steps) is None else f"{digits(steps, 2)} steps"),
+        ("'why", lambda move: move.reason.value),
     )
-    made = table("wave", "'request", "groups", "'from → to", "size", "copy", "pays after", "'why", rows=rows)
     return first_rows(made, len(moves), MAX_ROWS, "move")
 
 

@@ -197,9 +197,13 @@ def time_shares(part: StageTime) -> list[Share]:
 
 
 def _idle(groups: tuple[IdleGpus, ...]) -> Table:
-    several_zones = len({idle.zone for idle in groups}) > 1
-    names = (f"{idle.count:,} × {idle.gpu}{f' in {idle.zone}' if several_zones else ''}" for idle in groups)
-    return bullets(Text.assemble((name, "bold"), f": {idle.reason}") for name, idle in zip(names, groups, strict=True))
+    several = len({idle.zone for idle in groups}) > 1
+    return bullets(Text.assemble((idle_name(idle, several=several), "bold"), f": {idle.reason}") for idle in groups)
+
+
+def idle_name(idle: IdleGpus, *, several: bool) -> str:
+    """Return ``4 × L4``, with the zone if there are ``several``."""
+    return f"{idle.count:,} × {idle.gpu}{f' in {idle.zone}' if several else ''}"
 
 
 class Share(NamedTuple):

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from rich.console import RenderableType
 from rich.text import Text
 
 from hetis.planner.report.figures import bar, digits, percent, plural, seconds
-from hetis.planner.report.tables import as_group, facts, first_rows, section, table
+from hetis.planner.report.tables import as_group, facts, first_rows, section, table_of
 from hetis.planner.use_cases.json_values import document, fields_of
-from hetis.planner.use_cases.layers import Layered, LayerStage, stages
+from hetis.planner.use_cases.layers import Layered, stages
 from hetis.solver.layers.plan import LayersPlan, Limit, PlacedNode
 
 MAX_STAGES = 60  # stages shown; -o json has all
@@ -30,8 +30,8 @@ def render_layers(found: Layered) -> Iterator[RenderableType]:
     yield facts(_facts(found))
     yield section("Stages", _stage_table(found))
     if plan.idle:
-        idle = Counter(name.rpartition("-")[0] for name in plan.idle)
-        yield Text(f"\nidle: {', '.join(f'{count} {kind}' for kind, count in idle.items())}", style="dim")
+        idle = _counted(name.rpartition("-")[0] for name in plan.idle)
+        yield Text(f"\nidle: {', '.join(idle)}", style="dim")
 
 
 def limit_sentence(found: Layered) -> str:
@@ -77,27 +77,27 @@ def _facts(found: Layered) -> Iterator[tuple[str, Text | str]]:
 
 def _stage_table(found: Layered) -> RenderableType:
     every = list(stages(found.plan))
-    made = table(
-        "layers", "'nodes", "requests", "visit", "'KV", "compute", "link", "of trip",
-        rows=(_stage_row(stage, found) for stage in every[:MAX_STAGES]),
-    )  # fmt: skip
+    trip_s = found.plan.judgement.round_trip_s
+    made = table_of(
+        every[:MAX_STAGES],
+        ("layers", lambda stage: f"{stage.first_layer}-{stage.first_layer + stage.num_layers - 1}"),
+        ("'nodes", lambda stage: Text(" + ".join(_counted(load.node.kind for load in stage.loads)))),
+        ("requests", lambda stage: f"{stage.visits:.0%}"),
+        ("visit", lambda stage: seconds(stage.round_trip_s / stage.visits)),
+        ("'KV", lambda stage: _filled(max(load.kv_fill for load in stage.loads))),
+        ("compute", lambda stage: f"{max(load.compute_load for load in stage.loads):.0%}"),
+        ("link", lambda stage: f"{max(load.link_load for load in stage.loads):.0%}"),
+        ("of trip", lambda stage: f"{stage.round_trip_s / trip_s:.0%}"),
+    )
     return first_rows(made, len(every), MAX_STAGES, "stage")
 
 
-def _stage_row(stage: LayerStage, found: Layered) -> tuple[str | Text, ...]:
-    kinds = Counter(load.node.kind for load in stage.loads)
-    fill = max(load.kv_fill for load in stage.loads)
-    visit_s = stage.round_trip_s / stage.visits
-    return (
-        f"{stage.first_layer}-{stage.first_layer + stage.num_layers - 1}",
-        Text(" + ".join(f"{count} {kind}" for kind, count in kinds.items())),
-        f"{stage.visits:.0%}",
-        seconds(visit_s),
-        f"{bar(fill, BAR_WIDTH)} {fill:.0%}",
-        f"{max(load.compute_load for load in stage.loads):.0%}",
-        f"{max(load.link_load for load in stage.loads):.0%}",
-        f"{stage.round_trip_s / found.plan.judgement.round_trip_s:.0%}",
-    )
+def _counted(kinds: Iterable[str]) -> Iterator[str]:
+    return (f"{count} {kind}" for kind, count in Counter(kinds).items())
+
+
+def _filled(share: float) -> str:
+    return f"{bar(share, BAR_WIDTH)} {share:.0%}"
 
 
 def layers_document(found: Layered) -> dict[str, Any]:

@@ -38,6 +38,7 @@ from hetis.planner.report.tables import (
     narrowing,
     section,
     table,
+    table_of,
 )
 from hetis.planner.use_cases.compare import Figures, KeptPromise, cost_rate, figures_of, kept_of
 from hetis.planner.use_cases.engine_values import NOT_COMPILED, EngineValue, engine_values_of
@@ -60,14 +61,7 @@ from hetis.planner.use_cases.verify import MISSES_AT
 from hetis.solver.constraints import Constraint, described
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.placement.families import STRATEGIES
-from hetis.solver.plan import (
-    Objective,
-    ObjectiveKind,
-    Plan,
-    Role,
-    RunnerUp,
-    Status,
-)
+from hetis.solver.plan import Objective, ObjectiveKind, Plan, Role, RunnerUp, Status
 from hetis.solver.planning import ConstraintPrice
 from hetis.solver.problem import EXPLICIT_LINKS, LINKS_TO_ANY, OWN_LINKS, QUICK_LINKS, Family, PlacementProblem
 
@@ -647,13 +641,14 @@ def worth(dual: float, plan: Plan) -> str:
 
 
 def _runners_up(plan: Plan) -> Table:
-    made = Table(box=None, padding=(0, 1), header_style="dim", pad_edge=False)
-    made.add_column("shape", overflow="fold", ratio=3)
-    made.add_column("rate /s", justify="right", no_wrap=True)
-    made.add_column("why not", overflow="fold", ratio=3)
-    for runner in distinct_runners_up(plan):
-        stages = [Text(stage) for stage in folded(runner.shape).split(" | ")]
-        made.add_row(Unbroken(stages, " | "), digits(runner.rate), runner.reason)
+    made = table_of(
+        distinct_runners_up(plan),
+        ("'shape", lambda one: Unbroken([Text(stage) for stage in folded(one.shape).split(" | ")], " | ")),
+        ("rate /s", lambda one: digits(one.rate)),
+        ("'why not", lambda one: one.reason),
+        fixed=True,
+    )
+    made.columns[0].ratio = made.columns[2].ratio = 3
     return made
 
 

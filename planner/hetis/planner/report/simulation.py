@@ -11,9 +11,10 @@ from rich.table import Table
 from rich.text import Text
 
 from hetis.planner.report.figures import digits, gigabytes, percent, plural, seconds
+from hetis.planner.report.simulation_pictures import model_and_cluster
 from hetis.planner.report.tables import as_group, facts, section, table
 from hetis.planner.use_cases.grouping import grouped_use
-from hetis.planner.use_cases.json_values import document, json_value
+from hetis.planner.use_cases.json_values import document, fields_of, json_value
 from hetis.planner.use_cases.service_level import ServiceLevel, limits_of, share_within
 from hetis.planner.use_cases.simulate import AGREES, Simulated
 from hetis.planner.use_cases.sources import engine_settings_data
@@ -97,13 +98,9 @@ def _verdict_data(verdict: LevelVerdict | None) -> list[dict[str, Any]]:
     """Return a row for every limit, of which there is none without a verdict."""
     return [
         {
-            "latency": one.latency,
-            "statistic": one.statistic,
-            "limit": one.limit,
-            "value": one.estimate.value,
-            "half_width": one.estimate.half_width,
-            "kept": one.kept,
-            "sure": one.sure,
+            **fields_of(one, "latency", "statistic", "limit"),
+            **fields_of(one.estimate, "value", "half_width"),
+            **fields_of(one, "kept", "sure"),
         }
         for one in (() if verdict is None else verdict.limits)
     ]
@@ -136,10 +133,9 @@ def _verdict_word(verdict: LimitVerdict | LevelVerdict) -> Text:
 
 
 def _title(simulated: Simulated, plan: Plan) -> Text:
-    documents = plan.inputs.get("documents", {})
-    names = [str(documents.get(kind, {}).get("name", kind)) for kind in ("model", "cluster")]
+    model, cluster = model_and_cluster(plan)
     lengths = simulated.question.load.lengths
-    title = Text.assemble((names[0], "bold"), " on ", (names[1], "bold"), " under ", (lengths.name, "bold"))
+    title = Text.assemble((model, "bold"), " on ", (cluster, "bold"), " under ", (lengths.name, "bold"))
     return title.append(_traffic("", lengths.prefix_hit_rate))
 
 

@@ -52,10 +52,17 @@ def picture(simulated: Simulated, plan: Plan, *, form: str) -> str | bytes:
         ModuleNotFoundError: plotly, or matplotlib, is not installed.
     """
     panels = panels_of(simulated, plan)
-    documents = plan.inputs.get("documents", {})
-    names = [str(documents.get(kind, {}).get("name", kind)) for kind in ("model", "cluster")]
-    title = f"{names[0]} on {names[1]} under {simulated.question.load.lengths.name}, simulated"
+    model, cluster = model_and_cluster(plan)
+    title = f"{model} on {cluster} under {simulated.question.load.lengths.name}, simulated"
     return _html(panels, title) if form == ".html" else _png(panels, title)
+
+
+def model_and_cluster(plan: Plan) -> tuple[str, str]:
+    """Return the names of a plan's model and cluster, or what they are if the plan does not contain them."""
+    documents = plan.inputs.get("documents", {})
+    return str(documents.get("model", {}).get("name", "model")), str(
+        documents.get("cluster", {}).get("name", "cluster")
+    )
 
 
 def panels_of(simulated: Simulated, plan: Plan) -> tuple[Panel, ...]:

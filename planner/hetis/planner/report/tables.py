@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple, ParamSpec
+from typing import TYPE_CHECKING, NamedTuple, ParamSpec, TypeVar
 
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.measure import Measurement
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from hetis.planner.use_cases.verification import Verification
 
 P = ParamSpec("P")
+T = TypeVar("T")
+Column = tuple[str, Callable[[T], RenderableType]]  # a header as in `table`, and what its cells show of an item
 _ENDLESS = 10_000  # columns, more than any table has
 ROUNDED = 0.02  # by which a share may differ from the fraction that it is called
 
@@ -52,6 +54,13 @@ def table(*columns: str, rows: Iterable[Iterable[RenderableType]] = (), fixed: b
     return made
 
 
+def table_of(items: Iterable[T], *columns: Column[T], fixed: bool = False) -> Table:
+    """Return a `table` with a row for each item."""
+    return table(
+        *(head for head, _ in columns), rows=([cell(item) for _, cell in columns] for item in items), fixed=fixed
+    )
+
+
 def grid(*wraps: bool, rows: Iterable[Iterable[RenderableType]], gap: int = 2) -> Table:
     """Return rows of cells without headers; ``wraps`` tells for each column whether its cells may be broken."""
     made = Table.grid(padding=(0, gap))
@@ -64,11 +73,8 @@ def grid(*wraps: bool, rows: Iterable[Iterable[RenderableType]], gap: int = 2) -
 
 def facts(rows: Iterable[tuple[str, RenderableType]]) -> Table:
     """Return one fact per line, each after its name."""
-    made = Table.grid(padding=(0, 2))
-    made.add_column(style="dim", no_wrap=True)
-    made.add_column(overflow="fold")
-    for name, value in rows:
-        made.add_row(name, value)
+    made = grid(False, True, rows=rows)
+    made.columns[0].style = "dim"
     return made
 
 
@@ -80,9 +86,9 @@ def bullets(lines: Iterable[RenderableType]) -> Table:
     return made
 
 
-def section(title: str, body: RenderableType) -> RenderableType:
+def section(title: str, body: RenderableType, *, style: str = "bold") -> RenderableType:
     """Return a body below a bold title."""
-    return Group(Text(f"\n{title}", style="bold"), Padding(body, (0, 0, 0, 1)))
+    return Group(Text(f"\n{title}", style=style), Padding(body, (0, 0, 0, 1)))
 
 
 class SimulationRemarks(NamedTuple):
@@ -151,6 +157,13 @@ def first_rows(body: RenderableType, count: int, shown: int, noun: str) -> Rende
     if rest <= 0:
         return body
     return Group(body, Text(f"… and {rest:,} more {noun}{'' if rest == 1 else 's'} (-o json has all)", style="dim"))
+
+
+def narrowing_of(items: Iterable[T], *columns: Column[T], least: Sequence[str]) -> Narrowing:
+    """Return a `narrowing` with a row for each item."""
+    return narrowing(
+        *(head for head, _ in columns), rows=[[cell(one) for _, cell in columns] for one in items], least=least
+    )
 
 
 def narrowing(*columns: str, rows: Sequence[Sequence[RenderableType]], least: Sequence[str]) -> Narrowing:

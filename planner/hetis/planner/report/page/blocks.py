@@ -8,16 +8,17 @@ with nothing to fetch.
 from __future__ import annotations
 
 from base64 import b64encode
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from hashlib import sha256
 from importlib.resources import files
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from jinja2 import Template
 
+T = TypeVar("T")
 
 COLORS = 8  # colours in the palette; further items reuse them
 PLAIN = COLORS  # the colour of parts that belong to no item: idle, unusable
@@ -62,6 +63,15 @@ class Grid(Block):
     strong: int | None = None
     bad: tuple[int, ...] = ()
     folded: bool = False
+
+
+def grid_of(items: Iterable[T], *columns: tuple[str, Callable[[T], str]], **settings: Any) -> Grid:
+    """Return a table with a row for each item: columns are headers, and what their cells show of an item.
+
+    ``settings``: the other fields of the table.
+    """
+    rows = tuple(tuple(cell(item) for _, cell in columns) for item in items)
+    return Grid(columns=tuple(head for head, _ in columns), rows=rows, **settings)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
+from hetis.planner.report.explanation import idle_name
 from hetis.planner.report.figures import plural
 from hetis.planner.report.page.blocks import COLORS, PLAIN, FleetMap, GpuCell, NodeCard, ZoneMap
 from hetis.planner.use_cases.grouping import ReplicaGroup, abbreviate, group_replicas
@@ -34,10 +36,7 @@ def fleet_map(plan: Plan, cluster: Cluster, explanation: Explanation) -> FleetMa
         title="The fleet",
         zones=tuple(zones),
         legend=tuple(_legend(plan, groups, named=named)),
-        idle=tuple(
-            (f"{idle.count:,} × {idle.gpu}{f' in {idle.zone}' if several else ''}", idle.reason)
-            for idle in explanation.idle
-        ),
+        idle=tuple((idle_name(idle, several=several), idle.reason) for idle in explanation.idle),
     )
 
 
@@ -138,15 +137,14 @@ def _cells(pattern: tuple[GpuCell, ...], gpus: Mapping[int, str], *, mixed: bool
     ``gpus`` are types by index, in the order of ``pattern``.
     """
     # Neighbours have indices that follow each other, so these minus their positions are the same.
-    alike = [(duty, gpu, index - i) for i, (duty, (index, gpu)) in enumerate(zip(pattern, gpus.items(), strict=True))]
+    alike = (
+        (i // ROW if joined else i, duty, gpu, index - i)
+        for i, (duty, (index, gpu)) in enumerate(zip(pattern, gpus.items(), strict=True))
+    )
     first = 0
-    while first < len(alike):
-        row_end = min((first // ROW + 1) * ROW, len(alike)) if joined else first + 1
-        last = first
-        while last + 1 < row_end and alike[last + 1] == alike[first]:
-            last += 1
-        duty, gpu, offset = alike[first]
-        index = str(first + offset) if last == first else f"{first + offset}–{last + offset}"
+    for (_, duty, gpu, offset), neighbours in itertools.groupby(alike):
+        end = first + len(list(neighbours))
+        index = str(first + offset) if end == first + 1 else f"{first + offset}–{end - 1 + offset}"
         lines = (gpu, *duty.lines) if mixed else duty.lines
-        yield replace(duty, index=index, lines=lines, span=last - first + 1)
-        first = last + 1
+        yield replace(duty, index=index, lines=lines, span=end - first)
+        first = end

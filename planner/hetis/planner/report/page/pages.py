@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from itertools import islice
+from types import MappingProxyType
 
+from hetis.planner.report import comparison
 from hetis.planner.report.changes import MAX_STEPS, change_cost_words, change_counts, lowest_words, step_rows
-from hetis.planner.report.comparison import (
-    change_lines,
-    engine_words,
-    model_words,
-    offer_row,
-    side_rows,
-    verdict_words,
-)
-from hetis.planner.report.differences import difference_words, differences
-from hetis.planner.report.figures import digits, percent, plural
+from hetis.planner.report.differences import LIMITS, difference_words, differences, is_one_question
+from hetis.planner.report.figures import digits, percent, plural, seconds, tokens
 from hetis.planner.report.page.blocks import (
     Block,
     Grid,
     Page,
+    Scale,
+    ScaleRow,
     Section,
     Sentences,
     Tile,
@@ -29,12 +26,11 @@ from hetis.planner.report.page.blocks import (
     render_page,
 )
 from hetis.planner.report.page.plan_section import plan_section
-from hetis.planner.report.page.side_by_side import side_by_side
-from hetis.planner.report.plan import problem_line
+from hetis.planner.report.plan import kept_cell, problem_line
 from hetis.planner.report.simulation import service_level_words
 from hetis.planner.report.simulation_pictures import Panel, panels_of, panels_of_sweep
 from hetis.planner.report.tables import SimulationRemarks
-from hetis.planner.use_cases.compare import Compared, best_of
+from hetis.planner.use_cases.compare import Compared, best_of, figures_of, kept_of
 from hetis.planner.use_cases.latency_curve import Curve
 from hetis.planner.use_cases.replan import PosedReplan
 from hetis.planner.use_cases.simulate import Simulated
@@ -45,6 +41,8 @@ from hetis.solver.plan import Objective, Plan
 from hetis.solver.problem import PlacementProblem
 from hetis.solver.replanning.change import ChangeCosts
 from hetis.solver.replanning.solve import Replanning
+
+ROOM = 1.02  # ratio of an axis to its longest bar
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,7 +85,7 @@ def comparison_page(compared: Sequence[Compared], inputs: Inputs, objective: Obj
         blocks.append(Sentences(title="Without a plan", terms=without))
     if failed := tuple((one.name, "; ".join(one.reasons)) for one in compared if one.plan is not None and one.reasons):
         blocks.append(Sentences(title="Simulation or another search failed", terms=failed))
-    words = engine_words(compared)
+    words = comparison.engine_words(compared)
     lead = problem_line(inputs, objective) + (f"; {words}" if words else "")
     sections = [Section(anchor="beside", heading="Strategies side by side", lead=lead, blocks=tuple(blocks))]
     if with_plan:
@@ -100,13 +98,14 @@ def comparison_page(compared: Sequence[Compared], inputs: Inputs, objective: Obj
 def what_if_page(found: WhatIf) -> str:
     """Return the page of two fleets: their figures, what is proven about the difference, and both plans."""
     inputs = found.before.loaded.inputs
+    change = tuple(" ".join(line) for line in comparison.change_lines(found.change, found.before))
     blocks: list[Block] = [
-        Sentences(title="The change", lines=tuple(" ".join(line) for line in change_lines(found.change, found.before))),
+        Sentences(title="The change", lines=change),
         Grid(
-            title="Before and after", columns=("'", "before", "after"), rows=tuple(side_rows(found)),
-            note=model_words(found.objective),
+            title="Before and after", columns=("'", "before", "after"), rows=tuple(comparison.side_rows(found)),
+            note=comparison.model_words(found.objective),
         ),
-        Sentences(title="Difference of the best plans", lines=(verdict_words(found),)),
+        Sentences(title="Difference of the best plans", lines=(comparison.verdict_words(found),)),
     ]  # fmt: skip
     if found.plan_change is not None:
         blocks.append(Sentences(title="Replicas", lines=(change_counts(found.plan_change),)))
@@ -215,13 +214,10 @@ def _market_section(found: BuyNext, *, anchor: str, heading: str, known: Plan | 
         Grid(
             title="The market, best purchase per dollar first",
             intro=f"{plural(found.count, 'GPU')} of one type added, and everything solved again.",
-            columns=(
-                "'GPU", "USD/h each", "marginal price", f"{found.objective.unit} then", "gain", "per GPU", "per USD/h",
-                "proven", "'",
-            ),
-            rows=tuple(tuple(offer_row(offer)) for offer in found.offers),
+            columns=("'GPU", *(heading.replace("\n", " ") for heading in comparison.offer_headings(found)[1:-1]), "'"),
+            rows=tuple(tuple(comparison.offer_row(offer)) for offer in found.offers),
             note="Gain: between the plans found, for all added GPUs. Proven: the range that both bounds allow. "
-            + model_words(found.objective, known),
+            + comparison.model_words(found.objective, known),
         )
     )  # fmt: skip
     if found.left_out:
@@ -251,3 +247,85 @@ def _page(title: str, sections: Sequence[Section]) -> str:
     footer = f"Made by hetis {metadata.version('hetis')}. Values and bounds are those of its cost model; "
     footer += "results under traffic are shown where it was simulated."
     return render_page(Page(title=title, sections=tuple(sections), footer=footer))
+
+
+# --- several plans on one scale and in one table
+
+
+def side_by_side(
+    rows: Sequence[tuple[str, Plan, Inputs | PlacementProblem]],
+    objective: Objective,
+    differing: Mapping[str, str] = MappingProxyType({}),
+) -> Iterator[Block]:
+    """Yield the plans on one scale and in one table, with the best one in bold, and in what their problems differ.
+
+    ``differing`` is made by `hetis.planner.report.differences`. Plans that answer different questions have no best
+    one, and those with different objectives no scale.
+    """
+    if not rows:
+        return
+    best = best_of([plan for _, plan, _ in rows]) if is_one_question(differing) else None
+    if len({plan.objective.kind for _, plan, _ in rows}) == 1:
+        yield _scale([(name, plan) for name, plan, _ in rows], objective, best)
+    are_simulated = any(kept_of(plan) is not None for _, plan, _ in rows)
+    limit = ["limit"] if LIMITS in differing else []
+    columns = ["'", "requests/s", "kept", "output tokens/s", "bound", "gap", "USD/h", "USD per M tokens"]
+    columns += ["TTFT p95", *limit, "TPOT mean", *limit, "KV tokens", "GPUs", "idle"]
+    has_units = len({plan.objective.unit for _, plan, _ in rows}) > 1
+    yield Grid(
+        title="In figures",
+        columns=tuple(columns),
+        rows=tuple(
+            (name, *_figures_row(plan, inputs, has_limits=bool(limit), has_unit=has_units))
+            for name, plan, inputs in rows
+        ),
+        strong=best,
+        note=comparison.simulated_means(plan for _, plan, _ in rows) if are_simulated else "",
+    )
+    if differing:
+        terms = tuple((f"{subject[0].upper()}{subject[1:]}", words) for subject, words in differing.items())
+        yield Sentences(title="What differs", terms=terms)
+
+
+def _scale(plans: Sequence[tuple[str, Plan]], objective: Objective, best: int | None) -> Scale:
+    known = [plan.result.value for _, plan in plans]
+    known += [plan.result.bound for _, plan in plans if math.isfinite(plan.result.bound)]
+    axis = max(known) * ROOM or 1.0
+    return Scale(
+        title=f"{objective.kind.value.capitalize()} by the model, {objective.unit}",
+        rows=tuple(
+            ScaleRow(
+                label=name,
+                text=digits(plan.result.value, 4),
+                share=plan.result.value / axis,
+                mark=plan.result.bound / axis if math.isfinite(plan.result.bound) else None,
+                strong=number == best,
+            )
+            for number, (name, plan) in enumerate(plans)
+        ),
+        note="The line is what no plan of the family can exceed." if objective.maximises else
+        "The line is what no plan of the family can go below.",
+    )  # fmt: skip
+
+
+def _figures_row(plan: Plan, inputs: Inputs | PlacementProblem, *, has_limits: bool, has_unit: bool) -> tuple[str, ...]:
+    figures, result, objective = figures_of(plan, inputs), plan.result, plan.objective
+    dollars, per_million = figures.usd_per_hour, figures.usd_per_million_output_tokens
+    limits_s = (objective.ttft_limit_s, objective.tpot_limit_s)
+    ttft, tpot = ([("none" if it is None else seconds(it))] if has_limits else [] for it in limits_s)
+    return (
+        digits(figures.rate_rps),
+        kept_cell(plan, unknown="–").plain,
+        digits(figures.output_tokens_per_s),
+        f"{digits(result.bound)}{f' {objective.unit}' if has_unit else ''}",
+        f"{percent(result.gap)}{' with the fleet to itself' if plan.other_tenants() else ''}",
+        "–" if dollars is None else digits(dollars),
+        "–" if per_million is None else digits(per_million),
+        seconds(figures.ttft_s) if plan.replicas else "–",
+        *ttft,
+        seconds(figures.tpot_s) if plan.replicas else "–",
+        *tpot,
+        tokens(figures.kv_tokens),
+        f"{figures.gpus_used:,}",
+        f"{figures.gpus_idle:,}",
+    )

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from hetis.planner.report import plan as plan_report
 from hetis.planner.report.explanation import memory_shares, time_shares
 from hetis.planner.report.figures import digits, gigabytes, percent, percent_at_least, plural, seconds, tokens
 from hetis.planner.report.page.axes import chart_of
@@ -27,28 +28,9 @@ from hetis.planner.report.page.blocks import (
     Tiles,
     Waterfall,
     Waterfalls,
+    grid_of,
 )
 from hetis.planner.report.page.fleet_map import MAX_NAMED, fleet_map, replica_name, shape_letter
-from hetis.planner.report.plan import (
-    beside_by_rates,
-    beside_engines,
-    beside_equal_stages,
-    by_unified,
-    distinct_runners_up,
-    excludes_unified,
-    folded,
-    is_below_model,
-    less_than_planned,
-    limits,
-    misses_as_planned,
-    misses_demand,
-    price_cells,
-    problem_title,
-    promised_figures,
-    range_of,
-    simple_setups,
-    verdict,
-)
 from hetis.planner.report.replica import stage_rows, unit_of_room
 from hetis.planner.report.simulation_pictures import Panel
 from hetis.planner.report.tables import SimulationRemarks, kept_beyond
@@ -99,7 +81,7 @@ def plan_section(
     return Section(
         anchor=anchor,
         heading=name,
-        lead=problem_title(problem).plain,
+        lead=plan_report.problem_title(problem).plain,
         blocks=tuple(_blocks(plan, problem, panels, traffic, has_market=has_market)),
     )
 
@@ -134,8 +116,8 @@ def _blocks(
         yield _prices(plan, has_market=has_market)
     yield Sentences(
         title="Simpler setups",
-        lines=tuple(simple_setups(plan)),
-        intro=f"One GPU type per replica and equal layers per stage{by_unified(plan)}, "
+        lines=tuple(plan_report.simple_setups(plan)),
+        intro=f"One GPU type per replica and equal layers per stage{plan_report.by_unified(plan)}, "
         "the best of each under the same limits.",
     )
     if plan.runners_up:
@@ -148,10 +130,10 @@ def _blocks(
 
 
 def _tiles(plan: Plan, problem: PlacementProblem) -> Iterator[Tile]:
-    kept, kind, figures = less_than_planned(plan), plan.objective.kind, promised_figures(plan, problem)
-    expected = range_of(plan)
+    kept, expected = plan_report.less_than_planned(plan), plan_report.range_of(plan)
+    kind, figures = plan.objective.kind, plan_report.promised_figures(plan, problem)
     span = "" if expected is None else f"{digits(expected.rate.low)} to {digits(expected.rate.high)} by profile errors"
-    by_model = "by the model; simulated traffic misses them" if misses_as_planned(plan) else span
+    by_model = "by the model; simulated traffic misses them" if plan_report.misses_as_planned(plan) else span
     yield Tile(
         label="Throughput" if kind is ObjectiveKind.THROUGHPUT else "Served within the limits",
         value=digits(figures.rate_rps),
@@ -159,7 +141,7 @@ def _tiles(plan: Plan, problem: PlacementProblem) -> Iterator[Tile]:
         note=by_model if kept is None else f"simulated; by the model {digits(plan.result.value)}",
     )
     if (demand_rps := plan.objective.demand_rps) is not None:
-        missed = misses_demand(plan)
+        missed = plan_report.misses_demand(plan)
         yield Tile(
             label="Demand",
             value=digits(demand_rps),
@@ -204,13 +186,13 @@ def _tiles(plan: Plan, problem: PlacementProblem) -> Iterator[Tile]:
 
 def _against_today(plan: Plan) -> Iterator[Tile]:
     """Yield the plan beside equal stages, alike: both as simulated, or both by the model."""
-    ours, theirs, are_simulated = beside_by_rates(plan)
+    ours, theirs, are_simulated = plan_report.beside_by_rates(plan)
     if theirs is not None and theirs > 0:
         ratio = ours / theirs - 1.0
         good = ratio > 0 if plan.objective.maximises else ratio < 0
         sign = "+" if ratio > 0 else "−" if ratio < 0 else ""
-        value = f"{digits(theirs)} {plan.result.unit}{by_unified(plan)}"
-        by = "by the model; equal stages, not simulated: " if is_below_model(plan) else "equal stages: "
+        value = f"{digits(theirs)} {plan.result.unit}{plan_report.by_unified(plan)}"
+        by = "by the model; equal stages, not simulated: " if plan_report.is_below_model(plan) else "equal stages: "
         by = "in simulation; equal stages: " if are_simulated else by
         yield Tile(
             label="Compared with today's practice",
@@ -247,7 +229,8 @@ def _simulated(plan: Plan) -> Iterator[Tile]:
 
 def _worth(plan: Plan) -> Scale:
     """Return the value next to its bound and to equal stages, today's practice."""
-    result, expected, (_, theirs, are_simulated) = plan.result, range_of(plan), beside_by_rates(plan)
+    result, expected = plan.result, plan_report.range_of(plan)
+    _, theirs, are_simulated = plan_report.beside_by_rates(plan)
     beside = theirs or 0.0
     band = (expected.rate.low, expected.rate.high) if expected is not None and plan.objective.maximises else None
     known = [result.value, beside, *(band or ()), *([result.bound] if math.isfinite(result.bound) else [])]
@@ -262,20 +245,20 @@ def _worth(plan: Plan) -> Scale:
             strong=True,
         )
     ]
-    if (kept := less_than_planned(plan)) is not None:
+    if (kept := plan_report.less_than_planned(plan)) is not None:
         simulated = f"{digits(kept.rate_rps, 4)} {result.unit}" if kept.rate_rps else "none of the rates tried"
         rows.append(ScaleRow(label="Kept, simulated", text=simulated, share=kept.rate_rps / axis))
     if beside:
-        label = "Equal stages (unified)" if excludes_unified(plan) else "Equal stages"
+        label = "Equal stages (unified)" if plan_report.excludes_unified(plan) else "Equal stages"
         label += ", simulated" if are_simulated else ""
         rows.append(ScaleRow(label=label, text=f"{digits(beside, 4)} {result.unit}", share=beside / axis))
     bound = f"bound {digits(result.bound, 4)} {result.unit}" if math.isfinite(result.bound) else "no bound"
-    notes = [f"The line is the {bound}: {verdict(plan)}."]
+    notes = [f"The line is the {bound}: {plan_report.verdict(plan)}."]
     if band:
         notes.append("The band shows the effect of the errors of the profiles.")
-    if (words := beside_equal_stages(plan)) is not None:
+    if (words := plan_report.beside_equal_stages(plan)) is not None:
         notes.append(f"Equal stages are the usual setup of engines without a planner: {words}.")
-    if engines := beside_engines(plan, hints=False):
+    if engines := plan_report.beside_engines(plan, hints=False):
         notes.append(f"What other engines would serve: {'; '.join(engines)}.")
     return Scale(title=f"How good it is: {result.objective.value}", rows=tuple(rows), note=" ".join(notes))
 
@@ -283,7 +266,7 @@ def _worth(plan: Plan) -> Scale:
 def _limits(plan: Plan) -> Scale:
     simulated, rows, without = verification_of(plan), list[ScaleRow](), list[str]()
     found = [] if simulated is None else limited_latencies(simulated, plan)
-    for each in limits(plan):
+    for each in plan_report.limits(plan):
         name, reached, limit = each.name, each.value_s, each.limit_s
         remarks = f" ({', '.join(each.remarks())})" if each.remarks() else ""
         if limit is None:
@@ -316,35 +299,23 @@ def _limits(plan: Plan) -> Scale:
 def _replicas(groups: Sequence[ReplicaGroup], unit: str, *, lettered: bool) -> Grid:
     """Return the table of replicas, their KV room in ``unit``; if ``lettered``, with the letters of the map."""
 
-    def row(number: int, group: ReplicaGroup) -> tuple[str, ...]:
-        one = group.first
+    def name(number: int, group: ReplicaGroup) -> str:
         letter = f"{shape_letter(number)}: " if lettered else ""
         equal = f" and {len(group.numbers) - 1:,} equal" if len(group.numbers) > 1 else ""
-        return (
-            f"{letter}{replica_name(group.numbers[0], one.role)}{equal}",
-            f"{digits(one.rate, 4)}",
-            "" if one.role is Role.DECODE else seconds(one.ttft_s),
-            "" if one.role is Role.PREFILL else seconds(one.tpot_s),
-            "" if one.role is Role.PREFILL else _seats(one),
-            "" if one.role is Role.DECODE else f"{one.chunk_tokens}",
-            tokens(one.kv_tokens),
-            f"{len(one.devices()):,}",
-        )
+        return f"{letter}{replica_name(group.numbers[0], group.first.role)}{equal}"
 
     rest = groups[MAX_SHAPES:]
-    return Grid(
+    return grid_of(
+        [(name(number, group), group.first) for number, group in enumerate(groups[:MAX_SHAPES])],
+        ("'replica", lambda one: one[0]),
+        ("requests/s saturated", lambda one: digits(one[1].rate, 4)),
+        ("TTFT p95", lambda one: "" if one[1].role is Role.DECODE else seconds(one[1].ttft_s)),
+        ("TPOT mean", lambda one: "" if one[1].role is Role.PREFILL else seconds(one[1].tpot_s)),
+        ("seats × in flight", lambda one: "" if one[1].role is Role.PREFILL else _seats(one[1])),
+        ("chunk", lambda one: "" if one[1].role is Role.DECODE else f"{one[1].chunk_tokens}"),
+        (f"KV {unit}", lambda one: tokens(one[1].kv_tokens)),
+        ("GPUs", lambda one: f"{len(one[1].devices()):,}"),
         title="Replicas",
-        columns=(
-            "'replica",
-            "requests/s saturated",
-            "TTFT p95",
-            "TPOT mean",
-            "seats × in flight",
-            "chunk",
-            f"KV {unit}",
-            "GPUs",
-        ),
-        rows=tuple(row(number, group) for number, group in enumerate(groups[:MAX_SHAPES])),
         note=f"and {plural(len(rest), 'more shape')} of replicas" if rest else "",
     )
 
@@ -452,7 +423,7 @@ def _prices(plan: Plan, *, has_market: bool) -> Grid:
         columns=("'GPU", *where, "there", "used", "as workers", *others, "idle", "marginal price"),
         rows=tuple(
             (price.gpu, *([price.zone] if zones else []), *cells)
-            for price, cells in zip(plan.prices, price_cells(plan), strict=True)
+            for price, cells in zip(plan.prices, plan_report.price_cells(plan), strict=True)
         ),
         note="The marginal price is what one GPU of the class is worth where fractions of replicas are allowed."
         + ("" if has_market else f" {advice}"),
@@ -460,14 +431,13 @@ def _prices(plan: Plan, *, has_market: bool) -> Grid:
 
 
 def _runners_up(plan: Plan) -> Grid:
-    return Grid(
+    return grid_of(
+        plan_report.distinct_runners_up(plan),
+        ("'a replica of", lambda one: shape_words(one.shape)),
+        ("requests/s", lambda one: digits(one.rate)),
+        ("'why not", lambda one: reason_words(one.reason, one.rate)),
         title="Not chosen",
         intro="The closest alternatives, each with its saturated rate.",
-        columns=("'a replica of", "requests/s", "'why not"),
-        rows=tuple(
-            (shape_words(one.shape), digits(one.rate), reason_words(one.reason, one.rate))
-            for one in distinct_runners_up(plan)
-        ),
     )
 
 
@@ -476,7 +446,7 @@ def shape_words(shape: str) -> str:
     role, colon, stages = shape.rpartition(": ")
     found = [_STAGE.fullmatch(stage) for stage in stages.split(" | ")]
     if not all(found):
-        return folded(shape)
+        return plan_report.folded(shape)
     words = ", then ".join(_stage_words(match) for match in found if match is not None)
     return f"{role} only: {words}" if colon else words
 
@@ -508,7 +478,7 @@ def _profiles(plan: Plan, problem: PlacementProblem) -> Grid:
     """Return the origins of the profiles and their known errors."""
     used = {gpu for price in plan.prices if price.used for gpu in [price.gpu]} or set(problem.profiles)
     origins = _mapping(_mapping(plan.inputs.get("origins")).get("profiles"))
-    expected = range_of(plan)
+    expected = plan_report.range_of(plan)
     errors = {} if expected is None else expected.errors
     rows = list[tuple[str, ...]]()
     fits = used_fits({gpu: problem.profiles[gpu] for gpu in sorted(used)}, problem.model, problem.family.tp_sizes)
