@@ -232,9 +232,8 @@ def _p95(share_longer: Callable[[float], float]) -> float:
 
 def request_queue(plan: Plan, problem: PlacementProblem) -> RequestQueue | None:
     """Return the queue of a plan; None if it is empty."""
-    if not plan.replicas:
-        return None
-    return RequestQueue(*_Building(with_all_seats(plan, problem), problem).queues())
+    queues = tuple(_Building(with_all_seats(plan, problem), problem).queues())
+    return RequestQueue(*queues) if queues else None
 
 
 def queueing(plan: Plan, problem: PlacementProblem) -> Queueing | None:
@@ -247,7 +246,7 @@ class _Building:
     """Builds the queues of a plan from derivations of its replicas."""
 
     def __init__(self, plan: Plan, problem: PlacementProblem) -> None:
-        self._plan, self._problem = plan, problem
+        self._problem = problem
         self._fleet, self._derivation = Fleet.of(problem.cluster), Rederivation(problem)
         workload = problem.workload.clipped_to(problem.model.max_position)
         self._moments = workload.moments()
@@ -259,6 +258,11 @@ class _Building:
         self._sent_rps = [one.rate if one.role is Role.UNIFIED else 0.0 for one in plan.replicas]
         for route in plan.kv_routes:
             self._sent_rps[route.prefill] += route.rate
+        self._arriving = [0.0] * len(plan.replicas)  # prompts that others compute for each replica at once
+        for route in plan.kv_routes:
+            sender = plan.replicas[route.prefill]
+            under_way = sender.in_flight * max(1.0, sender.chunk_tokens / self._moments.mean_computed)
+            self._arriving[route.decode] += under_way * route.rate / self._sent_rps[route.prefill]
         self._groups = group_replicas(plan.replicas)
 
     def queues(self) -> Iterator[SharedQueue]:
@@ -310,7 +314,8 @@ class _Building:
             seats = one.planned_seats
         else:
             holding_s = self._iterations * iteration_s + under_way_s
-            beside, seats = 0, one.planned_seats + one.in_flight * self._arriving(group)
+            arriving = sum(self._arriving[number] for number in group.numbers) / len(group.numbers)
+            beside, seats = 0, one.planned_seats + max(1, math.ceil(arriving / one.in_flight)) * one.in_flight
             in_flight = in_flight + rates * float(self._weights @ under_way_s)
             if in_flight[-1] < seats:  # the others wait to decode
                 in_flight, rates = np.append(in_flight, seats), np.append(rates, rates[-1])
@@ -322,16 +327,6 @@ class _Building:
             rates=rates,
             holding_cv2=self._cv2(holding_s),
         )
-
-    def _arriving(self, group: ReplicaGroup) -> int:
-        """Return for how many prompts, per micro-batch, a decode replica has seats while others compute them."""
-        arriving = 0.0
-        for route in self._plan.kv_routes:
-            if route.decode in group.numbers:
-                sender = self._plan.replicas[route.prefill]
-                under_way = sender.in_flight * max(1.0, sender.chunk_tokens / self._moments.mean_computed)
-                arriving += under_way * route.rate / self._sent_rps[route.prefill]
-        return max(1, math.ceil(arriving / len(group.numbers) / group.first.in_flight))
 
     def _cv2(self, values: FloatArray) -> float:
         mean = self._weights @ values
