@@ -99,8 +99,7 @@ def test_check_and_explain_work_from_the_plan_alone(folder: Path, tmp_path: Path
     assert document["memory"]
     assert document["stage_times"]
     assert document["attention_workers"]
-    roles = {one["role"] for one in json.loads((tmp_path / "moved.json").read_text())["replicas"]}
-    assert (document["queueing"] is None) == (roles != {"unified"})
+    assert document["queueing"]["ttft_p95_s"] > 0
 
 
 @pytest.fixture(scope="module")
