@@ -187,8 +187,7 @@ def _decide_replica(cluster: ClusterFleet, view: _ClusterView, replica: Replica,
 
 def _part(cluster: ClusterFleet, replica: Replica, node: str) -> ReplicaOnNode:
     state, is_draining = cluster.leases.state(node), cluster.is_draining(node)
-    link = cluster.links.get(node)
-    slot = None if link is None else link.slots.get(replica.name)
+    slot = cluster.slot(node, replica.name)
     if slot is None:
         return ReplicaOnNode(presence=state, is_draining=is_draining)
     if not slot.is_believed:  # for this replica, the node counts as lost
@@ -209,7 +208,8 @@ def _part(cluster: ClusterFleet, replica: Replica, node: str) -> ReplicaOnNode:
 
 
 def _authority(cluster: ClusterFleet, replica: Replica) -> Authority.ValueType:
-    knows = agent_service_pb2.AGENT_CAPABILITY_HEAD_MAP in cluster.link(replica.primary_node).capabilities
+    link = cluster.links.get(replica.primary_node)
+    knows = link is not None and agent_service_pb2.AGENT_CAPABILITY_HEAD_MAP in link.capabilities
     return Authority.HEAD_MAP_AUTHORITY_ENGINE if knows else Authority.HEAD_MAP_AUTHORITY_PLANNER
 
 

@@ -141,8 +141,7 @@ def show_live(message: replica_pb2.Replica, live: LiveReplica) -> None:
 
 def generation_of(cluster: ClusterFleet, replica: Replica) -> int:
     """Return a replica's generation as last reported by its primary; before any report, that of its last assignment."""
-    link = cluster.links.get(replica.primary_node)
-    slot = None if link is None else link.slots.get(replica.name)
+    slot = cluster.slot(replica.primary_node, replica.name)
     return slot.held if slot is not None and slot.held else replica.assigned_generation
 
 
