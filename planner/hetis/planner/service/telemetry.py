@@ -241,6 +241,11 @@ class CallRecord:
     def trace_id(self) -> str:
         return "" if self._span is None else self._span.trace_id
 
+    @property
+    def resource(self) -> str:
+        """The name in the request, of which nothing is checked, in printable characters."""
+        return _printable(self._request_name)
+
     def comes_from(self, identity: Identity) -> None:
         self.caller, self._role = identity.name, identity.role
 
@@ -265,7 +270,7 @@ class CallRecord:
             caller=self.caller,
             role=self._role,
             method=self.method.rpartition("/")[2],
-            resource=_printable(self._request_name),
+            resource=self.resource,
             request_id=_printable(self._request_id[:64]),
             outcome=self.reason,
         )
