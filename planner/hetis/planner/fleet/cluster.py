@@ -15,7 +15,7 @@ from hetis.planner.fleet.activation import NodeState
 from hetis.planner.fleet.cluster_changes import ClusterChanges
 from hetis.planner.fleet.deltas import ROOM, DeltaAnswer, ReplicaSlot, WantedAssignment, WantedRemoval
 from hetis.planner.fleet.leases import Leases
-from hetis.planner.fleet.link import Behind, Fenced, HeadMapsRead, NodeLink, Reported, Response
+from hetis.planner.fleet.link import HeadMapsRead, NodeLink, Reported, Response
 from hetis.planner.fleet.replica import Contents, Replica
 from hetis.planner.fleet.settings import FleetCounters, FleetSettings
 from hetis.planner.fleet.writes import Kept, KeptCluster, NodeWrite, ReplicaWrite, Writes
@@ -127,6 +127,7 @@ class ClusterFleet:
                 node_name(self.name, node),
                 epoch=self._epoch,
                 settings=self.settings,
+                counters=self.counters,
                 most_held=partial(self._most_held, node),
                 known=None if record is None else record.body,
             )
@@ -153,7 +154,6 @@ class ClusterFleet:
             self._check_held(node, name)
         if link.engine_address != address:
             self._note_address(node, link.engine_address, before=address)
-        self._count_ignored(link)
         self._talking.add(node)
         self.dirty |= self._replicas_on.get(node, set())
         return link.session
@@ -211,19 +211,12 @@ class ClusterFleet:
                     self._write_node(node, event)
                 case DeltaAnswer():
                     self._note_answer(node, event, now_s)
-                case Behind():
-                    self._must_reassign(event.replica)
                 case change_pb2.ChangeStatus():
                     self.changes.hear(node, event)
                 case HeadMapsRead():
                     read.append(event)
-                case Fenced():
-                    raise ServiceError(
-                        Reason.ERROR_REASON_STALE_EPOCH,
-                        f"the agent has followed epoch {event.newest_epoch}, but this planner's epoch is {self._epoch}",
-                        metadata={"epoch": self._epoch, "newest_epoch": event.newest_epoch},
-                    )
-        self._count_ignored(link)
+                case ServiceError():
+                    raise event
         if link.has_more:
             self._talking.add(node)
         return read
@@ -468,16 +461,18 @@ class ClusterFleet:
 
     def _note_answer(self, node: str, answer: DeltaAnswer, now_s: float) -> None:
         self.dirty.add(answer.replica)
-        if answer.failure is not None:
-            self.counters.nacks[name_of(Reason, answer.failure.reason)] += 1
-        if not answer.change_id:
-            if answer.kind == "removal" and answer.replica not in self.replicas:
-                link = self.links[node]
-                if not link.slots[answer.replica].held:
-                    link.forget(answer.replica)
-                self.decide_all = True  # other replicas may have waited for this
-            return
-        self.changes.answered(node, answer, now_s=now_s)
+        reason = None if answer.failure is None else answer.failure.reason
+        if reason is not None:
+            self.counters.nacks[name_of(Reason, reason)] += 1
+        if answer.change_id:
+            self.changes.answered(node, answer, now_s=now_s)
+        elif answer.kind == "removal" and answer.replica not in self.replicas:
+            link = self.links[node]
+            if not link.slots[answer.replica].held:
+                link.forget(answer.replica)
+            self.decide_all = True  # other replicas may have waited for this
+        elif answer.kind == "assignment" and reason == Reason.ERROR_REASON_GENERATION_MISMATCH:
+            self._must_reassign(answer.replica)  # the node holds a later generation than it was given
 
     def _check_held(self, node: str, name: str) -> None:
         """Correct a node that holds another node's replica, or a later generation than it was ever sent."""
@@ -496,9 +491,6 @@ class ClusterFleet:
     def _most_held(self, node: str, name: str) -> int | None:
         replica = self.replicas.get(name)
         return None if replica is None or node not in replica.nodes else replica.generation + ROOM
-
-    def _count_ignored(self, link: NodeLink) -> None:
-        self.counters.replicas_ignored += link.take_num_ignored()
 
     def _must_reassign(self, name: str) -> None:
         replica = self.replicas.get(name)

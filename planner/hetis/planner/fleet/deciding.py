@@ -15,7 +15,6 @@ from hetis.planner.fleet.activation import (
     Standing,
     State,
     Surroundings,
-    has_reached,
     next_standing,
 )
 from hetis.planner.fleet.cluster import ClusterFleet
@@ -272,10 +271,10 @@ def _awaited_nodes(cluster: ClusterFleet, states: Mapping[str, Standing], wanted
         for node in replica.nodes:
             if cluster.leases.state(node) != NodeState.NODE_STATE_READY:
                 absent.add(node)
-            elif standing.goal is not None and not has_reached(
-                standing.goal, _part(cluster, replica, node), replica.assigned_generation
-            ):
-                loading.add(node)
+            elif standing.goal is not None:
+                part = _part(cluster, replica, node)
+                if not part.has_reached(standing.goal, replica.assigned_generation):
+                    loading.add(node)
     return [*sorted(absent), *sorted(loading)]
 
 
