@@ -156,8 +156,7 @@ async def run_planner(
         stack.push_async_callback(server.stop_at_once)
         # Listen before the store is opened: a planner that cannot listen must not take the lead from one that can.
         addresses = [server.listen(address) for address in config.listen]
-        connections = ConnectionWatch(limits, ports_of(addresses))
-        metrics.count_closed_connections(lambda: connections.closed)
+        connections = ConnectionWatch(limits, ports_of(addresses), on_closed=metrics.connections_closed.inc)
         page, page_address = StatusPage(page_limits), ""
         if config.status_page.address != OFF:
             page_address = page.listen(config.status_page.address)
@@ -166,7 +165,7 @@ async def run_planner(
         if planner is None:
             _log.info("stopped before the store was open")
             return
-        loops = Loops()
+        loops = Loops(planner.loops)
         calls.answer_for(require_leader=planner.require_leader, on_refusal=planner.note_refusal)
         planner.on_loss(calls.end_streams)
         stack.push_async_callback(planner.close)
@@ -180,7 +179,7 @@ async def run_planner(
                 metrics,
                 version=version,
                 is_ready=lambda: planner.is_ready and not calls.is_draining,
-                failures=lambda: [*planner.failures, *loops.failures],
+                failures=lambda: loops.failures,
                 hosts=config.status_page.hosts,
             )
             stack.push_async_callback(page.stop)
@@ -198,12 +197,12 @@ async def run_planner(
             )
 
         look_at_credentials()
-        metrics.count_failed_loops(lambda: len(planner.failures) + len(loops.failures))
+        metrics.count_failed_loops(lambda: len(loops.failures))
         stack.push_async_callback(loops.stop)
         loops.start("reloading files", keep_fresh(access.refreshed, config.reload, then=look_at_credentials))
         loops.start("counting connections", connections.run())
         loops.start("watching the event loop", metrics.watch_loop())
-        failing = asyncio.create_task(show_failure(planner, loops, server))
+        failing = asyncio.create_task(show_failure(loops, server))
         stack.callback(failing.cancel)
         _say_ready(addresses, page_address, config, as_json=ready_json)
         end = await _until_the_end(signals, planner)
@@ -249,10 +248,10 @@ async def _until_the_end(signals: StopSignals, planner: Succession) -> BaseExcep
         return replaced.exception() or taken_over
 
 
-async def show_failure(planner: Succession, loops: Loops, server: PlannerServer) -> None:
+async def show_failure(loops: Loops, server: PlannerServer) -> None:
     """Wait for a failure, then report NOT_SERVING for all services; ``/healthz`` checks independently."""
-    async with _first_of(planner.until_failed(), loops.failed.wait()):
-        server.health.serve(False)
+    await loops.failed.wait()
+    server.health.serve(False)
 
 
 def _say_ready(addresses: Sequence[str], page_address: str, config: PlannerConfig, *, as_json: bool) -> None:

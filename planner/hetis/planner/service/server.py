@@ -36,9 +36,6 @@ class ServiceHealth(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
     def add(self, services: Iterable[str]) -> None:
         self._services.update(services)
 
-    def add_to(self, server: grpc.aio.Server) -> None:
-        health_pb2_grpc.add_HealthServicer_to_server(self, server)
-
     def serve(self, is_serving: bool) -> None:
         """Set whether all services serve or none does."""
         self._is_serving = is_serving
@@ -130,7 +127,7 @@ class PlannerServer:
             options += ((MAX_CONNECTIONS, max_connections),)
         self._server = grpc.aio.server(interceptors=[calls], options=options, maximum_concurrent_rpcs=MAX_CALLS)
         self.health = ServiceHealth()
-        self.health.add_to(self._server)
+        health_pb2_grpc.add_HealthServicer_to_server(self.health, self._server)
         self._servicings = list(servicings)
 
     def add(self, servicings: Sequence[Servicing]) -> None:

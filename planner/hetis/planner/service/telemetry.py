@@ -238,10 +238,6 @@ class CallRecord:
         self._began = time.perf_counter()
 
     @property
-    def trace_id(self) -> str:
-        return "" if self._span is None else self._span.trace_id
-
-    @property
     def resource(self) -> str:
         """The name in the request, of which nothing is checked, in printable characters."""
         return _printable(self._request_name)
@@ -299,7 +295,7 @@ class CallRecord:
                     "caller": self.caller,
                     "peer": self._peer,
                     "request": self._request_name,
-                    "trace": self.trace_id,
+                    "trace": "" if self._span is None else self._span.trace_id,
                 },
             )
 
