@@ -20,7 +20,7 @@ from hetis.planner.fleet.activation import (
 from hetis.planner.fleet.cluster import ClusterFleet
 from hetis.planner.fleet.replica import Authority, Replica
 from hetis.planner.fleet.writes import PlanWrite, ReplicaWrite, Writes
-from hetis.v1 import agent_service_pb2, failure_pb2, plan_pb2, report_pb2
+from hetis.v1 import agent_service_pb2, plan_pb2, report_pb2
 
 Activation = plan_pb2.ActivationState
 MOST_AWAITED = 3  # nodes named in the progress of an activation
@@ -151,7 +151,9 @@ def _decide_replica(cluster: ClusterFleet, view: _ClusterView, replica: Replica,
         ),
     )
     if replica.cannot_start and after.goal == Goal.ASSIGNMENT_GOAL_LOAD and now.goal is None:
-        after = Standing(state=State.REPLICA_STATE_FAILED, failure=_unreadable(replica))
+        message = f"{replica.record.plan} cannot be read back: see the planner's log"
+        failure = ServiceError(Reason.ERROR_REASON_PLAN_CHECK_FAILED, message).to_proto()
+        after = Standing(state=State.REPLICA_STATE_FAILED, failure=failure)
     is_new = (after.goal, after.conditions) != (now.goal, now.conditions) or replica.must_reassign
     if replica.has_failed and any(part.held < replica.assigned_generation for part in parts.values()):
         is_new = True  # while it had failed, its last assignment was sent to no node
@@ -276,9 +278,3 @@ def _awaited_nodes(cluster: ClusterFleet, states: Mapping[str, Standing], wanted
                 if not part.has_reached(standing.goal, replica.assigned_generation):
                     loading.add(node)
     return [*sorted(absent), *sorted(loading)]
-
-
-def _unreadable(replica: Replica) -> failure_pb2.Failure:
-    return ServiceError(
-        Reason.ERROR_REASON_PLAN_CHECK_FAILED, f"{replica.record.plan} cannot be read back: see the planner's log"
-    ).to_proto()

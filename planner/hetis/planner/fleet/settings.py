@@ -108,7 +108,7 @@ def _seconds(message: cluster_pb2.ClusterPolicy, field: str, default_s: float) -
 
 
 def _counted(metric: str, text: str, *, by: str = "") -> Any:
-    """Return the field of a counter, with the name, help and label of its metric. ``by``: the label by which it counts."""
+    """Return the field of a counter, with its metric's name, help and, if it counts by something, label."""
     return field(default_factory=Counter if by else int, metadata={"metric": metric, "help": text, "label": by})
 
 

@@ -14,14 +14,7 @@ from hetis.planner.fleet.cluster import ClusterFleet
 from hetis.planner.fleet.hubs import Hubs
 from hetis.planner.fleet.replica import Replica
 from hetis.solver.cluster import node_of
-from hetis.v1 import (
-    cluster_pb2,
-    inventory_pb2,
-    redispatch_pb2,
-    replica_pb2,
-    report_pb2,
-    stage_pb2,
-)
+from hetis.v1 import cluster_pb2, inventory_pb2, redispatch_pb2, replica_pb2, report_pb2, stage_pb2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,10 +99,8 @@ def publish(cluster: ClusterFleet, hubs: Hubs, *, now_s: float) -> None:
             hubs.plans.publish(name, plan, now_s=now_s)
         elif kind == "cluster" and cluster.record is not None:
             hubs.publish_cluster(cluster.record, num_connected=cluster.leases.num_connected, now_s=now_s)
-    under_way = {change.body.name: change.body for change in cluster.changes.under_way.values()}
-    for kind, name in shown:
-        if kind == "redispatch" and name in under_way:
-            hub.publish((kind, name), basic_redispatch(under_way[name]), now_s=now_s)
+        elif kind == "redispatch" and (change := cluster.changes.under_way.get(last_part(name))) is not None:
+            hub.publish((kind, name), basic_redispatch(change.body), now_s=now_s)
 
 
 def publish_end(
