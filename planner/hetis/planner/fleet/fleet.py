@@ -18,6 +18,7 @@ from hetis.planner.convert.names import NODE, cluster_of, last_part, node_name
 from hetis.planner.failures import Reason, ServiceError, invalid_field, not_found, wrong_node
 from hetis.planner.fleet import views
 from hetis.planner.fleet.cluster import ClusterFleet
+from hetis.planner.fleet.deltas import protocol_violation
 from hetis.planner.fleet.hubs import Hubs
 from hetis.planner.fleet.link import HeadMaps, HeadMapsRead, check_hello
 from hetis.planner.fleet.reconciler import PlanContents, Reconciler
@@ -52,9 +53,7 @@ class Stream:
             self._num_bytes += message.ByteSize()
         if len(self._queue) > MOST_MESSAGES or self._num_bytes > MOST_BYTES:
             self._queue.clear()
-            self.end(
-                ServiceError(Reason.ERROR_REASON_PROTOCOL_VIOLATION, "the agent does not read its messages fast enough")
-            )
+            self.end(protocol_violation("the agent does not read its messages fast enough"))
             return False
         self._has_news.set()
         return True
@@ -361,12 +360,10 @@ class LiveFleet:
         except asyncio.CancelledError:
             raise
         except Exception:
-            _log.exception(
-                "a message from an agent could not be processed", extra={"node": node, "cluster": cluster.name}
-            )
-            stream.end(
-                ServiceError(Reason.ERROR_REASON_INTERNAL, "a message could not be processed: see the planner's log")
-            )
+            extra = {"node": node, "cluster": cluster.name}
+            _log.exception("a message from an agent could not be processed", extra=extra)
+            message = "a message could not be processed: see the planner's log"
+            stream.end(ServiceError(Reason.ERROR_REASON_INTERNAL, message))
 
     def _close(self, cluster: ClusterFleet, node: str, name: str, stream: Stream) -> None:
         if self._streams.get(name) is stream:
@@ -471,9 +468,7 @@ async def _first_of(requests: AsyncIterator[Request]) -> Request:
     try:
         first = await asyncio.wait_for(anext(requests), _HELLO_S)
     except (StopAsyncIteration, TimeoutError):
-        raise ServiceError(
-            Reason.ERROR_REASON_PROTOCOL_VIOLATION, f"no hello was received within {_HELLO_S:g} s"
-        ) from None
+        raise protocol_violation(f"no hello was received within {_HELLO_S:g} s") from None
     _check_size(first)
     return first
 

@@ -13,7 +13,7 @@ from google.protobuf.message import Message
 from hetis.formats.cluster import MAX_GPUS_PER_NODE
 from hetis.planner.convert.names import duration
 from hetis.planner.failures import Reason, ServiceError, invalid_field
-from hetis.planner.fleet.deltas import MOST_GENERATION, DeltaAnswer, ReplicaSlot, WantedRemoval
+from hetis.planner.fleet.deltas import MOST_GENERATION, DeltaAnswer, ReplicaSlot, WantedRemoval, protocol_violation
 from hetis.planner.fleet.settings import FleetCounters, FleetSettings
 from hetis.v1 import agent_service_pb2, change_pb2, cluster_pb2, failure_pb2, head_map_pb2, inventory_pb2, report_pb2
 
@@ -128,8 +128,8 @@ def check_hello(request: Request, *, epoch: int) -> agent_service_pb2.Hello:
     Raises PROTOCOL_VIOLATION, PROTOCOL_VERSION, STALE_EPOCH or INVALID_FIELD.
     """
     if request.WhichOneof("message") != "hello":
-        message = f"the first message of a stream must be a hello, this is {request.WhichOneof('message') or 'none'}"
-        raise ServiceError(Reason.ERROR_REASON_PROTOCOL_VIOLATION, message)
+        kind = request.WhichOneof("message") or "none"
+        raise protocol_violation(f"the first message of a stream must be a hello, this is {kind}")
     hello = request.hello
     if not hello.min_protocol_version <= PROTOCOL_VERSION <= hello.protocol_version:
         raise ServiceError(
@@ -165,15 +165,13 @@ def _check_replicas(said: Iterable[Any]) -> None:
     """
     for one in said:
         if one.generation > MOST_GENERATION:
-            message = f"a generation is above {MOST_GENERATION}, the maximum"
-            raise ServiceError(Reason.ERROR_REASON_PROTOCOL_VIOLATION, message)
+            raise protocol_violation(f"a generation is above {MOST_GENERATION}, the maximum")
         for name in (one.replica, getattr(one, "change_id", "")):
             if len(name) > MOST_CHARACTERS:
                 message = f"the name of a replica or change has more than {MOST_CHARACTERS} characters, the maximum"
-                raise ServiceError(Reason.ERROR_REASON_PROTOCOL_VIOLATION, message)
+                raise protocol_violation(message)
             if not name.isprintable():
-                message = f"the name of a replica or change is {name[:80]!r}, must be printable"
-                raise ServiceError(Reason.ERROR_REASON_PROTOCOL_VIOLATION, message)
+                raise protocol_violation(f"the name of a replica or change is {name[:80]!r}, must be printable")
 
 
 def _check_inventory(inventory: inventory_pb2.NodeInventory) -> None:
@@ -346,7 +344,7 @@ class NodeLink:
         Raises PROTOCOL_VIOLATION, STALE_EPOCH or INVALID_FIELD if the stream must end.
         """
         if request.WhichOneof("message") == "hello":
-            raise ServiceError(Reason.ERROR_REASON_PROTOCOL_VIOLATION, "a hello was received in the middle of a stream")
+            raise protocol_violation("a hello was received in the middle of a stream")
         if request.epoch > self._epoch:
             raise _stale("follows", request.epoch, self._epoch)
         if request.epoch < self._epoch:

@@ -64,10 +64,7 @@ _STANDBY = {
 STANDBY_READS = {f"/hetis.v1.{service}/{method}" for service, found in _STANDBY.items() for method in found.split()}
 """Methods that any planner answers from the store. Agents' live reports and watches need the leader."""
 
-_LIVE = {
-    "ClusterService": "GetCluster ListClusters GetReplica ListReplicas",
-    "PlanService": "GetPlan ListPlans",
-}
+_LIVE = {"ClusterService": "GetCluster ListClusters GetReplica ListReplicas", "PlanService": "GetPlan ListPlans"}
 LIVE_READS = {f"/hetis.v1.{service}/{method}" for service, found in _LIVE.items() for method in found.split()}
 """Those of `STANDBY_READS` whose answers have fields that only the leader knows: agents, reports and progress."""
 

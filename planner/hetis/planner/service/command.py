@@ -50,12 +50,7 @@ def hetis_planner(
     config: Annotated[
         str | None,
         typer.Option(
-            "--config",
-            "-c",
-            metavar="FILE",
-            envvar="HETIS_CONFIG",
-            help="PlannerConfig file.",
-            show_default=False,
+            "--config", "-c", metavar="FILE", envvar="HETIS_CONFIG", help="PlannerConfig file.", show_default=False
         ),
     ] = None,
     listen: Annotated[
@@ -156,9 +151,9 @@ def backup(
     store: StoreOption = None,
 ) -> None:
     """Write a snapshot of the store to a file. Planners can keep running."""
-    from hetis.planner.service.maintenance import make_backup
+    from hetis.planner.service.maintenance import make_backup, store_url
 
-    make_backup(_store_url(config, store), file)
+    make_backup(store_url(config, store), file)
 
 
 @app.command("restore")
@@ -169,9 +164,9 @@ def restore(
     replace: Annotated[bool, typer.Option("--replace", help="Discard the store's present contents.")] = False,
 ) -> None:
     """Restore the store from a backup, and raise its epoch. No planner may lead during the restore."""
-    from hetis.planner.service.maintenance import restore_backup
+    from hetis.planner.service.maintenance import restore_backup, store_url
 
-    restore_backup(_store_url(config, store), file, replace=replace)
+    restore_backup(store_url(config, store), file, replace=replace)
 
 
 @app.command("migrate")
@@ -183,9 +178,9 @@ def migrate(
     store: StoreOption = None,
 ) -> None:
     """Migrate the store's tables up or down to a version. Make a backup first."""
-    from hetis.planner.service.maintenance import migrate_store
+    from hetis.planner.service.maintenance import migrate_store, store_url
 
-    migrate_store(_store_url(config, store), to)
+    migrate_store(store_url(config, store), to)
 
 
 @app.command("audit")
@@ -204,20 +199,13 @@ def audit(
     store: StoreOption = None,
 ) -> None:
     """Show who changed what and when, and the outcome, oldest first."""
-    from hetis.planner.service.maintenance import check_audit, print_audit
+    from hetis.planner.service.maintenance import check_audit, print_audit, store_url
 
-    url = _store_url(config, store)
+    url = store_url(config, store)
     if check:
         raise typer.Exit(check_audit(url))
     filters = {"caller": caller, "method": method, "resource": resource, "outcome": outcome}
     print_audit(url, filters, since=since, until=until, as_json=as_json)
-
-
-def _store_url(config: str | None, store: str | None) -> str:
-    from hetis.planner.service.maintenance import store_url
-    from hetis.planner.service.settings import Given
-
-    return store_url(config, [Given(name="store", text=store, by="--store")] if store else [])
 
 
 def _split(text: str) -> tuple[str, str]:

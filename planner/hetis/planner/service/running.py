@@ -28,13 +28,7 @@ from hetis.planner.service.certificates import (
 )
 from hetis.planner.service.credentials import Authenticator, Credentials, NoCredentials, Tokens
 from hetis.planner.service.exit_codes import ServiceExitCode
-from hetis.planner.service.limits import (
-    ConnectionLimits,
-    ConnectionWatch,
-    WriteRates,
-    ports_of,
-    reserved_for_page,
-)
+from hetis.planner.service.limits import ConnectionLimits, ConnectionWatch, WriteRates, ports_of, reserved_for_page
 from hetis.planner.service.loops import Loops
 from hetis.planner.service.metrics import ServiceMetrics
 from hetis.planner.service.server import PlannerServer

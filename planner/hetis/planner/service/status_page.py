@@ -6,12 +6,13 @@ import asyncio
 import contextlib
 import ipaddress
 import socket
+import time
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import h11
 import uvicorn
@@ -27,7 +28,6 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from hetis.planner.failures import ServiceError
 from hetis.planner.report.page.blocks import live_script_policy
 from hetis.planner.service.metrics import CONTENT_TYPE, ServiceMetrics
-from hetis.planner.service.recent import FRESH_S, Recent
 from hetis.planner.service.server import AddressError
 from hetis.planner.service.settings import join_address, split_address
 
@@ -122,6 +122,40 @@ def limited_protocol(limits: PageLimits) -> type[asyncio.Protocol]:
                 self._timer = None
 
     return Protocol
+
+
+T = TypeVar("T")
+FRESH_S = 1.0
+
+
+class Recent(Generic[T]):
+    """Answers by key that are costly to make and may be a second old. Belongs to one event loop.
+
+    However many ask, each is made once, and one at a time. It counts as new from when it was finished: whatever it
+    takes to make one, the loop does other work as well.
+    """
+
+    def __init__(self, *, fresh_s: float = FRESH_S, clock: Callable[[], float] = time.monotonic) -> None:
+        self._fresh_s, self._clock = fresh_s, clock
+        self._made = asyncio.Lock()
+        self._kept: dict[Hashable, tuple[float, T]] = {}  # with the times at which they were finished
+
+    async def of(self, key: Hashable, make: Callable[[], Awaitable[T]]) -> T:
+        """Return the answer for ``key``, made now unless one was made less than a second ago."""
+        if (found := self._fresh(key)) is not None:
+            return found[1]
+        async with self._made:
+            if (found := self._fresh(key)) is not None:  # made while this one waited
+                return found[1]
+            answer = await make()
+            now_s = self._clock()
+            self._kept = {one: kept for one, kept in self._kept.items() if now_s < kept[0] + self._fresh_s}
+            self._kept[key] = now_s, answer
+            return answer
+
+    def _fresh(self, key: Hashable) -> tuple[float, T] | None:
+        kept = self._kept.get(key)
+        return kept if kept is not None and self._clock() < kept[0] + self._fresh_s else None
 
 
 _GRACE_S = 1
