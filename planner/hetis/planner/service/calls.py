@@ -237,7 +237,7 @@ class Calls(grpc.aio.ServerInterceptor):
             return request
 
         try:
-            self._admit(method, metadata, context, record, read, is_stream=is_stream)
+            self._admit(context, metadata, record, read)
             if is_stream:
                 with self._limits.opened(method, caller=record.caller, peer=context.peer()):
                     answer = await behaviour(read())
@@ -265,16 +265,7 @@ class Calls(grpc.aio.ServerInterceptor):
         finally:
             record.end(code, self._telemetry.metrics)
 
-    def _admit(
-        self,
-        method: str,
-        metadata: Any,
-        context: Context,
-        record: CallRecord,
-        read: Callable[[], Any],
-        *,
-        is_stream: bool,
-    ) -> None:
+    def _admit(self, context: Context, metadata: Any, record: CallRecord, read: Callable[[], Any]) -> None:
         """Check the caller, and set it as the present caller of this task. Only a refused role has its request read.
 
         Raises:
@@ -282,6 +273,7 @@ class Calls(grpc.aio.ServerInterceptor):
                 DEADLINE_TOO_LONG, checked in this order. Of changes NOT_LEADER is checked before ROLE: only a leader
                 can write a refusal into the audit log.
         """
+        method = record.method
         if is_open(method):
             set_present_caller(ANYBODY)
             return
@@ -300,7 +292,7 @@ class Calls(grpc.aio.ServerInterceptor):
         if self.is_draining:
             raise statuses.draining()
         self._require_leader(method)
-        if not is_stream:
+        if not record.is_stream:
             require_deadline(method, context.time_remaining())
         set_present_caller(identity)
 

@@ -12,12 +12,13 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
+from functools import partial
 from ipaddress import ip_address
 from typing import Any, Generic, TypeVar
 
 import grpc
 
-from hetis.formats.errors import DocumentError, Problem
+from hetis.formats.errors import DocumentError, Problem, attempt
 from hetis.formats.files import FileStamp, file_stamp, read_text
 from hetis.planner.service.settings import TlsPart
 
@@ -112,11 +113,8 @@ class Certificates:
         """The Unix time at which each file's first certificate expires, from the present contents of the files."""
         found = dict[str, float]()
         for path in self._paths:
-            try:
-                ends_s = ends_of_certificates(read_text(path))
-            except DocumentError:
-                continue  # reported by `files`
-            if ends_s:
+            pem = attempt(partial(read_text, path), [])  # problems are reported by `files`
+            if ends_s := ends_of_certificates(pem or ""):
                 found[path] = min(ends_s)
         return found
 
@@ -152,10 +150,7 @@ def _load(tls: TlsPart) -> grpc.ServerCertificateConfiguration:
     texts: dict[str, bytes] = {}
     problems: list[Problem] = []
     for path in filter(None, (tls.certificate, tls.key, tls.client_ca)):
-        try:
-            texts[path] = read_text(path).encode()
-        except DocumentError as error:
-            problems += error.problems
+        texts[path] = (attempt(partial(read_text, path), problems) or "").encode()
     if not problems:
         problems += _unusable(tls, texts)
     if problems:

@@ -12,9 +12,10 @@ import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from hetis.formats.errors import DocumentError, Problem
+from hetis.formats.errors import DocumentError, Problem, attempt
 from hetis.formats.files import read_text
 from hetis.planner.failures import Reason, ServiceError
 from hetis.planner.service.calls import Calls
@@ -51,16 +52,9 @@ class Access:
     def __init__(self, config: PlannerConfig) -> None:
         self._config = config
         tls, path, problems = config.tls, config.tokens, list[Problem]()
-        self.certificates: Certificates | None = None
-        self.tokens: Reloaded[Tokens] | None = None
-        try:
-            self.certificates = Certificates(tls) if tls is not None else None
-        except DocumentError as error:
-            problems += error.problems
-        try:
-            self.tokens = Reloaded("tokens", [path], lambda: Tokens.load(path)) if path is not None else None
-        except DocumentError as error:
-            problems += error.problems
+        self.certificates = None if tls is None else attempt(partial(Certificates, tls), problems)
+        read = None if path is None else partial(Reloaded, "tokens", [path], partial(Tokens.load, path))
+        self.tokens = None if read is None else attempt(read, problems)
         if problems:
             raise DocumentError(problems)
 
@@ -86,11 +80,9 @@ class Access:
 
 def problems_of_access(config: PlannerConfig) -> Sequence[Problem]:
     """Return the problems of the certificate and token files."""
-    try:
-        Access(config)
-    except DocumentError as error:
-        return error.problems
-    return ()
+    problems = list[Problem]()
+    attempt(lambda: Access(config), problems)
+    return problems
 
 
 def problems_of_names(config: PlannerConfig) -> Sequence[Problem]:
@@ -101,10 +93,7 @@ def problems_of_names(config: PlannerConfig) -> Sequence[Problem]:
     tls = config.tls
     if tls is None:
         return ()
-    try:
-        pem = read_text(tls.certificate)
-    except DocumentError:
-        pem = ""
+    pem = attempt(partial(read_text, tls.certificate), []) or ""
     if not ends_of_certificates(pem):
         return ()  # reported by `problems_of_access`
     names = names_of_certificate(pem)

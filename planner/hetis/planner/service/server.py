@@ -14,9 +14,10 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
+from hetis.formats.endpoints import joined
 from hetis.planner.service.access import HEALTH_SERVICE, OPEN_SERVICES, REFLECTION_SERVICES
 from hetis.planner.service.calls import Calls
-from hetis.planner.service.settings import is_socket_path, join_address, split_address
+from hetis.planner.service.settings import is_socket_path, split_address
 
 Status = Any  # health_pb2 has no type stubs
 
@@ -147,7 +148,7 @@ class PlannerServer:
                 port = self._server.add_secure_port(address, self._credentials())
         except RuntimeError:
             raise AddressError(f"cannot listen on {address}: it is in use or not permitted") from None
-        return address if is_socket_path(address) else join_address(split_address(address)[0], port)
+        return address if is_socket_path(address) else joined(split_address(address)[0], port)
 
     async def start(self) -> None:
         names = [servicing.service for servicing in self._servicings]

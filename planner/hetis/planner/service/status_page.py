@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ipaddress
 import socket
 import time
 from collections import Counter
@@ -25,11 +24,12 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from hetis.formats.endpoints import is_ip, joined
 from hetis.planner.failures import ServiceError
 from hetis.planner.report.page.blocks import live_script_policy
 from hetis.planner.service.metrics import CONTENT_TYPE, ServiceMetrics
 from hetis.planner.service.server import AddressError
-from hetis.planner.service.settings import join_address, split_address
+from hetis.planner.service.settings import split_address
 
 if TYPE_CHECKING:
     from hetis.planner.service.overview import Overview
@@ -299,13 +299,7 @@ class _KnownHosts:
 
     def _knows(self, given: str) -> bool:
         host = given.rpartition("]")[0].removeprefix("[") if given.startswith("[") else given.partition(":")[0]
-        if host.lower() in self._names:
-            return True
-        try:
-            ipaddress.ip_address(host)
-        except ValueError:
-            return False
-        return True
+        return host.lower() in self._names or is_ip(host)
 
 
 def overview_data(overview: Overview, *, version: str, is_ready: bool) -> dict[str, Any]:
@@ -357,7 +351,7 @@ class StatusPage:
         except OSError as error:
             self.abandon()
             raise AddressError(f"cannot listen on {address}: {(error.strerror or str(error)).lower()}") from None
-        return join_address(host, self._socket.getsockname()[1])
+        return joined(host, self._socket.getsockname()[1])
 
     async def start(self, app: Starlette) -> None:
         """Start to answer with an app made by `status_app`."""

@@ -234,7 +234,7 @@ class CallRecord:
         self._quota = ""  # the quota that was used up
         self._peer = peer
         self._span = span
-        self._is_stream = is_stream
+        self.is_stream = is_stream
         self._began = time.perf_counter()
 
     @property
@@ -273,7 +273,7 @@ class CallRecord:
 
     def end(self, code: grpc.StatusCode, metrics: ServiceMetrics) -> None:
         seconds = time.perf_counter() - self._began
-        metrics.call_ended(self.method, code.name, seconds, is_stream=self._is_stream)
+        metrics.call_ended(self.method, code.name, seconds, is_stream=self.is_stream)
         if self._quota:
             metrics.quota_exceeded(self.caller, self._quota)
         if self._span is not None:
@@ -286,7 +286,7 @@ class CallRecord:
         if _log.isEnabledFor(level):
             _log.log(
                 level,
-                "stream ended" if self._is_stream else "call",
+                "stream ended" if self.is_stream else "call",
                 extra={
                     "method": self.method,
                     "code": code.name,
