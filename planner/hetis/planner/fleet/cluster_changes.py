@@ -7,7 +7,7 @@ I/O: reports of nodes and stored changes go in, directives and snapshots to be s
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from copy import deepcopy
 from typing import Protocol
 
@@ -28,22 +28,11 @@ _log = logging.getLogger("hetis.planner.fleet")
 class RunningCluster(Protocol):
     """What re-dispatches see of their cluster, and what they tell it. `ClusterFleet` is the one that runs."""
 
-    @property
-    def replicas(self) -> Mapping[str, Replica]:
-        """The replicas by name."""
-
-    @property
-    def links(self) -> Mapping[str, NodeLink]:
-        """The nodes' links by node id; a node that is not needed any more has none."""
-
-    @property
-    def leases(self) -> Leases: ...
-
-    @property
-    def settings(self) -> FleetSettings: ...
-
-    @property
-    def counters(self) -> FleetCounters: ...
+    replicas: dict[str, Replica]  # by name
+    links: dict[str, NodeLink]  # by node id; a node that is not needed any more has none
+    leases: Leases
+    settings: FleetSettings
+    counters: FleetCounters
 
     def slot(self, node: str, replica: str) -> ReplicaSlot | None:
         """Return the state of a replica on a node, or None if the node neither has nor is to get it."""

@@ -43,7 +43,8 @@ class Leases:
         self._lease_s = lease_s
         self._nodes: dict[str, _Presence] = {}
         self._due: list[tuple[float, str]] = []  # a heap of times at which nodes must be checked
-        self._num_connected = self._num_declared = self._num_absent = 0
+        self.num_connected = 0  # nodes with a stream, whatever their state
+        self._num_declared = self._num_absent = 0
 
     def __contains__(self, node: str) -> bool:
         """Return whether the node is declared or connected."""
@@ -53,11 +54,6 @@ class Leases:
     def nodes(self) -> list[str]:
         """All nodes that are declared or connected."""
         return [node for node, found in self._nodes.items() if found.is_present]
-
-    @property
-    def num_connected(self) -> int:
-        """The number of nodes with a stream, whatever their state."""
-        return self._num_connected
 
     @property
     def num_undeclared(self) -> int:
@@ -126,7 +122,7 @@ class Leases:
             presence = self._nodes[node] = _Presence(state=State.NODE_STATE_UNSPECIFIED, declared=False)
         elif not presence.is_present:
             self._num_absent -= 1
-        self._num_connected += not presence.connected
+        self.num_connected += not presence.connected
         presence.connected, presence.heard_s = True, now_s
         self._look_at(node, now_s + self._suspect_s)
         return self._enter(node, State.NODE_STATE_READY if presence.declared else State.NODE_STATE_UNDECLARED)
@@ -137,7 +133,7 @@ class Leases:
         if not presence.connected:
             return False
         presence.connected = False
-        self._num_connected -= 1
+        self.num_connected -= 1
         if not presence.declared:
             self._leave(node)
             return True

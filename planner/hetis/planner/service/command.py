@@ -42,17 +42,19 @@ app.add_typer(token, name="token")
 
 _setting = partial(typer.Option, rich_help_panel="Settings", show_default=False)
 _filter = partial(typer.Option, show_default=False)
+ConfigOption = Annotated[
+    str | None, typer.Option("--config", "-c", metavar="FILE", envvar="HETIS_CONFIG", help="PlannerConfig file.")
+]
+StoreOption = Annotated[
+    str | None,
+    typer.Option("--store", metavar="URL", help="Store: sqlite:///... or postgresql://...", show_default=False),
+]
 
 
 @app.callback(invoke_without_command=True, help=_HELP, epilog=f"{_EXAMPLES}\n\n{ServiceExitCode.listed()}")
 def hetis_planner(
     context: typer.Context,
-    config: Annotated[
-        str | None,
-        typer.Option(
-            "--config", "-c", metavar="FILE", envvar="HETIS_CONFIG", help="PlannerConfig file.", show_default=False
-        ),
-    ] = None,
+    config: ConfigOption = None,
     listen: Annotated[
         list[str] | None, _setting("--listen", metavar="HOST:PORT", help="Address to listen on; repeatable.")
     ] = None,
@@ -132,16 +134,6 @@ def create(
     from hetis.planner.service.actions import make_token
 
     make_token(file, role=role, name=name, node=node, cluster=cluster, valid_days=valid)
-
-
-ConfigOption = Annotated[
-    str | None,
-    typer.Option("--config", "-c", metavar="FILE", envvar="HETIS_CONFIG", help="PlannerConfig file."),
-]
-StoreOption = Annotated[
-    str | None,
-    typer.Option("--store", metavar="URL", help="Store: sqlite:///... or postgresql://...", show_default=False),
-]
 
 
 @app.command("backup")

@@ -232,11 +232,8 @@ class Credentials:
     ) -> None:
         self._tokens = tokens
         self._trust_domain = trust_domain
+        self.reads_certificates = trust_domain is not None
         self._clock = clock
-
-    @property
-    def reads_certificates(self) -> bool:
-        return self._trust_domain is not None
 
     def identify(self, metadata: Metadata, connection: AuthContext) -> Identity:
         """Return the caller's identity. Raises CREDENTIALS."""
