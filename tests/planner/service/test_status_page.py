@@ -353,7 +353,7 @@ async def test_an_address_in_use_is_an_error() -> None:
 def test_metrics_count_what_has_failed() -> None:
     metrics, failures = ServiceMetrics("0"), ["the re-dispatch loop"]
     assert b"hetis_planner_failed_loops 0.0" in metrics.text()
-    metrics.count_failed_loops(lambda: len(failures))
+    metrics.failed_loops.set_function(lambda: len(failures))
     assert b"hetis_planner_failed_loops 1.0" in metrics.text()
 
 

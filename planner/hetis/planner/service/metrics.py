@@ -73,7 +73,7 @@ class ServiceMetrics:
         self.connections_closed = counter(
             "hetis_planner_connections_closed", "Connections closed because their host had too many."
         )
-        self._failed_loops = gauge(
+        self.failed_loops = gauge(
             "hetis_planner_failed_loops", "Failed background tasks; only a restart recovers them."
         )
         ProcessCollector(registry=self.registry)  # memory, descriptors, CPU
@@ -124,10 +124,6 @@ class ServiceMetrics:
         """Return all metrics in Prometheus' text format."""
         self._lag.set(self._lags_s[0][1] if self._lags_s else 0.0)
         return generate_latest(self.registry)
-
-    def count_failed_loops(self, failed: Callable[[], int]) -> None:
-        """Register a counter; ``failed`` returns how many loops have failed since the start."""
-        self._failed_loops.set_function(failed)
 
     def credentials_read(self, *, tokens_s: Iterable[float], certificates_s: Mapping[str, float], now_s: float) -> None:
         """Set the Unix times at which tokens and certificate files expire; expired tokens are counted separately."""

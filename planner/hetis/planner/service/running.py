@@ -180,7 +180,7 @@ async def run_planner(
             )
 
         look_at_credentials()
-        metrics.count_failed_loops(lambda: len(loops.failures))
+        metrics.failed_loops.set_function(lambda: len(loops.failures))
         stack.push_async_callback(loops.stop)
         loops.start("reloading files", keep_fresh(access.refreshed, config.reload, then=look_at_credentials))
         loops.start("counting connections", connections.run())

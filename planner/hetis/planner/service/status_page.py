@@ -191,7 +191,7 @@ def status_app(
 
     recent = Recent[Response](fresh_s=fresh_s)  # its callers need no credentials, and must not stall the planner
 
-    async def drawn(only: str = "") -> Response:
+    async def drawn(only: str) -> Response:
         from hetis.planner.service.status_html import status_html  # late: wrong settings are reported first
 
         found = source.clusters_now(only)
@@ -199,8 +199,8 @@ def status_app(
             return PlainTextResponse(f"this planner does not lead {only}\n", status_code=404)
         overview, ready = await source.overview(), is_ready()
         # In a thread, so that the loop is not stalled; nothing that it reads is changed any more.
-        page = await asyncio.to_thread(status_html, overview, found, version=version, is_ready=ready, only=only)
-        return HTMLResponse(page, headers=_PAGE_HEADERS)
+        html = await asyncio.to_thread(status_html, overview, found, version=version, is_ready=ready, only=only)
+        return HTMLResponse(html, headers=_PAGE_HEADERS)
 
     async def listed() -> Response:
         data = overview_data(await source.overview(), version=version, is_ready=is_ready())
@@ -223,16 +223,11 @@ def status_app(
         """Return the key of an answer. A change of the planner's role shows at once."""
         return kind, name, source.leads, is_ready()
 
-    async def planner(request: Request) -> Response:
-        if _wants_html(request):
-            return await recent.of(key("page"), drawn)
-        return await recent.of(key("json"), listed)
-
-    async def cluster(request: Request) -> Response:
-        name = f"clusters/{request.path_params['cluster']}"
-        if _wants_html(request):
+    async def page(request: Request) -> Response:
+        name = f"clusters/{request.path_params['cluster']}" if request.path_params else ""
+        if "text/html" in request.headers.get("accept", ""):  # as browsers do; curl and JSON clients accept anything
             return await recent.of(key("page", name), partial(drawn, name))
-        return await recent.of(key("json", name), partial(detailed, name))
+        return await recent.of(key("json", name), partial(detailed, name) if name else listed)
 
     async def show_metrics(_request: Request) -> Response:
         return await recent.of(key("metrics"), measured)
@@ -247,8 +242,8 @@ def status_app(
 
     return Starlette(
         routes=[
-            Route("/", planner, methods=["GET"]),
-            Route("/clusters/{cluster}", cluster, methods=["GET"]),
+            Route("/", page, methods=["GET"]),
+            Route("/clusters/{cluster}", page, methods=["GET"]),
             Route("/metrics", show_metrics, methods=["GET"]),
             Route("/healthz", alive, methods=["GET"]),
             Route("/readyz", ready, methods=["GET"]),
@@ -270,11 +265,6 @@ def page_config(app: Starlette, limits: PageLimits) -> uvicorn.Config:
         server_header=False,
         timeout_graceful_shutdown=_GRACE_S,
     )
-
-
-def _wants_html(request: Request) -> bool:
-    """Return whether the client prefers HTML, as browsers do; curl and JSON clients accept anything."""
-    return "text/html" in request.headers.get("accept", "")
 
 
 class _KnownHosts:

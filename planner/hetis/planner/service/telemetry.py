@@ -160,13 +160,15 @@ class Traces:
         self._tracer = provider.get_tracer("hetis.planner")
         self._propagator = TraceContextTextMapPropagator()
 
-    def begin(self, method: str, metadata: Mapping[str, str]) -> Span:
+    def begin(self, method: str, metadata: Metadata) -> Span:
         from opentelemetry import trace
 
+        names = ("traceparent", "tracestate")
+        carrier = {key: value for key, value in metadata if key in names and isinstance(value, str)}
         service, _, name = method.removeprefix("/").partition("/")
         span = self._tracer.start_span(
             f"{service}/{name}",
-            context=self._propagator.extract(metadata),
+            context=self._propagator.extract(carrier),
             kind=trace.SpanKind.SERVER,
             attributes={"rpc.system": "grpc", "rpc.service": service, "rpc.method": name},
         )
@@ -317,8 +319,5 @@ class Telemetry:
 
     def begin(self, method: str, peer: str, metadata: Metadata, *, is_stream: bool) -> CallRecord:
         self.metrics.call_began(method)
-        carrier: Mapping[str, str] = {
-            key: value for key, value in metadata if key in ("traceparent", "tracestate") and isinstance(value, str)
-        }
-        span = None if self._traces is None else self._traces.begin(method, carrier)
+        span = None if self._traces is None else self._traces.begin(method, metadata)
         return CallRecord(method, peer, span, is_stream=is_stream)
