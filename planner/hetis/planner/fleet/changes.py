@@ -473,7 +473,10 @@ class LateChanges:
     def take(self, change_id: str) -> Iterable[tuple[str, change_pb2.ChangeStatus]]:
         """Remove the reports of a change, and return them with the nodes that sent them."""
         taken = self._waiting.pop(change_id, {})
-        self._num_of_node -= Counter(taken.keys())  # which keeps positive counts only
+        for node in taken:
+            self._num_of_node[node] -= 1
+            if not self._num_of_node[node]:
+                del self._num_of_node[node]
         return tuple(taken.items())
 
     def directive(self, status: change_pb2.ChangeStatus) -> Directive:

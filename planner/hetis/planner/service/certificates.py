@@ -102,11 +102,8 @@ class Certificates:
     """
 
     def __init__(self, tls: TlsPart) -> None:
-        paths = [tls.certificate, tls.key, *([tls.client_ca] if tls.client_ca is not None else [])]
-        self.files = Reloaded("certificate", paths, lambda: _load(tls))
-        self._asks_clients = tls.client_ca is not None
-        self._key = tls.key
-        self._paths = paths
+        self._tls, self._paths = tls, _paths_of(tls)
+        self.files = Reloaded("certificate", self._paths, partial(_load, tls))
 
     @property
     def expiries_s(self) -> dict[str, float]:
@@ -121,11 +118,10 @@ class Certificates:
     @property
     def warnings(self) -> list[str]:
         """What is dangerous about the files, but so common (Kubernetes mounts secrets with 0644) that it works."""
-        if not _mode(self._key) & stat.S_IROTH:
+        if not _mode(self._tls.key) & stat.S_IROTH:
             return []
-        return [
-            f"{self._key}: is readable by all users, who could impersonate the planner: chmod 600, or 640 for a group"
-        ]
+        what = "is readable by all users, who could impersonate the planner: chmod 600, or 640 for a group"
+        return [f"{self._tls.key}: {what}"]
 
     def credentials(self) -> grpc.ServerCredentials:
         """Return credentials for one address, which checks on its own whether the files have changed."""
@@ -141,15 +137,18 @@ class Certificates:
             return value
 
         may_return_none: Any = newer  # which grpc's stubs rule out
-        return grpc.dynamic_ssl_server_credentials(
-            first, may_return_none, require_client_authentication=self._asks_clients
-        )
+        asks_clients = self._tls.client_ca is not None
+        return grpc.dynamic_ssl_server_credentials(first, may_return_none, require_client_authentication=asks_clients)
+
+
+def _paths_of(tls: TlsPart) -> list[str]:
+    return [path for path in (tls.certificate, tls.key, tls.client_ca) if path is not None]
 
 
 def _load(tls: TlsPart) -> grpc.ServerCertificateConfiguration:
     texts: dict[str, bytes] = {}
     problems: list[Problem] = []
-    for path in filter(None, (tls.certificate, tls.key, tls.client_ca)):
+    for path in _paths_of(tls):
         texts[path] = (attempt(partial(read_text, path), problems) or "").encode()
     if not problems:
         problems += _unusable(tls, texts)
