@@ -311,7 +311,7 @@ async def in_process_seconds(model: stage_pb2.StageModel, *, batch: int, count: 
     ]
     for _ in range(count):
         began_s = time.perf_counter()
-        copy.plan(copy.load(), newcomers)
+        copy.plan(copy.state.load(), newcomers)
         alone.append(time.perf_counter() - began_s)
     return float(np.median(whole)), float(np.median(alone))
 

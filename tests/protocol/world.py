@@ -478,7 +478,7 @@ class World:
             f"{where} {node}": value
             for node in NODES
             for where, value in (
-                ("planner of", cluster.link(node).slot(REPLICA).held),
+                ("planner of", cluster.links[node].slots[REPLICA].held),
                 ("agent of", self.agents[node].core.held()[0].held_generation),
                 ("engine of", self.engines[node].engine._held[REPLICA].changes.generation),
             )

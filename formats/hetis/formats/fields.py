@@ -463,21 +463,21 @@ def _fields_at(document: type[BaseModel], path: Sequence[str | int]) -> list[str
     """Return the names of the fields that the mapping at ``path`` may have."""
     here: Any = document
     for part in path:
-        here = _without_none(here)
+        here = bare_type(here)
         if isinstance(here, type) and issubclass(here, BaseModel):
             here = next((f.annotation for n, f in here.model_fields.items() if part in (n, f.alias)), None)
         else:  # a position in a list or a key of a mapping
             here = (get_args(here) or (None,))[-1]
-    here = _without_none(here)
+    here = bare_type(here)
     if not (isinstance(here, type) and issubclass(here, BaseModel)):
         return []
     return [field.alias or name for name, field in here.model_fields.items()]
 
 
-def _without_none(annotation: Any) -> Any:
+def bare_type(annotation: Any) -> Any:
     """Return ``X`` for ``X | None`` and for ``Annotated[X, ...]``."""
     if hasattr(annotation, "__metadata__"):
-        return _without_none(annotation.__origin__)
+        return bare_type(annotation.__origin__)
     if isinstance(annotation, UnionType) or get_origin(annotation) is Union:
-        return _without_none(next(argument for argument in get_args(annotation) if argument is not type(None)))
+        return bare_type(next(argument for argument in get_args(annotation) if argument is not type(None)))
     return annotation

@@ -44,6 +44,7 @@ class Hub(Generic[K, V]):
         self._num_gone = 0
         self._changed = asyncio.Event()
         self._closed = False
+        self._error: Exception | None = None  # why the hub was closed; None: in an orderly way
 
     @property
     def sequence(self) -> int:
@@ -69,19 +70,20 @@ class Hub(Generic[K, V]):
         """Return whether a change that a watcher at ``after`` has not seen may have been forgotten."""
         return after != 0 and not max(self._first, self._oldest_gone) <= after <= self._last
 
-    def close(self) -> None:
-        """End all watches."""
-        self._closed = True
-        self._wake()
+    def close(self, error: Exception | None = None) -> None:
+        """End all watches, with ``error`` if there is one. A hub that was closed before remains so."""
+        if not self._closed:
+            self._closed, self._error = True, error
+            self._wake()
 
     async def watch(self, after: int = 0) -> AsyncIterator[list[Event[K, V]]]:
         """Yield the states newer than ``after``, one event per key, the oldest first, then each change as it happens.
 
         Each list holds the changes since the one before; the first is yielded at once and may be empty. Ends when the
-        hub closes. Raises LeftBehindError, also at the start unless ``after`` is 0.
+        hub closes, or raises the error with which it was closed. Raises LeftBehindError, also at the start unless
+        ``after`` is 0.
         """
         seen = after
-        changed = self._changed
         if after:
             self._require_known(after)
         yield (found := self._newer(seen))
@@ -92,8 +94,9 @@ class Hub(Generic[K, V]):
                 seen = found[-1].sequence
                 yield found
             else:
-                changed = self._changed
-                await changed.wait()
+                await self._changed.wait()
+        if self._error is not None:
+            raise self._error.with_traceback(None)  # which would grow with every watcher
 
     def _require_known(self, seen: int) -> None:
         if seen < self._oldest_gone:

@@ -7,7 +7,7 @@ import pytest
 from hetis.planner.failures import Reason, ServiceError
 from hetis.planner.fleet.changes import ChangeCoordinator, Phase, State, gpus_of_copy, parts_of
 from hetis.v1 import change_pb2, redispatch_pb2, replica_pb2, report_pb2
-from tests.planner.fleet.samples import change, shape
+from tests.planner.fleet.samples import REPLICA, change, shape
 from tests.planner.fleet.world import World
 
 
@@ -268,5 +268,16 @@ def test_a_node_that_moves_no_heads_has_no_part_and_the_authority_does_it() -> N
     }
     world.heal()
     assert world.state(change_id) == "DONE"
-    assert not world.planner.cluster.link("nobody").capabilities
-    assert world.planner.cluster.link("nobody").moves_heads, "what it can is not known before it says so"
+    assert not world.planner.cluster.ensure_link("nobody").capabilities
+    assert world.planner.cluster.ensure_link("nobody").moves_heads, "what it can is not known before it says so"
+
+
+def test_a_look_at_nodes_that_never_connected_makes_no_links() -> None:
+    world = World()
+    cluster = world.planner.cluster
+    with pytest.raises(ServiceError, match="is at 0"):
+        cluster.changes.propose(change(1), now_s=0.0)
+    with pytest.raises(ServiceError, match="node a is not connected"):
+        cluster.ask_head_maps(REPLICA)
+    world.settle()
+    assert not cluster.links

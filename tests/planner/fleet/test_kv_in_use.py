@@ -15,11 +15,11 @@ def test_a_device_counts_once_and_none_of_a_lost_node() -> None:
     cluster = DrivenPlanner(store_with_plan(), 1, lambda _node, _message: None, now_s=0.0).cluster
     for node in ("a", "b"):
         cluster.leases.connect(node, now_s=0.0)
-    cluster.link("a").devices = (
+    cluster.ensure_link("a").devices = (
         report_pb2.DeviceReport(index=0, total_blocks=100, used_blocks=25),
         report_pb2.DeviceReport(index=1),
     )
-    cluster.link("c").devices = (report_pb2.DeviceReport(index=0, total_blocks=100, used_blocks=99),)
+    cluster.ensure_link("c").devices = (report_pb2.DeviceReport(index=0, total_blocks=100, used_blocks=99),)
     loads = [("a/0", 90), ("b/0", 40), ("b/0", 60), ("c/0", 80), ("b/1", 0)]
     cluster.replicas[REPLICA].report = report_pb2.ReplicaReport(
         stages=[

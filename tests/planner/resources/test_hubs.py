@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from hetis.planner.fleet.hubs import Hubs
 from hetis.v1 import redispatch_pb2
 
@@ -16,6 +18,25 @@ async def test_old_redispatches_are_forgotten_however_often_they_changed() -> No
     gone = [event.key[1].rpartition("/")[2] for event in events if event.value is None]
     assert sorted(gone) == ["0", "1", "2"]
     assert len(events) == 1003
+
+
+async def test_every_watcher_gets_the_error_with_which_the_hubs_are_closed() -> None:
+    hubs = Hubs(1)
+    watches = [*(hubs.plans.watch() for _ in range(2)), hubs.cluster("clusters/a").watch()]
+    for watch in watches:
+        assert await anext(watch) == []
+    hubs.close(LookupError("the term is over"))
+    hubs.close()  # as when the rest of the term ends
+    for watch in watches:
+        with pytest.raises(LookupError, match="the term is over") as ended:
+            await anext(watch)
+        assert len(ended.traceback) == 2  # no frames of other watchers
+    hubs = Hubs(1)
+    watch = hubs.plans.watch()
+    assert await anext(watch) == []
+    hubs.close()
+    with pytest.raises(StopAsyncIteration):
+        await anext(watch)
 
 
 def test_a_hub_is_of_its_cluster_until_the_cluster_goes() -> None:

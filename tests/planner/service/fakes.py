@@ -13,6 +13,7 @@ from prometheus_client.registry import Collector
 from hetis.formats.errors import single_problem
 from hetis.planner.callers import present_caller
 from hetis.planner.failures import Reason, ServiceError, etag_mismatch, invalid_fields, not_found, wrong_node
+from hetis.planner.service.loops import Loops
 from hetis.planner.service.overview import ClusterNow, ClusterOverview, Overview
 from hetis.planner.service.server import Servicing
 from hetis.planner.service.settings import PlannerConfig
@@ -131,8 +132,7 @@ class FakePlanner:
         self.plans = FakePlans()
         self.agents = FakeAgents()
         self.closed = False
-        self.failed = asyncio.Event()
-        self.failures: list[str] = []
+        self.loops = Loops()
         self.clusters: list[ClusterNow] = []
         self.leads = True
         self.num_looks = self.num_overviews = 0
@@ -193,9 +193,6 @@ class FakePlanner:
 
     def note_refusal(self, change: AuditedChange) -> None:
         pass
-
-    async def until_failed(self) -> None:
-        await self.failed.wait()
 
     is_ready = True
 

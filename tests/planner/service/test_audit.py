@@ -96,9 +96,12 @@ async def test_what_is_refused_is_told_with_its_caller_and_reason(tmp_path: Path
         delete = pb.DeleteClusterRequest(name="clusters/night")
         error = await failure_of(stub.DeleteCluster(delete, timeout=10, metadata=metadata))
         assert error.code() is grpc.StatusCode.PERMISSION_DENIED
+        said = "/hetis.v1.ClusterService/DeleteCluster needs role admin; curious has viewer"
+        assert error.details() == f"{said}; the request is for clusters/night"
         await failure_of(stub.DeleteCluster(delete, timeout=10))  # an anonymous caller
         await failure_of(stub.GetCluster(pb.GetClusterRequest(), timeout=10, metadata=metadata))  # not a change
-        assert told == [AuditedChange(caller="curious", role="viewer", method="DeleteCluster", outcome="ROLE")]
+        who = {"caller": "curious", "role": "viewer"}
+        assert told == [AuditedChange(**who, method="DeleteCluster", resource="clusters/night", outcome="ROLE")]
 
         def stand_by(_method: str) -> None:
             raise ServiceError(Reason.ERROR_REASON_NOT_LEADER, "another planner leads")

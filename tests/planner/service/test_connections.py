@@ -43,15 +43,18 @@ async def served_still(channel: grpc.aio.Channel) -> bool:
 
 async def test_the_newest_connections_of_a_host_that_has_too_many_are_closed() -> None:
     async with served() as planner:
-        watch = ConnectionWatch(ConnectionLimits(of_all=100, of_a_host=3), ports_of([planner.address]))
+        closed = list[int]()
+        limits = ConnectionLimits(of_all=100, of_a_host=3)
+        watch = ConnectionWatch(limits, ports_of([planner.address]), on_closed=closed.append)
         assert await served_still(planner.channel)
         with ExitStack() as stack:
             first = [stack.enter_context(connected(planner.address, HOSTS[0])) for _ in range(3)]
             other = stack.enter_context(connected(planner.address, HOSTS[1]))
             await until_accepted(watch, 5)
+            assert not any(closed)
             late = [stack.enter_context(connected(planner.address, HOSTS[0])) for _ in range(4)]
             await until_closed(watch, late)
-            assert watch.closed == 4
+            assert sum(closed) == 4
             assert not any(map(is_closed, [*first, other]))
             assert await served_still(planner.channel)
 
@@ -61,7 +64,6 @@ async def until_accepted(watch: ConnectionWatch, num: int) -> None:
     async with asyncio.timeout(20):
         while watch.look() < num:
             await asyncio.sleep(0.01)
-    assert watch.closed == 0
 
 
 async def until_closed(watch: ConnectionWatch, found: list[socket.socket]) -> None:

@@ -19,10 +19,9 @@ from hetis.planner.fleet.views import LiveReplica
 from hetis.planner.service.limits import raise_descriptors, reserved_for_page
 from hetis.planner.service.metrics import LOOK_S, ServiceMetrics
 from hetis.planner.service.overview import NUM_SAMPLES, ClusterNow, KvHistory, Overview
-from hetis.planner.service.recent import Recent
 from hetis.planner.service.server import AddressError
 from hetis.planner.service.status_html import status_html
-from hetis.planner.service.status_page import PageLimits, StatusPage, status_app
+from hetis.planner.service.status_page import PageLimits, Recent, StatusPage, status_app
 from hetis.v1 import cluster_pb2, redispatch_pb2, replica_pb2, report_pb2
 from tests.planner.html_pages import ReadPage
 from tests.planner.resources.served import live_node
@@ -354,7 +353,7 @@ async def test_an_address_in_use_is_an_error() -> None:
 def test_metrics_count_what_has_failed() -> None:
     metrics, failures = ServiceMetrics("0"), ["the re-dispatch loop"]
     assert b"hetis_planner_failed_loops 0.0" in metrics.text()
-    metrics.count_failed_loops(lambda: len(failures))
+    metrics.failed_loops.set_function(lambda: len(failures))
     assert b"hetis_planner_failed_loops 1.0" in metrics.text()
 
 

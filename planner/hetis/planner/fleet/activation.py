@@ -21,14 +21,8 @@ NodeState = cluster_pb2.NodeState
 AssignmentState = report_pb2.AssignmentState
 DeviceStatus = report_pb2.DeviceStatus
 
-LOADED = frozenset(
-    {
-        AssignmentState.ASSIGNMENT_STATE_LOADED,
-        AssignmentState.ASSIGNMENT_STATE_SERVING,
-        AssignmentState.ASSIGNMENT_STATE_UNMANAGED,
-    }
-)
-SERVING = frozenset({AssignmentState.ASSIGNMENT_STATE_SERVING, AssignmentState.ASSIGNMENT_STATE_UNMANAGED})
+_SERVING = frozenset({AssignmentState.ASSIGNMENT_STATE_SERVING, AssignmentState.ASSIGNMENT_STATE_UNMANAGED})
+_LOADED = _SERVING | {AssignmentState.ASSIGNMENT_STATE_LOADED}
 # Reported by a node whose engine died or restarted. A silent node (UNSPECIFIED) is presumed to serve.
 _DOWN = frozenset(
     {
@@ -57,8 +51,9 @@ class ReplicaOnNode:
     def is_lost(self) -> bool:
         return self.presence == NodeState.NODE_STATE_LOST
 
-    def reached(self, states: Iterable[AssignmentState.ValueType], generation: int) -> bool:
-        return self.held >= generation and self.state in states
+    def has_reached(self, goal: Goal.ValueType | None, generation: int) -> bool:
+        """Return whether the node has done its part of starting the replica with this goal."""
+        return self.held >= generation and self.state in (_SERVING if goal == Goal.ASSIGNMENT_GOAL_SERVE else _LOADED)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,14 +107,14 @@ def _starting(now: Standing, around: Surroundings) -> Standing:
     if lost:
         return _failed(now, _unavailable(f"node {lost[0]} is lost", lost[0]))
     if around.is_late:
-        late = sorted(node for node, part in parts.items() if not part.reached(_aim(now.goal), around.generation))
+        late = sorted(node for node, part in parts.items() if not part.has_reached(now.goal, around.generation))
         return _failed(now, _unavailable(f"did not come up in time on {', '.join(late)}", late[0] if late else ""))
     if now.goal is None:
         ready = all(part.presence == NodeState.NODE_STATE_READY for part in parts.values())
         return replace(now, goal=Goal.ASSIGNMENT_GOAL_LOAD, conditions=_conditions(around, ())) if ready else now
     if (failure := _failure_of(parts.values())) is not None:
         return _failed(now, failure)
-    if not all(part.reached(_aim(now.goal), around.generation) for part in parts.values()):
+    if not all(part.has_reached(now.goal, around.generation) for part in parts.values()):
         return now
     if now.goal == Goal.ASSIGNMENT_GOAL_LOAD:
         return replace(now, goal=Goal.ASSIGNMENT_GOAL_SERVE)
@@ -139,7 +134,7 @@ def _serving(now: Standing, around: Surroundings) -> Standing:
         return _failed(now, failure or _unavailable(f"node {dense[0]} {what}", dense[0]))
     if now.state == State.REPLICA_STATE_FAILED and (
         now.goal != Goal.ASSIGNMENT_GOAL_SERVE
-        or not all(parts[node].reached(SERVING, 1) for node in around.dense_nodes)
+        or not all(parts[node].has_reached(Goal.ASSIGNMENT_GOAL_SERVE, 1) for node in around.dense_nodes)
     ):
         return now
     conditions = _conditions(around, gone)
@@ -178,15 +173,6 @@ def _failure_of(parts: Iterable[ReplicaOnNode]) -> failure_pb2.Failure | None:
         if part.held and part.state == AssignmentState.ASSIGNMENT_STATE_FAILED:
             return _unavailable("a node could not load the replica", "")
     return None
-
-
-def has_reached(goal: Goal.ValueType, part: ReplicaOnNode, generation: int) -> bool:
-    """Return whether a node has done its part of starting a replica with this goal."""
-    return part.reached(_aim(goal), generation)
-
-
-def _aim(goal: Goal.ValueType | None) -> frozenset[AssignmentState.ValueType]:
-    return SERVING if goal == Goal.ASSIGNMENT_GOAL_SERVE else LOADED
 
 
 def _conditions(around: Surroundings, gone: Collection[str]) -> tuple[tuple[str, DeviceStatus.ValueType], ...]:

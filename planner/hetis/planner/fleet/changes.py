@@ -12,7 +12,7 @@ which forgets a change once it knows the outcome, is sent the outcome last.
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
@@ -186,8 +186,7 @@ class ChangeCoordinator:
 
     def to_save(self) -> Saving:
         """Return a snapshot for the store."""
-        body = deepcopy(self.body)
-        return Saving(revision=self._revision, body=body, outcome=self._outcome)
+        return Saving(revision=self._revision, body=deepcopy(self.body), outcome=self._outcome)
 
     def saved(self, saving: Saving) -> None:
         """Record that ``saving`` is durable in the store."""
@@ -369,9 +368,9 @@ class ChangeCoordinator:
             self.body.failure.CopyFrom(failure)
         if (said := self._status.get(self.authority)) is None or said.phase != Phase.CHANGE_PHASE_ABORTED:
             self._is_presumed = True
-            aborted = Phase.CHANGE_PHASE_ABORTED
-            change_id, replica = self.change_id, self.body.replica
-            status = change_pb2.ChangeStatus(change_id=change_id, replica=replica, phase=aborted, failure=failure)
+            status = change_pb2.ChangeStatus(
+                change_id=self.change_id, replica=self.body.replica, phase=Phase.CHANGE_PHASE_ABORTED, failure=failure
+            )
             self._take(self.authority, status)
 
     def _enter(self, state: State.ValueType) -> None:
@@ -439,7 +438,7 @@ class LateChanges:
     def __init__(self) -> None:
         self._ends: OrderedDict[str, agent_service_pb2.ChangeResolved] = OrderedDict()  # by change id, oldest first
         self._waiting: dict[str, dict[str, change_pb2.ChangeStatus]] = {}  # reports by change id and node
-        self._num_of_node: dict[str, int] = {}
+        self._num_of_node = Counter[str]()
 
     def remember(self, body: redispatch_pb2.Redispatch) -> None:
         """Remember the outcome of a re-dispatch that has ended."""
@@ -460,12 +459,10 @@ class LateChanges:
 
     def add(self, node: str, status: change_pb2.ChangeStatus) -> None:
         """Add a report. Beyond the limits it is dropped, since the node will send it again."""
-        known = self._waiting.get(status.change_id, {})
-        if node not in known:
-            num = self._num_of_node.get(node, 0)
-            if num >= MOST_OF_NODE or len(self._waiting) >= _MOST:
+        if node not in self._waiting.get(status.change_id, {}):
+            if self._num_of_node[node] >= MOST_OF_NODE or len(self._waiting) >= _MOST:
                 return
-            self._num_of_node[node] = num + 1
+            self._num_of_node[node] += 1
         self._waiting.setdefault(status.change_id, {})[node] = status
 
     @property

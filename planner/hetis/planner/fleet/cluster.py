@@ -13,9 +13,9 @@ from hetis.planner.convert.names import last_part, name_of, node_name
 from hetis.planner.failures import Reason, ServiceError, not_found
 from hetis.planner.fleet.activation import NodeState
 from hetis.planner.fleet.cluster_changes import ClusterChanges
-from hetis.planner.fleet.deltas import ROOM, DeltaAnswer, WantedAssignment, WantedRemoval
+from hetis.planner.fleet.deltas import ROOM, DeltaAnswer, ReplicaSlot, WantedAssignment, WantedRemoval
 from hetis.planner.fleet.leases import Leases
-from hetis.planner.fleet.link import Behind, Fenced, HeadMapsRead, NodeLink, Reported, Response
+from hetis.planner.fleet.link import HeadMapsRead, NodeLink, Reported, Response
 from hetis.planner.fleet.replica import Contents, Replica
 from hetis.planner.fleet.settings import FleetCounters, FleetSettings
 from hetis.planner.fleet.writes import Kept, KeptCluster, NodeWrite, ReplicaWrite, Writes
@@ -114,13 +114,20 @@ class ClusterFleet:
 
     # --- Input from nodes
 
-    def link(self, node: str) -> NodeLink:
+    def slot(self, node: str, replica: str) -> ReplicaSlot | None:
+        """Return the state of a replica on a node, or None if the node neither has nor is to get it."""
+        link = self.links.get(node)
+        return None if link is None else link.slots.get(replica)
+
+    def ensure_link(self, node: str) -> NodeLink:
+        """Return the node's link, a new one if it has none."""
         if node not in self.links:
             record = self.node_records.get(node)
             self.links[node] = NodeLink(
                 node_name(self.name, node),
                 epoch=self._epoch,
                 settings=self.settings,
+                counters=self.counters,
                 most_held=partial(self._most_held, node),
                 known=None if record is None else record.body,
             )
@@ -129,7 +136,7 @@ class ClusterFleet:
     def open(self, node: str, request: agent_service_pb2.ConnectNodeRequest, *, now_s: float, time_s: float) -> str:
         """Open a stream and return its session. Raises ServiceError if the stream is refused."""
         self._require_room(node)
-        link = self.link(node)
+        link = self.ensure_link(node)
         self._admit(node, link, request.hello.boot_id, now_s=now_s)
         was_connected, address = bool(link.session), link.engine_address
         link.open(request)
@@ -147,7 +154,6 @@ class ClusterFleet:
             self._check_held(node, name)
         if link.engine_address != address:
             self._note_address(node, link.engine_address, before=address)
-        self._count_ignored(link)
         self._talking.add(node)
         self.dirty |= self._replicas_on.get(node, set())
         return link.session
@@ -205,19 +211,12 @@ class ClusterFleet:
                     self._write_node(node, event)
                 case DeltaAnswer():
                     self._note_answer(node, event, now_s)
-                case Behind():
-                    self._must_reassign(event.replica)
                 case change_pb2.ChangeStatus():
                     self.changes.hear(node, event)
                 case HeadMapsRead():
                     read.append(event)
-                case Fenced():
-                    raise ServiceError(
-                        Reason.ERROR_REASON_STALE_EPOCH,
-                        f"the agent has followed epoch {event.newest_epoch}, but this planner's epoch is {self._epoch}",
-                        metadata={"epoch": self._epoch, "newest_epoch": event.newest_epoch},
-                    )
-        self._count_ignored(link)
+                case ServiceError():
+                    raise event
         if link.has_more:
             self._talking.add(node)
         return read
@@ -275,8 +274,8 @@ class ClusterFleet:
         found = self.replicas.get(replica)
         if found is None:
             raise not_found(replica)
-        link = self.link(found.primary_node)
-        if not link.session:
+        link = self.links.get(found.primary_node)
+        if link is None or not link.session:
             message = f"node {found.primary_node} is not connected"
             raise ServiceError(Reason.ERROR_REASON_DEVICE_UNAVAILABLE, message, metadata={"device": found.primary_node})
         if agent_service_pb2.AGENT_CAPABILITY_HEAD_MAP not in link.capabilities:
@@ -328,15 +327,16 @@ class ClusterFleet:
 
     def assign(self, replica: Replica, *, is_new: bool = True) -> None:
         """Send the replica's last assignment to its nodes; unless ``is_new``, an earlier planner made it."""
-        peers = {node: self.link(node).engine_address for node in replica.nodes}
+        peers = {node: self.ensure_link(node).engine_address for node in replica.nodes}
         plan = self.record.active_plan if self.record else ""
         for node, wanted in replica.assignments(peers, plan, is_new=is_new).items():
-            self.link(node).slot(replica.name).want(wanted)
+            self.links[node].slot(replica.name).want(wanted)
             self._talking.add(node)
 
     def remove(self, replica: Replica) -> None:
+        removal = WantedRemoval(reason="no plan contains the replica any more")
         for node in replica.nodes:
-            self.link(node).slot(replica.name).want(WantedRemoval(reason="no plan contains the replica any more"))
+            self.ensure_link(node).slot(replica.name).want(removal)
             self._talking.add(node)
 
     def drop_replica(self, name: str) -> None:
@@ -347,12 +347,11 @@ class ClusterFleet:
         for node in replica.nodes:
             self._replicas_on[node].discard(name)
             self.show("node", node_name(self.name, node))
-            link = self.link(node)
-            if name in link.slots:
-                if link.slots[name].held:
+            if (slot := self.slot(node, name)) is not None:
+                if slot.held:
                     self._check_held(node, name)
                 else:
-                    link.forget(name)
+                    self.links[node].forget(name)
         self.show("replica", name)
         self.dirty.discard(name)
         self.decide_all = True
@@ -439,8 +438,7 @@ class ClusterFleet:
         for node in replica.nodes:
             self._replicas_on.setdefault(node, set()).add(replica.name)
             self.show("node", node_name(self.name, node))
-            link = self.links.get(node)
-            if link is not None and replica.name in link.slots:
+            if self.slot(node, replica.name) is not None:
                 self._check_held(node, replica.name)
         if replica.is_stopping:
             self.remove(replica)
@@ -463,16 +461,18 @@ class ClusterFleet:
 
     def _note_answer(self, node: str, answer: DeltaAnswer, now_s: float) -> None:
         self.dirty.add(answer.replica)
-        if answer.failure is not None:
-            self.counters.nacks[name_of(Reason, answer.failure.reason)] += 1
-        if not answer.change_id:
-            if answer.kind == "removal" and answer.replica not in self.replicas:
-                link = self.links[node]
-                if not link.slots[answer.replica].held:
-                    link.forget(answer.replica)
-                self.decide_all = True  # other replicas may have waited for this
-            return
-        self.changes.answered(node, answer, now_s=now_s)
+        reason = None if answer.failure is None else answer.failure.reason
+        if reason is not None:
+            self.counters.nacks[name_of(Reason, reason)] += 1
+        if answer.change_id:
+            self.changes.answered(node, answer, now_s=now_s)
+        elif answer.kind == "removal" and answer.replica not in self.replicas:
+            link = self.links[node]
+            if not link.slots[answer.replica].held:
+                link.forget(answer.replica)
+            self.decide_all = True  # other replicas may have waited for this
+        elif answer.kind == "assignment" and reason == Reason.ERROR_REASON_GENERATION_MISMATCH:
+            self._must_reassign(answer.replica)  # the node holds a later generation than it was given
 
     def _check_held(self, node: str, name: str) -> None:
         """Correct a node that holds another node's replica, or a later generation than it was ever sent."""
@@ -491,9 +491,6 @@ class ClusterFleet:
     def _most_held(self, node: str, name: str) -> int | None:
         replica = self.replicas.get(name)
         return None if replica is None or node not in replica.nodes else replica.generation + ROOM
-
-    def _count_ignored(self, link: NodeLink) -> None:
-        self.counters.replicas_ignored += link.take_num_ignored()
 
     def _must_reassign(self, name: str) -> None:
         replica = self.replicas.get(name)
@@ -516,7 +513,8 @@ class ClusterFleet:
             elif (
                 replica.contents is not None
                 and not replica.has_failed
-                and isinstance(self.link(node).slot(name).wanted, WantedAssignment)
+                and (slot := self.slot(node, name)) is not None
+                and isinstance(slot.wanted, WantedAssignment)
             ):
                 self.assign(replica, is_new=False)  # nodes that do not hold it yet receive it with the address
 

@@ -7,7 +7,7 @@ I/O: reports of nodes and stored changes go in, directives and snapshots to be s
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from copy import deepcopy
 from typing import Protocol
 
@@ -15,7 +15,7 @@ from hetis.planner.convert.names import last_part
 from hetis.planner.failures import Reason, ServiceError, not_found
 from hetis.planner.fleet.activation import NodeState
 from hetis.planner.fleet.changes import MOST_OF_NODE, ChangeCoordinator, LateChanges, Outcome, Saving, State, parts_of
-from hetis.planner.fleet.deltas import DeltaAnswer
+from hetis.planner.fleet.deltas import DeltaAnswer, ReplicaSlot
 from hetis.planner.fleet.leases import Leases
 from hetis.planner.fleet.link import NodeLink
 from hetis.planner.fleet.replica import Replica
@@ -28,24 +28,16 @@ _log = logging.getLogger("hetis.planner.fleet")
 class RunningCluster(Protocol):
     """What re-dispatches see of their cluster, and what they tell it. `ClusterFleet` is the one that runs."""
 
-    @property
-    def replicas(self) -> Mapping[str, Replica]:
-        """The replicas by name."""
+    replicas: dict[str, Replica]  # by name
+    links: dict[str, NodeLink]  # by node id; a node that is not needed any more has none
+    leases: Leases
+    settings: FleetSettings
+    counters: FleetCounters
 
-    @property
-    def links(self) -> Mapping[str, NodeLink]:
-        """The nodes' links by node id; a node that is not needed any more has none."""
+    def slot(self, node: str, replica: str) -> ReplicaSlot | None:
+        """Return the state of a replica on a node, or None if the node neither has nor is to get it."""
 
-    @property
-    def leases(self) -> Leases: ...
-
-    @property
-    def settings(self) -> FleetSettings: ...
-
-    @property
-    def counters(self) -> FleetCounters: ...
-
-    def link(self, node: str) -> NodeLink:
+    def ensure_link(self, node: str) -> NodeLink:
         """Return the node's link, a new one if it has none."""
 
     def talk(self, node: str) -> None:
@@ -94,30 +86,34 @@ class ClusterChanges:
         if (running := self.of(replica)) is not None:
             message = f"change {running.change_id} of {replica.name} is in progress"
             raise ServiceError(Reason.ERROR_REASON_CHANGE_IN_FLIGHT, message, metadata={"change_id": running.change_id})
-        primary = self._cluster.link(replica.primary_node).slot(replica.name)
-        if body.change.base_generation != primary.held or not primary.held:
+        primary = self._cluster.slot(replica.primary_node, replica.name)
+        base, held = body.change.base_generation, 0 if primary is None else primary.held
+        if primary is None or base != held or not held:
             raise ServiceError(
                 Reason.ERROR_REASON_GENERATION_MISMATCH,
-                f"the change is based on generation {body.change.base_generation} of {replica.name}, which is at"
-                f" {primary.held}",
-                metadata={"base_generation": body.change.base_generation, "generation": primary.held},
+                f"the change is based on generation {base} of {replica.name}, which is at {held}",
+                metadata={"base_generation": base, "generation": held},
             )
         parts = parts_of(
             body.change,
             replica.record.body.shape,
             primary_node=replica.primary_node,
-            moves_heads=lambda node: self._cluster.link(node).moves_heads,
+            moves_heads=self._moves_heads,
         )
         lost = sorted(node for node in parts if self._cluster.leases.state(node) != NodeState.NODE_STATE_READY)
         if lost:
             message = f"node {lost[0]} is not ready"
             raise ServiceError(Reason.ERROR_REASON_DEVICE_UNAVAILABLE, message, metadata={"device": lost[0]})
-        body.change.generation = max(replica.generation, primary.held) + 1
+        body.change.generation = max(replica.generation, held) + 1
         change = ChangeCoordinator(body, parts, now_s=now_s, again_s=self._cluster.settings.answer_s)
         if primary.report is not None:
             change.see_report(replica.primary_node, primary.report)
         self.under_way[change.change_id] = self._of_replica[replica.name] = change
         self._cluster.look_at(replica.name)
+
+    def _moves_heads(self, node: str) -> bool:
+        link = self._cluster.links.get(node)
+        return link is None or link.moves_heads
 
     def resume(self, kept: redispatch_pb2.Redispatch, *, now_s: float) -> None:
         """Resume a re-dispatch that an earlier planner left."""
@@ -134,12 +130,11 @@ class ClusterChanges:
         """Pass the current directives of a change to the links of its nodes."""
         directives = change.directives()
         for node in change.nodes:
-            link = self._cluster.link(node)
             if node in directives:
-                link.slot(change.body.replica).tell(directives[node])
+                self._cluster.ensure_link(node).slot(change.body.replica).tell(directives[node])
                 self._cluster.talk(node)
-            elif change.body.replica in link.slots:
-                link.slot(change.body.replica).forget_change(change.change_id)
+            elif (slot := self._cluster.slot(node, change.body.replica)) is not None:
+                slot.forget_change(change.change_id)
         self._cluster.show("redispatch", change.body.name)
 
     # What is stored.
@@ -232,10 +227,10 @@ class ClusterChanges:
         if change is not None:
             change.answered(node, answer.kind, answer.failure, now_s=now_s)
             self.tell(change)
-        elif answer.kind == "resolved" or answer.failure is not None:
-            slot = self._cluster.link(node).slots.get(answer.replica)
-            if slot is not None:
-                slot.close_change(answer.change_id)
+            return
+        slot = self._cluster.slot(node, answer.replica)
+        if slot is not None and (answer.kind == "resolved" or answer.failure is not None):
+            slot.close_change(answer.change_id)
 
     def note_presence(self, node: str, state: NodeState.ValueType) -> None:
         for change in list(self.under_way.values()):
@@ -251,7 +246,7 @@ class ClusterChanges:
         for change in list(self.under_way.values()):
             was = change.state
             for node in change.pass_time(now_s):
-                self._cluster.link(node).slot(change.body.replica).tell_again(change.change_id)
+                self._cluster.links[node].slot(change.body.replica).tell_again(change.change_id)
                 self._cluster.talk(node)
             if change.state != was:
                 self.tell(change)
@@ -270,11 +265,11 @@ class ClusterChanges:
                 self._answer_late(node, status)
 
     def _is_closed(self, node: str, status: change_pb2.ChangeStatus) -> bool:
-        slot = self._cluster.link(node).slots.get(status.replica)
+        slot = self._cluster.slot(node, status.replica)
         return slot is not None and status.change_id in slot.closed
 
     def _answer_late(self, node: str, status: change_pb2.ChangeStatus) -> None:
-        slot = self._cluster.link(node).heard_slot(status.replica)
+        slot = self._cluster.links[node].heard_slot(status.replica)
         if slot is not None and slot.num_directives < MOST_OF_NODE:  # beyond that, nodes mention changes again later
             slot.tell(self.late.directive(status))
             self._cluster.talk(node)

@@ -15,13 +15,12 @@ from hetis.planner.fleet.activation import (
     Standing,
     State,
     Surroundings,
-    has_reached,
     next_standing,
 )
 from hetis.planner.fleet.cluster import ClusterFleet
 from hetis.planner.fleet.replica import Authority, Replica
 from hetis.planner.fleet.writes import PlanWrite, ReplicaWrite, Writes
-from hetis.v1 import agent_service_pb2, failure_pb2, plan_pb2, report_pb2
+from hetis.v1 import agent_service_pb2, plan_pb2, report_pb2
 
 Activation = plan_pb2.ActivationState
 MOST_AWAITED = 3  # nodes named in the progress of an activation
@@ -152,7 +151,9 @@ def _decide_replica(cluster: ClusterFleet, view: _ClusterView, replica: Replica,
         ),
     )
     if replica.cannot_start and after.goal == Goal.ASSIGNMENT_GOAL_LOAD and now.goal is None:
-        after = Standing(state=State.REPLICA_STATE_FAILED, failure=_unreadable(replica))
+        message = f"{replica.record.plan} cannot be read back: see the planner's log"
+        failure = ServiceError(Reason.ERROR_REASON_PLAN_CHECK_FAILED, message).to_proto()
+        after = Standing(state=State.REPLICA_STATE_FAILED, failure=failure)
     is_new = (after.goal, after.conditions) != (now.goal, now.conditions) or replica.must_reassign
     if replica.has_failed and any(part.held < replica.assigned_generation for part in parts.values()):
         is_new = True  # while it had failed, its last assignment was sent to no node
@@ -187,8 +188,7 @@ def _decide_replica(cluster: ClusterFleet, view: _ClusterView, replica: Replica,
 
 def _part(cluster: ClusterFleet, replica: Replica, node: str) -> ReplicaOnNode:
     state, is_draining = cluster.leases.state(node), cluster.is_draining(node)
-    link = cluster.links.get(node)
-    slot = None if link is None else link.slots.get(replica.name)
+    slot = cluster.slot(node, replica.name)
     if slot is None:
         return ReplicaOnNode(presence=state, is_draining=is_draining)
     if not slot.is_believed:  # for this replica, the node counts as lost
@@ -209,7 +209,8 @@ def _part(cluster: ClusterFleet, replica: Replica, node: str) -> ReplicaOnNode:
 
 
 def _authority(cluster: ClusterFleet, replica: Replica) -> Authority.ValueType:
-    knows = agent_service_pb2.AGENT_CAPABILITY_HEAD_MAP in cluster.link(replica.primary_node).capabilities
+    link = cluster.links.get(replica.primary_node)
+    knows = link is not None and agent_service_pb2.AGENT_CAPABILITY_HEAD_MAP in link.capabilities
     return Authority.HEAD_MAP_AUTHORITY_ENGINE if knows else Authority.HEAD_MAP_AUTHORITY_PLANNER
 
 
@@ -272,14 +273,8 @@ def _awaited_nodes(cluster: ClusterFleet, states: Mapping[str, Standing], wanted
         for node in replica.nodes:
             if cluster.leases.state(node) != NodeState.NODE_STATE_READY:
                 absent.add(node)
-            elif standing.goal is not None and not has_reached(
-                standing.goal, _part(cluster, replica, node), replica.assigned_generation
-            ):
-                loading.add(node)
+            elif standing.goal is not None:
+                part = _part(cluster, replica, node)
+                if not part.has_reached(standing.goal, replica.assigned_generation):
+                    loading.add(node)
     return [*sorted(absent), *sorted(loading)]
-
-
-def _unreadable(replica: Replica) -> failure_pb2.Failure:
-    return ServiceError(
-        Reason.ERROR_REASON_PLAN_CHECK_FAILED, f"{replica.record.plan} cannot be read back: see the planner's log"
-    ).to_proto()

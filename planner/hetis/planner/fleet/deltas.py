@@ -30,6 +30,11 @@ MOST_GENERATION = 2**62  # out of reach for any replica; a higher number would b
 ROOM = 2**32  # generations that a node may be ahead of the planner, whose store may have been restored from a backup
 
 
+def protocol_violation(message: str) -> ServiceError:
+    """Return the error for an agent that says what no agent may say."""
+    return ServiceError(Reason.ERROR_REASON_PROTOCOL_VIOLATION, message)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WantedAssignment:
     """The assignment that a node should hold. Equal values of ``generation`` always mean equal assignments."""
@@ -238,10 +243,8 @@ class ReplicaSlot:
                 self.failure = None
             return
         self.held, self.state, self.report = 0, AssignmentState.ASSIGNMENT_STATE_UNSPECIFIED, None
-        self.failure = ServiceError(
-            Reason.ERROR_REASON_PROTOCOL_VIOLATION,
-            f"the node reports generation {generation} of {self.replica}, which it was never assigned",
-        ).to_proto()
+        message = f"the node reports generation {generation} of {self.replica}, which it was never assigned"
+        self.failure = protocol_violation(message).to_proto()
 
     def _answered(self, nonce: str) -> Delta | None:
         delta = self._in_flight

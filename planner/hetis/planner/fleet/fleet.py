@@ -18,6 +18,7 @@ from hetis.planner.convert.names import NODE, cluster_of, last_part, node_name
 from hetis.planner.failures import Reason, ServiceError, invalid_field, not_found, wrong_node
 from hetis.planner.fleet import views
 from hetis.planner.fleet.cluster import ClusterFleet
+from hetis.planner.fleet.deltas import protocol_violation
 from hetis.planner.fleet.hubs import Hubs
 from hetis.planner.fleet.link import HeadMaps, HeadMapsRead, check_hello
 from hetis.planner.fleet.reconciler import PlanContents, Reconciler
@@ -52,9 +53,7 @@ class Stream:
             self._num_bytes += message.ByteSize()
         if len(self._queue) > MOST_MESSAGES or self._num_bytes > MOST_BYTES:
             self._queue.clear()
-            self.end(
-                ServiceError(Reason.ERROR_REASON_PROTOCOL_VIOLATION, "the agent does not read its messages fast enough")
-            )
+            self.end(protocol_violation("the agent does not read its messages fast enough"))
             return False
         self._has_news.set()
         return True
@@ -118,6 +117,7 @@ class LiveFleet:
         self._contents = contents or PlanContents(store)
         self._declared = declared or DeclaredFleets()
         self._clusters: dict[str, ClusterFleet] = {}
+        self._no_cluster = ClusterFleet("", epoch=epoch, settings=settings, counters=self.counters)  # an empty one
         self._reconcilers: dict[str, Reconciler] = {}  # even for clusters being read for the first time
         self._streams: dict[str, Stream] = {}  # by node name
         self._readings: dict[str, tuple[str, asyncio.Future[HeadMaps]]] = {}  # by request id, with the name of the node
@@ -191,22 +191,18 @@ class LiveFleet:
 
     def node_view(self, name: str) -> LiveNode | None:
         """Return a node, or None if it is neither declared nor connected."""
-        cluster, node = self._clusters.get(cluster_of(name)), last_part(name)
-        if cluster is None or node not in cluster.leases:
-            return None
-        return self._live_node(cluster, node)
+        cluster, node = self._cluster(cluster_of(name)), last_part(name)
+        return self._live_node(cluster, node) if node in cluster.leases else None
 
     def nodes_of(self, cluster: str) -> Mapping[str, LiveNode]:
         """Return the declared and the connected nodes, by resource name."""
-        found = self._clusters.get(cluster)
-        if found is None:
-            return {}
+        found = self._cluster(cluster)
         return {node_name(cluster, node): self._live_node(found, node) for node in found.leases.nodes}
 
     def num_by_state(self, cluster: str) -> Counter[cluster_pb2.NodeState.ValueType]:
         """Return how many of the nodes of `nodes_of` are in each state, without their views."""
-        found = self._clusters.get(cluster)
-        return Counter() if found is None else Counter(map(found.leases.state, found.leases.nodes))
+        leases = self._cluster(cluster).leases
+        return Counter(map(leases.state, leases.nodes))
 
     def num_connected(self, cluster: str) -> int:
         """Return the number of nodes whose agents are connected.
@@ -214,19 +210,16 @@ class LiveFleet:
         The number is kept up to date, so it is cheap enough for every answer and event about a cluster. For a single
         node use `node_view`, whose cost is that of one view, whereas `nodes_of` builds the views of all nodes.
         """
-        found = self._clusters.get(cluster)
-        return 0 if found is None else found.leases.num_connected
+        return self._cluster(cluster).leases.num_connected
 
     def replica_view(self, name: str) -> LiveReplica | None:
-        cluster = self._clusters.get(cluster_of(name))
-        replica = None if cluster is None else cluster.replicas.get(name)
-        return None if cluster is None or replica is None else views.live_replica(cluster, replica)
+        cluster = self._cluster(cluster_of(name))
+        replica = cluster.replicas.get(name)
+        return None if replica is None else views.live_replica(cluster, replica)
 
     def replicas_of(self, cluster: str) -> list[LiveReplica]:
         """Return the replicas of a cluster that are not stopped, ordered by name."""
-        found = self._clusters.get(cluster)
-        if found is None:
-            return []
+        found = self._cluster(cluster)
         replicas = sorted(found.replicas.values(), key=lambda replica: replica.name)
         return [views.live_replica(found, replica) for replica in replicas if not replica.is_stopping]
 
@@ -239,13 +232,15 @@ class LiveFleet:
 
         The caller may yield to the event loop in between; nodes that join in the meantime are left out.
         """
-        found = self._clusters.get(cluster)
-        return iter(()) if found is None else kv_in_use(found)
+        return kv_in_use(self._cluster(cluster))
 
     def policy_of(self, cluster: str) -> cluster_pb2.ClusterPolicy:
         """Return what the planner may do in the cluster; an empty policy stands for the defaults."""
-        found = self._clusters.get(cluster)
-        return cluster_pb2.ClusterPolicy() if found is None or found.record is None else found.record.body.policy
+        record = self._cluster(cluster).record
+        return cluster_pb2.ClusterPolicy() if record is None else record.body.policy
+
+    def _cluster(self, name: str) -> ClusterFleet:
+        return self._clusters.get(name, self._no_cluster)
 
     async def cluster_changed(self, cluster: str) -> None:
         """Read a cluster whose records were changed elsewhere, and act on the changes."""
@@ -282,9 +277,7 @@ class LiveFleet:
 
         Raises ServiceError if there is no such replica, no agent to ask, no answer in time, or no consistent one.
         """
-        cluster = self._clusters.get(cluster_of(replica))
-        if cluster is None:
-            raise not_found(replica)
+        cluster = self._cluster(cluster_of(replica))
         node, request_id = cluster.ask_head_maps(replica)
         answer = asyncio.get_running_loop().create_future()
         self._readings[request_id] = (node_name(cluster.name, node), answer)
@@ -306,16 +299,13 @@ class LiveFleet:
             ServiceError: it cannot begin (CHANGE_IN_FLIGHT, GENERATION_MISMATCH, DEVICE_UNAVAILABLE), or has begun but
                 could not be stored yet (`is_under_way`).
         """
-        cluster = self._clusters.get(cluster_of(redispatch.replica))
-        if cluster is None:
-            raise not_found(redispatch.replica)
+        cluster = self._cluster(cluster_of(redispatch.replica))
         cluster.changes.propose(redispatch, now_s=self._clock.monotonic())
         await self._reconcilers[cluster.name].reconcile()
 
     def is_under_way(self, redispatch: redispatch_pb2.Redispatch) -> bool:
         """Return whether a re-dispatch has begun and not ended, whether or not it is stored."""
-        cluster = self._clusters.get(cluster_of(redispatch.replica))
-        return cluster is not None and last_part(redispatch.name) in cluster.changes.under_way
+        return last_part(redispatch.name) in self._cluster(cluster_of(redispatch.replica)).changes.under_way
 
     def require_connected(self, name: str) -> None:
         """Raise NOT_FOUND if no agent is connected as this node."""
@@ -360,25 +350,20 @@ class LiveFleet:
         try:
             async for request in requests:
                 _check_size(request)
-                self._receive(cluster, node, stream, request)
+                now_s, time_s = self._clock.monotonic(), self._clock.time()
+                for event in cluster.handle(node, stream.session, request, now_s=now_s, time_s=time_s):
+                    self._answer_reading(event)
+                self._after(cluster)
             stream.end()
         except ServiceError as error:
             stream.end(error)
         except asyncio.CancelledError:
             raise
         except Exception:
-            _log.exception(
-                "a message from an agent could not be processed", extra={"node": node, "cluster": cluster.name}
-            )
-            stream.end(
-                ServiceError(Reason.ERROR_REASON_INTERNAL, "a message could not be processed: see the planner's log")
-            )
-
-    def _receive(self, cluster: ClusterFleet, node: str, stream: Stream, request: Request) -> None:
-        read = cluster.handle(node, stream.session, request, now_s=self._clock.monotonic(), time_s=self._clock.time())
-        for event in read:
-            self._answer_reading(event)
-        self._after(cluster)
+            extra = {"node": node, "cluster": cluster.name}
+            _log.exception("a message from an agent could not be processed", extra=extra)
+            message = "a message could not be processed: see the planner's log"
+            stream.end(ServiceError(Reason.ERROR_REASON_INTERNAL, message))
 
     def _close(self, cluster: ClusterFleet, node: str, name: str, stream: Stream) -> None:
         if self._streams.get(name) is stream:
@@ -483,9 +468,7 @@ async def _first_of(requests: AsyncIterator[Request]) -> Request:
     try:
         first = await asyncio.wait_for(anext(requests), _HELLO_S)
     except (StopAsyncIteration, TimeoutError):
-        raise ServiceError(
-            Reason.ERROR_REASON_PROTOCOL_VIOLATION, f"no hello was received within {_HELLO_S:g} s"
-        ) from None
+        raise protocol_violation(f"no hello was received within {_HELLO_S:g} s") from None
     _check_size(first)
     return first
 

@@ -80,7 +80,8 @@ class Hubs:
         if hub := self._clusters.pop(name, None):
             hub.close()
 
-    def close(self) -> None:
-        self.plans.close()
+    def close(self, error: Exception | None = None) -> None:
+        """End all watches, with ``error`` if there is one."""
+        self.plans.close(error)
         for hub in self._clusters.values():
-            hub.close()
+            hub.close(error)

@@ -24,6 +24,9 @@ class _Presence:
         return self.declared or self.connected
 
 
+_UNKNOWN = _Presence(state=State.NODE_STATE_UNSPECIFIED, declared=False)  # of every node that is not known
+
+
 class Leases:
     """The presence of nodes by name. A message only records its time; `expire` finds the silent nodes.
 
@@ -40,12 +43,12 @@ class Leases:
         self._lease_s = lease_s
         self._nodes: dict[str, _Presence] = {}
         self._due: list[tuple[float, str]] = []  # a heap of times at which nodes must be checked
-        self._num_connected = self._num_declared = self._num_absent = 0
+        self.num_connected = 0  # nodes with a stream, whatever their state
+        self._num_declared = self._num_absent = 0
 
     def __contains__(self, node: str) -> bool:
         """Return whether the node is declared or connected."""
-        found = self._nodes.get(node)
-        return found is not None and found.is_present
+        return self._nodes.get(node, _UNKNOWN).is_present
 
     @property
     def nodes(self) -> list[str]:
@@ -53,30 +56,21 @@ class Leases:
         return [node for node, found in self._nodes.items() if found.is_present]
 
     @property
-    def num_connected(self) -> int:
-        """The number of nodes with a stream, whatever their state."""
-        return self._num_connected
-
-    @property
     def num_undeclared(self) -> int:
         """The number of nodes with a stream that the cluster's document does not name."""
         return len(self._nodes) - self._num_declared - self._num_absent
 
     def is_declared(self, node: str) -> bool:
-        found = self._nodes.get(node)
-        return found is not None and found.declared
+        return self._nodes.get(node, _UNKNOWN).declared
 
     def state(self, node: str) -> State.ValueType:
-        found = self._nodes.get(node)
-        return State.NODE_STATE_UNSPECIFIED if found is None else found.state
+        return self._nodes.get(node, _UNKNOWN).state
 
     def heard_s(self, node: str) -> float | None:
-        found = self._nodes.get(node)
-        return None if found is None else found.heard_s
+        return self._nodes.get(node, _UNKNOWN).heard_s
 
     def is_connected(self, node: str) -> bool:
-        found = self._nodes.get(node)
-        return found is not None and found.connected
+        return self._nodes.get(node, _UNKNOWN).connected
 
     def declare(self, nodes: Iterable[str], *, now_s: float, known: Iterable[str] = ()) -> list[str]:
         """Set the nodes that the cluster's document names, all of them; return those whose state changed.
@@ -117,8 +111,7 @@ class Leases:
 
     def forget(self, node: str) -> None:
         """Forget a node if it is absent: whether it is LOST is of no interest any more."""
-        found = self._nodes.get(node)
-        if found is not None and not found.is_present:
+        if node in self._nodes and node not in self:
             del self._nodes[node]
             self._num_absent -= 1
 
@@ -129,18 +122,18 @@ class Leases:
             presence = self._nodes[node] = _Presence(state=State.NODE_STATE_UNSPECIFIED, declared=False)
         elif not presence.is_present:
             self._num_absent -= 1
-        self._num_connected += not presence.connected
+        self.num_connected += not presence.connected
         presence.connected, presence.heard_s = True, now_s
         self._look_at(node, now_s + self._suspect_s)
         return self._enter(node, State.NODE_STATE_READY if presence.declared else State.NODE_STATE_UNDECLARED)
 
     def disconnect(self, node: str) -> bool:
         """Record that the stream ended; return whether the state changed. The lease keeps running."""
-        presence = self._nodes.get(node)
-        if presence is None or not presence.connected:
+        presence = self._nodes.get(node, _UNKNOWN)
+        if not presence.connected:
             return False
         presence.connected = False
-        self._num_connected -= 1
+        self.num_connected -= 1
         if not presence.declared:
             self._leave(node)
             return True
@@ -150,8 +143,8 @@ class Leases:
 
     def hear(self, node: str, *, now_s: float) -> bool:
         """Renew the lease after a message; return whether the state changed."""
-        presence = self._nodes.get(node)
-        if presence is None or not presence.connected:
+        presence = self._nodes.get(node, _UNKNOWN)
+        if not presence.connected:
             return False
         presence.heard_s = now_s
         if presence.state in (State.NODE_STATE_READY, State.NODE_STATE_UNDECLARED):
@@ -164,8 +157,8 @@ class Leases:
         changed = []
         while self._due and self._due[0][0] <= now_s:
             due_s, node = heapq.heappop(self._due)
-            presence = self._nodes.get(node)
-            if presence is None or presence.due_s != due_s or presence.heard_s is None:
+            presence = self._nodes.get(node, _UNKNOWN)
+            if presence.due_s != due_s or presence.heard_s is None:
                 continue
             if presence.connected and not presence.declared:  # UNDECLARED, however silent
                 continue

@@ -13,8 +13,8 @@ from google.protobuf.message import Message
 from hetis.formats.cluster import MAX_GPUS_PER_NODE
 from hetis.planner.convert.names import duration
 from hetis.planner.failures import Reason, ServiceError, invalid_field
-from hetis.planner.fleet.deltas import MOST_GENERATION, DeltaAnswer, ReplicaSlot, WantedRemoval
-from hetis.planner.fleet.settings import FleetSettings
+from hetis.planner.fleet.deltas import MOST_GENERATION, DeltaAnswer, ReplicaSlot, WantedRemoval, protocol_violation
+from hetis.planner.fleet.settings import FleetCounters, FleetSettings
 from hetis.v1 import agent_service_pb2, change_pb2, cluster_pb2, failure_pb2, head_map_pb2, inventory_pb2, report_pb2
 
 
@@ -98,13 +98,6 @@ class Reported:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Behind:
-    """The node holds a later generation than the planner would give it: the planner must choose a newer one."""
-
-    replica: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class HeadMapsRead:
     """The answer to a request for head maps."""
 
@@ -112,17 +105,9 @@ class HeadMapsRead:
     result: HeadMaps | ServiceError
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Fenced:
-    """The node has obeyed a newer planner, so this planner is not the leader any more."""
-
-    newest_epoch: int
-
-
-# An inventory and the status of a change are events as they are; an answer to a delta is its `DeltaAnswer`.
-LinkEvent = (
-    Reported | inventory_pb2.NodeInventory | DeltaAnswer | Behind | change_pb2.ChangeStatus | HeadMapsRead | Fenced
-)
+# An inventory and the status of a change are events as they are; an answer to a delta is its `DeltaAnswer`. An error
+# ends the stream after the events before it: the node has obeyed a newer planner, so this one no longer leads.
+LinkEvent = Reported | inventory_pb2.NodeInventory | DeltaAnswer | change_pb2.ChangeStatus | HeadMapsRead | ServiceError
 
 
 PROTOCOL_VERSION = 1
@@ -143,8 +128,8 @@ def check_hello(request: Request, *, epoch: int) -> agent_service_pb2.Hello:
     Raises PROTOCOL_VIOLATION, PROTOCOL_VERSION, STALE_EPOCH or INVALID_FIELD.
     """
     if request.WhichOneof("message") != "hello":
-        message = f"the first message of a stream must be a hello, this is {request.WhichOneof('message') or 'none'}"
-        raise ServiceError(Reason.ERROR_REASON_PROTOCOL_VIOLATION, message)
+        kind = request.WhichOneof("message") or "none"
+        raise protocol_violation(f"the first message of a stream must be a hello, this is {kind}")
     hello = request.hello
     if not hello.min_protocol_version <= PROTOCOL_VERSION <= hello.protocol_version:
         raise ServiceError(
@@ -159,14 +144,18 @@ def check_hello(request: Request, *, epoch: int) -> agent_service_pb2.Hello:
         )
     newest = max((hello.newest_epoch, *(held.epoch for held in hello.replicas)))
     if newest > epoch:
-        message = f"the agent has followed epoch {newest}, but this planner's epoch is {epoch}"
-        raise ServiceError(Reason.ERROR_REASON_STALE_EPOCH, message, metadata={"epoch": epoch, "newest_epoch": newest})
+        raise _stale("has followed", newest, epoch)
     _check_replicas([*hello.replicas, *hello.changes])
     for field in ("agent_version", "boot_id", "inventory_digest"):
         if not getattr(hello, field):
             raise invalid_field(f"hello.{field}", "is required")
     _check_texts(hello, "hello")
     return hello
+
+
+def _stale(obeys: str, newest: int, epoch: int) -> ServiceError:
+    message = f"the agent {obeys} epoch {newest}, but this planner's epoch is {epoch}"
+    return ServiceError(Reason.ERROR_REASON_STALE_EPOCH, message, metadata={"epoch": epoch, "newest_epoch": newest})
 
 
 def _check_replicas(said: Iterable[Any]) -> None:
@@ -176,15 +165,13 @@ def _check_replicas(said: Iterable[Any]) -> None:
     """
     for one in said:
         if one.generation > MOST_GENERATION:
-            message = f"a generation is above {MOST_GENERATION}, the maximum"
-            raise ServiceError(Reason.ERROR_REASON_PROTOCOL_VIOLATION, message)
+            raise protocol_violation(f"a generation is above {MOST_GENERATION}, the maximum")
         for name in (one.replica, getattr(one, "change_id", "")):
             if len(name) > MOST_CHARACTERS:
                 message = f"the name of a replica or change has more than {MOST_CHARACTERS} characters, the maximum"
-                raise ServiceError(Reason.ERROR_REASON_PROTOCOL_VIOLATION, message)
+                raise protocol_violation(message)
             if not name.isprintable():
-                message = f"the name of a replica or change is {name[:80]!r}, must be printable"
-                raise ServiceError(Reason.ERROR_REASON_PROTOCOL_VIOLATION, message)
+                raise protocol_violation(f"the name of a replica or change is {name[:80]!r}, must be printable")
 
 
 def _check_inventory(inventory: inventory_pb2.NodeInventory) -> None:
@@ -231,8 +218,9 @@ class NodeLink:
         *,
         epoch: int,
         settings: FleetSettings,
-        most_held: Callable[[str], int | None] = lambda _: None,
-        known: cluster_pb2.Node | None = None,
+        counters: FleetCounters,
+        most_held: Callable[[str], int | None],
+        known: cluster_pb2.Node | None,
     ) -> None:
         """Start without a stream.
 
@@ -247,7 +235,7 @@ class NodeLink:
         self.agent_version = ""  # version of the last connected agent; empty: there was none
         self.engine_address = known.engine_address if known is not None else ""  # where it listens for peers, or empty
         self.capabilities: frozenset[Capability.ValueType] = frozenset()
-        self._num_ignored = 0  # reports ignored because they are about other nodes' replicas, beyond `_MOST_FOREIGN`
+        self._counters = counters
         self._most_held = most_held
         self._epoch = epoch
         self._settings = settings
@@ -293,15 +281,10 @@ class NodeLink:
         """Return the slot of a replica that the node mentions, or None beyond the limit for other nodes' replicas."""
         if replica not in self.slots and self._most_held(replica) is None:
             if len(self._foreign) >= _MOST_FOREIGN:
-                self._num_ignored += 1
+                self._counters.replicas_ignored += 1
                 return None
             self._foreign.add(replica)
         return self.slot(replica)
-
-    def take_num_ignored(self) -> int:
-        """Return how many reports were ignored since the last call."""
-        num, self._num_ignored = self._num_ignored, 0
-        return num
 
     def forget(self, replica: str) -> None:
         """Forget a replica that is gone from all nodes."""
@@ -361,13 +344,9 @@ class NodeLink:
         Raises PROTOCOL_VIOLATION, STALE_EPOCH or INVALID_FIELD if the stream must end.
         """
         if request.WhichOneof("message") == "hello":
-            raise ServiceError(Reason.ERROR_REASON_PROTOCOL_VIOLATION, "a hello was received in the middle of a stream")
+            raise protocol_violation("a hello was received in the middle of a stream")
         if request.epoch > self._epoch:
-            raise ServiceError(
-                Reason.ERROR_REASON_STALE_EPOCH,
-                f"the agent follows epoch {request.epoch}, but this planner's epoch is {self._epoch}",
-                metadata={"epoch": self._epoch, "newest_epoch": request.epoch},
-            )
+            raise _stale("follows", request.epoch, self._epoch)
         if request.epoch < self._epoch:
             return []  # sent on an earlier stream: all messages of this one have the epoch of its Welcome
         _check_replicas([*request.report.replicas, request.ack, request.nack, request.change_status])
@@ -496,13 +475,10 @@ class NodeLink:
         self._note_answered(nack.replica)
         if answer is None:
             return []
-        events: list[LinkEvent] = [answer]
-        if nack.failure.reason == Reason.ERROR_REASON_STALE_EPOCH:
-            newest = nack.failure.metadata.get("newest_epoch", "")
-            events.append(Fenced(newest_epoch=int(newest) if newest.isdecimal() else 0))
-        elif nack.failure.reason == Reason.ERROR_REASON_GENERATION_MISMATCH and answer.kind == "assignment":
-            events.append(Behind(replica=nack.replica))
-        return events
+        if nack.failure.reason != Reason.ERROR_REASON_STALE_EPOCH:
+            return [answer]
+        newest = nack.failure.metadata.get("newest_epoch", "")
+        return [answer, _stale("has followed", int(newest) if newest.isdecimal() else 0, self._epoch)]
 
     def _note_answered(self, replica: str) -> None:
         if not self.slots[replica].in_flight:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hetis.planner.convert.clusters import basic_replica
 from hetis.planner.fleet.activation import Goal, Standing, State
@@ -149,12 +149,7 @@ class Replica:
         """Take over a newer record, and its ``standing`` if the fleet decided it."""
         before = self.state
         self.record, self.basic_body = record, basic_replica(record.body)
-        self.standing = standing or Standing(
-            state=record.state,
-            goal=self.standing.goal,
-            conditions=self.standing.conditions,
-            failure=self.standing.failure,
-        )
+        self.standing = standing or replace(self.standing, state=record.state)
         if self.state != before:
             self._since_s = None
 

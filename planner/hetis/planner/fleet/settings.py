@@ -1,10 +1,13 @@
 """The fleet's settings, the automatic reactions that a cluster's policy allows, and the fleet's counters."""
 
+# ruff: noqa: RUF009  # `_counted` returns a field, not a default
+
 from __future__ import annotations
 
 import math
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import Any
 
 from hetis.planner.convert.names import duration, seconds_of
 from hetis.solver.redispatch.triggers import THETA
@@ -104,18 +107,27 @@ def _seconds(message: cluster_pb2.ClusterPolicy, field: str, default_s: float) -
     return seconds_of(getattr(message, field)) if message.HasField(field) else default_s  # type: ignore[arg-type]
 
 
+def _counted(metric: str, text: str, *, by: str = "") -> Any:
+    """Return the field of a counter, with its metric's name, help and, if it counts by something, label."""
+    return field(default_factory=Counter if by else int, metadata={"metric": metric, "help": text, "label": by})
+
+
 @dataclass(slots=True, kw_only=True)
 class FleetCounters:
     """Counters of events, which never decrease."""
 
-    messages: Counter[str] = field(default_factory=Counter)  # messages from agents, by the field that was set
-    reports_dropped: int = 0  # reports that arrived after a newer one
-    deltas: Counter[str] = field(default_factory=Counter)  # deltas sent, by the field that was set
-    nacks: Counter[str] = field(default_factory=Counter)  # nacks by reason
-    streams: int = 0  # streams opened; `takeovers` is how many of them replaced an earlier stream of their node
-    takeovers: int = 0
-    refusals: int = 0  # streams refused because another run of the node's agent was connected
-    hellos_refused: Counter[str] = field(default_factory=Counter)  # streams refused at their Hello, by reason
-    redispatches: Counter[str] = field(default_factory=Counter)  # re-dispatches that ended, by state
-    replicas_ignored: int = 0  # reports of unknown or other nodes' replicas that were ignored, being too many
-    contradictions: int = 0  # reports of an authority that contradict its first one: a bug, here or in an agent
+    messages: Counter[str] = _counted("agent_messages", "Messages from agents.", by="kind")
+    deltas: Counter[str] = _counted("deltas_sent", "Deltas sent to agents.", by="kind")
+    nacks: Counter[str] = _counted("deltas_refused", "Deltas that agents refused.", by="reason")
+    redispatches: Counter[str] = _counted("redispatches_ended", "Re-dispatches that ended.", by="state")
+    reports_dropped: int = _counted("reports_dropped", "Reports that arrived after a newer one.")
+    streams: int = _counted("agent_streams", "Agent streams opened.")
+    takeovers: int = _counted("agent_takeovers", "Streams that replaced an earlier stream of their node.")
+    refusals: int = _counted("agent_refusals", "Streams refused because another agent was connected as the node.")
+    hellos_refused: Counter[str] = _counted(
+        "agent_hellos_refused", "Streams refused at their first message.", by="reason"
+    )
+    replicas_ignored: int = _counted(
+        "replicas_ignored", "Ignored reports of foreign replicas from nodes that reported too many."
+    )
+    contradictions: int = _counted("contradictions", "Reports of an authority that contradict its first one: a bug.")

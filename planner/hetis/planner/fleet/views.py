@@ -14,14 +14,7 @@ from hetis.planner.fleet.cluster import ClusterFleet
 from hetis.planner.fleet.hubs import Hubs
 from hetis.planner.fleet.replica import Replica
 from hetis.solver.cluster import node_of
-from hetis.v1 import (
-    cluster_pb2,
-    inventory_pb2,
-    redispatch_pb2,
-    replica_pb2,
-    report_pb2,
-    stage_pb2,
-)
+from hetis.v1 import cluster_pb2, inventory_pb2, redispatch_pb2, replica_pb2, report_pb2, stage_pb2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,10 +99,8 @@ def publish(cluster: ClusterFleet, hubs: Hubs, *, now_s: float) -> None:
             hubs.plans.publish(name, plan, now_s=now_s)
         elif kind == "cluster" and cluster.record is not None:
             hubs.publish_cluster(cluster.record, num_connected=cluster.leases.num_connected, now_s=now_s)
-    under_way = {change.body.name: change.body for change in cluster.changes.under_way.values()}
-    for kind, name in shown:
-        if kind == "redispatch" and name in under_way:
-            hub.publish((kind, name), basic_redispatch(under_way[name]), now_s=now_s)
+        elif kind == "redispatch" and (change := cluster.changes.under_way.get(last_part(name))) is not None:
+            hub.publish((kind, name), basic_redispatch(change.body), now_s=now_s)
 
 
 def publish_end(
@@ -141,8 +132,7 @@ def show_live(message: replica_pb2.Replica, live: LiveReplica) -> None:
 
 def generation_of(cluster: ClusterFleet, replica: Replica) -> int:
     """Return a replica's generation as last reported by its primary; before any report, that of its last assignment."""
-    link = cluster.links.get(replica.primary_node)
-    slot = None if link is None else link.slots.get(replica.name)
+    slot = cluster.slot(replica.primary_node, replica.name)
     return slot.held if slot is not None and slot.held else replica.assigned_generation
 
 

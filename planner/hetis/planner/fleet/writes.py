@@ -23,9 +23,8 @@ from hetis.planner.store.records import FINAL_REDISPATCHES
 from hetis.v1 import cluster_pb2, inventory_pb2, plan_pb2, redispatch_pb2, replica_pb2
 
 RedispatchState = redispatch_pb2.RedispatchState
-UNDER_WAY = tuple(
-    state for state in RedispatchState.values() if state and state not in FINAL_REDISPATCHES
-)  # 0 is UNSPECIFIED
+# 0 is UNSPECIFIED
+UNDER_WAY = tuple(state for state in RedispatchState.values() if state and state not in FINAL_REDISPATCHES)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -121,7 +121,6 @@ class Plans:
                 yield pb2.WatchPlanResponse(sequence=event.sequence, plan=event.value, event_time=time)
             if is_settled(event.value):
                 return
-        self._store.require_term()  # the hub closes with the term, too
         raise ServiceError(Reason.ERROR_REASON_DRAINING, "this planner is shutting down: retry")
 
     async def cancel(self, request: pb2.CancelPlanRequest, *, withdraws: bool = True) -> pb2.CancelPlanResponse:

@@ -145,7 +145,6 @@ class ClusterWatches:
             if (await self._read(request.name)).create_time_s != record.create_time_s:
                 raise not_found(request.name)
             if self._hubs.cluster(request.name) is hub:
-                self._store.require_term()  # the hub closes with the term, too
                 raise ServiceError(Reason.ERROR_REASON_DRAINING, "this planner is shutting down: resume")
             token, is_new = None, False  # so much has changed that the present state is sent again
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from hetis.planner.callers import CallerRole, Identity
 from hetis.planner.failures import Reason, ServiceError
 
@@ -62,10 +64,7 @@ _STANDBY = {
 STANDBY_READS = {f"/hetis.v1.{service}/{method}" for service, found in _STANDBY.items() for method in found.split()}
 """Methods that any planner answers from the store. Agents' live reports and watches need the leader."""
 
-_LIVE = {
-    "ClusterService": "GetCluster ListClusters GetReplica ListReplicas",
-    "PlanService": "GetPlan ListPlans",
-}
+_LIVE = {"ClusterService": "GetCluster ListClusters GetReplica ListReplicas", "PlanService": "GetPlan ListPlans"}
 LIVE_READS = {f"/hetis.v1.{service}/{method}" for service, found in _LIVE.items() for method in found.split()}
 """Those of `STANDBY_READS` whose answers have fields that only the leader knows: agents, reports and progress."""
 
@@ -82,12 +81,17 @@ def needs_leader(method: str, *, reads_too: bool) -> bool:
     return reads_too or (CallerRole.VIEWER not in NEEDED.get(method, ()) and method != CONNECT)
 
 
-def require_role(identity: Identity, method: str) -> None:
-    """Check that the caller has a role that the method requires. Raises ROLE if not."""
+def require_role(identity: Identity, method: str, resource: Callable[[], str] = str) -> None:
+    """Check that the caller has a role that the method requires. Raises ROLE if not.
+
+    ``resource`` returns the name of the resource in the request, or "" if it has none; it is called only for the error.
+    """
     needed = NEEDED.get(method, ())
     if not identity.roles.isdisjoint(needed):
         return
     has = identity.role or "no role"
     wants = " or ".join(needed) or "a role that does not exist"
     message = f"{method} needs role {wants}; {identity.name} has {has}"
+    if name := resource():
+        message += f"; the request is for {name}"
     raise ServiceError(Reason.ERROR_REASON_ROLE, message, metadata={"role": has, "needed": wants})

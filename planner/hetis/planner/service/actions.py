@@ -13,7 +13,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 from hetis.formats.documents import dump_data
-from hetis.formats.errors import DocumentError, Problem
+from hetis.formats.errors import DocumentError, Problem, single_problem
 from hetis.planner.callers import CallerRole
 from hetis.planner.service.credentials import create_token
 from hetis.planner.service.exit_codes import ServiceExitCode
@@ -93,15 +93,13 @@ def make_token(
 def _scope(role: CallerRole, node: str | None, cluster: str | None) -> str | None:
     given = [scope for scope in (node, cluster) if scope is not None]
     if role is CallerRole.AGENT and len(given) != 1:
-        raise DocumentError([Problem(file="--role agent", message="needs either --node or --cluster")])
+        raise single_problem("--role agent", "needs either --node or --cluster")
     if role is not CallerRole.AGENT and given:
-        raise DocumentError([Problem(file=f"--role {role}", message="takes neither --node nor --cluster")])
+        raise single_problem(f"--role {role}", "takes neither --node nor --cluster")
     if node is not None and "/nodes/" not in node:
-        raise DocumentError(
-            [Problem(file="--node", message=f"{node!r} does not have the form clusters/CLUSTER/nodes/NODE")]
-        )
+        raise single_problem("--node", f"{node!r} does not have the form clusters/CLUSTER/nodes/NODE")
     if cluster is not None and "/nodes/" in cluster:
-        raise DocumentError([Problem(file="--cluster", message=f"{cluster!r} does not have the form clusters/CLUSTER")])
+        raise single_problem("--cluster", f"{cluster!r} does not have the form clusters/CLUSTER")
     return given[0] if given else None
 
 
@@ -111,9 +109,7 @@ def _days(text: str) -> timedelta:
     except ValueError:
         days = math.nan
     if not 0 < days <= 3650:
-        raise DocumentError(
-            [Problem(file="--valid", message=f"is {text}, must be a number of days above 0, at most 3650")]
-        )
+        raise single_problem("--valid", f"is {text}, must be a number of days above 0, at most 3650")
     return timedelta(days=days)
 
 

@@ -151,7 +151,7 @@ class Term:
     def lose(self, error: ServiceError) -> None:
         """End the term: dismiss agents and watchers at once, and make no further decisions."""
         self._fleet.lose_leadership(error)
-        self._hubs.close()
+        self._hubs.close(error)
 
     async def say_goodbye(self) -> None:
         """Inform the agents that the planner stops, and end all watches."""

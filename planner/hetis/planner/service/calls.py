@@ -6,6 +6,7 @@ import asyncio
 import logging
 import secrets
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from typing import Any
 
 import grpc
@@ -78,11 +79,11 @@ class Calls(grpc.aio.ServerInterceptor):
     def _refusing(self, method: str, error: ServiceError, *, is_stream: bool) -> Handler:
         """Return a handler that fails before a message has arrived: gRPC reads a stream of requests only on demand."""
 
-        async def answer(_requests: Any, context: Context) -> None:
-            async def body(_record: CallRecord) -> None:
+        async def answer(requests: Any, context: Context) -> None:
+            async def refuse(_requests: Any) -> None:
                 raise error
 
-            await self._watched(method, context, body, is_stream=is_stream)
+            await self._watched(method, context, requests, refuse, decode=None, is_stream=is_stream)
 
         return grpc.stream_stream_rpc_method_handler(answer)
 
@@ -147,15 +148,12 @@ class Calls(grpc.aio.ServerInterceptor):
 
     def _unary(self, method: str, behaviour: Any, decode: Decode) -> Any:
         async def answer(raw: bytes, context: Context) -> Any:
-            async def body(record: CallRecord) -> Any:
-                request = decoded(decode, raw)
-                record.asks(request)
-                return await behaviour(request, context)
-
             self._num_unary += 1
             self._unary_done.clear()
             context.add_done_callback(self._unary_ended)
-            return await self._watched(method, context, body, is_stream=False)
+            return await self._watched(
+                method, context, raw, lambda request: behaviour(request, context), decode=decode, is_stream=False
+            )
 
         return answer
 
@@ -169,14 +167,10 @@ class Calls(grpc.aio.ServerInterceptor):
         """Return a handler that answers with a stream; without ``decode`` its requests are a stream, too."""
 
         async def answer(given: Any, context: Context) -> None:
-            async def body(record: CallRecord) -> None:
-                request = given
-                if decode is not None:
-                    request = decoded(decode, given)
-                    record.asks(request)
+            async def stream(request: Any) -> None:
                 await self._streamed(method, behaviour(request, context), context, is_watch=decode is not None)
 
-            await self._watched(method, context, body, is_stream=True)
+            await self._watched(method, context, given, stream, decode=decode, is_stream=True)
 
         return answer
 
@@ -221,18 +215,34 @@ class Calls(grpc.aio.ServerInterceptor):
         return None
 
     async def _watched(
-        self, method: str, context: Context, body: Callable[[CallRecord], Awaitable[Any]], *, is_stream: bool
+        self,
+        method: str,
+        context: Context,
+        given: Any,
+        behaviour: Callable[[Any], Awaitable[Any]],
+        *,
+        decode: Decode | None,
+        is_stream: bool,
     ) -> Any:
+        """Answer a call with ``behaviour``, which gets the decoded request; without ``decode``, ``given`` as it is."""
         metadata = context.invocation_metadata() or ()
         record = self._telemetry.begin(method, context.peer(), metadata, is_stream=is_stream)
         code = grpc.StatusCode.UNKNOWN
+
+        def read() -> Any:
+            if decode is None:
+                return given
+            request = decoded(decode, given)
+            record.asks(request)
+            return request
+
         try:
-            self._admit(method, metadata, context, record, is_stream=is_stream)
+            self._admit(context, metadata, record, read)
             if is_stream:
                 with self._limits.opened(method, caller=record.caller, peer=context.peer()):
-                    answer = await body(record)
+                    answer = await behaviour(read())
             else:
-                answer = await body(record)
+                answer = await behaviour(read())
             code = _code_set(context) or grpc.StatusCode.OK
             return answer
         except grpc.aio.AbortError:  # from gRPC's own servicers, such as health
@@ -255,14 +265,15 @@ class Calls(grpc.aio.ServerInterceptor):
         finally:
             record.end(code, self._telemetry.metrics)
 
-    def _admit(self, method: str, metadata: Any, context: Context, record: CallRecord, *, is_stream: bool) -> None:
-        """Check the caller, and set it as the present caller of this task.
+    def _admit(self, context: Context, metadata: Any, record: CallRecord, read: Callable[[], Any]) -> None:
+        """Check the caller, and set it as the present caller of this task. Only a refused role has its request read.
 
         Raises:
             ServiceError: CREDENTIALS, QUOTA_EXCEEDED, ROLE, DRAINING, NOT_LEADER, DEADLINE_REQUIRED or
                 DEADLINE_TOO_LONG, checked in this order. Of changes NOT_LEADER is checked before ROLE: only a leader
                 can write a refusal into the audit log.
         """
+        method = record.method
         if is_open(method):
             set_present_caller(ANYBODY)
             return
@@ -271,11 +282,17 @@ class Calls(grpc.aio.ServerInterceptor):
         self._writes.take(method, identity.name)
         if method in WRITES:
             self._require_leader(method)
-        require_role(identity, method)
+
+        def resource() -> str:
+            with suppress(ServiceError):  # no message: the role is what the caller has to mend first
+                read()
+            return record.resource
+
+        require_role(identity, method, resource)
         if self.is_draining:
             raise statuses.draining()
         self._require_leader(method)
-        if not is_stream:
+        if not record.is_stream:
             require_deadline(method, context.time_remaining())
         set_present_caller(identity)
 

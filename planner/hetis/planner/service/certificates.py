@@ -12,12 +12,13 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
+from functools import partial
 from ipaddress import ip_address
 from typing import Any, Generic, TypeVar
 
 import grpc
 
-from hetis.formats.errors import DocumentError, Problem
+from hetis.formats.errors import DocumentError, Problem, attempt
 from hetis.formats.files import FileStamp, file_stamp, read_text
 from hetis.planner.service.settings import TlsPart
 
@@ -101,33 +102,26 @@ class Certificates:
     """
 
     def __init__(self, tls: TlsPart) -> None:
-        paths = [tls.certificate, tls.key, *([tls.client_ca] if tls.client_ca is not None else [])]
-        self.files = Reloaded("certificate", paths, lambda: _load(tls))
-        self._asks_clients = tls.client_ca is not None
-        self._key = tls.key
-        self._paths = paths
+        self._tls, self._paths = tls, _paths_of(tls)
+        self.files = Reloaded("certificate", self._paths, partial(_load, tls))
 
     @property
     def expiries_s(self) -> dict[str, float]:
         """The Unix time at which each file's first certificate expires, from the present contents of the files."""
         found = dict[str, float]()
         for path in self._paths:
-            try:
-                ends_s = ends_of_certificates(read_text(path))
-            except DocumentError:
-                continue  # reported by `files`
-            if ends_s:
+            pem = attempt(partial(read_text, path), [])  # problems are reported by `files`
+            if ends_s := ends_of_certificates(pem or ""):
                 found[path] = min(ends_s)
         return found
 
     @property
     def warnings(self) -> list[str]:
         """What is dangerous about the files, but so common (Kubernetes mounts secrets with 0644) that it works."""
-        if not _mode(self._key) & stat.S_IROTH:
+        if not _mode(self._tls.key) & stat.S_IROTH:
             return []
-        return [
-            f"{self._key}: is readable by all users, who could impersonate the planner: chmod 600, or 640 for a group"
-        ]
+        what = "is readable by all users, who could impersonate the planner: chmod 600, or 640 for a group"
+        return [f"{self._tls.key}: {what}"]
 
     def credentials(self) -> grpc.ServerCredentials:
         """Return credentials for one address, which checks on its own whether the files have changed."""
@@ -143,19 +137,19 @@ class Certificates:
             return value
 
         may_return_none: Any = newer  # which grpc's stubs rule out
-        return grpc.dynamic_ssl_server_credentials(
-            first, may_return_none, require_client_authentication=self._asks_clients
-        )
+        asks_clients = self._tls.client_ca is not None
+        return grpc.dynamic_ssl_server_credentials(first, may_return_none, require_client_authentication=asks_clients)
+
+
+def _paths_of(tls: TlsPart) -> list[str]:
+    return [path for path in (tls.certificate, tls.key, tls.client_ca) if path is not None]
 
 
 def _load(tls: TlsPart) -> grpc.ServerCertificateConfiguration:
     texts: dict[str, bytes] = {}
     problems: list[Problem] = []
-    for path in filter(None, (tls.certificate, tls.key, tls.client_ca)):
-        try:
-            texts[path] = read_text(path).encode()
-        except DocumentError as error:
-            problems += error.problems
+    for path in _paths_of(tls):
+        texts[path] = (attempt(partial(read_text, path), problems) or "").encode()
     if not problems:
         problems += _unusable(tls, texts)
     if problems:

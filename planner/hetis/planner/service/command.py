@@ -42,22 +42,19 @@ app.add_typer(token, name="token")
 
 _setting = partial(typer.Option, rich_help_panel="Settings", show_default=False)
 _filter = partial(typer.Option, show_default=False)
+ConfigOption = Annotated[
+    str | None, typer.Option("--config", "-c", metavar="FILE", envvar="HETIS_CONFIG", help="PlannerConfig file.")
+]
+StoreOption = Annotated[
+    str | None,
+    typer.Option("--store", metavar="URL", help="Store: sqlite:///... or postgresql://...", show_default=False),
+]
 
 
 @app.callback(invoke_without_command=True, help=_HELP, epilog=f"{_EXAMPLES}\n\n{ServiceExitCode.listed()}")
 def hetis_planner(
     context: typer.Context,
-    config: Annotated[
-        str | None,
-        typer.Option(
-            "--config",
-            "-c",
-            metavar="FILE",
-            envvar="HETIS_CONFIG",
-            help="PlannerConfig file.",
-            show_default=False,
-        ),
-    ] = None,
+    config: ConfigOption = None,
     listen: Annotated[
         list[str] | None, _setting("--listen", metavar="HOST:PORT", help="Address to listen on; repeatable.")
     ] = None,
@@ -139,16 +136,6 @@ def create(
     make_token(file, role=role, name=name, node=node, cluster=cluster, valid_days=valid)
 
 
-ConfigOption = Annotated[
-    str | None,
-    typer.Option("--config", "-c", metavar="FILE", envvar="HETIS_CONFIG", help="PlannerConfig file."),
-]
-StoreOption = Annotated[
-    str | None,
-    typer.Option("--store", metavar="URL", help="Store: sqlite:///... or postgresql://...", show_default=False),
-]
-
-
 @app.command("backup")
 def backup(
     file: Annotated[str, typer.Argument(metavar="FILE", help="Backup file to create; it must not exist yet.")],
@@ -156,9 +143,9 @@ def backup(
     store: StoreOption = None,
 ) -> None:
     """Write a snapshot of the store to a file. Planners can keep running."""
-    from hetis.planner.service.maintenance import make_backup
+    from hetis.planner.service.maintenance import make_backup, store_url
 
-    make_backup(_store_url(config, store), file)
+    make_backup(store_url(config, store), file)
 
 
 @app.command("restore")
@@ -169,9 +156,9 @@ def restore(
     replace: Annotated[bool, typer.Option("--replace", help="Discard the store's present contents.")] = False,
 ) -> None:
     """Restore the store from a backup, and raise its epoch. No planner may lead during the restore."""
-    from hetis.planner.service.maintenance import restore_backup
+    from hetis.planner.service.maintenance import restore_backup, store_url
 
-    restore_backup(_store_url(config, store), file, replace=replace)
+    restore_backup(store_url(config, store), file, replace=replace)
 
 
 @app.command("migrate")
@@ -183,9 +170,9 @@ def migrate(
     store: StoreOption = None,
 ) -> None:
     """Migrate the store's tables up or down to a version. Make a backup first."""
-    from hetis.planner.service.maintenance import migrate_store
+    from hetis.planner.service.maintenance import migrate_store, store_url
 
-    migrate_store(_store_url(config, store), to)
+    migrate_store(store_url(config, store), to)
 
 
 @app.command("audit")
@@ -204,20 +191,13 @@ def audit(
     store: StoreOption = None,
 ) -> None:
     """Show who changed what and when, and the outcome, oldest first."""
-    from hetis.planner.service.maintenance import check_audit, print_audit
+    from hetis.planner.service.maintenance import check_audit, print_audit, store_url
 
-    url = _store_url(config, store)
+    url = store_url(config, store)
     if check:
         raise typer.Exit(check_audit(url))
     filters = {"caller": caller, "method": method, "resource": resource, "outcome": outcome}
     print_audit(url, filters, since=since, until=until, as_json=as_json)
-
-
-def _store_url(config: str | None, store: str | None) -> str:
-    from hetis.planner.service.maintenance import store_url
-    from hetis.planner.service.settings import Given
-
-    return store_url(config, [Given(name="store", text=store, by="--store")] if store else [])
 
 
 def _split(text: str) -> tuple[str, str]:

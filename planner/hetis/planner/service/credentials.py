@@ -21,7 +21,7 @@ from pydantic import AfterValidator, BeforeValidator, Field
 
 from hetis.formats.documents import dump_data
 from hetis.formats.errors import single_problem
-from hetis.formats.fields import API_VERSION, DocumentPart, Name, validated
+from hetis.formats.fields import API_VERSION, DocumentPart, Name, entries, validated
 from hetis.formats.files import read_text, unreadable
 from hetis.formats.positions import parse_text
 from hetis.planner.callers import ANYBODY, CallerRole, Identity
@@ -194,9 +194,7 @@ def _grants(text: str, path: str) -> dict[str, Grant]:
 def _clashes(tokens: object) -> Iterator[tuple[Sequence[str | int], str]]:
     """Yield duplicate names, agents' tokens without a scope, and other tokens with one."""
     first: dict[str, int] = {}
-    for position, entry in enumerate(tokens if isinstance(tokens, list) else ()):
-        if not isinstance(entry, dict):
-            continue
+    for position, entry in entries(tokens):
         name, role = entry.get("name"), entry.get("role")
         if isinstance(name, str) and first.setdefault(name, position) != position:
             yield ("tokens", position, "name"), f"{name} is already used by tokens[{first[name]}]"
@@ -234,11 +232,8 @@ class Credentials:
     ) -> None:
         self._tokens = tokens
         self._trust_domain = trust_domain
+        self.reads_certificates = trust_domain is not None
         self._clock = clock
-
-    @property
-    def reads_certificates(self) -> bool:
-        return self._trust_domain is not None
 
     def identify(self, metadata: Metadata, connection: AuthContext) -> Identity:
         """Return the caller's identity. Raises CREDENTIALS."""

@@ -153,10 +153,14 @@ class ConnectionWatch:
     the total limit applies.
     """
 
-    def __init__(self, limits: ConnectionLimits, ports: frozenset[int]) -> None:
-        """``ports``: the ports on which gRPC listens."""
-        self.closed = 0  # excess connections closed since the start
-        self._limits, self._ports = limits, ports
+    def __init__(self, limits: ConnectionLimits, ports: frozenset[int], *, on_closed: Callable[[int], None]) -> None:
+        """Watch nothing yet.
+
+        Args:
+            ports: the ports on which gRPC listens.
+            on_closed: called in a thread with the number of excess connections that were just closed.
+        """
+        self._limits, self._ports, self._on_closed = limits, ports, on_closed
         self._known: dict[int, _Connection | None] = {}  # by inode; None: another kind of socket
 
     async def run(self) -> None:
@@ -192,7 +196,7 @@ class ConnectionWatch:
             if num_of[one.host] > self._limits.of_a_host and _shut_down(one, inode):
                 closed[one.host] += 1
         self._known = known
-        self.closed += closed.total()
+        self._on_closed(closed.total())
         for host, num in closed.items():
             message = "too many connections from one host: the newest were closed"
             _log.warning(message, extra={"host": host, "closed": num, "limit": self._limits.of_a_host})

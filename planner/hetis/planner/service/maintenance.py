@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,9 +19,10 @@ from hetis.planner.store.copying import back_up, migrate_to, read_store, restore
 from hetis.planner.store.schema import revisions
 
 
-def store_url(path: str | None, flags: Sequence[Given]) -> str:
+def store_url(config: str | None, store: str | None) -> str:
     """Return the store's URL from the configuration with which a planner would be started."""
-    return load_config(path, environment=os.environ, flags=flags).store
+    flags = [Given(name="store", text=store, by="--store")] if store else []
+    return load_config(config, environment=os.environ, flags=flags).store
 
 
 def make_backup(url: str, file: str) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Mapping
+from dataclasses import fields
 from functools import cache, partial
 from itertools import accumulate
 from typing import TYPE_CHECKING
@@ -69,14 +70,12 @@ class ServiceMetrics:
             "Unix time of the earliest certificate expiry in a file.",
             ["file"],
         )
-        self._connections_closed = counter(
+        self.connections_closed = counter(
             "hetis_planner_connections_closed", "Connections closed because their host had too many."
         )
-        self._failed_loops = gauge(
+        self.failed_loops = gauge(
             "hetis_planner_failed_loops", "Failed background tasks; only a restart recovers them."
         )
-        self._closed_connections: Callable[[], int] = lambda: 0
-        self._told_closed = 0
         ProcessCollector(registry=self.registry)  # memory, descriptors, CPU
         # Times and delays, each longer than all after it: the first is the longest of the window.
         self._lags_s = deque[tuple[float, float]]()
@@ -124,21 +123,7 @@ class ServiceMetrics:
     def text(self) -> bytes:
         """Return all metrics in Prometheus' text format."""
         self._lag.set(self._lags_s[0][1] if self._lags_s else 0.0)
-        closed = self._closed_connections()
-        self._connections_closed.inc(closed - self._told_closed)
-        self._told_closed = closed
         return generate_latest(self.registry)
-
-    def count_failed_loops(self, failed: Callable[[], int]) -> None:
-        """Register a counter; ``failed`` returns how many loops have failed since the start."""
-        self._failed_loops.set_function(failed)
-
-    def count_closed_connections(self, closed: Callable[[], int]) -> None:
-        """Register a counter of connections that were closed because their host had too many.
-
-        ``closed`` returns their number since the start.
-        """
-        self._closed_connections = closed
 
     def credentials_read(self, *, tokens_s: Iterable[float], certificates_s: Mapping[str, float], now_s: float) -> None:
         """Set the Unix times at which tokens and certificate files expire; expired tokens are counted separately."""
@@ -166,26 +151,6 @@ class ServiceMetrics:
             lags_s.popleft()
 
 
-# By field of `FleetCounters`: the metric's name and help, and the label of a count by kind.
-_OF_FLEET = {
-    "messages": ("agent_messages", "Messages from agents.", "kind"),
-    "deltas": ("deltas_sent", "Deltas sent to agents.", "kind"),
-    "nacks": ("deltas_refused", "Deltas that agents refused.", "reason"),
-    "redispatches": ("redispatches_ended", "Re-dispatches that ended.", "state"),
-    "reports_dropped": ("reports_dropped", "Reports that arrived after a newer one.", ""),
-    "streams": ("agent_streams", "Agent streams opened.", ""),
-    "takeovers": ("agent_takeovers", "Streams that replaced an earlier stream of their node.", ""),
-    "refusals": ("agent_refusals", "Streams refused because another agent was connected as the node.", ""),
-    "hellos_refused": ("agent_hellos_refused", "Streams refused at their first message.", "reason"),
-    "replicas_ignored": (
-        "replicas_ignored",
-        "Ignored reports of foreign replicas from nodes that reported too many.",
-        "",
-    ),
-    "contradictions": ("contradictions", "Reports of an authority that contradict its first one: a bug.", ""),
-}
-
-
 class FleetCollector(Collector):
     """Reads the fleet's counters at each scrape."""
 
@@ -193,9 +158,10 @@ class FleetCollector(Collector):
         self._counters = counters
 
     def collect(self) -> Iterable[Metric]:
-        for field, (name, text, label) in _OF_FLEET.items():
-            family = CounterMetricFamily(f"hetis_planner_{name}", text, labels=[label] if label else [])
-            count = getattr(self._counters, field)
+        for field in fields(self._counters):
+            name, label = f"hetis_planner_{field.metadata['metric']}", field.metadata["label"]
+            family = CounterMetricFamily(name, field.metadata["help"], labels=[label] if label else [])
+            count = getattr(self._counters, field.name)
             for key, number in count.items() if label else [("", count)]:
                 family.add_metric([key] if label else [], number)
             yield family

@@ -300,17 +300,11 @@ class Overviews:
             if error.reason in (Reason.ERROR_REASON_NOT_FOUND, Reason.ERROR_REASON_INVALID_FIELD):
                 return None
             raise
-        tokens = {
-            "nodes": nodes.next_page_token,
-            "replicas": replicas.next_page_token,
-            "redispatches": moved.next_page_token,
-        }
+        pages: Mapping[str, Any] = {"nodes": nodes, "replicas": replicas, "redispatches": moved}
         return {
             "cluster": _json(cluster.cluster),
-            "nodes": [_json(node) for node in nodes.nodes],
-            "replicas": [_json(replica) for replica in replicas.replicas],
-            "redispatches": [_json(redispatch) for redispatch in moved.redispatches],
-            "has_more": [kind for kind, token in tokens.items() if token],
+            **{kind: [_json(one) for one in getattr(page, kind)] for kind, page in pages.items()},
+            "has_more": [kind for kind, page in pages.items() if page.next_page_token],
         }
 
     async def _count(self) -> None:

@@ -12,9 +12,10 @@ import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from hetis.formats.errors import DocumentError, Problem
+from hetis.formats.errors import DocumentError, Problem, attempt
 from hetis.formats.files import read_text
 from hetis.planner.failures import Reason, ServiceError
 from hetis.planner.service.calls import Calls
@@ -28,13 +29,7 @@ from hetis.planner.service.certificates import (
 )
 from hetis.planner.service.credentials import Authenticator, Credentials, NoCredentials, Tokens
 from hetis.planner.service.exit_codes import ServiceExitCode
-from hetis.planner.service.limits import (
-    ConnectionLimits,
-    ConnectionWatch,
-    WriteRates,
-    ports_of,
-    reserved_for_page,
-)
+from hetis.planner.service.limits import ConnectionLimits, ConnectionWatch, WriteRates, ports_of, reserved_for_page
 from hetis.planner.service.loops import Loops
 from hetis.planner.service.metrics import ServiceMetrics
 from hetis.planner.service.server import PlannerServer
@@ -57,16 +52,9 @@ class Access:
     def __init__(self, config: PlannerConfig) -> None:
         self._config = config
         tls, path, problems = config.tls, config.tokens, list[Problem]()
-        self.certificates: Certificates | None = None
-        self.tokens: Reloaded[Tokens] | None = None
-        try:
-            self.certificates = Certificates(tls) if tls is not None else None
-        except DocumentError as error:
-            problems += error.problems
-        try:
-            self.tokens = Reloaded("tokens", [path], lambda: Tokens.load(path)) if path is not None else None
-        except DocumentError as error:
-            problems += error.problems
+        self.certificates = None if tls is None else attempt(partial(Certificates, tls), problems)
+        read = None if path is None else partial(Reloaded, "tokens", [path], partial(Tokens.load, path))
+        self.tokens = None if read is None else attempt(read, problems)
         if problems:
             raise DocumentError(problems)
 
@@ -92,11 +80,9 @@ class Access:
 
 def problems_of_access(config: PlannerConfig) -> Sequence[Problem]:
     """Return the problems of the certificate and token files."""
-    try:
-        Access(config)
-    except DocumentError as error:
-        return error.problems
-    return ()
+    problems = list[Problem]()
+    attempt(lambda: Access(config), problems)
+    return problems
 
 
 def problems_of_names(config: PlannerConfig) -> Sequence[Problem]:
@@ -107,10 +93,7 @@ def problems_of_names(config: PlannerConfig) -> Sequence[Problem]:
     tls = config.tls
     if tls is None:
         return ()
-    try:
-        pem = read_text(tls.certificate)
-    except DocumentError:
-        pem = ""
+    pem = attempt(partial(read_text, tls.certificate), []) or ""
     if not ends_of_certificates(pem):
         return ()  # reported by `problems_of_access`
     names = names_of_certificate(pem)
@@ -156,8 +139,7 @@ async def run_planner(
         stack.push_async_callback(server.stop_at_once)
         # Listen before the store is opened: a planner that cannot listen must not take the lead from one that can.
         addresses = [server.listen(address) for address in config.listen]
-        connections = ConnectionWatch(limits, ports_of(addresses))
-        metrics.count_closed_connections(lambda: connections.closed)
+        connections = ConnectionWatch(limits, ports_of(addresses), on_closed=metrics.connections_closed.inc)
         page, page_address = StatusPage(page_limits), ""
         if config.status_page.address != OFF:
             page_address = page.listen(config.status_page.address)
@@ -166,7 +148,7 @@ async def run_planner(
         if planner is None:
             _log.info("stopped before the store was open")
             return
-        loops = Loops()
+        loops = Loops(planner.loops)
         calls.answer_for(require_leader=planner.require_leader, on_refusal=planner.note_refusal)
         planner.on_loss(calls.end_streams)
         stack.push_async_callback(planner.close)
@@ -180,7 +162,7 @@ async def run_planner(
                 metrics,
                 version=version,
                 is_ready=lambda: planner.is_ready and not calls.is_draining,
-                failures=lambda: [*planner.failures, *loops.failures],
+                failures=lambda: loops.failures,
                 hosts=config.status_page.hosts,
             )
             stack.push_async_callback(page.stop)
@@ -198,12 +180,12 @@ async def run_planner(
             )
 
         look_at_credentials()
-        metrics.count_failed_loops(lambda: len(planner.failures) + len(loops.failures))
+        metrics.failed_loops.set_function(lambda: len(loops.failures))
         stack.push_async_callback(loops.stop)
         loops.start("reloading files", keep_fresh(access.refreshed, config.reload, then=look_at_credentials))
         loops.start("counting connections", connections.run())
         loops.start("watching the event loop", metrics.watch_loop())
-        failing = asyncio.create_task(show_failure(planner, loops, server))
+        failing = asyncio.create_task(show_failure(loops, server))
         stack.callback(failing.cancel)
         _say_ready(addresses, page_address, config, as_json=ready_json)
         end = await _until_the_end(signals, planner)
@@ -249,10 +231,10 @@ async def _until_the_end(signals: StopSignals, planner: Succession) -> BaseExcep
         return replaced.exception() or taken_over
 
 
-async def show_failure(planner: Succession, loops: Loops, server: PlannerServer) -> None:
+async def show_failure(loops: Loops, server: PlannerServer) -> None:
     """Wait for a failure, then report NOT_SERVING for all services; ``/healthz`` checks independently."""
-    async with _first_of(planner.until_failed(), loops.failed.wait()):
-        server.health.serve(False)
+    await loops.failed.wait()
+    server.health.serve(False)
 
 
 def _say_ready(addresses: Sequence[str], page_address: str, config: PlannerConfig, *, as_json: bool) -> None:

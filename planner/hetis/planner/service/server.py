@@ -14,9 +14,10 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
+from hetis.formats.endpoints import joined
 from hetis.planner.service.access import HEALTH_SERVICE, OPEN_SERVICES, REFLECTION_SERVICES
 from hetis.planner.service.calls import Calls
-from hetis.planner.service.settings import is_socket_path, join_address, split_address
+from hetis.planner.service.settings import is_socket_path, split_address
 
 Status = Any  # health_pb2 has no type stubs
 
@@ -35,9 +36,6 @@ class ServiceHealth(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
 
     def add(self, services: Iterable[str]) -> None:
         self._services.update(services)
-
-    def add_to(self, server: grpc.aio.Server) -> None:
-        health_pb2_grpc.add_HealthServicer_to_server(self, server)
 
     def serve(self, is_serving: bool) -> None:
         """Set whether all services serve or none does."""
@@ -130,7 +128,7 @@ class PlannerServer:
             options += ((MAX_CONNECTIONS, max_connections),)
         self._server = grpc.aio.server(interceptors=[calls], options=options, maximum_concurrent_rpcs=MAX_CALLS)
         self.health = ServiceHealth()
-        self.health.add_to(self._server)
+        health_pb2_grpc.add_HealthServicer_to_server(self.health, self._server)
         self._servicings = list(servicings)
 
     def add(self, servicings: Sequence[Servicing]) -> None:
@@ -150,7 +148,7 @@ class PlannerServer:
                 port = self._server.add_secure_port(address, self._credentials())
         except RuntimeError:
             raise AddressError(f"cannot listen on {address}: it is in use or not permitted") from None
-        return address if is_socket_path(address) else join_address(split_address(address)[0], port)
+        return address if is_socket_path(address) else joined(split_address(address)[0], port)
 
     async def start(self) -> None:
         names = [servicing.service for servicing in self._servicings]

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import aclosing
-from inspect import isasyncgenfunction, isawaitable
+from inspect import isawaitable
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,7 +19,6 @@ from hetis.planner.resources.plans import Plans
 from hetis.planner.resources.profiles import Profiles
 from hetis.planner.resources.watches import ClusterWatches, RunningResources
 from hetis.planner.service.server import Servicing
-from hetis.v1 import agent_service_pb2 as agent
 from hetis.v1 import dispatch_service_pb2 as dispatch
 from hetis.v1.agent_service_pb2_grpc import add_AgentServiceServicer_to_server
 from hetis.v1.audit_service_pb2_grpc import add_AuditServiceServicer_to_server
@@ -47,15 +45,8 @@ def servicing(service: str, methods: Methods) -> Servicing:
 
 
 def _without_context(method: Callable[[Any], Any]) -> Callable[[Any, Any], Any]:
-    async def answer(request: Any, _context: Any) -> Any:
-        return await method(request)
-
-    async def answers(request: Any, _context: Any) -> AsyncIterator[Any]:
-        async with aclosing(method(request)) as responses:
-            async for response in responses:
-                yield response
-
-    return answers if isasyncgenfunction(method) else answer
+    """Return the method in gRPC's form; whether it answers once or with a stream, `Calls` awaits or iterates it."""
+    return lambda request, _context: method(request)
 
 
 def cluster_methods(clusters: Clusters, nodes: Nodes, running: RunningResources, watches: ClusterWatches) -> Methods:
@@ -107,13 +98,7 @@ def plan_methods(creation: PlanCreation, plans: Plans, activation: PlanActivatio
 
 def agent_methods(fleet: LiveFleet) -> Methods:
     """Return the stream of an agent, as the node in its credentials; the fleet does the rest."""
-
-    async def connect(requests: AsyncIterator[agent.ConnectNodeRequest]) -> AsyncIterator[agent.ConnectNodeResponse]:
-        async with aclosing(fleet.connect(present_caller(), requests)) as responses:
-            async for response in responses:
-                yield response
-
-    return {"ConnectNode": connect}
+    return {"ConnectNode": lambda requests: fleet.connect(present_caller(), requests)}
 
 
 def dispatch_methods(

@@ -8,15 +8,14 @@ import pathlib
 import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, get_origin
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, PlainSerializer
 
 from hetis.formats import endpoints, units
 from hetis.formats.endpoints import is_loopback
 from hetis.formats.errors import DocumentError, Problem, did_you_mean
-from hetis.formats.fields import API_VERSION, DocumentPart, Duration, read_data, validated
+from hetis.formats.fields import API_VERSION, DocumentPart, Duration, bare_type, read_data, validated
 from hetis.formats.positions import Path, Text, parse_text
 
 
@@ -32,14 +31,10 @@ def split_address(address: str) -> tuple[str, int]:
     return host, port
 
 
-def join_address(host: str, port: int) -> str:
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
 def reachable_from_elsewhere(address: str) -> str:
     """Return the address; if it listens on all interfaces, its host is this machine's name."""
     host, port = split_address(address)
-    return join_address(socket.getfqdn(), port) if host in ("0.0.0.0", "::") else address
+    return endpoints.joined(socket.getfqdn(), port) if host in ("0.0.0.0", "::") else address
 
 
 def is_socket_path(address: str) -> bool:
@@ -401,18 +396,9 @@ def _leaves(document: type[BaseModel], above: Leaf = ()) -> dict[Leaf, Any]:
     for name, info in document.model_fields.items():
         if name in ("api_version", "kind"):
             continue
-        bare = _bare(info.annotation)
+        bare = bare_type(info.annotation)
         if isinstance(bare, type) and issubclass(bare, BaseModel):
             found |= _leaves(bare, (*above, name))
         else:
             found[*above, name] = bare
     return found
-
-
-def _bare(annotation: Any) -> Any:
-    """Return ``X`` for ``Annotated[X, ...]`` and for ``X | None``."""
-    if hasattr(annotation, "__metadata__"):
-        return _bare(annotation.__origin__)
-    if isinstance(annotation, UnionType) or get_origin(annotation) is Union:
-        return _bare(next(argument for argument in get_args(annotation) if argument is not type(None)))
-    return annotation

@@ -15,6 +15,7 @@ import numpy as np
 from hetis.planner.convert.names import last_part, word_of
 from hetis.planner.convert.plans import replica_from_proto
 from hetis.planner.convert.stages import trigger_from_proto
+from hetis.planner.fleet.replica import devices_of
 from hetis.planner.fleet.views import LiveNode, LiveReplica
 from hetis.planner.report.figures import digits, gigabytes, plural, seconds
 from hetis.planner.report.page.blocks import (
@@ -269,15 +270,13 @@ def _replicas(cluster: ClusterNow) -> Grid:
 
 def _replica_row(number: int, replica: LiveReplica, state: str) -> tuple[str, ...]:
     report = replica.report
-    devices = {device for stage in replica.shape.stages for device in stage.devices}
-    devices |= {device for pool in replica.shape.attention_workers for device in pool.devices}
     moving = ", moving heads" if replica.redispatch else ""
     return (
         f"R{number}",
         last_part(replica.name),
         last_part(replica.plan),
         f"{_lower(state)}{moving}",
-        f"{len(devices):,}",
+        f"{len(devices_of(replica.shape)):,}",
         "" if report is None else f"{report.num_running:,}",
         "" if report is None else f"{report.num_waiting:,}",
         "" if report is None or not report.ttft_s else seconds(report.ttft_s),
@@ -293,8 +292,7 @@ def _replica_row(number: int, replica: LiveReplica, state: str) -> tuple[str, ..
 def _pressure(cluster: ClusterNow, colors: Mapping[str, int], records: Sequence[KvRecord]) -> Strips:
     owners = dict[str, int]()
     for replica in cluster.replicas:
-        for parts in (replica.shape.stages, replica.shape.attention_workers):
-            owners |= {device: colors[replica.name] for part in parts for device in part.devices}
+        owners |= dict.fromkeys(devices_of(replica.shape), colors[replica.name])
     times_s = np.asarray(records[0].times_s)
     last_s = float(times_s[-1])
     span_s = max(_LEAST_SPAN_S, last_s - float(times_s[0]))

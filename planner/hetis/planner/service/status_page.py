@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ipaddress
 import socket
+import time
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import h11
 import uvicorn
@@ -24,12 +24,12 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from hetis.formats.endpoints import is_ip, joined
 from hetis.planner.failures import ServiceError
 from hetis.planner.report.page.blocks import live_script_policy
 from hetis.planner.service.metrics import CONTENT_TYPE, ServiceMetrics
-from hetis.planner.service.recent import FRESH_S, Recent
 from hetis.planner.service.server import AddressError
-from hetis.planner.service.settings import join_address, split_address
+from hetis.planner.service.settings import split_address
 
 if TYPE_CHECKING:
     from hetis.planner.service.overview import Overview
@@ -124,6 +124,40 @@ def limited_protocol(limits: PageLimits) -> type[asyncio.Protocol]:
     return Protocol
 
 
+T = TypeVar("T")
+FRESH_S = 1.0
+
+
+class Recent(Generic[T]):
+    """Answers by key that are costly to make and may be a second old. Belongs to one event loop.
+
+    However many ask, each is made once, and one at a time. It counts as new from when it was finished: whatever it
+    takes to make one, the loop does other work as well.
+    """
+
+    def __init__(self, *, fresh_s: float = FRESH_S, clock: Callable[[], float] = time.monotonic) -> None:
+        self._fresh_s, self._clock = fresh_s, clock
+        self._made = asyncio.Lock()
+        self._kept: dict[Hashable, tuple[float, T]] = {}  # with the times at which they were finished
+
+    async def of(self, key: Hashable, make: Callable[[], Awaitable[T]]) -> T:
+        """Return the answer for ``key``, made now unless one was made less than a second ago."""
+        if (found := self._fresh(key)) is not None:
+            return found[1]
+        async with self._made:
+            if (found := self._fresh(key)) is not None:  # made while this one waited
+                return found[1]
+            answer = await make()
+            now_s = self._clock()
+            self._kept = {one: kept for one, kept in self._kept.items() if now_s < kept[0] + self._fresh_s}
+            self._kept[key] = now_s, answer
+            return answer
+
+    def _fresh(self, key: Hashable) -> tuple[float, T] | None:
+        kept = self._kept.get(key)
+        return kept if kept is not None and self._clock() < kept[0] + self._fresh_s else None
+
+
 _GRACE_S = 1
 _VARIES = {"Vary": "Accept"}
 # Browsers may only show the page and poll this server; the page's own policy is even stricter.
@@ -157,7 +191,7 @@ def status_app(
 
     recent = Recent[Response](fresh_s=fresh_s)  # its callers need no credentials, and must not stall the planner
 
-    async def drawn(only: str = "") -> Response:
+    async def drawn(only: str) -> Response:
         from hetis.planner.service.status_html import status_html  # late: wrong settings are reported first
 
         found = source.clusters_now(only)
@@ -165,8 +199,8 @@ def status_app(
             return PlainTextResponse(f"this planner does not lead {only}\n", status_code=404)
         overview, ready = await source.overview(), is_ready()
         # In a thread, so that the loop is not stalled; nothing that it reads is changed any more.
-        page = await asyncio.to_thread(status_html, overview, found, version=version, is_ready=ready, only=only)
-        return HTMLResponse(page, headers=_PAGE_HEADERS)
+        html = await asyncio.to_thread(status_html, overview, found, version=version, is_ready=ready, only=only)
+        return HTMLResponse(html, headers=_PAGE_HEADERS)
 
     async def listed() -> Response:
         data = overview_data(await source.overview(), version=version, is_ready=is_ready())
@@ -189,16 +223,11 @@ def status_app(
         """Return the key of an answer. A change of the planner's role shows at once."""
         return kind, name, source.leads, is_ready()
 
-    async def planner(request: Request) -> Response:
-        if _wants_html(request):
-            return await recent.of(key("page"), drawn)
-        return await recent.of(key("json"), listed)
-
-    async def cluster(request: Request) -> Response:
-        name = f"clusters/{request.path_params['cluster']}"
-        if _wants_html(request):
+    async def page(request: Request) -> Response:
+        name = f"clusters/{request.path_params['cluster']}" if request.path_params else ""
+        if "text/html" in request.headers.get("accept", ""):  # as browsers do; curl and JSON clients accept anything
             return await recent.of(key("page", name), partial(drawn, name))
-        return await recent.of(key("json", name), partial(detailed, name))
+        return await recent.of(key("json", name), partial(detailed, name) if name else listed)
 
     async def show_metrics(_request: Request) -> Response:
         return await recent.of(key("metrics"), measured)
@@ -213,8 +242,8 @@ def status_app(
 
     return Starlette(
         routes=[
-            Route("/", planner, methods=["GET"]),
-            Route("/clusters/{cluster}", cluster, methods=["GET"]),
+            Route("/", page, methods=["GET"]),
+            Route("/clusters/{cluster}", page, methods=["GET"]),
             Route("/metrics", show_metrics, methods=["GET"]),
             Route("/healthz", alive, methods=["GET"]),
             Route("/readyz", ready, methods=["GET"]),
@@ -236,11 +265,6 @@ def page_config(app: Starlette, limits: PageLimits) -> uvicorn.Config:
         server_header=False,
         timeout_graceful_shutdown=_GRACE_S,
     )
-
-
-def _wants_html(request: Request) -> bool:
-    """Return whether the client prefers HTML, as browsers do; curl and JSON clients accept anything."""
-    return "text/html" in request.headers.get("accept", "")
 
 
 class _KnownHosts:
@@ -265,13 +289,7 @@ class _KnownHosts:
 
     def _knows(self, given: str) -> bool:
         host = given.rpartition("]")[0].removeprefix("[") if given.startswith("[") else given.partition(":")[0]
-        if host.lower() in self._names:
-            return True
-        try:
-            ipaddress.ip_address(host)
-        except ValueError:
-            return False
-        return True
+        return host.lower() in self._names or is_ip(host)
 
 
 def overview_data(overview: Overview, *, version: str, is_ready: bool) -> dict[str, Any]:
@@ -323,7 +341,7 @@ class StatusPage:
         except OSError as error:
             self.abandon()
             raise AddressError(f"cannot listen on {address}: {(error.strerror or str(error)).lower()}") from None
-        return join_address(host, self._socket.getsockname()[1])
+        return joined(host, self._socket.getsockname()[1])
 
     async def start(self, app: Starlette) -> None:
         """Start to answer with an app made by `status_app`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterable
 from typing import Any, Never, cast
 from urllib.parse import quote
@@ -142,14 +143,9 @@ def _shortened(text: str, most_bytes: int) -> str:
     text = text[: most_bytes + 1].encode("utf-8", errors="replace").decode()
     if len(text) <= most_bytes // 9 or len(quote(text, safe=_PLAIN)) <= most_bytes:
         return text
-    low, high = 0, len(text)
-    while low < high:
-        middle = (low + high + 1) // 2
-        if len(quote(text[:middle], safe=_PLAIN)) <= most_bytes - 3:
-            low = middle
-        else:
-            high = middle - 1
-    return f"{text[:low]}..."
+    sizes = range(len(text) + 1)
+    num_fitting = bisect_right(sizes, most_bytes - 3, key=lambda size: len(quote(text[:size], safe=_PLAIN)))
+    return f"{text[: num_fitting - 1]}..."
 
 
 _PLAIN = "".join(chr(c) for c in range(0x20, 0x7F) if chr(c) != "%")

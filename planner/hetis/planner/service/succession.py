@@ -67,7 +67,7 @@ class Succession:
         self._make_term = make_term
         self._holder, self._addresses = holder, tuple(addresses)
         self._stands_by = stands_by
-        self._loops = loops
+        self.loops = loops
         self._refusals = refusals
         self._step_down_s = step_down_s
         self._standby = make_term(0)
@@ -110,7 +110,7 @@ class Succession:
             _log.info("standing by", extra={"leader": error.metadata.get("leader", "")})
             self._warming = asyncio.create_task(self._standby.stand_by(), name="warming up a standby")
         self._lasting = asyncio.create_task(self._go_on(), name="succession")
-        self._loops.start("the store connection guard", self._store.until_failed())
+        self.loops.start("the store connection guard", self._store.until_failed())
 
     def require_leader(self, method: str) -> None:
         """Raise NOT_LEADER, with the leader's address, or STORE_UNAVAILABLE shortly before the lease expires."""
@@ -157,13 +157,6 @@ class Succession:
     async def cluster_details(self, name: str) -> Mapping[str, Any] | None:
         return await self.present.overviews.cluster_details(name)
 
-    @property
-    def failures(self) -> Sequence[str]:
-        return self._loops.failures
-
-    async def until_failed(self) -> None:
-        await self._loops.failed.wait()
-
     def note_refusal(self, change: AuditedChange) -> None:
         self._refusals.note(change)
 
@@ -183,7 +176,7 @@ class Succession:
         for task in filter(None, (self._lasting, self._warming)):
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
-        await self._loops.stop()
+        await self.loops.stop()
         if self._leading is not None:
             await self._leading.close()
         await self._standby.close()

@@ -160,13 +160,15 @@ class Traces:
         self._tracer = provider.get_tracer("hetis.planner")
         self._propagator = TraceContextTextMapPropagator()
 
-    def begin(self, method: str, metadata: Mapping[str, str]) -> Span:
+    def begin(self, method: str, metadata: Metadata) -> Span:
         from opentelemetry import trace
 
+        names = ("traceparent", "tracestate")
+        carrier = {key: value for key, value in metadata if key in names and isinstance(value, str)}
         service, _, name = method.removeprefix("/").partition("/")
         span = self._tracer.start_span(
             f"{service}/{name}",
-            context=self._propagator.extract(metadata),
+            context=self._propagator.extract(carrier),
             kind=trace.SpanKind.SERVER,
             attributes={"rpc.system": "grpc", "rpc.service": service, "rpc.method": name},
         )
@@ -234,12 +236,13 @@ class CallRecord:
         self._quota = ""  # the quota that was used up
         self._peer = peer
         self._span = span
-        self._is_stream = is_stream
+        self.is_stream = is_stream
         self._began = time.perf_counter()
 
     @property
-    def trace_id(self) -> str:
-        return "" if self._span is None else self._span.trace_id
+    def resource(self) -> str:
+        """The name in the request, of which nothing is checked, in printable characters."""
+        return _printable(self._request_name)
 
     def comes_from(self, identity: Identity) -> None:
         self.caller, self._role = identity.name, identity.role
@@ -265,14 +268,14 @@ class CallRecord:
             caller=self.caller,
             role=self._role,
             method=self.method.rpartition("/")[2],
-            resource=_printable(self._request_name),
+            resource=self.resource,
             request_id=_printable(self._request_id[:64]),
             outcome=self.reason,
         )
 
     def end(self, code: grpc.StatusCode, metrics: ServiceMetrics) -> None:
         seconds = time.perf_counter() - self._began
-        metrics.call_ended(self.method, code.name, seconds, is_stream=self._is_stream)
+        metrics.call_ended(self.method, code.name, seconds, is_stream=self.is_stream)
         if self._quota:
             metrics.quota_exceeded(self.caller, self._quota)
         if self._span is not None:
@@ -285,7 +288,7 @@ class CallRecord:
         if _log.isEnabledFor(level):
             _log.log(
                 level,
-                "stream ended" if self._is_stream else "call",
+                "stream ended" if self.is_stream else "call",
                 extra={
                     "method": self.method,
                     "code": code.name,
@@ -294,7 +297,7 @@ class CallRecord:
                     "caller": self.caller,
                     "peer": self._peer,
                     "request": self._request_name,
-                    "trace": self.trace_id,
+                    "trace": "" if self._span is None else self._span.trace_id,
                 },
             )
 
@@ -316,8 +319,5 @@ class Telemetry:
 
     def begin(self, method: str, peer: str, metadata: Metadata, *, is_stream: bool) -> CallRecord:
         self.metrics.call_began(method)
-        carrier: Mapping[str, str] = {
-            key: value for key, value in metadata if key in ("traceparent", "tracestate") and isinstance(value, str)
-        }
-        span = None if self._traces is None else self._traces.begin(method, carrier)
+        span = None if self._traces is None else self._traces.begin(method, metadata)
         return CallRecord(method, peer, span, is_stream=is_stream)

@@ -234,21 +234,16 @@ class ReplicaDispatch:
 
         Raises REQUEST_RUNNING, before anything is done, if a request runs with other values.
         """
-        fresh = self._not_running(newcomers, frozenset(finished))
-        if finished:
-            self.finish(finished)
-        return fresh, self.grow(grown) if grown else ()
-
-    def _not_running(self, newcomers: Sequence[Newcomer], finished: frozenset[str]) -> list[Newcomer]:
-        """Return requests not running or ``finished``. Raises REQUEST_RUNNING if one runs with other values."""
-        fresh = list[Newcomer]()
+        fresh, ended = list[Newcomer](), frozenset(finished)
         for one in newcomers:
             running = self.running.get(one.id)
-            if running is None or one.id in finished:
+            if running is None or one.id in ended:
                 fresh.append(one)
             elif running.admitted != one:
                 raise _is_running(one, running.admitted)
-        return fresh
+        if finished:
+            self.finish(finished)
+        return fresh, self.grow(grown) if grown else ()
 
     def _take_coming(self) -> None:
         if self._planning.locked():  # a large batch is being planned in a thread
@@ -311,7 +306,7 @@ class ReplicaDispatch:
         return admit(self.stages, self._loads(), newcomers)
 
     def _loads(self) -> list[list[DeviceLoad]]:
-        return [[copy.load() for copy in copies] for copies in self.stages]
+        return [[copy.state.load() for copy in copies] for copies in self.stages]
 
     def _add(self, newcomers: Sequence[Newcomer], admission: BatchAdmission) -> None:
         """Add the placed requests to the state for which they were planned."""

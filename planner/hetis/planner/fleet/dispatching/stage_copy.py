@@ -64,9 +64,6 @@ class StageCopy:
 
     # --- requests
 
-    def load(self) -> DeviceLoad:
-        return self.state.load()
-
     def plan(self, load: DeviceLoad, newcomers: Sequence[Newcomer]) -> DispatchPlan:
         """Return where new requests would be placed, without changing anything."""
         return self._dispatcher.dispatch(

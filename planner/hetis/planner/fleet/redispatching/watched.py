@@ -191,10 +191,7 @@ class WatchedStage:
         sums = self.sums = sums_of(load, self.terms, self._known)
         slower = set[str]()
         for device in load.devices:
-            if device.observed_s > 0 and device.heads:
-                i = self.terms.index.get(device.device)
-                if i is None:
-                    continue
+            if device.observed_s > 0 and device.heads and (i := self.terms.index.get(device.device)) is not None:
                 predicted_s = device.predicted_s or self._predicted.device_s(i, device.heads, device.kv_bytes)
                 if self._slowness.observe(device.device, device.observed_s, predicted_s):
                     slower.add(device.device)
