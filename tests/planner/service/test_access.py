@@ -245,6 +245,18 @@ def test_a_bad_token_file_is_refused_with_every_problem(tmp_path: Path) -> None:
     assert shown[3] == "5: tokens[1].expires: 'tomorrow' is not a time: write it like 2027-01-31T00:00:00Z"
 
 
+@pytest.mark.parametrize("scope", ["clusters/c/nodes/größe_7.rack", "clusters/c/nodes/N"])
+def test_every_node_that_a_cluster_may_have_can_have_a_token(scope: str, tmp_path: Path) -> None:
+    token = make(tmp_path, CallerRole.AGENT, scope=scope)
+    assert Tokens.load(str(tmp_path / "tokens.yaml")).identify(token, now_s=time.time()).scope == scope
+
+
+@pytest.mark.parametrize("scope", ["clusters/c.d", "clusters/c/nodes/_n", "clusters/c/nodes/a/b"])
+def test_a_node_that_no_cluster_may_have_has_no_token(scope: str, tmp_path: Path) -> None:
+    with pytest.raises(DocumentError, match="is neither clusters/CLUSTER/nodes/NODE nor clusters/CLUSTER"):
+        make(tmp_path, CallerRole.AGENT, scope=scope)
+
+
 def test_a_token_file_that_everybody_may_write_is_refused(tmp_path: Path) -> None:
     make(tmp_path, CallerRole.VIEWER)
     (tmp_path / "tokens.yaml").chmod(0o666)

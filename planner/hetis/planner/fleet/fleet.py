@@ -480,4 +480,4 @@ def _check_size(request: Request) -> None:
 
 
 def _taken_over(message: str, node: str) -> ServiceError:
-    return ServiceError(Reason.ERROR_REASON_NODE_TAKEN_OVER, message, metadata={"node": last_part(node)})
+    return ServiceError(Reason.ERROR_REASON_NODE_TAKEN_OVER, message, metadata={"node": node})

@@ -25,6 +25,7 @@ from hetis.formats.fields import API_VERSION, DocumentPart, Name, entries, valid
 from hetis.formats.files import read_text, unreadable
 from hetis.formats.positions import parse_text
 from hetis.planner.callers import ANYBODY, CallerRole, Identity
+from hetis.planner.convert.names import CLUSTER, NODE
 from hetis.planner.failures import Reason, ServiceError
 from hetis.planner.service.certificates import ends_of_certificates
 
@@ -33,9 +34,6 @@ _TOKEN = re.compile(r"hetis_[A-Za-z0-9_-]{43}")
 _NO_TOKENS = re.compile(
     r"^tokens:[ \t]*(\[\s*\]|null\b|~)", re.MULTILINE
 )  # what remains after the last token was deleted
-_ID = r"[a-z0-9](?:[a-z0-9._-]*[a-z0-9])?"
-NODE = re.compile(rf"clusters/({_ID})/nodes/([A-Za-z0-9][A-Za-z0-9._-]*)")
-CLUSTER = re.compile(rf"clusters/({_ID})")
 
 
 def _moment(value: str) -> str:
@@ -49,7 +47,7 @@ def _moment(value: str) -> str:
 
 
 def _scope(value: str) -> str:
-    if not NODE.fullmatch(value) and not CLUSTER.fullmatch(value):
+    if not NODE.matches(value) and not CLUSTER.matches(value):
         raise ValueError(f"{value!r} is neither clusters/CLUSTER/nodes/NODE nor clusters/CLUSTER")
     return value
 
@@ -270,7 +268,7 @@ def identity_of_certificate(connection: AuthContext, trust_domain: str, *, now_s
         how_many = "more than one" if ours else "no"
         raise refused(f"the client certificate has {how_many} URI {start}... among its subject alternative names")
     path = ours[0].removeprefix(start)
-    if NODE.fullmatch(path):
+    if NODE.matches(path):
         return Identity(name=ours[0], roles=CallerRole.AGENT.includes, scope=path)
     if person := _PERSON.fullmatch(path):
         return Identity(name=ours[0], roles=CallerRole(person[1]).includes)
