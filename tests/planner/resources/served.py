@@ -140,7 +140,7 @@ async def served(folder: Path) -> AsyncIterator[Served]:
     hubs, fleet, fleets = Hubs(await store.lead("test")), FakeFleet(), DeclaredFleets()
     reader = NodeReader(store, fleet, fleets)
     methods = cluster_methods(
-        Clusters(store, hubs, fleet, fleets, store.clock),
+        Clusters(store, hubs, fleet, fleets),
         Nodes(store, hubs, fleet, reader),
         RunningResources(store, fleet),
         ClusterWatches(store, hubs, fleet, reader),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -40,7 +39,6 @@ class Clusters:
     _hubs: Hubs
     _fleet: LiveFleet
     _fleets: DeclaredFleets
-    _clock: Callable[[], float] = time.time
     _deleted: ClusterDeleted = lambda _cluster, _plans: None
 
     async def create(self, request: pb.CreateClusterRequest) -> pb.CreateClusterResponse:
@@ -52,7 +50,7 @@ class Clusters:
         checks.raise_if_wrong()
         assert parsed is not None
         policy = request.cluster.policy if request.cluster.HasField("policy") else None
-        now_s = self._clock()
+        now_s = self._store.clock()
         name = f"clusters/{request.cluster_id}"
         body = _body(name, *parsed, policy)
         record = ClusterRecord(name=name, body=body, create_time_s=now_s, update_time_s=now_s)
@@ -88,7 +86,7 @@ class Clusters:
             check_policy(checks, request.cluster.policy, "cluster.policy")
         parsed = await self._read_document(checks, request.cluster) if "document" in paths else None
         checks.raise_if_wrong()
-        now_s = self._clock()
+        now_s = self._store.clock()
 
         def changed(record: ClusterRecord) -> ClusterRecord:
             require_etag(record, request.cluster.etag)
@@ -144,17 +142,17 @@ class Clusters:
     async def _tell(self, record: ClusterRecord, *, before: ClusterRecord | None) -> None:
         """Publish a cluster that was created or changed to watchers, and pass it to the fleet."""
         num_connected = self._fleet.num_connected(record.name)
-        self._hubs.publish_cluster(record, num_connected=num_connected, now_s=self._clock())
+        self._hubs.publish_cluster(record, num_connected=num_connected, now_s=self._store.clock())
         if before is not None and record.body.document.digest != before.body.document.digest:
             was, is_ = await self._fleets.of(before), await self._fleets.of(record)
             changed = await run_in_thread_gc_paused(lambda: sorted({*was.nodes} ^ {*is_.nodes}))
-            self._hubs.publish_nodes(record.name, changed, now_s=self._clock())
+            self._hubs.publish_nodes(record.name, changed, now_s=self._store.clock())
         await self._fleet.cluster_changed(record.name)
 
     async def _tell_deleted(self, name: str, plans: Sequence[str]) -> None:
         self._hubs.remove_cluster(name)
         for plan in plans:
-            self._hubs.plans.publish(plan, None, now_s=self._clock())
+            self._hubs.plans.publish(plan, None, now_s=self._store.clock())
         self._deleted(name, plans)
         await self._fleet.cluster_changed(name)
 

@@ -84,7 +84,7 @@ class Term:
 
         reader = NodeReader(store, fleet, declared)
         self._searches = searches = PlanSearches(store, hubs, self._pool)
-        clusters = Clusters(store, hubs, fleet, declared, clock.time, searches.cluster_deleted)
+        clusters = Clusters(store, hubs, fleet, declared, searches.cluster_deleted)
         nodes = Nodes(store, hubs, fleet, reader)
         running = RunningResources(store, fleet)
         documents = PlanDocuments(store)
