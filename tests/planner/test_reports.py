@@ -337,6 +337,8 @@ def test_the_bound_of_a_tenant_is_of_the_whole_fleet_to_itself() -> None:
 def test_an_unproven_plan_is_called_that() -> None:
     result = replace(PLANS["paper"].result, bound=float("inf"), gap=float("inf"))
     assert verdict(replace(PLANS["paper"], result=result)) == "no bound: it is unknown how much better a plan could be"
+    result = replace(PLANS["cost"].result, bound=0.0, gap=1.0)
+    assert verdict(replace(PLANS["cost"], result=result)) == "no bound: it is unknown how much cheaper a plan could be"
 
 
 def test_a_short_limit_is_in_milliseconds() -> None:

@@ -499,9 +499,10 @@ def verdict(plan: Plan) -> str:
     result = plan.result
     if result.status is Status.OPTIMAL:
         return "proven optimal: no plan of the family is better"
-    if not math.isfinite(result.gap):
-        return "no bound: it is unknown how much better a plan could be"
     better = {ObjectiveKind.COST: "cheaper", ObjectiveKind.GPUS: "smaller"}.get(result.objective, "better")
+    # A search for the least cost or GPUs that was stopped early has a bound of 0, which says nothing.
+    if not math.isfinite(result.gap) or not (plan.objective.maximises or result.bound > 0):
+        return f"no bound: it is unknown how much {better} a plan could be"
     if plan.other_tenants():
         claim = f"proven: even with the whole fleet to itself not over {percent_of_gap(result.gap)} {better}"
     else:
