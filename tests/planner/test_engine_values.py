@@ -100,6 +100,23 @@ def test_any_engine_reaches_what_one_of_them_does(loaded: LoadedInputs, monkeypa
     assert found["any"].bound is None
 
 
+def test_plans_for_other_engines_are_as_simple(loaded: LoadedInputs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or another engine would seem to reach what the plan gave up for its simplicity."""
+    goal = objective(ObjectiveKind.GOODPUT, ttft_s=math.inf, tpot_s=0.1, demand_rps=None)
+    problem = loaded.inputs.problem(goal, "hetis", engine=engine_rules("vllm", "hetis"))
+    plan = search(problem, PlacementSettings(), budget=Budget(clock=time.monotonic), report=silent)
+    solve, shares = planning.solve_placement, dict[str, float]()
+
+    def noted(problem: PlacementProblem, *, simplest_within: float = 0.0, **options: Any) -> Plan:
+        shares["any" if problem.family.engine is None else problem.family.engine.name] = simplest_within
+        return solve(problem, simplest_within=simplest_within, **options)
+
+    monkeypatch.setattr(planning, "solve_placement", noted)
+    plan = replace(plan, inputs={**plan.inputs, "simplest_within": 0.05})
+    with_engine_values(plan, problem, seed=0, time_limit_s=600.0, cancelled=threading.Event(), report=silent)
+    assert shares == {"vllm-hetis": 0.05, "any": 0.0}
+
+
 def test_without_time_a_plan_says_that_nothing_was_looked_for(loaded: LoadedInputs) -> None:
     goal = objective(ObjectiveKind.GOODPUT, ttft_s=float("inf"), tpot_s=0.1, demand_rps=None)
     settings = PlacementSettings(engine=engine_rules("vllm-hetis", "hetis"))

@@ -197,8 +197,12 @@ def _searched(
         return replace(known, why_not=NOT_COMPILED)
     if budget.is_spent():
         return replace(known, why_not="no time was left")
+    # As simple as the plan, or an engine would seem to reach what was given up for that; not searched for any engine.
+    simplest_within = plan.inputs.get("simplest_within", 0.0) if problem.family.engine is not None else 0.0
     try:
-        other = solve_placement(problem, strategy=plan.strategy, budget=budget, seed=seed)
+        other = solve_placement(
+            problem, strategy=plan.strategy, budget=budget, seed=seed, simplest_within=simplest_within
+        )
     except InvalidProblemError as error:  # such as too many pipelines to list, if it runs more types of GPUs
         return replace(known, why_not=str(error))
     except InfeasibleError as error:
