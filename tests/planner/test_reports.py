@@ -25,7 +25,7 @@ from hetis.planner.use_cases.engine_values import ENGINE_VALUES, NOT_COMPILED
 from hetis.planner.use_cases.equal_stages import EQUAL_STAGES, SIMPLE_SETUPS
 from hetis.planner.use_cases.grouping import group_replicas
 from hetis.planner.use_cases.place import MODEL_VALUE, held_to
-from hetis.planner.use_cases.service_level import ServiceLevel, Statistic
+from hetis.planner.use_cases.service_level import SERVICE_LEVEL, ServiceLevel, Statistic
 from hetis.planner.use_cases.sources import load_inputs
 from hetis.planner.use_cases.tightening import TIGHTENED, TTFT
 from hetis.solver.plan import OTHER_TENANTS, Objective, ObjectiveKind, Plan, Role, Status
@@ -322,6 +322,16 @@ def test_the_explanation_shows_the_wire_of_replicas_that_have_one() -> None:
 )
 def test_the_verdict_claims_what_is_proven_and_no_more(name: str, words: str) -> None:
     assert verdict(PLANS[name]) == words
+
+
+def test_the_verdict_names_the_statistics_of_the_bound_if_others_are_asked_for() -> None:
+    level = ServiceLevel(ttft=Statistic.P50)
+    for name, words in (
+        ("optimal", "proven optimal for p95 TTFT and mean TPOT: no plan of the family is better"),
+        ("paper", "proven for p95 TTFT and mean TPOT: no plan of the family is over 0.52% better"),
+    ):
+        plan = replace(PLANS[name], inputs={**PLANS[name].inputs, SERVICE_LEVEL: level.data()})
+        assert verdict(plan) == words
 
 
 def test_the_bound_of_a_tenant_is_of_the_whole_fleet_to_itself() -> None:

@@ -497,16 +497,18 @@ def _range(expected: Predicted, plan: Plan) -> Text:
 def verdict(plan: Plan) -> str:
     """Return what is proven of a plan; the bound of a tenant's plan is that of the whole fleet to itself."""
     result = plan.result
+    # Other statistics or a share are only simulated, and another plan may keep them at a higher rate.
+    of = "" if service_level_of(plan) == DEFAULT else f" for {DEFAULT.ttft} TTFT and {DEFAULT.tpot} TPOT"
     if result.status is Status.OPTIMAL:
-        return "proven optimal: no plan of the family is better"
+        return f"proven optimal{of}: no plan of the family is better"
     better = {ObjectiveKind.COST: "cheaper", ObjectiveKind.GPUS: "smaller"}.get(result.objective, "better")
     # A search for the least cost or GPUs that was stopped early has a bound of 0, which says nothing.
     if not math.isfinite(result.gap) or not (plan.objective.maximises or result.bound > 0):
         return f"no bound: it is unknown how much {better} a plan could be"
     if plan.other_tenants():
-        claim = f"proven: even with the whole fleet to itself not over {percent_of_gap(result.gap)} {better}"
+        claim = f"proven{of}: even with the whole fleet to itself not over {percent_of_gap(result.gap)} {better}"
     else:
-        claim = f"proven: no plan of the family is over {percent_of_gap(result.gap)} {better}"
+        claim = f"proven{of}: no plan of the family is over {percent_of_gap(result.gap)} {better}"
     return f"interrupted; {claim}" if result.status is Status.INTERRUPTED else claim
 
 
