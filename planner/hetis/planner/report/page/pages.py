@@ -17,7 +17,7 @@ from hetis.planner.report.comparison import (
     verdict_words,
 )
 from hetis.planner.report.differences import difference_words, differences
-from hetis.planner.report.figures import digits, percent, plural
+from hetis.planner.report.figures import digits, percent, plural, with_unit
 from hetis.planner.report.page.blocks import (
     Block,
     Grid,
@@ -133,7 +133,7 @@ def replan_page(found: Replanning, posed: PosedReplan, costs: ChangeCosts) -> st
         Tile(label="Now", value=digits(transition.before), unit="requests/s", note=lost),
         Tile(label="Then", value=digits(result.value), unit=unit, note="the new plan itself", tone="good"),
         Tile(label="Net", value=digits(found.value), unit=unit, note="with the cost of the change counted"),
-        Tile(label="Proof", value=percent(found.gap), unit="gap", note=f"bound {digits(found.bound, 4)} {unit}"),
+        Tile(label="Proof", value=percent(found.gap), unit="gap", note=f"bound {with_unit(found.bound, unit)}"),
     )
     steps = Grid(
         title="Steps, in this order",
