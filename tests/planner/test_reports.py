@@ -68,8 +68,13 @@ def test_a_plan_for_a_tighter_limit_is_compared_with_what_the_model_alone_promis
     first, then = replace(plan, inputs=inputs), replace(plan, inputs={**inputs, **tighter})
     assert beside_equal_stages(first) == "1.620 requests/s by replicas of equal stages; this plan 17% less"
     assert beside_equal_stages(then) == (
-        "1.620 requests/s by the model, by replicas of equal stages (not simulated); "
-        "the best plan by the model 11% more"
+        "1.620 requests/s by the model, by replicas of equal stages (not simulated, may keep more than this plan: "
+        "--strategy uniform); the best plan by the model 11% more"
+    )
+    worse = replace(then, inputs={**then.inputs, EQUAL_STAGES: 1.3})
+    assert beside_equal_stages(worse) == (
+        "1.300 requests/s by the model, by replicas of equal stages (not simulated); "
+        "the best plan by the model 38% more"
     )
     assert (beside_engines(first), beside_engines(then)) == (["vllm: 20% more"], ["vllm: 10.00% less by the model"])
     assert [simple_setups(one)[0].endswith("10.00% less by the model") for one in (first, then)] == [False, True]

@@ -404,7 +404,10 @@ def beside_equal_stages(plan: Plan) -> str | None:
     if not is_below_model(plan):
         return f"{by_model} by {equal}; this plan {beside}"
     this = "this plan" if tightening_of(plan) is None else "the best plan"
-    return f"{by_model} by the model, by {equal} (not simulated); {this} by the model {beside}"
+    simulated = "not simulated"
+    if plan.objective.maximises and promised_value(plan) < alone and not excludes_unified(plan):
+        simulated += ", may keep more than this plan: --strategy uniform"
+    return f"{by_model} by the model, by {equal} ({simulated}); {this} by the model {beside}"
 
 
 def excludes_unified(plan: Plan) -> bool:
