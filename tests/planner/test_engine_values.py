@@ -21,7 +21,7 @@ from hetis.planner.use_cases.sources import LoadedInputs, ReplicaLimits, engine_
 from hetis.solver.budget import Budget, silent
 from hetis.solver.errors import NoPlanFoundError
 from hetis.solver.placement.exact import MAX_GPUS
-from hetis.solver.plan import ObjectiveKind, Plan
+from hetis.solver.plan import AttentionWorkerPool, KvRoute, ObjectiveKind, Plan, Role
 from hetis.solver.problem import PlacementProblem
 
 FLEET = """\
@@ -83,6 +83,45 @@ def test_a_plan_for_any_engine_reaches_under_a_ttft_limit_what_one_of_them_does(
     assert plain.value <= plan.result.value * (1 + RELATIVE)
 
 
+def test_no_engine_runs_a_replica_on_gpus_of_several_vendors(tmp_path: Path) -> None:
+    """Such a plan once said that every engine reaches the same."""
+    path = tmp_path / "fleet.yaml"
+    path.write_text(FLEET.replace("P100-PCIe-12GB, count: 2", "MI210-64GB, count: 1"), encoding="utf-8")
+    loaded = load_inputs(cluster=str(path), model="Qwen2.5-32B", workload="1000/1000")
+    plan, others = placed(loaded, "any")
+    own, own_others = placed(loaded, "vllm")
+    assert {stage.gpu for stage in plan.replicas[0].stages} == {"H100-SXM-80GB", "MI210-64GB"}
+    assert own.result.value < plan.result.value
+    (plain,) = (other for other in others if other.engine == "vllm")
+    assert plain.value == pytest.approx(own.result.value, rel=RELATIVE)
+    (of_any,) = (other for other in own_others if other.engine == "any")
+    assert plain.lacks == of_any.lacks == ("replicas on GPUs of several vendors",)
+
+
+def test_what_no_engine_runs_is_named(tmp_path: Path) -> None:
+    """KV that goes from one vendor's GPUs to another's, and attention workers of models that have none."""
+    path = tmp_path / "fleet.yaml"
+    path.write_text(FLEET.replace("P100-PCIe-12GB, count: 2", "MI210-64GB, count: 1"), encoding="utf-8")
+    loaded = load_inputs(cluster=str(path), model="gpt-oss-20b", workload="1000/1000")
+    goal = objective(ObjectiveKind.GOODPUT, ttft_s=math.inf, tpot_s=0.1, demand_rps=None)
+    problem = loaded.inputs.problem(goal, "hetis", engine=None)
+    plan, _ = placed(loaded, "vllm")
+    ours = plan.replicas[0]
+    prefill, decode = replace(ours, role=Role.PREFILL), replace(ours, role=Role.DECODE)
+    decode = replace(decode, stages=(replace(ours.stages[0], gpu="MI210-64GB", devices=("p100/0",)),))
+    pool = AttentionWorkerPool(stage=0, gpu="MI210-64GB", devices=("p100/0",), kv_head_groups=1)
+    for changed, lacks in (
+        ({"replicas": (prefill, decode), "kv_routes": (KvRoute(prefill=0, decode=1, rate=0.1),)},
+         "KV exchanged by GPUs of several vendors"),
+        ({"replicas": (replace(ours, attention_workers=(pool,)),)},
+         "attention workers for this model"),
+    ):  # fmt: skip
+        asked = {"seed": 0, "time_limit_s": 0.0, "cancelled": threading.Event(), "report": silent}
+        told = with_engine_values(replace(plan, **changed), problem, **asked)  # type: ignore[arg-type]
+        (hetis,) = (other for other in engine_values_of(told) if other.engine == "vllm-hetis")
+        assert hetis.lacks == (lacks,)
+
+
 def test_any_engine_reaches_what_one_of_them_does(loaded: LoadedInputs, monkeypatch: pytest.MonkeyPatch) -> None:
     """The search for any engine is the longest, and may find less within its time."""
     solve = planning.solve_placement
@@ -98,6 +137,23 @@ def test_any_engine_reaches_what_one_of_them_does(loaded: LoadedInputs, monkeypa
     assert found["any"].value == found["vllm-hetis"].value
     assert found["any"].lacks == ("attention workers",)
     assert found["any"].bound is None
+
+
+def test_plans_for_other_engines_are_as_simple(loaded: LoadedInputs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or another engine would seem to reach what the plan gave up for its simplicity."""
+    goal = objective(ObjectiveKind.GOODPUT, ttft_s=math.inf, tpot_s=0.1, demand_rps=None)
+    problem = loaded.inputs.problem(goal, "hetis", engine=engine_rules("vllm", "hetis"))
+    plan = search(problem, PlacementSettings(), budget=Budget(clock=time.monotonic), report=silent)
+    solve, shares = planning.solve_placement, dict[str, float]()
+
+    def noted(problem: PlacementProblem, *, simplest_within: float = 0.0, **options: Any) -> Plan:
+        shares["any" if problem.family.engine is None else problem.family.engine.name] = simplest_within
+        return solve(problem, simplest_within=simplest_within, **options)
+
+    monkeypatch.setattr(planning, "solve_placement", noted)
+    plan = replace(plan, inputs={**plan.inputs, "simplest_within": 0.05})
+    with_engine_values(plan, problem, seed=0, time_limit_s=600.0, cancelled=threading.Event(), report=silent)
+    assert shares == {"vllm-hetis": 0.05, "any": 0.0}
 
 
 def test_without_time_a_plan_says_that_nothing_was_looked_for(loaded: LoadedInputs) -> None:

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hetis.planner.report.figures import bar, digits, percent, percent_at_least, percent_of_gap, plural, seconds, tokens
+from hetis.planner.report.figures import (
+    bar,
+    digits,
+    percent,
+    percent_at_least,
+    percent_of_gap,
+    plural,
+    seconds,
+    tokens,
+    with_unit,
+)
 from hetis.planner.report.plan import verdict
 from hetis.solver.plan import Status
 from tests.planner import plans
@@ -69,3 +80,19 @@ def test_counts_and_nouns_agree() -> None:
     assert plural(1, "replica") == "1 replica"
     assert plural(1200, "replica") == "1,200 replicas"
     assert [tokens(n) for n in (980, 12_345, 4_560_000)] == ["980", "12.3k", "4.56M"]
+
+
+@pytest.mark.parametrize(
+    ("value", "unit", "text"),
+    [
+        (3.0, "GPUs", "3 GPUs"),
+        (1.0, "GPUs", "1 GPU"),
+        (1200.0, "GPUs", "1,200 GPUs"),
+        (0.0, "GPUs", "0 GPUs"),
+        (2.4, "GPUs", "2.400 GPUs"),
+        (math.inf, "GPUs", "unknown GPUs"),
+        (3.0, "requests/s", "3.000 requests/s"),
+    ],
+)
+def test_whole_gpus_have_no_decimals(value: float, unit: str, text: str) -> None:
+    assert with_unit(value, unit) == text

@@ -25,7 +25,7 @@ from hetis.planner.use_cases.engine_values import ENGINE_VALUES, NOT_COMPILED
 from hetis.planner.use_cases.equal_stages import EQUAL_STAGES, SIMPLE_SETUPS
 from hetis.planner.use_cases.grouping import group_replicas
 from hetis.planner.use_cases.place import MODEL_VALUE, held_to
-from hetis.planner.use_cases.service_level import ServiceLevel, Statistic
+from hetis.planner.use_cases.service_level import SERVICE_LEVEL, ServiceLevel, Statistic
 from hetis.planner.use_cases.sources import load_inputs
 from hetis.planner.use_cases.tightening import TIGHTENED, TTFT
 from hetis.solver.plan import OTHER_TENANTS, Objective, ObjectiveKind, Plan, Role, Status
@@ -68,8 +68,13 @@ def test_a_plan_for_a_tighter_limit_is_compared_with_what_the_model_alone_promis
     first, then = replace(plan, inputs=inputs), replace(plan, inputs={**inputs, **tighter})
     assert beside_equal_stages(first) == "1.620 requests/s by replicas of equal stages; this plan 17% less"
     assert beside_equal_stages(then) == (
-        "1.620 requests/s by the model, by replicas of equal stages (not simulated); "
-        "the best plan by the model 11% more"
+        "1.620 requests/s by the model, by replicas of equal stages (not simulated, may keep more than this plan: "
+        "--strategy uniform); the best plan by the model 11% more"
+    )
+    worse = replace(then, inputs={**then.inputs, EQUAL_STAGES: 1.3})
+    assert beside_equal_stages(worse) == (
+        "1.300 requests/s by the model, by replicas of equal stages (not simulated); "
+        "the best plan by the model 38% more"
     )
     assert (beside_engines(first), beside_engines(then)) == (["vllm: 20% more"], ["vllm: 10.00% less by the model"])
     assert [simple_setups(one)[0].endswith("10.00% less by the model") for one in (first, then)] == [False, True]
@@ -324,6 +329,16 @@ def test_the_verdict_claims_what_is_proven_and_no_more(name: str, words: str) ->
     assert verdict(PLANS[name]) == words
 
 
+def test_the_verdict_names_the_statistics_of_the_bound_if_others_are_asked_for() -> None:
+    level = ServiceLevel(ttft=Statistic.P50)
+    for name, words in (
+        ("optimal", "proven optimal for p95 TTFT and mean TPOT: no plan of the family is better"),
+        ("paper", "proven for p95 TTFT and mean TPOT: no plan of the family is over 0.52% better"),
+    ):
+        plan = replace(PLANS[name], inputs={**PLANS[name].inputs, SERVICE_LEVEL: level.data()})
+        assert verdict(plan) == words
+
+
 def test_the_bound_of_a_tenant_is_of_the_whole_fleet_to_itself() -> None:
     shared = replace(PLANS["paper"], inputs={**PLANS["paper"].inputs, OTHER_TENANTS: {"chat": ["l4-0/0"]}})
     words = "proven: even with the whole fleet to itself not over 0.52% better"
@@ -337,6 +352,8 @@ def test_the_bound_of_a_tenant_is_of_the_whole_fleet_to_itself() -> None:
 def test_an_unproven_plan_is_called_that() -> None:
     result = replace(PLANS["paper"].result, bound=float("inf"), gap=float("inf"))
     assert verdict(replace(PLANS["paper"], result=result)) == "no bound: it is unknown how much better a plan could be"
+    result = replace(PLANS["cost"].result, bound=0.0, gap=1.0)
+    assert verdict(replace(PLANS["cost"], result=result)) == "no bound: it is unknown how much cheaper a plan could be"
 
 
 def test_a_short_limit_is_in_milliseconds() -> None:

@@ -420,7 +420,7 @@ def test_a_plan_that_misses_is_headed_and_simulated_by_the_rate_that_it_keeps(pa
     assert "Goodput none of the rates tried keeps the limits in simulation; by the model" in drawn(never)
     for one, more in (
         (missing, "by the model, by replicas of equal stages (not simulated); this plan by the model 100% more"),
-        (never, "by the model, by replicas of equal stages (not simulated); this plan by the model 100% more"),
+        (never, "this plan: --strategy uniform); this plan by the model 100% more"),
         (plan, "stages; this plan 100% more"),
     ):
         shown = replace(one, inputs={**one.inputs, **beside})

@@ -224,6 +224,9 @@ def test_strategy_without_attention_workers_says_so() -> None:
     problem = the_problem(max_pool=0)
     plan = plan_of(problem, claimed(unclaimed(A_ALONE), problem))
     assert explain_plan(plan, problem).attention_workers == "None: strategy hetis does not use them."
+    of_engine = replace(problem, family=run_by(problem.family, EngineRules(name="vllm")))
+    plan = plan_of(of_engine, claimed(unclaimed(A_ALONE, in_flight=1), of_engine))
+    assert explain_plan(plan, of_engine).attention_workers == "None: vllm does not have them."
 
 
 @pytest.mark.parametrize("kind", [*KINDS_OF_LAYERS, "drafted states"])

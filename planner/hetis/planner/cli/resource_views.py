@@ -22,7 +22,7 @@ from hetis.planner.cli.searching import PLAIN_INTERVAL_S, describe
 from hetis.planner.cli.server_verb import fetched
 from hetis.planner.client import CallError, Client
 from hetis.planner.convert.names import last_part, word_of
-from hetis.planner.report.figures import bar, digits, gigabytes, percent, plural, seconds
+from hetis.planner.report.figures import bar, digits, gigabytes, percent, plural, seconds, with_unit
 from hetis.planner.report.tables import SimulationRemarks, facts, kept_words, missed_words, table, table_of
 from hetis.solver.budget import Progress
 from hetis.v1 import (
@@ -161,12 +161,12 @@ def value_of(plan: plan_pb2.Plan) -> Text:
     """
     if plan.HasField("result"):
         found, kept_rps = plan.result, _kept_rps(plan)
-        value = f"{digits(found.value, 4)} {found.unit}"
+        value = with_unit(found.value, found.unit)
         if kept_rps is not None:
             value = f"{digits(kept_rps, 4) if kept_rps else 'none'} of {value}"
         return Text.assemble(value, ", ", ("MISSED", "bold red")) if _misses(plan) else Text(value)
     if plan.progress.HasField("incumbent"):
-        return Text(f"{digits(plan.progress.incumbent, 4)} {plan.progress.unit}")
+        return Text(with_unit(plan.progress.incumbent, plan.progress.unit))
     return Text("")
 
 
@@ -319,7 +319,7 @@ def _summary(plan: plan_pb2.Plan) -> Iterator[tuple[str, RenderableType]]:
     if plan.HasField("result"):
         found = plan.result
         yield "Value", _value(plan)
-        bound = f"{digits(found.bound, 4)} {found.unit}" if found.HasField("bound") else "none was proved"
+        bound = with_unit(found.bound, found.unit) if found.HasField("bound") else "none was proved"
         yield "Bound", bound + (f"  gap {percent(found.gap)}" if found.HasField("gap") else "")
         workers = f", {found.num_attention_workers:,} of them attention workers" if found.num_attention_workers else ""
         yield "Uses", f"{plural(found.num_replicas, 'replica')} on {plural(found.num_gpus, 'GPU')}{workers}"
@@ -335,14 +335,14 @@ def _summary(plan: plan_pb2.Plan) -> Iterator[tuple[str, RenderableType]]:
 
 def _value(plan: plan_pb2.Plan) -> Text:
     """Return the promised value, which is the simulated rate within the limits if that is below the model's."""
-    value, kept_rps = f"{digits(plan.result.value, 4)} {plan.result.unit}", _kept_rps(plan)
+    value, kept_rps = with_unit(plan.result.value, plan.result.unit), _kept_rps(plan)
     if kept_rps is None:
         return Text(value)
     if not kept_rps:
         return Text.assemble(
             ("none", "yellow"), f" of the rates tried keeps the limits in simulation; by the model {value}"
         )
-    promised = (f"{digits(kept_rps, 4)} {plan.result.unit}", "yellow")
+    promised = (with_unit(kept_rps, plan.result.unit), "yellow")
     return Text.assemble(promised, f" within the limits in simulation; by the model {value}")
 
 

@@ -15,7 +15,7 @@ from hetis.formats.files import write_atomically
 from hetis.planner.export.targets import Export
 from hetis.planner.library import arguments
 from hetis.planner.library.arguments import checked, spelled_as_arguments
-from hetis.planner.report.figures import digits, percent, plural, seconds
+from hetis.planner.report.figures import digits, percent, plural, seconds, with_unit
 from hetis.planner.report.plan import less_than_planned, misses_as_planned
 from hetis.planner.report.simulation import level_words, simulation_document
 from hetis.planner.use_cases import simulate as simulating
@@ -329,9 +329,9 @@ class Plan:
     def _worth(self) -> str:
         """Return the promised value, which is the rate that simulated traffic kept if that is below the model's."""
         result, kept, found = self.result, less_than_planned(self.value), verification_of(self.value)
-        value, proof = f"{digits(result.value, 4)} {result.unit}", f"{result.status}, gap {percent(result.gap)}"
+        value, proof = with_unit(result.value, result.unit), f"{result.status}, gap {percent(result.gap)}"
         if kept is not None:
-            rate = f"{digits(kept.rate_rps, 4)} {result.unit}" if kept.rate_rps else "no rate tried"
+            rate = with_unit(kept.rate_rps, result.unit) if kept.rate_rps else "no rate tried"
             return f"{rate} within the limits in simulation, MISSED at {value} by the model ({proof})"
         is_goodput = result.objective is ObjectiveKind.GOODPUT
         missed = misses_as_planned(self.value) if is_goodput else found is not None and not found.kept

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from hetis.formats.documents import to_data
 from hetis.planner.report.differences import changed_values
-from hetis.planner.report.figures import digits, gigabytes, percent, percent_of_gap, plural, seconds
+from hetis.planner.report.figures import digits, gigabytes, percent, percent_of_gap, plural, seconds, with_unit
 from hetis.planner.report.plan import demand_words, goal_line, kept_cell, problem_title, simulated_words
 from hetis.planner.report.tables import as_group, facts, section, table, table_of
 from hetis.planner.use_cases.compare import PlanDiff, kept_of
@@ -55,7 +55,7 @@ def _figures(diff: PlanDiff) -> Table:
     made.add_row("rate /s", *(digits(f.rate_rps, 4) for f in figures), style="bold")
     if any(kept_of(plan) is not None for plan in plans):
         made.add_row("kept in simulation /s", *(kept_cell(plan, unknown="-") for plan in plans))
-    made.add_row("value", *(f"{digits(result.value, 4)} {result.unit}" for result in results))
+    made.add_row("value", *(with_unit(result.value, result.unit) for result in results))
     made.add_row("gap", *(percent(result.gap) for result in results))
     made.add_row("used USD/h", *("-" if f.usd_per_hour is None else f"{f.usd_per_hour:,.2f}" for f in figures))
     made.add_row("GPUs (idle)", *(f"{f.gpus_used:,} ({f.gpus_idle:,})" for f in figures))
@@ -174,13 +174,13 @@ def _unit(posed: PosedReplan) -> str:
 def _facts(found: Replanning, posed: PosedReplan, costs: ChangeCosts) -> Iterator[tuple[str, RenderableType]]:
     result, unit, transition = found.plan.result, found.plan.result.unit, found.transition
     lost = f", {plural(len(found.lost), 'replica')} lost GPUs" if found.lost else ""
-    yield "Now", f"{digits(transition.before, 4)} {_unit(posed)}{lost}"
-    yield "Then", Text.assemble((f"{digits(result.value, 4)} {unit}", "bold green"), "  the plan itself")
-    yield "Net", f"{digits(found.value, 4)} {unit}  change counted, over {seconds_or_hours(costs.horizon_s)}"
+    yield "Now", f"{with_unit(transition.before, _unit(posed))}{lost}"
+    yield "Then", Text.assemble((with_unit(result.value, unit), "bold green"), "  the plan itself")
+    yield "Net", f"{with_unit(found.value, unit)}  change counted, over {seconds_or_hours(costs.horizon_s)}"
     proof = "proven best" if found.gap <= 1e-6 else f"proven: no plan is over {percent_of_gap(found.gap)} better"
-    yield "Bound", f"{digits(found.bound, 4)} {unit}  gap {percent(found.gap)}, {proof}"
+    yield "Bound", f"{with_unit(found.bound, unit)}  gap {percent(found.gap)}, {proof}"
     if found.fresh_value is not None:
-        yield "From scratch", f"{digits(found.fresh_value, 4)} {unit}, if nothing had been running"
+        yield "From scratch", f"{with_unit(found.fresh_value, unit)}, if nothing had been running"
     if (demand_rps := posed.asked.demand_rps) is not None:
         yield "Demand", demand_words(found.plan, demand_rps)
     if (survival := survival_of(found.plan, posed)) is not None:
@@ -236,7 +236,7 @@ def lowest_words(found: Replanning, posed: PosedReplan) -> str:
     transition = found.transition
     if not transition.steps:
         return ""
-    lowest = f" Lowest on the way: {digits(transition.lowest, 4)} {_unit(posed)}"
+    lowest = f" Lowest on the way: {with_unit(transition.lowest, _unit(posed))}"
     more = transition.best_lowest > transition.lowest * (1.0 + 1e-9)
     proof = f"no order keeps more{f' than {digits(transition.best_lowest, 4)}' if more else ''}"
     return f"{lowest}; {proof}. All steps take {seconds(transition.seconds)} one after another."

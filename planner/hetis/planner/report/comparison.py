@@ -13,7 +13,7 @@ from rich.text import Text
 
 from hetis.formats.documents import to_data
 from hetis.planner.report.changes import change_counts, change_fields
-from hetis.planner.report.figures import digits, percent, plural, tokens
+from hetis.planner.report.figures import digits, percent, plural, tokens, with_unit
 from hetis.planner.report.plan import SMALLEST_PRICE, goal_line, kept_cell, problem_title
 from hetis.planner.report.tables import Narrowing, as_group, bullets, grid, section, table
 from hetis.planner.use_cases.compare import Compared, Figures, best_of, figures_of, kept_of, why_outside
@@ -194,7 +194,7 @@ def model_words(objective: Objective, known: Plan | None = None) -> str:
     kept = None if known is None else kept_of(known)
     if known is None or kept is None:
         return f"{words} `place` shows the rate that simulated traffic keeps, which may be lower."
-    model = f"{digits(known.result.value, 4)} {objective.unit} by the model"
+    model = f"{with_unit(known.result.value, objective.unit)} by the model"
     rate = f"up to {digits(kept.rate_rps, 4)}" if kept.rate_rps else "at no rate tried"
     return f"{words} The present plan has {model} and keeps its limits {rate} in simulation."
 
@@ -373,7 +373,7 @@ def render_buy_next(found: BuyNext) -> Iterator[RenderableType]:
     result, unit = found.before.outcome.plan, found.objective.unit
     yield problem_title(found.before.loaded.inputs)
     yield goal_line(found.before.loaded.inputs.held_to(found.objective))
-    now = "no plan" if result is None else f"{digits(result.result.value, 4)} {unit} by the model"
+    now = "no plan" if result is None else f"{with_unit(result.result.value, unit)} by the model"
     now += "" if result is None else f", gap {percent(result.result.gap)}"
     yield Text.assemble(("now      ", "dim"), now)
     yield Text.assemble(

@@ -28,6 +28,13 @@ def digits(value: float, significant: int = 3) -> str:
     return text if float(text.replace(",", "")) else "0"
 
 
+def with_unit(value: float, unit: str) -> str:
+    """Return a plan's value with its unit: ``2.081 requests/s``, ``63.84 USD/h``, ``3 GPUs``."""
+    if unit == "GPUs" and float(value).is_integer():
+        return plural(int(value), "GPU")
+    return f"{digits(value, 4)} {unit}"
+
+
 def gigabytes(num_bytes: float) -> str:
     """Return bytes as ``79.2 GiB``."""
     return f"{num_bytes / 2**30:.1f} GiB"

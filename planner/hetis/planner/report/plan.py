@@ -16,7 +16,16 @@ from rich.text import Text
 
 from hetis.formats.dtypes import precision_of
 from hetis.formats.errors import DocumentError
-from hetis.planner.report.figures import bar, digits, percent, percent_at_least, percent_of_gap, plural, seconds
+from hetis.planner.report.figures import (
+    bar,
+    digits,
+    percent,
+    percent_at_least,
+    percent_of_gap,
+    plural,
+    seconds,
+    with_unit,
+)
 from hetis.planner.report.replica import (
     device_table,
     known_model,
@@ -220,7 +229,7 @@ def _facts(plan: Plan) -> Iterator[tuple[str, RenderableType]]:
     if (expected := range_of(plan)) is not None:
         yield "Range", _range(expected, plan)
     alone = " with the whole fleet to itself" if plan.other_tenants() else ""
-    yield "Bound", f"{digits(result.bound, 4)} {result.unit}{alone}  gap {percent(result.gap)}"
+    yield "Bound", f"{with_unit(result.bound, result.unit)}{alone}  gap {percent(result.gap)}"
     engine = plan.inputs.get("engine")
     runs_on = f" for {engine['name']}" if isinstance(engine, Mapping) and "name" in engine else ""
     yield "Solved", f"{result.status} in {seconds(result.solve_s)}, strategy {plan.strategy}{runs_on}"
@@ -282,7 +291,7 @@ def promised_figures(plan: Plan, inputs: Inputs | PlacementProblem) -> Figures:
 def _value(plan: Plan) -> Text:
     """Return the promised value, which is the simulated rate within the limits if that is below the model's."""
     result, kept = plan.result, less_than_planned(plan)
-    by_model = f"{digits(result.value, 4)} {result.unit}"
+    by_model = with_unit(result.value, result.unit)
     if kept is None and misses_as_planned(plan):
         return Text.assemble((by_model, "bold yellow"), f"  by the model, {verdict(plan)}; MISSED in simulation")
     if kept is None:
@@ -290,7 +299,7 @@ def _value(plan: Plan) -> Text:
     model = f"by the model {by_model}, {verdict(plan)}"
     if not kept.rate_rps:
         return Text.assemble(("none", "bold yellow"), f"  of the rates tried keeps the limits in simulation; {model}")
-    promised = (f"{digits(kept.rate_rps, 4)} {result.unit}", "bold yellow")
+    promised = (with_unit(kept.rate_rps, result.unit), "bold yellow")
     return Text.assemble(promised, f"  within the limits in simulation; {model}")
 
 
@@ -380,16 +389,19 @@ def beside_equal_stages(plan: Plan) -> str | None:
         equal = f"unified {equal}, which --roles excludes"
     if not isinstance(alone, int | float) or alone <= 0:
         return f"{equal}: none keep the limits" if alone is None else None
-    by_model, (ours, theirs, are_simulated) = f"{digits(alone, 4)} {unit}", beside_by_rates(plan)
+    by_model, (ours, theirs, are_simulated) = with_unit(alone, unit), beside_by_rates(plan)
     if not theirs:
         return f"{equal}: none of the rates tried keeps the limits in simulation; by the model {by_model}"
     beside = _beside(ours, theirs)
     if are_simulated:
-        return f"{digits(theirs, 4)} {unit} within the limits in simulation, by {equal}; this plan {beside}"
+        return f"{with_unit(theirs, unit)} within the limits in simulation, by {equal}; this plan {beside}"
     if not is_below_model(plan):
         return f"{by_model} by {equal}; this plan {beside}"
     this = "this plan" if tightening_of(plan) is None else "the best plan"
-    return f"{by_model} by the model, by {equal} (not simulated); {this} by the model {beside}"
+    simulated = "not simulated"
+    if plan.objective.maximises and promised_value(plan) < alone and not excludes_unified(plan):
+        simulated += ", may keep more than this plan: --strategy uniform"
+    return f"{by_model} by the model, by {equal} ({simulated}); {this} by the model {beside}"
 
 
 def excludes_unified(plan: Plan) -> bool:
@@ -425,7 +437,7 @@ def _engine_words(other: EngineValue, plan: Plan) -> str:
     if other.value is None:
         return f"does not run this plan ({lacks}); {why_not}"
     if other.equal_stages:
-        least = f"{'at least' if plan.objective.maximises else 'at most'} {digits(other.value, 4)} {plan.result.unit}"
+        least = f"{'at least' if plan.objective.maximises else 'at most'} {with_unit(other.value, plan.result.unit)}"
         apart = f", without {lacks}" if lacks else ""
         return f"{least} by equal stages, {_beside(other.value, ours)}{by_model}{apart}"
     if other.why_not == NOT_COMPILED:
@@ -452,7 +464,7 @@ def simple_setups(plan: Plan) -> list[str]:
         name = "one GPU per stage" if tp == "1" else f"TP{tp} in every replica"
         if isinstance(value, int | float) and value > 0:
             lines.append(
-                f"{name}: {digits(value, 4)} {plan.result.unit}, {_beside(value, value_by_model(plan))}{by_model}"
+                f"{name}: {with_unit(value, plan.result.unit)}, {_beside(value, value_by_model(plan))}{by_model}"
             )
         else:
             lines.append(f"{name}: none that keeps the limits")
@@ -491,15 +503,18 @@ def _range(expected: Predicted, plan: Plan) -> Text:
 def verdict(plan: Plan) -> str:
     """Return what is proven of a plan; the bound of a tenant's plan is that of the whole fleet to itself."""
     result = plan.result
+    # Other statistics or a share are only simulated, and another plan may keep them at a higher rate.
+    of = "" if service_level_of(plan) == DEFAULT else f" for {DEFAULT.ttft} TTFT and {DEFAULT.tpot} TPOT"
     if result.status is Status.OPTIMAL:
-        return "proven optimal: no plan of the family is better"
-    if not math.isfinite(result.gap):
-        return "no bound: it is unknown how much better a plan could be"
+        return f"proven optimal{of}: no plan of the family is better"
     better = {ObjectiveKind.COST: "cheaper", ObjectiveKind.GPUS: "smaller"}.get(result.objective, "better")
+    # A search for the least cost or GPUs that was stopped early has a bound of 0, which says nothing.
+    if not math.isfinite(result.gap) or not (plan.objective.maximises or result.bound > 0):
+        return f"no bound: it is unknown how much {better} a plan could be"
     if plan.other_tenants():
-        claim = f"proven: even with the whole fleet to itself not over {percent_of_gap(result.gap)} {better}"
+        claim = f"proven{of}: even with the whole fleet to itself not over {percent_of_gap(result.gap)} {better}"
     else:
-        claim = f"proven: no plan of the family is over {percent_of_gap(result.gap)} {better}"
+        claim = f"proven{of}: no plan of the family is over {percent_of_gap(result.gap)} {better}"
     return f"interrupted; {claim}" if result.status is Status.INTERRUPTED else claim
 
 

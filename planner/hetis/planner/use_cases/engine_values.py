@@ -15,7 +15,8 @@ from hetis.planner.use_cases.listing import run_by_engine
 from hetis.planner.use_cases.precision import constraints_of, refused_by
 from hetis.planner.use_cases.sources import family_of
 from hetis.solver.budget import Budget, Progress, Report
-from hetis.solver.constraints import Constraints
+from hetis.solver.cluster import Cluster
+from hetis.solver.constraints import Constraints, WithoutWorkers
 from hetis.solver.errors import InfeasibleError, InvalidProblemError, NoPlanFoundError
 from hetis.solver.model import ModelSpec
 from hetis.solver.plan import Plan, Role
@@ -156,7 +157,27 @@ def _lacking(plan: Plan, problem: PlacementProblem, rules: EngineRules | None) -
     used = {stage.gpu for replica in plan.replicas for stage in replica.stages}
     refused = refused_by(problem.model, problem.cluster, rules.name)
     features = beyond(plan.replicas, rules, problem.cluster, problem.model)
-    return (*features, *(f"stages on {gpu}" for gpu in refused if gpu in used))
+    on_refused = (f"stages on {gpu}" for gpu in refused if gpu in used)
+    return (*features, *_barred_workers(plan, problem, rules), *_across_vendors(plan, problem.cluster), *on_refused)
+
+
+def _barred_workers(plan: Plan, problem: PlacementProblem, rules: EngineRules) -> Iterator[str]:
+    """Yield that an engine has no attention workers for this model, if the plan has some and it has them for others."""
+    from hetis.solver.placement.families import ENGINES
+
+    has_workers = ENGINES[rules.name].max_pool and any(replica.attention_workers for replica in plan.replicas)
+    barring = constraints_of(problem.model, problem.cluster, rules.name)
+    if has_workers and any(isinstance(each, WithoutWorkers) for each in barring):
+        yield "attention workers for this model"
+
+
+def _across_vendors(plan: Plan, cluster: Cluster) -> Iterator[str]:
+    """Yield what keeps to no single vendor, which every engine needs (`PlacementProblem.build_of`)."""
+    vendors = [{cluster.gpu_types[stage.gpu].vendor for stage in replica.stages} for replica in plan.replicas]
+    if any(len(each) > 1 for each in vendors):
+        yield "replicas on GPUs of several vendors"
+    if any(vendors[route.prefill] != vendors[route.decode] for route in plan.kv_routes):
+        yield "KV exchanged by GPUs of several vendors"
 
 
 def _but_for_its_name(family: Family, model: ModelSpec) -> tuple[Family, tuple[int, ...]]:
@@ -194,8 +215,12 @@ def _searched(
         return replace(known, why_not=NOT_COMPILED)
     if budget.is_spent():
         return replace(known, why_not="no time was left")
+    # As simple as the plan, or an engine would seem to reach what was given up for that; not searched for any engine.
+    simplest_within = plan.inputs.get("simplest_within", 0.0) if problem.family.engine is not None else 0.0
     try:
-        other = solve_placement(problem, strategy=plan.strategy, budget=budget, seed=seed)
+        other = solve_placement(
+            problem, strategy=plan.strategy, budget=budget, seed=seed, simplest_within=simplest_within
+        )
     except InvalidProblemError as error:  # such as too many pipelines to list, if it runs more types of GPUs
         return replace(known, why_not=str(error))
     except InfeasibleError as error:

@@ -12,7 +12,7 @@ from types import MappingProxyType
 from hetis.planner.report import comparison
 from hetis.planner.report.changes import MAX_STEPS, change_cost_words, change_counts, lowest_words, step_rows
 from hetis.planner.report.differences import LIMITS, difference_words, differences, is_one_question
-from hetis.planner.report.figures import digits, percent, plural, seconds, tokens
+from hetis.planner.report.figures import digits, percent, plural, seconds, tokens, with_unit
 from hetis.planner.report.page.blocks import (
     Block,
     Grid,
@@ -132,7 +132,7 @@ def replan_page(found: Replanning, posed: PosedReplan, costs: ChangeCosts) -> st
         Tile(label="Now", value=digits(transition.before), unit="requests/s", note=lost),
         Tile(label="Then", value=digits(result.value), unit=unit, note="the new plan itself", tone="good"),
         Tile(label="Net", value=digits(found.value), unit=unit, note="with the cost of the change counted"),
-        Tile(label="Proof", value=percent(found.gap), unit="gap", note=f"bound {digits(found.bound, 4)} {unit}"),
+        Tile(label="Proof", value=percent(found.gap), unit="gap", note=f"bound {with_unit(found.bound, unit)}"),
     )
     steps = Grid(
         title="Steps, in this order",

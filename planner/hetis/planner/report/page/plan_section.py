@@ -9,7 +9,16 @@ from typing import Any
 
 from hetis.planner.report import plan as plan_report
 from hetis.planner.report.explanation import memory_shares, time_shares
-from hetis.planner.report.figures import digits, gigabytes, percent, percent_at_least, plural, seconds, tokens
+from hetis.planner.report.figures import (
+    digits,
+    gigabytes,
+    percent,
+    percent_at_least,
+    plural,
+    seconds,
+    tokens,
+    with_unit,
+)
 from hetis.planner.report.page.axes import chart_of
 from hetis.planner.report.page.blocks import (
     PLAIN,
@@ -238,7 +247,7 @@ def _worth(plan: Plan) -> Scale:
     rows = [
         ScaleRow(
             label="This plan",
-            text=f"{digits(result.value, 4)} {result.unit}",
+            text=with_unit(result.value, result.unit),
             share=result.value / axis,
             band=(band[0] / axis, band[1] / axis) if band else None,
             mark=result.bound / axis if math.isfinite(result.bound) else None,
@@ -246,13 +255,13 @@ def _worth(plan: Plan) -> Scale:
         )
     ]
     if (kept := plan_report.less_than_planned(plan)) is not None:
-        simulated = f"{digits(kept.rate_rps, 4)} {result.unit}" if kept.rate_rps else "none of the rates tried"
+        simulated = with_unit(kept.rate_rps, result.unit) if kept.rate_rps else "none of the rates tried"
         rows.append(ScaleRow(label="Kept, simulated", text=simulated, share=kept.rate_rps / axis))
     if beside:
         label = "Equal stages (unified)" if plan_report.excludes_unified(plan) else "Equal stages"
         label += ", simulated" if are_simulated else ""
-        rows.append(ScaleRow(label=label, text=f"{digits(beside, 4)} {result.unit}", share=beside / axis))
-    bound = f"bound {digits(result.bound, 4)} {result.unit}" if math.isfinite(result.bound) else "no bound"
+        rows.append(ScaleRow(label=label, text=with_unit(beside, result.unit), share=beside / axis))
+    bound = f"bound {with_unit(result.bound, result.unit)}" if math.isfinite(result.bound) else "no bound"
     notes = [f"The line is the {bound}: {plan_report.verdict(plan)}."]
     if band:
         notes.append("The band shows the effect of the errors of the profiles.")

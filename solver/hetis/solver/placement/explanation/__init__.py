@@ -18,7 +18,7 @@ from hetis.solver.cost import DeviceCost, rank_shape, state_bytes_per_copy
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.model import ModelSpec
 from hetis.solver.placement.explanation.replica_view import ReplicaView, main_view, replica_views
-from hetis.solver.placement.families import STRATEGIES
+from hetis.solver.placement.families import ENGINES, STRATEGIES
 from hetis.solver.placement.fleet import DeviceClass, Part, device_classes
 from hetis.solver.placement.wording import in_bytes, in_percent, in_time, in_time_above, num_layers, stage_name
 from hetis.solver.plan import ClassPrice, Explanation, IdleGpus, ObjectiveKind, Plan, Role, StageTime
@@ -350,7 +350,11 @@ def attention_workers(plan: Plan, problem: PlacementProblem, views: tuple[Replic
     if not views:
         yield "No replica of the plan could have attention workers."
     elif problem.family.max_pool == 0:
-        yield f"None: strategy {plan.strategy} does not use them."
+        rules = problem.family.engine
+        if rules is not None and rules.name in ENGINES and ENGINES[rules.name].max_pool == 0:
+            yield f"None: {rules.name} does not have them."
+        else:
+            yield f"None: strategy {plan.strategy} does not use them."
     else:
         yield " ".join(_unused_pools(plan, main_view(views)))
 
