@@ -24,8 +24,9 @@ from dataclasses import dataclass, replace
 from benchmarks.measuring import rows
 from benchmarks.measuring.instances import NODE_SIZES, fleet, problem
 from benchmarks.measuring.rows import Row
+from hetis.planner.use_cases.equal_stages import other_plan
 from hetis.planner.use_cases.simulate import Question, answer
-from hetis.planner.use_cases.tightening import tightening_of, verified_plan
+from hetis.planner.use_cases.tightening import EQUAL_STAGES_CHOSEN, tightening_of, verified_plan
 from hetis.planner.use_cases.verification import verification_of
 from hetis.planner.use_cases.verify import enough_of, longest_of, simulated_at, unheard
 from hetis.simulator.arrivals import Arrivals, Load
@@ -100,7 +101,15 @@ def searched(posed: PlacementProblem) -> Plan:
 def judged(case: Case) -> Row:
     """Simulate a plan at its rate, plan again if it misses a limit, and search for the highest rate within them."""
     never = threading.Event()
-    plan = verified_plan(case.plan, case.problem, searched, seed=SEED, cancelled=never, report=unheard)
+    plan = verified_plan(
+        case.plan,
+        case.problem,
+        searched,
+        seed=SEED,
+        cancelled=never,
+        report=unheard,
+        equal_stages=lambda: other_plan(case.plan, case.problem, SEED, never),
+    )
     found, tightening, objective = verification_of(plan), tightening_of(plan), plan.objective
     assert found is not None, "the plan has replicas and limits"
     assert objective.ttft_limit_s is not None, "drawn"
@@ -130,6 +139,7 @@ def judged(case: Case) -> Row:
         "decode": roles.count(Role.DECODE),
         "planned_rps": plan.result.value,
         "tightened": None if tightening is None else tightening.planned_s / tightening.asked_s,
+        "equal_stages": "yes" if plan.inputs.get(EQUAL_STAGES_CHOSEN) else "no",
         "kept": "yes" if found.kept else "no",
         "ttft": found.ttft_p95_s / objective.ttft_limit_s,
         "tpot": found.tpot_mean_s / objective.tpot_limit_s,

@@ -90,7 +90,10 @@ SOURCES: dict[str, tuple[str, ...]] = {
         "benchmarks/goodput.py",
         *(
             f"planner/hetis/planner/use_cases/{name}.py"
-            for name in ("verify", "verification", "lower_rates", "tightening", "representative", "service_level")
+            for name in (
+                *("verify", "verification", "lower_rates", "tightening", "equal_stages", "representative"),
+                "service_level",
+            )
         ),
         *(*_SEARCH, *_SIMULATOR, *_REDISPATCH),
     ),

@@ -27,7 +27,7 @@ from hetis.planner.use_cases.grouping import group_replicas
 from hetis.planner.use_cases.place import MODEL_VALUE, held_to
 from hetis.planner.use_cases.service_level import SERVICE_LEVEL, ServiceLevel, Statistic
 from hetis.planner.use_cases.sources import load_inputs
-from hetis.planner.use_cases.tightening import TIGHTENED, TTFT
+from hetis.planner.use_cases.tightening import EQUAL_STAGES_CHOSEN, TIGHTENED, TTFT
 from hetis.solver.plan import OTHER_TENANTS, Objective, ObjectiveKind, Plan, Role, Status
 from tests.planner import plans
 from tests.planner.command_line import EXAMPLES
@@ -70,6 +70,11 @@ def test_a_plan_for_a_tighter_limit_is_compared_with_what_the_model_alone_promis
     assert beside_equal_stages(then) == (
         "1.620 requests/s by the model, by replicas of equal stages (not simulated, may keep more than this plan: "
         "--strategy uniform); the best plan by the model 11% more"
+    )
+    lost = replace(then, inputs={**then.inputs, EQUAL_STAGES_CHOSEN: False})
+    assert beside_equal_stages(lost) == (
+        "1.620 requests/s by the model, by replicas of equal stages (in simulation they keep less than this plan); "
+        "the best plan by the model 11% more"
     )
     worse = replace(then, inputs={**then.inputs, EQUAL_STAGES: 1.3})
     assert beside_equal_stages(worse) == (

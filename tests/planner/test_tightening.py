@@ -11,7 +11,14 @@ import pytest
 from benchmarks.measuring.instances import fleet, problem
 from hetis.planner.use_cases import tightening, verify
 from hetis.planner.use_cases.lower_rates import CancelledError, KeptRate
-from hetis.planner.use_cases.tightening import TTFT, Tightening, tightening_of, verified_plan
+from hetis.planner.use_cases.tightening import (
+    EQUAL_STAGES_CHOSEN,
+    TTFT,
+    Tightening,
+    is_other_than_best,
+    tightening_of,
+    verified_plan,
+)
 from hetis.planner.use_cases.verification import Verification, verification_of
 from hetis.planner.use_cases.verify import unheard
 from hetis.solver.budget import Budget
@@ -77,11 +84,18 @@ class Fleet:
 
         return verify.AtPlannedRate(plan, found, kept_below)
 
-    def settled(self, objective: Objective | None = None) -> Plan:
+    def settled(
+        self, objective: Objective | None = None, *, equal_rps: float | None = None, is_short: bool = False
+    ) -> Plan:
+        """Return the plan that is shown; ``equal_rps`` is the rate of a plan of equal stages."""
         given = posed(objective)
         first = plan_of(FIRST_RPS, ttft_s=0.48, objective=given.objective)
         first = replace(first, inputs={"seed": 0})
-        return verified_plan(first, given, self.find, seed=0, cancelled=threading.Event(), report=unheard)
+        equal = None if equal_rps is None else plan_of(equal_rps, ttft_s=0.3, objective=given.objective)
+        return verified_plan(
+            first, given, self.find, seed=0, cancelled=threading.Event(), report=unheard,
+            is_short=lambda: is_short, equal_stages=lambda: equal and replace(equal, strategy="uniform"),
+        )  # fmt: skip
 
 
 def test_a_plan_that_keeps_its_limits_is_not_planned_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,6 +190,49 @@ def test_at_a_demanded_rate_the_cheapest_plan_that_keeps_the_limits_is_shown(mon
     assert found.result.value == 12.0
     assert "(10 GPUs) misses the limits; the bound" in found.notes[0]
     assert fake.searched_from_rps == {}, "lower rates than the demanded one are of no use"
+
+
+def test_equal_stages_that_keep_more_are_the_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = Fleet(monkeypatch, {0.3: 8.0}, {FIRST_RPS: 5.0, 8.0: 6.0, 9.5: 9.0}).settled(equal_rps=9.5)
+    verification = verification_of(found)
+    assert verification is not None
+    assert (found.result.value, verification.kept_rps) == (9.5, 9.0)
+    assert (found.strategy, found.result.bound, found.inputs["seed"]) == ("hetis", BOUND_RPS, 0)
+    assert found.inputs[EQUAL_STAGES_CHOSEN] is True
+    assert is_other_than_best(found)
+    assert found.notes == (
+        "of equal stages: simulated, the best plan by the model (10 requests/s) keeps the limits at less than 9 "
+        "requests/s; the bound is that of all plans",
+    )
+
+
+def test_equal_stages_that_keep_less_are_known_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = Fleet(monkeypatch, {0.3: 8.0}, {FIRST_RPS: 5.0, 8.0: 8.0, 9.5: 7.0}).settled(equal_rps=9.5)
+    assert (found.result.value, found.inputs[EQUAL_STAGES_CHOSEN]) == (8.0, False)
+    first = Fleet(monkeypatch, {}, {FIRST_RPS: 9.6, 9.5: 9.0}).settled(equal_rps=9.5)
+    assert (first.result.value, first.inputs[EQUAL_STAGES_CHOSEN]) == (FIRST_RPS, False)
+    assert not is_other_than_best(first)
+    assert EQUAL_STAGES_CHOSEN not in Fleet(monkeypatch, {0.3: 8.0}, {FIRST_RPS: 5.0, 8.0: 8.0}).settled().inputs
+
+
+def test_equal_stages_are_not_looked_for_if_the_plan_keeps_its_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = Fleet(monkeypatch, {}, {FIRST_RPS: FIRST_RPS})
+    assert EQUAL_STAGES_CHOSEN not in fake.settled(equal_rps=9.5).inputs, "9.5 is no rate of the fake: not simulated"
+
+
+def test_lower_rates_come_before_another_search_that_may_use_up_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = Fleet(monkeypatch, {0.3: 8.0}, {FIRST_RPS: 5.0, 8.0: 8.0, 9.5: 7.0})
+    searches = len(fake.limits_s)
+
+    def find(searched: PlacementProblem) -> Plan:
+        nonlocal searches
+        searches += 1
+        assert fake.searched_from_rps == {FIRST_RPS: 0.0, 9.5: 5.0}, "of equal stages only those that would be shown"
+        raise InfeasibleError(("none",))
+
+    monkeypatch.setattr(fake, "find", find)
+    assert fake.settled(equal_rps=9.5, is_short=True).result.value == 9.5
+    assert searches == 2
 
 
 @pytest.mark.parametrize("written", [None, 3, {"name": TTFT}])

@@ -64,7 +64,7 @@ from hetis.planner.use_cases.sources import (
     inputs_from_documents,
 )
 from hetis.planner.use_cases.surviving import losses_of
-from hetis.planner.use_cases.tightening import tightening_of
+from hetis.planner.use_cases.tightening import EQUAL_STAGES_CHOSEN, is_other_than_best
 from hetis.planner.use_cases.verification import attained, misses, verification_of
 from hetis.planner.use_cases.verify import MISSES_AT
 from hetis.solver.constraints import Constraint, described
@@ -252,14 +252,14 @@ def misses_as_planned(plan: Plan) -> bool:
 def is_below_model(plan: Plan) -> bool:
     """Return whether simulated traffic made the plan promise less than the best plan by the cost model.
 
-    It then serves less at the same limits, or was planned for a tighter one. Setups that were not simulated may have
-    to promise less, too, so their values are shown as the model's.
+    It then serves less at the same limits, or was chosen instead of the best one. Setups that were not simulated may
+    have to promise less, too, so their values are shown as the model's.
     """
-    return less_than_planned(plan) is not None or tightening_of(plan) is not None
+    return less_than_planned(plan) is not None or is_other_than_best(plan)
 
 
 def value_by_model(plan: Plan) -> float:
-    """Return the value of the best plan by the model: the plan's own, unless that was planned for a tighter limit."""
+    """Return the value of the best plan by the model: the plan's own, unless simulation preferred another one."""
     found = plan.inputs.get(MODEL_VALUE)
     return float(found) if isinstance(found, int | float) else plan.result.value
 
@@ -397,9 +397,11 @@ def beside_equal_stages(plan: Plan) -> str | None:
         return f"{with_unit(theirs, unit)} within the limits in simulation, by {equal}; this plan {beside}"
     if not is_below_model(plan):
         return f"{by_model} by {equal}; this plan {beside}"
-    this = "this plan" if tightening_of(plan) is None else "the best plan"
+    this = "the best plan" if is_other_than_best(plan) else "this plan"
     simulated = "not simulated"
-    if plan.objective.maximises and promised_value(plan) < alone and not excludes_unified(plan):
+    if plan.inputs.get(EQUAL_STAGES_CHOSEN) is False:
+        simulated = "in simulation they keep less than this plan"
+    elif plan.objective.maximises and promised_value(plan) < alone and not excludes_unified(plan):
         simulated += ", may keep more than this plan: --strategy uniform"
     return f"{by_model} by the model, by {equal} ({simulated}); {this} by the model {beside}"
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from hetis.planner.use_cases.grouping import shapes_of
 from hetis.planner.use_cases.service_level import SERVICE_LEVEL
-from hetis.planner.use_cases.tightening import tightening_of, verified_plan
+from hetis.planner.use_cases.tightening import EQUAL_STAGES_CHOSEN, is_other_than_best, verified_plan
 from hetis.planner.use_cases.verification import promising, verification_of
 from hetis.planner.use_cases.verify import RunReport
 from hetis.solver.budget import Budget, SearchSettings
@@ -89,9 +89,9 @@ def with_kept_rate(
     alone, simulated = plan.inputs.get(EQUAL_STAGES), verification_of(plan)
     if plan.objective.kind is not ObjectiveKind.GOODPUT or Role.UNIFIED not in problem.family.roles:
         return plan
-    if simulated is None or (simulated.kept and tightening_of(plan) is None) or not alone:
+    if simulated is None or (simulated.kept and not is_other_than_best(plan)) or not alone:
         return plan
-    equal = _plan_of(problem, plan.inputs, seed, cancelled)
+    equal = plan if plan.inputs.get(EQUAL_STAGES_CHOSEN) is True else _plan_of(problem, plan.inputs, seed, cancelled)
     if equal is None:
         return plan
     if shapes_of(equal) != shapes_of(plan):
@@ -108,6 +108,17 @@ def kept_by_equal_stages(plan: Plan) -> float | None:
     """Return what `with_kept_rate` stored; None: nothing, or what is unreadable."""
     found = plan.inputs.get(EQUAL_STAGES_KEPT)
     return float(found) if isinstance(found, int | float) and found >= 0 else None
+
+
+def other_plan(plan: Plan, problem: PlacementProblem, seed: int, cancelled: threading.Event) -> Plan | None:
+    """Return the best plan of equal stages, held to the plan's service level.
+
+    None: these are not in the problem's family, they are the plan's own stages, or none were found in time.
+    """
+    if Role.UNIFIED not in problem.family.roles:
+        return None
+    found = _plan_of(problem, plan.inputs, seed, cancelled)
+    return None if found is None or shapes_of(found) == shapes_of(plan) else found
 
 
 def _plan_of(

@@ -35,7 +35,7 @@ from hetis.planner.use_cases.sources import (
     with_asked,
 )
 from hetis.planner.use_cases.surviving import check_survival, surviving_plan, with_losses
-from hetis.planner.use_cases.tightening import tightening_of, verified_plan
+from hetis.planner.use_cases.tightening import is_other_than_best, verified_plan
 from hetis.planner.use_cases.verification import misses, promising, verification_of
 from hetis.planner.use_cases.verify import MISSES_AT, RunReport, needs_verifying
 from hetis.planner.use_cases.versions import installed_versions
@@ -59,9 +59,10 @@ LEAST_TO_SIMULATE_S = 30.0  # however short the time limit; most plans of small 
 TO_SIMULATE_S = 120.0  # if no time limit was requested: a plan with attention workers that misses a limit needs minutes
 TO_SEARCH = 0.5  # share of the time left for another search: the rest is for the simulation of its plan
 TO_SURVIVE = 0.5  # share of the time left for each search for a plan that survives a loss: others may follow
+CUT_SHORT = 0.5  # share of the time limit of a search that its gap shows to have been cut short
 SHORT_TIME = 20.0  # times what the first plan's simulation took, about as long as a search for a lower rate may take
 PLACES = ("node", "zone")  # kinds of places whose loss a plan may have to survive
-MODEL_VALUE = "model_value"  # entry of `Plan.inputs`: the best plan's by the model, if a limit was tightened for this
+MODEL_VALUE = "model_value"  # entry of `Plan.inputs`: the best plan's by the model, if this is another
 CONSTRAINT_PRICES = "constraint_prices"  # entry of `Plan.inputs`: the cost of every constraint, if requested
 ONE_TOKEN = "requests have one output token, so that a limit on TPOT does not apply"
 STOPPED_EARLY = "stopped before its simulation ended: it is not known at which rate traffic keeps the limits"
@@ -336,20 +337,32 @@ def simulated_plan(
             spent_s += rest.elapsed_s()
         return describe(other, loaded, problem, settings)
 
+    def of_equal_stages() -> Plan | None:
+        if settings.strategy != DEFAULT_STRATEGY:
+            return None
+        equal = equal_stages.other_plan(plan, problem, settings.seed, _Spent(whole))
+        return None if equal is None else describe(equal, loaded, problem, settings)
+
+    def is_short() -> bool:
+        """Return whether another search may use up the time that is left, as this one has used up its own."""
+        was_cut_short = (
+            plan.result.gap > settings.gap_target and plan.result.solve_s > CUT_SHORT * settings.time_limit_s
+        )
+        return was_cut_short or whole.remaining_s() < SHORT_TIME * whole.elapsed_s()
+
     plan, again, asked = held_to(level, plan), again and not settings.survive, plan.objective
     plan = promising(plan)
     problem = replace(problem, objective=plan.objective)  # its demand is larger if a loss must be survived
     found = verified_plan(
         plan, problem, find if again else None, seed=settings.seed, cancelled=_Spent(whole),
-        report=simulation_report(plan, report),
-        is_short=lambda: whole.remaining_s() < SHORT_TIME * whole.elapsed_s(),
+        report=simulation_report(plan, report), is_short=is_short, equal_stages=of_equal_stages,
     )  # fmt: skip
     found, problem = replace(found, objective=asked), replace(problem, objective=asked)
     found = noted_if_stopped(found, cancelled, whole)
     simulated = verification_of(found)
     if again and simulated is not None and not simulated.kept and whole.is_spent() and not cancelled.is_set():
         found = replace(found, notes=(*found.notes, SEARCH_OUT_OF_TIME))
-    if tightening_of(found) is None:
+    if not is_other_than_best(found):
         return found
     found = replace(found, inputs={**found.inputs, MODEL_VALUE: plan.result.value})
     return _checked(found, problem, losses=losses)

@@ -1,4 +1,7 @@
-"""A better plan where simulated traffic misses a limit: engines with more seats, or a search with a tighter limit."""
+"""A better plan where simulated traffic misses a limit.
+
+Engines may have more seats, stages may be equal, or another search may have a tighter limit.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +21,9 @@ from hetis.solver.plan import Objective, Plan, SolveResult, Status
 from hetis.solver.problem import PlacementProblem
 
 TIGHTENED = "tightened"  # entry of `Plan.inputs`
+# Entry of `Plan.inputs`: true for a plan of equal stages that keeps more in simulation than the best plan by the model,
+# false if such a plan was simulated and keeps less than this one.
+EQUAL_STAGES_CHOSEN = "equal_stages_chosen"
 TTFT, TPOT = "TTFT p95", "TPOT mean"  # as shown in plans
 MORE_SEATS = (1.5, 2.0, 3.0, math.inf)  # times the planned seats, which are tried in turn if requests wait for them
 LESS_EXCESS = 0.98  # times what a latency is over its limit: at least so much better with more seats
@@ -52,13 +58,22 @@ def tightening_of(plan: Plan) -> Tightening | None:
         return None
 
 
+def is_other_than_best(plan: Plan) -> bool:
+    """Return whether a plan is shown for what it keeps in simulation, instead of the best one by the model."""
+    return tightening_of(plan) is not None or plan.inputs.get(EQUAL_STAGES_CHOSEN) is True
+
+
 def _never() -> bool:
     return False
 
 
+def _no_plan() -> None:
+    return None
+
+
 def verified_plan(
     plan: Plan, problem: PlacementProblem, find: Find | None, *, seed: int, cancelled: threading.Event,
-    report: RunReport, is_short: Callable[[], bool] = _never,
+    report: RunReport, is_short: Callable[[], bool] = _never, equal_stages: Callable[[], Plan | None] = _no_plan,
 ) -> Plan:  # fmt: skip
     """Return the plan as `verified` does or, if it misses a limit at its planned rate, a better one.
 
@@ -67,6 +82,9 @@ def verified_plan(
 
     If requests wait for seats, engines that may run more of them at once are simulated first (`with_more_seats`).
 
+    ``equal_stages`` returns the best plan of equal stages, if there is one; it is simulated next. It serves a little
+    less by the model, often from simpler replicas, whose latencies the model predicts better.
+
     ``find`` then searches again with the missed limit tightened (None: there is no other search). The first step is the
     ratio of the planned to the simulated latency, but at most 20%. The next is another step of this size if a limit is
     still missed, and half of it in the other direction if none is missed or there is no such plan. The result is the
@@ -74,8 +92,8 @@ def verified_plan(
     Its bound is that of the problem, since a tighter limit can only exclude plans.
 
     Lower rates of plans that miss a limit are simulated last, and only those at which such a plan would be the result.
-    Those of the first plan are simulated first if ``is_short`` says then that little time is left: another search may
-    use it up, and no rate would be known to keep the limits.
+    Those of the first plan, and of equal stages, are simulated before another search if ``is_short`` says then that it
+    may use up the time that is left: no rate would be known to keep the limits.
     """
     simulated = partial(_with_seats, problem=problem, seed=seed, cancelled=cancelled, report=report)
     first = simulated(plan)
@@ -84,14 +102,18 @@ def verified_plan(
     limit = None if find is None else _missed(first.found, plan)
     if find is None or limit is None:
         return _with_seats_noted(first.decided())
-    first = first.with_lower_rates() if is_short() else first
-    tried, step = [first], limit.planned_s / limit.asked_s
+    equal = None if cancelled.is_set() else equal_stages()
+    other = None if equal is None else simulated(_answering(plan, problem, equal, {EQUAL_STAGES_CHOSEN: True}))
+    tried = [one for one in (first, other) if one is not None]
+    if is_short():
+        tried = _with_lower_rates(tried)
+    step = limit.planned_s / limit.asked_s
     share, planned_s = step, _planned_s(plan, limit)
     for _ in range(SEARCHES):
         tightened = replace(limit, planned_s=share * planned_s)
         posed = replace(problem, objective=tightened.of(problem.objective))
         again = None if cancelled.is_set() else _found(find, posed)
-        other = None if again is None else simulated(_answering(plan, problem, again, tightened))
+        other = None if again is None else simulated(_answering(plan, problem, again, {TIGHTENED: asdict(tightened)}))
         tried += [] if other is None else [other]
         still_missed = other is not None and not other.found.kept
         share *= step if still_missed else step**-0.5
@@ -154,15 +176,30 @@ def _best(tried: Sequence[AtPlannedRate]) -> Plan:
     """
     best = max((one.decided() for one in tried if one.found.kept), key=_worth, default=None)
     missed = () if best is not None and not best.objective.maximises else [one for one in tried if not one.found.kept]
+    undecided = list[AtPlannedRate]()
     below_rps = None  # rate at and above which the first plan misses the limits, if that is known
     for one in reversed(missed):
         least_rps = 0.0 if best is None else _worth(best)[1]
         decided = one.decided(least_rps)
         best = decided if best is None else max(decided, best, key=_worth)
-        below_rps = None if verification_of(decided) is None else min(least_rps, one.found.rate_rps)
+        undecided += [] if verification_of(decided) is not None else [one]
+        below_rps = None if one in undecided else min(least_rps, one.found.rate_rps)
     assert best is not None, "each plan keeps or misses the limits"
-    other = tightening_of(best)
-    return best if other is None else replace(best, notes=(*best.notes, _sentence(tried[0], other, below_rps)))
+    if any(EQUAL_STAGES_CHOSEN in one.plan.inputs for one in tried if one not in undecided):
+        best = replace(best, inputs={EQUAL_STAGES_CHOSEN: False, **best.inputs})
+    return (
+        replace(best, notes=(*best.notes, _sentence(tried[0], best, below_rps))) if is_other_than_best(best) else best
+    )
+
+
+def _with_lower_rates(tried: Sequence[AtPlannedRate]) -> list[AtPlannedRate]:
+    """Return simulated plans with the lower rates of those that miss a limit, as far as they matter."""
+    least_rps = max((_worth(one.decided())[1] for one in tried if one.found.kept), default=0.0)
+    found = list[AtPlannedRate]()
+    for one in tried:
+        found.append(one.with_lower_rates(least_rps))
+        least_rps = max(least_rps, _kept_rps(found[-1].decided(least_rps)))
+    return found
 
 
 def _missed(found: Verification, plan: Plan) -> Tightening | None:
@@ -200,13 +237,15 @@ def _found(find: Find, problem: PlacementProblem) -> Plan | None:
     return plan if plan.replicas else None
 
 
-def _answering(first: Plan, problem: PlacementProblem, again: Plan, tried: Tightening) -> Plan:
-    """Return the plan for a tightened limit as one for the problem, with the first plan's bound and inputs."""
+def _answering(first: Plan, problem: PlacementProblem, again: Plan, why: Mapping[str, object]) -> Plan:
+    """Return another plan as one for the problem, with the first's family, bound and inputs, and ``why`` in them."""
     return replace(
         again,
+        strategy=first.strategy,
+        family=first.family,
         objective=problem.objective,
         result=_bounded(again.result, first.result, maximises=problem.objective.maximises),
-        inputs={**first.inputs, TIGHTENED: asdict(tried)},
+        inputs={**first.inputs, **why},
     )
 
 
@@ -216,13 +255,19 @@ def _bounded(result: SolveResult, first: SolveResult, *, maximises: bool) -> Sol
     return replace(found, status=status, solve_s=first.solve_s + result.solve_s)
 
 
-def _sentence(first: AtPlannedRate, tried: Tightening, below_rps: float | None) -> str:
-    result, asked = first.plan.result, in_seconds(tried.asked_s)
+def _sentence(first: AtPlannedRate, best: Plan, below_rps: float | None) -> str:
+    """Return why a plan is shown instead of the first one."""
+    value = f"{first.plan.result.value:.4g} {first.plan.result.unit}"
     this = "misses the limits" if below_rps is None else f"keeps the limits at less than {below_rps:.4g} requests/s"
+    tried = tightening_of(best)
+    if tried is None:
+        return (
+            f"of equal stages: simulated, the best plan by the model ({value}) {this}; the bound is that of all plans"
+        )
+    asked = in_seconds(tried.asked_s)
     return (
         f"planned for a {tried.name} of {in_seconds(tried.planned_s)} where {asked} are asked for: simulated, "
-        f"the best plan for {asked} by the model ({result.value:.4g} {result.unit}) {this}; the bound is "
-        f"that for {asked}"
+        f"the best plan for {asked} by the model ({value}) {this}; the bound is that for {asked}"
     )
 
 

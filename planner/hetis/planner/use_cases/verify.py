@@ -168,12 +168,15 @@ class AtPlannedRate(NamedTuple):
     # None: none of those tried. Raises `CancelledError`.
     kept_below: Callable[[float], KeptRate | None]
 
-    def with_lower_rates(self) -> AtPlannedRate:
-        """Return the same with lower rates searched now, if the plan misses a limit and this is not cancelled."""
+    def with_lower_rates(self, at_least_rps: float) -> AtPlannedRate:
+        """Return the same with lower rates searched now, if the plan misses a limit and this is not cancelled.
+
+        Rates below ``at_least_rps`` are not of interest.
+        """
         if self.found.kept:
             return self
         try:
-            kept = self.kept_below(0.0)
+            kept = self.kept_below(at_least_rps)
         except CancelledError:
             return self
         return self._replace(kept_below=lambda least: kept if kept is not None and kept.rate_rps >= least else None)
