@@ -258,6 +258,17 @@ def test_seats_of_a_decode_replica_are_taken_while_prompts_are_computed(apart: t
     assert queue.seats >= decoding + sum(one.in_flight for one in plan.replicas if one.role is Role.DECODE)
 
 
+def test_replicas_and_routes_without_a_rate_have_no_queue(apart: tuple[Plan, PlacementProblem]) -> None:
+    """`explain` shows plans that fail their check, too."""
+    plan, problem = apart
+    idle = tuple(replace(one, rate=0.0) for one in plan.kv_routes)
+    assert queueing(replace(plan, kv_routes=idle), problem) is None
+    stopped = tuple(replace(one, rate=0.0) if one.role is Role.DECODE else one for one in plan.replicas)
+    assert queueing(replace(plan, replicas=stopped), problem) is None
+    assert queueing(replace(plan, replicas=(), kv_routes=()), problem) is None
+    assert queueing(replace(plan, kv_routes=(*plan.kv_routes, idle[0])), problem) == queueing(plan, problem)
+
+
 def test_a_plan_that_was_not_simulated_says_that_requests_wait_too_long(
     few_seats: tuple[Plan, PlacementProblem],
 ) -> None:
