@@ -312,8 +312,10 @@ class _Building:
             holding_s = (self._iterations + self._computed / one.chunk_tokens) * iteration_s
             chunks = max(1.0, self._moments.mean_computed / one.chunk_tokens)
             iterations = one.in_flight / derived.round_trip_per_t  # of a request, in the saturated replica
-            beside = math.ceil(chunks / iterations) * one.in_flight
-            seats = one.planned_seats
+            beside, seats = math.ceil(chunks / iterations) * one.in_flight, one.planned_seats
+            most = self._problem.family.engine_settings.max_num_seqs
+            if most is not None:  # engines count a request from its first chunk on
+                beside = max(0, min(beside, most * one.attention_dp // one.in_flight * one.in_flight - seats))
         else:
             holding_s = self._iterations * iteration_s + under_way_s
             arriving = sum(self._arriving[number] for number in group.numbers) / len(group.numbers)
