@@ -121,6 +121,8 @@ class SharedQueue:
         self._step = -(-most // MOST_STATES)
         states = np.arange(self._step, most + self._step, self._step)
         self._rates = self._served(np.minimum(1.0, states / self.seats))
+        # With so many in flight, some have a seat of a decode replica and wait there, until fewer decode.
+        self._are_waiting = np.isclose(self._rates, self._rates[-1]) & (states < self.seats)
         saturated = [one.count * one.rates[-1] for one in replicas]
         self._holding_cv2 = float(np.average([one.holding_cv2 for one in replicas], weights=saturated))
         self._lanes = sum(one.lanes for one in prefills)
@@ -145,12 +147,14 @@ class SharedQueue:
         most_rps = float(self._rates[-1])
         if rate_rps >= most_rps:
             return Wait(probability=1.0, mean_s=math.inf)
-        weights = np.concatenate(([0.0], self._step * np.cumsum(np.log(rate_rps / self._rates))))
+        varies = (1.0 + self._holding_cv2) / 2.0
+        steps = np.log(rate_rps / self._rates) / np.where(self._are_waiting, varies, 1.0)
+        weights = np.concatenate(([0.0], self._step * np.cumsum(steps)))
         shares = np.exp(weights - weights.max())
         # In all further states the rate is the highest, so that their shares are a geometric series.
         full = float(shares[-1]) / (1.0 - rate_rps / most_rps)
         must_wait = full / (self._step * float(shares[:-1].sum()) + full)
-        return Wait(probability=must_wait, mean_s=(1.0 + self._holding_cv2) / 2.0 / (most_rps - rate_rps))
+        return Wait(probability=must_wait, mean_s=varies / (most_rps - rate_rps))
 
     def for_lanes(self, rate_rps: float) -> Wait:
         """Return the wait for a lane at a rate of arrivals."""
