@@ -312,7 +312,10 @@ def pools_of(stages: int) -> st.SearchStrategy[AttentionWorkerPool]:
     )
 
 
-ROUTES = st.builds(KvRoute, prefill=COUNTS, decode=COUNTS, rate=NOT_NEGATIVE)
+def routes_of(num_replicas: int) -> st.SearchStrategy[list[KvRoute]]:
+    numbers = st.integers(0, max(0, num_replicas - 1))
+    route = st.builds(KvRoute, prefill=numbers, decode=numbers, rate=NOT_NEGATIVE)
+    return st.lists(route, max_size=2 if num_replicas else 0)
 
 
 def replicas_of(role: Role, stages: int) -> st.SearchStrategy[ReplicaPlan]:
@@ -368,13 +371,14 @@ def plans(draw: st.DrawFn) -> Plan:
         as_attention_workers=COUNTS,
         dual=finite,
     )
+    replicas = draw(st.lists(REPLICAS, max_size=2))
     return Plan(
         strategy=draw(TITLES),
         family=draw(TEXTS),
         result=result,
         objective=objective,
-        replicas=tuple(draw(st.lists(REPLICAS, max_size=2))),
-        kv_routes=tuple(draw(st.lists(ROUTES, max_size=2))),
+        replicas=tuple(replicas),
+        kv_routes=tuple(draw(routes_of(len(replicas)))),
         prices=tuple(draw(st.lists(price, max_size=2))),
         runners_up=tuple(draw(st.lists(st.builds(RunnerUp, shape=TEXTS, rate=finite, reason=TEXTS), max_size=2))),
         notes=tuple(draw(st.lists(TEXTS, max_size=2))),

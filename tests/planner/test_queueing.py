@@ -32,7 +32,7 @@ from hetis.solver.placement.explanation import explain_plan
 from hetis.solver.placement.families import STRATEGIES
 from hetis.solver.plan import Objective, Plan, Role
 from hetis.solver.planning import solve_placement
-from hetis.solver.problem import PlacementProblem
+from hetis.solver.problem import EngineSettings, PlacementProblem
 from tests.planner.test_reports import text_of
 from tests.solver.instances import SMALL_FAMILY, make_node, make_problem, make_profile, make_workload
 
@@ -256,6 +256,30 @@ def test_seats_of_a_decode_replica_are_taken_while_prompts_are_computed(apart: t
     assert queue is not None
     decoding = sum(one.planned_seats for one in plan.replicas if one.role is Role.DECODE)
     assert queue.seats >= decoding + sum(one.in_flight for one in plan.replicas if one.role is Role.DECODE)
+
+
+def test_engines_with_a_given_number_of_seats_compute_prompts_in_them(few_seats: tuple[Plan, PlacementProblem]) -> None:
+    plan, problem = few_seats
+    limited = replace(problem, family=problem.family.at(EngineSettings(max_num_seqs=4)))
+    waits, longer = queueing(plan, problem), queueing(plan, limited)
+    assert waits is not None
+    assert longer is not None
+    assert longer.must_wait > waits.must_wait
+    rate_rps = 0.6 * default_rate(plan, limited)
+    queue = request_queue(plan, limited)
+    assert queue is not None
+    assert 1 / 1.4 < queue.ttft_p95_s(rate_rps) / simulated_p95_s(plan, limited, rate_rps) < 1.4
+
+
+def test_replicas_and_routes_without_a_rate_have_no_queue(apart: tuple[Plan, PlacementProblem]) -> None:
+    """`explain` shows plans that fail their check, too."""
+    plan, problem = apart
+    idle = tuple(replace(one, rate=0.0) for one in plan.kv_routes)
+    assert queueing(replace(plan, kv_routes=idle), problem) is None
+    stopped = tuple(replace(one, rate=0.0) if one.role is Role.DECODE else one for one in plan.replicas)
+    assert queueing(replace(plan, replicas=stopped), problem) is None
+    assert queueing(replace(plan, replicas=(), kv_routes=()), problem) is None
+    assert queueing(replace(plan, kv_routes=(*plan.kv_routes, idle[0])), problem) == queueing(plan, problem)
 
 
 def test_a_plan_that_was_not_simulated_says_that_requests_wait_too_long(

@@ -91,8 +91,8 @@ class Deployment(ClusterSettings):
     name: str  # name of the replica, and prefix of the names of its objects
     image: str  # image of the engine; has the plugin if there are attention workers
     worker_image: str  # an image with `hetis[worker]`
-    # Names of the replicas that exchange KV with this one. Empty: unknown; any hetis replica in the namespace may.
-    kv_partners: tuple[str, ...] = ()
+    # Names of the replicas that exchange KV with this one. None: unknown; any hetis replica in the namespace may.
+    kv_partners: tuple[str, ...] | None = None
 
     def wrong(self, model: str, *, has_workers: bool = True, model_option: str = "--model-path") -> list[str]:
         """Return what is wrong with these settings, in terms of the command-line options.
@@ -239,7 +239,8 @@ class ReplicaObjects:
     def around(self) -> list[dict[str, Any]]:
         """Return the objects around the pods: the plugin's file, the front end's Service and the network policies."""
         config = [self.config()] if self._layout.workers else []
-        exchange = [self.towards_kv()] if self._layout.role is not Role.UNIFIED else []
+        exchanges = self._layout.role is not Role.UNIFIED and self._of.kv_partners != ()
+        exchange = [self.towards_kv()] if exchanges else []
         return [*config, self.front(), self.inside(), self.towards_front(), *exchange]
 
     def config(self) -> dict[str, Any]:
@@ -270,7 +271,7 @@ class ReplicaObjects:
         transport chooses the ports. Access is therefore limited to the pods of the partners.
         """
         partners: dict[str, Any] = {"matchLabels": {_NAME_LABEL: "hetis"}}
-        if self._of.kv_partners:
+        if self._of.kv_partners is not None:
             names = {"key": _INSTANCE_LABEL, "operator": "In", "values": list(self._of.kv_partners)}
             partners = {"matchExpressions": [names]}
         return self._policy(f"{self._of.name}-kv", self.labels(), {"from": [{"podSelector": partners}]})

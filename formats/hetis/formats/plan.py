@@ -166,6 +166,18 @@ def _check(data: Mapping[str, Any]) -> Found:
         for name, lacks_it in (("micro_batch", "prefill"), ("chunk_tokens", "decode")):
             if replica.get(name) == 0 and role in ("unified", "prefill", "decode") and role != lacks_it:
                 yield ("replicas", i, name), f"is 0, must be >= 1 on a {role} replica"
+    yield from _check_routes(data)
+
+
+def _check_routes(data: Mapping[str, Any]) -> Found:
+    """Yield ends of routes that are no replica of the plan."""
+    replicas = data.get("replicas")
+    for i, route in entries(data.get("kv_routes")):
+        for end in ("prefill", "decode"):
+            number = route.get(end)
+            if isinstance(replicas, list) and isinstance(number, int) and number >= len(replicas):
+                has = f"replicas 0 to {len(replicas) - 1}" if replicas else "no replica"
+                yield ("kv_routes", i, end), f"is {number}, the plan has {has}"
 
 
 def _check_pools(replica: Mapping[str, Any], number: int) -> Found:

@@ -381,6 +381,18 @@ def test_every_stage_of_a_prefill_replica_can_be_asked_for_kv_by_decode_replicas
     assert [ports_from(stranger, one, policies) for one in prefill].count([[8000]]) == 1, "the front"
 
 
+@pytest.mark.parametrize("target", [ExportTarget.KUBERNETES, ExportTarget.LWS])
+def test_nobody_is_asked_for_kv_if_all_who_would_ask_are_left_out(target: ExportTarget) -> None:
+    left_out = replace(DECODES[0], stages=(on("Node/0"),))  # no node of Kubernetes has capital letters
+    plan = made_of(PREFILL, left_out, replica(on("f/0")), routes=(KvRoute(prefill=0, decode=1, rate=2.0),))
+    files = exported(plan, target, hosts={}).files
+    policies = [one for one in reading.manifests(files) if one["kind"] == "NetworkPolicy"]
+    of_others = {"app.kubernetes.io/name": "hetis", "app.kubernetes.io/instance": "hetis-r2"}
+    prefill = [labels for labels in labels_of_pods(files) if labels["app.kubernetes.io/instance"] == "hetis-r0"]
+    assert len(prefill) == 2
+    assert all(None not in ports_from(of_others, one, policies) for one in prefill)
+
+
 def test_gpus_of_a_mixed_node_are_chosen_by_others() -> None:
     chooses = {
         **dict.fromkeys(IN_CLUSTERS, "which of them a pod gets, the device plugin decides"),

@@ -6,6 +6,8 @@ import pytest
 
 from hetis.planner.failures import Reason, ServiceError
 from hetis.planner.fleet.changes import ChangeCoordinator, Phase, State, gpus_of_copy, parts_of
+from hetis.planner.fleet.hubs import Hubs
+from hetis.planner.fleet.views import publish
 from hetis.v1 import change_pb2, redispatch_pb2, replica_pb2, report_pb2
 from tests.planner.fleet.samples import REPLICA, change, shape
 from tests.planner.fleet.world import World
@@ -281,3 +283,14 @@ def test_a_look_at_nodes_that_never_connected_makes_no_links() -> None:
         cluster.ask_head_maps(REPLICA)
     world.settle()
     assert not cluster.links
+
+
+async def test_a_change_is_published_after_the_replica_that_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    world, hubs = World(), Hubs(1)
+    world.serve()
+    cluster = world.planner.cluster
+    redispatch = ("redispatch", cluster.changes.under_way[world.propose()].body.name)
+    monkeypatch.setattr(cluster, "take_shown", lambda: [redispatch, ("replica", REPLICA)])
+    publish(cluster, hubs, now_s=0.0)
+    events = await anext(hubs.cluster(cluster.name).watch())
+    assert [event.key for event in events] == [("replica", REPLICA), redispatch]

@@ -322,6 +322,15 @@ def test_an_agent_that_takes_nothing_is_not_kept_in_memory_for_ever() -> None:
     assert not heavy.send([heavy_message] * (fleets.MOST_BYTES // len(text) + 1))
 
 
+async def test_streams_that_end_with_one_error_do_not_gather_each_others_frames() -> None:
+    streams, error = [Stream("s") for _ in range(3)], ServiceError(Reason.ERROR_REASON_NOT_LEADER, "the term is over")
+    for stream in streams:
+        stream.end(error)
+        with pytest.raises(ServiceError) as ended:
+            await anext(stream.messages())
+        assert len(ended.traceback) == 2
+
+
 def test_a_reason_that_only_a_newer_agent_knows_is_an_answer_like_any_other(world: World) -> None:
     world.propose()
     (message,) = world.to_agent["c"]

@@ -102,6 +102,13 @@ async def test_what_is_refused_is_told_with_its_caller_and_reason(tmp_path: Path
         await failure_of(stub.GetCluster(pb.GetClusterRequest(), timeout=10, metadata=metadata))  # not a change
         who = {"caller": "curious", "role": "viewer"}
         assert told == [AuditedChange(**who, method="DeleteCluster", resource="clusters/night", outcome="ROLE")]
+        malformed = planner.channel.unary_unary("/hetis.v1.ClusterService/DeleteCluster")
+        error = await failure_of(malformed(b"\x0a\xff", timeout=10, metadata=metadata))
+        assert error.details() == said  # the role comes first, and such a request has no resource
+        assert told[1:] == [AuditedChange(**who, method="DeleteCluster", outcome="ROLE")]
+        endless = pb.DeleteClusterRequest(name="\0" * 10**6, request_id="x" * 10**6)
+        await failure_of(stub.DeleteCluster(endless, timeout=10, metadata=metadata))
+        assert (told[2].resource, told[2].request_id) == ("\\u0000" * 200, "x" * 64)
 
         def stand_by(_method: str) -> None:
             raise ServiceError(Reason.ERROR_REASON_NOT_LEADER, "another planner leads")
@@ -110,7 +117,7 @@ async def test_what_is_refused_is_told_with_its_caller_and_reason(tmp_path: Path
         planner.calls.answer_for(require_leader=stand_by, on_refusal=told.append)
         error = await failure_of(stub.DeleteCluster(delete, timeout=10, metadata=metadata))
         assert reason_of(error) == "NOT_LEADER"
-        assert len(told) == 1
+        assert len(told) == 3
 
 
 def test_what_a_caller_wrote_is_printable_in_the_line_of_its_refusal() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import traceback
 from contextlib import suppress
 from typing import Any
 
@@ -346,6 +347,18 @@ async def test_strangers_may_have_a_hundred_streams_open() -> None:
         await stub.Check(health_pb2.HealthCheckRequest(), timeout=5)
         for each in watches:
             each.cancel()
+
+
+async def test_streams_that_end_with_one_error_do_not_gather_each_others_frames() -> None:
+    error, num_frames = ServiceError(Reason.ERROR_REASON_NOT_LEADER, "the term is over"), set[int]()
+    async with served() as planner:
+        for _ in range(3):
+            stream = watch(planner, "plans/p")
+            await stream.read()
+            await planner.calls.end_streams(error)
+            assert reason_of(await failure_of(stream)) == "NOT_LEADER"
+            num_frames.add(len(list(traceback.walk_tb(error.__traceback__))))
+    assert len(num_frames) == 1
 
 
 async def test_a_token_that_is_taken_back_or_expires_ends_its_streams_and_no_others() -> None:

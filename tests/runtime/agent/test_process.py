@@ -11,11 +11,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
+from hetis.engines.errors import OptionError
+from hetis.planner.convert import names
 from hetis.runtime.agent.executor import SocketExecutor
+from hetis.runtime.agent.options import checked_node
 from hetis.v1.agent_service_pb2 import ConnectNodeRequest, ConnectNodeResponse, StateRequest
 from hetis.v1.change_pb2 import Change, ChangePhase
 from hetis.v1.executor_service_pb2 import ReadHeadMapsRequest
@@ -289,6 +293,23 @@ sys.exit(main())
         agent.kill()
         agent.wait()
     assert "Traceback" not in processes.log()
+
+
+@pytest.mark.parametrize(
+    ("name", "is_known"),
+    [
+        ("clusters/c/nodes/größe_7.rack", True),
+        (f"clusters/c/nodes/{'n' * 200}", True),
+        (f"clusters/c/nodes/{'n' * 201}", False),
+        ("clusters/c/nodes/_n", False),
+        ("clusters/c-/nodes/n", False),
+        ("clusters/c/nodes/a/b", False),
+    ],
+)
+def test_every_node_that_a_cluster_may_have_can_have_an_agent(name: str, is_known: bool) -> None:
+    assert names.NODE.matches(name) == is_known
+    with nullcontext() if is_known else pytest.raises(OptionError, match="must be clusters/CLUSTER/nodes/NODE"):
+        checked_node(name)
 
 
 @pytest.mark.parametrize(

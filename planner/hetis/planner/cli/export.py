@@ -204,7 +204,6 @@ def upstreams(terminal: Terminal, client: Client, *, asked: UpstreamOptions) -> 
     agents. If none has reported by then, no list is written, and the exit code is 6. If some have, those are listed,
     unless --out has a list already: it is kept, and the exit code is 6. With --follow it is kept until all have.
     """
-
     if asked.to == "litellm" and not asked.model:
         raise typer.BadParameter("--to litellm needs --model, the name that clients use")
     try:

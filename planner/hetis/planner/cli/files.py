@@ -56,7 +56,6 @@ def init(
     force: Annotated[bool, typer.Option("--force", help="Overwrite existing files.")] = False,
 ) -> ExitCode:
     """Write a sample cluster and workload file."""
-
     targets = {directory / name: text for name, text in SAMPLES.items()}
     refuse_overwriting(*targets, force=force)
     if not directory.is_dir():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import cache
 
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.internal.enum_type_wrapper import EnumTypeWrapper
@@ -27,8 +28,12 @@ class NameForm:
     text: str
 
     def matches(self, name: str) -> bool:
-        pattern = re.sub(r"\{(\w+)\}", lambda found: _PARTS.get(found[1], ID), self.text)
-        return re.fullmatch(pattern, name) is not None
+        return _pattern(self.text).fullmatch(name) is not None
+
+
+@cache  # names are checked in every call, a certificate's as well
+def _pattern(form: str) -> re.Pattern[str]:
+    return re.compile(re.sub(r"\{(\w+)\}", lambda found: _PARTS.get(found[1], ID), form))
 
 
 _PARTS = {"node": _NODE_ID, "replica": _MADE_ID, "redispatch": _MADE_ID}

@@ -80,7 +80,7 @@ class Stream:
             self._has_news.clear()
             await self._has_news.wait()
         if self._error is not None:
-            raise self._error
+            raise self._error.with_traceback(None)  # which would grow with every stream of a lost term
 
 
 _log = logging.getLogger("hetis.planner.fleet")

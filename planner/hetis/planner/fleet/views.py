@@ -85,7 +85,7 @@ def publish(cluster: ClusterFleet, hubs: Hubs, *, now_s: float) -> None:
     if not shown:
         return
     hub = hubs.cluster(cluster.name)
-    for kind, name in shown:
+    for kind, name in sorted(shown, key=lambda one: one[0] == "redispatch"):  # after the replicas that name them
         if kind == "node":
             # Publish only the node's name: watchers read its state when they are ready for it.
             is_gone = last_part(name) not in cluster.leases

@@ -206,7 +206,7 @@ class Calls(grpc.aio.ServerInterceptor):
             self._streams.pop(stream, None)
             ended = self._ended.pop(stream, None)
         if ended is not None:
-            raise ended
+            raise ended.with_traceback(None)  # which would grow with every stream of a lost term
         self._require_leader(method)  # otherwise the end of a term would look like the end of the watched resource
         if self.is_draining:
             # The stream may have ended for another reason at this very moment; the caller will see that when it

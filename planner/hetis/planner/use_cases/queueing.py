@@ -121,6 +121,8 @@ class SharedQueue:
         self._step = -(-most // MOST_STATES)
         states = np.arange(self._step, most + self._step, self._step)
         self._rates = self._served(np.minimum(1.0, states / self.seats))
+        # With so many in flight, some have a seat of a decode replica and wait there, until fewer decode.
+        self._are_waiting = np.isclose(self._rates, self._rates[-1]) & (states < self.seats)
         saturated = [one.count * one.rates[-1] for one in replicas]
         self._holding_cv2 = float(np.average([one.holding_cv2 for one in replicas], weights=saturated))
         self._lanes = sum(one.lanes for one in prefills)
@@ -145,12 +147,14 @@ class SharedQueue:
         most_rps = float(self._rates[-1])
         if rate_rps >= most_rps:
             return Wait(probability=1.0, mean_s=math.inf)
-        weights = np.concatenate(([0.0], self._step * np.cumsum(np.log(rate_rps / self._rates))))
+        varies = (1.0 + self._holding_cv2) / 2.0
+        steps = np.log(rate_rps / self._rates) / np.where(self._are_waiting, varies, 1.0)
+        weights = np.concatenate(([0.0], self._step * np.cumsum(steps)))
         shares = np.exp(weights - weights.max())
         # In all further states the rate is the highest, so that their shares are a geometric series.
         full = float(shares[-1]) / (1.0 - rate_rps / most_rps)
         must_wait = full / (self._step * float(shares[:-1].sum()) + full)
-        return Wait(probability=must_wait, mean_s=(1.0 + self._holding_cv2) / 2.0 / (most_rps - rate_rps))
+        return Wait(probability=must_wait, mean_s=varies / (most_rps - rate_rps))
 
     def for_lanes(self, rate_rps: float) -> Wait:
         """Return the wait for a lane at a rate of arrivals."""
@@ -231,13 +235,13 @@ def _p95(share_longer: Callable[[float], float]) -> float:
 
 
 def request_queue(plan: Plan, problem: PlacementProblem) -> RequestQueue | None:
-    """Return the queue of a plan; None if it is empty."""
+    """Return the queue of a plan; None if it serves nothing."""
     queues = tuple(_Building(with_all_seats(plan, problem), problem).queues())
     return RequestQueue(*queues) if queues else None
 
 
 def queueing(plan: Plan, problem: PlacementProblem) -> Queueing | None:
-    """Return the waits at the rate that a plan promises; None if the plan is empty."""
+    """Return the waits at the rate that a plan promises; None if it serves nothing."""
     queue = request_queue(plan, problem)
     return None if queue is None else queue.at(default_rate(plan, problem))
 
@@ -256,10 +260,11 @@ class _Building:
         self._computed = prompts - np.minimum(workload.prefix_hit_rate * prompts, prompts - 1.0)
         self._iterations = np.array([one.output_tokens for one in workload.bins]) / problem.model.emitted_tokens
         self._sent_rps = [one.rate if one.role is Role.UNIFIED else 0.0 for one in plan.replicas]
-        for route in plan.kv_routes:
+        routes = [route for route in plan.kv_routes if route.rate]  # a plan that fails its check may have others
+        for route in routes:
             self._sent_rps[route.prefill] += route.rate
         self._arriving = [0.0] * len(plan.replicas)  # prompts that others compute for each replica at once
-        for route in plan.kv_routes:
+        for route in routes:
             sender = plan.replicas[route.prefill]
             under_way = sender.in_flight * max(1.0, sender.chunk_tokens / self._moments.mean_computed)
             self._arriving[route.decode] += under_way * route.rate / self._sent_rps[route.prefill]
@@ -269,11 +274,12 @@ class _Building:
         """Yield the queue of the unified replicas and that of the others, if the plan has such."""
         for prefill, decode in ((Role.UNIFIED, Role.UNIFIED), (Role.PREFILL, Role.DECODE)):
             prefills = [self._prefills(group) for group in self._groups if group.first.role is prefill]
-            if prefills := [one for one in prefills if one.rate_rps]:
+            prefills = [one for one in prefills if one.rate_rps]
+            groups = [group for group in self._groups if group.first.role is decode and group.rate]
+            if prefills and groups:
                 under_way_s = np.average(
                     [one.crowded_s for one in prefills], weights=[one.rate_rps for one in prefills], axis=0
                 )
-                groups = (group for group in self._groups if group.first.role is decode and group.rate)
                 seats = [self._seats(group, under_way_s) for group in groups]
                 yield SharedQueue(seats, prefills, self._weights, self._moments.computed_cv2)
 
@@ -310,8 +316,10 @@ class _Building:
             holding_s = (self._iterations + self._computed / one.chunk_tokens) * iteration_s
             chunks = max(1.0, self._moments.mean_computed / one.chunk_tokens)
             iterations = one.in_flight / derived.round_trip_per_t  # of a request, in the saturated replica
-            beside = math.ceil(chunks / iterations) * one.in_flight
-            seats = one.planned_seats
+            beside, seats = math.ceil(chunks / iterations) * one.in_flight, one.planned_seats
+            most = self._problem.family.engine_settings.max_num_seqs
+            if most is not None:  # engines count a request from its first chunk on
+                beside = max(0, min(beside, most * one.attention_dp // one.in_flight * one.in_flight - seats))
         else:
             holding_s = self._iterations * iteration_s + under_way_s
             arriving = sum(self._arriving[number] for number in group.numbers) / len(group.numbers)

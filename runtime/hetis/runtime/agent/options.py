@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from hetis.runtime.agent.launched.parts import EngineSettingsDocument
 
 T = TypeVar("T")
-_NODE = re.compile(r"clusters/[a-z0-9][a-z0-9-]{0,62}/nodes/[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
+# The form of the planner's names of nodes
+_NODE = re.compile(r"clusters/[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?/nodes/[^\W_][\w.-]{0,199}")
 _TOKEN_VARIABLE = "HETIS_AGENT_TOKEN"
 LEAST_WAIT_S, MOST_WAIT_S = 0.5, 30.0
 MOST_WAIT_FOR_LEADER_S = 4.0  # longest wait while planners answer and one of them is about to lead

@@ -8,7 +8,6 @@ from collections.abc import Iterable, Iterator
 from hetis.solver.check.fleet import Fleet, is_in
 from hetis.solver.check.violation import Rule, Violation
 from hetis.solver.constraints import (
-    DUTY_OF_ROLE,
     AtMost,
     Duty,
     Exclude,
@@ -25,6 +24,8 @@ from hetis.solver.plan import Plan, ReplicaPlan, Role, StagePlan
 from hetis.solver.problem import PlacementProblem
 
 RELATIVE = 1e-6  # tolerance for the rounding of sums
+# A table of its own, as the search may be wrong in its.
+_DUTIES = {Role.UNIFIED: Duty.UNIFIED, Role.PREFILL: Duty.PREFILL, Role.DECODE: Duty.DECODE}
 
 
 def check_constraints(plan: Plan, problem: PlacementProblem, fleet: Fleet) -> list[Violation]:
@@ -87,7 +88,7 @@ def _duties(gpus: Selection, replicas: Iterable[ReplicaPlan], fleet: Fleet) -> d
             duty = Duty.PRIMARY if isinstance(part, StagePlan) else Duty.WORKER
             for name in part.devices:
                 if name in fleet.devices and is_in(gpus, fleet.devices[name]):
-                    found[name] |= {duty, DUTY_OF_ROLE[replica.role]}
+                    found[name] |= {duty, _DUTIES[replica.role]}
     return dict(sorted(found.items()))
 
 
