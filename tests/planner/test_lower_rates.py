@@ -16,7 +16,7 @@ from hetis.planner.use_cases.lower_rates import CancelledError, LowerRates
         (98.0, 85.0, 0.0, 82.45),  # tries 97, and 85% of that
         (98.0, 75.0, 0.0, 71.54),  # keeps 70% of 97 and misses 85%, so it tries 77.5% and 73.75%
         (98.0, 77.0, 70.0, 76.23),  # keeps 70, so it tries halfway to 85% of 97
-        (70.0, 90.0, 0.0, 88.12),  # longer runs keep more, in steps of 7%
+        (70.0, 90.0, 0.0, 85.14),  # longer runs keep more, in steps of 7%
         (20.0, 90.0, 0.0, 27.94),  # up to five of them
         (98.0, 200.0, 0.0, 97.0),  # but nothing is tried at or above the rate that misses
         (70.0, 30.0, 0.0, None),  # short runs mislead too much

@@ -10,8 +10,7 @@ from typing import NamedTuple
 BELOW = (0.97, 0.94, 0.88, 0.76, 0.5, 0.25, 0.125)  # shares of a rate that misses a limit, which are tried in turn
 PRECISE = 1 / 64  # the search ends when a rate that misses a limit is so little above one that keeps them
 LESS = (0.97, 0.94, 0.91, 0.85, 0.7, 0.5)  # shares of a rate that kept in short runs but not in long ones
-COARSE = 0.07  # the step above a rate that kept in long runs
-FINE = 0.04  # a larger step between a rate that kept in long runs and one that did not is halved
+COARSE = 0.07  # a larger step between two of these shares is searched for a rate in between; also the step above it
 MOST_HIGHER = 5  # such steps above a rate that kept in long runs at once
 
 
@@ -82,11 +81,9 @@ class LowerRates:
         if self._is_sure(rate_rps):
             with suppress(CancelledError):
                 for _ in range(MOST_HIGHER):
-                    higher_rps = min((1.0 + COARSE) * rate_rps, below_rps)
-                    if higher_rps == below_rps or not self._is_sure(higher_rps):
-                        middle_rps = (rate_rps + higher_rps) / 2.0
-                        is_far = higher_rps > (1.0 + FINE) * rate_rps
-                        return middle_rps if is_far and self._is_sure(middle_rps) else rate_rps
+                    higher_rps = (1.0 + COARSE) * rate_rps
+                    if higher_rps >= below_rps or not self._is_sure(higher_rps):
+                        break
                     rate_rps = higher_rps
             return rate_rps
         kept = missed = 1.0  # shares of the rate
@@ -99,7 +96,7 @@ class LowerRates:
         else:
             return None
         with suppress(CancelledError):
-            while missed - kept > FINE:
+            while missed - kept > COARSE:
                 middle = (missed + kept) / 2.0
                 kept, missed = (middle, missed) if self._is_sure(middle * rate_rps) else (kept, middle)
         return kept * rate_rps
