@@ -8,7 +8,7 @@ arrivals. A row is one such run: ``queueing_s`` is p95 of the time until a promp
 ``seat_s`` and ``lane_s`` are the model's p95 waits. The quotients are the planned p95 TTFT and that of the model over
 the simulated one. The last rows summarise the runs of plans with and without separate replicas for prefill and decode
 at each share: medians, ``low`` and ``high``, between which 8 in 10 quotients of the model are, and how many quotients
-are between 1/2 and 2. The model was made on plans of seed 0; the table is of others.
+are between 1/2 and 2. The form of the model was chosen with other plans.
 """
 
 from __future__ import annotations
