@@ -489,6 +489,18 @@ def test_a_single_limit_is_not_called_both(pair: Placed) -> None:
         assert "both" not in output(alone)
 
 
+def test_a_limit_that_is_kept_up_to_chance_is_said_to_be_exceeded(pair: Placed) -> None:
+    plan, _ = pair
+    limit_s = plan.objective.tpot_limit_s
+    assert limit_s is not None
+    over = {**plan.inputs[VERIFICATION], "kept": True, "tpot_mean_s": 1.01 * limit_s}
+    shown = f"TPOT mean {seconds(1.01 * limit_s)}"
+    kept = replace(plan, inputs={**plan.inputs, VERIFICATION: over})
+    assert f"{shown} (over {seconds(limit_s)} by chance)" in drawn(kept)
+    within = replace(plan, inputs={**plan.inputs, VERIFICATION: {**over, "tpot_mean_s": limit_s}})
+    assert "by chance" not in drawn(within)
+
+
 def test_without_limits_or_when_nobody_waits_nothing_is_simulated(pair: Placed) -> None:
     plan, problem = pair
     bare = replace(plan, inputs={})

@@ -352,9 +352,11 @@ def _simulated(found: plan_pb2.Verification, spec: plan_pb2.PlanSpec) -> Text:
     remarks = SimulationRemarks(share, found.too_short, found.dispatched)
     if not found.kept:
         return missed_words(found.rate_rps, found.misses, kept_rps, remarks)
+    ttft_s = found.ttft_s if found.HasField("ttft_s") else found.ttft_p95_s
+    tpot_s = found.tpot_s if found.HasField("tpot_s") else found.tpot_mean_s
     latencies = (
-        (f"TTFT {spec.ttft_statistic or 'p95'}", found.ttft_s if found.HasField("ttft_s") else found.ttft_p95_s),
-        (f"TPOT {spec.tpot_statistic or 'mean'}", found.tpot_s if found.HasField("tpot_s") else found.tpot_mean_s),
+        f"TTFT {spec.ttft_statistic or 'p95'} {seconds(ttft_s)}",
+        f"TPOT {spec.tpot_statistic or 'mean'} {seconds(tpot_s)}",
     )
     within = f"{percent(found.attainment)} of the requests within all limits"
     return kept_words(found.rate_rps, latencies, within, kept_rps, remarks)

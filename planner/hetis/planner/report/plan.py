@@ -55,7 +55,7 @@ from hetis.planner.use_cases.equal_stages import EQUAL_STAGES, SIMPLE_SETUPS, ke
 from hetis.planner.use_cases.grouping import ReplicaGroup, group_replicas, number_ranges
 from hetis.planner.use_cases.place import MODEL_VALUE, OUT_OF_TIME, stopped_simulation_of
 from hetis.planner.use_cases.robustness.profile_errors import Predicted, predicted_of
-from hetis.planner.use_cases.service_level import DEFAULT, Latency, service_level_of
+from hetis.planner.use_cases.service_level import DEFAULT, Latency, limits_of, service_level_of
 from hetis.planner.use_cases.sources import (
     CONSTRAINTS,
     ENGINE_SETTINGS,
@@ -592,7 +592,14 @@ def simulated_words(plan: Plan) -> Text | None:
     remarks = SimulationRemarks.of(found)
     if found.kept:
         shown = [one for one in Latency if one is Latency.TTFT or _has_tpot(plan)]
-        latencies = ((f"{one} {level.statistic(one)}", found.seconds(one)) for one in shown)
+        limits_s = {} if level.attainment is not None else limits_of(plan.objective)
+
+        def words_of(latency: Latency) -> str:
+            value_s, limit_s = found.seconds(latency), limits_s.get(latency, math.inf)
+            over = f" (over {seconds(limit_s)} by chance)" if value_s > limit_s else ""
+            return f"{latency} {level.statistic(latency)} {seconds(value_s)}{over}"
+
+        latencies = map(words_of, shown)
         return kept_words(found.rate_rps, latencies, attained(found, plan), found.kept_rps, remarks)
     return missed_words(found.rate_rps, misses(found, plan), found.kept_rps, remarks)
 

@@ -12,7 +12,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from hetis.planner.report.figures import digits, percent, seconds
+from hetis.planner.report.figures import digits, percent
 
 if TYPE_CHECKING:
     from hetis.planner.use_cases.verification import Verification
@@ -130,12 +130,10 @@ def _part_words(share: float) -> str:
 
 
 def kept_words(
-    rate_rps: float, latencies: Iterable[tuple[str, float]], share: str, kept_rps: float | None,
-    remarks: SimulationRemarks,
+    rate_rps: float, latencies: Iterable[str], share: str, kept_rps: float | None, remarks: SimulationRemarks
 ) -> Text:  # fmt: skip
     """Return a sentence about a simulated plan that keeps its limits: latencies, and the share of requests in time."""
-    named = ", ".join(f"{name} {seconds(value_s)}" for name, value_s in latencies)
-    words = f" at {digits(rate_rps, 4)} requests/s: {named}; {share}{kept_beyond(rate_rps, kept_rps)}"
+    words = f" at {digits(rate_rps, 4)} requests/s: {', '.join(latencies)}; {share}{kept_beyond(rate_rps, kept_rps)}"
     return Text.assemble(("limits kept", "yellow" if remarks.too_short else "green"), words, remarks.text())
 
 
