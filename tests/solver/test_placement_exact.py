@@ -9,11 +9,12 @@ from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hetis.solver.budget import Budget
+from hetis.solver.budget import Budget, SearchSettings
 from hetis.solver.check import check_plan
 from hetis.solver.check.fleet import Fleet, replica_shape
 from hetis.solver.check.rederive import Rederivation
@@ -22,8 +23,10 @@ from hetis.solver.errors import InfeasibleError
 from hetis.solver.model import AttentionKind, DraftShape, IndexerShape, LinearShape, MlaShape, MoeShape
 from hetis.solver.placement import search
 from hetis.solver.placement.exact import solve_exactly
+from hetis.solver.placement.explanation.alternatives import runners_up_of
 from hetis.solver.placement.families import STRATEGIES
 from hetis.solver.placement.outcome import Outcome
+from hetis.solver.placement.tabulation import build_cost_tables
 from hetis.solver.plan import Objective, ObjectiveKind, Plan, Status
 from hetis.solver.planning import solve_placement
 from hetis.solver.problem import PlacementProblem
@@ -437,3 +440,19 @@ def test_runners_up_have_all_layers_of_the_model() -> None:
     assert shapes
     for shape in shapes:
         assert sum(map(int, re.findall(r" L(\d+)", shape))) == problem.model.num_layers
+
+
+def test_only_a_proof_says_that_no_whole_number_of_a_shape_makes_a_better_plan() -> None:
+    """A shape worth its GPUs at the prices is left out of the best plan by rounding, of others perhaps by chance."""
+    costs = build_cost_tables(make_problem([make_node("a", "A", gpus=4)], family=SMALL_FAMILY))
+    outcome = search.search(costs, SearchSettings())
+    assert outcome is not None
+    worth_it = replace(outcome, runners_up=outcome.runners_up[:1], row_prices=np.zeros_like(outcome.row_prices))
+    for status, claim in [
+        (Status.OPTIMAL, "no whole number of it"),
+        (Status.FEASIBLE, "no better plan with it was found"),
+    ]:
+        (shape,) = runners_up_of(costs, worth_it, status)
+        assert claim in shape.reason
+    (shape,) = runners_up_of(costs, replace(worth_it, row_prices=1e9 + worth_it.row_prices), Status.FEASIBLE)
+    assert "elsewhere" in shape.reason

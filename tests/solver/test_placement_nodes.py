@@ -12,6 +12,7 @@ from hetis.solver.check import check_plan
 from hetis.solver.cluster import NodeGroup
 from hetis.solver.constraints import Replicas
 from hetis.solver.errors import InfeasibleError, InvalidProblemError, NoPlanFoundError
+from hetis.solver.placement.explanation.alternatives import simpler_or_best
 from hetis.solver.placement.families import STRATEGIES, beyond, run_by
 from hetis.solver.placement.fleet import device_classes
 from hetis.solver.placement.nodes import Kind, fewest_nodes, pack_within
@@ -158,6 +159,17 @@ def test_a_plan_inside_nodes_is_taken_where_it_loses_little_and_says_what_it_gav
     free = replace(problem, family=replace(problem.family, engine=None, in_flight=(1, 2, 4)))
     with pytest.raises(InvalidProblemError, match="for an engine"):
         solve_placement(free, strategy="hetis", simplest_within=0.1)
+
+
+def test_replicas_that_differ_in_copies_alone_are_two_shapes() -> None:
+    problem = make_problem([make_node("a", "A", gpus=4)], family=replace(UNIFIED, tp_sizes=(1,)))
+    plan = solved(problem)
+    assert plan is not None
+    replica = plan.replicas[0]
+    more = replace(replica, stages=tuple(replace(stage, copies=stage.copies + 1) for stage in replica.stages))
+    same, mixed = replace(plan, replicas=(replica, replica)), replace(plan, replicas=(replica, more))
+    assert "1 replica shape instead of 2" in simpler_or_best(same, mixed, 0.1).notes[-1]
+    assert "no plan within 10.0% of the best" in simpler_or_best(mixed, same, 0.1).notes[-1]
 
 
 def four_gpus_wanted() -> PlacementProblem:

@@ -10,12 +10,12 @@ import numpy as np
 
 from hetis.solver import cost
 from hetis.solver.budget import Budget, Progress, Report, SearchSettings
-from hetis.solver.cluster import node_of
 from hetis.solver.errors import NoPlanFoundError
 from hetis.solver.placement.binding import BoundStage, bind
 from hetis.solver.placement.constrained_problem import apply_constraints, is_nothing_left, restored
+from hetis.solver.placement.explanation.alternatives import notes_on_search, runners_up_of, simpler_or_best
 from hetis.solver.placement.families import STRATEGIES
-from hetis.solver.placement.fleet import UNIFIED, FloatArray, class_prices
+from hetis.solver.placement.fleet import FloatArray, class_prices
 from hetis.solver.placement.infeasible import Market, infeasible
 from hetis.solver.placement.master import demanded_rate, pins_of, row_costs_of
 from hetis.solver.placement.outcome import Outcome, is_out_of_reach
@@ -25,7 +25,6 @@ from hetis.solver.placement.tables import CostTables
 from hetis.solver.placement.tabulation import build_cost_tables
 from hetis.solver.placement.template import (
     Template,
-    describe,
     fixed_bytes,
     gpus_of,
     kv_tokens_held,
@@ -42,7 +41,6 @@ from hetis.solver.plan import (
     Plan,
     ReplicaPlan,
     Role,
-    RunnerUp,
     SolveResult,
     StagePlan,
     Status,
@@ -81,7 +79,7 @@ def solve_family(
 
     plan = bound(outcome)
     if outcome.best is not None:
-        plan = _simpler_or_best(plan, bound(outcome.best), simplest_within)
+        plan = simpler_or_best(plan, bound(outcome.best), simplest_within)
     return plan if searched is problem else restored(plan, searched, problem)
 
 
@@ -123,31 +121,6 @@ def without_idle(costs: CostTables, outcome: Outcome, *, spreads: bool = False) 
     row_costs = row_costs_of(costs)
     saved = sum(float(row_costs @ use_of(costs, t)) * n for t, n in (Counter(templates) - kept).items())
     return replace(outcome, chosen=tuple(kept.items()), value=outcome.value - saved)
-
-
-def _simpler_or_best(simpler: Plan, best: Plan, within: float) -> Plan:
-    """Return the simpler plan with a note on its loss, or the best if the simpler saves neither nodes nor shapes."""
-    (nodes, shapes), (most, many) = _nodes_and_shapes(simpler), _nodes_and_shapes(best)
-    if (nodes, shapes) >= (most, many):
-        return replace(best, notes=(*best.notes, f"no plan within {within:.1%} of the best was found on fewer nodes"))
-    loss = abs(simpler.result.value / best.result.value - 1.0)
-    note = (
-        f"the simplest plan found within {within:.1%} of the best: {nodes} nodes instead of {most} (a node counts for "
-        f"each replica on it), {shapes} replica shapes instead of {many}, for {loss:.2%} of {best.result.value:.4g} "
-        f"{best.objective.unit}"
-    )
-    return replace(simpler, notes=(*simpler.notes, note))
-
-
-def _nodes_and_shapes(plan: Plan) -> tuple[int, int]:
-    """Return the number of nodes, summed over replicas, and the number of distinct replica shapes."""
-    nodes = sum(len({node_of(name) for name in replica.devices()}) for replica in plan.replicas)
-    shapes = {
-        (replica.role, *((s.gpu, s.tp, s.num_layers) for s in replica.stages),
-         *((p.gpu, len(p.devices)) for p in replica.attention_workers))
-        for replica in plan.replicas
-    }  # fmt: skip
-    return nodes, len(shapes)
 
 
 def equal_stages_value(problem: PlacementProblem, settings: SearchSettings) -> float | None:
@@ -214,8 +187,8 @@ def plan_of(
         replicas=tuple(replicas),
         kv_routes=kv_routes(costs, templates, outcome.flows, spreads=spreads),
         prices=_prices(costs, outcome, scale),
-        runners_up=_runners_up(costs, outcome),
-        notes=_notes(problem, costs.routes.num_left_out),
+        runners_up=runners_up_of(costs, outcome, status),
+        notes=notes_on_search(problem, costs.routes.num_left_out),
     )
 
 
@@ -299,53 +272,6 @@ def _prices(costs: CostTables, outcome: Outcome, scale: float) -> tuple[ClassPri
                 workers[stage.pool_class] += count * stage.copies * stage.pool_cards
     rows = [costs.resources.rows.index((g, 1)) for g in range(len(costs.classes))]
     return class_prices(costs.classes, used, workers, (scale * outcome.row_prices[rows]).tolist())
-
-
-def _runners_up(costs: CostTables, outcome: Outcome) -> tuple[RunnerUp, ...]:
-    objective, row_costs, result = costs.problem.objective, row_costs_of(costs), []
-    for template in outcome.runners_up:
-        use, role = use_of(costs, template), costs.mixes[template.mix].role
-        worth = float(outcome.rate_prices[costs.side_of(template.scope, template.mix)])  # value of a request/s there
-        reason = "fits and is worth its GPUs, but no whole number of it makes a better plan"
-        if objective.maximises:
-            price = float(outcome.row_prices @ use)
-            if price > worth * template.rate * (1.0 + 1e-6):
-                half = "" if role is Role.UNIFIED else f", its {role} work {worth * template.rate:.4g}"
-                reason = f"its GPUs are worth {price:.4g} requests/s elsewhere{half}"
-        else:
-            each = float(row_costs @ use) / template.rate
-            paid, served = _paid_per_request(costs, outcome), role is Role.UNIFIED
-            limit = paid if served else paid * worth / float(outcome.rate_prices[UNIFIED] or 1.0)
-            if each > limit * (1.0 + 1e-6):
-                plan = "the plan takes" if served else f"{role} work is worth"
-                reason = f"{each:.4g} {objective.unit} per request/s, where {plan} {limit:.4g}"
-        shape = ("" if role is Role.UNIFIED else f"{role}: ") + describe(costs, template.stages)
-        result.append(RunnerUp(shape=shape, rate=template.rate, reason=reason))
-    return tuple(result)
-
-
-def _paid_per_request(costs: CostTables, outcome: Outcome) -> float:
-    """Return the cost of the plan per request/s served."""
-    whole = sum(n * t.rate for t, n in outcome.chosen if costs.mixes[t.mix].role is Role.UNIFIED)
-    return outcome.value / (whole + float(outcome.flows.sum()))
-
-
-def _notes(problem: PlacementProblem, num_left_out: int) -> tuple[str, ...]:
-    notes = []
-    clipped = problem.workload.clipped_to(problem.model.max_position).clipped_ratio
-    if clipped > 0:
-        notes.append(
-            f"{clipped:.1%} of the requests were cut to the model's context of {problem.model.max_position} tokens"
-        )
-    spans = problem.family.engine is None and Role.UNIFIED in problem.family.roles
-    if spans and len(problem.cluster.zones()) > 1:
-        notes.append("a replica over several zones keeps to an equal share of the links between them")
-    if num_left_out:
-        notes.append(
-            f"explicit links differ so much that {num_left_out} sets of nodes were not searched for replicas that "
-            "exchange KV: such replicas pay for the slowest links of a larger set, at most of their zone"
-        )
-    return tuple(notes)
 
 
 DUST = 1e-12  # share of a flow that rounding may leave
