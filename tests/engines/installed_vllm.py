@@ -31,6 +31,9 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.utils.torch_utils import get_kv_cache_quant_algo_string
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
+# Without AVX-512 vLLM runs other kernels than these, which ROCm's backends import, and may not load both.
+sys.modules.setdefault("vllm._C", types.ModuleType("kernels that nothing here calls"))
+
 asked = json.load(sys.stdin)
 parser = FlexibleArgumentParser()
 serve = ServeSubcommand().subparser_init(parser.add_subparsers(dest="subparser"))
