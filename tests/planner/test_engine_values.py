@@ -14,6 +14,7 @@ import pytest
 
 import hetis.solver.planning as planning
 from hetis.planner.jobs.kernels import load_kernels
+from hetis.planner.use_cases import engine_values
 from hetis.planner.use_cases.engine_values import EngineValue, engine_values_of, with_engine_values
 from hetis.planner.use_cases.place import PlacementSettings, objective, search
 from hetis.planner.use_cases.precision import for_engine
@@ -57,7 +58,10 @@ def placed(
     return plan, engine_values_of(with_engine_values(plan, problem, **asked))  # type: ignore[arg-type]
 
 
-def test_every_engine_s_plan_says_what_the_others_own_plans_reach(loaded: LoadedInputs) -> None:
+def test_every_engine_s_plan_says_what_the_others_own_plans_reach(
+    loaded: LoadedInputs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_values, "ANY_ENGINE_S", 600.0)  # no machine is too slow to prove the bounds
     plans = {name: placed(loaded, name) for name in ("vllm-hetis", "vllm", "sglang", "any")}
     values = {name: plan.result.value for name, (plan, _) in plans.items()}
     assert values["vllm"] == values["sglang"] < values["vllm-hetis"] <= values["any"] * (1 + RELATIVE)

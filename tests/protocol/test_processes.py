@@ -34,7 +34,7 @@ LOAD = {"rate_rps": 4, "prompt_tokens": 60, "output_tokens": 100, "load_s": 1.0,
 FINAL = (State.REDISPATCH_STATE_DONE, State.REDISPATCH_STATE_ABORTED)
 OPEN = (ChangePhase.CHANGE_PHASE_PREPARING, ChangePhase.CHANGE_PHASE_READY)
 FLIPPED = (ChangePhase.CHANGE_PHASE_FLIPPED, ChangePhase.CHANGE_PHASE_RELEASED)
-WAIT_S = 60.0
+WAIT_S = 180.0
 FIRST_S = 600.0  # the engine may have to compile its dispatcher
 
 
