@@ -13,8 +13,11 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-com
 PYTHON ?= $(shell for candidate in python3 python3.13 python3.12 python3.11 python; do \
 	$$candidate -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$candidate; break; }; done)
 
-# Test processes: two more than cores, because many tests wait for processes that they have started.
-WORKERS ?= $(shell $(PYTHON) -c 'import os; print((os.cpu_count() or 1) + 2)')
+# Test processes: two more than cores, because many tests wait for processes that they have started, as far as there are
+# 3 GiB of memory for each.
+WORKERS ?= $(shell $(PYTHON) -c 'import os; \
+	gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 30; \
+	print(max(2, min((os.cpu_count() or 1) + 2, gib // 3)))')
 
 # Set in many containers; without bytecode each of the hundreds of processes of a test run compiles its sources again.
 export PYTHONDONTWRITEBYTECODE :=
