@@ -26,7 +26,7 @@ def hetis_plan_here(*arguments: str, cwd: Path | None = None) -> subprocess.Comp
     return run_here(run, *arguments, cwd=cwd)
 
 
-def invoke(*arguments: str) -> Result:
+def invoke(*arguments: str, columns: int = 80) -> Result:
     """Run the command in this process. Errors that `run` would turn into messages come back as ``result.exception``."""
     with mock.patch("typer.testing._get_command", click_command):  # built once
-        return CliRunner().invoke(app, list(arguments), env={"COLUMNS": "80", "NO_COLOR": "1"})
+        return CliRunner().invoke(app, list(arguments), env={"COLUMNS": str(columns), "NO_COLOR": "1"})

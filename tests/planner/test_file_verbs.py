@@ -114,6 +114,18 @@ def test_validate_lists_all_problems_of_all_files(tmp_path: Path) -> None:
     assert "no such file" in result.stderr
 
 
+def test_validate_counts_one_request_and_one_tenant(tmp_path: Path) -> None:
+    (tmp_path / "requests.yaml").write_text(
+        "apiVersion: hetis/v1\nkind: DispatchRequests\nrequests: [{id: a, context_tokens: 9, output_tokens: 9}]\n"
+    )
+    (tmp_path / "tenants.yaml").write_text(
+        "apiVersion: hetis/v1\nkind: ShareProblem\ngpus: {L4: 1}\ntenants: [{name: a, speedups: {L4: 1}}]\n"
+    )
+    result = invoke("validate", str(tmp_path / "requests.yaml"), str(tmp_path / "tenants.yaml"))
+    counts = re.findall(r"(?:DispatchRequests|ShareProblem)\s+(.+)", result.stdout)
+    assert [count.strip() for count in counts] == ["1 request", "1 tenant"]
+
+
 def test_validate_warns_of_gpus_that_no_plan_can_use_yet(tmp_path: Path) -> None:
     """`place` refuses the file without --profile; so it is valid, but not all that a plan needs."""
     fleet = tmp_path / "fleet.yaml"

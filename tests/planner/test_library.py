@@ -190,7 +190,7 @@ def test_an_export_is_that_of_the_command_line(plan: hetis.Plan, tmp_path: Path)
     with pytest.raises(hetis.HetisError) as caught:
         plan.export("vllm", tmp_path / "ours", dtype="int3", engine_options=["--tp-size", "2"])
     assert [line.partition(": ")[2] for line in str(caught.value).splitlines()] == [
-        f"{tmp_path / 'ours'} is not empty: choose another, or use --force",
+        f"{tmp_path / 'ours'} is not empty: choose another, or use force=True",
         "--tp-size cannot be passed to the engine: the plan sets it",
         "dtype is 'int3', must be one of auto, bfloat16, float16, float32",
     ]

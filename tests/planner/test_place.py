@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from importlib import import_module
@@ -127,6 +128,20 @@ def test_stopping_without_a_plan_proves_nothing(solver: Solver, capsys: pytest.C
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.endswith("error: no plan within 1 s\n")
+
+
+def test_ctrl_c_before_a_plan_is_told_to_people_and_programs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def place(*_arguments: object, cancelled: threading.Event, **_options: object) -> None:
+        cancelled.set()
+        raise NoPlanFoundError("no plan within 1 s")
+
+    monkeypatch.setattr(placing, "place", place)
+    assert run([*INPUTS, "-o", "json"]) == ExitCode.INTERRUPTED
+    captured = capsys.readouterr()
+    assert captured.err.endswith("error: stopped before a plan was found\n")
+    assert json.loads(captured.out)["exit_code"] == ExitCode.INTERRUPTED
 
 
 def test_a_plan_that_fails_its_check_is_not_shown(

@@ -393,6 +393,7 @@ def test_the_tables_fit_80_columns(folder: Path) -> None:
     assert "1 replica lost GPUs" in replan.output
     assert "KV dropped" in diff.output
     assert all(len(line) <= 80 for line in (replan.output + diff.output).splitlines())
+    assert all(line.startswith(" ") for line in replan.output.partition("Lowest on the way")[2].splitlines()[1:])
 
 
 @pytest.mark.parametrize(

@@ -131,6 +131,18 @@ def test_the_tables_fit_80_columns_and_say_what_is_proven(fleet: str) -> None:
     assert all(len(line) <= 80 for line in (changed.output + bought.output).splitlines())
 
 
+@pytest.mark.parametrize(("width", "left_out"), [(80, ""), (60, "marginal price, per GPU")])
+def test_the_market_breaks_no_name_on_a_narrow_terminal(fleet: str, width: int, left_out: str) -> None:
+    market = "L4,RTX-PRO-6000-Server-96GB=2.1"
+    bought = invoke(*asked(fleet, "--buy-next", "--market", market), "-q", columns=width).output
+    assert "\nRTX-PRO-6000-Server-96GB " in bought
+    assert all(len(line) <= width for line in bought.splitlines())
+    assert left_out in " ".join(bought.split())
+    assert ("lack of width" in bought) == bool(left_out)
+    added = bought.partition("\nadded")[2].partition("\n\n")[0]
+    assert all(line.startswith(" ") for line in added.splitlines())
+
+
 def test_a_difference_that_is_proven_to_be_none_is_said_to_be_proven(fleet: str) -> None:
     answer = invoke(*asked(fleet, "--objective", "gpus", "--rate", "0.1", "--add", "1xL4"), "-q")
     assert "proven: there is none" in answer.output

@@ -268,7 +268,8 @@ def typical_times(profile: Profile, model: ModelSpec, tp: int) -> Iterator[tuple
             Op.DECODE_ATTENTION,
             f"batch {batch}, context {context}",
             flops=model.decode_attention_flops(attended, 1.0) * batch * heads + batch * model.scan_flops(context),
-            num_bytes=batch * groups * model.read_tokens(context) * kv_bytes,
+            num_bytes=batch * groups * model.read_tokens(context) * kv_bytes
+            + batch * model.state_traffic_bytes(1.0) / model.state_ranks(tp),
             heads=batch * heads,
         )
     for op in (Op.ALL_REDUCE, Op.TRANSFER):

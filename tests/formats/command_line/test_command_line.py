@@ -80,6 +80,7 @@ def test_every_way_to_end_is_an_exit_code(capsys: pytest.CaptureFixture[str], mo
     assert run("fail", "code") == 5
     assert capsys.readouterr().err == "error: went wrong\n  here\n  there\n"
     assert run("fail", "interrupt") == INTERRUPTED
+    assert capsys.readouterr().err == "interrupted\n"
     assert run("fail", "value") == 1
     monkeypatch.setenv("HETIS_DEBUG", "1")
     with pytest.raises(ValueError, match="value"):

@@ -188,6 +188,20 @@ def test_compare_uses_the_fits_of_plans(capsys: pytest.CaptureFixture[str]) -> N
     assert times["dense", "4096 tokens"] != pytest.approx(in_dense, rel=0.01)
 
 
+def test_compare_counts_the_states_of_linear_attention() -> None:
+    """They are read and written in every decode step, as in plans."""
+    model, profile = find_model("Qwen3.5-27B").model, default_profile(find_gpu("H20").gpu)[1]
+    fit = profile.fit(Op.DECODE_ATTENTION, model, 2)
+    assert fit is not None
+    times = {(op, point): seconds for op, point, seconds in typical_times(profile, model, 2)}
+    features = {
+        "flops": model.decode_attention_flops(model.attended_tokens(1024), 1.0) * 32 * 12 + 32 * model.scan_flops(1024),
+        "num_bytes": 32 * (2 * model.read_tokens(1024) * model.kv_bytes_per_token_group() + model.state_bytes()),
+    }  # of two ranks, each has half of the 24 heads, the 4 groups and the states, which are read and written
+    assert times[Op.DECODE_ATTENTION, "batch 32, context 1024"] == pytest.approx(fit.seconds(**features, heads=32 * 12))
+    assert model.state_bytes() > 0
+
+
 def test_check_warns_of_latent_attention_above_the_peaks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A profile with it is used: which kernels there may be for it, nobody knows."""
     data = profile_to_data(default_profile(find_gpu("H20").gpu)[1])

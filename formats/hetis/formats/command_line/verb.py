@@ -96,6 +96,9 @@ def _invoke(
         # typer swallows a broken pipe and exits 1; the pipe is still there as the context.
         if stop.__context__ is not None and _is_broken_pipe(stop.__context__):
             raise stop.__context__ from None
+        # It also turns Ctrl-C into exit code 130 without a word, and has that as the cause.
+        if stop.__context__ is not None and isinstance(stop.__context__.__cause__, KeyboardInterrupt):
+            raise stop.__context__.__cause__ from None
         return stop.code if isinstance(stop.code, int) else OK
     return OK
 

@@ -25,6 +25,13 @@ def report_failure(error: Exception, terminal: Terminal | None = None) -> ExitCo
     return refuse(terminal, *describe(error))
 
 
+def report_no_plan(error: NoPlanFoundError, terminal: Terminal, *, interrupted: bool) -> ExitCode:
+    """Print that no plan was found, or that the search was ``interrupted`` before one was, and return the exit code."""
+    if interrupted:
+        return refuse(terminal, ExitCode.INTERRUPTED, "stopped before a plan was found")
+    return report_failure(error, terminal)
+
+
 def say_failure(error: Exception, terminal: Terminal) -> ExitCode:
     """Print only the message, on stderr, for a verb that has printed a document of its own."""
     code, message, details = describe(error)

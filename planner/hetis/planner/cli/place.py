@@ -14,7 +14,7 @@ import typer
 from hetis.formats.command_line.terminal import OutputFormat, Terminal
 from hetis.planner.cli import options, outputs, values
 from hetis.planner.cli.exit_codes import ExitCode
-from hetis.planner.cli.failures import report_failure, say_failure
+from hetis.planner.cli.failures import report_no_plan, say_failure
 from hetis.planner.cli.options import group, option, panel, verb
 from hetis.planner.cli.searching import search_interruptibly
 from hetis.solver.budget import Budget, Report
@@ -154,7 +154,7 @@ def finish(
             terminal.emit(lambda: document, lambda: "")
         return say_failure(error, terminal)
     except NoPlanFoundError as error:
-        return ExitCode.INTERRUPTED if cancelled.is_set() else report_failure(error, terminal)
+        return report_no_plan(error, terminal, interrupted=cancelled.is_set())
     saved = outputs.save_or_tell(terminal, answer.plan, results.out, html=results.html, page=page)
     if results.out != outputs.STDOUT:
         _print(terminal, answer)

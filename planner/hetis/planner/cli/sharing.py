@@ -11,7 +11,7 @@ import typer
 from hetis.formats.command_line.terminal import Terminal
 from hetis.planner.cli import options, outputs
 from hetis.planner.cli.exit_codes import ExitCode
-from hetis.planner.cli.failures import report_failure
+from hetis.planner.cli.failures import refuse, report_no_plan
 from hetis.planner.cli.options import group, option, verb
 from hetis.planner.cli.searching import search_interruptibly, work_interruptibly
 from hetis.solver.budget import Budget, Report
@@ -94,7 +94,7 @@ def share(
     try:
         found = search_interruptibly(terminal, work, unit="of value", cancelled=cancelled, so_far="the best shares")
     except NoPlanFoundError as error:
-        return ExitCode.INTERRUPTED if cancelled.is_set() else report_failure(error, terminal)
+        return report_no_plan(error, terminal, interrupted=cancelled.is_set())
     if out is not None:
         shares = found.answers[0].shares
         outputs.save_plans(terminal, out, {one.name: one.plan for one in shares if one.plan is not None})
@@ -150,8 +150,9 @@ def fair(
             stopping="after this step",
         )
     except NoPlanFoundError:
-        terminal.error("stopped before all speed-ups were derived, so there are no shares")
-        return ExitCode.INTERRUPTED
+        return refuse(
+            terminal, ExitCode.INTERRUPTED, "stopped before all speed-ups were derived, so there are no shares"
+        )
     terminal.emit(lambda: fair_document(found), lambda: render_fair(found))
     if budget.cancelled.is_set():
         terminal.warn("stopped early: further rules, rounds and false claims may be missing")

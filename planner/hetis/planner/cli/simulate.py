@@ -16,6 +16,7 @@ from hetis.formats.files import write_atomically
 from hetis.planner.cli import options, outputs, values
 from hetis.planner.cli.dispatch import announce_compilation
 from hetis.planner.cli.exit_codes import ExitCode
+from hetis.planner.cli.failures import refuse
 from hetis.planner.cli.options import PlanArgument, group, panel, verb
 from hetis.planner.cli.searching import simulate_interruptibly
 from hetis.planner.use_cases.service_level import Statistic
@@ -285,8 +286,8 @@ def _faults(asked: SimulateOptions, plan: Plan, problem: PlacementProblem) -> tu
 
     given = [
         Fault(at_s=at_s, device=device, joins=joins)
-        for texts, joins in ((asked.fail, False), (asked.join, True))
-        for device, at_s in map(values.device_at, texts or ())
+        for option, texts, joins in (("--fail", asked.fail, False), ("--join", asked.join, True))
+        for device, at_s in (values.device_at(text, option) for text in texts or ())
     ]
     named = faults_of(given, plan, problem, source="--fail, --join")
     listed = () if asked.faults is None else faults_of(load_faults(asked.faults), plan, problem, source=asked.faults)
@@ -309,8 +310,7 @@ def _finish(terminal: Terminal, found: PlanAndProblem, question: Question, asked
             cancelled=cancelled,
         )  # fmt: skip
     except NothingSimulatedError:
-        terminal.error("stopped before the simulation had results")
-        return ExitCode.INTERRUPTED
+        return refuse(terminal, ExitCode.INTERRUPTED, "stopped before the simulation had results")
     saved = _save(terminal, simulated, found, asked)
     terminal.emit(lambda: simulation_document(simulated, plan), lambda: render_simulation(simulated, plan))
     if not saved:

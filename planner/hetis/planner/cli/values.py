@@ -46,12 +46,15 @@ def positive_duration(text: str) -> float:
     return _positive(_parsed(parse_duration, text), text)
 
 
-def device_at(text: str) -> tuple[str, float]:
-    """Parse a device and a time in seconds: ``a100/0@30s``."""
+def device_at(text: str, option: str) -> tuple[str, float]:
+    """Parse a device and a time in seconds, the value of an ``option``: ``a100/0@30s``."""
     device, at, time = text.rpartition("@")
     if not at or not device:
-        raise typer.BadParameter(f"{text!r} is not a device and a time such as a100/0@30s")
-    return device, _parsed(parse_duration, time)
+        raise typer.BadParameter(f"{text!r} is not a device and a time such as a100/0@30s", param_hint=f"'{option}'")
+    try:
+        return device, _parsed(parse_duration, time)
+    except typer.BadParameter as error:
+        raise typer.BadParameter(f"{text!r}: {error}", param_hint=f"'{option}'") from None
 
 
 def ratio(text: str) -> float:

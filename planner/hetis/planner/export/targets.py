@@ -257,13 +257,13 @@ def write_files(folder: Path, files: Mapping[str, str]) -> None:
             target.chmod(target.stat().st_mode | 0o111)
 
 
-def folder_refusals(folder: Path, *, force: bool) -> list[str]:
+def folder_refusals(folder: Path, *, force: bool, option: str = "--force") -> list[str]:
     """Return the reasons why the files cannot be written to the folder; empty if they can."""
     try:
         if folder.exists() and not folder.is_dir():
             return [f"{folder} is not a folder"]
         if not force and folder.is_dir() and any(folder.iterdir()):
-            return [f"{folder} is not empty: choose another, or use --force"]
+            return [f"{folder} is not empty: choose another, or use {option}"]
     except OSError as error:
         return [f"{folder}: {error.strerror}"]
     return []

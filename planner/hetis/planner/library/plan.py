@@ -274,7 +274,7 @@ class Plan:
         from hetis.planner.export.replicas import ExportSettings
         from hetis.planner.export.targets import export_wanted, folder_refusals, write_files
 
-        wrong = [] if folder is None else folder_refusals(Path(folder), force=force)
+        wrong = [] if folder is None else folder_refusals(Path(folder), force=force, option="force=True")
         settings = ExportSettings(
             engine=None if engine is None else member(Engine, engine, "engine"),
             engine_options=tuple(engine_options),

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from rich.console import RenderableType
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -163,7 +164,7 @@ def render_replan(found: Replanning, posed: PosedReplan, costs: ChangeCosts) -> 
     yield facts(_facts(found, posed, costs))
     yield from _change_sections(found.change, posed.running, found.plan)
     yield section("Steps", _steps(found, posed))
-    yield Text(lowest_words(found, posed))
+    yield Padding(Text(lowest_words(found, posed)), (0, 0, 0, 1))
 
 
 def _unit(posed: PosedReplan) -> str:
@@ -236,7 +237,7 @@ def lowest_words(found: Replanning, posed: PosedReplan) -> str:
     transition = found.transition
     if not transition.steps:
         return ""
-    lowest = f" Lowest on the way: {with_unit(transition.lowest, _unit(posed))}"
+    lowest = f"Lowest on the way: {with_unit(transition.lowest, _unit(posed))}"
     more = transition.best_lowest > transition.lowest * (1.0 + 1e-9)
     proof = f"no order keeps more{f' than {digits(transition.best_lowest, 4)}' if more else ''}"
     return f"{lowest}; {proof}. All steps take {seconds(transition.seconds)} one after another."

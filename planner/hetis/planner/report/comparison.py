@@ -15,7 +15,7 @@ from hetis.formats.documents import to_data
 from hetis.planner.report.changes import change_counts, change_fields
 from hetis.planner.report.figures import digits, percent, plural, tokens, with_unit
 from hetis.planner.report.plan import SMALLEST_PRICE, goal_line, kept_cell, problem_title
-from hetis.planner.report.tables import Narrowing, as_group, bullets, grid, section, table
+from hetis.planner.report.tables import Narrowing, as_group, bullets, facts, grid, section, table
 from hetis.planner.use_cases.compare import Compared, Figures, best_of, figures_of, kept_of, why_outside
 from hetis.planner.use_cases.grouping import gpu_counts, used_counts
 from hetis.planner.use_cases.json_values import document, fields_of, json_value
@@ -208,8 +208,7 @@ _NOTE = (
 def render_what_if(found: WhatIf) -> Iterator[RenderableType]:
     yield problem_title(found.before.loaded.inputs)
     yield goal_line(found.before.loaded.inputs.held_to(found.objective))
-    for label, line in change_lines(found.change, found.before):
-        yield Text.assemble((label.ljust(9), "dim"), line)
+    yield facts(change_lines(found.change, found.before))
     yield Text()
     yield _sides(found)
     yield Padding(Text(model_words(found.objective), style="dim"), (0, 0, 0, 1))
@@ -375,10 +374,8 @@ def render_buy_next(found: BuyNext) -> Iterator[RenderableType]:
     yield goal_line(found.before.loaded.inputs.held_to(found.objective))
     now = "no plan" if result is None else f"{with_unit(result.result.value, unit)} by the model"
     now += "" if result is None else f", gap {percent(result.result.gap)}"
-    yield Text.assemble(("now      ", "dim"), now)
-    yield Text.assemble(
-        ("added    ", "dim"), f"{plural(found.count, 'GPU')} of one type, {shape_words(found.shape, found.before)}"
-    )
+    added = f"{plural(found.count, 'GPU')} of one type, {shape_words(found.shape, found.before)}"
+    yield facts((("now", now), ("added", added)))
     yield Text()
     if found.offers:
         yield _market_table(found)
@@ -392,21 +389,26 @@ def render_buy_next(found: BuyNext) -> Iterator[RenderableType]:
         yield section("Not solved in time", Text(", ".join(found.left_out)))
 
 
-def _market_table(found: BuyNext) -> Table:
-    table = Table(box=None, padding=(0, 1, 0, 0), header_style="dim", pad_edge=False)
-    first, *others = offer_headings(found)
-    table.add_column(first, vertical="bottom", overflow="fold")
-    for name in others:
-        table.add_column(name, justify="right", no_wrap=True)
-    for offer in found.offers:
-        table.add_row(*offer_row(offer))
-    return table
+def _market_table(found: BuyNext) -> Narrowing:
+    headings, rows = offer_headings(found), [offer_row(offer) for offer in found.offers]
+
+    def draw(without: frozenset[int]) -> Table:
+        table = Table(box=None, padding=(0, 1, 0, 0), header_style="dim", pad_edge=False)
+        kept = [number for number in range(len(headings)) if number not in without]
+        for number in kept:
+            table.add_column(headings[number], justify="right" if number else "left", vertical="bottom", no_wrap=True)
+        for row in rows:
+            table.add_row(*(row[number] for number in kept))
+        return table
+
+    least = ("per\nGPU", "marginal\nprice", "USD/h\neach")
+    return Narrowing(draw, {headings.index(heading): heading.replace("\n", " ") for heading in least})
 
 
 def offer_headings(found: BuyNext) -> list[str]:
     """Return the headings of `offer_row`, with the line breaks of a narrow table."""
     unit_then = f"{found.objective.unit}\nthen"
-    return ["GPU", "USD/h\neach", "marginal\nprice", unit_then, "gain", "per GPU", "per\nUSD/h", "proven", ""]
+    return ["GPU", "USD/h\neach", "marginal\nprice", unit_then, "gain", "per\nGPU", "per\nUSD/h", "proven", ""]
 
 
 def offer_row(offer: ListedOffer) -> list[str]:

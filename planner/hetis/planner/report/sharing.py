@@ -43,13 +43,20 @@ def claimant_names(found: Sharing) -> list[str]:
     ]
 
 
+def _headed(*lines: tuple[str, RenderableType]) -> Table:
+    """Return lines, each after its heading, with hanging indents."""
+    return grid(False, True, rows=((Text(heading, style="bold"), line) for heading, line in lines))
+
+
 @as_group
 def render_fair(found: Sharing) -> Iterator[RenderableType]:
     shares, properties = found.shares[0], found.properties[0]
-    yield Text.assemble(("shares  ", "bold"), _RULES[shares.rule])
-    yield Text.assemble(("value   ", "bold"), _value_line(found, shares))
-    for name in found.derived:
-        yield Text(f"        speed-ups of {name} come from placements of its model on each GPU type", style="dim")
+    derived = (f"speed-ups of {name} come from placements of its model on each GPU type" for name in found.derived)
+    yield _headed(
+        ("shares", _RULES[shares.rule]),
+        ("value", _value_line(found, shares)),
+        *(("", Text(line, style="dim")) for line in derived),
+    )
     yield Text()
     yield _share_table(found, shares, properties)
     yield section("properties", _property_lines(found, shares, properties))
@@ -237,15 +244,16 @@ _TENANT_RULES = {
 @as_group
 def render_tenants(found: SharedFleet) -> Iterator[RenderableType]:
     answer = found.answers[0]
-    yield Text.assemble(("rule    ", "bold"), f"{answer.rule}: {_TENANT_RULES[answer.rule]}")
-    yield Text.assemble(
-        ("value   ", "bold"), f"{digits(answer.value, 4)}, {_at_most(digits(answer.bound, 4), answer.gap)}"
-    )
+    head = [
+        ("rule", f"{answer.rule}: {_TENANT_RULES[answer.rule]}"),
+        ("value", f"{digits(answer.value, 4)}, {_at_most(digits(answer.bound, 4), answer.gap)}"),
+    ]
     if answer.level_bound is not None:
         level = (
             f"{answer.level:.1%} of its rate alone per part, {_at_most(f'{answer.level_bound:.1%}', answer.level_gap)}"
         )
-        yield Text.assemble(("least   ", "bold"), level)
+        head.append(("least", level))
+    yield _headed(*head)
     yield Text()
     yield _tenant_table(answer)
     yield section("GPUs", _gpu_table(answer))

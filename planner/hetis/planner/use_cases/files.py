@@ -83,9 +83,9 @@ def _name(value: Value) -> str:
         case Plan():
             return f"{value.strategy}, {counted(len(value.replicas), 'replica')}"
         case NewRequests():
-            return f"{len(value.requests)} requests"
+            return counted(len(value.requests), "request")
         case ShareInputs() | FleetTenants():
-            return f"{len(value.tenants)} tenants"
+            return counted(len(value.tenants), "tenant")
 
 
 CHARACTERS_PER_TOKEN = 4.0

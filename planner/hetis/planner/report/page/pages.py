@@ -139,7 +139,7 @@ def replan_page(found: Replanning, posed: PosedReplan, costs: ChangeCosts) -> st
         intro=change_cost_words(costs),
         columns=("", "'action", "'what", "load", "takes up to", "capacity"),
         rows=tuple((str(i), *row) for i, row in enumerate(islice(step_rows(found, posed), MAX_STEPS), start=1)),
-        note=lowest_words(found, posed).strip(),
+        note=lowest_words(found, posed),
     )
     blocks = (Tiles(tiles=tiles), steps, Sentences(title="Replicas", lines=(change_counts(found.change),)))
     lead = problem_line(posed.loaded.inputs, posed.problem.objective)
