@@ -68,6 +68,8 @@ def test_a_missing_folder_is_named(tmp_path: Path) -> None:
 def test_a_missing_file_and_a_folder_are_told_apart(tmp_path: Path) -> None:
     with pytest.raises(DocumentError, match="no such file"):
         read_text(tmp_path / "missing.yaml")
+    with pytest.raises(DocumentError, match=r"^the name of a file is empty$"):  # as of a variable that is not set
+        read_text("")
     with pytest.raises(DocumentError, match="is a folder, expected a file"):
         read_text(tmp_path)
 

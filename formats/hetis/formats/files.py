@@ -112,7 +112,7 @@ def unreadable(label: str, error: OSError | ValueError) -> DocumentError:
     """Return the error for a file that the system does not let us read."""
     match error:
         case FileNotFoundError():
-            return single_problem(label, "no such file")
+            return single_problem(label, "no such file" if label else "the name of a file is empty")
         case IsADirectoryError():
             return single_problem(label, "is a folder, expected a file")
         case PermissionError():
