@@ -245,6 +245,22 @@ def test_an_iteration_has_room_for_an_image_that_vllm_does_not_divide(role: str,
     assert command.shown[command.shown.index("--max-num-batched-tokens") + 1] == str(chunk + 4)
 
 
+@pytest.mark.parametrize(("in_flight", "chunk", "tokens"), [(1, 32, 36), (4, 32, 36), (4, 8, 16)])
+def test_an_iteration_has_room_for_a_chunk_beside_one_of_the_micro_batches(
+    in_flight: int, chunk: int, tokens: int
+) -> None:
+    """Of the seats, only those of a micro-batch decode in an iteration; vLLM wants a token for each all the same."""
+    halves = (
+        stage_of(num_layers=2, kv_head_groups_kept=8),
+        stage_of(first_layer=2, num_layers=2, kv_head_groups_kept=8, devices=("a/1",)),
+    )
+    plan = plan_of(*halves, micro_batch=4, in_flight=in_flight, chunk_tokens=chunk)
+    [command] = commands_of(layout_of(plan, 0, MODEL, engine=Engine.VLLM), SERVING, Addresses())
+    words = command.shown
+    assert words[words.index("--max-num-seqs") + 1] == str(4 * in_flight)
+    assert words[words.index("--max-num-batched-tokens") + 1] == str(tokens)
+
+
 def test_a_method_that_vllm_has_deprecated_is_allowed() -> None:
     flag = "--allow-deprecated-quantization"
     assert flag in commands_of(FBGEMM, SERVING, Addresses())[0].shown

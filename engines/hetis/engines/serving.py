@@ -261,10 +261,9 @@ def room_options(layout: Layout, serving: Serving) -> dict[str, str]:
     """Return the options that limit vLLM to the plan's capacity, except the user's own; a switch has an empty value."""
     # A decode replica must have room for an image, too, or vLLM does not start.
     chunk_tokens = max(layout.chunk_tokens, layout.image_tokens)
-    given = {
-        "--max-num-seqs": str(layout.seats),
-        "--max-num-batched-tokens": str(chunk_tokens + layout.seats * (1 + layout.draft_tokens)),
-    }
+    # In a pipeline, each of several iterations at a time has a part of the seats, but vLLM wants room for all in each.
+    tokens = max(chunk_tokens + layout.micro_batch * (1 + layout.draft_tokens), layout.seats)
+    given = {"--max-num-seqs": str(layout.seats), "--max-num-batched-tokens": str(tokens)}
     room = {name: value for name, value in given.items() if not serving.gives(name)}
     if (dtype := serving.dtype_of(layout.dtype)) != "auto":
         room["--dtype"] = dtype
