@@ -52,6 +52,18 @@ def test_a_folder_with_something_in_it_is_left_alone(
     assert run(["export", str(plan_file), "--to", "vllm", "--out", str(plan_file)]) == ExitCode.INVALID
 
 
+def test_files_of_a_former_plan_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    (out / "a").mkdir(parents=True)
+    (out / "a" / "worker.key").touch()
+    for name, left in (("unlike replicas", ()), ("one GPU", ("a/r1.sh", "b/r2.sh", "b/start.sh"))):
+        path = saved(tmp_path, PLANS[name])
+        assert run(["export", str(path), "--to", "vllm", "--out", str(out), "--force"]) == ExitCode.OK
+        said = capsys.readouterr().err
+        assert ("still has files" in said) == bool(left)
+        assert not left or f"{out} still has files that are not of this export: {', '.join(left)}" in said
+
+
 def test_manifests_go_to_stdout_as_one_stream(plan_file: Path, capfdbinary: pytest.CaptureFixture[bytes]) -> None:
     assert run(["export", str(plan_file), "--to", "kubernetes", "--insecure"]) == 0
     kinds = [one["kind"] for one in yaml.safe_load_all(capfdbinary.readouterr().out)]

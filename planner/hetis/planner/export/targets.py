@@ -270,6 +270,14 @@ def folder_refusals(folder: Path, *, force: bool) -> list[str]:
     return []
 
 
+def files_left(folder: Path, made: Export) -> list[str]:
+    """Return other files like the essential ones where an export writes its own, such as scripts of a former plan."""
+    written = set(map(Path, made.files))
+    found = (path.relative_to(folder) for pattern in ("*", "*/*") for path in folder.glob(pattern))
+    kinds = {Path(path).suffix for path in made.shown}
+    return sorted(str(path) for path in found if path.suffix in kinds and path not in written)
+
+
 # --- README
 
 
