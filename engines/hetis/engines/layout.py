@@ -29,6 +29,7 @@ from hetis.solver.plan import AttentionWorkerPool, Plan, ReplicaPlan, Role, Stag
 from hetis.solver.problem import shares_indexers
 
 PAGE_TOKENS = 16  # the plugin's default
+_MLA_BLOCK_TOKENS = 128  # with latent attention and states, vLLM's blocks are multiples of it
 PROMPT_TOKENS = 64  # prompts of this length fill the chunks of a prefill replica, as plans assume; shorter ones do not
 DTYPE_BYTES: Mapping[str, int] = {"auto": 2, "bfloat16": 2, "float16": 2, "float32": 4}
 LONGEST_NAME = 63  # longest name of a worker
@@ -91,6 +92,8 @@ class Layout:
     # Copies that share their experts, each with its own requests; 1 without expert parallelism.
     data_parallel: int = 1
     image_tokens: int = 0  # prompt tokens that vLLM does not divide among iterations; 0: it divides all
+    # Tokens of vLLM's blocks, of which it only computes whole ones, where layers keep states; 0: none does.
+    block_tokens: int = 0
     is_deprecated: bool = False  # vLLM loads weights of this method only if it is allowed to
     # vLLM's prefill replicas write KV to decode replicas, which otherwise read it.
     pushes_kv: bool = False
@@ -444,6 +447,7 @@ def layout_of_replica(
         attention_backend=backend or "",
         data_parallel=copies,
         image_tokens=image_tokens(model),
+        block_tokens=_block_tokens(model, tp, 1 if _is_fp8(model, dtype) else DTYPE_BYTES[dtype]),
         is_deprecated=model.weights in DEPRECATED,
         pushes_kv=engine is not Engine.SGLANG and _pushes_kv(replica, partners),
     )
@@ -463,6 +467,21 @@ def _prompts(replica: ReplicaPlan, model: ModelSpec, room: _Room, most: int | No
             of_prompt = stage.num_layers * model.kept_states * model.state_bytes() / stage.tp
             prompts = min(prompts, int(room.of_ranks(stage) / of_prompt))
     return prompts if most is None else min(prompts, most)
+
+
+def _block_tokens(model: ModelSpec, tp: int, number_bytes: int) -> int:
+    """Return the tokens of vLLM's blocks if layers keep states: a block is as large as a state. 0: none does.
+
+    See `_align_hybrid_block_size` in vllm/platforms/interface.py. Drafts lengthen a state by less than a page of KV
+    each. ``number_bytes``: bytes of a number of KV.
+    """
+    if model.linear is None:
+        return 0
+    heads = 1 if model.mla is not None else max(1, model.kv_heads / tp)
+    token_bytes = model.kv_bytes_per_token_group() / model.kv_share / model.kv_bytes * number_bytes * heads
+    step = _MLA_BLOCK_TOKENS if model.mla is not None else PAGE_TOKENS
+    blocks = math.ceil(model.linear.state_bytes / tp / (step * token_bytes) * (1 - 1e-12))
+    return step * (blocks + model.step_tokens - 1)
 
 
 def _pushes_kv(replica: ReplicaPlan, partners: Sequence[KvPartner]) -> bool:
