@@ -31,6 +31,8 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.utils.torch_utils import get_kv_cache_quant_algo_string
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
+# A CPU without AVX-512 has loaded _C_AVX2, and dies if a backend for other devices loads the same kernels again.
+sys.modules.setdefault("vllm._C", types.ModuleType("kernels of another CPU"))
 asked = json.load(sys.stdin)
 parser = FlexibleArgumentParser()
 serve = ServeSubcommand().subparser_init(parser.add_subparsers(dest="subparser"))
