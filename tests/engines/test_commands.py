@@ -22,6 +22,7 @@ from hetis.engines.commands import (
 from hetis.engines.layout import Layout, layout_of
 from hetis.engines.serving import Serving, checkpoint_model, decided_in, program_of, why_kv_is_untold
 from hetis.engines.versions import Engine
+from hetis.formats import catalogue
 from hetis.runtime.vllm.settings import PluginSettings, load_settings
 from hetis.runtime.worker.main import WorkerOptions, read_options
 from hetis.solver.model import DraftShape
@@ -243,6 +244,43 @@ def test_an_iteration_has_room_for_an_image_that_vllm_does_not_divide(role: str,
     text = layout_of(plan, 0, replace(gemma, vision_params=0), engine=Engine.VLLM)
     [command] = commands_of(text, SERVING, Addresses())
     assert command.shown[command.shown.index("--max-num-batched-tokens") + 1] == str(chunk + 4)
+
+
+@pytest.mark.parametrize(("in_flight", "chunk", "tokens"), [(1, 32, 36), (4, 32, 36), (4, 8, 16)])
+def test_an_iteration_has_room_for_a_chunk_beside_one_of_the_micro_batches(
+    in_flight: int, chunk: int, tokens: int
+) -> None:
+    """Of the seats, only those of a micro-batch decode in an iteration; vLLM wants a token for each all the same."""
+    halves = (
+        stage_of(num_layers=2, kv_head_groups_kept=8),
+        stage_of(first_layer=2, num_layers=2, kv_head_groups_kept=8, devices=("a/1",)),
+    )
+    plan = plan_of(*halves, micro_batch=4, in_flight=in_flight, chunk_tokens=chunk)
+    [command] = commands_of(layout_of(plan, 0, MODEL, engine=Engine.VLLM), SERVING, Addresses())
+    words = command.shown
+    assert words[words.index("--max-num-seqs") + 1] == str(4 * in_flight)
+    assert words[words.index("--max-num-batched-tokens") + 1] == str(tokens)
+
+
+@pytest.mark.parametrize(
+    ("tp", "chunk", "micro_batch", "beside"),
+    [(2, 2048, 160, 2096), (2, 2048, 16, 2048), (4, 2048, 64, 2112), (4, 256, 32, 256), (8, 512, 16, 528)],
+)
+def test_where_layers_keep_states_a_chunk_is_whole_blocks(tp: int, chunk: int, micro_batch: int, beside: int) -> None:
+    """vLLM's blocks have 2,096 tokens of Qwen3.5-397B in two ranks, as its log says, and fewer in more ranks.
+
+    With less than a block beside all that decode, prompts would wait until fewer do; with 2,048 beside them, an
+    iteration would compute one of 1,056.
+    """
+    found = catalogue.known_model("Qwen/Qwen3.5-397B-A17B")
+    assert found is not None
+    ranks = stage_of(
+        tp=tp, num_layers=60, kv_head_groups_kept=1, devices=tuple(f"a/{i}" for i in range(tp)), gpu="H200-SXM-141GB"
+    )
+    plan = plan_of(ranks, chunk_tokens=chunk, micro_batch=micro_batch, kv_tokens=100_000)
+    [command] = commands_of(layout_of(plan, 0, found, engine=Engine.VLLM), SERVING, Addresses())
+    words = command.shown
+    assert words[words.index("--max-num-batched-tokens") + 1] == str(beside + micro_batch)
 
 
 def test_a_method_that_vllm_has_deprecated_is_allowed() -> None:

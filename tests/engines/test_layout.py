@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hetis.engines.errors import LayoutError
-from hetis.engines.layout import PAGE_TOKENS, KvPartner, Layout, kv_partners, layout_of
+from hetis.engines.layout import PAGE_TOKENS, PROMPT_TOKENS, KvPartner, Layout, kv_partners, layout_of
 from hetis.engines.versions import Engine
 from hetis.solver.model import AttentionKind, DraftShape, IndexerShape, LinearShape, MlaShape, ModelSpec
 from hetis.solver.plan import AttentionWorkerPool, KvRoute, Plan, Role
@@ -475,6 +475,22 @@ def test_states_and_the_kv_of_a_drafting_layer_have_room() -> None:
     assert with_states == plain / 2 + 2 * requests * 1000
     drafting = layout_of(ALONE, 0, replace(linear, draft=DraftShape(tokens=2, acceptance=0.5)))
     assert drafting.rank_kv_bytes == 5 / 4 * (plain / 2 + 2 * requests * 3 * 1000), "a layer more, of the mean"
+
+
+def test_a_prefill_replica_runs_as_many_prompts_as_fill_its_chunks() -> None:
+    """An iteration of vLLM or SGLang has at most a prompt for each seat."""
+    prefill = plan_of(*ALONE.replicas[0].stages, role=Role.PREFILL, micro_batch=0, in_flight=2, chunk_tokens=2048)
+    for engine in Engine:
+        assert layout_of(prefill, 0, MODEL, engine=engine).seats == 2 * 2048 / PROMPT_TOKENS
+    kept = replace(prefill, inputs={"engine_settings": {"max_num_seqs": 5}})
+    assert layout_of(kept, 0, MODEL).seats == 5
+    [one] = prefill.replicas
+    pair = stage_of(copies=2, devices=("a/0", "a/1"), kv_head_groups_kept=8)
+    copies = replace(prefill, replicas=(replace(one, stages=(pair,), expert_parallel=True, kv_tokens=100_000),))
+    assert layout_of(copies, 0, WITH_EXPERTS, engine=Engine.VLLM).seats == 2048 / PROMPT_TOKENS
+    states = replace(MODEL, linear=LinearShape(layers=2, params=1, state_bytes=100_000.0))
+    found = layout_of(prefill, 0, states)
+    assert found.seats == found.rank_kv_bytes // 200_000 < 64, "vLLM does not start without a state for each"
 
 
 def test_windows_and_inputs_of_compressors_are_whole_on_every_rank() -> None:

@@ -29,6 +29,8 @@ from hetis.solver.plan import AttentionWorkerPool, Plan, ReplicaPlan, Role, Stag
 from hetis.solver.problem import shares_indexers
 
 PAGE_TOKENS = 16  # the plugin's default
+_MLA_BLOCK_TOKENS = 128  # with latent attention and states, vLLM's blocks are multiples of it
+PROMPT_TOKENS = 64  # prompts of this length fill the chunks of a prefill replica, as plans assume; shorter ones do not
 DTYPE_BYTES: Mapping[str, int] = {"auto": 2, "bfloat16": 2, "float16": 2, "float32": 4}
 LONGEST_NAME = 63  # longest name of a worker
 _NODES_SHOWN = 5  # nodes that an error message lists
@@ -90,6 +92,8 @@ class Layout:
     # Copies that share their experts, each with its own requests; 1 without expert parallelism.
     data_parallel: int = 1
     image_tokens: int = 0  # prompt tokens that vLLM does not divide among iterations; 0: it divides all
+    # Tokens of vLLM's blocks, of which it only computes whole ones, where layers keep states; 0: none does.
+    block_tokens: int = 0
     is_deprecated: bool = False  # vLLM loads weights of this method only if it is allowed to
     # vLLM's prefill replicas write KV to decode replicas, which otherwise read it.
     pushes_kv: bool = False
@@ -263,8 +267,16 @@ def layout_of(
         kv_tokens=kv_tokens,
         partners=kv_partners(plan)[number] if partners is None else partners,
         own_types=kinds_in(cluster),
+        most_seats=_most_seats(plan),
     )
     return _with_resources(layout, cluster)
+
+
+def _most_seats(plan: Plan) -> int | None:
+    """Return how many requests each engine may run at once, if the plan was made for such a setting."""
+    settings = plan.inputs.get("engine_settings")
+    most = settings.get("max_num_seqs") if isinstance(settings, Mapping) else None
+    return most if isinstance(most, int) else None
 
 
 def _with_resources(layout: Layout, cluster: Any) -> Layout:
@@ -370,7 +382,7 @@ def kv_partners(plan: Plan) -> list[tuple[KvPartner, ...]]:
 def layout_of_replica(
     replica: ReplicaPlan, model: ModelSpec, *, planned: Mapping[str, Any] | None, engine: Engine = Engine.VLLM_HETIS,
     dtype: str = "auto", kv_tokens: int | None = None, partners: Sequence[KvPartner] = (),
-    own_types: Mapping[str, GpuKind] | None = None,
+    own_types: Mapping[str, GpuKind] | None = None, most_seats: int | None = None,
 ) -> Layout:  # fmt: skip
     """Return the layout of a replica that is not, or no longer, in a plan; other arguments are those of `layout_of`.
 
@@ -378,6 +390,7 @@ def layout_of_replica(
         planned: document of the model that the replica was planned for. None: unknown.
         partners: kinds of replicas with which it exchanges KV, in one dtype and with one attention backend.
         own_types: GPU types that are not in the catalogue; types found in neither count as NVIDIA's.
+        most_seats: most requests that an engine may run at once. None: no limit besides memory.
 
     Raises:
         LayoutError: the replica is for another model, or the engine cannot run it; carries all reasons.
@@ -422,7 +435,7 @@ def layout_of_replica(
             for place in range(len(cards[0]))
         ),
         micro_batch=-(-replica.seats // replica.in_flight) if replica.micro_batch else 0,
-        seats=replica.seats // copies,
+        seats=max(replica.seats // copies, _prompts(replica, model, room, most_seats)),
         chunk_tokens=replica.chunk_tokens,
         kv_tokens=kv_tokens,
         kv_is_fp8=_is_fp8(model, dtype),
@@ -434,9 +447,41 @@ def layout_of_replica(
         attention_backend=backend or "",
         data_parallel=copies,
         image_tokens=image_tokens(model),
+        block_tokens=_block_tokens(model, tp, 1 if _is_fp8(model, dtype) else DTYPE_BYTES[dtype]),
         is_deprecated=model.weights in DEPRECATED,
         pushes_kv=engine is not Engine.SGLANG and _pushes_kv(replica, partners),
     )
+
+
+def _prompts(replica: ReplicaPlan, model: ModelSpec, room: _Room, most: int | None) -> int:
+    """Return how many prompts a prefill replica, or each copy that shares experts, runs at once; 0 for other roles.
+
+    Plans count full chunks, of several prompts if these are shorter. An engine that may run fewer leaves chunks empty.
+    Where layers keep states, vLLM does not start without a block for each prompt, which holds those of a few layers.
+    """
+    if replica.role is not Role.PREFILL:
+        return 0
+    prompts = replica.in_flight // replica.attention_dp * (replica.chunk_tokens // PROMPT_TOKENS)
+    if model.linear is not None:
+        for stage in replica.stages:
+            of_prompt = stage.num_layers * model.kept_states * model.state_bytes() / stage.tp
+            prompts = min(prompts, int(room.of_ranks(stage) / of_prompt))
+    return prompts if most is None else min(prompts, most)
+
+
+def _block_tokens(model: ModelSpec, tp: int, number_bytes: int) -> int:
+    """Return the tokens of vLLM's blocks if layers keep states: a block is as large as a state. 0: none does.
+
+    See `_align_hybrid_block_size` in vllm/platforms/interface.py. Drafts lengthen a state by less than a page of KV
+    each. ``number_bytes``: bytes of a number of KV.
+    """
+    if model.linear is None:
+        return 0
+    heads = 1 if model.mla is not None else max(1, model.kv_heads / tp)
+    token_bytes = model.kv_bytes_per_token_group() / model.kv_share / model.kv_bytes * number_bytes * heads
+    step = _MLA_BLOCK_TOKENS if model.mla is not None else PAGE_TOKENS
+    blocks = math.ceil(model.linear.state_bytes / tp / (step * token_bytes) * (1 - 1e-12))
+    return step * (blocks + model.step_tokens - 1)
 
 
 def _pushes_kv(replica: ReplicaPlan, partners: Sequence[KvPartner]) -> bool:

@@ -259,12 +259,10 @@ def is_asked_for_kv(layout: Layout) -> bool:
 
 def room_options(layout: Layout, serving: Serving) -> dict[str, str]:
     """Return the options that limit vLLM to the plan's capacity, except the user's own; a switch has an empty value."""
-    # A decode replica must have room for an image, too, or vLLM does not start.
-    chunk_tokens = max(layout.chunk_tokens, layout.image_tokens)
-    given = {
-        "--max-num-seqs": str(layout.seats),
-        "--max-num-batched-tokens": str(chunk_tokens + layout.seats * (1 + layout.draft_tokens)),
-    }
+    # In a pipeline, each of several iterations at a time has a part of the seats, but vLLM wants room for all in each.
+    decoding = layout.micro_batch * (1 + layout.draft_tokens)
+    tokens = max(_chunk_tokens(layout, decoding) + decoding, layout.seats)
+    given = {"--max-num-seqs": str(layout.seats), "--max-num-batched-tokens": str(tokens)}
     room = {name: value for name, value in given.items() if not serving.gives(name)}
     if (dtype := serving.dtype_of(layout.dtype)) != "auto":
         room["--dtype"] = dtype
@@ -289,6 +287,19 @@ def room_options(layout: Layout, serving: Serving) -> dict[str, str]:
     if layout.workers and layout.has_windows_in_some:  # the plugin moves head groups of all layers together
         room["--disable-hybrid-kv-cache-manager"] = ""
     return room
+
+
+def _chunk_tokens(layout: Layout, decoding: int) -> int:
+    """Return the prompt tokens for which vLLM has room in an iteration, beside ``decoding`` ones.
+
+    Where layers keep states, vLLM computes whole blocks of a prompt, and nothing if less than a block is left, unless a
+    block exceeds the room for everything (`Scheduler._mamba_block_aligned_split`).
+    """
+    # A decode replica must have room for an image, too, or vLLM does not start.
+    chunk, block = max(layout.chunk_tokens, layout.image_tokens), layout.block_tokens
+    if layout.chunk_tokens and 0 < block <= chunk + decoding:
+        return max(1, round(chunk / block)) * block
+    return chunk
 
 
 def _attention_backend(layout: Layout, serving: Serving) -> str:

@@ -21,7 +21,8 @@ STREAM_OPEN = ("hetis-stream", "open")
 # leader's addresses, separated by commas, and is empty if they are unknown.
 STANDBY_ANSWER = "hetis-standby"
 _TOKEN = re.compile(r"[!-~]*")
-_HOST = re.compile(r"[A-Za-z0-9][A-Za-z0-9.:_-]{0,252}")
+_HOST = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,252}")
+_NUMBERED = re.compile(r".*\.[0-9]+")  # no domain is a number, so this is an IPv4 address or a wrong one
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +53,9 @@ def split_address(address: str, *, least_port: int = 1) -> tuple[str, int]:
 
 def is_host(text: str) -> bool:
     """Return whether a text may stand for a host in commands and files: a name or an IP address without brackets."""
-    return _HOST.fullmatch(text) is not None
+    if is_ip(text):
+        return "%" not in text
+    return _HOST.fullmatch(text) is not None and _NUMBERED.fullmatch(text) is None
 
 
 def is_sendable_token(text: str) -> bool:

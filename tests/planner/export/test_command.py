@@ -52,6 +52,18 @@ def test_a_folder_with_something_in_it_is_left_alone(
     assert run(["export", str(plan_file), "--to", "vllm", "--out", str(plan_file)]) == ExitCode.INVALID
 
 
+def test_files_of_a_former_plan_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    (out / "a").mkdir(parents=True)
+    (out / "a" / "worker.key").touch()
+    for name, left in (("unlike replicas", ()), ("one GPU", ("a/r1.sh", "b/r2.sh", "b/start.sh"))):
+        path = saved(tmp_path, PLANS[name])
+        assert run(["export", str(path), "--to", "vllm", "--out", str(out), "--force"]) == ExitCode.OK
+        said = capsys.readouterr().err
+        assert ("still has files" in said) == bool(left)
+        assert not left or f"{out} still has files that are not of this export: {', '.join(left)}" in said
+
+
 def test_manifests_go_to_stdout_as_one_stream(plan_file: Path, capfdbinary: pytest.CaptureFixture[bytes]) -> None:
     assert run(["export", str(plan_file), "--to", "kubernetes", "--insecure"]) == 0
     kinds = [one["kind"] for one in yaml.safe_load_all(capfdbinary.readouterr().out)]
@@ -89,16 +101,20 @@ def test_all_that_is_wrong_with_options_is_said_at_once(plan_file: Path, capsys:
         "No",
         "--namespace",
         "N",
-        "--node-address",
-        "a",
+        "--served-name",
+        "-x",
+        *(word for address in ("x", "a=10.0.0.300", "b=10.0.0.1:80") for word in ("--node-address", address)),
         "--",
         "--tp-size",
         "4",
     ]
     assert run(["export", str(plan_file), "--to", "sglang", *words]) == ExitCode.INVALID
     assert capsys.readouterr().err.splitlines() == [
-        "error: 7 problems in the input",
-        "  export: --node-address is 'a', must be NODE=HOST, such as gpu2=10.0.0.2",
+        "error: 10 problems in the input",
+        "  export: --served-name is '-x', must be a name",
+        "  export: --node-address is 'x', must be NODE=HOST, such as gpu2=10.0.0.2",
+        "  export: --node-address is 'a=10.0.0.300', must be NODE=HOST, such as gpu2=10.0.0.2",
+        "  export: --node-address is 'b=10.0.0.1:80', must be NODE=HOST, such as gpu2=10.0.0.2",
         "  export: --tp-size cannot be passed to the engine: the plan sets it",
         "  export: --engine is vllm: --to sglang runs sglang",
         "  export: --dtype is 'int3', must be one of auto, bfloat16, float16, float32",

@@ -330,6 +330,14 @@ def test_a_stack_finds_the_model_where_the_engine_does_whatever_clients_call_it(
     assert re.findall(r"uri: (\S+)", "".join(files.values())) == ["hf://meta-llama/Llama-2-7b"]
 
 
+@pytest.mark.parametrize("model", ["tiny", "/models/tiny", "org/tiny", "meta-llama/Llama-2-7b-hf"])
+def test_the_name_of_a_file_is_not_taken_for_a_checkpoint(model: str) -> None:
+    """A plan for ``tiny/config.json`` has the folder's name, of which there is no checkpoint."""
+    made = exported(PLANS["one GPU"], ExportTarget.VLLM, model=model)
+    why = "engines are started with tiny, the name in the plan, which they may not find: set --model to"
+    assert (why in "".join(made.lost)) == (why in made.files["README.md"]) == (model == "tiny")
+
+
 def labels_of_pods(files: Mapping[str, str]) -> list[dict[str, str]]:
     """Return the labels of the pods that objects of Kubernetes and LeaderWorkerSets make, and those of the chart."""
     found = [yaml.safe_load(text)["modelArtifacts"]["labels"] for path, text in files.items() if "values-" in path]

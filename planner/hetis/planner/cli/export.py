@@ -31,6 +31,7 @@ hetis-plan export plan.json --to sglang --strict -- --context-length 8192"""
 
 HEARD_WITHIN_S = 30.0  # agents find a new leader in half the time, and it counts others as lost after 20 s
 LISTED_AGAIN_S = 1.0
+_LEFT_NAMED = 5  # files that a warning names
 
 CHECKED_AGAINST = {"cluster", "model", "workload", "profiles"}  # documents in a plan
 _cluster = panel("In a cluster")
@@ -98,7 +99,7 @@ def export(
     from hetis.formats.documents import load_plan
     from hetis.planner.cli.plans import warn_if_wrong
     from hetis.planner.export.replicas import ExportSettings
-    from hetis.planner.export.targets import export_wanted, folder_refusals, write_files
+    from hetis.planner.export.targets import export_wanted, files_left, folder_refusals, write_files
     from hetis.planner.use_cases.sources import problem_of_plan
 
     hosts, wrong = _hosts(asked.node_address or ())
@@ -124,6 +125,9 @@ def export(
         terminal.write("".join(_on_stdout(path, made.files[path]) for path in made.shown))
         return ExitCode.OK
     write_files(folder, made.files)
+    if left := files_left(folder, made):
+        some = ", ".join(left[:_LEFT_NAMED]) + (", ..." if len(left) > _LEFT_NAMED else "")
+        terminal.warn(f"{folder} still has files that are not of this export: {some}")
     terminal.say(f"wrote {len(made.files)} files to {folder}: begin with README.md")
     return ExitCode.OK
 

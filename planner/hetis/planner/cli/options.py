@@ -259,7 +259,7 @@ class ReplicaOptions:
         "--max-num-seqs N: Maximum requests that an engine runs at once (a replica, or each copy that shares experts)."
     )
     chunk_tokens: frozenset[int] | None = _search(
-        "--chunk-tokens N[,N...]: Prompt tokens per iteration: vLLM's --max-num-batched-tokens less --max-num-seqs.",
+        "--chunk-tokens N[,N...]: Prompt tokens per iteration: vLLM's --max-num-batched-tokens less what decodes.",
         parser=values.chunks,
         shown="256,512,2048",
     )

@@ -121,7 +121,7 @@ class SimulateOptions:
         shown="the plan's",
     )
     chunk_tokens: int | None = _setting(
-        "--chunk-tokens N: Prompt tokens per iteration: vLLM's --max-num-batched-tokens less --max-num-seqs.",
+        "--chunk-tokens N: Prompt tokens per iteration: vLLM's --max-num-batched-tokens less what decodes.",
         shown="the plan's",
     )
     kv_blocks: int | None = _setting(

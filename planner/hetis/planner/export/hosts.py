@@ -108,7 +108,7 @@ Copy the folder of each node there, and start `start.sh` in it, or `rN.sh` for a
 A script ends with its processes, and they with it, so that systemd or another supervisor can keep it running: best each
 `rN.sh`, since `start.sh` ends all replicas of the node when one of them ends.
 
-The front of a replica listens on its node's address; `VLLM_API_KEY` in the environment is what clients must say
+The front of a replica listens on its node's address; `VLLM_API_KEY` in the environment is the key that clients send
 (SGLang: give `-- --api-key KEY`).{key}"""
 _KEY = """
 
@@ -266,7 +266,7 @@ def _seen_gpus(process: Process) -> dict[str, str]:
 _HOW_COMPOSE = """\
 Copy the folder of each node there: `docker compose up -d`. Containers use the host's network and the GPUs of
 the plan by index (NVIDIA container toolkit; AMD's devices, whose groups the image's user must be in).
-`VLLM_API_KEY` in the environment, or in `.env`, is what clients must say (SGLang: give `-- --api-key KEY`), and
+`VLLM_API_KEY` in the environment, or in `.env`, is the key that clients send (SGLang: give `-- --api-key KEY`), and
 `HF_TOKEN` there is the token by which engines download gated models.
 Where replicas have attention workers, `worker.key` beside the file is their key: mode 0600, owned by the user that
 the images run as, 10001 in ours (`sudo chown 10001 worker.key`)."""
@@ -341,7 +341,7 @@ trap stop EXIT"""
 _HOW_SLURM = """\
 Put this folder where every node sees it, and start `submit.sh`, or `sbatch rN.sbatch` for one replica. A
 replica is one job on the plan's nodes; when one of its processes ends, the job does. The front listens on its node's
-address; `VLLM_API_KEY` in the environment of `sbatch` is what clients must say. Where replicas have attention workers,
+address; `VLLM_API_KEY` in the environment of `sbatch` is the key that clients send. Where replicas have attention workers,
 `worker.key` in this folder is their key, mode 0600.
 
 A job has 4 CPUs for each of its GPUs, and the memory that your partition gives if not asked. `sbatch` reads other

@@ -215,7 +215,8 @@ def launchable(plan: Plan, model: ModelSpec, settings: ExportSettings) -> Launch
     engine = settings.engine or (Engine.VLLM_HETIS if has_workers else Engine.VLLM)
     if len(used := weights_used(plan, model)) > 1 and WEIGHTS not in settings.model:
         raise NotExportableError((f"the plan has weights in {' and '.join(used)}: --model must contain {WEIGHTS}",))
-    changes += _other_checkpoint(used, str((plan.inputs.get("origins") or {}).get("model", "")), settings)
+    asked = str((plan.inputs.get("origins") or {}).get("model", ""))
+    changes += _other_checkpoint(used, asked, model.name, settings)
     replicas, left_out = dict[int, LaunchableReplica](), dict[int, tuple[str, ...]]()
     fronts, meetings, kv_ports, workers = Counter[str](), Counter[str](), Counter[str](), 0
     exchanging = kv_partners(plan)
@@ -301,9 +302,16 @@ def weights_used(plan: Plan, model: ModelSpec) -> list[str]:
     return list(dict.fromkeys(weights_of(model.on(gpu)) for gpu in gpus))
 
 
-def _other_checkpoint(used: Sequence[str], asked: str, settings: ExportSettings) -> Iterator[str]:
-    """Yield a sentence if a checkpoint that the catalogue knows differs from the plan in its weights or tuning."""
+def _other_checkpoint(used: Sequence[str], asked: str, planned: str, settings: ExportSettings) -> Iterator[str]:
+    """Yield a sentence if a checkpoint that the catalogue knows differs from the plan in its weights or tuning, or if
+    the planned name is that of a file or a folder rather than of a checkpoint.
+    """
     if (found := catalogue.known_model(settings.model)) is None:
+        if settings.model == planned and "/" not in planned:
+            yield (
+                f"engines are started with {planned}, the name in the plan, which they may not find: set --model to "
+                "the checkpoint's folder or its name at Hugging Face"
+            )
         return
     if used != [kept := weights_of(found)]:
         yield (

@@ -143,16 +143,17 @@ def _wrong_images(text: str) -> Iterator[str]:
             yield f"{times} images for {vendor}"
 
 
-def _wrong_model(model: str, where: str) -> Iterator[str]:
+def _wrong_model(model: str, where: str, must_be: str = "a name or a folder") -> Iterator[str]:
     """Yield an error if engines would not take a text as the name or folder of a model."""
     if model != model.strip() or model.startswith("-") or not model.isprintable():
-        yield f"{where} is {model!r}, must be a name or a folder"
+        yield f"{where} is {model!r}, must be {must_be}"
 
 
 def _wrong(
     given: ExportSettings, target: ExportTarget, allowed: tuple[Engine, ...], spelled: Callable[[str], str]
 ) -> Iterator[str]:
     yield from _wrong_model(given.model, spelled("model"))
+    yield from _wrong_model(given.served_name, spelled("served_name"), "a name")
     for node, host in given.hosts.items() if target not in IN_KUBERNETES else ():
         if not (node and is_host(host)):
             text = f"{node}={host}" if node else host  # as on the command line
@@ -267,6 +268,14 @@ def folder_refusals(folder: Path, *, force: bool, option: str = "--force") -> li
     except OSError as error:
         return [f"{folder}: {error.strerror}"]
     return []
+
+
+def files_left(folder: Path, made: Export) -> list[str]:
+    """Return other files like the essential ones where an export writes its own, such as scripts of a former plan."""
+    written = set(map(Path, made.files))
+    found = (path.relative_to(folder) for pattern in ("*", "*/*") for path in folder.glob(pattern))
+    kinds = {Path(path).suffix for path in made.shown}
+    return sorted(str(path) for path in found if path.suffix in kinds and path not in written)
 
 
 # --- README

@@ -234,7 +234,7 @@ def _facts(plan: Plan) -> Iterator[tuple[str, RenderableType]]:
     runs_on = f" for {engine['name']}" if isinstance(engine, Mapping) and "name" in engine else ""
     yield "Solved", f"{result.status} in {seconds(result.solve_s)}, strategy {plan.strategy}{runs_on}"
     if ENGINE_SETTINGS in plan.inputs:
-        yield "Engines", f"started with {engine_settings_of_plan(plan).describe()}"
+        yield "Settings", f"engines started with {engine_settings_of_plan(plan).describe()}"
 
 
 def less_than_planned(plan: Plan) -> KeptPromise | None:
