@@ -341,8 +341,8 @@ trap stop EXIT"""
 _HOW_SLURM = """\
 Put this folder where every node sees it, and start `submit.sh`, or `sbatch rN.sbatch` for one replica. A
 replica is one job on the plan's nodes; when one of its processes ends, the job does. The front listens on its node's
-address; `VLLM_API_KEY` in the environment of `sbatch` is the key that clients send. Where replicas have attention workers,
-`worker.key` in this folder is their key, mode 0600.
+address; `VLLM_API_KEY` in the environment of `sbatch` is the key that clients send. Where replicas have attention
+workers, `worker.key` in this folder is their key, mode 0600.
 
 A job has 4 CPUs for each of its GPUs, and the memory that your partition gives if not asked. `sbatch` reads other
 numbers from its environment: `SBATCH_CPUS_PER_GPU=16 SBATCH_MEM_PER_GPU=100G ./submit.sh`; `SBATCH_PARTITION`,
