@@ -18,6 +18,9 @@ from hypothesis import HealthCheck, Phase, settings
 # torch's threads busy-wait for each other, which wastes CPU time with several test processes per core.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# Set in many containers. Streams of users are buffered, so that a write may fail only when the process ends.
+os.environ.pop("PYTHONUNBUFFERED", None)
+
 # Problems are large values, and first calls compile; neither is a fault of a test.
 _ACCEPTED = (HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example)
 

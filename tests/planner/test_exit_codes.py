@@ -141,15 +141,16 @@ def test_a_reader_that_goes_away_is_no_error_message(unbuffered: str) -> None:
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize("unbuffered", ["", "1"])
 @pytest.mark.parametrize("output", ["table", "json"])
-def test_a_full_disk_behind_stdout_is_told(output: str) -> None:
+def test_a_full_disk_behind_stdout_is_told(output: str, unbuffered: str) -> None:
     with open("/dev/full", "w") as full:
         done = subprocess.run(
             [*COMMAND, "catalog", "gpus", "-o", output],
             stdout=full,
             stderr=subprocess.PIPE,
             text=True,
-            env=environment(),
+            env=environment(PYTHONUNBUFFERED=unbuffered),
             check=False,
         )
     assert done.returncode == ExitCode.INTERNAL

@@ -116,8 +116,9 @@ def test_commands_call_the_shared_ends_by_the_same_codes(
 
 def test_a_reader_that_goes_away_is_no_failure() -> None:
     program = (
-        "import sys; from tests.formats.command_line.test_command_line import run;"
-        "sys.stdout.write('x' * 100_000); sys.exit(run('show', '-q', 'y' * 100_000))"
+        "import os, sys; from tests.formats.command_line.test_command_line import command_process, run;"
+        "os.write(1, b'x' * 60_000)\n"
+        "with command_process('hetis-test', extra='test'): sys.exit(run('show', '-q', 'y' * 100_000))"
     )
     shell = f'set -o pipefail; "{sys.executable}" -c "{program}" | head -c 1'
     done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, check=False)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from hetis.formats.command_line.process import command_process
 from tests.command_line import run_here
 
 FAKE = "tests.planner.service.process"
@@ -128,4 +129,5 @@ if __name__ == "__main__":
         actions.serve_with(opened, path, flags, ready_json=ready_json)
 
     setattr(actions, "serve", serve)  # noqa: B010  # the command looks it up there
-    sys.exit(command.run(sys.argv[1:]))
+    with command_process("hetis-planner", extra="planner"):
+        sys.exit(command.run(sys.argv[1:]))

@@ -30,8 +30,11 @@ def command_process(command: str, *, extra: str) -> Iterator[None]:
     The base install has the ``command``, but not the libraries that it needs: those come with ``extra``.
     """
     open_closed_streams()
-    with _ctrl_c_ends(), _told_what_to_install(command, extra):
-        yield
+    try:
+        with _ctrl_c_ends(), _told_what_to_install(command, extra):
+            yield
+    finally:
+        _discard_unwritten()
 
 
 @contextmanager
@@ -88,6 +91,20 @@ def open_closed_streams() -> None:
         if getattr(sys, name) is None:
             mode = "w" if number else "r"
             setattr(sys, name, open(number, mode, encoding="utf-8", errors="replace", closefd=False))  # noqa: SIM115
+
+
+def _discard_unwritten() -> None:
+    """Put the null device in place of each output stream that takes no more: its disk is full, or its reader is gone.
+
+    At exit Python writes once more what it has not written, and where that fails, too, the exit code is 120.
+    """
+    for number, stream in ((1, sys.stdout), (2, sys.stderr)):
+        try:
+            stream.flush()
+        except OSError:
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, number)
+            os.close(null)
 
 
 @contextmanager

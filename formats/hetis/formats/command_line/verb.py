@@ -61,7 +61,7 @@ def run_application(
             return INTERRUPTED
         except Exception as error:
             if _is_broken_pipe(error) and has_lost_reader():  # a socket that breaks raises the same, and is a failure
-                return _leave_broken_pipe()
+                return BROKEN_PIPE
             if os.environ.get("HETIS_DEBUG") == "1":
                 raise
             try:
@@ -69,7 +69,7 @@ def run_application(
             except (OSError, SystemExit) as again:  # rich exits if stderr is a broken pipe, and has that as the context
                 cause = again.__context__ if isinstance(again, SystemExit) else again
                 if cause is not None and _is_broken_pipe(cause) and has_lost_reader():
-                    return _leave_broken_pipe()
+                    return BROKEN_PIPE
                 raise
         return code
 
@@ -190,12 +190,6 @@ def _console() -> Iterator[Callable[[], bool]]:
     finally:
         for copy_of_stream in copies:
             os.close(copy_of_stream)
-
-
-def _leave_broken_pipe() -> int:
-    # Python flushes stdout once more at exit and would complain: redirect it to /dev/null.
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno() if sys.__stdout__ else 1)
-    return BROKEN_PIPE
 
 
 OutputOption = Annotated[OutputFormat, typer.Option("--output", "-o", help="Output format on stdout.")]
