@@ -18,8 +18,12 @@ from hypothesis import HealthCheck, Phase, settings
 # torch's threads busy-wait for each other, which wastes CPU time with several test processes per core.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# Set in many containers. Streams of users are buffered, so that a write may fail only when the process ends.
-os.environ.pop("PYTHONUNBUFFERED", None)
+# What shells and containers set, and tests do not expect. Streams of users are buffered, so that a write may fail only
+# when the process ends; a proxy does not reach the loopback addresses of tests.
+_PROXIES = ("http_proxy", "https_proxy", "grpc_proxy", "all_proxy")
+for _name in ("PYTHONUNBUFFERED", "FORCE_COLOR", "NO_COLOR", "CLICOLOR_FORCE", "COLUMNS", "LINES", *_PROXIES):
+    os.environ.pop(_name, None)
+    os.environ.pop(_name.upper(), None)
 
 # Problems are large values, and first calls compile; neither is a fault of a test.
 _ACCEPTED = (HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example)

@@ -93,6 +93,11 @@ def is_loopback(address: str) -> bool:
     return is_ip(host) and ipaddress.ip_address(host).is_loopback
 
 
+def without_proxy(address: str) -> tuple[tuple[str, int], ...]:
+    """Return gRPC's options for a channel to an address: no proxy, which the environment may name, reaches loopback."""
+    return (("grpc.enable_http_proxy", 0),) if is_loopback(address) else ()
+
+
 def records_of(host: str, port: int) -> Sequence[str]:
     """Return the IP addresses of a name, or nothing if it is not known at present."""
     try:

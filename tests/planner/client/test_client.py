@@ -103,6 +103,18 @@ def test_unary_calls_have_a_deadline_and_those_of_the_caller_stand(planner: Fake
     assert rounded == [30, 7, 30, 7]
 
 
+def test_a_planner_on_this_machine_is_reached_without_the_proxy_that_the_environment_names(
+    planner: FakePlanner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+
+    async def aio(client: AsyncClient) -> None:
+        await client.plans.GetPlan(GET)
+
+    with_both(planner, lambda client: client.plans.GetPlan(GET), aio)
+    assert len(planner.time_left_s) == 2
+
+
 def test_dispatch_has_a_deadline_of_its_own(planner: FakePlanner) -> None:
     with Client(planner.address) as client, pytest.raises(CallError) as caught:
         client.dispatch.GetDispatchState(dispatch_service_pb2.GetDispatchStateRequest(name="x"))

@@ -84,6 +84,16 @@ async def test_a_node_shows_its_certificate_and_its_token_over_tls(tmp_path: Pat
         await stop(running)
 
 
+async def test_a_planner_on_this_machine_is_reached_without_the_proxy_that_the_environment_names(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    async with PlannerDouble() as planner:
+        running = connect(PlannerAddress(server=planner.address, is_plain=True), Listener())
+        await planner.connected(1)
+        await stop(running)
+
+
 @pytest.mark.parametrize("content", [b"half\xff\xfe", b"one\ntwo\n", b" \n"], ids=["no text", "two lines", "empty"])
 async def test_a_token_file_that_holds_no_token_costs_an_attempt_and_not_the_agent(
     content: bytes, tmp_path: Path, caplog: pytest.LogCaptureFixture

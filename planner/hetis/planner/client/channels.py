@@ -14,7 +14,7 @@ from typing import Any
 import grpc
 from grpc import aio
 
-from hetis.formats.endpoints import STANDBY_ANSWER, STREAM_OPEN, Endpoint, LeaderSearch, is_loopback
+from hetis.formats.endpoints import STANDBY_ANSWER, STREAM_OPEN, Endpoint, LeaderSearch, is_loopback, without_proxy
 from hetis.formats.files import FileStamp
 from hetis.planner.client.connection import (
     CHANNEL_OPTIONS,
@@ -498,6 +498,7 @@ def _open_channel(
 ) -> Any:
     """Return a channel of gRPC's ``library``, with gRPC's retries unless the client can try another planner."""
     options = list(CHANNEL_OPTIONS if len(connection.addresses) == 1 and not endpoint.name else SEVERAL_OPTIONS)
+    options += without_proxy(endpoint.address)
     if endpoint.name:
         options.append(("grpc.default_authority", endpoint.name))
         if credentials is not None:

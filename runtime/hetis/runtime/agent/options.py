@@ -21,6 +21,7 @@ from hetis.formats.endpoints import (
     is_sendable_token,
     split_address,
     split_endpoints,
+    without_proxy,
 )
 
 if TYPE_CHECKING:
@@ -225,10 +226,10 @@ class PlannerAddress:
         """Return a new channel that uses the present contents of the files. Raises OSError if one cannot be read."""
         import grpc  # not earlier: it takes the level of its own log from the environment, which the options change
 
+        options = list[tuple[str, str | int]]([*OPTIONS, *without_proxy(endpoint.address)])
         if self.is_plain:
-            return grpc.aio.insecure_channel(endpoint.address, options=OPTIONS)
+            return grpc.aio.insecure_channel(endpoint.address, options=options)
         credentials = grpc.ssl_channel_credentials(_read(self.ca), _read(self.key), _read(self.cert))
-        options = list[tuple[str, str | int]](OPTIONS)
         if endpoint.name:
             options += [("grpc.ssl_target_name_override", endpoint.name), ("grpc.default_authority", endpoint.name)]
         return grpc.aio.secure_channel(endpoint.address, credentials, options=options)
