@@ -216,7 +216,7 @@ def test_ctrl_c_names_what_may_have_been_deleted(
 
     monkeypatch.setattr("hetis.planner.cli.deleting.called", interrupted)
     assert hetis_plan("delete", "plans", "day", "night") == ExitCode.INTERRUPTED
-    said = "warning: no answer came: plans/day may have been deleted\nwarning: not tried: plans/night\n"
+    said = "warning: no answer came: plans/day may have been deleted\nwarning: not tried: plans/night\ninterrupted\n"
     assert capsys.readouterr() == ("", said)
 
 
