@@ -128,6 +128,18 @@ def _table(compared: Sequence[Compared], inputs: Inputs, objective: Objective) -
             kept = [kept_cell(outcome.plan, unknown="-")] if simulated else []
             rows.append(([label(outcome), first, *kept, *rest], "bold" if outcome.plan is best else ""))
 
+    optional = [number for word in _LEAST_FIRST for number, heading in enumerate(headings) if heading.startswith(word)]
+    return _tight(headings, rows, optional)
+
+
+def _tight(
+    headings: Sequence[str], rows: Sequence[tuple[Sequence[RenderableType], str]], optional: Iterable[int]
+) -> Narrowing:
+    """Return a table of rows, each with its style, whose headings have line breaks and whose columns stand close.
+
+    ``optional`` are the positions of columns that may be left out, the least important one first.
+    """
+
     def draw(without: frozenset[int]) -> Table:
         made = Table(box=None, padding=(0, 1, 0, 0), header_style="dim", pad_edge=False)
         for number, heading in enumerate(headings):
@@ -137,7 +149,6 @@ def _table(compared: Sequence[Compared], inputs: Inputs, objective: Objective) -
             made.add_row(*(cell for number, cell in enumerate(cells) if number not in without), style=style)
         return made
 
-    optional = [number for word in _LEAST_FIRST for number, heading in enumerate(headings) if heading.startswith(word)]
     return Narrowing(draw, {number: headings[number].replace("\n", " ") for number in optional})
 
 
@@ -390,19 +401,8 @@ def render_buy_next(found: BuyNext) -> Iterator[RenderableType]:
 
 
 def _market_table(found: BuyNext) -> Narrowing:
-    headings, rows = offer_headings(found), [offer_row(offer) for offer in found.offers]
-
-    def draw(without: frozenset[int]) -> Table:
-        table = Table(box=None, padding=(0, 1, 0, 0), header_style="dim", pad_edge=False)
-        kept = [number for number in range(len(headings)) if number not in without]
-        for number in kept:
-            table.add_column(headings[number], justify="right" if number else "left", vertical="bottom", no_wrap=True)
-        for row in rows:
-            table.add_row(*(row[number] for number in kept))
-        return table
-
-    least = ("per\nGPU", "marginal\nprice", "USD/h\neach")
-    return Narrowing(draw, {headings.index(heading): heading.replace("\n", " ") for heading in least})
+    headings, least = offer_headings(found), ("per\nGPU", "marginal\nprice", "USD/h\neach")
+    return _tight(headings, [(offer_row(offer), "") for offer in found.offers], map(headings.index, least))
 
 
 def offer_headings(found: BuyNext) -> list[str]:
