@@ -31,7 +31,6 @@ hetis-plan export plan.json --to sglang --strict -- --context-length 8192"""
 
 HEARD_WITHIN_S = 30.0  # agents find a new leader in half the time, and it counts others as lost after 20 s
 LISTED_AGAIN_S = 1.0
-_LEFT_NAMED = 5  # files that a warning names
 
 CHECKED_AGAINST = {"cluster", "model", "workload", "profiles"}  # documents in a plan
 _cluster = panel("In a cluster")
@@ -96,6 +95,7 @@ def export(
     asked: ExportOptions,
 ) -> ExitCode:
     """Export a plan as files for an engine or orchestrator, with router weights and a list of what is not exported."""
+    from hetis.formats.discovery.found import some_of
     from hetis.formats.documents import load_plan
     from hetis.planner.cli.plans import warn_if_wrong
     from hetis.planner.export.replicas import ExportSettings
@@ -126,8 +126,7 @@ def export(
         return ExitCode.OK
     write_files(folder, made.files)
     if left := files_left(folder, made):
-        some = ", ".join(left[:_LEFT_NAMED]) + (", ..." if len(left) > _LEFT_NAMED else "")
-        terminal.warn(f"{folder} still has files that are not of this export: {some}")
+        terminal.warn(f"{folder} still has files that are not of this export: {some_of(left)}")
     terminal.say(f"wrote {len(made.files)} files to {folder}: begin with README.md")
     return ExitCode.OK
 

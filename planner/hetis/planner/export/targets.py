@@ -117,7 +117,7 @@ def export_wanted(
     # The file may be anyone's, and engines would read such a name as one of their options. They get it as that of the
     # checkpoint, unless another is given, and of what they serve.
     if not settings.model or shape.name.startswith("-"):
-        for wrong_name in _wrong_model(shape.name, "inputs.documents.model.name"):
+        for wrong_name in _wrong_name(shape.name, "inputs.documents.model.name", _MODEL):
             raise single_problem(file, wrong_name)
     has_one = len(weights_used(plan, shape)) == 1
     settings = replace(
@@ -143,17 +143,20 @@ def _wrong_images(text: str) -> Iterator[str]:
             yield f"{times} images for {vendor}"
 
 
-def _wrong_model(model: str, where: str, must_be: str = "a name or a folder") -> Iterator[str]:
-    """Yield an error if engines would not take a text as the name or folder of a model."""
-    if model != model.strip() or model.startswith("-") or not model.isprintable():
-        yield f"{where} is {model!r}, must be {must_be}"
+_MODEL = "a name or a folder"
+
+
+def _wrong_name(text: str, where: str, must_be: str) -> Iterator[str]:
+    """Yield an error if engines would not take a text as what it ``must_be``, such as a model's name."""
+    if text != text.strip() or text.startswith("-") or not text.isprintable():
+        yield f"{where} is {text!r}, must be {must_be}"
 
 
 def _wrong(
     given: ExportSettings, target: ExportTarget, allowed: tuple[Engine, ...], spelled: Callable[[str], str]
 ) -> Iterator[str]:
-    yield from _wrong_model(given.model, spelled("model"))
-    yield from _wrong_model(given.served_name, spelled("served_name"), "a name")
+    yield from _wrong_name(given.model, spelled("model"), _MODEL)
+    yield from _wrong_name(given.served_name, spelled("served_name"), "a name")
     for node, host in given.hosts.items() if target not in IN_KUBERNETES else ():
         if not (node and is_host(host)):
             text = f"{node}={host}" if node else host  # as on the command line
