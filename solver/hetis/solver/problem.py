@@ -157,8 +157,8 @@ class EngineSettings:
     """Settings with which engines are started regardless of the plan, so plans must respect them.
 
     Attributes:
-        max_num_seqs: requests that a replica runs at once, over all its micro-batches; a prefill replica has one per
-            micro-batch. None: no limit besides memory.
+        max_num_seqs: requests that a replica runs at once, over all its micro-batches; a prefill replica has at
+            least one per micro-batch. None: no limit besides memory.
         chunk_tokens: sizes of prefill chunks; empty: those of the family.
         kv_blocks: KV blocks of `Assumptions.block_tokens` tokens that a stage copy has, if its GPUs have room for as
             many; a block holds these tokens of one request in all head groups and layers. None: no such limit.
