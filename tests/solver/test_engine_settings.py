@@ -28,6 +28,7 @@ from hetis.solver.problem import (
 from tests.solver.claimed_plans import claimed, derived_of, plan_of, rules, unclaimed
 from tests.solver.instances import SMALL_FAMILY, make_node, make_problem, make_profile, make_workload, problems
 from tests.solver.oracle import best_plan_value
+from tests.solver.searching import plan_or_none, worth
 from tests.solver.specified import EVERY, is_soon_solved, solve_specification
 
 REL = 1e-6
@@ -60,9 +61,8 @@ def at(problem: PlacementProblem, **given: Any) -> PlacementProblem:
 
 def solved(problem: PlacementProblem) -> Plan | None:
     """Return the plan found, which the checker accepts and which is proved the best; None if there is none."""
-    try:
-        plan = solve_placement(problem, strategy=problem.family.name, gap_target=0.0)
-    except InfeasibleError:
+    plan = plan_or_none(problem, strategy=problem.family.name, gap_target=0.0)
+    if plan is None:
         return None
     assert check_plan(plan, problem) == ()
     assert plan.result.status is Status.OPTIMAL
@@ -70,10 +70,7 @@ def solved(problem: PlacementProblem) -> Plan | None:
 
 
 def value_of(problem: PlacementProblem) -> float:
-    plan = solved(problem)
-    if plan is None:
-        return 0.0 if problem.objective.maximises else math.inf
-    return plan.result.value
+    return worth(solved(problem), problem)
 
 
 @given(data=st.data())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 
 import numpy as np
@@ -29,6 +28,7 @@ from hetis.solver.planning import solve_placement
 from hetis.solver.problem import APART, EngineRules, Family, PlacementProblem
 from tests.solver.instances import NO_LIMITS, make_model, make_node, make_problem, make_profile, problems
 from tests.solver.oracle import best_plan_value
+from tests.solver.searching import plan_or_none, worth
 
 REL = 1e-6
 OF_B = Selection(unit=Unit.TYPE, name="B")
@@ -48,10 +48,9 @@ FAMILIES = (WITH_WORKERS, PLAIN, FEW_GPUS, LARGE_STAGES)
 
 def value_of(problem: PlacementProblem, strategy: str = "hetis") -> float:
     """Return the value of the plan found, which the checker accepts and which is proved the best."""
-    try:
-        plan = solve_placement(problem, strategy=strategy, gap_target=0.0)
-    except InfeasibleError:
-        return 0.0 if problem.objective.maximises else math.inf
+    plan = plan_or_none(problem, strategy=strategy, gap_target=0.0)
+    if plan is None:
+        return worth(None, problem)
     assert check_plan(plan, problem) == ()
     assert plan.result.status is Status.OPTIMAL
     return plan.result.value
@@ -172,13 +171,10 @@ def test_an_engine_never_serves_more_than_any_engine(data: st.DataObject) -> Non
     assume(not problem.model.forbidden_cuts)
     small = replace(WITH_WORKERS, engine=None, in_flight=(1, 2, 3))
     values = [value_of(replace(problem, family=family)) for family in (PLAIN, WITH_WORKERS)]
-    try:
-        anything = solve_placement(replace(problem, family=small), strategy="hetis").result.bound
-    except InfeasibleError:
-        anything = 0.0
+    anything = plan_or_none(replace(problem, family=small))
     assert values[0] <= values[1] * (1 + REL)
     if problem.objective.ttft_limit_s is None:  # with a TTFT limit, single stages have another rule there
-        assert values[1] <= anything * (1 + REL)
+        assert values[1] <= (0.0 if anything is None else anything.result.bound) * (1 + REL)
 
 
 @settings(max_examples=EXAMPLES)
@@ -354,9 +350,8 @@ def test_uneven_workers_are_not_an_engines() -> None:
 @given(problem=problems(max_gpus=5, family=Family(max_pool=2, tp_sizes=(1, 2), micro_batches=(4,), chunk_tokens=(64,))))
 def test_what_an_engine_lacks_is_what_the_checker_finds(problem: PlacementProblem) -> None:
     """The plans are for any engine; the checker derives the same independently, replica by replica."""
-    try:
-        plan = solve_placement(problem, strategy="hetis")
-    except InfeasibleError:
+    plan = plan_or_none(problem, strategy="hetis")
+    if plan is None:
         assume(False)
     rules = EngineRules(name="vllm-hetis", max_stages=3, max_pooled_stages=2, max_gpus=4, min_layers=2)
     held, fleet = replace(problem, family=run_by(problem.family, rules)), Fleet.of(problem.cluster)

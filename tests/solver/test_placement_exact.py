@@ -19,7 +19,6 @@ from hetis.solver.check import check_plan
 from hetis.solver.check.fleet import Fleet, replica_shape
 from hetis.solver.check.rederive import Rederivation
 from hetis.solver.cluster import Link, Network
-from hetis.solver.errors import InfeasibleError
 from hetis.solver.model import AttentionKind, DraftShape, IndexerShape, LinearShape, MlaShape, MoeShape
 from hetis.solver.placement import search
 from hetis.solver.placement.exact import solve_exactly
@@ -43,6 +42,7 @@ from tests.solver.instances import (
     problems,
 )
 from tests.solver.oracle import best_plan_value
+from tests.solver.searching import plan_or_none, worth
 
 KINDS = tuple(ObjectiveKind)
 MAXIMISED = (ObjectiveKind.GOODPUT, ObjectiveKind.THROUGHPUT)
@@ -50,19 +50,8 @@ REL = 1e-6
 EXAMPLES = settings().max_examples
 
 
-def plan_or_none(problem: PlacementProblem, strategy: str = "hetis") -> Plan | None:
-    try:
-        return solve_placement(problem, strategy=strategy)
-    except InfeasibleError:
-        return None
-
-
 def value_of(problem: PlacementProblem) -> float:
-    """Return the value of the plan found, or the result of `best_plan_value` if there is none."""
-    plan = plan_or_none(problem)
-    if plan is not None:
-        return plan.result.value
-    return 0.0 if problem.objective.maximises else math.inf
+    return worth(plan_or_none(problem), problem)
 
 
 def of_strategy(problem: PlacementProblem, strategy: str) -> PlacementProblem:

@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from hetis.solver.budget import Budget
 from hetis.solver.check import check_plan
 from hetis.solver.cluster import GpuSlots, Link, NodeGroup
-from hetis.solver.errors import InfeasibleError
 from hetis.solver.placement import search
 from hetis.solver.placement.families import STRATEGIES
 from hetis.solver.placement.fleet import UNIFIED
@@ -37,6 +36,7 @@ from tests.solver.instances import (
     problems,
 )
 from tests.solver.oracle import best_plan_value
+from tests.solver.searching import plan_or_none, worth
 
 KINDS = tuple(ObjectiveKind)
 REL = 1e-6
@@ -46,17 +46,7 @@ EXAMPLES = max(3, settings().max_examples // 5)  # column generation takes about
 def generated(problem: PlacementProblem, strategy: str = "hetis", *, threads: int = 1) -> Plan | None:
     """Plan by column generation, however small the fleet; return None if no plan exists."""
     with patch.object(search, "is_small", lambda _: False):
-        try:
-            return solve_placement(problem, strategy=strategy, threads=threads)
-        except InfeasibleError:
-            return None
-
-
-def searched_exactly(problem: PlacementProblem) -> Plan | None:
-    try:
-        return solve_placement(problem)
-    except InfeasibleError:
-        return None
+        return plan_or_none(problem, strategy, threads=threads)
 
 
 def with_wide_zone_links(problem: PlacementProblem) -> PlacementProblem:
@@ -98,7 +88,7 @@ def test_workers_of_a_second_class_count_where_a_stage_has_no_room_without(exact
         workload=make_workload((1500, 100)),
         family=replace(SMALL_FAMILY, max_copies=1, tp_sizes=(1,), micro_batches=(4,)),
     )
-    plan = searched_exactly(problem) if exact else generated(problem)
+    plan = plan_or_none(problem) if exact else generated(problem)
     assert plan is not None
     best = best_plan_value(problem)
     assert plan.result.bound >= best * (1 - REL)
@@ -110,10 +100,7 @@ def test_workers_of_a_second_class_count_where_a_stage_has_no_room_without(exact
 @given(problems(max_gpus=9, kinds=KINDS))
 def test_optimum_of_the_exact_search_lies_between_plan_and_bound(problem: PlacementProblem) -> None:
     problem = replace(problem, family=SMALL_FAMILY)
-    exact = searched_exactly(problem)
-    nothing = 0.0 if problem.objective.maximises else math.inf
-    best = exact.result.value if exact is not None else nothing
-    assert_claims_hold(problem, generated(problem), best)
+    assert_claims_hold(problem, generated(problem), worth(plan_or_none(problem), problem))
 
 
 @settings(max_examples=max(2, EXAMPLES // 2))
@@ -197,7 +184,7 @@ def test_slow_links_between_zones_are_never_overdrawn(
     network = replace(problem.cluster.network, zone_default=Link(bytes_per_s=bytes_per_s, latency_s=1e-5))
     small = {n: replace(p, usable_bytes=min(p.usable_bytes, 6_000_000)) for n, p in problem.profiles.items()}
     problem = replace(problem, cluster=replace(problem.cluster, network=network), profiles=small)
-    plan = searched_exactly(problem) if exact else generated(problem)
+    plan = plan_or_none(problem) if exact else generated(problem)
     assert plan is None or check_plan(plan, problem) == ()
 
 

@@ -20,6 +20,7 @@ from hetis.solver.plan import ObjectiveKind, Plan, Role, Status
 from hetis.solver.planning import solve_placement
 from hetis.solver.problem import EngineRules, Family, PlacementProblem
 from tests.solver.instances import make_model, make_node, make_problem, problems
+from tests.solver.searching import plan_or_none
 from tests.solver.test_packing import every_way
 
 REL = 1e-6
@@ -38,8 +39,10 @@ def on_nodes(problem: PlacementProblem, most: int | None) -> PlacementProblem:
 def solved(problem: PlacementProblem, strategy: str = "hetis") -> Plan | None:
     """Return a plan that the checker accepts, proved as far as it claims."""
     try:
-        plan = solve_placement(problem, strategy=strategy, gap_target=0.0)
-    except (InfeasibleError, NoPlanFoundError):
+        plan = plan_or_none(problem, strategy, gap_target=0.0)
+    except NoPlanFoundError:
+        return None
+    if plan is None:
         return None
     held = replace(problem, family=STRATEGIES[strategy].restrict(problem.family))
     assert check_plan(plan, held) == ()

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from hetis.solver.check import check_plan
 from hetis.solver.cluster import Link, Network
-from hetis.solver.errors import InfeasibleError, InvalidProblemError
+from hetis.solver.errors import InvalidProblemError
 from hetis.solver.placement import search
 from hetis.solver.placement.families import STRATEGIES
 from hetis.solver.placement.fleet import UNIFIED, Routes
@@ -23,7 +23,6 @@ from hetis.solver.placement.solve import kv_routes
 from hetis.solver.placement.tabulation import build_cost_tables
 from hetis.solver.placement.template import interval_of, with_fewest_in_flight
 from hetis.solver.plan import Objective, ObjectiveKind, Plan, Role, Status
-from hetis.solver.planning import solve_placement
 from hetis.solver.problem import Family, PlacementProblem
 from tests.solver.instances import (
     NO_LIMITS,
@@ -35,6 +34,7 @@ from tests.solver.instances import (
     problems,
 )
 from tests.solver.oracle import best_plan_value
+from tests.solver.searching import plan_or_none, worth
 
 KINDS = tuple(ObjectiveKind)
 REL = 1e-6
@@ -49,17 +49,11 @@ def of_strategy(problem: PlacementProblem, strategy: str) -> PlacementProblem:
 
 def solved(problem: PlacementProblem, strategy: str = "hetis", *, exact: bool = True) -> Plan | None:
     with patch.object(search, "is_small", lambda _: exact):
-        try:
-            return solve_placement(problem, strategy=strategy)
-        except InfeasibleError:
-            return None
+        return plan_or_none(problem, strategy)
 
 
 def value_of(problem: PlacementProblem, strategy: str = "hetis", *, exact: bool = True) -> float:
-    plan = solved(problem, strategy, exact=exact)
-    if plan is None:
-        return 0.0 if problem.objective.maximises else math.inf
-    return plan.result.value
+    return worth(solved(problem, strategy, exact=exact), problem)
 
 
 # --- compared with brute force, with links between zones of any slowness
