@@ -156,6 +156,13 @@ def test_engines_that_the_agent_started_have_time_for_their_requests() -> None:
     assert int(unit["TimeoutStopSec"][0]) >= 2 * default + 30
 
 
+def test_engines_that_the_agent_started_can_write_their_caches() -> None:
+    """The rest of the file system is read-only, and vLLM ends if it cannot make its folder of compiled graphs."""
+    unit = settings_of(DEPLOY / "systemd" / "hetis-agent.service")
+    assert unit["ProtectSystem"] == ["strict"]
+    assert f"HOME=/var/cache/{unit['CacheDirectory'][0]}" in unit["Environment"]
+
+
 def commands(app: typer.Typer) -> dict[str, set[str]]:
     """Return the verbs of a command line with the options of each."""
     root: Any = typer.main.get_command(app)

@@ -267,12 +267,12 @@ def layout_of(
         kv_tokens=kv_tokens,
         partners=kv_partners(plan)[number] if partners is None else partners,
         own_types=kinds_in(cluster),
-        most_seats=_most_seats(plan),
+        most_seats=most_seats_of(plan),
     )
     return _with_resources(layout, cluster)
 
 
-def _most_seats(plan: Plan) -> int | None:
+def most_seats_of(plan: Plan) -> int | None:
     """Return how many requests each engine may run at once, if the plan was made for such a setting."""
     settings = plan.inputs.get("engine_settings")
     most = settings.get("max_num_seqs") if isinstance(settings, Mapping) else None

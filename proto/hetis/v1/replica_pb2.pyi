@@ -165,6 +165,7 @@ class ReplicaPlan(_message.Message):
     KV_ZONES_FIELD_NUMBER: _builtins.int
     EXPERT_PARALLEL_FIELD_NUMBER: _builtins.int
     MAX_NUM_SEQS_FIELD_NUMBER: _builtins.int
+    SEATS_LIMIT_FIELD_NUMBER: _builtins.int
     rate_rps: _builtins.float
     """Saturated rate, in requests per second. Always above 0."""
     ttft_s: _builtins.float
@@ -189,6 +190,11 @@ class ReplicaPlan(_message.Message):
     """
     max_num_seqs: _builtins.int
     """Requests that its engine may run at once. 0: micro_batch times in_flight, as many as decode when it is saturated."""
+    seats_limit: _builtins.int
+    """Requests that its engine may run at once whatever is planned, if the plan was made for such a setting
+    (PlanSpec.max_num_seqs): a prefill replica runs at most as many prompts. Set for prefill replicas alone, since others
+    run what is planned. 0: no such limit.
+    """
     @_builtins.property
     def stages(self) -> _containers.RepeatedCompositeFieldContainer[Global___StagePlan]:
         """Pipeline stages in the order of their layers. Always set."""
@@ -220,10 +226,11 @@ class ReplicaPlan(_message.Message):
         kv_zones: _abc.Iterable[_builtins.str] | None = ...,
         expert_parallel: _builtins.bool = ...,
         max_num_seqs: _builtins.int = ...,
+        seats_limit: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attention_workers", b"attention_workers", "chunk_tokens", b"chunk_tokens", "expert_parallel", b"expert_parallel", "in_flight", b"in_flight", "kv_tokens", b"kv_tokens", "kv_zones", b"kv_zones", "max_num_seqs", b"max_num_seqs", "micro_batch", b"micro_batch", "rate_rps", b"rate_rps", "role", b"role", "stages", b"stages", "tpot_s", b"tpot_s", "ttft_s", b"ttft_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attention_workers", b"attention_workers", "chunk_tokens", b"chunk_tokens", "expert_parallel", b"expert_parallel", "in_flight", b"in_flight", "kv_tokens", b"kv_tokens", "kv_zones", b"kv_zones", "max_num_seqs", b"max_num_seqs", "micro_batch", b"micro_batch", "rate_rps", b"rate_rps", "role", b"role", "seats_limit", b"seats_limit", "stages", b"stages", "tpot_s", b"tpot_s", "ttft_s", b"ttft_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -64,13 +64,25 @@ ROUTES = st.builds(KvRoute, prefill=COUNTS, decode=COUNTS, rate=NUMBERS)
 
 @given(REPLICAS)
 def test_a_replica_is_the_same_after_the_way_there_and_back(replica: ReplicaPlan) -> None:
-    assert replica_from_proto(replica_to_proto(replica)) == replica
+    assert replica_from_proto(replica_to_proto(replica, MADE)) == replica
 
 
 def test_a_replica_of_a_sender_that_knows_no_roles_is_unified() -> None:
-    message = replica_to_proto(MADE.replicas[0])
+    message = replica_to_proto(MADE.replicas[0], MADE)
     message.ClearField("role")
     assert replica_from_proto(message) == MADE.replicas[0]
+
+
+def test_of_a_plan_at_fixed_settings_prefill_replicas_alone_are_limited_in_their_prompts() -> None:
+    """Others run what is planned, so that they are kept where a plan with another limit is activated."""
+    kept = replace(MADE, inputs={**MADE.inputs, "engine_settings": {"max_num_seqs": 5}})
+    for plan, role, limit in (
+        (kept, Role.PREFILL, 5),
+        (MADE, Role.PREFILL, 0),
+        (kept, Role.DECODE, 0),
+        (kept, Role.UNIFIED, 0),
+    ):
+        assert replica_to_proto(replace(MADE.replicas[0], role=role), plan).seats_limit == limit
 
 
 @given(st.lists(ROUTES, max_size=4).map(tuple))

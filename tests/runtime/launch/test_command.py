@@ -348,8 +348,23 @@ def test_kv_has_the_plans_precision_and_that_of_the_replicas_gpu(run: Run, tmp_p
     assert "--kv-cache-dtype" not in told(kv_bytes=1, precisions={"L4": {"kv_bytes": 2}})
     (tmp_path / "plan.json").write_text(json.dumps(plan | {"inputs": {}}), encoding="utf-8")
     assert run("show", "--plan", str(tmp_path / "plan.json"), "-m", "models/tiny")[0] == 0
-    code, _, lines = run("show", "--plan", str(tmp_path / "plan.json"), "-m", "models/tiny", "--replica", "7")
-    assert (code, lines) == (3, ["hetis-launch: there is no replica 7, the plan has 1, counted from 0"])
+
+
+@pytest.mark.parametrize("verb", ["show", "processes", "ray", "kubernetes"])
+def test_a_replica_that_the_plan_lacks_is_an_invalid_option(run: Run, verb: str) -> None:
+    images = ("--image", "i:1", "--worker-image", "w:1", "--worker-key-secret", "k", "--insecure")
+    told = images if verb == "kubernetes" else ()
+    code, _, lines = run(verb, "--plan", "plan.json", "-m", "models/tiny", "--replica", "7", *told)
+    assert (code, lines) == (2, ["hetis-launch: --replica is 7: the plan has 1, counted from 0"])
+
+
+def test_a_program_that_is_not_here_is_an_invalid_option(run: Run, tmp_path: Path) -> None:
+    """It was started six times."""
+    asked = ("processes", "--plan", "plan.json", "-m", "models/tiny", "--all-here", "--folder", str(tmp_path / "here"))
+    code, _, lines = run(*asked, "--vllm", "no-such-vllm serve")
+    named = "install it, or name another (--vllm, or `program` in an agent's settings)"
+    assert (code, lines) == (2, [f"hetis-launch: there is no program 'no-such-vllm' on PATH: {named}"])
+    assert not (tmp_path / "here").exists()
 
 
 def test_kv_of_a_checkpoint_that_is_not_the_plans_has_to_be_told(run: Run, tmp_path: Path) -> None:

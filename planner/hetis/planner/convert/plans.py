@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from google.protobuf.message import Message
 
 from hetis.engines.gpus import kind_of_type
-from hetis.engines.layout import kv_partners
+from hetis.engines.layout import kv_partners, most_seats_of
 from hetis.formats.files import content_digest
 from hetis.planner.use_cases import place as placing
 from hetis.planner.use_cases.verification import misses, verification_of
@@ -88,11 +88,11 @@ def _messages(kind: type[M], values: Iterable[Any]) -> list[M]:
 MOST_IN_A_MESSAGE = 1000  # replicas in a PlanResult, as plan.proto documents
 
 
-def replicas_to_proto(replicas: Iterable[ReplicaPlan], *, most_bytes: int) -> list[replica_pb2.ReplicaPlan]:
+def replicas_to_proto(plan: Plan, *, most_bytes: int) -> list[replica_pb2.ReplicaPlan]:
     """Return the first replicas: as many as a message may have and as fit into ``most_bytes``."""
     messages: list[replica_pb2.ReplicaPlan] = []
-    for replica in replicas:
-        message = replica_to_proto(replica)
+    for replica in plan.replicas:
+        message = replica_to_proto(replica, plan)
         most_bytes -= message.ByteSize()
         if len(messages) == MOST_IN_A_MESSAGE or most_bytes < 0:
             break
@@ -100,13 +100,15 @@ def replicas_to_proto(replicas: Iterable[ReplicaPlan], *, most_bytes: int) -> li
     return messages
 
 
-def replica_to_proto(replica: ReplicaPlan) -> replica_pb2.ReplicaPlan:
+def replica_to_proto(replica: ReplicaPlan, plan: Plan) -> replica_pb2.ReplicaPlan:
+    """Return a replica of the plan."""
     return message_of(
         replica_pb2.ReplicaPlan,
         replica,
         stages=_messages(replica_pb2.StagePlan, replica.stages),
         attention_workers=_messages(replica_pb2.AttentionWorkerPool, replica.attention_workers),
         role=TO_PROTO[replica.role],
+        seats_limit=(most_seats_of(plan) or 0) if replica.role is Role.PREFILL else 0,
     )
 
 
@@ -169,7 +171,7 @@ def complete(message: plan_pb2.Plan, plan: Plan, document: bytes) -> None:
     """
     result = message.result
     result.prices.extend(_messages(plan_pb2.ClassPrice, plan.prices))
-    replicas = replicas_to_proto(plan.replicas, most_bytes=MOST_PLAN_BYTES - message.ByteSize())
+    replicas = replicas_to_proto(plan, most_bytes=MOST_PLAN_BYTES - message.ByteSize())
     result.replicas.extend(replicas)
     result.replicas_truncated = len(replicas) < len(plan.replicas)
     routes = plan_pb2.PlanResult(kv_routes=_messages(replica_pb2.KvRoute, plan.kv_routes))

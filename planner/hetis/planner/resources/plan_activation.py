@@ -84,7 +84,7 @@ class PlanActivation:
             load_bytes = load_bytes_of(answered.found)
             return Target(
                 record=answered.record,
-                shapes=tuple(map(replica_to_proto, answered.plan.replicas)),
+                shapes=tuple(replica_to_proto(one, answered.plan) for one in answered.plan.replicas),
                 model_digest=digest(answered.problem.model),
                 cluster_digest=cluster.body.document.digest,
                 load_bytes=lambda shape: load_bytes(replica_from_proto(shape)),

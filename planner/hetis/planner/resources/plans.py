@@ -250,7 +250,7 @@ def _differences(one: PlanAndProblem, other: PlanAndProblem) -> Iterator[pb2.Rep
     matched = set[int]()
     for index, replica in enumerate(first):
         difference = pb2.ReplicaDifference(
-            kind=_Kind.REPLICA_DIFFERENCE_KIND_REMOVED, index=index, replica=replica_to_proto(replica)
+            kind=_Kind.REPLICA_DIFFERENCE_KIND_REMOVED, index=index, replica=replica_to_proto(replica, one.plan)
         )
         other_index = by_devices.get(_dense(replica))
         if other_index is not None:
@@ -259,12 +259,12 @@ def _differences(one: PlanAndProblem, other: PlanAndProblem) -> Iterator[pb2.Rep
             difference.kind, difference.other_index = _Kind.REPLICA_DIFFERENCE_KIND_KEPT, other_index
             if _without_predictions(replica) != _without_predictions(now):
                 difference.kind = _Kind.REPLICA_DIFFERENCE_KIND_CHANGED
-                difference.other_replica.CopyFrom(replica_to_proto(now))
+                difference.other_replica.CopyFrom(replica_to_proto(now, other.plan))
                 difference.changes.extend(_changes(replica, now))
         yield difference
     for index, replica in enumerate(second):
         if index not in matched:
-            added, message = _Kind.REPLICA_DIFFERENCE_KIND_ADDED, replica_to_proto(replica)
+            added, message = _Kind.REPLICA_DIFFERENCE_KIND_ADDED, replica_to_proto(replica, other.plan)
             yield pb2.ReplicaDifference(kind=added, other_index=index, other_replica=message)
 
 

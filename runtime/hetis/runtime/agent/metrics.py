@@ -10,6 +10,7 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, start_http_server
 
+from hetis.formats.endpoints import joined
 from hetis.runtime.agent.pressure import ScrapeState
 from hetis.v1 import agent_service_pb2, inventory_pb2, report_pb2
 
@@ -51,8 +52,13 @@ class AgentMetrics:
         self._devices = {name: self._gauge(f"device_{name}", text, *labels) for name, (text, _) in _OF_DEVICES.items()}
 
     def serve(self, port: int, *, host: str = LOOPBACK) -> int:
-        """Serve ``/metrics`` in a thread, and return the port (0: any). Raises OSError if the address is taken."""
-        server, thread = start_http_server(port, addr=host, registry=self.registry)
+        """Serve ``/metrics`` in a thread, and return the port (0: any). Raises OSError if the address is taken, or not
+        this machine's.
+        """
+        try:
+            server, thread = start_http_server(port, addr=host, registry=self.registry)
+        except OSError as error:
+            raise OSError(f"--metrics: cannot listen on {joined(host, port)}: {error.strerror or error}") from None
         server.set_app(_answering(server.get_app()))
         self._serving = (server, thread)
         return int(server.server_address[1])

@@ -158,7 +158,7 @@ def processes(
 ) -> None:
     """Run the processes whose node this machine is, and start again what fails. Started on every node alike."""
     from hetis.engines.commands import commands_of
-    from hetis.runtime.launch.processes import names_of_this_machine, prepare, run_here
+    from hetis.runtime.launch.processes import names_of_this_machine, prepare, require_programs, run_here
 
     addresses = replica.addresses(replica.folder.resolve())
     layout, serving = _read(replica, vllm_options, executor=replica.executor, named=addresses.hosts)
@@ -168,6 +168,7 @@ def processes(
     if not ours:
         nodes = ", ".join(dict.fromkeys(command.process.node for command in commands))
         raise LayoutError(f"this machine is {names[0]}, the replica is on {nodes}: give --node or --all-here")
+    require_programs(ours)
     prepare(ours, may_draw_key=len(ours) == len(commands))
     _set_up_logs()
     raise SystemExit(run_here(ours))
@@ -290,6 +291,8 @@ def _read(
         raise OptionError(*found)
     assert given.plan is not None
     planned = load_plan(given.plan)
+    if given.replica >= (count := len(planned.replicas)):
+        raise OptionError(f"--replica is {given.replica}: the plan has {count}, counted from 0")
     if unknown := [f"--node-address: {what}" for what in unknown_nodes(named, planned)]:
         raise OptionError(*unknown)
     spec, stated_kv = _model(planned, given.replica, given.model)
@@ -344,7 +347,7 @@ def _model(plan: Plan, number: int, model: str) -> tuple[ModelSpec, str]:
 
     planned = planned_model(plan)
     if Path(model).is_dir():
-        if planned is not None and number < len(plan.replicas):
+        if planned is not None:
             planned = planned.on(plan.replicas[number].stages[0].gpu)
         return checkpoint_model(Path(model), planned)
     if planned is None:

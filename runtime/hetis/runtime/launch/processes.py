@@ -190,6 +190,14 @@ def supervise(
         end(list(running))
 
 
+def require_programs(commands: Sequence[Command]) -> None:
+    """Raise OptionError with every program that is not on this machine: starting it again would not help."""
+    missing = dict.fromkeys(words[0] for words, environment in map(_called, commands) if not _found(words, environment))
+    if missing:
+        named = "install it, or name another (--vllm, or `program` in an agent's settings)"
+        raise OptionError(*(f"there is no program {name!r} on PATH: {named}" for name in missing))
+
+
 def prepare(commands: Sequence[Command], *, may_draw_key: bool) -> dict[str, str]:
     """Write the files that the commands need here, and return the secrets among them, by path. Raises OptionError if
     keys are missing or files cannot be written. It names all of them.
@@ -247,8 +255,8 @@ def start(command: Command, log: Path | None = None) -> Started:
 
     Its output is appended to ``log``; None: to that of this process.
     """
-    environment = os.environ | dict(command.environment)
-    words = _ending_with_parent(words_of(command), environment)
+    words, environment = _called(command)
+    words = _ending_with_parent(words, environment)
     with ExitStack() as stack:
         output = None if log is None else stack.enter_context(log.open("ab"))
         process = subprocess.Popen(
@@ -258,11 +266,16 @@ def start(command: Command, log: Path | None = None) -> Started:
     return Started(process)
 
 
-def words_of(command: Command) -> tuple[str, ...]:
-    """Return the command line: a worker runs with the current Python, while vLLM may have its own."""
+def _called(command: Command) -> tuple[tuple[str, ...], Mapping[str, str]]:
+    """Return command line and environment: a worker runs with the current Python, while vLLM may have its own."""
+    environment = os.environ | dict(command.environment)
     if command.process.kind is ProcessKind.ATTENTION_WORKER:
-        return (sys.executable, "-m", "hetis.runtime.worker", *command.shown[1:])
-    return command.shown
+        return (sys.executable, "-m", "hetis.runtime.worker", *command.shown[1:]), environment
+    return command.shown, environment
+
+
+def _found(words: Sequence[str], environment: Mapping[str, str]) -> str | None:
+    return shutil.which(words[0], path=environment.get("PATH"))
 
 
 class Started:
@@ -340,7 +353,6 @@ def _ending_with_parent(words: Sequence[str], environment: Mapping[str, str]) ->
     A few lines of Python request this signal and then become the program: nothing can be done safely between fork and
     exec of a process with threads, such as an agent's.
     """
-    program = shutil.which(words[0], path=environment.get("PATH"))
-    if program is None:
+    if _found(words, environment) is None:
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), words[0])
     return (sys.executable, "-I", "-S", "-c", _BECOME, str(os.getpid()), *words)

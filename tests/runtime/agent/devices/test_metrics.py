@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import socket
 import urllib.request
 
+import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from hetis.runtime.agent.devices import discover
@@ -24,6 +26,13 @@ def served(metrics: AgentMetrics) -> dict[tuple[str, ...], float]:
         for family in text_string_to_metric_families(text)
         for sample in family.samples
     }
+
+
+def test_an_address_that_is_taken_is_named_with_its_option() -> None:
+    with socket.create_server((LOOPBACK, 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(OSError, match=f"^--metrics: cannot listen on {LOOPBACK}:{port}: Address already in use$"):
+            AgentMetrics(version="1.2").serve(port)
 
 
 def test_the_stream_and_its_messages_are_counted() -> None:

@@ -15,7 +15,7 @@ from hetis.planner.fleet.replica import devices_of, nodes_of
 from hetis.runtime.agent.launched.parts import EngineSettingsDocument
 from hetis.solver.cluster import GpuType
 from hetis.solver.model import ModelSpec
-from hetis.solver.plan import ReplicaPlan
+from hetis.solver.plan import Plan, ReplicaPlan
 from hetis.v1.executor_service_pb2 import ApplyAssignmentRequest
 from hetis.v1.replica_pb2 import Assignment, AssignmentGoal, EnginePeer, KvPartner
 from tests.engines.plans import MODEL, plan_of, stage_of
@@ -77,6 +77,7 @@ def replica_on(*devices: str, **changes: Any) -> ReplicaPlan:
 def assigned(
     replica: ReplicaPlan | None = None,
     *,
+    plan: Plan | None = None,
     node: str = NODE,
     name: str = REPLICA,
     goal: AssignmentGoal.ValueType = SERVE,
@@ -85,9 +86,11 @@ def assigned(
     kv_partners: Sequence[KvPartner] = (),
     types: Mapping[str, GpuType] | None = None,
 ) -> Assignment:
-    """Return the planner's assignment of a replica to a node; ``types`` are those of the fleet, if it sends them."""
+    """Return the planner's assignment of a replica of a plan (by default: made without fixed settings) to a node;
+    ``types`` are those of the fleet, if it sends them.
+    """
     replica = replica or replica_on("a/0")
-    shape = replica_to_proto(replica)
+    shape = replica_to_proto(replica, plan or plan_of(*replica.stages))
     return Assignment(
         replica=name,
         plan="plans/p",

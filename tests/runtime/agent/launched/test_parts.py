@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import json
 import re
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,19 +15,25 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hetis.engines.commands import Command
+from hetis.engines.layout import PROMPT_TOKENS
+from hetis.engines.serving import option_groups
 from hetis.engines.versions import Engine
 from hetis.formats import catalogue
+from hetis.formats.documents import to_data
 from hetis.formats.dtypes import with_precision
 from hetis.planner.convert.plans import kv_partners_to_proto, replica_to_proto
+from hetis.planner.export.hosts import PLAN_FILE, words
 from hetis.planner.export.replicas import ExportSettings, NotExportableError, launchable
 from hetis.runtime.agent.launched.parts import LaunchedPart, part_of, replica_of
+from hetis.runtime.launch.main import main
 from hetis.runtime.moves.refusals import RefusedError
 from hetis.solver.cluster import GpuType
-from hetis.solver.plan import Plan, Role
+from hetis.solver.model import LinearShape
+from hetis.solver.plan import KvRoute, Plan, Role
 from hetis.v1.failure_pb2 import ErrorReason
-from hetis.v1.replica_pb2 import EnginePeer, KvPartner, ReplicaRole
-from tests.engines.plans import FP8_KV, MODEL, POOL, plan_of, stage_of, write_config
-from tests.planner.export.plans import DECODES, PLANS, apart
+from hetis.v1.replica_pb2 import Assignment, EnginePeer, KvPartner, ReplicaRole
+from tests.engines.plans import FP8_KV, MODEL, POOL, plan_of, stage_of, write_config, write_plan
+from tests.planner.export.plans import DECODES, PLANS, PREFILL, apart, made_of, on
 from tests.runtime.agent.launched.assigning import assigned, replica_on, settings_of
 
 FOLDER = Path("/run/engines")
@@ -55,10 +63,14 @@ def refused(replica: object, node: str = "a", **settings: object) -> str:
 
 def essence(command: Command) -> tuple[str, list[str], dict[str, str]]:
     """Return a process's name, options and variables, without those that differ between export and agent."""
-    words = list(command.shown)
+    return essence_of(command.process.name, command.shown, command.environment)
+
+
+def essence_of(
+    name: str, words: Sequence[str], environment: Mapping[str, str]
+) -> tuple[str, list[str], dict[str, str]]:
     kept = [word for before, word in zip(["", *words], words, strict=False) if not {before, word} & TOLD]
-    environment = {name: text for name, text in command.environment.items() if name not in TOLD_VARIABLES}
-    return command.process.name, kept, environment
+    return name, kept, {name: text for name, text in environment.items() if name not in TOLD_VARIABLES}
 
 
 UNLIKE = {  # GPUs of a prefill replica and of a decode replica
@@ -118,6 +130,54 @@ def test_a_node_runs_what_the_export_of_the_plan_would_run_there(name: str, engi
         assert all(one.is_whole == (len(parts) == 1) for one in parts)
 
 
+LONG_CHUNKS = replace(PREFILL, stages=(on("a/0"),), in_flight=1, chunk_tokens=2048)
+APART = made_of(LONG_CHUNKS, DECODES[0], routes=(KvRoute(prefill=0, decode=1, rate=2.0),))
+AT_SETTINGS = {
+    "unified": (PLANS["unlike replicas"], MODEL),
+    "prefill and decode": (APART, MODEL),
+    "states": (APART, replace(MODEL, linear=LinearShape(layers=2, params=1, state_bytes=1000.0))),
+}
+
+
+@pytest.mark.parametrize("name", AT_SETTINGS)
+@pytest.mark.parametrize("most", [None, 8])
+def test_agent_launcher_and_export_start_the_engines_of_a_plan_at_fixed_settings_alike(
+    name: str, most: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan, model = AT_SETTINGS[name]
+    kept = {} if most is None else {"engine_settings": {"max_num_seqs": most, "chunk_tokens": [2048], "kv_blocks": 62}}
+    plan = replace(plan, inputs={"documents": {"model": to_data(model)}, **kept})
+    path = write_plan(tmp_path, plan)
+    hosts = {node: f"10.0.0.{i}" for i, node in enumerate("abcd", 1)}
+    made = launchable(plan, model, ExportSettings(model="tiny", served_name="tiny", hosts=hosts))
+    assert len(made.replicas) == len(plan.replicas)
+    seats = []
+    for number, one in made.replicas.items():
+        assigned_here = assigned(
+            plan.replicas[number], plan=plan, model=model, node=one.front_node,
+            kv_partners=kv_partners_to_proto(plan)[number],
+        )  # fmt: skip
+        # As it comes over the wire.
+        assignment = Assignment.FromString(assigned_here.SerializeToString())
+        by_agent = part_of(assignment, settings_of(addresses=hosts), node=one.front_node, folder=FOLDER).commands
+        by_script = words(made, number, one, one.front_node)
+        by_script[by_script.index(PLAN_FILE)] = str(path)
+        node = by_script.index("--node")
+        end = by_script.index("--")
+        told = [*by_script[2:node], *by_script[node + 2 : end], "--form", "json", *by_script[end:]]
+        monkeypatch.setattr(sys, "argv", ["hetis-launch", "show", *told])
+        assert main() == 0
+        rows = json.loads(capsys.readouterr().out)
+        [(_, options, variables)] = map(essence, one.commands)
+        assert [(options, variables)] == [essence(command)[1:] for command in by_agent]
+        [(_, shown, variables_shown)] = [essence_of(row["name"], row["command"], row["environment"]) for row in rows]
+        # The launcher passes on the served name, which it does not decide, at the end.
+        assert (sorted(option_groups(shown)), variables_shown) == (sorted(option_groups(options)), variables)
+        seats.append(one.layout.seats)
+    if plan.replicas[0].role is Role.PREFILL:
+        assert seats[0] == (most or 2048 // PROMPT_TOKENS)
+
+
 @pytest.mark.parametrize(("role", "told"), [(Role.UNIFIED, False), (Role.PREFILL, True), (Role.DECODE, True)])
 def test_replicas_that_exchange_kv_are_told_the_attention_backend_of_the_settings(role: Role, *, told: bool) -> None:
     [command] = part(replace(replica_on("a/0"), role=role), engine="vllm", attention_backend="TRITON_ATTN").commands
@@ -150,7 +210,7 @@ def test_a_replica_whose_prompts_its_engine_would_refuse_is_not_started() -> Non
 @pytest.mark.parametrize("name", PLANS)
 def test_the_message_of_a_replica_is_read_back_as_it_was(name: str) -> None:
     for replica in PLANS[name].replicas:
-        assert replica_of(replica_to_proto(replica)) == replica
+        assert replica_of(replica_to_proto(replica, PLANS[name])) == replica
 
 
 def ports_of(found: LaunchedPart) -> set[int]:

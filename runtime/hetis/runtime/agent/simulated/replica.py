@@ -452,7 +452,8 @@ class PrimaryRun:
         return min(max(round(self._random.expovariate(1 / mean)), 1), round(8 * mean))
 
     def _admit_waiting(self, now_s: float) -> None:
-        most = self.assignment.shape.micro_batch * self.assignment.shape.in_flight
+        shape = self.assignment.shape
+        most = max(shape.max_num_seqs, shape.micro_batch * shape.in_flight)
         self._num_waiting_for_kv = 0
         while self.waiting and (not most or len(self.running) < most):
             if not self._admit(self.waiting[0]):
