@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import json
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,12 +16,15 @@ from pathlib import Path
 from shutil import copy
 from typing import Any
 
+import grpc
 import numpy as np
 import pytest
 
 import hetis
+from hetis.formats.errors import single_problem
 from hetis.planner.cli.export import ExportOptions
-from hetis.planner.export.replicas import ExportSettings
+from hetis.planner.client import CallError
+from hetis.planner.export.replicas import ExportSettings, NotExportableError
 from hetis.planner.use_cases import place as placing
 from hetis.solver.plan import ObjectiveKind
 from tests.planner.command_line import EXAMPLES, hetis_plan_here
@@ -321,6 +325,26 @@ def test_an_impossible_plan_has_its_reasons(folder: Path) -> None:
         hetis.place(folder / "cluster.yaml", "Llama-3.1-405B", "500/100", time_limit=5, pin="replicas=2..")
     assert caught.value.reasons
     assert "--" not in f"{caught.value} {caught.value.reasons}"
+    assert_is_pickled(caught.value)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        single_problem("plan.json", "no such file"),
+        NotExportableError(("one reason", "another")),
+        CallError("too late", code=grpc.StatusCode.ABORTED, reason="ETAG_MISMATCH", metadata={"etag": "v2"}),
+    ],
+)
+def test_errors_come_back_from_other_processes(error: hetis.HetisError) -> None:
+    """A pool of processes breaks if the error of a call in it cannot be read."""
+    assert_is_pickled(error)
+
+
+def assert_is_pickled(error: hetis.HetisError) -> None:
+    for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
+        again = pickle.loads(pickle.dumps(error, protocol))
+        assert (type(again), str(again), vars(again)) == (type(error), str(error), vars(error))
 
 
 def test_the_notebook_runs(tmp_path: Path) -> None:
