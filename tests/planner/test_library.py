@@ -190,7 +190,9 @@ def test_an_export_is_that_of_the_command_line(plan: hetis.Plan, tmp_path: Path)
         engine_options=["--max-model-len", "512"],
     )  # fmt: skip
     assert files_in(tmp_path / "ours") == files_in(tmp_path / "theirs") == dict(made.files)
-    assert made.lost == ()
+    assert (made.lost, made.left) == ((), ())
+    (tmp_path / "ours" / "a100" / "r9.sh").touch()
+    assert plan.export("vllm", tmp_path / "ours", force=True).left == (str(Path("a100", "r9.sh")),)
     with pytest.raises(hetis.HetisError) as caught:
         plan.export("vllm", tmp_path / "ours", dtype="int3", engine_options=["--tp-size", "2"])
     assert [line.partition(": ")[2] for line in str(caught.value).splitlines()] == [

@@ -259,7 +259,7 @@ class Plan:
             target: ``vllm``, ``sglang``, ``compose``, ``kubernetes``, ``lws``, ``llm-d``, ``kserve``, ``dynamo``,
                 ``ray``, ``slurm`` or ``hetis-launch``.
             folder: new or empty, to which the files are written; by default they are only returned.
-            force: write into a folder that is not empty.
+            force: write into a folder that is not empty; `Export.left` has the files of a former plan that stay in it.
             engine: ``vllm``, ``vllm-hetis`` or ``sglang``; by default vLLM, with the plugin for attention workers.
             engine_options: of the engine, in the form of its command line.
             model: in the engine's form: a folder, the same on every node, or a name.
@@ -272,7 +272,7 @@ class Plan:
         from hetis.engines.versions import Engine
         from hetis.planner.export import ExportDevice, ExportTarget
         from hetis.planner.export.replicas import ExportSettings
-        from hetis.planner.export.targets import export_wanted, folder_refusals, write_files
+        from hetis.planner.export.targets import export_wanted, folder_refusals, write_export
 
         wrong = [] if folder is None else folder_refusals(Path(folder), force=force, option="force=True")
         settings = ExportSettings(
@@ -296,9 +296,7 @@ class Plan:
             insecure=insecure,
         )
         made = export_wanted(self.value, member(ExportTarget, target, "target"), settings, more_wrong=wrong)
-        if folder is not None:
-            write_files(Path(folder), made.files)
-        return made
+        return made if folder is None else write_export(Path(folder), made)
 
     @checked
     def save(self, path: arguments.File) -> None:
