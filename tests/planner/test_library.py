@@ -278,6 +278,8 @@ def test_a_sweep_has_a_row_for_every_rate(plan: hetis.Plan) -> None:
         ({"ttft": "100"}, "ttft: a TTFT limit of 100 has no unit: 100ms or 100s?"),
         ({"tpot": "50"}, "tpot: a TPOT limit of 50 has no unit: 50ms or 50s?"),
         ({"ttft": True}, "ttft: is True, must be a number or text such as '200ms'"),
+        ({"ttft": 10**400}, r"ttft: is 10+\.\.\., which is too large"),
+        ({"gap": 10**400}, r"gap: is 10+\.\.\., which is too large"),
         ({"ttft": [1]}, r"ttft: is \[1\], must be a number"),
         ({"pin": [3]}, r"pin\[0\]: is 3, must be text"),
         ({"profiles": 3}, "profiles: is 3, must be a list"),
