@@ -200,8 +200,13 @@ def test_an_export_is_that_of_the_command_line(plan: hetis.Plan, tmp_path: Path)
         "--tp-size cannot be passed to the engine: the plan sets it",
         "dtype is 'int3', must be one of auto, bfloat16, float16, float32",
     ]
-    with pytest.raises(hetis.HetisError, match="unknown target 'punch-cards', expected one of vllm"):
-        plan.export("punch-cards")
+    with pytest.raises(hetis.HetisError) as caught:
+        plan.export("punch-cards", engine="steam", device="tpu")
+    assert [line.partition(",")[0] for line in str(caught.value).splitlines()] == [
+        "export: target: unknown target 'punch-cards'",
+        "export: engine: unknown engine 'steam'",
+        "export: device: unknown device 'tpu'",
+    ]
     with pytest.raises(hetis.HetisError) as caught:
         plan.export("vllm", 3, port="80", node_address=["a100=10.0.0.1"], model=None)  # type: ignore[arg-type]
     assert str(caught.value).splitlines() == [
