@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import json
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,12 +16,15 @@ from pathlib import Path
 from shutil import copy
 from typing import Any
 
+import grpc
 import numpy as np
 import pytest
 
 import hetis
+from hetis.formats.errors import single_problem
 from hetis.planner.cli.export import ExportOptions
-from hetis.planner.export.replicas import ExportSettings
+from hetis.planner.client import CallError
+from hetis.planner.export.replicas import ExportSettings, NotExportableError
 from hetis.planner.use_cases import place as placing
 from hetis.solver.plan import ObjectiveKind
 from tests.planner.command_line import EXAMPLES, hetis_plan_here
@@ -186,7 +190,9 @@ def test_an_export_is_that_of_the_command_line(plan: hetis.Plan, tmp_path: Path)
         engine_options=["--max-model-len", "512"],
     )  # fmt: skip
     assert files_in(tmp_path / "ours") == files_in(tmp_path / "theirs") == dict(made.files)
-    assert made.lost == ()
+    assert (made.lost, made.left) == ((), ())
+    (tmp_path / "ours" / "a100" / "r9.sh").touch()
+    assert plan.export("vllm", tmp_path / "ours", force=True).left == (str(Path("a100", "r9.sh")),)
     with pytest.raises(hetis.HetisError) as caught:
         plan.export("vllm", tmp_path / "ours", dtype="int3", engine_options=["--tp-size", "2"])
     assert [line.partition(": ")[2] for line in str(caught.value).splitlines()] == [
@@ -194,8 +200,13 @@ def test_an_export_is_that_of_the_command_line(plan: hetis.Plan, tmp_path: Path)
         "--tp-size cannot be passed to the engine: the plan sets it",
         "dtype is 'int3', must be one of auto, bfloat16, float16, float32",
     ]
-    with pytest.raises(hetis.HetisError, match="unknown target 'punch-cards', expected one of vllm"):
-        plan.export("punch-cards")
+    with pytest.raises(hetis.HetisError) as caught:
+        plan.export("punch-cards", engine="steam", device="tpu")
+    assert [line.partition(",")[0] for line in str(caught.value).splitlines()] == [
+        "export: target: unknown target 'punch-cards'",
+        "export: engine: unknown engine 'steam'",
+        "export: device: unknown device 'tpu'",
+    ]
     with pytest.raises(hetis.HetisError) as caught:
         plan.export("vllm", 3, port="80", node_address=["a100=10.0.0.1"], model=None)  # type: ignore[arg-type]
     assert str(caught.value).splitlines() == [
@@ -272,6 +283,8 @@ def test_a_sweep_has_a_row_for_every_rate(plan: hetis.Plan) -> None:
         ({"ttft": "100"}, "ttft: a TTFT limit of 100 has no unit: 100ms or 100s?"),
         ({"tpot": "50"}, "tpot: a TPOT limit of 50 has no unit: 50ms or 50s?"),
         ({"ttft": True}, "ttft: is True, must be a number or text such as '200ms'"),
+        ({"ttft": 10**400}, r"ttft: is 10+\.\.\., which is too large"),
+        ({"gap": 10**400}, r"gap: is 10+\.\.\., which is too large"),
         ({"ttft": [1]}, r"ttft: is \[1\], must be a number"),
         ({"pin": [3]}, r"pin\[0\]: is 3, must be text"),
         ({"profiles": 3}, "profiles: is 3, must be a list"),
@@ -321,6 +334,26 @@ def test_an_impossible_plan_has_its_reasons(folder: Path) -> None:
         hetis.place(folder / "cluster.yaml", "Llama-3.1-405B", "500/100", time_limit=5, pin="replicas=2..")
     assert caught.value.reasons
     assert "--" not in f"{caught.value} {caught.value.reasons}"
+    assert_is_pickled(caught.value)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        single_problem("plan.json", "no such file"),
+        NotExportableError(("one reason", "another")),
+        CallError("too late", code=grpc.StatusCode.ABORTED, reason="ETAG_MISMATCH", metadata={"etag": "v2"}),
+    ],
+)
+def test_errors_come_back_from_other_processes(error: hetis.HetisError) -> None:
+    """A pool of processes breaks if the error of a call in it cannot be read."""
+    assert_is_pickled(error)
+
+
+def assert_is_pickled(error: hetis.HetisError) -> None:
+    for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
+        again = pickle.loads(pickle.dumps(error, protocol))
+        assert (type(again), str(again), vars(again)) == (type(error), str(error), vars(error))
 
 
 def test_the_notebook_runs(tmp_path: Path) -> None:

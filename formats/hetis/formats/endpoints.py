@@ -46,7 +46,8 @@ def split_endpoints(text: str) -> tuple[str, ...]:
 def split_address(address: str, *, least_port: int = 1) -> tuple[str, int]:
     """Return host, without brackets, and port, ``least_port`` to 65535. Raises ValueError if it is malformed."""
     host, _, port = address.rpartition(":")
-    if not host.strip("[]") or not (port.isascii() and port.isdigit()) or not least_port <= int(port) <= 65535:
+    is_number = port.isascii() and port.isdigit()
+    if not host.strip("[]") or "/" in host or not is_number or not least_port <= int(port) <= 65535:
         raise ValueError(f"{address!r} is not an address, expected HOST:PORT")
     return host.strip("[]"), int(port)
 

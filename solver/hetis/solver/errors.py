@@ -11,9 +11,15 @@ HetisError
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class HetisError(Exception):
     """Base class of every error that hetis raises on purpose."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copy by message and attributes: Python would call ``__init__``, which may not take a message."""
+        return Exception.__new__, (type(self), *self.args), self.__dict__
 
 
 class InvalidProblemError(HetisError):

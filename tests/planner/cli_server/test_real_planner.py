@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from shutil import copy
 
 import pytest
 
+import hetis
 from hetis.planner.cli.app import run
 from hetis.planner.cli.exit_codes import ExitCode
+from tests.docs.pages import ROOT, fences
 from tests.planner.cli_server.conftest import EXAMPLES
 from tests.planner.service.process import REAL, Process
 
@@ -98,3 +103,18 @@ def test_what_cannot_be_is_infeasible_there_too(
     code = hetis_plan("apply", "-c", str(small), "-m", "Llama-2-70B", "-w", "500/100", "--activate")
     assert code == ExitCode.INFEASIBLE
     assert "error: no feasible plan exists (plans/" in capsys.readouterr().err
+
+
+def test_the_program_on_the_page_about_python_runs(tmp_path: Path) -> None:
+    page = ROOT / "docs" / "python.md"
+    [program] = [text for _, text in fences(page.read_text(encoding="utf-8")) if "AsyncClient" in text]
+    copy(PAPER, tmp_path / "cluster.yaml")
+    with Process(
+        ["--listen", "127.0.0.1:0", "--status-page", "off", "--ready-json"], folder=tmp_path, module=REAL
+    ) as it:
+        small = program.replace("127.0.0.1:8470", it.ready()["listen"][0]).replace("Llama-2-70B", "Llama-2-13B")
+        small = small.replace('"azure_conv_2023"', '"500/100", skip_verification=True')
+        done = subprocess.run([sys.executable, "-c", small], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "clusters/night/nodes/a100 NODE_STATE_EXPECTED" in done.stdout.splitlines()
+    assert hetis.load_plan(tmp_path / "night.json").replicas

@@ -543,15 +543,24 @@ def test_patience_ends_whatever_the_jitter(jitter: float) -> None:
         {"address": "planner"},
         {"address": "planner:"},
         {"address": ":8470"},
+        {"address": "http://h:1"},
+        {"address": None},
         {"address": "h:1", "cert": Path("c")},
         {"address": "h:1", "token": "t", "token_file": Path("f")},
         {"address": "h:1", "token": "t", "plaintext": True},
+        {"address": "h:1", "token": "two\nlines"},
         {"address": "h:1", "ca": Path("c"), "plaintext": True},
     ],
 )
 def test_connections_that_contradict_themselves_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"."):
         Connection(**settings)
+
+
+@pytest.mark.parametrize("kind", [Client, AsyncClient])
+def test_settings_are_not_ignored_beside_a_connection(kind: type[Client] | type[AsyncClient]) -> None:
+    with pytest.raises(ValueError, match="has settings of its own, and token cannot be added to them"):
+        kind(Connection(address="127.0.0.1:1"), token="secret")
 
 
 def test_only_this_machine_is_spoken_to_in_the_clear_unless_that_is_asked_for() -> None:

@@ -661,9 +661,7 @@ def test_every_key_and_file_of_compose_is_mounted_where_it_is_read(name: str) ->
         for service in whole["services"].values():
             secrets = {f"/run/secrets/{name}": whole["secrets"][name]["file"] for name in service.get("secrets", ())}
             assert set(secrets.values()) == {"./worker.key"}, "which the README tells users to put there"
-            mounted = {
-                inside: outside for outside, inside, _ in (each.split(":") for each in service.get("volumes", ()))
-            }
+            mounted = {each["target"]: each["source"] for each in service.get("volumes", ())}
             keys = [reading.option(service["command"], "--key-file")]
             if place := service["environment"].get("HETIS_VLLM_CONFIG"):
                 config = yaml.safe_load(files[path.replace("compose.yaml", mounted[place].removeprefix("./"))])
@@ -695,17 +693,18 @@ def test_pods_write_their_key_to_the_file_that_the_plugin_reads(target: ExportTa
     assert any(each["mountPath"] == "/tmp" and not each.get("readOnly") for each in engine["volumeMounts"])
 
 
-def test_compose_puts_no_variables_in_place_of_dollars() -> None:
-    given = {"model": "/models/$HOME/tiny", "served_name": "ti$ny", "engine_options": ("--api-key", "pa$s1")}
+def test_compose_puts_no_variables_in_place_of_dollars_and_mounts_paths_with_colons() -> None:
+    given = {"model": "/models/$HOME/tiny:v1", "served_name": "ti$ny", "engine_options": ("--api-key", "pa$s1")}
     made = exported(PLANS["attention workers"], ExportTarget.COMPOSE, **given)
     for path in made.shown:
         text = made.files[path]
         assert set(re.findall(r"\$.*", text.replace("$$", ""))) <= {"${VLLM_API_KEY:-}"}
     service = yaml.safe_load(made.files["a/compose.yaml"])["services"]["r0-vllm"]
     words = [word.replace("$$", "$") for word in service["command"]]
-    assert words[:2] == ["serve", "/models/$HOME/tiny"]
+    assert words[:2] == ["serve", "/models/$HOME/tiny:v1"]
     assert reading.option(words, "--api-key") == "pa$s1"
-    assert "/models/$$HOME/tiny:/models/$$HOME/tiny:ro" in service["volumes"]
+    model = "/models/$$HOME/tiny:v1"
+    assert {"type": "bind", "source": model, "target": model, "read_only": True} in service["volumes"]
     assert service["environment"]["VLLM_API_KEY"] == "${VLLM_API_KEY:-}"
     assert service["environment"]["HF_TOKEN"] is None, "passed on if it is set"
 

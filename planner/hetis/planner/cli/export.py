@@ -99,7 +99,7 @@ def export(
     from hetis.formats.documents import load_plan
     from hetis.planner.cli.plans import warn_if_wrong
     from hetis.planner.export.replicas import ExportSettings
-    from hetis.planner.export.targets import export_wanted, files_left, folder_refusals, write_files
+    from hetis.planner.export.targets import export_wanted, folder_refusals, write_export
     from hetis.planner.use_cases.sources import problem_of_plan
 
     hosts, wrong = _hosts(asked.node_address or ())
@@ -124,8 +124,7 @@ def export(
     if folder is None:
         terminal.write("".join(_on_stdout(path, made.files[path]) for path in made.shown))
         return ExitCode.OK
-    write_files(folder, made.files)
-    if left := files_left(folder, made):
+    if left := write_export(folder, made).left:
         terminal.warn(f"{folder} still has files that are not of this export: {some_of(left)}")
     terminal.say(f"wrote {len(made.files)} files to {folder}: begin with README.md")
     return ExitCode.OK

@@ -77,6 +77,15 @@ class Pages(Generic[R]):
         self._is_last = not page.next_page_token
 
 
+def _connection(given: Connection | str, settings: dict[str, Any]) -> Connection:
+    """Return the connection that is given, or one to an address, with settings."""
+    if not isinstance(given, Connection):
+        return Connection(address=given, **settings)
+    if settings:
+        raise ValueError(f"a Connection has settings of its own, and {', '.join(settings)} cannot be added to them")
+    return given
+
+
 class _AnyClient:
     """The stubs and the lists of both clients.
 
@@ -172,9 +181,7 @@ class Client(_AnyClient):
             ValueError: the settings contradict each other.
             OSError: a certificate or key cannot be read.
         """
-        if isinstance(connection, str):
-            connection = Connection(address=connection, **settings)
-        super().__init__(LeaderChannel(connection, sleep, on_slow), patience)
+        super().__init__(LeaderChannel(_connection(connection, settings), sleep, on_slow), patience)
         self._sleep = sleep
 
     def __enter__(self) -> Self:
@@ -304,9 +311,7 @@ class AsyncClient(_AnyClient):
         **settings: Any,
     ) -> None:
         """Prepare a connection, as `Client` does."""
-        if isinstance(connection, str):
-            connection = Connection(address=connection, **settings)
-        super().__init__(AsyncLeaderChannel(connection, sleep), patience)
+        super().__init__(AsyncLeaderChannel(_connection(connection, settings), sleep), patience)
         self._sleep = sleep
 
     async def __aenter__(self) -> Self:

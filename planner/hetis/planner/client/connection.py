@@ -105,12 +105,14 @@ class Connection:
                 object.__setattr__(self, name, Path(path))  # settings of a client may be texts
         try:
             split_endpoints(self.address)
-        except ValueError:
+        except (AttributeError, TypeError, ValueError):
             raise ValueError(f"{self.address!r} is not an address of a planner, expected HOST:PORT") from None
         if (self.cert is None) != (self.key is None):
             raise ValueError("a client certificate needs its key, and a key its certificate")
         if self.token is not None and self.token_file is not None:
             raise ValueError("there is a token and a token file: one of them, please")
+        if self.token is not None and not is_sendable_token(self.token):
+            raise ValueError("the token cannot be sent: it must be printable ASCII without blanks")
         if self.plaintext and (self.ca or self.cert):
             raise ValueError("certificates are of no use without TLS")
         if self.is_plain and not self.is_local and (self.token or self.token_file):

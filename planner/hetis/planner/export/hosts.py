@@ -195,9 +195,9 @@ def _service(launchable: Launchable, one: LaunchableReplica, command: Command) -
     """Return the service of a process. ``command`` names files by their places in the container, ``one`` outside it."""
     process = command.process
     is_worker = process.kind is ProcessKind.ATTENTION_WORKER
-    volumes = [f"./{one.addresses.config_file}:{inside}:ro" for inside in command.files]
+    mounts = [(f"./{one.addresses.config_file}", inside) for inside in command.files]
     if one.serving.model.startswith("/") and not is_worker:
-        volumes.append(f"{one.serving.model}:{one.serving.model}:ro")
+        mounts.append((one.serving.model, one.serving.model))
     service: dict[str, Any] = {
         "image": worker_image(launchable, one) if is_worker else engine_image(launchable, one),
         # Replaces the image's entry point: these words are the whole command.
@@ -211,8 +211,10 @@ def _service(launchable: Launchable, one: LaunchableReplica, command: Command) -
         "labels": {"hetis.devices": ",".join(f"{process.node}/{gpu}" for gpu in process.gpus)},
         **_given_gpus(process),
     }
-    if volumes:
-        service["volumes"] = volumes
+    if mounts:  # not as SOURCE:TARGET, since a path may have colons
+        service["volumes"] = [
+            {"type": "bind", "source": source, "target": target, "read_only": True} for source, target in mounts
+        ]
     if command.secrets:
         service["secrets"] = ["worker-key"]
     if process.kind is ProcessKind.SERVER:

@@ -36,6 +36,7 @@ class Export:
     lost: tuple[str, ...]  # sentences, one for each feature of the plan that the target lacks
     planned: float
     rate: float  # saturated requests/s of the exported replicas, out of ``planned``
+    left: tuple[str, ...] = ()  # files like ``shown`` in the folder that are not of this export: of a former plan
 
 
 # Each raises NotExportableError if its target can launch no replica, and DocumentError with every missing option.
@@ -248,9 +249,13 @@ def _rate(rate_rps: float) -> str:
 # --- files
 
 
-def write_files(folder: Path, files: Mapping[str, str]) -> None:
-    """Write every file atomically, and make scripts executable. Raises DocumentError if one cannot be written."""
-    for path, text in files.items():
+def write_export(folder: Path, made: Export) -> Export:
+    """Write every file atomically, make scripts executable, and return the export with what is `left` in the folder.
+
+    Raises:
+        DocumentError: a file cannot be written.
+    """
+    for path, text in made.files.items():
         target = folder / path
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -259,6 +264,11 @@ def write_files(folder: Path, files: Mapping[str, str]) -> None:
         write_atomically(target, text)
         if path.endswith(".sh"):
             target.chmod(target.stat().st_mode | 0o111)
+    written = set(map(Path, made.files))
+    found = (path.relative_to(folder) for pattern in ("*", "*/*") for path in folder.glob(pattern))
+    kinds = {Path(path).suffix for path in made.shown}
+    left = sorted(str(path) for path in found if path.suffix in kinds and path not in written)
+    return replace(made, left=tuple(left))
 
 
 def folder_refusals(folder: Path, *, force: bool, option: str = "--force") -> list[str]:
@@ -271,14 +281,6 @@ def folder_refusals(folder: Path, *, force: bool, option: str = "--force") -> li
     except OSError as error:
         return [f"{folder}: {error.strerror}"]
     return []
-
-
-def files_left(folder: Path, made: Export) -> list[str]:
-    """Return other files like the essential ones where an export writes its own, such as scripts of a former plan."""
-    written = set(map(Path, made.files))
-    found = (path.relative_to(folder) for pattern in ("*", "*/*") for path in folder.glob(pattern))
-    kinds = {Path(path).suffix for path in made.shown}
-    return sorted(str(path) for path in found if path.suffix in kinds and path not in written)
 
 
 # --- README

@@ -155,7 +155,10 @@ def _quantity(parse: Callable[[str], float], example: str, fits: Callable[[float
         value = _plain(value)
         if isinstance(value, bool) or not isinstance(value, int | float | str):
             raise ValueError(f"is {_shown(value)}, must be a number or text such as {example!r}")
-        number = float(parse(value) if isinstance(value, str) else value)
+        try:
+            number = float(parse(value) if isinstance(value, str) else value)
+        except OverflowError:  # of a whole number above 1.8e308
+            raise ValueError(f"is {_shown(value)}, which is too large") from None
         if not fits(number):
             raise ValueError(f"is {_shown(value)}, must be {limit}")
         return number

@@ -6,15 +6,17 @@ import html
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+from hetis.engines.versions import Engine
 from hetis.formats.documents import dump, to_data
 from hetis.formats.files import write_atomically
-from hetis.planner.export.targets import Export
+from hetis.planner.export import ExportDevice, ExportTarget
+from hetis.planner.export.replicas import ExportSettings
+from hetis.planner.export.targets import Export, export_wanted, folder_refusals, write_export
 from hetis.planner.library import arguments
-from hetis.planner.library.arguments import checked, spelled_as_arguments
+from hetis.planner.library.arguments import checked, one_of, spelled_as_arguments
 from hetis.planner.report.figures import digits, percent, plural, seconds, with_unit
 from hetis.planner.report.plan import less_than_planned, misses_as_planned
 from hetis.planner.report.simulation import level_words, simulation_document
@@ -41,7 +43,9 @@ _COLUMNS = (
     "replica", "role", "rate_rps", "stage", "duty", "gpu", "tp", "copies", "expert_parallel",
     "first_layer", "num_layers", "kv_head_groups", "num_gpus", "devices",
 )  # fmt: skip
-Name = TypeVar("Name", bound=StrEnum)
+Target = Annotated[str, one_of(lambda: ExportTarget, "target")]
+EngineName = Annotated[str, one_of(lambda: Engine, "engine")]
+Device = Annotated[str, one_of(lambda: ExportDevice, "device")]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
@@ -230,17 +234,17 @@ class Plan:
     @checked
     def export(
         self,
-        target: str,
+        target: Target,
         folder: arguments.File | None = None,
         *,
         force: bool = False,
-        engine: str | None = None,
+        engine: EngineName | None = None,
         engine_options: arguments.Texts = (),
         model: str = "",
         served_name: str = "",
         dtype: str = "auto",
         program: str = "",
-        device: str = "cuda",
+        device: Device = "cuda",
         node_address: Mapping[str, str] | None = None,
         port: int = 8000,
         name: str = "hetis",
@@ -259,7 +263,7 @@ class Plan:
             target: ``vllm``, ``sglang``, ``compose``, ``kubernetes``, ``lws``, ``llm-d``, ``kserve``, ``dynamo``,
                 ``ray``, ``slurm`` or ``hetis-launch``.
             folder: new or empty, to which the files are written; by default they are only returned.
-            force: write into a folder that is not empty.
+            force: write into a folder that is not empty; `Export.left` has the files of a former plan that stay in it.
             engine: ``vllm``, ``vllm-hetis`` or ``sglang``; by default vLLM, with the plugin for attention workers.
             engine_options: of the engine, in the form of its command line.
             model: in the engine's form: a folder, the same on every node, or a name.
@@ -269,20 +273,15 @@ class Plan:
             HetisError: an option or the folder cannot be used, all problems at once, or no replica can be launched
                 on the target.
         """
-        from hetis.engines.versions import Engine
-        from hetis.planner.export import ExportDevice, ExportTarget
-        from hetis.planner.export.replicas import ExportSettings
-        from hetis.planner.export.targets import export_wanted, folder_refusals, write_files
-
         wrong = [] if folder is None else folder_refusals(Path(folder), force=force, option="force=True")
         settings = ExportSettings(
-            engine=None if engine is None else member(Engine, engine, "engine"),
+            engine=None if engine is None else Engine(engine),
             engine_options=tuple(engine_options),
             model=model,
             served_name=served_name,
             dtype=dtype,
             program=program,
-            device=member(ExportDevice, device, "device"),
+            device=ExportDevice(device),
             hosts=node_address or {},
             port=port,
             name=name,
@@ -295,10 +294,8 @@ class Plan:
             worker_key_secret=worker_key_secret,
             insecure=insecure,
         )
-        made = export_wanted(self.value, member(ExportTarget, target, "target"), settings, more_wrong=wrong)
-        if folder is not None:
-            write_files(Path(folder), made.files)
-        return made
+        made = export_wanted(self.value, ExportTarget(target), settings, more_wrong=wrong)
+        return made if folder is None else write_export(Path(folder), made)
 
     @checked
     def save(self, path: arguments.File) -> None:
@@ -363,11 +360,3 @@ def _rows(plan: solved.Plan) -> list[tuple[object, ...]]:
                 if pool.stage == index
             ]  # fmt: skip
     return rows
-
-
-def member(names: type[Name], text: str, what: str) -> Name:
-    """Return the member of ``names`` with this text. Raises InvalidProblemError if there is none."""
-    try:
-        return names(text)
-    except ValueError:
-        raise InvalidProblemError(f"unknown {what} {text!r}, expected one of {', '.join(names)}") from None
