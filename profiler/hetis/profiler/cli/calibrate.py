@@ -14,6 +14,7 @@ from hetis.formats.command_line.verb import verb
 from hetis.profiler.cli.exit_codes import ProfileExitCode
 from hetis.profiler.cli.shared import (
     ClusterOption,
+    duration,
     gpu_type,
     require_outputs,
     save_profile,
@@ -45,12 +46,7 @@ _WORDS = {"kernels": "time of kernels, times", "step": "host, each iteration", "
 
 
 def _seconds(text: str) -> float:
-    from hetis.formats.units import parse_duration
-
-    try:
-        seconds = parse_duration(text)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
+    seconds = duration(text)
     if not _SHORTEST_S <= seconds <= _LONGEST_S:
         raise typer.BadParameter(f"is {text}, must be 10s to 24h")
     return seconds

@@ -39,6 +39,16 @@ GpuOrFileArgument = Annotated[
 ]
 
 
+def duration(text: str) -> float:
+    """Parse seconds: ``90s``, ``2min``, ``90``."""
+    from hetis.formats.units import parse_duration
+
+    try:
+        return parse_duration(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
 def require_outputs(*paths: Path | None) -> None:
     """Refuse paths that cannot be written, before the work. Paths that are None are skipped. Raises DocumentError with
     a problem for each.
