@@ -265,6 +265,7 @@ def test_all_wrong_options_are_named_at_once(tmp_path: Path, capsys: pytest.Capt
         (("--from-vllm", "http://h", "--gpu", "A40", "--tp", "3"), 2, "--tp is 3, must divide the 32 query heads"),
         (("--from-vllm", "few.log", "--gpu", "A40", "--weights", "fp9"), 2, "precision: 'fp9' is not one of"),
         (("--from-vllm", "few.log", "--gpu", "A40", "--profile", "l4.json"), 2, "is the profile of L4, --gpu is A40"),
+        (("--from-vllm", "few.log", "--profile", "l4.json", "--cluster", "none.yaml"), 2, "none.yaml: no such file"),
         (("--from-vllm", "few.log", "--gpu", "A40", "-m", "Llama-2-70B"), 2, "of weights on each of 1 A40"),
         (("--from-vllm", "ftp://host", "--gpu", "A40"), 2, "is no URL of a server"),
         (("--from-vllm", "http://127.0.0.1:1", "--gpu", "A40"), 6, "http://127.0.0.1:1/metrics: no answer: "),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -140,6 +141,8 @@ def calibrate(
         raise typer.BadParameter("give --gpu, the type that the server runs on, or --profile")
     problems: list[Problem] = []
     base = attempt(lambda: _profile(gpu, profile, cluster), problems)
+    if base is not None and cluster is not None:
+        attempt(partial(gpu_type, base.gpu, cluster), problems)
     named = attempt(lambda: load_model(model), problems)
     log = None if "://" in source else attempt(lambda: load_iteration_log(source), problems)
     attempt(lambda: _precision("--weights", weights, PRECISIONS), problems)
