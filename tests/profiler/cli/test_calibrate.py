@@ -70,6 +70,17 @@ def test_a_log_corrects_the_shipped_profile(log: Path, tmp_path: Path, capsys: p
     ]
 
 
+def test_a_type_that_only_the_profile_names_is_not_checked_which_is_said(
+    log: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    known, own = tmp_path / "known.json", tmp_path / "own.json"
+    assert invoke("model", GPU, "--out", known) == ProfileExitCode.OK
+    own.write_text(json.dumps(json.loads(known.read_text()) | {"gpu": "X1"}))
+    arguments = ("--from-vllm", log, "--model", MODEL, "--profile", own, "--out", tmp_path / "corrected.json")
+    assert invoke("calibrate", *arguments) == ProfileExitCode.OK
+    assert "X1 is not in the catalogue: rates and memory were not checked" in " ".join(capsys.readouterr().err.split())
+
+
 def test_a_corrected_profile_is_planned_with(log: Path, tmp_path: Path) -> None:
     """The plan is slower by the engine's overhead, and a corrected profile needs no further correction."""
     arguments = ("--from-vllm", str(log), "--model", MODEL)

@@ -21,6 +21,7 @@ from hetis.profiler.cli.shared import (
     save_profile,
     seconds_text,
     table_of,
+    unchecked,
     waiting,
 )
 
@@ -159,7 +160,7 @@ def calibrate(
     if tp is not None and observed.tp is not None and tp != observed.tp:
         raise InvalidProblemError(f"--tp is {tp}, that of the server in the log is {observed.tp}")
     replica = _replica(spec, base, tp or observed.tp or 1, cluster)
-    found = _possible(corrected(observed, replica), base, cluster)
+    found = _possible(terminal, corrected(observed, replica), base, cluster)
     for note in observed.notes:
         terminal.warn(note)
     if found.profile is not None:
@@ -211,7 +212,9 @@ def _replica(spec: ModelSpec, profile: Profile, tp: int, cluster: Path | None) -
     )
 
 
-def _possible(found: CalibrationResult, base: Profile, cluster: Path | None) -> CalibrationResult:
+def _possible(
+    terminal: Terminal, found: CalibrationResult, base: Profile, cluster: Path | None
+) -> CalibrationResult:  # fmt: skip
     """Return the result, without its profile if the correction made that impossible for its GPU type."""
     from hetis.profiler.calibrate.correction import CHECK
     from hetis.profiler.possible import impossible
@@ -222,6 +225,7 @@ def _possible(found: CalibrationResult, base: Profile, cluster: Path | None) -> 
     try:
         gpu = gpu_type(base.gpu, cluster)
     except HetisError:  # a GPU type that only the user's profile names: nothing is known of it
+        terminal.warn(unchecked(base.gpu))
         return found
     broken = next(impossible(found.profile, gpu), "")
     if not broken or any(impossible(base, gpu)):

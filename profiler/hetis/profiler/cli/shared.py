@@ -136,6 +136,11 @@ def gpu_type(name: str, cluster: Path | None) -> GpuType:
         raise single_problem(name, f"{error}; {hint}") from None
 
 
+def unchecked(gpu: str) -> str:
+    """Return the warning about a profile of a type whose peaks nobody states."""
+    return f"{gpu} is not in the catalogue: rates and memory were not checked (--cluster FILE)"
+
+
 def save_profile(path: Path, profile: Profile) -> None:
     """Write the whole file or nothing. Raises DocumentError if it cannot be written."""
     from hetis.formats.documents import dump
