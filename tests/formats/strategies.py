@@ -45,6 +45,7 @@ from hetis.solver.workload import LengthBin, Workload
 
 POSITIVE = st.floats(min_value=1e-12, max_value=1e15)
 NOT_NEGATIVE = st.just(0.0) | POSITIVE
+BANDWIDTHS = st.floats(min_value=0.125, max_value=1e18)
 NAMES = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,8}", fullmatch=True)
 TITLES = st.text(
     st.characters(codec="utf-8", exclude_categories=("C", "Z")) | st.sampled_from(" #:-'\"{}[]&*!|>%@`1e5~"),
@@ -52,7 +53,7 @@ TITLES = st.text(
     max_size=12,
 ).filter(lambda text: bool(text.strip()) and text.isprintable())
 TEXTS = st.text(st.characters(codec="utf-8"), max_size=20)
-LINKS = st.builds(Link, bytes_per_s=POSITIVE, latency_s=NOT_NEGATIVE)
+LINKS = st.builds(Link, bytes_per_s=BANDWIDTHS, latency_s=NOT_NEGATIVE)
 PRICES = st.none() | st.floats(min_value=0, max_value=1e6)
 SMALL = st.integers(min_value=1, max_value=64)
 
@@ -65,11 +66,11 @@ def gpu_types(draw: st.DrawFn, name: str) -> GpuType:
         name=name,
         architecture=draw(TITLES),
         memory_bytes=draw(st.integers(min_value=1, max_value=2**50)),
-        mem_bytes_per_s=draw(POSITIVE),
+        mem_bytes_per_s=draw(BANDWIDTHS),
         fp16_flops=draw(POSITIVE),
         fp8_flops=draw(st.none() | POSITIVE),
-        pcie_bytes_per_s=draw(POSITIVE),
-        nvlink_bytes_per_s=draw(st.none() | POSITIVE),
+        pcie_bytes_per_s=draw(BANDWIDTHS),
+        nvlink_bytes_per_s=draw(st.none() | BANDWIDTHS),
         usd_per_hour=draw(PRICES),
         vendor=draw(st.sampled_from(("NVIDIA", "AMD", "Huawei"))),
     )

@@ -23,7 +23,10 @@ from hetis.formats.quantised_modules import (
 )
 from hetis.solver.model import ModelSpec
 
-_SUPPORTED = "fp8, mxfp4, mxfp8, bitsandbytes, modelopt, quark, awq, gptq, compressed-tensors of 4 or 8 bits"
+_SUPPORTED = (
+    "fp8, fbgemm_fp8, mxfp4, mxfp8, bitsandbytes, modelopt, quark, awq, gptq, auto-round, compressed-tensors of 4 or "
+    "8 bits"
+)
 _DEEPSEEK_V4 = ("fp8", "deepseek_v4_fp8")  # names of the method that quantises DeepSeek-V4, see `_with_experts`
 _QUANTISATION_FILE = "hf_quant_config.json"  # where ModelOpt's older checkpoints state how they are quantised
 

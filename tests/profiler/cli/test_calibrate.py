@@ -70,6 +70,17 @@ def test_a_log_corrects_the_shipped_profile(log: Path, tmp_path: Path, capsys: p
     ]
 
 
+def test_a_type_that_only_the_profile_names_is_not_checked_which_is_said(
+    log: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    known, own = tmp_path / "known.json", tmp_path / "own.json"
+    assert invoke("model", GPU, "--out", known) == ProfileExitCode.OK
+    own.write_text(json.dumps(json.loads(known.read_text()) | {"gpu": "X1"}))
+    arguments = ("--from-vllm", log, "--model", MODEL, "--profile", own, "--out", tmp_path / "corrected.json")
+    assert invoke("calibrate", *arguments) == ProfileExitCode.OK
+    assert "X1 is not in the catalogue: rates and memory were not checked" in " ".join(capsys.readouterr().err.split())
+
+
 def test_a_corrected_profile_is_planned_with(log: Path, tmp_path: Path) -> None:
     """The plan is slower by the engine's overhead, and a corrected profile needs no further correction."""
     arguments = ("--from-vllm", str(log), "--model", MODEL)
@@ -265,6 +276,7 @@ def test_all_wrong_options_are_named_at_once(tmp_path: Path, capsys: pytest.Capt
         (("--from-vllm", "http://h", "--gpu", "A40", "--tp", "3"), 2, "--tp is 3, must divide the 32 query heads"),
         (("--from-vllm", "few.log", "--gpu", "A40", "--weights", "fp9"), 2, "precision: 'fp9' is not one of"),
         (("--from-vllm", "few.log", "--gpu", "A40", "--profile", "l4.json"), 2, "is the profile of L4, --gpu is A40"),
+        (("--from-vllm", "few.log", "--profile", "l4.json", "--cluster", "none.yaml"), 2, "none.yaml: no such file"),
         (("--from-vllm", "few.log", "--gpu", "A40", "-m", "Llama-2-70B"), 2, "of weights on each of 1 A40"),
         (("--from-vllm", "ftp://host", "--gpu", "A40"), 2, "is no URL of a server"),
         (("--from-vllm", "http://127.0.0.1:1", "--gpu", "A40"), 6, "http://127.0.0.1:1/metrics: no answer: "),

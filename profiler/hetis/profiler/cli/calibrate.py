@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,11 +15,13 @@ from hetis.formats.command_line.verb import verb
 from hetis.profiler.cli.exit_codes import ProfileExitCode
 from hetis.profiler.cli.shared import (
     ClusterOption,
+    duration,
     gpu_type,
     require_outputs,
     save_profile,
     seconds_text,
     table_of,
+    unchecked,
     waiting,
 )
 
@@ -45,12 +48,7 @@ _WORDS = {"kernels": "time of kernels, times", "step": "host, each iteration", "
 
 
 def _seconds(text: str) -> float:
-    from hetis.formats.units import parse_duration
-
-    try:
-        seconds = parse_duration(text)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
+    seconds = duration(text)
     if not _SHORTEST_S <= seconds <= _LONGEST_S:
         raise typer.BadParameter(f"is {text}, must be 10s to 24h")
     return seconds
@@ -144,6 +142,8 @@ def calibrate(
         raise typer.BadParameter("give --gpu, the type that the server runs on, or --profile")
     problems: list[Problem] = []
     base = attempt(lambda: _profile(gpu, profile, cluster), problems)
+    if base is not None and cluster is not None:
+        attempt(partial(gpu_type, base.gpu, cluster), problems)
     named = attempt(lambda: load_model(model), problems)
     log = None if "://" in source else attempt(lambda: load_iteration_log(source), problems)
     attempt(lambda: _precision("--weights", weights, PRECISIONS), problems)
@@ -160,7 +160,7 @@ def calibrate(
     if tp is not None and observed.tp is not None and tp != observed.tp:
         raise InvalidProblemError(f"--tp is {tp}, that of the server in the log is {observed.tp}")
     replica = _replica(spec, base, tp or observed.tp or 1, cluster)
-    found = _possible(corrected(observed, replica), base, cluster)
+    found = _possible(terminal, corrected(observed, replica), base, cluster)
     for note in observed.notes:
         terminal.warn(note)
     if found.profile is not None:
@@ -212,7 +212,9 @@ def _replica(spec: ModelSpec, profile: Profile, tp: int, cluster: Path | None) -
     )
 
 
-def _possible(found: CalibrationResult, base: Profile, cluster: Path | None) -> CalibrationResult:
+def _possible(
+    terminal: Terminal, found: CalibrationResult, base: Profile, cluster: Path | None
+) -> CalibrationResult:  # fmt: skip
     """Return the result, without its profile if the correction made that impossible for its GPU type."""
     from hetis.profiler.calibrate.correction import CHECK
     from hetis.profiler.possible import impossible
@@ -223,6 +225,7 @@ def _possible(found: CalibrationResult, base: Profile, cluster: Path | None) -> 
     try:
         gpu = gpu_type(base.gpu, cluster)
     except HetisError:  # a GPU type that only the user's profile names: nothing is known of it
+        terminal.warn(unchecked(base.gpu))
         return found
     broken = next(impossible(found.profile, gpu), "")
     if not broken or any(impossible(base, gpu)):

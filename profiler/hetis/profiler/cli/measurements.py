@@ -13,7 +13,7 @@ import typer
 from hetis.formats.command_line.terminal import Terminal
 from hetis.formats.command_line.verb import verb
 from hetis.profiler.cli.exit_codes import ProfileExitCode
-from hetis.profiler.cli.shared import RawOutOption, require_outputs, seconds_text, table_of
+from hetis.profiler.cli.shared import RawOutOption, duration, require_outputs, seconds_text, table_of
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -28,6 +28,13 @@ RUN_EXAMPLES = (
 _QUICK_S, _FULL_S = 35.0, 1800.0
 _CPU_MODEL, _CUDA_MODEL = "Qwen/Qwen3-0.6B", "meta-llama/Llama-3.1-8B"
 _LINE_INTERVAL_S = 5.0  # interval between lines of progress, where there is no bar
+
+
+def _limit(text: str) -> float:
+    limit_s = duration(text)
+    if limit_s < 1:
+        raise typer.BadParameter(f"is {text}, must be >= 1s")
+    return limit_s
 
 
 @verb()
@@ -53,9 +60,9 @@ def run(
         float | None,
         typer.Option(
             "--time-limit",
-            min=1.0,
-            metavar="SECONDS",
-            show_default="1800; --quick: 35",
+            parser=_limit,
+            metavar="TIME",
+            show_default="30min; --quick: 35s",
             help="Time after which no new points are chosen.",
         ),
     ] = None,

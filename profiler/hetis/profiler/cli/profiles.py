@@ -24,6 +24,7 @@ from hetis.profiler.cli.shared import (
     save_profile,
     seconds_text,
     table_of,
+    unchecked,
     waiting,
 )
 
@@ -217,7 +218,7 @@ def check(terminal: Terminal, profile: GpuOrFileArgument, cluster: ClusterOption
     except HetisError:
         if cluster is not None:
             raise
-        doubts.append(f"{found.gpu} is not in the catalogue: rates and memory were not checked (--cluster FILE)")
+        doubts.append(unchecked(found.gpu))
     for doubt in doubts:
         terminal.warn(doubt)
 

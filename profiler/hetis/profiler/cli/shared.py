@@ -39,6 +39,16 @@ GpuOrFileArgument = Annotated[
 ]
 
 
+def duration(text: str) -> float:
+    """Parse seconds: ``90s``, ``2min``, ``90``."""
+    from hetis.formats.units import parse_duration
+
+    try:
+        return parse_duration(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
 def require_outputs(*paths: Path | None) -> None:
     """Refuse paths that cannot be written, before the work. Paths that are None are skipped. Raises DocumentError with
     a problem for each.
@@ -124,6 +134,11 @@ def gpu_type(name: str, cluster: Path | None) -> GpuType:
             raise single_problem(str(cluster), f"does not define GPU type {name}, nor does the catalogue") from None
         hint = "give the cluster file that defines it with --cluster (`run --cluster-out` writes one)"
         raise single_problem(name, f"{error}; {hint}") from None
+
+
+def unchecked(gpu: str) -> str:
+    """Return the warning about a profile of a type whose peaks nobody states."""
+    return f"{gpu} is not in the catalogue: rates and memory were not checked (--cluster FILE)"
 
 
 def save_profile(path: Path, profile: Profile) -> None:
