@@ -72,20 +72,26 @@ class ProcessError(Exception):
 
 
 class DemoProcesses:
-    """The processes of a demo. Logs go to ``folder``; leaving the context stops every process by its id."""
+    """The processes of a demo. Logs go to ``folder``; leaving the context stops every process by its id.
+
+    A SIGTERM leaves the context, too: its default is to end this process alone.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.status_page = ""  # address of the last planner's status page
         self._running: dict[str, subprocess.Popen[bytes]] = {}
+        self._at_sigterm = signal.getsignal(signal.SIGTERM)
 
     def __enter__(self) -> Self:
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.stop(list(self._running))
+        signal.signal(signal.SIGTERM, self._at_sigterm)
 
     def start_planner(self, *, listen: str, lease: str, heartbeat: str) -> str:
         """Start the planner and return its address once it serves."""

@@ -111,6 +111,17 @@ def test_a_dry_run_deletes_nothing(fleet: FakePlanner, hetis_plan: Run, capsys: 
     assert len(fleet.plans) == 2
 
 
+def test_a_dry_run_lists_the_plans_that_a_cluster_takes_with_it(
+    fleet: FakePlanner, hetis_plan: Run, capsys: Captured
+) -> None:
+    """In the past only the cluster."""
+    fleet.clusters["clusters/paper"].active_plan = ""
+    assert hetis_plan("delete", "clusters/paper", "plans/day", "profiles/l4", "--dry-run") == ExitCode.OK
+    would = ("plans/day", "profiles/l4", "plans/night", "clusters/paper")
+    assert capsys.readouterr().out == "".join(f"{name}  would be deleted\n" for name in would)
+    assert (len(fleet.plans), len(fleet.clusters)) == (2, 1)
+
+
 def test_a_missing_role_keeps_nothing_else_from_being_deleted(
     fleet: FakePlanner, hetis_plan: Run, capsys: Captured
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -299,6 +300,36 @@ def test_a_list_is_followed_however_long_the_planner_hangs(
     assert captured.out == NGINX + "upstream hetis {\n    server 10.0.0.1:8000 weight=1000;\n}\n"
     assert captured.err.count("is unreachable; retrying until it is") == 4, "three of the watch, one of the list"
     assert captured.err.count("is reachable again") == 2
+
+
+@pytest.mark.parametrize("method", ["ListClusters", "ListReplicas"])
+def test_a_list_is_followed_even_if_no_planner_answers_at_first(
+    served: FakePlanner, hetis_plan: Run, capsys: Captured, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    """In the past the verb ended with 6 if it was started before the planner, such as a router's sidecar."""
+    monkeypatch.setattr("hetis.planner.client.errors.FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr("hetis.planner.client.errors.TOLD_AFTER_S", 0.0)
+    monkeypatch.setattr("hetis.planner.client.channels.SLOW_AFTER_S", 0.05)
+    monkeypatch.setattr("hetis.planner.client.channels.CHANNEL_OPTIONS", (("grpc.enable_retries", 0),))
+
+    def called(name: str, context: object) -> None:
+        if name == method and served.calls[name] <= 2:
+            time.sleep(0.5)  # longer than a call may take before the planner that is tried is named
+            refuse(context, 4, "", "too late")  # type: ignore[arg-type]
+        if name == "WatchCluster":  # ends the watch in place of Ctrl-C
+            refuse(context, 5, "NOT_FOUND", "clusters/paper is gone")  # type: ignore[arg-type]
+
+    served.fail = called
+    assert hetis_plan("upstreams") == ExitCode.UNREACHABLE
+    capsys.readouterr()
+    served.calls.clear()
+    assert hetis_plan("upstreams", "--follow") == ExitCode.INVALID
+    captured = capsys.readouterr()
+    assert captured.out == NGINX
+    assert captured.err.count("warning: too late\n") == 1, "the reason"
+    assert captured.err.count("waiting for an answer") == 1, "not for each retry"
+    assert "is unreachable; retrying until it is" in captured.err
+    assert "is reachable again" in captured.err
 
 
 def test_a_command_that_fails_is_told_and_the_list_stands(

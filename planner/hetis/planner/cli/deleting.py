@@ -61,7 +61,7 @@ def delete(
     Plans need role orchestrator, clusters and profiles role admin. A resource that is refused does not keep the others
     from being deleted; the exit code is that of the first refusal. 2: it does not exist, or the role is missing. 7: it
     is in use. 6, also after refusals: the planner is unreachable or busy, and nothing more was tried; what may have
-    been deleted without an answer is named.
+    been deleted without an answer is named. --dry-run also lists the plans that a cluster would take with it.
     """
     from hetis.planner.client import CallError
 
@@ -79,7 +79,8 @@ def delete(
                 if error.reason != "NOT_FOUND" or not how.ignore_not_found:
                     refused.append(error)
             else:
-                deleted.append(left[0])
+                with_it = _plans_of(client, left[0]) if how.dry_run else []
+                deleted += [name for name in (*with_it, left[0]) if name not in deleted]
             left.pop(0)
     finally:  # also after an error or Ctrl-C: what is gone must be known
         if deleted or not (refused or left):
@@ -112,6 +113,11 @@ def _names(words: Sequence[str]) -> list[str]:
             raise typer.BadParameter(f"{word!r} is none of the {kind}")
         found.append(full_name(own, word))
     return sorted(dict.fromkeys(found), key=lambda name: name.startswith("clusters/"))
+
+
+def _plans_of(client: Client, name: str) -> list[str]:
+    """Return the plans that are deleted with a resource: those of a cluster."""
+    return [plan.name for plan in client.list_plans(cluster=name)] if name.startswith("clusters/") else []
 
 
 def _deletable(text: str) -> str:

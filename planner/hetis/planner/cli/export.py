@@ -204,7 +204,8 @@ def upstreams(terminal: Terminal, client: Client, *, asked: UpstreamOptions) -> 
 
     A planner that has just taken the lead does not know yet where engines listen: the verb waits up to 30 s for the
     agents. If none has reported by then, no list is written, and the exit code is 6. If some have, those are listed,
-    unless --out has a list already: it is kept, and the exit code is 6. With --follow it is kept until all have.
+    unless --out has a list already: it is kept, and the exit code is 6. With --follow it is kept until all have, and
+    the verb waits for a planner however long, also when it starts.
     """
     if asked.to == "litellm" and not asked.model:
         raise typer.BadParameter("--to litellm needs --model, the name that clients use")
@@ -214,7 +215,7 @@ def upstreams(terminal: Terminal, client: Client, *, asked: UpstreamOptions) -> 
         raise typer.BadParameter(f"--run is {asked.run!r}: {error}") from None
     refuse_unwritable(Path(asked.out))
     before, said, code = None, list[str](), ExitCode.OK
-    for found in _changes(terminal, client, chosen_cluster(client, asked.cluster), follow=asked.follow):
+    for found in _changes(terminal, client, asked.cluster, follow=asked.follow):
         for why in (left_out := list(found.left_out())):
             if why not in said:
                 terminal.warn(f"left out, because {why}")
@@ -260,12 +261,22 @@ def _list_of(to: RouterFormat, found: _Upstreams, model: str) -> str:
     return nginx_list(found.servers, found.why_none()) if to == "nginx" else envoy_list(found.servers)
 
 
-def _changes(terminal: Terminal, client: Client, cluster: str, *, follow: bool) -> Iterator[_Upstreams]:
-    """Yield what serves: now and, with ``follow``, after every change of a replica."""
+def _changes(terminal: Terminal, client: Client, given: str | None, *, follow: bool) -> Iterator[_Upstreams]:
+    """Yield what serves: now and, with ``follow``, after every change of a replica, however long no planner answers."""
+
+    def read() -> _Upstreams:
+        return _servers(client, cluster, rates, endpoints)
+
+    def read_in_the_end() -> _Upstreams:
+        return _in_the_end(terminal, client, read)
+
     rates, endpoints = dict[tuple[str, str], float](), dict[str, str]()
-    yield _once_heard(terminal, lambda: _servers(client, cluster, rates, endpoints))
     if not follow:
+        cluster = chosen_cluster(client, given)
+        yield _once_heard(terminal, read)
         return
+    cluster = _in_the_end(terminal, client, lambda: chosen_cluster(client, given))
+    yield _once_heard(terminal, read_in_the_end)
     seen = dict[str, tuple[int, str]]()
     is_live = False
     for event in client.watch_cluster(cluster):
@@ -278,7 +289,7 @@ def _changes(terminal: Terminal, client: Client, cluster: str, *, follow: bool) 
         elif event.WhichOneof("event") == "removed_replica":
             is_news = seen.pop(event.removed_replica, None) is not None or is_news
         if is_live and is_news:
-            yield _in_the_end(client, lambda: _servers(client, cluster, rates, endpoints))
+            yield read_in_the_end()
 
 
 def _once_heard(terminal: Terminal, read: Callable[[], _Upstreams]) -> _Upstreams:
@@ -296,13 +307,13 @@ def _once_heard(terminal: Terminal, read: Callable[[], _Upstreams]) -> _Upstream
     return found
 
 
-def _in_the_end(client: Client, read: Callable[[], T]) -> T:
-    """Return the result of ``read``, retrying while the planner cannot be reached."""
+def _in_the_end(terminal: Terminal, client: Client, read: Callable[[], T]) -> T:
+    """Return the result of ``read``, retrying while the planner cannot be reached, and saying why it cannot."""
     import grpc
 
     from hetis.planner.client import CallError
 
-    patience = client.patience()
+    patience, said = client.patience(), ""
     while True:
         patience.attempt()
         try:
@@ -310,6 +321,8 @@ def _in_the_end(client: Client, read: Callable[[], T]) -> T:
         except CallError as error:
             if not error.is_unreachable:
                 raise
+            if said != (said := str(error)):
+                terminal.warn(said)
             time.sleep(patience.next_wait_s(CallError(str(error), code=grpc.StatusCode.UNAVAILABLE)))
         else:
             patience.answered()

@@ -64,7 +64,12 @@ class PlannerOptions:
             else:
                 terminal.warn(f"the planner at {place.address} is unreachable; retrying {trying}")
 
+        waited_for = list[list[str]]()
+
         def tell_slow(addresses: list[str]) -> None:
+            if is_endless and addresses in waited_for:
+                return  # `tell` says every minute that retries go on
+            waited_for.append(addresses)
             tried, *others = addresses
             then = f"; then {', '.join(others)}" if others else ""
             terminal.say(f"waiting for an answer from the planner at {tried}{then}")
