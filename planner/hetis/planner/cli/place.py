@@ -249,7 +249,6 @@ def compare(
     from hetis.planner.report.page.pages import comparison_page
     from hetis.planner.use_cases.compare import compare_engines, simulate_plans
     from hetis.planner.use_cases.place import load
-    from hetis.planner.use_cases.sources import ReplicaLimits
     from hetis.planner.use_cases.tightening import SEARCHES
     from hetis.solver.placement.families import ANY_ENGINE, STRATEGIES
 
@@ -260,11 +259,11 @@ def compare(
         name: options.engine_rules(
             name,
             DEFAULT_STRATEGY,
-            replicas.limits if name != ANY_ENGINE or len(engines) == 1 else ReplicaLimits(),
+            replicas.limits if name != ANY_ENGINE or len(engines) == 1 else {},
         )
         for name in engines
     }
-    if ANY_ENGINE in rules and len(rules) > 1 and replicas.limits.given:
+    if ANY_ENGINE in rules and len(rules) > 1 and any(replicas.limits.values()):
         terminal.warn(f"limits on replicas are not for engine {ANY_ENGINE}, whose replicas have none")
     plans = names if asked.engine is None else [f"{name}-{engine}" for name in names for engine in rules]
     outputs.refuse_unwritable_plans(results.out, plans)
