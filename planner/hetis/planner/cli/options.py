@@ -365,6 +365,11 @@ def refuse_without(needed: str, kind: Any, *names: str, is_given: bool) -> None:
             raise typer.BadParameter(f"{option} needs {needed}")
 
 
+def spelled(name: str) -> str:
+    """Return a field's option as users write it."""
+    return f"--{name.replace('_', '-')}"
+
+
 def given_in(*groups: Any) -> dict[str, str]:
     """Return the options of groups that have values from the command line, by their fields."""
     named = (one for kind in groups for one in fields(kind) if one.name in command_line.given.get())
