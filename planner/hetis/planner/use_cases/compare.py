@@ -17,6 +17,7 @@ from hetis.planner.use_cases.service_level import ServiceLevel
 from hetis.planner.use_cases.sources import (
     Inputs,
     LoadedInputs,
+    PlanAndProblem,
     asked_objective,
     differing_fields,
     load_plan_and_problem,
@@ -488,12 +489,9 @@ def _usd_per_hour(plan: Plan, cluster: Cluster) -> float | None:
 class PlanDiff:
     """Two plans and their differences. ``same_model``: weights can be kept. ``warnings`` limit the comparison."""
 
-    before: Plan
-    after: Plan
-    problem_before: PlacementProblem
-    problem_after: PlacementProblem
-    figures_before: Figures
-    figures_after: Figures
+    before: PlanAndProblem
+    after: PlanAndProblem
+    figures: tuple[Figures, Figures]
     same_model: bool
     warnings: tuple[str, ...]
     change: PlanChange
@@ -508,12 +506,9 @@ def diff_plans(before: str, after: str) -> PlanDiff:
     old, new = load_plan_and_problem(before), load_plan_and_problem(after)
     replaced = None if old.inputs.model == new.inputs.model else old.inputs.model
     return PlanDiff(
-        before=old.plan,
-        after=new.plan,
-        problem_before=old.problem,
-        problem_after=new.problem,
-        figures_before=figures_of(old.plan, old.inputs),
-        figures_after=figures_of(new.plan, new.inputs),
+        before=old,
+        after=new,
+        figures=(figures_of(old.plan, old.inputs), figures_of(new.plan, new.inputs)),
         same_model=replaced is None,
         warnings=(*old.warnings, *new.warnings, *_differences(old.inputs, new.inputs, old.plan, new.plan)),
         change=plan_change(old.plan, new.plan, new.inputs.model, old.problem.moments(), replaced=replaced),
