@@ -247,7 +247,7 @@ def compare(
     from hetis.planner.jobs.kernels import compile_kernels
     from hetis.planner.report.comparison import comparison_document, render_comparison
     from hetis.planner.report.page.pages import comparison_page
-    from hetis.planner.use_cases.compare import compare_engines, simulate_plans
+    from hetis.planner.use_cases.compare import Searches, compare_engines, simulate_plans
     from hetis.planner.use_cases.place import load
     from hetis.planner.use_cases.tightening import SEARCHES
     from hetis.solver.placement.families import ANY_ENGINE, STRATEGIES
@@ -287,9 +287,10 @@ def compare(
     def work(report: Report) -> tuple[Compared, ...]:
         for for_engine in {one is not None for one in rules.values()}:
             compile_kernels(loaded.inputs.cluster.num_gpus(), names, for_engine=for_engine, report=report)
-        found = compare_engines(loaded, objective, settings, names, rules, budget=budget, report=report)
+        searches = Searches(loaded=loaded, objective=objective, settings=settings, budget=budget, report=report)
+        found = compare_engines(searches, names, rules)
         if results.verify:
-            found = simulate_plans(found, loaded, objective, settings, rules, level, budget=budget, report=report)
+            found = simulate_plans(found, searches, rules, level)
         return found if asked.engine is not None else tuple(replace(outcome, engine=None) for outcome in found)
 
     compared = search_interruptibly(terminal, work, unit=objective.unit, cancelled=cancelled, so_far="the plans")
