@@ -17,7 +17,7 @@ from hetis.planner.cli.app import run
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.report.comparison import model_words
 from hetis.planner.use_cases import compare as comparing
-from hetis.planner.use_cases.compare import best_of, compare_strategies, figures_of, kept_of, why_outside
+from hetis.planner.use_cases.compare import Searches, best_of, compare_strategies, figures_of, kept_of, why_outside
 from hetis.planner.use_cases.place import STOPPED_EARLY, PlacementSettings
 from hetis.planner.use_cases.service_level import ServiceLevel
 from hetis.planner.use_cases.sources import Inputs, engine_rules, load_inputs, with_asked
@@ -69,15 +69,13 @@ def solver(monkeypatch: pytest.MonkeyPatch) -> Solver:
 def compared(
     strategies: list[str], budget: Budget | None = None, objective: Objective | None = None
 ) -> dict[str, comparing.Compared]:
-    found = compare_strategies(
-        LOADED,
-        objective or UNLIMITED,
-        PlacementSettings(),
-        strategies,
-        budget=lambda: budget or Budget(),
-        report=silent,
-    )
+    found = compare_strategies(searches(objective or UNLIMITED, lambda: budget or Budget()), strategies)
     return {outcome.strategy: outcome for outcome in found}
+
+
+def searches(objective: Objective, budget: Callable[[], Budget] = Budget) -> Searches:
+    settings = PlacementSettings()
+    return Searches(loaded=LOADED, objective=objective, settings=settings, budget=budget, report=silent)
 
 
 def test_contained_strategies_are_run_before_what_contains_them(solver: Solver) -> None:
@@ -384,9 +382,7 @@ def test_engines_are_compared_with_what_each_runs(solver: Solver, monkeypatch: p
 
     monkeypatch.setattr(comparing, "make_plan", make_plan)
     engines = {name: engine_rules(name, "hetis") for name in ("any", "vllm", "vllm-hetis")}
-    found = comparing.compare_engines(
-        LOADED, Objective(), PlacementSettings(), ["hetis", "hexgen-paper"], engines, budget=Budget, report=silent
-    )
+    found = comparing.compare_engines(searches(Objective()), ["hetis", "hexgen-paper"], engines)
     rows = {(o.strategy, o.engine): o.plan.result.value if o.plan is not None else o.reasons for o in found}
     assert rows == {
         ("hetis", "any"): 3.0,
@@ -519,12 +515,8 @@ def test_the_bound_of_a_container_is_named_after_another_search_too(
     solver({"hexgen": (1.4, 1.9), "hetis": (1.5, 1.6)})
     monkeypatch.setattr(comparing, "simulated_plan", lambda plan, *_, **__: replace(plan, notes=("another",)))
     engines = {"any": None}
-    found = comparing.compare_engines(
-        LOADED, Objective(), PlacementSettings(), ["hexgen", "hetis"], engines, budget=Budget, report=silent
-    )
-    hexgen, hetis = comparing.simulate_plans(
-        found, LOADED, Objective(), PlacementSettings(), engines, ServiceLevel(), budget=Budget, report=silent
-    )
+    found = comparing.compare_engines(searches(Objective()), ["hexgen", "hetis"], engines)
+    hexgen, hetis = comparing.simulate_plans(found, searches(Objective()), engines, ServiceLevel())
     assert hexgen.plan is not None
     assert hetis.plan is not None
     assert hexgen.plan.notes == ("another", "the bound is that of strategy hetis, which has all plans of hexgen")
@@ -540,10 +532,7 @@ def test_plans_of_an_engine_may_pass_the_bound_for_any(monkeypatch: pytest.Monke
     engines = {name: engine_rules(name, "hetis") for name in ("vllm", "any")}
 
     def found_for(objective: Objective) -> list[comparing.Compared]:
-        settings = PlacementSettings()
-        return list(
-            comparing.compare_engines(LOADED, objective, settings, ["hetis"], engines, budget=Budget, report=silent)
-        )
+        return list(comparing.compare_engines(searches(objective), ["hetis"], engines))
 
     vllm, any_engine = found_for(Objective(ttft_limit_s=5.0))
     assert vllm.plan is not None
@@ -557,15 +546,11 @@ def test_plans_of_an_engine_may_pass_the_bound_for_any(monkeypatch: pytest.Monke
 
 def test_once_cancelled_plans_remain_as_they_are(solver: Solver) -> None:
     cancelled = threading.Event()
-    budget = partial(Budget, cancelled=cancelled)
+    asked = searches(Objective(), partial(Budget, cancelled=cancelled))
     solver({"hetis": (1.5, 1.5)})
-    found = comparing.compare_engines(
-        LOADED, Objective(), PlacementSettings(), ["hetis"], {"any": None}, budget=budget, report=silent
-    )
+    found = comparing.compare_engines(asked, ["hetis"], {"any": None})
     cancelled.set()
-    [again] = comparing.simulate_plans(
-        found, LOADED, Objective(), PlacementSettings(), {"any": None}, ServiceLevel(), budget=budget, report=silent
-    )
+    [again] = comparing.simulate_plans(found, asked, {"any": None}, ServiceLevel())
     assert found[0].plan is not None
     assert again.plan == replace(found[0].plan, notes=(*found[0].plan.notes, STOPPED_EARLY))
 

@@ -18,7 +18,7 @@ from hetis.planner.use_cases import engine_values
 from hetis.planner.use_cases.engine_values import EngineValue, engine_values_of, with_engine_values
 from hetis.planner.use_cases.place import PlacementSettings, objective, search
 from hetis.planner.use_cases.precision import for_engine
-from hetis.planner.use_cases.sources import LoadedInputs, ReplicaLimits, engine_rules, load_inputs
+from hetis.planner.use_cases.sources import LoadedInputs, engine_rules, load_inputs
 from hetis.solver.budget import Budget, silent
 from hetis.solver.errors import NoPlanFoundError
 from hetis.solver.placement.exact import MAX_GPUS
@@ -51,7 +51,7 @@ def placed(
 ) -> tuple[Plan, list[EngineValue]]:
     """Return a plan for an engine, and its values of the others."""
     goal = objective(ObjectiveKind.GOODPUT, ttft_s=ttft_s, tpot_s=0.1, demand_rps=None)
-    settings = PlacementSettings(engine=engine_rules(engine, "hetis", ReplicaLimits(**limits)))
+    settings = PlacementSettings(engine=engine_rules(engine, "hetis", **limits))
     problem = for_engine(loaded, settings.engine).inputs.problem(goal, "hetis", engine=settings.engine)
     plan = search(problem, settings, budget=Budget(clock=time.monotonic), report=silent)
     asked = {"seed": 0, "time_limit_s": 600.0, "cancelled": threading.Event(), "report": silent}

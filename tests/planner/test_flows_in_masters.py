@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from hetis.planner.use_cases.sources import ReplicaLimits, engine_rules, load_inputs
+from hetis.planner.use_cases.sources import engine_rules, load_inputs
 from hetis.solver.budget import SearchSettings
 from hetis.solver.errors import InfeasibleError
 from hetis.solver.placement.master import Master
@@ -58,7 +58,7 @@ def posed(
     }
     (folder / "cluster.yaml").write_text(json.dumps(document))
     loaded = load_inputs(cluster=str(folder / "cluster.yaml"), model=model, workload=lengths, profiles=())
-    return loaded.inputs.problem(objective, "hetis", roles, engine_rules(engine, "hetis", ReplicaLimits()))
+    return loaded.inputs.problem(objective, "hetis", roles, engine_rules(engine, "hetis"))
 
 
 @pytest.fixture(params=FLEETS)

@@ -14,7 +14,7 @@ from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.use_cases import listing
 from hetis.planner.use_cases.listing import kinds_in_a_zone, stages_to_list
 from hetis.planner.use_cases.place import PlacementSettings, objective
-from hetis.planner.use_cases.sources import ReplicaLimits, engine_rules, load_inputs
+from hetis.planner.use_cases.sources import engine_rules, load_inputs
 from hetis.solver.placement.constrained_problem import apply_constraints
 from hetis.solver.placement.pipelines import shapes_of
 from hetis.solver.placement.tabulation import build_cost_tables
@@ -43,9 +43,7 @@ def fleet(folder: Path, kinds: Iterable[tuple[str, str, str]], *, per_node: int 
 
 def posed(cluster: str, *, model: str = "Llama-2-70B", keep_stages: bool = False, **limits: int) -> PlacementProblem:
     inputs = load_inputs(cluster=cluster, model=model, workload="1000/100").inputs
-    settings = PlacementSettings(
-        engine=engine_rules("vllm-hetis", "hetis", ReplicaLimits(**limits)), keep_stages=keep_stages
-    )
+    settings = PlacementSettings(engine=engine_rules("vllm-hetis", "hetis", **limits), keep_stages=keep_stages)
     return settings.problem(inputs, objective(ObjectiveKind.GOODPUT, ttft_s=None, tpot_s=None, demand_rps=None))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from hetis.planner.cli.searching import SparseLines, SparseRequests, by_one_clock, describe
 from hetis.solver.budget import Progress
 
@@ -10,7 +12,7 @@ def test_a_line_every_two_seconds_however_often_phases_change() -> None:
     lines = list[str]()
     news = ((100.0, 0.0), (100.5, 0.5), (102.1, 2.1), (102.2, 0.0), (103.0, 0.9), (104.2, 2.2))
     clock = iter([now_s for now_s, _ in news])
-    report = SparseLines(lines.append, "requests/s", clock=lambda: next(clock))
+    report = SparseLines(lines.append, partial(describe, unit="requests/s"), clock=lambda: next(clock))
     for _, elapsed_s in news:
         report(Progress(phase=f"strategy {elapsed_s}: pricing", elapsed_s=elapsed_s))
     assert [line.split()[0] for line in lines] == ["0.0", "2.1", "2.2"]

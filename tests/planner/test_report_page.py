@@ -18,7 +18,7 @@ from hetis.planner.report.page.axes import chart_of
 from hetis.planner.report.page.blocks import COLORS, Waterfalls
 from hetis.planner.report.page.fleet_map import fleet_map, shape_letter
 from hetis.planner.report.page.pages import ShownPlan, plans_page
-from hetis.planner.report.page.plan_section import plan_section, reason_words, shape_words
+from hetis.planner.report.page.plan_section import plan_blocks, reason_words, shape_words
 from hetis.planner.report.plan import simple_setups
 from hetis.planner.report.simulation_pictures import _COLORS, Line, Panel, _dash
 from hetis.planner.use_cases.compare import figures_of
@@ -297,8 +297,8 @@ def test_many_replicas_are_called_by_their_shape() -> None:
 def test_memory_falls_to_what_is_free(folder: Path) -> None:
     """Every step begins where the one before ended, and the last ends with the card."""
     found = load_plan_and_problem(str(folder / "plan.json"))
-    section = plan_section("The plan", found.plan, found.problem, anchor="plan-1")
-    (memory,) = (block for block in section.blocks if isinstance(block, Waterfalls))
+    blocks = plan_blocks(found.plan, found.problem)
+    (memory,) = (block for block in blocks if isinstance(block, Waterfalls))
     assert {fall.title for fall in memory.falls} == {price.gpu for price in found.plan.prices if price.used}
     for fall in memory.falls:
         ends = [step.begin + step.share for step in fall.steps]

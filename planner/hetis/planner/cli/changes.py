@@ -107,6 +107,7 @@ def what_if(
     from hetis.planner.report import comparison as report
     from hetis.planner.report.page.pages import buy_next_page, what_if_page
     from hetis.planner.use_cases import what_if as asking
+    from hetis.planner.use_cases.compare import Searches
     from hetis.planner.use_cases.place import load
     from hetis.solver.cluster import Link
 
@@ -118,20 +119,21 @@ def what_if(
     cluster, nic = loaded.inputs.cluster, None
     if fleet.nic is not None:
         nic = Link(bytes_per_s=fleet.nic, latency_s=cluster.network.default.latency_s)
-    wanted = asking.read_wanted(
+    change, market = asking.read_wanted(
         cluster, add=fleet.add or (), remove=fleet.remove or (),
         market=(fleet.market, fleet.count or DEFAULT_COUNT) if fleet.buy_next else None,
         like=fleet.node_like, gpus_per_node=fleet.gpus_per_node, zone=fleet.zone, nic=nic,
     )  # fmt: skip
-    changed = asking.changed_inputs(loaded, wanted.change)
+    changed = asking.changed_inputs(loaded, change)
     if answer.dry_run:
         return outputs.say_what_would_be_solved(
             terminal, [(loaded.inputs, objective)], strategies=[family.strategy],
-            solves=1 + (len(wanted.market) if fleet.buy_next else 1), time_limit_s=search.time_limit_s,
+            solves=1 + (len(market) if fleet.buy_next else 1), time_limit_s=search.time_limit_s,
             engine=settings.engine,
         )  # fmt: skip
     cancelled = threading.Event()
     budget = partial(Budget, time_limit_s=search.time_limit_s, clock=search_seconds, cancelled=cancelled)
+    searches = partial(Searches, loaded=loaded, objective=objective, settings=settings, budget=budget)
     searching = partial(search_interruptibly, terminal, unit=objective.unit, cancelled=cancelled, so_far="the plans")
 
     def compile_for(sizes: set[int], news: Report) -> None:
@@ -141,9 +143,8 @@ def what_if(
     if fleet.buy_next:
 
         def buy(news: Report) -> asking.BuyNext:
-            market, shape = wanted.market, wanted.change.shape
             compile_for({cluster.num_gpus(), *(cluster.num_gpus() + offer.count for offer in market)}, news)
-            return asking.buy_next(loaded, objective, settings, market, shape, budget=budget, report=news)
+            return asking.buy_next(searches(report=news), market, change.shape)
 
         bought = searching(buy)
         outputs.save_page(terminal, lambda: buy_next_page(bought), answer.html)
@@ -153,7 +154,7 @@ def what_if(
 
         def solve(news: Report) -> asking.WhatIf:
             compile_for({cluster.num_gpus(), changed.inputs.cluster.num_gpus()}, news)
-            return asking.what_if(loaded, objective, settings, wanted.change, budget=budget, report=news)
+            return asking.what_if(searches(report=news), change)
 
         found = searching(solve)
         outputs.save_page(terminal, lambda: what_if_page(found), answer.html)

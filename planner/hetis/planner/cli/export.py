@@ -14,7 +14,7 @@ from hetis.engines.versions import Engine
 from hetis.formats.command_line.terminal import Terminal
 from hetis.formats.files import write_atomically
 from hetis.planner.cli.exit_codes import ExitCode
-from hetis.planner.cli.options import PlanArgument, group, option, panel, verb
+from hetis.planner.cli.options import PlanArgument, group, option, panel, spelled, verb
 from hetis.planner.cli.outputs import refuse_unwritable
 from hetis.planner.cli.server_verb import chosen_cluster, cluster_name_option, fetched, server_verb
 from hetis.planner.export import ExportDevice, ExportTarget
@@ -110,7 +110,7 @@ def export(
     given = {name: value for name, value in vars(asked).items() if name not in own}
     settings = ExportSettings(hosts=hosts, engine_options=tuple(engine_options or ()), **given)
     found = load_plan(plan)
-    made = export_wanted(found, asked.to, settings, file=plan, spelled=_spelled, more_wrong=wrong)
+    made = export_wanted(found, asked.to, settings, file=plan, spelled=spelled, more_wrong=wrong)
     if found.inputs.get("documents", {}).keys() >= CHECKED_AGAINST:
         warn_if_wrong(terminal, plan, problem_of_plan(found, plan))
     if asked.strict and made.lost:
@@ -145,10 +145,6 @@ def _hosts(texts: Sequence[str]) -> tuple[dict[str, str], list[str]]:
             wrong.append(f"--node-address: {node} is given twice")
         hosts[node] = host
     return hosts, wrong
-
-
-def _spelled(option: str) -> str:
-    return f"--{option.replace('_', '-')}"
 
 
 UPSTREAMS_EXAMPLES = """Examples:\n

@@ -108,20 +108,18 @@ def convert(
     asked: ConvertOptions,
 ) -> ExitCode:
     """Convert a trace of an engine, benchmark, gateway or data set to hetis' format."""
-    from hetis.planner.report.figures import plural
     from hetis.planner.use_cases.files import convert as converted
     from hetis.planner.use_cases.files import trace_file
 
     out = asked.out
     if asked.tokenizer is not None and asked.characters_per_token is not None:
         raise typer.BadParameter("--tokenizer and --characters-per-token cannot be combined")
-    found = converted(
+    requests, warnings = converted(
         trace, characters_per_token=asked.characters_per_token, tokenizer=asked.tokenizer, rate_rps=asked.rate
     )
-    content = trace_file(found.trace, "trace.csv" if out == "-" else out)
-    for line in found.warnings:
+    content = trace_file(requests, "trace.csv" if out == "-" else out)
+    for line in warnings:
         terminal.warn(line)
-    requests = found.trace
     per_second = f"{requests.rate_rps:.4g} requests/s" if requests.rate_rps is not None else "all at once"
     means = f"{requests.prompt_tokens.mean():.0f}/{requests.output_tokens.mean():.0f}"
     left_out = f"; left out: {plural(requests.num_left_out, 'row')} of {requests.left_out}"
@@ -233,6 +231,7 @@ def catalog(
 ) -> ExitCode:
     """List the GPUs, models, workloads or strategies in the catalogue, with their sources (-o json)."""
     from hetis.planner.report import catalogue as tables
+    from hetis.planner.report.tables import table_of
     from hetis.planner.use_cases.json_values import fields_of, json_value
     from hetis.profiler.defaults import profile_origin
     from hetis.solver.problem import Family
@@ -256,7 +255,7 @@ def catalog(
             data = [
                 {**fields_of(one, "name", "summary"), "family": one.restrict(Family()).describe()} for one in entries
             ]
-            table = tables.strategy_table([(one.name, one.summary) for one in entries])
+            table = table_of(entries, ("'name", lambda one: one.name), ("'searches", lambda one: one.summary))
     terminal.emit(lambda: data, lambda: table)
     return ExitCode.OK
 

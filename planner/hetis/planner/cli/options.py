@@ -20,7 +20,6 @@ from hetis.solver.plan import DEFAULT_STRATEGY, DEFAULT_TIME_LIMIT_S, ObjectiveK
 
 if TYPE_CHECKING:
     from hetis.planner.use_cases.place import PlacementRequest, PlacementSettings
-    from hetis.planner.use_cases.sources import ReplicaLimits
     from hetis.solver.plan import Objective
     from hetis.solver.problem import EngineRules, EngineSettings
 
@@ -270,12 +269,11 @@ class ReplicaOptions:
     )
 
     @property
-    def limits(self) -> ReplicaLimits:
-        from hetis.planner.use_cases.sources import ReplicaLimits
+    def limits(self) -> dict[str, int | None]:
+        from hetis.planner.use_cases.json_values import fields_of
+        from hetis.planner.use_cases.sources import LIMITS
 
-        return ReplicaLimits(
-            max_stages=self.max_stages, max_gpus=self.max_gpus, min_layers=self.min_layers, max_nodes=self.max_nodes
-        )
+        return fields_of(self, *LIMITS)
 
     @property
     def engine_settings(self) -> EngineSettings:
@@ -367,18 +365,23 @@ def refuse_without(needed: str, kind: Any, *names: str, is_given: bool) -> None:
             raise typer.BadParameter(f"{option} needs {needed}")
 
 
+def spelled(name: str) -> str:
+    """Return a field's option as users write it."""
+    return f"--{name.replace('_', '-')}"
+
+
 def given_in(*groups: Any) -> dict[str, str]:
     """Return the options of groups that have values from the command line, by their fields."""
     named = (one for kind in groups for one in fields(kind) if one.name in command_line.given.get())
     return {one.name: one.metadata["option"].default for one in named}  # typer takes the first name for the default
 
 
-def engine_rules(name: str | None, strategy: str, limits: ReplicaLimits) -> EngineRules | None:
+def engine_rules(name: str | None, strategy: str, limits: Mapping[str, int | None]) -> EngineRules | None:
     """Return the rules of ``--engine`` and the limits. None: any engine, the default for published heuristics."""
     from hetis.planner.use_cases.sources import engine_rules as rules_of
     from hetis.solver.errors import InvalidProblemError
 
     try:
-        return rules_of(name, strategy, limits)
+        return rules_of(name, strategy, **limits)
     except InvalidProblemError as error:
         raise typer.BadParameter(str(error)) from None

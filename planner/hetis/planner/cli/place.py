@@ -247,9 +247,8 @@ def compare(
     from hetis.planner.jobs.kernels import compile_kernels
     from hetis.planner.report.comparison import comparison_document, render_comparison
     from hetis.planner.report.page.pages import comparison_page
-    from hetis.planner.use_cases.compare import compare_engines, simulate_plans
+    from hetis.planner.use_cases.compare import Searches, compare_engines, simulate_plans
     from hetis.planner.use_cases.place import load
-    from hetis.planner.use_cases.sources import ReplicaLimits
     from hetis.planner.use_cases.tightening import SEARCHES
     from hetis.solver.placement.families import ANY_ENGINE, STRATEGIES
 
@@ -260,11 +259,11 @@ def compare(
         name: options.engine_rules(
             name,
             DEFAULT_STRATEGY,
-            replicas.limits if name != ANY_ENGINE or len(engines) == 1 else ReplicaLimits(),
+            replicas.limits if name != ANY_ENGINE or len(engines) == 1 else {},
         )
         for name in engines
     }
-    if ANY_ENGINE in rules and len(rules) > 1 and replicas.limits.given:
+    if ANY_ENGINE in rules and len(rules) > 1 and any(replicas.limits.values()):
         terminal.warn(f"limits on replicas are not for engine {ANY_ENGINE}, whose replicas have none")
     plans = names if asked.engine is None else [f"{name}-{engine}" for name in names for engine in rules]
     outputs.refuse_unwritable_plans(results.out, plans)
@@ -288,9 +287,10 @@ def compare(
     def work(report: Report) -> tuple[Compared, ...]:
         for for_engine in {one is not None for one in rules.values()}:
             compile_kernels(loaded.inputs.cluster.num_gpus(), names, for_engine=for_engine, report=report)
-        found = compare_engines(loaded, objective, settings, names, rules, budget=budget, report=report)
+        searches = Searches(loaded=loaded, objective=objective, settings=settings, budget=budget, report=report)
+        found = compare_engines(searches, names, rules)
         if results.verify:
-            found = simulate_plans(found, loaded, objective, settings, rules, level, budget=budget, report=report)
+            found = simulate_plans(found, searches, rules, level)
         return found if asked.engine is not None else tuple(replace(outcome, engine=None) for outcome in found)
 
     compared = search_interruptibly(terminal, work, unit=objective.unit, cancelled=cancelled, so_far="the plans")

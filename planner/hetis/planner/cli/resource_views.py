@@ -6,7 +6,7 @@ import base64
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from datetime import UTC
 from typing import Any, NamedTuple
 
@@ -18,7 +18,7 @@ from rich.text import Text
 
 from hetis.formats.command_line.terminal import Terminal
 from hetis.planner.cli.exit_codes import ExitCode
-from hetis.planner.cli.searching import PLAIN_INTERVAL_S, describe
+from hetis.planner.cli.searching import SparseLines, describe, news_on_stderr
 from hetis.planner.cli.server_verb import fetched
 from hetis.planner.client import CallError, Client
 from hetis.planner.convert.names import last_part, word_of
@@ -473,7 +473,8 @@ def wait_for_plan(
     """
     was_seen = exists
     try:
-        with news_on_stderr(terminal) as news:
+        plain = SparseLines(terminal.say, line_of, state=_state_and_phase)
+        with news_on_stderr(terminal, "asking the planner", line_of, plain) as news:
             search = _FollowedSearch()
 
             def tell(plan: plan_pb2.Plan) -> None:
@@ -496,19 +497,6 @@ def wait_for_plan(
     return ended
 
 
-@contextmanager
-def news_on_stderr(terminal: Terminal) -> Iterator[Callable[[plan_pb2.Plan], None]]:
-    """Yield a function that displays a plan's state: as one live line on a terminal, elsewhere as a few plain lines."""
-    console = terminal.stderr_console()
-    if terminal.verbosity < 0:
-        yield lambda plan: None
-    elif console.is_terminal and not console.is_dumb_terminal:
-        with console.status("asking the planner", spinner="dots") as status:
-            yield lambda plan: status.update(line_of(plan))
-    else:
-        yield _PlainLines(terminal.say)
-
-
 class _FollowedSearch:
     """A search whose planner may end. The next planner has its problem, but not what it had found."""
 
@@ -527,21 +515,10 @@ def _has_no_plan(plan: plan_pb2.Plan) -> bool:
     return plan.state == plan_pb2.PLAN_STATE_CANCELLED and not plan.HasField("result")
 
 
-class _PlainLines:
-    """Prints a line when the state or the phase changes, and otherwise at most every `PLAIN_INTERVAL_S` seconds."""
-
-    def __init__(self, say: Callable[[str], None]) -> None:
-        self._say = say
-        self._last: tuple[int, int, str] | None = None
-        self._said_s = 0.0
-
-    def __call__(self, plan: plan_pb2.Plan) -> None:
-        phase, _, _ = plan.progress.phase.partition(",")  # the rest is the progress within the phase
-        now = (plan.state, plan.activation, phase)
-        if now == self._last and time.monotonic() < self._said_s + PLAIN_INTERVAL_S:
-            return
-        self._last, self._said_s = now, time.monotonic()
-        self._say(line_of(plan))
+def _state_and_phase(plan: plan_pb2.Plan) -> tuple[int, int, str]:
+    """Return what is news at once when it changes."""
+    phase, _, _ = plan.progress.phase.partition(",")  # the rest is the progress within the phase
+    return plan.state, plan.activation, phase
 
 
 def line_of(plan: plan_pb2.Plan) -> str:

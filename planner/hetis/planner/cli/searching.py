@@ -12,12 +12,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from types import FrameType
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 from hetis.formats.command_line.terminal import Terminal
 from hetis.planner.report.figures import digits, percent
-from hetis.solver.budget import Progress, Report, silent
+from hetis.solver.budget import Progress, Report
 
 if TYPE_CHECKING:
     from rich.progress import Progress as ProgressBar
@@ -32,16 +33,20 @@ _STDOUT = 1
 
 
 @contextmanager
-def progress_on_stderr(terminal: Terminal, unit: str) -> Iterator[Report]:
-    """Yield a `Report` for the solver, safe to call from another thread. Times count from the start of the command."""
+def news_on_stderr(
+    terminal: Terminal, opening: str, line: Callable[[T], str], plain: Callable[[T], None]
+) -> Iterator[Callable[[T], None]]:
+    """Yield a function that shows news, safe to call from another thread: on a terminal as one live ``line``, which
+    begins as ``opening``, elsewhere by ``plain``.
+    """
     console = terminal.stderr_console()
     if terminal.verbosity < 0:
-        yield silent
+        yield lambda news: None
     elif console.is_terminal and not console.is_dumb_terminal:
-        with console.status("loading the solver", spinner="dots") as status:
-            yield by_one_clock(lambda progress: status.update(describe(progress, unit)))
+        with console.status(opening, spinner="dots") as status:
+            yield lambda news: status.update(line(news))
     else:
-        yield by_one_clock(SparseLines(terminal.say, unit))
+        yield plain
 
 
 def by_one_clock(report: Report, *, clock: Callable[[], float] = time.monotonic) -> Report:
@@ -50,21 +55,29 @@ def by_one_clock(report: Report, *, clock: Callable[[], float] = time.monotonic)
     return lambda progress: report(replace(progress, elapsed_s=clock() - started_s))
 
 
-class SparseLines:
-    """A report that prints at most one line every `PLAIN_INTERVAL_S` seconds, however often phases change."""
+class SparseLines(Generic[T]):
+    """Prints a ``line`` about news at most every `PLAIN_INTERVAL_S` seconds, and whenever their ``state`` changes."""
 
-    def __init__(self, say: Callable[[str], None], unit: str, *, clock: Callable[[], float] = time.monotonic) -> None:
-        self._say, self._unit, self._clock = say, unit, clock
+    def __init__(
+        self,
+        say: Callable[[str], None],
+        line: Callable[[T], str],
+        *,
+        state: Callable[[T], object] = lambda news: None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._say, self._line, self._state, self._clock = say, line, state, clock
+        self._last: object = None
         self._next_s = -math.inf
         self._lock = threading.Lock()
 
-    def __call__(self, progress: Progress) -> None:
+    def __call__(self, news: T) -> None:
         with self._lock:
-            now_s = self._clock()
-            if now_s < self._next_s:
+            now, now_s = self._state(news), self._clock()
+            if now == self._last and now_s < self._next_s:
                 return
-            self._next_s = now_s + PLAIN_INTERVAL_S
-        self._say(describe(progress, self._unit))
+            self._last, self._next_s = now, now_s + PLAIN_INTERVAL_S
+        self._say(self._line(news))
 
 
 def describe(progress: Progress, unit: str) -> str:
@@ -171,7 +184,9 @@ def search_interruptibly(
 
     The first Ctrl-C sets ``cancelled`` and announces ``so_far`` ("the best plan", "the plans") as the result.
     """
-    with progress_on_stderr(terminal, unit) as report:
+    line = partial(describe, unit=unit)
+    with news_on_stderr(terminal, "loading the solver", line, SparseLines(terminal.say, line)) as news:
+        report = by_one_clock(news)
         return work_interruptibly(terminal, lambda: work(report), cancelled=cancelled, stopping=f"with {so_far} so far")
 
 

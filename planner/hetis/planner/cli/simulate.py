@@ -148,7 +148,7 @@ class SimulateOptions:
                 continue
             defaults = [name for name in given if name not in options.given_in(self)]
             if len(defaults) != 1:
-                raise typer.BadParameter(message.format(_spelled(one), _spelled(other)))
+                raise typer.BadParameter(message.format(options.spelled(one), options.spelled(other)))
             unset |= {name: getattr(SimulateOptions, name) for name in defaults}
         found = replace(self, **unset)
         if found.recorded and found.trace is None:
@@ -162,7 +162,7 @@ class SimulateOptions:
 
     def refuse_unwritable(self) -> None:
         for name in ("perfetto", "requests_csv", "plot"):
-            outputs.refuse_stdout(_spelled(name), getattr(self, name))
+            outputs.refuse_stdout(options.spelled(name), getattr(self, name))
             outputs.refuse_unwritable(getattr(self, name))
         if (plot := self.plot) is not None:
             if plot.suffix not in PICTURES:
@@ -170,10 +170,6 @@ class SimulateOptions:
                 raise typer.BadParameter(f"{plot} is not a picture: --plot needs a file name that ends in {known}")
             outputs.refuse_missing_library(PICTURES[plot.suffix], extra="plots", wanted_by=f"--plot {plot}")
         outputs.refuse_page(self.html, beside=self.plot)
-
-
-def _spelled(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
 
 
 @verb()

@@ -18,7 +18,7 @@ from hetis.planner.library.arguments import Path, Quantity, checked, one_of, rea
 from hetis.planner.library.plan import Plan
 from hetis.planner.use_cases import place as placing
 from hetis.planner.use_cases.service_level import Statistic, asked_level
-from hetis.planner.use_cases.sources import ReplicaLimits, engine_rules, engine_settings, load_plan_and_problem, ordered
+from hetis.planner.use_cases.sources import engine_rules, engine_settings, load_plan_and_problem, ordered
 from hetis.solver.budget import Progress, silent
 from hetis.solver.cluster import Cluster
 from hetis.solver.plan import DEFAULT_STRATEGY, DEFAULT_TIME_LIMIT_S, ObjectiveKind, Role
@@ -116,7 +116,6 @@ def place(
         NoPlanFoundError: none was found within the time limit.
         HetisError: arguments are wrong, or an input is not usable; the message names them.
     """
-    limits = ReplicaLimits(max_stages=max_stages, max_gpus=max_gpus, min_layers=min_layers, max_nodes=max_nodes)
     limit_s = None if time_limit is None else float(time_limit)
     goal = placing.objective(ObjectiveKind(objective), ttft_s=_limit(ttft), tpot_s=_limit(tpot), demand_rps=rate)
     request = placing.PlacementRequest(
@@ -134,7 +133,9 @@ def place(
         settings=placing.PlacementSettings(
             strategy=strategy,
             roles=ordered(map(Role, roles)),
-            engine=engine_rules(engine, strategy, limits),
+            engine=engine_rules(
+                engine, strategy, max_stages=max_stages, max_gpus=max_gpus, min_layers=min_layers, max_nodes=max_nodes
+            ),
             keep_stages=max_stages is not None,
             time_limit_s=DEFAULT_TIME_LIMIT_S if limit_s is None else limit_s,
             gap_target=float(gap),

@@ -8,7 +8,7 @@ from rich.table import Table
 
 from hetis.formats.catalogue import GpuEntry, ModelEntry, WorkloadEntry
 from hetis.planner.report.figures import digits, tokens
-from hetis.planner.report.tables import Column, Narrowing, narrowing_of, table, table_of
+from hetis.planner.report.tables import Column, Narrowing, narrowing_of, table_of
 
 
 def gpu_table(entries: Sequence[GpuEntry], profiles: Mapping[str, str | None], *, wide: bool = False) -> Narrowing:
@@ -67,7 +67,3 @@ def workload_table(entries: Sequence[WorkloadEntry]) -> Table:
         ("p95", lambda one: f"{one.workload.moments().p95_prompt:,.0f}"),
         ("mean output", lambda one: f"{one.workload.moments().mean_output:,.0f}"),
     )
-
-
-def strategy_table(entries: Sequence[tuple[str, str]]) -> Table:
-    return table("'name", "'searches", rows=entries)

@@ -22,7 +22,7 @@ from hetis.planner.use_cases.replan import PosedReplan, survival_of
 from hetis.solver.plan import ObjectiveKind, Plan, ReplicaPlan, Role
 from hetis.solver.replanning.change import ChangeCosts, Fate, PlanChange, ReplicaChange
 from hetis.solver.replanning.solve import Replanning
-from hetis.solver.replanning.transition import Action, Step
+from hetis.solver.replanning.transition import Action
 
 MAX_ROWS = 40  # replicas listed as changing; -o json has all
 MAX_LOADS = 16  # GPUs listed as loading
@@ -35,9 +35,9 @@ def render_diff(diff: PlanDiff) -> Iterator[RenderableType]:
     yield _figures(diff)
     for warning in diff.warnings:
         yield Text(warning, style="yellow")
-    if changed := changed_values(diff.problem_before, diff.problem_after):
+    if changed := changed_values(diff.before.problem, diff.after.problem):
         yield section("Problems", facts((f" {subject}", " → ".join(values)) for subject, values in changed.items()))
-    yield from _change_sections(diff.change, diff.before, diff.after)
+    yield from _change_sections(diff.change, diff.before.plan, diff.after.plan)
 
 
 def _change_sections(change: PlanChange, before: Plan, after: Plan) -> Iterator[RenderableType]:
@@ -49,7 +49,7 @@ def _change_sections(change: PlanChange, before: Plan, after: Plan) -> Iterator[
 
 
 def _figures(diff: PlanDiff) -> Table:
-    plans, figures = (diff.before, diff.after), (diff.figures_before, diff.figures_after)
+    plans, figures = (diff.before.plan, diff.after.plan), diff.figures
     results = [plan.result for plan in plans]
     made = table("'", "before", "after")
     made.add_row("objective", *(result.objective.value for result in results))
@@ -135,13 +135,13 @@ def load_table(change: PlanChange) -> Table:
 def diff_document(diff: PlanDiff) -> dict[str, Any]:
     return document(
         "PlanDiff",
-        before={"result": diff.before.result, "figures": diff.figures_before},
-        after={"result": diff.after.result, "figures": diff.figures_after},
+        before={"result": diff.before.plan.result, "figures": diff.figures[0]},
+        after={"result": diff.after.plan.result, "figures": diff.figures[1]},
         same_model=diff.same_model,
         warnings=diff.warnings,
         differences={
             subject.replace(" ", "_"): {"before": before, "after": after}
-            for subject, (before, after) in changed_values(diff.problem_before, diff.problem_after).items()
+            for subject, (before, after) in changed_values(diff.before.problem, diff.after.problem).items()
         },
         change=change_fields(diff.change),
     )
@@ -219,17 +219,14 @@ def _steps(found: Replanning, posed: PosedReplan) -> RenderableType:
 
 
 def step_rows(found: Replanning, posed: PosedReplan) -> Iterator[list[str]]:
-    return (_step_row(step, found, posed) for step in found.transition.steps)
-
-
-def _step_row(step: Step, found: Replanning, posed: PosedReplan) -> list[str]:
-    starting = step.action is Action.START
-    plan = found.plan if starting else posed.running
-    names = "\n".join(f"#{i} {shape_of(plan.replicas[i])}" for i in step.replicas)
-    loads = sum(one.load_bytes for one in found.change.replicas if one.after in step.replicas) if starting else 0.0
-    flow = f"{digits(step.capacity)} → {digits(step.capacity_after)}"
-    takes = seconds(step.seconds) if step.seconds else "-"
-    return [step.action.value, names, gigabytes(loads) if loads else "-", takes, flow]
+    for step in found.transition.steps:
+        starting = step.action is Action.START
+        plan = found.plan if starting else posed.running
+        names = "\n".join(f"#{i} {shape_of(plan.replicas[i])}" for i in step.replicas)
+        loads = sum(one.load_bytes for one in found.change.replicas if one.after in step.replicas) if starting else 0.0
+        flow = f"{digits(step.capacity)} → {digits(step.capacity_after)}"
+        takes = seconds(step.seconds) if step.seconds else "-"
+        yield [step.action.value, names, gigabytes(loads) if loads else "-", takes, flow]
 
 
 def lowest_words(found: Replanning, posed: PosedReplan) -> str:

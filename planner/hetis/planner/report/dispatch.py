@@ -15,7 +15,7 @@ from hetis.planner.use_cases.dispatch import CostedStage, Dispatched, Redispatch
 from hetis.planner.use_cases.json_values import document, fields_of
 from hetis.profiler.defaults import MODELLED
 from hetis.solver.dispatch.problem import Path, Resource, Unplaced
-from hetis.solver.dispatch.snapshot import DeviceStatus, StateSnapshot
+from hetis.solver.dispatch.snapshot import DeviceStatus
 from hetis.solver.redispatch.problem import Move, MoveReason, RedispatchPlan, Refused
 
 # --- sentences that explain where head groups went
@@ -216,20 +216,16 @@ def render_dispatch(found: Dispatched, explanation: tuple[str, ...] | None = Non
     expected = [int(blocks) for blocks in expected_blocks(found.reached)]
     worth = [_worth(float(price)) for price in plan.prices.block_s]
     title = ("a block saves", worth) if any(plan.prices.block_s > 0) else None
-    table = device_table(stage, found.before, found.after, blocks=expected, last=title)
+    table = device_table(found, blocks=expected, last=title)
     yield section("Devices (KV blocks per layer, expected growth included)", table)
     yield from _ending(stage, explanation)
 
 
 def device_table(
-    stage: CostedStage,
-    before: StepTimes,
-    after: StepTimes,
-    *,
-    blocks: Sequence[int],
-    last: tuple[str, Sequence[str]] | None = None,
+    found: Dispatched | Redispatched, *, blocks: Sequence[int], last: tuple[str, Sequence[str]] | None = None
 ) -> RenderableType:
     """Return times before and after with a bar, each device's KV blocks, and optionally another column."""
+    stage, before, after = found.stage, found.before, found.after
     title, cells = last or ("", ())
     made = table("'device", "before", "after", "'", "KV blocks", *([title] if last else []))
     makespan_s = after.makespan_s
@@ -310,9 +306,7 @@ def render_redispatch(found: Redispatched, explanation: tuple[str, ...] | None =
     if plan.refused:
         yield section("Helpful moves that cannot be made", _refused(found))
     used = [int(count) for count in found.reached.used_blocks()]
-    yield section(
-        "Devices (KV blocks per layer, in use now)", device_table(stage, found.before, found.after, blocks=used)
-    )
+    yield section("Devices (KV blocks per layer, in use now)", device_table(found, blocks=used))
     yield from _ending(stage, explanation)
 
 
@@ -364,7 +358,7 @@ def _size(num_bytes: float) -> str:
 
 def dispatch_document(found: Dispatched, explanation: tuple[str, ...] | None = None) -> dict[str, Any]:
     plan, names = found.plan, found.stage.snapshot.stage.devices
-    devices = _devices(found.stage, found.before, found.after, found.reached)
+    devices = _devices(found)
     for i, device in enumerate(devices):
         device["new_groups"] = int(plan.groups[:, i].sum())
         device["bound_weight"] = float(plan.prices.piece[i].sum())
@@ -417,7 +411,7 @@ def redispatch_document(found: Redispatched, explanation: tuple[str, ...] | None
         },
         moves=[_move(move, names) | {"bytes": move.num_bytes, **fields_of(move, *how)} for move in plan.moves],
         refused=[_move(refused, names) | {"why": refused.why} for refused in plan.refused],
-        devices=_devices(found.stage, found.before, found.after, found.reached),
+        devices=_devices(found),
         network_card=_card(found),
         **_explanation(explanation),
     )
@@ -431,8 +425,8 @@ def _state(stage: CostedStage) -> dict[str, Any]:
     return {"name": stage.saved.name, "num_layers": stage.saved.num_layers, "origin": stage.file}
 
 
-def _devices(stage: CostedStage, before: StepTimes, after: StepTimes, reached: StateSnapshot) -> list[dict[str, Any]]:
-    first = stage.snapshot
+def _devices(found: Dispatched | Redispatched) -> list[dict[str, Any]]:
+    stage, first, reached = found.stage, found.stage.snapshot, found.reached
     used = (first.used_blocks(), reached.used_blocks())
     expected = (expected_blocks(first), expected_blocks(reached))
     return [
@@ -440,9 +434,9 @@ def _devices(stage: CostedStage, before: StepTimes, after: StepTimes, reached: S
             **fields_of(saved, "name", "role", "tp", "gpu"),
             "costs": stage.origins[saved.name],
             "status": saved.status,
-            "before_s": before.devices[i].seconds,
-            "after_s": after.devices[i].seconds,
-            "is_bottleneck": after.bottleneck == i,
+            "before_s": found.before.devices[i].seconds,
+            "after_s": found.after.devices[i].seconds,
+            "is_bottleneck": found.after.bottleneck == i,
             **fields_of(saved, "total_blocks", "high_water"),
             "used_blocks_before": int(used[0][i]),
             "used_blocks": int(used[1][i]),

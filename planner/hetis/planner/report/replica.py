@@ -12,7 +12,7 @@ from rich.text import Text
 from hetis.engines.layout import planned_model
 from hetis.formats.errors import DocumentError
 from hetis.planner.report.figures import digits, plural, seconds, tokens
-from hetis.planner.report.tables import table
+from hetis.planner.report.tables import Column, table, table_of
 from hetis.planner.use_cases.grouping import ReplicaGroup, abbreviate
 from hetis.solver.model import ModelSpec
 from hetis.solver.plan import Plan, ReplicaPlan, Role, StagePlan
@@ -32,17 +32,13 @@ def palette_of(plan: Plan) -> Mapping[str, str]:
 
 def device_table(group: ReplicaGroup, plan: Plan) -> Table:
     """Return the GPUs of each of several equal replicas: those of its stages, and its attention workers."""
-    made = ["'attention workers"] if any(replica.attention_workers for replica in plan.replicas) else []
-    replicas = ((number, plan.replicas[number]) for number in group.numbers)
-    rows = (
-        (
-            str(number),
-            " | ".join(abbreviate(stage.devices) for stage in replica.stages),
-            *([abbreviate(replica.worker_devices())] if made else []),
-        )
-        for number, replica in replicas
-    )
-    return table("'replica", "'devices", *made, rows=rows)
+    columns: list[Column[int]] = [
+        ("'replica", str),
+        ("'devices", lambda number: " | ".join(abbreviate(stage.devices) for stage in plan.replicas[number].stages)),
+    ]
+    if any(replica.attention_workers for replica in plan.replicas):
+        columns.append(("'attention workers", lambda number: abbreviate(plan.replicas[number].worker_devices())))
+    return table_of(group.numbers, *columns)
 
 
 def known_model(plan: Plan) -> ModelSpec | None:

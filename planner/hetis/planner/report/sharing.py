@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hetis.planner.report.figures import digits, percent
-from hetis.planner.report.tables import as_group, grid, section, table
+from hetis.planner.report.tables import as_group, grid, section, table, table_of
 from hetis.planner.use_cases.grouping import gpu_counts, used_counts
 from hetis.planner.use_cases.json_values import fields_of, json_value
 from hetis.planner.use_cases.sharing import SharedFleet, Sharing
@@ -154,18 +154,15 @@ def _claim_table(found: Sharing) -> Table:
 
 def _rule_table(found: Sharing) -> Table:
     equal = next(answer.value for answer in found.shares if answer.rule is FairnessRule.EQUAL)
-    rows = (
-        (
-            answer.rule.value,
-            digits(answer.value, 4),
-            f"{answer.value / equal:.3f}x",
-            f"{properties.over_equal_split.min():.2f}x",
-            f"{properties.envy.max():.2f}x",
-            Text(_proof(answer), style="dim"),
-        )
-        for answer, properties in zip(found.shares, found.properties, strict=True)
+    return table_of(
+        zip(found.shares, found.properties, strict=True),
+        ("'rule", lambda one: one[0].rule.value),
+        ("value", lambda one: digits(one[0].value, 4)),
+        ("over equal", lambda one: f"{one[0].value / equal:.3f}x"),
+        ("least over equal", lambda one: f"{one[1].over_equal_split.min():.2f}x"),
+        ("envy", lambda one: f"{one[1].envy.max():.2f}x"),
+        ("'proof", lambda one: Text(_proof(one[0]), style="dim")),
     )
-    return table("'rule", "value", "over equal", "least over equal", "envy", "'proof", rows=rows)
 
 
 def _round_table(found: Sharing) -> Table:

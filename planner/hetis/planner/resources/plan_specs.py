@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, TypeVar
 
@@ -25,9 +25,9 @@ from hetis.planner.use_cases.place import PLACES, PlacementSettings
 from hetis.planner.use_cases.precision import gpu_types_of, in_precision
 from hetis.planner.use_cases.service_level import ServiceLevel, Statistic
 from hetis.planner.use_cases.sources import (
+    LIMITS,
     Inputs,
     LoadedInputs,
-    ReplicaLimits,
     engine_rules,
     family_of,
     impossible_profiles,
@@ -297,9 +297,9 @@ class _SpecReader:
         message = f"is {spec.max_stages}, must be {MOST_STAGES} at most"
         if not self.require(spec.max_stages <= MOST_STAGES, "max_stages", message):
             return None
-        limits = ReplicaLimits(**{limit.name: getattr(spec, limit.name) or None for limit in fields(ReplicaLimits)})
+        limits = {name: getattr(spec, name) or None for name in LIMITS}
         try:
-            rules = engine_rules(spec.engine or None, strategy, limits)
+            rules = engine_rules(spec.engine or None, strategy, **limits)
             family_of(strategy, engine=rules)
         except InvalidProblemError as error:
             self.require(False, "engine", str(error))

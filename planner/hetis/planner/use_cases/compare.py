@@ -17,6 +17,7 @@ from hetis.planner.use_cases.service_level import ServiceLevel
 from hetis.planner.use_cases.sources import (
     Inputs,
     LoadedInputs,
+    PlanAndProblem,
     asked_objective,
     differing_fields,
     load_plan_and_problem,
@@ -59,6 +60,21 @@ NO_PLAN, FAILED = "no plan", "failed"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Searches:
+    """What several searches have in common. ``budget`` returns the budget of the next one."""
+
+    loaded: LoadedInputs
+    objective: Objective
+    settings: PlacementSettings
+    budget: Callable[[], Budget]
+    report: Report
+
+    def problem(self, strategy: str) -> PlacementProblem:
+        """Return the problem that these inputs define for another strategy, with all of its roles."""
+        return replace(self.settings, strategy=strategy, roles=()).problem(self.loaded.inputs, self.objective)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Compared:
     """The outcome of one strategy. ``status`` is its plan's, or what went wrong; ``reasons`` give details.
 
@@ -94,15 +110,7 @@ class Figures:
     gpus_idle: int
 
 
-def compare_strategies(
-    loaded: LoadedInputs,
-    objective: Objective,
-    settings: PlacementSettings,
-    strategies: Sequence[str],
-    *,
-    budget: Callable[[], Budget],
-    report: Report,
-) -> tuple[Compared, ...]:
+def compare_strategies(asked: Searches, strategies: Sequence[str]) -> tuple[Compared, ...]:
     """Return the outcome of every strategy, in the order passed.
 
     Contained strategies are solved first, each with its own budget. A strategy without a plan is an outcome like any
@@ -113,18 +121,13 @@ def compare_strategies(
     """
     found: dict[str, Compared] = {}
     for number, strategy in enumerate(ordered := _contained_first(strategies), start=1):
-        found[strategy] = planned(
-            loaded,
-            objective,
-            replace(settings, strategy=strategy),
-            budget(),
-            one_of_several(report, number, len(ordered), f"{strategy}: "),
-        )
+        told = one_of_several(asked.report, number, len(ordered), f"{strategy}: ")
+        found[strategy] = planned(replace(asked, settings=replace(asked.settings, strategy=strategy), report=told))
     for strategy in _contained_first(strategies):
         container = CONTAINERS.get(strategy)
         if container in found and found[strategy].plan is not None:
-            problem = replace(settings, strategy=container, roles=()).problem(loaded.inputs, objective)
             note = f"the plan was found by strategy {strategy}, whose plans are all of {container}"
+            problem = asked.problem(container)
             found[container] = _with_better_plan(found[container], found[strategy].plan, problem, note)
     plans = {name: compared.plan for name, compared in found.items() if compared.plan is not None}
 
@@ -133,21 +136,13 @@ def compare_strategies(
 
         A bound that should hold but contradicts the plan is kept, so that `_with_bound` raises BrokenProofError.
         """
-        problem = replace(settings, strategy=container, roles=()).problem(loaded.inputs, objective)
-        return not _is_outside(plan, plans[container], problem)
+        return not _is_outside(plan, plans[container], asked.problem(container))
 
     return tuple(_with_best_bound(found[strategy], plans, holds) for strategy in dict.fromkeys(strategies))
 
 
 def compare_engines(
-    loaded: LoadedInputs,
-    objective: Objective,
-    settings: PlacementSettings,
-    strategies: Sequence[str],
-    engines: Mapping[str, EngineRules | None],
-    *,
-    budget: Callable[[], Budget],
-    report: Report,
+    asked: Searches, strategies: Sequence[str], engines: Mapping[str, EngineRules | None]
 ) -> tuple[Compared, ...]:
     """Return `compare_strategies` for each engine, ordered by strategy and then by engine as passed.
 
@@ -158,19 +153,16 @@ def compare_engines(
     """
     found = dict[tuple[str, str], Compared]()
     for number, (name, rules) in enumerate(engines.items(), start=1):
-        for outcome in compare_strategies(
-            loaded,
-            objective,
-            replace(settings, engine=rules),
-            strategies,
-            budget=budget,
-            report=report if len(engines) == 1 else one_of_several(report, number, len(engines), f"for {name}, "),
-        ):
+        told = asked.report
+        if len(engines) > 1:
+            told = one_of_several(told, number, len(engines), f"for {name}, ")
+        own = replace(asked, settings=replace(asked.settings, engine=rules), report=told)
+        for outcome in compare_strategies(own, strategies):
             found[outcome.strategy, name] = replace(outcome, engine=name)
     for (strategy, name), outcome in found.items():
         is_any = engines[name] is None and not STRATEGIES[strategy].is_published
-        if is_any and not loaded.inputs.model.precisions:
-            problem = loaded.inputs.problem(objective, strategy, settings.roles)
+        if is_any and not asked.loaded.inputs.model.precisions:
+            problem = asked.loaded.inputs.problem(asked.objective, strategy, asked.settings.roles)
             beyond = []
             for other in (one for one in engines if one != name):
                 plan, note = found[strategy, other].plan, f"the plan was found for {other}"
@@ -185,15 +177,7 @@ def compare_engines(
 
 
 def simulate_plans(
-    compared: Sequence[Compared],
-    loaded: LoadedInputs,
-    objective: Objective,
-    settings: PlacementSettings,
-    engines: Mapping[str, EngineRules | None],
-    level: ServiceLevel,
-    *,
-    budget: Callable[[], Budget],
-    report: Report,
+    compared: Sequence[Compared], asked: Searches, engines: Mapping[str, EngineRules | None], level: ServiceLevel
 ) -> tuple[Compared, ...]:
     """Return the outcomes of `compare_engines` with their plans simulated.
 
@@ -205,25 +189,22 @@ def simulate_plans(
     found = []
     for number, outcome in enumerate(compared, start=1):
         if outcome.plan is not None and outcome.engine is not None:
-            own = replace(settings, strategy=outcome.strategy, engine=engines[outcome.engine])
-            told = one_of_several(report, number, len(compared), f"{outcome.name}: ")
-            outcome = _simulated(
-                outcome, outcome.plan, for_engine(loaded, own.engine), objective, own, level, budget, told
-            )
+            settings = replace(asked.settings, strategy=outcome.strategy, engine=engines[outcome.engine])
+            told = one_of_several(asked.report, number, len(compared), f"{outcome.name}: ")
+            loaded = for_engine(asked.loaded, settings.engine)
+            own = replace(asked, loaded=loaded, settings=settings, report=told)
+            outcome = _simulated(outcome, outcome.plan, own, level)
         found.append(outcome)
     return tuple(found)
 
 
-def _simulated(
-    outcome: Compared, plan: Plan, loaded: LoadedInputs, objective: Objective, settings: PlacementSettings,
-    level: ServiceLevel, budget: Callable[[], Budget], report: Report,
-) -> Compared:  # fmt: skip
-    problem = settings.problem(loaded.inputs, objective)
-    whole = budget()
+def _simulated(outcome: Compared, plan: Plan, asked: Searches, level: ServiceLevel) -> Compared:
+    settings, whole = asked.settings, asked.budget()
+    problem = settings.problem(asked.loaded.inputs, asked.objective)
     try:
         simulated = simulated_plan(
-            plan, loaded, problem, settings, level=level, budget=budget, cancelled=whole.cancelled, report=report,
-            losses=False, again=not STRATEGIES[settings.strategy].is_published,
+            plan, asked.loaded, problem, settings, level=level, budget=asked.budget, cancelled=whole.cancelled,
+            report=asked.report, losses=False, again=not STRATEGIES[settings.strategy].is_published,
         )  # fmt: skip
     except HetisError as error:
         violations = error.violations if isinstance(error, UncheckedPlanError) else ()
@@ -292,10 +273,9 @@ def _containers(strategy: str) -> list[str]:
     return found
 
 
-def planned(
-    loaded: LoadedInputs, objective: Objective, settings: PlacementSettings, budget: Budget, report: Report
-) -> Compared:
-    """Return the outcome of one strategy: its plan, or why there is none."""
+def planned(asked: Searches) -> Compared:
+    """Return the outcome of one search, by the strategy of the settings: its plan, or why there is none."""
+    loaded, settings, budget = asked.loaded, asked.settings, asked.budget()
     name = settings.strategy
     if settings.engine is not None and not STRATEGIES[name].has_engines:
         engine = settings.engine.name
@@ -310,7 +290,7 @@ def planned(
     if settings.engine is None and loaded.inputs.model.precisions:
         reason = "several precisions need a named engine, such as --engine vllm-hetis"
         return Compared(strategy=name, status=NO_PLAN, reasons=(reason,), solve_s=0.0)
-    problem = settings.problem(loaded.inputs, objective)
+    problem = settings.problem(loaded.inputs, asked.objective)
     if budget.cancelled.is_set():
         return Compared(strategy=name, status=NO_PLAN, reasons=("interrupted before it ran",), solve_s=0.0)
     ignored = constraints_ignored(name, problem.constraints)
@@ -319,7 +299,7 @@ def planned(
         return Compared(strategy=name, status=NO_PLAN, reasons=reasons, solve_s=0.0)
 
     try:
-        plan = make_plan(loaded, problem, settings, budget=budget, report=report, asked=objective)
+        plan = make_plan(loaded, problem, settings, budget=budget, report=asked.report, asked=asked.objective)
     except InfeasibleError as error:
         status, reasons = Status.INFEASIBLE.value, error.reasons
     except NoPlanFoundError as error:
@@ -488,12 +468,9 @@ def _usd_per_hour(plan: Plan, cluster: Cluster) -> float | None:
 class PlanDiff:
     """Two plans and their differences. ``same_model``: weights can be kept. ``warnings`` limit the comparison."""
 
-    before: Plan
-    after: Plan
-    problem_before: PlacementProblem
-    problem_after: PlacementProblem
-    figures_before: Figures
-    figures_after: Figures
+    before: PlanAndProblem
+    after: PlanAndProblem
+    figures: tuple[Figures, Figures]
     same_model: bool
     warnings: tuple[str, ...]
     change: PlanChange
@@ -508,12 +485,9 @@ def diff_plans(before: str, after: str) -> PlanDiff:
     old, new = load_plan_and_problem(before), load_plan_and_problem(after)
     replaced = None if old.inputs.model == new.inputs.model else old.inputs.model
     return PlanDiff(
-        before=old.plan,
-        after=new.plan,
-        problem_before=old.problem,
-        problem_after=new.problem,
-        figures_before=figures_of(old.plan, old.inputs),
-        figures_after=figures_of(new.plan, new.inputs),
+        before=old,
+        after=new,
+        figures=(figures_of(old.plan, old.inputs), figures_of(new.plan, new.inputs)),
         same_model=replaced is None,
         warnings=(*old.warnings, *new.warnings, *_differences(old.inputs, new.inputs, old.plan, new.plan)),
         change=plan_change(old.plan, new.plan, new.inputs.model, old.problem.moments(), replaced=replaced),

@@ -92,18 +92,10 @@ CHARACTERS_PER_TOKEN = 4.0
 """For English prose in the vocabularies of 2023 to 2026; code and other languages have fewer characters per token."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Converted:
-    """A trace, and warnings about its values that do not come from the file."""
-
-    trace: Trace
-    warnings: tuple[str, ...]
-
-
 def convert(
     path: str, *, characters_per_token: float | None = None, tokenizer: str | None = None, rate_rps: float | None = None
-) -> Converted:
-    """Read a trace in any known format.
+) -> tuple[Trace, list[str]]:
+    """Return a trace in any known format, and warnings about its values that do not come from the file.
 
     The tokens of texts without counts are counted by ``tokenizer``, a ``tokenizer.json`` or its folder, or estimated
     from their characters (None: `CHARACTERS_PER_TOKEN`). Requests without times arrive at ``rate_rps``.
@@ -132,7 +124,7 @@ def convert(
         trace = spaced(trace, rate_rps)
     elif not trace.has_times:
         warnings.append("the file has no arrival times, so all requests arrive at once; --rate spaces them evenly")
-    return Converted(trace=trace, warnings=tuple(warnings))
+    return trace, warnings
 
 
 def trace_file(trace: Trace, name: str) -> bytes:

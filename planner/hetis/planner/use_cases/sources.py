@@ -45,6 +45,7 @@ VALUE = "value"  # an input that was passed by a program
 CONSTRAINTS = "constraints"  # entry of `Plan.inputs`: the plan's constraints as options, if there are any
 OLD_CONSTRAINTS = "will"  # the earlier name of that entry, which is still read
 ASKED = "asked"  # entry of `Plan.inputs`: TPOT limit and demand as requested, where the plan's objective has others
+LIMITS = ("max_stages", "max_gpus", "min_layers", "max_nodes")  # the fields of `EngineRules` that users may set
 MAY_DIFFER = ("tpot_limit_s", "demand_rps")  # the names in that entry
 ENGINE_SETTINGS = "engine_settings"  # entry of `Plan.inputs`: the engine settings that the plan obeys, if there are any
 
@@ -142,35 +143,23 @@ def family_of(
     return run_by(replace(family, roles=ordered(roles)) if roles else family, engine).at(engine_settings)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ReplicaLimits:
-    """Limits on every replica in addition to its engine's rules, see `EngineRules`; None: the engine's own limit."""
-
-    max_stages: int | None = None
-    max_gpus: int | None = None
-    min_layers: int | None = None
-    max_nodes: int | None = None
-
-    @property
-    def given(self) -> dict[str, int]:
-        """The specified limits by name."""
-        return {name: value for name, value in asdict(self).items() if value is not None}
-
-
-def engine_rules(name: str | None, strategy: str, limits: ReplicaLimits = ReplicaLimits()) -> EngineRules | None:
+def engine_rules(name: str | None, strategy: str, **limits: int | None) -> EngineRules | None:
     """Return the rules of the requested engine. None means any engine, the default for strategies that no engine runs.
+
+    ``limits`` on every replica are in addition to the engine's rules, by the names in `LIMITS`; None: the engine's own.
 
     Raises:
         InvalidProblemError: there is no such engine, or limits are specified for any engine.
     """
     from hetis.solver.placement.families import ANY_ENGINE, DEFAULT_ENGINE, STRATEGIES, run_by
 
+    given = {limit: value for limit, value in limits.items() if value is not None}
     chosen = name or (DEFAULT_ENGINE if STRATEGIES[strategy].has_engines else ANY_ENGINE)
     if chosen == ANY_ENGINE:
-        if limits.given:
+        if given:
             raise InvalidProblemError("limits on replicas apply to a named engine: give --engine, too")
         return None
-    rules = EngineRules(name=chosen, **limits.given)
+    rules = EngineRules(name=chosen, **given)
     run_by(Family(), rules)
     return rules
 

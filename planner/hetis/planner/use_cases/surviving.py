@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, replace
+from functools import cache
 
 from hetis.solver.advice import Loss, without_nodes, worst_node, worst_zone
 from hetis.solver.cluster import NodeGroup
@@ -197,14 +198,13 @@ def _spread(probe: Find, problem: PlacementProblem) -> Plan | None:
 
     One of equal nodes is searched for all.
     """
-    demand, found, best = _demand(problem), dict[tuple[str, float], Plan | None](), None
+    demand, best = _demand(problem), None
     if any(isinstance(each, Use | Replicas | AtMost) for each in problem.constraints):
         return None  # these count over the whole fleet
 
+    @cache
     def plan_of(node: str, rate: float) -> Plan | None:
-        if (node, rate) not in found:
-            found[node, rate] = _if_any(probe, _only_in(Unit.NODE, node, _for(problem, rate)))
-        return found[node, rate]
+        return _if_any(probe, _only_in(Unit.NODE, node, _for(problem, rate)))
 
     alike = _equal_nodes(problem)
     for number in FEW_NODES:
@@ -278,7 +278,7 @@ class _Zones:
 
     def __init__(self, probe: Find, problem: PlacementProblem) -> None:
         self._probe, self._problem, self._demand = probe, problem, _demand(problem)
-        self._found = dict[tuple[str, float], Plan | None]()
+        self._plan = cache(self._planned)
 
     def cheapest(self) -> Mapping[str, Plan]:
         """Return the plans by zone: of all zones, or of fewer zones if that costs less.
@@ -333,13 +333,11 @@ class _Zones:
                     plans = {**plans, zone: smaller}
         return plans
 
-    def _plan(self, zone: str, rate: float) -> Plan | None:
-        if (zone, rate) not in self._found:
-            try:
-                self._found[zone, rate] = self._probe(_only_in(Unit.ZONE, zone, _for(self._problem, rate)))
-            except InfeasibleError:
-                self._found[zone, rate] = None
-        return self._found[zone, rate]
+    def _planned(self, zone: str, rate: float) -> Plan | None:
+        try:
+            return self._probe(_only_in(Unit.ZONE, zone, _for(self._problem, rate)))
+        except InfeasibleError:
+            return None
 
     def _most(self, zone: str) -> float:
         """Return the planned rate that a zone can serve, or 0 if it cannot run the model."""

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 from hetis.formats import catalogue
 from hetis.formats.errors import DocumentError, Problem, attempt, did_you_mean, single_problem
 from hetis.formats.files import read_text
-from hetis.planner.use_cases.compare import FAILED, NO_PLAN, Compared, planned
+from hetis.planner.use_cases.compare import FAILED, NO_PLAN, Compared, Searches, planned
 from hetis.planner.use_cases.place import PlacementSettings
 from hetis.planner.use_cases.precision import for_engine
 from hetis.planner.use_cases.sources import LoadedInputs, PlanAndProblem
@@ -43,7 +43,6 @@ from hetis.solver.problem import PlacementProblem
 from hetis.solver.replanning.change import PlanChange, plan_change
 
 T = TypeVar("T")
-Solve = Callable[[LoadedInputs, str], Compared]  # arguments: inputs, and the name in progress reports
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,45 +111,27 @@ class BuyNext:
     left_out: tuple[str, ...]  # types for which no time was left, or which were cancelled
 
 
-def what_if(
-    loaded: LoadedInputs,
-    objective: Objective,
-    settings: PlacementSettings,
-    change: FleetChange,
-    *,
-    budget: Callable[[], Budget],
-    report: Report,
-) -> WhatIf:
+def what_if(asked: Searches, change: FleetChange) -> WhatIf:
     """Solve for the present and for the changed fleet, each with a budget of its own.
 
     Raises:
         InvalidProblemError: a node is unknown, a type has no profile, or no node is left.
         UncheckedPlanError: a plan fails the independent checker.
     """
-    solve = _solver(objective, settings, budget, report, count=2)
-    changed = changed_inputs(loaded, change)
-    before = _side(loaded, "before", solve, objective, settings)
-    after = _side(changed, "after", solve, objective, settings)
+    side = _solver(asked, count=2)
+    changed = changed_inputs(asked.loaded, change)
+    before, after = side(asked.loaded, "before"), side(changed, "after")
     return WhatIf(
-        objective=objective,
+        objective=asked.objective,
         change=change,
         before=before,
         after=after,
-        difference=_difference(before, after, objective),
+        difference=_difference(before, after, asked.objective),
         plan_change=_plan_change(before, after),
     )
 
 
-def buy_next(
-    loaded: LoadedInputs,
-    objective: Objective,
-    settings: PlacementSettings,
-    market: Sequence[Addition],
-    shape: NodeShape,
-    *,
-    budget: Callable[[], Budget],
-    report: Report,
-) -> BuyNext:
+def buy_next(asked: Searches, market: Sequence[Addition], shape: NodeShape) -> BuyNext:
     """Solve again with each type of the market added, starting with the type of the highest dual per dollar.
 
     Once a budget is cancelled, the remaining types are left out and named in the result.
@@ -159,14 +140,14 @@ def buy_next(
         InvalidProblemError: a type has no profile, and none can be modelled.
         UncheckedPlanError: a plan fails the independent checker.
     """
-    solve = _solver(objective, settings, budget, report, count=1 + len(market))
-    fleets = {a.gpu.name: changed_inputs(loaded, FleetChange(add=(a,), shape=shape)) for a in market}
-    before = _side(loaded, "before", solve, objective, settings)
+    side, objective = _solver(asked, count=1 + len(market)), asked.objective
+    fleets = {a.gpu.name: changed_inputs(asked.loaded, FleetChange(add=(a,), shape=shape)) for a in market}
+    before = side(asked.loaded, "before")
     duals = _duals(before)
     offers, left_out = [], []
     for addition in sorted(market, key=lambda a: -_per_dollar(duals.get(a.gpu.name, 0.0), _price(a))):
         name = addition.gpu.name
-        after = _side(fleets[name], f"with {addition.count} {name}", solve, objective, settings)
+        after = side(fleets[name], f"with {addition.count} {name}")
         if after.outcome.plan is None and after.outcome.status == NO_PLAN:
             left_out.append(name)
             continue
@@ -204,7 +185,8 @@ def buy_next_to_plan(
     settings = PlacementSettings(
         strategy=plan.strategy, roles=family.roles, engine=family.engine, time_limit_s=time_limit_s
     )
-    return buy_next(loaded, plan.objective, settings, market, shape, budget=budget, report=report)
+    asked = Searches(loaded=loaded, objective=plan.objective, settings=settings, budget=budget, report=report)
+    return buy_next(asked, market, shape)
 
 
 def _price(addition: Addition) -> float | None:
@@ -223,33 +205,26 @@ def _duals(side: Side) -> dict[str, float]:
     return duals
 
 
-def _solver(
-    objective: Objective, settings: PlacementSettings, budget: Callable[[], Budget], report: Report, *, count: int
-) -> Solve:
+def _solver(asked: Searches, *, count: int) -> Callable[[LoadedInputs, str], Side]:
     """Return a function that solves for each of ``count`` fleets, and numbers them in its progress reports."""
     numbers = itertools.count(1)
+    nothing, anything = (0.0, math.inf) if asked.objective.maximises else (math.inf, 0.0)
 
-    def solve(loaded: LoadedInputs, name: str) -> Compared:
-        told = one_of_several(report, next(numbers), count, f"{name}: ")
-        outcome = planned(loaded, objective, settings, budget(), told)
+    def side(loaded: LoadedInputs, name: str) -> Side:
+        told = one_of_several(asked.report, next(numbers), count, f"{name}: ")
+        outcome = planned(replace(asked, loaded=loaded, report=told))
         if outcome.status == FAILED:
             raise UncheckedPlanError(outcome.reasons)
-        return outcome
+        if outcome.plan is not None:
+            proven = Proven(value=outcome.plan.result.value, bound=outcome.plan.result.bound)
+        else:
+            proved = outcome.status == Status.INFEASIBLE.value
+            proven = Proven(value=nothing, bound=nothing if proved else anything)
+        usd_per_hour = usd_per_hour_of(loaded.inputs.cluster)
+        problem = _posed(loaded, asked.objective, asked.settings)
+        return Side(loaded=loaded, problem=problem, outcome=outcome, proven=proven, usd_per_hour=usd_per_hour)
 
-    return solve
-
-
-def _side(loaded: LoadedInputs, name: str, solve: Solve, objective: Objective, settings: PlacementSettings) -> Side:
-    outcome = solve(loaded, name)
-    nothing, anything = (0.0, math.inf) if objective.maximises else (math.inf, 0.0)
-    if outcome.plan is not None:
-        proven = Proven(value=outcome.plan.result.value, bound=outcome.plan.result.bound)
-    else:
-        proved = outcome.status == Status.INFEASIBLE.value
-        proven = Proven(value=nothing, bound=nothing if proved else anything)
-    usd_per_hour = usd_per_hour_of(loaded.inputs.cluster)
-    problem = _posed(loaded, objective, settings)
-    return Side(loaded=loaded, problem=problem, outcome=outcome, proven=proven, usd_per_hour=usd_per_hour)
+    return side
 
 
 def _posed(loaded: LoadedInputs, objective: Objective, settings: PlacementSettings) -> PlacementProblem | None:
@@ -338,14 +313,6 @@ _ADDED = re.compile(r"(\d{1,9})\s*[x×]\s*(\S.*)")
 DEFAULT_GPUS_PER_NODE = 8
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WantedShape:
-    """The parsed options for another fleet."""
-
-    change: FleetChange
-    market: tuple[Addition, ...]
-
-
 def read_wanted(
     cluster: Cluster,
     *,
@@ -356,8 +323,8 @@ def read_wanted(
     gpus_per_node: int | None,
     zone: str | None,
     nic: Link | None,
-) -> WantedShape:
-    """Parse all options for another fleet.
+) -> tuple[FleetChange, tuple[Addition, ...]]:
+    """Return the change and the market of all options for another fleet.
 
     ``market`` is the option's texts and the number of GPUs, or None if it was not requested.
 
@@ -371,7 +338,7 @@ def read_wanted(
     offers = attempt(lambda: market_of(market[0], cluster, market[1]), problems) if market is not None else ()
     if problems or shape is None:
         raise DocumentError(problems)
-    return WantedShape(change=FleetChange(add=added or (), remove=removed or (), shape=shape), market=offers or ())
+    return FleetChange(add=added or (), remove=removed or (), shape=shape), offers or ()
 
 
 def _every(texts: Sequence[T], read: Callable[[T], Addition]) -> tuple[Addition, ...]:

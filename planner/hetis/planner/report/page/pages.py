@@ -25,8 +25,8 @@ from hetis.planner.report.page.blocks import (
     Tiles,
     render_page,
 )
-from hetis.planner.report.page.plan_section import plan_section
-from hetis.planner.report.plan import kept_cell, problem_line
+from hetis.planner.report.page.plan_section import plan_blocks
+from hetis.planner.report.plan import kept_cell, problem_line, problem_title
 from hetis.planner.report.simulation import service_level_words
 from hetis.planner.report.simulation_pictures import Panel, panels_of, panels_of_sweep
 from hetis.planner.report.tables import SimulationRemarks
@@ -155,10 +155,8 @@ def simulation_page(simulated: Simulated, plan: Plan, problem: PlacementProblem)
     words = service_level_words(simulated)
     level = "" if words is None else f" Service level {words.plain}."
     traffic = f"{load.lengths.name}, arrivals {load.arrivals.value}, {requests}.{level}"
-    section = plan_section(
-        "The plan under traffic", plan, problem, anchor="plan-1", panels=panels_of(simulated, plan), traffic=traffic
-    )
-    return _page(f"Simulated: {_title(problem)}", [section])
+    shown = ShownPlan(name="The plan under traffic", plan=plan, problem=problem)
+    return _page(f"Simulated: {_title(problem)}", [_plan_section(shown, 1, panels_of(simulated, plan), traffic)])
 
 
 # --- parts of these pages
@@ -179,15 +177,13 @@ def _section(shown: ShownPlan, number: int) -> Section:
             f"Poisson arrivals of {shown.problem.workload.name}, {shown.curve.num_requests:,} requests at every rate; "
             f"bands are 95% intervals. {until}{_remarks(shown.plan, shown.curve)}"
         )
-    return plan_section(
-        shown.name,
-        shown.plan,
-        shown.problem,
-        anchor=f"plan-{number}",
-        panels=panels,
-        traffic=traffic,
-        has_market=shown.market is not None,
-    )
+    return _plan_section(shown, number, panels, traffic)
+
+
+def _plan_section(shown: ShownPlan, number: int, panels: Sequence[Panel], traffic: str) -> Section:
+    blocks = plan_blocks(shown.plan, shown.problem, panels, traffic, has_market=shown.market is not None)
+    lead = problem_title(shown.problem).plain
+    return Section(anchor=f"plan-{number}", heading=shown.name, lead=lead, blocks=tuple(blocks))
 
 
 def _remarks(plan: Plan, curve: Curve) -> str:

@@ -28,7 +28,6 @@ from hetis.planner.report.page.blocks import (
     Grid,
     Scale,
     ScaleRow,
-    Section,
     Segment,
     Sentences,
     Stack,
@@ -70,34 +69,16 @@ _WORTH = re.compile(
 )
 
 
-def plan_section(
-    name: str,
-    plan: Plan,
-    problem: PlacementProblem,
-    *,
-    anchor: str,
-    panels: Sequence[Panel] = (),
-    traffic: str = "",
-    has_market: bool = False,
-) -> Section:
-    """Return everything known about a plan.
+def plan_blocks(
+    plan: Plan, problem: PlacementProblem, panels: Sequence[Panel] = (), traffic: str = "", *, has_market: bool = False
+) -> Iterator[Block]:
+    """Yield everything known about a plan.
 
     ``panels`` are the curves of a simulation of ``traffic``; ``has_market``: the page also shows what to buy next.
 
     Raises:
         InvalidProblemError: the plan contains devices, layers or settings that its problem lacks.
     """
-    return Section(
-        anchor=anchor,
-        heading=name,
-        lead=plan_report.problem_title(problem).plain,
-        blocks=tuple(_blocks(plan, problem, panels, traffic, has_market=has_market)),
-    )
-
-
-def _blocks(
-    plan: Plan, problem: PlacementProblem, panels: Sequence[Panel], traffic: str, *, has_market: bool
-) -> Iterator[Block]:
     explanation = explain_plan(plan, problem)
     if plan.replicas:
         yield Tiles(tiles=tuple(_tiles(plan, problem)))
