@@ -172,6 +172,7 @@ def _to_float(value: Fraction, text: str) -> float:
 def _shortest(
     value: float, candidates: tuple[str, ...], units: Mapping[str, Fraction], *, in_order: bool = False
 ) -> str:
+    """Return the shortest, or first, exact text; the base unit is among the candidates, so there is one."""
     if not (math.isfinite(value) and value >= 0):
         raise ValueError(f"{value} has no text form, must be finite and >= 0")
     texts = []
@@ -186,8 +187,6 @@ def _shortest(
                 texts.append(f"{number}{unit}")
         except OverflowError:
             continue
-    if not texts:  # the base unit with all digits
-        texts.append(f"{_plain(value)}{next(unit for unit, scale in units.items() if scale == 1)}")
     return texts[0] if in_order else min(texts, key=len)
 
 

@@ -40,11 +40,7 @@ class Budget:
 
     def share(self, of_rest: float) -> Budget:
         """Return a budget for this share of the time left, with this one's start and cancellation."""
-        limit_s = self.elapsed_s() + of_rest * self.remaining_s()
-        part = Budget(
-            time_limit_s=limit_s, clock=self.clock, cancelled=self.cancelled, explains=self.explains,
-            callers=self.callers,
-        )  # fmt: skip
+        part = replace(self, time_limit_s=self.elapsed_s() + of_rest * self.remaining_s())
         part.started_s = self.started_s
         return part
 

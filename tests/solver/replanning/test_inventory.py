@@ -17,8 +17,8 @@ from hetis.solver.placement.tabulation import build_cost_tables
 from hetis.solver.placement.template import Template, TemplateStage
 from hetis.solver.plan import Role
 from hetis.solver.replanning.change import Fate
-from hetis.solver.replanning.net_master import Candidate, ColumnList, InventoryRows, Row, inventory_of
-from hetis.solver.replanning.running import Continuation, places_of
+from hetis.solver.replanning.net_master import ColumnList, InventoryRows, Row, inventory_of
+from hetis.solver.replanning.running import Candidate, new_replica, places_of
 from hetis.solver.replanning.solve import name_gpus
 from tests.solver.instances import SMALL_FAMILY, make_model, make_node, make_problem
 
@@ -36,14 +36,14 @@ def template(tp: int) -> Template:
     return Template(0, 0, 0, (TemplateStage(RANK[tp], 1, PROBLEM.model.num_layers),), 1.0)
 
 
-def option(old: int, devices: tuple[str, ...]) -> Continuation:
-    return Continuation(
+def option(old: int, devices: tuple[str, ...]) -> Candidate:
+    return Candidate(
         old=old, fate=Fate.KEPT, template=template(len(devices)), groups=((devices,),), workers=((),), start_s=0.0
     )
 
 
 @st.composite
-def named_groups(draw: st.DrawFn) -> list[Continuation]:
+def named_groups(draw: st.DrawFn) -> list[Candidate]:
     """Running replicas of one TP group each, anywhere in the two nodes."""
     free = {node: [f"{node}/{i}" for i in draw(st.permutations(range(6)))] for node in ("n-0", "n-1")}
     options = []
@@ -60,13 +60,11 @@ def counted(inventory: InventoryRows, use: Mapping[Row, int]) -> IntArray:
     return listed.columns().uses[0]
 
 
-def rows_admit(inventory: InventoryRows, going_on: list[Continuation], new: list[int]) -> bool:
+def rows_admit(inventory: InventoryRows, going_on: list[Candidate], new: list[int]) -> bool:
     """Return whether the rows hold, with the most room in shared nodes that their integer variables can express."""
     total = np.zeros(len(inventory.limits), dtype=np.int64)
-    for use in itertools.chain(
-        (inventory.of_option(o) for o in going_on), (inventory.of_template(template(tp)) for tp in new)
-    ):
-        total += counted(inventory, use)
+    for candidate in itertools.chain(going_on, (new_replica(template(tp)) for tp in new)):
+        total += counted(inventory, inventory.of(candidate))
     for floor in inventory.floors():
         (row,) = (row for row in floor if row[0] == "node")
         room = inventory.limits[inventory.rows[row]] - total[inventory.rows[row]]
@@ -74,7 +72,7 @@ def rows_admit(inventory: InventoryRows, going_on: list[Continuation], new: list
     return bool(np.all(total <= inventory.limits))
 
 
-def fits(going_on: list[Continuation], new: list[int]) -> bool:
+def fits(going_on: list[Candidate], new: list[int]) -> bool:
     """Return whether all groups fit, by trying every node for every group."""
     taken = [device for o in going_on for device in o.named()]
     free = [6 - sum(device.startswith(node) for device in taken) for node in ("n-0/", "n-1/")]
@@ -86,14 +84,11 @@ def fits(going_on: list[Continuation], new: list[int]) -> bool:
 
 @given(named_groups(), st.data(), st.lists(st.sampled_from((1, 2, 4)), max_size=5))
 @settings(max_examples=150, suppress_health_check=[HealthCheck.too_slow], deadline=None)
-def test_rows_admit_what_fits_and_nothing_else(
-    options: list[Continuation], data: st.DataObject, new: list[int]
-) -> None:
+def test_rows_admit_what_fits_and_nothing_else(options: list[Candidate], data: st.DataObject, new: list[int]) -> None:
     going_on = [o for o in options if data.draw(st.booleans())]
     inventory = inventory_of(COSTS, PLACES, options, (), None)
     assert rows_admit(inventory, going_on, new) == fits(going_on, new)
-    chosen = [Candidate(template=o.template, option=o) for o in going_on]
-    chosen += [Candidate(template=template(tp)) for tp in new]
+    chosen = [*going_on, *(new_replica(template(tp)) for tp in new)]
     if not fits(going_on, new):
         with pytest.raises(UnboundPlanError):
             name_gpus(COSTS, PLACES, chosen, {})
@@ -126,7 +121,7 @@ def test_gpus_that_hold_the_right_shard_already_are_taken_for_it() -> None:
 
     layers = PROBLEM.model.num_layers
     held = {f"n-1/{5 - rank}": Holding(gpu="A", first_layer=0, end_layer=layers, tp=2, rank=rank) for rank in (0, 1)}
-    ((stage,),) = name_gpus(COSTS, PLACES, [Candidate(template=template(2))], held)
+    ((stage,),) = name_gpus(COSTS, PLACES, [new_replica(template(2))], held)
     assert stage.devices == ["n-1/5", "n-1/4"]
 
 
@@ -134,5 +129,5 @@ def test_idle_gpus_come_before_those_that_hold_something_else() -> None:
     from hetis.solver.replanning.change import Holding
 
     held = {f"n-{n}/{i}": Holding(gpu="A", first_layer=0, end_layer=1, tp=1, rank=0) for n in (0, 1) for i in range(4)}
-    ((stage,),) = name_gpus(COSTS, PLACES, [Candidate(template=template(2))], held)
+    ((stage,),) = name_gpus(COSTS, PLACES, [new_replica(template(2))], held)
     assert {name[-1] for name in stage.devices} == {"4", "5"}

@@ -26,7 +26,7 @@ from hetis.solver.replanning import solve as replanning
 from hetis.solver.replanning.change import HALF_DONE, ChangeCosts, Fate, ReplanningProblem
 from hetis.solver.replanning.check import check_replanning
 from hetis.solver.replanning.fresh import Fresh
-from hetis.solver.replanning.running import Continuation
+from hetis.solver.replanning.running import Candidate
 from hetis.solver.replanning.solve import Replanning, Survivors, solve_replanning
 from hetis.solver.replanning.transition import Action
 from tests.solver.instances import SMALL_FAMILY, make_node, make_problem, make_profile, make_workload, problems
@@ -397,10 +397,10 @@ def served_with_workers() -> Plan:
     return running
 
 
-def options_of(running: Plan, problem: PlacementProblem) -> list[Continuation]:
+def options_of(running: Plan, problem: PlacementProblem) -> list[Candidate]:
     problem = apply_constraints(problem)
     posed = ReplanningProblem(running=running, problem=problem, costs=AT_ONCE)
-    return Survivors(posed, build_cost_tables(problem)).options
+    return Survivors(posed, build_cost_tables(problem)).candidates
 
 
 @pytest.mark.parametrize(("zone", "duty"), [("east", None), ("west", None), ("east", Duty.WORKER)])

@@ -28,7 +28,7 @@ from hetis.solver.replanning import whole_counts
 from hetis.solver.replanning.change import HALF_DONE, ChangeCosts, ReplanningProblem
 from hetis.solver.replanning.check import check_replanning
 from hetis.solver.replanning.fresh import search_fresh
-from hetis.solver.replanning.net_master import Candidate
+from hetis.solver.replanning.running import new_replica
 from hetis.solver.replanning.solve import Replanning, Survivors, solve_replanning
 from hetis.solver.replanning.whole_counts import WholeCounts
 from tests.solver.instances import make_node, make_problem, make_profile, problems
@@ -166,7 +166,7 @@ def test_the_bound_contradicts_no_choice_among_all_replicas(
     if fresh.prices is None:
         return
     for net in (survivors.master(demand), survivors.master(demand, changes_cost=False)):
-        new = [Candidate(template=t, start_s=net.start_s(t)) for t in every_replica(costs)]
+        new = [new_replica(t, net.start_s(t)) for t in every_replica(costs)]
         best = net.choose([*options, *new], time_limit_s=60.0, gap=0.0, seed=0)
         if best is None or net.value_of(best.chosen) <= 0.0:
             continue

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from hetis.solver.check.fleet import ReplicaShape, StageShape
@@ -19,8 +19,8 @@ from hetis.solver.check.memory import (
 from hetis.solver.check.setting import Setting
 from hetis.solver.check.timing import (
     busy_seconds,
-    chunk_seconds,
-    landing_seconds,
+    replica_chunk_seconds,
+    replica_landing_seconds,
     seconds_between_completions,
     stage_seconds,
     tpot_per_t,
@@ -154,24 +154,15 @@ def derive(setting: Setting, shape: ReplicaShape) -> Derived:
         tpot_per_t=tpot_per_t(setting),
         ttft_round_trips=ttft_round_trips(setting),
         round_trip_per_t=setting.in_flight / setting.iterations,
-        chunk_s=_chunk_s(setting, shape.stages),
-        slowest_chunk_s=_chunk_s(setting, slowest),
+        chunk_s=replica_chunk_seconds(setting, shape.stages),
+        slowest_chunk_s=replica_chunk_seconds(setting, slowest),
         kv_tokens=room,
         memory=tuple(memory),
-        landing_s=_landing_s(setting, shape.stages),
-        slowest_landing_s=_landing_s(setting, slowest),
+        landing_s=replica_landing_seconds(setting, shape.stages),
+        slowest_landing_s=replica_landing_seconds(setting, slowest),
         kv_held=max(kv_tokens_of_a_copy(setting, stage.copies) for stage in shape.stages),
         kv_block_tokens=kv_block_tokens(setting),
     )
-
-
-def _chunk_s(setting: Setting, stages: Sequence[StageShape]) -> float:
-    ends = ((i == 0, i == len(stages) - 1) for i in range(len(stages)))
-    return sum(chunk_seconds(setting, s, is_first=a, is_last=z) for s, (a, z) in zip(stages, ends, strict=True))
-
-
-def _landing_s(setting: Setting, stages: Sequence[StageShape]) -> float:
-    return max((landing_seconds(setting, s, s.kv_link) for s in stages if s.kv_link is not None), default=0.0)
 
 
 def _with_link(stage: StageShape, link: Link) -> StageShape:

@@ -117,6 +117,17 @@ def landing_seconds(setting: Setting, stage: StageShape, kv_link: Link) -> float
     return _transfer(setting, stage.gpu, stage.tp, chunk_bytes, kv_link) + kv_link.latency_s
 
 
+def replica_chunk_seconds(setting: Setting, stages: Sequence[StageShape]) -> float:
+    """Return the seconds of one iteration with a chunk, summed over all stages."""
+    last = len(stages) - 1
+    return sum(chunk_seconds(setting, s, is_first=i == 0, is_last=i == last) for i, s in enumerate(stages))
+
+
+def replica_landing_seconds(setting: Setting, stages: Sequence[StageShape]) -> float:
+    """Return the seconds that the last KV of a prompt adds to a prefill replica's TTFT; 0 for other roles."""
+    return max((landing_seconds(setting, s, s.kv_link) for s in stages if s.kv_link is not None), default=0.0)
+
+
 def seconds_between_completions(
     setting: Setting, stages: Sequence[StageShape], stage_s: Sequence[float], card_s: Sequence[float] = ()
 ) -> float:

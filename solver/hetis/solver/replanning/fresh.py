@@ -29,6 +29,7 @@ Prefill and decode replicas may be larger than any plan needs, and then serve al
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -50,8 +51,8 @@ from hetis.solver.placement.tabulation import build_cost_tables
 from hetis.solver.placement.template import Template, interval_of, stages_in, use_of
 from hetis.solver.plan import LEAST_DEMAND_RPS, ObjectiveKind, Role
 from hetis.solver.replanning.change import Fate
-from hetis.solver.replanning.net_master import Candidate, ColumnList, NetMaster, Row
-from hetis.solver.replanning.running import Continuation, has_stages, is_allowed
+from hetis.solver.replanning.net_master import ColumnList, NetMaster, Row
+from hetis.solver.replanning.running import Candidate, has_stages, is_allowed, new_replica
 
 FINEST = 1e-6  # ratio by which ceilings of the exact search may exceed the rates found
 
@@ -305,7 +306,7 @@ def _limits_of(net: NetMaster, *kinds: str) -> dict[Row, int]:
     return {row: int(net.inventory.limits[i]) for row, i in net.inventory.rows.items() if row[0] in kinds}
 
 
-def stay_of(net: NetMaster, option: Continuation) -> float:
+def stay_of(net: NetMaster, option: Candidate) -> float:
     """Return what staying is worth in addition to the rate."""
     return net.stay_rates.get(option.old, 0.0) if net.master.maximises and option.fate is Fate.KEPT else 0.0
 
@@ -333,16 +334,14 @@ def _by_prices(
     limits = _limits_of(net, "gpus", "replica", "moves") | _busy_limits(net, busy)
     numbered = {row: number for number, row in enumerate(limits)}
     listed = ColumnList(numbered, replace(costs.routes, splits_roles=False))
-    for candidate in options:
-        option, (rate, cost) = candidate.option, net.net(candidate)
-        assert option is not None
-        worth = float(prices.rate_prices[costs.side_of(candidate.template.scope, candidate.template.mix)])
+    for option in options:
+        template, (rate, cost) = option.template, net.net(option)
+        worth = float(prices.rate_prices[costs.side_of(template.scope, template.mix)])
         rate = min(rate, prices.value) if maximises else rate  # no plan serves more
-        use = net.inventory.of_template(candidate.template, count_moves=False)
-        for row, count in list(use.items()):
-            if row[0] == "gpus":
-                use["busy", row[1]] = count
-        use["replica", option.old] = 1
+        use = Counter[Row]({("replica", option.old): 1})
+        for g, size in new_replica(template).missing(costs):
+            use["gpus", g] += size
+            use["busy", g] += size
         listed.add(use, worth * rate + stay_of(net, option), cost)
     # New replicas get all room for larger TP groups: its worth is a constant, as is that of the links.
     finite = np.isfinite(costs.routes.capacity)
@@ -373,12 +372,10 @@ def by_enumeration(
     limits = dict(zip(rows, map(int, costs.resources.limits), strict=True))
     limits |= _limits_of(net, "replica", "stays", "moves") | _busy_limits(net, busy)
     listed = ColumnList({row: number for number, row in enumerate(limits)}, costs.routes)
-    for candidate in options:
-        template, option = candidate.template, candidate.option
-        assert option is not None
+    for option in options:
+        template, (rate, cost) = option.template, net.net(option)
         use = _with_busy(dict(zip(rows, map(int, use_of(costs, template)), strict=True)))
         use["replica", option.old] = 1
-        rate, cost = net.net(candidate)
         if stay := stay_of(net, option):
             listed.add({("stays", option.old): 1}, stay)
             use["stays", option.old] = -1

@@ -40,7 +40,7 @@ from hetis.solver.placement.master import Columns, Master, row_costs_of
 from hetis.solver.placement.tables import CostTables, FloatArray
 from hetis.solver.placement.template import Template, use_of, zones_of
 from hetis.solver.replanning.change import ChangeCosts, Fate
-from hetis.solver.replanning.running import Continuation, Place, stage_bytes
+from hetis.solver.replanning.running import NOT_RUNNING, Candidate, Place, stage_bytes
 
 Slot = tuple[str, int]  # (node, class): the GPUs of one class in one node
 Row = tuple[object, ...]
@@ -57,17 +57,16 @@ class InventoryRows:
     sizes: tuple[int, ...]  # sizes of TP groups above 1
     shared: frozenset[Slot] = field(default_factory=frozenset)
 
-    def of_template(self, template: Template, count_moves: bool = True) -> dict[Row, int]:
-        """Return the amounts that a new replica takes."""
-        parts = [self.costs.ranks[s.rank] for s in template.stages for _ in range(s.copies)]
-        pooled = [s for s in template.stages if s.pool_class >= 0]
-        parts += [(s.pool_class, 1) for s in pooled for _ in range(s.copies * s.pool_cards)]
-        return self._of_parts(parts, count_moves)
-
-    def of_option(self, option: Continuation) -> dict[Row, int]:
-        """Return the amounts taken by a running replica that continues: its own GPUs by name, others like a new one."""
-        use = Counter(self._of_parts(option.missing(self.costs), True))
-        for slot, count in _by_slot(option.named(), self.places).items():
+    def of(self, candidate: Candidate) -> dict[Row, int]:
+        """Return the amounts that a replica takes: those of its GPUs by name, and of the others by their classes."""
+        use = Counter[Row]()
+        for g, size in candidate.missing(self.costs):
+            use["gpus", g] += size
+            for p in self._sizes_of(g):
+                if size >= p:
+                    use["groups", g, p] += size
+            use["moves",] += size
+        for slot, count in _by_slot(candidate.named(), self.places).items():
             g, node_size = slot[1], self.costs.classes[slot[1]].gpus_per_node
             use["gpus", g] += count
             for p in self._sizes_of(g):
@@ -75,7 +74,8 @@ class InventoryRows:
                     use["node", slot, p] += count
                 else:
                     use["groups", g, p] += p * (node_size // p - (node_size - count) // p)
-        use["replica", option.old] += 1
+        if candidate.old != NOT_RUNNING:
+            use["replica", candidate.old] = 1
         return dict(use)
 
     def floors(self) -> list[dict[Row, int]]:
@@ -86,23 +86,12 @@ class InventoryRows:
             for p in self._sizes_of(g)
         ]
 
-    def _of_parts(self, parts: Iterable[tuple[int, int]], count_moves: bool) -> dict[Row, int]:
-        use: Counter[Row] = Counter()
-        for g, size in parts:
-            use["gpus", g] += size
-            for p in self._sizes_of(g):
-                if size >= p:
-                    use["groups", g, p] += size
-            if count_moves:
-                use["moves",] += size
-        return dict(use)
-
     def _sizes_of(self, device_class: int) -> list[int]:
         return [p for p in self.sizes if p <= self.costs.classes[device_class].gpus_per_node]
 
 
 def inventory_of(
-    costs: CostTables, places: Mapping[str, Place], options: Sequence[Continuation], stays: Iterable[int],
+    costs: CostTables, places: Mapping[str, Place], options: Sequence[Candidate], stays: Iterable[int],
     max_moves: int | None,
 ) -> InventoryRows:  # fmt: skip
     """Return the rows for these options; ``stays`` are the running replicas for which staying has a value."""
@@ -163,15 +152,6 @@ class ColumnList:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Candidate:
-    """A column: an option of a running replica, or a new replica if ``option`` is None."""
-
-    template: Template
-    option: Continuation | None = None
-    start_s: float = 0.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class ColumnChoice:
     """Candidates with their counts, the flows at net rates, the net value and the upper bound over the columns seen."""
 
@@ -216,11 +196,10 @@ class NetMaster:
     def net(self, candidate: Candidate) -> tuple[float, float]:
         """Return (rate, cost) as the master counts them."""
         template, cost = candidate.template, float(self.row_costs @ use_of(self.costs, candidate.template))
-        option = candidate.option
         if self.master.maximises:
             return template.rate * self.change_costs.served_share(candidate.start_s), 0.0
-        if option is not None and option.fate is Fate.KEPT:
-            return template.rate, cost * (1.0 - self.stay_shares.get(option.old, 0.0))
+        if candidate.fate is Fate.KEPT:
+            return template.rate, cost * (1.0 - self.stay_shares.get(candidate.old, 0.0))
         return template.rate, cost * (1.0 + candidate.start_s / self.change_costs.horizon_s)
 
     def choose(
@@ -232,13 +211,10 @@ class NetMaster:
         """
         listed = ColumnList(self.inventory.rows, self.costs.routes)
         for candidate in candidates:
-            option, side, (rate, cost) = candidate.option, self._side(candidate.template), self.net(candidate)
-            if option is None:
-                use = self.inventory.of_template(candidate.template)
-                moved = sum(size for row, size in use.items() if row[0] == "gpus")
-            else:
-                use = {**self.inventory.of_option(option), ("stays", option.old): -int(option.fate is Fate.KEPT)}
-                moved = option.num_moved(self.costs)
+            side, (rate, cost) = self._side(candidate.template), self.net(candidate)
+            use, moved = self.inventory.of(candidate), candidate.num_moved(self.costs)
+            if candidate.fate is Fate.KEPT:
+                use["stays", candidate.old] = -1
             if not self.master.maximises:
                 cost += penalty * moved
             elif side == UNIFIED:
@@ -265,7 +241,7 @@ class NetMaster:
 
     def value_of(self, chosen: Sequence[tuple[Candidate, int]]) -> float:
         """Return the worth of a choice, without penalties: net requests/s, or USD/h or GPUs."""
-        kept = [c.option.old for c, _ in chosen if c.option is not None and c.option.fate is Fate.KEPT]
+        kept = [c.old for c, _ in chosen if c.fate is Fate.KEPT]
         if not self.master.maximises:
             return sum(n * self.net(c)[1] for c, n in chosen)
         return self._served(chosen, net=True) + sum(self.stay_rates.get(old, 0.0) for old in kept)

@@ -51,13 +51,16 @@ def places_of(cluster: Cluster, costs: CostTables) -> dict[str, Place]:
 Group = tuple[str, ...] | None  # names of the GPUs of a TP group or attention worker; None: not assigned yet
 
 
+NOT_RUNNING = -1
+
+
 @dataclass(frozen=True, slots=True)
-class Continuation:
-    """One way for a running replica to continue.
+class Candidate:
+    """A replica that the new plan may have: a running one that continues in one way, or a new one.
 
     Attributes:
-        old: index of the replica in the running plan.
-        fate: kept, reset, or changed (repaired or shrunk).
+        old: index of the replica in the running plan; ``NOT_RUNNING``: it is new.
+        fate: kept, reset, changed (repaired or shrunk), or new.
         groups: per stage, its TP groups copy by copy.
         workers: per stage, its attention workers, copy by copy.
         start_s: time until it serves; 0: it does not stop.
@@ -85,6 +88,13 @@ class Continuation:
     def num_moved(self, costs: CostTables) -> int:
         """Return the number of GPUs that join it."""
         return sum(size for _, size in self.missing(costs))
+
+
+def new_replica(template: Template, start_s: float = 0.0) -> Candidate:
+    """Return a replica that has no GPUs yet."""
+    groups: tuple[tuple[Group, ...], ...] = tuple((None,) * s.copies for s in template.stages)
+    workers: tuple[tuple[Group, ...], ...] = tuple((None,) * (s.copies * s.pool_cards) for s in template.stages)
+    return Candidate(NOT_RUNNING, Fate.NEW, template, groups, workers, start_s)
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,13 +125,13 @@ class Continuations:
         self._exchanging = _exchanging(running, places) if costs.routes.beside else {}
         self._best: dict[object, Template | None] = {}
 
-    def options(self, number: int, replica: ReplicaPlan) -> tuple[Continuation, ...]:
+    def options(self, number: int, replica: ReplicaPlan) -> tuple[Candidate, ...]:
         """Return every way in which replica ``number`` of the running plan may continue; empty if it cannot."""
         layout = self._layout(replica)
         if layout.is_whole:
             template = self._template(layout, number)
             return () if template is None else tuple(self._of_whole(number, layout, template))
-        found = list[Continuation]()
+        found = list[Candidate]()
         for each in dict.fromkeys((layout, layout.without_pools(all), layout.without_pools(any))):
             template = self._template(each, number)
             found += [] if template is None else self._of_broken(number, each, template)
@@ -242,30 +252,30 @@ class Continuations:
         found = [i for i, one in enumerate(scopes) if one.place.blocks is None or all(map(one.place.has, together))]
         return sorted(found, key=rank) if together else [i for i in found if scopes[i].place.blocks is None]
 
-    def _of_whole(self, number: int, layout: _Layout, template: Template) -> Iterator[Continuation]:
+    def _of_whole(self, number: int, layout: _Layout, template: Template) -> Iterator[Candidate]:
         kept = template if is_allowed(self.costs, template) else None
         if kept is not None:
-            yield Continuation(number, Fate.KEPT, kept, layout.groups, layout.workers, 0.0)
+            yield Candidate(number, Fate.KEPT, kept, layout.groups, layout.workers, 0.0)
         own = self.costs.mixes[template.mix]
         for role, afar in dict.fromkeys((mix.role, mix.sends_afar) for mix in self.costs.mixes):
             best = self._best_settings(template, role, afar=afar)
             same_work = (role, afar) == (own.role, own.sends_afar)
             if best is not None and not (same_work and kept is not None and best.rate <= kept.rate * WITHIN):
                 start_s = self.change_costs.start_s(0.0)
-                yield Continuation(number, Fate.RESET, best, layout.groups, layout.workers, start_s)
+                yield Candidate(number, Fate.RESET, best, layout.groups, layout.workers, start_s)
 
-    def _of_broken(self, number: int, layout: _Layout, template: Template) -> Iterator[Continuation]:
+    def _of_broken(self, number: int, layout: _Layout, template: Template) -> Iterator[Candidate]:
         repaired = self._best_settings(template)
         if repaired is not None:
             start_s = self.change_costs.start_s(self._longest_load(repaired, layout.groups))
-            yield Continuation(number, Fate.CHANGED, repaired, layout.groups, layout.workers, start_s)
+            yield Candidate(number, Fate.CHANGED, repaired, layout.groups, layout.workers, start_s)
         if not all(any(group is not None for group in groups) for groups in layout.groups):
             return
         groups = tuple(tuple(group for group in stage if group is not None) for stage in layout.groups)
         shrunk = self._shrunk(template, groups, layout.workers)
         best = self._best_settings(shrunk[0]) if shrunk is not None else None
         if shrunk is not None and best is not None:
-            yield Continuation(number, Fate.CHANGED, best, groups, shrunk[1], self.change_costs.start_s(0.0))
+            yield Candidate(number, Fate.CHANGED, best, groups, shrunk[1], self.change_costs.start_s(0.0))
 
     def _shrunk(
         self, template: Template, groups: tuple[tuple[Group, ...], ...], workers: tuple[tuple[Group, ...], ...]

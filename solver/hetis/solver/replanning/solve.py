@@ -41,8 +41,17 @@ from hetis.solver.replanning.change import (
     plan_change,
 )
 from hetis.solver.replanning.fresh import Fresh, bound_of, search_fresh, search_left_over
-from hetis.solver.replanning.net_master import Candidate, ColumnChoice, NetMaster, Slot, inventory_of
-from hetis.solver.replanning.running import Continuations, Group, Place, has_lost, places_of
+from hetis.solver.replanning.net_master import ColumnChoice, NetMaster, Slot, inventory_of
+from hetis.solver.replanning.running import (
+    NOT_RUNNING,
+    Candidate,
+    Continuations,
+    Group,
+    Place,
+    has_lost,
+    new_replica,
+    places_of,
+)
 from hetis.solver.replanning.transition import Start, Transition, plan_transition
 from hetis.solver.replanning.whole_counts import WholeCounts
 
@@ -154,9 +163,9 @@ def _seconds(budget: Budget) -> float:
 def _new(net: NetMaster, templates: Sequence[Template]) -> list[Candidate]:
     """Return the replicas that may join at all, each shape once."""
     by_shape = {template.shape: template for template in templates}
-    candidates = [Candidate(template=t, start_s=net.start_s(t)) for t in by_shape.values()]
+    candidates = [new_replica(t, net.start_s(t)) for t in by_shape.values()]
     most = net.inventory.limits[net.inventory.rows["moves",]] if ("moves",) in net.inventory.rows else None
-    return [c for c in candidates if most is None or net.inventory.of_template(c.template)["moves",] <= most]
+    return [c for c in candidates if most is None or c.num_moved(net.costs) <= most]
 
 
 def _choose(
@@ -171,7 +180,7 @@ def _choose(
     found = net.choose(candidates, time_limit_s=limit_s, gap=gap, seed=settings.seed, penalty=penalty)
     if not net.master.maximises:
         return found
-    kept = tuple((c, 1) for c in running.candidates if c.option is not None and c.option.fate is Fate.KEPT)
+    kept = tuple((c, 1) for c in running.candidates if c.fate is Fate.KEPT)
     if kept and (found is None or net.value_of(found.chosen) <= net.value_of(kept)):
         return ColumnChoice(chosen=kept, value=net.value_of(kept), bound=np.inf)
     return found if found is not None and net.rate_of(found.chosen) > 0.0 else None
@@ -245,10 +254,7 @@ def _answer(
         gap=abs(bound - value) / abs(value) if value else 0.0,
         fresh_value=None if fresh.value is None else scale * fresh.value,
         continued=tuple(
-            Continued(old=None, fate=Fate.NEW, start_s=c.start_s)
-            if c.option is None
-            else Continued(old=c.option.old, fate=c.option.fate, start_s=c.option.start_s)
-            for c in chosen
+            Continued(old=None if c.old == NOT_RUNNING else c.old, fate=c.fate, start_s=c.start_s) for c in chosen
         ),
         lost=running.lost,
         change=change,
@@ -282,7 +288,7 @@ def _transition(
     scale = 1.0 if throughput else given.problem.assumptions.planned_utilisation
     replicas = given.running.replicas
     runs = [i for i in range(len(replicas)) if i not in running.lost]
-    stays = [c.option.old for c in chosen if c.option is not None and c.option.fate is Fate.KEPT]
+    stays = [c.old for c in chosen if c.fate is Fate.KEPT]
     owner = {device: i for i in runs for device in replicas[i].devices()}
     starts = [
         Start(
@@ -291,7 +297,7 @@ def _transition(
             start_s=candidate.start_s,
         )
         for number, candidate in enumerate(chosen)
-        if candidate.option is None or candidate.option.fate is not Fate.KEPT
+        if candidate.fate is not Fate.KEPT
     ]
 
     @cache
@@ -301,7 +307,7 @@ def _transition(
         # Those without a template have the rate that the running plan states, if they serve by themselves.
         others = (replicas[i] for i in olds if running.templates[i] is None)
         stated = sum(replica.rate for replica in others if replica.role is Role.UNIFIED)
-        return scale * (net.rate_of([(Candidate(template=t), 1) for t in serving]) + stated)
+        return scale * (net.rate_of([(new_replica(t), 1) for t in serving]) + stated)
 
     return plan_transition(runs, stays, starts, capacity)
 
@@ -331,8 +337,7 @@ class Survivors:
         self.continuations = Continuations(costs, self.places, given.costs, given.running)
         replicas = given.running.replicas
         self.templates = [self.continuations.template_now(i, replica) for i, replica in enumerate(replicas)]
-        self.options = [o for i, replica in enumerate(replicas) for o in self.continuations.options(i, replica)]
-        self.candidates = [Candidate(template=o.template, option=o, start_s=o.start_s) for o in self.options]
+        self.candidates = [o for i, replica in enumerate(replicas) for o in self.continuations.options(i, replica)]
         horizon_s = given.costs.horizon_s
         there = {device.name: device.gpu for device in (fleet or given.problem.cluster).devices()}
         self.lost = tuple(i for i, replica in enumerate(replicas) if has_lost(replica, there))
@@ -342,36 +347,34 @@ class Survivors:
         self.stay_shares = {i: min(1.0, self.stay_rates[i] / template.rate) for i, template in whole.items()}
         held = holdings(given.running)
         self.busy = Counter(p.device_class for d, p in self.places.items() if d in held and held[d].gpu == p.gpu)
-        self.keepable = {option.old for option in self.options if option.fate is Fate.KEPT}
+        self.keepable = {option.old for option in self.candidates if option.fate is Fate.KEPT}
 
     def master(self, demand: float | None, *, changes_cost: bool = True) -> NetMaster:
         """Return the master of the re-planning; without costs of change, that of what runs once it is done."""
         if not changes_cost:
             costs = replace(self.given.costs, horizon_s=ENDLESS_S)
-            return NetMaster(inventory_of(self.costs, self.places, self.options, (), None), costs, demand, {}, {})
+            return NetMaster(inventory_of(self.costs, self.places, self.candidates, (), None), costs, demand, {}, {})
         stays = {old: self.stay_rates[old] for old in self.keepable} if demand is None else {}
-        inventory = inventory_of(self.costs, self.places, self.options, stays, self.given.max_moves)
+        inventory = inventory_of(self.costs, self.places, self.candidates, stays, self.given.max_moves)
         return NetMaster(inventory, self.given.costs, demand, stays, self.stay_shares)
 
     def all_dropped(self, net: NetMaster) -> float:
         """Return the loss if no running replica is kept, relative to which the master counts gains, in net's unit."""
         if net.master.maximises:
             return sum(self.stay_rates.values())
-        rent = {i: net.rent_of([(Candidate(template=t), 1)]) for i, t in enumerate(self.templates) if t is not None}
+        rent = {i: net.rent_of([(new_replica(t), 1)]) for i, t in enumerate(self.templates) if t is not None}
         return sum(share * rent[i] for i, share in self.stay_shares.items())
 
     def left_over(self, settings: SearchSettings) -> tuple[Template, ...]:
         """Return new replicas to add to all whole running ones; none if those already serve the whole demand."""
         stay: dict[int, Candidate] = {}
-        for candidate in self.candidates:
-            option = candidate.option
-            assert option is not None
-            better = option.old not in stay or candidate.template.rate > stay[option.old].template.rate
+        for option in self.candidates:
+            better = option.old not in stay or option.template.rate > stay[option.old].template.rate
             if option.fate is not Fate.CHANGED and better:
-                stay[option.old] = candidate
+                stay[option.old] = option
         if not stay or self.given.max_moves == 0:
             return ()
-        taken = {name for c in stay.values() if c.option is not None for name in c.option.named()}
+        taken = {name for option in stay.values() for name in option.named()}
         problem, demand_rps = self.given.problem, None
         if not problem.objective.maximises:
             served = sum(c.template.rate for c in stay.values()) * problem.assumptions.planned_utilisation
@@ -407,8 +410,8 @@ def name_gpus(
     Raises:
         UnboundPlanError: the candidates do not fit.
     """
-    both = [_groups_and_workers_of(candidate) for candidate in chosen]
-    groups, workers = [of_stages for of_stages, _ in both], [of_pools for _, of_pools in both]
+    groups = [list(map(list, candidate.groups)) for candidate in chosen]
+    workers = [list(map(list, candidate.workers)) for candidate in chosen]
     taken = {name for parts in (*groups, *workers) for stage in parts for group in stage for name in group or ()}
     free: dict[Slot, list[str]] = {}
     for name, place in places.items():
@@ -428,14 +431,6 @@ def name_gpus(
 
 def _flat(groups: Sequence[Group]) -> list[str]:
     return [name for group in groups for name in group or ()]
-
-
-def _groups_and_workers_of(candidate: Candidate) -> tuple[list[list[Group]], list[list[Group]]]:
-    """Return the TP groups, and the attention workers, of every stage."""
-    if (option := candidate.option) is not None:
-        return list(map(list, option.groups)), list(map(list, option.workers))
-    stages = candidate.template.stages
-    return [[None] * s.copies for s in stages], [[None] * (s.copies * s.pool_cards) for s in stages]
 
 
 def _parts(

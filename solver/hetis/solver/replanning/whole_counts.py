@@ -35,7 +35,8 @@ from hetis.solver.placement.outcome import CROSSING
 from hetis.solver.placement.tables import CostTables, FloatArray
 from hetis.solver.placement.template import use_of
 from hetis.solver.replanning.fresh import by_enumeration, net_columns, stay_of
-from hetis.solver.replanning.net_master import Candidate, NetMaster
+from hetis.solver.replanning.net_master import NetMaster
+from hetis.solver.replanning.running import Candidate
 
 AT_ONCE = 5000  # compositions that are evaluated before the budget is checked again
 PROOFS_S = 10.0  # limit for all proofs together, with the listing of replicas
@@ -91,12 +92,11 @@ class WholeCounts:
         worth = float(prices.row_prices @ self.costs.resources.limits)
         worth += float((prices.link_prices[finite] * routes.capacity[finite]).sum())
         gains: dict[int, float] = {}
-        for candidate in options:
-            assert candidate.option is not None
-            template, old, (rate, cost) = candidate.template, candidate.option.old, net.net(candidate)
+        for option in options:
+            template, old, (rate, cost) = option.template, option.old, net.net(option)
             price = float(prices.rate_prices[self.costs.side_of(template.scope, template.mix)])
             taken = float(prices.row_prices @ use_of(self.costs, template))
-            gain = price * rate + stay_of(net, candidate.option) - scale * taken
+            gain = price * rate + stay_of(net, option) - scale * taken
             if not maximises:
                 gain = scale * (price * rate - taken) - cost
             gains[old] = max(gains.get(old, 0.0), gain)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
-from hetis.solver.check.fleet import PoolShape, StageShape, slowest
+from hetis.solver.check.fleet import PoolShape, StageShape, left_out_by, slowest
 from hetis.solver.cluster import Cluster, Link, node_of
 from hetis.solver.constraints import Exclude
 from hetis.solver.cost import DeviceCost, rank_shape, state_bytes_per_copy
@@ -156,15 +156,11 @@ def why_idle(plan: Plan, problem: PlacementProblem, views: tuple[ReplicaView, ..
 
 def _forbidden(problem: PlacementProblem, device_class: DeviceClass) -> int:
     """Return the number of GPUs of a class that a constraint excludes."""
-    out = [each.gpus for each in problem.constraints if isinstance(each, Exclude)]
-    if not out:
+    if not any(isinstance(each, Exclude) for each in problem.constraints):
         return 0
-    groups = {group.name for group in device_class.groups}
-    return sum(
-        any(gpus.takes(device=d.name, node=d.node, gpu=d.gpu, zone=d.group.zone) for gpus in out)
-        for d in problem.cluster.devices()
-        if d.group.name in groups and d.gpu == device_class.gpu
-    )
+    is_out, groups = left_out_by(problem.constraints), {group.name for group in device_class.groups}
+    of_class = (d for d in problem.cluster.devices() if d.group.name in groups and d.gpu == device_class.gpu)
+    return sum(map(is_out, of_class))
 
 
 def _why_forbidden(problem: PlacementProblem, gpu: str) -> str:
@@ -515,7 +511,7 @@ def _sides(plan: Plan) -> str:
 
 def _loads(plan: Plan, problem: PlacementProblem) -> dict[tuple[str, str], float]:
     """Return bytes/s of KV by pair of zones, without routes inside a zone."""
-    zone_of_node = {group.node_name(i): group.zone for group in problem.cluster.node_groups for i in range(group.count)}
+    zone_of_node = {node: group.zone for node, group in problem.cluster.nodes()}
     ends = {number for route in plan.kv_routes for number in (route.prefill, route.decode)}
     zones = {number: zone_of_node[node_of(plan.replicas[number].stages[0].devices[0])] for number in ends}
     loads: defaultdict[tuple[str, str], float] = defaultdict(float)
@@ -528,6 +524,4 @@ def _loads(plan: Plan, problem: PlacementProblem) -> dict[tuple[str, str], float
 
 def _prompt_bytes(problem: PlacementProblem) -> float:
     """Return the KV bytes of a mean prompt."""
-    workload = problem.workload.clipped_to(problem.model.max_position)
-    prompt = workload.moments(block_tokens=problem.assumptions.block_tokens).mean_prompt
-    return problem.model.prompt_kv_bytes(prompt)
+    return problem.model.prompt_kv_bytes(problem.moments().mean_prompt)

@@ -8,7 +8,15 @@ from dataclasses import dataclass, replace
 from hetis.solver.check.fleet import Fleet, PoolShape, ReplicaShape, StageShape, kv_partners, left_out_by, replica_shape
 from hetis.solver.check.setting import Setting
 from hetis.solver.check.structure import check_replica_structure
-from hetis.solver.check.timing import busy_seconds, chunk_seconds, least_slack, slack, tpot_per_t, ttft_round_trips
+from hetis.solver.check.timing import (
+    busy_seconds,
+    least_slack,
+    replica_chunk_seconds,
+    replica_landing_seconds,
+    seconds_between_completions,
+    tpot_per_t,
+    ttft_round_trips,
+)
 from hetis.solver.cluster import Link, node_of
 from hetis.solver.cost import (
     DeviceCost,
@@ -39,12 +47,6 @@ def layer_wire_s(cost: DeviceCost, pool: PoolCost | None, stage: StageShape, mix
     if stage.pool is None or pool is None:
         return kept_s
     return max(kept_s, float(pool.receive_s(moved, stage.pool.cards)))
-
-
-def landing_s(costs: list[DeviceCost], shape: ReplicaShape) -> float:
-    """Return the seconds that the last KV of a prompt adds to a prefill replica's TTFT; 0 for other roles."""
-    links = [(cost, stage.kv_link) for cost, stage in zip(costs, shape.stages, strict=True)]
-    return max((cost.landing_s(shape.chunk_tokens, link) for cost, link in links if link is not None), default=0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,15 +182,8 @@ class ReplicaView:
 
     def interval_s(self, times: tuple[StageTime, ...]) -> float:
         """Return t, the seconds between completions."""
-        setting, copies = self._setting(), sum(part.copies for part in times)
-        stretched_s = [
-            (1 + slack(setting, stage, copies)) * part.total_s
-            for stage, part in zip(self.shape.stages, times, strict=True)
-        ]
-        busiest_s = max(seconds / part.copies for seconds, part in zip(stretched_s, times, strict=True))
-        least, _ = least_slack(setting, copies)
-        cards_s = [(1 + least) * seconds for seconds in self.shared_card_s()]
-        return max(busiest_s, sum(stretched_s) / self.shape.in_flight, *cards_s)
+        stage_s = [part.total_s for part in times]
+        return seconds_between_completions(self._setting(), self.shape.stages, stage_s, self.shared_card_s())
 
     def shared_card_s(self) -> list[float]:
         """Return the seconds of one request on cards shared by several stages, one number per group of stages."""
@@ -210,16 +205,13 @@ class ReplicaView:
 
     def ttft_s(self, interval_s: float) -> float:
         """Return p95 TTFT at this interval between completions."""
-        stages, setting = self.shape.stages, self._setting()
+        setting = self._setting()
         trips = ttft_round_trips(setting)
         if not trips:
             return 0.0
-        chunks_s = [
-            chunk_seconds(setting, stage, is_first=i == 0, is_last=i == len(stages) - 1)
-            for i, stage in enumerate(stages)
-        ]
-        trip_s = max(self.shape.in_flight * interval_s / self.mix.iterations, sum(chunks_s))
-        return trips * trip_s + landing_s([self.stage_cost(s) for s in self.shape.stages], self.shape)
+        chunk_s = replica_chunk_seconds(setting, self.shape.stages)
+        trip_s = max(self.shape.in_flight * interval_s / self.mix.iterations, chunk_s)
+        return trips * trip_s + replica_landing_seconds(setting, self.shape.stages)
 
     # --- memory
 
@@ -319,9 +311,7 @@ def replica_views(plan: Plan, problem: PlacementProblem) -> tuple[ReplicaView, .
     shown = range(len(plan.replicas)) if problem.cluster.network.between_nodes else first.values()
     fleet = _fleet_of(problem, {name for n in shown for name in plan.replicas[n].devices()})
     partners = kv_partners(plan, fleet)
-    workload = problem.workload.clipped_to(problem.model.max_position)
-    moments = workload.moments(block_tokens=problem.assumptions.block_tokens)
-    views = []
+    moments, views = problem.moments(), []
     for key, number in first.items():
         one = plan.replicas[number]
         for violation in check_replica_structure(one, f"replica {number}", problem, fleet):
