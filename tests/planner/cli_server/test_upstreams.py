@@ -355,3 +355,25 @@ def test_a_list_that_cannot_be_written_is_refused_before_the_planner_is_asked(
     assert hetis_plan("upstreams", "--out", str(tmp_path / "none" / "list")) == ExitCode.INVALID
     assert f"cannot be written: no folder {tmp_path / 'none'}" in capsys.readouterr().err
     assert not served.calls
+
+
+def test_agents_have_their_time_from_the_first_answer_on(
+    partly_heard: FakePlanner, hetis_plan: Run, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A planner that was away for longer has just taken the lead, and does not know yet where engines listen."""
+    monkeypatch.setattr("hetis.planner.cli.export.HEARD_WITHIN_S", 1.0)
+    monkeypatch.setattr("hetis.planner.client.channels.CHANNEL_OPTIONS", (("grpc.enable_retries", 0),))
+
+    def called(method: str, context: object) -> None:
+        if method == "ListReplicas" and partly_heard.calls[method] == 1:
+            time.sleep(1.1)
+            refuse(context, 4, "", "too late")  # type: ignore[arg-type]
+        if method == "ListReplicas" and partly_heard.calls[method] == 3:
+            for number in (1, 7):
+                partly_heard.replicas[NAME.format(number)] = replica(number, 6.0)
+        if method == "WatchCluster":  # ends the watch in place of Ctrl-C
+            refuse(context, 5, "NOT_FOUND", "clusters/paper is gone")  # type: ignore[arg-type]
+
+    partly_heard.fail = called
+    assert hetis_plan("upstreams", "--follow", "--cluster", "paper") == ExitCode.INVALID
+    assert "10.0.0.7:8000" in capsys.readouterr().out

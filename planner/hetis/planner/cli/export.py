@@ -290,8 +290,8 @@ def _changes(terminal: Terminal, client: Client, given: str | None, *, follow: b
 
 def _once_heard(terminal: Terminal, read: Callable[[], _Upstreams]) -> _Upstreams:
     """Return what serves once all agents have reported, or what is known after `HEARD_WITHIN_S`."""
-    end_s = time.monotonic() + HEARD_WITHIN_S
     found = read()
+    end_s = time.monotonic() + HEARD_WITHIN_S  # from now on, since with --follow the first answer may take hours
     if found.unheard:
         terminal.say(
             f"waiting up to {HEARD_WITHIN_S:g} s for agents to report to the planner where engines listen: "
@@ -317,7 +317,8 @@ def _in_the_end(terminal: Terminal, client: Client, read: Callable[[], T]) -> T:
         except CallError as error:
             if not error.is_unreachable:
                 raise
-            if said != (said := str(error)):
+            if str(error) != said:
+                said = str(error)
                 terminal.warn(said)
             time.sleep(patience.next_wait_s(CallError(str(error), code=grpc.StatusCode.UNAVAILABLE)))
         else:
