@@ -267,12 +267,21 @@ def layout_of(
         kv_tokens=kv_tokens,
         partners=kv_partners(plan)[number] if partners is None else partners,
         own_types=kinds_in(cluster),
-        most_seats=most_seats_of(plan),
+        most_seats=_most_seats(plan),
     )
     return _with_resources(layout, cluster)
 
 
-def most_seats_of(plan: Plan) -> int | None:
+def seats_limit_of(replica: ReplicaPlan, plan: Plan) -> int:
+    """Return how many prompts a prefill replica may run at once if the plan's setting allows for less than its chunks
+    hold; 0: no such limit, as for other roles, which run what is planned.
+    """
+    most = _most_seats(plan)
+    is_less = replica.role is Role.PREFILL and most is not None and most < _prompts_of(replica)
+    return most if most is not None and is_less else 0
+
+
+def _most_seats(plan: Plan) -> int | None:
     """Return how many requests each engine may run at once, if the plan was made for such a setting."""
     settings = plan.inputs.get("engine_settings")
     most = settings.get("max_num_seqs") if isinstance(settings, Mapping) else None
@@ -461,12 +470,17 @@ def _prompts(replica: ReplicaPlan, model: ModelSpec, room: _Room, most: int | No
     """
     if replica.role is not Role.PREFILL:
         return 0
-    prompts = replica.in_flight // replica.attention_dp * (replica.chunk_tokens // PROMPT_TOKENS)
+    prompts = _prompts_of(replica)
     if model.linear is not None:
         for stage in replica.stages:
             of_prompt = stage.num_layers * model.kept_states * model.state_bytes() / stage.tp
             prompts = min(prompts, int(room.of_ranks(stage) / of_prompt))
     return prompts if most is None else min(prompts, most)
+
+
+def _prompts_of(replica: ReplicaPlan) -> int:
+    """Return how many prompts the chunks in flight of a prefill replica hold, as plans assume."""
+    return replica.in_flight // replica.attention_dp * (replica.chunk_tokens // PROMPT_TOKENS)
 
 
 def _block_tokens(model: ModelSpec, tp: int, number_bytes: int) -> int:

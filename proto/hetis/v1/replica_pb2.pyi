@@ -191,9 +191,8 @@ class ReplicaPlan(_message.Message):
     max_num_seqs: _builtins.int
     """Requests that its engine may run at once. 0: micro_batch times in_flight, as many as decode when it is saturated."""
     seats_limit: _builtins.int
-    """Requests that its engine may run at once whatever is planned, if the plan was made for such a setting
-    (PlanSpec.max_num_seqs): a prefill replica runs at most as many prompts. Set for prefill replicas alone, since others
-    run what is planned. 0: no such limit.
+    """Most prompts that a prefill replica may run at once, if the plan was made for such a setting (PlanSpec.max_num_seqs)
+    and its chunks would hold more. 0: no such limit, as for other roles.
     """
     @_builtins.property
     def stages(self) -> _containers.RepeatedCompositeFieldContainer[Global___StagePlan]:

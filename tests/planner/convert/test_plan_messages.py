@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -22,9 +23,11 @@ from hetis.planner.convert.plans import (
 )
 from hetis.planner.jobs.messages import progress_from_frame, progress_to_frame
 from hetis.planner.jobs.searching import document_bytes
+from hetis.planner.resources.plans import replica_differences
 from hetis.solver.budget import Progress
 from hetis.solver.plan import AttentionWorkerPool, KvRoute, Objective, ObjectiveKind, ReplicaPlan, Role, StagePlan
 from hetis.v1 import document_pb2, plan_pb2
+from hetis.v1 import plan_service_pb2 as pb2
 from tests.planner import plans
 
 COUNTS = st.integers(0, 2**31)
@@ -73,16 +76,42 @@ def test_a_replica_of_a_sender_that_knows_no_roles_is_unified() -> None:
     assert replica_from_proto(message) == MADE.replicas[0]
 
 
-def test_of_a_plan_at_fixed_settings_prefill_replicas_alone_are_limited_in_their_prompts() -> None:
-    """Others run what is planned, so that they are kept where a plan with another limit is activated."""
-    kept = replace(MADE, inputs={**MADE.inputs, "engine_settings": {"max_num_seqs": 5}})
-    for plan, role, limit in (
-        (kept, Role.PREFILL, 5),
-        (MADE, Role.PREFILL, 0),
-        (kept, Role.DECODE, 0),
-        (kept, Role.UNIFIED, 0),
-    ):
-        assert replica_to_proto(replace(MADE.replicas[0], role=role), plan).seats_limit == limit
+@pytest.mark.parametrize(
+    ("role", "max_num_seqs", "limit"),
+    [
+        (Role.PREFILL, 31, 31),
+        (Role.PREFILL, 32, 0),
+        (Role.PREFILL, None, 0),
+        (Role.DECODE, 31, 0),
+        (Role.UNIFIED, 31, 0),
+    ],
+)
+def test_only_prefill_replicas_whose_chunks_hold_more_prompts_are_limited_by_a_setting(
+    role: Role, max_num_seqs: int | None, limit: int
+) -> None:
+    """Others are the same under any setting, so that they are kept where a plan at another one is activated."""
+    settings = {} if max_num_seqs is None else {"engine_settings": {"max_num_seqs": max_num_seqs}}
+    replica = replace(MADE.replicas[0], role=role, in_flight=1, chunk_tokens=32 * 64)
+    assert replica_to_proto(replica, replace(MADE, inputs={**MADE.inputs, **settings})).seats_limit == limit
+
+
+@pytest.mark.parametrize(
+    ("max_num_seqs", "kind", "changes"),
+    [
+        (32, pb2.REPLICA_DIFFERENCE_KIND_KEPT, []),
+        (8, pb2.REPLICA_DIFFERENCE_KIND_CHANGED, ["seats_limit is 8 instead of none"]),
+    ],
+)
+def test_a_setting_that_allows_for_fewer_prompts_changes_a_prefill_replica(
+    max_num_seqs: int, kind: pb2.ReplicaDifferenceKind, changes: list[str]
+) -> None:
+    """Its engine is started anew where the other plan is activated."""
+    prefill = replace(MADE.replicas[0], role=Role.PREFILL, in_flight=1, chunk_tokens=2048)
+    free = replace(MADE, replicas=(prefill,))
+    kept = replace(free, inputs={**free.inputs, "engine_settings": {"max_num_seqs": max_num_seqs}})
+    one, other = (SimpleNamespace(plan=plan, problem=SimpleNamespace(model="a model")) for plan in (free, kept))
+    (found,) = replica_differences(one, other)  # type: ignore[arg-type]
+    assert (found.kind, list(found.changes)) == (kind, changes)
 
 
 @given(st.lists(ROUTES, max_size=4).map(tuple))

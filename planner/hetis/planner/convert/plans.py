@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from google.protobuf.message import Message
 
 from hetis.engines.gpus import kind_of_type
-from hetis.engines.layout import kv_partners, most_seats_of
+from hetis.engines.layout import kv_partners, seats_limit_of
 from hetis.formats.files import content_digest
 from hetis.planner.use_cases import place as placing
 from hetis.planner.use_cases.verification import misses, verification_of
@@ -108,7 +108,7 @@ def replica_to_proto(replica: ReplicaPlan, plan: Plan) -> replica_pb2.ReplicaPla
         stages=_messages(replica_pb2.StagePlan, replica.stages),
         attention_workers=_messages(replica_pb2.AttentionWorkerPool, replica.attention_workers),
         role=TO_PROTO[replica.role],
-        seats_limit=(most_seats_of(plan) or 0) if replica.role is Role.PREFILL else 0,
+        seats_limit=seats_limit_of(replica, plan),
     )
 
 

@@ -220,7 +220,7 @@ def compare(one: PlanAndProblem, other: PlanAndProblem) -> pb2.DiffPlansResponse
     Slow for large plans, so not for an event loop.
     """
     response = pb2.DiffPlansResponse(
-        replicas=_differences(one, other),
+        replicas=replica_differences(one, other),
         freed_devices=sorted(set(one.plan.devices()).difference(other.plan.devices())),
         taken_devices=sorted(set(other.plan.devices()).difference(one.plan.devices())),
         value=one.plan.result.value,
@@ -242,7 +242,7 @@ def compare(one: PlanAndProblem, other: PlanAndProblem) -> pb2.DiffPlansResponse
     return response
 
 
-def _differences(one: PlanAndProblem, other: PlanAndProblem) -> Iterator[pb2.ReplicaDifference]:
+def replica_differences(one: PlanAndProblem, other: PlanAndProblem) -> Iterator[pb2.ReplicaDifference]:
     """Yield the fate of the first plan's replicas, then the added ones; if the models differ, no replica is kept."""
     first, second = one.plan.replicas, other.plan.replicas
     is_same_model = one.problem.model == other.problem.model
@@ -257,10 +257,14 @@ def _differences(one: PlanAndProblem, other: PlanAndProblem) -> Iterator[pb2.Rep
             matched.add(other_index)
             now = second[other_index]
             difference.kind, difference.other_index = _Kind.REPLICA_DIFFERENCE_KIND_KEPT, other_index
-            if _without_predictions(replica) != _without_predictions(now):
+            other_replica = replica_to_proto(now, other.plan)
+            changes = list(_changes(replica, now))
+            if (new := other_replica.seats_limit) != (old := difference.replica.seats_limit):
+                changes.append(f"seats_limit is {new or 'none'} instead of {old or 'none'}")
+            if changes or _without_predictions(replica) != _without_predictions(now):
                 difference.kind = _Kind.REPLICA_DIFFERENCE_KIND_CHANGED
-                difference.other_replica.CopyFrom(replica_to_proto(now, other.plan))
-                difference.changes.extend(_changes(replica, now))
+                difference.other_replica.CopyFrom(other_replica)
+                difference.changes.extend(changes)
         yield difference
     for index, replica in enumerate(second):
         if index not in matched:
