@@ -114,7 +114,6 @@ def _schema(example: str, pattern: str, other: Mapping[str, Any] | None = None) 
 _NUMBER = r"^\s*\+?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d{1,3})?\s*"
 BANDWIDTH_PATTERN = _NUMBER + r"([KMGTP]?(bps|bit/s)|([KMGTP]i?)?B/s)\s*$"
 _BANDWIDTH_EXAMPLE = "100Gbps or 64GB/s"
-_LEAST_BANDWIDTH, _MOST_BANDWIDTH = 0.125, 1e18  # bytes/s
 
 Size = Annotated[
     int,
@@ -133,15 +132,11 @@ SizeOrBytes = Annotated[
 """Bytes, as ``80GiB`` or a whole number."""
 
 
-def _bandwidth(text: str) -> float:
-    value = units.parse_bandwidth(text)
-    if value and not _LEAST_BANDWIDTH <= value <= _MOST_BANDWIDTH:  # times would be zero or infinite
-        raise ValueError(f"is {text.strip()}, must be 1bps to 1000PB/s")
-    return value
-
-
 Bandwidth = Annotated[
-    float, Field(gt=0), _unit_field(_bandwidth, _BANDWIDTH_EXAMPLE), _schema("100Gbps", BANDWIDTH_PATTERN)
+    float,
+    Field(gt=0),
+    _unit_field(units.parse_link_bandwidth, _BANDWIDTH_EXAMPLE),
+    _schema("100Gbps", BANDWIDTH_PATTERN),
 ]
 """Bytes per second, as ``100Gbps`` or ``64GB/s``."""
 

@@ -48,6 +48,14 @@ def parse_bandwidth(text: str) -> float:
     return _to_float(_parse(text, BANDWIDTH_UNITS, "a bandwidth"), text)
 
 
+def parse_link_bandwidth(text: str) -> float:
+    """Return the bytes per second of a connection or a memory. Raises ValueError if it is not 1bps to 1000PB/s."""
+    value = parse_bandwidth(text)
+    if not 0.125 <= value <= 1e18:  # times would be infinite or zero
+        raise ValueError(f"is {text.strip()}, must be 1bps to 1000PB/s")
+    return value
+
+
 def parse_seconds_per_byte(text: str) -> float:
     """Return the seconds per byte at a bandwidth such as ``25Gbps``: its inverse, rounded once. Raises ValueError if
     it is not a number with a unit of bandwidth, or not above zero.

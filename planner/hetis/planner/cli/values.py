@@ -13,7 +13,7 @@ import typer
 
 from hetis.formats.command_line.verb import one_of
 from hetis.formats.dtypes import KV_PRECISIONS, PRECISIONS, chosen_precision
-from hetis.formats.units import parse_bandwidth, parse_bytes, parse_duration, parse_limit, parse_ratio
+from hetis.formats.units import parse_bytes, parse_duration, parse_limit, parse_link_bandwidth, parse_ratio
 from hetis.solver.plan import LEAST_DEMAND_RPS, Role
 
 NO_LIMIT = float("inf")
@@ -103,8 +103,8 @@ def size(text: str) -> int:
 
 
 def bandwidth(text: str) -> float:
-    """Parse bytes per second, above zero: ``100Gbps`` or ``2GB/s``."""
-    return _positive(_parsed(parse_bandwidth, text), text)
+    """Parse bytes per second: ``100Gbps`` or ``2GB/s``."""
+    return _parsed(parse_link_bandwidth, text)
 
 
 def rate(text: str) -> float:
