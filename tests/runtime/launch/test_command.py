@@ -362,8 +362,8 @@ def test_a_program_that_is_not_here_is_an_invalid_option(run: Run, tmp_path: Pat
     """It was started six times."""
     asked = ("processes", "--plan", "plan.json", "-m", "models/tiny", "--all-here", "--folder", str(tmp_path / "here"))
     code, _, lines = run(*asked, "--vllm", "no-such-vllm serve")
-    named = "install it, or name another (--vllm, or `program` in an agent's settings)"
-    assert (code, lines) == (2, [f"hetis-launch: there is no program 'no-such-vllm' on PATH: {named}"])
+    message = "hetis-launch: there is no program 'no-such-vllm' on PATH: install it, or name another (--vllm)"
+    assert (code, lines) == (2, [message])
     assert not (tmp_path / "here").exists()
 
 

@@ -194,8 +194,9 @@ def require_programs(commands: Sequence[Command]) -> None:
     """Raise OptionError with every program that is not on this machine: starting it again would not help."""
     missing = dict.fromkeys(words[0] for words, environment in map(_called, commands) if not _found(words, environment))
     if missing:
-        named = "install it, or name another (--vllm, or `program` in an agent's settings)"
-        raise OptionError(*(f"there is no program {name!r} on PATH: {named}" for name in missing))
+        raise OptionError(
+            *(f"there is no program {name!r} on PATH: install it, or name another (--vllm)" for name in missing)
+        )
 
 
 def prepare(commands: Sequence[Command], *, may_draw_key: bool) -> dict[str, str]:

@@ -208,11 +208,14 @@ async def test_an_engine_that_is_never_ready_is_killed_in_time(
         await node.until_state("SERVING")
 
 
-async def test_a_program_that_is_not_there_is_a_failure_at_once_that_names_it(tmp_path: Path) -> None:
+async def test_a_program_that_is_not_there_is_a_failure_that_names_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hetis.runtime.launch.processes.FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr("hetis.runtime.launch.processes.LONGEST_WAIT_S", 0.02)
     async with node_in(tmp_path, program="no-such-vllm serve") as node:
         await node.apply(applying(assigned()))
-        message = (await node.until_state("FAILED")).failure.message
-        assert message.startswith("there is no program 'no-such-vllm' on PATH: install it, or name another")
+        assert (await node.until_state("FAILED")).failure.message == "no-such-vllm: No such file or directory"
 
 
 async def test_requests_that_run_end_before_a_withdrawn_engine_is_told_to(tmp_path: Path) -> None:

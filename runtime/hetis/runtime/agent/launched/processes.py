@@ -20,16 +20,7 @@ from hetis.engines.errors import OptionError
 from hetis.engines.layout import ProcessKind
 from hetis.runtime.agent.disk import machine_boot_id
 from hetis.runtime.agent.launched.parts import LaunchedPart
-from hetis.runtime.launch.processes import (
-    FAILED,
-    Running,
-    Started,
-    StopRequests,
-    prepare,
-    require_programs,
-    start,
-    supervise,
-)
+from hetis.runtime.launch.processes import FAILED, Running, Started, StopRequests, prepare, start, supervise
 
 OLD_LOGS = 3  # logs of earlier starts that are kept besides the current one
 _TAIL_LINES, _TAIL_BYTES = 15, 1500  # limits on the end of a log that is quoted in the message of a failure
@@ -136,7 +127,6 @@ class NodeProcesses:
         try:
             self._part.folder.mkdir(parents=True, exist_ok=True)
             self._sessions.mkdir(parents=True, exist_ok=True)
-            require_programs(self._part.commands)
             prepare(self._part.commands, may_draw_key=self._part.is_whole)
             self._outcome = supervise(
                 self._part.commands,
