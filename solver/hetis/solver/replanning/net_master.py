@@ -40,7 +40,7 @@ from hetis.solver.placement.master import Columns, Master, row_costs_of
 from hetis.solver.placement.tables import CostTables, FloatArray
 from hetis.solver.placement.template import Template, use_of, zones_of
 from hetis.solver.replanning.change import ChangeCosts, Fate
-from hetis.solver.replanning.running import NOT_RUNNING, Candidate, Place, stage_bytes
+from hetis.solver.replanning.running import Candidate, Place, stage_bytes
 
 Slot = tuple[str, int]  # (node, class): the GPUs of one class in one node
 Row = tuple[object, ...]
@@ -74,7 +74,7 @@ class InventoryRows:
                     use["node", slot, p] += count
                 else:
                     use["groups", g, p] += p * (node_size // p - (node_size - count) // p)
-        if candidate.old != NOT_RUNNING:
+        if candidate.old is not None:
             use["replica", candidate.old] = 1
         return dict(use)
 

@@ -51,22 +51,19 @@ def places_of(cluster: Cluster, costs: CostTables) -> dict[str, Place]:
 Group = tuple[str, ...] | None  # names of the GPUs of a TP group or attention worker; None: not assigned yet
 
 
-NOT_RUNNING = -1
-
-
 @dataclass(frozen=True, slots=True)
 class Candidate:
     """A replica that the new plan may have: a running one that continues in one way, or a new one.
 
     Attributes:
-        old: index of the replica in the running plan; ``NOT_RUNNING``: it is new.
+        old: index of the replica in the running plan; None: it is new.
         fate: kept, reset, changed (repaired or shrunk), or new.
         groups: per stage, its TP groups copy by copy.
         workers: per stage, its attention workers, copy by copy.
         start_s: time until it serves; 0: it does not stop.
     """
 
-    old: int
+    old: int | None
     fate: Fate
     template: Template
     groups: tuple[tuple[Group, ...], ...]
@@ -94,7 +91,7 @@ def new_replica(template: Template, start_s: float = 0.0) -> Candidate:
     """Return a replica that has no GPUs yet."""
     groups: tuple[tuple[Group, ...], ...] = tuple((None,) * s.copies for s in template.stages)
     workers: tuple[tuple[Group, ...], ...] = tuple((None,) * (s.copies * s.pool_cards) for s in template.stages)
-    return Candidate(NOT_RUNNING, Fate.NEW, template, groups, workers, start_s)
+    return Candidate(None, Fate.NEW, template, groups, workers, start_s)
 
 
 @dataclass(frozen=True, slots=True)

@@ -43,7 +43,6 @@ from hetis.solver.replanning.change import (
 from hetis.solver.replanning.fresh import Fresh, bound_of, search_fresh, search_left_over
 from hetis.solver.replanning.net_master import ColumnChoice, NetMaster, Slot, inventory_of
 from hetis.solver.replanning.running import (
-    NOT_RUNNING,
     Candidate,
     Continuations,
     Group,
@@ -253,9 +252,7 @@ def _answer(
         bound=scale * bound,
         gap=abs(bound - value) / abs(value) if value else 0.0,
         fresh_value=None if fresh.value is None else scale * fresh.value,
-        continued=tuple(
-            Continued(old=None if c.old == NOT_RUNNING else c.old, fate=c.fate, start_s=c.start_s) for c in chosen
-        ),
+        continued=tuple(Continued(old=c.old, fate=c.fate, start_s=c.start_s) for c in chosen),
         lost=running.lost,
         change=change,
         transition=_transition(given, running, net, plan, chosen),
