@@ -10,7 +10,7 @@ from typing import Any
 from unittest.mock import patch
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from hetis.solver.budget import Budget, Progress, SearchSettings
@@ -28,10 +28,11 @@ from hetis.solver.placement.infeasible.trials import Trials
 from hetis.solver.placement.tabulation import build_cost_tables
 from hetis.solver.plan import ObjectiveKind, Status
 from hetis.solver.planning import solve_placement
-from hetis.solver.problem import PlacementProblem
+from hetis.solver.problem import EngineSettings, PlacementProblem
 from hetis.solver.replanning.fresh import search_fresh
 from tests.solver.instances import NO_LIMITS, SMALL_FAMILY, make_model, make_node, make_problem, make_profile, problems
 from tests.solver.oracle import best_plan_value
+from tests.solver.test_placement_engines import FAMILIES as ENGINES_FAMILIES
 
 KINDS = tuple(ObjectiveKind)
 EXAMPLES = max(3, settings().max_examples // 5)  # column generation takes about a second each
@@ -119,6 +120,30 @@ def test_infeasible_is_only_said_of_problems_without_a_plan(problem: PlacementPr
             assert best in (0.0, float("inf")), f"there is a plan worth {best}, but: {error}"  # noqa: PT017
             assert error.reasons  # noqa: PT017
             assert all(error.reasons)  # noqa: PT017
+
+
+FAMILIES = (
+    *ENGINES_FAMILIES,
+    *(STRATEGIES[name].restrict(replace(SMALL_FAMILY, name=name)) for name in ("hexgen2", "splitwise", "uniform")),
+    SMALL_FAMILY.at(EngineSettings(max_num_seqs=2, kv_blocks=40)),
+)
+
+
+@settings(max_examples=2 * EXAMPLES)
+@given(
+    problem=st.sampled_from(FAMILIES).flatmap(lambda family: problems(max_gpus=4, kinds=KINDS, family=family)),
+    exact=st.booleans(),
+)
+def test_every_family_has_reasons_for_having_no_plan(problem: PlacementProblem, exact: bool) -> None:
+    """`tests.solver.searching` looks for none, and `tests.solver.test_conflicts` whether they are true."""
+    with patch.object(search, "is_small", lambda _: exact):
+        try:
+            solve_placement(problem, strategy=problem.family.name)
+        except InfeasibleError as error:
+            assert error.reasons  # noqa: PT017
+            assert all(error.reasons)  # noqa: PT017
+        except (InvalidProblemError, NoPlanFoundError):
+            assume(False)
 
 
 # --- a time-out is no proof
