@@ -90,8 +90,11 @@ class DemoProcesses:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self.stop(list(self._running))
-        signal.signal(signal.SIGTERM, self._at_sigterm)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it would leave running what is not stopped yet
+        try:
+            self.stop(list(self._running))
+        finally:
+            signal.signal(signal.SIGTERM, self._at_sigterm)
 
     def start_planner(self, *, listen: str, lease: str, heartbeat: str) -> str:
         """Start the planner and return its address once it serves."""
