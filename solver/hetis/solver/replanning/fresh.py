@@ -308,7 +308,7 @@ def _limits_of(net: NetMaster, *kinds: str) -> dict[Row, int]:
 
 def stay_of(net: NetMaster, option: Candidate) -> float:
     """Return what staying is worth in addition to the rate."""
-    return net.stay_rates.get(option.old, 0.0) if net.master.maximises and option.fate is Fate.KEPT else 0.0
+    return net.stay_rates.get(option.running, 0.0) if net.master.maximises and option.fate is Fate.KEPT else 0.0
 
 
 def _busy_limits(net: NetMaster, busy: Mapping[int, int]) -> dict[Row, int]:
@@ -338,7 +338,7 @@ def _by_prices(
         template, (rate, cost) = option.template, net.net(option)
         worth = float(prices.rate_prices[costs.side_of(template.scope, template.mix)])
         rate = min(rate, prices.value) if maximises else rate  # no plan serves more
-        use = Counter[Row]({("replica", option.old): 1})
+        use = Counter[Row]({("replica", option.running): 1})
         for g, size in new_replica(template).missing(costs):
             use["gpus", g] += size
             use["busy", g] += size
@@ -375,10 +375,10 @@ def by_enumeration(
     for option in options:
         template, (rate, cost) = option.template, net.net(option)
         use = _with_busy(dict(zip(rows, map(int, use_of(costs, template)), strict=True)))
-        use["replica", option.old] = 1
+        use["replica", option.running] = 1
         if stay := stay_of(net, option):
-            listed.add({("stays", option.old): 1}, stay)
-            use["stays", option.old] = -1
+            listed.add({("stays", option.running): 1}, stay)
+            use["stays", option.running] = -1
         listed.add(use, rate, cost, costs.side_of(template.scope, template.mix), net.links(template))
     for k, taken in enumerate(columns.uses):
         use = _with_busy(dict(zip(rows, map(int, taken), strict=True)))

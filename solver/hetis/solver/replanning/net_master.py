@@ -98,7 +98,7 @@ def inventory_of(
     owners: dict[Slot, set[int]] = {}
     for option in options:
         for slot in _by_slot(option.named(), places):
-            owners.setdefault(slot, set()).add(option.old)
+            owners.setdefault(slot, set()).add(option.running)
     shared = frozenset(slot for slot, olds in owners.items() if len(olds) > 1)
     sizes = tuple(size for size in sorted(costs.problem.family.tp_sizes) if size > 1)
     limits: dict[Row, int] = {}
@@ -109,7 +109,7 @@ def inventory_of(
             limits["groups", g, p] = alone * p * (c.gpus_per_node // p)
             for slot in (slot for slot in shared if slot[1] == g):
                 limits["node", slot, p] = c.gpus_per_node
-    limits |= {("replica", old): 1 for old in sorted({option.old for option in options})}
+    limits |= {("replica", old): 1 for old in sorted({option.running for option in options})}
     limits |= {("stays", old): 0 for old in stays}
     if max_moves is not None:
         limits["moves",] = max_moves
@@ -199,7 +199,7 @@ class NetMaster:
         if self.master.maximises:
             return template.rate * self.change_costs.served_share(candidate.start_s), 0.0
         if candidate.fate is Fate.KEPT:
-            return template.rate, cost * (1.0 - self.stay_shares.get(candidate.old, 0.0))
+            return template.rate, cost * (1.0 - self.stay_shares.get(candidate.running, 0.0))
         return template.rate, cost * (1.0 + candidate.start_s / self.change_costs.horizon_s)
 
     def choose(
@@ -241,7 +241,7 @@ class NetMaster:
 
     def value_of(self, chosen: Sequence[tuple[Candidate, int]]) -> float:
         """Return the worth of a choice, without penalties: net requests/s, or USD/h or GPUs."""
-        kept = [c.old for c, _ in chosen if c.fate is Fate.KEPT]
+        kept = [c.running for c, _ in chosen if c.fate is Fate.KEPT]
         if not self.master.maximises:
             return sum(n * self.net(c)[1] for c, n in chosen)
         return self._served(chosen, net=True) + sum(self.stay_rates.get(old, 0.0) for old in kept)

@@ -70,6 +70,12 @@ class Candidate:
     workers: tuple[tuple[Group, ...], ...]
     start_s: float
 
+    @property
+    def running(self) -> int:
+        """The index in the running plan of a replica that continues."""
+        assert self.old is not None, "a new one does not run"
+        return self.old
+
     def named(self) -> Iterator[str]:
         """Yield the names of the GPUs that it already has."""
         for parts in (*self.groups, *self.workers):

@@ -285,7 +285,7 @@ def _transition(
     scale = 1.0 if throughput else given.problem.assumptions.planned_utilisation
     replicas = given.running.replicas
     runs = [i for i in range(len(replicas)) if i not in running.lost]
-    stays = [c.old for c in chosen if c.fate is Fate.KEPT]
+    stays = [c.running for c in chosen if c.fate is Fate.KEPT]
     owner = {device: i for i in runs for device in replicas[i].devices()}
     starts = [
         Start(
@@ -344,7 +344,7 @@ class Survivors:
         self.stay_shares = {i: min(1.0, self.stay_rates[i] / template.rate) for i, template in whole.items()}
         held = holdings(given.running)
         self.busy = Counter(p.device_class for d, p in self.places.items() if d in held and held[d].gpu == p.gpu)
-        self.keepable = {option.old for option in self.candidates if option.fate is Fate.KEPT}
+        self.keepable = {option.running for option in self.candidates if option.fate is Fate.KEPT}
 
     def master(self, demand: float | None, *, changes_cost: bool = True) -> NetMaster:
         """Return the master of the re-planning; without costs of change, that of what runs once it is done."""
@@ -366,9 +366,9 @@ class Survivors:
         """Return new replicas to add to all whole running ones; none if those already serve the whole demand."""
         stay: dict[int, Candidate] = {}
         for option in self.candidates:
-            better = option.old not in stay or option.template.rate > stay[option.old].template.rate
+            better = option.running not in stay or option.template.rate > stay[option.running].template.rate
             if option.fate is not Fate.CHANGED and better:
-                stay[option.old] = option
+                stay[option.running] = option
         if not stay or self.given.max_moves == 0:
             return ()
         taken = {name for option in stay.values() for name in option.named()}

@@ -93,7 +93,7 @@ class WholeCounts:
         worth += float((prices.link_prices[finite] * routes.capacity[finite]).sum())
         gains: dict[int, float] = {}
         for option in options:
-            template, old, (rate, cost) = option.template, option.old, net.net(option)
+            template, old, (rate, cost) = option.template, option.running, net.net(option)
             price = float(prices.rate_prices[self.costs.side_of(template.scope, template.mix)])
             taken = float(prices.row_prices @ use_of(self.costs, template))
             gain = price * rate + stay_of(net, option) - scale * taken
