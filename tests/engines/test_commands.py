@@ -183,11 +183,20 @@ def test_sglang_is_not_told_of_kv_in_float16() -> None:
     assert ("float16" in sglang.shown, "--kv-cache-dtype" in sglang.shown) == (True, False)
 
 
+def test_vllm_has_room_for_a_chunk_beside_the_tokens_that_decode() -> None:
+    for layout, tokens in ((ALONE, ALONE.chunk_tokens + 4), (DRAFTING, DRAFTING.chunk_tokens + 3 * 4)):
+        [vllm] = commands_of(layout, SERVING, Addresses())
+        options = dict(itertools.pairwise(vllm.shown))
+        assert (options["--max-num-seqs"], options["--max-num-batched-tokens"]) == ("4", str(tokens))
+
+
 def test_kv_that_would_not_be_as_planned_is_refused(tmp_path: Path) -> None:
     write_config(tmp_path, FP8_KV)
     assert checkpoint_model(tmp_path, None)[0].kv_bytes == 1
     model, stated = checkpoint_model(tmp_path, MODEL)
     assert (model.name, model.kv_bytes, stated) == (MODEL.name, 2, "fp8")
+    write_config(tmp_path / "usual")
+    assert checkpoint_model(tmp_path / "usual", MODEL)[1] == "", "KV in 16 bits needs no option"
     assert why_kv_is_untold(ALONE, SERVING, stated=stated) == (
         "/models/tiny states fp8 KV, which engines use by default, but the replica needs 16 bits: "
         "give the engine --kv-cache-dtype bfloat16 or float16, the dtype of the checkpoint"

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hetis.engines.errors import LayoutError
 from hetis.engines.layout import PAGE_TOKENS, PROMPT_TOKENS, KvPartner, Layout, kv_partners, layout_of
 from hetis.engines.versions import Engine
-from hetis.solver.model import AttentionKind, DraftShape, IndexerShape, LinearShape, MlaShape, ModelSpec
+from hetis.solver.model import AttentionKind, DraftShape, IndexerShape, LinearShape, MlaShape, ModelSpec, MoeShape
 from hetis.solver.plan import AttentionWorkerPool, KvRoute, Plan, Role
 from tests.engines.plans import LAYER_BYTES, MODEL, PAGES, POOL, WITH_EXPERTS, plan_of, sharing, stage_of, staged
 from tests.solver.instances import make_compressed
@@ -195,6 +195,8 @@ def test_kv_that_several_ranks_hold_goes_to_as_many(decodes_on: int, *, is_refus
         layout_of(plan, 0, few, engine=Engine.VLLM)
     layout_of(plan, 0, few, engine=Engine.SGLANG)
     layout_of(plan, 1, few, engine=Engine.VLLM)
+    other = replace(plan, replicas=(plan.replicas[0], replace(sender, role=Role.DECODE)))
+    assert layout_of(other, 0, few, engine=Engine.VLLM).servers, "prompts do not come from decode replicas"
 
 
 @pytest.mark.parametrize(("sends_from", "decodes_on", "is_refused"), [(1, 2, False), (2, 4, True), (4, 1, True)])
@@ -295,6 +297,11 @@ def test_copies_that_cannot_share_experts_are_refused() -> None:
     assert why(plan_of(six, in_flight=3, expert_parallel=True)) == (
         "its 3 ranks share 8 experts, a number that they must divide",
     )
+    pool = replace(POOL, kv_head_groups=4)
+    with_workers = plan_of(replace(four, kv_head_groups_kept=0), pools=(pool,), in_flight=2, expert_parallel=True)
+    assert refused(with_workers, WITH_EXPERTS)[0] == (
+        "its copies share experts: it must have one stage, without attention workers"
+    )
     assert why(replace(plan_of(four), replicas=(replace(plan_of(four).replicas[0], stages=()),))) == (
         "it has no stages",
     )
@@ -309,6 +316,15 @@ def test_copies_that_share_experts_leave_kv_room_to_what_plans_do_not_count() ->
     of_tokens = -(-layout.kv_tokens // 16) * 4 * LAYER_BYTES // PAGES * 4
     assert layout.rank_kv_bytes == of_tokens - shared - workspace
     assert layout.context_tokens is None, "the model's full context fits"
+    four_shared = MoeShape(num_experts=8, active_experts=2, expert_intermediate=64, shared_experts=4, every=2)
+    other = replace(MODEL, moe=four_shared, draft=DraftShape(tokens=2, acceptance=0.5))
+    wider = workspace + 2 * 4 * 2 * 2 * (128 + 64) * 2  # each request decodes two tokens more
+    drafting = layout_of(plan, 0, other, engine=Engine.VLLM).rank_kv_bytes
+    assert drafting == of_tokens * 5 // 4 - 2 * shared - wider, "four shared experts in every other layer"
+    linear = replace(WITH_EXPERTS, linear=LinearShape(layers=2, params=1, state_bytes=1000.0))
+    requests = 4 + 1  # of a copy, one is being prefilled
+    states = 2 * requests * 1000 // 2  # on each of two ranks
+    assert layout_of(plan, 0, linear, engine=Engine.VLLM).rank_kv_bytes == of_tokens // 2 + states - shared - workspace
     # All 4,096 tokens of the context fit into the pages of the plan, but not beside what it does not count.
     layout = layout_of(plan_of(four, in_flight=2, expert_parallel=True, kv_tokens=4112), 0, WITH_EXPERTS)
     left = layout.rank_kv_bytes // (4 * LAYER_BYTES // PAGES * 4)
@@ -350,6 +366,15 @@ def test_the_longest_request_fits_into_the_kv_of_every_rank(
     for server, stage in zip(layout.servers, shapes, strict=True):
         layers = stage.num_layers + (drafts and stage is shapes[-1])
         assert longest * layers * stage.kv_head_groups_kept * 2 * 8 * 2 <= server.kv_bytes
+
+
+def test_query_heads_are_divided_even_if_ranks_share_kv_heads() -> None:
+    """Such as Qwen2.5-0.5B, with 14 query heads and 2 KV heads, on 4 GPUs."""
+    four = plan_of(stage_of(tp=4, devices=tuple(f"a/{i}" for i in range(4)), kv_head_groups_kept=1))
+    assert refused(four, replace(MODEL, q_heads=14, kv_heads=2)) == (
+        "stage 1: 4 ranks do not divide 14 query heads and 2 KV heads",
+    )
+    assert layout_of(four, 0, replace(MODEL, q_heads=12, kv_heads=2)).tensor_parallel == 4
 
 
 def test_a_plan_of_another_model_is_refused_with_the_differences() -> None:
@@ -407,6 +432,18 @@ def test_prefill_and_decode_apart_take_what_the_connectors_take() -> None:
         "it decodes in 2 stages: vLLM's NIXL connector only supports decode replicas with one",
     )
     assert layout_of(staged_decode, 0, MODEL, engine=Engine.SGLANG).layers == (3, 1)
+    decoding, whole = staged_decode.replicas[0], ALONE.replicas[0].stages
+    for stages, sends, is_refused in (
+        (whole, Role.PREFILL, True), (SPLIT, Role.PREFILL, False), (whole, Role.DECODE, False)
+    ):  # fmt: skip
+        other = plan_of(*stages, role=sends, micro_batch=0, in_flight=3).replicas[0]
+        plan = replace(staged_decode, replicas=(decoding, other))
+        if is_refused:
+            assert refused(plan, engine=Engine.SGLANG) == (
+                "it decodes in 2 stages: SGLang needs the same number in prefill replicas, not 1",
+            )
+        else:
+            assert layout_of(plan, 0, MODEL, engine=Engine.SGLANG).servers
     sliding = replace(MODEL, sliding_window=64)
     assert refused(plan_of(*SPLIT, role=Role.PREFILL), sliding, engine=Engine.VLLM) == (
         "it prefills in several stages: vLLM's NIXL connector does not support this with sliding-window layers",
@@ -414,6 +451,10 @@ def test_prefill_and_decode_apart_take_what_the_connectors_take() -> None:
     drafting = replace(MODEL, draft=DraftShape(tokens=1, acceptance=0.5))
     assert refused(plan_of(*SPLIT, role=Role.PREFILL), drafting, engine=Engine.VLLM) == (
         "it prefills in several stages: vLLM's NIXL connector does not support this with a layer that drafts",
+    )
+    with_states = replace(MODEL, linear=LinearShape(layers=2, params=1, state_bytes=1000.0))
+    assert refused(plan_of(*SPLIT, role=Role.PREFILL), with_states, engine=Engine.VLLM) == (
+        "it prefills in several stages: vLLM's NIXL connector does not support this with layers that keep states",
     )
 
 
@@ -440,10 +481,17 @@ def test_a_context_fits_in_every_stage_whichever_layers_have_an_indexer() -> Non
         stage_of(first_layer=2, num_layers=2, kv_head_groups_kept=1, devices=("a/1",)),
         in_flight=2,
     )
+    uneven = plan_of(
+        stage_of(num_layers=1, kv_head_groups_kept=1),
+        stage_of(first_layer=1, num_layers=3, kv_head_groups_kept=1, devices=("a/1",)),
+        in_flight=2,
+    )
     for plan, of, engine, mean, most in (
         (alone, model, Engine.VLLM, 64 + 64 / 4, 64 + 64 / 4),
         (alone, drafting, Engine.VLLM, 64 + 64 / 4, 64 + 64 * 2 / 5),
         (halves, model, Engine.SGLANG, 64 + 64 / 4, 64 + 64 / 2),
+        (uneven, model, Engine.SGLANG, 64 + 64 / 4, 64 + 64),
+        (uneven, replace(model, indexer=replace(indexer, layers=2)), Engine.SGLANG, 64 + 64 / 2, 64 + 64),
     ):
         layout = layout_of(plan, 0, of, engine=engine)
         assert layout.context_tokens == (int(PAGES * mean / most) - 1) * PAGE_TOKENS
@@ -484,6 +532,9 @@ def test_a_prefill_replica_runs_as_many_prompts_as_fill_its_chunks() -> None:
         assert layout_of(prefill, 0, MODEL, engine=engine).seats == 2 * 2048 / PROMPT_TOKENS
     kept = replace(prefill, inputs={"engine_settings": {"max_num_seqs": 5}})
     assert layout_of(kept, 0, MODEL).seats == 5
+    plenty = replace(prefill, inputs={"engine_settings": {"max_num_seqs": 500}})
+    small = replace(MODEL, linear=LinearShape(layers=2, params=1, state_bytes=100.0))
+    assert layout_of(plenty, 0, MODEL).seats == layout_of(prefill, 0, small).seats == 64
     [one] = prefill.replicas
     pair = stage_of(copies=2, devices=("a/0", "a/1"), kv_head_groups_kept=8)
     copies = replace(prefill, replicas=(replace(one, stages=(pair,), expert_parallel=True, kv_tokens=100_000),))

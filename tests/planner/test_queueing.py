@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import re
 import threading
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 
 import numpy as np
 import pytest
@@ -28,9 +30,11 @@ from hetis.planner.use_cases.simulate import Question, answer, default_rate, wit
 from hetis.simulator.arrivals import Arrivals, Load
 from hetis.simulator.running import silent
 from hetis.simulator.values import Settings
+from hetis.solver.check.fleet import Fleet, replica_shape
+from hetis.solver.check.rederive import Rederivation
 from hetis.solver.placement.explanation import explain_plan
 from hetis.solver.placement.families import STRATEGIES
-from hetis.solver.plan import Objective, Plan, Role
+from hetis.solver.plan import Objective, Plan, ReplicaPlan, Role
 from hetis.solver.planning import solve_placement
 from hetis.solver.problem import EngineSettings, PlacementProblem
 from tests.planner.test_reports import text_of
@@ -240,6 +244,67 @@ def test_a_plan_s_ttft_is_that_of_the_simulator(
     queue = request_queue(plan, problem)
     assert queue is not None
     assert 1 / factor < queue.ttft_p95_s(rate_rps) / simulated_p95_s(plan, problem, rate_rps) < factor
+
+
+def rates_of(one: ReplicaPlan, problem: PlacementProblem) -> list[float]:
+    """Return the requests/s that leave a replica with 1, 2, ... decoding requests, up to its micro-batch."""
+    shape, derivation = replica_shape(one, problem, Fleet.of(problem.cluster)), Rederivation(problem)
+    return [derivation.of(replace(shape, micro_batch=n)).rate for n in range(1, one.micro_batch + 1)]
+
+
+def always_taken(
+    rate_rps: float, leaving_rps: Sequence[float], weights: Mapping[int, float] = MappingProxyType({})
+) -> float:
+    """Return the probability of the last state of a birth-and-death process, which stands for endless further ones.
+
+    ``weights`` are exponents of the ratio between some states and those before them.
+    """
+    shares = [1.0]
+    for state, leaving in enumerate(leaving_rps, 1):
+        shares.append(shares[-1] * (rate_rps / leaving) ** weights.get(state, 1.0))
+    full = shares.pop() / (1 - rate_rps / leaving_rps[-1])
+    return full / (sum(shares) + full)
+
+
+def varies(holding_s: Sequence[float]) -> float:
+    """Return Allen and Cunneen's factor for these times in a seat."""
+    return float(1 + np.var(holding_s) / np.mean(holding_s) ** 2) / 2
+
+
+def test_prompts_take_a_place_beside_the_seats_of_a_unified_replica(few_seats: tuple[Plan, PlacementProblem]) -> None:
+    """Chunks of a prompt take 2.6 of the ten iterations that a request decodes meanwhile: one place is enough."""
+    plan, problem = few_seats
+    (one,) = plan.replicas
+    rates, rate_rps = rates_of(one, problem), default_rate(plan, problem)
+    chunks = [tokens / one.chunk_tokens for tokens in (100, 100, 300)]
+    factor = varies([20 + chunks[0], 60 + chunks[1], 40 + chunks[2]])
+    for settings, leaving in ((EngineSettings(), [*rates, rates[-1]]), (EngineSettings(max_num_seqs=4), rates)):
+        found = queueing(plan, replace(problem, family=problem.family.at(settings)))
+        assert found is not None
+        must_wait = always_taken(rate_rps, leaving)
+        assert found.must_wait == pytest.approx(must_wait, rel=1e-6)
+        assert found.seat_p95_s == pytest.approx(math.log(20 * must_wait) * factor / (rates[-1] - rate_rps), rel=1e-5)
+
+
+def test_a_seat_of_a_decode_replica_is_held_from_the_prompt_on(apart: tuple[Plan, PlacementProblem]) -> None:
+    """Each of two gets half of the prompts of one, and so a seat for one under way beside four that decode."""
+    plan, problem = apart
+    prefill, one = (next(each for each in plan.replicas if each.role is role) for role in (Role.PREFILL, Role.DECODE))
+    derived = Rederivation(problem).of(replica_shape(prefill, problem, Fleet.of(problem.cluster)))
+    under_way_s = [chunks * derived.chunk_s + derived.landing_s for chunks in (2, 2, 5)]
+    rates = np.array(rates_of(one, problem))
+    in_flight = np.array([*(np.arange(1, 5) + rates * np.mean(under_way_s)), 5.0])
+    held_s = in_flight / np.array([*rates, rates[-1]])
+    leaving = [2 * taken / np.interp(taken, in_flight, held_s) for taken in np.arange(1, 11) / 2]
+    iteration_s = 1 / rates[-1] / 10
+    factor = varies([tokens * iteration_s + wait_s for tokens, wait_s in zip((20, 60, 40), under_way_s, strict=True)])
+    found = queueing(plan, problem)
+    assert found is not None
+    assert found.seats == 10
+    must_wait = always_taken(found.rate_rps, leaving, {9: 1 / factor})  # four decode in each, and one waits to
+    assert found.must_wait == pytest.approx(must_wait, rel=1e-6)
+    wait_s = math.log(20 * must_wait) * factor / (2 * rates[-1] - found.rate_rps)
+    assert found.seat_p95_s == pytest.approx(wait_s, rel=1e-5)
 
 
 def test_a_planned_ttft_leaves_out_the_wait_for_a_seat(few_seats: tuple[Plan, PlacementProblem]) -> None:

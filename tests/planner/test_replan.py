@@ -15,6 +15,7 @@ from hetis.planner.cli.app import run
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.profiler.roofline import modelled_profile
 from hetis.solver.budget import Report
+from hetis.solver.errors import UncheckedPlanError
 from tests.planner.command_line import invoke
 
 FLEET = """apiVersion: hetis/v1
@@ -60,6 +61,17 @@ def test_a_fleet_that_stays_keeps_its_plan(folder: Path) -> None:
     assert answer["plan"]["replicas"] == running["replicas"]  # type: ignore[index]
     assert answer["change"]["moved_gpus"] == []  # type: ignore[index]
     assert answer["transition"]["steps"] == []  # type: ignore[index]
+
+
+@pytest.mark.parametrize("check", ["check_plan", "check_replanning"])
+def test_a_plan_or_a_change_that_fails_its_check_is_not_shown(
+    folder: Path, check: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(f"hetis.planner.use_cases.replan.{check}", lambda *_: ["replica 0: device l4/9 does not exist"])
+    asked = ["replan", "--from", str(folder / "running.json"), "-c", str(folder / "fleet.yaml"), "--no-verify"]
+    result = invoke(*asked, "-q")
+    assert isinstance(result.exception, UncheckedPlanError)
+    assert result.stdout == ""
 
 
 def test_what_the_present_fleet_needs_is_compiled_before_the_time_runs(

@@ -235,6 +235,16 @@ def test_lower_rates_come_before_another_search_that_may_use_up_the_time(monkeyp
     assert searches == 2
 
 
+def test_lower_rates_that_are_known_are_told_from_any_rate_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake, given = Fleet(monkeypatch, {}, {FIRST_RPS: 5.0}), posed()
+    missing = fake.at_planned_rate(plan_of(FIRST_RPS, ttft_s=0.48, objective=given.objective), problem=given)
+    known = missing.with_lower_rates(2.0)
+    fake.searched_from_rps.clear()
+    found = [known.kept_below(least_rps) for least_rps in (4.0, 5.0, 6.0)]
+    assert [one and one.rate_rps for one in found] == [5.0, 5.0, None]
+    assert fake.searched_from_rps == {}, "they are not simulated again"
+
+
 @pytest.mark.parametrize("written", [None, 3, {"name": TTFT}])
 def test_what_is_not_readable_is_no_tightening(written: object) -> None:
     plan = plan_of(1.0, ttft_s=0.4, objective=Objective())

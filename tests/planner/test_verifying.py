@@ -441,7 +441,9 @@ def test_a_plan_that_misses_is_headed_and_simulated_by_the_rate_that_it_keeps(pa
     assert clause == "TTFT p95 3,451 s of 2 s"
 
 
-def test_a_plan_that_promises_less_than_the_model_is_compared_with_what_equal_stages_keep(pair: Placed) -> None:
+def test_a_plan_that_promises_less_than_the_model_is_compared_with_what_equal_stages_keep(
+    pair: Placed, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The best plan of two A100 is one of equal stages, which keeps its limits."""
     plan, problem = pair
     keeps = plan.result.value
@@ -471,6 +473,15 @@ def test_a_plan_that_promises_less_than_the_model_is_compared_with_what_equal_st
     page = plans_page([ShownPlan(name="one", plan=found, problem=problem)])
     for words in ("−30%", "in simulation; equal stages: ", "Equal stages, simulated"):
         assert words in page
+
+    def ends_early(equal: Plan, *_: Any, cancelled: threading.Event, **__: Any) -> Plan:
+        cancelled.set()
+        return replace(equal, inputs=plan.inputs)
+
+    with monkeypatch.context() as patch:
+        for unfinished in (ends_early, lambda equal, *_, **__: equal):
+            patch.setattr(equal_stages, "verified_plan", unfinished)
+            assert with_kept_rate(other) is other, "of equal stages nothing is known"
     none = replace(found, inputs={**found.inputs, EQUAL_STAGES_KEPT: 0.0})
     assert beside_equal_stages(none) == (
         "replicas of equal stages: none of the rates tried keeps the limits in simulation; "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from hetis.planner.use_cases.sources import LoadedInputs, load_inputs
 from hetis.planner.use_cases.what_if import FleetChange, Side, WhatIf, _kind_of_change, _posed, changed_inputs
 from hetis.solver.advice import Addition, Change, NodeShape, Proven, difference
 from hetis.solver.budget import Report
+from hetis.solver.constraints import WithoutTp
 from hetis.solver.plan import Objective, ObjectiveKind
 from hetis.solver.problem import EngineRules
 from tests.planner.command_line import invoke
@@ -243,6 +245,7 @@ def raise_from(arguments: list[str]) -> None:
     [
         (["--market", "L4=-1", "--buy-next"], "must be above 0"),
         (["--market", "L4=much", "--buy-next"], "is not a price"),
+        (["--market", " , ", "--buy-next"], "--market: ' , ' does not name a GPU type"),
         (["--buy-next", "--node-like", "l4-9"], "no node l4-9"),
         (["--add", "0xL4"], "must be 1 to"),
     ],
@@ -326,6 +329,22 @@ def test_more_nodes_keep_all_plans_and_fewer_keep_none_that_is_new(tmp_path: Pat
     assert narrows(fleet, add=(A10,)) == [Change.GROWN, Change.SHRUNK]
     assert narrows(fleet, remove=("x-1",)) == [Change.SHRUNK, Change.GROWN]
     assert narrows(fleet, add=(A10,), remove=("x-1",)) == [Change.OTHER, Change.OTHER]
+
+
+def test_a_constraint_more_leaves_fewer_plans_and_without_a_problem_nothing_is_known(tmp_path: Path) -> None:
+    problem = _posed(inputs_on(tmp_path, H100S), Objective(), PlacementSettings(engine=EngineRules(name="vllm-hetis")))
+    constrained = replace(problem, constraints=(*problem.constraints, WithoutTp(tp=2)))
+    assert _kind_of_change(problem, constrained) is Change.SHRUNK
+    assert _kind_of_change(constrained, problem) is Change.GROWN
+    assert _kind_of_change(None, problem) is _kind_of_change(problem, None) is Change.OTHER
+
+
+def test_a_fleet_that_lost_a_type_has_no_profile_of_it_and_no_origin(tmp_path: Path) -> None:
+    before = inputs_on(tmp_path, f"{H100S}  - {{name: y, gpus: [{{type: L4}}]}}\n")
+    assert before.origins["profiles"].keys() == before.inputs.profiles.keys() == {"H100-SXM-80GB", "L4"}
+    shape = NodeShape(gpus_per_node=1, zone=before.inputs.cluster.zones()[0])
+    after = changed_inputs(before, FleetChange(shape=shape, add=(A10,), remove=("y",)))
+    assert after.origins["profiles"].keys() == after.inputs.profiles.keys() == {"H100-SXM-80GB", "A10"}
 
 
 def test_types_on_which_the_engine_does_not_run_change_nothing(tmp_path: Path) -> None:

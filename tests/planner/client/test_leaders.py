@@ -280,3 +280,60 @@ def test_names_are_looked_up_again_when_all_places_have_failed() -> None:
     assert search.present.address == "10.0.0.2:1"
     assert search.failed(search.present, "", tried)
     assert search.present.address == "10.0.0.3:1"
+
+
+def test_places_are_tried_around_and_calls_learn_from_each_other() -> None:
+    search = LeaderSearch(("10.0.0.1:1", "10.0.0.2:1", "10.0.0.3:1"), lambda _: True)
+    first, second, third = search.in_turn
+    tried, others = set[Endpoint](), set[Endpoint]()
+    assert search.failed(first, second.address, tried), "it named the leader"
+    assert search.in_turn == (second, third, first)
+    assert search.failed(first, "", others), "another call knows a better one"
+    assert search.present == second
+    assert search.failed(second, "", tried)
+    assert search.present == third
+    assert not search.failed(second, "", {third}), "the better one has failed, too"
+    assert not search.failed(third, "", tried)
+    assert search.present == first, "after the last comes the first"
+    assert search.failed(first, "", {third})
+    assert not search.failed(second, "", {first, third})
+    assert search.present == third, "after the second comes the third"
+    assert not search.is_stale, "addresses stay what they are"
+
+
+def test_a_leader_beside_the_given_addresses_is_tried_first() -> None:
+    alone = LeaderSearch(("10.0.0.1:1",), lambda _: True)
+    assert not alone.are_several
+    assert alone.failed(alone.present, "10.0.0.3:1", set())
+    assert alone.are_several
+    search = LeaderSearch(("10.0.0.1:1", "10.0.0.2:1"), lambda _: True)
+    assert search.are_several
+    first, second = search.in_turn
+    assert search.failed(first, "10.0.0.3:1", set())
+    outside = search.present
+    assert search.in_turn == (Endpoint("10.0.0.3:1"), first, second)
+    assert not search.failed(outside, outside.address, {first, second}), "it named itself"
+    assert search.in_turn == (first, second)
+
+
+def test_a_leader_that_is_known_has_the_name_of_its_certificate_and_a_refresh_stays_with_it() -> None:
+    asked = list[Sequence[str]]()
+
+    def resolve(addresses: Sequence[str]) -> tuple[Endpoint, ...]:
+        asked.append(addresses)
+        return tuple(Endpoint(f"10.0.0.{number}:1", "planners.example") for number in (1, 2))
+
+    search = LeaderSearch(("planners.example:1",), lambda _: False, resolve)
+    first, second = search.in_turn
+    assert search.failed(first, second.address, set())
+    assert search.present == Endpoint("10.0.0.2:1", "planners.example")
+    search.refresh()
+    assert len(asked) == 1, "not all have failed"
+    assert not search.failed(first, first.address, {second})
+    assert not search.failed(second, "", {first})
+    assert search.failed(first, second.address, set())
+    assert search.is_stale
+    search.refresh()
+    assert len(asked) == 2
+    assert not search.is_stale
+    assert search.present == second

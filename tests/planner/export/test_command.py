@@ -33,6 +33,7 @@ def saved(folder: Path, plan: Plan) -> Path:
 
 def test_a_folder_has_everything_and_its_scripts_can_be_started(plan_file: Path, tmp_path: Path) -> None:
     out = tmp_path / "deep" / "out"
+    out.mkdir(parents=True)  # empty, which is as good as none
     assert run(["export", str(plan_file), "--to", "vllm", "--out", str(out), "--", "--max-model-len", "512"]) == 0
     assert sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()) == [
         *("README.md", "a/r0.sh", "a/r1.sh", "a/start.sh", "b/r2.sh", "b/start.sh"),
@@ -40,6 +41,7 @@ def test_a_folder_has_everything_and_its_scripts_can_be_started(plan_file: Path,
     ]
     assert all(os.access(path, os.X_OK) == (path.suffix == ".sh") for path in out.rglob("*.*"))
     assert "--max-model-len 512 >" in (out / "a/r0.sh").read_text(encoding="utf-8")
+    assert "vllm serve tiny " in (out / "a/r0.sh").read_text(encoding="utf-8"), "the model's name in the plan"
     assert "tiny by vllm" in (out / "README.md").read_text(encoding="utf-8")
 
 

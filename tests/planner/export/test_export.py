@@ -28,6 +28,7 @@ from tests.planner.export.plans import (
     DECODES,
     PLANS,
     PREFILL,
+    THREE,
     UNEQUAL_COPIES,
     WITH_WORKERS,
     apart,
@@ -147,6 +148,9 @@ def test_equal_copies_are_replicas_of_their_own_and_serve_the_same() -> None:
     ]
     assert [(one.rate, one.in_flight, one.kv_tokens) for one in plan.replicas] == [(2.0, 2, 500)] * 2
     assert with_single_copies(PLANS["prefill and decode"]) == (PLANS["prefill and decode"], [])
+    both = replica(on("d/0", "e/0", copies=2), role=Role.DECODE, chunk_tokens=0, in_flight=2, rate=3.0)
+    plan, _ = with_single_copies(made_of(PREFILL, both, routes=(KvRoute(prefill=0, decode=1, rate=3.0),)))
+    assert plan.kv_routes == tuple(KvRoute(prefill=0, decode=copy, rate=1.5) for copy in (1, 2))
 
 
 @pytest.mark.parametrize("name", ["--config=/tmp/evil.yaml", "--trust-remote-code", " x"])
@@ -166,6 +170,92 @@ def test_only_the_engine_that_listens_is_asked_for_its_health() -> None:
     assert headless
     assert all(one["healthcheck"] == {"disable": True} for one in headless)
     assert all("test" in one["healthcheck"] for one in services if one not in headless)
+
+
+def test_services_of_compose_share_the_hosts_network_and_run_the_image_of_their_process() -> None:
+    files = exported(PLANS["attention workers"], ExportTarget.COMPOSE).files
+    services = [
+        one
+        for path in files
+        if path.endswith("compose.yaml")
+        for one in yaml.safe_load(files[path])["services"].values()
+    ]
+    images = {SETTINGS.image: "/models/tiny", SETTINGS.worker_image: "--listen"}
+    assert {one["image"] for one in services} == images.keys()
+    for one in services:
+        assert images[one["image"]] in (*one["entrypoint"], *one["command"])
+        assert (one["network_mode"], one["ipc"], one["restart"]) == ("host", "host", "unless-stopped")
+        is_engine = one["image"] == SETTINGS.image
+        assert ("/models/tiny:/models/tiny:ro" in one.get("volumes", [])) == is_engine
+        if is_engine:
+            assert one["healthcheck"]["start_period"] == "30m", "weights take long to load"
+
+
+def test_the_front_of_hetis_launch_listens_at_its_nodes_address() -> None:
+    files = exported(PLANS["unlike replicas"], ExportTarget.HETIS_LAUNCH, port=9000).files
+    told = [line for path in ("a.sh", "b.sh") for line in files[path].splitlines() if "hetis-launch processes" in line]
+    assert [reading.option(line.split(), "--host") for line in told] == ["10.0.0.1", "10.0.0.1", "10.0.0.2"]
+    assert [reading.option(line.split(), "--port") for line in told] == ["9000", "9001", "9000"]
+
+
+def test_pods_of_several_further_stages_learn_which_node_they_are_on() -> None:
+    made = exported(made_of(replica(*THREE, in_flight=3)), ExportTarget.LWS)
+    found = [one for each in reading.manifests(made.files) for one in containers_in(each) if "$HETIS_NODE" in str(one)]
+    assert found
+    for one in found:
+        variables = {each["name"]: each for each in one["env"]}
+        assert variables["HETIS_NODE"]["valueFrom"] == {"fieldRef": {"fieldPath": "spec.nodeName"}}
+
+
+@pytest.mark.parametrize(("namespace", "inside"), [("", ""), ("serving", ".serving.svc")])
+def test_endpoints_in_a_cluster_are_in_the_namespace(namespace: str, inside: str) -> None:
+    made = exported(PLANS["one GPU"], ExportTarget.KUBERNETES, namespace=namespace)
+    [one] = json.loads(made.files["router/weights.json"])["endpoints"]
+    assert one["endpoint"] == f"hetis-r0{inside}:8000"
+
+
+@pytest.mark.parametrize(("served", "name"), [("tiny", "tiny"), ("", "/models/tiny")])
+def test_routers_know_the_model_by_the_name_that_clients_use(served: str, name: str) -> None:
+    files = exported(PLANS["one GPU"], ExportTarget.VLLM, served_name=served).files
+    [model] = yaml.safe_load(files["router/litellm.yaml"])["model_list"]
+    assert (model["model_name"], model["litellm_params"]["model"]) == (name, f"hosted_vllm/{name}")
+    assert json.loads(files["router/weights.json"])["model"] == name
+
+
+def test_ray_serves_at_the_port_and_on_one_type_of_accelerator_if_there_is_one() -> None:
+    unlike = made_of(replica(on("a/0", layers=3, gpu="H100"), on("a/1", first=3, layers=1), in_flight=2))
+    for plan, types in ((PLANS["one GPU"], {"accelerator_type": "L4"}), (unlike, {})):
+        whole = yaml.safe_load(exported(plan, ExportTarget.RAY, port=9000).files["serve.yaml"])
+        assert whole["http_options"] == {"host": "0.0.0.0", "port": 9000}
+        [config] = whole["applications"][0]["args"]["llm_configs"]
+        assert {name: text for name, text in config.items() if name == "accelerator_type"} == types
+    two = replica(on("a/0", "a/1", copies=2), in_flight=2, expert_parallel=True, kv_tokens=4096)
+    with pytest.raises(NotExportableError, match="deploys copies that share experts differently"):
+        exported(made_of(two), ExportTarget.RAY)
+
+
+def test_dynamos_workers_are_started_for_their_role_in_graphs_of_25_components() -> None:
+    sides = exported(apart("H100", "L4"), ExportTarget.DYNAMO, engine=Engine.VLLM).files
+    [graph] = [one for one in reading.manifests(sides) if one["kind"] == "DynamoGraphDeployment"]
+    for one in graph["spec"]["components"][1:]:
+        [container] = one["podTemplate"]["spec"]["containers"]
+        assert container["command"] == ["python3", "-m", "dynamo.vllm"]
+        assert reading.option(container["args"], "--disaggregation-mode") == one["type"]
+    sglang = exported(apart("H100", "L4"), ExportTarget.DYNAMO, engine=Engine.SGLANG).files
+    assert all(text.count("--disaggregation-mode") in (0, 2) for text in sglang.values()), "once for each"
+    many = made_of(*(replica(on(f"a/{i}")) for i in range(25)))
+    files = exported(many, ExportTarget.DYNAMO, hosts={}).files
+    graphs = [one for one in reading.manifests(files) if one["kind"] == "DynamoGraphDeployment"]
+    assert [len(one["spec"]["components"]) for one in graphs] == [25, 2], "with a front each"
+
+
+def test_the_picker_of_llm_d_has_a_profile_for_each_side_or_one_for_all() -> None:
+    def profiles(plan: Plan) -> list[str]:
+        found = [text for text in exported(plan, ExportTarget.LLM_D).files.values() if "EndpointPickerConfig" in text]
+        return re.findall(r"name: (decode|prefill|default)$", found[0], re.MULTILINE)
+
+    assert profiles(PLANS["prefill and decode"]) == ["decode", "prefill"]
+    assert profiles(PLANS["unlike replicas"]) == ["default"]
 
 
 def test_services_of_kserve_have_labels_of_their_own() -> None:
@@ -854,6 +944,20 @@ def test_pairs_that_routers_make_and_the_plan_rules_out_are_told(target: ExportT
     zones = {"zones": {"links": [{"between": ["east", "west"], "bandwidth": "100Gbps", "latency": "1ms"}]}}
     assert told(two_pairs(NODES, zones, keeps_zones=True)) == [f"r0 → r3, r1 → r2, {slow}"]
     assert told(replace(two_pairs(alike, {}), inputs=made_of(PREFILL).inputs)) == []
+    kept = two_pairs(NODES, zones, keeps_zones=True)
+    everywhere = tuple(replace(one, kv_zones=("east", "west") if one.kv_zones else ()) for one in kept.replicas)
+    assert not told(replace(kept, replicas=everywhere)), "planned for links between the zones"
+    documents = kept.inputs["documents"]
+    fewer = {**documents["cluster"], "nodes": [node for node in NODES if node["name"] in "ac"]}
+    fewer["network"] = {"bandwidth": "100Gbps", "latency": "20us"}
+    assert not told(replace(kept, inputs={"documents": {**documents, "cluster": fewer}})), "their nodes are gone"
+    planned_slow = [{**SLOW, "between": [*ends]} for ends in ("ac", "bd", "ad")]
+    assert not told(two_pairs(alike, {"nodes": {"links": planned_slow}}))
+    for half in (planned_slow[0], planned_slow[1]):  # only one of the two was planned for as slow a link
+        assert told(two_pairs(alike, {"nodes": {"links": [half, planned_slow[2]]}})) == [f"r0 → r3, {slow}"]
+    joined = two_pairs(alike, {"nodes": {"links": [{**SLOW, "between": ["b", "c"]}]}})
+    joined = replace(joined, kv_routes=(*joined.kv_routes, KvRoute(prefill=0, decode=3, rate=1.0)))
+    assert told(joined) == ["r1 → r2, which exchange KV over slower links than planned"], "no router can keep to it"
     others = [{**node, "gpus": [{"type": "MI300X"}]} if node["name"] in "bd" else node for node in alike]
     unlike = two_pairs(others, {}, gpu="MI300X")
     # From several stages vLLM writes the KV, by another connector than that which reads it from one.
@@ -861,7 +965,7 @@ def test_pairs_that_routers_make_and_the_plan_rules_out_are_told(target: ExportT
     staged = replace(pairs.replicas[1], stages=(on("b/0", layers=2), on("b/1", first=2, layers=2)), in_flight=2)
     pushed = replace(pairs, replicas=(pairs.replicas[0], staged, *pairs.replicas[2:]))
     if target is ExportTarget.LLM_D:  # Dynamo leaves out both, GPUs of AMD and KV that is written
-        for plan in (unlike, pushed):
+        for plan in (unlike, two_pairs(others, {"nodes": {"links": [SLOW]}}, gpu="MI300X"), pushed):
             assert told(plan) == [f"r0 → r3, r1 → r2, which cannot exchange KV{advice}"]
     for paired in (ExportTarget.KSERVE, ExportTarget.RAY):
         assert not told(two_pairs(alike, {"nodes": {"links": [SLOW]}}), paired)

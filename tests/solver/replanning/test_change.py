@@ -6,10 +6,11 @@ from dataclasses import replace
 
 import pytest
 
-from hetis.solver.model import DraftShape, LinearShape
+from hetis.solver.errors import InvalidProblemError
+from hetis.solver.model import DraftShape, LinearShape, MoeShape
 from hetis.solver.plan import AttentionWorkerPool, Role
 from hetis.solver.planning import solve_placement
-from hetis.solver.replanning.change import Fate, Holding, holdings, plan_change
+from hetis.solver.replanning.change import ChangeCosts, Fate, Holding, holdings, plan_change
 from tests.solver.instances import SMALL_FAMILY, make_model, make_node, make_problem
 
 MODEL = make_model(num_layers=6)
@@ -40,6 +41,28 @@ def shard(first: int, end: int, tp: int = 1, rank: int = 0, gpu: str = "A") -> H
 )
 def test_a_gpu_loads_what_it_does_not_have(before: Holding | None, after: Holding, expected: float) -> None:
     assert after.bytes_to_load(MODEL, before) == pytest.approx(expected)
+
+
+def test_copies_that_share_experts_load_their_part_of_them_and_leading_layers_are_dense() -> None:
+    moe = MoeShape(num_experts=8, active_experts=2, expert_intermediate=64, shared_experts=1, first_dense_layers=2)
+    model = make_model(num_layers=6, moe=moe)
+    assert model.prefix_layers == 2
+    dense = model.dense_layer_params() * model.weight_bytes
+    routed = 8 * model.expert_params() * model.weight_bytes
+    whole = model.layer_params() * model.weight_bytes
+    for copies, sparse in ((1, whole), (4, whole - 3 / 4 * routed)):
+        held = replace(shard(1, 4), attention_dp=copies)
+        assert held.bytes_to_load(model, None) == pytest.approx(dense + 2 * sparse)
+
+
+def test_a_replica_serves_from_its_start_to_the_end_of_the_horizon() -> None:
+    costs = ChangeCosts(horizon_s=100.0, restart_s=20.0, load_bytes_per_s=1e9)
+    assert costs.start_s(5e9) == 25.0
+    assert (costs.served_share(25.0), costs.served_share(200.0)) == (0.75, 0.0)
+    for wrong in ({"horizon_s": 0.0}, {"load_bytes_per_s": 0.0}, {"restart_s": -1.0}, {"horizon_s": float("inf")}):
+        with pytest.raises(InvalidProblemError, match=f"{next(iter(wrong))} is "):
+            replace(costs, **wrong)
+    assert replace(costs, restart_s=0.0).start_s(0.0) == 0.0
 
 
 def test_tied_tables_are_loaded_once() -> None:

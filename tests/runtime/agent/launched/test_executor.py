@@ -6,17 +6,20 @@ import asyncio
 import errno
 import os
 import signal
+import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from hetis.runtime.agent.launched import processes
-from hetis.runtime.agent.launched.executor import LaunchExecutor
+from hetis.runtime.agent.launched.executor import Front, LaunchExecutor, num_at_work
 from hetis.runtime.agent.launched.processes import OLD_LOGS, end_leftovers
+from hetis.runtime.agent.pressure import EngineNews, EngineReading, ScrapeState
 from hetis.runtime.moves.refusals import RefusedError
 from hetis.v1.change_pb2 import ChangeOutcome
 from hetis.v1.executor_service_pb2 import (
@@ -52,6 +55,58 @@ OTHER = "clusters/c/replicas/p-1"
 
 def state(name: str) -> AssignmentState.ValueType:
     return AssignmentState.Value(f"ASSIGNMENT_STATE_{name}")
+
+
+@pytest.mark.parametrize(
+    ("read", "counts", "at_work"),
+    [
+        (True, [(2, 1), (0, 4)], 7),
+        (True, [(0, 0)], 0),
+        (True, [(0, None)], None),
+        (True, [(2, 1), (None, 0)], None),
+        (True, [], None),
+        (False, [(2, 1)], None),
+    ],
+)
+def test_requests_at_work_are_known_only_if_an_engine_tells_of_all(
+    read: bool, counts: list[tuple[int | None, int | None]], at_work: int | None
+) -> None:
+    """An engine that is drained is stopped when it has none."""
+    readings = {
+        f"m{i}": EngineReading(model=f"m{i}", num_running=running, num_waiting=waiting)
+        for i, (running, waiting) in enumerate(counts)
+    }
+    state = ScrapeState.READ if read else ScrapeState.UNREACHABLE
+    assert num_at_work(EngineNews(state=state, readings=readings)) == at_work
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "serves"),
+    [
+        (200, b'{"data": [{"id": "tiny"}]}', True),
+        (200, b'{"data": []}', False),
+        (200, b"{}", False),
+        (200, b"<html>", False),
+        (401, b"", True),
+        (403, b"", True),
+        (503, b'{"data": [{"id": "tiny"}]}', False),
+    ],
+)
+def test_an_engine_serves_if_it_lists_a_model_or_asks_for_a_key(status: int, body: bytes, serves: bool) -> None:
+    class Answer(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Answer) as server:
+        thread = threading.Thread(target=server.handle_request)
+        thread.start()
+        assert Front(f"127.0.0.1:{server.server_port}").serves_a_model() is serves
+        thread.join()
 
 
 class Node:

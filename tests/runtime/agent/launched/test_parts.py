@@ -250,6 +250,24 @@ def two_nodes() -> Plan:
     )
 
 
+def test_stages_on_several_nodes_are_started_by_whatever_serves() -> None:
+    asked = assigned(two_nodes().replicas[0], node="a")
+    [command] = part_of(asked, settings_of(program="env A=b vllm serve"), node="a", folder=FOLDER).commands
+    assert command.shown[:4] == ("env", "A=b", "vllm", "serve")
+
+
+@pytest.mark.parametrize(
+    ("given", "used"), [(None, "/run/engines/p-0/worker.key"), ("/etc/hetis/key", "/etc/hetis/key")]
+)
+def test_the_key_of_attention_workers_is_the_one_of_the_settings_or_beside_its_files(
+    given: str | None, used: str
+) -> None:
+    asked = plan_of(stage_of(), pools=(POOL,)).replicas[0]
+    found = part(asked, "b", engine="vllm-hetis", key_file=given)
+    assert found.commands
+    assert all(f"--key-file {used}" in one.line for one in found.commands)
+
+
 def refusals() -> Iterator[tuple[object, dict[str, object], str]]:
     yield plan_of(stage_of(), pools=(POOL,)).replicas[0], {}, "it has attention workers, which vLLM only supports"
     copies = stage_of(copies=2, devices=("a/0", "a/1"), kv_head_groups_kept=8)
