@@ -277,8 +277,9 @@ def seats_limit_of(replica: ReplicaPlan, plan: Plan) -> int:
     hold; 0: no such limit, as for other roles, which run what is planned.
     """
     most = _most_seats(plan)
-    is_less = replica.role is Role.PREFILL and most is not None and most < _prompts_of(replica)
-    return most if most is not None and is_less else 0
+    if replica.role is not Role.PREFILL or most is None or most >= _prompts_of(replica):
+        return 0
+    return most
 
 
 def _most_seats(plan: Plan) -> int | None:

@@ -131,7 +131,6 @@ SizeOrBytes = Annotated[
 ]
 """Bytes, as ``80GiB`` or a whole number."""
 
-
 Bandwidth = Annotated[
     float,
     Field(gt=0),

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
+from hetis.engines.layout import seats_limit_of
 from hetis.planner.convert import names
 from hetis.planner.convert.clusters import basic_view, full_view
 from hetis.planner.convert.names import timestamp
@@ -257,14 +258,13 @@ def replica_differences(one: PlanAndProblem, other: PlanAndProblem) -> Iterator[
             matched.add(other_index)
             now = second[other_index]
             difference.kind, difference.other_index = _Kind.REPLICA_DIFFERENCE_KIND_KEPT, other_index
-            other_replica = replica_to_proto(now, other.plan)
-            changes = list(_changes(replica, now))
-            if (new := other_replica.seats_limit) != (old := difference.replica.seats_limit):
-                changes.append(f"seats_limit is {new or 'none'} instead of {old or 'none'}")
-            if changes or _without_predictions(replica) != _without_predictions(now):
+            old_limit, new_limit = difference.replica.seats_limit, seats_limit_of(now, other.plan)
+            if old_limit != new_limit or _without_predictions(replica) != _without_predictions(now):
                 difference.kind = _Kind.REPLICA_DIFFERENCE_KIND_CHANGED
-                difference.other_replica.CopyFrom(other_replica)
-                difference.changes.extend(changes)
+                difference.other_replica.CopyFrom(replica_to_proto(now, other.plan))
+                difference.changes.extend(_changes(replica, now))
+                if old_limit != new_limit:
+                    difference.changes.append(f"seats_limit is {new_limit or 'none'} instead of {old_limit or 'none'}")
         yield difference
     for index, replica in enumerate(second):
         if index not in matched:
