@@ -159,7 +159,7 @@ def test_a_bandwidth_alone_is_a_link_with_the_latency_that_is_due(
     ("written", "said"),
     [
         ("400", "400 has no unit: write it like 100Gbps or 64GB/s"),
-        ("0Gbps", "is 0Gbps, must be > 0"),
+        ("0Gbps", "is 0Gbps, must be 1bps to 1000PB/s"),
         ("400Gb/s", "did you mean 400Gbps, which is bits, or 400GB/s, bytes?"),
         ("fast", "'fast' is not a bandwidth: expected a number and one of bps, Kbps, Mbps, Gbps"),
         ("[400Gbps]", "a list is not a mapping"),
