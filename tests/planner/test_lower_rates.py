@@ -46,6 +46,37 @@ def test_the_highest_rate_below_a_missed_one_is_found_by_short_runs_and_decided_
 
 
 @pytest.mark.parametrize(
+    ("sure_rps", "excluded_rps", "long_rps", "at_least_rps", "found"),
+    [
+        (0.0, 100.0, 90.0, 0.0, 88.0),  # short runs decide nothing; long ones miss 97 and 94
+        (0.0, 100.0, 82.0, 0.0, 82.0),  # they keep 76, then 82, and 7% of 88 is the step
+        (0.0, 100.0, 10.0, 0.0, None),
+        (0.0, 60.0, 90.0, 0.0, 72.75),  # short runs exclude 76, so long ones try 50 and halve what is between
+        (0.0, 100.0, 60.0, 80.0, None),
+        (20.0, 100.0, 90.0, 0.0, 88.8),  # after five steps above 19.92, halves what is left below 100
+        (20.0, 40.0, 90.0, 0.0, 48.6),  # short runs exclude 50
+        (20.0, 21.0, 90.0, 0.0, 27.94),
+    ],
+)
+def test_rates_that_short_runs_leave_undecided_are_decided_by_long_ones(
+    sure_rps: float, excluded_rps: float, long_rps: float, at_least_rps: float, found: float | None
+) -> None:
+    """As where a share of the requests misses a strict limit at any rate, because their prompts alone take too long."""
+    decided = list[float]()
+
+    def seems_sure(rate_rps: float) -> bool | None:
+        return rate_rps <= sure_rps or (None if rate_rps <= excluded_rps else False)
+
+    def is_sure(rate_rps: float) -> bool:
+        decided.append(rate_rps)
+        return rate_rps <= long_rps
+
+    kept_rps = LowerRates(seems_sure, is_sure).highest(100.0, at_least_rps)
+    assert kept_rps == (None if found is None else pytest.approx(found, rel=0.02))
+    assert kept_rps is None or (at_least_rps <= kept_rps <= long_rps and kept_rps in decided)
+
+
+@pytest.mark.parametrize(
     ("long_rps", "runs", "found"),
     [
         (90.0, 1, 69.5),  # long runs before it is cancelled: at 69.5, then at 74.4

@@ -39,13 +39,14 @@ class LowerRates:
     """A search for the highest rate that keeps the limits. Short runs search for it, and longer ones decide.
 
     Args:
-        seems_sure: whether short runs at a rate keep the limits by more than chance.
+        seems_sure: whether short runs at a rate keep the limits by more than chance; None: they do, perhaps by chance.
         is_sure: whether long ones do. The wide intervals of short runs exclude rates that long runs show to be kept.
     """
 
-    def __init__(self, seems_sure: Callable[[float], bool], is_sure: Callable[[float], bool]) -> None:
+    def __init__(self, seems_sure: Callable[[float], bool | None], is_sure: Callable[[float], bool]) -> None:
         self._short, self._long = seems_sure, is_sure
         self._likely: list[float] = []  # rates that short runs keep
+        self._excluded_rps = math.inf  # lowest rate that short runs miss by more than chance
         self._missed_rps = math.inf  # lowest rate that long runs miss
 
     @property
@@ -56,21 +57,27 @@ class LowerRates:
     def highest(self, missed_rps: float, at_least_rps: float) -> float | None:
         """Return the highest rate found below one that misses a limit; None: none of those tried keeps the limits.
 
-        Rates below ``at_least_rps`` are not of interest.
+        Rates below ``at_least_rps`` are not of interest. If short runs leave all rates undecided that they do not
+        exclude, as where a share of the requests misses a strict limit at any rate, long runs decide on each of them.
         """
-        low = high = missed_rps
+        low, undecided = missed_rps, list[tuple[float, float]]()  # rates, each with the next higher one
         for share in BELOW:
             low, high = max(share * missed_rps, at_least_rps), low
             if low >= high:
-                return None
-            if self._seems_sure(low):
                 break
-        else:
-            return None
+            seems_sure = self._seems_sure(low)
+            if seems_sure:
+                return self._sure_near(self._highest_likely(low, high), at_least_rps=at_least_rps, below_rps=missed_rps)
+            undecided += [(low, high)] if seems_sure is None else []
+        kept = next(((rate_rps, high) for rate_rps, high in undecided if self._is_sure(rate_rps)), None)
+        return None if kept is None else self._sure_between(*kept, step_rps=COARSE * kept[1])
+
+    def _highest_likely(self, low: float, high: float) -> float:
+        """Return the highest rate found that short runs keep, as they do the lower of these rates."""
         while high - low > PRECISE * high:
             middle = (low + high) / 2.0
             low, high = (middle, high) if self._seems_sure(middle) else (low, middle)
-        return self._sure_near(low, at_least_rps=at_least_rps, below_rps=missed_rps)
+        return low
 
     def _sure_near(self, rate_rps: float, *, at_least_rps: float, below_rps: float) -> float | None:
         """Return the highest rate found that keeps the limits in long runs, if ``rate_rps`` does in short ones.
@@ -83,28 +90,34 @@ class LowerRates:
                 for _ in range(MOST_HIGHER):
                     higher_rps = (1.0 + COARSE) * rate_rps
                     if higher_rps >= below_rps or not self._is_sure(higher_rps):
-                        break
+                        return rate_rps
                     rate_rps = higher_rps
+                high = min(below_rps, self._excluded_rps)  # up to which short runs left undecided what long ones keep
+                return self._sure_between(rate_rps, high, step_rps=COARSE * rate_rps)
             return rate_rps
-        kept = missed = 1.0  # shares of the rate
+        low = rate_rps
         for share in LESS:
-            kept, missed = max(share, at_least_rps / rate_rps), kept
-            if kept >= missed:
+            low, high = max(share * rate_rps, at_least_rps), low
+            if low >= high:
                 return None
-            if self._is_sure(kept * rate_rps):
-                break
-        else:
-            return None
-        with suppress(CancelledError):
-            while missed - kept > COARSE:
-                middle = (missed + kept) / 2.0
-                kept, missed = (middle, missed) if self._is_sure(middle * rate_rps) else (kept, middle)
-        return kept * rate_rps
+            if self._is_sure(low):
+                return self._sure_between(low, high, step_rps=COARSE * rate_rps)
+        return None
 
-    def _seems_sure(self, rate_rps: float) -> bool:
+    def _sure_between(self, low: float, high: float, *, step_rps: float) -> float:
+        """Return the highest rate found that long runs keep, as they do the lower of these rates and not the higher."""
+        with suppress(CancelledError):
+            while high - low > step_rps:
+                middle = (low + high) / 2.0
+                low, high = (middle, high) if self._is_sure(middle) else (low, middle)
+        return low
+
+    def _seems_sure(self, rate_rps: float) -> bool | None:
         kept = self._short(rate_rps)
         if kept:
             self._likely.append(rate_rps)
+        elif kept is False:
+            self._excluded_rps = min(self._excluded_rps, rate_rps)
         return kept
 
     def _is_sure(self, rate_rps: float) -> bool:

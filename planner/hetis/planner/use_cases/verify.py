@@ -242,8 +242,9 @@ def at_planned_rate(
         return all(run.sure and _is_calm(run.summary) for run in runs)
 
     def kept_below(at_least_rps: float) -> KeptRate | None:
-        def seems_sure(rate_rps: float) -> bool:
-            return simulate(settings, rate_rps, ordinary).sure
+        def seems_sure(rate_rps: float) -> bool | None:
+            found = simulate(settings, rate_rps, ordinary)
+            return found.sure or (None if found.within else False)
 
         search = LowerRates(seems_sure, is_sure)
         try:
