@@ -7,6 +7,7 @@ import json
 import math
 import re
 import threading
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -100,6 +101,15 @@ def placed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def pair(placed: Path) -> Placed:
     found = load_plan_and_problem(str(placed))
     return found.plan, found.problem
+
+
+@pytest.fixture(scope="module")
+def run(pair: Placed) -> TriedRate:
+    """The plan at its rate."""
+    limits = pair[0].objective
+    found = simulated_at(*pair, default_rate(*pair), limits, seed=0, cancelled=threading.Event(), report=silent)
+    assert found is not None
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -600,12 +610,10 @@ def test_a_verdict_needs_only_the_runs_at_the_planned_rate(
 
 @pytest.mark.parametrize("in_time", [True, False])
 def test_a_rate_that_only_short_runs_kept_in_time_is_shown_with_a_note(
-    pair: Placed, monkeypatch: pytest.MonkeyPatch, in_time: bool
+    pair: Placed, run: TriedRate, monkeypatch: pytest.MonkeyPatch, in_time: bool
 ) -> None:
     plan, problem = pair
     cancelled, planned_rps = threading.Event(), default_rate(plan, problem)
-    run = simulated_at(plan, problem, planned_rps, plan.objective, seed=0, cancelled=cancelled, report=silent)
-    assert run is not None
 
     def tried(*args: Any, **options: Any) -> TriedRate | None:
         rate_rps, lengths = args[2], options["lengths"]
@@ -625,6 +633,67 @@ def test_a_rate_that_only_short_runs_kept_in_time_is_shown_with_a_note(
         f"{verification.kept_rps:.4g} requests/s kept the limits in a run of 4,000 requests, which longer runs have not"
     )
     assert [note in one for one in found.notes] == [True] * (not in_time)
+
+
+@pytest.mark.parametrize(
+    ("missed", "kept_share"),
+    [
+        (lambda share, seed, short: share >= 0.9 and not short, 0.9),
+        (lambda share, seed, short: share >= 0.7 and seed == 1, 0.7),  # the traffic that no short run has seen
+        (lambda share, seed, short: share >= 0.5 or (share >= 0.3 and seed == 1), 0.3),
+    ],
+)
+def test_below_a_missed_rate_one_is_kept_that_long_runs_of_two_kinds_of_traffic_keep(
+    pair: Placed,
+    run: TriedRate,
+    monkeypatch: pytest.MonkeyPatch,
+    missed: Callable[[float, int, bool], bool],
+    kept_share: float,
+) -> None:
+    plan, problem = pair
+    planned_rps = default_rate(plan, problem)
+
+    def tried(*args: Any, **options: Any) -> TriedRate:
+        short = options["lengths"] == (num_requests_of(plan),)
+        kept = args[2] < planned_rps and not missed(args[2] / planned_rps, options["seed"], short)
+        return replace(run, within=kept, kept=kept, sure=kept, close=False)
+
+    monkeypatch.setattr(verify, "simulated_at", tried)
+    found = verification_of(again(replace(plan, inputs={}, notes=()), problem))
+    assert found is not None
+    assert found.kept_rps is not None
+    assert 0.93 * kept_share <= found.kept_rps / planned_rps < kept_share
+
+
+@pytest.mark.parametrize(
+    ("sure", "growth", "factor"),
+    [
+        (lambda seed, length: True, 0.0, verify.MORE[0]),
+        (lambda seed, length: seed == 0, 0.0, 1.0),
+        (lambda seed, length: True, 2 * verify.CALM, 1.0),
+    ],
+)
+def test_a_higher_rate_is_kept_if_two_kinds_of_traffic_keep_it_and_the_wait_hardly_grows(
+    pair: Placed,
+    run: TriedRate,
+    monkeypatch: pytest.MonkeyPatch,
+    sure: Callable[[int, tuple[int, ...]], bool],
+    growth: float,
+    factor: float,
+) -> None:
+    plan, problem = pair
+    planned_rps = default_rate(plan, problem)
+
+    def tried(*args: Any, **options: Any) -> TriedRate:
+        is_higher = args[2] > planned_rps
+        summary = replace(run.summary, steady=True, growth=replace(run.summary.growth, value=growth * is_higher))
+        is_sure = not is_higher or sure(options["seed"], options["lengths"])
+        return replace(run, summary=summary, within=is_sure, kept=is_sure, sure=is_sure, close=False)
+
+    monkeypatch.setattr(verify, "simulated_at", tried)
+    found = verification_of(again(replace(plan, inputs={}, notes=()), problem))
+    assert found is not None
+    assert found.kept_rps == pytest.approx(factor * planned_rps)
 
 
 @pytest.mark.parametrize("first_s", [1.0, 10.0])
