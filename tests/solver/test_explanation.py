@@ -37,7 +37,7 @@ from hetis.solver.planning import solve_placement
 from hetis.solver.problem import EngineRules, PlacementProblem
 from tests.solver import test_check_roles
 from tests.solver.claimed_plans import claimed, plan_of, unclaimed
-from tests.solver.instances import SMALL_FAMILY, make_model, make_node, make_problem, make_profile, problems
+from tests.solver.instances import NO_LIMITS, SMALL_FAMILY, make_model, make_node, make_problem, make_profile, problems
 from tests.solver.searching import plan_or_none
 from tests.solver.test_check import (
     A_ALONE,
@@ -218,6 +218,29 @@ def test_idle_gpus_are_not_needed_for_a_demand_only_if_the_plan_meets_it(kind: O
         asked = replace(problem.objective, demand_rps=demand_rps)
         (idle,) = explain_plan(replace(plan, objective=asked), replace(problem, objective=asked)).idle
         assert (f"by the model, the demand of {demand_rps:g} requests/s is met without them" in idle.reason) is is_met
+
+
+@pytest.mark.parametrize("kind", [ObjectiveKind.COST, ObjectiveKind.GPUS])
+@pytest.mark.parametrize("strategy", ["hetis", "hexgen"])
+def test_the_cost_of_a_shape_that_was_not_chosen_is_that_of_its_gpus(kind: ObjectiveKind, strategy: str) -> None:
+    prices = {"A": 1.0, "B": 3.0} if kind is ObjectiveKind.COST else {"A": 1.0, "B": 1.0}
+    nodes = [make_node("a", "A", gpus=2, nodes=4), make_node("b", "B", nodes=4)]
+    asked = replace(NO_LIMITS, kind=kind, demand_rps=2000.0)
+    plan = solve_placement(make_problem(nodes, usd_per_hour=prices, objective=asked), strategy=strategy)
+    taken = plan.result.value / sum(one.rate for one in plan.replicas)
+    assert plan.runners_up
+    for one in plan.runners_up:
+        said = re.fullmatch(r"(\S+) (?:USD/h|GPUs) per request/s, where (.*) (\S+)", one.reason)
+        assert said is not None, one.reason
+        gpus = re.findall(r"([AB]) TP(\d) x(\d)", one.shape)
+        each = sum(prices[gpu] * int(tp) * int(copies) for gpu, tp, copies in gpus) / one.rate
+        assert float(said[1]) == pytest.approx(each, rel=1e-3)
+        if one.shape.startswith("prefill"):
+            assert said[2] == "prefill work is worth"
+            assert float(said[3]) < taken, "decoding costs the rest"
+        else:
+            assert said[2] == "the plan takes"
+            assert float(said[3]) == pytest.approx(taken, rel=1e-3)
 
 
 def test_strategy_without_attention_workers_says_so() -> None:
