@@ -124,6 +124,115 @@ def test_splitwise_gives_two_phases_and_marks_the_capped_host(tmp_path: Path) ->
     assert table.text("model") == ["meta-llama/Llama-2-70b-hf"] * 2
 
 
+META = """gpu: NVIDIA GeForce RTX 4090
+model: 'meta-llama/Llama-3.1-8B'
+variant: bf16
+vllm_version: 0.19.0
+engine_effective:
+  model: /tmp/one_layer
+"""
+BATCHES = "prefill_chunk,kv_prefill,n_decode,kv_decode,time_us\n"
+OPERATORS = "layer,tokens,time_us\n"
+
+
+def profiled(
+    tmp_path: Path, table: str, *, meta: str | None = META, folder: str = "tp2", name: str = "attention.csv"
+) -> Path:
+    """Write a table where LLMServingSim's profiler would, and return its path."""
+    if meta is not None:
+        (tmp_path / "meta.yaml").write_text(meta)
+    (tmp_path / folder).mkdir()
+    return written(tmp_path / folder, table, name)
+
+
+def test_folders_of_llmservingsim_s_profiler_say_what_its_tables_do_not(tmp_path: Path) -> None:
+    rows = "512,2048,0,0,184.3\n0,0,4,1024,30\n0,0,1,16,8\n"
+    mixed = (
+        "".join(f"512,2048,4,1024,{time}\n" for time in (150.0, 321.45, 700.0)) + "512,2048,1,16,999\n512,0,4,1024,9\n"
+    )
+    (measured,) = import_tables("llmservingsim", [profiled(tmp_path, BATCHES + mixed + rows)])
+    by = measured.provenance
+    assert (measured.gpu, by.tool, by.engine, by.engine_version) == (
+        "RTX-4090",
+        "casys-kaist/LLMServingSim",
+        "vLLM",
+        "0.19.0",
+    )
+    heads = {"query_heads": [16], "kv_heads": [4], "head_dim": [128]}
+    decode, prefill = ({name: column.tolist() for name, column in one.columns.items()} for one in measured.tables)
+    assert prefill == {
+        "batch": [1],
+        "tokens": [512],
+        "past_tokens": [2048],
+        **heads,
+        "seconds": [pytest.approx(184.3e-6)],
+    }
+    assert decode == {
+        "batch": [4, 1], "context_tokens": [1024, 16], "seconds": [pytest.approx(30e-6), pytest.approx(8e-6)],
+        **{name: 2 * column for name, column in heads.items()},
+    }  # fmt: skip
+    assert [table.op for table in measured.tables] == [MeasuredOp.DECODE_ATTENTION, MeasuredOp.PREFILL_ATTENTION]
+    (note,) = measured.notes
+    assert (
+        "Meta-Llama-3.1-8B TP 2 in the serving range take 1.50 times the sum (0.86 to 2.91 in 8 of 10; 3 rows)" in note
+    )
+
+
+def test_operators_of_llmservingsim_s_profiler_make_a_layer(tmp_path: Path) -> None:
+    names = ("embedding", "layernorm", "qkv_proj", "rotary_emb", "o_proj", "gate_up_proj", "act_fn", "down_proj")
+    table = OPERATORS + "".join(f"{name},64,{10 + place}\n" for place, name in enumerate(names))
+    (measured,) = import_tables("llmservingsim", [profiled(tmp_path, table, name="dense.csv")])
+    (layer,) = measured.tables
+    params = dict(zip(layer.text("op"), layer.numbers("params"), strict=True))
+    assert params == {
+        "input_layernorm": 0, "post_layernorm": 0, "qkv_proj": 4096 * 6144 / 2, "rotary_emb": 0,
+        "o_proj": 4096 * 4096 / 2, "gate_up_proj": 4096 * 14336, "act_fn": 0, "down_proj": 4096 * 14336 / 2,
+    }  # fmt: skip
+    assert layer.seconds.sum() == pytest.approx(1e-6 * (sum(range(11, 18)) + 11)), "the norm is called twice"
+    assert measured.notes == ("experts, embeddings, LM head and the attention among the layers are left out",)
+
+
+@pytest.mark.parametrize(
+    ("meta", "folder", "row", "said"),
+    [
+        (None, "tp2", "0,0,1,16,8", "the table itself says neither GPU nor model"),
+        (
+            None,
+            "bf16",
+            "0,0,1,16,8",
+            "is in the folder bf16, expected tp1, tp2, ...: the table does not say its TP degree",
+        ),
+        (
+            META.replace("RTX 4090", "H100"),
+            "tp2",
+            "0,0,1,16,8",
+            "meta.yaml: gpu: is 'NVIDIA GeForce H100', no GPU of the ",
+        ),
+        (
+            META.replace("Llama-3.1", "Llama-9"),
+            "tp2",
+            "0,0,1,16,8",
+            "model: is 'meta-llama/Llama-9-8B', not a model of the",
+        ),
+        (META.replace("meta-llama/Llama-3.1-8B", "DeepSeek-V3"), "tp2", "0,0,1,16,8", "whose attention is latent"),
+        (META, "tp3", "0,0,1,16,8", "whose 32 heads TP 3 does not divide"),
+        (
+            META.replace("bf16", "fp8"),
+            "tp2",
+            "0,0,1,16,8",
+            "variant: is 'fp8', expected bf16 or fp16: weights and KV of 16",
+        ),
+        (META, "tp2", "0,0,0,16,8", "row 2: n_decode: is 0, and so is prefill_chunk: nothing is attended to"),
+        (META, "tp2", "0,0,2,0,8", "row 2: kv_decode: is 0, must be >= 1"),
+        (META, "tp2", "0,0,-2,9,8", "row 2: n_decode: is -2, must be >= 0"),
+    ],
+)
+def test_tables_of_llmservingsim_s_profiler_in_the_wrong_place_are_refused(
+    tmp_path: Path, meta: str | None, folder: str, row: str, said: str
+) -> None:
+    assert said in message("llmservingsim", profiled(tmp_path, f"{BATCHES}{row}\n", meta=meta, folder=folder))
+
+
 def test_a_right_unit_passes_and_a_wrong_one_does_not(tmp_path: Path) -> None:
     assert len(import_tables("aiconfigurator", [written(tmp_path, gemm_rows())])) == 1
     for factor, share in ((1e3, "0.0005 of"), (1e-3, "500 times")):

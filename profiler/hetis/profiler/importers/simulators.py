@@ -4,10 +4,18 @@ Mutinifni/splitwise-sim; MIT).
 
 from __future__ import annotations
 
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
 from hetis.formats import catalogue
+from hetis.formats.errors import DocumentError, Problem, single_problem
+from hetis.formats.files import read_text
 from hetis.formats.measurements import MeasuredBy, MeasuredOp
-from hetis.profiler.importers.reading import Collection, Sheet, SheetRow
-from hetis.solver.model import ModelSpec
+from hetis.profiler.importers.reading import Collection, Sheet, SheetRow, catalogue_name
+from hetis.solver.model import AttentionKind, ModelSpec
 
 _VIDUR = MeasuredBy(tool="microsoft/vidur", engine="Sarathi-Serve", source="data/profiles", licence="MIT")
 _SERVING_SIM = MeasuredBy(tool="casys-kaist/LLMServingSim", engine="vLLM", source="data/profiles", licence="MIT")
@@ -40,11 +48,17 @@ _TOPOLOGIES = {
     "a100_pairwise_nvlink": "A100-PCIe-80GB",
     "h100_pairwise_nvlink": "H100-PCIe-80GB",
 }
+# Since 2026 its profiler leaves what all rows share to the folders: `meta.yaml` and `tpN/attention.csv`, for example.
+_MIXED = ("prefill_chunk", "kv_prefill", "n_decode", "kv_decode")
 _SERVING_SIM_FORMS = {
     "layers": ("gpu", "model", "layer", "tokens", "tp", "latency_ns"),
     "attention": _ATTENTION_COLUMNS,
+    "dense.csv": ("layer", "tokens", "time_us"),
+    "attention.csv": (*_MIXED, "time_us"),
 }
-_SERVING_SIM_ELEMENTWISE = ("input_layernorm", "post_layernorm", "rope", "act_fn")
+_SERVING_SIM_ELEMENTWISE = ("input_layernorm", "post_layernorm", "rope", "rotary_emb", "qk_norm", "act_fn")
+_META = re.compile(r"^(gpu|model|variant|vllm_version):[ \t]*(.*?)[ \t\r]*$", re.MULTILINE)
+_TWICE = {"layernorm": ("input_layernorm", "post_layernorm")}  # timed once, and called twice in a layer
 _COUNTS = {
     "tp": "tensor_parallel",
     "batch": "batch_size",
@@ -69,13 +83,20 @@ def read_vidur(sheet: Sheet, into: Collection) -> None:
 
 
 def read_llmservingsim(sheet: Sheet, into: Collection) -> None:
-    """Add attention, in ms, or the operators of a layer, in ns.
+    """Add attention or the operators of a layer: in ms and ns, or in µs from the tables of its present profiler.
 
     Embeddings, LM head, the attention among the layers, and experts are left out.
     """
     form = sheet.require(_SERVING_SIM_FORMS)
+    run = _run_of(sheet.file) if form.endswith(".csv") else None
+    if run is not None and form == "attention.csv":
+        _batches(sheet, run, into)
+        return
     for row in sheet:
-        if gpu := row.gpu("gpu"):
+        if run is not None:
+            for op in _TWICE.get(row.text("layer"), (row.text("layer"),)):
+                _operator(row, run, op, row.seconds("time_us", unit_s=1e-6), "time_us", into)
+        elif gpu := row.gpu("gpu"):
             if form == "attention":
                 _attention(row, gpu, _SERVING_SIM, "vllm_attention", into)
             else:
@@ -192,23 +213,119 @@ def _step(row: SheetRow, into: Collection) -> None:
         into.add(gpu, _VIDUR, MeasuredOp.STEP, "sampler_e2e", row, time, batch=batch, tokens=batch, seconds=seconds)
 
 
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """What a table of LLMServingSim's does not say row by row."""
+
+    gpu: str
+    by: MeasuredBy
+    model: ModelSpec
+    tp: int
+
+
+def _run_of(file: str) -> _Run:
+    """Return what the folders of a table say: ``VARIANT/meta.yaml`` and ``VARIANT/tpN``. Raises DocumentError."""
+    folder = Path(file).absolute().parent
+    degree = re.fullmatch(r"tp([1-9]\d{0,3})", folder.name)
+    if degree is None:
+        message = f"is in the folder {folder.name}, expected tp1, tp2, ...: the table does not say its TP degree"
+        raise single_problem(file, message)
+    meta = folder.parent / "meta.yaml"
+    try:
+        found = dict(_META.findall(read_text(meta)))
+    except DocumentError as error:
+        without = Problem(file=file, message="the table itself says neither GPU nor model")
+        raise DocumentError([*error.problems, without]) from None
+    said = {name: found.get(name, "").strip("'\"") for name in ("gpu", "model", "variant", "vllm_version")}
+    gpu, model, tp = catalogue_name(said["gpu"]), catalogue.known_model(said["model"]), int(degree[1])
+    wrong = {
+        "gpu": "no GPU of the catalogue, or several" if gpu is None else "",
+        "model": "not a model of the catalogue" if model is None else _unread(model, tp),
+        "variant": "" if said["variant"] in ("bf16", "fp16") else "expected bf16 or fp16: weights and KV of 16 bits",
+    }
+    problems = [
+        Problem(file=str(meta), path=name, message=f"is {said[name]!r}, {why}") for name, why in wrong.items() if why
+    ]
+    if gpu is None or model is None or problems:
+        raise DocumentError(problems)
+    by = _SERVING_SIM.model_copy(update={"engine_version": said["vllm_version"], "source": "profiler/perf"})
+    return _Run(gpu, by, model, tp)
+
+
+def _unread(model: ModelSpec, tp: int) -> str:
+    """Return why attention of a rank cannot be told from the model, or nothing."""
+    if model.attention is AttentionKind.MLA:
+        return "whose attention is latent: its tables are not read"
+    return f"whose {model.q_heads} heads TP {tp} does not divide" if model.q_heads % tp else ""
+
+
+def _batches(sheet: Sheet, run: _Run, into: Collection) -> None:
+    """Add attention of a chunk of a prompt, or of decoding requests; and note how long both take in one kernel.
+
+    Profiles have no such operator: plans count the sum of the two.
+    """
+    model, tp = run.model, run.tp
+    shape = {
+        "query_heads": model.q_heads // tp,
+        "kv_heads": max(1, model.kv_heads // tp),
+        "head_dim": model.head_dim,
+    }
+    kernel, alone, mixed = "vllm_attention", dict[tuple[int, ...], float](), list[tuple[tuple[int, ...], float]]()
+    for row in sheet:
+        sizes = [row.count(name, least=0) for name in _MIXED]
+        seconds = row.seconds("time_us", unit_s=1e-6)
+        if None in sizes or seconds is None:
+            continue
+        chunk, past, batch, context = (int(size or 0) for size in sizes)
+        if chunk and batch:
+            mixed.append(((chunk, past, batch, context), seconds))
+            continue
+        alone[chunk, past, batch, context] = seconds
+        counts: dict[str, int | None]
+        if chunk:
+            op, counts = MeasuredOp.PREFILL_ATTENTION, {"batch": 1, "tokens": chunk, "past_tokens": past}
+        elif batch:
+            op, counts = MeasuredOp.DECODE_ATTENTION, {"batch": batch, "context_tokens": row.count("kv_decode")}
+        else:
+            row.refuse("n_decode", "is 0, and so is prefill_chunk: nothing is attended to")
+            continue
+        into.add(run.gpu, run.by, op, kernel, row, "time_us", **counts, **shape, seconds=seconds)
+    ratios = [
+        seconds / (alone[chunk, past, 0, 0] + alone[0, 0, batch, context])
+        for (chunk, past, batch, context), seconds in mixed
+        if batch >= 4 and 256 <= context <= 16384 and (chunk, past, 0, 0) in alone and (0, 0, batch, context) in alone
+    ]
+    if ratios:
+        low, median, high = np.percentile(ratios, (10, 50, 90))
+        note = (
+            "rows of chunks beside decoding requests are left out: plans count the sum of the two. Those of "
+            f"{model.name} TP {tp} in the serving range take {median:.2f} times the sum "
+            f"({low:.2f} to {high:.2f} in 8 of 10; {len(ratios):,} rows)"
+        )
+        into.note(run.gpu, run.by, note)
+
+
 def _catalogued_layer(row: SheetRow, gpu: str, into: Collection) -> None:
     """Add an operator of LLMServingSim's, whose sizes the catalogue has."""
     model, op, tp = catalogue.known_model(row.text("model")), row.text("layer"), row.count("tp")
     if model is None:
         row.refuse("model", f"is {row.text('model')!r}, which is not a model of the catalogue")
         return
-    seconds, tokens = row.seconds("latency_ns", unit_s=1e-9), row.count("tokens")
-    params = _params(model, op)
-    if tp is None:
-        return
+    seconds = row.seconds("latency_ns", unit_s=1e-9)
+    if tp is not None:
+        _operator(row, _Run(gpu, _SERVING_SIM, model, tp), op, seconds, "latency_ns", into)
+
+
+def _operator(row: SheetRow, run: _Run, op: str, seconds: float | None, time: str, into: Collection) -> None:
+    """Add an operator of a layer, unless hetis has none like it, or it has other sizes than in a plain layer."""
+    model, tokens, params = run.model, row.count("tokens"), _params(run.model, op)
     if params is None or model.moe is not None or model.linear is not None or model.gated_attention:
         note = "experts, embeddings, LM head and the attention among the layers are left out"
-        into.note(gpu, _SERVING_SIM, note)
+        into.note(run.gpu, run.by, note)
         return
     into.add(
-        gpu, _SERVING_SIM, MeasuredOp.LAYER, "torch", row, "latency_ns",
-        model=model.name, op=op, tp=tp, tokens=tokens, hidden=model.hidden, params=params // tp, weight_bits=16,
+        run.gpu, run.by, MeasuredOp.LAYER, "torch", row, time,
+        model=model.name, op=op, tp=run.tp, tokens=tokens, hidden=model.hidden, params=params // run.tp, weight_bits=16,
         seconds=seconds,
     )  # fmt: skip
 
@@ -216,7 +333,14 @@ def _catalogued_layer(row: SheetRow, gpu: str, into: Collection) -> None:
 def _params(model: ModelSpec, op: str) -> int | None:
     if op in _SERVING_SIM_ELEMENTWISE:
         return 0
-    heads = {"q_proj": model.q_heads, "k_proj": model.kv_heads, "v_proj": model.kv_heads, "o_proj": model.q_heads}
+    heads = {
+        "q_proj": model.q_heads,
+        "k_proj": model.kv_heads,
+        "v_proj": model.kv_heads,
+        "qkv_proj": model.q_heads + 2 * model.kv_heads,
+        "o_proj": model.q_heads,
+    }
     if op in heads:
         return heads[op] * model.head_dim * model.hidden
-    return model.intermediate * model.hidden if op in ("gate_proj", "up_proj", "down_proj") else None
+    matrices = {"gate_proj": 1, "up_proj": 1, "down_proj": 1, "gate_up_proj": 2}
+    return matrices[op] * model.intermediate * model.hidden if op in matrices else None
