@@ -17,14 +17,14 @@ from hetis.solver.cluster import Link, Network
 from hetis.solver.errors import InfeasibleError
 from hetis.solver.model import LinearShape
 from hetis.solver.placement import search, solve
-from hetis.solver.placement.families import STRATEGIES
+from hetis.solver.placement.families import STRATEGIES, run_by
 from hetis.solver.placement.infeasible import trials, why_infeasible
 from hetis.solver.placement.infeasible.relaxations import PRECISION
 from hetis.solver.placement.infeasible.trials import MAX_TRIALS
 from hetis.solver.placement.wording import in_bytes
 from hetis.solver.plan import Objective, ObjectiveKind, Role
 from hetis.solver.planning import solve_placement
-from hetis.solver.problem import PlacementProblem
+from hetis.solver.problem import EngineRules, PlacementProblem
 from tests.solver.instances import NO_LIMITS, SMALL_FAMILY, make_model, make_node, make_problem, make_profile, problems
 from tests.solver.oracle import best_plan_value
 
@@ -261,6 +261,28 @@ def test_replica_of_one_type_is_measured_by_one_type() -> None:
     with pytest.raises(InfeasibleError) as caught:
         solve_placement(problem, strategy="uniform")
     assert "; a replica of one device class, at most 2 A, has " in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("min_layers", "said"),
+    [
+        (7, r"tiny has 6 layers, fewer than the 7 that every stage is to have$"),
+        (4, r"tiny needs .*, but no replica of one stage of at least 4 layers keeps every GPU within its memory$"),
+        (1, r"$"),
+    ],
+)
+def test_stages_that_must_be_longer_than_the_cards_allow_are_named(min_layers: int, said: str) -> None:
+    """Three cards hold the model, three layers each at most, and no card holds four."""
+    model = make_model(num_layers=6)
+    layer = model.layer_params() * model.weight_bytes
+    profile = make_profile("A", usable_bytes=int(1_000_000 + 3.6 * layer))
+    family = run_by(SMALL_FAMILY, EngineRules(name="vllm-hetis", min_layers=min_layers))
+    problem = make_problem([make_node("a", "A", nodes=3)], profiles={"A": profile}, model=model, family=family)
+    if min_layers == 1:
+        assert solve_placement(problem).replicas
+        return
+    reason, *_ = reasons(problem)
+    assert re.match(said, reason)
 
 
 # --- effort

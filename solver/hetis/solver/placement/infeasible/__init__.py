@@ -223,6 +223,8 @@ def _shortages(costs: CostTables) -> Iterator[str]:
             for gpu, profile in profiles.items()
         )
     problem, model = costs.problem, min(costs.problem.models(), key=lambda model: model.weight_bytes)
+    if (fewest := _fewest_layers(problem)) > model.num_layers:
+        yield f"{model.name} has {model.num_layers} layers, fewer than the {fewest} that every stage is to have"
     room, whose = _usable_by_a_replica(costs)
     weights = model.params() * model.weight_bytes
     tables, decodes = costs.scopes[-1].tables, [mix.micro_batch > 0 for mix in costs.mixes]
@@ -263,11 +265,16 @@ def _shortages(costs: CostTables) -> Iterator[str]:
     )
 
 
+def _fewest_layers(problem: PlacementProblem) -> int:
+    return 1 if problem.family.engine is None else problem.family.engine.min_layers
+
+
 def _whole_replica(problem: PlacementProblem, model: ModelSpec) -> str:
     """Return what a replica of the family may be split into."""
-    engine = problem.family.engine
+    engine, fewest = problem.family.engine, _fewest_layers(problem)
+    of_layers = "of whole layers" if fewest == 1 else f"of at least {fewest} layers"
     if engine is None or max(engine.stages_of(role, model) for role in problem.family.roles) > 1:
-        return "split into stages of whole layers"
+        return f"split into stages {of_layers}" if 2 * fewest <= model.num_layers else f"replica of one stage {of_layers}"
     if engine.max_stages == 1:
         return "replica of one stage"
     why = ", as its layers share indexers" if engine.keeps_indexers_together(model) else ""
