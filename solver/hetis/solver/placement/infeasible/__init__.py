@@ -274,7 +274,7 @@ def _whole_replica(problem: PlacementProblem, model: ModelSpec) -> str:
     engine, fewest = problem.family.engine, _fewest_layers(problem)
     of_layers = "of whole layers" if fewest == 1 else f"of at least {fewest} layers"
     if engine is None or max(engine.stages_of(role, model) for role in problem.family.roles) > 1:
-        return f"split into stages {of_layers}" if 2 * fewest <= model.num_layers else f"replica of one stage {of_layers}"
+        return f"{'split into stages' if 2 * fewest <= model.num_layers else 'replica of one stage'} {of_layers}"
     if engine.max_stages == 1:
         return "replica of one stage"
     why = ", as its layers share indexers" if engine.keeps_indexers_together(model) else ""
