@@ -12,7 +12,7 @@ from hetis.planner.service.succession import TICKS, OverdueTerm
 from hetis.planner.store import Lease
 from tests.planner.service.process import Process
 
-LEASE_S = 2.0
+LEASE_S = 5.0  # a busy machine may keep a leader from renewing a shorter one before the hang
 
 
 class Clock:
