@@ -106,6 +106,25 @@ async def test_a_plan_is_solved_watched_read_explained_and_forgotten(tmp_path: P
         assert await planner.store.read(lambda reader: reader.plan_documents.get("plans/night")) is None
 
 
+async def test_a_plan_of_another_version_is_said_to_be_one(tmp_path: Path) -> None:
+    """Its document may have fields that this version does not know. In the past the call was said to be invalid."""
+    async with planner_in(tmp_path) as planner:
+        await planner.create("night")
+        await planner.solved("plans/night")
+        document = json.loads(await read_document(planner, "plans/night"))
+        document["replicas"][0]["colour"] = "red"
+        newer = json.dumps(document).encode()
+        await planner.store.write(lambda tx: tx.plan_documents.put("plans/night", newer))
+        for call in (
+            planner.call("ExplainPlan", pb2.ExplainPlanRequest(name="plans/night")),
+            planner.call("ActivatePlan", pb2.ActivatePlanRequest(name="plans/night")),
+        ):
+            failure = await refused(call)
+            assert failure.reason == "PLAN_STATE"
+            assert failure.message.startswith("plans/night is READY and was made by another version of hetis")
+            assert "replicas[0].colour: unknown field" in failure.message
+
+
 async def test_plans_are_listed_by_known_states_however_often_each_is_named(tmp_path: Path) -> None:
     async with planner_in(tmp_path, scripted=True) as planner:
         await planner.create("night", seed=WAIT)

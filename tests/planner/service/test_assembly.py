@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import signal
 import urllib.request
@@ -14,6 +15,7 @@ import grpc
 import pytest
 
 from hetis.planner.service.exit_codes import ServiceExitCode
+from hetis.planner.store import Store
 from hetis.v1 import (
     agent_service_pb2,
     cluster_pb2,
@@ -27,6 +29,7 @@ from hetis.v1.cluster_service_pb2_grpc import ClusterServiceStub
 from hetis.v1.plan_service_pb2_grpc import PlanServiceStub
 from tests.planner.service.process import REAL, Process
 from tests.planner.service.serving import reason_of
+from tests.planner.store import samples
 
 OPTIONS = ("--listen", "127.0.0.1:0", "--status-page", "127.0.0.1:0", "--ready-json", "--set", "solver.processes=1")
 FLEET = """
@@ -132,6 +135,25 @@ def test_a_store_that_is_none_is_exit_9(tmp_path: Path) -> None:
     assert code == ServiceExitCode.STORE
     assert "Traceback" not in stderr
     assert str(tmp_path / "x.db") in stderr
+
+
+def test_a_cluster_that_another_version_stored_is_named_with_its_store_and_ends_with_9(tmp_path: Path) -> None:
+    """In the past it was an invalid configuration, exit 2, in a file of whoever had applied the cluster."""
+    url = f"sqlite:///{tmp_path}/x.db"
+    asyncio.run(_store_cluster(url, FLEET.replace("count: 2", "count: 2, colour: red")))
+    with Process((*OPTIONS, "--store", url), folder=tmp_path, module=REAL) as process:
+        code, stderr = process.end()
+    assert code == ServiceExitCode.STORE
+    assert "Traceback" not in stderr
+    assert "error: clusters/small was stored by another version of hetis" in stderr
+    assert "colour: unknown field" in stderr
+
+
+async def _store_cluster(url: str, text: str) -> None:
+    store = await Store.open(url)
+    await store.lead("another version")
+    await store.write(lambda tx: tx.clusters.insert(samples.cluster("clusters/small", text=text.encode())))
+    await store.close()
 
 
 def _then_wait(sent: Iterator[Any]) -> Iterator[Any]:

@@ -120,6 +120,15 @@ def test_a_file_with_a_damaged_schema_says_what_to_do(tmp_path: Path, sqlite_url
         asyncio.run(_open_and_close(sqlite_url))
 
 
+def test_a_file_with_a_damaged_schema_that_is_no_text_says_what_to_do(tmp_path: Path, sqlite_url: str) -> None:
+    """SQLite's message quotes the schema, and Python cannot decode such a message."""
+    asyncio.run(_open_and_close(sqlite_url))
+    path = tmp_path / "hetis.db"
+    path.write_bytes(path.read_bytes().replace(b"CREATE TABLE audit", b"CREATE \xff\xfe\xff\xfe\xff audit"))
+    with pytest.raises(StoreError, match=r"is damaged or not a store \(malformed .*restore a backup"):
+        asyncio.run(_open_and_close(sqlite_url))
+
+
 @pytest.mark.parametrize("is_replaced", [False, True])
 async def test_a_file_that_is_removed_or_replaced_under_a_planner_takes_no_writes(
     tmp_path: Path, sqlite_url: str, is_replaced: bool

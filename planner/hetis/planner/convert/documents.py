@@ -16,6 +16,7 @@ from hetis.formats.plan import PLAN
 from hetis.formats.positions import Bounds, parse_text
 from hetis.formats.profile import PROFILE
 from hetis.formats.workload import WORKLOAD
+from hetis.planner.failures import Reason, ServiceError
 from hetis.planner.store import ClusterRecord
 from hetis.planner.threads import run_in_thread_gc_paused, stop_if_unwanted
 from hetis.solver.cluster import Cluster
@@ -142,7 +143,10 @@ class DeclaredFleets:
         self._by_digest: OrderedDict[str, Declared] = OrderedDict()
 
     async def of(self, record: ClusterRecord) -> Declared:
-        """Return the declared cluster of a record, parsing its document in a thread if necessary."""
+        """Return the declared cluster of a record, parsing its document in a thread if necessary.
+
+        Raises STORE_UNAVAILABLE if this version cannot read the document.
+        """
         digest = record.body.document.digest
         if digest not in self._by_digest:
             self._by_digest[digest] = await run_in_thread_gc_paused(_read, record)
@@ -157,4 +161,13 @@ class DeclaredFleets:
 
 
 def _read(record: ClusterRecord) -> Declared:
-    return Declared(read_document(record.body.document, Cluster))
+    try:
+        return Declared(read_document(record.body.document, Cluster))
+    except DocumentError as error:
+        raise ServiceError(
+            Reason.ERROR_REASON_STORE_UNAVAILABLE,
+            f"{record.name} was stored by another version of hetis, and this one cannot read it:"
+            f" {'; '.join(map(str, error.problems))}. Nothing was changed; start that version, and apply a cluster"
+            " without this",
+            metadata={"changed": "no"},
+        ) from None

@@ -67,17 +67,22 @@ class PlanDocuments:
         self._read: OrderedDict[str, tuple[bytes, PlanAndProblem]] = OrderedDict()  # by digest
 
     async def answered(self, name: str) -> AnsweredPlan:
-        """Return a plan that has an answer. Raises NOT_FOUND, or PLAN_STATE if it has none."""
+        """Return a plan that has an answer. Raises NOT_FOUND, or PLAN_STATE if it has none or cannot be read."""
         record = await self._store.read(lambda reader: reader.plans.require(name))
         require_answer(record)
         return await self.of(record)
 
     async def of(self, record: PlanRecord) -> AnsweredPlan:
-        """Return the plan of a record, which must have an answer."""
+        """Return the plan of a record, which must have an answer. Raises PLAN_STATE if its document cannot be read."""
         digest = record.body.result.document.digest
         if digest not in self._read:
             document = await self._store.read(lambda reader: _document(reader, record.name))
-            self._read[digest] = document, await run_in_thread_gc_paused(_parsed, document, record.name)
+            try:
+                self._read[digest] = document, await run_in_thread_gc_paused(_parsed, document, record.name)
+            except DocumentError as error:
+                problems = "; ".join(map(str, error.problems))
+                what = f"was made by another version of hetis, and this one cannot read it: {problems}"
+                raise plan_state(record, what) from None
         self._read.move_to_end(digest)
         document, found = self._read[digest]
         while len(self._read) > 1 and sum(len(kept) for kept, _ in self._read.values()) > _MOST_KEPT_BYTES:

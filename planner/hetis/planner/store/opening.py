@@ -300,7 +300,10 @@ def _reason(error: sa.exc.DBAPIError) -> str:
 
 def _set_up_file(connection: sqlite3.Connection, _: object) -> None:
     connection.isolation_level = None  # disables the driver's implicit transactions
-    connection.execute("PRAGMA synchronous = FULL").close()  # a commit is on disk when it returns
+    try:
+        connection.execute("PRAGMA synchronous = FULL").close()  # a commit is on disk when it returns
+    except UnicodeDecodeError:  # the message of a damaged schema quotes the file's bytes
+        raise sqlite3.DatabaseError("malformed database schema") from None
 
 
 def _begin(connection: sa.Connection) -> None:
