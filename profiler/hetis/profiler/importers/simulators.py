@@ -56,9 +56,11 @@ _SERVING_SIM_FORMS = {
     "dense.csv": ("layer", "tokens", "time_us"),
     "attention.csv": (*_MIXED, "time_us"),
 }
-_SERVING_SIM_ELEMENTWISE = ("input_layernorm", "post_layernorm", "rope", "rotary_emb", "qk_norm", "act_fn")
+_SERVING_SIM_ELEMENTWISE = (
+    *("input_layernorm", "post_layernorm", "rope", "act_fn"),
+    *("layernorm", "rotary_emb", "qk_norm"),
+)
 _META = re.compile(r"^(gpu|model|variant|vllm_version):[ \t]*(.*?)[ \t\r]*$", re.MULTILINE)
-_TWICE = {"layernorm": ("input_layernorm", "post_layernorm")}  # timed once, and called twice in a layer
 _COUNTS = {
     "tp": "tensor_parallel",
     "batch": "batch_size",
@@ -94,8 +96,9 @@ def read_llmservingsim(sheet: Sheet, into: Collection) -> None:
         return
     for row in sheet:
         if run is not None:
-            for op in _TWICE.get(row.text("layer"), (row.text("layer"),)):
-                _operator(row, run, op, row.seconds("time_us", unit_s=1e-6), "time_us", into)
+            op = row.text("layer")
+            calls = 2 if op == "layernorm" else 1  # timed once, and called twice in a layer
+            _operator(row, run, op, row.seconds("time_us", unit_s=1e-6 * calls), "time_us", into)
         elif gpu := row.gpu("gpu"):
             if form == "attention":
                 _attention(row, gpu, _SERVING_SIM, "vllm_attention", into)
