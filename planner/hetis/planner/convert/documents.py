@@ -160,14 +160,18 @@ class DeclaredFleets:
             num_nodes -= len(self._by_digest.popitem(last=False)[1].nodes)
 
 
+def of_another_version(error: DocumentError) -> str:
+    """Return who wrote a stored document that this version cannot read, and what it cannot read."""
+    return f"another version of hetis, and this one cannot read it: {'; '.join(map(str, error.problems))}"
+
+
 def _read(record: ClusterRecord) -> Declared:
     try:
         return Declared(read_document(record.body.document, Cluster))
     except DocumentError as error:
         raise ServiceError(
             Reason.ERROR_REASON_STORE_UNAVAILABLE,
-            f"{record.name} was stored by another version of hetis, and this one cannot read it:"
-            f" {'; '.join(map(str, error.problems))}. Nothing was changed; start that version, and apply a cluster"
-            " without this",
+            f"{record.name} was stored by {of_another_version(error)}. Nothing was changed; start that version, and "
+            "apply a cluster without this",
             metadata={"changed": "no"},
         ) from None

@@ -80,9 +80,7 @@ class PlanDocuments:
             try:
                 self._read[digest] = document, await run_in_thread_gc_paused(_parsed, document, record.name)
             except DocumentError as error:
-                problems = "; ".join(map(str, error.problems))
-                what = f"was made by another version of hetis, and this one cannot read it: {problems}"
-                raise plan_state(record, what) from None
+                raise plan_state(record, f"was made by {documents.of_another_version(error)}") from None
         self._read.move_to_end(digest)
         document, found = self._read[digest]
         while len(self._read) > 1 and sum(len(kept) for kept, _ in self._read.values()) > _MOST_KEPT_BYTES:

@@ -14,8 +14,10 @@ from hetis.formats import catalogue
 from hetis.formats.errors import DocumentError, Problem, single_problem
 from hetis.formats.files import read_text
 from hetis.formats.measurements import MeasuredBy, MeasuredOp
+from hetis.profiler.fit.errors import SERVING
 from hetis.profiler.importers.reading import Collection, Sheet, SheetRow, catalogue_name
 from hetis.solver.model import AttentionKind, ModelSpec
+from hetis.solver.profile import Op
 
 _VIDUR = MeasuredBy(tool="microsoft/vidur", engine="Sarathi-Serve", source="data/profiles", licence="MIT")
 _SERVING_SIM = MeasuredBy(tool="casys-kaist/LLMServingSim", engine="vLLM", source="data/profiles", licence="MIT")
@@ -90,16 +92,14 @@ def read_llmservingsim(sheet: Sheet, into: Collection) -> None:
     Embeddings, LM head, the attention among the layers, and experts are left out.
     """
     form = sheet.require(_SERVING_SIM_FORMS)
-    run = _run_of(sheet.file) if form.endswith(".csv") else None
-    if run is not None and form == "attention.csv":
-        _batches(sheet, run, into)
+    if form == "attention.csv":
+        _batches(sheet, _run_of(sheet.file), into)
+        return
+    if form == "dense.csv":
+        _operators(sheet, _run_of(sheet.file), into)
         return
     for row in sheet:
-        if run is not None:
-            op = row.text("layer")
-            calls = 2 if op == "layernorm" else 1  # timed once, and called twice in a layer
-            _operator(row, run, op, row.seconds("time_us", unit_s=1e-6 * calls), "time_us", into)
-        elif gpu := row.gpu("gpu"):
+        if gpu := row.gpu("gpu"):
             if form == "attention":
                 _attention(row, gpu, _SERVING_SIM, "vllm_attention", into)
             else:
@@ -141,9 +141,14 @@ def _attention(row: SheetRow, gpu: str, by: MeasuredBy, kernel: str, into: Colle
     else:
         time, op = "attn_decode_ms", MeasuredOp.DECODE_ATTENTION
         sizes = {"context_tokens": row.count("kv_cache_size")}
-    shape = {"query_heads": q_heads // tp, "kv_heads": max(1, kv_heads // tp), "head_dim": hidden // q_heads}
+    shape = _heads_of_rank(q_heads, kv_heads, hidden // q_heads, tp)
     seconds = row.seconds(time, unit_s=1e-3)
     into.add(gpu, by, op, kernel, row, time, batch=batch, **sizes, **shape, seconds=seconds)
+
+
+def _heads_of_rank(q_heads: int, kv_heads: int, head_dim: int, tp: int) -> dict[str, int]:
+    """Return the columns of one rank's heads; ranks share a KV head if there are more of them."""
+    return {"query_heads": q_heads // tp, "kv_heads": max(1, kv_heads // tp), "head_dim": head_dim}
 
 
 def _heads(row: SheetRow, q_heads_column: str) -> tuple[int, int, int, int] | None:
@@ -268,11 +273,7 @@ def _batches(sheet: Sheet, run: _Run, into: Collection) -> None:
     Profiles have no such operator: plans count the sum of the two.
     """
     model, tp = run.model, run.tp
-    shape = {
-        "query_heads": model.q_heads // tp,
-        "kv_heads": max(1, model.kv_heads // tp),
-        "head_dim": model.head_dim,
-    }
+    shape, serving = _heads_of_rank(model.q_heads, model.kv_heads, model.head_dim, tp), SERVING[Op.DECODE_ATTENTION]
     kernel, alone, mixed = "vllm_attention", dict[tuple[int, ...], float](), list[tuple[tuple[int, ...], float]]()
     for row in sheet:
         sizes = [row.count(name, least=0) for name in _MIXED]
@@ -296,7 +297,9 @@ def _batches(sheet: Sheet, run: _Run, into: Collection) -> None:
     ratios = [
         seconds / (alone[chunk, past, 0, 0] + alone[0, 0, batch, context])
         for (chunk, past, batch, context), seconds in mixed
-        if batch >= 4 and 256 <= context <= 16384 and (chunk, past, 0, 0) in alone and (0, 0, batch, context) in alone
+        if not serving.outside(batch=batch, context_tokens=context)
+        and (chunk, past, 0, 0) in alone
+        and (0, 0, batch, context) in alone
     ]
     if ratios:
         low, median, high = np.percentile(ratios, (10, 50, 90))
@@ -306,6 +309,13 @@ def _batches(sheet: Sheet, run: _Run, into: Collection) -> None:
             f"({low:.2f} to {high:.2f} in 8 of 10; {len(ratios):,} rows)"
         )
         into.note(run.gpu, run.by, note)
+
+
+def _operators(sheet: Sheet, run: _Run, into: Collection) -> None:
+    for row in sheet:
+        op = row.text("layer")
+        calls = 2 if op == "layernorm" else 1  # timed once, and called twice in a layer
+        _operator(row, run, op, row.seconds("time_us", unit_s=1e-6 * calls), "time_us", into)
 
 
 def _catalogued_layer(row: SheetRow, gpu: str, into: Collection) -> None:
