@@ -168,6 +168,27 @@ class FitRegion:
 REGION_FIELDS = ("tokens", "batch", "past_tokens", "context_tokens", "kv_bytes", "num_bytes")
 
 
+MOST_MIXED_FACTOR = 100.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mixed:
+    """The time of decode attention in an iteration that also has a prefill chunk, as a multiple of its time alone.
+
+    A kernel for both may use a GPU better than two kernels do (a factor under 1). Or, beside a chunk, it may neither
+    pack the query heads of a group nor split long contexts, both of which it does for decoding requests alone.
+    """
+
+    factor: float
+    provenance: Provenance
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.factor <= MOST_MIXED_FACTOR:
+            raise InvalidProblemError(
+                f"profile factor of mixed batches is {self.factor}, must be from 0 to {MOST_MIXED_FACTOR:g}"
+            )
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fit:
     """The time of one operator: a maximum of affine pieces, and the model shapes and sizes for which it holds."""
@@ -177,10 +198,18 @@ class Fit:
     provenance: Provenance
     scope: FitScope = FitScope()
     region: FitRegion | None = None  # None: its limits are unknown
+    mixed: Mixed | None = None  # of decode attention only; None: as long beside a chunk as alone
 
     def __post_init__(self) -> None:
         if not self.pieces:
             raise InvalidProblemError(f"profile fit of {self.op} has no pieces")
+        if self.mixed is not None and self.op is not Op.DECODE_ATTENTION:
+            raise InvalidProblemError(f"profile fit of {self.op} has a factor of mixed batches, as only decode has")
+
+    @property
+    def mixed_factor(self) -> float:
+        """Return R, the time of decode attention beside a chunk as a multiple of its time alone."""
+        return 1.0 if self.mixed is None else self.mixed.factor
 
     @property
     def start_s(self) -> float:
