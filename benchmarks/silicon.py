@@ -98,15 +98,11 @@ def main() -> None:
     """Print a row per (GPU, engine, model, kind, mode), and the numbers of covered and skipped rows."""
     parser = published_points.parser("benchmarks.silicon", __doc__, POINTS)
     parser.add_argument("--peer-python", metavar="PYTHON", help="a Python with aiconfigurator, to answer the same rows")
-    parser.add_argument(
-        "--overlap", type=float, default=0.0, metavar="SHARE",
-        help="what a kernel for prefill and decode attention saves of the shorter one (default: 0, as plans count)",
-    )  # fmt: skip
     arguments = parser.parse_args()
     table = published_points.asked_rows(arguments, COLUMNS)
     if table is None:
         return
-    outcomes, skipped = predicted(table, quick=arguments.quick, only=arguments.only, overlap=arguments.overlap)
+    outcomes, skipped = predicted(table, quick=arguments.quick, only=arguments.only)
     peer = None if arguments.peer_python is None else peer_answers(arguments.peer_python, [o.point for o in outcomes])
     groups = list(group_rows(outcomes, peer))
     covered = list(published_points.coverage("covered", len(outcomes), skipped))
@@ -144,7 +140,7 @@ def in_percent(groups: Sequence[Row]) -> list[Row]:
 
 
 def predicted(
-    table: list[dict[str, str]], *, quick: bool = False, only: str = "", overlap: float = 0.0
+    table: list[dict[str, str]], *, quick: bool = False, only: str = ""
 ) -> tuple[list[Outcome], Counter[str]]:
     """Return the predictions, and the number of rows without one by reason."""
     found, skipped = list[Readings](), Counter[str]()
@@ -158,7 +154,7 @@ def predicted(
             continue
         how = {"rounds": QUICK_ROUNDS if quick else ROUNDS}
         try:
-            found.append(tuple(predict(point, reading_s=s, overlap=overlap, **how) for s in READINGS_S))
+            found.append(tuple(predict(point, reading_s=s, **how) for s in READINGS_S))
         except NotPosedError as error:
             skipped[str(error)] += 1
     return answered(found), skipped
@@ -202,7 +198,7 @@ def outside_iterations(found: Sequence[Readings]) -> tuple[int, float]:
 
 
 def predict(
-    point: ServingPoint, *, rounds: int = ROUNDS, overlap: float = 0.0, reading_s: float = 0.0
+    point: ServingPoint, *, rounds: int = ROUNDS, reading_s: float = 0.0
 ) -> Outcome:  # fmt: skip
     """Return the mean TTFT, without the way to the server and back, and the mean TPOT of a point.
 
@@ -214,7 +210,6 @@ def predict(
     settings = point.settings
     timing, room = stage_of(point, settings.chunk_tokens)
     seats = min(room, settings.seats or room)
-    timing.overlap = overlap
     if point.decoding < LEAST_DECODING * min(point.requests, seats):
         raise NotPosedError("most requests waited though their KV fits: the engine's own limit is not recorded")
     load = Load(

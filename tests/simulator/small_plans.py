@@ -31,12 +31,13 @@ def small_problem(
     workload: Workload | None = None,
     usable_bytes: int = 60_000_000,
     block_tokens: int = 4,
+    mixed_factor: float | None = None,
 ) -> PlacementProblem:
     """Return ``gpus`` single-card nodes ``big-0`` ... and as many slower ``small-0`` ..., in one zone."""
     return make_problem(
         [make_node("big", "big", nodes=gpus), make_node("small", "small", nodes=gpus)],
         profiles={
-            "big": make_profile("big", usable_bytes=usable_bytes),
+            "big": make_profile("big", usable_bytes=usable_bytes, mixed_factor=mixed_factor),
             "small": make_profile("small", flops=1e12, bytes_per_s=1e10, usable_bytes=usable_bytes),
         },
         model=model or make_model(),

@@ -37,11 +37,12 @@ def setting_of(problem: PlacementProblem, one: ReplicaPlan) -> Setting:
 
 @pytest.mark.parametrize("moe", [None, MOE])
 @pytest.mark.parametrize("pool", [None, (1, 1), (2, 1)])
+@pytest.mark.parametrize("mixed_factor", [None, 3.0])
 def test_average_contents_take_the_seconds_of_the_cost_model(
-    moe: MoeShape | None, pool: tuple[int, int] | None
+    moe: MoeShape | None, pool: tuple[int, int] | None, mixed_factor: float | None
 ) -> None:
     # The oracle is the checker's derivation of u: nc iterations with a full chunk, nd without, all at the mean context.
-    problem = small_problem(model=make_model(moe=moe), workload=make_workload((300, 60)))
+    problem = small_problem(model=make_model(moe=moe), workload=make_workload((300, 60)), mixed_factor=mixed_factor)
     one = pipeline(problem, 3, 3, micro_batch=6, chunk_tokens=64, pool=pool)
     setting, shape = setting_of(problem, one), replica_shape(one, problem, Fleet.of(problem.cluster))
     b, C, moments = one.micro_batch, one.chunk_tokens, setting.moments
@@ -58,10 +59,13 @@ def test_average_contents_take_the_seconds_of_the_cost_model(
             groups[0] = b * (problem.model.head_groups - stage.pool.head_groups)
             groups[1:] = b * stage.pool.head_groups // stage.pool.cards
             tokens = np.multiply(groups, moments.resident_context)
-            attention = workers.attention_s(workers.device_seconds(groups, tokens), groups)
+            attention, mixed = (
+                workers.attention_s(workers.device_seconds(groups, tokens, beside_chunk=beside), groups)
+                for beside in (False, True)
+            )
             shipped = np.where(groups > 0, C * stage.pool.head_groups / stage.pool.cards, 0.0)
             layer_s = (with_chunk - timing.beside_layers_s(b + C, b + 1)) / timing.layers
-            with_chunk += timing.layers * (attention + workers.late_s(shipped, groups, layer_s + attention))
+            with_chunk += timing.layers * (mixed + workers.late_s(shipped, groups, layer_s + mixed))
             plain += timing.layers * attention
         expected = stage_seconds(setting, stage, is_first=is_first, is_last=is_last)
         assert setting.per_request(with_chunk, plain) == pytest.approx(expected, rel=1e-9)

@@ -270,9 +270,12 @@ class Numbers:
         out = self.message(s.gpu, s.tp, self.b * pool.head_groups * s.tp * e, pool.link)
         return max(out, self.message(pool.gpu, 1, self.load(s, pool) * e, pool.link)) + 2 * pool.link.latency_s
 
-    def attention(self, s: Stage) -> float:
+    def attention(self, s: Stage, beside_chunk: bool = False) -> float:
         kept = groups_of_rank(self.model, s.tp) - (s.pool.head_groups if s.pool else 0)
         own = self.decode(s.gpu, s.tp, self.b * kept, s)
+        found = self.fit_of(s.gpu, Op.DECODE_ATTENTION, s.tp)
+        if beside_chunk and found is not None and found.mixed is not None:
+            own *= found.mixed.factor
         if s.pool is None:
             return own
         return max(own, self.decode(s.pool.gpu, 1, self.load(s, s.pool), s) + self.exchange(s, s.pool))
@@ -287,7 +290,7 @@ class Numbers:
 
     def chunk(self, s: Stage, is_prefix: bool = False) -> float:
         both = self.b * self.q + self.C
-        rest = 2 * self.reduce(s, both) + self.prefill(s) + self.attention(s)
+        rest = 2 * self.reduce(s, both) + self.prefill(s) + self.attention(s, beside_chunk=True)
         late = 0.0
         if s.pool is not None:
             late = max(0.0, self.ship(s, s.pool) + self.exchange(s, s.pool) - self.dense(s, both, False) - rest)

@@ -15,7 +15,7 @@ from hetis.solver.cluster import Cluster, GpuSlots, GpuType, Link, Network, Node
 from hetis.solver.model import AttentionKind, CompressedShape, ModelSpec, MoeShape
 from hetis.solver.plan import Objective, ObjectiveKind
 from hetis.solver.problem import Assumptions, Family, PlacementProblem
-from hetis.solver.profile import Fit, Op, Piece, Profile, Provenance, Source
+from hetis.solver.profile import Fit, Mixed, Op, Piece, Profile, Provenance, Source
 from hetis.solver.workload import LengthBin, Workload
 
 MADE_UP = Provenance(source=Source.MODELLED, origin="made up for tests")
@@ -25,14 +25,22 @@ SMALL_FAMILY = Family(
 NO_LIMITS = Objective(ttft_limit_s=None, tpot_limit_s=None)
 
 
+def mixed_by(factor: float | None) -> Mixed | None:
+    """A factor of decode attention beside a chunk, or none."""
+    return None if factor is None else Mixed(factor=factor, provenance=MADE_UP)
+
+
 def make_profile(
-    gpu: str, *, flops: float = 2e12, bytes_per_s: float = 2e10, usable_bytes: int = 30_000_000, with_step: bool = True
-) -> Profile:
+    gpu: str, *, flops: float = 2e12, bytes_per_s: float = 2e10, usable_bytes: int = 30_000_000,
+    with_step: bool = True, mixed_factor: float | None = None,
+) -> Profile:  # fmt: skip
     """A roofline: one piece for compute, one for memory, with a launch in both."""
+
+    mixed = mixed_by(mixed_factor)
 
     def roofline(op: Op) -> Fit:
         pieces = (Piece(fixed_s=5e-6, flop_s=1 / flops), Piece(fixed_s=5e-6, byte_s=1 / bytes_per_s))
-        return Fit(op=op, pieces=pieces, provenance=MADE_UP)
+        return Fit(op=op, pieces=pieces, provenance=MADE_UP, mixed=mixed if op is Op.DECODE_ATTENTION else None)
 
     def wired(op: Op) -> Fit:
         return Fit(op=op, pieces=(Piece(fixed_s=3e-6, byte_s=1e-11, wire=1.1),), provenance=MADE_UP)
@@ -180,6 +188,7 @@ def problems(
             bytes_per_s=draw(st.sampled_from((3e9, 1e10, 4e10))),
             usable_bytes=draw(st.sampled_from((6, 12, 25, 60))) * 1_000_000,
             with_step=draw(st.booleans()),
+            mixed_factor=draw(st.sampled_from((None, 0.5, 2.5))),
         )
         for name in types
     }

@@ -34,7 +34,15 @@ from hetis.solver.problem import Assumptions, Family, PlacementProblem
 from hetis.solver.profile import Fit, Op, Piece, Profile
 from hetis.solver.workload import Workload
 from tests.solver.arithmetic import Numbers, Pool, Stage, divides, groups_of_rank, slowest
-from tests.solver.instances import MADE_UP, make_compressed, make_model, make_node, make_problem, make_workload
+from tests.solver.instances import (
+    MADE_UP,
+    make_compressed,
+    make_model,
+    make_node,
+    make_problem,
+    make_workload,
+    mixed_by,
+)
 
 JUDGED = ("hetis.solver.cost", "hetis.solver.check", "hetis.solver.placement", "hetis.simulator")
 MODELS = (
@@ -141,8 +149,15 @@ def pieces(draw: st.DrawFn, op: Op) -> Piece:
 
 @st.composite
 def profiles(draw: st.DrawFn, gpu: str) -> Profile:
+    mixed = mixed_by(draw(st.sampled_from((None, 0.3, 1.7))))
     fits = tuple(
-        Fit(op=op, pieces=tuple(draw(st.lists(pieces(op), min_size=1, max_size=2))), provenance=MADE_UP) for op in Op
+        Fit(
+            op=op,
+            pieces=tuple(draw(st.lists(pieces(op), min_size=1, max_size=2))),
+            provenance=MADE_UP,
+            mixed=mixed if op is Op.DECODE_ATTENTION else None,
+        )
+        for op in Op
     )
     return Profile(gpu=gpu, usable_bytes=draw(st.integers(8, 60)) * 1_000_000, reserve_bytes=1_000_000, fits=fits)
 
@@ -314,10 +329,12 @@ def test_the_simulator_takes_the_mean_iteration_for_as_long(
         workers = PoolTiming(one.problem, found, cards=s.pool.cards)
         on_card = b * s.pool.head_groups * s.tp // s.pool.cards
         groups = np.array([b * (model.head_groups - s.pool.head_groups * s.tp), *[on_card] * s.pool.cards], np.int64)
-        attention = workers.attention_s(workers.device_seconds(groups, np.multiply(groups, context)), groups)
+        tokens = np.multiply(groups, context)
+        attention = workers.attention_s(workers.device_seconds(groups, tokens), groups)
+        mixed = workers.attention_s(workers.device_seconds(groups, tokens, beside_chunk=True), groups)
         shipped = np.array([0.0, *[C * s.pool.head_groups * s.tp / s.pool.cards] * s.pool.cards])
         layer_s = (with_chunk - found.beside_layers_s(b + C, b + 1)) / found.layers
-        with_chunk += found.layers * (attention + workers.late_s(shipped, groups, layer_s + attention))
+        with_chunk += found.layers * (mixed + workers.late_s(shipped, groups, layer_s + mixed))
         plain += found.layers * attention
     expected = numbers.stage_seconds(s, **ends)
     assert steps * (numbers.nc * with_chunk + numbers.nd * plain) == near(expected)

@@ -89,7 +89,7 @@ class PoolTiming:
         model, shape = problem.model, timing.shape
         pool = shape.pool
         assert pool is not None
-        self.layers, self.tp = timing.layers, shape.tp
+        self.layers, self.tp, self._mixed_factor = timing.layers, shape.tp, timing.mixed_factor
         context = timing.cost.moments.resident_context
         own = pair_pieces(problem.profiles[shape.gpu], model, shape.tp, model.queries_per_group, context)
         card = pair_pieces(problem.profiles[pool.gpu], model, 1, model.queries_per_group, context)
@@ -111,8 +111,13 @@ class PoolTiming:
         self._block_tokens = problem.assumptions.block_tokens
         self._heads = HeadShape.of_model(model, block_tokens=self._block_tokens)
 
-    def device_seconds(self, groups: Sequence[int], tokens: Sequence[float]) -> list[float]:
-        """Return decode attention per layer, [D], for ``groups`` (request, group) pairs and attended ``tokens``."""
+    def device_seconds(
+        self, groups: Sequence[int], tokens: Sequence[float], *, beside_chunk: bool = False
+    ) -> list[float]:
+        """Return decode attention per layer, [D], for ``groups`` (request, group) pairs and attended ``tokens``.
+
+        Only the primary computes it beside a chunk.
+        """
         device_s = []
         for pieces, pairs, attended in zip(self._pieces, groups, tokens, strict=True):
             most = 0.0
@@ -122,6 +127,8 @@ class PoolTiming:
                     if piece > most:
                         most = piece
             device_s.append(most)
+        if beside_chunk:
+            device_s[0] *= self._mixed_factor
         return device_s
 
     def attention_s(self, device_s: Sequence[float], groups: Sequence[int]) -> float:
@@ -464,11 +471,11 @@ class PoolCopy:
         """
         groups, tokens = _together(loads)
         timing, busy_s = self.timing, self.busy_s
-        device_s = timing.device_seconds(groups, tokens)
+        parts = [(self.homes[request], num) for batch in batches for request, num, _ in batch.chunk]
+        device_s = timing.device_seconds(groups, tokens, beside_chunk=bool(parts))
         for i, seconds in enumerate(device_s):
             busy_s[i] += timing.layers * seconds
         total = timing.attention_s(device_s, groups)
-        parts = [(self.homes[request], num) for batch in batches for request, num, _ in batch.chunk]
         if parts:
             chunk = [sum(home[i] * num for home, num in parts) for i in range(len(groups))]
             total += timing.late_s(chunk, groups, layers_s / timing.layers + total)

@@ -52,26 +52,26 @@ class StageTiming:
 
     Attributes:
         steps: number of steps into which an iteration is divided (see `seconds`).
-        overlap: share of the shorter of decode and prefill attention that a kernel for both saves. Plans count on none;
-            see `docs/accuracy.md`, "Mixed batches".
+        mixed_factor: mu, the time of decode attention beside a chunk as a multiple of its time alone.
     """
 
     __slots__ = (
         "_beside", "_chunk", "_decode", "_dense", "_drafting", "_head", "_is_first", "_is_last", "_step_tokens",
-        "_table", "cost", "layers", "overlap", "shape", "steps",
+        "_table", "cost", "layers", "mixed_factor", "shape", "steps",
     )  # fmt: skip
 
     def __init__(
         self, problem: PlacementProblem, shape: StageShape, *, is_first: bool, is_last: bool, steps: float = 1.0,
-        attention_dp: int = 1, overlap: float = 0.0,
+        attention_dp: int = 1,
     ) -> None:  # fmt: skip
-        self.steps, self.overlap = steps, overlap
+        self.steps = steps
         model, profile = problem.model, problem.profiles[shape.gpu]
         rank = rank_shape(model, shape.tp, attention_dp)
         assert rank is not None, "the plan's structure was checked"
         moments = problem.workload.moments(block_tokens=problem.assumptions.block_tokens)
         self.shape, self._is_first, self._is_last = shape, is_first, is_last
         self.cost = DeviceCost(model, profile, moments, rank, shape.intra_link)
+        self.mixed_factor = self.cost.mixed_factor
         drafting = model.draft_layers if is_last else 0
         self.layers = shape.layers + (model.prefix_layers if is_first else 0) + drafting
         self._dense = float(shape.layers + drafting), float(model.prefix_layers if is_first else 0)
@@ -142,22 +142,20 @@ class StageTiming:
         total = self._table.get((tokens, others))
         if total is None:
             total = self._table[tokens, others] = self._by_tokens(tokens, tokens + others)
-        decode_s = 0.0
         if decoding and self._decode:
             most = 0.0
             for fixed, per_request, per_token in self._decode:
                 piece = fixed + per_request * decoding + per_token * attended
                 if piece > most:
                     most = piece
-            total += most
-            decode_s = most
+            total += most * self.mixed_factor if chunk_tokens else most
         if chunk_tokens:
             most = 0.0
             for fixed, per_token, per_pair, per_read in self._chunk:
                 piece = fixed + per_token * chunk_tokens + per_pair * chunk_pairs + per_read * chunk_read
                 if piece > most:
                     most = piece
-            total += most - self.overlap * min(most, decode_s)
+            total += most
         if self._is_last:
             total += self._head_s(rows + decoding * (self._step_tokens - 1)) + self._drafting_s(decoding)
         return total

@@ -280,6 +280,11 @@ class DeviceCost:
         )
         return np.where(np.asarray(pairs) > 0, seconds, 0.0)
 
+    @property
+    def mixed_factor(self) -> float:
+        """Return mu: beside a chunk, decode attention of these ranks takes mu times as long as alone."""
+        return self._fits[Op.DECODE_ATTENTION].mixed_factor
+
     def _busiest(self, pairs: Scalars) -> Scalars:
         """Return the context on the busiest of d copies that wait for each other, as a ratio to the mean one."""
         moments, copies = self.moments, self.shape.attention_dp

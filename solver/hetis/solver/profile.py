@@ -208,7 +208,7 @@ class Fit:
 
     @property
     def mixed_factor(self) -> float:
-        """Return R, the time of decode attention beside a chunk as a multiple of its time alone."""
+        """Return mu, the time of decode attention beside a chunk as a multiple of its time alone."""
         return 1.0 if self.mixed is None else self.mixed.factor
 
     @property

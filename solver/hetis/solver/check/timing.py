@@ -60,7 +60,8 @@ def _plain_layer_seconds(setting: Setting, stage: StageShape, *, is_prefix: bool
 def _chunk_layer_seconds(setting: Setting, stage: StageShape, *, is_prefix: bool = False) -> float:
     """Return the seconds of a layer in one iteration with a chunk."""
     b, C = setting.decode_tokens, setting.chunk_tokens
-    beside_dense_s = 2 * _all_reduce(setting, stage, b + C) + _prefill(setting, stage) + _attention(setting, stage)
+    beside_dense_s = 2 * _all_reduce(setting, stage, b + C) + _prefill(setting, stage)
+    beside_dense_s += _attention(setting, stage, beside_chunk=True)
     if setting.attention_dp > 1 and not is_prefix:
         return _parallel_experts(setting, stage, b + C, setting.all_tokens) + beside_dense_s
     seconds = _dense(setting, stage, b + C, is_prefix) + beside_dense_s
@@ -319,14 +320,18 @@ def _prefill(setting: Setting, stage: StageShape) -> float:
     return setting.seconds(stage.gpu, Op.PREFILL_ATTENTION, n, flops=flops, num_bytes=num_bytes, tokens=C, heads=heads)
 
 
-def _attention(setting: Setting, stage: StageShape) -> float:
-    """Return the seconds of decode attention of a micro-batch, with own groups and the pool's in parallel."""
-    groups = head_groups_per_rank(setting.model, stage.tp)
-    if stage.pool is None:
-        return _decode(setting, stage, stage.gpu, stage.tp, pairs=setting.micro_batch * groups)
-    pool = stage.pool
-    own = _decode(setting, stage, stage.gpu, stage.tp, pairs=setting.micro_batch * (groups - pool.head_groups))
-    return max(own, worker_seconds(setting, stage, pool) + _exchange(setting, stage, pool))
+def _attention(setting: Setting, stage: StageShape, *, beside_chunk: bool = False) -> float:
+    """Return the seconds of decode attention of a micro-batch, with own groups and the pool's in parallel.
+
+    Beside a chunk the stage's own take mu times as long (``docs/cost-model.md``, "mixed").
+    """
+    groups, pool = head_groups_per_rank(setting.model, stage.tp), stage.pool
+    kept = groups if pool is None else groups - pool.head_groups
+    own = _decode(setting, stage, stage.gpu, stage.tp, pairs=setting.micro_batch * kept)
+    if beside_chunk:
+        fit = setting.problem.profiles[stage.gpu].fit(Op.DECODE_ATTENTION, setting.model, stage.tp)
+        own *= 1.0 if fit is None or fit.mixed is None else fit.mixed.factor
+    return own if pool is None else max(own, worker_seconds(setting, stage, pool) + _exchange(setting, stage, pool))
 
 
 def busiest_card_pairs(setting: Setting, stage: StageShape, pool: PoolShape) -> int:

@@ -113,11 +113,11 @@ def stage_times(costs: CostTables, shape: Shape, sweep: MixSweep, workers: Worke
     """Compute what `options.list_options` does for single copies, for a whole sweep; workers need unified mixes."""
     t, f, s, x = costs.scopes[shape.scope].tables, shape.in_flight_index, shape.ranks, sweep.mixes
     at = np.ix_(x, s)
-    groups, n_it, given = t.rank_groups[s], t.iterations[x][:, None], sweep.groups[:, None]
+    groups, given = t.rank_groups[s], sweep.groups[:, None]
     kv_bytes = t.kv_group_bytes * t.kv_tokens[x, f, 0][:, None]
     if workers is None:
-        attention_s = t.own_s[x[:, None], s[None, :], groups[None, :]]
-        chunk_attention_s = attention_s / n_it
+        kept = x[:, None], s[None, :], groups[None, :]
+        attention_s, chunk_attention_s = t.own_s[kept], t.chunk.own_s[kept]
         state = t.state_bytes[x, f, 0][:, None] / t.state_ranks[s]
         kept, on_cards = groups * kv_bytes + state, np.full((len(x), len(s)), np.inf)
     else:
@@ -503,7 +503,7 @@ def best_equal_split(
             continue
         compute_s = t.layer_s[x, s] + t.own_s[x, s, groups]
         w = max(compute_s, t.wire_s[x, s])
-        chunk_w = t.chunk.layer_s[x, s] + t.own_s[x, s, groups] / t.iterations[x]
+        chunk_w = t.chunk.layer_s[x, s] + t.chunk.own_s[x, s, groups]
         times = FixedTimes(t.hop_s[x, s], t.step_s[x, s], t.last_s[x, s], t.prefix_delta_s[x, s])
         chunk_times = FixedTimes(
             t.chunk.hop_s[x, s], t.chunk.step_s[x, s], t.chunk.last_s[x, s], t.chunk.prefix_delta_s[x, s]

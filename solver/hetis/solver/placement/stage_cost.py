@@ -229,6 +229,7 @@ class Ranks(NamedTuple):
     layer_s: float  # excludes decode attention
     chunk_layer_s: float
     own_s: float  # decode attention without a pool
+    chunk_own_s: float
     wire_s: float  # wire time without a pool
     fixed: FixedTimes
     chunk_fixed: FixedTimes
@@ -277,7 +278,8 @@ def ranks_of(t: Tables, x: int, f: int, s: int, c: int) -> Ranks:
         t.state_bytes[x, f, c - 1] / t.state_ranks[s], (t.in_flight[f] + c - 1) // c * t.micro_batch[x], tokens,
         tokens * t.kv_group_bytes, prompts * t.kv_group_bytes, t.prefix_layers, t.draft_layers, t.num_layers,
         iterations_of(t, x, f), t.layer_s[x, s], t.chunk.layer_s[x, s], t.own_s[x, s, t.rank_groups[s]],
-        t.wire_s[x, s], FixedTimes(t.hop_s[x, s], t.step_s[x, s], t.last_s[x, s], t.prefix_delta_s[x, s]),
+        t.chunk.own_s[x, s, t.rank_groups[s]], t.wire_s[x, s],
+        FixedTimes(t.hop_s[x, s], t.step_s[x, s], t.last_s[x, s], t.prefix_delta_s[x, s]),
         FixedTimes(t.chunk.hop_s[x, s], t.chunk.step_s[x, s], t.chunk.last_s[x, s], t.chunk.prefix_delta_s[x, s]),
     )  # fmt: skip
 
@@ -303,8 +305,7 @@ def most_layers_with_pool(ranks: Ranks, cards_bytes: float) -> float:
 @kernel
 def layer_alone(ranks: Ranks) -> Layer:
     """Return a layer of a stage without a pool."""
-    chunk_s = ranks.chunk_layer_s + ranks.own_s / ranks.mix.number
-    return Layer(ranks.layer_s + ranks.own_s, ranks.wire_s, chunk_s)
+    return Layer(ranks.layer_s + ranks.own_s, ranks.wire_s, ranks.chunk_layer_s + ranks.chunk_own_s)
 
 
 @kernel

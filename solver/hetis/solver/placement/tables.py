@@ -38,6 +38,7 @@ class ChunkTables(NamedTuple):
     step_s: FloatArray  # [X, S]
     last_s: FloatArray  # [X, S]
     prefix_delta_s: FloatArray  # [X, S]
+    own_s: FloatArray  # [X, S, max groups + 1] decode attention of kept groups
     pool_s: FloatArray  # [X, total] decode attention with a pool, including the cost of KV shipping
     least_pool_s: FloatArray  # [X, least total] least over k
 

@@ -235,7 +235,7 @@ class _Tabulation:
             self._device(classes[i], size // dp, models[i], dp) for (i, size), dp in zip(ranks, rank_dp, strict=True)
         ]
         self.workers = [self._device(c, 1, model) for c, model in zip(classes, models, strict=True)]
-        self.own_s = self._own_table()
+        self.own_s, self.chunk_own_s = self._own_tables()
         self._pools: dict[Part | None, _PoolTables] = {}
 
     def _device(self, c: DeviceClass, tp: int, model: ModelSpec, attention_dp: int = 1) -> DeviceCost:
@@ -314,6 +314,7 @@ class _Tabulation:
                 step_s=stack["chunk_step_s"],
                 last_s=stack["chunk_last_s"] + chunk_drafting_s,
                 prefix_delta_s=stack["chunk_prefix_delta_s"],
+                own_s=self.chunk_own_s,
                 pool_s=pools.chunk_s,
                 least_pool_s=pools.chunk_least_s,
             ),
@@ -339,25 +340,31 @@ class _Tabulation:
         """Return seconds of the drafting layer per request, and in one iteration with a chunk; [X, S]."""
         if not model.draft_layers:
             return np.zeros_like(wire_s), np.zeros_like(wire_s)
-        own_s = np.stack([self.own_s[:, s, d.shape.groups] for s, d in enumerate(self.devices)], axis=1)
-        unified, iterations = self._numbers.unified[:, None], self._numbers.iterations[:, None]
-        chunk_s = stack["chunk_layer_s"] + unified * own_s / iterations
+        own_s, chunk_own_s = (
+            np.stack([table[:, s, d.shape.groups] for s, d in enumerate(self.devices)], axis=1)
+            for table in (self.own_s, self.chunk_own_s)
+        )
+        chunk_s = stack["chunk_layer_s"] + self._numbers.unified[:, None] * chunk_own_s
         return model.draft_layers * np.maximum(stack["layer_s"] + own_s, wire_s), model.draft_layers * chunk_s
 
-    def _own_table(self) -> FloatArray:
-        """Return seconds of decode attention over kept groups, [X, S, max groups + 1]; equal devices computed once."""
+    def _own_tables(self) -> tuple[FloatArray, FloatArray]:
+        """Return seconds of decode attention over kept groups, per request and in an iteration with a chunk.
+
+        Both are [X, S, max groups + 1]. In a mix without chunks the second is that of any iteration.
+        """
         groups = max((d.shape.groups for d in self.devices), default=0)
-        own = np.zeros((len(self.mixes), len(self.ranks), groups + 1))
+        own, chunk_own = np.zeros((2, len(self.mixes), len(self.ranks), groups + 1))
         m = self._numbers
-        batches, iterations = m.micro_batch[:, None], m.iterations[:, None]
-        done: dict[int, FloatArray] = {}
+        batches, nc, nd = m.micro_batch[:, None], m.chunk_iterations[:, None], m.plain_iterations[:, None]
+        done: dict[int, tuple[FloatArray, FloatArray]] = {}
         for s, device in enumerate(self.devices):
-            if id(device) not in done:
+            if id(device) not in done:  # equal devices are computed once
                 kept = np.arange(device.shape.groups + 1.0)[None, :]
-                seconds = device.decode_attention_s(batches * kept, device.shape.queries_per_group)
-                done[id(device)] = iterations * seconds
-            own[:, s, : device.shape.groups + 1] = done[id(device)]
-        return own
+                plain_s = device.decode_attention_s(batches * kept, device.shape.queries_per_group)
+                mixed_s = np.where(m.unified[:, None], device.mixed_factor, 1.0) * plain_s
+                done[id(device)] = nc * mixed_s + nd * plain_s, mixed_s
+            own[:, s, : device.shape.groups + 1], chunk_own[:, s, : device.shape.groups + 1] = done[id(device)]
+        return own, chunk_own
 
     def _rank_rows(self, d: DeviceCost, c: DeviceClass) -> dict[str, FloatArray]:
         """Return the numbers of a rank type that depend on neither pool nor zone, per mix."""
@@ -578,10 +585,11 @@ class _Tabulation:
         return np.asarray(np.maximum(kept_s, pool.receive_s(k, p))).ravel()
 
     def _pool_entries(self, pool: PoolCost, chunk_layer_s: FloatArray) -> tuple[FloatArray, FloatArray]:
-        """Return ``n_it max(own, worker + exchange) + nc late``, and the same for one iteration with a chunk.
+        """Return seconds of attention with a pool per request, and the same for one iteration with a chunk.
 
-        Both are [X, Gr * sizes], for k = 1..Gr (outer), then p. ``chunk_layer_s`` [X] is the rest of a layer with a
-        chunk.
+        These are ``nc (max(mu own, worker + exchange) + late) + nd max(own, worker + exchange)``, and what is in its
+        brackets. Both are [X, Gr * sizes], for k = 1..Gr (outer), then p. ``chunk_layer_s`` [X] is the rest of a layer
+        with a chunk.
         """
         groups = pool.primary.shape.groups
         k = np.arange(1.0, groups + 1)[:, None]
@@ -590,16 +598,17 @@ class _Tabulation:
         num, unified = len(m.unified), m.unified
         chunk_layer_s, chunk_entries = chunk_layer_s[:num], np.zeros((num, groups, len(self.pool_sizes)))
         # All mixes at once, because a call costs more than its arithmetic; those of expert parallelism have no pools.
-        b, c, n_it, nc = (
-            each[:, None, None] for each in (m.micro_batch, m.chunk_tokens, m.iterations, m.chunk_iterations)
+        b, c, nc, nd = (
+            each[:, None, None] for each in (m.micro_batch, m.chunk_tokens, m.chunk_iterations, m.plain_iterations)
         )
         own = pool.primary.decode_attention_s(b * (groups - k), pool.primary.shape.queries_per_group)
-        remote = np.maximum(own, pool.attention_s(b, k, p))
-        entries = np.where(b == 0.0, np.inf, n_it * remote)  # prefill replicas have no pools
-        layer_s = chunk_layer_s[unified, None, None] + remote[unified]
-        late = pool.late_s(b[unified], c[unified], k, p, layer_s)
-        entries[unified] += nc[unified] * late
-        chunk_entries[unified] = remote[unified] + late
+        remote = pool.attention_s(b, k, p)
+        plain = np.maximum(own, remote)
+        entries = np.where(b == 0.0, np.inf, nd * plain)  # prefill replicas have no pools
+        mixed = np.maximum(pool.primary.mixed_factor * own[unified], remote[unified])
+        late = pool.late_s(b[unified], c[unified], k, p, chunk_layer_s[unified, None, None] + mixed)
+        chunk_entries[unified] = mixed + late
+        entries[unified] += nc[unified] * chunk_entries[unified]
         return self._padded(entries), self._padded(chunk_entries)
 
     def _padded(self, entries: FloatArray) -> FloatArray:

@@ -96,13 +96,13 @@ def _least_unevenness(t: Tables, x: int) -> float:
         chunk_hop_s, chunk_last_s = t.chunk.hop_s[x, s], t.chunk.last_s[x, s]
         ends_s = (0.0, hop_s, hop_s + last_s, last_s)
         chunk_ends_s = (0.0, chunk_hop_s, chunk_hop_s + chunk_last_s, chunk_last_s)
-        own_s = t.own_s[x, s, t.rank_groups[s]]
+        own_s, chunk_own_s = t.own_s[x, s, t.rank_groups[s]], t.chunk.own_s[x, s, t.rank_groups[s]]
         for q in range(-1, t.available.shape[0]):
             if q >= 0 and t.pool_start[s, q] < 0:
                 continue
             entries = t.rank_groups[s] * t.pool_sizes.shape[0] if q >= 0 else 1
             for e in range(entries):
-                attention_s, chunk_attention_s = own_s, own_s / n_it
+                attention_s, chunk_attention_s = own_s, chunk_own_s
                 if q >= 0:
                     attention_s = t.pool_s[x, t.pool_start[s, q] + e]
                     chunk_attention_s = t.chunk.pool_s[x, t.pool_start[s, q] + e]
@@ -231,8 +231,7 @@ def stage_seconds(costs: CostTables, template: Template, *, with_chunk: bool = F
     for stage, role in zip(template.stages, roles(len(template.stages)), strict=True):
         s = stage.rank
         if stage.pool_class < 0:
-            own_s, wire_s = t.own_s[x, s, t.rank_groups[s]], t.wire_s[x, s]
-            compute_s = times.layer_s[x, s] + (own_s / t.iterations[x] if with_chunk else own_s)
+            compute_s, wire_s = times.layer_s[x, s] + times.own_s[x, s, t.rank_groups[s]], t.wire_s[x, s]
         else:
             entry = pool_entry(t, s, stage.pool_class, stage.pool_groups, costs.pool_sizes.index(stage.pool_cards))
             compute_s = times.layer_s[x, s] + times.pool_s[x, entry]

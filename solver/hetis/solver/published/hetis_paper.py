@@ -275,9 +275,9 @@ def pooled_pipeline(costs: CostTables, duty: ReplicaDuty, ranks: Ranks, pool: Sh
     x, s = np.array(duty.mixes, dtype=np.int64), np.array(ranks, dtype=np.int64)
     size = costs.pool_sizes.index(pool.cards)
     entry = t.pool_start[s, pool.device_class] + (given - 1) * len(costs.pool_sizes) + size
-    at, own_s = (x[:, None], np.where(given > 0, entry, 0)), t.own_s[x[:, None], s, t.rank_groups[s]]
-    attention_s = np.where(given > 0, t.pool_s[at], own_s)
-    chunk_attention_s = np.where(given > 0, t.chunk.pool_s[at], own_s / t.iterations[x][:, None])
+    at, kept = (x[:, None], np.where(given > 0, entry, 0)), (x[:, None], s, t.rank_groups[s])
+    attention_s = np.where(given > 0, t.pool_s[at], t.own_s[kept])
+    chunk_attention_s = np.where(given > 0, t.chunk.pool_s[at], t.chunk.own_s[kept])
     compute_s, chunk_s = t.layer_s[np.ix_(x, s)] + attention_s, t.chunk.layer_s[np.ix_(x, s)] + chunk_attention_s
     pipeline, worker = priced(costs, duty, ranks, compute_s, chunk_s, given), _card(costs, pool.device_class, 1)
     card_s, card_share = np.zeros_like(compute_s), np.zeros(pipeline.room.shape)

@@ -224,9 +224,9 @@ def pipeline_of(costs: CostTables, duty: ReplicaDuty, ranks: Ranks) -> Pipeline:
     """Return times and room of a pipeline without attention workers under every mix of a duty."""
     t = costs.scopes[duty.scope].tables
     x, s = np.array(duty.mixes, dtype=np.int64), np.array(ranks, dtype=np.int64)
-    own_s = t.own_s[x[:, None], s, t.rank_groups[s]]
-    compute_s = t.layer_s[x[:, None], s] + own_s
-    chunk_s = t.chunk.layer_s[x[:, None], s] + own_s / t.iterations[x, None]
+    groups = t.rank_groups[s]
+    compute_s = t.layer_s[x[:, None], s] + t.own_s[x[:, None], s, groups]
+    chunk_s = t.chunk.layer_s[x[:, None], s] + t.chunk.own_s[x[:, None], s, groups]
     return priced(costs, duty, ranks, compute_s, chunk_s, np.zeros(len(ranks), dtype=np.int64))
 
 

@@ -323,7 +323,7 @@ def _layer_s(view: ReplicaView, cost: DeviceCost) -> float:
     b, C = view.mix.micro_batch, view.mix.chunk_tokens
     own_s = float(cost.decode_attention_s(b * cost.shape.groups, cost.shape.queries_per_group))
     return view.per_request(
-        cost.dense_s(b + C) + 2 * cost.reduce_s(b + C) + cost.prefill_s(C) + own_s,
+        cost.dense_s(b + C) + 2 * cost.reduce_s(b + C) + cost.prefill_s(C) + cost.mixed_factor * own_s,
         cost.dense_s(b) + 2 * cost.reduce_s(b) + own_s,
     )
 
@@ -432,17 +432,19 @@ def _unused_pool(view: ReplicaView, i: int, gpu: str, idle: int, link: Link) -> 
     """Compare no pool with the pool of 1, 2, 4, ... or all idle cards that costs the stage the least time."""
     stage = view.shape.stages[i]
     cost, model = view.pool_cost(stage, gpu, link), view.problem.model
-    groups, mix = cost.primary.shape.groups, view.mix
+    groups = cost.primary.shape.groups
     most = min(idle, view.problem.family.max_pool) // stage.copies
     if most == 0:
         return f"{idle} idle {gpu} are fewer than the stage has copies."
 
     before_s = view.attention_s(stage)[0]
+    beside_chunk_s = view.attention_s(stage, beside_chunk=True)[0]
 
     def added_s(k: int, p: int) -> float:
         """Return the seconds that the pool adds per request and layer."""
         pooled = replace(stage, pool=PoolShape(gpu=gpu, cards=p, head_groups=k, link=link))
-        return mix.iterations * (max(view.attention_s(pooled)) - before_s) + mix.chunk_iterations * view.late_s(pooled)
+        with_chunk_s = max(view.attention_s(pooled, beside_chunk=True)) - beside_chunk_s + view.late_s(pooled)
+        return view.per_request(with_chunk_s, max(view.attention_s(pooled)) - before_s)
 
     sizes = sorted({*(size for size in (1, 2, 4, 8, 16) if size < most), most})
     k, p = min(((k, p) for k in range(1, groups + 1) for p in sizes), key=lambda kp: added_s(*kp))

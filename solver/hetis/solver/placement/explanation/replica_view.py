@@ -128,7 +128,7 @@ class ReplicaView:
         if mix.attention_dp > 1:
             exchange_s = self.per_request(cost.exchange_s(mix.all_tokens), cost.exchange_s(mix.attention_dp * b))
         prefill_s = mix.chunk_iterations * cost.prefill_s(C) if C else 0.0
-        decode_s = mix.iterations * max(self.attention_s(stage))
+        decode_s = self.per_request(max(self.attention_s(stage, beside_chunk=True)), max(self.attention_s(stage)))
         late_s = mix.chunk_iterations * self.late_s(stage)
         beside_dense_s = reduce_s + prefill_s + decode_s + late_s
         # Copies that share their experts also share the link.
@@ -163,11 +163,12 @@ class ReplicaView:
             **parts,
         )
 
-    def attention_s(self, stage: StageShape) -> tuple[float, float]:
+    def attention_s(self, stage: StageShape, *, beside_chunk: bool = False) -> tuple[float, float]:
         """Return seconds of decode attention per layer and iteration on own ranks, and on the pool with exchange."""
         cost, pool, b = self.stage_cost(stage), stage.pool, self.mix.micro_batch
         moved = 0 if pool is None else pool.head_groups
         own_s = float(cost.decode_attention_s(b * (cost.shape.groups - moved), cost.shape.queries_per_group))
+        own_s *= cost.mixed_factor if beside_chunk else 1.0
         if pool is None:
             return own_s, 0.0
         return own_s, float(self.pool_cost(stage, pool.gpu, pool.link).attention_s(b, moved, pool.cards))
@@ -177,7 +178,8 @@ class ReplicaView:
         cost, pool, b, C = self.stage_cost(stage), stage.pool, self.mix.decode_tokens, self.mix.chunk_tokens
         if pool is None or C == 0:
             return 0.0
-        layer_s = cost.dense_s(b + C) + 2 * cost.reduce_s(b + C) + cost.prefill_s(C) + max(self.attention_s(stage))
+        layer_s = cost.dense_s(b + C) + 2 * cost.reduce_s(b + C) + cost.prefill_s(C)
+        layer_s += max(self.attention_s(stage, beside_chunk=True))
         return float(self.pool_cost(stage, pool.gpu, pool.link).late_s(b, C, pool.head_groups, pool.cards, layer_s))
 
     def interval_s(self, times: tuple[StageTime, ...]) -> float:
