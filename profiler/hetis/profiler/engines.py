@@ -16,7 +16,7 @@ from hetis.profiler.linear import linear_fits
 from hetis.solver.cluster import GpuType
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.model import ModelSpec
-from hetis.solver.profile import Fit, Op, Piece, Profile, Provenance, Source
+from hetis.solver.profile import Fit, Mixed, Op, Piece, Profile, Provenance, Source
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +45,16 @@ ENGINES: Mapping[str, HostTime] = {
     "sglang": HostTime(step_s=0.8e-3, sequence_s=25e-6, call_s=29e-6, origin=_CALIBRATED),
     "trtllm": HostTime(step_s=0.6e-3, sequence_s=30e-6, call_s=25e-6, origin=_CALIBRATED),
 }
+# Architectures on which vLLM computes grouped-query attention with FlashAttention 2, chunks and decoding requests in one
+# kernel. Beside a chunk it neither packs the query heads of a group nor splits long contexts for the decoding requests.
+_FLASH_ATTENTION_2 = ("Ampere", "Ada", "Ada GeForce", "RTX Blackwell")
+_MIXED = Mixed(
+    factor=2.0,
+    provenance=Provenance(
+        source=Source.MODELLED,
+        origin="FlashAttention 2 of vLLM 0.19 on RTX 4090, from LLMServingSim's tables (docs/accuracy.md)",
+    ),
+)
 # Calls of PyTorch in one layer, about two for each kernel that it starts (an output is allocated, a view is made):
 # attention and its projections, and the MLP or the experts with their routing.
 _GROUPED_CALLS, _LATENT_CALLS, _LINEAR_CALLS = 14, 36, 52
@@ -95,6 +105,8 @@ def for_engine(
     fits = [fit for fit in profile.fits if fit.op not in (Op.EXPERTS, Op.STEP, Op.SAMPLE)]
     fits = [fit for fit in fits if fit.scope.queries_per_group not in LATENT_HEADS]
     fits = [fit for fit in fits if fit.op is not Op.PREFILL_ATTENTION or fit.scope.state_flops is None]
+    if engine == "vllm" and gpu.architecture in _FLASH_ATTENTION_2:
+        fits = [replace(fit, mixed=fit.mixed or _MIXED) if fit.op is Op.DECODE_ATTENTION else fit for fit in fits]
     fits += linear_fits(gpu, replace(profile, fits=tuple(fits)), engine)
     fits += expert_fits(gpu, profile, engine, whole=whole_experts, default_backend=default_backend)
     fits += latent_fits(gpu, profile, engine)

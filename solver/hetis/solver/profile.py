@@ -89,7 +89,7 @@ class Piece:
 
 
 # Formats that kernels expand to 16 bits before they multiply, although a weight of int4 has the bytes of one of MXFP4.
-_STORED_ONLY = ("int4", "awq-int4", "gptq-int4")
+_STORED_ONLY = ("int4", "awq-int4", "gptq-int4", "bnb-int4")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

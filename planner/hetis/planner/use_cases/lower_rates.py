@@ -68,7 +68,8 @@ class LowerRates:
             seems_sure = self._seems_sure(low)
             if seems_sure:
                 return self._sure_near(self._highest_likely(low, high), at_least_rps=at_least_rps, below_rps=missed_rps)
-            undecided += [(low, high)] if seems_sure is None else []
+            if seems_sure is None:
+                undecided.append((low, high))
         kept = next(((rate_rps, high) for rate_rps, high in undecided if self._is_sure(rate_rps)), None)
         return None if kept is None else self._sure_between(*kept, step_rps=COARSE * kept[1])
 

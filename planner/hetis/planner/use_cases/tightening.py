@@ -182,7 +182,8 @@ def _best(tried: Sequence[AtPlannedRate]) -> Plan:
         least_rps = 0.0 if best is None else _worth(best)[1]
         decided = one.decided(least_rps)
         best = decided if best is None else max(decided, best, key=_worth)
-        undecided += [] if verification_of(decided) is not None else [one]
+        if verification_of(decided) is None:
+            undecided.append(one)
         below_rps = None if one in undecided else min(least_rps, one.found.rate_rps)
     assert best is not None, "each plan keeps or misses the limits"
     if any(EQUAL_STAGES_CHOSEN in one.plan.inputs for one in tried if one not in undecided):

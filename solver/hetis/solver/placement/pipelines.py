@@ -139,7 +139,7 @@ def stage_times(costs: CostTables, shape: Shape, sweep: MixSweep, workers: Worke
     if np.isfinite(chunk_cap_s).any():
         chunk_prefix_s = t.prefix_layers * (chunk_s + t.chunk.prefix_delta_s[at])
         beside_s = _by_role(t.chunk.step_s[at], t.chunk.hop_s[at], chunk_prefix_s, t.chunk.last_s[at])
-        with np.errstate(divide="ignore", invalid="ignore"):
+        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
             in_time = (chunk_cap_s - beside_s) / chunk_s[:, :, None] + ROUNDING
         most = np.where(np.isfinite(chunk_cap_s), np.minimum(most, in_time), most)
     longer = 1.0 + _slack(costs, shape, sweep, layer_s, chunk_s)

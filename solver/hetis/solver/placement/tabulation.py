@@ -460,7 +460,7 @@ class _Tabulation:
                 if objective.ttft_limit_s is not None and mix.role is not Role.DECODE:
                     trips = cost.ttft_round_trips(self.moments, self.problem.assumptions, mix, in_flight)
                     per_t = trips * in_flight / mix.iterations
-                    caps[x, f] = min(caps[x, f], max(0.0, objective.ttft_limit_s - landing_s[x]) / per_t)
+                    caps[x, f] = min(caps[x, f], max(0.0, objective.ttft_limit_s - float(landing_s[x])) / per_t)
         return caps
 
     def _trip_cap(self) -> FloatArray:
