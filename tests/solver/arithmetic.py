@@ -385,7 +385,7 @@ class Numbers:
         m = 1 + (R - 1) * self.phi
         E = R - (R - 1) * (1 - self.phi) ** self.M
         if self.d > 1:
-            return E / m - 1
+            return max(0.0, E / m - 1)  # a chunk may shorten an iteration if mixed batches are quick
         least, factor = (a.full_slack, a.full_unevenness) if full else (a.tight_slack, a.tight_unevenness)
         return max(least, factor * (E / m - 1))
 
