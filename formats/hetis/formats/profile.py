@@ -20,7 +20,7 @@ from hetis.formats.fields import (
     present,
     value_of,
 )
-from hetis.solver.profile import Fit, Profile
+from hetis.solver.profile import MOST_MIXED_FACTOR, Fit, Mixed, Op, Profile
 
 Coefficient = Annotated[float, Field(ge=0)]
 RelativeError = Annotated[float, Field(ge=0, le=100)]
@@ -81,14 +81,26 @@ class RegionPart(DocumentPart):
     num_bytes: Range | None = None
 
 
+class MixedPart(DocumentPart):
+    """The time of decode attention in an iteration with a prefill chunk: ``factor`` times its time alone. The error of
+    its provenance is that of such iterations' attention, both parts together.
+    """
+
+    factor: Annotated[float, Field(ge=0, le=MOST_MIXED_FACTOR)]
+    provenance: ProvenancePart
+
+
 class FitPart(DocumentPart):
-    """The time of one operator: the maximum of its pieces."""
+    """The time of one operator: the maximum of its pieces. Only fits of ``decode_attention`` may have ``mixed``: its
+    default is a factor of 1.
+    """
 
     op: Literal["dense", "experts", "prefill_attention", "decode_attention", "all_reduce", "transfer", "step", "sample"]
     scope: ScopePart | None = None
     region: RegionPart | None = None
     provenance: ProvenancePart
     pieces: Annotated[list[PiecePart], Field(min_length=1)]
+    mixed: MixedPart | None = None
 
 
 class ProfileDocument(Document):
@@ -123,7 +135,12 @@ def _fit_data(fit: Fit) -> dict[str, Any]:
         **({"region": present(plain(fit.region))} if fit.region is not None else {}),
         "provenance": present(plain(fit.provenance)),
         "pieces": [{name: value for name, value in plain(piece).items() if value} for piece in fit.pieces],
+        **({"mixed": _mixed_data(fit.mixed)} if fit.mixed is not None else {}),
     }
+
+
+def _mixed_data(mixed: Mixed) -> dict[str, Any]:
+    return {"factor": mixed.factor, "provenance": present(plain(mixed.provenance))}
 
 
 def _check_profile(data: Mapping[str, Any]) -> Found:
@@ -131,6 +148,9 @@ def _check_profile(data: Mapping[str, Any]) -> Found:
     given = {fit.get("op") for _, fit in entries(fits) if isinstance(fit.get("op"), str)}
     if isinstance(fits, list) and (missing := [op for op in _REQUIRED if op not in given]):
         yield ("fits",), f"has no fit for {', '.join(missing)}"
+    for i, fit in entries(fits):
+        if fit.get("mixed") is not None and fit.get("op") in list(Op) and fit["op"] != Op.DECODE_ATTENTION:
+            yield ("fits", i, "mixed"), f"is of {fit['op']}, but only {Op.DECODE_ATTENTION} has such a factor"
 
 
 PROFILE = kind_of(ProfileDocument, Profile, to_value=_to_profile, to_data=_profile_data, check=_check_profile)
