@@ -1,6 +1,6 @@
 """The factor of decode attention beside a prefill chunk, from batches of which one kernel computes both parts.
 
-Such a batch takes ``P + R D`` seconds: those of its chunk alone, and R times those of its decoding requests alone.
+Such a batch takes ``P + mu D`` seconds: those of its chunk alone, and mu times those of its decoding requests alone.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def mixed_points(fit: Fit, rows: MixedRows, fits: Sequence[Fit], gpu: GpuType) -
 def _factor(points: Points) -> float:
     """Return the factor with the least mean absolute relative error: a weighted median of each point's own factor.
 
-    ``|P + R D - s| / s`` is ``D/s |R - (s - P)/D|``, so the weights are ``D/s``.
+    ``|P + mu D - s| / s`` is ``D/s |mu - (s - P)/D|``, so the weights are ``D/s``.
     """
     chunk_s, decode_s = points.features.T
     own, weights = (points.seconds - chunk_s) / decode_s, decode_s / points.seconds
