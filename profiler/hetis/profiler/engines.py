@@ -45,14 +45,14 @@ ENGINES: Mapping[str, HostTime] = {
     "sglang": HostTime(step_s=0.8e-3, sequence_s=25e-6, call_s=29e-6, origin=_CALIBRATED),
     "trtllm": HostTime(step_s=0.6e-3, sequence_s=30e-6, call_s=25e-6, origin=_CALIBRATED),
 }
-# Architectures on which vLLM computes grouped-query attention with FlashAttention 2, chunks and decoding requests in one
-# kernel. Beside a chunk it neither packs the query heads of a group nor splits long contexts for the decoding requests.
+# Architectures on which vLLM computes grouped-query attention with FlashAttention 2, which has one kernel for chunks and
+# decoding requests. Beside a chunk, it neither packs the query heads of a group nor splits long contexts.
 _FLASH_ATTENTION_2 = ("Ampere", "Ada", "Ada GeForce", "RTX Blackwell")
 _MIXED = Mixed(
     factor=2.0,
     provenance=Provenance(
         source=Source.MODELLED,
-        origin="FlashAttention 2 of vLLM 0.19 on RTX 4090, from LLMServingSim's tables (docs/accuracy.md)",
+        origin="FlashAttention 2 of vLLM 0.19, 1.65 to 2.9 in LLMServingSim's tables of two GPUs (docs/accuracy.md)",
     ),
 )
 # Calls of PyTorch in one layer, about two for each kernel that it starts (an output is allocated, a view is made):
