@@ -45,7 +45,7 @@ ENGINES: Mapping[str, HostTime] = {
     "sglang": HostTime(step_s=0.8e-3, sequence_s=25e-6, call_s=29e-6, origin=_CALIBRATED),
     "trtllm": HostTime(step_s=0.6e-3, sequence_s=30e-6, call_s=25e-6, origin=_CALIBRATED),
 }
-# Architectures on which vLLM computes grouped-query attention with FlashAttention 2, which has one kernel for chunks and
+# Architectures on which vLLM computes grouped-query attention with FlashAttention 2, with one kernel for chunks and
 # decoding requests. Beside a chunk, it neither packs the query heads of a group nor splits long contexts.
 _FLASH_ATTENTION_2 = ("Ampere", "Ada", "Ada GeForce", "RTX Blackwell")
 _MIXED = Mixed(
