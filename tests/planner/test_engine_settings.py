@@ -27,8 +27,11 @@ from hetis.solver.placement.families import run_by
 from hetis.solver.plan import Role
 from hetis.solver.problem import MOST_SETTING, EngineRules, EngineSettings
 from tests.planner.command_line import invoke
+from tests.planner.test_simulate import no_mixed_factor
 from tests.simulator.small_plans import equal_requests, pipeline, plan_of, small_problem
 from tests.simulator.test_lockstep import problem_of, sharing
+
+__all__ = ["no_mixed_factor"]  # for every test here, too
 
 CLUSTER = """\
 apiVersion: hetis/v1
