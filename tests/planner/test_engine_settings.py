@@ -27,11 +27,8 @@ from hetis.solver.placement.families import run_by
 from hetis.solver.plan import Role
 from hetis.solver.problem import MOST_SETTING, EngineRules, EngineSettings
 from tests.planner.command_line import invoke
-from tests.planner.test_simulate import no_mixed_factor
 from tests.simulator.small_plans import equal_requests, pipeline, plan_of, small_problem
 from tests.simulator.test_lockstep import problem_of, sharing
-
-__all__ = ["no_mixed_factor"]  # for every test here, too
 
 CLUSTER = """\
 apiVersion: hetis/v1
@@ -49,13 +46,13 @@ GIVEN = ("--max-num-seqs", "24", "--chunk-tokens", "384", "--kv-blocks", "2000")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the best plan for vLLM, one at fixed settings, and one of prefill and decode replicas."""
+    """A folder with the best plan of unified replicas for vLLM, one at fixed settings, and one of prefill and decode replicas."""
     folder = tmp_path_factory.mktemp("settings")
     (folder / "small.yaml").write_text(CLUSTER)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         for name, options in (
-            ("free.json", ()),
+            ("free.json", ("--roles", "unified")),
             ("kept.json", GIVEN),
             ("apart.json", ("--roles", "prefill,decode")),
         ):
