@@ -40,7 +40,7 @@ from hetis.solver.plan import (
     StagePlan,
     Status,
 )
-from hetis.solver.profile import Fit, FitScope, Op, Piece, Profile, Provenance, Source
+from hetis.solver.profile import Fit, FitScope, Mixed, Op, Piece, Profile, Provenance, Source
 from hetis.solver.workload import LengthBin, Workload
 
 POSITIVE = st.floats(min_value=1e-12, max_value=1e15)
@@ -269,6 +269,9 @@ SCOPES = st.builds(
 )
 
 
+MIXED = st.builds(Mixed, factor=st.floats(0, 100), provenance=PROVENANCES)
+
+
 @st.composite
 def profiles(draw: st.DrawFn) -> Profile:
     ops = [Op.DENSE, Op.PREFILL_ATTENTION, Op.DECODE_ATTENTION, Op.ALL_REDUCE, Op.TRANSFER]
@@ -282,6 +285,7 @@ def profiles(draw: st.DrawFn) -> Profile:
                 pieces=tuple(draw(st.lists(PIECES, min_size=1, max_size=2))),
                 provenance=draw(PROVENANCES),
                 scope=draw(SCOPES),
+                mixed=draw(st.none() | MIXED) if op is Op.DECODE_ATTENTION else None,
             )
             for op in [*ops, *draw(st.lists(st.sampled_from(Op), max_size=2))]
         ),

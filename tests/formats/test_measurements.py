@@ -86,8 +86,8 @@ COLUMNS = "tables[0].columns"
         (changed("tables", to=[]), "m: tables: has 0 entries, needs at least 1"),
         (
             changed("tables", 0, "op", to="transfers"),
-            "m: tables[0].op: 'transfers' is not one of gemm, layer, prefill_attention, decode_attention, all_reduce, "
-            "transfer, kv_copy, step, e2e, did you mean transfer?",
+            "m: tables[0].op: 'transfers' is not one of gemm, layer, prefill_attention, decode_attention, "
+            "mixed_attention, all_reduce, transfer, kv_copy, step, e2e, did you mean transfer?",
         ),
         (
             changed("tables", 0, "columns", "seconds", to=[1e-5, -1]),

@@ -46,13 +46,13 @@ GIVEN = ("--max-num-seqs", "24", "--chunk-tokens", "384", "--kv-blocks", "2000")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the best plan for vLLM, one at fixed settings, and one of prefill and decode replicas."""
+    """A folder with the best plan of unified replicas for vLLM, one at fixed settings, and one of prefill and decode replicas."""
     folder = tmp_path_factory.mktemp("settings")
     (folder / "small.yaml").write_text(CLUSTER)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         for name, options in (
-            ("free.json", ()),
+            ("free.json", ("--roles", "unified")),
             ("kept.json", GIVEN),
             ("apart.json", ("--roles", "prefill,decode")),
         ):

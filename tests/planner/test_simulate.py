@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +19,7 @@ from hetis.formats.traces import read_trace
 from hetis.planner.cli.app import run
 from hetis.planner.report.simulation import _doubt
 from hetis.planner.use_cases.simulate import SAMPLES, sample_spacing_s
+from hetis.profiler import engines
 from hetis.simulator.arrivals import Arrivals, Load
 from hetis.simulator.metrics import prediction_of
 from hetis.simulator.values import Fault
@@ -33,6 +35,14 @@ nodes:
 network: {bandwidth: 100Gbps, latency: 20us}
 """
 HEADER = "arrival_s,prompt_tokens,output_tokens\n"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_mixed_factor() -> Iterator[None]:
+    """Count prefill and decode attention as their sum: rates and seats here are those of plans that the sum gives."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engines, "_FLASH_ATTENTION_2", ())
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -40,7 +40,9 @@ from hetis.solver.errors import InvalidProblemError
 from hetis.solver.plan import Objective, Plan
 from hetis.solver.problem import PlacementProblem
 from tests.planner.command_line import hetis_plan, invoke
-from tests.planner.test_simulate import CLUSTER, simulated
+from tests.planner.test_simulate import CLUSTER, no_mixed_factor, simulated
+
+__all__ = ["no_mixed_factor"]  # for every test here, too
 
 Placed = tuple[Plan, PlacementProblem]
 TAILS = ServiceLevel(ttft=Statistic.P99, tpot=Statistic.P90)

@@ -79,7 +79,9 @@ from hetis.solver.problem import EngineSettings, PlacementProblem
 from hetis.v1 import plan_pb2
 from tests.planner.command_line import invoke
 from tests.planner.test_reports import text_of
-from tests.planner.test_simulate import CLUSTER
+from tests.planner.test_simulate import CLUSTER, no_mixed_factor
+
+__all__ = ["no_mixed_factor"]  # for every test here, too
 
 Placed = tuple[Plan, PlacementProblem]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import gzip
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from hetis.profiler.possible import doubts_of, implausible_fits
 from hetis.profiler.roofline import modelled_profile
 from hetis.solver.cost import DeviceCost, intra_link, rank_shape
 from hetis.solver.errors import InvalidProblemError
-from hetis.solver.profile import Op, Profile
+from hetis.solver.profile import Mixed, Op, Profile, Provenance, Source
 from hetis.solver.workload import LengthBin, moments_of
 
 GPU = catalogue.find_gpu("H100-SXM-80GB").gpu
@@ -52,6 +53,37 @@ def test_a_profile_under_an_engine_is_a_profile_like_any_other() -> None:
     assert parse_profile(*parse_text(dump(hosted), "p.yaml")) == hosted
     assert list(implausible_fits(hosted, GPU)) == []
     assert not [doubt for doubt in doubts_of(hosted) if doubt.startswith(("step", "sample"))]
+
+
+@pytest.mark.parametrize(
+    ("gpu", "engine", "factor"),
+    [
+        ("A100-SXM-80GB", "vllm", 2.0), ("L4", "vllm", 2.0), ("RTX-4090", "vllm", 2.0), ("RTX-5090", "vllm", 2.0),
+        ("H100-SXM-80GB", "vllm", 1.0), ("T4", "vllm", 1.0), ("A100-SXM-80GB", "sglang", 1.0),
+    ],
+)  # fmt: skip
+def test_decode_attention_beside_a_chunk_is_slower_where_the_engine_has_flash_attention_2(
+    gpu: str, engine: str, factor: float
+) -> None:
+    kind = catalogue.find_gpu(gpu).gpu
+    profile = for_engine(for_engine(modelled_profile(kind), kind, "vllm"), kind, engine)
+    heads, latent = catalogue.find_model("Llama-3.1-8B").model, catalogue.find_model("DeepSeek-V3").model
+    of_heads, of_latents = (profile.fit(Op.DECODE_ATTENTION, model, 1) for model in (heads, latent))
+    assert of_heads is not None
+    assert of_latents is not None
+    assert of_heads.mixed_factor == factor
+    assert of_latents.mixed_factor == 1.0
+
+
+def test_a_measured_factor_of_mixed_batches_stays() -> None:
+    kind, of_tables = catalogue.find_gpu("RTX-4090").gpu, Provenance(source=Source.FITTED, origin="tables")
+    mixed = Mixed(factor=1.3, provenance=of_tables)
+    bare = modelled_profile(kind)
+    measured = [replace(fit, mixed=mixed) if fit.op is Op.DECODE_ATTENTION else fit for fit in bare.fits]
+    profile = for_engine(replace(bare, fits=tuple(measured)), kind, "vllm")
+    found = profile.fit(Op.DECODE_ATTENTION, catalogue.find_model("Llama-3.1-8B").model, 1)
+    assert found is not None
+    assert found.mixed == mixed
 
 
 def test_engines_that_nobody_measured_are_refused() -> None:

@@ -159,7 +159,7 @@ def test_folders_of_llmservingsim_s_profiler_say_what_its_tables_do_not(tmp_path
         "0.19.0",
     )
     heads = {"query_heads": [16], "kv_heads": [4], "head_dim": [128]}
-    decode, prefill = ({name: column.tolist() for name, column in one.columns.items()} for one in measured.tables)
+    decode, both, prefill = ({name: column.tolist() for name, column in one.columns.items()} for one in measured.tables)
     assert prefill == {
         "batch": [1],
         "tokens": [512],
@@ -171,10 +171,20 @@ def test_folders_of_llmservingsim_s_profiler_say_what_its_tables_do_not(tmp_path
         "batch": [4, 1], "context_tokens": [1024, 16], "seconds": [pytest.approx(30e-6), pytest.approx(8e-6)],
         **{name: 2 * column for name, column in heads.items()},
     }  # fmt: skip
-    assert [table.op for table in measured.tables] == [MeasuredOp.DECODE_ATTENTION, MeasuredOp.PREFILL_ATTENTION]
-    (note,) = measured.notes
-    assert (
-        "Meta-Llama-3.1-8B TP 2 in the serving range take 1.50 times the sum (0.86 to 2.91 in 8 of 10; 3 rows)" in note
+    assert both == {
+        "tokens": [512] * 5, "past_tokens": [2048] * 4 + [0], "batch": [4, 4, 4, 1, 4],
+        "context_tokens": [1024, 1024, 1024, 16, 1024], **{name: 5 * column for name, column in heads.items()},
+        "seconds": pytest.approx([150e-6, 321.45e-6, 700e-6, 999e-6, 9e-6]),
+    }  # fmt: skip
+    assert [table.op for table in measured.tables] == [
+        MeasuredOp.DECODE_ATTENTION,
+        MeasuredOp.MIXED_ATTENTION,
+        MeasuredOp.PREFILL_ATTENTION,
+    ]
+    assert {table.kernel for table in measured.tables} == {"vllm_attention"}
+    assert measured.notes == (
+        "chunks beside decoding requests of meta-llama/Meta-Llama-3.1-8B TP 2 take 1.50 times the sum of the two alone "
+        "in the serving range (0.86 to 2.91 in 8 of 10; 3 rows)",
     )
 
 

@@ -35,6 +35,9 @@ COLUMNS: dict[MeasuredOp, dict[str, float | str]] = {
     },
     MeasuredOp.PREFILL_ATTENTION: {"batch": 1.0, "tokens": 2048.0, "past_tokens": 0.0, **HEADS},
     MeasuredOp.DECODE_ATTENTION: {"batch": 64.0, "context_tokens": 2048.0, **HEADS},
+    MeasuredOp.MIXED_ATTENTION: {
+        "tokens": 512.0, "past_tokens": 1024.0, "batch": 64.0, "context_tokens": 2048.0, **HEADS
+    },
     MeasuredOp.ALL_REDUCE: {"num_gpus": 4.0, "num_bytes": 2.0**26, "impl": "NCCL"},
     MeasuredOp.TRANSFER: {"num_bytes": 2.0**26, "path": "peer"},
     MeasuredOp.KV_COPY: {"num_bytes": 2.0**26},

@@ -43,6 +43,8 @@ class MeasuredOp(StrEnum):
     ``prefill_attention``  ``batch`` prompts of ``tokens`` each, over ``past_tokens``; ``query_heads, kv_heads,
                            head_dim`` of the rank
     ``decode_attention``   ``batch`` single tokens over ``context_tokens`` each; heads as above
+    ``mixed_attention``    both in one kernel: a chunk of ``tokens`` of one prompt, over ``past_tokens``, and ``batch``
+                           single tokens over ``context_tokens`` each; heads as above
     ``all_reduce``         ``num_gpus`` and ``num_bytes`` of the message on each; ``impl`` names the library
     ``transfer``           ``num_bytes`` over ``path``: h2d, d2h, d2d, peer (another GPU), network or loopback
     ``kv_copy``            ``num_bytes`` of KV blocks gathered or scattered
@@ -56,6 +58,7 @@ class MeasuredOp(StrEnum):
     LAYER = "layer"
     PREFILL_ATTENTION = "prefill_attention"
     DECODE_ATTENTION = "decode_attention"
+    MIXED_ATTENTION = "mixed_attention"
     ALL_REDUCE = "all_reduce"
     TRANSFER = "transfer"
     KV_COPY = "kv_copy"
@@ -71,6 +74,7 @@ _NUMBERS: Mapping[MeasuredOp, Mapping[str, float]] = {
     MeasuredOp.LAYER: {"tp": 1, "tokens": 1, "hidden": 1, "params": 0, "weight_bits": 1},
     MeasuredOp.PREFILL_ATTENTION: {"batch": 1, "tokens": 1, "past_tokens": 0, **_HEADS},
     MeasuredOp.DECODE_ATTENTION: {"batch": 1, "context_tokens": 1, **_HEADS},
+    MeasuredOp.MIXED_ATTENTION: {"tokens": 1, "past_tokens": 0, "batch": 1, "context_tokens": 1, **_HEADS},
     MeasuredOp.ALL_REDUCE: {"num_gpus": 2, "num_bytes": 1},
     MeasuredOp.TRANSFER: {"num_bytes": 1},
     MeasuredOp.KV_COPY: {"num_bytes": 1},

@@ -91,8 +91,8 @@ class MixedPart(DocumentPart):
 
 
 class FitPart(DocumentPart):
-    """The time of one operator: the maximum of its pieces. Only fits of ``decode_attention`` may have ``mixed``; without
-    it the operator takes as long beside a prefill chunk as alone.
+    """The time of one operator: the maximum of its pieces. Only fits of ``decode_attention`` may have ``mixed``: its
+    default is a factor of 1.
     """
 
     op: Literal["dense", "experts", "prefill_attention", "decode_attention", "all_reduce", "transfer", "step", "sample"]
@@ -150,10 +150,7 @@ def _check_profile(data: Mapping[str, Any]) -> Found:
         yield ("fits",), f"has no fit for {', '.join(missing)}"
     for i, fit in entries(fits):
         if fit.get("mixed") is not None and fit.get("op") in list(Op) and fit["op"] != Op.DECODE_ATTENTION:
-            yield (
-                ("fits", i, "mixed"),
-                f"is of {fit['op']}, but only {Op.DECODE_ATTENTION} has a factor of mixed batches",
-            )
+            yield ("fits", i, "mixed"), f"is of {fit['op']}, but only {Op.DECODE_ATTENTION} has such a factor"
 
 
 PROFILE = kind_of(ProfileDocument, Profile, to_value=_to_profile, to_data=_profile_data, check=_check_profile)

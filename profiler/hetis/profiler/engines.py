@@ -45,14 +45,14 @@ ENGINES: Mapping[str, HostTime] = {
     "sglang": HostTime(step_s=0.8e-3, sequence_s=25e-6, call_s=29e-6, origin=_CALIBRATED),
     "trtllm": HostTime(step_s=0.6e-3, sequence_s=30e-6, call_s=25e-6, origin=_CALIBRATED),
 }
-# Architectures on which vLLM computes grouped-query attention with FlashAttention 2, chunks and decoding requests in one
-# kernel. Beside a chunk it neither packs the query heads of a group nor splits long contexts for the decoding requests.
+# Architectures on which vLLM computes grouped-query attention with FlashAttention 2, with one kernel for chunks and
+# decoding requests. Beside a chunk, it neither packs the query heads of a group nor splits long contexts.
 _FLASH_ATTENTION_2 = ("Ampere", "Ada", "Ada GeForce", "RTX Blackwell")
 _MIXED = Mixed(
     factor=2.0,
     provenance=Provenance(
         source=Source.MODELLED,
-        origin="FlashAttention 2 of vLLM 0.19 on RTX 4090, from LLMServingSim's tables (docs/accuracy.md)",
+        origin="FlashAttention 2 of vLLM 0.19, 1.65 to 2.9 in LLMServingSim's tables of two GPUs (docs/accuracy.md)",
     ),
 )
 # Calls of PyTorch in one layer, about two for each kernel that it starts (an output is allocated, a view is made):
@@ -105,11 +105,16 @@ def for_engine(
     fits = [fit for fit in profile.fits if fit.op not in (Op.EXPERTS, Op.STEP, Op.SAMPLE)]
     fits = [fit for fit in fits if fit.scope.queries_per_group not in LATENT_HEADS]
     fits = [fit for fit in fits if fit.op is not Op.PREFILL_ATTENTION or fit.scope.state_flops is None]
-    if engine == "vllm" and gpu.architecture in _FLASH_ATTENTION_2:
-        fits = [replace(fit, mixed=fit.mixed or _MIXED) if fit.op is Op.DECODE_ATTENTION else fit for fit in fits]
+    mixed = _MIXED if engine == "vllm" and gpu.architecture in _FLASH_ATTENTION_2 else None
+    fits = [replace(fit, mixed=mixed) if _has_no_measured_factor(fit) else fit for fit in fits]
     fits += linear_fits(gpu, replace(profile, fits=tuple(fits)), engine)
     fits += expert_fits(gpu, profile, engine, whole=whole_experts, default_backend=default_backend)
     fits += latent_fits(gpu, profile, engine)
     fits.append(Fit(op=Op.STEP, pieces=(Piece(fixed_s=host.step_s),), provenance=provenance))
     fits.append(Fit(op=Op.SAMPLE, pieces=(Piece(token_s=host.sequence_s / stream_interval),), provenance=provenance))
     return replace(profile, fits=tuple(fits))
+
+
+def _has_no_measured_factor(fit: Fit) -> bool:
+    is_measured = fit.mixed is not None and fit.mixed.provenance.source is not Source.MODELLED
+    return fit.op is Op.DECODE_ATTENTION and not is_measured

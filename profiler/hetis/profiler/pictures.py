@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from hetis.formats.measurements import Measurements
 from hetis.profiler.calibrate.replica import ANY_LENGTHS, rank_of
 from hetis.profiler.fit import selected_points
-from hetis.profiler.fit.points import FEATURES, Points
-from hetis.profiler.fitting import FloatArray, predict
+from hetis.profiler.fit.points import Points, seconds_by
+from hetis.profiler.fitting import FloatArray
 from hetis.solver.cluster import GpuType, Link
 from hetis.solver.cost import DeviceCost
 from hetis.solver.model import ModelSpec
@@ -97,17 +97,12 @@ def pairs_of(profile: Profile, measurements: Sequence[Measurements], gpu: GpuTyp
             Pairs(
                 title=f"{name} ({', '.join(conditions)})" if conditions else name,
                 measured=np.concatenate([points.seconds for _, points in single]),
-                fitted=np.concatenate([_fitted(fit, points) for fit, points in single]),
+                fitted=np.concatenate([seconds_by(fit, points.features) for fit, points in single]),
                 regions=tuple(region for _, points in single for region in _regions(points)),
                 axes=_AXES[op],
             )
         )
     return found
-
-
-def _fitted(fit: Fit, points: Points) -> FloatArray:
-    pieces = [tuple(getattr(piece, name) for name in FEATURES[points.op]) for piece in fit.pieces]
-    return predict(pieces, points.features)
 
 
 def _regions(points: Points) -> Iterator[tuple[str, str]]:

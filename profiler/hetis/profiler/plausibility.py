@@ -8,12 +8,12 @@ times the peaks; a host whose GPUs communicate over a slow network reaches a hun
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from hetis.formats.measurements import MeasuredOp, Measurements, Table
+from hetis.formats.measurements import Column, MeasuredOp, Measurements, Table
 from hetis.profiler.fitting import FloatArray
 from hetis.solver.cluster import GpuType
 
@@ -54,6 +54,11 @@ def work_of(table: Table) -> Work | None:
             kv_tokens = number("batch") * (number("past_tokens") + number("tokens"))
         case MeasuredOp.DECODE_ATTENTION:
             pairs = kv_tokens = number("batch") * number("context_tokens")
+        case MeasuredOp.MIXED_ATTENTION:
+            chunk, decode = (work_of(part) for part in parts_of(table))
+            assert chunk is not None
+            assert decode is not None
+            return Work(chunk.flops + decode.flops, chunk.num_bytes + decode.num_bytes)
         case MeasuredOp.ALL_REDUCE | MeasuredOp.TRANSFER | MeasuredOp.KV_COPY:
             return Work(np.zeros(len(table)), number("num_bytes"))
         case _:
@@ -61,6 +66,20 @@ def work_of(table: Table) -> Work | None:
     return Work(
         4.0 * pairs * number("query_heads") * number("head_dim"),
         2.0 * KV_BYTES * kv_tokens * number("kv_heads") * number("head_dim"),
+    )
+
+
+def parts_of(table: Table) -> tuple[Table, Table]:
+    """Return the chunks and the decoding requests of mixed batches as tables of their own, row by row. Their times are
+    those of both.
+    """
+    shared = {name: table.columns[name] for name in ("query_heads", "kv_heads", "head_dim", "seconds")}
+    chunk = {name: table.columns[name] for name in ("tokens", "past_tokens")}
+    decode = {name: table.columns[name] for name in ("batch", "context_tokens")}
+    one: Mapping[str, Column] = {"batch": np.ones(len(table))}
+    return (
+        replace(table, op=MeasuredOp.PREFILL_ATTENTION, columns={**one, **chunk, **shared}),
+        replace(table, op=MeasuredOp.DECODE_ATTENTION, columns={**decode, **shared}),
     )
 
 

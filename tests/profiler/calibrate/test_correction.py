@@ -20,7 +20,7 @@ from hetis.profiler.linear import linear_fits
 from hetis.profiler.possible import impossible
 from hetis.solver.cluster import Link
 from hetis.solver.errors import InvalidProblemError
-from hetis.solver.profile import Op, Profile, Source
+from hetis.solver.profile import Mixed, Op, Profile, Provenance, Source
 from tests.profiler.calibrate.truth import GPU, Truth, observed, replica, works
 
 
@@ -195,6 +195,19 @@ def test_only_what_took_part_is_corrected() -> None:
     assert eight_bit
     assert set(eight_bit) <= set(after.fits)  # kernels of another precision were not observed
     assert len(fits_of(after, Op.STEP)) == len(fits_of(after, Op.SAMPLE)) == 1
+
+
+def test_a_factor_of_mixed_batches_stays() -> None:
+    """Kernels that are slower alone are as much slower beside a chunk."""
+    served = replica()
+    mixed = Mixed(factor=1.5, provenance=Provenance(source=Source.FITTED, origin="a test"))
+    fits = [replace(fit, mixed=mixed) if fit.op is Op.DECODE_ATTENTION else fit for fit in served.profile.fits]
+    profile = replace(served.profile, fits=tuple(fits))
+    with_factor = CalibratedReplica(served.model, profile, tp=1, link=Link(bytes_per_s=450e9, latency_s=0.0))
+    corrected = calibrate(observed(list(works(800)), Truth(kernels=2.0)), with_factor).profile
+    assert corrected is not None
+    assert fits_of(corrected, Op.DECODE_ATTENTION) != fits_of(profile, Op.DECODE_ATTENTION)
+    assert {fit.mixed for fit in corrected.fits if fit.op is Op.DECODE_ATTENTION} == {mixed}
 
 
 def test_linear_attention_was_not_seen_where_another_model_ran() -> None:

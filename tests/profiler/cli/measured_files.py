@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,20 @@ def write_files(folder: Path) -> tuple[Path, Path]:
     save_measurements(raw, measurements())
     cluster.write_text(CLUSTER)
     return raw, cluster
+
+
+def with_mixed_batches(factor: float) -> Measurements:
+    """Return the measurements, and batches of chunks beside decoding requests, which take ``factor`` times as long."""
+    alone = measurements()
+    by_op = {table.op: table for table in alone.tables}
+    chunk, decode = by_op[MeasuredOp.PREFILL_ATTENTION], by_op[MeasuredOp.DECODE_ATTENTION]
+    of_chunk, of_decode = (index.ravel() for index in np.indices((len(chunk), len(decode))))
+    names = {"tokens": chunk, "past_tokens": chunk, "query_heads": chunk, "kv_heads": chunk, "head_dim": chunk}
+    columns = {name: table.numbers(name)[of_chunk] for name, table in names.items()}
+    columns |= {name: decode.numbers(name)[of_decode] for name in ("batch", "context_tokens")}
+    columns["seconds"] = chunk.seconds[of_chunk] + factor * decode.seconds[of_decode]
+    mixed = Table(op=MeasuredOp.MIXED_ATTENTION, kernel="law", columns=columns, cold=True)
+    return replace(alone, tables=(*alone.tables, mixed))
 
 
 def measurements() -> Measurements:

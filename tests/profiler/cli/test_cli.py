@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,6 +14,7 @@ from typing import get_args
 import pytest
 
 from hetis.formats.catalogue import find_gpu, find_model
+from hetis.formats.measurements import save_measurements
 from hetis.formats.profile import load_profile, profile_to_data
 from hetis.profiler.cli.exit_codes import ProfileExitCode
 from hetis.profiler.cli.measurements import Format
@@ -20,7 +22,7 @@ from hetis.profiler.defaults import default_profile
 from hetis.profiler.pictures import typical_times
 from hetis.solver.profile import Op
 from tests.command_line import environment
-from tests.profiler.cli.measured_files import GPU, write_files
+from tests.profiler.cli.measured_files import GPU, with_mixed_batches, write_files
 from tests.profiler.command_line import COMMAND, hetis_profile, invoke
 
 VERBS = ("run", "import", "fit", "model", "calibrate", "show", "compare", "plot", "check")
@@ -84,6 +86,33 @@ def test_fit_prints_a_table_of_80_columns(
     text = capsys.readouterr().out
     assert "decode" in text
     assert max(map(len, text.splitlines())) <= 80
+
+
+def test_fit_and_show_tell_how_much_longer_decode_attention_takes_beside_a_chunk(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    raw, out, cluster = folder / "mixed.json", folder / "mixed-profile.json", folder / "cluster.yaml"
+    save_measurements(raw, with_mixed_batches(2.5))
+    assert invoke("fit", raw, "--out", out, "--cluster", cluster) == ProfileExitCode.OK
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= 80
+    line = (
+        r"decode \(head 128, 4 q/group\): 2\.5 times as long beside a chunk, from \d+ points: 0\.0% off on \d+ "
+        r"held-out ones, and \d+\.\d% with the sum of both"
+    )
+    assert re.search(line, " ".join(text.split()))
+    assert invoke("fit", raw, "--out", out, "--cluster", cluster, "-o", "json") == ProfileExitCode.OK
+    (mixed,) = json.loads(capsys.readouterr().out)["mixed"]
+    assert mixed["scope"] == {"head_dim": 128, "queries_per_group": 4}
+    assert (mixed["factor"], mixed["origin"]) == (2.5, "a test, law, law")
+    assert mixed["summed"]["mape"] > 0.1 > mixed["held_out"]["mape"]
+    assert invoke("show", out) == ProfileExitCode.OK
+    shown = capsys.readouterr().out
+    assert max(map(len, shown.splitlines())) <= 80
+    assert shown.count("x 2.5 beside a chunk") == 1
+    assert invoke("plot", out, raw, "--out", folder / "mixed.png", "--cluster", cluster) == ProfileExitCode.OK
+    assert invoke("compare", out, out) == ProfileExitCode.OK
 
 
 def test_a_gpu_type_that_nobody_defines_is_explained(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -261,6 +261,12 @@ def _fitted_table(fitted: FittedProfile, out: Path) -> RenderableType:
         for one in report.ops
         if not one.meets_bar
     ]
+    notes += [
+        f"decode ({', '.join(scope_words(one.scope))}): {one.factor:g} times as long beside a chunk, from "
+        f"{one.num_fitted:,} points: {percent_text(one.held_out.mape)} off on {one.held_out.num_points:,} held-out "
+        f"ones, and {percent_text(one.summed.mape)} with the sum of both"
+        for one in report.mixed
+    ]
     notes += list(dict.fromkeys(f"{one.op.value}: {note}" for one in report.ops for note in one.notes))
     most: dict[tuple[str, str], int] = {}
     for one in report.ops:
@@ -293,7 +299,7 @@ def _table(profile: Profile, title: str) -> RenderableType:
         table.add_row(
             fit.op.value.replace("_attention", ""),
             "\n".join(scope_words(fit.scope)) or "any",
-            "\n".join(map(_piece_words, fit.pieces)),
+            "\n".join(_time_words(fit)),
             fit.provenance.source.value,
             "\n".join(_error_words(fit)),
             "\n".join(_region_words(fit)) or "-",
@@ -301,6 +307,13 @@ def _table(profile: Profile, title: str) -> RenderableType:
     usable, reserved = (f"{num_bytes / 2**30:.4g} GiB" for num_bytes in (profile.usable_bytes, profile.reserve_bytes))
     memory = Text(f"usable {usable}, of it {reserved} the engine's")
     return Group(Text(title, style="bold"), memory, table, Text(_LEGEND, style="dim"))
+
+
+def _time_words(fit: Fit) -> Iterator[str]:
+    """Yield the pieces, and the factor beside a chunk if there is one."""
+    yield from map(_piece_words, fit.pieces)
+    if fit.mixed is not None:
+        yield f"x {fit.mixed.factor:g} beside a chunk"
 
 
 def _piece_words(piece: Piece) -> str:

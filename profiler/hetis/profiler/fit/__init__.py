@@ -13,8 +13,18 @@ from hetis.profiler.fit.attention import attention_points
 from hetis.profiler.fit.errors import SERVING, ErrorStats, covered, error_stats, regions, within
 from hetis.profiler.fit.layers import dense_points
 from hetis.profiler.fit.links import link_points, step_points
+from hetis.profiler.fit.mixed import MixedReport, fit_mixed
 from hetis.profiler.fit.pieces import fit_points
-from hetis.profiler.fit.points import FEATURES, FitPoints, Points, Unfitted, distinct
+from hetis.profiler.fit.points import (
+    FEATURES,
+    MIN_DISTINCT,
+    FitPoints,
+    Points,
+    Unfitted,
+    distinct,
+    seconds_by,
+    unfitted_mixed,
+)
 from hetis.profiler.fit.report import (
     SMALL_BATCH,
     FewHeads,
@@ -34,7 +44,6 @@ from hetis.solver.profile import Fit, FitScope, Op, Piece, Profile, Provenance, 
 
 __all__ = ["FitReport", "FittedProfile", "fit_profile", "selected_points"]
 
-MIN_DISTINCT = 8  # distinct shapes or sizes, for a fit made from three quarters of them
 _WORST_STEP = 0.10  # a step fit with a larger error is no better than the modelled constant
 
 
@@ -77,8 +86,9 @@ def fit_profile(measurements: Sequence[Measurements], gpu: GpuType) -> FittedPro
     modelled = modelled_profile(gpu)
     replaced = {(fit.op, fit.scope) for fit, _ in fitted}
     kept = [fit for fit in modelled.fits if (fit.op, fit.scope) not in replaced]
+    made, mixed = _with_factors([fit for fit, _ in fitted], kept, selection, gpu)
     order = list(Op)
-    fits = sorted([*(fit for fit, _ in fitted), *kept], key=lambda fit: (order.index(fit.op), _scope_key(fit.scope)))
+    fits = sorted([*made, *kept], key=lambda fit: (order.index(fit.op), _scope_key(fit.scope)))
     return FittedProfile(
         profile=Profile(
             gpu=gpu.name, usable_bytes=modelled.usable_bytes, reserve_bytes=modelled.reserve_bytes, fits=tuple(fits)
@@ -89,6 +99,7 @@ def fit_profile(measurements: Sequence[Measurements], gpu: GpuType) -> FittedPro
             unfitted=tuple(selection.unfitted),
             other_sources=tuple(checks),
             few_heads=tuple(few_heads),
+            mixed=tuple(mixed),
         ),
     )
 
@@ -153,6 +164,24 @@ def _fit_op(points: Points, scopes: Collection[FitScope]) -> tuple[Fit, OpReport
     return Fit(op=points.op, pieces=mine, provenance=provenance, scope=points.scope, region=report.region), report
 
 
+def _with_factors(
+    fitted: Sequence[Fit], modelled: Sequence[Fit], selection: FitPoints, gpu: GpuType
+) -> tuple[list[Fit], list[MixedReport]]:
+    """Return the fits, those of decode attention with a factor if it was measured beside chunks, and the reports."""
+    rows, fits, reports = selection.mixed, list[Fit](), list[MixedReport]()
+    for fit in fitted:
+        found = None
+        if rows is not None and fit.op is Op.DECODE_ATTENTION:
+            found = fit_mixed(fit, rows, [*fitted, *modelled], gpu)
+        if found is not None:
+            reports.append(found[1])
+        fits.append(fit if found is None else replace(fit, mixed=found[0]))
+    if rows is not None and not reports:
+        reason = f"no fitted head shape has {MIN_DISTINCT} distinct points in the serving range"
+        selection.unfitted.append(unfitted_mixed(rows.origin, len(rows.table), reason))
+    return fits, reports
+
+
 def _against(others: Points, fits: Sequence[Fit]) -> OtherSource | None:
     """Return the errors of the fit of the same scope on another source's points in the serving range, if any."""
     fit = next((fit for fit in fits if (fit.op, fit.scope) == (others.op, others.scope)), None)
@@ -177,8 +206,7 @@ def _on_few_heads(points: Points, fits: Sequence[Fit]) -> FewHeads | None:
 
 
 def _errors_of(fit: Fit, points: Points) -> ErrorStats:
-    pieces = [tuple(getattr(piece, name) for name in FEATURES[fit.op]) for piece in fit.pieces]
-    return error_stats(predict(pieces, points.features), points.seconds)
+    return error_stats(seconds_by(fit, points.features), points.seconds)
 
 
 def _scope_key(scope: FitScope) -> tuple[float, ...]:

@@ -16,9 +16,11 @@ from hetis.profiler.fit.points import (
     MAX_IMPOSSIBLE,
     FitPoints,
     LeftOut,
+    MixedRows,
     Points,
     Unfitted,
     tables_of,
+    unfitted_mixed,
     unknown_cache,
 )
 from hetis.profiler.fitting import FloatArray, rounded
@@ -33,8 +35,10 @@ LAUNCH_S = 2e-6  # the launch hides reading less KV than this, whether from cach
 
 
 def attention_points(measurements: Sequence[Measurements], gpu: GpuType, into: FitPoints) -> None:
-    """Add decode and prefill attention by (head_dim, queries per group), from the first physically possible source."""
-    doubted = set[str]()
+    """Add decode and prefill attention by (head_dim, queries per group), from the first physically possible source, and
+    the mixed batches of the kernel whose decode attention that is.
+    """
+    doubted, fitted = set[str](), dict[Op, Table]()
     for measured, op in (
         (MeasuredOp.DECODE_ATTENTION, Op.DECODE_ATTENTION),
         (MeasuredOp.PREFILL_ATTENTION, Op.PREFILL_ATTENTION),
@@ -54,7 +58,26 @@ def attention_points(measurements: Sequence[Measurements], gpu: GpuType, into: F
                 into.unfitted.append(Unfitted(op=op, origin=origin, num_rows=len(table), reason=reason))
                 continue
             taken = origin
+            fitted[op] = table
             into.points += make(table, gpu, origin)
+    _add_mixed(measurements, fitted.get(Op.DECODE_ATTENTION), gpu, into)
+
+
+def _add_mixed(measurements: Sequence[Measurements], decode: Table | None, gpu: GpuType, into: FitPoints) -> None:
+    """Add the mixed batches of the source and kernel that measured ``decode``, the table that is fitted."""
+    for measurement in measurements:
+        for origin, table in _largest_first([measurement], MeasuredOp.MIXED_ATTENTION):
+            reason = _impossible(table, gpu)
+            if decode is None or decode not in measurement.tables or decode.kernel != table.kernel:
+                reason = reason or "the decode attention of their source and kernel is not fitted"
+            elif into.mixed is not None:
+                reason = reason or f"{into.mixed.origin}{_LATER}"
+            if decode is None or reason:
+                into.unfitted.append(unfitted_mixed(origin, len(table), reason))
+                continue
+            prefill = (one for one in measurement.tables if one.op is MeasuredOp.PREFILL_ATTENTION)
+            alone = tuple(one for one in prefill if one.kernel == table.kernel)
+            into.mixed = MixedRows(origin=origin, table=table, decode=decode, prefill=alone)
 
 
 def _largest_first(measurements: Sequence[Measurements], op: MeasuredOp) -> Iterator[tuple[str, Table]]:
@@ -88,23 +111,38 @@ def decode_points(table: Table, gpu: GpuType, origin: str) -> Iterator[Points]:
     """Yield points with contexts from 128 tokens, without rows that a cache may have served (`CACHE_BYTES`)."""
     work = work_of(table)
     assert work is not None
-    batch, context, heads = (table.numbers(name) for name in ("batch", "context_tokens", "query_heads"))
-    features = np.stack([np.ones(len(table)), work.num_bytes, batch * heads], axis=1)
-    cache = 0.0 if table.cold else CACHE_BYTES.get(gpu.name, 0.0)
-    warm = (work.num_bytes < 2 * cache) & (work.num_bytes > LAUNCH_S * gpu.mem_bytes_per_s)
+    batch, context = table.numbers("batch"), table.numbers("context_tokens")
+    cache = CACHE_BYTES.get(gpu.name, 0.0)
     reason = f"KV under twice the cache ({cache / 1e6:.0f} MB) and above {LAUNCH_S * 1e6:g} us of the bus"
     sizes = {"batch": batch, "context_tokens": context, "kv_bytes": work.num_bytes}
     yield from _by_head_shape(
         table,
         Op.DECODE_ATTENTION,
-        features,
+        decode_features(table),
         sizes,
         usable=context >= 128,
-        warm=warm,
+        warm=may_be_cached(table, gpu),
         reason=reason,
         origin=origin,
         notes=unknown_cache(table, gpu),
     )
+
+
+def decode_features(table: Table) -> FloatArray:
+    """Return the features of decode attention, shape [rows, features]."""
+    work = work_of(table)
+    assert work is not None
+    return np.stack(
+        [np.ones(len(table)), work.num_bytes, table.numbers("batch") * table.numbers("query_heads")], axis=1
+    )
+
+
+def may_be_cached(table: Table, gpu: GpuType) -> NDArray[np.bool_]:
+    """Return a mask of the rows of decode attention whose KV a cache may have served, in more time than a launch."""
+    work = work_of(table)
+    assert work is not None
+    cache = 0.0 if table.cold else CACHE_BYTES.get(gpu.name, 0.0)
+    return (work.num_bytes < 2 * cache) & (work.num_bytes > LAUNCH_S * gpu.mem_bytes_per_s)
 
 
 def prefill_points(table: Table, gpu: GpuType, origin: str) -> Iterator[Points]:
@@ -117,8 +155,7 @@ def prefill_points(table: Table, gpu: GpuType, origin: str) -> Iterator[Points]:
     """
     work = work_of(table)
     assert work is not None
-    batch, tokens, past, heads = (table.numbers(name) for name in ("batch", "tokens", "past_tokens", "query_heads"))
-    columns = [np.ones(len(table)), work.flops, work.num_bytes, batch * tokens, batch * tokens * heads]
+    batch, tokens, past = (table.numbers(name) for name in ("batch", "tokens", "past_tokens"))
     sizes = {
         "batch": batch,
         "tokens": tokens,
@@ -129,7 +166,7 @@ def prefill_points(table: Table, gpu: GpuType, origin: str) -> Iterator[Points]:
     yield from _by_head_shape(
         table,
         Op.PREFILL_ATTENTION,
-        np.stack(columns, axis=1),
+        prefill_features(table),
         sizes,
         usable=tokens >= 64,
         warm=np.zeros(len(table), dtype=np.bool_),
@@ -137,6 +174,15 @@ def prefill_points(table: Table, gpu: GpuType, origin: str) -> Iterator[Points]:
         origin=origin,
         given={"byte_s": 1.0 / gpu.mem_bytes_per_s},
     )
+
+
+def prefill_features(table: Table) -> FloatArray:
+    """Return the features of prefill attention, shape [rows, features]."""
+    work = work_of(table)
+    assert work is not None
+    tokens = table.numbers("batch") * table.numbers("tokens")
+    columns = [np.ones(len(table)), work.flops, work.num_bytes, tokens, tokens * table.numbers("query_heads")]
+    return np.stack(columns, axis=1)
 
 
 def _by_head_shape(

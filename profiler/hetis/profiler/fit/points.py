@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hetis.formats.measurements import MeasuredOp, Measurements, Table
-from hetis.profiler.fitting import FloatArray
+from hetis.profiler.fitting import FloatArray, predict
 from hetis.solver.cluster import GpuType
-from hetis.solver.profile import FitScope, Op
+from hetis.solver.profile import Fit, FitScope, Op
 
 # Last-level caches. A kernel that is called repeatedly reads from the cache what serving reads from memory, because all
 # weights and the KV of all other layers pass between two calls.
@@ -41,6 +41,7 @@ CACHE_BYTES = {
     "GB300-per-GPU": 126e6,
     "Arc-Pro-B60-24GB": 18e6,
 }
+MIN_DISTINCT = 8  # distinct shapes or sizes, for a fit made from three quarters of them
 MAX_BANDWIDTH = 1.1  # multiple of the nominal peaks; a row above it was served by a cache, or its time is wrong
 MAX_IMPOSSIBLE = 0.05  # share of rows above the peaks among those that no cache served; a table with more is not fitted
 
@@ -141,6 +142,11 @@ def distinct(points: Points) -> Points:
     return replace(first, seconds=np.array([np.median(points.seconds[same]) for same in rows.values()]))
 
 
+def seconds_by(fit: Fit, features: FloatArray) -> FloatArray:
+    """Return the seconds of every point by a fit. The features are in the order of ``FEATURES[fit.op]``."""
+    return predict([tuple(getattr(piece, name) for name in FEATURES[fit.op]) for piece in fit.pieces], features)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Unfitted:
     """A table that is not fitted, and why."""
@@ -149,6 +155,21 @@ class Unfitted:
     origin: str
     num_rows: int
     reason: str
+
+
+def unfitted_mixed(origin: str, num_rows: int, reason: str) -> Unfitted:
+    """Return why no factor is made from mixed batches."""
+    return Unfitted(op=Op.DECODE_ATTENTION, origin=origin, num_rows=num_rows, reason=f"mixed batches: {reason}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MixedRows:
+    """Mixed batches of one kernel, and its tables of either part alone; ``decode`` is the one that is fitted."""
+
+    origin: str
+    table: Table
+    decode: Table
+    prefill: tuple[Table, ...]
 
 
 @dataclass(slots=True)
@@ -161,6 +182,7 @@ class FitPoints:
     points: list[Points] = field(default_factory=list)
     others: list[Points] = field(default_factory=list)
     unfitted: list[Unfitted] = field(default_factory=list)
+    mixed: MixedRows | None = None
 
 
 def tables_of(measurements: Sequence[Measurements], op: MeasuredOp) -> Iterator[tuple[str, Table]]:

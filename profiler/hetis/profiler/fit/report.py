@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from hetis.profiler.fit.errors import ErrorStats
+from hetis.profiler.fit.mixed import MixedReport
 from hetis.profiler.fit.points import LeftOut, Unfitted
 from hetis.profiler.fitting import rounded
 from hetis.solver.profile import FitRegion, FitScope, Op
@@ -89,6 +90,7 @@ class FitReport:
     unfitted: tuple[Unfitted, ...]
     other_sources: tuple[OtherSource, ...] = ()
     few_heads: tuple[FewHeads, ...] = ()
+    mixed: tuple[MixedReport, ...] = ()
 
     def held_out_mape(self, op: Op, *, one_piece: bool = False) -> float | None:
         """Return the mean error over the held-out points of ``op`` in the serving range, each by the fit that a plan
@@ -113,6 +115,7 @@ class FitReport:
             "few_heads": [
                 asdict(few) | {"op": few.op.value, "scope": _set_fields(few.scope)} for few in self.few_heads
             ],
+            "mixed": [asdict(one) | {"scope": _set_fields(one.scope)} for one in self.mixed],
             "unfitted": [asdict(table) | {"op": table.op.value} for table in self.unfitted],
         }
 

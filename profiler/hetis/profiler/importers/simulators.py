@@ -268,9 +268,8 @@ def _unread(model: ModelSpec, tp: int) -> str:
 
 
 def _batches(sheet: Sheet, run: _Run, into: Collection) -> None:
-    """Add attention of a chunk of a prompt, or of decoding requests; and note how long both take in one kernel.
-
-    Profiles have no such operator: plans count the sum of the two.
+    """Add attention of a chunk of a prompt, of decoding requests, or of both in one kernel; and note how long those
+    take, compared with the sum.
     """
     model, tp = run.model, run.tp
     shape, serving = _heads_of_rank(model.q_heads, model.kv_heads, model.head_dim, tp), SERVING[Op.DECODE_ATTENTION]
@@ -281,18 +280,18 @@ def _batches(sheet: Sheet, run: _Run, into: Collection) -> None:
         if None in sizes or seconds is None:
             continue
         chunk, past, batch, context = (int(size or 0) for size in sizes)
-        if chunk and batch:
-            mixed.append(((chunk, past, batch, context), seconds))
-            continue
-        alone[chunk, past, batch, context] = seconds
-        counts: dict[str, int | None]
-        if chunk:
-            op, counts = MeasuredOp.PREFILL_ATTENTION, {"batch": 1, "tokens": chunk, "past_tokens": past}
-        elif batch:
-            op, counts = MeasuredOp.DECODE_ATTENTION, {"batch": batch, "context_tokens": row.count("kv_decode")}
-        else:
+        if not chunk and not batch:
             row.refuse("n_decode", "is 0, and so is prefill_chunk: nothing is attended to")
             continue
+        counts: dict[str, int | None] = {"batch": batch or 1}
+        counts |= {"tokens": chunk, "past_tokens": past} if chunk else {}
+        counts |= {"context_tokens": row.count("kv_decode")} if batch else {}
+        if chunk and batch:
+            op = MeasuredOp.MIXED_ATTENTION
+            mixed.append(((chunk, past, batch, context), seconds))
+        else:
+            op = MeasuredOp.PREFILL_ATTENTION if chunk else MeasuredOp.DECODE_ATTENTION
+            alone[chunk, past, batch, context] = seconds
         into.add(run.gpu, run.by, op, kernel, row, "time_us", **counts, **shape, seconds=seconds)
     ratios = [
         seconds / (alone[chunk, past, 0, 0] + alone[0, 0, batch, context])
@@ -304,9 +303,8 @@ def _batches(sheet: Sheet, run: _Run, into: Collection) -> None:
     if ratios:
         low, median, high = np.percentile(ratios, (10, 50, 90))
         note = (
-            "rows of chunks beside decoding requests are left out: plans count the sum of the two. Those of "
-            f"{model.name} TP {tp} in the serving range take {median:.2f} times the sum "
-            f"({low:.2f} to {high:.2f} in 8 of 10; {len(ratios):,} rows)"
+            f"chunks beside decoding requests of {model.name} TP {tp} take {median:.2f} times the sum of the two alone "
+            f"in the serving range ({low:.2f} to {high:.2f} in 8 of 10; {len(ratios):,} rows)"
         )
         into.note(run.gpu, run.by, note)
 
