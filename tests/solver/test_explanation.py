@@ -274,6 +274,15 @@ def test_layers_whose_heads_cannot_move_are_told_apart_from_ranks_that_share_the
     assert "share head groups" not in said
 
 
+@pytest.mark.parametrize(
+    ("factor", "says"), [(2.5, " (2.5 times that beside a chunk);"), (None, "per layer and iteration;")]
+)
+def test_the_factor_of_mixed_batches_is_said_where_there_is_one(factor: float | None, says: str) -> None:
+    profiles = {"A": make_profile("A", mixed_factor=factor)}
+    problem = make_problem([make_node("a", "A", gpus=1)], profiles=profiles, family=SMALL_FAMILY)
+    assert says in assert_adds_up(solve_placement(problem), problem).attention_workers
+
+
 def test_plan_without_replicas_is_explained() -> None:
     problem = the_problem()
     explanation = explain_plan(replace(sound(problem), replicas=()), problem)

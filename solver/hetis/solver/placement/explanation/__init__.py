@@ -367,8 +367,8 @@ def _used_pool(view: ReplicaView, i: int) -> str:
     text = (
         f"Replica {view.number}, stage {i + 1}: {pool.head_groups} of {cost.shape.groups} head groups of every rank "
         f"live on {pool.cards * stage.copies} {pool.gpu}, {in_bytes(moved_bytes)} of KV less on each "
-        f"{stage.gpu}. Decode attention of a layer and iteration takes {in_time(own_s)} there and {in_time(pool_s)} on "
-        f"the workers, exchange of {in_time(_exchange_s(view, stage, pool))} included; "
+        f"{stage.gpu}. Decode attention of a layer and iteration takes {in_time(own_s)}{_beside_chunk(view, stage)} "
+        f"there and {in_time(pool_s)} on the workers, exchange of {in_time(_exchange_s(view, stage, pool))} included; "
         f"without workers {in_time(alone_s)}"
     )
     stages = tuple(whole if j == i else other for j, other in enumerate(view.shape.stages))
@@ -379,6 +379,12 @@ def _used_pool(view: ReplicaView, i: int) -> str:
         return f"{text}, but {in_bytes(-bar.free_bytes)} of KV would not fit."
     gain = view.interval_s(view.times()) / without.interval_s(without.times()) - 1
     return f"{text}, and its KV would fit: that changes the rate by {gain:+.1%}."
+
+
+def _beside_chunk(view: ReplicaView, stage: StageShape) -> str:
+    """Return how much longer decode attention of a stage takes in iterations with a chunk, if it does."""
+    factor = view.stage_cost(stage).mixed_factor
+    return f" ({factor:.3g} times that beside a chunk)" if view.role is Role.UNIFIED and factor != 1.0 else ""
 
 
 def _exchange_s(view: ReplicaView, stage: StageShape, pool: PoolShape) -> float:
@@ -406,7 +412,7 @@ def _unused_pools(plan: Plan, view: ReplicaView) -> Iterator[str]:
     full, where = view.kv_fill()
     yield (
         f"None. Decode attention is {share:.1%} of the time of stage {busiest.stage + 1} of replica {view.number} "
-        f"({stage_name(view.shape, stage)}), {in_time(own_s)} per layer and iteration; "
+        f"({stage_name(view.shape, stage)}), {in_time(own_s)} per layer and iteration{_beside_chunk(view, stage)}; "
         f"KV room is {full:.0%} planned ({where})."
     )
     if not view.problem.model.heads_can_move:
