@@ -716,7 +716,7 @@ FIGURES = [
         ("leaves one model without a GPU", lambda t: [t[f"{SHARING}efficiency", "least"] == 0]),
         (
             "Each rule kept its promise",
-            lambda t: ["broken" not in r["promise"] for r in t.where("|".join(SHARING_RULES))],
+            lambda t: [": broken" not in r["promise"] for r in t.where("|".join(SHARING_RULES))],
         ),
     ),
     *_of(
