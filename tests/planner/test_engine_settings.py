@@ -46,7 +46,7 @@ GIVEN = ("--max-num-seqs", "24", "--chunk-tokens", "384", "--kv-blocks", "2000")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the best plan of unified replicas for vLLM, one at fixed settings, and one of prefill and decode replicas."""
+    """A folder with the best plan of unified replicas for vLLM, one at fixed settings, and one with roles apart."""
     folder = tmp_path_factory.mktemp("settings")
     (folder / "small.yaml").write_text(CLUSTER)
     with pytest.MonkeyPatch.context() as patch:

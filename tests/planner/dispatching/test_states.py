@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import pytest
 
 from hetis.planner.failures import Reason, ServiceError
+from hetis.planner.fleet.dispatching import states
 from hetis.planner.fleet.dispatching.states import DispatchStates
 from hetis.v1 import change_pb2, head_map_pb2, redispatch_pb2, replica_pb2, report_pb2
 from hetis.v1 import dispatch_service_pb2 as pb2
@@ -260,6 +261,21 @@ def test_a_state_that_is_declared_anew_while_a_batch_is_planned_is_lost() -> Non
         asyncio.run(admit_while_declared())
     assert caught.value.reason == Reason.ERROR_REASON_DISPATCH_STATE_LOST
     assert not service.state().head_maps[0].requests
+
+
+@pytest.mark.parametrize("name", [REPLICA, "clusters/a/replicas/none"])
+def test_a_state_that_is_lost_is_refused_before_kernels_are_compiled(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(states, "compile_dispatch", lambda: pytest.fail("compiled for nothing"))
+    service = Service(Replica([stage_model(1)]))
+    admit = pb2.AdmitRequestsRequest(parent=name, state_id="lost", requests=[new("a")])
+    step = pb2.DispatchRequestsRequest(parent=name, state_id="lost", new_requests=[new("a")])
+    for call in (lambda: service.states.admit(admit), lambda: service.states.step(step)):
+        with pytest.raises(ServiceError) as caught:
+            asyncio.run(call())
+        lost = Reason.ERROR_REASON_DISPATCH_STATE_LOST
+        assert (caught.value.reason == lost) == (name == REPLICA)
 
 
 def test_an_engine_that_dispatches_by_itself_is_sent_away() -> None:

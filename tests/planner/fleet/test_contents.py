@@ -106,6 +106,18 @@ def test_contents_name_the_gpu_types_and_no_replica_that_cannot_be_worked_out_st
     assert asyncio.run(PlanContents(store).of(PLAN, [0])) == [None]  # type: ignore[arg-type]
 
 
+def test_a_plan_of_another_version_is_logged_with_the_reason_and_without_a_traceback(
+    plan_file: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    store, document = MemoryStore(), json.loads(Path(plan_file).read_text())
+    document["apiVersion"] = "hetis/v99"
+    store.tables.plan_documents[PLAN] = json.dumps(document).encode()
+    assert asyncio.run(PlanContents(store).of(PLAN, [0])) == [None]  # type: ignore[arg-type]
+    (record,) = caplog.records
+    assert record.exc_info is None
+    assert "hetis/v99" in vars(record)["why"]
+
+
 def test_a_plan_that_is_gone_or_cannot_be_read_has_no_contents() -> None:
     store = MemoryStore()
     assert asyncio.run(PlanContents(store).of(PLAN, [0, 1])) == [None, None]  # type: ignore[arg-type]

@@ -39,6 +39,16 @@ async def test_every_watcher_gets_the_error_with_which_the_hubs_are_closed() -> 
         await anext(watch)
 
 
+async def test_a_hub_that_is_made_after_the_end_ends_its_watches_as_the_others_do() -> None:
+    hubs = Hubs(1)
+    hubs.close(LookupError("the term is over"))
+    hubs.close()
+    watch = hubs.cluster("clusters/late").watch()
+    assert await anext(watch) == []
+    with pytest.raises(LookupError, match="the term is over"):
+        await anext(watch)
+
+
 def test_a_hub_is_of_its_cluster_until_the_cluster_goes() -> None:
     hubs = Hubs(1)
     hub = hubs.cluster("clusters/a")

@@ -45,11 +45,15 @@ class Hubs:
         self.plans: Hub[str, plan_pb2.Plan] = Hub(epoch)
         self._clusters: dict[str, ClusterHub] = {}
         self._rounds: dict[str, int] = {}
+        self._is_closed = False
+        self._error: Exception | None = None
 
     def cluster(self, name: str) -> ClusterHub:
         """Return a cluster's hub. Do not keep it: a cluster that is deleted and created again has a new hub."""
         if name not in self._clusters:
             self._clusters[name] = ClusterHub(self.epoch)
+            if self._is_closed:  # its watches end at once, like those of the others
+                self._clusters[name].close(self._error)
         return self._clusters[name]
 
     def publish_cluster(self, record: ClusterRecord, *, num_connected: int, now_s: float) -> None:
@@ -81,7 +85,9 @@ class Hubs:
             hub.close()
 
     def close(self, error: Exception | None = None) -> None:
-        """End all watches, with ``error`` if there is one."""
+        """End all watches, with ``error`` if there is one, and those of hubs that are still made."""
+        if not self._is_closed:
+            self._is_closed, self._error = True, error
         self.plans.close(error)
         for hub in self._clusters.values():
             hub.close(error)

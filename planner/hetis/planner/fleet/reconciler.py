@@ -73,7 +73,10 @@ def _parse(plan: str, document: bytes) -> _ReadPlan | None:
         found = problem_of_plan(value, plan)
         model, partners = document_of(found.problem.model), kv_partners_to_proto(found.plan)
         return _ReadPlan(plan=found, model=model, kv_partners=partners)
-    except (DocumentError, HetisError, ValueError, LookupError):
+    except (DocumentError, HetisError) as error:  # as of a plan that another version made
+        _log.error("a plan's document cannot be read", extra={"plan": plan, "why": str(error)})
+        return None
+    except (ValueError, LookupError):
         _log.exception("a plan's document cannot be read", extra={"plan": plan})
         return None
 

@@ -64,9 +64,7 @@ class DispatchStates:
 
     async def admit(self, request: pb2.AdmitRequestsRequest) -> pb2.AdmitRequestsResponse:
         """Answer `AdmitRequests`. The `StageQuality` of the answer does not cover requests that already run."""
-        if self._warming is None or not self._warming.done():
-            await self.warm_up()
-        state = self._state(request.parent, request.state_id)
+        state = await self._warm_state(request.parent, request.state_id)
         check_batch(len(request.requests), request_violations("requests", request.requests, "growth_tokens"))
         admitted = await state.admit(_newcomers(request.requests), keep=not request.validate_only)
         self._require_present(request.parent, state)
@@ -78,9 +76,7 @@ class DispatchStates:
 
     async def step(self, request: pb2.DispatchRequestsRequest) -> pb2.DispatchRequestsResponse:
         """Answer a message of `DispatchRequests`. All of it is checked, in its turn, before anything is done."""
-        if self._warming is None or not self._warming.done():
-            await self.warm_up()
-        state = self._state(request.parent, request.state_id)
+        state = await self._warm_state(request.parent, request.state_id)
         check_step(request)
         answer = pb2.DispatchRequestsResponse(sequence=request.sequence)
         if request.new_requests:
@@ -209,6 +205,14 @@ class DispatchStates:
         if not name.endswith(_STATE):
             raise invalid_field(field, f"{name[:_SHOWN]!r} is not clusters/{{cluster}}/replicas/{{replica}}{_STATE}")
         return self._replica(name.removesuffix(_STATE))
+
+    async def _warm_state(self, name: str, state_id: str) -> ReplicaDispatch:
+        """Return a state with which dispatch can work at once. A state that does not exist is refused without delay."""
+        state = self._state(name, state_id)
+        if self._warming is not None and self._warming.done():
+            return state
+        await self.warm_up()
+        return self._state(name, state_id)
 
     def _state(self, name: str, state_id: str) -> ReplicaDispatch:
         state = self._states.get(name)
