@@ -69,6 +69,20 @@ def test_everything_is_served_with_head_groups_on_workers(
         assert run.generated_tokens == run.output_tokens.sum()
 
 
+def test_head_groups_that_a_stage_keeps_take_longer_beside_a_chunk() -> None:
+    """Its workers have no chunks, so a factor of theirs changes nothing."""
+    ends = []
+    for own, workers in ((None, None), (40.0, None), (None, 40.0)):
+        problem = small_problem(model=make_model(kv_heads=4), mixed_factor=own)
+        small = make_profile("small", flops=1e12, bytes_per_s=1e10, usable_bytes=60_000_000, mixed_factor=workers)
+        problem = replace(problem, profiles={**problem.profiles, "small": small})
+        plan = plan_of(pipeline(problem, 6, micro_batch=8, in_flight=1, pool=(1, 1)))
+        ends.append(simulate(plan, problem, equal_requests(30, prompt=60, output=60), AS_PLANNED).end_s)
+    summed, kept, given = ends
+    assert kept > 1.05 * summed
+    assert given == summed
+
+
 @pytest.mark.parametrize("chosen", [AS_PLANNED, Settings(redispatch=False), Settings(theta=0.0)])
 def test_the_head_map_is_sound_in_the_middle_of_a_run(chosen: Settings) -> None:
     problem = small_problem(model=make_model(kv_heads=4))

@@ -40,6 +40,7 @@ from tests.solver.instances import (
     make_model,
     make_node,
     make_problem,
+    make_profile,
     make_workload,
     mixed_by,
 )
@@ -409,9 +410,28 @@ def named(problem: PlacementProblem, costs: CostTables, template: Template) -> t
 def test_the_search_tabulates_the_same_seconds(
     replicas: st.SearchStrategy[tuple[PlacementProblem, CostTables, Template]], data: st.DataObject
 ) -> None:
-    found = data.draw(replicas)
-    problem, costs, template = found
-    numbers, stages = named(*found)
+    check_seconds(*data.draw(replicas))
+
+
+def test_the_search_tabulates_what_a_stage_with_a_pool_keeps_beside_a_chunk() -> None:
+    """Its own head groups take longer than those on the worker, but only beside a chunk."""
+    profiles = {"A": make_profile("A", mixed_factor=30.0), "B": make_profile("B", mixed_factor=90.0)}
+    link = Link(bytes_per_s=1e10, latency_s=1e-6)
+    nodes = [make_node("a", "A", nic=link), make_node("b", "B", nic=link)]
+    problem = make_problem(nodes, profiles=profiles, workload=make_workload((300, 60)))
+    costs = build_cost_tables(problem)
+    own, worker = (next(i for i, c in enumerate(costs.classes) if c.gpu == gpu) for gpu in "AB")
+    stage = TemplateStage(costs.ranks.index((own, 1)), 1, problem.model.num_layers)
+    pooled = replace(stage, pool_class=worker, pool_cards=1, pool_groups=1)
+    unified = [one for one in configurations(costs) if costs.mixes[one.mix].role is Role.UNIFIED]
+    for one in unified:
+        if costs.mixes[one.mix].attention_dp == 1:
+            for mine in (stage, pooled):
+                check_seconds(problem, costs, Template(one.scope, one.mix, one.in_flight_index, (mine,), math.inf))
+
+
+def check_seconds(problem: PlacementProblem, costs: CostTables, template: Template) -> None:
+    numbers, stages = named(problem, costs, template)
     last = len(stages) - 1
     seconds = of_search.times_of(template, of_search.stage_seconds(costs, template))
     expected = [

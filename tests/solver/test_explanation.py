@@ -283,6 +283,22 @@ def test_the_factor_of_mixed_batches_is_said_where_there_is_one(factor: float | 
     assert says in assert_adds_up(solve_placement(problem), problem).attention_workers
 
 
+def test_a_pool_that_only_pays_beside_chunks_is_said_to_make_the_stage_faster() -> None:
+    """Decode attention alone is as long as on idle cards: only that beside a chunk is worth moving."""
+    changes = []
+    for factor in (None, 100.0):
+        problem = the_problem()
+        profiles = {**problem.profiles, "A": make_profile("A", mixed_factor=factor)}
+        problem = replace(problem, profiles=profiles)
+        said = explain_plan(plan_of(problem, claimed(unclaimed(A_ALONE), problem)), problem).attention_workers
+        found = re.findall(r"makes the stage ([\d.]+)% (slower|faster)", said)
+        changes.append([float(percent) * (1 if word == "slower" else -1) for percent, word in found])
+    summed, mixed = changes
+    assert summed
+    assert min(mixed) < min(summed) - 5
+    assert min(mixed) < 0
+
+
 def test_plan_without_replicas_is_explained() -> None:
     problem = the_problem()
     explanation = explain_plan(replace(sound(problem), replicas=()), problem)

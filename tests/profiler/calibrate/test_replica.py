@@ -22,7 +22,9 @@ from hetis.solver.cost import intra_link
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.model import DraftShape
 from hetis.solver.problem import PlacementProblem
+from hetis.solver.profile import Op
 from hetis.solver.workload import LengthBin, Workload
+from tests.solver.instances import mixed_by
 
 GPU = "H100-SXM-80GB"
 LATENT = str(Path(__file__).parents[2] / "formats" / "huggingface" / "deepseek-ai__DeepSeek-V2-Lite.json")
@@ -40,16 +42,19 @@ def price_s(replica: CalibratedReplica, work: ObservedWork) -> float:
     context=st.integers(1, 9000),
     chunk=st.integers(0, 8192),
     past=st.integers(0, 8192),
+    factor=st.sampled_from([0.5, 1.0, 3.0]),
 )
 def test_an_iteration_costs_what_the_simulator_says(
-    model: str, tp: int, decoding: int, context: int, chunk: int, past: int
+    model: str, tp: int, decoding: int, context: int, chunk: int, past: int, factor: float
 ) -> None:
     """The simulator has separate formulas, which docs/cost-model.md derives."""
     if not decoding + chunk:
         return
     spec, shipped = load_model(model), shipped_profile(GPU)
     assert shipped is not None
-    profile = for_engine(shipped, find_gpu(GPU).gpu, "vllm")
+    profile, mixed = for_engine(shipped, find_gpu(GPU).gpu, "vllm"), mixed_by(factor)
+    fits = (replace(fit, mixed=mixed) if fit.op is Op.DECODE_ATTENTION else fit for fit in profile.fits)
+    profile = replace(profile, fits=tuple(fits))
     problem = PlacementProblem(
         cluster=fleet("node", (1, 4, GPU)),
         model=spec,
