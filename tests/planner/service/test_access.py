@@ -244,6 +244,12 @@ def test_a_token_that_could_not_be_printed_leaves_the_token_file_as_it_was(token
     assert file.read_bytes() == before
 
 
+def test_a_wrong_value_creates_no_token_file(tmp_path: Path) -> None:
+    with pytest.raises(DocumentError, match=r"tokens\[0\].name: 'bad name' is not a name"):
+        make(tmp_path, CallerRole.ADMIN, name="bad name")
+    assert not (tmp_path / "tokens.yaml").exists()
+
+
 def test_a_name_is_taken_once(tmp_path: Path) -> None:
     make(tmp_path, CallerRole.VIEWER, name="a")
     before = (tmp_path / "tokens.yaml").read_text()

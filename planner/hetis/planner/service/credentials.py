@@ -144,6 +144,8 @@ def create_token(
     if scope is not None:
         entry["scope"] = scope
     entry |= {"sha256": digest(token), "expires": expires.astimezone(UTC).isoformat(timespec="seconds")}
+    if not os.path.exists(path):
+        _grants(_entry_text(entry, ""), path)  # a wrong value creates no file
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
     except OSError as error:
