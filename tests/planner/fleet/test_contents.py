@@ -118,6 +118,15 @@ def test_a_plan_of_another_version_is_logged_with_the_reason_and_without_a_trace
     assert "hetis/v99" in vars(record)["why"]
 
 
+async def test_a_plan_that_cannot_be_read_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    store = MemoryStore()
+    store.tables.plans.rows[PLAN], store.tables.plan_documents[PLAN] = plan_record(), b"{}"
+    contents = PlanContents(store)  # type: ignore[arg-type]
+    for _ in range(2):
+        assert await contents.of(PLAN, [0, 1]) == [None, None]
+    assert len(caplog.records) == 1
+
+
 def test_a_plan_that_is_gone_or_cannot_be_read_has_no_contents() -> None:
     store = MemoryStore()
     assert asyncio.run(PlanContents(store).of(PLAN, [0, 1])) == [None, None]  # type: ignore[arg-type]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 
 from hetis.planner.fleet.hubs import Hubs
@@ -46,7 +48,7 @@ async def test_a_hub_that_is_made_after_the_end_ends_its_watches_as_the_others_d
     watch = hubs.cluster("clusters/late").watch()
     assert await anext(watch) == []
     with pytest.raises(LookupError, match="the term is over"):
-        await anext(watch)
+        await asyncio.wait_for(anext(watch), timeout=5)
 
 
 def test_a_hub_is_of_its_cluster_until_the_cluster_goes() -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import re
 import resource
 import time
+from contextlib import redirect_stdout
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,7 @@ from hetis.formats.errors import DocumentError
 from hetis.planner.callers import CallerRole
 from hetis.planner.failures import ServiceError
 from hetis.planner.service.access import NEEDED
+from hetis.planner.service.actions import make_token
 from hetis.planner.service.credentials import Tokens, create_token, digest
 from hetis.v1 import agent_service_pb2 as agents
 from hetis.v1 import plan_service_pb2 as plans
@@ -219,6 +223,31 @@ def test_a_full_disk_leaves_the_token_file_as_it_was(num_bytes: int, tmp_path: P
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert file.read_bytes() == before
+
+
+class FullDisk(io.StringIO):
+    """A buffered output whose disk is full."""
+
+    def flush(self) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("tokens", [None, "[]"], ids=["some", "none left"])
+def test_a_token_that_could_not_be_printed_leaves_the_token_file_as_it_was(tokens: str | None, tmp_path: Path) -> None:
+    file = tmp_path / "tokens.yaml"
+    make(tmp_path, CallerRole.VIEWER)
+    if tokens is not None:
+        file.write_text(f"{file.read_text().partition('tokens:')[0]}tokens: {tokens}\n")
+    before = file.read_bytes()
+    with redirect_stdout(FullDisk()), pytest.raises(OSError, match="No space left"):
+        make_token(str(file), role=CallerRole.ADMIN, name=None, node=None, cluster=None, valid_days="1")
+    assert file.read_bytes() == before
+
+
+def test_a_wrong_value_creates_no_token_file(tmp_path: Path) -> None:
+    with pytest.raises(DocumentError, match=r"tokens\[0\].name: 'bad name' is not a name"):
+        make(tmp_path, CallerRole.ADMIN, name="bad name")
+    assert not (tmp_path / "tokens.yaml").exists()
 
 
 def test_a_name_is_taken_once(tmp_path: Path) -> None:

@@ -47,21 +47,24 @@ class PlanContents:
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._parsed: OrderedDict[str, _ReadPlan] = OrderedDict()  # by digest: plan names can be reused
+        # By digest, since plan names can be reused; None: the document cannot be read, which is logged once
+        self._parsed: OrderedDict[str, _ReadPlan | None] = OrderedDict()
 
     async def of(self, plan: str, indices: Sequence[int]) -> list[Contents | None]:
         """Return the contents of these replicas. Parsed plans are kept, since a plan's document never changes."""
         record = await self._store.read(lambda tx: tx.plans.get(plan))
-        found = None if record is None else self._parsed.get(record.body.result.document.digest)
-        if found is None:
+        digest = "" if record is None else record.body.result.document.digest
+        if record is None or digest not in self._parsed:
             record, document = await self._store.read(lambda tx: (tx.plans.get(plan), tx.plan_documents.get(plan)))
-            digest = "" if record is None else record.body.result.document.digest
-            found = None if document is None else await asyncio.to_thread(_parse, plan, document)
-            if found is None:
+            if document is None:
                 return [None] * len(indices)
-            self._parsed[digest] = found
+            digest = "" if record is None else record.body.result.document.digest
+            self._parsed[digest] = await asyncio.to_thread(_parse, plan, document)
             if len(self._parsed) > _KEPT:
                 self._parsed.popitem(last=False)
+        found = self._parsed[digest]
+        if found is None:
+            return [None] * len(indices)
         return await asyncio.to_thread(_contents, found, plan, indices)
 
 

@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
@@ -84,8 +85,8 @@ def make_token(
     scope = _scope(role, node, cluster)
     expires = datetime.now(UTC) + _days(valid_days)
     chosen = name or "-".join([role, *((scope or "").split("/")[1::2])])
-    token = create_token(path, name=chosen, role=role, scope=scope, expires=expires)
-    print(token)
+    show = partial(print, flush=True)  # a full disk is noticed at once, and the token not kept
+    create_token(path, name=chosen, role=role, scope=scope, expires=expires, hand_over=show)
     ends = expires.isoformat(timespec="seconds")
     print(f"token {chosen}, role {role}, valid until {ends}; it is shown only once", file=sys.stderr)
 

@@ -123,8 +123,19 @@ def digest(token: str) -> str:
     return hashlib.sha256(token.encode()).hexdigest()
 
 
-def create_token(path: str, *, name: str, role: CallerRole, scope: str | None, expires: datetime) -> str:
+def create_token(
+    path: str,
+    *,
+    name: str,
+    role: CallerRole,
+    scope: str | None,
+    expires: datetime,
+    hand_over: Callable[[str], None] | None = None,
+) -> str:
     """Create a token and return it, and append its hash to the file, which is created (mode 0600) if it is missing.
+
+    ``hand_over`` is called with the token, such as to print it. If it fails, the file gets back what it held, since
+    nobody has the token: otherwise its name would be taken, and it would stay valid.
 
     Raises DocumentError if the file is not a token file or cannot be written, the name is taken, or a value is wrong.
     """
@@ -133,6 +144,8 @@ def create_token(path: str, *, name: str, role: CallerRole, scope: str | None, e
     if scope is not None:
         entry["scope"] = scope
     entry |= {"sha256": digest(token), "expires": expires.astimezone(UTC).isoformat(timespec="seconds")}
+    if not os.path.exists(path):
+        _grants(_entry_text(entry, ""), path)  # a wrong value creates no file
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
     except OSError as error:
@@ -149,16 +162,25 @@ def create_token(path: str, *, name: str, role: CallerRole, scope: str | None, e
             if emptied:  # no token is lost whenever the process ends, since there was none
                 file.truncate(0)
                 added = before + added
-            _write_all(file, added.encode())
-            os.fsync(file.fileno())
-        except OSError as error:
+            _write_synced(file, added.encode(), path)
+            if hand_over is not None:
+                hand_over(token)
+        except BaseException:
             # With half an entry no planner could start any more, so the file gets back what it held.
             file.truncate(0 if emptied else len(found))
             if emptied:
                 with suppress(OSError):
                     _write_all(file, found)
-            raise single_problem(path, f"cannot be written: {error.strerror}") from None
+            raise
     return token
+
+
+def _write_synced(file: FileIO, content: bytes, path: str) -> None:
+    try:
+        _write_all(file, content)
+        os.fsync(file.fileno())
+    except OSError as error:
+        raise single_problem(path, f"cannot be written: {error.strerror}") from None
 
 
 def _write_all(file: FileIO, content: bytes) -> None:
