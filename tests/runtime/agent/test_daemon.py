@@ -127,18 +127,21 @@ async def test_what_the_disk_refuses_is_neither_done_nor_told_until_it_is_writte
 ) -> None:
     monkeypatch.setattr("hetis.runtime.agent.daemon.LEAST_REWRITE_S", 0.05)
     monkeypatch.setattr("hetis.runtime.agent.daemon.MOST_REWRITE_S", 0.1)
-    write, refused, is_full = StateDirectory.write, asyncio.Queue[str](), False
+    write, written, refused, is_full = StateDirectory.write, set[str](), asyncio.Queue[str](), False
 
     def write_if_not_full(self: StateDirectory, name: str, body: bytes | None) -> None:
         if is_full:
             refused.put_nowait(name)
             raise StateError(f"state file {name}: No space left on device")
         write(self, name, body)
+        written.add(name)
 
     monkeypatch.setattr(StateDirectory, "write", write_if_not_full)
     executor, say = RecordingExecutor(), Planner()
     async with PlannerDouble() as planner, agent(planner, tmp_path, SimulatedDevices(), executor):
         await planner.connected(1)
+        while "node" not in written:  # what the planner says of the node when it connects
+            await asyncio.sleep(0)
         is_full = True
         planner.send(assign := say.assign())
         executor.reports.put_nowait(WatchReportsResponse(engine_id="e"))
