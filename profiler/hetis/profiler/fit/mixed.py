@@ -89,8 +89,10 @@ def mixed_points(fit: Fit, rows: MixedRows, fits: Sequence[Fit], gpu: GpuType) -
     table = replace(rows.table, columns={name: column[keep] for name, column in rows.table.columns.items()})
     chunk, decode = parts_of(table)
     chunk_s, decode_s = _measured(chunk, _CHUNK, rows.prefill), _measured(decode, _DECODE, [rows.decode])
-    chunk_s = np.where(np.isnan(chunk_s), _predicted_chunk(chunk, fits), chunk_s)
-    decode_s = np.where(np.isnan(decode_s), seconds_by(fit, decode_features(decode)), decode_s)
+    if (unknown := np.isnan(chunk_s)).any():
+        chunk_s[unknown] = _predicted_chunk(chunk, fits)[unknown]
+    if (unknown := np.isnan(decode_s)).any():
+        decode_s[unknown] = seconds_by(fit, decode_features(decode))[unknown]
     named = zip(table.numbers("query_heads"), table.numbers("kv_heads"), strict=True)
     points = Points(
         op=Op.DECODE_ATTENTION,
