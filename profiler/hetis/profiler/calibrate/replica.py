@@ -106,18 +106,14 @@ class CalibratedReplica:
         assert fit is not None, "every profile has one"
         context = work.attended_tokens / work.decoding
         attended, read = work.decoding * model.attended_tokens(context), work.decoding * model.read_tokens(context)
-        factor = fit.mixed_factor if work.chunk_tokens else 1.0
-        return (
-            factor
-            * model.num_layers
-            * fit.seconds(
-                flops=model.decode_attention_flops(attended, 1.0) * rank.groups * rank.queries_per_group
-                + work.decoding * model.scan_flops(context),
-                num_bytes=read * rank.groups * model.kv_bytes_per_token_group()
-                + work.decoding * model.state_traffic_bytes(1.0) / model.state_ranks(self.tp),
-                heads=work.decoding * rank.groups * rank.queries_per_group,
-            )
+        layer_s = fit.seconds(
+            flops=model.decode_attention_flops(attended, 1.0) * rank.groups * rank.queries_per_group
+            + work.decoding * model.scan_flops(context),
+            num_bytes=read * rank.groups * model.kv_bytes_per_token_group()
+            + work.decoding * model.state_traffic_bytes(1.0) / model.state_ranks(self.tp),
+            heads=work.decoding * rank.groups * rank.queries_per_group,
         )
+        return model.num_layers * layer_s * (fit.mixed_factor if work.chunk_tokens else 1.0)
 
     def _prefill_s(self, work: ObservedWork) -> float:
         """Return the seconds of the chunks' attention; one of several equal chunks has a past."""
