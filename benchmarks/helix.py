@@ -34,7 +34,6 @@ from hetis.solver.layers.plan import LayersPlan
 from hetis.solver.layers.problem import LayersProblem, Links, NodeType, TimeTable
 from hetis.solver.layers.solve import solve_layers
 
-DOCUMENT = Path(__file__).parents[1] / "docs" / "layers.md"
 PROMPT, OUTPUT = 763.1, 232.4  # mean tokens of the trace, as Helix states them
 WARM_UP_S, SECONDS, SECONDS_QUICK = 60.0, 660.0, 120.0
 UNITS = {"kbps": 1e3, "mbps": 1e6, "gbps": 1e9, "MB": 1e6, "GB": 1e9, "MilliSec": 1e-3, "Sec": 1.0}
@@ -84,7 +83,7 @@ def main() -> None:
     sys.path.append(str(arguments.helix))  # Helix is not installed as a package, as that would need Gurobi
     seconds = arguments.seconds or (SECONDS_QUICK if arguments.quick else SECONDS)
     found = all_rows(arguments.helix, seconds=seconds, only=arguments.only)
-    rows.show(found, arguments, name="helix", document=DOCUMENT)
+    rows.show(found, arguments, name="helix")
 
 
 def all_rows(helix: Path, *, seconds: float, only: str = "") -> Iterator[Row]:

@@ -254,7 +254,6 @@ class ChainQueue:
 
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-DOCUMENT = Path(__file__).parents[1] / "docs" / "layers.md"
 FLEETS = ("layers-24", "layers-42")
 UNSEEN = {  # fleets to which no constant of the model was fitted: nodes of each GPU type, prompt and output tokens
     "unseen, 16 of 3 types": ({"H100-PCIe-80GB": 2, "RTX-3090": 6, "P100-PCIe-16GB": 8}, (900.0, 250.0)),
@@ -277,7 +276,7 @@ class Judged:
 def main() -> None:
     """Print all rows."""
     arguments = rows.parser("benchmarks.layers", __doc__).parse_args()
-    rows.show(all_rows(quick=arguments.quick, only=arguments.only), arguments, name="layers", document=DOCUMENT)
+    rows.show(all_rows(quick=arguments.quick, only=arguments.only), arguments, name="layers")
 
 
 def all_rows(*, quick: bool, only: str = "") -> Iterator[Row]:
