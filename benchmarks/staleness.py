@@ -136,8 +136,6 @@ SOURCES: dict[str, tuple[str, ...]] = {
     ),
     "service": ("benchmarks/service.py", "planner/hetis/planner/service", "planner/hetis/planner/fleet"),
     "sharing": ("benchmarks/sharing.py", *_SEARCH, f"{_SOLVER}/tenants", f"{_SOLVER}/shares"),
-    "layers": ("benchmarks/layers.py", f"{_SOLVER}/layers"),
-    "helix": ("benchmarks/helix.py", f"{_SOLVER}/layers"),
     "robustness": ("benchmarks/robustness.py", *_SEARCH, "planner/hetis/planner/use_cases/robustness"),
 }
 

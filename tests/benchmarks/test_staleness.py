@@ -30,14 +30,14 @@ def test_all_sources_exist() -> None:
 def test_marks_come_and_go(tmp_path: Path, known: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     document = tmp_path / "doc.md"
     head = "" if known is None else f"<!-- {known} -->\n"
-    document.write_text(f"before\n<!-- layers -->\n{head}{TABLE}<!-- end layers -->\nafter\n", encoding="utf-8")
+    document.write_text(f"before\n<!-- sharing -->\n{head}{TABLE}<!-- end sharing -->\nafter\n", encoding="utf-8")
     for _ in range(2):  # marking again changes nothing
         mark(document)
         (table,) = tables(document)
         text = document.read_text(encoding="utf-8")
         assert (table.is_stale, table.is_marked, text.count(MARK)) == (True, True, 1)
-    assert text.startswith("before\n<!-- layers -->\n<!-- sources ")
-    assert text.endswith(f"{MARK}\n\n{TABLE}<!-- end layers -->\nafter\n")
+    assert text.startswith("before\n<!-- sharing -->\n<!-- sources ")
+    assert text.endswith(f"{MARK}\n\n{TABLE}<!-- end sharing -->\nafter\n")
     monkeypatch.setattr(staleness, "digest", lambda name: "00ff")
     mark(document)
     assert (MARK in document.read_text(encoding="utf-8")) == (known is None or "00ff" not in known)
@@ -45,7 +45,7 @@ def test_marks_come_and_go(tmp_path: Path, known: str | None, monkeypatch: pytes
 
 def test_a_table_of_today_is_not_stale(tmp_path: Path) -> None:
     document = tmp_path / "doc.md"
-    document.write_text(f"<!-- layers -->\n{stamp('layers')}\n{TABLE}<!-- end layers -->\n", encoding="utf-8")
+    document.write_text(f"<!-- sharing -->\n{stamp('sharing')}\n{TABLE}<!-- end sharing -->\n", encoding="utf-8")
     mark(document)
     assert MARK not in document.read_text(encoding="utf-8")
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import nan
-from statistics import correlation, fmean, median, quantiles
+from statistics import fmean, median, quantiles
 
 from tests.docs.pages import ROOT
 from tools import tables
@@ -199,11 +199,6 @@ def others(fleet: str) -> Callable[[Table], Sequence[float]]:
     return lambda t: [sum(t.column(column, fleet)) for column in ("other replicas", "plans")]
 
 
-def over_helix(clusters: str, routing: str, *, more: int = 1) -> Callable[[Table], Sequence[float]]:
-    """Return how many percent more ``layers`` decodes than Helix's placement, or less if ``more`` is -1."""
-    return lambda t: [100 * more * (share - 1) for share in t.column("vs helix", f"({clusters}).*{routing}")]
-
-
 def over_planned(row: str) -> Callable[[Table], Sequence[float]]:
     """Return by how much percent the simulated rate exceeds the planned one."""
     return lambda t: [100 * (t[row, "throughput rps"] / t[row, "planned rps"] - 1)]
@@ -232,42 +227,6 @@ def in_range(model: str = "", profile: str = "") -> Callable[[Table], Sequence[f
         return [sum(row["in range"] == "yes" for row in rows), len(rows)]
 
     return counts
-
-
-FLEETS_OF_LAYERS = ("layers-24", "layers-42", "unseen, 16 of 3 types", "unseen, 16 A10")
-
-
-def placements(t: Table, fleet: str) -> list[tuple[float, float]]:
-    """Return (rate, queued) of the placements of a fleet of `benchmarks.layers`, the plan first."""
-    rows = [row for row in t.where(f"^{fleet}, ") if row["queued"] != "-"]
-    return [(number(row["rate"]), number(row["queued"])) for row in rows]
-
-
-def near_the_plan(fleet: str) -> Callable[[Table], Sequence[float]]:
-    """Return the rank correlation of rate and queue among placements whose rate is within 30% of the plan's."""
-
-    def ranks(values: Sequence[float]) -> list[float]:
-        return [sum(other < one for other in values) + values.count(one) / 2 for one in values]
-
-    def values(t: Table) -> Sequence[float]:
-        found = placements(t, fleet)
-        rates, queued = zip(*(one for one in found if one[0] >= 0.7 * found[0][0]), strict=True)
-        return [correlation(ranks(rates), ranks(queued))]
-
-    return values
-
-
-def queued_over_the_plan(t: Table) -> Sequence[float]:
-    found = [placements(t, fleet) for fleet in FLEETS_OF_LAYERS]
-    return [100 * (max(max(queued for _, queued in one) / one[0][1] for one in found) - 1)]
-
-
-def queued_over_the_bound(t: Table) -> Sequence[float]:
-    """Return the number of placements of the examples that the queue serves at more than the bound, and of one's."""
-    found = [placements(t, fleet) for fleet in FLEETS_OF_LAYERS[:2]]
-    bounds = [t[f"{fleet}, plan", "bound"] for fleet in FLEETS_OF_LAYERS[:2]]
-    above = [sum(queued > bound for _, queued in one) for one, bound in zip(found, bounds, strict=True)]
-    return [max(above), len(found[0])] if min(above) == max(above) else [nan]
 
 
 def batches(gpu: str, engine: str, column: str) -> Callable[[Table], Sequence[float]]:
@@ -322,12 +281,6 @@ def over_planned_ttft(t: Table, column: str) -> list[float]:
 
 def upper_quartile(values: Sequence[float]) -> float:
     return quantiles(values, n=4, method="inclusive")[2]
-
-
-def served_by_most_flow(t: Table) -> list[float]:
-    """Return, by fleet, the rate that placements of maximum flow serve in the queue over the plan's."""
-    flow, plan = t.column("queued", "most flow$"), t.column("queued", "plan$")
-    return [one / best for one, best in zip(flow, plan, strict=True)]
 
 
 def within_2(t: Table, share: str, roles: str) -> list[float]:
@@ -940,46 +893,6 @@ FIGURES = [
         (r"predicts # times \(median\)", lambda t: [number(t.rows[0]["median predicted / measured"])]),
         ("is off by #% of the chunk's", lambda t: [number(t.rows[0]["mean error of the chunk's time"])]),
         ("on average, over # chunks", lambda t: [number(t.rows[0]["chunks"])]),
-    ),
-    *_of(
-        "layers.md",
-        "layers",
-        ("rank correlation # and # on the examples", lambda t: t.column("rate", "^layers.*correlation")),
-        ("the examples, # on the fleets", lambda t: [min(t.column("rate", "^unseen.*correlation"))]),
-        (r"flow does not \(# to #\)", lambda t: span(t.column("flow", "correlation"))),
-        ("less sure: # on 24 nodes", near_the_plan("layers-24")),
-        ("24 nodes, # on 42", near_the_plan("layers-42")),
-        ("# on the 16 of 3 types", near_the_plan("unseen, 16 of 3 types")),
-        ("queue serves up to #% faster", queued_over_the_plan),
-        ("the queue serves # of # placements at more than the bound", queued_over_the_bound),
-        (
-            "serve only a third to two thirds of the plan",
-            lambda t: [0.3 < share < 0.7 for share in served_by_most_flow(t)],
-        ),
-    ),
-    *_of(
-        "layers.md",
-        "helix",
-        ("decodes #% more tokens per second than Helix's", over_helix("24 nodes", "shares")),
-        (r"on 24 nodes, #% more on 42 and #% more on\sthe L4", over_helix("42 nodes|8 L4", "shares")),
-        (r"serves #% less than Helix's\s+placement on 24", over_helix("24 nodes", "max-flow", more=-1)),
-        ("on 24 nodes and #% less on 42", over_helix("42 nodes", "max-flow", more=-1)),
-        (
-            "on the A100 and the T4 both have the same placement",
-            lambda t: [share == 1.0 for share in t.column("vs helix", "A100|T4")],
-        ),
-    ),
-    *_of(
-        "comparison.md",
-        "helix",
-        (
-            "serve a fifth more than Helix's in Helix's simulator on a",
-            lambda t: [1.18 < share < 1.22 for share in t.column("vs helix", "24 nodes.*shares")],
-        ),
-        (
-            "and a sixth more on one of 42",
-            lambda t: [1.15 < share < 1.18 for share in t.column("vs helix", "42 nodes.*shares")],
-        ),
     ),
     *_of(
         "profiles-modelled.md",
