@@ -113,7 +113,6 @@ kernels-dispatch: $(VENV)/.dev
 
 kernels-placement: $(VENV)/.dev
 	@$(BIN)/python -c 'from hetis.planner.jobs.kernels import compile_all_kernels; compile_all_kernels()'
-	@$(BIN)/python -c 'from hetis.planner.use_cases.layers import compile_layers; compile_layers()'
 
 bytecode: $(VENV)/.dev
 	@$(BIN)/python -m pytest --collect-only --quiet --quiet >/dev/null
