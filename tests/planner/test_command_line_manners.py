@@ -246,7 +246,7 @@ SAME_IN_OTHER_WORDS = {
     "seed": {"simulate"},
     "theta": {"redispatch"},
     "threads": {"simulate"},
-    "time-limit": {"dispatch", "layers"},
+    "time-limit": {"dispatch"},
     "workload": {"replan"},
 }
 

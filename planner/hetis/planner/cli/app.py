@@ -43,7 +43,6 @@ app = typer.Typer(
 VERBS: dict[str, tuple[Any, ...]] = {
     "Plan": (
         place.place,
-        (place.layers, place.LAYERS_EXAMPLES),
         place.compare,
         plans.explain,
         (plans.report, plans.REPORT_EXAMPLES),

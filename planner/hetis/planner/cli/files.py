@@ -175,7 +175,7 @@ def validate(
 
 FileKind = Literal[
     "Cluster", "ModelSpec", "Workload", "Profile", "Plan", "DispatchState", "DispatchRequests", "ShareProblem",
-    "LayersProblem", "Tenants",
+    "Tenants",
 ]  # fmt: skip
 FILE_KINDS = get_args(FileKind)
 
