@@ -161,7 +161,6 @@ FILE_EXAMPLES = {
     "DispatchState": "examples/dispatch/a100-l4.yaml",
     "DispatchRequests": "examples/dispatch/requests.yaml",
     "ShareProblem": "examples/tenants.yaml",
-    "LayersProblem": "examples/files/layers.yaml",
     "Tenants": "examples/three-models.yaml",
 }
 

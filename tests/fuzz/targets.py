@@ -160,7 +160,6 @@ LOADERS: dict[str, tuple[Callable[[str], object], str, tuple[str, ...]]] = {
     "trace_log": (_trace, ".log", ()),
     "state": (documents.load_state, "", ("tests/bad_input/state_*",)),
     "requests": (documents.load_requests, "", ("tests/bad_input/requests_*",)),
-    "layers": (documents.load_layers_problem, "", ("tests/bad_input/layers_*", "examples/layers-24.yaml")),
     "tenants": (documents.load_tenants, "", ("tests/bad_input/tenants_*", "examples/tenants.yaml")),
     "inventory": (_fleet, "", ("tests/formats/discovery/inputs/*.[jctx]*",)),
     "faults": (load_faults, ".csv", ("tests/bad_input/faults_*",)),

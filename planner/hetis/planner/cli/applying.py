@@ -11,8 +11,8 @@ from typing import Any
 import grpc
 import typer
 
+from hetis.commands.terminal import Terminal
 from hetis.formats.catalogue import UnknownNameError, find_model, find_workload
-from hetis.formats.command_line.terminal import Terminal
 from hetis.formats.documents import Value, dump, load, load_cluster, load_model, load_plan, load_profile, load_workload
 from hetis.formats.errors import DocumentError
 from hetis.formats.files import write_atomically

@@ -17,7 +17,7 @@ from typing import Any
 
 from prometheus_client.registry import Collector
 
-from hetis.formats.endpoints import STANDBY_ANSWER
+from hetis.commands.endpoints import STANDBY_ANSWER
 from hetis.planner.failures import Reason, ServiceError
 from hetis.planner.fleet.settings import FleetCounters
 from hetis.planner.service.access import LIVE_READS, needs_leader
