@@ -97,8 +97,8 @@ class Term:
         fleet.add_observer(self._proposals)
 
         def require_lease() -> None:
-            if not store.lease.may_decide:
-                raise store.undecided()
+            if not store.leadership.lease.may_decide:
+                raise store.leadership.undecided()
 
         watches = ClusterWatches(store, hubs, fleet, reader)
         self.servicings = (
