@@ -130,10 +130,6 @@ SOURCES: dict[str, tuple[str, ...]] = {
     "ablations": ("benchmarks/ablations.py", *_SEARCH, *_SIMULATOR, *_REDISPATCH),
     "emulation": ("benchmarks/emulation.py", *_PLUGIN, *_REDISPATCH),
     "vllm": ("benchmarks/vllm.py", "benchmarks/measuring/vllm_engine.py", *_PLUGIN),
-    "service admissions": (
-        *("benchmarks/service.py", "planner/hetis/planner/service", "planner/hetis/planner/fleet/dispatching"),
-        *_DISPATCH,
-    ),
     "service": ("benchmarks/service.py", "planner/hetis/planner/service", "planner/hetis/planner/fleet"),
     "sharing": ("benchmarks/sharing.py", *_SEARCH, f"{_SOLVER}/tenants", f"{_SOLVER}/shares"),
     "robustness": ("benchmarks/robustness.py", *_SEARCH, "planner/hetis/planner/use_cases/robustness"),

@@ -628,31 +628,6 @@ FIGURES = [
         ("is DONE after # ms", cells(("change: DONE", "p50 ms"))),
     ),
     *_of("operations.md", "service", ("GiB and # kB per agent", cells(("heartbeats, serving", "kb per agent")))),
-    *_benchmarks(
-        "service admissions",
-        (
-            "does # pairs a second one at a time and # with 16 at once",
-            cells(("admit 1, 1 at once", "rate per (s)"), ("admit 1, 16 at once", "rate per (s)")),
-        ),
-        ("An empty call takes the planner # ms", cells(("empty call, 1 at once", "cpu us"), scale=1e-3)),
-        ("a pair of calls # ms", cells(("admit 1, 1 at once", "cpu us"), scale=1e-3)),
-        (
-            "a step of the stream takes # ms alone and # ms where 16 come at once",
-            cells(
-                ("admit 1, streamed, 1 at once", "cpu us"),
-                ("admit 1, streamed, 16 at once on a stream", "cpu us"),
-                scale=1e-3,
-            ),
-        ),
-    ),
-    *_of(
-        "api.md",
-        "service admissions",
-        (
-            "takes the planner # times the CPU of a message",
-            lambda t: [t["admit 1, 1 at once", "cpu us"] / t["admit 1, streamed, 1 at once", "cpu us"]],
-        ),
-    ),
     *_of(
         "tenants.md",
         "sharing",
