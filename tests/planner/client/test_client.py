@@ -20,7 +20,7 @@ import pytest
 from google.rpc import code_pb2
 
 from examples.processes import free_ports
-from hetis.formats.endpoints import STREAM_OPEN
+from hetis.commands.endpoints import STREAM_OPEN
 from hetis.planner.client import AsyncClient, CallError, Client, Connection, Patience, document_of_file
 from hetis.planner.client.connection import SERVICE_CONFIG
 from hetis.v1 import (

@@ -139,7 +139,7 @@ class Served:
 async def served(folder: Path) -> AsyncIterator[Served]:
     now_s = [1000.0]
     store = await Store.open(f"sqlite:///{folder}/hetis.db", clock=lambda: now_s[0])
-    hubs, fleet, fleets = Hubs(await store.lead("test")), FakeFleet(), DeclaredFleets()
+    hubs, fleet, fleets = Hubs(await store.leadership.grant("test")), FakeFleet(), DeclaredFleets()
     reader = NodeReader(store, fleet, fleets)
     methods = cluster_methods(
         Clusters(store, hubs, fleet, fleets),

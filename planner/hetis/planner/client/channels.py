@@ -14,7 +14,7 @@ from typing import Any
 import grpc
 from grpc import aio
 
-from hetis.formats.endpoints import STANDBY_ANSWER, STREAM_OPEN, Endpoint, LeaderSearch, is_loopback, without_proxy
+from hetis.commands.endpoints import STANDBY_ANSWER, STREAM_OPEN, Endpoint, LeaderSearch, is_loopback, without_proxy
 from hetis.formats.files import FileStamp
 from hetis.planner.client.connection import (
     CHANNEL_OPTIONS,

@@ -15,7 +15,7 @@ from typing import TypeVar
 import grpc
 from google.protobuf.message import Message
 
-from hetis.formats.endpoints import is_loopback, is_sendable_token, split_endpoints
+from hetis.commands.endpoints import is_loopback, is_sendable_token, split_endpoints
 from hetis.formats.files import FileStamp, file_label, file_stamp, read_text
 from hetis.v1 import document_pb2
 
