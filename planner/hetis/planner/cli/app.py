@@ -11,7 +11,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from hetis.formats.command_line.verb import click_command, run_application, version_option
+from hetis.commands.verb import click_command, run_application, version_option
 from hetis.formats.errors import DocumentError
 from hetis.planner.cli import (
     changes,
