@@ -77,8 +77,10 @@ _MONTHS = (
     *((2026, 1, "0.14"), (2026, 2, "0.15"), (2026, 3, "0.17"), (2026, 4, "0.19"), (2026, 5, "0.21"), (2026, 6, "0.22")),
     *((2026, 7, "0.24"), (2026, 8, "0.26"), (2026, 9, "0.29"), (2026, 11, "0.32")),
 )
-_NAMES = ("january", "february", "march", "april", "may", "june", "july", "august")
-_NAMES += ("september", "october", "november", "december")
+_NAMES = (
+    *("january", "february", "march", "april", "may", "june", "july", "august"),
+    *("september", "october", "november", "december"),
+)
 UNKNOWN = "0.12"  # of the versions it may be, the one that leaves the least for KV
 OTHERS_REQUESTS = 256  # vLLM's default on other GPUs
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hetis.formats.command_line.terminal import OutputFormat, Terminal
+from hetis.commands.terminal import OutputFormat, Terminal
 from hetis.planner.cli import values
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.cli.options import group, option, panel, verb
