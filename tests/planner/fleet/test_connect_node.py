@@ -160,7 +160,6 @@ async def test_a_plan_comes_into_force_and_a_redispatch_is_done() -> None:
         view = fleet.replica_view(REPLICA)
         assert view is not None
         assert view.state == replica_pb2.REPLICA_STATE_SERVING
-        assert view.authority == replica_pb2.HEAD_MAP_AUTHORITY_ENGINE
         maps = await fleet.read_head_maps(REPLICA, 5.0)
         assert (maps.generation, maps.step) == (view.generation, 7)
         assert [one.id for one in maps.maps[0].requests] == ["r0", "r1"]

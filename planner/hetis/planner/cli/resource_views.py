@@ -269,7 +269,6 @@ COLUMNS: dict[str, tuple[ResourceColumn, ...]] = {
         ResourceColumn("'re-dispatch", lambda r: "under way" if r.redispatch else ""),
         ResourceColumn("'nodes", lambda r: ", ".join(r.nodes), wide=True),
         ResourceColumn("'primary", lambda r: r.primary_node, wide=True),
-        ResourceColumn("'authority", lambda r: word_of(replica_pb2.HeadMapAuthority, r.authority).lower(), wide=True),
         ResourceColumn("'why", lambda r: r.failure.message, wide=True),
     ),
     "redispatches": (

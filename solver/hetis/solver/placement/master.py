@@ -29,7 +29,6 @@ from hetis.solver.constraints import ConstraintIndex, Sum
 from hetis.solver.highs import linear_program, quiet_highs
 from hetis.solver.placement.fleet import UNIFIED, DeviceClass, IntArray, Resources, Routes
 from hetis.solver.placement.tables import BoolArray, CostTables, FloatArray
-from hetis.solver.plan import ObjectiveKind
 from hetis.solver.problem import PlacementProblem
 
 ROUNDING = 1e-6  # ratio by which HiGHS may violate a row
@@ -462,10 +461,9 @@ def demanded_rate(problem: PlacementProblem) -> float | None:
 
 
 def row_costs_of(costs: CostTables) -> FloatArray:
-    """Return the cost of one unit of each row in the objective: rent or one GPU for the rows that count GPUs."""
-    kind = costs.problem.objective.kind
-    of_gpu = {ObjectiveKind.COST: [c.usd_per_hour or 0.0 for c in costs.classes]}
-    each = of_gpu.get(kind, [1.0 if kind is ObjectiveKind.GPUS else 0.0] * len(costs.classes))
+    """Return the cost of one unit of each row in the objective: that of a GPU for the rows that count GPUs; [rows]."""
+    goal, types = costs.problem.objective.kind.goal, costs.problem.cluster.gpu_types
+    each = [goal.cost(types[c.gpu], c.usd_per_hour) for c in costs.classes]
     return np.array([each[g] if p == 1 else 0.0 for g, p in costs.resources.rows])
 
 
