@@ -28,8 +28,9 @@ from benchmarks.measuring.instances import NO_LIMITS, fleet, problem
 from benchmarks.measuring.rows import Cell, Row
 from benchmarks.measuring.shipped_points import shipped_points
 from hetis.formats import catalogue
+from hetis.planner.use_cases.record_forms import Predicted
 from hetis.planner.use_cases.robustness.fixed_plan import FixedPlan
-from hetis.planner.use_cases.robustness.profile_errors import Predicted, predicted
+from hetis.planner.use_cases.robustness.profile_errors import predicted
 from hetis.profiler.defaults import shipped_profile
 from hetis.profiler.fitting import FloatArray
 from hetis.profiler.ranges import MOST_ERROR, UNKNOWN_ERROR

@@ -1,4 +1,4 @@
-"""p95 TTFT by the queue model of `hetis.planner.use_cases.queueing`, and as planned, over that of the simulator.
+"""p95 TTFT by the queue model of `hetis.planner.use_cases.verification.queueing`, and as planned, over the simulator's.
 
     python -m benchmarks.queueing [--quick] [--json] [--plans N] [--seed S]
 
@@ -16,7 +16,6 @@ from __future__ import annotations
 import itertools
 import random
 import statistics
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -24,10 +23,10 @@ from dataclasses import dataclass, replace
 from benchmarks.measuring import rows
 from benchmarks.measuring.instances import NODE_SIZES, fleet, problem
 from benchmarks.measuring.rows import Row
-from hetis.planner.use_cases.queueing import RequestQueue, request_queue
 from hetis.planner.use_cases.simulate import Question, answer, default_rate
+from hetis.planner.use_cases.verification.queueing import RequestQueue, request_queue
 from hetis.simulator.arrivals import Arrivals, Load
-from hetis.simulator.running import silent
+from hetis.simulator.running import never, silent
 from hetis.simulator.values import Settings
 from hetis.solver.budget import Budget
 from hetis.solver.errors import InfeasibleError
@@ -111,7 +110,7 @@ def rows_of(case: Case, num_requests: int = REQUESTS) -> Iterator[Row]:
         rate_rps = share * default_rate(case.plan, case.problem)
         load = Load(lengths=lengths, max_position=most, arrivals=Arrivals.DRAWN, rate_rps=rate_rps)
         question = Question(load=load, num_requests=num_requests, seeds=(0,), settings=NO_DISPATCH, limits=NO_LIMIT)
-        found = answer(case.plan, case.problem, question, processes=1, cancelled=threading.Event(), report=silent)
+        found = answer(case.plan, case.problem, question, processes=1, is_cancelled=never, report=silent)
         (metrics,), modelled = found.runs, case.queue.at(rate_rps)
         yield {
             "name": f"{case.name}, {share:.0%}",

@@ -98,7 +98,7 @@ SOURCES: dict[str, tuple[str, ...]] = {
         *(*_SEARCH, *_SIMULATOR, *_REDISPATCH),
     ),
     "queueing": (
-        *("benchmarks/queueing.py", "planner/hetis/planner/use_cases/queueing.py"),
+        *("benchmarks/queueing.py", "planner/hetis/planner/use_cases/verification/queueing.py"),
         *(*_SEARCH, *_SIMULATOR),
     ),
     "whole_engine": ("benchmarks/whole_engine.py", *_SIMULATOR, "tools/whole_engine.py"),

@@ -18,6 +18,7 @@ from hetis.planner.cli.options import PlanArgument, group, option, panel, spelle
 from hetis.planner.cli.outputs import refuse_unwritable
 from hetis.planner.cli.server_verb import chosen_cluster, cluster_name_option, fetched, server_verb
 from hetis.planner.export import ExportDevice, ExportTarget
+from hetis.planner.use_cases.record import MadeFrom
 
 if TYPE_CHECKING:
     from hetis.planner.client import Client
@@ -111,7 +112,7 @@ def export(
     settings = ExportSettings(hosts=hosts, engine_options=tuple(engine_options or ()), **given)
     found = load_plan(plan)
     made = export_wanted(found, asked.to, settings, file=plan, spelled=spelled, more_wrong=wrong)
-    if found.inputs.get("documents", {}).keys() >= CHECKED_AGAINST:
+    if MadeFrom.of(found).documents.keys() >= CHECKED_AGAINST:
         warn_if_wrong(terminal, plan, problem_of_plan(found, plan))
     if asked.strict and made.lost:
         lost = [f"- {line}" for line in made.lost]
