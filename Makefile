@@ -28,7 +28,7 @@ OLDER_VLLM = 0.31.0 0.30.0
 # vLLM pins a numba, for drafts from n-grams, which no test uses. With ours, both environments share compiled kernels.
 VLLM_NUMBA ?= $(shell grep --extended-regexp '^(numba|llvmlite)==' constraints.txt)
 
-.PHONY: help demo demo-cluster demo-serve demo-vllm test vllm vllm-packages soak soak-vllm soak-properties lint types kernels kernels-attention kernels-dispatch kernels-placement bytecode format docs reference proto profiles bench clean
+.PHONY: help demo demo-cluster demo-serve demo-vllm test vllm vllm-packages soak soak-vllm soak-properties lint types kernels kernels-attention kernels-dispatch kernels-placement bytecode format docs reference proto profiles bench tables clean
 
 help:
 	@echo "make demo    plan the paper's 12-GPU cluster (sets up $(VENV))"
@@ -48,6 +48,7 @@ help:
 	@echo "make reference  docs/reference again from the code: command lines, files, services, metrics"
 	@echo "make profiles  the shipped profiles and their tables in docs/data again from the tables in DATA"
 	@echo "make bench   every benchmark, in its quick form"
+	@echo "make tables  docs/data again from every benchmark, for a release; takes hours"
 	@echo "make clean   remove $(VENV), caches and build output"
 
 demo: $(VENV)/.planner
@@ -112,7 +113,6 @@ kernels-dispatch: $(VENV)/.dev
 
 kernels-placement: $(VENV)/.dev
 	@$(BIN)/python -c 'from hetis.planner.jobs.kernels import compile_all_kernels; compile_all_kernels()'
-	@$(BIN)/python -c 'from hetis.planner.use_cases.layers import compile_layers; compile_layers()'
 
 bytecode: $(VENV)/.dev
 	@$(BIN)/python -m pytest --collect-only --quiet --quiet >/dev/null
@@ -135,8 +135,11 @@ profiles: $(VENV)/.dev
 	$(BIN)/python -m tools.profiles --data $(DATA) --tables
 
 bench: $(VENV)/.dev vllm
-	@for module in $(filter-out benchmarks/mutants.py benchmarks/staleness.py,$(wildcard benchmarks/[a-z]*.py)); do \
-		name=$$(basename $$module .py); echo "== benchmarks.$$name"; $(BIN)/python -m benchmarks.$$name --quick || exit 1; done
+	$(BIN)/python -m benchmarks --quick
+
+# Once per release, on an idle machine; each table records commit, date and machine. NAMES='placement' makes only that.
+tables: $(VENV)/.dev vllm
+	$(BIN)/python -m benchmarks --markdown $(NAMES)
 
 clean:
 	rm -rf $(VENV) $(VLLM_VENV) $(addprefix $(VLLM_VENV)-,$(OLDER_VLLM)) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist

@@ -43,7 +43,6 @@ from tools.efficiency import measured_tables, relative_points, without
 from tools.left_out import Tables, Trial
 
 DATA = Path(__file__).parents[2] / "shared" / "data" / "profiles"
-DOCUMENT = rows.DOCUMENT.with_name("accuracy.md")
 COMPUTE = ("dense", "prefill_attention", "decode_attention")
 MODELS = ("Llama-3.1-8B", "Llama-2-70B")
 LENGTHS = ("1024/256", "8000/300")
@@ -61,9 +60,7 @@ def main() -> None:
     if folder is None:
         print("without the published tables: measured times are those of the shipped fits", file=sys.stderr)
     measured = measured_tables(shipped_points() if folder is None else relative_points(folder))
-    rows.show(
-        all_rows(measured, quick=arguments.quick, only=arguments.only), arguments, name="left_out", document=DOCUMENT
-    )
+    rows.show(all_rows(measured, quick=arguments.quick, only=arguments.only), arguments, name="left_out")
 
 
 def all_rows(measured: Tables, *, quick: bool, only: str = "") -> Iterator[Row]:

@@ -56,7 +56,6 @@ from hetis.solver.workload import LengthBin, Workload
 
 POINTS = FOLDER / "serving_points.csv.gz"
 PEER = Path(__file__).parent / "measuring" / "aiconfigurator_peer.py"
-DOCUMENT = rows.DOCUMENT.with_name("accuracy.md")
 PEER_ABSENT = "aiconfigurator was not asked: --peer-python names a Python that has it."
 ROUNDS = 10  # requests of a run per request in flight, as in InferenceX
 LEAST_DECODING = 0.5  # share of the seats in memory, below which something not in the row held requests back
@@ -122,10 +121,8 @@ def write_document(groups: Sequence[Row], covered: Sequence[Row], points: Path, 
     """Write the tables of docs/accuracy.md."""
     whole = [row for row in groups if row["model"] == "all"]
     single = [row for row in groups if row["model"] != "all"]
-    about = PEER_ABSENT if peer is None else f"aiconfigurator {peer_version(peer)} answered the same points."
-    skipped = published_points.write_skipped("silicon", covered, "points")
-    said = f"{points.name}: {covered[0]['n']:,} points predicted, {skipped:,} rows skipped. {about}"
-    rows.keep("silicon", in_percent([*whole, *single]), said, DOCUMENT)
+    published_points.write_skipped("silicon", covered, "points")
+    rows.keep("silicon", in_percent([*whole, *single]))
 
 
 def in_percent(groups: Sequence[Row]) -> list[Row]:

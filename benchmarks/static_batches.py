@@ -43,7 +43,6 @@ from hetis.solver.problem import PlacementProblem
 from hetis.solver.workload import LengthBin, Workload
 
 POINTS = FOLDER / "llm_inference_bench.csv.gz"
-DOCUMENT = rows.DOCUMENT.with_name("accuracy.md")
 COLUMNS = ("Hardware", "Num of Hardware", "Framework", "Model", "Input Output Length", "Batch Size", "Latency")
 # A row names neither memory nor form factor. Argonne has four A100 of 40 GB in a node of Polaris (ALCF's user
 # guide), and in JLSE four H100 of 80 GB and one GH200 of 96 GB (arXiv 2411.00136, "LLM-Inference-Bench").
@@ -230,9 +229,8 @@ def statistics(outcomes: Sequence[Outcome]) -> dict[str, Cell]:
 
 def write_document(groups: Sequence[Row], covered: Sequence[Row], points: Path) -> None:
     """Write the tables of docs/accuracy.md."""
-    skipped = published_points.write_skipped("static batches", covered, "rows")
-    said = f"{points.name}: {covered[0]['n']:,} batches predicted, {skipped:,} rows skipped."
-    rows.keep("static batches", in_percent(groups), said, DOCUMENT)
+    published_points.write_skipped("static batches", covered, "rows")
+    rows.keep("static batches", in_percent(groups))
 
 
 def in_percent(groups: Sequence[Row]) -> list[Row]:

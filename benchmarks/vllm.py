@@ -286,7 +286,7 @@ def main() -> None:
         vocab = json.loads((model / "config.json").read_text())["vocab_size"]
         rounds = arguments.rounds or (1 if quick else 3)
         answers = run(cases, model, vocab, arguments.python, rounds)
-        rows.show(answers, arguments, name="vllm", document=ROOT / "docs" / "vllm.md")
+        rows.show(answers, arguments, name="vllm")
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ def data_page(path: Path) -> str:
     )
     return (
         f"---\nsearch:\n  exclude: true\n---\n# {path.stem}\n\n"
-        f"{len(rows)} rows, as a file: [{path.name}]({path.name}).\n\n"
+        f"{len(rows)} rows, as a file: [{path.name}]({path.name}), {tables.makings()[path.stem]}.\n\n"
         f'<div class="table-whole"><table><thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody></table></div>\n'
     )
 

@@ -9,20 +9,26 @@ A page states which part of a table it shows, and a new measurement rewrites bot
     <!-- end data -->
 
 Columns and rows (a regular expression on the first cell) may be left out: then all are shown. A test holds every
-excerpt to its file.
+excerpt to its file. ``docs/data/made.json`` states at which commit, when and on which machine each was made.
 """
 
 from __future__ import annotations
 
 import csv
+import json
+import os
+import platform
 import re
+import subprocess
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from datetime import date
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 DATA = DOCS / "data"
+MADE = "made.json"
 
 _EXCERPT = re.compile(r"<!-- data: (?P<wanted>[^\n]*?) -->\n(?P<text>.*?)<!-- end data -->", re.DOTALL)
 _NUMBER = re.compile(r"[-+]?(\d[\d,]*)?(\.\d+)?([eE][-+]?\d+)?%?$")
@@ -35,6 +41,19 @@ class Excerpt:
     table: str
     columns: tuple[str, ...]  # none: all
     rows: str  # a regular expression searched for in the first cell
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Making:
+    """When and where a table was made; ``machine`` is None for tables that have no measured times."""
+
+    commit: str
+    date: str
+    machine: str | None
+
+    def __str__(self) -> str:
+        machine = "" if self.machine is None else f" on {self.machine}"
+        return f"made {self.date} at {self.commit}{machine}"
 
 
 def main() -> None:
@@ -52,8 +71,11 @@ def path_of(table: str) -> Path:
 
 
 def write(table: str, header: Sequence[str], rows: Iterable[Sequence[object]], *, folder: Path = DATA) -> None:
-    """Replace a table's file."""
+    """Replace a table's file, and record when and where it was made."""
     folder.mkdir(parents=True, exist_ok=True)
+    made = {**makings(folder), path_of(table).stem: Making(commit=_commit(), date=str(date.today()), machine=machine())}
+    text = json.dumps({name: asdict(making) for name, making in sorted(made.items())}, indent=1)
+    (folder / MADE).write_text(f"{text}\n", encoding="utf-8")
     with (folder / path_of(table).name).open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(header)
@@ -70,6 +92,29 @@ def read(table: str) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def makings(folder: Path = DATA) -> dict[str, Making]:
+    """Return when and where each table was made, by the name of its file."""
+    path = folder / MADE
+    rows = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return {name: Making(**row) for name, row in rows.items()}
+
+
+def machine() -> str:
+    """Return a phrase about this machine and its load, which give measured times their meaning."""
+    processor = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file() and (model := re.search(r"model name\s*: (.*)", cpuinfo.read_text(encoding="utf-8"))):
+        processor = model[1]
+    load = f", load {os.getloadavg()[0]:.1f} at the end" if hasattr(os, "getloadavg") else ""
+    return f"{os.cpu_count()} cores of {processor}, Python {platform.python_version()}{load}"
+
+
+def _commit() -> str:
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    return found.stdout.strip() or "an unknown commit"
+
+
 def refresh(page: Path) -> None:
     """Update the page's excerpts to the present tables."""
     text = page.read_text(encoding="utf-8")
@@ -80,11 +125,13 @@ def refresh(page: Path) -> None:
 
 def refreshed(text: str, *, from_root: bool = False) -> str:
     """Return the text of a page with its excerpts as they should be."""
+    made = makings()
 
     def one(found: re.Match[str]) -> str:
         asked = parse(found["wanted"])
         link = path_of(asked.table).relative_to(ROOT if from_root else DOCS).as_posix()
-        return f"<!-- data: {found['wanted']} -->\n{markdown(asked, read(asked.table), link)}<!-- end data -->"
+        excerpt = markdown(asked, read(asked.table), link, made[path_of(asked.table).stem])
+        return f"<!-- data: {found['wanted']} -->\n{excerpt}<!-- end data -->"
 
     return _EXCERPT.sub(one, text)
 
@@ -103,8 +150,8 @@ def parse(wanted: str) -> Excerpt:
     return Excerpt(table=table, columns=names, rows=rows[1] if rows else "")
 
 
-def markdown(asked: Excerpt, table: Sequence[Mapping[str, str]], link: str) -> str:
-    """Return the excerpt as Markdown, with a link to the whole if something was left out.
+def markdown(asked: Excerpt, table: Sequence[Mapping[str, str]], link: str, made: Making) -> str:
+    """Return the excerpt as Markdown, with a link to the whole table and how it was made.
 
     Raises:
         KeyError: the table lacks a column.
@@ -120,7 +167,7 @@ def markdown(asked: Excerpt, table: Sequence[Mapping[str, str]], link: str) -> s
     text = "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines)
     whole = len(shown) == len(table) and len(columns) == len(table[0])
     says = f"[The table as a file]({link})" if whole else f"[All {len(table)} rows and {len(table[0])} columns]({link})"
-    return f"{text}\n\n{says}\n"
+    return f"{text}\n\n{says}, {made}.\n"
 
 
 if __name__ == "__main__":

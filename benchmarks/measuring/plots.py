@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.measuring.rows import DOCUMENT, Row
+from benchmarks.measuring.rows import Row
+from tools import tables
 
 RESULTS = Path(__file__).parents[1] / "results"
-FIGURES = DOCUMENT.parent / "figures"
+FIGURES = tables.DOCS / "figures"
 LABELS = {"gpus": "GPUs", "types": "GPU types"}
 SERIES = {"seconds": "solved and bound", "to_1_percent_s": "gap of 1% proved"}
 

@@ -74,8 +74,7 @@ def print_coverage(covered: Sequence[Row], noun: str) -> None:
         print(f"{row['coverage']}: {row['n']:,} {noun}" + (f": {row['reason']}" if row["reason"] else ""))
 
 
-def write_skipped(name: str, covered: Sequence[Row], noun: str) -> int:
-    """Write the table of the rows that were not predicted, and return their number."""
+def write_skipped(name: str, covered: Sequence[Row], noun: str) -> None:
+    """Write the table of the rows that were not predicted."""
     skipped = [row for row in covered if row["coverage"] == "skipped"]
     tables.write(f"{name} skipped", [noun, "why not"], ([row["n"], row["reason"]] for row in skipped))
-    return sum(int(row["n"] or 0) for row in skipped)

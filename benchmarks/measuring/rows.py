@@ -5,22 +5,15 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
-import platform
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import date
-from pathlib import Path
 
-from benchmarks import staleness
 from hetis.planner.cli.searching import no_native_output
 from tools import tables
 
 Cell = str | int | float | None
 Row = Mapping[str, Cell]
-
-DOCUMENT = Path(__file__).parents[2] / "docs" / "benchmarks.md"
 
 
 def parser(module: str, description: str | None) -> argparse.ArgumentParser:
@@ -41,8 +34,8 @@ def add_rounds(parser: argparse.ArgumentParser, what: str) -> None:
     parser.add_argument("--rounds", type=_at_least_one, metavar="N", help=what)
 
 
-def show(rows: Iterable[Row], arguments: argparse.Namespace, *, name: str, document: Path = DOCUMENT) -> list[Row]:
-    """Print the rows of benchmark ``name`` in the requested form, and return them. ``document`` shows its table."""
+def show(rows: Iterable[Row], arguments: argparse.Namespace, *, name: str) -> list[Row]:
+    """Print the rows of benchmark ``name`` in the requested form, and return them."""
     shown, coming = [], iter(rows)
     while True:
         with no_native_output():  # a solver's output among the rows would break the JSON
@@ -57,16 +50,15 @@ def show(rows: Iterable[Row], arguments: argparse.Namespace, *, name: str, docum
     if not arguments.json:
         print(table(shown))
     if arguments.markdown:
-        keep(name, shown, machine(), document)
+        keep(name, shown)
     return shown
 
 
-def keep(name: str, shown: Sequence[Row], about: str, document: Path) -> None:
-    """Write the table's file, when and where it was measured, and the excerpts on pages."""
+def keep(name: str, shown: Sequence[Row]) -> None:
+    """Write the table's file and the excerpts on pages."""
     if not shown:
         raise SystemExit(f"{name}: no rows, so the table stays as it is")
     tables.write(name, _headings(shown[0]), ([_plain(key, value) for key, value in row.items()] for row in shown))
-    write_section(document, name, f"{staleness.stamp(name)}\n{about}")
     tables.main()
 
 
@@ -84,30 +76,6 @@ def table(rows: Sequence[Row]) -> str:
     lines = [_headings(rows[0]), *([_text(key, value) for key, value in row.items()] for row in rows)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     return "\n".join("  ".join(cell.ljust(n) for cell, n in zip(line, widths, strict=True)).rstrip() for line in lines)
-
-
-def machine() -> str:
-    """Return a sentence about machine and time, which give measured times their meaning."""
-    processor = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file() and (model := re.search(r"model name\s*: (.*)", cpuinfo.read_text(encoding="utf-8"))):
-        processor = model[1]
-    load = f", load {os.getloadavg()[0]:.1f} at the end" if hasattr(os, "getloadavg") else ""
-    return f"{date.today()}: {os.cpu_count()} cores of {processor}, Python {platform.python_version()}{load}."
-
-
-def write_section(document: Path, name: str, text: str) -> None:
-    """Replace the text between ``<!-- name -->`` and ``<!-- end name -->``.
-
-    Raises:
-        ValueError: the document has no such section.
-    """
-    begin, end = f"<!-- {name} -->", f"<!-- end {name} -->"
-    before, found_begin, rest = document.read_text(encoding="utf-8").partition(begin)
-    _, found_end, after = rest.partition(end)
-    if not found_begin or not found_end:
-        raise ValueError(f"{document} has no section {begin} ... {end}")
-    document.write_text(f"{before}{begin}\n{text}\n{end}{after}", encoding="utf-8")
 
 
 def _finite(value: Cell) -> Cell:

@@ -1,33 +1,15 @@
-"""Pages agree with the tables: excerpts and figures in sentences match the tables."""
+"""Pages agree with the tables: excerpts are those of the tables, and tables say where they are from."""
 
 from __future__ import annotations
 
 import re
+from datetime import date
 from pathlib import Path
 
 import pytest
 
-from tests.docs.figures import FIGURES, GUARDED, Figure, N, untied
 from tests.docs.pages import PAGES, ROOT
 from tools import tables
-
-
-@pytest.mark.parametrize("figure", FIGURES, ids=lambda figure: f"{figure.page}: {figure.pattern[:40]}")
-def test_a_figure_in_a_sentence_is_that_of_its_table(figure: Figure) -> None:
-    wrong = list(figure.wrong())
-    assert not wrong, "\n".join(wrong)
-
-
-def test_a_figure_that_is_wrong_is_named_with_its_line() -> None:
-    figure = Figure(page="faq.md", table="silicon", pattern=rf"models is off by {N}% on average", values=lambda _: [99])
-    (wrong,) = figure.wrong()
-    assert re.fullmatch(r"docs/faq\.md:\d+: says [\d.]+ in 'models is off .*', table 'silicon' has 99", wrong)
-
-
-@pytest.mark.parametrize("page", GUARDED)
-def test_every_figure_in_a_sentence_is_tied_to_its_table(page: str) -> None:
-    """A percentage or a decimal from no table is a goal or a setting, which STATED lists."""
-    assert not list(untied(page))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -43,6 +25,23 @@ def test_every_table_is_led_to_and_every_excerpt_has_one() -> None:
     asked = {tables.path_of(one.table).name for page in PAGES for one in tables.excerpts(page.read_text("utf-8"))}
     assert linked | asked <= known
     assert known <= linked | asked | {"profiles-past-increments.csv"}  # the latter is used in a sentence of profiles.md
+
+
+def test_every_table_names_the_commit_and_the_day_on_which_it_was_made() -> None:
+    made = tables.makings()
+    assert made.keys() == {path.stem for path in tables.DATA.glob("*.csv")}
+    for making in made.values():
+        assert re.fullmatch(r"[0-9a-f]{7,40}", making.commit)
+        date.fromisoformat(making.date)
+
+
+def test_a_table_records_when_and_where_it_was_made(tmp_path: Path) -> None:
+    tables.write("other table", ["a"], [[1]], folder=tmp_path)
+    tables.write("t", ["a"], [[1]], folder=tmp_path)
+    made = tables.makings(tmp_path)
+    assert sorted(made) == ["other-table", "t"]
+    assert str(made["t"]) == f"made {date.today()} at {made['t'].commit} on {made['t'].machine}"
+    assert "cores of" in str(made["t"])
 
 
 def test_readme_shows_what_the_tables_of_the_plan_say() -> None:
@@ -63,9 +62,11 @@ def test_readme_shows_what_the_tables_of_the_plan_say() -> None:
 
 def test_an_excerpt_follows_its_table() -> None:
     """An excerpt has the requested columns and rows, and links to the rest."""
+    made = tables.Making(commit="1a2b3c4", date="2026-12-01", machine=None)
     rows = [{"name": "a 1", "value": "1", "note": "x|y"}, {"name": "b", "value": "22", "note": ""}]
-    shown = tables.markdown(tables.parse("t; columns: name | note; rows: ^a"), rows, "data/t.csv")
-    assert shown == "| name | note |\n| --- | --- |\n| a 1 | x/y |\n\n[All 2 rows and 3 columns](data/t.csv)\n"
-    assert "[The table as a file](data/t.csv)" in tables.markdown(tables.parse("t"), rows, "data/t.csv")
+    shown = tables.markdown(tables.parse("t; columns: name | note; rows: ^a"), rows, "data/t.csv", made)
+    says = "[All 2 rows and 3 columns](data/t.csv), made 2026-12-01 at 1a2b3c4."
+    assert shown == f"| name | note |\n| --- | --- |\n| a 1 | x/y |\n\n{says}\n"
+    assert "[The table as a file](data/t.csv)" in tables.markdown(tables.parse("t"), rows, "data/t.csv", made)
     with pytest.raises(ValueError, match="no row like '\\^c'"):
-        tables.markdown(tables.parse("t; rows: ^c"), rows, "data/t.csv")
+        tables.markdown(tables.parse("t; rows: ^c"), rows, "data/t.csv", made)

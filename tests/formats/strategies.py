@@ -13,7 +13,6 @@ from hetis.formats.saved_state import AttentionPiece, HeadsPart, RunningPart, Sa
 from hetis.formats.tenants import FleetTenantPart, FleetTenants
 from hetis.solver.cluster import Cluster, GpuSlots, GpuType, Link, Network, NodeGroup
 from hetis.solver.dispatch.snapshot import DeviceStatus, PreparedMove
-from hetis.solver.layers.problem import LayersProblem, Links, NodeType, TimeTable
 from hetis.solver.model import (
     AttentionKind,
     CompressedShape,
@@ -468,44 +467,6 @@ def states(draw: st.DrawFn) -> SavedState:
     )
 
 
-@st.composite
-def time_tables(draw: st.DrawFn) -> TimeTable:
-    """Draw tables as in files, in milliseconds."""
-    sizes = sorted(draw(st.sets(st.floats(0.5, 1e6), min_size=1, max_size=4)))
-    milliseconds = sorted(draw(st.lists(st.floats(1e-6, 1e6), min_size=len(sizes), max_size=len(sizes))))
-    return TimeTable(sizes=tuple(sizes), seconds=tuple(ms / 1e3 for ms in milliseconds))
-
-
-@st.composite
-def node_types(draw: st.DrawFn) -> NodeType:
-    """Draw node types with or without batch times."""
-    most = draw(st.integers(1, 4))
-    positive = st.lists(st.floats(1e-3, 1e12), min_size=most, max_size=most).map(tuple)
-    times = draw(st.none() | st.tuples(time_tables(), time_tables()))
-    return NodeType(
-        name=draw(TITLES),
-        count=draw(st.integers(1, 100)),
-        tokens_per_s=draw(positive),
-        kv_token_layers=draw(positive),
-        prompt=times and times[0],
-        decode=times and times[1],
-    )
-
-
-LAYERS = st.builds(
-    LayersProblem,
-    name=TITLES,
-    num_layers=st.integers(1, 200),
-    node_types=st.lists(node_types(), min_size=1, max_size=3, unique_by=lambda kind: kind.name).map(tuple),
-    mean_prompt_tokens=st.floats(1, 1e6),
-    mean_output_tokens=st.floats(1, 1e6),
-    links=st.builds(
-        Links,
-        bandwidth=st.floats(1.0, 1e13),
-        latency_s=NOT_NEGATIVE.filter(lambda s: s < 1e3),
-        activation_bytes=st.integers(0, 2**40),
-    ),
-)
 LIMITS = st.none() | st.just("none") | st.floats(1e-6, 1e4).map("{!r}s".format)
 TENANTS = st.builds(
     FleetTenants,
@@ -526,4 +487,4 @@ TENANTS = st.builds(
         unique_by=lambda tenant: tenant.name,
     ).map(tuple),
 )
-VALUES = clusters() | models() | WORKLOADS | profiles() | plans() | states() | REQUESTS | LAYERS | TENANTS
+VALUES = clusters() | models() | WORKLOADS | profiles() | plans() | states() | REQUESTS | TENANTS

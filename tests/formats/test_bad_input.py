@@ -9,7 +9,6 @@ import pytest
 
 from hetis.formats.documents import (
     load_cluster,
-    load_layers_problem,
     load_model,
     load_plan,
     load_profile,
@@ -31,7 +30,6 @@ LOADERS: dict[str, Callable[[str], object]] = {  # by the first word of the file
     "plan": load_plan,
     "state": load_state,
     "requests": load_requests,
-    "layers": load_layers_problem,
     "faults": load_faults,
     "tenants": load_tenants,
 }

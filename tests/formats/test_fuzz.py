@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from hetis.formats.documents import (
     load,
     load_cluster,
-    load_layers_problem,
     load_model,
     load_plan,
     load_profile,
@@ -28,7 +27,6 @@ from hetis.formats.positions import parse_text
 EXAMPLES = Path(__file__).parent.parent.parent / "examples"
 SEED = (EXAMPLES / "paper.yaml").read_bytes()
 LOADERS = [load, load_cluster, load_model, load_workload, load_profile, load_plan, load_state, load_requests]
-LOADERS.append(load_layers_problem)
 YAMLISH = st.text("{}[]:,-&*!|>'\"%@`#?\n\t ab01.~<=", max_size=60)
 relaxed = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 

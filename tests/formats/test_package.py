@@ -35,7 +35,6 @@ def test_public_names_of_documents() -> None:
         "kind_of",
         "load",
         "load_cluster",
-        "load_layers_problem",
         "load_model",
         "load_plan",
         "load_profile",

@@ -16,7 +16,6 @@ from hetis.formats.dispatch_state import DISPATCH_REQUESTS, DISPATCH_STATE, NewR
 from hetis.formats.errors import DocumentError, did_you_mean, shown, single_problem
 from hetis.formats.fields import Kind, read_data, refuse_other_than_mapping
 from hetis.formats.files import canonical_json, content_digest, write_atomically
-from hetis.formats.layers_problem import LAYERS_PROBLEM, load_layers_problem
 from hetis.formats.model import MODEL_SPEC, load_model
 from hetis.formats.plan import PLAN, load_plan
 from hetis.formats.positions import FLOAT, Text
@@ -25,7 +24,6 @@ from hetis.formats.saved_state import SavedState
 from hetis.formats.tenants import SHARE_PROBLEM, TENANTS, FleetTenants, ShareInputs, load_share_problem, load_tenants
 from hetis.formats.workload import WORKLOAD, load_workload
 from hetis.solver.cluster import Cluster
-from hetis.solver.layers.problem import LayersProblem
 from hetis.solver.model import ModelSpec
 from hetis.solver.plan import Plan
 from hetis.solver.profile import Profile
@@ -37,20 +35,16 @@ else:
     _Base = getattr(yaml, "CSafeDumper", yaml.SafeDumper)  # ten times as fast
 
 __all__ = ["KINDS", "Value", "digest", "dump", "dump_data", "from_data", "json_schema", "kind_of", "load", "to_data"]
-__all__ += ["load_cluster", "load_layers_problem", "load_model", "load_plan", "load_profile", "load_requests"]
+__all__ += ["load_cluster", "load_model", "load_plan", "load_profile", "load_requests"]
 __all__ += ["load_share_problem", "load_state", "load_tenants", "load_workload", "write_atomically", "yaml_text"]
-Value = (
-    Cluster | ModelSpec | Workload | Profile | Plan | SavedState | NewRequests | ShareInputs | LayersProblem
-    | FleetTenants
-)  # fmt: skip
+Value = Cluster | ModelSpec | Workload | Profile | Plan | SavedState | NewRequests | ShareInputs | FleetTenants
 
 _NOT_UTF_8 = re.compile("[\ud800-\udfff]")  # bytes that are not UTF-8, as Python represents them (os.fsdecode)
 
 _KINDS: dict[str, Kind[Any]] = {
     kind.name: kind
     for kind in (
-        *(CLUSTER, MODEL_SPEC, WORKLOAD, PROFILE, PLAN, DISPATCH_STATE, DISPATCH_REQUESTS, SHARE_PROBLEM),
-        *(LAYERS_PROBLEM, TENANTS),
+        *(CLUSTER, MODEL_SPEC, WORKLOAD, PROFILE, PLAN, DISPATCH_STATE, DISPATCH_REQUESTS, SHARE_PROBLEM, TENANTS),
     )
 }
 KINDS = tuple(_KINDS)

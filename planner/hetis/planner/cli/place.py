@@ -1,4 +1,4 @@
-"""Verbs that place: ``place``, ``compare`` and ``layers``."""
+"""Verbs that place: ``place`` and ``compare``."""
 
 from __future__ import annotations
 
@@ -7,15 +7,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
-
-from hetis.formats.command_line.terminal import OutputFormat, Terminal
+from hetis.commands.terminal import OutputFormat, Terminal
 from hetis.planner.cli import options, outputs, values
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.cli.failures import report_no_plan, say_failure
-from hetis.planner.cli.options import group, option, panel, verb
+from hetis.planner.cli.options import group, panel, verb
 from hetis.planner.cli.searching import search_interruptibly
 from hetis.solver.budget import Budget, Report
 from hetis.solver.errors import InfeasibleError, NoPlanFoundError
@@ -29,7 +27,6 @@ if TYPE_CHECKING:
     from hetis.solver.plan import Objective
     from hetis.solver.problem import PlacementProblem
 
-LAYERS_EXAMPLES = "Example: hetis-plan layers examples/layers-24.yaml"
 _goal, _search, _result = panel("Goal"), panel("Search"), panel("Result")
 
 
@@ -315,45 +312,3 @@ def judge(compared: Sequence[Compared]) -> ExitCode:
         return ExitCode.OK
     every = {outcome.status for outcome in compared}
     return ExitCode.INFEASIBLE if every == {Status.INFEASIBLE.value} else ExitCode.NO_PLAN
-
-
-# --- layers
-
-
-@group
-class LayersOptions:
-    time_limit: float = option("--time-limit TIME: Return the best placement found by then.", "60s")
-    seed: int = options.seed_option()
-    compare: bool = option("--compare/--no-compare: Also evaluate the placement with the highest flow.", True)
-
-
-@verb()
-def layers(
-    terminal: Terminal,
-    file: Annotated[str, typer.Argument(metavar="FILE", help="A LayersProblem file, or - for standard input.")],
-    *,
-    search: LayersOptions,
-) -> ExitCode:
-    """Decide which contiguous layers each one-node stage holds, with a proven bound on the optimum.
-
-    The rate is sustained: KV room limits the requests in flight, each of which generates a token per round trip.
-
-    Ctrl-C once prints the best placement so far; Ctrl-C twice exits at once.
-    """
-    from hetis.formats.layers_problem import load_layers_problem
-    from hetis.planner.report.layers import layers_document, render_layers
-    from hetis.planner.use_cases.layers import Layered, compile_layers, is_compiled, place_layers
-
-    problem, cancelled, compiles = load_layers_problem(file), threading.Event(), not is_compiled()
-    if compiles:
-        terminal.say("compiling the solver (only once on this machine; takes half a minute)")
-
-    def work(report: Report) -> Layered:
-        if compiles:
-            compile_layers()
-        budget = Budget(time_limit_s=search.time_limit, clock=search_seconds, cancelled=cancelled)
-        return place_layers(problem, budget=budget, seed=search.seed, compare=search.compare, report=report)
-
-    found = search_interruptibly(terminal, work, unit="requests/s", cancelled=cancelled, so_far="the best placement")
-    terminal.emit(lambda: layers_document(found), lambda: render_layers(found))
-    return ExitCode.INTERRUPTED if cancelled.is_set() else ExitCode.OK

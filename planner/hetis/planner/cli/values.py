@@ -11,7 +11,7 @@ from typing import Literal, TypeVar
 
 import typer
 
-from hetis.formats.command_line.verb import one_of
+from hetis.commands.verb import one_of
 from hetis.formats.dtypes import KV_PRECISIONS, PRECISIONS, chosen_precision
 from hetis.formats.units import parse_bytes, parse_duration, parse_limit, parse_link_bandwidth, parse_ratio
 from hetis.solver.plan import LEAST_DEMAND_RPS, Role

@@ -22,7 +22,6 @@ from hetis.formats.traces import ENDINGS, Trace, read_trace, spaced, trace_text
 from hetis.planner.use_cases.sources import notes_on_vendors, profile_without_file
 from hetis.solver.cluster import Cluster
 from hetis.solver.errors import InvalidProblemError
-from hetis.solver.layers.problem import LayersProblem
 from hetis.solver.model import ModelSpec
 from hetis.solver.plan import Plan
 from hetis.solver.profile import Profile
@@ -76,7 +75,7 @@ def _load_any(path: str) -> Value:
 
 def _name(value: Value) -> str:
     match value:
-        case Cluster() | ModelSpec() | Workload() | SavedState() | LayersProblem():
+        case Cluster() | ModelSpec() | Workload() | SavedState():
             return value.name
         case Profile():
             return value.gpu
