@@ -18,7 +18,6 @@ from hetis.planner.cli.options import PlanArgument, group, option, panel, spelle
 from hetis.planner.cli.outputs import refuse_unwritable
 from hetis.planner.cli.server_verb import chosen_cluster, cluster_name_option, fetched, server_verb
 from hetis.planner.export import ExportDevice, ExportTarget
-from hetis.planner.use_cases.record import MadeFrom
 
 if TYPE_CHECKING:
     from hetis.planner.client import Client
@@ -101,6 +100,7 @@ def export(
     from hetis.planner.cli.plans import warn_if_wrong
     from hetis.planner.export.replicas import ExportSettings
     from hetis.planner.export.targets import export_wanted, folder_refusals, write_export
+    from hetis.planner.use_cases.record import MadeFrom
     from hetis.planner.use_cases.sources import problem_of_plan
 
     hosts, wrong = _hosts(asked.node_address or ())
