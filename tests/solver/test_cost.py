@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.integrate import quad
 
 from hetis.solver import cost
 from hetis.solver.check.setting import divides
@@ -61,6 +62,15 @@ def test_a_regime_holds_up_to_its_most_copies(num_copies: int) -> None:
         assert regime(most) == regime(num_copies)
         assert most == in_flight or regime(most + 1) != regime(num_copies)
     assert cost.regime_of(of_role, in_flight=1, num_copies=1) == cost.Regime(0.0, 0.0)
+
+
+@pytest.mark.parametrize("copies", cost.BUSIEST)
+def test_the_busiest_of_copies_is_the_mean_maximum_of_normal_variables(copies: int) -> None:
+    def below(x: float) -> float:
+        return (0.5 * math.erfc(-x / math.sqrt(2))) ** copies
+
+    expected, _ = quad(lambda x: 1 - below(x) - below(-x), 0, 12, epsabs=1e-13, epsrel=1e-13)
+    assert math.isclose(cost.BUSIEST[copies], expected, rel_tol=1e-9, abs_tol=1e-9)
 
 
 @given(st.floats(0.01, 1e6))
