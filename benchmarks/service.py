@@ -1,11 +1,10 @@
-"""The planner under load: connected agents, reports, re-dispatches, dispatch calls, durable writes.
+"""The planner under load: connected agents, reports, re-dispatches, durable writes.
 
     python -m benchmarks.service [--quick] [--json] [--agents N] [--profile FILE]
-    python -m benchmarks.service --admissions [--agents N] [--profile FILE]
     python -m benchmarks.service --soak MINUTES [--agents N]
 
 One real `hetis-planner` (SQLite, no TLS) serves agents on real gRPC streams, each with its own TCP connection. Most of
-them run in one other process, those of two cells in this one. A cell is a node with two H100, the primary of a replica,
+them run in one other process, those of one cell in this one. A cell is a node with two H100, the primary of a replica,
 and eight nodes with a P100 each, its attention workers. Agents and engines are scripted and act at once, so that the
 times are those of the planner, gRPC and this machine's scheduler. Everything shares the same few cores; ``load`` shows
 how busy they were.
@@ -18,12 +17,12 @@ memory, and ``kb_per_agent`` its growth since before the first agent, per agent.
 reports that were sent but not processed yet, at the present rate. ``load`` is the machine's mean number of running
 processes over a minute.
 
-``--soak`` applies 500 reports/s and 200 admissions/s. It prints a row for each twelfth of the time, and one that
+``--soak`` applies 500 reports/s and 200 reads/s. It prints a row for each twelfth of the time, and one that
 compares the last part with the second: memory as a share, p99 as a ratio. This p99 covers the calls during which, and
 for 2 s before which, the machine's host kept less than a twentieth of a processor from it.
 
 ``change`` rows count from the writing of the report that shows the need to the named step; ``DONE`` is durable and
-timed by the planner's clock. ``in process`` is the same admissions without gRPC, and the solver's share of them.
+timed by the planner's clock.
 ``--profile`` writes a cProfile of the planner, which makes it about twice as slow.
 """
 
@@ -43,12 +42,11 @@ import numpy as np
 from benchmarks.measuring import rows
 from benchmarks.measuring.rows import Row
 from benchmarks.measuring.service_calls import (
+    PLAN,
     Bench,
     CellUnderStress,
     ChangeTimes,
-    DispatchedReplica,
     Extent,
-    in_process_seconds,
     opened,
     paced,
     percentiles,
@@ -59,13 +57,7 @@ from benchmarks.measuring.service_planner import HostWatch, Watched, cell_fleet
 from hetis.v1 import cluster_pb2, cluster_service_pb2, plan_pb2, plan_service_pb2
 
 QUICK = Extent(agents=100, idle_s=3.0, report_s=2.0, rates=(200, 1000), beside_rate=50, changes=20, calls=200)
-AT_ONCE, BATCHES = (1, 16), (1, 8)
-STREAMED = (  # (requests per step, concurrent steps, streams)
-    (1, 1, 1, "1 at once"),
-    (1, 16, 1, "16 at once on a stream"),
-    (1, 16, 16, "16 at once on 16 streams"),
-    (16, 1, 1, "1 at once"),
-)
+AT_ONCE = (1, 16)
 SMALL = "clusters/small"
 MANY = 10_000  # number of agents to which costs are extrapolated
 MOST_CORES, MOST_LAG_S = 0.95, 1.0  # beyond either, the planner counts as saturated
@@ -79,8 +71,6 @@ async def measure(extent: Extent, profile: Path | None) -> AsyncIterator[Row]:
             yield row
         async for row in empty_calls(bench):
             yield row
-        async for row in dispatch_calls(bench):
-            yield row
         async for row in writes(bench):
             yield row
         async for row in changes(bench):
@@ -89,21 +79,7 @@ async def measure(extent: Extent, profile: Path | None) -> AsyncIterator[Row]:
             yield row
 
 
-async def measure_admissions(extent: Extent, profile: Path | None) -> AsyncIterator[Row]:
-    """Measure only dispatch calls, while a fleet is connected."""
-    async with opened(extent, profile) as bench:
-        await bench.create_cluster()
-        await bench.connect()
-        await bench.until_quiet()
-        await bench.activate()
-        await bench.until_quiet()
-        async for row in empty_calls(bench):
-            yield row
-        async for row in dispatch_calls(bench):
-            yield row
-
-
-SOAK_REPORTS_PER_S, SOAK_ADMITS_PER_S, SOAK_PARTS = 500.0, 200.0, 12
+SOAK_REPORTS_PER_S, SOAK_READS_PER_S, SOAK_PARTS = 500.0, 200.0, 12
 
 
 async def soak(extent: Extent, profile: Path | None, *, minutes: float) -> AsyncIterator[Row]:
@@ -114,18 +90,13 @@ async def soak(extent: Extent, profile: Path | None, *, minutes: float) -> Async
         await bench.until_quiet()
         await bench.activate()
         await bench.until_quiet()
-        stage = bench.planner_cell[0].stage
-        assert stage is not None, "the primary has no assignment"
-        found = await bench.replica_at(bench.planner_cell[0].node)
-        dispatched = DispatchedReplica(bench.client, found.name)
-        await dispatched.declare(stage, found.generation)
+        read = timed_call(lambda: bench.client.plans.GetPlan(plan_service_pb2.GetPlanRequest(name=PLAN)))
         await bench.set_rate(SOAK_REPORTS_PER_S)
         parts = list[tuple[float, float]]()  # memory, and p99 of the calls that the host did not disturb
         part_s = 60 * minutes / SOAK_PARTS
         for number in range(SOAK_PARTS):
-            async with dispatched.streaming(1, streams=1) as step:
-                with Watched(bench.planner) as watched, HostWatch() as host:
-                    latencies = await paced(step, per_s=SOAK_ADMITS_PER_S, seconds=part_s)
+            with Watched(bench.planner) as watched, HostWatch() as host:
+                latencies = await paced(read, per_s=SOAK_READS_PER_S, seconds=part_s)
             _, behind = await bench.behind()
             memory = bench.memory()
             calm = np.array(latencies.seconds)[host.undisturbed(latencies.began_s, latencies.seconds)]
@@ -199,48 +170,6 @@ async def empty_calls(bench: Bench) -> AsyncIterator[Row]:
         yield bench.latency_row(f"empty call, {at_once} at once", found, at_once=at_once, watched=watched)
 
 
-async def dispatch_calls(bench: Bench) -> AsyncIterator[Row]:
-    """Measure admissions, each followed by a FinishRequests, so that the replica stays equally loaded."""
-    stage = bench.planner_cell[0].stage
-    assert stage is not None, "the primary has no assignment"
-    found = await bench.replica_at(bench.planner_cell[0].node)
-    dispatched = DispatchedReplica(bench.client, found.name)
-    await dispatched.declare(stage, found.generation)
-    note = "rate and CPU: of a pair of AdmitRequests and FinishRequests"
-    streamed_note = "rate and CPU: of a step that finishes as many as it admits"
-    for batch in BATCHES:
-        count = bench.extent.calls
-        whole_s, alone_s = await in_process_seconds(stage.model, batch=batch, count=count)
-        for what, seconds in (("messages and solve", whole_s), ("solve", alone_s)):
-            yield bench.row(f"admit {batch}, in process: {what}", at_once=1, count=count, p50_ms=1e3 * seconds)
-        for at_once in AT_ONCE:
-            call = dispatched.admitting(batch)
-            await timed(call, count=2 * at_once, at_once=at_once)
-            with Watched(bench.planner) as watched:
-                latencies = await timed(call, count=count, at_once=at_once)
-            name = f"admit {batch}, {at_once} at once"
-            yield bench.latency_row(name, latencies, at_once=at_once, watched=watched, note=note)
-    for batch, at_once, streams, what in STREAMED:
-        async with dispatched.streaming(batch, streams=streams) as step:
-            await timed(step, count=2 * at_once, at_once=at_once)
-            with Watched(bench.planner) as watched:
-                latencies = await timed(step, count=bench.extent.calls, at_once=at_once)
-        name = f"admit {batch}, streamed, {what}"
-        yield bench.latency_row(name, latencies, at_once=at_once, watched=watched, note=streamed_note)
-    await bench.set_rate(bench.extent.beside_rate)
-    await asyncio.sleep(1.0)
-    beside = f"beside {bench.extent.beside_rate:g} reports/s"
-    empty = await timed(timed_call(bench.client.is_serving), count=bench.extent.calls // 2, at_once=1)
-    yield bench.latency_row(f"empty call, 1 at once, {beside}", empty, at_once=1)
-    latencies = await timed(dispatched.admitting(1), count=bench.extent.calls // 2, at_once=1)
-    yield bench.latency_row(f"admit 1, 1 at once, {beside}", latencies, at_once=1)
-    for batch, at_once, streams, what in STREAMED:
-        async with dispatched.streaming(batch, streams=streams) as step:
-            latencies = await timed(step, count=bench.extent.calls, at_once=at_once)
-        yield bench.latency_row(f"admit {batch}, streamed, {what}, {beside}", latencies, at_once=at_once)
-    await bench.set_rate(0)
-
-
 async def writes(bench: Bench) -> AsyncIterator[Row]:
     """Measure durable writes to a small cluster, and a read."""
     client, small = bench.client, cell_fleet(2 * 9)
@@ -277,7 +206,7 @@ async def writes(bench: Bench) -> AsyncIterator[Row]:
 
 async def changes(bench: Bench) -> AsyncIterator[Row]:
     """Measure re-dispatches of one replica, while the others are quiet and while they report."""
-    cell = CellUnderStress(bench.engine_cell, bench.client)
+    cell = CellUnderStress(bench.cell, bench.client)
     for rate, count in ((0.0, max(2, bench.extent.changes // 5)), (bench.extent.beside_rate, bench.extent.changes)):
         await bench.set_rate(rate)
         await asyncio.sleep(1.0)
@@ -364,7 +293,6 @@ def all_rows(extent: Extent, profile: Path | None, what: Measure = measure) -> I
 def main(argv: Sequence[str] | None = None) -> None:
     parser = rows.parser("benchmarks.service", __doc__)
     parser.add_argument("--agents", type=int, metavar="N", help="instead of 3,000, or 100 with --quick")
-    parser.add_argument("--admissions", action="store_true", help="dispatch alone")
     parser.add_argument("--soak", type=float, metavar="MINUTES", help="one load for so long")
     parser.add_argument("--profile", type=Path, metavar="FILE", help="a cProfile of the planner")
     arguments = parser.parse_args(argv)
@@ -373,12 +301,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         if arguments.agents < 2 * 9:
             parser.error(f"--agents {arguments.agents}: two cells have 18")
         extent = replace(extent, agents=arguments.agents)
-    what: Measure = measure_admissions if arguments.admissions else measure
-    if arguments.soak is not None:
-        what = partial(soak, minutes=arguments.soak)
+    what: Measure = measure if arguments.soak is None else partial(soak, minutes=arguments.soak)
     found = all_rows(extent, arguments.profile, what)
-    name = "service admissions" if arguments.admissions else "service"
-    rows.show((row for row in found if arguments.only in str(row["name"])), arguments, name=name)
+    rows.show((row for row in found if arguments.only in str(row["name"])), arguments, name="service")
 
 
 if __name__ == "__main__":

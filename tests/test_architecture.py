@@ -13,18 +13,21 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+# Packages, and the other packages that each may import.
 MAY_IMPORT = {
     "solver": set[str](),
     "formats": {"solver"},
-    "profiler": {"solver", "formats"},
+    "commands": {"solver", "formats"},
+    "profiler": {"solver", "formats", "commands"},
     "simulator": {"solver", "formats"},
-    "engines": {"solver", "formats"},
-    "planner": {"solver", "formats", "profiler", "simulator", "engines", "v1"},
-    "runtime": {"solver", "formats", "engines", "v1"},
-    "proto": set[str](),
+    "engines": {"solver", "formats", "commands"},
+    "planner": {"solver", "formats", "commands", "profiler", "simulator", "engines", "v1"},
+    "runtime": {"solver", "formats", "commands", "engines", "v1"},
+    "v1": set[str](),
 }
-# A root's package has the root's name, except the contract's: protobuf wants folder and package alike, and a version.
-PACKAGE = {root: root for root in MAY_IMPORT} | {"proto": "v1"}
+# A package is in the root of its name, except the contract, whose folder protobuf wants to be like its package, with a
+# version, and what commands share, which is beside the file formats that it prints.
+ROOT_OF = {package: package for package in MAY_IMPORT} | {"v1": "proto", "commands": "formats"}
 # Packages that the base install lacks. Only these roots may use them, and at import time only the planner.
 EXTRAS = {
     *(
@@ -40,12 +43,8 @@ EXTRAS = {
     ),
     *("torch", "plotly", "matplotlib", "pyarrow"),
 }
-# Folders that the base install has and does not use. The profiler's: its command line, and the measuring modules. The
-# formats': what the commands share, which only they import; typer and rich come with the extra of either command.
-ROOMS_OF_EXTRAS = {
-    *(("profiler", room) for room in ("cli", "measure")),
-    ("formats", "command_line"),
-}
+# Folders that the base install has and does not use: the profiler's command line, and its measuring modules.
+ROOMS_OF_EXTRAS = {("profiler", room) for room in ("cli", "measure")}
 
 # The planner's folders from top to bottom, and those beside them that all may use.
 PLANNER_FLOORS = (
@@ -61,8 +60,8 @@ def roots() -> list[str]:
     return sorted(path.parent.name for path in ROOT.glob("*/hetis") if not path.parent.name.startswith("."))
 
 
-def modules(root: str) -> list[Path]:
-    return sorted((ROOT / root / "hetis").rglob("*.py"))
+def modules(package: str) -> list[Path]:
+    return sorted((ROOT / ROOT_OF[package] / "hetis" / package).rglob("*.py"))
 
 
 @cache  # every test needs those of every module, which takes seconds to parse
@@ -100,13 +99,16 @@ def imported_at_start(path: Path) -> Iterator[str]:
 
 
 def test_every_root_is_known_here() -> None:
-    assert roots() == sorted(MAY_IMPORT)
+    assert roots() == sorted(set(ROOT_OF.values()))
+    for root in roots():
+        packages = {path.name for path in (ROOT / root / "hetis").iterdir() if path.is_dir()} - {"__pycache__"}
+        assert packages == {package for package, its in ROOT_OF.items() if its == root}
 
 
-@pytest.mark.parametrize("root", sorted(MAY_IMPORT))
-def test_imports_point_one_way(root: str) -> None:
-    allowed = MAY_IMPORT[root] | {PACKAGE[root]}
-    for path in modules(root):
+@pytest.mark.parametrize("package", sorted(MAY_IMPORT))
+def test_imports_point_one_way(package: str) -> None:
+    allowed = MAY_IMPORT[package] | {package}
+    for path in modules(package):
         ours = {name.split(".")[1] for name in imported(path) if name.startswith("hetis.")}
         assert ours <= allowed, f"{path.relative_to(ROOT)} imports {ours - allowed}"
 
@@ -116,23 +118,23 @@ def test_one_root_says_what_hetis_itself_is_and_imports_nothing_for_it() -> None
     assert list(ROOT.glob("*/hetis/__init__.py")) == [ROOT / "planner" / "hetis" / "__init__.py"]
     (path,) = ROOT.glob("*/hetis/__init__.py")
     assert set(imported_at_start(path)) == {"__future__", "importlib", "pkgutil", "typing"}
-    for root in MAY_IMPORT:
+    for root in roots():
         files = {one.name for one in (ROOT / root / "hetis").iterdir() if one.is_file()}
         assert files == ({"__init__.py", "py.typed"} if root == "planner" else set()), root
 
 
 def test_no_package_asks_hetis_itself() -> None:
     """Packages import names from where they are defined, because `hetis` would load the planner."""
-    for root in sorted(MAY_IMPORT):
-        for path in modules(root):
+    for package in sorted(MAY_IMPORT):
+        for path in modules(package):
             assert "hetis" not in imported(path), path.relative_to(ROOT)
 
 
-@pytest.mark.parametrize("root", sorted(MAY_IMPORT))
-def test_every_inner_package_has_an_init_and_is_typed(root: str) -> None:
-    package = ROOT / root / "hetis" / PACKAGE[root]
-    assert (package / "__init__.py").is_file()
-    assert (package / "py.typed").is_file()
+@pytest.mark.parametrize("package", sorted(MAY_IMPORT))
+def test_every_inner_package_has_an_init_and_is_typed(package: str) -> None:
+    folder = ROOT / ROOT_OF[package] / "hetis" / package
+    assert (folder / "__init__.py").is_file()
+    assert (folder / "py.typed").is_file()
 
 
 @pytest.mark.parametrize("root", ["formats", "profiler"])
@@ -153,13 +155,14 @@ COMMANDS = {
 
 
 def test_only_commands_import_what_commands_share() -> None:
-    for root in sorted(MAY_IMPORT):
-        for path in modules(root):
-            _package, *below = path.relative_to(ROOT / root / "hetis").parts
-            room = below[0] if below else ""
-            if room not in ("cli", "command_line") and path.relative_to(ROOT).as_posix() not in COMMANDS:
-                shared = [name for name in imported(path) if name.startswith("hetis.formats.command_line")]
-                assert not shared, path.relative_to(ROOT)
+    for package in sorted(MAY_IMPORT):
+        for path in modules(package):
+            room = path.relative_to(ROOT / ROOT_OF[package] / "hetis" / package).parts[0]
+            if package != "commands" and room != "cli" and path.relative_to(ROOT).as_posix() not in COMMANDS:
+                shared = {name for name in imported(path) if name.startswith("hetis.commands")}
+                assert shared <= {f"hetis.commands{module}" for module in ("", ".endpoints", ".exit_codes")}, (
+                    path.relative_to(ROOT)
+                )
 
 
 def test_packaging_and_tools_list_every_root() -> None:
@@ -171,10 +174,10 @@ def test_packaging_and_tools_list_every_root() -> None:
     assert set(roots()) <= set(settings["ruff"]["src"])
 
 
-def test_the_architecture_document_names_every_root() -> None:
+def test_the_architecture_document_names_every_package() -> None:
     text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
-    for root in roots():
-        assert f"| `{root}/` | `hetis.{PACKAGE[root]}` |" in text
+    for package, root in ROOT_OF.items():
+        assert f"| `{root}/` | `hetis.{package}` |" in text
 
 
 def imports_of(sources: Mapping[str, str]) -> dict[str, set[str]]:
@@ -223,9 +226,9 @@ def imports() -> dict[str, set[str]]:
             ".".join(path.relative_to(ROOT / root).with_suffix("").parts).removesuffix(".__init__"): path.read_text(
                 "utf-8"
             )
-            for root in sorted(MAY_IMPORT)
+            for package, root in sorted(ROOT_OF.items())
             if root != "proto"
-            for path in modules(root)
+            for path in modules(package)
         }
     )
 

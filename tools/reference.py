@@ -18,8 +18,7 @@ import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, Literal, cast, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "docs" / "reference"
@@ -377,14 +376,12 @@ def _described(family: Any, labels: Sequence[str]) -> Described:
 def _planner_metrics() -> Iterator[Described]:
     from hetis.planner.fleet.settings import FleetCounters
     from hetis.planner.service.metrics import FleetCollector, ServiceMetrics, StoreCollector
-    from hetis.planner.store import Store
-    from hetis.planner.store.store import StoreHealth
+    from hetis.planner.store import Lease
+    from hetis.planner.store.health import StoreHealth
 
     yield from _of_registry(ServiceMetrics("").registry)
-    store = cast(
-        "Store", SimpleNamespace(health=StoreHealth(lambda: 0.0), lease=SimpleNamespace(age_s=0.0, is_held=False))
-    )
-    for collector in (FleetCollector(FleetCounters()), StoreCollector(store)):
+    store = StoreCollector(StoreHealth(lambda: 0.0), Lease(0.0))
+    for collector in (FleetCollector(FleetCounters()), store):
         for family in collector.collect():
             yield _described(family, getattr(family, "_labelnames", ()))
 

@@ -9,22 +9,17 @@ eight workers.
 from __future__ import annotations
 
 import asyncio
-import itertools
 import os
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any
 
-import grpc
 import numpy as np
 
 from benchmarks.measuring.rows import Cell, Row
 from benchmarks.measuring.service_crowd import (
-    CONTEXT_TOKENS,
     Crowd,
     ScriptedAgent,
     Sending,
@@ -33,11 +28,7 @@ from benchmarks.measuring.service_crowd import (
     request_of,
 )
 from benchmarks.measuring.service_planner import CellFleet, PlannerProcess, Watched, cell_fleet, raise_file_limit
-from hetis.planner.client import AsyncClient, AsyncDispatchStream, CallError
-from hetis.planner.convert.stages import stage_from_proto
-from hetis.planner.fleet.dispatching.messages import declared as state_declared
-from hetis.planner.fleet.dispatching.stage_copy import Newcomer
-from hetis.planner.fleet.dispatching.states import DispatchStates
+from hetis.planner.client import AsyncClient, CallError
 from hetis.runtime.agent.simulated.replica import StageRun
 from hetis.v1 import (
     agent_service_pb2,
@@ -46,26 +37,9 @@ from hetis.v1 import (
     plan_pb2,
     plan_service_pb2,
     redispatch_pb2,
-    replica_pb2,
-    report_pb2,
-    stage_pb2,
 )
-from hetis.v1 import dispatch_service_pb2 as pb
 
-ENDED = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)  # when a connection ends, and for a write after it
-MOST_REOPENED = 4  # attempts per step
-MOST_FINISHED = 64  # requests per step
-LONGEST_CALL_S = 10.0  # limit on a dispatch call, as in the planner
-LONGEST_STEP_S = 60.0  # limit on a step of a stream: a stalled machine makes a measurement long and does not end it
-MOST_WAITS = 30  # waits of `LONGEST_CALL_S` each for kernels that the planner compiles
 Call = Callable[[list[float]], Awaitable[None]]
-
-
-class NoRoomError(Exception):
-    """A replica took only part of a batch."""
-
-    def __init__(self, missing: int) -> None:
-        super().__init__(f"{missing} requests found no room")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,7 +55,7 @@ class Latencies:
 
     seconds: Sequence[float]
     total_s: float
-    failures: Sequence[CallError | NoRoomError] = ()
+    failures: Sequence[CallError] = ()
     began_s: Sequence[float] = ()
 
     @property
@@ -108,14 +82,14 @@ async def timed(call: Call, *, count: int, at_once: int) -> Latencies:
 
 async def paced(call: Call, *, per_s: float, seconds: float) -> Latencies:
     """Start calls at a rate, whether or not earlier ones have ended; failed calls are counted."""
-    found, failures, running = list[float](), list[CallError | NoRoomError](), set[asyncio.Task[None]]()
+    found, failures, running = list[float](), list[CallError](), set[asyncio.Task[None]]()
     began = list[float]()
 
     async def one() -> None:
         timed, at_s = list[float](), time.monotonic()
         try:
             await call(timed)
-        except (CallError, NoRoomError) as error:
+        except CallError as error:
             failures.append(error)
         found.extend(timed)
         began.extend([at_s] * len(timed))
@@ -139,181 +113,6 @@ def timed_call(call: Callable[[], Awaitable[object]]) -> Call:
         seconds.append(time.perf_counter() - began_s)
 
     return timed_one
-
-
-class DispatchedReplica:
-    """A replica that the planner dispatches. It admits and finishes batches, so that its state stays the same."""
-
-    def __init__(self, client: AsyncClient, replica: str) -> None:
-        self._client, self._replica = client, replica
-        self._state_id = ""
-        self._numbers = itertools.count()
-
-    async def declare(self, stage: StageRun, generation: int) -> None:
-        """Declare the stage's running requests."""
-        state = pb.DispatchState(
-            name=f"{self._replica}/dispatchState", generation=generation, head_maps=[stage.head_map()]
-        )
-        request = pb.UpdateDispatchStateRequest(dispatch_state=state)
-        self._state_id = (await self._client.dispatch.UpdateDispatchState(request, timeout=LONGEST_CALL_S)).state_id
-        await self._until_compiled()
-
-    async def _until_compiled(self) -> None:
-        """Wait for the kernels of dispatch, which a planner compiles for about a minute on a new machine."""
-        request = admission(self._replica, self._state_id, itertools.count(), 1)
-        request.validate_only = True
-        for left in reversed(range(MOST_WAITS)):
-            try:
-                await self._client.dispatch.AdmitRequests(request, timeout=LONGEST_CALL_S)
-            except CallError as error:
-                if error.code != grpc.StatusCode.DEADLINE_EXCEEDED or not left:
-                    raise
-            else:
-                return
-
-    def admitting(self, batch: int) -> Call:
-        """Return a call for `timed`: one timed AdmitRequests and one FinishRequests that is not timed."""
-        return partial(self._admit_and_finish, batch)
-
-    @asynccontextmanager
-    async def streaming(self, batch: int, *, streams: int) -> AsyncIterator[Call]:
-        """Yield a call for `timed`: one step of a stream, which also finishes what earlier steps admitted.
-
-        The planner ends all connections after half an hour. A stream that has ended is opened again, and its steps are
-        repeated; their time counts from the first attempt.
-        """
-        async with AsyncExitStack() as stack:
-            opened = [
-                ReopenedStream(partial(self._client.dispatch_stream, self._replica, self._state_id))
-                for _ in range(streams)
-            ]
-            for stream in opened:
-                stack.push_async_callback(stream.close)
-            turn = itertools.cycle(opened)
-            ended = list[str]()  # admitted by earlier steps, for later ones to finish
-
-            async def step(seconds: list[float]) -> None:
-                finished = ended[:MOST_FINISHED]
-                del ended[:MOST_FINISHED]
-                request = admission(self._replica, self._state_id, self._numbers, batch)
-                began_s = time.perf_counter()
-                try:
-                    answer = await next(turn).step(finished, request.requests)
-                except CallError:
-                    ended.extend(finished)  # the step may have been done anyway, and finishing twice is not an error
-                    raise
-                finally:
-                    ended.extend(one.id for one in request.requests)
-                taken_s = time.perf_counter() - began_s
-                if len(answer.placements) != batch:
-                    raise NoRoomError(batch - len(answer.placements))
-                seconds.append(taken_s)
-
-            yield step
-            while ended:
-                await opened[0].step(ended[:MOST_FINISHED], ())
-                del ended[:MOST_FINISHED]
-
-    async def _admit_and_finish(self, batch: int, seconds: list[float]) -> None:
-        request = admission(self._replica, self._state_id, self._numbers, batch)
-        began_s = time.perf_counter()
-        answer = await self._client.dispatch.AdmitRequests(request, timeout=LONGEST_CALL_S)
-        seconds.append(time.perf_counter() - began_s)
-        if len(answer.placements) != batch:
-            raise NoRoomError(batch - len(answer.placements))
-        names = [one.id for one in request.requests]
-        finish = pb.FinishRequestsRequest(parent=self._replica, state_id=self._state_id, requests=names)
-        await self._client.dispatch.FinishRequests(finish, timeout=LONGEST_CALL_S)
-
-
-class ReopenedStream:
-    """A dispatch stream that is replaced when its connection ends."""
-
-    def __init__(self, open_stream: Callable[[], AsyncDispatchStream]) -> None:
-        self._open = open_stream
-        self._stream = open_stream()
-
-    async def step(self, finished: Sequence[str], new: Sequence[pb.NewRequest]) -> pb.DispatchRequestsResponse:
-        """Make the step, and repeat it on a new stream whenever the old one ends during it."""
-        for left in reversed(range(MOST_REOPENED)):
-            stream = self._stream
-            try:
-                return await stream.step(finished=finished, new=new, timeout=LONGEST_STEP_S)
-            except CallError as error:
-                if error.code not in ENDED or not left:
-                    raise
-                if stream is self._stream:  # only for the first of the steps in progress
-                    self._stream = self._open()
-                    await stream.close()
-        raise AssertionError("unreachable")
-
-    async def close(self) -> None:
-        await self._stream.close()
-
-
-def admission(replica: str, state_id: str, numbers: itertools.count[int], batch: int) -> pb.AdmitRequestsRequest:
-    requests = [
-        pb.NewRequest(id=f"new-{next(numbers)}", context_tokens=CONTEXT_TOKENS // 8, growth_tokens=64)
-        for _ in range(batch)
-    ]
-    return pb.AdmitRequestsRequest(parent=replica, state_id=state_id, requests=requests)
-
-
-# --- the same work in this process
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class OneReplica:
-    """A replica as dispatch sees it."""
-
-    stages: Sequence[stage_pb2.StageModel]
-    name: str = "clusters/c/replicas/r"
-    state: replica_pb2.ReplicaState.ValueType = replica_pb2.REPLICA_STATE_SERVING
-    generation: int = 1
-    authority: replica_pb2.HeadMapAuthority.ValueType = replica_pb2.HEAD_MAP_AUTHORITY_PLANNER
-    primary_node: str = "n"
-    redispatch: str = ""
-
-    @property
-    def conditions(self) -> dict[str, report_pb2.DeviceStatus.ValueType]:
-        return {}
-
-    def replica_view(self, name: str) -> Any:
-        return self if name == self.name else None
-
-
-async def in_process_seconds(model: stage_pb2.StageModel, *, batch: int, count: int) -> tuple[float, float]:
-    """Return the median seconds of an admission by messages without gRPC, and of its solve alone."""
-    replica = OneReplica(stages=[model])
-    states = DispatchStates(replica)
-    await states.warm_up()
-    stage = StageRun(model)
-    for number, owners in enumerate(balanced_owners(stage)):
-        stage.admit(request_of(number), list(owners))
-    declared = pb.DispatchState(
-        name=f"{replica.name}/dispatchState", generation=replica.generation, head_maps=[stage.head_map()]
-    )
-    state_id = (await states.update(pb.UpdateDispatchStateRequest(dispatch_state=declared))).state_id
-    numbers = itertools.count()
-    whole, alone = list[float](), list[float]()
-    for _ in range(count):
-        request = admission(replica.name, state_id, numbers, batch)
-        began_s = time.perf_counter()
-        await states.admit(request)
-        whole.append(time.perf_counter() - began_s)
-        names = [one.id for one in request.requests]
-        states.finish(pb.FinishRequestsRequest(parent=replica.name, state_id=state_id, requests=names))
-    terms = stage_from_proto(model)
-    copy = state_declared(declared, {(model.stage, model.copy): terms}, state_id).copy_of(model.stage, model.copy)
-    newcomers = [
-        Newcomer(id=one.id, incarnation=0, context_tokens=one.context_tokens, growth_tokens=one.growth_tokens)
-        for one in admission(replica.name, state_id, numbers, batch).requests
-    ]
-    for _ in range(count):
-        began_s = time.perf_counter()
-        copy.plan(copy.state.load(), newcomers)
-        alone.append(time.perf_counter() - began_s)
-    return float(np.median(whole)), float(np.median(alone))
 
 
 PAUSE_S = 1.1  # between samples: a replica is checked every half second, and again after a change
@@ -466,8 +265,7 @@ class Bench:
     """All running parts, made by `opened`; agents are not connected yet.
 
     Attributes:
-        engine_cell, planner_cell: agents of this process, the primary's first: those of a replica whose engine decides
-            its head map, and those of one whose head map the planner decides.
+        cell: agents of this process, those of one replica, the primary's first.
         empty: latencies of empty calls, by the number in progress at once.
         base_bytes: memory of the planner before the first agent.
     """
@@ -477,17 +275,10 @@ class Bench:
     ) -> None:
         self.planner, self.client, self.crowd, self.fleet, self.extent = planner, client, crowd, fleet, extent
         self._num_gpus = {cell[0]: 2 for cell in fleet.cells}
-        self.engine_cell = self._agents(fleet.cells[0], has_head_map=True)
-        self.planner_cell = self._agents(fleet.cells[1], has_head_map=False)
+        self.cell = [ScriptedAgent(CLUSTER, node, num_gpus=self._num_gpus.get(node, 1)) for node in fleet.cells[0]]
         self.empty: dict[int, Latencies] = {}
         self.base_bytes = planner.rss_bytes()
         self._sending: asyncio.Task[None] | None = None
-
-    def _agents(self, nodes: Sequence[str], *, has_head_map: bool) -> list[ScriptedAgent]:
-        return [
-            ScriptedAgent(CLUSTER, node, num_gpus=self._num_gpus.get(node, 1), has_head_map=has_head_map)
-            for node in nodes
-        ]
 
     # --- the fleet
 
@@ -503,12 +294,11 @@ class Bench:
 
     async def connect(self) -> float:
         """Connect all agents, and return the seconds that those of the other process took."""
-        here = [*self.engine_cell, *self.planner_cell]
-        ids = {agent.node for agent in here}
+        ids = {agent.node for agent in self.cell}
         everywhere = [*(node for cell in self.fleet.cells for node in cell), *self.fleet.spare]
         there = [(node, self._num_gpus.get(node, 1)) for node in everywhere if node not in ids]
-        await connect_all(here, self.planner.address)
-        self._sending = asyncio.create_task(Sending(here).run())
+        await connect_all(self.cell, self.planner.address)
+        self._sending = asyncio.create_task(Sending(self.cell).run())
         return await asyncio.to_thread(self.crowd.connect, self.planner.address, CLUSTER, there)
 
     async def activate(self) -> float:
@@ -526,12 +316,6 @@ class Bench:
                 raise RuntimeError(f"the plan cannot be activated: {found.activation_progress.failure}")
             await asyncio.sleep(0.1)
 
-    async def replica_at(self, primary: str) -> replica_pb2.Replica:
-        async for replica in self.client.list_replicas(CLUSTER, page_size=500):
-            if replica.primary_node == primary:
-                return replica
-        raise LookupError(f"no replica has its primary on {primary}")
-
     async def set_rate(self, reports_per_s: float) -> None:
         """Set the rate of the agents in the other process."""
         await asyncio.to_thread(self.crowd.set_rate, reports_per_s)
@@ -539,7 +323,7 @@ class Bench:
     async def behind(self) -> tuple[float, float]:
         """Return how many reports the planner has processed so far, and how many sent ones it has not."""
         counts = await asyncio.to_thread(self.crowd.counts)
-        there = self.extent.agents - len(self.engine_cell) - len(self.planner_cell)
+        there = self.extent.agents - len(self.cell)
         if counts.connected < there * (1 - MOST_BETWEEN):
             raise RuntimeError(f"only {counts.connected} agents are still connected: {self.planner.log()[-2000:]}")
         taken = await asyncio.to_thread(self.planner.messages, "report")
@@ -558,7 +342,7 @@ class Bench:
         if self._sending is not None:
             self._sending.cancel()
             await asyncio.gather(self._sending, return_exceptions=True)
-        for agent in (*self.engine_cell, *self.planner_cell):
+        for agent in self.cell:
             await agent.close()
 
     # --- rows

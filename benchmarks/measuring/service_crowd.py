@@ -68,14 +68,14 @@ class ScriptedAgent:
         num_reconnects: number of streams after the first that the planner has welcomed.
     """
 
-    def __init__(self, cluster: str, node: str, *, num_gpus: int, has_head_map: bool = True) -> None:
+    def __init__(self, cluster: str, node: str, *, num_gpus: int) -> None:
         self.cluster, self.node = cluster, node
         self.stage: StageRun | None = None
         self.heard: Callable[[pb.ConnectNodeResponse], None] | None = None
         self.sent_s, self.num_sent, self.num_finished, self.num_reconnects = 0.0, 0, 0, 0
         self.heartbeat_s = 5.0
         self._num_gpus = num_gpus
-        self._capabilities = _ALL if has_head_map else _ALL[:2]
+        self._capabilities = _ALL
         self._held: dict[str, tuple[int, replica_pb2.Assignment]] = {}
         self._changes: dict[str, tuple[change_pb2.Change, Phase.ValueType]] = {}
         self._boot_id = str(uuid.uuid4())

@@ -55,7 +55,7 @@ def test_every_change_goes_through_its_phases_in_their_order(found: Sequence[Row
 def test_calls_are_shown_beside_an_empty_one(found: Sequence[Row]) -> None:
     assert number(found, "empty call, 16 at once", "over_empty_p50") == 1
     for at_once in service.AT_ONCE:
-        assert number(found, f"admit 8, {at_once} at once", "over_empty_p99") > 0
+        assert number(found, f"UpdateCluster, {at_once} at once", "over_empty_p99") > 0
         assert row(found, f"UpdateCluster, {at_once} at once")["at_once"] == at_once
 
 

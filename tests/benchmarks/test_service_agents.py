@@ -1,4 +1,4 @@
-"""Agents and dispatch streams of the service's benchmark outlive their connections, which the planner ends."""
+"""Agents of the service's benchmark outlive their connections, which the planner ends."""
 
 from __future__ import annotations
 
@@ -12,12 +12,11 @@ import grpc
 import pytest
 
 from benchmarks.measuring import service_crowd
-from benchmarks.measuring.service_calls import MOST_REOPENED, NoRoomError, ReopenedStream, paced
+from benchmarks.measuring.service_calls import paced
 from benchmarks.measuring.service_crowd import ScriptedAgent
 from hetis.planner.client import CallError
 from hetis.v1 import agent_service_pb2 as pb
 from hetis.v1 import agent_service_pb2_grpc, change_pb2, replica_pb2, report_pb2
-from hetis.v1 import dispatch_service_pb2 as pb2
 
 REPLICA, EPOCH, GENERATION = "clusters/c/replicas/r", 3, 7
 Talk = Callable[["Stream"], Awaitable[None]]
@@ -145,62 +144,15 @@ async def test_what_is_sent_between_two_streams_is_not_counted_and_ends_nothing(
         assert agent.num_sent == before + 1
 
 
-class EndingStream:
-    """A dispatch stream whose every step fails, or is answered with the stream's number."""
-
-    def __init__(self, number: int, code: grpc.StatusCode | None) -> None:
-        self._number, self._code = number, code
-        self.is_closed = False
-
-    async def step(self, **_: Any) -> pb2.DispatchRequestsResponse:
-        await asyncio.sleep(0)
-        if self._code is not None:
-            raise CallError("max connection age", code=self._code)
-        return pb2.DispatchRequestsResponse(sequence=self._number)
-
-    async def close(self) -> None:
-        self.is_closed = True
-
-
-async def steps(*codes: grpc.StatusCode | None, at_once: int = 1) -> tuple[list[Any], list[EndingStream]]:
-    """Return the answers of ``at_once`` steps, and the streams, which fail with ``codes`` in order."""
-    opened, left = list[EndingStream](), iter(codes)
-
-    def open_stream() -> Any:
-        opened.append(EndingStream(len(opened), next(left)))
-        return opened[-1]
-
-    stream = ReopenedStream(open_stream)
-    made = (stream.step([], []) for _ in range(at_once))
-    return await asyncio.gather(*made, return_exceptions=True), opened
-
-
-async def test_steps_whose_stream_ends_are_made_again_on_one_new_stream() -> None:
-    heard, opened = await steps(grpc.StatusCode.UNAVAILABLE, None, at_once=3)
-    assert [answer.sequence for answer in heard] == [1, 1, 1]
-    assert [stream.is_closed for stream in opened] == [True, False]
-
-
-async def test_a_step_gives_up_where_no_stream_lasts_and_at_once_where_the_planner_refuses() -> None:
-    (error,), opened = await steps(*[grpc.StatusCode.UNAVAILABLE] * (MOST_REOPENED + 1))
-    assert isinstance(error, CallError)
-    assert len(opened) == MOST_REOPENED
-    (error,), opened = await steps(grpc.StatusCode.FAILED_PRECONDITION)
-    assert isinstance(error, CallError)
-    assert len(opened) == 1
-
-
 async def test_calls_that_fail_are_counted_and_end_no_measurement() -> None:
     async def call(seconds: list[float]) -> None:
         match next(numbers):
             case 0:
                 seconds.append(0.0)
-            case 1:
-                raise NoRoomError(2)
             case _:
                 raise CallError("no answer within 10 s", code=grpc.StatusCode.DEADLINE_EXCEEDED)
 
     numbers = itertools.count()
     found = await paced(call, per_s=1000.0, seconds=0.01)
     assert (len(found.seconds), len(found.failures)) == (1, 9)
-    assert str(found.failures[0]) == "2 requests found no room"
+    assert str(found.failures[0]) == "no answer within 10 s"

@@ -25,8 +25,8 @@ from hetis.planner.service.command import app as planner_app
 from hetis.planner.service.exit_codes import ServiceExitCode as PlannerExit
 from hetis.planner.service.metrics import FleetCollector, ServiceMetrics, StoreCollector
 from hetis.planner.service.settings import load_config, variables
-from hetis.planner.store.leadership import Lease
-from hetis.planner.store.store import StoreHealth
+from hetis.planner.store.health import StoreHealth
+from hetis.planner.store.lease import Lease
 from hetis.runtime.agent.launched.parts import EngineSettingsDocument
 from hetis.runtime.agent.main import app as agent_app
 from hetis.runtime.agent.metrics import AgentMetrics
@@ -42,20 +42,13 @@ TEMPLATES = {path.name: path.read_text(encoding="utf-8") for path in (CHART / "t
 OPERATIONS = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
 
 
-class OneStore:
-    """The part of a store that the metrics read."""
-
-    health = StoreHealth(clock=lambda: 0.0)
-    lease = Lease(5.0)
-
-
 def metrics() -> dict[str, str]:
     """Return every name that can be scraped, with the kind of its family."""
     planner, agent = ServiceMetrics("0").registry, AgentMetrics(version="0").registry
-    store: Any = OneStore()
+    store = StoreCollector(StoreHealth(clock=lambda: 0.0), Lease(5.0))
     found = [*planner.collect(), *agent.collect(), *FleetCollector(FleetCounters()).collect()]
     names = dict[str, str]()
-    for family in [*found, *StoreCollector(store).collect()]:
+    for family in [*found, *store.collect()]:
         suffixes = {"counter": ["_total"], "histogram": ["_bucket", "_count", "_sum"]}.get(family.type, [""])
         names |= {family.name + suffix: family.type for suffix in suffixes}
     return names

@@ -17,7 +17,7 @@ import pytest
 import sqlalchemy as sa
 import yaml
 
-from hetis.formats.endpoints import STANDBY_ANSWER
+from hetis.commands.endpoints import STANDBY_ANSWER
 from hetis.planner.callers import CallerRole
 from hetis.planner.service.credentials import create_token
 from hetis.v1 import cluster_pb2, cluster_service_pb2, document_pb2

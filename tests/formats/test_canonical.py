@@ -6,7 +6,7 @@ import hashlib
 
 import pytest
 
-from hetis.formats.endpoints import split_address
+from hetis.commands.endpoints import split_address
 from hetis.formats.files import canonical_json, content_digest
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hetis.formats.dispatch_state import load_requests, load_state, parse_state, requests_from_words, state_to_data
@@ -19,8 +19,6 @@ from hetis.formats.units import format_seconds_per_byte, parse_seconds_per_byte
 from hetis.solver.dispatch.problem import HeadShape, Primary, Stage
 from hetis.solver.dispatch.snapshot import DeviceSnapshot, DeviceStatus, PreparedMove, StateSnapshot
 from hetis.solver.errors import InvalidProblemError
-
-from . import strategies
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "dispatch"
 
@@ -109,13 +107,6 @@ def test_costs_that_a_gpu_type_stands_for_are_given_from_outside() -> None:
     stage = state.snapshot({"l4": (AttentionPiece(call_s=1.0),)}).stage
     assert stage.call_s.tolist() == [[18e-6, 20e-6], [1.0, 1.0]]
     assert stage.transfer_byte_s.tolist() == [0.0, 0.0]
-
-
-@settings(max_examples=100, deadline=None)
-@given(strategies.states())
-def test_a_state_after_its_own_snapshot_is_itself(state: SavedState) -> None:
-    costs = {device.name: (AttentionPiece(),) for device in state.devices}
-    assert state.after(state.snapshot(costs)) == state
 
 
 @given(st.floats(min_value=1e-18, max_value=1e6))

@@ -28,7 +28,6 @@ from hetis.planner.convert.documents import read_document
 from hetis.planner.convert.plans import objective_from_proto
 from hetis.planner.convert.stages import stage_from_proto
 from hetis.planner.failures import ServiceError
-from hetis.planner.fleet.dispatching.messages import declared
 from hetis.planner.service.certificates import ends_of_certificates
 from hetis.planner.service.credentials import Tokens
 from hetis.planner.service.settings import load_config
@@ -40,9 +39,8 @@ from hetis.solver.cluster import Cluster
 from hetis.solver.errors import HetisError, InvalidProblemError
 from hetis.solver.plan import Plan
 from hetis.solver.workload import Workload
-from hetis.v1 import dispatch_service_pb2, document_pb2, plan_pb2, stage_pb2
+from hetis.v1 import document_pb2, plan_pb2, stage_pb2
 from tests.fuzz.http_bytes import ask_agent, ask_page, read_engine
-from tests.planner.dispatching.stages import stage_model
 
 ROOT = Path(__file__).parents[2]
 CORPUS = Path(__file__).parent / "corpus"
@@ -124,16 +122,6 @@ def _stage(message: stage_pb2.StageModel) -> None:
     stage_from_proto(message)
 
 
-@cache
-def _one_stage() -> stage_pb2.StageModel:
-    return stage_model(3)
-
-
-def _declaration(message: dispatch_service_pb2.DispatchState) -> None:
-    model = _one_stage()
-    declared(message, {(0, 0): stage_from_proto(model)}, "state")
-
-
 def _objective(message: plan_pb2.Objective) -> None:
     wrong = list[tuple[str, str]]()
     objective_from_proto(message, "objective", lambda field, why: wrong.append((field, why)))
@@ -184,6 +172,5 @@ TARGETS: Mapping[str, Target] = {
     "certificates": Target(read=_certificates),
     "plugin_settings": Target(read=partial(_from_file, _plugin_settings, "workers", "")),
     "stage": Target(read=partial(_message, stage_pb2.StageModel, _stage)),
-    "dispatch_state": Target(read=partial(_message, dispatch_service_pb2.DispatchState, _declaration)),
     "objective": Target(read=partial(_message, plan_pb2.Objective, _objective)),
 }

@@ -8,7 +8,7 @@ from unittest import mock
 
 from typer.testing import CliRunner, Result
 
-from hetis.formats.command_line.verb import click_command
+from hetis.commands.verb import click_command
 from hetis.planner.cli.app import app, run
 from tests.command_line import command_of, run_command, run_here
 

@@ -635,7 +635,7 @@ def test_the_tour_runs_verbatim(tmp_path: Path) -> None:
 
 
 def test_a_shape_of_many_replicas_names_them_all(capsys: pytest.CaptureFixture[str]) -> None:
-    from hetis.formats.command_line.terminal import OutputFormat, Terminal
+    from hetis.commands.terminal import OutputFormat, Terminal
     from hetis.planner.report.plan import render_plan
 
     plan = plans.plan(*(plans.deep_replica(2, node) for node in range(3)))

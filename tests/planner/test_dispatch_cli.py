@@ -121,38 +121,6 @@ def test_a_request_that_does_not_fit_is_told_and_the_others_are_placed() -> None
     assert sum(document["requests"][1]["groups"].values()) == 8
 
 
-def test_the_new_state_is_saved_and_takes_the_next_requests(tmp_path: Path) -> None:
-    for name in ("state.json", "state.yaml"):
-        out = tmp_path / name
-        result = invoke("dispatch", "--state", A100_L4, "--requests", REQUESTS, "--out", str(out))
-        assert result.exit_code == ExitCode.OK
-        assert result.stderr.endswith(f"saved {out}\n")
-        saved = load_state(out)
-        assert [request.id for request in saved.requests][-3:] == ["long", "short", "medium"]
-        assert saved.devices == load_state(A100_L4).devices
-        assert invoke("dispatch", "--state", str(out), "--request", "10/10").exit_code == ExitCode.OK
-    assert run(["dispatch", "--state", str(out), "--requests", REQUESTS]) == ExitCode.INVALID
-
-
-@pytest.mark.parametrize(
-    "call", [("dispatch", "--state", A100_L4, "--request", "10/10"), ("redispatch", "--state", DRIFTED)]
-)
-def test_a_state_is_printed_instead_of_the_tables(
-    call: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    result = invoke(*call, "--out", "-")
-    assert result.exit_code == ExitCode.OK
-    assert invoke(*call, "--out", "state.json").exit_code == ExitCode.OK
-    assert [path.name for path in tmp_path.iterdir()] == ["state.json"]
-    assert result.stdout == Path("state.json").read_text()
-
-
-def test_a_state_that_cannot_be_saved_is_refused_before_the_solve(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["dispatch", "--state", A100_L4, "--out", "/nowhere/state.json"]) == ExitCode.INVALID
-    assert "cannot be written: no folder" in capsys.readouterr().err
-
-
 def test_exact_is_never_worse() -> None:
     _, fast = answer("dispatch", "--state", A100_L4, "--requests", REQUESTS)
     _, exact = answer("dispatch", "--state", A100_L4, "--requests", REQUESTS, "--exact", "--time-limit", "2s")
@@ -230,9 +198,8 @@ def plan_file(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(path)
 
 
-def test_a_stage_of_a_plan_becomes_an_empty_state(plan_file: str, tmp_path: Path) -> None:
-    out = tmp_path / "state.yaml"
-    code, document = answer("dispatch", "--plan", plan_file, "--request", "8000/300", "--out", str(out))
+def test_a_stage_of_a_plan_becomes_an_empty_state(plan_file: str) -> None:
+    code, document = answer("dispatch", "--plan", plan_file, "--request", "8000/300")
     assert code == ExitCode.OK
     plan = json.loads(Path(plan_file).read_text())["replicas"][0]
     first = load_stage_of_plan(plan_file, replica=0, stage=1).saved
@@ -242,7 +209,6 @@ def test_a_stage_of_a_plan_becomes_an_empty_state(plan_file: str, tmp_path: Path
     assert [device.name for device in first.devices[1:]] == workers
     assert all(device.total_blocks > 0 for device in first.devices)
     assert [request["id"] for request in document["requests"]] == ["new-0"]
-    assert load_state(out).requests[0].id == "new-0"
 
 
 def test_requests_longer_than_the_context_are_refused(
@@ -269,18 +235,6 @@ def test_a_plan_without_such_a_stage_is_refused(
     assert message in capsys.readouterr().err
 
 
-def test_a_disk_that_is_full_is_not_the_inputs_fault(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    if not Path("/dev/full").exists():
-        pytest.skip("no /dev/full here")
-    code = run(["dispatch", "--state", A100_L4, "--request", "8000/300", "--out", "/dev/full"])
-    printed = capsys.readouterr()
-    assert code == ExitCode.INTERNAL
-    assert "the state was not saved" in printed.err
-    assert "1 of 1 new request placed" in printed.out
-
-
 # --- redispatch
 
 
@@ -302,14 +256,6 @@ def test_a_draining_device_is_named_and_emptied() -> None:
     drained = [move for move in document["moves"] if move["reason"] == "drain"]
     assert {move["from"] for move in drained} == {"l4-3"}
     assert all(move["to"] != "l4-3" for move in document["moves"])
-
-
-def test_the_state_after_all_moves_is_saved_and_nothing_more_moves(tmp_path: Path) -> None:
-    out = tmp_path / "state.json"
-    assert invoke("redispatch", "--state", DRIFTED, "--out", str(out)).exit_code == ExitCode.OK
-    _, document = answer("redispatch", "--state", str(out))
-    assert document["moves"] == []
-    assert "deviation" not in [trigger["kind"] for trigger in document["triggers"]]
 
 
 def test_a_budget_limits_what_is_moved() -> None:

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from hetis.formats.command_line import verb
-from hetis.formats.command_line.terminal import in_use
+from hetis.commands import verb
+from hetis.commands.terminal import in_use
 from hetis.planner.cli.app import run
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.solver.errors import (

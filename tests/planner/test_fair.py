@@ -138,7 +138,7 @@ def stopped(monkeypatch: pytest.MonkeyPatch) -> None:
         return budgets[-1]
 
     monkeypatch.setattr(sharing, "Budget", new_budget)
-    monkeypatch.setattr("hetis.formats.command_line.terminal.Terminal.say", lambda *_: budgets[-1].cancelled.set())
+    monkeypatch.setattr("hetis.commands.terminal.Terminal.say", lambda *_: budgets[-1].cancelled.set())
 
 
 @pytest.mark.usefixtures("stopped")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from hetis.formats.command_line.terminal import Terminal
+from hetis.commands.terminal import Terminal
 from hetis.formats.documents import dump, load_plan
 from hetis.formats.errors import DocumentError
 from hetis.planner.cli.outputs import refuse_unwritable, save
@@ -21,7 +21,7 @@ PLAN = plans.plan(plans.paper_replica())
 PROGRAM = """
 import os, resource, signal, sys
 from pathlib import Path
-from hetis.formats.command_line.terminal import Terminal
+from hetis.commands.terminal import Terminal
 from hetis.planner.cli.outputs import save
 from hetis.formats.errors import DocumentError
 from tests.planner import plans

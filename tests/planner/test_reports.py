@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 from rich.console import Console, RenderableType
 
-from hetis.formats.command_line.terminal import _ASCII
+from hetis.commands.terminal import _ASCII
 from hetis.planner.report.explanation import memory_shares, render_explanation, time_shares
 from hetis.planner.report.plan import (
     MAX_SHAPES,

@@ -13,8 +13,8 @@ from tests.proto.descriptors import messages, services
 STANDARD = {"Get", "List", "Create", "Update", "Delete"}  # AIP-131 to 135
 # Custom methods (AIP-136): a verb other than the standard ones, then its object.
 CUSTOM = {
-    "Watch", "Cancel", "Explain", "Diff", "Read", "Activate", "Rollback", "Drain", "Undrain", "Admit", "Finish", "Grow",
-    "Dispatch", "Connect", "Disconnect", "Apply", "Reserve", "Copy", "Flip", "Release", "Abort",
+    "Watch", "Cancel", "Explain", "Diff", "Read", "Activate", "Rollback", "Drain", "Undrain", "Solve",
+    "Connect", "Disconnect", "Apply", "Reserve", "Copy", "Flip", "Release", "Abort",
 }  # fmt: skip
 MESSAGES = dict(messages())
 METHODS = [(service.name, method) for _, service in services() for method in service.method]
@@ -79,9 +79,8 @@ def test_update_takes_a_mask_and_the_resource_has_the_etag() -> None:
         taken = fields(method.input_type)
         assert taken["update_mask"] == "FieldMask"
         assert resource in taken.values()
-        if resource != "DispatchState":  # its state_id serves as an etag
-            assert "etag" in fields(f".hetis.v1.{resource}")
-            assert "request_id" in taken
+        assert "etag" in fields(f".hetis.v1.{resource}")
+        assert "request_id" in taken
 
 
 @pytest.mark.parametrize("verb", ["Delete", "Cancel", "Activate", "Rollback", "Drain", "Undrain"])
@@ -97,7 +96,7 @@ def test_every_method_says_whether_it_may_be_retried(service: str, method: Metho
     level = method.options.idempotency_level
     if method.client_streaming:
         assert level == MethodOptions.IDEMPOTENCY_UNKNOWN
-    elif re.match("Get|List|Watch|Explain|Diff|Read", method.name):
+    elif re.match("Get|List|Watch|Explain|Diff|Read|Solve", method.name):
         assert level == MethodOptions.NO_SIDE_EFFECTS
     else:
         assert level == MethodOptions.IDEMPOTENT

@@ -104,7 +104,7 @@ class PlannerHost:
         store = await MortalStore.open(f"sqlite:///{file}", clock=VirtualClock(loop).time)
         assert isinstance(store, MortalStore)
         store.died = died
-        epoch = await store.lead("test")
+        epoch = await store.leadership.grant("test")
         fleet = LiveFleet(
             store, Hubs(epoch), epoch=epoch, settings=SETTINGS, clock=VirtualClock(loop), contents=SampleStages()
         )
@@ -128,7 +128,7 @@ def _template(folder: Path) -> Path:
 
     async def make() -> None:
         store = await Store.open(f"sqlite:///{file}")
-        await store.lead("the template")
+        await store.leadership.grant("the template")
 
         def fill(tx: Transaction) -> None:
             tx.clusters.insert(cluster_record(document=cluster_document(NODES)))

@@ -53,7 +53,7 @@ class _Servicer(AgentServiceServicer):
 
 async def serve(file: str, port: int, dice: random.Random) -> None:
     store = await Store.open(f"sqlite:///{file}")
-    epoch = await store.lead("test")
+    epoch = await store.leadership.grant("test")
     fleet = LiveFleet(store, Hubs(epoch), epoch=epoch, settings=SETTINGS, clock=_Clock(), contents=SampleStages())
     await fleet.start()
     server = grpc.aio.server()

@@ -16,7 +16,7 @@ from typing import Any
 import grpc
 from grpc_status import rpc_status
 
-from hetis.formats.endpoints import Endpoint, LeaderSearch
+from hetis.commands.endpoints import Endpoint, LeaderSearch
 from hetis.planner import callers
 from hetis.planner.failures import ServiceError
 from hetis.planner.fleet.fleet import LiveFleet

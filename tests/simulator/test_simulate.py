@@ -193,6 +193,27 @@ def test_iterations_take_what_each_of_their_tokens_attends_to() -> None:
     assert run.finished_s[0] - run.first_token_s[0] == pytest.approx(sum(steps_s), rel=1e-9)
 
 
+@pytest.mark.parametrize("in_flight", [1, 2, 3])
+def test_chunks_of_a_prompt_follow_each_other_through_a_pipeline(in_flight: int) -> None:
+    # Chunk k of a prompt starts when the stage is free, its predecessor is done there, and fewer than M are in flight.
+    problem = small_problem()
+    one = pipeline(problem, 1, 2, 3, micro_batch=1, in_flight=in_flight, chunk_tokens=32)
+    run = simulate(plan_of(one), problem, equal_requests(1, prompt=5 * 32, output=1), AS_PLANNED)
+    stages = [
+        StageTiming(problem, stage, is_first=n == 0, is_last=n == 2)
+        for n, stage in enumerate(replica_shape(one, problem, Fleet.of(problem.cluster)).stages)
+    ]
+    left_s = list[float]()  # the pipeline, by chunk
+    free_s = [0.0, 0.0, 0.0]
+    for k in range(5):
+        at_s = left_s[k - in_flight] if k >= in_flight else 0.0
+        pairs, read = sum(range(32 * k + 1, 32 * k + 33)), 32 * k + 16.5 + 16
+        for n, stage in enumerate(stages):
+            at_s = free_s[n] = max(at_s, free_s[n]) + stage.seconds(0, 0.0, 32, pairs, read, int(k == 4))
+        left_s.append(at_s)
+    assert run.first_token_s[0] == pytest.approx(left_s[-1], rel=1e-12)
+
+
 def test_a_queue_of_one_server_waits_as_long_as_theory_says() -> None:
     # M/D/1: prompts that fill a chunk and make one token are served one by one, in equal times S. The mean wait is
     # rho S / (2 (1 - rho)) (Pollaczek and Khinchine).

@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from hetis.commands.endpoints import is_ip, joined
 from hetis.engines.layout import Layout, Process
 from hetis.engines.serving import (
     CONFIG_VARIABLE,
@@ -28,7 +29,6 @@ from hetis.engines.serving import (
     variables_of,
 )
 from hetis.engines.versions import Engine
-from hetis.formats.endpoints import is_ip, joined
 from hetis.solver.plan import Role
 
 LOOPBACK, ANY = "127.0.0.1", "0.0.0.0"

@@ -9,10 +9,10 @@ from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from hetis.commands.endpoints import joined
 from hetis.engines.layout import Layout
 from hetis.engines.versions import Engine
 from hetis.formats.dtypes import kv_of
-from hetis.formats.endpoints import joined
 from hetis.formats.model import load_model
 from hetis.solver.model import ModelSpec
 from hetis.solver.plan import Role

@@ -24,6 +24,7 @@ PRECISIONS = {"bf16": "bfloat16", "fp8": "fp8", "int8": "int8", "int4": "int4", 
 PRECISIONS |= {"mxfp4": "mxfp4", "nvfp4": "nvfp4"}
 # Methods that not all engines load, or only on request: bitsandbytes, and FBGEMM's fp8 with scales per row.
 PRECISIONS |= {"bnb-int4": "int4", "bnb-int8": "int8", "fbgemm-fp8": "fp8"}
+_PLAIN_ATTENTION = ("fbgemm-fp8",)  # whose published checkpoints keep the matrices of attention in 16 bits (Llama 3.1)
 LONGEST_CHOICE = 4096  # characters of a choice of precisions
 KV_PRECISIONS = {"bf16": 2.0, "fp8": 1.0}  # bytes per element of the KV cache
 
@@ -148,7 +149,10 @@ def with_precisions(model: ModelSpec, of_types: Mapping[str, ModelSpec]) -> Mode
 def _in(model: ModelSpec, weights: str | None, kv: str | None) -> ModelSpec:
     if weights is not None:
         dtype = f"bfloat16+{PRECISIONS[weights]}"
-        model = replace(model, weights=weights, weight_bytes=layer_weight_bytes(dtype, model))
+        size = layer_weight_bytes(dtype, model)
+        if weights in _PLAIN_ATTENTION:
+            size = mean_weight_bytes(size, model, [(model.attention_params(), base_bytes(dtype))])
+        model = replace(model, weights=weights, weight_bytes=size)
     return model if kv is None else replace(model, kv_bytes=KV_PRECISIONS[kv])
 
 

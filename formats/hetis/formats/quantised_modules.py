@@ -28,7 +28,7 @@ _UNQUANTISED_KEYS = (
     "ignored_layers",
     "llm_int8_skip_modules",  # of bitsandbytes, for weights of 4 bits, too
 )
-_PREFIXES = ("model.", "model.language_model.", "language_model.model.")
+_PREFIXES = ("model.", "model.language_model.", "language_model.model.", "")
 MODELOPT = {"FP8": "fp8", "FP8_PER_CHANNEL_PER_TOKEN": "fp8", "FP8_PB_WO": "fp8", "MXFP8": "fp8"}
 MODELOPT |= {"NVFP4": "nvfp4", "W4A16_NVFP4": "nvfp4"}  # quantisation algorithms that vLLM 0.32 supports
 # Types of weights of AMD's Quark that vLLM 0.32 supports (quark/quark.py) and the cost model knows; fp4 goes by its
@@ -58,8 +58,11 @@ _OTHER_NAMES = {
     "down_proj": ("fc2", "mlp.fc2", "mlp.c_proj"),
 }
 # Parents of shared experts, of routed ones, and the names of a routed expert's matrices, in all families.
-_SHARED = ("mlp.shared_expert", "mlp.shared_experts", "feed_forward.shared_expert", "block_sparse_moe.shared_experts")
-_EXPERTS = ("mlp.experts", "feed_forward.experts", "block_sparse_moe.experts")
+_SHARED = (
+    *("mlp.shared_expert", "mlp.shared_experts", "feed_forward.shared_expert", "block_sparse_moe.shared_experts"),
+    "ffn.shared_experts",  # as DeepSeek's own checkpoints name them
+)
+_EXPERTS = ("mlp.experts", "feed_forward.experts", "block_sparse_moe.experts", "ffn.experts")
 _OF_MIXTRAL = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
 _LEAST_GROUP = 16  # weights that share a scale; engines have kernels for 32 and more
 _NO_GROUPS = 2**20  # a scale for so many takes no memory; no matrix has such rows

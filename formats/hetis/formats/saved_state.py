@@ -196,14 +196,6 @@ class SavedState:
         """Return the seconds per byte of KV moved into or out of each device, shape [D]."""
         return np.array([d.link_byte_s if d.move_byte_s is None else d.move_byte_s for d in self.devices])
 
-    def after(self, snapshot: StateSnapshot) -> SavedState:
-        """Return the same stage with the requests, moves and device states of ``snapshot``. Costs stay as given."""
-        devices = tuple(
-            replace(device, status=now.status, high_water=now.high_water, changed=now.changed)
-            for device, now in zip(self.devices, snapshot.devices, strict=True)
-        )
-        return replace(self, devices=devices, requests=_requests_of(snapshot), moves=snapshot.moves)
-
     def _stage(self, costs: Mapping[str, Pieces]) -> Stage:
         pieces = [device.attention or costs.get(device.name) or () for device in self.devices]
         for device, own in zip(self.devices, pieces, strict=True):
@@ -226,16 +218,3 @@ class SavedState:
             transfer_s=links[:, 1].copy() if len(links) else links,
             primary=primary,
         )
-
-
-def _requests_of(snapshot: StateSnapshot) -> tuple[RunningPart, ...]:
-    names = snapshot.stage.devices
-    return tuple(
-        RunningPart(
-            id=request,
-            context_tokens=int(snapshot.context_tokens[j]),
-            remaining_tokens=int(snapshot.remaining_tokens[j]),
-            groups={names[i]: int(snapshot.groups[j, i]) for i in np.flatnonzero(snapshot.groups[j])},
-        )
-        for j, request in enumerate(snapshot.ids)
-    )

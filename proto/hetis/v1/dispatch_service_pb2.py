@@ -22,70 +22,43 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
-from google.protobuf import field_mask_pb2 as google_dot_protobuf_dot_field__mask__pb2
-from hetis.v1 import failure_pb2 as hetis_dot_v1_dot_failure__pb2
+from hetis.v1 import document_pb2 as hetis_dot_v1_dot_document__pb2
 from hetis.v1 import head_map_pb2 as hetis_dot_v1_dot_head__map__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fhetis/v1/dispatch_service.proto\x12\x08hetis.v1\x1a google/protobuf/field_mask.proto\x1a\x16hetis/v1/failure.proto\x1a\x17hetis/v1/head_map.proto\"i\n\rDispatchState\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08state_id\x18\x02 \x01(\t\x12\x12\n\ngeneration\x18\x03 \x01(\x04\x12$\n\thead_maps\x18\x04 \x03(\x0b\x32\x11.hetis.v1.HeadMap\"w\n\x14\x41\x64mitRequestsRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x10\n\x08state_id\x18\x02 \x01(\t\x12&\n\x08requests\x18\x03 \x03(\x0b\x32\x14.hetis.v1.NewRequest\x12\x15\n\rvalidate_only\x18\x04 \x01(\x08\"\xac\x01\n\x17\x44ispatchRequestsRequest\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x0e\n\x06parent\x18\x02 \x01(\t\x12\x10\n\x08state_id\x18\x03 \x01(\t\x12\x10\n\x08\x66inished\x18\x04 \x03(\t\x12\x1f\n\x05grown\x18\x05 \x03(\x0b\x32\x10.hetis.v1.Growth\x12*\n\x0cnew_requests\x18\x06 \x03(\x0b\x32\x14.hetis.v1.NewRequest\"\xd8\x01\n\x18\x44ispatchRequestsResponse\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x0f\n\x07stalled\x18\x02 \x03(\t\x12\'\n\nplacements\x18\x03 \x03(\x0b\x32\x13.hetis.v1.Placement\x12$\n\x08unplaced\x18\x04 \x03(\x0b\x32\x12.hetis.v1.Unplaced\x12&\n\x06stages\x18\x05 \x03(\x0b\x32\x16.hetis.v1.StageQuality\x12\"\n\x07\x66\x61ilure\x18\x06 \x01(\x0b\x32\x11.hetis.v1.Failure\"\\\n\nNewRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\r\x12\x16\n\x0e\x63ontext_tokens\x18\x03 \x01(\r\x12\x15\n\rgrowth_tokens\x18\x04 \x01(\r\"\x8e\x01\n\x15\x41\x64mitRequestsResponse\x12\'\n\nplacements\x18\x01 \x03(\x0b\x32\x13.hetis.v1.Placement\x12$\n\x08unplaced\x18\x02 \x03(\x0b\x32\x12.hetis.v1.Unplaced\x12&\n\x06stages\x18\x03 \x03(\x0b\x32\x16.hetis.v1.StageQuality\"F\n\tPlacement\x12\x0f\n\x07request\x18\x01 \x01(\t\x12(\n\x06stages\x18\x02 \x03(\x0b\x32\x18.hetis.v1.StagePlacement\"N\n\x0eStagePlacement\x12\r\n\x05stage\x18\x01 \x01(\r\x12\x0c\n\x04\x63opy\x18\x02 \x01(\r\x12\x0f\n\x07\x64\x65vices\x18\x03 \x03(\t\x12\x0e\n\x06owners\x18\x04 \x03(\r\"h\n\x08Unplaced\x12\x0f\n\x07request\x18\x01 \x01(\t\x12\r\n\x05stage\x18\x02 \x01(\r\x12+\n\x08resource\x18\x03 \x01(\x0e\x32\x19.hetis.v1.MissingResource\x12\x0f\n\x07missing\x18\x04 \x01(\x04\"v\n\x0cStageQuality\x12\r\n\x05stage\x18\x01 \x01(\r\x12\x0c\n\x04\x63opy\x18\x02 \x01(\r\x12\x12\n\nmakespan_s\x18\x03 \x01(\x01\x12\x0f\n\x07\x62ound_s\x18\x04 \x01(\x01\x12$\n\x04path\x18\x05 \x01(\x0e\x32\x16.hetis.v1.DispatchPath\"K\n\x15\x46inishRequestsRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x10\n\x08state_id\x18\x02 \x01(\t\x12\x10\n\x08requests\x18\x03 \x03(\t\"\x18\n\x16\x46inishRequestsResponse\"[\n\x13GrowRequestsRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x10\n\x08state_id\x18\x02 \x01(\t\x12\"\n\x08requests\x18\x03 \x03(\x0b\x32\x10.hetis.v1.Growth\"`\n\x06Growth\x12\n\n\x02id\x18\x01 \x01(\t\x12\x16\n\x0e\x63ontext_tokens\x18\x02 \x01(\r\x12\x1d\n\x10remaining_tokens\x18\x03 \x01(\rH\x00\x88\x01\x01\x42\x13\n\x11_remaining_tokens\"\'\n\x14GrowRequestsResponse\x12\x0f\n\x07stalled\x18\x01 \x03(\t\"N\n\x17GetDispatchStateRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\"d\n\x18GetDispatchStateResponse\x12/\n\x0e\x64ispatch_state\x18\x01 \x01(\x0b\x32\x17.hetis.v1.DispatchState\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"~\n\x1aUpdateDispatchStateRequest\x12/\n\x0e\x64ispatch_state\x18\x01 \x01(\x0b\x32\x17.hetis.v1.DispatchState\x12/\n\x0bupdate_mask\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.FieldMask\"/\n\x1bUpdateDispatchStateResponse\x12\x10\n\x08state_id\x18\x01 \x01(\t*v\n\x0fMissingResource\x12 \n\x1cMISSING_RESOURCE_UNSPECIFIED\x10\x00\x12\x1e\n\x1aMISSING_RESOURCE_KV_BLOCKS\x10\x01\x12!\n\x1dMISSING_RESOURCE_WHOLE_GROUPS\x10\x02*\x8d\x01\n\x0c\x44ispatchPath\x12\x1d\n\x19\x44ISPATCH_PATH_UNSPECIFIED\x10\x00\x12\x17\n\x13\x44ISPATCH_PATH_CHAIN\x10\x01\x12\x17\n\x13\x44ISPATCH_PATH_MIXED\x10\x02\x12\x14\n\x10\x44ISPATCH_PATH_LP\x10\x03\x12\x16\n\x12\x44ISPATCH_PATH_MILP\x10\x04\x32\xbe\x04\n\x0f\x44ispatchService\x12U\n\rAdmitRequests\x12\x1e.hetis.v1.AdmitRequestsRequest\x1a\x1f.hetis.v1.AdmitRequestsResponse\"\x03\x90\x02\x02\x12]\n\x10\x44ispatchRequests\x12!.hetis.v1.DispatchRequestsRequest\x1a\".hetis.v1.DispatchRequestsResponse(\x01\x30\x01\x12X\n\x0e\x46inishRequests\x12\x1f.hetis.v1.FinishRequestsRequest\x1a .hetis.v1.FinishRequestsResponse\"\x03\x90\x02\x02\x12R\n\x0cGrowRequests\x12\x1d.hetis.v1.GrowRequestsRequest\x1a\x1e.hetis.v1.GrowRequestsResponse\"\x03\x90\x02\x02\x12^\n\x10GetDispatchState\x12!.hetis.v1.GetDispatchStateRequest\x1a\".hetis.v1.GetDispatchStateResponse\"\x03\x90\x02\x01\x12g\n\x13UpdateDispatchState\x12$.hetis.v1.UpdateDispatchStateRequest\x1a%.hetis.v1.UpdateDispatchStateResponse\"\x03\x90\x02\x02\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fhetis/v1/dispatch_service.proto\x12\x08hetis.v1\x1a\x17hetis/v1/document.proto\x1a\x17hetis/v1/head_map.proto\"_\n\x14SolveDispatchRequest\x12!\n\x05state\x18\x01 \x01(\x0b\x32\x12.hetis.v1.Document\x12$\n\x08requests\x18\x02 \x01(\x0b\x32\x12.hetis.v1.Document\"\xb1\x01\n\x15SolveDispatchResponse\x12\'\n\nplacements\x18\x01 \x03(\x0b\x32\x13.hetis.v1.Placement\x12$\n\x08unplaced\x18\x02 \x03(\x0b\x32\x12.hetis.v1.Unplaced\x12\x12\n\nmakespan_s\x18\x03 \x01(\x01\x12\x0f\n\x07\x62ound_s\x18\x04 \x01(\x01\x12$\n\x04path\x18\x05 \x01(\x0e\x32\x16.hetis.v1.DispatchPath\"\x89\x01\n\tPlacement\x12\x0f\n\x07request\x18\x01 \x01(\t\x12\x38\n\x0bhead_groups\x18\x02 \x03(\x0b\x32#.hetis.v1.Placement.HeadGroupsEntry\x1a\x31\n\x0fHeadGroupsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\r:\x02\x38\x01\"Y\n\x08Unplaced\x12\x0f\n\x07request\x18\x01 \x01(\t\x12+\n\x08resource\x18\x02 \x01(\x0e\x32\x19.hetis.v1.MissingResource\x12\x0f\n\x07missing\x18\x03 \x01(\x04\";\n\x16SolveRedispatchRequest\x12!\n\x05state\x18\x01 \x01(\x0b\x32\x12.hetis.v1.Document\"\xa9\x01\n\x17SolveRedispatchResponse\x12#\n\x05moves\x18\x01 \x03(\x0b\x32\x14.hetis.v1.SolvedMove\x12\x19\n\x11makespan_before_s\x18\x02 \x01(\x01\x12\x18\n\x10makespan_after_s\x18\x03 \x01(\x01\x12\x0f\n\x07\x62ound_s\x18\x04 \x01(\x01\x12\x13\n\x0bobjective_s\x18\x05 \x01(\x01\x12\x0e\n\x06stay_s\x18\x06 \x01(\x01\"\x9b\x01\n\nSolvedMove\x12\x0f\n\x07request\x18\x01 \x01(\t\x12\x12\n\nnum_groups\x18\x02 \x01(\r\x12\x0e\n\x06source\x18\x03 \x01(\t\x12\x0e\n\x06target\x18\x04 \x01(\t\x12\x10\n\x08kv_bytes\x18\x05 \x01(\x01\x12$\n\x06reason\x18\x06 \x01(\x0e\x32\x14.hetis.v1.MoveReason\x12\x10\n\x08together\x18\x07 \x01(\r*v\n\x0fMissingResource\x12 \n\x1cMISSING_RESOURCE_UNSPECIFIED\x10\x00\x12\x1e\n\x1aMISSING_RESOURCE_KV_BLOCKS\x10\x01\x12!\n\x1dMISSING_RESOURCE_WHOLE_GROUPS\x10\x02*\x8d\x01\n\x0c\x44ispatchPath\x12\x1d\n\x19\x44ISPATCH_PATH_UNSPECIFIED\x10\x00\x12\x17\n\x13\x44ISPATCH_PATH_CHAIN\x10\x01\x12\x17\n\x13\x44ISPATCH_PATH_MIXED\x10\x02\x12\x14\n\x10\x44ISPATCH_PATH_LP\x10\x03\x12\x16\n\x12\x44ISPATCH_PATH_MILP\x10\x04\x32\xc5\x01\n\x0f\x44ispatchService\x12U\n\rSolveDispatch\x12\x1e.hetis.v1.SolveDispatchRequest\x1a\x1f.hetis.v1.SolveDispatchResponse\"\x03\x90\x02\x01\x12[\n\x0fSolveRedispatch\x12 .hetis.v1.SolveRedispatchRequest\x1a!.hetis.v1.SolveRedispatchResponse\"\x03\x90\x02\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'hetis.v1.dispatch_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_DISPATCHSERVICE'].methods_by_name['AdmitRequests']._loaded_options = None
-  _globals['_DISPATCHSERVICE'].methods_by_name['AdmitRequests']._serialized_options = b'\220\002\002'
-  _globals['_DISPATCHSERVICE'].methods_by_name['FinishRequests']._loaded_options = None
-  _globals['_DISPATCHSERVICE'].methods_by_name['FinishRequests']._serialized_options = b'\220\002\002'
-  _globals['_DISPATCHSERVICE'].methods_by_name['GrowRequests']._loaded_options = None
-  _globals['_DISPATCHSERVICE'].methods_by_name['GrowRequests']._serialized_options = b'\220\002\002'
-  _globals['_DISPATCHSERVICE'].methods_by_name['GetDispatchState']._loaded_options = None
-  _globals['_DISPATCHSERVICE'].methods_by_name['GetDispatchState']._serialized_options = b'\220\002\001'
-  _globals['_DISPATCHSERVICE'].methods_by_name['UpdateDispatchState']._loaded_options = None
-  _globals['_DISPATCHSERVICE'].methods_by_name['UpdateDispatchState']._serialized_options = b'\220\002\002'
-  _globals['_MISSINGRESOURCE']._serialized_start=2061
-  _globals['_MISSINGRESOURCE']._serialized_end=2179
-  _globals['_DISPATCHPATH']._serialized_start=2182
-  _globals['_DISPATCHPATH']._serialized_end=2323
-  _globals['_DISPATCHSTATE']._serialized_start=128
-  _globals['_DISPATCHSTATE']._serialized_end=233
-  _globals['_ADMITREQUESTSREQUEST']._serialized_start=235
-  _globals['_ADMITREQUESTSREQUEST']._serialized_end=354
-  _globals['_DISPATCHREQUESTSREQUEST']._serialized_start=357
-  _globals['_DISPATCHREQUESTSREQUEST']._serialized_end=529
-  _globals['_DISPATCHREQUESTSRESPONSE']._serialized_start=532
-  _globals['_DISPATCHREQUESTSRESPONSE']._serialized_end=748
-  _globals['_NEWREQUEST']._serialized_start=750
-  _globals['_NEWREQUEST']._serialized_end=842
-  _globals['_ADMITREQUESTSRESPONSE']._serialized_start=845
-  _globals['_ADMITREQUESTSRESPONSE']._serialized_end=987
-  _globals['_PLACEMENT']._serialized_start=989
-  _globals['_PLACEMENT']._serialized_end=1059
-  _globals['_STAGEPLACEMENT']._serialized_start=1061
-  _globals['_STAGEPLACEMENT']._serialized_end=1139
-  _globals['_UNPLACED']._serialized_start=1141
-  _globals['_UNPLACED']._serialized_end=1245
-  _globals['_STAGEQUALITY']._serialized_start=1247
-  _globals['_STAGEQUALITY']._serialized_end=1365
-  _globals['_FINISHREQUESTSREQUEST']._serialized_start=1367
-  _globals['_FINISHREQUESTSREQUEST']._serialized_end=1442
-  _globals['_FINISHREQUESTSRESPONSE']._serialized_start=1444
-  _globals['_FINISHREQUESTSRESPONSE']._serialized_end=1468
-  _globals['_GROWREQUESTSREQUEST']._serialized_start=1470
-  _globals['_GROWREQUESTSREQUEST']._serialized_end=1561
-  _globals['_GROWTH']._serialized_start=1563
-  _globals['_GROWTH']._serialized_end=1659
-  _globals['_GROWREQUESTSRESPONSE']._serialized_start=1661
-  _globals['_GROWREQUESTSRESPONSE']._serialized_end=1700
-  _globals['_GETDISPATCHSTATEREQUEST']._serialized_start=1702
-  _globals['_GETDISPATCHSTATEREQUEST']._serialized_end=1780
-  _globals['_GETDISPATCHSTATERESPONSE']._serialized_start=1782
-  _globals['_GETDISPATCHSTATERESPONSE']._serialized_end=1882
-  _globals['_UPDATEDISPATCHSTATEREQUEST']._serialized_start=1884
-  _globals['_UPDATEDISPATCHSTATEREQUEST']._serialized_end=2010
-  _globals['_UPDATEDISPATCHSTATERESPONSE']._serialized_start=2012
-  _globals['_UPDATEDISPATCHSTATERESPONSE']._serialized_end=2059
-  _globals['_DISPATCHSERVICE']._serialized_start=2326
-  _globals['_DISPATCHSERVICE']._serialized_end=2900
+  _globals['_PLACEMENT_HEADGROUPSENTRY']._loaded_options = None
+  _globals['_PLACEMENT_HEADGROUPSENTRY']._serialized_options = b'8\001'
+  _globals['_DISPATCHSERVICE'].methods_by_name['SolveDispatch']._loaded_options = None
+  _globals['_DISPATCHSERVICE'].methods_by_name['SolveDispatch']._serialized_options = b'\220\002\001'
+  _globals['_DISPATCHSERVICE'].methods_by_name['SolveRedispatch']._loaded_options = None
+  _globals['_DISPATCHSERVICE'].methods_by_name['SolveRedispatch']._serialized_options = b'\220\002\001'
+  _globals['_MISSINGRESOURCE']._serialized_start=994
+  _globals['_MISSINGRESOURCE']._serialized_end=1112
+  _globals['_DISPATCHPATH']._serialized_start=1115
+  _globals['_DISPATCHPATH']._serialized_end=1256
+  _globals['_SOLVEDISPATCHREQUEST']._serialized_start=95
+  _globals['_SOLVEDISPATCHREQUEST']._serialized_end=190
+  _globals['_SOLVEDISPATCHRESPONSE']._serialized_start=193
+  _globals['_SOLVEDISPATCHRESPONSE']._serialized_end=370
+  _globals['_PLACEMENT']._serialized_start=373
+  _globals['_PLACEMENT']._serialized_end=510
+  _globals['_PLACEMENT_HEADGROUPSENTRY']._serialized_start=461
+  _globals['_PLACEMENT_HEADGROUPSENTRY']._serialized_end=510
+  _globals['_UNPLACED']._serialized_start=512
+  _globals['_UNPLACED']._serialized_end=601
+  _globals['_SOLVEREDISPATCHREQUEST']._serialized_start=603
+  _globals['_SOLVEREDISPATCHREQUEST']._serialized_end=662
+  _globals['_SOLVEREDISPATCHRESPONSE']._serialized_start=665
+  _globals['_SOLVEREDISPATCHRESPONSE']._serialized_end=834
+  _globals['_SOLVEDMOVE']._serialized_start=837
+  _globals['_SOLVEDMOVE']._serialized_end=992
+  _globals['_DISPATCHSERVICE']._serialized_start=1259
+  _globals['_DISPATCHSERVICE']._serialized_end=1456
 # @@protoc_insertion_point(module_scope)

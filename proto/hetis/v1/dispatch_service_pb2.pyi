@@ -5,11 +5,10 @@ isort:skip_file
 
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
-from google.protobuf import field_mask_pb2 as _field_mask_pb2
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
-from hetis.v1 import failure_pb2 as _failure_pb2
+from hetis.v1 import document_pb2 as _document_pb2
 from hetis.v1 import head_map_pb2 as _head_map_pb2
 import builtins as _builtins
 import sys
@@ -79,252 +78,78 @@ DISPATCH_PATH_MILP: DispatchPath.ValueType  # 4
 Global___DispatchPath: _TypeAlias = DispatchPath  # noqa: Y015
 
 @_typing.final
-class DispatchState(_message.Message):
-    """What runs on a replica, as the planner knows it. There is one per replica."""
+class SolveDispatchRequest(_message.Message):
+    """Request of SolveDispatch."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    NAME_FIELD_NUMBER: _builtins.int
-    STATE_ID_FIELD_NUMBER: _builtins.int
-    GENERATION_FIELD_NUMBER: _builtins.int
-    HEAD_MAPS_FIELD_NUMBER: _builtins.int
-    name: _builtins.str
-    """`clusters/{cluster}/replicas/{replica}/dispatchState`. Required."""
-    state_id: _builtins.str
-    """Which state of the planner this is: a new one with every UpdateDispatchState, none after a restart. Output only."""
-    generation: _builtins.int
-    """Generation of the replica's state, as ReplicaReport.generation. Required."""
-    @_builtins.property
-    def head_maps(self) -> _containers.RepeatedCompositeFieldContainer[_head_map_pb2.HeadMap]:
-        """One per copy of each stage. Required."""
-
-    def __init__(
-        self,
-        *,
-        name: _builtins.str = ...,
-        state_id: _builtins.str = ...,
-        generation: _builtins.int = ...,
-        head_maps: _abc.Iterable[_head_map_pb2.HeadMap] | None = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["generation", b"generation", "head_maps", b"head_maps", "name", b"name", "state_id", b"state_id"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___DispatchState: _TypeAlias = DispatchState  # noqa: Y015
-
-@_typing.final
-class AdmitRequestsRequest(_message.Message):
-    """Request of AdmitRequests."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    PARENT_FIELD_NUMBER: _builtins.int
-    STATE_ID_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
     REQUESTS_FIELD_NUMBER: _builtins.int
-    VALIDATE_ONLY_FIELD_NUMBER: _builtins.int
-    parent: _builtins.str
-    """`clusters/{cluster}/replicas/{replica}`. Required."""
-    state_id: _builtins.str
-    """The state that is meant. Required."""
-    validate_only: _builtins.bool
-    """Say where they would go, admit none. False: admit them."""
     @_builtins.property
-    def requests(self) -> _containers.RepeatedCompositeFieldContainer[Global___NewRequest]:
-        """Requests in their order of admission: when memory is short, the later ones wait. 1 to 1,024. Required."""
-
-    def __init__(
-        self,
-        *,
-        parent: _builtins.str = ...,
-        state_id: _builtins.str = ...,
-        requests: _abc.Iterable[Global___NewRequest] | None = ...,
-        validate_only: _builtins.bool = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["parent", b"parent", "requests", b"requests", "state_id", b"state_id", "validate_only", b"validate_only"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___AdmitRequestsRequest: _TypeAlias = AdmitRequestsRequest  # noqa: Y015
-
-@_typing.final
-class DispatchRequestsRequest(_message.Message):
-    """What an engine says between two steps. Its parts are done in the order of their fields, each as by the call of its
-    name.
-    """
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    SEQUENCE_FIELD_NUMBER: _builtins.int
-    PARENT_FIELD_NUMBER: _builtins.int
-    STATE_ID_FIELD_NUMBER: _builtins.int
-    FINISHED_FIELD_NUMBER: _builtins.int
-    GROWN_FIELD_NUMBER: _builtins.int
-    NEW_REQUESTS_FIELD_NUMBER: _builtins.int
-    sequence: _builtins.int
-    """Chosen by the caller, and repeated in the answer. 0: none."""
-    parent: _builtins.str
-    """`clusters/{cluster}/replicas/{replica}`. Required."""
-    state_id: _builtins.str
-    """The state that is meant. Required."""
-    @_builtins.property
-    def finished(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Requests that ended, as FinishRequestsRequest.requests; at most 1,024. Empty: none did."""
+    def state(self) -> _document_pb2.Document:
+        """The stage and what runs on it, a DispatchState document. Required."""
 
     @_builtins.property
-    def grown(self) -> _containers.RepeatedCompositeFieldContainer[Global___Growth]:
-        """Requests that grew, as GrowRequestsRequest.requests; at most 1,024. Empty: none did."""
-
-    @_builtins.property
-    def new_requests(self) -> _containers.RepeatedCompositeFieldContainer[Global___NewRequest]:
-        """Requests to admit, as AdmitRequestsRequest.requests; at most 1,024. Empty: none."""
-
-    def __init__(
-        self,
-        *,
-        sequence: _builtins.int = ...,
-        parent: _builtins.str = ...,
-        state_id: _builtins.str = ...,
-        finished: _abc.Iterable[_builtins.str] | None = ...,
-        grown: _abc.Iterable[Global___Growth] | None = ...,
-        new_requests: _abc.Iterable[Global___NewRequest] | None = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["finished", b"finished", "grown", b"grown", "new_requests", b"new_requests", "parent", b"parent", "sequence", b"sequence", "state_id", b"state_id"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___DispatchRequestsRequest: _TypeAlias = DispatchRequestsRequest  # noqa: Y015
-
-@_typing.final
-class DispatchRequestsResponse(_message.Message):
-    """Answer to one DispatchRequestsRequest."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    SEQUENCE_FIELD_NUMBER: _builtins.int
-    STALLED_FIELD_NUMBER: _builtins.int
-    PLACEMENTS_FIELD_NUMBER: _builtins.int
-    UNPLACED_FIELD_NUMBER: _builtins.int
-    STAGES_FIELD_NUMBER: _builtins.int
-    FAILURE_FIELD_NUMBER: _builtins.int
-    sequence: _builtins.int
-    """Of the message that is answered. 0: it had none."""
-    @_builtins.property
-    def stalled(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Requests that stay as they were, as GrowRequestsResponse.stalled. Empty: all grew."""
-
-    @_builtins.property
-    def placements(self) -> _containers.RepeatedCompositeFieldContainer[Global___Placement]:
-        """As AdmitRequestsResponse.placements. Empty: none was admitted."""
-
-    @_builtins.property
-    def unplaced(self) -> _containers.RepeatedCompositeFieldContainer[Global___Unplaced]:
-        """As AdmitRequestsResponse.unplaced. Empty: none has to wait."""
-
-    @_builtins.property
-    def stages(self) -> _containers.RepeatedCompositeFieldContainer[Global___StageQuality]:
-        """As AdmitRequestsResponse.stages. Empty: none was admitted."""
-
-    @_builtins.property
-    def failure(self) -> _failure_pb2.Failure:
-        """Why nothing of the message was done: NOT_FOUND, ENGINE_IS_AUTHORITY, DISPATCH_STATE_LOST, REQUEST_RUNNING,
-        INVALID_FIELD, WRONG_NODE, STORE_UNAVAILABLE. Unset: it was done.
+    def requests(self) -> _document_pb2.Document:
+        """The new requests, a DispatchRequests document: when memory is short, the later ones wait. At most 1,024 requests.
+        Required.
         """
 
     def __init__(
         self,
         *,
-        sequence: _builtins.int = ...,
-        stalled: _abc.Iterable[_builtins.str] | None = ...,
-        placements: _abc.Iterable[Global___Placement] | None = ...,
-        unplaced: _abc.Iterable[Global___Unplaced] | None = ...,
-        stages: _abc.Iterable[Global___StageQuality] | None = ...,
-        failure: _failure_pb2.Failure | None = ...,
+        state: _document_pb2.Document | None = ...,
+        requests: _document_pb2.Document | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["requests", b"requests", "state", b"state"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure", "placements", b"placements", "sequence", b"sequence", "stages", b"stages", "stalled", b"stalled", "unplaced", b"unplaced"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["requests", b"requests", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___DispatchRequestsResponse: _TypeAlias = DispatchRequestsResponse  # noqa: Y015
+Global___SolveDispatchRequest: _TypeAlias = SolveDispatchRequest  # noqa: Y015
 
 @_typing.final
-class NewRequest(_message.Message):
-    """A request to admit."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    ID_FIELD_NUMBER: _builtins.int
-    INCARNATION_FIELD_NUMBER: _builtins.int
-    CONTEXT_TOKENS_FIELD_NUMBER: _builtins.int
-    GROWTH_TOKENS_FIELD_NUMBER: _builtins.int
-    id: _builtins.str
-    """Its name, unique among the running requests of its replica; 1 to 128 bytes. Required."""
-    incarnation: _builtins.int
-    """Counts how often the request was started. 0: the first time."""
-    context_tokens: _builtins.int
-    """Tokens that a decode step attends to; at most 2^24. Required, above 0."""
-    growth_tokens: _builtins.int
-    """Output tokens to keep room for; at most 2^24. 0: none, it waits when it grows and there is no room."""
-    def __init__(
-        self,
-        *,
-        id: _builtins.str = ...,
-        incarnation: _builtins.int = ...,
-        context_tokens: _builtins.int = ...,
-        growth_tokens: _builtins.int = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_tokens", b"context_tokens", "growth_tokens", b"growth_tokens", "id", b"id", "incarnation", b"incarnation"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___NewRequest: _TypeAlias = NewRequest  # noqa: Y015
-
-@_typing.final
-class AdmitRequestsResponse(_message.Message):
-    """Response of AdmitRequests."""
+class SolveDispatchResponse(_message.Message):
+    """Response of SolveDispatch."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     PLACEMENTS_FIELD_NUMBER: _builtins.int
     UNPLACED_FIELD_NUMBER: _builtins.int
-    STAGES_FIELD_NUMBER: _builtins.int
+    MAKESPAN_S_FIELD_NUMBER: _builtins.int
+    BOUND_S_FIELD_NUMBER: _builtins.int
+    PATH_FIELD_NUMBER: _builtins.int
+    makespan_s: _builtins.float
+    """Seconds per layer of one decode step on the slowest device, running requests included. Always set."""
+    bound_s: _builtins.float
+    """No placement of the same requests is faster. Always set."""
+    path: Global___DispatchPath.ValueType
+    """How the answer was made. Always set."""
     @_builtins.property
     def placements(self) -> _containers.RepeatedCompositeFieldContainer[Global___Placement]:
-        """Requests that were admitted, in the order of the call. Empty: none was."""
+        """Where the head groups of each request go, in the order of the call. Empty: none fits."""
 
     @_builtins.property
     def unplaced(self) -> _containers.RepeatedCompositeFieldContainer[Global___Unplaced]:
-        """Requests that have to wait, in the order of the call. Empty: none has to."""
-
-    @_builtins.property
-    def stages(self) -> _containers.RepeatedCompositeFieldContainer[Global___StageQuality]:
-        """How good the placement is of these requests and those that came at once, one per copy of a stage that got some of
-        these. Empty: none was admitted.
-        """
+        """Requests that do not fit, in the order of the call. Empty: all do."""
 
     def __init__(
         self,
         *,
         placements: _abc.Iterable[Global___Placement] | None = ...,
         unplaced: _abc.Iterable[Global___Unplaced] | None = ...,
-        stages: _abc.Iterable[Global___StageQuality] | None = ...,
+        makespan_s: _builtins.float = ...,
+        bound_s: _builtins.float = ...,
+        path: Global___DispatchPath.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["placements", b"placements", "stages", b"stages", "unplaced", b"unplaced"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bound_s", b"bound_s", "makespan_s", b"makespan_s", "path", b"path", "placements", b"placements", "unplaced", b"unplaced"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___AdmitRequestsResponse: _TypeAlias = AdmitRequestsResponse  # noqa: Y015
+Global___SolveDispatchResponse: _TypeAlias = SolveDispatchResponse  # noqa: Y015
 
 @_typing.final
 class Placement(_message.Message):
@@ -332,80 +157,59 @@ class Placement(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class HeadGroupsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     REQUEST_FIELD_NUMBER: _builtins.int
-    STAGES_FIELD_NUMBER: _builtins.int
+    HEAD_GROUPS_FIELD_NUMBER: _builtins.int
     request: _builtins.str
     """The request. Always set."""
     @_builtins.property
-    def stages(self) -> _containers.RepeatedCompositeFieldContainer[Global___StagePlacement]:
-        """One per stage of the replica, in its order. Always set."""
+    def head_groups(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """Its head groups by device; devices without any are left out. Always set."""
 
     def __init__(
         self,
         *,
         request: _builtins.str = ...,
-        stages: _abc.Iterable[Global___StagePlacement] | None = ...,
+        head_groups: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["request", b"request", "stages", b"stages"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["head_groups", b"head_groups", "request", b"request"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Placement: _TypeAlias = Placement  # noqa: Y015
 
 @_typing.final
-class StagePlacement(_message.Message):
-    """Where they go on one stage."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    STAGE_FIELD_NUMBER: _builtins.int
-    COPY_FIELD_NUMBER: _builtins.int
-    DEVICES_FIELD_NUMBER: _builtins.int
-    OWNERS_FIELD_NUMBER: _builtins.int
-    stage: _builtins.int
-    """Index of the stage, from 0."""
-    copy: _builtins.int
-    """Which of the stage's copies, from 0."""
-    @_builtins.property
-    def devices(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Devices that own head groups, as StageDevice.name. Always set."""
-
-    @_builtins.property
-    def owners(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """For every head group its owner, as a position in `devices`. Always set."""
-
-    def __init__(
-        self,
-        *,
-        stage: _builtins.int = ...,
-        copy: _builtins.int = ...,
-        devices: _abc.Iterable[_builtins.str] | None = ...,
-        owners: _abc.Iterable[_builtins.int] | None = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["copy", b"copy", "devices", b"devices", "owners", b"owners", "stage", b"stage"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___StagePlacement: _TypeAlias = StagePlacement  # noqa: Y015
-
-@_typing.final
 class Unplaced(_message.Message):
-    """A request that has to wait."""
+    """A request that does not fit."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     REQUEST_FIELD_NUMBER: _builtins.int
-    STAGE_FIELD_NUMBER: _builtins.int
     RESOURCE_FIELD_NUMBER: _builtins.int
     MISSING_FIELD_NUMBER: _builtins.int
     request: _builtins.str
     """The request. Always set."""
-    stage: _builtins.int
-    """Stage that has no room, from 0."""
     resource: Global___MissingResource.ValueType
     """What is missing. Always set."""
     missing: _builtins.int
@@ -414,301 +218,129 @@ class Unplaced(_message.Message):
         self,
         *,
         request: _builtins.str = ...,
-        stage: _builtins.int = ...,
         resource: Global___MissingResource.ValueType = ...,
         missing: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["missing", b"missing", "request", b"request", "resource", b"resource", "stage", b"stage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["missing", b"missing", "request", b"request", "resource", b"resource"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Unplaced: _TypeAlias = Unplaced  # noqa: Y015
 
 @_typing.final
-class StageQuality(_message.Message):
-    """How good the placement on one copy of a stage is."""
+class SolveRedispatchRequest(_message.Message):
+    """Request of SolveRedispatch."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    STAGE_FIELD_NUMBER: _builtins.int
-    COPY_FIELD_NUMBER: _builtins.int
-    MAKESPAN_S_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def state(self) -> _document_pb2.Document:
+        """The stage and what runs on it, a DispatchState document. Required."""
+
+    def __init__(
+        self,
+        *,
+        state: _document_pb2.Document | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["state", b"state"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["state", b"state"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SolveRedispatchRequest: _TypeAlias = SolveRedispatchRequest  # noqa: Y015
+
+@_typing.final
+class SolveRedispatchResponse(_message.Message):
+    """Response of SolveRedispatch."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MOVES_FIELD_NUMBER: _builtins.int
+    MAKESPAN_BEFORE_S_FIELD_NUMBER: _builtins.int
+    MAKESPAN_AFTER_S_FIELD_NUMBER: _builtins.int
     BOUND_S_FIELD_NUMBER: _builtins.int
-    PATH_FIELD_NUMBER: _builtins.int
-    stage: _builtins.int
-    """Index of the stage, from 0."""
-    copy: _builtins.int
-    """Which of the stage's copies, from 0."""
-    makespan_s: _builtins.float
-    """Seconds per layer of one decode step on the slowest device, running requests included. Always set."""
+    OBJECTIVE_S_FIELD_NUMBER: _builtins.int
+    STAY_S_FIELD_NUMBER: _builtins.int
+    makespan_before_s: _builtins.float
+    """Seconds per layer of one decode step on the slowest device before. Always set."""
+    makespan_after_s: _builtins.float
+    """The same after. Always set."""
     bound_s: _builtins.float
-    """No placement of the same requests is faster. Always set."""
-    path: Global___DispatchPath.ValueType
-    """How the answer was made. Always set."""
-    def __init__(
-        self,
-        *,
-        stage: _builtins.int = ...,
-        copy: _builtins.int = ...,
-        makespan_s: _builtins.float = ...,
-        bound_s: _builtins.float = ...,
-        path: Global___DispatchPath.ValueType = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bound_s", b"bound_s", "copy", b"copy", "makespan_s", b"makespan_s", "path", b"path", "stage", b"stage"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___StageQuality: _TypeAlias = StageQuality  # noqa: Y015
-
-@_typing.final
-class FinishRequestsRequest(_message.Message):
-    """Request of FinishRequests."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    PARENT_FIELD_NUMBER: _builtins.int
-    STATE_ID_FIELD_NUMBER: _builtins.int
-    REQUESTS_FIELD_NUMBER: _builtins.int
-    parent: _builtins.str
-    """`clusters/{cluster}/replicas/{replica}`. Required."""
-    state_id: _builtins.str
-    """The state that is meant. Required."""
+    """No set of moves has a lower objective (makespan, cost of moving and price of short blocks), in seconds. Always set."""
+    objective_s: _builtins.float
+    """Objective of these moves, in seconds. Always set."""
+    stay_s: _builtins.float
+    """Objective of moving nothing, in seconds. Always set."""
     @_builtins.property
-    def requests(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Requests that ended; 1 to 1,024. Required."""
-
-    def __init__(
-        self,
-        *,
-        parent: _builtins.str = ...,
-        state_id: _builtins.str = ...,
-        requests: _abc.Iterable[_builtins.str] | None = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["parent", b"parent", "requests", b"requests", "state_id", b"state_id"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___FinishRequestsRequest: _TypeAlias = FinishRequestsRequest  # noqa: Y015
-
-@_typing.final
-class FinishRequestsResponse(_message.Message):
-    """Response of FinishRequests."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    def __init__(
-        self,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___FinishRequestsResponse: _TypeAlias = FinishRequestsResponse  # noqa: Y015
-
-@_typing.final
-class GrowRequestsRequest(_message.Message):
-    """Request of GrowRequests."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    PARENT_FIELD_NUMBER: _builtins.int
-    STATE_ID_FIELD_NUMBER: _builtins.int
-    REQUESTS_FIELD_NUMBER: _builtins.int
-    parent: _builtins.str
-    """`clusters/{cluster}/replicas/{replica}`. Required."""
-    state_id: _builtins.str
-    """The state that is meant. Required."""
-    @_builtins.property
-    def requests(self) -> _containers.RepeatedCompositeFieldContainer[Global___Growth]:
-        """Requests that grew, those first that should get room first; 1 to 1,024. Required."""
-
-    def __init__(
-        self,
-        *,
-        parent: _builtins.str = ...,
-        state_id: _builtins.str = ...,
-        requests: _abc.Iterable[Global___Growth] | None = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["parent", b"parent", "requests", b"requests", "state_id", b"state_id"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___GrowRequestsRequest: _TypeAlias = GrowRequestsRequest  # noqa: Y015
-
-@_typing.final
-class Growth(_message.Message):
-    """How long a request has become."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    ID_FIELD_NUMBER: _builtins.int
-    CONTEXT_TOKENS_FIELD_NUMBER: _builtins.int
-    REMAINING_TOKENS_FIELD_NUMBER: _builtins.int
-    id: _builtins.str
-    """The request; not running is ignored. Required."""
-    context_tokens: _builtins.int
-    """Tokens that a decode step attends to now. Fewer than known: an old message, ignored. Required, above 0."""
-    remaining_tokens: _builtins.int
-    """Output tokens still expected. Unset: what was expected before, less the growth."""
-    def __init__(
-        self,
-        *,
-        id: _builtins.str = ...,
-        context_tokens: _builtins.int = ...,
-        remaining_tokens: _builtins.int | None = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_remaining_tokens", b"_remaining_tokens", "remaining_tokens", b"remaining_tokens"]  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_remaining_tokens", b"_remaining_tokens", "context_tokens", b"context_tokens", "id", b"id", "remaining_tokens", b"remaining_tokens"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType__remaining_tokens: _TypeAlias = _typing.Literal["remaining_tokens"]  # noqa: Y015
-    _WhichOneofArgType__remaining_tokens: _TypeAlias = _typing.Literal["_remaining_tokens", b"_remaining_tokens"]  # noqa: Y015
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__remaining_tokens) -> _WhichOneofReturnType__remaining_tokens | None: ...
-
-Global___Growth: _TypeAlias = Growth  # noqa: Y015
-
-@_typing.final
-class GrowRequestsResponse(_message.Message):
-    """Response of GrowRequests."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    STALLED_FIELD_NUMBER: _builtins.int
-    @_builtins.property
-    def stalled(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Requests that stay as they were, for a device of theirs has no block left: they wait a step, or are preempted.
-        Empty: all grew.
+    def moves(self) -> _containers.RepeatedCompositeFieldContainer[Global___SolvedMove]:
+        """The moves in an order in which each finds room; those with the same `together` go at once. Which head groups of a
+        request move is left open: `num_groups` of them. Empty: none pays.
         """
 
     def __init__(
         self,
         *,
-        stalled: _abc.Iterable[_builtins.str] | None = ...,
+        moves: _abc.Iterable[Global___SolvedMove] | None = ...,
+        makespan_before_s: _builtins.float = ...,
+        makespan_after_s: _builtins.float = ...,
+        bound_s: _builtins.float = ...,
+        objective_s: _builtins.float = ...,
+        stay_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["stalled", b"stalled"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bound_s", b"bound_s", "makespan_after_s", b"makespan_after_s", "makespan_before_s", b"makespan_before_s", "moves", b"moves", "objective_s", b"objective_s", "stay_s", b"stay_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___GrowRequestsResponse: _TypeAlias = GrowRequestsResponse  # noqa: Y015
+Global___SolveRedispatchResponse: _TypeAlias = SolveRedispatchResponse  # noqa: Y015
 
 @_typing.final
-class GetDispatchStateRequest(_message.Message):
-    """Request of GetDispatchState."""
+class SolvedMove(_message.Message):
+    """Head groups of one request that go from one device to another."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    NAME_FIELD_NUMBER: _builtins.int
-    PAGE_SIZE_FIELD_NUMBER: _builtins.int
-    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
-    name: _builtins.str
-    """`clusters/{cluster}/replicas/{replica}/dispatchState`. Required."""
-    page_size: _builtins.int
-    """Most requests of an answer, at most 10,000; more is taken as 10,000, less than 0 is refused. 0: 1,000."""
-    page_token: _builtins.str
-    """`next_page_token` of the answer before. Empty: from the beginning."""
+    REQUEST_FIELD_NUMBER: _builtins.int
+    NUM_GROUPS_FIELD_NUMBER: _builtins.int
+    SOURCE_FIELD_NUMBER: _builtins.int
+    TARGET_FIELD_NUMBER: _builtins.int
+    KV_BYTES_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    TOGETHER_FIELD_NUMBER: _builtins.int
+    request: _builtins.str
+    """The request. Always set."""
+    num_groups: _builtins.int
+    """How many of its head groups move. Always set."""
+    source: _builtins.str
+    """Device that owns them. Always set."""
+    target: _builtins.str
+    """Device that they go to. Always set."""
+    kv_bytes: _builtins.float
+    """KV that is copied, in bytes. Always set."""
+    reason: _head_map_pb2.MoveReason.ValueType
+    """Why it is made. Always set."""
+    together: _builtins.int
+    """Moves with the same number go at once. 0 is a number like others."""
     def __init__(
         self,
         *,
-        name: _builtins.str = ...,
-        page_size: _builtins.int = ...,
-        page_token: _builtins.str = ...,
+        request: _builtins.str = ...,
+        num_groups: _builtins.int = ...,
+        source: _builtins.str = ...,
+        target: _builtins.str = ...,
+        kv_bytes: _builtins.float = ...,
+        reason: _head_map_pb2.MoveReason.ValueType = ...,
+        together: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kv_bytes", b"kv_bytes", "num_groups", b"num_groups", "reason", b"reason", "request", b"request", "source", b"source", "target", b"target", "together", b"together"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___GetDispatchStateRequest: _TypeAlias = GetDispatchStateRequest  # noqa: Y015
-
-@_typing.final
-class GetDispatchStateResponse(_message.Message):
-    """Response of GetDispatchState."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    DISPATCH_STATE_FIELD_NUMBER: _builtins.int
-    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
-    next_page_token: _builtins.str
-    """For the next requests; pages of a state that changes in between overlap or leave gaps. Empty: there are no more."""
-    @_builtins.property
-    def dispatch_state(self) -> Global___DispatchState:
-        """The state, with the requests of this page. Always set."""
-
-    def __init__(
-        self,
-        *,
-        dispatch_state: Global___DispatchState | None = ...,
-        next_page_token: _builtins.str = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["dispatch_state", b"dispatch_state"]  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dispatch_state", b"dispatch_state", "next_page_token", b"next_page_token"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___GetDispatchStateResponse: _TypeAlias = GetDispatchStateResponse  # noqa: Y015
-
-@_typing.final
-class UpdateDispatchStateRequest(_message.Message):
-    """Request of UpdateDispatchState."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    DISPATCH_STATE_FIELD_NUMBER: _builtins.int
-    UPDATE_MASK_FIELD_NUMBER: _builtins.int
-    @_builtins.property
-    def dispatch_state(self) -> Global___DispatchState:
-        """What is running, whole. Required."""
-
-    @_builtins.property
-    def update_mask(self) -> _field_mask_pb2.FieldMask:
-        """Only `head_maps` can be changed. Unset: `head_maps`."""
-
-    def __init__(
-        self,
-        *,
-        dispatch_state: Global___DispatchState | None = ...,
-        update_mask: _field_mask_pb2.FieldMask | None = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["dispatch_state", b"dispatch_state", "update_mask", b"update_mask"]  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dispatch_state", b"dispatch_state", "update_mask", b"update_mask"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___UpdateDispatchStateRequest: _TypeAlias = UpdateDispatchStateRequest  # noqa: Y015
-
-@_typing.final
-class UpdateDispatchStateResponse(_message.Message):
-    """Response of UpdateDispatchState."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    STATE_ID_FIELD_NUMBER: _builtins.int
-    state_id: _builtins.str
-    """`state_id` of the calls to come. Always set."""
-    def __init__(
-        self,
-        *,
-        state_id: _builtins.str = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["state_id", b"state_id"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___UpdateDispatchStateResponse: _TypeAlias = UpdateDispatchStateResponse  # noqa: Y015
+Global___SolvedMove: _TypeAlias = SolvedMove  # noqa: Y015

@@ -26,16 +26,10 @@ if _version_not_supported:
 
 
 class DispatchServiceStub:
-    """Dispatch for engines without a dispatcher of their own: which device gets which head group of a new request. Only for
-    replicas whose authority is PLANNER; an engine with the solver in its process never calls it.
+    """Dispatch and re-dispatch of one stage, solved for a state that the caller sends whole; nothing is kept. For people and
+    tools that want to see what would be decided: engines have the solver in their process and never call this.
 
-    The state is kept in memory: the engine, which holds the KV, is the one that knows what runs. It names the state by
-    its state_id with every call. When the planner has lost it (DISPATCH_STATE_LOST), the engine goes on by a rule of its
-    own and declares what is running.
-
-    Role of all: agent, for replicas whose primary is on its node, or orchestrator. Every unary call needs a deadline, of
-    at most 10 s; retries within one are safe. An engine that dispatches often holds one DispatchRequests stream, whose
-    messages cost a fraction of calls.
+    Role of all: viewer. Any planner answers, also one that does not lead.
     """
 
     def __init__(self, channel):
@@ -44,98 +38,35 @@ class DispatchServiceStub:
         Args:
             channel: A grpc.Channel.
         """
-        self.AdmitRequests = channel.unary_unary(
-                '/hetis.v1.DispatchService/AdmitRequests',
-                request_serializer=hetis_dot_v1_dot_dispatch__service__pb2.AdmitRequestsRequest.SerializeToString,
-                response_deserializer=hetis_dot_v1_dot_dispatch__service__pb2.AdmitRequestsResponse.FromString,
+        self.SolveDispatch = channel.unary_unary(
+                '/hetis.v1.DispatchService/SolveDispatch',
+                request_serializer=hetis_dot_v1_dot_dispatch__service__pb2.SolveDispatchRequest.SerializeToString,
+                response_deserializer=hetis_dot_v1_dot_dispatch__service__pb2.SolveDispatchResponse.FromString,
                 _registered_method=True)
-        self.DispatchRequests = channel.stream_stream(
-                '/hetis.v1.DispatchService/DispatchRequests',
-                request_serializer=hetis_dot_v1_dot_dispatch__service__pb2.DispatchRequestsRequest.SerializeToString,
-                response_deserializer=hetis_dot_v1_dot_dispatch__service__pb2.DispatchRequestsResponse.FromString,
-                _registered_method=True)
-        self.FinishRequests = channel.unary_unary(
-                '/hetis.v1.DispatchService/FinishRequests',
-                request_serializer=hetis_dot_v1_dot_dispatch__service__pb2.FinishRequestsRequest.SerializeToString,
-                response_deserializer=hetis_dot_v1_dot_dispatch__service__pb2.FinishRequestsResponse.FromString,
-                _registered_method=True)
-        self.GrowRequests = channel.unary_unary(
-                '/hetis.v1.DispatchService/GrowRequests',
-                request_serializer=hetis_dot_v1_dot_dispatch__service__pb2.GrowRequestsRequest.SerializeToString,
-                response_deserializer=hetis_dot_v1_dot_dispatch__service__pb2.GrowRequestsResponse.FromString,
-                _registered_method=True)
-        self.GetDispatchState = channel.unary_unary(
-                '/hetis.v1.DispatchService/GetDispatchState',
-                request_serializer=hetis_dot_v1_dot_dispatch__service__pb2.GetDispatchStateRequest.SerializeToString,
-                response_deserializer=hetis_dot_v1_dot_dispatch__service__pb2.GetDispatchStateResponse.FromString,
-                _registered_method=True)
-        self.UpdateDispatchState = channel.unary_unary(
-                '/hetis.v1.DispatchService/UpdateDispatchState',
-                request_serializer=hetis_dot_v1_dot_dispatch__service__pb2.UpdateDispatchStateRequest.SerializeToString,
-                response_deserializer=hetis_dot_v1_dot_dispatch__service__pb2.UpdateDispatchStateResponse.FromString,
+        self.SolveRedispatch = channel.unary_unary(
+                '/hetis.v1.DispatchService/SolveRedispatch',
+                request_serializer=hetis_dot_v1_dot_dispatch__service__pb2.SolveRedispatchRequest.SerializeToString,
+                response_deserializer=hetis_dot_v1_dot_dispatch__service__pb2.SolveRedispatchResponse.FromString,
                 _registered_method=True)
 
 
 class DispatchServiceServicer:
-    """Dispatch for engines without a dispatcher of their own: which device gets which head group of a new request. Only for
-    replicas whose authority is PLANNER; an engine with the solver in its process never calls it.
+    """Dispatch and re-dispatch of one stage, solved for a state that the caller sends whole; nothing is kept. For people and
+    tools that want to see what would be decided: engines have the solver in their process and never call this.
 
-    The state is kept in memory: the engine, which holds the KV, is the one that knows what runs. It names the state by
-    its state_id with every call. When the planner has lost it (DISPATCH_STATE_LOST), the engine goes on by a rule of its
-    own and declares what is running.
-
-    Role of all: agent, for replicas whose primary is on its node, or orchestrator. Every unary call needs a deadline, of
-    at most 10 s; retries within one are safe. An engine that dispatches often holds one DispatchRequests stream, whose
-    messages cost a fraction of calls.
+    Role of all: viewer. Any planner answers, also one that does not lead.
     """
 
-    def AdmitRequests(self, request, context):
-        """Places the head groups of new requests, in whole head groups; what does not fit waits, and is told why. Calls and
-        messages that come at once are placed together, in the order in which they came. All or
-        nothing per request: a request is placed on every stage or on none. A request that is running already with the same
-        numbers is answered as it was placed. Fails with NOT_FOUND, ENGINE_IS_AUTHORITY, DISPATCH_STATE_LOST,
-        REQUEST_RUNNING, INVALID_FIELD.
+    def SolveDispatch(self, request, context):
+        """Places the head groups of new requests, in whole head groups; what does not fit is told why. Fails with
+        INVALID_FIELD, INVALID_DOCUMENT.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
-    def DispatchRequests(self, request_iterator, context):
-        """Finish, grow and admit in one message, as an engine does between two steps; a message is answered by one, in their
-        order. One that fails is answered with `failure` and changes nothing; the stream goes on. Lasts until the caller ends
-        it; a caller has at most 1,000. Fails with CREDENTIALS, ROLE, TOO_MANY_STREAMS, NOT_LEADER, DRAINING.
-        """
-        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
-        context.set_details('Method not implemented!')
-        raise NotImplementedError('Method not implemented!')
-
-    def FinishRequests(self, request, context):
-        """Frees what requests held that ended or were preempted; those not running are ignored. Fails with NOT_FOUND,
-        ENGINE_IS_AUTHORITY, DISPATCH_STATE_LOST, INVALID_FIELD.
-        """
-        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
-        context.set_details('Method not implemented!')
-        raise NotImplementedError('Method not implemented!')
-
-    def GrowRequests(self, request, context):
-        """Says how long running requests have become. Lengths are absolute, so that a repeated or late call changes nothing.
-        Fails with NOT_FOUND, ENGINE_IS_AUTHORITY, DISPATCH_STATE_LOST, INVALID_FIELD.
-        """
-        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
-        context.set_details('Method not implemented!')
-        raise NotImplementedError('Method not implemented!')
-
-    def GetDispatchState(self, request, context):
-        """What the planner takes to be running on a replica. Role viewer too. Fails with NOT_FOUND, ENGINE_IS_AUTHORITY,
-        INVALID_PAGE_TOKEN.
-        """
-        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
-        context.set_details('Method not implemented!')
-        raise NotImplementedError('Method not implemented!')
-
-    def UpdateDispatchState(self, request, context):
-        """Declares what is running, in place of all that the planner knew; starts a state and gives it a new state_id. Fails
-        with NOT_FOUND, ENGINE_IS_AUTHORITY, GENERATION_MISMATCH, INVALID_FIELD.
+    def SolveRedispatch(self, request, context):
+        """Finds the moves of running head groups that pay, in an order that memory allows. Fails with INVALID_DOCUMENT.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -144,35 +75,15 @@ class DispatchServiceServicer:
 
 def add_DispatchServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
-            'AdmitRequests': grpc.unary_unary_rpc_method_handler(
-                    servicer.AdmitRequests,
-                    request_deserializer=hetis_dot_v1_dot_dispatch__service__pb2.AdmitRequestsRequest.FromString,
-                    response_serializer=hetis_dot_v1_dot_dispatch__service__pb2.AdmitRequestsResponse.SerializeToString,
+            'SolveDispatch': grpc.unary_unary_rpc_method_handler(
+                    servicer.SolveDispatch,
+                    request_deserializer=hetis_dot_v1_dot_dispatch__service__pb2.SolveDispatchRequest.FromString,
+                    response_serializer=hetis_dot_v1_dot_dispatch__service__pb2.SolveDispatchResponse.SerializeToString,
             ),
-            'DispatchRequests': grpc.stream_stream_rpc_method_handler(
-                    servicer.DispatchRequests,
-                    request_deserializer=hetis_dot_v1_dot_dispatch__service__pb2.DispatchRequestsRequest.FromString,
-                    response_serializer=hetis_dot_v1_dot_dispatch__service__pb2.DispatchRequestsResponse.SerializeToString,
-            ),
-            'FinishRequests': grpc.unary_unary_rpc_method_handler(
-                    servicer.FinishRequests,
-                    request_deserializer=hetis_dot_v1_dot_dispatch__service__pb2.FinishRequestsRequest.FromString,
-                    response_serializer=hetis_dot_v1_dot_dispatch__service__pb2.FinishRequestsResponse.SerializeToString,
-            ),
-            'GrowRequests': grpc.unary_unary_rpc_method_handler(
-                    servicer.GrowRequests,
-                    request_deserializer=hetis_dot_v1_dot_dispatch__service__pb2.GrowRequestsRequest.FromString,
-                    response_serializer=hetis_dot_v1_dot_dispatch__service__pb2.GrowRequestsResponse.SerializeToString,
-            ),
-            'GetDispatchState': grpc.unary_unary_rpc_method_handler(
-                    servicer.GetDispatchState,
-                    request_deserializer=hetis_dot_v1_dot_dispatch__service__pb2.GetDispatchStateRequest.FromString,
-                    response_serializer=hetis_dot_v1_dot_dispatch__service__pb2.GetDispatchStateResponse.SerializeToString,
-            ),
-            'UpdateDispatchState': grpc.unary_unary_rpc_method_handler(
-                    servicer.UpdateDispatchState,
-                    request_deserializer=hetis_dot_v1_dot_dispatch__service__pb2.UpdateDispatchStateRequest.FromString,
-                    response_serializer=hetis_dot_v1_dot_dispatch__service__pb2.UpdateDispatchStateResponse.SerializeToString,
+            'SolveRedispatch': grpc.unary_unary_rpc_method_handler(
+                    servicer.SolveRedispatch,
+                    request_deserializer=hetis_dot_v1_dot_dispatch__service__pb2.SolveRedispatchRequest.FromString,
+                    response_serializer=hetis_dot_v1_dot_dispatch__service__pb2.SolveRedispatchResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -183,20 +94,14 @@ def add_DispatchServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class DispatchService:
-    """Dispatch for engines without a dispatcher of their own: which device gets which head group of a new request. Only for
-    replicas whose authority is PLANNER; an engine with the solver in its process never calls it.
+    """Dispatch and re-dispatch of one stage, solved for a state that the caller sends whole; nothing is kept. For people and
+    tools that want to see what would be decided: engines have the solver in their process and never call this.
 
-    The state is kept in memory: the engine, which holds the KV, is the one that knows what runs. It names the state by
-    its state_id with every call. When the planner has lost it (DISPATCH_STATE_LOST), the engine goes on by a rule of its
-    own and declares what is running.
-
-    Role of all: agent, for replicas whose primary is on its node, or orchestrator. Every unary call needs a deadline, of
-    at most 10 s; retries within one are safe. An engine that dispatches often holds one DispatchRequests stream, whose
-    messages cost a fraction of calls.
+    Role of all: viewer. Any planner answers, also one that does not lead.
     """
 
     @staticmethod
-    def AdmitRequests(request,
+    def SolveDispatch(request,
             target,
             options=(),
             channel_credentials=None,
@@ -209,9 +114,9 @@ class DispatchService:
         return grpc.experimental.unary_unary(
             request,
             target,
-            '/hetis.v1.DispatchService/AdmitRequests',
-            hetis_dot_v1_dot_dispatch__service__pb2.AdmitRequestsRequest.SerializeToString,
-            hetis_dot_v1_dot_dispatch__service__pb2.AdmitRequestsResponse.FromString,
+            '/hetis.v1.DispatchService/SolveDispatch',
+            hetis_dot_v1_dot_dispatch__service__pb2.SolveDispatchRequest.SerializeToString,
+            hetis_dot_v1_dot_dispatch__service__pb2.SolveDispatchResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -223,34 +128,7 @@ class DispatchService:
             _registered_method=True)
 
     @staticmethod
-    def DispatchRequests(request_iterator,
-            target,
-            options=(),
-            channel_credentials=None,
-            call_credentials=None,
-            insecure=False,
-            compression=None,
-            wait_for_ready=None,
-            timeout=None,
-            metadata=None):
-        return grpc.experimental.stream_stream(
-            request_iterator,
-            target,
-            '/hetis.v1.DispatchService/DispatchRequests',
-            hetis_dot_v1_dot_dispatch__service__pb2.DispatchRequestsRequest.SerializeToString,
-            hetis_dot_v1_dot_dispatch__service__pb2.DispatchRequestsResponse.FromString,
-            options,
-            channel_credentials,
-            insecure,
-            call_credentials,
-            compression,
-            wait_for_ready,
-            timeout,
-            metadata,
-            _registered_method=True)
-
-    @staticmethod
-    def FinishRequests(request,
+    def SolveRedispatch(request,
             target,
             options=(),
             channel_credentials=None,
@@ -263,90 +141,9 @@ class DispatchService:
         return grpc.experimental.unary_unary(
             request,
             target,
-            '/hetis.v1.DispatchService/FinishRequests',
-            hetis_dot_v1_dot_dispatch__service__pb2.FinishRequestsRequest.SerializeToString,
-            hetis_dot_v1_dot_dispatch__service__pb2.FinishRequestsResponse.FromString,
-            options,
-            channel_credentials,
-            insecure,
-            call_credentials,
-            compression,
-            wait_for_ready,
-            timeout,
-            metadata,
-            _registered_method=True)
-
-    @staticmethod
-    def GrowRequests(request,
-            target,
-            options=(),
-            channel_credentials=None,
-            call_credentials=None,
-            insecure=False,
-            compression=None,
-            wait_for_ready=None,
-            timeout=None,
-            metadata=None):
-        return grpc.experimental.unary_unary(
-            request,
-            target,
-            '/hetis.v1.DispatchService/GrowRequests',
-            hetis_dot_v1_dot_dispatch__service__pb2.GrowRequestsRequest.SerializeToString,
-            hetis_dot_v1_dot_dispatch__service__pb2.GrowRequestsResponse.FromString,
-            options,
-            channel_credentials,
-            insecure,
-            call_credentials,
-            compression,
-            wait_for_ready,
-            timeout,
-            metadata,
-            _registered_method=True)
-
-    @staticmethod
-    def GetDispatchState(request,
-            target,
-            options=(),
-            channel_credentials=None,
-            call_credentials=None,
-            insecure=False,
-            compression=None,
-            wait_for_ready=None,
-            timeout=None,
-            metadata=None):
-        return grpc.experimental.unary_unary(
-            request,
-            target,
-            '/hetis.v1.DispatchService/GetDispatchState',
-            hetis_dot_v1_dot_dispatch__service__pb2.GetDispatchStateRequest.SerializeToString,
-            hetis_dot_v1_dot_dispatch__service__pb2.GetDispatchStateResponse.FromString,
-            options,
-            channel_credentials,
-            insecure,
-            call_credentials,
-            compression,
-            wait_for_ready,
-            timeout,
-            metadata,
-            _registered_method=True)
-
-    @staticmethod
-    def UpdateDispatchState(request,
-            target,
-            options=(),
-            channel_credentials=None,
-            call_credentials=None,
-            insecure=False,
-            compression=None,
-            wait_for_ready=None,
-            timeout=None,
-            metadata=None):
-        return grpc.experimental.unary_unary(
-            request,
-            target,
-            '/hetis.v1.DispatchService/UpdateDispatchState',
-            hetis_dot_v1_dot_dispatch__service__pb2.UpdateDispatchStateRequest.SerializeToString,
-            hetis_dot_v1_dot_dispatch__service__pb2.UpdateDispatchStateResponse.FromString,
+            '/hetis.v1.DispatchService/SolveRedispatch',
+            hetis_dot_v1_dot_dispatch__service__pb2.SolveRedispatchRequest.SerializeToString,
+            hetis_dot_v1_dot_dispatch__service__pb2.SolveRedispatchResponse.FromString,
             options,
             channel_credentials,
             insecure,

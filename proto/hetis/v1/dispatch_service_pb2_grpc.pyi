@@ -27,170 +27,62 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class DispatchServiceStub:
-    """Dispatch for engines without a dispatcher of their own: which device gets which head group of a new request. Only for
-    replicas whose authority is PLANNER; an engine with the solver in its process never calls it.
+    """Dispatch and re-dispatch of one stage, solved for a state that the caller sends whole; nothing is kept. For people and
+    tools that want to see what would be decided: engines have the solver in their process and never call this.
 
-    The state is kept in memory: the engine, which holds the KV, is the one that knows what runs. It names the state by
-    its state_id with every call. When the planner has lost it (DISPATCH_STATE_LOST), the engine goes on by a rule of its
-    own and declares what is running.
-
-    Role of all: agent, for replicas whose primary is on its node, or orchestrator. Every unary call needs a deadline, of
-    at most 10 s; retries within one are safe. An engine that dispatches often holds one DispatchRequests stream, whose
-    messages cost a fraction of calls.
+    Role of all: viewer. Any planner answers, also one that does not lead.
     """
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> DispatchServiceAsyncStub: ...
-    AdmitRequests: _grpc.UnaryUnaryMultiCallable[_dispatch_service_pb2.AdmitRequestsRequest, _dispatch_service_pb2.AdmitRequestsResponse]
-    """Places the head groups of new requests, in whole head groups; what does not fit waits, and is told why. Calls and
-    messages that come at once are placed together, in the order in which they came. All or
-    nothing per request: a request is placed on every stage or on none. A request that is running already with the same
-    numbers is answered as it was placed. Fails with NOT_FOUND, ENGINE_IS_AUTHORITY, DISPATCH_STATE_LOST,
-    REQUEST_RUNNING, INVALID_FIELD.
+    SolveDispatch: _grpc.UnaryUnaryMultiCallable[_dispatch_service_pb2.SolveDispatchRequest, _dispatch_service_pb2.SolveDispatchResponse]
+    """Places the head groups of new requests, in whole head groups; what does not fit is told why. Fails with
+    INVALID_FIELD, INVALID_DOCUMENT.
     """
-    DispatchRequests: _grpc.StreamStreamMultiCallable[_dispatch_service_pb2.DispatchRequestsRequest, _dispatch_service_pb2.DispatchRequestsResponse]
-    """Finish, grow and admit in one message, as an engine does between two steps; a message is answered by one, in their
-    order. One that fails is answered with `failure` and changes nothing; the stream goes on. Lasts until the caller ends
-    it; a caller has at most 1,000. Fails with CREDENTIALS, ROLE, TOO_MANY_STREAMS, NOT_LEADER, DRAINING.
-    """
-    FinishRequests: _grpc.UnaryUnaryMultiCallable[_dispatch_service_pb2.FinishRequestsRequest, _dispatch_service_pb2.FinishRequestsResponse]
-    """Frees what requests held that ended or were preempted; those not running are ignored. Fails with NOT_FOUND,
-    ENGINE_IS_AUTHORITY, DISPATCH_STATE_LOST, INVALID_FIELD.
-    """
-    GrowRequests: _grpc.UnaryUnaryMultiCallable[_dispatch_service_pb2.GrowRequestsRequest, _dispatch_service_pb2.GrowRequestsResponse]
-    """Says how long running requests have become. Lengths are absolute, so that a repeated or late call changes nothing.
-    Fails with NOT_FOUND, ENGINE_IS_AUTHORITY, DISPATCH_STATE_LOST, INVALID_FIELD.
-    """
-    GetDispatchState: _grpc.UnaryUnaryMultiCallable[_dispatch_service_pb2.GetDispatchStateRequest, _dispatch_service_pb2.GetDispatchStateResponse]
-    """What the planner takes to be running on a replica. Role viewer too. Fails with NOT_FOUND, ENGINE_IS_AUTHORITY,
-    INVALID_PAGE_TOKEN.
-    """
-    UpdateDispatchState: _grpc.UnaryUnaryMultiCallable[_dispatch_service_pb2.UpdateDispatchStateRequest, _dispatch_service_pb2.UpdateDispatchStateResponse]
-    """Declares what is running, in place of all that the planner knew; starts a state and gives it a new state_id. Fails
-    with NOT_FOUND, ENGINE_IS_AUTHORITY, GENERATION_MISMATCH, INVALID_FIELD.
-    """
+    SolveRedispatch: _grpc.UnaryUnaryMultiCallable[_dispatch_service_pb2.SolveRedispatchRequest, _dispatch_service_pb2.SolveRedispatchResponse]
+    """Finds the moves of running head groups that pay, in an order that memory allows. Fails with INVALID_DOCUMENT."""
 
 @_typing.type_check_only
 class DispatchServiceAsyncStub(DispatchServiceStub):
-    """Dispatch for engines without a dispatcher of their own: which device gets which head group of a new request. Only for
-    replicas whose authority is PLANNER; an engine with the solver in its process never calls it.
+    """Dispatch and re-dispatch of one stage, solved for a state that the caller sends whole; nothing is kept. For people and
+    tools that want to see what would be decided: engines have the solver in their process and never call this.
 
-    The state is kept in memory: the engine, which holds the KV, is the one that knows what runs. It names the state by
-    its state_id with every call. When the planner has lost it (DISPATCH_STATE_LOST), the engine goes on by a rule of its
-    own and declares what is running.
-
-    Role of all: agent, for replicas whose primary is on its node, or orchestrator. Every unary call needs a deadline, of
-    at most 10 s; retries within one are safe. An engine that dispatches often holds one DispatchRequests stream, whose
-    messages cost a fraction of calls.
+    Role of all: viewer. Any planner answers, also one that does not lead.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
-    AdmitRequests: _aio.UnaryUnaryMultiCallable[_dispatch_service_pb2.AdmitRequestsRequest, _dispatch_service_pb2.AdmitRequestsResponse]  # type: ignore[assignment]
-    """Places the head groups of new requests, in whole head groups; what does not fit waits, and is told why. Calls and
-    messages that come at once are placed together, in the order in which they came. All or
-    nothing per request: a request is placed on every stage or on none. A request that is running already with the same
-    numbers is answered as it was placed. Fails with NOT_FOUND, ENGINE_IS_AUTHORITY, DISPATCH_STATE_LOST,
-    REQUEST_RUNNING, INVALID_FIELD.
+    SolveDispatch: _aio.UnaryUnaryMultiCallable[_dispatch_service_pb2.SolveDispatchRequest, _dispatch_service_pb2.SolveDispatchResponse]  # type: ignore[assignment]
+    """Places the head groups of new requests, in whole head groups; what does not fit is told why. Fails with
+    INVALID_FIELD, INVALID_DOCUMENT.
     """
-    DispatchRequests: _aio.StreamStreamMultiCallable[_dispatch_service_pb2.DispatchRequestsRequest, _dispatch_service_pb2.DispatchRequestsResponse]  # type: ignore[assignment]
-    """Finish, grow and admit in one message, as an engine does between two steps; a message is answered by one, in their
-    order. One that fails is answered with `failure` and changes nothing; the stream goes on. Lasts until the caller ends
-    it; a caller has at most 1,000. Fails with CREDENTIALS, ROLE, TOO_MANY_STREAMS, NOT_LEADER, DRAINING.
-    """
-    FinishRequests: _aio.UnaryUnaryMultiCallable[_dispatch_service_pb2.FinishRequestsRequest, _dispatch_service_pb2.FinishRequestsResponse]  # type: ignore[assignment]
-    """Frees what requests held that ended or were preempted; those not running are ignored. Fails with NOT_FOUND,
-    ENGINE_IS_AUTHORITY, DISPATCH_STATE_LOST, INVALID_FIELD.
-    """
-    GrowRequests: _aio.UnaryUnaryMultiCallable[_dispatch_service_pb2.GrowRequestsRequest, _dispatch_service_pb2.GrowRequestsResponse]  # type: ignore[assignment]
-    """Says how long running requests have become. Lengths are absolute, so that a repeated or late call changes nothing.
-    Fails with NOT_FOUND, ENGINE_IS_AUTHORITY, DISPATCH_STATE_LOST, INVALID_FIELD.
-    """
-    GetDispatchState: _aio.UnaryUnaryMultiCallable[_dispatch_service_pb2.GetDispatchStateRequest, _dispatch_service_pb2.GetDispatchStateResponse]  # type: ignore[assignment]
-    """What the planner takes to be running on a replica. Role viewer too. Fails with NOT_FOUND, ENGINE_IS_AUTHORITY,
-    INVALID_PAGE_TOKEN.
-    """
-    UpdateDispatchState: _aio.UnaryUnaryMultiCallable[_dispatch_service_pb2.UpdateDispatchStateRequest, _dispatch_service_pb2.UpdateDispatchStateResponse]  # type: ignore[assignment]
-    """Declares what is running, in place of all that the planner knew; starts a state and gives it a new state_id. Fails
-    with NOT_FOUND, ENGINE_IS_AUTHORITY, GENERATION_MISMATCH, INVALID_FIELD.
-    """
+    SolveRedispatch: _aio.UnaryUnaryMultiCallable[_dispatch_service_pb2.SolveRedispatchRequest, _dispatch_service_pb2.SolveRedispatchResponse]  # type: ignore[assignment]
+    """Finds the moves of running head groups that pay, in an order that memory allows. Fails with INVALID_DOCUMENT."""
 
 class DispatchServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Dispatch for engines without a dispatcher of their own: which device gets which head group of a new request. Only for
-    replicas whose authority is PLANNER; an engine with the solver in its process never calls it.
+    """Dispatch and re-dispatch of one stage, solved for a state that the caller sends whole; nothing is kept. For people and
+    tools that want to see what would be decided: engines have the solver in their process and never call this.
 
-    The state is kept in memory: the engine, which holds the KV, is the one that knows what runs. It names the state by
-    its state_id with every call. When the planner has lost it (DISPATCH_STATE_LOST), the engine goes on by a rule of its
-    own and declares what is running.
-
-    Role of all: agent, for replicas whose primary is on its node, or orchestrator. Every unary call needs a deadline, of
-    at most 10 s; retries within one are safe. An engine that dispatches often holds one DispatchRequests stream, whose
-    messages cost a fraction of calls.
+    Role of all: viewer. Any planner answers, also one that does not lead.
     """
 
     @_abc_1.abstractmethod
-    def AdmitRequests(
+    def SolveDispatch(
         self,
-        request: _dispatch_service_pb2.AdmitRequestsRequest,
+        request: _dispatch_service_pb2.SolveDispatchRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_dispatch_service_pb2.AdmitRequestsResponse, _abc.Awaitable[_dispatch_service_pb2.AdmitRequestsResponse]]:
-        """Places the head groups of new requests, in whole head groups; what does not fit waits, and is told why. Calls and
-        messages that come at once are placed together, in the order in which they came. All or
-        nothing per request: a request is placed on every stage or on none. A request that is running already with the same
-        numbers is answered as it was placed. Fails with NOT_FOUND, ENGINE_IS_AUTHORITY, DISPATCH_STATE_LOST,
-        REQUEST_RUNNING, INVALID_FIELD.
+    ) -> _typing.Union[_dispatch_service_pb2.SolveDispatchResponse, _abc.Awaitable[_dispatch_service_pb2.SolveDispatchResponse]]:
+        """Places the head groups of new requests, in whole head groups; what does not fit is told why. Fails with
+        INVALID_FIELD, INVALID_DOCUMENT.
         """
 
     @_abc_1.abstractmethod
-    def DispatchRequests(
+    def SolveRedispatch(
         self,
-        request_iterator: _MaybeAsyncIterator[_dispatch_service_pb2.DispatchRequestsRequest],
+        request: _dispatch_service_pb2.SolveRedispatchRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_abc.Iterator[_dispatch_service_pb2.DispatchRequestsResponse], _abc.AsyncIterator[_dispatch_service_pb2.DispatchRequestsResponse]]:
-        """Finish, grow and admit in one message, as an engine does between two steps; a message is answered by one, in their
-        order. One that fails is answered with `failure` and changes nothing; the stream goes on. Lasts until the caller ends
-        it; a caller has at most 1,000. Fails with CREDENTIALS, ROLE, TOO_MANY_STREAMS, NOT_LEADER, DRAINING.
-        """
-
-    @_abc_1.abstractmethod
-    def FinishRequests(
-        self,
-        request: _dispatch_service_pb2.FinishRequestsRequest,
-        context: _ServicerContext,
-    ) -> _typing.Union[_dispatch_service_pb2.FinishRequestsResponse, _abc.Awaitable[_dispatch_service_pb2.FinishRequestsResponse]]:
-        """Frees what requests held that ended or were preempted; those not running are ignored. Fails with NOT_FOUND,
-        ENGINE_IS_AUTHORITY, DISPATCH_STATE_LOST, INVALID_FIELD.
-        """
-
-    @_abc_1.abstractmethod
-    def GrowRequests(
-        self,
-        request: _dispatch_service_pb2.GrowRequestsRequest,
-        context: _ServicerContext,
-    ) -> _typing.Union[_dispatch_service_pb2.GrowRequestsResponse, _abc.Awaitable[_dispatch_service_pb2.GrowRequestsResponse]]:
-        """Says how long running requests have become. Lengths are absolute, so that a repeated or late call changes nothing.
-        Fails with NOT_FOUND, ENGINE_IS_AUTHORITY, DISPATCH_STATE_LOST, INVALID_FIELD.
-        """
-
-    @_abc_1.abstractmethod
-    def GetDispatchState(
-        self,
-        request: _dispatch_service_pb2.GetDispatchStateRequest,
-        context: _ServicerContext,
-    ) -> _typing.Union[_dispatch_service_pb2.GetDispatchStateResponse, _abc.Awaitable[_dispatch_service_pb2.GetDispatchStateResponse]]:
-        """What the planner takes to be running on a replica. Role viewer too. Fails with NOT_FOUND, ENGINE_IS_AUTHORITY,
-        INVALID_PAGE_TOKEN.
-        """
-
-    @_abc_1.abstractmethod
-    def UpdateDispatchState(
-        self,
-        request: _dispatch_service_pb2.UpdateDispatchStateRequest,
-        context: _ServicerContext,
-    ) -> _typing.Union[_dispatch_service_pb2.UpdateDispatchStateResponse, _abc.Awaitable[_dispatch_service_pb2.UpdateDispatchStateResponse]]:
-        """Declares what is running, in place of all that the planner knew; starts a state and gives it a new state_id. Fails
-        with NOT_FOUND, ENGINE_IS_AUTHORITY, GENERATION_MISMATCH, INVALID_FIELD.
-        """
+    ) -> _typing.Union[_dispatch_service_pb2.SolveRedispatchResponse, _abc.Awaitable[_dispatch_service_pb2.SolveRedispatchResponse]]:
+        """Finds the moves of running head groups that pay, in an order that memory allows. Fails with INVALID_DOCUMENT."""
 
 def add_DispatchServiceServicer_to_server(servicer: DispatchServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17hetis/v1/document.proto\x12\x08hetis.v1\"t\n\x08\x44ocument\x12$\n\x04kind\x18\x01 \x01(\x0e\x32\x16.hetis.v1.DocumentKind\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\x0c\x12\x13\n\x0bsource_name\x18\x03 \x01(\t\x12\x0e\n\x06\x64igest\x18\x04 \x01(\t\x12\x0c\n\x04text\x18\x05 \x01(\x0c*\xb5\x01\n\x0c\x44ocumentKind\x12\x1d\n\x19\x44OCUMENT_KIND_UNSPECIFIED\x10\x00\x12\x19\n\x15\x44OCUMENT_KIND_CLUSTER\x10\x01\x12\x1c\n\x18\x44OCUMENT_KIND_MODEL_SPEC\x10\x02\x12\x1a\n\x16\x44OCUMENT_KIND_WORKLOAD\x10\x03\x12\x19\n\x15\x44OCUMENT_KIND_PROFILE\x10\x04\x12\x16\n\x12\x44OCUMENT_KIND_PLAN\x10\x05\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17hetis/v1/document.proto\x12\x08hetis.v1\"t\n\x08\x44ocument\x12$\n\x04kind\x18\x01 \x01(\x0e\x32\x16.hetis.v1.DocumentKind\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\x0c\x12\x13\n\x0bsource_name\x18\x03 \x01(\t\x12\x0e\n\x06\x64igest\x18\x04 \x01(\t\x12\x0c\n\x04text\x18\x05 \x01(\x0c*\xfc\x01\n\x0c\x44ocumentKind\x12\x1d\n\x19\x44OCUMENT_KIND_UNSPECIFIED\x10\x00\x12\x19\n\x15\x44OCUMENT_KIND_CLUSTER\x10\x01\x12\x1c\n\x18\x44OCUMENT_KIND_MODEL_SPEC\x10\x02\x12\x1a\n\x16\x44OCUMENT_KIND_WORKLOAD\x10\x03\x12\x19\n\x15\x44OCUMENT_KIND_PROFILE\x10\x04\x12\x16\n\x12\x44OCUMENT_KIND_PLAN\x10\x05\x12 \n\x1c\x44OCUMENT_KIND_DISPATCH_STATE\x10\x06\x12#\n\x1f\x44OCUMENT_KIND_DISPATCH_REQUESTS\x10\x07\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -32,7 +32,7 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'hetis.v1.document_pb2', _gl
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_DOCUMENTKIND']._serialized_start=156
-  _globals['_DOCUMENTKIND']._serialized_end=337
+  _globals['_DOCUMENTKIND']._serialized_end=408
   _globals['_DOCUMENT']._serialized_start=37
   _globals['_DOCUMENT']._serialized_end=153
 # @@protoc_insertion_point(module_scope)

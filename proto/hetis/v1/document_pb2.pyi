@@ -35,6 +35,10 @@ class _DocumentKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Document
     """`Profile`: what a GPU type reaches."""
     DOCUMENT_KIND_PLAN: _DocumentKind.ValueType  # 5
     """`Plan`: replicas on named GPUs, with bound and inputs."""
+    DOCUMENT_KIND_DISPATCH_STATE: _DocumentKind.ValueType  # 6
+    """`DispatchState`: the devices of a stage and the requests that run on it."""
+    DOCUMENT_KIND_DISPATCH_REQUESTS: _DocumentKind.ValueType  # 7
+    """`DispatchRequests`: requests to be dispatched."""
 
 class DocumentKind(_DocumentKind, metaclass=_DocumentKindEnumTypeWrapper):
     """Kinds of documents, one per `kind` of the file form."""
@@ -51,6 +55,10 @@ DOCUMENT_KIND_PROFILE: DocumentKind.ValueType  # 4
 """`Profile`: what a GPU type reaches."""
 DOCUMENT_KIND_PLAN: DocumentKind.ValueType  # 5
 """`Plan`: replicas on named GPUs, with bound and inputs."""
+DOCUMENT_KIND_DISPATCH_STATE: DocumentKind.ValueType  # 6
+"""`DispatchState`: the devices of a stage and the requests that run on it."""
+DOCUMENT_KIND_DISPATCH_REQUESTS: DocumentKind.ValueType  # 7
+"""`DispatchRequests`: requests to be dispatched."""
 Global___DocumentKind: _TypeAlias = DocumentKind  # noqa: Y015
 
 @_typing.final

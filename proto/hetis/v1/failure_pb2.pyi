@@ -107,16 +107,6 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """
     ERROR_REASON_NODE_IN_USE: _ErrorReason.ValueType  # 72
     """[ABORTED] Another agent is connected as the node, and was heard lately; reconnect with backoff. Keys: node."""
-    ERROR_REASON_ENGINE_IS_AUTHORITY: _ErrorReason.ValueType  # 80
-    """[FAILED_PRECONDITION] The replica's engine dispatches by itself; the planner must not. Keys: replica."""
-    ERROR_REASON_DISPATCH_STATE_LOST: _ErrorReason.ValueType  # 81
-    """[FAILED_PRECONDITION] The planner's dispatch state is another one than the caller means (it restarted): declare
-    what is running with UpdateDispatchState. Keys: replica, state_id.
-    """
-    ERROR_REASON_REQUEST_NOT_RUNNING: _ErrorReason.ValueType  # 82
-    """[FAILED_PRECONDITION] The request is not running on the replica. Keys: request."""
-    ERROR_REASON_REQUEST_RUNNING: _ErrorReason.ValueType  # 83
-    """[ALREADY_EXISTS] The request is running on the replica, with other numbers. Keys: request."""
     ERROR_REASON_KV_BLOCKS_EXHAUSTED: _ErrorReason.ValueType  # 100
     """[RESOURCE_EXHAUSTED] The target has too few free KV blocks. Keys: device, needed_blocks, free_blocks."""
     ERROR_REASON_REQUEST_GONE: _ErrorReason.ValueType  # 101
@@ -237,16 +227,6 @@ others go on. Retry after RetryInfo; QuotaFailure says the same. Keys: caller, q
 """
 ERROR_REASON_NODE_IN_USE: ErrorReason.ValueType  # 72
 """[ABORTED] Another agent is connected as the node, and was heard lately; reconnect with backoff. Keys: node."""
-ERROR_REASON_ENGINE_IS_AUTHORITY: ErrorReason.ValueType  # 80
-"""[FAILED_PRECONDITION] The replica's engine dispatches by itself; the planner must not. Keys: replica."""
-ERROR_REASON_DISPATCH_STATE_LOST: ErrorReason.ValueType  # 81
-"""[FAILED_PRECONDITION] The planner's dispatch state is another one than the caller means (it restarted): declare
-what is running with UpdateDispatchState. Keys: replica, state_id.
-"""
-ERROR_REASON_REQUEST_NOT_RUNNING: ErrorReason.ValueType  # 82
-"""[FAILED_PRECONDITION] The request is not running on the replica. Keys: request."""
-ERROR_REASON_REQUEST_RUNNING: ErrorReason.ValueType  # 83
-"""[ALREADY_EXISTS] The request is running on the replica, with other numbers. Keys: request."""
 ERROR_REASON_KV_BLOCKS_EXHAUSTED: ErrorReason.ValueType  # 100
 """[RESOURCE_EXHAUSTED] The target has too few free KV blocks. Keys: device, needed_blocks, free_blocks."""
 ERROR_REASON_REQUEST_GONE: ErrorReason.ValueType  # 101

@@ -92,30 +92,6 @@ REPLICA_STATE_FAILED: ReplicaState.ValueType  # 6
 """It cannot serve: a device of the dense path was lost, or a node could not load it."""
 Global___ReplicaState: _TypeAlias = ReplicaState  # noqa: Y015
 
-class _HeadMapAuthority:
-    ValueType = _typing.NewType("ValueType", _builtins.int)
-    V: _TypeAlias = ValueType  # noqa: Y015
-
-class _HeadMapAuthorityEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_HeadMapAuthority.ValueType], _builtins.type):
-    DESCRIPTOR: _descriptor.EnumDescriptor
-    HEAD_MAP_AUTHORITY_UNSPECIFIED: _HeadMapAuthority.ValueType  # 0
-    """Never sent."""
-    HEAD_MAP_AUTHORITY_ENGINE: _HeadMapAuthority.ValueType  # 1
-    """The engine of the replica's primary, with the solver in its process."""
-    HEAD_MAP_AUTHORITY_PLANNER: _HeadMapAuthority.ValueType  # 2
-    """The planner's DispatchService, for an engine without a dispatcher."""
-
-class HeadMapAuthority(_HeadMapAuthority, metaclass=_HeadMapAuthorityEnumTypeWrapper):
-    """Who decides which head group of a request lives where."""
-
-HEAD_MAP_AUTHORITY_UNSPECIFIED: HeadMapAuthority.ValueType  # 0
-"""Never sent."""
-HEAD_MAP_AUTHORITY_ENGINE: HeadMapAuthority.ValueType  # 1
-"""The engine of the replica's primary, with the solver in its process."""
-HEAD_MAP_AUTHORITY_PLANNER: HeadMapAuthority.ValueType  # 2
-"""The planner's DispatchService, for an engine without a dispatcher."""
-Global___HeadMapAuthority: _TypeAlias = HeadMapAuthority  # noqa: Y015
-
 class _AssignmentGoal:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -367,7 +343,6 @@ class Replica(_message.Message):
     SHAPE_FIELD_NUMBER: _builtins.int
     STATE_FIELD_NUMBER: _builtins.int
     GENERATION_FIELD_NUMBER: _builtins.int
-    AUTHORITY_FIELD_NUMBER: _builtins.int
     PRIMARY_NODE_FIELD_NUMBER: _builtins.int
     NODES_FIELD_NUMBER: _builtins.int
     REPORT_FIELD_NUMBER: _builtins.int
@@ -391,8 +366,6 @@ class Replica(_message.Message):
     """Generation of its state: grows with every assignment and every committed re-dispatch. Output only. 0: nothing was
     sent to a node yet.
     """
-    authority: Global___HeadMapAuthority.ValueType
-    """Who decides its head map. Output only. Always set."""
     primary_node: _builtins.str
     """Node whose engine is the primary: the engine of its first stage's first GPU. Output only. Always set."""
     redispatch: _builtins.str
@@ -446,7 +419,6 @@ class Replica(_message.Message):
         shape: Global___ReplicaPlan | None = ...,
         state: Global___ReplicaState.ValueType = ...,
         generation: _builtins.int = ...,
-        authority: Global___HeadMapAuthority.ValueType = ...,
         primary_node: _builtins.str = ...,
         nodes: _abc.Iterable[_builtins.str] | None = ...,
         report: _report_pb2.ReplicaReport | None = ...,
@@ -461,7 +433,7 @@ class Replica(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "failure", b"failure", "report", b"report", "report_time", b"report_time", "shape", b"shape"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["assigned_generation", b"assigned_generation", "authority", b"authority", "conditions", b"conditions", "create_time", b"create_time", "failure", b"failure", "generation", b"generation", "model_digest", b"model_digest", "name", b"name", "nodes", b"nodes", "plan", b"plan", "plan_index", b"plan_index", "primary_node", b"primary_node", "redispatch", b"redispatch", "report", b"report", "report_time", b"report_time", "role", b"role", "shape", b"shape", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["assigned_generation", b"assigned_generation", "conditions", b"conditions", "create_time", b"create_time", "failure", b"failure", "generation", b"generation", "model_digest", b"model_digest", "name", b"name", "nodes", b"nodes", "plan", b"plan", "plan_index", b"plan_index", "primary_node", b"primary_node", "redispatch", b"redispatch", "report", b"report", "report_time", b"report_time", "role", b"role", "shape", b"shape", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -479,7 +451,6 @@ class Assignment(_message.Message):
     SHAPE_FIELD_NUMBER: _builtins.int
     PRIMARY_NODE_FIELD_NUMBER: _builtins.int
     DEVICES_FIELD_NUMBER: _builtins.int
-    AUTHORITY_FIELD_NUMBER: _builtins.int
     MODEL_FIELD_NUMBER: _builtins.int
     STAGES_FIELD_NUMBER: _builtins.int
     CONDITIONS_FIELD_NUMBER: _builtins.int
@@ -494,8 +465,6 @@ class Assignment(_message.Message):
     """What is to be reached. Always set."""
     primary_node: _builtins.str
     """Node of the primary engine. Always set."""
-    authority: Global___HeadMapAuthority.ValueType
-    """Who decides the head map. Always set."""
     @_builtins.property
     def shape(self) -> Global___ReplicaPlan:
         """The whole replica, so that every node knows all its peers. Always set."""
@@ -541,7 +510,6 @@ class Assignment(_message.Message):
         shape: Global___ReplicaPlan | None = ...,
         primary_node: _builtins.str = ...,
         devices: _abc.Iterable[_builtins.str] | None = ...,
-        authority: Global___HeadMapAuthority.ValueType = ...,
         model: _document_pb2.Document | None = ...,
         stages: _abc.Iterable[_stage_pb2.StageModel] | None = ...,
         conditions: _abc.Iterable[Global___DeviceCondition] | None = ...,
@@ -551,7 +519,7 @@ class Assignment(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "shape", b"shape"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["authority", b"authority", "conditions", b"conditions", "devices", b"devices", "goal", b"goal", "gpu_kinds", b"gpu_kinds", "kv_partners", b"kv_partners", "model", b"model", "peers", b"peers", "plan", b"plan", "primary_node", b"primary_node", "replica", b"replica", "shape", b"shape", "stages", b"stages"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["conditions", b"conditions", "devices", b"devices", "goal", b"goal", "gpu_kinds", b"gpu_kinds", "kv_partners", b"kv_partners", "model", b"model", "peers", b"peers", "plan", b"plan", "primary_node", b"primary_node", "replica", b"replica", "shape", b"shape", "stages", b"stages"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -9,6 +9,7 @@ from enum import StrEnum
 from typing import Any
 
 from hetis.solver.errors import InvalidProblemError
+from hetis.solver.goals import ObjectiveKind as ObjectiveKind
 
 
 class Status(StrEnum):
@@ -24,13 +25,6 @@ class Role(StrEnum):
     UNIFIED = "unified"
     PREFILL = "prefill"
     DECODE = "decode"
-
-
-class ObjectiveKind(StrEnum):
-    GOODPUT = "goodput"
-    THROUGHPUT = "throughput"
-    COST = "cost"  # least USD per hour for a demanded rate
-    GPUS = "gpus"  # fewest GPUs for a demanded rate
 
 
 # What a search is unless it is asked otherwise: its strategy (`hetis.solver.placement.families`), and its seconds.
@@ -68,11 +62,11 @@ class Objective:
 
     @property
     def unit(self) -> str:
-        return {"goodput": "requests/s", "throughput": "requests/s", "cost": "USD/h", "gpus": "GPUs"}[self.kind]
+        return self.kind.goal.unit
 
     @property
     def maximises(self) -> bool:
-        return self.kind in (ObjectiveKind.GOODPUT, ObjectiveKind.THROUGHPUT)
+        return self.kind.goal.maximises
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -21,7 +21,7 @@ from hetis.solver.placement.families import STRATEGIES, constraints_ignored
 from hetis.solver.placement.frontier import explore
 from hetis.solver.placement.infeasible import Market
 from hetis.solver.placement.outcome import rate_bound, sound_bound
-from hetis.solver.placement.pipelines import best_splits
+from hetis.solver.placement.pipelines import best_equal_split
 from hetis.solver.placement.solve import in_objective_units, objective_scale, solve_family
 from hetis.solver.placement.tabulation import build_cost_tables
 from hetis.solver.plan import Plan
@@ -69,7 +69,7 @@ def solve_placement(
 def is_compiled(problem: PlacementProblem) -> bool:
     """Return whether kernels for the family's search are cached on disk; compiling them takes up to a minute."""
     if problem.family.engine is not None:
-        return is_cached(best_splits)
+        return is_cached(best_equal_split)
     return is_cached(explore) and is_cached(best_column)
 
 

@@ -21,7 +21,7 @@ from hetis.solver.constraints import (
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.model import ModelSpec
 from hetis.solver.node_links import NodeLinks, node_links_of
-from hetis.solver.plan import Objective, ObjectiveKind, ReplicaPlan, Role
+from hetis.solver.plan import Objective, ReplicaPlan, Role
 from hetis.solver.profile import Profile
 from hetis.solver.workload import Workload, WorkloadMoments
 
@@ -437,7 +437,8 @@ class PlacementProblem:
         return replace(self, model=models.pop()) if len(models) == 1 else self
 
     def __post_init__(self) -> None:
-        if self.objective.kind in (ObjectiveKind.COST, ObjectiveKind.GPUS) and self.objective.demand_rps is None:
+        goal = self.objective.kind.goal
+        if goal.needs_demand and self.objective.demand_rps is None:
             raise InvalidProblemError(f"objective {self.objective.kind} needs a demanded rate")
         if self.model.precisions and self.family.engine is None:
             raise InvalidProblemError(
@@ -448,11 +449,9 @@ class PlacementProblem:
             for slots in group.gpus:
                 if slots.gpu not in self.profiles:
                     raise InvalidProblemError(f"node {group.name}: GPU type {slots.gpu} has no profile")
-        if self.objective.kind is ObjectiveKind.COST and (unpriced := self.cluster.without_price()):
-            types = ", ".join(f"{gpu} (node {node})" for gpu, node in unpriced.items())
-            raise InvalidProblemError(
-                f"objective cost needs the price of every GPU type: set usd_per_hour in the cluster for {types}"
-            )
+        if unknown := goal.without_cost(self.cluster):
+            types = ", ".join(f"{gpu} (node {node})" for gpu, node in unknown.items())
+            raise InvalidProblemError(f"objective {self.objective.kind} needs {goal.unknown} for {types}")
 
 
 def without_selected(out: Sequence[Selection], group: NodeGroup, node: str) -> NodeGroup:

@@ -16,8 +16,8 @@ import pytest
 import yaml
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from hetis.formats.command_line.terminal import Terminal
-from hetis.formats.endpoints import STANDBY_ANSWER
+from hetis.commands.endpoints import STANDBY_ANSWER
+from hetis.commands.terminal import Terminal
 from hetis.planner.cli import planner_verbs
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.cli.planner_verbs import interrupts_that_arrive

@@ -20,13 +20,12 @@ import pytest
 from google.rpc import code_pb2
 
 from examples.processes import free_ports
-from hetis.formats.endpoints import STREAM_OPEN
+from hetis.commands.endpoints import STREAM_OPEN
 from hetis.planner.client import AsyncClient, CallError, Client, Connection, Patience, document_of_file
 from hetis.planner.client.connection import SERVICE_CONFIG
 from hetis.v1 import (
     cluster_pb2,
     cluster_service_pb2,
-    dispatch_service_pb2,
     document_pb2,
     plan_pb2,
     plan_service_pb2,
@@ -113,12 +112,6 @@ def test_a_planner_on_this_machine_is_reached_without_the_proxy_that_the_environ
 
     with_both(planner, lambda client: client.plans.GetPlan(GET), aio)
     assert len(planner.time_left_s) == 2
-
-
-def test_dispatch_has_a_deadline_of_its_own(planner: FakePlanner) -> None:
-    with Client(planner.address) as client, pytest.raises(CallError) as caught:
-        client.dispatch.GetDispatchState(dispatch_service_pb2.GetDispatchStateRequest(name="x"))
-    assert caught.value.code is grpc.StatusCode.UNIMPLEMENTED  # the fake lacks the service; the call was in time
 
 
 def test_calls_that_change_something_get_an_id_and_the_callers_message_stays(planner: FakePlanner) -> None:

@@ -11,7 +11,7 @@ import pytest
 from google.rpc import code_pb2
 
 from examples.processes import free_ports
-from hetis.formats.endpoints import STANDBY_ANSWER, Endpoint, LeaderSearch, resolve_endpoints, split_endpoints
+from hetis.commands.endpoints import STANDBY_ANSWER, Endpoint, LeaderSearch, resolve_endpoints, split_endpoints
 from hetis.planner.client import AsyncClient, CallError, Client, Connection
 from hetis.planner.client.channels import Attempts, search_for
 from hetis.v1 import cluster_pb2, cluster_service_pb2, plan_pb2, plan_service_pb2

@@ -301,8 +301,6 @@ def test_engines_that_hetis_does_not_steer_count_as_whatever_is_wanted() -> None
             agent.report()
     world.flow()
     assert state(world, REPLICA) == SERVING
-    record = world.store.tables.replicas.require(REPLICA)
-    assert record.body.authority == replica_pb2.HEAD_MAP_AUTHORITY_PLANNER
 
 
 def test_the_newest_report_counts(world: World) -> None:

@@ -160,7 +160,6 @@ async def test_a_plan_comes_into_force_and_a_redispatch_is_done() -> None:
         view = fleet.replica_view(REPLICA)
         assert view is not None
         assert view.state == replica_pb2.REPLICA_STATE_SERVING
-        assert view.authority == replica_pb2.HEAD_MAP_AUTHORITY_ENGINE
         maps = await fleet.read_head_maps(REPLICA, 5.0)
         assert (maps.generation, maps.step) == (view.generation, 7)
         assert [one.id for one in maps.maps[0].requests] == ["r0", "r1"]
@@ -190,7 +189,7 @@ async def test_the_real_store_carries_a_redispatch_and_the_next_planner_reads_it
 
     url = f"sqlite:///{tmp_path / 'hetis.db'}"
     store = await Store.open(url)
-    epoch = await store.lead("a test")
+    epoch = await store.leadership.grant("a test")
     await store.write(fill)
     async with planner(store=store, epoch=epoch) as (fleet, stub, _, _), agents(stub):
         await until(lambda: _replica_state(fleet) == replica_pb2.REPLICA_STATE_SERVING)
@@ -205,7 +204,7 @@ async def test_the_real_store_carries_a_redispatch_and_the_next_planner_reads_it
     assert plan.activation == plan_pb2.ACTIVATION_STATE_ACTIVE
     await store.close()
     store = await Store.open(url)
-    epoch = await store.lead("the next")
+    epoch = await store.leadership.grant("the next")
     async with planner(store=store, epoch=epoch) as (fleet, _, _, _):
         view = fleet.replica_view(REPLICA)
         assert view is not None

@@ -269,12 +269,12 @@ def _large_piece() -> pb.HeadMapPiece:
 async def test_a_planner_that_another_one_replaced_writes_nothing(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path / 'hetis.db'}"
     zombie = await Store.open(url)
-    await zombie.lead("the first")
+    await zombie.leadership.grant("the first")
     await zombie.write(lambda tx: tx.clusters.insert(cluster_record("")))
-    assert zombie._lock is not None
-    zombie._lock.release()  # as after a suspension, or on a disk that lost the lock
+    assert zombie.leadership._lock is not None
+    zombie.leadership._lock.release()  # as after a suspension, or on a disk that lost the lock
     other = await Store.open(url)
-    await other.lead("the second")
+    await other.leadership.grant("the second")
     with pytest.raises(ServiceError) as caught:
         await zombie.write(lambda tx: tx.clusters.delete(CLUSTER))
     assert caught.value.reason_name == "NOT_LEADER"

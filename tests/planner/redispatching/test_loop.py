@@ -12,19 +12,16 @@ import pytest
 
 from hetis.planner.convert.stages import snapshot_from_proto, stage_from_proto
 from hetis.planner.failures import Reason, ServiceError
-from hetis.planner.fleet.dispatching.states import DispatchStates
 from hetis.planner.fleet.link import HeadMaps
 from hetis.planner.fleet.redispatching.loop import RedispatchLoop
 from hetis.planner.fleet.views import FleetObserver
 from hetis.planner.resources.proposals import PlacementProposals
 from hetis.solver.redispatch.triggers import makespan_s
-from hetis.v1 import cluster_pb2, head_map_pb2, redispatch_pb2, replica_pb2, report_pb2
-from hetis.v1 import dispatch_service_pb2 as pb2
-from tests.planner.dispatching.stages import REPLICA, STATE, Replica
+from hetis.v1 import cluster_pb2, head_map_pb2, redispatch_pb2, report_pb2
 from tests.planner.redispatching.messages import apply_moves, head_map_message, load_message, stage_message
+from tests.planner.redispatching.stages import REPLICA, Replica
 from tests.solver.redispatch.instances import random_problem
 
-ENGINE, PLANNER = replica_pb2.HEAD_MAP_AUTHORITY_ENGINE, replica_pb2.HEAD_MAP_AUTHORITY_PLANNER
 DONE, ABORTED = redispatch_pb2.REDISPATCH_STATE_DONE, redispatch_pb2.REDISPATCH_STATE_ABORTED
 
 
@@ -46,9 +43,8 @@ class LiveFleet:
     def __post_init__(self) -> None:
         problem = random_problem(self.seed, num_devices=4, num_requests=40, head_groups=8, slack=self.slack)
         self.model, self.map = stage_message(problem), head_map_message(problem.snapshot)
-        self.replica = Replica([self.model], authority=ENGINE, generation=5)
-        self.dispatch = DispatchStates(self)
-        self.loop = RedispatchLoop(self, self.dispatch, clock=self)
+        self.replica = Replica([self.model], generation=5)
+        self.loop = RedispatchLoop(self, clock=self)
 
     # --- time, and the fleet
 
@@ -321,38 +317,6 @@ async def test_head_maps_that_cannot_be_read_are_asked_for_an_interval_later() -
     assert 9 <= fleet.num_reads <= 11
     fleet.is_reachable = True
     await fleet.seconds(10)
-    assert fleet.sent
-
-
-async def planner_dispatches() -> LiveFleet:
-    """Return a fleet in which the planner is the authority on dispatch, with a declared state."""
-    fleet = LiveFleet()
-    fleet.replica.authority = PLANNER
-    for request in fleet.map.requests:
-        request.incarnation = 0
-    state = pb2.DispatchState(name=STATE, generation=5, head_maps=[fleet.map])
-    await fleet.dispatch.update(pb2.UpdateDispatchStateRequest(dispatch_state=state))
-    return fleet
-
-
-@in_loop
-async def test_a_replica_that_the_planner_dispatches_for_is_balanced_by_its_own_state() -> None:
-    fleet = await planner_dispatches()
-    await fleet.seconds(30)
-    assert fleet.sent
-    assert fleet.num_reads == 0
-    known = fleet.dispatch.head_maps(REPLICA)
-    assert known is not None
-    assert known.maps[0].requests == fleet.map.requests
-    assert known.generation == fleet.replica.generation
-
-
-@in_loop
-async def test_a_generation_that_only_the_primary_told_of_is_that_of_the_planners_own_state() -> None:
-    fleet = await planner_dispatches()
-    fleet.replica.generation = 6  # an acknowledged assignment: no decision follows, so no observer is called
-    assert fleet.dispatch.get(pb2.GetDispatchStateRequest(name=STATE)).dispatch_state.generation == 6
-    await fleet.seconds(30)
     assert fleet.sent
 
 

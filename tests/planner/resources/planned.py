@@ -98,7 +98,7 @@ async def planner_in(
     if scripted:
         start_process = partial(SolverProcess.start, SCRIPTED)
     store = await Store.open(f"sqlite:///{folder}/hetis.db")
-    hubs, fleet, fleets = Hubs(await store.lead("test")), FakeFleet(), DeclaredFleets()
+    hubs, fleet, fleets = Hubs(await store.leadership.grant("test")), FakeFleet(), DeclaredFleets()
     pool = SolverPool(settings, start_process=start_process)
     searches = PlanSearches(store, hubs, pool)
     documents = PlanDocuments(store)

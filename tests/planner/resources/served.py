@@ -18,6 +18,7 @@ from hetis.planner.convert.documents import DeclaredFleets
 from hetis.planner.failures import not_found
 from hetis.planner.fleet.hubs import Hubs
 from hetis.planner.fleet.views import LiveNode, LiveReplica
+from hetis.planner.resources import dispatch
 from hetis.planner.resources.clusters import Clusters
 from hetis.planner.resources.nodes import CONNECTED, NodeReader, Nodes
 from hetis.planner.resources.profiles import Profiles
@@ -32,6 +33,7 @@ from hetis.planner.store import Store
 from hetis.v1 import (
     cluster_pb2,
     cluster_service_pb2_grpc,
+    dispatch_service_pb2_grpc,
     document_pb2,
     profile_service_pb2_grpc,
     replica_pb2,
@@ -76,7 +78,6 @@ def live_replica(state: replica_pb2.ReplicaState.ValueType, generation: int, **g
         "plan": "",
         "primary_node": "",
         "stages": (),
-        "authority": replica_pb2.HEAD_MAP_AUTHORITY_ENGINE,
         "shape": replica_pb2.ReplicaPlan(),
         "conditions": {},
         "report": None,
@@ -123,10 +124,11 @@ class FakeFleet:
 
 @dataclass(kw_only=True)
 class Served:
-    """A planner with its two services; calls of the stubs have a deadline."""
+    """A planner with its services; calls of the stubs have a deadline."""
 
     clusters: Any
     profiles: Any
+    dispatch: Any
     store: Store
     hubs: Hubs
     fleet: FakeFleet
@@ -137,7 +139,7 @@ class Served:
 async def served(folder: Path) -> AsyncIterator[Served]:
     now_s = [1000.0]
     store = await Store.open(f"sqlite:///{folder}/hetis.db", clock=lambda: now_s[0])
-    hubs, fleet, fleets = Hubs(await store.lead("test")), FakeFleet(), DeclaredFleets()
+    hubs, fleet, fleets = Hubs(await store.leadership.grant("test")), FakeFleet(), DeclaredFleets()
     reader = NodeReader(store, fleet, fleets)
     methods = cluster_methods(
         Clusters(store, hubs, fleet, fleets),
@@ -148,6 +150,7 @@ async def served(folder: Path) -> AsyncIterator[Served]:
     servicings = [
         servicing("ClusterService", methods),
         servicing("ProfileService", profile_methods(Profiles(store))),
+        servicing("DispatchService", dispatch.METHODS),
     ]
     server = PlannerServer(servicings, Calls(NoCredentials(), Telemetry(ServiceMetrics("0"))))
     address = server.listen("127.0.0.1:0")
@@ -158,6 +161,7 @@ async def served(folder: Path) -> AsyncIterator[Served]:
             yield Served(
                 clusters=_WithDeadline(cluster_service_pb2_grpc.ClusterServiceStub(channel)),
                 profiles=_WithDeadline(profile_service_pb2_grpc.ProfileServiceStub(channel)),
+                dispatch=_WithDeadline(dispatch_service_pb2_grpc.DispatchServiceStub(channel)),
                 store=store,
                 hubs=hubs,
                 fleet=fleet,

@@ -33,7 +33,7 @@ IDS = st.text("ab-0", min_size=1, max_size=4).filter(lambda text: not text.start
 def test_every_resource_comes_once_and_in_order(before: set[str], sizes: list[int], added: list[str]) -> None:
     async def scenario(url: str) -> None:
         store = await Store.open(url)
-        await store.lead("test")
+        await store.leadership.grant("test")
         profiles = Profiles(store)
 
         def fill(tx: Transaction) -> None:
@@ -69,7 +69,7 @@ def test_every_resource_comes_once_and_in_order(before: set[str], sizes: list[in
 def test_lists_by_age_keep_their_order_through_equal_times(times: list[int], size: int) -> None:
     async def scenario(url: str) -> None:
         store = await Store.open(url)
-        await store.lead("test")
+        await store.leadership.grant("test")
 
         def fill(tx: Transaction) -> None:
             tx.clusters.insert(samples.cluster("clusters/a"))

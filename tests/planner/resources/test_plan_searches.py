@@ -239,7 +239,7 @@ async def test_a_watch_ends_with_the_term_as_one_that_another_planner_continues(
         await planner.create("night", seed=WAIT)
         watch = planner.stub.WatchPlan(pb2.WatchPlanRequest(name="plans/night"))
         await watch.read()
-        planner.hubs.close(planner.store.not_leader())
+        planner.hubs.close(planner.store.leadership.not_leader())
 
         async def rest() -> None:
             while await watch.read() is not grpc.aio.EOF:

@@ -34,7 +34,7 @@ def postgres_url() -> Iterator[str]:
 
 async def test_a_change_whose_caller_gave_up_is_still_told(tmp_path: Path) -> None:
     store = await Store.open(f"sqlite:///{tmp_path}/hetis.db")
-    hubs, fleet = Hubs(await store.lead("test")), FakeFleet()
+    hubs, fleet = Hubs(await store.leadership.grant("test")), FakeFleet()
     clusters = Clusters(store, hubs, fleet, DeclaredFleets())
     request = pb.CreateClusterRequest(cluster_id="a", cluster=cluster_pb2.Cluster(document=document()))
     call = asyncio.create_task(clusters.create(request))
@@ -100,7 +100,7 @@ def test_a_repeated_request_survives_a_restart_of_the_planner(postgres_url: str)
 
     async def ask() -> pb.CreateClusterResponse:
         store = await Store.open(postgres_url)
-        hubs = Hubs(await store.lead("test"))
+        hubs = Hubs(await store.leadership.grant("test"))
         clusters = Clusters(store, hubs, FakeFleet(), DeclaredFleets())
         answer = await clusters.create(request)
         assert len((await clusters.list(pb.ListClustersRequest())).clusters) == 1
@@ -125,7 +125,7 @@ async def test_a_request_id_is_the_same_in_upper_case(tmp_path: Path) -> None:
     again.CopyFrom(request)
     again.request_id = request.request_id.upper()
     store = await Store.open(f"sqlite:///{tmp_path}/hetis.db")
-    clusters = Clusters(store, Hubs(await store.lead("test")), FakeFleet(), DeclaredFleets())
+    clusters = Clusters(store, Hubs(await store.leadership.grant("test")), FakeFleet(), DeclaredFleets())
     assert await clusters.create(request) == await clusters.create(again)
     await store.close()
 
@@ -142,7 +142,7 @@ async def test_an_answer_is_kept_without_its_document_and_given_with_it(tmp_path
     )
     other = pb.UpdateClusterRequest(cluster=cluster_pb2.Cluster(name="clusters/a", document=document()))
     store = await Store.open(f"sqlite:///{tmp_path}/hetis.db")
-    clusters = Clusters(store, Hubs(await store.lead("test")), FakeFleet(), DeclaredFleets())
+    clusters = Clusters(store, Hubs(await store.leadership.grant("test")), FakeFleet(), DeclaredFleets())
     created, updated = await clusters.create(create), await clusters.update(update)
     assert len(updated.cluster.document.content) > 10_000
     with sqlite3.connect(tmp_path / "hetis.db") as shell:

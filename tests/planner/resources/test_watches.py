@@ -249,7 +249,7 @@ async def test_watches_end_with_the_term_as_those_that_another_planner_continues
         await make(planner)
         watcher = Watcher(planner)
         await watcher.catch_up()
-        planner.hubs.close(planner.store.not_leader())
+        planner.hubs.close(planner.store.leadership.not_leader())
         refusal = await refused(watcher.next())
         assert (refusal.code, refusal.reason) == (grpc.StatusCode.UNAVAILABLE, "NOT_LEADER")
 

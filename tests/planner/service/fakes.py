@@ -24,7 +24,6 @@ from hetis.v1 import (
     agent_service_pb2_grpc,
     audit_service_pb2_grpc,
     cluster_service_pb2_grpc,
-    dispatch_service_pb2,
     dispatch_service_pb2_grpc,
     failure_pb2,
     plan_pb2,
@@ -115,14 +114,6 @@ class FakeAgents(agent_service_pb2_grpc.AgentServiceServicer):
             self.gone.set()
 
 
-class FakeDispatch(dispatch_service_pb2_grpc.DispatchServiceServicer):
-    """A silent stream."""
-
-    async def DispatchRequests(self, request_iterator: Any, context: Any) -> AsyncIterator[Any]:
-        async for request in request_iterator:
-            yield dispatch_service_pb2.DispatchRequestsResponse(sequence=request.sequence)
-
-
 class FakePlanner:
     """The planner interface that `running` needs."""
 
@@ -157,7 +148,7 @@ class FakePlanner:
             ),
             Servicing(
                 service="hetis.v1.DispatchService",
-                servicer=FakeDispatch(),
+                servicer=dispatch_service_pb2_grpc.DispatchServiceServicer(),
                 add=dispatch_service_pb2_grpc.add_DispatchServiceServicer_to_server,
             ),
             Servicing(

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from hetis.formats.command_line.process import command_process
+from hetis.commands.process import command_process
 from tests.command_line import run_here
 
 FAKE = "tests.planner.service.process"

@@ -77,7 +77,7 @@ async def test_every_role_may_call_what_it_may_and_nothing_else(tmp_path: Path) 
             for role, token in tokens.items():
                 channel = planner.channel
                 call: Any
-                if name in ("ConnectNode", "DispatchRequests"):
+                if name == "ConnectNode":
                     call = channel.stream_stream(method)(metadata=bearing(token))
                     await call.done_writing()
                 elif name in STREAMS:

@@ -151,7 +151,7 @@ def test_a_cluster_that_another_version_stored_is_named_with_its_store_and_ends_
 
 async def _store_cluster(url: str, text: str) -> None:
     store = await Store.open(url)
-    await store.lead("another version")
+    await store.leadership.grant("another version")
     await store.write(lambda tx: tx.clusters.insert(samples.cluster("clusters/small", text=text.encode())))
     await store.close()
 

@@ -182,7 +182,7 @@ async def test_a_store_that_is_away_ends_no_loop() -> None:
 async def test_the_command_filters_lines_and_finds_a_changed_one(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path}/hetis.db"
     store = await Store.open(url)
-    await store.lead("test")
+    await store.leadership.grant("test")
 
     def append(tx: object) -> None:
         for n, (caller, outcome) in enumerate((("ci", "OK"), ("eve", "ROLE"), ("ci", "OK"))):

@@ -14,7 +14,7 @@ import pytest
 from google.protobuf import descriptor_pool
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from hetis.formats.endpoints import STREAM_OPEN
+from hetis.commands.endpoints import STREAM_OPEN
 from hetis.planner.callers import CallerRole, Identity
 from hetis.planner.failures import Reason, ServiceError, not_found, wrong_node
 from hetis.planner.service import statuses
@@ -24,10 +24,8 @@ from hetis.planner.service.limits import MOST_OF_A_CALLER, MOST_OF_A_HOST
 from hetis.planner.service.metrics import ServiceMetrics
 from hetis.planner.service.telemetry import JsonLines, Telemetry, TextLines
 from hetis.v1 import agent_service_pb2 as agents
-from hetis.v1 import dispatch_service_pb2 as dispatch
 from hetis.v1 import plan_service_pb2 as plans
 from hetis.v1.agent_service_pb2_grpc import AgentServiceStub
-from hetis.v1.dispatch_service_pb2_grpc import DispatchServiceStub
 from hetis.v1.plan_service_pb2_grpc import PlanServiceStub
 from hetis.v1.statuses import CODE_OF_REASON
 from tests.planner.service.serving import Served, details_of, failure_of, reason_of, served
@@ -58,16 +56,6 @@ async def test_a_deadline_may_be_sixty_seconds_away(seconds: float, accepted: bo
         else:
             error = await failure_of(get(planner, "plans/p", timeout=seconds))
             assert reason_of(error) == "DEADLINE_TOO_LONG"
-
-
-async def test_dispatch_calls_may_wait_ten_seconds_only() -> None:
-    async with served() as planner:
-        stub = DispatchServiceStub(planner.channel)
-        error = await failure_of(stub.AdmitRequests(dispatch.AdmitRequestsRequest(), timeout=11))
-        assert reason_of(error) == "DEADLINE_TOO_LONG"
-        assert details_of(error)["ErrorInfo"].metadata["max_s"] == "10"
-        within = await failure_of(stub.AdmitRequests(dispatch.AdmitRequestsRequest(), timeout=10))
-        assert within.code() is grpc.StatusCode.UNIMPLEMENTED  # the fake's status: the call was admitted
 
 
 async def test_streams_need_no_deadline() -> None:
@@ -401,12 +389,9 @@ async def test_credentials_that_allow_less_end_the_streams_that_began_with_more(
         known = before
         credentials = Credentials(tokens=lambda: known, trust_domain=None, clock=lambda: 0.0)
         async with served(authenticator=credentials) as planner:
-            stub = DispatchServiceStub(planner.channel)
-            stream = stub.DispatchRequests(metadata=(("authorization", f"Bearer {token}"),))
-            # Twice, so that the first message, with the headers, has certainly been sent.
-            for sequence in (0, 1):
-                await stream.write(dispatch.DispatchRequestsRequest(sequence=sequence))
-                await stream.read()
+            stream = AgentServiceStub(planner.channel).ConnectNode(metadata=(("authorization", f"Bearer {token}"),))
+            await stream.write(agents.ConnectNodeRequest(sequence=1, hello=agents.Hello(node=node)))
+            await stream.read()
             known = after
             planner.calls.end_revoked_streams()
             if ends:
@@ -414,18 +399,14 @@ async def test_credentials_that_allow_less_end_the_streams_that_began_with_more(
                 assert (error.code(), reason_of(error)) == (grpc.StatusCode.UNAVAILABLE, "DRAINING")
                 assert "allow less than when this stream began" in str(error.details())
             else:
-                await stream.write(dispatch.DispatchRequestsRequest(sequence=2))
-                answer = await stream.read()
-                assert isinstance(answer, dispatch.DispatchRequestsResponse)
-                assert answer.sequence == 2
-                stream.cancel()
+                planner.planner.agents.goodbye.set()
+                assert (await stream.read()).WhichOneof("message") == "goodbye"
 
     whole, part = of(agent, scope=cluster), of(agent, scope=node)
     for before, after, ends in (
         (whole, part, True),
         (part, whole, False),
         (part, of(agent, scope="clusters/c/nodes/other"), True),
-        (of(orchestrator, scope=None), part, True),
         (of(agent, orchestrator, scope=node), part, True),
         (part, of(agent, orchestrator, scope=node), False),
     ):

@@ -18,8 +18,8 @@ from hetis.planner.service.loops import Loops
 from hetis.planner.service.running import show_failure
 from hetis.planner.service.succession import ANSWERED_S, Succession
 from hetis.planner.store import Store, StoreError
-from hetis.planner.store.leadership import Lease
-from hetis.planner.store.store import StoreHealth
+from hetis.planner.store.health import StoreHealth
+from hetis.planner.store.lease import Lease
 from tests.planner.service.serving import served
 
 
@@ -127,17 +127,21 @@ class LostStore:
         self.led_s_ago = 0.0
         self.stands_by = asyncio.Event()
 
-    async def lead(self, *_: object) -> int:
+    @property
+    def leadership(self) -> LostStore:
+        return self
+
+    async def grant(self, *_: object) -> int:
         return 1
 
-    async def announce(self) -> None: ...
+    async def promote(self) -> None: ...
 
     async def stand_by(self, *_: object) -> int:
         self.stands_by.set()
         await asyncio.Event().wait()
         return 2
 
-    async def until_replaced(self) -> None: ...
+    async def until_ended(self) -> None: ...
 
     async def until_failed(self) -> None: ...
 
@@ -199,7 +203,7 @@ def test_a_standby_is_not_ready_where_nobody_leads_and_it_cannot_take_over() -> 
 
 async def test_a_leader_that_cannot_write_is_not_ready_though_its_store_answers() -> None:
     class KeptStore(LostStore):
-        async def until_replaced(self) -> None:
+        async def until_ended(self) -> None:
             await asyncio.Event().wait()
 
     now_s, store = 100.0, KeptStore()

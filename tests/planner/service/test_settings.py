@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from hetis.commands.endpoints import is_loopback
 from hetis.formats.documents import dump_data
-from hetis.formats.endpoints import is_loopback
 from hetis.formats.errors import DocumentError
 from hetis.planner.service.settings import (
     Given,

@@ -256,7 +256,7 @@ def running_cluster(name: str = "clusters/c") -> ClusterNow:
     replica = LiveReplica(
         name=f"{name}/replicas/r", plan="plans/p",
         state=replica_pb2.REPLICA_STATE_DEGRADED, generation=4,
-        authority=replica_pb2.HEAD_MAP_AUTHORITY_ENGINE, primary_node="a", shape=shape, stages=(),
+        primary_node="a", shape=shape, stages=(),
         conditions={}, report=report_pb2.ReplicaReport(num_running=7, num_waiting=2), report_time_s=1.0,
         redispatch=f"{name}/redispatches/1",
     )  # fmt: skip

@@ -22,7 +22,7 @@ def test_every_change_is_limited_and_nothing_else() -> None:
     names = {method.rpartition("/")[2] for method in WRITES}
     assert {"CreateCluster", "DeleteProfile", "ActivatePlan", "CancelPlan", "DrainNode"} <= names
     assert not any(name.startswith(("Get", "List", "Watch", "Read", "Explain", "Diff")) for name in names)
-    assert WRITES.isdisjoint({"/hetis.v1.DispatchService/AdmitRequests", "/hetis.v1.AgentService/ConnectNode"})
+    assert WRITES.isdisjoint({"/hetis.v1.DispatchService/SolveDispatch", "/hetis.v1.AgentService/ConnectNode"})
     assert NEEDED.keys() > WRITES
 
 

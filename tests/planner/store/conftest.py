@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-import hetis.planner.store.leadership as leadership
+import hetis.planner.store.lease as lease
 from tests.planner.store.postgres import find_binaries, new_database, running_server
 
 _numbers = itertools.count()
@@ -18,7 +18,7 @@ _numbers = itertools.count()
 def epochs_from_one(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let new stores begin with epoch 1 instead of the clock, so that tests may count; not with ``epochs_of_clock``."""
     if "epochs_of_clock" not in request.fixturenames:
-        monkeypatch.setattr(leadership, "begin_at", lambda *_: None)
+        monkeypatch.setattr(lease, "begin_at", lambda *_: None)
 
 
 @pytest.fixture

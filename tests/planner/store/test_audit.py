@@ -38,7 +38,7 @@ def append_some(tx: Transaction) -> None:
 def connection(url: str) -> Any:
     async def scenario() -> None:
         store = await Store.open(url)
-        await store.lead("test")
+        await store.leadership.grant("test")
         await store.write(append_some)
         await store.close()
 

@@ -45,7 +45,7 @@ def with_store(url: str, work: Callable[[Transaction], Any] | None = None) -> tu
 
     async def scenario() -> tuple[int, Any]:
         store = await Store.open(url)
-        epoch = await store.lead("test")
+        epoch = await store.leadership.grant("test")
         found = await store.write(work) if work is not None else None
         await store.close()
         return epoch, found
@@ -96,7 +96,7 @@ def test_a_planner_that_starts_during_a_restoration_leads_after_it(url: str, tmp
             with unused(url):
                 store = await Store.open(url)
                 with pytest.raises(ServiceError, match="another planner is the leader"):
-                    await store.lead("early")
+                    await store.leadership.grant("early")
             await store.close()
             return
         with engine.begin() as delaying:
@@ -105,7 +105,7 @@ def test_a_planner_that_starts_during_a_restoration_leads_after_it(url: str, tmp
             await asyncio.sleep(1.0)
             assert not restoring.done()
             store = await Store.open(url)
-            starting = asyncio.create_task(store.lead("early"))
+            starting = asyncio.create_task(store.leadership.grant("early"))
             await asyncio.sleep(0.5)
             assert not starting.done()
         _, epoch = await restoring
@@ -246,7 +246,7 @@ def test_the_epoch_of_a_restored_store_leaves_room_for_events_of_watches_in_63_b
 async def test_a_backup_is_of_one_moment_while_a_planner_writes(url: str, tmp_path: Path) -> None:
     backup = tmp_path / "backup.db"
     store = await Store.open(url)
-    await store.lead("test")
+    await store.leadership.grant("test")
     is_done = asyncio.Event()
 
     async def write() -> int:
@@ -274,7 +274,7 @@ async def test_a_backup_is_of_one_moment_while_a_planner_writes(url: str, tmp_pa
 async def test_a_store_in_use_or_filled_is_not_replaced_and_a_backup_neither(url: str, tmp_path: Path) -> None:
     backup = tmp_path / "backup.db"
     store = await Store.open(url)
-    await store.lead("the one that leads")
+    await store.leadership.grant("the one that leads")
     await store.write(fill)
     await asyncio.to_thread(back_up, url, backup)
     for work in (lambda: restore(url, backup, replace=True), lambda: migrate_to(url, revisions()[0])):
@@ -310,7 +310,7 @@ async def test_the_store_of_a_killed_planner_comes_back_whole(tmp_path: Path) ->
     killed = tmp_path / "killed" / "hetis.db"
     killed.parent.mkdir()
     store = await Store.open(f"sqlite:///{tmp_path}/hetis.db")
-    await store.lead("test")
+    await store.leadership.grant("test")
     await store.write(fill)
     for found in tmp_path.glob("hetis.db*"):
         shutil.copyfile(found, killed.with_name(found.name))
@@ -356,7 +356,7 @@ def test_only_a_planner_and_a_restoration_make_a_store(tmp_path: Path) -> None:
 async def test_a_store_has_one_lock_by_whatever_name(tmp_path: Path) -> None:
     linked = tmp_path / "linked.db"
     store = await Store.open(f"sqlite:///{tmp_path}/hetis.db")
-    await store.lead("test")
+    await store.leadership.grant("test")
     linked.symlink_to(tmp_path / "hetis.db")
     with pytest.raises(StoreError, match="is in use by a planner: stop it first"):
         await asyncio.to_thread(migrate_to, f"sqlite:///{linked}", revisions()[0])

@@ -56,7 +56,7 @@ def _end_lease(url: str) -> None:
 
 async def _stored(url: str) -> tuple[list[int], int]:
     store = await Store.open(url)
-    await store.lead("reader")
+    await store.leadership.grant("reader")
     records = await store.read(lambda tx: tx.clusters.all())
     documents = await store.read(lambda tx: [tx.plan_documents.get(record.name) for record in records])
     await store.close()
@@ -67,7 +67,7 @@ async def test_the_lock_of_a_killed_planner_is_free(sqlite_url: str) -> None:
     epochs = []
     for _ in range(2):
         store = await Store.open(sqlite_url)
-        epochs.append(await store.lead("before or after"))
+        epochs.append(await store.leadership.grant("before or after"))
         await store.close()
         _write_until_killed(sqlite_url, 1)
     assert epochs[1] == epochs[0] + 2
@@ -75,14 +75,14 @@ async def test_the_lock_of_a_killed_planner_is_free(sqlite_url: str) -> None:
 
 async def test_a_full_disk_is_one_clear_error_and_nothing_is_lost(tmp_path: Path, sqlite_url: str) -> None:
     store = await Store.open(sqlite_url)
-    await store.lead("test")
+    await store.leadership.grant("test")
     await store.write(lambda tx: tx.clusters.insert(samples.cluster("clusters/a")))
 
     def limit(connection: object) -> None:
-        with store._engine.connect() as here:  # SQLite's error on a full disk
+        with store._connection.engine.connect() as here:  # SQLite's error on a full disk
             here.exec_driver_sql("PRAGMA max_page_count = 60")
 
-    await store._run(limit, None)
+    await store._connection.run(limit, None)
 
     def too_much(tx: Transaction) -> None:
         tx.clusters.insert(samples.cluster("clusters/b"))
@@ -136,7 +136,7 @@ async def test_a_file_that_is_removed_or_replaced_under_a_planner_takes_no_write
     """In the past writes to a removed file were acknowledged, and gone when the planner ended."""
     file, aside = tmp_path / "hetis.db", tmp_path / "aside.db"
     store = await Store.open(sqlite_url)
-    await store.lead("planner")
+    await store.leadership.grant("planner")
     await store.write(lambda tx: tx.clusters.insert(samples.cluster("clusters/a")))
     file.rename(aside)
     if is_replaced:
@@ -205,7 +205,7 @@ async def test_a_backup_of_a_running_store_is_whole(tmp_path: Path, sqlite_url: 
     """The procedure of docs/store.md."""
     copy = tmp_path / "backup.db"
     store = await Store.open(sqlite_url)
-    await store.lead("test")
+    await store.leadership.grant("test")
     await store.write(lambda tx: tx.clusters.insert(samples.cluster("clusters/a")))
     source, target = sqlite3.connect(tmp_path / "hetis.db"), sqlite3.connect(copy)
     source.backup(target)
@@ -220,7 +220,7 @@ async def test_a_backup_of_a_running_store_is_whole(tmp_path: Path, sqlite_url: 
 
 async def test_a_server_that_restarts_costs_calls_in_between_and_nothing_else(postgres_url: str) -> None:
     store = await Store.open(postgres_url)
-    await store.lead("test")
+    await store.leadership.grant("test")
     await store.write(lambda tx: tx.clusters.insert(samples.cluster("clusters/a")))
 
     def cut_off(tx: Transaction) -> None:
@@ -252,6 +252,6 @@ async def _open_and_close(url: str) -> None:
 async def _open_and_lead(url: str) -> None:
     store = await Store.open(url)
     try:
-        await store.lead("test")
+        await store.leadership.grant("test")
     finally:
         await store.close()

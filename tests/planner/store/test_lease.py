@@ -14,7 +14,8 @@ import sqlalchemy as sa
 
 from hetis.planner.failures import ServiceError
 from hetis.planner.store import Store, StoreError, Transaction
-from hetis.planner.store.leadership import Lease
+from hetis.planner.store.leadership import Leadership, LeadershipState
+from hetis.planner.store.lease import Lease
 from tests.faults.proxy import Proxy
 from tests.planner.store import samples
 from tests.planner.store.postgres import num_waiting, set_clock_back
@@ -67,13 +68,13 @@ def test_a_file_holds_its_lease_for_ever() -> None:
 async def test_a_leader_behind_a_frozen_network_ends_its_term_by_its_own_clock(postgres_url: str, proxy: Proxy) -> None:
     """A defect in the past: the first planner went on for 93 s while the second one led."""
     old = await Store.open(through(proxy, postgres_url), lease_s=LEASE_S)
-    await old.lead("old", ("10.0.0.1:8470",))
+    await old.leadership.grant("old", ("10.0.0.1:8470",))
     new = await Store.open(postgres_url, lease_s=LEASE_S)
-    standing_by = asyncio.create_task(new.stand_by("new"))
+    standing_by = asyncio.create_task(new.leadership.stand_by("new"))
     proxy.freeze()
     began_s = time.monotonic()
     write = asyncio.create_task(old.write(lambda tx: tx.clusters.insert(samples.cluster("clusters/a"))))
-    await old.until_replaced()
+    await old.leadership.until_ended()
     assert not standing_by.done()  # the leader stops first
     assert time.monotonic() - began_s < LEASE_S + 0.5
     with pytest.raises(ServiceError, match="it is unknown whether it took effect") as caught:
@@ -99,12 +100,12 @@ async def test_a_leader_that_closes_while_its_server_is_frozen_has_no_lease_that
 ) -> None:
     """A defect in the past: SIGTERM ended a planner with 1, as if its event loop had hung."""
     store = await Store.open(through(proxy, postgres_url), lease_s=LEASE_S)
-    await store.lead("leader")
+    await store.leadership.grant("leader")
     proxy.freeze()
     closing = asyncio.create_task(store.close())
     began_s = time.monotonic()
     while not closing.done():
-        assert not store.lease.is_overdue
+        assert not store.leadership.lease.is_overdue
         await asyncio.sleep(0.05)
     assert time.monotonic() - began_s > LEASE_S
     await closing
@@ -113,13 +114,13 @@ async def test_a_leader_that_closes_while_its_server_is_frozen_has_no_lease_that
 async def test_after_two_thirds_of_the_lease_nothing_is_decided_and_a_renewal_mends_that(postgres_url: str) -> None:
     now_s = 0.0
     store = await Store.open(postgres_url, lease_s=30.0, machine=lambda: now_s)
-    await store.lead("test")
+    await store.leadership.grant("test")
     now_s = 21.0
     with pytest.raises(ServiceError, match=r"was not renewed for 21.0 s of 30 s; nothing was changed") as caught:
         await store.write(lambda tx: tx.clusters.insert(samples.cluster("clusters/a")))
     assert caught.value.reason_name == "STORE_UNAVAILABLE"
     assert caught.value.metadata == {"changed": "no"}
-    store.lease.grant(now_s)
+    store.leadership.lease.grant(now_s)
     await store.write(lambda tx: tx.clusters.insert(samples.cluster("clusters/a")))
     await store.close()
 
@@ -128,17 +129,17 @@ async def test_a_renewal_that_fails_in_whatever_way_ends_the_term_when_the_lease
     """An unexpected error must not leave a leader that neither renews nor ends."""
     engine = sa.create_engine(sa.make_url(postgres_url).set(drivername="postgresql+psycopg"))
     store = await Store.open(postgres_url, lease_s=LEASE_S)
-    await store.lead("test")
+    await store.leadership.grant("test")
     with engine.begin() as connection:
         connection.exec_driver_sql("ALTER TABLE leadership RENAME TO elsewhere")
     async with asyncio.timeout(60):
-        await store.until_replaced()
-    assert not store.lease.is_held
-    assert store.epoch is None
+        await store.leadership.until_ended()
+    assert not store.leadership.lease.is_held
+    assert store.leadership.epoch is None
     with engine.begin() as connection:
         connection.exec_driver_sql("ALTER TABLE elsewhere RENAME TO leadership")
     async with asyncio.timeout(60):
-        assert await store.stand_by("test") == 2
+        assert await store.leadership.stand_by("test") == 2
     await store.close()
     engine.dispose()
 
@@ -154,16 +155,16 @@ async def test_a_renewal_that_is_answered_after_the_lease_does_not_bring_the_ter
         return now_s
 
     store = await Store.open(postgres_url, lease_s=LEASE_S, machine=machine_s)
-    await store.lead("test")
+    await store.leadership.grant("test")
     now_s, is_suspended = 0.4, True  # a renewal requested now is valid until 1.9, and answered at 1.6
     async with asyncio.timeout(60):
-        await store.until_replaced()
+        await store.leadership.until_ended()
     assert now_s == LEASE_S + 0.1
-    assert not store.lease.is_held
-    assert store.epoch is None
+    assert not store.leadership.lease.is_held
+    assert store.leadership.epoch is None
     other = await Store.open(postgres_url, lease_s=LEASE_S)
     async with asyncio.timeout(60):
-        assert await other.stand_by("other") == 2  # the old term is not renewed
+        assert await other.leadership.stand_by("other") == 2  # the old term is not renewed
     await other.close()
     await store.close()
 
@@ -174,38 +175,86 @@ async def test_a_renewal_that_waits_for_its_turn_when_nobody_waits_for_it_is_nev
     """Such a renewal would extend a term that callers know to be over, and delay the next leader."""
     begun, leave = list[int](), threading.Event()
 
-    def blocked(_store: Store, epoch: int) -> None:
+    def blocked(_: Leadership, epoch: int) -> None:
         begun.append(epoch)
         leave.wait(60)
 
-    monkeypatch.setattr(Store, "_renew", blocked)
+    monkeypatch.setattr(Leadership, "_renew", blocked)
     store = await Store.open(postgres_url, lease_s=LEASE_S)
-    await store.lead("test")
+    await store.leadership.grant("test")
     async with asyncio.timeout(60):
-        await store.until_replaced()  # two renewals were awaited in vain: one had begun, one had not
+        await store.leadership.until_ended()  # two renewals were awaited in vain: one had begun, one had not
     leave.set()
-    assert await store.stand_by("test") == 2
+    assert await store.leadership.stand_by("test") == 2
     assert begun[0] == 1
     assert begun.count(1) == 1
     await store.close()
+
+
+async def test_a_lease_that_has_expired_is_not_renewed_by_a_request_that_waited_in_the_server(
+    postgres_url: str,
+) -> None:
+    """A defect in the past: after a stall of the database, the renewal of a dead term kept all others from leading."""
+    store = await Store.open(postgres_url, lease_s=30.0)
+    await store.leadership.grant("test")
+    await stop_renewing(store)
+    with psycopg.connect(postgres_url) as connection:
+        connection.execute("UPDATE leadership SET lease_end_s = extract(epoch FROM clock_timestamp()) - 0.01")
+    expired = row_of(postgres_url)
+    with pytest.raises(ServiceError, match="had expired before its renewal reached the store") as caught:
+        await store.leadership.promote()
+    assert caught.value.reason_name == "NOT_LEADER"
+    assert row_of(postgres_url) == expired
+    other = await Store.open(postgres_url, lease_s=30.0)
+    assert await other.leadership.grant("other") == 2
+    await other.close()
+    await store.close()
+
+
+async def test_a_planner_goes_through_the_states_of_leadership(url: str) -> None:
+    store = await Store.open(url)
+    leadership = store.leadership
+    assert leadership.state is LeadershipState.WATCHING
+    await leadership.grant("planner")
+    assert leadership.state is LeadershipState.TAKEN
+    await leadership.promote()
+    assert leadership.state is LeadershipState.LEADING
+    leadership.demote()
+    assert (leadership.state, leadership.epoch) == (LeadershipState.ENDED, None)
+    await leadership.until_ended()
+    with pytest.raises(ServiceError, match="is not the leader"):
+        await leadership.promote()
+    await store.close()
+    assert leadership.state is LeadershipState.ENDED
+
+
+async def test_a_term_that_was_revoked_does_not_keep_another_planner_waiting(url: str) -> None:
+    first, second = [await Store.open(url, lease_s=60.0) for _ in range(2)]
+    await first.leadership.grant("first")
+    await first.leadership.revoke()
+    assert await second.leadership.grant("second") == 2
+    await first.leadership.revoke()  # does nothing, in particular not to the other's term
+    await second.write(lambda tx: tx.clusters.insert(samples.cluster("clusters/a")))
+    for store in (first, second):
+        await store.close()
 
 
 async def test_whoever_hears_that_the_lease_is_over_ends_the_term(postgres_url: str) -> None:
     """NOT_LEADER is final, because agents are redirected after it."""
     now_s = 0.0
     store = await Store.open(postgres_url, lease_s=30.0, machine=lambda: now_s)
-    await store.lead("test")
+    await store.leadership.grant("test")
     now_s = 30.1
     with pytest.raises(ServiceError, match="is not the leader"):
         await store.write(lambda tx: tx.clusters.insert(samples.cluster("clusters/a")))
-    assert store.epoch is None
-    await store.until_replaced()
+    assert store.leadership.epoch is None
+    await store.leadership.until_ended()
     await store.close()
 
 
 async def test_a_lease_is_renewed_while_a_write_takes_longer_than_it(postgres_url: str) -> None:
     store = await Store.open(postgres_url, lease_s=LEASE_S)
-    await store.lead("test")
+    await store.leadership.grant("test")
     entered, leave = threading.Event(), threading.Event()
 
     def slow(tx: Transaction) -> None:
@@ -215,7 +264,7 @@ async def test_a_lease_is_renewed_while_a_write_takes_longer_than_it(postgres_ur
         tx.clusters.insert(samples.cluster("clusters/a"))
 
     await store.write(slow)
-    assert store.lease.may_decide
+    assert store.leadership.lease.may_decide
     await store.close()
 
 
@@ -226,20 +275,20 @@ async def test_a_renewal_is_one_round_trip_and_taking_over_is_five(
     granted = list[int]()  # number of round trips before each grant
     grant = Lease.grant
 
-    def counting(lease: Lease, asked_s: float) -> None:
+    def counting(lease: Lease, requested_s: float) -> None:
         granted.append(proxy.num_asked)
-        grant(lease, asked_s)
+        grant(lease, requested_s)
 
     other = await Store.open(postgres_url, lease_s=LEASE_S)
-    await other.lead("other")
+    await other.leadership.grant("other")
     # The clock stands still: no probe of the other connection is due, and no lease ends.
     store = await Store.open(through(proxy, postgres_url), lease_s=LEASE_S, machine=lambda: 0.0)
     with pytest.raises(ServiceError, match="another planner is the leader"):
-        await store.lead("store")
+        await store.leadership.grant("store")
     await other.close()
     connected = proxy.num_asked
     monkeypatch.setattr(Lease, "grant", counting)
-    await store.stand_by("store")
+    await store.leadership.stand_by("store")
     assert granted.pop() - connected == 5  # reading the leader, then BEGIN, the row, its change, COMMIT
     async with asyncio.timeout(60):
         while len(granted) < 9:
@@ -253,7 +302,7 @@ async def test_a_write_that_is_done_after_the_lease_is_not_acknowledged(postgres
     """This happens if the process is suspended between commit and answer."""
     now_s = 0.0
     store = await Store.open(postgres_url, lease_s=30.0, machine=lambda: now_s)
-    await store.lead("test")
+    await store.leadership.grant("test")
 
     def slow(tx: Transaction) -> None:
         nonlocal now_s
@@ -267,12 +316,15 @@ async def test_a_write_that_is_done_after_the_lease_is_not_acknowledged(postgres
 
 async def test_a_standby_knows_who_leads_and_where_and_leads_when_that_one_goes(url: str) -> None:
     first, second = await Store.open(url), await Store.open(url)
-    await first.lead("first", ("10.0.0.1:8470", "10.0.0.1:8480"))
-    await first.announce()
-    standing_by = asyncio.create_task(second.stand_by("second"))
-    while second.leader is None:
+    await first.leadership.grant("first", ("10.0.0.1:8470", "10.0.0.1:8480"))
+    await first.leadership.promote()
+    standing_by = asyncio.create_task(second.leadership.stand_by("second"))
+    while second.leadership.leader is None:
         await asyncio.sleep(0.01)
-    assert second.not_leader().metadata == {"leader": "first", "leader_address": "10.0.0.1:8470,10.0.0.1:8480"}
+    assert second.leadership.not_leader().metadata == {
+        "leader": "first",
+        "leader_address": "10.0.0.1:8470,10.0.0.1:8480",
+    }
     assert await second.read(lambda tx: tx.clusters.all()) == []
     await first.close()
     assert await asyncio.wait_for(standing_by, 60) == 2
@@ -283,23 +335,23 @@ async def test_nobody_is_named_as_leader_once_the_lease_has_ended(postgres_url: 
     """In the past a standby that could not take over named the last leader for ever."""
     now_s = 0.0
     first = await Store.open(postgres_url, lease_s=30.0)
-    await first.lead("first")
-    await first.announce()
+    await first.leadership.grant("first")
+    await first.leadership.promote()
     cut_off = await Store.open(through(proxy, postgres_url), lease_s=30.0, machine=lambda: now_s)
-    standing_by = asyncio.create_task(cut_off.stand_by("second"))
+    standing_by = asyncio.create_task(cut_off.leadership.stand_by("second"))
     async with asyncio.timeout(60):
-        while cut_off.leader is None:
+        while cut_off.leadership.leader is None:
             await asyncio.sleep(0.01)
-    assert cut_off.not_leader().metadata == {"leader": "first"}
+    assert cut_off.leadership.not_leader().metadata == {"leader": "first"}
     proxy.freeze()
     now_s = 31.0
-    assert cut_off.leader is None
-    error = cut_off.not_leader()
+    assert cut_off.leadership.leader is None
+    error = cut_off.leadership.not_leader()
     assert str(error) == "this planner is not the leader, and no planner leads now as far as it knows"
     assert error.metadata == {}
     proxy.thaw()
     async with asyncio.timeout(60):
-        while cut_off.leader is None:  # it still leads, and renews the lease
+        while cut_off.leadership.leader is None:  # it still leads, and renews the lease
             await asyncio.sleep(0.01)
     standing_by.cancel()
     await first.close()
@@ -308,24 +360,24 @@ async def test_nobody_is_named_as_leader_once_the_lease_has_ended(postgres_url: 
 
 async def test_nobody_is_named_as_leader_when_the_lease_was_seen_to_have_ended(postgres_url: str) -> None:
     first, second = [await Store.open(postgres_url, lease_s=30.0) for _ in range(2)]
-    await first.lead("first")
-    await first.announce()
+    await first.leadership.grant("first")
+    await first.leadership.promote()
     with pytest.raises(ServiceError, match=r"another planner is the leader of store .*: first"):
-        await second.lead("second")
-    assert second.leader is not None
+        await second.leadership.grant("second")
+    assert second.leadership.leader is not None
     await first.close()
     await second._probe()
-    assert second.leader is None
-    assert "no planner leads now" in str(second.not_leader())
+    assert second.leadership.leader is None
+    assert "no planner leads now" in str(second.leadership.not_leader())
     await second.close()
 
 
 async def test_a_planner_that_cannot_use_its_term_ends_it_and_stands_by(url: str) -> None:
     """In the past it renewed the lease of its term and waited for its end: nobody led any more."""
     store = await Store.open(url)
-    assert await store.lead("planner") == 1
+    assert await store.leadership.grant("planner") == 1
     async with asyncio.timeout(30):
-        assert await store.stand_by("planner") == 2
+        assert await store.leadership.stand_by("planner") == 2
     await store.write(lambda tx: tx.clusters.insert(samples.cluster("clusters/a")))
     await store.close()
 
@@ -336,7 +388,7 @@ async def test_a_term_that_has_not_begun_does_not_count_as_led_for_anyone(url: s
 
     async def fail_to_begin(store: Store, name: str, terms: list[int]) -> None:
         while True:
-            terms.append(await store.stand_by(name))
+            terms.append(await store.leadership.stand_by(name))
 
     stores = [await Store.open(url, machine=lambda: now_s) for _ in range(2)]
     now_s = 100.0
@@ -348,34 +400,34 @@ async def test_a_term_that_has_not_begun_does_not_count_as_led_for_anyone(url: s
     async with asyncio.timeout(60):
         while min(map(len, terms)) < 2:
             await asyncio.sleep(0.01)
-            assert [store.led_s_ago for store in stores] == [100.0, 100.0]
+            assert [store.leadership.led_s_ago for store in stores] == [100.0, 100.0]
     for task in failing:
         task.cancel()
     await asyncio.gather(*failing, return_exceptions=True)
     await stores[1].close()
     async with asyncio.timeout(60):
-        await stores[0].stand_by("first")
-    await stores[0].announce()
-    assert stores[0].led_s_ago == 0.0
+        await stores[0].leadership.stand_by("first")
+    await stores[0].leadership.promote()
+    assert stores[0].leadership.led_s_ago == 0.0
     await stores[0].close()
 
 
 async def test_a_standby_does_not_name_a_planner_as_leader_before_its_term_has_begun(url: str) -> None:
     now_s = 0.0
     first, second = await Store.open(url), await Store.open(url, machine=lambda: now_s)
-    await first.lead("first")
+    await first.leadership.grant("first")
     with pytest.raises(ServiceError, match=r"the leader of store .*, but has not begun its term yet") as caught:
-        await second.lead("second")
+        await second.leadership.grant("second")
     assert caught.value.metadata == {}
-    standing_by = asyncio.create_task(second.stand_by("second"))
+    standing_by = asyncio.create_task(second.leadership.stand_by("second"))
     now_s = 100.0
     await asyncio.sleep(1.0)  # two looks
-    assert (second.leader, second.led_s_ago) == (None, 100.0)
-    await first.announce()
+    assert (second.leadership.leader, second.leadership.led_s_ago) == (None, 100.0)
+    await first.leadership.promote()
     async with asyncio.timeout(60):
-        while second.led_s_ago:
+        while second.leadership.led_s_ago:
             await asyncio.sleep(0.01)
-    assert second.not_leader().metadata == {"leader": "first"}
+    assert second.leadership.not_leader().metadata == {"leader": "first"}
     standing_by.cancel()
     for store in (first, second):
         await store.close()
@@ -383,9 +435,9 @@ async def test_a_standby_does_not_name_a_planner_as_leader_before_its_term_has_b
 
 async def test_a_renewal_does_not_take_back_that_the_term_has_begun(postgres_url: str) -> None:
     store = await Store.open(postgres_url, lease_s=LEASE_S)
-    await store.lead("leader")
+    await store.leadership.grant("leader")
     assert row_of(postgres_url)[1] == ""
-    await store.announce()
+    await store.leadership.promote()
     announced = row_of(postgres_url)
     assert announced[1] == "leader"
     async with asyncio.timeout(60):
@@ -394,14 +446,14 @@ async def test_a_renewal_does_not_take_back_that_the_term_has_begun(postgres_url
     assert row_of(postgres_url)[1] == "leader"
     await store.close()
     with pytest.raises(ServiceError, match="is not the leader"):
-        await store.announce()
+        await store.leadership.promote()
 
 
 async def test_another_planner_leads_after_a_term_that_could_not_be_used(url: str) -> None:
     first, second = await Store.open(url, lease_s=60.0), await Store.open(url, lease_s=60.0)
-    await first.lead("first")
-    other = asyncio.create_task(second.stand_by("second"))
-    standing_by = asyncio.create_task(first.stand_by("first"))
+    await first.leadership.grant("first")
+    other = asyncio.create_task(second.leadership.stand_by("second"))
+    standing_by = asyncio.create_task(first.leadership.stand_by("first"))
     async with asyncio.timeout(30):
         assert await other == 2
     with pytest.raises(ServiceError, match="the leader"):
@@ -500,12 +552,12 @@ class Standby:
         self._clock[0] += seconds
         for _ in range(2):  # the first look may have begun before
             self._clock[0] += 1e-6
-            while self.store.led_s_ago and not self.taking.done():
+            while self.store.leadership.led_s_ago and not self.taking.done():
                 await asyncio.sleep(0.01)
 
     async def _lead(self) -> int:
-        epoch = await self.store.stand_by("standby")
-        await self.store.announce()
+        epoch = await self.store.leadership.stand_by("standby")
+        await self.store.leadership.promote()
         return epoch
 
     async def close(self) -> None:
@@ -522,7 +574,7 @@ def row_of(url: str) -> tuple[int, str, float]:
 
 async def stop_renewing(store: Store) -> None:
     """Leave the store with a term that nobody renews, as if its process were gone or suspended."""
-    renewal = store._renewal
+    renewal = store.leadership._renewal
     assert renewal is not None
     renewal.cancel()
     await asyncio.gather(renewal, return_exceptions=True)
@@ -535,8 +587,8 @@ async def test_a_lease_that_a_step_of_the_clock_prolongs_is_taken_when_nobody_re
     """In the past, standbys waited for an hour after a step of an hour. A leader that lives after all is deposed."""
     set_clock_back(postgres_url, 0)
     old = await Store.open(postgres_url, lease_s=lease_s, machine=lambda: 0.0)  # its own clock never ends its term
-    await old.lead("old")
-    await old.announce()
+    await old.leadership.grant("old")
+    await old.leadership.promote()
     await stop_renewing(old)
     set_clock_back(postgres_url, HOUR_S)
     standby = await Standby.open(postgres_url, lease_s=lease_s)
@@ -550,7 +602,7 @@ async def test_a_lease_that_a_step_of_the_clock_prolongs_is_taken_when_nobody_re
     with pytest.raises(ServiceError, match="another planner is the leader: standby"):
         await old.write(lambda tx: tx.clusters.insert(samples.cluster("clusters/a")))
     with pytest.raises(ServiceError, match="another planner is the leader: standby"):
-        await old._limited(old._renew, 1)
+        await old.leadership._in_time(old.leadership._renew, 1)
     await standby.store.write(lambda tx: tx.clusters.insert(samples.cluster("clusters/b")))
     assert await old.read(lambda tx: [record.name for record in tx.clusters.all()]) == ["clusters/b"]
     await old.close()
@@ -560,8 +612,8 @@ async def test_a_lease_that_a_step_of_the_clock_prolongs_is_taken_when_nobody_re
 async def test_a_leader_that_renews_keeps_its_lease_whatever_the_clock_does(postgres_url: str) -> None:
     set_clock_back(postgres_url, 0)
     leader = await Store.open(postgres_url, lease_s=3.0)
-    await leader.lead("leader")
-    await leader.announce()
+    await leader.leadership.grant("leader")
+    await leader.leadership.promote()
     standby = await Standby.open(postgres_url)
     async with asyncio.timeout(60):
         await standby.pass_time(0)
@@ -582,8 +634,8 @@ async def test_a_leader_that_renews_keeps_its_lease_whatever_the_clock_does(post
 async def test_a_renewal_that_comes_just_before_the_takeover_wins(postgres_url: str) -> None:
     set_clock_back(postgres_url, 0)
     leader = await Store.open(postgres_url, lease_s=LEASE_S, machine=lambda: 0.0)
-    await leader.lead("leader")
-    await leader.announce()
+    await leader.leadership.grant("leader")
+    await leader.leadership.promote()
     await stop_renewing(leader)
     set_clock_back(postgres_url, HOUR_S)
     standby = await Standby.open(postgres_url)
@@ -608,8 +660,8 @@ async def test_a_renewal_that_comes_just_before_the_takeover_wins(postgres_url: 
 async def test_only_one_of_two_standbys_takes_a_lease_that_nobody_renews(postgres_url: str) -> None:
     set_clock_back(postgres_url, 0)
     gone = await Store.open(postgres_url, lease_s=LEASE_S, machine=lambda: 0.0)
-    await gone.lead("gone")
-    await gone.announce()
+    await gone.leadership.grant("gone")
+    await gone.leadership.promote()
     await stop_renewing(gone)
     set_clock_back(postgres_url, HOUR_S)
     standbys = [await Standby.open(postgres_url) for _ in range(2)]

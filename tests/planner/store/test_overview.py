@@ -17,7 +17,7 @@ async def test_plans_are_counted_and_clusters_read_only_when_they_have_changed(
     monkeypatch: pytest.MonkeyPatch, url: str
 ) -> None:
     store = await Store.open(url)
-    await store.lead("test")
+    await store.leadership.grant("test")
 
     def insert(tx: Transaction) -> None:
         for name, num_nodes in (("clusters/a", 3), ("clusters/b", 5)):

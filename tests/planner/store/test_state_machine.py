@@ -40,7 +40,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     def open(self) -> None:
         self.store = self.wait(Store.open(f"sqlite:///{self.folder}/{self.number}.db"))
-        epoch = self.wait(self.store.lead("test"))
+        epoch = self.wait(self.store.leadership.grant("test"))
         assert epoch == self.epoch + 1
         self.epoch = epoch
 

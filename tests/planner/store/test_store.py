@@ -21,10 +21,10 @@ from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 
 from hetis.planner.failures import Reason, ServiceError
-from hetis.planner.store import Reader, Store, StoreError, Transaction, etag_of, leadership, opening, records, schema
+from hetis.planner.store import Reader, Store, StoreError, Transaction, etag_of, lease, opening, records, schema
 from hetis.planner.store.copying import migrate_to
+from hetis.planner.store.health import QUIET_S, StoreHealth
 from hetis.planner.store.records import Record
-from hetis.planner.store.store import QUIET_S, StoreHealth
 from hetis.planner.store.tables import KEPT_REDISPATCHES, KEPT_S
 from hetis.v1.redispatch_pb2 import REDISPATCH_STATE_PREPARING
 from tests.planner.store import samples
@@ -33,8 +33,8 @@ from tests.planner.store.postgres import num_waiting
 
 async def leading(url: str, **settings: float) -> Store:
     store = await Store.open(url, **settings)
-    await store.lead("test")
-    await store.announce()
+    await store.leadership.grant("test")
+    await store.leadership.promote()
     return store
 
 
@@ -172,7 +172,7 @@ async def test_a_bounded_page_ends_before_its_bodies_are_too_large(url: str) -> 
 async def test_the_same_request_is_answered_again_for_a_day(url: str) -> None:
     now_s = 1e9
     store = await Store.open(url, clock=lambda: now_s)
-    await store.lead("test")
+    await store.leadership.grant("test")
     await store.write(lambda tx: tx.requests.remember("/Create", "id", "print", b"answer"))
     now_s += KEPT_S - 1
     assert await store.write(lambda tx: tx.requests.replay("/Create", "id", "print")) == b"answer"
@@ -249,8 +249,8 @@ async def test_epochs_grow_for_ever(url: str) -> None:
     epochs = []
     for _ in range(3):
         store = await Store.open(url)
-        epochs.append(await store.lead("test"))
-        assert store.epoch == epochs[-1]
+        epochs.append(await store.leadership.grant("test"))
+        assert store.leadership.epoch == epochs[-1]
         await store.close()
         await store.close()
     assert epochs == [1, 2, 3]
@@ -265,7 +265,7 @@ async def test_a_store_made_after_one_was_lost_has_later_epochs(sqlite_url: str,
             file.unlink()
         for _ in range(3):
             store = await Store.open(sqlite_url, clock=lambda now_s=now_s: now_s)
-            epochs.append(await store.lead("test"))
+            epochs.append(await store.leadership.grant("test"))
             await store.close()
     assert epochs[0] > 1
     assert epochs == [epochs[0] + more for more in (0, 1, 2, 60, 61, 62)]
@@ -273,26 +273,26 @@ async def test_a_store_made_after_one_was_lost_has_later_epochs(sqlite_url: str,
 
 @pytest.mark.usefixtures("epochs_of_clock")
 async def test_a_store_made_by_a_migration_has_epochs_of_the_clock_too(sqlite_url: str) -> None:
-    least = leadership.epoch_at(time.time())
+    least = lease.epoch_at(time.time())
     Path(sqlite_url.removeprefix("sqlite:///")).touch()  # a file without tables
     migrate_to(sqlite_url, schema.revisions()[-1])
     store = await leading(sqlite_url)
-    assert store.epoch is not None
-    assert store.epoch > least
+    assert store.leadership.epoch is not None
+    assert store.leadership.epoch > least
     await store.close()
 
 
 async def test_a_second_planner_does_not_lead_while_the_first_one_does(url: str) -> None:
     first, second = await Store.open(url), await Store.open(url)
-    await first.lead("first")
-    await first.announce()
+    await first.leadership.grant("first")
+    await first.leadership.promote()
     with pytest.raises(ServiceError, match=r"another planner is the leader of store .+: first") as caught:
-        await second.lead("second")
+        await second.leadership.grant("second")
     assert caught.value.reason_name == "NOT_LEADER"
     assert caught.value.metadata == {"leader": "first"}
     assert await second.read(lambda tx: tx.clusters.all()) == []
     await first.close()
-    assert await second.lead("second") == 2
+    assert await second.leadership.grant("second") == 2
     await second.close()
 
 
@@ -310,10 +310,10 @@ async def test_a_store_that_only_answers_reads_is_unwritable_until_something_cou
 
     async def switch(statement: str) -> None:
         def work() -> None:
-            with opening.at_once(opening.reading(store._engine)).connect() as connection:
+            with opening.at_once(opening.reading(store._connection.engine)).connect() as connection:
                 connection.exec_driver_sql(statement)
 
-        await store._run(work)
+        await store._connection.run(work)
 
     async def reach(errors: int) -> None:
         while store.health.errors < errors:
@@ -358,16 +358,16 @@ def test_changes_that_fail_count_though_a_trial_fits_on_the_disk() -> None:
 
 async def test_a_lock_that_was_removed_is_taken_again_in_the_same_term(sqlite_url: str, tmp_path: Path) -> None:
     first, second = await leading(sqlite_url), await Store.open(sqlite_url)
-    lock, epoch = tmp_path / "hetis.db.lock", first.epoch
+    lock, epoch = tmp_path / "hetis.db.lock", first.leadership.epoch
     lock.unlink()
     async with asyncio.timeout(30):
         while not lock.exists():
             await asyncio.sleep(0.01)
     await first.read(lambda reader: None)  # after what is at work in its thread
     with pytest.raises(ServiceError, match="another planner is the leader"):
-        await second.lead("second")
+        await second.leadership.grant("second")
     await first.write(lambda tx: tx.clusters.insert(samples.cluster("clusters/a")))
-    assert first.epoch == epoch
+    assert first.leadership.epoch == epoch
     await first.close()
     await second.close()
 
@@ -378,14 +378,14 @@ async def test_a_planner_whose_removed_lock_was_taken_by_another_one_ends_its_te
     """In the past both led, until the first one wrote something."""
     first, second = await leading(sqlite_url), await Store.open(sqlite_url)
     (tmp_path / "hetis.db.lock").unlink()
-    await second.lead("second")
-    await second.announce()
+    await second.leadership.grant("second")
+    await second.leadership.promote()
     async with asyncio.timeout(30):
-        await first.until_replaced()
-    assert not first.lease.is_held
-    assert first.not_leader().metadata == {"leader": "second"}
+        await first.leadership.until_ended()
+    assert not first.leadership.lease.is_held
+    assert first.leadership.not_leader().metadata == {"leader": "second"}
     with pytest.raises(ServiceError, match=r"another planner is the leader of store .+: second"):
-        await first.lead("first")
+        await first.leadership.grant("first")
     await first.close()
     await second.close()
 
@@ -396,23 +396,23 @@ async def test_a_planner_that_was_replaced_on_a_file_finds_out_without_writing(s
         other.execute(sa.update(records.leadership).values(epoch=records.leadership.c.epoch + 1, holder="other"))
     engine.dispose()
     async with asyncio.timeout(30):
-        await store.until_replaced()
-    assert store.not_leader().metadata == {"leader": "other"}
+        await store.leadership.until_ended()
+    assert store.leadership.not_leader().metadata == {"leader": "other"}
     await store.close()
 
 
 async def test_a_planner_that_was_replaced_can_change_nothing_whatever_its_clock_says(postgres_url: str) -> None:
     old = await Store.open(postgres_url, lease_s=0.3, machine=lambda: 0.0)
-    await old.lead("old")
-    renewal = old._renewal
+    await old.leadership.grant("old")
+    renewal = old.leadership._renewal
     assert renewal is not None
     renewal.cancel()  # it hangs: the process is stopped, or the network is down
     await asyncio.sleep(0.4)
     new = await leading(postgres_url)
-    assert new.epoch == 2
+    assert new.leadership.epoch == 2
     with pytest.raises(ServiceError, match="another planner is the leader: test"):
         await old.write(lambda tx: tx.clusters.insert(samples.cluster("clusters/a")))
-    await asyncio.wait_for(old.until_replaced(), 60)
+    await asyncio.wait_for(old.leadership.until_ended(), 60)
     assert await new.read(lambda tx: tx.clusters.all()) == []
     await old.close()
     await new.write(lambda tx: tx.clusters.insert(samples.cluster("clusters/a")))  # closing removed nothing
@@ -445,33 +445,33 @@ async def test_rights_that_are_missing_are_trouble_of_the_store_and_no_bug(
     now_s = 0.0
     standby = await Store.open(own_url, machine=lambda: now_s)
     with pytest.raises(ServiceError, match="permission denied for table leadership"):
-        await standby.lead("standby")
+        await standby.leadership.grant("standby")
     now_s = 100.0
-    standing_by = asyncio.create_task(standby.stand_by("standby"))
+    standing_by = asyncio.create_task(standby.leadership.stand_by("standby"))
     while "the store does not answer a standby" not in caplog.text:
         await asyncio.sleep(0.01)
-    assert standby.led_s_ago == 100.0  # this ends the standby's readiness
+    assert standby.leadership.led_s_ago == 100.0  # this ends the standby's readiness
     await as_administrator(f"GRANT UPDATE ON leadership TO {user}")
     await asyncio.wait_for(standing_by, 60)
-    await standby.announce()
-    assert standby.led_s_ago == 0.0
+    await standby.leadership.promote()
+    assert standby.leadership.led_s_ago == 0.0
     await standby.close()
 
 
 async def test_a_lease_is_renewed_until_another_planner_leads(postgres_url: str) -> None:
     store = await Store.open(postgres_url, lease_s=2.0)  # a busy machine may delay a renewal by a second
-    await store.lead("first")
+    await store.leadership.grant("first")
     other = await Store.open(postgres_url)
     await asyncio.sleep(3.0)
     with pytest.raises(ServiceError, match="another planner is the leader") as caught:
-        await other.lead("other")
+        await other.leadership.grant("other")
     assert caught.value.retry_after_s is not None
     assert 0 < caught.value.retry_after_s <= 2.0
     engine = sa.create_engine(opening.parse_url(postgres_url))
     with engine.begin() as connection:  # as if another planner had taken over
         connection.execute(sa.update(records.leadership).values(epoch=7, holder="other"))
     engine.dispose()
-    await asyncio.wait_for(store.until_replaced(), 60)
+    await asyncio.wait_for(store.leadership.until_ended(), 60)
     await store.close()
     await other.close()
 
@@ -479,7 +479,7 @@ async def test_a_lease_is_renewed_until_another_planner_leads(postgres_url: str)
 async def test_a_takeover_waits_for_the_write_that_is_under_way(postgres_url: str) -> None:
     """The fence is a lock on the leadership row: there is no moment at which both planners can write."""
     old = await Store.open(postgres_url, lease_s=0.2, machine=lambda: 0.0)
-    await old.lead("old")
+    await old.leadership.grant("old")
     new = await Store.open(postgres_url)
     order, entered, leave = list[str](), asyncio.Event(), threading.Event()
     loop = asyncio.get_running_loop()
@@ -492,10 +492,10 @@ async def test_a_takeover_waits_for_the_write_that_is_under_way(postgres_url: st
 
     write = asyncio.create_task(old.write(slow))
     await entered.wait()
-    assert old._renewal is not None
-    old._renewal.cancel()
+    assert old.leadership._renewal is not None
+    old.leadership._renewal.cancel()
     await asyncio.sleep(0.3)  # the lease has ended
-    takeover = asyncio.create_task(new.lead("new"))
+    takeover = asyncio.create_task(new.leadership.grant("new"))
     while not await asyncio.to_thread(num_waiting, postgres_url):
         assert not takeover.done()
     leave.set()
@@ -599,10 +599,10 @@ async def test_a_standby_does_not_lead_with_tables_that_another_version_has_migr
     standby = await Store.open(url)
     with engine.begin() as connection:
         connection.execute(sa.text(f"UPDATE alembic_version SET version_num = '{version}'"))
-    for lead in (standby.stand_by, standby.lead):
+    for lead in (standby.leadership.stand_by, standby.leadership.grant):
         with pytest.raises(StoreError, match=wrong):
             await asyncio.wait_for(lead("standby"), 60)
-        assert standby.epoch is None
+        assert standby.leadership.epoch is None
     await standby.close()
     with engine.connect() as connection:
         assert connection.execute(sa.text("SELECT epoch FROM leadership")).scalar() == 0
@@ -613,8 +613,8 @@ async def test_a_takeover_waits_for_a_migration_and_sees_it(postgres_url: str) -
     engine = sa.create_engine(opening.parse_url(postgres_url))
     standby = await Store.open(postgres_url)
     with engine.begin() as migrating:
-        leadership.end_terms(migrating)
-        leading = asyncio.create_task(standby.lead("standby"))
+        lease.end_terms(migrating)
+        leading = asyncio.create_task(standby.leadership.grant("standby"))
         await asyncio.sleep(0.5)
         assert not leading.done()
         migrating.execute(sa.text("UPDATE alembic_version SET version_num = 'v9999'"))
@@ -661,7 +661,7 @@ def test_the_files_of_a_store_are_for_its_owner_alone(tmp_path: Path) -> None:
 
     async def scenario(file: Path) -> None:
         store = await Store.open(f"sqlite:///{file}")
-        await store.lead("test")
+        await store.leadership.grant("test")
         await store.write(lambda tx: tx.clusters.insert(samples.cluster("clusters/a")))
         files = sorted(file.parent.glob(f"{file.name}*"))
         assert len(files) >= 3  # the write-ahead log and the lock are among them
@@ -709,7 +709,7 @@ def test_a_url_that_no_store_can_have_is_one_clear_error(url: str, says: str) ->
 
 async def test_a_record_never_has_an_etag_that_another_of_its_name_had(url: str) -> None:
     store = await Store.open(url)
-    await store.lead("test")
+    await store.leadership.grant("test")
     seen = list[str]()
 
     def make_and_forget(tx: Transaction) -> None:

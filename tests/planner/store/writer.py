@@ -12,7 +12,7 @@ from tests.planner.store import samples
 
 async def write_for_ever(url: str) -> None:
     store = await Store.open(url)
-    await store.lead("writer")
+    await store.leadership.grant("writer")
     first = len(await store.read(lambda tx: tx.clusters.all()))
     for number in itertools.count(first):
 

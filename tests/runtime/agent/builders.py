@@ -41,7 +41,6 @@ from hetis.v1.replica_pb2 import (
     AssignmentGoal,
     AttentionWorkerPool,
     EnginePeer,
-    HeadMapAuthority,
     ReplicaPlan,
     StagePlan,
 )
@@ -136,7 +135,6 @@ def assignment(
         ),
         primary_node="p",
         devices=[gpu for gpu in gpus if gpu.startswith(f"{node}/")],
-        authority=HeadMapAuthority.HEAD_MAP_AUTHORITY_ENGINE,
         stages=[model] if node == "p" else [],
         peers=peers,
     )

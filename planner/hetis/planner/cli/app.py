@@ -11,7 +11,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from hetis.formats.command_line.verb import click_command, run_application, version_option
+from hetis.commands.verb import click_command, run_application, version_option
 from hetis.formats.errors import DocumentError
 from hetis.planner.cli import (
     changes,
@@ -20,6 +20,7 @@ from hetis.planner.cli import (
     dispatch,
     export,
     files,
+    fits,
     installation,
     place,
     planner_verbs,
@@ -43,6 +44,7 @@ app = typer.Typer(
 VERBS: dict[str, tuple[Any, ...]] = {
     "Plan": (
         place.place,
+        (fits.fits, fits.FITS_EXAMPLES),
         place.compare,
         plans.explain,
         (plans.report, plans.REPORT_EXAMPLES),

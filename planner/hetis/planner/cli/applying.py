@@ -11,8 +11,8 @@ from typing import Any
 import grpc
 import typer
 
+from hetis.commands.terminal import Terminal
 from hetis.formats.catalogue import UnknownNameError, find_model, find_workload
-from hetis.formats.command_line.terminal import Terminal
 from hetis.formats.documents import Value, dump, load, load_cluster, load_model, load_plan, load_profile, load_workload
 from hetis.formats.errors import DocumentError
 from hetis.formats.files import write_atomically
@@ -29,12 +29,11 @@ from hetis.planner.convert.plans import OBJECTIVE_KINDS, TO_PROTO
 from hetis.planner.use_cases.json_values import fields_of
 from hetis.planner.use_cases.sources import impossible_profiles
 from hetis.solver.cluster import Cluster, GpuType
-from hetis.solver.plan import ObjectiveKind, Plan, Role
+from hetis.solver.plan import Plan, Role
 from hetis.solver.profile import Profile
 from hetis.v1 import cluster_pb2, document_pb2, plan_pb2, plan_service_pb2, profile_pb2
 
 _MEAN_LENGTHS = re.compile(r"[\d.]+/[\d.]+")
-_NEEDS_DEMAND = (ObjectiveKind.COST, ObjectiveKind.GPUS)
 
 
 def document(path: str, value: Value, kind: document_pb2.DocumentKind.ValueType) -> document_pb2.Document:
@@ -124,7 +123,7 @@ class FileProblem:
             raise typer.BadParameter("--plan imports a finished plan: leave out --model and --workload")
         if missing := [f"--{name}" for name in ("cluster", "model", "workload") if getattr(self.inputs, name) is None]:
             raise typer.BadParameter(f"to solve, {' and '.join(missing)} must be given too")
-        if self.goal.objective in _NEEDS_DEMAND and self.goal.rate is None:
+        if self.goal.objective.goal.needs_demand and self.goal.rate is None:
             raise typer.BadParameter(f"--objective {self.goal.objective.value} needs --rate")
 
     def _refuse_what_needs_a_search(self) -> None:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from hetis.formats.command_line.terminal import Terminal
+from hetis.commands.terminal import Terminal
 from hetis.planner.cli import options, outputs, values
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.cli.options import group, panel, verb

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hetis.formats.command_line.terminal import Terminal
+from hetis.commands.terminal import Terminal
 from hetis.formats.discovery import FleetSource
 from hetis.formats.files import file_label, write_atomically
 from hetis.planner.cli import values

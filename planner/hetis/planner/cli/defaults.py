@@ -36,7 +36,7 @@ OWN_MEANING: Mapping[str, frozenset[str]] = {
     ),
     "name": frozenset({"export", "apply", "cluster.discover"}),
     "out": frozenset(  # anything but a plan
-        {"compare", "report", "share", "export", "dispatch", "redispatch", "upstreams", "convert", "cluster.discover"}
+        {"compare", "report", "share", "export", "upstreams", "convert", "cluster.discover"}
     ),
     "plan": frozenset({"dispatch", "apply"}),
     "profile": frozenset({"apply"}),  # as for its cluster

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hetis.formats.command_line.terminal import WIDE, Terminal
+from hetis.commands.terminal import WIDE, Terminal
 from hetis.planner.cli import options
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.cli.failures import report_call_failure

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
 
-from hetis.formats.command_line.terminal import Terminal
-from hetis.planner.cli import options, outputs, values
+from hetis.commands.terminal import Terminal
+from hetis.planner.cli import options, values
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.cli.options import group, panel, verb
 from hetis.planner.cli.searching import work_interruptibly
@@ -21,20 +20,16 @@ if TYPE_CHECKING:
 
 DISPATCH_EXAMPLES = """Examples:\n
 hetis-plan dispatch --state examples/dispatch/a100-l4.yaml --request 8000/300 --explain\n
-hetis-plan dispatch --plan plan.json --request 8000/300 --out state.json"""
+hetis-plan dispatch --plan plan.json --request 8000/300"""
 REDISPATCH_EXAMPLES = """Examples:\n
 hetis-plan redispatch --state examples/dispatch/drifted.yaml --explain\n
-hetis-plan redispatch --state examples/dispatch/draining.yaml --budget 10GiB --out state.json"""
+hetis-plan redispatch --state examples/dispatch/draining.yaml --budget 10GiB"""
 _input, _search, _result = map(panel, ("Inputs", "Search", "Result"))
 
 
 @group
 class StateOptions:
     explain: bool = _result("--explain: Explain the decision in words.", False)
-    out: Path | None = _result(
-        "--out FILE: "
-        "Save the resulting state; .yaml or .yml for YAML, anything else is JSON; - prints it instead of the tables."
-    )
 
 
 @group
@@ -82,7 +77,6 @@ def dispatch(terminal: Terminal, *, asked: RequestOptions, answer: StateOptions)
     from hetis.planner.use_cases import dispatch as dispatching
     from hetis.planner.use_cases.dispatch import load_new_requests
 
-    outputs.refuse_unwritable(answer.out)
     loaded = asked.load()
     arrivals = load_new_requests(loaded, file=asked.requests, words=asked.request or ())
     announce_compilation(terminal)
@@ -94,13 +88,7 @@ def dispatch(terminal: Terminal, *, asked: RequestOptions, answer: StateOptions)
         stopping="with the best placement so far",
     )
     sentences = tuple(explain_dispatch(found)) if answer.explain else None
-    # Print the answer even if saving fails: then the machine is to blame, not the input.
-    out = answer.out
-    saved = out is None or outputs.saves(terminal, "state", lambda: outputs.save(terminal, found.saved, out))
-    if out != outputs.STDOUT:
-        terminal.emit(lambda: dispatch_document(found, sentences), lambda: render_dispatch(found, sentences))
-    if not saved:
-        return ExitCode.INTERNAL
+    terminal.emit(lambda: dispatch_document(found, sentences), lambda: render_dispatch(found, sentences))
     if budget.cancelled.is_set():
         return ExitCode.INTERRUPTED
     return ExitCode.INFEASIBLE if found.plan.unplaced else ExitCode.OK
@@ -157,7 +145,6 @@ def redispatch(terminal: Terminal, *, asked: RedispatchOptions, answer: MoveOpti
     from hetis.planner.report.dispatch import explain_redispatch, redispatch_document, render_redispatch
     from hetis.planner.use_cases.dispatch import load_stage, redispatch_stage
 
-    outputs.refuse_unwritable(answer.out)
     loaded = load_stage(asked.state, profiles=asked.profile or ())
     announce_compilation(terminal)
     found = redispatch_stage(
@@ -170,10 +157,7 @@ def redispatch(terminal: Terminal, *, asked: RedispatchOptions, answer: MoveOpti
         refill_token_s=asked.refill,
     )
     sentences = tuple(explain_redispatch(found)) if answer.explain else None
-    if answer.out is not None:
-        outputs.save(terminal, found.saved, answer.out)
-    if answer.out != outputs.STDOUT:
-        terminal.emit(lambda: redispatch_document(found, sentences), lambda: render_redispatch(found, sentences))
+    terminal.emit(lambda: redispatch_document(found, sentences), lambda: render_redispatch(found, sentences))
     if answer.strict and found.plan.short_after >= 1:
         terminal.error(f"{found.plan.short_after:,.0f} KV blocks remain short or on draining devices")
         return ExitCode.MISSED

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import NoReturn
 
-from hetis.formats.command_line.process import command_process
+from hetis.commands.process import command_process
 
 
 def main() -> NoReturn:

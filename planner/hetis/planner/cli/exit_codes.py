@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hetis.formats.exit_codes import ExitCodes
+from hetis.commands.exit_codes import ExitCodes
 
 
 class ExitCode(ExitCodes):

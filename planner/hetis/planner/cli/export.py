@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple, TypeVar
 
 import typer
 
+from hetis.commands.terminal import Terminal
 from hetis.engines.versions import Engine
-from hetis.formats.command_line.terminal import Terminal
 from hetis.formats.files import write_atomically
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.cli.options import PlanArgument, group, option, panel, spelled, verb

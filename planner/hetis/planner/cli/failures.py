@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from hetis.formats.command_line.terminal import OutputFormat, Terminal, in_use
+from hetis.commands.terminal import OutputFormat, Terminal, in_use
 from hetis.formats.errors import DocumentError, internal_error
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.solver.errors import HetisError, InfeasibleError, InvalidProblemError, NoPlanFoundError, UncheckedPlanError

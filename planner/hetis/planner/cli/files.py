@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import typer
 
-from hetis.formats.command_line.terminal import OutputFormat, Terminal
-from hetis.formats.command_line.verb import one_of
+from hetis.commands.terminal import OutputFormat, Terminal
+from hetis.commands.verb import one_of
 from hetis.formats.errors import did_you_mean, single_problem
 from hetis.formats.files import write_atomically
 from hetis.planner.cli import values

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from hetis.formats.command_line import groups
-from hetis.formats.command_line import verb as command_line
-from hetis.formats.command_line.groups import group as group
-from hetis.formats.command_line.verb import verb as verb
+from hetis.commands import groups
+from hetis.commands import verb as command_line
+from hetis.commands.groups import group as group
+from hetis.commands.verb import verb as verb
 from hetis.planner.cli import values
 from hetis.planner.use_cases.service_level import DEFAULT, ServiceLevel, Statistic, asked_level
 from hetis.solver.plan import DEFAULT_STRATEGY, DEFAULT_TIME_LIMIT_S, ObjectiveKind, Role

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from hetis.formats.command_line.terminal import WIDE, OutputFormat, Terminal, in_use
+from hetis.commands.terminal import WIDE, OutputFormat, Terminal, in_use
 from hetis.planner.cli import options
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.cli.failures import refuse

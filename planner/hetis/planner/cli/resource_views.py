@@ -16,7 +16,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from hetis.formats.command_line.terminal import Terminal
+from hetis.commands.terminal import Terminal
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.cli.searching import SparseLines, describe, news_on_stderr
 from hetis.planner.cli.server_verb import fetched
@@ -269,7 +269,6 @@ COLUMNS: dict[str, tuple[ResourceColumn, ...]] = {
         ResourceColumn("'re-dispatch", lambda r: "under way" if r.redispatch else ""),
         ResourceColumn("'nodes", lambda r: ", ".join(r.nodes), wide=True),
         ResourceColumn("'primary", lambda r: r.primary_node, wide=True),
-        ResourceColumn("'authority", lambda r: word_of(replica_pb2.HeadMapAuthority, r.authority).lower(), wide=True),
         ResourceColumn("'why", lambda r: r.failure.message, wide=True),
     ),
     "redispatches": (

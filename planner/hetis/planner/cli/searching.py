@@ -16,7 +16,7 @@ from functools import partial
 from types import FrameType
 from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
-from hetis.formats.command_line.terminal import Terminal
+from hetis.commands.terminal import Terminal
 from hetis.planner.report.figures import digits, percent
 from hetis.solver.budget import Progress, Report
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from hetis.formats.command_line.terminal import Terminal, in_use
+from hetis.commands.terminal import Terminal, in_use
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.cli.failures import report_call_failure
 from hetis.planner.cli.options import group, option, panel, verb
@@ -124,7 +124,9 @@ def server_verb(
 
         terminal, _client, *own = inspect.signature(function).parameters.values()
         planner = inspect.Parameter("planner", inspect.Parameter.KEYWORD_ONLY, annotation=PlannerOptions)
-        with_client.__signature__ = inspect.Signature([terminal, *own, planner])  # type: ignore[attr-defined]
+        parameters = [terminal, *own, planner]
+        with_client.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        with_client.__annotations__ = {one.name: one.annotation for one in parameters}
         return verb(prints_data=prints_data)(with_client)
 
     return decorate

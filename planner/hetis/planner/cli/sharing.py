@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from hetis.formats.command_line.terminal import Terminal
+from hetis.commands.terminal import Terminal
 from hetis.planner.cli import options, outputs
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.cli.failures import refuse, report_no_plan

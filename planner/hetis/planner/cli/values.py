@@ -11,7 +11,7 @@ from typing import Literal, TypeVar
 
 import typer
 
-from hetis.formats.command_line.verb import one_of
+from hetis.commands.verb import one_of
 from hetis.formats.dtypes import KV_PRECISIONS, PRECISIONS, chosen_precision
 from hetis.formats.units import parse_bytes, parse_duration, parse_limit, parse_link_bandwidth, parse_ratio
 from hetis.solver.plan import LEAST_DEMAND_RPS, Role
@@ -100,6 +100,22 @@ def _percent(text: str, value: float) -> str:
 
 def size(text: str) -> int:
     return _parsed(parse_bytes, text)
+
+
+def tokens(text: str) -> int:
+    """Parse a number of tokens: ``32768``, ``32k`` (of 1,024), ``1m``."""
+    digits, factor = text.strip().lower(), 1
+    for unit, of_unit in (("k", 1024), ("m", 1024 * 1024)):
+        if digits.endswith(unit):
+            digits, factor = digits[:-1], of_unit
+    if not digits.isdecimal() or not 1 <= int(digits) * factor <= MOST_SETTING:
+        raise typer.BadParameter(f"{text!r} is not a number of tokens such as 32768 or 32k")
+    return int(digits) * factor
+
+
+def fitted_engine(text: str) -> str:
+    """Parse the name of an engine whose memory is known."""
+    return one_of(text, ("vllm", "vllm-hetis", "sglang"))
 
 
 def bandwidth(text: str) -> float:

@@ -14,16 +14,13 @@ from __future__ import annotations
 
 from hetis.planner.client.clients import AsyncClient, Client
 from hetis.planner.client.connection import Connection, document_of_file
-from hetis.planner.client.dispatching import AsyncDispatchStream, DispatchStream
 from hetis.planner.client.errors import CallError, Patience
 
 __all__ = [
     "AsyncClient",
-    "AsyncDispatchStream",
     "CallError",
     "Client",
     "Connection",
-    "DispatchStream",
     "Patience",
     "document_of_file",
 ]

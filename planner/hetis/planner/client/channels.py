@@ -14,14 +14,13 @@ from typing import Any
 import grpc
 from grpc import aio
 
-from hetis.formats.endpoints import STANDBY_ANSWER, STREAM_OPEN, Endpoint, LeaderSearch, is_loopback, without_proxy
+from hetis.commands.endpoints import STANDBY_ANSWER, STREAM_OPEN, Endpoint, LeaderSearch, is_loopback, without_proxy
 from hetis.formats.files import FileStamp
 from hetis.planner.client.connection import (
     CHANNEL_OPTIONS,
-    DISPATCH_SERVICE,
+    DEFAULT_DEADLINE_S,
     SEVERAL_OPTIONS,
     Connection,
-    default_deadline_s,
     prepared_request,
 )
 from hetis.planner.client.errors import CallError, call_error
@@ -73,8 +72,7 @@ class Attempts:
     def timeout_s(self) -> float:
         """The timeout of the next attempt."""
         left_s = max(self.end_s - self.clock(), 0.0)
-        is_dispatch = self.method.startswith(f"/{DISPATCH_SERVICE}/")
-        return min(left_s, ATTEMPT_S) if self.leaders.are_several and not is_dispatch else left_s
+        return min(left_s, ATTEMPT_S) if self.leaders.are_several else left_s
 
     @property
     def may_be_of_standby(self) -> bool:
@@ -113,8 +111,8 @@ class Attempts:
         if error.code is not grpc.StatusCode.UNAVAILABLE and not (several and is_silence):
             return None
         goes_on = self.leaders.failed(endpoint, leader_of(error), self.tried)
-        if not is_elsewhere and (not several or self.method.startswith(f"/{DISPATCH_SERVICE}/")):
-            return None  # gRPC retries a single planner; engines decide on their own
+        if not is_elsewhere and not several:
+            return None  # gRPC retries a single planner
         if goes_on:
             wait_s = 0.0
         elif not several:
@@ -141,11 +139,11 @@ class Attempts:
 
 
 def attempts_of(leaders: LeaderSearch, method: str, request: Any, timeout_s: float | None) -> Attempts:
-    """Return the attempts of a call that begins now; a timeout of None is the method's default deadline."""
+    """Return the attempts of a call that begins now; a timeout of None is the default deadline."""
     return Attempts(
         leaders=leaders,
         method=method,
-        end_s=time.monotonic() + (default_deadline_s(method) if timeout_s is None else timeout_s),
+        end_s=time.monotonic() + (DEFAULT_DEADLINE_S if timeout_s is None else timeout_s),
         clock=time.monotonic,
         may_change=bool(getattr(request, "request_id", "")),
     )

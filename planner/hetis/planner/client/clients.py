@@ -13,7 +13,6 @@ from google.protobuf.message import Message
 
 from hetis.planner.client.channels import AsyncLeaderChannel, LeaderChannel
 from hetis.planner.client.connection import HEALTH_METHOD, Connection, says_serving
-from hetis.planner.client.dispatching import AsyncDispatchStream, DispatchStream
 from hetis.planner.client.errors import Patience, call_error
 from hetis.v1 import audit_service_pb2 as audit_rpc
 from hetis.v1 import audit_service_pb2_grpc as audit_grpc
@@ -245,14 +244,6 @@ class Client(_AnyClient):
             news(last)
         return last
 
-    def dispatch_stream(self, replica: str, state_id: str) -> DispatchStream:
-        """Return a stream for an engine of ``replica``, in the state begun by `UpdateDispatchState`; `close` ends it.
-
-        The stream goes to the last known leader. After a NOT_LEADER, declare the running requests again, which finds
-        the leader, and open a new stream.
-        """
-        return DispatchStream(self.dispatch.DispatchRequests, replica, state_id)
-
     def read_plan_document(self, name: str, *, patience: Patience | None = None) -> bytes:
         """Return the Plan document as canonical JSON, whatever its size; resumes after a lost connection."""
         request = plan_rpc.ReadPlanDocumentRequest(name=name)
@@ -355,11 +346,6 @@ class AsyncClient(_AnyClient):
             last = response.plan
             news(last)
         return last
-
-    def dispatch_stream(self, replica: str, state_id: str) -> AsyncDispatchStream:
-        """Return a stream for an engine of ``replica``, as `Client.dispatch_stream` does."""
-        call: Any = self.dispatch.DispatchRequests
-        return AsyncDispatchStream(call(), replica, state_id)
 
     async def read_plan_document(self, name: str, *, patience: Patience | None = None) -> bytes:
         """Return the Plan document as canonical JSON, whatever its size; resumes after a lost connection."""

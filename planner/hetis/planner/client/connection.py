@@ -15,13 +15,11 @@ from typing import TypeVar
 import grpc
 from google.protobuf.message import Message
 
-from hetis.formats.endpoints import is_loopback, is_sendable_token, split_endpoints
+from hetis.commands.endpoints import is_loopback, is_sendable_token, split_endpoints
 from hetis.formats.files import FileStamp, file_label, file_stamp, read_text
 from hetis.v1 import document_pb2
 
 DEFAULT_DEADLINE_S = 30.0  # the planner allows at most 60 s
-DISPATCH_DEADLINE_S = 5.0  # the planner allows at most 10 s; an engine that waits longer decides on its own
-DISPATCH_SERVICE = "hetis.v1.DispatchService"
 
 # As documented in docs/api.md; a test compares the two.
 SERVICE_CONFIG = {
@@ -31,6 +29,7 @@ SERVICE_CONFIG = {
                 {"service": "hetis.v1.ClusterService"},
                 {"service": "hetis.v1.ProfileService"},
                 {"service": "hetis.v1.PlanService"},
+                {"service": "hetis.v1.DispatchService"},
             ],
             "retryPolicy": {
                 "maxAttempts": 4,
@@ -172,11 +171,6 @@ class Connection:
             if not token or not is_sendable_token(token):
                 raise OSError(errno.EINVAL, "holds no token", str(self.token_file))
         return [("authorization", f"Bearer {token}")] if token else []
-
-
-def default_deadline_s(method: str) -> float:
-    """Return the default deadline of a unary call; ``method`` is in gRPC's form, ``/hetis.v1.PlanService/GetPlan``."""
-    return DISPATCH_DEADLINE_S if method.startswith(f"/{DISPATCH_SERVICE}/") else DEFAULT_DEADLINE_S
 
 
 HEALTH_METHOD = "/grpc.health.v1.Health/Check"

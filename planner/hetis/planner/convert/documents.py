@@ -9,12 +9,14 @@ from typing import Any, TypeVar
 
 from hetis.formats import documents
 from hetis.formats.cluster import CLUSTER
+from hetis.formats.dispatch_state import DISPATCH_REQUESTS, DISPATCH_STATE, NewRequests
 from hetis.formats.errors import DocumentError, single_problem
 from hetis.formats.files import canonical_json, content_digest
 from hetis.formats.model import MODEL_SPEC
 from hetis.formats.plan import PLAN
 from hetis.formats.positions import Bounds, parse_text
 from hetis.formats.profile import PROFILE
+from hetis.formats.saved_state import SavedState
 from hetis.formats.workload import WORKLOAD
 from hetis.planner.failures import Reason, ServiceError
 from hetis.planner.store import ClusterRecord
@@ -34,14 +36,18 @@ name and its GPUs, has 60,000.
 MAX_NODES = 10_000  # per cluster: extrapolated from 3,000 measured agents in one process (docs/benchmarks.md)
 _MOST_IN_ANSWER = 3_670_016  # bytes of content and text; messages have at most 4 MiB
 MAX_SOURCE_NAME = 255
-V = TypeVar("V", Cluster, ModelSpec, Workload, Profile, Plan)
-_PARSERS = {kind.value: kind.parse for kind in (CLUSTER, MODEL_SPEC, WORKLOAD, PROFILE, PLAN)}
+V = TypeVar("V", Cluster, ModelSpec, Workload, Profile, Plan, SavedState, NewRequests)
+_KINDS = {
+    kind.value: kind for kind in (CLUSTER, MODEL_SPEC, WORKLOAD, PROFILE, PLAN, DISPATCH_STATE, DISPATCH_REQUESTS)
+}
 _NUMBERS: Mapping[str, document_pb2.DocumentKind.ValueType] = {
     "Cluster": document_pb2.DOCUMENT_KIND_CLUSTER,
     "ModelSpec": document_pb2.DOCUMENT_KIND_MODEL_SPEC,
     "Workload": document_pb2.DOCUMENT_KIND_WORKLOAD,
     "Profile": document_pb2.DOCUMENT_KIND_PROFILE,
     "Plan": document_pb2.DOCUMENT_KIND_PLAN,
+    "DispatchState": document_pb2.DOCUMENT_KIND_DISPATCH_STATE,
+    "DispatchRequests": document_pb2.DOCUMENT_KIND_DISPATCH_REQUESTS,
 }
 
 
@@ -56,9 +62,10 @@ def read_document(document: document_pb2.Document, kind: type[V]) -> V:
         raise single_problem(label, f"source_name has {len(document.source_name)} characters, at most 255 are allowed")
     if not label.isprintable():
         raise single_problem("document", "source_name holds characters that cannot be printed")
-    if document.kind not in (document_pb2.DOCUMENT_KIND_UNSPECIFIED, _NUMBERS[kind.__name__]):
+    expected = _KINDS[kind]
+    if document.kind not in (document_pb2.DOCUMENT_KIND_UNSPECIFIED, _NUMBERS[expected.name]):
         given = next((name for name, number in _NUMBERS.items() if number == document.kind), str(document.kind))
-        raise single_problem(label, f"kind is {given}, expected {kind.__name__}")
+        raise single_problem(label, f"kind is {given}, expected {expected.name}")
     bounds = Bounds(max_values=MAX_VALUES, max_yaml_values=MAX_YAML_VALUES, look_up=stop_if_unwanted)
     data, source = parse_text(_text_of(document.content, label), label, bounds)
     nodes = data.get("nodes") if kind is Cluster and isinstance(data, dict) else None
@@ -68,7 +75,7 @@ def read_document(document: document_pb2.Document, kind: type[V]) -> V:
     if kind is Workload and isinstance(data, dict) and data.get("trace") is not None:
         # The path would refer to a file of this machine, which no caller may read.
         raise DocumentError([source.problem(("trace",), "a trace cannot be sent: send its histogram")])
-    value = _PARSERS[kind](data, source)
+    value = expected.parse(data, source)
     assert isinstance(value, kind)
     return value
 

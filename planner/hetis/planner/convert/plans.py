@@ -214,7 +214,7 @@ def objective_from_proto(message: plan_pb2.Objective, field: str, wrong: Wrong) 
     elif demand_rps is not None and demand_rps < LEAST_DEMAND_RPS:
         wrong(f"{field}.demand_rps", f"is {demand_rps:g}, must be at least {LEAST_DEMAND_RPS:g}")
         demand_rps = None
-    elif kind in (ObjectiveKind.COST, ObjectiveKind.GPUS) and demand_rps is None:
+    elif kind.goal.needs_demand and demand_rps is None:
         wrong(f"{field}.demand_rps", f"is missing: the objective {kind.name} needs a demanded rate")
     return placing.objective(
         kind,

@@ -305,6 +305,10 @@ _REASONS = {reason: head_map_pb2.MoveReason.Value(f"MOVE_REASON_{reason.name}") 
 _TRIGGERS = {kind: redispatch_pb2.TriggerKind.Value(f"TRIGGER_KIND_{kind.name}") for kind in TriggerKind}
 
 
+def reason_to_proto(reason: MoveReason) -> head_map_pb2.MoveReason.ValueType:
+    return _REASONS[reason]
+
+
 def moves_to_proto(moves: Sequence[Move], head_map: head_map_pb2.HeadMap, terms: StageTerms) -> list[head_map_pb2.Move]:
     """Return the moves with individual head groups, which belong to the source in the head map; no group moves twice.
 

@@ -8,11 +8,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
+from hetis.commands.endpoints import is_ip
 from hetis.engines.commands import Command
 from hetis.engines.layout import Process, ProcessKind
 from hetis.engines.versions import Engine
 from hetis.formats.documents import dump, yaml_text
-from hetis.formats.endpoints import is_ip
 from hetis.formats.errors import DocumentError, Problem
 from hetis.planner.export.replicas import (
     Launchable,

@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from hetis.commands.endpoints import joined
 from hetis.engines.serving import (
     connector_of,
     is_of_http_server,
@@ -18,7 +19,6 @@ from hetis.engines.serving import (
 )
 from hetis.engines.versions import Engine
 from hetis.formats.documents import yaml_text
-from hetis.formats.endpoints import joined
 from hetis.planner.export.replicas import PUSHED, Launchable, LaunchableReplica, NotExportableError, Written, paired
 from hetis.solver.cluster import node_of
 from hetis.solver.plan import Role

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
+from hetis.commands.endpoints import joined
 from hetis.engines.commands import WORKER_PORT, Addresses, Command, commands_of
 from hetis.engines.errors import LayoutError
 from hetis.engines.gpus import VENDORS
@@ -27,7 +28,6 @@ from hetis.engines.serving import (
 from hetis.engines.versions import VERSIONS, Engine
 from hetis.formats import catalogue
 from hetis.formats.dtypes import weights_of
-from hetis.formats.endpoints import joined
 from hetis.planner.export import ExportDevice
 from hetis.planner.use_cases.grouping import number_ranges
 from hetis.solver.cluster import node_of

@@ -9,13 +9,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from hetis.commands.endpoints import is_host
 from hetis.engines.gpus import VENDORS
 from hetis.engines.kubernetes import FRONT_PORT, NAMESPACE, wrong_objects, wrong_token
 from hetis.engines.layout import DTYPE_BYTES, Layout, planned_model, unknown_nodes
 from hetis.engines.serving import decided_in
 from hetis.engines.versions import VERSIONS, Engine
 from hetis.formats import catalogue
-from hetis.formats.endpoints import is_host
 from hetis.formats.errors import DocumentError, Problem, single_problem
 from hetis.formats.files import write_atomically
 from hetis.planner.export import IN_KUBERNETES, ExportDevice, ExportTarget

@@ -18,9 +18,9 @@ from hetis.planner.fleet.activation import (
     next_standing,
 )
 from hetis.planner.fleet.cluster import ClusterFleet
-from hetis.planner.fleet.replica import Authority, Replica
+from hetis.planner.fleet.replica import Replica
 from hetis.planner.fleet.writes import PlanWrite, ReplicaWrite, Writes
-from hetis.v1 import agent_service_pb2, plan_pb2, report_pb2
+from hetis.v1 import plan_pb2, report_pb2
 
 Activation = plan_pb2.ActivationState
 MOST_AWAITED = 3  # nodes named in the progress of an activation
@@ -128,7 +128,6 @@ def _decide_replica(cluster: ClusterFleet, view: _ClusterView, replica: Replica,
             standing=now,
             generation=replica.generation,
             assigned_generation=replica.assigned_generation,
-            authority=replica.record.body.authority,
             is_gone=True,
         )
     is_blocked = bool(view.occupied) and _waits_for_others(replica, view.occupied)
@@ -182,7 +181,6 @@ def _decide_replica(cluster: ClusterFleet, view: _ClusterView, replica: Replica,
         standing=after,
         generation=generation,
         assigned_generation=generation if is_new else replica.assigned_generation,
-        authority=_authority(cluster, replica) if is_new else replica.record.body.authority,
     )
 
 
@@ -206,12 +204,6 @@ def _part(cluster: ClusterFleet, replica: Replica, node: str) -> ReplicaOnNode:
         failure=slot.failure,
         is_idle=is_idle,
     )
-
-
-def _authority(cluster: ClusterFleet, replica: Replica) -> Authority.ValueType:
-    link = cluster.links.get(replica.primary_node)
-    knows = link is not None and agent_service_pb2.AGENT_CAPABILITY_HEAD_MAP in link.capabilities
-    return Authority.HEAD_MAP_AUTHORITY_ENGINE if knows else Authority.HEAD_MAP_AUTHORITY_PLANNER
 
 
 def _decide_plan(cluster: ClusterFleet, view: _ClusterView, writes: Iterable[ReplicaWrite]) -> PlanWrite | None:

@@ -29,8 +29,6 @@ def nodes_of(shape: replica_pb2.ReplicaPlan) -> list[str]:
     return list(dict.fromkeys(map(node_of, devices_of(shape))))
 
 
-Authority = replica_pb2.HeadMapAuthority
-
 # The goal of the last assignment, if an earlier planner made it. Repeating LOAD does no harm to a node that was already
 # ordered to serve: once all nodes have loaded, all are ordered to serve again.
 _GOAL_OF = {
@@ -175,7 +173,6 @@ class Replica:
                     shape=self.record.body.shape,
                     primary_node=self.primary_node,
                     devices=[device for device in self.devices if node_of(device) == node],
-                    authority=self.record.body.authority or Authority.HEAD_MAP_AUTHORITY_ENGINE,
                     model=contents.model,
                     stages=contents.stages if node == self.primary_node else (),
                     conditions=conditions_of(self.standing),

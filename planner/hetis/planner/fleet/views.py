@@ -39,7 +39,6 @@ class LiveReplica:
     plan: str  # the plan to which it belongs
     state: replica_pb2.ReplicaState.ValueType
     generation: int  # as reported by its primary, or else that of its last assignment
-    authority: replica_pb2.HeadMapAuthority.ValueType  # whether its engine or the planner decides its head map
     primary_node: str
     shape: replica_pb2.ReplicaPlan  # its shape in the plan
     stages: Sequence[stage_pb2.StageModel]  # models for its dispatcher; empty: not read yet, or a prefill replica
@@ -144,7 +143,6 @@ def live_replica(cluster: ClusterFleet, replica: Replica) -> LiveReplica:
         plan=replica.record.plan,
         state=replica.state,
         generation=generation_of(cluster, replica),
-        authority=replica.record.body.authority,
         primary_node=replica.primary_node,
         shape=replica.record.body.shape,
         stages=() if contents is None else contents.stages,

@@ -20,7 +20,7 @@ from hetis.planner.store import (
     Transaction,
 )
 from hetis.planner.store.records import FINAL_REDISPATCHES
-from hetis.v1 import cluster_pb2, inventory_pb2, plan_pb2, redispatch_pb2, replica_pb2
+from hetis.v1 import cluster_pb2, inventory_pb2, plan_pb2, redispatch_pb2
 
 RedispatchState = redispatch_pb2.RedispatchState
 # 0 is UNSPECIFIED
@@ -65,7 +65,6 @@ class ReplicaWrite:
     standing: Standing
     generation: int
     assigned_generation: int
-    authority: replica_pb2.HeadMapAuthority.ValueType
     is_gone: bool = False
 
 
@@ -150,7 +149,7 @@ def _apply_replica(tx: Transaction, write: ReplicaWrite, kept: Kept) -> None:
         return
     body = deepcopy(record.body)
     body.state, body.generation = write.standing.state, write.generation
-    body.assigned_generation, body.authority = write.assigned_generation, write.authority
+    body.assigned_generation = write.assigned_generation
     del body.conditions[:]
     body.conditions.extend(conditions_of(write.standing))
     body.ClearField("failure")

@@ -17,7 +17,7 @@ from hetis.solver.compiled import is_cached
 from hetis.solver.placement.exact import MAX_GPUS
 from hetis.solver.placement.families import DEFAULT_ENGINE, STRATEGIES, run_by
 from hetis.solver.placement.frontier import explore
-from hetis.solver.placement.pipelines import best_equal_split, best_splits
+from hetis.solver.placement.pipelines import best_equal_split
 from hetis.solver.placement.pricing import KERNELS, compile_rest
 from hetis.solver.planning import solve_placement
 from hetis.solver.problem import EngineRules, Family, PlacementProblem
@@ -32,7 +32,7 @@ _GPU, _MODEL = "A100-SXM-80GB", "Llama-2-7B"
 
 def are_cached() -> bool:
     """Return whether the compiled kernels of all searches are on disk."""
-    return all(is_cached(kernel) for kernel in (best_splits, best_equal_split, explore, *KERNELS))
+    return all(is_cached(kernel) for kernel in (best_equal_split, explore, *KERNELS))
 
 
 def load_kernels(num_gpus: int, *, for_engine: bool = False, report: Report) -> None:
@@ -41,7 +41,7 @@ def load_kernels(num_gpus: int, *, for_engine: bool = False, report: Report) -> 
     ``for_engine``: for plans that must suit an engine, where the size of the fleet does not matter.
     """
     if for_engine:
-        if not (is_cached(best_splits) and is_cached(best_equal_split)):
+        if not is_cached(best_equal_split):
             report(Progress(phase=COMPILING, elapsed_s=0.0))
             solve_placement(_smallest_of_engine())
             solve_placement(_smallest_of_engine(), strategy="uniform")  # to which plans are compared

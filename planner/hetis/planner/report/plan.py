@@ -82,12 +82,6 @@ PROVED = 0.005  # relative difference of a bound from another engine's value up 
 NEARLY = 0.95  # share of the slowest replica's latency from which another replica counts as equally slow
 BINDS_FROM = 0.99  # micro-batches are integers, so a limit binds if the next size would violate it
 
-_VALUE_NAMES = {
-    ObjectiveKind.GOODPUT: "Goodput",
-    ObjectiveKind.THROUGHPUT: "Throughput",
-    ObjectiveKind.COST: "Cost",
-    ObjectiveKind.GPUS: "GPUs",
-}
 MAX_NUMBERS = 24  # characters for the numbers of equal replicas
 MAX_ROUTES = 12  # pairs of replica shapes; the others are summarised in one line
 
@@ -206,7 +200,7 @@ def problem_line(inputs: Inputs | PlacementProblem, objective: Objective) -> str
 
 def _facts(plan: Plan) -> Iterator[tuple[str, RenderableType]]:
     result = plan.result
-    yield _VALUE_NAMES[result.objective], _value(plan)
+    yield result.objective.goal.label, _value(plan)
     if (cost := _cost(plan)) is not None:
         yield "Price" if result.objective is ObjectiveKind.COST else "Cost", cost
     if (compared := beside_equal_stages(plan)) is not None:
@@ -509,7 +503,7 @@ def verdict(plan: Plan) -> str:
     of = "" if service_level_of(plan) == DEFAULT else f" for {DEFAULT.ttft} TTFT and {DEFAULT.tpot} TPOT"
     if result.status is Status.OPTIMAL:
         return f"proven optimal{of}: no plan of the family is better"
-    better = {ObjectiveKind.COST: "cheaper", ObjectiveKind.GPUS: "smaller"}.get(result.objective, "better")
+    better = result.objective.goal.better
     # A search for the least cost or GPUs that was stopped early has a bound of 0, which says nothing.
     if not math.isfinite(result.gap) or not (plan.objective.maximises or result.bound > 0):
         return f"no bound: it is unknown how much {better} a plan could be"

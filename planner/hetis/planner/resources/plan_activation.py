@@ -344,7 +344,6 @@ def new_replica(
         plan_index=index,
         shape=shape,
         state=replica_pb2.REPLICA_STATE_STARTING,
-        authority=replica_pb2.HEAD_MAP_AUTHORITY_ENGINE,  # until the primary's agent reports what its engine can do
         primary_node=nodes[0],
         nodes=nodes,
         model_digest=model_digest,

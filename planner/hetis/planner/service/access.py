@@ -26,10 +26,7 @@ _TABLE: dict[str, dict[tuple[CallerRole, ...], str]] = {
         (CallerRole.ORCHESTRATOR,): "CreatePlan DeletePlan CancelPlan ActivatePlan RollbackPlan",
     },
     "hetis.v1.DispatchService": {
-        (CallerRole.ORCHESTRATOR, CallerRole.AGENT): (
-            "AdmitRequests DispatchRequests FinishRequests GrowRequests UpdateDispatchState"
-        ),
-        (CallerRole.VIEWER, CallerRole.AGENT): "GetDispatchState",
+        (CallerRole.VIEWER,): "SolveDispatch SolveRedispatch",
     },
     "hetis.v1.AuditService": {(CallerRole.ADMIN,): "ListAuditedChanges"},
     "hetis.v1.AgentService": {(CallerRole.AGENT,): "ConnectNode"},
@@ -57,6 +54,7 @@ def is_open(method: str) -> bool:
 
 _STANDBY = {
     "AuditService": "ListAuditedChanges",
+    "DispatchService": "SolveDispatch SolveRedispatch",
     "ClusterService": "GetCluster ListClusters GetReplica ListReplicas GetRedispatch ListRedispatches",
     "ProfileService": "GetProfile ListProfiles",
     "PlanService": "GetPlan ListPlans ExplainPlan DiffPlans ReadPlanDocument",

@@ -7,13 +7,13 @@ from contextlib import AsyncExitStack
 
 from hetis.planner.convert.documents import DeclaredFleets
 from hetis.planner.failures import ServiceError
-from hetis.planner.fleet.dispatching.states import DispatchStates
 from hetis.planner.fleet.fleet import LiveFleet
 from hetis.planner.fleet.hubs import Hubs
 from hetis.planner.fleet.redispatching.loop import RedispatchLoop
 from hetis.planner.fleet.settings import FleetCounters, FleetSettings
 from hetis.planner.fleet.views import Clock
 from hetis.planner.jobs.pool import PoolSettings, SolverPool
+from hetis.planner.resources import dispatch
 from hetis.planner.resources.audited_changes import AuditedChanges
 from hetis.planner.resources.clusters import Clusters
 from hetis.planner.resources.nodes import NodeReader, Nodes
@@ -31,13 +31,14 @@ from hetis.planner.service.overview import KvHistories, Overviews
 from hetis.planner.service.servicers import (
     agent_methods,
     cluster_methods,
-    dispatch_methods,
     plan_methods,
     profile_methods,
     servicing,
 )
 from hetis.planner.service.settings import PlannerConfig
 from hetis.planner.store import Store
+from hetis.planner.threads import run_in_daemon_thread
+from hetis.solver.redispatch.solve import compile_redispatch
 
 _SUSPECT_HEARTBEATS = 1.6  # below the lease, which the settings require to be at least two
 
@@ -78,8 +79,7 @@ class Term:
         self._fleet = fleet = LiveFleet(
             store, hubs, epoch=epoch, settings=fleet_settings, clock=clock, counters=counters, declared=declared
         )
-        self._states = states = DispatchStates(fleet)
-        self._loop = RedispatchLoop(fleet, states, clock=clock)
+        self._loop = RedispatchLoop(fleet, clock=clock)
         fleet.add_observer(self._loop)
 
         reader = NodeReader(store, fleet, declared)
@@ -96,16 +96,12 @@ class Term:
         self._proposals = PlacementProposals(fleet, placements, clock=clock)
         fleet.add_observer(self._proposals)
 
-        def require_lease() -> None:
-            if not store.lease.may_decide:
-                raise store.undecided()
-
         watches = ClusterWatches(store, hubs, fleet, reader)
         self.servicings = (
             servicing("ClusterService", cluster_methods(clusters, nodes, running, watches)),
             servicing("ProfileService", profile_methods(Profiles(store))),
             servicing("PlanService", plan_methods(creation, plans, activation)),
-            servicing("DispatchService", dispatch_methods(states, fleet, require_lease=require_lease)),
+            servicing("DispatchService", dispatch.METHODS),
             servicing("AuditService", {"ListAuditedChanges": AuditedChanges(store).list}),
             servicing("AgentService", agent_methods(fleet)),
         )
@@ -125,8 +121,8 @@ class Term:
         )
 
     async def stand_by(self) -> None:
-        """Load the kernels of dispatch, which belong to the process and would delay it when it takes over."""
-        await self._states.warm_up()
+        """Load the kernels of re-dispatch, which belong to the process and would delay it when it takes over."""
+        await run_in_daemon_thread(compile_redispatch, name="kernels of re-dispatch")
 
     async def begin(self) -> None:
         """Resume earlier work, and decide from now on. Raises NOT_LEADER or STORE_UNAVAILABLE; then call `close`."""
@@ -142,7 +138,6 @@ class Term:
         self._loops.start("the re-dispatch loop", self._loop.run())
         self._loops.start("the audit log of refusals", self._refusals.run())
         self._loops.start("placement proposals", self._proposals.run())
-        self._loops.start("warming up dispatch", self._states.warm_up())
         self._loops.start("the KV history", self._kv.run())
         await self._searches.resume()
         self._pool.start()

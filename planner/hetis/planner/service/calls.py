@@ -12,7 +12,7 @@ from typing import Any
 import grpc
 from google.protobuf.message import DecodeError, Message
 
-from hetis.formats.endpoints import STREAM_OPEN
+from hetis.commands.endpoints import STREAM_OPEN
 from hetis.planner.callers import ANYBODY, Identity, present_caller, set_present_caller
 from hetis.planner.failures import Reason, ServiceError
 from hetis.planner.service import statuses
@@ -329,21 +329,14 @@ def _code_set(context: Context) -> grpc.StatusCode | None:
 
 
 LONGEST_S = 60.0
-LONGEST_OF_DISPATCH_S = 10.0
 _CLOCKS_S = 0.5  # a deadline is rounded up on its way, and is measured by two clocks
-
-
-def longest_s(method: str) -> float:
-    """Return the longest permitted deadline of a unary method, in seconds from now."""
-    return LONGEST_OF_DISPATCH_S if method.startswith("/hetis.v1.DispatchService/") else LONGEST_S
 
 
 def require_deadline(method: str, remaining_s: float | None) -> None:
     """Check a unary call's deadline. Raises DEADLINE_REQUIRED or DEADLINE_TOO_LONG."""
-    most_s = longest_s(method)
     if remaining_s is None:
-        message = f"{method} has no deadline: set one of at most {most_s:g} s"
-        raise ServiceError(Reason.ERROR_REASON_DEADLINE_REQUIRED, message, metadata={"max_s": f"{most_s:g}"})
-    if remaining_s > most_s + _CLOCKS_S:
-        message = f"{method} has a deadline {remaining_s:.0f} s away: at most {most_s:g} s is allowed"
-        raise ServiceError(Reason.ERROR_REASON_DEADLINE_TOO_LONG, message, metadata={"max_s": f"{most_s:g}"})
+        message = f"{method} has no deadline: set one of at most {LONGEST_S:g} s"
+        raise ServiceError(Reason.ERROR_REASON_DEADLINE_REQUIRED, message, metadata={"max_s": f"{LONGEST_S:g}"})
+    if remaining_s > LONGEST_S + _CLOCKS_S:
+        message = f"{method} has a deadline {remaining_s:.0f} s away: at most {LONGEST_S:g} s is allowed"
+        raise ServiceError(Reason.ERROR_REASON_DEADLINE_TOO_LONG, message, metadata={"max_s": f"{LONGEST_S:g}"})

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from hetis.formats.command_line.verb import choice_of, run_application, version_option
+from hetis.commands.verb import choice_of, run_application, version_option
 from hetis.planner.callers import CallerRole
 from hetis.planner.service.exit_codes import ServiceExitCode
 

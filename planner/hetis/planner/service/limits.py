@@ -24,9 +24,6 @@ MOST_OF_A_CALLER = 100
 MOST_OF_A_HOST = 100
 """Limit on the streams of one host to the services open to all callers: health and reflection."""
 MOST_OF_ALL_HOSTS = 1_000
-MOST_OF_ENGINES = 1_000
-"""Limit on the dispatch streams of one caller: engines use their agents' credentials, which nodes may share."""
-_DISPATCH = "/hetis.v1.DispatchService/DispatchRequests"
 
 
 class StreamLimits:
@@ -56,8 +53,6 @@ class StreamLimits:
 def _limits(method: str, caller: str, peer: str) -> dict[str, int]:
     if is_open(method):
         return {f"host {peer.rpartition(':')[0]}": MOST_OF_A_HOST, "all hosts together": MOST_OF_ALL_HOSTS}
-    if method == _DISPATCH:
-        return {f"caller {caller}, dispatch": MOST_OF_ENGINES}
     # A node has one agent stream, and agents may share credentials.
     return {} if method == CONNECT else {f"caller {caller}": MOST_OF_A_CALLER}
 
@@ -65,11 +60,9 @@ def _limits(method: str, caller: str, peer: str) -> dict[str, int]:
 WRITES = frozenset(
     method
     for method, roles in NEEDED.items()
-    if CallerRole.VIEWER not in roles
-    and method not in STANDBY_READS
-    and method.split(".")[-1].partition("/")[0] not in ("DispatchService", "AgentService")
+    if CallerRole.VIEWER not in roles and method not in STANDBY_READS and method != CONNECT
 )
-"""The methods that are limited. Dispatch does not touch the disk, and a node has only one agent stream."""
+"""The methods that are limited; a node has only one agent stream."""
 _MOST_REMEMBERED = 10_000
 
 

@@ -6,7 +6,7 @@ import os
 import sys
 from typing import NoReturn
 
-from hetis.formats.command_line.process import command_process
+from hetis.commands.process import command_process
 
 
 def main() -> NoReturn:

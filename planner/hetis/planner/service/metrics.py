@@ -15,8 +15,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metr
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.registry import Collector
 
-from hetis.planner.store import Store
-from hetis.planner.store.store import BUCKETS_S
+from hetis.planner.store import Lease
+from hetis.planner.store.health import BUCKETS_S, StoreHealth
 
 if TYPE_CHECKING:
     from hetis.planner.fleet.settings import FleetCounters
@@ -170,11 +170,11 @@ class FleetCollector(Collector):
 class StoreCollector(Collector):
     """Reads the store's own counters at each scrape."""
 
-    def __init__(self, store: Store) -> None:
-        self._store = store
+    def __init__(self, health: StoreHealth, lease: Lease) -> None:
+        self._health, self._lease = health, lease
 
     def collect(self) -> Iterable[Metric]:
-        health, lease = self._store.health, self._store.lease
+        health, lease = self._health, self._lease
         counts = list(accumulate(health.buckets))
         names = [*map(str, BUCKETS_S), "+Inf"]
         yield HistogramMetricFamily(

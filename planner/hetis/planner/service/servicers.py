@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from inspect import isawaitable
+from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import Any
 
-from hetis.planner.callers import CallerRole, present_caller
-from hetis.planner.failures import ServiceError, wrong_node
-from hetis.planner.fleet.dispatching.states import DispatchStates
+from hetis.planner.callers import present_caller
 from hetis.planner.fleet.fleet import LiveFleet
 from hetis.planner.resources.clusters import Clusters
 from hetis.planner.resources.nodes import Nodes
@@ -19,7 +16,6 @@ from hetis.planner.resources.plans import Plans
 from hetis.planner.resources.profiles import Profiles
 from hetis.planner.resources.watches import ClusterWatches, RunningResources
 from hetis.planner.service.server import Servicing
-from hetis.v1 import dispatch_service_pb2 as dispatch
 from hetis.v1.agent_service_pb2_grpc import add_AgentServiceServicer_to_server
 from hetis.v1.audit_service_pb2_grpc import add_AuditServiceServicer_to_server
 from hetis.v1.cluster_service_pb2_grpc import add_ClusterServiceServicer_to_server
@@ -99,58 +95,3 @@ def plan_methods(creation: PlanCreation, plans: Plans, activation: PlanActivatio
 def agent_methods(fleet: LiveFleet) -> Methods:
     """Return the stream of an agent, as the node in its credentials; the fleet does the rest."""
     return {"ConnectNode": lambda requests: fleet.connect(present_caller(), requests)}
-
-
-def dispatch_methods(
-    states: DispatchStates, replicas: LiveFleet, *, require_lease: Callable[[], None] = lambda: None
-) -> Methods:
-    """Return the methods that an agent may call for replicas whose primary is on the agent's node.
-
-    ``require_lease`` raises STORE_UNAVAILABLE if no decision may be made; for unary calls the interceptor checks that.
-    """
-
-    def require_primary(replica: str, role: CallerRole) -> None:
-        """Raise WRONG_NODE unless the caller has ``role`` or is the agent of the primary's node.
-
-        Strangers learn nothing else about the replica.
-        """
-        caller = present_caller()
-        if role not in caller.roles:
-            view = replicas.replica_view(replica)
-            node = f"{replica.partition('/replicas/')[0]}/nodes/{view.primary_node if view else ''}"
-            if not caller.speaks_for(node):
-                raise wrong_node(caller, node)
-
-    def checked(
-        method: Callable[[Any], Any],
-        name_of: Callable[[Any], str] = lambda request: request.parent,
-        role: CallerRole = CallerRole.ORCHESTRATOR,
-    ) -> Callable[[Any], Awaitable[Any]]:
-        async def answer(request: Any) -> Any:
-            require_primary(name_of(request).removesuffix("/dispatchState"), role)
-            found = method(request)
-            return await found if isawaitable(found) else found
-
-        return answer
-
-    step = checked(states.step)
-
-    async def steps(
-        requests: AsyncIterator[dispatch.DispatchRequestsRequest],
-    ) -> AsyncIterator[dispatch.DispatchRequestsResponse]:
-        async for request in requests:
-            try:
-                require_lease()
-                response = await step(request)
-            except ServiceError as error:
-                response = dispatch.DispatchRequestsResponse(sequence=request.sequence, failure=error.to_proto())
-            yield response
-
-    return {
-        "DispatchRequests": steps,
-        "AdmitRequests": checked(states.admit),
-        "FinishRequests": checked(states.finish),
-        "GrowRequests": checked(states.grow),
-        "GetDispatchState": checked(states.get, lambda request: request.name, CallerRole.VIEWER),
-        "UpdateDispatchState": checked(states.update, lambda request: request.dispatch_state.name),
-    }

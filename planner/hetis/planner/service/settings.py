@@ -12,8 +12,9 @@ from typing import Annotated, Any, Literal, get_origin
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, PlainSerializer
 
-from hetis.formats import endpoints, units
-from hetis.formats.endpoints import is_loopback
+from hetis.commands import endpoints
+from hetis.commands.endpoints import is_loopback
+from hetis.formats import units
 from hetis.formats.errors import DocumentError, Problem, did_you_mean
 from hetis.formats.fields import API_VERSION, DocumentPart, Duration, bare_type, read_data, validated
 from hetis.formats.positions import Path, Text, parse_text

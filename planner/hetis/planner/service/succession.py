@@ -17,7 +17,7 @@ from typing import Any
 
 from prometheus_client.registry import Collector
 
-from hetis.formats.endpoints import STANDBY_ANSWER
+from hetis.commands.endpoints import STANDBY_ANSWER
 from hetis.planner.failures import Reason, ServiceError
 from hetis.planner.fleet.settings import FleetCounters
 from hetis.planner.service.access import LIVE_READS, needs_leader
@@ -79,7 +79,8 @@ class Succession:
         self._unusable: StoreError | None = None
         self.collectors = tuple(collectors)
         self.servicings = tuple(
-            replace(found, servicer=_Present(self, position)) for position, found in enumerate(self._standby.servicings)
+            replace(found, servicer=CurrentTermServicer(self, position))
+            for position, found in enumerate(self._standby.servicings)
         )
 
     @property
@@ -89,21 +90,21 @@ class Succession:
 
     @property
     def lease(self) -> Lease:
-        return self._store.lease
+        return self._store.leadership.lease
 
     @property
     def leads(self) -> bool:
-        return self._leading is not None and self._store.lease.is_held
+        return self._leading is not None and self._store.leadership.lease.is_held
 
     @property
     def leader_address(self) -> str:
         """The addresses of another planner that leads, separated by commas; empty if they are unknown."""
-        return self._store.not_leader().metadata.get("leader_address", "")
+        return self._store.leadership.not_leader().metadata.get("leader_address", "")
 
     async def start(self) -> None:
         """Lead, or start to stand by. Raises NOT_LEADER if it should not stand by, or STORE_UNAVAILABLE."""
         try:
-            await self._begin(await self._store.lead(self._holder, self._addresses))
+            await self._begin(await self._store.leadership.grant(self._holder, self._addresses))
         except ServiceError as error:
             if error.reason != Reason.ERROR_REASON_NOT_LEADER or not self._stands_by:
                 raise
@@ -114,11 +115,11 @@ class Succession:
 
     def require_leader(self, method: str) -> None:
         """Raise NOT_LEADER, with the leader's address, or STORE_UNAVAILABLE shortly before the lease expires."""
-        if self.leads and not self._store.lease.may_decide:
+        if self.leads and not self._store.leadership.lease.may_decide:
             if needs_leader(method, reads_too=False):
-                raise self._store.undecided()
+                raise self._store.leadership.undecided()
         elif not self.leads and needs_leader(method, reads_too=True):
-            raise self._store.not_leader()
+            raise self._store.leadership.not_leader()
 
     def on_loss(self, end_streams: Callable[[ServiceError], Awaitable[None]]) -> None:
         """Set the callback that ends the remaining streams when the term is over."""
@@ -137,17 +138,17 @@ class Succession:
         if self._store.health.answered_s_ago >= ANSWERED_S:
             return False
         if self._leading is not None:
-            return self._store.lease.may_decide and self._store.health.unwritable_s < ANSWERED_S
-        return self._stands_by and self._store.led_s_ago < ANSWERED_S
+            return self._store.leadership.lease.may_decide and self._store.health.unwritable_s < ANSWERED_S
+        return self._stands_by and self._store.leadership.led_s_ago < ANSWERED_S
 
     async def overview(self) -> Overview:
-        store, leader = self._store, self._store.leader
+        store, leader = self._store, self._store.leadership.leader
         found = await self.present.overviews.overview()
         return replace(
             found,
             leads=self.leads,
             leader=self._holder if self.leads else leader.name if leader is not None else "",
-            lease_age_s=store.lease.age_s,
+            lease_age_s=store.leadership.lease.age_s,
             store_answered_s_ago=store.health.answered_s_ago,
         )
 
@@ -187,7 +188,7 @@ class Succession:
         term = self._make_term(epoch)
         try:
             await term.begin()
-            await self._store.announce()
+            await self._store.leadership.promote()
         except BaseException:
             await term.close()
             raise
@@ -198,12 +199,12 @@ class Succession:
         try:
             while True:
                 if self._leading is not None:
-                    await self._store.until_replaced()
+                    await self._store.leadership.until_ended()
                     await self._step_down()
                     if not self._stands_by:
                         return
                 try:
-                    await self._begin(await self._store.stand_by(self._holder, self._addresses))
+                    await self._begin(await self._store.leadership.stand_by(self._holder, self._addresses))
                 except StoreError as error:
                     _log.error("the store cannot be used any more", extra={"why": str(error)})
                     self._unusable = error
@@ -221,7 +222,7 @@ class Succession:
         """End the term: agents and watchers move to the new leader; stored decisions remain valid."""
         term, self._leading = self._leading, None
         assert term is not None
-        error = self._store.not_leader()
+        error = self._store.leadership.not_leader()
         _log.error("the term is over", extra={"leader": error.metadata.get("leader", "")})
         term.lose(error)
         if self._end_streams is not None:
@@ -244,7 +245,7 @@ class Succession:
             _log.error("%s ended with an error", what, exc_info=error)
 
 
-class _Present:
+class CurrentTermServicer:
     """A servicer that passes each call to the same service of the present term."""
 
     def __init__(self, succession: Succession, position: int) -> None:
@@ -293,7 +294,7 @@ async def open_planner(config: PlannerConfig) -> Succession:
         stands_by=config.stands_by,
         loops=loops,
         refusals=refusals,
-        collectors=(FleetCollector(counters), StoreCollector(store)),
+        collectors=(FleetCollector(counters), StoreCollector(store.health, store.leadership.lease)),
     )
     try:
         await succession.start()

@@ -222,7 +222,7 @@ Metadata = Iterable[tuple[str, str | bytes]]
 _log = logging.getLogger("hetis.planner.calls")
 _NAMING = ("name", "cluster", "replica", "plan", "profile", "parent")
 _IDS = {"cluster_id": "clusters", "plan_id": "plans", "profile_id": "profiles"}  # by field with a new resource's id
-_QUIET = ("/grpc.", "/hetis.v1.DispatchService/")  # probes, and thousands of calls per second: level debug if OK
+_QUIET = "/grpc."  # probes: level debug if OK
 _OUR_FAULT = {grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN}
 
 

@@ -1,7 +1,7 @@
 """The store of the planning service: records in SQLite or PostgreSQL, changed by one durable transaction at a time."""
 
 from hetis.planner.store.audit import AuditedChange, AuditFilter, AuditLine
-from hetis.planner.store.leadership import Lease
+from hetis.planner.store.lease import Lease
 from hetis.planner.store.opening import StoreError
 from hetis.planner.store.records import (
     ClusterRecord,

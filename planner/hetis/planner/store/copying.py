@@ -19,12 +19,12 @@ from typing import BinaryIO, TypeVar
 
 import sqlalchemy as sa
 
-import hetis.planner.store.leadership as leadership
+import hetis.planner.store.lease as rows
 import hetis.planner.store.opening as opening
 import hetis.planner.store.records as records
 import hetis.planner.store.schema as schema
 from hetis.planner.store.audit import AuditedChange, AuditLog
-from hetis.planner.store.leadership import FileLock
+from hetis.planner.store.lease import FileLock
 from hetis.planner.store.opening import StoreError
 from hetis.planner.store.tables import Reader
 
@@ -123,7 +123,7 @@ def restore(url: str, file: Path, *, replace: bool, clock: Callable[[], float] =
                 epoch_before, version_before = _epoch(written), _highest_version(written)
                 num = _copy(connection, written)
                 now_s = clock()
-                epoch = max(epoch_before + 1, _epoch(written) + BEYOND, leadership.epoch_at(now_s))
+                epoch = max(epoch_before + 1, _epoch(written) + BEYOND, rows.epoch_at(now_s))
                 version = max(version_before, _highest_version(written) + BEYOND, int(now_s * 1e6))
                 _raise(written, epoch=epoch, version=version)
                 change = AuditedChange(caller=_operator(), role="operator", method="restore", resource=file.name)
@@ -144,7 +144,7 @@ def migrate_to(url: str, revision: str) -> str:
         before = schema.revision_of(connection) or "nothing"
         schema.migrate(connection, to=revision)
         if before == "nothing":
-            leadership.begin_at(connection, leadership.epoch_at(time.time()))
+            rows.begin_at(connection, rows.epoch_at(time.time()))
         return before
 
 
@@ -288,7 +288,7 @@ def _errors_of(label: str) -> Iterator[None]:
 def _require_no_lease(connection: sa.Connection, label: str) -> None:
     if sa.inspect(connection).has_table(records.leadership.name):
         # From here on, a planner that starts or stands by waits for the end of the transaction before it leads.
-        holder, left_s = leadership.end_terms(connection)
+        holder, left_s = rows.end_terms(connection)
         if left_s > 0:
             raise StoreError(f"store {label} is in use by {holder.title}: stop it first")
 

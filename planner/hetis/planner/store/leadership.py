@@ -1,338 +1,425 @@
-"""Leadership: the writer's term, its epoch, and the lease that keeps the term on a server.
-
-Every write transaction reads the epoch from the one row under a lock, so that either a takeover waits for the
-transaction, or the transaction comes after the takeover and fails. A planner that lost its term can therefore change
-nothing, whatever its own state and its clock.
-"""
+"""Leadership of a store: from watching another leader, through a term of this planner, to the end of the term."""
 
 from __future__ import annotations
 
-import fcntl
-import os
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+import asyncio
+import contextlib
+import enum
+import logging
+import math
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, TypeVar
 
 import sqlalchemy as sa
 
-import hetis.planner.store.records as records
+import hetis.planner.store.lease as rows
 import hetis.planner.store.schema as schema
 from hetis.planner.failures import Reason, ServiceError
+from hetis.planner.store.connection import StoreConnection
+from hetis.planner.store.lease import AnotherLeadsError, FileLock, GrantedLease, Holder, Lease, RenewalWatch
 from hetis.planner.store.opening import StoreError
 
+T = TypeVar("T")
+_RENEWALS = 6  # per lease; one attempt may take two such intervals
+_LOOK_S = 0.5  # interval at which a standby checks who leads
+_log = logging.getLogger("hetis.planner.store")
 
-class FileLock:
-    """A lock on ``FILE.lock`` beside a store. It is a separate file so that backups may read the store meanwhile."""
 
-    def __init__(self, store: Path) -> None:
-        self._path = store.with_name(f"{store.name}.lock")
-        self.store = store
-        self._descriptor: int | None = None
+class LeadershipState(enum.Enum):
+    """What this planner is to its store."""
+
+    WATCHING = "watching"  # it has had no term yet, or stands by
+    TAKEN = "taken"  # it has a term that has not begun: it loads its state, and answers nobody
+    LEADING = "leading"  # its term has begun, and others call it the leader
+    ENDED = "ended"  # its last term is over: replaced, expired or revoked
+
+
+_HELD = LeadershipState.TAKEN, LeadershipState.LEADING
+
+
+class Leadership:
+    """This planner's leadership: its state, epoch and lease, and the connection and thread that renew the lease.
+
+        WATCHING --grant--> TAKEN --promote--> LEADING
+        TAKEN, LEADING --demote, revoke--> ENDED --stand_by--> WATCHING
+
+    `demote` ends a term in this process, `revoke` also in the store, so that others need not wait for the lease. The
+    store does nothing but refuse what is written with an older epoch (`rows.check`). Whatever happens to the
+    connection, the term ends when the lease expires by this machine's clock.
+
+    Args:
+        connection: for a file that of the store, for a server one of its own.
+        lease_s: how long a renewal is valid; 0 for a file, whose lock holds the term.
+        limit_s: limit on a server's answer to one statement.
+        machine: monotonic seconds.
+        on_expiry: called when the lease has expired without a renewal.
+        on_end: called at the end of each term.
+    """
+
+    def __init__(
+        self,
+        connection: StoreConnection,
+        *,
+        lease_s: float,
+        limit_s: float,
+        machine: Callable[[], float],
+        on_expiry: Callable[[], None],
+        on_end: Callable[[], None],
+    ) -> None:
+        self._connection = connection
+        self._lock = FileLock(connection.file) if connection.file else None
+        self._lease_s, self._limit_s, self._machine_s = lease_s, limit_s, machine
+        self._on_expiry, self._on_end = on_expiry, on_end
+        self.state = LeadershipState.WATCHING
+        self.epoch: int | None = None  # of the present term
+        self.lease = Lease(lease_s, machine)  # of the present term
+        self._ended = asyncio.Event()  # set when the present term is over
+        self._renewal: asyncio.Task[None] | None = None  # renews the lease during a term on a server
+        self._text = ""  # this planner's text as a leader
+        self._shown = ""  # what renewals write as the leader's text: that of this planner once its term has begun
+        self._leader: Holder | None = None  # the last leader seen, or the one that refused to be replaced
+        self._leads_until_s = 0.0  # when the lease ends that another planner was last seen to hold, named or not
+        self._led_s = machine()  # when this planner or another one was last known to lead
 
     @property
-    def is_held(self) -> bool:
-        """Whether this process has the lock, and any other process that tries to take it finds it taken.
+    def leader(self) -> Holder | None:
+        """The other planner that leads, until its lease ends without having been seen renewed. None if unknown."""
+        return self._leader if self._is_led else None
 
-        Not so once its file was removed or replaced: others would lock another file of the same name.
+    @property
+    def led_s_ago(self) -> float:
+        """Seconds since any planner was last seen to lead, in a term that it had begun.
+
+        They grow if a standby cannot take over, and also if planners take turns at terms that none of them can begin.
         """
-        descriptor = self._descriptor
-        if descriptor is None:
-            return False
+        return self._machine_s() - self._led_s
+
+    # --- The verbs
+
+    async def grant(self, holder: str, addresses: Sequence[str] = (), *, abandoned: GrantedLease | None = None) -> int:
+        """Take a term durably and return its epoch, which is above all earlier ones; then load the state and `promote`.
+
+        Args:
+            holder: this planner's name, for display.
+            abandoned: a lease that may be ended before it expires, if it has not been renewed by now.
+
+        Raises:
+            AnotherLeadsError: another planner holds the file's lock or the server's lease.
+            ServiceError: STORE_UNAVAILABLE.
+            StoreError: the tables were migrated to another version since this planner opened the store.
+        """
+        await end_task(self._renewal)
+        self._text, self._shown = Holder(name=holder.replace(" ", "_"), addresses=tuple(addresses)).to_text(), ""
         try:
-            held, found = os.fstat(descriptor), self._path.stat()
-        except OSError:
-            return False
-        return os.path.samestat(held, found)
+            requested_s, epoch = await self._in_time(self._take, abandoned)
+        except AnotherLeadsError as error:
+            self._note_leader(error)
+            raise
+        self.state, self.epoch, self._ended = LeadershipState.TAKEN, epoch, asyncio.Event()
+        self._note_lease("", 0.0)
+        self.lease.grant(requested_s)
+        if self._lease_s:
+            self._renewal = asyncio.create_task(self._renew_for_ever(epoch), name="renewal of leadership")
+        return epoch
 
-    def exists(self) -> bool:
-        """Return whether any planner has ever had the lock."""
-        return self._path.exists()
+    async def promote(self) -> None:
+        """Announce durably that the term has begun: from now on this planner is what others call the leader.
 
-    def take(self) -> bool:
-        """Take the lock, also again; return whether this process has it now. Raises StoreError if it has no file."""
-        if self.is_held:
-            return True
-        self.release()  # of a file that was removed or replaced
+        Raises NOT_LEADER if the term is over, or STORE_UNAVAILABLE.
+        """
+        epoch = self.epoch
+        if epoch is None:
+            raise self.not_leader()
+        self._shown = self._text  # before the request, which a renewal must not undo
+        await self._in_time(self._renew, epoch)
+        if self.epoch == epoch:
+            self.state, self._led_s = LeadershipState.LEADING, self._machine_s()
+
+    def demote(self) -> None:
+        """End the term, if there is one, in this process: nothing is decided in it any more."""
+        if self.state not in _HELD:
+            return
+        if self.state is LeadershipState.LEADING:
+            self._led_s = self._machine_s()
+        self.state, self.epoch, self._shown = LeadershipState.ENDED, None, ""
+        self.lease.end()
+        self._ended.set()
+        self._on_end()
+
+    async def revoke(self) -> None:
+        """End the term, if there is one, and allow another planner to take over at once."""
+        await end_task(self._renewal)
+        if (epoch := self.epoch) is not None:
+            self.demote()  # first, since the server may take longer to hear of that than the lease lasts
+            with contextlib.suppress(ServiceError, sa.exc.DBAPIError):
+                await self._in_time(self._release, epoch)
+
+    async def stand_by(self, holder: str, addresses: Sequence[str] = ()) -> int:
+        """Wait until no planner leads, then take a term and return its epoch. Meanwhile `leader` names the leader.
+
+        It does not wait for the end of a lease that nobody renews (`RenewalWatch`). If this planner holds a term that
+        it failed to begin, that term is revoked first, and other planners get the first chance.
+
+        Raises StoreError if a planner of another version migrates the tables meanwhile.
+        """
+        was_held = self.epoch is not None
+        await self.revoke()
+        if was_held:
+            await asyncio.sleep(1.5 * _LOOK_S)  # long enough for every standby to look
+        self.state, watch = LeadershipState.WATCHING, RenewalWatch(self._lease_s, self._machine_s)
+        while True:
+            wait_s = _LOOK_S
+            try:
+                lease, left_s = await self._in_time(self._look)
+                if left_s <= 0:
+                    return await self.grant(holder, addresses)
+                if watch.is_abandoned(lease):
+                    _log.warning(
+                        "the lease has not expired, but nobody renews it: the store's clock may have stepped back",
+                        extra={"leader": Holder.from_text(lease.holder).name, "left_s": round(left_s, 3)},
+                    )
+                    return await self.grant(holder, addresses, abandoned=lease)
+                if lease.holder:
+                    self._led_s = self._machine_s()
+                wait_s = min(left_s + 0.01, _LOOK_S)
+            except AnotherLeadsError as error:
+                self._note_leader(error)
+            except ServiceError as error:
+                _log.warning("the store does not answer a standby", extra={"reason": str(error)})
+            await asyncio.sleep(wait_s)
+
+    async def until_ended(self) -> None:
+        """Wait until the term is over: another planner has taken over, or the lease could not be renewed."""
+        await self._ended.wait()
+
+    async def close(self) -> None:
+        """Revoke the term, and close the connection if it serves leadership alone."""
+        await self.revoke()
+        if self._lock is None:
+            with contextlib.suppress(ServiceError):
+                await self._in_time(self._connection.close)
+            self._connection.end_thread()
+
+    # --- What may be done in the term
+
+    def require_decision(self) -> None:
+        """Raise NOT_LEADER unless this planner has a term and its lease, STORE_UNAVAILABLE in its last third."""
+        if self.epoch is None or not self.lease.is_held:
+            raise self.not_leader()
+        if not self.lease.may_decide:
+            raise self.undecided()
+
+    async def fenced(self, write: Callable[[], Awaitable[T]]) -> T:
+        """Return the result of a write in the present term, if the term still holds when the write is done.
+
+        Raises:
+            ServiceError: what ``write`` raises; NOT_LEADER, and then the term is over, whatever else happens.
+        """
+        ended = self._ended
         try:
-            descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        except OSError as error:
-            raise StoreError(f"store {self.store} cannot be locked: {self._path}: {error.strerror}") from None
+            self.require_decision()
+            return await (self._unless(ended, write()) if self._lease_s else write())
+        except ServiceError as error:
+            if error.reason == Reason.ERROR_REASON_NOT_LEADER and ended is self._ended:
+                if isinstance(error, AnotherLeadsError):
+                    self._note_leader(error)
+                self.demote()
+            raise
+
+    def not_leader(self) -> ServiceError:
+        """Return the error for callers that have reached a planner that does not lead."""
+        if not self._is_led:
+            return rows.nobody_leads()
+        return rows.another_leads(self._leader.to_text() if self._leader is not None else "")
+
+    def undecided(self) -> ServiceError:
+        """Return the error for callers in the last third of the lease."""
+        return ServiceError(
+            Reason.ERROR_REASON_STORE_UNAVAILABLE,
+            f"the lease of this planner on {self._connection.label} was not renewed for {self.lease.age_s:.1f} s of"
+            f" {self._lease_s:g} s; nothing was changed",
+            metadata={"changed": "no"},
+            retry_after_s=max(self.lease.left_s, 0.0),
+        )
+
+    async def _unless(self, ended: asyncio.Event, work: Awaitable[T]) -> T:
+        """Return the result of ``work`` if the term in which it began still holds; otherwise raise an error."""
+        working, ending = asyncio.ensure_future(work), asyncio.ensure_future(ended.wait())
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(descriptor)
-            return False
-        self._descriptor = descriptor
-        return True
+            await asyncio.wait({working, ending}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            ending.cancel()
+        if working.done() and self.lease.is_held and not ended.is_set():
+            return working.result()
+        if working.done() and (error := working.exception()) is not None:
+            raise error
+        lost = self.not_leader()
+        message = f"{lost}; the lease ended while the change was made, and it is unknown whether it took effect"
+        raise ServiceError(lost.reason, message, metadata={**lost.metadata, "changed": "unknown"})
 
-    def release(self) -> None:
-        """Release the lock. The file stays: if it were removed, two planners could lock two files of the same name."""
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-            self._descriptor = None
-
-
-DECIDING_SHARE = 2 / 3  # share of the lease after which, without a renewal, no new decisions are made
-# A lease that nobody has renewed for so many leases, and at least so long, may be taken before it expires.
-UNRENEWED_LEASES, UNRENEWED_S = 3, 60.0
-
-
-def machine_s() -> float:
-    """Return monotonic seconds, which include time in which the machine sleeps if the system counts it."""
-    return time.clock_gettime(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic()
-
-
-class Lease:
-    """A term, and how long it may be used.
-
-    The server counts a lease from the moment that it grants it, the holder from before its request. However long
-    messages take, the holder stops first. The clocks need not agree on the time, only on how fast it passes.
-
-    Args:
-        lease_s: how long a renewal is valid; 0 means for ever, as if a file lock holds the term.
-        clock: monotonic seconds.
-    """
-
-    def __init__(self, lease_s: float, clock: Callable[[], float] = machine_s) -> None:
-        self.lease_s = lease_s
-        self.clock = clock
-        self._asked_s: float | None = None  # when the lease that is held was requested; None: no lease is held
-
-    def grant(self, asked_s: float) -> None:
-        """Record that the server granted the renewal requested at ``asked_s``."""
-        self._asked_s = asked_s
-
-    def end(self) -> None:
-        """End the term, whatever time remains."""
-        self._asked_s = None
+    # --- Other planners
 
     @property
-    def age_s(self) -> float:
-        """Seconds since the last granted renewal was requested; 0 without a lease."""
-        return self.clock() - self._asked_s if self._asked_s is not None and self.lease_s else 0.0
+    def _is_led(self) -> bool:
+        return self._machine_s() < self._leads_until_s
+
+    def found(self, lease: GrantedLease, epoch: int | None) -> None:
+        """Note a lease that was read during the term of ``epoch``, which is over if another one has begun."""
+        if epoch is not None and epoch == self.epoch != lease.epoch:
+            self._replaced(rows.another_leads(lease.holder))
+
+    def _replaced(self, error: AnotherLeadsError) -> None:
+        self._note_leader(error)
+        _log.error("another planner has taken over", extra=dict(error.metadata))
+        self.demote()
+
+    def _note_leader(self, error: AnotherLeadsError) -> None:
+        # A renewed lease lasts no longer than one that was just taken; a file's lock has no end that could be seen.
+        left_s = (self._lease_s if error.retry_after_s is None else error.retry_after_s) if self._lease_s else math.inf
+        if "leader" not in error.metadata:  # unknown, or it has not begun its term
+            self._note_lease("", left_s)
+            return
+        self._led_s = self._machine_s()
+        self._note_lease(f"{error.metadata['leader']} {error.metadata.get('leader_address', '')}", left_s)
+
+    def _note_lease(self, holder: str, left_s: float) -> None:
+        """Note that another planner with this text, if it has begun its term, holds the lease for ``left_s``."""
+        self._leader = Holder.from_text(holder) if holder else None
+        self._leads_until_s = self._machine_s() + left_s
+
+    # --- The renewal
+
+    async def _renew_for_ever(self, epoch: int) -> None:
+        """Renew the lease until the term ends. Every exit ends the term, except a cancellation by the task's owner."""
+        try:
+            await self._renew_while_held(epoch)
+        except asyncio.CancelledError:
+            raise
+        except Exception:
+            _log.exception("the lease is no longer being renewed")
+        if self.epoch == epoch:
+            self.demote()
+
+    async def _renew_while_held(self, epoch: int) -> None:
+        """Renew from the event loop, so that a planner whose event loop hangs also loses its lease."""
+        trouble = ""
+        requested_s = self._machine_s()
+        while self.epoch == epoch and self.lease.is_held:
+            # Counted from request to request, so that the time of an answer is not added. Never past the end of the
+            # lease: pending writes must learn of it.
+            rest_s = requested_s + self._lease_s / _RENEWALS - self._machine_s()
+            await asyncio.sleep(max(min(rest_s, self.lease.left_s), 0.0))
+            if not self.lease.is_held:
+                continue  # the process was suspended
+            requested_s = self._machine_s()
+            limit_s = min(2 * self._lease_s / _RENEWALS, self.lease.left_s)
+            try:
+                await self._in_time(self._renew, epoch, limit_s=limit_s)
+            except AnotherLeadsError as error:
+                self._replaced(error)
+                return
+            except Exception as error:  # whatever the exception, the lease ends by the clock
+                trouble = str(error)
+                _log.warning("the lease was not renewed", extra={"age_s": round(self.lease.age_s, 3), "why": trouble})
+                if isinstance(error, ServiceError) and error.reason == Reason.ERROR_REASON_NOT_LEADER:
+                    break  # it has expired by the clock of the store, where anyone may take it
+            else:
+                # A term that is over stays over, whatever the server has granted since: callers know that it ended.
+                if self.epoch == epoch and self.lease.is_held:
+                    self.lease.grant(requested_s)
+        if self.epoch == epoch:
+            _log.error("the lease ran out", extra={"why": trouble})
+            self._on_expiry()
+
+    # --- The lock of a file
 
     @property
-    def left_s(self) -> float:
-        """How long the term may still be used; infinity stands for as long as the process lives."""
-        if self._asked_s is None:
-            return 0.0
-        return self.lease_s - self.age_s if self.lease_s else float("inf")
+    def has_lost_lock(self) -> bool:
+        """Whether the lock's file was removed or replaced during the term, but not that of the store."""
+        lock = self._lock
+        return lock is not None and self.epoch is not None and not lock.is_held and self._connection.is_at_its_place
 
-    @property
-    def is_overdue(self) -> bool:
-        """Whether the lease has expired although the term was not ended."""
-        return self._asked_s is not None and self.left_s <= 0
+    async def lock_again(self) -> None:
+        """Take the lock again, or end the term if another planner has taken it first."""
+        if (epoch := self.epoch) is None:  # the term has ended since the check
+            return
+        try:
+            await self._connection.run(self._take_lock, epoch)
+        except StoreError as error:
+            _log.warning("the store's lock was removed: %s", error)
+        except AnotherLeadsError as error:
+            if epoch == self.epoch:
+                self._replaced(error)
+        else:
+            store = self._connection.label
+            _log.warning("the store's lock was removed or replaced, and was taken again", extra={"store": store})
 
-    @property
-    def is_held(self) -> bool:
-        return self.left_s > 0
+    # --- In the connection's thread from here on
 
-    @property
-    def may_decide(self) -> bool:
-        """Whether new work may begin and end in the term, which is not so in the last third of the lease."""
-        return self.left_s > self.lease_s * (1 - DECIDING_SHARE)
+    async def _in_time(self, work: Callable[..., T], *arguments: object, limit_s: float | None = None) -> T:
+        return await self._connection.run_in_time(self._limit_s if limit_s is None else limit_s, work, *arguments)
 
+    def look(self, connection: StoreConnection) -> tuple[GrantedLease, float, str]:
+        """Return the last lease, the seconds left of it, and the tables' version, in the connection's thread."""
+        with connection.begun(connection.looks) as begun:
+            lease, left_s, version = rows.look(begun)
+        if self.epoch is None and self._lease_s:
+            self._note_lease(lease.holder, left_s)
+        return lease, left_s, version
 
-_ROW = records.leadership.c.id == 1
+    def _look(self) -> tuple[GrantedLease, float]:
+        """Return the lease and the seconds left of it; 0 for a file, whose lock determines whether it is free.
 
+        Raises StoreError if a planner of another version has migrated the tables.
+        """
+        lease, left_s, version = self.look(self._connection)
+        schema.require_unchanged(version, self._connection.label)
+        return lease, 0.0 if self._lock is not None else left_s
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Holder:
-    """The holder of the leadership."""
+    def _take(self, abandoned: GrantedLease | None) -> tuple[float, int]:
+        """Take a term; return when its lease begins to count, and its epoch."""
+        self._take_lock()
+        store = self._connection.label
+        try:
+            with self._connection.begun(self._connection.engine) as connection:
+                requested_s = self._machine_s()  # after connecting, which is not part of the lease
+                epoch = rows.take(connection, store=store, lease_s=self._lease_s, abandoned=abandoned)
+                return requested_s, epoch
+        except BaseException:
+            if self._lock is not None:
+                self._lock.release()  # another planner on the file would take this one for its leader
+            raise
 
-    name: str  # for display; contains no blanks; empty until the term has begun
-    addresses: tuple[str, ...] = ()  # addresses at which callers reach it; empty if unknown
+    def _take_lock(self, epoch: int | None = None) -> None:
+        """Take the file's lock, for the term with this epoch if there is one.
 
-    @classmethod
-    def from_text(cls, text: str) -> Holder:
-        name, _, addresses = text.partition(" ")
-        return cls(name=name, addresses=tuple(addresses.split(",")) if addresses else ())
+        Raises AnotherLeadsError if another planner has it, or had it after the term began.
+        """
+        if self._lock is None:
+            return
+        is_taken = self._lock.take()
+        if is_taken and epoch is None:
+            return
+        with self._connection.begun(self._connection.looks) as connection:
+            lease, _, _ = rows.look(connection)
+        if not is_taken or lease.epoch != epoch:
+            self._lock.release()
+            raise rows.another_leads(lease.holder, store=self._connection.label)
 
-    @property
-    def title(self) -> str:
-        """Return what messages call it; the row of a planner whose term has not begun has no name."""
-        return f"the planner {self.name}" if self.name else "a planner that begins its term"
+    def _renew(self, epoch: int) -> None:
+        with self._connection.begun(self._connection.statements) as connection:
+            rows.renew(connection, epoch, lease_s=self._lease_s, holder=self._shown)
 
-    def to_text(self) -> str:
-        """Return the text that is stored in the one row."""
-        return f"{self.name} {','.join(self.addresses)}" if self.addresses else self.name
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GrantedLease:
-    """The lease in the one row. A renewal replaces it by another one, which ends at another time."""
-
-    epoch: int
-    holder: str  # the text of the leader; empty until its term has begun
-    lease_end_s: float
-
-    @classmethod
-    def from_row(cls, row: sa.Row[Any]) -> GrantedLease:
-        return cls(epoch=row.epoch, holder=row.holder, lease_end_s=row.lease_end_s)
-
-
-class RenewalWatch:
-    """Finds a lease that nobody renews although the server says that it has not expired.
-
-    The server's clock may step back, and a dead leader's lease then lasts longer by the whole step. But a leader also
-    stops by its own clock, one lease after it asked for its last renewal, and a standby sees the renewed lease only
-    later: once a lease has passed here without another renewal, nobody leads. A longer wait tolerates clocks of
-    different speeds, and a leader whose configured lease is longer than the standby's.
-
-    Args:
-        lease_s: the lease that the standby is configured with.
-        clock: monotonic seconds.
-    """
-
-    def __init__(self, lease_s: float, clock: Callable[[], float]) -> None:
-        self.limit_s = max(UNRENEWED_LEASES * lease_s, UNRENEWED_S)
-        self._clock = clock
-        self._seen: GrantedLease | None = None
-        self._first_s = 0.0  # when that lease was first seen
-
-    def is_abandoned(self, lease: GrantedLease) -> bool:
-        """Note the lease that was just seen, and return whether it has been the same for over ``limit_s``."""
-        now_s = self._clock()
-        if lease != self._seen:
-            self._seen, self._first_s = lease, now_s
-        return now_s - self._first_s > self.limit_s
+    def _release(self, epoch: int) -> None:
+        if self._lock is not None:
+            self._lock.release()
+            return
+        with self._connection.begun(self._connection.statements) as connection:
+            rows.release(connection, epoch)  # otherwise the lease would have to expire
 
 
-def look(connection: sa.Connection) -> tuple[GrantedLease, float, str]:
-    """Return the last leader's lease, the seconds left of it (negative if it has expired) and the tables' version.
-
-    Takes no lock.
-    """
-    columns = records.leadership, _left_s(connection), schema.applied.label("version")
-    row = connection.execute(sa.select(*columns).where(_ROW)).one()
-    return GrantedLease.from_row(row), float(row.left_s), row.version
-
-
-_FIRST_S = 1_767_225_600  # the start of 2026: counting epochs in seconds from here keeps them short
-
-
-def epoch_at(now_s: float) -> int:
-    """Return the least epoch of a store that was made or restored at this Unix time.
-
-    Agents obey the highest epoch that they have seen, and a store that is lost or restored has forgotten its last ones.
-    A planner begins fewer terms than one per second, so the clock is above all epochs of stores that were made before.
-    """
-    return max(int(now_s) - _FIRST_S, 0)
-
-
-def begin_at(connection: sa.Connection, epoch: int) -> None:
-    """Let the terms of a store that was just made follow ``epoch``."""
-    connection.execute(sa.update(records.leadership).where(_ROW).values(epoch=epoch))
-
-
-def end_terms(connection: sa.Connection) -> tuple[Holder, float]:
-    """End all terms, and let no other one begin before the transaction ends.
-
-    Whoever changes tables from outside a term calls this first. Returns the last leader and the seconds left of its
-    lease; if they are positive, it still leads, and the caller rolls back.
-    """
-    columns = records.leadership.c.holder, _left_s(connection)
-    row = connection.execute(sa.select(*columns).where(_ROW).with_for_update()).one()
-    connection.execute(sa.update(records.leadership).where(_ROW).values(epoch=records.leadership.c.epoch + 1))
-    return Holder.from_text(row.holder), float(row.left_s)
-
-
-def take(connection: sa.Connection, *, store: str, lease_s: float, abandoned: GrantedLease | None = None) -> int:
-    """Start a new term and return its epoch. The row names its holder only once `renew` does.
-
-    Args:
-        connection: a connection in a write transaction.
-        store: the store's name in messages.
-        lease_s: how long others may not take over, by the server's clock; 0 if a file lock holds the term.
-        abandoned: a lease that may be ended before it expires, if it has not been renewed by now.
-
-    Raises:
-        ServiceError: NOT_LEADER, with the leader and the time of the next attempt.
-        StoreError: the tables were migrated to another version while this planner stood by.
-    """
-    columns = records.leadership, _left_s(connection)
-    row = connection.execute(sa.select(*columns).where(_ROW).with_for_update()).one()
-    if row.left_s > 0 and GrantedLease.from_row(row) != abandoned:
-        raise not_leader(row.holder, store=store, retry_after_s=float(row.left_s))
-    epoch: int = row.epoch + 1
-    lease_end_s = _now(connection) + lease_s if lease_s else 0.0
-    values = {"epoch": epoch, "holder": "", "lease_end_s": lease_end_s}
-    # A statement after the one that locked the row, which may have waited for a migration that it does not see.
-    ours = sa.and_(_ROW, schema.applied == schema.revisions()[-1])
-    if not connection.execute(sa.update(records.leadership).where(ours).values(values)).rowcount:
-        schema.require_unchanged(schema.revision_of(connection) or "nothing", store)
-    return epoch
-
-
-def renew(connection: sa.Connection, epoch: int, *, lease_s: float, holder: str) -> None:
-    """Prolong the lease in one statement. Raises NOT_LEADER if another planner has taken over.
-
-    ``holder``: the text of the leader; empty while the term has not begun, so that nobody takes it for a leader.
-    """
-    ours = sa.and_(_ROW, records.leadership.c.epoch == epoch)
-    values = {"lease_end_s": _now(connection) + lease_s, "holder": holder}
-    if not connection.execute(sa.update(records.leadership).where(ours).values(values)).rowcount:
-        raise not_leader(holder_of(connection))
-
-
-def release(connection: sa.Connection, epoch: int) -> None:
-    """Allow another planner to take over at once; does nothing if one already has."""
-    ours = sa.and_(_ROW, records.leadership.c.epoch == epoch)
-    connection.execute(sa.update(records.leadership).where(ours).values(lease_end_s=0.0))
-
-
-def check(connection: sa.Connection, epoch: int) -> None:
-    """Keep the term until the transaction ends. Raises NOT_LEADER if the term is over."""
-    columns = records.leadership.c.epoch, records.leadership.c.holder
-    # KEY SHARE: a takeover (FOR UPDATE) waits for it, a concurrent renewal of the lease (NO KEY UPDATE) does not.
-    row = connection.execute(sa.select(*columns).where(_ROW).with_for_update(read=True, key_share=True)).one()
-    if row.epoch != epoch:
-        raise not_leader(row.holder)
-
-
-def holder_of(connection: sa.Connection) -> str:
-    return str(connection.execute(sa.select(records.leadership.c.holder).where(_ROW)).scalar_one())
-
-
-def not_leader(leader: str, *, store: str = "", retry_after_s: float | None = None) -> ServiceError:
-    """Return the error for a planner that does not lead.
-
-    Args:
-        leader: the text of the one row; empty if unknown, or if that planner has not begun its term.
-        store: the store's name in messages.
-    """
-    holder = Holder.from_text(leader)
-    what = f"another planner is the leader of store {store}" if store else "another planner is the leader"
-    unnamed = f"{what}, but has not begun its term yet" if store else "this planner is not the leader"
-    metadata = {"leader": holder.name} if holder.name else {}
-    if holder.addresses:
-        metadata["leader_address"] = ",".join(holder.addresses)
-    return ServiceError(
-        Reason.ERROR_REASON_NOT_LEADER,
-        f"{what}: {holder.name}" if holder.name else unnamed,
-        metadata=metadata,
-        retry_after_s=retry_after_s,
-    )
-
-
-def nobody_leads() -> ServiceError:
-    """Return the error for a planner that does not lead while no other one is known to."""
-    message = "this planner is not the leader, and no planner leads now as far as it knows"
-    return ServiceError(Reason.ERROR_REASON_NOT_LEADER, message)
-
-
-def _left_s(connection: sa.Connection) -> sa.Label[float]:
-    """Return the seconds left of the lease, as a column."""
-    return (records.leadership.c.lease_end_s - _now(connection)).label("left_s")
-
-
-def _now(connection: sa.Connection) -> sa.ColumnElement[float]:
-    """Return Unix time by the server's clock, which all planners share, as an expression within a statement.
-
-    A separate query would cost each renewal another round trip. SQLite has no lease, and needs no time.
-    """
-    if connection.dialect.name == "sqlite":
-        return sa.literal(0.0)
-    return sa.cast(sa.extract("epoch", sa.func.clock_timestamp()), sa.Double)
+async def end_task(task: asyncio.Task[Any] | None) -> None:
+    """Cancel a task, if there is one, and wait for its end."""
+    if task is not None:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)

@@ -5,12 +5,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import socket
 import sqlite3
-import threading
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy import event
@@ -156,59 +152,6 @@ def make_engine(url: sa.URL, *, lease_s: float, asks_first: bool = True) -> sa.E
     return engine
 
 
-class Breaker:
-    """Breaks the connection of an engine from outside the thread that waits for it.
-
-    No system timeout notices a server behind a proxy that still acknowledges bytes but forwards none: the thread that
-    waits for an answer would wait for ever. The engine has at most one connection.
-    """
-
-    def __init__(self, engine: sa.Engine, clock: Callable[[], float]) -> None:
-        self._lock = threading.Lock()
-        self._socket: socket.socket | None = None
-        self._clock = clock
-        self._moved_s = clock()
-        if engine.dialect.name == "postgresql":
-            for name in ("before_cursor_execute", "after_cursor_execute", "begin", "commit"):
-                event.listen(engine, name, self._moved)
-            # Inserted first, since SQLAlchemy's own queries on a new connection may hang, too.
-            event.listen(engine, "connect", self._connected, insert=True)
-            event.listen(engine, "close", self._closed)
-
-    @property
-    def silent_s(self) -> float:
-        """Seconds since a transaction last began a statement or received its answer."""
-        return self._clock() - self._moved_s
-
-    def break_connection(self) -> None:
-        """Break the connection: a waiting thread gets an error, and the next transaction makes a new connection."""
-        with self._lock:
-            if self._socket is not None:
-                with contextlib.suppress(OSError):
-                    self._socket.shutdown(socket.SHUT_RDWR)
-
-    def _moved(self, *_: object) -> None:
-        self._moved_s = self._clock()
-
-    def close(self) -> None:
-        with self._lock:
-            self._forget()
-
-    def _connected(self, connection: Any, _: object) -> None:
-        with self._lock:
-            self._forget()  # a connection that failed before it was used
-            # A descriptor of our own: the driver's number may refer to another file by the time it is used.
-            self._socket = socket.socket(fileno=os.dup(connection.fileno()))
-
-    def _closed(self, _connection: object, _: object) -> None:
-        self.close()
-
-    def _forget(self) -> None:
-        if self._socket is not None:
-            self._socket.close()
-            self._socket = None
-
-
 def reading(engine: sa.Engine) -> sa.Engine:
     """Return the engine, with the same connections, for read-only transactions."""
     return engine.execution_options(**{_READS: True})
@@ -266,14 +209,19 @@ def cannot_open(error: sa.exc.DBAPIError, store: str) -> StoreError:
     return StoreError(f"store {store} cannot be opened: {reason}")
 
 
-def unavailable(error: sa.exc.DBAPIError, store: str) -> ServiceError:
-    """Return the error for a caller whose transaction failed. It was rolled back, unless the connection broke."""
-    broken = error.connection_invalidated
-    what = "it is unknown whether the change was made" if broken else "nothing was changed"
+def unavailable(error: sa.exc.DBAPIError, store: str, *, is_committing: bool) -> ServiceError:
+    """Return the error for a caller whose transaction failed.
+
+    It was rolled back, unless the connection broke, or the disk failed, while it was being committed.
+    """
+    is_refused = getattr(error.orig, "sqlite_errorname", "") in ("SQLITE_FULL", "SQLITE_BUSY", "SQLITE_READONLY")
+    is_of_file = isinstance(error.orig, sqlite3.Error)
+    is_unknown = error.connection_invalidated or (is_committing and is_of_file and not is_refused)
+    what = "it is unknown whether the change was made" if is_unknown else "nothing was changed"
     return ServiceError(
         Reason.ERROR_REASON_STORE_UNAVAILABLE,
         f"the planner's store {store} is currently failing ({_reason(error)}); {what}",
-        metadata={"changed": "unknown" if broken else "no"},
+        metadata={"changed": "unknown" if is_unknown else "no"},
     )
 
 

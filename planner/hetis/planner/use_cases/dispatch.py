@@ -211,26 +211,29 @@ def load_new_requests(stage: CostedStage, *, file: str | None, words: Sequence[s
             than the model's context.
     """
     problems: list[Problem] = []
-    running = set(stage.snapshot.ids)
     listed = attempt(partial(load_requests, file), problems) if file is not None else None
     first = () if listed is None else listed.requests
-    problems += [
-        Problem(file=str(file), path=f"requests[{j}].id", message=f"request {request.id!r} is running already")
-        for j, request in enumerate(first)
-        if request.id in running
-    ]
-    taken = running | {request.id for request in first}
+    taken = {*stage.snapshot.ids, *(request.id for request in first)}
     spoken = attempt(lambda: requests_from_words(words, taken), problems)
-    problems += _longer_than_the_context(stage, first, str(file))
-    problems += _longer_than_the_context(stage, () if spoken is None else spoken.requests, "--request")
+    problems += _impossible(stage, first, str(file))
+    problems += _impossible(stage, () if spoken is None else spoken.requests, "--request")
     if problems or spoken is None:
         raise DocumentError(problems)
     return NewRequests(requests=(*first, *spoken.requests))
 
 
-def _longer_than_the_context(stage: CostedStage, requests: Sequence[NewRequestPart], file: str) -> Iterator[Problem]:
-    """Yield a problem for every request that no engine of the stage's model would accept."""
-    model = stage.model
+def require_new(stage: CostedStage, requests: NewRequests, file: str) -> None:
+    """Raise DocumentError, with every problem, if requests run already or are longer than the model's context."""
+    if problems := list(_impossible(stage, requests.requests, file)):
+        raise DocumentError(problems)
+
+
+def _impossible(stage: CostedStage, requests: Sequence[NewRequestPart], file: str) -> Iterator[Problem]:
+    """Yield a problem for every request that runs already, or that no engine of the stage's model would accept."""
+    running, model = set(stage.snapshot.ids), stage.model
+    for j, request in enumerate(requests):
+        if request.id in running:
+            yield Problem(file=file, path=f"requests[{j}].id", message=f"request {request.id!r} is running already")
     for request in requests:
         tokens = request.context_tokens + request.output_tokens
         if model is not None and tokens > model.max_position:
@@ -382,11 +385,6 @@ class _Changed:
     before: StepTimes  # times without the change
     after: StepTimes  # times with the change
     reached: StateSnapshot  # state with the change
-
-    @property
-    def saved(self) -> SavedState:
-        """The new state, to be saved in a file."""
-        return self.stage.saved.after(self.reached)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from urllib.parse import urlsplit, urlunsplit
 
-from hetis.formats.endpoints import metrics_body, reason_of
+from hetis.commands.endpoints import metrics_body, reason_of
 from hetis.formats.errors import single_problem
 from hetis.profiler.calibrate.observed import Observation, Observed, ObservedKind, ObservedWork
 from hetis.solver.errors import HetisError

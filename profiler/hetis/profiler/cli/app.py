@@ -8,8 +8,8 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from hetis.formats.command_line.terminal import Terminal
-from hetis.formats.command_line.verb import run_application, version_option
+from hetis.commands.terminal import Terminal
+from hetis.commands.verb import run_application, version_option
 from hetis.profiler.cli import profiles
 from hetis.profiler.cli.calibrate import CALIBRATE_EXAMPLES, calibrate
 from hetis.profiler.cli.exit_codes import ProfileExitCode

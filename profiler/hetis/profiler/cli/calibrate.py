@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hetis.formats.command_line.terminal import Terminal
-from hetis.formats.command_line.verb import verb
+from hetis.commands.terminal import Terminal
+from hetis.commands.verb import verb
 from hetis.profiler.cli.exit_codes import ProfileExitCode
 from hetis.profiler.cli.shared import (
     ClusterOption,

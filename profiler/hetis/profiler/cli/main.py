@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NoReturn
 
-from hetis.formats.command_line.process import command_process
+from hetis.commands.process import command_process
 
 
 def main() -> NoReturn:

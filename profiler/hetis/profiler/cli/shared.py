@@ -12,7 +12,7 @@ import typer
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from hetis.formats.command_line.terminal import Terminal
+    from hetis.commands.terminal import Terminal
     from hetis.formats.measurements import Measurements
     from hetis.solver.cluster import GpuType
     from hetis.solver.profile import Profile

@@ -390,7 +390,7 @@ async def _engine(parts: Parts, num_devices: int, stack: contextlib.AsyncExitSta
             stack.push_async_callback(server.close)
             executor, address = SocketExecutor(socket), server.address
         case EngineKind.LAUNCH:
-            from hetis.formats.endpoints import joined
+            from hetis.commands.endpoints import joined
             from hetis.runtime.agent.launched.executor import LaunchExecutor
 
             settings, node = parts.choice.settings, parts.node.rpartition("/")[2]

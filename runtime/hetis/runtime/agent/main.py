@@ -18,8 +18,8 @@ from typing import Annotated, Any
 
 import typer
 
+from hetis.commands.verb import run_application, version_option
 from hetis.engines.errors import OptionError
-from hetis.formats.command_line.verb import run_application, version_option
 from hetis.formats.descriptors import raise_descriptor_limit
 from hetis.formats.errors import DocumentError
 from hetis.runtime.agent.options import (

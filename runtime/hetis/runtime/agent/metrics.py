@@ -10,7 +10,7 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, start_http_server
 
-from hetis.formats.endpoints import joined
+from hetis.commands.endpoints import joined
 from hetis.runtime.agent.pressure import ScrapeState
 from hetis.v1 import agent_service_pb2, inventory_pb2, report_pb2
 

@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import urlsplit
 
-from hetis.engines.errors import OptionError
-from hetis.formats.endpoints import (
+from hetis.commands.endpoints import (
     Endpoint,
     LeaderSearch,
     host_of,
@@ -23,6 +22,7 @@ from hetis.formats.endpoints import (
     split_endpoints,
     without_proxy,
 )
+from hetis.engines.errors import OptionError
 
 if TYPE_CHECKING:
     import grpc

@@ -27,7 +27,7 @@ from enum import StrEnum
 from http.client import HTTPMessage
 from typing import IO, TYPE_CHECKING
 
-from hetis.formats.endpoints import metrics_body, reason_of
+from hetis.commands.endpoints import metrics_body, reason_of
 from hetis.runtime.moves.refusals import unreachable
 from hetis.solver.errors import HetisError
 from hetis.v1 import report_pb2

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import grpc
 
-from hetis.formats.endpoints import Endpoint
+from hetis.commands.endpoints import Endpoint
 from hetis.runtime.agent.options import MOST_WAIT_FOR_LEADER_S, PlannerAddress, ReconnectBackoff
 from hetis.runtime.agent.outbox import EndStream
 from hetis.runtime.moves.refusals import failure_of, failure_of_call, reason_name

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 from typer import Argument, Option
 
+from hetis.commands.endpoints import is_host
+from hetis.commands.groups import group, option, ungrouped
+from hetis.commands.verb import in_own_words, run_application, version_option
 from hetis.engines.errors import LayoutError, OptionError
 from hetis.engines.versions import Engine
-from hetis.formats.command_line.groups import group, option, ungrouped
-from hetis.formats.command_line.verb import in_own_words, run_application, version_option
-from hetis.formats.endpoints import is_host
 
 if TYPE_CHECKING:
     from hetis.engines.commands import Addresses

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
-from hetis.formats.endpoints import split_address
+from hetis.commands.endpoints import split_address
 from hetis.runtime.attention.device import AttentionDevice
 from hetis.runtime.attention.kv import DeviceError, KvShape
 from hetis.runtime.transport.channel import ChannelKind

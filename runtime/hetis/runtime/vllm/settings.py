@@ -19,7 +19,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic.alias_generators import to_camel
 
-from hetis.formats.endpoints import split_address
+from hetis.commands.endpoints import split_address
 from hetis.formats.errors import DocumentError
 from hetis.formats.files import read_text
 from hetis.formats.positions import parse_text

@@ -22,7 +22,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from hetis.formats.endpoints import joined, split_address
+from hetis.commands.endpoints import joined, split_address
 from hetis.formats.units import parse_bytes
 from hetis.runtime.transport import keys
 from hetis.solver.errors import HetisError

@@ -15,7 +15,7 @@ from hetis.solver.check.violation import Broken, Rule, Violation, at
 from hetis.solver.cluster import Link, NodeGroup
 from hetis.solver.constraints import Duty, RestrictRole, in_words
 from hetis.solver.model import ModelSpec
-from hetis.solver.plan import ClassPrice, KvRoute, ObjectiveKind, Plan, Role, Status
+from hetis.solver.plan import ClassPrice, KvRoute, Plan, Role, Status
 from hetis.solver.problem import APART, EXPLICIT_LINKS, LINKS_TO_ANY, OWN_LINKS, QUICK_LINKS, PlacementProblem
 
 _Kind = tuple[ModelSpec, str]  # the model in one precision, and a vendor
@@ -220,13 +220,12 @@ def _check_value(plan: Plan, problem: PlacementProblem, fleet: Fleet) -> Iterato
     objective, claimed = problem.objective, plan.result.value
     rate = served_rate(plan)
     goodput = problem.assumptions.planned_utilisation * rate
-    names = plan.devices()
-    value = {
-        ObjectiveKind.GOODPUT: goodput,
-        ObjectiveKind.THROUGHPUT: rate,
-        ObjectiveKind.COST: sum(map(fleet.usd_per_hour, names)),
-        ObjectiveKind.GPUS: float(len(names)),
-    }[objective.kind]
+    goal = objective.kind.goal
+    if goal.maximises:
+        value = goodput if goal.is_planned else rate
+    else:
+        known = [(fleet.devices[name].gpu, name) for name in plan.devices() if name in fleet.devices]
+        value = sum(goal.cost(problem.cluster.gpu_types[gpu], fleet.usd_per_hour(name)) for gpu, name in known)
     if not math.isclose(claimed, value, rel_tol=RELATIVE, abs_tol=1e-12):
         who = "the replicas and routes give" if plan.kv_routes else "the replicas give"
         yield Rule.VALUE, f"value is {claimed:.9g} {objective.unit}, {who} {value:.9g} {objective.unit}"

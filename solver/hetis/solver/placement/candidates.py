@@ -36,6 +36,7 @@ from hetis.solver.placement.pipelines import (
 from hetis.solver.placement.tables import BoolArray, CostTables, FloatArray
 from hetis.solver.placement.template import Template
 
+TOGETHER = 256  # compositions that are evaluated together
 MARGIN = 1.03  # ratio to the needed interval up to which replicas are kept for other zones and later prices
 EVERY_MIX = 1.0 + 1e-7  # ratio to the longest interval up to which a mix is tried
 
@@ -44,7 +45,7 @@ class Evaluator:
     """An evaluator of the best replica of every composition of a shape, all with the same attention workers or none.
 
     No replica of a composition has a shorter interval than ``shortest_s`` [C]. If ``is_known`` [C], the best replica
-    has this interval and is described by ``found`` [C, 4] (see `best_splits`).
+    has this interval and is described by ``found`` [C, 4]: mix, first and last stage, head groups given away.
     """
 
     def __init__(self, costs: CostTables, shape: Shape, mixes: IntArray, workers: Workers | None) -> None:
@@ -81,13 +82,26 @@ class Evaluator:
         which, best_s = which[ask], needed_s[ask] * MARGIN
         if not len(which):
             return
-        counts, worse_s = self.shape.counts[which], best_s.copy()
+        for begin in range(0, len(which), TOGETHER):
+            self._evaluate(which[begin : begin + TOGETHER], best_s[begin : begin + TOGETHER])
+
+    def _evaluate(self, which: IntArray, worse_s: FloatArray) -> None:
+        """Find the best replica of compositions [W] whose interval is shorter than ``worse_s`` [W]."""
+        counts = self.shape.counts[which]
         sweep, times = self._without_workers if self.workers is None else self._with_workers(counts, worse_s)
-        found = np.full((len(which), 4), -1, dtype=np.int64)
-        self._split(counts, sweep, times, best_s, found)
-        is_found = found[:, 0] >= 0
+        lower_s, longest_s = times.shortest_s(self._num_layers, counts), self._longest_s(sweep) * EVERY_MIX
+        some = np.flatnonzero(np.any(lower_s < np.minimum(worse_s[:, None], longest_s), axis=0))
+        if not len(some):
+            self.shortest_s[which] = np.maximum(self.shortest_s[which], worse_s)
+            return
+        best_s, best = best_splits(
+            self._num_layers, counts, times.of_rows(some), lower_s[:, some], self._longest_s(sweep)[some], self._least,
+            worse_s,
+        )  # fmt: skip
+        row, is_found = some[best[:, 0]], best[:, 0] >= 0
         self.shortest_s[which] = np.where(is_found, best_s, np.maximum(self.shortest_s[which], worse_s))
-        self.found[which], self.is_known[which] = found, is_found
+        found = np.stack([sweep.mixes[row], best[:, 1], best[:, 2], sweep.groups[row]], axis=1)
+        self.found[which], self.is_known[which] = np.where(is_found[:, None], found, -1), is_found
 
     def _with_workers(self, counts: IntArray, worse_s: FloatArray) -> tuple[MixSweep, StageTimes]:
         """Return a sweep of the mixes that may be fast enough, with every number of head groups, and its times."""
@@ -96,20 +110,6 @@ class Evaluator:
         groups = int(self.costs.scopes[self.shape.scope].tables.rank_groups[self.shape.ranks].min())
         sweep = sweep_of(self.costs, self.shape.depth, self.mixes[promising], np.arange(1, groups + 1))
         return sweep, stage_times(self.costs, self.shape, sweep, self.workers)
-
-    def _split(self, counts: IntArray, sweep: MixSweep, times: StageTimes, best_s: FloatArray, found: IntArray) -> None:
-        """Improve the best replica of every composition by the rows of the sweep, the most promising first."""
-        t_floor = self.costs.scopes[self.shape.scope].tables.t_floor
-        shortest_s, longest_s = times.shortest_s(self._num_layers, counts), self._longest_s(sweep)
-        promising = shortest_s < np.minimum(best_s[:, None], longest_s * EVERY_MIX)
-        some = np.flatnonzero(promising.any(axis=0))
-        for i in some[np.argsort(shortest_s[:, some].min(axis=0))]:
-            which = np.flatnonzero(promising[:, i] & (shortest_s[:, i] < best_s))
-            if len(which):
-                best_splits(
-                    self._num_layers, counts, which, times.layer_s[i], times.fixed_s[i], times.most[i],
-                    self._least, float(longest_s[i]), t_floor, int(sweep.mixes[i]), int(sweep.groups[i]), best_s, found,
-                )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

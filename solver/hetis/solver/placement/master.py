@@ -27,10 +27,8 @@ import numpy.typing as npt
 
 from hetis.solver.constraints import ConstraintIndex, Sum
 from hetis.solver.highs import linear_program, quiet_highs
-from hetis.solver.placement.compiled import kernel
 from hetis.solver.placement.fleet import UNIFIED, DeviceClass, IntArray, Resources, Routes
 from hetis.solver.placement.tables import BoolArray, CostTables, FloatArray
-from hetis.solver.plan import ObjectiveKind
 from hetis.solver.problem import PlacementProblem
 
 ROUNDING = 1e-6  # ratio by which HiGHS may violate a row
@@ -113,6 +111,7 @@ SETTLED = (
 )
 Number = TypeVar("Number", np.int64, np.float64)
 UNDECIDED = "no plan was found, nor a proof that there is none; more time may find one"
+COMPARED = 256  # columns that are compared with one another at once
 MANY = 64  # replicas from which on whole counts stay close to the relaxation
 
 
@@ -139,8 +138,11 @@ class Columns:
         A column dominates if it has at least the rate and takes no more of any row; it then costs no more either, since
         costs follow from rows. Presolve finds the same but takes a hundred times as long.
         """
-        order = np.lexsort((self.uses.sum(axis=1), -self.rates, self.sides))
-        return np.sort(order[_undominated(self.sides[order], self.uses[order])])
+        order, found = np.lexsort((self.uses.sum(axis=1), -self.rates)), list[IntArray]()
+        for side in np.unique(self.sides):
+            of_side = order[self.sides[order] == side]
+            found.append(of_side[_undominated(self.uses[of_side])])
+        return np.sort(np.concatenate(found))
 
     def followed_by(self, more: Columns) -> Columns:
         """Return these columns followed by others."""
@@ -459,35 +461,29 @@ def demanded_rate(problem: PlacementProblem) -> float | None:
 
 
 def row_costs_of(costs: CostTables) -> FloatArray:
-    """Return the cost of one unit of each row in the objective: rent or one GPU for the rows that count GPUs."""
-    kind = costs.problem.objective.kind
-    of_gpu = {ObjectiveKind.COST: [c.usd_per_hour or 0.0 for c in costs.classes]}
-    each = of_gpu.get(kind, [1.0 if kind is ObjectiveKind.GPUS else 0.0] * len(costs.classes))
+    """Return the cost of one unit of each row in the objective: that of a GPU for the rows that count GPUs; [rows]."""
+    goal, types = costs.problem.objective.kind.goal, costs.problem.cluster.gpu_types
+    each = [goal.cost(types[c.gpu], c.usd_per_hour) for c in costs.classes]
     return np.array([each[g] if p == 1 else 0.0 for g, p in costs.resources.rows])
 
 
-@kernel
-def _undominated(sides: IntArray, uses: IntArray) -> BoolArray:
-    """Return a mask of columns [K] that take less of some row than any kept before; sorted by side, falling rate."""
-    kept = np.zeros(len(sides), np.bool_)
-    places, begin, num = np.empty(len(sides), np.int64), 0, 0
-    for i in range(len(sides)):
-        if i > 0 and sides[i] != sides[i - 1]:
-            begin = num
-        is_dominated = False
-        for k in range(begin, num):
-            other, takes_less = places[k], False
-            for r in range(uses.shape[1]):
-                if uses[i, r] < uses[other, r]:
-                    takes_less = True
-                    break
-            if not takes_less:
-                is_dominated = True
-                break
-        if not is_dominated:
-            kept[i], places[num] = True, i
-            num += 1
-    return kept
+def _undominated(uses: IntArray) -> IntArray:
+    """Return the numbers of columns that take less of some row than any earlier one; ``uses`` is [K, rows]."""
+    found = np.zeros(0, dtype=np.int64)
+    for begin in range(0, len(uses), COMPARED):
+        block = np.arange(begin, min(begin + COMPARED, len(uses)))
+        block = block[~np.any(_take_no_more(uses[found], uses[block]), axis=0)]
+        block = block[~np.any(np.triu(_take_no_more(uses[block], uses[block]), 1), axis=0)]
+        found = np.concatenate([found, block])
+    return found
+
+
+def _take_no_more(some: IntArray, others: IntArray) -> BoolArray:
+    """Return whether each of some columns takes no more of any row than each other column; [some, others]."""
+    takes_no_more = np.ones((len(some), len(others)), dtype=bool)
+    for of_some, of_others in zip(some.T, others.T, strict=True):  # row by row, in far less memory than at once
+        takes_no_more &= of_some[:, None] <= of_others
+    return takes_no_more
 
 
 def padded(counts: npt.NDArray[Number], num: int) -> npt.NDArray[Number]:

@@ -23,13 +23,14 @@ from hetis.solver.placement.compiled import kernel
 from hetis.solver.placement.fleet import IntArray
 from hetis.solver.placement.nodes import kind_of, least_nodes_of, nodes_of_groups
 from hetis.solver.placement.stage_cost import ROUNDING, FixedTimes, fill_fixed, iterations_of, layers_on_rank, stretch
-from hetis.solver.placement.tables import BOTH, FIRST, LAST, PLAIN, CostTables, FloatArray, Tables
+from hetis.solver.placement.tables import BOTH, FIRST, LAST, PLAIN, BoolArray, CostTables, FloatArray, Tables
 from hetis.solver.placement.template import Template, TemplateStage, gpus_of, interval_of
 from hetis.solver.plan import Role
 
 NUM_ROLES = 4
 MOST_COMPOSITIONS = 400_000  # limit per TP size and depth
 MOST_EQUAL = 2_000  # choices of the nodes of equal stages with different explicit links
+SPLITS_AT_ONCE = 4096  # splits of layers that are tried together
 EXACT = 1e-12  # ratio by which rounding may affect a bound on an interval
 
 
@@ -99,6 +100,10 @@ class StageTimes(NamedTuple):
     layer_s: FloatArray
     fixed_s: FloatArray
     most: IntArray
+
+    def of_rows(self, rows: IntArray) -> StageTimes:
+        """Return those of some rows of the sweep."""
+        return StageTimes(self.layer_s[rows], self.fixed_s[rows], self.most[rows])
 
     def shortest_s(self, num_layers: int, counts: IntArray) -> FloatArray:
         """Return lower bounds on each composition's interval, from fractional layers and the cheapest role; [C, X].
@@ -203,124 +208,128 @@ def _slack(costs: CostTables, shape: Shape, sweep: MixSweep, request_s: FloatArr
     return np.where(applies, np.maximum(least, uneven), least)
 
 
-@kernel
-def fill(
-    num_layers: int, stages: IntArray, roles: IntArray, count: int, layer_s: FloatArray, fixed_s: FloatArray,
-    most: IntArray, least: IntArray, worse_s: float, layers: IntArray,
-) -> float:  # fmt: skip
-    """Distribute all layers over ``count`` stages so that the slowest is as fast as possible; return that stage's time.
+def split_layers(
+    num_layers: int, layer_s: FloatArray, fixed_s: FloatArray, most: IntArray, least: IntArray
+) -> tuple[FloatArray, IntArray]:
+    """Distribute all layers over the D stages of N replicas so that the slowest stage is as fast as possible.
 
-    ``stages`` and ``roles`` are each stage's row of ``layer_s`` [S], ``fixed_s`` and ``most`` [S, 4], and its role; a
-    stage holds at least ``least`` [4] of its role. Fills ``layers``. Return inf if the layers do not fit or the time is
-    not below ``worse_s``.
+    A stage takes ``layer_s`` per layer and ``fixed_s`` besides, and holds ``least`` to ``most`` layers, [N, D] each.
+    Return the time of the slowest stage [N], inf if the layers do not fit, and the layers [N, D].
 
     With fractional layers all stages that are not full end at the same time. Each stage then starts with no more
     layers than it has in the best split, or its least. Missing layers are added one by one to the stage that ends first
     with them, and surplus layers are taken from the stages that end last.
     """
-    total = 0
-    for i in range(count):
-        room = most[stages[i], roles[i]]
-        if room < least[roles[i]]:
-            return np.inf
-        layers[i] = -1
-        total += room
-    if total < num_layers:
-        return np.inf
-    left, shortest_s = float(num_layers), 0.0
+    is_out = np.any(most < least, axis=1) | (most.sum(axis=1) < num_layers)
+    per_s, full_s, is_open = 1.0 / layer_s, most * layer_s + fixed_s, np.ones(layer_s.shape, dtype=bool)
+    shortest_s, left = np.zeros(len(layer_s)), np.full(len(layer_s), float(num_layers))
     while True:
-        per_s, beside = 0.0, 0.0
-        for i in range(count):
-            if layers[i] < 0:
-                per_s += 1.0 / layer_s[stages[i]]
-                beside += fixed_s[stages[i], roles[i]] / layer_s[stages[i]]
-        if per_s == 0.0:
+        share = np.where(is_open, per_s, 0.0)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            even_s = (left + (share * fixed_s).sum(axis=1)) / share.sum(axis=1)
+        shortest_s = np.where(is_open.any(axis=1), even_s, shortest_s)
+        is_full = is_open & (full_s < shortest_s[:, None])
+        if not is_full.any():
             break
-        shortest_s = (left + beside) / per_s
-        if shortest_s >= worse_s:
-            return np.inf
-        changed = False
-        for i in range(count):
-            room = most[stages[i], roles[i]]
-            if layers[i] < 0 and room * layer_s[stages[i]] + fixed_s[stages[i], roles[i]] < shortest_s:
-                layers[i], left, changed = room, left - room, True
-        if not changed:
-            break
-    held = 0
-    for i in range(count):
-        if layers[i] < 0:
-            carried = (shortest_s - fixed_s[stages[i], roles[i]]) / layer_s[stages[i]]
-            layers[i] = max(least[roles[i]], min(most[stages[i], roles[i]], int(np.floor(carried * (1.0 - EXACT)))))
-        held += layers[i]
-    while held != num_layers:
-        at, best_s = -1, np.inf if held < num_layers else -np.inf
-        for i in range(count):
-            w, rest = layer_s[stages[i]], fixed_s[stages[i], roles[i]]
-            if held < num_layers:
-                here = (layers[i] + 1) * w + rest
-                if layers[i] < most[stages[i], roles[i]] and here < best_s:
-                    at, best_s = i, here
-            else:
-                here = layers[i] * w + rest
-                if layers[i] > least[roles[i]] and here > best_s:
-                    at, best_s = i, here
-        if at < 0:
-            return np.inf
-        step = 1 if held < num_layers else -1
-        layers[at], held = layers[at] + step, held + step
-    longest_s = 0.0
-    for i in range(count):
-        longest_s = max(longest_s, layers[i] * layer_s[stages[i]] + fixed_s[stages[i], roles[i]])
-    return longest_s if longest_s < worse_s else np.inf
+        left, is_open = left - np.where(is_full, most, 0).sum(axis=1), is_open & ~is_full
+    carried = np.floor((shortest_s[:, None] - fixed_s) * per_s * (1.0 - EXACT)).astype(np.int64)
+    layers = np.where(is_open, np.maximum(least, np.minimum(most, carried)), most)
+    missing = np.where(is_out, 0, num_layers - layers.sum(axis=1))
+    while len(rows := np.flatnonzero(missing)):
+        step = np.sign(missing[rows])[:, None]
+        may = np.where(step > 0, layers[rows] < most[rows], layers[rows] > least[rows])
+        ends_s = (layers[rows] + (step > 0)) * layer_s[rows] + fixed_s[rows]
+        chosen = np.where(may, step * ends_s, np.inf).argmin(axis=1)
+        is_stuck = ~may[np.arange(len(rows)), chosen]
+        is_out[rows], missing[rows] = is_stuck, np.where(is_stuck, 0, missing[rows] - step[:, 0])
+        layers[rows, chosen] += step[:, 0]
+    return np.where(is_out, np.inf, (layers * layer_s + fixed_s).max(axis=1)), layers
 
 
-@kernel
-def _line_up(counts: IntArray, first: int, last: int, stages: IntArray, roles: IntArray) -> int:
-    """Write a composition as a sequence of stages and their roles; return their number."""
-    count = 1
-    stages[0], roles[0] = first, FIRST
-    for s in range(counts.shape[0]):
-        plain = counts[s] - (1 if s == first else 0) - (1 if s == last and last >= 0 else 0)
-        for _ in range(plain):
-            stages[count], roles[count] = s, PLAIN
-            count += 1
-    if last >= 0:
-        stages[count], roles[count] = last, LAST
-        count += 1
-    else:
-        roles[0] = BOTH
-    return count
+class Ends(NamedTuple):
+    """The rank types of a first and a last stage that compositions of a depth may have, as columns of counts; [E]."""
+
+    first: IntArray
+    last: IntArray
+
+    @classmethod
+    def of(cls, num_ranks: int, depth: int) -> Ends:
+        """Return all choices; a single stage is both."""
+        each = np.arange(num_ranks)
+        if depth == 1:
+            return cls(each, each)
+        return cls(np.repeat(each, num_ranks), np.tile(each, num_ranks))
+
+    def are_in(self, counts: IntArray, depth: int) -> BoolArray:
+        """Return whether compositions [C, R] have these stages; [C, E]."""
+        needed = 1 + ((self.first == self.last) & (depth > 1))
+        return np.asarray((counts[:, self.first] >= needed) & (counts[:, self.last] >= 1))
+
+    def besides(self, fixed: FloatArray) -> FloatArray:
+        """Return what ends add to a sum over plain stages of values by role, given all [X, R, 4]; [X, E]."""
+        more = fixed - fixed[:, :, [PLAIN]]
+        if len(self.first) == fixed.shape[1] and np.array_equal(self.first, self.last):
+            return np.asarray(more[:, :, BOTH])
+        return np.asarray(more[:, self.first, FIRST] + more[:, self.last, LAST])
 
 
-@kernel
+def lined_up(counts: IntArray, first: IntArray, last: IntArray) -> tuple[IntArray, IntArray]:
+    """Return compositions [N, R] of equally many stages as sequences of them, and their roles; [N, D]."""
+    num, depth, each = len(counts), int(counts[0].sum()), np.arange(len(counts))
+    if depth == 1:
+        return first[:, None], np.full((num, 1), BOTH)
+    plain = counts.copy()
+    plain[each, first] -= 1
+    plain[each, last] -= 1
+    between = np.repeat(np.tile(np.arange(counts.shape[1]), num), plain.ravel()).reshape(num, depth - 2)
+    roles = np.tile([FIRST, *[PLAIN] * (depth - 2), LAST], (num, 1))
+    return np.concatenate([first[:, None], between, last[:, None]], axis=1), roles
+
+
 def best_splits(
-    num_layers: int, counts: IntArray, which: IntArray, layer_s: FloatArray, fixed_s: FloatArray, most: IntArray,
-    least: IntArray, longest_s: float, shortest_s: float, mix: int, groups: int, best_s: FloatArray, found: IntArray,
-) -> None:  # fmt: skip
-    """Improve ``best_s`` [C] and ``found`` [C, 4] of compositions that a mix serves faster than earlier mixes.
+    num_layers: int, counts: IntArray, times: StageTimes, lower_s: FloatArray, longest_s: FloatArray, least: IntArray,
+    best_s: FloatArray,
+) -> tuple[FloatArray, IntArray]:  # fmt: skip
+    """Return the shortest interval of every composition [C] and how it is reached, [C, 3]: row of the sweep, ends.
 
-    ``counts`` [C, R] are compositions of equally many stages, of which only those in ``which`` are examined. ``found``
-    is (mix, first stage, last stage, head groups given away). No interval is longer than ``longest_s``, and none counts
-    as less than ``shortest_s``.
+    Only intervals below ``best_s`` [C] count, otherwise that is returned with -1. ``lower_s`` [C, X] are lower bounds
+    and ``longest_s`` [X] limits of the sweep's rows. ``counts`` [C, R] are compositions of equally many stages.
+
+    With fractional layers and without limits on memory, ends and mix give a closed form. Splits are tried in its order,
+    since a short interval excludes most of the others.
     """
-    depth = counts[which[0]].sum()
-    stages, roles, layers = np.empty(depth, np.int64), np.empty(depth, np.int64), np.empty(depth, np.int64)
-    for c in which:
-        for first in range(counts.shape[1]):
-            if counts[c, first] == 0:
-                continue
-            for last in range(counts.shape[1] if depth > 1 else 1):
-                if depth > 1 and (counts[c, last] == 0 or (last == first and counts[c, last] == 1)):
-                    continue
-                worse_s = min(best_s[c], longest_s * (1.0 + EXACT))
-                if worse_s <= shortest_s:
-                    continue
-                count = _line_up(counts[c], first, last if depth > 1 else -1, stages, roles)
-                filled_s = fill(num_layers, stages, roles, count, layer_s, fixed_s, most, least, worse_s, layers)
-                interval_s = max(shortest_s, filled_s)
-                if interval_s < worse_s:
-                    best_s[c] = interval_s
-                    found[c, 0], found[c, 1], found[c, 2], found[c, 3] = mix, first, last, groups
+    best_s, found, depth = best_s.copy(), np.full((len(counts), 3), -1, dtype=np.int64), int(counts[0].sum())
+    longest_s = longest_s * (1.0 + EXACT)
+    ends, per_s, num = Ends.of(counts.shape[1], depth), 1.0 / times.layer_s, counts.astype(float)
+    fixed = times.fixed_s * per_s[:, :, None]
+    base, layers_per_s = num_layers + num @ fixed[:, :, PLAIN].T, num @ per_s.T
+    bounds_s = (base[:, :, None] + ends.besides(fixed)) / layers_per_s[:, :, None] * (1.0 - EXACT)  # [C, X, E]
+    may = (lower_s < np.minimum(best_s[:, None], longest_s))[:, :, None] & ends.are_in(counts, depth)[:, None, :]
+    bounds_s = np.where(may, bounds_s, np.inf)
+    first_s = bounds_s.min(axis=(1, 2))
+    number = 0
+    while True:
+        which, row, end = np.nonzero(bounds_s < np.minimum(best_s[:, None], longest_s)[:, :, None])
+        if not len(which):
+            return best_s, found
+        at_once = len(counts) if number == 0 else SPLITS_AT_ONCE
+        if len(which) > at_once:
+            ratio = bounds_s[which, row, end] / first_s[which]
+            chosen = np.sort(np.argpartition(ratio, at_once - 1)[:at_once])
+            which, row, end = which[chosen], row[chosen], end[chosen]
+        number, bounds_s[which, row, end] = number + 1, np.inf
+        first, last = ends.first[end], ends.last[end]
+        stages, roles = lined_up(counts[which], first, last)
+        at = row[:, None], stages
+        slowest_s, _ = split_layers(
+            num_layers, times.layer_s[at], times.fixed_s[*at, roles], times.most[*at, roles], least[roles]
+        )
+        slowest_s = np.where(slowest_s < np.minimum(best_s[which], longest_s[row]), slowest_s, np.inf)
+        best = np.lexsort((slowest_s, which))
+        best = best[np.flatnonzero(np.diff(which[best], prepend=-1))]
+        best = best[np.isfinite(slowest_s[best])]
+        best_s[which[best]] = slowest_s[best]
+        found[which[best]] = np.stack([row[best], first[best], last[best]], axis=1)
 
 
 def shapes_of(costs: CostTables) -> list[Shape]:
@@ -453,19 +462,18 @@ def workers_of(costs: CostTables, shape: Shape) -> Iterator[Workers]:
 def template_of_pipeline(
     costs: CostTables, shape: Shape, counts: IntArray, found: IntArray, workers: Workers | None
 ) -> Template:
-    """Return the replica behind a composition [R] and the row [4] that `best_splits` found for it."""
-    t = costs.scopes[shape.scope].tables
+    """Return the replica behind a composition [R] and what an evaluator found for it, [4]; see `Evaluator`."""
     x, first, last, groups = found.tolist()
-    stages, roles, layers = np.empty((3, shape.depth), dtype=np.int64)
-    _line_up(counts, first, last if shape.depth > 1 else -1, stages, roles)
-    sweep = sweep_of(costs, shape.depth, np.array([x]), np.array([groups]))
-    times = stage_times(costs, shape, sweep, workers)
-    fill(
-        t.num_layers, stages, roles, shape.depth, times.layer_s[0], times.fixed_s[0], times.most[0],
-        least_layers(costs), np.inf, layers,
+    stages, roles = lined_up(counts[None], np.array([first]), np.array([last]))
+    times = stage_times(costs, shape, sweep_of(costs, shape.depth, np.array([x]), np.array([groups])), workers)
+    _, layers = split_layers(
+        costs.scopes[shape.scope].tables.num_layers, times.layer_s[0, stages], times.fixed_s[0, stages, roles],
+        times.most[0, stages, roles], least_layers(costs)[roles],
     )  # fmt: skip
     pool = () if workers is None else (workers.device_class, costs.pool_sizes[workers.size], groups)
-    parts = tuple(TemplateStage(int(shape.ranks[s]), 1, int(n), *pool) for s, n in zip(stages, layers, strict=True))
+    parts = tuple(
+        TemplateStage(int(shape.ranks[s]), 1, int(n), *pool) for s, n in zip(stages[0], layers[0], strict=True)
+    )
     template = Template(shape.scope, x, shape.in_flight_index, parts, np.inf)
     return replace(template, interval_s=interval_of(costs, template))
 

@@ -37,7 +37,6 @@ from hetis.solver.plan import (
     AttentionWorkerPool,
     ClassPrice,
     KvRoute,
-    ObjectiveKind,
     Plan,
     ReplicaPlan,
     Role,
@@ -146,7 +145,8 @@ def in_objective_units(report: Report, problem: PlacementProblem) -> Report:
 
 def objective_scale(problem: PlacementProblem) -> float:
     """Return the factor from a saturated rate to the objective."""
-    return problem.assumptions.planned_utilisation if problem.objective.kind is ObjectiveKind.GOODPUT else 1.0
+    goal = problem.objective.kind.goal
+    return problem.assumptions.planned_utilisation if goal.maximises and goal.is_planned else 1.0
 
 
 def plan_of(
@@ -159,8 +159,7 @@ def plan_of(
     """
     problem, kind, scale = costs.problem, costs.problem.objective.kind, objective_scale(costs.problem)
     value, bound = float(scale * outcome.value), float(scale * outcome.bound)
-    if kind is ObjectiveKind.GPUS:
-        bound = min(value, float(np.ceil(bound - 1e-6)))  # the number of GPUs is whole
+    bound = kind.goal.tightened(bound, value)
     gap = abs(bound - value) / abs(value) if value else 0.0
     status = Status.OPTIMAL if gap <= OPTIMAL_GAP else Status.FEASIBLE
     if outcome.interrupted and status is not Status.OPTIMAL:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from hetis.solver.placement.solve import objective_scale, replica_plan
 from hetis.solver.placement.tables import CostTables, FloatArray
 from hetis.solver.placement.tabulation import build_cost_tables
 from hetis.solver.placement.template import Template
-from hetis.solver.plan import KvRoute, ObjectiveKind, Plan, ReplicaPlan, Role, SolveResult, Status
+from hetis.solver.plan import KvRoute, Plan, ReplicaPlan, Role, SolveResult, Status
 from hetis.solver.problem import PlacementProblem
 from hetis.solver.published.replicas import FleetGpus, ReplicaDuty, ReplicaSearch, duty_of
 
@@ -175,15 +174,16 @@ def _used(costs: CostTables, found: Decisions) -> Iterator[Counter[int]]:
 
 
 def _value_and_bound(costs: CostTables, used: Counter[int], rate: float) -> tuple[float, float]:
-    problem, kind = costs.problem, costs.problem.objective.kind
-    if problem.objective.maximises:
+    problem, goal = costs.problem, costs.problem.objective.kind.goal
+    if goal.maximises:
         scale = objective_scale(problem)
         return scale * rate, scale * max(rate, rate_bound(costs))
-    row_costs = np.array([1.0 if kind is ObjectiveKind.GPUS else c.usd_per_hour or 0.0 for c in costs.classes])
+    types = problem.cluster.gpu_types
+    row_costs = np.array([goal.cost(types[c.gpu], c.usd_per_hour) for c in costs.classes])
     value = float(sum(row_costs[row] * count for row, count in used.items()))
     needed = (problem.objective.demand_rps or 0.0) / problem.assumptions.planned_utilisation
     bound = least_cost(costs, needed, row_costs)
-    return value, min(value, math.ceil(bound - 1e-6) if kind is ObjectiveKind.GPUS else bound)
+    return value, min(value, goal.tightened(bound, value))
 
 
 def least_cost(costs: CostTables, demand: float, unit_costs: FloatArray) -> float:

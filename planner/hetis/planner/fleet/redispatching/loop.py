@@ -19,7 +19,6 @@ from functools import partial
 from hetis.planner.convert.names import cluster_of, duration, timestamp
 from hetis.planner.convert.stages import triggers_to_proto
 from hetis.planner.failures import ServiceError
-from hetis.planner.fleet.dispatching.states import DispatchStates
 from hetis.planner.fleet.fleet import LiveFleet
 from hetis.planner.fleet.link import HeadMaps
 from hetis.planner.fleet.redispatching.planning import FoundMoves, StageLook, StagePlanner
@@ -40,8 +39,8 @@ _log = logging.getLogger("hetis.planner.redispatching")
 class RedispatchLoop(FleetObserver):
     """Run `run` once; it repeats `step`, which does all work that is due."""
 
-    def __init__(self, fleet: LiveFleet, dispatch: DispatchStates, *, clock: Clock) -> None:
-        self._fleet, self._dispatch, self._clock = fleet, dispatch, clock
+    def __init__(self, fleet: LiveFleet, *, clock: Clock) -> None:
+        self._fleet, self._clock = fleet, clock
         self._threads = ThreadPoolExecutor(max_workers=1, thread_name_prefix="redispatch")
         self._watched: dict[str, WatchedReplica] = {}
         self._wake = asyncio.Event()
@@ -62,14 +61,12 @@ class RedispatchLoop(FleetObserver):
 
     def replica_changed(self, replica: str) -> None:
         """Handle a change of a replica's state, generation or conditions."""
-        self._dispatch.replica_changed(replica)
         found = self._watched_replica(replica)
         if found is not None and found[0].is_wanted:
             self._wake.set()
 
     def redispatch_ended(self, redispatch: redispatch_pb2.Redispatch) -> None:
         """Look again, since moves that had to wait for room may have it now."""
-        self._dispatch.redispatch_ended(redispatch)
         watched = self._watched.get(redispatch.replica)
         was_aborted = redispatch.state != redispatch_pb2.REDISPATCH_STATE_DONE
         if watched is None or not watched.end(redispatch.name, was_aborted=was_aborted):
@@ -187,20 +184,17 @@ class RedispatchLoop(FleetObserver):
             watched.want_look()  # the replica has changed in the meantime
             return
         watched.begin(redispatch.name)
-        self._dispatch.redispatch_begun(redispatch)
         try:
             await self._fleet.redispatch(redispatch)
         except BaseException:
             # One that has begun is stored with the fleet's next decisions, and `redispatch_ended` tells how it ended.
-            if not self._fleet.is_under_way(redispatch) and watched.end(redispatch.name, was_aborted=None):
-                self._dispatch.redispatch_refused(redispatch)
+            if not self._fleet.is_under_way(redispatch):
+                watched.end(redispatch.name, was_aborted=None)
             raise
 
     # --- internals
 
     async def _head_maps(self, view: LiveReplica) -> HeadMaps | None:
-        if view.authority == replica_pb2.HEAD_MAP_AUTHORITY_PLANNER:
-            return self._dispatch.head_maps(view.name)
         try:
             return await self._fleet.read_head_maps(view.name, READ_TIMEOUT_S)
         except (ServiceError, TimeoutError) as error:

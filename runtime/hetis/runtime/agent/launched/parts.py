@@ -21,6 +21,7 @@ from typing import Annotated, Any, Literal
 from google.protobuf.json_format import MessageToDict
 from pydantic import AfterValidator, BeforeValidator, Field
 
+from hetis.commands.endpoints import host_of, is_host, joined
 from hetis.engines.commands import WORKER_PORT, Addresses, Command, commands_of
 from hetis.engines.errors import LayoutError
 from hetis.engines.gpus import GpuKind
@@ -39,7 +40,6 @@ from hetis.engines.serving import (
 from hetis.engines.versions import Engine
 from hetis.formats.documents import from_data
 from hetis.formats.dtypes import weights_of
-from hetis.formats.endpoints import host_of, is_host, joined
 from hetis.formats.errors import DocumentError
 from hetis.formats.fields import Document, Duration, read_data, validated, value_of
 from hetis.runtime.moves.refusals import refusal

@@ -14,9 +14,9 @@ from typing import Annotated
 import pytest
 import typer
 
-from hetis.formats.command_line.process import INTERRUPTED, command_process, ctrl_c_raises
-from hetis.formats.command_line.terminal import Terminal
-from hetis.formats.command_line.verb import BROKEN_PIPE, OK, run_application, verb, version_option
+from hetis.commands.process import INTERRUPTED, command_process, ctrl_c_raises
+from hetis.commands.terminal import Terminal
+from hetis.commands.verb import BROKEN_PIPE, OK, run_application, verb, version_option
 from hetis.planner.cli.exit_codes import ExitCode as PlannerCode
 from hetis.planner.service.exit_codes import ServiceExitCode
 from hetis.profiler.cli.exit_codes import ProfileExitCode as ProfilerCode
@@ -90,8 +90,8 @@ def test_every_way_to_end_is_an_exit_code(capsys: pytest.CaptureFixture[str], mo
 def test_a_socket_that_breaks_is_a_failure_that_is_told() -> None:
     """Otherwise a daemon would end without a message, as if the reader of its output had gone away."""
     program = (
-        "import sys; from hetis.formats.command_line.verb import run_application;"
-        "from tests.formats.command_line.test_command_line import application;"
+        "import sys; from hetis.commands.verb import run_application;"
+        "from tests.commands.test_command_line import application;"
         "told = lambda error: print(type(error).__name__, file=sys.stderr) or 1;"
         "sys.exit(run_application(application(), 'hetis-test', ['fail', 'socket'], told))"
     )
@@ -116,7 +116,7 @@ def test_commands_call_the_shared_ends_by_the_same_codes(
 
 def test_a_reader_that_goes_away_is_no_failure() -> None:
     program = (
-        "import os, sys; from tests.formats.command_line.test_command_line import command_process, run;"
+        "import os, sys; from tests.commands.test_command_line import command_process, run;"
         "os.write(1, b'x' * 60_000)\n"
         "with command_process('hetis-test', extra='test'): sys.exit(run('show', '-q', 'y' * 100_000))"
     )
@@ -153,7 +153,7 @@ def test_a_closed_stdout_fails_no_command(command: str) -> None:
 def test_no_file_gets_the_number_of_a_closed_stream() -> None:
     """Otherwise native libraries would print into the file, and children would have it as their stdout."""
     program = (
-        "import os, sys; from hetis.formats.command_line.process import open_closed_streams; open_closed_streams();"
+        "import os, sys; from hetis.commands.process import open_closed_streams; open_closed_streams();"
         "file = os.open('/', os.O_RDONLY);"
         "os._exit(file > 2 and all(os.get_inheritable(n) for n in range(3)) and None not in (sys.stdin, sys.stdout))"
     )
@@ -175,7 +175,7 @@ sys.meta_path.insert(0, CtrlC())
 """
 RUNNING = """
 import signal, sys
-from hetis.formats.command_line.process import INTERRUPTED, command_process, ctrl_c_raises
+from hetis.commands.process import INTERRUPTED, command_process, ctrl_c_raises
 signal.signal(signal.SIGINT, signal.default_int_handler)
 class Gone:
     def __del__(self):

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from hetis.v1 import head_map_pb2, replica_pb2, report_pb2, stage_pb2
+from hetis.v1 import replica_pb2, report_pb2, stage_pb2
 
 REPLICA = "clusters/c/replicas/r"
-STATE = f"{REPLICA}/dispatchState"
 BLOCK = 4
 
 
@@ -52,30 +51,6 @@ def stage_model(
     return model
 
 
-def empty_map(model: stage_pb2.StageModel, totals: Sequence[int] | None = None) -> head_map_pb2.HeadMap:
-    """Return a head map without requests; ``totals`` are the numbers of blocks of each device."""
-    return head_map_pb2.HeadMap(
-        stage=model.stage,
-        copy=model.copy,
-        devices=[
-            head_map_pb2.HeadMapDevice(
-                name=device.name,
-                total_blocks=device.total_blocks if totals is None else totals[i],
-                status=report_pb2.DEVICE_STATUS_OK,
-            )
-            for i, device in enumerate(model.devices)
-        ],
-    )
-
-
-def running(
-    name: str, owners: Sequence[int], *, context: int = 10, remaining: int = 0, incarnation: int = 0
-) -> head_map_pb2.RunningRequest:
-    return head_map_pb2.RunningRequest(
-        id=name, incarnation=incarnation, context_tokens=context, remaining_tokens=remaining, owners=owners
-    )
-
-
 @dataclass
 class Replica:
     """A replica of the fleet."""
@@ -84,14 +59,6 @@ class Replica:
     name: str = REPLICA
     state: replica_pb2.ReplicaState.ValueType = replica_pb2.REPLICA_STATE_SERVING
     generation: int = 1
-    authority: replica_pb2.HeadMapAuthority.ValueType = replica_pb2.HEAD_MAP_AUTHORITY_PLANNER
     primary_node: str = "n"
     conditions: dict[str, report_pb2.DeviceStatus.ValueType] = field(default_factory=dict)
     redispatch: str = ""
-
-
-class Replicas(dict[str, Replica]):
-    """The existing replicas."""
-
-    def replica_view(self, name: str) -> Replica | None:
-        return self.get(name)

@@ -53,12 +53,10 @@ def form_of(usage: str) -> str | None:
 def ungrouped(function: Callable[..., T]) -> Callable[..., T]:
     """Return a command whose parameters are the options of its groups instead of the groups."""
     parameters, groups = list[inspect.Parameter](), dict[str, Any]()
-    names = inspect.unwrap(function).__globals__
     annotated: Any = Annotated  # Any, because the annotated types are known only at run time
+    kinds = get_type_hints(function, inspect.unwrap(function).__globals__, include_extras=True)
     for parameter in inspect.signature(function).parameters.values():
-        kind = parameter.annotation
-        if isinstance(kind, str):  # modules postpone evaluation
-            kind = eval(kind, names)
+        kind = kinds.get(parameter.name, parameter.annotation)
         if not _is_group(kind):
             parameters.append(parameter.replace(annotation=kind))
             continue

@@ -23,9 +23,9 @@ from typing import Annotated, Any, Concatenate, Literal, ParamSpec, TypeVar, get
 import typer
 from typer.core import TyperCommand, TyperGroup, TyperOption
 
-from hetis.formats.command_line.groups import ungrouped
-from hetis.formats.command_line.process import INTERRUPTED, ctrl_c_raises, open_closed_streams
-from hetis.formats.command_line.terminal import OutputFormat, Terminal, in_use, plain_streams
+from hetis.commands.groups import ungrouped
+from hetis.commands.process import INTERRUPTED, ctrl_c_raises, open_closed_streams
+from hetis.commands.terminal import OutputFormat, Terminal, in_use, plain_streams
 
 E = TypeVar("E", bound=StrEnum)
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from hetis.planner.convert.stages import card_of, leaving, owners_of, stage_from_proto
 from hetis.solver.dispatch.problem import Stage
-from tests.planner.dispatching.stages import stage_model
+from tests.planner.redispatching.stages import stage_model
 
 
 def stage(tp: int, num_devices: int = 3) -> Stage:
