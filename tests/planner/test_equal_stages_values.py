@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from dataclasses import replace
 
 import pytest
 
@@ -13,10 +12,10 @@ from hetis.planner.use_cases.verification import equal_stages
 from hetis.solver.budget import Budget, SearchSettings
 from hetis.solver.constraints import Exclude, Selection, Unit, WithoutTp
 from hetis.solver.errors import BrokenProofError
-from hetis.solver.model import AttentionKind, IndexerShape, MlaShape
 from hetis.solver.placement.families import run_by
 from hetis.solver.plan import Role
 from hetis.solver.problem import EngineRules, PlacementProblem
+from tests.models import replace, shape_of
 from tests.planner import plans
 from tests.solver.instances import SMALL_FAMILY, make_model, make_node, make_problem
 
@@ -38,9 +37,9 @@ def test_the_better_of_what_was_found_and_equal_stages_is_told(
 
 
 def test_equal_stages_say_nothing_of_an_engine_that_runs_fewer_stages() -> None:
-    mla = MlaShape(kv_lora_rank=24, qk_rope_head_dim=8, qk_nope_head_dim=16, v_head_dim=16, q_lora_rank=32)
-    indexer = IndexerShape(top_tokens=32, heads=2, head_dim=64, key_bytes=68.0, layers=1)  # vLLM: one stage
-    model = replace(make_model(kv_heads=1), attention=AttentionKind.MLA, mla=mla, indexer=indexer)
+    mla = shape_of(kv_lora_rank=24, qk_rope_head_dim=8, qk_nope_head_dim=16, v_head_dim=16, q_lora_rank=32)
+    indexer = shape_of(top_tokens=32, heads=2, head_dim=64, key_bytes=68.0, layers=1)  # vLLM: one stage
+    model = replace(make_model(kv_heads=1), mla=mla, indexer=indexer)
     problem = replace(make_problem([make_node("a", "A")], model=model), family=LIKE_VLLM)
     known = EngineValue(engine="vllm", value=1.0, bound=None)
     plan = replace(plans.plan(), inputs={"equal_stages_value": 1.5})

@@ -6,7 +6,6 @@ import itertools
 import json
 import math
 import threading
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -54,6 +53,7 @@ from hetis.solver.plan import Objective, ObjectiveKind, Plan, Role
 from hetis.solver.planning import solve_placement
 from hetis.solver.problem import MICRO_BATCHES, Family, PlacementProblem
 from hetis.solver.profile import Fit, FitRegion, FitScope, Op, Profile, Source
+from tests.models import replace
 from tests.planner.command_line import EXAMPLES
 from tests.solver import test_check_roles
 
