@@ -21,9 +21,11 @@ SERVER_VERBS = [
     "cancel",
     "delete",
     "disconnect",
+    "drain",
     "get",
     "rollback",
     "status",
+    "undrain",
     "upstreams",
     "watch",
 ]
