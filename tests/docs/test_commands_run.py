@@ -29,7 +29,7 @@ NOT_RUN = {
     r"pip install ": "it installs from a registry; tests/test_packaging.py installs what we build",
     r"make |\.ci/run|(python -m )?pytest |HETIS_\w+=\d+ .*pytest ": "it runs tests, or is run by them below",
     r"python -m tests\.faults\.run ": "50 kills take a quarter of an hour; tests/faults has one of each",
-    r"python -m benchmarks\.": "minutes to hours; tests/benchmarks runs the quick form of every one",
+    r"python -m benchmarks[. ]": "minutes to hours; tests/benchmarks runs the quick form of every one",
     r"python -m tools\.efficiency ": "its tables are not in the repository; tests/profiler/test_efficiency.py",
     r"grpcurl ": "a program of others; tests/planner/client calls the same method",
     r"kubectl |helm ": "a Kubernetes cluster; tests/deploy renders the chart",
