@@ -9,8 +9,8 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given, settings
 
-from hetis.runtime.agent.simulated.engine import SimulatedEngine
-from hetis.runtime.agent.simulated.replica import (
+from examples.simulated_engine.engine import SimulatedEngine
+from examples.simulated_engine.replica import (
     AdmissionRule,
     Control,
     ControlFile,

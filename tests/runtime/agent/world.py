@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import random
 
+from examples.simulated_engine.engine import SimulatedEngine
+from examples.simulated_engine.replica import Control
 from hetis.runtime.agent.outbox import EngineRequest, EngineResponse
 from hetis.runtime.agent.replica_state import ReplicaState
-from hetis.runtime.agent.simulated.engine import SimulatedEngine
-from hetis.runtime.agent.simulated.replica import Control
 from hetis.runtime.moves.refusals import RefusedError, unreachable
 from hetis.v1.agent_service_pb2 import ConnectNodeRequest, ConnectNodeResponse
 from hetis.v1.change_pb2 import Change, ChangePart, ChangePhase, ChangeStatus
