@@ -270,7 +270,7 @@ class World:
                     found = engine.copy_moves(request, now_s)
                     if found.phase == ChangePhase.CHANGE_PHASE_PREPARING:
                         return None
-                    return CopyMovesResponse(copied_bytes=found.copied_bytes, total_bytes=found.copy_bytes)
+                    return CopyMovesResponse(copied_bytes=found.status.copied_bytes, total_bytes=found.copy_bytes)
                 case FlipMovesRequest():
                     engine.flip_moves(request, now_s)
                     return engine.flip_answer(request.change_id)
