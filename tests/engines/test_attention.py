@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 
 from hetis.engines.attention import common_backend, image_tokens
@@ -11,6 +9,7 @@ from hetis.engines.gpus import GpuKind, kind_of, kinds_in
 from hetis.formats import catalogue
 from hetis.formats.dtypes import with_precision
 from hetis.solver.model import ModelSpec
+from tests.models import replace
 from tests.solver.instances import make_compressed
 
 LLAMA, DEEPSEEK, SPARSE, GPT_OSS = (

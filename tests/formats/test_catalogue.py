@@ -11,6 +11,7 @@ import pytest
 from hetis.formats import catalogue
 from hetis.formats.catalogue import UnknownNameError
 from hetis.solver.workload import LengthBin, moments_of
+from tests.models import InShort
 from tools.catalogue import build
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
@@ -78,7 +79,7 @@ def test_quantised_models_have_small_weights() -> None:
 
 
 def test_windows_slide_in_the_layers_they_should() -> None:
-    windows = {e.model.name: (e.model.sliding_window, e.model.sliding_layers) for e in catalogue.models()}
+    windows = {e.model.name: (e.model.sliding_window, InShort(e.model).sliding_layers) for e in catalogue.models()}
     assert windows["google/gemma-2-9b"] == (4096, 21)
     assert windows["openai/gpt-oss-20b"] == (128, 12)
     assert windows["mistralai/Mistral-7B-v0.1"] == (4096, None)

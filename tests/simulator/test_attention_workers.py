@@ -156,8 +156,8 @@ def test_re_dispatch_moves_head_groups_when_a_lost_worker_comes_back() -> None:
     assert not np.isnan(moving.finished_s).any()
 
 
-# Greedy micro-batches gather on one stage, so that the other one often needs nothing.
-@pytest.mark.parametrize(("discipline", "least", "most"), [("apart", 1.9, 2.1), ("greedy", 1.2, 2.1)])
+# Prompts take cards less than outputs do. Greedy micro-batches gather on one stage, so that the other often needs none.
+@pytest.mark.parametrize(("discipline", "least", "most"), [("apart", 1.8, 2.1), ("greedy", 1.2, 2.1)])
 def test_cards_that_serve_two_stages_take_turns(
     discipline: Literal["apart", "greedy"], least: float, most: float
 ) -> None:

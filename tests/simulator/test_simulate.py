@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import fields, replace
+from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -18,6 +18,7 @@ from hetis.solver.check.fleet import Fleet, replica_shape
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.plan import Plan
 from hetis.solver.problem import PlacementProblem
+from tests.models import replace
 from tests.simulator.small_plans import equal_requests, pipeline, plan_of, small_problem
 from tests.solver.instances import make_model, make_profile, make_workload
 
@@ -191,6 +192,27 @@ def test_iterations_take_what_each_of_their_tokens_attends_to() -> None:
     assert run.first_token_s[0] == pytest.approx(sum(chunks_s), rel=1e-12)
     steps_s = [timing.seconds(1, float(context), 0, 0.0, 0.0, 1) for context in (81, 82)]
     assert run.finished_s[0] - run.first_token_s[0] == pytest.approx(sum(steps_s), rel=1e-9)
+
+
+@pytest.mark.parametrize("in_flight", [1, 2, 3])
+def test_chunks_of_a_prompt_follow_each_other_through_a_pipeline(in_flight: int) -> None:
+    # Chunk k of a prompt starts when the stage is free, its predecessor is done there, and fewer than M are in flight.
+    problem = small_problem()
+    one = pipeline(problem, 1, 2, 3, micro_batch=1, in_flight=in_flight, chunk_tokens=32)
+    run = simulate(plan_of(one), problem, equal_requests(1, prompt=5 * 32, output=1), AS_PLANNED)
+    stages = [
+        StageTiming(problem, stage, is_first=n == 0, is_last=n == 2)
+        for n, stage in enumerate(replica_shape(one, problem, Fleet.of(problem.cluster)).stages)
+    ]
+    left_s = list[float]()  # the pipeline, by chunk
+    free_s = [0.0, 0.0, 0.0]
+    for k in range(5):
+        at_s = left_s[k - in_flight] if k >= in_flight else 0.0
+        pairs, read = sum(range(32 * k + 1, 32 * k + 33)), 32 * k + 16.5 + 16
+        for n, stage in enumerate(stages):
+            at_s = free_s[n] = max(at_s, free_s[n]) + stage.seconds(0, 0.0, 32, pairs, read, int(k == 4))
+        left_s.append(at_s)
+    assert run.first_token_s[0] == pytest.approx(left_s[-1], rel=1e-12)
 
 
 def test_a_queue_of_one_server_waits_as_long_as_theory_says() -> None:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from hetis.formats.config_json import Config
 from hetis.formats.errors import shown
+from hetis.formats.layers import Shape
 from hetis.formats.linear_attention import spread
-from hetis.solver.model import CompressedShape
 
 _SPARSE, _HEAVY = 4, 128  # tokens per entry of layers with an indexer, and of those that attend to all entries
 _KINDS = {
@@ -19,7 +19,7 @@ _KINDS = {
 }
 
 
-def compressed_attention(config: Config, num_layers: int) -> CompressedShape:
+def compressed_attention(config: Config, num_layers: int) -> Shape:
     """Return the shape of DeepSeek-V4's attention. An indexer's keys have 8 bits and a scale of 32, as for V3.2."""
     ratios = _ratios(config, num_layers)
     for ratio, kind in ((_SPARSE, "compressed sparse attention"), (_HEAVY, "heavily compressed attention")):
@@ -33,21 +33,21 @@ def compressed_attention(config: Config, num_layers: int) -> CompressedShape:
     heads, groups = config.whole("num_attention_heads"), config.whole("o_groups")
     if heads % groups:
         config.refuse("o_groups", f"is {groups}, must divide num_attention_heads ({heads})")
-    return CompressedShape(
-        window=config.whole("sliding_window"),
-        sparse_layers=ratios.count(_SPARSE),
-        sparse_ratio=_SPARSE,
-        heavy_layers=ratios.count(_HEAVY),
-        heavy_ratio=_HEAVY,
-        top_entries=config.whole("index_topk"),
-        index_heads=config.whole("index_n_heads"),
-        index_head_dim=index,
-        index_key_bytes=index + 4.0,
-        rope_head_dim=rope,
-        q_lora_rank=config.whole("q_lora_rank"),
-        o_groups=groups,
-        o_lora_rank=config.whole("o_lora_rank"),
-    )
+    return {
+        "window": config.whole("sliding_window"),
+        "sparse_layers": ratios.count(_SPARSE),
+        "sparse_ratio": _SPARSE,
+        "heavy_layers": ratios.count(_HEAVY),
+        "heavy_ratio": _HEAVY,
+        "top_entries": config.whole("index_topk"),
+        "index_heads": config.whole("index_n_heads"),
+        "index_head_dim": index,
+        "index_key_bytes": index + 4.0,
+        "rope_head_dim": rope,
+        "q_lora_rank": config.whole("q_lora_rank"),
+        "o_groups": groups,
+        "o_lora_rank": config.whole("o_lora_rank"),
+    }
 
 
 def _ratios(config: Config, num_layers: int) -> list[int]:

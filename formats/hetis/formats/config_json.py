@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from hetis.formats.errors import Problem, shown
 from hetis.formats.positions import Text
@@ -13,6 +13,23 @@ MAX_NUMBER = 10**9
 # Limits of model files, see `hetis.formats.model`; no model has so many.
 MAX_LAYERS = 10_000
 MAX_STREAMS = 64  # copies of the residual
+
+
+class LinearLayers(NamedTuple):
+    """The layers of linear attention of a model.
+
+    Attributes:
+        numbers: which layers they are, from 0.
+        matrices: parameters of each matrix, by its name in a layer of the checkpoint.
+        shape: what the cost model knows of them; None if there are none.
+    """
+
+    numbers: tuple[int, ...] = ()
+    matrices: Mapping[str, int] = {}
+    shape: Mapping[str, Any] | None = None
+
+
+NO_LINEAR_LAYERS = LinearLayers()
 
 
 @dataclass(slots=True)
@@ -25,6 +42,7 @@ class Config:
     at: tuple[str, ...] = ()
     whole_data: dict[str, Any] = field(default_factory=dict)
     quantisation: Config | None = None
+    linear: LinearLayers = NO_LINEAR_LAYERS  # of the model that was read
 
     def part(self, name: str) -> Config | None:
         """Return the reader of a mapping beside the language model's fields, or None if the config has none."""

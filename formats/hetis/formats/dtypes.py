@@ -63,10 +63,10 @@ def experts_weight_bytes(dtype: str, model: ModelSpec, sizes: Mapping[str, float
     ``sizes`` are the bytes per parameter of every format.
     """
     base, weights = split_dtype(dtype)
-    if model.moe is None:
+    if model.experts is None:
         return sizes[weights]
-    per_expert = (3 if model.gated_mlp else 2) * model.hidden * model.moe.expert_intermediate
-    experts, total = model.expert_share * per_expert * model.moe.num_experts, model.layer_params()
+    experts = model.expert_share * model.expert_params() * model.experts.count
+    total = model.layer_params()
     return (experts * sizes[weights] + (total - experts) * base_bytes(base)) / total
 
 

@@ -19,18 +19,13 @@ from hetis.formats.compressed_attention import compressed_attention
 from hetis.formats.config_json import MAX_STREAMS, Config
 from hetis.formats.errors import DocumentError, Problem, did_you_mean, shown
 from hetis.formats.fields import listed
-from hetis.formats.linear_attention import (
-    NO_LINEAR_LAYERS,
-    LinearLayers,
-    gated_delta_rule,
-    kimi_delta_attention,
-    lightning_attention,
-)
+from hetis.formats.layers import Shape, model_in_short
+from hetis.formats.linear_attention import gated_delta_rule, kimi_delta_attention, lightning_attention
 from hetis.formats.positions import Text
 from hetis.formats.quantisation import quantisation_of, stated_kv_bytes, weights_precision
 from hetis.formats.quantised_modules import layer_weight_bytes
 from hetis.solver.errors import InvalidProblemError
-from hetis.solver.model import AttentionKind, IndexerShape, MlaShape, ModelSpec, MoeShape
+from hetis.solver.model import Kernel, ModelSpec
 
 
 def model_from_config(data: dict[str, Any], source: Text, *, name: str, folder: Path | None = None) -> ModelSpec:
@@ -50,11 +45,8 @@ def model_from_config(data: dict[str, Any], source: Text, *, name: str, folder: 
     if isinstance(published, str) and re.fullmatch(r"[\w.-]{1,90}/[\w.-]{1,90}", published):
         name = published
     read = FAMILIES[architecture]
-    model, linear = read(config, name if name.isprintable() and name.strip() else "model"), NO_LINEAR_LAYERS
-    if read in _LINEAR_LAYERS:
-        linear = _LINEAR_LAYERS[read](config, config.num_layers())
-        if model is not None:
-            model = None if config.problems else _made(config, partial(replace, model, linear=linear.shape))
+    model = read(config, name if name.isprintable() and name.strip() else "model")
+    linear = config.linear
     quantised = weights_precision(config, model, linear)
     dtype = _dtype(config, quantised)
     kv_bytes = stated_kv_bytes(config.quantisation, is_latent=model is not None and _is_latent(model))
@@ -71,7 +63,7 @@ def model_from_config(data: dict[str, Any], source: Text, *, name: str, folder: 
 
 def _is_latent(model: ModelSpec) -> bool:
     """Return whether all heads share one vector per token, which engines cache in a layout of its own."""
-    return model.mla is not None or model.compressed is not None
+    return not model.kernels.isdisjoint((Kernel.LATENT, Kernel.COMPRESSED))
 
 
 def _config(data: dict[str, Any], source: Text, architecture: str) -> Config:
@@ -128,7 +120,7 @@ Part = Callable[[Config, dict[str, Any]], dict[str, Any]]
 
 
 def _spec(config: Config, **fields: Any) -> ModelSpec | None:
-    """Return the model with its attention kind, or None if fields were wrong."""
+    """Return the model of fields that describe it in short, or None if they were wrong."""
     if fields["q_heads"] % fields["kv_heads"]:
         heads = f"num_attention_heads ({fields['q_heads']}) must be a multiple of the KV heads ({fields['kv_heads']})"
         config.problems.append(config.source.problem(config.at, heads))
@@ -136,9 +128,7 @@ def _spec(config: Config, **fields: Any) -> ModelSpec | None:
         return None
     if fields.get("sliding_layers") == 0:  # all layers attend to everything
         fields |= {"sliding_window": None, "sliding_layers": None}
-    kind = AttentionKind.MHA if fields["q_heads"] == fields["kv_heads"] else AttentionKind.GQA
-    fields = {"attention": AttentionKind.MLA if fields.get("mla") else kind} | fields
-    return _made(config, partial(ModelSpec, **fields))
+    return _made(config, partial(model_in_short, **fields))
 
 
 def _made(config: Config, make: Callable[[], ModelSpec]) -> ModelSpec | None:
@@ -237,17 +227,17 @@ def _qwen1(config: Config, fields: Mapping[str, Any]) -> dict[str, Any]:
 def _qwen_moe(config: Config, name: str) -> ModelSpec | None:
     """Read Qwen2-MoE, whose wide shared expert counts as several of the routed width, and Qwen3-MoE, without any."""
     moe = _qwen_experts(config)
-    head_dim = None if moe.shared_experts else 128
+    head_dim = None if moe["shared_experts"] else 128
     common = _common(config, name, head_dim=head_dim, defaults=_dense_width(moe))
     return _spec(config, **common, **_qwen_window(config, common), moe=moe)
 
 
-def _dense_width(moe: MoeShape | None) -> dict[str, int]:
+def _dense_width(moe: Shape | None) -> dict[str, int]:
     """Return the default width of a dense MLP, which no layer has where all have experts."""
-    return {} if moe is None else {"intermediate_size": moe.expert_intermediate}
+    return {} if moe is None else {"intermediate_size": moe["expert_intermediate"]}
 
 
-def _qwen_experts(config: Config) -> MoeShape:
+def _qwen_experts(config: Config) -> Shape:
     width = config.whole("moe_intermediate_size")
     shared = config.whole("shared_expert_intermediate_size", 0, least=0)
     if config.whole("decoder_sparse_step", 1) != 1:
@@ -256,7 +246,7 @@ def _qwen_experts(config: Config) -> MoeShape:
         config.refuse("mlp_only_layers", "only models with experts in every layer are supported")
     if shared % width:
         config.refuse("shared_expert_intermediate_size", f"is {shared}, must be a multiple of {width}")
-    return MoeShape(
+    return dict(
         **config.experts("num_experts", "num_experts_per_tok"),
         expert_intermediate=width,
         shared_experts=shared // width,
@@ -302,10 +292,12 @@ def _qwen3_next(config: Config, name: str) -> ModelSpec | None:
     """Read Qwen3-Next and Qwen3.5: gated attention in every fourth layer, gated delta rules in the others."""
     moe = _qwen_experts(config) if "num_experts" in config.data else None
     common = _common(config, name, head_dim=256, defaults=_dense_width(moe))
+    config.linear = gated_delta_rule(config, common["num_layers"])
     return _spec(
         config,
         **common,
         moe=moe,
+        linear=config.linear.shape,
         gated_attention=config.flag("attn_output_gate", True),
         vision_params=_vision_params(config, projection=0),
     )
@@ -322,14 +314,16 @@ def _kimi_linear(config: Config, name: str) -> ModelSpec | None:
     if config.data.get("num_experts") is not None:
         if config.whole("moe_layer_freq", 1) != 1:
             config.refuse("moe_layer_freq", "only models with experts in every layer after the first (1) are supported")
-        moe = MoeShape(
+        moe = dict(
             **config.experts("num_experts", "num_experts_per_token"),
             expert_intermediate=config.whole("moe_intermediate_size"),
             shared_experts=config.whole("num_shared_experts", 0, least=0),
             first_dense_layers=_leading_dense_layers(config, common["num_layers"]),
         )
+    config.linear = kimi_delta_attention(config, common["num_layers"])
     common |= {
-        "head_dim": mla.qk_nope_head_dim + mla.qk_rope_head_dim,
+        "linear": config.linear.shape,
+        "head_dim": mla["qk_nope_head_dim"] + mla["qk_rope_head_dim"],
         "max_position": config.whole("model_max_length", common["max_position"]),
     }
     return _spec(config, **common, mla=mla, moe=moe)
@@ -357,7 +351,10 @@ def _minimax(config: Config, name: str) -> ModelSpec | None:
     if config.data.get("shared_intermediate_size"):
         what = f"is {shown(config.data['shared_intermediate_size'])}, only models without a shared expert are supported"
         config.refuse("shared_intermediate_size", what)
-    return _mixtral(config, name)
+    config.linear = lightning_attention(config, config.num_layers())
+    fields = _common(config, name)
+    fields |= _experts(config, fields, 8, 2) | _window(config, fields)
+    return _spec(config, **fields, linear=config.linear.shape)
 
 
 def _experts(
@@ -367,7 +364,7 @@ def _experts(
     numbers are defaults.
     """
     numbers = config.experts("num_local_experts", "num_experts_per_tok", (num, active))
-    return {"moe": MoeShape(**numbers, expert_intermediate=fields["intermediate"], **more)}
+    return {"moe": dict(**numbers, expert_intermediate=fields["intermediate"], **more)}
 
 
 _mixtral = _family(partial(_experts, num=8, active=2), _window)
@@ -431,9 +428,9 @@ def _tower_params(vision: Config, *, projection: int, gated: bool) -> int:
     return layers * layer + patches + hidden * projection
 
 
-def _routed(config: Config, first_dense_layers: int = 0) -> MoeShape:
+def _routed(config: Config, first_dense_layers: int = 0) -> Shape:
     """Return the experts of DeepSeek and GLM: routed and shared ones, after some dense layers."""
-    return MoeShape(
+    return dict(
         **config.experts("n_routed_experts", "num_experts_per_tok"),
         expert_intermediate=config.whole("moe_intermediate_size"),
         shared_experts=config.whole("n_shared_experts", 0, least=0),
@@ -441,37 +438,36 @@ def _routed(config: Config, first_dense_layers: int = 0) -> MoeShape:
     )
 
 
-def _mla(config: Config) -> MlaShape:
+def _mla(config: Config) -> Shape:
     sizes = ("kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")
-    return MlaShape(**{name: config.whole(name) for name in sizes}, q_lora_rank=config.optional("q_lora_rank"))
+    return dict(**{name: config.whole(name) for name in sizes}, q_lora_rank=config.optional("q_lora_rank"))
 
 
-def _deepseek(config: Config, name: str) -> ModelSpec | None:
+def _deepseek(config: Config, name: str, indexer: Shape | None = None) -> ModelSpec | None:
     """Read DeepSeek V2 and V3, Kimi K2 and K2.5: latent attention; dense layers first, then experts in every layer."""
     mla = _mla(config)
-    common = _common(config, name) | {"head_dim": mla.qk_nope_head_dim + mla.qk_rope_head_dim}
+    common = _common(config, name) | {"head_dim": mla["qk_nope_head_dim"] + mla["qk_rope_head_dim"]}
     moe = None
     if config.data.get("n_routed_experts") is not None:
         if config.whole("moe_layer_freq", 1) != 1:
             config.refuse("moe_layer_freq", "only models with experts in every layer after the first (1) are supported")
         moe = _routed(config, _leading_dense_layers(config, common["num_layers"], 0))
-    return _spec(config, **common, mla=mla, moe=moe)
+    return _spec(config, **common, mla=mla, moe=moe, indexer=indexer)
 
 
 def _deepseek_sparse(config: Config, name: str) -> ModelSpec | None:
     """Read DeepSeek-V3.2 and GLM 5: DeepSeek-V3 with an indexer, whose keys have 8 bits and a scale of 32."""
-    model = _deepseek(config, name)
     size = config.whole("index_head_dim")
-    indexer = IndexerShape(
-        top_tokens=config.whole("index_topk"),
-        heads=config.whole("index_n_heads"),
-        head_dim=size,
-        key_bytes=size + 4.0,
-        layers=None if model is None else _indexer_layers(config, model.num_layers),
-    )
+    indexer = {
+        "top_tokens": config.whole("index_topk"),
+        "heads": config.whole("index_n_heads"),
+        "head_dim": size,
+        "key_bytes": size + 4.0,
+        "layers": _indexer_layers(config, config.num_layers()),
+    }
     if config.data.get("q_lora_rank") is None:
         config.refuse("q_lora_rank", "is missing, but the indexer computes its queries from compressed ones")
-    return None if model is None or config.problems else replace(model, indexer=indexer)
+    return _deepseek(config, name, indexer)
 
 
 def _deepseek_v4(config: Config, name: str) -> ModelSpec | None:
@@ -602,11 +598,6 @@ _TABLE: tuple[tuple[str, str, Family], ...] = (
     ("MistralLarge3ForCausalLM", "", _mistral3),
 )
 FAMILIES = {architecture: read for architecture, _, read in _TABLE}
-_LINEAR_LAYERS: Mapping[Family, Callable[[Config, int], LinearLayers]] = {
-    _qwen3_next: gated_delta_rule,
-    _kimi_linear: kimi_delta_attention,
-    _minimax: lightning_attention,
-}
 MODEL_TYPES = {kind: architecture for architecture, kind, _ in _TABLE if kind} | {"nemotron_h": "NemotronHForCausalLM"}
 # Architectures whose language model is described in ``text_config``. Kimi K2.5's vision tower is left out: it has less
 # than a thousandth of the weights.

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
-from hetis.formats.config_json import Config
+from hetis.formats.config_json import NO_LINEAR_LAYERS, Config, LinearLayers
 from hetis.formats.errors import shown
-from hetis.solver.model import LinearShape
 
 _KINDS = ("linear_attention", "full_attention")
 _CHUNK = 64  # tokens that kernels of the delta rule compute at once (FLA_CHUNK_SIZE in vLLM and SGLang)
@@ -20,23 +19,6 @@ _CHUNK = 64  # tokens that kernels of the delta rule compute at once (FLA_CHUNK_
 # 256, the parts of 32 up to its own; 1 to 8 parts, and 4.5 in the mean.
 _LIGHTNING_TOKENS = 144
 _UNEVEN = 2  # excess layers of one kind in a run, from which the run is refused
-
-
-class LinearLayers(NamedTuple):
-    """The layers of linear attention of a model.
-
-    Attributes:
-        numbers: which layers they are, from 0.
-        matrices: parameters of each matrix, by its name in a layer of the checkpoint.
-        shape: what the cost model knows of them; None if there are none.
-    """
-
-    numbers: tuple[int, ...] = ()
-    matrices: Mapping[str, int] = {}
-    shape: LinearShape | None = None
-
-
-NO_LINEAR_LAYERS = LinearLayers()
 
 
 def gated_delta_rule(config: Config, num_layers: int) -> LinearLayers:
@@ -135,12 +117,12 @@ def _layers(
 ) -> LinearLayers:
     if not numbers:
         return NO_LINEAR_LAYERS
-    shape = LinearShape(
-        layers=len(numbers),
-        params=sum(matrices.values()) + convolution,
-        state_bytes=state_bytes,
-        token_flops=float(token_flops),
-    )
+    shape = {
+        "layers": len(numbers),
+        "params": sum(matrices.values()) + convolution,
+        "state_bytes": state_bytes,
+        "token_flops": float(token_flops),
+    }
     return LinearLayers(numbers, matrices, shape)
 
 

@@ -27,90 +27,29 @@ from hetis.formats.fields import (
     value_of,
     whole,
 )
+from hetis.formats.layer_parts import (
+    CompressedPart,
+    IndexerPart,
+    LayerPart,
+    LinearPart,
+    MlaPart,
+    MoePart,
+    Whole,
+    layers_of_list,
+    listed_layers,
+)
+from hetis.formats.layers import IN_SHORT, described_in_short, usual_layers
 from hetis.formats.positions import Text
 from hetis.solver.model import DraftShape, ModelSpec
 
 _CONFIG = "config.json"
 _ADAPTER = "adapter_config.json"
-Whole = Annotated[int, Field(ge=1, le=10**9)]
-WholeOrZero = Annotated[int, Field(ge=0, le=10**9)]
 ElementBytes = Annotated[float, Field(gt=0, le=16)]
 
 
 def _dtype(value: str) -> str:
     dtypes.split_dtype(value)
     return value
-
-
-class MlaPart(DocumentPart):
-    """Multi-head latent attention (DeepSeek-V2)."""
-
-    kv_lora_rank: Whole
-    qk_rope_head_dim: Whole
-    qk_nope_head_dim: Whole
-    v_head_dim: Whole
-    q_lora_rank: Whole | None = None
-
-
-class MoePart(DocumentPart):
-    """Mixture of experts in every ``every``-th layer after the first ``first_dense_layers``; the other layers are
-    dense.
-    """
-
-    num_experts: Whole
-    active_experts: Whole
-    expert_intermediate: Whole
-    shared_experts: WholeOrZero = 0
-    first_dense_layers: WholeOrZero = 0
-    every: Annotated[int, Field(ge=1, le=MAX_LAYERS)] = 1
-
-
-class LinearPart(DocumentPart):
-    """Layers of linear attention or of a state-space model, which keep a state for each request instead of KV.
-
-    ``params``, ``state_bytes`` (of one request, in all heads) and ``token_flops`` (of the recurrence for one token) are
-    per layer.
-    """
-
-    layers: Annotated[int, Field(ge=1, le=MAX_LAYERS)]
-    params: Whole
-    state_bytes: Annotated[float, Field(gt=0, le=1e12)]
-    token_flops: Annotated[float, Field(ge=0, le=1e15)] = 0.0
-
-
-class IndexerPart(DocumentPart):
-    """Sparse attention (DeepSeek-V3.2): an indexer chooses the ``top_tokens`` that a query attends to. ``key_bytes`` is
-    the size of one token in the indexer's cache. All layers have an indexer, or ``layers`` of them, whose choice the
-    others share (GLM-5.2).
-    """
-
-    top_tokens: Whole
-    heads: Whole
-    head_dim: Whole
-    key_bytes: Annotated[float, Field(gt=0, le=1e6)]
-    layers: Annotated[int | None, Field(ge=1, le=MAX_LAYERS)] = None
-
-
-class CompressedPart(DocumentPart):
-    """Compressed attention (DeepSeek-V4): all heads share one vector per token, and all layers attend to the last
-    ``window`` of them. ``sparse_layers`` have an entry per ``sparse_ratio`` tokens, of which an indexer chooses
-    ``top_entries``; ``heavy_layers`` attend to all entries, of ``heavy_ratio`` tokens each. ``index_key_bytes`` is the
-    size of one entry in the indexer's cache.
-    """
-
-    window: Whole
-    sparse_layers: Annotated[int, Field(ge=0, le=MAX_LAYERS)]
-    sparse_ratio: Annotated[int, Field(ge=1, le=1_000_000)]
-    heavy_layers: Annotated[int, Field(ge=0, le=MAX_LAYERS)]
-    heavy_ratio: Annotated[int, Field(ge=1, le=1_000_000)]
-    top_entries: Whole
-    index_heads: Whole
-    index_head_dim: Whole
-    index_key_bytes: Annotated[float, Field(gt=0, le=1e6)]
-    rope_head_dim: WholeOrZero
-    q_lora_rank: Whole
-    o_groups: Whole
-    o_lora_rank: Whole
 
 
 class DraftPart(DocumentPart):
@@ -147,16 +86,19 @@ class ModelSpecDocument(Document):
     window, unless ``windows_free_kv`` is false (vLLM's ``--disable-hybrid-kv-cache-manager``). Older files have
     ``sliding_window_every``: 2 means a window in every second layer, and ``windows_free_kv`` then defaults to false.
     ``vision_params`` are held by the first stage, in 16 bits. Layers mix ``residual_streams`` copies of the residual.
+
+    Models whose layers differ in other ways have ``layers``, a list, instead of ``num_layers``, ``intermediate``, heads
+    and the shapes from ``mla`` to ``compressed``.
     """
 
     kind: Literal["ModelSpec"]
     name: Title
-    num_layers: Annotated[int, Field(ge=1, le=MAX_LAYERS)]
+    num_layers: Annotated[int | None, Field(ge=1, le=MAX_LAYERS)] = None
     hidden: Whole
-    intermediate: Whole
-    q_heads: Whole
-    kv_heads: Whole
-    head_dim: Whole
+    intermediate: Whole | None = None
+    q_heads: Whole | None = None
+    kv_heads: Whole | None = None
+    head_dim: Whole | None = None
     vocab: Whole
     attention: Literal["mha", "gqa", "mla"] | None = None
     dtype: Annotated[str, AfterValidator(_dtype)] = "bfloat16"
@@ -181,12 +123,14 @@ class ModelSpecDocument(Document):
     linear: LinearPart | None = None
     indexer: IndexerPart | None = None
     compressed: CompressedPart | None = None
+    layers: list[LayerPart] | None = Field(default=None, min_length=1, max_length=1000)
     draft: DraftPart | None = None
     forbidden_cuts: list[Annotated[int, Field(ge=0)]] = Field(default_factory=list)
     precisions: dict[str, PrecisionPart] = Field(default_factory=dict, max_length=100)
 
 
-# A model is written with these fields, those that differ from the default, and the shapes that it has.
+# A model is written with these fields in this order, of which those that are not in _ALWAYS only if they are unusual.
+_NEEDED = ("num_layers", "intermediate", "q_heads", "kv_heads", "head_dim")  # of a model in short
 _ALWAYS = (
     *("name", "num_layers", "hidden", "intermediate", "q_heads", "kv_heads", "head_dim", "vocab", "attention"),
     *("weight_bytes", "kv_bytes", "activation_bytes", "embedding_bytes"),
@@ -196,7 +140,7 @@ _UNLESS_USUAL = (
     *("sliding_window", "sliding_layers", "windows_free_kv", "gated_attention", "residual_streams", "vision_params"),
     "float16",
 )
-_SHAPES = ("mla", "moe", "linear", "indexer", "compressed", "draft")
+_SHAPES = ("mla", "moe", "linear", "indexer", "compressed")
 
 
 def load_model(ref: str | os.PathLike[str]) -> ModelSpec:
@@ -267,21 +211,31 @@ def drafts(text: str) -> DraftShape:
 
 
 def _model_data(model: ModelSpec) -> dict[str, Any]:
-    given, usual = plain(model), ModelSpecDocument.model_fields
-    data = {name: given[name] for name in _ALWAYS}
-    data |= {name: given[name] for name in _UNLESS_USUAL if given[name] != usual[name].default}
+    short = described_in_short(model.layers)
+    in_short = short is not None and usual_layers(**short) == model.layers
+    found = {**(short or {}), "attention": model.attention.name} if in_short else {}
+    given, usual = {**plain(model), **found}, ModelSpecDocument.model_fields
+    data = {name: given[name] for name in _ALWAYS if name in given and (in_short or name != "attention")}
+    data |= {name: given[name] for name in _UNLESS_USUAL if name in given and given[name] != usual[name].default}
     for name in _SHAPES:
-        if shape := given[name]:
+        if (shape := found.get(name)) is not None:
             data[name] = {k: v for k, v in shape.items() if v is not None and (k, v) != ("every", 1)}
     precisions = {one.pop("gpu"): {k: v for k, v in one.items() if v} for one in given["precisions"]}
-    rest = {"weights": model.weights, "forbidden_cuts": sorted(model.forbidden_cuts), "precisions": precisions}
+    rest = {
+        "layers": [] if in_short else listed_layers(model.layers),
+        "draft": given["draft"],
+        "weights": model.weights,
+        "forbidden_cuts": sorted(model.forbidden_cuts),
+        "precisions": precisions,
+    }
     return data | {name: value for name, value in rest.items() if value}
 
 
 def _to_model(document: ModelSpecDocument) -> ModelSpec:
     changes: dict[str, Any] = {}
+    in_short = {name: plain(getattr(document, name)) for name in IN_SHORT}
     if document.sliding_window is not None and document.sliding_window_every > 1 and document.sliding_layers is None:
-        changes["sliding_layers"] = -(-document.num_layers // document.sliding_window_every)
+        in_short["sliding_layers"] = -(-(document.num_layers or 1) // document.sliding_window_every)
         if "windows_free_kv" not in document.model_fields_set:
             changes["windows_free_kv"] = False  # as plans from these files assume, which may have attention workers
     base = dtypes.base_bytes(document.dtype)
@@ -290,12 +244,24 @@ def _to_model(document: ModelSpecDocument) -> ModelSpec:
     quantised = document.dtype.partition("+")[2]
     if not document.weights and quantised in dtypes.PRECISIONS:
         changes["weights"] = quantised
-    usual = "mla" if document.mla else "mha" if document.q_heads == document.kv_heads else "gqa"
-    changes |= {"attention": document.attention or usual, "weight_bytes": document.weight_bytes or base}
-    model = value_of(ModelSpec, document, precisions=(), **changes)
+    layers = usual_layers(**in_short) if document.layers is None else layers_of_list(document.layers)
+    fields = {name: getattr(document, name) for name in _OF_MODEL} | changes
+    model = ModelSpec(
+        **fields,
+        layers=layers,
+        weight_bytes=document.weight_bytes or base,
+        draft=None if document.draft is None else value_of(DraftShape, document.draft),
+        forbidden_cuts=frozenset(document.forbidden_cuts),
+    )
     if document.weight_bytes is None:
         model = replace(model, weight_bytes=dtypes.layer_weight_bytes(document.dtype, model))
     return dtypes.with_precisions(model, {gpu: _on(model, part) for gpu, part in document.precisions.items()})
+
+
+_OF_MODEL = (
+    *("name", "hidden", "vocab", "weights", "kv_bytes", "tie_embeddings", "max_position", "windows_free_kv"),
+    *("residual_streams", "vision_params", "float16"),
+)
 
 
 def _on(model: ModelSpec, part: PrecisionPart) -> ModelSpec:
@@ -309,6 +275,12 @@ def _check_model(data: Mapping[str, Any]) -> Found:
     def number(name: str, of: Any = data) -> int | None:
         return whole(mapping(of).get(name), most=math.inf)
 
+    if data.get("layers") is not None:
+        for name in (*_NEEDED, *_SHAPES, "attention", "sliding_window", "sliding_layers"):
+            if data.get(name) is not None:
+                yield (name,), "and layers exclude each other"
+        return
+    yield from (((), f"{name} is missing") for name in _NEEDED if name not in data)
     q_heads, kv_heads, layers = number("q_heads"), number("kv_heads"), number("num_layers")
     attention, mla, moe = data.get("attention"), data.get("mla"), data.get("moe")
     if q_heads and kv_heads and q_heads % kv_heads:

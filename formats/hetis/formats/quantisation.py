@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from hetis.formats import dtypes
-from hetis.formats.config_json import Config
+from hetis.formats.config_json import Config, LinearLayers
 from hetis.formats.errors import shown
 from hetis.formats.fields import mapping, read_data
-from hetis.formats.linear_attention import LinearLayers
 from hetis.formats.quantised_modules import (
     MODELOPT,
     QUARK,
@@ -114,7 +113,12 @@ def weights_precision(config: Config, model: ModelSpec | None, linear: LinearLay
             config.quantisation.refuse(
                 "global_quant_config", f"weights must be {known}, the same in every layer (layer_quant_config)"
             )
-        if precision == "mxfp4" and model is not None and model.moe is None and quark_input(quantisation) != "mxfp4":
+        if (
+            precision == "mxfp4"
+            and model is not None
+            and model.experts is None
+            and quark_input(quantisation) != "mxfp4"
+        ):
             # vLLM expands such weights in every step and multiplies in 16 bits (quark/schemes/quark_ocp_mx.py).
             config.quantisation.refuse(
                 "global_quant_config",

@@ -14,10 +14,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from typing import Any, NamedTuple, TypeVar
 
 from hetis.formats import dtypes
+from hetis.formats.config_json import LinearLayers
 from hetis.formats.errors import shown
 from hetis.formats.fields import listed, mapping
-from hetis.formats.linear_attention import LinearLayers
-from hetis.solver.model import CompressedShape, ModelSpec, MoeShape
+from hetis.solver.model import Compressed, Dense, Experts, Grouped, Latent, Mixer, Mlp, ModelSpec
 
 # Keys under which formats list the modules that they leave in 16 bits.
 _UNQUANTISED_KEYS = (
@@ -256,10 +256,10 @@ def layer_weight_bytes(data: Mapping[str, Any], model: ModelSpec, dtype: str, li
         exceptions += of_module
         routed += of_module if module.is_routed else []
         are_all_plain &= set(found) == {usual if module.is_routed else base}
-    if are_all_plain and model.moe is not None:
+    if are_all_plain and model.experts is not None:
         return dtypes.experts_weight_bytes(dtype, model, sizes)
     has_own_formats = "expert_dtype" in data or _has_groups(data)  # of all that is not routed
-    if weights == "mxfp4" and model.moe is not None and not has_own_formats:  # quantises only routed experts
+    if weights == "mxfp4" and model.experts is not None and not has_own_formats:  # quantises only routed experts
         others = sum(params * (size - usual) for params, size in routed) / model.layer_params()
         return dtypes.experts_weight_bytes(dtype, model, sizes) + others
     return dtypes.mean_weight_bytes(usual, model, exceptions)
@@ -365,76 +365,100 @@ def _first(stated: Sequence[Stated[T]], layer: int, module: _Module) -> T | None
 
 
 def _modules(model: ModelSpec, linear: LinearLayers) -> Iterator[_Module]:
-    """Yield the matrices of attention, and of shared experts or a dense MLP."""
-    every, of_linear = range(model.num_layers), frozenset(linear.numbers)
-    full = [layer for layer in every if layer not in of_linear]
+    """Yield the matrices of attention, and of shared experts and dense MLPs."""
     for name, params in linear.matrices.items():
         yield _Module((name, _JOINED.get(name, name)), params, linear.numbers, len(linear.numbers))
-    if model.compressed is not None:
-        yield from _compressed_modules(model, model.compressed, every)
-    else:
-        for name, params in _attention_modules(model):
-            yield _Module((f"self_attn.{name}", *_OTHER_NAMES.get(name, ())), params, full, len(full))
-    if model.moe is None:
-        yield from _dense_modules(model, every, len(every))
+    for mixer, layers in _places_of_attention(model, linear):
+        match mixer:
+            case Compressed():
+                yield from _compressed_modules(model, mixer, layers)
+            case Latent():
+                yield from _named(_latent_matrices(mixer, model.hidden), layers)
+            case Grouped():
+                yield from _named(_grouped_matrices(mixer, model.hidden), layers)
+    if mixing := model.mixing_params():
+        yield _Module(("attn_hc",), mixing, range(model.num_layers), model.num_layers, size=4.0)
+    for mlp, layers in _places_of_mlps(model):
+        if isinstance(mlp, Dense):
+            yield from _dense_modules(model, mlp, layers)
+        elif isinstance(mlp, Experts) and mlp.shared_width:
+            names = tuple(f"{parent}.up_proj" for parent in _SHARED)
+            yield _of_mlp(model, names, float(mlp.shared_params(model.hidden)), layers)
+        if isinstance(mlp, Experts) and mlp.latent is not None:
+            for own in ("fc1_latent_proj", "fc2_latent_proj"):
+                names = (f"mixer.{own}", f"mlp.{own}", f"block_sparse_moe.{own}")
+                yield _of_mlp(model, names, float(model.hidden * mlp.latent), layers)
+
+
+def _places_of_attention(model: ModelSpec, linear: LinearLayers) -> Iterator[tuple[Mixer, Sequence[int]]]:
+    """Yield every kind of attention that keeps KV, and its layers in the checkpoint."""
+    kinds = [(mixer, count) for mixer, count in model.mixers if mixer.groups]
+    others = [layer for layer in range(model.num_layers) if layer not in frozenset(linear.numbers)]
+    if linear.numbers and len(kinds) == 1 and kinds[0][1] == len(others):
+        yield kinds[0][0], others
         return
-    layers, repeated = _layers_with_experts(model, model.moe)
-    if model.moe.every > 1:
-        dense = [layer for layer in every[model.moe.first_dense_layers :] if layer not in layers]
-        yield from _dense_modules(model, dense, len(dense) * model.moe.every / (model.moe.every - 1))
-    if model.moe.shared_experts:
-        shared = float(model.moe.shared_experts * model.expert_params())
-        names = tuple(f"{parent}.up_proj" for parent in _SHARED)
-        yield _Module(names, shared, layers, len(layers), repeated=repeated)
+    for mixer, _ in kinds:
+        yield mixer, [number for number, layer in enumerate(model.layers) if mixer in layer.mixers]
 
 
-def _dense_modules(model: ModelSpec, layers: Sequence[int], repeated: float) -> Iterator[_Module]:
+def _places_of_mlps(model: ModelSpec) -> Iterator[tuple[Mlp, Sequence[int]]]:
+    """Yield every kind of MLP, and its layers; those of leading layers are left out, as they are of the mean."""
+    for mlp, _ in model.mlps:
+        yield mlp, [n for n in range(model.prefix_layers, model.num_layers) if mlp in model.layers[n].mlps]
+
+
+def _of_mlp(model: ModelSpec, names: tuple[str, ...], params: float, layers: Sequence[int]) -> _Module:
+    return _Module(names, params, layers, len(layers), repeated=model.num_layers - model.prefix_layers)
+
+
+def _named(matrices: Mapping[str, int], layers: Sequence[int]) -> Iterator[_Module]:
+    for name, params in matrices.items():
+        yield _Module((f"self_attn.{name}", f"mixer.{name}", *_OTHER_NAMES.get(name, ())), params, layers, len(layers))
+
+
+def _dense_modules(model: ModelSpec, mlp: Dense, layers: Sequence[int]) -> Iterator[_Module]:
     """Yield the matrices of a dense MLP in these layers."""
-    for name in ("gate_proj", "up_proj", "down_proj") if model.gated_mlp else ("up_proj", "down_proj"):
-        names = (f"mlp.{name}", f"feed_forward.{name}", *_OTHER_NAMES[name])
-        yield _Module(names, float(model.hidden * model.intermediate), layers, len(layers), repeated=repeated)
+    for name in ("gate_proj", "up_proj", "down_proj") if mlp.gated else ("up_proj", "down_proj"):
+        names = (f"mlp.{name}", f"feed_forward.{name}", f"mixer.{name}", *_OTHER_NAMES[name])
+        yield _of_mlp(model, names, float(model.hidden * mlp.width), layers)
 
 
-def _layers_with_experts(model: ModelSpec, moe: MoeShape) -> tuple[range, int]:
-    """Return the numbers of the layers with experts, and how many repeated layers there are for these."""
-    layers = range(moe.first_dense_layers + moe.every - 1, model.num_layers, moe.every)
-    return layers, len(layers) * moe.every
-
-
-def _compressed_modules(model: ModelSpec, shape: CompressedShape, every: range) -> Iterator[_Module]:
+def _compressed_modules(model: ModelSpec, shape: Compressed, layers: Sequence[int]) -> Iterator[_Module]:
     """Yield the matrices of compressed attention, by the names in transformers and in DeepSeek's checkpoints.
 
     Compressors and the weights of an indexer's heads have 16 bits, and what mixes streams of the residual 32: vLLM 0.32
     builds them without a quantisation (models/deepseek_v4/compressor.py, attention.py and nvidia/model.py).
     """
-    hidden, width, rank = model.hidden, model.q_heads * model.head_dim, shape.q_lora_rank
+    hidden, size, rank = model.hidden, shape.head_dim, shape.q_lora_rank
+    width, every, number = shape.query_heads * size, range(model.num_layers), len(layers)
     names = {
         ("q_a_proj", "wq_a"): hidden * rank,
         ("q_b_proj", "wq_b"): rank * width,
-        ("kv_proj", "wkv"): hidden * model.head_dim,
+        ("kv_proj", "wkv"): hidden * size,
         ("o_a_proj", "wo_a"): width * shape.o_lora_rank,
         ("o_b_proj", "wo_b"): shape.o_groups * shape.o_lora_rank * hidden,
     }
     for (name, own), params in names.items():
-        yield _Module((f"self_attn.{name}", f"attn.{own}"), params, every, len(every))
-    indexer = ("self_attn.compressor.indexer.q_b_proj", "attn.indexer.wq_b")
-    yield _Module(indexer, rank * shape.index_heads * shape.index_head_dim, every, shape.sparse_layers)
-    compressor, heads = ("self_attn.compressor",), hidden * shape.index_heads
-    sparse = 4 * hidden * (model.head_dim + shape.index_head_dim) + heads
-    yield _Module(compressor, sparse, every, shape.sparse_layers, size=2.0)
-    yield _Module(compressor, 2 * hidden * model.head_dim, every, shape.heavy_layers, size=2.0)
-    yield _Module(("attn_hc",), model.mixing_params(), every, len(every), size=4.0)
+        yield _Module((f"self_attn.{name}", f"attn.{own}"), params, every, number)
+    compressor = ("self_attn.compressor",)
+    if (index := shape.indexer) is not None:
+        indexer = ("self_attn.compressor.indexer.q_b_proj", "attn.indexer.wq_b")
+        yield _Module(indexer, rank * index.heads * index.head_dim, every, number)
+        sparse = 4 * hidden * (size + index.head_dim) + hidden * index.heads
+        yield _Module(compressor, sparse, every, number, size=2.0)
+    elif shape.ratio is not None:
+        yield _Module(compressor, 2 * hidden * size, every, number, size=2.0)
 
 
 def _routed_experts(model: ModelSpec) -> Iterator[_Module]:
     """Yield the matrices of routed experts, named as the first expert's; families differ in the names."""
-    if model.moe is None:
-        return
-    layers, repeated = _layers_with_experts(model, model.moe)
-    matrix = float(model.moe.num_experts * model.hidden * model.moe.expert_intermediate)
-    for name in _OF_MIXTRAL if model.gated_mlp else ("up_proj", "down_proj"):
-        names = tuple(f"{place}.0.{own}" for place in _EXPERTS for own in (name, _OF_MIXTRAL[name]))
-        yield _Module(names, matrix, layers, len(layers), is_routed=True, repeated=repeated)
+    for mlp, layers in _places_of_mlps(model):
+        if not isinstance(mlp, Experts):
+            continue
+        matrix = float(mlp.count * mlp.size(model.hidden) * mlp.width)
+        for name in _OF_MIXTRAL if mlp.gated else ("up_proj", "down_proj"):
+            names = tuple(f"{place}.0.{own}" for place in _EXPERTS for own in (name, _OF_MIXTRAL[name]))
+            yield _of_mlp(model, names, matrix, layers)._replace(is_routed=True)
 
 
 def _whole_experts(model: ModelSpec) -> Iterator[_Module]:
@@ -443,30 +467,28 @@ def _whole_experts(model: ModelSpec) -> Iterator[_Module]:
 
     It has the names of its parent and of one matrix, which no expression for a router matches (``gate``).
     """
+    num_matrices = 2 if model.experts is None else model.experts.matrices
     for module in _routed_experts(model):
         if module.names[0].endswith("up_proj"):
-            num_matrices = 3 if model.gated_mlp else 2
             yield module._replace(names=(*_EXPERTS, *module.names), params=num_matrices * module.params)
 
 
-def _attention_modules(model: ModelSpec) -> Iterator[tuple[str, int]]:
-    hidden, queries = model.hidden, model.q_heads
-    if model.mla is None:
-        size = queries * model.head_dim
-        yield "q_proj", hidden * size * (2 if model.gated_attention else 1)
-        yield from ((name, hidden * model.kv_heads * model.head_dim) for name in ("k_proj", "v_proj"))
-        yield "o_proj", hidden * size
-        return
-    mla = model.mla
-    size = queries * (mla.qk_nope_head_dim + mla.qk_rope_head_dim)
-    if mla.q_lora_rank is None:
-        yield "q_proj", hidden * size
-    else:
-        yield "q_a_proj", hidden * mla.q_lora_rank
-        yield "q_b_proj", mla.q_lora_rank * size
-    yield "kv_a_proj_with_mqa", hidden * (mla.kv_lora_rank + mla.qk_rope_head_dim)
-    yield "kv_b_proj", mla.kv_lora_rank * queries * (mla.qk_nope_head_dim + mla.v_head_dim)
-    yield "o_proj", queries * mla.v_head_dim * hidden
+def _grouped_matrices(shape: Grouped, hidden: int) -> dict[str, int]:
+    found = {"q_proj": hidden * shape.query_heads * (shape.head_dim + (shape.values if shape.gated else 0))}
+    if shape.has_own_kv:
+        found["k_proj"] = hidden * shape.kv_heads * shape.head_dim
+        found |= {} if shape.key_is_value else {"v_proj": hidden * shape.kv_heads * shape.values}
+    return found | {"o_proj": hidden * shape.query_heads * shape.values}
+
+
+def _latent_matrices(shape: Latent, hidden: int) -> dict[str, int]:
+    queries = shape.query_heads
+    size, rank = queries * shape.key_dim, shape.q_lora_rank
+    found = {"q_proj": hidden * size} if rank is None else {"q_a_proj": hidden * rank, "q_b_proj": rank * size}
+    found["kv_a_proj_with_mqa"] = hidden * (shape.kv_lora_rank + shape.qk_rope_head_dim)
+    found["kv_b_proj"] = shape.kv_lora_rank * queries * (shape.qk_nope_head_dim + shape.v_head_dim)
+    found |= {"g_proj": queries * shape.v_head_dim * hidden} if shape.gated else {}
+    return found | {"o_proj": queries * shape.v_head_dim * hidden}
 
 
 def _mixed(data: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -197,7 +197,14 @@ Done = Callable[[float, MicroBatch], None]
 
 
 class Discipline:
-    """The order in which a replica's micro-batches pass through its stages."""
+    """The order in which a replica's micro-batches pass through its stages.
+
+    Attributes:
+        keeps_order: whether iterations leave every stage in the order in which they were started, so that chunks of a
+            prompt may follow each other through the pipeline.
+    """
+
+    keeps_order = False
 
     def __init__(self, events: Events, log: RequestLog, done: Done, *, traced: bool) -> None:
         self._events, self._log, self._done, self._traced = events, log, done, traced
@@ -212,6 +219,8 @@ class Apart(Discipline):
 
     The time when a copy is free is therefore its only state, and a visit to a stage is a single event.
     """
+
+    keeps_order = True
 
     def start(self, now_s: float, batch: MicroBatch) -> None:
         decoding, attended, tokens, pairs, read, rows = batch.contents

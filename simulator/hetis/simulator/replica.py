@@ -246,6 +246,8 @@ class ReplicaRun:
         if decoding:
             self._grow(now_s, batch)
         tokens, pairs, read, last = 0, 0.0, 0.0, 0
+        if self._takes_prompts and not batch.prefilling and batch.seats_taken() < self._most_seats:
+            self._continue_prompt(batch)
         if self._takes_prompts and (batch.prefilling or len(decoding) + len(ready) < self._most_seats):
             batch.chunk = self._chunk(now_s, batch)
             for request, part, is_last in batch.chunk:
@@ -313,6 +315,20 @@ class ReplicaRun:
         self.kv.release(batch, request, context)
 
     # --- prompts
+
+    def _continue_prompt(self, batch: MicroBatch) -> None:
+        """Move a prompt that is under way in another micro-batch on the same copies to this one, if there is any.
+
+        Engines schedule the next chunk of a prompt with the next iteration that starts, before the chunk ahead of it
+        has left the pipeline: stages compute them in order, so the KV is there when the next chunk needs it
+        (vLLM 0.32: `Scheduler.schedule` counts a chunk as computed once it is scheduled).
+        """
+        if not self.discipline.keeps_order:
+            return
+        for other in self.batches:
+            if other.prefilling and other.copies == batch.copies:
+                batch.prefilling.append(other.prefilling.popleft())
+                return
 
     def _chunk(self, now_s: float, batch: MicroBatch) -> list[tuple[int, int, bool]]:
         """Return the next iteration's prompt tokens: the current prompt, then new ones within tokens and seats."""

@@ -26,7 +26,7 @@ FloatArray = npt.NDArray[np.float64]
 Scalars = Any  # a float or an array of floats; the result has the broadcast shape
 
 P95_TAIL = 20.0  # 1 / (1 - 0.95)
-EXPERT_IMBALANCE = 0.3  # the busiest of r ranks computes r^0.3 times its share (`benchmarks.expert_parallel`)
+EXPERT_IMBALANCE = 0.3  # the busiest of r ranks computes r^0.3 times its share
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,10 +120,10 @@ def rank_shape(model: ModelSpec, tp: int, attention_dp: int = 1) -> RankShape | 
     With an ``attention_dp`` over 1 the ranks of all d copies share the routed experts; only models with experts can.
     """
     groups = model.head_groups
-    if model.q_heads % tp or (groups % tp and tp % groups) or not model.divides(tp):
+    if not model.divides(tp):
         return None
     on_rank, is_alone = max(1, groups // tp), attention_dp == 1
-    if not is_alone and (model.moe is None or model.moe.num_experts % (tp * attention_dp)):
+    if not is_alone and (model.experts is None or model.experts.count % (tp * attention_dp)):
         return None
     splits = is_alone and tp <= groups and model.heads_can_move
     return RankShape(tp, on_rank, model.q_heads // tp // on_rank, splits, attention_dp)
@@ -179,8 +179,8 @@ class DeviceCost:
         activations = 4 * (m.hidden + m.residual_width) * m.activation_bytes * tokens
         experts = self._fits.get(Op.EXPERTS)
         experts_s: Scalars = 0.0
-        if experts is not None and m.moe is not None and not prefix_layer:
-            routed, read = m.moe.active_experts * m.expert_params(), m.touched_experts(tokens) * m.expert_params()
+        if experts is not None and m.experts is not None and not prefix_layer:
+            routed, read = m.experts.active * m.expert_params(), m.touched_experts(tokens) * m.expert_params()
             share = m.expert_share
             active, touched = active - share * routed, touched - share * read
             num_bytes = read * m.weight_bytes / n + m.expert_activation_bytes(tokens, n)
@@ -198,8 +198,8 @@ class DeviceCost:
         """
         m, n = self.model, self.shape.tp
         ranks, share = n * self.shape.attention_dp, m.expert_share
-        assert m.moe is not None, "rank_shape lets only models with experts share them"
-        routed = share * m.moe.active_experts * m.expert_params()
+        assert m.experts is not None, "rank_shape lets only models with experts share them"
+        routed = share * m.experts.active * m.expert_params()
         read = share * m.touched_experts(all_tokens) * m.expert_params()
         fixed = float(m.active_layer_params()) - routed
         busiest = all_tokens / ranks * ranks**EXPERT_IMBALANCE  # tokens of the rank that has the most
@@ -220,8 +220,8 @@ class DeviceCost:
         The fit covers the start of four products and the work between them. Two of the products are those of an MLP,
         which shared experts are as well.
         """
-        assert self.model.moe is not None, "asked for layers with experts"
-        return 0.0 if self.model.moe.shared_experts else self._fits[Op.DENSE].start_s / 2.0
+        assert self.model.experts is not None, "only layers with experts lack it"
+        return 0.0 if self.model.experts.shared_width else self._fits[Op.DENSE].start_s / 2.0
 
     def exchange_s(self, all_tokens: Scalars) -> Scalars:
         """Return seconds for all ranks to gather the tokens of all copies, and to sum the outputs of the experts.
@@ -351,9 +351,9 @@ class DeviceCost:
 
     def layer_bytes(self) -> float:
         m, copies = self.model, self.shape.attention_dp
-        if copies == 1 or m.moe is None:
+        if copies == 1 or m.experts is None:
             return m.layer_params() * m.weight_bytes / self.shape.tp
-        routed = m.expert_share * m.moe.num_experts * m.expert_params()
+        routed = m.expert_share * m.experts.count * m.expert_params()
         return (m.layer_params() - routed + routed / copies) * m.weight_bytes / self.shape.tp
 
     def prefix_bytes(self) -> float:
@@ -381,13 +381,9 @@ class DeviceCost:
 
     def activation_bytes(self, tokens: Scalars) -> Scalars:
         m = self.model
-        inner = m.intermediate
-        if m.moe is not None:
-            inner = (m.moe.active_experts + m.moe.shared_experts) * m.moe.expert_intermediate
-            inner = max(inner, m.intermediate) if m.moe.every > 1 else inner
         gathered = 2 * self.shape.attention_dp * m.hidden if self.shape.attention_dp > 1 else 0
         streams = 2 * (m.hidden + m.residual_width)
-        return tokens * m.activation_bytes * (streams + 2 * inner / self.shape.tp + gathered)
+        return tokens * m.activation_bytes * (streams + 2 * m.inner / self.shape.tp + gathered)
 
     def room_bytes(self) -> float:
         """Return usable memory minus the engine's own."""

@@ -117,7 +117,7 @@ def assert_backends(order: list[list[list[str]]], runs: dict[str, list[bool]]) -
     assert {"FLASH_ATTN", "TRITON_ATTN", "TRITON_MLA", "FLASHMLA_SPARSE"} <= runs.keys()
     sparse = {name for name in runs if "SPARSE" in name}
     for model, kv in itertools.product((entry.model for entry in catalogue.models()), ("bf16", "fp8")):
-        posed, names = with_precision(model, kv=kv), order[model.mla is not None]
+        posed, names = with_precision(model, kv=kv), order[model.attention.name == "mla"]
         for some in itertools.chain.from_iterable(itertools.combinations(range(len(AT)), n) for n in (1, 2, 3)):
             case = (model.name, kv, [AT[i] for i in some])
             told = common_backend(posed, [GpuKind("NVIDIA", AT[i]) for i in some], "vllm")

@@ -15,9 +15,10 @@ from importlib import resources
 from typing import Any
 
 from hetis.formats.errors import all_nearest, did_you_mean_one_of
+from hetis.formats.layers import model_in_short
 from hetis.solver.cluster import GpuType
 from hetis.solver.errors import HetisError
-from hetis.solver.model import AttentionKind, IndexerShape, LinearShape, MlaShape, ModelSpec, MoeShape
+from hetis.solver.model import ModelSpec
 from hetis.solver.workload import LengthBin, Workload
 
 __all__ = ["GpuEntry", "ModelEntry", "UnknownNameError", "WorkloadEntry", "find_gpu", "find_model", "find_workload"]
@@ -191,15 +192,9 @@ def _read(file: str) -> Any:
     return json.loads((resources.files("hetis.formats.catalogue") / "data" / file).read_text(encoding="utf-8"))
 
 
-_SHAPES = {"mla": MlaShape, "moe": MoeShape, "linear": LinearShape, "indexer": IndexerShape}
-
-
 def _model(row: dict[str, Any]) -> ModelSpec:
-    row["attention"] = AttentionKind(row["attention"])
-    for name, shape in _SHAPES.items():
-        if name in row:
-            row[name] = shape(**row[name])
-    return ModelSpec(**row)
+    row.pop("attention")  # for readers
+    return model_in_short(**row)
 
 
 @functools.cache

@@ -20,6 +20,7 @@ from hetis.planner.cli import (
     dispatch,
     export,
     files,
+    fits,
     installation,
     place,
     planner_verbs,
@@ -43,6 +44,7 @@ app = typer.Typer(
 VERBS: dict[str, tuple[Any, ...]] = {
     "Plan": (
         place.place,
+        (fits.fits, fits.FITS_EXAMPLES),
         place.compare,
         plans.explain,
         (plans.report, plans.REPORT_EXAMPLES),

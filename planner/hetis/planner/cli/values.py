@@ -102,6 +102,22 @@ def size(text: str) -> int:
     return _parsed(parse_bytes, text)
 
 
+def tokens(text: str) -> int:
+    """Parse a number of tokens: ``32768``, ``32k`` (of 1,024), ``1m``."""
+    digits, factor = text.strip().lower(), 1
+    for unit, of_unit in (("k", 1024), ("m", 1024 * 1024)):
+        if digits.endswith(unit):
+            digits, factor = digits[:-1], of_unit
+    if not digits.isdecimal() or not 1 <= int(digits) * factor <= MOST_SETTING:
+        raise typer.BadParameter(f"{text!r} is not a number of tokens such as 32768 or 32k")
+    return int(digits) * factor
+
+
+def fitted_engine(text: str) -> str:
+    """Parse the name of an engine whose memory is known."""
+    return one_of(text, ("vllm", "vllm-hetis", "sglang"))
+
+
 def bandwidth(text: str) -> float:
     """Parse bytes per second: ``100Gbps`` or ``2GB/s``."""
     return _parsed(parse_link_bandwidth, text)

@@ -65,7 +65,6 @@ class Term:
         clock = Clock()
         self.epoch = epoch
         self.since_s = clock.time()
-        self._store = store
         self._loops, self._refusals = Loops(loops), refusals
         self._parts = AsyncExitStack()
         self._hubs = hubs = Hubs(epoch)
@@ -132,8 +131,8 @@ class Term:
         parts.push_async_callback(self._searches.stop)
         parts.push_async_callback(self._fleet.stop, "the planner is shutting down")
         await self._fleet.start()
-        for cluster in await self._store.read(lambda reader: reader.clusters.all()):
-            self._proposals.capacity_changed(cluster.name)
+        for cluster in self._fleet.cluster_names:
+            self._proposals.capacity_changed(cluster)
         parts.push_async_callback(self._loops.stop)
         self._loops.start("the re-dispatch loop", self._loop.run())
         self._loops.start("the audit log of refusals", self._refusals.run())
@@ -159,14 +158,13 @@ class Term:
 
 
 def pool_settings(config: PlannerConfig) -> PoolSettings:
-    """Return the pool's settings. If callers are identified, capacity is reserved for others than the busiest one."""
+    """Return the pool's settings, which reserve capacity for others than the busiest caller."""
     solver = config.solver
-    shared = config.asks_for_credentials
     return PoolSettings(
         num_processes=solver.processes,
         queue_size=solver.queue,
-        running_per_caller=solver.running_per_caller or (max(1, solver.processes - 1) if shared else None),
-        queued_per_caller=solver.queued_per_caller or (max(1, solver.queue // 4) if shared else None),
+        running_per_caller=solver.running_per_caller or max(1, solver.processes - 1),
+        queued_per_caller=solver.queued_per_caller or max(1, solver.queue // 4),
     )
 
 

@@ -1,0 +1,82 @@
+"""What an engine takes of a GPU's memory besides the weights as stored, and KV: numbers of the problem, by rank.
+
+At start, an engine runs its largest batch once, of T tokens and R requests, and gives to KV what is left:
+
+    room = usable - fixed - graphs g(R) - token T                                      every stage
+    room = usable - fixed - graphs g(R) - max(token T, held T + logit b q + request R)  the last stage
+
+T = b q + C are the tokens of an iteration, R the requests that may run, of which b decode in one iteration. g(R) is the
+number of captured graphs: engines capture one for each size 1, 2, 4, and then multiples of 8 and of 16, up to 512
+tokens, piecewise up to twice the requests, whole up to the requests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from hetis.solver.errors import InvalidProblemError
+
+Scalars = Any  # a number or an array of numbers
+
+
+class RankKind(NamedTuple):
+    """A GPU type as one of ``tp`` ranks of a stage, of which ``attention_dp`` copies share their experts."""
+
+    gpu: str
+    tp: int
+    attention_dp: int = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankMemory:
+    """What one rank takes, in bytes.
+
+    Attributes:
+        usable_bytes: what the engine may use of the GPU.
+        fixed_bytes: contexts, communicators and workspaces, whatever the batch.
+        token_bytes: peak of a forward pass, per token of the largest batch.
+        held_bytes: what remains of it, per token, while tokens are sampled on the last stage.
+        logit_bytes: per token of an iteration that has logits, on the last stage.
+        request_bytes: per request that may run, on the last stage: logits and sampling in the run at start.
+        graph_bytes: per captured graph.
+        layer_bytes: weights of a repeated layer as loaded, beyond those stored: padding.
+    """
+
+    usable_bytes: float
+    fixed_bytes: float
+    token_bytes: float
+    held_bytes: float
+    logit_bytes: float = 0.0
+    request_bytes: float = 0.0
+    graph_bytes: float = 0.0
+    layer_bytes: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in self.__slots__:
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise InvalidProblemError(f"{name} of a rank is {getattr(self, name)}, must be finite and >= 0")
+
+    def pass_bytes(self, tokens: Scalars, requests: Scalars) -> Scalars:
+        """Return what graphs, and a forward pass of T tokens, take on every stage."""
+        return self.graph_bytes * captured_graphs(requests) + self.token_bytes * tokens
+
+    def sampling_bytes(self, tokens: Scalars, with_logits: Scalars, requests: Scalars) -> Scalars:
+        """Return by how much the last stage exceeds `pass_bytes` while it samples."""
+        logits = self.logit_bytes * np.maximum(with_logits, 1) + self.request_bytes * requests
+        return np.maximum(0.0, (self.held_bytes - self.token_bytes) * tokens + logits)
+
+
+def captured_graphs(requests: Scalars) -> Scalars:
+    """Return g(R): graphs of sizes up to twice R, piecewise, and up to R, whole."""
+    return _sizes(2.0 * requests) + _sizes(requests)
+
+
+def _sizes(most: Scalars) -> Scalars:
+    return 3.0 + np.minimum(most, 256.0) / 8.0 + np.clip(most - 256.0, 0.0, 256.0) / 16.0
+
+
+RankMemories = Mapping[RankKind, RankMemory]
