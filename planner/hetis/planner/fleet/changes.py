@@ -226,9 +226,7 @@ class ChangeCoordinator:
         if not one.may_become(status.phase):
             if one.is_authority and one.contradicts(status):
                 self.num_contradictions += 1
-            if (
-                status.phase == Phase.CHANGE_PHASE_RELEASED
-            ):  # it holds nothing of the change
+            if status.phase == Phase.CHANGE_PHASE_RELEASED:  # it holds nothing of the change
                 self._finished.add(node)
                 self._advance()
             return
