@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -234,11 +235,13 @@ def test_a_fleet_is_served_by_the_commands_of_the_pages(tmp_path: Path) -> None:
                 "HETIS_AGENT_STATE_DIR": str(tmp_path / node),
                 "HETIS_AGENT_SIMULATED_DEVICES": cards,
             }
-            start = f"hetis-agent --node clusters/paper/nodes/{node} --engine simulated"
+            start = f"{sys.executable} -m examples.simulated_engine --node clusters/paper/nodes/{node}"
+            start += f" --simulated-devices {cards}"
             if node == "a100":
-                engine = f"hetis-agent simulate --socket {tmp_path}/engine.sock --node clusters/paper/nodes/{node}"
-                nodes.enter_context(session.running(engine, "serv"))
+                nodes.enter_context(session.running(f"{start} --socket {tmp_path}/engine.sock", "other engines on"))
                 (start,) = lines_like("README.md", "hetis-agent ")
+            else:
+                start += f" --state-dir {tmp_path}/{node}"
             nodes.enter_context(session.running(start, "connected: epoch"))
         session.run(*lines_like("README.md", "hetis-plan apply ")).index("ACTIVE")
         for line in lines_like("cli.md", r"hetis-plan (apply|agents|get)\b"):
@@ -283,7 +286,7 @@ def test_a_planner_with_certificates_is_run_by_the_commands_of_the_pages(tmp_pat
             " --token-file ci.token"
         )
         session.replaced["planner.example:8470"] = server
-        session.replaced["unix:///run/hetis/engine.sock"] = "simulated"
+        session.replaced["unix:///run/hetis/engine.sock"] = "none"
         session.environment["HETIS_AGENT_SIMULATED_DEVICES"] = NODES["a100"]
         with session.running(agent, "connected: epoch"):
             session.run(*lines_like("operations.md", "hetis-planner backup "))
