@@ -43,6 +43,7 @@ class Config:
     whole_data: dict[str, Any] = field(default_factory=dict)
     quantisation: Config | None = None
     linear: LinearLayers = NO_LINEAR_LAYERS  # of the model that was read
+    notes: list[str] = field(default_factory=list)  # on what was assumed
 
     def part(self, name: str) -> Config | None:
         """Return the reader of a mapping beside the language model's fields, or None if the config has none."""

@@ -16,19 +16,22 @@ from typing import Any
 
 from hetis.formats import dtypes
 from hetis.formats.compressed_attention import compressed_attention
-from hetis.formats.config_json import MAX_STREAMS, Config
+from hetis.formats.config_json import MAX_LAYERS, MAX_STREAMS, Config
 from hetis.formats.errors import DocumentError, Problem, did_you_mean, shown
-from hetis.formats.fields import listed
-from hetis.formats.layers import Shape, model_in_short
+from hetis.formats.fields import listed, mapping
+from hetis.formats.layered import Shapes, dense_width, named, number, read_layers, stated_layers, unknown_fields
+from hetis.formats.layers import Shape, model_in_short, spread_as_in_short
 from hetis.formats.linear_attention import gated_delta_rule, kimi_delta_attention, lightning_attention
 from hetis.formats.positions import Text
 from hetis.formats.quantisation import quantisation_of, stated_kv_bytes, weights_precision
 from hetis.formats.quantised_modules import layer_weight_bytes
 from hetis.solver.errors import InvalidProblemError
-from hetis.solver.model import Kernel, ModelSpec
+from hetis.solver.model import Dense, Grouped, Kernel, Layer, Mixer, Mlp, ModelSpec
 
 
-def model_from_config(data: dict[str, Any], source: Text, *, name: str, folder: Path | None = None) -> ModelSpec:
+def model_from_config(
+    data: dict[str, Any], source: Text, *, name: str, folder: Path | None = None, notes: list[str] | None = None
+) -> ModelSpec:
     """Return the model of a ``config.json``. Raises DocumentError if the architecture is not supported (it lists those
     that are, or states what is not modelled), or fields are missing or impossible.
 
@@ -37,6 +40,7 @@ def model_from_config(data: dict[str, Any], source: Text, *, name: str, folder: 
         source: its text, for positions.
         name: name of the model, if the config has no ``_name_or_path``.
         folder: where the checkpoint is. A file there may state how it is quantised, if the config does not.
+        notes: gets sentences about what was assumed.
     """
     architecture = _architecture(data, source)
     config = _config(data, source, architecture)
@@ -44,7 +48,7 @@ def model_from_config(data: dict[str, Any], source: Text, *, name: str, folder: 
     published = data.get("_name_or_path")  # often a path on the author's machine
     if isinstance(published, str) and re.fullmatch(r"[\w.-]{1,90}/[\w.-]{1,90}", published):
         name = published
-    read = FAMILIES[architecture]
+    read = FAMILIES.get(architecture, _unknown)
     model = read(config, name if name.isprintable() and name.strip() else "model")
     linear = config.linear
     quantised = weights_precision(config, model, linear)
@@ -57,8 +61,12 @@ def model_from_config(data: dict[str, Any], source: Text, *, name: str, folder: 
     if kv_bytes is not None:
         model = dataclasses.replace(model, kv_bytes=kv_bytes)
     if config.quantisation is None:
-        return dtypes.with_weight_bytes(model, dtypes.layer_weight_bytes(dtype, model))
-    return dtypes.with_weight_bytes(model, layer_weight_bytes(config.quantisation.data, model, dtype, linear))
+        weight_bytes = dtypes.layer_weight_bytes(dtype, model)
+    else:
+        weight_bytes = layer_weight_bytes(config.quantisation.data, model, dtype, linear)
+    if notes is not None:
+        notes += config.notes
+    return replace(model, weight_bytes=weight_bytes, layers=spread_as_in_short(model.layers))
 
 
 def _is_latent(model: ModelSpec) -> bool:
@@ -68,16 +76,20 @@ def _is_latent(model: ModelSpec) -> bool:
 
 def _config(data: dict[str, Any], source: Text, architecture: str) -> Config:
     """Return the reader of the language model's fields."""
-    text = data.get("text_config")
-    if architecture not in NESTED or (text is None and "hidden_size" in data):
+    at = next((name for name in _INNER if isinstance(data.get(name), dict)), "text_config")
+    text = data.get(at)
+    if at == "thinker_config" and isinstance(text, dict):  # Qwen-Omni: what speaks is left out
+        return _config({**text, "text_config": text.get("text_config")}, source, architecture)
+    is_nested = architecture in NESTED or (architecture not in FAMILIES and isinstance(text, dict))
+    if not is_nested or (text is None and "hidden_size" in data):
         return Config(data, source, list(source.problems), whole_data=data)
     if not isinstance(text, dict):
-        problem = source.problem(("text_config",), f"is {shown(text)}, must be a mapping")
+        problem = source.problem((at,), f"is {shown(text)}, must be a mapping")
         raise DocumentError([*source.problems, problem])
     # The whole config of a vision model states how its checkpoint is quantised, and whether its embeddings are tied.
     shared = ("quantization_config", "tie_word_embeddings")
     whole = {name: data[name] for name in shared if name in data} | text
-    return Config(whole, source, list(source.problems), ("text_config",), whole_data=data)
+    return Config(whole, source, list(source.problems), (at,), whole_data=data)
 
 
 def _architecture(data: dict[str, Any], source: Text) -> str:
@@ -90,12 +102,46 @@ def _architecture(data: dict[str, Any], source: Text) -> str:
     if isinstance(name, str) and name in NOT_MODELLED:
         what = f"architecture {shown(name)} has {NOT_MODELLED[name]}, which is not modelled yet"
         raise DocumentError([source.problem(path, what)])
+    if isinstance(name, str) and _is_decoder(data, name):
+        config = _config(data, source, name)
+        unknown = [*unknown_fields(config), *([] if _activation(config) in _GATED | _UNGATED else ["hidden_act"])]
+        if not unknown:
+            return name
+        what = f"architecture {shown(name)} is not supported, and has fields of no known kind: {', '.join(unknown[:8])}"
+        own = "a model can be described in a file of its own: hetis-plan schema ModelSpec"
+        raise DocumentError([source.problem(path, f"{what}; {own}")])
     # A type of model that is not ours is no slip of the pen: Phi-3 is unlike Phi, whatever its name is like.
     is_other = data.get("model_type") is not None and str(data["model_type"]) not in MODEL_TYPES
     hint = did_you_mean(name, FAMILIES) if isinstance(name, str) and not is_other else ""
     what = f"architecture {shown(name)} is not supported{hint}; supported: {', '.join(FAMILIES)}"
     own = "a decoder built like one of these can be described in a file of its own: hetis-plan schema ModelSpec"
     raise DocumentError([source.problem(path, f"{what}; {own}")])
+
+
+def _is_decoder(data: dict[str, Any], name: str) -> bool:
+    """Return whether an architecture that is not known has the fields of a decoder, so that it may be read by these."""
+    text = next((data[each] for each in _INNER if isinstance(data.get(each), dict)), data)
+    has_heads = all(text.get(each) is not None for each in ("hidden_size", "num_attention_heads", "vocab_size"))
+    is_decoder = name.endswith(("ForCausalLM", "ForConditionalGeneration", "LMHeadModel", "ChatModel"))
+    return is_decoder and has_heads and not data.get("is_encoder_decoder") and data.get("model_type") is not None
+
+
+def _unknown(config: Config, name: str) -> ModelSpec | None:
+    """Read an architecture without a row in the table, by fields that are all of known kinds."""
+    config.notes.append(
+        f"{name}: its architecture is not known; it is read as a decoder whose fields mean what they mean in others: "
+        "check its parameters, and how its engine keeps KV"
+    )
+    gated = config.flag("attn_output_gate", False)
+    return _layered(config, name, gated_mlp=_activation(config) in _GATED, gated_attention=gated)
+
+
+def _activation(config: Config) -> str:
+    return str(config.data.get("hidden_act") or config.data.get("hidden_activation") or "silu")
+
+
+# Activations of MLPs with three matrices, and with two; families use others, such as gelu, for either.
+_GATED, _UNGATED = {"silu", "swish", "swiglu", "swigluoai", "situ"}, {"relu", "relu2", "relu^2"}
 
 
 def _dtype(config: Config, quantised: str | None) -> str:
@@ -549,9 +595,139 @@ def _glm4_moe(config: Config, fields: Mapping[str, Any]) -> dict[str, Any]:
     return {"moe": _routed(config, _leading_dense_layers(config, fields["num_layers"], 0))}
 
 
+def _layered(
+    config: Config, name: str, *, tied: bool = False, shape: Callable[[Config, Shapes], Shapes] | None = None,
+    fixed: Mapping[str, Any] | None = None, **kinds: bool,
+) -> ModelSpec | None:  # fmt: skip
+    """Read a model whose fields name the kind of every layer (`hetis.formats.layered`).
+
+    ``shape`` changes the layers; ``fixed`` are further fields of the model, ``tied`` its library's default for tied
+    embeddings, and ``kinds`` the options of `read_layers`.
+    """
+    num_layers = number(config, "num_hidden_layers", stated_layers(config))
+    if num_layers > MAX_LAYERS:
+        config.refuse("num_hidden_layers", f"is {num_layers}, must be a whole number from 1 to {MAX_LAYERS}")
+        return None
+    hidden, vocab = config.whole("hidden_size"), config.whole("vocab_size")
+    shapes = None if config.problems else _made(config, partial(read_layers, config, num_layers, **kinds))
+    if shapes is None or config.problems:
+        return None
+    shapes = shapes if shape is None else shape(config, shapes)
+    vision = config.part("vision_config")
+    fields = {
+        "name": name,
+        "layers": shapes.layers,
+        "hidden": hidden,
+        "vocab": vocab,
+        "max_position": number(config, "max_position_embeddings", 2048),
+        "tie_embeddings": config.flag(named(config, "tie_word_embeddings"), tied),
+        "vision_params": shapes.beside_params + (0 if vision is None else _tower_of_any_kind(vision, hidden)),
+    }
+    return _made(config, partial(ModelSpec, **fields | dict(fixed or {})))
+
+
+def _tower_of_any_kind(vision: Config, hidden: int) -> int:
+    """Return the parameters of a vision tower by the usual names of its fields; 0 if it has others."""
+    own = Config(dict(vision.data), vision.source)
+    for name, others in _TOWER_NAMES.items():
+        value = next((own.data[each] for each in (name, *others) if own.data.get(each) is not None), None)
+        if value is not None:
+            own.data[name] = value
+    if isinstance(patch := own.data.get("patch_size"), list) and patch:
+        own.data["patch_size"] = patch[0]
+    if "intermediate_size" not in own.data and isinstance(ratio := own.data.get("mlp_ratio"), int | float):
+        width = own.data.get("hidden_size")
+        own.data["intermediate_size"] = round(ratio * width) if isinstance(width, int) else None
+    if own.data.get("num_hidden_layers") is not None:
+        own.data.pop("depth", None)
+    params = _tower_params(own, projection=hidden, gated=False)
+    return 0 if own.problems else params
+
+
+_TOWER_NAMES = {
+    "hidden_size": ("vt_hidden_size", "width", "embed_dim"),
+    "num_hidden_layers": ("depth", "vt_num_hidden_layers", "layers", "num_layers"),
+    "intermediate_size": ("vt_intermediate_size",),
+}
+
+
+def _deci(config: Config, name: str) -> ModelSpec | None:
+    """Read DeciLM (Llama-Nemotron): every layer has attention and an MLP of its own shape, or lacks either."""
+    blocks = _for_layers_of_deci(config)
+    q_heads, hidden = config.whole("num_attention_heads"), config.whole("hidden_size")
+    head_dim = config.whole("head_dim", max(1, hidden // max(1, q_heads)))
+
+    def read() -> ModelSpec:
+        return ModelSpec(
+            name=name,
+            layers=tuple(_block_of_deci(block, q_heads, head_dim, hidden) for block in blocks),
+            hidden=hidden,
+            vocab=config.whole("vocab_size"),
+            max_position=config.whole("max_position_embeddings", 2048),
+            tie_embeddings=config.flag("tie_word_embeddings", False),
+        )
+
+    return None if config.problems else _made(config, read)
+
+
+def _for_layers_of_deci(config: Config) -> list[dict[str, Any]]:
+    num_layers, blocks = config.num_layers(), config.data.get("block_configs")
+    if isinstance(blocks, list) and len(blocks) == num_layers and all(isinstance(one, dict) for one in blocks):
+        return blocks
+    per_layer = config.data.get("num_key_value_heads_per_layer")  # DeciLM-7B
+    if isinstance(per_layer, list) and len(per_layer) == num_layers:
+        width, heads = config.whole("intermediate_size"), config.whole("num_attention_heads")
+        return [{"attention": {"n_heads_in_group": heads // max(1, kv)}, "width": width} for kv in per_layer]
+    config.refuse("block_configs", f"must be a list of {num_layers} mappings, one for each layer")
+    return []
+
+
+def _block_of_deci(block: Mapping[str, Any], q_heads: int, head_dim: int, hidden: int) -> Layer:
+    """Return a layer. Some have one matrix in place of attention or of the MLP (``replace_with_linear``)."""
+    attention, ffn = mapping(block.get("attention")), mapping(block.get("ffn"))
+    mixers, mlps = list[Mixer](), list[Mlp]()
+    if not attention.get("no_op") and not attention.get("replace_with_linear"):
+        group = attention.get("n_heads_in_group") or 1
+        mixers.append(Grouped(query_heads=q_heads, kv_heads=max(1, q_heads // group), head_dim=head_dim))
+    if not ffn.get("no_op") and not ffn.get("replace_with_linear"):
+        width = block.get("width")
+        if (
+            width is None
+        ):  # rounded up to a multiple of 256 (`_ffn_mult_to_intermediate_size` in vLLM's nemotron_nas.py)
+            width = 256 * -(-int(2 * float(ffn.get("ffn_mult") or 1.0) * hidden / 3) // 256)
+        mlps.append(Dense(width=width))
+    matrices = sum(bool(part.get("replace_with_linear")) for part in (attention, ffn))
+    if matrices:
+        mlps.append(Dense(width=matrices * hidden // 2, gated=False))
+    return Layer(mixers=tuple(mixers), mlps=tuple(mlps))
+
+
+def _of_inner_model(config: Config, name: str) -> ModelSpec | None:
+    """Read a model whose language model has an architecture of its own (InternVL), with its tower."""
+    inner = next(iter(listed(config.data.get("architectures"))), None) or MODEL_TYPES.get(
+        str(config.data.get("model_type"))
+    )
+    read = FAMILIES.get(str(inner))
+    if read is None or read is _of_inner_model:
+        config.refuse("architectures", f"is {shown(inner)}, which is not supported; supported: {', '.join(FAMILIES)}")
+        return None
+    model, vision = read(config, name), config.part("vision_config")
+    if model is None or vision is None:
+        return model
+    return replace(model, vision_params=_tower_of_any_kind(vision, model.hidden))
+
+
+def _twice_in_a_layer(config: Config, shapes: Shapes) -> Shapes:
+    """Return LongCat's layers: attention and a dense MLP twice in each, and experts beside both."""
+    dense = Dense(width=dense_width(config))
+    layers = (replace(one, mixers=one.mixers * 2, mlps=(dense, dense, *one.mlps)) for one in shapes.layers)
+    return replace(shapes, layers=tuple(layers))
+
+
 # Options of Gemma, and of its later generations, whose values exceed the range of float16.
 _GEMMA: dict[str, Any] = {"tie_embeddings": True, "head_dim": 256}
 _LATER_GEMMA: dict[str, Any] = _GEMMA | {"fixed": {"float16": False}}
+_GEMMA_4 = partial(_layered, tied=True, fixed={"float16": False})
 _TWO_MATRICES = {"gated_mlp": False}  # of the MLP
 # Architecture, its ``model_type`` if configs without ``architectures`` are known, and its reader.
 _TABLE: tuple[tuple[str, str, Family], ...] = (
@@ -596,26 +772,87 @@ _TABLE: tuple[tuple[str, str, Family], ...] = (
     ("Llama4ForConditionalGeneration", "llama4", _family(_llama4, fixed={"windows_free_kv": False}, head_dim=128)),
     ("Mistral3ForConditionalGeneration", "mistral3", _mistral3),
     ("MistralLarge3ForCausalLM", "", _mistral3),
+    ("NemotronHForCausalLM", "nemotron_h", partial(_layered, gated_mlp=False)),
+    ("NemotronHPuzzleForCausalLM", "", partial(_layered, gated_mlp=False)),
+    ("Gemma4ForConditionalGeneration", "gemma4", _GEMMA_4),
+    ("Gemma4ForCausalLM", "gemma4_text", _GEMMA_4),
+    ("Gemma4UnifiedForConditionalGeneration", "gemma4_unified", _GEMMA_4),
+    ("MiniMaxM3ForCausalLM", "minimax_m3", _layered),
+    ("MiniMaxM3SparseForCausalLM", "", _layered),
+    ("MiniMaxM3SparseForConditionalGeneration", "minimax_m3_vl", _layered),
+    ("KimiK3ForConditionalGeneration", "kimi_k3", _layered),
+    ("MiMoV2FlashForCausalLM", "mimo_v2_flash", _layered),
+    ("MiMoV2ForCausalLM", "mimo_v2", _layered),
+    ("MiMoV2OmniForConditionalGeneration", "", _layered),
+    ("MiMoForCausalLM", "mimo", _layered),
+    ("Step3p5ForCausalLM", "step3p5", _layered),
+    ("Step3p7FlashForCausalLM", "step3p7", _layered),
+    ("Step3p7ForConditionalGeneration", "", _layered),
+    ("Glm4MoeLiteForCausalLM", "glm4_moe_lite", _deepseek),
+    ("Glm4vMoeForConditionalGeneration", "glm4v_moe", partial(_layered, tied=False)),
+    ("Glm4vForConditionalGeneration", "glm4v", _layered),
+    ("Glm46VForConditionalGeneration", "glm46v", _layered),
+    ("Glm4ForCausalLM", "glm4", _layered),
+    ("GlmForCausalLM", "glm", _layered),
+    ("GraniteForCausalLM", "granite", _layered),
+    ("GraniteMoeForCausalLM", "granitemoe", _layered),
+    ("GraniteMoeSharedForCausalLM", "granitemoeshared", _layered),
+    ("GraniteMoeHybridForCausalLM", "granitemoehybrid", _layered),
+    ("BambaForCausalLM", "bamba", _layered),
+    ("Olmo2ForCausalLM", "olmo2", _layered),
+    ("Olmo3ForCausalLM", "olmo3", _layered),
+    ("OlmoeForCausalLM", "olmoe", _layered),
+    ("FalconH1ForCausalLM", "falcon_h1", _layered),
+    ("HunYuanDenseV1ForCausalLM", "hunyuan_v1_dense", _layered),
+    ("HunYuanMoEV1ForCausalLM", "hunyuan_v1_moe", _layered),
+    ("BailingMoeForCausalLM", "bailing_moe", _layered),
+    ("BailingMoeV2ForCausalLM", "bailing_moe_v2", _layered),
+    ("Ernie4_5ForCausalLM", "ernie4_5", partial(_layered, tied=True)),
+    ("Ernie4_5_MoeForCausalLM", "ernie4_5_moe", partial(_layered, tied=True)),
+    ("JambaForCausalLM", "jamba", _layered),
+    ("SeedOssForCausalLM", "seed_oss", _layered),
+    ("CohereForCausalLM", "cohere", partial(_layered, tied=True)),
+    ("Cohere2ForCausalLM", "cohere2", partial(_layered, tied=True)),
+    ("Cohere2VisionForConditionalGeneration", "cohere2_vision", partial(_layered, tied=True)),
+    ("ExaoneForCausalLM", "exaone", _layered),
+    ("Exaone4ForCausalLM", "exaone4", _layered),
+    ("ExaoneMoEForCausalLM", "exaone_moe", _layered),
+    ("SmolLM3ForCausalLM", "smollm3", partial(_layered, tied=True)),
+    ("Lfm2ForCausalLM", "lfm2", partial(_layered, tied=True)),
+    ("Lfm2MoeForCausalLM", "lfm2_moe", partial(_layered, tied=True)),
+    ("LongcatFlashForCausalLM", "longcat_flash", partial(_layered, shape=_twice_in_a_layer)),
+    ("Qwen3_5ForCausalLM", "qwen3_5_text", _qwen3_next),
+    ("Qwen3_5MoeForCausalLM", "qwen3_5_moe_text", _qwen3_next),
+    ("Qwen3OmniMoeForConditionalGeneration", "qwen3_omni_moe", _qwen3_vl),
+    ("InternVLChatModel", "internvl_chat", _of_inner_model),
+    ("InternVLForConditionalGeneration", "internvl", _of_inner_model),
+    ("DeciLMForCausalLM", "nemotron-nas", _deci),
+    ("ArceeForCausalLM", "arcee", partial(_layered, gated_mlp=False)),
+    ("NemotronForCausalLM", "nemotron", partial(_layered, gated_mlp=False)),
+    ("ApertusForCausalLM", "apertus", partial(_layered, gated_mlp=False)),
+    ("Dots1ForCausalLM", "dots1", _layered),
+    ("StableLmForCausalLM", "stablelm", _layered),
+    ("InternLM3ForCausalLM", "internlm3", _layered),
+    ("ExaoneMoeForCausalLM", "", _layered),
+    ("FlexOlmoForCausalLM", "flex_olmo", _layered),
+    ("Ministral3ForCausalLM", "ministral3", _layered),
+    ("HYV3ForCausalLM", "hy_v3", _layered),
+    ("SolarOpenForCausalLM", "solar_open", _layered),
+    ("CwmForCausalLM", "cwm", _layered),
 )
 FAMILIES = {architecture: read for architecture, _, read in _TABLE}
-MODEL_TYPES = {kind: architecture for architecture, kind, _ in _TABLE if kind} | {"nemotron_h": "NemotronHForCausalLM"}
+MODEL_TYPES = {kind: architecture for architecture, kind, _ in _TABLE if kind}
 # Architectures whose language model is described in ``text_config``. Kimi K2.5's vision tower is left out: it has less
 # than a thousandth of the weights.
-NESTED = {name for name in FAMILIES if name.endswith("ForConditionalGeneration")}
+NESTED = {name for name in FAMILIES if name.endswith("ForConditionalGeneration")} | {"InternVLChatModel"}
+_INNER = ("text_config", "llm_config", "thinker_config", "language_config")
 
-_SPARSE = "sparse attention, where an indexer chooses the tokens to attend to"
-_UNLIKE = "windowed layers whose heads differ from those of other layers"
 # Architectures that are known, and what keeps the cost model from planning for them.
 NOT_MODELLED: dict[str, str] = {
-    "KimiK3ForConditionalGeneration": "experts with a hidden size of their own (latent experts)",
-    "NemotronHForCausalLM": "layers that have attention, a state space (Mamba) or an MLP alone",
     "DeepseekV41ForCausalLM": "layers that share the compressed entries of others, and tables of n-grams (Engram)",
-    "MiniMaxM3ForCausalLM": _SPARSE,
-    "MiniMaxM3SparseForConditionalGeneration": _SPARSE,
-    "Gemma4ForConditionalGeneration": _UNLIKE,
-    "MiMoV2FlashForCausalLM": _UNLIKE,
     "Phi3SmallForCausalLM": "block-sparse attention, where every head attends to blocks of its own",
     "Phi3VForCausalLM": "a vision tower that its config names but does not describe",
     "Phi4FlashForCausalLM": "layers that have a state space (Mamba), and layers that share the KV of another",
+    "Phi4MultimodalForCausalLM": "towers for images and sound, with an adapter for each",
     "Phi4MMForCausalLM": "towers for images and sound, with an adapter for each",
 }

@@ -143,13 +143,13 @@ _UNLESS_USUAL = (
 _SHAPES = ("mla", "moe", "linear", "indexer", "compressed")
 
 
-def load_model(ref: str | os.PathLike[str]) -> ModelSpec:
+def load_model(ref: str | os.PathLike[str], *, notes: list[str] | None = None) -> ModelSpec:
     """Return the model that ``ref`` names. Raises DocumentError if the name is unknown, or the file has problems (all
     of them).
 
     ``ref``: a catalogue name or alias (``Llama-2-70B``); the path of a ModelSpec file (``-``: standard input), of a
     Hugging Face ``config.json``, of a folder with one, or of a GGUF file. A catalogue name takes precedence over a path
-    of the same spelling; write ``./NAME`` for the path.
+    of the same spelling; write ``./NAME`` for the path. ``notes`` gets sentences about what was assumed.
     """
     text = os.fspath(ref)
     try:
@@ -171,7 +171,7 @@ def load_model(ref: str | os.PathLike[str]) -> ModelSpec:
 
         folder = Path(text).resolve().parent if Path(text).name == _CONFIG else None
         name = Path(text).stem if folder is None else folder.name
-        model = model_from_config(data, source, name=name, folder=folder)
+        model = model_from_config(data, source, name=name, folder=folder, notes=notes)
         return _as_saved(model, Text(file=source.file, text=None))
     return parse_model(data, source)
 
