@@ -39,8 +39,8 @@ from benchmarks.measuring.published_points import FOLDER, NotPosedError
 from benchmarks.measuring.rows import Cell, Row
 from hetis.formats import catalogue, dtypes
 from hetis.formats.documents import load_model
+from hetis.planner.use_cases.record_forms import Range
 from hetis.planner.use_cases.robustness import profile_errors
-from hetis.planner.use_cases.robustness.profile_errors import Range
 from hetis.planner.use_cases.sources import family_of
 from hetis.profiler.defaults import shipped_profile
 from hetis.profiler.engines import for_engine

@@ -15,7 +15,8 @@ from hetis.planner.cli.app import run
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.use_cases import place as placing
 from hetis.planner.use_cases.place import PlacementRequest, PlacementSettings
-from hetis.planner.use_cases.surviving import LOSSES, _equal_nodes, losses_of
+from hetis.planner.use_cases.record import Losses
+from hetis.planner.use_cases.surviving import _equal_nodes
 from hetis.solver.budget import Budget, silent
 from hetis.solver.cluster import GpuSlots, NodeGroup
 from hetis.solver.constraints import Exclude, Selection, Unit
@@ -274,9 +275,9 @@ def test_all_searches_together_keep_the_time_limit(
 def test_losses_in_another_form_are_left_out(row: object) -> None:
     named = {"name": "zz", **row} if isinstance(row, dict) else row
     plan = replace(
-        plan_of(stage_of()), inputs={LOSSES: {"node": named, "zone": {"name": "z", "rate": 1, "whole": 2.0}}}
+        plan_of(stage_of()), inputs={"losses": {"node": named, "zone": {"name": "z", "rate": 1, "whole": 2.0}}}
     )
-    assert {kind: loss.share for kind, loss in losses_of(plan).items()} == {"zone": 0.5}
+    assert {kind: loss.share for kind, loss in Losses.of(plan).by_place.items()} == {"zone": 0.5}
 
 
 def test_nodes_with_other_names_are_searched_once() -> None:

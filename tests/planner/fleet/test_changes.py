@@ -25,7 +25,7 @@ def keep(one: ChangeCoordinator) -> None:
 
 
 def say(one: ChangeCoordinator, node: str, phase: Phase.ValueType) -> None:
-    one.hear(node, change_pb2.ChangeStatus(change_id=one.change_id, phase=phase, generation=3))
+    one.report(node, change_pb2.ChangeStatus(change_id=one.change_id, phase=phase, generation=3))
 
 
 def told(one: ChangeCoordinator) -> dict[str, str]:

@@ -186,7 +186,7 @@ def test_a_node_that_is_not_declared_is_not_stored_and_forgotten_with_its_stream
         session = connect(world, node, inventory=INVENTORY)
         assert cluster.links[node].inventory == INVENTORY
         status = change_pb2.ChangeStatus(change_id="x", replica=REPLICA, phase=change_pb2.CHANGE_PHASE_PREPARING)
-        cluster.changes.hear(node, status)  # looked up when the node is gone
+        cluster.changes.report(node, status)  # looked up when the node is gone
         cluster.close(node, session)
         world.planner.settle(world.now_s)
     cluster.pass_time(world.now_s)
@@ -371,7 +371,7 @@ def test_changes_that_a_node_made_up_are_listened_to_up_to_a_limit(world: World)
         status = change_pb2.ChangeStatus(
             change_id=f"d-{number}", replica=REPLICA, phase=change_pb2.CHANGE_PHASE_PREPARING, generation=3
         )
-        cluster.changes.hear("b", status)
+        cluster.changes.report("b", status)
     assert len(cluster.changes.late.unknown) <= MOST_OF_NODE
     world.planner.settle(world.now_s)
     assert cluster.links["b"].slots[REPLICA].num_directives <= MOST_OF_NODE

@@ -27,6 +27,7 @@ from hetis.planner.client import CallError, Client, document_of_file
 from hetis.planner.convert.names import duration
 from hetis.planner.convert.plans import OBJECTIVE_KINDS, TO_PROTO
 from hetis.planner.use_cases.json_values import fields_of
+from hetis.planner.use_cases.record import MadeFrom
 from hetis.planner.use_cases.sources import impossible_profiles
 from hetis.solver.cluster import Cluster, GpuType
 from hetis.solver.plan import Plan, Role
@@ -161,7 +162,7 @@ class FileProblem:
         """Return the cluster of an imported plan: the specified one, or the one that the plan was made from."""
         if self.inputs.cluster is not None:
             return _cluster_name(self.inputs.cluster)
-        made_from = plan.inputs.get("documents", {}).get("cluster", {}).get("name", "")
+        made_from = MadeFrom.of(plan).document("cluster").get("name", "")
         if not made_from:
             raise typer.BadParameter("the plan does not name its cluster: give --cluster")
         return full_name("clusters", id_of(str(made_from)))

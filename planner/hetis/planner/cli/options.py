@@ -15,7 +15,7 @@ from hetis.commands import verb as command_line
 from hetis.commands.groups import group as group
 from hetis.commands.verb import verb as verb
 from hetis.planner.cli import values
-from hetis.planner.use_cases.service_level import DEFAULT, ServiceLevel, Statistic, asked_level
+from hetis.planner.use_cases.service_level import DEFAULT, ServiceLevel, Statistic, requested_level
 from hetis.solver.plan import DEFAULT_STRATEGY, DEFAULT_TIME_LIMIT_S, ObjectiveKind, Role
 
 if TYPE_CHECKING:
@@ -294,7 +294,7 @@ class ServiceLevelOptions:
 
     def level(self, objective: Objective, *, verify: bool) -> ServiceLevel:
         """Return the level. Raises InvalidProblemError if the options contradict each other."""
-        return asked_level(
+        return requested_level(
             ttft=self.ttft_statistic, tpot=self.tpot_statistic, attainment=self.attainment, objective=objective,
             verify=verify,
         )  # fmt: skip

@@ -88,7 +88,7 @@ def place(
     Ctrl-C once prints and saves the best plan so far; Ctrl-C twice exits at once.
     """
     from hetis.planner.use_cases.place import load, pose, time_to_simulate_s
-    from hetis.planner.use_cases.tightening import SEARCHES
+    from hetis.planner.use_cases.verification.choosing import SEARCHES
 
     outputs.refuse_unwritable(results.out)
     outputs.refuse_page(results.html, beside=results.out)
@@ -246,7 +246,7 @@ def compare(
     from hetis.planner.report.page.pages import comparison_page
     from hetis.planner.use_cases.compare import Searches, compare_engines, simulate_plans
     from hetis.planner.use_cases.place import load
-    from hetis.planner.use_cases.tightening import SEARCHES
+    from hetis.planner.use_cases.verification.choosing import SEARCHES
     from hetis.solver.placement.families import ANY_ENGINE, STRATEGIES
 
     engines = (ANY_ENGINE,) if asked.engine is None else asked.engine.names

@@ -181,11 +181,11 @@ def simulate(terminal: Terminal, plan: PlanArgument, *, asked: SimulateOptions) 
     Ctrl-C once shows the figures of what was simulated so far; Ctrl-C twice exits at once.
     """
     from hetis.planner.use_cases import simulate as simulating
+    from hetis.planner.use_cases.judging import level_to_hold
     from hetis.planner.use_cases.service_level import DEFAULT
     from hetis.planner.use_cases.simulate import at_settings
     from hetis.planner.use_cases.sources import engine_settings, load_plan_and_problem
-    from hetis.planner.use_cases.verdicts import level_to_hold
-    from hetis.planner.use_cases.verification import rate_to_simulate
+    from hetis.planner.use_cases.verification.outcome import rate_to_simulate
     from hetis.simulator.arrivals import Arrivals, Load
     from hetis.simulator.values import Settings
 
@@ -300,7 +300,7 @@ def _finish(terminal: Terminal, found: PlanAndProblem, question: Question, asked
         simulated = simulate_interruptibly(
             terminal,
             lambda news: answer(
-                plan, found.problem, question, processes=asked.threads, cancelled=cancelled, report=news,
+                plan, found.problem, question, processes=asked.threads, is_cancelled=cancelled.is_set, report=news,
                 begins=news.begins,
             ),
             cancelled=cancelled,

@@ -25,6 +25,7 @@ from hetis.planner.export.ray_serve import HEAD, write_ray
 from hetis.planner.export.replicas import ExportSettings, Launchable, Written, images_in, launchable, weights_used
 from hetis.planner.export.routing import routing_files, shares_of
 from hetis.planner.export.stacks import write_dynamo, write_kserve, write_llm_d
+from hetis.planner.use_cases.record import MadeFrom
 from hetis.solver.model import ModelSpec
 from hetis.solver.plan import Plan, Role
 
@@ -237,7 +238,7 @@ def _unknown_nodes(
 
 def _checkpoint(plan: Plan, shape: ModelSpec) -> str:
     """Return the checkpoint that engines load: the Hugging Face id that the plan was made for, or the model's name."""
-    asked = str((plan.inputs.get("origins") or {}).get("model", ""))
+    asked = MadeFrom.of(plan).model
     known = catalogue.known_model(asked)
     return asked if known is not None and _HF_ID.fullmatch(asked) and known.name == shape.name else shape.name
 

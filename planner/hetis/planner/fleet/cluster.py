@@ -212,7 +212,7 @@ class ClusterFleet:
                 case DeltaAnswer():
                     self._note_answer(node, event, now_s)
                 case change_pb2.ChangeStatus():
-                    self.changes.hear(node, event)
+                    self.changes.report(node, event)
                 case HeadMapsRead():
                     read.append(event)
                 case ServiceError():

@@ -201,13 +201,13 @@ class ClusterChanges:
             if node in change.nodes:
                 change.reconnected(node, lists_change=change.change_id in listed)
         for status in listed.values():
-            self.hear(node, status)
+            self.report(node, status)
 
-    def hear(self, node: str, status: change_pb2.ChangeStatus) -> None:
+    def report(self, node: str, status: change_pb2.ChangeStatus) -> None:
         """Handle a node's report of a change's phase."""
         change = self.under_way.get(status.change_id)
         if change is not None:
-            change.hear(node, status)
+            change.report(node, status)
             self.tell(change)
         elif status.phase != change_pb2.CHANGE_PHASE_RELEASED and not self._is_closed(node, status):
             if self.late.knows_end(status.change_id):

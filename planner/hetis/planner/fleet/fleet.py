@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections import Counter, deque
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator, Mapping
 from contextlib import suppress
@@ -22,6 +23,7 @@ from hetis.planner.fleet.cluster import ClusterFleet
 from hetis.planner.fleet.deltas import protocol_violation
 from hetis.planner.fleet.hubs import Hubs
 from hetis.planner.fleet.link import HeadMaps, HeadMapsRead, check_hello
+from hetis.planner.fleet.message_budget import MessageBudget
 from hetis.planner.fleet.reconciler import PlanContents, Reconciler
 from hetis.planner.fleet.settings import FleetCounters, FleetSettings
 from hetis.planner.fleet.views import Clock, FleetObserver, LiveNode, LiveReplica, kv_in_use
@@ -125,6 +127,7 @@ class LiveFleet:
         self._streams: dict[str, Stream] = {}  # by node name
         self._readings: dict[str, tuple[str, asyncio.Future[HeadMaps]]] = {}  # by request id, with the name of the node
         self._ticks: asyncio.Task[None] | None = None
+        self._budget = MessageBudget()
         self._published_s = 0.0  # when the last states were published
         self._ticked_s = clock.monotonic()  # time of the last tick
         self._ending: ServiceError | None = None  # why streams are refused from now on; None: they are accepted
@@ -348,7 +351,8 @@ class LiveFleet:
             # Without the node's name: one line, and not one per agent.
             _log.error(
                 "agents have followed a later planner than this one, which they refuse until its epoch is higher."
-                " Either another planner leads, or the store was replaced by a new or an older one: see docs/store.md",
+                " Either another planner leads, or the store was replaced by a new or an older one:"
+                " see docs/operations.md",
                 extra=dict(error.metadata),
             )
 
@@ -357,9 +361,12 @@ class LiveFleet:
             async for request in requests:
                 _check_size(request)
                 now_s, time_s = self._clock.monotonic(), self._clock.time()
+                began_s = time.perf_counter()
                 for event in cluster.handle(node, stream.session, request, now_s=now_s, time_s=time_s):
                     self._answer_reading(event)
                 self._after(cluster)
+                self._budget.took(time.perf_counter() - began_s)
+                await self._budget.turn()
             stream.end()
         except ServiceError as error:
             stream.end(error)

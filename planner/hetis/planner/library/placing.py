@@ -17,7 +17,8 @@ from hetis.planner.library import arguments
 from hetis.planner.library.arguments import Path, Quantity, checked, one_of, read_by, spelled_as_arguments
 from hetis.planner.library.plan import Plan
 from hetis.planner.use_cases import place as placing
-from hetis.planner.use_cases.service_level import Statistic, asked_level
+from hetis.planner.use_cases.record_forms import PLACES
+from hetis.planner.use_cases.service_level import Statistic, requested_level
 from hetis.planner.use_cases.sources import engine_rules, engine_settings, load_plan_and_problem, ordered
 from hetis.solver.budget import Progress, silent
 from hetis.solver.cluster import Cluster
@@ -36,7 +37,7 @@ Drafts = Annotated[str, read_by(drafts)]
 Objective = Annotated[str, one_of(lambda: ObjectiveKind, "objective")]
 Strategy = Annotated[str, one_of(_strategies, "strategy")]
 Roles = Annotated[Sequence[Annotated[str, one_of(lambda: Role, "role")]], arguments.LISTED]
-Loss = Annotated[str, one_of(lambda: ("", *placing.PLACES), "loss")]
+Loss = Annotated[str, one_of(lambda: ("", *PLACES), "loss")]
 
 
 @checked
@@ -147,7 +148,7 @@ def place(
         engine_settings=engine_settings(max_num_seqs=max_num_seqs, chunk_tokens=chunk_tokens, kv_blocks=kv_blocks),
         verify=verify,
         simulation_limit_s=placing.time_to_simulate_s(limit_s),
-        service_level=asked_level(
+        service_level=requested_level(
             ttft=None if ttft_statistic is None else Statistic(ttft_statistic),
             tpot=None if tpot_statistic is None else Statistic(tpot_statistic),
             attainment=None if attainment is None else float(attainment),

@@ -21,8 +21,9 @@ from hetis.planner.jobs.messages import PosedProblem
 from hetis.planner.resources.checks import Checks
 from hetis.planner.store import ClusterRecord, ProfileRecord, etag_of
 from hetis.planner.use_cases import service_level
-from hetis.planner.use_cases.place import PLACES, PlacementSettings
+from hetis.planner.use_cases.place import PlacementSettings
 from hetis.planner.use_cases.precision import gpu_types_of, in_precision
+from hetis.planner.use_cases.record_forms import PLACES
 from hetis.planner.use_cases.service_level import ServiceLevel, Statistic
 from hetis.planner.use_cases.sources import (
     LIMITS,
@@ -322,7 +323,7 @@ class _SpecReader:
             ("attainment", ttft, tpot, spec.attainment or None),
         ):
             try:
-                level = service_level.asked_level(
+                level = service_level.requested_level(
                     ttft=own_ttft, tpot=own_tpot, attainment=attainment, objective=objective, verify=verify
                 )
             except InvalidProblemError as error:

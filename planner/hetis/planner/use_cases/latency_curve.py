@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from hetis.planner.use_cases.record import Verified
 from hetis.planner.use_cases.simulate import default_rate
-from hetis.planner.use_cases.verification import AS_PLANNED, promising, verification_of
-from hetis.planner.use_cases.verify import (
+from hetis.planner.use_cases.verification.outcome import AS_PLANNED, promising, settings_of
+from hetis.planner.use_cases.verification.rates import (
     TriedRate,
     are_filled,
     most_requests_of,
@@ -17,6 +17,7 @@ from hetis.planner.use_cases.verify import (
     simulated_part,
 )
 from hetis.simulator.running import RateSweep, Report, judged_rates
+from hetis.solver.budget import Budget
 from hetis.solver.plan import Objective, Plan
 from hetis.solver.problem import PlacementProblem
 
@@ -36,31 +37,31 @@ class Curve:
 
 
 def latency_curve(
-    plan: Plan, problem: PlacementProblem, *, seed: int = 0, cancelled: threading.Event, report: Report
+    plan: Plan, problem: PlacementProblem, *, seed: int = 0, budget: Budget, report: Report
 ) -> Curve | None:
     """Simulate Poisson arrivals at shares of the planned rate, with attention workers if the plan has them.
 
     Of a plan with more seats than runs can fill, a part is simulated, as `verified` does, and head groups are
     dispatched if it did that.
 
-    None if the plan has no replicas, or if it was cancelled before the first rate was done.
+    None if the plan has no replicas, or if the budget was spent before the first rate was done.
     """
     if not plan.replicas:
         return None
     limits, most_requests = plan.objective, min(MOST_OF_CURVE, most_requests_of(plan).to_fill)
     part = simulated_part(plan, problem, most_requests)
     planned_rps, num_requests = default_rate(promising(plan), problem), min(MOST_OF_CURVE, num_requests_of(part.plan))
-    verification, found = verification_of(plan), dict[float, TriedRate]()
-    settings = AS_PLANNED if verification is None else verification.settings
+    verification, found = Verified.of(plan).verification, dict[float, TriedRate]()
+    settings = AS_PLANNED if verification is None else settings_of(verification)
     for number, share in enumerate(SHARES):
 
         def told(given: int, total: int, done: int = number) -> None:
             report(done * total + given, len(SHARES) * total)
 
-        if cancelled.is_set():
+        if budget.is_spent():
             break
         tried = simulated_at(
-            part.plan, problem, share * planned_rps * part.share, limits, seed=seed, cancelled=cancelled, report=told,
+            part.plan, problem, share * planned_rps * part.share, limits, seed=seed, budget=budget, report=told,
             lengths=(num_requests,), settings=settings,
         )  # fmt: skip
         if tried is None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import NamedTuple
@@ -12,8 +11,8 @@ from hetis.formats.errors import DocumentError, Problem, did_you_mean
 from hetis.formats.traces import ENDINGS, PrefixHitRate, Trace, read_trace
 from hetis.formats.workload import load_workload
 from hetis.planner.use_cases.grouping import group_replicas
+from hetis.planner.use_cases.judging import LevelVerdict, as_swept, latencies_of, swept_limits, verdict_of
 from hetis.planner.use_cases.service_level import DEFAULT, ServiceLevel, limits_of
-from hetis.planner.use_cases.verdicts import LevelVerdict, as_swept, latencies_of, swept_limits, verdict_of
 from hetis.simulator.arrivals import Arrivals, Load
 from hetis.simulator.metrics import Metrics, Prediction, Summary, prediction_of, summarise
 from hetis.simulator.running import MAX_ROUNDS, RateSweep, Report, SimulationJob, SimulationRunner, runner, sweep
@@ -188,11 +187,11 @@ def answer(
     question: Question,
     *,
     processes: int,
-    cancelled: threading.Event,
+    is_cancelled: Callable[[], bool],
     report: Report,
     begins: Callable[[str], None] = lambda _part: None,
 ) -> Simulated:
-    """Run the simulator as often as the question requires. Once ``cancelled``, the answer covers what was run by then.
+    """Run the simulator as often as the question requires. Once ``is_cancelled``, answer what was run by then.
 
     ``begins`` is called for every part of a question with several: the rates of a sweep, the doublings of the requests.
 
@@ -201,12 +200,12 @@ def answer(
         InvalidProblemError: the plan cannot be simulated.
     """
     plan = with_all_seats(plan, problem)
-    with runner(plan, problem, processes=processes, cancelled=cancelled, report=report) as runs:
+    with runner(plan, problem, processes=processes, is_cancelled=is_cancelled, report=report) as runs:
         if question.sweeps:
             return _swept(runs, question, begins)
         found = _run(runs, question, begins)
         for number in range(DOUBLINGS if question.precision is not None else 0):
-            if cancelled.is_set() or found.precise:
+            if is_cancelled() or found.precise:
                 break
             begins(f"with twice the requests, {number + 1} of {DOUBLINGS} times at most")
             question = replace(question, num_requests=2 * question.num_requests)
@@ -228,7 +227,7 @@ def _run(runs: SimulationRunner, question: Question, begins: Callable[[str], Non
         runs=metrics,
         num_clipped=sum(one.num_clipped for one in answers),
         run=answers[0].run,
-        complete=not runs.cancelled.is_set(),
+        complete=not runs.is_cancelled(),
         verdict=None if saturated else _verdict(question, summary, answers),
     )
     return replace(found, precise=question.precision is None or found.precision <= question.precision)
@@ -245,7 +244,7 @@ def _swept(runs: SimulationRunner, question: Question, begins: Callable[[str], N
         begins(f"rate {next(rounds)} of {MAX_ROUNDS} at most: {tried} requests/s")
         loads = [replace(question.load, rate_rps=rate) for rate in rates]
         answers = _answers(runs, question, loads, begins)
-        if runs.cancelled.is_set():
+        if runs.is_cancelled():
             return []  # traffic that was cut short shows nothing about its rate
         each = len(question.seeds)
         clipped.append(sum(one.num_clipped for one in answers[:each]))
@@ -272,7 +271,7 @@ def _swept(runs: SimulationRunner, question: Question, begins: Callable[[str], N
         summary=at.summary,
         num_clipped=clipped[0],
         sweep=found,
-        complete=not runs.cancelled.is_set(),
+        complete=not runs.is_cancelled(),
         verdict=verdicts[at.rate_rps],
         verdicts=tuple(verdicts[point.rate_rps] for point in found.points),
     )
@@ -300,7 +299,7 @@ def _answers(
     most = max(runs.processes, WHOLE_AT_ONCE // question.num_requests) if judged else len(jobs)
     answers = list[_Answer]()
     for first in range(0, len(jobs), most):
-        if runs.cancelled.is_set():
+        if runs.is_cancelled():
             break
         part = jobs[first : first + most]
         if len(part) < len(jobs):

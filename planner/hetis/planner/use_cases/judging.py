@@ -1,32 +1,125 @@
-"""Simulated loads held to a service level, and the sweep of rates by it."""
+"""Simulated loads judged by a service level, and the sweep of rates by it."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from hetis.planner.use_cases.record import Requested
 from hetis.planner.use_cases.service_level import (
     DEFAULT,
     Latency,
-    Limited,
     ServiceLevel,
     Statistic,
-    asked_level,
-    held,
     limits_of,
-    service_level_of,
+    requested_level,
 )
 from hetis.simulator.metrics import Metrics, Summary
-from hetis.simulator.steadiness import Estimate
-from hetis.simulator.values import RequestLog, Run
+from hetis.simulator.steadiness import Estimate, within_run
+from hetis.simulator.values import FloatArray, RequestLog, Run
 from hetis.solver.plan import Objective, Plan
 
+TAIL = 0.9  # share of a limit on a tail statistic from which a longer run decides
+SHARE = 0.6  # such a share of the allowed misses; an exponential tail is then at 90% of its limit
+NEVER_S = 1e15  # stands for the latency of a request that never finished
+RULE_OF_THREE = 3.0  # if none of n requests missed, up to 3 / n of all may, with 95% certainty
 ROUNDING = 1e-12  # far less than one request in all; 1.0 - 0.9 is less than 0.1
-_READ = ("arrival_s", "first_token_s", "finished_s", "output_tokens")  # the fields of a run that `held` reads
+_READ = ("arrival_s", "first_token_s", "finished_s", "output_tokens")  # the fields of a run that `measured` reads
+
+
+class Limited(NamedTuple):
+    """A limited quantity with the ends of its interval, in seconds or as a share of requests."""
+
+    low: float
+    value: float
+    high: float
+    limit: float
+    close: float  # share of the limit from which a longer run decides
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """A run compared with the limits: the quantities that the level limits, and details for reports."""
+
+    limited: tuple[Limited, ...]
+    seconds: Mapping[Latency, float]  # values of the requested statistics that are not the usual ones
+    missed: Mapping[Latency, float]  # share of the requests over each limit; empty without an attainment
+
+
+def measured(level: ServiceLevel, summary: Summary, run: Run | None, limits: Objective) -> Measured:
+    """Return a run compared with the limits; ``run`` is needed for all levels but the default."""
+    usual = {Latency.TTFT: summary.ttft_p95_s, Latency.TPOT: summary.mean_tpot_s}
+    bounds = limits_of(limits)
+    if run is None or level == DEFAULT:
+        found = [_limited(usual[latency], limit, DEFAULT.statistic(latency)) for latency, limit in bounds.items()]
+        return Measured(limited=tuple(found), seconds={}, missed={})
+    values = _by_request(run, summary.warm_up_s)
+    if level.attainment is not None:
+        return _attained(level.attainment, values, bounds)
+    estimates = {
+        latency: usual[latency]
+        if level.statistic(latency) is DEFAULT.statistic(latency)
+        else _within_run(values[latency], level.statistic(latency))
+        for latency in Latency
+    }
+    return Measured(
+        limited=tuple(
+            _limited(estimates[latency], limit, level.statistic(latency)) for latency, limit in bounds.items()
+        ),
+        seconds={latency: one.value for latency, one in estimates.items() if one is not usual[latency]},
+        missed={},
+    )
+
+
+def _limited(estimate: Estimate, limit: float, statistic: Statistic) -> Limited:
+    half = estimate.half_width if estimate.half_width >= 0 else 0.0  # an unknown interval excuses no miss
+    close = 1.0 if statistic is Statistic.MEAN else TAIL
+    return Limited(estimate.value - half, estimate.value, estimate.value + half, limit, close)
+
+
+def _by_request(run: Run, warm_up_s: float) -> dict[Latency, FloatArray]:
+    """Return the latencies of every request that arrived after the warm-up; infinite if it never finished.
+
+    TPOT is NaN for a single token, which follows no other; it is within any limit.
+    """
+    inside = run.arrival_s >= warm_up_s
+    ttft = (run.first_token_s - run.arrival_s)[inside]
+    further = run.output_tokens[inside] - 1
+    tpot = (run.finished_s - run.first_token_s)[inside] / np.where(further > 0, further, np.nan)
+    done = np.isfinite(run.finished_s[inside])
+    return {Latency.TTFT: np.where(done, ttft, np.inf), Latency.TPOT: np.where(done, tpot, np.inf)}
+
+
+def _attained(attainment: float, values: Mapping[Latency, FloatArray], bounds: Mapping[Latency, float]) -> Measured:
+    over = {latency: values[latency] > limit for latency, limit in bounds.items()}
+    any_over = np.any(list(over.values()), axis=0).astype(np.float64)
+    estimate = _within_run(any_over, Statistic.MEAN)
+    # One miss refutes 100%, and a run without any is as sure of it as its length allows: a longer one decides nothing.
+    by_chance = max(RULE_OF_THREE / max(1, len(any_over)), estimate.half_width)  # which may be NaN
+    half = by_chance if attainment < 1.0 else 0.0
+    missing = Limited(estimate.value - half, estimate.value, estimate.value + half, 1.0 - attainment, SHARE)
+    shares = {name: float(one.mean()) if len(one) else math.nan for name, one in over.items()}
+    return Measured(limited=(missing,), seconds={}, missed=shares)
+
+
+def _within_run(values: FloatArray, statistic: Callable[[FloatArray], float]) -> Estimate:
+    """Return a statistic with its interval. Requests that never finished are the slowest in percentiles, and left out
+    of means.
+    """
+    known = values[~np.isnan(values)]
+    finished = known[np.isfinite(known)]
+    if statistic is Statistic.MEAN or len(finished) == len(known):
+        return within_run(finished, statistic)
+    found = within_run(np.minimum(known, NEVER_S), statistic)  # infinity cannot be interpolated
+    longest_s = finished.max(initial=0.0)
+    return found if found.value <= longest_s else Estimate(value=math.inf)
+
+
+# --- verdicts on a load, over all its runs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,10 +172,10 @@ def level_to_hold(
     Raises:
         InvalidProblemError: the request contradicts itself or has no limit to keep.
     """
-    asked = asked_level(ttft=ttft, tpot=tpot, attainment=attainment, objective=limits, verify=True)
-    level, limited = service_level_of(plan), limits_of(limits)
+    requested = requested_level(ttft=ttft, tpot=tpot, attainment=attainment, objective=limits, verify=True)
+    level, limited = Requested.of(plan).service_level, limits_of(limits)
     if attainment is not None:
-        level = asked
+        level = requested
     elif ttft is not None or tpot is not None:
         level = ServiceLevel(ttft=ttft or level.ttft, tpot=tpot or level.tpot)
     if level.attainment is not None:
@@ -135,7 +228,7 @@ def verdict_of(level: ServiceLevel, limits: Objective, summary: Summary, latenci
     if latencies:
         joined: dict[str, Any] = {name: np.concatenate([getattr(one, name) for one in latencies]) for name in _READ}
         run = replace(latencies[0], **joined)
-    found = held(level, replace(summary, warm_up_s=0.0), run, limits)  # warm-ups differ, and are left out already
+    found = measured(level, replace(summary, warm_up_s=0.0), run, limits)  # warm-ups differ, and are left out already
     if level.attainment is not None:
         (missing,) = found.limited
         share = Estimate(value=1.0 - missing.value, half_width=min(1.0, missing.high - missing.value))

@@ -6,7 +6,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from hetis.runtime.agent.simulated.replica import AdmissionRule, Control, PrimaryRun, ProportionalAdmission, StageRun
+from examples.simulated_engine.replica import AdmissionRule, Control, PrimaryRun, ProportionalAdmission, StageRun
 from hetis.runtime.moves.changes import EngineChange, MoveAuthority, gone, no_room, not_owner, unavailable
 from hetis.runtime.moves.engine import SteeredEngine, TakenReplica
 from hetis.runtime.moves.refusals import failure_of, refusal
@@ -56,7 +56,7 @@ class HeadMapAuthority(MoveAuthority):
         return no_room(move) if move.request in self.primary.running else gone(move)
 
     def flip(self, change: EngineChange) -> Failure | None:
-        moves = self._open[change.change.change_id]
+        moves = self._open[change.id]
         refused = [(move, why) for move in moves if (why := self.refusal_of(change.change, move)) is not None]
         self._leave_out(change, moves, refused)
         self._keep_together(change, moves)
@@ -69,7 +69,7 @@ class HeadMapAuthority(MoveAuthority):
             for group in move.head_groups:
                 assert owners[group] == source, "a flip found another owner"
                 owners[group] = target
-        stage.reserved.pop(change.change.change_id, None)
+        stage.reserved.pop(change.id, None)
         stage.check()
         return self.primary.num_steps + 1
 
@@ -237,7 +237,7 @@ class SimulatedEngine(SteeredEngine[_Held]):
         held.authority = next((said for said in report.replicas if said.replica == replica), None)
         generation = held.authority.generation if held.authority is not None else 0
         # A change that was aborted before the primary's engine received it has no replica there.
-        held.changes.hear((status for status in report.changes if status.replica in (replica, "")), generation)
+        held.changes.resolve((status for status in report.changes if status.replica in (replica, "")), generation)
 
     # --- time
 
@@ -341,12 +341,12 @@ class TimedCopies:
                 return move.kv_bytes * link_byte_s
             return move.copy_s or move.kv_bytes / DEFAULT_LINK_BYTES_PER_S
 
-        self._seconds = {change.change.change_id: sum(map(copy_s, moves))}
+        self._seconds = {change.id: sum(map(copy_s, moves))}
 
     def look(self, change: EngineChange, now_s: float) -> bool:
         if change.copy_begun_s is None:
             return False
-        whole_s = self._seconds.get(change.change.change_id, 0.0)
+        whole_s = self._seconds.get(change.id, 0.0)
         share = 1.0 if whole_s <= 0 else min(max(now_s - change.copy_begun_s, 0.0) / whole_s, 1.0)
-        change.copied_bytes = int(change.copy_bytes * share)
+        change.status.copied_bytes = int(change.copy_bytes * share)
         return share >= 1

@@ -25,7 +25,7 @@ import numpy.typing as npt
 
 from hetis.planner.use_cases.grouping import ReplicaGroup, group_replicas
 from hetis.planner.use_cases.simulate import default_rate, with_all_seats
-from hetis.planner.use_cases.verification import in_seconds
+from hetis.planner.use_cases.verification.outcome import in_seconds
 from hetis.solver.check.fleet import Fleet, ReplicaShape, replica_shape
 from hetis.solver.check.rederive import Rederivation
 from hetis.solver.plan import Plan, ReplicaPlan, Role

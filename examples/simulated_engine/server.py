@@ -14,8 +14,8 @@ from typing import Any, TypeVar
 import grpc
 from google.protobuf.duration_pb2 import Duration
 
-from hetis.runtime.agent.simulated.engine import SimulatedEngine
-from hetis.runtime.agent.simulated.replica import ControlFile
+from examples.simulated_engine.engine import SimulatedEngine
+from examples.simulated_engine.replica import ControlFile
 from hetis.runtime.moves.engine import SteeredEngine
 from hetis.runtime.moves.servicer import ExecutorServicer, bind, bind_socket, stop
 from hetis.v1 import executor_service_pb2 as messages
