@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 
-from hetis.formats import catalogue, huggingface, quantised_modules
-from hetis.formats.config_json import NO_LINEAR_LAYERS
+from hetis.formats import catalogue
 from hetis.formats.documents import dump
 from hetis.formats.errors import DocumentError
-from hetis.formats.huggingface import FAMILIES, NOT_MODELLED
-from hetis.formats.model import load_model
+from hetis.formats.models import checkpoint_names, families, unlike
+from hetis.formats.models.config_json import NO_LINEAR_LAYERS
+from hetis.formats.models.document import load_model
+from hetis.formats.models.families import FAMILIES, NOT_MODELLED
 from hetis.solver.model import Kernel, ModelSpec
 from tests.models import InShort
 
@@ -81,7 +82,7 @@ def test_every_family_with_a_reader_of_its_own_has_a_fixture_unless_renamed() ->
     renamed = {"KimiK2ForCausalLM", "MistralLarge3ForCausalLM", "Qwen3VLForConditionalGeneration"}
     renamed |= {"Qwen3NextForCausalLM", "MiniMaxForCausalLM", "Qwen3_5ForCausalLM", "Qwen3_5MoeForCausalLM"}
     renamed |= {"Glm4MoeLiteForCausalLM", "Qwen3OmniMoeForConditionalGeneration"}
-    by_layers = (huggingface._layered, huggingface._of_inner_model, huggingface._deci)
+    by_layers = (unlike.by_layers, families._of_inner_model, unlike.deci)
     own = {name for name, read in FAMILIES.items() if getattr(read, "func", read) not in by_layers}
     assert own - seen == renamed
 
@@ -541,7 +542,7 @@ LINEAR, FULL = 5120 * (10240 + 6144 + 96) + 6144 * 5120, 5120 * (2 * 6144 + 2 * 
 def test_matrices_add_up_to_what_the_model_has(path: Path) -> None:
     """Attention that stays in 16 bits has all of attention's parameters except the indexer's and the convolution's."""
     model = load_model(path)
-    found = [one for one in quantised_modules._modules(model, NO_LINEAR_LAYERS) if one.repeated is None]
+    found = [one for one in checkpoint_names.modules(model, NO_LINEAR_LAYERS) if one.repeated is None]
     matrices = sum(one.params * one.num_layers for one in found)
     states = sum(n * kind.params(model.hidden) for kind, n in model.mixers if kind.kernel is Kernel.RECURRENT)
     indexers = 0

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from hetis.formats.errors import DocumentError
-from hetis.formats.model import MODEL_SPEC, load_model, parse_model
+from hetis.formats.models.document import MODEL_SPEC, load_model, parse_model
 from hetis.formats.positions import Text
 from hetis.solver.model import Kernel, ModelSpec
 

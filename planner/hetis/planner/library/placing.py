@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Annotated, TypeVar
 
 from hetis.formats import documents
-from hetis.formats.model import drafts
+from hetis.formats.models.document import drafts
 from hetis.formats.traces import PrefixHitRate
 from hetis.planner.jobs.kernels import compile_kernels
 from hetis.planner.library import arguments

@@ -112,8 +112,8 @@ class PlacementRequest:
     profiles: Sequence[str] = ()
     pins: Sequence[str] = ()  # texts of the ``--pin`` options
     forbids: Sequence[str] = ()  # texts of the ``--forbid`` options
-    weights: str | None = None  # precision by names of `hetis.formats.dtypes`; None: the checkpoint's
-    kv: str | None = None  # precision by names of `hetis.formats.dtypes`; None: the checkpoint's
+    weights: str | None = None  # precision by names of `hetis.formats.models.dtypes`; None: the checkpoint's
+    kv: str | None = None  # precision by names of `hetis.formats.models.dtypes`; None: the checkpoint's
     # Drafted tokens and their acceptance, such as ``1:0.85``; None: no drafts unless the model's file specifies some
     mtp: str | None = None
     objective: Objective

@@ -11,8 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
 
-from hetis.formats import catalogue, dtypes
-from hetis.formats.config_json import MAX_LAYERS, MAX_STREAMS
+from hetis.formats import catalogue
 from hetis.formats.errors import DocumentError, Problem, shown, single_problem
 from hetis.formats.fields import (
     Document,
@@ -27,7 +26,10 @@ from hetis.formats.fields import (
     value_of,
     whole,
 )
-from hetis.formats.layer_parts import (
+from hetis.formats.layers import IN_SHORT, described_in_short, usual_layers
+from hetis.formats.models import dtypes
+from hetis.formats.models.config_json import MAX_LAYERS, MAX_STREAMS
+from hetis.formats.models.layer_parts import (
     CompressedPart,
     IndexerPart,
     LayerPart,
@@ -38,7 +40,6 @@ from hetis.formats.layer_parts import (
     layers_of_list,
     listed_layers,
 )
-from hetis.formats.layers import IN_SHORT, described_in_short, usual_layers
 from hetis.formats.positions import Text
 from hetis.solver.model import DraftShape, ModelSpec
 
@@ -162,12 +163,12 @@ def load_model(ref: str | os.PathLike[str], *, notes: list[str] | None = None) -
             raise single_problem(text, f"is a folder without {_CONFIG}, so it is not a Hugging Face model{_base(text)}")
         text = str(Path(text) / _CONFIG)
     if text.lower().endswith(".gguf"):
-        from hetis.formats.gguf import load_gguf
+        from hetis.formats.models.gguf import load_gguf
 
         return _as_saved(load_gguf(text), Text(file=text, text=None))
     data, source = read_data(text)
     if is_config(text, data):
-        from hetis.formats.huggingface import model_from_config
+        from hetis.formats.models.huggingface import model_from_config
 
         folder = Path(text).resolve().parent if Path(text).name == _CONFIG else None
         name = Path(text).stem if folder is None else folder.name

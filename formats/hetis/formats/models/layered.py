@@ -1,8 +1,8 @@
 """Models whose ``config.json`` names the kind of every layer: one reader, for which a family only maps its names.
 
 What layers are of which kind is read from any of the fields by which families state it, and what a kind looks like from
-the fields of that kind. So a new family is a row of names in `hetis.formats.huggingface`, or nothing: an architecture
-without a row is read if all of its fields that describe a shape are known here.
+the fields of that kind. So a new family is a row of names in `hetis.formats.models.families`, or nothing: an
+architecture without a row is read if all of its fields that describe a shape are known here.
 """
 
 from __future__ import annotations
@@ -11,50 +11,24 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
-from hetis.formats.config_json import Config, LinearLayers
-from hetis.formats.errors import shown
+from hetis.formats.models.config_json import Config, LinearLayers
+from hetis.formats.models.layer_kinds import (
+    ATTENTION,
+    BOTH,
+    CONVOLUTION,
+    NAMES,
+    NONE,
+    STATE,
+    WINDOWED,
+    kinds_of_attention,
+    layers_with_experts,
+    mlps_alone,
+    named,
+    number,
+)
 from hetis.solver.model import Dense, Experts, Grouped, Indexer, Latent, Layer, Mixer, Mlp, Recurrent
 
-# Names of one thing in different families, the usual one first.
-_NAMES = {
-    "num_hidden_layers": ("num_hidden_layers", "num_layers", "n_layer"),
-    "intermediate_size": ("dense_intermediate_size", "intermediate_size", "ffn_hidden_size", "block_ff_dim"),
-    "max_position_embeddings": ("max_position_embeddings", "model_max_length", "max_sequence_length", "max_seq_len"),
-    "num_experts": ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts"),
-    "num_experts_per_tok": (
-        *("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_top_k", "moe_k"),
-    ),
-    "moe_intermediate_size": ("moe_intermediate_size", "expert_ffn_hidden_size", "intermediate_size"),
-    "n_shared_experts": ("n_shared_experts", "num_shared_experts", "num_shared_expert", "moe_num_shared_experts"),
-    "shared_width": (
-        *("moe_shared_expert_intermediate_size", "shared_expert_intermediate_size", "shared_intermediate_size"),
-        *("share_expert_dim", "share_expert_dims", "moe_shared_intermediate_size"),
-    ),
-    "moe_latent_size": ("moe_latent_size", "routed_expert_hidden_size"),
-    "num_key_value_heads": ("num_key_value_heads", "num_attention_groups"),
-    "mamba_heads": ("mamba_num_heads", "mamba_n_heads"),
-    "mamba_head_dim": ("mamba_head_dim", "mamba_d_head"),
-    "mamba_groups": ("n_groups", "mamba_n_groups"),
-    "mamba_state": ("ssm_state_size", "mamba_d_state"),
-    "mamba_kernel": ("conv_kernel", "mamba_d_conv"),
-    "mamba_expand": ("expand", "mamba_expand"),
-    "first_dense": ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index"),
-    "window": ("sliding_window", "sliding_window_size"),
-}
-# What families call the kinds of attention of a layer, and the letters of Nemotron's pattern.
-_ATTENTION, _WINDOWED, _STATE, _CONVOLUTION, _BOTH, _NONE = "full", "windowed", "state", "convolution", "both", "none"
-_KINDS = {
-    **dict.fromkeys(("full_attention", "attention", "global_attention", "global", "*"), _ATTENTION),
-    **dict.fromkeys(("sliding_attention", "sliding", "local_attention", "local", "sliding_window"), _WINDOWED),
-    **dict.fromkeys(("linear_attention", "mamba", "mamba2", "M"), _STATE),
-    **dict.fromkeys(("conv", "short_conv"), _CONVOLUTION),
-    **dict.fromkeys(("hybrid",), _BOTH),
-    **dict.fromkeys(("mlp", "moe", "-", "E"), _NONE),
-    **dict.fromkeys(("minimax_m3_sparse", "sparse_attention"), "sparse"),
-}
-_MLP_ALONE = {"-": "dense", "mlp": "dense", "E": "experts", "moe": "experts"}  # layers that have nothing else
 _STRUCTURE = re.compile(
     r"(size|dim|heads?|layers?|experts?|rank|state|kernel|window|pattern|freq|types?|expand|latent|groups|period|offset"
     r"|index|block|repeat|shar|loop|depth|width|lora|ratio|multiplier|streams|ngram|n_gram|chunk)"
@@ -93,7 +67,7 @@ _READ = {
     *("no_rope_layer_interval", "max_window_layers", "embedding_size", "rope_parameters", "index_local_blocks"),
     *("mla_use_output_gate", "cla_share_factor", "use_cla", "use_mixed_mlp_moe", "attn_res_block_size"),
 }
-_KNOWN = _READ | {name for names in _NAMES.values() for name in names}
+_KNOWN = _READ | {name for names in NAMES.values() for name in names}
 
 
 @dataclass(slots=True)
@@ -103,29 +77,6 @@ class Shapes:
     layers: tuple[Layer, ...]
     beside_params: int = 0  # tables of the first stage
     matrices: Mapping[str, int] = field(default_factory=dict)  # of layers with states, by their names in checkpoints
-
-
-def named(config: Config, thing: str) -> str:
-    """Return the name under which a config has a thing; its usual one if it has none."""
-    names = _NAMES.get(thing, (thing,))
-    return next((name for name in names if config.data.get(name) is not None), names[0])
-
-
-def number(config: Config, thing: str, default: int | None = None, *, least: int = 1) -> int:
-    """Return a whole number by any of its names; some families write it for every layer."""
-    name = named(config, thing)
-    stated = config.data.get(name)
-    if isinstance(stated, list) and stated and all(one == stated[0] for one in stated):
-        return Config({name: stated[0]}, config.source, config.problems, config.at).whole(name, default, least=least)
-    return config.whole(name, default, least=least)
-
-
-def stated_layers(config: Config) -> int | None:
-    """Return the number of layers whose kinds are stated, or None if they are not."""
-    for name in ("hybrid_override_pattern", "layers_block_type", "layer_types"):
-        if isinstance(stated := config.data.get(name), str | list) and stated:
-            return len(stated)
-    return None
 
 
 def unknown_fields(config: Config) -> list[str]:
@@ -140,25 +91,25 @@ def unknown_fields(config: Config) -> list[str]:
 
 def read_layers(config: Config, num_layers: int, *, gated_mlp: bool = True, gated_attention: bool = False) -> Shapes:
     """Return the layers that a config describes."""
-    kinds = _kinds_of_attention(config, num_layers)
-    mlps, alone = _mlps(config, num_layers, gated=gated_mlp), _alone(config, num_layers)
+    kinds = kinds_of_attention(config, num_layers)
+    mlps, alone = _mlps(config, num_layers, gated=gated_mlp), mlps_alone(config, num_layers)
     makers: dict[str, Callable[[], tuple[Mixer, ...]]] = {
-        _ATTENTION: lambda: (_attention(config, gated=gated_attention),),
-        _WINDOWED: lambda: (_windowed(config, gated=gated_attention),),
+        ATTENTION: lambda: (_attention(config, gated=gated_attention),),
+        WINDOWED: lambda: (_windowed(config, gated=gated_attention),),
         "sparse": lambda: (_sparse(config),),
-        _STATE: lambda: (_state(config)[0],),
-        _CONVOLUTION: lambda: (_convolution(config)[0],),
-        _BOTH: lambda: (_attention(config, gated=gated_attention), _state(config)[0]),
-        _NONE: lambda: (),
+        STATE: lambda: (_state(config)[0],),
+        CONVOLUTION: lambda: (_convolution(config)[0],),
+        BOTH: lambda: (_attention(config, gated=gated_attention), _state(config)[0]),
+        NONE: lambda: (),
     }
     made = {kind: makers[kind]() for kind in dict.fromkeys(kinds)}
     layers = [Layer(mixers=made[kind], mlps=mlps[layer]) for layer, kind in enumerate(kinds)]
     if alone is not None:
         layers = [replace(one, mlps=() if one.mixers else one.mlps) for one in layers]
     shapes = Shapes(tuple(layers))
-    if _STATE in made or _BOTH in made:
+    if STATE in made or BOTH in made:
         shapes.matrices = _state(config)[1]
-    elif _CONVOLUTION in made:
+    elif CONVOLUTION in made:
         shapes.matrices = _convolution(config)[1]
     if config.flag("use_cla", False):  # Hunyuan-Large: the first of every few layers has KV
         every = config.whole("cla_share_factor", 2)
@@ -174,108 +125,6 @@ def read_layers(config: Config, num_layers: int, *, gated_mlp: bool = True, gate
     return shapes
 
 
-# --- which layers are of which kind
-
-
-def _kinds_of_attention(config: Config, num_layers: int) -> list[str]:
-    for name in ("layer_types", "layers_block_type", "hybrid_override_pattern"):
-        if (stated := config.data.get(name)) is not None:
-            return _named_kinds(config, name, stated, num_layers)
-    if (flags := config.data.get("hybrid_layer_pattern")) is not None:  # MiMo: 1 slides
-        slides = _for_layers(config, "hybrid_layer_pattern", flags, num_layers)
-        return [_WINDOWED if flag else _ATTENTION for flag in slides]
-    own = config.inner("linear_attn_config")
-    if own is not None and isinstance(own.data.get("full_attn_layers"), list):  # Kimi: from 1
-        full = set(own.data["full_attn_layers"])
-        return [_ATTENTION if layer + 1 in full else _STATE for layer in range(num_layers)]
-    sparse = config.inner("sparse_attention_config")
-    if sparse is not None and isinstance(flags := sparse.data.get("sparse_attention_freq"), list):
-        chooses = _for_layers(sparse, "sparse_attention_freq", flags, num_layers)
-        return ["sparse" if flag else _ATTENTION for flag in chooses]
-    for name in ("attn_layer_indices", "full_attn_idxs"):
-        if isinstance(indices := config.data.get(name), list):
-            other = _CONVOLUTION if name == "full_attn_idxs" else _STATE
-            return [_ATTENTION if layer in indices else other for layer in range(num_layers)]
-    if config.data.get("attn_layer_period") is not None:
-        period, offset = config.whole("attn_layer_period"), config.whole("attn_layer_offset", 0, least=0)
-        return [_ATTENTION if layer % period == offset else _STATE for layer in range(num_layers)]
-    if _has_states(config):
-        return [_BOTH] * num_layers
-    window, pattern = config.data.get(named(config, "window")), config.data.get("sliding_window_pattern")
-    if window is None or config.data.get("use_sliding_window") is False:
-        return [_ATTENTION] * num_layers
-    if isinstance(pattern, str) and pattern:  # EXAONE: L slides, G does not
-        return [_WINDOWED if pattern[layer % len(pattern)] == "L" else _ATTENTION for layer in range(num_layers)]
-    every = config.whole("sliding_window_pattern", 0, least=0)
-    return [_ATTENTION if every and layer % every == every - 1 else _WINDOWED for layer in range(num_layers)]
-
-
-def _has_states(config: Config) -> bool:
-    return config.data.get(named(config, "mamba_state")) is not None
-
-
-def _named_kinds(config: Config, name: str, stated: Any, num_layers: int) -> list[str]:
-    entries = list(stated) if isinstance(stated, str) else _for_layers(config, name, stated, num_layers)
-    if isinstance(stated, str) and len(entries) != num_layers:
-        config.refuse(name, f"has {len(entries)} letters, must have {num_layers}, one for each layer")
-        return [_ATTENTION] * num_layers
-    for kind in dict.fromkeys(map(str, entries)):
-        if kind not in _KINDS:
-            config.refuse(name, f"has {shown(kind)}, only {', '.join(_KINDS)} are modelled")
-            return [_ATTENTION] * num_layers
-    return [_KINDS[str(kind)] for kind in entries]
-
-
-def _for_layers(config: Config, name: str, value: Any, num_layers: int) -> list[Any]:
-    """Return a list with an item for each layer; drafting layers may follow."""
-    drafting = max(config.whole(each, 0, least=0) for each in ("num_nextn_predict_layers", "num_mtp_layers"))
-    if not isinstance(value, list) or len(value) not in (num_layers, num_layers + drafting):
-        found = f"has {len(value)} items" if isinstance(value, list) else f"is {shown(value)}"
-        config.refuse(name, f"{found}, must be a list of {num_layers} items, one for each layer")
-        return [0] * num_layers
-    return value[:num_layers]
-
-
-def _alone(config: Config, num_layers: int) -> list[str] | None:
-    """Return the MLP of layers that have nothing else, by the letters or words for it; None: layers have both."""
-    for name in ("hybrid_override_pattern", "layers_block_type", "layer_types"):
-        stated = config.data.get(name)
-        if isinstance(stated, str | list) and any(str(one) in _MLP_ALONE for one in stated):
-            return [_MLP_ALONE.get(str(one), "") for one in list(stated)[:num_layers]]
-    return None
-
-
-def _experts_of_layers(config: Config, num_layers: int) -> list[bool]:
-    """Return which layers have experts."""
-    if (alone := _alone(config, num_layers)) is not None:
-        return [one == "experts" for one in alone]
-    if config.data.get(named(config, "num_experts")) in (None, 0, 1):
-        return [False] * num_layers
-    if config.data.get("enable_moe_block") is False:
-        return [False] * num_layers
-    if isinstance(kinds := config.data.get("mlp_layer_types"), list):
-        return [kind in ("sparse", "moe") for kind in _for_layers(config, "mlp_layer_types", kinds, num_layers)]
-    if isinstance(flags := config.data.get("moe_layer_freq"), list):
-        return [bool(flag) for flag in _for_layers(config, "moe_layer_freq", flags, num_layers)]
-    if (enum := config.data.get("moe_layers_enum")) is not None:
-        items = enum.split(",") if isinstance(enum, str) else enum if isinstance(enum, list) else []
-        having = {int(item) for item in items if str(item).strip().isdecimal()}
-        return [layer in having for layer in range(num_layers)]
-    if config.data.get("expert_layer_period") is not None:
-        period, offset = config.whole("expert_layer_period"), config.whole("expert_layer_offset", 0, least=0)
-        return [layer % period == offset for layer in range(num_layers)]
-    first = number(config, "first_dense", 0, least=0)
-    names = ("moe_layer_interval", "moe_layer_freq", "decoder_sparse_step", "interleave_moe_layer_step")
-    every = config.whole(next((name for name in names if config.data.get(name) is not None), names[0]), 1)
-    dense = config.data.get("mlp_only_layers")
-    only_dense = set(dense) if isinstance(dense, list) else set()
-    if config.data.get("moe_layer_interval") is not None or config.data.get("decoder_sparse_step") is not None:
-        flags = [layer >= first and (layer + 1) % every == 0 for layer in range(num_layers)]
-    else:
-        flags = [layer >= first and (layer - first) % every == every - 1 for layer in range(num_layers)]
-    return [flag and layer not in only_dense for layer, flag in enumerate(flags)]
-
-
 # --- shapes
 
 
@@ -289,10 +138,15 @@ def _attention(config: Config, *, gated: bool) -> Mixer:
     """Return attention to the whole context, which is latent where there is a rank of KV."""
     q_heads, kv_heads, head_dim = _heads(config)
     if config.data.get("kv_lora_rank") is not None:
-        names = ("kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")
-        sizes = {name: config.whole(name) for name in names}
-        gated = gated or config.flag("mla_use_output_gate", False)
-        return Latent(query_heads=q_heads, **sizes, q_lora_rank=config.optional("q_lora_rank"), gated=gated)
+        return Latent(
+            query_heads=q_heads,
+            kv_lora_rank=config.whole("kv_lora_rank"),
+            qk_rope_head_dim=config.whole("qk_rope_head_dim"),
+            qk_nope_head_dim=config.whole("qk_nope_head_dim"),
+            v_head_dim=config.whole("v_head_dim"),
+            q_lora_rank=config.optional("q_lora_rank"),
+            gated=gated or config.flag("mla_use_output_gate", False),
+        )
     if config.data.get("layer_types") is not None or config.data.get("global_head_dim") is not None:  # Gemma 4
         kv_heads = config.whole("num_global_key_value_heads", kv_heads)
         head_dim = config.whole("global_head_dim", head_dim)
@@ -428,7 +282,7 @@ def _delta_attention(config: Config) -> tuple[Recurrent, dict[str, int]]:
 
 
 def _mlps(config: Config, num_layers: int, *, gated: bool) -> list[tuple[Mlp, ...]]:
-    having = _experts_of_layers(config, num_layers)
+    having = layers_with_experts(config, num_layers)
     dense = Dense(width=dense_width(config), gated=gated)
     if not any(having):
         return [(dense,)] * num_layers

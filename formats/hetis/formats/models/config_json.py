@@ -10,7 +10,7 @@ from hetis.formats.errors import Problem, shown
 from hetis.formats.positions import Text
 
 MAX_NUMBER = 10**9
-# Limits of model files, see `hetis.formats.model`; no model has so many.
+# Limits of model files, see `hetis.formats.models.document`; no model has so many.
 MAX_LAYERS = 10_000
 MAX_STREAMS = 64  # copies of the residual
 
