@@ -30,8 +30,9 @@ from hetis.planner.use_cases import latency_curve
 from hetis.planner.use_cases import place as placing_steps
 from hetis.planner.use_cases.grouping import group_replicas
 from hetis.planner.use_cases.judging import _attained, measured
-from hetis.planner.use_cases.place import PlacementRequest, PlacementSettings, missed, simulated_plan
+from hetis.planner.use_cases.place import PlacementSettings, missed, simulated_plan
 from hetis.planner.use_cases.record import Requested, Verified
+from hetis.planner.use_cases.request import PlacementRequest
 from hetis.planner.use_cases.service_level import (
     DEFAULT,
     Latency,
@@ -919,7 +920,7 @@ def test_a_time_limit_that_is_given_limits_the_simulation_too(
     cluster = str(placed.with_name("cluster.yaml"))
     assert invoke("place", "-c", cluster, "-m", "Llama-2-7B", "-w", "500/100", *options).exit_code == ExitCode.OK
     [request] = asked
-    assert request.settings.time_limit_s == search_s
+    assert request.time_limit_s == search_s
     assert request.simulation_limit_s == simulation_s
 
 

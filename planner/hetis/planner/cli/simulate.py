@@ -18,6 +18,7 @@ from hetis.planner.cli.dispatch import announce_compilation
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.cli.failures import refuse
 from hetis.planner.cli.options import PlanArgument, group, panel, verb
+from hetis.planner.cli.requests import requested
 from hetis.planner.cli.searching import simulate_interruptibly
 from hetis.planner.use_cases.service_level import Statistic
 
@@ -81,11 +82,11 @@ class SimulateOptions:
     tolerance: float | None = _goal(
         "--tolerance SHARE: Relative width to which --sweep brackets that rate.", shown=f"{DEFAULT_TOLERANCE:.0%}"
     )
-    ttft: float | None = options.ttft_option(shown="the plan's")
-    tpot: float | None = options.tpot_option(shown="the plan's")
-    ttft_statistic: Statistic | None = options.ttft_statistic_option(shown="the plan's")
-    tpot_statistic: Statistic | None = options.tpot_statistic_option(shown="the plan's")
-    attainment: float | None = options.attainment_option(shown="the plan's")
+    ttft: float | None = requested("ttft", shown="the plan's")
+    tpot: float | None = requested("tpot", shown="the plan's")
+    ttft_statistic: Statistic | None = requested("ttft_statistic", shown="the plan's")
+    tpot_statistic: Statistic | None = requested("tpot_statistic", shown="the plan's")
+    attainment: float | None = requested("attainment", shown="the plan's")
     requests: int | None = _runs(
         "--requests N: Requests per run.",
         min=1,

@@ -65,9 +65,11 @@ def ratio(text: str) -> float:
 def gap(text: str) -> float:
     """Parse a gap: ``0.5%`` or ``0.005``."""
     value = ratio(text)
-    if value >= 1 and not text.rstrip().endswith("%"):
-        raise typer.BadParameter(f"{text!r} means {value:.0%} of the best, did you mean {text.strip()}%?")
-    return value
+    if value < 1:
+        return value
+    if text.rstrip().endswith("%"):
+        raise typer.BadParameter(f"{text!r} is out of range, must be below 100%")
+    raise typer.BadParameter(f"{text!r} means {value:.0%} of the best, did you mean {text.strip()}%?")
 
 
 def share(text: str) -> float:
