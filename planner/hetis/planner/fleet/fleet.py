@@ -299,7 +299,8 @@ class LiveFleet:
             # Without the node's name: one line, and not one per agent.
             _log.error(
                 "agents have followed a later planner than this one, which they refuse until its epoch is higher."
-                " Either another planner leads, or the store was replaced by a new or an older one: see docs/store.md",
+                " Either another planner leads, or the store was replaced by a new or an older one:"
+                " see docs/operations.md",
                 extra=dict(error.metadata),
             )
 
