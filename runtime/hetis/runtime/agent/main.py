@@ -65,7 +65,7 @@ app = typer.Typer(
 
 
 def _option(usage: str, default: Any = "") -> Any:
-    """Declare an option that a variable sets as well, HETIS_AGENT_STATE_DIR for --state-dir; 80 columns cannot show it."""
+    """Declare an option that a variable sets as well, as HETIS_AGENT_STATE_DIR sets --state-dir."""
     name = usage.partition(":")[0].partition("/")[0].removeprefix("--").replace("-", "_").upper()
     return option(usage, default, envvar=f"HETIS_AGENT_{name}", show_envvar=False)
 
