@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from hetis.formats import catalogue
-from hetis.formats.dtypes import with_weight_bytes
+from hetis.formats.models.dtypes import with_weight_bytes
 from hetis.profiler import experts
 from hetis.profiler.engines import ENGINES, for_engine
 from hetis.profiler.possible import implausible_fits

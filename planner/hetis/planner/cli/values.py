@@ -12,7 +12,7 @@ from typing import Literal, TypeVar
 import typer
 
 from hetis.commands.verb import one_of
-from hetis.formats.dtypes import KV_PRECISIONS, PRECISIONS, chosen_precision
+from hetis.formats.models.dtypes import KV_PRECISIONS, PRECISIONS, chosen_precision
 from hetis.formats.units import parse_bytes, parse_duration, parse_limit, parse_link_bandwidth, parse_ratio
 from hetis.solver.plan import LEAST_DEMAND_RPS, Role
 
@@ -232,7 +232,7 @@ def kv(text: str) -> str:
 
 
 def mtp(text: str) -> str:
-    from hetis.formats.model import drafts
+    from hetis.formats.models.document import drafts
 
     return _checked(text, drafts)
 

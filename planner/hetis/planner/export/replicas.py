@@ -27,7 +27,7 @@ from hetis.engines.serving import (
 )
 from hetis.engines.versions import VERSIONS, Engine
 from hetis.formats import catalogue
-from hetis.formats.dtypes import weights_of
+from hetis.formats.models.dtypes import weights_of
 from hetis.planner.export import ExportDevice
 from hetis.planner.use_cases.grouping import number_ranges
 from hetis.planner.use_cases.record import MadeFrom

@@ -19,7 +19,7 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, PlainVa
 from pydantic_core import ErrorDetails
 
 from hetis.formats.errors import DocumentError, Problem
-from hetis.formats.model import drafts
+from hetis.formats.models.document import drafts
 from hetis.formats.units import parse_duration, parse_limit, parse_ratio
 from hetis.planner.use_cases.record_forms import PLACES
 from hetis.planner.use_cases.request import LIMITS

@@ -14,8 +14,8 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from hetis.formats.dtypes import precision_of
 from hetis.formats.errors import DocumentError
+from hetis.formats.models.dtypes import precision_of
 from hetis.planner.report.figures import (
     bar,
     digits,

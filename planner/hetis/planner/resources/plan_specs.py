@@ -10,9 +10,9 @@ from functools import partial
 from typing import Any, Literal, TypeVar
 
 from hetis.formats import catalogue
-from hetis.formats.dtypes import KV_PRECISIONS, PRECISIONS, chosen_precision
 from hetis.formats.errors import DocumentError, did_you_mean
-from hetis.formats.model import drafts
+from hetis.formats.models.document import drafts
+from hetis.formats.models.dtypes import KV_PRECISIONS, PRECISIONS, chosen_precision
 from hetis.formats.workload import named_workload
 from hetis.planner.convert import documents, names
 from hetis.planner.convert.plans import FROM_PROTO, objective_from_proto

@@ -216,7 +216,8 @@ def load_inputs(
     """
     problems: list[Problem] = []
     fleet = attempt(lambda: load_cluster(cluster) if isinstance(cluster, str) else cluster, problems)
-    spec = attempt(lambda: load_model(model) if isinstance(model, str) else model, problems)
+    notes: list[str] = []
+    spec = attempt(lambda: load_model(model, notes=notes) if isinstance(model, str) else model, problems)
     traffic = attempt(lambda: _traffic(workload, prefix_hit_rate), problems)
     measured = load_profiles(profiles, problems)
     if fleet is not None:
@@ -231,6 +232,7 @@ def load_inputs(
         notes=(
             *([f"profiles from files are used unchanged: {', '.join(hostless)} has no host time of an engine"] * mixes),
             *notes_on_vendors(fleet),
+            *notes,
         ),
         inputs=Inputs(
             cluster=fleet, model=spec, workload=traffic, profiles={gpu: profile for gpu, (_, profile) in by_gpu.items()}

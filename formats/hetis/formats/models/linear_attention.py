@@ -10,8 +10,8 @@ import itertools
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from hetis.formats.config_json import NO_LINEAR_LAYERS, Config, LinearLayers
 from hetis.formats.errors import shown
+from hetis.formats.models.config_json import NO_LINEAR_LAYERS, Config, LinearLayers
 
 _KINDS = ("linear_attention", "full_attention")
 _CHUNK = 64  # tokens that kernels of the delta rule compute at once (FLA_CHUNK_SIZE in vLLM and SGLang)

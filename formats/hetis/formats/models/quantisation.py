@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hetis.formats import dtypes
-from hetis.formats.config_json import Config, LinearLayers
 from hetis.formats.errors import shown
 from hetis.formats.fields import mapping, read_data
-from hetis.formats.quantised_modules import (
+from hetis.formats.models import dtypes
+from hetis.formats.models.config_json import Config, LinearLayers
+from hetis.formats.models.quantised_modules import (
     MODELOPT,
     QUARK,
     compressed_groups,

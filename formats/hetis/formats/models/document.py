@@ -11,8 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
 
-from hetis.formats import catalogue, dtypes
-from hetis.formats.config_json import MAX_LAYERS, MAX_STREAMS
+from hetis.formats import catalogue
 from hetis.formats.errors import DocumentError, Problem, shown, single_problem
 from hetis.formats.fields import (
     Document,
@@ -27,7 +26,10 @@ from hetis.formats.fields import (
     value_of,
     whole,
 )
-from hetis.formats.layer_parts import (
+from hetis.formats.layers import IN_SHORT, described_in_short, usual_layers
+from hetis.formats.models import dtypes
+from hetis.formats.models.config_json import MAX_LAYERS, MAX_STREAMS
+from hetis.formats.models.layer_parts import (
     CompressedPart,
     IndexerPart,
     LayerPart,
@@ -38,7 +40,6 @@ from hetis.formats.layer_parts import (
     layers_of_list,
     listed_layers,
 )
-from hetis.formats.layers import IN_SHORT, described_in_short, usual_layers
 from hetis.formats.positions import Text
 from hetis.solver.model import DraftShape, ModelSpec
 
@@ -143,13 +144,13 @@ _UNLESS_USUAL = (
 _SHAPES = ("mla", "moe", "linear", "indexer", "compressed")
 
 
-def load_model(ref: str | os.PathLike[str]) -> ModelSpec:
+def load_model(ref: str | os.PathLike[str], *, notes: list[str] | None = None) -> ModelSpec:
     """Return the model that ``ref`` names. Raises DocumentError if the name is unknown, or the file has problems (all
     of them).
 
     ``ref``: a catalogue name or alias (``Llama-2-70B``); the path of a ModelSpec file (``-``: standard input), of a
     Hugging Face ``config.json``, of a folder with one, or of a GGUF file. A catalogue name takes precedence over a path
-    of the same spelling; write ``./NAME`` for the path.
+    of the same spelling; write ``./NAME`` for the path. ``notes`` gets sentences about what was assumed.
     """
     text = os.fspath(ref)
     try:
@@ -162,16 +163,16 @@ def load_model(ref: str | os.PathLike[str]) -> ModelSpec:
             raise single_problem(text, f"is a folder without {_CONFIG}, so it is not a Hugging Face model{_base(text)}")
         text = str(Path(text) / _CONFIG)
     if text.lower().endswith(".gguf"):
-        from hetis.formats.gguf import load_gguf
+        from hetis.formats.models.gguf import load_gguf
 
         return _as_saved(load_gguf(text), Text(file=text, text=None))
     data, source = read_data(text)
     if is_config(text, data):
-        from hetis.formats.huggingface import model_from_config
+        from hetis.formats.models.huggingface import model_from_config
 
         folder = Path(text).resolve().parent if Path(text).name == _CONFIG else None
         name = Path(text).stem if folder is None else folder.name
-        model = model_from_config(data, source, name=name, folder=folder)
+        model = model_from_config(data, source, name=name, folder=folder, notes=notes)
         return _as_saved(model, Text(file=source.file, text=None))
     return parse_model(data, source)
 

@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
 
-from hetis.formats.config_json import MAX_LAYERS
 from hetis.formats.fields import DocumentPart, plain, value_of
+from hetis.formats.models.config_json import MAX_LAYERS
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.model import Compressed, Dense, Experts, Grouped, Latent, Layer, Mixer, Mlp, Recurrent
 

@@ -6,10 +6,10 @@ Layers are told apart as vLLM 0.32 (models/deepseek_v4/attention.py) and transfo
 
 from __future__ import annotations
 
-from hetis.formats.config_json import Config
 from hetis.formats.errors import shown
 from hetis.formats.layers import Shape
-from hetis.formats.linear_attention import spread
+from hetis.formats.models.config_json import Config
+from hetis.formats.models.linear_attention import spread
 
 _SPARSE, _HEAVY = 4, 128  # tokens per entry of layers with an indexer, and of those that attend to all entries
 _KINDS = {

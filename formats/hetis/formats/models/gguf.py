@@ -14,10 +14,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
-from hetis.formats.config_json import Config
 from hetis.formats.errors import DocumentError, Problem, shown, single_problem
 from hetis.formats.files import unreadable
-from hetis.formats.huggingface import FAMILIES
+from hetis.formats.models.config_json import Config
+from hetis.formats.models.families import FAMILIES
 from hetis.formats.positions import Text
 from hetis.solver.model import ModelSpec
 

@@ -10,7 +10,7 @@ from hetis.formats.errors import Problem, shown
 from hetis.formats.positions import Text
 
 MAX_NUMBER = 10**9
-# Limits of model files, see `hetis.formats.model`; no model has so many.
+# Limits of model files, see `hetis.formats.models.document`; no model has so many.
 MAX_LAYERS = 10_000
 MAX_STREAMS = 64  # copies of the residual
 
@@ -43,6 +43,7 @@ class Config:
     whole_data: dict[str, Any] = field(default_factory=dict)
     quantisation: Config | None = None
     linear: LinearLayers = NO_LINEAR_LAYERS  # of the model that was read
+    notes: list[str] = field(default_factory=list)  # on what was assumed
 
     def part(self, name: str) -> Config | None:
         """Return the reader of a mapping beside the language model's fields, or None if the config has none."""
