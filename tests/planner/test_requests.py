@@ -12,7 +12,7 @@ from hetis.planner.cli.requests import CompareOptions, PlaceOptions, SearchOptio
 from hetis.planner.convert.plan_specs import SAME, spec_from_request
 from hetis.planner.convert.plans import objective_from_proto
 from hetis.planner.library.arguments import CHECKS
-from hetis.planner.use_cases.record_forms import PLACES
+from hetis.planner.use_cases.record.forms import PLACES
 from hetis.planner.use_cases.request import FIELDS, LIMITS, Goal, Loss, PlacementRequest, RoleName, StatisticName
 from hetis.planner.use_cases.service_level import Statistic
 from hetis.solver.plan import ObjectiveKind, Role

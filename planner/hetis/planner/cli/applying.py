@@ -25,7 +25,7 @@ from hetis.planner.cli.resource_views import list_data, outcome, plan_summary, r
 from hetis.planner.cli.server_verb import called, fetched, full_name, id_of
 from hetis.planner.client import CallError, Client, document_of_file
 from hetis.planner.convert.plan_specs import spec_from_request
-from hetis.planner.use_cases.record import MadeFrom
+from hetis.planner.use_cases.record.parts import MadeFrom
 from hetis.planner.use_cases.request import PlacementRequest
 from hetis.planner.use_cases.sources import impossible_profiles
 from hetis.solver.cluster import Cluster, GpuType

@@ -100,7 +100,7 @@ def export(
     from hetis.planner.cli.plans import warn_if_wrong
     from hetis.planner.export.replicas import ExportSettings
     from hetis.planner.export.targets import export_wanted, folder_refusals, write_export
-    from hetis.planner.use_cases.record import MadeFrom
+    from hetis.planner.use_cases.record.parts import MadeFrom
     from hetis.planner.use_cases.sources import problem_of_plan
 
     hosts, wrong = _hosts(asked.node_address or ())

@@ -23,8 +23,8 @@ from hetis.solver.search_clock import search_seconds
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from hetis.planner.use_cases.latency_curve import Curve
     from hetis.planner.use_cases.sources import PlanAndProblem
+    from hetis.planner.use_cases.verification.latency_curve import Curve
     from hetis.planner.use_cases.what_if import BuyNext
 
 REPORT_EXAMPLES = """Examples:\n
@@ -160,7 +160,7 @@ def report(
 
 
 def _curve(terminal: Terminal, found: PlanAndProblem, cancelled: threading.Event) -> Curve | None:
-    from hetis.planner.use_cases.latency_curve import latency_curve
+    from hetis.planner.use_cases.verification.latency_curve import latency_curve
 
     return simulate_interruptibly(
         terminal,
