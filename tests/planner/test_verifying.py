@@ -25,7 +25,8 @@ from hetis.planner.convert.plans import OBJECTIVE_KINDS, result_to_proto
 from hetis.planner.report.figures import digits, seconds
 from hetis.planner.report.page import plan_section
 from hetis.planner.report.page.pages import ShownPlan, plans_page
-from hetis.planner.report.plan import beside_equal_stages, headline, render_plan, simple_setups
+from hetis.planner.report.plan import headline, render_plan
+from hetis.planner.report.promises import beside_equal_stages, simple_setups
 from hetis.planner.use_cases import place as placing_steps
 from hetis.planner.use_cases.grouping import group_replicas
 from hetis.planner.use_cases.place import PlacementSettings, missed, simulated_plan

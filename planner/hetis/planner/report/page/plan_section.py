@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from hetis.planner.report import plan as plan_report
+from hetis.planner.report import promises
 from hetis.planner.report.explanation import memory_shares, time_shares
 from hetis.planner.report.figures import (
     digits,
@@ -106,8 +107,8 @@ def plan_blocks(
         yield _prices(plan, has_market=has_market)
     yield Sentences(
         title="Simpler setups",
-        lines=tuple(plan_report.simple_setups(plan)),
-        intro=f"One GPU type per replica and equal layers per stage{plan_report.by_unified(plan)}, "
+        lines=tuple(promises.simple_setups(plan)),
+        intro=f"One GPU type per replica and equal layers per stage{promises.by_unified(plan)}, "
         "the best of each under the same limits.",
     )
     if plan.runners_up:
@@ -120,10 +121,10 @@ def plan_blocks(
 
 
 def _tiles(plan: Plan, problem: PlacementProblem) -> Iterator[Tile]:
-    kept, expected = plan_report.less_than_planned(plan), plan_report.range_of(plan)
-    kind, figures = plan.objective.kind, plan_report.promised_figures(plan, problem)
+    kept, expected = promises.less_than_planned(plan), promises.range_of(plan)
+    kind, figures = plan.objective.kind, promises.promised_figures(plan, problem)
     span = "" if expected is None else f"{digits(expected.rate.low)} to {digits(expected.rate.high)} by profile errors"
-    by_model = "by the model; simulated traffic misses them" if plan_report.misses_as_planned(plan) else span
+    by_model = "by the model; simulated traffic misses them" if promises.misses_as_planned(plan) else span
     yield Tile(
         label="Throughput" if kind is ObjectiveKind.THROUGHPUT else "Served within the limits",
         value=digits(figures.rate_rps),
@@ -131,7 +132,7 @@ def _tiles(plan: Plan, problem: PlacementProblem) -> Iterator[Tile]:
         note=by_model if kept is None else f"simulated; by the model {digits(plan.result.value)}",
     )
     if (demand_rps := plan.objective.demand_rps) is not None:
-        missed = plan_report.misses_demand(plan)
+        missed = promises.misses_demand(plan)
         yield Tile(
             label="Demand",
             value=digits(demand_rps),
@@ -176,13 +177,13 @@ def _tiles(plan: Plan, problem: PlacementProblem) -> Iterator[Tile]:
 
 def _against_today(plan: Plan) -> Iterator[Tile]:
     """Yield the plan beside equal stages, alike: both as simulated, or both by the model."""
-    ours, theirs, are_simulated = plan_report.beside_by_rates(plan)
+    ours, theirs, are_simulated = promises.beside_by_rates(plan)
     if theirs is not None and theirs > 0:
         ratio = ours / theirs - 1.0
         good = ratio > 0 if plan.objective.maximises else ratio < 0
         sign = "+" if ratio > 0 else "−" if ratio < 0 else ""
-        value = f"{digits(theirs)} {plan.result.unit}{plan_report.by_unified(plan)}"
-        by = "by the model; equal stages, not simulated: " if plan_report.is_below_model(plan) else "equal stages: "
+        value = f"{digits(theirs)} {plan.result.unit}{promises.by_unified(plan)}"
+        by = "by the model; equal stages, not simulated: " if promises.is_below_model(plan) else "equal stages: "
         by = "in simulation; equal stages: " if are_simulated else by
         yield Tile(
             label="Compared with today's practice",
@@ -219,8 +220,8 @@ def _simulated(plan: Plan) -> Iterator[Tile]:
 
 def _worth(plan: Plan) -> Scale:
     """Return the value next to its bound and to equal stages, today's practice."""
-    result, expected = plan.result, plan_report.range_of(plan)
-    _, theirs, are_simulated = plan_report.beside_by_rates(plan)
+    result, expected = plan.result, promises.range_of(plan)
+    _, theirs, are_simulated = promises.beside_by_rates(plan)
     beside = theirs or 0.0
     band = (expected.rate.low, expected.rate.high) if expected is not None and plan.objective.maximises else None
     known = [result.value, beside, *(band or ()), *([result.bound] if math.isfinite(result.bound) else [])]
@@ -235,20 +236,20 @@ def _worth(plan: Plan) -> Scale:
             strong=True,
         )
     ]
-    if (kept := plan_report.less_than_planned(plan)) is not None:
+    if (kept := promises.less_than_planned(plan)) is not None:
         simulated = with_unit(kept.rate_rps, result.unit) if kept.rate_rps else "none of the rates tried"
         rows.append(ScaleRow(label="Kept, simulated", text=simulated, share=kept.rate_rps / axis))
     if beside:
-        label = "Equal stages (unified)" if plan_report.excludes_unified(plan) else "Equal stages"
+        label = "Equal stages (unified)" if promises.excludes_unified(plan) else "Equal stages"
         label += ", simulated" if are_simulated else ""
         rows.append(ScaleRow(label=label, text=with_unit(beside, result.unit), share=beside / axis))
     bound = f"bound {with_unit(result.bound, result.unit)}" if math.isfinite(result.bound) else "no bound"
-    notes = [f"The line is the {bound}: {plan_report.verdict(plan)}."]
+    notes = [f"The line is the {bound}: {promises.verdict(plan)}."]
     if band:
         notes.append("The band shows the effect of the errors of the profiles.")
-    if (words := plan_report.beside_equal_stages(plan)) is not None:
+    if (words := promises.beside_equal_stages(plan)) is not None:
         notes.append(f"Equal stages are the usual setup of engines without a planner: {words}.")
-    if engines := plan_report.beside_engines(plan, hints=False):
+    if engines := promises.beside_engines(plan, hints=False):
         notes.append(f"What other engines would serve: {'; '.join(engines)}.")
     return Scale(title=f"How good it is: {result.objective.value}", rows=tuple(rows), note=" ".join(notes))
 
@@ -256,7 +257,7 @@ def _worth(plan: Plan) -> Scale:
 def _limits(plan: Plan) -> Scale:
     simulated, rows, without = Verified.of(plan).verification, list[ScaleRow](), list[str]()
     found = [] if simulated is None else limited_latencies(simulated, plan)
-    for each in plan_report.limits(plan):
+    for each in promises.limits(plan):
         name, reached, limit = each.name, each.value_s, each.limit_s
         remarks = f" ({', '.join(each.remarks())})" if each.remarks() else ""
         if limit is None:
@@ -468,7 +469,7 @@ def _profiles(plan: Plan, problem: PlacementProblem) -> Grid:
     """Return the origins of the profiles and their known errors."""
     used = {gpu for price in plan.prices if price.used for gpu in [price.gpu]} or set(problem.profiles)
     origins = _mapping(MadeFrom.of(plan).origins.get("profiles"))
-    expected = plan_report.range_of(plan)
+    expected = promises.range_of(plan)
     errors = {} if expected is None else expected.errors
     rows = list[tuple[str, ...]]()
     fits = used_fits({gpu: problem.profiles[gpu] for gpu in sorted(used)}, problem.model, problem.family.tp_sizes)
