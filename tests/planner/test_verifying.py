@@ -19,8 +19,8 @@ import pytest
 import hetis
 from hetis.formats.documents import load_plan
 from hetis.planner.cli import place as placing_verb
-from hetis.planner.cli import resource_views
 from hetis.planner.cli.exit_codes import ExitCode
+from hetis.planner.cli.server import resource_views
 from hetis.planner.convert.plans import OBJECTIVE_KINDS, result_to_proto
 from hetis.planner.report.figures import digits, seconds
 from hetis.planner.report.page import plan_section
