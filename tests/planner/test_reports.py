@@ -23,7 +23,7 @@ from hetis.planner.report.plan import (
 )
 from hetis.planner.use_cases.grouping import group_replicas
 from hetis.planner.use_cases.place import with_service_level
-from hetis.planner.use_cases.record_forms import NOT_COMPILED
+from hetis.planner.use_cases.record.forms import NOT_COMPILED
 from hetis.planner.use_cases.service_level import ServiceLevel, Statistic
 from hetis.planner.use_cases.sources import load_inputs
 from hetis.planner.use_cases.verification.choosing import TTFT

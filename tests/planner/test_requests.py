@@ -8,11 +8,11 @@ from typing import get_args
 import pytest
 
 import hetis
-from hetis.planner.cli.requests import CompareOptions, PlaceOptions, SearchOptions
+from hetis.planner.cli.parameters.requests import CompareOptions, PlaceOptions, SearchOptions
 from hetis.planner.convert.plan_specs import SAME, spec_from_request
 from hetis.planner.convert.plans import objective_from_proto
 from hetis.planner.library.arguments import CHECKS
-from hetis.planner.use_cases.record_forms import PLACES
+from hetis.planner.use_cases.record.forms import PLACES
 from hetis.planner.use_cases.request import FIELDS, LIMITS, Goal, Loss, PlacementRequest, RoleName, StatisticName
 from hetis.planner.use_cases.service_level import Statistic
 from hetis.solver.plan import ObjectiveKind, Role

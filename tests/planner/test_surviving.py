@@ -15,7 +15,7 @@ from hetis.planner.cli.app import run
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.use_cases import place as placing
 from hetis.planner.use_cases.place import PlacementSettings
-from hetis.planner.use_cases.record import Losses
+from hetis.planner.use_cases.record.parts import Losses
 from hetis.planner.use_cases.request import PlacementRequest
 from hetis.planner.use_cases.surviving import _equal_nodes
 from hetis.solver.budget import Budget, silent

@@ -19,19 +19,17 @@ import pytest
 import hetis
 from hetis.formats.documents import load_plan
 from hetis.planner.cli import place as placing_verb
-from hetis.planner.cli import resource_views
 from hetis.planner.cli.exit_codes import ExitCode
+from hetis.planner.cli.server import resource_views
 from hetis.planner.convert.plans import OBJECTIVE_KINDS, result_to_proto
 from hetis.planner.report.figures import digits, seconds
 from hetis.planner.report.page import plan_section
 from hetis.planner.report.page.pages import ShownPlan, plans_page
 from hetis.planner.report.plan import beside_equal_stages, headline, render_plan, simple_setups
-from hetis.planner.use_cases import latency_curve
 from hetis.planner.use_cases import place as placing_steps
 from hetis.planner.use_cases.grouping import group_replicas
-from hetis.planner.use_cases.judging import _attained, measured
 from hetis.planner.use_cases.place import PlacementSettings, missed, simulated_plan
-from hetis.planner.use_cases.record import Requested, Verified
+from hetis.planner.use_cases.record.parts import Requested, Verified
 from hetis.planner.use_cases.request import PlacementRequest
 from hetis.planner.use_cases.service_level import (
     DEFAULT,
@@ -41,29 +39,21 @@ from hetis.planner.use_cases.service_level import (
     requested_level,
     share_within,
 )
-from hetis.planner.use_cases.simulate import (
-    Question,
-    Simulated,
-    answer,
-    at_settings,
-    default_rate,
-    seats_of,
-    with_all_seats,
-    with_more_seats,
-)
+from hetis.planner.use_cases.simulation.engine_settings import at_settings, with_all_seats, with_more_seats
+from hetis.planner.use_cases.simulation.judging import _attained, measured
+from hetis.planner.use_cases.simulation.simulate import Question, Simulated, answer, default_rate, seats_of
 from hetis.planner.use_cases.sources import load_inputs, load_plan_and_problem
-from hetis.planner.use_cases.verification import choosing, rates
+from hetis.planner.use_cases.verification import choosing, latency_curve, rates
 from hetis.planner.use_cases.verification.choosing import (
     OUT_OF_TIME,
     SEARCH_OUT_OF_TIME,
     STOPPED_EARLY,
     noted_if_stopped,
 )
+from hetis.planner.use_cases.verification.lower_rates import KeptRate, StoppedError
 from hetis.planner.use_cases.verification.outcome import AS_PLANNED, misses, rate_to_simulate, settings_of
 from hetis.planner.use_cases.verification.rates import (
     LONGER,
-    KeptRate,
-    StoppedError,
     TriedRate,
     no_progress,
     num_requests_of,

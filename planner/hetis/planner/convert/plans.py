@@ -13,7 +13,7 @@ from google.protobuf.message import Message
 from hetis.engines.gpus import kind_of_type
 from hetis.engines.layout import kv_partners, seats_limit_of
 from hetis.formats.files import content_digest
-from hetis.planner.use_cases.record import Verified
+from hetis.planner.use_cases.record.parts import Verified
 from hetis.planner.use_cases.request import objective
 from hetis.planner.use_cases.verification.outcome import misses
 from hetis.solver.budget import Progress

@@ -25,7 +25,7 @@ from hetis.planner.export.ray_serve import HEAD, write_ray
 from hetis.planner.export.replicas import ExportSettings, Launchable, Written, images_in, launchable, weights_used
 from hetis.planner.export.routing import routing_files, shares_of
 from hetis.planner.export.stacks import write_dynamo, write_kserve, write_llm_d
-from hetis.planner.use_cases.record import MadeFrom
+from hetis.planner.use_cases.record.parts import MadeFrom
 from hetis.solver.model import ModelSpec
 from hetis.solver.plan import Plan, Role
 

@@ -21,7 +21,7 @@ from pydantic_core import ErrorDetails
 from hetis.formats.errors import DocumentError, Problem
 from hetis.formats.models.document import drafts
 from hetis.formats.units import parse_duration, parse_limit, parse_ratio
-from hetis.planner.use_cases.record_forms import PLACES
+from hetis.planner.use_cases.record.forms import PLACES
 from hetis.planner.use_cases.request import LIMITS
 from hetis.planner.use_cases.service_level import Statistic
 from hetis.solver.budget import Progress

@@ -19,7 +19,7 @@ from hetis.planner.report.tables import Narrowing, as_group, bullets, facts, gri
 from hetis.planner.use_cases.compare import Compared, Figures, best_of, figures_of, kept_of, why_outside
 from hetis.planner.use_cases.grouping import gpu_counts, used_counts
 from hetis.planner.use_cases.json_values import document, fields_of, json_value
-from hetis.planner.use_cases.record import Requested, Verified
+from hetis.planner.use_cases.record.parts import Requested, Verified
 from hetis.planner.use_cases.service_level import DEFAULT
 from hetis.planner.use_cases.sources import Inputs
 from hetis.planner.use_cases.what_if import BuyNext, FleetChange, ListedOffer, Side, WhatIf

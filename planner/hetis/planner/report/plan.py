@@ -51,7 +51,8 @@ from hetis.planner.report.tables import (
 )
 from hetis.planner.use_cases.compare import Figures, KeptPromise, cost_rate, figures_of, kept_of
 from hetis.planner.use_cases.grouping import ReplicaGroup, group_replicas, number_ranges
-from hetis.planner.use_cases.record import (
+from hetis.planner.use_cases.record.forms import NOT_COMPILED, EngineValue, Predicted
+from hetis.planner.use_cases.record.parts import (
     EqualStages,
     Losses,
     MadeFrom,
@@ -60,7 +61,6 @@ from hetis.planner.use_cases.record import (
     Requested,
     Verified,
 )
-from hetis.planner.use_cases.record_forms import NOT_COMPILED, EngineValue, Predicted
 from hetis.planner.use_cases.service_level import DEFAULT, Latency, limits_of
 from hetis.planner.use_cases.sources import Inputs, inputs_from_documents
 from hetis.planner.use_cases.verification.choosing import OUT_OF_TIME, stopped_simulation_of

@@ -23,10 +23,10 @@ from hetis.planner.store import ClusterRecord, ProfileRecord, etag_of
 from hetis.planner.use_cases import service_level
 from hetis.planner.use_cases.place import PlacementSettings
 from hetis.planner.use_cases.precision import gpu_types_of, in_precision
-from hetis.planner.use_cases.record_forms import PLACES
+from hetis.planner.use_cases.record.forms import PLACES
+from hetis.planner.use_cases.request import LIMITS
 from hetis.planner.use_cases.service_level import ServiceLevel, Statistic
 from hetis.planner.use_cases.sources import (
-    LIMITS,
     Inputs,
     LoadedInputs,
     engine_rules,

@@ -9,20 +9,19 @@ from __future__ import annotations
 import math
 import os
 import threading
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
-from hetis.formats import catalogue
 from hetis.planner.use_cases import service_level
 from hetis.planner.use_cases.any_engine import search_again
 from hetis.planner.use_cases.engine_values import with_engine_values
 from hetis.planner.use_cases.listing import kinds_in_a_zone, refuse_unlisted, stages_to_list
 from hetis.planner.use_cases.precision import for_engine, in_precision, notes_on_exchange
-from hetis.planner.use_cases.record import ConstraintCosts, MadeFrom, Requested, Verified
-from hetis.planner.use_cases.record_forms import MAY_DIFFER
+from hetis.planner.use_cases.prices import catalogue_market, constraint_prices, with_prices
+from hetis.planner.use_cases.record.forms import MAY_DIFFER
+from hetis.planner.use_cases.record.parts import MadeFrom, Requested, Verified
 from hetis.planner.use_cases.request import PlacementRequest, path_or_value, ratio_of
 from hetis.planner.use_cases.robustness.profile_errors import profile_notes, with_profile_errors
 from hetis.planner.use_cases.robustness.study import Robustness, study, with_robustness
@@ -33,10 +32,9 @@ from hetis.planner.use_cases.verification import equal_stages
 from hetis.planner.use_cases.verification.choosing import OUT_OF_TIME, Again, kept_plan, with_rate_of_equal_stages
 from hetis.planner.use_cases.verification.outcome import MISSES_AT, misses
 from hetis.planner.use_cases.verification.queueing import with_queueing
-from hetis.planner.use_cases.verification.rates import RunReport
+from hetis.planner.use_cases.verification.rates import simulation_report
 from hetis.planner.use_cases.versions import installed_versions
-from hetis.profiler.defaults import default_profile
-from hetis.solver.budget import Budget, Progress, Report, SearchSettings
+from hetis.solver.budget import Budget, Report, SearchSettings
 from hetis.solver.errors import InvalidProblemError, NoPlanFoundError, UncheckedPlanError
 from hetis.solver.plan import DEFAULT_STRATEGY, DEFAULT_TIME_LIMIT_S, Objective, Plan, Role
 from hetis.solver.problem import EngineRules, PlacementProblem
@@ -44,7 +42,7 @@ from hetis.solver.search_clock import search_seconds
 from hetis.solver.workload import Workload
 
 if TYPE_CHECKING:
-    from hetis.solver.placement.infeasible import Market, Offer
+    from hetis.solver.placement.infeasible import Market
     from hetis.solver.planning import ConstraintPrice
 
 TO_SURVIVE = 0.5  # share of the time left for each search for a plan that survives a loss: others may follow
@@ -204,8 +202,11 @@ def place(
     )
     problem = replace(problem, objective=plan.objective)  # its demand is larger if a loss must be survived
     plan = _verified(plan, request, loaded, problem, budget(request.simulation_limit_s), report)
-    prices = _constraint_prices(plan, problem, settings, budget(), report) if request.price_pins else ()
-    plan = _with_prices(plan, prices)
+    again = SearchSettings(
+        budget=budget(), gap_target=settings.gap_target, seed=settings.seed, threads=settings.threads, report=report
+    )
+    prices = constraint_prices(plan, problem, again) if request.price_pins else ()
+    plan = with_prices(plan, prices)
     if request.profile_error is None or not plan.replicas:
         return PlacedPlan(plan=plan, prices=prices)
     found = study(
@@ -461,61 +462,3 @@ def with_inputs(
         documents=loaded.inputs.documents(),
     )
     return made_from.on(request.on(plan))
-
-
-def simulation_report(plan: Plan, report: Report) -> RunReport:
-    """Return a callback that reports simulations as progress of the search, for each quarter of a run's requests."""
-    started_s, reported = time.monotonic() - plan.result.solve_s, (0.0, 0, 0)
-
-    def run(rate_rps: float, given: int, total: int) -> None:
-        nonlocal reported
-        if reported == (reported := (rate_rps, given * 4 // max(total, 1), total)):
-            return
-        phase = f"simulating {rate_rps:.4g} requests/s, {given:,} of {total:,}"
-        if not total:
-            phase = "compiling the dispatcher (only once; takes a minute or two)"
-        report(Progress(phase=phase, elapsed_s=time.monotonic() - started_s, incumbent=plan.result.value))
-
-    return run
-
-
-def _constraint_prices(
-    plan: Plan, problem: PlacementProblem, settings: PlacementSettings, budget: Budget, report: Report
-) -> tuple[ConstraintPrice, ...]:
-    """Return the cost of every constraint; empty if the problem has none."""
-    if not problem.constraints:
-        return ()
-    from hetis.solver.planning import price_constraints
-
-    search = SearchSettings(
-        budget=budget, gap_target=settings.gap_target, seed=settings.seed, threads=settings.threads, report=report
-    )
-    return price_constraints(problem, plan, search)
-
-
-def _with_prices(plan: Plan, prices: Sequence[ConstraintPrice]) -> Plan:
-    rows = [
-        {
-            "constraints": [str(each) for each in price.constraints],
-            "least": price.least,
-            "most": price.most,
-            "solved": price.is_solved,
-        }
-        for price in prices
-    ]
-    return ConstraintCosts(prices=rows).on(plan) if rows else plan
-
-
-def catalogue_market() -> Sequence[Offer]:
-    """Return what could be added to any fleet: the catalogue's GPU types with a price, with their default profiles."""
-    from hetis.solver.placement.infeasible import Offer
-
-    offers = []
-    for entry in catalogue.gpus():
-        if entry.gpu.usd_per_hour is not None:
-            try:
-                _, profile = default_profile(entry.gpu)
-            except InvalidProblemError:
-                continue
-            offers.append(Offer(gpu=entry.gpu, profile=profile))
-    return offers

@@ -44,7 +44,7 @@ from hetis.planner.report.simulation_pictures import Panel
 from hetis.planner.report.tables import SimulationRemarks, kept_beyond
 from hetis.planner.use_cases.compare import cost_rate
 from hetis.planner.use_cases.grouping import ReplicaGroup, group_replicas
-from hetis.planner.use_cases.record import Losses, MadeFrom, Requested, Verified
+from hetis.planner.use_cases.record.parts import Losses, MadeFrom, Requested, Verified
 from hetis.planner.use_cases.robustness.profile_errors import used_fits
 from hetis.planner.use_cases.verification.choosing import OUT_OF_TIME, stopped_simulation_of
 from hetis.planner.use_cases.verification.outcome import attained, limited_latencies, misses

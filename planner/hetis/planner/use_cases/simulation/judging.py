@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from hetis.planner.use_cases.record import Requested
+from hetis.planner.use_cases.record.parts import Requested
 from hetis.planner.use_cases.service_level import (
     DEFAULT,
     Latency,

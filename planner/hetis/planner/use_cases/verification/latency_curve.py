@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from hetis.planner.use_cases.record import Verified
-from hetis.planner.use_cases.simulate import default_rate
+from hetis.planner.use_cases.record.parts import Verified
+from hetis.planner.use_cases.simulation.simulate import default_rate
 from hetis.planner.use_cases.verification.outcome import AS_PLANNED, promising, settings_of
 from hetis.planner.use_cases.verification.rates import (
     TriedRate,

@@ -13,7 +13,7 @@ from typing import Any, TypeVar, dataclass_transform
 
 from hetis.formats.errors import DocumentError, Problem
 from hetis.planner.use_cases.json_values import json_value
-from hetis.planner.use_cases.record_forms import (
+from hetis.planner.use_cases.record.forms import (
     EngineValue,
     Errors,
     Searched,
