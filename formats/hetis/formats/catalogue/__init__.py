@@ -237,7 +237,7 @@ class UnknownNameError(HetisError):
 
 
 # Words of vendors and drivers (`nvidia-smi` says "NVIDIA GeForce RTX 3090") that do not distinguish boards.
-_IGNORED = {"nvidia", "geforce", "tesla", "amd", "instinct", "intel", "habana", "generation"}
+_IGNORED = {"nvidia", "geforce", "tesla", "amd", "instinct", "intel", "habana", "generation", "oam"}
 # Parts that several boards share: on their own they name nothing.
 _SHARED = re.compile(r"\d+gb|pcie|sxm|nvl|per|gpu|rtx|quadro|pro|server|ada|arc")
 # Names that `nvidia-smi` and `rocm-smi` give to boards whose catalogue name has other parts.
@@ -247,7 +247,6 @@ _GPU_ALIASES = {
     "b300-sxm-ac": "B300-SXM-288GB",  # air-cooled
     "rtx-pro-6000-blackwell-server-edition": "RTX-PRO-6000-Server-96GB",
     "r-arc-tm-pro-b60-graphics": "Arc-Pro-B60-24GB",
-    "mi300x-oam": "MI300X-192GB",
     "gh200-480gb": "GH200-96GB",  # 480 GB is the CPU's memory
     "a16": "A16-per-GPU",
     "rtx-6000-ada-generation": "RTX-6000-Ada",

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 import typer
 
 from hetis.commands.terminal import Terminal
-from hetis.planner.cli import options, values
 from hetis.planner.cli.exit_codes import ExitCode
-from hetis.planner.cli.options import group, panel, verb
-from hetis.planner.cli.requests import requested
+from hetis.planner.cli.parameters import options, values
+from hetis.planner.cli.parameters.options import group, panel, verb
+from hetis.planner.cli.parameters.requests import requested
 from hetis.planner.cli.searching import work_interruptibly
 from hetis.solver.budget import Budget
 from hetis.solver.search_clock import search_seconds

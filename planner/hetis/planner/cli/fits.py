@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hetis.commands.terminal import OutputFormat, Terminal
-from hetis.planner.cli import values
 from hetis.planner.cli.exit_codes import ExitCode
-from hetis.planner.cli.options import group, option, panel, verb
+from hetis.planner.cli.parameters import values
+from hetis.planner.cli.parameters.options import group, option, panel, verb
 
 if TYPE_CHECKING:
     from hetis.planner.use_cases.fits import EngineChoice

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hetis.commands.terminal import OutputFormat, Terminal
-from hetis.planner.cli import options, outputs, requests, values
+from hetis.planner.cli import outputs
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.cli.failures import report_no_plan, say_failure
-from hetis.planner.cli.options import group, panel, verb
+from hetis.planner.cli.parameters import options, requests, values
+from hetis.planner.cli.parameters.options import group, panel, verb
 from hetis.planner.cli.searching import search_interruptibly
 from hetis.solver.budget import Budget, Report
 from hetis.solver.errors import InfeasibleError, NoPlanFoundError

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hetis.commands.terminal import OutputFormat, Terminal
-from hetis.planner.cli import options
 from hetis.planner.cli.changes import DEFAULT_COUNT, count_option
 from hetis.planner.cli.exit_codes import ExitCode
-from hetis.planner.cli.options import PlanArgument, group, option, verb
 from hetis.planner.cli.outputs import refuse_unwritable_page, save_page
-from hetis.planner.cli.requests import requested
+from hetis.planner.cli.parameters import options
+from hetis.planner.cli.parameters.options import PlanArgument, group, option, verb
+from hetis.planner.cli.parameters.requests import requested
 from hetis.planner.cli.searching import search_interruptibly, simulate_interruptibly
 from hetis.planner.report.figures import plural
 from hetis.solver.budget import Budget, Report

@@ -13,12 +13,13 @@ import typer
 from hetis.commands.terminal import Terminal
 from hetis.formats.errors import DocumentError
 from hetis.formats.files import write_atomically
-from hetis.planner.cli import options, outputs, values
+from hetis.planner.cli import outputs
 from hetis.planner.cli.dispatch import announce_compilation
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.cli.failures import refuse
-from hetis.planner.cli.options import PlanArgument, group, panel, verb
-from hetis.planner.cli.requests import requested
+from hetis.planner.cli.parameters import options, values
+from hetis.planner.cli.parameters.options import PlanArgument, group, panel, verb
+from hetis.planner.cli.parameters.requests import requested
 from hetis.planner.cli.searching import simulate_interruptibly
 from hetis.planner.use_cases.service_level import Statistic
 

@@ -17,12 +17,13 @@ from hetis.formats.documents import Value, dump, load, load_cluster, load_model,
 from hetis.formats.errors import DocumentError
 from hetis.formats.files import write_atomically
 from hetis.formats.positions import parse_text
-from hetis.planner.cli import options
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.cli.outputs import STDOUT, refuse_unwritable
-from hetis.planner.cli.requests import options_given
-from hetis.planner.cli.resource_views import list_data, outcome, plan_summary, resource_data, wait_for_plan
-from hetis.planner.cli.server_verb import called, fetched, full_name, id_of
+from hetis.planner.cli.parameters import options
+from hetis.planner.cli.parameters.requests import options_given
+from hetis.planner.cli.server.resource_views import list_data, plan_summary, resource_data
+from hetis.planner.cli.server.server_verb import called, fetched, full_name, id_of
+from hetis.planner.cli.server.waiting import outcome, wait_for_plan
 from hetis.planner.client import CallError, Client, document_of_file
 from hetis.planner.convert.plan_specs import spec_from_request
 from hetis.planner.use_cases.record.parts import MadeFrom
