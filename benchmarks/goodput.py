@@ -23,8 +23,8 @@ from dataclasses import dataclass, replace
 from benchmarks.measuring import rows
 from benchmarks.measuring.instances import NODE_SIZES, fleet, problem
 from benchmarks.measuring.rows import Row
-from hetis.planner.use_cases.record import Verified
-from hetis.planner.use_cases.simulate import Question, answer
+from hetis.planner.use_cases.record.parts import Verified
+from hetis.planner.use_cases.simulation.simulate import Question, answer
 from hetis.planner.use_cases.verification.choosing import verified_plan
 from hetis.planner.use_cases.verification.equal_stages import other_plan
 from hetis.planner.use_cases.verification.outcome import settings_of

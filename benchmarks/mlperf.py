@@ -37,9 +37,10 @@ from benchmarks.measuring.mlperf_rows import (
 )
 from benchmarks.measuring.published_points import FOLDER, NotPosedError
 from benchmarks.measuring.rows import Cell, Row
-from hetis.formats import catalogue, dtypes
+from hetis.formats import catalogue
 from hetis.formats.documents import load_model
-from hetis.planner.use_cases.record_forms import Range
+from hetis.formats.models import dtypes
+from hetis.planner.use_cases.record.forms import Range
 from hetis.planner.use_cases.robustness import profile_errors
 from hetis.planner.use_cases.sources import family_of
 from hetis.profiler.defaults import shipped_profile

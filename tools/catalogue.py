@@ -18,9 +18,10 @@ from typing import Any
 
 import numpy as np
 
-from hetis.formats import catalogue, dtypes
+from hetis.formats import catalogue
 from hetis.formats.layers import described_in_short, model_in_short
-from hetis.formats.model import load_model
+from hetis.formats.models import dtypes
+from hetis.formats.models.document import load_model
 from hetis.formats.traces import length_bins
 from hetis.solver.cluster import GpuType
 from hetis.solver.model import ModelSpec

@@ -19,8 +19,9 @@ from typing import Any
 
 from benchmarks.measuring.published_points import NotPosedError
 from benchmarks.measuring.published_settings import Run, Settings, settings_elsewhere, settings_of, with_ranks
-from hetis.formats import catalogue, dtypes
-from hetis.formats.huggingface import model_from_config
+from hetis.formats import catalogue
+from hetis.formats.models import dtypes
+from hetis.formats.models.huggingface import model_from_config
 from hetis.formats.positions import parse_text
 from hetis.profiler.importers.reading import catalogue_name
 from hetis.solver.cost import rank_shape

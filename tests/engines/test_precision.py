@@ -7,7 +7,7 @@ import pytest
 from hetis.engines.gpus import CAPABILITIES
 from hetis.engines.precision import SUPPORT, refusal_of, remarks
 from hetis.formats import catalogue
-from hetis.formats.dtypes import PRECISIONS, with_precision
+from hetis.formats.models.dtypes import PRECISIONS, with_precision
 from hetis.solver.cluster import GpuType
 from hetis.solver.model import Kernel, ModelSpec
 from tests.models import replace

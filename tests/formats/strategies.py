@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from hetis.formats import catalogue
 from hetis.formats.dispatch_state import NewRequestPart, NewRequests
-from hetis.formats.dtypes import PRECISIONS
+from hetis.formats.models.dtypes import PRECISIONS
 from hetis.formats.saved_state import AttentionPiece, HeadsPart, RunningPart, SavedDevice, SavedState
 from hetis.formats.tenants import FleetTenantPart, FleetTenants
 from hetis.solver.cluster import Cluster, GpuSlots, GpuType, Link, Network, NodeGroup

@@ -10,7 +10,7 @@ import pytest
 
 from hetis.formats.documents import dump
 from hetis.formats.errors import DocumentError
-from hetis.formats.model import load_model
+from hetis.formats.models.document import load_model
 from hetis.solver.model import Experts, ModelSpec
 from tests.formats.test_huggingface import FOLDER, config_of, load
 from tests.models import InShort, replace, shape_of

@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hetis.formats.config_json import Config
 from hetis.formats.documents import dump
 from hetis.formats.errors import DocumentError
 from hetis.formats.layers import described_in_short
-from hetis.formats.linear_attention import lightning_attention
-from hetis.formats.model import load_model
+from hetis.formats.models.config_json import Config
+from hetis.formats.models.document import load_model
+from hetis.formats.models.linear_attention import lightning_attention
 from hetis.formats.positions import Text
 from hetis.solver.model import Experts
 from tests.formats.test_huggingface import FOLDER, MODELOPT, config_of, load

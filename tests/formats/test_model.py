@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from hetis.formats import catalogue, dtypes
+from hetis.formats import catalogue
 from hetis.formats.documents import dump
 from hetis.formats.errors import DocumentError
-from hetis.formats.model import drafts, load_model
+from hetis.formats.models import dtypes
+from hetis.formats.models.document import drafts, load_model
 from hetis.solver.model import ModelSpec
 from tests.models import InShort
 

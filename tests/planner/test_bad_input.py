@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from hetis.formats.documents import dump
 from hetis.planner.cli.app import run
-from hetis.planner.use_cases.record import Requested
+from hetis.planner.use_cases.record.parts import Requested
 from hetis.planner.use_cases.sources import load_inputs
 from hetis.solver.problem import EngineRules
 from tests.planner import plans

@@ -19,7 +19,7 @@ from hetis.planner.report.comparison import model_words
 from hetis.planner.use_cases import compare as comparing
 from hetis.planner.use_cases.compare import Searches, best_of, compare_strategies, figures_of, kept_of, why_outside
 from hetis.planner.use_cases.place import PlacementSettings
-from hetis.planner.use_cases.record import Requested
+from hetis.planner.use_cases.record.parts import Requested
 from hetis.planner.use_cases.service_level import ServiceLevel
 from hetis.planner.use_cases.sources import Inputs, engine_rules, load_inputs
 from hetis.planner.use_cases.verification.choosing import STOPPED_EARLY

@@ -16,10 +16,11 @@ import hetis.solver.planning as planning
 from hetis.planner.jobs.kernels import load_kernels
 from hetis.planner.use_cases import engine_values
 from hetis.planner.use_cases.engine_values import with_engine_values
-from hetis.planner.use_cases.place import PlacementSettings, objective, search
+from hetis.planner.use_cases.place import PlacementSettings, search
 from hetis.planner.use_cases.precision import for_engine
-from hetis.planner.use_cases.record import OtherEngines
-from hetis.planner.use_cases.record_forms import EngineValue
+from hetis.planner.use_cases.record.forms import EngineValue
+from hetis.planner.use_cases.record.parts import OtherEngines
+from hetis.planner.use_cases.request import objective
 from hetis.planner.use_cases.sources import LoadedInputs, engine_rules, load_inputs
 from hetis.solver.budget import Budget, silent
 from hetis.solver.errors import NoPlanFoundError

@@ -7,7 +7,7 @@ import threading
 import pytest
 
 from hetis.planner.use_cases.engine_values import _by_equal_stages
-from hetis.planner.use_cases.record_forms import EngineValue
+from hetis.planner.use_cases.record.forms import EngineValue
 from hetis.planner.use_cases.verification import equal_stages
 from hetis.solver.budget import Budget, SearchSettings
 from hetis.solver.constraints import Exclude, Selection, Unit, WithoutTp

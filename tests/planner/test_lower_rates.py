@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from hetis.planner.use_cases.verification.rates import LowerRates, StoppedError
+from hetis.planner.use_cases.verification.lower_rates import LowerRates, StoppedError
 
 
 @pytest.mark.parametrize(

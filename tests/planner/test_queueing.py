@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from hetis.planner.report.explanation import render_explanation
 from hetis.planner.report.figures import seconds
-from hetis.planner.use_cases.simulate import Question, answer, default_rate, with_more_seats
+from hetis.planner.use_cases.simulation.engine_settings import with_more_seats
+from hetis.planner.use_cases.simulation.simulate import Question, answer, default_rate
 from hetis.planner.use_cases.verification.queueing import (
     EqualPrefills,
     EqualReplicas,

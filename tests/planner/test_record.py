@@ -9,8 +9,8 @@ import pytest
 
 from hetis.formats.documents import from_data, to_data
 from hetis.formats.errors import DocumentError
-from hetis.planner.use_cases.record import EqualStages, Losses, MadeFrom, OtherEngines, Part, Requested, Verified
-from hetis.planner.use_cases.record_forms import EngineValue, Searched, Tightening, Verification
+from hetis.planner.use_cases.record.forms import EngineValue, Searched, Tightening, Verification
+from hetis.planner.use_cases.record.parts import EqualStages, Losses, MadeFrom, OtherEngines, Part, Requested, Verified
 from hetis.planner.use_cases.service_level import ServiceLevel
 from hetis.solver.advice import Loss
 from hetis.solver.plan import Plan, Role

@@ -15,8 +15,9 @@ import pytest
 from hetis.formats.documents import load_cluster, load_model, load_plan, load_workload, to_data
 from hetis.planner.cli.app import run
 from hetis.planner.cli.exit_codes import ExitCode
-from hetis.planner.use_cases.place import PlacementSettings, make_plan, objective
-from hetis.planner.use_cases.record import ProfileErrors
+from hetis.planner.use_cases.place import PlacementSettings, make_plan
+from hetis.planner.use_cases.record.parts import ProfileErrors
+from hetis.planner.use_cases.request import objective
 from hetis.planner.use_cases.robustness import study as robustness
 from hetis.planner.use_cases.robustness.fixed_plan import FixedPlan, Performance, Profiles, structure_of
 from hetis.planner.use_cases.robustness.profile_errors import (

@@ -13,7 +13,7 @@ from hetis.formats.documents import load_cluster, load_plan
 from hetis.planner.cli.sharing import ShareRule
 from hetis.planner.report.sharing import holds
 from hetis.planner.use_cases.place import ONE_TOKEN
-from hetis.planner.use_cases.record import Requested
+from hetis.planner.use_cases.record.parts import Requested
 from hetis.solver.budget import Report
 from hetis.solver.tenants.problem import TenantRule
 from tests.planner.command_line import EXAMPLES, hetis_plan_here, invoke

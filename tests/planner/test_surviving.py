@@ -14,14 +14,15 @@ import pytest
 from hetis.planner.cli.app import run
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.use_cases import place as placing
-from hetis.planner.use_cases.place import PlacementRequest, PlacementSettings
-from hetis.planner.use_cases.record import Losses
+from hetis.planner.use_cases.place import PlacementSettings
+from hetis.planner.use_cases.record.parts import Losses
+from hetis.planner.use_cases.request import PlacementRequest
 from hetis.planner.use_cases.surviving import _equal_nodes
 from hetis.solver.budget import Budget, silent
 from hetis.solver.cluster import GpuSlots, NodeGroup
 from hetis.solver.constraints import Exclude, Selection, Unit
 from hetis.solver.errors import NoPlanFoundError
-from hetis.solver.plan import Objective, ObjectiveKind, Plan
+from hetis.solver.plan import Plan
 from hetis.solver.problem import PlacementProblem
 from tests.engines.plans import plan_of, stage_of
 from tests.solver.instances import make_problem, make_profile
@@ -254,18 +255,18 @@ def test_all_searches_together_keep_the_time_limit(
         return solve(problem, settings, budget=Budget(), **more)
 
     monkeypatch.setattr(placing, "search", slow)
-    goal = Objective(kind=ObjectiveKind.GPUS, demand_rps=0.5, ttft_limit_s=None, tpot_limit_s=None)
     request = PlacementRequest(
-        cluster="fleet.yaml", model="Llama-2-7B", workload="1024/256", objective=goal,
-        settings=PlacementSettings(survive="node", time_limit_s=60.0),
+        cluster="fleet.yaml", model="Llama-2-7B", workload="1024/256", objective="gpus", rate=0.5, ttft=None, tpot=None,
+        survive="node", engine="any",
     )  # fmt: skip
+    settings = placing.settings_of(request)
     loaded = placing.load(request)
     problem, budget = placing.pose(request, loaded), Budget(time_limit_s=60.0, clock=lambda: now_s)
     if is_found:
-        placing.make_plan(loaded, problem, request.settings, budget=budget, report=silent)
+        placing.make_plan(loaded, problem, settings, budget=budget, report=silent)
     else:
         with pytest.raises(NoPlanFoundError, match=r"all searches for --survive share 60 s$"):
-            placing.make_plan(loaded, problem, request.settings, budget=budget, report=silent)
+            placing.make_plan(loaded, problem, settings, budget=budget, report=silent)
     assert len(limits_s) > 2
     assert limits_s[:3] == [30.0, 15.0, 7.5]
     assert now_s < 60.0

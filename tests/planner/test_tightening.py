@@ -8,11 +8,12 @@ from dataclasses import replace
 import pytest
 
 from benchmarks.measuring.instances import fleet, problem
-from hetis.planner.use_cases.record import Verified
-from hetis.planner.use_cases.record_forms import Tightening, Verification
+from hetis.planner.use_cases.record.forms import Tightening, Verification
+from hetis.planner.use_cases.record.parts import Verified
 from hetis.planner.use_cases.verification import choosing, rates
 from hetis.planner.use_cases.verification.choosing import TTFT, verified_plan
-from hetis.planner.use_cases.verification.rates import KeptRate, StoppedError, no_progress
+from hetis.planner.use_cases.verification.lower_rates import KeptRate, StoppedError
+from hetis.planner.use_cases.verification.rates import no_progress
 from hetis.solver.budget import Budget
 from hetis.solver.errors import InfeasibleError
 from hetis.solver.plan import Objective, ObjectiveKind, Plan, ReplicaPlan, SolveResult, StagePlan, Status

@@ -19,19 +19,19 @@ import pytest
 import hetis
 from hetis.formats.documents import load_plan
 from hetis.planner.cli import place as placing_verb
-from hetis.planner.cli import resource_views
 from hetis.planner.cli.exit_codes import ExitCode
+from hetis.planner.cli.server import resource_views
 from hetis.planner.convert.plans import OBJECTIVE_KINDS, result_to_proto
 from hetis.planner.report.figures import digits, seconds
-from hetis.planner.report.page import plan_section
+from hetis.planner.report.page import key_figures, plan_section
 from hetis.planner.report.page.pages import ShownPlan, plans_page
-from hetis.planner.report.plan import beside_equal_stages, headline, render_plan, simple_setups
-from hetis.planner.use_cases import latency_curve
+from hetis.planner.report.plan import headline, render_plan
+from hetis.planner.report.promises import beside_equal_stages, simple_setups
 from hetis.planner.use_cases import place as placing_steps
 from hetis.planner.use_cases.grouping import group_replicas
-from hetis.planner.use_cases.judging import _attained, measured
-from hetis.planner.use_cases.place import PlacementRequest, PlacementSettings, missed, simulated_plan
-from hetis.planner.use_cases.record import Requested, Verified
+from hetis.planner.use_cases.place import PlacementSettings, missed, simulated_plan
+from hetis.planner.use_cases.record.parts import Requested, Verified
+from hetis.planner.use_cases.request import PlacementRequest
 from hetis.planner.use_cases.service_level import (
     DEFAULT,
     Latency,
@@ -40,29 +40,21 @@ from hetis.planner.use_cases.service_level import (
     requested_level,
     share_within,
 )
-from hetis.planner.use_cases.simulate import (
-    Question,
-    Simulated,
-    answer,
-    at_settings,
-    default_rate,
-    seats_of,
-    with_all_seats,
-    with_more_seats,
-)
+from hetis.planner.use_cases.simulation.engine_settings import at_settings, with_all_seats, with_more_seats
+from hetis.planner.use_cases.simulation.judging import _attained, measured
+from hetis.planner.use_cases.simulation.simulate import Question, Simulated, answer, default_rate, seats_of
 from hetis.planner.use_cases.sources import load_inputs, load_plan_and_problem
-from hetis.planner.use_cases.verification import choosing, rates
+from hetis.planner.use_cases.verification import choosing, latency_curve, rates
 from hetis.planner.use_cases.verification.choosing import (
     OUT_OF_TIME,
     SEARCH_OUT_OF_TIME,
     STOPPED_EARLY,
     noted_if_stopped,
 )
+from hetis.planner.use_cases.verification.lower_rates import KeptRate, StoppedError
 from hetis.planner.use_cases.verification.outcome import AS_PLANNED, misses, rate_to_simulate, settings_of
 from hetis.planner.use_cases.verification.rates import (
     LONGER,
-    KeptRate,
-    StoppedError,
     TriedRate,
     no_progress,
     num_requests_of,
@@ -919,7 +911,7 @@ def test_a_time_limit_that_is_given_limits_the_simulation_too(
     cluster = str(placed.with_name("cluster.yaml"))
     assert invoke("place", "-c", cluster, "-m", "Llama-2-7B", "-w", "500/100", *options).exit_code == ExitCode.OK
     [request] = asked
-    assert request.settings.time_limit_s == search_s
+    assert request.time_limit_s == search_s
     assert request.simulation_limit_s == simulation_s
 
 
@@ -1141,7 +1133,7 @@ def test_every_output_says_which_part_was_simulated(pair: Placed, share: float, 
 
 
 def page_of(plan: Plan) -> str:
-    return " ".join(f"{tile.value} {tile.note}" for tile in plan_section._simulated(plan))
+    return " ".join(f"{tile.value} {tile.note}" for tile in key_figures._simulated(plan))
 
 
 @pytest.mark.parametrize("kept_rps", [1.5, None, 9.0])

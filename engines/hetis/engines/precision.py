@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from hetis.engines.attention import TRITON_FP8, reads_fp8_by_triton
 from hetis.engines.gpus import BFLOAT16, CAPABILITIES
-from hetis.formats.dtypes import kv_of, weights_of
+from hetis.formats.models.dtypes import kv_of, weights_of
 from hetis.solver.cluster import GpuType
 from hetis.solver.model import Kernel, ModelSpec
 
@@ -36,7 +36,7 @@ class Support:
     version: str
     project: str  # the project whose repository has the sources
     engine: Least  # minimum at any precision
-    weights: Mapping[str, Least]  # by precision, a name in `hetis.formats.dtypes.PRECISIONS`
+    weights: Mapping[str, Least]  # by precision, a name in `hetis.formats.models.dtypes.PRECISIONS`
     fp8_kv: Mapping[Kernel, Least]  # by kernels of attention
     attention: Mapping[Kernel, Least]  # likewise, in any precision
 

@@ -23,7 +23,7 @@ from hetis.solver.model import (
 )  # fmt: skip
 
 Shape = Mapping[str, Any]
-"""The fields of one of the shapes in a file of a model, such as ``mla``; see `hetis.formats.layer_parts`."""
+"""The fields of one of the shapes in a file of a model, such as ``mla``; see `hetis.formats.models.layer_parts`."""
 IN_SHORT = (
     *("num_layers", "intermediate", "q_heads", "kv_heads", "head_dim", "gated_mlp", "gated_attention"),
     *("sliding_window", "sliding_layers", "mla", "moe", "linear", "indexer", "compressed"),

@@ -16,7 +16,7 @@ from hetis.engines.precision import DEPRECATED, SUPPORT, Least, why_not_loaded
 from hetis.engines.serving import DECIDED, decided_in
 from hetis.engines.versions import VERSIONS, Engine
 from hetis.formats import catalogue
-from hetis.formats.dtypes import with_precision
+from hetis.formats.models.dtypes import with_precision
 from hetis.planner.export.replicas import LaunchableReplica, launchable
 from hetis.solver.plan import Role
 from tests.engines.installed_vllm import said_by_vllm

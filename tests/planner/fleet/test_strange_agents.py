@@ -13,12 +13,13 @@ import pytest
 from hetis.planner.convert.names import last_part
 from hetis.planner.failures import Reason, ServiceError
 from hetis.planner.fleet import deciding
-from hetis.planner.fleet import fleet as fleets
-from hetis.planner.fleet.changes import MOST_OF_NODE
-from hetis.planner.fleet.cluster import MOST_UNDECLARED
+from hetis.planner.fleet.admission import MOST_UNDECLARED
+from hetis.planner.fleet.agent_messages import check_hello
 from hetis.planner.fleet.deltas import ROOM
-from hetis.planner.fleet.fleet import Stream
-from hetis.planner.fleet.link import _MOST_FOREIGN, _MOST_REMOVALS, HeadMapPieces, check_hello
+from hetis.planner.fleet.head_maps import HeadMapPieces
+from hetis.planner.fleet.late_changes import MOST_OF_NODE
+from hetis.planner.fleet.link import _MOST_FOREIGN, _MOST_REMOVALS
+from hetis.planner.fleet.stream import MOST_BYTES, MOST_MESSAGES, Stream
 from hetis.planner.fleet.writes import apply
 from hetis.planner.store import NodeRecord
 from hetis.v1 import agent_service_pb2 as pb
@@ -313,13 +314,13 @@ def test_a_hello_with_texts_that_are_too_long_is_refused() -> None:
 
 def test_an_agent_that_takes_nothing_is_not_kept_in_memory_for_ever() -> None:
     stream = Stream("s")
-    assert stream.send([pb.ConnectNodeResponse()] * fleets.MOST_MESSAGES)
+    assert stream.send([pb.ConnectNodeResponse()] * MOST_MESSAGES)
     assert not stream.send([pb.ConnectNodeResponse()])
     assert not stream._queue
     heavy = Stream("s")
     text = "x" * 2**20
     heavy_message = pb.ConnectNodeResponse(goodbye=pb.Goodbye(reason=text))
-    assert not heavy.send([heavy_message] * (fleets.MOST_BYTES // len(text) + 1))
+    assert not heavy.send([heavy_message] * (MOST_BYTES // len(text) + 1))
 
 
 async def test_streams_that_end_with_one_error_do_not_gather_each_others_frames() -> None:

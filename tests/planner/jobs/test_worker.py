@@ -16,7 +16,7 @@ from hetis.planner.jobs.messages import FoundPlan, PosedProblem, posed_from_json
 from hetis.planner.jobs.pool import Begun, News, PoolSettings, SolverPool, SolverProcess
 from hetis.planner.jobs.searching import solve
 from hetis.planner.use_cases.place import PlacementSettings
-from hetis.planner.use_cases.record import Verified
+from hetis.planner.use_cases.record.parts import Verified
 from hetis.planner.use_cases.service_level import ServiceLevel, Statistic
 from hetis.planner.use_cases.sources import load_inputs, problem_of_plan
 from hetis.solver.budget import Progress

@@ -16,22 +16,20 @@ from hetis.formats.errors import DocumentError
 from hetis.planner.cli import (
     changes,
     cluster,
-    deleting,
     dispatch,
     export,
     files,
     fits,
     installation,
-    node_verbs,
     place,
-    planner_verbs,
     plans,
     sharing,
     simulate,
 )
-from hetis.planner.cli.defaults import default_files, default_map
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.cli.failures import report_failure
+from hetis.planner.cli.parameters.defaults import default_files, default_map
+from hetis.planner.cli.server import deleting, node_verbs, planner_verbs
 
 app = typer.Typer(
     name="hetis-plan",
@@ -103,7 +101,7 @@ def main() -> NoReturn:
 def run(arguments: Sequence[str]) -> int:
     """Run one command line and return its exit code; errors are printed on stderr."""
     if "_HETIS_PLAN_COMPLETE" in os.environ:  # the script printed by `completion` requests completions
-        from hetis.planner.cli.completing import offer_completions
+        from hetis.planner.cli.parameters.completing import offer_completions
 
         offer_completions()
     return run_application(app, "hetis-plan", arguments, report_failure, defaults=lambda: _defaults_for(arguments))

@@ -12,12 +12,12 @@ import typer
 from hetis.commands.terminal import Terminal
 from hetis.formats.discovery import FleetSource
 from hetis.formats.files import file_label, write_atomically
-from hetis.planner.cli import values
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.cli.files import EXAMPLE_LENGTHS, EXAMPLE_MODEL
-from hetis.planner.cli.options import given_in, group, option, refuse_without, verb
 from hetis.planner.cli.outputs import STDOUT, refuse_overwriting
-from hetis.planner.cli.server_verb import PlannerOptions, chosen_cluster, cluster_name_option, fetched
+from hetis.planner.cli.parameters import values
+from hetis.planner.cli.parameters.options import given_in, group, option, refuse_without, verb
+from hetis.planner.cli.server.server_verb import PlannerOptions, chosen_cluster, cluster_name_option, fetched
 from hetis.planner.report.figures import plural
 
 if TYPE_CHECKING:

@@ -14,9 +14,9 @@ from hetis.commands.terminal import Terminal
 from hetis.engines.versions import Engine
 from hetis.formats.files import write_atomically
 from hetis.planner.cli.exit_codes import ExitCode
-from hetis.planner.cli.options import PlanArgument, group, option, panel, spelled, verb
 from hetis.planner.cli.outputs import refuse_unwritable
-from hetis.planner.cli.server_verb import chosen_cluster, cluster_name_option, fetched, server_verb
+from hetis.planner.cli.parameters.options import PlanArgument, group, option, panel, spelled, verb
+from hetis.planner.cli.server.server_verb import chosen_cluster, cluster_name_option, fetched, server_verb
 from hetis.planner.export import ExportDevice, ExportTarget
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ def export(
     from hetis.planner.cli.plans import warn_if_wrong
     from hetis.planner.export.replicas import ExportSettings
     from hetis.planner.export.targets import export_wanted, folder_refusals, write_export
-    from hetis.planner.use_cases.record import MadeFrom
+    from hetis.planner.use_cases.record.parts import MadeFrom
     from hetis.planner.use_cases.sources import problem_of_plan
 
     hosts, wrong = _hosts(asked.node_address or ())

@@ -12,10 +12,10 @@ from hetis.commands.terminal import OutputFormat, Terminal
 from hetis.commands.verb import one_of
 from hetis.formats.errors import did_you_mean, single_problem
 from hetis.formats.files import write_atomically
-from hetis.planner.cli import values
 from hetis.planner.cli.exit_codes import ExitCode
-from hetis.planner.cli.options import group, option, verb
 from hetis.planner.cli.outputs import refuse_overwriting
+from hetis.planner.cli.parameters import values
+from hetis.planner.cli.parameters.options import group, option, verb
 from hetis.planner.report.figures import plural
 
 if TYPE_CHECKING:

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hetis.commands.terminal import OutputFormat, Terminal
-from hetis.planner.cli import values
 from hetis.planner.cli.exit_codes import ExitCode
-from hetis.planner.cli.options import group, option, panel, verb
+from hetis.planner.cli.parameters import values
+from hetis.planner.cli.parameters.options import group, option, panel, verb
 
 if TYPE_CHECKING:
     from hetis.planner.use_cases.fits import EngineChoice
@@ -107,8 +107,8 @@ def fits(
 
 
 def _in_precision(model: ModelSpec, options: FitOptions) -> ModelSpec:
-    from hetis.formats.dtypes import with_precision
-    from hetis.formats.model import drafts
+    from hetis.formats.models.document import drafts
+    from hetis.formats.models.dtypes import with_precision
 
     model = with_precision(model, weights=options.weights, kv=options.kv)
     return model if options.mtp is None else replace(model, draft=drafts(options.mtp))

@@ -14,7 +14,7 @@ from itertools import product
 from hetis.formats.documents import from_data
 from hetis.formats.errors import DocumentError
 from hetis.planner.export.replicas import Launchable, LaunchableReplica
-from hetis.planner.use_cases.record import MadeFrom
+from hetis.planner.use_cases.record.parts import MadeFrom
 from hetis.solver.check.fleet import Fleet, slowest
 from hetis.solver.cluster import Cluster, Link
 from hetis.solver.plan import Plan, Role

@@ -27,10 +27,10 @@ from hetis.engines.serving import (
 )
 from hetis.engines.versions import VERSIONS, Engine
 from hetis.formats import catalogue
-from hetis.formats.dtypes import weights_of
+from hetis.formats.models.dtypes import weights_of
 from hetis.planner.export import ExportDevice
 from hetis.planner.use_cases.grouping import number_ranges
-from hetis.planner.use_cases.record import MadeFrom
+from hetis.planner.use_cases.record.parts import MadeFrom
 from hetis.solver.cluster import node_of
 from hetis.solver.errors import HetisError
 from hetis.solver.model import ModelSpec

@@ -12,63 +12,17 @@ which forgets a change once it knows the outcome, is sent the outcome last.
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable
 from copy import deepcopy
 from dataclasses import dataclass
 
 from hetis.planner.convert.names import seconds_of
-from hetis.planner.failures import Reason, ServiceError, invalid_field
+from hetis.planner.failures import Reason, ServiceError
+from hetis.planner.fleet.change_parts import ChangePart, Parts
 from hetis.planner.fleet.deltas import Directive, Step
 from hetis.planner.store.records import FINAL_REDISPATCHES
-from hetis.solver.cluster import node_of
-from hetis.v1 import agent_service_pb2, change_pb2, failure_pb2, redispatch_pb2, replica_pb2, report_pb2
+from hetis.v1 import agent_service_pb2, change_pb2, failure_pb2, redispatch_pb2, report_pb2
 from hetis.v1.changes import FLIPPED, NodeChange
-
-ChangePart = change_pb2.ChangePart
-Parts = Mapping[str, tuple[ChangePart.ValueType, ...]]
-
-
-def parts_of(
-    change: change_pb2.Change,
-    shape: replica_pb2.ReplicaPlan,
-    *,
-    primary_node: str,
-    moves_heads: Callable[[str], bool] = lambda node: True,
-) -> Parts:
-    """Return the parts of each node by node id, the authority's first.
-
-    A node that does not move heads has no part itself: its attention workers belong to the primary's engine, which
-    reserves, copies and frees there, so the primary's node has the part. Raises INVALID_FIELD if a move names a device
-    that is not in the stage's copy.
-    """
-    gpus = gpus_of_copy(shape, change.stage, change.copy)
-    found: dict[str, set[ChangePart.ValueType]] = {primary_node: {ChangePart.CHANGE_PART_AUTHORITY}}
-    for move in change.moves:
-        for device, part in (
-            (move.source, ChangePart.CHANGE_PART_SOURCE),
-            (move.target, ChangePart.CHANGE_PART_TARGET),
-        ):
-            if device not in gpus:
-                raise invalid_field(f"change.moves[{move.number}]", f"{device} is not a device of the stage's copy")
-            for node in map(node_of, gpus[device]):
-                found.setdefault(node if moves_heads(node) else primary_node, set()).add(part)
-    return {node: tuple(sorted(parts)) for node, parts in found.items()}
-
-
-def gpus_of_copy(shape: replica_pb2.ReplicaPlan, stage: int, copy: int) -> dict[str, list[str]]:
-    """Return the GPUs of every device of one copy of a stage, by the device's first GPU, the primary first."""
-    if stage >= len(shape.stages) or copy >= shape.stages[stage].copies:
-        raise invalid_field("change.stage", f"the replica has no copy {copy} of stage {stage}")
-    one = shape.stages[stage]
-    primary = list(one.devices[copy * one.tp : (copy + 1) * one.tp])
-    gpus = {primary[0]: primary}
-    for pool in shape.attention_workers:
-        if pool.stage == stage:
-            each = len(pool.devices) // one.copies
-            gpus |= {device: [device] for device in pool.devices[copy * each : (copy + 1) * each]}
-    return gpus
-
 
 State = redispatch_pb2.RedispatchState
 Phase = change_pb2.ChangePhase
@@ -408,76 +362,3 @@ def _is_another_run(before: report_pb2.ReplicaReport, now: report_pb2.ReplicaRep
     if before.engine_id and now.engine_id:
         return before.engine_id != now.engine_id
     return now.num_steps < before.num_steps
-
-
-_MOST = 10_000
-_ENDED_KEPT = 1000
-MOST_OF_NODE = 100  # a node has one change under way per replica, and few replicas
-
-
-class LateChanges:
-    """Changes without a coordinator that nodes mention: known outcomes, and reports that await a read of the store."""
-
-    def __init__(self) -> None:
-        self._ends: OrderedDict[str, agent_service_pb2.ChangeResolved] = OrderedDict()  # by change id, oldest first
-        self._waiting: dict[str, dict[str, change_pb2.ChangeStatus]] = {}  # reports by change id and node
-        self._num_of_node = Counter[str]()
-
-    def remember(self, body: redispatch_pb2.Redispatch) -> None:
-        """Remember the outcome of a re-dispatch that has ended."""
-        if body.state not in FINAL_REDISPATCHES:
-            return
-        is_done = body.state == State.REDISPATCH_STATE_DONE
-        moves = [one.status.moves for one in body.nodes if ChangePart.CHANGE_PART_AUTHORITY in one.parts]
-        self._ends[body.change.change_id] = agent_service_pb2.ChangeResolved(
-            change_id=body.change.change_id,
-            outcome=Outcome.CHANGE_OUTCOME_FLIPPED if is_done else Outcome.CHANGE_OUTCOME_ABORTED,
-            moves=moves[0] if moves else (),
-        )
-        if len(self._ends) > _ENDED_KEPT:
-            self._ends.popitem(last=False)
-
-    def knows_end(self, change_id: str) -> bool:
-        return change_id in self._ends
-
-    def add(self, node: str, status: change_pb2.ChangeStatus) -> None:
-        """Add a report. Beyond the limits it is dropped, since the node will send it again."""
-        if node not in self._waiting.get(status.change_id, {}):
-            if self._num_of_node[node] >= MOST_OF_NODE or len(self._waiting) >= _MOST:
-                return
-            self._num_of_node[node] += 1
-        self._waiting.setdefault(status.change_id, {})[node] = status
-
-    @property
-    def unknown(self) -> list[str]:
-        """Ids of the changes to be read from the store."""
-        return list(self._waiting)
-
-    def take(self, change_id: str) -> Iterable[tuple[str, change_pb2.ChangeStatus]]:
-        """Remove the reports of a change, and return them with the nodes that sent them."""
-        taken = self._waiting.pop(change_id, {})
-        for node in taken:
-            self._num_of_node[node] -= 1
-            if not self._num_of_node[node]:
-                del self._num_of_node[node]
-        return tuple(taken.items())
-
-    def directive(self, status: change_pb2.ChangeStatus) -> Directive:
-        """Return the directive that answers a node's report.
-
-        A change without a record was never permitted to flip, so only the node's own report can determine its outcome.
-        """
-        step: Step | None = self._ends.get(status.change_id)
-        if step is None and status.phase in (Phase.CHANGE_PHASE_FLIPPED, Phase.CHANGE_PHASE_ABORTED):
-            flipped = status.phase == Phase.CHANGE_PHASE_FLIPPED
-            step = agent_service_pb2.ChangeResolved(
-                change_id=status.change_id,
-                outcome=Outcome.CHANGE_OUTCOME_FLIPPED if flipped else Outcome.CHANGE_OUTCOME_ABORTED,
-                moves=status.moves if flipped else (),
-            )
-        if step is None:
-            message = f"the planner has no record of change {status.change_id}"
-            failure = _failure(Reason.ERROR_REASON_CHANGE_UNKNOWN, message, change_id=status.change_id)
-            step = agent_service_pb2.AbortChange(change_id=status.change_id, failure=failure)
-        # An abort of an unknown change leads to no generation, but every delta must name one.
-        return Directive(change_id=status.change_id, generation=status.generation + 1, step=step)

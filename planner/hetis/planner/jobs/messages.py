@@ -13,7 +13,7 @@ from hetis.formats.files import canonical_json
 from hetis.planner.jobs.frames import JobFrame
 from hetis.planner.use_cases.place import PlacementSettings
 from hetis.planner.use_cases.precision import for_engine
-from hetis.planner.use_cases.record_forms import (
+from hetis.planner.use_cases.record.forms import (
     engine_settings_data,
     engine_settings_from_data,
     service_level_from_data,

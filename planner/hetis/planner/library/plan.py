@@ -17,13 +17,14 @@ from hetis.planner.export.targets import Export, export_wanted, folder_refusals,
 from hetis.planner.library import arguments
 from hetis.planner.library.arguments import checked, one_of, spelled_as_arguments
 from hetis.planner.report.figures import digits, percent, plural, seconds, with_unit
-from hetis.planner.report.plan import less_than_planned, misses_as_planned
+from hetis.planner.report.promises import less_than_planned, misses_as_planned
 from hetis.planner.report.simulation import level_words, simulation_document
-from hetis.planner.use_cases import simulate as simulating
 from hetis.planner.use_cases.compare import Figures, figures_of
-from hetis.planner.use_cases.judging import level_to_hold, simulated_latencies
-from hetis.planner.use_cases.record import MadeFrom, Verified
+from hetis.planner.use_cases.record.parts import MadeFrom, Verified
 from hetis.planner.use_cases.service_level import DEFAULT, Statistic, share_within
+from hetis.planner.use_cases.simulation import simulate as simulating
+from hetis.planner.use_cases.simulation.engine_settings import at_settings
+from hetis.planner.use_cases.simulation.judging import level_to_hold, simulated_latencies
 from hetis.planner.use_cases.sources import engine_settings, inputs_from_documents
 from hetis.planner.use_cases.verification.outcome import rate_to_simulate
 from hetis.simulator.arrivals import Arrivals, Load
@@ -153,7 +154,7 @@ class Plan:
         ``simulate`` adds its simulated latencies at rates up to and above the planned one.
         """
         from hetis.planner.report.page.pages import ShownPlan, plans_page
-        from hetis.planner.use_cases.latency_curve import latency_curve
+        from hetis.planner.use_cases.verification.latency_curve import latency_curve
 
         curve = None
         if simulate:
@@ -213,7 +214,7 @@ class Plan:
             rate_rps=rate_to_simulate(self.value, self.problem) if rate is None else rate,
         )
         given = engine_settings(max_num_seqs=max_num_seqs, chunk_tokens=(chunk_tokens,), kv_blocks=kv_blocks)
-        started = simulating.at_settings(self.value, self.problem, given)
+        started = at_settings(self.value, self.problem, given)
         plan, num_requests = started.plan, requests or simulating.default_requests(started.plan, load, level)
         question = simulating.Question(
             load=load,

@@ -15,11 +15,11 @@ from hetis.planner.report.simulation_pictures import model_and_cluster
 from hetis.planner.report.tables import as_group, facts, section, table
 from hetis.planner.use_cases.grouping import grouped_use
 from hetis.planner.use_cases.json_values import document, fields_of, json_value
-from hetis.planner.use_cases.judging import LevelVerdict, LimitVerdict, simulated_latencies
-from hetis.planner.use_cases.record import MadeFrom
-from hetis.planner.use_cases.record_forms import engine_settings_data
+from hetis.planner.use_cases.record.forms import engine_settings_data
+from hetis.planner.use_cases.record.parts import MadeFrom
 from hetis.planner.use_cases.service_level import ServiceLevel, limits_of, share_within
-from hetis.planner.use_cases.simulate import AGREES, Simulated
+from hetis.planner.use_cases.simulation.judging import LevelVerdict, LimitVerdict, simulated_latencies
+from hetis.planner.use_cases.simulation.simulate import AGREES, Simulated
 from hetis.simulator.arrivals import Arrivals
 from hetis.simulator.metrics import Distribution
 from hetis.simulator.running import Point, RateSweep

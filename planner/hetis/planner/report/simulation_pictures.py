@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from hetis.planner.use_cases.grouping import device_groups
-from hetis.planner.use_cases.judging import LevelVerdict, simulated_latencies
-from hetis.planner.use_cases.record import MadeFrom
+from hetis.planner.use_cases.record.parts import MadeFrom
 from hetis.planner.use_cases.service_level import limits_of
-from hetis.planner.use_cases.simulate import Simulated
+from hetis.planner.use_cases.simulation.judging import LevelVerdict, simulated_latencies
+from hetis.planner.use_cases.simulation.simulate import Simulated
 from hetis.simulator.running import RateSweep
 from hetis.simulator.steadiness import Estimate
 from hetis.simulator.values import FloatArray, Run

@@ -30,7 +30,7 @@ from hetis.planner.resources.plan_documents import (
 from hetis.planner.resources.withdrawal import how_to_withdraw, is_withdrawable, withdraw
 from hetis.planner.store import ClusterRecord, PlanRecord, Reader, Store, Transaction
 from hetis.planner.threads import run_in_thread_gc_paused
-from hetis.planner.use_cases.record import MadeFrom, Requested
+from hetis.planner.use_cases.record.parts import MadeFrom, Requested
 from hetis.planner.use_cases.sources import PlanAndProblem
 from hetis.planner.watching import LeftBehindError
 from hetis.solver.plan import Plan, ReplicaPlan

@@ -14,7 +14,7 @@ from typing import NamedTuple
 from hetis.formats.errors import internal_error
 from hetis.planner.use_cases.place import PlacementSettings, make_plan, simulated_plan
 from hetis.planner.use_cases.precision import for_engine
-from hetis.planner.use_cases.record import Requested, Verified
+from hetis.planner.use_cases.record.parts import Requested, Verified
 from hetis.planner.use_cases.service_level import ServiceLevel
 from hetis.planner.use_cases.sources import (
     Inputs,

@@ -10,8 +10,8 @@ from functools import partial
 
 from hetis.planner.use_cases.listing import run_by_engine
 from hetis.planner.use_cases.precision import constraints_of, refused_by
-from hetis.planner.use_cases.record import EqualStages, OtherEngines, Requested
-from hetis.planner.use_cases.record_forms import NOT_COMPILED, EngineValue
+from hetis.planner.use_cases.record.forms import NOT_COMPILED, EngineValue
+from hetis.planner.use_cases.record.parts import EqualStages, OtherEngines, Requested
 from hetis.planner.use_cases.sources import family_of
 from hetis.planner.use_cases.verification.equal_stages import budget_of_one, value_within
 from hetis.solver.budget import Budget, Progress, Report

@@ -7,51 +7,44 @@ which `compare` and the service's solver jobs share. `hetis.planner.report.plan`
 from __future__ import annotations
 
 import math
+import os
 import threading
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
-from hetis.formats import catalogue
-from hetis.formats.traces import PrefixHitRate
 from hetis.planner.use_cases import service_level
 from hetis.planner.use_cases.any_engine import search_again
 from hetis.planner.use_cases.engine_values import with_engine_values
 from hetis.planner.use_cases.listing import kinds_in_a_zone, refuse_unlisted, stages_to_list
 from hetis.planner.use_cases.precision import for_engine, in_precision, notes_on_exchange
-from hetis.planner.use_cases.record import ConstraintCosts, MadeFrom, Requested, Verified
-from hetis.planner.use_cases.record_forms import MAY_DIFFER
+from hetis.planner.use_cases.prices import catalogue_market, constraint_prices, with_prices
+from hetis.planner.use_cases.record.forms import MAY_DIFFER
+from hetis.planner.use_cases.record.parts import MadeFrom, Requested, Verified
+from hetis.planner.use_cases.request import PlacementRequest, path_or_value, ratio_of
 from hetis.planner.use_cases.robustness.profile_errors import profile_notes, with_profile_errors
 from hetis.planner.use_cases.robustness.study import Robustness, study, with_robustness
 from hetis.planner.use_cases.service_level import ServiceLevel
-from hetis.planner.use_cases.sources import Inputs, LoadedInputs, load_inputs
+from hetis.planner.use_cases.sources import Inputs, LoadedInputs, engine_rules, engine_settings, load_inputs
 from hetis.planner.use_cases.surviving import check_survival, surviving_plan, with_losses
 from hetis.planner.use_cases.verification import equal_stages
 from hetis.planner.use_cases.verification.choosing import OUT_OF_TIME, Again, kept_plan, with_rate_of_equal_stages
 from hetis.planner.use_cases.verification.outcome import MISSES_AT, misses
 from hetis.planner.use_cases.verification.queueing import with_queueing
-from hetis.planner.use_cases.verification.rates import RunReport
+from hetis.planner.use_cases.verification.rates import simulation_report
 from hetis.planner.use_cases.versions import installed_versions
-from hetis.profiler.defaults import default_profile
-from hetis.solver.budget import Budget, Progress, Report, SearchSettings
-from hetis.solver.cluster import Cluster
+from hetis.solver.budget import Budget, Report, SearchSettings
 from hetis.solver.errors import InvalidProblemError, NoPlanFoundError, UncheckedPlanError
-from hetis.solver.model import ModelSpec
-from hetis.solver.plan import DEFAULT_STRATEGY, DEFAULT_TIME_LIMIT_S, Objective, ObjectiveKind, Plan, Role
-from hetis.solver.problem import NOTHING_SET, EngineRules, EngineSettings, PlacementProblem
+from hetis.solver.plan import DEFAULT_STRATEGY, DEFAULT_TIME_LIMIT_S, Objective, Plan, Role
+from hetis.solver.problem import EngineRules, PlacementProblem
 from hetis.solver.search_clock import search_seconds
 from hetis.solver.workload import Workload
 
 if TYPE_CHECKING:
-    from hetis.solver.placement.infeasible import Market, Offer
+    from hetis.solver.placement.infeasible import Market
     from hetis.solver.planning import ConstraintPrice
 
-DEFAULT_TTFT_S = 2.0
-DEFAULT_TPOT_S = 0.1
-LEAST_TO_SIMULATE_S = 30.0  # however short the time limit; most plans of small fleets need seconds
-TO_SIMULATE_S = 120.0  # if no time limit was requested: a plan with attention workers that misses a limit needs minutes
 TO_SURVIVE = 0.5  # share of the time left for each search for a plan that survives a loss: others may follow
 CUT_SHORT = 0.5  # share of the time limit of a search that its gap shows to have been cut short
 ONE_TOKEN = "requests have one output token, so that a limit on TPOT does not apply"
@@ -102,32 +95,6 @@ class PlacementSettings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PlacementRequest:
-    """A request for ``place``: files, names or values, and options."""
-
-    cluster: str | Cluster
-    model: str | ModelSpec
-    workload: str | Workload
-    prefix_hit_rate: PrefixHitRate | None = None  # replaces the workload's own; None: keep that
-    profiles: Sequence[str] = ()
-    pins: Sequence[str] = ()  # texts of the ``--pin`` options
-    forbids: Sequence[str] = ()  # texts of the ``--forbid`` options
-    weights: str | None = None  # precision by names of `hetis.formats.dtypes`; None: the checkpoint's
-    kv: str | None = None  # precision by names of `hetis.formats.dtypes`; None: the checkpoint's
-    # Drafted tokens and their acceptance, such as ``1:0.85``; None: no drafts unless the model's file specifies some
-    mtp: str | None = None
-    objective: Objective
-    settings: PlacementSettings = PlacementSettings()
-    engine_settings: EngineSettings = NOTHING_SET  # settings with which engines are started, whatever is planned
-    verify: bool = True  # whether to simulate the plan before it is shown
-    simulation_limit_s: float = math.inf  # seconds that simulations may take, with the searches that follow them
-    service_level: ServiceLevel = service_level.DEFAULT  # the level that the plan must keep in the simulation
-    other_engines: bool = True  # whether to report the values of plans for other engines
-    price_pins: bool = False  # whether to report the cost of every constraint
-    profile_error: float | None = None  # study the plan under profiles that are off by up to this share; None: no study
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class PlacedPlan:
     """A plan that passed the checker, with its studies."""
 
@@ -137,20 +104,52 @@ class PlacedPlan:
 
 
 def load(request: PlacementRequest) -> LoadedInputs:
-    """Read the files and names of a request.
+    """Read the files and names of a request, for its engine, as `read_inputs`."""
+    return for_engine(read_inputs(request), engine_rules(request.engine, request.strategy, **request.limits))
+
+
+def read_inputs(request: PlacementRequest) -> LoadedInputs:
+    """Read the files and names of a request, for any engine.
 
     Raises:
         DocumentError: contains the problems of all inputs.
         InvalidProblemError: the objective needs a demanded rate and has none, or a GPU type has no profile.
     """
+    request.check()
     loaded = load_inputs(
-        cluster=request.cluster, model=request.model, workload=request.workload, profiles=request.profiles,
-        prefix_hit_rate=request.prefix_hit_rate,
-    ).with_constraints(pins=request.pins, forbids=request.forbids)  # fmt: skip
-    loaded = loaded.at(request.engine_settings)
-    _require_demand(request.objective, loaded.inputs.workload)
-    loaded = in_precision(loaded, weights=request.weights, kv=request.kv, mtp=request.mtp)
-    return for_engine(loaded, request.settings.engine)
+        cluster=path_or_value(request.cluster),
+        model=path_or_value(request.model),
+        workload=path_or_value(request.workload),
+        profiles=[str(os.fspath(path)) for path in request.profiles],
+        prefix_hit_rate=request.hit_rate,
+    ).with_constraints(pins=request.pin, forbids=request.forbid)  # fmt: skip
+    loaded = loaded.at(
+        engine_settings(
+            max_num_seqs=request.max_num_seqs, chunk_tokens=request.chunk_tokens, kv_blocks=request.kv_blocks
+        )
+    )
+    _require_demand(request.goal, loaded.inputs.workload)
+    return in_precision(loaded, weights=request.weights, kv=request.kv, mtp=request.mtp)
+
+
+def settings_of(request: PlacementRequest) -> PlacementSettings:
+    """Return the settings of a request's search.
+
+    Raises:
+        InvalidProblemError: there is no such engine, or limits are specified for any engine.
+    """
+    return PlacementSettings(
+        strategy=request.strategy,
+        roles=request.all_roles,
+        engine=engine_rules(request.engine, request.strategy, **request.limits),
+        keep_stages=request.max_stages is not None,
+        time_limit_s=request.time_limit_s,
+        gap_target=ratio_of(request.gap),
+        seed=request.seed,
+        threads=request.threads,
+        simplest_within=ratio_of(request.simplest_within),
+        survive=request.survive,
+    )
 
 
 def pose(request: PlacementRequest, loaded: LoadedInputs) -> PlacementProblem:
@@ -160,8 +159,8 @@ def pose(request: PlacementRequest, loaded: LoadedInputs) -> PlacementProblem:
         InvalidProblemError: the inputs contradict each other, the strategy lacks one of the roles, or there is no
             demand that could survive a loss.
     """
-    settings = request.settings
-    problem = settings.problem(loaded.inputs, request.objective)
+    settings = settings_of(request)
+    problem = settings.problem(loaded.inputs, request.goal)
     if settings.survive:
         check_survival(problem, settings.survive)
     return problem
@@ -185,7 +184,7 @@ def place(
         NoPlanFoundError: the search stopped before a plan was found.
         UncheckedPlanError: the plan fails the independent checker.
     """
-    settings = request.settings
+    settings = settings_of(request)
 
     def budget(time_limit_s: float = settings.time_limit_s) -> Budget:
         return Budget(time_limit_s=time_limit_s, clock=search_seconds, cancelled=cancelled)
@@ -199,17 +198,20 @@ def place(
         market=catalogue_market,
         beside_equal_stages=True,
         beside_engines=request.other_engines,
-        requested=request.objective,
+        requested=request.goal,
     )
     problem = replace(problem, objective=plan.objective)  # its demand is larger if a loss must be survived
     plan = _verified(plan, request, loaded, problem, budget(request.simulation_limit_s), report)
-    prices = _constraint_prices(plan, problem, settings, budget(), report) if request.price_pins else ()
-    plan = _with_prices(plan, prices)
+    again = SearchSettings(
+        budget=budget(), gap_target=settings.gap_target, seed=settings.seed, threads=settings.threads, report=report
+    )
+    prices = constraint_prices(plan, problem, again) if request.price_pins else ()
+    plan = with_prices(plan, prices)
     if request.profile_error is None or not plan.replicas:
         return PlacedPlan(plan=plan, prices=prices)
     found = study(
-        plan, problem, error=request.profile_error, seed=settings.seed, budget=budget(), threads=settings.threads,
-        report=report,
+        plan, problem, error=ratio_of(request.profile_error), seed=settings.seed, budget=budget(),
+        threads=settings.threads, report=report,
     )  # fmt: skip
     return PlacedPlan(plan=with_robustness(plan, found), robustness=found, prices=prices)
 
@@ -221,7 +223,7 @@ def _verified(
     """Return the plan that keeps most in simulated traffic, beside equal stages; only a queue model's note without."""
     if not request.verify:
         return with_queueing(plan, problem)
-    settings = request.settings
+    settings = settings_of(request)
     plan = simulated_plan(plan, loaded, problem, settings, level=request.service_level, budget=budget, report=report)
     return with_rate_of_equal_stages(
         plan, problem, seed=settings.seed, budget=budget, report=simulation_report(plan, report)
@@ -326,14 +328,6 @@ def simulated_plan(
     return _checked(found, problem, losses=losses) if Verified.of(found).is_other_than_best else found
 
 
-def time_to_simulate_s(time_limit_s: float | None) -> float:
-    """Return the seconds for simulations, with the searches that follow them, after a search of this time limit.
-
-    None means that no limit was requested.
-    """
-    return TO_SIMULATE_S if time_limit_s is None else max(LEAST_TO_SIMULATE_S, time_limit_s)
-
-
 def with_service_level(plan: Plan, level: ServiceLevel) -> Plan:
     """Return the plan with the service level that simulated traffic must keep."""
     if level == service_level.DEFAULT:
@@ -413,21 +407,6 @@ def check(plan: Plan, problem: PlacementProblem) -> None:
         raise UncheckedPlanError(tuple(str(violation) for violation in violations))
 
 
-def objective(
-    kind: ObjectiveKind, *, ttft_s: float | None, tpot_s: float | None, demand_rps: float | None
-) -> Objective:
-    """Return the objective with its default limits. A limit of None is the default, infinity means no limit."""
-    throughput = kind is ObjectiveKind.THROUGHPUT
-    ttft_s = (float("inf") if throughput else DEFAULT_TTFT_S) if ttft_s is None else ttft_s
-    tpot_s = (float("inf") if throughput else DEFAULT_TPOT_S) if tpot_s is None else tpot_s
-    return Objective(
-        kind=kind,
-        ttft_limit_s=None if ttft_s == float("inf") else ttft_s,
-        tpot_limit_s=None if tpot_s == float("inf") else tpot_s,
-        demand_rps=demand_rps,
-    )
-
-
 def _require_demand(goal: Objective, workload: Workload) -> None:
     """Check that a rate is demanded: the traffic for the least cost or the fewest GPUs is not guessed.
 
@@ -483,61 +462,3 @@ def with_inputs(
         documents=loaded.inputs.documents(),
     )
     return made_from.on(request.on(plan))
-
-
-def simulation_report(plan: Plan, report: Report) -> RunReport:
-    """Return a callback that reports simulations as progress of the search, for each quarter of a run's requests."""
-    started_s, reported = time.monotonic() - plan.result.solve_s, (0.0, 0, 0)
-
-    def run(rate_rps: float, given: int, total: int) -> None:
-        nonlocal reported
-        if reported == (reported := (rate_rps, given * 4 // max(total, 1), total)):
-            return
-        phase = f"simulating {rate_rps:.4g} requests/s, {given:,} of {total:,}"
-        if not total:
-            phase = "compiling the dispatcher (only once; takes a minute or two)"
-        report(Progress(phase=phase, elapsed_s=time.monotonic() - started_s, incumbent=plan.result.value))
-
-    return run
-
-
-def _constraint_prices(
-    plan: Plan, problem: PlacementProblem, settings: PlacementSettings, budget: Budget, report: Report
-) -> tuple[ConstraintPrice, ...]:
-    """Return the cost of every constraint; empty if the problem has none."""
-    if not problem.constraints:
-        return ()
-    from hetis.solver.planning import price_constraints
-
-    search = SearchSettings(
-        budget=budget, gap_target=settings.gap_target, seed=settings.seed, threads=settings.threads, report=report
-    )
-    return price_constraints(problem, plan, search)
-
-
-def _with_prices(plan: Plan, prices: Sequence[ConstraintPrice]) -> Plan:
-    rows = [
-        {
-            "constraints": [str(each) for each in price.constraints],
-            "least": price.least,
-            "most": price.most,
-            "solved": price.is_solved,
-        }
-        for price in prices
-    ]
-    return ConstraintCosts(prices=rows).on(plan) if rows else plan
-
-
-def catalogue_market() -> Sequence[Offer]:
-    """Return what could be added to any fleet: the catalogue's GPU types with a price, with their default profiles."""
-    from hetis.solver.placement.infeasible import Offer
-
-    offers = []
-    for entry in catalogue.gpus():
-        if entry.gpu.usd_per_hour is not None:
-            try:
-                _, profile = default_profile(entry.gpu)
-            except InvalidProblemError:
-                continue
-            offers.append(Offer(gpu=entry.gpu, profile=profile))
-    return offers

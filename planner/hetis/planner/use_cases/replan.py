@@ -12,12 +12,11 @@ from hetis.formats.workload import with_prefix_hits
 from hetis.planner.use_cases.place import (
     KV_IS_FOR_ENGINES,
     PlacementSettings,
-    simulation_report,
     with_inputs,
     with_service_level,
 )
 from hetis.planner.use_cases.precision import for_engine
-from hetis.planner.use_cases.record import MadeFrom, Requested
+from hetis.planner.use_cases.record.parts import MadeFrom, Requested
 from hetis.planner.use_cases.robustness.profile_errors import profile_notes, with_profile_errors
 from hetis.planner.use_cases.sources import (
     LoadedInputs,
@@ -30,7 +29,7 @@ from hetis.planner.use_cases.sources import (
 )
 from hetis.planner.use_cases.surviving import ENOUGH, left_without, with_losses
 from hetis.planner.use_cases.verification.choosing import noted_if_stopped
-from hetis.planner.use_cases.verification.rates import verified
+from hetis.planner.use_cases.verification.rates import simulation_report, verified
 from hetis.planner.use_cases.what_if import with_cluster
 from hetis.solver.budget import Budget, Report
 from hetis.solver.check import check_plan

@@ -1,7 +1,7 @@
 """What must keep the limits of a plan: p95 TTFT and mean TPOT, other statistics of them, or a share of requests.
 
 The search plans by p95 TTFT and mean TPOT whatever is requested, since the cost model knows no others. The simulator
-does, and judges the plan by them (`hetis.planner.use_cases.judging`).
+does, and judges the plan by them (`hetis.planner.use_cases.simulation.judging`).
 """
 
 from __future__ import annotations

@@ -14,7 +14,8 @@ from hetis.formats.errors import DocumentError, Problem, attempt, single_problem
 from hetis.formats.fields import read_data
 from hetis.formats.positions import Text
 from hetis.formats.tenants import FleetTenantPart, ShareInputs, parse_tenants
-from hetis.planner.use_cases.place import KV_IS_FOR_ENGINES, ONE_TOKEN, PlacementSettings, objective, with_inputs
+from hetis.planner.use_cases.place import KV_IS_FOR_ENGINES, ONE_TOKEN, PlacementSettings, with_inputs
+from hetis.planner.use_cases.request import objective
 from hetis.planner.use_cases.robustness.profile_errors import profile_notes
 from hetis.planner.use_cases.sources import LoadedInputs, load_inputs
 from hetis.profiler.defaults import default_profile

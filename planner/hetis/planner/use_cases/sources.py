@@ -25,7 +25,7 @@ from hetis.formats.files import read_text
 from hetis.formats.positions import parse_text
 from hetis.formats.traces import PrefixHitRate
 from hetis.formats.workload import with_prefix_hits
-from hetis.planner.use_cases.record import MadeFrom, Requested
+from hetis.planner.use_cases.record.parts import MadeFrom, Requested
 from hetis.profiler.defaults import default_profile
 from hetis.profiler.possible import impossible
 from hetis.profiler.roofline import shipped_efficiencies
@@ -42,7 +42,6 @@ T = TypeVar("T")
 
 # Origins of profiles and inputs that do not come from a file.
 VALUE = "value"  # an input that was passed by a program
-LIMITS = ("max_stages", "max_gpus", "min_layers", "max_nodes")  # the fields of `EngineRules` that users may set
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,7 +140,7 @@ def family_of(
 def engine_rules(name: str | None, strategy: str, **limits: int | None) -> EngineRules | None:
     """Return the rules of the requested engine. None means any engine, the default for strategies that no engine runs.
 
-    ``limits`` on every replica are in addition to the engine's rules, by the names in `LIMITS`; None: the engine's own.
+    ``limits`` on every replica are in addition to the engine's rules, by its fields' names; None: the engine's own.
 
     Raises:
         InvalidProblemError: there is no such engine, or limits are specified for any engine.
@@ -216,7 +215,8 @@ def load_inputs(
     """
     problems: list[Problem] = []
     fleet = attempt(lambda: load_cluster(cluster) if isinstance(cluster, str) else cluster, problems)
-    spec = attempt(lambda: load_model(model) if isinstance(model, str) else model, problems)
+    notes: list[str] = []
+    spec = attempt(lambda: load_model(model, notes=notes) if isinstance(model, str) else model, problems)
     traffic = attempt(lambda: _traffic(workload, prefix_hit_rate), problems)
     measured = load_profiles(profiles, problems)
     if fleet is not None:
@@ -231,6 +231,7 @@ def load_inputs(
         notes=(
             *([f"profiles from files are used unchanged: {', '.join(hostless)} has no host time of an engine"] * mixes),
             *notes_on_vendors(fleet),
+            *notes,
         ),
         inputs=Inputs(
             cluster=fleet, model=spec, workload=traffic, profiles={gpu: profile for gpu, (_, profile) in by_gpu.items()}

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from functools import cache
 
-from hetis.planner.use_cases.record import Losses
+from hetis.planner.use_cases.record.parts import Losses
 from hetis.solver.advice import without_nodes, worst_node, worst_zone
 from hetis.solver.cluster import NodeGroup
 from hetis.solver.constraints import AtMost, Exclude, Replicas, RestrictRole, Selection, Unit, Use, misfits

@@ -21,7 +21,7 @@ from hetis.formats.files import read_text
 from hetis.planner.use_cases.compare import FAILED, NO_PLAN, Compared, Searches, planned
 from hetis.planner.use_cases.place import PlacementSettings
 from hetis.planner.use_cases.precision import for_engine
-from hetis.planner.use_cases.record import MadeFrom
+from hetis.planner.use_cases.record.parts import MadeFrom
 from hetis.planner.use_cases.sources import LoadedInputs, PlanAndProblem
 from hetis.profiler.defaults import default_profile, profile_origin
 from hetis.solver.advice import (

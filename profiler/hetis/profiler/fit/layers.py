@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from hetis.formats import catalogue
-from hetis.formats.dtypes import BYTES_PER_PARAMETER
 from hetis.formats.measurements import MeasuredOp, Measurements, Table
+from hetis.formats.models.dtypes import BYTES_PER_PARAMETER
 from hetis.profiler.fit.points import CACHE_BYTES, Cells, FitPoints, Points, tables_of, unknown_cache
 from hetis.solver.cluster import GpuType
 from hetis.solver.model import ModelSpec

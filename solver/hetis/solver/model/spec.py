@@ -578,19 +578,22 @@ def _prefix(layers: tuple[Layer, ...]) -> int:
 def _even_cuts(layers: tuple[Layer, ...], prefix: int) -> frozenset[int] | None:
     """Return the layers before which a stage may start, or None if it may start before any.
 
-    A stage is charged the mean of all layers, so every run of layers must have about its share of every kind of
-    attention, and behind the leading layers of every kind of MLP.
+    A stage is charged the mean of all layers, so every run of layers behind the leading ones must have about its share
+    of every kind of attention and of MLP.
     """
     allowed: set[int] | None = None
-    mixers, mlps = [layer.mixers for layer in layers], [layer.mlps for layer in layers[prefix:]]
-    lists: tuple[tuple[int, Sequence[tuple[Mixer | Mlp, ...]]], ...] = ((0, mixers), (prefix, mlps))
-    for begin, parts in lists:
+    repeated = layers[prefix:]
+    lists: tuple[Sequence[tuple[Mixer | Mlp, ...]], ...] = (
+        [layer.mixers for layer in repeated],
+        [layer.mlps for layer in repeated],
+    )
+    for parts in lists:
         for kind in dict.fromkeys(parts):
             total = len(parts)
             number = parts.count(kind)
             # Running excess over the kind's share, scaled by the number of layers.
             excess = list(itertools.accumulate((total * (one == kind) - number for one in parts), initial=0))
             if max(excess) - min(excess) >= _UNEVEN * total:
-                even = {begin + layer for layer, over in enumerate(excess) if abs(over) < total}
+                even = {prefix + layer for layer, over in enumerate(excess) if abs(over) < total}
                 allowed = even if allowed is None else allowed & even
     return None if allowed is None else frozenset(allowed)

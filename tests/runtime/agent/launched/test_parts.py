@@ -19,7 +19,7 @@ from hetis.engines.serving import option_groups
 from hetis.engines.versions import Engine
 from hetis.formats import catalogue
 from hetis.formats.documents import to_data
-from hetis.formats.dtypes import with_precision
+from hetis.formats.models.dtypes import with_precision
 from hetis.planner.convert.plans import kv_partners_to_proto, replica_to_proto
 from hetis.planner.export.hosts import PLAN_FILE, words
 from hetis.planner.export.replicas import ExportSettings, NotExportableError, launchable

@@ -13,6 +13,7 @@ from hetis.planner.report import comparison
 from hetis.planner.report.changes import MAX_STEPS, change_cost_words, change_counts, lowest_words, step_rows
 from hetis.planner.report.differences import LIMITS, difference_words, differences, is_one_question
 from hetis.planner.report.figures import digits, percent, plural, seconds, tokens, with_unit
+from hetis.planner.report.goals import problem_line, problem_title
 from hetis.planner.report.page.blocks import (
     Block,
     Grid,
@@ -26,16 +27,16 @@ from hetis.planner.report.page.blocks import (
     render_page,
 )
 from hetis.planner.report.page.plan_section import plan_blocks
-from hetis.planner.report.plan import kept_cell, problem_line, problem_title
+from hetis.planner.report.promises import kept_cell
 from hetis.planner.report.simulation import service_level_words
 from hetis.planner.report.simulation_pictures import Panel, panels_of, panels_of_sweep
 from hetis.planner.report.tables import SimulationRemarks
 from hetis.planner.use_cases.compare import Compared, best_of, figures_of, kept_of
-from hetis.planner.use_cases.latency_curve import Curve
-from hetis.planner.use_cases.record import Requested, Verified
+from hetis.planner.use_cases.record.parts import Requested, Verified
 from hetis.planner.use_cases.replan import PosedReplan
-from hetis.planner.use_cases.simulate import Simulated
+from hetis.planner.use_cases.simulation.simulate import Simulated
 from hetis.planner.use_cases.sources import Inputs
+from hetis.planner.use_cases.verification.latency_curve import Curve
 from hetis.planner.use_cases.what_if import BuyNext, Side, WhatIf
 from hetis.solver.plan import Objective, Plan
 from hetis.solver.problem import PlacementProblem

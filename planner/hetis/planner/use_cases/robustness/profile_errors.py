@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from hetis.planner.use_cases.grouping import group_replicas
-from hetis.planner.use_cases.record import ProfileErrors
-from hetis.planner.use_cases.record_forms import Errors, Predicted, Range
+from hetis.planner.use_cases.record.forms import Errors, Predicted, Range
+from hetis.planner.use_cases.record.parts import ProfileErrors
 from hetis.planner.use_cases.robustness.fixed_plan import FixedPlan, Performance, Profiles
 from hetis.profiler.ranges import range_factors, stated_error
 from hetis.solver.model import ModelSpec

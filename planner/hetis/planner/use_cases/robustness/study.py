@@ -13,7 +13,7 @@ from itertools import chain, islice, zip_longest
 
 import numpy as np
 
-from hetis.planner.use_cases.record import ProfileErrors
+from hetis.planner.use_cases.record.parts import ProfileErrors
 from hetis.planner.use_cases.robustness.fixed_plan import FixedPlan, Performance, Profiles
 from hetis.planner.use_cases.robustness.profile_errors import (
     Corner,

@@ -12,10 +12,11 @@ from functools import partial
 from typing import NamedTuple
 
 from hetis.planner.use_cases.grouping import shapes_of
-from hetis.planner.use_cases.record import EqualStages, Requested, Verified
-from hetis.planner.use_cases.record_forms import Tightening, Verification
+from hetis.planner.use_cases.record.forms import Tightening, Verification
+from hetis.planner.use_cases.record.parts import EqualStages, Requested, Verified
 from hetis.planner.use_cases.service_level import Latency
-from hetis.planner.use_cases.simulate import seats_of, with_more_seats
+from hetis.planner.use_cases.simulation.engine_settings import with_more_seats
+from hetis.planner.use_cases.simulation.simulate import seats_of
 from hetis.planner.use_cases.surviving import bounded_by
 from hetis.planner.use_cases.verification import equal_stages
 from hetis.planner.use_cases.verification.outcome import MISSES_AT, in_seconds, limited_latencies, promising

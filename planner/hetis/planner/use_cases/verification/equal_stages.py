@@ -6,8 +6,8 @@ import threading
 from dataclasses import replace
 
 from hetis.planner.use_cases.grouping import shapes_of
-from hetis.planner.use_cases.record import EqualStages, Requested
-from hetis.planner.use_cases.record_forms import Searched
+from hetis.planner.use_cases.record.forms import Searched
+from hetis.planner.use_cases.record.parts import EqualStages, Requested
 from hetis.planner.use_cases.verification.outcome import promising
 from hetis.solver.budget import Budget, SearchSettings
 from hetis.solver.constraints import WithoutTp

@@ -6,10 +6,10 @@ import math
 from dataclasses import replace
 from typing import NamedTuple
 
-from hetis.planner.use_cases.record import Requested, Verified
-from hetis.planner.use_cases.record_forms import Verification
+from hetis.planner.use_cases.record.forms import Verification
+from hetis.planner.use_cases.record.parts import Requested, Verified
 from hetis.planner.use_cases.service_level import Latency, Statistic, limits_of, share_within
-from hetis.planner.use_cases.simulate import default_rate
+from hetis.planner.use_cases.simulation.simulate import default_rate
 from hetis.simulator.values import Settings
 from hetis.solver.plan import Plan
 from hetis.solver.problem import PlacementProblem

@@ -24,7 +24,8 @@ import numpy as np
 import numpy.typing as npt
 
 from hetis.planner.use_cases.grouping import ReplicaGroup, group_replicas
-from hetis.planner.use_cases.simulate import default_rate, with_all_seats
+from hetis.planner.use_cases.simulation.engine_settings import with_all_seats
+from hetis.planner.use_cases.simulation.simulate import default_rate
 from hetis.planner.use_cases.verification.outcome import in_seconds
 from hetis.solver.check.fleet import Fleet, ReplicaShape, replica_shape
 from hetis.solver.check.rederive import Rederivation
