@@ -21,7 +21,7 @@ from hetis.planner.resources.plan_creation import PlanCreation, PlanSearches
 from hetis.planner.resources.plan_documents import PlanDocuments
 from hetis.planner.resources.plans import Plans
 from hetis.planner.service.calls import Calls
-from hetis.planner.service.credentials import Authenticator, NoCredentials
+from hetis.planner.service.identity.credentials import Authenticator, NoCredentials
 from hetis.planner.service.metrics import ServiceMetrics
 from hetis.planner.service.server import PlannerServer
 from hetis.planner.service.servicers import plan_methods, servicing

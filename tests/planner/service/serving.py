@@ -13,7 +13,7 @@ from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
 from hetis.planner.service.calls import Calls
-from hetis.planner.service.credentials import Authenticator, Credentials, NoCredentials, Tokens
+from hetis.planner.service.identity.credentials import Authenticator, Credentials, NoCredentials, Tokens
 from hetis.planner.service.limits import WriteRates
 from hetis.planner.service.metrics import ServiceMetrics
 from hetis.planner.service.server import PlannerServer

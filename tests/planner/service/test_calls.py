@@ -18,8 +18,8 @@ from hetis.commands.endpoints import STREAM_OPEN
 from hetis.planner.callers import CallerRole, Identity
 from hetis.planner.failures import Reason, ServiceError, not_found, wrong_node
 from hetis.planner.service import calls, limits, statuses
-from hetis.planner.service.access import NEEDED
-from hetis.planner.service.credentials import Credentials, Grant, Tokens, digest
+from hetis.planner.service.identity.access import NEEDED
+from hetis.planner.service.identity.credentials import Credentials, Grant, Tokens, digest
 from hetis.planner.service.limits import MOST_AT_ONCE, MOST_OF_A_CALLER, MOST_OF_A_HOST, CallLimits
 from hetis.planner.service.metrics import ServiceMetrics
 from hetis.planner.service.telemetry import JsonLines, Telemetry, TextLines

@@ -16,7 +16,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2
 
 from hetis.planner.service.calls import Calls
-from hetis.planner.service.credentials import Credentials, NoCredentials, Tokens
+from hetis.planner.service.identity.credentials import Credentials, NoCredentials, Tokens
 from hetis.planner.service.metrics import ServiceMetrics
 from hetis.planner.service.server import AddressError, PlannerServer
 from hetis.planner.service.telemetry import Telemetry

@@ -14,13 +14,13 @@ from cryptography import x509
 
 from hetis.formats.errors import DocumentError
 from hetis.planner.service.calls import Calls
-from hetis.planner.service.certificates import (
+from hetis.planner.service.identity.certificates import (
     Certificates,
     ends_of_certificates,
     is_for_host,
     names_of_certificate,
 )
-from hetis.planner.service.credentials import Credentials, NoCredentials, Tokens
+from hetis.planner.service.identity.credentials import Credentials, NoCredentials, Tokens
 from hetis.planner.service.metrics import ServiceMetrics
 from hetis.planner.service.running import problems_of_names
 from hetis.planner.service.server import PlannerServer

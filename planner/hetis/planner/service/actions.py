@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 from hetis.formats.documents import dump_data
 from hetis.formats.errors import DocumentError, Problem, single_problem
 from hetis.planner.callers import CallerRole
-from hetis.planner.service.credentials import create_token
 from hetis.planner.service.exit_codes import ServiceExitCode
+from hetis.planner.service.identity.credentials import create_token
 from hetis.planner.service.settings import Given, PlannerConfig, load_config, mistaken_variables
 
 if TYPE_CHECKING:

@@ -32,7 +32,7 @@ from hetis.planner.service.server import AddressError
 from hetis.planner.service.settings import split_address
 
 if TYPE_CHECKING:
-    from hetis.planner.service.overview import Overview
+    from hetis.planner.service.page.overview import Overview
     from hetis.planner.service.succession import Succession
 
 
@@ -192,7 +192,7 @@ def status_app(
     recent = Recent[Response](fresh_s=fresh_s)  # its callers need no credentials, and must not stall the planner
 
     async def drawn(only: str) -> Response:
-        from hetis.planner.service.status_html import status_html  # late: wrong settings are reported first
+        from hetis.planner.service.page.status_html import status_html  # late: wrong settings are reported first
 
         found = source.clusters_now(only)
         if only and not found:
@@ -240,6 +240,11 @@ def status_app(
     async def ready(_request: Request) -> Response:
         return PlainTextResponse("ready\n") if is_ready() else PlainTextResponse("not ready\n", status_code=503)
 
+    async def leads(_request: Request) -> Response:
+        if source.leads and is_ready():
+            return PlainTextResponse("leads\n")
+        return PlainTextResponse("does not lead\n", status_code=503)
+
     return Starlette(
         routes=[
             Route("/", page, methods=["GET"]),
@@ -247,6 +252,7 @@ def status_app(
             Route("/metrics", show_metrics, methods=["GET"]),
             Route("/healthz", alive, methods=["GET"]),
             Route("/readyz", ready, methods=["GET"]),
+            Route("/leaderz", leads, methods=["GET"]),
         ],
         middleware=[Middleware(_KnownHosts, hosts=hosts)],
     )
