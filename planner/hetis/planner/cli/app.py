@@ -29,7 +29,7 @@ from hetis.planner.cli import (
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.cli.failures import report_failure
 from hetis.planner.cli.parameters.defaults import default_files, default_map
-from hetis.planner.cli.server import deleting, planner_verbs
+from hetis.planner.cli.server import deleting, node_verbs, planner_verbs
 
 app = typer.Typer(
     name="hetis-plan",
@@ -72,7 +72,9 @@ VERBS: dict[str, tuple[Any, ...]] = {
         planner_verbs.rollback,
         planner_verbs.cancel,
         (deleting.delete, deleting.DELETE_EXAMPLES),
-        planner_verbs.disconnect,
+        node_verbs.drain,
+        node_verbs.undrain,
+        node_verbs.disconnect,
         planner_verbs.audit,
     ),
     "Files": (files.init, (files.convert, files.CONVERT_EXAMPLES), files.validate, files.schema, files.catalog),
