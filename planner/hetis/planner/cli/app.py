@@ -29,7 +29,7 @@ from hetis.planner.cli import (
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.cli.failures import report_failure
 from hetis.planner.cli.parameters.defaults import default_files, default_map
-from hetis.planner.cli.server import deleting, planner_verbs
+from hetis.planner.cli.server import deleting, node_verbs, planner_verbs
 
 app = typer.Typer(
     name="hetis-plan",
@@ -72,7 +72,9 @@ VERBS: dict[str, tuple[Any, ...]] = {
         (planner_verbs.rollback, "rollback --cluster prod", "rollback --cluster prod --dry-run"),
         (planner_verbs.cancel, "cancel plans/night", "cancel night"),
         (deleting.delete, deleting.DELETE_EXAMPLES),
-        (planner_verbs.disconnect, "disconnect gpu1 --cluster prod", "disconnect gpu1 -c prod"),
+        (node_verbs.drain, "drain gpu1", "drain gpu1 --cluster prod"),
+        (node_verbs.undrain, "undrain gpu1", "undrain gpu1 --cluster prod"),
+        (node_verbs.disconnect, "disconnect gpu1", "disconnect gpu1 --cluster prod"),
         (planner_verbs.audit, "audit", "audit -o json"),
     ),
     "Files": (
