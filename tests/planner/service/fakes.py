@@ -14,7 +14,7 @@ from hetis.formats.errors import single_problem
 from hetis.planner.callers import present_caller
 from hetis.planner.failures import Reason, ServiceError, etag_mismatch, invalid_fields, not_found, wrong_node
 from hetis.planner.service.loops import Loops
-from hetis.planner.service.page.overview import ClusterNow, ClusterOverview, Overview
+from hetis.planner.service.observability.overview import ClusterNow, ClusterOverview, Overview
 from hetis.planner.service.server import Servicing
 from hetis.planner.service.settings import PlannerConfig
 from hetis.planner.store import AuditedChange

@@ -16,7 +16,7 @@ from hetis.planner.jobs.pool import PoolSettings, SolverPool
 from hetis.planner.service.audit_refusals import AuditRefusals
 from hetis.planner.service.identity.certificates import keep_fresh
 from hetis.planner.service.loops import Loops
-from hetis.planner.service.page.overview import Overviews
+from hetis.planner.service.observability.overview import Overviews
 from hetis.planner.service.running import show_failure
 from hetis.planner.service.succession import ANSWERED_S, Succession
 from hetis.planner.store import Store, StoreError

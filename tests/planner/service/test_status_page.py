@@ -17,11 +17,11 @@ import pytest
 
 from hetis.planner.fleet.views import LiveReplica
 from hetis.planner.service.limits import raise_descriptors, reserved_for_page
-from hetis.planner.service.metrics import LOOK_S, ServiceMetrics
-from hetis.planner.service.page.overview import NUM_SAMPLES, ClusterNow, KvHistory, Overview
-from hetis.planner.service.page.status_html import status_html
-from hetis.planner.service.page.status_page import PageLimits, Recent, StatusPage, status_app
+from hetis.planner.service.observability.metrics import LOOK_S, ServiceMetrics
+from hetis.planner.service.observability.overview import NUM_SAMPLES, ClusterNow, KvHistory, Overview
+from hetis.planner.service.observability.status_html import status_html
 from hetis.planner.service.server import AddressError
+from hetis.planner.service.status_page import PageLimits, Recent, StatusPage, status_app
 from hetis.v1 import cluster_pb2, redispatch_pb2, replica_pb2, report_pb2
 from tests.planner.html_pages import ReadPage
 from tests.planner.resources.served import live_node

@@ -21,11 +21,11 @@ from hetis.planner.service.identity.certificates import (
     names_of_certificate,
 )
 from hetis.planner.service.identity.credentials import Credentials, NoCredentials, Tokens
-from hetis.planner.service.metrics import ServiceMetrics
+from hetis.planner.service.observability.metrics import ServiceMetrics
+from hetis.planner.service.observability.telemetry import Telemetry
 from hetis.planner.service.running import problems_of_names
 from hetis.planner.service.server import PlannerServer
 from hetis.planner.service.settings import LeadershipPart, PlannerConfig, TlsPart
-from hetis.planner.service.telemetry import Telemetry
 from hetis.v1 import agent_service_pb2 as agents
 from hetis.v1 import plan_service_pb2 as plans
 from hetis.v1.agent_service_pb2_grpc import AgentServiceStub

@@ -21,7 +21,7 @@ from hetis.planner.service.audit_refusals import NOT_KEPT
 from hetis.planner.service.identity.access import CONNECT, has_role, is_open, require_role
 from hetis.planner.service.identity.credentials import Authenticator
 from hetis.planner.service.limits import WRITES, CallLimits, WriteRates
-from hetis.planner.service.telemetry import CallRecord, Telemetry
+from hetis.planner.service.observability.telemetry import CallRecord, Telemetry
 from hetis.planner.store import AuditedChange
 
 _log = logging.getLogger("hetis.planner.calls")

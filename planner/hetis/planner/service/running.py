@@ -31,11 +31,11 @@ from hetis.planner.service.identity.certificates import (
 from hetis.planner.service.identity.credentials import Authenticator, Credentials, NoCredentials, Tokens
 from hetis.planner.service.limits import ConnectionLimits, ConnectionWatch, WriteRates, ports_of, reserved_for_page
 from hetis.planner.service.loops import Loops
-from hetis.planner.service.metrics import ServiceMetrics
-from hetis.planner.service.page.status_page import PageLimits, StatusPage, status_app
+from hetis.planner.service.observability.metrics import ServiceMetrics
+from hetis.planner.service.observability.telemetry import Telemetry, open_traces
 from hetis.planner.service.server import PlannerServer
 from hetis.planner.service.settings import OFF, PlannerConfig, is_socket_path, split_address, without_password
-from hetis.planner.service.telemetry import Telemetry, open_traces
+from hetis.planner.service.status_page import PageLimits, StatusPage, status_app
 
 if TYPE_CHECKING:
     from hetis.planner.service.succession import Succession

@@ -25,8 +25,8 @@ from hetis.planner.service.audit_refusals import AuditRefusals
 from hetis.planner.service.exit_codes import ServiceExitCode
 from hetis.planner.service.identity.access import LIVE_READS, needs_leader
 from hetis.planner.service.loops import Loops
-from hetis.planner.service.metrics import FleetCollector, StoreCollector
-from hetis.planner.service.page.overview import ClusterNow, Overview
+from hetis.planner.service.observability.metrics import FleetCollector, StoreCollector
+from hetis.planner.service.observability.overview import ClusterNow, Overview
 from hetis.planner.service.settings import PlannerConfig, default_store
 from hetis.planner.store import AuditedChange, Lease, Store, StoreError, Transaction
 

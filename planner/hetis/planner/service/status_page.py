@@ -27,12 +27,12 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from hetis.commands.endpoints import is_ip, joined
 from hetis.planner.failures import ServiceError
 from hetis.planner.report.page.blocks import live_script_policy
-from hetis.planner.service.metrics import CONTENT_TYPE, ServiceMetrics
+from hetis.planner.service.observability.metrics import CONTENT_TYPE, ServiceMetrics
 from hetis.planner.service.server import AddressError
 from hetis.planner.service.settings import split_address
 
 if TYPE_CHECKING:
-    from hetis.planner.service.page.overview import Overview
+    from hetis.planner.service.observability.overview import Overview
     from hetis.planner.service.succession import Succession
 
 
@@ -192,7 +192,9 @@ def status_app(
     recent = Recent[Response](fresh_s=fresh_s)  # its callers need no credentials, and must not stall the planner
 
     async def drawn(only: str) -> Response:
-        from hetis.planner.service.page.status_html import status_html  # late: wrong settings are reported first
+        from hetis.planner.service.observability.status_html import (
+            status_html,  # late: wrong settings are reported first
+        )
 
         found = source.clusters_now(only)
         if only and not found:

@@ -20,7 +20,7 @@ from hetis.planner.store.health import BUCKETS_S, StoreHealth
 
 if TYPE_CHECKING:
     from hetis.planner.fleet.settings import FleetCounters
-    from hetis.planner.service.page.overview import Overview
+    from hetis.planner.service.observability.overview import Overview
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 LOOK_S = 0.25  # between two checks of the event loop

@@ -1,1 +1,0 @@
-"""The status page: what it shows, and its HTTP server."""
