@@ -169,5 +169,5 @@ def test_a_precision_that_few_parameters_have_does_not_stand_alone(tmp_path: Pat
     notes: list[str] = []
     model = load(tmp_path, data, notes)
     assert weights_of(model).startswith("mxfp4 in 1% of the layers, bf16 in the rest")
-    assert "the rest counts with 16 bits" in notes[0]
+    assert "the rest counts as 16 bits" in notes[0]
     assert weights_of(load(tmp_path, config_of("moonshotai__Kimi-K3"))) == "mxfp4"
