@@ -291,6 +291,8 @@ async def test_metrics_are_read_by_prometheus() -> None:
     assert samples["hetis_planner_info", "1.2"] == 1
     assert samples["hetis_planner_epoch",] == 3
     assert samples["hetis_planner_nodes", "READY", "clusters/c"] == 2
+    assert samples["hetis_planner_replicas", "FAILED", "clusters/c"] == 1
+    assert samples["hetis_planner_activation", "ACTIVATING", "clusters/c"] == 1
     assert samples["hetis_planner_plans", "SOLVING"] == 1
     assert samples["hetis_planner_searches_queued",] == 4
 
