@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from hetis.formats.traces import read_trace
-from tests.formats.test_trace_forms import AIPERF, BENCH, BURSTGPT, LITELLM, SHAREGPT, VLLM_LOG
+from tests.formats.traces.test_trace_forms import AIPERF, BENCH, BURSTGPT, LITELLM, SHAREGPT, VLLM_LOG
 from tests.planner.command_line import hetis_plan_here
 
 ANSWERS = [(10, 20), (10, 1), (4, 3), (8, 4)]  # tokens of SHAREGPT, at four characters each

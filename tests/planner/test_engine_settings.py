@@ -27,8 +27,8 @@ from hetis.solver.placement.families import run_by
 from hetis.solver.plan import Role
 from hetis.solver.problem import MOST_SETTING, EngineRules, EngineSettings
 from tests.planner.command_line import invoke
+from tests.simulator.replica.test_lockstep import problem_of, sharing
 from tests.simulator.small_plans import equal_requests, pipeline, plan_of, small_problem
-from tests.simulator.test_lockstep import problem_of, sharing
 
 CLUSTER = """\
 apiVersion: hetis/v1

@@ -21,7 +21,7 @@ from hetis.formats.models.families import FAMILIES, NOT_MODELLED
 from hetis.solver.model import Kernel, ModelSpec
 from tests.models import InShort
 
-FOLDER = Path(__file__).parent / "huggingface"
+FOLDER = Path(__file__).parents[1] / "huggingface"
 CONFIGS = sorted(FOLDER.glob("*.json"))
 KNOWN = {entry.model.name for entry in catalogue.models()}
 PUBLISHED_B: dict[str, tuple[float, float | None]] = {  # billions, from the model cards; also the active ones if exact

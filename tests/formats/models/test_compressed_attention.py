@@ -12,7 +12,7 @@ from hetis.formats.documents import dump
 from hetis.formats.errors import DocumentError
 from hetis.formats.models.document import load_model
 from hetis.solver.model import Experts, ModelSpec
-from tests.formats.test_huggingface import FOLDER, config_of, load
+from tests.formats.models.test_huggingface import FOLDER, config_of, load
 from tests.models import InShort, replace, shape_of
 
 PRO, FLASH = "deepseek-ai__DeepSeek-V4-Pro", "deepseek-ai__DeepSeek-V4-Flash"

@@ -13,7 +13,7 @@ from hetis.formats.models.document import MODEL_SPEC, load_model, parse_model
 from hetis.formats.positions import Text
 from hetis.solver.model import Kernel, ModelSpec
 
-FOLDER = Path(__file__).parent / "layered"
+FOLDER = Path(__file__).parents[1] / "layered"
 # Published parameters in billions, all and active (model cards), and bytes of KV per token and of a request's state.
 PUBLISHED = {
     "nvidia__NVIDIA-Nemotron-3-Nano-30B-A3B-BF16": (31.6, 3.6, 6 * 2 * 2 * 128 * 2),

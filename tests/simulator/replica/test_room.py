@@ -16,8 +16,8 @@ from hetis.simulator.values import Fault, Request, RequestLog, Settings
 from hetis.solver.plan import Plan
 from hetis.solver.problem import PlacementProblem
 from tests.models import replace
+from tests.simulator.replica.test_kv_transfers import split_plan
 from tests.simulator.small_plans import equal_requests, pipeline, plan_of, small_problem
-from tests.simulator.test_kv_transfers import split_plan
 from tests.solver.instances import make_model
 
 LITTLE = 11_500_000  # bytes of a GPU that has room for a few hundred tokens

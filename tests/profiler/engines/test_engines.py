@@ -23,7 +23,7 @@ from hetis.solver.profile import Mixed, Op, Profile, Provenance, Source
 from hetis.solver.workload import LengthBin, moments_of
 
 GPU = catalogue.find_gpu("H100-SXM-80GB").gpu
-TABLE = Path(__file__).parents[3] / "shared" / "data" / "profiles" / "vidur_cpu_overheads.csv.gz"
+TABLE = Path(__file__).parents[4] / "shared" / "data" / "profiles" / "vidur_cpu_overheads.csv.gz"
 PARTS = ("schedule_ms", "prepare_inputs_e2e_ms", "sampler_e2e_ms", "process_model_outputs_ms")
 
 

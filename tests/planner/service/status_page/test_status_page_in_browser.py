@@ -1,6 +1,6 @@
 """The status page of a running cluster in headless Chromium: the demo's, after a card became slow and a node died.
 
-HETIS_AXE=node_modules/axe-core/axe.min.js python -m pytest -m soak tests/planner/service/test_status_page_in_browser.py
+HETIS_AXE=node_modules/axe-core/axe.min.js python -m pytest -m soak tests/planner/service/status_page
 """
 
 from __future__ import annotations
