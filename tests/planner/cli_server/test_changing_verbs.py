@@ -360,7 +360,7 @@ def test_a_dry_run_changes_nothing(planner: FakePlanner, hetis_plan: Run, capsys
         (["plans/day", "--time-limit", "60s"], "--time-limit needs --model and --workload, without which nothing"),
         (
             ["plans/day", "--rate", "3", "--ttft", "1s", "--strategy", "hetis", "--no-verify", "--kv", "fp8"],
-            "--kv, --rate, --ttft, --verify/--no-verify and --strategy need --model and --workload",
+            "--kv, --rate, --ttft, --strategy and --verify/--no-verify need --model and --workload",
         ),
         (["--plan", "p.json", "--objective", "goodput", "--seed", "0"], "--objective and --seed need --model and"),
         ([PAPER, "--max-gpus", "4", "--survive", "node"], "--survive and --max-gpus need --model and --workload"),

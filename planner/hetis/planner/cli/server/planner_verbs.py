@@ -308,7 +308,7 @@ def audit(terminal: Terminal, client: Client, *, filters: FilterOptions) -> Exit
     return ExitCode.OK
 
 
-# --- apply, rollback, cancel, disconnect
+# --- apply, rollback, cancel
 
 
 APPLY_EXAMPLES = """Examples:\n
@@ -409,25 +409,3 @@ def cancel(
     ended = wait_for_plan(terminal, client, request.name)
     terminal.emit(lambda: resource_data(ended), lambda: plan_summary(ended))
     return outcome(terminal, client, ended)
-
-
-@server_verb()
-def disconnect(
-    terminal: Terminal,
-    client: Client,
-    node: Annotated[str, typer.Argument(help="The node whose agent to disconnect.")],
-    *,
-    where: InCluster,
-) -> ExitCode:
-    """Disconnect the agent that is connected as a node, so that another one can connect. Needs role admin.
-
-    Use this if a node's credentials are misused: revoke them first, or the same agent will reconnect.
-    """
-    from hetis.planner.cli.server.resource_views import resource_data
-    from hetis.v1 import cluster_service_pb2
-
-    parent = None if node.startswith("clusters/") else chosen_cluster(client, where.cluster)
-    request = cluster_service_pb2.DisconnectNodeRequest(name=full_name("nodes", node, parent))
-    found = client.clusters.DisconnectNode(request).node
-    terminal.emit(lambda: resource_data(found), lambda: f"the agent of {found.name} was disconnected")
-    return ExitCode.OK
