@@ -11,7 +11,7 @@ from hetis.formats.documents import load_cluster
 from hetis.planner.cli.app import run as run_verb
 from tests.planner.command_line import hetis_plan_here
 
-INPUTS = Path(__file__).parents[1] / "formats" / "discovery" / "inputs"
+INPUTS = Path(__file__).parents[2] / "formats" / "discovery" / "inputs"
 NODES = str(INPUTS / "kubectl_nodes.json")
 
 

@@ -32,7 +32,7 @@ from tests.planner.command_line import EXAMPLES, invoke
 STAGES = EXAMPLES / "dispatch"
 A100_L4, DRIFTED, DRAINING = (str(STAGES / f"{name}.yaml") for name in ("a100-l4", "drifted", "draining"))
 REQUESTS = str(STAGES / "requests.yaml")
-BAD_INPUT = sorted(path for path in (Path(__file__).parents[1] / "bad_input").iterdir() if path.suffix != ".expected")
+BAD_INPUT = sorted(path for path in (Path(__file__).parents[2] / "bad_input").iterdir() if path.suffix != ".expected")
 # Other kinds of files are refused in the same way: every fifth of those is enough.
 BAD_FILES = [path for i, path in enumerate(BAD_INPUT) if path.name.startswith("state_") or i % 5 == 0]
 

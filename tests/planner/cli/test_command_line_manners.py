@@ -32,7 +32,7 @@ from tests.planner import plans
 from tests.planner.command_line import COMMAND, hetis_plan_here, invoke
 from tests.planner.html_pages import ReadPage
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 GROUP: Any = typer.main.get_command(app)
 CLUSTER = """\
 apiVersion: hetis/v1

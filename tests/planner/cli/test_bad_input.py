@@ -24,7 +24,7 @@ from tests.planner.command_line import EXAMPLES
 
 BAD_FILES = sorted(
     path
-    for path in (Path(__file__).parents[1] / "bad_input").rglob("*")
+    for path in (Path(__file__).parents[2] / "bad_input").rglob("*")
     if path.is_file() and path.suffix != ".expected"
 )
 # Verbs that read plans alone refuse other kinds of files in the same way: every fifth of those is enough.

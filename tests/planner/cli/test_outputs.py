@@ -42,7 +42,7 @@ def save_in_process(path: Path, sabotage: str) -> subprocess.CompletedProcess[st
         capture_output=True,
         text=True,
         check=False,
-        cwd=Path(__file__).parents[2],
+        cwd=Path(__file__).parents[3],
     )
 
 

@@ -37,7 +37,7 @@ from hetis.solver.placement.families import STRATEGIES
 from hetis.solver.plan import Objective, Plan, ReplicaPlan, Role
 from hetis.solver.planning import solve_placement
 from hetis.solver.problem import EngineSettings, PlacementProblem
-from tests.planner.test_reports import text_of
+from tests.planner.report.test_reports import text_of
 from tests.solver.instances import SMALL_FAMILY, make_node, make_problem, make_profile, make_workload
 
 NO_LIMITS = Objective(ttft_limit_s=None, tpot_limit_s=None)

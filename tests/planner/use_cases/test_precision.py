@@ -16,7 +16,7 @@ from hetis.planner.use_cases.sources import engine_rules, load_inputs
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.profile import Op
 
-HUGGINGFACE = Path(__file__).parents[1] / "formats" / "huggingface"
+HUGGINGFACE = Path(__file__).parents[2] / "formats" / "huggingface"
 FLEET = """\
 apiVersion: hetis/v1
 kind: Cluster

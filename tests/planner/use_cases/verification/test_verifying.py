@@ -73,8 +73,8 @@ from hetis.solver.plan import Objective, ObjectiveKind, Plan, ReplicaPlan, Role
 from hetis.solver.problem import EngineSettings, PlacementProblem
 from hetis.v1 import plan_pb2
 from tests.planner.command_line import invoke
-from tests.planner.test_reports import text_of
-from tests.planner.test_simulate import CLUSTER, no_mixed_factor
+from tests.planner.report.test_reports import text_of
+from tests.planner.use_cases.simulation.test_simulate import CLUSTER, no_mixed_factor
 
 __all__ = ["no_mixed_factor"]  # for every test here, too
 

@@ -1,6 +1,6 @@
 """A page in headless Chromium: no console errors, no violations of axe's rules, and pictures in light and dark.
 
-HETIS_AXE=node_modules/axe-core/axe.min.js python -m pytest -m soak tests/planner/test_report_in_browser.py
+HETIS_AXE=node_modules/axe-core/axe.min.js python -m pytest -m soak tests/planner/report/test_report_in_browser.py
 """
 
 from __future__ import annotations

@@ -56,7 +56,7 @@ from hetis.solver.problem import MICRO_BATCHES, Family, PlacementProblem
 from hetis.solver.profile import Fit, FitRegion, FitScope, Op, Profile, Source
 from tests.models import replace
 from tests.planner.command_line import EXAMPLES
-from tests.solver import test_check_roles
+from tests.solver.check import test_roles as test_check_roles
 
 FLEETS = ("paper", "h100-p100", "split")  # without and with attention workers; prefill and decode apart
 

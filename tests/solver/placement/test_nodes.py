@@ -20,8 +20,8 @@ from hetis.solver.plan import ObjectiveKind, Plan, Role, Status
 from hetis.solver.planning import solve_placement
 from hetis.solver.problem import EngineRules, Family, PlacementProblem
 from tests.solver.instances import make_model, make_node, make_problem, problems
+from tests.solver.placement.test_packing import every_way
 from tests.solver.searching import plan_or_none
-from tests.solver.test_packing import every_way
 
 REL = 1e-6
 EXAMPLES = settings().max_examples

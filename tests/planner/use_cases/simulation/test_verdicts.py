@@ -41,7 +41,7 @@ from hetis.solver.errors import InvalidProblemError
 from hetis.solver.plan import Objective, Plan
 from hetis.solver.problem import PlacementProblem
 from tests.planner.command_line import hetis_plan, invoke
-from tests.planner.test_simulate import CLUSTER, no_mixed_factor, simulated
+from tests.planner.use_cases.simulation.test_simulate import CLUSTER, no_mixed_factor, simulated
 
 __all__ = ["no_mixed_factor"]  # for every test here, too
 

@@ -25,7 +25,7 @@ from hetis.solver.errors import (
 from tests.command_line import environment
 from tests.planner.command_line import COMMAND, hetis_plan
 
-DOCS = Path(__file__).parents[2] / "docs" / "cli.md"
+DOCS = Path(__file__).parents[3] / "docs" / "cli.md"
 
 
 def failing_with(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> int:

@@ -36,11 +36,8 @@ from hetis.solver.plan import (
 from hetis.solver.planning import solve_placement
 from hetis.solver.problem import EngineRules, PlacementProblem
 from tests.models import replace, shape_of
-from tests.solver import test_check_roles
-from tests.solver.claimed_plans import claimed, plan_of, unclaimed
-from tests.solver.instances import NO_LIMITS, SMALL_FAMILY, make_model, make_node, make_problem, make_profile, problems
-from tests.solver.searching import plan_or_none
-from tests.solver.test_check import (
+from tests.solver.check import test_roles as test_check_roles
+from tests.solver.check.test_check import (
     A_ALONE,
     A_STAGE,
     B_STAGE,
@@ -48,9 +45,12 @@ from tests.solver.test_check import (
     sound,
     the_problem,
 )
-from tests.solver.test_placement_exact import KINDS_OF_LAYERS
+from tests.solver.claimed_plans import claimed, plan_of, unclaimed
+from tests.solver.instances import NO_LIMITS, SMALL_FAMILY, make_model, make_node, make_problem, make_profile, problems
+from tests.solver.placement.test_exact import KINDS_OF_LAYERS
+from tests.solver.searching import plan_or_none
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
+EXAMPLES = Path(__file__).parents[3] / "examples"
 
 
 def assert_adds_up(plan: Plan, problem: PlacementProblem) -> Explanation:

@@ -18,7 +18,7 @@ from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.use_cases.sources import load_inputs
 from hetis.profiler.roofline import modelled_profile
 from hetis.solver.profile import Fit, Op, Piece, Profile
-from tests.planner.test_dispatch_cli import A100_L4
+from tests.planner.cli.test_dispatch_cli import A100_L4
 
 GPU = "H200-SXM-141GB"
 PROBLEM = ("-m", "Llama-3.1-8B", "-w", "1024/256")

@@ -32,7 +32,7 @@ from hetis.solver.problem import EngineSettings, PlacementProblem
 from hetis.solver.replanning.fresh import search_fresh
 from tests.solver.instances import NO_LIMITS, SMALL_FAMILY, make_model, make_node, make_problem, make_profile, problems
 from tests.solver.oracle import best_plan_value
-from tests.solver.test_placement_engines import FAMILIES as ENGINES_FAMILIES
+from tests.solver.placement.test_engines import FAMILIES as ENGINES_FAMILIES
 
 KINDS = tuple(ObjectiveKind)
 EXAMPLES = max(3, settings().max_examples // 5)  # column generation takes about a second each
@@ -135,7 +135,7 @@ FAMILIES = (
     exact=st.booleans(),
 )
 def test_every_family_has_reasons_for_having_no_plan(problem: PlacementProblem, exact: bool) -> None:
-    """`tests.solver.searching` looks for none, and `tests.solver.test_conflicts` whether they are true."""
+    """`tests.solver.searching` looks for none, and `tests.solver.placement.test_conflicts` whether they are true."""
     with patch.object(search, "is_small", lambda _: exact):
         try:
             solve_placement(problem, strategy=problem.family.name)

@@ -15,7 +15,8 @@ import yaml
 from hetis.formats.documents import kind_of, load
 from hetis.planner.cli.app import run
 from hetis.planner.cli.files import FILE_KINDS, SAMPLES, Catalogue
-from tests.formats import test_gguf, test_trace_forms
+from tests.formats.models import test_gguf
+from tests.formats.traces import test_trace_forms
 from tests.planner.command_line import EXAMPLES, invoke
 from tools.reference import FILE_EXAMPLES
 
