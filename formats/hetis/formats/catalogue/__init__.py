@@ -261,7 +261,8 @@ _GPU_ALIASES = {
 }
 
 # Boards that nobody means who does not say so, with their memory.
-_RARE = {"A100-SXM-64GB", "H100-SXM-64GB", "H100-SXM-96GB", "GH200-144GB"}
+_RARE = {"A100-SXM-64GB", "H100-SXM-64GB", "H100-SXM-96GB", "GH200-144GB", "RTX-2080Ti-22GB", "RTX-4090-48GB"}
+_RARE |= {"RTX-3080-20GB"}
 
 # Checkpoints by the model of the same shape from which they were trained further.
 _TUNINGS = {

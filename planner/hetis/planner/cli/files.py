@@ -105,17 +105,17 @@ def convert(
         ),
     ],
     *,
-    asked: ConvertOptions,
+    given: ConvertOptions,
 ) -> ExitCode:
     """Convert a trace of an engine, benchmark, gateway or data set to hetis' format."""
     from hetis.planner.use_cases.files import convert as converted
     from hetis.planner.use_cases.files import trace_file
 
-    out = asked.out
-    if asked.tokenizer is not None and asked.characters_per_token is not None:
+    out = given.out
+    if given.tokenizer is not None and given.characters_per_token is not None:
         raise typer.BadParameter("--tokenizer and --characters-per-token cannot be combined")
     requests, warnings = converted(
-        trace, characters_per_token=asked.characters_per_token, tokenizer=asked.tokenizer, rate_rps=asked.rate
+        trace, characters_per_token=given.characters_per_token, tokenizer=given.tokenizer, rate_rps=given.rate
     )
     content = trace_file(requests, "trace.csv" if out == "-" else out)
     for line in warnings:

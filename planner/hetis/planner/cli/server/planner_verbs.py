@@ -328,7 +328,7 @@ def apply(
     ] = None,
     *,
     request: requests.ApplyOptions,
-    asked: options.ApplyOptions,
+    given: options.ApplyOptions,
 ) -> ExitCode:
     """Create or update clusters and profiles, solve on the planner, import plans, activate plans.
 
@@ -338,7 +338,7 @@ def apply(
     from hetis.planner.cli.server.applying import Applying, PlacementOptions
 
     requests.engine_of(request)
-    return Applying(terminal=terminal, client=client, asked=asked).run(what or [], PlacementOptions(request))
+    return Applying(terminal=terminal, client=client, requested=given).run(what or [], PlacementOptions(request))
 
 
 @group
