@@ -287,7 +287,7 @@ def test_the_page_lists_the_options_that_only_the_tables_of_their_verbs_set() ->
     [
         ('model = "Llama-2-70B"', ("export", "plan.json", "--to", "vllm")),
         ("rate = 20", ("convert", "trace.csv")),
-        ('engine = "any"', ("export", "plan.json", "--to", "vllm")),
+        ('engine = "sglang"', ("export", "plan.json", "--to", "vllm")),
         ('out = "new"', ("convert", "trace.csv")),
         ('chunk-tokens = "256,512"', ("simulate", "plan.json", "--requests", "20", "--no-dispatch")),
     ],

@@ -17,17 +17,17 @@ from hetis.planner.cli.app import run
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.report.comparison import model_words
 from hetis.planner.use_cases import compare as comparing
-from hetis.planner.use_cases.compare import Searches, best_of, compare_strategies, figures_of, kept_of, why_outside
+from hetis.planner.use_cases.compare import Searches, best_of, compare_strategies, figures_of, kept_of
 from hetis.planner.use_cases.place import PlacementSettings
 from hetis.planner.use_cases.record.parts import Requested
 from hetis.planner.use_cases.service_level import ServiceLevel
-from hetis.planner.use_cases.sources import Inputs, engine_rules, load_inputs
+from hetis.planner.use_cases.sources import Inputs, load_inputs
 from hetis.planner.use_cases.verification.choosing import STOPPED_EARLY
 from hetis.solver.budget import Budget, silent
 from hetis.solver.errors import BrokenProofError, InfeasibleError, NoPlanFoundError, UncheckedPlanError
 from hetis.solver.placement.families import STRATEGIES
 from hetis.solver.plan import KvRoute, Objective, ObjectiveKind, Plan, Role
-from hetis.solver.problem import PlacementProblem
+from hetis.solver.problem import EngineRules, PlacementProblem
 from tests.planner import plans
 from tests.planner.command_line import EXAMPLES
 
@@ -75,14 +75,15 @@ def compared(
 
 
 def searches(objective: Objective, budget: Callable[[], Budget] = Budget) -> Searches:
-    settings = PlacementSettings()
+    settings = PlacementSettings(engine=EngineRules(name="vllm-hetis"))
     return Searches(loaded=LOADED, objective=objective, settings=settings, budget=budget, report=silent)
 
 
 def test_contained_strategies_are_run_before_what_contains_them(solver: Solver) -> None:
-    asked = solver(dict.fromkeys(STRATEGIES, (1.0, 1.0)))
-    found = compared(list(STRATEGIES))
-    assert list(found) == list(STRATEGIES)
+    searched = [name for name, strategy in STRATEGIES.items() if not strategy.is_published]
+    asked = solver(dict.fromkeys(searched, (1.0, 1.0)))
+    found = compared(searched)
+    assert list(found) == searched
     for inner, outer in comparing.CONTAINERS.items():
         assert asked.index(inner) < asked.index(outer)
 
@@ -92,30 +93,27 @@ def test_containers_are_strategies_that_have_every_plan_of_the_contained_one() -
 
     for inner, outer in comparing.CONTAINERS.items():
         small, large = STRATEGIES[inner].restrict(Family()), STRATEGIES[outer].restrict(Family())
-        assert small.max_copies <= large.max_copies
         assert small.max_pool <= large.max_pool
         assert set(small.roles) <= set(large.roles)
         assert small.mixed_types <= large.mixed_types
         assert small.uneven_layers <= large.uneven_layers
-        assert small.decode_keeps_heads <= large.decode_keeps_heads
         assert set(small.attention_dp) <= set(large.attention_dp)
 
 
-def test_a_heuristic_gets_the_bound_of_the_strategy_that_contains_it(solver: Solver) -> None:
-    solver({"hexgen2-paper": (2.0, 9.0), "hexgen2": (2.4, 2.5), "hetis": (3.0, 3.0), "hetis-paper": (2.0, 9.0)})
-    found = compared(["hexgen2-paper", "hexgen2", "hetis", "hetis-paper"])
+def test_a_strategy_gets_the_bound_of_the_one_that_contains_it(solver: Solver) -> None:
+    solver({"splitwise": (2.0, 9.0), "hexgen2": (2.4, 2.5), "hetis": (3.0, 3.0)})
+    found = compared(["splitwise", "hexgen2", "hetis"])
     results = {name: outcome.plan.result for name, outcome in found.items() if outcome.plan is not None}
-    assert (results["hexgen2-paper"].bound, results["hexgen2-paper"].gap) == (2.5, pytest.approx(0.25))
-    plan = found["hexgen2-paper"].plan
+    assert (results["splitwise"].bound, results["splitwise"].gap) == (2.5, pytest.approx(0.25))
+    plan = found["splitwise"].plan
     assert plan is not None
-    assert plan.notes[-1] == "the bound is that of strategy hexgen2, which has all plans of hexgen2-paper"
-    assert results["hetis-paper"].bound == 9.0  # only this strategy shares attention workers among stages
+    assert plan.notes[-1] == "the bound is that of strategy hexgen2, which has all plans of splitwise"
 
 
 def test_a_bound_never_crosses_the_value(solver: Solver) -> None:
     """Value and bound are sums of rounded numbers."""
-    solver({"hexgen2-paper": (2.0 * (1 + 1e-12), 9.0), "hexgen2": (2.0, 2.0)})
-    plan = compared(["hexgen2-paper", "hexgen2"])["hexgen2-paper"].plan
+    solver({"splitwise": (2.0 * (1 + 1e-12), 9.0), "hexgen2": (2.0, 2.0)})
+    plan = compared(["splitwise", "hexgen2"])["splitwise"].plan
     assert plan is not None
     assert plan.result.bound == plan.result.value
 
@@ -125,40 +123,27 @@ def test_a_better_plan_of_a_contained_strategy_is_the_container_s_too(
 ) -> None:
     """The container's search was cut short at 2.0; the heuristic found 2.2, the bound stays 2.5. `hetis` beats both."""
     monkeypatch.setattr(comparing, "check_plan", lambda *_: ())
-    solver({"hexgen2-paper": (2.2, 9.0), "hexgen2": (2.0, 2.5), "hetis": (3.0, 3.0)})
-    found = compared(["hetis", "hexgen2", "hexgen2-paper"])
+    solver({"splitwise": (2.2, 9.0), "hexgen2": (2.0, 2.5), "hetis": (3.0, 3.0)})
+    found = compared(["hetis", "hexgen2", "splitwise"])
     plan = found["hexgen2"].plan
     assert plan is not None
     assert (plan.strategy, plan.result.value, plan.result.bound) == ("hexgen2", 2.2, 2.5)
-    assert plan.notes[-1] == "the plan was found by strategy hexgen2-paper, whose plans are all of hexgen2"
+    assert plan.notes[-1] == "the plan was found by strategy splitwise, whose plans are all of hexgen2"
     assert found["hetis"].plan is not None
     assert found["hetis"].plan.result.value == 3.0
 
 
 def test_a_plan_that_the_checker_refuses_is_not_taken_over(solver: Solver) -> None:
-    solver({"hexgen2-paper": (2.2, 9.0), "hexgen2": (2.0, 2.5)})  # handmade plans, whose numbers prove nothing
-    plan = compared(["hexgen2", "hexgen2-paper"])["hexgen2"].plan
+    solver({"splitwise": (2.2, 9.0), "hexgen2": (2.0, 2.5)})  # handmade plans, whose numbers prove nothing
+    plan = compared(["hexgen2", "splitwise"])["hexgen2"].plan
     assert plan is not None
     assert plan.result.value == 2.0
 
 
 def test_a_plan_beyond_a_proven_bound_is_a_broken_proof(solver: Solver) -> None:
-    solver({"hexgen2-paper": (2.6, 9.0), "hexgen2": (2.0, 2.5)})
+    solver({"splitwise": (2.6, 9.0), "hexgen2": (2.0, 2.5)})
     with pytest.raises(BrokenProofError, match=r"contradicts the bound"):
-        compared(["hexgen2", "hexgen2-paper"])
-
-
-def test_a_bound_is_not_that_of_plans_outside_of_its_family(solver: Solver) -> None:
-    """Plans for any engine keep a limit on TTFT by rules that leave out some plans within it."""
-    solver({"hexgen2-paper": (2.6, 9.0), "hexgen2": (2.0, 2.5)})
-    found = compared(["hexgen2", "hexgen2-paper"], objective=Objective(ttft_limit_s=5.0))
-    best, own = found["hexgen2-paper"].plan, found["hexgen2"].plan
-    assert best is not None
-    assert own is not None
-    assert (best.result.value, best.result.bound) == (2.6, 9.0)
-    assert (own.result.value, own.result.bound) == (2.0, 2.5), "a bound stands beside plans that it holds for"
-    assert (why_outside(best) or "").startswith("outside the family of strategy hexgen2, whose bound it passes")
-    assert why_outside(own) is None
+        compared(["hexgen2", "splitwise"])
 
 
 def test_once_cancelled_the_others_are_not_run(solver: Solver) -> None:
@@ -232,7 +217,7 @@ def test_a_strategy_without_a_plan_is_a_row_with_its_reason(solver: Solver, caps
 
 @pytest.mark.parametrize(
     ("engines", "said"),
-    [((), "for any engine: "), (("--engine", "any"), "for any engine: "), (("--engine", "vllm"), "for engine vllm")],
+    [((), "for engine vllm-hetis"), (("--engine", "vllm"), "for engine vllm")],
 )
 def test_the_engine_of_all_plans_is_in_the_header(
     solver: Solver, tmp_path: Path, capsys: pytest.CaptureFixture[str], engines: tuple[str, ...], said: str
@@ -371,9 +356,8 @@ def test_all_strategies_are_not_given_beside_others(capsys: pytest.CaptureFixtur
     assert "combines all with names" in " ".join(capsys.readouterr().err.split())
 
 
-def test_engines_are_compared_with_what_each_runs(solver: Solver, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each has its own search; "any engine" also gets the plans of the others, which here are better than its own."""
-    monkeypatch.setattr(comparing, "check_plan", lambda *_: ())
+def test_engines_are_compared_with_what_each_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each has its own search; heuristics, which know no engine's rules, are run once."""
     values = {None: 2.0, "vllm": 2.4, "vllm-hetis": 3.0}
 
     def make_plan(_loaded: object, problem: PlacementProblem, settings: PlacementSettings, **_options: object) -> Plan:
@@ -382,48 +366,36 @@ def test_engines_are_compared_with_what_each_runs(solver: Solver, monkeypatch: p
         return plan_of(settings.strategy, values[name], 3.5, problem.objective)
 
     monkeypatch.setattr(comparing, "make_plan", make_plan)
-    engines = {name: engine_rules(name, "hetis") for name in ("any", "vllm", "vllm-hetis")}
+    engines = {name: EngineRules(name=name) for name in ("vllm", "vllm-hetis")}
     found = comparing.compare_engines(searches(Objective()), ["hetis", "hexgen-paper"], engines)
-    rows = {(o.strategy, o.engine): o.plan.result.value if o.plan is not None else o.reasons for o in found}
-    assert rows == {
-        ("hetis", "any"): 3.0,
-        ("hetis", "vllm"): 2.4,
-        ("hetis", "vllm-hetis"): 3.0,
-        ("hexgen-paper", "any"): 2.0,
-        ("hexgen-paper", "vllm"): ("a published heuristic does not support vllm",),
-        ("hexgen-paper", "vllm-hetis"): ("a published heuristic does not support vllm-hetis",),
-    }
+    rows = [(o.strategy, o.engine, o.plan.result.value if o.plan is not None else o.reasons) for o in found]
+    assert rows == [("hetis", "vllm", 2.4), ("hetis", "vllm-hetis", 3.0), ("hexgen-paper", None, 2.0)]
 
 
-def test_hexgen3_is_planned_for_any_engine_and_for_no_other(capsys: pytest.CaptureFixture[str]) -> None:
-    assert engine_rules(None, "hexgen3") is None
-    assert run([*COMMAND, "--engine", "vllm-hetis", "--strategies", "hexgen3", "-o", "json"]) == ExitCode.NO_PLAN
-    (entry,) = json.loads(capsys.readouterr().out)["strategies"]
-    assert entry["reasons"] == ["it needs attention workers in decode replicas, which vllm-hetis does not support"]
-    place = ["place", *COMMAND[1:], "--strategy", "hexgen3", "--engine", "vllm-hetis"]
-    assert run(place) == ExitCode.INVALID
-    said = "strategy hexgen3 needs attention workers in decode replicas, which vllm-hetis does not support"
-    assert said in " ".join(capsys.readouterr().err.replace("│", "").split())
+@pytest.mark.parametrize("verb", ["compare", "place"])
+def test_plans_for_any_engine_are_gone_and_the_error_says_what_to_use(
+    verb: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run([verb, *COMMAND[1:], "--engine", "any"]) == ExitCode.INVALID
+    said = " ".join(capsys.readouterr().err.replace("│", "").split())
+    assert "--engine any is gone, because no engine ran its plans: plan for vllm-hetis (the default), vllm or" in said
 
 
 def test_compare_of_engines_has_a_row_and_a_file_for_each(
     solver: Solver, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    solver({"hetis": (1.0, 1.0)})
-    assert run([*COMMAND, "--engine", "vllm,any", "--max-gpus", "4", "--out", str(tmp_path)]) == ExitCode.OK
+    solver({"hetis": (1.0, 1.0), "hexgen-paper": (0.5, 1.0)})
+    assert run([*COMMAND, "--engine", "vllm,sglang", "--max-gpus", "4", "--out", str(tmp_path)]) == ExitCode.OK
     printed = capsys.readouterr().out
     rows = [line.split()[0] for line in printed.splitlines() if line.strip()]
-    assert {"engine", "vllm", "any"} <= set(rows)
-    assert "for any engine" not in printed
-    assert {path.name for path in tmp_path.iterdir()} == {"hetis-vllm.json", "hetis-any.json"}
+    assert {"engine", "vllm", "sglang"} <= set(rows)
+    assert {path.name for path in tmp_path.iterdir()} == {"hetis-vllm.json", "hetis-sglang.json"}
     run([*COMMAND, "--engine", "vllm", "--strategies", "hetis,hexgen-paper", "-o", "json"])
     entries = json.loads(capsys.readouterr().out)["strategies"]
     assert [(entry["strategy"], entry["engine"], entry["status"]) for entry in entries] == [
         ("hetis", "vllm", "feasible"),
-        ("hexgen-paper", "vllm", "no plan"),
+        ("hexgen-paper", None, "feasible"),
     ]
-    assert run([*COMMAND, "--max-gpus", "4"]) == ExitCode.INVALID
-    assert "limits on replicas apply to a named engine" in " ".join(capsys.readouterr().err.split())
 
 
 # --- simulated
@@ -515,7 +487,7 @@ def test_the_bound_of_a_container_is_named_after_another_search_too(
 ) -> None:
     solver({"hexgen": (1.4, 1.9), "hetis": (1.5, 1.6)})
     monkeypatch.setattr(comparing, "simulated_plan", lambda plan, *_, **__: replace(plan, notes=("another",)))
-    engines = {"any": None}
+    engines = {"vllm": EngineRules(name="vllm")}
     found = comparing.compare_engines(searches(Objective()), ["hexgen", "hetis"], engines)
     hexgen, hetis = comparing.simulate_plans(found, searches(Objective()), engines, ServiceLevel())
     assert hexgen.plan is not None
@@ -524,34 +496,13 @@ def test_the_bound_of_a_container_is_named_after_another_search_too(
     assert hetis.plan.notes == ("another",)
 
 
-def test_plans_of_an_engine_may_pass_the_bound_for_any(monkeypatch: pytest.MonkeyPatch) -> None:
-    def make_plan(_loaded: object, problem: PlacementProblem, *_: object, **__: object) -> Plan:
-        value = 5.9 if problem.family.engine is None else 6.2
-        return plan_of("hetis", value, value, problem.objective)
-
-    monkeypatch.setattr(comparing, "make_plan", make_plan)
-    engines = {name: engine_rules(name, "hetis") for name in ("vllm", "any")}
-
-    def found_for(objective: Objective) -> list[comparing.Compared]:
-        return list(comparing.compare_engines(searches(objective), ["hetis"], engines))
-
-    vllm, any_engine = found_for(Objective(ttft_limit_s=5.0))
-    assert vllm.plan is not None
-    assert any_engine.plan is not None
-    assert (vllm.plan.result.value, any_engine.plan.result.value, any_engine.plan.result.bound) == (6.2, 5.9, 5.9)
-    assert "plans for vllm that pass the bound" in (why_outside(any_engine.plan) or "")
-    monkeypatch.setattr(comparing, "check_plan", lambda *_: ())
-    with pytest.raises(BrokenProofError, match="contradicts the bound"):
-        found_for(UNLIMITED)
-
-
 def test_once_cancelled_plans_remain_as_they_are(solver: Solver) -> None:
     cancelled = threading.Event()
     asked = searches(Objective(), partial(Budget, cancelled=cancelled))
     solver({"hetis": (1.5, 1.5)})
-    found = comparing.compare_engines(asked, ["hetis"], {"any": None})
+    found = comparing.compare_engines(asked, ["hetis"], {"vllm": EngineRules(name="vllm")})
     cancelled.set()
-    [again] = comparing.simulate_plans(found, asked, {"any": None}, ServiceLevel())
+    [again] = comparing.simulate_plans(found, asked, {"vllm": EngineRules(name="vllm")}, ServiceLevel())
     assert found[0].plan is not None
     assert again.plan == replace(found[0].plan, notes=(*found[0].plan.notes, STOPPED_EARLY))
 

@@ -144,7 +144,7 @@ def test_what_is_no_setting_is_one_error(capsys: pytest.CaptureFixture[str]) -> 
 def test_plans_that_are_compared_keep_to_the_settings() -> None:
     Path("compared").mkdir()
     found = document(
-        "compare", *INPUTS, *GIVEN, "--strategies", "hetis,uniform", "--engine", "vllm,any", "--no-verify", "-q",
+        "compare", *INPUTS, *GIVEN, "--strategies", "hetis,uniform", "--engine", "vllm,sglang", "--no-verify", "-q",
         "-o", "json", "--out", "compared",
     )  # fmt: skip
     assert all(row["status"] != "failed" for row in found["strategies"])
@@ -302,7 +302,7 @@ def test_what_stands_beside_a_plan_keeps_to_them_too() -> None:
     free = load_plan("free.json").result.value
     kept = document("place", *INPUTS, *GIVEN, "--engine", "vllm", "--no-verify", "-q", "-o", "json")
     values = {row["engine"]: row["value"] for row in kept["inputs"]["engine_values"]}
-    assert values.keys() == {"vllm-hetis", "sglang", "any"}
+    assert values.keys() == {"vllm-hetis", "sglang"}
     assert all(value is None or value < free for value in values.values())
     found = load_plan_and_problem("kept.json")
     fixed = FixedPlan(found.plan, found.problem)

@@ -212,7 +212,7 @@ def test_completion_prints_a_script(shell: str) -> None:
         ("hetis-plan place --roles prefill,de", "prefill,decode"),
         ("hetis-plan place --weights fp8,rtx-40", "fp8,rtx-4090="),
         ("hetis-plan compare --engine vllm,s", "vllm,sglang"),
-        ("hetis-plan compare --strategies uniform,hexgen3", "uniform,hexgen3"),
+        ("hetis-plan compare --strategies uniform,hexgen2", "uniform,hexgen2"),
         ("hetis-plan place --forbid ty", "type="),
         ("hetis-plan place --pin rep", "replicas="),
     ],

@@ -106,10 +106,6 @@ def test_kv_of_a_checkpoint_is_the_plans_unless_asked_otherwise(
     assert "--kv-cache-dtype cannot be passed to the engine: the plan sets it" in capsys.readouterr().err
 
 
-def test_any_engine_is_not_held_to_the_table(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert gpus_of(place(capsys, "--engine", "any", "--weights", "fp8")) == {"A100-SXM-40GB", "V100-SXM2-32GB"}
-
-
 def test_workers_may_be_gpus_that_cannot_compute_in_the_format(folder: Path) -> None:
     loaded = load_inputs(cluster="fleet.yaml", model="Meta-Llama-3-8B", workload="1024/256")
     rules = engine_rules("vllm-hetis", "hetis")
@@ -231,9 +227,8 @@ def test_what_the_engine_needs_is_not_told_as_an_option(folder: Path, capsys: py
 @pytest.mark.parametrize(
     ("gpu", "engine", "weights", "instead"),
     [
-        ("V100-SXM2-32GB", "vllm-hetis", "bf16", "; --engine any plans whatever the engine"),
-        ("T4", "sglang", "fp8", "; vllm-hetis runs it here: --engine vllm-hetis; vllm runs it here: --engine vllm; "),
-        ("L4", "vllm", "bnb-int4", "; sglang runs it here: --engine sglang; "),
+        ("T4", "sglang", "fp8", "; vllm-hetis runs it here: --engine vllm-hetis; vllm runs it here: --engine vllm"),
+        ("L4", "vllm", "bnb-int4", "; sglang runs it here: --engine sglang"),
     ],
 )
 def test_where_an_engine_runs_on_no_gpu_others_are_offered(
@@ -245,7 +240,6 @@ def test_where_an_engine_runs_on_no_gpu_others_are_offered(
     said = capsys.readouterr().err
     assert f"{'SGLang' if engine == 'sglang' else 'vLLM'}'s repository, " in said
     assert instead in said
-    assert run([*inputs, "--engine", "any", "--weights", weights]) == ExitCode.OK
 
 
 MIXED = """\
@@ -319,7 +313,7 @@ def test_an_export_finds_the_checkpoint_of_each_precision(mixed: Path, capsys: p
     ("options", "error"),
     [
         (("--weights", "fp8,A10=bf16"), "precision: cluster mixed has no GPU type 'A10', it has H100-SXM-80GB"),
-        (("--weights", "fp8,H100=bf16", "--engine", "any"), "has several precisions, which need a named"),
+        (("--weights", "fp8,H100=bf16", "--strategy", "hexgen-paper"), "has several precisions, which published"),
         (("--weights", "H100=bf16,H100-SXM-80GB=fp8"), "names a GPU type twice"),
     ],
 )

@@ -127,41 +127,46 @@ def test_what_other_engines_reach_is_said_with_what_keeps_them_apart() -> None:
     rows = [
         {"engine": "vllm", "value": 1.08, "bound": 1.08, "lacks": ["attention workers"], "why_not": ""},
         {"engine": "sglang", "value": 1.08, "bound": 1.08, "lacks": ["attention workers"], "why_not": ""},
-        {"engine": "any", "value": 1.485, "bound": 1.62, "lacks": ["stage copies", "several TP sizes"], "why_not": ""},
+        {
+            "engine": "vllm-hetis",
+            "value": 1.485,
+            "bound": 1.62,
+            "lacks": ["attention workers", "TP"],
+            "why_not": "",
+        },
     ]
     for kind, more in ((ObjectiveKind.GOODPUT, "with"), (ObjectiveKind.COST, "without")):
         plan = plans.plan(plans.paper_replica(), kind=kind)
         less = "without" if more == "with" else "with"
         assert beside_engines(replace(plan, inputs={**plan.inputs, "engine_values": rows})) == [
             f"vllm, sglang: 20% less, {less} attention workers",
-            f"any: 10% more found, 20% more at best, {more} stage copies and several TP sizes",
+            f"vllm-hetis: 10% more found, 20% more at best, {more} attention workers and TP",
         ]
     plan = plans.plan(plans.paper_replica())
-    known = {"engine": "any", "value": 1.35, "bound": 9.0, "lacks": [], "why_not": ""}
-    unknown = {**known, "value": None, "lacks": ["stage copies"], "why_not": "no time was left"}
+    known = {"engine": "vllm-hetis", "value": 1.35, "bound": 9.0, "lacks": [], "why_not": ""}
+    unknown = {**known, "value": None, "lacks": ["attention workers"], "why_not": "no time was left"}
     for row, words in (
-        (known, "any: the same found within its time limit"),
-        ({**known, "bound": 1.35}, "any: the same"),
+        (known, "vllm-hetis: the same found within its time limit"),
+        ({**known, "bound": 1.35}, "vllm-hetis: the same"),
         ({**known, "bound": None, "why_not": "no time was left"},
-         "any: runs this plan; no better one is known: no time was left"),
+         "vllm-hetis: runs this plan; no better one is known: no time was left"),
         ({**unknown, "value": 1.08, "equal_stages": True},
-         "any: at least 1.080 requests/s by equal stages, 20% less, without stage copies"),
-        (unknown, "any: does not run this plan (stage copies); no time was left"),
+         "vllm-hetis: at least 1.080 requests/s by equal stages, 20% less, without attention workers"),
+        (unknown, "vllm-hetis: does not run this plan (attention workers); no time was left"),
     ):  # fmt: skip
         assert beside_engines(replace(plan, inputs={**plan.inputs, "engine_values": [row]})) == [words]
     unsearched = replace(plan, inputs={**plan.inputs, "engine_values": [{**unknown, "why_not": NOT_COMPILED}]})
     assert (len(beside_engines(unsearched)), beside_engines(unsearched, hints=False)) == (1, [])
-    plan_again = "plan with --engine any (the first time takes up to a minute longer)"
-    for why_not in (NOT_COMPILED, "its search is not compiled yet, --engine any does that"):  # as in older plan files
-        for row, words in (
-            (
-                {**known, "bound": None},
-                f"any: runs this plan; its own search may find a better or a worse one: {plan_again}",
-            ),
-            (unknown, f"any: does not run this plan (stage copies); to search for a plan, {plan_again}"),
-        ):
-            rows = [{**row, "why_not": why_not}]
-            assert beside_engines(replace(plan, inputs={**plan.inputs, "engine_values": rows})) == [words]
+    plan_again = "plan with --engine vllm-hetis (the first time takes up to a minute longer)"
+    for row, words in (
+        (
+            {**known, "bound": None},
+            f"vllm-hetis: runs this plan; its own search may find a better or a worse one: {plan_again}",
+        ),
+        (unknown, f"vllm-hetis: does not run this plan (attention workers); to search for a plan, {plan_again}"),
+    ):
+        rows = [{**row, "why_not": NOT_COMPILED}]
+        assert beside_engines(replace(plan, inputs={**plan.inputs, "engine_values": rows})) == [words]
     assert beside_engines(replace(plan, inputs={**plan.inputs, "engine_values": [{"of": "another version"}]})) == []
 
 
@@ -390,7 +395,7 @@ def test_what_was_searched_is_said_in_plain_lines_and_exactly_by_explain() -> No
     shown = text_of(render_plan(plan))
     assert len(shown[shown.index("Searched") :].splitlines()) <= 6
     words = " ".join(shown.split())
-    assert "Strategy hetis: every shape: mixed types, uneven layers, stage copies, attention workers" in words
+    assert "Strategy hetis: every shape: mixed types, uneven layers, attention workers" in words
     assert "only unified replicas. Of these, what vllm-hetis runs: replicas of up to 8 stages in one zone." in words
     for exact in (render_plan(plan, wide=True), render_explanation(plan, plans.explanation(plan))):
         assert plan.family.strip() in " ".join(text_of(exact).split())

@@ -9,13 +9,13 @@ from typing import Any, get_args
 
 import pytest
 
-from hetis.formats.documents import load_cluster, load_plan
+from hetis.formats.documents import load_plan
 from hetis.planner.cli.sharing import ShareRule
 from hetis.planner.report.sharing import holds
 from hetis.planner.use_cases.place import ONE_TOKEN
 from hetis.planner.use_cases.record.parts import Requested
 from hetis.solver.budget import Report
-from hetis.solver.tenants.problem import TenantRule
+from hetis.solver.tenants.tenancy import TenantRule
 from tests.planner.command_line import EXAMPLES, hetis_plan_here, invoke
 
 FLEET = str(EXAMPLES / "h100-l4.yaml")
@@ -138,7 +138,7 @@ def test_what_the_shares_need_is_compiled_before_their_time_runs(
 
     def compile_slowly(num_gpus: int, strategies: tuple[str, ...], *, for_engine: bool = False, report: Report) -> None:
         nonlocal now_s
-        assert (strategies, for_engine) == (("hetis",), False)
+        assert strategies == ("hetis",)
         sizes.append(num_gpus)
         now_s += 1000.0
 
@@ -146,7 +146,7 @@ def test_what_the_shares_need_is_compiled_before_their_time_runs(
     monkeypatch.setattr("hetis.planner.jobs.kernels.compile_kernels", compile_slowly)
     asked = ["--no-others", "--no-envy", "--time-limit", "60s", "--out", str(tmp_path / "new")]
     assert invoke("share", written(tmp_path), "-c", FLEET, *asked).exit_code == 0
-    assert sizes == [1, load_cluster(FLEET).num_gpus()]
+    assert sizes == [1]
     assert load_plan(str(tmp_path / "new" / "chat.json")).result.solve_s == 0.0
 
 

@@ -151,8 +151,8 @@ def test_the_simplest_plan_is_asked_for_with_a_share(inputs: list[str], capsys: 
     plan = placed(capsys, [*inputs, "--simplest-within", "2%"])
     assert plan["inputs"]["simplest_within"] == 0.02
     assert any("of the best" in note for note in plan["notes"])
-    assert run([*inputs, "--simplest-within", "2%", "--engine", "any"]) == ExitCode.INVALID
-    assert "for an engine" in " ".join(capsys.readouterr().err.split())
+    assert run([*inputs, "--simplest-within", "2%", "--strategy", "splitwise"]) == ExitCode.INVALID
+    assert "only searched for by strategies hetis, hexgen and hexgen2" in " ".join(capsys.readouterr().err.split())
 
 
 ZONES = """\
@@ -257,7 +257,7 @@ def test_all_searches_together_keep_the_time_limit(
     monkeypatch.setattr(placing, "search", slow)
     request = PlacementRequest(
         cluster="fleet.yaml", model="Llama-2-7B", workload="1024/256", objective="gpus", rate=0.5, ttft=None, tpot=None,
-        survive="node", engine="any",
+        survive="node",
     )  # fmt: skip
     settings = placing.settings_of(request)
     loaded = placing.load(request)

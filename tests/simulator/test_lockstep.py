@@ -108,7 +108,7 @@ def test_a_plan_serves_what_it_says(roles: tuple[Role, ...]) -> None:
     problem = problem_of(nodes=2)
     # Too large for one GPU, six heads that four ranks cannot share, and no pipelines: so the copies share experts.
     model = replace(problem.model, q_heads=6, head_dim=48)
-    family = replace(SMALL_FAMILY, tp_sizes=(1, 4), in_flight=(1,), roles=roles, max_pool=0, max_copies=1)
+    family = replace(SMALL_FAMILY, tp_sizes=(1, 4), roles=roles, max_pool=0)
     small = {"A": make_profile("A", usable_bytes=14_000_000)}
     shared = replace(problem, model=model, family=family, profiles=small)
     plan = solve_placement(shared)

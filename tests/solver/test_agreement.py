@@ -103,7 +103,7 @@ WORKLOADS = (
     replace(make_workload((900, 5), (20, 200)), prefix_hit_rate=0.97),
 )
 FAMILY = Family(
-    max_copies=3, max_pool=6, tp_sizes=(1, 2, 4, 8), micro_batches=(1, 3, 16), in_flight=(1, 2, 5, 8),
+    max_pool=6, tp_sizes=(1, 2, 4, 8), micro_batches=(1, 3, 16), in_flight=(1, 2, 5, 8),
     chunk_tokens=(48, 256), roles=(Role.UNIFIED, Role.PREFILL, Role.DECODE),
 )  # fmt: skip
 

@@ -26,9 +26,9 @@ from hetis.solver.profile import Fit, Op, Piece, Profile
 from tests.models import shape_of
 from tests.solver.claimed_plans import claimed, counted, derived_of, plan_of, rules, unclaimed
 from tests.solver.instances import (
+    FREE_FAMILY,
     MADE_UP,
     NO_LIMITS,
-    SMALL_FAMILY,
     make_model,
     make_node,
     make_problem,
@@ -55,7 +55,7 @@ def the_problem(*, objective: Objective = NO_LIMITS, **family: object) -> Placem
         make_node("w", "A", gpus=4, zone="west"),
     ]
     model = make_model(num_layers=6, kv_heads=2, forbidden_cuts=frozenset({2}))
-    return make_problem(nodes, model=model, objective=objective, family=replace(SMALL_FAMILY, **family))  # type: ignore[arg-type]
+    return make_problem(nodes, model=model, objective=objective, family=replace(FREE_FAMILY, **family))  # type: ignore[arg-type]
 
 
 def sound(problem: PlacementProblem) -> Plan:
@@ -99,7 +99,7 @@ def test_a_plan_that_claims_less_than_its_rate_has_the_latency_that_it_claims() 
 @pytest.mark.parametrize(("share", "expected"), [(0.5, {Rule.RATE}), (1 - 1e-5, {Rule.RATE}), (1.0, set())])
 def test_plan_must_claim_its_rate_where_all_links_are_even(share: float, expected: set[Rule]) -> None:
     """Rate, value and bound all halved: nothing in the result reveals it."""
-    problem = make_problem([make_node("a", "A", nodes=2)])
+    problem = make_problem([make_node("a", "A", nodes=2)], family=FREE_FAMILY)
     stage = replace(A_STAGE, tp=1, devices=("a-0/0",), kv_head_groups_kept=2)
     replica = unclaimed(stage, replace(stage, first_layer=3, devices=("a-1/0",)))
     assert rules(plan_of(problem, claimed(replica, problem, share=share), gap=0.0), problem) == expected
@@ -358,7 +358,6 @@ def test_broken_plan_is_caught_by_its_own_rule_alone(rule: Rule, mutate: Mutatio
 
 
 SMALLER_FAMILIES: list[tuple[Rule, dict[str, object]]] = [
-    (Rule.COPIES, {"max_copies": 1}),
     (Rule.POOL_SIZE, {"max_pool": 0}),
     (Rule.ONE_TYPE, {"mixed_types": False}),
     (Rule.TP_SIZE, {"tp_sizes": (1,)}),
@@ -435,7 +434,7 @@ def test_traffic_between_zones_must_fit_the_link() -> None:
     nodes = [make_node("e", "A", gpus=2, zone="east"), make_node("w", "A", gpus=2, zone="west")]
     slow = Link(bytes_per_s=2e6, latency_s=0.0)
     network = Network(default=Link(bytes_per_s=5e8, latency_s=0.0), between_zones={("west", "east"): slow})
-    problem = make_problem(nodes, network=network)
+    problem = make_problem(nodes, network=network, family=FREE_FAMILY)
     east = replace(A_STAGE, tp=1, devices=("e/0",), kv_head_groups_kept=2)
     west = replace(east, first_layer=3, devices=("w/0",))
     one = claimed(unclaimed(east, west), problem)
@@ -450,7 +449,7 @@ def test_explicit_node_link_slows_only_the_stages_that_use_it() -> None:
     nodes = [make_node("a", "A", nodes=3)]
     pair = {("a-1", "a-0"): Link(bytes_per_s=1e6, latency_s=1e-2)}
     network = Network(default=Link(bytes_per_s=5e8, latency_s=0.0), between_nodes=pair)
-    problem = make_problem(nodes, network=network)
+    problem = make_problem(nodes, network=network, family=FREE_FAMILY)
     stage = replace(A_STAGE, tp=1, devices=("a-0/0",), kv_head_groups_kept=2)
     slow = unclaimed(stage, replace(stage, first_layer=3, devices=("a-1/0",)))
     fast = unclaimed(stage, replace(stage, first_layer=3, devices=("a-2/0",)))
@@ -588,7 +587,7 @@ def test_rank_holds_the_bytes_worked_by_hand() -> None:
 
 def test_prefix_layers_stay_on_the_first_stage_with_the_weights_of_dense_layers() -> None:
     moe = shape_of(num_experts=4, active_experts=2, expert_intermediate=256, first_dense_layers=1)
-    problem = make_problem([make_node("a", "A", nodes=2)], model=make_model(moe=moe))
+    problem = make_problem([make_node("a", "A", nodes=2)], model=make_model(moe=moe), family=FREE_FAMILY)
     first = replace(WHOLE, num_layers=1)
     last = replace(WHOLE, first_layer=1, num_layers=5, devices=("a-1/0",))
     plan = plan_of(problem, unclaimed(first, last))

@@ -17,7 +17,7 @@ from tests.models import replace, shape_of
 from tests.solver.claimed_plans import unclaimed
 from tests.solver.instances import make_compressed, make_model, make_node, make_problem
 
-FAMILY = Family(max_copies=1, max_pool=2, tp_sizes=(1, 2), micro_batches=(4,), in_flight=(1, 2, 3), chunk_tokens=(64,))
+FAMILY = Family(max_pool=2, tp_sizes=(1, 2), micro_batches=(4,), in_flight=(1, 2, 3), chunk_tokens=(64,))
 FIRST = StagePlan(gpu="A", tp=1, copies=1, first_layer=0, num_layers=3, devices=("a-0/0",), kv_head_groups_kept=1)
 SECOND = replace(FIRST, first_layer=3, devices=("a-1/0",))
 WORKERS = AttentionWorkerPool(stage=0, gpu="B", devices=("b-0/0",), kv_head_groups=1)

@@ -23,9 +23,9 @@ from hetis.solver.profile import Fit, Op, Piece, Profile
 from tests.models import replace, shape_of
 from tests.solver.claimed_plans import claimed, counted, derived_of, plan_of, rules, unclaimed
 from tests.solver.instances import (
+    FREE_FAMILY,
     MADE_UP,
     NO_LIMITS,
-    SMALL_FAMILY,
     make_model,
     make_node,
     make_problem,
@@ -57,7 +57,7 @@ def the_problem(*, objective: Objective = NO_LIMITS, between: Link = BETWEEN, **
         nodes,
         network=Network(default=FAST, zone_default=between),
         objective=objective,
-        family=replace(SMALL_FAMILY, **family),  # type: ignore[arg-type]
+        family=replace(FREE_FAMILY, **family),  # type: ignore[arg-type]
     )
 
 
@@ -303,9 +303,8 @@ def test_kv_of_routes_and_activations_of_spanning_replicas_share_a_link() -> Non
         ({"roles": (Role.UNIFIED,)}, {Rule.ROLE}),
         ({"roles": (Role.PREFILL, Role.DECODE)}, {Rule.ROLE}),
         ({"one_type_per_role": True}, {Rule.ROLE_TYPE}),
-        ({"decode_keeps_heads": False}, {Rule.HEAD_GROUPS}),
     ],
-    ids=["no roles", "nothing unified", "one type per role", "no heads kept"],
+    ids=["no roles", "nothing unified", "one type per role"],
 )
 def test_plan_outside_the_family_is_caught(family: dict[str, object], expected: set[Rule]) -> None:
     problem = the_problem(**family)  # type: ignore[arg-type]
@@ -531,7 +530,7 @@ def setting_of(
 
 # --- cards that several stages share
 
-SHARING = replace(SMALL_FAMILY, name="hetis-paper")
+SHARING = replace(FREE_FAMILY, name="hetis-paper")
 
 
 def two_stages_sharing(family: Family = SHARING) -> tuple[PlacementProblem, Plan]:
@@ -547,7 +546,7 @@ def test_cards_may_serve_all_stages_of_a_replica_where_the_strategy_shares_them(
     problem, plan = two_stages_sharing()
     assert check_plan(plan, problem) == ()
     assert plan.prices[2].as_attention_workers == 2
-    ordinary, plan = two_stages_sharing(SMALL_FAMILY)
+    ordinary, plan = two_stages_sharing(FREE_FAMILY)
     assert rules(plan, ordinary) == {Rule.SHARED_POOL}
 
 

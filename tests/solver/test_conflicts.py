@@ -141,16 +141,6 @@ def test_slow_links_are_blamed_where_a_replica_needs_several_nodes() -> None:
     assert not exists(replace(problem, cluster=with_faster_links(problem.cluster, factor / 1.3)))
 
 
-def test_forbidden_cuts_are_blamed_where_the_model_must_be_split() -> None:
-    model = make_model(num_layers=4, forbidden_cuts=frozenset({1, 2, 3}))
-    profile = make_profile("A", usable_bytes=6_500_000)
-    problem = make_problem([make_node("a", "A", nodes=3)], profiles={"A": profile}, model=model)
-    found = why(problem)
-    assert {m.subject for m in found.conflicts[0].members} == {Subject.CUTS, Subject.MEMORY}
-    assert_smallest(problem, found)
-    assert any("could be cut between any two layers" in reason for reason in found.reasons)
-
-
 def test_a_strategy_is_blamed_where_another_has_a_plan() -> None:
     profiles = {name: make_profile(name, usable_bytes=4_800_000) for name in "AB"}
     problem = make_problem([make_node("a", "A", nodes=2), make_node("b", "B")], profiles=profiles)
@@ -208,7 +198,7 @@ def test_constraints_that_exclude_one_another_are_named_and_no_others() -> None:
 
 def test_a_constraint_for_too_many_gpus_says_how_many_there_can_be() -> None:
     one, all_six = Replicas(least=1, most=1), Use(gpus=of("zone=default"), least=6)
-    family = replace(SMALL_FAMILY, max_pool=0, max_copies=1, in_flight=(1, 2), tp_sizes=(2,))
+    family = replace(SMALL_FAMILY, max_pool=0, tp_sizes=(2,))
     problem = replace(two_types(one, all_six), model=make_model(num_layers=2), family=family)  # two stages of two GPUs
     found = why(problem)
     assert_smallest(problem, found)

@@ -34,7 +34,7 @@ from hetis.solver.plan import (
     Status,
 )
 from hetis.solver.planning import solve_placement
-from hetis.solver.problem import EngineRules, PlacementProblem
+from hetis.solver.problem import EngineRules, Family, PlacementProblem
 from tests.models import replace, shape_of
 from tests.solver import test_check_roles
 from tests.solver.claimed_plans import claimed, plan_of, unclaimed
@@ -48,7 +48,7 @@ from tests.solver.test_check import (
     sound,
     the_problem,
 )
-from tests.solver.test_placement_exact import KINDS_OF_LAYERS
+from tests.solver.test_placement_search import KINDS_OF_LAYERS
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -232,13 +232,15 @@ def test_the_cost_of_a_shape_that_was_not_chosen_is_that_of_its_gpus(kind: Objec
     assert plan.runners_up
     for one in plan.runners_up:
         said = re.fullmatch(r"(\S+) (?:USD/h|GPUs) per request/s, where (.*) (\S+)", one.reason)
-        assert said is not None, one.reason
+        if said is None:
+            assert "worth its GPUs" in one.reason
+            continue
         gpus = re.findall(r"([AB]) TP(\d) x(\d)", one.shape)
         each = sum(prices[gpu] * int(tp) * int(copies) for gpu, tp, copies in gpus) / one.rate
         assert float(said[1]) == pytest.approx(each, rel=1e-3)
-        if one.shape.startswith("prefill"):
-            assert said[2] == "prefill work is worth"
-            assert float(said[3]) < taken, "decoding costs the rest"
+        if one.shape.startswith(("prefill", "decode")):
+            assert said[2] == f"{one.shape.split()[0].rstrip(':')} work is worth"
+            assert float(said[3]) < taken, "the other half costs the rest"
         else:
             assert said[2] == "the plan takes"
             assert float(said[3]) == pytest.approx(taken, rel=1e-3)
@@ -345,6 +347,7 @@ def example_problem(cluster: str, model: str, workload: str, objective: Objectiv
         workload=load_workload(workload).clipped_to(spec.max_position),
         profiles={name: modelled_profile(gpu) for name, gpu in fleet.gpu_types.items()},
         objective=objective,
+        family=run_by(Family(), EngineRules(name="vllm-hetis")),
     )
 
 

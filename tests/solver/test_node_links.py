@@ -44,7 +44,7 @@ def value_of(problem: PlacementProblem) -> float:
 
 
 def plan_of(problem: PlacementProblem) -> Plan:
-    plan = solve_placement(problem, strategy="hetis")
+    plan = solve_placement(problem, strategy="hetis", gap_target=0.0)
     assert check_plan(plan, problem) == ()
     assert plan.result.status is Status.OPTIMAL
     return plan
@@ -186,7 +186,7 @@ def test_kv_of_plans_is_charged_no_faster_link_than_it_has(problem: PlacementPro
 
 
 APART = replace(SMALL_FAMILY, roles=(Role.PREFILL, Role.DECODE))
-FEW = replace(APART, max_copies=1, max_pool=1, micro_batches=(1, 8), in_flight=(1, 2))
+FEW = replace(APART, max_pool=1, micro_batches=(1, 8))
 
 
 def apart(num_nodes: int, links: dict[tuple[str, str], Link], gpus: int = 2) -> PlacementProblem:
@@ -247,7 +247,7 @@ def test_sets_that_are_too_many_are_left_out_and_counted(
     num_nodes: int, most: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("hetis.solver.placement.fleet.MOST_PARTS", most)
-    problem = apart(num_nodes, tiers(num_nodes), gpus=1)
+    problem = apart(num_nodes, tiers(num_nodes))
     costs = build_cost_tables(apply_constraints(problem))
     parts = [scope.part for scope in costs.scopes if scope.place.blocks is not None]
     assert 0 < len(parts) <= most

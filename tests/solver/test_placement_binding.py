@@ -40,7 +40,7 @@ def assert_groups_stay_in_their_node(plan: Plan) -> None:
 def test_nodes_of_any_size_hold_tp_groups(gpus: int, nodes: int, tp_sizes: tuple[int, ...]) -> None:
     if min(tp_sizes) > gpus:
         return
-    family = replace(SMALL_FAMILY, tp_sizes=tp_sizes, micro_batches=(4,), in_flight=(1, 2), max_pool=1)
+    family = replace(SMALL_FAMILY, tp_sizes=tp_sizes, micro_batches=(4,), max_pool=1)
     profiles = {"A": make_profile("A", usable_bytes=16_000_000)}
     problem = make_problem([make_node("a", "A", gpus=gpus, nodes=nodes)], family=family, profiles=profiles)
     plan = solve_placement(problem)
@@ -99,7 +99,7 @@ Shape = tuple[int, int]  # (GPUs of a node, number of nodes)
 def test_whatever_the_packing_rows_admit_can_be_bound(shapes: list[Shape], sizes: list[int], seed: int) -> None:
     """TP groups of 1, 2, 4 and 8 drawn until the rows are full, several to a replica."""
     nodes = [make_node(f"n{i}", "A", gpus=gpus, nodes=count) for i, (gpus, count) in enumerate(shapes)]
-    family = replace(SMALL_FAMILY, tp_sizes=(1, 2, 4, 8), micro_batches=(1,), in_flight=(1,))
+    family = replace(SMALL_FAMILY, tp_sizes=(1, 2, 4, 8), micro_batches=(1,))
     problem = make_problem(nodes, family=family)
     costs = build_cost_tables(replace(problem, model=replace(problem.model, q_heads=8, head_dim=32)))
     drawn = random.Random(seed)

@@ -18,9 +18,7 @@ from hetis.solver.check import check_plan
 from hetis.solver.cluster import Link
 from hetis.solver.errors import InfeasibleError, InvalidProblemError, NoPlanFoundError
 from hetis.solver.highs import quiet_highs
-from hetis.solver.placement import exact as exact_search
-from hetis.solver.placement import frontier, master, search
-from hetis.solver.placement.exact import solve_exactly
+from hetis.solver.placement import master
 from hetis.solver.placement.families import STRATEGIES
 from hetis.solver.placement.infeasible import trials as trials_module
 from hetis.solver.placement.infeasible.requirements import Requirement, Subject, requirements_of
@@ -35,13 +33,10 @@ from tests.solver.oracle import best_plan_value
 from tests.solver.test_placement_engines import FAMILIES as ENGINES_FAMILIES
 
 KINDS = tuple(ObjectiveKind)
-EXAMPLES = max(3, settings().max_examples // 5)  # column generation takes about a second each
+EXAMPLES = max(3, settings().max_examples // 5)
 # Published heuristics prove nothing, so that they cannot give reasons why no plan exists.
 SEARCHED = [name for name, strategy in STRATEGIES.items() if not strategy.is_published]
-EVERY_WAY = [(strategy, exact) for strategy in SEARCHED for exact in (True, False)]
-every_way = pytest.mark.parametrize(
-    ("strategy", "exact"), EVERY_WAY, ids=[f"{s}-{'exact' if e else 'generated'}" for s, e in EVERY_WAY]
-)
+every_strategy = pytest.mark.parametrize("strategy", SEARCHED)
 
 
 class Ticks:
@@ -62,8 +57,8 @@ def with_wide_zone_links(problem: PlacementProblem) -> PlacementProblem:
     return replace(problem, cluster=replace(cluster, network=replace(cluster.network, zone_default=wide)))
 
 
-def reasons(problem: PlacementProblem, strategy: str = "hetis", *, exact: bool = True) -> str:
-    with patch.object(search, "is_small", lambda _: exact), pytest.raises(InfeasibleError) as caught:
+def reasons(problem: PlacementProblem, strategy: str = "hetis") -> str:
+    with pytest.raises(InfeasibleError) as caught:
         solve_placement(problem, strategy=strategy)
     assert str(caught.value) == "; ".join(caught.value.reasons)
     return str(caught.value)
@@ -72,16 +67,16 @@ def reasons(problem: PlacementProblem, strategy: str = "hetis", *, exact: bool =
 # --- infeasible
 
 
-@every_way
-def test_too_little_memory_is_said_with_both_numbers(strategy: str, exact: bool) -> None:
+@every_strategy
+def test_too_little_memory_is_said_with_both_numbers(strategy: str) -> None:
     tiny = {"A": make_profile("A", usable_bytes=2_000_000)}
     problem = make_problem([make_node("a", "A", nodes=2)], profiles=tiny, model=make_model(num_layers=40))
-    message = reasons(problem, strategy, exact=exact)
+    message = reasons(problem, strategy)
     assert "tiny needs " in message
     assert "for weights alone; this fleet has " in message
 
 
-@every_way
+@every_strategy
 @pytest.mark.parametrize(
     ("limits", "words"),
     [
@@ -89,17 +84,17 @@ def test_too_little_memory_is_said_with_both_numbers(strategy: str, exact: bool)
         ({"ttft_limit_s": 1e-6}, "p95 TTFT limit 0.001 ms"),
     ],
 )
-def test_impossible_limit_is_named(strategy: str, exact: bool, limits: dict[str, float], words: str) -> None:
+def test_impossible_limit_is_named(strategy: str, limits: dict[str, float], words: str) -> None:
     problem = make_problem([make_node("a", "A", nodes=2)], objective=replace(NO_LIMITS, **limits))
-    assert words in reasons(problem, strategy, exact=exact)
+    assert words in reasons(problem, strategy)
 
 
-@every_way
+@every_strategy
 @pytest.mark.parametrize("kind", [ObjectiveKind.COST, ObjectiveKind.GPUS])
-def test_demand_beyond_the_fleet_is_named(strategy: str, exact: bool, kind: ObjectiveKind) -> None:
+def test_demand_beyond_the_fleet_is_named(strategy: str, kind: ObjectiveKind) -> None:
     objective = replace(NO_LIMITS, kind=kind, demand_rps=1e5)
     problem = make_problem([make_node("a", "A", nodes=3)], objective=objective)
-    message = reasons(problem, strategy, exact=exact)
+    message = reasons(problem, strategy)
     assert message.startswith("demand 100000 requests/s is above what this fleet serves: ")
 
 
@@ -110,16 +105,15 @@ def test_heads_that_no_tp_size_splits_are_named() -> None:
 
 
 @settings(max_examples=EXAMPLES)
-@given(problems(max_gpus=4, kinds=KINDS, family=SMALL_FAMILY), st.booleans())
-def test_infeasible_is_only_said_of_problems_without_a_plan(problem: PlacementProblem, exact: bool) -> None:
-    with patch.object(search, "is_small", lambda _: exact):
-        try:
-            solve_placement(problem)
-        except InfeasibleError as error:
-            best = best_plan_value(problem)
-            assert best in (0.0, float("inf")), f"there is a plan worth {best}, but: {error}"  # noqa: PT017
-            assert error.reasons  # noqa: PT017
-            assert all(error.reasons)  # noqa: PT017
+@given(problems(max_gpus=4, kinds=KINDS, family=SMALL_FAMILY))
+def test_infeasible_is_only_said_of_problems_without_a_plan(problem: PlacementProblem) -> None:
+    try:
+        solve_placement(problem)
+    except InfeasibleError as error:
+        best = best_plan_value(problem)
+        assert best in (0.0, float("inf")), f"there is a plan worth {best}, but: {error}"  # noqa: PT017
+        assert error.reasons  # noqa: PT017
+        assert all(error.reasons)  # noqa: PT017
 
 
 FAMILIES = (
@@ -132,18 +126,16 @@ FAMILIES = (
 @settings(max_examples=2 * EXAMPLES)
 @given(
     problem=st.sampled_from(FAMILIES).flatmap(lambda family: problems(max_gpus=4, kinds=KINDS, family=family)),
-    exact=st.booleans(),
 )
-def test_every_family_has_reasons_for_having_no_plan(problem: PlacementProblem, exact: bool) -> None:
+def test_every_family_has_reasons_for_having_no_plan(problem: PlacementProblem) -> None:
     """`tests.solver.searching` looks for none, and `tests.solver.test_conflicts` whether they are true."""
-    with patch.object(search, "is_small", lambda _: exact):
-        try:
-            solve_placement(problem, strategy=problem.family.name)
-        except InfeasibleError as error:
-            assert error.reasons  # noqa: PT017
-            assert all(error.reasons)  # noqa: PT017
-        except (InvalidProblemError, NoPlanFoundError):
-            assume(False)
+    try:
+        solve_placement(problem, strategy=problem.family.name)
+    except InfeasibleError as error:
+        assert error.reasons  # noqa: PT017
+        assert all(error.reasons)  # noqa: PT017
+    except (InvalidProblemError, NoPlanFoundError):
+        assume(False)
 
 
 # --- a time-out is no proof
@@ -167,33 +159,18 @@ def milps_without_time(num_calls: int = 1 << 20) -> Iterator[list[float]]:
         yield begun
 
 
-@pytest.mark.parametrize("strategy", ["hetis", "uniform"])
 @pytest.mark.parametrize("kind", [ObjectiveKind.THROUGHPUT, ObjectiveKind.GPUS])
-def test_packings_that_ran_out_of_time_prove_nothing(strategy: str, kind: ObjectiveKind) -> None:
+def test_packings_that_ran_out_of_time_prove_nothing(kind: ObjectiveKind) -> None:
     demand = None if kind is ObjectiveKind.THROUGHPUT else 1.0
     problem = make_problem([make_node("a", "A", nodes=2)], objective=replace(NO_LIMITS, kind=kind, demand_rps=demand))
     with milps_without_time(), pytest.raises(NoPlanFoundError, match="nor a proof that there is none"):
-        solve_placement(problem, strategy=strategy)
+        solve_placement(problem, strategy="uniform")
+    equal = replace(problem, family=STRATEGIES["uniform"].restrict(problem.family))
     with milps_without_time():
-        fresh = search_fresh(build_cost_tables(problem), SearchSettings(strategy=strategy))
+        fresh = search_fresh(build_cost_tables(equal), SearchSettings())
     assert not fresh.is_empty
     assert math.isfinite(fresh.bound)
     assert (fresh.bound > 0.0) == problem.objective.maximises, "what is known without a packing"
-
-
-def test_a_pass_whose_packings_were_cut_is_not_the_last() -> None:
-    problem = make_problem([make_node("a", "A", nodes=2)])
-    best = solve_placement(problem).result
-    with milps_without_time(num_calls=2):  # the MILPs of the coarsest pass
-        cut = solve_placement(problem).result
-    assert cut.status is Status.OPTIMAL
-    assert cut.value == best.value
-
-
-def test_a_trial_whose_packings_ran_out_of_time_has_no_answer() -> None:
-    trials = Trials(make_problem([make_node("a", "A", nodes=2)]), SearchSettings())
-    with milps_without_time():
-        assert trials.of(()).exists is None
 
 
 # --- trials
@@ -214,21 +191,6 @@ def test_trials_search_only_what_nothing_simpler_answers() -> None:
         assert trials.of([*tight, *asked[1:]]) is refuted
         with pytest.raises(AssertionError, match="searched"):
             trials.of([Requirement(subject=Subject.DEMAND, value=1.01 * first_rate(problem))])
-
-
-def test_equal_stages_of_several_types_in_a_role_answer_no_trial_of_splitwise() -> None:
-    nodes = [make_node("a", "A", nodes=2), make_node("b", "B"), make_node("c", "C")]
-    problem = make_problem(nodes)
-    problem = replace(problem, family=STRATEGIES["splitwise"].restrict(problem.family))
-    best = solve_placement(problem, strategy="splitwise").result
-    assert best.status is Status.OPTIMAL
-    equal = search.equal_stages(build_cost_tables(problem), SearchSettings())
-    assert equal is not None
-    beyond = 1.01 * best.value
-    assert beyond < 0.9 * equal.value, "there is a plan of equal stages, but not in the family"
-    trials = Trials(problem, SearchSettings())
-    demand = Requirement(subject=Subject.DEMAND, value=beyond)
-    assert trials.of([*requirements_of(problem), demand]).exists is False
 
 
 @pytest.mark.parametrize("strategy", ["uniform", "hetis"])
@@ -257,55 +219,48 @@ def test_objective_without_its_demand_is_refused() -> None:
 
 
 @pytest.mark.parametrize("strategy", ["hetis", "hexgen"])
-@pytest.mark.parametrize("exact", [True, False], ids=["exact", "generated"])
-def test_no_time_at_all_proves_nothing(strategy: str, exact: bool) -> None:
+def test_no_time_at_all_proves_nothing(strategy: str) -> None:
     problem = make_problem([make_node("a", "A", nodes=2)])
     budget = Budget(time_limit_s=0.0, clock=Ticks())
-    with patch.object(search, "is_small", lambda _: exact):
-        try:
-            plan = solve_placement(problem, strategy=strategy, budget=budget)
-        except NoPlanFoundError as error:
-            assert str(error).endswith("allow more time")  # noqa: PT017
-        else:
-            assert check_plan(plan, replace(problem, family=STRATEGIES[strategy].restrict(problem.family))) == ()
+    try:
+        plan = solve_placement(problem, strategy=strategy, budget=budget)
+    except NoPlanFoundError as error:
+        assert str(error).endswith("allow more time")  # noqa: PT017
+    else:
+        assert check_plan(plan, replace(problem, family=STRATEGIES[strategy].restrict(problem.family))) == ()
 
 
-@pytest.mark.parametrize("exact", [True, False], ids=["exact", "generated"])
-def test_cancelled_before_the_start_proves_nothing(exact: bool) -> None:
+def test_cancelled_before_the_start_proves_nothing() -> None:
     problem = make_problem([make_node("a", "A", nodes=2)])
     budget = Budget()
     budget.cancelled.set()
-    with patch.object(search, "is_small", lambda _: exact):
-        try:
-            plan = solve_placement(problem, budget=budget)
-        except NoPlanFoundError:
-            return
+    try:
+        plan = solve_placement(problem, budget=budget)
+    except NoPlanFoundError:
+        return
     assert plan.result.status in (Status.INTERRUPTED, Status.OPTIMAL)
     assert check_plan(plan, problem) == ()
 
 
-@pytest.mark.parametrize("exact", [True, False], ids=["exact", "generated"])
 @settings(max_examples=EXAMPLES)
 @given(problem=problems(max_gpus=4, kinds=KINDS, family=SMALL_FAMILY), ticks=st.integers(1, 60))
-def test_plan_in_hand_when_time_runs_out_is_sound(exact: bool, problem: PlacementProblem, ticks: int) -> None:
+def test_plan_in_hand_when_time_runs_out_is_sound(problem: PlacementProblem, ticks: int) -> None:
     problem = with_wide_zone_links(problem)
     budget = Budget(time_limit_s=float(ticks), clock=Ticks())
-    with patch.object(search, "is_small", lambda _: exact):
-        try:
-            plan = solve_placement(problem, budget=budget)
-        except NoPlanFoundError:
-            return
-        except InfeasibleError:
-            assert best_plan_value(problem) in (0.0, float("inf"))
-            return
+    try:
+        plan = solve_placement(problem, budget=budget)
+    except NoPlanFoundError:
+        return
+    except InfeasibleError:
+        assert best_plan_value(problem) in (0.0, float("inf"))
+        return
     assert_truthful(problem, plan.result.value, plan.result.bound)
     assert check_plan(plan, problem) == ()
 
 
-@pytest.mark.parametrize("exact", [True, False], ids=["exact", "generated"])
 @settings(max_examples=EXAMPLES)
 @given(problem=problems(max_gpus=4, kinds=KINDS, family=SMALL_FAMILY), news=st.integers(1, 6))
-def test_cancelled_search_returns_what_it_has(exact: bool, problem: PlacementProblem, news: int) -> None:
+def test_cancelled_search_returns_what_it_has(problem: PlacementProblem, news: int) -> None:
     problem = with_wide_zone_links(problem)
     budget, seen = Budget(), list[Progress]()
 
@@ -314,15 +269,14 @@ def test_cancelled_search_returns_what_it_has(exact: bool, problem: PlacementPro
         if len(seen) == news:
             budget.cancelled.set()
 
-    with patch.object(search, "is_small", lambda _: exact):
-        try:
-            plan = solve_placement(problem, budget=budget, report=cancel_after)
-        except NoPlanFoundError:
-            assert budget.cancelled.is_set()
-            return
-        except InfeasibleError:
-            assert best_plan_value(problem) in (0.0, float("inf"))
-            return
+    try:
+        plan = solve_placement(problem, budget=budget, report=cancel_after)
+    except NoPlanFoundError:
+        assert budget.cancelled.is_set()
+        return
+    except InfeasibleError:
+        assert best_plan_value(problem) in (0.0, float("inf"))
+        return
     if budget.cancelled.is_set():
         assert plan.result.status in (Status.INTERRUPTED, Status.OPTIMAL)
     assert_truthful(problem, plan.result.value, plan.result.bound)
@@ -337,24 +291,6 @@ def test_a_share_of_a_budget_ends_with_whoever_waits_for_it() -> None:
     assert share.is_spent()
 
 
-def test_cancelled_in_the_middle_of_a_pass_packs_once_more_and_no_further() -> None:
-    problem, budget = make_problem([make_node("a", "A", gpus=2), make_node("b", "A", gpus=2)]), Budget()
-    begun_before = list[int]()
-
-    def cancelling(*arguments: Any) -> int:
-        found: int = frontier.explore(*arguments)
-        if not budget.cancelled.is_set():
-            begun_before.append(len(begun))
-            budget.cancelled.set()
-        return found
-
-    with milps_without_time(num_calls=0) as begun, patch.object(exact_search, "explore", cancelling):
-        costs = build_cost_tables(problem)
-        rates = master.Master(costs.resources.limits, None, costs.routes)
-        assert solve_exactly(costs, rates, SearchSettings(budget=budget)) is not None
-    assert len(begun) - begun_before[0] == 1
-
-
 def assert_truthful(problem: PlacementProblem, value: float, bound: float) -> None:
     best = best_plan_value(problem)
     low, high = (value, bound) if problem.objective.maximises else (bound, value)
@@ -364,13 +300,11 @@ def assert_truthful(problem: PlacementProblem, value: float, bound: float) -> No
 # --- progress
 
 
-@pytest.mark.parametrize("exact", [True, False], ids=["exact", "generated"])
-def test_news_never_gets_worse(exact: bool) -> None:
+def test_news_never_gets_worse() -> None:
     seen = list[Progress]()
     nodes = [make_node("a", "A", gpus=4), make_node("b", "B", gpus=2)]
     problem = make_problem(nodes, profiles={"A": make_profile("A"), "B": make_profile("B", bytes_per_s=5e9)})
-    with patch.object(search, "is_small", lambda _: exact):
-        solve_placement(problem, report=seen.append)
+    solve_placement(problem, report=seen.append)
     incumbents = [p.incumbent for p in seen if p.incumbent is not None]
     assert incumbents == sorted(incumbents)
     assert incumbents

@@ -12,14 +12,14 @@ from hetis.solver.cluster import Link, Network
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.plan import Objective, ObjectiveKind, Role, Status
 from hetis.solver.problem import Family, PlacementProblem
-from tests.solver.instances import NO_LIMITS, SMALL_FAMILY, make_model, make_node, make_problem, make_profile, problems
+from tests.solver.instances import FREE_FAMILY, NO_LIMITS, make_model, make_node, make_problem, make_profile, problems
 from tests.solver.oracle import best_plan_value
 from tests.solver.specified import EVERY, is_soon_solved, solve_specification
 
-UNIFIED = replace(SMALL_FAMILY, roles=(Role.UNIFIED,))
+UNIFIED = replace(FREE_FAMILY, roles=(Role.UNIFIED,))
 # The specification has no copies that share experts.
 TINY_FAMILY = replace(UNIFIED, micro_batches=(4,), in_flight=(1, 2), max_pool=1, tp_sizes=(1, 2), attention_dp=())
-UNIFORM = replace(TINY_FAMILY, name="uniform", mixed_types=False, uneven_layers=False, max_copies=1, max_pool=0)
+UNIFORM = replace(TINY_FAMILY, name="uniform", mixed_types=False, uneven_layers=False, max_pool=0)
 KINDS = tuple(ObjectiveKind)
 
 

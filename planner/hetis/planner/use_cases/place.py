@@ -15,7 +15,6 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from hetis.planner.use_cases import service_level
-from hetis.planner.use_cases.any_engine import search_again
 from hetis.planner.use_cases.engine_values import with_engine_values
 from hetis.planner.use_cases.listing import kinds_in_a_zone, refuse_unlisted, stages_to_list
 from hetis.planner.use_cases.precision import for_engine, in_precision, notes_on_exchange
@@ -309,11 +308,8 @@ def simulated_plan(
         UncheckedPlanError: the other plan fails the independent checker.
     """
 
-    def searched(posed: PlacementProblem, within: Budget) -> Plan:
-        return search(posed, settings, budget=within, report=report)
-
     searches = Again(
-        search=lambda posed, within: search_again(posed, settings.strategy, searched, within),
+        search=lambda posed, within: search(posed, settings, budget=within, report=report),
         describe=lambda found: describe(found, loaded, problem, settings),
         time_limit_s=settings.time_limit_s,
         is_cut_short=(

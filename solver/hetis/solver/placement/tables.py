@@ -94,27 +94,10 @@ class Tables(NamedTuple):
     pool_s: FloatArray  # [X, total] attention with a pool, including KV shipping, over k = 1..Gr, then pool sizes
     receives: BoolArray  # [X] whether KV arrives, as in mixes of decode replicas
     pool_wire_s: FloatArray  # [total] `wire_s` with a pool
-    gives_all: BoolArray  # [X] whether stages give all head groups to a pool (`Family.decode_keeps_heads`)
     least_pool_start: IntArray  # [S, N] where the least over k of (s, q) start, by pool size
     least_pool_s: FloatArray  # [X, least total]
     least_pool_wire_s: FloatArray  # [least total]
     keeps_idle_cards: bool  # whether idle attention workers are tried because some GPUs must be in use
-
-
-class CoverTables(NamedTuple):
-    """The few `Tables` that covering layers needs: a kernel takes a second longer to compile if it is passed all."""
-
-    num_layers: int
-    cut_floor: IntArray
-    t_floor: float
-    available: IntArray
-    rank_class: IntArray
-    rank_tp: IntArray
-
-
-def cover_tables(t: Tables) -> CoverTables:
-    """Return the part of these tables that `CoverTables` has."""
-    return CoverTables(t.num_layers, t.cut_floor, t.t_floor, t.available, t.rank_class, t.rank_tp)
 
 
 class Scope:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -67,7 +66,7 @@ def build_cost_tables(problem: PlacementProblem, *, is_relaxation: bool = False)
     shaped.sort(key=lambda one: one[0][0])  # kernels require the ranks of a class to be in sequence
     ranks, rank_dp = tuple(rank for rank, _ in shaped), tuple(dp for _, dp in shaped)
     resources, biggest = resources_of(classes, family.tp_sizes), max((c.available for c in classes), default=0)
-    pool_sizes = tuple(p for p in family.pool_sizes(1) if p <= biggest)
+    pool_sizes = tuple(p for p in family.pool_sizes() if p <= biggest)
     tabulation = _Tabulation(problem, moments, classes, mixes, ranks, rank_dp, pool_sizes, is_relaxation=is_relaxation)
     beside = [places_of(problem.cluster, zone, classes, problem.node_links) for zone in zones]
     places = [place for some in beside for place in without_most(some)] if family.splits_roles else []
@@ -327,7 +326,6 @@ class _Tabulation:
             pool_s=pools.whole_s,
             receives=np.array([m.role is Role.DECODE for m in self.mixes]),
             pool_wire_s=pools.wire_s,
-            gives_all=np.array([m.role is Role.DECODE and not family.decode_keeps_heads for m in self.mixes]),
             least_pool_start=pools.least_start,
             least_pool_s=pools.least_whole_s,
             least_pool_wire_s=pools.least_wire_s,
@@ -504,8 +502,7 @@ class _Tabulation:
     def _per_copy(self, amount_of: Callable[[Mix, int], float]) -> FloatArray:
         """Return tokens or bytes of a stage copy, by its mix and the micro-batches that it holds; [X, F, copies]."""
         family = self.problem.family
-        held = [[math.ceil(m / (copies + 1)) for copies in range(family.max_copies)] for m in family.in_flight]
-        return np.array([[[amount_of(mix, n) for n in of_copies] for of_copies in held] for mix in self.mixes])
+        return np.array([[[amount_of(mix, m)] for m in family.in_flight] for mix in self.mixes])
 
     def _pools_in(self, place: Part | None) -> _PoolTables:
         """Return the tables of a place beside whole zones, or those of all whole zones (None)."""

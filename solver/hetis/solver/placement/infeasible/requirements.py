@@ -8,7 +8,7 @@ from enum import StrEnum
 
 from hetis.solver.cluster import Cluster, Link, Network
 from hetis.solver.constraints import Constraint, described
-from hetis.solver.placement.families import STRATEGIES
+from hetis.solver.placement.families import STRATEGIES, run_by
 from hetis.solver.placement.fleet import most_spanning
 from hetis.solver.plan import Objective, ObjectiveKind, Role
 from hetis.solver.problem import MICRO_BATCHES, NOTHING_SET, Family, PlacementProblem
@@ -155,11 +155,11 @@ def _family(family: Family, kept: Mapping[Subject, Requirement]) -> Family:
     sizes = Family(
         tp_sizes=family.tp_sizes,
         micro_batches=family.micro_batches,
-        in_flight=family.in_flight,
         chunk_tokens=family.chunk_tokens,
         engine_settings=family.engine_settings,
     )
-    wide = STRATEGIES[strategy].restrict(sizes)
+    assert family.engine is not None, "only searches give reasons"
+    wide = STRATEGIES[strategy].restrict(run_by(sizes, family.engine))
     return replace(wide, roles=roles or wide.roles)
 
 

@@ -1,7 +1,8 @@
 """The checker of shared fleets: plans, disjointness, rates, the rule and the arithmetic of the bound, derived again.
 
 It shares no code with the search. It does not check claims that only a search can prove: that a tenant alone reaches
-the stated rate, and that no replica exceeds the multipliers of a proof; the latter is checked for the plans' replicas.
+the stated rate, that no replica exceeds the multipliers of a proof (this is checked for the plans' replicas), and that
+whole replicas reach less than the prices prove.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Iterator
 from hetis.solver.check import check_plan
 from hetis.solver.cluster import Cluster, GpuSlots, node_of
 from hetis.solver.plan import Plan, Status
-from hetis.solver.tenants.problem import FleetShares, PriceProof, Tenancy, TenantRule
+from hetis.solver.tenants.tenancy import FleetShares, PriceProof, Tenancy, TenantRule
 
 RELATIVE = 1e-6
 OPTIMAL_GAP = 1e-6
@@ -157,19 +158,15 @@ def _price(proof: PriceProof, gpu: str, per_node: int, tp: int) -> float:
 
 
 def _check_what_proofs_say(answer: FleetShares) -> Iterator[str]:
-    """Check that the bounds follow from prices, multipliers and floors."""
+    """Check that prices, multipliers and floors prove what is said, and that no bound is wider than that."""
     gains = [share.worth * share.alone for share in answer.shares]
     if answer.level_proof is not None and answer.level_bound is not None:
         proof = answer.level_proof
         covered = sum(a * share.weight for a, share in zip(proof.multipliers, answer.shares, strict=True))
         worth = sum(row.price * row.limit for row in proof.rows)
-        level = worth / covered if covered > 0.0 else math.inf
-        if answer.level_bound < level * (1.0 - RELATIVE):
-            yield f"level bound is {answer.level_bound:.9g}, its prices prove {level:.9g} only"
-        if answer.rule is TenantRule.EQUAL_THROUGHPUT:
-            total = level * sum(g * share.weight for g, share in zip(gains, answer.shares, strict=True))
-            if answer.bound < total * (1.0 - RELATIVE):
-                yield f"bound is {answer.bound:.9g}, its prices prove {total:.9g} only"
+        yield from _check_bound(
+            "level bound", answer.level_bound, proof, worth / covered if covered > 0.0 else math.inf
+        )
     if answer.proof is None or answer.rule is TenantRule.EQUAL_THROUGHPUT:
         return
     proof = answer.proof
@@ -183,8 +180,15 @@ def _check_what_proofs_say(answer: FleetShares) -> Iterator[str]:
         if floor > owed * (1.0 + RELATIVE) + 1e-12:
             yield f"{share.name}: the proof asks for {floor:.9g}, the rule owes it {owed:.9g}"
         bound -= (multiplier - gain) * floor
-    if answer.bound < bound * (1.0 - RELATIVE):
-        yield f"bound is {answer.bound:.9g}, its prices prove {bound:.9g} only"
+    yield from _check_bound("bound", answer.bound, proof, bound)
+
+
+def _check_bound(what: str, stated: float, proof: PriceProof, proved: float) -> Iterator[str]:
+    """Check a bound, which may be tighter than its prices prove: then it holds for whole replicas alone."""
+    if not _close(proof.bound, proved):
+        yield f"{what} of the prices is {proof.bound:.9g}, they prove {proved:.9g}"
+    if stated > proof.bound * (1.0 + RELATIVE):
+        yield f"{what} is {stated:.9g}, though its prices prove {proof.bound:.9g}"
 
 
 def _close(a: float, b: float) -> bool:
