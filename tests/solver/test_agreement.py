@@ -245,7 +245,7 @@ def test_the_simulator_takes_the_mean_iteration_for_as_long(
     model, moments, b, C = one.problem.model, setting.moments, one.b, one.C
     steps = model.emitted_tokens
     if one.d > 1:
-        return  # depends on the mean over all copies; see tests/simulator/test_lockstep.py
+        return  # depends on the mean over all copies; see tests/simulator/replica/test_lockstep.py
     found = StageTiming(one.problem, s, **ends, steps=steps)
     a = moments.prefill_pairs / moments.mean_computed
     read = model.read_tokens(a)
