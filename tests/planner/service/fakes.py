@@ -168,7 +168,15 @@ class FakePlanner:
         return Overview(
             epoch=3,
             leader_since_s=1_800_000_000.0,
-            clusters=(ClusterOverview(name="clusters/c", active_plan="plans/p", num_nodes={"READY": 2, "LOST": 1}),),
+            clusters=(
+                ClusterOverview(
+                    name="clusters/c",
+                    active_plan="plans/p",
+                    num_nodes={"READY": 2, "LOST": 1},
+                    num_replicas={"SERVING": 3, "FAILED": 1},
+                    activation="ACTIVATING",
+                ),
+            ),
             num_plans={"SOLVING": 1},
             queued=4,
             searching=1,

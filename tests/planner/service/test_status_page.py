@@ -104,7 +104,15 @@ async def test_the_page_shows_the_planner_and_its_clusters() -> None:
             "lease_age_s": 0.0,
         },
         "store": {"answered_s_ago": 0.0, "counted_s_ago": 0.0},
-        "clusters": [{"name": "clusters/c", "active_plan": "plans/p", "nodes": {"READY": 2, "LOST": 1}}],
+        "clusters": [
+            {
+                "name": "clusters/c",
+                "active_plan": "plans/p",
+                "activation": "ACTIVATING",
+                "nodes": {"READY": 2, "LOST": 1},
+                "replicas": {"SERVING": 3, "FAILED": 1},
+            }
+        ],
         "plans": {"SOLVING": 1},
         "solver": {"processes": 2, "searching": 1, "queued": 4},
     }
@@ -291,6 +299,8 @@ async def test_metrics_are_read_by_prometheus() -> None:
     assert samples["hetis_planner_info", "1.2"] == 1
     assert samples["hetis_planner_epoch",] == 3
     assert samples["hetis_planner_nodes", "READY", "clusters/c"] == 2
+    assert samples["hetis_planner_replicas", "FAILED", "clusters/c"] == 1
+    assert samples["hetis_planner_activation", "ACTIVATING", "clusters/c"] == 1
     assert samples["hetis_planner_plans", "SOLVING"] == 1
     assert samples["hetis_planner_searches_queued",] == 4
 

@@ -317,7 +317,13 @@ def overview_data(overview: Overview, *, version: str, is_ready: bool) -> dict[s
             "counted_s_ago": round(overview.counted_s_ago, 3),
         },
         "clusters": [
-            {"name": cluster.name, "active_plan": cluster.active_plan, "nodes": dict(cluster.num_nodes)}
+            {
+                "name": cluster.name,
+                "active_plan": cluster.active_plan,
+                "activation": cluster.activation,
+                "nodes": dict(cluster.num_nodes),
+                "replicas": dict(cluster.num_replicas),
+            }
             for cluster in overview.clusters
         ],
         "plans": dict(overview.num_plans),
