@@ -378,9 +378,8 @@ def check_seconds(problem: PlacementProblem, costs: CostTables, template: Templa
     if setting.role is Role.UNIFIED:
         chunks = of_search.times_of(template, of_search.stage_seconds(costs, template, with_chunk=True))
         assert chunks == [near(timing.chunk_seconds(setting, s, **at)) for s, at in zip(stages, ends, strict=True)]
-    t_floor = costs.scopes[template.scope].tables.t_floor
     t_s = timing.seconds_between_completions(setting, stages, stage_s)
-    assert of_search.interval_of(costs, template) == near(max(t_s, t_floor))
+    assert of_search.interval_of(costs, template) == near(t_s)
     mix, M = costs.mixes[template.mix], setting.in_flight // d
     assert cost.tpot_per_interval(setting.model, mix, M) == near(timing.tpot_per_t(setting))
     assert cost.ttft_round_trips(costs.moments, problem.assumptions, mix, M) == near(timing.ttft_round_trips(setting))

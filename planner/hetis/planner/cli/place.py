@@ -95,8 +95,9 @@ def finish(
     """Solve with progress and Ctrl-C, save, print, and return the exit code, whatever the outcome."""
     from hetis.planner.jobs.kernels import compile_kernels
     from hetis.planner.report.page.pages import ShownPlan, plans_page
-    from hetis.planner.use_cases.place import missed, settings_of
     from hetis.planner.use_cases.place import place as placed
+    from hetis.planner.use_cases.place import settings_of
+    from hetis.planner.use_cases.verification.choosing import missed
 
     cancelled, settings = threading.Event(), settings_of(request)
 
@@ -126,7 +127,7 @@ def finish(
         return ExitCode.INTERNAL
     if cancelled.is_set():
         return ExitCode.INTERRUPTED
-    short = missed(answer.plan, settings) if results.strict else []
+    short = missed(answer.plan, settings.gap_target + settings.simplest_within) if results.strict else []
     for sentence in short:
         terminal.error(sentence)
     return ExitCode.MISSED if short else ExitCode.OK

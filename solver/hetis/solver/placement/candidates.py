@@ -252,4 +252,4 @@ def _kind_of_scope(costs: CostTables, scope: int) -> Hashable:
         for g, c in ((g, costs.classes[g]) for g in inside)
     ]
     arrays = (t.t_cap, t.trip_cap, t.wire_s[:, ranks], t.hop_s[:, ranks], t.pool_start[np.ix_(ranks, inside)])
-    return here.roles, here.gpu, tuple(gpus), t.t_floor, *(values.tobytes() for values in arrays)
+    return here.roles, here.gpu, tuple(gpus), *(values.tobytes() for values in arrays)

@@ -553,7 +553,6 @@ def best_equal_split(
                 interval = stretch(iterations_of(t, x, f), w, chunk_w, regime.least, regime.unevenness) * max(
                     busiest, total / m
                 )
-            interval = max(interval, t.t_floor)
             if t.trip_cap[x, f] < np.inf:
                 if m == 1 and num_stages > 1:
                     limit = UNEVENNESS_STEP ** np.ceil(np.log(uneven) / np.log(UNEVENNESS_STEP) - ROUNDING)

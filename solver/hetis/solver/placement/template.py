@@ -139,7 +139,7 @@ def interval_of(costs: CostTables, template: Template) -> float:
     times = times_of(template, slacked_seconds(costs, template))
     m = costs.problem.family.in_flight[template.in_flight_index]
     busiest = max(u / stage.copies for stage, u in zip(template.stages, times, strict=True))
-    return max(busiest, sum(times) / m, costs.scopes[template.scope].tables.t_floor)
+    return max(busiest, sum(times) / m)
 
 
 def with_fewest_in_flight(costs: CostTables, template: Template) -> Template:

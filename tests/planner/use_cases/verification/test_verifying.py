@@ -29,7 +29,7 @@ from hetis.planner.report.plan import headline, render_plan
 from hetis.planner.report.promises import beside_equal_stages, simple_setups
 from hetis.planner.use_cases import place as placing_steps
 from hetis.planner.use_cases.grouping import group_replicas
-from hetis.planner.use_cases.place import PlacementSettings, missed, simulated_plan
+from hetis.planner.use_cases.place import PlacementSettings, simulated_plan
 from hetis.planner.use_cases.record.parts import Requested, Verified
 from hetis.planner.use_cases.request import PlacementRequest
 from hetis.planner.use_cases.service_level import (
@@ -49,6 +49,7 @@ from hetis.planner.use_cases.verification.choosing import (
     OUT_OF_TIME,
     SEARCH_OUT_OF_TIME,
     STOPPED_EARLY,
+    missed,
     noted_if_stopped,
 )
 from hetis.planner.use_cases.verification.lower_rates import KeptRate, StoppedError
@@ -144,7 +145,7 @@ def test_a_limit_that_no_rate_keeps_is_missed_by_name(pair: Placed) -> None:
     assert not found.kept
     assert found.kept_rps is None
     assert any(clause.startswith("TTFT p95") for clause in misses(found, hasty))
-    assert any("TTFT p95" in sentence for sentence in missed(simulated, PlacementSettings()))
+    assert any("TTFT p95" in sentence for sentence in missed(simulated, PlacementSettings().gap_target))
 
 
 def test_too_high_a_rate_is_missed_and_a_lower_one_kept(pair: Placed) -> None:
@@ -569,7 +570,7 @@ def test_a_simulation_that_exceeds_its_time_limit_is_ended_and_decides_nothing(p
     assert next(looks) - began < 600, "within a run of 4,000 requests, before each of which the time is read"
     assert "verification" not in stopped.inputs
     assert stopped.notes == (*bare.notes, OUT_OF_TIME)
-    assert missed(stopped, PlacementSettings(gap_target=1.0)) == [OUT_OF_TIME], "--strict promises nothing undecided"
+    assert missed(stopped, 1.0) == [OUT_OF_TIME], "--strict promises nothing undecided"
     assert "Simulated not decided in the time limit; all values are the model's" in drawn(stopped)
     assert "not decided" in plans_page([ShownPlan(name="stopped", plan=stopped, problem=problem)])
 
@@ -598,7 +599,7 @@ def test_a_verdict_needs_only_the_runs_at_the_planned_rate(
         return
     late = replace(simulated, notes=(*simulated.notes, OUT_OF_TIME))
     assert simulated.notes[0].startswith(f"{rates.MISSES_AT} {planned_rps:.4g} requests/s")
-    assert missed(late, PlacementSettings(gap_target=1.0)) == list(late.notes)
+    assert missed(late, 1.0) == list(late.notes)
     assert f"Simulated MISSED at {planned_rps:.4g} requests/s" in drawn(late)
     assert "lower rates not decided in the time limit" in drawn(late)
     assert re.search(r"Goodput \S+ requests/s by the model, .*; MISSED in simulation", drawn(late))
