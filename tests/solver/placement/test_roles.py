@@ -9,14 +9,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from hetis.solver.check import check_plan
 from hetis.solver.cluster import Link, Network
 from hetis.solver.errors import InvalidProblemError
+from hetis.solver.placement.equal_stages import uniform_templates
 from hetis.solver.placement.families import STRATEGIES
-from hetis.solver.placement.fleet import UNIFIED, Routes
-from hetis.solver.placement.pipelines import uniform_templates
 from hetis.solver.placement.solve import kv_routes
 from hetis.solver.placement.tabulation import build_cost_tables
 from hetis.solver.placement.template import interval_of, with_fewest_in_flight
@@ -182,45 +180,6 @@ def test_routes_never_exceed_either_side_and_carry_what_is_served(problem: Place
 
 
 # --- bounds in closed form
-
-
-def routes(num_zones: int, capacity: float = math.inf) -> Routes:
-    between = np.full((num_zones, num_zones), capacity)
-    np.fill_diagonal(between, np.inf)
-    return Routes(tuple("abc"[:num_zones]), True, between, 1)
-
-
-ratios = st.floats(0.1, 10.0)
-
-
-@given(ratios, ratios, ratios)
-def test_in_one_zone_the_price_of_a_request_is_its_cheapest_way(unified: float, prefill: float, decode: float) -> None:
-    theta = np.array([unified, prefill, 0.0, decode])
-    apart = 1 / (1 / prefill + 1 / decode)
-    found = routes(1).highest_rate(theta, 7.0)
-    assert found.value == pytest.approx(7.0 * max(unified, apart))
-    needs = routes(1).least_cost(theta, 7.0, 100.0)
-    assert needs is not None
-    assert needs.value == pytest.approx(100.0 / max(unified, apart) - 7.0)
-
-
-@given(st.lists(ratios, min_size=7, max_size=7), st.floats(0.5, 50.0), st.booleans())
-def test_prices_that_prove_a_bound_are_dual_feasible(theta: list[float], capacity: float, demand: bool) -> None:
-    network, worth = routes(2, capacity), 7.0
-    of_sides = np.array(theta)
-    found = network.least_cost(of_sides, worth, 20.0) if demand else network.highest_rate(of_sides, worth)
-    assert found is not None
-    whole = found.rate_prices[UNIFIED]
-    assert np.all(found.rate_prices * of_sides <= found.scale * (1 + 1e-9))
-    local, afar, receiving = network.parts(found.rate_prices)
-    assert np.all(local <= afar * (1 + 1e-12))
-    for z, y in np.ndindex(2, 2):
-        sending = local[z] if z == y else afar[z]
-        assert sending + receiving[y] + found.link_prices[z, y] >= whole * (1 - 1e-9)
-    between = ~np.eye(2, dtype=bool)
-    links = float(found.link_prices[between] @ network.capacity[between])
-    proved = 20.0 * whole - worth - links if demand else found.scale * worth + links
-    assert found.value == pytest.approx(proved)
 
 
 def test_flows_are_split_over_replicas_without_a_rest() -> None:
