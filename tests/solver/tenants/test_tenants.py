@@ -263,7 +263,7 @@ def test_halves_of_requests_serve_what_the_scarcer_half_allows() -> None:
     unified, sent, received = 0, 1, 3  # sides of one zone
     columns = TenantColumns(
         rates=np.array([0.1, 0.2, 0.5]), uses=np.eye(3, dtype=np.int64), sides=np.array([unified, sent, received]),
-        routes=Routes(zones=("here",), splits_roles=True, capacity=np.full((1, 1), np.inf), most_spanning=1),
+        routes=Routes(zones=("here",), splits_roles=True, capacity=np.full((1, 1), np.inf)),
     )  # fmt: skip
     assert columns.served(np.array([1, 1, 1])) == pytest.approx(0.3)
     assert columns.served(np.array([0, 5, 1])) == pytest.approx(0.5)

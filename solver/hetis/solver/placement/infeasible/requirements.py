@@ -9,7 +9,6 @@ from enum import StrEnum
 from hetis.solver.cluster import Cluster, Link, Network
 from hetis.solver.constraints import Constraint, described
 from hetis.solver.placement.families import STRATEGIES, run_by
-from hetis.solver.placement.fleet import most_spanning
 from hetis.solver.plan import Objective, ObjectiveKind, Role
 from hetis.solver.problem import MICRO_BATCHES, NOTHING_SET, Family, PlacementProblem
 
@@ -118,7 +117,7 @@ def keeping(problem: PlacementProblem, kept: Collection[Requirement]) -> Placeme
     """Return the problem with only these requirements, maximising the rate, which callers compare to the demand.
 
     Every plan of ``problem`` is a plan of it: without the links requirement, links are too fast to matter, and without
-    the memory requirement, there is far more memory, at unchanged shares of the links between zones.
+    the memory requirement, there is far more memory.
     """
     by_subject = {requirement.subject: requirement for requirement in kept}
     limits = {s: r.value for s, r in by_subject.items()}
@@ -179,21 +178,7 @@ def _with_plenty_of_memory(problem: PlacementProblem) -> PlacementProblem:
         gpu: replace(profile, usable_bytes=int(profile.usable_bytes + PLENTY * weights))
         for gpu, profile in problem.profiles.items()
     }
-    found = replace(problem, profiles=profiles)
-    if len(problem.cluster.zones()) == 1:
-        return found
-    return replace(found, cluster=_with_zone_shares(found.cluster, most_spanning(found) / most_spanning(problem)))
-
-
-def _with_zone_shares(cluster: Cluster, factor: float) -> Cluster:
-    """Return a cluster with links between zones wider by ``factor``, and links inside zones unchanged."""
-    zones, network = cluster.zones(), cluster.network
-    between = {
-        (a, b): network.zone_link(a, b) if a == b else _faster(network.zone_link(a, b), factor, latency=1.0)
-        for i, a in enumerate(zones)
-        for b in zones[i:]
-    }
-    return replace(cluster, network=replace(network, between_zones=between))
+    return replace(problem, profiles=profiles)
 
 
 def with_faster_links(cluster: Cluster, factor: float) -> Cluster:
@@ -209,6 +194,5 @@ def with_faster_links(cluster: Cluster, factor: float) -> Cluster:
     return replace(cluster, node_groups=groups, network=faster)
 
 
-def _faster(link: Link, factor: float, latency: float | None = None) -> Link:
-    latency_s = link.latency_s / (factor if latency is None else latency)
-    return Link(bytes_per_s=link.bytes_per_s * factor, latency_s=latency_s)
+def _faster(link: Link, factor: float) -> Link:
+    return Link(bytes_per_s=link.bytes_per_s * factor, latency_s=link.latency_s / factor)

@@ -1,0 +1,417 @@
+"""Pages of HTML: they show the plan, need no network, and are well-formed whatever names are in them."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from importlib.resources import files
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from hetis.formats.documents import load_cluster, load_plan
+from hetis.planner.report.differences import differences, is_one_question
+from hetis.planner.report.figures import digits
+from hetis.planner.report.page.axes import chart_of
+from hetis.planner.report.page.blocks import COLORS, Waterfalls
+from hetis.planner.report.page.fleet_map import fleet_map, shape_letter
+from hetis.planner.report.page.pages import ShownPlan, plans_page
+from hetis.planner.report.page.plan_section import plan_blocks, reason_words, shape_words
+from hetis.planner.report.promises import simple_setups
+from hetis.planner.report.simulation_pictures import _COLORS, Line, Panel, _dash
+from hetis.planner.use_cases.compare import figures_of
+from hetis.planner.use_cases.sources import inputs_from_documents, load_plan_and_problem
+from hetis.solver.cluster import Link
+from hetis.solver.constraints import Exclude, Selection, Unit
+from hetis.solver.plan import Explanation, IdleGpus, Objective, ObjectiveKind
+from hetis.solver.problem import EngineRules, EngineSettings
+from tests.planner import plans
+from tests.planner.command_line import EXAMPLES, hetis_plan_here, invoke
+from tests.planner.html_pages import ReadPage
+
+CLUSTER = """\
+apiVersion: hetis/v1
+kind: Cluster
+name: two-types
+nodes:
+  - {name: a100, gpus: [{type: A100-PCIe-80GB, count: 2}]}
+  - {name: t4, count: 2, gpus: [{type: T4, count: 1}]}
+network: {bandwidth: 100Gbps, latency: 20us}
+"""
+INPUTS = ("-c", "cluster.yaml", "-m", "Llama-2-7B", "-w", "500/100", "--time-limit", "5s")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cluster, its plan and the page that `place` made beside it."""
+    path = tmp_path_factory.mktemp("pages")
+    (path / "cluster.yaml").write_text(CLUSTER)
+    done = hetis_plan_here("place", *INPUTS, "--out", "plan.json", "--html", "placed.html", cwd=path)
+    assert done.returncode == 0, done.stderr
+    return path
+
+
+def whole(page: str) -> ReadPage:
+    """Return the page, which is well-formed and fetches nothing."""
+    read = ReadPage(page)
+    assert len(set(read.names)) == len(read.names), "a name is used twice"
+    assert all(address.startswith(("#", "data:,")) for address in read.addresses), read.addresses
+    assert "url(" not in page
+    assert "@import" not in page
+    return read
+
+
+def test_a_page_says_what_the_plan_says(folder: Path) -> None:
+    text = whole((folder / "placed.html").read_text()).text
+    plan = load_plan(str(folder / "plan.json"))
+    figures = figures_of(plan, inputs_from_documents(plan.inputs["documents"], "plan.json"))
+    assert figures.usd_per_hour is not None
+    assert figures.usd_per_million_output_tokens is not None
+    for figure in (
+        figures.rate_rps, figures.output_tokens_per_s, figures.usd_per_hour, figures.usd_per_million_output_tokens,
+        plan.inputs["equal_stages_value"],
+    ):  # fmt: skip
+        assert digits(figure) in text, figure
+    assert f"{digits(plan.result.bound, 4)} requests/s" in text
+    assert "limits kept" in text
+    for price in plan.prices:
+        assert price.gpu in text
+    for note in plan.notes:
+        assert note in text
+
+
+def test_simpler_setups_are_no_better_than_the_best_of_them(folder: Path) -> None:
+    plan = load_plan(str(folder / "plan.json"))
+    simple = plan.inputs["simple_setups"]
+    assert list(simple) == ["1", "2"], "no node has more GPUs of a type"
+    assert all(value is None or value <= plan.inputs["equal_stages_value"] for value in simple.values())
+    said = simple_setups(replace(plan, inputs={"simple_setups": {"2": 0.85 * plan.result.value, "8": None}}))
+    assert said[0].startswith("TP2 in every replica: ")
+    assert said[0].endswith(", 15% less")
+    assert said[1] == "TP8 in every replica: none that keeps the limits"
+    assert simple_setups(plan)[0] in whole((folder / "placed.html").read_text()).text
+    assert simple_setups(plan)[0] in " ".join(
+        hetis_plan_here("place", *INPUTS, "--no-verify", cwd=folder).stdout.split()
+    )
+
+
+def test_report_makes_the_page_that_place_makes(folder: Path) -> None:
+    done = hetis_plan_here("report", "plan.json", "--out", "-", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == (folder / "placed.html").read_text()
+
+
+def test_curves_of_a_simulation_have_the_limits_across(folder: Path) -> None:
+    done = hetis_plan_here("report", "plan.json", "--simulate", "--out", "curves.html", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    page = (folder / "curves.html").read_text()
+    text = whole(page).text
+    assert "Under simulated traffic" in text
+    assert "limit 2.00" in text
+    assert "limit 0.100" in text
+    assert len(re.findall(r"<circle ", page)) == 3 * 8  # throughput, TTFT and TPOT at every rate
+
+
+def test_plans_are_compared_before_each_is_shown(folder: Path) -> None:
+    plan = json.loads((folder / "plan.json").read_text())
+    plan["result"]["value"] /= 2
+    (folder / "worse.json").write_text(json.dumps(plan))
+    done = hetis_plan_here("report", "plan.json", "worse.json", "--out", "-", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    read = whole(done.stdout)
+    assert read.text.index("Side by side") < read.text.index("How good it is")
+    assert {"plan-1", "plan-2", "beside"} <= set(read.names)
+
+
+def test_plans_that_answer_different_questions_are_not_ranked(folder: Path) -> None:
+    """Under laxer limits, a worse plan serves more; the limits are beside the latencies and the rest is in words."""
+    found = load_plan_and_problem(str(folder / "plan.json"))
+    objective = replace(found.plan.objective, ttft_limit_s=0.7, tpot_limit_s=None)
+    other = replace(found.problem, objective=objective, workload=replace(found.problem.workload, name="night"))
+    strict = ShownPlan(name="strict", plan=replace(found.plan, objective=objective), problem=other)
+    page = plans_page([ShownPlan(name="lax", plan=found.plan, problem=found.problem), strict])
+    text = whole(page).text
+    assert "The plans differ in latency limits and workload, so none is marked as the best." in text
+    assert "TTFT p95 limit TPOT mean limit" in text
+    assert "700 ms" in text
+    assert (
+        "Latency limits TTFT p95 up to 2 s, TPOT up to 100 ms: lax; TTFT p95 up to 0.7 s, TPOT unlimited: strict"
+        in text
+    )
+    assert "Workload 500/100: lax; night: strict" in text
+    beside = page[: page.index('id="plan-1"')]
+    assert 'class="strong"' not in beside
+    assert "by the model, requests/s" in beside
+
+
+def test_plans_with_different_goals_share_no_scale(folder: Path) -> None:
+    found = load_plan_and_problem(str(folder / "plan.json"))
+    objective = Objective(kind=ObjectiveKind.COST, demand_rps=12.0)
+    cheap = replace(found.plan, objective=objective, result=replace(found.plan.result, objective=ObjectiveKind.COST))
+    shown = [
+        ShownPlan(name="most", plan=found.plan, problem=found.problem),
+        ShownPlan(name="least", plan=cheap, problem=replace(found.problem, objective=objective)),
+    ]
+    page = plans_page(shown)
+    text = whole(page).text
+    assert "Objective goodput: most; cost for 12.0 requests/s: least" in text
+    assert "by the model" not in page[: page.index('id="plan-1"')].replace("from the model", "")
+    assert f"{digits(cheap.result.bound)} USD/h" in text
+
+
+def test_differences_of_problems_are_found_wherever_they_are(folder: Path) -> None:
+    same = load_plan_and_problem(str(folder / "plan.json")).problem
+    assert differences([("a", same), ("b", same)]) == {}
+    family, profiles = same.family, dict(same.profiles)
+    profiles["T4"] = replace(profiles["T4"], reserve_bytes=1)
+    nodes = same.cluster.node_groups
+    others = {
+        "fleet": replace(same, cluster=replace(same.cluster, node_groups=nodes[:1])),
+        "model": replace(same, model=replace(same.model, name="other")),
+        "engine": replace(same, family=replace(family, engine=EngineRules(name="vllm"))),
+        "engine settings": replace(same, family=replace(family, engine_settings=EngineSettings(kv_blocks=9))),
+        "constraints": replace(same, constraints=(Exclude(gpus=Selection(unit=Unit.NODE, name="t4-0")),)),
+        "profiles": replace(same, profiles=profiles),
+    }
+    for subject, other in others.items():
+        found = differences([("a", same), ("b", same), ("c", other)])
+        assert found.keys() == {subject}
+        assert is_one_question(found) == (subject != "model")
+    assert differences([("a", same), ("c", others["fleet"])])["fleet"] == "two-types (4 GPUs): a; two-types (2 GPUs): c"
+    speed = replace(same.cluster, network=replace(same.cluster.network, default=Link(bytes_per_s=1e9, latency_s=0.0)))
+    fleet = differences([("a", same), ("c", replace(same, cluster=speed))])["fleet"]
+    assert fleet == "two-types (4 GPUs): a; two-types (4 GPUs), different in detail: c"
+
+
+@pytest.mark.parametrize(
+    ("verb", "words"),
+    [
+        (("compare", *INPUTS, "--strategies", "uniform,hexgen"), "Strategies side by side"),
+        (("what-if", *INPUTS, "--strategy", "uniform", "--remove", "t4-0"), "Difference of the best plans"),
+        (("what-if", *INPUTS, "--strategy", "uniform", "--buy-next", "--market", "L4=0.7"), "What to buy next"),
+        (("replan", "--from", "plan.json", "-c", "cluster.yaml", "--time-limit", "5s"), "From the running plan"),
+        (("simulate", "plan.json", "--requests", "200", "--threads", "1"), "Under simulated traffic"),
+        (("simulate", "plan.json", "--requests", "100", "--sweep", "--threads", "1"), "Under simulated traffic"),
+    ],
+)
+def test_every_verb_has_its_page(folder: Path, verb: tuple[str, ...], words: str) -> None:
+    done = hetis_plan_here(*verb, "--html", "page.html", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert words in whole((folder / "page.html").read_text()).text
+
+
+def test_names_of_documents_cannot_write_html(folder: Path) -> None:
+    found = load_plan_and_problem(str(folder / "plan.json"))
+    evil = "<script>alert(1)</script>"
+    cluster = replace(found.problem.cluster, name=evil)
+    plan = replace(found.plan, notes=(evil,))
+    page = plans_page([ShownPlan(name=evil, plan=plan, problem=replace(found.problem, cluster=cluster))])
+    assert evil not in page
+    assert evil in whole(page).text
+
+
+def test_errors_of_profiles_in_no_form_of_ours_are_not_shown(folder: Path) -> None:
+    found = load_plan_and_problem(str(folder / "plan.json"))
+    known = found.plan.inputs["profile_errors"]["predicted"]
+    words = {gpu: dict.fromkeys(errors, "x") for gpu, errors in known["errors"].items()}
+    for changes in ({"errors": words}, {"assumed": None}):
+        inputs = {**found.plan.inputs, "profile_errors": {"predicted": {**known, **changes}}}
+        plan = replace(found.plan, inputs=inputs)
+        assert "Profiles and their errors" in plans_page([ShownPlan(name="The plan", plan=plan, problem=found.problem)])
+
+
+def test_a_missed_limit_is_said_first(folder: Path) -> None:
+    found = load_plan_and_problem(str(folder / "plan.json"))
+    missed = {**found.plan.inputs["verification"], "kept": False, "ttft_p95_s": 9.5, "kept_rps": None}
+    plan = replace(found.plan, inputs={**found.plan.inputs, "verification": missed})
+    page = plans_page([ShownPlan(name="The plan", plan=plan, problem=found.problem)])
+    text = whole(page).text
+    assert "MISSED" in text[: text.index("How good it is")]
+    assert "TTFT p95 9.5 s of 2 s" in text
+    assert 'class="text bad"' in page
+    assert "Kept, simulated" in text
+
+
+def test_a_page_says_that_a_demand_is_not_met(folder: Path) -> None:
+    found = load_plan_and_problem(str(folder / "plan.json"))
+    for ratio, is_met in ((0.5, True), (2.0, False)):
+        asked = replace(found.plan.objective, demand_rps=ratio * found.plan.result.value)
+        shown = ShownPlan(name="The plan", plan=replace(found.plan, objective=asked), problem=found.problem)
+        text = whole(plans_page([shown])).text
+        assert "Demand" in text
+        assert ("not met" in text[: text.index("How good it is")]) is not is_met
+
+
+def test_the_map_shows_every_gpu_with_what_it_does() -> None:
+    cluster = load_cluster(str(EXAMPLES / "paper.yaml"))
+    plan = plans.plan(plans.paper_replica())
+    idle = IdleGpus(gpu="RTX-3090", zone="default", count=4, reason="too slow")
+    drawn = fleet_map(
+        plan, cluster, Explanation(memory=(), stage_times=(), bottlenecks=(), idle=(idle,), attention_workers="")
+    )
+    (zone,) = drawn.zones
+    nodes = {node.name: node.cells for node in zone.nodes}
+    assert list(nodes) == ["a100", "r3090-0", "r3090-1", "p100"]
+    assert sum(map(len, nodes.values())) == cluster.num_gpus()
+    assert [cell.role for cell in nodes["p100"]] == ["stage", "stage", "worker", "worker"]
+    assert [cell.index for cell in nodes["a100"]] == ["0", "1", "2", "3"]
+    assert nodes["a100"][0].lines == ("R0 stage 1", "layers 0–51", "TP4, 1 of 2 heads")
+    assert nodes["p100"][3].lines == ("R0 stage 1", "attention, 2 cards", "1 of 2 heads")
+    assert drawn.idle == (("4 × RTX-3090", "too slow"),)
+
+
+def test_a_fleet_of_many_equal_nodes_is_drawn_in_a_few() -> None:
+    cluster = load_cluster(str(EXAMPLES / "fleet-10000.yaml"))
+    plan = plans.plan(plans.replica(plans.stage("L4", tp=1, first=0, layers=80, devices=("nowhere/0",))))
+    explanation = Explanation(memory=(), stage_times=(), bottlenecks=(), idle=(), attention_workers="")
+    drawn = fleet_map(plan, cluster, explanation)
+    assert sum(len(zone.nodes) for zone in drawn.zones) == len(cluster.node_groups)
+
+
+def test_many_replicas_are_called_by_their_shape() -> None:
+    """Equal replicas share a letter and a colour; a row of the map has four GPUs, whatever it shows."""
+    cluster = load_cluster(str(EXAMPLES / "fleet-160.yaml"))
+    equal = [
+        plans.replica(plans.stage("A100-SXM-80GB", tp=1, first=0, layers=80, devices=(f"a100-0/{i}",)))
+        for i in range(6)
+    ]
+    other = [
+        plans.replica(plans.stage("L4", tp=1, first=0, layers=80, devices=(f"l4-{i}/0",))) for i in range(4)
+    ]  # fmt: skip
+    explanation = Explanation(memory=(), stage_times=(), bottlenecks=(), idle=(), attention_workers="")
+    drawn = fleet_map(plans.plan(*equal, *other), cluster, explanation)
+    assert [name for name, _ in drawn.legend] == ["A: 6 equal replicas", "B: 4 equal replicas"]
+    nodes = {node.name: node.cells for zone in drawn.zones for node in zone.nodes}
+    assert [(cell.index, cell.lines[0]) for cell in nodes["a100-0"]] == [
+        ("0–3", "A stage 1"), ("4–5", "A stage 1"), ("6–7", "idle"),
+    ]  # fmt: skip
+    assert [shape_letter(number) for number in (0, 25, 26, 701, 702)] == ["A", "Z", "AA", "ZZ", "AAA"]
+
+
+def test_memory_falls_to_what_is_free(folder: Path) -> None:
+    """Every step begins where the one before ended, and the last ends with the card."""
+    found = load_plan_and_problem(str(folder / "plan.json"))
+    blocks = plan_blocks(found.plan, found.problem)
+    (memory,) = (block for block in blocks if isinstance(block, Waterfalls))
+    assert {fall.title for fall in memory.falls} == {price.gpu for price in found.plan.prices if price.used}
+    for fall in memory.falls:
+        ends = [step.begin + step.share for step in fall.steps]
+        assert [step.begin for step in fall.steps] == pytest.approx([0.0, *ends[:-1]])
+        assert ends[-1] == pytest.approx(1.0)
+        assert fall.steps[-1].label == "free"
+
+
+def test_what_to_buy_next_is_found_by_solving_again(folder: Path) -> None:
+    """The market of `what-if --buy-next` on the plan's own inputs, in a separate part of the page."""
+    asked = ("--buy-next", "--count", "2", "--time-limit", "5s")
+    done = hetis_plan_here("report", "plan.json", *asked, "--out", "bought.html", "-q", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    text = whole((folder / "bought.html").read_text()).text
+    assert "What to buy next" in text
+    assert "2 GPUs of one type added, and everything solved again." in text
+    assert "H100-SXM-80GB" in text[text.index("The market, best purchase per dollar first") :]
+    assert "what one GPU of the class is worth" in text
+    assert "--buy-next" not in text
+
+
+def test_a_page_without_the_market_says_how_to_find_what_to_buy_next(folder: Path) -> None:
+    found = load_plan_and_problem(str(folder / "plan.json"))
+    page = plans_page([ShownPlan(name="The plan", plan=found.plan, problem=found.problem)])
+    assert "for every type on the market: hetis-plan report --buy-next." in whole(page).text
+
+
+def test_shapes_and_reasons_are_said_in_words() -> None:
+    shape = "H100-SXM-80GB TP8 x1 L60 | L4 TP1 x2 L20 (+3 T4 attention workers)"
+    assert shape_words(shape) == (
+        "60 layers on 8 × H100-SXM-80GB in TP8, then 20 layers on one L4 (2 copies) with 3 T4 as attention workers"
+    )
+    assert shape_words("H200 TP1 x8 EP8 L58") == "58 layers on one H200 (8 copies that share experts)"
+    assert shape_words("decode: L4 TP1 x1 L1") == "decode only: 1 layer on one L4"
+    assert reason_words("its GPUs are worth 2 requests/s elsewhere", 1.7) == (
+        "15% less than the 2.00 requests/s its GPUs serve in the plan"
+    )
+    assert reason_words("would fit, but", 1.0) == "would fit, but"
+
+
+def test_a_page_that_cannot_be_is_refused_before_the_work(folder: Path) -> None:
+    for arguments, words in (
+        (("place", *INPUTS, "--html", "-"), "--html needs a file"),
+        (("place", *INPUTS, "--html", "x.html", "--out", "x.html"), "cannot both write to"),
+        (("place", *INPUTS, "--html", "nowhere/x.html"), "no folder"),
+    ):
+        done = hetis_plan_here(*arguments, cwd=folder)
+        assert done.returncode == 2
+        assert words in " ".join(done.stderr.replace("│", " ").split())
+
+
+def test_colors_have_the_contrast_that_wcag_asks_for() -> None:
+    """Level AA: 4.5 for text (1.4.3), 3 for the bars and curves on their ground (1.4.11), in both modes."""
+    css = files("hetis.planner.report.page").joinpath("page.css").read_text()
+    pairs = re.findall(r"--(\w+): light-dark\(#(\w{6}), #(\w{6})\)", css)
+    for mode in (1, 2):
+        color = {pair[0]: _luminance(pair[mode]) for pair in pairs}
+        for ground in ("paper", "raised", "s9"):
+            for ink in ("ink", "soft", "accent", "good", "bad"):
+                assert _contrast(color[ink], color[ground]) >= 4.5, (ink, ground)
+        for series in range(8):
+            assert _contrast(color[f"s{series}"], color["s9"]) >= 3.0, series
+            assert _contrast(color[f"s{series}"], color["paper"]) >= 3.0, series
+            assert _contrast(color["ink"], color[f"t{series}"]) >= 4.5, series
+
+
+def _luminance(color: str) -> float:
+    parts = (int(color[at : at + 2], 16) / 255.0 for at in (0, 2, 4))
+    red, green, blue = (part / 12.92 if part <= 0.03928 else ((part + 0.055) / 1.055) ** 2.4 for part in parts)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+def _contrast(one: float, other: float) -> float:
+    return (max(one, other) + 0.05) / (min(one, other) + 0.05)
+
+
+def test_a_plan_whose_figures_are_wrong_is_not_shown_without_a_warning(folder: Path) -> None:
+    plan = json.loads((folder / "plan.json").read_text())
+    plan["result"]["value"] *= 2
+    (folder / "changed.json").write_text(json.dumps(plan))
+    for name, is_told in (("plan.json", False), ("changed.json", True)):
+        for verb in (("explain",), ("report", "--out", str(folder / "checked.html"))):
+            result = invoke(verb[0], str(folder / name), *verb[1:])
+            assert result.exit_code == 0
+            assert ("does not pass `hetis-plan check`: result: value is" in " ".join(result.stderr.split())) == is_told
+
+
+@pytest.mark.parametrize("ignored", [("--count", "2"), ("--time-limit", "5s")])
+def test_options_of_what_to_buy_are_not_ignored_without_it(folder: Path, ignored: tuple[str, ...]) -> None:
+    result = invoke("report", str(folder / "plan.json"), *ignored, "--out", str(folder / "ignored.html"))
+    assert result.exit_code == 2
+    assert f"{ignored[0]} needs --buy-next" in result.stderr
+
+
+def test_a_library_that_is_missing_is_missed_before_the_work(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    for arguments, extra in (
+        (["report", str(folder / "plan.json"), "--out", str(folder / "never.html")], "hetis[planner]"),
+        (["simulate", str(folder / "plan.json"), "--plot", str(folder / "never.html")], "hetis[plots]"),
+    ):
+        result = invoke(*arguments)
+        assert result.exit_code == 2
+        assert f"pip install '{extra}'" in " ".join(result.output.replace("│", " ").split())
+    assert not (folder / "never.html").exists()
+
+
+def test_out_to_standard_output_prints_the_plan_and_no_table(folder: Path) -> None:
+    done = hetis_plan_here("place", *INPUTS, "--no-verify", "--out", "-", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["kind"] == "Plan"
+    again = hetis_plan_here("replan", "--from", "plan.json", "-c", "cluster.yaml", "--out", "-", cwd=folder)
+    assert json.loads(again.stdout)["kind"] == "Plan"
+
+
+def test_lines_of_one_colour_differ_in_their_dashes() -> None:
+    lines = tuple(Line(name=f"line {i}", x=np.array([0.0, 1.0]), y=np.array([0.0, i + 1.0])) for i in range(COLORS + 1))
+    curves = chart_of(Panel(title="many", x_title="s", y_title="share", lines=lines)).curves
+    assert len({(curve.color, curve.dashed) for curve in curves}) == COLORS + 1
+    styles = {(number % len(_COLORS), _dash(number)) for number in range(2 * len(_COLORS) + 1)}
+    assert len(styles) == 2 * len(_COLORS) + 1
