@@ -69,7 +69,7 @@ def test_arrays_cost_what_their_elements_cost(stages: st.SearchStrategy[Drawn], 
     rank, link = card(one, one.stage.gpu, one.stage.tp, one.d), one.stage.hop_link
     tokens = np.array([0.0, 1.0, 17.0, 300.0])
     for cost_of in (
-        rank.dense_s, rank.reduce_s, rank.prefill_s, rank.step_s, rank.head_s, rank.logit_bytes, rank.activation_bytes,
+        rank.dense_s, rank.reduce_s, rank.prefill_s, rank.step_s, rank.head_s,
         lambda t: rank.transfer_s(t, link), lambda t: rank.hop_s(t, link), lambda t: rank.decode_attention_s(t, 2),
     ):  # fmt: skip
         found = np.broadcast_to(cost_of(tokens), tokens.shape)
@@ -124,12 +124,13 @@ def test_memory_and_latencies_are_the_same(stages: st.SearchStrategy[Drawn], dat
     assert states == near(numbers.state_bytes(s, one.is_first, one.is_last))
     assert cost.tpot_per_interval(model, mix, one.M // one.d) == near(numbers.tpot_per_t())
     assert cost.ttft_round_trips(moments, assumed, mix, one.M // one.d) == near(numbers.ttft_round_trips())
-    fixed = one.problem.profiles[s.gpu].reserve_bytes + rank.activation_bytes(float(mix.decode_tokens + one.C))
+    batch = cost.LargestBatch.of(mix, held)
+    fixed = one.problem.profiles[s.gpu].reserve_bytes + rank.activation_bytes(batch)
     fixed += s.layers * rank.layer_bytes()
     if one.is_first:
         fixed += rank.prefix_bytes() + rank.embedding_bytes() + rank.vision_bytes()
     if one.is_last:
-        fixed += rank.draft_bytes() + rank.logit_bytes(mix.decode_tokens)
+        fixed += rank.draft_bytes() + rank.logit_bytes(batch)
         fixed += 0.0 if one.is_first and model.tie_embeddings else rank.embedding_bytes()
     assert fixed == near(numbers.fixed_bytes(s, is_first=one.is_first, is_last=one.is_last))
     profile = one.problem.profiles[s.gpu]

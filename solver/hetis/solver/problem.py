@@ -23,6 +23,7 @@ from hetis.solver.model import ModelSpec
 from hetis.solver.node_links import NodeLinks, node_links_of
 from hetis.solver.plan import Objective, ReplicaPlan, Role
 from hetis.solver.profile import Profile
+from hetis.solver.rank_memory import RankKind, RankMemories, RankMemory
 from hetis.solver.workload import Workload, WorkloadMoments
 
 
@@ -351,6 +352,7 @@ class PlacementProblem:
 
     ``constraints`` are further conditions on the plan; the search moves them into cluster, family and
     ``constraint_index`` (`placement/constrained_problem.py`), and explicit links between nodes into ``node_links``.
+    ``memories`` are what the engine takes of GPUs, by kind of rank.
     """
 
     cluster: Cluster
@@ -363,6 +365,11 @@ class PlacementProblem:
     constraints: Constraints = ()
     constraint_index: ConstraintIndex | None = None
     node_links: NodeLinks | None = None
+    memories: RankMemories = field(default_factory=dict)
+
+    def memory_of(self, gpu: str, tp: int, attention_dp: int = 1) -> RankMemory | None:
+        """Return what the engine takes of a GPU as one of ``tp`` ranks; None: what the profile says of any engine."""
+        return self.memories.get(RankKind(gpu, tp, attention_dp))
 
     def describe_family(self) -> str:
         """Return the plans that are searched in one sentence: those of the family that meet the constraints."""

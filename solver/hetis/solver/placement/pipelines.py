@@ -176,10 +176,10 @@ def shortest_with(costs: CostTables, shape: Shape, counts: IntArray, mixes: IntA
 def _layers_that_fit(costs: CostTables, shape: Shape, mixes: IntArray, kept: FloatArray) -> FloatArray:
     """Return the repeated layers that fit in a rank's memory, [X, R, 4]; ``kept`` [X, R] is KV bytes of one layer."""
     t, s = costs.scopes[shape.scope].tables, shape.ranks
-    at = np.ix_(mixes, s)
-    room = (t.room_bytes[s] - t.act_bytes[at])[:, :, None].repeat(NUM_ROLES, axis=2)
+    at, f = np.ix_(mixes, s), shape.in_flight_index
+    room = (t.room_bytes[s] - t.act_bytes[:, f][at])[:, :, None].repeat(NUM_ROLES, axis=2)
     room[:, :, [FIRST, BOTH]] -= (t.first_bytes[s] + t.prefix_layers * kept)[:, :, None]
-    room[:, :, [LAST, BOTH]] -= (t.last_bytes[s] + t.logit_bytes[at] + t.draft_layers * kept)[:, :, None]
+    room[:, :, [LAST, BOTH]] -= (t.last_bytes[s] + t.logit_bytes[:, f][at] + t.draft_layers * kept)[:, :, None]
     room[:, :, BOTH] += t.tied_bytes[s]
     return np.minimum(room / (t.layer_bytes[s] + kept)[:, :, None] + ROUNDING, float(t.num_layers))
 
@@ -383,7 +383,9 @@ def _mixtures(num_ranks: int, depth: int) -> IntArray:
 def _with_room(costs: CostTables, scope: int, ranks: list[int], counts: IntArray) -> IntArray:
     """Return the rows of ``counts`` [C, ranks] that fit the fleet and have room for the model."""
     t = costs.scopes[scope].tables
-    layers = np.clip((t.room_bytes[ranks] - t.act_bytes[:, ranks].min(axis=0)) / t.layer_bytes[ranks], 0.0, None)
+    layers = np.clip(
+        (t.room_bytes[ranks] - t.act_bytes[:, :, ranks].min(axis=(0, 1))) / t.layer_bytes[ranks], 0.0, None
+    )
     fits = counts @ np.minimum(np.floor(layers + ROUNDING), t.num_layers) >= t.num_layers
     counts = counts[fits]
     most = [int(t.available[g]) // tp for g, tp in (costs.ranks[s] for s in ranks)]
@@ -529,7 +531,7 @@ def best_equal_split(
             for kind in range(kinds):
                 role = BOTH if num_stages == 1 else (FIRST, LAST, PLAIN)[kind]
                 layers = _equal_layers(t.num_layers, num_stages, role)
-                if layers < 1 or layers > layers_on_rank(t, x, s, kept, role):
+                if layers < 1 or layers > layers_on_rank(t, x, f, s, kept, role):
                     fits = False
                     break
                 fixed, chunk_fixed = fixed_s[role], chunk_fixed_s[role]

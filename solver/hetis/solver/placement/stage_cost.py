@@ -32,13 +32,13 @@ def room_of_role(room: float, first: float, last: float, tied: float, role: int)
 
 
 @kernel
-def layers_on_rank(t: Tables, x: int, s: int, kept_bytes: float, role: int) -> float:
+def layers_on_rank(t: Tables, x: int, f: int, s: int, kept_bytes: float, role: int) -> float:
     """Return the repeated layers that fit on a rank in a role, unrounded; ``kept_bytes`` is KV bytes of one layer."""
     others = t.prefix_layers if role in (FIRST, BOTH) else 0
     if role in (LAST, BOTH):
         others += t.draft_layers
-    last = t.last_bytes[s] + t.logit_bytes[x, s]
-    room = room_of_role(t.room_bytes[s] - t.act_bytes[x, s], t.first_bytes[s], last, t.tied_bytes[s], role)
+    last = t.last_bytes[s] + t.logit_bytes[x, f, s]
+    room = room_of_role(t.room_bytes[s] - t.act_bytes[x, f, s], t.first_bytes[s], last, t.tied_bytes[s], role)
     layers: float = layers_in_room(room, t.layer_bytes[s], kept_bytes, others, t.num_layers)
     return layers
 
@@ -273,8 +273,8 @@ def ranks_of(t: Tables, x: int, f: int, s: int, c: int) -> Ranks:
     """Return the numbers of a stage with c copies of rank type s."""
     tokens, prompts = t.kv_tokens[x, f, c - 1], t.prompt_tokens[x, f, c - 1]
     return Ranks(
-        s, c, t.rank_tp[s], t.rank_groups[s], t.rank_dp[s] > 1, t.room_bytes[s] - t.act_bytes[x, s],
-        t.first_bytes[s], t.last_bytes[s] + t.logit_bytes[x, s], t.tied_bytes[s], t.layer_bytes[s],
+        s, c, t.rank_tp[s], t.rank_groups[s], t.rank_dp[s] > 1, t.room_bytes[s] - t.act_bytes[x, f, s],
+        t.first_bytes[s], t.last_bytes[s] + t.logit_bytes[x, f, s], t.tied_bytes[s], t.layer_bytes[s],
         t.state_bytes[x, f, c - 1] / t.state_ranks[s], (t.in_flight[f] + c - 1) // c * t.micro_batch[x], tokens,
         tokens * t.kv_group_bytes, prompts * t.kv_group_bytes, t.prefix_layers, t.draft_layers, t.num_layers,
         iterations_of(t, x, f), t.layer_s[x, s], t.chunk.layer_s[x, s], t.own_s[x, s, t.rank_groups[s]],

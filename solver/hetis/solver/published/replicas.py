@@ -278,7 +278,7 @@ def _fill_rooms(t: Tables, x: IntArray, s: IntArray, places: IntArray, given: In
         for f in range(t.in_flight.shape[0]):
             for j in range(s.shape[0]):
                 kept = kept_bytes(t, x[i], f, s[j], 1, given[j])
-                room[i, f, j] = int(layers_on_rank(t, x[i], s[j], kept, places[j]))
+                room[i, f, j] = int(layers_on_rank(t, x[i], f, s[j], kept, places[j]))
 
 
 class LayerSplit(NamedTuple):
