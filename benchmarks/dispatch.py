@@ -1,6 +1,6 @@
 """Time and quality of a dispatch, from 12 devices to 1,024, in thread CPU time with all solvers in one process.
 
-    python -m benchmarks.dispatch [--quick] [--json] [--ties]
+    python -m benchmarks.dispatch [--quick] [--json]
 
 A row covers thousands of instances of one size with different arrivals, running loads and mixes of GPUs. ``p50_ms`` and
 ``p99_ms`` cover building the problem from arrays, solving the relaxation, rounding and improving. ``path`` is the share
@@ -13,12 +13,7 @@ the best whole-group plan known, from a MILP and a longer local search, over ``j
 
 Loads: *balanced*, all devices end within what the arrivals will fill; *imbalanced*, the running load decides which
 is slowest; *nearly full*, balanced with 1.2 times the KV blocks that the arrivals need, unevenly spread. The GPUs are
-those of the catalogue with modelled profiles; with three pieces, cost curves bend around the running load. Without
---quick, growth with size and the distributions of both gaps are drawn to ``benchmarks/results/``.
-
-With --ties, the benchmark compares ways to place what does not affect the present makespan, over a simulated sequence
-of arrivals; see `benchmarks.measuring.ties`. ``over_ours`` is the mean makespan over that of the first rule, and
-``raised`` the share of admissions that raised the makespan.
+those of the catalogue with modelled profiles; with three pieces, cost curves bend around the running load.
 """
 
 from __future__ import annotations
@@ -36,7 +31,7 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit
 
-from benchmarks.measuring import plots, rows, ties
+from benchmarks.measuring import rows
 from benchmarks.measuring.instances import fleet
 from benchmarks.measuring.rows import Row
 from hetis.formats.documents import load_model
@@ -95,19 +90,10 @@ class Case:
 
 
 def main() -> None:
-    """Print all rows and draw their growth."""
-    parser = rows.parser("benchmarks.dispatch", __doc__)
-    parser.add_argument("--ties", action="store_true", help="rules that break ties, over a sequence of arrivals")
-    arguments = parser.parse_args()
-    if arguments.ties:
-        rows.show(ties.measured(quick=arguments.quick, only=arguments.only), arguments, name="dispatch ties")
-        return
-    gaps: list[plots.Gaps] = []
+    """Print all rows."""
+    arguments = rows.parser("benchmarks.dispatch", __doc__).parse_args()
     chosen = [case for case in cases(quick=arguments.quick) if arguments.only in case.name]
-    shown = rows.show((measured(case, gaps) for case in chosen), arguments, name="dispatch")
-    if not arguments.quick and len(shown) > 1:
-        draw_growth(shown)
-        plots.draw_gaps(gaps, name="dispatch_gaps", document=arguments.markdown)
+    rows.show(map(measured, chosen), arguments, name="dispatch")
 
 
 def cases(*, quick: bool) -> Iterator[Case]:
@@ -243,8 +229,8 @@ class Timed:
     seconds: float
 
 
-def measured(case: Case, gaps: list[plots.Gaps]) -> Row:
-    """Return one row, and add its distributions to ``gaps``."""
+def measured(case: Case) -> Row:
+    """Return one row."""
     dispatched = dispatch_all(case)
     # All instances share a stage, so solvers may reuse what does not change.
     compared = [timed.problem for timed in dispatched[::STAGES]][: case.compared]
@@ -255,8 +241,6 @@ def measured(case: Case, gaps: list[plots.Gaps]) -> Row:
     seconds = [timed.seconds for timed in dispatched]
     to_best, greedy_to_best = gaps_to_best(case, dispatched, [plan_s for plan_s, _ in greedy])
     to_relaxation = [timed.plan.gap for timed in dispatched]
-    size = f"{case.devices} x {case.arrivals}, {case.pieces}"
-    gaps.append(plots.Gaps(panel=case.load, size=size, relaxation=to_relaxation, best=to_best))
     p50 = float(np.median(seconds))
     return {
         "name": case.name,
@@ -426,38 +410,6 @@ def _cvxpy_problem(problem: DispatchProblem) -> Callable[[DispatchProblem], None
         program.solve(solver=cp.HIGHS)
 
     return solve
-
-
-# --- growth
-
-
-def draw_growth(shown: Sequence[Row]) -> None:
-    """Draw milliseconds against devices times arrivals, for one piece and balanced loads."""
-    from plotly import graph_objects
-
-    plots.RESULTS.mkdir(exist_ok=True)
-    chosen = sorted(
-        (row for row in shown if row["load"] == "balanced" and row["pieces"] == 1), key=lambda row: _cells(row)
-    )
-    figure = graph_objects.Figure()
-    for key in ("p50_ms", "p99_ms", "greedy_p50_ms", "highs_p50_ms", "cvxpy_p50_ms"):
-        figure.add_scatter(
-            x=[_cells(row) for row in chosen],
-            y=[row[key] for row in chosen],
-            text=[row["name"] for row in chosen],
-            name=key.removesuffix("_ms").replace("_", " "),
-            mode="lines+markers",
-        )
-    figure.update_xaxes(title="devices x arrivals", type="log")
-    figure.update_yaxes(title="ms of thread CPU time", type="log")
-    figure.write_html(plots.RESULTS / "dispatch.html")
-
-
-def _cells(row: Row) -> int:
-    devices, arrivals = row["devices"], row["arrivals"]
-    assert isinstance(devices, int)
-    assert isinstance(arrivals, int)
-    return devices * arrivals
 
 
 if __name__ == "__main__":

@@ -1,12 +1,11 @@
-"""The cost of an engine's rules: the same fleets planned for vLLM with the plugin, stock vLLM, and any engine.
+"""What an engine's rules cost: the same fleets planned for stock vLLM and for vLLM with the plugin.
 
     python -m benchmarks.engines [--quick] [--json]
 
 Goodput in requests/s of Llama-2-70B on azure_conv_2023, with a p95 TTFT of at most 5 s and a mean TPOT of at most 200
 ms. A GPU on which an engine does not start is left out of its plans, or becomes an attention worker if the engine
 supports them. SGLang has the rules of stock vLLM here. Columns named after an engine are values, those with ``_gap``
-proven gaps, and those with ``_s`` CPU seconds. ``vllm_over_any`` and ``vllm-hetis_over_any`` are values over the value
-for any engine. If that value has a gap, a plan for any engine may be better by at most the gap.
+proven gaps, and those with ``_s`` CPU seconds. ``hetis_over_vllm`` is the plugin's value over that of stock vLLM.
 """
 
 from __future__ import annotations
@@ -14,40 +13,30 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from benchmarks.measuring import plots, rows
+from benchmarks.measuring import rows
 from benchmarks.measuring.instances import example, fleet, problem
 from benchmarks.measuring.rows import Row
-from benchmarks.strategies import FAILED, Answer, answer
+from benchmarks.measuring.solving import FAILED, answer
 from hetis.planner.use_cases.precision import constraints_of
 from hetis.profiler.defaults import default_profile
 from hetis.solver.cluster import Cluster
-from hetis.solver.placement.families import ANY_ENGINE, run_by
+from hetis.solver.placement.families import run_by
 from hetis.solver.plan import Objective
 from hetis.solver.problem import EngineRules, PlacementProblem
 
-ENGINES = ("vllm", "vllm-hetis", ANY_ENGINE)
+ENGINES = ("vllm", "vllm-hetis")
 LIMITS = Objective(ttft_limit_s=5.0, tpot_limit_s=0.2)
 TIME_LIMIT_S = 60.0
 
 
 def main() -> None:
-    """Print one row per fleet, and draw them."""
+    """Print one row per fleet."""
     parser = rows.parser("benchmarks.engines", __doc__)
     arguments = parser.parse_args()
     chosen = [one for one in fleets() if arguments.only in one[0]][: 1 if arguments.quick else None]
     for engine in ENGINES if chosen and not arguments.quick else ():  # compile first, so that no row includes it
         answer(posed(chosen[0][1], engine), "hetis", time_limit_s=TIME_LIMIT_S)
     shown = rows.show((measured(name, cluster) for name, cluster in chosen), arguments, name="engines")
-    bars = [
-        plots.Bars(
-            panel="goodput by engine",
-            group=str(row["name"]).replace(" + ", "\n+ "),
-            heights={engine: float(row[engine] or 0.0) / float(row[ANY_ENGINE] or 1.0) for engine in ENGINES},
-        )
-        for row in shown
-    ]
-    if bars:
-        plots.draw_bars(bars, name="engines", label="goodput over that for any engine", document=arguments.markdown)
     rows.exit_if_crashed(shown)
 
 
@@ -63,10 +52,9 @@ def fleets() -> Iterator[tuple[str, Cluster]]:
 def posed(cluster: Cluster, engine: str) -> PlacementProblem:
     """Return the placement for an engine as `hetis-plan place` poses it, with the shipped profiles."""
     whole = problem(cluster, objective=LIMITS)
-    rules = None if engine == ANY_ENGINE else EngineRules(name=engine)
     return replace(
         whole,
-        family=run_by(whole.family, rules),
+        family=run_by(whole.family, EngineRules(name=engine)),
         profiles={name: default_profile(cluster.gpu_types[name])[1] for name in whole.profiles},
         constraints=constraints_of(whole.model, cluster, engine),
     )
@@ -75,22 +63,17 @@ def posed(cluster: Cluster, engine: str) -> PlacementProblem:
 def measured(name: str, cluster: Cluster) -> Row:
     """Plan a fleet for every engine."""
     answers = {engine: answer(posed(cluster, engine), "hetis", time_limit_s=TIME_LIMIT_S) for engine in ENGINES}
-    best = answers[ANY_ENGINE].value
     is_failed = any(found.status == FAILED for found in answers.values())
-    row: dict[str, rows.Cell] = {"name": name, "gpus": cluster.num_gpus(), "status": FAILED if is_failed else "ok"}
-    for engine in ENGINES:
-        row[engine] = answers[engine].value
-    for engine in ENGINES[:-1]:
-        row[f"{engine}_over_any"] = answers[engine].value / best if best else None
-    for engine in ENGINES:
-        row[f"{engine}_gap"] = _gap(answers[engine])
-    for engine in ENGINES:
-        row[f"{engine}_s"] = answers[engine].seconds
-    return row
-
-
-def _gap(found: Answer) -> float:
-    return (found.bound - found.value) / found.value if found.value else 0.0
+    stock, plugin = (answers[engine].value for engine in ENGINES)
+    return {
+        "name": name,
+        "gpus": cluster.num_gpus(),
+        "status": FAILED if is_failed else "ok",
+        **{engine: found.value for engine, found in answers.items()},
+        "hetis_over_vllm": plugin / stock if stock else None,
+        **{f"{engine}_gap": found.gap for engine, found in answers.items()},
+        **{f"{engine}_s": found.seconds for engine, found in answers.items()},
+    }
 
 
 if __name__ == "__main__":

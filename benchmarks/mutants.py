@@ -37,11 +37,6 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 SOLVER = "solver/hetis/solver"
-RECORDED = "tests/solver/test_recorded.py::test_answers_are_those_that_were_recorded"
-STEPS = {
-    part: f"tests/solver/test_recorded.py::test_every_step_of_{part}_does_what_was_recorded"
-    for part in ("dispatch", "redispatch")
-}
 # Part: the files that are changed, and the tests that must notice, the quickest to notice first.
 PARTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "cost": (
@@ -49,40 +44,33 @@ PARTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         (
             "tests/solver/test_cost.py",
             "tests/solver/test_check_roles.py::test_search_and_checker_know_the_same_slack",
-            "tests/solver/test_arithmetic.py::test_the_search_tabulates_the_same_seconds",
-            "tests/solver/test_arithmetic.py::test_the_search_finds_the_same_room",
-            "tests/solver/test_arithmetic.py::test_the_ranks_of_a_group_share_out_the_weights",
+            "tests/solver/test_agreement.py",
         ),
     ),
     "check": (
         (f"{SOLVER}/check",),
         (
             *(f"tests/solver/test_check{which}.py" for which in ("_rounding", "_engine", "_constraints", "", "_roles")),
-            "tests/solver/test_arithmetic.py::test_the_checker_times_a_stage_alike",
-            "tests/solver/test_arithmetic.py::test_the_checker_counts_memory_alike",
-            "tests/solver/test_arithmetic.py::test_all_know_the_same_latencies_whether_prompts_wait_or_not",
+            "tests/solver/test_agreement.py",
         ),
     ),
     "dispatch": (
         (f"{SOLVER}/dispatch",),
-        (STEPS["dispatch"], f"{RECORDED}[dispatch]", "tests/solver/dispatch_state", "tests/solver/dispatch"),
+        ("tests/solver/dispatch_state", "tests/solver/dispatch"),
     ),
     "redispatch": (
         (f"{SOLVER}/redispatch",),
         (
-            STEPS["redispatch"],
-            f"{RECORDED}[redispatch]",
             *(
                 f"tests/solver/redispatch/test_{name}.py"
-                for name in ("limits", "ordering", "redispatch", "triggers_and_baselines", "watch", "quality")
+                for name in ("limits", "ordering", "redispatch", "triggers_and_baselines", "watch", "quality", "totals")
             ),
         ),
     ),
 }
 NOT_CHANGED = ("small_stage", "compile_dispatch", "compile_redispatch")  # functions that only compile
 WITH_KERNELS = ("dispatch", "redispatch")
-INSTANCES = 4  # instances kept of each parametrised test, except tests whose instances each cover other code
-ALL_INSTANCES = tuple(name.rpartition("::")[2] for name in STEPS.values())
+INSTANCES = 4  # instances kept of each parametrised test
 # With kernels as plain Python the first two take minutes; the third tests their signatures, which those lack.
 LEFT_OUT = (
     "test_rounding_stays_within_half_a_percent_of_the_best_plan_on_average",
@@ -295,7 +283,7 @@ class _FewInstances:
         for item in items:
             test = item.path, getattr(item, "originalname", item.name)
             met[test] += 1
-            if (met[test] <= INSTANCES or test[1] in ALL_INSTANCES) and test[1] not in LEFT_OUT:
+            if met[test] <= INSTANCES and test[1] not in LEFT_OUT:
                 kept.append(item)
         items[:] = kept
 

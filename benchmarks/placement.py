@@ -1,9 +1,8 @@
 """Time and proven quality of placements, from 12 GPUs to a million; Llama-2-70B, azure_conv_2023.
 
-    python -m benchmarks.placement [--quick] [--json] [--engine any]
+    python -m benchmarks.placement [--quick] [--json] [--engine vllm]
 
-Plans are for vLLM with the plugin, as in `hetis-plan place`, or for another engine. ``--engine any`` stands for no
-particular engine: its replicas run on no engine, and another search finds them.
+Plans are for vLLM with the plugin, as in `hetis-plan place`, or for another engine.
 
 Every row is a separate process. ``seconds`` is the first solve of that process, which loads compiled kernels from
 numba's cache and binds the plan to named GPUs (rows called "warm": the median of the next five). ``first_plan_s`` and
@@ -12,23 +11,18 @@ numba's cache and binds the plan to named GPUs (rows called "warm": the median o
 search until 0.1% or their time limit. All seconds, including limits, are CPU seconds of the process. Fleets with P100s
 have a TTFT limit of 4 s, because no plan meets 2 s.
 
-Without --quick, cost against the size of the fleet and the number of GPU types, and value and bound against time, are
-drawn to ``benchmarks/results/``; with --markdown, the latter also to ``docs/figures/``.
-
-Bars (DESIGN section 10): 12 GPUs optimal in 1 s (2 s without limits); 24 to 60 GPUs 0.5% in 5 s; 160 GPUs 0.5% in 5 s
+Bars: 12 GPUs optimal in 1 s (2 s without limits); 24 to 60 GPUs 0.5% in 5 s; 160 GPUs 0.5% in 5 s
 (cost and GPUs: 1% in 10 s); 1,000 GPUs 0.5% in 8 s; 10,000 GPUs 0.5% in 10 s and 2 GiB; 1,000,000 GPUs 0.5% in 20 s.
 """
 
 from __future__ import annotations
 
-import math
 import tempfile
-import time
 from collections.abc import Iterator
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 
-from benchmarks.measuring import plots, rows
+from benchmarks.measuring import rows
 from benchmarks.measuring.instances import (
     DEFAULT_LIMITS,
     NO_LIMITS,
@@ -40,11 +34,11 @@ from benchmarks.measuring.instances import (
     scaled,
 )
 from benchmarks.measuring.rows import Row
-from benchmarks.measuring.solving import Measured, Solve, Timing, failed, in_own_process, measure, peak_mib
+from benchmarks.measuring.solving import Measured, Solve, Timing, failed, in_own_process, measure
 from hetis.solver.cluster import Cluster
-from hetis.solver.placement.families import ANY_ENGINE, DEFAULT_ENGINE, ENGINES, run_by
-from hetis.solver.plan import Objective, ObjectiveKind, Role
-from hetis.solver.problem import EngineRules, Family, PlacementProblem
+from hetis.solver.placement.families import DEFAULT_ENGINE, ENGINES, run_by
+from hetis.solver.plan import Objective, ObjectiveKind
+from hetis.solver.problem import EngineRules, PlacementProblem
 
 BETWEEN = (
     ("20 GPUs, TTFT 4 s", (1, 4, "A100-PCIe-80GB"), (4, 2, "RTX-3090"), (2, 4, "P100-PCIe-12GB")),
@@ -60,13 +54,6 @@ SLOWER = Objective(ttft_limit_s=4.0)  # limit for fleets with P100s, which have 
 THROUGHPUT = replace(NO_LIMITS, kind=ObjectiveKind.THROUGHPUT)
 BETWEEN_LIMIT_S = 30.0
 CURVE_LIMIT_S = 10.0
-# Settings fixed for all replicas, so that the compact MILP stays small enough.
-SHRUNK = Family(
-    max_copies=2, max_pool=0, micro_batches=(32,), in_flight=(8,), chunk_tokens=(512,), roles=(Role.UNIFIED,)
-)
-MILP_REPLICAS = 1
-MILP_STAGES = 4
-MILP_LIMIT_S = 60.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,7 +66,6 @@ class Case:
     gap_target: float = 0.001
     warm: int = 0
     empty_cache: bool = False
-    panel: tuple[str, str] | None = None  # fleet and objective in the figure of searches
 
     def measured(self) -> Measured:
         """Solve it in a new process."""
@@ -93,30 +79,21 @@ class Case:
 
 
 def main() -> None:
-    """Print all rows and draw the curves."""
+    """Print all rows."""
     parser = rows.parser("benchmarks.placement", __doc__)
-    parser.add_argument(
-        "--engine", choices=[*ENGINES, ANY_ENGINE], default=DEFAULT_ENGINE, help="whose plans are searched"
-    )
+    parser.add_argument("--engine", choices=ENGINES, default=DEFAULT_ENGINE, help="whose plans are searched")
     arguments = parser.parse_args()
     benchmark = Benchmark(engine=arguments.engine, quick=arguments.quick, only=arguments.only)
     name = "placement" if arguments.engine == DEFAULT_ENGINE else f"placement_{arguments.engine}"
     shown = rows.show(benchmark.rows(), arguments, name=name)
-    for kind, across in (("by size", "gpus"), ("by types", "types")):
-        curve = [row for row in shown if str(row["name"]).startswith(kind)]
-        if len(curve) > 1:
-            plots.draw_cost(curve, across=across, name=f"{name}_{kind.replace(' ', '_')}")
-    if benchmark.searches:
-        plots.draw_searches(benchmark.searches, name=f"{name}_searches", document=arguments.markdown)
     rows.exit_if_crashed(shown)
 
 
 class Benchmark:
-    """The rows of one engine, in the order of the documentation; ``searches`` has the progress of its searches."""
+    """The rows of one engine, in the order of the documentation."""
 
     def __init__(self, *, engine: str, quick: bool, only: str) -> None:
         self.engine, self.quick, self.only = engine, quick, only
-        self.searches = list[plots.Search]()
 
     def rows(self) -> Iterator[Row]:
         """Measure and yield the rows."""
@@ -124,23 +101,17 @@ class Benchmark:
         from hetis.planner.jobs.kernels import compile_all_kernels
 
         yield from self._smallest_rows()
-        if self.only in "12 GPUs, compact MILP":
-            yield from _milp_rows(5.0 if self.quick else MILP_LIMIT_S)
         cases = [*self._between_cases(), *self._fleet_cases(), *([] if self.quick else self._curve_cases())]
         cases = [case for case in cases if self.only in case.name]
         if cases and not self.quick:
             compile_all_kernels()  # so that no row includes it: small and large fleets have different searches
         for case in cases:
-            measured = case.measured()
-            if case.panel is not None:
-                self.searches.append(plots.Search(*case.panel, curve=measured.first.curve))
-            yield _row(case, measured)
+            yield _row(case, case.measured())
 
     def posed(self, cluster: Cluster, objective: Objective) -> PlacementProblem:
         """Return a fleet's problem for the engine."""
         found = problem(cluster, objective=objective)
-        rules = None if self.engine == ANY_ENGINE else EngineRules(name=self.engine)
-        return replace(found, family=run_by(found.family, rules))
+        return replace(found, family=run_by(found.family, EngineRules(name=self.engine)))
 
     def _smallest_rows(self) -> Iterator[Row]:
         """Yield the rows of 12 GPUs: compiled for the first time, loaded from the cache, and warm."""
@@ -187,7 +158,6 @@ class Benchmark:
                     name=f"{cluster.num_gpus():,} GPUs, {name}",
                     problem=self.posed(cluster, objective),
                     time_limit_s=3.0 if self.quick else limit_s,
-                    panel=None if demand is None else (f"{cluster.num_gpus():,} GPUs", name.split(" ", 1)[0]),
                 )
 
     def _curve_cases(self) -> Iterator[Case]:
@@ -230,7 +200,7 @@ def _row(case: Case, measured: Measured) -> Row:
 def _cells(
     name: str,
     cluster: Cluster,
-    answer: Measured | Specified,
+    answer: Measured,
     *,
     timing: Timing,
     note: str,
@@ -251,64 +221,6 @@ def _cells(
         "peak_mib": answer.peak_mib,
         "note": note,
     }
-
-
-# --- the compact MILP
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Specified:
-    """The answer of the compact MILP and its cost, including the build."""
-
-    status: str
-    value: float
-    bound: float
-    gap: float
-    timing: Timing
-    num_binaries: int
-    peak_mib: float
-
-
-def specify(argument: tuple[PlacementProblem, float]) -> Specified:
-    """Solve the compact MILP of a problem within a time limit."""
-    from benchmarks.measuring.specification import solve_specification
-
-    posed, time_limit_s = argument
-    started = time.process_time()
-    result = solve_specification(posed, num_replicas=MILP_REPLICAS, num_stages=MILP_STAGES, time_limit_s=time_limit_s)
-    return Specified(
-        status=result.status.value,
-        value=result.value,
-        bound=result.bound,
-        gap=abs(result.bound - result.value) / result.value if result.value else math.inf,
-        timing=Timing(seconds=time.process_time() - started),
-        num_binaries=result.num_binaries,
-        peak_mib=peak_mib(),
-    )
-
-
-def _milp_rows(time_limit_s: float) -> Iterator[Row]:
-    """Yield the same 12 GPUs in a family small enough for the MILP, first by the exact search, then by the MILP."""
-    posed = replace(problem(example("paper"), objective=NO_LIMITS), family=SHRUNK)
-    family = "b 32, M 8, C 512, up to 2 copies, no attention workers, no limits"
-    ours = in_own_process(measure, Solve(problem=posed, time_limit_s=60.0, warm=3))
-    timing = ours.warm if ours.warm is not None else ours.first
-    yield _cells(
-        "12 GPUs, same family as MILP", posed.cluster, ours, timing=timing, note=f"{family}; warm, median of 3"
-    )
-    milp = in_own_process(specify, (posed, time_limit_s))
-    note = (
-        f"{family}, at most {MILP_REPLICAS} replica of {MILP_STAGES} stages; {milp.num_binaries:,} binaries,"
-        f" limit {time_limit_s:g} s; {milp.timing.seconds / timing.seconds:,.0f} times as long as the exact search,"
-        f" whose plan is {_better(ours.value, milp.value)}"
-    )
-    yield _cells("12 GPUs, compact MILP", posed.cluster, milp, timing=milp.timing, note=note)
-
-
-def _better(value: float, other: float) -> str:
-    if other <= 0:
-        return "the only one found"
-    return f"{value / other - 1:.2%} better (any number of replicas and stages)" if value > other else "no better"
 
 
 if __name__ == "__main__":

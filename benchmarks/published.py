@@ -24,7 +24,7 @@ import numpy as np
 from benchmarks.measuring import rows
 from benchmarks.measuring.instances import NO_LIMITS, example, fleet, gpu_types, problem
 from benchmarks.measuring.rows import Row
-from benchmarks.strategies import FAILED, Answer, answer
+from benchmarks.measuring.solving import FAILED, Answer, answer
 from hetis.solver.cluster import Cluster
 from hetis.solver.plan import Objective
 from hetis.solver.problem import PlacementProblem

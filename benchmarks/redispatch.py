@@ -25,18 +25,15 @@ are the amounts by which both exceed the savings of the paper's rule at the same
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 
-from benchmarks.measuring import plots, rows
+from benchmarks.measuring import rows
 from benchmarks.measuring.drift import (
     LAYERS,
     REFILL_TOKEN_S,
@@ -49,7 +46,6 @@ from benchmarks.measuring.drift import (
     whole_request_moves,
 )
 from benchmarks.measuring.rows import Row
-from hetis.solver.dispatch.problem import FloatArray
 from hetis.solver.dispatch.solve import Dispatcher
 from hetis.solver.redispatch.problem import Move, RedispatchProblem
 from hetis.solver.redispatch.solve import Redispatcher, compile_redispatch
@@ -138,20 +134,6 @@ class Whole:
         return found
 
 
-COLOURS = (
-    "#999999",
-    "#555555",
-    "#e69f00",
-    "#f0c040",
-    "#0072b2",
-    "#56b4e9",
-    "#009e73",
-    "#80c8a8",
-    "#d55e00",
-    "#f0a080",
-    "#7a3db8",
-    "#b893e0",
-)
 POLICIES: dict[str, Callable[[], Policy]] = {
     "none": lambda: Still(evicts_itself=True),
     "lifo": lambda: Still(evicts_itself=False),
@@ -168,19 +150,13 @@ def _only(full: int | None) -> frozenset[int]:
 
 
 def main() -> None:
-    """Print one row per scenario, policy and Theta, and draw makespans over time."""
+    """Print one row per scenario, policy and Theta."""
     arguments = rows.parser("benchmarks.redispatch", __doc__).parse_args()
-    curves: dict[str, dict[str, FloatArray]] = {}
-    rows.show(measured(quick=arguments.quick, only=arguments.only, curves=curves), arguments, name="redispatch")
-    if not arguments.quick:
-        draw(curves)
+    rows.show(measured(quick=arguments.quick, only=arguments.only), arguments, name="redispatch")
 
 
-def measured(*, quick: bool, only: str, curves: dict[str, dict[str, FloatArray]]) -> Iterator[Row]:
-    """Yield every scenario with every policy; with ``quick``, one scenario, seed and Theta, and fewer steps.
-
-    ``curves`` is filled with the makespans over time of the first seed, by scenario and policy.
-    """
+def measured(*, quick: bool, only: str) -> Iterator[Row]:
+    """Yield every scenario with every policy; with ``quick``, one scenario, seed and Theta, and fewer steps."""
     compile_redispatch()  # otherwise the first policy's time would be the compiler's
     scenarios = SCENARIOS[-1:] if quick else SCENARIOS
     steps, seeds, thetas = (300, 1, THETAS[:1]) if quick else (STEPS, SEEDS, THETAS)
@@ -195,7 +171,6 @@ def measured(*, quick: bool, only: str, curves: dict[str, dict[str, FloatArray]]
                 if name == "paper":
                     papers[theta] = tallies
                 label = f"{name}, Theta {theta:g}" if policy().heeds else name
-                curves.setdefault(scenario.name, {})[label] = 1e6 * np.array(tallies[0].makespans_s)
                 solve_s = [s for p in made for s in p.solve_s]
                 paper = papers.get(theta) if policy().heeds and name != "paper" else None
                 yield _row(f"{scenario.name}, {label}", tallies, solve_s, nothing, paper)
@@ -274,39 +249,6 @@ def _refill_us(tally: Tally) -> float:
 
 def _mean(values: Sequence[float]) -> float:
     return float(statistics.mean(values))
-
-
-def draw(curves: dict[str, dict[str, FloatArray]]) -> None:
-    """Draw makespans over time, smoothed over 20 steps, as HTML, and as PNG if matplotlib is installed."""
-    from plotly import graph_objects, subplots
-
-    plots.RESULTS.mkdir(exist_ok=True)
-    path = plots.RESULTS / "redispatch.html"
-    figure: Any = subplots.make_subplots(rows=len(curves), cols=1, subplot_titles=list(curves), shared_xaxes=True)
-    for place, lines in enumerate(curves.values(), start=1):
-        for colour, (label, values) in zip(COLOURS, lines.items(), strict=True):
-            line = graph_objects.Scatter(
-                y=_smooth(values), name=label, legendgroup=label, showlegend=place == 1, line={"color": colour}
-            )
-            figure.add_trace(line, row=place, col=1)
-    figure.update_yaxes(title="us per layer")
-    figure.update_layout(height=300 * len(curves))
-    figure.write_html(path, include_plotlyjs="cdn")
-    if importlib.util.find_spec("matplotlib") is not None:
-        figures: Any = importlib.import_module("matplotlib.figure")
-        picture = figures.Figure(figsize=(8, 3 * len(curves)), layout="constrained")
-        axes = picture.subplots(len(curves), 1, sharex=True, squeeze=False)[:, 0]
-        for axis, (scenario, lines) in zip(axes, curves.items(), strict=True):
-            for colour, (label, values) in zip(COLOURS, lines.items(), strict=True):
-                axis.plot(_smooth(values), label=label, color=colour)
-            axis.set(title=scenario, ylabel="us per layer")
-        axes[0].legend(fontsize="small")
-        picture.savefig(path.with_suffix(".png"), dpi=120)
-    print(f"drawn: {path}", file=sys.stderr)
-
-
-def _smooth(values: FloatArray) -> FloatArray:
-    return np.convolve(values, np.full(20, 0.05), mode="valid")
 
 
 if __name__ == "__main__":

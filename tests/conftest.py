@@ -60,13 +60,27 @@ ASYNC_LIMIT_S = 180.0  # where a test waits for ever; a solver may have to be co
 
 @pytest.hookimpl(wrapper=True)
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, object, object]:
-    """Run a test that is a coroutine function in an event loop of its own, with a time limit."""
+    """Run a test that is a coroutine function in an event loop of its own, with a time limit.
+
+    It fails if a task or future of it ends with an error that nobody retrieves.
+    """
     test = pyfuncitem.obj
     if inspect.iscoroutinefunction(test):
+        orphans = list[str]()
+
+        def note_orphan(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+            if "never retrieved" in context["message"]:
+                orphans.append(f"{context['message']}: {context.get('exception')!r}")
+            loop.default_exception_handler(context)
 
         async def limited(**fixtures: Any) -> None:
+            asyncio.get_running_loop().set_exception_handler(note_orphan)
             async with asyncio.timeout(ASYNC_LIMIT_S):
                 await test(**fixtures)
 
-        pyfuncitem.obj = lambda **fixtures: asyncio.run(limited(**fixtures))
+        def run(**fixtures: Any) -> None:
+            asyncio.run(limited(**fixtures))
+            assert not orphans
+
+        pyfuncitem.obj = run
     return (yield)

@@ -319,7 +319,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         type=Path,
         const=tables.DATA,
         metavar="FOLDER",
-        help="also write the tables of docs/profiles-modelled.md",
+        help="also write the tables of docs/accuracy.md",
     )
     options = parser.parse_args(arguments)
     try:

@@ -1,4 +1,4 @@
-"""The tables of docs/profiles-modelled.md: the coefficients, their errors, and the assumptions.
+"""The tables of docs/accuracy.md: the coefficients, their errors, and the assumptions.
 
 The errors are of predictions for tables that were not used in the fit: other kernels, experts, whole engines.
 """

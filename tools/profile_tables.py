@@ -1,4 +1,4 @@
-"""The tables of docs/profiles.md: the errors of every shipped profile, and comparisons with whole engines.
+"""The tables of docs/accuracy.md: the errors of every shipped profile, and comparisons with whole engines.
 
 Prefill chunks over a past are judged by the one published table with such chunks: added time and KV cost.
 """

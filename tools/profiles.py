@@ -103,7 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         type=Path,
         const=tables.DATA,
         metavar="FOLDER",
-        help="also write the tables of docs/profiles.md",
+        help="also write the tables of docs/accuracy.md",
     )
     parser.add_argument("--gpu", action="append", choices=list(SOURCES), help="only this one; repeatable")
     parser.add_argument("--workers", type=int, default=2, help="processes")

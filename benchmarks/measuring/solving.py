@@ -12,7 +12,7 @@ import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from hetis.solver.budget import Budget, Progress
@@ -42,7 +42,7 @@ class Timing:
     """CPU seconds of a solve, including binding.
 
     It also holds the seconds until the first plan and the first bound of the whole family, and until a gap of 1% and of
-    0.5% was proved; None if never. ``curve`` has seconds, value of the best plan and bound at every change.
+    0.5% was proved; None if never.
     """
 
     seconds: float
@@ -50,7 +50,6 @@ class Timing:
     first_bound_s: float | None = None
     to_1_percent_s: float | None = None
     to_half_percent_s: float | None = None
-    curve: tuple[tuple[float, float | None, float | None], ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,6 +139,55 @@ def measure(solve: Solve) -> Measured:
     )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """The result of a strategy. Without a plan, the value is 0, and so is the bound if infeasibility is proved."""
+
+    status: str
+    value: float
+    bound: float
+    seconds: float
+    note: str = ""
+
+    @property
+    def gap(self) -> float:
+        return (self.bound - self.value) / self.value if self.value else 0.0
+
+
+def answer(problem: PlacementProblem, strategy: str, *, time_limit_s: float) -> Answer:
+    """Solve by one strategy in this process, including the naming of GPUs.
+
+    All seconds are CPU seconds, so that a busy machine hardly changes plan and figures. The checker is not timed.
+    """
+    from hetis.planner.cli.searching import no_native_output
+    from hetis.solver.check import check_plan
+    from hetis.solver.placement.families import STRATEGIES
+    from hetis.solver.planning import solve_placement
+
+    started = time.process_time()
+    try:
+        budget = Budget(time_limit_s=time_limit_s, clock=time.process_time)
+        with no_native_output():
+            plan = solve_placement(problem, strategy=strategy, budget=budget)
+    except InfeasibleError as error:
+        return _without_plan(Status.INFEASIBLE.value, 0.0, started, str(error))
+    except HetisError as error:
+        return _without_plan("none", math.inf, started, str(error))
+    except Exception as error:  # a bug: the row reports it, and later rows are still measured
+        traceback.print_exc()
+        return _without_plan(FAILED, math.inf, started, repr(error))
+    seconds = time.process_time() - started
+    violations = check_plan(plan, replace(problem, family=STRATEGIES[strategy].restrict(problem.family)))
+    if violations:
+        return _without_plan(FAILED, math.inf, started, f"the checker objects: {violations[0]}")
+    result = plan.result
+    return Answer(status=result.status.value, value=result.value, bound=result.bound, seconds=seconds)
+
+
+def _without_plan(status: str, bound: float, started: float, note: str) -> Answer:
+    return Answer(status=status, value=0.0, bound=bound, seconds=time.process_time() - started, note=note)
+
+
 def failed(note: str) -> Measured:
     """Return the measurement of a solve that crashed."""
     return Measured(
@@ -164,7 +212,6 @@ def _timing(seconds: float, reports: Sequence[Progress], plan: Plan | None) -> T
         seconds=seconds,
         first_plan_s=next((report.elapsed_s for report in reports if report.incumbent is not None), None),
         first_bound_s=next((report.elapsed_s for report in family if report.bound is not None), None),
-        curve=tuple((report.elapsed_s, report.incumbent, report.bound) for report in reports),
         to_1_percent_s=time_to_gap(reports, plan, seconds, 0.01),
         to_half_percent_s=time_to_gap(reports, plan, seconds, 0.005),
     )

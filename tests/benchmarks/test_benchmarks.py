@@ -13,23 +13,16 @@ import sys
 import tempfile
 import threading
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
-from benchmarks import ablations, pipeline
+from benchmarks import ablations
 from benchmarks import redispatch as redispatch_benchmark
-from benchmarks.measuring import drift, instances, plots, rows, solving, ties
-from benchmarks.pipeline import OneRole, measure
+from benchmarks.measuring import drift, instances, rows, solving
 from hetis.solver.budget import Progress
-from hetis.solver.dispatch.solve import solve_dispatch
-from hetis.solver.placement.families import STRATEGIES
 from hetis.solver.plan import Objective, ObjectiveKind, Plan, SolveResult, Status
-from tests.solver.dispatch.instances import random_problem
-from tests.solver.dispatch.oracle import assert_feasible, makespan_of
 from tools import tables
 
 ROOT = Path(__file__).parents[2]
@@ -37,21 +30,12 @@ SOLVES = {"name", "gpus", "types", "status", "value", "bound", "gap", "seconds",
 PROMISED = {
     "placement": SOLVES | {"to_1_percent_s", "to_half_percent_s"},
     "attention_workers": SOLVES | {"bound_without", "ratio"},
-    "strategies": {"name", "status", "best", "gap"} | set(STRATEGIES) | {f"{name}_s" for name in STRATEGIES},
-    "hexgen3": {"name", "status", "hexgen", "hexgen2", "hexgen3", "hetis", "hexgen3_bound", "hetis_bound"}
-    | {"turns_bound", "over_rest", "turns_over_hetis", "seconds"},
     "attention": {"name", "device", "ours_us", "torch_us", "ratio", "gb_s", "tflop_s"},
-    "token_ranges": {"name", "context", "micro_batch", "share", "alone_us", "heads_us", "tokens_us", "ratio", "faster"}
-    | {"card_heads", "card_tokens", "exchange_us"},
-    "queueing": {"name", "share", "must_wait", "seat_s", "lane_s", "queueing_s", "simulated_s", "low", "high"}
-    | {f"{kind}_{what}" for kind in ("planned", "model") for what in ("over_simulated", "within_2")},
     "engines": {"name", "gpus", "status"}
-    | {f"{name}{mark}" for name in ("vllm", "vllm-hetis", "any") for mark in ("", "_gap", "_s")}
-    | {"vllm_over_any", "vllm-hetis_over_any"},
+    | {f"{name}{mark}" for name in ("vllm", "vllm-hetis") for mark in ("", "_gap", "_s")}
+    | {"hetis_over_vllm"},
     "published": {"name", "gpus", "types", "status", "value", "proven_value", "proven_bound", "ratio"}
     | {"seconds", "proof_s", "note"},
-    "robustness": {"name", "status", "value", "gap", "plans", "other_replicas", "over_limit", "too_slow"}
-    | {f"{mark}_{what}_loss" for mark in ("mean", "worst") for what in ("goodput", "latency")},
     "sharing": {"name", "status", "value", "gap", "lost", "least", "least_gap", "over_part", "envy"}
     | {"rates", "gpus", "promise", "envy_seconds"},
     "dispatch": {
@@ -93,30 +77,17 @@ PROMISED = {
     "paper": {"name", "planned_rps", "throughput_rps", "half_width_rps", "kv_blocks", "ttft_p95_s", "tpot_p95_s"}
     | {"hetis_over", "kv_over", "ttft_over", "tpot_over", "no_worse", "clipped", "note"}
     | {f"paper_{figure}" for figure in ("throughput", "kv", "ttft", "tpot")},
-    "paper_assumptions": {
-        "name",
-        "hetis_paper_rps",
-        "hexgen_paper_rps",
-        "hetis_rps",
-        "over_hexgen",
-        "hetis_over_hexgen",
-    }
-    | {"attention_over", "hexgen_requests", "clipped"},
     "ablations": {"name", "planned_rps", "throughput_rps", "over_full", "over_full_half_width", "ttft_p95_s", "tpot_s"}
     | {"half_width_rps", "carried", "requests", "preemptions", "migrations", "migrated_gib", "cpu_s", "note"},
     "simulation": {"name", "shape", "planned", "simulated", "ratio", "alternating", "requests", "preemptions"}
     | {"ttft", "ttft_at_plan", "ttft_all_seats", "ttft_at_half"},
-    "staging": {"name", "role", "copies", "M", "b", "C", "prompt", "kv_tokens", "counted", "served"},
     "goodput": {"name", "replicas", "prefill", "decode", "planned_rps", "kept", "ttft", "tpot", "best_rps"}
     | {"planned_over_best", "kept_over_best"},
-    "left_out": {"name", "count", "nine_in_ten", "mean_error", "covered_by_mean", "range", "covered"},
-    "expert_parallel": {"name", "points", "p10", "measured", "p90", "rule"},
-    "pipeline": {"name", "pipelines", "mean", "p10", "least", "slack", "assumed"},
 }
 # Their quick forms take 10 to 50 CPU seconds. `make soak` runs them to the end, other runs only to the first row.
-LONG = ("placement", "published", "ablations", "simulation", "staging")
+LONG = ("placement", "published", "ablations", "simulation")
 # Their first row takes 10 CPU seconds or more, so that only `make soak` runs them.
-SLOW = ("paper", "robustness", "strategies", "hexgen3", "left_out", "goodput")
+SLOW = ("paper", "goodput")
 
 
 LIMIT_S = 300  # far above any benchmark's time; ends only one that hangs
@@ -214,13 +185,6 @@ def assert_promised(name: str, found: list[dict[str, Any]]) -> None:
             assert row["value"] <= row["bound"] * (1 + 1e-9)
 
 
-def test_rules_that_break_ties_are_compared_on_the_same_arrivals() -> None:
-    found = [json.loads(line) for line in run("benchmarks.dispatch", "--ties", "--quick", "--json").splitlines()]
-    assert [row["name"].partition(", ")[2] for row in found] == list(ties.RULES)
-    assert len({row["admissions"] for row in found}) == 1
-    assert found[0]["over_ours"] == 0
-
-
 @pytest.mark.parametrize("name", sorted(PROMISED))
 def test_help_names_the_command(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys, "argv", [name, "--help"])
@@ -230,63 +194,12 @@ def test_help_names_the_command(name: str, monkeypatch: pytest.MonkeyPatch, caps
     assert f"python -m benchmarks.{name} [--quick] [--json]" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("rule", [name for name, rule in ties.RULES.items() if rule is not None])
-def test_rules_that_break_ties_keep_makespan_and_memory(rule: str) -> None:
-    rearranged = ties.RULES[rule]
-    assert rearranged is not None
-    rng = np.random.default_rng(3)
-    moved = 0
-    for turn in range(20):
-        problem = random_problem(
-            rng,
-            num_devices=5,
-            num_requests=3,
-            load="uneven",
-            tp=[None, 2][turn % 2],
-            free_ratio=[None, 2.0][turn // 10],
-        )
-        plan = solve_dispatch(problem)
-        groups = rearranged(problem, plan)
-        assert_feasible(problem, groups, {unplaced.request for unplaced in plan.unplaced})
-        assert makespan_of(problem, groups) <= plan.makespan_s * (1 + 1e-8)
-        moved += not np.array_equal(groups, plan.groups)
-    assert moved
-
-
 def test_runs_of_an_ablation_fill_all_seats_three_times_however_many_there_are() -> None:
     assert ablations._enough(788.9, seats=160) == 788
     assert ablations._enough(120.0, seats=120) == 360
     assert ablations._enough(1e6, seats=100) == 2000
     assert ablations._enough(10.0, seats=7) == 60
     assert ablations._enough(788.0, seats=1000) == 3000
-
-
-def test_distributions_of_gaps_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plots, "RESULTS", tmp_path / "results")
-    monkeypatch.setattr(plots, "FIGURES", tmp_path / "figures")
-    gaps = [
-        plots.Gaps(panel=load, size=size, relaxation=[0.0, 0.01, 0.02], best=[0.0, 0.001])
-        for load in ("balanced", "nearly full")
-        for size in ("12 x 8", "64 x 8")
-    ]
-    plots.draw_gaps(gaps, name="gaps", document=True)
-    page = (tmp_path / "results" / "gaps.html").read_text(encoding="utf-8")
-    assert "nearly full" in page
-    assert "to the best known" in page
-
-
-def test_bars_of_strategies_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plots, "RESULTS", tmp_path / "results")
-    monkeypatch.setattr(plots, "FIGURES", tmp_path / "figures")
-    bars = [
-        plots.Bars(panel=limit, group=f"paper\n{lengths}", heights={"hetis": 1.0, "uniform": 0.8})
-        for limit in ("no limit", "TPOT 50 ms")
-        for lengths in ("1024/256", "8000/300")
-    ]
-    plots.draw_bars(bars, name="bars", label="goodput over that of hetis", document=True)
-    page = (tmp_path / "results" / "bars.html").read_text(encoding="utf-8")
-    assert "TPOT 50 ms" in page
-    assert "uniform" in page
 
 
 def tally(makespan_s: float, moved_bytes: float) -> drift.Tally:
@@ -357,35 +270,3 @@ def test_fleets_of_any_number_of_types_have_the_same_size(count: int) -> None:
     cluster = instances.of_types(count, 1024)
     assert cluster.num_gpus() == 1024
     assert len(instances.gpu_types(cluster)) == count
-
-
-def test_prompts_of_unequal_length_slow_a_tight_prefill_pipeline_and_no_full_one() -> None:
-    one = OneRole(model="Llama-3.1-8B", workload="longbench_lengths", stages=2, in_flight=2, chunk_tokens=2048)
-    tight, full = (
-        measure(replace(one, in_flight=in_flight), iterations=100, requests=200) for in_flight in (2, 4)
-    )  # fmt: skip
-    assert tight.busy < 0.95 < 0.98 < full.busy
-    assert 1.0 + tight.slack == pytest.approx(1.0 / tight.busy, abs=0.1)
-    assert full.slack == pytest.approx(0.02)
-
-
-def test_a_decode_pipeline_reaches_what_is_planned_with_few_micro_batches_too() -> None:
-    one = OneRole(model="Llama-13B", workload="humaneval_lengths", stages=2, in_flight=2, micro_batch=16)
-    kept = measure(one, iterations=100, requests=400)
-    assert kept.slack == pytest.approx(0.02)
-    assert kept.rate * (1.0 + kept.slack) > 0.95
-
-
-def test_a_full_pipeline_of_equal_iterations_reaches_the_formula() -> None:
-    even = pipeline.Pipeline(plain_s=(1.0, 2.0), chunk_ratio=3.0, copies=(1, 2), in_flight=6, chunk_share=0.0)
-    rate, share = pipeline.simulate_pipeline(even, 500, lambda _: False)
-    assert share == 0.0
-    assert rate == pytest.approx(even.even_rate(0.0), rel=1e-2)
-    assert rate == pytest.approx(1.0, rel=1e-2)  # both stages finish one iteration per second
-
-
-def test_a_single_micro_batch_waits_for_nobody() -> None:
-    rng = np.random.default_rng(3)
-    for _ in range(5):
-        alone = pipeline.random_pipeline("M = 1", rng)
-        assert pipeline.ratio_to_formula(alone, 500, rng, at_random=True) == pytest.approx(1.0, rel=1e-9)

@@ -10,7 +10,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks.measuring.shipped_points import shipped_points
 from hetis.formats import catalogue
 from hetis.formats.positions import parse_text
 from hetis.formats.profile import parse_profile
@@ -19,6 +18,7 @@ from hetis.profiler.fit.points import Points
 from hetis.profiler.ranges import UNKNOWN_ERROR, range_factors, stated_error
 from hetis.profiler.roofline import modelled_profile, shipped_efficiencies
 from hetis.solver.profile import Fit, FitScope, Op, Piece, Provenance, Source
+from tests.profiler.shipped_points import shipped_points
 from tools.efficiency import measured_tables, without
 from tools.left_out import ANY_HOST, Operator, Pieces, Tables, Trial, covering_error
 

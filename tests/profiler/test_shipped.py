@@ -60,7 +60,7 @@ def test_every_gpu_with_tables_is_shipped() -> None:
 
 @pytest.mark.parametrize("gpu", ["A100-SXM-80GB", "H100-SXM-80GB", "L40S"])
 def test_held_out_errors_keep_the_bars(gpu: str) -> None:
-    """10% for decode attention in the serving range, 8% for dense; docs/profiles.md names the shapes that miss."""
+    """10% for decode attention in the serving range, 8% for dense; docs/accuracy.md names the shapes that miss."""
     profile = shipped_profile(gpu)
     assert profile is not None
     missed = {

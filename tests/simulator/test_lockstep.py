@@ -12,14 +12,17 @@ from hetis.simulator.simulate import simulate
 from hetis.simulator.timing import StageTiming
 from hetis.simulator.values import Fault, Settings
 from hetis.solver.check.fleet import Fleet, replica_shape
+from hetis.solver.check.setting import Setting
+from hetis.solver.check.timing import stage_seconds
+from hetis.solver.cluster import Link
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.model import ModelSpec, MoeShape
 from hetis.solver.plan import ReplicaPlan, Role, StagePlan
 from hetis.solver.planning import solve_placement
 from hetis.solver.problem import PlacementProblem
 from tests.simulator.small_plans import equal_requests, plan_of
-from tests.solver.arithmetic import Numbers, Stage
 from tests.solver.instances import SMALL_FAMILY, make_model, make_node, make_problem, make_profile, make_workload
+from tests.solver.oracle import setting_of
 
 EXPERTS = MoeShape(num_experts=8, active_experts=2, expert_intermediate=256, first_dense_layers=1)
 APART = Settings(dispatch=False, redispatch=False)
@@ -50,22 +53,20 @@ def test_an_iteration_takes_what_the_document_says() -> None:
     problem = problem_of()
     shape = replica_shape(sharing(problem), problem, Fleet.of(problem.cluster)).stages[0]
     timing = StageTiming(problem, shape, is_first=True, is_last=True, attention_dp=4)
-    stage = Stage(
-        gpu="A", tp=1, copies=4, layers=shape.layers, intra_link=shape.intra_link, hop_link=shape.hop_link
-    )  # fmt: skip
     # A single copy with a chunk: elsewhere there are three times b tokens, or three times b and C.
-    numbers = Numbers(problem, role=Role.UNIFIED, b=4, M=4, C=64, d=4)
-    one = replace(stage, layers=1)
-    plain = shape.layers * numbers.plain(one) + numbers.plain(one, is_prefix=True) + numbers.ends(one, 4, 0, True, True)
-    y = numbers.moments.resident_context * busiest(numbers)
+    at_once = Link(bytes_per_s=1e30, latency_s=0.0)  # KV arrives sooner than iterations need it
+    setting = setting_of(problem, role=Role.DECODE, b=4, M=4, C=0, d=4)
+    stage_s = stage_seconds(setting, replace(shape, arrival_link=at_once), is_first=True, is_last=True)
+    plain = stage_s / setting.iterations
+    y = setting.moments.resident_context * busiest(setting)
     assert timing.seconds(4, 4 * y, 0, 0.0, 0.0, 4, 12) == pytest.approx(plain, rel=1e-9)
     alone = timing.seconds(4, 4 * y, 0, 0.0, 0.0, 4)
     assert alone < plain < timing.seconds(4, 4 * y, 0, 0.0, 0.0, 4, 12 + 3 * 64)
 
 
-def busiest(numbers: Numbers) -> float:
+def busiest(setting: Setting) -> float:
     """Return the context of the busiest of four copies, for which the document states iterations."""
-    return 1 + 1.0293753730 * numbers.moments.resident_context_sd / numbers.moments.resident_context / 2
+    return 1 + 1.0293753730 * setting.moments.resident_context_sd / setting.moments.resident_context / 2
 
 
 def test_copies_iterate_together_and_wait_for_the_longest() -> None:

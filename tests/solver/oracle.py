@@ -2,7 +2,7 @@
 
 Every role, every sequence of stages that the fleet could hold, every split of the layers, every (b, M, C), then every
 set of replicas that packs into the nodes, with the KV flows between its zones as a separate linear program. Rates and
-bytes are those of `arithmetic.py`, so that the oracle shares nothing with search or checker.
+bytes are the checker's, so that the oracle shares nothing with the search.
 
 Not covered, and refused: zone links so slow that the activations of replicas over several zones bind. KV may bind.
 """
@@ -16,10 +16,12 @@ from dataclasses import dataclass, replace
 
 from scipy.optimize import linprog
 
+from hetis.solver.check import memory, timing
+from hetis.solver.check.fleet import PoolShape, StageShape, slowest
+from hetis.solver.check.setting import Setting, divides, head_groups_per_rank
 from hetis.solver.cluster import Cluster, Link
 from hetis.solver.plan import ObjectiveKind, Role
 from hetis.solver.problem import PlacementProblem
-from tests.solver.arithmetic import Numbers, Pool, Stage, divides, groups_of_rank, slowest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +42,7 @@ class StageOption:
     """A stage without its layers. ``groups`` are the sizes of the device groups it takes of each class."""
 
     device_class: DeviceClass
-    shape: Stage  # layers and hop link to be filled in
+    shape: StageShape  # layers and hop link to be filled in
     groups: tuple[tuple[DeviceClass, int], ...]  # (class, GPUs that must share a node), pool cards one by one
     sharing: int = 1  # copies that share their experts
 
@@ -249,7 +251,7 @@ def best_replica_of_build(
     zones = {device_class.zone for device_class in nodes}
     of_nodes = [(), *subsets({device_class.node for device_class in nodes if device_class.node})]
     for role, b, M, C, d in iterations(problem):
-        setting = Numbers(problem, role=role, b=b, M=M, C=C, d=d)
+        setting = setting_of(problem, role=role, b=b, M=M, C=C, d=d)
         engine = problem.family.engine
         of_kind = [option for option in options if option.sharing == d]
         groups = [of_kind] if d > 1 else alike_for_engine(problem, of_kind, role, M)
@@ -306,13 +308,13 @@ def exchanges(
                 yield span if role is Role.PREFILL else (), inside
 
 
-def may_have_pool(problem: PlacementProblem, role: Role, stage: Stage) -> bool:
+def may_have_pool(problem: PlacementProblem, role: Role, stage: StageShape) -> bool:
     """Return whether a stage of this role may have its attention workers, or have none."""
     if role is Role.PREFILL:
         return stage.pool is None
     if role is Role.UNIFIED or problem.family.decode_keeps_heads:
         return True
-    return stage.pool is not None and stage.pool.head_groups == groups_of_rank(problem.model, stage.tp)
+    return stage.pool is not None and stage.pool.head_groups == head_groups_per_rank(problem.model, stage.tp)
 
 
 def fillings(problem: PlacementProblem, M: int) -> tuple[float, ...]:
@@ -343,6 +345,27 @@ def alike_for_engine(
     yield from kinds.values()
 
 
+def setting_of(problem: PlacementProblem, *, role: Role, b: int, M: int, C: int, d: int = 1) -> Setting:
+    workload = problem.workload.clipped_to(problem.model.max_position)
+    moments = workload.moments(block_tokens=problem.assumptions.block_tokens)
+    return Setting(
+        problem=problem, moments=moments, micro_batch=b, in_flight=M, chunk_tokens=C, role=role, attention_dp=d
+    )
+
+
+def fits_memory(setting: Setting, stage: StageShape, *, is_first: bool, is_last: bool) -> bool:
+    """Return whether a stage's weights, activations and KV fit on its ranks and its attention workers."""
+    profiles = setting.problem.profiles
+    if memory.rank_bytes(setting, stage, is_first=is_first, is_last=is_last) > profiles[stage.gpu].usable_bytes:
+        return False
+    if memory.kv_tokens_of_a_copy(setting, stage.copies) > memory.kv_block_tokens(setting):
+        return False
+    if stage.pool is None:
+        return True
+    num_bytes = memory.worker_bytes(setting, stage, stage.pool, is_first=is_first)
+    return num_bytes <= profiles[stage.pool.gpu].usable_bytes
+
+
 def iterations(problem: PlacementProblem) -> Iterator[tuple[Role, int, int, int, int]]:
     """Every (role, b, M, C, d) of the family; d copies that share their experts have an iteration in flight each."""
     family = problem.family
@@ -362,7 +385,7 @@ def stage_options(problem: PlacementProblem, nodes: Mapping[DeviceClass, int]) -
         for n, c in itertools.product(family.tp_sizes, range(1, family.max_copies + 1)):
             if n > own.per_node or not divides(model, n):
                 continue
-            shape = Stage(gpu=own.gpu, tp=n, copies=c, layers=1, intra_link=own.intra_link, hop_link=own.nic)
+            shape = StageShape(gpu=own.gpu, tp=n, copies=c, layers=1, intra_link=own.intra_link, hop_link=own.nic)
             groups = ((own, n),) * c
             yield StageOption(device_class=own, shape=shape, groups=groups)
             for d in family.attention_dp_of(model) if c == 1 else ():
@@ -386,8 +409,8 @@ def stage_options(problem: PlacementProblem, nodes: Mapping[DeviceClass, int]) -
                     continue
                 inside = problem.cluster.network.zone_link(own.zone, own.zone)
                 link = slowest([own.nic, other.nic, inside, *explicit_links(problem, own, [other.node])])
-                for k in range(1, groups_of_rank(model, n) + 1):
-                    pool = Pool(gpu=other.gpu, cards=p, head_groups=k, link=link)
+                for k in range(1, head_groups_per_rank(model, n) + 1):
+                    pool = PoolShape(gpu=other.gpu, cards=p, head_groups=k, link=link)
                     taken = groups + ((other, 1),) * (p * c)
                     yield StageOption(device_class=own, shape=replace(shape, pool=pool), groups=taken)
 
@@ -421,7 +444,7 @@ class ReplicaSearch:
     def __init__(
         self,
         problem: PlacementProblem,
-        setting: Numbers,
+        setting: Setting,
         nodes: Mapping[DeviceClass, int],
         options: list[StageOption],
         zones: tuple[str, ...],
@@ -443,13 +466,14 @@ class ReplicaSearch:
                 own = option.device_class
                 hop_link = slowest([own.nic, *zone_links, *explicit_links(problem, own, linked)])
                 kv_link = slowest([own.nic, *zone_links, *kv_links, *explicit_links(problem, own, exchange)])
-                shape = replace(option.shape, hop_link=hop_link, kv_link=kv_link)
+                shape = replace(option.shape, hop_link=hop_link, kv_link=kv_link, arrival_link=kv_link)
                 kept.append(shape)
                 if option in options:
                     self.options.append(replace(option, shape=shape))
         # Over all ranks in the zone, whichever a replica uses: the part of the TTFT limit reserved for the last KV.
         sends = setting.role is Role.PREFILL
-        self.landing_s = max((setting.landing_seconds(s, s.kv_link) for s in kept if s.kv_link and sends), default=0.0)
+        landings = (timing.landing_seconds(setting, s, s.kv_link) for s in kept if s.kv_link and sends)
+        self.landing_s = max(landings, default=0.0)
         self.seconds: dict[tuple[int, int, bool, bool], tuple[float, float] | None] = {}
         self.possible: dict[Need, list[tuple[int, Need]]] = {}
 
@@ -475,7 +499,7 @@ class ReplicaSearch:
                 continue
             for held in range(self.least_layers(begun), self.layers - begun.layers + 1):
                 done = begun.layers + held
-                if self.setting.d > 1 and held < self.layers:
+                if self.setting.attention_dp > 1 and held < self.layers:
                     continue  # copies that share experts have one stage
                 stage_s = self.stage_s(number, held, begun.layers == 0, done == self.layers)
                 fewest, most = self.extremes(begun, held)
@@ -483,8 +507,8 @@ class ReplicaSearch:
                     continue
                 longer = Begun(layers=done, need=need, copies=begun.copies + copies, fewest=fewest, most=most)
                 u, chunk_s = stage_s
-                in_turn = self.setting.d == self.setting.M and self.problem.family.engine is None
-                uneven = chunk_s * self.setting.n_it / u if in_turn else chunk_s / copies
+                in_turn = self.setting.attention_dp == self.setting.in_flight and self.problem.family.engine is None
+                uneven = chunk_s * self.setting.iterations / u if in_turn else chunk_s / copies
                 yield longer, (max(times[0], u / copies), times[1] + u, max(times[2], uneven))
 
     def least_layers(self, begun: Begun) -> int:
@@ -517,10 +541,10 @@ class ReplicaSearch:
         if used != set(self.zones):
             return
         engine, gpus = self.problem.family.engine, sum(map(sum, replica.need))
-        if engine is not None and (replica.copies != self.setting.M or gpus > (engine.max_gpus or gpus)):
+        if engine is not None and (replica.copies != self.setting.in_flight or gpus > (engine.max_gpus or gpus)):
             return
         busiest_s, total_s, chunk = times
-        t_s = max(busiest_s, total_s / self.setting.M)
+        t_s = max(busiest_s, total_s / self.setting.in_flight)
         if t_s <= t_limit_s(self.setting, self.landing_s) and self.keeps_chunk_rule(replica.copies, t_s, chunk):
             hops = replica.copies - 1 if len(self.zones) > 1 else 0
             yield replica.need, BestReplica(rate=1 / t_s, hops_in_zones=hops)
@@ -530,16 +554,16 @@ class ReplicaSearch:
         setting, limit_s = self.setting, self.problem.objective.ttft_limit_s
         if limit_s is None or setting.role is not Role.UNIFIED:
             return True
-        trip_s, M = limit_s / setting.ttft_round_trips(), setting.M
+        trip_s, M = limit_s / timing.ttft_round_trips(setting), setting.in_flight
         if self.problem.family.engine is not None:
             return chunk * M <= trip_s * (1 + 1e-9)
-        if setting.d == M:
+        if setting.attention_dp == M:
             if copies == 1:
-                return chunk * t_s * M <= trip_s * setting.n_it * (1 + 1e-9)
+                return chunk * t_s * M <= trip_s * setting.iterations * (1 + 1e-9)
             level = 1.0
             while level < chunk * (1 - 1e-9):
                 level *= 1.25
-            return t_s * level * M <= trip_s * setting.n_it * (1 + 1e-9)
+            return t_s * level * M <= trip_s * setting.iterations * (1 + 1e-9)
         return chunk * (M // 2 if 2 * copies <= M else M) <= trip_s * (1 + 1e-9)
 
     def stage_s(self, number: int, layers: int, is_first: bool, is_last: bool) -> tuple[float, float] | None:
@@ -549,10 +573,10 @@ class ReplicaSearch:
             stage = replace(self.options[number].shape, layers=layers)
             ends = {"is_first": is_first, "is_last": is_last}
             self.seconds[key] = None
-            if self.setting.fits(stage, **ends):
+            if fits_memory(self.setting, stage, **ends):
                 copies = 1 if math.isinf(self.most_copies) else int(self.most_copies)
-                u = (1 + self.setting.slack(stage, copies)) * self.setting.stage_seconds(stage, **ends)
-                self.seconds[key] = (u, self.setting.chunk_seconds(stage, **ends))
+                u = (1 + timing.slack(self.setting, stage, copies)) * timing.stage_seconds(self.setting, stage, **ends)
+                self.seconds[key] = (u, timing.chunk_seconds(self.setting, stage, **ends))
         return self.seconds[key]
 
     def need_of(self, option: StageOption) -> Need:
@@ -572,14 +596,14 @@ def no_slower(one: Times, other: Times) -> bool:
     return all(a <= b for a, b in zip(one, other, strict=True))
 
 
-def t_limit_s(setting: Numbers, landing_s: float) -> float:
+def t_limit_s(setting: Setting, landing_s: float) -> float:
     """Return the latency limits as a limit on t."""
     objective, limit = setting.problem.objective, math.inf
     if objective.tpot_limit_s is not None and setting.role is not Role.PREFILL:
-        limit = objective.tpot_limit_s / setting.tpot_per_t()
+        limit = objective.tpot_limit_s / timing.tpot_per_t(setting)
     if objective.ttft_limit_s is not None and setting.role is not Role.DECODE:
-        round_trip_s = (objective.ttft_limit_s - landing_s) / setting.ttft_round_trips()
-        limit = min(limit, round_trip_s * setting.n_it / setting.M)
+        round_trip_s = (objective.ttft_limit_s - landing_s) / timing.ttft_round_trips(setting)
+        limit = min(limit, round_trip_s * setting.iterations / setting.in_flight)
     return limit
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from benchmarks.measuring import specification
-from benchmarks.measuring.specification import Sets
 from hetis.solver.problem import PlacementProblem
+from tests.solver import specification
+from tests.solver.specification import Sets
 
 modelling = np.errstate(over="ignore", invalid="ignore")
 """For functions that use cvxpy, which finds shapes by summing uninitialised memory: numpy warns of what that holds."""

@@ -1,4 +1,4 @@
-"""The functions of the cost model one by one, compared with independent arithmetic."""
+"""The functions of the cost model one by one; `test_agreement` compares their sums with the checker's."""
 
 from __future__ import annotations
 
@@ -9,57 +9,29 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.integrate import quad
 
 from hetis.solver import cost
 from hetis.solver.check.setting import divides
 from hetis.solver.cluster import GpuType, Link
 from hetis.solver.plan import Role
 from hetis.solver.problem import Assumptions
-from tests.solver.arithmetic import groups_of_rank
 from tests.solver.instances import make_compressed, make_model
-from tests.solver.test_arithmetic import STAGES, Drawn, drawn, near
+from tests.solver.test_agreement import STAGES, Drawn, near
 
 
 def card(one: Drawn, gpu: str, tp: int, attention_dp: int = 1) -> cost.DeviceCost:
     shape = cost.rank_shape(one.problem.model, tp, attention_dp)
     assert shape is not None
     return cost.DeviceCost(
-        one.problem.model, one.problem.profiles[gpu], one.numbers.moments, shape, one.stage.intra_link
+        one.problem.model, one.problem.profiles[gpu], one.setting.moments, shape, one.stage.intra_link
     )
 
 
 def mix_of(one: Drawn) -> cost.Mix:
     return cost.mix_of(
-        one.problem.model, one.numbers.moments, micro_batch=one.b, chunk_tokens=one.C, attention_dp=one.d
+        one.problem.model, one.setting.moments, micro_batch=one.b, chunk_tokens=one.C, attention_dp=one.d
     )  # fmt: skip
-
-
-@STAGES
-@given(data=st.data(), tokens=st.integers(1, 700))
-def test_one_layer_takes_as_long(stages: st.SearchStrategy[Drawn], data: st.DataObject, tokens: int) -> None:
-    one = data.draw(stages)
-    numbers, s, link = one.numbers, one.stage, one.stage.hop_link
-    rank = card(one, s.gpu, s.tp, one.d)
-    all_tokens = mix_of(one).all_tokens
-    if one.d > 1:
-        assert all_tokens == near(numbers.all_tokens())
-    assert rank.dense_s(float(tokens), all_tokens=all_tokens) == near(numbers.dense(s, tokens, False, all_tokens))
-    assert rank.dense_s(float(tokens)) == near(numbers.dense(s, tokens, False))
-    assert rank.dense_s(float(tokens), prefix_layer=True) == near(numbers.dense(s, tokens, True))
-    assert rank.reduce_s(float(tokens)) == near(numbers.reduce(s, tokens))
-    assert rank.prefill_s(float(one.C)) == near(numbers.prefill(s))
-    rr = rank.shape.queries_per_group
-    assert rank.decode_attention_s(float(tokens), rr) == near(numbers.decode(s.gpu, s.tp, tokens, s))
-    assert rank.decode_attention_s(0.0, rr) == 0.0
-    for num_bytes in (0.0, 1.0, 1e3 * tokens):
-        assert rank.transfer_s(num_bytes, link) == near(numbers.message(s.gpu, s.tp, num_bytes, link))
-    outputs = float(mix_of(one).decode_tokens)
-    step_s, head_s = rank.step_s(float(one.b)), rank.head_s(outputs) + rank.drafting_s(float(one.b))
-    ends = {"is_first": True, "is_last": False}
-    assert step_s == near(numbers.ends(s, one.b, 0, **ends))
-    assert step_s + rank.hop_s(float(one.b), link) == near(numbers.ends(s, one.b, 0, is_first=False, is_last=False))
-    assert step_s + head_s == near(numbers.ends(s, one.b, 0, is_first=True, is_last=True))
-    assert rank.landing_s(float(one.C), link) == near(numbers.landing_seconds(s, link))
 
 
 @STAGES
@@ -76,85 +48,6 @@ def test_arrays_cost_what_their_elements_cost(stages: st.SearchStrategy[Drawn], 
         assert found.tolist() == [near(float(cost_of(t))) for t in tokens.tolist()]
 
 
-@given(drawn())
-def test_attention_workers_take_as_long(one: Drawn) -> None:
-    numbers, s, pool = one.numbers, one.stage, one.stage.pool
-    if pool is None:
-        return
-    found = cost.PoolCost(card(one, s.gpu, s.tp), card(one, pool.gpu, 1), pool.link)
-    b, k, p = float(one.b), float(pool.head_groups), float(pool.cards)
-    assert found.load(b, k, p) == numbers.load(s, pool)
-    assert found.exchange_s(b, k, p) == near(numbers.exchange(s, pool))
-    worker_s = numbers.decode(pool.gpu, 1, numbers.load(s, pool), s)
-    assert found.attention_s(b, k, p) == near(worker_s + numbers.exchange(s, pool))
-    assert found.ship_s(float(one.C), k, p) == near(numbers.ship(s, pool))
-    on_link = numbers.ship(s, pool) + numbers.exchange(s, pool)
-    for share in (0.0, 0.4, 2.0):
-        late = max(0.0, on_link - share * on_link)
-        assert found.late_s(b, float(one.C), k, p, share * on_link) == near(late)
-    prompt_bytes = numbers.moments.mean_prompt * k * s.tp * one.problem.model.kv_bytes_per_token_group()
-    assert found.receive_s(k, p) == near(numbers.message(pool.gpu, 1, prompt_bytes / p, pool.link))
-    kept = groups_of_rank(one.problem.model, s.tp) - k
-    sent = numbers.moments.mean_prompt * kept * s.tp * one.problem.model.kv_bytes_per_token_group()
-    found_s = found.primary.kv_transfer_s(numbers.moments.mean_prompt, kept, s.hop_link)
-    assert found_s == near(numbers.message(s.gpu, s.tp, sent, s.hop_link))
-
-
-@STAGES
-@given(data=st.data())
-def test_memory_and_latencies_are_the_same(stages: st.SearchStrategy[Drawn], data: st.DataObject) -> None:
-    one = data.draw(stages)
-    numbers, s, model, moments = one.numbers, one.stage, one.problem.model, one.numbers.moments
-    rank, mix, assumed = card(one, s.gpu, s.tp, one.d), mix_of(one), one.problem.assumptions
-    own = mix.of_a_copy()
-    assert (own.chunk_iterations, own.plain_iterations) == (near(numbers.nc), near(numbers.nd))
-    assert (own.iterations, own.chunk_share) == (near(numbers.n_it), near(numbers.phi))
-    assert (mix.iterations, mix.chunk_share) == (near(numbers.n_it / one.d), near(numbers.phi))
-    assert mix.role is one.role
-    assert not mix.sends_afar
-    held = numbers.held(s.copies)
-    assert cost.kv_tokens_per_copy(model, moments, assumed, mix, held) == near(numbers.kv_tokens(s.copies))
-    assert cost.prompt_tokens_per_copy(model, moments, mix, held) == near(numbers.prompt_tokens(s.copies))
-    assert cost.handed_over_per_copy(mix, held) == near(numbers.staged_prompts(s.copies))
-    states = (
-        cost.state_bytes_per_copy(model, mix, held)
-        / (1 if model.compressed else s.tp)
-        * (numbers.layers_of(s, one.is_first) + numbers.drafting(one.is_last))
-    )
-    assert states == near(numbers.state_bytes(s, one.is_first, one.is_last))
-    assert cost.tpot_per_interval(model, mix, one.M // one.d) == near(numbers.tpot_per_t())
-    assert cost.ttft_round_trips(moments, assumed, mix, one.M // one.d) == near(numbers.ttft_round_trips())
-    batch = cost.LargestBatch.of(mix, held)
-    fixed = one.problem.profiles[s.gpu].reserve_bytes + rank.activation_bytes(batch)
-    fixed += s.layers * rank.layer_bytes()
-    if one.is_first:
-        fixed += rank.prefix_bytes() + rank.embedding_bytes() + rank.vision_bytes()
-    if one.is_last:
-        fixed += rank.draft_bytes() + rank.logit_bytes(batch)
-        fixed += 0.0 if one.is_first and model.tie_embeddings else rank.embedding_bytes()
-    assert fixed == near(numbers.fixed_bytes(s, is_first=one.is_first, is_last=one.is_last))
-    profile = one.problem.profiles[s.gpu]
-    assert rank.room_bytes() == profile.usable_bytes - profile.reserve_bytes
-
-
-@STAGES
-@given(data=st.data(), num_copies=st.integers(1, 9))
-def test_slack_is_the_same(stages: st.SearchStrategy[Drawn], data: st.DataObject, num_copies: int) -> None:
-    one = data.draw(stages)
-    numbers, s = one.numbers, one.stage
-    spread = cost.chunk_spread(one.problem.model, numbers.moments)
-    assert spread == near(numbers.delta())
-    of_role = cost.regimes(one.problem.assumptions, one.role, spread)
-    regime = cost.regime_of(of_role, in_flight=one.M, num_copies=num_copies)
-    if one.d > 1:
-        regime = cost.regime_together(one.role, spread, one.d)
-    uneven = 0.0
-    if one.role is Role.UNIFIED:
-        R, phi = numbers.chunk(replace(s, layers=1)) / numbers.plain(replace(s, layers=1)), numbers.phi
-        uneven = (R - (R - 1) * (1 - phi) ** one.M) / (1 + (R - 1) * phi) - 1
-    assert max(regime.least, regime.unevenness * uneven) == near(numbers.slack(s, num_copies))
-
-
 @pytest.mark.parametrize("num_copies", [1, 2, 3, 7])
 def test_a_regime_holds_up_to_its_most_copies(num_copies: int) -> None:
     of_role = cost.regimes(Assumptions(), Role.UNIFIED, 0.3)
@@ -169,6 +62,15 @@ def test_a_regime_holds_up_to_its_most_copies(num_copies: int) -> None:
         assert regime(most) == regime(num_copies)
         assert most == in_flight or regime(most + 1) != regime(num_copies)
     assert cost.regime_of(of_role, in_flight=1, num_copies=1) == cost.Regime(0.0, 0.0)
+
+
+@pytest.mark.parametrize("copies", cost.BUSIEST)
+def test_the_busiest_of_copies_is_the_mean_maximum_of_normal_variables(copies: int) -> None:
+    def below(x: float) -> float:
+        return (0.5 * math.erfc(-x / math.sqrt(2))) ** copies
+
+    expected, _ = quad(lambda x: 1 - below(x) - below(-x), 0, 12, epsabs=1e-13, epsrel=1e-13)
+    assert math.isclose(cost.BUSIEST[copies], expected, rel_tol=1e-9, abs_tol=1e-9)
 
 
 @given(st.floats(0.01, 1e6))

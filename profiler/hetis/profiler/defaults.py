@@ -1,7 +1,7 @@
 """The profile of a GPU type if the user passes no file: the fitted one in the package, or else a modelled one.
 
 There is a fitted profile for every GPU with published measurements. ``make profiles`` (``python -m tools.profiles``)
-creates them; ``docs/profiles.md`` states their errors.
+creates them; ``docs/accuracy.md`` states their errors.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ FloatArray = npt.NDArray[np.float64]
 Scalars = Any  # a float or an array of floats; the result has the broadcast shape
 
 P95_TAIL = 20.0  # 1 / (1 - 0.95)
-EXPERT_IMBALANCE = 0.3  # the busiest of r ranks computes r^0.3 times its share (`benchmarks.expert_parallel`)
+EXPERT_IMBALANCE = 0.3  # the busiest of r ranks computes r^0.3 times its share
 
 
 @dataclass(frozen=True, slots=True)

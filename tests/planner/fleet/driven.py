@@ -9,7 +9,7 @@ from hetis.planner.fleet import deciding
 from hetis.planner.fleet.cluster import ClusterFleet
 from hetis.planner.fleet.link import Response
 from hetis.planner.fleet.settings import FleetCounters, FleetSettings
-from hetis.planner.fleet.writes import apply, read_cluster, read_ends
+from hetis.planner.fleet.writes import apply, read_clusters, read_ends
 from tests.planner.fleet.memory_store import MemoryStore
 from tests.planner.fleet.samples import CLUSTER, SETTINGS, contents
 
@@ -38,7 +38,8 @@ class DrivenPlanner:
         self.reread(now_s)
 
     def reread(self, now_s: float) -> None:
-        self.cluster.take(read_cluster(self.store.tables, CLUSTER), self.nodes, now_s=now_s)  # type: ignore[arg-type]
+        stored = read_clusters(self.store.tables, [CLUSTER])[CLUSTER]  # type: ignore[arg-type]
+        self.cluster.take(stored, self.nodes, now_s=now_s)
 
     def settle(self, now_s: float) -> None:
         """Decide, store and send until no decision is left."""

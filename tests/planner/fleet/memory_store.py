@@ -51,6 +51,9 @@ class Table:
 
         return [record for _, record in sorted(self.rows.items()) if fits(record)]
 
+    def versions(self) -> dict[str, int]:
+        return {name: record.version for name, record in self.rows.items()}
+
 
 class Tables:
     def __init__(self) -> None:

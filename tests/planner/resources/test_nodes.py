@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from hetis.formats import documents
-from hetis.planner.resources import requests
+from hetis.planner.resources import pages
 from hetis.planner.store import NodeRecord
 from hetis.v1 import cluster_pb2, inventory_pb2, report_pb2
 from hetis.v1 import cluster_service_pb2 as pb
@@ -304,7 +304,7 @@ async def test_one_node_and_one_cluster_are_answered_without_looking_at_all_node
 
 async def test_a_page_of_nodes_with_large_reports_is_shorter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A client refuses an answer of over 4 MiB."""
-    monkeypatch.setattr(requests, "MOST_PAGE_BYTES", 2000)
+    monkeypatch.setattr(pages, "MOST_PAGE_BYTES", 2000)
 
     async with served(tmp_path) as planner:
         await make(planner)

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hetis.planner.failures import ServiceError
+from hetis.planner.resources.pages import MAX_SIZE, read_page_request
 from hetis.planner.resources.profiles import Profiles
-from hetis.planner.resources.requests import MAX_SIZE, read_page_request
 from hetis.planner.resources.watches import RunningResources
 from hetis.planner.store import Store, Transaction
 from hetis.v1 import cluster_service_pb2 as cluster_pb

@@ -6,7 +6,7 @@ import asyncio
 import gc
 import sqlite3
 import uuid
-from collections.abc import Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,9 @@ import pytest
 from hetis.planner.convert.documents import DeclaredFleets
 from hetis.planner.failures import Reason, ServiceError
 from hetis.planner.fleet.hubs import Hubs
+from hetis.planner.resources import committing
 from hetis.planner.resources.clusters import Clusters
-from hetis.planner.resources.requests import fingerprint, to_the_end
+from hetis.planner.resources.committing import fingerprint, to_the_end
 from hetis.planner.store import Store
 from hetis.v1 import cluster_pb2
 from hetis.v1 import cluster_service_pb2 as pb
@@ -48,6 +49,94 @@ async def test_a_change_whose_caller_gave_up_is_still_told(tmp_path: Path) -> No
             break
     while not fleet.changed:
         await asyncio.sleep(0)
+    await store.close()
+
+
+CREATE = pb.CreateClusterRequest(cluster_id="a", cluster=cluster_pb2.Cluster(document=document()))
+
+
+class UnreadableFleet(FakeFleet):
+    """A fleet that cannot read the store when it first hears of a change."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__()
+        self.errors = [error]
+
+    async def cluster_changed(self, cluster: str) -> None:
+        if self.errors:
+            raise self.errors.pop()
+        await super().cluster_changed(cluster)
+
+
+def unavailable(changed: str) -> ServiceError:
+    return ServiceError(Reason.ERROR_REASON_STORE_UNAVAILABLE, "the store is away", metadata={"changed": changed})
+
+
+async def until(condition: Callable[[], object]) -> None:
+    async with asyncio.timeout(30):
+        while not condition():
+            await asyncio.sleep(0.001)
+
+
+async def test_what_is_committed_is_answered_as_done_and_the_fleet_learns_of_it_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the past the answer was ``changed: no``, and an activation hung until something else woke the fleet."""
+    monkeypatch.setattr(committing, "_AGAIN_S", 0.01)
+    store = await Store.open(f"sqlite:///{tmp_path}/hetis.db")
+    fleet = UnreadableFleet(unavailable("no"))
+    clusters = Clusters(store, Hubs(await store.leadership.grant("test")), fleet, DeclaredFleets())
+    assert (await clusters.create(CREATE)).cluster.name == "clusters/a"
+    await until(lambda: fleet.changed == ["clusters/a"])
+    await store.close()
+
+
+async def test_a_bug_behind_the_commit_does_not_change_the_answer(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store, fleet = await Store.open(f"sqlite:///{tmp_path}/hetis.db"), UnreadableFleet(ZeroDivisionError())
+    clusters = Clusters(store, Hubs(await store.leadership.grant("test")), fleet, DeclaredFleets())
+    assert (await clusters.create(CREATE)).cluster.name == "clusters/a"
+    assert "ZeroDivisionError" in caplog.text
+    await store.close()
+
+
+class CutOffStore:
+    """A store whose connection breaks during the commit of each change, before or after the change is stored."""
+
+    def __init__(self, store: Store, *, is_committed: bool) -> None:
+        self._store, self._is_committed = store, is_committed
+        self.read, self.clock = store.read, store.clock
+
+    async def write(self, work: Callable[[Any], Any]) -> None:
+        def cut_off(tx: Any) -> None:
+            work(tx)
+            if not self._is_committed:
+                raise unavailable("unknown")
+
+        await self._store.write(cut_off)
+        raise unavailable("unknown")
+
+
+@pytest.mark.parametrize("is_committed", [True, False])
+async def test_a_commit_whose_answer_was_lost_is_looked_for_in_the_store(
+    is_committed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the past nobody told the fleet: not the call, whose outcome was unknown, nor a repetition of it."""
+    monkeypatch.setattr(committing, "_AGAIN_S", 0.01)
+    monkeypatch.setattr(committing, "_LOOK_S", 0.02)
+    store, fleet = await Store.open(f"sqlite:///{tmp_path}/hetis.db"), FakeFleet()
+    hubs = Hubs(await store.leadership.grant("test"))
+    cut_off: Any = CutOffStore(store, is_committed=is_committed)
+    clusters = Clusters(cut_off, hubs, fleet, DeclaredFleets())
+    if is_committed:
+        assert (await clusters.create(CREATE)).cluster.name == "clusters/a"
+        assert fleet.changed == ["clusters/a"]
+    else:
+        with pytest.raises(ServiceError) as caught:
+            await clusters.create(CREATE)
+        assert caught.value.metadata == {"changed": "unknown"}
+        assert fleet.changed == []
     await store.close()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from hetis.planner.jobs.pool import PoolSettings, SolverPool
 from hetis.planner.service.audit_refusals import AuditRefusals
 from hetis.planner.service.certificates import keep_fresh
 from hetis.planner.service.loops import Loops
+from hetis.planner.service.overview import Overviews
 from hetis.planner.service.running import show_failure
 from hetis.planner.service.succession import ANSWERED_S, Succession
 from hetis.planner.store import Store, StoreError
@@ -117,6 +119,31 @@ async def test_a_guard_of_the_store_that_ends_by_a_bug_is_heard_of(tmp_path: Pat
     is_broken = False
     await store.close()
     await store.until_failed()
+
+
+async def test_a_count_that_fails_when_nobody_waits_for_it_any_more_is_no_orphan() -> None:
+    """A defect in the past: ``Task exception was never retrieved`` when leadership was lost, three times in an hour."""
+    orphans, go = list[Any](), asyncio.Event()
+    loop = asyncio.get_running_loop()
+    loop.set_debug(True)
+    loop.set_exception_handler(lambda _, context: orphans.append(context))
+
+    class FailingStore:
+        async def read(self, _: object) -> None:
+            await go.wait()
+            raise ServiceError(Reason.ERROR_REASON_STORE_UNAVAILABLE, "the store is away")
+
+    parts: list[Any] = [FailingStore(), *[None] * 7]
+    overviews = Overviews(*parts, epoch=1, leader_since_s=0.0, most_searches=1)
+    asked = asyncio.create_task(overviews.overview())
+    await asyncio.sleep(0)
+    asked.cancel()
+    await asyncio.wait([asked])
+    go.set()
+    await asyncio.sleep(0.01)
+    del overviews, asked
+    gc.collect()
+    assert orphans == []
 
 
 class LostStore:

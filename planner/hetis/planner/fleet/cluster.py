@@ -18,7 +18,7 @@ from hetis.planner.fleet.leases import Leases
 from hetis.planner.fleet.link import HeadMapsRead, NodeLink, Reported, Response
 from hetis.planner.fleet.replica import Contents, Replica
 from hetis.planner.fleet.settings import FleetCounters, FleetSettings
-from hetis.planner.fleet.writes import Kept, KeptCluster, NodeWrite, ReplicaWrite, Writes
+from hetis.planner.fleet.writes import NodeWrite, ReplicaWrite, StoredCluster, WriteResult, Writes
 from hetis.planner.store import ClusterRecord, NodeRecord, PlanRecord, ReplicaRecord
 from hetis.v1 import agent_service_pb2, change_pb2, inventory_pb2, plan_pb2, report_pb2
 
@@ -64,7 +64,7 @@ class ClusterFleet:
 
     # --- The stored state
 
-    def take(self, kept: KeptCluster, declared: Iterable[str], *, now_s: float) -> None:
+    def take(self, kept: StoredCluster, declared: Iterable[str], *, now_s: float) -> None:
         """Take over the state just read from the store; ``declared`` are the node ids in the cluster's document."""
         is_first = self.record is None
         self.record, self.plan = kept.cluster, kept.plan
@@ -292,7 +292,7 @@ class ClusterFleet:
 
     # --- Consequences of stored writes
 
-    def applied(self, writes: Writes, kept: Kept) -> None:
+    def applied(self, writes: Writes, kept: WriteResult) -> None:
         """Take over what the store now contains, and schedule the messages that follow for the nodes."""
         for record in kept.nodes.values():
             self.take_node(record)

@@ -11,6 +11,7 @@ import logging
 from collections import Counter, deque
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator, Mapping
 from contextlib import suppress
+from functools import partial
 
 from hetis.planner.callers import Identity
 from hetis.planner.convert.documents import DeclaredFleets
@@ -24,6 +25,7 @@ from hetis.planner.fleet.link import HeadMaps, HeadMapsRead, check_hello
 from hetis.planner.fleet.reconciler import PlanContents, Reconciler
 from hetis.planner.fleet.settings import FleetCounters, FleetSettings
 from hetis.planner.fleet.views import Clock, FleetObserver, LiveNode, LiveReplica, kv_in_use
+from hetis.planner.fleet.writes import StoredCluster, read_clusters
 from hetis.planner.store import Store
 from hetis.v1 import agent_service_pb2, cluster_pb2, redispatch_pb2
 
@@ -87,6 +89,7 @@ _log = logging.getLogger("hetis.planner.fleet")
 _HELLO_S = 10.0  # limit for the first message of a stream
 _GOODBYE_S = 2.0  # time for agents to receive their last messages
 _MOST_REQUEST_BYTES = 2**20  # as documented in docs/api.md
+_READ_AT_ONCE = 200  # clusters in one query; databases limit the parameters of a statement
 _STOOD_STILL = 4.0  # ticks; a longer gap between two ticks means that the planner itself was suspended
 
 Request = agent_service_pb2.ConnectNodeRequest
@@ -134,8 +137,11 @@ class LiveFleet:
 
     async def start(self) -> None:
         """Read every cluster, and resume what an earlier planner left."""
-        for record in await self._store.read(lambda tx: tx.clusters.all()):
-            await self.cluster_changed(record.name)
+        names = sorted(await self._store.read(lambda tx: tx.clusters.versions()))
+        for first in range(0, len(names), _READ_AT_ONCE):
+            some = names[first : first + _READ_AT_ONCE]
+            for name, stored in (await self._store.read(partial(read_clusters, names=some))).items():
+                await self.cluster_changed(name, stored)
         self._ticked_s = self._clock.monotonic()
         self._ticks = asyncio.create_task(self._tick_for_ever(), name="the fleet's time")
 
@@ -242,14 +248,14 @@ class LiveFleet:
     def _cluster(self, name: str) -> ClusterFleet:
         return self._clusters.get(name, self._no_cluster)
 
-    async def cluster_changed(self, cluster: str) -> None:
-        """Read a cluster whose records were changed elsewhere, and act on the changes."""
+    async def cluster_changed(self, cluster: str, stored: StoredCluster | None = None) -> None:
+        """Read a cluster whose records were changed elsewhere, unless it is ``stored``, and act on the changes."""
         while True:
             reconciler = self._reconciler_of(cluster)
             async with reconciler.lock:
                 if self._reconcilers.get(cluster) is not reconciler:
                     continue  # the cluster was gone when it was read before, and may be back
-                if not await reconciler.read():
+                if not await reconciler.read(stored):
                     self._forget(reconciler.cluster)
                     return
                 self._clusters[cluster] = reconciler.cluster
@@ -361,6 +367,7 @@ class LiveFleet:
             raise
         except Exception:
             extra = {"node": node, "cluster": cluster.name}
+            self.counters.errors["message"] += 1
             _log.exception("a message from an agent could not be processed", extra=extra)
             message = "a message could not be processed: see the planner's log"
             stream.end(ServiceError(Reason.ERROR_REASON_INTERNAL, message))
@@ -443,6 +450,7 @@ class LiveFleet:
             try:
                 self.tick()
             except Exception:
+                self.counters.errors["tick"] += 1
                 _log.exception("a tick of the fleet failed")
 
     def tick(self) -> None:

@@ -21,7 +21,7 @@ from hetis.planner.fleet.cluster import ClusterFleet
 from hetis.planner.fleet.hubs import Hubs
 from hetis.planner.fleet.replica import Contents
 from hetis.planner.fleet.views import Clock, FleetObserver
-from hetis.planner.fleet.writes import Writes, apply, read_cluster, read_ends
+from hetis.planner.fleet.writes import StoredCluster, Writes, apply, read_clusters, read_ends
 from hetis.planner.store import Store
 from hetis.planner.use_cases.sources import PlanAndProblem, problem_of_plan
 from hetis.solver.errors import HetisError
@@ -125,12 +125,17 @@ class Reconciler:
     task: asyncio.Task[None] | None = None  # the running or scheduled reconciliation, or None
     _took_s: float = 0.0
 
-    async def read(self) -> bool:
-        """Read the cluster from the store; the caller must hold the lock. Return False if the cluster is gone."""
-        kept = await self.store.read(partial(read_cluster, name=self.cluster.name))
-        if kept.cluster is None:
+    async def read(self, stored: StoredCluster | None = None) -> bool:
+        """Read the cluster from the store, unless it is ``stored``; the caller must hold the lock.
+
+        Return False if the cluster is gone.
+        """
+        name = self.cluster.name
+        if stored is None:
+            stored = (await self.store.read(partial(read_clusters, names=[name]))).get(name)
+        if stored is None:
             return False
-        self.cluster.take(kept, (await self.declared.of(kept.cluster)).nodes, now_s=self.clock.monotonic())
+        self.cluster.take(stored, (await self.declared.of(stored.cluster)).nodes, now_s=self.clock.monotonic())
         return True
 
     @property
@@ -173,6 +178,7 @@ class Reconciler:
             if error.reason == Reason.ERROR_REASON_NOT_LEADER:
                 self.lose_leadership(error)
         except Exception:
+            self.cluster.counters.errors["reconciliation"] += 1
             _log.exception("reconciling a cluster failed", extra=extra)
         finally:
             self.task = None

@@ -130,4 +130,7 @@ class FleetCounters:
     replicas_ignored: int = _counted(
         "replicas_ignored", "Ignored reports of foreign replicas from nodes that reported too many."
     )
+    errors: Counter[str] = _counted(
+        "fleet_errors", "Steps of the fleet that failed because of a bug; see the log.", by="step"
+    )
     contradictions: int = _counted("contradictions", "Reports of an authority that contradict its first one: a bug.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
@@ -28,27 +29,38 @@ UNDER_WAY = tuple(state for state in RedispatchState.values() if state and state
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class KeptCluster:
-    """A stored cluster; ``cluster`` is None if it is gone, ``plan`` if none is active."""
+class StoredCluster:
+    """A stored cluster; ``plan`` is None if none is active."""
 
-    cluster: ClusterRecord | None
+    cluster: ClusterRecord
     nodes: Sequence[NodeRecord] = ()
     replicas: Sequence[ReplicaRecord] = ()
     plan: PlanRecord | None = None
     redispatches: Sequence[RedispatchRecord] = ()
 
 
-def read_cluster(reader: Reader, name: str) -> KeptCluster:
-    cluster = reader.clusters.get(name)
-    if cluster is None:
-        return KeptCluster(cluster=None)
-    return KeptCluster(
-        cluster=cluster,
-        nodes=reader.nodes.all(cluster=name),
-        replicas=reader.replicas.all(cluster=name),
-        plan=reader.plans.get(cluster.active_plan) if cluster.active_plan else None,
-        redispatches=reader.redispatches.all(cluster=name, state=UNDER_WAY),
-    )
+def read_clusters(reader: Reader, names: Sequence[str]) -> dict[str, StoredCluster]:
+    """Return the stored clusters of these names, with as many queries as for one; those that are gone are omitted."""
+    clusters = reader.clusters.all(name=names)
+    active = [cluster.active_plan for cluster in clusters if cluster.active_plan]
+    plans = {plan.name: plan for plan in reader.plans.all(name=active)} if active else {}
+    nodes, replicas, redispatches = defaultdict(list), defaultdict(list), defaultdict(list)
+    for node in reader.nodes.all(cluster=names):
+        nodes[node.cluster].append(node)
+    for replica in reader.replicas.all(cluster=names):
+        replicas[replica.cluster].append(replica)
+    for redispatch in reader.redispatches.all(cluster=names, state=UNDER_WAY):
+        redispatches[redispatch.cluster].append(redispatch)
+    return {
+        cluster.name: StoredCluster(
+            cluster=cluster,
+            nodes=nodes[cluster.name],
+            replicas=replicas[cluster.name],
+            plan=plans.get(cluster.active_plan),
+            redispatches=redispatches[cluster.name],
+        )
+        for cluster in clusters
+    }
 
 
 def read_ends(reader: Reader, names: Sequence[str]) -> dict[str, redispatch_pb2.Redispatch]:
@@ -104,7 +116,7 @@ class Writes:
 
 
 @dataclass(slots=True, kw_only=True)
-class Kept:
+class WriteResult:
     """The records after `apply`; replicas that other calls removed in the meantime are missing.
 
     ``moved``: replicas that other calls gave to another plan in the meantime. The decision about them was not written;
@@ -118,12 +130,12 @@ class Kept:
     plan: PlanRecord | None = None
 
 
-def apply(tx: Transaction, writes: Writes, *, now_s: float) -> Kept:
+def apply(tx: Transaction, writes: Writes, *, now_s: float) -> WriteResult:
     """Write everything at ``now_s``, Unix time.
 
     Only the fleet's own fields are written, since other calls change the same records.
     """
-    kept = Kept()
+    kept = WriteResult()
     for one in writes.replicas:
         _apply_replica(tx, one, kept)
     for node in writes.nodes:
@@ -137,7 +149,7 @@ def apply(tx: Transaction, writes: Writes, *, now_s: float) -> Kept:
     return kept
 
 
-def _apply_replica(tx: Transaction, write: ReplicaWrite, kept: Kept) -> None:
+def _apply_replica(tx: Transaction, write: ReplicaWrite, kept: WriteResult) -> None:
     record = tx.replicas.get(write.name)
     if record is None:
         return
@@ -160,7 +172,7 @@ def _apply_replica(tx: Transaction, write: ReplicaWrite, kept: Kept) -> None:
     )
 
 
-def _apply_node(tx: Transaction, cluster: str, write: NodeWrite, kept: Kept) -> None:
+def _apply_node(tx: Transaction, cluster: str, write: NodeWrite, kept: WriteResult) -> None:
     record = tx.nodes.get(write.name)
     body = deepcopy(record.body) if record is not None else cluster_pb2.Node(name=write.name)
     if write.inventory is not None:
@@ -173,7 +185,7 @@ def _apply_node(tx: Transaction, cluster: str, write: NodeWrite, kept: Kept) -> 
         kept.nodes[write.name] = tx.nodes.update(replace(record, body=body))
 
 
-def _delete_node(tx: Transaction, name: str, kept: Kept) -> None:
+def _delete_node(tx: Transaction, name: str, kept: WriteResult) -> None:
     """Delete a node's record, unless the node was drained in the meantime."""
     record = tx.nodes.get(name)
     if record is not None and record.draining:
@@ -201,7 +213,7 @@ def _apply_redispatch(tx: Transaction, cluster: str, body: redispatch_pb2.Redisp
     tx.redispatches.insert(made)
 
 
-def _apply_plan(tx: Transaction, cluster: str, write: PlanWrite, kept: Kept) -> None:
+def _apply_plan(tx: Transaction, cluster: str, write: PlanWrite, kept: WriteResult) -> None:
     of_cluster, record = tx.clusters.get(cluster), tx.plans.get(write.name)
     if of_cluster is None or of_cluster.active_plan != write.name or record is None:
         return  # another plan was activated in the meantime

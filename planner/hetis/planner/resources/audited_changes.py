@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict
 
 from hetis.planner.convert.names import seconds_of, timestamp
-from hetis.planner.resources.requests import Checks, read_page_request
+from hetis.planner.resources.checks import Checks
+from hetis.planner.resources.pages import read_page_request
 from hetis.planner.store import AuditFilter, AuditLine, Store
 from hetis.v1 import audit_service_pb2 as service_pb2
 

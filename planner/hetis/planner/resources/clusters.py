@@ -17,8 +17,10 @@ from hetis.planner.convert.names import seconds_of, word_of
 from hetis.planner.failures import Reason, ServiceError
 from hetis.planner.fleet.fleet import LiveFleet
 from hetis.planner.fleet.hubs import Hubs
+from hetis.planner.resources.checks import Checks, check, require_etag
+from hetis.planner.resources.committing import Publish, change_once
+from hetis.planner.resources.pages import read_page
 from hetis.planner.resources.plan_creation import forget_problem
-from hetis.planner.resources.requests import Checks, Tell, change_once, check, read_page, require_etag
 from hetis.planner.resources.withdrawal import how_to_withdraw
 from hetis.planner.store import ClusterRecord, Reader, Store, Transaction
 from hetis.planner.threads import run_in_thread_gc_paused
@@ -59,9 +61,10 @@ class Clusters:
             cluster = without(self._message(record, FULL), "etag", "create_time", "update_time")
             return pb.CreateClusterResponse(cluster=cluster)
 
-        def insert(tx: Transaction) -> tuple[pb.CreateClusterResponse, Tell]:
+        def insert(tx: Transaction) -> tuple[pb.CreateClusterResponse, Publish]:
             made = tx.clusters.insert(record)
-            return pb.CreateClusterResponse(cluster=self._message(made, FULL)), partial(self._tell, made, before=None)
+            publish = partial(self._publish_change, made, before=None)
+            return pb.CreateClusterResponse(cluster=self._message(made, FULL)), publish
 
         return await change_once(self._store, request, pb.CreateClusterResponse, insert)
 
@@ -96,14 +99,14 @@ class Clusters:
             record = await self._store.read(lambda tx: changed(tx.clusters.require(name)))
             return pb.UpdateClusterResponse(cluster=self._message(record, FULL))
 
-        def update(tx: Transaction) -> tuple[pb.UpdateClusterResponse, Tell | None]:
+        def update(tx: Transaction) -> tuple[pb.UpdateClusterResponse, Publish | None]:
             before = tx.clusters.require(name)
             after = changed(before)
-            tell: Tell | None = None
+            publish: Publish | None = None
             if after is not before:
                 after = tx.clusters.update(after)
-                tell = partial(self._tell, after, before=before)
-            return pb.UpdateClusterResponse(cluster=self._message(after, FULL)), tell
+                publish = partial(self._publish_change, after, before=before)
+            return pb.UpdateClusterResponse(cluster=self._message(after, FULL)), publish
 
         return await change_once(self._store, request, pb.UpdateClusterResponse, update)
 
@@ -113,7 +116,7 @@ class Clusters:
             await self._store.read(lambda tx: _must_be_deletable(tx, request.name, request.etag))
             return pb.DeleteClusterResponse()
 
-        def delete(tx: Transaction) -> tuple[pb.DeleteClusterResponse, Tell]:
+        def delete(tx: Transaction) -> tuple[pb.DeleteClusterResponse, Publish]:
             _must_be_deletable(tx, request.name, request.etag)
             plans = list(tx.plans.versions(cluster=request.name))
             for plan in plans:
@@ -122,7 +125,7 @@ class Clusters:
             for table in (tx.plans, tx.redispatches, tx.replicas, tx.nodes):
                 table.delete_all(cluster=request.name)
             tx.clusters.delete(request.name)
-            return pb.DeleteClusterResponse(), partial(self._tell_deleted, request.name, plans)
+            return pb.DeleteClusterResponse(), partial(self._publish_deleted, request.name, plans)
 
         return await change_once(self._store, request, pb.DeleteClusterResponse, delete)
 
@@ -139,7 +142,7 @@ class Clusters:
             checks.require(num_nodes <= MAX_NODES, "cluster.document#nodes", message)
         return parsed
 
-    async def _tell(self, record: ClusterRecord, *, before: ClusterRecord | None) -> None:
+    async def _publish_change(self, record: ClusterRecord, *, before: ClusterRecord | None) -> None:
         """Publish a cluster that was created or changed to watchers, and pass it to the fleet."""
         num_connected = self._fleet.num_connected(record.name)
         self._hubs.publish_cluster(record, num_connected=num_connected, now_s=self._store.clock())
@@ -149,7 +152,7 @@ class Clusters:
             self._hubs.publish_nodes(record.name, changed, now_s=self._store.clock())
         await self._fleet.cluster_changed(record.name)
 
-    async def _tell_deleted(self, name: str, plans: Sequence[str]) -> None:
+    async def _publish_deleted(self, name: str, plans: Sequence[str]) -> None:
         self._hubs.remove_cluster(name)
         for plan in plans:
             self._hubs.plans.publish(plan, None, now_s=self._store.clock())

@@ -15,7 +15,7 @@ from hetis.planner.convert.documents import read_document
 from hetis.planner.convert.plans import message_of
 from hetis.planner.convert.stages import reason_to_proto
 from hetis.planner.failures import invalid_document
-from hetis.planner.resources.requests import Checks
+from hetis.planner.resources.checks import Checks
 from hetis.planner.threads import run_in_thread_gc_paused
 from hetis.planner.use_cases.dispatch import (
     CostedStage,

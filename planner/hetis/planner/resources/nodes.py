@@ -20,17 +20,9 @@ from hetis.planner.failures import ServiceError, not_found
 from hetis.planner.fleet.fleet import LiveFleet
 from hetis.planner.fleet.hubs import Hubs
 from hetis.planner.fleet.views import LiveNode
-from hetis.planner.resources.requests import (
-    Checks,
-    Tell,
-    answered_before,
-    change_once,
-    check,
-    read_page_request,
-    require_etag,
-    to_the_end,
-    write_down,
-)
+from hetis.planner.resources.checks import Checks, check, require_etag
+from hetis.planner.resources.committing import Publish, answered_before, change_once, to_the_end, write_down
+from hetis.planner.resources.pages import read_page_request
 from hetis.planner.store import ClusterRecord, NodeRecord, Reader, Store, Transaction, etag_of
 from hetis.planner.threads import run_in_thread_gc_paused
 from hetis.solver.advice import network_between
@@ -422,11 +414,11 @@ class Nodes:
             return await answered_before(self._store, request, response, error)
         node = last_part(request.name)
 
-        async def tell() -> None:
+        async def publish() -> None:
             self._hubs.publish_nodes(views.cluster.name, [node], now_s=self._store.clock())
             await self._fleet.cluster_changed(views.cluster.name)
 
-        def change(tx: Transaction) -> tuple[R, Tell | None]:
+        def change(tx: Transaction) -> tuple[R, Publish | None]:
             tx.clusters.require(views.cluster.name)
             record = tx.nodes.get(request.name)
             require_etag(record, request.etag, request.name)
@@ -438,7 +430,7 @@ class Nodes:
                 cluster = views.cluster.name
                 record = tx.nodes.insert(NodeRecord(name=request.name, cluster=cluster, body=body, draining=draining))
             now = replace(views, records={node: record} if record else {})
-            return response(node=now.node(node, FULL)), tell if is_changed else None
+            return response(node=now.node(node, FULL)), publish if is_changed else None
 
         return await change_once(self._store, request, response, change)
 

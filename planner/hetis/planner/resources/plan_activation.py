@@ -17,9 +17,10 @@ from hetis.planner.failures import Reason, ServiceError
 from hetis.planner.fleet.fleet import LiveFleet
 from hetis.planner.fleet.hubs import Hubs
 from hetis.planner.fleet.replica import devices_of, nodes_of
+from hetis.planner.resources.checks import check, require_etag
+from hetis.planner.resources.committing import Publish, answered_before, change_once
 from hetis.planner.resources.plan_documents import IN_FORCE, PlanDocuments, plan_state, require_gpus
 from hetis.planner.resources.plans import MOST_BYTES, load_bytes_of
-from hetis.planner.resources.requests import Tell, answered_before, change_once, check, require_etag
 from hetis.planner.resources.withdrawal import how_to_withdraw, past
 from hetis.planner.store import ClusterRecord, PlanRecord, Reader, ReplicaRecord, Store, Transaction, etag_of
 from hetis.planner.threads import run_in_thread_gc_paused
@@ -113,14 +114,14 @@ class PlanActivation:
             planned = await self._store.read(lambda reader: self._planned(reader, decide(reader), target))
             return _answer(response, planned)
 
-        def work(tx: Transaction) -> tuple[R, Tell | None]:
+        def work(tx: Transaction) -> tuple[R, Publish | None]:
             done = self._put_in_force(tx, decide(tx), target, is_rollback=is_rollback)
-            tell = None if done.cluster is None else partial(self._tell, done.cluster, done.plans)
-            return _answer(response, done), tell
+            publish = None if done.cluster is None else partial(self._publish_change, done.cluster, done.plans)
+            return _answer(response, done), publish
 
         return await change_once(self._store, request, response, work)
 
-    async def _tell(self, cluster: ClusterRecord, plans: Sequence[PlanRecord]) -> None:
+    async def _publish_change(self, cluster: ClusterRecord, plans: Sequence[PlanRecord]) -> None:
         now_s = self._store.clock()
         for plan in plans:
             self._hubs.plans.publish(plan.name, basic_view(plan), now_s=now_s)

@@ -29,6 +29,8 @@ from hetis.planner.jobs.messages import (
     posed_from_json,
 )
 from hetis.planner.jobs.pool import Begun, PooledSearch, SolverPool
+from hetis.planner.resources.checks import Checks
+from hetis.planner.resources.committing import Publish, answered_before, change_once, to_the_end
 from hetis.planner.resources.plan_documents import SEARCHING, ImportedPlan, checked, read_plan, require_gpus
 from hetis.planner.resources.plan_specs import (
     SPEC,
@@ -39,7 +41,6 @@ from hetis.planner.resources.plan_specs import (
     pose,
     read_spec,
 )
-from hetis.planner.resources.requests import Checks, Tell, answered_before, change_once, to_the_end
 from hetis.planner.store import ClusterRecord, PlanRecord, ProfileRecord, Reader, Store, Transaction
 from hetis.planner.threads import run_in_thread_gc_paused
 from hetis.planner.use_cases.precision import gpu_types_of
@@ -366,9 +367,9 @@ class PlanCreation:
             return pb2.CreatePlanResponse(plan=undecided)
         place = self._place(answer)
 
-        is_begun = False
+        is_begun = is_abandoned = False
 
-        def insert(tx: Transaction) -> tuple[pb2.CreatePlanResponse, Tell]:
+        def insert(tx: Transaction) -> tuple[pb2.CreatePlanResponse, Publish]:
             check(tx)
             if isinstance(place, ServiceError):
                 raise place
@@ -384,15 +385,19 @@ class PlanCreation:
         async def begin(plan: plan_pb2.Plan) -> None:
             nonlocal is_begun
             self._hubs.plans.publish(record.name, plan, now_s=self._store.clock())
-            if isinstance(answer, SearchableProblem) and isinstance(place, PooledSearch):
-                self._searches.begin(record.name, place, answer.problem, answer.json)
+            if isinstance(answer, SearchableProblem) and isinstance(place, PooledSearch) and not is_begun:
                 is_begun = True
+                # The place was given up if it became known only later that the plan is stored.
+                search = self._pool.reserve(place.caller, even_if_full=True) if is_abandoned else place
+                self._searches.begin(record.name, search, answer.problem, answer.json)
 
         async def change() -> pb2.CreatePlanResponse:
+            nonlocal is_abandoned
             try:
                 return await change_once(self._store, request, pb2.CreatePlanResponse, insert)
             finally:
                 if isinstance(place, PooledSearch) and not is_begun:
+                    is_abandoned = True
                     place.abandon()
 
         return await to_the_end(change())

@@ -18,7 +18,7 @@ from hetis.planner.convert import documents, names
 from hetis.planner.convert.plans import FROM_PROTO, objective_from_proto
 from hetis.planner.failures import invalid_field
 from hetis.planner.jobs.messages import PosedProblem
-from hetis.planner.resources.requests import Checks
+from hetis.planner.resources.checks import Checks
 from hetis.planner.store import ClusterRecord, ProfileRecord, etag_of
 from hetis.planner.use_cases import service_level
 from hetis.planner.use_cases.place import PLACES, PlacementSettings

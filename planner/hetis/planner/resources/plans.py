@@ -15,6 +15,9 @@ from hetis.planner.convert.plans import complete, explanation_to_proto, replica_
 from hetis.planner.failures import Reason, ServiceError, invalid_field, not_found
 from hetis.planner.fleet.fleet import LiveFleet
 from hetis.planner.fleet.hubs import Hubs
+from hetis.planner.resources.checks import Checks, check, require_etag
+from hetis.planner.resources.committing import Publish, change_once
+from hetis.planner.resources.pages import read_page
 from hetis.planner.resources.plan_creation import PlanSearches, forget_problem
 from hetis.planner.resources.plan_documents import (
     IN_FORCE,
@@ -24,7 +27,6 @@ from hetis.planner.resources.plan_documents import (
     plan_state,
     require_answer,
 )
-from hetis.planner.resources.requests import Checks, Tell, change_once, check, read_page, require_etag
 from hetis.planner.resources.withdrawal import how_to_withdraw, is_withdrawable, withdraw
 from hetis.planner.store import ClusterRecord, PlanRecord, Reader, Store, Transaction
 from hetis.planner.threads import run_in_thread_gc_paused
@@ -73,17 +75,17 @@ class Plans:
             await self._store.read(lambda reader: _require_deletable(reader, request))
             return pb2.DeletePlanResponse()
 
-        async def tell() -> None:
+        async def publish() -> None:
             self._hubs.plans.publish(request.name, None, now_s=self._store.clock())
 
-        def delete(tx: Transaction) -> tuple[pb2.DeletePlanResponse, Tell]:
+        def delete(tx: Transaction) -> tuple[pb2.DeletePlanResponse, Publish]:
             record = _require_deletable(tx, request)
             tx.plans.delete(record.name)
             tx.plan_documents.delete(record.name)
             cluster = tx.clusters.get(record.cluster)
             if cluster is not None and cluster.earlier_plan == record.name:
                 tx.clusters.update(replace(cluster, earlier_plan=""))
-            return pb2.DeletePlanResponse(), tell
+            return pb2.DeletePlanResponse(), publish
 
         return await change_once(self._store, request, pb2.DeletePlanResponse, delete)
 
@@ -131,10 +133,10 @@ class Plans:
         """
         check(request, name=names.PLAN)
 
-        async def tell() -> None:
+        async def publish() -> None:
             self._searches.cancel(request.name)
 
-        def cancel(tx: Transaction) -> tuple[pb2.CancelPlanResponse, Tell]:
+        def cancel(tx: Transaction) -> tuple[pb2.CancelPlanResponse, Publish]:
             record = tx.plans.require(request.name)
             require_etag(record, request.etag)
             if record.state in SEARCHING:
@@ -142,7 +144,7 @@ class Plans:
             elif withdraws and is_withdrawable(tx, record):
                 cluster, record = withdraw(tx, record)
                 return pb2.CancelPlanResponse(plan=self._basic(record)), partial(self._withdrawn, cluster, record)
-            return pb2.CancelPlanResponse(plan=self._basic(record)), tell
+            return pb2.CancelPlanResponse(plan=self._basic(record)), publish
 
         return await change_once(self._store, request, pb2.CancelPlanResponse, cancel)
 

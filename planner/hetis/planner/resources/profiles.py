@@ -8,7 +8,9 @@ from functools import partial
 from hetis.formats import catalogue
 from hetis.planner.convert import documents, names
 from hetis.planner.convert.clusters import BASIC, FULL, profile_message, without
-from hetis.planner.resources.requests import Checks, change_once, check, read_page, require_etag
+from hetis.planner.resources.checks import Checks, check, require_etag
+from hetis.planner.resources.committing import change_once
+from hetis.planner.resources.pages import read_page
 from hetis.planner.store import ProfileRecord, Reader, Store, Transaction
 from hetis.solver.profile import Profile, Source
 from hetis.v1 import profile_pb2

@@ -30,8 +30,9 @@ from hetis.planner.failures import Reason, ServiceError, not_found
 from hetis.planner.fleet.fleet import LiveFleet
 from hetis.planner.fleet.hubs import ClusterHub, Hubs
 from hetis.planner.fleet.views import show_live
+from hetis.planner.resources.checks import check
 from hetis.planner.resources.nodes import NodeReader
-from hetis.planner.resources.requests import check, read_page, read_page_request
+from hetis.planner.resources.pages import read_page, read_page_request
 from hetis.planner.store import ClusterRecord, Reader, ReplicaRecord, Store
 from hetis.planner.watching import Event, LeftBehindError
 from hetis.v1 import cluster_pb2, redispatch_pb2, replica_pb2, view_pb2

@@ -65,7 +65,6 @@ class Term:
         clock = Clock()
         self.epoch = epoch
         self.since_s = clock.time()
-        self._store = store
         self._loops, self._refusals = Loops(loops), refusals
         self._parts = AsyncExitStack()
         self._hubs = hubs = Hubs(epoch)
@@ -132,8 +131,8 @@ class Term:
         parts.push_async_callback(self._searches.stop)
         parts.push_async_callback(self._fleet.stop, "the planner is shutting down")
         await self._fleet.start()
-        for cluster in await self._store.read(lambda reader: reader.clusters.all()):
-            self._proposals.capacity_changed(cluster.name)
+        for cluster in self._fleet.cluster_names:
+            self._proposals.capacity_changed(cluster)
         parts.push_async_callback(self._loops.stop)
         self._loops.start("the re-dispatch loop", self._loop.run())
         self._loops.start("the audit log of refusals", self._refusals.run())

@@ -28,6 +28,7 @@ from hetis.planner.resources.clusters import Clusters
 from hetis.planner.resources.nodes import Nodes
 from hetis.planner.resources.watches import RunningResources
 from hetis.planner.store import Reader, Store
+from hetis.planner.store.connection import forget
 from hetis.v1 import cluster_pb2, plan_pb2, redispatch_pb2, view_pb2
 from hetis.v1 import cluster_service_pb2 as pb
 
@@ -241,23 +242,23 @@ class Overviews:
     epoch: int
     leader_since_s: float
     most_searches: int  # limit on solver processes
-    _kept: _Kept = field(default_factory=lambda: _Kept({}, {}))
-    _kept_s: float = field(default_factory=time.monotonic)
-    _counting: asyncio.Future[_Kept] | None = None
+    _counts: _Counts = field(default_factory=lambda: _Counts({}, {}))
+    _counts_s: float = field(default_factory=time.monotonic)
+    _counting: asyncio.Future[_Counts] | None = None
     _counted_at_s: float = -math.inf  # monotonic time of the last attempt to count
 
     async def overview(self) -> Overview:
         await self._count()
-        kept = self._kept
+        counts = self._counts
         return Overview(
             epoch=self.epoch,
             leader_since_s=self.leader_since_s,
             clusters=tuple(
                 ClusterOverview(name=name, active_plan=one.active_plan, num_nodes=self._num_nodes(name, one.num_nodes))
-                for name, one in kept.clusters.items()
+                for name, one in counts.clusters.items()
             ),
-            num_plans=kept.num_plans,
-            counted_s_ago=time.monotonic() - self._kept_s,
+            num_plans=counts.num_plans,
+            counted_s_ago=time.monotonic() - self._counts_s,
             queued=self.pool.num_waiting,
             searching=self.pool.num_running,
             solver_processes=self.most_searches,
@@ -315,7 +316,8 @@ class Overviews:
         if self._counting is None and time.monotonic() < self._counted_at_s + FRESH_S:
             return
         if self._counting is None:
-            self._counting = asyncio.ensure_future(self.store.read(partial(_read, known=self._kept.clusters)))
+            self._counting = asyncio.ensure_future(self.store.read(partial(_read, known=self._counts.clusters)))
+            self._counting.add_done_callback(forget)  # nobody may ask again
         done, _ = await asyncio.wait({self._counting}, timeout=WAIT_S)
         if not done:
             return
@@ -323,7 +325,7 @@ class Overviews:
         if counting is None:  # another waiter has taken the result
             return
         if counting.exception() is None:
-            self._kept, self._kept_s = counting.result(), time.monotonic()
+            self._counts, self._counts_s = counting.result(), time.monotonic()
         self._counted_at_s = time.monotonic()
 
     def _num_nodes(self, cluster: str, num_declared: int) -> Mapping[str, int]:
@@ -334,30 +336,30 @@ class Overviews:
         return {word_of(cluster_pb2.NodeState, state): count for state, count in sorted(states.items()) if count}
 
 
-class _KeptCluster(NamedTuple):
+class _CountedCluster(NamedTuple):
     version: int  # of its record
     active_plan: str
     num_nodes: int
 
 
-class _Kept(NamedTuple):
-    clusters: Mapping[str, _KeptCluster]  # by name
+class _Counts(NamedTuple):
+    clusters: Mapping[str, _CountedCluster]  # by name
     num_plans: Mapping[str, int]  # by state
 
 
-def _read(tx: Reader, known: Mapping[str, _KeptCluster]) -> _Kept:
+def _read(tx: Reader, known: Mapping[str, _CountedCluster]) -> _Counts:
     """Count, and read only clusters that have changed since they were ``known``: their documents may be large."""
 
-    def read(name: str) -> _KeptCluster:
+    def read(name: str) -> _CountedCluster:
         record = tx.clusters.require(name)
-        return _KeptCluster(record.version, record.active_plan, record.body.num_nodes)
+        return _CountedCluster(record.version, record.active_plan, record.body.num_nodes)
 
     clusters = {
         name: known[name] if name in known and known[name].version == version else read(name)
         for name, version in sorted(tx.clusters.versions().items())
     }
     num_plans = sorted(tx.plans.num_by_state().items())
-    return _Kept(clusters, {word_of(plan_pb2.PlanState, state): count for state, count in num_plans})
+    return _Counts(clusters, {word_of(plan_pb2.PlanState, state): count for state, count in num_plans})
 
 
 def _json(message: Message) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import sqlalchemy as sa
@@ -112,17 +112,16 @@ class AuditLog:
         row = self._connection.execute(sa.select(table).order_by(table.c.number.desc()).limit(1)).one_or_none()
         return None if row is None else _line(row)
 
-    def append(self, change: AuditedChange, *, time_s: float) -> None:
-        """Append a line. Requires a write transaction, of which there is only one at a time."""
+    def append(self, change: AuditedChange, *, time_s: float) -> AuditLine:
+        """Append a line, and return it. Requires a write transaction, of which there is only one at a time."""
         last = self.last()
         number, before = (last.number + 1, last.hash) if last is not None else (1, "")
         epoch = self._connection.execute(sa.select(records.leadership.c.epoch)).scalar_one()
         unsigned = AuditLine(number=number, time_s=time_s, epoch=epoch, change=change, hash="")
-        self._connection.execute(
-            sa.insert(records.audit).values(
-                number=number, time_s=time_s, epoch=epoch, **asdict(change), hash=unsigned.expected_hash(before)
-            )
-        )
+        line = replace(unsigned, hash=unsigned.expected_hash(before))
+        values = {"number": number, "time_s": time_s, "epoch": epoch, **asdict(change), "hash": line.hash}
+        self._connection.execute(sa.insert(records.audit).values(values))
+        return line
 
     def first_wrong(self) -> int | None:
         """Return the number of the first line that was altered or does not follow its predecessor, or None."""

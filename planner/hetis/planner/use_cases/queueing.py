@@ -11,7 +11,7 @@ the more the time in a seat varies (Allen and Cunneen's factor). A seat of a dec
 begins in a prefill replica. The *lanes* are the micro-batches, each of which computes one prompt at a time, with the
 same factor and Sakasegawa's probability of waiting. A request waits for both at once, as if they were independent.
 
-See "Waiting for a seat" in docs/cost-model.md; `benchmarks.queueing` measures the errors.
+See "Waiting for a seat" in docs/cost-model.md.
 """
 
 from __future__ import annotations

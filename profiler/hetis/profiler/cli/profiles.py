@@ -84,7 +84,7 @@ def model(
     """Model an unmeasured GPU from the most similar measured one, scaled by the ratios of their peak rates.
 
     As in plans, engine times are those of vLLM. The error of an operator is what leaving out one measured GPU at a time
-    costs: docs/profiles-modelled.md.
+    costs: docs/accuracy.md.
     """
     from hetis.formats.errors import did_you_mean
     from hetis.formats.profile import profile_to_data

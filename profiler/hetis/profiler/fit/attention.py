@@ -151,7 +151,7 @@ def prefill_points(table: Table, gpu: GpuType, origin: str) -> Iterator[Points]:
     The KV of a chunk and of its past is charged one read at the nominal bandwidth, which is not fitted. The published
     tables have no past, so KV bytes are proportional to tokens: a fit would charge them the cost of queries and outputs
     (3 to 40 reads), and charge the same to a past, which is far longer than its chunk. On vidur's chunks over a past,
-    which distinguish the two, the fit takes no more than one read (docs/profiles.md).
+    which distinguish the two, the fit takes no more than one read (docs/accuracy.md).
     """
     work = work_of(table)
     assert work is not None

@@ -1,4 +1,4 @@
-"""Checker, search and simulator get the same seconds and bytes as independent arithmetic."""
+"""Search and simulator get the same seconds and bytes as the checker, which shares no code with them."""
 
 from __future__ import annotations
 
@@ -15,13 +15,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hetis.simulator.attention_workers import PoolTiming
-from hetis.simulator.kv_memory import card_room_bytes, rank_room_bytes
 from hetis.simulator.timing import StageTiming
 from hetis.solver import cost
 from hetis.solver.check import memory, timing
-from hetis.solver.check.fleet import PoolShape, StageShape
-from hetis.solver.check.rederive import Rederivation
-from hetis.solver.check.setting import Setting
+from hetis.solver.check.fleet import PoolShape, StageShape, slowest
+from hetis.solver.check.setting import Setting, divides, head_groups_per_rank
 from hetis.solver.cluster import Link, Network
 from hetis.solver.model import AttentionKind, DraftShape, IndexerShape, LinearShape, MlaShape, ModelSpec, MoeShape
 from hetis.solver.placement import template as of_search
@@ -33,7 +31,6 @@ from hetis.solver.plan import Role
 from hetis.solver.problem import Assumptions, Family, PlacementProblem
 from hetis.solver.profile import Fit, Op, Piece, Profile
 from hetis.solver.workload import Workload
-from tests.solver.arithmetic import Numbers, Pool, Stage, divides, groups_of_rank, slowest
 from tests.solver.instances import (
     MADE_UP,
     make_compressed,
@@ -44,8 +41,9 @@ from tests.solver.instances import (
     make_workload,
     mixed_by,
 )
+from tests.solver.oracle import fits_memory, setting_of
 
-JUDGED = ("hetis.solver.cost", "hetis.solver.check", "hetis.solver.placement", "hetis.simulator")
+JUDGED = ("hetis.solver.cost", "hetis.solver.placement", "hetis.simulator")
 MODELS = (
     make_model(q_heads=8, kv_heads=4),
     make_model(q_heads=8, kv_heads=2, tie_embeddings=True),
@@ -121,13 +119,10 @@ def imports(path: Path) -> set[str]:
     return found
 
 
-def test_the_oracle_imports_nothing_of_what_it_judges() -> None:
-    here = Path(__file__).parent
-    for name in ("arithmetic.py", "oracle.py"):
-        of_judged = [one for one in imports(here / name) if one.startswith(JUDGED)]
-        assert not of_judged, f"{name} imports {of_judged}"
-        others = {one for one in imports(here / name) if one.startswith("tests.")}
-        assert {one.rsplit(".", 1)[0] for one in others} <= {"tests.solver.arithmetic"}, name
+def test_oracle_and_checker_import_nothing_of_what_they_judge() -> None:
+    checker = Path(memory.__file__).parent.glob("*.py")
+    for path in (Path(__file__).with_name("oracle.py"), *checker):
+        assert not [one for one in imports(path) if one.startswith(JUDGED)], path.name
 
 
 # --- random stages
@@ -172,32 +167,14 @@ class Drawn:
     b: int
     M: int
     C: int
-    stage: Stage
+    stage: StageShape
     is_first: bool
     is_last: bool
     d: int = 1  # copies that share their experts
 
     @property
-    def numbers(self) -> Numbers:
-        return Numbers(self.problem, role=self.role, b=self.b, M=self.M, C=self.C, d=self.d)
-
-    @property
     def setting(self) -> Setting:
-        setting = Rederivation(self.problem).setting(
-            micro_batch=self.b, in_flight=self.M, chunk_tokens=self.C, role=self.role
-        )
-        return replace(setting, attention_dp=self.d)
-
-    @property
-    def shape(self) -> StageShape:
-        s, pool = self.stage, self.stage.pool
-        theirs = None
-        if pool is not None:
-            theirs = PoolShape(gpu=pool.gpu, cards=pool.cards, head_groups=pool.head_groups, link=pool.link)
-        return StageShape(
-            gpu=s.gpu, tp=s.tp, copies=s.copies, layers=s.layers, intra_link=s.intra_link, hop_link=s.hop_link,
-            pool=theirs, kv_link=s.kv_link,
-        )  # fmt: skip
+        return setting_of(self.problem, role=self.role, b=self.b, M=self.M, C=self.C, d=self.d)
 
 
 def problem_of(draw: st.DrawFn, models: Sequence[ModelSpec] = MODELS) -> PlacementProblem:
@@ -227,9 +204,9 @@ def drawn(draw: st.DrawFn, models: Sequence[ModelSpec] = MODELS) -> Drawn:
     links = st.builds(Link, bytes_per_s=st.floats(2e7, 2e9), latency_s=st.floats(1e-6, 1e-4))
     pool = None
     if role is not Role.PREFILL and tp <= model.head_groups and model.heads_can_move and draw(st.booleans()):
-        groups = draw(st.integers(1, groups_of_rank(model, tp)))
-        pool = Pool(gpu="B", cards=draw(st.integers(1, 5)), head_groups=groups, link=draw(links))
-    stage = Stage(
+        groups = draw(st.integers(1, head_groups_per_rank(model, tp)))
+        pool = PoolShape(gpu="B", cards=draw(st.integers(1, 5)), head_groups=groups, link=draw(links))
+    stage = StageShape(
         gpu="A", tp=tp, copies=draw(st.integers(1, 3)), layers=draw(st.integers(1, 3)), intra_link=draw(links),
         hop_link=draw(links), pool=pool, kv_link=draw(links) if role is Role.PREFILL else None,
     )  # fmt: skip
@@ -256,69 +233,21 @@ def near(value: float) -> object:
 
 
 @STAGES
-@given(data=st.data(), num_copies=st.integers(1, 9))
-def test_the_checker_times_a_stage_alike(
-    stages: st.SearchStrategy[Drawn], data: st.DataObject, num_copies: int
-) -> None:
-    one = data.draw(stages)
-    numbers, setting, ends = one.numbers, one.setting, {"is_first": one.is_first, "is_last": one.is_last}
-    assert timing.stage_seconds(setting, one.shape, **ends) == near(numbers.stage_seconds(one.stage, **ends))
-    assert timing.chunk_seconds(setting, one.shape, **ends) == near(numbers.chunk_seconds(one.stage, **ends))
-    assert timing.slack(setting, one.shape, num_copies) == near(numbers.slack(one.stage, num_copies))
-    assert timing.wire_seconds(setting, one.shape) == near(numbers.wire(one.stage))
-    assert timing.tpot_per_t(setting) == near(numbers.tpot_per_t())
-    assert timing.ttft_round_trips(setting) == near(numbers.ttft_round_trips())
-    assert setting.iterations == near(numbers.n_it)
-    if one.stage.kv_link is not None:
-        landing_s = timing.landing_seconds(setting, one.shape, one.stage.kv_link)
-        assert landing_s == near(numbers.landing_seconds(one.stage, one.stage.kv_link))
-
-
-@STAGES
-@given(data=st.data())
-def test_the_checker_counts_memory_alike(stages: st.SearchStrategy[Drawn], data: st.DataObject) -> None:
-    one = data.draw(stages)
-    numbers, setting, ends = one.numbers, one.setting, {"is_first": one.is_first, "is_last": one.is_last}
-    assert memory.rank_bytes(setting, one.shape, **ends) == near(numbers.rank_bytes(one.stage, **ends))
-    room = max(0.0, numbers.kv_room(one.stage, **ends))
-    assert one.stage.copies * memory.kv_room_of_a_copy(setting, one.shape, **ends) == near(room)
-    pool, theirs = one.stage.pool, one.shape.pool
-    if pool is not None and theirs is not None:
-        found = memory.worker_bytes(setting, one.shape, theirs, is_first=one.is_first)
-        assert found == near(numbers.worker_bytes(one.stage, pool, is_first=one.is_first))
-
-
-@STAGES
-@given(data=st.data())
-def test_the_simulator_has_the_room_that_is_left(stages: st.SearchStrategy[Drawn], data: st.DataObject) -> None:
-    one = data.draw(stages)
-    numbers, ends = one.numbers, {"is_first": one.is_first, "is_last": one.is_last}
-    profile = one.problem.profiles["A"]
-    free = profile.usable_bytes - numbers.fixed_bytes(one.stage, **ends)
-    free -= numbers.state_bytes(one.stage, **ends)
-    if one.stage.pool is not None:
-        prompts = one.stage.pool.head_groups * numbers.prompt_tokens(one.stage.copies)
-        free -= numbers.layers_of(one.stage, one.is_first) * prompts * one.problem.model.kv_bytes_per_token_group()
-        assert card_room_bytes(one.problem, "B") == one.problem.profiles["B"].usable_bytes - 1_000_000
-    assert rank_room_bytes(one.setting, one.shape, **ends) == near(max(0.0, free))
-
-
-@STAGES
 @given(data=st.data())
 def test_the_simulator_takes_the_mean_iteration_for_as_long(
     stages: st.SearchStrategy[Drawn], data: st.DataObject
 ) -> None:
     one = data.draw(stages)
-    numbers, ends, s = one.numbers, {"is_first": one.is_first, "is_last": one.is_last}, one.stage
+    setting, ends, s = one.setting, {"is_first": one.is_first, "is_last": one.is_last}, one.stage
     if one.role is not Role.UNIFIED or (s.pool is not None and (one.b * s.pool.head_groups * s.tp) % s.pool.cards):
         return  # KV of prefill and decode replicas has events of its own; cards differ by a (request, group) pair
     if s.pool is not None and one.problem.model.prefix_layers and one.is_first:
         return  # there, the late time is the mean over all layers
-    model, moments, b, C = one.problem.model, numbers.moments, one.b, one.C
+    model, moments, b, C = one.problem.model, setting.moments, one.b, one.C
     steps = model.emitted_tokens
     if one.d > 1:
         return  # depends on the mean over all copies; see tests/simulator/test_lockstep.py
-    found = StageTiming(one.problem, one.shape, **ends, steps=steps)
+    found = StageTiming(one.problem, s, **ends, steps=steps)
     a = moments.prefill_pairs / moments.mean_computed
     read = model.read_tokens(a)
     context = model.read_tokens(moments.resident_context)
@@ -337,8 +266,8 @@ def test_the_simulator_takes_the_mean_iteration_for_as_long(
         layer_s = (with_chunk - found.beside_layers_s(b + C, b + 1)) / found.layers
         with_chunk += found.layers * (mixed + workers.late_s(shipped, groups, layer_s + mixed))
         plain += found.layers * attention
-    expected = numbers.stage_seconds(s, **ends)
-    assert steps * (numbers.nc * with_chunk + numbers.nd * plain) == near(expected)
+    expected = timing.stage_seconds(setting, s, **ends)
+    assert steps * (setting.chunk_iterations * with_chunk + setting.plain_iterations * plain) == near(expected)
 
 
 # --- templates of the search
@@ -374,13 +303,13 @@ def templates(draw: st.DrawFn, models: Sequence[ModelSpec] = MODELS) -> tuple[Pl
 REPLICAS = pytest.mark.parametrize("replicas", [templates(), templates(COMPRESSED)], ids=["any model", "compressed"])
 
 
-def named(problem: PlacementProblem, costs: CostTables, template: Template) -> tuple[Numbers, list[Stage]]:
-    """Return the same replica in the document's terms."""
+def named(problem: PlacementProblem, costs: CostTables, template: Template) -> tuple[Setting, list[StageShape]]:
+    """Return the same replica in the checker's terms."""
     network, mix = problem.cluster.network, costs.mixes[template.mix]
     zones = costs.scopes[template.scope].zones
     d = mix.attention_dp
     M = problem.family.in_flight[template.in_flight_index] * d
-    numbers = Numbers(problem, role=mix.role, b=mix.micro_batch, M=M, C=mix.chunk_tokens, d=d)
+    setting = setting_of(problem, role=mix.role, b=mix.micro_batch, M=M, C=mix.chunk_tokens, d=d)
     between = [network.zone_link(x, y) for x in zones for y in zones]
     stages = []
     for one in template.stages:
@@ -395,14 +324,14 @@ def named(problem: PlacementProblem, costs: CostTables, template: Template) -> t
         if one.pool_class >= 0:
             other = costs.classes[one.pool_class]
             link = slowest([nic, nics[other.groups[0].name], network.zone_link(own.zone, own.zone)])
-            pool = Pool(gpu=other.gpu, cards=one.pool_cards, head_groups=one.pool_groups, link=link)
+            pool = PoolShape(gpu=other.gpu, cards=one.pool_cards, head_groups=one.pool_groups, link=link)
         stages.append(
-            Stage(
+            StageShape(
                 gpu=own.gpu, tp=tp, copies=one.copies * d, layers=one.layers, intra_link=intra, hop_link=hop, pool=pool,
                 kv_link=slowest([hop, *far]) if mix.role is Role.PREFILL else None,
             )
         )  # fmt: skip
-    return numbers, stages
+    return setting, stages
 
 
 @REPLICAS
@@ -431,26 +360,23 @@ def test_the_search_tabulates_what_a_stage_with_a_pool_keeps_beside_a_chunk() ->
 
 
 def check_seconds(problem: PlacementProblem, costs: CostTables, template: Template) -> None:
-    numbers, stages = named(problem, costs, template)
-    last = len(stages) - 1
+    setting, stages = named(problem, costs, template)
+    last, d = len(stages) - 1, setting.attention_dp
+    ends = [{"is_first": i == 0, "is_last": i == last} for i in range(len(stages))]
     seconds = of_search.times_of(template, of_search.stage_seconds(costs, template))
-    expected = [
-        numbers.stage_seconds(s, is_first=i == 0, is_last=i == last) / numbers.d for i, s in enumerate(stages)
-    ]  # for copies that iterate together, the part of each
-    assert seconds == [near(value) for value in expected]
-    if numbers.role is Role.UNIFIED:
+    stage_s = [timing.stage_seconds(setting, s, **at) for s, at in zip(stages, ends, strict=True)]
+    assert seconds == [near(u / d) for u in stage_s]  # for copies that iterate together, the part of each
+    if setting.role is Role.UNIFIED:
         chunks = of_search.times_of(template, of_search.stage_seconds(costs, template, with_chunk=True))
-        assert chunks == [
-            near(numbers.chunk_seconds(s, is_first=i == 0, is_last=i == last)) for i, s in enumerate(stages)
-        ]
+        assert chunks == [near(timing.chunk_seconds(setting, s, **at)) for s, at in zip(stages, ends, strict=True)]
     t_floor = costs.scopes[template.scope].tables.t_floor
-    assert of_search.interval_of(costs, template) == near(max(numbers.interval(stages), t_floor))
-    mix, M = costs.mixes[template.mix], numbers.M // numbers.d
-    assert cost.tpot_per_interval(numbers.model, mix, M) == near(numbers.tpot_per_t())
-    assert cost.ttft_round_trips(costs.moments, problem.assumptions, mix, M) == near(numbers.ttft_round_trips())
+    t_s = timing.seconds_between_completions(setting, stages, stage_s)
+    assert of_search.interval_of(costs, template) == near(max(t_s, t_floor))
+    mix, M = costs.mixes[template.mix], setting.in_flight // d
+    assert cost.tpot_per_interval(setting.model, mix, M) == near(timing.tpot_per_t(setting))
+    assert cost.ttft_round_trips(costs.moments, problem.assumptions, mix, M) == near(timing.ttft_round_trips(setting))
     if mix.role is Role.PREFILL:
-        landing_s = max(numbers.landing_seconds(s, s.kv_link) for s in stages if s.kv_link is not None)
-        assert of_search.landing_s(costs, template) == near(landing_s)
+        assert of_search.landing_s(costs, template) == near(timing.replica_landing_seconds(setting, stages))
 
 
 @pytest.mark.parametrize("model", MODELS, ids=range(len(MODELS)))
@@ -473,28 +399,28 @@ def test_the_search_finds_the_same_room(
 ) -> None:
     found = data.draw(replicas)
     _, costs, template = found
-    numbers, stages = named(*found)
-    last, repeated = len(stages) - 1, numbers.model.num_layers - numbers.model.prefix_layers
+    setting, stages = named(*found)
+    last, repeated = len(stages) - 1, setting.model.num_layers - setting.model.prefix_layers
     t = costs.scopes[template.scope].tables
     for i, (stage, one) in enumerate(zip(stages, template.stages, strict=True)):
         ends = {"is_first": i == 0, "is_last": i == last}
         fixed = of_search.fixed_bytes(costs, template, i) + one.layers * float(t.layer_bytes[one.rank])
-        reserve = numbers.problem.profiles[stage.gpu].reserve_bytes
-        assert fixed + reserve == near(numbers.fixed_bytes(stage, **ends))
+        fixed += setting.problem.profiles[stage.gpu].reserve_bytes
+        assert fixed == near(memory.rank_fixed_bytes(setting, stage, **ends))
         kept = kept_bytes(t, template.mix, template.in_flight_index, one.rank, one.copies, one.pool_groups)
-        layers = numbers.layers_of(stage, i == 0) + numbers.drafting(i == last)
-        assert fixed + reserve + layers * kept == near(numbers.rank_bytes(stage, **ends))
-        fits = [layers for layers in range(1, repeated + 1) if numbers.fits(replace(stage, layers=layers), **ends)]
+        layers = stage.layers + (setting.model.prefix_layers if i == 0 else 0)
+        layers += setting.model.draft_layers if i == last else 0
+        assert fixed + layers * kept == near(memory.rank_bytes(setting, stage, **ends))
+        held = range(1, repeated + 1)
+        fits = [layers for layers in held if fits_memory(setting, replace(stage, layers=layers), **ends)]
         assert of_search.room_layers(costs, template, i) == max(fits, default=0)
 
 
 @pytest.mark.parametrize("workload", WORKLOADS)
-def test_all_know_the_same_latencies_whether_prompts_wait_or_not(workload: Workload) -> None:
+def test_both_know_the_same_latencies_whether_prompts_wait_or_not(workload: Workload) -> None:
     problem = make_problem([make_node("a", "A")], workload=workload)
     for b, M, C in itertools.product((1, 8, 64), (1, 2, 8, 32), (16, 256, 2048)):
-        numbers = Numbers(problem, role=Role.UNIFIED, b=b, M=M, C=C)
-        setting = Rederivation(problem).setting(micro_batch=b, in_flight=M, chunk_tokens=C)
-        mix = cost.mix_of(numbers.model, numbers.moments, micro_batch=b, chunk_tokens=C)
-        trips = near(numbers.ttft_round_trips())
-        assert timing.ttft_round_trips(setting) == trips
-        assert cost.ttft_round_trips(numbers.moments, problem.assumptions, mix, M) == trips
+        setting = setting_of(problem, role=Role.UNIFIED, b=b, M=M, C=C)
+        mix = cost.mix_of(setting.model, setting.moments, micro_batch=b, chunk_tokens=C)
+        trips = cost.ttft_round_trips(setting.moments, problem.assumptions, mix, M)
+        assert trips == near(timing.ttft_round_trips(setting))
