@@ -17,7 +17,7 @@ from hetis.solver.cost import DeviceCost, LargestBatch, mix_of, rank_shape
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.plan import Role
 from hetis.solver.rank_memory import RankKind, RankMemory, captured_graphs
-from tests.solver.instances import four_gpus
+from tests.solver.instances import make_node, make_problem
 
 MEMORY = RankMemory(
     usable_bytes=70e9, fixed_bytes=1e9, token_bytes=1e5, held_bytes=2e4, logit_bytes=3.0, request_bytes=4e6,
@@ -31,7 +31,7 @@ MEMORY = RankMemory(
 def test_search_and_checker_agree_about_an_engines_numbers(b: int, chunk: int, m: int, is_last: bool) -> None:
     if b == 0 and chunk == 0:
         return
-    problem = four_gpus()
+    problem = make_problem([make_node("n", "A")])
     gpu = next(iter(problem.profiles))
     problem = replace(problem, memories={RankKind(gpu, 1): MEMORY})
     moments, link = problem.moments(), Link(bytes_per_s=1e9, latency_s=1e-6)

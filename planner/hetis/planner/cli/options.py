@@ -267,6 +267,16 @@ class ReplicaOptions:
         "Maximum KV blocks of 16 tokens of an engine (of each copy that shares experts), as --num-gpu-blocks-override.",
         shown="what memory allows",
     )
+    min_context: int | None = _search(
+        "--min-context N: Tokens of the longest request for which every replica has room, such as 32k.",
+        parser=values.tokens,
+        shown="as it comes",
+    )
+    gpu_memory_utilization: float | None = _search(
+        "--gpu-memory-utilization SHARE: Share of the GPUs' memory that engines take.",
+        parser=values.share,
+        shown="the engine's: 0.92 of vLLM",
+    )
 
     @property
     def limits(self) -> dict[str, int | None]:
@@ -280,8 +290,9 @@ class ReplicaOptions:
         from hetis.planner.use_cases.sources import engine_settings
 
         return engine_settings(
-            max_num_seqs=self.max_num_seqs, chunk_tokens=self.chunk_tokens or (), kv_blocks=self.kv_blocks
-        )
+            max_num_seqs=self.max_num_seqs, chunk_tokens=self.chunk_tokens or (), kv_blocks=self.kv_blocks,
+            min_context=self.min_context, gpu_memory_utilization=self.gpu_memory_utilization,
+        )  # fmt: skip
 
 
 @group

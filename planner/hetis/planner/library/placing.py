@@ -66,6 +66,8 @@ def place(
     max_num_seqs: arguments.Count | None = None,
     chunk_tokens: Sequence[arguments.Count] = (),
     kv_blocks: arguments.Count | None = None,
+    min_context: arguments.Count | None = None,
+    gpu_memory_utilization: arguments.Share | None = None,
     profiles: arguments.Files = (),
     simplest_within: arguments.BelowOne = 0.0,
     survive: Loss = "",
@@ -99,6 +101,8 @@ def place(
             more, on at most ``max_nodes``.
         max_num_seqs, chunk_tokens, kv_blocks: settings that engines are started with, which plans keep to: requests
             that a replica runs at once, sizes of prefill chunks, and KV blocks of 16 tokens that it has at most.
+        min_context: tokens of the longest request for which every replica must have room.
+        gpu_memory_utilization: share of the GPUs' memory that engines take; None: the engine's default.
         simplest_within: share of the optimum that may be lost for replicas on fewer nodes, then of fewer shapes.
         survive: ``node`` or ``zone``: serve ``rate`` when any one of them is lost, with objective ``cost`` or ``gpus``.
         pin, forbid: constraints on the plan, such as ``"type=L4:as=worker"``; one, or several.
@@ -144,7 +148,13 @@ def place(
             simplest_within=float(simplest_within),
             survive=survive,
         ),
-        engine_settings=engine_settings(max_num_seqs=max_num_seqs, chunk_tokens=chunk_tokens, kv_blocks=kv_blocks),
+        engine_settings=engine_settings(
+            max_num_seqs=max_num_seqs,
+            chunk_tokens=chunk_tokens,
+            kv_blocks=kv_blocks,
+            min_context=min_context,
+            gpu_memory_utilization=None if gpu_memory_utilization is None else float(gpu_memory_utilization),
+        ),
         verify=verify,
         simulation_limit_s=placing.time_to_simulate_s(limit_s),
         service_level=asked_level(

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from typing import Any, TypeVar
 
+from hetis.engines.memory import memory_of, rank_memories
+from hetis.engines.versions import Engine
 from hetis.formats.catalogue import other_vendor
 from hetis.formats.constraints import constraints_from_texts, read_constraints
 from hetis.formats.documents import (
@@ -36,6 +39,7 @@ from hetis.solver.model import ModelSpec
 from hetis.solver.plan import Objective, Plan, Role
 from hetis.solver.problem import NOTHING_SET, EngineRules, EngineSettings, Family, PlacementProblem
 from hetis.solver.profile import Op, Profile, Source
+from hetis.solver.rank_memory import RankMemories
 from hetis.solver.workload import Workload
 
 T = TypeVar("T")
@@ -47,6 +51,7 @@ OLD_CONSTRAINTS = "will"  # the earlier name of that entry, which is still read
 ASKED = "asked"  # entry of `Plan.inputs`: TPOT limit and demand as requested, where the plan's objective has others
 LIMITS = ("max_stages", "max_gpus", "min_layers", "max_nodes")  # the fields of `EngineRules` that users may set
 MAY_DIFFER = ("tpot_limit_s", "demand_rps")  # the names in that entry
+SHARE = "gpu_memory_utilization"
 ENGINE_SETTINGS = "engine_settings"  # entry of `Plan.inputs`: the engine settings that the plan obeys, if there are any
 
 
@@ -77,15 +82,40 @@ class Inputs:
             InvalidProblemError: the inputs contradict each other, or the strategy lacks one of these roles or supports
                 no engine.
         """
+        family = family_of(strategy, roles, engine, self.engine_settings)
         return PlacementProblem(
             cluster=self.cluster,
             model=self.model,
             workload=self.workload.clipped_to(self.model.max_position),
             profiles=self.profiles,
             objective=self.held_to(objective),
-            family=family_of(strategy, roles, engine, self.engine_settings),
+            family=family,
             constraints=self.constraints,
+            memories=self._memories(family),
         )
+
+    def _memories(self, family: Family) -> RankMemories:
+        """Return what the family's engine takes of each kind of rank; nothing for any engine.
+
+        A profile of less usable memory than is modelled for its GPU type was measured, and limits the engine.
+        """
+        if family.engine is None:
+            return {}
+        of_engine = memory_of(Engine(family.engine.name))
+        gpus = {gpu: self.cluster.gpu_types[gpu] for gpu in self.cluster.types_used()}
+        modelled = shipped_efficiencies().memory.usable_ratio
+        measured = {
+            gpu: self.profiles[gpu].usable_bytes
+            for gpu, kind in gpus.items()
+            if self.profiles[gpu].usable_bytes < int(kind.memory_bytes * modelled)
+        }
+        return {
+            kind: replace(memory, usable_bytes=min(memory.usable_bytes, measured.get(kind.gpu, math.inf)))
+            for kind, memory in rank_memories(
+                of_engine, self.model, gpus, family.tp_sizes, family.attention_dp_of(self.model),
+                utilisation=self.engine_settings.gpu_memory_utilization,
+            ).items()
+        }  # fmt: skip
 
     def held_to(self, objective: Objective) -> Objective:
         """Return the objective with only the limits that apply to the workload's requests."""
@@ -530,11 +560,15 @@ def engine_settings_of_plan(plan: Plan, path: str = "the plan") -> EngineSetting
 
 
 def engine_settings(
-    *, max_num_seqs: int | None, chunk_tokens: Iterable[int | None], kv_blocks: int | None
-) -> EngineSettings:
+    *, max_num_seqs: int | None, chunk_tokens: Iterable[int | None], kv_blocks: int | None,
+    min_context: int | None = None, gpu_memory_utilization: float | None = None,
+) -> EngineSettings:  # fmt: skip
     """Return the settings in options; chunk sizes may be in any order, and None stands for none."""
     chunks = sorted({size for size in chunk_tokens if size is not None})
-    return EngineSettings(max_num_seqs=max_num_seqs, chunk_tokens=tuple(chunks), kv_blocks=kv_blocks)
+    return EngineSettings(
+        max_num_seqs=max_num_seqs, chunk_tokens=tuple(chunks), kv_blocks=kv_blocks, min_context=min_context,
+        gpu_memory_utilization=gpu_memory_utilization,
+    )  # fmt: skip
 
 
 def engine_settings_from_data(data: Any) -> EngineSettings:
@@ -546,10 +580,13 @@ def engine_settings_from_data(data: Any) -> EngineSettings:
     """
     if not isinstance(data, Mapping):
         raise TypeError(f"is a {type(data).__name__}, must have names and numbers")
-    chunks, numbers = data.get("chunk_tokens", []), {k: v for k, v in data.items() if k != "chunk_tokens"}
+    chunks, share = data.get("chunk_tokens", []), data.get(SHARE)
+    if share is not None and not isinstance(share, float | int):
+        raise TypeError(f"has a {SHARE} that is no number")
+    numbers = {name: value for name, value in data.items() if name not in ("chunk_tokens", SHARE)}
     if not isinstance(chunks, list | tuple) or not all(type(number) is int for number in (*chunks, *numbers.values())):
         raise TypeError("has a value that is not a whole number")
-    return EngineSettings(chunk_tokens=tuple(chunks), **numbers)
+    return EngineSettings(chunk_tokens=tuple(chunks), gpu_memory_utilization=share, **numbers)
 
 
 def engine_settings_data(settings: EngineSettings) -> dict[str, Any]:

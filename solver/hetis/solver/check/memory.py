@@ -58,7 +58,9 @@ def kv_tokens_of_a_copy(setting: Setting, copies: int) -> float:
     headroom = setting.problem.assumptions.kv_headroom_z * math.sqrt(D * b) * moments.resident_context_sd
     headroom *= model.cached_growth(moments.resident_context)
     whole_prompts = staged_prompts_of_a_copy(setting, copies) * model.cached_tokens(moments.mean_prompt)
-    return decoding + headroom + prompt_tokens_of_a_copy(setting, copies) + whole_prompts
+    held = decoding + headroom + prompt_tokens_of_a_copy(setting, copies) + whole_prompts
+    longest = setting.problem.family.engine_settings.min_context
+    return held if longest is None else max(held, model.cached_tokens(longest))
 
 
 def staged_prompts_of_a_copy(setting: Setting, copies: int) -> float:

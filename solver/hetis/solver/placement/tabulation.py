@@ -495,6 +495,7 @@ class _Tabulation:
         """
         problem = self.problem
         tokens = self._per_copy(partial(cost.kv_tokens_per_copy, problem.model, self.moments, problem.assumptions))
+        tokens = np.maximum(tokens, problem.least_kv_tokens)
         settings = problem.family.engine_settings
         if not settings:
             return tokens
